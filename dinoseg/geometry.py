@@ -1,0 +1,34 @@
+"""Padding to the patch multiple and back, without stretching: the one place where grids meet pixels."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
+    """Pad (B, C, H, W) with zeros at the bottom and on the right to a multiple of `multiple` pixels."""
+    height, width = images.shape[-2:]
+    return F.pad(images, (0, -width % multiple, 0, -height % multiple))
+
+
+def valid_share(size: tuple[int, int], multiple: int) -> tuple[float, float]:
+    """Return the share of the padded height and width that an image of `size` (H, W) covers, in (0, 1]."""
+    height, width = size
+    return height / (height + -height % multiple), width / (width + -width % multiple)
+
+
+def upsample(logits: Tensor, size: tuple[int, int], valid: tuple[float, float]) -> Tensor:
+    """Resize the image part of (B, K, h, w) bilinearly to `size` (H, W), pixel centres aligned.
+
+    Only the top left `valid` share of the grid lies on the image. Output pixel y reads grid position
+    (y + 0.5) * h * valid / H - 0.5, so nothing is stretched and padding is cropped to a fraction of a cell.
+    """
+    height, width = size
+    grid_h, grid_w = logits.shape[-2:]
+    if abs(grid_h * valid[0] - height) < 1e-6 and abs(grid_w * valid[1] - width) < 1e-6:
+        return logits[..., :height, :width]
+    # The whole grid at the image's own scale, then the crop. F.interpolate takes the floor of grid * scale:
+    # the nudge keeps an exact integer from falling one short.
+    nudge = 1 + 1e-12
+    scale = (nudge * height / (grid_h * valid[0]), nudge * width / (grid_w * valid[1]))
+    resized = F.interpolate(logits, scale_factor=scale, mode="bilinear", recompute_scale_factor=False)
+    return resized[..., :height, :width]

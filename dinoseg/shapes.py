@@ -1,0 +1,101 @@
+"""What passes between the rooms: axis letters, the batch, the prediction and the protocols.
+
+Axis glossary used in every comment and docstring:
+B batch, T time, C channels, H W pixels, h w patch grid, K classes, Q queries, S slots, L tapped layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypedDict
+
+import torch
+from torch import Tensor
+
+Palette = Sequence[tuple[int, int, int]]
+
+
+class Sample(TypedDict):
+    """One dataset item."""
+
+    image: Tensor  # (3, H, W) uint8, RGB
+    mask: Tensor  # (H, W) uint8, class ids 0..K-1, ignore_index = ignore
+    name: str  # unique inside the data set, a relative path without its suffix
+
+
+@dataclass
+class Batch:
+    """Samples of one size, stacked."""
+
+    image: Tensor  # (B, 3, H, W) uint8
+    mask: Tensor  # (B, H, W) uint8
+    names: list[str]
+
+    @classmethod
+    def stack(cls, samples: Sequence[Sample]) -> Batch:
+        """Stack samples of equal size."""
+        images = torch.stack([sample["image"] for sample in samples])
+        masks = torch.stack([sample["mask"] for sample in samples])
+        return cls(images, masks, [sample["name"] for sample in samples])
+
+    def to(self, device: torch.device) -> Batch:
+        """Copy to `device` without waiting for the copy."""
+        return Batch(
+            self.image.to(device, non_blocking=True), self.mask.to(device, non_blocking=True), self.names
+        )
+
+
+@dataclass
+class Prediction:
+    """A head's outputs, and how they lie on the image: a loss or a metric chooses the size it needs.
+
+    `valid` is the share of the outputs' height and width that the image covers, counted from the top
+    left; the rest is padding to the patch multiple.
+    """
+
+    outputs: Any
+    size: tuple[int, int]  # (H, W) of the images that were given
+    valid: tuple[float, float]
+    to_pixels: Callable[[Any, tuple[int, int], tuple[float, float]], Tensor]
+
+    def logits(self, size: tuple[int, int] | None = None) -> Tensor:
+        """Return per-pixel class scores (B, K, H, W) at `size` (default: the images' own)."""
+        return self.to_pixels(self.outputs, size or self.size, self.valid)
+
+
+class SegmentationData(Protocol):
+    """A map-style data set of images and masks; label remapping is its own job."""
+
+    classes: Sequence[str]
+    palette: Palette
+    ignore_index: int
+    names: Sequence[str]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+
+class Backbone(Protocol):
+    """Images (B, 3, H, W), float in 0..1, to L maps (B, C, h, w) of h = ceil(H / patch_size) rows.
+
+    It normalises inside (mean and std are its buffers) and pads at the bottom and on the right to the
+    patch multiple; the caller crops back.
+    """
+
+    dim: int
+    patch_size: int
+    num_layers: int
+
+    def __call__(self, images: Tensor) -> list[Tensor]: ...
+
+
+class Head(Protocol):
+    """Feature maps to outputs of its own kind, and those to pixels."""
+
+    def __call__(self, features: list[Tensor]) -> Any: ...
+
+    def predict(self, outputs: Any, size: tuple[int, int], valid: tuple[float, float]) -> Tensor:
+        """Return class scores (B, K, H, W) for the image part `valid` of the outputs."""
+        ...
