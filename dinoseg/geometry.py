@@ -1,5 +1,6 @@
 """Padding to the patch multiple and back, without stretching: the one place where grids meet pixels."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -30,5 +31,17 @@ def upsample(logits: Tensor, size: tuple[int, int], valid: tuple[float, float]) 
     # the nudge keeps an exact integer from falling one short.
     nudge = 1 + 1e-12
     scale = (nudge * height / (grid_h * valid[0]), nudge * width / (grid_w * valid[1]))
+    if int(grid_h * scale[0]) == grid_h or int(grid_w * scale[1]) == grid_w:
+        # F.interpolate copies an axis whose length stays, whatever its scale: two small matrix products instead
+        rows = _bilinear_matrix(height, grid_h, valid[0]).to(logits)  # (H, h)
+        columns = _bilinear_matrix(width, grid_w, valid[1]).to(logits)  # (W, w)
+        return rows @ logits @ columns.T
     resized = F.interpolate(logits, scale_factor=scale, mode="bilinear", recompute_scale_factor=False)
     return resized[..., :height, :width]
+
+
+def _bilinear_matrix(length: int, cells: int, share: float) -> Tensor:
+    positions = (torch.arange(length, dtype=torch.float64) + 0.5) * cells * share / length - 0.5
+    positions = positions.clamp(0, cells - 1)
+    distance = (positions[:, None] - torch.arange(cells, dtype=torch.float64)).abs()
+    return (1 - distance).clamp(min=0)

@@ -1,0 +1,58 @@
+"""`python -m dinoseg`: compose the config, and hand it to launch."""
+
+import sys
+from pathlib import Path
+
+CONFIGS = str(Path(__file__).parent / "cfg")
+failures: list[str] = []  # messages of jobs that the user's own mistakes ended
+
+
+def main() -> None:
+    """Run the command line; exit status 1 where any job failed."""
+    arguments = sys.argv[1:]
+    wants_hydra = (
+        any(argument.startswith(("--", "-c")) for argument in arguments) and "--help" not in arguments
+    )
+    modes = [argument for argument in arguments if argument.startswith("mode=")]
+    if not wants_hydra and (not modes or modes[-1] == "mode=help" or {"-h", "--help"} & set(arguments)):
+        from dinoseg.modes.help import overview
+
+        print(overview())
+        return
+    import hydra
+
+    register_resolvers()
+    hydra.main(version_base="1.3", config_path=CONFIGS, config_name="main")(run)()
+    if failures:
+        sys.exit(1)
+
+
+def register_resolvers() -> None:
+    """Register the one resolver of our configs: `${len:${.classes}}`."""
+    from omegaconf import OmegaConf
+
+    OmegaConf.register_new_resolver("len", len, replace=True)
+
+
+def run(cfg):  # noqa: ANN001, ANN201 - hydra.main wants the bare signature
+    """Run one job; a mistake that the user can mend is one message, and a sweep goes on with its next job."""
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    from dinoseg.errors import UserError
+    from dinoseg.launch import launch
+
+    hydra_cfg = HydraConfig.get()
+    choices = OmegaConf.to_container(hydra_cfg.runtime.choices)
+    groups = {key: value for key, value in choices.items() if "/" not in key}
+    composed = OmegaConf.create({**OmegaConf.to_container(cfg), "choices": groups})
+    try:
+        return launch(composed, Path(hydra_cfg.runtime.output_dir), list(hydra_cfg.overrides.task))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        failures.append(str(error))
+        return {"error": str(error)}
+
+
+if __name__ == "__main__":
+    main()

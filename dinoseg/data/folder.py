@@ -1,0 +1,215 @@
+"""A plain folder of images and a folder of masks, paired by name."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+
+import numpy as np
+
+from dinoseg.data.labels import Labels
+from dinoseg.data.masks import MaskReader, Masks
+from dinoseg.data.pairs import Pair, fingerprint, pair_by_name, read_mask, read_pair
+from dinoseg.data.splits import fraction_split, read_name_list, regex_group
+from dinoseg.data.wording import listed
+from dinoseg.errors import UserError
+from dinoseg.images import IMAGE_SUFFIXES
+from dinoseg.shapes import Sample
+
+PARTITIONS = ("folder", "lists", "fraction")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the files lie below the root; subfolders are searched and become part of the name.
+
+    Args:
+        images: image folder, `{split}` stands for the split.
+        masks: mask folder, likewise.
+        image_suffix: what an image's stem ends with beside its name; other files are no images.
+        mask_suffix: what a mask's stem ends with; other files are no masks.
+        exclude: patterns of file names that are neither.
+        splits: split to what stands for it on disk, such as `{val: valid}`.
+    """
+
+    images: str = "{split}/images"
+    masks: str = "{split}/masks"
+    image_suffix: str = ""
+    mask_suffix: str = ""
+    exclude: Sequence[str] = ()
+    splits: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Partition:
+    """What decides on which side of the split a pair is.
+
+    Args:
+        by: `folder` (the `{split}` in the layout), `lists` (files that name them) or `fraction`.
+        lists: split to a text file below the root, one name per line, for `lists`.
+        val_fraction: share of the groups held out, for `fraction`.
+        seed: decides which, for `fraction`.
+        group: regular expression; names with one match (its first bracket) stay together, for `fraction`.
+    """
+
+    by: str = "folder"
+    lists: Mapping[str, str] | None = None
+    val_fraction: float = 0.2
+    seed: int = 0
+    group: str | None = None
+
+
+class FolderDataset:
+    """Images and masks in folders.
+
+    Args:
+        root: folder that the layout starts from.
+        split: `train`, `val` or another name that the layout or the lists know.
+        classes: names in id order.
+        palette: a colour per class, or None for default colours.
+        ignore_index: id that is ignored.
+        layout: where the files lie.
+        masks: how mask files are written.
+        partition: what decides on which side of the split a pair is.
+
+    Raises:
+        UserError: a folder is missing or empty, an image lacks its mask or a mask its image, or two files
+            have one name; when an item is read: an unreadable file, differing sizes, ids without class.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        *,
+        classes: Sequence[str],
+        palette: Sequence[Sequence[int]] | None = None,
+        ignore_index: int = 255,
+        layout: Layout = Layout(),  # noqa: B008 (frozen)
+        masks: Masks = Masks(),  # noqa: B008 (frozen)
+        partition: Partition = Partition(),  # noqa: B008 (frozen)
+    ) -> None:
+        labels = Labels.of(classes, palette, ignore_index)
+        self.classes, self.palette, self.ignore_index = labels.classes, labels.palette, labels.ignore_index
+        self._reader = MaskReader(labels, masks)
+        self._pairs = find_pairs(Path(root).expanduser(), split, layout, partition)
+        self.names = [pair.name for pair in self._pairs]
+
+    def __len__(self) -> int:
+        """Return the number of pairs."""
+        return len(self._pairs)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Read a pair."""
+        return read_pair(self._pairs[index], self._reader)
+
+    def mask(self, index: int) -> np.ndarray:
+        """Read a mask (H, W) uint8 alone."""
+        return read_mask(self._pairs[index], self._reader)
+
+    def fingerprint(self) -> str:
+        """Return a hash of all that the masks depend on."""
+        return fingerprint(self._pairs, self._reader)
+
+
+def find_pairs(root: Path, split: str, layout: Layout, partition: Partition) -> list[Pair]:
+    """Return the pairs of a split, in the order of their names or of the split's file list."""
+    _check_partition(layout, partition)
+    if not root.is_dir():
+        raise UserError(f"data.root={root} is no folder. Give the folder that holds the data set.")
+    folders = [_folder(root, split, pattern, layout) for pattern in (layout.images, layout.masks)]
+    images = _find(folders[0], layout.image_suffix, layout, is_mask=False)
+    masks = _find(folders[1], layout.mask_suffix, layout, is_mask=True)
+    if partition.by == "lists":
+        names = read_name_list(root / _list_of(split, partition))
+        if absent := [name for name in names if name not in images and name not in masks]:
+            raise UserError(
+                f"The file list of split {split} has {len(absent)} names without image and mask under "
+                f"{folders[0]}: {listed(absent)}. A name is the path below that folder, without its ending."
+            )
+        images = {name: images[name] for name in names if name in images}
+        masks = {name: masks[name] for name in names if name in masks}
+    pairs = pair_by_name(images, masks, f"{folders[0]} (split {split})")
+    if partition.by == "fraction":
+        names = _fraction_names(split, [pair.name for pair in pairs], partition)
+    if partition.by != "folder":
+        by_name = {pair.name: pair for pair in pairs}
+        pairs = [by_name[name] for name in names]
+    if not pairs:
+        raise UserError(
+            f"Split {split} is empty: {folders[0]} holds no image named *{layout.image_suffix}.* "
+            f"({', '.join(IMAGE_SUFFIXES)}). Check data.root and data.source.layout."
+        )
+    return pairs
+
+
+def _find(folder: Path, suffix: str, layout: Layout, *, is_mask: bool) -> dict[str, Path]:
+    """Return name to file for all pictures below a folder whose stem ends with `suffix`."""
+    found: dict[str, Path] = {}
+    both_here = not is_mask and layout.mask_suffix and layout.images == layout.masks
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for file in sorted(files):
+            path = Path(parent, file)
+            hidden = file.startswith(".") or any(fnmatch(file, pattern) for pattern in layout.exclude)
+            other_kind = path.suffix.lower() not in IMAGE_SUFFIXES or not path.stem.endswith(suffix)
+            if hidden or other_kind or (both_here and path.stem.endswith(layout.mask_suffix)):
+                continue
+            stem = path.stem.removesuffix(suffix) if suffix else path.stem
+            name = (path.parent / stem).relative_to(folder).as_posix()
+            if name in found:
+                raise UserError(f"{found[name]} and {path} have one name ({name}): keep one of them.")
+            found[name] = path
+    return found
+
+
+def _folder(root: Path, split: str, pattern: str, layout: Layout) -> Path:
+    folder = root / pattern.replace("{split}", layout.splits.get(split, split))
+    if not folder.is_dir():
+        there = next(parent for parent in folder.parents if parent.is_dir())
+        held = sorted(path.name for path in there.iterdir() if path.is_dir())
+        raise UserError(
+            f"No folder {folder} for split {split} (pattern {pattern}). {there} holds the folders "
+            f"{listed(held, 10) or 'none'}. Check data.root and data.source.layout."
+        )
+    return folder
+
+
+def _check_partition(layout: Layout, partition: Partition) -> None:
+    if partition.by not in PARTITIONS:
+        raise UserError(
+            f"data.source.partition.by={partition.by} is unknown. Choose one of {', '.join(PARTITIONS)}."
+        )
+    named = ["{split}" in pattern for pattern in (layout.images, layout.masks)]
+    if partition.by == "folder" and not all(named):
+        raise UserError(
+            f"data.source.layout.images={layout.images} and masks={layout.masks} must both hold "
+            "{split}, or all splits would be the same files. For one folder of images, set "
+            "data.source.partition.by=fraction or lists."
+        )
+    if partition.by == "fraction" and any(named):
+        raise UserError(
+            f"data.source.layout.images={layout.images} and masks={layout.masks} hold {{split}}, but "
+            "data.source.partition.by=fraction splits one folder: name it without {split}."
+        )
+
+
+def _list_of(split: str, partition: Partition) -> str:
+    lists = partition.lists or {}
+    if split not in lists:
+        raise UserError(
+            f"No file list for split {split}: data.source.partition.lists has {', '.join(lists) or 'none'}. "
+            f"Add `{split}: <file>`."
+        )
+    return lists[split]
+
+
+def _fraction_names(split: str, names: list[str], partition: Partition) -> list[str]:
+    if split not in ("train", "val"):
+        raise UserError(f"data.source.partition.by=fraction knows the splits train and val, not {split}.")
+    if not names:
+        return []
+    group = regex_group(partition.group)
+    parts = fraction_split(names, val_fraction=partition.val_fraction, seed=partition.seed, group=group)
+    return parts[split]

@@ -1,0 +1,70 @@
+"""Pixels per class over all masks of a data set: counted once, then kept in a file."""
+
+import contextlib
+import json
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from dinoseg.shapes import SegmentationData
+
+log = logging.getLogger(__name__)
+
+
+def class_counts(dataset: SegmentationData, cache_dir: str | Path) -> np.ndarray:
+    """Return how many pixels (K,) int64 each class has; ignored pixels do not count.
+
+    The counts are kept in `cache_dir` under the data set's `fingerprint()`, so a changed file, name or class
+    is counted anew; a data set without a fingerprint is counted every time.
+
+    Raises:
+        UserError: a mask is unreadable or holds what is no class.
+    """
+    num_classes = len(dataset.classes)
+    fingerprint = getattr(dataset, "fingerprint", None)
+    if fingerprint is None:
+        return _count(dataset)
+    key = fingerprint()
+    path = Path(cache_dir) / f"class_counts_{key[:16]}.json"
+    counts = _load(path, key, num_classes)
+    if counts is None:
+        counts = _count(dataset)
+        _save(path, {"fingerprint": key, "classes": list(dataset.classes), "pixels": counts.tolist()})
+    return counts
+
+
+def _count(dataset: SegmentationData) -> np.ndarray:
+    read = getattr(dataset, "mask", None) or (lambda index: dataset[index]["mask"].numpy())
+    pixels = np.zeros(256, dtype=np.int64)
+    bar = tqdm(range(len(dataset)), desc="counting classes", unit="mask", delay=2, leave=False, disable=None)
+    for index in bar:
+        pixels += np.bincount(read(index).ravel(), minlength=256)
+    pixels[dataset.ignore_index] = 0
+    return pixels[: len(dataset.classes)]
+
+
+def _load(path: Path, key: str, num_classes: int) -> np.ndarray | None:
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        counts = np.array(kept["pixels"], dtype=np.int64)
+        return counts if kept["fingerprint"] == key and counts.shape == (num_classes,) else None
+    except OSError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        log.warning("The kept class counts in %s are unreadable: counting anew.", path)
+        return None
+
+
+def _save(path: Path, content: dict) -> None:
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(content), encoding="utf-8")
+        os.replace(part, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        log.warning("The class counts cannot be kept in %s (%s): the next run counts anew.", path, error)

@@ -1,0 +1,68 @@
+"""Class names, their colours and the id that is ignored: checked once, the same for every data set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from dinoseg.errors import UserError
+
+Color = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What the numbers in a mask mean; class id i is `classes[i]`, drawn in `palette[i]`."""
+
+    classes: tuple[str, ...]
+    palette: tuple[Color, ...]
+    ignore_index: int
+
+    @classmethod
+    def of(cls, classes: Sequence[str], palette: Iterable[Sequence[int]] | None, ignore_index: int) -> Labels:
+        """Check and freeze what a config says.
+
+        Raises:
+            UserError: no class or over 255, a name given twice, another number of colours than of classes,
+                a colour or an ignore_index outside 0..255.
+        """
+        names = tuple(str(name) for name in classes)
+        if not 1 <= len(names) <= 255:
+            raise UserError(f"data.classes has {len(names)} names: give 1 to 255, since masks are 8-bit.")
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise UserError(f"data.classes names {', '.join(twice)} more than once: make each name unique.")
+        if not 0 <= ignore_index <= 255:
+            raise UserError(
+                f"data.ignore_index={ignore_index}: give an id from 0 to 255, since masks are 8-bit."
+            )
+        colors = default_palette(len(names)) if palette is None else tuple(map(as_color, palette))
+        if len(colors) != len(names):
+            raise UserError(
+                f"data.palette has {len(colors)} colours for {len(names)} classes: give as many, or null."
+            )
+        return cls(names, colors, ignore_index)
+
+
+def as_color(values: Sequence[int]) -> Color:
+    """Return (red, green, blue), each 0..255.
+
+    Raises:
+        UserError: not three whole numbers in that range.
+    """
+    numbers = tuple(values)
+    if len(numbers) != 3 or not all(isinstance(v, int) and 0 <= v <= 255 for v in numbers):
+        raise UserError(f"Colour {list(numbers)}: give three whole numbers from 0 to 255 (red, green, blue).")
+    return numbers[0], numbers[1], numbers[2]
+
+
+def default_palette(count: int) -> tuple[Color, ...]:
+    """Return up to 256 distinct colours, black first (the bit pattern of PASCAL VOC's palette)."""
+    return tuple(_spread_bits(index) for index in range(count))
+
+
+def _spread_bits(index: int) -> Color:
+    channels = [0, 0, 0]
+    for bit in range(8):
+        channels[bit % 3] |= ((index >> bit) & 1) << (7 - bit // 3)
+    return channels[0], channels[1], channels[2]

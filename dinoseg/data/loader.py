@@ -1,0 +1,162 @@
+"""Batches in an order that depends on the seed alone: not on workers, ranks or where a run was resumed."""
+
+import functools
+import itertools
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from dinoseg.errors import UserError
+from dinoseg.shapes import Batch, Sample, SegmentationData
+
+Transform = Callable[[np.ndarray, np.ndarray, np.random.Generator], tuple[np.ndarray, np.ndarray]]
+_ORDER, _SAMPLE = 0, 1  # what chance is drawn for
+
+
+def train_batches(
+    dataset: SegmentationData,
+    augment: Transform,
+    *,
+    batch_size: int,
+    seed: int,
+    start: int = 0,
+    workers: int = 0,
+    rank: int = 0,
+    world: int = 1,
+) -> Iterator[Batch]:
+    """Yield this rank's share of each training batch from number `start` on, without end.
+
+    Every epoch is a new permutation, and the epochs follow one another without a gap: a batch may hold the
+    end of one and the beginning of the next. Ranks take contiguous shares of a batch.
+
+    Raises:
+        UserError: the batch is larger than the data set, or not to be shared evenly by the ranks; while
+            iterating: whatever the data set finds wrong.
+    """
+    if not 1 <= batch_size <= len(dataset):
+        raise UserError(
+            f"data.batch_size={batch_size} with {len(dataset)} training images: choose a number from 1 to "
+            f"{len(dataset)}, or add images."
+        )
+    if batch_size % world:
+        raise UserError(
+            f"data.batch_size={batch_size} cannot be shared by {world} devices: use a multiple of {world}."
+        )
+    if seed < 0:
+        raise UserError(f"seed={seed}: give a whole number that is not negative.")
+    shares = _shares(len(dataset), batch_size, seed, start=start, rank=rank, world=world)
+    return _load(functools.partial(_read_batch, dataset, augment, seed), shares, workers)
+
+
+def eval_samples(
+    dataset: SegmentationData, *, workers: int = 0, rank: int = 0, world: int = 1
+) -> Iterator[Sample]:
+    """Yield this rank's samples once and in order, as they are: number rank, rank + world, ..."""
+    return _load(dataset.__getitem__, range(rank, len(dataset), world), workers)
+
+
+def stack_equal(samples: Iterable[Sample], batch_size: int) -> Iterator[Batch]:
+    """Join consecutive samples of one size to batches of at most `batch_size`."""
+    for _, same in itertools.groupby(samples, key=lambda sample: sample["image"].shape):
+        while group := list(itertools.islice(same, batch_size)):
+            yield Batch.stack(group)
+
+
+def _shares(
+    count: int, batch_size: int, seed: int, *, start: int, rank: int, world: int
+) -> Iterator[list[tuple[int, int]]]:
+    """Yield (epoch, sample) of this rank's share of batch `start`, `start + 1`, ..."""
+    size = batch_size // world
+    epoch, order = -1, np.empty(0, dtype=np.int64)
+    for batch in itertools.count(start):
+        first = batch * batch_size + rank * size
+        share = []
+        for position in range(first, first + size):
+            if position // count != epoch:
+                epoch = position // count
+                order = _random(seed, epoch, 0, _ORDER).permutation(count)
+            share.append((epoch, int(order[position % count])))
+        yield share
+
+
+def _random(seed: int, epoch: int, sample: int, purpose: int) -> np.random.Generator:
+    # Philox has an independent stream for every key and counter; drawing moves only the lowest counter word
+    return np.random.Generator(np.random.Philox(key=seed, counter=[0, sample, epoch, purpose]))
+
+
+def _read_batch(
+    dataset: SegmentationData, augment: Transform, seed: int, share: list[tuple[int, int]]
+) -> Batch:
+    return Batch.stack([_read_augmented(dataset, augment, seed, epoch, index) for epoch, index in share])
+
+
+def _read_augmented(
+    dataset: SegmentationData, augment: Transform, seed: int, epoch: int, index: int
+) -> Sample:
+    sample = dataset[index]
+    pixels = np.ascontiguousarray(sample["image"].permute(1, 2, 0).numpy())  # (H, W, 3)
+    image, mask = augment(pixels, sample["mask"].numpy(), _random(seed, epoch, index, _SAMPLE))
+    return Sample(
+        image=torch.from_numpy(image).permute(2, 0, 1), mask=torch.from_numpy(mask), name=sample["name"]
+    )
+
+
+class _Keyed:
+    """A DataLoader's view of a function; a user's mistake comes back as a value, not as a worker's crash."""
+
+    def __init__(self, read: Callable[[Any], Any]) -> None:
+        self._read = read
+
+    def __getitem__(self, key: Any) -> Any:
+        try:
+            return self._read(key)
+        except UserError as error:
+            return error
+
+
+def _load(read: Callable[[Any], Any], keys: Iterable[Any], workers: int) -> Iterator[Any]:
+    """Yield `read(key)` for each key in order, read ahead by `workers` processes (0: in this one)."""
+    if workers < 0:
+        raise UserError(f"workers={workers}: give the number of loading processes, 0 for none.")
+    return map(read, keys) if workers == 0 else _load_ahead(read, keys, workers)
+
+
+def _load_ahead(read: Callable[[Any], Any], keys: Iterable[Any], workers: int) -> Iterator[Any]:
+    with warnings.catch_warnings():
+        # more workers than cores is the user's choice, and pays where reading waits for a disk
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+        # Workers are forked where that is the default: they share the parent's memory and start in
+        # milliseconds, and use neither CUDA nor a thread pool, which is what a fork would break.
+        warnings.filterwarnings("ignore", ".* use of fork", DeprecationWarning)
+        iterator = iter(
+            DataLoader(
+                _Keyed(read),  # type: ignore[arg-type]
+                sampler=keys,
+                batch_size=None,
+                num_workers=workers,
+                collate_fn=_as_it_is,
+                worker_init_fn=_start_worker,
+                generator=torch.Generator(),  # without it the global generator would be drawn from
+            )
+        )
+    try:
+        for item in iterator:
+            if isinstance(item, UserError):
+                raise item
+            yield item
+    finally:
+        del iterator  # the last reference: the workers end now, also when the caller stops early
+
+
+def _start_worker(_: int) -> None:
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
+
+
+def _as_it_is(item: Any) -> Any:
+    return item

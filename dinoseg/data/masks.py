@@ -1,0 +1,187 @@
+"""Mask files to class ids: stored numbers, colours, or 0 / 255; whatever has no class is an error."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dinoseg.data.labels import Labels, as_color
+from dinoseg.errors import UserError
+from dinoseg.images import read_ids, read_image
+
+FORMATS = ("ids", "palette", "binary")
+ON_SIZE_MISMATCH = ("error", "resize_mask")
+_HIGHEST_ID = 65535  # 16-bit files are the widest in use
+_LOSSY_MARGIN = 16  # how far JPEG moves a 0 or a 255
+
+
+@dataclass(frozen=True)
+class Masks:
+    """How mask files are written.
+
+    Args:
+        format: `ids`: the stored numbers (a palette file's indices) are class ids; `palette`: colours
+            stand for classes by `data.palette`; `binary`: 0 is class 0 and 255 is class 1.
+        ids: file id to class id or ignore_index, for `ids`; ids not named here stay as they are.
+        ignore_colors: colours that are ignored, for `palette`.
+        on_size_mismatch: `error`, or `resize_mask`: a mask of its image's proportions is resized, nearest.
+    """
+
+    format: str = "ids"
+    ids: Mapping[int, int] | None = None
+    ignore_colors: Sequence[Sequence[int]] = ()
+    on_size_mismatch: str = "error"
+
+    def __post_init__(self) -> None:
+        """Refuse what would have no effect."""
+        for key, value, options in (
+            ("format", self.format, FORMATS),
+            ("on_size_mismatch", self.on_size_mismatch, ON_SIZE_MISMATCH),
+        ):
+            if value not in options:
+                raise UserError(
+                    f"data.source.masks.{key}={value} is unknown. Choose one of {', '.join(options)}."
+                )
+        if self.ids and self.format != "ids":
+            raise UserError(
+                f"data.source.masks.ids has no effect with format={self.format}: "
+                "remove it, or set format=ids."
+            )
+        if self.ignore_colors and self.format != "palette":
+            raise UserError(
+                f"data.source.masks.ignore_colors has no effect with format={self.format}: "
+                "remove it, or set format=palette."
+            )
+
+
+class MaskReader:
+    """Reads mask files as class ids (H, W) uint8.
+
+    Args:
+        labels: the classes that a mask may hold.
+        masks: how the files are written.
+
+    Raises:
+        UserError: labels and masks do not fit each other.
+    """
+
+    def __init__(self, labels: Labels, masks: Masks) -> None:
+        self.labels = labels
+        self.masks = masks
+        if masks.format == "ids":
+            self._table = _id_table(labels, masks.ids or {})
+        elif masks.format == "palette":
+            self._codes, self._values = _color_table(labels, masks.ignore_colors)
+        elif len(labels.classes) != 2:
+            raise UserError(
+                f"data.source.masks.format=binary needs 2 classes, data.classes has {len(labels.classes)}."
+            )
+
+    def read(self, path: Path) -> np.ndarray:
+        """Return class ids 0..K-1 and ignore_index as (H, W) uint8.
+
+        Raises:
+            UserError: the file is unreadable, or holds a number or colour that has no class.
+        """
+        if self.masks.format == "palette":
+            return self._from_colors(read_image(path), path)
+        numbers = _one_channel(read_ids(path), path)
+        return _from_binary(numbers, path) if self.masks.format == "binary" else self._from_ids(numbers, path)
+
+    def _from_ids(self, numbers: np.ndarray, path: Path) -> np.ndarray:
+        inside = numbers.min() >= 0 and numbers.max() <= _HIGHEST_ID
+        ids = self._table[numbers] if inside else None  # (H, W) int16
+        if ids is None or ids.min() < 0:
+            last, ignore = len(self.labels.classes) - 1, self.labels.ignore_index
+            foreign = [v for v in np.unique(numbers) if not 0 <= v <= _HIGHEST_ID or self._table[v] < 0]
+            raise UserError(
+                f"{path} holds the ids {_some(foreign)}, which are no classes: data.classes has ids 0 to "
+                f"{last}, and {ignore} is ignored. Correct the file, or map the ids: "
+                f"data.source.masks.ids={{{foreign[0]}: {ignore}}}."
+            )
+        return ids.astype(np.uint8)
+
+    def _from_colors(self, pixels: np.ndarray, path: Path) -> np.ndarray:
+        codes = _color_code(pixels.astype(np.int32))  # (H, W)
+        place = np.searchsorted(self._codes, codes).clip(max=len(self._codes) - 1)
+        unknown = self._codes[place] != codes
+        if unknown.any():
+            found, counts = np.unique(codes[unknown], return_counts=True)
+            colors = [f"({c >> 16}, {c >> 8 & 255}, {c & 255})" for c in found[np.argsort(-counts)]]
+            raise UserError(
+                f"{path} holds colours that are not in data.palette: {_some(colors)}, "
+                f"on {int(unknown.sum())} pixels. Correct the file (JPEG cannot hold a mask), complete "
+                "data.palette, or name them in data.source.masks.ignore_colors."
+            )
+        return self._values[place]
+
+
+def _from_binary(numbers: np.ndarray, path: Path) -> np.ndarray:
+    ids = (numbers == 255).astype(np.uint8)
+    other = numbers[(numbers != 0) & (ids == 0)]
+    if other.size:
+        found = np.unique(other)
+        near = bool(np.all((found <= _LOSSY_MARGIN) | ((found >= 255 - _LOSSY_MARGIN) & (found < 255))))
+        reason = (
+            "All are near 0 or 255, as lossy compression leaves them: threshold at 128 and save as PNG."
+            if near
+            else "For class numbers instead of 0 / 255, set data.source.masks.format=ids."
+        )
+        raise UserError(f"{path} is no binary mask: beside 0 and 255 it holds {_some(found)}. {reason}")
+    return ids
+
+
+def _one_channel(numbers: np.ndarray, path: Path) -> np.ndarray:
+    if numbers.ndim == 2:
+        return numbers
+    first = numbers[..., 0]
+    if not (np.array_equal(first, numbers[..., 1]) and np.array_equal(first, numbers[..., 2])):
+        raise UserError(
+            f"{path} is a coloured picture, not numbers. If its colours stand for classes, set "
+            "data.source.masks.format=palette and give data.palette."
+        )
+    return first
+
+
+def _id_table(labels: Labels, ids: Mapping[int, int]) -> np.ndarray:
+    """Return (65536,) int16: class id or ignore_index of each file id, -1 where there is none."""
+    count, ignore = len(labels.classes), labels.ignore_index
+    table = np.full(_HIGHEST_ID + 1, -1, dtype=np.int16)
+    table[:count] = np.arange(count)
+    table[ignore] = ignore
+    for source, target in ids.items():
+        if not isinstance(source, int) or not 0 <= source <= _HIGHEST_ID:
+            raise UserError(f"data.source.masks.ids maps {source!r}: a file id is a number from 0 to 65535.")
+        if not isinstance(target, int) or not (0 <= target < count or target == ignore):
+            raise UserError(
+                f"data.source.masks.ids maps {source} to {target!r}: give a class id from 0 to {count - 1}, "
+                f"or {ignore} to ignore it."
+            )
+        table[source] = target
+    return table
+
+
+def _color_table(labels: Labels, ignored: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Return sorted colour codes and the class id or ignore_index of each."""
+    colors = [*labels.palette, *map(as_color, ignored)]
+    values = [*range(len(labels.palette)), *[labels.ignore_index] * len(ignored)]
+    codes = _color_code(np.array(colors, dtype=np.int32))
+    order = np.argsort(codes, kind="stable")
+    same = codes[order][1:] == codes[order][:-1]
+    if same.any():
+        twice = colors[int(order[1:][same][0])]
+        raise UserError(
+            f"Colour {twice} stands for two things in data.palette and data.source.masks.ignore_colors: "
+            "with format=palette each needs its own."
+        )
+    return codes[order], np.array(values, dtype=np.uint8)[order]
+
+
+def _color_code(rgb: np.ndarray) -> np.ndarray:
+    return rgb[..., 0] << 16 | rgb[..., 1] << 8 | rgb[..., 2]
+
+
+def _some(values: Sequence | np.ndarray, limit: int = 10) -> str:
+    shown = ", ".join(str(value) for value in values[:limit])
+    return shown if len(values) <= limit else f"{shown} and {len(values) - limit} more"

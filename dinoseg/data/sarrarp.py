@@ -1,0 +1,150 @@
+"""SAR-RARP50: frames and masks of robot-assisted prostatectomies, in the official layout or `frames/`."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dinoseg.data.labels import Labels
+from dinoseg.data.masks import MaskReader, Masks
+from dinoseg.data.pairs import Pair, fingerprint, read_mask, read_pair
+from dinoseg.data.sarrarp_files import (
+    MASK_FOLDER,
+    MASK_STEP,
+    TEST_FOLDERS,
+    TRAIN_FOLDERS,
+    frame_files,
+    png_files,
+)
+from dinoseg.data.splits import fraction_split
+from dinoseg.data.wording import count_of, listed
+from dinoseg.errors import UserError
+from dinoseg.shapes import Sample
+
+FOLDERS = {"train": TRAIN_FOLDERS, "val": TRAIN_FOLDERS, "test": TEST_FOLDERS}
+
+
+class SarRarp50:
+    """The frames that have a mask, with names `video_XX/NNNNNNNNN` (the index in the 60 fps video).
+
+    `train` and `val` split the training videos by operation; `test` is the test folder.
+
+    Args:
+        root: folder with `train1` and `train2` (or `train`), and `test`.
+        split: `train`, `val` or `test`.
+        classes: names in id order.
+        palette: a colour per class, or None for default colours.
+        ignore_index: id that is ignored.
+        val_fraction: share of the operations held out for validation.
+        seed: decides which.
+
+    Raises:
+        UserError: the folder is missing, not prepared yet, or a frame lacks its mask or a mask its frame;
+            when an item is read: an unreadable file, differing sizes, ids without class.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        *,
+        classes: Sequence[str],
+        palette: Sequence[Sequence[int]] | None = None,
+        ignore_index: int = 255,
+        val_fraction: float = 0.2,
+        seed: int = 0,
+    ) -> None:
+        labels = Labels.of(classes, palette, ignore_index)
+        self.classes, self.palette, self.ignore_index = labels.classes, labels.palette, labels.ignore_index
+        self._reader = MaskReader(labels, Masks())
+        videos = find_videos(Path(root).expanduser(), split)
+        if split != "test":
+            parts = fraction_split(sorted(videos), val_fraction=val_fraction, seed=seed, group=operation)
+            videos = {name: videos[name] for name in parts[split]}
+        self._pairs = [pair for name in sorted(videos) for pair in videos[name]]
+        self.names = [pair.name for pair in self._pairs]
+
+    def __len__(self) -> int:
+        """Return the number of frames with a mask."""
+        return len(self._pairs)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Read a frame and its mask."""
+        return read_pair(self._pairs[index], self._reader)
+
+    def mask(self, index: int) -> np.ndarray:
+        """Read a mask (H, W) uint8 alone."""
+        return read_mask(self._pairs[index], self._reader)
+
+    def fingerprint(self) -> str:
+        """Return a hash of all that the masks depend on."""
+        return fingerprint(self._pairs, self._reader)
+
+
+def operation(video: str) -> str:
+    """Return what the parts of one operation share: `video_11` of `video_11_2`."""
+    found = re.match(r"video_[^_]+", video)
+    return found.group() if found else video
+
+
+def find_videos(root: Path, split: str) -> dict[str, list[Pair]]:
+    """Return video name to its frames with masks, in order, for the folders of a split.
+
+    Raises:
+        UserError: see `SarRarp50`.
+    """
+    if split not in FOLDERS:
+        raise UserError(f"SAR-RARP50 has the splits {', '.join(FOLDERS)}, not {split}.")
+    folders = [root / name for name in FOLDERS[split] if (root / name).is_dir()]
+    if not folders:
+        raise UserError(
+            f"data.root={root} holds none of the folders {', '.join(FOLDERS[split])} of split {split}. Give "
+            "the folder into which SAR-RARP50 was downloaded."
+        )
+    places: dict[str, Path] = {}
+    for video in (path for folder in folders for path in sorted(folder.glob("video_*")) if path.is_dir()):
+        if video.name in places:
+            raise UserError(f"{places[video.name]} and {video} are one video: keep one of them.")
+        places[video.name] = video
+    _check_prepared(root, folders, places)
+    return {name: _video_pairs(root, places[name]) for name in sorted(places)}
+
+
+def prepare_command(root: Path) -> str:
+    """Return the command that unpacks archives and extracts frames."""
+    return f"python -m dinoseg mode=prepare data=sarrarp data.root={root}"
+
+
+def _check_prepared(root: Path, folders: list[Path], places: dict[str, Path]) -> None:
+    archives = [path for folder in folders for path in sorted(folder.glob("*.zip"))]
+    waiting = sorted({path.stem for path in archives} - places.keys())
+    waiting += [name for name in sorted(places) if not frame_files(places[name])]
+    if waiting:
+        raise UserError(
+            f"{count_of(waiting, 'video')} under {root} without extracted frames: {listed(waiting)}. "
+            f"Prepare the data set first: {prepare_command(root)}"
+        )
+    if not places:
+        raise UserError(
+            f"{', '.join(map(str, folders))}: no folder video_* and no video_*.zip. Check data.root={root}."
+        )
+
+
+def _video_pairs(root: Path, video: Path) -> list[Pair]:
+    frames, masks = frame_files(video), png_files(video / MASK_FOLDER)
+    if bare := [stem for stem in frames if stem not in masks and _is_due(stem)]:
+        raise UserError(
+            f"{video} has {count_of(bare, 'frame')} without mask in {MASK_FOLDER}/: {listed(bare)}. "
+            "Unpack the video's archive again, or remove the video."
+        )
+    if lone := [stem for stem in masks if stem not in frames]:
+        raise UserError(
+            f"{video} has {count_of(lone, 'mask')} without extracted frame: {listed(lone)}. "
+            f"Extract them: {prepare_command(root)}"
+        )
+    return [Pair(f"{video.name}/{stem}", frames[stem], masks[stem]) for stem in masks]
+
+
+def _is_due(stem: str) -> bool:
+    return not stem.isdigit() or int(stem) % MASK_STEP == 0

@@ -1,0 +1,222 @@
+"""Random joint changes of an image and its mask: one warp, one colour matrix, one source of chance."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from dinoseg.errors import UserError
+
+_OUTSIDE = (128, 128, 128)  # grey beyond the image's border; the mask says ignore there
+_AREA_BELOW = 0.8  # bilinear reads 2 x 2 pixels: shrinking further skips some, so average them first
+_LUMA = np.array([0.299, 0.587, 0.114])
+_YIQ = np.array([_LUMA, [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+
+
+def _check(key: str, value: float, most: float) -> None:
+    if not 0 <= value <= most:
+        raise UserError(f"data.augment: {key}={value} is outside its range: give a number from 0 to {most}.")
+
+
+@dataclass(frozen=True)
+class Affine:
+    """Ranges of a random affine change.
+
+    Args:
+        degrees: turn by up to so much to either side.
+        translate: shift by up to this share of the visible width and height.
+        shear: slant by up to so many degrees.
+    """
+
+    degrees: float = 0.0
+    translate: float = 0.0
+    shear: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse what would leave nothing visible."""
+        _check("degrees", self.degrees, 180)
+        _check("translate", self.translate, 0.9)
+        _check("shear", self.shear, 60)
+
+
+@dataclass(frozen=True)
+class ColorJitter:
+    """Ranges of a random colour change; a factor is drawn from 1 - x to 1 + x.
+
+    Args:
+        brightness: of the factor on all values.
+        contrast: of the factor on the distance from the mean grey.
+        saturation: of the factor on the distance from each pixel's own grey.
+        hue: turn of the colour circle to either side, 0.5 is half the circle.
+    """
+
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse factors below 0."""
+        for key, most in (("brightness", 1), ("contrast", 1), ("saturation", 1), ("hue", 0.5)):
+            _check(key, getattr(self, key), most)
+
+
+class Augment:
+    """Image and mask of any size to a random view of `crop` size.
+
+    The longer side is first limited to `longest`, as the model does; then come scale, affine change about
+    the centre, crop (padded where the image is smaller), flip, and colour. All geometry is one warp: image
+    bilinear, mask nearest; what lies outside the image is ignored.
+
+    Args:
+        crop: (H, W) of the result, pixels.
+        scale: least and largest factor, drawn evenly in its logarithm.
+        longest: larger images are reduced until their longer side has this many pixels.
+        affine: turn, shift and slant.
+        flip: probability of mirroring left and right.
+        color: brightness, contrast, saturation and hue.
+        ignore_index: id of mask pixels outside the image.
+    """
+
+    def __init__(
+        self,
+        crop: Sequence[int],
+        *,
+        scale: Sequence[float] = (1.0, 1.0),
+        longest: int | None = None,
+        affine: Affine = Affine(),  # noqa: B008 (frozen)
+        flip: float = 0.0,
+        color: ColorJitter = ColorJitter(),  # noqa: B008 (frozen)
+        ignore_index: int = 255,
+    ) -> None:
+        if len(crop) != 2 or min(crop) < 1:
+            raise UserError(f"crop={list(crop)}: give [height, width] in pixels, each at least 1.")
+        if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
+            raise UserError(
+                f"data.augment.scale={list(scale)}: give [least, largest] with 0 < least <= largest."
+            )
+        if longest is not None and longest < 1:
+            raise UserError(f"longest={longest}: give a number of pixels, or null for no limit.")
+        _check("flip", flip, 1)
+        self.crop = (int(crop[0]), int(crop[1]))
+        self.scale = (float(scale[0]), float(scale[1]))
+        self.longest = longest
+        self.affine = affine
+        self.flip = flip
+        self.color = color
+        self.ignore_index = ignore_index
+
+    def __call__(
+        self, image: np.ndarray, mask: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return a view of image (H, W, 3) and mask (H, W), both uint8.
+
+        The number of draws from `rng` is always the same, so one setting does not change another's chance.
+        """
+        chance = rng.random(12)
+        height, width = mask.shape
+        zoom = self._zoom((height, width), chance[0])
+        matrix = self._matrix((height, width), zoom, chance[1:8])
+        seen = _warp_image(image, matrix, zoom, self.crop)
+        ids = cv2.warpAffine(
+            mask,
+            matrix[:2],
+            self.crop[::-1],
+            flags=cv2.INTER_NEAREST,
+            borderMode=cv2.BORDER_CONSTANT,
+            borderValue=(self.ignore_index,),
+        )
+        return _recolor(seen, self.color, chance[8:]), ids
+
+    def _zoom(self, size: tuple[int, int], chance: float) -> tuple[float, float]:
+        """Return output pixels per image pixel, vertically and horizontally."""
+        least, largest = self.scale
+        factor = least * (largest / least) ** chance
+        limit = min(1.0, self.longest / max(size)) if self.longest else 1.0
+        vertical, horizontal = (factor * max(1, round(side * limit)) / side for side in size)
+        return vertical, horizontal
+
+    def _matrix(self, size: tuple[int, int], zoom: tuple[float, float], chance: np.ndarray) -> np.ndarray:
+        """Return (3, 3): image pixel centre (x, y, 1) to its place in the crop."""
+        height, width = size[0] * zoom[0], size[1] * zoom[1]
+        crop_height, crop_width = self.crop
+        signed = 2 * chance - 1
+        turn = _turn_and_slant(self.affine.degrees * signed[0], self.affine.shear * signed[1])
+        shift_x = self.affine.translate * signed[2] * min(width, crop_width)
+        shift_y = self.affine.translate * signed[3] * min(height, crop_height)
+        centre_x, centre_y = (width - 1) / 2, (height - 1) / 2
+        matrix = (
+            _move(
+                shift_x - _place(width - crop_width, chance[4]),
+                shift_y - _place(height - crop_height, chance[5]),
+            )
+            @ (_move(centre_x, centre_y) @ turn @ _move(-centre_x, -centre_y))
+            @ _resize(zoom)
+        )
+        if chance[6] < self.flip:
+            matrix = np.array([[-1.0, 0, crop_width - 1], [0, 1, 0], [0, 0, 1]]) @ matrix
+        return matrix
+
+
+def _place(room: float, chance: float) -> int:
+    """Return where a crop starts, in whole pixels; `room` is negative where the image is smaller."""
+    return round(min(0.0, room) + abs(room) * chance)
+
+
+def _warp_image(
+    image: np.ndarray, matrix: np.ndarray, zoom: tuple[float, float], crop: tuple[int, int]
+) -> np.ndarray:
+    if min(zoom) < _AREA_BELOW:
+        height, width = image.shape[:2]
+        small = (max(1, round(height * zoom[0])), max(1, round(width * zoom[1])))
+        image = cv2.resize(image, small[::-1], interpolation=cv2.INTER_AREA)
+        matrix = matrix @ np.linalg.inv(_resize((small[0] / height, small[1] / width)))
+    return cv2.warpAffine(
+        image,
+        matrix[:2],
+        crop[::-1],
+        flags=cv2.INTER_LINEAR,
+        borderMode=cv2.BORDER_CONSTANT,
+        borderValue=_OUTSIDE,
+    )
+
+
+def _recolor(image: np.ndarray, color: ColorJitter, chance: np.ndarray) -> np.ndarray:
+    """Apply brightness, contrast, saturation and hue as one matrix, so that values are clipped only once."""
+    if color == ColorJitter():
+        return image
+    signed = 2 * chance - 1
+    brightness = 1 + color.brightness * signed[0]
+    contrast = 1 + color.contrast * signed[1]
+    saturation = 1 + color.saturation * signed[2]
+    angle = 2 * math.pi * color.hue * signed[3]
+    chroma = np.array(
+        [
+            [1, 0, 0],
+            [0, saturation * math.cos(angle), -saturation * math.sin(angle)],
+            [0, saturation * math.sin(angle), saturation * math.cos(angle)],
+        ]
+    )
+    linear = brightness * contrast * (np.linalg.inv(_YIQ) @ chroma @ _YIQ)
+    mean_grey = float(np.dot(cv2.mean(image)[:3], _LUMA))
+    offset = np.full((3, 1), (1 - contrast) * brightness * mean_grey)
+    return cv2.transform(image, np.hstack([linear, offset]))
+
+
+def _turn_and_slant(degrees: float, shear: float) -> np.ndarray:
+    angle, slant = math.radians(degrees), math.tan(math.radians(shear))
+    cosine, sine = math.cos(angle), math.sin(angle)
+    turn = np.array([[cosine, -sine, 0], [sine, cosine, 0], [0, 0, 1]])
+    return turn @ np.array([[1, slant, 0], [0, 1, 0], [0, 0, 1]])
+
+
+def _resize(zoom: tuple[float, float]) -> np.ndarray:
+    """Return the matrix that maps pixel centres when an image is resized."""
+    vertical, horizontal = zoom
+    return np.array([[horizontal, 0, (horizontal - 1) / 2], [0, vertical, (vertical - 1) / 2], [0, 0, 1]])
+
+
+def _move(x: float, y: float) -> np.ndarray:
+    return np.array([[1, 0, x], [0, 1, y], [0, 0, 1]])

@@ -1,0 +1,36 @@
+"""A per-patch MLP that writes a block of pixels for each token."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dinoseg.geometry import upsample
+
+
+class MlpHead(nn.Module):
+    """Three linear layers per token, each K * P * P wide; the last is a P x P block of class scores.
+
+    No mixing between patches: all context comes from the backbone.
+    """
+
+    def __init__(self, in_dim: int, num_layers: int, num_classes: int, patch_size: int) -> None:
+        super().__init__()
+        width = num_classes * patch_size**2
+        self.patch_size = patch_size
+        self.layers = nn.Sequential(
+            nn.Linear(in_dim * num_layers, width),
+            nn.ReLU(),
+            nn.Linear(width, width),
+            nn.ReLU(),
+            nn.Linear(width, width),
+        )
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        """Return class scores of the padded input (B, K, h * P, w * P)."""
+        tokens = torch.cat(features, dim=1).permute(0, 2, 3, 1)  # (B, h, w, C * L)
+        blocks = self.layers(tokens).permute(0, 3, 1, 2)  # (B, K * P * P, h, w)
+        return F.pixel_shuffle(blocks, self.patch_size)
+
+    def predict(self, outputs: Tensor, size: tuple[int, int], valid: tuple[float, float]) -> Tensor:
+        """Return class scores (B, K, H, W): the pixels themselves, or bilinear between them."""
+        return upsample(outputs, size, valid)

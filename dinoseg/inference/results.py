@@ -1,0 +1,84 @@
+"""What a prediction leaves on disk: one folder per image, whole or not at all."""
+
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from dinoseg.images import write_png
+from dinoseg.report.overlay import blend, legend_of, side_by_side
+from dinoseg.report.palette import colorize
+from dinoseg.report.table import class_statistics, write_text
+from dinoseg.shapes import Palette
+
+
+def write_image_results(
+    folder: Path,
+    image: np.ndarray,
+    mask: np.ndarray,
+    *,
+    classes: Sequence[str],
+    palette: Palette,
+    ignore_index: int = 255,
+    opacity: float = 0.5,
+) -> None:
+    """Write an image (H, W, 3) and its class ids (H, W) uint8 to `folder`, replacing an older result.
+
+    original.png, segmentation_raw.npy, segmentation_colored.png, comparison.png (image | overlay, with a
+    legend) and class_statistics.txt.
+    """
+    overlay = blend(image, mask, palette, ignore_index=ignore_index, opacity=opacity)
+    legend = legend_of([mask], classes, palette, ignore_index=ignore_index, opacity=opacity)
+    with whole_folder(folder) as part:
+        write_png(part / "original.png", image)
+        np.save(part / "segmentation_raw.npy", mask)
+        write_png(part / "segmentation_colored.png", colorize(mask, palette, ignore_index))
+        write_png(
+            part / "comparison.png", side_by_side([("image", image), ("segmentation", overlay)], legend)
+        )
+        write_text(part / "class_statistics.txt", class_statistics(mask, classes))
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Give a temporary folder that takes the name `folder` at the end, or vanishes on an exception."""
+    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(part, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def result_names(paths: Sequence[Path]) -> list[str]:
+    """Return a name for each input's results: its stem, and where several share it, what tells them apart.
+
+    `a/x.jpg` and `b/x.jpg` become `a_x_jpg` and `b_x_jpg`. Upper and lower case count as equal, since some
+    file systems think so.
+    """
+    stems = Counter(path.stem.casefold() for path in paths)
+    parent = Path(os.path.commonpath([path.absolute().parent for path in paths]))
+    names: list[str] = []
+    taken = {stem for stem, count in stems.items() if count == 1}
+    for path in paths:
+        name = path.stem
+        if stems[name.casefold()] > 1:
+            inner = path.absolute().relative_to(parent)
+            base = name = "_".join(inner.parts).replace(".", "_")
+            number = 2
+            while name.casefold() in taken:
+                name = f"{base}_{number}"
+                number += 1
+            taken.add(name.casefold())
+        names.append(name)
+    return names

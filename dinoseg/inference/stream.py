@@ -1,0 +1,99 @@
+"""Decode | model | write as a pipeline: three stages at once, in order, with bounded queues between them."""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+Read = TypeVar("Read")
+Done = TypeVar("Done")
+_END = object()
+_POLL = 0.05  # seconds between two looks at whether another stage has failed
+
+
+@dataclass
+class Throughput:
+    """How much went through a pipeline, and the wall time from the first read to the last write."""
+
+    items: int
+    seconds: float
+
+
+def run_pipeline(
+    read: Iterable[Read], infer: Callable[[Read], Done], write: Callable[[Done], None], *, depth: int = 4
+) -> Throughput:
+    """Write `infer(item)` for each item of `read`, in order.
+
+    `read` is iterated in a thread, `write` called in another, `infer` runs in the caller's, which owns the
+    device. At most `depth` items wait before and after the model. The first exception of any stage stops
+    all three and is raised here, after both threads have ended.
+    """
+    start = time.perf_counter()
+    pipeline = _Pipeline(depth)
+    reader = threading.Thread(target=pipeline.guard, args=(pipeline.feed, read), name="read", daemon=True)
+    writer = threading.Thread(target=pipeline.guard, args=(pipeline.drain, write), name="write", daemon=True)
+    reader.start()
+    writer.start()
+    pipeline.guard(pipeline.transform, infer)
+    for thread in (reader, writer):
+        pipeline.guard(threading.Thread.join, thread)  # Ctrl-C here stops the stages, too
+        thread.join()
+    if pipeline.error is not None:
+        raise pipeline.error
+    return Throughput(pipeline.written, time.perf_counter() - start)
+
+
+class _Pipeline:
+    def __init__(self, depth: int) -> None:
+        self.error: BaseException | None = None
+        self.written = 0
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._read: queue.Queue[Any] = queue.Queue(depth)
+        self._done: queue.Queue[Any] = queue.Queue(depth)
+
+    def guard(self, stage: Callable[[Any], None], argument: Any) -> None:
+        try:
+            stage(argument)
+        except BaseException as error:  # KeyboardInterrupt too must stop the other stages
+            with self._lock:
+                self.error = self.error or error
+            self._stop.set()
+
+    def feed(self, read: Iterable[Any]) -> None:
+        for item in read:
+            if not self._put(self._read, item):
+                return
+        self._put(self._read, _END)
+
+    def transform(self, infer: Callable[[Any], Any]) -> None:
+        for item in self._items(self._read):
+            if not self._put(self._done, infer(item)):
+                return
+        self._put(self._done, _END)
+
+    def drain(self, write: Callable[[Any], None]) -> None:
+        for item in self._items(self._done):
+            write(item)
+            self.written += 1
+
+    def _items(self, source: queue.Queue[Any]) -> Iterator[Any]:
+        while not self._stop.is_set():
+            try:
+                item = source.get(timeout=_POLL)
+            except queue.Empty:
+                continue
+            if item is _END:
+                return
+            yield item
+
+    def _put(self, target: queue.Queue[Any], item: Any) -> bool:
+        while not self._stop.is_set():
+            try:
+                target.put(item, timeout=_POLL)
+            except queue.Full:
+                continue
+            return True
+        return False

@@ -1,0 +1,49 @@
+"""Losses on every labelled pixel, at the labels' own resolution."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dinoseg.errors import UserError
+from dinoseg.shapes import Batch, Prediction
+
+
+class CrossEntropy(nn.Module):
+    """Cross-entropy over pixels, the class scores brought to the masks' size first.
+
+    Args:
+        class_weights: one weight (K,) per class; the mean is over the summed weights, as in
+            `torch.nn.functional.cross_entropy`.
+        ignore_index: mask value that counts for nothing.
+        label_smoothing: share of the target spread evenly over the classes, in [0, 1).
+    """
+
+    weight: Tensor
+
+    def __init__(self, class_weights: Tensor, ignore_index: int = 255, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        if not 0 <= label_smoothing < 1:
+            raise UserError(
+                f"loss.label_smoothing={label_smoothing}: give a number of at least 0 and below 1."
+            )
+        self.register_buffer("weight", class_weights, persistent=False)
+        self.ignore_index = ignore_index
+        self.label_smoothing = label_smoothing
+
+    def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss and its parts; a batch without a labelled pixel gives 0."""
+        height, width = batch.mask.shape[-2:]
+        logits = prediction.logits((height, width)).float()
+        target = batch.mask.long()
+        total = F.cross_entropy(
+            logits,
+            target,
+            self.weight,
+            ignore_index=self.ignore_index,
+            reduction="sum",
+            label_smoothing=self.label_smoothing,
+        )
+        labelled = target != self.ignore_index
+        weight = self.weight[target.where(labelled, 0)].where(labelled, 0).sum()
+        value = total / weight.clamp(min=torch.finfo(torch.float32).tiny)
+        return value, {"loss": value.detach()}

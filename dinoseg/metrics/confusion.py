@@ -1,0 +1,148 @@
+"""One confusion matrix for a whole data set, and the scores that follow from it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dinoseg.errors import UserError
+
+
+class ConfusionMatrix:
+    """Pixel counts of (reference class, predicted class), exact in int64.
+
+    `counts` is one flat tensor, so that a single sum over ranks merges everything: the K * K matrix in
+    row order, then the ignored pixels, then reference ids and predicted ids outside 0..K-1.
+    """
+
+    def __init__(self, num_classes: int, ignore_index: int = 255) -> None:
+        if num_classes < 1:
+            raise UserError(f"num_classes is {num_classes}, and must be at least 1. Correct data.classes.")
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+        self.counts = torch.zeros(num_classes**2 + 3, dtype=torch.int64)
+
+    @property
+    def matrix(self) -> Tensor:
+        """Counts (K, K): rows are reference classes, columns are predicted ones."""
+        return self.counts[: self.num_classes**2].view(self.num_classes, self.num_classes)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.counts = torch.zeros_like(self.counts)
+
+    def update(self, prediction: Tensor, mask: Tensor) -> None:
+        """Count predicted ids (B, H, W) against reference ids (B, H, W), both of any integer type.
+
+        An accelerator is never waited for: ids outside the classes raise here on the CPU, elsewhere in
+        `compute`.
+
+        Raises:
+            UserError: a mask holds an id that is neither a class nor the ignore index.
+            ValueError: the shapes differ, or a tensor is not of an integer type.
+        """
+        _check(prediction, mask)
+        size = self.num_classes
+        prediction, mask = prediction.reshape(-1).long(), mask.reshape(-1).long()
+        bins = mask * size + prediction
+        bins = bins.where((prediction >= 0) & (prediction < size), size**2 + 2)
+        unknown = (mask < 0) | (mask >= size)
+        bins = bins.where(~unknown, size**2 + 1)
+        bins = bins.where(mask != self.ignore_index, size**2)
+        self.counts = self.counts.to(bins.device) + _histogram(bins, len(self.counts))
+        if bins.device.type == "cpu":
+            wrong = mask[bins == size**2 + 1]
+            self._raise_for_outsiders(f" (found: {wrong.unique().tolist()})" if len(wrong) else "")
+
+    def merge(self, other: "ConfusionMatrix") -> None:
+        """Add the counts of another matrix of the same classes."""
+        if (other.num_classes, other.ignore_index) != (self.num_classes, self.ignore_index):
+            raise ValueError(
+                f"Cannot merge {other.num_classes} classes with ignore index {other.ignore_index} into "
+                f"{self.num_classes} classes with ignore index {self.ignore_index}."
+            )
+        self.counts = self.counts + other.counts.to(self.counts.device)
+
+    def compute(self) -> dict[str, Any]:
+        """Return the scores as plain numbers in 0..1, ready for JSON; None means undefined.
+
+        A class that neither the reference nor the prediction holds has no score at all ("absent") and
+        enters no mean. A class's `accuracy` is its recall. `miou_no_background` leaves class 0 out.
+
+        Returns:
+            `miou`, `miou_no_background`, `dice` (means over the present classes), `accuracy` (share of
+            the pixels), `mean_accuracy` (mean recall over the reference's classes), `present_classes`,
+            `pixels`, `ignored_pixels`, `matrix`, and `classes`: for each class `id`, `iou`, `dice`,
+            `accuracy`, `precision`, `recall`, `pixels` (reference), `predicted_pixels`.
+
+        Raises:
+            UserError: a mask held an id that is neither a class nor the ignore index.
+        """
+        self._raise_for_outsiders("")
+        matrix = self.matrix.tolist()
+        classes = [_class_scores(matrix, index) for index in range(self.num_classes)]
+        pixels = sum(map(sum, matrix))
+        return {
+            "miou": _mean(row["iou"] for row in classes),
+            "miou_no_background": _mean(row["iou"] for row in classes[1:]),
+            "dice": _mean(row["dice"] for row in classes),
+            "accuracy": _ratio(sum(matrix[index][index] for index in range(self.num_classes)), pixels),
+            "mean_accuracy": _mean(row["recall"] for row in classes),
+            "present_classes": sum(row["iou"] is not None for row in classes),
+            "pixels": pixels,
+            "ignored_pixels": int(self.counts[-3]),
+            "matrix": matrix,
+            "classes": classes,
+        }
+
+    def _raise_for_outsiders(self, found: str) -> None:
+        references, predictions = self.counts[-2:].tolist()
+        if references:
+            raise UserError(
+                f"{references} mask pixels hold ids outside 0..{self.num_classes - 1}{found} that are not "
+                f"the ignore index {self.ignore_index}. Correct the masks, data.classes or data.ignore_index."
+            )
+        if predictions:
+            raise ValueError(f"{predictions} predicted ids lie outside 0..{self.num_classes - 1}.")
+
+
+def _check(prediction: Tensor, mask: Tensor) -> None:
+    if prediction.shape != mask.shape:
+        raise ValueError(f"Prediction {tuple(prediction.shape)} and mask {tuple(mask.shape)} differ.")
+    for name, ids in (("prediction", prediction), ("mask", mask)):
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise ValueError(f"The {name} is {ids.dtype}; class ids are of an integer type.")
+
+
+def _histogram(bins: Tensor, length: int) -> Tensor:
+    if bins.device.type in ("cpu", "mps"):
+        return torch.bincount(bins, minlength=length)
+    # on CUDA torch.bincount reads the largest value back, and so waits for the device
+    zeros = torch.zeros(length, dtype=torch.int64, device=bins.device)
+    return zeros.scatter_add_(0, bins, torch.ones_like(bins))
+
+
+def _class_scores(matrix: list[list[int]], index: int) -> dict[str, Any]:
+    hit = matrix[index][index]
+    reference = sum(matrix[index])
+    predicted = sum(row[index] for row in matrix)
+    recall = _ratio(hit, reference)
+    return {
+        "id": index,
+        "iou": _ratio(hit, reference + predicted - hit),
+        "dice": _ratio(2 * hit, reference + predicted),
+        "accuracy": recall,
+        "precision": _ratio(hit, predicted),
+        "recall": recall,
+        "pixels": reference,
+        "predicted_pixels": predicted,
+    }
+
+
+def _ratio(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
+
+
+def _mean(values) -> float | None:
+    defined = [value for value in values if value is not None]
+    return sum(defined) / len(defined) if defined else None

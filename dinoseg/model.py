@@ -1,0 +1,79 @@
+"""The segmenter: a backbone and a head, what of them is trained, and how an image enters."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dinoseg.errors import UserError
+from dinoseg.geometry import valid_share
+from dinoseg.shapes import Prediction
+
+
+class Segmenter(nn.Module):
+    """Images (B, 3, H, W), uint8 RGB, to a `Prediction` that gives class scores at any size.
+
+    Args:
+        backbone: an adapted backbone; in eval mode for good when none of it is trained.
+        head: turns its feature maps into outputs, and those into pixels.
+        scale: backbone pixels per image pixel; 0.5 feeds half the resolution.
+        longest: larger images are reduced until their longer side has this many pixels, before `scale`.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, head: nn.Module, *, scale: float = 1.0, longest: int | None = None
+    ) -> None:
+        super().__init__()
+        if scale <= 0:
+            raise UserError(
+                f"resolution.scale={scale}: give a number above 0, such as 0.5 for half resolution."
+            )
+        if longest is not None and longest < 1:
+            raise UserError(f"resolution.longest={longest}: give a number of pixels, or null for no limit.")
+        self.backbone = backbone
+        self.head = head
+        self.scale = scale
+        self.longest = longest
+
+    def forward(self, images: Tensor) -> Prediction:
+        """Predict for images of one size."""
+        height, width = images.shape[-2:]
+        pixels = self._resize(images)
+        size = (pixels.shape[-2], pixels.shape[-1])
+        outputs = self.head(self.backbone(pixels))
+        valid = valid_share(size, self.backbone.patch_size)  # type: ignore[arg-type]
+        return Prediction(outputs, (height, width), valid, self.head.predict)  # type: ignore[arg-type]
+
+    def train(self, mode: bool = True) -> "Segmenter":
+        """Switch mode, but leave a backbone that is not trained in eval mode."""
+        super().train(mode)
+        self.backbone.train(mode and any(p.requires_grad for p in self.backbone.parameters()))
+        return self
+
+    def _resize(self, images: Tensor) -> Tensor:
+        """Return float images in 0..1 at the resolution that the backbone sees."""
+        images = images.float() / 255 if images.dtype == torch.uint8 else images
+        size = backbone_size((images.shape[-2], images.shape[-1]), self.scale, self.longest)
+        if size == tuple(images.shape[-2:]):
+            return images
+        return F.interpolate(images, size, mode="bilinear", antialias=True)
+
+
+def backbone_size(size: tuple[int, int], scale: float, longest: int | None) -> tuple[int, int]:
+    """Return the (H, W) at which an image of `size` enters the backbone, at least one pixel a side."""
+    factor = scale * (min(1.0, longest / max(size)) if longest else 1.0)
+    return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
+
+
+def trained_names(model: nn.Module) -> set[str]:
+    """Return the names in the state dict that training changes: what a checkpoint has to hold.
+
+    Trainable parameters, and the buffers of modules that run in train mode (running means). A backbone
+    of random weights is held whole, since it cannot be had again.
+    """
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    state = model.state_dict().keys()
+    backbone = getattr(model, "backbone", None)
+    if getattr(backbone, "weights", None) == "random":
+        return set(state)
+    parameters = {name for name, _ in model.named_parameters()}
+    return names | {name for name in state - parameters if name.startswith("head.")}

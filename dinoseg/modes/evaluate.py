@@ -1,0 +1,77 @@
+"""mode=eval: score a trained model on a split, with tables and pictures."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from dinoseg import build
+from dinoseg.images import write_png
+from dinoseg.report.confusion import confusion_picture
+from dinoseg.report.overlay import compare
+from dinoseg.report.table import class_table, write_csv, write_json
+from dinoseg.resume import load_trained
+from dinoseg.shapes import Batch, SegmentationData
+from dinoseg.training.engine import Engine
+from dinoseg.training.evaluate import evaluate
+
+logger = logging.getLogger(__name__)
+
+
+def run(cfg: DictConfig, *, out_dir: Path, split: str = "val", metrics_only: bool = False) -> dict[str, Any]:
+    """Score the checkpoint that `resume` names on a split and return the scores.
+
+    Args:
+        cfg: the whole config, merged with the checkpoint's.
+        out_dir: the run folder; everything is written into it.
+        split: train, val or test.
+        metrics_only: write no pictures of single images.
+    """
+    trained = load_trained(cfg)
+    out_dir = Path(trained.engine.share(str(out_dir)))
+    data = build.dataset(cfg, split)
+    scores = score(trained.model, data, trained.engine, out_dir, metrics_only=metrics_only)
+    return {**scores, "run": str(out_dir)}
+
+
+def score(
+    model: nn.Module, data: SegmentationData, engine: Engine, out_dir: Path, *, metrics_only: bool
+) -> dict[str, Any]:
+    """Evaluate, print the table, and write scores.json, scores.csv, confusion.png and the pictures to `out_dir`.
+
+    Pictures lie in `out_dir`/predictions/<name>_vis.png (frame | prediction | reference) and <name>_pred.png (class
+    ids at full size).
+    """
+
+    def draw(batch: Batch, ids: Tensor) -> None:
+        for image, mask, prediction, name in zip(batch.image, batch.mask, ids, batch.names, strict=True):
+            _write_pictures(out_dir / "predictions" / name, data, image, mask, prediction)
+
+    scores = evaluate(model, data, engine, on_batch=None if metrics_only else draw)
+    if engine.is_main:
+        write_json(out_dir / "scores.json", scores)
+        write_csv(out_dir / "scores.csv", scores, data.classes)
+        write_png(out_dir / "confusion.png", confusion_picture(scores["matrix"], data.classes))
+        print(class_table(scores, data.classes))
+        print(
+            f"\nwritten to {out_dir}: scores.json, scores.csv, confusion.png{'' if metrics_only else ', predictions/'}"
+        )
+    return scores
+
+
+def _write_pictures(stem: Path, data: SegmentationData, image: Tensor, mask: Tensor, ids: Tensor) -> None:
+    frame: np.ndarray = image.permute(1, 2, 0).cpu().numpy()
+    prediction, reference = ids.cpu().numpy(), mask.cpu().numpy()
+    strip = compare(
+        frame,
+        prediction,
+        reference,
+        classes=data.classes,
+        palette=data.palette,
+        ignore_index=data.ignore_index,
+    )
+    write_png(stem.with_name(f"{stem.name}_vis.png"), strip)
+    write_png(stem.with_name(f"{stem.name}_pred.png"), prediction)

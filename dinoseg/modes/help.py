@@ -1,0 +1,50 @@
+"""mode=help and --help: every group, every option, and the commands to start with."""
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+COMMANDS = """\
+dinoseg turns DINO backbones into segmenters.
+
+usage: python -m dinoseg mode=MODE [hparam=RECIPE] [GROUP=OPTION ...] [KEY=VALUE ...]
+
+  python -m dinoseg mode=prepare data=sarrarp data.root=DIR          unpack a data set as downloaded
+  python -m dinoseg mode=train hparam=sarrarp_lora data.root=DIR     train a recipe
+  python -m dinoseg mode=train hparam=sarrarp_lora resume=auto       go on with its newest run
+  python -m dinoseg -m mode=train hparam=sarrarp_lora head=linear,mlp adapter.rank=8,16
+                                                                     a sweep, with a table at the end
+  python -m dinoseg mode=eval resume=RUN                             score a run folder or checkpoint
+  python -m dinoseg mode=predict resume=RUN input=PATH               image, folder, glob or video
+  python -m dinoseg mode=summary hparam=sarrarp_lora                 parameters by part, no weights needed
+  python -m dinoseg mode=train hparam=sarrarp_lora --cfg job         show the composed config
+
+Groups and their options (choose with GROUP=OPTION; RECIPE is an option of hparam):
+"""
+
+
+def overview() -> str:
+    """Return the help text: commands, then every config group with its options."""
+    folder = Path(str(files("dinoseg"))) / "cfg"
+    groups = sorted(
+        path for path in folder.iterdir() if path.is_dir() and path.name not in ("hydra", "local")
+    )
+    return COMMANDS + "\n".join(f"  {group.name + ':':10}{_wrapped(_options(group))}" for group in groups)
+
+
+def show(cfg: Any, *, out_dir: Path) -> None:
+    """Print the overview."""
+    print(overview())
+
+
+def _options(group: Path) -> list[str]:
+    return sorted(path.stem for path in group.glob("*.yaml") if not path.stem.startswith("_"))
+
+
+def _wrapped(options: list[str], width: int = 96) -> str:
+    lines = [""]
+    for option in options:
+        if lines[-1] and len(lines[-1]) + len(option) > width:
+            lines.append("")
+        lines[-1] += f" {option}"
+    return ("\n" + " " * 12).join(line.strip() for line in lines)

@@ -1,0 +1,182 @@
+"""mode=predict: segment an image, a folder, a glob pattern or a video with a trained model."""
+
+import logging
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from dinoseg.errors import UserError
+from dinoseg.images import read_image, write_png
+from dinoseg.inference.media import VideoReader, VideoWriter, is_video, list_inputs
+from dinoseg.inference.results import result_names, whole_folder, write_image_results
+from dinoseg.inference.stream import run_pipeline
+from dinoseg.report.overlay import blend
+from dinoseg.resume import Trained, load_trained
+
+logger = logging.getLogger(__name__)
+_DEPTH = 2  # batches that wait on either side of the model
+_Named = tuple[str, np.ndarray]  # what the results are called, and an image (H, W, 3)
+
+
+def predict(
+    cfg: Any, *, out_dir: Path, input: str | None, masks: bool, opacity: float, batch_size: int
+) -> dict[str, Any]:
+    """Segment everything `input` stands for, at its own size, into `out_dir`; return counts and rates.
+
+    An image gives the folder <stem>_segmentation, a video <stem>_overlay.mp4 and, with `masks`, the class
+    ids of each frame as <stem>_masks/%09d.png. What cannot be read is left out, and named at the end.
+
+    Raises:
+        UserError: an option is out of range, nothing can be read, or some inputs failed.
+    """
+    if not input:
+        raise UserError("mode=predict needs something to segment: give input=<image, folder, glob or video>.")
+    if not 0 <= opacity <= 1:
+        raise UserError(f"mode.opacity={opacity}: give a number from 0 (frame only) to 1 (colours only).")
+    if batch_size < 1:
+        raise UserError(f"mode.batch_size={batch_size}: give a number of images of at least 1.")
+    paths = list_inputs(input)
+    job = _Job(load_trained(cfg), Path(out_dir), opacity, batch_size, masks)
+    try:
+        totals = _segment_all(job, paths)
+    except OSError as error:
+        raise UserError(
+            f"Cannot write below {out_dir} ({error}). Free some disk space, or choose another hydra.run.dir."
+        ) from error
+    if job.failures:
+        named = "".join(f"\n  {message}" for message in job.failures)
+        raise UserError(
+            f"{len(job.failures)} of {len(paths)} inputs failed, the rest is in {out_dir}:{named}"
+        )
+    logger.info("Results are in %s", out_dir)
+    return {**totals, "run": str(out_dir)}
+
+
+@dataclass
+class _Job:
+    trained: Trained
+    out_dir: Path
+    opacity: float
+    batch_size: int
+    masks: bool
+    failures: list[str] = field(default_factory=list)
+
+    @torch.inference_mode()
+    def segment(self, frames: Sequence[np.ndarray]) -> np.ndarray:
+        """Return the class ids (B, H, W) uint8 of frames (H, W, 3) of one size."""
+        images = torch.from_numpy(np.stack(frames)).to(self.trained.device)
+        with self.trained.autocast():
+            prediction = self.trained.model(images.permute(0, 3, 1, 2).contiguous())
+        # the indices of max are those of argmax, which takes 6 times as long on a CPU
+        return prediction.logits().max(dim=1).indices.to(torch.uint8).cpu().numpy()
+
+
+def _segment_all(job: _Job, paths: Sequence[Path]) -> dict[str, Any]:
+    named = list(zip(paths, result_names(paths), strict=True))
+    images = [entry for entry in named if not is_video(entry[0])]
+    totals = _segment_images(job, images) if images else {}
+    frames, seconds = 0, 0.0
+    for path, name in named:
+        if not is_video(path):
+            continue
+        try:
+            count, took = _segment_video(job, path, name)
+        except UserError as error:
+            job.failures.append(str(error))
+            continue
+        frames, seconds = frames + count, seconds + took
+        logger.info("%s: %s with reading and writing", path.name, _rate(count, took, "frames"))
+    return totals | ({"frames": frames, "frames_per_s": frames / seconds} if frames else {})
+
+
+def _segment_images(job: _Job, images: Sequence[tuple[Path, str]]) -> dict[str, Any]:
+    def infer(batch: list[_Named]) -> tuple[list[_Named], np.ndarray]:
+        return batch, job.segment([image for _, image in batch])
+
+    def write(done: tuple[list[_Named], np.ndarray]) -> None:
+        for (name, image), ids in zip(*done, strict=True):
+            write_image_results(
+                job.out_dir / f"{name}_segmentation",
+                image,
+                ids,
+                classes=job.trained.classes,
+                palette=job.trained.palette,
+                ignore_index=job.trained.ignore_index,
+                opacity=job.opacity,
+            )
+            bar.update()
+
+    with tqdm(total=len(images), unit="image", disable=None) as bar:
+        passed = run_pipeline(_readable_batches(job, images), infer, write, depth=_DEPTH)
+    count = len(images) - len(job.failures)
+    logger.info("%s with reading and writing", _rate(count, passed.seconds, "images"))
+    return {"images": count, "images_per_s": count / passed.seconds}
+
+
+def _readable_batches(job: _Job, images: Sequence[tuple[Path, str]]) -> Iterator[list[_Named]]:
+    """Yield runs of images of one size, at most a batch long; what cannot be read becomes a failure."""
+    batch: list[_Named] = []
+    for path, name in images:
+        try:
+            image = read_image(path)
+        except UserError as error:
+            job.failures.append(str(error))
+            continue
+        if batch and (len(batch) == job.batch_size or batch[0][1].shape != image.shape):
+            yield batch
+            batch = []
+        batch.append((name, image))
+    if batch:
+        yield batch
+
+
+def _segment_video(job: _Job, path: Path, name: str) -> tuple[int, float]:
+    """Write a video's overlay and masks; return the number of frames and the seconds taken."""
+    start = time.perf_counter()
+    with ExitStack() as stack:
+        reader = stack.enter_context(VideoReader(path))
+        folder = stack.enter_context(whole_folder(job.out_dir / f"{name}_masks")) if job.masks else None
+        writer = stack.enter_context(
+            VideoWriter(job.out_dir / f"{name}_overlay.mp4", reader.fps, reader.size)
+        )
+        bar = stack.enter_context(
+            tqdm(total=reader.count or None, unit="frame", desc=path.name, disable=None)
+        )
+
+        def infer(frames: list[np.ndarray]) -> tuple[list[np.ndarray], np.ndarray]:
+            return frames, job.segment(frames)
+
+        def write(done: tuple[list[np.ndarray], np.ndarray]) -> None:
+            for frame, ids in zip(*done, strict=True):
+                if folder is not None:
+                    write_png(folder / f"{writer.frames_written:09d}.png", ids)
+                overlay = blend(
+                    frame,
+                    ids,
+                    job.trained.palette,
+                    ignore_index=job.trained.ignore_index,
+                    opacity=job.opacity,
+                )
+                writer.write(overlay)
+            bar.update(len(ids))
+
+        run_pipeline(_batches(reader, job.batch_size), infer, write, depth=_DEPTH)
+    return writer.frames_written, time.perf_counter() - start
+
+
+def _batches(frames: Iterable[np.ndarray], size: int) -> Iterator[list[np.ndarray]]:
+    iterator = iter(frames)
+    while batch := list(islice(iterator, size)):
+        yield batch
+
+
+def _rate(count: int, seconds: float, unit: str) -> str:
+    return f"{count} {unit} in {seconds:.1f} s: {count / seconds:.2f} {unit}/s"

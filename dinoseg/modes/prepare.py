@@ -1,0 +1,29 @@
+"""mode=prepare: make a downloaded data set ready to read."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from dinoseg.build import instantiate
+from dinoseg.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def prepare(cfg: Any, *, out_dir: Path) -> None:
+    """Run the data set's own preparation (`cfg.data.prepare`) and write its counts to `prepared.json`.
+
+    Raises:
+        UserError: the data set needs none, or what its preparation finds wrong.
+    """
+    if cfg.data.prepare is None:
+        raise UserError(
+            f"The data set under data.root={cfg.data.root} needs no preparation: train on it as it is, "
+            "with mode=train and the same data=."
+        )
+    counts = instantiate(cfg.data.prepare)()
+    (out_dir / "prepared.json").write_text(json.dumps(counts, indent=1), encoding="utf-8")
+    log.info("%d videos under %s are ready.", len(counts), cfg.data.root)
+    for name, numbers in counts.items():
+        log.info("%s: %s", name, ", ".join(f"{count} {what}" for what, count in numbers.items()))

@@ -1,0 +1,48 @@
+"""The table at the end of a sweep."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from hydra.core.utils import JobReturn
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+from tabulate import tabulate
+
+COLUMNS = ("miou", "miou_no_background", "accuracy")
+
+
+class SweepTable(Callback):
+    """Collects what each job of a multirun returned; prints a table and writes sweep.csv beside the jobs."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
+        """Keep a finished job's overrides and scores."""
+        scores = job_return._return_value if isinstance(job_return._return_value, dict) else {}
+        overrides = [item for item in job_return.overrides or [] if not item.startswith("mode=")]
+        row: dict[str, Any] = {"job": len(self.rows), "overrides": " ".join(overrides)}
+        row |= {name: scores.get(name) for name in COLUMNS}
+        self.rows.append(row | {"run": scores.get("run"), "note": scores.get("error") or _crash(job_return)})
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        """Print the table, best first."""
+        rows = sorted(self.rows, key=lambda row: (row["miou"] is None, -(row["miou"] or 0)))
+        if not any(row["miou"] is not None or row["note"] for row in rows):
+            return
+        shown = [{key: value for key, value in row.items() if key != "run"} for row in rows]
+        print(
+            "\n" + tabulate(shown, headers="keys", floatfmt=".4f", maxcolwidths=[None, 60, *[None] * 3, 60])
+        )
+        folder = Path(OmegaConf.to_container(config.hydra.sweep)["dir"])  # type: ignore[arg-type, call-overload, index]
+        with open(folder / "sweep.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        print(f"\nwritten to {folder / 'sweep.csv'}")
+
+
+def _crash(job_return: JobReturn) -> str:
+    value = job_return._return_value
+    return f"{type(value).__name__}: {value}" if isinstance(value, BaseException) else ""

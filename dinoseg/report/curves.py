@@ -1,0 +1,127 @@
+"""Training curves: loss.png, accuracy.png and miou.png from the rows of metrics.jsonl."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from dinoseg.images import write_png
+
+_BLUE, _VERMILION, _GREEN = "#0072B2", "#D55E00", "#009E73"  # told apart by colour-blind readers too
+_STYLES = {"train": (_BLUE, "training"), "val": (_VERMILION, "validation")}
+_MANY = 40  # points from which a noisy training curve is shown as a mean over a pale line
+
+
+def draw_curves(rows: Sequence[Mapping[str, Any]], out_dir: str | Path) -> list[Path]:
+    """Write loss.png, accuracy.png and miou.png from `rows` with `step` and keys such as `train/loss`.
+
+    Rows may lack any key, hold None or non-finite values, and come in any order of steps. A score that
+    has no value yet gives a picture that says so.
+    """
+    plots = (
+        ("loss", {"train/loss": None, "val/loss": None}, None),
+        ("accuracy", {"train/accuracy": None, "val/accuracy": None}, "pixel accuracy"),
+        ("miou", {"val/miou": None, "val/miou_no_background": "without background"}, "mean IoU"),
+    )
+    paths = []
+    for name, keys, title in plots:
+        path = Path(out_dir) / f"{name}.png"
+        write_png(path, _picture(rows, keys, title or name, share=title is not None))
+        paths.append(path)
+    return paths
+
+
+def _picture(
+    rows: Sequence[Mapping[str, Any]], keys: Mapping[str, str | None], title: str, *, share: bool
+) -> np.ndarray:
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    drawn = [_draw(axes, _points(rows, key), key, label, best=share) for key, label in keys.items()]
+    axes.set_title(title, loc="left", fontsize=13)
+    if any(drawn):
+        if np.ptp(axes.dataLim.intervalx) == 0:  # one step only
+            step = axes.dataLim.x0
+            axes.set_xlim(step - 1, step + 1)
+        _dress(axes, title, share=share)
+    else:
+        axes.set_axis_off()
+        axes.text(0.5, 0.5, "no value yet", ha="center", va="center", fontsize=14, color="#666666")
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _points(rows: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
+    """Return (N, 2) steps and finite values, sorted by step; of equal steps the last row counts."""
+    values = {row["step"]: float(row[key]) for row in rows if row.get(key) is not None}
+    points = [(step, value) for step, value in sorted(values.items()) if math.isfinite(value)]
+    return np.array(points, dtype=np.float64).reshape(-1, 2)
+
+
+def _draw(axes: Axes, points: np.ndarray, key: str, label: str | None, *, best: bool) -> bool:
+    if len(points) == 0:
+        return False
+    colour, name = _STYLES[key.split("/")[0]]
+    if label is not None:
+        colour, name = _GREEN, label
+    steps, values = points.T
+    few = len(points) <= _MANY
+    axes.plot(
+        steps,
+        values,
+        color=colour,
+        linewidth=1.8 if few else 0.8,
+        alpha=1 if few else 0.35,
+        marker="o" if few else None,
+        markersize=4,
+        label=name if few else None,
+    )
+    if not few:
+        axes.plot(*_running_mean(points).T, color=colour, linewidth=1.8, label=f"{name} (running mean)")
+    if best and key == "val/miou":
+        _mark_best(axes, points)
+    return True
+
+
+def _running_mean(points: np.ndarray) -> np.ndarray:
+    """Return the centred mean over about a twentieth of the points, over fewer ones at the ends."""
+    reach = max(1, len(points) // 40)
+    sums = np.concatenate([np.zeros((1, 2)), points.cumsum(axis=0)])
+    index = np.arange(len(points))
+    low, high = np.maximum(index - reach, 0), np.minimum(index + reach + 1, len(points))
+    means = (sums[high] - sums[low]) / (high - low)[:, None]
+    return np.stack([points[:, 0], means[:, 1]], axis=1)
+
+
+def _mark_best(axes: Axes, points: np.ndarray) -> None:
+    step, value = points[points[:, 1].argmax()]
+    axes.plot(
+        [step],
+        [value],
+        marker="*",
+        markersize=13,
+        color=_VERMILION,
+        markeredgecolor="white",
+        linestyle="none",
+        label=f"best {value:.3f} at step {step:.0f}",
+    )
+
+
+def _dress(axes: Axes, title: str, *, share: bool) -> None:
+    axes.set_xlabel("step")
+    axes.set_ylabel(title)
+    axes.grid(color="#e3e3e3", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if share:
+        axes.set_ylim(0, 1.02)
+    elif axes.get_ylim()[0] > 0:
+        axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, loc="best")

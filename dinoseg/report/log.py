@@ -1,0 +1,128 @@
+"""What a run writes while it goes: metrics.jsonl, and TensorBoard scalars and pictures."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from dinoseg.errors import UserError
+
+
+class RunLog:
+    """Writes one JSON line per call to `out_dir`/metrics.jsonl, and the same to `out_dir`/tensorboard.
+
+    A run that goes on from `start_step` first drops what a killed run had written beyond it. With
+    `visible` off (every rank but the first) nothing is written.
+    """
+
+    def __init__(
+        self, out_dir: str | Path, *, tensorboard: bool = True, start_step: int = 0, visible: bool = True
+    ) -> None:
+        self._file: TextIO | None = None
+        self._board: Any = None
+        if not visible:
+            return
+        out_dir = Path(out_dir)
+        out_dir.mkdir(parents=True, exist_ok=True)
+        path = out_dir / "metrics.jsonl"
+        if path.exists():
+            _drop_after(path, start_step)
+        self._file = path.open("a", encoding="utf-8")
+        if tensorboard:
+            self._board = _open_board(out_dir / "tensorboard", start_step)
+
+    def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Write values such as `train/loss` or `val/miou`; None and non-finite ones become null."""
+        finite = {key: _finite(value) for key, value in values.items()}
+        if self._file is not None:
+            self._file.write(json.dumps({"step": int(step), **finite}, allow_nan=False) + "\n")
+            self._file.flush()
+        if self._board is not None:
+            for key, value in finite.items():
+                if value is not None:
+                    self._board.add_scalar(key, value, step)
+
+    def picture(self, step: int, tag: str, rgb: np.ndarray) -> None:
+        """Show a picture (H, W, 3) uint8 in TensorBoard, if that is on."""
+        if self._board is not None:
+            self._board.add_image(tag, rgb, step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Flush and close everything; a second call does nothing."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        if self._board is not None:
+            self._board.close()
+            self._board = None
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """Return the rows of a metrics.jsonl; a last line that a killed run left unfinished is left out.
+
+    Raises:
+        UserError: the file is missing, or another line is no JSON object with a step.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError as error:
+        raise UserError(
+            f"Cannot read {path} ({error.strerror}). Give the folder of a training run."
+        ) from None
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            rows.append({**row, "step": int(row["step"])})
+        except (ValueError, KeyError, TypeError):
+            if number < len(lines):  # a finished line ends in a line break, so the torn one is the last
+                raise UserError(
+                    f"Line {number} of {path} is no JSON object with a step. Repair or remove that line."
+                ) from None
+    return rows
+
+
+def _drop_after(path: Path, step: int) -> None:
+    kept = [json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step]
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text("".join(kept), encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _open_board(folder: Path, start_step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=start_step + 1)
+
+
+def _finite(value: float | None) -> float | None:
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+class NoLog:
+    """Takes what a `RunLog` takes and writes nothing: the log of every rank but the first."""
+
+    def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Do nothing."""
+
+    def picture(self, step: int, tag: str, rgb: np.ndarray) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""

@@ -1,0 +1,144 @@
+"""Pictures that lay classes over a frame, and frames beside one another with captions and a legend."""
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import cv2
+import matplotlib
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from dinoseg.report.palette import IGNORE_COLOUR, lookup_table
+from dinoseg.shapes import Palette
+
+Colour = tuple[int, int, int]
+Legend = Sequence[
+    tuple[str, Colour | None]
+]  # names and colours; None = a class that leaves the frame as it is
+_SMALLEST_PANEL = 300  # pixels: smaller frames are enlarged by a whole factor
+_INK, _PAPER, _EDGE = (20, 20, 20), (255, 255, 255), (150, 150, 150)
+
+
+def blend(
+    frame: np.ndarray, mask: np.ndarray, palette: Palette, *, ignore_index: int = 255, opacity: float = 0.5
+) -> np.ndarray:
+    """Tint a frame (H, W, 3) by the classes of `mask` (H, W); `opacity` 0..1, 1 = colours only.
+
+    Classes whose colour is black leave the frame as it is, at any opacity below 1.
+    """
+    table = lookup_table(palette, ignore_index)
+    tinted = np.asarray(cv2.addWeighted(frame, 1 - opacity, table.take(mask, axis=0), opacity, 0))
+    if opacity < 1:
+        plain = (table.max(axis=1) == 0).astype(np.uint8)
+        cv2.copyTo(frame, plain.take(mask), tinted)
+    return tinted
+
+
+def compare(
+    frame: np.ndarray,
+    prediction: np.ndarray,
+    reference: np.ndarray | None = None,
+    *,
+    classes: Sequence[str],
+    palette: Palette,
+    ignore_index: int = 255,
+    opacity: float = 0.6,
+) -> np.ndarray:
+    """Return frame | prediction | reference (if given) with captions and a legend of what is there."""
+    masks = {"prediction": prediction} | ({} if reference is None else {"reference": reference})
+    panels = [("frame", frame)]
+    for caption, mask in masks.items():
+        tinted = blend(frame, mask, palette, ignore_index=ignore_index, opacity=opacity)
+        panels.append((caption, tinted))
+    legend = legend_of(list(masks.values()), classes, palette, ignore_index=ignore_index, opacity=opacity)
+    return side_by_side(panels, legend)
+
+
+def legend_of(
+    masks: Sequence[np.ndarray],
+    classes: Sequence[str],
+    palette: Palette,
+    *,
+    ignore_index: int = 255,
+    opacity: float = 1.0,
+) -> Legend:
+    """Return (name, colour) of each class that stands in one of the masks, in id order; "ignored" last.
+
+    Below an opacity of 1 black classes have no colour, since `blend` leaves them out.
+    """
+    present = set().union(*(np.unique(mask).tolist() for mask in masks))
+    entries: list[tuple[str, Colour | None]] = []
+    for index in sorted(present - {ignore_index}):
+        red, green, blue = (int(level) for level in palette[index])
+        tints = opacity == 1 or red or green or blue
+        entries.append((classes[index], (red, green, blue) if tints else None))
+    return entries + ([("ignored", IGNORE_COLOUR)] if ignore_index in present else [])
+
+
+def side_by_side(panels: Sequence[tuple[str, np.ndarray]], legend: Legend = ()) -> np.ndarray:
+    """Lay (caption, frame) pairs of one size beside one another on white, the legend below, wrapped."""
+    height, width = panels[0][1].shape[:2]
+    factor = _enlargement(height, width)
+    height, width = height * factor, width * factor
+    size = max(14, round(0.016 * width * len(panels)))
+    font = _font(size)
+    gap = size // 2
+    column = max([width, *(_text_width(font, caption) for caption, _ in panels)])
+    rows = _legend_rows(legend, font, size, len(panels) * (column + gap) - gap)
+    line = round(1.6 * size)
+    widths = [_row_width(row, font, size) for row in rows]
+    total = max([len(panels) * (column + gap) - gap, *widths]) + 2 * gap
+    canvas = Image.new("RGB", (total, line + height + gap + line * len(rows) + gap // 2), _PAPER)
+    draw = ImageDraw.Draw(canvas)
+    for index, (caption, frame) in enumerate(panels):
+        left = gap + index * (column + gap)
+        draw.text((left, line / 2), caption, fill=_INK, font=font, anchor="lm")
+        picture = Image.fromarray(frame).resize((width, height), Image.Resampling.NEAREST)
+        canvas.paste(picture, (left, line))
+    for number, row in enumerate(rows):
+        _draw_row(draw, row, font, size, (gap, line + height + gap + number * line + line // 2))
+    return np.asarray(canvas)
+
+
+def _draw_row(draw, row, font, size: int, start: tuple[int, int]) -> None:
+    left, middle = start
+    for name, colour in row:
+        box = (left, middle - size // 2, left + size, middle + size // 2)
+        draw.rectangle(box, fill=colour or _PAPER, outline=_EDGE)
+        draw.text((left + 1.4 * size, middle), name, fill=_INK, font=font, anchor="lm")
+        left += _entry_width(name, font, size)
+
+
+def _legend_rows(legend, font, size: int, width: int) -> Sequence[Legend]:
+    rows: list[list[tuple[str, Colour | None]]] = []
+    for entry in legend:
+        if rows and _row_width([*rows[-1], entry], font, size) <= width:
+            rows[-1].append(entry)
+        else:
+            rows.append([entry])
+    return rows
+
+
+def _row_width(row, font, size: int) -> int:
+    return sum(_entry_width(name, font, size) for name, _ in row) - size
+
+
+def _entry_width(name: str, font, size: int) -> int:
+    return round(2.4 * size) + _text_width(font, name)
+
+
+def _text_width(font, text: str) -> int:
+    return round(font.getlength(text)) + 1
+
+
+def _enlargement(height: int, width: int) -> int:
+    return max(1, math.ceil(_SMALLEST_PANEL / max(height, width)))
+
+
+@lru_cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    # matplotlib ships DejaVu Sans: a file that is always there and knows more than Latin letters
+    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+    return ImageFont.truetype(str(path), size)

@@ -1,0 +1,61 @@
+"""Class colours: a default palette, and masks as pictures."""
+
+from functools import lru_cache
+
+import numpy as np
+
+from dinoseg.shapes import Palette
+
+IGNORE_COLOUR = (224, 224, 192)
+_LEVELS = 8  # per colour channel: the candidates of the default palette
+
+
+def default_palette(num_classes: int) -> list[tuple[int, int, int]]:
+    """Return `num_classes` (1..256) distinct colours; class 0 is black, read as "nothing here".
+
+    Each colour is the candidate farthest from all before it, so a longer palette begins with a shorter one.
+    """
+    if not 1 <= num_classes <= 256:
+        raise ValueError(f"A palette has 1 to 256 colours, not {num_classes}.")
+    return list(_farthest_colours()[:num_classes])
+
+
+def colorize(mask: np.ndarray, palette: Palette, ignore_index: int = 255) -> np.ndarray:
+    """Return a mask (H, W) of class ids as (H, W, 3) uint8 RGB; ignored pixels become a light beige.
+
+    Raises:
+        ValueError: an id has no colour in the palette.
+    """
+    if mask.size and (highest := int(mask[mask != ignore_index].max(initial=0))) >= len(palette):
+        raise ValueError(f"Class id {highest} has no colour in a palette of {len(palette)}.")
+    return lookup_table(palette, ignore_index).take(mask, axis=0)  # 4 times as fast as indexing
+
+
+def lookup_table(palette: Palette, ignore_index: int = 255) -> np.ndarray:
+    """Return the colour of each id 0..255 as (256, 3) uint8."""
+    table = np.zeros((256, 3), dtype=np.uint8)
+    table[: len(palette)] = palette
+    table[ignore_index] = IGNORE_COLOUR
+    return table
+
+
+@lru_cache
+def _farthest_colours() -> tuple[tuple[int, int, int], ...]:
+    steps = np.linspace(0, 255, _LEVELS).round()
+    candidates = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), axis=-1).reshape(-1, 3)
+    bright = candidates.max(axis=1) >= 180
+    vivid = np.ptp(candidates, axis=1) >= 70  # greys and pale tones vanish on a photograph
+    candidates = candidates[bright & vivid]
+    chosen = [np.zeros(3)]
+    distance = _distance(candidates, np.array(IGNORE_COLOUR, dtype=float))
+    while len(chosen) < 256:
+        distance = np.minimum(distance, _distance(candidates, chosen[-1]))
+        chosen.append(candidates[distance.argmax()])
+    return tuple((int(red), int(green), int(blue)) for red, green, blue in chosen)
+
+
+def _distance(colours: np.ndarray, colour: np.ndarray) -> np.ndarray:
+    """Return perceived distances: RGB weighted by mean redness (T. Riemersma's "Colour metric")."""
+    redness = (colours[:, 0] + colour[0]) / 2 / 256
+    weights = np.stack([2 + redness, np.full_like(redness, 4), 3 - redness], axis=1)
+    return np.sqrt((weights * (colours - colour) ** 2).sum(axis=1))

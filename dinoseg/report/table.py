@@ -1,0 +1,100 @@
+"""Scores as a printed table, as JSON and as CSV."""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tabulate import tabulate
+
+_COLUMNS = ("iou", "dice", "accuracy", "precision", "recall")
+
+
+def class_table(scores: Mapping[str, Any], classes: Sequence[str]) -> str:
+    """Return the scores of a ConfusionMatrix as text: one row per class, then the means, in percent.
+
+    A class is "absent" where neither the reference nor the prediction holds it; "-" is an undefined score.
+    """
+    headers = ["id", "class", "IoU %", "Dice %", "accuracy = recall %", "precision %", "pixels"]
+    rows = [_text_row(row, classes[row["id"]]) for row in scores["classes"]]
+    table = tabulate(rows, headers=headers, disable_numparse=True, colalign=("right", "left", *["right"] * 5))
+    present = f"over {scores['present_classes']} of {len(scores['classes'])} classes"
+    means = [
+        ("mIoU", scores["miou"], present),
+        ("mIoU without background", scores["miou_no_background"], f"without class 0, {classes[0]}"),
+        ("mean Dice", scores["dice"], present),
+        ("pixel accuracy", scores["accuracy"], f"of {scores['pixels']:,} pixels"),
+        ("mean class accuracy", scores["mean_accuracy"], "over the classes of the reference"),
+    ]
+    text = tabulate(
+        [(name, _percent(value), note) for name, value, note in means],
+        tablefmt="plain",
+        disable_numparse=True,
+        colalign=("left", "right", "left"),
+    )
+    return f"{table}\n\n{text}"
+
+
+def class_statistics(mask: np.ndarray, classes: Sequence[str]) -> str:
+    """Return the class distribution of one mask (H, W) as text, ending in a line break."""
+    ids, counts = np.unique(mask, return_counts=True)
+    lines = [
+        "Segmentation statistics",
+        "=" * 50,
+        f"Total pixels: {mask.size:,}",
+        f"Classes found: {len(ids)}",
+        "",
+        "Class distribution:",
+        "-" * 50,
+    ]
+    for index, count in zip(ids.tolist(), counts.tolist(), strict=True):
+        share = 100 * count / mask.size
+        lines.append(f"{index:2d}: {classes[index]:<25} - {count:>8,} px ({share:5.2f}%)")
+    return "\n".join(lines) + "\n"
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as JSON; the file appears whole or not at all.
+
+    Raises:
+        ValueError: a number is not finite, which JSON cannot say.
+    """
+    write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def write_csv(path: str | Path, scores: Mapping[str, Any], classes: Sequence[str]) -> None:
+    """Write one line per class, scores in 0..1; an undefined score is an empty cell."""
+    text = io.StringIO()
+    columns = ["id", "class", *_COLUMNS, "pixels", "predicted_pixels"]
+    writer = csv.DictWriter(text, columns, restval="", extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for row in scores["classes"]:
+        writer.writerow({**row, "class": classes[row["id"]]})
+    write_text(path, text.getvalue())
+
+
+def _text_row(row: Mapping[str, Any], name: str) -> list[str]:
+    if row["iou"] is None:
+        return [str(row["id"]), name, "absent", "", "", "", "0"]
+    scores = [_percent(row[key]) for key in ("iou", "dice", "recall", "precision")]
+    return [str(row["id"]), name, *scores, f"{row['pixels']:,}"]
+
+
+def _percent(score: float | None) -> str:
+    return "-" if score is None else f"{100 * score:.1f}"
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write UTF-8 text; the file appears whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,170 @@
+"""Devices, precision and ranks: the only importer of accelerate."""
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dinoseg.errors import UserError
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """Return the device of that name; `auto` takes CUDA, then MPS, then the CPU.
+
+    Raises:
+        UserError: the device is unknown or not on this machine.
+    """
+    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, there in have.items() if there))
+    kind = name.split(":")[0]
+    if kind not in have:
+        raise UserError(f"engine.device={name} is unknown. Choose auto, cuda, mps or cpu.")
+    if not have[kind]:
+        there = ", ".join(kind for kind, there in have.items() if there)
+        raise UserError(f"engine.device={name} is not available here. This machine has: {there}.")
+    return torch.device(name)
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Return whether autocast to bfloat16 is worth it on `device`: a CUDA device that has it."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+class NonFiniteLoss(UserError):
+    """The loss became infinite or not a number."""
+
+
+class Engine:
+    """One rank's device, precision and view of the others.
+
+    Args:
+        device: auto, cuda, mps or cpu.
+        precision: auto (bf16 where the device has it), bf16 or fp32. bf16 is autocast; weights stay float32, and
+            no gradient scaler is needed.
+        workers: processes that load data, per rank.
+        eval_batch_size: images of one size predicted at once when scoring, per rank.
+        devices: the number of ranks that were to be started from here.
+    """
+
+    def __init__(
+        self,
+        device: str = "auto",
+        precision: str = "auto",
+        workers: int = 2,
+        eval_batch_size: int = 1,
+        devices: int = 1,
+    ) -> None:
+        from accelerate import Accelerator
+        from accelerate.state import AcceleratorState, GradientState, PartialState
+
+        chosen = choose_device(device)
+        if precision not in ("auto", "bf16", "fp32"):
+            raise UserError(f"engine.precision={precision} is unknown. Choose auto, bf16 or fp32.")
+        if workers < 0:
+            raise UserError(f"engine.workers={workers}: give a number of processes of at least 0.")
+        if eval_batch_size < 1:
+            raise UserError(
+                f"engine.eval_batch_size={eval_batch_size}: give a number of images of at least 1."
+            )
+        # accelerate keeps these between engines of one process (sweeps, tests): a new engine starts afresh
+        AcceleratorState._reset_state(reset_partial_state=False)
+        GradientState._reset_state()
+        if not torch.distributed.is_initialized():
+            PartialState._reset_state()
+        self.bf16 = precision == "bf16" or (precision == "auto" and has_bfloat16(chosen))
+        self.accelerator = Accelerator(
+            cpu=chosen.type == "cpu", mixed_precision="bf16" if self.bf16 else "no", device_placement=True
+        )
+        if devices not in (1, self.world):
+            raise UserError(
+                f"engine.devices={devices}: this mode runs on {self.world}. Leave engine.devices out."
+            )
+        self.workers = workers
+        self.eval_batch_size = eval_batch_size
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this rank."""
+        return self.accelerator.device
+
+    @property
+    def rank(self) -> int:
+        """This process's number among all, from 0."""
+        return self.accelerator.process_index
+
+    @property
+    def world(self) -> int:
+        """The number of processes."""
+        return self.accelerator.num_processes
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and prints."""
+        return self.rank == 0
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Move a model to the device; with several ranks, gradients are averaged over them."""
+        return self.accelerator.prepare(model)
+
+    def seed(self, seed: int, step: int) -> None:
+        """Make the random draws of a step (dropout) a function of seed, step and rank, not of what came before."""
+        torch.manual_seed(hash((seed, step, self.rank)) % 2**63)
+
+    def autocast(self) -> AbstractContextManager:
+        """Return the precision's context for a forward pass outside training."""
+        return self.accelerator.autocast()
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate gradients."""
+        self.accelerator.backward(loss)
+
+    def accumulating(self, model: nn.Module, last: bool) -> AbstractContextManager:
+        """Keep gradients on their rank until the last micro-batch of a step."""
+        if last or self.world == 1:
+            return nullcontext()
+        return self.accelerator.no_sync(model)
+
+    def step(
+        self, optimizer: Optimizer, loss: float, *, clip: float | None, where: tuple[int, Sequence[str]]
+    ) -> float:
+        """Clip, update and clear the gradients; return the gradient norm before clipping.
+
+        Raises:
+            NonFiniteLoss: the loss or the gradient is not finite; nothing is updated.
+        """
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, clip or float("inf")).item()
+        if not math.isfinite(loss + norm):
+            step, names = where
+            raise NonFiniteLoss(
+                f"Step {step}: the loss is {loss:g} and the gradient norm {norm:g}, so training stops before the "
+                f"update. The samples were {', '.join(names)}. The last checkpoint is untouched: lower optim.lr, set "
+                f"trainer.clip, or look at these samples."
+            )
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Return the exact sum over ranks (integers stay integers)."""
+        return self.accelerator.reduce(tensor, reduction="sum")  # type: ignore[return-value]
+
+    def share(self, value: Any) -> Any:
+        """Return rank 0's value on every rank."""
+        from accelerate.utils import broadcast_object_list
+
+        return broadcast_object_list([value])[0]
+
+    def wait(self) -> None:
+        """Return when every rank has come here."""
+        self.accelerator.wait_for_everyone()
+
+    def close(self) -> None:
+        """Leave the process group, where this engine is in one."""
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()

@@ -1,0 +1,170 @@
+"""The training loop."""
+
+import logging
+from collections.abc import Callable
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dinoseg.errors import UserError
+from dinoseg.model import trained_names
+from dinoseg.report.log import NoLog, RunLog
+from dinoseg.report.overlay import compare
+from dinoseg.shapes import Batch
+from dinoseg.training.checkpoint import Checkpoints, Progress
+from dinoseg.training.engine import Engine
+from dinoseg.training.evaluate import evaluate
+from dinoseg.training.feed import Feed
+from dinoseg.training.optim import MovingAverage, set_learning_rates, tensors_of
+from dinoseg.training.progress import Meter
+
+logger = logging.getLogger(__name__)
+
+
+def fit(
+    model: nn.Module,
+    loss: nn.Module,
+    feed: Feed,
+    optimizer: Optimizer,
+    engine: Engine,
+    checkpoints: Checkpoints,
+    log: RunLog | NoLog,
+    *,
+    schedule: Callable[[int, int], float],
+    steps: int,
+    val_every: int,
+    save_every: int | None = None,
+    log_every: int = 10,
+    accumulate: int = 1,
+    clip: float | None = 1.0,
+    patience: int | None = None,
+    ema: float | None = None,
+    score: str = "miou",
+) -> Progress:
+    """Train `model` for `steps` optimizer steps, from where its checkpoint stands, and return its progress.
+
+    Args:
+        model: a segmenter on the engine's device.
+        loss: `loss(prediction, batch) -> (scalar, dict of scalars)`.
+        feed: batches.
+        optimizer: its groups carry `base_lr` and `names`.
+        engine: device, precision and ranks.
+        checkpoints: where the run stands, and where it is kept.
+        log: scalars and pictures.
+        schedule: `schedule(step, steps)`, what the base rates are multiplied by.
+        steps: optimizer steps in all.
+        val_every: steps between validations; the last step validates too.
+        save_every: steps between saves beside those at each validation.
+        log_every: steps between log rows.
+        accumulate: batches per optimizer step.
+        clip: highest norm of the gradient, or None.
+        patience: stop after more validations than this without a better score, or None.
+        ema: decay of a moving average of the weights, which then is what gets scored and kept as best.
+        score: the score of `evaluate` that decides which checkpoint is best.
+
+    Raises:
+        NonFiniteLoss: naming the step and the samples.
+    """
+    _check_lengths(
+        steps=steps, val_every=val_every, save_every=save_every, log_every=log_every, accumulate=accumulate
+    )
+    net = engine.prepare(model)
+    average = MovingAverage(tensors_of(model, trained_names(model)), ema) if ema else None
+    run = checkpoints.restore(model, optimizer, average)
+    meter = Meter(run.step, steps, engine.device, visible=engine.is_main)
+    batches = meter.waiting(feed.train_batches(start=run.step * accumulate))
+    model.train()
+    for step in range(run.step, steps):
+        if patience is not None and run.stale > patience:
+            logger.info("No better score in %d validations: stopped at step %d.", run.stale, step)
+            break
+        engine.seed(feed.seed, step)
+        rate = set_learning_rates(optimizer, schedule(step, steps))
+        value, names = 0.0, []
+        for number, batch in enumerate(islice(batches, accumulate), start=1):
+            batch = batch.to(engine.device)
+            with engine.accumulating(net, last=number == accumulate):
+                part, _ = loss(net(batch.image), batch)
+                engine.backward(part / accumulate)
+            value += part.item() / accumulate
+            names += batch.names
+        norm = engine.step(optimizer, value, clip=clip, where=(step, names))
+        if average is not None:
+            average.update()
+        run.step = step + 1
+        meter.step(len(names) * engine.world, value)
+        if _due(run.step, log_every, steps):
+            row = {"train/loss": value, "train/lr": rate, "train/gradient_norm": norm, **meter.read()}
+            log.scalars(run.step, row)
+        if _due(run.step, val_every, steps):
+            _validate(model, loss, feed, engine, checkpoints, log, average, score)
+            meter.pause()
+        if _due(run.step, val_every, steps) or _due(run.step, save_every, steps):
+            checkpoints.save(model, optimizer, average)
+    meter.close()
+    engine.wait()
+    return run
+
+
+def _validate(
+    model: nn.Module,
+    loss: nn.Module,
+    feed: Feed,
+    engine: Engine,
+    checkpoints: Checkpoints,
+    log: RunLog | NoLog,
+    average: MovingAverage | None,
+    score: str,
+) -> None:
+    """Score the model (its moving average where there is one), log it, and keep it where it is the best yet."""
+    pictures: list[np.ndarray] = []
+
+    def keep_first(batch: Batch, ids: Tensor) -> None:
+        if not pictures:
+            frame, mask = batch.image[0].permute(1, 2, 0).cpu().numpy(), batch.mask[0].cpu().numpy()
+            data = feed.val
+            names = {"classes": data.classes, "palette": data.palette, "ignore_index": data.ignore_index}
+            pictures.append(compare(frame, ids[0].cpu().numpy(), mask, **names))
+
+    if average is not None:
+        average.swap()
+    scores = evaluate(model, feed.val, engine, loss=loss, on_batch=keep_first)
+    checkpoints.judge(model, _score(scores, score))
+    if average is not None:
+        average.swap()
+    row = {f"val/{name}": value for name, value in scores.items() if isinstance(value, float)}
+    log.scalars(checkpoints.progress.step, row)
+    for picture in pictures:
+        log.picture(checkpoints.progress.step, "val/prediction", picture)
+    logger.info(
+        "step %d: val/%s %.4f (best %.4f at step %d)",
+        checkpoints.progress.step,
+        score,
+        scores[score],
+        checkpoints.progress.best,
+        checkpoints.progress.best_step,
+    )
+
+
+def _score(scores: dict[str, Any], name: str) -> float:
+    if name not in scores or isinstance(scores[name], (list, dict)):
+        numbers = sorted(key for key, value in scores.items() if isinstance(value, float))
+        raise UserError(f"trainer.score={name} is not a score. Choose one of {', '.join(numbers)}.")
+    if scores[name] is None:
+        raise UserError(
+            f"trainer.score={name} is undefined: the validation masks hold no labelled pixel for it."
+        )
+    return scores[name]
+
+
+def _due(step: int, every: int | None, steps: int) -> bool:
+    return every is not None and (step % every == 0 or step == steps)
+
+
+def _check_lengths(**lengths: int | None) -> None:
+    for name, length in lengths.items():
+        if length is not None and length < 1:
+            raise UserError(f"trainer.{name}={length}: give a number of at least 1.")

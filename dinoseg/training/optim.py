@@ -1,0 +1,155 @@
+"""Parameter groups, learning rates as pure functions of the step, and the weights' moving average."""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dinoseg.errors import UserError
+
+SCHEDULES = ("constant", "cosine", "poly")
+
+
+def parameter_groups(
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float,
+    backbone_lr_scale: float = 1.0,
+    layer_decay: float | None = None,
+) -> list[dict]:
+    """Put every trainable parameter into exactly one group.
+
+    Biases, norms and other vectors are not decayed. Backbone parameters learn at `lr * backbone_lr_scale`; with
+    `layer_decay` d, block i of n at a further d^(n - i), the patch embedding at d^(n + 1) (BEiT, arXiv 2106.08254).
+
+    Returns:
+        Groups with `params`, `names`, `lr`, `base_lr` and `weight_decay`, in the model's order.
+
+    Raises:
+        UserError: nothing is trainable, or a rate or decay is out of range.
+    """
+    _check(lr > 0, f"optim.lr={lr}: the learning rate must be above 0.")
+    _check(weight_decay >= 0, f"optim.weight_decay={weight_decay}: give a number of at least 0.")
+    _check(
+        backbone_lr_scale >= 0, f"optim.backbone_lr_scale={backbone_lr_scale}: give a number of at least 0."
+    )
+    _check(
+        layer_decay is None or 0 < layer_decay <= 1,
+        f"optim.layer_decay={layer_decay}: give a number above 0 and at most 1, or null.",
+    )
+    depth = getattr(getattr(model, "backbone", None), "depth", 0)
+    groups: dict[tuple[float, float], dict] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        rate = lr
+        if name.startswith("backbone."):
+            rate = lr * backbone_lr_scale * (layer_decay or 1.0) ** _layers_above(name, depth)
+        decay = weight_decay if parameter.ndim > 1 and "token" not in name else 0.0
+        group = groups.setdefault(
+            (rate, decay), {"params": [], "names": [], "lr": rate, "base_lr": rate, "weight_decay": decay}
+        )
+        group["params"].append(parameter)
+        group["names"].append(name)
+    _check(bool(groups), "Nothing is trainable: choose another adapter or head.")
+    return list(groups.values())
+
+
+def adamw(
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float = 0.01,
+    betas: Iterable[float] = (0.9, 0.999),
+    backbone_lr_scale: float = 1.0,
+    layer_decay: float | None = None,
+) -> Optimizer:
+    """Return AdamW (Loshchilov and Hutter, arXiv 1711.05101) over `parameter_groups`."""
+    groups = parameter_groups(
+        model, lr=lr, weight_decay=weight_decay, backbone_lr_scale=backbone_lr_scale, layer_decay=layer_decay
+    )
+    first, second = betas
+    fused = any(parameter.is_cuda for parameter in model.parameters())
+    return torch.optim.AdamW(groups, betas=(first, second), fused=fused)
+
+
+def schedule(
+    kind: str = "cosine", *, warmup: int = 0, power: float = 0.9, floor: float = 0.0
+) -> Callable[[int, int], float]:
+    """Return `factor(step, steps)`, what the learning rate is multiplied by at a 0-based step.
+
+    A linear rise over `warmup` steps (the first step already learns), then constant, half a cosine or a polynomial
+    of `power` from 1 down to `floor` at the last step.
+
+    Raises:
+        UserError: an unknown kind, or a negative warm-up.
+    """
+    _check(kind in SCHEDULES, f"optim.schedule.kind={kind} is unknown. Choose one of {', '.join(SCHEDULES)}.")
+    _check(warmup >= 0, f"optim.schedule.warmup={warmup}: give a number of steps of at least 0.")
+
+    def factor(step: int, steps: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        done = (step - warmup) / max(1, steps - 1 - warmup)
+        shape = {"constant": 1.0, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "poly": (1 - done) ** power}
+        return floor + (1 - floor) * shape[kind]
+
+    return factor
+
+
+def set_learning_rates(optimizer: Optimizer, factor: float) -> float:
+    """Set each group's rate to its base rate times `factor`; return the highest."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+    return max(group["lr"] for group in optimizer.param_groups)
+
+
+class MovingAverage:
+    """An exponential moving average of the trainable weights and of the floating buffers that training changes."""
+
+    def __init__(self, named: Iterable[tuple[str, Tensor]], decay: float) -> None:
+        _check(
+            0 < decay < 1, f"trainer.ema={decay}: give a decay above 0 and below 1, such as 0.999, or null."
+        )
+        self.decay = decay
+        self.live = dict(named)
+        self.average = {name: value.detach().clone() for name, value in self.live.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the average towards the live weights by 1 - decay."""
+        for name, value in self.live.items():
+            if value.is_floating_point():
+                self.average[name].lerp_(value.detach(), 1 - self.decay)
+            else:
+                self.average[name].copy_(value)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange live weights and average: once before validation, once after."""
+        for name, value in self.live.items():
+            kept = value.detach().clone()
+            value.copy_(self.average[name])
+            self.average[name].copy_(kept)
+
+
+def tensors_of(model: nn.Module, names: set[str]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the model's own tensors of these names, in the order of its state dict."""
+    yield from ((name, value) for name, value in model.state_dict(keep_vars=True).items() if name in names)
+
+
+def _layers_above(name: str, depth: int) -> int:
+    """Return how many layers lie between a backbone parameter and the head: 0 after the last block."""
+    block = re.search(r"\.(?:layers?|blocks)\.(\d+)\.", name)
+    if block:
+        return depth - int(block.group(1))
+    return depth + 1 if "embed" in name else 0
+
+
+def _check(rule: bool, message: str) -> None:
+    if not rule:
+        raise UserError(message)

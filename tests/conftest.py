@@ -1,0 +1,58 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(1)
+
+DATA = Path(os.environ.get("DINOSEG_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture
+def compose():
+    """Compose the config as the command line does."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_module
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    from dinoseg.__main__ import register_resolvers
+
+    register_resolvers()
+
+    def build(*overrides):
+        with initialize_config_module("dinoseg.cfg", version_base="1.3"):
+            cfg = hydra_compose("main", list(overrides), return_hydra_config=True)
+        HydraConfig.instance().set_config(cfg)
+        choices = {k: v for k, v in OmegaConf.to_container(cfg.hydra.runtime.choices).items() if "/" not in k}
+        plain = {k: v for k, v in OmegaConf.to_container(cfg).items() if k != "hydra"}
+        return OmegaConf.create({**plain, "choices": choices})
+
+    return build
+
+
+@pytest.fixture
+def tiny_backbone():
+    """Build a random two-block DINOv3-type transformer with 8 px patches, 24 wide."""
+    from dinoseg.backbones.transformers_vit import TransformersVit
+
+    def build(layers=(-1,), **kwargs):
+        torch.manual_seed(0)
+        arch = {
+            "hidden_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 3,
+            "intermediate_size": 48,
+            "num_register_tokens": 4,
+        }
+        return TransformersVit("dinov3_vit", arch, "random", 8, layers, **kwargs)
+
+    return build

@@ -1,0 +1,114 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hydra import compose, initialize_config_dir
+from making import DATA, save, write_video
+from omegaconf import OmegaConf
+
+import dinoseg
+from dinoseg.build import instantiate
+from dinoseg.data.frequencies import class_counts
+from dinoseg.data.labels import Labels
+from dinoseg.errors import UserError
+from dinoseg.modes.prepare import prepare
+
+CONFIGS = Path(dinoseg.__file__).parent / "cfg"
+NAMES = sorted(path.stem for path in (CONFIGS / "data").glob("*.yaml"))
+
+
+def load(name, root, *overrides):
+    OmegaConf.register_new_resolver("len", len, replace=True)
+    resolution = "+resolution={crop: [64, 96], longest: 200}"
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose(f"data/{name}", [f"data.root='{root}'", resolution, *overrides])
+
+
+def test_every_config_is_whole(tmp_path):
+    assert NAMES == ["camvid", "folder", "idd_lite", "person", "sarrarp"]
+    for name in NAMES:
+        data = load(name, tmp_path, *(["data.classes=[a,b]"] if name == "folder" else [])).data
+        labels = Labels.of(list(data.classes), data.palette, data.ignore_index)
+        assert data.num_classes == len(labels.classes) and data.batch_size == 8
+        augment = instantiate(data.augment)
+        assert augment.crop == (64, 96) and augment.longest == 200
+        instantiate(data.source)
+        assert (data.prepare is None) == (name != "sarrarp")
+
+
+def test_overrides_reach_the_objects(tmp_path):
+    for split in ("training", "held"):
+        save(tmp_path / f"{split}/images/x.png", np.zeros((4, 4, 3)))
+        save(tmp_path / f"{split}/masks/x.png", [[0, 7], [1, 255]])
+    cfg = load(
+        "folder", tmp_path, "data.classes=[a,b]", "data.palette=[[0,0,0],[1,2,3]]",
+        "+data.source.masks.ids={7: 1}", "data.source.masks.on_size_mismatch=resize_mask",
+        "+data.source.layout.splits.train=training", "+data.source.layout.splits.val=held",
+    )  # fmt: skip
+    data = instantiate(cfg.data.source)(split="val")
+    assert data.palette == ((0, 0, 0), (1, 2, 3))
+    np.testing.assert_array_equal(data.mask(0)[::2, ::2], [[0, 1], [1, 255]])
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(
+    ("name", "folder", "train", "val", "ids"),
+    [
+        ("camvid", "camvid", 184, 51, {*range(11), 255}),
+        ("idd_lite", "idd20k_lite", 702, 99, {*range(7), 255}),
+        ("person", "person", 193, 48, {0, 1}),
+    ],
+)
+def test_real_data(name, folder, train, val, ids, tmp_path):
+    root = DATA / folder
+    if not root.is_dir():
+        pytest.skip(f"no real data in {root}: set DINOSEG_DATA")
+    cfg = load(name, root)
+    source, augment = instantiate(cfg.data.source), instantiate(cfg.data.augment)
+    splits = [source(split=split) for split in ("train", "val")]
+    assert [len(data) for data in splits] == [train, val]
+    assert not set(splits[0].names) & set(splits[1].names)
+    found = set()
+    for index in range(0, val, 2):
+        sample = splits[1][index]
+        assert sample["image"].shape[1:] == sample["mask"].shape
+        found |= set(sample["mask"].unique().tolist())
+        seen, mask = augment(
+            np.ascontiguousarray(sample["image"].permute(1, 2, 0).numpy()),
+            sample["mask"].numpy(),
+            np.random.default_rng(index),
+        )
+        assert seen.shape == (64, 96, 3) and mask.shape == (64, 96)
+    assert found == ids
+    counts = class_counts(splits[1], tmp_path)
+    assert (counts > 0).all() and (class_counts(splits[1], tmp_path) == counts).all()
+
+
+@pytest.mark.data
+def test_real_sizes_that_differ_are_no_silent_matter():
+    if not (DATA / "person").is_dir():
+        pytest.skip(f"no real data in {DATA}: set DINOSEG_DATA")
+    data = instantiate(
+        load("person", DATA / "person", "data.source.masks.on_size_mismatch=error").data.source
+    )(split="val")
+    refused = 0
+    for index in range(len(data)):
+        try:
+            data[index]
+        except UserError as error:
+            assert "resize_mask" in str(error)
+            refused += 1
+    assert 0 < refused < len(data)
+
+
+def test_prepare_mode(tmp_path, caplog):
+    place = tmp_path / "sar/train1/video_01"
+    write_video(place / "video_left.avi", 61)
+    for index in (0, 60):
+        save(place / f"segmentation/{index:09d}.png", np.zeros((32, 48)))
+    with caplog.at_level("INFO"):
+        prepare(load("sarrarp", tmp_path / "sar", "data.prepare.workers=1"), out_dir=tmp_path)
+    assert "train1/video_01: 1 rate, 61 decoded" in caplog.text
+    assert (tmp_path / "prepared.json").is_file() and len(list((place / "rgb").iterdir())) == 2
+    with pytest.raises(UserError, match="needs no preparation"):
+        prepare(load("camvid", tmp_path), out_dir=tmp_path)

@@ -1,0 +1,219 @@
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from making import save
+
+from dinoseg.data.folder import FolderDataset, Layout, Partition
+from dinoseg.data.masks import Masks
+from dinoseg.errors import UserError
+
+CLASSES = ["a", "b"]
+FLAT = Layout("images", "masks")
+
+
+@pytest.fixture
+def fill(tmp_path):
+    """Write pairs of pictures; each mask's first pixel is its number modulo 2."""
+
+    def write(images="train/images", masks="train/masks", names=("x", "y", "z"), size=(4, 6)):
+        for index, name in enumerate(names):
+            image = np.full((*size, 3), index * 10, np.uint8)
+            image[0, 0] = (200, 100, 50)
+            save(tmp_path / images / f"{name}.png", image)
+            mask = np.zeros(size, np.uint8)
+            mask[0, 0] = index % 2
+            save(tmp_path / masks / f"{name}.png", mask)
+        return tmp_path
+
+    return write
+
+
+def test_sample_shapes_and_values(fill):
+    data = FolderDataset(fill(), "train", classes=CLASSES)
+    assert data.names == ["x", "y", "z"] and len(data) == 3
+    assert data.classes == ("a", "b") and data.palette[1] == (128, 0, 0) and data.ignore_index == 255
+    sample = data[1]
+    assert sample["name"] == "y"
+    assert sample["image"].shape == (3, 4, 6) and sample["image"].dtype == torch.uint8
+    assert sample["image"][:, 0, 0].tolist() == [200, 100, 50] and sample["image"][0, 1, 1] == 10
+    assert sample["mask"].shape == (4, 6) and sample["mask"].dtype == torch.uint8
+    assert sample["mask"].sum() == 1
+    sample["image"].add_(1)  # writable, and not the file's own memory
+    assert data[1]["image"][0, 1, 1] == 10
+    np.testing.assert_array_equal(data.mask(1), sample["mask"])
+
+
+def test_drives_suffixes_and_instance_masks(tmp_path):
+    for drive in ("7", "12"):
+        save(tmp_path / f"leftImg8bit/val/{drive}/f1_image.jpg", np.zeros((2, 2, 3)))
+        save(tmp_path / f"gtFine/val/{drive}/f1_label.png", np.full((2, 2), int(drive == "7")))
+        save(tmp_path / f"gtFine/val/{drive}/f1_inst_label.png", np.full((2, 2), 77))
+        (tmp_path / f"gtFine/val/{drive}/f1_polygons.json").write_text("{}")
+    layout = Layout("leftImg8bit/{split}", "gtFine/{split}", "_image", "_label", ["*_inst_label.png"])
+    data = FolderDataset(tmp_path, "val", classes=CLASSES, layout=layout)
+    assert data.names == ["12/f1", "7/f1"]
+    assert [int(data[i]["mask"].max()) for i in range(2)] == [0, 1]
+
+
+def test_one_folder_for_images_and_masks(tmp_path):
+    for name in ("p.q", "r"):  # a dot inside a name is no ending
+        save(tmp_path / "train" / f"{name}.JPG", np.zeros((2, 2, 3)), format="JPEG")
+        save(tmp_path / "train" / f"{name}_mask.png", np.ones((2, 2)))
+    data = FolderDataset(
+        tmp_path, "train", classes=CLASSES, layout=Layout("{split}", "{split}", mask_suffix="_mask")
+    )
+    assert data.names == ["p.q", "r"]
+
+
+def test_split_names_on_disk_and_what_a_desktop_leaves(fill):
+    root = fill("train_images", "train_masks")
+    fill("valid_images", "valid_masks", ["v"])
+    (root / "valid_images/._v.png").write_bytes(b"junk")
+    (root / "valid_images/Thumbs.db").write_bytes(b"junk")
+    layout = Layout("{split}_images", "{split}_masks", splits={"val": "valid"})
+    assert FolderDataset(root, "val", classes=CLASSES, layout=layout).names == ["v"]
+    assert len(FolderDataset(root, "train", classes=CLASSES, layout=layout)) == 3
+
+
+def test_linked_folders_are_followed(fill, tmp_path):
+    root = fill("elsewhere/images", "elsewhere/masks")
+    (tmp_path / "train").mkdir()
+    os.symlink(root / "elsewhere/images", tmp_path / "train/images")
+    (tmp_path / "train/masks").mkdir()
+    os.symlink(root / "elsewhere/masks", tmp_path / "train/masks/deep")
+    with pytest.raises(
+        UserError, match="without mask: x, y, z; and 3 masks without image: deep/x, deep/y, deep/z"
+    ):
+        FolderDataset(root, "train", classes=CLASSES)
+
+
+def test_fraction(fill):
+    root = fill("images", "masks", [f"v{i // 2}_{i}" for i in range(10)])
+    partition = Partition("fraction", val_fraction=0.4, seed=1, group=r"^v\d+")
+    train, val = (
+        FolderDataset(root, split, classes=CLASSES, layout=FLAT, partition=partition).names
+        for split in ("train", "val")
+    )
+    assert len(val) == 4 and sorted(train + val) == sorted(f"v{i // 2}_{i}" for i in range(10))
+    assert not {n[:2] for n in train} & {n[:2] for n in val}
+    with pytest.raises(UserError, match="fraction knows the splits train and val, not test"):
+        FolderDataset(root, "test", classes=CLASSES, layout=FLAT, partition=partition)
+
+
+def test_lists(fill):
+    root = fill("images", "masks", ["a", "sub/b", "c"])
+    (root / "masks/c.png").unlink()
+    (root / "train.txt").write_text("sub/b.png\na\n")
+    (root / "val.txt").write_text("c\n")
+    (root / "test.txt").write_text("nix\nnada\na\n")
+    partition = Partition("lists", {"train": "train.txt", "val": "val.txt", "test": "test.txt"})
+
+    def load(split):
+        return FolderDataset(root, split, classes=CLASSES, layout=FLAT, partition=partition)
+
+    assert load("train").names == ["sub/b", "a"]
+    with pytest.raises(UserError, match="1 image without mask: c"):
+        load("val")
+    with pytest.raises(UserError, match="2 names without image and mask.*: nix, nada"):
+        load("test")
+    with pytest.raises(UserError, match="No file list for split extra.*train, val, test"):
+        load("extra")
+
+
+def test_pairing_names_five_and_counts_all(fill):
+    root = fill(names=[f"n{i}" for i in range(9)])
+    for i in range(7):
+        (root / f"train/masks/n{i}.png").unlink()
+    save(root / "train/masks/odd.png", [[0]])
+    with pytest.raises(
+        UserError,
+        match=r"7 images without mask: n0, n1, n2, n3, n4 and 2 more; and 1 mask without image: odd\.",
+    ):
+        FolderDataset(root, "train", classes=CLASSES)
+
+
+def test_two_files_of_one_name(fill):
+    root = fill()
+    save(root / "train/images/x.jpg", np.zeros((4, 6, 3)))
+    with pytest.raises(UserError, match=r"x\.jpg and .*x\.png have one name \(x\)"):
+        FolderDataset(root, "train", classes=CLASSES)
+
+
+def test_missing_folders(fill, tmp_path):
+    root = fill()
+    with pytest.raises(UserError, match=r"data\.root=.*gone is no folder"):
+        FolderDataset(tmp_path / "gone", "train", classes=CLASSES)
+    with pytest.raises(UserError, match=r"No folder .*val/images for split val .*holds the folders train\."):
+        FolderDataset(root, "val", classes=CLASSES)
+    with pytest.raises(UserError, match=r"No folder .*train/labels .*holds the folders images, masks"):
+        FolderDataset(root, "train", classes=CLASSES, layout=Layout(masks="{split}/labels"))
+
+
+@pytest.mark.parametrize("partition", [Partition(), Partition("fraction")])
+def test_empty_split(tmp_path, partition):
+    layout = Layout() if partition.by == "folder" else FLAT
+    for folder in ("train/images", "train/masks", "images", "masks"):
+        Path(tmp_path, folder).mkdir(parents=True)
+    with pytest.raises(UserError, match=r"Split train is empty: .*images holds no image"):
+        FolderDataset(tmp_path, "train", classes=CLASSES, layout=layout, partition=partition)
+
+
+def test_partition_and_layout_must_fit(fill):
+    root = fill()
+    with pytest.raises(UserError, match=r"must both hold \{split\}"):
+        FolderDataset(root, "train", classes=CLASSES, layout=FLAT)
+    with pytest.raises(UserError, match="name it without {split}"):
+        FolderDataset(root, "train", classes=CLASSES, partition=Partition("fraction"))
+    with pytest.raises(UserError, match="by=random is unknown.*folder, lists, fraction"):
+        FolderDataset(root, "train", classes=CLASSES, partition=Partition("random"))
+
+
+def test_sizes_that_differ(fill):
+    root = fill(size=(40, 60))
+    mask = np.zeros((20, 30), np.uint8)
+    mask[:, 15:] = 1
+    save(root / "train/masks/x.png", mask)
+    with pytest.raises(
+        UserError, match=r"x\.png is 60 x 40 .*x\.png is 30 x 20.*on_size_mismatch=resize_mask"
+    ):
+        FolderDataset(root, "train", classes=CLASSES)[0]
+    data = FolderDataset(root, "train", classes=CLASSES, masks=Masks(on_size_mismatch="resize_mask"))
+    expected = np.zeros((40, 60), np.uint8)
+    expected[:, 30:] = 1
+    np.testing.assert_array_equal(data[0]["mask"], expected)
+    np.testing.assert_array_equal(data.mask(0), expected)
+    save(root / "train/masks/x.png", mask.T)
+    with pytest.raises(UserError, match="proportions differ by more than 5%"):
+        data[0]
+
+
+def test_unreadable_files_are_named(fill):
+    root = fill()
+    whole = (root / "train/images/y.png").read_bytes()
+    (root / "train/images/y.png").write_bytes(whole[: len(whole) // 2])
+    (root / "train/masks/z.png").write_bytes(b"")
+    data = FolderDataset(root, "train", classes=CLASSES)
+    with pytest.raises(UserError, match=r"images/y\.png"):
+        data[1]
+    with pytest.raises(UserError, match=r"masks/z\.png"):
+        data[2]
+
+
+def test_fingerprint_follows_files_and_rules(fill):
+    root = fill()
+
+    def key(**options):
+        return FolderDataset(root, "train", **{"classes": CLASSES, **options}).fingerprint()
+
+    first = key()
+    assert first == key()
+    others = [key(classes=["a", "c"]), key(ignore_index=254), key(masks=Masks(ids={9: 0}))]
+    os.utime(root / "train/masks/y.png", ns=(1, 1))
+    others.append(key())
+    (root / "train/images/z.png").rename(root / "train/images/zz.png")
+    (root / "train/masks/z.png").rename(root / "train/masks/zz.png")
+    others.append(key())
+    assert len({first, *others}) == 6

@@ -1,0 +1,147 @@
+import gc
+import itertools
+import multiprocessing
+import time
+from collections import Counter
+
+import pytest
+import torch
+from making import Pictures
+
+from dinoseg.data.loader import eval_samples, stack_equal, train_batches
+from dinoseg.data.transforms import Affine, Augment, ColorJitter
+from dinoseg.errors import UserError
+
+AUGMENT = Augment((12, 10), scale=(0.7, 1.4), affine=Affine(15, 0.1, 5), flip=0.5, color=ColorJitter(0.2))
+SIZES = [(20 + i, 30 - i) for i in range(11)]
+
+
+def take(batches, count):
+    return list(itertools.islice(batches, count))
+
+
+def assert_same(first, second):
+    assert len(first) == len(second)
+    for a, b in zip(first, second, strict=True):
+        assert a.names == b.names
+        assert torch.equal(a.image, b.image) and torch.equal(a.mask, b.mask)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_nothing(workers):
+    options = {"batch_size": 4, "seed": 5}
+    alone = take(train_batches(Pictures(SIZES), AUGMENT, **options), 8)
+    assert alone[0].image.shape == (4, 3, 12, 10) and alone[0].mask.shape == (4, 12, 10)
+    assert alone[0].image.dtype == alone[0].mask.dtype == torch.uint8
+    assert_same(alone, take(train_batches(Pictures(SIZES), AUGMENT, workers=workers, **options), 8))
+
+
+@pytest.mark.parametrize(("start", "workers"), [(1, 0), (3, 2), (70, 0)])
+def test_start_is_the_same_as_skipping(start, workers):
+    options = {"batch_size": 4, "seed": 5}
+    through = take(train_batches(Pictures(SIZES), AUGMENT, **options), start + 3)
+    resumed = train_batches(Pictures(SIZES), AUGMENT, start=start, workers=workers, **options)
+    assert_same(through[start:], take(resumed, 3))
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_share_a_batch(world):
+    options = {"batch_size": 6, "seed": 1, "start": 2}
+    whole = take(train_batches(Pictures(SIZES), AUGMENT, **options), 4)
+    parts = [
+        take(train_batches(Pictures(SIZES), AUGMENT, rank=rank, world=world, **options), 4)
+        for rank in range(world)
+    ]
+    for batch, shares in zip(whole, zip(*parts, strict=True), strict=True):
+        assert batch.names == [name for share in shares for name in share.names]
+        assert torch.equal(batch.image, torch.cat([share.image for share in shares]))
+
+
+def test_every_epoch_holds_each_sample_once_in_a_new_order():
+    batches = take(train_batches(Pictures(SIZES), AUGMENT, batch_size=4, seed=0), 22)
+    names = [name for batch in batches for name in batch.names]
+    epochs = [names[i : i + 11] for i in range(0, 88, 11)]
+    assert all(Counter(epoch) == Counter(Pictures(SIZES).names) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 8
+
+
+def test_seed_and_epoch_change_the_view():
+    one = Pictures([(30, 30)])
+    views = take(train_batches(one, AUGMENT, batch_size=1, seed=0), 5)
+    views += take(train_batches(one, AUGMENT, batch_size=1, seed=1), 5)
+    assert len({view.image.numpy().tobytes() for view in views}) == 10
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_global_chance_is_left_alone(workers):
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    take(train_batches(Pictures(SIZES), AUGMENT, batch_size=2, seed=0, workers=workers), 3)
+    list(eval_samples(Pictures(SIZES), workers=workers))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def children_after_a_moment():
+    gc.collect()
+    for _ in range(100):
+        if not multiprocessing.active_children():
+            return 0
+        time.sleep(0.05)
+    return len(multiprocessing.active_children())
+
+
+def test_workers_end_with_the_iterator():
+    batches = train_batches(Pictures(SIZES), AUGMENT, batch_size=2, seed=0, workers=2)
+    next(batches)
+    assert len(multiprocessing.active_children()) == 2
+    del batches
+    assert children_after_a_moment() == 0
+    assert len(list(eval_samples(Pictures(SIZES), workers=2))) == 11
+    assert children_after_a_moment() == 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_users_mistake_comes_out_as_it_is(workers):
+    spoilt = Pictures(SIZES, error_at=4)
+    for items in (
+        train_batches(spoilt, AUGMENT, batch_size=3, seed=0, workers=workers),
+        eval_samples(spoilt, workers=workers),
+    ):
+        with pytest.raises(UserError) as caught:
+            take(items, 20)
+        assert str(caught.value) == "bad.png number 4 is spoilt: replace it."
+        assert children_after_a_moment() == 0  # although the exception is still held
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_eval_samples_in_order_for_each_rank(workers):
+    names = [
+        [s["name"] for s in eval_samples(Pictures(SIZES), workers=workers, rank=rank, world=3)]
+        for rank in range(3)
+    ]
+    assert names == [[f"p{i}" for i in range(rank, 11, 3)] for rank in range(3)]
+    assert list(eval_samples(Pictures([(4, 4)]), workers=workers, rank=1, world=2)) == []
+
+
+def test_stack_equal_joins_neighbours_of_one_size():
+    sizes = [(4, 4)] * 3 + [(4, 5)] + [(4, 4)] * 2 + [(5, 4)] * 5
+    batches = list(stack_equal(eval_samples(Pictures(sizes)), 2))
+    assert [batch.names for batch in batches] == [
+        ["p0", "p1"], ["p2"], ["p3"], ["p4", "p5"], ["p6", "p7"], ["p8", "p9"], ["p10"],
+    ]  # fmt: skip
+    assert batches[2].image.shape == (1, 3, 4, 5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 12}, "data.batch_size=12 with 11 training images.*1 to 11"),
+        ({"batch_size": 0}, "data.batch_size=0"),
+        ({"batch_size": 4, "world": 3}, "data.batch_size=4 cannot be shared by 3 devices"),
+        ({"batch_size": 4, "seed": -1}, "seed=-1"),
+        ({"batch_size": 4, "workers": -1}, "workers=-1"),
+    ],
+)
+def test_mistakes_show_before_the_first_batch(options, message):
+    with pytest.raises(UserError, match=message):
+        train_batches(Pictures(SIZES), AUGMENT, **{"seed": 0, **options})

@@ -1,0 +1,131 @@
+import numpy as np
+import pytest
+from making import save
+from PIL import Image
+
+from dinoseg.data.labels import Labels, default_palette
+from dinoseg.data.masks import MaskReader, Masks
+from dinoseg.errors import UserError
+
+COLORS = ((0, 0, 0), (255, 0, 0), (0, 0, 255))
+LABELS = Labels.of(["a", "b", "c"], COLORS, 255)
+IDS = np.array([[0, 1], [2, 255], [1, 0]], np.uint8)
+
+
+def test_grey_palette_and_equal_channels_give_the_stored_ids(tmp_path):
+    reader = MaskReader(LABELS, Masks())
+    indexed = Image.fromarray(IDS).convert("L")
+    indexed.putpalette([9, 8, 7] * 256)  # the colours say nothing here
+    indexed.save(tmp_path / "p.png")
+    with Image.open(tmp_path / "p.png") as image:
+        assert image.mode == "P"
+    for path in (
+        save(tmp_path / "g.png", IDS),
+        save(tmp_path / "three.png", np.dstack([IDS] * 3)),
+        save(tmp_path / "wide.png", IDS, dtype=np.uint16),
+        tmp_path / "p.png",
+    ):
+        ids = reader.read(path)
+        assert ids.dtype == np.uint8
+        np.testing.assert_array_equal(ids, IDS)
+
+
+def test_colours_give_classes_also_from_an_indexed_file(tmp_path):
+    reader = MaskReader(LABELS, Masks("palette", ignore_colors=[[255, 255, 255]]))
+    colors = np.array([*COLORS, (255, 255, 255)], np.uint8)
+    pixels = colors[[[2, 0, 1], [3, 2, 2]]]
+    save(tmp_path / "c.png", pixels)
+    Image.fromarray(pixels).quantize(8).save(tmp_path / "q.png")
+    for name in ("c.png", "q.png"):
+        np.testing.assert_array_equal(reader.read(tmp_path / name), [[2, 0, 1], [255, 2, 2]])
+
+
+def test_unknown_colours_are_listed(tmp_path):
+    pixels = np.zeros((3, 4, 3), np.uint8)
+    pixels[0, 0], pixels[1, :2] = (1, 2, 3), (255, 0, 1)
+    path = save(tmp_path / "c.png", pixels)
+    with pytest.raises(UserError, match=r"c\.png .*\(255, 0, 1\), \(1, 2, 3\), on 3 pixels.*ignore_colors"):
+        MaskReader(LABELS, Masks("palette")).read(path)
+
+
+def test_binary_masks(tmp_path):
+    reader = MaskReader(Labels.of(["no", "yes"], None, 255), Masks("binary"))
+    np.testing.assert_array_equal(reader.read(save(tmp_path / "b.png", [[0, 255]])), [[0, 1]])
+    Image.fromarray(np.array([[True, False]])).save(tmp_path / "one.png")  # one bit per pixel
+    np.testing.assert_array_equal(reader.read(tmp_path / "one.png"), [[1, 0]])
+    with pytest.raises(UserError, match=r"j\.png .* 3, 250\. All are near .* lossy"):
+        reader.read(save(tmp_path / "j.png", [[0, 3, 250, 255]]))
+    with pytest.raises(UserError, match=r"i\.png .* 1, 128\. .*format=ids"):
+        reader.read(save(tmp_path / "i.png", [[0, 1, 128]]))
+    with pytest.raises(UserError, match=r"i1\.png .* 1\. "):
+        reader.read(save(tmp_path / "i1.png", [[0, 1]]))
+
+
+def test_ids_outside_the_classes_name_ids_and_file(tmp_path):
+    path = save(tmp_path / "m.png", [[0, 3, 200], [254, 255, 1]])
+    with pytest.raises(
+        UserError, match=r"m\.png holds the ids 3, 200, 254, which .*0 to 2, and 255.*\{3: 255\}"
+    ):
+        MaskReader(LABELS, Masks()).read(path)
+    wide = save(tmp_path / "w.png", [[0, 40000]], dtype=np.uint16)
+    with pytest.raises(UserError, match=r"ids 40000,"):
+        MaskReader(LABELS, Masks()).read(wide)
+    huge = tmp_path / "h.tif"
+    Image.fromarray(np.array([[-5, 70000]], np.int32)).save(huge)
+    with pytest.raises(UserError, match=r"ids -5, 70000,"):
+        MaskReader(LABELS, Masks()).read(huge)
+
+
+def test_table_maps_ids(tmp_path):
+    reader = MaskReader(LABELS, Masks(ids={0: 255, 7: 2, 1000: 0}))
+    path = save(tmp_path / "m.png", [[0, 7, 2, 1, 1000]], dtype=np.uint16)
+    np.testing.assert_array_equal(reader.read(path), [[255, 2, 2, 1, 0]])
+
+
+def test_coloured_picture_read_as_ids(tmp_path):
+    path = save(tmp_path / "c.png", [[[0, 1, 0]]])
+    with pytest.raises(UserError, match="coloured picture.*format=palette"):
+        MaskReader(LABELS, Masks()).read(path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"format": "rgb"}, "format=rgb is unknown.*ids, palette, binary"),
+        ({"on_size_mismatch": "crop"}, "on_size_mismatch=crop is unknown.*error, resize_mask"),
+        ({"format": "binary", "ids": {1: 0}}, "ids has no effect"),
+        ({"ignore_colors": [[0, 0, 0]]}, "ignore_colors has no effect"),
+        ({"format": "binary"}, "needs 2 classes, data.classes has 3"),
+        ({"ids": {11: 3}}, "maps 11 to 3: .* 0 to 2, or 255"),
+        ({"ids": {-1: 0}}, "maps -1"),
+        ({"ids": {"a": 0}}, "maps 'a'"),
+        ({"format": "palette", "ignore_colors": [[255, 0, 0]]}, r"\(255, 0, 0\) stands for two things"),
+        ({"format": "palette", "ignore_colors": [[256, 0, 0]]}, r"Colour \[256, 0, 0\]"),
+    ],
+)
+def test_rules_that_make_no_sense(arguments, message):
+    with pytest.raises(UserError, match=message):
+        MaskReader(LABELS, Masks(**arguments))
+
+
+@pytest.mark.parametrize(
+    ("classes", "palette", "ignore", "message"),
+    [
+        ([], None, 255, "0 names"),
+        (["a"] * 256, None, 255, "256 names"),
+        (["a", "b", "a"], None, 255, "names a more than once"),
+        (["a", "b"], [[0, 0, 0]], 255, "1 colours for 2 classes"),
+        (["a"], [[0, 0]], 255, r"Colour \[0, 0\]"),
+        (["a"], [[0, 0, 0.5]], 255, "whole numbers"),
+        (["a"], None, 256, "ignore_index=256"),
+        (["a"], None, -1, "ignore_index=-1"),
+    ],
+)
+def test_labels_that_make_no_sense(classes, palette, ignore, message):
+    with pytest.raises(UserError, match=message):
+        Labels.of(classes, palette, ignore)
+
+
+def test_default_palette_is_distinct_and_vocs():
+    assert len(set(default_palette(256))) == 256
+    assert default_palette(4) == ((0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0))

@@ -1,0 +1,140 @@
+import numpy as np
+import pytest
+from making import save
+
+from dinoseg.data.sarrarp import SarRarp50, operation
+from dinoseg.errors import UserError
+
+CLASSES = [f"c{i}" for i in range(10)]
+
+
+@pytest.fixture
+def add(tmp_path):
+    """Write a prepared video below a root whose own name holds `frames`."""
+    root = tmp_path / "my frames"
+
+    def write(folder, video, frames="rgb", masks=(0, 60), extra=(), value=1):
+        place = root / folder / video
+        for index in {*masks, *extra}:
+            save(place / frames / f"{index:09d}.png", np.full((4, 6, 3), 50))
+        for index in masks:
+            save(place / "segmentation" / f"{index:09d}.png", np.full((4, 6), value))
+        (place / "video_left.avi").write_bytes(b"kept as it came")
+        (place / "action_discrete.txt").write_text("0,1\n")
+        return root
+
+    return write
+
+
+def load(root, split, **options):
+    return SarRarp50(root, split, classes=CLASSES, **options)
+
+
+def test_official_layout_takes_only_frames_with_masks(add):
+    for number in range(1, 5):
+        root = add("train1", f"video_{number:02d}", extra=(6, 12, 66))
+    for number in range(5, 9):
+        root = add("train2", f"video_{number:02d}")
+    add("test", "video_41", masks=(0, 60, 120), value=9)
+    train, val, test = (load(root, split) for split in ("train", "val", "test"))
+    assert len(train) == 12 and len(val) == 4
+    assert test.names == ["video_41/000000000", "video_41/000000060", "video_41/000000120"]
+    sample = test[1]
+    assert sample["image"].shape == (3, 4, 6) and (sample["mask"] == 9).all()
+    assert (test.mask(2) == 9).all() and test.classes == tuple(CLASSES) and len(test.palette) == 10
+    assert len({data.fingerprint() for data in (train, val, test)}) == 3
+
+
+def test_older_layout(add):
+    for number in range(1, 4):
+        root = add("train", f"video_{number}", frames="frames")
+    add("test", "video_9", frames="frames")
+    assert sorted(load(root, "train").names + load(root, "val").names) == [
+        f"video_{number}/{index:09d}" for number in (1, 2, 3) for index in (0, 60)
+    ]
+    assert len(load(root, "test")) == 2
+
+
+def test_parts_of_an_operation_stay_together(add):
+    for video in ("video_11_1", "video_11_2", "video_15_1", "video_15_2", "video_2", "video_1"):
+        root = add("train1", video)
+    seen = set()
+    for seed in range(12):
+        sides = [{n.split("/")[0] for n in load(root, s, seed=seed).names} for s in ("train", "val")]
+        assert not {operation(v) for v in sides[0]} & {operation(v) for v in sides[1]}
+        assert sides[0] | sides[1] == {
+            "video_11_1",
+            "video_11_2",
+            "video_15_1",
+            "video_15_2",
+            "video_2",
+            "video_1",
+        }
+        seen.add(frozenset(sides[1]))
+    assert len(seen) == 4
+    assert load(root, "val", val_fraction=0.5).names != load(root, "val", val_fraction=0.25).names
+
+
+def test_operation_names():
+    assert [operation(v) for v in ("video_11_1", "video_11", "video_1", "other")] == [
+        "video_11", "video_11", "video_1", "other",
+    ]  # fmt: skip
+
+
+def test_not_prepared_gives_the_command(add, tmp_path):
+    root = add("train1", "video_01")
+    (root / "train1/video_02").mkdir()
+    (root / "train1/video_02/video_left.avi").write_bytes(b"")
+    (root / "train1/video_03.zip").write_bytes(b"")
+    with pytest.raises(
+        UserError,
+        match=r"2 videos .*: video_03, video_02\. .*mode=prepare data=sarrarp data.root=.*my frames",
+    ):
+        load(root, "train")
+
+
+def test_masks_and_frames_must_match(add):
+    root = add("train1", "video_01", masks=(0, 60, 120), extra=(180, 186, 240))
+    add("train1", "video_02")
+    with pytest.raises(
+        UserError, match=r"video_01 has 2 frames without mask .*: 000000180, 000000240\. Unpack"
+    ):
+        load(root, "train")
+    for index in (180, 240):
+        (root / f"train1/video_01/rgb/{index:09d}.png").unlink()
+    (root / "train1/video_01/rgb/000000060.png").unlink()
+    with pytest.raises(UserError, match=r"1 mask without extracted frame: 000000060\. .*mode=prepare"):
+        load(root, "train")
+
+
+def test_folders_that_are_missing_or_empty(add, tmp_path):
+    with pytest.raises(UserError, match="holds none of the folders train1, train2, train"):
+        load(tmp_path, "val")
+    root = add("train1", "video_01")
+    with pytest.raises(UserError, match="holds none of the folders test"):
+        load(root, "test")
+    with pytest.raises(UserError, match="splits train, val, test, not valid"):
+        load(root, "valid")
+    with pytest.raises(UserError, match=r"1 group\(s\).*video_01.*two are needed"):
+        load(root, "train")
+    (root / "test").mkdir()
+    with pytest.raises(UserError, match=r"no folder video_\* and no video_\*\.zip"):
+        load(root, "test")
+    add("train2", "video_01")
+    with pytest.raises(UserError, match="video_01 and .*video_01 are one video"):
+        load(root, "train")
+
+
+def test_pixels_are_checked_when_read(add):
+    root = add("test", "video_41", masks=(0, 60, 120))
+    save(root / "test/video_41/segmentation/000000000.png", np.full((4, 6), 10))
+    save(root / "test/video_41/segmentation/000000060.png", np.zeros((2, 3)))
+    path = root / "test/video_41/rgb/000000120.png"
+    path.write_bytes(path.read_bytes()[:40])
+    data = load(root, "test")
+    with pytest.raises(UserError, match=r"000000000\.png holds the ids 10,"):
+        data[0]
+    with pytest.raises(UserError, match="is 6 x 4 .* is 3 x 2"):
+        data[1]
+    with pytest.raises(UserError, match=r"rgb/000000120\.png"):
+        data[2]

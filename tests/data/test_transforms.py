@@ -1,0 +1,190 @@
+import cv2
+import numpy as np
+import pytest
+
+from dinoseg.data.transforms import Affine, Augment, ColorJitter
+from dinoseg.errors import UserError
+
+ALL = {
+    "scale": (0.5, 2.0),
+    "affine": Affine(30, 0.2, 10),
+    "flip": 0.5,
+    "color": ColorJitter(0.3, 0.3, 0.3, 0.2),
+}
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+def noise(height, width, seed=0):
+    image = rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return image, rng(seed + 1).integers(0, 5, (height, width), dtype=np.uint8)
+
+
+def blobs(height, width, seed=0):
+    """A smooth two-valued picture: the mask is where the image is bright."""
+    field = cv2.GaussianBlur(rng(seed).standard_normal((height, width)), (0, 0), 8)
+    mask = (field > 0).astype(np.uint8)
+    return np.dstack([mask * 255] * 3), mask
+
+
+@pytest.mark.parametrize("size", [(37, 53), (1, 1), (64, 64), (2, 300)])
+def test_neutral_settings_return_the_input_exactly(size):
+    image, mask = noise(*size)
+    seen, ids = Augment(size)(image, mask, rng())
+    np.testing.assert_array_equal(seen, image)
+    np.testing.assert_array_equal(ids, mask)
+
+
+def test_flip_alone_is_exact():
+    image, mask = noise(21, 34)
+    seen, ids = Augment((21, 34), flip=1.0)(image, mask, rng())
+    np.testing.assert_array_equal(seen, image[:, ::-1])
+    np.testing.assert_array_equal(ids, mask[:, ::-1])
+
+
+def test_crop_alone_cuts_and_pads_exactly():
+    image, mask = noise(40, 10)
+    places = set()
+    for seed in range(20):
+        seen, ids = Augment((16, 24))(image, mask, rng(seed))
+        columns = np.flatnonzero((ids != 255).any(axis=0))
+        left = columns[0]
+        assert len(columns) == 10 and (ids[:, left : left + 10] != 255).all()
+        assert (seen[:, :left] == 128).all()
+        top = next(t for t in range(25) if np.array_equal(mask[t : t + 16], ids[:, left : left + 10]))
+        np.testing.assert_array_equal(seen[:, left : left + 10], image[top : top + 16])
+        places.add((top, left))
+    assert len({t for t, _ in places}) > 5 and len({c for _, c in places}) > 5
+
+
+@pytest.mark.parametrize("size", [(60, 90), (300, 200), (31, 500), (5, 7)])
+@pytest.mark.parametrize("crop", [(48, 64), (101, 33)])
+def test_any_size_gives_the_crop(size, crop):
+    for seed in range(5):
+        seen, ids = Augment(crop, longest=128, **ALL)(*noise(*size), rng(seed))
+        assert seen.shape == (*crop, 3) and seen.dtype == np.uint8
+        assert ids.shape == crop and ids.dtype == np.uint8
+        assert set(np.unique(ids)) <= {0, 1, 2, 3, 4, 255}
+
+
+def test_chance_depends_on_rng_alone():
+    image, mask = noise(70, 50)
+    augment = Augment((40, 40), **ALL)
+    first, again, other = (augment(image, mask, rng(seed)) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first[0], again[0])
+    np.testing.assert_array_equal(first[1], again[1])
+    assert not np.array_equal(first[0], other[0])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"affine": Affine(degrees=40)},
+        {"affine": Affine(shear=20)},
+        {"affine": Affine(translate=0.3)},
+        {"scale": (2.7, 2.7)},
+        {"scale": (0.6, 0.6)},
+        {"scale": (0.3, 0.3)},
+        {"longest": 77},
+        {"scale": (0.4, 2.0), "affine": Affine(30, 0.2, 15), "flip": 0.5, "longest": 150},
+    ],
+)
+def test_image_and_mask_move_together(settings):
+    """Where the image is bright the mask says so; they differ only at edges, evenly to both sides."""
+    differing, edge, balance = 0, 0, 0
+    for seed in range(6):
+        seen, ids = Augment((120, 120), **settings)(*blobs(200, 180, seed), rng(seed))
+        inside = cv2.erode((ids != 255).astype(np.uint8), np.ones((5, 5))).astype(bool)
+        bright = seen[..., 0] > 127
+        wrong = (bright != (ids == 1)) & inside
+        band = cv2.morphologyEx((ids == 1).astype(np.uint8), cv2.MORPH_GRADIENT, np.ones((3, 3))) > 0
+        assert not (wrong & ~band).any()
+        differing, edge = differing + wrong.sum(), edge + (band & inside).sum()
+        balance += (wrong & bright).sum() - (wrong & ~bright).sum()
+    assert differing <= 0.25 * edge
+    assert abs(balance) <= 0.06 * edge
+
+
+def test_what_is_outside_is_ignored():
+    image, mask = np.full((50, 50, 3), 200, np.uint8), np.ones((50, 50), np.uint8)
+    seen, ids = Augment((50, 50), affine=Affine(degrees=45), ignore_index=7)(image, mask, rng(5))
+    assert set(np.unique(ids)) == {1, 7}
+    assert ids[25, 25] == 1 and ids[0, 0] == 7
+    deep = cv2.erode((ids == 7).astype(np.uint8), np.ones((5, 5))).astype(bool)
+    assert (seen[deep] == 128).all()
+    assert (seen[cv2.erode((ids == 1).astype(np.uint8), np.ones((5, 5))).astype(bool)] == 200).all()
+
+
+def test_part_of_the_image_always_stays_in_view():
+    mask = np.zeros((90, 160), np.uint8)
+    image = np.zeros((90, 160, 3), np.uint8)
+    for crop in ((30, 30), (90, 160), (300, 300)):
+        augment = Augment(crop, scale=(0.5, 2), affine=Affine(15, 0.2, 10))
+        for seed in range(60):
+            assert (augment(image, mask, rng(seed))[1] == 0).any()
+
+
+def test_shrinking_does_not_alias():
+    """Stripes finer than the result turn grey instead of into coarser stripes."""
+    image = np.zeros((600, 600, 3), np.uint8)
+    image[:, ::3] = 255
+    seen, _ = Augment((120, 120), scale=(0.2, 0.2))(image, np.zeros((600, 600), np.uint8), rng())
+    assert abs(float(seen.mean()) - 85) < 3 and seen.std() < 35  # plain bilinear: 120
+
+
+def test_longest_only_shrinks_and_keeps_the_aspect():
+    for size, expected in [((100, 400), (50, 200)), ((50, 120), (50, 120))]:
+        ids = Augment((400, 400), longest=200)(
+            np.zeros((*size, 3), np.uint8), np.zeros(size, np.uint8), rng()
+        )[1]
+        assert ((ids == 0).any(axis=1).sum(), (ids == 0).any(axis=0).sum()) == expected
+
+
+def test_colour_leaves_the_mask_and_stays_near_its_range():
+    image, mask = np.full((20, 20, 3), (100, 120, 140), np.uint8), noise(20, 20)[1]
+    levels = []
+    for seed in range(40):
+        seen, ids = Augment((20, 20), color=ColorJitter(brightness=0.2))(image, mask, rng(seed))
+        np.testing.assert_array_equal(ids, mask)
+        levels.append(seen[0, 0, 0])
+    assert 80 <= min(levels) < 88 and 112 < max(levels) <= 120
+
+
+def test_hue_and_saturation_leave_grey_alone():
+    image = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, axis=2)
+    mask = np.zeros((1, 256), np.uint8)
+    seen, _ = Augment((1, 256), color=ColorJitter(saturation=0.9, hue=0.5))(image, mask, rng(3))
+    assert np.abs(seen.astype(int) - image).max() <= 1
+
+
+def test_half_a_turn_of_hue_makes_red_cyan():
+    image = np.full((2, 2, 3), (200, 40, 40), np.uint8)
+    turned = [
+        Augment((2, 2), color=ColorJitter(hue=0.5))(image, np.zeros((2, 2), np.uint8), rng(s))[0][0, 0]
+        for s in range(40)
+    ]
+    assert min(int(c[0]) - int(c[1]) for c in turned) < -80
+    assert max(int(c[2]) - int(c[0]) for c in turned) > 80
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Augment((0, 5)), r"crop=\[0, 5\]"),
+        (lambda: Augment((5,)), r"crop=\[5\]"),
+        (lambda: Augment((5, 5), scale=(1.5, 0.5)), r"scale=\[1.5, 0.5\]"),
+        (lambda: Augment((5, 5), scale=(0, 1)), r"scale=\[0, 1\]"),
+        (lambda: Augment((5, 5), longest=0), "longest=0"),
+        (lambda: Augment((5, 5), flip=1.1), "flip=1.1"),
+        (lambda: Affine(degrees=-1), "degrees=-1"),
+        (lambda: Affine(translate=1), "translate=1"),
+        (lambda: Affine(shear=90), "shear=90"),
+        (lambda: ColorJitter(brightness=1.2), "brightness=1.2"),
+        (lambda: ColorJitter(hue=0.6), "hue=0.6.*0 to 0.5"),
+    ],
+)
+def test_settings_out_of_range(make, message):
+    with pytest.raises(UserError, match=message):
+        make()

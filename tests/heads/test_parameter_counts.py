@@ -1,0 +1,58 @@
+"""Parameter counts of the published SAR-RARP50 LoRA recipe (10 classes, DINOv3 ViT, 16 px patches)."""
+
+import pytest
+import torch
+
+from dinoseg import build
+
+SIZES = {
+    "dinov3_vits16": (14_097_920, {8: 663_552, 16: 1_327_104, 32: 2_654_208}, 589_824),
+    "dinov3_vitb16": (15_080_960, {8: 1_327_104, 16: 2_654_208, 32: 5_308_416}, 1_179_648),
+    "dinov3_vitl16": (15_736_320, {8: 3_538_944, 16: 7_077_888, 32: 14_155_776}, 3_145_728),
+}
+
+
+def trainable(module):
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+
+
+@pytest.fixture
+def on_meta(compose):
+    def build_model(*overrides):
+        with torch.device("meta"):
+            return build.model(compose("hparam=sarrarp_lora", "data.root=.", *overrides), weights="random")
+
+    return build_model
+
+
+@pytest.mark.parametrize("backbone", SIZES)
+def test_head_and_lora_counts(on_meta, backbone):
+    head, all_linear, attention = SIZES[backbone]
+    for rank, expected in all_linear.items():
+        model = on_meta(f"backbone={backbone}", f"adapter.rank={rank}")
+        assert (trainable(model.head), trainable(model.backbone)) == (head, expected)
+    assert trainable(on_meta(f"backbone={backbone}", "adapter=lora").backbone) == attention
+
+
+def test_backbone_counts(on_meta):
+    counts = {
+        name: sum(
+            p.numel()
+            for p in on_meta(f"backbone={name}", "adapter=frozen", "head=linear").backbone.parameters()
+        )
+        for name in (
+            "dinov2_vits14",
+            "dinov2_vitg14",
+            "dinov3_vits16plus",
+            "dinov3_vith16plus",
+            "dinov3_vit7b16",
+        )
+    }
+    assert counts == {
+        "dinov2_vits14": 22_056_960,
+        "dinov2_vitg14": 1_136_480_768,
+        "dinov3_vits16plus": 28_690_944,
+        "dinov3_vith16plus": 840_545_280,
+        # Meta's own count, 6,716,043,264, has one more LayerNorm of 2 x 4096, which only pre-training reads
+        "dinov3_vit7b16": 6_716_043_264 - 8_192,
+    }

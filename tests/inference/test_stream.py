@@ -1,0 +1,109 @@
+import threading
+import time
+
+import pytest
+
+from dinoseg.inference.stream import run_pipeline
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left():
+    before = threading.active_count()
+    yield
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("depth", [1, 4])
+@pytest.mark.parametrize("count", [0, 1, 3, 200])
+def test_everything_passes_in_order(count, depth):
+    written = []
+    done = run_pipeline(range(count), lambda item: item * 2, written.append, depth=depth)
+    assert written == [2 * item for item in range(count)]
+    assert done.items == count and done.seconds > 0
+
+
+def test_the_stages_overlap():
+    def slow(item):
+        time.sleep(0.03)
+        return item
+
+    done = run_pipeline((slow(item) for item in range(12)), slow, slow)
+    assert done.seconds < 0.75 * 3 * 12 * 0.03
+
+
+def test_the_queues_are_bounded():
+    ahead = []
+    written = []
+    gate = threading.Event()
+
+    def read():
+        for item in range(50):
+            ahead.append(item - len(written))
+            yield item
+
+    def write(item):
+        gate.wait(0.002)
+        written.append(item)
+
+    run_pipeline(read(), lambda item: item, write, depth=2)
+    assert len(written) == 50
+    assert max(ahead) <= 2 + 2 + 3  # both queues, and one in each stage's hands
+
+
+class Broken(Exception):
+    pass
+
+
+@pytest.mark.parametrize("at", [0, 1, 7, 30])
+@pytest.mark.parametrize("stage", ["read", "infer", "write"])
+@pytest.mark.parametrize("depth", [1, 4])
+def test_a_failing_stage_stops_the_others_and_is_raised(stage, at, depth):
+    seen = {"read": [], "infer": [], "write": []}
+
+    def step(name, item):
+        if name == stage and item == at:
+            raise Broken(f"{name} {item}")
+        seen[name].append(item)
+        return item
+
+    endless = (step("read", item) for item in iter(range(10**9).__iter__().__next__, None))
+    start = time.perf_counter()
+    with pytest.raises(Broken, match=f"^{stage} {at}$") as error:
+        run_pipeline(endless, lambda item: step("infer", item), lambda item: step("write", item), depth=depth)
+    assert time.perf_counter() - start < 5
+    assert error.value.__traceback__ is not None and "step" in [frame.name for frame in error.traceback]
+    assert seen["write"] == list(range(len(seen["write"])))
+    assert len(seen["write"]) <= at
+    assert len(seen["read"]) <= at + 2 * depth + 4
+
+
+def test_a_failure_while_the_others_are_stuck_in_full_queues():
+    def write(item):
+        time.sleep(0.2)
+        raise Broken
+
+    with pytest.raises(Broken):
+        run_pipeline(range(1000), lambda item: item, write, depth=1)
+
+
+def test_the_first_of_two_failures_is_raised():
+    def write(item):
+        raise Broken("write")
+
+    def read():
+        yield 1
+        time.sleep(0.3)
+        raise Broken("read")
+
+    with pytest.raises(Broken, match="write"):
+        run_pipeline(read(), lambda item: item, write)
+
+
+def test_an_interrupt_stops_everything():
+    def infer(item):
+        if item == 3:
+            raise KeyboardInterrupt
+        return item
+
+    with pytest.raises(KeyboardInterrupt):
+        run_pipeline(range(1000), infer, lambda item: None, depth=1)

@@ -1,0 +1,49 @@
+import pytest
+import torch
+
+from dinoseg.errors import UserError
+from dinoseg.losses.class_weights import SCHEMES, class_weights
+
+COUNTS = [700_000, 200_000, 100_000, 0]
+
+
+def test_one_minus_frequency():
+    torch.testing.assert_close(
+        class_weights(COUNTS, "one_minus_frequency"), torch.tensor([0.3, 0.8, 0.9, 1.0])
+    )
+
+
+def test_inverse_and_median_have_the_right_ratios_and_a_mean_of_one():
+    for scheme in ("inverse", "median"):
+        weights = class_weights(COUNTS, scheme)
+        torch.testing.assert_close(weights[1] / weights[0], torch.tensor(3.5))
+        torch.testing.assert_close(weights[2] / weights[1], torch.tensor(2.0))
+        torch.testing.assert_close(weights[:3].mean(), torch.tensor(1.0))
+        assert weights[3] == 1
+
+
+def test_effective_number_by_hand():
+    expected = torch.tensor([(1 - 0.9) / (1 - 0.9**n) for n in (70, 20, 10)])
+    weights = class_weights(COUNTS, "effective_number", beta=0.9)
+    torch.testing.assert_close(weights[:3], expected / expected.mean())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_scheme_gives_finite_positive_weights_that_favour_the_rare(scheme):
+    weights = class_weights(COUNTS, scheme)
+    assert weights.dtype == torch.float32 and bool((weights > 0).all()) and bool(weights.isfinite().all())
+    if scheme != "none":
+        assert weights[0] < weights[1] < weights[2]
+
+
+def test_a_single_class_set_is_allowed():
+    assert class_weights([5], "inverse").tolist() == [1.0]
+
+
+def test_bad_input():
+    with pytest.raises(
+        UserError, match="loss.weights=best is unknown. Choose one of none, one_minus_frequency"
+    ):
+        class_weights(COUNTS, "best")
+    with pytest.raises(UserError, match="no labelled pixel"):
+        class_weights([0, 0], "inverse")

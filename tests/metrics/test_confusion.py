@@ -1,0 +1,200 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from dinoseg.errors import UserError
+from dinoseg.metrics.confusion import ConfusionMatrix
+
+
+def loop_matrix(prediction, mask, num_classes, ignore_index):
+    matrix = [[0] * num_classes for _ in range(num_classes)]
+    for predicted, reference in zip(np.ravel(prediction), np.ravel(mask), strict=True):
+        if reference != ignore_index:
+            matrix[reference][predicted] += 1
+    return matrix
+
+
+def loop_class(prediction, mask, index, ignore_index):
+    """Set arithmetic on pixel positions, independent of any matrix."""
+    counted = {i for i, value in enumerate(np.ravel(mask)) if value != ignore_index}
+    ours = {i for i, value in enumerate(np.ravel(prediction)) if value == index} & counted
+    theirs = {i for i, value in enumerate(np.ravel(mask)) if value == index} & counted
+    both = len(ours & theirs)
+
+    def share(part, whole):
+        return None if whole == 0 else part / whole
+
+    return {
+        "iou": share(both, len(ours | theirs)),
+        "dice": share(2 * both, len(ours) + len(theirs)),
+        "precision": share(both, len(ours)),
+        "recall": share(both, len(theirs)),
+        "accuracy": share(both, len(theirs)),
+        "pixels": len(theirs),
+        "predicted_pixels": len(ours),
+    }
+
+
+def mean(values):
+    values = [value for value in values if value is not None]
+    return float(np.mean(np.array(values, dtype=np.float64))) if values else None
+
+
+CASES = {
+    "plain": ((2, 7, 9), 4, 255, [0, 1, 2, 3], [0, 1, 2, 3, 255]),
+    "absent classes": ((1, 5, 5), 9, 255, [0, 3], [3, 8]),
+    "predicted only": ((1, 4, 6), 3, 255, [0, 2], [0]),
+    "reference only": ((1, 4, 6), 3, 255, [0], [0, 2]),
+    "all ignored": ((2, 3, 3), 3, 255, [0, 1], [255]),
+    "no images": ((0, 3, 3), 3, 255, [0], [0]),
+    "no pixels": ((2, 0, 3), 3, 255, [0], [0]),
+    "one pixel": ((1, 1, 1), 2, 255, [1], [1]),
+    "one class": ((1, 6, 2), 1, 255, [0], [0, 255]),
+    "ignore inside the ids": ((3, 4, 4), 5, 2, [0, 1, 2, 3, 4], [0, 1, 2, 3, 4]),
+    "wide and many": ((1, 1, 400), 255, 255, list(range(255)), list(range(256))),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
+def test_equals_a_loop_over_pixels(case, dtype):
+    shape, num_classes, ignore, predicted_ids, mask_ids = CASES[case]
+    rng = np.random.default_rng(7)
+    prediction = rng.choice(predicted_ids, shape)
+    mask = rng.choice(mask_ids, shape)
+    confusion = ConfusionMatrix(num_classes, ignore)
+    confusion.update(torch.from_numpy(prediction).to(dtype), torch.from_numpy(mask).to(dtype))
+    scores = confusion.compute()
+
+    expected = loop_matrix(prediction, mask, num_classes, ignore)
+    assert confusion.matrix.dtype == torch.int64
+    assert confusion.matrix.tolist() == expected == scores["matrix"]
+    by_class = [loop_class(prediction, mask, index, ignore) for index in range(num_classes)]
+    for index, (got, want) in enumerate(zip(scores["classes"], by_class, strict=True)):
+        assert got == {"id": index, **want}
+    assert scores["miou"] == pytest.approx(mean([row["iou"] for row in by_class]), abs=1e-14)
+    assert scores["miou_no_background"] == pytest.approx(
+        mean([row["iou"] for row in by_class[1:]]), abs=1e-14
+    )
+    assert scores["dice"] == pytest.approx(mean([row["dice"] for row in by_class]), abs=1e-14)
+    assert scores["mean_accuracy"] == pytest.approx(mean([row["recall"] for row in by_class]), abs=1e-14)
+    counted = mask != ignore
+    assert scores["pixels"] == counted.sum()
+    assert scores["ignored_pixels"] == (~counted).sum()
+    right = float(np.mean(prediction[counted] == mask[counted])) if counted.any() else None
+    assert scores["accuracy"] == pytest.approx(right, abs=1e-14)
+    assert scores["present_classes"] == len(set(prediction[counted]) | set(mask[counted]))
+    assert json.loads(json.dumps(scores, allow_nan=False)) == scores
+
+
+def test_absent_is_none_and_never_zero_or_one():
+    confusion = ConfusionMatrix(4)
+    confusion.update(torch.tensor([[[0, 1, 1]]]), torch.tensor([[[0, 0, 2]]]))
+    rows = confusion.compute()["classes"]
+    assert rows[3]["iou"] is None and rows[3]["dice"] is None and rows[3]["precision"] is None
+    assert rows[1]["iou"] == 0 and rows[1]["recall"] is None  # predicted only
+    assert rows[2]["iou"] == 0 and rows[2]["precision"] is None  # reference only
+    assert confusion.compute()["present_classes"] == 3
+
+
+def test_rows_are_the_reference():
+    confusion = ConfusionMatrix(3)
+    confusion.update(torch.tensor([[[2]]]), torch.tensor([[[1]]]))
+    assert confusion.matrix[1, 2] == 1 and confusion.matrix.sum() == 1
+
+
+def test_sums_over_merges_equal_the_whole():
+    generator = torch.Generator().manual_seed(0)
+    prediction = torch.randint(0, 6, (7, 5, 11), generator=generator)
+    mask = torch.randint(0, 7, (7, 5, 11), generator=generator)
+    mask[mask == 6] = 255
+    whole = ConfusionMatrix(6)
+    whole.update(prediction, mask)
+    merged = ConfusionMatrix(6)
+    for rank in range(3):
+        part = ConfusionMatrix(6)
+        for index in range(rank, 7, 3):
+            part.update(prediction[index : index + 1], mask[index : index + 1])
+        merged.merge(part)
+    assert torch.equal(merged.counts, whole.counts)
+    assert merged.compute() == whole.compute()
+    merged.reset()
+    assert merged.counts.sum() == 0 and merged.compute()["miou"] is None
+
+
+def test_counts_beyond_float_precision_stay_exact():
+    confusion = ConfusionMatrix(2)
+    confusion.counts[0] = 2**53
+    confusion.update(torch.tensor([[[0]]]), torch.tensor([[[0]]]))
+    assert confusion.matrix[0, 0] == 2**53 + 1
+
+
+@pytest.mark.parametrize("ids", [[3, 7], [-1], [256]])
+def test_mask_ids_outside_the_classes_are_named(ids):
+    confusion = ConfusionMatrix(3)
+    mask = torch.tensor([[[0, *ids]]])
+    with pytest.raises(UserError, match=rf"{len(ids)} mask pixels .*0\.\.2.*found: \[{ids[0]}.*255"):
+        confusion.update(torch.zeros_like(mask), mask)
+    with pytest.raises(UserError, match="Correct the masks"):
+        confusion.compute()
+
+
+def test_predicted_ids_outside_are_not_counted_as_another_class():
+    confusion = ConfusionMatrix(3)
+    with pytest.raises(ValueError, match="1 predicted ids"):
+        confusion.update(torch.tensor([[[5, 0]]]), torch.tensor([[[0, 0]]]))
+    assert confusion.matrix.sum() == 1
+
+
+def test_an_accelerator_is_never_read_back_in_update():
+    confusion = ConfusionMatrix(3)
+    mask = torch.tensor([[[9]]])
+    confusion.counts = confusion.counts.to("meta")
+    confusion.update(torch.zeros_like(mask).to("meta"), mask.to("meta"))  # reading any value back would raise
+    assert confusion.counts.device.type == "meta"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_counts_the_same_and_is_not_waited_for():
+    prediction, mask = torch.randint(0, 5, (2, 2, 64, 64)).unbind()
+    here, there = ConfusionMatrix(5), ConfusionMatrix(5)
+    there.counts = there.counts.cuda()
+    here.update(prediction, mask)
+    on_device = prediction.cuda(), mask.cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        there.update(*on_device)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(here.counts, there.counts.cpu())
+
+
+@pytest.mark.parametrize(
+    ("prediction", "mask", "message"),
+    [
+        (
+            torch.zeros(1, 2, 2, dtype=torch.int64),
+            torch.zeros(1, 2, 3, dtype=torch.int64),
+            r"mask \(1, 2, 3\) differ",
+        ),
+        (torch.zeros(1, 2, 2), torch.zeros(1, 2, 2, dtype=torch.int64), "prediction is torch.float32"),
+        (
+            torch.zeros(1, 2, 2, dtype=torch.int64),
+            torch.zeros(1, 2, 2, dtype=torch.bool),
+            "mask is torch.bool",
+        ),
+    ],
+)
+def test_wrong_tensors(prediction, mask, message):
+    with pytest.raises(ValueError, match=message):
+        ConfusionMatrix(2).update(prediction, mask)
+
+
+def test_other_classes_do_not_merge():
+    with pytest.raises(ValueError, match="Cannot merge 3 classes"):
+        ConfusionMatrix(2).merge(ConfusionMatrix(3))
+    with pytest.raises(UserError, match="num_classes is 0"):
+        ConfusionMatrix(0)

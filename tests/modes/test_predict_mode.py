@@ -1,0 +1,193 @@
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from dinoseg.errors import UserError
+from dinoseg.images import read_ids, write_png
+from dinoseg.inference.media import VideoReader
+from dinoseg.modes import predict as mode
+from dinoseg.shapes import Prediction
+
+CLASSES = ["dark", "middle", "bright"]
+
+
+class Brightness(torch.nn.Module):
+    """Class scores by the pixel's brightness: the answer is known for every image."""
+
+    def __init__(self):
+        super().__init__()
+        self.batches = []
+
+    def forward(self, images):
+        assert images.dtype == torch.uint8 and images.ndim == 4 and images.shape[1] == 3
+        assert not torch.is_grad_enabled()
+        self.batches.append(tuple(images.shape))
+        level = images.float().mean(dim=1)
+        scores = torch.stack([-(level - centre).abs() for centre in (0, 128, 255)], dim=1)
+        return Prediction(scores, images.shape[-2:], (1.0, 1.0), lambda outputs, size, valid: outputs)
+
+
+def expected_ids(frame):
+    level = frame.astype(float).mean(axis=-1)
+    return np.abs(level[..., None] - [0, 128, 255]).argmin(axis=-1)
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    fake = SimpleNamespace(
+        model=Brightness().eval(),
+        device=torch.device("cpu"),
+        classes=CLASSES,
+        palette=[(0, 0, 0), (200, 40, 0), (0, 90, 255)],
+        ignore_index=255,
+        autocast=nullcontext,
+    )
+    monkeypatch.setattr(mode, "load_trained", lambda cfg: fake)
+    return fake
+
+
+def predict(source, out_dir, **changes):
+    options = {"masks": False, "opacity": 0.5, "batch_size": 3} | changes
+    return mode.predict({}, out_dir=out_dir, input=str(source) if source else source, **options)
+
+
+def random_image(path, size=(20, 30), seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3)).astype(np.uint8)
+    write_png(path, pixels)
+    return pixels
+
+
+def random_video(path, frames=10, size=(32, 48)):
+    writer = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*"MJPG"), 12.5, size[::-1])
+    for index in range(frames):
+        frame = np.zeros((*size, 3), np.uint8)
+        frame[:, : 4 * index + 4] = 250
+        writer.write(frame)
+    writer.release()
+    return path
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_an_image_is_segmented_at_its_own_size(trained, tmp_path):
+    pixels = random_image(tmp_path / "in" / "a.png", (21, 33))
+    totals = predict(tmp_path / "in" / "a.png", tmp_path / "out")
+    raw = np.load(tmp_path / "out" / "a_segmentation" / "segmentation_raw.npy")
+    assert raw.dtype == np.uint8 and np.array_equal(raw, expected_ids(pixels))
+    assert totals["images"] == 1 and totals["images_per_s"] > 0
+    assert names(tmp_path / "out") == ["a_segmentation"]
+
+
+def test_a_folder_of_several_sizes_and_equal_stems(trained, tmp_path):
+    folder = tmp_path / "in"
+    images = {}
+    for index in range(5):
+        images[f"same{index}"] = random_image(folder / f"same{index}.png", (8, 9), seed=index)
+    images["x_png"] = random_image(folder / "x.png", (5, 6), seed=9)
+    images["x_bmp"] = random_image(tmp_path / "x.png", (4, 6), seed=10)
+    cv2.imwrite(str(folder / "x.bmp"), images["x_bmp"][..., ::-1])
+    (folder / "notes.txt").write_text("not a picture")
+    totals = predict(folder, tmp_path / "out")
+    assert totals["images"] == 7
+    assert names(tmp_path / "out") == sorted(f"{name}_segmentation" for name in images)
+    for name, pixels in images.items():
+        raw = np.load(tmp_path / "out" / f"{name}_segmentation" / "segmentation_raw.npy")
+        assert np.array_equal(raw, expected_ids(pixels)), name
+    assert max(batch[0] for batch in trained.model.batches) == 3  # batched by size, never above the limit
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_a_video_gives_an_overlay_and_masks(trained, tmp_path, masks, caplog):
+    video = random_video(tmp_path / "v.avi")
+    with caplog.at_level("INFO"):
+        totals = predict(video, tmp_path / "out", masks=masks)
+    assert names(tmp_path / "out") == (["v_masks", "v_overlay.mp4"] if masks else ["v_overlay.mp4"])
+    assert totals["frames"] == 10 and totals["frames_per_s"] > 0
+    assert "v.avi: 10 frames in" in caplog.text and "frames/s with reading and writing" in caplog.text
+    with VideoReader(tmp_path / "out" / "v_overlay.mp4") as reader:
+        assert reader.size == (32, 48) and reader.fps == pytest.approx(12.5)
+        overlay = list(reader)
+    assert len(overlay) == 10
+    bright = overlay[9][10:20, 4:30].reshape(-1, 3).mean(axis=0)
+    assert np.abs(bright - (125, 170, 252)).max() < 20  # half white, half the class's blue
+    assert overlay[0][:, 20:].mean() < 12  # black classes leave the frame alone
+    if masks:
+        assert names(tmp_path / "out" / "v_masks") == [f"{index:09d}.png" for index in range(10)]
+        ids = read_ids(tmp_path / "out" / "v_masks" / "000000004.png")
+        assert ids.shape == (32, 48) and (ids[:, :18] == 2).all() and (ids[:, 24:] == 0).all()
+    assert {batch[0] for batch in trained.model.batches} == {3, 1}
+
+
+def test_bad_files_are_named_and_the_rest_is_done(trained, tmp_path):
+    folder = tmp_path / "in"
+    for name in "aeg":
+        random_image(folder / f"{name}.png")
+    (folder / "b.png").write_bytes((folder / "a.png").read_bytes()[:200])
+    (folder / "c.jpg").write_text("no picture")
+    random_video(folder / "v.avi")
+    whole = random_video(folder / "w.avi", frames=40).read_bytes()
+    (folder / "w.avi").write_bytes(whole[: len(whole) // 2])
+    (folder / "z.mp4").write_bytes(b"")
+    with pytest.raises(UserError, match="4 of 8 inputs failed, the rest is in") as error:
+        predict(folder, tmp_path / "out", masks=True)
+    for name in ("b.png", "c.jpg", "w.avi ends early", "z.mp4 as a video: 0 frames"):
+        assert name in str(error.value)
+    assert names(tmp_path / "out") == [
+        "a_segmentation",
+        "e_segmentation",
+        "g_segmentation",
+        "v_masks",
+        "v_overlay.mp4",
+    ]
+
+
+def test_a_model_that_fails_leaves_nothing_half_written(trained, tmp_path):
+    video = random_video(tmp_path / "v.avi")
+    batches = iter([True, True, False])
+    real = trained.model.forward
+
+    def forward(images):
+        if not next(batches):
+            raise RuntimeError("out of memory")
+        return real(images)
+
+    trained.model.forward = forward
+    with pytest.raises(RuntimeError, match="out of memory"):
+        predict(video, tmp_path / "out", masks=True)
+    assert names(tmp_path / "out") == []
+
+
+def test_a_full_disk_is_one_message(trained, tmp_path, monkeypatch):
+    random_image(tmp_path / "a.png")
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(mode, "write_image_results", full)
+    with pytest.raises(UserError, match=r"Cannot write below .*No space left.*hydra\.run\.dir"):
+        predict(tmp_path / "a.png", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"source": None}, "give input=<image, folder, glob or video>"),
+        ({"opacity": 1.5}, r"mode\.opacity=1\.5: give a number from 0"),
+        ({"opacity": float("nan")}, r"mode\.opacity=nan"),
+        ({"batch_size": 0}, r"mode\.batch_size=0: give a number of images of at least 1"),
+        ({"source": "nowhere.png"}, "No such file or folder: input=nowhere.png"),
+    ],
+)
+def test_mistakes_are_named_before_the_model_is_loaded(monkeypatch, tmp_path, changes, message):
+    monkeypatch.setattr(mode, "load_trained", lambda cfg: pytest.fail("the model was loaded"))
+    random_image(tmp_path / "a.png")
+    options = {"source": tmp_path / "a.png"} | changes
+    with pytest.raises(UserError, match=message):
+        predict(options.pop("source"), tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,88 @@
+import csv
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from dinoseg.metrics.confusion import ConfusionMatrix
+from dinoseg.report.table import class_statistics, class_table, write_csv, write_json, write_text
+
+NAMES = ["background", "tool, long", "thread", "clamp"]
+
+
+@pytest.fixture
+def scores():
+    confusion = ConfusionMatrix(4)
+    confusion.update(torch.tensor([[[0, 0, 1, 1, 0, 0]]]), torch.tensor([[[0, 0, 0, 1, 2, 255]]]))
+    return confusion.compute()
+
+
+def test_table_shows_each_class_and_says_absent(scores):
+    lines = class_table(scores, NAMES).splitlines()
+    by_name = {name: next(line for line in lines if f" {name} " in line) for name in NAMES[1:]}
+    assert by_name["tool, long"].split()[-5:] == ["50.0", "66.7", "100.0", "50.0", "1"]
+    assert by_name["thread"].split()[-5:] == ["0.0", "0.0", "0.0", "-", "1"]
+    assert "absent" in by_name["clamp"]
+    means = {line[:25].strip(): line[25:].split()[0] for line in lines[-5:]}
+    assert means["mIoU"] == f"{100 * (2 / 4 + 1 / 2 + 0) / 3:.1f}"
+    assert means["mIoU without background"] == "25.0"
+    assert "without class 0, background" in lines[-4]
+
+
+def test_table_of_nothing():
+    text = class_table(ConfusionMatrix(4).compute(), NAMES)
+    assert text.count("absent") == 4 and "mIoU" in text
+
+
+def test_csv_and_json_hold_the_numbers(scores, tmp_path):
+    write_csv(tmp_path / "deep" / "scores.csv", scores, NAMES)
+    write_json(tmp_path / "scores.json", scores)
+    assert json.loads((tmp_path / "scores.json").read_text()) == scores
+    with open(tmp_path / "deep" / "scores.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["class"] for row in rows] == NAMES
+    assert float(rows[0]["iou"]) == scores["classes"][0]["iou"]
+    assert rows[3]["iou"] == "" and rows[2]["precision"] == "" and rows[2]["iou"] == "0.0"
+
+
+def test_json_refuses_what_json_cannot_say_and_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(path, {"a": float("nan")})
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_a_failing_write_leaves_the_old_file_and_no_part(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        write_text(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_statistics_follow_the_format_line_by_line():
+    mask = np.zeros((40, 50), np.uint8)
+    mask[:13, :] = 2
+    mask[39, 49] = 3
+    assert class_statistics(mask, NAMES).split("\n") == [
+        "Segmentation statistics",
+        "=" * 50,
+        "Total pixels: 2,000",
+        "Classes found: 3",
+        "",
+        "Class distribution:",
+        "-" * 50,
+        " 0: background                -    1,349 px (67.45%)",
+        " 2: thread                    -      650 px (32.50%)",
+        " 3: clamp                     -        1 px ( 0.05%)",
+        "",
+    ]

@@ -1,0 +1,61 @@
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dinoseg.geometry import pad_to_multiple, upsample, valid_share
+
+
+def reference(grid, size, valid):
+    """Bilinear sampling at (y + 0.5) * h * valid / H - 0.5, written out, in float64."""
+    h, w = grid.shape[-2:]
+    rows = ((torch.arange(size[0], dtype=torch.float64) + 0.5) * h * valid[0] / size[0] - 0.5).clamp(0, h - 1)
+    columns = ((torch.arange(size[1], dtype=torch.float64) + 0.5) * w * valid[1] / size[1] - 0.5).clamp(
+        0, w - 1
+    )
+    top, left = rows.floor().long(), columns.floor().long()
+    bottom, right = (top + 1).clamp(max=h - 1), (left + 1).clamp(max=w - 1)
+    down, along = (rows - top)[:, None], (columns - left)[None]
+
+    def at(row, column):
+        return grid[:, :, row][:, :, :, column]
+
+    upper = at(top, left) * (1 - along) + at(top, right) * along
+    lower = at(bottom, left) * (1 - along) + at(bottom, right) * along
+    return upper * (1 - down) + lower * down
+
+
+def test_upsample_agrees_with_the_written_out_formula_on_any_sizes():
+    draw = random.Random(0)
+    for _ in range(1500):
+        patch = draw.choice([8, 14, 16])
+        image = (draw.randint(1, 300), draw.randint(1, 300))
+        size = (draw.randint(1, 600), draw.randint(1, 600))
+        valid = valid_share(image, patch)
+        grid = torch.randn(1, 2, -(-image[0] // patch), -(-image[1] // patch), dtype=torch.float64)
+        result = upsample(grid, size, valid)
+        assert result.shape[-2:] == size, (image, size, patch)
+        torch.testing.assert_close(result, reference(grid, size, valid), atol=1e-6, rtol=0)
+
+
+def test_upsample_of_an_unpadded_grid_is_interpolate():
+    grid = torch.randn(2, 3, 7, 9)
+    expected = F.interpolate(grid, (56, 72), mode="bilinear")
+    torch.testing.assert_close(upsample(grid, (56, 72), (1.0, 1.0)), expected)
+
+
+def test_upsample_crops_pixel_outputs_without_touching_them():
+    pixels = torch.randn(1, 2, 48, 64)
+    assert torch.equal(upsample(pixels, (45, 61), valid_share((45, 61), 16)), pixels[..., :45, :61])
+
+
+@pytest.mark.parametrize("size", [(1, 1), (15, 16), (540, 960), (33, 1)])
+def test_padding_keeps_the_image_and_adds_zeros(size):
+    image = torch.rand(1, 3, *size) + 1
+    padded = pad_to_multiple(image, 16)
+    assert padded.shape[-2] % 16 == 0 and padded.shape[-1] % 16 == 0
+    assert torch.equal(padded[..., : size[0], : size[1]], image)
+    assert padded.sum() == pytest.approx(image.sum().item(), rel=1e-5)
+    share = valid_share(size, 16)
+    assert share == (size[0] / padded.shape[-2], size[1] / padded.shape[-1])

@@ -1,0 +1,86 @@
+import pytest
+import torch
+
+from dinoseg.adapters import frozen, full, lora
+from dinoseg.errors import UserError
+from dinoseg.heads.linear import LinearHead
+from dinoseg.heads.mlp import MlpHead
+from dinoseg.model import Segmenter, backbone_size, trained_names
+
+HEADS = {"linear": lambda k: LinearHead(24, 1, k), "mlp": lambda k: MlpHead(24, 1, k, 8)}
+
+
+@pytest.fixture(params=HEADS)
+def head(request):
+    return HEADS[request.param]
+
+
+@pytest.mark.parametrize("size", [(32, 40), (33, 41), (1, 1), (7, 100)])
+@pytest.mark.parametrize("scale", [1.0, 0.5, 0.25])
+def test_scores_have_the_images_size_whatever_it_is(tiny_backbone, head, size, scale):
+    model = Segmenter(tiny_backbone(), head(5), scale=scale).eval()
+    prediction = model(torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8))
+    assert prediction.logits().shape == (2, 5, *size)
+    assert prediction.logits((11, 13)).shape == (2, 5, 11, 13)
+
+
+def test_a_pixel_block_lands_on_its_patch(tiny_backbone):
+    head = MlpHead(24, 1, 3, 8)
+    features = [torch.zeros(1, 24, 3, 4)]
+    with torch.no_grad():
+        block = torch.arange(3 * 64, dtype=torch.float32)
+        head.layers[-1].weight.zero_()
+        head.layers[-1].bias.copy_(block)
+    scores = head(features)
+    assert scores.shape == (1, 3, 24, 32)
+    assert torch.equal(scores[0, :, 8:16, 24:32], block.view(3, 8, 8))
+
+
+def test_bytes_and_floats_give_the_same(tiny_backbone, head):
+    model = Segmenter(tiny_backbone(), head(2)).eval()
+    images = torch.randint(0, 256, (1, 3, 19, 23), dtype=torch.uint8)
+    assert torch.equal(model(images).logits(), model(images.float() / 255).logits())
+
+
+def test_a_frozen_backbone_stays_in_eval_mode(tiny_backbone, head):
+    model = Segmenter(frozen(tiny_backbone()), head(2)).train()
+    assert not model.backbone.training and model.head.training
+    model = Segmenter(lora(tiny_backbone(), rank=1, alpha=1), head(2)).train()
+    assert model.backbone.training
+    assert not model.eval().backbone.training
+
+
+@pytest.mark.parametrize(
+    ("size", "scale", "longest", "expected"),
+    [
+        ((1080, 1920), 0.5, None, (540, 960)),
+        ((1080, 1920), 1.0, 640, (360, 640)),
+        ((100, 50), 1.0, 640, (100, 50)),
+        ((1, 3000), 1.0, 30, (1, 30)),
+    ],
+)
+def test_backbone_size_only_ever_reduces_to_longest(size, scale, longest, expected):
+    assert backbone_size(size, scale, longest) == expected
+
+
+def test_resolution_out_of_range_is_refused(tiny_backbone, head):
+    with pytest.raises(UserError, match="resolution.scale=0"):
+        Segmenter(tiny_backbone(), head(2), scale=0)
+    with pytest.raises(UserError, match="resolution.longest=0"):
+        Segmenter(tiny_backbone(), head(2), longest=0)
+
+
+def test_a_checkpoint_holds_what_training_changes(tiny_backbone):
+    def names(adapter, weights):
+        backbone = adapter(tiny_backbone())
+        backbone.weights = weights
+        return trained_names(Segmenter(backbone, LinearHead(24, 1, 2)))
+
+    head = {f"head.{name}" for name in ("norm.weight", "norm.bias", "classify.weight", "classify.bias")}
+    head |= {f"head.norm.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
+    assert names(frozen, "some/hub-id") == head
+    adapted = names(lambda backbone: lora(backbone, rank=1, alpha=1), "some/hub-id")
+    assert head < adapted and all(".lora_" in name for name in adapted - head)
+    assert len(names(full, "some/hub-id")) > len(adapted)
+    whole = names(frozen, "random")
+    assert "backbone.model.embeddings.cls_token" in whole

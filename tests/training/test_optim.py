@@ -1,0 +1,109 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from dinoseg.adapters import full, lora
+from dinoseg.errors import UserError
+from dinoseg.heads.linear import LinearHead
+from dinoseg.model import Segmenter
+from dinoseg.training.optim import MovingAverage, adamw, parameter_groups, schedule, set_learning_rates
+
+
+def rates(groups):
+    return {name: (group["lr"], group["weight_decay"]) for group in groups for name in group["names"]}
+
+
+def test_each_trainable_parameter_is_in_exactly_one_group(tiny_backbone):
+    model = Segmenter(full(tiny_backbone()), LinearHead(24, 1, 3))
+    groups = parameter_groups(model, lr=1.0, weight_decay=0.1, layer_decay=0.5)
+    names = [name for group in groups for name in group["names"]]
+    assert sorted(names) == sorted(name for name, p in model.named_parameters() if p.requires_grad)
+    parameters = [id(p) for group in groups for p in group["params"]]
+    assert len(set(parameters)) == len(parameters) == len(names)
+
+
+def test_rates_and_decay_by_place(tiny_backbone):
+    model = Segmenter(full(tiny_backbone()), LinearHead(24, 1, 3))
+    found = rates(parameter_groups(model, lr=1.0, weight_decay=0.1, backbone_lr_scale=0.2, layer_decay=0.5))
+    assert found["head.classify.weight"] == (1.0, 0.1)
+    assert found["head.classify.bias"] == found["head.norm.weight"] == (1.0, 0.0)
+    last = next(name for name in found if ".layer.1." in name and name.endswith("q_proj.weight"))
+    assert found[last] == (pytest.approx(0.2 * 0.5), 0.1)
+    assert found[last.replace(".layer.1.", ".layer.0.")] == (pytest.approx(0.2 * 0.25), 0.1)
+    assert found["backbone.model.embeddings.patch_embeddings.weight"] == (pytest.approx(0.2 * 0.125), 0.1)
+    assert found["backbone.model.embeddings.cls_token"] == (pytest.approx(0.2 * 0.125), 0.0)
+    assert found["backbone.model.norm.weight"] == (0.2, 0.0)
+
+
+def test_lora_matrices_are_found(tiny_backbone):
+    model = Segmenter(lora(tiny_backbone(), rank=2, alpha=2), LinearHead(24, 1, 3))
+    found = rates(parameter_groups(model, lr=1.0, weight_decay=0.1, backbone_lr_scale=0.5))
+    assert all(value == (0.5, 0.1) for name, value in found.items() if ".lora_" in name)
+    assert sum(".lora_" in name for name in found) == 16
+
+
+@pytest.mark.parametrize("kind", ["constant", "cosine", "poly"])
+@pytest.mark.parametrize("warmup", [0, 5])
+def test_schedules_rise_then_fall_to_their_floor(kind, warmup):
+    factor = schedule(kind, warmup=warmup, floor=0.1, power=0.9)
+    values = [factor(step, 50) for step in range(50)]
+    assert values[warmup] == pytest.approx(1.0)
+    assert values[:warmup] == sorted(values[:warmup]) and all(0 < value < 1 for value in values[:warmup])
+    assert values[warmup:] == sorted(values[warmup:], reverse=True)
+    assert values[-1] == pytest.approx(1.0 if kind == "constant" else 0.1)
+
+
+def test_schedule_formulas_at_the_middle():
+    assert schedule("cosine")(25, 51) == pytest.approx(0.5)
+    assert schedule("poly", power=2.0)(25, 51) == pytest.approx(0.25)
+    assert schedule("cosine")(0, 1) == 1.0
+
+
+def test_set_learning_rates_scales_every_group():
+    model = nn.Linear(2, 2)
+    optimizer = adamw(model, lr=0.5, weight_decay=0.1)
+    assert set_learning_rates(optimizer, 0.1) == pytest.approx(0.05)
+    assert {group["lr"] for group in optimizer.param_groups} == {0.05}
+    set_learning_rates(optimizer, 1.0)
+    assert {group["lr"] for group in optimizer.param_groups} == {0.5}
+
+
+def test_moving_average_follows_its_formula_and_swaps_back():
+    weight = nn.Parameter(torch.tensor([1.0, 2.0]))
+    average = MovingAverage([("w", weight)], decay=0.9)
+    with torch.no_grad():
+        weight += 1
+    average.update()
+    torch.testing.assert_close(average.average["w"], torch.tensor([1.1, 2.1]))
+    average.swap()
+    torch.testing.assert_close(weight.data, torch.tensor([1.1, 2.1]))
+    average.swap()
+    torch.testing.assert_close(weight.data, torch.tensor([2.0, 3.0]))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"lr": 0}, "optim.lr=0"),
+        ({"weight_decay": -1}, "optim.weight_decay=-1"),
+        ({"layer_decay": 0}, "optim.layer_decay=0"),
+        ({"backbone_lr_scale": -1}, "optim.backbone_lr_scale=-1"),
+    ],
+)
+def test_rates_out_of_range_are_refused(values, message):
+    with pytest.raises(UserError, match=message):
+        parameter_groups(nn.Linear(1, 1), **{"lr": 1.0, "weight_decay": 0.0, **values})
+
+
+def test_other_bad_input():
+    with pytest.raises(UserError, match="Nothing is trainable"):
+        parameter_groups(nn.Linear(1, 1).requires_grad_(False), lr=1.0, weight_decay=0.0)
+    with pytest.raises(UserError, match="kind=step is unknown. Choose one of constant, cosine, poly"):
+        schedule("step")
+    with pytest.raises(UserError, match="warmup=-1"):
+        schedule(warmup=-1)
+    with pytest.raises(UserError, match="trainer.ema=1"):
+        MovingAverage([], 1.0)
+    assert math.isfinite(schedule("cosine", warmup=10)(3, 5))
