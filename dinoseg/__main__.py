@@ -10,9 +10,7 @@ failures: list[str] = []  # messages of jobs that the user's own mistakes ended
 def main() -> None:
     """Run the command line; exit status 1 where any job failed."""
     arguments = sys.argv[1:]
-    wants_hydra = (
-        any(argument.startswith(("--", "-c")) for argument in arguments) and "--help" not in arguments
-    )
+    wants_hydra = any(argument.startswith(("--", "-c")) for argument in arguments) and "--help" not in arguments
     modes = [argument for argument in arguments if argument.startswith("mode=")]
     if not wants_hydra and (not modes or modes[-1] == "mode=help" or {"-h", "--help"} & set(arguments)):
         from dinoseg.modes.help import overview
@@ -21,17 +19,12 @@ def main() -> None:
         return
     import hydra
 
+    from dinoseg.config import register_resolvers
+
     register_resolvers()
     hydra.main(version_base="1.3", config_path=CONFIGS, config_name="main")(run)()
     if failures:
         sys.exit(1)
-
-
-def register_resolvers() -> None:
-    """Register the one resolver of our configs: `${len:${.classes}}`."""
-    from omegaconf import OmegaConf
-
-    OmegaConf.register_new_resolver("len", len, replace=True)
 
 
 def run(cfg):  # noqa: ANN001, ANN201 - hydra.main wants the bare signature
@@ -39,13 +32,13 @@ def run(cfg):  # noqa: ANN001, ANN201 - hydra.main wants the bare signature
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
+    from dinoseg.config import plain
     from dinoseg.errors import UserError
     from dinoseg.launch import launch
 
     hydra_cfg = HydraConfig.get()
-    choices = OmegaConf.to_container(hydra_cfg.runtime.choices)
-    groups = {key: value for key, value in choices.items() if "/" not in key}
-    composed = OmegaConf.create({**OmegaConf.to_container(cfg), "choices": groups})
+    groups = {key: value for key, value in plain(hydra_cfg.runtime.choices).items() if "/" not in key}
+    composed = OmegaConf.create({**plain(cfg), "choices": groups})
     try:
         return launch(composed, Path(hydra_cfg.runtime.output_dir), list(hydra_cfg.overrides.task))
     except UserError as error:

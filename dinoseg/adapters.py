@@ -23,9 +23,7 @@ def full(backbone: nn.Module) -> nn.Module:
     return backbone
 
 
-def lora(
-    backbone: nn.Module, *, rank: int, alpha: float, dropout: float = 0.0, targets: str = "attention"
-) -> nn.Module:
+def lora(backbone: nn.Module, *, rank: int, alpha: int, dropout: float = 0.0, targets: str = "attention") -> nn.Module:
     """Freeze the backbone and add trainable low-rank updates (Hu et al., arXiv 2106.09685).
 
     Each chosen linear layer W gets W + (alpha / rank) * B A, with A (rank, in) random and B (out, rank) zero.
@@ -43,9 +41,7 @@ def lora(
     from peft import LoraConfig, inject_adapter_in_model
 
     if rank < 1:
-        raise UserError(
-            f"adapter.rank={rank}: LoRA needs a rank of at least 1; adapter=frozen trains no adapter."
-        )
+        raise UserError(f"adapter.rank={rank}: LoRA needs a rank of at least 1; adapter=frozen trains no adapter.")
     if not 0 <= dropout < 1:
         raise UserError(f"adapter.dropout={dropout}: give a probability of at least 0 and below 1.")
     if targets not in TARGETS:

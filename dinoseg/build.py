@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 from torch.optim import Optimizer
 
+from dinoseg.config import plain
 from dinoseg.errors import UserError
 from dinoseg.model import Segmenter
 from dinoseg.shapes import SegmentationData
@@ -29,11 +30,7 @@ def instantiate(node: Any) -> Any:
         UserError: a value is missing, or a key is not one that the target takes.
     """
     try:
-        plain = (
-            OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
-            if OmegaConf.is_config(node)
-            else node
-        )
+        plain = OmegaConf.to_container(node, resolve=True, throw_on_missing=True) if OmegaConf.is_config(node) else node
     except OmegaConfBaseException as error:
         raise UserError(_missing(error)) from None
     for target, keys in _targets(plain):
@@ -44,7 +41,7 @@ def instantiate(node: Any) -> Any:
 def model(cfg: DictConfig, weights: str | None = None) -> Segmenter:
     """Return the segmenter of a config; `weights` replaces `backbone.weights`."""
     torch.manual_seed(cfg.seed)
-    backbone_node = cfg.backbone if weights is None else {**_plain(cfg.backbone), "weights": weights}
+    backbone_node = cfg.backbone if weights is None else {**plain(cfg.backbone, resolve=True), "weights": weights}
     backbone = instantiate(backbone_node)
     backbone = instantiate(cfg.adapter)(backbone)
     head = instantiate(cfg.head)(in_dim=backbone.dim, num_layers=backbone.num_layers)
@@ -104,13 +101,13 @@ def guard(node: Any, where: str = "config") -> None:
         module_name = getattr(found, "__module__", None) or ""
         if not (inspect.isclass(found) or inspect.isfunction(found)) or not _trusted(module_name):
             raise UserError(
-                f"{where}: _target_={target} is refused. A config from a checkpoint may only name classes and functions "
-                f"of {', '.join(TRUSTED)}. Do not use this file, or rebuild the run from your own config."
+                f"{where}: _target_={target} is refused. A config from a checkpoint may only name classes "
+                f"and functions of {', '.join(TRUSTED)}. Do not use this file, or rebuild the run from your own config."
             )
     for text in _strings(plain):
         if "${" in text and ":" in text.replace("${len:", ""):
             raise UserError(
-                f"{where}: the interpolation {text} is refused: a config from a checkpoint may only point inside itself."
+                f"{where}: the interpolation {text} is refused. A config from a checkpoint may only point within it."
             )
 
 
@@ -173,7 +170,3 @@ def _missing(error: OmegaConfBaseException) -> str:
     key = getattr(error, "full_key", None)
     reason = str(error).strip().splitlines()[0]
     return f"{key or 'The config'} is not set ({reason}). Give it on the command line: {key or 'KEY'}=VALUE."
-
-
-def _plain(node: DictConfig) -> dict[str, Any]:
-    return OmegaConf.to_container(node, resolve=True)  # type: ignore[return-value]

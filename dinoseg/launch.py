@@ -11,6 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from dinoseg.config import plain, register_resolvers
 from dinoseg.errors import UserError
 
 LOG = "run.log"
@@ -42,8 +43,7 @@ def run_mode(cfg: DictConfig, out_dir: Path) -> Any:
     configure_log(out_dir, main=os.environ.get("RANK", "0") == "0")
     from dinoseg.build import instantiate
 
-    keys = OmegaConf.to_container(cfg.mode, resolve=True, throw_on_missing=False)
-    node = {key: value for key, value in keys.items() if key not in LAUNCH_KEYS}  # type: ignore[union-attr]
+    node = {key: value for key, value in plain(cfg.mode, resolve=True).items() if key not in LAUNCH_KEYS}
     return instantiate(OmegaConf.create(node))(cfg, out_dir=out_dir)
 
 
@@ -107,7 +107,7 @@ def _spawn(cfg: DictConfig, out_dir: Path, devices: int) -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     try:
-        arguments = (devices, port, OmegaConf.to_container(cfg), out_dir)
+        arguments = (devices, port, plain(cfg), out_dir)
         start_processes(_run_rank, arguments, devices, start_method="spawn")
     except ProcessExitedException as error:
         raise UserError(
@@ -116,8 +116,6 @@ def _spawn(cfg: DictConfig, out_dir: Path, devices: int) -> None:
 
 
 def _run_rank(rank: int, world: int, port: int, cfg: dict, out_dir: Path) -> None:
-    from dinoseg.__main__ import register_resolvers
-
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

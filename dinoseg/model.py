@@ -19,18 +19,15 @@ class Segmenter(nn.Module):
         longest: larger images are reduced until their longer side has this many pixels, before `scale`.
     """
 
-    def __init__(
-        self, backbone: nn.Module, head: nn.Module, *, scale: float = 1.0, longest: int | None = None
-    ) -> None:
+    def __init__(self, backbone: nn.Module, head: nn.Module, *, scale: float = 1.0, longest: int | None = None) -> None:
         super().__init__()
         if scale <= 0:
-            raise UserError(
-                f"resolution.scale={scale}: give a number above 0, such as 0.5 for half resolution."
-            )
+            raise UserError(f"resolution.scale={scale}: give a number above 0, such as 0.5 for half resolution.")
         if longest is not None and longest < 1:
             raise UserError(f"resolution.longest={longest}: give a number of pixels, or null for no limit.")
         self.backbone = backbone
         self.head = head
+        self.patch_size: int = backbone.patch_size  # type: ignore[assignment]
         self.scale = scale
         self.longest = longest
 
@@ -40,7 +37,7 @@ class Segmenter(nn.Module):
         pixels = self._resize(images)
         size = (pixels.shape[-2], pixels.shape[-1])
         outputs = self.head(self.backbone(pixels))
-        valid = valid_share(size, self.backbone.patch_size)  # type: ignore[arg-type]
+        valid = valid_share(size, self.patch_size)
         return Prediction(outputs, (height, width), valid, self.head.predict)  # type: ignore[arg-type]
 
     def train(self, mode: bool = True) -> "Segmenter":

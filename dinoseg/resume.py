@@ -1,6 +1,6 @@
 """Going on from a checkpoint: its config, with what the command line changes, and its model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from dinoseg import __version__, build
+from dinoseg.config import plain
 from dinoseg.errors import UserError
 from dinoseg.model import Segmenter
 from dinoseg.shapes import Palette, SegmentationData
@@ -40,8 +41,7 @@ def merge(cfg: DictConfig, overrides: Sequence[str], found: checkpoint.Checkpoin
         UserError: the checkpoint's config is not to be trusted, or the command line names another model.
     """
     build.guard(found.info["config"], f"resume={found.path}")
-    own = {**OmegaConf.to_container(cfg), "resume": str(found.path)}
-    merged = OmegaConf.create({**own, **found.info["config"]})
+    merged = OmegaConf.create({**plain(cfg), "resume": str(found.path), **found.info["config"]})
     _find_data_again(merged, Path(found.info["folder"]))
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         name, value = override.key_or_group, override.value()
@@ -56,7 +56,7 @@ def merge(cfg: DictConfig, overrides: Sequence[str], found: checkpoint.Checkpoin
 
 def without(cfg: DictConfig) -> DictConfig:
     """Return `cfg` with nothing to resume."""
-    return OmegaConf.merge(cfg, {"resume": None})  # type: ignore[return-value]
+    return OmegaConf.create({**plain(cfg), "resume": None})
 
 
 @dataclass
@@ -86,22 +86,18 @@ def load_trained(cfg: DictConfig) -> Trained:
         UserError: `resume` is not given, or the checkpoint does not fit.
     """
     if cfg.resume is None:
-        raise UserError(
-            "resume is not set: this mode needs a trained model. Give resume=RUN_FOLDER or a checkpoint."
-        )
+        raise UserError("resume is not set: this mode needs a trained model. Give resume=RUN_FOLDER or a checkpoint.")
     found = checkpoint.read(Path(cfg.resume))
     engine = build.instantiate(cfg.engine)
     model = build.model(cfg)
     checkpoint.load_weights(model, found)
     palette = [(red, green, blue) for red, green, blue in found.info["palette"]]
-    return Trained(
-        model.to(engine.device).eval(), engine, found.info["classes"], palette, found.info["ignore_index"]
-    )
+    return Trained(model.to(engine.device).eval(), engine, found.info["classes"], palette, found.info["ignore_index"])
 
 
 def description(cfg: DictConfig, data: SegmentationData) -> dict[str, Any]:
     """Return what a run's checkpoints say of themselves beside their progress."""
-    config: Mapping[str, Any] = OmegaConf.to_container(cfg)  # type: ignore[assignment]
+    config = plain(cfg)
     return {
         "config": {key: config[key] for key in KEPT},
         "choices": _chosen(cfg),
@@ -121,13 +117,13 @@ def _check_choice(group: str, option: str, found: checkpoint.Checkpoint) -> None
     was = found.info["choices"][group]
     if group != "data" and option != was:
         raise UserError(
-            f"{group}={option}: the checkpoint {found.path} was trained with {group}={was}. Leave {group} out, or start "
-            f"a new run without resume."
+            f"{group}={option}: the checkpoint {found.path} was trained with {group}={was}. Leave {group} out, or "
+            f"start a new run without resume."
         )
 
 
 def _find_data_again(cfg: DictConfig, folder: Path) -> None:
     """Let a relative data root that is not here point below the folder the run was started in."""
-    root = OmegaConf.to_container(cfg.data).get("root")  # type: ignore[union-attr]
+    root = plain(cfg.data).get("root")
     if isinstance(root, str) and not Path(root).exists() and (folder / root).exists():
         cfg.data.root = str(folder / root)

@@ -41,9 +41,7 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Copy to `device` without waiting for the copy."""
-        return Batch(
-            self.image.to(device, non_blocking=True), self.mask.to(device, non_blocking=True), self.names
-        )
+        return Batch(self.image.to(device, non_blocking=True), self.mask.to(device, non_blocking=True), self.names)
 
 
 @dataclass
@@ -72,9 +70,13 @@ class SegmentationData(Protocol):
     ignore_index: int
     names: Sequence[str]
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        ...
 
-    def __getitem__(self, index: int) -> Sample: ...
+    def __getitem__(self, index: int) -> Sample:
+        """Return one sample."""
+        ...
 
 
 class Backbone(Protocol):
@@ -88,13 +90,17 @@ class Backbone(Protocol):
     patch_size: int
     num_layers: int
 
-    def __call__(self, images: Tensor) -> list[Tensor]: ...
+    def __call__(self, images: Tensor) -> list[Tensor]:
+        """Return L maps."""
+        ...
 
 
 class Head(Protocol):
     """Feature maps to outputs of its own kind, and those to pixels."""
 
-    def __call__(self, features: list[Tensor]) -> Any: ...
+    def __call__(self, features: list[Tensor]) -> Any:
+        """Return the head's outputs."""
+        ...
 
     def predict(self, outputs: Any, size: tuple[int, int], valid: tuple[float, float]) -> Tensor:
         """Return class scores (B, K, H, W) for the image part `valid` of the outputs."""

@@ -24,7 +24,7 @@ def compose():
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
-    from dinoseg.__main__ import register_resolvers
+    from dinoseg.config import register_resolvers
 
     register_resolvers()
 

@@ -18,9 +18,7 @@ def test_frozen_trains_nothing_and_builds_no_graph(tiny_backbone):
 def test_full_trains_all_that_the_features_depend_on(tiny_backbone):
     backbone = full(tiny_backbone())
     backbone(torch.rand(1, 3, 16, 16))[0].square().sum().backward()
-    assert {name for name, p in backbone.named_parameters() if p.grad is None} == {
-        "model.embeddings.mask_token"
-    }
+    assert {name for name, p in backbone.named_parameters() if p.grad is None} == {"model.embeddings.mask_token"}
     assert "model.embeddings.mask_token" not in trainable(backbone)
 
 
@@ -37,9 +35,7 @@ def test_lora_starts_as_the_backbone_and_trains_only_its_updates(tiny_backbone, 
 def test_lora_builds_no_graph_below_its_first_layer(tiny_backbone):
     backbone = lora(tiny_backbone(), rank=2, alpha=2)
     seen = []
-    backbone.model.embeddings.register_forward_hook(
-        lambda module, inputs, output: seen.append(output.requires_grad)
-    )
+    backbone.model.embeddings.register_forward_hook(lambda module, inputs, output: seen.append(output.requires_grad))
     assert backbone(torch.rand(1, 3, 16, 16))[0].requires_grad
     assert seen == [False]
 
@@ -47,9 +43,7 @@ def test_lora_builds_no_graph_below_its_first_layer(tiny_backbone):
 def test_lora_scale_is_alpha_over_rank(tiny_backbone):
     backbone = lora(tiny_backbone(), rank=4, alpha=8)
     scales = {
-        part.scaling["default"]
-        for part in backbone.modules()
-        if hasattr(part, "scaling") and hasattr(part, "lora_A")
+        part.scaling["default"] for part in backbone.modules() if hasattr(part, "scaling") and hasattr(part, "lora_A")
     }
     assert scales == {2.0}
 

@@ -11,9 +11,7 @@ def reference(grid, size, valid):
     """Bilinear sampling at (y + 0.5) * h * valid / H - 0.5, written out, in float64."""
     h, w = grid.shape[-2:]
     rows = ((torch.arange(size[0], dtype=torch.float64) + 0.5) * h * valid[0] / size[0] - 0.5).clamp(0, h - 1)
-    columns = ((torch.arange(size[1], dtype=torch.float64) + 0.5) * w * valid[1] / size[1] - 0.5).clamp(
-        0, w - 1
-    )
+    columns = ((torch.arange(size[1], dtype=torch.float64) + 0.5) * w * valid[1] / size[1] - 0.5).clamp(0, w - 1)
     top, left = rows.floor().long(), columns.floor().long()
     bottom, right = (top + 1).clamp(max=h - 1), (left + 1).clamp(max=w - 1)
     down, along = (rows - top)[:, None], (columns - left)[None]

@@ -75,10 +75,8 @@ class TransformersVit(nn.Module):
         pixels = pad_to_multiple((images - self.mean) / self.std, self.patch_size)
         hidden = self.model(pixels, output_hidden_states=True).hidden_states  # depth + 1 of (B, N, dim)
         grid = (pixels.shape[-2] // self.patch_size, pixels.shape[-1] // self.patch_size)
-        norm = self.model.norm if hasattr(self.model, "norm") else self.model.layernorm
-        tokens = [
-            norm(hidden[layer + 1])[:, self.num_prefix :] for layer in self.layers
-        ]  # L of (B, h * w, dim)
+        norm: Any = self.model.norm if hasattr(self.model, "norm") else self.model.layernorm
+        tokens = [norm(hidden[layer + 1])[:, self.num_prefix :] for layer in self.layers]  # L of (B, h * w, dim)
         return [part.transpose(1, 2).unflatten(2, grid) for part in tokens]
 
 
@@ -151,9 +149,7 @@ def _load_pretrained(config: Any, weights: str) -> nn.Module:
             f"backbone.weights=random."
         ) from error
     except RuntimeError as error:
-        raise UserError(
-            f"backbone.weights={weights}: these weights do not fit this backbone: {error}"
-        ) from error
+        raise UserError(f"backbone.weights={weights}: these weights do not fit this backbone: {error}") from error
     wrong = sorted(info["missing_keys"]) + [str(key) for key in info.get("mismatched_keys", ())]
     if wrong:
         raise UserError(

@@ -39,19 +39,11 @@ def unpack(archive: Path, folder: Path, *, landmark: str) -> int:
     return len(members)
 
 
-def _checked_members(
-    archive: Path, opened: zipfile.ZipFile, landmark: str
-) -> dict[PurePosixPath, zipfile.ZipInfo]:
+def _checked_members(archive: Path, opened: zipfile.ZipFile, landmark: str) -> dict[PurePosixPath, zipfile.ZipInfo]:
     members: dict[PurePosixPath, zipfile.ZipInfo] = {}
     for info in opened.infolist():
         path = PurePosixPath(info.filename)
-        if (
-            not path.parts
-            or path.is_absolute()
-            or ".." in path.parts
-            or "\\" in info.filename
-            or ":" in info.filename
-        ):
+        if not path.parts or path.is_absolute() or ".." in path.parts or "\\" in info.filename or ":" in info.filename:
             raise UserError(f"{archive} names a path outside its folder ({info.filename}): do not trust it.")
         if stat.S_ISLNK(info.external_attr >> 16):
             raise UserError(f"{archive} holds a link ({info.filename}), which is refused: do not trust it.")
@@ -72,8 +64,7 @@ def _check_space(archive: Path, members: Mapping[PurePosixPath, zipfile.ZipInfo]
     packed = max(1, sum(info.compress_size for info in members.values()))
     if size > _RATIO_MATTERS and size / packed > _MAX_RATIO:
         raise UserError(
-            f"{archive} would unpack to {size / packed:.0f} times its size, which no recording does: "
-            "do not trust it."
+            f"{archive} would unpack to {size / packed:.0f} times its size, which no recording does: do not trust it."
         )
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free

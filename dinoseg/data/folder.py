@@ -178,9 +178,7 @@ def _folder(root: Path, split: str, pattern: str, layout: Layout) -> Path:
 
 def _check_partition(layout: Layout, partition: Partition) -> None:
     if partition.by not in PARTITIONS:
-        raise UserError(
-            f"data.source.partition.by={partition.by} is unknown. Choose one of {', '.join(PARTITIONS)}."
-        )
+        raise UserError(f"data.source.partition.by={partition.by} is unknown. Choose one of {', '.join(PARTITIONS)}.")
     named = ["{split}" in pattern for pattern in (layout.images, layout.masks)]
     if partition.by == "folder" and not all(named):
         raise UserError(

@@ -33,14 +33,10 @@ class Labels:
         if twice:
             raise UserError(f"data.classes names {', '.join(twice)} more than once: make each name unique.")
         if not 0 <= ignore_index <= 255:
-            raise UserError(
-                f"data.ignore_index={ignore_index}: give an id from 0 to 255, since masks are 8-bit."
-            )
+            raise UserError(f"data.ignore_index={ignore_index}: give an id from 0 to 255, since masks are 8-bit.")
         colors = default_palette(len(names)) if palette is None else tuple(map(as_color, palette))
         if len(colors) != len(names):
-            raise UserError(
-                f"data.palette has {len(colors)} colours for {len(names)} classes: give as many, or null."
-            )
+            raise UserError(f"data.palette has {len(colors)} colours for {len(names)} classes: give as many, or null.")
         return cls(names, colors, ignore_index)
 
 

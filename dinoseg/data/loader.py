@@ -44,18 +44,14 @@ def train_batches(
             f"{len(dataset)}, or add images."
         )
     if batch_size % world:
-        raise UserError(
-            f"data.batch_size={batch_size} cannot be shared by {world} devices: use a multiple of {world}."
-        )
+        raise UserError(f"data.batch_size={batch_size} cannot be shared by {world} devices: use a multiple of {world}.")
     if seed < 0:
         raise UserError(f"seed={seed}: give a whole number that is not negative.")
     shares = _shares(len(dataset), batch_size, seed, start=start, rank=rank, world=world)
     return _load(functools.partial(_read_batch, dataset, augment, seed), shares, workers)
 
 
-def eval_samples(
-    dataset: SegmentationData, *, workers: int = 0, rank: int = 0, world: int = 1
-) -> Iterator[Sample]:
+def eval_samples(dataset: SegmentationData, *, workers: int = 0, rank: int = 0, world: int = 1) -> Iterator[Sample]:
     """Yield this rank's samples once and in order, as they are: number rank, rank + world, ..."""
     return _load(dataset.__getitem__, range(rank, len(dataset), world), workers)
 
@@ -89,21 +85,15 @@ def _random(seed: int, epoch: int, sample: int, purpose: int) -> np.random.Gener
     return np.random.Generator(np.random.Philox(key=seed, counter=[0, sample, epoch, purpose]))
 
 
-def _read_batch(
-    dataset: SegmentationData, augment: Transform, seed: int, share: list[tuple[int, int]]
-) -> Batch:
+def _read_batch(dataset: SegmentationData, augment: Transform, seed: int, share: list[tuple[int, int]]) -> Batch:
     return Batch.stack([_read_augmented(dataset, augment, seed, epoch, index) for epoch, index in share])
 
 
-def _read_augmented(
-    dataset: SegmentationData, augment: Transform, seed: int, epoch: int, index: int
-) -> Sample:
+def _read_augmented(dataset: SegmentationData, augment: Transform, seed: int, epoch: int, index: int) -> Sample:
     sample = dataset[index]
     pixels = np.ascontiguousarray(sample["image"].permute(1, 2, 0).numpy())  # (H, W, 3)
     image, mask = augment(pixels, sample["mask"].numpy(), _random(seed, epoch, index, _SAMPLE))
-    return Sample(
-        image=torch.from_numpy(image).permute(2, 0, 1), mask=torch.from_numpy(mask), name=sample["name"]
-    )
+    return Sample(image=torch.from_numpy(image).permute(2, 0, 1), mask=torch.from_numpy(mask), name=sample["name"])
 
 
 class _Keyed:

@@ -40,13 +40,10 @@ class Masks:
             ("on_size_mismatch", self.on_size_mismatch, ON_SIZE_MISMATCH),
         ):
             if value not in options:
-                raise UserError(
-                    f"data.source.masks.{key}={value} is unknown. Choose one of {', '.join(options)}."
-                )
+                raise UserError(f"data.source.masks.{key}={value} is unknown. Choose one of {', '.join(options)}.")
         if self.ids and self.format != "ids":
             raise UserError(
-                f"data.source.masks.ids has no effect with format={self.format}: "
-                "remove it, or set format=ids."
+                f"data.source.masks.ids has no effect with format={self.format}: remove it, or set format=ids."
             )
         if self.ignore_colors and self.format != "palette":
             raise UserError(
@@ -74,9 +71,7 @@ class MaskReader:
         elif masks.format == "palette":
             self._codes, self._values = _color_table(labels, masks.ignore_colors)
         elif len(labels.classes) != 2:
-            raise UserError(
-                f"data.source.masks.format=binary needs 2 classes, data.classes has {len(labels.classes)}."
-            )
+            raise UserError(f"data.source.masks.format=binary needs 2 classes, data.classes has {len(labels.classes)}.")
 
     def read(self, path: Path) -> np.ndarray:
         """Return class ids 0..K-1 and ignore_index as (H, W) uint8.

@@ -83,9 +83,7 @@ def _fit(mask: np.ndarray, size: tuple[int, int], pair: Pair, on_size_mismatch: 
         f"its mask {pair.mask} is {mask.shape[1]} x {mask.shape[0]}."
     )
     if on_size_mismatch == "error":
-        raise UserError(
-            f"{sizes} Make them equal, or resize the mask: data.source.masks.on_size_mismatch=resize_mask."
-        )
+        raise UserError(f"{sizes} Make them equal, or resize the mask: data.source.masks.on_size_mismatch=resize_mask.")
     height, width = size[0] / mask.shape[0], size[1] / mask.shape[1]
     if abs(height / width - 1) > _PROPORTIONS:
         raise UserError(

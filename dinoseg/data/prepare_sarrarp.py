@@ -69,13 +69,9 @@ def prepare(
     """
     root = Path(root).expanduser()
     if rate not in (1, 10):
-        raise UserError(
-            f"data.prepare.rate={rate}: choose 1 (frames that have a mask) or 10 frames per second."
-        )
+        raise UserError(f"data.prepare.rate={rate}: choose 1 (frames that have a mask) or 10 frames per second.")
     if workers < 1:
-        raise UserError(
-            f"data.prepare.workers={workers}: give the number of videos to work on at once, 1 or more."
-        )
+        raise UserError(f"data.prepare.workers={workers}: give the number of videos to work on at once, 1 or more.")
     jobs = _chosen(find_jobs(root), videos)
     work = functools.partial(prepare_video, rate=rate, keep_archive=keep_archives)
     done: dict[str, dict[str, int]] = {}
@@ -163,9 +159,7 @@ def _extract(folder: Path, rate: int) -> dict[str, int]:
         return counts
     if not video.is_file():
         held = sorted(path.name for path in folder.iterdir())
-        raise UserError(
-            f"{folder} has no {VIDEO}; it holds {listed(held)}. Unpack the video's archive again."
-        )
+        raise UserError(f"{folder} has no {VIDEO}; it holds {listed(held)}. Unpack the video's archive again.")
     target = folder / FRAME_FOLDERS[0]
     step = FRAMES_PER_SECOND // rate
     decoded = extract_frames(video, target, step=step)

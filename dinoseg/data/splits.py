@@ -53,9 +53,7 @@ def regex_group(pattern: str | None) -> Callable[[str], str]:
     def group(name: str) -> str:
         found = expression.search(name)
         if found is None:
-            raise UserError(
-                f"data.source.partition.group={pattern} does not match the name {name}: widen it."
-            )
+            raise UserError(f"data.source.partition.group={pattern} does not match the name {name}: widen it.")
         return found.group(1 if expression.groups else 0) or ""
 
     return group
@@ -70,17 +68,13 @@ def read_name_list(path: Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"Cannot read the file list {path}: {error}. Check data.source.partition.lists."
-        ) from None
+        raise UserError(f"Cannot read the file list {path}: {error}. Check data.source.partition.lists.") from None
     names = [_without_ending(line.strip()) for line in text.splitlines() if line.strip()]
     if not names:
         raise UserError(f"The file list {path} is empty: write one name per line.")
     if len(set(names)) < len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
-        raise UserError(
-            f"The file list {path} names {', '.join(twice[:5])} more than once: keep one line each."
-        )
+        raise UserError(f"The file list {path} names {', '.join(twice[:5])} more than once: keep one line each.")
     return names
 
 

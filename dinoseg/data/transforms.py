@@ -94,9 +94,7 @@ class Augment:
         if len(crop) != 2 or min(crop) < 1:
             raise UserError(f"crop={list(crop)}: give [height, width] in pixels, each at least 1.")
         if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
-            raise UserError(
-                f"data.augment.scale={list(scale)}: give [least, largest] with 0 < least <= largest."
-            )
+            raise UserError(f"data.augment.scale={list(scale)}: give [least, largest] with 0 < least <= largest.")
         if longest is not None and longest < 1:
             raise UserError(f"longest={longest}: give a number of pixels, or null for no limit.")
         _check("flip", flip, 1)
@@ -108,9 +106,7 @@ class Augment:
         self.color = color
         self.ignore_index = ignore_index
 
-    def __call__(
-        self, image: np.ndarray, mask: np.ndarray, rng: np.random.Generator
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Return a view of image (H, W, 3) and mask (H, W), both uint8.
 
         The number of draws from `rng` is always the same, so one setting does not change another's chance.
@@ -165,9 +161,7 @@ def _place(room: float, chance: float) -> int:
     return round(min(0.0, room) + abs(room) * chance)
 
 
-def _warp_image(
-    image: np.ndarray, matrix: np.ndarray, zoom: tuple[float, float], crop: tuple[int, int]
-) -> np.ndarray:
+def _warp_image(image: np.ndarray, matrix: np.ndarray, zoom: tuple[float, float], crop: tuple[int, int]) -> np.ndarray:
     if min(zoom) < _AREA_BELOW:
         height, width = image.shape[:2]
         small = (max(1, round(height * zoom[0])), max(1, round(width * zoom[1])))

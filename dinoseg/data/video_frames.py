@@ -30,9 +30,7 @@ def extract_frames(video: Path, folder: Path, *, step: int) -> int:
             if frames % step == 0 and not target.exists():
                 good, image = capture.retrieve()
                 if not good:
-                    raise UserError(
-                        f"Frame {frames} of {video} cannot be decoded. The video is damaged: replace it."
-                    )
+                    raise UserError(f"Frame {frames} of {video} cannot be decoded. The video is damaged: replace it.")
                 write_png(target, cv2.cvtColor(image, cv2.COLOR_BGR2RGB))
             frames += 1
     finally:

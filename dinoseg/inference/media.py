@@ -91,9 +91,7 @@ class VideoReader:
             self.frames_read += 1
             yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
         if self._ended_early(end):
-            raise UserError(
-                f"{self.path} ends early: {self.frames_read} of {self.count} frames read. {self._remedy()}"
-            )
+            raise UserError(f"{self.path} ends early: {self.frames_read} of {self.count} frames read. {self._remedy()}")
 
     def close(self) -> None:
         """Release the file."""
@@ -214,9 +212,7 @@ def _entries(folder: Path) -> list[Path]:
     try:
         return list(folder.iterdir())
     except OSError as error:
-        raise UserError(
-            f"Cannot read the folder {folder} ({error.strerror}). Change its permissions."
-        ) from None
+        raise UserError(f"Cannot read the folder {folder} ({error.strerror}). Change its permissions.") from None
 
 
 def _accepted(paths: list[Path], nothing: str) -> list[Path]:

@@ -37,9 +37,7 @@ def write_image_results(
         write_png(part / "original.png", image)
         np.save(part / "segmentation_raw.npy", mask)
         write_png(part / "segmentation_colored.png", colorize(mask, palette, ignore_index))
-        write_png(
-            part / "comparison.png", side_by_side([("image", image), ("segmentation", overlay)], legend)
-        )
+        write_png(part / "comparison.png", side_by_side([("image", image), ("segmentation", overlay)], legend))
         write_text(part / "class_statistics.txt", class_statistics(mask, classes))
 
 

@@ -26,9 +26,7 @@ Groups and their options (choose with GROUP=OPTION; RECIPE is an option of hpara
 def overview() -> str:
     """Return the help text: commands, then every config group with its options."""
     folder = Path(str(files("dinoseg"))) / "cfg"
-    groups = sorted(
-        path for path in folder.iterdir() if path.is_dir() and path.name not in ("hydra", "local")
-    )
+    groups = sorted(path for path in folder.iterdir() if path.is_dir() and path.name not in ("hydra", "local"))
     return COMMANDS + "\n".join(f"  {group.name + ':':10}{_wrapped(_options(group))}" for group in groups)
 
 

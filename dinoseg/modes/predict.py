@@ -53,9 +53,7 @@ def predict(
         ) from error
     if job.failures:
         named = "".join(f"\n  {message}" for message in job.failures)
-        raise UserError(
-            f"{len(job.failures)} of {len(paths)} inputs failed, the rest is in {out_dir}:{named}"
-        )
+        raise UserError(f"{len(job.failures)} of {len(paths)} inputs failed, the rest is in {out_dir}:{named}")
     logger.info("Results are in %s", out_dir)
     return {**totals, "run": str(out_dir)}
 
@@ -144,12 +142,8 @@ def _segment_video(job: _Job, path: Path, name: str) -> tuple[int, float]:
     with ExitStack() as stack:
         reader = stack.enter_context(VideoReader(path))
         folder = stack.enter_context(whole_folder(job.out_dir / f"{name}_masks")) if job.masks else None
-        writer = stack.enter_context(
-            VideoWriter(job.out_dir / f"{name}_overlay.mp4", reader.fps, reader.size)
-        )
-        bar = stack.enter_context(
-            tqdm(total=reader.count or None, unit="frame", desc=path.name, disable=None)
-        )
+        writer = stack.enter_context(VideoWriter(job.out_dir / f"{name}_overlay.mp4", reader.fps, reader.size))
+        bar = stack.enter_context(tqdm(total=reader.count or None, unit="frame", desc=path.name, disable=None))
 
         def infer(frames: list[np.ndarray]) -> tuple[list[np.ndarray], np.ndarray]:
             return frames, job.segment(frames)

@@ -30,9 +30,7 @@ def render(
     if not root:
         raise UserError("mode=render needs a folder to write to: give data.root=<folder>.")
     if len(size) != 2:
-        raise UserError(
-            f"mode.size={list(size)} must be two numbers [height, width], for example [192, 320]."
-        )
+        raise UserError(f"mode.size={list(size)} must be two numbers [height, width], for example [192, 320].")
     render_dataset(
         Path(root),
         train_videos=train_videos,

@@ -6,7 +6,7 @@ from typing import Any
 
 from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from tabulate import tabulate
 
 COLUMNS = ("miou", "miou_no_background", "accuracy")
@@ -32,10 +32,8 @@ class SweepTable(Callback):
         if not any(row["miou"] is not None or row["note"] for row in rows):
             return
         shown = [{key: value for key, value in row.items() if key != "run"} for row in rows]
-        print(
-            "\n" + tabulate(shown, headers="keys", floatfmt=".4f", maxcolwidths=[None, 60, *[None] * 3, 60])
-        )
-        folder = Path(OmegaConf.to_container(config.hydra.sweep)["dir"])  # type: ignore[arg-type, call-overload, index]
+        print("\n" + tabulate(shown, headers="keys", floatfmt=".4f", maxcolwidths=[None, 60, *[None] * 3, 60]))
+        folder = Path(config.hydra.sweep.dir)
         with open(folder / "sweep.csv", "w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()

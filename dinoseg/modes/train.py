@@ -42,9 +42,7 @@ def train(cfg: DictConfig, *, out_dir: Path, metrics_only: bool = False) -> dict
         (out_dir / "split.json").write_text(
             json.dumps({"train": list(feed.train.names), "val": list(feed.val.names)}, indent=1)
         )
-    logger.info(
-        "%d training and %d validation images; run folder %s", len(feed.train), len(feed.val), out_dir
-    )
+    logger.info("%d training and %d validation images; run folder %s", len(feed.train), len(feed.val), out_dir)
     try:
         run = build.instantiate(cfg.trainer)(
             model,
@@ -61,9 +59,7 @@ def train(cfg: DictConfig, *, out_dir: Path, metrics_only: bool = False) -> dict
     if engine.is_main:
         draw_curves(read_rows(out_dir / "metrics.jsonl"), out_dir)
     if run.best is None:
-        raise UserError(
-            f"trainer.steps={cfg.trainer.steps}: this run has already done {run.step}. Give more steps."
-        )
+        raise UserError(f"trainer.steps={cfg.trainer.steps}: this run has already done {run.step}. Give more steps.")
     best = checkpoint.read(checkpoint.find(out_dir, "best"))
     checkpoint.load_weights(model, best)
     scores = score(model, feed.val, engine, out_dir / "evaluation", metrics_only=metrics_only)

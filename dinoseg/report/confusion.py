@@ -51,9 +51,7 @@ def _label(axes: Axes, classes: Sequence[str], *, cell: float) -> None:
     if max(map(len, classes)) * 0.1 < cell:
         axes.set_xticks(range(len(classes)), classes, fontsize=size)
     else:
-        axes.set_xticks(
-            range(len(classes)), classes, rotation=tilt, ha="right", va="center", rotation_mode="anchor"
-        )
+        axes.set_xticks(range(len(classes)), classes, rotation=tilt, ha="right", va="center", rotation_mode="anchor")
         axes.tick_params(axis="x", labelsize=size)
     axes.set_yticks(range(len(classes)), classes, fontsize=size)
     axes.set_xlabel("prediction", fontsize=11)
@@ -63,9 +61,7 @@ def _label(axes: Axes, classes: Sequence[str], *, cell: float) -> None:
 
 def _hatch_empty_rows(axes: Axes, totals: np.ndarray) -> None:
     for row in np.flatnonzero(totals == 0):
-        axes.axhspan(
-            row - 0.5, row + 0.5, facecolor="#f4f4f4", edgecolor="#bbbbbb", hatch="////", linewidth=0
-        )
+        axes.axhspan(row - 0.5, row + 0.5, facecolor="#f4f4f4", edgecolor="#bbbbbb", hatch="////", linewidth=0)
 
 
 def _write_numbers(axes: Axes, shares: np.ndarray) -> None:

@@ -77,9 +77,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError as error:
-        raise UserError(
-            f"Cannot read {path} ({error.strerror}). Give the folder of a training run."
-        ) from None
+        raise UserError(f"Cannot read {path} ({error.strerror}). Give the folder of a training run.") from None
     rows = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():

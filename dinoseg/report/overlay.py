@@ -14,9 +14,7 @@ from dinoseg.report.palette import IGNORE_COLOUR, lookup_table
 from dinoseg.shapes import Palette
 
 Colour = tuple[int, int, int]
-Legend = Sequence[
-    tuple[str, Colour | None]
-]  # names and colours; None = a class that leaves the frame as it is
+Legend = Sequence[tuple[str, Colour | None]]  # names and colours; None = a class that leaves the frame as it is
 _SMALLEST_PANEL = 300  # pixels: smaller frames are enlarged by a whole factor
 _INK, _PAPER, _EDGE = (20, 20, 20), (255, 255, 255), (150, 150, 150)
 

@@ -49,9 +49,7 @@ class Checkpoint:
     def part(self, name: str) -> dict[str, Tensor]:
         """Return the tensors below `name/`, without that prefix."""
         prefix = f"{name}/"
-        return {
-            key.removeprefix(prefix): value for key, value in self.tensors.items() if key.startswith(prefix)
-        }
+        return {key.removeprefix(prefix): value for key, value in self.tensors.items() if key.startswith(prefix)}
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
@@ -93,9 +91,7 @@ def read(path: Path) -> Checkpoint:
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise UserError(f"resume={path}: not a readable checkpoint ({error}). Choose another one.") from error
     if not isinstance(info, dict):
-        raise UserError(
-            f"resume={path}: a safetensors file, but not a checkpoint of dinoseg. Choose another one."
-        )
+        raise UserError(f"resume={path}: a safetensors file, but not a checkpoint of dinoseg. Choose another one.")
     if info.get("format", 0) > FORMAT:
         raise UserError(
             f"resume={path}: written in format {info['format']}, and this dinoseg reads up to {FORMAT}. Update dinoseg."
@@ -238,8 +234,7 @@ def _load_optimizer(optimizer: Optimizer, checkpoint: Checkpoint) -> None:
         for name, parameter in zip(group["names"], group["params"], strict=True):
             state = {key.rpartition("/")[2]: saved[key] for key in saved if key.rpartition("/")[0] == name}
             optimizer.state[parameter] = {
-                key: value.clone() if key == "step" else value.to(parameter.device)
-                for key, value in state.items()
+                key: value.clone() if key == "step" else value.to(parameter.device) for key, value in state.items()
             }
 
 

@@ -68,9 +68,7 @@ class Engine:
         if workers < 0:
             raise UserError(f"engine.workers={workers}: give a number of processes of at least 0.")
         if eval_batch_size < 1:
-            raise UserError(
-                f"engine.eval_batch_size={eval_batch_size}: give a number of images of at least 1."
-            )
+            raise UserError(f"engine.eval_batch_size={eval_batch_size}: give a number of images of at least 1.")
         # accelerate keeps these between engines of one process (sweeps, tests): a new engine starts afresh
         AcceleratorState._reset_state(reset_partial_state=False)
         GradientState._reset_state()
@@ -81,9 +79,7 @@ class Engine:
             cpu=chosen.type == "cpu", mixed_precision="bf16" if self.bf16 else "no", device_placement=True
         )
         if devices not in (1, self.world):
-            raise UserError(
-                f"engine.devices={devices}: this mode runs on {self.world}. Leave engine.devices out."
-            )
+            raise UserError(f"engine.devices={devices}: this mode runs on {self.world}. Leave engine.devices out.")
         self.workers = workers
         self.eval_batch_size = eval_batch_size
 
@@ -129,9 +125,7 @@ class Engine:
             return nullcontext()
         return self.accelerator.no_sync(model)
 
-    def step(
-        self, optimizer: Optimizer, loss: float, *, clip: float | None, where: tuple[int, Sequence[str]]
-    ) -> float:
+    def step(self, optimizer: Optimizer, loss: float, *, clip: float | None, where: tuple[int, Sequence[str]]) -> float:
         """Clip, update and clear the gradients; return the gradient norm before clipping.
 
         Raises:
@@ -152,7 +146,7 @@ class Engine:
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Return the exact sum over ranks (integers stay integers)."""
-        return self.accelerator.reduce(tensor, reduction="sum")  # type: ignore[return-value]
+        return self.accelerator.reduce(tensor, reduction="sum")
 
     def share(self, value: Any) -> Any:
         """Return rank 0's value on every rank."""

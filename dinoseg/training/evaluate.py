@@ -49,9 +49,7 @@ def evaluate(
         )  # (B, H, W); argmax is 5 x slower on CPU
         counts.update(ids, batch.mask)
         if loss is not None:
-            losses += torch.tensor(
-                [loss(prediction, batch)[0].item() * len(ids), len(ids)], dtype=torch.float64
-            )
+            losses += torch.tensor([loss(prediction, batch)[0].item() * len(ids), len(ids)], dtype=torch.float64)
         if on_batch is not None:
             on_batch(batch, ids)
     model.train(training)

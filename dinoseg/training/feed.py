@@ -45,8 +45,6 @@ class Feed:
         )
 
 
-def eval_batches(
-    data: SegmentationData, *, batch_size: int, workers: int, rank: int, world: int
-) -> Iterator[Batch]:
+def eval_batches(data: SegmentationData, *, batch_size: int, workers: int, rank: int, world: int) -> Iterator[Batch]:
     """Yield a rank's share of a data set once, in order, in batches of one size."""
     return stack_equal(eval_samples(data, workers=workers, rank=rank, world=world), batch_size)

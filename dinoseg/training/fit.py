@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -68,9 +69,7 @@ def fit(
     Raises:
         NonFiniteLoss: naming the step and the samples.
     """
-    _check_lengths(
-        steps=steps, val_every=val_every, save_every=save_every, log_every=log_every, accumulate=accumulate
-    )
+    _check_lengths(steps=steps, val_every=val_every, save_every=save_every, log_every=log_every, accumulate=accumulate)
     net = engine.prepare(model)
     average = MovingAverage(tensors_of(model, trained_names(model)), ema) if ema else None
     run = checkpoints.restore(model, optimizer, average)
@@ -126,8 +125,8 @@ def _validate(
         if not pictures:
             frame, mask = batch.image[0].permute(1, 2, 0).cpu().numpy(), batch.mask[0].cpu().numpy()
             data = feed.val
-            names = {"classes": data.classes, "palette": data.palette, "ignore_index": data.ignore_index}
-            pictures.append(compare(frame, ids[0].cpu().numpy(), mask, **names))
+            draw = partial(compare, classes=data.classes, palette=data.palette, ignore_index=data.ignore_index)
+            pictures.append(draw(frame, ids[0].cpu().numpy(), mask))
 
     if average is not None:
         average.swap()
@@ -154,9 +153,7 @@ def _score(scores: dict[str, Any], name: str) -> float:
         numbers = sorted(key for key, value in scores.items() if isinstance(value, float))
         raise UserError(f"trainer.score={name} is not a score. Choose one of {', '.join(numbers)}.")
     if scores[name] is None:
-        raise UserError(
-            f"trainer.score={name} is undefined: the validation masks hold no labelled pixel for it."
-        )
+        raise UserError(f"trainer.score={name} is undefined: the validation masks hold no labelled pixel for it.")
     return scores[name]
 
 

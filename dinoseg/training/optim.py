@@ -34,9 +34,7 @@ def parameter_groups(
     """
     _check(lr > 0, f"optim.lr={lr}: the learning rate must be above 0.")
     _check(weight_decay >= 0, f"optim.weight_decay={weight_decay}: give a number of at least 0.")
-    _check(
-        backbone_lr_scale >= 0, f"optim.backbone_lr_scale={backbone_lr_scale}: give a number of at least 0."
-    )
+    _check(backbone_lr_scale >= 0, f"optim.backbone_lr_scale={backbone_lr_scale}: give a number of at least 0.")
     _check(
         layer_decay is None or 0 < layer_decay <= 1,
         f"optim.layer_decay={layer_decay}: give a number above 0 and at most 1, or null.",
@@ -112,9 +110,7 @@ class MovingAverage:
     """An exponential moving average of the trainable weights and of the floating buffers that training changes."""
 
     def __init__(self, named: Iterable[tuple[str, Tensor]], decay: float) -> None:
-        _check(
-            0 < decay < 1, f"trainer.ema={decay}: give a decay above 0 and below 1, such as 0.999, or null."
-        )
+        _check(0 < decay < 1, f"trainer.ema={decay}: give a decay above 0 and below 1, such as 0.999, or null.")
         self.decay = decay
         self.live = dict(named)
         self.average = {name: value.detach().clone() for name, value in self.live.items()}

@@ -102,9 +102,7 @@ def test_weights_that_do_not_fit_are_refused_by_name(tmp_path):
     with pytest.raises(UserError, match=r"other\.safetensors: .*tensors are missing.*Choose the backbone"):
         build("dinov3_vit", weights=str(tmp_path / "other.safetensors"))
     arch, patch, _ = FAMILIES["dinov3_vit"]
-    TransformersVit("dinov3_vit", {**arch, "hidden_size": 48}, "random", patch).model.save_pretrained(
-        tmp_path / "big"
-    )
+    TransformersVit("dinov3_vit", {**arch, "hidden_size": 48}, "random", patch).model.save_pretrained(tmp_path / "big")
     with pytest.raises(UserError, match="Choose the backbone|do not fit"):
         build("dinov3_vit", weights=str(tmp_path / "big"))
 

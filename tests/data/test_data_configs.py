@@ -88,9 +88,9 @@ def test_real_data(name, folder, train, val, ids, tmp_path):
 def test_real_sizes_that_differ_are_no_silent_matter():
     if not (DATA / "person").is_dir():
         pytest.skip(f"no real data in {DATA}: set DINOSEG_DATA")
-    data = instantiate(
-        load("person", DATA / "person", "data.source.masks.on_size_mismatch=error").data.source
-    )(split="val")
+    data = instantiate(load("person", DATA / "person", "data.source.masks.on_size_mismatch=error").data.source)(
+        split="val"
+    )
     refused = 0
     for index in range(len(data)):
         try:

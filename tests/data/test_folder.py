@@ -62,9 +62,7 @@ def test_one_folder_for_images_and_masks(tmp_path):
     for name in ("p.q", "r"):  # a dot inside a name is no ending
         save(tmp_path / "train" / f"{name}.JPG", np.zeros((2, 2, 3)), format="JPEG")
         save(tmp_path / "train" / f"{name}_mask.png", np.ones((2, 2)))
-    data = FolderDataset(
-        tmp_path, "train", classes=CLASSES, layout=Layout("{split}", "{split}", mask_suffix="_mask")
-    )
+    data = FolderDataset(tmp_path, "train", classes=CLASSES, layout=Layout("{split}", "{split}", mask_suffix="_mask"))
     assert data.names == ["p.q", "r"]
 
 
@@ -84,9 +82,7 @@ def test_linked_folders_are_followed(fill, tmp_path):
     os.symlink(root / "elsewhere/images", tmp_path / "train/images")
     (tmp_path / "train/masks").mkdir()
     os.symlink(root / "elsewhere/masks", tmp_path / "train/masks/deep")
-    with pytest.raises(
-        UserError, match="without mask: x, y, z; and 3 masks without image: deep/x, deep/y, deep/z"
-    ):
+    with pytest.raises(UserError, match="without mask: x, y, z; and 3 masks without image: deep/x, deep/y, deep/z"):
         FolderDataset(root, "train", classes=CLASSES)
 
 
@@ -176,9 +172,7 @@ def test_sizes_that_differ(fill):
     mask = np.zeros((20, 30), np.uint8)
     mask[:, 15:] = 1
     save(root / "train/masks/x.png", mask)
-    with pytest.raises(
-        UserError, match=r"x\.png is 60 x 40 .*x\.png is 30 x 20.*on_size_mismatch=resize_mask"
-    ):
+    with pytest.raises(UserError, match=r"x\.png is 60 x 40 .*x\.png is 30 x 20.*on_size_mismatch=resize_mask"):
         FolderDataset(root, "train", classes=CLASSES)[0]
     data = FolderDataset(root, "train", classes=CLASSES, masks=Masks(on_size_mismatch="resize_mask"))
     expected = np.zeros((40, 60), np.uint8)

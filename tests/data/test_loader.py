@@ -49,8 +49,7 @@ def test_ranks_share_a_batch(world):
     options = {"batch_size": 6, "seed": 1, "start": 2}
     whole = take(train_batches(Pictures(SIZES), AUGMENT, **options), 4)
     parts = [
-        take(train_batches(Pictures(SIZES), AUGMENT, rank=rank, world=world, **options), 4)
-        for rank in range(world)
+        take(train_batches(Pictures(SIZES), AUGMENT, rank=rank, world=world, **options), 4) for rank in range(world)
     ]
     for batch, shares in zip(whole, zip(*parts, strict=True), strict=True):
         assert batch.names == [name for share in shares for name in share.names]
@@ -116,8 +115,7 @@ def test_a_users_mistake_comes_out_as_it_is(workers):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_eval_samples_in_order_for_each_rank(workers):
     names = [
-        [s["name"] for s in eval_samples(Pictures(SIZES), workers=workers, rank=rank, world=3)]
-        for rank in range(3)
+        [s["name"] for s in eval_samples(Pictures(SIZES), workers=workers, rank=rank, world=3)] for rank in range(3)
     ]
     assert names == [[f"p{i}" for i in range(rank, 11, 3)] for rank in range(3)]
     assert list(eval_samples(Pictures([(4, 4)]), workers=workers, rank=1, world=2)) == []

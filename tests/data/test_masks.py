@@ -63,9 +63,7 @@ def test_binary_masks(tmp_path):
 
 def test_ids_outside_the_classes_name_ids_and_file(tmp_path):
     path = save(tmp_path / "m.png", [[0, 3, 200], [254, 255, 1]])
-    with pytest.raises(
-        UserError, match=r"m\.png holds the ids 3, 200, 254, which .*0 to 2, and 255.*\{3: 255\}"
-    ):
+    with pytest.raises(UserError, match=r"m\.png holds the ids 3, 200, 254, which .*0 to 2, and 255.*\{3: 255\}"):
         MaskReader(LABELS, Masks()).read(path)
     wide = save(tmp_path / "w.png", [[0, 40000]], dtype=np.uint16)
     with pytest.raises(UserError, match=r"ids 40000,"):

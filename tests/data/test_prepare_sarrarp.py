@@ -166,9 +166,7 @@ def test_an_archive_without_video(add):
         opened.writestr("segmentation/000000000.png", "")
         opened.writestr("readme.txt", "")
     (root / "train1/video_03.zip").write_bytes(b"cut off")
-    with pytest.raises(
-        UserError, match=r"video_02 has no video_left.avi; it holds readme.txt, segmentation"
-    ) as caught:
+    with pytest.raises(UserError, match=r"video_02 has no video_left.avi; it holds readme.txt, segmentation") as caught:
         prepare(root, workers=1)
     assert "- train1/video_03: " in str(caught.value) and "is damaged" in str(caught.value)
     assert len(frames(root, "train1/video_01")) == 3
@@ -218,9 +216,7 @@ def test_choice_of_videos(add):
     root = add("train1", "video_01", frames=10)
     add("test", "video_41", frames=10)
     assert list(prepare(root, workers=1, videos=["test/video_41"])) == ["test/video_41"]
-    with pytest.raises(
-        UserError, match=r"names video_1, which .* Choose from test/video_41, train1/video_01"
-    ):
+    with pytest.raises(UserError, match=r"names video_1, which .* Choose from test/video_41, train1/video_01"):
         prepare(root, videos=["video_1"])
 
 

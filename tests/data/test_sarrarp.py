@@ -96,9 +96,7 @@ def test_not_prepared_gives_the_command(add, tmp_path):
 def test_masks_and_frames_must_match(add):
     root = add("train1", "video_01", masks=(0, 60, 120), extra=(180, 186, 240))
     add("train1", "video_02")
-    with pytest.raises(
-        UserError, match=r"video_01 has 2 frames without mask .*: 000000180, 000000240\. Unpack"
-    ):
+    with pytest.raises(UserError, match=r"video_01 has 2 frames without mask .*: 000000180, 000000240\. Unpack"):
         load(root, "train")
     for index in (180, 240):
         (root / f"train1/video_01/rgb/{index:09d}.png").unlink()

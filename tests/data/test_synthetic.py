@@ -26,10 +26,7 @@ def read_video(path: Path) -> tuple[list[np.ndarray], float]:
 def read_masks(path: Path) -> dict[str, np.ndarray]:
     with zipfile.ZipFile(path) as archive:
         names = [name for name in archive.namelist() if name.endswith(".png")]
-        return {
-            name: cv2.imdecode(np.frombuffer(archive.read(name), np.uint8), cv2.IMREAD_UNCHANGED)
-            for name in names
-        }
+        return {name: cv2.imdecode(np.frombuffer(archive.read(name), np.uint8), cv2.IMREAD_UNCHANGED) for name in names}
 
 
 def test_the_zips_have_the_download_form(tmp_path: Path) -> None:
@@ -193,9 +190,7 @@ def test_another_seed_or_fewer_videos_in_the_same_root_is_an_error(tmp_path: Pat
             render_dataset(tmp_path, **{**SMALL, **change})
 
 
-def test_the_mode_says_what_it_wrote_and_what_comes_next(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_mode_says_what_it_wrote_and_what_comes_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = {**SMALL, "seconds": 1, "size": [48, 80], "seed": 3}
     render(None, out_dir=tmp_path, root=str(tmp_path / "data"), **settings)
     out = capsys.readouterr().out

@@ -136,9 +136,7 @@ def test_shrinking_does_not_alias():
 
 def test_longest_only_shrinks_and_keeps_the_aspect():
     for size, expected in [((100, 400), (50, 200)), ((50, 120), (50, 120))]:
-        ids = Augment((400, 400), longest=200)(
-            np.zeros((*size, 3), np.uint8), np.zeros(size, np.uint8), rng()
-        )[1]
+        ids = Augment((400, 400), longest=200)(np.zeros((*size, 3), np.uint8), np.zeros(size, np.uint8), rng())[1]
         assert ((ids == 0).any(axis=1).sum(), (ids == 0).any(axis=0).sum()) == expected
 
 

@@ -36,10 +36,7 @@ def test_head_and_lora_counts(on_meta, backbone):
 
 def test_backbone_counts(on_meta):
     counts = {
-        name: sum(
-            p.numel()
-            for p in on_meta(f"backbone={name}", "adapter=frozen", "head=linear").backbone.parameters()
-        )
+        name: sum(p.numel() for p in on_meta(f"backbone={name}", "adapter=frozen", "head=linear").backbone.parameters())
         for name in (
             "dinov2_vits14",
             "dinov2_vitg14",

@@ -8,9 +8,7 @@ COUNTS = [700_000, 200_000, 100_000, 0]
 
 
 def test_one_minus_frequency():
-    torch.testing.assert_close(
-        class_weights(COUNTS, "one_minus_frequency"), torch.tensor([0.3, 0.8, 0.9, 1.0])
-    )
+    torch.testing.assert_close(class_weights(COUNTS, "one_minus_frequency"), torch.tensor([0.3, 0.8, 0.9, 1.0]))
 
 
 def test_inverse_and_median_have_the_right_ratios_and_a_mean_of_one():
@@ -41,9 +39,7 @@ def test_a_single_class_set_is_allowed():
 
 
 def test_bad_input():
-    with pytest.raises(
-        UserError, match="loss.weights=best is unknown. Choose one of none, one_minus_frequency"
-    ):
+    with pytest.raises(UserError, match="loss.weights=best is unknown. Choose one of none, one_minus_frequency"):
         class_weights(COUNTS, "best")
     with pytest.raises(UserError, match="no labelled pixel"):
         class_weights([0, 0], "inverse")

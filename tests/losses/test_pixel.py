@@ -66,9 +66,7 @@ def test_ignored_pixels_move_nothing():
     mask[:, 10:] = 255
     prediction, batch = make(mask, image=(20, 30))
     CrossEntropy(torch.ones(3))(prediction, batch)[0].backward()
-    assert (
-        prediction.outputs.grad[:, :, 2].abs().sum() == 0 and prediction.outputs.grad[:, :, 0].abs().sum() > 0
-    )
+    assert prediction.outputs.grad[:, :, 2].abs().sum() == 0 and prediction.outputs.grad[:, :, 0].abs().sum() > 0
 
 
 def test_another_ignore_value():

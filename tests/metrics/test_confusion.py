@@ -75,9 +75,7 @@ def test_equals_a_loop_over_pixels(case, dtype):
     for index, (got, want) in enumerate(zip(scores["classes"], by_class, strict=True)):
         assert got == {"id": index, **want}
     assert scores["miou"] == pytest.approx(mean([row["iou"] for row in by_class]), abs=1e-14)
-    assert scores["miou_no_background"] == pytest.approx(
-        mean([row["iou"] for row in by_class[1:]]), abs=1e-14
-    )
+    assert scores["miou_no_background"] == pytest.approx(mean([row["iou"] for row in by_class[1:]]), abs=1e-14)
     assert scores["dice"] == pytest.approx(mean([row["dice"] for row in by_class]), abs=1e-14)
     assert scores["mean_accuracy"] == pytest.approx(mean([row["recall"] for row in by_class]), abs=1e-14)
     counted = mask != ignore

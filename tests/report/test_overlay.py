@@ -79,8 +79,6 @@ def test_a_name_wider_than_the_picture_widens_it():
 
 def test_letters_grow_with_the_frames():
     small = compare(random_frame(192, 320), np.zeros((192, 320), np.uint8), classes=["x"], palette=PALETTE)
-    large = compare(
-        random_frame(1080, 1920), np.zeros((1080, 1920), np.uint8), classes=["x"], palette=PALETTE
-    )
+    large = compare(random_frame(1080, 1920), np.zeros((1080, 1920), np.uint8), classes=["x"], palette=PALETTE)
     small_text, large_text = small.shape[0] - 192, large.shape[0] - 1080
     assert large_text > 3 * small_text

@@ -89,9 +89,7 @@ def paint_knuckle(rng: np.random.Generator, ball: np.ndarray, unit: float, girth
     return relief.sprite(ball, (half + 2, 0), WRIST, _brushed(relief, 0.15, 2, 1.0))
 
 
-def paint_jaw(
-    rng: np.random.Generator, ball: np.ndarray, unit: float, length: float, slotted: bool
-) -> Sprite:
+def paint_jaw(rng: np.random.Generator, ball: np.ndarray, unit: float, length: float, slotted: bool) -> Sprite:
     """Paint one slender jaw of a clasper, slotted or plain; the pair's closing side is y > 0."""
     relief = Relief(rng, length + 6, 18, unit)
     tint = vary(rng, (112, 112, 114), 0.1)

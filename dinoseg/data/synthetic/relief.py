@@ -112,13 +112,9 @@ class Relief:
         normal_x = (31.5 - 31.5 * slope_x * facing).astype(np.float32)
         normal_y = (31.5 - 31.5 * slope_y * facing).astype(np.float32)
         mirror = cv2.remap(ball, normal_x, normal_y, cv2.INTER_LINEAR)
-        hollow = np.clip(
-            (height - cv2.GaussianBlur(height, (0, 0), 1.5 * self.density)) / self.density, -1, 0.4
-        )
+        hollow = np.clip((height - cv2.GaussianBlur(height, (0, 0), 1.5 * self.density)) / self.density, -1, 0.4)
         light = (0.25 + 0.75 * facing**1.3) * (1 + 0.5 * hollow) * (1 + grain)
-        colour = (
-            self.tint * light[..., None] + mirror * (self.gloss * (1 + 0.6 * grain) * (1 + hollow))[..., None]
-        )
+        colour = self.tint * light[..., None] + mirror * (self.gloss * (1 + 0.6 * grain) * (1 + hollow))[..., None]
         rgba = np.dstack([np.clip(colour, 0, 255) * self.cover[..., None], 255 * self.cover])
         rgba = cv2.copyMakeBorder(np.rint(rgba).astype(np.uint8), 2, 2, 2, 2, cv2.BORDER_CONSTANT)
         centre = (pivot[0] * self.density + 2, rgba.shape[0] / 2 + pivot[1] * self.density)

@@ -101,9 +101,7 @@ class Scene:
         reach = Reach(rng, at, np.asarray(port) * self._span, span)
         return Robot(rng, reach, ball, self._unit, holder=holder)
 
-    def _layers_behind(
-        self, rng: np.random.Generator, ball: np.ndarray
-    ) -> list[Callable[[Canvas, float], None]]:
+    def _layers_behind(self, rng: np.random.Generator, ball: np.ndarray) -> list[Callable[[Canvas, float], None]]:
         layers: list[Callable[[Canvas, float], None]] = []
         if rng.random() < 0.9:
             top = rng.random() < 0.5

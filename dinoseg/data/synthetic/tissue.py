@@ -108,9 +108,7 @@ def _colour(
     return mix(colour, vary(rng, BLOOD, 0.3), smear * rng.uniform(0.1, 0.45))
 
 
-def _vessels(
-    rng: np.random.Generator, size: tuple[int, int], unit: float, trees: int, girth: float
-) -> np.ndarray:
+def _vessels(rng: np.random.Generator, size: tuple[int, int], unit: float, trees: int, girth: float) -> np.ndarray:
     """Return the share of vessel (H, W) in 0..1 of `trees` wandering, forking lines."""
     height, width = size
     lines = np.zeros(size, np.uint8)

@@ -22,9 +22,7 @@ from dinoseg.data.synthetic.relief import DETAIL, Sprite
 class Reach:
     """A tip that roams around `home`, held by a rod through the fixed point `port`; both (x, y) in pixels."""
 
-    def __init__(
-        self, rng: np.random.Generator, home: np.ndarray, port: np.ndarray, span: np.ndarray
-    ) -> None:
+    def __init__(self, rng: np.random.Generator, home: np.ndarray, port: np.ndarray, span: np.ndarray) -> None:
         self._home, self._port = home, port
         self._x, self._y = (Wander(rng, -reach, reach, rng.uniform(4, 7)) for reach in span)
 
@@ -48,9 +46,7 @@ class Pose:
 class Robot:
     """Shaft, two-link wrist and a pair of jaws."""
 
-    def __init__(
-        self, rng: np.random.Generator, reach: Reach, ball: np.ndarray, unit: float, *, holder: bool
-    ) -> None:
+    def __init__(self, rng: np.random.Generator, reach: Reach, ball: np.ndarray, unit: float, *, holder: bool) -> None:
         self._reach, self._unit = reach, unit
         girth = rng.uniform(26, 36)
         self._shaft = paint_shaft(rng, ball, unit, girth)
@@ -74,9 +70,7 @@ class Robot:
         jaws = np.array([*joint, bent + self._turn(seconds)])
         return Pose(np.array([*start, angle]), np.array([*wrist, bent]), jaws, self._open(seconds), scale)
 
-    def draw(
-        self, canvas: Canvas, seconds: float, held: Callable[[Canvas, Pose, float], None] | None = None
-    ) -> None:
+    def draw(self, canvas: Canvas, seconds: float, held: Callable[[Canvas, Pose, float], None] | None = None) -> None:
         """Draw it; `held` draws what lies between its jaws."""
         pose = self.pose(seconds)
         scale, gain = pose.scale / DETAIL, self._gain(seconds)

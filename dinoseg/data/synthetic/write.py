@@ -76,9 +76,7 @@ def render_dataset(
         ) from error
 
 
-def _check(
-    train_videos: int, test_videos: int, seconds: int, size: tuple[int, int], seed: int, workers: int
-) -> None:
+def _check(train_videos: int, test_videos: int, seconds: int, size: tuple[int, int], seed: int, workers: int) -> None:
     if train_videos < 0 or test_videos < 0 or train_videos + test_videos == 0:
         raise UserError(
             f"train_videos={train_videos} and test_videos={test_videos} give no videos to render. "
@@ -116,9 +114,7 @@ def _comment(path: Path) -> bytes:
         return b""
 
 
-def _each(
-    task: Callable[[Video, Path], Path], videos: list[Video], root: Path, workers: int
-) -> Iterator[Path]:
+def _each(task: Callable[[Video, Path], Path], videos: list[Video], root: Path, workers: int) -> Iterator[Path]:
     if workers <= 1:
         for video in videos:
             yield task(video, root)
@@ -153,15 +149,11 @@ def _write_video(video: Video, root: Path) -> Path:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _encode(
-    path: Path, clip: Iterable[tuple[np.ndarray, np.ndarray]], size: tuple[int, int]
-) -> dict[str, np.ndarray]:
+def _encode(path: Path, clip: Iterable[tuple[np.ndarray, np.ndarray]], size: tuple[int, int]) -> dict[str, np.ndarray]:
     """Write the frames at 60 fps; return the masks of every 60th frame by file name."""
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"XVID"), FPS, size[::-1])
     if not writer.isOpened():
-        raise UserError(
-            f"OpenCV {cv2.__version__} cannot encode XVID here. Install opencv-python-headless from PyPI."
-        )
+        raise UserError(f"OpenCV {cv2.__version__} cannot encode XVID here. Install opencv-python-headless from PyPI.")
     masks = {}
     repeats = FPS // RATE
     try:
