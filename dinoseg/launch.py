@@ -2,7 +2,6 @@
 
 import logging
 import os
-import shutil
 import socket
 import sys
 from collections.abc import Sequence
@@ -23,13 +22,18 @@ def launch(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> Any:
 
     A mode with `resume_from: last` goes on in the checkpoint's own run folder, one with `best` works in a new one.
     A mode with `devices` above 1 runs in so many ranks; where torchrun has started them (WORLD_SIZE is set), this
-    process is one of them.
+    process is one of them and works in the first one's folder.
     """
-    out_dir, fresh = claim(out_dir), out_dir
+    continued = None
     if cfg.resume is not None and "resume_from" in cfg.mode:
-        cfg, out_dir = _resumed(cfg, out_dir, overrides)
-        if out_dir != fresh:
-            _hand_over(fresh, out_dir)
+        cfg, continued = _resumed(cfg, out_dir, overrides)
+    if continued is not None:
+        _drop_empty(out_dir)
+        out_dir = continued
+    elif is_first_rank():
+        out_dir = claim(out_dir)
+    if is_first_rank():
+        _write_config(cfg, out_dir, overrides)
     devices = cfg.mode.get("devices", 1)
     if devices < 1:
         raise UserError(f"engine.devices={devices}: give a number of at least 1.")
@@ -40,11 +44,16 @@ def launch(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> Any:
 
 def run_mode(cfg: DictConfig, out_dir: Path) -> Any:
     """Call the mode's function in this process."""
-    configure_log(out_dir, main=os.environ.get("RANK", "0") == "0")
+    configure_log(out_dir, main=is_first_rank())
     from dinoseg.build import instantiate
 
     node = {key: value for key, value in plain(cfg.mode, resolve=True).items() if key not in LAUNCH_KEYS}
     return instantiate(OmegaConf.create(node))(cfg, out_dir=out_dir)
+
+
+def is_first_rank() -> bool:
+    """Return whether this process writes the run's files: alone, or the first of those torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def claim(out_dir: Path) -> Path:
@@ -76,28 +85,31 @@ def configure_log(out_dir: Path, main: bool) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
-def _resumed(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> tuple[DictConfig, Path]:
+def _resumed(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> tuple[DictConfig, Path | None]:
+    """Return the config of the checkpoint that `resume` means, and its run folder if the mode goes on in it."""
     from dinoseg import resume
     from dinoseg.training import checkpoint
 
-    prefer = cfg.mode.resume_from
-    path = resume.locate(cfg, out_dir, prefer)
+    path = resume.locate(cfg, out_dir, cfg.mode.resume_from)
     if path is None:
-        print(
-            "resume=auto: no earlier run of this recipe has a checkpoint, so this is a new one.",
-            file=sys.stderr,
-        )
-        return resume.without(cfg), out_dir
+        print("resume=auto: no earlier run of this recipe has a checkpoint, so this is a new one.", file=sys.stderr)
+        return resume.without(cfg), None
     merged = resume.merge(cfg, overrides, checkpoint.read(path))
-    return merged, path.parent.parent if prefer == "last" else out_dir
+    return merged, path.parent.parent if cfg.mode.resume_from == "last" else None
 
 
-def _hand_over(fresh: Path, run: Path) -> None:
-    """Move the composed config of a continuation into the run that goes on, and drop its own empty folder."""
-    number = len(list(run.glob("config*"))) + 1
-    if (fresh / "config").is_dir():
-        shutil.move(fresh / "config", run / f"config_{number}")
-    shutil.rmtree(fresh)
+def _drop_empty(folder: Path) -> None:
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def _write_config(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> None:
+    """Keep the composed config and the command line in `config/`, those of a continuation in `config_2/`, ..."""
+    number = len(list(out_dir.glob("config*"))) + 1
+    folder = out_dir / ("config" if number == 1 else f"config_{number}")
+    folder.mkdir()
+    OmegaConf.save(cfg, folder / "config.yaml")
+    (folder / "overrides.txt").write_text("\n".join(overrides) + "\n")
 
 
 def _spawn(cfg: DictConfig, out_dir: Path, devices: int) -> None:

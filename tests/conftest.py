@@ -20,16 +20,17 @@ def pytest_collection_modifyitems(items):
 def compose():
     """Compose the config as the command line does."""
     from hydra import compose as hydra_compose
-    from hydra import initialize_config_module
+    from hydra import initialize_config_dir
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
+    from dinoseg.__main__ import CONFIGS
     from dinoseg.config import register_resolvers
 
     register_resolvers()
 
     def build(*overrides):
-        with initialize_config_module("dinoseg.cfg", version_base="1.3"):
+        with initialize_config_dir(CONFIGS, version_base="1.3"):
             cfg = hydra_compose("main", list(overrides), return_hydra_config=True)
         HydraConfig.instance().set_config(cfg)
         choices = {k: v for k, v in OmegaConf.to_container(cfg.hydra.runtime.choices).items() if "/" not in k}

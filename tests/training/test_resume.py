@@ -140,6 +140,19 @@ def test_two_ranks_score_as_one_in_one_folder(data, tmp_path):
     assert len(runs) == 1 and (runs[0] / "scores.json").read_text() == scores(folder)
 
 
+def test_ranks_of_torchrun_are_joined(data, tmp_path):
+    assert run(tmp_path, data, "trainer.steps=2", "trainer.ema=null").returncode == 0
+    folder = newest(tmp_path)
+    joined = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29517"),
+        *("-m", "dinoseg", "mode=eval", f"resume={folder}", "engine=cpu", "engine.workers=0", "mode.metrics_only=true"),
+    ]
+    evaluated = subprocess.run(joined, cwd=tmp_path, capture_output=True, text=True)
+    assert evaluated.returncode == 0, evaluated.stderr
+    written = list((tmp_path / "outputs/base").glob("eval_*/scores.json"))
+    assert len(written) == 1 and written[0].read_text() == scores(folder)
+
+
 def test_two_ranks_train_in_one_folder_and_resume(data, tmp_path):
     arguments = (data, "engine.devices=2", "data.batch_size=4", "trainer.save_every=2", "trainer.steps=4")
     trained = run(tmp_path, *arguments)

@@ -1,0 +1,36 @@
+.PHONY: demo test check format clean
+
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := outputs/demo
+export OMP_NUM_THREADS ?= 2
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info[:2] < (3, 14), "dinoseg needs Python 3.11 to 3.13: make PYTHON=python3.12"'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+demo: .venv/installed  ## render, prepare, train, evaluate, predict on a video
+	$(BIN)/python -m dinoseg mode=render data=sarrarp data.root=$(DEMO)/data
+	$(BIN)/python -m dinoseg mode=prepare data=sarrarp data.root=$(DEMO)/data
+	rm -rf $(DEMO)/train $(DEMO)/eval $(DEMO)/predict
+	$(BIN)/python -m dinoseg mode=train hparam=demo hydra.run.dir=$(DEMO)/train
+	$(BIN)/python -m dinoseg mode=eval hparam=demo resume=$(DEMO)/train hydra.run.dir=$(DEMO)/eval
+	$(BIN)/python -m dinoseg mode=predict hparam=demo resume=$(DEMO)/train input=$(DEMO)/data/test/video_41/video_left.avi hydra.run.dir=$(DEMO)/predict
+
+test: .venv/installed  ## all tests that need no GPU
+	$(BIN)/python -m pytest
+
+check: .venv/installed  ## format, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: .venv/installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf .venv outputs/*

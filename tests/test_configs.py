@@ -1,0 +1,237 @@
+"""Every config composes, and names only what exists, with the keys that it takes."""
+
+import inspect
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra.utils import get_object
+from omegaconf import OmegaConf
+from transformers import AutoConfig
+
+from dinoseg.__main__ import CONFIGS
+from dinoseg.launch import LAUNCH_KEYS
+
+FOLDER = Path(CONFIGS)
+GROUPS = sorted(path.name for path in FOLDER.iterdir() if path.is_dir() and path.name not in ("hydra", "local"))
+FILLED = ("data.root=.",)
+# What build, launch and fit hand over; every other argument stands in a config or has a default
+AT_RUN_TIME = {
+    "adapter": {"backbone"},
+    "data.source": {"split"},
+    "head": {"in_dim", "num_layers"},
+    "loss.class_weights": {"counts"},
+    "loss.counts": {"dataset"},
+    "loss.criterion": {"class_weights"},
+    "mode": {"cfg", "out_dir"},
+    "optim.optimizer": {"model"},
+    "trainer": {"model", "loss", "feed", "optimizer", "engine", "checkpoints", "log", "schedule"},
+}
+
+
+def options(group):
+    return sorted(path.stem for path in (FOLDER / group).glob("*.yaml") if not path.stem.startswith("_"))
+
+
+def read(group, option):
+    return yaml.safe_load((FOLDER / group / f"{option}.yaml").read_text()) or {}
+
+
+def written_targets(group, option):
+    """Count the `_target_` lines of an option's file and of those it starts from."""
+    bases = [base for base in read(group, option).get("defaults", []) if isinstance(base, str) and base != "_self_"]
+    own = len(re.findall(r"^\s*_target_:", (FOLDER / group / f"{option}.yaml").read_text(), re.MULTILINE))
+    return own + sum(written_targets(group, base) for base in bases)
+
+
+def written_choices(hparam):
+    """Return group to option, as main.yaml and a recipe's files say."""
+    chosen = {}
+    for base in read("hparam", hparam).get("defaults", []):
+        if isinstance(base, str):
+            chosen |= {} if base == "_self_" else written_choices(base)
+        else:
+            chosen |= {key.removeprefix("override /"): value for key, value in base.items()}
+    return chosen
+
+
+def main_choices():
+    entries = yaml.safe_load((FOLDER / "main.yaml").read_text())["defaults"]
+    pairs = [pair for entry in entries if isinstance(entry, dict) for pair in entry.items()]
+    return {group: option for group, option in pairs if group in GROUPS}
+
+
+def needed(choice):
+    """Return what only the user can know: here stands a value for it."""
+    return [
+        *FILLED,
+        *(["data.classes=[dark,bright]"] if choice.get("data", main_choices()["data"]) == "folder" else []),
+    ]
+
+
+def nodes(node, path=""):
+    """Yield path and content of every `_target_` node."""
+    if isinstance(node, dict):
+        if "_target_" in node:
+            yield path, node
+        for key, value in node.items():
+            yield from nodes(value, f"{path}.{key}".lstrip("."))
+    elif isinstance(node, list):
+        for number, value in enumerate(node):
+            yield from nodes(value, f"{path}.{number}")
+
+
+def check_binds(path, node):
+    """Bind the keys of a node to its target: none unknown, and all that is missing comes at run time."""
+    target = get_object(node["_target_"])
+    assert callable(target) and target.__module__.startswith("dinoseg."), path
+    parameters = inspect.signature(target).parameters
+    assert not any(
+        parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL) for parameter in parameters.values()
+    )
+    given = {key for key in node if not key.startswith("_")} - (set(LAUNCH_KEYS) if path == "mode" else set())
+    later = AT_RUN_TIME.get(path, set())
+    assert not given & later, f"{path} sets what comes at run time: {given & later}"
+    assert bool(later) <= bool(node.get("_partial_")), f"{path} waits for {later}, but is not _partial_"
+    assert {key for key in node if key.startswith("_")} <= {"_target_", "_partial_"}, path
+    inspect.signature(target).bind(**dict.fromkeys(given | later))
+
+
+def check(cfg):
+    """Resolve a composed config and bind all it names; return the number of `_target_` nodes."""
+    found = list(nodes(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)))
+    for path, node in found:
+        check_binds(path, node)
+    return len(found)
+
+
+def test_every_recipe_with_every_mode(compose):
+    combos, checked, expected = 0, 0, 0
+    for hparam in options("hparam"):
+        choice = main_choices() | written_choices(hparam)
+        for mode in options("mode"):
+            checked += check(compose(f"hparam={hparam}", f"mode={mode}", *needed(choice)))
+            expected += sum(written_targets(group, option) for group, option in (choice | {"mode": mode}).items())
+            combos += 1
+    files = [len([path for path in (FOLDER / name).iterdir() if path.name[0] != "_"]) for name in ("hparam", "mode")]
+    assert combos == files[0] * files[1] >= 11 * 8
+    assert checked == expected >= 14 * combos
+
+
+def test_every_option_of_every_group(compose):
+    tried, checked, expected = 0, 0, 0
+    for group in GROUPS:
+        for option in options(group):
+            choice = main_choices() | (written_choices(option) if group == "hparam" else {group: option})
+            checked += check(compose(f"{group}={option}", *needed(choice)))
+            expected += sum(written_targets(*pair) for pair in choice.items())
+            tried += 1
+    hidden = list(FOLDER.glob("*/_*.yaml"))
+    shown = len([path for path in FOLDER.glob("*/*.yaml") if path.parent.name not in ("hydra", "local")]) - len(hidden)
+    assert tried == shown >= 55
+    assert checked == expected >= 14 * tried
+
+
+def test_a_wrong_key_or_a_missing_one_is_found():
+    right = {"_target_": "dinoseg.heads.linear.LinearHead", "_partial_": True, "num_classes": 2}
+    check_binds("head", right)
+    for wrong, error in (
+        (right | {"num_clases": 2}, TypeError),
+        ({key: value for key, value in right.items() if key != "num_classes"}, TypeError),
+        (right | {"in_dim": 3}, AssertionError),
+        (right | {"_partial_": False}, AssertionError),
+    ):
+        with pytest.raises(error):
+            check_binds("head", wrong)
+
+
+def test_hidden_options_are_bases_and_bases_hold_the_gaps():
+    hidden = sorted(FOLDER.glob("*/_*.yaml"))
+    assert {path.stem for path in hidden} == {"_dinov2", "_dinov3"}
+    for path in hidden:
+        users = [option for option in options(path.parent.name) if path.stem in str(read(path.parent.name, option))]
+        assert users, f"nothing starts from {path}"
+
+
+def test_every_backbone_sets_only_what_its_family_knows(compose):
+    seen = 0
+    for option in options("backbone"):
+        backbone = OmegaConf.to_container(compose(f"backbone={option}", *needed({})).backbone, resolve=True)
+        known = AutoConfig.for_model(backbone["family"]).to_dict()
+        assert not set(backbone["arch"]) - set(known), option
+        assert backbone["weights"] and backbone["arch"]["hidden_size"] % backbone["arch"]["num_attention_heads"] == 0
+        seen += 1
+    assert seen == len(list((FOLDER / "backbone").glob("[!_]*.yaml")))
+
+
+def leaves(node, path=""):
+    """Yield every key that no `_target_` takes."""
+    for key, value in node.items():
+        if not isinstance(value, dict) or not value:
+            yield f"{path}{key}"
+        elif "_target_" not in value:
+            yield from leaves(value, f"{path}{key}.")
+
+
+@pytest.mark.parametrize("data", ["folder", "sarrarp"])
+def test_every_other_key_is_read(compose, data):
+    cfg = OmegaConf.to_container(compose(f"data={data}", *needed({"data": data})))
+    python = "\n".join(path.read_text() for path in FOLDER.parent.rglob("*.py"))
+    configs = "\n".join(path.read_text() for path in FOLDER.rglob("*.yaml"))
+    keys = [key for key in leaves({key: value for key, value in cfg.items() if key != "choices"})]
+    assert {"seed", "cache_dir", "resolution.crop", "data.batch_size", "loss.weights", "data.num_classes"} <= set(keys)
+    unread = [
+        key
+        for key in keys
+        if not re.search(rf"\bcfg\.{re.escape(key)}\b", python)
+        and not re.search(rf"\${{({re.escape(key)}|\.+{re.escape(key.split('.')[-1])})}}", configs)
+    ]
+    assert unread == ["data.prepare"] * 0
+
+
+def test_one_fact_is_set_in_one_place(compose):
+    cfg = compose(
+        "hparam=sarrarp_lora", "adapter.rank=4", "backbone=dinov2_vits14", "resolution.crop=[30,50]", "data.root=X"
+    )
+    assert cfg.adapter.alpha == 4 and compose("adapter=lora", "adapter.rank=7").adapter.alpha == 7
+    assert compose("adapter=lora", "adapter.rank=7", "adapter.alpha=3").adapter.alpha == 3
+    assert cfg.head.patch_size == 14 and compose("head=mlp", "backbone.patch_size=9").head.patch_size == 9
+    assert cfg.data.augment.crop == [30, 50]
+    assert compose("resolution.longest=99").data.augment.longest == 99
+    assert cfg.data.source.root == cfg.data.prepare.root == "X"
+    assert compose("mode=render", "data=sarrarp", "data.root=X").mode.root == "X"
+    assert compose("data.classes=[a,b,c,d]").head.num_classes == 4 and cfg.head.num_classes == 10
+    ignoring = compose("data.ignore_index=77")
+    assert ignoring.data.source.ignore_index == ignoring.data.augment.ignore_index == 77
+    assert ignoring.loss.criterion.ignore_index == 77
+    assert compose("loss.weights=inverse").loss.class_weights.scheme == "inverse"
+    assert compose("engine.devices=3", "mode=train").mode.devices == 3
+    assert compose("mode=predict", "input=a.png").mode.input == "a.png"
+    assert compose("cache_dir=C").loss.counts.cache_dir == "C"
+
+
+def test_groups_give_way_to_recipes_and_those_to_the_command_line(compose):
+    assert compose().data.augment.scale == [0.75, 1.5]
+    assert compose("hparam=demo").data.augment.scale == [0.8, 1.25]
+    assert compose("hparam=demo", "data.augment.scale=[1,1]").data.augment.scale == [1, 1]
+    assert (
+        compose("hparam=demo").choices.head == "mlp" and compose("hparam=demo", "head=linear").choices.head == "linear"
+    )
+    assert compose("hparam=demo", "data.batch_size=3").data.batch_size == 3
+    assert compose("hparam=sarrarp_lora_lowres").resolution == {"crop": [1080, 1920], "scale": 0.25, "longest": None}
+    assert compose("hparam=sarrarp_frozen").choices.adapter == "frozen"
+    assert compose("hparam=sarrarp_full").trainer.steps == compose("hparam=sarrarp_lora").trainer.steps
+
+
+def test_a_machine_s_own_paths_win_over_recipes_only(compose, monkeypatch, tmp_path):
+    copy = tmp_path / "cfg"
+    shutil.copytree(FOLDER, copy, ignore=shutil.ignore_patterns("default.yaml"))
+    shutil.copy(FOLDER / "data/folder.yaml", copy / "data")
+    monkeypatch.setattr("dinoseg.__main__.CONFIGS", str(copy))
+    assert not (copy / "local/default.yaml").exists() and compose("hparam=demo").data.root == "outputs/demo/data"
+    (copy / "local").mkdir(exist_ok=True)
+    (copy / "local/default.yaml").write_text("# @package _global_\ndata: {root: mine}\nengine: {workers: 5}\n")
+    assert compose("hparam=demo").data.root == "mine" and compose("hparam=base").engine.workers == 5
+    assert compose("hparam=demo", "data.root=given").data.root == "given"
