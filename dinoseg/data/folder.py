@@ -6,16 +6,13 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 
-import numpy as np
-
 from dinoseg.data.labels import Labels
-from dinoseg.data.masks import MaskReader, Masks
-from dinoseg.data.pairs import Pair, fingerprint, pair_by_name, read_mask, read_pair
+from dinoseg.data.masks import Masks
+from dinoseg.data.pairs import Pair, PairDataset, pair_by_name
 from dinoseg.data.splits import fraction_split, read_name_list, regex_group
 from dinoseg.data.wording import listed
 from dinoseg.errors import UserError
 from dinoseg.images import IMAGE_SUFFIXES
-from dinoseg.shapes import Sample
 
 PARTITIONS = ("folder", "lists", "fraction")
 
@@ -60,8 +57,18 @@ class Partition:
     group: str | None = None
 
 
-class FolderDataset:
-    """Images and masks in folders.
+def folder_dataset(
+    root: str | Path,
+    split: str,
+    *,
+    classes: Sequence[str],
+    palette: Sequence[Sequence[int]] | None = None,
+    ignore_index: int = 255,
+    layout: Layout = Layout(),  # noqa: B008 (frozen)
+    masks: Masks = Masks(),  # noqa: B008 (frozen)
+    partition: Partition = Partition(),  # noqa: B008 (frozen)
+) -> PairDataset:
+    """Return the data set of images and masks in folders.
 
     Args:
         root: folder that the layout starts from.
@@ -77,40 +84,9 @@ class FolderDataset:
         UserError: a folder is missing or empty, an image lacks its mask or a mask its image, or two files
             have one name; when an item is read: an unreadable file, differing sizes, ids without class.
     """
-
-    def __init__(
-        self,
-        root: str | Path,
-        split: str,
-        *,
-        classes: Sequence[str],
-        palette: Sequence[Sequence[int]] | None = None,
-        ignore_index: int = 255,
-        layout: Layout = Layout(),  # noqa: B008 (frozen)
-        masks: Masks = Masks(),  # noqa: B008 (frozen)
-        partition: Partition = Partition(),  # noqa: B008 (frozen)
-    ) -> None:
-        labels = Labels.of(classes, palette, ignore_index)
-        self.classes, self.palette, self.ignore_index = labels.classes, labels.palette, labels.ignore_index
-        self._reader = MaskReader(labels, masks)
-        self._pairs = find_pairs(Path(root).expanduser(), split, layout, partition)
-        self.names = [pair.name for pair in self._pairs]
-
-    def __len__(self) -> int:
-        """Return the number of pairs."""
-        return len(self._pairs)
-
-    def __getitem__(self, index: int) -> Sample:
-        """Read a pair."""
-        return read_pair(self._pairs[index], self._reader)
-
-    def mask(self, index: int) -> np.ndarray:
-        """Read a mask (H, W) uint8 alone."""
-        return read_mask(self._pairs[index], self._reader)
-
-    def fingerprint(self) -> str:
-        """Return a hash of all that the masks depend on."""
-        return fingerprint(self._pairs, self._reader)
+    labels = Labels.of(classes, palette, ignore_index)
+    pairs = find_pairs(Path(root).expanduser(), split, layout, partition)
+    return PairDataset(pairs, labels, masks)
 
 
 def find_pairs(root: Path, split: str, layout: Layout, partition: Partition) -> list[Pair]:

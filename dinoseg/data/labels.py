@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from dinoseg.errors import UserError
+from dinoseg.report.palette import default_palette
 
 Color = tuple[int, int, int]
 
@@ -34,7 +35,7 @@ class Labels:
             raise UserError(f"data.classes names {', '.join(twice)} more than once: make each name unique.")
         if not 0 <= ignore_index <= 255:
             raise UserError(f"data.ignore_index={ignore_index}: give an id from 0 to 255, since masks are 8-bit.")
-        colors = default_palette(len(names)) if palette is None else tuple(map(as_color, palette))
+        colors = tuple(default_palette(len(names)) if palette is None else map(as_color, palette))
         if len(colors) != len(names):
             raise UserError(f"data.palette has {len(colors)} colours for {len(names)} classes: give as many, or null.")
         return cls(names, colors, ignore_index)
@@ -50,15 +51,3 @@ def as_color(values: Sequence[int]) -> Color:
     if len(numbers) != 3 or not all(isinstance(v, int) and 0 <= v <= 255 for v in numbers):
         raise UserError(f"Colour {list(numbers)}: give three whole numbers from 0 to 255 (red, green, blue).")
     return numbers[0], numbers[1], numbers[2]
-
-
-def default_palette(count: int) -> tuple[Color, ...]:
-    """Return up to 256 distinct colours, black first (the bit pattern of PASCAL VOC's palette)."""
-    return tuple(_spread_bits(index) for index in range(count))
-
-
-def _spread_bits(index: int) -> Color:
-    channels = [0, 0, 0]
-    for bit in range(8):
-        channels[bit % 3] |= ((index >> bit) & 1) << (7 - bit // 3)
-    return channels[0], channels[1], channels[2]

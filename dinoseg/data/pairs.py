@@ -1,7 +1,7 @@
 """One image file and its mask file: paired by name, read together, known by a fingerprint."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +9,8 @@ import cv2
 import numpy as np
 import torch
 
-from dinoseg.data.masks import MaskReader
+from dinoseg.data.labels import Labels
+from dinoseg.data.masks import MaskReader, Masks
 from dinoseg.data.wording import count_of, listed
 from dinoseg.errors import UserError
 from dinoseg.images import read_image
@@ -25,6 +26,39 @@ class Pair:
     name: str
     image: Path
     mask: Path
+
+
+class PairDataset:
+    """Images and masks in pairs of files: what every data set of this room is in the end.
+
+    Args:
+        pairs: in the order of the data set.
+        labels: what the numbers in a mask mean.
+        masks: how mask files are written.
+
+    Raises:
+        UserError: when an item is read: an unreadable file, differing sizes, ids without class.
+    """
+
+    def __init__(self, pairs: Sequence[Pair], labels: Labels, masks: Masks) -> None:
+        self.classes, self.palette, self.ignore_index = labels.classes, labels.palette, labels.ignore_index
+        self.names = [pair.name for pair in pairs]
+        self._pairs = pairs
+        self._reader = MaskReader(labels, masks)
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def __getitem__(self, index: int) -> Sample:
+        return read_pair(self._pairs[index], self._reader)
+
+    def mask(self, index: int) -> np.ndarray:
+        """Read a mask (H, W) uint8 alone."""
+        return read_mask(self._pairs[index], self._reader)
+
+    def fingerprint(self) -> str:
+        """Return a hash of all that the masks depend on."""
+        return fingerprint(self._pairs, self._reader)
 
 
 def pair_by_name(images: Mapping[str, Path], masks: Mapping[str, Path], where: str) -> list[Pair]:

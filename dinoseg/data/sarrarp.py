@@ -4,11 +4,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from dinoseg.data.labels import Labels
-from dinoseg.data.masks import MaskReader, Masks
-from dinoseg.data.pairs import Pair, fingerprint, read_mask, read_pair
+from dinoseg.data.masks import Masks
+from dinoseg.data.pairs import Pair, PairDataset
 from dinoseg.data.sarrarp_files import (
     MASK_FOLDER,
     MASK_STEP,
@@ -20,13 +18,21 @@ from dinoseg.data.sarrarp_files import (
 from dinoseg.data.splits import fraction_split
 from dinoseg.data.wording import count_of, listed
 from dinoseg.errors import UserError
-from dinoseg.shapes import Sample
 
 FOLDERS = {"train": TRAIN_FOLDERS, "val": TRAIN_FOLDERS, "test": TEST_FOLDERS}
 
 
-class SarRarp50:
-    """The frames that have a mask, with names `video_XX/NNNNNNNNN` (the index in the 60 fps video).
+def sar_rarp50(
+    root: str | Path,
+    split: str,
+    *,
+    classes: Sequence[str],
+    palette: Sequence[Sequence[int]] | None = None,
+    ignore_index: int = 255,
+    val_fraction: float = 0.2,
+    seed: int = 0,
+) -> PairDataset:
+    """Return the frames that have a mask, with names `video_XX/NNNNNNNNN` (the index in the 60 fps video).
 
     `train` and `val` split the training videos by operation; `test` is the test folder.
 
@@ -43,43 +49,13 @@ class SarRarp50:
         UserError: the folder is missing, not prepared yet, or a frame lacks its mask or a mask its frame;
             when an item is read: an unreadable file, differing sizes, ids without class.
     """
-
-    def __init__(
-        self,
-        root: str | Path,
-        split: str,
-        *,
-        classes: Sequence[str],
-        palette: Sequence[Sequence[int]] | None = None,
-        ignore_index: int = 255,
-        val_fraction: float = 0.2,
-        seed: int = 0,
-    ) -> None:
-        labels = Labels.of(classes, palette, ignore_index)
-        self.classes, self.palette, self.ignore_index = labels.classes, labels.palette, labels.ignore_index
-        self._reader = MaskReader(labels, Masks())
-        videos = find_videos(Path(root).expanduser(), split)
-        if split != "test":
-            parts = fraction_split(sorted(videos), val_fraction=val_fraction, seed=seed, group=operation)
-            videos = {name: videos[name] for name in parts[split]}
-        self._pairs = [pair for name in sorted(videos) for pair in videos[name]]
-        self.names = [pair.name for pair in self._pairs]
-
-    def __len__(self) -> int:
-        """Return the number of frames with a mask."""
-        return len(self._pairs)
-
-    def __getitem__(self, index: int) -> Sample:
-        """Read a frame and its mask."""
-        return read_pair(self._pairs[index], self._reader)
-
-    def mask(self, index: int) -> np.ndarray:
-        """Read a mask (H, W) uint8 alone."""
-        return read_mask(self._pairs[index], self._reader)
-
-    def fingerprint(self) -> str:
-        """Return a hash of all that the masks depend on."""
-        return fingerprint(self._pairs, self._reader)
+    labels = Labels.of(classes, palette, ignore_index)
+    videos = find_videos(Path(root).expanduser(), split)
+    if split != "test":
+        parts = fraction_split(sorted(videos), val_fraction=val_fraction, seed=seed, group=operation)
+        videos = {name: videos[name] for name in parts[split]}
+    pairs = [pair for name in sorted(videos) for pair in videos[name]]
+    return PairDataset(pairs, labels, Masks())
 
 
 def operation(video: str) -> str:
@@ -92,7 +68,7 @@ def find_videos(root: Path, split: str) -> dict[str, list[Pair]]:
     """Return video name to its frames with masks, in order, for the folders of a split.
 
     Raises:
-        UserError: see `SarRarp50`.
+        UserError: see `sar_rarp50`.
     """
     if split not in FOLDERS:
         raise UserError(f"SAR-RARP50 has the splits {', '.join(FOLDERS)}, not {split}.")

@@ -6,9 +6,10 @@ import pytest
 import torch
 from making import save
 
-from dinoseg.data.folder import FolderDataset, Layout, Partition
+from dinoseg.data.folder import Layout, Partition, folder_dataset
 from dinoseg.data.masks import Masks
 from dinoseg.errors import UserError
+from dinoseg.report.palette import default_palette
 
 CLASSES = ["a", "b"]
 FLAT = Layout("images", "masks")
@@ -32,9 +33,9 @@ def fill(tmp_path):
 
 
 def test_sample_shapes_and_values(fill):
-    data = FolderDataset(fill(), "train", classes=CLASSES)
+    data = folder_dataset(fill(), "train", classes=CLASSES)
     assert data.names == ["x", "y", "z"] and len(data) == 3
-    assert data.classes == ("a", "b") and data.palette[1] == (128, 0, 0) and data.ignore_index == 255
+    assert data.classes == ("a", "b") and data.palette == tuple(default_palette(2)) and data.ignore_index == 255
     sample = data[1]
     assert sample["name"] == "y"
     assert sample["image"].shape == (3, 4, 6) and sample["image"].dtype == torch.uint8
@@ -53,7 +54,7 @@ def test_drives_suffixes_and_instance_masks(tmp_path):
         save(tmp_path / f"gtFine/val/{drive}/f1_inst_label.png", np.full((2, 2), 77))
         (tmp_path / f"gtFine/val/{drive}/f1_polygons.json").write_text("{}")
     layout = Layout("leftImg8bit/{split}", "gtFine/{split}", "_image", "_label", ["*_inst_label.png"])
-    data = FolderDataset(tmp_path, "val", classes=CLASSES, layout=layout)
+    data = folder_dataset(tmp_path, "val", classes=CLASSES, layout=layout)
     assert data.names == ["12/f1", "7/f1"]
     assert [int(data[i]["mask"].max()) for i in range(2)] == [0, 1]
 
@@ -62,7 +63,7 @@ def test_one_folder_for_images_and_masks(tmp_path):
     for name in ("p.q", "r"):  # a dot inside a name is no ending
         save(tmp_path / "train" / f"{name}.JPG", np.zeros((2, 2, 3)), format="JPEG")
         save(tmp_path / "train" / f"{name}_mask.png", np.ones((2, 2)))
-    data = FolderDataset(tmp_path, "train", classes=CLASSES, layout=Layout("{split}", "{split}", mask_suffix="_mask"))
+    data = folder_dataset(tmp_path, "train", classes=CLASSES, layout=Layout("{split}", "{split}", mask_suffix="_mask"))
     assert data.names == ["p.q", "r"]
 
 
@@ -72,8 +73,8 @@ def test_split_names_on_disk_and_what_a_desktop_leaves(fill):
     (root / "valid_images/._v.png").write_bytes(b"junk")
     (root / "valid_images/Thumbs.db").write_bytes(b"junk")
     layout = Layout("{split}_images", "{split}_masks", splits={"val": "valid"})
-    assert FolderDataset(root, "val", classes=CLASSES, layout=layout).names == ["v"]
-    assert len(FolderDataset(root, "train", classes=CLASSES, layout=layout)) == 3
+    assert folder_dataset(root, "val", classes=CLASSES, layout=layout).names == ["v"]
+    assert len(folder_dataset(root, "train", classes=CLASSES, layout=layout)) == 3
 
 
 def test_linked_folders_are_followed(fill, tmp_path):
@@ -83,20 +84,20 @@ def test_linked_folders_are_followed(fill, tmp_path):
     (tmp_path / "train/masks").mkdir()
     os.symlink(root / "elsewhere/masks", tmp_path / "train/masks/deep")
     with pytest.raises(UserError, match="without mask: x, y, z; and 3 masks without image: deep/x, deep/y, deep/z"):
-        FolderDataset(root, "train", classes=CLASSES)
+        folder_dataset(root, "train", classes=CLASSES)
 
 
 def test_fraction(fill):
     root = fill("images", "masks", [f"v{i // 2}_{i}" for i in range(10)])
     partition = Partition("fraction", val_fraction=0.4, seed=1, group=r"^v\d+")
     train, val = (
-        FolderDataset(root, split, classes=CLASSES, layout=FLAT, partition=partition).names
+        folder_dataset(root, split, classes=CLASSES, layout=FLAT, partition=partition).names
         for split in ("train", "val")
     )
     assert len(val) == 4 and sorted(train + val) == sorted(f"v{i // 2}_{i}" for i in range(10))
     assert not {n[:2] for n in train} & {n[:2] for n in val}
     with pytest.raises(UserError, match="fraction knows the splits train and val, not test"):
-        FolderDataset(root, "test", classes=CLASSES, layout=FLAT, partition=partition)
+        folder_dataset(root, "test", classes=CLASSES, layout=FLAT, partition=partition)
 
 
 def test_lists(fill):
@@ -108,7 +109,7 @@ def test_lists(fill):
     partition = Partition("lists", {"train": "train.txt", "val": "val.txt", "test": "test.txt"})
 
     def load(split):
-        return FolderDataset(root, split, classes=CLASSES, layout=FLAT, partition=partition)
+        return folder_dataset(root, split, classes=CLASSES, layout=FLAT, partition=partition)
 
     assert load("train").names == ["sub/b", "a"]
     with pytest.raises(UserError, match="1 image without mask: c"):
@@ -128,24 +129,24 @@ def test_pairing_names_five_and_counts_all(fill):
         UserError,
         match=r"7 images without mask: n0, n1, n2, n3, n4 and 2 more; and 1 mask without image: odd\.",
     ):
-        FolderDataset(root, "train", classes=CLASSES)
+        folder_dataset(root, "train", classes=CLASSES)
 
 
 def test_two_files_of_one_name(fill):
     root = fill()
     save(root / "train/images/x.jpg", np.zeros((4, 6, 3)))
     with pytest.raises(UserError, match=r"x\.jpg and .*x\.png have one name \(x\)"):
-        FolderDataset(root, "train", classes=CLASSES)
+        folder_dataset(root, "train", classes=CLASSES)
 
 
 def test_missing_folders(fill, tmp_path):
     root = fill()
     with pytest.raises(UserError, match=r"data\.root=.*gone is no folder"):
-        FolderDataset(tmp_path / "gone", "train", classes=CLASSES)
+        folder_dataset(tmp_path / "gone", "train", classes=CLASSES)
     with pytest.raises(UserError, match=r"No folder .*val/images for split val .*holds the folders train\."):
-        FolderDataset(root, "val", classes=CLASSES)
+        folder_dataset(root, "val", classes=CLASSES)
     with pytest.raises(UserError, match=r"No folder .*train/labels .*holds the folders images, masks"):
-        FolderDataset(root, "train", classes=CLASSES, layout=Layout(masks="{split}/labels"))
+        folder_dataset(root, "train", classes=CLASSES, layout=Layout(masks="{split}/labels"))
 
 
 @pytest.mark.parametrize("partition", [Partition(), Partition("fraction")])
@@ -154,17 +155,17 @@ def test_empty_split(tmp_path, partition):
     for folder in ("train/images", "train/masks", "images", "masks"):
         Path(tmp_path, folder).mkdir(parents=True)
     with pytest.raises(UserError, match=r"Split train is empty: .*images holds no image"):
-        FolderDataset(tmp_path, "train", classes=CLASSES, layout=layout, partition=partition)
+        folder_dataset(tmp_path, "train", classes=CLASSES, layout=layout, partition=partition)
 
 
 def test_partition_and_layout_must_fit(fill):
     root = fill()
     with pytest.raises(UserError, match=r"must both hold \{split\}"):
-        FolderDataset(root, "train", classes=CLASSES, layout=FLAT)
+        folder_dataset(root, "train", classes=CLASSES, layout=FLAT)
     with pytest.raises(UserError, match="name it without {split}"):
-        FolderDataset(root, "train", classes=CLASSES, partition=Partition("fraction"))
+        folder_dataset(root, "train", classes=CLASSES, partition=Partition("fraction"))
     with pytest.raises(UserError, match="by=random is unknown.*folder, lists, fraction"):
-        FolderDataset(root, "train", classes=CLASSES, partition=Partition("random"))
+        folder_dataset(root, "train", classes=CLASSES, partition=Partition("random"))
 
 
 def test_sizes_that_differ(fill):
@@ -173,8 +174,8 @@ def test_sizes_that_differ(fill):
     mask[:, 15:] = 1
     save(root / "train/masks/x.png", mask)
     with pytest.raises(UserError, match=r"x\.png is 60 x 40 .*x\.png is 30 x 20.*on_size_mismatch=resize_mask"):
-        FolderDataset(root, "train", classes=CLASSES)[0]
-    data = FolderDataset(root, "train", classes=CLASSES, masks=Masks(on_size_mismatch="resize_mask"))
+        folder_dataset(root, "train", classes=CLASSES)[0]
+    data = folder_dataset(root, "train", classes=CLASSES, masks=Masks(on_size_mismatch="resize_mask"))
     expected = np.zeros((40, 60), np.uint8)
     expected[:, 30:] = 1
     np.testing.assert_array_equal(data[0]["mask"], expected)
@@ -189,7 +190,7 @@ def test_unreadable_files_are_named(fill):
     whole = (root / "train/images/y.png").read_bytes()
     (root / "train/images/y.png").write_bytes(whole[: len(whole) // 2])
     (root / "train/masks/z.png").write_bytes(b"")
-    data = FolderDataset(root, "train", classes=CLASSES)
+    data = folder_dataset(root, "train", classes=CLASSES)
     with pytest.raises(UserError, match=r"images/y\.png"):
         data[1]
     with pytest.raises(UserError, match=r"masks/z\.png"):
@@ -200,7 +201,7 @@ def test_fingerprint_follows_files_and_rules(fill):
     root = fill()
 
     def key(**options):
-        return FolderDataset(root, "train", **{"classes": CLASSES, **options}).fingerprint()
+        return folder_dataset(root, "train", **{"classes": CLASSES, **options}).fingerprint()
 
     first = key()
     assert first == key()

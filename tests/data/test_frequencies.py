@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from making import Pictures, save
 
-from dinoseg.data.folder import FolderDataset
+from dinoseg.data.folder import folder_dataset
 from dinoseg.data.frequencies import class_counts
 from dinoseg.data.masks import Masks
 from dinoseg.errors import UserError
@@ -19,7 +19,7 @@ def load(tmp_path):
         save(tmp_path / f"train/masks/{name}.png", mask)
 
     def build(**options):
-        return FolderDataset(tmp_path, "train", classes=["a", "b", "c", "d"], **options)
+        return folder_dataset(tmp_path, "train", classes=["a", "b", "c", "d"], **options)
 
     return build
 
@@ -30,7 +30,7 @@ def test_counts_are_exact_and_kept(load, tmp_path, monkeypatch):
     assert counts.dtype == np.int64 and counts.tolist() == [5, 3, 0, 2]
     (kept,) = cache.iterdir()
     assert json.loads(kept.read_text())["pixels"] == [5, 3, 0, 2]
-    monkeypatch.setattr(FolderDataset, "mask", lambda *_: pytest.fail("counted twice"))
+    monkeypatch.setattr(folder_dataset, "mask", lambda *_: pytest.fail("counted twice"))
     assert class_counts(load(), cache).tolist() == [5, 3, 0, 2]
 
 

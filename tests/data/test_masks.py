@@ -3,7 +3,7 @@ import pytest
 from making import save
 from PIL import Image
 
-from dinoseg.data.labels import Labels, default_palette
+from dinoseg.data.labels import Labels
 from dinoseg.data.masks import MaskReader, Masks
 from dinoseg.errors import UserError
 
@@ -122,8 +122,3 @@ def test_rules_that_make_no_sense(arguments, message):
 def test_labels_that_make_no_sense(classes, palette, ignore, message):
     with pytest.raises(UserError, match=message):
         Labels.of(classes, palette, ignore)
-
-
-def test_default_palette_is_distinct_and_vocs():
-    assert len(set(default_palette(256))) == 256
-    assert default_palette(4) == ((0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0))

@@ -13,7 +13,7 @@ from PIL import Image
 
 from dinoseg.data import prepare_sarrarp, video_frames
 from dinoseg.data.prepare_sarrarp import prepare
-from dinoseg.data.sarrarp import SarRarp50
+from dinoseg.data.sarrarp import sar_rarp50
 from dinoseg.errors import UserError
 
 
@@ -56,7 +56,7 @@ def test_archives_become_a_data_set(add):
         pixels = np.asarray(Image.open(root / f"train1/video_01/rgb/{index:09d}.png"))
         assert pixels.shape == (32, 48, 3) and abs(float(pixels.mean()) - (index + 20)) < 4
     classes = [f"c{i}" for i in range(10)]
-    train, val, test = (SarRarp50(root, s, classes=classes) for s in ("train", "val", "test"))
+    train, val, test = (sar_rarp50(root, s, classes=classes) for s in ("train", "val", "test"))
     assert (len(train), len(val), len(test)) == (3, 3, 1) and int(train[2]["mask"][0, 0]) == 2
     assert (root / "train1/video_01.zip").exists()
     assert not [p for p in root.rglob("*.part")]

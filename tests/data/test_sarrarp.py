@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from making import save
 
-from dinoseg.data.sarrarp import SarRarp50, operation
+from dinoseg.data.sarrarp import operation, sar_rarp50
 from dinoseg.errors import UserError
 
 CLASSES = [f"c{i}" for i in range(10)]
@@ -27,7 +27,7 @@ def add(tmp_path):
 
 
 def load(root, split, **options):
-    return SarRarp50(root, split, classes=CLASSES, **options)
+    return sar_rarp50(root, split, classes=CLASSES, **options)
 
 
 def test_official_layout_takes_only_frames_with_masks(add):

@@ -97,17 +97,16 @@ def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(data, tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert len(list((cut / "outputs/base").glob("train_*"))) == 1, "it goes on in its own folder"
     for name in ("last", "best"):
-        first, second = (
-            checkpoint.read(path / f"checkpoints/{name}.safetensors") for path in (newest(whole), folder)
-        )
+        first, second = (checkpoint.read(path / f"checkpoints/{name}.safetensors") for path in (newest(whole), folder))
         assert first.tensors.keys() == second.tensors.keys()
         assert all(torch.equal(first.tensors[key], second.tensors[key]) for key in first.tensors)
         assert first.info["progress"] == second.info["progress"]
     assert scores(newest(whole)) == scores(folder)
     rows = (folder / "metrics.jsonl").read_text().splitlines()
-    losses = [[row for row in path.read_text().splitlines() if '"train/loss"' in row] for path in (
-        newest(whole) / "metrics.jsonl", folder / "metrics.jsonl"
-    )]
+    losses = [
+        [row for row in path.read_text().splitlines() if '"train/loss"' in row]
+        for path in (newest(whole) / "metrics.jsonl", folder / "metrics.jsonl")
+    ]
     assert len(rows) == len((newest(whole) / "metrics.jsonl").read_text().splitlines())
     assert [row.split("train/lr")[0] for row in losses[0]] == [row.split("train/lr")[0] for row in losses[1]]
 
@@ -175,9 +174,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(data, tmp_path):
         "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); main()"
     )
     arguments = command(data, "trainer.steps=6", "trainer.save_every=1", f"resume={folder}")[3:]
-    failed = subprocess.run(
-        [sys.executable, "-c", limited, *arguments], cwd=tmp_path, capture_output=True, text=True
-    )
+    failed = subprocess.run([sys.executable, "-c", limited, *arguments], cwd=tmp_path, capture_output=True, text=True)
     assert failed.returncode == 1
     assert "could not be written" in failed.stderr and "MiB are free" in failed.stderr
     assert "Traceback" not in failed.stderr

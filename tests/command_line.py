@@ -1,0 +1,71 @@
+"""Run the command line inside the test's own process, on a data set of a few pixels."""
+
+import logging
+import sys
+from contextlib import chdir, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from unittest.mock import patch
+
+import numpy as np
+from hydra.core.global_hydra import GlobalHydra
+
+from dinoseg import __main__
+from dinoseg.images import write_png
+
+SMALL = (  # overrides of a run that takes a second
+    *("data=folder", "data.classes=[dark,bright]", "data.root=data", "data.batch_size=2", "resolution.crop=[32,48]"),
+    *("backbone=tiny", "backbone.patch_size=8", "backbone.arch.hidden_size=24", "backbone.arch.num_hidden_layers=2"),
+    *("backbone.arch.num_attention_heads=3", "backbone.arch.intermediate_size=48", "adapter=full"),
+    *("engine=cpu", "engine.workers=0", "trainer.steps=2"),
+)
+
+
+@dataclass
+class Done:
+    """What a command left: its exit status and what it wrote to either stream."""
+
+    status: int
+    out: str
+    err: str
+
+
+def call(where, *arguments):
+    """Run `python -m dinoseg ARGUMENTS` in a folder, without a new process."""
+    root, out, err = logging.getLogger(), StringIO(), StringIO()
+    handlers, level = root.handlers[:], root.level
+    try:
+        with (
+            chdir(where),
+            patch.object(sys, "argv", ["dinoseg", *map(str, arguments)]),
+            patch.object(__main__, "failures", []),
+            redirect_stdout(out),
+            redirect_stderr(err),
+        ):
+            status = exit_status(__main__.main)
+    finally:
+        GlobalHydra.instance().clear()
+        for handler in root.handlers:
+            if handler not in handlers:
+                handler.close()
+        root.handlers[:] = handlers
+        root.setLevel(level)
+    return Done(status, out.getvalue(), err.getvalue())
+
+
+def exit_status(main):
+    try:
+        main()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
+
+
+def write_data(root, train=4, val=2, size=(32, 48)):
+    """Write a folder data set: noise, its masks the brighter half of the pixels."""
+    draw = np.random.default_rng(0)
+    for split, count in (("train", train), ("val", val)):
+        for number in range(count):
+            image = draw.integers(0, 256, (*size, 3)).astype(np.uint8)
+            write_png(root / split / "images" / f"{number}.png", image)
+            write_png(root / split / "masks" / f"{number}.png", (image.mean(axis=-1) > 127).astype(np.uint8))

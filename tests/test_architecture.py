@@ -1,0 +1,178 @@
+"""Who may import whom, which door leads to which heavy dependency, and how large files and functions get."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import dinoseg
+
+PACKAGE = Path(dinoseg.__file__).parent
+FILES = {path.relative_to(PACKAGE).as_posix(): path.read_text() for path in PACKAGE.rglob("*.py")}
+
+LEVELS = (  # a room imports its own level and those below
+    ("__init__", "errors", "shapes", "geometry", "images", "report"),
+    ("backbones", "heads", "losses", "metrics", "data"),
+    ("model", "adapters", "inference", "training"),
+    ("config", "build", "resume"),
+    ("modes",),
+    ("launch", "__main__"),
+)
+LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
+LEAVES = LEVELS[1]  # these never import one another, and build names none of them
+DOORS = {  # dependency to the rooms and files that may import it
+    "hydra": ("config", "build", "resume", "modes", "launch", "__main__"),
+    "omegaconf": ("config", "build", "resume", "modes", "launch", "__main__"),
+    "hydra.utils": ("build",),
+    "accelerate": ("training/engine",),
+    "peft": ("adapters",),
+    "bitsandbytes": ("adapters",),
+    "transformers": ("backbones",),
+    "timm": ("backbones",),
+    "tensorboard": ("report/log",),
+    "torch.utils.tensorboard": ("report/log",),
+}
+EXCEPTIONS = {("__main__.py", "dinoseg.modes.help.overview")}  # printed before hydra and torch are imported
+LONGEST_FILE, LONGEST_FUNCTION, LONGEST_LOOP = 300, 60, 90
+
+
+def imported(source):
+    """Yield (line, full dotted name) of everything imported anywhere in a file, and `.` for a relative import."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            start = "." if node.level else node.module
+            yield from ((node.lineno, f"{start}.{alias.name}") for alias in node.names)
+
+
+def import_violations(file, source):
+    """Return what a file of the package imports against the rules, one line each."""
+    own, found = room_of(file), []
+    for line, name in imported(source):
+        if (file, name) in EXCEPTIONS:
+            continue
+        if name.startswith(".") or name.endswith(".*"):
+            found.append(f"{file}:{line}: {name}: import absolutely, and by name")
+        elif name == "dinoseg" or name.startswith("dinoseg."):
+            other = (name.split(".") + ["__init__"])[1]
+            found += [f"{file}:{line}: {rule}" for rule in broken_rules(own, other if other in LEVEL else "__init__")]
+        for door, places in DOORS.items():
+            if f"{name}.".startswith(f"{door}.") and not {own, file.removesuffix(".py")} & set(places):
+                found.append(f"{file}:{line}: only {', '.join(places)} may import {door}")
+    return found
+
+
+def room_of(file):
+    return file.split("/")[0].removesuffix(".py")
+
+
+def broken_rules(own, other):
+    if LEVEL[other] > LEVEL[own]:
+        yield f"{own} (level {LEVEL[own]}) imports {other} (level {LEVEL[other]})"
+    if own != other and {own, other} <= set(LEAVES):
+        yield f"{own} imports {other}: leaves know nothing of one another"
+    if own == "build" and other in LEAVES:
+        yield f"build imports {other}: it names leaves through _target_ only"
+    if (own, other) in (("launch", "modes"), ("__main__", "modes")):
+        yield f"{own} imports {other}: modes are reached through _target_ only"
+
+
+def size_violations(file, source):
+    """Return the file and the functions of it that are too long."""
+    found = [f"{file}: {lines} lines"] if (lines := len(source.splitlines())) > LONGEST_FILE else []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = node.end_lineno - node.lineno + 1
+            limit = LONGEST_LOOP if (file, node.name) == ("training/fit.py", "fit") else LONGEST_FUNCTION
+            found += [f"{file}: {node.name} has {length} lines"] if length > limit else []
+    return found
+
+
+def test_imports_go_down_and_through_their_doors():
+    visited, names, violations = 0, 0, []
+    for file, source in FILES.items():
+        visited, names = visited + 1, names + len(list(imported(source)))
+        violations += import_violations(file, source)
+    assert visited == len(list(PACKAGE.glob("**/*.py"))) >= 50 and names > 5 * visited
+    assert not violations, "\n".join(violations)
+
+
+def test_every_room_has_its_level():
+    rooms = {
+        path.name.removesuffix(".py") for path in PACKAGE.iterdir() if path.suffix == ".py" or list(path.glob("*.py"))
+    }
+    assert rooms == LEVEL.keys()
+    assert all(
+        any((PACKAGE / f"{place}{end}").exists() for end in ("", ".py")) for at in DOORS.values() for place in at
+    )
+
+
+@pytest.mark.parametrize(
+    ("file", "source", "message"),
+    [
+        ("heads/cnn.py", "from dinoseg.losses.pixel import CrossEntropy", "leaves know nothing"),
+        ("data/voc.py", "import dinoseg.backbones.transformers_vit", "leaves know nothing"),
+        ("report/html.py", "from dinoseg.metrics.confusion import Confusion", "report (level 0) imports metrics"),
+        ("metrics/iou.py", "from dinoseg.model import Segmenter", "metrics (level 1) imports model"),
+        ("training/fit.py", "def late():\n    from dinoseg import build", "training (level 2) imports build"),
+        ("build.py", "from dinoseg.heads.linear import LinearHead", "through _target_ only"),
+        ("build.py", "from dinoseg import heads", "through _target_ only"),
+        ("launch.py", "from dinoseg.modes import train", "through _target_ only"),
+        ("__main__.py", "from dinoseg.modes.train import train", "through _target_ only"),
+        ("losses/dice.py", "from omegaconf import DictConfig", "may import omegaconf"),
+        ("training/fit.py", "import hydra.core.hydra_config", "may import hydra"),
+        ("modes/train.py", "from hydra.utils import instantiate", "may import hydra.utils"),
+        ("modes/train.py", "from hydra import utils", "may import hydra.utils"),
+        ("training/fit.py", "if True:\n    from accelerate import Accelerator", "may import accelerate"),
+        ("heads/cnn.py", "import peft.tuners as tuners", "may import peft"),
+        ("model.py", "from transformers import AutoModel", "may import transformers"),
+        ("report/curves.py", "from torch.utils.tensorboard import SummaryWriter", "may import torch.utils.tensorboard"),
+        ("report/curves.py", "from torch.utils import tensorboard", "may import torch.utils.tensorboard"),
+        ("heads/cnn.py", "from .linear import LinearHead", "absolutely"),
+        ("heads/cnn.py", "from dinoseg.geometry import *", "by name"),
+    ],
+)
+def test_a_planted_violation_is_found(file, source, message):
+    assert any(message in found for found in import_violations(file, source)), import_violations(file, source)
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        (
+            "heads/cnn.py",
+            "import torch\nfrom dinoseg.geometry import upsample\nfrom dinoseg.heads.linear import LinearHead",
+        ),
+        ("modes/train.py", "from dinoseg import build\nfrom dinoseg.data.synthetic.write import render_dataset"),
+        ("training/engine.py", "from accelerate.utils import broadcast_object_list"),
+        ("resume.py", "from dinoseg import __version__, build"),
+    ],
+)
+def test_what_is_allowed_passes(file, source):
+    assert not import_violations(file, source)
+
+
+def test_files_and_functions_stay_small():
+    violations = [line for file, source in FILES.items() for line in size_violations(file, source)]
+    assert not violations, "\n".join(violations)
+
+
+def test_a_planted_long_file_and_function_are_found():
+    body = "    x = 1\n" * 60
+    assert size_violations("heads/cnn.py", f"def long():\n{body}") == ["heads/cnn.py: long has 61 lines"]
+    assert size_violations("heads/cnn.py", f"class A:\n    def long(self):\n{body.replace('    ', '        ')}")
+    assert not size_violations("training/fit.py", f"def fit():\n{body}")
+    assert size_violations("heads/cnn.py", "x = 1\n" * 301) == ["heads/cnn.py: 301 lines"]
+
+
+def test_hidden_names_stay_inside_their_file():
+    seen, hidden = 0, []
+    for file, source in FILES.items():
+        for line, name in imported(source):
+            seen += name.startswith("dinoseg.")
+            if name.startswith("dinoseg.") and any(
+                part.startswith("_") and part != "__version__" for part in name.split(".")
+            ):
+                hidden.append(f"{file}:{line}: {name}")
+    assert seen > 100 and not hidden
