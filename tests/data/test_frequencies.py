@@ -9,6 +9,7 @@ from making import Pictures, save
 from dinoseg.data.folder import folder_dataset
 from dinoseg.data.frequencies import class_counts
 from dinoseg.data.masks import Masks
+from dinoseg.data.pairs import PairDataset
 from dinoseg.errors import UserError
 
 
@@ -30,7 +31,7 @@ def test_counts_are_exact_and_kept(load, tmp_path, monkeypatch):
     assert counts.dtype == np.int64 and counts.tolist() == [5, 3, 0, 2]
     (kept,) = cache.iterdir()
     assert json.loads(kept.read_text())["pixels"] == [5, 3, 0, 2]
-    monkeypatch.setattr(folder_dataset, "mask", lambda *_: pytest.fail("counted twice"))
+    monkeypatch.setattr(PairDataset, "mask", lambda *_: pytest.fail("counted twice"))
     assert class_counts(load(), cache).tolist() == [5, 3, 0, 2]
 
 
