@@ -73,8 +73,9 @@ def fit(
     net = engine.prepare(model)
     average = MovingAverage(tensors_of(model, trained_names(model)), ema) if ema else None
     run = checkpoints.restore(model, optimizer, average)
+    batches = feed.train_batches(start=run.step * accumulate)
     meter = Meter(run.step, steps, engine.device, visible=engine.is_main)
-    batches = meter.waiting(feed.train_batches(start=run.step * accumulate))
+    batches = meter.waiting(batches)
     model.train()
     for step in range(run.step, steps):
         if patience is not None and run.stale > patience:

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +62,7 @@ def adamw(
     *,
     lr: float,
     weight_decay: float = 0.01,
-    betas: Iterable[float] = (0.9, 0.999),
+    betas: Sequence[float] = (0.9, 0.999),
     backbone_lr_scale: float = 1.0,
     layer_decay: float | None = None,
 ) -> Optimizer:
@@ -70,9 +70,9 @@ def adamw(
     groups = parameter_groups(
         model, lr=lr, weight_decay=weight_decay, backbone_lr_scale=backbone_lr_scale, layer_decay=layer_decay
     )
-    first, second = betas
+    _check(len(betas) == 2, f"optim.optimizer.betas={list(betas)}: give two numbers, such as [0.9, 0.999].")
     fused = any(parameter.is_cuda for parameter in model.parameters())
-    return torch.optim.AdamW(groups, betas=(first, second), fused=fused)
+    return torch.optim.AdamW(groups, betas=(betas[0], betas[1]), fused=fused)
 
 
 def schedule(

@@ -1,0 +1,164 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from dinoseg.adapters import frozen, full, lora
+from dinoseg.errors import UserError
+from dinoseg.heads.linear import LinearHead
+from dinoseg.model import Segmenter
+from dinoseg.training import checkpoint
+from dinoseg.training.checkpoint import Checkpoints, find, load_weights, read, write
+from dinoseg.training.optim import MovingAverage, adamw
+
+ADAPTERS = {"frozen": frozen, "full": full, "lora": lambda backbone: lora(backbone, rank=2, alpha=2)}
+
+
+@pytest.fixture
+def model(tiny_backbone):
+    def build(adapter="lora", classes=3, seed=0):
+        backbone = ADAPTERS[adapter](tiny_backbone())
+        backbone.weights = "some/hub-id"
+        torch.manual_seed(seed)
+        return Segmenter(backbone, LinearHead(24, 1, classes))
+
+    return build
+
+
+def train(model, optimizer, steps=2):
+    for _ in range(steps):
+        model(torch.rand(2, 3, 16, 16)).logits().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_save_and_restore_is_exact(model, tmp_path, adapter):
+    source = model(adapter).train()
+    optimizer, average = adamw(source, lr=0.01), None
+    checkpoints = Checkpoints(tmp_path, {"config": {}})
+    run = checkpoints.restore(source, optimizer, average)
+    train(source, optimizer)
+    run.step, run.stale = 2, 1
+    checkpoints.save(source, optimizer, average)
+    other = model(adapter, seed=1)
+    other_optimizer = adamw(other, lr=0.01)
+    again = Checkpoints(tmp_path, {"config": {}}, start=read(tmp_path / "last.safetensors"))
+    assert again.restore(other, other_optimizer, None) == run
+    assert all(torch.equal(a, b) for a, b in zip(source.state_dict().values(), other.state_dict().values(), strict=True))
+    torch.manual_seed(5)
+    train(source, optimizer, 1)
+    torch.manual_seed(5)
+    train(other, other_optimizer, 1)
+    assert all(torch.equal(a, b) for a, b in zip(source.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+def test_only_what_was_trained_is_in_the_file(model, tmp_path):
+    source = model("lora")
+    checkpoints = Checkpoints(tmp_path, {})
+    checkpoints.restore(source, adamw(source, lr=1.0), None)
+    checkpoints.judge(source, 0.5)
+    tensors = read(tmp_path / "best.safetensors").tensors
+    assert {name.split("/")[0] for name in tensors} == {"model"}
+    assert all(name.startswith("model/head.") or ".lora_" in name for name in tensors)
+
+
+def test_best_moves_only_when_beaten(model, tmp_path):
+    source = model("frozen")
+    checkpoints = Checkpoints(tmp_path, {})
+    run = checkpoints.restore(source, adamw(source, lr=1.0), None)
+    for step, score in enumerate([0.3, 0.5, 0.5, 0.4, 0.6], start=1):
+        run.step = step
+        checkpoints.judge(source, score)
+        assert (run.best, run.best_step, run.stale) == {
+            1: (0.3, 1, 0),
+            2: (0.5, 2, 0),
+            3: (0.5, 2, 1),
+            4: (0.5, 2, 2),
+            5: (0.6, 5, 0),
+        }[step]
+    assert read(tmp_path / "best.safetensors").info["progress"]["best_step"] == 5
+
+
+def test_moving_average_is_kept(model, tmp_path):
+    source = model("frozen")
+    optimizer = adamw(source, lr=0.1)
+    average = MovingAverage([("w", source.head.classify.weight)], 0.9)
+    checkpoints = Checkpoints(tmp_path, {})
+    checkpoints.restore(source, optimizer, average)
+    train(source.train(), optimizer)
+    average.update()
+    checkpoints.save(source, optimizer, average)
+    other = model("frozen")
+    fresh = MovingAverage([("w", other.head.classify.weight)], 0.9)
+    again = Checkpoints(tmp_path, {}, start=read(tmp_path / "last.safetensors"))
+    again.restore(other, adamw(other, lr=0.1), fresh)
+    assert torch.equal(fresh.average["w"], average.average["w"])
+
+
+def test_another_architecture_is_refused_by_tensor(model, tmp_path):
+    source = model("lora")
+    checkpoints = Checkpoints(tmp_path, {})
+    checkpoints.restore(source, adamw(source, lr=1.0), None)
+    checkpoints.judge(source, 0.5)
+    best = read(tmp_path / "best.safetensors")
+    with pytest.raises(UserError, match="2 of another shape .such as head.classify.bias"):
+        load_weights(model("lora", classes=4), best)
+    with pytest.raises(UserError, match="left over .such as backbone.*lora_"):
+        load_weights(model("frozen"), best)
+
+
+def test_other_frozen_weights_are_refused(model, tmp_path):
+    source = model("lora")
+    checkpoints = Checkpoints(tmp_path, {})
+    checkpoints.restore(source, adamw(source, lr=1.0), None)
+    checkpoints.judge(source, 0.5)
+    other = model("lora")
+    with torch.no_grad():
+        other.backbone.model.embeddings.cls_token += 1
+    with pytest.raises(UserError, match="trained on other frozen backbone weights"):
+        load_weights(other, read(tmp_path / "best.safetensors"))
+
+
+def test_training_cannot_go_on_from_best(model, tmp_path):
+    source = model("frozen")
+    checkpoints = Checkpoints(tmp_path, {})
+    checkpoints.restore(source, adamw(source, lr=1.0), None)
+    checkpoints.judge(source, 0.5)
+    start = read(tmp_path / "best.safetensors")
+    with pytest.raises(UserError, match="holds no optimizer state.*Resume from last.safetensors"):
+        Checkpoints(tmp_path, {}, start=start).restore(source, adamw(source, lr=1.0), None)
+
+
+def test_find_takes_run_folders_checkpoint_folders_and_files(tmp_path):
+    folder = tmp_path / "run" / checkpoint.FOLDER
+    for name in ("last", "best"):
+        write(folder / f"{name}.safetensors", {"x": torch.zeros(1)}, {})
+    assert find(tmp_path / "run", "best") == folder / "best.safetensors"
+    assert find(folder, "last") == folder / "last.safetensors"
+    assert find(folder / "last.safetensors", "best") == folder / "last.safetensors"
+    (folder / "best.safetensors").unlink()
+    assert find(tmp_path / "run", "best") == folder / "last.safetensors"
+    with pytest.raises(UserError, match="neither a checkpoint file nor a run folder"):
+        find(tmp_path, "last")
+
+
+def test_files_that_are_no_checkpoint(tmp_path):
+    (tmp_path / "text").write_text("hello")
+    save_file({"x": torch.zeros(1)}, tmp_path / "foreign")
+    save_file({"x": torch.zeros(1)}, tmp_path / "newer", {"dinoseg": json.dumps({"format": 99})})
+    write(tmp_path / "whole", {"x": torch.zeros(1000)}, {})
+    (tmp_path / "cut").write_bytes((tmp_path / "whole").read_bytes()[:-100])
+    torch.save(nn.Linear(1, 1), tmp_path / "pickle")
+    for name, message in (
+        ("text", "not a readable checkpoint"),
+        ("pickle", "not a readable checkpoint"),
+        ("cut", "not a readable checkpoint"),
+        ("foreign", "not a checkpoint of dinoseg"),
+        ("newer", "format 99.*Update dinoseg"),
+        ("absent", "no such file"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read(tmp_path / name)

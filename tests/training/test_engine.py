@@ -1,0 +1,88 @@
+import pytest
+import torch
+from torch import nn
+
+from dinoseg.errors import UserError
+from dinoseg.training.engine import Engine, NonFiniteLoss, choose_device
+
+
+def test_auto_is_the_best_device_there_is():
+    expected = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    assert choose_device("auto").type == expected
+    assert choose_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_device_that_is_not_there_is_refused_with_those_that_are():
+    with pytest.raises(UserError, match="engine.device=cuda is not available here. This machine has: .*cpu"):
+        Engine("cuda")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"device": "tpu"}, "engine.device=tpu is unknown"),
+        ({"precision": "fp16"}, "engine.precision=fp16 is unknown. Choose auto, bf16 or fp32"),
+        ({"workers": -1}, "engine.workers=-1"),
+        ({"eval_batch_size": 0}, "engine.eval_batch_size=0"),
+        ({"devices": 2}, "engine.devices=2: this mode runs on 1"),
+    ],
+)
+def test_settings_out_of_range_are_refused(values, message):
+    with pytest.raises(UserError, match=message):
+        Engine(**{"device": "cpu", **values})
+
+
+def test_a_second_engine_in_one_process_is_a_fresh_one():
+    image = torch.rand(2, 4)
+    for precision, expected in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        engine = Engine("cpu", precision)
+        with engine.autocast():
+            assert nn.Linear(4, 2)(image).dtype == expected
+
+
+def test_one_device_keeps_the_models_own_class():
+    model = nn.Linear(2, 2)
+    assert Engine("cpu").prepare(model) is model
+
+
+def test_dropout_is_a_function_of_the_step():
+    engine, dropout = Engine("cpu"), nn.Dropout(0.5)
+
+    def draw(step):
+        engine.seed(3, step)
+        return dropout(torch.ones(100))
+
+    first, second = draw(1), draw(2)
+    assert torch.equal(draw(1), first) and torch.equal(draw(2), second) and not torch.equal(first, second)
+
+
+def test_accumulated_batches_make_one_gradient():
+    engine, model = Engine("cpu"), nn.Linear(3, 1)
+    images = torch.rand(6, 3)
+    whole = torch.autograd.grad(model(images).mean(), model.weight)[0]
+    for number, part in enumerate(images.chunk(3), start=1):
+        with engine.accumulating(model, last=number == 3):
+            engine.backward(model(part).mean() / 3)
+    torch.testing.assert_close(model.weight.grad, whole)
+
+
+def test_clipping_and_the_norm_before_it():
+    engine, model = Engine("cpu"), nn.Linear(2, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    before = model.weight.detach().clone()
+    engine.backward(model(torch.tensor([[3.0, 4.0]])).sum())
+    assert engine.step(optimizer, 1.0, clip=1.0, where=(0, [])) == pytest.approx(5.0)
+    torch.testing.assert_close(before - model.weight, torch.tensor([[0.6, 0.8]]), atol=1e-5, rtol=0)
+    assert model.weight.grad is None
+
+
+@pytest.mark.parametrize("broken", ["loss", "gradient"])
+def test_a_non_finite_loss_or_gradient_changes_nothing(broken):
+    engine, model = Engine("cpu"), nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    before = model.weight.detach().clone()
+    engine.backward(model(torch.full((1, 1), float("inf") if broken == "gradient" else 1.0)).sum())
+    with pytest.raises(NonFiniteLoss, match="Step 7: .*The samples were a, b"):
+        engine.step(optimizer, float("nan") if broken == "loss" else 1.0, clip=1.0, where=(7, ["a", "b"]))
+    assert torch.equal(model.weight, before)
