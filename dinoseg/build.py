@@ -116,8 +116,8 @@ def guard(node: Any, where: str = "config") -> None:
         module_name = getattr(found, "__module__", None) or ""
         if not (inspect.isclass(found) or inspect.isfunction(found)) or not _below(module_name, NAMEABLE):
             raise UserError(
-                f"{where}: _target_={target} is refused. A config from a checkpoint may only name classes "
-                f"and functions of {', '.join(NAMEABLE)}. Do not use this file, or rebuild the run from your own config."
+                f"{where}: _target_={target} is refused. A config from a checkpoint may only name classes and "
+                f"functions of {', '.join(NAMEABLE)}. Do not use this file, or rebuild the run from your own config."
             )
     for text in _strings(plain):
         if "${" in text and ":" in text.replace("${len:", ""):
@@ -188,7 +188,7 @@ def _check_given(target: str, given: Mapping[str, Any]) -> None:
 
 
 def _fits(value: Any, annotation: Any) -> bool:
-    """Return whether a value from a config can be what an annotation says; an annotation not in `PLAIN` says nothing."""
+    """Return whether a value from a config can be what an annotation says; one not in `PLAIN` allows everything."""
     if isinstance(value, Mapping) and "_target_" in value:
         return True
     kind = get_origin(annotation) or annotation

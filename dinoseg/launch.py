@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from dinoseg.config import plain, register_resolvers
@@ -24,6 +25,7 @@ def launch(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> Any:
     A mode with `devices` above 1 runs in so many ranks; where torchrun has started them (WORLD_SIZE is set), this
     process is one of them and works in the first one's folder.
     """
+    _check_added(cfg, overrides)
     continued = None
     if cfg.resume is not None and "resume_from" in cfg.mode:
         cfg, continued = _resumed(cfg, out_dir, overrides)
@@ -96,6 +98,15 @@ def _resumed(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> tuple[
         return resume.without(cfg), None
     merged = resume.merge(cfg, overrides, checkpoint.read(path))
     return merged, path.parent.parent if cfg.mode.resume_from == "last" else None
+
+
+def _check_added(cfg: DictConfig, overrides: Sequence[str]) -> None:
+    """Refuse a `+key` that no target takes: nothing would read it, and nothing else would say so."""
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        name = override.key_or_group
+        nodes = [OmegaConf.select(cfg, name[:end]) for end, letter in enumerate(name) if letter == "."]
+        if override.is_add() and name not in cfg.choices and not any("_target_" in node for node in nodes):
+            raise UserError(f"+{name} adds a key that nothing reads. Check its spelling; an existing key needs no +.")
 
 
 def _drop_empty(folder: Path) -> None:

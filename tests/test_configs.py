@@ -3,23 +3,18 @@
 import inspect
 import re
 import shutil
-from pathlib import Path
 
 import pytest
-import yaml
+from config_files import FOLDER, GROUPS, main_choices, needed, nodes, options, read, written_choices, written_targets
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 from transformers import AutoConfig
 
-from dinoseg.__main__ import CONFIGS
 from dinoseg.config import register_resolvers
 from dinoseg.launch import LAUNCH_KEYS
 
-FOLDER = Path(CONFIGS)
-GROUPS = sorted(path.name for path in FOLDER.iterdir() if path.is_dir() and path.name not in ("hydra", "local"))
-FILLED = ("data.root=.",)
 # What build, launch and fit hand over; every other argument stands in a config or has a default
 AT_RUN_TIME = {
     "adapter": {"backbone"},
@@ -32,58 +27,6 @@ AT_RUN_TIME = {
     "optim.optimizer": {"model"},
     "trainer": {"model", "loss", "feed", "optimizer", "engine", "checkpoints", "log", "schedule"},
 }
-
-
-def options(group):
-    return sorted(path.stem for path in (FOLDER / group).glob("*.yaml") if not path.stem.startswith("_"))
-
-
-def read(group, option):
-    return yaml.safe_load((FOLDER / group / f"{option}.yaml").read_text()) or {}
-
-
-def written_targets(group, option):
-    """Count the `_target_` lines of an option's file and of those it starts from."""
-    bases = [base for base in read(group, option).get("defaults", []) if isinstance(base, str) and base != "_self_"]
-    own = len(re.findall(r"^\s*_target_:", (FOLDER / group / f"{option}.yaml").read_text(), re.MULTILINE))
-    return own + sum(written_targets(group, base) for base in bases)
-
-
-def written_choices(hparam):
-    """Return group to option, as main.yaml and a recipe's files say."""
-    chosen = {}
-    for base in read("hparam", hparam).get("defaults", []):
-        if isinstance(base, str):
-            chosen |= {} if base == "_self_" else written_choices(base)
-        else:
-            chosen |= {key.removeprefix("override /"): value for key, value in base.items()}
-    return chosen
-
-
-def main_choices():
-    entries = yaml.safe_load((FOLDER / "main.yaml").read_text())["defaults"]
-    pairs = [pair for entry in entries if isinstance(entry, dict) for pair in entry.items()]
-    return {group: option for group, option in pairs if group in GROUPS}
-
-
-def needed(choice):
-    """Return what only the user can know: here stands a value for it."""
-    return [
-        *FILLED,
-        *(["data.classes=[dark,bright]"] if choice.get("data", main_choices()["data"]) == "folder" else []),
-    ]
-
-
-def nodes(node, path=""):
-    """Yield path and content of every `_target_` node."""
-    if isinstance(node, dict):
-        if "_target_" in node:
-            yield path, node
-        for key, value in node.items():
-            yield from nodes(value, f"{path}.{key}".lstrip("."))
-    elif isinstance(node, list):
-        for number, value in enumerate(node):
-            yield from nodes(value, f"{path}.{number}")
 
 
 def check_binds(path, node):

@@ -86,6 +86,9 @@ def _config(family: str, values: dict[str, Any]) -> Any:
     known = ("dinov2", "dinov2_with_registers", "dinov3_vit")
     if family not in known:
         raise UserError(f"backbone.family={family} is unknown. Choose one of {', '.join(known)}.")
+    unknown = sorted(values.keys() - AutoConfig.for_model(family).to_dict().keys())
+    if unknown:
+        raise UserError(f"backbone.arch: {family} has no {', '.join(unknown)}. Check the key's spelling.")
     defaults = {"pos_embed_rescale": None} if family == "dinov3_vit" else {}
     return AutoConfig.for_model(family, **{**defaults, **values})
 

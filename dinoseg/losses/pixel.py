@@ -23,7 +23,7 @@ class CrossEntropy(nn.Module):
     def __init__(self, class_weights: Tensor, ignore_index: int = 255, label_smoothing: float = 0.0) -> None:
         super().__init__()
         if not 0 <= label_smoothing < 1:
-            raise UserError(f"loss.label_smoothing={label_smoothing}: give a number of at least 0 and below 1.")
+            raise UserError(f"loss.criterion.label_smoothing={label_smoothing}: give a number from 0 up to below 1.")
         self.register_buffer("weight", class_weights, persistent=False)
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing

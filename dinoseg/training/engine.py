@@ -137,8 +137,8 @@ class Engine:
             step, names = where
             raise NonFiniteLoss(
                 f"Step {step}: the loss is {loss:g} and the gradient norm {norm:g}, so training stops before the "
-                f"update. The samples were {', '.join(names)}. The last checkpoint is untouched: lower optim.lr, set "
-                f"trainer.clip, or look at these samples."
+                f"update. The samples were {', '.join(names)}. The last checkpoint is untouched: lower "
+                f"optim.optimizer.lr, set trainer.clip, or look at these samples."
             )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -32,12 +32,15 @@ def parameter_groups(
     Raises:
         UserError: nothing is trainable, or a rate or decay is out of range.
     """
-    _check(lr > 0, f"optim.lr={lr}: the learning rate must be above 0.")
-    _check(weight_decay >= 0, f"optim.weight_decay={weight_decay}: give a number of at least 0.")
-    _check(backbone_lr_scale >= 0, f"optim.backbone_lr_scale={backbone_lr_scale}: give a number of at least 0.")
+    _check(lr > 0, f"optim.optimizer.lr={lr}: the learning rate must be above 0.")
+    _check(weight_decay >= 0, f"optim.optimizer.weight_decay={weight_decay}: give a number of at least 0.")
+    _check(
+        backbone_lr_scale >= 0,
+        f"optim.optimizer.backbone_lr_scale={backbone_lr_scale}: give a number of at least 0.",
+    )
     _check(
         layer_decay is None or 0 < layer_decay <= 1,
-        f"optim.layer_decay={layer_decay}: give a number above 0 and at most 1, or null.",
+        f"optim.optimizer.layer_decay={layer_decay}: give a number above 0 and at most 1, or null.",
     )
     depth = getattr(getattr(model, "backbone", None), "depth", 0)
     groups: dict[tuple[float, float], dict] = {}

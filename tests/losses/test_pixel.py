@@ -80,5 +80,5 @@ def test_another_ignore_value():
 
 
 def test_label_smoothing_out_of_range_is_refused():
-    with pytest.raises(UserError, match="loss.label_smoothing=1"):
+    with pytest.raises(UserError, match="loss.criterion.label_smoothing=1"):
         CrossEntropy(torch.ones(3), label_smoothing=1.0)

@@ -86,10 +86,10 @@ def test_moving_average_follows_its_formula_and_swaps_back():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"lr": 0}, "optim.lr=0"),
-        ({"weight_decay": -1}, "optim.weight_decay=-1"),
-        ({"layer_decay": 0}, "optim.layer_decay=0"),
-        ({"backbone_lr_scale": -1}, "optim.backbone_lr_scale=-1"),
+        ({"lr": 0}, "optim.optimizer.lr=0"),
+        ({"weight_decay": -1}, "optim.optimizer.weight_decay=-1"),
+        ({"layer_decay": 0}, "optim.optimizer.layer_decay=0"),
+        ({"backbone_lr_scale": -1}, "optim.optimizer.backbone_lr_scale=-1"),
     ],
 )
 def test_rates_out_of_range_are_refused(values, message):

@@ -1,5 +1,6 @@
 """A run that was killed goes on as if nothing had happened: the same bytes."""
 
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 
 from dinoseg.training import checkpoint
+from dinoseg.training.optim import schedule
 
 SMALL = [
     "backbone=tiny",
@@ -158,6 +160,8 @@ def test_two_ranks_train_in_one_folder_and_resume(data, tmp_path):
     assert trained.returncode == 0, trained.stderr
     runs = list((tmp_path / "outputs/base").glob("train_*"))
     assert len(runs) == 1 and (runs[0] / "checkpoints/best.safetensors").is_file()
+    rates = [row["train/lr"] for row in map(json.loads, open(runs[0] / "metrics.jsonl")) if "train/lr" in row]
+    assert rates == pytest.approx([1e-4 * schedule()(step, 4) for step in range(4)]), "two ranks, one schedule"
     longer = run(tmp_path, *arguments, "trainer.steps=6", f"resume={runs[0]}")
     assert longer.returncode == 0, longer.stderr
     assert checkpoint.read(runs[0] / "checkpoints/last.safetensors").info["progress"]["step"] == 6

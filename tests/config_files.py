@@ -1,0 +1,63 @@
+"""What the config files on disk say, read without hydra."""
+
+import re
+from pathlib import Path
+
+import yaml
+
+from dinoseg.__main__ import CONFIGS
+
+FOLDER = Path(CONFIGS)
+GROUPS = sorted(path.name for path in FOLDER.iterdir() if path.is_dir() and path.name not in ("hydra", "local"))
+
+
+def options(group):
+    return sorted(path.stem for path in (FOLDER / group).glob("*.yaml") if not path.stem.startswith("_"))
+
+
+def read(group, option):
+    return yaml.safe_load((FOLDER / group / f"{option}.yaml").read_text()) or {}
+
+
+def written_targets(group, option):
+    """Count the `_target_` lines of an option's file and of those it starts from."""
+    bases = [base for base in read(group, option).get("defaults", []) if isinstance(base, str) and base != "_self_"]
+    own = len(re.findall(r"^\s*_target_:", (FOLDER / group / f"{option}.yaml").read_text(), re.MULTILINE))
+    return own + sum(written_targets(group, base) for base in bases)
+
+
+def written_choices(hparam):
+    """Return group to option, as main.yaml and a recipe's files say."""
+    chosen = {}
+    for base in read("hparam", hparam).get("defaults", []):
+        if isinstance(base, str):
+            chosen |= {} if base == "_self_" else written_choices(base)
+        else:
+            chosen |= {key.removeprefix("override /"): value for key, value in base.items()}
+    return chosen
+
+
+def main_choices():
+    entries = yaml.safe_load((FOLDER / "main.yaml").read_text())["defaults"]
+    pairs = [pair for entry in entries if isinstance(entry, dict) for pair in entry.items()]
+    return {group: option for group, option in pairs if group in GROUPS}
+
+
+def needed(choice):
+    """Return what only the user can know: here stands a value for it."""
+    return [
+        *FILLED,
+        *(["data.classes=[dark,bright]"] if choice.get("data", main_choices()["data"]) == "folder" else []),
+    ]
+
+
+def nodes(node, path=""):
+    """Yield path and content of every `_target_` node."""
+    if isinstance(node, dict):
+        if "_target_" in node:
+            yield path, node
+        for key, value in node.items():
+            yield from nodes(value, f"{path}.{key}".lstrip("."))
+    elif isinstance(node, list):
+        for number, value in enumerate(node):
+            yield from nodes(value, f"{path}.{number}")

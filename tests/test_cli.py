@@ -1,0 +1,194 @@
+"""What a user meets on the command line: help at once, and one clear message for each mistake."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from command_line import SMALL, call, write_data
+from safetensors.torch import save_file
+
+from dinoseg.__main__ import CONFIGS
+from dinoseg.images import write_png
+from dinoseg.modes.help import overview
+
+TRAIN = ("mode=train", *SMALL)
+LIGHT = "import sys; from dinoseg.__main__ import main; main(); print('torch' in sys.modules, 'hydra' in sys.modules)"
+
+
+def process(where, *command):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *command], cwd=where, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture
+def place(tmp_path):
+    write_data(tmp_path / "data")
+    save_file({"tensor": torch.zeros(2)}, tmp_path / "foreign.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "foreign.safetensors").read_bytes()[:20])
+    (tmp_path / "empty").mkdir()
+    return tmp_path
+
+
+def refused(place, *arguments):
+    """Run what must fail, and return its message after checking that it is clean and left no trained run."""
+    done = call(place, *arguments)
+    assert done.status == 1, done.out + done.err
+    assert "Traceback" not in done.err and "InstantiationException" not in done.err, done.err
+    assert not list(place.glob("outputs/**/*.safetensors")) and not list(place.glob("outputs/**/scores.json"))
+    return done.err
+
+
+@pytest.mark.parametrize("arguments", [(), ("--help",), ("mode=help",), ("mode=train", "-h"), ("hparam=demo",)])
+def test_help_is_the_overview(arguments, tmp_path):
+    done = call(tmp_path, *arguments)
+    assert (done.status, done.err) == (0, "") and done.out == overview() + "\n"
+    assert not list(tmp_path.iterdir()), "help leaves nothing behind"
+
+
+def test_help_imports_neither_torch_nor_hydra(tmp_path):
+    for arguments in ((), ("--help",), ("mode=help",)):
+        done = process(tmp_path, "-c", LIGHT, *arguments)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == overview() + "\nFalse False\n"
+
+
+def test_a_typo_in_a_real_process(place):
+    for arguments, expected in ((("head=liner",), "linear"), (("+trainer.stpes=3",), "steps, val_every")):
+        done = process(place, "-m", "dinoseg", *TRAIN, *arguments)
+        assert done.returncode == 1 and expected in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("group", ["backbone", "adapter", "head", "loss", "data", "mode", "hparam"])
+def test_an_unknown_option_lists_those_there_are(place, group):
+    message = refused(place, *TRAIN, f"{group}=nonsense")
+    assert f"Could not find '{group}/nonsense'" in message
+    for path in os.listdir(f"{CONFIGS}/{group}"):
+        assert path.startswith("_") or f"\t{path.removesuffix('.yaml')}\n" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["trainer.stpes=3"], ["trainer.stpes", "not in"]),
+        (["+trainer.stpes=3"], ["does not take stpes", "steps, val_every", "spelling"]),
+        (["+mode.lgo_every=3"], ["does not take lgo_every", "metrics_only"]),
+        (["+data.source.rot=x"], ["does not take rot", "root, split"]),
+        (["+data.source.masks.formt=ids"], ["does not take formt", "format, ids"]),
+        (["+optim.optimizer.lrr=1"], ["does not take lrr", "lr, weight_decay"]),
+        (["+backbone.arch.hiden_size=3"], ["no hiden_size", "spelling"]),
+        (["+nonsense=3"], ["+nonsense adds a key that nothing reads"]),
+        (["+resolution.corp=[3,3]"], ["+resolution.corp adds a key that nothing reads"]),
+        (["trainer.steps=many"], ["steps=many is of type str", "takes int"]),
+        (["trainer.steps=1.5"], ["steps=1.5 is of type float", "takes int"]),
+        (["trainer.steps=true"], ["steps=True is of type bool", "takes int"]),
+        (["optim.optimizer.lr=fast"], ["lr=fast is of type str", "takes float"]),
+        (["optim.optimizer.betas=[0.9]"], ["betas=[0.9]", "two numbers"]),
+        (["data.classes=dark"], ["classes=dark is of type str", "takes Sequence[str]"]),
+        (["data.classes=null"], ["classes=None is of type NoneType"]),
+        (["resolution.crop=32"], ["crop=32 is of type int"]),
+        (["resolution.crop=[0,1]"], ["crop=[0, 1]", "at least 1"]),
+        (["engine.workers=two"], ["workers=two is of type str"]),
+        (["seed=null"], ["seed=None", "not negative"]),
+        (["seed=-1"], ["seed=-1", "not negative"]),
+        (["trainer.steps=0"], ["trainer.steps=0", "at least 1"]),
+        (["data.root=nowhere"], ["data.root=nowhere is no folder"]),
+        (["data.root=empty"], ["No folder empty/train/images", "data.source.layout"]),
+        (["adapter=lora", "adapter.rank=0"], ["adapter.rank=0", "at least 1"]),
+        (["engine.device=tpu"], ["engine.device=tpu is unknown", "auto, cuda, mps or cpu"]),
+        (["engine.devices=0"], ["engine.devices=0", "at least 1"]),
+        (["data.batch_size=5"], ["data.batch_size=5 with 4 training images", "from 1 to 4"]),
+        (["data.classes=[dark]"], ["holds the ids 1", "data.classes has ids 0 to 0", "masks/"]),
+        (["backbone.layers=[2]"], ["backbone.layers=[2]", "2 blocks"]),
+        (["backbone.weights=gone.safetensors"], ["backbone.weights=gone.safetensors", "Check the path"]),
+        (["loss.weights=heavy"], ["loss.weights=heavy is unknown", "median"]),
+        (["optim.schedule.kind=linear"], ["optim.schedule.kind=linear is unknown", "cosine"]),
+        (["optim.optimizer.lr=0"], ["optim.optimizer.lr=0", "above 0"]),
+        (["resume=nowhere"], ["resume=nowhere", "outputs/"]),
+        (["resume=foreign.safetensors"], ["not a checkpoint of dinoseg"]),
+    ],
+    ids=lambda value: " ".join(value) if "=" in value[0] else "",
+)
+def test_a_mistake_while_training_is_one_message(place, arguments, parts):
+    message = refused(place, *TRAIN, *arguments)
+    assert all(part in message for part in parts), message
+    assert message.count("error: ") <= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["mode=train"], "data.root is not set. Give it on the command line: data.root=VALUE."),
+        (["mode=train", "data.root=data"], "data.classes is not set. Give it on the command line: data.classes=VALUE."),
+        (["mode=train", "hparam=sarrarp_lora"], "data.root is not set"),
+        (["mode=summary"], "data.classes is not set"),
+        (["mode=prepare", "data=camvid", "data.root=data"], "needs no preparation"),
+        (["mode=eval"], "Give resume="),
+        (["mode=export"], "Give resume="),
+        (["mode=predict", "input=data/val/images"], "Give resume="),
+        (["mode=predict"], "give input="),
+        (["mode=predict", "input=gone.png"], "input=gone.png"),
+        (["mode=eval", "resume=nowhere"], "resume=nowhere"),
+        (["mode=eval", "resume=empty"], "resume=empty: neither a checkpoint file nor a run folder"),
+        (["mode=eval", "resume=foreign.safetensors"], "not a checkpoint of dinoseg"),
+        (["mode=eval", "resume=cut.safetensors"], "not a readable checkpoint"),
+        (["mode=eval", "resume=data/val/images/0.png"], "not a readable checkpoint"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_in_another_mode_is_one_message(place, arguments, part):
+    assert part in refused(place, *arguments)
+
+
+def test_bad_files_are_named(place):
+    (place / "data/train/masks/2.png").unlink()
+    assert "2" in refused(place, *TRAIN, "loss.weights=median")
+    write_png(place / "data/train/masks/2.png", np.zeros((32, 40), np.uint8))
+    message = refused(place, *TRAIN, "data.batch_size=4")
+    assert "2.png" in message and "resize_mask" in message
+    write_png(place / "data/train/masks/2.png", np.full((32, 48), 9, np.uint8))
+    assert "masks/2.png holds the ids 9" in refused(place, *TRAIN, "data.batch_size=4")
+    whole = (place / "data/train/images/1.png").read_bytes()
+    (place / "data/train/images/1.png").write_bytes(whole[: len(whole) // 2])
+    write_png(place / "data/train/masks/2.png", np.zeros((32, 48), np.uint8))
+    assert "1.png as a picture" in refused(place, *TRAIN, "data.batch_size=4", "engine.workers=1")
+
+
+def test_it_trains_evaluates_and_predicts(place):
+    trained = call(place, *TRAIN)
+    assert trained.status == 0, trained.err
+    assert "dark" in trained.out and "written to" in trained.out
+    (run,) = place.glob("outputs/base/train_*")
+    names = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
+    assert {
+        "run.log",
+        "split.json",
+        "metrics.jsonl",
+        "config/config.yaml",
+        "loss.png",
+        "accuracy.png",
+        "miou.png",
+    } <= names
+    assert {"checkpoints/best.safetensors", "checkpoints/last.safetensors", "evaluation/scores.json"} <= names
+    again = call(place, "mode=eval", f"resume={run}", "engine=cpu", "engine.workers=0", "mode.metrics_only=true")
+    assert again.status == 0, again.err
+    (scored,) = place.glob("outputs/base/eval_*")
+    assert (scored / "scores.json").read_text() == (run / "evaluation/scores.json").read_text()
+    assert not list(scored.glob("predictions")) and len(list(run.glob("evaluation/predictions/*"))) == 4
+    segmented = call(place, "mode=predict", f"resume={run}", "input=data/val/images", "engine=cpu")
+    assert segmented.status == 0, segmented.err
+    assert len(list(place.glob("outputs/base/predict_*/*_segmentation/segmentation_raw.npy"))) == 2
+    assert (
+        "split=nonsense is unknown"
+        in call(place, "mode=eval", f"resume={run}", "engine=cpu", "mode.split=nonsense").err
+    )
+    other = call(place, "mode=eval", f"resume={run}", "engine=cpu", "head=mlp")
+    assert other.status == 1 and "was trained with head=linear" in other.err
+
+
+def test_show_the_composed_config(place):
+    done = call(place, *TRAIN, "--cfg", "job")
+    assert done.status == 0 and "_target_: dinoseg.training.fit.fit" in done.out and "steps: 2" in done.out
+    assert not (place / "outputs").exists()

@@ -1,0 +1,118 @@
+"""Every command of the README and the docs is run: on small stand-ins for the data, with small models, for two steps."""
+
+import re
+import shlex
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from dinoseg.data.prepare_sarrarp import prepare
+from dinoseg.data.synthetic.write import render_dataset
+from dinoseg.launch import launch
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SMALL = ("backbone.weights=random", "backbone.arch.hidden_size=24", "backbone.arch.num_hidden_layers=2")
+SMALL += ("backbone.arch.num_attention_heads=3", "backbone.layers=[-1]")
+SHORT = ("trainer.steps=2", "trainer.val_every=2", "resolution.crop=[48,64]", "data.batch_size=2")
+CPU = ("engine=cpu", "engine.workers=0")
+
+
+def commands():
+    """Yield (page, command) for each line of a bash block, continuation lines joined."""
+    for page in PAGES:
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.S):
+            for line in block.replace("\\\n", " ").splitlines():
+                if line.strip() and not line.startswith("#"):
+                    yield page.name, line.strip()
+
+
+ALL = list(dict.fromkeys(command for _, command in commands()))
+OURS = [command for command in ALL if command.startswith("python -m dinoseg")]
+
+
+def pictures(folder, names, image, mask, ids):
+    """Write `names` as image and mask files by two patterns."""
+    draw = np.random.default_rng(0)
+    for name in names:
+        for pattern, pixels in ((image, draw.integers(0, 255, (50, 66, 3))), (mask, draw.choice(ids, (50, 66)))):
+            path = folder / pattern.format(name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.astype(np.uint8)).save(path)
+
+
+@pytest.fixture(scope="session")
+def stand_ins(tmp_path_factory):
+    """Write every data set that the docs name, in its own layout, and return what the placeholders mean."""
+    root = tmp_path_factory.mktemp("docs")
+    render_dataset(root / "sarrarp", train_videos=3, test_videos=1, seconds=1, size=(48, 64), workers=1)
+    prepare(root / "sarrarp", workers=1)
+    for split in ("train", "val"):
+        pictures(root / "folder", "ab", f"{split}/images/{{}}.png", f"{split}/masks/{{}}.png", [0, 1, 255])
+        pictures(root / "camvid", "ab", f"{split}/images/{{}}.jpg", f"{split}/masks/{{}}.png", range(12))
+        shown = {"train": "train", "val": "valid"}[split]
+        pictures(root / "person", "ab", f"{shown}_images/{{}}.jpg", f"{shown}_masks/{{}}.png", [0, 255])
+        image, mask = f"leftImg8bit/{split}/1/{{}}_image.jpg", f"gtFine/{split}/1/{{}}_label.png"
+        pictures(root / "idd20k_lite", "ab", image, mask, [0, 1, 2, 3, 4, 5, 6, 255])
+    video = root / "sarrarp/test/video_41/video_left.avi"
+    assert cv2.VideoCapture(str(video)).isOpened()
+    return {"SARRARP": root / "sarrarp", "FOLDER": root / "folder", "DATA": root, "VIDEO": video, "DIR": root / "new"}
+
+
+@pytest.fixture(scope="session")
+def trained(stand_ins, tmp_path_factory):
+    """Return a function that trains once, and its run folder."""
+    kept = {}
+
+    def run(compose):
+        if "run" not in kept:
+            overrides = ["mode=train", "hparam=demo", f"data.root={stand_ins['SARRARP']}", *SMALL, *SHORT, *CPU]
+            kept["run"] = launch(compose(*overrides), tmp_path_factory.mktemp("run"), overrides)["run"]
+        return kept["run"]
+
+    return run
+
+
+def test_the_docs_hold_commands():
+    assert len(OURS) >= 10
+    known = re.compile(r"python -m dinoseg |make (demo|test)$|pip install \.$")
+    assert [command for command in ALL if not known.match(command)] == []
+
+
+@pytest.mark.parametrize("command", OURS)
+def test_command(command, compose, stand_ins, trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(command)[3:]
+    if "-m" in words:  # one job of the sweep
+        words = [re.sub(r"=([^\[,]*),.*", r"=\1", word) for word in words if word != "-m"]
+    places = dict(stand_ins)
+    if any(word.endswith("=RUN") for word in words):
+        places["RUN"] = trained(compose)
+    words = [re.sub(r"=([A-Z]+)(?=/|$)", lambda found: f"={places[found[1]]}", word) for word in words]
+    mode = next(word.removeprefix("mode=") for word in words if word.startswith("mode="))
+    if mode == "train":
+        words += [*SMALL, *SHORT, *CPU]
+    elif mode in ("eval", "predict"):
+        words += CPU
+    elif mode == "render":
+        words += ["mode.train_videos=1", "mode.test_videos=1", "mode.seconds=1", "mode.size=[32,48]", "mode.workers=1"]
+    out_dir = tmp_path / f"outputs/{mode}_1"
+    launch(compose(*words), out_dir, words)
+    written = {path.name for path in out_dir.rglob("*")}
+    expected = {
+        "train": "scores.json",
+        "eval": "scores.json",
+        "predict": "video_left_overlay.mp4",
+        "summary": "summary.json",
+    }
+    assert expected.get(mode, "run.log") in written, capsys.readouterr().out
+
+
+def test_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z]+):", makefile, flags=re.M))
+    named = {word for page in PAGES for word in re.findall(r"`?make ([a-z]+)`", page.read_text())}
+    assert named and named <= targets

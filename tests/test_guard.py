@@ -1,0 +1,136 @@
+"""A config read from a checkpoint may name the parts of a model and nothing else."""
+
+import sys
+
+import pytest
+from config_files import FOLDER, main_choices, needed, nodes, options, written_choices, written_targets
+from omegaconf import OmegaConf
+
+from dinoseg import build
+from dinoseg.errors import UserError
+from dinoseg.resume import KEPT
+
+EVIL = [
+    "torch.load",
+    "torch.hub.load",
+    "torch.serialization.load",
+    "dinoseg.model.torch.hub.load",
+    "dinoseg.data.loader.torch.hub.load",
+    "dinoseg.training.engine.torch.load",
+    "torch.nn.functional.os.system",
+    "torch.nn.modules.module.torch.load",
+    "torch.optim.optimizer.torch.load",
+    "os.system",
+    "posix.system",
+    "builtins.eval",
+    "builtins.exec",
+    "eval",
+    "subprocess.Popen",
+    "dinoseg.launch.socket.socket",
+    "dinoseg.build.importlib.import_module",
+    "hydra.utils.instantiate",
+    "dinoseg.build.hydra_instantiate",
+    "dinoseg.build.instantiate",  # would instantiate what another target reads from a file
+    "dinoseg.launch.launch",
+    "dinoseg.__main__.main",
+    "dinoseg.modes.render.render",
+    "dinoseg.report.log.read_rows",
+    "dinosegevil.part",
+    "torch.nnevil.part",
+    "torch.nn_evil",
+    "dinoseg.heads.linear",  # a module
+    "torch.nn",
+    "dinoseg.heads.linear.LinearHead.forward.__globals__",
+    "dinoseg.heads.linear.LinearHead.__init__.__globals__",
+    "dinoseg.heads.nothing.Nothing",
+    "dinoseg.heads.linear.Nothing",
+    "dinoseg.data.loader.Transform",  # neither class nor function
+    "dinoseg.heads..linear.LinearHead",
+    "..dinoseg.heads.linear.LinearHead",
+    "",
+    "${data.root}",
+]
+
+
+@pytest.mark.parametrize("target", EVIL)
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda node: node,
+        lambda node: {"head": node},
+        lambda node: {"a": [{"b": 1}, [{"c": {"d": node}}]]},
+        lambda node: {"_target_": "dinoseg.heads.linear.LinearHead", "num_classes": node},
+        lambda node: OmegaConf.create({"a": {"b": [node]}}),
+    ],
+    ids=["bare", "in a dict", "in lists", "below a good one", "as a config"],
+)
+def test_what_is_refused(target, wrap):
+    with pytest.raises(UserError) as caught:
+        build.guard(wrap({"_target_": target, "_partial_": True}), "resume=file")
+    assert str(caught.value).startswith(f"resume=file: _target_={target} is refused")
+    assert "dinoseg.heads" in str(caught.value) and "Do not use this file" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "${oc.env:HOME}",
+        "${ oc.env : HOME }",
+        "before ${oc.env:HOME} after",
+        "${len:${oc.env:HOME}}",
+        "${oc.decode:${data.root}}",
+        "${now:%Y}",
+        "${hydra:runtime.cwd}",
+        "${data.${oc.env:HOME}}",
+    ],
+)
+def test_interpolations_that_reach_outside_are_refused(text):
+    for node in (text, {"data": {"root": text}}, {"classes": ["a", [text]]}):
+        with pytest.raises(UserError, match="the interpolation .* is refused"):
+            build.guard({"x": node})
+
+
+def test_interpolations_within_are_fine():
+    build.guard({"a": "${data.num_classes}", "b": ["${..classes}", "${len:${.classes}}"], "root": "C:/data", "n": 3})
+
+
+def test_every_config_of_ours_is_accepted(compose):
+    accepted, expected = 0, 0
+    for hparam in options("hparam"):
+        choice = main_choices() | written_choices(hparam)
+        cfg = OmegaConf.to_container(compose(f"hparam={hparam}", *needed(choice)))
+        kept = {key: cfg[key] for key in KEPT}
+        build.guard(kept)
+        accepted += len(list(nodes(kept)))
+        expected += sum(written_targets(group, option) for group, option in choice.items() if group in KEPT)
+    assert accepted == expected >= 10 * len(list((FOLDER / "hparam").glob("*.yaml")))
+
+
+def test_every_option_of_ours_is_accepted(compose):
+    tried = 0
+    for group in set(KEPT) & {path.name for path in FOLDER.iterdir()}:
+        for option in options(group):
+            cfg = OmegaConf.to_container(compose(f"{group}={option}", *needed({group: option})))
+            build.guard({key: cfg[key] for key in KEPT})
+            tried += 1
+    assert tried == sum(len(list((FOLDER / group).glob("[!_]*.yaml"))) for group in KEPT)
+
+
+def test_looking_imports_nothing_from_outside(tmp_path, monkeypatch):
+    for name in ("planted", "dinosegevil", "torchevil"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('imported')\ndef part(): pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    before = set(sys.modules)
+    for target in (
+        "planted.part",
+        "dinosegevil.part",
+        "torchevil.part",
+        "dinoseg.planted.part",
+        "dinoseg.data.planted",
+    ):
+        with pytest.raises(UserError, match="is refused"):
+            build.guard({"_target_": target})
+    new = {name for name in set(sys.modules) - before if name.partition(".")[0] not in ("dinoseg", "torch")}
+    assert not new
+    with pytest.raises(SystemExit, match="imported"):
+        __import__("planted")

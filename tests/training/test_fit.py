@@ -1,0 +1,145 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dinoseg.adapters import full
+from dinoseg.data.transforms import Augment
+from dinoseg.errors import UserError
+from dinoseg.heads.linear import LinearHead
+from dinoseg.losses.pixel import CrossEntropy
+from dinoseg.model import Segmenter
+from dinoseg.report.log import NoLog
+from dinoseg.training.checkpoint import Checkpoints, read
+from dinoseg.training.engine import Engine
+from dinoseg.training.evaluate import evaluate
+from dinoseg.training.feed import Feed
+from dinoseg.training.fit import fit
+from dinoseg.training.optim import adamw, schedule
+
+
+class Stripes:
+    """Pictures whose upper half is dark and of class 0, the lower bright and of class 1; the border is ignored."""
+
+    classes, palette, ignore_index = ("dark", "bright", "never"), ((0, 0, 0), (255, 0, 0), (0, 255, 0)), 255
+
+    def __init__(self, sizes):
+        self.sizes = sizes
+        self.names = [str(number) for number in range(len(sizes))]
+
+    def __len__(self):
+        return len(self.sizes)
+
+    def __getitem__(self, index):
+        height, width = self.sizes[index]
+        draw = np.random.default_rng(index)
+        mask = np.zeros((height, width), np.uint8)
+        mask[height // 2 :] = 1
+        image = (mask[None] * 150 + draw.integers(0, 60, (3, height, width))).astype(np.uint8)
+        mask[:, :2] = 255
+        return {"image": torch.from_numpy(image), "mask": torch.from_numpy(mask), "name": self.names[index]}
+
+
+class Rows(NoLog):
+    def __init__(self):
+        self.rows = []
+
+    def scalars(self, step, values):
+        self.rows.append({"step": step, **values})
+
+
+@pytest.fixture
+def run(tiny_backbone, tmp_path):
+    """Train on stripes; return the progress, the log and the model."""
+
+    def train(**options):
+        torch.manual_seed(0)
+        model = Segmenter(full(tiny_backbone()), LinearHead(24, 1, 3))
+        train_set, val_set = Stripes([(32, 40)] * 6), Stripes([(32, 40), (19, 23), (19, 23), (40, 8)])
+        feed = Feed(train_set, val_set, Augment((24, 32)), batch_size=3, seed=0, workers=0)
+        log, engine = Rows(), Engine("cpu", workers=0, eval_batch_size=2)
+        optimizer = adamw(model, lr=options.pop("lr", 3e-3))
+        settings = {"schedule": schedule(), "steps": 12, "val_every": 4, "log_every": 1, **options}
+        checkpoints = Checkpoints(tmp_path, {})
+        progress = fit(model, CrossEntropy(torch.ones(3)), feed, optimizer, engine, checkpoints, log, **settings)
+        return SimpleNamespace(progress=progress, rows=log.rows, model=model, feed=feed, engine=engine)
+
+    return train
+
+
+def test_it_learns_and_keeps_its_best(run, tmp_path):
+    done = run(steps=40, val_every=10, lr=1e-2)
+    losses = [row["train/loss"] for row in done.rows if "train/loss" in row]
+    assert len(losses) == 40 and losses[-1] < 0.3 * losses[0]
+    assert done.progress.step == 40 and done.progress.best > 0.9
+    assert read(tmp_path / "last.safetensors").info["progress"]["step"] == 40
+    assert [row["step"] for row in done.rows if "val/miou" in row] == [10, 20, 30, 40]
+
+
+def test_scores_are_those_of_a_loop_over_whole_images(run):
+    done = run(steps=4)
+    scores = evaluate(done.model, done.feed.val, done.engine, loss=CrossEntropy(torch.ones(3)))
+    matrix, losses = np.zeros((3, 3), int), []
+    done.model.eval()
+    for index in range(4):
+        sample = done.feed.val[index]
+        logits = done.model(sample["image"][None]).logits()[0].detach()
+        for reference, predicted in zip(sample["mask"].flatten(), logits.argmax(0).flatten(), strict=True):
+            if reference != 255:
+                matrix[reference, predicted] += 1
+        target = sample["mask"].long()
+        losses.append(nn.functional.cross_entropy(logits[None], target[None], ignore_index=255).item())
+    assert scores["matrix"] == matrix.tolist()
+    assert [row["iou"] for row in scores["classes"]][2] is None or matrix[:, 2].sum() > 0
+    iou = [matrix[k, k] / (matrix[k].sum() + matrix[:, k].sum() - matrix[k, k]) for k in (0, 1)]
+    assert [row["iou"] for row in scores["classes"]][:2] == pytest.approx(iou)
+    assert scores["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+
+
+def test_evaluation_leaves_the_model_in_the_mode_it_was(run):
+    done = run(steps=2, val_every=1)
+    assert done.model.training
+    evaluate(done.model.eval(), done.feed.val, done.engine)
+    assert not done.model.training
+
+
+def test_the_learning_rate_follows_the_schedule(run):
+    done = run(steps=6, schedule=schedule("poly", warmup=2, power=1.0), lr=0.5e-3)
+    rates = [row["train/lr"] for row in done.rows if "train/lr" in row]
+    assert rates == pytest.approx([0.5e-3 * share for share in (1 / 3, 2 / 3, 1, 2 / 3, 1 / 3, 0)])
+
+
+def test_accumulation_draws_that_many_batches_per_step(run):
+    plain, accumulated = run(steps=4, lr=1e-9), run(steps=2, accumulate=2, lr=1e-9)
+    losses = [[row["train/loss"] for row in done.rows if "train/loss" in row] for done in (plain, accumulated)]
+    assert losses[1] == pytest.approx([np.mean(losses[0][:2]), np.mean(losses[0][2:])], rel=1e-4)
+
+
+def test_early_stopping_counts_validations_without_a_better_score(run):
+    done = run(steps=40, val_every=1, patience=2, lr=1e-12)
+    assert done.progress.step == 4 and done.progress.stale == 3 and done.progress.best_step == 1
+
+
+def test_the_moving_average_is_what_is_scored_and_kept(run, tmp_path):
+    done = run(steps=3, val_every=3, ema=0.5)
+    best, last = (read(tmp_path / f"{name}.safetensors") for name in ("best", "last"))
+    assert best.tensors["model/head.classify.weight"].equal(last.tensors["ema/head.classify.weight"])
+    assert not best.tensors["model/head.classify.weight"].equal(last.tensors["model/head.classify.weight"])
+    assert last.tensors["model/head.classify.weight"].equal(done.model.head.classify.weight.detach())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "trainer.steps=0"),
+        ({"val_every": 0}, "trainer.val_every=0"),
+        ({"accumulate": 0}, "trainer.accumulate=0"),
+        ({"score": "iou"}, "trainer.score=iou is not a score. Choose one of .*miou"),
+        ({"score": "matrix"}, "trainer.score=matrix is not a score"),
+    ],
+)
+def test_bad_settings(run, options, message):
+    with pytest.raises(UserError, match=message):
+        run(**options)
