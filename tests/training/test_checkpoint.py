@@ -47,12 +47,16 @@ def test_save_and_restore_is_exact(model, tmp_path, adapter):
     other_optimizer = adamw(other, lr=0.01)
     again = Checkpoints(tmp_path, {"config": {}}, start=read(tmp_path / "last.safetensors"))
     assert again.restore(other, other_optimizer, None) == run
-    assert all(torch.equal(a, b) for a, b in zip(source.state_dict().values(), other.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(source.state_dict().values(), other.state_dict().values(), strict=True)
+    )
     torch.manual_seed(5)
     train(source, optimizer, 1)
     torch.manual_seed(5)
     train(other, other_optimizer, 1)
-    assert all(torch.equal(a, b) for a, b in zip(source.state_dict().values(), other.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(source.state_dict().values(), other.state_dict().values(), strict=True)
+    )
 
 
 def test_only_what_was_trained_is_in_the_file(model, tmp_path):
