@@ -1,10 +1,11 @@
 """`python -m dinoseg`: compose the config, and hand it to launch."""
 
 import sys
+import traceback
 from pathlib import Path
 
 CONFIGS = str(Path(__file__).parent / "cfg")
-failures: list[str] = []  # messages of jobs that the user's own mistakes ended
+failures: list[str] = []  # messages of the jobs that did not end well
 
 
 def main() -> None:
@@ -28,8 +29,9 @@ def main() -> None:
 
 
 def run(cfg):  # noqa: ANN001, ANN201 - hydra.main wants the bare signature
-    """Run one job; a mistake that the user can mend is one message, and a sweep goes on with its next job."""
+    """Run one job; a mistake that the user can mend is one message, and a sweep goes on after any failure."""
     from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
     from omegaconf import OmegaConf
 
     from dinoseg.config import plain
@@ -42,9 +44,15 @@ def run(cfg):  # noqa: ANN001, ANN201 - hydra.main wants the bare signature
     try:
         return launch(composed, Path(hydra_cfg.runtime.output_dir), list(hydra_cfg.overrides.task))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        failures.append(str(error))
-        return {"error": str(error)}
+        message = str(error)
+        print(f"error: {message}", file=sys.stderr)
+    except Exception as error:
+        if hydra_cfg.mode != RunMode.MULTIRUN:
+            raise
+        message = f"{type(error).__name__}: {error}"
+        traceback.print_exc()  # raised, it would cost the sweep its table
+    failures.append(message)
+    return {"error": message}
 
 
 if __name__ == "__main__":

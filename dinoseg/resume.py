@@ -24,12 +24,16 @@ CHOSEN = ("hparam", "data", *MODEL)
 
 
 def locate(cfg: DictConfig, out_dir: Path, prefer: str) -> Path | None:
-    """Return the checkpoint that `resume` means; None for `auto` where no run of this recipe has one yet."""
+    """Return the checkpoint that `resume` means; None for `auto` where no run of this recipe has one yet.
+
+    A run is of the same recipe if nothing but its length (`trainer`) and its data folder (`data.root`) differs.
+    """
     if cfg.resume != "auto":
         return checkpoint.find(cfg.resume, prefer)
-    runs = out_dir.parent.glob(f"train_*/{checkpoint.FOLDER}/{prefer}.safetensors")
+    recipe = next((folder for folder in out_dir.parents if folder.name == cfg.choices.hparam), out_dir.parent)
+    runs = recipe.rglob(f"{checkpoint.FOLDER}/{prefer}.safetensors")
     for path in sorted(runs, key=lambda path: path.stat().st_mtime, reverse=True):
-        if checkpoint.read(path).info["choices"] == _chosen(cfg):
+        if _recipe(checkpoint.describe(path)["config"]) == _recipe(plain(cfg)):
             return path
     return None
 
@@ -107,6 +111,11 @@ def description(cfg: DictConfig, data: SegmentationData) -> dict[str, Any]:
         "ignore_index": data.ignore_index,
         "versions": {"dinoseg": __version__, "torch": torch.__version__},
     }
+
+
+def _recipe(config: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: config[key] for key in KEPT if key != "trainer"}
+    return {**kept, "data": {**kept["data"], "root": None}}
 
 
 def _chosen(cfg: DictConfig) -> dict[str, str]:

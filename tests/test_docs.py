@@ -1,4 +1,4 @@
-"""Every command of the README and the docs is run: on small stand-ins for the data, with small models, for two steps."""
+"""Every command of the README and the docs is run: on small stand-ins for the data, small models, for two steps."""
 
 import re
 import shlex

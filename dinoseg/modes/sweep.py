@@ -24,7 +24,7 @@ class SweepTable(Callback):
         overrides = [item for item in job_return.overrides or [] if not item.startswith("mode=")]
         row: dict[str, Any] = {"job": len(self.rows), "overrides": " ".join(overrides)}
         row |= {name: scores.get(name) for name in COLUMNS}
-        self.rows.append(row | {"run": scores.get("run"), "note": scores.get("error") or _crash(job_return)})
+        self.rows.append(row | {"run": scores.get("run"), "note": scores.get("error", "")})
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Print the table, best first."""
@@ -39,8 +39,3 @@ class SweepTable(Callback):
             writer.writeheader()
             writer.writerows(rows)
         print(f"\nwritten to {folder / 'sweep.csv'}")
-
-
-def _crash(job_return: JobReturn) -> str:
-    value = job_return._return_value
-    return f"{type(value).__name__}: {value}" if isinstance(value, BaseException) else ""

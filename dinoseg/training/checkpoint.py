@@ -82,10 +82,23 @@ def read(path: Path) -> Checkpoint:
     Raises:
         UserError: no such file, not a checkpoint of dinoseg, truncated, or of a newer format.
     """
+    info = describe(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return Checkpoint(path, {key: file.get_tensor(key) for key in file.keys()}, info)  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"resume={path}: not a readable checkpoint ({error}). Choose another one.") from error
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Read what a checkpoint file says of itself, without its tensors.
+
+    Raises:
+        UserError: as `read`.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             info = json.loads((file.metadata() or {}).get("dinoseg", "null"))
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise UserError(f"resume={path}: no such file. Give a run folder or a checkpoint in it.") from None
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
@@ -96,7 +109,7 @@ def read(path: Path) -> Checkpoint:
         raise UserError(
             f"resume={path}: written in format {info['format']}, and this dinoseg reads up to {FORMAT}. Update dinoseg."
         )
-    return Checkpoint(path, tensors, info)
+    return info
 
 
 def find(target: str | Path, prefer: str) -> Path:
