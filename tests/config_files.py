@@ -46,7 +46,7 @@ def main_choices():
 def needed(choice):
     """Return what only the user can know: here stands a value for it."""
     return [
-        *FILLED,
+        "data.root=.",
         *(["data.classes=[dark,bright]"] if choice.get("data", main_choices()["data"]) == "folder" else []),
     ]
 

@@ -12,7 +12,9 @@ from hydra.utils import get_object
 from omegaconf import OmegaConf
 from transformers import AutoConfig
 
+from dinoseg import build
 from dinoseg.config import register_resolvers
+from dinoseg.errors import UserError
 from dinoseg.launch import LAUNCH_KEYS
 
 # What build, launch and fit hand over; every other argument stands in a config or has a default
@@ -43,6 +45,7 @@ def check_binds(path, node):
     assert bool(later) <= bool(node.get("_partial_")), f"{path} waits for {later}, but is not _partial_"
     assert {key for key in node if key.startswith("_")} <= {"_target_", "_partial_"}, path
     inspect.signature(target).bind(**dict.fromkeys(given | later))
+    build._check_given(node["_target_"], {key: node[key] for key in given})
 
 
 def check(cfg):
@@ -66,18 +69,39 @@ def test_every_recipe_with_every_mode(compose):
     assert checked == expected >= 14 * combos
 
 
+def written_values(node, path=()):
+    """Yield path and value of all that a file sets itself, but what only the user can know."""
+    for key, value in node.items():
+        here = (*path, key)
+        if isinstance(value, dict) and value:
+            yield from written_values(value, here)
+        elif here[-1] != "defaults" and value != "???" and here != ("data", "root"):
+            yield here, value
+
+
+def composed_value(cfg, path):
+    for key in path:
+        cfg = cfg[key]
+    return cfg
+
+
 def test_every_option_of_every_group(compose):
-    tried, checked, expected = 0, 0, 0
+    tried, checked, expected, values = 0, 0, 0, 0
     for group in GROUPS:
         for option in options(group):
             choice = main_choices() | (written_choices(option) if group == "hparam" else {group: option})
-            checked += check(compose(f"{group}={option}", *needed(choice)))
+            cfg = compose(f"{group}={option}", *needed(choice))
+            checked += check(cfg)
             expected += sum(written_targets(*pair) for pair in choice.items())
+            own = read(group, option) if group == "hparam" else {group: read(group, option)}
+            for path, value in written_values(own):
+                assert composed_value(OmegaConf.to_container(cfg), path) == value, f"{group}={option}: {path} is lost"
+                values += 1
             tried += 1
     hidden = list(FOLDER.glob("*/_*.yaml"))
     shown = len([path for path in FOLDER.glob("*/*.yaml") if path.parent.name not in ("hydra", "local")]) - len(hidden)
     assert tried == shown >= 40
-    assert checked == expected >= 14 * tried
+    assert checked == expected >= 14 * tried and values > 4 * tried
 
 
 def test_a_wrong_key_or_a_missing_one_is_found():
@@ -86,6 +110,7 @@ def test_a_wrong_key_or_a_missing_one_is_found():
     for wrong, error in (
         (right | {"num_clases": 2}, TypeError),
         ({key: value for key, value in right.items() if key != "num_classes"}, TypeError),
+        (right | {"num_classes": "2"}, UserError),
         (right | {"in_dim": 3}, AssertionError),
         (right | {"_partial_": False}, AssertionError),
     ):

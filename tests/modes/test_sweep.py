@@ -7,7 +7,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from command_line import SMALL, write_data
+from command_line import SMALL, call, write_data
 from omegaconf import OmegaConf
 
 from dinoseg.modes.sweep import SweepTable
@@ -59,6 +59,17 @@ def test_a_failed_job_is_named_and_the_others_go_on(tmp_path):
     assert (folder / "1/checkpoints/best.safetensors").is_file() and not (folder / "0/checkpoints").exists()
 
 
+def test_a_crash_costs_one_job_and_not_the_table(tmp_path):
+    write_data(tmp_path / "data")
+    done = call(tmp_path, "-m", "mode=train", *SMALL, "mode.metrics_only=true", "head.num_classes=1,2")
+    assert done.status == 1 and done.err.count("Traceback") == 1
+    (path,) = tmp_path.glob("outputs/base/train_*/sweep.csv")
+    good, bad = rows_of(path)
+    assert good["job"] == "1" and good["note"] == "" and bad["note"].startswith("RuntimeError: ")
+    alone = call(tmp_path, "mode=train", *SMALL, "head.num_classes=1")
+    assert alone.status == 1 and "RuntimeError" in alone.err and "error: " not in alone.err
+
+
 @pytest.fixture
 def table(tmp_path):
     config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
@@ -79,7 +90,7 @@ def test_the_best_job_comes_first_and_failures_last(table, capsys):
         {"miou": 0.25},
         {"error": "no"},
         {"miou": 0.75, "accuracy": 0.5, "run": "r"},
-        ValueError("broken"),
+        {"error": "ValueError: broken"},
         {"miou": 0},
     ]
     rows = rows_of(table(*scores))
