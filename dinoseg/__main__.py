@@ -11,9 +11,7 @@ failures: list[str] = []  # messages of the jobs that did not end well
 def main() -> None:
     """Run the command line; exit status 1 where any job failed."""
     arguments = sys.argv[1:]
-    wants_hydra = any(argument.startswith(("--", "-c")) for argument in arguments) and "--help" not in arguments
-    modes = [argument for argument in arguments if argument.startswith("mode=")]
-    if not wants_hydra and (not modes or modes[-1] == "mode=help" or {"-h", "--help"} & set(arguments)):
+    if not arguments or arguments == ["mode=help"] or {"-h", "--help"} & set(arguments):
         from dinoseg.modes.help import overview
 
         print(overview())

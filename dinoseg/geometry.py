@@ -22,7 +22,10 @@ def upsample(logits: Tensor, size: tuple[int, int], valid: tuple[float, float]) 
 
     Only the top left `valid` share of the grid lies on the image. Output pixel y reads grid position
     (y + 0.5) * h * valid / H - 0.5, so nothing is stretched and padding is cropped to a fraction of a cell.
+    Half-precision scores are taken to float32 first.
     """
+    if logits.dtype in (torch.bfloat16, torch.float16):
+        logits = logits.float()  # half precision would tie neighbouring classes, and lose gradients in long sums
     height, width = size
     grid_h, grid_w = logits.shape[-2:]
     if abs(grid_h * valid[0] - height) < 1e-6 and abs(grid_w * valid[1] - width) < 1e-6:

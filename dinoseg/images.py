@@ -17,7 +17,7 @@ def read_image(path: str | Path) -> np.ndarray:
     Raises:
         UserError: the file is missing, truncated or no picture.
     """
-    return np.asarray(_decode(path, lambda image: ImageOps.exif_transpose(image).convert("RGB")))
+    return np.asarray(_decode(path, _upright_rgb))
 
 
 def read_ids(path: str | Path) -> np.ndarray:
@@ -41,6 +41,12 @@ def write_png(path: str | Path, pixels: np.ndarray) -> None:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        raise ValueError("it has more than 8 bits a channel, which would be clipped: convert it to 8 bits")
+    return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def _stored_numbers(image: Image.Image) -> Image.Image:

@@ -1,6 +1,6 @@
-"""From a composed config to a running mode: the checkpoint it goes on from, its folder, its ranks, its log."""
+"""From a composed config to a running mode: the checkpoint it goes on from, its folder, its ranks."""
 
-import logging
+import json
 import os
 import socket
 import sys
@@ -13,9 +13,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from dinoseg.config import plain, register_resolvers
 from dinoseg.errors import UserError
+from dinoseg.run_folder import claim, configure_log, drop_empty, lock, release, write_config
 
-LOG = "run.log"
-LAUNCH_KEYS = ("devices", "resume_from")  # keys of a mode that are read here; the rest are its function's
+LAUNCH_KEYS = ("devices", "resume_from", "keeps_folder")  # of a mode: read here; the rest are its function's
 
 
 def launch(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> Any:
@@ -24,33 +24,33 @@ def launch(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> Any:
     A mode with `resume_from: last` goes on in the checkpoint's own run folder, one with `best` works in a new one.
     A mode with `devices` above 1 runs in so many ranks; where torchrun has started them (WORLD_SIZE is set), this
     process is one of them and works in the first one's folder.
+
+    Raises:
+        UserError: whatever the user can mend.
     """
     _check_added(cfg, overrides)
-    continued = None
-    if cfg.resume is not None and "resume_from" in cfg.mode:
-        cfg, continued = _resumed(cfg, out_dir, overrides)
-    if continued is not None:
-        _drop_empty(out_dir)
-        out_dir = continued
-    elif is_first_rank():
-        out_dir = claim(out_dir)
-    if is_first_rank():
-        _write_config(cfg, out_dir, overrides)
     devices = cfg.mode.get("devices", 1)
-    if devices < 1:
-        raise UserError(f"engine.devices={devices}: give a number of at least 1.")
-    if devices == 1 or "WORLD_SIZE" in os.environ:
+    if not isinstance(devices, int) or devices < 1:
+        raise UserError(f"engine.devices={devices}: give a whole number of at least 1.")
+    if not cfg.mode.get("keeps_folder", True):
+        drop_empty(out_dir)
         return run_mode(cfg, out_dir)
-    return _spawn(cfg, out_dir, devices)
+    cfg, out_dir = _enter_folder(cfg, out_dir, overrides)
+    try:
+        if devices == 1 or "WORLD_SIZE" in os.environ:
+            return run_mode(cfg, out_dir)
+        return _spawn(cfg, out_dir, devices)
+    finally:
+        release(out_dir)
 
 
 def run_mode(cfg: DictConfig, out_dir: Path) -> Any:
     """Call the mode's function in this process."""
-    configure_log(out_dir, main=is_first_rank())
+    if cfg.mode.get("keeps_folder", True):
+        configure_log(out_dir if is_first_rank() else None)
     from dinoseg.build import instantiate
 
-    node = {key: value for key, value in plain(cfg.mode, resolve=True).items() if key not in LAUNCH_KEYS}
-    return instantiate(OmegaConf.create(node))(cfg, out_dir=out_dir)
+    return instantiate(cfg.mode, without=LAUNCH_KEYS)(cfg, out_dir=out_dir)
 
 
 def is_first_rank() -> bool:
@@ -58,33 +58,21 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def claim(out_dir: Path) -> Path:
-    """Make a run folder this process's own; one that another run has claimed is left alone, and `_2`, ... taken."""
-    for number in range(1, 1000):
-        folder = out_dir if number == 1 else out_dir.with_name(f"{out_dir.name}_{number}")
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            (folder / LOG).touch(exist_ok=False)
-            return folder
-        except FileExistsError:
-            continue
-    raise UserError(f"{out_dir} and 998 folders beside it are taken. Remove old runs.")
-
-
-def configure_log(out_dir: Path, main: bool) -> None:
-    """Send the log to the terminal and the run folder's `run.log`; ranks other than the first only warn."""
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
-    if main:
-        handlers.append(logging.FileHandler(out_dir / LOG))
-    logging.basicConfig(
-        level=logging.INFO if main else logging.WARNING,
-        format="%(asctime)s %(levelname)s %(message)s",
-        datefmt="%H:%M:%S",
-        handlers=handlers,
-        force=True,
-    )
-    for noisy in ("httpx", "accelerate", "transformers", "matplotlib", "PIL"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+def _enter_folder(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> tuple[DictConfig, Path]:
+    """Find what to go on from, make a folder this run's own, and keep the config in it."""
+    continued = None
+    if cfg.resume is not None and "resume_from" in cfg.mode:
+        cfg, continued = _resumed(cfg, out_dir, overrides)
+    if not is_first_rank():
+        return cfg, continued or out_dir
+    if continued is None:
+        out_dir = claim(out_dir)
+    else:
+        lock(continued)
+        drop_empty(out_dir)
+        out_dir = continued
+    write_config(cfg, out_dir, overrides)
+    return cfg, out_dir
 
 
 def _resumed(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> tuple[DictConfig, Path | None]:
@@ -97,7 +85,8 @@ def _resumed(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> tuple[
         print("resume=auto: no earlier run of this recipe has a checkpoint, so this is a new one.", file=sys.stderr)
         return resume.without(cfg), None
     merged = resume.merge(cfg, overrides, checkpoint.read(path))
-    return merged, path.parent.parent if cfg.mode.resume_from == "last" else None
+    in_place = cfg.mode.resume_from == "last" and path.parent.name == checkpoint.FOLDER
+    return merged, path.parent.parent if in_place else None
 
 
 def _check_added(cfg: DictConfig, overrides: Sequence[str]) -> None:
@@ -109,36 +98,25 @@ def _check_added(cfg: DictConfig, overrides: Sequence[str]) -> None:
             raise UserError(f"+{name} adds a key that nothing reads. Check its spelling; an existing key needs no +.")
 
 
-def _drop_empty(folder: Path) -> None:
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
-
-
-def _write_config(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> None:
-    """Keep the composed config and the command line in `config/`, those of a continuation in `config_2/`, ..."""
-    number = len(list(out_dir.glob("config*"))) + 1
-    folder = out_dir / ("config" if number == 1 else f"config_{number}")
-    folder.mkdir()
-    OmegaConf.save(cfg, folder / "config.yaml")
-    (folder / "overrides.txt").write_text("\n".join(overrides) + "\n")
-
-
-def _spawn(cfg: DictConfig, out_dir: Path, devices: int) -> None:
+def _spawn(cfg: DictConfig, out_dir: Path, devices: int) -> Any:
+    """Start the ranks and return what the first one returns."""
+    from torch.multiprocessing import get_context
     from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    results = get_context("spawn").SimpleQueue()
     try:
-        arguments = (devices, port, plain(cfg), out_dir)
-        start_processes(_run_rank, arguments, devices, start_method="spawn")
+        start_processes(_run_rank, (devices, port, plain(cfg), out_dir, results), devices, start_method="spawn")
     except ProcessExitedException as error:
         raise UserError(
             f"Rank {error.error_index} ended with status {error.exit_code}: see its message above."
         ) from None
+    return json.loads(results.get())
 
 
-def _run_rank(rank: int, world: int, port: int, cfg: dict, out_dir: Path) -> None:
+def _run_rank(rank: int, world: int, port: int, cfg: dict, out_dir: Path, results: Any) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -148,7 +126,9 @@ def _run_rank(rank: int, world: int, port: int, cfg: dict, out_dir: Path) -> Non
     }
     register_resolvers()
     try:
-        run_mode(OmegaConf.create(cfg), out_dir)
+        result = run_mode(OmegaConf.create(cfg), out_dir)
     except UserError as error:
         print(f"error (rank {rank}): {error}", file=sys.stderr)
         sys.exit(1)
+    if rank == 0:
+        results.put(json.dumps(result))

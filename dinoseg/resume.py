@@ -1,6 +1,6 @@
 """Going on from a checkpoint: its config, with what the command line changes, and its model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +11,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from dinoseg import __version__, build
+from dinoseg.checks import guard
 from dinoseg.config import plain
 from dinoseg.errors import UserError
 from dinoseg.model import Segmenter
+from dinoseg.run_folder import is_locked
 from dinoseg.shapes import Palette, SegmentationData
 from dinoseg.training import checkpoint
 from dinoseg.training.engine import Engine
@@ -21,19 +23,22 @@ from dinoseg.training.engine import Engine
 MODEL = ("backbone", "adapter", "head", "loss", "optim", "trainer")  # groups that a checkpoint fixes
 KEPT = ("seed", "resolution", "data", *MODEL)  # root keys that a checkpoint keeps
 CHOSEN = ("hparam", "data", *MODEL)
+LENGTHS = ("steps", "patience", "val_every", "save_every", "log_every")  # of a trainer: a run may go on with others
 
 
 def locate(cfg: DictConfig, out_dir: Path, prefer: str) -> Path | None:
     """Return the checkpoint that `resume` means; None for `auto` where no run of this recipe has one yet.
 
-    A run is of the same recipe if nothing but its length (`trainer`) and its data folder (`data.root`) differs.
+    A run is of the same recipe if nothing but its length and its intervals differ. One that is still running is passed
+    over.
     """
     if cfg.resume != "auto":
         return checkpoint.find(cfg.resume, prefer)
     recipe = next((folder for folder in out_dir.parents if folder.name == cfg.choices.hparam), out_dir.parent)
     runs = recipe.rglob(f"{checkpoint.FOLDER}/{prefer}.safetensors")
+    now = _recipe(description_of(cfg))
     for path in sorted(runs, key=lambda path: path.stat().st_mtime, reverse=True):
-        if _recipe(checkpoint.describe(path)["config"]) == _recipe(plain(cfg)):
+        if _recipe(checkpoint.describe(path)) == now and not is_locked(path.parent.parent):
             return path
     return None
 
@@ -44,15 +49,17 @@ def merge(cfg: DictConfig, overrides: Sequence[str], found: checkpoint.Checkpoin
     Raises:
         UserError: the checkpoint's config is not to be trusted, or the command line names another model.
     """
-    build.guard(found.info["config"], f"resume={found.path}")
-    merged = OmegaConf.create({**plain(cfg), "resume": str(found.path), **found.info["config"]})
-    _find_data_again(merged, Path(found.info["folder"]))
+    kept = {key: found.info["config"][key] for key in KEPT}
+    guard(kept, f"resume={found.path}")
+    own = {**plain(cfg), "resume": str(found.path), "choices": {**plain(cfg.choices), **found.info["choices"]}}
+    merged = OmegaConf.create({**own, **kept})
+    merged.data.root = _root(kept, Path(found.info["folder"]))
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         name, value = override.key_or_group, override.value()
         if name in CHOSEN:
             _check_choice(name, str(value), found)
             if name == "data" and value != found.info["choices"]["data"]:
-                merged.data = cfg.data
+                merged.data, merged.choices.data = cfg.data, cfg.choices.data
         elif name.split(".")[0] in KEPT:
             OmegaConf.update(merged, name, value, force_add=override.is_add())
     return merged
@@ -72,6 +79,7 @@ class Trained:
     classes: list[str]
     palette: Palette
     ignore_index: int
+    info: Mapping[str, Any]  # what the checkpoint says of itself
 
     @property
     def device(self) -> torch.device:
@@ -96,16 +104,14 @@ def load_trained(cfg: DictConfig) -> Trained:
     model = build.model(cfg)
     checkpoint.load_weights(model, found)
     palette = [(red, green, blue) for red, green, blue in found.info["palette"]]
-    return Trained(model.to(engine.device).eval(), engine, found.info["classes"], palette, found.info["ignore_index"])
+    info, on_device = found.info, model.to(engine.device).eval()
+    return Trained(on_device, engine, info["classes"], palette, info["ignore_index"], info)
 
 
 def description(cfg: DictConfig, data: SegmentationData) -> dict[str, Any]:
     """Return what a run's checkpoints say of themselves beside their progress."""
-    config = plain(cfg)
     return {
-        "config": {key: config[key] for key in KEPT},
-        "choices": _chosen(cfg),
-        "folder": str(Path.cwd()),
+        **description_of(cfg),
         "classes": list(data.classes),
         "palette": [list(colour) for colour in data.palette],
         "ignore_index": data.ignore_index,
@@ -113,9 +119,33 @@ def description(cfg: DictConfig, data: SegmentationData) -> dict[str, Any]:
     }
 
 
-def _recipe(config: dict[str, Any]) -> dict[str, Any]:
-    kept = {key: config[key] for key in KEPT if key != "trainer"}
-    return {**kept, "data": {**kept["data"], "root": None}}
+def description_of(cfg: DictConfig) -> dict[str, Any]:
+    """Return the part of the description that the config alone decides."""
+    config = {key: value for key, value in plain(cfg).items() if key in KEPT}
+    config["data"] = {**config["data"], "prepare": None}  # acts on files: nothing that a checkpoint should name
+    return {"config": config, "choices": _chosen(cfg), "folder": str(Path.cwd())}
+
+
+def check_classes(data: SegmentationData, found: Mapping[str, Any], where: str) -> None:
+    """Refuse data whose classes are not those of a checkpoint's description.
+
+    Raises:
+        UserError: naming both.
+    """
+    now, then = (list(data.classes), data.ignore_index), (list(found["classes"]), found["ignore_index"])
+    if now != then:
+        raise UserError(
+            f"{where}: the data has the classes {', '.join(now[0])} (ignored: {now[1]}), and the checkpoint was "
+            f"trained on {', '.join(then[0])} (ignored: {then[1]}). Use data of the same classes in the same order."
+        )
+
+
+def _recipe(info: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what makes two runs the same recipe."""
+    config = info["config"]
+    trainer = {key: value for key, value in config["trainer"].items() if key not in LENGTHS}
+    data = {**config["data"], "root": _root(config, Path(info["folder"]))}
+    return {**config, "trainer": trainer, "data": data}
 
 
 def _chosen(cfg: DictConfig) -> dict[str, str]:
@@ -131,8 +161,10 @@ def _check_choice(group: str, option: str, found: checkpoint.Checkpoint) -> None
         )
 
 
-def _find_data_again(cfg: DictConfig, folder: Path) -> None:
-    """Let a relative data root that is not here point below the folder the run was started in."""
-    root = plain(cfg.data).get("root")
-    if isinstance(root, str) and not Path(root).exists() and (folder / root).exists():
-        cfg.data.root = str(folder / root)
+def _root(config: Mapping[str, Any], folder: Path) -> str:
+    """Return a data root as a whole path; a relative one that is not here lies below the folder of its run."""
+    root = str(config["data"]["root"])
+    if root == "???" or "${" in root:
+        return root
+    here = Path(root).expanduser().resolve()
+    return str(here if here.exists() else (folder / root).resolve())

@@ -40,7 +40,7 @@ class Batch:
         return cls(images, masks, [sample["name"] for sample in samples])
 
     def to(self, device: torch.device) -> Batch:
-        """Copy to `device` without waiting for the copy."""
+        """Copy to `device`."""
         return Batch(self.image.to(device, non_blocking=True), self.mask.to(device, non_blocking=True), self.names)
 
 

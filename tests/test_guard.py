@@ -6,7 +6,7 @@ import pytest
 from config_files import FOLDER, main_choices, needed, nodes, options, written_choices, written_targets
 from omegaconf import OmegaConf
 
-from dinoseg import build
+from dinoseg.checks import guard
 from dinoseg.errors import UserError
 from dinoseg.resume import KEPT
 
@@ -66,7 +66,7 @@ EVIL = [
 )
 def test_what_is_refused(target, wrap):
     with pytest.raises(UserError) as caught:
-        build.guard(wrap({"_target_": target, "_partial_": True}), "resume=file")
+        guard(wrap({"_target_": target, "_partial_": True}), "resume=file")
     assert str(caught.value).startswith(f"resume=file: _target_={target} is refused")
     assert "dinoseg.heads" in str(caught.value) and "Do not use this file" in str(caught.value)
 
@@ -87,11 +87,11 @@ def test_what_is_refused(target, wrap):
 def test_interpolations_that_reach_outside_are_refused(text):
     for node in (text, {"data": {"root": text}}, {"classes": ["a", [text]]}):
         with pytest.raises(UserError, match="the interpolation .* is refused"):
-            build.guard({"x": node})
+            guard({"x": node})
 
 
 def test_interpolations_within_are_fine():
-    build.guard({"a": "${data.num_classes}", "b": ["${..classes}", "${len:${.classes}}"], "root": "C:/data", "n": 3})
+    guard({"a": "${data.num_classes}", "b": ["${..classes}", "${len:${.classes}}"], "root": "C:/data", "n": 3})
 
 
 def test_every_config_of_ours_is_accepted(compose):
@@ -100,7 +100,7 @@ def test_every_config_of_ours_is_accepted(compose):
         choice = main_choices() | written_choices(hparam)
         cfg = OmegaConf.to_container(compose(f"hparam={hparam}", *needed(choice)))
         kept = {key: cfg[key] for key in KEPT}
-        build.guard(kept)
+        guard(kept)
         accepted += len(list(nodes(kept)))
         expected += sum(written_targets(group, option) for group, option in choice.items() if group in KEPT)
     assert accepted == expected >= 10 * len(list((FOLDER / "hparam").glob("*.yaml")))
@@ -111,7 +111,7 @@ def test_every_option_of_ours_is_accepted(compose):
     for group in set(KEPT) & {path.name for path in FOLDER.iterdir()}:
         for option in options(group):
             cfg = OmegaConf.to_container(compose(f"{group}={option}", *needed({group: option})))
-            build.guard({key: cfg[key] for key in KEPT})
+            guard({key: cfg[key] for key in KEPT})
             tried += 1
     assert tried == sum(len(list((FOLDER / group).glob("[!_]*.yaml"))) for group in KEPT)
 
@@ -129,7 +129,7 @@ def test_looking_imports_nothing_from_outside(tmp_path, monkeypatch):
         "dinoseg.data.planted",
     ):
         with pytest.raises(UserError, match="is refused"):
-            build.guard({"_target_": target})
+            guard({"_target_": target})
     new = {name for name in set(sys.modules) - before if name.partition(".")[0] not in ("dinoseg", "torch")}
     assert not new
     with pytest.raises(SystemExit, match="imported"):

@@ -1,19 +1,14 @@
 """DINOv2 and DINOv3 vision transformers, on Hugging Face transformers' models."""
 
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dinoseg.backbones.pretrained import exported_state, load_model
 from dinoseg.errors import UserError
 from dinoseg.geometry import pad_to_multiple
-
-PACKAGED = "dinoseg:"  # weights=dinoseg:NAME is a file that ships inside the package
 
 
 class TransformersVit(nn.Module):
@@ -63,7 +58,7 @@ class TransformersVit(nn.Module):
         self.num_layers = len(self.layers)
         self.num_prefix = 1 + getattr(config, "num_register_tokens", 0)
         self.weights = weights
-        self.model = _load(config, weights)
+        self.model = load_model(config, weights)
         _drop_unused_blocks(self.model, self.depth, last=max(self.layers))
         if checkpointing:
             _enable_checkpointing(self.model)
@@ -78,6 +73,14 @@ class TransformersVit(nn.Module):
         norm: Any = self.model.norm if hasattr(self.model, "norm") else self.model.layernorm
         tokens = [norm(hidden[layer + 1])[:, self.num_prefix :] for layer in self.layers]  # L of (B, h * w, dim)
         return [part.transpose(1, 2).unflatten(2, grid) for part in tokens]
+
+    def export_state(self) -> dict[str, Tensor]:
+        """Return the weights under the names in which `weights` reads them from a file.
+
+        Raises:
+            UserError: it holds LoRA updates, which are no weights of their own.
+        """
+        return exported_state(self.model)
 
 
 def _config(family: str, values: dict[str, Any]) -> Any:
@@ -103,25 +106,6 @@ def _resolve_layers(layers: Sequence[int], depth: int) -> list[int]:
     return [layer % depth for layer in layers]
 
 
-def _load(config: Any, weights: str) -> nn.Module:
-    from transformers import AutoModel
-
-    if weights == "random":
-        return AutoModel.from_config(config)
-    if weights.startswith(PACKAGED):
-        weights = str(files("dinoseg") / "assets" / f"{weights.removeprefix(PACKAGED)}.safetensors")
-    if Path(weights).is_file():
-        return _load_file(AutoModel.from_config(config), weights)
-    looks_local = weights.startswith((".", "/", "~")) or Path(weights).suffix in (
-        ".safetensors",
-        ".pth",
-        ".pt",
-    )
-    if looks_local and not Path(weights).is_dir():
-        raise UserError(f"backbone.weights={weights}: no such file or folder. Check the path.")
-    return _load_pretrained(config, weights)
-
-
 def _drop_unused_blocks(model: nn.Module, depth: int, last: int) -> None:
     """Remove the blocks after the last tapped one: nothing reads them."""
     for part in model.modules():
@@ -133,51 +117,3 @@ def _enable_checkpointing(model: Any) -> None:
     # transformers renamed this method in the course of version 5
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
-
-
-def _load_pretrained(config: Any, weights: str) -> nn.Module:
-    from transformers import AutoModel
-
-    name, _, revision = weights.partition("@")
-    try:
-        model, info = AutoModel.from_pretrained(
-            name, config=config, revision=revision or "main", dtype=torch.float32, output_loading_info=True
-        )
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"backbone.weights={weights}: the weights cannot be fetched ({reason}). If they are gated, accept "
-            f"the licence on the model's hub page and log in with `hf auth login`; without a network, give a "
-            f"downloaded folder or safetensors file: backbone.weights=PATH; to try things out untrained: "
-            f"backbone.weights=random."
-        ) from error
-    except RuntimeError as error:
-        raise UserError(f"backbone.weights={weights}: these weights do not fit this backbone: {error}") from error
-    wrong = sorted(info["missing_keys"]) + [str(key) for key in info.get("mismatched_keys", ())]
-    if wrong:
-        raise UserError(
-            f"backbone.weights={weights}: {len(wrong)} tensors are missing or of another shape "
-            f"({', '.join(wrong[:3])}, ...). Choose the backbone that these weights were made for."
-        )
-    return model
-
-
-def _load_file(model: nn.Module, path: str) -> nn.Module:
-    try:
-        state = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"backbone.weights={path}: not a readable safetensors file ({error}). Download or export it again."
-        ) from error
-    own = model.state_dict()
-    wrong = sorted(
-        {key for key in own.keys() | state.keys()}
-        - {key for key in own.keys() & state.keys() if own[key].shape == state[key].shape}
-    )
-    if wrong:
-        raise UserError(
-            f"backbone.weights={path}: {len(wrong)} tensors are missing, left over or of another shape "
-            f"({', '.join(wrong[:3])}, ...). Choose the backbone that these weights were made for."
-        )
-    model.load_state_dict({key: value.to(own[key].dtype) for key, value in state.items()})
-    return model

@@ -97,6 +97,11 @@ class Augment:
             raise UserError(f"data.augment.scale={list(scale)}: give [least, largest] with 0 < least <= largest.")
         if longest is not None and longest < 1:
             raise UserError(f"longest={longest}: give a number of pixels, or null for no limit.")
+        if longest is not None and max(crop) > longest:
+            raise UserError(
+                f"resolution.crop={list(crop)} is larger than resolution.longest={longest}, to which images are "
+                f"reduced: choose a crop of at most {longest} pixels a side."
+            )
         _check("flip", flip, 1)
         self.crop = (int(crop[0]), int(crop[1]))
         self.scale = (float(scale[0]), float(scale[1]))

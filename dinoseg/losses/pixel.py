@@ -29,7 +29,10 @@ class CrossEntropy(nn.Module):
         self.label_smoothing = label_smoothing
 
     def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss and its parts; a batch without a labelled pixel gives 0."""
+        """Return the loss, and `weight`: the summed weights that it is a mean over.
+
+        A batch without a labelled pixel gives 0 and a weight of 0.
+        """
         height, width = batch.mask.shape[-2:]
         logits = prediction.logits((height, width)).float()
         target = batch.mask.long()
@@ -43,5 +46,4 @@ class CrossEntropy(nn.Module):
         )
         labelled = target != self.ignore_index
         weight = self.weight[target.where(labelled, 0)].where(labelled, 0).sum()
-        value = total / weight.clamp(min=torch.finfo(torch.float32).tiny)
-        return value, {"loss": value.detach()}
+        return total / weight.clamp(min=torch.finfo(torch.float32).tiny), {"weight": weight}

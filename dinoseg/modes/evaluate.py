@@ -13,7 +13,7 @@ from dinoseg.images import write_png
 from dinoseg.report.confusion import confusion_picture
 from dinoseg.report.overlay import compare
 from dinoseg.report.table import class_table, write_csv, write_json
-from dinoseg.resume import load_trained
+from dinoseg.resume import check_classes, load_trained
 from dinoseg.shapes import Batch, SegmentationData
 from dinoseg.training.engine import Engine
 from dinoseg.training.evaluate import evaluate
@@ -33,7 +33,13 @@ def run(cfg: DictConfig, *, out_dir: Path, split: str = "val", metrics_only: boo
     trained = load_trained(cfg)
     out_dir = Path(trained.engine.share(str(out_dir)))
     data = build.dataset(cfg, split)
+    check_classes(data, trained.info, f"resume={cfg.resume}")
     scores = score(trained.model, data, trained.engine, out_dir, metrics_only=metrics_only)
+    if trained.engine.is_main:
+        board = Path(cfg.resume).parent.parent / "tensorboard"
+        print(f"TensorBoard:  tensorboard --logdir {board}" if board.is_dir() else "TensorBoard:  none beside it")
+        print(f"checkpoint:   {cfg.resume}")
+    trained.engine.close()
     return {**scores, "run": str(out_dir)}
 
 
@@ -56,9 +62,9 @@ def score(
         write_csv(out_dir / "scores.csv", scores, data.classes)
         write_png(out_dir / "confusion.png", confusion_picture(scores["matrix"], data.classes))
         print(class_table(scores, data.classes))
-        print(
-            f"\nwritten to {out_dir}: scores.json, scores.csv, confusion.png{'' if metrics_only else ', predictions/'}"
-        )
+        print(f"\nscores:       {out_dir}/scores.json, scores.csv, confusion.png")
+        if not metrics_only:
+            print(f"pictures:     {out_dir / 'predictions'}")
     return scores
 
 

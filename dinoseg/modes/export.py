@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from safetensors.torch import save_file
 
 from dinoseg.errors import UserError
 from dinoseg.resume import load_trained
+from dinoseg.training.checkpoint import write_tensors
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -21,11 +21,9 @@ def export(cfg: DictConfig, *, out_dir: Path, dtype: str = "float32") -> dict[st
     """
     if dtype not in DTYPES:
         raise UserError(f"mode.dtype={dtype} is unknown. Choose one of {', '.join(DTYPES)}.")
-    model = load_trained(cfg).model
-    state = model.backbone.model.state_dict()  # type: ignore[union-attr]
-    if any(".lora_" in name for name in state):
-        raise UserError("This backbone holds LoRA updates: export a run of adapter=full.")
+    backbone: Any = load_trained(cfg).model.backbone
+    state = {name: value.to(DTYPES[dtype]) for name, value in backbone.export_state().items()}
     path = out_dir / "backbone.safetensors"
-    save_file({name: value.cpu().to(DTYPES[dtype]).contiguous() for name, value in state.items()}, path)
+    write_tensors(path, state, {})
     print(f"written to {path}: {len(state)} tensors, {path.stat().st_size / 1e6:.2f} MB. Use: backbone.weights={path}")
     return {"run": str(out_dir), "path": str(path)}

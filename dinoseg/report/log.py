@@ -111,16 +111,3 @@ def _open_board(folder: Path, start_step: int) -> Any:
 
 def _finite(value: float | None) -> float | None:
     return float(value) if value is not None and math.isfinite(value) else None
-
-
-class NoLog:
-    """Takes what a `RunLog` takes and writes nothing: the log of every rank but the first."""
-
-    def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Do nothing."""
-
-    def picture(self, step: int, tag: str, rgb: np.ndarray) -> None:
-        """Do nothing."""
-
-    def close(self) -> None:
-        """Do nothing."""

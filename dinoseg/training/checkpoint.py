@@ -26,6 +26,7 @@ from dinoseg.training.optim import MovingAverage
 
 FORMAT = 1
 FOLDER = "checkpoints"
+INFO = ("format", "progress", "frozen", "config", "choices", "folder", "classes", "palette", "ignore_index")
 
 
 @dataclass
@@ -53,14 +54,22 @@ class Checkpoint:
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
-    """Write a checkpoint under a temporary name, flush it to the disk, then rename it.
+    """Write a checkpoint, whole or not at all.
+
+    Raises:
+        UserError: it cannot be written; an older file of that name stays as it was.
+    """
+    write_tensors(path, tensors, {"dinoseg": json.dumps({"format": FORMAT, **info})})
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: dict[str, str]) -> None:
+    """Write a safetensors file under a temporary name, flush it to the disk, then rename it.
 
     Raises:
         UserError: it cannot be written (a full disk, no permission); an older file of that name stays as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
-    header = {"dinoseg": json.dumps({"format": FORMAT, **info})}
     try:
         save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, part, header)
         with open(part, "rb") as file:
@@ -69,8 +78,8 @@ def write(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) ->
     except (OSError, SafetensorError) as error:
         free = shutil.disk_usage(path.parent).free / 2**20
         raise UserError(
-            f"The checkpoint {path} could not be written ({error}); {free:.0f} MiB are free there. Make room and "
-            f"go on with resume={path.parent.parent}: what was saved before is untouched."
+            f"{path} could not be written ({error}); {free:.0f} MiB are free there. Make room and run it again, with "
+            f"resume= for a training run: what was saved before is untouched."
         ) from error
     finally:
         part.unlink(missing_ok=True)
@@ -105,7 +114,10 @@ def describe(path: Path) -> dict[str, Any]:
         raise UserError(f"resume={path}: not a readable checkpoint ({error}). Choose another one.") from error
     if not isinstance(info, dict):
         raise UserError(f"resume={path}: a safetensors file, but not a checkpoint of dinoseg. Choose another one.")
-    if info.get("format", 0) > FORMAT:
+    absent = [key for key in INFO if key not in info]
+    if absent or not isinstance(info["format"], int):
+        raise UserError(f"resume={path}: its description lacks {', '.join(absent) or 'a format'}. Choose another one.")
+    if info["format"] > FORMAT:
         raise UserError(
             f"resume={path}: written in format {info['format']}, and this dinoseg reads up to {FORMAT}. Update dinoseg."
         )
@@ -246,8 +258,9 @@ def _load_optimizer(optimizer: Optimizer, checkpoint: Checkpoint) -> None:
     for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
             state = {key.rpartition("/")[2]: saved[key] for key in saved if key.rpartition("/")[0] == name}
+            stays = set() if group.get("fused") else {"step"}  # a fused optimizer counts on the device
             optimizer.state[parameter] = {
-                key: value.clone() if key == "step" else value.to(parameter.device) for key, value in state.items()
+                key: value.clone() if key in stays else value.to(parameter.device) for key, value in state.items()
             }
 
 

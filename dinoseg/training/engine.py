@@ -1,7 +1,6 @@
 """Devices, precision and ranks: the only importer of accelerate."""
 
 import math
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -21,10 +20,12 @@ def choose_device(name: str = "auto") -> torch.device:
     have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return torch.device(next(kind for kind, there in have.items() if there))
-    kind = name.split(":")[0]
-    if kind not in have:
-        raise UserError(f"engine.device={name} is unknown. Choose auto, cuda, mps or cpu.")
-    if not have[kind]:
+    if name not in have:
+        raise UserError(
+            f"engine.device={name} is unknown. Choose auto, cuda, mps or cpu; which of several CUDA devices is used is "
+            f"said by CUDA_VISIBLE_DEVICES."
+        )
+    if not have[name]:
         there = ", ".join(kind for kind, there in have.items() if there)
         raise UserError(f"engine.device={name} is not available here. This machine has: {there}.")
     return torch.device(name)
@@ -33,10 +34,6 @@ def choose_device(name: str = "auto") -> torch.device:
 def has_bfloat16(device: torch.device) -> bool:
     """Return whether autocast to bfloat16 is worth it on `device`: a CUDA device that has it."""
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-class NonFiniteLoss(UserError):
-    """The loss became infinite or not a number."""
 
 
 class Engine:
@@ -104,8 +101,19 @@ class Engine:
         return self.rank == 0
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """Move a model to the device; with several ranks, gradients are averaged over them."""
+        """Move a model to the device; with several ranks, gradients are averaged over them.
+
+        On several CUDA devices, BatchNorm takes its statistics over all of them.
+        """
+        if self.world > 1 and self.device.type == "cuda":
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         return self.accelerator.prepare(model)
+
+    def align(self, model: nn.Module) -> None:
+        """Give every rank the first one's buffers (running means), as they are saved."""
+        if self.world > 1:
+            for buffer in model.buffers():
+                torch.distributed.broadcast(buffer, src=0)
 
     def seed(self, seed: int, step: int) -> None:
         """Make the random draws of a step (dropout) a function of seed, step and rank, not of what came before."""
@@ -125,24 +133,29 @@ class Engine:
             return nullcontext()
         return self.accelerator.no_sync(model)
 
-    def step(self, optimizer: Optimizer, loss: float, *, clip: float | None, where: tuple[int, Sequence[str]]) -> float:
-        """Clip, update and clear the gradients; return the gradient norm before clipping.
+    def total(self, *values: Tensor) -> list[float]:
+        """Return the sums of scalars over the ranks."""
+        return self.sum(torch.stack([value.detach().float().to(self.device) for value in values])).tolist()
 
-        Raises:
-            NonFiniteLoss: the loss or the gradient is not finite; nothing is updated.
+    def step(self, optimizer: Optimizer, *, scale: float, clip: float | None) -> float:
+        """Scale and clip the gradients, update, clear; return the gradient norm before clipping.
+
+        Where the norm is not finite, nothing is updated.
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        for parameter in parameters:
+            parameter.grad.mul_(scale)
         norm = torch.nn.utils.clip_grad_norm_(parameters, clip or float("inf")).item()
-        if not math.isfinite(loss + norm):
-            step, names = where
-            raise NonFiniteLoss(
-                f"Step {step}: the loss is {loss:g} and the gradient norm {norm:g}, so training stops before the "
-                f"update. The samples were {', '.join(names)}. The last checkpoint is untouched: lower "
-                f"optim.optimizer.lr, set trainer.clip, or look at these samples."
-            )
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        if math.isfinite(norm):
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def gather(self, values: list[Any]) -> list[Any]:
+        """Return the values of all ranks, one list after the other."""
+        from accelerate.utils import gather_object
+
+        return gather_object(values)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Return the exact sum over ranks (integers stay integers)."""

@@ -1,18 +1,20 @@
 """The training loop."""
 
 import logging
+import math
 from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dinoseg.errors import UserError
 from dinoseg.model import trained_names
-from dinoseg.report.log import NoLog, RunLog
+from dinoseg.report.log import RunLog
 from dinoseg.report.overlay import compare
 from dinoseg.shapes import Batch
 from dinoseg.training.checkpoint import Checkpoints, Progress
@@ -25,6 +27,10 @@ from dinoseg.training.progress import Meter
 logger = logging.getLogger(__name__)
 
 
+class NonFiniteLoss(UserError):
+    """The loss became infinite or not a number."""
+
+
 def fit(
     model: nn.Module,
     loss: nn.Module,
@@ -32,7 +38,7 @@ def fit(
     optimizer: Optimizer,
     engine: Engine,
     checkpoints: Checkpoints,
-    log: RunLog | NoLog,
+    log: RunLog,
     *,
     schedule: Callable[[int, int], float],
     steps: int,
@@ -73,9 +79,9 @@ def fit(
     net = engine.prepare(model)
     average = MovingAverage(tensors_of(model, trained_names(model)), ema) if ema else None
     run = checkpoints.restore(model, optimizer, average)
-    batches = feed.train_batches(start=run.step * accumulate)
+    stream = feed.train_batches(start=run.step * accumulate)
     meter = Meter(run.step, steps, engine.device, visible=engine.is_main)
-    batches = meter.waiting(batches)
+    batches = meter.waiting(stream)
     model.train()
     for step in range(run.step, steps):
         if patience is not None and run.stale > patience:
@@ -83,21 +89,22 @@ def fit(
             break
         engine.seed(feed.seed, step)
         rate = set_learning_rates(optimizer, schedule(step, steps))
-        value, names = 0.0, []
-        for number, batch in enumerate(islice(batches, accumulate), start=1):
-            batch = batch.to(engine.device)
+        sums, names = [torch.zeros((), device=engine.device)] * 2, []  # of loss times weight, of weights
+        for number, drawn in enumerate(islice(batches, accumulate), start=1):
+            batch = drawn.to(engine.device)
             with engine.accumulating(net, last=number == accumulate):
-                part, _ = loss(net(batch.image), batch)
-                engine.backward(part / accumulate)
-            value += part.item() / accumulate
+                value, parts = loss(net(batch.image), batch)
+                weight = parts.get("weight", torch.ones_like(value))
+                engine.backward(value * weight)
+            sums = [sums[0] + value.detach() * weight, sums[1] + weight]
             names += batch.names
-        norm = engine.step(optimizer, value, clip=clip, where=(step, names))
+        mean, norm = _step(engine, optimizer, sums, clip, step, names)
         if average is not None:
-            average.update()
+            average.update(step)
         run.step = step + 1
-        meter.step(len(names) * engine.world, value)
+        meter.step(len(names) * engine.world, mean)
         if _due(run.step, log_every, steps):
-            row = {"train/loss": value, "train/lr": rate, "train/gradient_norm": norm, **meter.read()}
+            row = {"train/loss": mean, "train/lr": rate, "train/gradient_norm": norm, **meter.read()}
             log.scalars(run.step, row)
         if _due(run.step, val_every, steps):
             _validate(model, loss, feed, engine, checkpoints, log, average, score)
@@ -109,13 +116,32 @@ def fit(
     return run
 
 
+def _step(
+    engine: Engine, optimizer: Optimizer, sums: list[Tensor], clip: float | None, step: int, names: list[str]
+) -> tuple[float, float]:
+    """Update with the mean over all labels of the step, however they lay in batches and ranks; return loss and norm."""
+    total, weight = engine.total(*sums)
+    mean = total / weight if weight else 0.0
+    norm = math.nan
+    if math.isfinite(mean):
+        norm = engine.step(optimizer, scale=engine.world / weight if weight else 0.0, clip=clip)
+    if not math.isfinite(norm):
+        everywhere = engine.gather(names)
+        raise NonFiniteLoss(
+            f"Step {step}: the loss is {mean:g} and the gradient norm {norm:g}, so training stops before the update. "
+            f"The samples were {', '.join(everywhere)}. The last checkpoint is untouched: lower optim.optimizer.lr, "
+            f"set trainer.clip, or look at these samples."
+        )
+    return mean, norm
+
+
 def _validate(
     model: nn.Module,
     loss: nn.Module,
     feed: Feed,
     engine: Engine,
     checkpoints: Checkpoints,
-    log: RunLog | NoLog,
+    log: RunLog,
     average: MovingAverage | None,
     score: str,
 ) -> None:
@@ -129,6 +155,7 @@ def _validate(
             draw = partial(compare, classes=data.classes, palette=data.palette, ignore_index=data.ignore_index)
             pictures.append(draw(frame, ids[0].cpu().numpy(), mask))
 
+    engine.align(model)
     if average is not None:
         average.swap()
     scores = evaluate(model, feed.val, engine, loss=loss, on_batch=keep_first)

@@ -119,11 +119,15 @@ class MovingAverage:
         self.average = {name: value.detach().clone() for name, value in self.live.items()}
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Move the average towards the live weights by 1 - decay."""
+    def update(self, step: int) -> None:
+        """Move the average towards the live weights by 1 - min(decay, (1 + step) / (10 + step)).
+
+        The first steps count little by that bound, or the initial weights would stay in the average for long.
+        """
+        share = 1 - min(self.decay, (1 + step) / (10 + step))
         for name, value in self.live.items():
             if value.is_floating_point():
-                self.average[name].lerp_(value.detach(), 1 - self.decay)
+                self.average[name].lerp_(value.detach(), share)
             else:
                 self.average[name].copy_(value)
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from dinoseg.adapters import lora
 from dinoseg.backbones.transformers_vit import TransformersVit
 from dinoseg.errors import UserError
 from dinoseg.geometry import pad_to_multiple
@@ -89,7 +90,7 @@ def test_weights_from_a_file_and_a_folder(tmp_path, family):
     with torch.no_grad():
         for parameter in source.parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))
-    save_file(source.model.state_dict(), tmp_path / "weights.safetensors")
+    save_file(source.export_state(), tmp_path / "weights.safetensors")
     source.model.save_pretrained(tmp_path / "folder")
     images = torch.rand(1, 3, 20, 20)
     for weights in (tmp_path / "weights.safetensors", tmp_path / "folder"):
@@ -103,7 +104,7 @@ def test_weights_that_do_not_fit_are_refused_by_name(tmp_path):
         build("dinov3_vit", weights=str(tmp_path / "other.safetensors"))
     arch, patch, _ = FAMILIES["dinov3_vit"]
     TransformersVit("dinov3_vit", {**arch, "hidden_size": 48}, "random", patch).model.save_pretrained(tmp_path / "big")
-    with pytest.raises(UserError, match="Choose the backbone|do not fit"):
+    with pytest.raises(UserError, match="Choose the backbone"):
         build("dinov3_vit", weights=str(tmp_path / "big"))
 
 
@@ -113,6 +114,20 @@ def test_broken_and_missing_files_are_named(tmp_path):
         build("dinov3_vit", weights=str(tmp_path / "broken.safetensors"))
     with pytest.raises(UserError, match="nowhere.safetensors: no such file"):
         build("dinov3_vit", weights=str(tmp_path / "nowhere.safetensors"))
+
+
+def test_pickled_weights_are_not_read(tmp_path):
+    source = build("dinov3_vit")
+    source.model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(source.model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="safetensors"):
+        build("dinov3_vit", weights=str(tmp_path))
+
+
+def test_lora_updates_are_not_exported():
+    with pytest.raises(UserError, match="adapter=full"):
+        lora(build("dinov3_vit"), rank=1, alpha=1).export_state()
 
 
 def test_unreachable_hub_says_what_to_do():

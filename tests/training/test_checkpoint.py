@@ -13,6 +13,7 @@ from dinoseg.training import checkpoint
 from dinoseg.training.checkpoint import Checkpoints, find, load_weights, read, write
 from dinoseg.training.optim import MovingAverage, adamw
 
+INFO = dict.fromkeys(checkpoint.INFO[3:], {}) | {"progress": {}, "frozen": ""}
 ADAPTERS = {"frozen": frozen, "full": full, "lora": lambda backbone: lora(backbone, rank=2, alpha=2)}
 
 
@@ -38,14 +39,14 @@ def train(model, optimizer, steps=2):
 def test_save_and_restore_is_exact(model, tmp_path, adapter):
     source = model(adapter).train()
     optimizer, average = adamw(source, lr=0.01), None
-    checkpoints = Checkpoints(tmp_path, {"config": {}})
+    checkpoints = Checkpoints(tmp_path, dict(INFO))
     run = checkpoints.restore(source, optimizer, average)
     train(source, optimizer)
     run.step, run.stale = 2, 1
     checkpoints.save(source, optimizer, average)
     other = model(adapter, seed=1)
     other_optimizer = adamw(other, lr=0.01)
-    again = Checkpoints(tmp_path, {"config": {}}, start=read(tmp_path / "last.safetensors"))
+    again = Checkpoints(tmp_path, dict(INFO), start=read(tmp_path / "last.safetensors"))
     assert again.restore(other, other_optimizer, None) == run
     assert all(
         torch.equal(a, b) for a, b in zip(source.state_dict().values(), other.state_dict().values(), strict=True)
@@ -61,7 +62,7 @@ def test_save_and_restore_is_exact(model, tmp_path, adapter):
 
 def test_only_what_was_trained_is_in_the_file(model, tmp_path):
     source = model("lora")
-    checkpoints = Checkpoints(tmp_path, {})
+    checkpoints = Checkpoints(tmp_path, dict(INFO))
     checkpoints.restore(source, adamw(source, lr=1.0), None)
     checkpoints.judge(source, 0.5)
     tensors = read(tmp_path / "best.safetensors").tensors
@@ -71,7 +72,7 @@ def test_only_what_was_trained_is_in_the_file(model, tmp_path):
 
 def test_best_moves_only_when_beaten(model, tmp_path):
     source = model("frozen")
-    checkpoints = Checkpoints(tmp_path, {})
+    checkpoints = Checkpoints(tmp_path, dict(INFO))
     run = checkpoints.restore(source, adamw(source, lr=1.0), None)
     for step, score in enumerate([0.3, 0.5, 0.5, 0.4, 0.6], start=1):
         run.step = step
@@ -90,21 +91,21 @@ def test_moving_average_is_kept(model, tmp_path):
     source = model("frozen")
     optimizer = adamw(source, lr=0.1)
     average = MovingAverage([("w", source.head.classify.weight)], 0.9)
-    checkpoints = Checkpoints(tmp_path, {})
+    checkpoints = Checkpoints(tmp_path, dict(INFO))
     checkpoints.restore(source, optimizer, average)
     train(source.train(), optimizer)
-    average.update()
+    average.update(step=1)
     checkpoints.save(source, optimizer, average)
     other = model("frozen")
     fresh = MovingAverage([("w", other.head.classify.weight)], 0.9)
-    again = Checkpoints(tmp_path, {}, start=read(tmp_path / "last.safetensors"))
+    again = Checkpoints(tmp_path, dict(INFO), start=read(tmp_path / "last.safetensors"))
     again.restore(other, adamw(other, lr=0.1), fresh)
     assert torch.equal(fresh.average["w"], average.average["w"])
 
 
 def test_another_architecture_is_refused_by_tensor(model, tmp_path):
     source = model("lora")
-    checkpoints = Checkpoints(tmp_path, {})
+    checkpoints = Checkpoints(tmp_path, dict(INFO))
     checkpoints.restore(source, adamw(source, lr=1.0), None)
     checkpoints.judge(source, 0.5)
     best = read(tmp_path / "best.safetensors")
@@ -116,7 +117,7 @@ def test_another_architecture_is_refused_by_tensor(model, tmp_path):
 
 def test_other_frozen_weights_are_refused(model, tmp_path):
     source = model("lora")
-    checkpoints = Checkpoints(tmp_path, {})
+    checkpoints = Checkpoints(tmp_path, dict(INFO))
     checkpoints.restore(source, adamw(source, lr=1.0), None)
     checkpoints.judge(source, 0.5)
     other = model("lora")
@@ -128,18 +129,18 @@ def test_other_frozen_weights_are_refused(model, tmp_path):
 
 def test_training_cannot_go_on_from_best(model, tmp_path):
     source = model("frozen")
-    checkpoints = Checkpoints(tmp_path, {})
+    checkpoints = Checkpoints(tmp_path, dict(INFO))
     checkpoints.restore(source, adamw(source, lr=1.0), None)
     checkpoints.judge(source, 0.5)
     start = read(tmp_path / "best.safetensors")
     with pytest.raises(UserError, match="holds no optimizer state.*Resume from last.safetensors"):
-        Checkpoints(tmp_path, {}, start=start).restore(source, adamw(source, lr=1.0), None)
+        Checkpoints(tmp_path, dict(INFO), start=start).restore(source, adamw(source, lr=1.0), None)
 
 
 def test_find_takes_run_folders_checkpoint_folders_and_files(tmp_path):
     folder = tmp_path / "run" / checkpoint.FOLDER
     for name in ("last", "best"):
-        write(folder / f"{name}.safetensors", {"x": torch.zeros(1)}, {})
+        write(folder / f"{name}.safetensors", {"x": torch.zeros(1)}, INFO)
     assert find(tmp_path / "run", "best") == folder / "best.safetensors"
     assert find(folder, "last") == folder / "last.safetensors"
     assert find(folder / "last.safetensors", "best") == folder / "last.safetensors"
@@ -152,8 +153,9 @@ def test_find_takes_run_folders_checkpoint_folders_and_files(tmp_path):
 def test_files_that_are_no_checkpoint(tmp_path):
     (tmp_path / "text").write_text("hello")
     save_file({"x": torch.zeros(1)}, tmp_path / "foreign")
-    save_file({"x": torch.zeros(1)}, tmp_path / "newer", {"dinoseg": json.dumps({"format": 99})})
-    write(tmp_path / "whole", {"x": torch.zeros(1000)}, {})
+    save_file({"x": torch.zeros(1)}, tmp_path / "newer", {"dinoseg": json.dumps({**INFO, "format": 99})})
+    write(tmp_path / "whole", {"x": torch.zeros(1000)}, INFO)
+    write(tmp_path / "bare", {"x": torch.zeros(1)}, {})
     (tmp_path / "cut").write_bytes((tmp_path / "whole").read_bytes()[:-100])
     torch.save(nn.Linear(1, 1), tmp_path / "pickle")
     for name, message in (
@@ -162,6 +164,7 @@ def test_files_that_are_no_checkpoint(tmp_path):
         ("cut", "not a readable checkpoint"),
         ("foreign", "not a checkpoint of dinoseg"),
         ("newer", "format 99.*Update dinoseg"),
+        ("bare", "its description lacks progress, frozen, config"),
         ("absent", "no such file"),
     ):
         with pytest.raises(UserError, match=message):

@@ -11,7 +11,8 @@ from dinoseg.errors import UserError
 from dinoseg.heads.linear import LinearHead
 from dinoseg.losses.pixel import CrossEntropy
 from dinoseg.model import Segmenter
-from dinoseg.report.log import NoLog
+from dinoseg.report.log import RunLog
+from dinoseg.training import checkpoint
 from dinoseg.training.checkpoint import Checkpoints, read
 from dinoseg.training.engine import Engine
 from dinoseg.training.evaluate import evaluate
@@ -42,8 +43,9 @@ class Stripes:
         return {"image": torch.from_numpy(image), "mask": torch.from_numpy(mask), "name": self.names[index]}
 
 
-class Rows(NoLog):
+class Rows(RunLog):
     def __init__(self):
+        super().__init__("", visible=False)
         self.rows = []
 
     def scalars(self, step, values):
@@ -62,7 +64,7 @@ def run(tiny_backbone, tmp_path):
         log, engine = Rows(), Engine("cpu", workers=0, eval_batch_size=2)
         optimizer = adamw(model, lr=options.pop("lr", 3e-3))
         settings = {"schedule": schedule(), "steps": 12, "val_every": 4, "log_every": 1, **options}
-        checkpoints = Checkpoints(tmp_path, {})
+        checkpoints = Checkpoints(tmp_path, dict.fromkeys(checkpoint.INFO[3:], {}))
         progress = fit(model, CrossEntropy(torch.ones(3)), feed, optimizer, engine, checkpoints, log, **settings)
         return SimpleNamespace(progress=progress, rows=log.rows, model=model, feed=feed, engine=engine)
 

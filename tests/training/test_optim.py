@@ -75,12 +75,22 @@ def test_moving_average_follows_its_formula_and_swaps_back():
     average = MovingAverage([("w", weight)], decay=0.9)
     with torch.no_grad():
         weight += 1
-    average.update()
+    average.update(step=1000)
     torch.testing.assert_close(average.average["w"], torch.tensor([1.1, 2.1]))
     average.swap()
     torch.testing.assert_close(weight.data, torch.tensor([1.1, 2.1]))
     average.swap()
     torch.testing.assert_close(weight.data, torch.tensor([2.0, 3.0]))
+
+
+def test_moving_average_forgets_the_initial_weights_soon():
+    weight = nn.Parameter(torch.zeros(1))
+    average = MovingAverage([("w", weight)], decay=0.999)
+    with torch.no_grad():
+        weight += 1
+    for step in range(100):
+        average.update(step)
+    assert average.average["w"].item() > 0.999
 
 
 @pytest.mark.parametrize(

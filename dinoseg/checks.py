@@ -1,0 +1,138 @@
+"""Config nodes held against what they name: keys and values that fit, and targets that a file may name."""
+
+import importlib
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
+
+from omegaconf import OmegaConf
+
+from dinoseg.errors import UserError
+
+TRUSTED = ("dinoseg", "torch.nn", "torch.optim")  # packages in which targets are looked up
+ROOMS = {  # what each group of a config from a file may name: parts of a model, nothing that acts by itself
+    "backbone": ("dinoseg.backbones",),
+    "adapter": ("dinoseg.adapters",),
+    "head": ("dinoseg.heads", "torch.nn"),
+    "loss": ("dinoseg.losses", "dinoseg.data.frequencies", "torch.nn"),
+    "data": ("dinoseg.data",),
+    "optim": ("dinoseg.training.optim", "torch.optim"),
+    "trainer": ("dinoseg.training.fit",),
+}
+_ACTING = ("prepare_sarrarp", "synthetic", "archives", "video_frames", "loader")
+ACTING = tuple(f"dinoseg.data.{name}" for name in _ACTING)  # of the data room, but they write files or start processes
+LIST = (list, tuple)
+PLAIN: dict[Any, Any] = {  # what an annotated parameter takes from a config
+    **{int: int, float: (int, float), str: str, bool: bool, NoneType: NoneType},
+    **{Sequence: LIST, Iterable: LIST, Mapping: Mapping},
+}
+
+
+def guard(node: Mapping[str, Any], where: str = "config") -> None:
+    """Refuse a config read from a file that names anything but the parts it may name.
+
+    Each `_target_` is looked up step by step in its group's `ROOMS`, and the object found must itself be a class or
+    function defined there: `dinoseg.heads.linear.torch.hub.load` starts rightly and ends elsewhere. Interpolations
+    may only point inside the config.
+
+    Raises:
+        UserError: naming the target or the interpolation.
+    """
+    plain: Any = OmegaConf.to_container(node, resolve=False) if OmegaConf.is_config(node) else node
+    for group, part in ({"": plain} if "_target_" in plain else plain).items():
+        for target, _ in targets(part):
+            _refuse_unless_named(target, ROOMS.get(group, ()), f"{where}: _target_={target} is refused in {group}.")
+    for text in _strings(plain):
+        if "${" in text and ":" in text.replace("${len:", ""):
+            raise UserError(
+                f"{where}: the interpolation {text} is refused. A config from a checkpoint may only point within it."
+            )
+
+
+def check_given(target: str, given: Mapping[str, Any]) -> None:
+    """Refuse keys that a target of ours does not take, and values that its annotations do not allow.
+
+    Raises:
+        UserError: naming the key and what the target takes.
+    """
+    found = _locate(target) if _below(target, TRUSTED) else None
+    if found is None:
+        return
+    parameters = inspect.signature(found).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    unknown = [key for key in given if key not in parameters]
+    if unknown and not takes_any:
+        raise UserError(
+            f"{target} does not take {', '.join(unknown)}. It takes: {', '.join(name for name in parameters)}. "
+            f"Check the key's spelling."
+        )
+    for key, value in given.items():
+        if key in parameters and not _fits(value, parameters[key].annotation):
+            wanted = inspect.formatannotation(parameters[key].annotation).replace("collections.abc.", "")
+            raise UserError(
+                f"{key}={value} is of type {type(value).__name__}, but {target} takes {wanted}. Correct the value."
+            )
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    """Return whether a value from a config can be what an annotation says; one not in `PLAIN` allows everything."""
+    if isinstance(value, Mapping) and "_target_" in value:
+        return True
+    kind = get_origin(annotation) or annotation
+    if kind in (Union, UnionType):
+        return any(_fits(value, part) for part in get_args(annotation))
+    if isinstance(value, bool) and kind in (int, float):
+        return False
+    return isinstance(value, PLAIN.get(kind, object))
+
+
+def _refuse_unless_named(target: str, rooms: Sequence[str], refused: str) -> None:
+    found = _locate(target) if _below(target, rooms) else None
+    home = getattr(found, "__module__", None) or ""
+    if not (inspect.isclass(found) or inspect.isfunction(found)) or not _below(home, rooms) or _below(home, ACTING):
+        raise UserError(
+            f"{refused} A config from a checkpoint may only name classes and functions of "
+            f"{', '.join(rooms) or 'no module there'}. Do not use this file, or rebuild the run from your own config."
+        )
+
+
+def _below(path: str, roots: Iterable[str]) -> bool:
+    return any(path == root or path.startswith(f"{root}.") for root in roots)
+
+
+def _locate(path: str) -> Any:
+    """Return the object of a dotted path, importing only below the trusted packages."""
+    parts = path.split(".")
+    found: Any = importlib.import_module(parts[0])
+    for end, part in enumerate(parts[1:], start=2):
+        if not hasattr(found, part) and inspect.ismodule(found) and _below(found.__name__, TRUSTED):
+            try:
+                importlib.import_module(".".join(parts[:end]))
+            except ImportError:
+                return None
+        found = getattr(found, part, None)
+    return found
+
+
+def targets(node: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield every `_target_` below a plain node with the keys and values beside it."""
+    if isinstance(node, Mapping):
+        if isinstance(node.get("_target_"), str):
+            yield node["_target_"], {key: value for key, value in node.items() if not str(key).startswith("_")}
+        for value in node.values():
+            yield from targets(value)
+    elif isinstance(node, list | tuple):
+        for value in node:
+            yield from targets(value)
+
+
+def _strings(node: Any) -> Iterator[str]:
+    if isinstance(node, Mapping):
+        for value in node.values():
+            yield from _strings(value)
+    elif isinstance(node, list | tuple):
+        for value in node:
+            yield from _strings(value)
+    elif isinstance(node, str):
+        yield node
