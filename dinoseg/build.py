@@ -57,7 +57,7 @@ def model(cfg: DictConfig, weights: str | None = None) -> Segmenter:
     backbone = instantiate(backbone_node)
     backbone = instantiate(cfg.adapter)(backbone)
     head = instantiate(cfg.head)(in_dim=backbone.dim, num_layers=backbone.num_layers)
-    resolution = {key: cfg.resolution[key] for key in ("scale", "longest")}
+    resolution = {"scale": cfg.resolution.scale, "longest": cfg.resolution.longest}
     check_given("dinoseg.model.Segmenter", resolution)
     return Segmenter(backbone, head, **resolution)
 

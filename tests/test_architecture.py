@@ -14,7 +14,7 @@ LEVELS = (  # a room imports its own level and those below
     ("__init__", "errors", "shapes", "geometry", "images", "report"),
     ("backbones", "heads", "losses", "metrics", "data"),
     ("model", "adapters", "inference", "training"),
-    ("config", "build", "resume"),
+    ("config", "checks", "run_folder", "build", "resume"),
     ("modes",),
     ("launch", "__main__"),
 )
@@ -22,7 +22,7 @@ LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 LEAVES = LEVELS[1]  # these never import one another, and build names none of them
 DOORS = {  # dependency to the rooms and files that may import it
     "hydra": ("config", "build", "resume", "modes", "launch", "__main__"),
-    "omegaconf": ("config", "build", "resume", "modes", "launch", "__main__"),
+    "omegaconf": ("config", "checks", "run_folder", "build", "resume", "modes", "launch", "__main__"),
     "hydra.utils": ("build",),
     "accelerate": ("training/engine",),
     "peft": ("adapters",),

@@ -12,7 +12,7 @@ from hydra.utils import get_object
 from omegaconf import OmegaConf
 from transformers import AutoConfig
 
-from dinoseg import build
+from dinoseg import checks
 from dinoseg.config import register_resolvers
 from dinoseg.errors import UserError
 from dinoseg.launch import LAUNCH_KEYS
@@ -45,7 +45,7 @@ def check_binds(path, node):
     assert bool(later) <= bool(node.get("_partial_")), f"{path} waits for {later}, but is not _partial_"
     assert {key for key in node if key.startswith("_")} <= {"_target_", "_partial_"}, path
     inspect.signature(target).bind(**dict.fromkeys(given | later))
-    build._check_given(node["_target_"], {key: node[key] for key in given})
+    checks.check_given(node["_target_"], {key: node[key] for key in given})
 
 
 def check(cfg):

@@ -93,7 +93,7 @@ def paint_jaw(rng: np.random.Generator, ball: np.ndarray, unit: float, length: f
     """Paint one slender jaw of a clasper, slotted or plain; the pair's closing side is y > 0."""
     relief = Relief(rng, length + 6, 18, unit)
     tint = vary(rng, (112, 112, 114), 0.1)
-    jaw = rod(relief.x, relief.y, (3.5, 0), (length, 1.4), (4.3, 2.9))
+    jaw = rod(relief.x, relief.y, (3.5, 0), (length, 1.6), (5.2, 3.7))
     relief.add(jaw, tint, 0.95, 2.6)
     if slotted:
         slot = rod(relief.x, relief.y, (length * 0.38, 0.4), (length * 0.85, 1.2), (1.5, 1.2))
@@ -165,7 +165,7 @@ def paint_clamp(rng: np.random.Generator, ball: np.ndarray, unit: float) -> Spri
 
 def paint_needle(rng: np.random.Generator, ball: np.ndarray, unit: float) -> tuple[Sprite, float, float]:
     """Paint a curved needle; also return its radius in units and the half angle of its arc in radians."""
-    radius, spread, thick = rng.uniform(17, 21), rng.uniform(1.15, 1.4), rng.uniform(2.0, 2.4)
+    radius, spread, thick = rng.uniform(20, 24), rng.uniform(1.2, 1.45), rng.uniform(2.7, 3.1)
     side = 2 * radius + 10
     relief = Relief(rng, side, side, unit)
     x, y = relief.x - side / 2, relief.y

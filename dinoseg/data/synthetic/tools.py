@@ -126,8 +126,8 @@ class Clamp:
 
 def _jaw(rng: np.random.Generator, ball: np.ndarray, unit: float, girth: float, holder: bool) -> Sprite:
     if holder:
-        return paint_holder_jaw(rng, ball, unit, rng.uniform(34, 40))
-    return paint_jaw(rng, ball, unit, girth * rng.uniform(1.25, 1.5), bool(rng.random() < 0.5))
+        return paint_holder_jaw(rng, ball, unit, rng.uniform(38, 44))
+    return paint_jaw(rng, ball, unit, girth * rng.uniform(1.5, 1.75), bool(rng.random() < 0.5))
 
 
 def _direction(angle: float) -> np.ndarray:
