@@ -173,6 +173,6 @@ def paint_needle(rng: np.random.Generator, ball: np.ndarray, unit: float) -> tup
     share = np.clip(turn, -spread, spread)
     girth = thick * np.clip(1.25 * (spread - share) / (2 * spread) + 0.55, 0.55, 1.0)
     arc = np.hypot(x - radius * np.cos(share), y - radius * np.sin(share)) - girth
-    relief.add(arc, vary(rng, (112, 114, 120), 0.2), 0.95, thick)
+    relief.add(arc, vary(rng, (140, 146, 156), 0.2), 1.0, thick)
     sprite = relief.sprite(ball, (side / 2, 0), NEEDLE, _brushed(relief, 0.05, 4, 1.0))
     return sprite, radius, spread

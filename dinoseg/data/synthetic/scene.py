@@ -43,11 +43,11 @@ class Scene:
         self._camera = [Wander(rng, -0.07 * side, 0.07 * side, 8.0) for side in (width, height)]
         self._lens = Lens(rng, size)
         ball = metal_sphere(rng, (190, 90, 80))
-        self._right = self._robot(rng, ball, (0.70, 0.52), (1.6, rng.uniform(-0.9, 1.9)), holder=True)
-        self._left = self._robot(rng, ball, (0.30, 0.50), (-0.6, rng.uniform(-0.9, 1.9)), holder=False)
+        self._right = self._robot(rng, ball, (0.76, 0.52), (1.6, rng.uniform(-0.9, 1.9)), holder=True)
+        self._left = self._robot(rng, ball, (0.24, 0.50), (-0.6, rng.uniform(-0.9, 1.9)), holder=False)
         self._behind = self._layers_behind(rng, ball)
         self._suction = self._maybe_suction(rng, ball)
-        self._third = rng.random() < 0.3
+        self._third = rng.random() < 0.25
         if self._third:
             self._top = self._robot(
                 rng, ball, (rng.uniform(0.4, 0.6), 0.12), (rng.uniform(0.2, 0.8), -1.2), holder=False
@@ -96,7 +96,7 @@ class Scene:
         *,
         holder: bool,
     ) -> Robot:
-        span = self._span * (0.11, 0.17)
+        span = self._span * (0.09, 0.16)
         at = (np.asarray(home) + rng.uniform(-0.05, 0.05, 2)) * self._span
         reach = Reach(rng, at, np.asarray(port) * self._span, span)
         return Robot(rng, reach, ball, self._unit, holder=holder)

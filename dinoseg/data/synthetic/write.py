@@ -45,9 +45,9 @@ class Video:
 def render_dataset(
     root: Path,
     *,
-    train_videos: int = 24,
-    test_videos: int = 8,
-    seconds: int = 8,
+    train_videos: int = 64,
+    test_videos: int = 2,
+    seconds: int = 4,
     size: tuple[int, int] = (192, 320),
     seed: int = 0,
     workers: int = 2,
