@@ -50,9 +50,7 @@ def instantiate(node: Any, *, without: Sequence[str] = ()) -> Any:
 
 def model(cfg: DictConfig, weights: str | None = None) -> Segmenter:
     """Return the segmenter of a config; `weights` replaces `backbone.weights`."""
-    if not isinstance(cfg.seed, int) or cfg.seed < 0:
-        raise UserError(f"seed={cfg.seed}: give a whole number that is not negative.")
-    torch.manual_seed(cfg.seed)
+    torch.manual_seed(_seed(cfg))
     backbone_node = cfg.backbone if weights is None else {**plain(cfg.backbone, resolve=True), "weights": weights}
     backbone = instantiate(backbone_node)
     backbone = instantiate(cfg.adapter)(backbone)
@@ -75,13 +73,13 @@ def dataset(cfg: DictConfig, split: str) -> SegmentationData:
 
 def feed(cfg: DictConfig, engine: Engine) -> Feed:
     """Return the batches of a config for one rank."""
-    check_given("dinoseg.training.feed.Feed", {"batch_size": cfg.data.batch_size, "seed": cfg.seed})
+    check_given("dinoseg.training.feed.Feed", {"batch_size": cfg.data.batch_size})
     return Feed(
         train=dataset(cfg, "train"),
         val=dataset(cfg, "val"),
         augment=instantiate(cfg.data.augment),
         batch_size=cfg.data.batch_size,
-        seed=cfg.seed,
+        seed=_seed(cfg),
         workers=engine.workers,
         rank=engine.rank,
         world=engine.world,
@@ -98,6 +96,12 @@ def loss(cfg: DictConfig, train: SegmentationData) -> nn.Module:
 def optimizer(cfg: DictConfig, module: nn.Module) -> Optimizer:
     """Return the optimizer of a config over a model's trainable parameters."""
     return instantiate(cfg.optim.optimizer)(module)
+
+
+def _seed(cfg: DictConfig) -> int:
+    if not isinstance(cfg.seed, int) or cfg.seed < 0:
+        raise UserError(f"seed={cfg.seed}: give a whole number that is not negative.")
+    return cfg.seed
 
 
 def _missing(error: OmegaConfBaseException) -> str:

@@ -91,9 +91,11 @@ def configure_log(folder: Path | None) -> None:
 
 
 def drop_empty(folder: Path) -> None:
-    """Remove a folder that nothing was written to."""
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
+    """Remove a run folder that nothing was written to, and the two above it if that leaves them empty."""
+    for path in (folder, *folder.parents[:2]):
+        if not path.is_dir() or any(path.iterdir()):
+            return
+        path.rmdir()
 
 
 def write_config(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> None:

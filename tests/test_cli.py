@@ -41,6 +41,13 @@ def refused(place, *arguments):
     return done.err
 
 
+@pytest.mark.parametrize("arguments", [("moed=train",), ("hparam=typo",), ("nonsense",)])
+def test_a_command_line_without_mode_is_checked_too(arguments, tmp_path):
+    done = call(tmp_path, *arguments)
+    assert done.status == 1 and arguments[0].split("=")[-1] in done.err + done.out
+    assert "Traceback" not in done.err
+
+
 @pytest.mark.parametrize("arguments", [(), ("--help",), ("mode=help",), ("mode=train", "-h"), ("hparam=demo",)])
 def test_help_is_the_overview(arguments, tmp_path):
     done = call(tmp_path, *arguments)
@@ -159,7 +166,7 @@ def test_bad_files_are_named(place):
 def test_it_trains_evaluates_and_predicts(place):
     trained = call(place, *TRAIN)
     assert trained.status == 0, trained.err
-    assert "dark" in trained.out and "written to" in trained.out
+    assert "dark" in trained.out and "scores:" in trained.out
     (run,) = place.glob("outputs/base/train_*")
     names = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
     assert {

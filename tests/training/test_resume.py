@@ -41,11 +41,13 @@ def data(tmp_path):
     return tmp_path / "data"
 
 
-def command(data, *overrides, workers=0):
+def command(data, *overrides, workers=0, lora=True):
+    adapter = ("adapter=lora", "adapter.rank=2") if lora else ()
     return [
         *(sys.executable, "-m", "dinoseg", "mode=train", "data=folder", f"data.root={data}"),
         *("data.classes=[a,b,c]", "data.batch_size=3", "resolution.crop=[24,32]", "engine=cpu"),
-        *("adapter=lora", "adapter.rank=2", "head=mlp", "loss.weights=inverse", f"engine.workers={workers}"),
+        *adapter,
+        *("head=mlp", "loss.weights=inverse", f"engine.workers={workers}"),
         *("trainer.steps=20", "trainer.val_every=8", "trainer.save_every=7", "trainer.log_every=1", "trainer.ema=0.9"),
         *("trainer.accumulate=2", "mode.metrics_only=true", *SMALL, *overrides),
     ]
@@ -166,6 +168,22 @@ def test_two_ranks_train_in_one_folder_and_resume(data, tmp_path):
     longer = run(tmp_path, *arguments, "trainer.steps=6", f"resume={runs[0]}")
     assert longer.returncode == 0, longer.stderr
     assert checkpoint.read(runs[0] / "checkpoints/last.safetensors").info["progress"]["step"] == 6
+
+
+def test_two_ranks_train_as_one(data, tmp_path):
+    """With ignored pixels and class weights, and with batches that differ in both."""
+    mask = data / "train/masks/0.png"
+    Image.fromarray(np.where(np.indices((30, 44))[1] < 30, 255, 1).astype(np.uint8)).save(mask)
+    losses = []
+    for devices in (1, 2):
+        options = ("adapter=full", "data.batch_size=4", "trainer.steps=6", "trainer.ema=null", "engine.precision=fp32")
+        where = tmp_path / str(devices)
+        where.mkdir()
+        trained = run(where, data, *options, f"engine.devices={devices}", lora=False)
+        assert trained.returncode == 0, trained.stderr
+        rows = map(json.loads, (newest(where) / "metrics.jsonl").read_text().splitlines())
+        losses.append([value for row in rows for key, value in row.items() if key in ("train/loss", "val/loss")])
+    assert len(losses[0]) == 7 and losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_a_full_disk_keeps_the_old_checkpoint(data, tmp_path):

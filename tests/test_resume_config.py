@@ -1,0 +1,120 @@
+"""What a checkpoint's config, the command line and the recipe each decide when a run goes on."""
+
+import json
+
+import pytest
+import torch
+from command_line import SMALL, call, write_data
+
+from dinoseg.errors import UserError
+from dinoseg.resume import description_of, merge
+from dinoseg.run_folder import is_locked, lock, release
+from dinoseg.training import checkpoint
+
+
+@pytest.fixture
+def where(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_data(tmp_path / "data")
+    return tmp_path
+
+
+def train(where, *arguments):
+    return call(where, "mode=train", *SMALL, *arguments)
+
+
+def runs(where):
+    return sorted((where / "outputs/base").glob("train_*"))
+
+
+def last(where, number=0):
+    return checkpoint.describe(runs(where)[number] / "checkpoints/last.safetensors")
+
+
+def test_a_run_goes_on_without_its_groups_and_keeps_them(where):
+    assert train(where, "trainer.steps=1", "head=mlp").status == 0
+    first = last(where)
+    assert call(where, "mode=train", f"resume={runs(where)[0]}", "trainer.steps=2", "engine=cpu").status == 0
+    second = last(where)
+    assert second["progress"]["step"] == 2 and second["choices"] == first["choices"]
+    assert train(where, "trainer.steps=3", "head=mlp", f"resume={runs(where)[0]}").status == 0
+    assert last(where)["progress"]["step"] == 3 and len(runs(where)) == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "same"),
+    [("trainer.steps=2", True), ("trainer.val_every=1", True), ("trainer.clip=7", False), ("seed=5", False)],
+)
+def test_auto_goes_on_only_with_the_same_recipe(where, override, same):
+    assert train(where, "trainer.steps=1").status == 0
+    assert train(where, "trainer.steps=2", override, "resume=auto").status == 0
+    assert len(runs(where)) == (1 if same else 2)
+
+
+def test_auto_does_not_go_on_with_other_data(where):
+    write_data(where / "other")
+    assert train(where, "trainer.steps=1").status == 0
+    assert train(where, "trainer.steps=1", "data.root=other", "resume=auto").status == 0
+    assert len(runs(where)) == 2
+
+
+def test_auto_passes_over_a_run_that_is_still_going(where):
+    assert train(where, "trainer.steps=1").status == 0
+    with open(runs(where)[0] / "run.log", "a") as file:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        assert is_locked(runs(where)[0])
+        busy = train(where, "trainer.steps=2", f"resume={runs(where)[0]}")
+        assert busy.status == 1 and "Another process is writing to" in busy.err
+        assert train(where, "trainer.steps=1", "resume=auto").status == 0
+    assert len(runs(where)) == 2
+
+
+def test_a_folder_locked_here_is_locked_once(tmp_path):
+    lock(tmp_path)
+    lock(tmp_path)
+    assert not is_locked(tmp_path)
+    release(tmp_path)
+    release(tmp_path)
+
+
+def test_a_checkpoint_from_elsewhere_is_not_written_beside(where):
+    assert train(where, "trainer.steps=1").status == 0
+    moved = where / "downloads/sub/last.safetensors"
+    moved.parent.mkdir(parents=True)
+    (runs(where)[0] / "checkpoints/last.safetensors").rename(moved)
+    assert train(where, "trainer.steps=2", f"resume={moved}").status == 0
+    assert [path.name for path in (where / "downloads").iterdir()] == ["sub"]
+    assert len(runs(where)) == 2
+
+
+def test_classes_in_another_order_are_refused(where):
+    assert train(where, "trainer.steps=1").status == 0
+    run = runs(where)[0]
+    classes = list(reversed(last(where)["classes"]))
+    for mode in ("mode=eval", "mode=train"):
+        swapped = call(where, mode, f"resume={run}", f"data.classes=[{','.join(classes)}]", "engine=cpu")
+        assert swapped.status == 1 and "in the same order" in swapped.err
+
+
+def test_nothing_but_model_data_and_training_comes_from_the_file(compose, tmp_path):
+    cfg = compose("mode=eval", "resume=x")
+    kept = json.loads(json.dumps(description_of(cfg)["config"]))
+    evil = {"_target_": "dinoseg.data.prepare_sarrarp.prepare", "root": str(tmp_path), "keep_archives": False}
+    info = {"config": {**kept, "mode": evil, "engine": evil}, "choices": {}, "folder": str(tmp_path)}
+    merged = merge(cfg, [], checkpoint.Checkpoint(tmp_path / "x", {}, info))
+    assert merged.mode == cfg.mode and merged.engine == cfg.engine
+    for group in ("adapter", "data", "backbone", "head"):
+        info["config"] = {**kept, group: {**kept[group], "more": evil}}
+        with pytest.raises(UserError, match=f"prepare is refused in {group}"):
+            merge(cfg, [], checkpoint.Checkpoint(tmp_path / "x", {}, info))
+
+
+def test_a_fused_optimizer_counts_its_steps_on_its_device(tmp_path):
+    model = torch.nn.Linear(2, 2, device="meta")
+    optimizer = torch.optim.AdamW([{"params": [model.weight], "names": ["weight"]}], lr=1.0)
+    optimizer.param_groups[0]["fused"] = True
+    tensors = {f"optimizer/weight/{key}": torch.ones(()) for key in ("step", "exp_avg", "exp_avg_sq")}
+    checkpoint._load_optimizer(optimizer, checkpoint.Checkpoint(tmp_path, tensors, {}))
+    assert {value.device.type for value in optimizer.state[model.weight].values()} == {"meta"}
