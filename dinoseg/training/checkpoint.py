@@ -72,6 +72,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: dict[str, s
     part = path.with_name(f".{path.name}.part")
     try:
         save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, part, header)
+        part.chmod(0o644)  # safetensors leaves it to the owner alone: a run folder is for the group to read
         with open(part, "rb") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
