@@ -44,6 +44,9 @@ def run(cfg):  # noqa: ANN001, ANN201 - hydra.main wants the bare signature
     except UserError as error:
         message = str(error)
         print(f"error: {message}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("\ninterrupted; a training run goes on from its last save with resume=auto", file=sys.stderr)
+        sys.exit(130)
     except Exception as error:
         if hydra_cfg.mode != RunMode.MULTIRUN:
             raise

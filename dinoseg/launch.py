@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dinoseg.config import plain, register_resolvers
 from dinoseg.errors import UserError
-from dinoseg.run_folder import claim, configure_log, drop_empty, lock, release, write_config
+from dinoseg.run_folder import claim, configure_log, drop_bare, drop_empty, lock, release, write_config
 
 LAUNCH_KEYS = ("devices", "resume_from", "keeps_folder")  # of a mode: read here; the rest are its function's
 
@@ -40,6 +40,9 @@ def launch(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> Any:
         if devices == 1 or "WORLD_SIZE" in os.environ:
             return run_mode(cfg, out_dir)
         return _spawn(cfg, out_dir, devices)
+    except UserError:
+        drop_bare(out_dir)
+        raise
     finally:
         release(out_dir)
 

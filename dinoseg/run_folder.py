@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -96,6 +97,15 @@ def drop_empty(folder: Path) -> None:
         if not path.is_dir() or any(path.iterdir()):
             return
         path.rmdir()
+
+
+def drop_bare(folder: Path) -> None:
+    """Remove the folder of a run that ended before it did anything: an empty log and its config are all there is."""
+    log = folder / LOG
+    if {path.name for path in folder.iterdir()} <= {LOG, "config"} and log.is_file() and log.stat().st_size == 0:
+        shutil.rmtree(folder / "config", ignore_errors=True)
+        log.unlink()
+        drop_empty(folder)
 
 
 def write_config(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> None:

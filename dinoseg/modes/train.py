@@ -14,6 +14,7 @@ from dinoseg.report.curves import draw_curves
 from dinoseg.report.log import RunLog, read_rows
 from dinoseg.report.table import write_json
 from dinoseg.resume import check_classes, description
+from dinoseg.shapes import SegmentationData
 from dinoseg.training import checkpoint
 
 logger = logging.getLogger(__name__)
@@ -43,12 +44,17 @@ def train(cfg: DictConfig, *, out_dir: Path, metrics_only: bool = False) -> dict
         write_json(out_dir / "split.json", split_table({"train": feed.train, "val": feed.val}))
     logger.info("%d training and %d validation images; run folder %s", len(feed.train), len(feed.val), out_dir)
     first_step = start.info["progress"]["step"] if start else 0
+    if start is not None:
+        logger.info("going on with %s at step %d of %d", start.path, first_step, cfg.trainer.steps)
+    _warn_if_binary(feed.train)
     with RunLog(out_dir, start_step=first_step, visible=engine.is_main) as log:
         run = build.instantiate(cfg.trainer)(
             model, loss, feed, optimizer, engine, checkpoints, log, schedule=build.instantiate(cfg.optim.schedule)
         )
+    if first_step >= cfg.trainer.steps:
+        logger.warning("This run had already done %d steps: give more trainer.steps to train on.", first_step)
     if run.best is None:
-        raise UserError(f"trainer.steps={cfg.trainer.steps}: this run has already done {run.step}. Give more steps.")
+        raise UserError(f"trainer.steps={cfg.trainer.steps}: this run has done {run.step}, and was never validated.")
     if engine.is_main:
         draw_curves(read_rows(out_dir / "metrics.jsonl"), out_dir)
     best = checkpoint.find(out_dir, "best")
@@ -60,3 +66,16 @@ def train(cfg: DictConfig, *, out_dir: Path, metrics_only: bool = False) -> dict
         print(f"checkpoint:   {best} (step {run.best_step})")
     engine.close()
     return {**scores, "best_step": run.best_step, "run": str(out_dir)}
+
+
+def _warn_if_binary(data: SegmentationData) -> None:
+    """Say so where some masks look like 0 and 255 for two classes: read as ids, 255 would mean ignore."""
+    some = range(0, len(data), max(1, len(data) // 8))
+    found = set().union(*(data[index]["mask"].unique().tolist() for index in some))
+    if len(data.classes) > 1 and found == {0, data.ignore_index}:
+        logger.warning(
+            "%d training masks hold only 0 and %d, which is ignored: there is nothing to learn in them. If they mean "
+            "background and object, set data.source.masks.format=binary.",
+            len(some),
+            data.ignore_index,
+        )

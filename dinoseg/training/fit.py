@@ -3,9 +3,9 @@
 import logging
 import math
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dinoseg.errors import UserError
+from dinoseg.metrics.confusion import ConfusionMatrix
 from dinoseg.model import trained_names
 from dinoseg.report.log import RunLog
 from dinoseg.report.overlay import compare
@@ -76,42 +77,46 @@ def fit(
         NonFiniteLoss: naming the step and the samples.
     """
     _check_lengths(steps=steps, val_every=val_every, save_every=save_every, log_every=log_every, accumulate=accumulate)
+    _check_score(score, len(feed.val.classes))
     net = engine.prepare(model)
     average = MovingAverage(tensors_of(model, trained_names(model)), ema) if ema else None
     run = checkpoints.restore(model, optimizer, average)
     stream = feed.train_batches(start=run.step * accumulate)
-    meter = Meter(run.step, steps, engine.device, visible=engine.is_main)
-    batches = meter.waiting(stream)
     model.train()
-    for step in range(run.step, steps):
-        if patience is not None and run.stale > patience:
-            logger.info("No better score in %d validations: stopped at step %d.", run.stale, step)
-            break
-        engine.seed(feed.seed, step)
-        rate = set_learning_rates(optimizer, schedule(step, steps))
-        sums, names = [torch.zeros((), device=engine.device)] * 2, []  # of loss times weight, of weights
-        for number, drawn in enumerate(islice(batches, accumulate), start=1):
-            batch = drawn.to(engine.device)
-            with engine.accumulating(net, last=number == accumulate):
-                value, parts = loss(net(batch.image), batch)
-                weight = parts.get("weight", torch.ones_like(value))
-                engine.backward(value * weight)
-            sums = [sums[0] + value.detach() * weight, sums[1] + weight]
-            names += batch.names
-        mean, norm = _step(engine, optimizer, sums, clip, step, names)
-        if average is not None:
-            average.update(step)
-        run.step = step + 1
-        meter.step(len(names) * engine.world, mean)
-        if _due(run.step, log_every, steps):
-            row = {"train/loss": mean, "train/lr": rate, "train/gradient_norm": norm, **meter.read()}
-            log.scalars(run.step, row)
-        if _due(run.step, val_every, steps):
-            _validate(model, loss, feed, engine, checkpoints, log, average, score)
-            meter.pause()
-        if _due(run.step, val_every, steps) or _due(run.step, save_every, steps):
-            checkpoints.save(model, optimizer, average)
-    meter.close()
+    with closing(Meter(run.step, steps, engine.device, visible=engine.is_main)) as meter:
+        batches = meter.waiting(stream)
+        for step in range(run.step, steps):
+            if patience is not None and run.stale > patience:
+                logger.info("No better score in %d validations: stopped at step %d.", run.stale, step)
+                break
+            engine.seed(feed.seed, step)
+            rate = set_learning_rates(optimizer, schedule(step, steps))
+            sums, names = [torch.zeros((), device=engine.device)] * 2, []  # of loss times weight, of weights
+            for number, drawn in enumerate(islice(batches, accumulate), start=1):
+                batch = drawn.to(engine.device)
+                with engine.accumulating(net, last=number == accumulate):
+                    value, parts = loss(net(batch.image), batch)
+                    weight = parts.get("weight", torch.ones_like(value))
+                    engine.backward(value * weight)
+                sums = [sums[0] + value.detach() * weight, sums[1] + weight]
+                names += batch.names
+            mean, norm = _step(engine, optimizer, sums, clip, step, names)
+            if average is not None:
+                average.update(step)
+            run.step = step + 1
+            meter.step(len(names) * engine.world, mean)
+            if _due(run.step, log_every, steps):
+                row = {"train/loss": mean, "train/lr": rate, "train/gradient_norm": norm, **meter.read()}
+                log.scalars(run.step, row)
+            if _due(run.step, val_every, steps):
+                try:
+                    _validate(model, loss, feed, engine, checkpoints, log, average, score)
+                except UserError:  # an unreadable validation file, say: what was trained so far stays
+                    checkpoints.save(model, optimizer, average)
+                    raise
+                meter.pause()
+            if _due(run.step, val_every, steps) or _due(run.step, save_every, steps):
+                checkpoints.save(model, optimizer, average)
     engine.wait()
     return run
 
@@ -159,7 +164,9 @@ def _validate(
     if average is not None:
         average.swap()
     scores = evaluate(model, feed.val, engine, loss=loss, on_batch=keep_first)
-    checkpoints.judge(model, _score(scores, score))
+    if scores[score] is None:
+        raise UserError(f"trainer.score={score} is undefined: the validation masks hold no labelled pixel for it.")
+    checkpoints.judge(model, scores[score])
     if average is not None:
         average.swap()
     row = {f"val/{name}": value for name, value in scores.items() if isinstance(value, float)}
@@ -176,13 +183,10 @@ def _validate(
     )
 
 
-def _score(scores: dict[str, Any], name: str) -> float:
-    if name not in scores or isinstance(scores[name], (list, dict)):
-        numbers = sorted(key for key, value in scores.items() if isinstance(value, float))
-        raise UserError(f"trainer.score={name} is not a score. Choose one of {', '.join(numbers)}.")
-    if scores[name] is None:
-        raise UserError(f"trainer.score={name} is undefined: the validation masks hold no labelled pixel for it.")
-    return scores[name]
+def _check_score(name: str, num_classes: int) -> None:
+    names = sorted(key for key, value in ConfusionMatrix(num_classes).compute().items() if value is None)
+    if name not in names:
+        raise UserError(f"trainer.score={name} is not a score. Choose one of {', '.join(names)}.")
 
 
 def _due(step: int, every: int | None, steps: int) -> bool:
