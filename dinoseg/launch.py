@@ -87,14 +87,18 @@ def _resumed(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> tuple[
     if path is None:
         print("resume=auto: no earlier run of this recipe has a checkpoint, so this is a new one.", file=sys.stderr)
         return resume.without(cfg), None
-    merged = resume.merge(cfg, overrides, checkpoint.read(path))
+    merged = resume.merge(cfg, _parsed(overrides), checkpoint.read(path))
     in_place = cfg.mode.resume_from == "last" and path.parent.name == checkpoint.FOLDER
     return merged, path.parent.parent if in_place else None
 
 
+def _parsed(overrides: Sequence[str]) -> list[Any]:
+    return OverridesParser.create().parse_overrides(list(overrides))
+
+
 def _check_added(cfg: DictConfig, overrides: Sequence[str]) -> None:
     """Refuse a `+key` that no target takes: nothing would read it, and nothing else would say so."""
-    for override in OverridesParser.create().parse_overrides(list(overrides)):
+    for override in _parsed(overrides):
         name = override.key_or_group
         nodes = [OmegaConf.select(cfg, name[:end]) for end, letter in enumerate(name) if letter == "."]
         if override.is_add() and name not in cfg.choices and not any("_target_" in node for node in nodes):

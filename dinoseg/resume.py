@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from dinoseg import __version__, build
@@ -43,8 +42,8 @@ def locate(cfg: DictConfig, out_dir: Path, prefer: str) -> Path | None:
     return None
 
 
-def merge(cfg: DictConfig, overrides: Sequence[str], found: checkpoint.Checkpoint) -> DictConfig:
-    """Return `cfg` with the model, data and training of the checkpoint, changed as the command line says.
+def merge(cfg: DictConfig, overrides: Sequence[Any], found: checkpoint.Checkpoint) -> DictConfig:
+    """Return `cfg` with the model, data and training of the checkpoint, changed by hydra's parsed `overrides`.
 
     Raises:
         UserError: the checkpoint's config is not to be trusted, or the command line names another model.
@@ -54,7 +53,7 @@ def merge(cfg: DictConfig, overrides: Sequence[str], found: checkpoint.Checkpoin
     own = {**plain(cfg), "resume": str(found.path), "choices": {**plain(cfg.choices), **found.info["choices"]}}
     merged = OmegaConf.create({**own, **kept})
     merged.data.root = _root(kept, Path(found.info["folder"]))
-    for override in OverridesParser.create().parse_overrides(list(overrides)):
+    for override in overrides:
         name, value = override.key_or_group, override.value()
         if name in CHOSEN:
             _check_choice(name, str(value), found)

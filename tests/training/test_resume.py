@@ -218,7 +218,7 @@ def test_resume_refuses_another_model(data, tmp_path):
     for override, message in (
         ("head=linear", "was trained with head=mlp"),
         ("backbone.arch.hidden_size=48", "made for another model"),
-        ("data.classes=[a,b,c,d]", "made for another model"),
+        ("data.classes=[a,b,c,d]", "in the same order"),
         ("trainer.ema=null", "Set it as it was"),
     ):
         refused = run(tmp_path, data, override, "trainer.steps=3", f"resume={folder}")
