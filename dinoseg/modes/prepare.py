@@ -26,4 +26,4 @@ def prepare(cfg: Any, *, out_dir: Path) -> None:
     (out_dir / "prepared.json").write_text(json.dumps(counts, indent=1), encoding="utf-8")
     log.info("%d videos under %s are ready.", len(counts), cfg.data.root)
     for name, numbers in counts.items():
-        log.info("%s: %s", name, ", ".join(f"{count} {what}" for what, count in numbers.items()))
+        log.info("%s: %s", name, ", ".join(f"{what} {count}" for what, count in numbers.items()))

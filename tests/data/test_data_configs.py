@@ -108,7 +108,7 @@ def test_prepare_mode(tmp_path, caplog):
         save(place / f"segmentation/{index:09d}.png", np.zeros((32, 48)))
     with caplog.at_level("INFO"):
         prepare(load("sarrarp", tmp_path / "sar", "data.prepare.workers=1"), out_dir=tmp_path)
-    assert "train1/video_01: 1 rate, 61 decoded" in caplog.text
+    assert "train1/video_01: rate 1, decoded 61" in caplog.text
     assert (tmp_path / "prepared.json").is_file() and len(list((place / "rgb").iterdir())) == 2
     with pytest.raises(UserError, match="needs no preparation"):
         prepare(load("camvid", tmp_path), out_dir=tmp_path)
