@@ -87,7 +87,7 @@ def _resumed(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> tuple[
     if path is None:
         print("resume=auto: no earlier run of this recipe has a checkpoint, so this is a new one.", file=sys.stderr)
         return resume.without(cfg), None
-    merged = resume.merge(cfg, _parsed(overrides), checkpoint.read(path))
+    merged = resume.merge(cfg, _parsed(overrides), path, checkpoint.describe(path))
     in_place = cfg.mode.resume_from == "last" and path.parent.name == checkpoint.FOLDER
     return merged, path.parent.parent if in_place else None
 

@@ -42,22 +42,28 @@ def locate(cfg: DictConfig, out_dir: Path, prefer: str) -> Path | None:
     return None
 
 
-def merge(cfg: DictConfig, overrides: Sequence[Any], found: checkpoint.Checkpoint) -> DictConfig:
-    """Return `cfg` with the model, data and training of the checkpoint, changed by hydra's parsed `overrides`.
+def merge(cfg: DictConfig, overrides: Sequence[Any], path: Path, info: Mapping[str, Any]) -> DictConfig:
+    """Return `cfg` with the model, data and training of a checkpoint, changed as the command line says.
+
+    Args:
+        cfg: what the command line composed.
+        overrides: hydra's parsed assignments of the command line.
+        path: the checkpoint file.
+        info: what it says of itself.
 
     Raises:
         UserError: the checkpoint's config is not to be trusted, or the command line names another model.
     """
-    kept = {key: found.info["config"][key] for key in KEPT}
-    guard(kept, f"resume={found.path}")
-    own = {**plain(cfg), "resume": str(found.path), "choices": {**plain(cfg.choices), **found.info["choices"]}}
+    kept = {key: info["config"][key] for key in KEPT}
+    guard(kept, f"resume={path}")
+    own = {**plain(cfg), "resume": str(path), "choices": {**plain(cfg.choices), **info["choices"]}}
     merged = OmegaConf.create({**own, **kept})
-    merged.data.root = _root(kept, Path(found.info["folder"]))
+    merged.data.root = _root(kept, Path(info["folder"]))
     for override in overrides:
         name, value = override.key_or_group, override.value()
         if name in CHOSEN:
-            _check_choice(name, str(value), found)
-            if name == "data" and value != found.info["choices"]["data"]:
+            _check_choice(name, str(value), path, info)
+            if name == "data" and value != info["choices"]["data"]:
                 merged.data, merged.choices.data = cfg.data, cfg.choices.data
         elif name.split(".")[0] in KEPT:
             OmegaConf.update(merged, name, value, force_add=override.is_add())
@@ -151,11 +157,11 @@ def _chosen(cfg: DictConfig) -> dict[str, str]:
     return {group: cfg.choices[group] for group in CHOSEN}
 
 
-def _check_choice(group: str, option: str, found: checkpoint.Checkpoint) -> None:
-    was = found.info["choices"][group]
+def _check_choice(group: str, option: str, path: Path, info: Mapping[str, Any]) -> None:
+    was = info["choices"][group]
     if group != "data" and option != was:
         raise UserError(
-            f"{group}={option}: the checkpoint {found.path} was trained with {group}={was}. Leave {group} out, or "
+            f"{group}={option}: the checkpoint {path} was trained with {group}={was}. Leave {group} out, or "
             f"start a new run without resume."
         )
 

@@ -103,12 +103,12 @@ def test_nothing_but_model_data_and_training_comes_from_the_file(compose, tmp_pa
     kept = json.loads(json.dumps(description_of(cfg)["config"]))
     evil = {"_target_": "dinoseg.data.prepare_sarrarp.prepare", "root": str(tmp_path), "keep_archives": False}
     info = {"config": {**kept, "mode": evil, "engine": evil}, "choices": {}, "folder": str(tmp_path)}
-    merged = merge(cfg, [], checkpoint.Checkpoint(tmp_path / "x", {}, info))
+    merged = merge(cfg, [], tmp_path / "x", info)
     assert merged.mode == cfg.mode and merged.engine == cfg.engine
     for group in ("adapter", "data", "backbone", "head"):
         info["config"] = {**kept, group: {**kept[group], "more": evil}}
         with pytest.raises(UserError, match=f"prepare is refused in {group}"):
-            merge(cfg, [], checkpoint.Checkpoint(tmp_path / "x", {}, info))
+            merge(cfg, [], tmp_path / "x", info)
 
 
 def test_a_fused_optimizer_counts_its_steps_on_its_device(tmp_path):
