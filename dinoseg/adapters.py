@@ -1,59 +1,262 @@
-"""How a backbone is trained: frozen, with LoRA, or whole. The only door to peft."""
+"""How a backbone is trained: frozen, with LoRA, its last blocks, or whole. The only door to peft and bitsandbytes.
 
-from collections.abc import Callable
+An adapter checks its values when it is made, before any weights are loaded; called with a backbone, it changes it in
+place and returns it.
+"""
 
+import re
+from importlib.util import find_spec
+from typing import Any
+
+import torch
 from torch import nn
 
 from dinoseg.errors import UserError
 
-TARGETS = ("attention", "all_linear")
+TARGETS = {"attention": r"\.(attention|attn)\.", "all_linear": ""}
 
 
-def frozen(backbone: nn.Module) -> nn.Module:
-    """Train nothing of the backbone: it runs in eval mode and builds no graph."""
-    return backbone.requires_grad_(False)
-
-
-def full(backbone: nn.Module) -> nn.Module:
-    """Train every weight of the backbone that its features depend on."""
-    backbone.requires_grad_(True)
-    for name, parameter in backbone.named_parameters():
-        if name.endswith("mask_token"):  # only masked pre-training reads it
-            parameter.requires_grad_(False)
-    return backbone
-
-
-def lora(backbone: nn.Module, *, rank: int, alpha: int, dropout: float = 0.0, targets: str = "attention") -> nn.Module:
-    """Freeze the backbone and add trainable low-rank updates (Hu et al., arXiv 2106.09685).
-
-    Each chosen linear layer W gets W + (alpha / rank) * B A, with A (rank, in) random and B (out, rank) zero.
+class Frozen:
+    """Train nothing of the backbone: it runs in eval mode and builds no graph.
 
     Args:
-        backbone: changed in place.
-        rank: r, at least 1.
-        alpha: scale of the update; alpha = rank gives a scale of 1.
-        dropout: probability, on the update's input, in [0, 1).
-        targets: `attention` (query, key, value and output projections) or `all_linear` (the MLP's too).
+        bits: 4 or 8 to hold the blocks' linear layers in so many bits, or None.
+        device: where the model will be; as `engine.device`.
 
     Raises:
-        UserError: rank below 1, dropout outside [0, 1), unknown targets, or targets that match nothing.
+        UserError: these bits cannot be had there.
     """
-    from peft import LoraConfig, inject_adapter_in_model
 
-    if rank < 1:
-        raise UserError(f"adapter.rank={rank}: LoRA needs a rank of at least 1; adapter=frozen trains no adapter.")
-    if not 0 <= dropout < 1:
-        raise UserError(f"adapter.dropout={dropout}: give a probability of at least 0 and below 1.")
-    if targets not in TARGETS:
-        raise UserError(f"adapter.targets={targets} is unknown. Choose one of {', '.join(TARGETS)}.")
-    names = _linear_layers(backbone, lambda name: targets == "all_linear" or ".attention." in f".{name}.")
-    if not names:
-        raise UserError(f"adapter.targets={targets} matches no linear layer of this backbone.")
-    frozen(backbone)
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, bias="none", target_modules=names)
-    inject_adapter_in_model(config, backbone)
+    def __init__(self, bits: int | None = None, device: str = "auto") -> None:
+        check_bits(bits, device)
+        self.bits = bits
+
+    def __call__(self, backbone: nn.Module) -> nn.Module:
+        """Return the backbone without a trainable parameter."""
+        backbone.requires_grad_(False)
+        if self.bits is not None:
+            quantise(backbone, self.bits)
+        return backbone
+
+
+class Full:
+    """Train every weight of the backbone that its features depend on.
+
+    Raises:
+        UserError: `bits` is not None.
+    """
+
+    def __init__(self, bits: int | None = None) -> None:
+        _refuse_bits(bits, "full")
+
+    def __call__(self, backbone: Any) -> nn.Module:
+        """Return the backbone with all that is used trainable."""
+        _refuse_half(backbone, "full")
+        for name, parameter in backbone.named_parameters():
+            parameter.requires_grad_(name not in backbone.unused)
+        return backbone
+
+
+class LastBlocks:
+    """Train the last blocks of the backbone and what comes after them; the blocks before build no graph.
+
+    Args:
+        blocks: how many, counted from the last one that is read.
+        bits: for the error only: quantised weights cannot be trained.
+
+    Raises:
+        UserError: `blocks` is below 1 or more than there are, or `bits` is not None.
+    """
+
+    def __init__(self, blocks: int, bits: int | None = None) -> None:
+        _refuse_bits(bits, "last_blocks")
+        self.blocks = blocks
+
+    def __call__(self, backbone: Any) -> nn.Module:
+        """Return the backbone with its last blocks trainable."""
+        _refuse_half(backbone, "last_blocks")
+        backbone.requires_grad_(False)
+        for block in last_blocks(backbone, self.blocks):
+            block.requires_grad_(True)
+        if getattr(backbone, "norm", None) is not None:
+            backbone.norm.requires_grad_(True)
+        return backbone
+
+
+class Lora:
+    """Freeze the backbone and add trainable low-rank updates (Hu et al., arXiv 2106.09685).
+
+    Each chosen linear layer W gets W + s B A, with A (rank, in) random and B (out, rank) zero.
+
+    Args:
+        rank: r, at least 1.
+        alpha: decides the scale s = alpha / rank.
+        dropout: probability, on the update's input, in [0, 1).
+        targets: `attention` (query, key, value and output projections), `all_linear` (the MLP's too), or a regular
+            expression that is searched for in the names of the linear layers.
+        rslora: s = alpha / sqrt(rank) instead (rank-stabilised; Kalajdzievski, arXiv 2312.03732).
+        dora: train the direction so, and the magnitude of each output by itself (Liu et al., arXiv 2402.09353).
+        blocks: only in this many last blocks; those before then keep no activations. None: in all.
+        bits: 4 (NF4, double quantisation, bfloat16 compute: QLoRA, Dettmers et al., arXiv 2305.14314) or 8 to hold
+            the frozen linear layers in so many bits, or None.
+        device: where the model will be; as `engine.device`.
+
+    Raises:
+        UserError: rank below 1, dropout outside [0, 1), targets that match nothing, more blocks than there are, or
+            bits that cannot be had.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        alpha: int,
+        *,
+        dropout: float = 0.0,
+        targets: str = "attention",
+        rslora: bool = False,
+        dora: bool = False,
+        blocks: int | None = None,
+        bits: int | None = None,
+        device: str = "auto",
+    ) -> None:
+        if rank < 1:
+            raise UserError(f"adapter.rank={rank}: LoRA needs a rank of at least 1; adapter=frozen trains no adapter.")
+        if not 0 <= dropout < 1:
+            raise UserError(f"adapter.dropout={dropout}: give a probability of at least 0 and below 1.")
+        try:
+            self.pattern = re.compile(TARGETS.get(targets, targets))
+        except re.error as error:
+            raise UserError(
+                f"adapter.targets={targets} is neither {' nor '.join(TARGETS)} nor a regular expression ({error})."
+            ) from None
+        check_bits(bits, device)
+        self.bits, self.blocks, self.targets = bits, blocks, targets
+        self.options: dict[str, Any] = {
+            "r": rank,
+            "lora_alpha": alpha,
+            "lora_dropout": dropout,
+            "use_rslora": rslora,
+            "use_dora": dora,
+        }
+
+    def __call__(self, backbone: Any) -> nn.Module:
+        """Return the backbone with LoRA in its linear layers, nothing else of it trainable."""
+        from peft import LoraConfig, inject_adapter_in_model
+
+        where = backbone.blocks if self.blocks is None else last_blocks(backbone, self.blocks)
+        inside = {part for block in where for part in block.modules()}
+        linear = [name for name, part in backbone.named_modules() if isinstance(part, nn.Linear) and part in inside]
+        names = [name for name in linear if self.pattern.search(f".{name}.")]
+        if not names:
+            kinds = sorted({name.rpartition(".")[2] for name in linear})
+            raise UserError(
+                f"adapter.targets={self.targets} matches no linear layer of this backbone. Choose "
+                f"{', '.join(TARGETS)} or an expression that finds one of its layers: {', '.join(kinds)}."
+            )
+        backbone.requires_grad_(False)
+        if self.bits is not None:
+            quantise(backbone, self.bits)
+        config: Any = LoraConfig(bias="none", target_modules=names, **self.options)
+        inject_adapter_in_model(config, backbone)
+        return backbone
+
+
+def last_blocks(backbone: Any, count: int) -> list[nn.Module]:
+    """Return the last `count` blocks of those that are read.
+
+    Raises:
+        UserError: below 1, or more than there are.
+    """
+    blocks = list(backbone.blocks)
+    if not 1 <= count <= len(blocks):
+        raise UserError(f"adapter.blocks={count}: this backbone reads {len(blocks)} blocks; give 1 to {len(blocks)}.")
+    return blocks[-count:]
+
+
+def merge(backbone: nn.Module) -> nn.Module:
+    """Add the LoRA updates to the weights they update, and take them away as modules."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, part in list(backbone.named_modules()):
+        if isinstance(part, LoraLayer):
+            part.merge()
+            parent, _, child = name.rpartition(".")
+            setattr(backbone.get_submodule(parent), child, part.get_base_layer())
     return backbone
 
 
-def _linear_layers(module: nn.Module, wanted: Callable[[str], bool]) -> list[str]:
-    return [name for name, part in module.named_modules() if isinstance(part, nn.Linear) and wanted(name)]
+def check_bits(bits: int | None, device: str) -> None:
+    """Refuse a number of bits that cannot be had.
+
+    Raises:
+        UserError: neither 4 nor 8, bitsandbytes is not installed, or it cannot work on this device.
+    """
+    if bits is None:
+        return
+    if bits not in (4, 8):
+        raise UserError(f"adapter.bits={bits}: give 4, 8, or null for none.")
+    if find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"adapter.bits={bits} needs bitsandbytes, which is not installed: pip install 'dinoseg[quantised]', or "
+            f"choose adapter=lora."
+        )
+    mps = device == "auto" and not torch.cuda.is_available() and torch.backends.mps.is_available()
+    if mps or device.split(":")[0] not in ("auto", "cpu", "cuda"):
+        raise UserError(
+            f"adapter.bits={bits}: bitsandbytes does not work on the device {'mps' if mps else device}, only on cuda "
+            f"and cpu. Choose adapter=lora, or engine.device=cpu."
+        )
+
+
+def quantise(backbone: Any, bits: int) -> None:
+    """Replace the linear layers of the blocks by frozen ones of 4 or 8 bits; they shrink when they go to the device.
+
+    Raises:
+        UserError: 8 bits for a pyramid.
+    """
+    if bits == 8 and getattr(backbone, "is_pyramid", False):
+        raise UserError(
+            "adapter.bits=8: bitsandbytes multiplies rows of tokens in 8 bits, and the layers of a pyramid take maps. "
+            "Choose adapter.bits=4, adapter=lora_all, or a vision transformer."
+        )
+    for block in backbone.blocks:
+        for name, part in list(block.named_modules()):
+            if isinstance(part, nn.Linear):
+                parent, _, child = name.rpartition(".")
+                setattr(block.get_submodule(parent), child, _quantised(part, bits))
+
+
+def _quantised(linear: nn.Linear, bits: int) -> nn.Module:
+    import bitsandbytes as bnb
+
+    size, bias = (linear.in_features, linear.out_features), linear.bias is not None
+    new: Any
+    if bits == 4:
+        new = bnb.nn.Linear4bit(
+            *size, bias, compute_dtype=torch.bfloat16, compress_statistics=True, quant_type="nf4", device="meta"
+        )
+        new.support_avx512bf16_for_cpu = False  # its packed format knows no widths but multiples of 32, and no training
+        new.weight = bnb.nn.Params4bit(
+            linear.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4"
+        )
+    else:
+        new = bnb.nn.Linear8bitLt(*size, bias, has_fp16_weights=False, device="meta")
+        new.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
+    new.bias = linear.bias
+    return new
+
+
+def _refuse_half(backbone: nn.Module, name: str) -> None:
+    if any(parameter.dtype != torch.float32 for parameter in backbone.parameters()):
+        raise UserError(
+            f"adapter={name} with backbone.dtype=bfloat16: small updates would be rounded away. Set backbone.dtype="
+            f"float32 (engine.precision=bf16 computes in bfloat16 all the same), or choose adapter=lora."
+        )
+
+
+def _refuse_bits(bits: int | None, name: str) -> None:
+    if bits is not None:
+        raise UserError(
+            f"adapter={name} with adapter.bits={bits}: quantised weights cannot be trained. adapter=qlora trains LoRA "
+            f"on 4-bit weights, adapter=lora_8bit on 8-bit ones; or leave adapter.bits out."
+        )

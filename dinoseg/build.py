@@ -1,7 +1,7 @@
 """Config to objects: the only caller of hydra's instantiate."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dinoseg.checks import check_given, targets
-from dinoseg.config import plain
 from dinoseg.errors import UserError
 from dinoseg.model import Segmenter
 from dinoseg.shapes import SegmentationData
@@ -23,23 +22,25 @@ from dinoseg.training.feed import Feed
 SPLITS = ("train", "val", "test")
 
 
-def instantiate(node: Any, *, without: Sequence[str] = ()) -> Any:
+def instantiate(node: Any, *, without: Sequence[str] = (), instead: Mapping[str, Any] | None = None) -> Any:
     """Return what a config node describes; a `_partial_` node gives a callable that waits for the rest.
 
     Args:
         node: a config node or a dict, with `_target_`.
         without: keys beside it that are for somebody else.
+        instead: values to use in place of the node's own.
 
     Raises:
         UserError: a value is missing, or a key or its value is not one that the target takes.
     """
     try:
-        values: Any = (
-            OmegaConf.to_container(node, resolve=True, throw_on_missing=True) if OmegaConf.is_config(node) else node
-        )
+        values: Any = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
     except OmegaConfBaseException as error:
         raise UserError(_missing(error)) from None
-    values = {key: value for key, value in values.items() if key not in without}
+    values = {key: value for key, value in values.items() if key not in without} | dict(instead or {})
+    unset = next(_unset(values, node._get_full_key(None) if OmegaConf.is_config(node) else ""), None)
+    if unset:
+        raise UserError(f"{unset} is not set. Give it on the command line: {unset}=VALUE.")
     for target, given in targets(values):
         check_given(target, given)
     try:
@@ -48,13 +49,20 @@ def instantiate(node: Any, *, without: Sequence[str] = ()) -> Any:
         raise (error.__cause__ or error) from None  # what the target itself raised, not hydra's wrapping
 
 
-def model(cfg: DictConfig, weights: str | None = None) -> Segmenter:
-    """Return the segmenter of a config; `weights` replaces `backbone.weights`."""
+def model(cfg: DictConfig, *, untrained: bool = False) -> Segmenter:
+    """Return the segmenter of a config; `untrained` reads no weights.
+
+    What does not fit together is refused before any weights are read.
+    """
+    if not untrained and cfg.backbone.get("weights") != "random":
+        with torch.device("meta"):
+            model(cfg, untrained=True)
+    adapter = instantiate(cfg.adapter)
     torch.manual_seed(_seed(cfg))
-    backbone_node = cfg.backbone if weights is None else {**plain(cfg.backbone, resolve=True), "weights": weights}
-    backbone = instantiate(backbone_node)
-    backbone = instantiate(cfg.adapter)(backbone)
-    head = instantiate(cfg.head)(in_dim=backbone.dim, num_layers=backbone.num_layers)
+    backbone = adapter(instantiate(cfg.backbone, instead={"weights": "random"} if untrained else None))
+    weightless = {"weights": None} if untrained and "weights" in cfg.head else None
+    head = instantiate(cfg.head, without=("layers",), instead=weightless)
+    head = head(in_dim=backbone.dim, num_layers=backbone.num_layers)
     resolution = {"scale": cfg.resolution.scale, "longest": cfg.resolution.longest}
     check_given("dinoseg.model.Segmenter", resolution)
     return Segmenter(backbone, head, **resolution)
@@ -102,6 +110,15 @@ def _seed(cfg: DictConfig) -> int:
     if not isinstance(cfg.seed, int) or cfg.seed < 0:
         raise UserError(f"seed={cfg.seed}: give a whole number that is not negative.")
     return cfg.seed
+
+
+def _unset(values: Any, where: str) -> Iterator[str]:
+    """Yield the whole names of the values that still stand as `???`."""
+    if values == "???":
+        yield where
+    items = values.items() if isinstance(values, Mapping) else enumerate(values) if isinstance(values, list) else ()
+    for key, value in items:
+        yield from _unset(value, f"{where}.{key}".lstrip("."))
 
 
 def _missing(error: OmegaConfBaseException) -> str:

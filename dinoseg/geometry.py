@@ -1,5 +1,8 @@
 """Padding to the patch multiple and back, without stretching: the one place where grids meet pixels."""
 
+import math
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,6 +18,21 @@ def valid_share(size: tuple[int, int], multiple: int) -> tuple[float, float]:
     """Return the share of the padded height and width that an image of `size` (H, W) covers, in (0, 1]."""
     height, width = size
     return height / (height + -height % multiple), width / (width + -width % multiple)
+
+
+def concatenate(features: Sequence[Tensor]) -> Tensor:
+    """Concatenate maps (B, C, h, w) on their channels, each on the grid of the finest (bilinear)."""
+    grid = max((tuple(part.shape[-2:]) for part in features), key=math.prod)
+    on_grid = [
+        part if part.shape[-2:] == grid else F.interpolate(part, grid, mode="bilinear", align_corners=False)
+        for part in features
+    ]
+    return torch.cat(on_grid, dim=1)
+
+
+def widths(dim: int | Sequence[int], num_layers: int) -> list[int]:
+    """Return the width of each of `num_layers` maps; `dim` is one for all of them, or a list."""
+    return [dim] * num_layers if isinstance(dim, int) else list(dim)
 
 
 def upsample(logits: Tensor, size: tuple[int, int], valid: tuple[float, float]) -> Tensor:
@@ -38,7 +56,8 @@ def upsample(logits: Tensor, size: tuple[int, int], valid: tuple[float, float]) 
         # F.interpolate copies an axis whose length stays, whatever its scale: two small matrix products instead
         rows = _bilinear_matrix(height, grid_h, valid[0]).to(logits)  # (H, h)
         columns = _bilinear_matrix(width, grid_w, valid[1]).to(logits)  # (W, w)
-        return rows @ logits @ columns.T
+        with torch.autocast(logits.device.type, enabled=False):  # which would multiply in half precision
+            return rows @ logits @ columns.T
     resized = F.interpolate(logits, scale_factor=scale, mode="bilinear", recompute_scale_factor=False)
     return resized[..., :height, :width]
 

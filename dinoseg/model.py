@@ -1,5 +1,7 @@
 """The segmenter: a backbone and a head, what of them is trained, and how an image enters."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,6 +27,8 @@ class Segmenter(nn.Module):
             raise UserError(f"resolution.scale={scale}: give a number above 0, such as 0.5 for half resolution.")
         if longest is not None and longest < 1:
             raise UserError(f"resolution.longest={longest}: give a number of pixels, or null for no limit.")
+        if hasattr(head, "fits"):
+            head.fits(backbone)  # type: ignore[operator]
         self.backbone = backbone
         self.head = head
         self.patch_size: int = backbone.patch_size  # type: ignore[assignment]
@@ -36,15 +40,24 @@ class Segmenter(nn.Module):
         height, width = images.shape[-2:]
         pixels = self._resize(images)
         size = (pixels.shape[-2], pixels.shape[-1])
-        outputs = self.head(self.backbone(pixels))
+        head: Any = self.head
+        outputs = head.run(self.backbone, pixels) if hasattr(head, "run") else head(self.backbone(pixels))
         valid = valid_share(size, self.patch_size)
-        return Prediction(outputs, (height, width), valid, self.head.predict)  # type: ignore[arg-type]
+        return Prediction(outputs, (height, width), valid, head.predict, getattr(head, "mixture", False))
 
     def train(self, mode: bool = True) -> "Segmenter":
-        """Switch mode, but leave a backbone that is not trained in eval mode."""
+        """Switch mode, but leave every part that is not trained in eval mode: its dropout and running means rest."""
         super().train(mode)
-        self.backbone.train(mode and any(p.requires_grad for p in self.backbone.parameters()))
+        for part in self.modules():
+            parameters = list(part.parameters())
+            if parameters and not any(parameter.requires_grad for parameter in parameters):
+                part.eval()
         return self
+
+    def set_progress(self, share: float) -> None:
+        """Tell a head whose training changes with its length how much of it is done, in [0, 1)."""
+        if hasattr(self.head, "set_progress"):
+            self.head.set_progress(share)  # type: ignore[operator]
 
     def _resize(self, images: Tensor) -> Tensor:
         """Return float images in 0..1 at the resolution that the backbone sees."""
@@ -64,13 +77,27 @@ def backbone_size(size: tuple[int, int], scale: float, longest: int | None) -> t
 def trained_names(model: nn.Module) -> set[str]:
     """Return the names in the state dict that training changes: what a checkpoint has to hold.
 
-    Trainable parameters, and the buffers of modules that run in train mode (running means). A backbone
-    of random weights is held whole, since it cannot be had again.
+    Trainable parameters, and the buffers of the head and of trained parts (running means). A backbone of random weights
+    is held whole, since it cannot be had again, and so is a head whose frozen part comes from no file; but for
+    quantised weights, which the seed gives again.
     """
-    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     state = model.state_dict().keys()
-    backbone = getattr(model, "backbone", None)
-    if getattr(backbone, "weights", None) == "random":
-        return set(state)
-    parameters = {name for name, _ in model.named_parameters()}
-    return names | {name for name in state - parameters if name.startswith("head.")}
+    parameters = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    names = {name for name, trainable in parameters.items() if trainable}
+    names |= {name for name in state if name.startswith("head.") and name not in parameters}
+    for where, part in model.named_modules():
+        if any(parameter.requires_grad for parameter in part.parameters(recurse=False)):
+            names |= {f"{where}.{name}" for name, _ in part.named_buffers(recurse=False)} & state
+    for part in ("backbone", "head"):
+        if getattr(getattr(model, part, None), "weights", None) in (None, "random"):
+            names |= {name for name in state if name.startswith(f"{part}.")}
+    return names - quantised_names(model)
+
+
+def quantised_names(model: nn.Module) -> set[str]:
+    """Return the names in the state dict of quantised weights and their scales."""
+    names = set()
+    for where, part in model.named_modules():
+        if type(part).__module__.startswith("bitsandbytes."):
+            names |= {f"{where}.{name}" for name in part.state_dict() if name != "bias"}
+    return names

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from dinoseg import __version__, build
 from dinoseg.checks import guard
 from dinoseg.config import plain
+from dinoseg.data.labels import Labels
 from dinoseg.errors import UserError
 from dinoseg.model import Segmenter
 from dinoseg.run_folder import is_locked
@@ -99,18 +100,35 @@ class Trained:
 def load_trained(cfg: DictConfig) -> Trained:
     """Return the model that `resume` names, in eval mode; `cfg` is already merged with its checkpoint.
 
+    Without `resume`, a head that comes trained from a file is used as it is, with the classes of the data set.
+
     Raises:
-        UserError: `resume` is not given, or the checkpoint does not fit.
+        UserError: there is neither, or the checkpoint does not fit.
     """
-    if cfg.resume is None:
-        raise UserError("resume is not set: this mode needs a trained model. Give resume=RUN_FOLDER or a checkpoint.")
-    found = checkpoint.read(Path(cfg.resume))
+    found = None if cfg.resume is None else checkpoint.read(Path(cfg.resume))
+    info = _released(cfg) if found is None else found.info
     engine = build.instantiate(cfg.engine)
     model = build.model(cfg)
-    checkpoint.load_weights(model, found)
-    palette = [(red, green, blue) for red, green, blue in found.info["palette"]]
-    info, on_device = found.info, model.to(engine.device).eval()
-    return Trained(on_device, engine, info["classes"], palette, info["ignore_index"], info)
+    if found is not None:
+        checkpoint.load_weights(model, found)
+    palette = [(red, green, blue) for red, green, blue in info["palette"]]
+    return Trained(model.to(engine.device).eval(), engine, info["classes"], palette, info["ignore_index"], info)
+
+
+def _released(cfg: DictConfig) -> dict[str, Any]:
+    """Return what a checkpoint would say of the classes, for a head whose weights come from a file.
+
+    Raises:
+        UserError: the head is not trained.
+    """
+    head = plain(cfg.head)
+    if head.get("weights") is None or head.get("class_layer") == "new":
+        raise UserError(
+            "resume is not set: this mode needs a trained model. Give resume=RUN_FOLDER or a checkpoint; or use a head "
+            "that was released trained, as hparam=ade20k_m2f head.weights=FILE does."
+        )
+    labels = Labels.of(cfg.data.classes, cfg.data.palette, cfg.data.ignore_index)
+    return {"classes": list(labels.classes), "palette": labels.palette, "ignore_index": labels.ignore_index}
 
 
 def description(cfg: DictConfig, data: SegmentationData) -> dict[str, Any]:

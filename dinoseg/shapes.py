@@ -7,11 +7,11 @@ B batch, T time, C channels, H W pixels, h w patch grid, K classes, Q queries, S
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypedDict
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Palette = Sequence[tuple[int, int, int]]
 
@@ -45,21 +45,39 @@ class Batch:
 
 
 @dataclass
+class MaskOutputs:
+    """What a mask-classification head predicts for an image: Q masks, and what class each is of."""
+
+    class_logits: Tensor  # (B, Q, K + 1), the last column says "no object"; (B, Q, K) for a head without it
+    mask_logits: Tensor  # (B, Q, h, w)
+    aux: list[MaskOutputs] = field(default_factory=list)  # of earlier layers, for deep supervision; empty in eval mode
+
+
+@dataclass
 class Prediction:
     """A head's outputs, and how they lie on the image: a loss or a metric chooses the size it needs.
 
     `valid` is the share of the outputs' height and width that the image covers, counted from the top
-    left; the rest is padding to the patch multiple.
+    left; the rest is padding to the patch multiple. `mixture` says that the head's scores are sums of
+    probabilities, as those of mask classification, and no logits.
     """
 
     outputs: Any
     size: tuple[int, int]  # (H, W) of the images that were given
     valid: tuple[float, float]
     to_pixels: Callable[[Any, tuple[int, int], tuple[float, float]], Tensor]
+    mixture: bool = False
+
+    def scores(self, size: tuple[int, int] | None = None) -> Tensor:
+        """Return per-pixel class scores (B, K, H, W) at `size` (default: the images' own): the highest is the class."""
+        return self.to_pixels(self.outputs, size or self.size, self.valid)
 
     def logits(self, size: tuple[int, int] | None = None) -> Tensor:
-        """Return per-pixel class scores (B, K, H, W) at `size` (default: the images' own)."""
-        return self.to_pixels(self.outputs, size or self.size, self.valid)
+        """Return `scores` as logits: their softmax over the classes is the class probability."""
+        scores = self.scores(size)
+        if not self.mixture:
+            return scores
+        return scores.float().clamp(min=torch.finfo(torch.float32).tiny).log()
 
 
 class SegmentationData(Protocol):
@@ -83,12 +101,24 @@ class Backbone(Protocol):
     """Images (B, 3, H, W), float in 0..1, to L maps (B, C, h, w) of h = ceil(H / patch_size) rows.
 
     It normalises inside (mean and std are its buffers) and pads at the bottom and on the right to the
-    patch multiple; the caller crops back.
+    patch multiple; the caller crops back. The maps of a pyramid have a width and a grid each, the coarsest
+    h x w; `dim` then lists the widths.
     """
 
-    dim: int
+    dim: int | list[int]
     patch_size: int
     num_layers: int
+    depth: int  # blocks (stages of a pyramid) in all
+    unused: Sequence[str]  # parameters that no map depends on
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """Return the blocks up to the last one that is read, in order."""
+        ...
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """Return images normalised and padded, as the blocks see them."""
+        ...
 
     def __call__(self, images: Tensor) -> list[Tensor]:
         """Return L maps."""
@@ -96,7 +126,12 @@ class Backbone(Protocol):
 
 
 class Head(Protocol):
-    """Feature maps to outputs of its own kind, and those to pixels."""
+    """Feature maps to outputs of its own kind, and those to pixels.
+
+    A head that needs more than the maps has `run(backbone, images) -> outputs` beside this, which then is called
+    instead; `fits(backbone)` to refuse one that cannot serve it; one whose scores are sums of probabilities sets
+    `mixture = True`; one whose training changes with its length has `set_progress(share)`.
+    """
 
     def __call__(self, features: list[Tensor]) -> Any:
         """Return the head's outputs."""

@@ -1,63 +1,222 @@
+import math
+from unittest.mock import patch
+
 import pytest
 import torch
+from torch import nn
 
-from dinoseg.adapters import frozen, full, lora
+from dinoseg import adapters
+from dinoseg.adapters import Frozen, Full, LastBlocks, Lora, merge
 from dinoseg.errors import UserError
+from dinoseg.model import Segmenter, quantised_names
+
+IMAGES = torch.rand(1, 3, 20, 28, generator=torch.Generator().manual_seed(1))
+
+
+class FusedVit(nn.Module):
+    """Two blocks with names as timm has them: one linear layer makes query, key and value."""
+
+    unused = ()
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        parts = [{"qkv": nn.Linear(8, 24), "proj": nn.Linear(8, 8)} for _ in range(2)]
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"attn": nn.ModuleDict(part), "mlp": nn.ModuleDict({"fc1": nn.Linear(8, 16)})})
+            for part in parts
+        )
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, tokens):
+        for block in self.blocks:
+            query, key, value = block["attn"]["qkv"](tokens).chunk(3, dim=-1)
+            tokens = tokens + block["attn"]["proj"]((query @ key.mT).softmax(-1) @ value)
+            tokens = tokens + block["mlp"]["fc1"](tokens)[..., :8]
+        return self.norm(tokens)
 
 
 def trainable(module):
     return {name for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
+def train_updates(backbone, amount=0.1):
+    """Move the updates away from zero, as training would."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in backbone.named_parameters():
+            if ".lora_" in name:
+                parameter.add_(amount * torch.randn(parameter.shape, generator=generator))
+    return backbone
+
+
 def test_frozen_trains_nothing_and_builds_no_graph(tiny_backbone):
-    backbone = frozen(tiny_backbone())
+    backbone = Frozen()(tiny_backbone())
     assert not trainable(backbone)
-    assert not backbone(torch.rand(1, 3, 16, 16))[0].requires_grad
+    assert not backbone(IMAGES)[0].requires_grad
 
 
 def test_full_trains_all_that_the_features_depend_on(tiny_backbone):
-    backbone = full(tiny_backbone())
-    backbone(torch.rand(1, 3, 16, 16))[0].square().sum().backward()
+    backbone = Full()(tiny_backbone())
+    backbone(IMAGES)[0].square().sum().backward()
     assert {name for name, p in backbone.named_parameters() if p.grad is None} == {"model.embeddings.mask_token"}
     assert "model.embeddings.mask_token" not in trainable(backbone)
 
 
-@pytest.mark.parametrize(("targets", "per_block"), [("attention", 4), ("all_linear", 6)])
+@pytest.mark.parametrize(("targets", "per_block"), [("attention", 4), ("all_linear", 6), (r"(q|v)_proj", 2)])
 def test_lora_starts_as_the_backbone_and_trains_only_its_updates(tiny_backbone, targets, per_block):
-    images = torch.rand(1, 3, 20, 28)
-    before = tiny_backbone().eval()(images)[0]
-    backbone = lora(tiny_backbone(), rank=2, alpha=2, targets=targets).eval()
-    torch.testing.assert_close(backbone(images)[0], before)
+    before = tiny_backbone().eval()(IMAGES)[0]
+    backbone = Lora(rank=2, alpha=2, targets=targets)(tiny_backbone()).eval()
+    torch.testing.assert_close(backbone(IMAGES)[0], before)
     assert len(trainable(backbone)) == 2 * 2 * per_block
     assert all(".lora_" in name for name in trainable(backbone))
 
 
 def test_lora_builds_no_graph_below_its_first_layer(tiny_backbone):
-    backbone = lora(tiny_backbone(), rank=2, alpha=2)
+    backbone = Lora(rank=2, alpha=2)(tiny_backbone())
     seen = []
     backbone.model.embeddings.register_forward_hook(lambda module, inputs, output: seen.append(output.requires_grad))
-    assert backbone(torch.rand(1, 3, 16, 16))[0].requires_grad
+    assert backbone(IMAGES)[0].requires_grad
     assert seen == [False]
 
 
-def test_lora_scale_is_alpha_over_rank(tiny_backbone):
-    backbone = lora(tiny_backbone(), rank=4, alpha=8)
-    scales = {
-        part.scaling["default"] for part in backbone.modules() if hasattr(part, "scaling") and hasattr(part, "lora_A")
+def test_lora_in_the_last_blocks_only(tiny_backbone):
+    backbone = Lora(rank=2, alpha=2, blocks=1)(tiny_backbone())
+    assert trainable(backbone) and all(".layer.1." in name for name in trainable(backbone))
+    seen = []
+    backbone.blocks[0].register_forward_hook(lambda module, inputs, output: seen.append(output.requires_grad))
+    assert backbone(IMAGES)[0].requires_grad and seen == [False]
+
+
+@pytest.mark.parametrize(
+    ("rank", "alpha", "rslora", "scale"),
+    [(4, 8, False, 2.0), (32, 32, True, math.sqrt(32)), (32, 32, False, 1.0), (9, 6, True, 2.0)],
+)
+def test_scale_of_the_update(rank, alpha, rslora, scale):
+    module, tokens = FusedVit(), torch.rand(1, 3, 8)
+    layer = train_updates(Lora(rank=rank, alpha=alpha, rslora=rslora)(module)).blocks[0]["attn"]["proj"]
+    low, high = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    by_hand = layer.base_layer(tokens) + scale * tokens @ low.T @ high.T
+    torch.testing.assert_close(layer(tokens), by_hand)
+
+
+def test_dora_trains_direction_and_magnitude():
+    module, tokens = FusedVit(), torch.rand(1, 3, 8)
+    adapted = train_updates(Lora(rank=2, alpha=2, dora=True)(module)).eval()
+    layer = adapted.blocks[0]["attn"]["qkv"]
+    magnitude = layer.lora_magnitude_vector["default"].weight
+    assert "blocks.0.attn.qkv.lora_magnitude_vector.default.weight" in trainable(adapted)
+    direction = layer.base_layer.weight + layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    weight = magnitude[:, None] * direction / direction.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(layer(tokens), tokens @ weight.T + layer.base_layer.bias)
+
+
+def test_a_fused_projection_is_adapted_too():
+    adapted = Lora(rank=2, alpha=2)(FusedVit())
+    assert {name.split(".lora_")[0] for name in trainable(adapted)} == {
+        f"blocks.{block}.attn.{part}" for block in (0, 1) for part in ("qkv", "proj")
     }
-    assert scales == {2.0}
+
+
+@pytest.mark.parametrize("options", [{}, {"dora": True}, {"rslora": True, "targets": "all_linear"}])
+def test_merged_updates_give_the_same_features_and_plain_names(tiny_backbone, options):
+    names = set(tiny_backbone().state_dict())
+    backbone = train_updates(Lora(rank=3, alpha=4, **options)(tiny_backbone())).eval()
+    expected = backbone(IMAGES)[0]
+    assert not torch.allclose(expected, tiny_backbone().eval()(IMAGES)[0], atol=1e-3)
+    merged = merge(backbone)
+    torch.testing.assert_close(merged(IMAGES)[0], expected, atol=1e-5, rtol=1e-4)
+    assert set(merged.state_dict()) == names
+
+
+def test_last_blocks_trains_them_and_the_norm_and_builds_no_graph_before(tiny_backbone):
+    backbone = LastBlocks(1)(tiny_backbone())
+    last = {name for name, _ in backbone.named_parameters() if ".layer.1." in name or name.startswith("model.norm.")}
+    assert trainable(backbone) == last
+    seen = []
+    backbone.blocks[0].register_forward_hook(lambda module, inputs, output: seen.append(output.requires_grad))
+    backbone(IMAGES)[0].square().sum().backward()
+    assert seen == [False]
+    assert {name for name, p in backbone.named_parameters() if p.grad is not None} == last
+
+
+@pytest.mark.parametrize("blocks", [0, 3, -1])
+@pytest.mark.parametrize("adapter", [LastBlocks, lambda blocks: Lora(rank=1, alpha=1, blocks=blocks)])
+def test_more_blocks_than_there_are(tiny_backbone, adapter, blocks):
+    with pytest.raises(UserError, match=f"adapter.blocks={blocks}: this backbone reads 2 blocks; give 1 to 2"):
+        adapter(blocks)(tiny_backbone())
+
+
+@pytest.mark.parametrize(("bits", "error"), [(4, 0.15), (8, 0.02)])
+@pytest.mark.parametrize("trained", [False, True])
+def test_quantised_weights_are_small_close_and_stay(tiny_backbone, bits, error, trained):
+    exact = tiny_backbone().eval()(IMAGES)[0]
+    adapter = Lora(rank=2, alpha=2, bits=bits, device="cpu") if trained else Frozen(bits=bits, device="cpu")
+    backbone = adapter(tiny_backbone()).to("cpu").eval()
+    kept = {name: value.clone() for name, value in backbone.state_dict().items() if name in quantised_names(backbone)}
+    packed = [value for value in kept.values() if value.dtype in (torch.uint8, torch.int8)]
+    assert len(packed) >= 12 and all(not parameter.requires_grad for parameter in packed)
+    features = backbone(IMAGES)[0]
+    assert (features - exact).norm() < error * exact.norm()
+    assert not torch.equal(features, exact)
+    if trained:
+        features.square().sum().backward()
+        assert {name for name, p in backbone.named_parameters() if p.grad is not None} == trainable(backbone)
+        assert trainable(backbone) and all(".lora_" in name for name in trainable(backbone))
+    for name, value in backbone.state_dict().items():
+        assert name not in kept or torch.equal(value, kept[name])
+
+
+def test_four_bits_are_nf4_with_double_quantisation_and_bfloat16_compute(tiny_backbone):
+    layer = Lora(rank=2, alpha=2, bits=4, device="cpu")(tiny_backbone()).to("cpu").blocks[0].attention.q_proj.base_layer
+    state = layer.weight.quant_state
+    assert (state.quant_type, state.nested, layer.compute_dtype) == ("nf4", True, torch.bfloat16)
+
+
+def test_checkpointing_with_lora_changes_no_gradient(tiny_backbone):
+    gradients = []
+    for checkpointing in (False, True):
+        backbone = train_updates(Lora(rank=2, alpha=2)(tiny_backbone(checkpointing=checkpointing)))
+        Segmenter(backbone, nn.Identity()).train()
+        backbone(IMAGES)[0].square().sum().backward()
+        gradients.append({name: p.grad for name, p in backbone.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() == trainable(backbone)
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
 
 
 @pytest.mark.parametrize("rank", [0, -1])
-def test_lora_rank_must_be_positive(tiny_backbone, rank):
+def test_lora_rank_must_be_positive(rank):
     with pytest.raises(UserError, match=f"adapter.rank={rank}: LoRA needs a rank of at least 1"):
-        lora(tiny_backbone(), rank=rank, alpha=1)
+        Lora(rank=rank, alpha=1)
 
 
-def test_lora_refuses_what_it_does_not_know(tiny_backbone):
-    with pytest.raises(UserError, match="adapter.targets=mlp is unknown"):
-        lora(tiny_backbone(), rank=1, alpha=1, targets="mlp")
-    with pytest.raises(UserError, match="adapter.dropout=1.0"):
-        lora(tiny_backbone(), rank=1, alpha=1, dropout=1.0)
-    with pytest.raises(UserError, match="matches no linear layer"):
-        lora(torch.nn.Conv2d(1, 1, 1), rank=1, alpha=1)
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Lora(rank=1, alpha=1, dropout=1.0), "adapter.dropout=1.0"),
+        (
+            lambda: Lora(rank=1, alpha=1, targets="(q"),
+            "adapter.targets=.q is neither attention nor all_linear nor a reg",
+        ),
+        (lambda: Lora(rank=1, alpha=1, bits=3), "adapter.bits=3: give 4, 8, or null"),
+        (lambda: Frozen(bits=4, device="mps"), "bitsandbytes does not work on the device mps.*engine.device=cpu"),
+        (lambda: Full(bits=4), "adapter=full with adapter.bits=4.*cannot be trained.*adapter=qlora"),
+        (lambda: LastBlocks(1, bits=8), "adapter=last_blocks with adapter.bits=8"),
+    ],
+)
+def test_refused_before_there_is_a_backbone(build, message):
+    with pytest.raises(UserError, match=message):
+        build()
+
+
+def test_targets_that_match_nothing_name_the_layers_there_are(tiny_backbone):
+    with pytest.raises(
+        UserError, match="adapter.targets=mixer matches no linear.*attention, all_linear.*k_proj, o_proj"
+    ):
+        Lora(rank=1, alpha=1, targets="mixer")(tiny_backbone())
+
+
+def test_bits_without_bitsandbytes():
+    with patch.object(adapters, "find_spec", return_value=None), pytest.raises(UserError, match="pip install 'dinoseg"):
+        Frozen(bits=8, device="cpu")

@@ -62,7 +62,7 @@ EVIL = [
         lambda node: node,
         lambda node: {"head": node},
         lambda node: {"data": [{"b": 1}, [{"c": {"d": node}}]]},
-        lambda node: {"adapter": {"_target_": "dinoseg.adapters.lora", "rank": node}},
+        lambda node: {"adapter": {"_target_": "dinoseg.adapters.Lora", "rank": node}},
         lambda node: OmegaConf.create({"trainer": {"b": [node]}}),
         lambda node: {"mode": node},
     ],

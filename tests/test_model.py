@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dinoseg.adapters import frozen, full, lora
+from dinoseg.adapters import Frozen, Full, Lora
 from dinoseg.errors import UserError
 from dinoseg.heads.linear import LinearHead
 from dinoseg.heads.mlp import MlpHead
@@ -43,9 +43,9 @@ def test_bytes_and_floats_give_the_same(tiny_backbone, head):
 
 
 def test_a_frozen_backbone_stays_in_eval_mode(tiny_backbone, head):
-    model = Segmenter(frozen(tiny_backbone()), head(2)).train()
+    model = Segmenter(Frozen()(tiny_backbone()), head(2)).train()
     assert not model.backbone.training and model.head.training
-    model = Segmenter(lora(tiny_backbone(), rank=1, alpha=1), head(2)).train()
+    model = Segmenter(Lora(rank=1, alpha=1)(tiny_backbone()), head(2)).train()
     assert model.backbone.training
     assert not model.eval().backbone.training
 
@@ -78,9 +78,9 @@ def test_a_checkpoint_holds_what_training_changes(tiny_backbone):
 
     head = {f"head.{name}" for name in ("norm.weight", "norm.bias", "classify.weight", "classify.bias")}
     head |= {f"head.norm.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
-    assert names(frozen, "some/hub-id") == head
-    adapted = names(lambda backbone: lora(backbone, rank=1, alpha=1), "some/hub-id")
+    assert names(Frozen(), "some/hub-id") == head
+    adapted = names(Lora(rank=1, alpha=1), "some/hub-id")
     assert head < adapted and all(".lora_" in name for name in adapted - head)
-    assert len(names(full, "some/hub-id")) > len(adapted)
-    whole = names(frozen, "random")
+    assert len(names(Full(), "some/hub-id")) > len(adapted)
+    whole = names(Frozen(), "random")
     assert "backbone.model.embeddings.cls_token" in whole

@@ -4,26 +4,46 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from dinoseg import build
+from dinoseg.adapters import merge as merge_updates
 from dinoseg.errors import UserError
+from dinoseg.model import Segmenter, trained_names
 from dinoseg.resume import load_trained
 from dinoseg.training.checkpoint import write_tensors
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def export(cfg: DictConfig, *, out_dir: Path, dtype: str = "float32") -> dict[str, Any]:
+def export(cfg: DictConfig, *, out_dir: Path, dtype: str = "float32", merge: bool = False) -> dict[str, Any]:
     """Write the backbone of the checkpoint that `resume` names to `out_dir`/backbone.safetensors.
 
+    Args:
+        cfg: the whole config, merged with the checkpoint's.
+        out_dir: the run folder.
+        dtype: of the weights in the file.
+        merge: add LoRA updates to the weights that they update; those of quantised weights to the full ones.
+
     Raises:
-        UserError: an unknown dtype, or a backbone that holds LoRA updates, which are not weights of their own.
+        UserError: an unknown dtype, or LoRA updates that are not merged: they are no weights of their own.
     """
     if dtype not in DTYPES:
         raise UserError(f"mode.dtype={dtype} is unknown. Choose one of {', '.join(DTYPES)}.")
-    backbone: Any = load_trained(cfg).model.backbone
+    model = load_trained(cfg).model
+    backbone: Any = merge_updates(_unquantised(cfg, model).backbone) if merge else model.backbone
     state = {name: value.to(DTYPES[dtype]) for name, value in backbone.export_state().items()}
     path = out_dir / "backbone.safetensors"
     write_tensors(path, state, {})
     print(f"written to {path}: {len(state)} tensors, {path.stat().st_size / 1e6:.2f} MB. Use: backbone.weights={path}")
     return {"run": str(out_dir), "path": str(path)}
+
+
+def _unquantised(cfg: DictConfig, trained: Segmenter) -> Segmenter:
+    """Return the trained model with whole weights where it holds quantised ones, which can take no updates."""
+    if cfg.adapter.bits is None:
+        return trained
+    model = build.model(OmegaConf.merge(cfg, {"adapter": {"bits": None}}))  # type: ignore[arg-type]
+    held, state = trained_names(trained), trained.state_dict()
+    model.load_state_dict({name: state[name] for name in held}, strict=False)
+    return model

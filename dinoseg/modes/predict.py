@@ -74,7 +74,7 @@ class _Job:
         with self.trained.autocast():
             prediction = self.trained.model(images.permute(0, 3, 1, 2).contiguous())
         # the indices of max are those of argmax, which takes 6 times as long on a CPU
-        return prediction.logits().max(dim=1).indices.to(torch.uint8).cpu().numpy()
+        return prediction.scores().max(dim=1).indices.to(torch.uint8).cpu().numpy()
 
 
 def _segment_all(job: _Job, paths: Sequence[Path]) -> dict[str, Any]:

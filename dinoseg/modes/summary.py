@@ -15,7 +15,7 @@ from dinoseg.report.table import write_json
 def summarise(cfg: DictConfig, *, out_dir: Path) -> dict[str, Any]:
     """Print and return total and trainable parameters of backbone, adapter, head and the whole."""
     with torch.device("meta"):
-        model = build.model(cfg, weights="random")
+        model = build.model(cfg, untrained=True)
     adapter = {name for name, _ in model.backbone.named_parameters() if ".lora_" in name}
     parts = {
         "backbone": [p for name, p in model.backbone.named_parameters() if name not in adapter],

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
+from torch import nn
 
 from dinoseg import build
 from dinoseg.data.splits import split_table
@@ -36,6 +37,7 @@ def train(cfg: DictConfig, *, out_dir: Path, metrics_only: bool = False) -> dict
         check_classes(feed.train, start.info, f"resume={start.path}")
     loss = build.loss(cfg, feed.train).to(engine.device)
     model = build.model(cfg).to(engine.device)
+    _check_pair(loss, model.head)
     optimizer = build.optimizer(cfg, model)
     checkpoints = checkpoint.Checkpoints(
         out_dir / checkpoint.FOLDER, description(cfg, feed.train), start, writes=engine.is_main
@@ -66,6 +68,14 @@ def train(cfg: DictConfig, *, out_dir: Path, metrics_only: bool = False) -> dict
         print(f"checkpoint:   {best} (step {run.best_step})")
     engine.close()
     return {**scores, "best_step": run.best_step, "run": str(out_dir)}
+
+
+def _check_pair(loss: nn.Module, head: nn.Module) -> None:
+    if getattr(loss, "needs_masks", False) and not getattr(head, "mixture", False):
+        raise UserError(
+            "loss=mask_classification needs a head that predicts masks: head=mask2former, head=mask2former_meta or "
+            "head=eomt. For other heads choose a loss on pixels, such as loss=cross_entropy or loss=ce_dice."
+        )
 
 
 def _warn_if_binary(data: SegmentationData) -> None:

@@ -45,7 +45,7 @@ def evaluate(
             prediction = model(batch.image)
         height, width = batch.mask.shape[-2:]
         ids = (
-            prediction.logits((height, width)).max(dim=1).indices.to(torch.uint8)
+            prediction.scores((height, width)).max(dim=1).indices.to(torch.uint8)
         )  # (B, H, W); argmax is 5 x slower on CPU
         counts.update(ids, batch.mask)
         if loss is not None:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from dinoseg.errors import UserError
 from dinoseg.metrics.confusion import ConfusionMatrix
-from dinoseg.model import trained_names
+from dinoseg.model import Segmenter, trained_names
 from dinoseg.report.log import RunLog
 from dinoseg.report.overlay import compare
 from dinoseg.shapes import Batch
@@ -33,7 +33,7 @@ class NonFiniteLoss(UserError):
 
 
 def fit(
-    model: nn.Module,
+    model: Segmenter,
     loss: nn.Module,
     feed: Feed,
     optimizer: Optimizer,
@@ -91,6 +91,7 @@ def fit(
                 break
             engine.seed(feed.seed, step)
             rate = set_learning_rates(optimizer, schedule(step, steps))
+            model.set_progress(step / steps)
             sums, names = [torch.zeros((), device=engine.device)] * 2, []  # of loss times weight, of weights
             for number, drawn in enumerate(islice(batches, accumulate), start=1):
                 batch = drawn.to(engine.device)

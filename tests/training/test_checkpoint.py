@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from dinoseg.adapters import frozen, full, lora
+from dinoseg.adapters import Frozen, Full, Lora
 from dinoseg.errors import UserError
 from dinoseg.heads.linear import LinearHead
 from dinoseg.model import Segmenter
@@ -14,7 +14,7 @@ from dinoseg.training.checkpoint import Checkpoints, find, load_weights, read, w
 from dinoseg.training.optim import MovingAverage, adamw
 
 INFO = dict.fromkeys(checkpoint.INFO[3:], {}) | {"progress": {}, "frozen": ""}
-ADAPTERS = {"frozen": frozen, "full": full, "lora": lambda backbone: lora(backbone, rank=2, alpha=2)}
+ADAPTERS = {"frozen": Frozen(), "full": Full(), "lora": Lora(rank=2, alpha=2)}
 
 
 @pytest.fixture

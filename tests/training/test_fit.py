@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from dinoseg.adapters import full
+from dinoseg.adapters import Full
 from dinoseg.data.transforms import Affine, Augment
 from dinoseg.errors import UserError
 from dinoseg.heads.linear import LinearHead
@@ -59,7 +59,7 @@ def run(tiny_backbone, tmp_path):
 
     def train(**options):
         torch.manual_seed(0)
-        model = Segmenter(full(tiny_backbone()), options.pop("head", None) or LinearHead(24, 1, 3))
+        model = Segmenter(Full()(tiny_backbone()), options.pop("head", None) or LinearHead(24, 1, 3))
         for parameter in model.head.parameters():
             nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(parameter.numel()))
         train_set, val_set = Stripes([(32, 40)] * 6), Stripes([(32, 40), (19, 23), (19, 23), (40, 8)])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dinoseg.adapters import full, lora
+from dinoseg.adapters import Full, Lora
 from dinoseg.errors import UserError
 from dinoseg.heads.linear import LinearHead
 from dinoseg.model import Segmenter
@@ -16,7 +16,7 @@ def rates(groups):
 
 
 def test_each_trainable_parameter_is_in_exactly_one_group(tiny_backbone):
-    model = Segmenter(full(tiny_backbone()), LinearHead(24, 1, 3))
+    model = Segmenter(Full()(tiny_backbone()), LinearHead(24, 1, 3))
     groups = parameter_groups(model, lr=1.0, weight_decay=0.1, layer_decay=0.5)
     names = [name for group in groups for name in group["names"]]
     assert sorted(names) == sorted(name for name, p in model.named_parameters() if p.requires_grad)
@@ -25,7 +25,7 @@ def test_each_trainable_parameter_is_in_exactly_one_group(tiny_backbone):
 
 
 def test_rates_and_decay_by_place(tiny_backbone):
-    model = Segmenter(full(tiny_backbone()), LinearHead(24, 1, 3))
+    model = Segmenter(Full()(tiny_backbone()), LinearHead(24, 1, 3))
     found = rates(parameter_groups(model, lr=1.0, weight_decay=0.1, backbone_lr_scale=0.2, layer_decay=0.5))
     assert found["head.classify.weight"] == (1.0, 0.1)
     assert found["head.classify.bias"] == found["head.norm.weight"] == (1.0, 0.0)
@@ -38,7 +38,7 @@ def test_rates_and_decay_by_place(tiny_backbone):
 
 
 def test_lora_matrices_are_found(tiny_backbone):
-    model = Segmenter(lora(tiny_backbone(), rank=2, alpha=2), LinearHead(24, 1, 3))
+    model = Segmenter(Lora(rank=2, alpha=2)(tiny_backbone()), LinearHead(24, 1, 3))
     found = rates(parameter_groups(model, lr=1.0, weight_decay=0.1, backbone_lr_scale=0.5))
     assert all(value == (0.5, 0.1) for name, value in found.items() if ".lora_" in name)
     assert sum(".lora_" in name for name in found) == 16
