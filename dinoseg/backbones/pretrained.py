@@ -1,7 +1,10 @@
-"""Weights of transformers' models: from the hub, a folder, a safetensors file, the package, or at random."""
+"""Weights of transformers' models: from the hub, a folder, a file, the package, or at random."""
 
+import argparse
 import re
 import tempfile
+import zipfile
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -11,18 +14,25 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dinoseg.backbones.convnext_names import convnext_names, is_meta_convnext
+from dinoseg.backbones.meta_weights import INV_FREQ, LOCAL_CLS_NORM, from_meta, is_meta, unwrap
 from dinoseg.errors import UserError
 
 PACKAGED = "dinoseg:"  # weights=dinoseg:NAME is a file that ships inside the package
+_PICKLED = (".pth", ".pt", ".bin")  # PyTorch's own format; other files are taken for safetensors
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
-def load_model(config: Any, weights: str) -> Any:
+def load_model(config: Any, weights: str, local_cls_norm: nn.Module | None = None) -> Any:
     """Return the model of a transformers configuration with its weights, in float32.
+
+    A file, safetensors or PyTorch's, may go by the hub's names or by Meta's own (`meta_weights`). A PyTorch file is
+    read as tensors only: nothing in it is run.
 
     Args:
         config: decides the architecture; weights of another one are refused.
-        weights: a hub id (`id` or `id@revision`), a local folder, a safetensors file, `dinoseg:NAME` or `random`.
+        weights: a hub id (`id` or `id@revision`), a local folder, a file, `dinoseg:NAME` or `random`.
+        local_cls_norm: takes DINOv3's norm for local crops, where a file has it; without it that norm is left out.
 
     Raises:
         UserError: the weights cannot be had or read, or do not fit.
@@ -30,16 +40,16 @@ def load_model(config: Any, weights: str) -> Any:
     from transformers import AutoModel
 
     if weights == "random":
-        return AutoModel.from_config(config)
+        return AutoModel.from_config(config, **_without_pooler(config))
     if weights.startswith(PACKAGED):
         path = Path(str(files("dinoseg"))) / "assets" / f"{weights.removeprefix(PACKAGED)}.safetensors"
     else:
         path = Path(weights).expanduser()
     if path.is_file():
-        return _from_file(config, path)
+        return _from_file(config, path, local_cls_norm)
     if path.is_dir():
         return _from_pretrained(weights, str(path), config=config)
-    if not _HUB_ID.fullmatch(weights) or path.suffix in (".safetensors", ".pth", ".pt", ".bin"):
+    if not _HUB_ID.fullmatch(weights) or path.suffix in (".safetensors", *_PICKLED):
         raise UserError(f"backbone.weights={weights}: no such file or folder. Check the path.")
     name, _, revision = weights.partition("@")
     return _from_pretrained(weights, name, config=config, revision=revision or "main")
@@ -48,28 +58,100 @@ def load_model(config: Any, weights: str) -> Any:
 def exported_state(model: Any) -> dict[str, Tensor]:
     """Return a model's weights under the names of the files on the hub, which all versions of transformers read.
 
+    DINOv3's rotation frequencies are added where they are not those of the configuration: Meta's own files hold them
+    rounded.
+
     Raises:
         UserError: the model holds LoRA updates.
     """
     if any(".lora_" in name for name in model.state_dict()):
         raise UserError(
-            "This backbone holds LoRA updates, which are no weights of their own: export a run of adapter=full."
+            "This backbone holds LoRA updates, which are no weights of their own: export with mode.merge=true."
         )
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, safe_serialization=True)
-        return {key: value for path in Path(folder).glob("*.safetensors") for key, value in load_file(path).items()}
+        state = {key: value for path in Path(folder).glob("*.safetensors") for key, value in load_file(path).items()}
+    rope = getattr(model, "rope_embeddings", None)
+    if rope is not None:
+        frequencies = rope.inv_freq.detach().float().cpu()
+        if not torch.equal(frequencies, type(rope)(model.config).inv_freq):
+            state[INV_FREQ] = frequencies.clone()
+    return state
 
 
-def _from_file(config: Any, path: Path) -> nn.Module:
-    from transformers import MODEL_MAPPING
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors or PyTorch file by name, those of a checkpoint's backbone by plain names.
 
+    Raises:
+        UserError: the file is broken, or holds anything but tensors.
+    """
+    content = unwrap(_read_pickled(path) if path.suffix in _PICKLED else _read_safetensors(path))
+    other = [name for name, value in content.items() if not isinstance(value, Tensor)]
+    if other or not content:
+        raise UserError(
+            f"backbone.weights={path}: holds {', '.join(other[:3]) or 'nothing'}, and no weights by name. Give a file "
+            f"of a backbone's weights, or a checkpoint of its pre-training with a `teacher`."
+        )
+    return content
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
-        state = load_file(path)
+        return load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(
             f"backbone.weights={path}: not a readable safetensors file ({error}). Download or export it again."
         ) from error
-    return _from_pretrained(str(path), None, model_class=MODEL_MAPPING[type(config)], config=config, state_dict=state)
+
+
+def _read_pickled(path: Path) -> Mapping[str, Any]:
+    try:
+        # DINO's full checkpoints keep their command line in a Namespace, which does nothing when it is made
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # a broken file raises whatever its bytes happen to mean
+        foreign = re.search(r"GLOBAL (\S+)", str(error))
+        if foreign:
+            raise UserError(
+                f"backbone.weights={path}: holds objects besides tensors ({foreign[1]}), and reading those could run "
+                f"code. Give a file of tensors only, as Meta publishes it or as safetensors."
+            ) from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        raise UserError(
+            f"backbone.weights={path}: not a readable PyTorch file ({reason}). Download it again."
+        ) from error
+    if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
+        raise UserError(f"backbone.weights={path}: holds no weights by name. Give a file of a backbone's weights.")
+    return content
+
+
+def _from_file(config: Any, path: Path, local_cls_norm: nn.Module | None) -> nn.Module:
+    from transformers import MODEL_MAPPING
+
+    state = _with_hub_names(read_weights(path), config, path)
+    frequencies = state.pop(INV_FREQ, None)
+    local = {name: state.pop(name) for name in list(state) if name.startswith(LOCAL_CLS_NORM)}
+    model: Any = _from_pretrained(
+        str(path), None, model_class=MODEL_MAPPING[type(config)], config=config, state_dict=state
+    )
+    if frequencies is not None:
+        model.rope_embeddings.inv_freq.copy_(frequencies)
+    if local_cls_norm is not None and local:
+        local_cls_norm.load_state_dict({name.removeprefix(LOCAL_CLS_NORM): value for name, value in local.items()})
+    return model
+
+
+def _with_hub_names(state: dict[str, Tensor], config: Any, path: Path) -> dict[str, Tensor]:
+    if is_meta(state):
+        return from_meta(state, config, str(path))
+    if not is_meta_convnext(state):
+        return state
+    if config.model_type != "dinov3_convnext":
+        raise UserError(
+            f"backbone.weights={path}: the file holds a DINOv3 ConvNeXt, the backbone is of another kind. "
+            f"Choose backbone=dinov3_convnext_tiny, _small, _base or _large."
+        )
+    return convnext_names(state)
 
 
 def _from_pretrained(weights: str, source: str | None, *, model_class: Any = None, **options: Any) -> nn.Module:
@@ -78,6 +160,7 @@ def _from_pretrained(weights: str, source: str | None, *, model_class: Any = Non
     loader: Any = model_class or AutoModel
     # no pickles; what does not fit is listed rather than raised, and refused below
     options |= {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    options |= _without_pooler(options["config"])
     try:
         model, info = loader.from_pretrained(source, dtype=torch.float32, **options)
     except OSError as error:
@@ -89,10 +172,16 @@ def _from_pretrained(weights: str, source: str | None, *, model_class: Any = Non
             f"untrained: backbone.weights=random."
         ) from error
     found = [key for kind in ("missing", "unexpected", "mismatched") for key in info.get(f"{kind}_keys", ())]
-    wrong = sorted(key if isinstance(key, str) else key[0] for key in found)
+    pooler = {f"pooler.dense.{part}" for part in ("weight", "bias") if options["config"].model_type == "vit"}
+    # a hub file of DINO may have a pooler, which no map depends on
+    wrong = sorted({key if isinstance(key, str) else key[0] for key in found} - pooler)
     if wrong:
         raise UserError(
             f"backbone.weights={weights}: {len(wrong)} tensors are missing, left over or of another shape "
             f"({', '.join(wrong[:3])}, ...). Choose the backbone that these weights were made for."
         )
     return model
+
+
+def _without_pooler(config: Any) -> dict[str, Any]:
+    return {"add_pooling_layer": False} if config.model_type == "vit" else {}

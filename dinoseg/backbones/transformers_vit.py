@@ -1,4 +1,4 @@
-"""DINOv2 and DINOv3 vision transformers, on Hugging Face transformers' models."""
+"""DINO, DINOv2 and DINOv3 vision transformers, on Hugging Face transformers' models."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,9 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dinoseg.backbones.attention import mask_queries_only
+from dinoseg.backbones.layers import resolve_layers
+from dinoseg.backbones.positions import METHODS, interpolate
 from dinoseg.backbones.pretrained import exported_state, load_model
 from dinoseg.errors import UserError
 from dinoseg.geometry import pad_to_multiple
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+FAMILIES = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")
 
 
 class TransformersVit(nn.Module):
@@ -19,17 +25,21 @@ class TransformersVit(nn.Module):
     the class and register tokens are dropped by count. Images are normalised here, then padded with zeros
     (the mean colour) at the bottom and on the right.
 
+    Learned positions (DINO, DINOv2) are resampled to the grid as Meta's code does it, see `positions.interpolate`.
     DINOv3's random rescaling of positions in training is off unless `arch` asks for it (`pos_embed_rescale`).
 
     Args:
-        family: `dinov2`, `dinov2_with_registers` or `dinov3_vit`: the transformers model type.
+        family: `vit` (DINO), `dinov2`, `dinov2_with_registers` or `dinov3_vit`: the transformers model type.
         arch: values of its configuration, so that it can be built without weights or network.
-        weights: a hub id (`id` or `id@revision`), a local folder, a safetensors file, `dinoseg:NAME` or `random`.
+        weights: a hub id (`id` or `id@revision`), a local folder, a safetensors file, a checkpoint file of Meta,
+            `dinoseg:NAME` or `random`.
         patch_size: side of a patch in pixels.
-        layers: 0-based blocks to return; negative numbers count from the last.
+        layers: 0-based blocks to return; negative numbers count from the last; `quarters` for four spread evenly.
         mean: RGB mean of the images the weights were trained on, in 0..1.
         std: RGB standard deviation of the same.
         checkpointing: recompute block activations in the backward pass: less memory, about a third more time.
+        local_cls_norm: hold the second final norm of Meta's ViT-7B, which only its pre-training reads.
+        dtype: `float32`, or `bfloat16` to hold the weights in half the memory; the maps are float32 all the same.
 
     Raises:
         UserError: unknown family, a layer out of range, or weights that cannot be had or do not fit.
@@ -44,35 +54,91 @@ class TransformersVit(nn.Module):
         arch: Mapping[str, Any],
         weights: str,
         patch_size: int,
-        layers: Sequence[int] = (-1,),
+        layers: Sequence[int] | str = (-1,),
         mean: Sequence[float] = (0.485, 0.456, 0.406),
         std: Sequence[float] = (0.229, 0.224, 0.225),
         checkpointing: bool = False,
+        local_cls_norm: bool = False,
+        dtype: str = "float32",
     ) -> None:
         super().__init__()
         config = _config(family, {**arch, "patch_size": patch_size})
-        self.layers = _resolve_layers(layers, config.num_hidden_layers)
+        if dtype not in DTYPES:
+            raise UserError(f"backbone.dtype={dtype} is unknown. Choose one of {', '.join(DTYPES)}.")
+        self.layers = resolve_layers(layers, config.num_hidden_layers)
         self.patch_size = patch_size
         self.dim = config.hidden_size
         self.depth = config.num_hidden_layers
         self.num_layers = len(self.layers)
         self.num_prefix = 1 + getattr(config, "num_register_tokens", 0)
         self.weights = weights
-        self.model = load_model(config, weights)
-        _drop_unused_blocks(self.model, self.depth, last=max(self.layers))
+        self.local_cls_norm = nn.LayerNorm(self.dim) if local_cls_norm else None
+        self.model = load_model(config, weights, self.local_cls_norm)
+        self.model.to(DTYPES[dtype])
+        mask_queries_only(self.model)
+        del self.blocks[max(self.layers) + 1 :]  # nothing reads them
         if checkpointing:
             _enable_checkpointing(self.model)
+        self.unused = [
+            name for name, _ in self.named_parameters() if name.endswith("mask_token") or "local_cls_norm" in name
+        ]
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The transformer blocks up to the last tapped one, in order."""
+        model: Any = self.model
+        if model.config.model_type == "vit":
+            return model.layers
+        return model.model.layer if model.config.model_type == "dinov3_vit" else model.encoder.layer
+
+    @property
+    def norm(self) -> nn.Module:
+        """The final LayerNorm."""
+        model: Any = self.model
+        return model.norm if hasattr(model, "norm") else model.layernorm
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """Return images normalised, and padded to the patch multiple."""
+        return pad_to_multiple((images - self.mean) / self.std, self.patch_size)
+
+    def embed(self, pixels: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """Return the tokens (B, num_prefix + h * w, dim) that enter the first block, and what each block takes beside.
+
+        Blocks are called as `block(tokens, **beside)`. More tokens may be put in front, and the first Q rows of the
+        attention masked with `attention_mask` (B, 1, Q, N), bool, True = attend.
+        """
+        model: Any = self.model
+        pixels = pixels.to(model.embeddings.cls_token.dtype)
+        if hasattr(model, "rope_embeddings"):
+            return model.embeddings(pixels), {"position_embeddings": model.rope_embeddings(pixels)}
+        return self._embed_with_learned_positions(pixels), {}
+
+    def _embed_with_learned_positions(self, pixels: Tensor) -> Tensor:
+        # transformers resamples the positions in another way than the weights were trained with
+        parts: Any = self.model.embeddings
+        grid = (pixels.shape[-2] // self.patch_size, pixels.shape[-1] // self.patch_size)
+        offset, antialias = METHODS[self.model.config.model_type]
+        positions = interpolate(parts.position_embeddings, grid, offset=offset, antialias=antialias)
+        patches = parts.patch_embeddings(pixels) + positions[:, 1:]
+        prefix = [parts.cls_token + positions[:, :1]]
+        if hasattr(parts, "register_tokens"):
+            prefix.append(parts.register_tokens)  # they have no position
+        tokens = [*(part.expand(len(pixels), -1, -1) for part in prefix), patches]
+        return parts.dropout(torch.cat(tokens, dim=1))
+
     def forward(self, images: Tensor) -> list[Tensor]:
         """Return one map (B, dim, h, w) for each tapped layer."""
-        pixels = pad_to_multiple((images - self.mean) / self.std, self.patch_size)
-        hidden = self.model(pixels, output_hidden_states=True).hidden_states  # depth + 1 of (B, N, dim)
+        pixels = self.pixels(images)
         grid = (pixels.shape[-2] // self.patch_size, pixels.shape[-1] // self.patch_size)
-        norm: Any = self.model.norm if hasattr(self.model, "norm") else self.model.layernorm
-        tokens = [norm(hidden[layer + 1])[:, self.num_prefix :] for layer in self.layers]  # L of (B, h * w, dim)
-        return [part.transpose(1, 2).unflatten(2, grid) for part in tokens]
+        tokens, beside = self.embed(pixels)
+        maps = {}
+        for number, block in enumerate(self.blocks):
+            tokens = block(tokens, **beside)  # (B, num_prefix + h * w, dim)
+            if number in self.layers:
+                maps[number] = self.norm(tokens)[:, self.num_prefix :].transpose(1, 2).unflatten(2, grid).float()
+        return [maps[layer] for layer in self.layers]
 
     def export_state(self) -> dict[str, Tensor]:
         """Return the weights under the names in which `weights` reads them from a file.
@@ -86,31 +152,13 @@ class TransformersVit(nn.Module):
 def _config(family: str, values: dict[str, Any]) -> Any:
     from transformers import AutoConfig
 
-    known = ("dinov2", "dinov2_with_registers", "dinov3_vit")
-    if family not in known:
-        raise UserError(f"backbone.family={family} is unknown. Choose one of {', '.join(known)}.")
+    if family not in FAMILIES:
+        raise UserError(f"backbone.family={family} is unknown. Choose one of {', '.join(FAMILIES)}.")
     unknown = sorted(values.keys() - AutoConfig.for_model(family).to_dict().keys())
     if unknown:
         raise UserError(f"backbone.arch: {family} has no {', '.join(unknown)}. Check the key's spelling.")
     defaults = {"pos_embed_rescale": None} if family == "dinov3_vit" else {}
     return AutoConfig.for_model(family, **{**defaults, **values})
-
-
-def _resolve_layers(layers: Sequence[int], depth: int) -> list[int]:
-    wrong = [layer for layer in layers if not -depth <= layer < depth]
-    if wrong or not layers:
-        raise UserError(
-            f"backbone.layers={list(layers)}: this backbone has {depth} blocks; give at least one number, "
-            f"each from {-depth} to {depth - 1} (negative counts from the last)."
-        )
-    return [layer % depth for layer in layers]
-
-
-def _drop_unused_blocks(model: nn.Module, depth: int, last: int) -> None:
-    """Remove the blocks after the last tapped one: nothing reads them."""
-    for part in model.modules():
-        if isinstance(part, nn.ModuleList) and len(part) == depth:
-            del part[last + 1 :]
 
 
 def _enable_checkpointing(model: Any) -> None:

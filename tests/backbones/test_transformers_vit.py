@@ -2,7 +2,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dinoseg.adapters import lora
+from dinoseg.adapters import Full, LastBlocks, Lora
 from dinoseg.backbones.transformers_vit import TransformersVit
 from dinoseg.errors import UserError
 from dinoseg.geometry import pad_to_multiple
@@ -36,7 +36,7 @@ def test_maps_cover_any_size(family, size):
 
 def test_last_map_is_the_models_own_output_without_its_prefix_tokens(family):
     backbone = build(family).eval()
-    images = torch.rand(2, 3, 45, 61)
+    images = torch.rand(2, 3, 45, 53)  # 56 x 56 padded: elsewhere transformers resamples positions unlike Meta
     pixels = pad_to_multiple((images - backbone.mean) / backbone.std, backbone.patch_size)
     tokens = backbone.model(pixels).last_hidden_state
     assert backbone.num_prefix == FAMILIES[family][2]
@@ -65,6 +65,29 @@ def test_normalisation_is_inside():
     images = torch.rand(1, 3, 16, 24)
     by_hand = (images - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     torch.testing.assert_close(inside(images)[0], plain(by_hand)[0])
+
+
+def test_weights_of_half_precision_give_maps_of_full(family):
+    images = torch.rand(1, 3, 30, 45)
+    exact = build(family).eval()(images)[0]
+    half = build(family, dtype="bfloat16").eval()
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    rounded = half(images)[0]
+    assert rounded.dtype == torch.float32 and 0 < (rounded - exact).norm() < 0.05 * exact.norm()
+    for adapter in (Full(), LastBlocks(1)):
+        with pytest.raises(UserError, match="small updates would be rounded away.*backbone.dtype=float32"):
+            adapter(half)
+    with pytest.raises(UserError, match="backbone.dtype=float64 is unknown"):
+        build(family, dtype="float64")
+
+
+def test_a_norm_of_pre_training_is_counted_but_never_trained():
+    backbone = build("dinov3_vit", local_cls_norm=True)
+    assert (
+        sum(p.numel() for p in backbone.parameters()) == sum(p.numel() for p in build("dinov3_vit").parameters()) + 48
+    )
+    Full()(backbone)(torch.rand(1, 3, 16, 16))[0].square().sum().backward()
+    assert {name for name, p in backbone.named_parameters() if p.grad is None} == set(backbone.unused)
 
 
 def test_positions_are_not_rescaled_at_random_in_training_unless_asked():
@@ -126,8 +149,8 @@ def test_pickled_weights_are_not_read(tmp_path):
 
 
 def test_lora_updates_are_not_exported():
-    with pytest.raises(UserError, match="adapter=full"):
-        lora(build("dinov3_vit"), rank=1, alpha=1).export_state()
+    with pytest.raises(UserError, match="mode.merge=true"):
+        Lora(rank=1, alpha=1)(build("dinov3_vit")).export_state()
 
 
 def test_unreachable_hub_says_what_to_do():

@@ -1,0 +1,128 @@
+"""DINOv3 ConvNeXt, on Hugging Face transformers' model."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dinoseg.backbones.layers import resolve_layers
+from dinoseg.backbones.pretrained import exported_state, load_model
+from dinoseg.errors import UserError
+from dinoseg.geometry import pad_to_multiple
+
+STEM = 4  # pixels that a cell of the first stage covers; every later stage doubles it
+
+
+class ConvNext(nn.Module):
+    """A DINOv3 ConvNeXt that returns what its four stages put out as maps.
+
+    Images (B, 3, H, W), float RGB in 0..1, any H and W; returns L maps (B, C, h, w), one for each of `layers`, stage s
+    with a stride of 4 * 2^s px and its own width. The final LayerNorm is applied to the map of the last stage and to no
+    other, as in Meta's `get_intermediate_layers(norm=True)`. Images are normalised here, then padded with zeros (the
+    mean colour) at the bottom and on the right. What comes after the last of `layers` is cut off.
+
+    Args:
+        arch: values of transformers' `dinov3_convnext` configuration, so that it can be built without weights.
+        weights: a hub id (`id` or `id@revision`), a local folder, a file of weights, or `random`.
+        patch_size: stride in pixels of the coarsest of `layers`: 32 with the last stage; checked.
+        layers: 0-based stages to return; negative numbers count from the last; `quarters` for all four.
+        mean: RGB mean of the images the weights were trained on, in 0..1.
+        std: RGB standard deviation of the same.
+        checkpointing: recompute block activations in the backward pass: less memory, about a third more time.
+
+    Raises:
+        UserError: a key of `arch` that the configuration does not have, another patch size, a layer out of range, or
+            weights that cannot be had or do not fit.
+    """
+
+    is_pyramid = True
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        arch: Mapping[str, Any],
+        weights: str,
+        patch_size: int,
+        layers: Sequence[int] | str = (-1,),
+        mean: Sequence[float] = (0.485, 0.456, 0.406),
+        std: Sequence[float] = (0.229, 0.224, 0.225),
+        checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        config = _config(arch)
+        self.depth = len(config.hidden_sizes)
+        self.layers = resolve_layers(layers, self.depth)
+        self.num_layers = len(self.layers)
+        self.patch_size = patch_size
+        _check_patch_size(patch_size, STEM * 2 ** max(self.layers))
+        found = [config.hidden_sizes[layer] for layer in self.layers]
+        self.dim: int | list[int] = found if self.num_layers > 1 else found[0]
+        self.weights = weights
+        self.checkpointing = checkpointing
+        self.unused: list[str] = []
+        self.model = load_model(config, weights)
+        del self.blocks[max(self.layers) + 1 :]  # nothing reads them
+        if len(self.blocks) < self.depth:
+            self.model.layer_norm = None
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The stages up to the last tapped one, in order."""
+        return self.model.model.stages
+
+    @property
+    def norm(self) -> nn.Module | None:
+        """The final LayerNorm, or None if the last stage is not read."""
+        return self.model.layer_norm
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """Return images normalised, and padded to the multiple of the coarsest stride."""
+        return pad_to_multiple((images - self.mean) / self.std, self.patch_size)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Return one map (B, C, h, w) for each tapped stage."""
+        x = self.pixels(images)
+        maps = {}
+        for number, stage in enumerate(self.blocks):
+            x = self._run(stage, x)
+            maps[number] = x
+        if self.norm is not None:
+            maps[self.depth - 1] = self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # over the channels
+        return [maps[layer] for layer in self.layers]
+
+    def export_state(self) -> dict[str, Tensor]:
+        """Return the weights under the names in which `weights` reads them from a file.
+
+        Raises:
+            UserError: it holds LoRA updates, which are no weights of their own.
+        """
+        return exported_state(self.model)
+
+    def _run(self, stage: Any, x: Tensor) -> Tensor:
+        for part in stage.downsample_layers:
+            x = part(x)
+        for block in stage.layers:
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and self.training else block(x)
+        return x
+
+
+def _config(values: Mapping[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    unknown = sorted(values.keys() - AutoConfig.for_model("dinov3_convnext").to_dict().keys())
+    if unknown:
+        raise UserError(f"backbone.arch: dinov3_convnext has no {', '.join(unknown)}. Check the key's spelling.")
+    return AutoConfig.for_model("dinov3_convnext", **values)
+
+
+def _check_patch_size(given: int, own: int) -> None:
+    if given != own:
+        raise UserError(
+            f"backbone.patch_size={given}: the coarsest of these layers has a stride of {own} px: set "
+            f"backbone.patch_size={own}."
+        )

@@ -1,0 +1,225 @@
+"""Any vision transformer or feature pyramid of timm that takes images of any size, by name."""
+
+import contextlib
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dinoseg.backbones.layers import resolve_layers
+from dinoseg.backbones.timm_stages import stages
+from dinoseg.backbones.timm_weights import exported_state, load_exactly, read_state
+from dinoseg.errors import UserError
+from dinoseg.geometry import pad_to_multiple
+
+_ANY_SIZE: Any = ({"dynamic_img_size": True}, {"strict_img_size": False})  # a model knows one of them or none
+_UNUSED = "mask_token"  # of masked pre-training, left in some files
+
+
+class TimmBackbone(nn.Module):
+    """A model of timm that returns what its blocks, or the stages of a pyramid, put out as maps.
+
+    Images (B, 3, H, W), float RGB in 0..1, any H and W, are normalised here, then padded with zeros (the mean colour)
+    at the bottom and on the right. A transformer of one grid gives L maps (B, dim, h, w), h = ceil(H / patch_size),
+    each after the model's final norm (a model that norms only what it has averaged has none), without class and
+    register tokens; positions are interpolated as timm does it. A pyramid (ConvNet, Swin) gives L maps of their own
+    width and grid as its stages put them out, without a norm; its patch_size is the stride of the coarsest one. What
+    comes after the last of `layers` is cut off.
+
+    Args:
+        name: of timm's list, `vit_tiny_patch16_224` or with a tag `vit_tiny_patch16_224.augreg_in21k_ft_in1k`.
+        weights: `timm` (its own download for `name`), a safetensors, .pth or .bin file with timm's names, or `random`.
+        patch_size: side of a patch in pixels; checked against the model.
+        layers: 0-based blocks (stages of a pyramid) to return; negative numbers count from the last; `quarters` for
+            four spread evenly.
+        mean: RGB mean of the images the weights were trained on, in 0..1; None: what timm says of `name`.
+        std: RGB standard deviation of the same.
+        checkpointing: recompute activations in the backward pass: less memory, about a third more time.
+
+    Raises:
+        UserError: a name timm does not know, a model that takes one image size only, another patch size, a layer out
+            of range, or weights that cannot be had or do not fit.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        name: str,
+        weights: str,
+        patch_size: int,
+        layers: Sequence[int] | str = (-1,),
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.weights = weights
+        self.model = _create(name, download=weights == "timm")
+        levels = _levels(self.model, name)
+        self.layers = resolve_layers(layers, len(levels))
+        self.depth = len(levels)
+        self.num_layers = len(self.layers)
+        self.patch_size = patch_size
+        self.is_pyramid = len({level["reduction"] for level in levels}) > 1
+        _check_patch_size(name, patch_size, max(levels[layer]["reduction"] for layer in self.layers), self.is_pyramid)
+        self._taps = [level["module"] for level in levels[: max(self.layers) + 1]]
+        spare = {*self.model.state_dict(), *dict(self.model.named_buffers()), *_classifier(self.model), _UNUSED}
+        self.model.prune_intermediate_layers(sorted(set(self.layers)), prune_norm=self.is_pyramid, prune_head=True)
+        if weights not in ("timm", "random"):
+            load_exactly(self.model, read_state(Path(weights).expanduser()), spare=spare, source=weights)
+        maps = self._probe(name, [levels[layer]["reduction"] for layer in self.layers])
+        self.dim: int | list[int] = [part.shape[1] for part in maps]
+        if self.num_layers == 1 or not self.is_pyramid:
+            self.dim = maps[0].shape[1]
+        self.unused = _unreached(self, maps)
+        if checkpointing:
+            _enable_checkpointing(self.model, name)
+        known = self.model.pretrained_cfg
+        self.register_buffer("mean", torch.tensor(mean or known["mean"]).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std or known["std"]).view(3, 1, 1), persistent=False)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The blocks up to the last tapped one, in order; of a pyramid its stages, each a list of modules."""
+        return stages(self.model, self._taps) if self.is_pyramid else list(self.model.blocks)
+
+    @property
+    def norm(self) -> nn.Module | None:
+        """The final norm that the maps have passed; of a pyramid there is none."""
+        return None if self.is_pyramid else getattr(self.model, "norm", None)
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """Return images normalised, and padded to the patch multiple."""
+        return pad_to_multiple((images - self.mean) / self.std, self.patch_size)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Return one map (B, C, h, w) for each tapped layer."""
+        return self._maps(self.pixels(images))
+
+    def export_state(self) -> dict[str, Tensor]:
+        """Return the weights under the names in which `weights` reads them from a file.
+
+        Raises:
+            UserError: it holds LoRA updates, which are no weights of their own.
+        """
+        return exported_state(self.model)
+
+    def _maps(self, pixels: Tensor) -> list[Tensor]:
+        wanted = sorted(set(self.layers))
+        found = self.model.forward_intermediates(
+            pixels, indices=wanted, norm=not self.is_pyramid, output_fmt="NCHW", intermediates_only=True
+        )
+        by_layer = dict(zip(wanted, found, strict=True))
+        return [by_layer[layer] for layer in self.layers]
+
+    def _probe(self, name: str, strides: Sequence[int]) -> list[Tensor]:
+        """Return the maps of a small image that is not square, which shows whether any size will do."""
+        height, width = 2 * self.patch_size, 3 * self.patch_size
+        was_training = self.model.training
+        self.model.eval()  # batch statistics stay as they are
+        pixels = torch.zeros(1, 3, height, width, device=next(self.model.parameters()).device)
+        try:
+            with torch.enable_grad():  # `unused` is read off the graph
+                maps = self._maps(pixels)
+            reason = "" if _grids(maps) == [(height // s, width // s) for s in strides] else f"maps of {_grids(maps)}"
+        except Exception as error:  # each model fails on a size of its own dislike in its own way
+            maps, reason = [], (str(error).splitlines() or [type(error).__name__])[0]
+        self.model.train(was_training)
+        if reason:
+            raise UserError(
+                f"backbone.name={name}: this model does not take images of any size (on {height}x{width}: {reason}). "
+                f"Choose a plain vision transformer or a feature pyramid, such as vit_small_patch16_224, "
+                f"swin_tiny_patch4_window7_224, convnext_tiny or resnet50."
+            )
+        return maps
+
+
+def _create(name: str, download: bool) -> Any:
+    import timm
+
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        near = difflib.get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.5)
+        raise UserError(
+            f"backbone.name={name} is no model of timm {timm.__version__}. "
+            + (f"Did you mean {' or '.join(near)}?" if near else "timm.list_models() lists their names.")
+        )
+    tags = timm.list_models(f"{architecture}.*", pretrained=True)
+    if tag and name not in tags:
+        raise UserError(f"backbone.name={name}: timm has no such tag. It has {', '.join(tags) or architecture}.")
+    if download and not tags:
+        raise UserError(
+            f"backbone.weights=timm: timm has no weights for {name}. Give a file, or backbone.weights=random."
+        )
+    try:
+        return _create_any_size(name, download)
+    except (OSError, RuntimeError, ValueError) as error:
+        if not download:
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"backbone.weights=timm: {name} cannot be fetched ({reason}). Without a network give a downloaded file: "
+            f"backbone.weights=PATH; to try things out untrained: backbone.weights=random."
+        ) from error
+
+
+def _create_any_size(name: str, download: bool) -> Any:
+    """Create a model, with the option for images of any size if it has one."""
+    import timm
+
+    for options in _ANY_SIZE:
+        with contextlib.suppress(TypeError):  # this model has no such option
+            return timm.create_model(name, pretrained=download, num_classes=0, **options)
+    return timm.create_model(name, pretrained=download, num_classes=0)
+
+
+def _levels(model: Any, name: str) -> list[dict[str, Any]]:
+    """Return timm's note on each block or stage: its `module` and `reduction`."""
+    if not hasattr(model, "forward_intermediates") or not hasattr(model, "prune_intermediate_layers"):
+        raise UserError(
+            f"backbone.name={name}: timm cannot give what its blocks or stages put out. Choose another, such as "
+            f"vit_small_patch16_224 or convnext_tiny."
+        )
+    notes = model.feature_info
+    return list(notes if isinstance(notes, list) else notes.info)
+
+
+def _check_patch_size(name: str, given: int, own: int, is_pyramid: bool) -> None:
+    if given != own:
+        has = f"has a stride of {own} px at the coarsest of these layers" if is_pyramid else f"has patches of {own} px"
+        raise UserError(f"backbone.patch_size={given}: {name} {has}: set backbone.patch_size={own}.")
+
+
+def _classifier(model: Any) -> list[str]:
+    named = model.pretrained_cfg.get("classifier") or ()
+    return [named] if isinstance(named, str) else list(named)
+
+
+def _grids(maps: Sequence[Tensor]) -> list[tuple[int, ...]]:
+    return [tuple(part.shape[2:]) for part in maps]
+
+
+def _unreached(module: nn.Module, outputs: Sequence[Tensor]) -> list[str]:
+    """Return the names of the parameters that no output depends on, as autograd recorded it."""
+    nodes = [part.grad_fn for part in outputs]
+    seen = set(nodes)
+    reached = set()
+    while nodes:
+        node: Any = nodes.pop()
+        reached.add(getattr(node, "variable", None))
+        fresh = {child for child, _ in node.next_functions if child is not None} - seen
+        seen |= fresh
+        nodes += fresh
+    return [name for name, parameter in module.named_parameters() if parameter not in reached]
+
+
+def _enable_checkpointing(model: Any, name: str) -> None:
+    try:
+        model.set_grad_checkpointing(True)
+    except (AssertionError, AttributeError) as error:
+        raise UserError(f"backbone.checkpointing=true: {name} cannot do this. Set it to false.") from error

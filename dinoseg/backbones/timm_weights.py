@@ -1,0 +1,92 @@
+"""Weights of timm's models, from a file in timm's own names: every tensor accounted for."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from dinoseg.errors import UserError
+
+_WRAPPERS = ("state_dict", "model")  # keys below which training scripts keep the tensors
+_CALLED = 3  # names of each kind that an error gives
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file or of a PyTorch checkpoint, read without running its pickle.
+
+    Raises:
+        UserError: no such file, not readable, or it holds other things than tensors.
+    """
+    if not path.is_file():
+        raise UserError(
+            f"backbone.weights={path}: no such file. Check the path, or give timm (its own download) or random."
+        )
+    try:
+        state: Any = load_file(path) if path.suffix == ".safetensors" else _checkpoint(path)
+    except (SafetensorError, UnpicklingError, OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"backbone.weights={path}: not a readable file of weights ({reason[0]}). Download or export it again."
+        ) from error
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(
+            f"backbone.weights={path}: it holds other things than tensors. Save the model's state dict alone."
+        )
+    return dict(state)
+
+
+def load_exactly(model: nn.Module, state: Mapping[str, Tensor], *, spare: set[str], source: str) -> None:
+    """Load tensors into a model, each of which has to be there, to fit and to be used.
+
+    Args:
+        model: changed in place.
+        state: its tensors by name.
+        spare: names of tensors, or of the modules that own them, that may be left over.
+        source: what the error calls the weights.
+
+    Raises:
+        UserError: naming the first tensors that are missing, left over or of another shape.
+    """
+    own = model.state_dict()
+    left = [key for key in state if key not in own and not any(f"{key}.".startswith(f"{name}.") for name in spare)]
+    wrong = {
+        "missing": [key for key in own if key not in state],
+        "left over": left,
+        "of another shape": [key for key in own if key in state and own[key].shape != state[key].shape],
+    }
+    if any(wrong.values()):
+        found = [
+            f"{len(keys)} {kind} ({', '.join(keys[:_CALLED])}{', ...' if len(keys) > _CALLED else ''})"
+            for kind, keys in wrong.items()
+            if keys
+        ]
+        raise UserError(
+            f"backbone.weights={source}: tensors are {'; '.join(found)}. Choose the backbone.name that these weights "
+            f"were made for."
+        )
+    model.load_state_dict({key: state[key] for key in own})
+
+
+def exported_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return a model's weights under timm's names.
+
+    Raises:
+        UserError: the model holds LoRA updates.
+    """
+    state = model.state_dict()
+    if any(".lora_" in name for name in state):
+        raise UserError(
+            "This backbone holds LoRA updates, which are no weights of their own: export with mode.merge=true."
+        )
+    return {name: value.contiguous() for name, value in state.items()}
+
+
+def _checkpoint(path: Path) -> Any:
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    inner = [state[key] for key in _WRAPPERS if isinstance(state, Mapping) and isinstance(state.get(key), Mapping)]
+    return inner[0] if inner else state

@@ -1,0 +1,124 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dinoseg.backbones import attention
+from dinoseg.backbones.attention import attend
+from dinoseg.backbones.transformers_vit import TransformersVit
+
+SMALL = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3}
+ARCHS = {
+    "vit": {**SMALL, "intermediate_size": 48, "image_size": 32},
+    "dinov2": {**SMALL, "mlp_ratio": 2, "image_size": 32},
+    "dinov2_with_registers": {**SMALL, "mlp_ratio": 2, "image_size": 32, "num_register_tokens": 4},
+    "dinov3_vit": {**SMALL, "intermediate_size": 48, "num_register_tokens": 4},
+}
+
+
+def written_out(query, key, value, allowed, scale):
+    """Softmax attention, row by row in float64; `allowed` (B, N, N), True = attend."""
+    query, key, value = query.double(), key.double(), value.double()
+    out = torch.zeros_like(query)
+    for image in range(query.shape[0]):
+        for head in range(query.shape[1]):
+            for row in range(query.shape[2]):
+                seen = allowed[image, row].nonzero()[:, 0]
+                scores = scale * key[image, head, seen] @ query[image, head, row]
+                weights = (scores - scores.max()).exp()
+                out[image, head, row] = (weights / weights.sum()) @ value[image, head, seen]
+    return out
+
+
+def draw(rows, tokens, seed=0, batch=2):
+    generator = torch.Generator().manual_seed(seed)
+    parts = [3 * torch.randn(batch, 3, tokens, 5, generator=generator) for _ in range(3)]
+    mask = torch.rand(batch, 1, rows, tokens, generator=generator) > 0.6
+    mask[..., 0] = True  # no row without anything to see
+    return *parts, mask
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [(3, 11), (1, 2), (7, 7), (2, 40)])
+def test_masked_rows_and_free_rows_equal_attention_with_a_dense_mask(rows, tokens):
+    query, key, value, mask = draw(rows, tokens)
+    dense = torch.ones(2, tokens, tokens, dtype=torch.bool)
+    dense[:, :rows] = mask[:, 0]
+    for scale in (0.3, 1 / math.sqrt(5)):
+        found = attend(query, key, value, mask, dropout=0.0, scale=scale)
+        torch.testing.assert_close(found.double(), written_out(query, key, value, dense, scale), atol=1e-5, rtol=1e-5)
+
+
+def test_without_a_mask_every_row_sees_everything():
+    query, key, value, _ = draw(3, 11)
+    everything = torch.ones(2, 11, 11, dtype=torch.bool)
+    found = attend(query, key, value, None, dropout=0.0, scale=0.4)
+    torch.testing.assert_close(found.double(), written_out(query, key, value, everything, 0.4), atol=1e-5, rtol=1e-5)
+
+
+def test_true_means_attend():
+    query, key, value, _ = draw(1, 6)
+    mask = torch.zeros(2, 1, 1, 6, dtype=torch.bool)
+    mask[..., 4] = True
+    found = attend(query, key, value, mask, dropout=0.0, scale=1.0)
+    torch.testing.assert_close(found[:, :, 0], value[:, :, 4])
+
+
+def test_gradients_equal_those_of_a_dense_mask():
+    *parts, mask = draw(3, 9)
+    dense = torch.ones(2, 9, 9, dtype=torch.bool)
+    dense[:, :3] = mask[:, 0]
+    weight = torch.randn(2, 3, 9, 5, dtype=torch.float64)
+    gradients = []
+    for function in (
+        lambda q, k, v: attend(q, k, v, mask, dropout=0.0, scale=0.5),
+        lambda q, k, v: written_out(q, k, v, dense, 0.5),
+    ):
+        leaves = [part.double().requires_grad_() for part in parts]
+        (function(*leaves) * weight).sum().backward()
+        gradients.append([leaf.grad for leaf in leaves])
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_dropout_reaches_masked_and_free_rows():
+    query, key, value, mask = draw(3, 11)
+    still = attend(query, key, value, mask, dropout=0.0, scale=0.4)
+    torch.manual_seed(0)
+    dropped = attend(query, key, value, mask, dropout=0.5, scale=0.4)
+    changed = (dropped != still).flatten(3).any(-1).all(1)  # (B, N)
+    assert changed[:, :3].any() and changed[:, 3:].any()
+
+
+@pytest.mark.parametrize("family", ARCHS)
+def test_a_block_takes_a_mask_for_its_first_tokens_only(family, monkeypatch):
+    torch.manual_seed(0)
+    backbone = TransformersVit(family, ARCHS[family], "random", 8).double().eval()
+    tokens, beside = backbone.embed(backbone.pixels(torch.rand(2, 3, 24, 40, dtype=torch.float64)))
+    tokens = torch.cat([torch.randn(2, 3, 24, dtype=torch.float64), tokens], dim=1)
+    count = tokens.shape[1]
+    mask = torch.rand(2, 1, 3, count) > 0.5
+    mask[..., :4] = True
+    shapes, given = [], F.scaled_dot_product_attention
+
+    def spy(query, key, value, attn_mask=None, **kwargs):
+        shapes.append((query.shape[-2], None if attn_mask is None else tuple(attn_mask.shape)))
+        return given(query, key, value, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", spy)
+    found = backbone.blocks[0](tokens, attention_mask=mask, **beside)
+    assert shapes == [(3, (2, 1, 3, count)), (count - 3, None)]
+    backbone.model.config._attn_implementation = "eager"  # transformers' own, written out, adds a dense mask
+    dense = torch.zeros(2, 1, count, count, dtype=torch.float64)
+    dense[:, :, :3].masked_fill_(~mask, float("-inf"))
+    torch.testing.assert_close(found, backbone.blocks[0](tokens, attention_mask=dense, **beside))
+
+
+@pytest.mark.parametrize("family", ARCHS)
+def test_without_a_mask_a_block_is_transformers_own(family):
+    torch.manual_seed(0)
+    backbone = TransformersVit(family, ARCHS[family], "random", 8).eval()
+    tokens, beside = backbone.embed(backbone.pixels(torch.rand(1, 3, 24, 40)))
+    found = backbone.blocks[0](tokens, **beside)
+    backbone.model.config._attn_implementation = "eager"
+    torch.testing.assert_close(found, backbone.blocks[0](tokens, **beside), atol=1e-6, rtol=1e-5)
