@@ -1,10 +1,10 @@
-"""Losses on every labelled pixel, at the labels' own resolution."""
+"""Cross-entropy on every labelled pixel, at the labels' own resolution."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinoseg.errors import UserError
+from dinoseg.losses.labelled import labelled_pixels, pixel_weights, ratio
 from dinoseg.shapes import Batch, Prediction
 
 
@@ -33,17 +33,10 @@ class CrossEntropy(nn.Module):
 
         A batch without a labelled pixel gives 0 and a weight of 0.
         """
-        height, width = batch.mask.shape[-2:]
-        logits = prediction.logits((height, width)).float()
-        target = batch.mask.long()
+        logits, target = labelled_pixels(prediction, batch, self.ignore_index)
+        class_weights = self.weight.to(logits.dtype)
         total = F.cross_entropy(
-            logits,
-            target,
-            self.weight,
-            ignore_index=self.ignore_index,
-            reduction="sum",
-            label_smoothing=self.label_smoothing,
-        )
-        labelled = target != self.ignore_index
-        weight = self.weight[target.where(labelled, 0)].where(labelled, 0).sum()
-        return total / weight.clamp(min=torch.finfo(torch.float32).tiny), {"weight": weight}
+            logits, target, class_weights, reduction="sum", label_smoothing=self.label_smoothing
+        )  # skips what is UNLABELLED
+        weight = pixel_weights(target, class_weights).sum()
+        return ratio(total, weight), {"weight": weight}

@@ -1,0 +1,33 @@
+"""Dice loss: the soft overlap of prediction and labels, class by class."""
+
+from torch import Tensor, nn
+
+from dinoseg.losses.labelled import labelled_images, labelled_pixels
+from dinoseg.losses.tversky import tversky_loss
+from dinoseg.shapes import Batch, Prediction
+
+
+class Dice(nn.Module):
+    """Soft dice loss (Milletari et al., arXiv 1606.04797, without squares in the denominator, for K classes).
+
+    The weighted mean of 1 - 2 sum(p_k g_k) / (sum p_k + sum g_k) over the classes k that occur in the labels, sums over
+    all labelled pixels of the batch, p the softmax and g the labels. No smoothing term: a class that occurs
+    has a denominator of at least one pixel.
+
+    Args:
+        class_weights: one weight (K,) per class, in the mean over the classes that occur.
+        ignore_index: mask value that counts for nothing.
+    """
+
+    weight: Tensor
+
+    def __init__(self, class_weights: Tensor, ignore_index: int = 255) -> None:
+        super().__init__()
+        self.register_buffer("weight", class_weights, persistent=False)
+        self.ignore_index = ignore_index
+
+    def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss, and `weight`: the number of images with a labelled pixel."""
+        logits, target = labelled_pixels(prediction, batch, self.ignore_index)
+        value = tversky_loss(logits, target, self.weight.to(logits.dtype), alpha=0.5, beta=0.5)
+        return value, {"weight": labelled_images(target).sum().to(value.dtype)}

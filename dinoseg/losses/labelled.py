@@ -1,0 +1,40 @@
+"""What the losses share: scores and labels at the masks' size, and means over what is labelled."""
+
+import torch
+from torch import Tensor
+
+from dinoseg.shapes import Batch, Prediction
+
+UNLABELLED = -100  # no class id, whatever the data set's ignore value is; torch's cross_entropy skips it by default
+
+
+def labelled_pixels(prediction: Prediction, batch: Batch, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Return logits (B, K, H, W) at the masks' size, at least float32, and the `labels` (B, H, W)."""
+    height, width = batch.mask.shape[-2:]
+    return full_precision(prediction.logits((height, width))), labels(batch, ignore_index)
+
+
+def labels(batch: Batch, ignore_index: int) -> Tensor:
+    """Return class ids (B, H, W) int64, UNLABELLED where the mask says `ignore_index`."""
+    ids = batch.mask.long()
+    return ids.masked_fill(ids == ignore_index, UNLABELLED)
+
+
+def full_precision(values: Tensor) -> Tensor:
+    """Return half precision as float32, everything else as it is."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def pixel_weights(target: Tensor, class_weights: Tensor) -> Tensor:
+    """Return the weight of every pixel's class (B, H, W), 0 where it is unlabelled."""
+    return torch.where(target == UNLABELLED, 0, class_weights[target.clamp(min=0)])
+
+
+def labelled_images(target: Tensor) -> Tensor:
+    """Return which of the images (B,) have a labelled pixel."""
+    return (target != UNLABELLED).flatten(1).any(dim=1)
+
+
+def ratio(total: Tensor, norm: Tensor) -> Tensor:
+    """Return total / norm, or the total, which then is 0 too, where the norm is 0."""
+    return total / torch.where(norm > 0, norm, 1)

@@ -1,0 +1,173 @@
+"""Mask classification: every class of an image is claimed by one query, with its mask."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypedDict
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dinoseg.errors import UserError
+from dinoseg.losses.factors import checked_factors
+from dinoseg.losses.labelled import UNLABELLED, full_precision, labels, ratio
+from dinoseg.losses.matching import match
+from dinoseg.losses.points import sample_labels, sample_logits, uncertain_points
+from dinoseg.shapes import Batch, MaskOutputs, Prediction
+
+TERMS = ("class", "mask", "dice")
+FACTORS = {"class": 2.0, "mask": 5.0, "dice": 5.0}
+
+
+class Sampling(TypedDict):
+    """How `uncertain_points` chooses."""
+
+    num_points: int
+    oversample: float
+    importance: float
+
+
+@dataclass
+class Targets:
+    """What is to be found in a batch: N masks, one per class and image."""
+
+    target: Tensor  # (B, H, W) class ids, UNLABELLED where nothing counts
+    classes: list[list[int]]  # of each image
+    image: Tensor  # (N,)
+    wanted: Tensor  # (N,) class ids
+
+
+class MaskClassification(nn.Module):
+    """Mask2Former's loss (Cheng et al., arXiv 2112.01527, sections 3.3 and 4.1) on the classes of semantic masks.
+
+    Per layer, the last and each of `aux`: queries are matched with the classes that occur in the image; the matched
+    masks get binary cross-entropy and dice loss at points, all queries cross-entropy on their class or "no object".
+    Unlike there, unlabelled pixels count nowhere: not as background of the masks, and an image without labels
+    asks no query to be "no object". Without a no-object column, unmatched queries have no class loss.
+
+    Args:
+        class_weights: one weight (K,) per class, in the mean of the class term.
+        ignore_index: mask value that counts for nothing.
+        factors: of the terms `class`, `mask` and `dice`, in the matching as in the loss.
+        no_object: class weight of "no object".
+        num_points: points per mask.
+        oversample: random points per kept one, when choosing uncertain ones; at least 1.
+        importance: share of the points that are chosen as uncertain, in [0, 1].
+    """
+
+    weight: Tensor
+    needs_masks = True
+
+    def __init__(
+        self,
+        class_weights: Tensor,
+        ignore_index: int = 255,
+        factors: Mapping[str, float] = FACTORS,
+        no_object: float = 0.1,
+        num_points: int = 12544,
+        oversample: float = 3.0,
+        importance: float = 0.75,
+    ) -> None:
+        super().__init__()
+        if not no_object >= 0:
+            raise UserError(f"loss.criterion.no_object={no_object}: give a weight of at least 0.")
+        if num_points < 1:
+            raise UserError(f"loss.criterion.num_points={num_points}: give a number of points of at least 1.")
+        if not oversample >= 1:
+            raise UserError(f"loss.criterion.oversample={oversample}: give a number of at least 1.")
+        if not 0 <= importance <= 1:
+            raise UserError(f"loss.criterion.importance={importance}: give a share from 0 to 1.")
+        self.register_buffer("weight", class_weights, persistent=False)
+        self.ignore_index = ignore_index
+        self.factors = checked_factors(factors, TERMS)
+        self.no_object = no_object
+        self.sampling: Sampling = {"num_points": num_points, "oversample": oversample, "importance": importance}
+
+    def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the summed loss of all layers; `weight`, the number N of target masks; and the last layer's terms.
+
+        The mask and dice terms are means over the N masks, the class term one over the summed weights of the queries.
+
+        Raises:
+            UserError: the head predicts no masks, or an image has more classes than the head has queries.
+        """
+        outputs = prediction.outputs
+        if not isinstance(outputs, MaskOutputs):
+            raise UserError(
+                "loss=mask_classification needs a head that predicts masks: "
+                "head=mask2former, mask2former_meta or eomt. Or choose loss=cross_entropy, which fits every head."
+            )
+        targets = self._targets(batch, outputs.class_logits.shape[1])
+        layers = [outputs, *outputs.aux]
+        matched = match(
+            layers, targets.target, targets.classes, self.factors, self.sampling["num_points"], prediction.valid
+        )
+        terms = [
+            self._terms(layer, targets, queries, prediction.valid)
+            for layer, queries in zip(layers, matched, strict=True)
+        ]
+        value = torch.stack([self.factors[name] * term[name] for term in terms for name in TERMS]).sum()
+        last = {name: term.detach() for name, term in terms[0].items()}
+        return value, {"weight": value.new_tensor(len(targets.image)), **last}
+
+    def _targets(self, batch: Batch, num_queries: int) -> Targets:
+        target = labels(batch, self.ignore_index)
+        num_classes = len(self.weight)
+        ids = target.flatten(1)
+        present = torch.zeros(len(ids), num_classes + 1, dtype=torch.bool, device=ids.device)
+        present.scatter_(1, ids.where(ids != UNLABELLED, num_classes), True)
+        classes = [row[:num_classes].nonzero().flatten().tolist() for row in present.cpu()]
+        for name, own in zip(batch.names, classes, strict=True):
+            if len(own) > num_queries:
+                raise UserError(
+                    f"head.num_queries={num_queries}: {name} shows {len(own)} classes, and each needs a query of its "
+                    f"own. Set head.num_queries to {num_classes}, the number of classes, or more."
+                )
+        pairs = [(number, k) for number, own in enumerate(classes) for k in own]
+        image, wanted = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).to(target.device).unbind(1)
+        return Targets(target, classes, image, wanted)
+
+    def _terms(
+        self, layer: MaskOutputs, targets: Targets, queries: list[np.ndarray], valid: tuple[float, float]
+    ) -> dict[str, Tensor]:
+        query = torch.from_numpy(np.concatenate([*queries, np.zeros(0, np.int64)])).to(targets.image)
+        class_term = self._class_term(full_precision(layer.class_logits), targets, query)
+        masks = full_precision(layer.mask_logits[targets.image, query])  # (N, h, w)
+        if not len(masks):
+            return {"class": class_term, "mask": masks.sum(), "dice": masks.sum()}
+        points = uncertain_points(masks.detach(), targets.target, targets.image, valid, **self.sampling)
+        found = sample_labels(targets.target, targets.image, points)
+        logits = sample_logits(masks[:, None], points, valid)[:, 0]
+        entropy, dice = mask_losses(logits, found == targets.wanted[:, None], found != UNLABELLED)
+        return {"class": class_term, "mask": entropy.mean(), "dice": dice.mean()}
+
+    def _class_term(self, logits: Tensor, targets: Targets, query: Tensor) -> Tensor:
+        """Return the mean over the queries (B, Q) of images with labels, by the weight of the class each should say."""
+        num_classes = len(self.weight)
+        weights = self.weight.to(logits.dtype)
+        unmatched = UNLABELLED
+        if logits.shape[-1] == num_classes + 1:
+            weights = torch.cat([weights, weights.new_tensor([self.no_object])])
+            unmatched = num_classes
+        wanted = torch.full(logits.shape[:2], UNLABELLED, device=logits.device)
+        wanted[targets.image] = unmatched
+        wanted[targets.image, query] = targets.wanted
+        total = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), weights, reduction="sum")
+        norm = torch.where(wanted == UNLABELLED, 0, weights[wanted.clamp(min=0)]).sum()
+        return ratio(total, norm)
+
+
+def mask_losses(logits: Tensor, inside: Tensor, labelled: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the binary cross-entropy and the dice loss of each of N masks, over its labelled points.
+
+    Args:
+        logits: (N, P).
+        inside: (N, P) bool, whether the point is of the mask; then it is labelled.
+        labelled: (N, P) bool.
+    """
+    truth, counts = inside.to(logits.dtype), labelled.to(logits.dtype)
+    entropy = F.binary_cross_entropy_with_logits(logits, truth, counts, reduction="none").sum(1)
+    shares = logits.sigmoid()
+    overlap, areas = (shares * truth).sum(1), (shares * counts).sum(1) + truth.sum(1)
+    return entropy / counts.sum(1).clamp(min=1), 1 - (2 * overlap + 1) / (areas + 1)

@@ -1,0 +1,65 @@
+"""Masks and labels at points: (x, y) as shares of the image's width and height, 0 at the top left."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dinoseg.losses.labelled import UNLABELLED
+
+
+def random_points(count: int, num_points: int, device: torch.device) -> Tensor:
+    """Return uniform points (count, P, 2)."""
+    return torch.rand(count, num_points, 2, device=device)
+
+
+def sample_logits(maps: Tensor, points: Tensor, valid: tuple[float, float]) -> Tensor:
+    """Return (N, C, P): maps (N, C, h, w) at the points (N, P, 2), bilinear as `geometry.upsample` is.
+
+    `valid` is the share of the maps' height and width that the image covers. Past the outermost cells' centres
+    the value stays, instead of fading to a logit of 0.
+    """
+    x, y = points.to(maps.dtype).unbind(-1)
+    grid = 2 * torch.stack([x * valid[1], y * valid[0]], dim=-1) - 1
+    return F.grid_sample(maps, grid[:, None], mode="bilinear", padding_mode="border", align_corners=False)[:, :, 0]
+
+
+def sample_labels(target: Tensor, image: Tensor, points: Tensor) -> Tensor:
+    """Return (N, P): the class ids in target (B, H, W), of image (N,), of the pixels that points (N, P, 2) lie in."""
+    height, width = target.shape[-2:]
+    x = (points[..., 0] * width).long().clamp(max=width - 1)
+    y = (points[..., 1] * height).long().clamp(max=height - 1)
+    return target[image[:, None], y, x]
+
+
+@torch.no_grad()
+def uncertain_points(
+    masks: Tensor,
+    target: Tensor,
+    image: Tensor,
+    valid: tuple[float, float],
+    *,
+    num_points: int,
+    oversample: float,
+    importance: float,
+) -> Tensor:
+    """Return points (N, P, 2): some where the mask is least certain, the rest uniform.
+
+    Of oversample * P uniform points, the importance * P whose logit is nearest to 0 are kept (Kirillov et al.,
+    arXiv 1912.08193, section 3.1). Unlabelled points come last, since nothing can be learnt there.
+
+    Args:
+        masks: logits (N, h, w).
+        target: class ids (B, H, W).
+        image: which of the B images each mask is of (N,).
+        valid: see `sample_logits`.
+        num_points: P.
+        oversample: at least 1.
+        importance: share, in [0, 1].
+    """
+    candidates = random_points(len(masks), int(oversample * num_points), masks.device)
+    certainty = sample_logits(masks[:, None], candidates, valid)[:, 0].abs()
+    certainty = certainty.masked_fill(sample_labels(target, image, candidates) == UNLABELLED, torch.inf)
+    num_uncertain = int(importance * num_points)
+    chosen = certainty.topk(num_uncertain, largest=False).indices
+    uncertain = candidates.take_along_dim(chosen[..., None], dim=1)
+    return torch.cat([uncertain, random_points(len(masks), num_points - num_uncertain, masks.device)], dim=1)

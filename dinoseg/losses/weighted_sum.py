@@ -1,0 +1,72 @@
+"""A weighted sum of losses."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dinoseg.errors import UserError
+from dinoseg.losses.factors import checked_factors
+from dinoseg.shapes import Batch, Prediction
+
+
+class WeightedSum(nn.Module):
+    """The sum over terms of factor times loss.
+
+    Args:
+        class_weights: one weight (K,) per class, for every term.
+        terms: name to what makes the loss, called with `class_weights`.
+        factors: name to what the term's loss is multiplied by.
+    """
+
+    def __init__(
+        self, class_weights: Tensor, terms: Mapping[str, Callable[..., nn.Module]], factors: Mapping[str, float]
+    ) -> None:
+        super().__init__()
+        if not terms or "weight" in terms:
+            raise UserError(
+                f"loss.criterion.terms={list(terms)}: give at least one term, of any name but weight, such as "
+                f"ce and dice in loss=ce_dice."
+            )
+        self.factors = checked_factors(factors, terms)
+        self.losses = nn.ModuleList(_make(name, make, class_weights) for name, make in terms.items())
+        self.needs_masks = any(getattr(loss, "needs_masks", False) for loss in self.losses)
+
+    def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the sum; each term's own value under its name; and `weight`, that of the first term.
+
+        Further parts of a term are called `<term>_<part>`. A term whose own weight is of another kind is still
+        averaged over batches by the first one's.
+        """
+        prediction = _scoring_once(prediction)
+        values: list[Tensor] = []
+        parts: dict[str, Tensor] = {}
+        for (name, factor), loss in zip(self.factors.items(), self.losses, strict=True):
+            value, own = loss(prediction, batch)
+            values.append(factor * value)
+            parts.setdefault("weight", own["weight"])
+            parts[name] = value.detach()
+            parts |= {f"{name}_{key}": part for key, part in own.items() if key != "weight"}
+        return torch.stack(values).sum(), parts
+
+
+def _make(name: str, make: Callable[..., nn.Module], class_weights: Tensor) -> nn.Module:
+    """Return a term, its complaints about keys moved to where the keys stand."""
+    try:
+        return make(class_weights=class_weights)
+    except UserError as error:
+        raise UserError(str(error).replace("loss.criterion.", f"loss.criterion.terms.{name}.")) from None
+
+
+def _scoring_once(prediction: Prediction) -> Prediction:
+    """Return the prediction with its scores kept: brought to the masks' size, they are the largest tensor of a step."""
+    kept: dict[tuple[int, int], Tensor] = {}
+
+    def to_pixels(outputs: Any, size: tuple[int, int], valid: tuple[float, float]) -> Tensor:
+        if size not in kept:
+            kept[size] = prediction.to_pixels(outputs, size, valid)
+        return kept[size]
+
+    return replace(prediction, to_pixels=to_pixels)

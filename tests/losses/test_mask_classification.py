@@ -1,0 +1,349 @@
+"""Mask classification against loops over points, queries and permutations, in float64."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from dinoseg.errors import UserError
+from dinoseg.geometry import upsample, valid_share
+from dinoseg.losses import mask_classification as loss_module
+from dinoseg.losses import matching
+from dinoseg.losses.mask_classification import FACTORS, MaskClassification
+from dinoseg.shapes import Batch, MaskOutputs, Prediction
+
+K = 3
+WEIGHTS = torch.tensor([0.25, 1.0, 3.0])
+
+
+def make_outputs(images, queries=5, grid=(3, 4), columns=K + 1, aux=2, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return (2 * torch.randn(*shape, generator=generator, dtype=torch.float64)).to(dtype).requires_grad_()
+
+    layers = [MaskOutputs(draw(images, queries, columns), draw(images, queries, *grid)) for _ in range(1 + aux)]
+    return MaskOutputs(layers[0].class_logits, layers[0].mask_logits, layers[1:])
+
+
+def make(mask, image=(20, 29), **options):
+    outputs = make_outputs(len(mask), **options)
+    prediction = Prediction(outputs, image, valid_share(image, 8), semantic, mixture=True)
+    names = [f"image {number}" for number in range(len(mask))]
+    return prediction, Batch(torch.zeros(len(mask), 3, *image, dtype=torch.uint8), mask, names)
+
+
+def semantic(outputs, size, valid):
+    classes = outputs.class_logits.softmax(-1)[..., :K]
+    return torch.einsum("bqk,bqhw->bkhw", classes, upsample(outputs.mask_logits, size, valid).sigmoid())
+
+
+def tensors(outputs):
+    return [tensor for layer in (outputs, *outputs.aux) for tensor in (layer.class_logits, layer.mask_logits)]
+
+
+def random_mask(shape, seed, classes=(0, 1, 2), ignored=0.3):
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.tensor(classes)[torch.randint(0, len(classes), shape, generator=generator)].to(torch.uint8)
+    mask[torch.rand(shape, generator=generator) < ignored] = 255
+    return mask
+
+
+MASKS = {
+    "many": random_mask((2, 10, 13), 0),
+    "some classes": torch.cat([random_mask((1, 6, 7), 1, (2,)), random_mask((1, 6, 7), 2, (0, 1), ignored=0.0)]),
+    "mostly ignored": random_mask((3, 9, 8), 3, ignored=0.9),
+    "one pixel": torch.tensor([[[1]]], dtype=torch.uint8),
+    "one image without labels": torch.cat([torch.full((1, 4, 4), 255).byte(), random_mask((1, 4, 4), 4)]),
+}
+
+
+@pytest.fixture
+def fixed_points(monkeypatch):
+    """Sample the same points of every image and mask; return them."""
+    points = torch.rand(1, 17, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    monkeypatch.setattr(matching, "random_points", lambda count, *_: points.expand(count, -1, -1))
+    monkeypatch.setattr(loss_module, "uncertain_points", lambda masks, *_, **__: points.expand(len(masks), -1, -1))
+    return points[0].tolist()
+
+
+def bilinear(grid, x, y, valid):
+    """Read a map at a point, cell centres at (i + 0.5) / cells, constant past the outermost."""
+    height, width = len(grid), len(grid[0])
+    row = min(max(y * valid[0] * height - 0.5, 0), height - 1)
+    column = min(max(x * valid[1] * width - 0.5, 0), width - 1)
+    top, left = math.floor(row), math.floor(column)
+    bottom, right = min(top + 1, height - 1), min(left + 1, width - 1)
+    down, across = row - top, column - left
+    return (1 - down) * ((1 - across) * grid[top][left] + across * grid[top][right]) + down * (
+        (1 - across) * grid[bottom][left] + across * grid[bottom][right]
+    )
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+def mask_and_dice(logits, truth):
+    """Compare logits and labels, None where unlabelled, at points."""
+    pairs = [(x, t) for x, t in zip(logits, truth, strict=True) if t is not None]
+    entropy = sum(-math.log(sigmoid(x) if t else sigmoid(-x)) for x, t in pairs) / max(1, len(pairs))
+    overlap, areas = sum(sigmoid(x) * t for x, t in pairs), sum(sigmoid(x) + t for x, t in pairs)
+    return entropy, 1 - (2 * overlap + 1) / (areas + 1)
+
+
+def by_hand(layer, mask, points, valid, weights, no_object=0.1):
+    """Return the class, mask and dice terms of one layer, matched by trying every assignment."""
+    sums, count, class_total, class_norm = [0.0, 0.0], 0, 0.0, 0.0
+    for b, labels in enumerate(mask.tolist()):
+        found = [labels[int(y * len(labels))][int(x * len(labels[0]))] for x, y in points]
+        present = sorted({k for row in labels for k in row} - {255})
+        if not present:
+            continue
+        shares = layer.class_logits[b].detach().double().softmax(-1).tolist()
+        maps = layer.mask_logits[b].detach().double().tolist()
+        logits = [[bilinear(grid, x, y, valid) for x, y in points] for grid in maps]
+        terms = {
+            (q, k): mask_and_dice(logits[q], [None if at == 255 else int(at == k) for at in found])
+            for q in range(len(maps))
+            for k in present
+        }
+
+        def cost(queries, present=present, shares=shares, terms=terms):
+            pairs = list(zip(queries, present, strict=True))
+            return sum(-2 * shares[q][k] + 5 * terms[q, k][0] + 5 * terms[q, k][1] for q, k in pairs)
+
+        best = min(itertools.permutations(range(len(maps)), len(present)), key=cost)
+        matched = dict(zip(best, present, strict=True))
+        for q, k in matched.items():
+            sums = [sums[0] + terms[q, k][0], sums[1] + terms[q, k][1]]
+            count += 1
+        for q, row in enumerate(shares):
+            if q in matched or len(row) == K + 1:
+                weight = weights[matched[q]] if q in matched else no_object
+                class_total -= weight * math.log(row[matched.get(q, K)])
+                class_norm += weight
+    return class_total / class_norm, sums[0] / count, sums[1] / count, count
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("columns", [K + 1, K])
+@pytest.mark.parametrize("name", MASKS)
+def test_agrees_with_loops_and_every_permutation(fixed_points, name, columns, dtype):
+    prediction, batch = make(MASKS[name], columns=columns, dtype=dtype)
+    value, parts = MaskClassification(WEIGHTS)(prediction, batch)
+    outputs = prediction.outputs
+    terms = [
+        by_hand(layer, batch.mask, fixed_points, prediction.valid, WEIGHTS.tolist())
+        for layer in (outputs, *outputs.aux)
+    ]
+    expected = sum(2 * of_class + 5 * mask + 5 * dice for of_class, mask, dice, _ in terms)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-10
+    assert value.dtype == dtype and value.item() == pytest.approx(expected, rel=tolerance)
+    assert [parts[key].item() for key in ("class", "mask", "dice")] == pytest.approx(terms[0][:3], rel=tolerance)
+    assert parts["weight"].item() == terms[0][3]
+
+
+def test_other_factors_and_no_object_weight(fixed_points):
+    prediction, batch = make(MASKS["many"], aux=0)
+    criterion = MaskClassification(WEIGHTS, no_object=0.7)
+    of_class, *_ = by_hand(
+        prediction.outputs, batch.mask, fixed_points, prediction.valid, WEIGHTS.tolist(), no_object=0.7
+    )
+    assert criterion(prediction, batch)[1]["class"].item() == pytest.approx(of_class, rel=1e-10)
+    value, parts = MaskClassification(WEIGHTS, factors={"class": 1.0, "mask": 0.0, "dice": 3.0})(prediction, batch)
+    assert value.item() == pytest.approx((parts["class"] + 3 * parts["dice"]).item(), rel=1e-12)
+
+
+def test_agrees_with_transformers(monkeypatch):
+    """Where all is labelled and points lie between cell centres, the losses are those of transformers."""
+    from transformers import Mask2FormerConfig
+    from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
+
+    mask = random_mask((2, 12, 16), 0, ignored=0.0)
+    prediction, batch = make(mask, image=(24, 32), grid=(6, 8), dtype=torch.float32)
+    ys, xs = torch.meshgrid(torch.arange(1, 11), torch.arange(1, 15), indexing="ij")
+    points = torch.stack([(xs + 0.5) / 16, (ys + 0.5) / 12], dim=-1).reshape(1, -1, 2)
+    monkeypatch.setattr(matching, "random_points", lambda count, *_: points.expand(count, -1, -1))
+    monkeypatch.setattr(loss_module, "uncertain_points", lambda masks, *_, **__: points.expand(len(masks), -1, -1))
+    value, parts = MaskClassification(torch.ones(K))(prediction, batch)
+
+    config = Mask2FormerConfig(num_labels=K, train_num_points=points.shape[1])
+    theirs = Mask2FormerLoss(config, {})
+    theirs.sample_points_using_uncertainty = lambda masks, *_: points.expand(len(masks), -1, -1)
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: points)
+    classes = [labels.unique().long() for labels in mask]
+    outputs = prediction.outputs
+    found = theirs(
+        outputs.mask_logits,
+        outputs.class_logits,
+        [(labels == own[:, None, None]).float() for labels, own in zip(mask, classes, strict=True)],
+        classes,
+        [{"masks_queries_logits": a.mask_logits, "class_queries_logits": a.class_logits} for a in outputs.aux],
+    )
+    names = {"class": "loss_cross_entropy", "mask": "loss_mask", "dice": "loss_dice"}
+    expected = sum(FACTORS[ours] * found[f"{name}{end}"] for ours, name in names.items() for end in ("", "_0", "_1"))
+    torch.testing.assert_close(value, expected, rtol=1e-5, atol=0)
+    for ours, name in names.items():
+        torch.testing.assert_close(parts[ours], found[name], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("columns", [K + 1, K])
+def test_gradients(fixed_points, columns):
+    prediction, batch = make(MASKS["one image without labels"], columns=columns, aux=1)
+    criterion = MaskClassification(WEIGHTS.double())
+
+    def value(*parts):
+        layers = [MaskOutputs(*parts[start : start + 2]) for start in range(0, len(parts), 2)]
+        outputs = MaskOutputs(layers[0].class_logits, layers[0].mask_logits, layers[1:])
+        return criterion(Prediction(outputs, prediction.size, prediction.valid, semantic, True), batch)[0]
+
+    assert torch.autograd.gradcheck(value, tensors(prediction.outputs))
+
+
+@pytest.mark.parametrize("images", [2, 0])
+@pytest.mark.parametrize("columns", [K + 1, K])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_batch_without_labels_gives_zero_and_finite_gradients(images, columns, dtype):
+    prediction, batch = make(torch.full((images, 6, 5), 255, dtype=torch.uint8), columns=columns, dtype=dtype)
+    value, parts = MaskClassification(WEIGHTS)(prediction, batch)
+    value.backward()
+    assert value.dtype == torch.float32 and value.item() == 0 and parts["weight"].item() == 0
+    assert all(bool((tensor.grad == 0).all()) for tensor in tensors(prediction.outputs))
+
+
+def test_an_image_without_labels_changes_nothing(fixed_points):
+    mask = random_mask((2, 9, 8), 6)
+    mask[1] = 255
+    prediction, batch = make(mask)
+    value, parts = MaskClassification(WEIGHTS)(prediction, batch)
+    value.backward()
+    assert all(tensor.grad[0].abs().sum() > 0 and not tensor.grad[1].any() for tensor in tensors(prediction.outputs))
+    first = [MaskOutputs(o.class_logits[:1], o.mask_logits[:1]) for o in (prediction.outputs, *prediction.outputs.aux)]
+    outputs = MaskOutputs(first[0].class_logits, first[0].mask_logits, first[1:])
+    alone, alone_parts = MaskClassification(WEIGHTS)(
+        Prediction(outputs, prediction.size, prediction.valid, semantic, True),
+        Batch(batch.image[:1], batch.mask[:1], batch.names[:1]),
+    )
+    torch.testing.assert_close(alone, value)
+    assert alone_parts["weight"] == parts["weight"]
+
+
+def test_what_lies_on_ignored_pixels_moves_nothing():
+    mask = random_mask((2, 16, 24), 7, ignored=0.0)
+    mask[:, :, 12:] = 255
+    prediction, batch = make(mask, image=(16, 24), grid=(4, 6))
+    criterion = MaskClassification(WEIGHTS, num_points=64)
+    torch.manual_seed(1)
+    value, _ = criterion(prediction, batch)
+    value.backward()
+    for tensor in tensors(prediction.outputs)[1::2]:
+        assert not tensor.grad[..., 4:].any() and tensor.grad[..., :3].any()
+    for tensor in tensors(prediction.outputs)[1::2]:
+        tensor.data[..., 4:] = 30 * torch.randn(2, 5, 4, 2)
+    torch.manual_seed(1)
+    torch.testing.assert_close(criterion(prediction, batch)[0], value, rtol=1e-12, atol=0)
+
+
+def test_padding_of_the_grid_moves_nothing():
+    mask = random_mask((1, 16, 24), 8, ignored=0.0)
+    prediction, batch = make(mask, image=(16, 17), grid=(8, 12))  # the image covers 8 x 8.5 cells
+    MaskClassification(WEIGHTS, num_points=500)(prediction, batch)[0].backward()
+    for tensor in tensors(prediction.outputs)[1::2]:
+        assert not tensor.grad[..., 10:].any() and tensor.grad[..., 7].any()
+
+
+def test_mask_and_dice_terms_add_up_over_batches(fixed_points):
+    """Sums of value times weight over parts of a batch, divided by the summed weights, are the whole batch's value."""
+    mask = torch.cat([MASKS["some classes"], random_mask((1, 6, 7), 9)])
+    prediction, batch = make(mask, aux=0)
+    criterion = MaskClassification(WEIGHTS, factors={"class": 0.0, "mask": 5.0, "dice": 5.0})
+    whole, parts = criterion(prediction, batch)
+    total = weights = 0.0
+    for at in (slice(0, 1), slice(1, 3)):
+        outputs = MaskOutputs(prediction.outputs.class_logits[at], prediction.outputs.mask_logits[at])
+        some = Prediction(outputs, prediction.size, prediction.valid, semantic, True)
+        value, own = criterion(some, Batch(batch.image[at], batch.mask[at], batch.names[at]))
+        total, weights = total + value * own["weight"], weights + own["weight"]
+    assert weights == parts["weight"]
+    torch.testing.assert_close(total / weights, whole)
+
+
+def test_class_weights_reach_the_class_term_only(fixed_points):
+    prediction, batch = make(MASKS["many"])
+    plain, heavy = (MaskClassification(w)(prediction, batch)[1] for w in (torch.ones(K), WEIGHTS))
+    assert plain["mask"] == heavy["mask"] and plain["dice"] == heavy["dice"]
+    assert abs(plain["class"] - heavy["class"]) > 1e-3
+
+
+def test_as_many_classes_as_queries_and_more():
+    prediction, batch = make(MASKS["many"], queries=3)
+    assert MaskClassification(WEIGHTS)(prediction, batch)[0].isfinite()
+    prediction, batch = make(MASKS["many"], queries=2)
+    with pytest.raises(UserError, match="head.num_queries=2: image 0 shows 3 classes.* Set head.num_queries to 3"):
+        MaskClassification(WEIGHTS)(prediction, batch)
+
+
+def test_another_ignore_value(fixed_points):
+    prediction, batch = make(MASKS["many"])
+    expected = MaskClassification(WEIGHTS)(prediction, batch)[0]
+    batch.mask = batch.mask.where(batch.mask != 255, 77)
+    torch.testing.assert_close(MaskClassification(WEIGHTS, ignore_index=77)(prediction, batch)[0], expected)
+
+
+def test_a_prediction_that_is_not_finite_shows_in_the_loss():
+    prediction, batch = make(MASKS["many"])
+    prediction.outputs.class_logits.data[0, 1] = math.nan
+    prediction.outputs.mask_logits.data[1] = math.inf
+    assert not MaskClassification(WEIGHTS)(prediction, batch)[0].isfinite()
+
+
+def test_the_seed_decides_the_points():
+    prediction, batch = make(MASKS["many"])
+    criterion = MaskClassification(WEIGHTS, num_points=30)
+    values = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        values.append(criterion(prediction, batch)[0].item())
+    assert values[0] == values[1] != values[2]
+
+
+def test_descent_finds_the_mask():
+    """Free outputs, trained alone: in the end the semantic map is the label map."""
+    mask = torch.zeros(1, 12, 16, dtype=torch.uint8)
+    mask[:, :4], mask[:, 6:, 9:], mask[:, 10:, :3] = 1, 2, 255
+    prediction, batch = make(mask, image=(12, 16), grid=(12, 16), dtype=torch.float32, aux=1)
+    criterion = MaskClassification(torch.ones(K), num_points=256)
+    optimizer = torch.optim.Adam(tensors(prediction.outputs), lr=0.3)
+    torch.manual_seed(0)
+    for _ in range(60):
+        optimizer.zero_grad()
+        criterion(prediction, batch)[0].backward()
+        optimizer.step()
+    right = prediction.scores((12, 16)).argmax(1) == mask
+    assert right[mask != 255].all()
+
+
+def test_heads_without_masks_are_refused():
+    prediction = Prediction(torch.randn(1, K, 3, 4), (20, 29), (1.0, 1.0), upsample)
+    batch = Batch(torch.zeros(1, 3, 20, 29), torch.zeros(1, 20, 29, dtype=torch.uint8), [""])
+    assert MaskClassification.needs_masks
+    with pytest.raises(UserError, match="loss=mask_classification needs a head that predicts masks: head=mask2former"):
+        MaskClassification(WEIGHTS)(prediction, batch)
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"no_object": -0.1}, "loss.criterion.no_object=-0.1: give a weight of at least 0"),
+        ({"num_points": 0}, "loss.criterion.num_points=0: give a number of points of at least 1"),
+        ({"oversample": 0.5}, "loss.criterion.oversample=0.5: give a number of at least 1"),
+        ({"importance": 1.5}, "loss.criterion.importance=1.5: give a share from 0 to 1"),
+        ({"factors": {"class": 2.0, "mask": 5.0}}, "loss.criterion.factors.dice is not set"),
+        ({"factors": {**FACTORS, "box": 1.0}}, "factors.box=1.0: no such term. The terms are class, mask, dice"),
+    ],
+)
+def test_bad_options_are_refused(options, said):
+    with pytest.raises(UserError, match=said):
+        MaskClassification(WEIGHTS, **options)

@@ -1,0 +1,174 @@
+from functools import partial
+
+import pytest
+import torch
+
+from dinoseg.build import instantiate
+from dinoseg.errors import UserError
+from dinoseg.geometry import upsample, valid_share
+from dinoseg.losses.dice import Dice
+from dinoseg.losses.focal import Focal
+from dinoseg.losses.lovasz import Lovasz
+from dinoseg.losses.mask_classification import MaskClassification
+from dinoseg.losses.pixel import CrossEntropy
+from dinoseg.losses.tversky import Tversky
+from dinoseg.losses.weighted_sum import WeightedSum
+from dinoseg.shapes import Batch, Prediction
+
+WEIGHTS = torch.tensor([0.5, 1.0, 2.0])
+TERMS = {"ce": CrossEntropy, "dice": Dice}
+
+
+def make(ignored=0.2):
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.randint(0, 3, (2, 20, 30), generator=generator).to(torch.uint8)
+    mask[torch.rand(mask.shape, generator=generator) < ignored] = 255
+    logits = torch.randn(2, 3, 3, 4, dtype=torch.float64, generator=generator).requires_grad_()
+    prediction = Prediction(logits, (20, 30), valid_share((20, 30), 8), upsample)
+    return prediction, Batch(torch.zeros(2, 3, 20, 30, dtype=torch.uint8), mask, ["a", "b"])
+
+
+def test_value_gradient_and_parts_are_those_of_the_terms():
+    prediction, batch = make()
+    value, parts = WeightedSum(WEIGHTS, TERMS, {"dice": 0.3, "ce": 2.0})(prediction, batch)
+    value.backward()
+    gradient = prediction.outputs.grad.clone()
+    prediction.outputs.grad = None
+    ce, ce_parts = CrossEntropy(WEIGHTS)(prediction, batch)
+    dice, _ = Dice(WEIGHTS)(prediction, batch)
+    (2.0 * ce + 0.3 * dice).backward()
+    torch.testing.assert_close(value, 2.0 * ce + 0.3 * dice, rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradient, prediction.outputs.grad, rtol=1e-12, atol=1e-15)
+    assert list(parts) == ["weight", "ce", "dice"]
+    assert parts["weight"] == ce_parts["weight"] and parts["ce"] == ce and parts["dice"] == dice
+    assert not parts["dice"].requires_grad
+
+
+def test_the_first_term_gives_the_weight():
+    prediction, batch = make()
+    factors = {"ce": 1.0, "dice": 1.0}
+    assert WeightedSum(WEIGHTS, dict(reversed(TERMS.items())), factors)(prediction, batch)[1]["weight"] == 2
+
+
+def test_a_term_alone_and_a_factor_of_zero():
+    prediction, batch = make()
+    dice = Dice(WEIGHTS)(prediction, batch)[0]
+    assert WeightedSum(WEIGHTS, {"d": Dice}, {"d": 1})(prediction, batch)[0] == dice
+    assert WeightedSum(WEIGHTS, TERMS, {"ce": 0, "dice": 1})(prediction, batch)[0] == dice
+
+
+def test_parts_of_a_term_come_under_its_name():
+    class Inner(torch.nn.Module):
+        def __init__(self, class_weights):
+            super().__init__()
+
+        def forward(self, prediction, batch):
+            return torch.tensor(1.0), {"weight": torch.tensor(9.0), "mask": torch.tensor(3.0)}
+
+    _, parts = WeightedSum(WEIGHTS, {"m": Inner, "dice": Dice}, {"m": 1.0, "dice": 1.0})(*make())
+    assert parts["weight"] == 9 and parts["m_mask"] == 3 and set(parts) == {"weight", "m", "m_mask", "dice"}
+
+
+def test_a_batch_without_labels_gives_zero():
+    prediction, batch = make(ignored=2)
+    terms = {"ce": CrossEntropy, "dice": Dice, "focal": Focal, "lovasz": Lovasz, "tversky": Tversky}
+    value, parts = WeightedSum(WEIGHTS, terms, dict.fromkeys(terms, 1.0))(prediction, batch)
+    value.backward()
+    assert value == 0 and parts["weight"] == 0 and bool((prediction.outputs.grad == 0).all())
+
+
+def test_scores_are_brought_to_the_masks_size_once():
+    prediction, batch = make()
+    sizes = []
+    prediction.to_pixels = lambda outputs, size, valid: (sizes.append(size), upsample(outputs, size, valid))[1]
+    WeightedSum(WEIGHTS, TERMS, {"ce": 1.0, "dice": 1.0})(prediction, batch)
+    WeightedSum(WEIGHTS, TERMS, {"ce": 1.0, "dice": 1.0})(prediction, batch)
+    assert sizes == [(20, 30), (20, 30)]  # once for each call
+
+
+def test_it_needs_masks_when_a_term_does():
+    assert not WeightedSum(WEIGHTS, TERMS, {"ce": 1.0, "dice": 1.0}).needs_masks
+    terms = {"masks": MaskClassification, "dice": Dice}
+    assert WeightedSum(WEIGHTS, terms, {"masks": 1.0, "dice": 1.0}).needs_masks
+
+
+@pytest.mark.parametrize(
+    "terms, factors, said",
+    [
+        (TERMS, {"ce": 1.0, "dise": 1.0}, r"loss.criterion.factors.dise=1.0: no such term. The terms are ce, dice"),
+        (TERMS, {"ce": 1.0}, r"loss.criterion.factors.dice is not set"),
+        (TERMS, {"ce": 1.0, "dice": -1.0}, r"factors.dice=-1.0: give a number of at least 0"),
+        (TERMS, {"ce": "much", "dice": 1.0}, r"factors.ce=much: give a number"),
+        (TERMS, {"ce": True, "dice": 1.0}, r"factors.ce=True: give a number"),
+        (TERMS, {"ce": float("nan"), "dice": 1.0}, r"factors.ce=nan: give a number"),
+        ({}, {}, r"loss.criterion.terms=\[\]: give at least one term"),
+        ({"weight": Dice}, {"weight": 1.0}, r"terms=\['weight'\]: .* any name but weight"),
+        (
+            {"hard": partial(Focal, gamma=-1.0)},
+            {"hard": 1.0},
+            r"loss.criterion.terms.hard.gamma=-1.0: give a number of at least 0",
+        ),
+    ],
+)
+def test_bad_sums_are_refused(terms, factors, said):
+    with pytest.raises(UserError, match=said):
+        WeightedSum(WEIGHTS, terms, factors)
+
+
+EXPECTED = {
+    "cross_entropy": CrossEntropy,
+    "dice": Dice,
+    "focal": Focal,
+    "lovasz": Lovasz,
+    "tversky": Tversky,
+    "mask_classification": MaskClassification,
+    "ce_dice": WeightedSum,
+    "ce_lovasz": WeightedSum,
+}
+
+
+@pytest.mark.parametrize("option", EXPECTED)
+def test_options_of_the_command_line(compose, option):
+    cfg = compose(f"loss={option}", "data.root=.", "data.classes=[a,b,c]", "data.ignore_index=9", "loss.weights=median")
+    assert cfg.loss.class_weights.scheme == "median"
+    assert instantiate(cfg.loss.class_weights)([4, 2, 1]).shape == (3,)
+    criterion = instantiate(cfg.loss.criterion)(class_weights=WEIGHTS)
+    assert type(criterion) is EXPECTED[option]
+    parts = list(criterion.losses) if isinstance(criterion, WeightedSum) else [criterion]
+    for part in parts:
+        assert part.ignore_index == 9 and torch.equal(part.weight, WEIGHTS)
+
+
+def test_a_sum_written_on_the_command_line(compose):
+    cfg = compose(
+        "loss=ce_dice",
+        "data.root=.",
+        "data.classes=[a,b,c]",
+        "loss.criterion.terms.ce.label_smoothing=0.1",
+        "loss.criterion.factors.dice=0.5",
+        "+loss.criterion.terms.focal={_target_: dinoseg.losses.focal.Focal, _partial_: true, gamma: 3.0}",
+        "+loss.criterion.factors.focal=2.0",
+    )
+    criterion = instantiate(cfg.loss.criterion)(class_weights=WEIGHTS)
+    assert criterion.factors == {"ce": 1.0, "dice": 0.5, "focal": 2.0}
+    prediction, batch = make()
+    expected = (
+        CrossEntropy(WEIGHTS, label_smoothing=0.1)(prediction, batch)[0]
+        + 0.5 * Dice(WEIGHTS)(prediction, batch)[0]
+        + 2.0 * Focal(WEIGHTS, gamma=3.0)(prediction, batch)[0]
+    )
+    torch.testing.assert_close(criterion(prediction, batch)[0], expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    "override, said",
+    [
+        ("+loss.criterion.factors.dise=1.0", "factors.dise=1.0: no such term"),
+        ("~loss.criterion.factors.dice", "factors.dice is not set"),
+        ("+loss.criterion.terms.dice.gamma=1", "does not take gamma"),
+    ],
+)
+def test_a_wrong_key_of_a_sum_is_refused(compose, override, said):
+    cfg = compose("loss=ce_dice", "data.root=.", "data.classes=[a,b,c]", override)
+    with pytest.raises(UserError, match=said):
+        instantiate(cfg.loss.criterion)(class_weights=WEIGHTS)
