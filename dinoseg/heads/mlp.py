@@ -1,24 +1,30 @@
 """A per-patch MLP that writes a block of pixels for each token."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinoseg.geometry import upsample
+from dinoseg.heads.pyramid import one_grid_width
 
 
 class MlpHead(nn.Module):
     """Three linear layers per token, each K * P * P wide; the last is a P x P block of class scores.
 
     No mixing between patches: all context comes from the backbone.
+
+    Raises:
+        UserError: the maps of a pyramid.
     """
 
-    def __init__(self, in_dim: int, num_layers: int, num_classes: int, patch_size: int) -> None:
+    def __init__(self, in_dim: int | Sequence[int], num_layers: int, num_classes: int, patch_size: int) -> None:
         super().__init__()
         width = num_classes * patch_size**2
         self.patch_size = patch_size
         self.layers = nn.Sequential(
-            nn.Linear(in_dim * num_layers, width),
+            nn.Linear(one_grid_width("mlp", in_dim, num_layers), width),
             nn.ReLU(),
             nn.Linear(width, width),
             nn.ReLU(),

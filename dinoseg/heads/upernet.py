@@ -1,0 +1,53 @@
+"""UPerNet, on transformers' decoder."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from dinoseg.errors import UserError
+from dinoseg.geometry import upsample
+from dinoseg.heads.pyramid import NUM_LEVELS, Reassemble, refuse_unless_four
+
+
+class UperNetHead(nn.Module):
+    """Pooled context on the coarsest of four maps, and a feature pyramid above it (Xiao et al., arXiv 1807.10221).
+
+    A transformer's maps are first made a pyramid, at 4, 2, 1 and half of the patch grid; those of a pyramid backbone
+    are taken as they are. The auxiliary head of the original is left out.
+
+    Args:
+        in_dim: the width of a transformer's maps, or the list of a pyramid's widths.
+        num_layers: maps, four.
+        num_classes: classes to score.
+        channels: of the decoder.
+
+    Raises:
+        UserError: another number of maps than four; in training, batches of one image.
+    """
+
+    def __init__(self, in_dim: int | Sequence[int], num_layers: int, num_classes: int, channels: int = 512) -> None:
+        from transformers import UperNetConfig
+        from transformers.models.upernet.modeling_upernet import UperNetHead as Decoder
+
+        super().__init__()
+        refuse_unless_four("upernet", num_layers)
+        if channels < 1:
+            raise UserError(f"head.channels={channels}: give a number of at least 1.")
+        config = UperNetConfig(hidden_size=channels)
+        config.num_labels = num_classes
+        pyramid = None if isinstance(in_dim, int) else list(in_dim)
+        self.reassemble = nn.Identity() if pyramid else Reassemble(in_dim, [channels] * NUM_LEVELS)
+        self.decoder = Decoder(config, pyramid or [channels] * NUM_LEVELS)
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        """Return class scores (B, K, 4h, 4w) of a transformer's maps, or on the finest grid of a pyramid."""
+        if self.training and len(features[0]) == 1:
+            raise UserError(
+                "head=upernet cannot train on batches of one image: it normalises an average over each whole image by "
+                "the batch. Set data.batch_size to at least 2 for each device, or choose head=dpt."
+            )
+        return self.decoder(self.reassemble(features))
+
+    def predict(self, outputs: Tensor, size: tuple[int, int], valid: tuple[float, float]) -> Tensor:
+        """Return class scores (B, K, H, W), bilinear between cell centres."""
+        return upsample(outputs, size, valid)
