@@ -24,12 +24,14 @@ class Masks:
         format: `ids`: the stored numbers (a palette file's indices) are class ids; `palette`: colours
             stand for classes by `data.palette`; `binary`: 0 is class 0 and 255 is class 1.
         ids: file id to class id or ignore_index, for `ids`; ids not named here stay as they are.
+        reduce_zero_label: for `ids`: file id 0 is ignored, and k is class k - 1, as in ADE20K.
         ignore_colors: colours that are ignored, for `palette`.
         on_size_mismatch: `error`, or `resize_mask`: a mask of its image's proportions is resized, nearest.
     """
 
     format: str = "ids"
     ids: Mapping[int, int] | None = None
+    reduce_zero_label: bool = False
     ignore_colors: Sequence[Sequence[int]] = ()
     on_size_mismatch: str = "error"
 
@@ -41,10 +43,11 @@ class Masks:
         ):
             if value not in options:
                 raise UserError(f"data.source.masks.{key}={value} is unknown. Choose one of {', '.join(options)}.")
-        if self.ids and self.format != "ids":
-            raise UserError(
-                f"data.source.masks.ids has no effect with format={self.format}: remove it, or set format=ids."
-            )
+        for name, given in (("ids", self.ids), ("reduce_zero_label", self.reduce_zero_label)):
+            if given and self.format != "ids":
+                raise UserError(
+                    f"data.source.masks.{name} has no effect with format={self.format}: remove it, or set format=ids."
+                )
         if self.ignore_colors and self.format != "palette":
             raise UserError(
                 f"data.source.masks.ignore_colors has no effect with format={self.format}: "
@@ -67,7 +70,7 @@ class MaskReader:
         self.labels = labels
         self.masks = masks
         if masks.format == "ids":
-            self._table = _id_table(labels, masks.ids or {})
+            self._table = _id_table(labels, masks.ids or {}, first=int(masks.reduce_zero_label))
         elif masks.format == "palette":
             self._codes, self._values = _color_table(labels, masks.ignore_colors)
         elif len(labels.classes) != 2:
@@ -139,11 +142,15 @@ def _one_channel(numbers: np.ndarray, path: Path) -> np.ndarray:
     return first
 
 
-def _id_table(labels: Labels, ids: Mapping[int, int]) -> np.ndarray:
-    """Return (65536,) int16: class id or ignore_index of each file id, -1 where there is none."""
+def _id_table(labels: Labels, ids: Mapping[int, int], first: int) -> np.ndarray:
+    """Return (65536,) int16: class id or ignore_index of each file id, -1 where there is none.
+
+    The file id of the first class is `first`; those before it are ignored.
+    """
     count, ignore = len(labels.classes), labels.ignore_index
     table = np.full(_HIGHEST_ID + 1, -1, dtype=np.int16)
-    table[:count] = np.arange(count)
+    table[:first] = ignore
+    table[first : first + count] = np.arange(count)
     table[ignore] = ignore
     for source, target in ids.items():
         if not isinstance(source, int) or not 0 <= source <= _HIGHEST_ID:

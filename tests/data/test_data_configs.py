@@ -25,7 +25,7 @@ def load(name, root, *overrides):
 
 
 def test_every_config_is_whole(tmp_path):
-    assert NAMES == ["camvid", "folder", "idd_lite", "person", "sarrarp"]
+    assert NAMES == ["ade20k", "camvid", "folder", "idd", "idd_lite", "person", "sarrarp"]
     for name in NAMES:
         data = load(name, tmp_path, *(["data.classes=[a,b]"] if name == "folder" else [])).data
         labels = Labels.of(list(data.classes), data.palette, data.ignore_index)
@@ -34,6 +34,36 @@ def test_every_config_is_whole(tmp_path):
         assert augment.crop == (64, 96) and augment.longest == 200
         instantiate(data.source)
         assert (data.prepare is None) == (name != "sarrarp")
+
+
+@pytest.mark.parametrize(
+    ("name", "image", "mask", "ids", "expected"),
+    [
+        (
+            "ade20k",
+            "images/validation/A.jpg",
+            "annotations/validation/A.png",
+            [[0, 1], [150, 12]],
+            [[255, 0], [149, 11]],
+        ),
+        (
+            "idd",
+            "leftImg8bit/val/7/frame_leftImg8bit.png",
+            "gtFine/val/7/frame_gtFine_labellevel3Ids.png",
+            [[0, 25], [255, 3]],
+            [[0, 25], [255, 3]],
+        ),
+    ],
+)
+def test_layouts_as_they_are_shipped(tmp_path, name, image, mask, ids, expected):
+    save(tmp_path / image, np.zeros((2, 2, 3)))
+    save(tmp_path / mask, ids)
+    save((tmp_path / mask).with_name("frame_gtFine_polygons.png"), ids)
+    if name == "ade20k":
+        (tmp_path / mask).with_name("frame_gtFine_polygons.png").unlink()
+    data = instantiate(load(name, tmp_path).data.source)(split="val")
+    assert len(data) == 1 and data.ignore_index == 255
+    np.testing.assert_array_equal(data.mask(0), expected)
 
 
 def test_overrides_reach_the_objects(tmp_path):

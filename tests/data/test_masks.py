@@ -30,6 +30,15 @@ def test_grey_palette_and_equal_channels_give_the_stored_ids(tmp_path):
         np.testing.assert_array_equal(ids, IDS)
 
 
+def test_zero_can_mean_nothing(tmp_path):
+    reader = MaskReader(LABELS, Masks(reduce_zero_label=True))
+    np.testing.assert_array_equal(reader.read(save(tmp_path / "z.png", [[0, 1, 3, 255]])), [[255, 0, 2, 255]])
+    with pytest.raises(UserError, match="holds the ids 4, which are no classes"):
+        reader.read(save(tmp_path / "high.png", [[4]]))
+    with pytest.raises(UserError, match="reduce_zero_label has no effect with format=binary"):
+        Masks("binary", reduce_zero_label=True)
+
+
 def test_colours_give_classes_also_from_an_indexed_file(tmp_path):
     reader = MaskReader(LABELS, Masks("palette", ignore_colors=[[255, 255, 255]]))
     colors = np.array([*COLORS, (255, 255, 255)], np.uint8)
