@@ -1,0 +1,161 @@
+"""The Mask2Former head for plain vision transformers, in the layout of DINOv3's released segmentor."""
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dinoseg.errors import UserError
+from dinoseg.geometry import widths
+from dinoseg.heads.mask2former.adapter import VitAdapter
+from dinoseg.heads.mask2former.meta_file import load_segmentor
+from dinoseg.heads.mask2former.pixel_decoder import GROUPS, PixelDecoder
+from dinoseg.heads.mask2former.predictor import Predictor
+from dinoseg.heads.semantic import semantic_map
+from dinoseg.shapes import MaskOutputs
+
+MAPS = 4
+TRAINABLE = ("all", "class_embed")
+CLASS_LAYERS = ("loaded", "new")
+
+
+class Mask2FormerHead(nn.Module):
+    """Adapter, pixel decoder and masked-attention decoder over four maps of a vision transformer and its pixels.
+
+    After Cheng et al. (arXiv 2112.01527) and the segmentor released with DINOv3 (arXiv 2508.10104), with which it
+    agrees number by number given the same weights. The deformable attention is plain torch and trains on any device.
+
+    Args:
+        in_dim: width of the backbone's maps.
+        num_layers: of those maps; four.
+        num_classes: K.
+        hidden_dim: width of pixel decoder and queries, a multiple of `num_heads` and of 32, at least 64; None = half
+            of `in_dim`, rounded up to such a one.
+        num_heads: of every attention; divides half of `in_dim` too.
+        feedforward_dim: hidden width of the feed-forward parts of both decoders; None = 4 x `hidden_dim`.
+        num_queries: Q, the most masks that an image can have.
+        no_object: give queries the choice to be no object: one more column of class logits, the last.
+        weights: Meta's segmentor checkpoint (.pth), or a safetensors file with the same names; None = at random.
+        class_layer: with `weights`, whether the file's class layer is `loaded`, or `new` for other classes.
+        trainable: `all`, or the `class_embed` layer alone.
+        drop_path: share of samples for which an extractor's feed-forward part is left out in training.
+        checkpointing: recompute the deformable layers in the backward pass: less memory, more time.
+
+    Raises:
+        UserError: the maps, a value or the weights do not fit.
+    """
+
+    mixture = True
+
+    def __init__(
+        self,
+        in_dim: int | Sequence[int],
+        num_layers: int,
+        num_classes: int,
+        *,
+        hidden_dim: int | None = None,
+        num_heads: int = 16,
+        feedforward_dim: int | None = None,
+        num_queries: int = 100,
+        no_object: bool = True,
+        weights: str | None = None,
+        class_layer: str = "loaded",
+        trainable: str = "all",
+        drop_path: float = 0.3,
+        checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        dim = _map_width(in_dim, num_layers)
+        _check_positive(num_heads=num_heads, num_queries=num_queries)
+        hidden = _hidden_width(dim, hidden_dim, num_heads)
+        feedforward = 4 * hidden if feedforward_dim is None else feedforward_dim
+        _check_positive(feedforward_dim=feedforward)
+        _check_choice("class_layer", class_layer, CLASS_LAYERS)
+        _check_choice("trainable", trainable, TRAINABLE)
+        if not 0 <= drop_path < 1:
+            raise UserError(f"head.drop_path={drop_path}: give a probability of at least 0 and below 1.")
+        self.no_object = no_object
+        self.weights = weights
+        device = torch.get_default_device()
+        with torch.device("meta") if weights else nullcontext():  # what a file fills need not be drawn first
+            self.adapter = VitAdapter(dim, num_heads, drop_path, checkpointing)
+            self.pixel_decoder = PixelDecoder(dim, hidden, num_heads, feedforward, checkpointing)
+            self.predictor = Predictor(hidden, num_heads, feedforward, num_queries, num_classes + no_object)
+        if weights:
+            self.to_empty(device=device)
+            load_segmentor(self, weights, new_class_layer=class_layer == "new")
+            if class_layer == "new":
+                self.predictor.reset_class_layer()
+        if trainable == "class_embed":
+            self.requires_grad_(False)
+            self.predictor.class_embed.requires_grad_(True)
+
+    def run(self, backbone: Any, images: Tensor) -> MaskOutputs:
+        """Return the outputs for images (B, 3, H, W), float RGB in 0..1: this head sees the pixels too."""
+        return self(backbone(images), backbone.pixels(images))
+
+    def forward(self, features: list[Tensor], pixels: Tensor) -> MaskOutputs:
+        """Return class logits (B, Q, K + 1), or K without the no-object column, and mask logits (B, Q, 4h, 4w).
+
+        Args:
+            features: four maps (B, C, h, w), early blocks first.
+            pixels: the padded, normalised image (B, 3, P * h, P * w).
+        """
+        levels, mask_features = self.pixel_decoder(self.adapter(features, pixels))
+        return self.predictor(levels, mask_features)
+
+    def predict(self, outputs: MaskOutputs, size: tuple[int, int], valid: tuple[float, float]) -> Tensor:
+        """Return class scores (B, K, H, W): over all queries the sum of class probability times mask probability.
+
+        The masks are brought to `size` first. Scores are at least 0, and no probabilities: they may exceed 1.
+        """
+        return semantic_map(outputs, size, valid, self.no_object)
+
+
+def _map_width(in_dim: int | Sequence[int], num_layers: int) -> int:
+    if num_layers != MAPS:
+        raise UserError(
+            f"backbone.layers gives {num_layers} map{'s' * (num_layers != 1)}, but this Mask2Former head reads exactly "
+            f"{MAPS}: set backbone.layers=quarters, or list four blocks, early ones first."
+        )
+    found = widths(in_dim, num_layers)
+    if len(set(found)) > 1:
+        raise UserError(
+            f"The backbone gives maps of the widths {found}, but this Mask2Former head makes its own pyramid out of "
+            f"four maps of one width. Choose a vision transformer, or a head that reads pyramids, such as head=linear."
+        )
+    return found[0]
+
+
+def _check_positive(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise UserError(f"head.{name}={value}: give a whole number of at least 1.")
+
+
+def _hidden_width(dim: int, hidden_dim: int | None, num_heads: int) -> int:
+    fitting = [heads for heads in range(1, min(dim // 2, 64) + 1) if dim // 2 % heads == 0]
+    if num_heads not in fitting:
+        raise UserError(
+            f"head.num_heads={num_heads} does not divide {dim // 2}, half of the backbone's width {dim}. "
+            f"Choose one of {', '.join(map(str, fitting))}."
+        )
+    step = math.lcm(num_heads, GROUPS)
+    least = math.ceil(2 * GROUPS / step) * step  # a group of one channel has nothing to normalise over in a single cell
+    if hidden_dim is None:
+        return max(least, math.ceil(dim / 2 / step) * step)
+    if hidden_dim % step or hidden_dim < least:
+        below = max(least, hidden_dim // step * step)
+        raise UserError(
+            f"head.hidden_dim={hidden_dim} must be a multiple of {GROUPS} (groups of channels) and of head.num_heads="
+            f"{num_heads}, and at least {2 * GROUPS}. Choose head.hidden_dim={below} or {below + step}."
+        )
+    return hidden_dim
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise UserError(f"head.{name}={value} is unknown. Choose one of {', '.join(choices)}.")
