@@ -48,6 +48,8 @@ def needed(choice):
     return [
         "data.root=.",
         *(["data.classes=[dark,bright]"] if choice.get("data", main_choices()["data"]) == "folder" else []),
+        *(["backbone.name=test_vit"] if choice.get("backbone") == "timm" else []),
+        *(["head.weights=FILE"] if choice.get("head") == "mask2former_meta" else []),
     ]
 
 
