@@ -1,0 +1,33 @@
+"""Every backbone family in a size that takes milliseconds, from its own config option."""
+
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from dinoseg.__main__ import CONFIGS
+from dinoseg.config import register_resolvers
+
+VIT = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+BACKBONES = {  # the option, and what makes it small
+    "dino": ("dino_vits16", {"arch": {**VIT, "intermediate_size": 64, "image_size": 32}}),
+    "dinov2": ("dinov2_vits14", {"arch": {**VIT, "mlp_ratio": 1, "image_size": 28}}),
+    "dinov2_registers": ("dinov2_vits14_reg4", {"arch": {**VIT, "mlp_ratio": 1, "image_size": 28}}),
+    "dinov3": ("dinov3_vits16", {"arch": {**VIT, "intermediate_size": 64, "layerscale_value": 1.0}}),
+    "convnext": ("dinov3_convnext_tiny", {"arch": {"hidden_sizes": [16, 32, 32, 64], "depths": [1, 1, 1, 1]}}),
+    "timm_vit": ("timm", {"name": "test_vit"}),
+    "timm_pyramid": ("timm", {"name": "test_convnext", "patch_size": 32}),
+}
+PYRAMIDS = ("convnext", "timm_pyramid")
+BASE = ("data.classes=[a,b,c]", "data.root=none", "engine=cpu")
+
+
+def load(*overrides):
+    """Compose as the command line does, with interpolations as they are typed."""
+    register_resolvers()
+    with initialize_config_dir(CONFIGS, version_base="1.3"):
+        return OmegaConf.to_container(compose("main", [*BASE, *overrides]))
+
+
+def tiny_node(name):
+    """Return the config node of a family's tiny backbone, untrained."""
+    option, small = BACKBONES[name]
+    return OmegaConf.merge(load(f"backbone={option}")["backbone"], small, {"weights": "random"})
