@@ -4,6 +4,7 @@ An adapter checks its values when it is made, before any weights are loaded; cal
 place and returns it.
 """
 
+import logging
 import re
 from importlib.util import find_spec
 from typing import Any
@@ -158,6 +159,9 @@ class Lora:
             quantise(backbone, self.bits)
         config: Any = LoraConfig(bias="none", target_modules=names, **self.options)
         inject_adapter_in_model(config, backbone)
+        for parameter in backbone.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()  # peft follows the base's type: updates would be rounded away
         return backbone
 
 
@@ -227,6 +231,8 @@ def quantise(backbone: Any, bits: int) -> None:
 
 
 def _quantised(linear: nn.Linear, bits: int) -> nn.Module:
+    # it warns of kernels that it can do without, and at each 8-bit product that it is one in float16
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import bitsandbytes as bnb
 
     size, bias = (linear.in_features, linear.out_features), linear.bias is not None

@@ -173,6 +173,16 @@ def test_four_bits_are_nf4_with_double_quantisation_and_bfloat16_compute(tiny_ba
     assert (state.quant_type, state.nested, layer.compute_dtype) == ("nf4", True, torch.bfloat16)
 
 
+@pytest.mark.parametrize("bits", [4, 8, None])
+def test_updates_are_trained_in_full_precision(tiny_backbone, bits):
+    adapter = Lora(rank=2, alpha=2, bits=bits, device="cpu")
+    backbone = adapter(tiny_backbone(dtype="bfloat16")).to("cpu")
+    assert trainable(backbone)
+    assert {p.dtype for p in backbone.parameters() if p.requires_grad} == {torch.float32}
+    features = train_updates(backbone)(IMAGES)[0]
+    assert features.dtype == torch.float32 and features.isfinite().all()
+
+
 def test_checkpointing_with_lora_changes_no_gradient(tiny_backbone):
     gradients = []
     for checkpointing in (False, True):

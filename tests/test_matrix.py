@@ -81,7 +81,7 @@ def make_batch():
 
 def train(model, loss, steps=3):
     """Train on one batch with the same random draws at each step; return the losses before each and at the end."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3, weight_decay=0.01)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.01)
     batch, values = make_batch(), []
     for step in range(steps + 1):
         torch.manual_seed(0)

@@ -33,12 +33,13 @@ def run(cfg: DictConfig, *, out_dir: Path, split: str = "val", metrics_only: boo
     trained = load_trained(cfg)
     out_dir = Path(trained.engine.share(str(out_dir)))
     data = build.dataset(cfg, split)
-    check_classes(data, trained.info, f"resume={cfg.resume}")
+    source = f"resume={cfg.resume}" if cfg.resume else f"head.weights={cfg.head.weights}"
+    check_classes(data, trained.info, source)
     scores = score(trained.model, data, trained.engine, out_dir, metrics_only=metrics_only)
     if trained.engine.is_main:
-        board = Path(cfg.resume).parent.parent / "tensorboard"
+        board = Path(cfg.resume or ".").parent.parent / "tensorboard"
         print(f"TensorBoard:  tensorboard --logdir {board}" if board.is_dir() else "TensorBoard:  none beside it")
-        print(f"checkpoint:   {cfg.resume}")
+        print(f"checkpoint:   {cfg.resume or source}")
     trained.engine.close()
     return {**scores, "run": str(out_dir)}
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from meta_files import DEPTH, HEADS, HIDDEN, PATCH, SIDE, WIDTH, meta_state
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from timm.models import eva, vision_transformer
@@ -19,7 +20,6 @@ from dinoseg.backbones.transformers_vit import TransformersVit, _config
 from dinoseg.errors import UserError
 
 CONFIGS = Path(dinoseg.__file__).parent / "cfg" / "backbone"
-WIDTH, DEPTH, HEADS, PATCH, SIDE, HIDDEN = 24, 3, 3, 8, 5, 64
 SMALL = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS}
 V1 = {**SMALL, "intermediate_size": HIDDEN, "image_size": SIDE * PATCH, "layer_norm_eps": 1e-6}
 V2 = {**SMALL, "mlp_ratio": 4, "image_size": SIDE * PATCH}
@@ -38,45 +38,6 @@ KINDS = {  # family, arch, and what the state takes
         {"registers": 4, "gated": True, "qkv_bias": False, "local": True},
     ),
 }
-
-
-def meta_state(family, width=WIDTH, depth=DEPTH, patch=PATCH, side=SIDE, **options):
-    """Return seeded weights by the names and shapes of Meta's files."""
-    make = options.get("make", partial(torch.randn, generator=torch.Generator().manual_seed(0)))
-    registers, hidden = options.get("registers", 0), options.get("hidden", HIDDEN)
-    state = {"cls_token": make(1, 1, width), "patch_embed.proj.weight": make(width, 3, patch, patch) / patch}
-    linears = {"attn.qkv": (3 * width, width), "attn.proj": (width, width)}
-    if family == "dinov3_vit":
-        dim = width // options.get("heads", HEADS)
-        periods = 100 ** (torch.arange(dim // 4) / (dim // 4))
-        state |= {"storage_tokens": make(1, 4, width), "rope_embed.periods": periods.bfloat16()}
-        wide = ("w1", "w2") if options.get("gated") else ("fc1",)
-        linears |= {f"mlp.{name}": (hidden, width) for name in wide}
-    else:
-        state["pos_embed"] = make(1, 1 + side * side, width)
-        if registers:
-            state["register_tokens"] = make(1, registers, width)
-        linears |= {"mlp.w12": (2 * hidden, width)} if options.get("gated") else {"mlp.fc1": (hidden, width)}
-    linears["mlp.w3" if options.get("gated") else "mlp.fc2"] = (width, hidden)
-    qkv_bias = options.get("qkv_bias", True)
-    norms = {"norm": width} | ({"local_cls_norm": width} if options.get("local") else {})
-    for block in range(depth):
-        norms |= {f"blocks.{block}.norm1": width, f"blocks.{block}.norm2": width}
-        for name, shape in linears.items():
-            state[f"blocks.{block}.{name}.weight"] = make(*shape) / math.sqrt(shape[1])
-            if qkv_bias or name != "attn.qkv":
-                state[f"blocks.{block}.{name}.bias"] = make(shape[0])
-        if family != "vit":
-            state |= {f"blocks.{block}.ls{i}.gamma": make(width) for i in (1, 2)}
-        if family == "dinov3_vit" and qkv_bias:
-            mask = torch.tensor([1.0, 0.0, 1.0]).repeat_interleave(width)
-            state[f"blocks.{block}.attn.qkv.bias_mask"] = mask
-    state |= {f"{name}.weight": 1 + 0.3 * make(size) for name, size in norms.items()}
-    state |= {f"{name}.bias": make(size) for name, size in norms.items()}
-    state["patch_embed.proj.bias"] = make(width)
-    if family != "vit":
-        state["mask_token"] = make(1, width)
-    return state
 
 
 def state_of(kind):

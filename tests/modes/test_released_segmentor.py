@@ -1,0 +1,119 @@
+"""Meta's segmentor from its two files: used as released, and with a new class layer for other classes."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from command_line import call
+from meta_files import meta_state
+from safetensors import safe_open
+
+from dinoseg.backbones.transformers_vit import TransformersVit
+from dinoseg.heads.mask2former.head import Mask2FormerHead
+from dinoseg.heads.mask2former.meta_file import meta_name
+from dinoseg.images import read_ids, write_png
+
+WIDTH, SIZE = 64, (64, 96)
+ARCH = {"hidden_size": WIDTH, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
+SMALL = [
+    "backbone=dinov3_vits16", "head.hidden_dim=64", "engine=cpu", "engine.workers=0", "engine.precision=fp32",
+    *(f"backbone.arch.{key}={value}" for key, value in ARCH.items()),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Write a backbone and a segmentor in Meta's layout, and return their paths."""
+    root = tmp_path_factory.mktemp("released")
+    state = meta_state("dinov3_vit", width=WIDTH, depth=4, patch=16, hidden=64, heads=4, registers=4)
+    torch.save(state, root / "backbone.pth")
+    torch.manual_seed(3)
+    head = Mask2FormerHead(WIDTH, 4, 150, hidden_dim=64, feedforward_dim=4096)
+    with torch.no_grad():  # far enough from the start that queries and classes differ
+        for parameter in head.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        head.predictor.class_embed.weight.mul_(20)
+        head.predictor.mask_embed.layers[2].weight.mul_(100)
+    torch.save({meta_name(name): value for name, value in head.state_dict().items()}, root / "head.pth")
+    return root / "backbone.pth", root / "head.pth"
+
+
+def weights(files):
+    return [f"backbone.weights={files[0]}", f"head.weights={files[1]}"]
+
+
+def picture(size=SIZE):
+    return np.random.default_rng(0).integers(0, 256, (*size, 3)).astype(np.uint8)
+
+
+def by_hand(files, image):
+    """Return the semantic map of an image, from the parts alone."""
+    arch = {**ARCH, "num_register_tokens": 4, "layerscale_value": 1.0}
+    backbone = TransformersVit("dinov3_vit", arch, str(files[0]), 16, "quarters").eval()
+    head = Mask2FormerHead(WIDTH, 4, 150, hidden_dim=64, feedforward_dim=4096, weights=str(files[1])).eval()
+    with torch.inference_mode():
+        outputs = head.run(backbone, torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255)
+    masks = torch.nn.functional.interpolate(outputs.mask_logits, image.shape[:2], mode="bilinear").sigmoid()
+    return torch.einsum("bqk,bqhw->bkhw", outputs.class_logits.softmax(-1)[..., :150], masks)[0]
+
+
+def test_predict_as_released(files, tmp_path):
+    image = picture()
+    write_png(tmp_path / "street.png", image)
+    done = call(tmp_path, "mode=predict", "hparam=ade20k_m2f", *SMALL, *weights(files), "input=street.png")
+    assert done.status == 0, done.err
+    found = np.load(next(tmp_path.rglob("segmentation_raw.npy")))
+    scores = by_hand(files, image)
+    best = scores.topk(2, dim=0)
+    sure = (best.values[0] - best.values[1] > 1e-5).numpy()
+    assert sure.mean() > 0.9 and len(np.unique(found)) > 3
+    np.testing.assert_array_equal(found[sure], best.indices[0].numpy()[sure])
+
+
+def test_score_as_released(files, tmp_path):
+    image = picture()
+    expected = by_hand(files, image).argmax(dim=0).numpy()
+    root = tmp_path / "ade"
+    for name in ("training", "validation"):
+        write_png(root / f"images/{name}/a.png", image)
+        write_png(root / f"annotations/{name}/a.png", (expected + 1).astype(np.uint8))  # 0 is "other" in these files
+    done = call(tmp_path, "mode=eval", "hparam=ade20k_m2f", *SMALL, *weights(files), "data.root=ade")
+    assert done.status == 0, done.err
+    scores = json.loads(next(tmp_path.rglob("scores.json")).read_text())
+    assert scores["accuracy"] > 0.99 and len(scores["classes"]) == 150
+
+
+@pytest.mark.parametrize(("recipe", "columns"), [("idd_m2f", 26), ("idd_m2f_no_object", 27)])
+def test_train_a_new_class_layer(files, tmp_path, recipe, columns):
+    for split in ("train", "val"):
+        write_png(tmp_path / f"idd/leftImg8bit/{split}/1/a_leftImg8bit.png", picture())
+        mask = np.random.default_rng(1).choice([0, 3, 25, 255], SIZE).astype(np.uint8)
+        write_png(tmp_path / f"idd/gtFine/{split}/1/a_gtFine_labellevel3Ids.png", mask)
+    steps = ["trainer.steps=2", "trainer.val_every=2", "resolution.crop=[64,96]", "data.batch_size=1"]
+    given = [*SMALL, *weights(files), *steps, "data.root=idd", "backbone.dtype=float32", "hydra.run.dir=run"]
+    if recipe == "idd_m2f_no_object":
+        given.append("loss.criterion.num_points=64")
+    done = call(tmp_path, "mode=train", f"hparam={recipe}", *given)
+    assert done.status == 0, done.err
+    with safe_open(tmp_path / "run/checkpoints/best.safetensors", "pt") as file:
+        held = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    layer = {name: shape for name, shape in held.items() if "class_embed" in name}
+    prefix = "model/head.predictor.class_embed"
+    assert layer == {f"{prefix}.weight": [columns, 64], f"{prefix}.bias": [columns]}
+    assert all(name in layer or "running" in name or "num_batches" in name for name in held)
+    write_png(tmp_path / "a.png", picture())
+    done = call(tmp_path, "mode=predict", "resume=run", "input=a.png", "engine=cpu")
+    assert done.status == 0, done.err
+    assert read_ids(next(tmp_path.rglob("segmentation_colored.png"))).shape[:2] == SIZE
+
+
+def test_a_segmentor_that_is_not_trained_is_no_use(files, tmp_path):
+    write_png(tmp_path / "a.png", picture())
+    done = call(tmp_path, "mode=predict", "hparam=idd_m2f", *SMALL, *weights(files), "input=a.png")
+    assert done.status == 1 and "this mode needs a trained model" in done.err
+    done = call(tmp_path, "mode=predict", "hparam=ade20k_m2f", *SMALL, f"backbone.weights={files[0]}", "input=a.png")
+    assert done.status == 1 and "head.weights is not set" in done.err
+    wrong = [f"backbone.weights={files[0]}", f"head.weights={files[0]}"]
+    done = call(tmp_path, "mode=predict", "hparam=ade20k_m2f", *SMALL, *wrong, "input=a.png")
+    assert done.status == 1 and f"head.weights={files[0]}" in done.err
