@@ -126,7 +126,15 @@ def test_a_wrong_key_or_a_missing_one_is_found():
 
 def test_hidden_options_are_bases_and_bases_hold_the_gaps():
     hidden = sorted(FOLDER.glob("*/_*.yaml"))
-    assert {path.stem for path in hidden} == {"_dino", "_dinov2", "_dinov3", "_dinov3_convnext", "_mask2former", "_pixel", "_rendered"}
+    assert {path.stem for path in hidden} == {
+        "_dino",
+        "_dinov2",
+        "_dinov3",
+        "_dinov3_convnext",
+        "_mask2former",
+        "_pixel",
+        "_rendered",
+    }
     for path in hidden:
         users = [option for option in options(path.parent.name) if path.stem in str(read(path.parent.name, option))]
         assert users, f"nothing starts from {path}"

@@ -30,11 +30,13 @@ def files(tmp_path_factory):
     torch.save(state, root / "backbone.pth")
     torch.manual_seed(3)
     head = Mask2FormerHead(WIDTH, 4, 150, hidden_dim=64, feedforward_dim=4096)
-    with torch.no_grad():  # far enough from the start that queries and classes differ
-        for parameter in head.parameters():
+    with torch.no_grad():  # queries that stay apart, so that there are several classes on a picture
+        for name, parameter in head.named_parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
+            if "predictor.transformer" in name and parameter.ndim > 1:
+                parameter.mul_(0.1)
         head.predictor.class_embed.weight.mul_(20)
-        head.predictor.mask_embed.layers[2].weight.mul_(100)
+        head.predictor.mask_embed.layers[2].weight.mul_(10)
     torch.save({meta_name(name): value for name, value in head.state_dict().items()}, root / "head.pth")
     return root / "backbone.pth", root / "head.pth"
 
