@@ -9,7 +9,15 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 from tabulate import tabulate
 
-COLUMNS = ("miou", "miou_no_background", "accuracy")
+COLUMNS = {  # of a table row, with how they are written
+    "miou": ".4f",
+    "miou_no_background": ".4f",
+    "accuracy": ".4f",
+    "parameters": ",",
+    "trainable": ",",
+    "images_per_s": ".1f",
+    "memory_gib": ".2f",
+}
 
 
 class SweepTable(Callback):
@@ -31,11 +39,19 @@ class SweepTable(Callback):
         rows = sorted(self.rows, key=lambda row: (row["miou"] is None, -(row["miou"] or 0)))
         if not any(row["miou"] is not None or row["note"] for row in rows):
             return
-        shown = [{key: value for key, value in row.items() if key != "run"} for row in rows]
-        print("\n" + tabulate(shown, headers="keys", floatfmt=".4f", maxcolwidths=[None, 60, *[None] * 3, 60]))
+        shown = [{key: _written(key, value) for key, value in row.items() if key != "run"} for row in rows]
+        widths = [None, 60, *[None] * len(COLUMNS), 60]
+        aligned = ("right", "left", *["right"] * len(COLUMNS), "left")
+        print("\n" + tabulate(shown, headers="keys", maxcolwidths=widths, disable_numparse=True, colalign=aligned))
         folder = Path(config.hydra.sweep.dir)
         with open(folder / "sweep.csv", "w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
         print(f"\nwritten to {folder / 'sweep.csv'}")
+
+
+def _written(key: str, value: Any) -> str:
+    if value is None:
+        return ""
+    return format(value, COLUMNS[key]) if key in COLUMNS else str(value)

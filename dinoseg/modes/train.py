@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from omegaconf import DictConfig
@@ -67,7 +68,19 @@ def train(cfg: DictConfig, *, out_dir: Path, metrics_only: bool = False) -> dict
         print(f"TensorBoard:  tensorboard --logdir {out_dir / 'tensorboard'}")
         print(f"checkpoint:   {best} (step {run.best_step})")
     engine.close()
-    return {**scores, "best_step": run.best_step, "run": str(out_dir)}
+    return {**scores, **_cost(model, out_dir), "best_step": run.best_step, "run": str(out_dir)}
+
+
+def _cost(model: nn.Module, out_dir: Path) -> dict[str, Any]:
+    """Return how large the model is, and how fast and with what peak memory the run was, as it logged it."""
+    rows = [row for row in read_rows(out_dir / "metrics.jsonl") if "train/images_per_s" in row]
+    parameters = list(model.parameters())
+    return {
+        "parameters": sum(parameter.numel() for parameter in parameters),
+        "trainable": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        "images_per_s": median(row["train/images_per_s"] for row in rows) if rows else None,
+        "memory_gib": max((row["train/memory_gib"] for row in rows), default=None),
+    }
 
 
 def _check_pair(loss: nn.Module, head: nn.Module) -> None:

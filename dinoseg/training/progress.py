@@ -4,12 +4,15 @@ import resource
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 from tqdm import tqdm
 
 T = TypeVar("T")
+_STATUS = Path("/proc/self/status")  # of Linux: its peak can be reset
 
 
 class Meter:
@@ -17,6 +20,7 @@ class Meter:
 
     def __init__(self, done: int, steps: int, device: torch.device, visible: bool) -> None:
         self.device = device
+        reset_peak_memory(device)
         self.bar = tqdm(total=steps, initial=done, unit="step", disable=not visible, dynamic_ncols=True)
         self._restart()
 
@@ -65,9 +69,22 @@ class Meter:
         self.images, self.waited, self.started = 0, 0.0, time.perf_counter()
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory` count from here on, where the system can: jobs of a sweep share a process."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif _STATUS.exists():
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory(device: torch.device) -> int:
     """Return the highest memory so far in bytes: allocated on a CUDA device, resident in the process otherwise."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if _STATUS.exists():
+        return 1024 * int(
+            next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM")).split()[1]
+        )
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

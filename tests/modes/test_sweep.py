@@ -42,6 +42,10 @@ def test_a_real_sweep_has_a_folder_per_job_and_a_table(tmp_path):
         assert (tmp_path / row["run"]).resolve() == run.resolve() and row["note"] == ""
         assert (run / "checkpoints/best.safetensors").is_file() and (run / "evaluation/scores.json").is_file()
         assert OmegaConf.load(run / "config/config.yaml").choices.head == row["overrides"].rpartition("=")[2]
+    by_head = {row["overrides"].rpartition("=")[2]: row for row in rows}
+    assert 0 < int(by_head["linear"]["trainable"]) < int(by_head["mlp"]["trainable"])
+    assert all(int(row["trainable"]) < int(row["parameters"]) for row in rows)  # the mask token is not trained
+    assert all(float(row["images_per_s"]) > 0 and 0.1 < float(row["memory_gib"]) < 20 for row in rows)
     table = done.stdout.rpartition("\n job")[2] or done.stdout
     assert "miou" in done.stdout and f"written to {folder.relative_to(tmp_path)}/sweep.csv" in done.stdout
     assert all(f"{float(row['miou']):.4f}" in table for row in rows)
