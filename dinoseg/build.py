@@ -60,7 +60,7 @@ def model(cfg: DictConfig, *, untrained: bool = False) -> Segmenter:
     adapter = instantiate(cfg.adapter)
     torch.manual_seed(_seed(cfg))
     backbone = adapter(instantiate(cfg.backbone, instead={"weights": "random"} if untrained else None))
-    weightless = {"weights": None} if untrained and "weights" in cfg.head else None
+    weightless = {"weights": None} if untrained and "weights" in plain(cfg.head) else None
     head = instantiate(cfg.head, without=("layers",), instead=weightless)
     head = head(in_dim=backbone.dim, num_layers=backbone.num_layers)
     resolution = {"scale": cfg.resolution.scale, "longest": cfg.resolution.longest}

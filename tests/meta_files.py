@@ -5,6 +5,14 @@ from functools import partial
 
 import torch
 
+from dinoseg.heads.mask2former.head import Mask2FormerHead
+from dinoseg.heads.mask2former.meta_file import meta_name
+
+RELEASED_ARCH = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
+RELEASED = (  # overrides for the files of write_released
+    *("backbone=dinov3_vits16", "head.hidden_dim=64"),
+    *(f"backbone.arch.{key}={value}" for key, value in RELEASED_ARCH.items()),
+)
 WIDTH, DEPTH, HEADS, PATCH, SIDE, HIDDEN = 24, 3, 3, 8, 5, 64
 
 
@@ -45,3 +53,20 @@ def meta_state(family, width=WIDTH, depth=DEPTH, patch=PATCH, side=SIDE, **optio
     if family != "vit":
         state["mask_token"] = make(1, width)
     return state
+
+
+def write_released(folder):
+    """Write a small backbone and segmentor of 150 classes as Meta's two files, and return their paths."""
+    state = meta_state("dinov3_vit", width=64, depth=4, patch=16, hidden=64, heads=4, registers=4)
+    torch.save(state, folder / "backbone.pth")
+    torch.manual_seed(3)
+    head = Mask2FormerHead(64, 4, 150, hidden_dim=64, feedforward_dim=4096)
+    with torch.no_grad():  # queries that stay apart, so that there are several classes on a picture
+        for name, parameter in head.named_parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+            if "predictor.transformer" in name and parameter.ndim > 1:
+                parameter.mul_(0.1)
+        head.predictor.class_embed.weight.mul_(20)
+        head.predictor.mask_embed.layers[2].weight.mul_(10)
+    torch.save({meta_name(name): value for name, value in head.state_dict().items()}, folder / "head.pth")
+    return folder / "backbone.pth", folder / "head.pth"

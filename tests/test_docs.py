@@ -7,6 +7,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from meta_files import RELEASED, write_released
 from PIL import Image
 
 from dinoseg.data.prepare_sarrarp import prepare
@@ -17,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SMALL = ("backbone.weights=random", "backbone.arch.hidden_size=24", "backbone.arch.num_hidden_layers=2")
 SMALL += ("backbone.arch.num_attention_heads=3", "backbone.layers=[-1]")
+SMALL_TIMM = ("backbone.name=test_vit", "backbone.weights=random")
 SHORT = ("trainer.steps=2", "trainer.val_every=2", "resolution.crop=[48,64]", "data.batch_size=2")
 CPU = ("engine=cpu", "engine.workers=0")
 
@@ -59,7 +61,9 @@ def stand_ins(tmp_path_factory):
         pictures(root / "idd20k_lite", "ab", image, mask, [0, 1, 2, 3, 4, 5, 6, 255])
     video = root / "sarrarp/test/video_41/video_left.avi"
     assert cv2.VideoCapture(str(video)).isOpened()
-    return {"SARRARP": root / "sarrarp", "FOLDER": root / "folder", "DATA": root, "VIDEO": video, "DIR": root / "new"}
+    backbone, segmentor = write_released(root)
+    files = {"BACKBONE": backbone, "SEGMENTOR": segmentor, "IMAGE": root / "folder/val/images/a.png", "VIDEO": video}
+    return {"SARRARP": root / "sarrarp", "FOLDER": root / "folder", "DATA": root, "DIR": root / "new", **files}
 
 
 @pytest.fixture(scope="session")
@@ -94,9 +98,9 @@ def test_command(command, compose, stand_ins, trained, tmp_path, monkeypatch, ca
     words = [re.sub(r"=([A-Z]+)(?=/|$)", lambda found: f"={places[found[1]]}", word) for word in words]
     mode = next(word.removeprefix("mode=") for word in words if word.startswith("mode="))
     if mode == "train":
-        words += [*SMALL, *SHORT, *CPU]
+        words += [*(SMALL_TIMM if "backbone=timm" in words else SMALL), *SHORT, *CPU]
     elif mode in ("eval", "predict"):
-        words += CPU
+        words += [*CPU, *(RELEASED if "hparam=ade20k_m2f" in words else ())]
     elif mode == "render":
         words += ["mode.train_videos=1", "mode.test_videos=1", "mode.seconds=1", "mode.size=[32,48]", "mode.workers=1"]
     out_dir = tmp_path / f"outputs/{mode}_1"
@@ -105,8 +109,9 @@ def test_command(command, compose, stand_ins, trained, tmp_path, monkeypatch, ca
     expected = {
         "train": "scores.json",
         "eval": "scores.json",
-        "predict": "video_left_overlay.mp4",
+        "predict": "a_segmentation" if "ade20k_m2f" in command else "video_left_overlay.mp4",
         "summary": "summary.json",
+        "export": "backbone.safetensors",
     }
     assert expected.get(mode, "run.log") in written, capsys.readouterr().out
 

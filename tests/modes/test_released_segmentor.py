@@ -6,39 +6,20 @@ import numpy as np
 import pytest
 import torch
 from command_line import call
-from meta_files import meta_state
+from meta_files import RELEASED, RELEASED_ARCH, write_released
 from safetensors import safe_open
 
 from dinoseg.backbones.transformers_vit import TransformersVit
 from dinoseg.heads.mask2former.head import Mask2FormerHead
-from dinoseg.heads.mask2former.meta_file import meta_name
 from dinoseg.images import read_ids, write_png
 
-WIDTH, SIZE = 64, (64, 96)
-ARCH = {"hidden_size": WIDTH, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
-SMALL = [
-    "backbone=dinov3_vits16", "head.hidden_dim=64", "engine=cpu", "engine.workers=0", "engine.precision=fp32",
-    *(f"backbone.arch.{key}={value}" for key, value in ARCH.items()),
-]  # fmt: skip
+SIZE = (64, 96)
+SMALL = [*RELEASED, "engine=cpu", "engine.workers=0", "engine.precision=fp32"]
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Write a backbone and a segmentor in Meta's layout, and return their paths."""
-    root = tmp_path_factory.mktemp("released")
-    state = meta_state("dinov3_vit", width=WIDTH, depth=4, patch=16, hidden=64, heads=4, registers=4)
-    torch.save(state, root / "backbone.pth")
-    torch.manual_seed(3)
-    head = Mask2FormerHead(WIDTH, 4, 150, hidden_dim=64, feedforward_dim=4096)
-    with torch.no_grad():  # queries that stay apart, so that there are several classes on a picture
-        for name, parameter in head.named_parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-            if "predictor.transformer" in name and parameter.ndim > 1:
-                parameter.mul_(0.1)
-        head.predictor.class_embed.weight.mul_(20)
-        head.predictor.mask_embed.layers[2].weight.mul_(10)
-    torch.save({meta_name(name): value for name, value in head.state_dict().items()}, root / "head.pth")
-    return root / "backbone.pth", root / "head.pth"
+    return write_released(tmp_path_factory.mktemp("released"))
 
 
 def weights(files):
@@ -51,9 +32,9 @@ def picture(size=SIZE):
 
 def by_hand(files, image):
     """Return the semantic map of an image, from the parts alone."""
-    arch = {**ARCH, "num_register_tokens": 4, "layerscale_value": 1.0}
+    arch = {**RELEASED_ARCH, "num_register_tokens": 4, "layerscale_value": 1.0}
     backbone = TransformersVit("dinov3_vit", arch, str(files[0]), 16, "quarters").eval()
-    head = Mask2FormerHead(WIDTH, 4, 150, hidden_dim=64, feedforward_dim=4096, weights=str(files[1])).eval()
+    head = Mask2FormerHead(64, 4, 150, hidden_dim=64, feedforward_dim=4096, weights=str(files[1])).eval()
     with torch.inference_mode():
         outputs = head.run(backbone, torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255)
     masks = torch.nn.functional.interpolate(outputs.mask_logits, image.shape[:2], mode="bilinear").sigmoid()
