@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dinoseg.checks import check_given, targets
+from dinoseg.config import plain
 from dinoseg.errors import UserError
 from dinoseg.model import Segmenter
 from dinoseg.shapes import SegmentationData
