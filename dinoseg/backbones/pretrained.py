@@ -1,25 +1,21 @@
 """Weights of transformers' models: from the hub, a folder, a file, the package, or at random."""
 
-import argparse
 import re
 import tempfile
-import zipfile
-from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dinoseg.backbones.convnext_names import convnext_names, is_meta_convnext
 from dinoseg.backbones.meta_weights import INV_FREQ, LOCAL_CLS_NORM, from_meta, is_meta, unwrap
 from dinoseg.errors import UserError
+from dinoseg.tensor_files import PICKLED, read_tensor_file
 
 PACKAGED = "dinoseg:"  # weights=dinoseg:NAME is a file that ships inside the package
-_PICKLED = (".pth", ".pt", ".bin")  # PyTorch's own format; other files are taken for safetensors
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
@@ -49,7 +45,7 @@ def load_model(config: Any, weights: str, local_cls_norm: nn.Module | None = Non
         return _from_file(config, path, local_cls_norm)
     if path.is_dir():
         return _from_pretrained(weights, str(path), config=config)
-    if not _HUB_ID.fullmatch(weights) or path.suffix in (".safetensors", *_PICKLED):
+    if not _HUB_ID.fullmatch(weights) or path.suffix in (".safetensors", *PICKLED):
         raise UserError(f"backbone.weights={weights}: no such file or folder. Check the path.")
     name, _, revision = weights.partition("@")
     return _from_pretrained(weights, name, config=config, revision=revision or "main")
@@ -85,43 +81,13 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: the file is broken, or holds anything but tensors.
     """
-    content = unwrap(_read_pickled(path) if path.suffix in _PICKLED else _read_safetensors(path))
+    content = unwrap(read_tensor_file(path, "backbone.weights"))
     other = [name for name, value in content.items() if not isinstance(value, Tensor)]
     if other or not content:
         raise UserError(
             f"backbone.weights={path}: holds {', '.join(other[:3]) or 'nothing'}, and no weights by name. Give a file "
             f"of a backbone's weights, or a checkpoint of its pre-training with a `teacher`."
         )
-    return content
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"backbone.weights={path}: not a readable safetensors file ({error}). Download or export it again."
-        ) from error
-
-
-def _read_pickled(path: Path) -> Mapping[str, Any]:
-    try:
-        # DINO's full checkpoints keep their command line in a Namespace, which does nothing when it is made
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # a broken file raises whatever its bytes happen to mean
-        foreign = re.search(r"GLOBAL (\S+)", str(error))
-        if foreign:
-            raise UserError(
-                f"backbone.weights={path}: holds objects besides tensors ({foreign[1]}), and reading those could run "
-                f"code. Give a file of tensors only, as Meta publishes it or as safetensors."
-            ) from error
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-        raise UserError(
-            f"backbone.weights={path}: not a readable PyTorch file ({reason}). Download it again."
-        ) from error
-    if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
-        raise UserError(f"backbone.weights={path}: holds no weights by name. Give a file of a backbone's weights.")
     return content
 
 

@@ -2,15 +2,11 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dinoseg.errors import UserError
+from dinoseg.tensor_files import read_tensor_file
 
 _WRAPPERS = ("state_dict", "model")  # keys below which training scripts keep the tensors
 _CALLED = 3  # names of each kind that an error gives
@@ -22,18 +18,10 @@ def read_state(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: no such file, not readable, or it holds other things than tensors.
     """
-    if not path.is_file():
-        raise UserError(
-            f"backbone.weights={path}: no such file. Check the path, or give timm (its own download) or random."
-        )
-    try:
-        state: Any = load_file(path) if path.suffix == ".safetensors" else _checkpoint(path)
-    except (SafetensorError, UnpicklingError, OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(
-            f"backbone.weights={path}: not a readable file of weights ({reason[0]}). Download or export it again."
-        ) from error
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+    content = read_tensor_file(path, "backbone.weights")
+    inner = [content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)]
+    state = inner[0] if inner else content
+    if not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(
             f"backbone.weights={path}: it holds other things than tensors. Save the model's state dict alone."
         )
@@ -84,9 +72,3 @@ def exported_state(model: nn.Module) -> dict[str, Tensor]:
             "This backbone holds LoRA updates, which are no weights of their own: export with mode.merge=true."
         )
     return {name: value.contiguous() for name, value in state.items()}
-
-
-def _checkpoint(path: Path) -> Any:
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    inner = [state[key] for key in _WRAPPERS if isinstance(state, Mapping) and isinstance(state.get(key), Mapping)]
-    return inner[0] if inner else state

@@ -367,15 +367,15 @@ def test_truncated_files_are_refused(share, zipped, saved, tmp_path):
 @pytest.mark.parametrize("content", [b"<html>404</html>", b"\x80\x04N.", pickle.dumps([1, 2], 2), b"PK\x03\x04junk"])
 def test_what_is_no_checkpoint_is_refused(content, tmp_path):
     (tmp_path / "page.pth").write_bytes(content)
-    with pytest.raises(UserError, match=r"page\.pth: (not a readable PyTorch file|holds no weights)"):
+    with pytest.raises(UserError, match=r"page\.pth: (not a readable PyTorch file|holds no )"):
         load("dino", tmp_path / "page.pth")
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([torch.zeros(1)], "holds no weights by name"),
-        ({1: torch.zeros(1)}, "holds no weights by name"),
+        ([torch.zeros(1)], "holds no tensors by name"),
+        ({1: torch.zeros(1)}, "holds no tensors by name"),
         ({}, "holds nothing"),
         ({"model": {"cls_token": torch.zeros(1)}, "epoch": 3}, "holds model, epoch, and no weights.*`teacher`"),
         ({"conv.weight": torch.zeros(1)}, "tensors are missing"),

@@ -1,17 +1,14 @@
 """Read a segmentor checkpoint in Meta's layout: every key and every shape accounted for."""
 
 import logging
-import pickle
-import zipfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dinoseg.errors import UserError
+from dinoseg.tensor_files import read_tensor_file
 
 ADAPTER = "segmentation_model.0."
 HEAD = "segmentation_model.1."
@@ -75,24 +72,8 @@ def read_tensors(path: str) -> dict[str, Tensor]:
     Raises:
         UserError: there is no such file, it cannot be read, or it holds something else.
     """
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise UserError(f"head.weights={path}: no such file. Check the path.")
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        with open(file, "rb") as start:  # torch maps its zip archives only, and takes a torn one for something else
-            zipped = start.read(4) == b"PK\x03\x04"
-        if zipped and not zipfile.is_zipfile(file):
-            raise EOFError("the end of the archive is missing")
-        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
-    except (OSError, EOFError, RuntimeError, ValueError, LookupError, pickle.UnpicklingError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"head.weights={path}: not a readable checkpoint ({reason}). Download it again; a plain dict of tensors, "
-            f"written by torch.save or safetensors, is read."
-        ) from error
-    if not isinstance(tensors, Mapping) or not all(isinstance(value, Tensor) for value in tensors.values()):
+    tensors = read_tensor_file(Path(path).expanduser(), "head.weights")
+    if not all(isinstance(value, Tensor) for value in tensors.values()):
         raise UserError(f"head.weights={path}: holds no plain dict of tensors. Give Meta's segmentor checkpoint.")
     return dict(tensors)
 
