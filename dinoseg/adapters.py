@@ -81,6 +81,9 @@ class LastBlocks:
             block.requires_grad_(True)
         if getattr(backbone, "norm", None) is not None:
             backbone.norm.requires_grad_(True)
+        for name, parameter in backbone.named_parameters():
+            if name in backbone.unused:
+                parameter.requires_grad_(False)
         return backbone
 
 
@@ -130,6 +133,11 @@ class Lora:
             raise UserError(
                 f"adapter.targets={targets} is neither {' nor '.join(TARGETS)} nor a regular expression ({error})."
             ) from None
+        if dora and bits is not None:
+            raise UserError(
+                f"adapter.dora=true with adapter.bits={bits}: DoRA starts from the lengths of whole weights. Choose "
+                f"adapter.dora=false, or adapter=lora."
+            )
         check_bits(bits, device)
         self.bits, self.blocks, self.targets = bits, blocks, targets
         self.options: dict[str, Any] = {
@@ -147,7 +155,19 @@ class Lora:
         where = backbone.blocks if self.blocks is None else last_blocks(backbone, self.blocks)
         inside = {part for block in where for part in block.modules()}
         linear = [name for name, part in backbone.named_modules() if isinstance(part, nn.Linear) and part in inside]
+        if not linear:
+            raise UserError(
+                "adapter=lora: the blocks of this backbone have no linear layers, which LoRA updates. Choose "
+                "adapter=last_blocks or adapter=full."
+            )
         names = [name for name in linear if self.pattern.search(f".{name}.")]
+        passed_over = sorted(set(names) & set(getattr(backbone, "uncalled_linears", ())))
+        if passed_over:
+            raise UserError(
+                f"adapter.targets={self.targets}: this backbone multiplies with the weight of {passed_over[0]} itself "
+                f"({len(passed_over)} layers so), past any update. Choose an expression for its other layers, such as "
+                f"adapter.targets=proj, or adapter=last_blocks."
+            )
         if not names:
             kinds = sorted({name.rpartition(".")[2] for name in linear})
             raise UserError(
@@ -223,9 +243,10 @@ def quantise(backbone: Any, bits: int) -> None:
             "adapter.bits=8: bitsandbytes multiplies rows of tokens in 8 bits, and the layers of a pyramid take maps. "
             "Choose adapter.bits=4, adapter=lora_all, or a vision transformer."
         )
+    uncalled = {backbone.get_submodule(name) for name in getattr(backbone, "uncalled_linears", ())}
     for block in backbone.blocks:
         for name, part in list(block.named_modules()):
-            if isinstance(part, nn.Linear):
+            if isinstance(part, nn.Linear) and part not in uncalled:
                 parent, _, child = name.rpartition(".")
                 setattr(block.get_submodule(parent), child, _quantised(part, bits))
 

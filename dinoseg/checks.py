@@ -71,7 +71,7 @@ def check_given(target: str, given: Mapping[str, Any]) -> None:
         if key in parameters and not _fits(value, parameters[key].annotation):
             wanted = inspect.formatannotation(parameters[key].annotation).replace("collections.abc.", "")
             raise UserError(
-                f"{key}={value} is of type {type(value).__name__}, but {target} takes {wanted}. Correct the value."
+                f"{key}={value} is of type {_type_name(value)}, but {target} takes {wanted}. Correct the value."
             )
 
 
@@ -84,7 +84,13 @@ def _fits(value: Any, annotation: Any) -> bool:
         return any(_fits(value, part) for part in get_args(annotation))
     if isinstance(value, bool) and kind in (int, float):
         return False
-    return isinstance(value, PLAIN.get(kind, object))
+    parts = get_args(annotation)[:1] if PLAIN.get(kind) is LIST and isinstance(value, LIST) else ()
+    return isinstance(value, PLAIN.get(kind, object)) and all(_fits(item, part) for part in parts for item in value)
+
+
+def _type_name(value: Any) -> str:
+    inner = sorted({type(item).__name__ for item in value}) if isinstance(value, LIST) else []
+    return type(value).__name__ + (f" of {' and '.join(inner)}" if inner else "")
 
 
 def _refuse_unless_named(target: str, rooms: Sequence[str], refused: str) -> None:

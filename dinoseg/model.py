@@ -95,9 +95,9 @@ def trained_names(model: nn.Module) -> set[str]:
 
 
 def quantised_names(model: nn.Module) -> set[str]:
-    """Return the names in the state dict of quantised weights and their scales."""
+    """Return the names in the state dict of quantised layers: weights, scales, and biases, which change their type."""
     names = set()
     for where, part in model.named_modules():
         if type(part).__module__.startswith("bitsandbytes."):
-            names |= {f"{where}.{name}" for name in part.state_dict() if name != "bias"}
+            names |= {f"{where}.{name}" for name in part.state_dict()}
     return names

@@ -153,7 +153,8 @@ def test_quantised_weights_are_small_close_and_stay(tiny_backbone, bits, error, 
     exact = tiny_backbone().eval()(IMAGES)[0]
     adapter = Lora(rank=2, alpha=2, bits=bits, device="cpu") if trained else Frozen(bits=bits, device="cpu")
     backbone = adapter(tiny_backbone()).to("cpu").eval()
-    kept = {name: value.clone() for name, value in backbone.state_dict().items() if name in quantised_names(backbone)}
+    names = {name for name in quantised_names(backbone) if not name.endswith(".bias")}
+    kept = {name: value.clone() for name, value in backbone.state_dict().items() if name in names}
     packed = [value for value in kept.values() if value.dtype in (torch.uint8, torch.int8)]
     assert len(packed) >= 12 and all(not parameter.requires_grad for parameter in packed)
     features = backbone(IMAGES)[0]
@@ -212,6 +213,7 @@ def test_lora_rank_must_be_positive(rank):
         (lambda: Lora(rank=1, alpha=1, bits=3), "adapter.bits=3: give 4, 8, or null"),
         (lambda: Frozen(bits=4, device="mps"), "bitsandbytes does not work on the device mps.*engine.device=cpu"),
         (lambda: Full(bits=4), "adapter=full with adapter.bits=4.*cannot be trained.*adapter=qlora"),
+        (lambda: Lora(rank=1, alpha=1, dora=True, bits=4, device="cpu"), "adapter.dora=true with adapter.bits=4"),
         (lambda: LastBlocks(1, bits=8), "adapter=last_blocks with adapter.bits=8"),
     ],
 )
@@ -225,6 +227,29 @@ def test_targets_that_match_nothing_name_the_layers_there_are(tiny_backbone):
         UserError, match="adapter.targets=mixer matches no linear.*attention, all_linear.*k_proj, o_proj"
     ):
         Lora(rank=1, alpha=1, targets="mixer")(tiny_backbone())
+
+
+def test_layers_whose_weight_is_used_past_them_are_refused_or_left_whole():
+    module = FusedVit()
+    module.uncalled_linears = frozenset({"blocks.0.attn.qkv", "blocks.1.attn.qkv"})
+    with pytest.raises(UserError, match="adapter.targets=attention: .*blocks.0.attn.qkv itself .2 layers so.*=proj"):
+        Lora(rank=1, alpha=1)(module)
+    module = Lora(rank=1, alpha=1, targets="proj", bits=4, device="cpu")(module).to("cpu")
+    assert type(module.blocks[0]["attn"]["qkv"]) is nn.Linear and module(torch.rand(1, 3, 8)).isfinite().all()
+    assert quantised_names(module)
+
+
+def test_blocks_without_linear_layers():
+    module = nn.Module()
+    module.blocks = nn.ModuleList([nn.Conv2d(1, 1, 1)])
+    with pytest.raises(UserError, match="no linear layers.*adapter=last_blocks or adapter=full"):
+        Lora(rank=1, alpha=1)(module)
+
+
+def test_last_blocks_leaves_alone_what_no_feature_depends_on():
+    module = FusedVit()
+    module.unused = ("blocks.1.mlp.fc1.bias",)
+    assert "blocks.1.mlp.fc1.bias" not in trainable(LastBlocks(1)(module))
 
 
 def test_bits_without_bitsandbytes():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from config_files import options
 from omegaconf import OmegaConf
+from safetensors.torch import save_file
 from tiny_parts import BACKBONES, PYRAMIDS, load, tiny_node
 
 from dinoseg import build
@@ -81,7 +82,7 @@ def make_batch():
 
 def train(model, loss, steps=3):
     """Train on one batch with the same random draws at each step; return the losses before each and at the end."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.01)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
     batch, values = make_batch(), []
     for step in range(steps + 1):
         torch.manual_seed(0)
@@ -146,3 +147,37 @@ def test_the_matrix_is_whole():
     assert set(ADAPTERS) == set(options("adapter"))
     assert len(CELLS) == 7 * 7 * 8
     assert sum(refusal(*cell) is None for cell in CELLS) > 300
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("adapter", ["frozen", "lora_all", "qlora", "last_blocks"])
+def test_of_weights_from_a_file_only_what_was_trained_is_kept(configs, tmp_path, backbone, adapter):
+    cfg = cell_config(configs, backbone, adapter, "linear")
+    source = build.instantiate(cfg.backbone)
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    save_file(source.export_state(), tmp_path / "weights.safetensors")
+    cfg.backbone.weights = str(tmp_path / "weights.safetensors")
+    model = build.model(cfg).to("cpu").train()
+    train(model, build.instantiate(cfg.loss.criterion)(class_weights=torch.ones(3)), steps=2)
+    model.eval()
+    info = {**dict.fromkeys(INFO[3:], {}), "frozen": frozen_fingerprint(model)}
+    Checkpoints(tmp_path, info).judge(model, 0.5)
+    found = checkpoint.read(tmp_path / "best.safetensors")
+    held = {name for name in found.part("model") if name.startswith("backbone.")}
+    parameters = {name for name, _ in model.named_parameters()}
+    assert held & parameters == expected_backbone(model, adapter)
+    assert all("running" in name or "num_batches" in name for name in held - parameters)
+    other = build.model(cfg).to("cpu").eval()
+    checkpoint.load_weights(other, found)
+    image = make_batch().image
+    assert torch.equal(other(image).scores(), model(image).scores())
+
+    if adapter == "last_blocks":  # the norm below is trained
+        return
+    state = source.export_state()
+    name = next(name for name, value in state.items() if value.ndim == 1 and "norm" in name and "weight" in name)
+    save_file({**state, name: state[name] + 0.5}, tmp_path / "weights.safetensors")
+    with pytest.raises(UserError, match="trained on other frozen backbone weights than backbone.weights gives now"):
+        checkpoint.load_weights(build.model(cfg).to("cpu"), found)

@@ -3,11 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dinoseg.backbones.arch import configuration
 from dinoseg.backbones.layers import resolve_layers
+from dinoseg.backbones.pixels import register_colours
 from dinoseg.backbones.pretrained import exported_state, load_model
 from dinoseg.errors import UserError
 from dinoseg.geometry import pad_to_multiple
@@ -33,8 +34,8 @@ class ConvNext(nn.Module):
         checkpointing: recompute block activations in the backward pass: less memory, about a third more time.
 
     Raises:
-        UserError: a key of `arch` that the configuration does not have, another patch size, a layer out of range, or
-            weights that cannot be had or do not fit.
+        UserError: a key or value of `arch` that such a model cannot have, another patch size, a layer out of range,
+            colours that cannot be, or weights that cannot be had or do not fit.
     """
 
     is_pyramid = True
@@ -52,7 +53,7 @@ class ConvNext(nn.Module):
         checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        config = _config(arch)
+        config = configuration("dinov3_convnext", arch)
         self.depth = len(config.hidden_sizes)
         self.layers = resolve_layers(layers, self.depth)
         self.num_layers = len(self.layers)
@@ -63,12 +64,8 @@ class ConvNext(nn.Module):
         self.weights = weights
         self.checkpointing = checkpointing
         self.unused: list[str] = []
-        self.model = load_model(config, weights)
-        del self.blocks[max(self.layers) + 1 :]  # nothing reads them
-        if len(self.blocks) < self.depth:
-            self.model.layer_norm = None
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.model = load_model(config, weights, self._cut)
+        register_colours(self, mean, std)
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -103,21 +100,18 @@ class ConvNext(nn.Module):
         """
         return exported_state(self.model)
 
+    def _cut(self, model: Any) -> None:
+        """Take away what nothing reads."""
+        if max(self.layers) + 1 < self.depth:
+            del model.model.stages[max(self.layers) + 1 :]
+            model.layer_norm = None
+
     def _run(self, stage: Any, x: Tensor) -> Tensor:
         for part in stage.downsample_layers:
             x = part(x)
         for block in stage.layers:
             x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and self.training else block(x)
         return x
-
-
-def _config(values: Mapping[str, Any]) -> Any:
-    from transformers import AutoConfig
-
-    unknown = sorted(values.keys() - AutoConfig.for_model("dinov3_convnext").to_dict().keys())
-    if unknown:
-        raise UserError(f"backbone.arch: dinov3_convnext has no {', '.join(unknown)}. Check the key's spelling.")
-    return AutoConfig.for_model("dinov3_convnext", **values)
 
 
 def _check_patch_size(given: int, own: int) -> None:

@@ -20,7 +20,8 @@ def resolve_layers(layers: Sequence[int] | str, depth: int) -> list[int]:
         depth: blocks in all.
 
     Raises:
-        UserError: another word, no number at all, a number out of range, or fewer than four blocks for `quarters`.
+        UserError: another word, no number at all, one that is not whole or out of range, or fewer than four blocks for
+            `quarters`.
     """
     if isinstance(layers, str):
         if layers != QUARTERS:
@@ -31,6 +32,10 @@ def resolve_layers(layers: Sequence[int] | str, depth: int) -> list[int]:
                 f"numbers instead, such as [-1]."
             )
         return list(_META.get(depth, [math.ceil(part * depth / 4) - 1 for part in (1, 2, 3, 4)]))
+    if any(isinstance(layer, bool) or not isinstance(layer, int) for layer in layers):
+        raise UserError(
+            f"backbone.layers={list(layers)}: blocks have whole numbers. Give a list such as [-1] or [2, 5]."
+        )
     wrong = [layer for layer in layers if not -depth <= layer < depth]
     if wrong or not layers:
         raise UserError(

@@ -1,7 +1,9 @@
 """Weights of transformers' models: from the hub, a folder, a file, the package, or at random."""
 
+import contextlib
 import re
 import tempfile
+from collections.abc import Callable, Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -19,15 +21,17 @@ PACKAGED = "dinoseg:"  # weights=dinoseg:NAME is a file that ships inside the pa
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
-def load_model(config: Any, weights: str, local_cls_norm: nn.Module | None = None) -> Any:
-    """Return the model of a transformers configuration with its weights, in float32.
+def load_model(config: Any, weights: str, cut: Callable[[Any], None], local_cls_norm: nn.Module | None = None) -> Any:
+    """Return the model of a transformers configuration, cut, with its weights, in float32.
 
     A file, safetensors or PyTorch's, may go by the hub's names or by Meta's own (`meta_weights`). A PyTorch file is
     read as tensors only: nothing in it is run.
 
     Args:
         config: decides the architecture; weights of another one are refused.
-        weights: a hub id (`id` or `id@revision`), a local folder, a file, `dinoseg:NAME` or `random`.
+        weights: a hub id (`id` or `id@revision`), a local folder, a file, `dinoseg:NAME` or `random`; of the whole
+            model or of exactly what is left of it.
+        cut: takes parts away from a model in place.
         local_cls_norm: takes DINOv3's norm for local crops, where a file has it; without it that norm is left out.
 
     Raises:
@@ -36,19 +40,21 @@ def load_model(config: Any, weights: str, local_cls_norm: nn.Module | None = Non
     from transformers import AutoModel
 
     if weights == "random":
-        return AutoModel.from_config(config, **_without_pooler(config))
+        model = AutoModel.from_config(config, **_without_pooler(config))
+        cut(model)
+        return model
     if weights.startswith(PACKAGED):
         path = Path(str(files("dinoseg"))) / "assets" / f"{weights.removeprefix(PACKAGED)}.safetensors"
     else:
         path = Path(weights).expanduser()
     if path.is_file():
-        return _from_file(config, path, local_cls_norm)
+        return _from_file(config, path, cut, local_cls_norm)
     if path.is_dir():
-        return _from_pretrained(weights, str(path), config=config)
+        return _from_pretrained(weights, str(path), cut, config=config)
     if not _HUB_ID.fullmatch(weights) or path.suffix in (".safetensors", *PICKLED):
         raise UserError(f"backbone.weights={weights}: no such file or folder. Check the path.")
     name, _, revision = weights.partition("@")
-    return _from_pretrained(weights, name, config=config, revision=revision or "main")
+    return _from_pretrained(weights, name, cut, config=config, revision=revision or "main")
 
 
 def exported_state(model: Any) -> dict[str, Tensor]:
@@ -64,7 +70,7 @@ def exported_state(model: Any) -> dict[str, Tensor]:
         raise UserError(
             "This backbone holds LoRA updates, which are no weights of their own: export with mode.merge=true."
         )
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _quiet():
         model.save_pretrained(folder, safe_serialization=True)
         state = {key: value for path in Path(folder).glob("*.safetensors") for key, value in load_file(path).items()}
     rope = getattr(model, "rope_embeddings", None)
@@ -91,14 +97,14 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return content
 
 
-def _from_file(config: Any, path: Path, local_cls_norm: nn.Module | None) -> nn.Module:
+def _from_file(config: Any, path: Path, cut: Callable[[Any], None], local_cls_norm: nn.Module | None) -> nn.Module:
     from transformers import MODEL_MAPPING
 
     state = _with_hub_names(read_weights(path), config, path)
     frequencies = state.pop(INV_FREQ, None)
     local = {name: state.pop(name) for name in list(state) if name.startswith(LOCAL_CLS_NORM)}
     model: Any = _from_pretrained(
-        str(path), None, model_class=MODEL_MAPPING[type(config)], config=config, state_dict=state
+        str(path), None, cut, model_class=MODEL_MAPPING[type(config)], config=config, state_dict=state
     )
     if frequencies is not None:
         model.rope_embeddings.inv_freq.copy_(frequencies)
@@ -120,7 +126,9 @@ def _with_hub_names(state: dict[str, Tensor], config: Any, path: Path) -> dict[s
     return convnext_names(state)
 
 
-def _from_pretrained(weights: str, source: str | None, *, model_class: Any = None, **options: Any) -> nn.Module:
+def _from_pretrained(
+    weights: str, source: str | None, cut: Callable[[Any], None], *, model_class: Any = None, **options: Any
+) -> nn.Module:
     from transformers import AutoModel
 
     loader: Any = model_class or AutoModel
@@ -128,7 +136,8 @@ def _from_pretrained(weights: str, source: str | None, *, model_class: Any = Non
     options |= {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     options |= _without_pooler(options["config"])
     try:
-        model, info = loader.from_pretrained(source, dtype=torch.float32, **options)
+        with _quiet():
+            model, info = loader.from_pretrained(source, dtype=torch.float32, **options)
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
@@ -140,13 +149,37 @@ def _from_pretrained(weights: str, source: str | None, *, model_class: Any = Non
     found = [key for kind in ("missing", "unexpected", "mismatched") for key in info.get(f"{kind}_keys", ())]
     pooler = {f"pooler.dense.{part}" for part in ("weight", "bias") if options["config"].model_type == "vit"}
     # a hub file of DINO may have a pooler, which no map depends on
-    wrong = sorted({key if isinstance(key, str) else key[0] for key in found} - pooler)
+    wrong = {key if isinstance(key, str) else key[0] for key in found} - pooler
+    whole = model.state_dict().keys()
+    cut(model)
+    removed = whole - model.state_dict().keys()
+    if removed <= set(info.get("missing_keys", ())):  # the file is of a model cut in the same place
+        wrong -= removed
     if wrong:
         raise UserError(
             f"backbone.weights={weights}: {len(wrong)} tensors are missing, left over or of another shape "
-            f"({', '.join(wrong[:3])}, ...). Choose the backbone that these weights were made for."
+            f"({', '.join(sorted(wrong)[:3])}, ...). Choose the backbone that these weights were made for."
         )
     return model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from printing what it reads, writes and misses; downloads still show how far they are."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging
+
+    verbosity, bar, downloads = logging.get_verbosity(), logging.is_progress_bar_enabled(), are_progress_bars_disabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        if not downloads:
+            enable_progress_bars()
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
 
 
 def _without_pooler(config: Any) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import contextlib
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dinoseg.backbones.layers import resolve_layers
+from dinoseg.backbones.pixels import register_colours
 from dinoseg.backbones.timm_stages import stages
 from dinoseg.backbones.timm_weights import exported_state, load_exactly, read_state
 from dinoseg.errors import UserError
@@ -41,7 +42,7 @@ class TimmBackbone(nn.Module):
 
     Raises:
         UserError: a name timm does not know, a model that takes one image size only, another patch size, a layer out
-            of range, or weights that cannot be had or do not fit.
+            of range, colours that cannot be, or weights that cannot be had or do not fit.
     """
 
     mean: Tensor
@@ -72,7 +73,9 @@ class TimmBackbone(nn.Module):
         self.model.prune_intermediate_layers(sorted(set(self.layers)), prune_norm=self.is_pyramid, prune_head=True)
         if weights not in ("timm", "random"):
             load_exactly(self.model, read_state(Path(weights).expanduser()), spare=spare, source=weights)
-        maps = self._probe(name, [levels[layer]["reduction"] for layer in self.layers])
+        with _uncalled_linears(self) as uncalled:
+            maps = self._probe(name, [levels[layer]["reduction"] for layer in self.layers])
+        self.uncalled_linears = frozenset(uncalled)  # only their weights are used: what replaces them never runs
         self.dim: int | list[int] = [part.shape[1] for part in maps]
         if self.num_layers == 1 or not self.is_pyramid:
             self.dim = maps[0].shape[1]
@@ -80,8 +83,7 @@ class TimmBackbone(nn.Module):
         if checkpointing:
             _enable_checkpointing(self.model, name)
         known = self.model.pretrained_cfg
-        self.register_buffer("mean", torch.tensor(mean or known["mean"]).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std or known["std"]).view(3, 1, 1), persistent=False)
+        register_colours(self, known["mean"] if mean is None else mean, known["std"] if std is None else std)
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -202,6 +204,19 @@ def _classifier(model: Any) -> list[str]:
 
 def _grids(maps: Sequence[Tensor]) -> list[tuple[int, ...]]:
     return [tuple(part.shape[2:]) for part in maps]
+
+
+@contextlib.contextmanager
+def _uncalled_linears(module: nn.Module) -> Iterator[set[str]]:
+    """Yield the names of the linear layers, from which each that is called within the block goes."""
+    linears = {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear)}
+    uncalled = set(linears)
+    hooks = [part.register_forward_hook(lambda *_, name=name: uncalled.discard(name)) for name, part in linears.items()]
+    try:
+        yield uncalled
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _unreached(module: nn.Module, outputs: Sequence[Tensor]) -> list[str]:

@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dinoseg.backbones.arch import configuration
 from dinoseg.backbones.attention import mask_queries_only
 from dinoseg.backbones.layers import resolve_layers
+from dinoseg.backbones.pixels import register_colours
 from dinoseg.backbones.positions import METHODS, interpolate
 from dinoseg.backbones.pretrained import exported_state, load_model
 from dinoseg.errors import UserError
@@ -42,7 +44,8 @@ class TransformersVit(nn.Module):
         dtype: `float32`, or `bfloat16` to hold the weights in half the memory; the maps are float32 all the same.
 
     Raises:
-        UserError: unknown family, a layer out of range, or weights that cannot be had or do not fit.
+        UserError: unknown family, a key or value of `arch` that it cannot have, a layer out of range, colours that
+            cannot be, or weights that cannot be had or do not fit.
     """
 
     mean: Tensor
@@ -73,25 +76,20 @@ class TransformersVit(nn.Module):
         self.num_prefix = 1 + getattr(config, "num_register_tokens", 0)
         self.weights = weights
         self.local_cls_norm = nn.LayerNorm(self.dim) if local_cls_norm else None
-        self.model = load_model(config, weights, self.local_cls_norm)
+        self.model = load_model(config, weights, self._cut, self.local_cls_norm)
         self.model.to(DTYPES[dtype])
         mask_queries_only(self.model)
-        del self.blocks[max(self.layers) + 1 :]  # nothing reads them
         if checkpointing:
             _enable_checkpointing(self.model)
         self.unused = [
             name for name, _ in self.named_parameters() if name.endswith("mask_token") or "local_cls_norm" in name
         ]
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        register_colours(self, mean, std)
 
     @property
     def blocks(self) -> nn.ModuleList:
         """The transformer blocks up to the last tapped one, in order."""
-        model: Any = self.model
-        if model.config.model_type == "vit":
-            return model.layers
-        return model.model.layer if model.config.model_type == "dinov3_vit" else model.encoder.layer
+        return _blocks(self.model)
 
     @property
     def norm(self) -> nn.Module:
@@ -148,17 +146,22 @@ class TransformersVit(nn.Module):
         """
         return exported_state(self.model)
 
+    def _cut(self, model: Any) -> None:
+        """Take away what nothing reads."""
+        del _blocks(model)[max(self.layers) + 1 :]
+
 
 def _config(family: str, values: dict[str, Any]) -> Any:
-    from transformers import AutoConfig
-
     if family not in FAMILIES:
         raise UserError(f"backbone.family={family} is unknown. Choose one of {', '.join(FAMILIES)}.")
-    unknown = sorted(values.keys() - AutoConfig.for_model(family).to_dict().keys())
-    if unknown:
-        raise UserError(f"backbone.arch: {family} has no {', '.join(unknown)}. Check the key's spelling.")
     defaults = {"pos_embed_rescale": None} if family == "dinov3_vit" else {}
-    return AutoConfig.for_model(family, **{**defaults, **values})
+    return configuration(family, {**defaults, **values})
+
+
+def _blocks(model: Any) -> nn.ModuleList:
+    if model.config.model_type == "vit":
+        return model.layers
+    return model.model.layer if model.config.model_type == "dinov3_vit" else model.encoder.layer
 
 
 def _enable_checkpointing(model: Any) -> None:

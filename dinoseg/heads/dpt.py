@@ -112,10 +112,12 @@ def _default_channels(in_dim: int | Sequence[int]) -> list[int]:
 def _check_options(features: int, out_channels: Sequence[int] | None, dropout: float) -> None:
     if features < 1:
         raise UserError(f"head.features={features}: give a number of channels of at least 1.")
-    if out_channels is not None and (len(out_channels) != NUM_LEVELS or min(out_channels) < 1):
-        raise UserError(
-            f"head.out_channels={list(out_channels)}: give four numbers of at least 1, the channels of the levels from "
-            f"fine to coarse, or null to follow the backbone's width."
-        )
     if not 0 <= dropout < 1:
         raise UserError(f"head.dropout={dropout}: give a share from 0 up to below 1.")
+    if out_channels is None:
+        return
+    if len(out_channels) != NUM_LEVELS or not all(type(own) is int and own >= 1 for own in out_channels):
+        raise UserError(
+            f"head.out_channels={list(out_channels)}: give four whole numbers of at least 1, the channels of the "
+            f"levels from fine to coarse, or null to follow the backbone's width."
+        )

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dinoseg.errors import UserError
+from dinoseg.heads.precision import at_least_float32
 from dinoseg.heads.semantic import semantic_map
 from dinoseg.shapes import MaskOutputs
 
@@ -111,7 +113,7 @@ class EomtHead(nn.Module):
                 earlier.append(self._read(backbone.norm(tokens), grid))
                 share = masked_share(self.progress, window)
                 mask = attention_mask(earlier[-1].mask_logits, grid, tokens.shape[1], share)
-            tokens = block(tokens, attention_mask=mask, **beside)
+            tokens = _through(block, tokens, attention_mask=mask, **beside)
         last = self._read(backbone.norm(tokens), grid)
         return MaskOutputs(last.class_logits, last.mask_logits, earlier)
 
@@ -120,6 +122,7 @@ class EomtHead(nn.Module):
         return semantic_map(outputs, size, valid, self.no_object)
 
     def _read(self, tokens: Tensor, grid: tuple[int, int]) -> MaskOutputs:
+        tokens = at_least_float32(tokens)  # a backbone may be held in half
         queries = tokens[:, : len(self.queries)]
         patches = tokens[:, -grid[0] * grid[1] :].transpose(1, 2).unflatten(2, grid)  # (B, dim, h, w)
         masks = torch.einsum("bqc,bchw->bqhw", self.mask_embed(queries), self.upscale(patches))
@@ -138,6 +141,14 @@ class _Doubling(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         mixed = self.mix(F.gelu(self.grow(features)))  # (B, dim, 2h, 2w)
         return self.norm(mixed.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def _through(block: nn.Module, tokens: Tensor, **beside: Any) -> Tensor:
+    # A block that is asked to recompute does so by itself in train mode only, but the queries' gradients pass through
+    # blocks that are not trained, and so are in eval mode, too
+    if getattr(block, "gradient_checkpointing", False) and torch.is_grad_enabled() and not block.training:
+        return checkpoint(block, tokens, use_reentrant=False, **beside)
+    return block(tokens, **beside)
 
 
 @torch.no_grad()

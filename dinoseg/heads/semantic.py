@@ -1,5 +1,7 @@
 """The semantic map of mask classification: what Q masks and their classes say about each pixel."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -7,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from dinoseg.geometry import upsample
 from dinoseg.shapes import MaskOutputs
 
-_AT_ONCE = 2**25  # numbers of the upsampled masks held at a time: 128 MiB
+_AT_ONCE = 2**25  # numbers of the upsampled masks held at a time: 128 MiB, and as much for their sigmoid
 
 
 def semantic_map(
@@ -29,24 +31,34 @@ def semantic_map(
     with torch.autocast(outputs.mask_logits.device.type, enabled=False):
         classes = outputs.class_logits.float().softmax(dim=-1)  # (B, Q, K + 1)
         classes = classes[..., :-1] if no_object else classes
-        maps = [
-            _image_map(image_classes, image_masks, size, valid)
-            for image_classes, image_masks in zip(classes, outputs.mask_logits.float(), strict=True)
-        ]
-    return torch.stack(maps)
+        images = list(zip(classes, outputs.mask_logits.float(), strict=True))
+        if torch.is_grad_enabled():
+            return torch.stack([_image_map(*image, size, valid) for image in images])
+        maps = classes.new_zeros(len(images), classes.shape[2], *size)
+        for own, image in zip(maps, images, strict=True):
+            for part_classes, part_masks in _parts(*image, size):
+                pixels = _pixels(part_masks, size, valid)
+                own.flatten(1).addmm_(part_classes.T, pixels.flatten(1))  # into the result: no second map beside it
+    return maps
 
 
 def _image_map(classes: Tensor, masks: Tensor, size: tuple[int, int], valid: tuple[float, float]) -> Tensor:
-    """Return the map (K, H, W) of one image's (Q, K) and (Q, h, w)."""
-    at_once = max(1, _AT_ONCE // (size[0] * size[1]))
+    """Return the map (K, H, W) of one image's (Q, K) and (Q, h, w), with gradients."""
     scores = classes.new_zeros(classes.shape[1], *size)
-    for part_classes, part_masks in zip(classes.split(at_once), masks.split(at_once), strict=True):
-        part = (part_classes, part_masks, size, valid)
-        more = checkpoint(_sum, *part, use_reentrant=False) if torch.is_grad_enabled() else _sum(*part)
-        scores = scores + more
+    for part in _parts(classes, masks, size):
+        scores = scores + checkpoint(_sum, *part, size, valid, use_reentrant=False)
     return scores
 
 
+def _parts(classes: Tensor, masks: Tensor, size: tuple[int, int]) -> Iterable[tuple[Tensor, Tensor]]:
+    """Return an image's (Q, K) and (Q, h, w) by a few queries at a time."""
+    at_once = max(1, _AT_ONCE // (size[0] * size[1]))
+    return zip(classes.split(at_once), masks.split(at_once), strict=True)
+
+
 def _sum(classes: Tensor, masks: Tensor, size: tuple[int, int], valid: tuple[float, float]) -> Tensor:
-    pixels = upsample(masks[None], size, valid)[0].sigmoid()  # (q, H, W)
-    return torch.einsum("qk,qhw->khw", classes, pixels)
+    return torch.einsum("qk,qhw->khw", classes, _pixels(masks, size, valid))
+
+
+def _pixels(masks: Tensor, size: tuple[int, int], valid: tuple[float, float]) -> Tensor:
+    return upsample(masks[None], size, valid)[0].sigmoid()  # (q, H, W)

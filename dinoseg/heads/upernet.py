@@ -25,6 +25,8 @@ class UperNetHead(nn.Module):
         UserError: another number of maps than four; in training, batches of one image.
     """
 
+    least_batch = 2  # training images per rank at once: one alone leaves nothing to normalise its pooled average over
+
     def __init__(self, in_dim: int | Sequence[int], num_layers: int, num_classes: int, channels: int = 512) -> None:
         from transformers import UperNetConfig
         from transformers.models.upernet.modeling_upernet import UperNetHead as Decoder

@@ -44,7 +44,11 @@ class MaskClassification(nn.Module):
     Per layer, the last and each of `aux`: queries are matched with the classes that occur in the image; the matched
     masks get binary cross-entropy and dice loss at points, all queries cross-entropy on their class or "no object".
     Unlike there, unlabelled pixels count nowhere: not as background of the masks, and an image without labels
-    asks no query to be "no object". Without a no-object column, unmatched queries have no class loss.
+    asks no query to be "no object"; and a point's label is that of the pixel it lies in, where the original samples
+    the target masks bilinearly. Without a no-object column, unmatched queries have no class loss.
+
+    In eval mode a head gives no `aux`, so the value is that of the last layer alone: train/loss, a sum over all
+    layers, does not compare with val/loss.
 
     Args:
         class_weights: one weight (K,) per class, in the mean of the class term.

@@ -23,7 +23,7 @@ def export(cfg: DictConfig, *, out_dir: Path, dtype: str = "float32", merge: boo
         cfg: the whole config, merged with the checkpoint's.
         out_dir: the run folder.
         dtype: of the weights in the file.
-        merge: add LoRA updates to the weights that they update; those of quantised weights to the full ones.
+        merge: add LoRA updates to the weights that they update; where those are quantised, to the whole ones.
 
     Raises:
         UserError: an unknown dtype, or LoRA updates that are not merged: they are no weights of their own.
@@ -31,7 +31,9 @@ def export(cfg: DictConfig, *, out_dir: Path, dtype: str = "float32", merge: boo
     if dtype not in DTYPES:
         raise UserError(f"mode.dtype={dtype} is unknown. Choose one of {', '.join(DTYPES)}.")
     model = load_trained(cfg).model
-    backbone: Any = merge_updates(_unquantised(cfg, model).backbone) if merge else model.backbone
+    backbone: Any = _unquantised(cfg, model).backbone
+    if merge:
+        backbone = merge_updates(backbone)
     state = {name: value.to(DTYPES[dtype]) for name, value in backbone.export_state().items()}
     path = out_dir / "backbone.safetensors"
     write_tensors(path, state, {})
@@ -41,7 +43,7 @@ def export(cfg: DictConfig, *, out_dir: Path, dtype: str = "float32", merge: boo
 
 def _unquantised(cfg: DictConfig, trained: Segmenter) -> Segmenter:
     """Return the trained model with whole weights where it holds quantised ones, which can take no updates."""
-    if cfg.adapter.bits is None:
+    if cfg.adapter.get("bits") is None:
         return trained
     model = build.model(OmegaConf.merge(cfg, {"adapter": {"bits": None}}))  # type: ignore[arg-type]
     held, state = trained_names(trained), trained.state_dict()

@@ -5,6 +5,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
 from torch import nn
 
@@ -36,9 +37,9 @@ def train(cfg: DictConfig, *, out_dir: Path, metrics_only: bool = False) -> dict
     start = checkpoint.read(Path(cfg.resume)) if cfg.resume else None
     if start is not None:
         check_classes(feed.train, start.info, f"resume={start.path}")
+    _check_fits(cfg, engine.world)
     loss = build.loss(cfg, feed.train).to(engine.device)
     model = build.model(cfg).to(engine.device)
-    _check_pair(loss, model.head)
     optimizer = build.optimizer(cfg, model)
     checkpoints = checkpoint.Checkpoints(
         out_dir / checkpoint.FOLDER, description(cfg, feed.train), start, writes=engine.is_main
@@ -83,7 +84,17 @@ def _cost(model: nn.Module, out_dir: Path) -> dict[str, Any]:
     }
 
 
-def _check_pair(loss: nn.Module, head: nn.Module) -> None:
+def _check_fits(cfg: DictConfig, world: int) -> None:
+    """Refuse a loss or a batch that the head cannot be trained with, before any weights are read or labels counted."""
+    with torch.device("meta"):
+        head = build.model(cfg, untrained=True).head
+        loss = build.instantiate(cfg.loss.criterion)(class_weights=torch.ones(len(cfg.data.classes)))
+    least = getattr(head, "least_batch", 1)
+    if cfg.data.batch_size < least * world:
+        raise UserError(
+            f"data.batch_size={cfg.data.batch_size}: head={cfg.choices.head} is trained on {least} images or more per "
+            f"device. Set data.batch_size={least * world} or choose another head."
+        )
     if getattr(loss, "needs_masks", False) and not getattr(head, "mixture", False):
         raise UserError(
             "loss=mask_classification needs a head that predicts masks: head=mask2former, head=mask2former_meta or "

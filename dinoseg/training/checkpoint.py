@@ -165,27 +165,31 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
             f"resume={checkpoint.path}: made for another model: tensors {', '.join(parts)}. Use the backbone, adapter, "
             f"head and classes it was trained with (they are in its config), or start a new run."
         )
-    if checkpoint.info["frozen"] != frozen_fingerprint(model):
+    now, then = frozen_fingerprint(model), checkpoint.info["frozen"]
+    other = [part for part in now if now[part] != then.get(part)]
+    if other:
         raise UserError(
-            f"resume={checkpoint.path}: trained on other frozen backbone weights than backbone.weights gives now. "
-            f"Give the weights it was trained on."
+            f"resume={checkpoint.path}: trained on other frozen {other[0]} weights than {other[0]}.weights gives now"
+            f"{' (or held in another backbone.dtype)' if other[0] == 'backbone' else ''}. Give what it was trained on."
         )
     model.load_state_dict(have, strict=False)
 
 
-def frozen_fingerprint(model: nn.Module) -> str:
-    """Return a hash of the names, shapes and a sample of the values that a checkpoint does not hold.
+def frozen_fingerprint(model: nn.Module) -> dict[str, str]:
+    """Return, for backbone and head, a hash of names, shapes and sampled values that a checkpoint does not hold.
 
     Quantised weights are left out: they differ in the last place between devices.
     """
-    skipped, digest = trained_names(model) | quantised_names(model), hashlib.sha256()
+    skipped = trained_names(model) | quantised_names(model)
+    digests = {"backbone": hashlib.sha256(), "head": hashlib.sha256()}
     for name, value in model.state_dict().items():
         if name not in skipped:
+            digest = digests[name.partition(".")[0]]
             flat = value.detach().flatten()
             sample = flat[:: max(1, flat.numel() // 1024)].float().cpu()
             digest.update(f"{name} {tuple(value.shape)}".encode())
             digest.update(sample.numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return {part: digest.hexdigest()[:16] for part, digest in digests.items()}
 
 
 @dataclass

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch.optim import Optimizer
 
 from dinoseg.errors import UserError
 
+_EMBEDDING = re.compile(r"(token|tokens|pos_embed|position_embeddings|level_embed|level_encoding|queries)$")
 SCHEDULES = ("constant", "cosine", "poly")
 
 
@@ -23,8 +25,9 @@ def parameter_groups(
 ) -> list[dict]:
     """Put every trainable parameter into exactly one group.
 
-    Biases, norms and other vectors are not decayed. Backbone parameters learn at `lr * backbone_lr_scale`; with
-    `layer_decay` d, block i of n at a further d^(n - i), the patch embedding at d^(n + 1) (BEiT, arXiv 2106.08254).
+    Biases, norms and other vectors are not decayed, nor are tokens, positions, queries and other embeddings. Backbone
+    parameters learn at `lr * backbone_lr_scale`; with `layer_decay` d, block i of the n that are read (of a pyramid:
+    stage i) at a further d^(n - i), what comes before the blocks at d^(n + 1) (BEiT, arXiv 2106.08254).
 
     Returns:
         Groups with `params`, `names`, `lr`, `base_lr` and `weight_decay`, in the model's order.
@@ -42,15 +45,17 @@ def parameter_groups(
         layer_decay is None or 0 < layer_decay <= 1,
         f"optim.optimizer.layer_decay={layer_decay}: give a number above 0 and at most 1, or null.",
     )
-    depth = getattr(getattr(model, "backbone", None), "depth", 0)
+    above = _layers_above(getattr(model, "backbone", None))
+    embeddings = {id(part.weight) for part in model.modules() if isinstance(part, nn.Embedding)}
     groups: dict[tuple[float, float], dict] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         rate = lr
         if name.startswith("backbone."):
-            rate = lr * backbone_lr_scale * (layer_decay or 1.0) ** _layers_above(name, depth)
-        decay = weight_decay if parameter.ndim > 1 and "token" not in name else 0.0
+            rate = lr * backbone_lr_scale * (layer_decay or 1.0) ** above[id(parameter)]
+        exempt = parameter.ndim < 2 or id(parameter) in embeddings or _EMBEDDING.search(name)
+        decay = 0.0 if exempt else weight_decay
         group = groups.setdefault(
             (rate, decay), {"params": [], "names": [], "lr": rate, "base_lr": rate, "weight_decay": decay}
         )
@@ -145,12 +150,16 @@ def tensors_of(model: nn.Module, names: set[str]) -> Iterator[tuple[str, Tensor]
     yield from ((name, value) for name, value in model.state_dict(keep_vars=True).items() if name in names)
 
 
-def _layers_above(name: str, depth: int) -> int:
-    """Return how many layers lie between a backbone parameter and the head: 0 after the last block."""
-    block = re.search(r"\.(?:layers?|blocks)\.(\d+)\.", name)
-    if block:
-        return depth - int(block.group(1))
-    return depth + 1 if "embed" in name else 0
+def _layers_above(backbone: Any) -> dict[int, int]:
+    """Return, by a backbone parameter's id, how many layers lie between it and the head: 0 after the last block."""
+    if backbone is None:
+        return {}
+    blocks = list(backbone.blocks)
+    above = {id(parameter): len(blocks) + 1 for parameter in backbone.parameters()}
+    for number, block in enumerate(blocks):
+        above |= {id(parameter): len(blocks) - number for parameter in block.parameters()}
+    norm = getattr(backbone, "norm", None)
+    return above | ({id(parameter): 0 for parameter in norm.parameters()} if norm is not None else {})
 
 
 def _check(rule: bool, message: str) -> None:

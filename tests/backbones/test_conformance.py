@@ -1,5 +1,7 @@
 """What every backbone promises to every head, whatever library it comes from."""
 
+import re
+
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -8,6 +10,7 @@ from torch import nn
 
 from dinoseg.adapters import Frozen, Full
 from dinoseg.build import instantiate
+from dinoseg.errors import UserError
 from dinoseg.geometry import pad_to_multiple, widths
 from dinoseg.model import Segmenter
 
@@ -111,25 +114,49 @@ def test_blocks_are_in_order_and_end_with_the_last_one_read(build, name):
     )
 
 
-def test_exported_weights_are_read_again(build, tmp_path):
+@pytest.mark.parametrize("layers", [(-1,), [0, 1]])
+def test_exported_weights_are_read_again(build, name, tmp_path, layers):
     from safetensors.torch import save_file
 
-    source = build()
+    strides = {"patch_size": 8} if name in PYRAMIDS and layers == [0, 1] else {}
+    source = build(layers, **strides)
     with torch.no_grad():
         for parameter in source.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
     save_file(source.export_state(), tmp_path / "weights.safetensors")
     images = noise(1, (64, 96))
-    again = build(weights=str(tmp_path / "weights.safetensors"))
-    torch.testing.assert_close(again(images)[0], source(images)[0])
+    again = build(layers, weights=str(tmp_path / "weights.safetensors"), **strides)
+    for ours, expected in zip(again(images), source(images), strict=True):
+        torch.testing.assert_close(ours, expected)
 
 
 @pytest.mark.parametrize("layers", [[99], [-99], [], "last"])
 def test_layers_out_of_range_are_refused(build, layers):
-    from dinoseg.errors import UserError
-
     with pytest.raises(UserError, match="backbone.layers="):
         build(layers)
+
+
+@pytest.mark.parametrize("patch_size", [0, -16])
+def test_a_patch_size_below_one_is_refused(build, patch_size):
+    with pytest.raises(UserError, match=f"^backbone.patch_size={patch_size}.* (Give|set) "):
+        build(patch_size=patch_size)
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "rule"),
+    [
+        ("mean", [0.5, 0.5], "give three numbers"),
+        ("mean", [], "give three numbers"),
+        ("std", [0.2] * 4, "give three numbers"),
+        ("mean", [0.5, float("nan"), 0.5], "give three numbers"),
+        ("std", [0.2, float("inf"), 0.2], "give three numbers"),
+        ("std", [0.2, 0.0, 0.2], "give three numbers above 0"),
+        ("std", [-0.2, 0.2, 0.2], "give three numbers above 0"),
+    ],
+)
+def test_colours_that_cannot_be_are_refused(build, key, values, rule):
+    with pytest.raises(UserError, match=rf"^backbone\.{key}={re.escape(str(values))}: .*{rule}"):
+        build(**{key: values})
 
 
 def test_every_option_of_the_command_line_is_one_of_these_families():

@@ -41,3 +41,9 @@ def test_other_words_and_too_few_blocks_are_refused():
         resolve_layers("thirds", 12)
     with pytest.raises(UserError, match=r"backbone.layers=quarters: this backbone has 3 blocks.*needs four"):
         resolve_layers("quarters", 3)
+
+
+@pytest.mark.parametrize("layers", [["a"], [1.5], [0, "-1"], [True], [None], (-1, 1.0)])
+def test_numbers_that_are_not_whole_are_refused(layers):
+    with pytest.raises(UserError, match=r"backbone.layers=\[.*\]: blocks have whole numbers.*such as \[-1\]"):
+        resolve_layers(layers, 3)

@@ -203,6 +203,27 @@ def test_unused_parameters_are_found():
     assert _unreached(part, [part(torch.ones(1, 2))]) == ["token", "idle.weight", "idle.bias"]
 
 
+@pytest.mark.parametrize(
+    ("name", "patch", "own"),
+    [
+        ("eva02_tiny_patch14_224", 14, ".attn.qkv"),
+        ("swinv2_tiny_window8_256", 8, ".attn.qkv"),
+        ("test_vit", 16, None),
+        ("test_convnext", 8, None),
+    ],
+)
+def test_linear_layers_of_which_only_the_weight_is_used_are_known(name, patch, own, monkeypatch):
+    backbone = build(name, (1,), patch_size=patch)
+    called, given = set(), nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: called.add(self) or given(self, x))
+    backbone(torch.rand(1, 3, 45, 61))
+    linears = {key: part for key, part in backbone.named_modules() if isinstance(part, nn.Linear)}
+    assert backbone.uncalled_linears == {key for key, part in linears.items() if part not in called}
+    assert backbone.uncalled_linears == {key for key in linears if own and key.endswith(own)}
+    assert bool(backbone.uncalled_linears) == bool(own) and called
+    assert not any(part._forward_hooks for part in backbone.modules())
+
+
 def test_lora_finds_the_fused_projections_and_last_blocks_its_blocks():
     lora = Lora(rank=2, alpha=2)(build())
     trained = {name for name, parameter in lora.named_parameters() if parameter.requires_grad}

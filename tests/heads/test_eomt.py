@@ -150,11 +150,11 @@ def test_every_part_learns_from_the_last_layer_alone():
     assert all(p.grad.abs().sum() > 0 for p in model.head.parameters())
 
 
-@pytest.mark.parametrize("adapter", [Full(), Lora(2, 2)])
+@pytest.mark.parametrize("adapter", [Full(), Lora(2, 2), Lora(2, 2, blocks=1), LastBlocks(1), Frozen()])
 def test_checkpointing_changes_no_gradient(family, adapter, monkeypatch):
     calls, gradients, passes = spy_on_attention(monkeypatch), [], []
     for checkpointing in (False, True):
-        model = Segmenter(*pair(family, adapter=adapter, checkpointing=checkpointing)).train()
+        model = Segmenter(*pair(family, 3, adapter=adapter, held={"checkpointing": checkpointing})).train()
         model.set_progress(0.3)  # the first block's masks are left out at random
         calls.clear()
         torch.manual_seed(1)
@@ -166,6 +166,26 @@ def test_checkpointing_changes_no_gradient(family, adapter, monkeypatch):
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+@pytest.mark.parametrize("adapter", [Frozen(), Lora(2, 2)])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_backbone_held_in_half(family, adapter, checkpointing):
+    held = {"dtype": "bfloat16", "checkpointing": checkpointing}
+    model = Segmenter(*pair(family, adapter=adapter, held=held)).train()
+    images = torch.rand(2, 3, 40, 33)
+    for progress in (0.0, 0.999):
+        model.set_progress(progress)
+        outputs = model(images).outputs
+        parts = [outputs, *outputs.aux]
+        assert all(part.class_logits.dtype == part.mask_logits.dtype == torch.float32 for part in parts)
+        sum(part.class_logits.square().mean() + part.mask_logits.square().mean() for part in parts).backward()
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert any("lora_B" in name for name in trainable) == isinstance(adapter, Lora)
+    assert all(torch.isfinite(p.grad).all() for p in trainable.values())
+    assert all(p.grad.any() for name, p in trainable.items() if "lora_A" not in name)  # their partner starts at zero
+    exact = Segmenter(*pair(family, adapter=adapter)).eval()
+    torch.testing.assert_close(model.eval()(images).scores(), exact(images).scores(), atol=0.1, rtol=0.1)
 
 
 @pytest.mark.parametrize("training", [True, False])

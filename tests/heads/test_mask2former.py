@@ -153,13 +153,6 @@ def test_training_gives_finite_gradients_to_all_and_to_the_features():
     assert all(feature.grad.abs().sum() > 0 for feature in features)
 
 
-def test_only_the_class_layer_learns_where_that_is_asked():
-    head = tiny(trainable="class_embed").train()
-    objective(head(*made())).backward()
-    learnt = {name for name, parameter in head.named_parameters() if parameter.grad is not None}
-    assert learnt == {"predictor.class_embed.weight", "predictor.class_embed.bias"}
-
-
 def test_a_batch_is_its_images_one_by_one():
     head = tiny().eval()
     features, pixels = made()

@@ -1,4 +1,4 @@
-"""The Mask2Former head against Meta's segmentor: its numbers, and files in its layout."""
+"""The Mask2Former head against Meta's segmentor: numbers of its computation, and files in its layout."""
 
 import logging
 import math
@@ -37,9 +37,10 @@ def made_file(head):
     return {meta_name(name): made_weight(meta_name(name), value.shape) for name, value in head.state_dict().items()}
 
 
-# Of Meta's own code with the weights, features (32 wide) and 64 x 96 pixels of `noise`: each map's mean absolute value,
-# standard deviation and three of its numbers; two queries' classes, all masks at two
-# places, and the semantic map at two pixels of 40 x 70
+# Of Meta's computation, retyped from its public repository for this comparison alone and kept outside the project (the
+# released code itself was not run), with the weights, features (32 wide) and 64 x 96 pixels of `noise`: each map's mean
+# absolute value, standard deviation and three of its numbers; two queries' classes, all masks at two places, and the
+# semantic map at two pixels of 40 x 70
 META = {
     "map 1": [0.34142, 0.46495, -0.24055, 0.34286, 0.15264],
     "map 2": [0.48068, 0.66302, -0.76951, -0.45575, -0.38981],
@@ -64,7 +65,7 @@ META = {
 }
 
 
-def test_numbers_are_those_of_metas_code(tmp_path):
+def test_numbers_are_those_of_metas_computation(tmp_path):
     options = {"hidden_dim": 64, "feedforward_dim": 96, "num_queries": 6}
     torch.save(made_file(Mask2FormerHead(32, 4, 4, **options)), tmp_path / "made.pth")
     head = Mask2FormerHead(32, 4, 4, **options, weights=str(tmp_path / "made.pth")).eval()
@@ -151,6 +152,28 @@ def test_a_new_class_layer_takes_the_place_of_the_files(whole, write, no_object)
         again.predictor.class_embed.weight, whole["segmentation_model.1.predictor.class_embed.weight"]
     )
     assert sum(value.requires_grad for value in again.parameters()) == 2
+
+
+def test_only_the_class_layer_learns_where_that_is_asked(whole, write):
+    head = tiny(weights=write(whole), trainable="class_embed").train()
+    outputs = head([torch.randn(2, 16, 2, 3) for _ in range(4)], torch.randn(2, 3, 32, 48))
+    (outputs.class_logits.square().mean() + outputs.mask_logits.square().mean()).backward()
+    learnt = {name for name, parameter in head.named_parameters() if parameter.grad is not None}
+    assert learnt == {"predictor.class_embed.weight", "predictor.class_embed.bias"}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"class_layer": "new"}, "head.class_layer=new without head.weights: .* Leave head.class_layer out"),
+        ({"trainable": "class_embed"}, "head.trainable=class_embed without head.weights: .* or set head.trainable=all"),
+    ],
+)
+def test_what_takes_a_file_is_refused_without_one_but_for_counting(options, said):
+    with pytest.raises(UserError, match=said):
+        tiny(**options)
+    with torch.device("meta"):
+        assert tiny(**options).predictor.class_embed.weight.requires_grad
 
 
 def test_on_the_meta_device_a_file_is_checked_but_not_held(whole, write):

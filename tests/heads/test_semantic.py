@@ -1,6 +1,10 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dinoseg.heads import semantic
 from dinoseg.heads.semantic import semantic_map
@@ -51,9 +55,10 @@ def written_out(outputs, size, valid, no_object):
 def test_the_map_is_the_sum_over_queries_of_class_times_mask(monkeypatch, grid, size, valid, no_object):
     outputs = draw(2, 5, 4, grid)
     expected = written_out(outputs, size, valid, no_object)
-    for budget in (1, 2 * size[0] * size[1], 2**25):
+    for budget, gradients in itertools.product((1, 2 * size[0] * size[1], 2**25), (True, False)):
         monkeypatch.setattr(semantic, "_AT_ONCE", budget)
-        found = semantic_map(outputs, size, valid, no_object)
+        with torch.set_grad_enabled(gradients):
+            found = semantic_map(outputs, size, valid, no_object)
         assert found.dtype == torch.float32
         torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
 
@@ -76,6 +81,34 @@ def test_few_masks_are_held_at_a_time(monkeypatch):
     with torch.no_grad():
         semantic_map(draw(2, 7, 3, (4, 6)), (20, 30), (1.0, 1.0))
     assert sizes == [(1, count, 4, 6) for count in (3, 3, 1, 3, 3, 1)]
+
+
+class Storages(TorchDispatchMode):
+    """Keep every storage that is made, so that none is given again."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for part in tree_leaves(made):
+            if isinstance(part, torch.Tensor):
+                storage = part.untyped_storage()
+                self.found[storage.data_ptr()] = storage
+        return made
+
+
+@pytest.mark.parametrize("inference", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_nothing_as_large_as_one_images_map_is_made_beside_the_result(monkeypatch, inference):
+    monkeypatch.setattr(semantic, "_AT_ONCE", 3 * 20 * 30)
+    outputs = draw(2, 7, 6, (4, 6))
+    with inference(), Storages() as storages:
+        found = semantic_map(outputs, (20, 30), (1.0, 1.0))
+    one_map = 5 * 20 * 30 * 4
+    large = [storage for storage in storages.found.values() if storage.nbytes() >= one_map]
+    assert [(storage.data_ptr(), storage.nbytes()) for storage in large] == [(found.data_ptr(), 2 * one_map)]
+    torch.testing.assert_close(found, semantic_map(outputs, (20, 30), (1.0, 1.0)))
 
 
 def test_gradients_are_those_of_the_whole_sum_at_once(monkeypatch):

@@ -54,10 +54,14 @@ def test_gradients_reach_every_parameter_and_bfloat16_stays_finite():
 
 
 def test_single_images_cannot_train_but_can_be_predicted():
-    head, maps = small(), [torch.randn(1, 12, 4, 4)] * 4
+    def maps_of(batch):
+        return [torch.randn(batch, 12, 4, 4)] * 4
+
+    head, maps = small(), maps_of(1)
     with pytest.raises(UserError, match="cannot train on batches of one image: .*data.batch_size to at least 2"):
         head.train()(maps)
     assert head.eval()(maps).shape == (1, 3, 16, 16)
+    assert head.train()(maps_of(head.least_batch)).shape == (head.least_batch, 3, 16, 16)
 
 
 def test_no_channels_are_refused():

@@ -50,7 +50,7 @@ def test_the_published_recipe(offline, tmp_path):
         (["hparam=sarrarp_full"], {"backbone": (303_129_600, 303_129_600 - 1024), "adapter": (0, 0)}),
         (["hparam=sarrarp_lora", "adapter.rank=8"], {"adapter": (3_538_944,) * 2}),
         (["hparam=sarrarp_lora", "adapter=lora", "adapter.rank=8"], {"adapter": (1_572_864,) * 2}),
-        (["hparam=person"], {"adapter": (0, 0), "head": (2 * 4 * 384 + 4 * 384 * 2 + 2,) * 2}),
+        (["hparam=person_multiscale"], {"adapter": (0, 0), "head": (2 * 4 * 384 + 4 * 384 * 2 + 2,) * 2}),
     ],
     ids=" ".join,
 )

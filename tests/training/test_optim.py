@@ -2,11 +2,17 @@ import math
 
 import pytest
 import torch
+from omegaconf import OmegaConf
+from tiny_parts import BACKBONES, tiny_node
 from torch import nn
 
 from dinoseg.adapters import Full, Lora
+from dinoseg.backbones.transformers_vit import TransformersVit
+from dinoseg.build import instantiate
 from dinoseg.errors import UserError
+from dinoseg.heads.eomt import EomtHead
 from dinoseg.heads.linear import LinearHead
+from dinoseg.heads.mask2former.head import Mask2FormerHead
 from dinoseg.model import Segmenter
 from dinoseg.training.optim import MovingAverage, adamw, parameter_groups, schedule, set_learning_rates
 
@@ -35,6 +41,41 @@ def test_rates_and_decay_by_place(tiny_backbone):
     assert found["backbone.model.embeddings.patch_embeddings.weight"] == (pytest.approx(0.2 * 0.125), 0.1)
     assert found["backbone.model.embeddings.cls_token"] == (pytest.approx(0.2 * 0.125), 0.0)
     assert found["backbone.model.norm.weight"] == (0.2, 0.0)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_rates_rise_from_the_image_to_the_head(name):
+    small = {"arch": {"depths": [1, 2, 6, 1]}} if name == "convnext" else {}  # more blocks in a stage than stages
+    backbone = instantiate(OmegaConf.to_container(OmegaConf.merge(tiny_node(name), {"layers": [-1]}, small)))
+    model = Segmenter(Full()(backbone), LinearHead(backbone.dim, 1, 2))
+    found = rates(parameter_groups(model, lr=1.0, weight_decay=0.1, layer_decay=0.5))
+    assert max(rate for rate, _ in found.values()) == 1.0
+    by_id = {id(parameter): found[name][0] for name, parameter in model.named_parameters() if name in found}
+    blocks = list(backbone.blocks)
+    for number, block in enumerate(blocks):
+        inside = {by_id[id(parameter)] for parameter in block.parameters()}
+        assert inside == {0.5 ** (len(blocks) - number)}
+        for parameter in block.parameters():
+            by_id.pop(id(parameter))
+    lowest = 0.5 ** (len(blocks) + 1)
+    ends = {name for name, parameter in model.named_parameters() if by_id.get(id(parameter)) == 1.0}
+    assert all(name.startswith("head.") or "norm" in name for name in ends) and len(ends) >= 4
+    assert all(rate == lowest for rate in by_id.values() if rate != 1.0)
+
+
+def test_embeddings_are_not_decayed():
+    small = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "mlp_ratio": 1, "image_size": 28}
+    backbone = TransformersVit("dinov2", small, "random", 14, layers=(0, 0, 1, 1))
+    for head in (
+        Mask2FormerHead(64, 4, 2, hidden_dim=64, num_queries=5, feedforward_dim=32),
+        EomtHead(64, 4, 2, patch_size=14, num_queries=5, blocks=1),
+    ):
+        found = rates(parameter_groups(Segmenter(Full()(backbone), head), lr=1.0, weight_decay=0.1))
+        decayed = {name for name, (_, decay) in found.items() if decay}
+        free = ("query_feat", "query_embed", "level_embed", "level_encoding", "queries", "position_embeddings", "token")
+        assert any("q_proj" in name for name in decayed) and any(name.startswith("head.") for name in decayed)
+        assert not [name for name in decayed if any(part in name for part in free)]
+        assert [name for name in found if "quer" in name]
 
 
 def test_lora_matrices_are_found(tiny_backbone):

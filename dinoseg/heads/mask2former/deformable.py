@@ -8,9 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinoseg.heads.mask2former.levels import Size
+from dinoseg.heads.precision import at_least_float32
 
 POINTS = 4  # per head and level
-AT_ONCE = 2**26  # sampled numbers held at a time: 256 MiB in float32
+# Sampled numbers held at a time, 256 MiB in float32, but only without gradients: the backward pass needs those of all
+# bands, of every layer at once or, with head.checkpointing=true, of one layer at a time.
+AT_ONCE = 2**26
 
 
 class DeformableAttention(nn.Module):
@@ -95,8 +98,3 @@ def sample(values: Tensor, sizes: Sequence[Size], points: Tensor, weights: Tenso
 def _sample_band(maps: Sequence[Tensor], grid: Tensor, weights: Tensor) -> Tensor:
     read = [F.grid_sample(level, grid[:, :, index], align_corners=False) for index, level in enumerate(maps)]
     return (torch.cat(read, dim=-1) * weights[:, None]).sum(-1)  # (B * M, D, Q)
-
-
-def at_least_float32(values: Tensor) -> Tensor:
-    """Return half precision as float32, and all else as it is."""
-    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values

@@ -40,12 +40,13 @@ class Mask2FormerHead(nn.Module):
         no_object: give queries the choice to be no object: one more column of class logits, the last.
         weights: Meta's segmentor checkpoint (.pth), or a safetensors file with the same names; None = at random.
         class_layer: with `weights`, whether the file's class layer is `loaded`, or `new` for other classes.
-        trainable: `all`, or the `class_embed` layer alone.
+        trainable: `all`, or, with `weights`, the `class_embed` layer alone.
         drop_path: share of samples for which an extractor's feed-forward part is left out in training.
         checkpointing: recompute the deformable layers in the backward pass: less memory, more time.
 
     Raises:
-        UserError: the maps, a value or the weights do not fit.
+        UserError: the maps, a value or the weights do not fit; or, but for the meta device, no weights are given where
+            `class_layer` is new or the `class_embed` layer alone is trained.
     """
 
     mixture = True
@@ -77,9 +78,11 @@ class Mask2FormerHead(nn.Module):
         _check_choice("trainable", trainable, TRAINABLE)
         if not 0 <= drop_path < 1:
             raise UserError(f"head.drop_path={drop_path}: give a probability of at least 0 and below 1.")
+        device = torch.get_default_device()
+        if not weights and device.type != "meta":  # there, sizes are counted without the file
+            _check_without_weights(class_layer, trainable)
         self.no_object = no_object
         self.weights = weights
-        device = torch.get_default_device()
         with torch.device("meta") if weights else nullcontext():  # what a file fills need not be drawn first
             self.adapter = VitAdapter(dim, num_heads, drop_path, checkpointing)
             self.pixel_decoder = PixelDecoder(dim, hidden, num_heads, feedforward, checkpointing)
@@ -134,6 +137,19 @@ def _check_positive(**values: int) -> None:
     for name, value in values.items():
         if value < 1:
             raise UserError(f"head.{name}={value}: give a whole number of at least 1.")
+
+
+def _check_without_weights(class_layer: str, trainable: str) -> None:
+    if class_layer == "new":
+        raise UserError(
+            "head.class_layer=new without head.weights: no file gives a class layer that another could replace, all of "
+            "the head is new. Leave head.class_layer out, or give head.weights=FILE."
+        )
+    if trainable == "class_embed":
+        raise UserError(
+            "head.trainable=class_embed without head.weights: the rest of the head would stay at random for good. Give "
+            "head.weights=FILE, Meta's segmentor checkpoint, or set head.trainable=all."
+        )
 
 
 def _hidden_width(dim: int, hidden_dim: int | None, num_heads: int) -> int:

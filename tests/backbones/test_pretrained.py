@@ -1,0 +1,104 @@
+"""Files of whole models and of models that end with the last block that is read."""
+
+import logging
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers.utils import logging as their_logging
+
+from dinoseg.backbones.convnext import ConvNext
+from dinoseg.backbones.transformers_vit import FAMILIES, TransformersVit
+from dinoseg.errors import UserError
+
+SMALL = {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 3, "image_size": 16}
+STAGES = {"depths": [1, 1, 2, 1], "hidden_sizes": [8, 12, 16, 24], "drop_path_rate": 0.2}
+KINDS = [*FAMILIES, "convnext"]
+
+
+def build(kind, last, weights="random"):
+    if kind == "convnext":
+        return ConvNext(STAGES, str(weights), 4 * 2**last, [last]).eval()
+    return TransformersVit(kind, SMALL, str(weights), 8, [last]).eval()
+
+
+def shaken(kind, last):
+    torch.manual_seed(0)
+    backbone = build(kind, last)
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return backbone
+
+
+def in_block(kind, number):
+    return f"stages.{number}." if kind == "convnext" else f"layer.{number}."
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param
+
+
+def test_a_whole_file_and_a_cut_one_give_the_same_cut_model(tmp_path, kind):
+    whole, cut = shaken(kind, 3), build(kind, 1)
+    cut.load_state_dict({key: value for key, value in whole.state_dict().items() if key in cut.state_dict()})
+    save_file(whole.export_state(), tmp_path / "whole.safetensors")
+    save_file(cut.export_state(), tmp_path / "cut.safetensors")
+    cut.model.save_pretrained(tmp_path / "folder")
+    images = torch.rand(1, 3, 20, 30)
+    for source in ("whole.safetensors", "cut.safetensors", "folder"):
+        again = build(kind, 1, tmp_path / source)
+        assert len(again.blocks) == 2 and again.state_dict().keys() == cut.state_dict().keys()
+        assert torch.equal(again(images)[0], cut(images)[0])
+
+
+def test_every_other_file_is_refused(tmp_path, kind):
+    file = tmp_path / "w.safetensors"
+    whole, cut = shaken(kind, 3).export_state(), shaken(kind, 1).export_state()
+    kept = next(key for key in cut if in_block(kind, 1) in key)
+    gone = next(key for key in whole if in_block(kind, 3) in key)
+    for name, state, last in (
+        ("a cut file for a whole model", cut, 3),
+        ("a cut file for a model cut later", cut, 2),
+        ("a cut file for a model cut earlier", cut, 0),
+        ("one tensor too few", {key: value for key, value in cut.items() if key != kept}, 1),
+        ("one too few after the cut", {key: value for key, value in whole.items() if key != gone}, 1),
+        ("one block too many", cut | {key: value for key, value in whole.items() if in_block(kind, 2) in key}, 1),
+        ("one tensor too many", cut | {"extra": torch.zeros(1)}, 1),
+        ("another shape", cut | {kept: torch.zeros(7)}, 1),
+        ("another shape after the cut", whole | {gone: torch.zeros(7)}, 1),
+    ):
+        save_file(state, file)
+        with pytest.raises(UserError, match=r"w\.safetensors: \d+ tensors are missing, left over or of another shape"):
+            build(kind, last, file)
+            pytest.fail(name)
+
+
+def test_transformers_keeps_quiet_while_loading_and_speaks_afterwards(tmp_path, capfd):
+    save_file(shaken("dinov3_vit", 1).export_state(), tmp_path / "cut.safetensors")
+    seen = []
+    handler = logging.Handler()
+    handler.emit = seen.append
+    theirs = their_logging.get_logger()
+    theirs.addHandler(handler)
+    before = their_logging.get_verbosity()
+    their_logging.enable_progress_bar()
+    try:
+        build("dinov3_vit", 1, tmp_path / "cut.safetensors")
+        with pytest.raises(UserError, match="tensors are missing"):
+            build("dinov3_vit", 3, tmp_path / "cut.safetensors")
+    finally:
+        theirs.removeHandler(handler)
+    assert not seen and capfd.readouterr() == ("", "")
+    assert their_logging.get_verbosity() == before and their_logging.is_progress_bar_enabled()
+
+
+def test_bars_that_were_off_stay_off(tmp_path):
+    save_file(shaken("vit", 1).export_state(), tmp_path / "cut.safetensors")
+    their_logging.disable_progress_bar()
+    try:
+        build("vit", 1, tmp_path / "cut.safetensors")
+        assert not their_logging.is_progress_bar_enabled()
+    finally:
+        their_logging.enable_progress_bar()
