@@ -31,7 +31,7 @@ def export(cfg: DictConfig, *, out_dir: Path, dtype: str = "float32", merge: boo
     if dtype not in DTYPES:
         raise UserError(f"mode.dtype={dtype} is unknown. Choose one of {', '.join(DTYPES)}.")
     model = load_trained(cfg).model
-    backbone: Any = _unquantised(cfg, model).backbone
+    backbone: Any = _whole(cfg, model).backbone
     if merge:
         backbone = merge_updates(backbone)
     state = {name: value.to(DTYPES[dtype]) for name, value in backbone.export_state().items()}
@@ -41,11 +41,16 @@ def export(cfg: DictConfig, *, out_dir: Path, dtype: str = "float32", merge: boo
     return {"run": str(out_dir), "path": str(path)}
 
 
-def _unquantised(cfg: DictConfig, trained: Segmenter) -> Segmenter:
-    """Return the trained model with whole weights where it holds quantised ones, which can take no updates."""
-    if cfg.adapter.get("bits") is None:
+def _whole(cfg: DictConfig, trained: Segmenter) -> Segmenter:
+    """Return the trained model with float32 weights where it holds shorter ones, which would round the updates."""
+    changes: dict[str, Any] = {}
+    if cfg.adapter.get("bits") is not None:
+        changes["adapter"] = {"bits": None}
+    if cfg.backbone.get("dtype", "float32") != "float32":
+        changes["backbone"] = {"dtype": "float32"}
+    if not changes:
         return trained
-    model = build.model(OmegaConf.merge(cfg, {"adapter": {"bits": None}}))  # type: ignore[arg-type]
+    model = build.model(OmegaConf.merge(cfg, changes))  # type: ignore[arg-type]
     held, state = trained_names(trained), trained.state_dict()
     model.load_state_dict({name: state[name] for name in held}, strict=False)
     return model

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from tiny_parts import BACKBONES, PYRAMIDS, tiny_node
 from torch import nn
 
-from dinoseg.adapters import Frozen, Full
+from dinoseg.adapters import Frozen, Full, LastBlocks, Lora
 from dinoseg.build import instantiate
 from dinoseg.errors import UserError
 from dinoseg.geometry import pad_to_multiple, widths
@@ -97,6 +97,19 @@ def test_gradients_reach_all_but_what_is_called_unused(build):
     backbone(noise(2, (64, 96)))[0].square().sum().backward()
     without = {name for name, parameter in backbone.named_parameters() if parameter.grad is None}
     assert without == set(backbone.unused)
+
+
+@pytest.mark.parametrize("adapter", [Full(), LastBlocks(2), Lora(rank=2, alpha=2, targets="all_linear")])
+def test_checkpointing_changes_no_gradient(build, adapter):
+    gradients = []
+    for checkpointing in (False, True):
+        model = Segmenter(adapter(build("quarters", checkpointing=checkpointing)), nn.Conv2d(1, 1, 1)).train()
+        torch.manual_seed(1)
+        sum(part.square().mean() for part in model.backbone(noise(1, (64, 96)))).backward()
+        gradients.append({name: p.grad for name, p in model.backbone.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() and gradients[0]
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-4)
 
 
 def test_blocks_are_in_order_and_end_with_the_last_one_read(build, name):

@@ -52,3 +52,38 @@ def test_backbone_counts(on_meta):
         "dinov3_vith16plus": 840_592_640,
         "dinov3_vit7b16": 6_716_043_264,
     }
+
+
+@pytest.mark.parametrize(
+    ("backbone", "lora", "linear", "cnn"),
+    [
+        ("dinov2_vits14", 2_654_208, 1_923, 6_649_347),
+        ("dinov2_vitb14", 5_308_416, 3_843, 8_418_819),
+        ("dinov2_vitl14", 14_155_776, 5_123, 9_598_467),
+    ],
+)
+def test_counts_of_the_rock_scan_recipes(compose, backbone, lora, linear, cnn):
+    for recipe, head in (("schism_linear", linear), ("schism_cnn", cnn)):
+        given = [f"hparam={recipe}", f"backbone={backbone}", "data.root=.", "data.classes=[a,b,c]", "engine=cpu"]
+        with torch.device("meta"):
+            model = build.model(compose(*given), untrained=True)
+        assert (trainable(model.backbone), trainable(model.head)) == (lora, head)
+
+
+def test_counts_of_the_person_recipe(compose):
+    with torch.device("meta"):
+        model = build.model(compose("hparam=person_multiscale", "data.root=."), untrained=True)
+    assert (trainable(model.backbone), trainable(model.head)) == (0, 6_146)
+
+
+@pytest.mark.parametrize(("recipe", "outputs"), [("idd_m2f", 26), ("idd_m2f_no_object", 27)])
+def test_counts_of_the_largest_recipe(compose, recipe, outputs):
+    with torch.device("meta"):
+        model = build.model(compose(f"hparam={recipe}", "data.root=."), untrained=True)
+    classes = 2048 * outputs + outputs
+    parts = {"adapter": 227_084_736, "pixel_decoder": 233_719_168, "predictor": 466_307_072 + classes}
+    assert {part: sum(p.numel() for p in getattr(model.head, part).parameters()) for part in parts} == parts
+    assert trainable(model) == classes
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert total == 6_716_043_264 + 927_110_976 + classes
+    assert outputs == 27 or (classes, total) == (53_274, 7_643_207_514)
