@@ -150,6 +150,7 @@ class Lora:
 
     def __call__(self, backbone: Any) -> nn.Module:
         """Return the backbone with LoRA in its linear layers, nothing else of it trainable."""
+        _quiet()
         from peft import LoraConfig, inject_adapter_in_model
 
         where = backbone.blocks if self.blocks is None else last_blocks(backbone, self.blocks)
@@ -199,6 +200,7 @@ def last_blocks(backbone: Any, count: int) -> list[nn.Module]:
 
 def merge(backbone: nn.Module) -> nn.Module:
     """Add the LoRA updates to the weights they update, and take them away as modules."""
+    _quiet()
     from peft.tuners.lora import LoraLayer
 
     for name, part in list(backbone.named_modules()):
@@ -252,8 +254,7 @@ def quantise(backbone: Any, bits: int) -> None:
 
 
 def _quantised(linear: nn.Linear, bits: int) -> nn.Module:
-    # it warns of kernels that it can do without, and at each 8-bit product that it is one in float16
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    _quiet()
     import bitsandbytes as bnb
 
     size, bias = (linear.in_features, linear.out_features), linear.bias is not None
@@ -271,6 +272,11 @@ def _quantised(linear: nn.Linear, bits: int) -> nn.Module:
         new.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
     new.bias = linear.bias
     return new
+
+
+def _quiet() -> None:
+    """Silence bitsandbytes, which peft imports too: it warns of kernels it can do without, and at each product."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _refuse_half(backbone: nn.Module, name: str) -> None:

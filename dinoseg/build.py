@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,18 +56,32 @@ def model(cfg: DictConfig, *, untrained: bool = False) -> Segmenter:
 
     What does not fit together is refused before any weights are read.
     """
+    if not untrained:
+        _check_head_file(cfg)
     if not untrained and cfg.backbone.get("weights") != "random":
         with torch.device("meta"):
             model(cfg, untrained=True)
     adapter = instantiate(cfg.adapter)
     torch.manual_seed(_seed(cfg))
     backbone = adapter(instantiate(cfg.backbone, instead={"weights": "random"} if untrained else None))
-    weightless = {"weights": None} if untrained and "weights" in plain(cfg.head) else None
-    head = instantiate(cfg.head, without=("layers",), instead=weightless)
-    head = head(in_dim=backbone.dim, num_layers=backbone.num_layers)
+    head_keys = plain(cfg.head, resolve=True)
+    late = {"in_dim": backbone.dim, "num_layers": backbone.num_layers}
+    if head_keys.get("patch_size", "") is None:  # of a timm model, which alone knows it
+        late["patch_size"] = backbone.patch_size
+    weightless = {"weights": None} if untrained and "weights" in head_keys else None
+    head = instantiate(cfg.head, without=("layers", *late), instead=weightless)(**late)
     resolution = {"scale": cfg.resolution.scale, "longest": cfg.resolution.longest}
     check_given("dinoseg.model.Segmenter", resolution)
     return Segmenter(backbone, head, **resolution)
+
+
+def _check_head_file(cfg: DictConfig) -> None:
+    """Refuse a head's file that is not given or not there, before the backbone's are fetched."""
+    weights = plain(cfg.head).get("weights")
+    if weights == "???":
+        raise UserError("head.weights is not set. Give it on the command line: head.weights=VALUE.")
+    if weights is not None and not Path(str(weights)).expanduser().is_file():
+        raise UserError(f"head.weights={weights}: no such file. Check the path.")
 
 
 def dataset(cfg: DictConfig, split: str) -> SegmentationData:

@@ -35,7 +35,11 @@ def launch(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> Any:
     if not cfg.mode.get("keeps_folder", True):
         drop_empty(out_dir)
         return run_mode(cfg, out_dir)
-    cfg, out_dir = _enter_folder(cfg, out_dir, overrides)
+    try:
+        cfg, out_dir = _enter_folder(cfg, out_dir, overrides)
+    except UserError:
+        drop_empty(out_dir)
+        raise
     try:
         if devices == 1 or "WORLD_SIZE" in os.environ:
             return run_mode(cfg, out_dir)

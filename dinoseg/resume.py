@@ -1,5 +1,6 @@
 """Going on from a checkpoint: its config, with what the command line changes, and its model."""
 
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -107,6 +108,7 @@ def load_trained(cfg: DictConfig) -> Trained:
     """
     found = None if cfg.resume is None else checkpoint.read(Path(cfg.resume))
     info = _released(cfg) if found is None else found.info
+    check_classes(_labels(cfg), info, f"resume={cfg.resume}")
     engine = build.instantiate(cfg.engine)
     model = build.model(cfg)
     if found is not None:
@@ -127,8 +129,12 @@ def _released(cfg: DictConfig) -> dict[str, Any]:
             "resume is not set: this mode needs a trained model. Give resume=RUN_FOLDER or a checkpoint; or use a head "
             "that was released trained, as hparam=ade20k_m2f head.weights=FILE does."
         )
-    labels = Labels.of(cfg.data.classes, cfg.data.palette, cfg.data.ignore_index)
+    labels = _labels(cfg)
     return {"classes": list(labels.classes), "palette": labels.palette, "ignore_index": labels.ignore_index}
+
+
+def _labels(cfg: DictConfig) -> Labels:
+    return Labels.of(cfg.data.classes, cfg.data.palette, cfg.data.ignore_index)
 
 
 def description(cfg: DictConfig, data: SegmentationData) -> dict[str, Any]:
@@ -149,7 +155,7 @@ def description_of(cfg: DictConfig) -> dict[str, Any]:
     return {"config": config, "choices": _chosen(cfg), "folder": str(Path.cwd())}
 
 
-def check_classes(data: SegmentationData, found: Mapping[str, Any], where: str) -> None:
+def check_classes(data: SegmentationData | Labels, found: Mapping[str, Any], where: str) -> None:
     """Refuse data whose classes are not those of a checkpoint's description.
 
     Raises:
@@ -164,8 +170,8 @@ def check_classes(data: SegmentationData, found: Mapping[str, Any], where: str) 
 
 
 def _recipe(info: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what makes two runs the same recipe."""
-    config = info["config"]
+    """Return what makes two runs the same recipe, as a checkpoint would give it back."""
+    config = json.loads(json.dumps(info["config"]))
     trainer = {key: value for key, value in config["trainer"].items() if key not in LENGTHS}
     data = {**config["data"], "root": _root(config, Path(info["folder"]))}
     return {**config, "trainer": trainer, "data": data}

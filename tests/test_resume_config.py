@@ -118,3 +118,19 @@ def test_a_fused_optimizer_counts_its_steps_on_its_device(tmp_path):
     tensors = {f"optimizer/weight/{key}": torch.ones(()) for key in ("step", "exp_avg", "exp_avg_sq")}
     checkpoint._load_optimizer(optimizer, checkpoint.Checkpoint(tmp_path, tensors, {}))
     assert {value.device.type for value in optimizer.state[model.weight].values()} == {"meta"}
+
+
+def test_a_table_of_ids_survives_the_checkpoint(tmp_path):
+    write_data(tmp_path / "data")
+    table = ["data.source.masks.ids={1: 0, 0: 1}", "mode.metrics_only=true"]
+    run = ["mode=train", *SMALL, *table, "trainer.val_every=2"]
+    assert call(tmp_path, *run, "hydra.run.dir=outputs/base/one").status == 0
+    for again in ("resume=auto", "resume=outputs/base/one"):
+        steps = "trainer.steps=4" if again == "resume=auto" else "trainer.steps=6"
+        done = call(tmp_path, *run, steps, again)
+        assert done.status == 0 and "no earlier run" not in done.err, done.err
+    assert json.loads((tmp_path / "outputs/base/one/metrics.jsonl").read_text().splitlines()[-1])["step"] == 6
+    done = call(tmp_path, "mode=eval", "resume=outputs/base/one", "mode.metrics_only=true", "engine=cpu")
+    assert done.status == 0, done.err
+    done = call(tmp_path, "mode=eval", "resume=outputs/base/one", "data.classes=[a,b,c]", "engine=cpu")
+    assert done.status == 1 and "the data has the classes a, b, c" in done.err and "trained on dark, bright" in done.err

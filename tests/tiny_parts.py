@@ -14,7 +14,7 @@ BACKBONES = {  # the option, and what makes it small
     "dinov3": ("dinov3_vits16", {"arch": {**VIT, "intermediate_size": 64, "layerscale_value": 1.0}}),
     "convnext": ("dinov3_convnext_tiny", {"arch": {"hidden_sizes": [16, 32, 32, 64], "depths": [1, 1, 1, 1]}}),
     "timm_vit": ("timm", {"name": "test_vit"}),
-    "timm_pyramid": ("timm", {"name": "test_convnext", "patch_size": 32}),
+    "timm_pyramid": ("timm", {"name": "test_convnext"}),
 }
 PYRAMIDS = ("convnext", "timm_pyramid")
 BASE = ("data.classes=[a,b,c]", "data.root=none", "engine=cpu")

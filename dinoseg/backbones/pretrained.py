@@ -143,8 +143,8 @@ def _from_pretrained(
         raise UserError(
             f"backbone.weights={weights}: no such folder is here, and the weights cannot be fetched ({reason}). "
             f"If they are gated, accept the licence on the model's hub page and log in with `hf auth login`; without a "
-            f"network, give a downloaded folder or safetensors file: backbone.weights=PATH; to try things out "
-            f"untrained: backbone.weights=random."
+            f"network, give a downloaded folder or file: backbone.weights=PATH (HF_HUB_OFFLINE=1 in the environment "
+            f"spares the retries); to try things out untrained: backbone.weights=random."
         ) from error
     found = [key for kind in ("missing", "unexpected", "mismatched") for key in info.get(f"{kind}_keys", ())]
     pooler = {f"pooler.dense.{part}" for part in ("weight", "bias") if options["config"].model_type == "vit"}

@@ -33,7 +33,7 @@ class TimmBackbone(nn.Module):
     Args:
         name: of timm's list, `vit_tiny_patch16_224` or with a tag `vit_tiny_patch16_224.augreg_in21k_ft_in1k`.
         weights: `timm` (its own download for `name`), a safetensors, .pth or .bin file with timm's names, or `random`.
-        patch_size: side of a patch in pixels; checked against the model.
+        patch_size: side of a patch in pixels, checked against the model's own; None takes that.
         layers: 0-based blocks (stages of a pyramid) to return; negative numbers count from the last; `quarters` for
             four spread evenly.
         mean: RGB mean of the images the weights were trained on, in 0..1; None: what timm says of `name`.
@@ -52,7 +52,7 @@ class TimmBackbone(nn.Module):
         self,
         name: str,
         weights: str,
-        patch_size: int,
+        patch_size: int | None,
         layers: Sequence[int] | str = (-1,),
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
@@ -65,9 +65,10 @@ class TimmBackbone(nn.Module):
         self.layers = resolve_layers(layers, len(levels))
         self.depth = len(levels)
         self.num_layers = len(self.layers)
-        self.patch_size = patch_size
         self.is_pyramid = len({level["reduction"] for level in levels}) > 1
-        _check_patch_size(name, patch_size, max(levels[layer]["reduction"] for layer in self.layers), self.is_pyramid)
+        self.patch_size: int = max(levels[layer]["reduction"] for layer in self.layers)
+        if patch_size is not None:
+            _check_patch_size(name, patch_size, self.patch_size, self.is_pyramid)
         self._taps = [level["module"] for level in levels[: max(self.layers) + 1]]
         spare = {*self.model.state_dict(), *dict(self.model.named_buffers()), *_classifier(self.model), _UNUSED}
         self.model.prune_intermediate_layers(sorted(set(self.layers)), prune_norm=self.is_pyramid, prune_head=True)

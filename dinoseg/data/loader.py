@@ -38,17 +38,22 @@ def train_batches(
         UserError: the batch is larger than the data set, or not to be shared evenly by the ranks; while
             iterating: whatever the data set finds wrong.
     """
-    if not 1 <= batch_size <= len(dataset):
-        raise UserError(
-            f"data.batch_size={batch_size} with {len(dataset)} training images: choose a number from 1 to "
-            f"{len(dataset)}, or add images."
-        )
-    if batch_size % world:
-        raise UserError(f"data.batch_size={batch_size} cannot be shared by {world} devices: use a multiple of {world}.")
+    check_batch_size(batch_size, len(dataset), world)
     if seed < 0:
         raise UserError(f"seed={seed}: give a whole number that is not negative.")
     shares = _shares(len(dataset), batch_size, seed, start=start, rank=rank, world=world)
     return _load(functools.partial(_read_batch, dataset, augment, seed), shares, workers)
+
+
+def check_batch_size(batch_size: int, images: int, world: int) -> None:
+    """Refuse batches that are larger than the data set, or not to be shared evenly by the ranks."""
+    if not 1 <= batch_size <= images:
+        raise UserError(
+            f"data.batch_size={batch_size} with {images} training images: choose a number from 1 to {images}, or add "
+            f"images."
+        )
+    if batch_size % world:
+        raise UserError(f"data.batch_size={batch_size} cannot be shared by {world} devices: use a multiple of {world}.")
 
 
 def eval_samples(dataset: SegmentationData, *, workers: int = 0, rank: int = 0, world: int = 1) -> Iterator[Sample]:

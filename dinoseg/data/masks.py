@@ -37,6 +37,9 @@ class Masks:
 
     def __post_init__(self) -> None:
         """Refuse what would have no effect."""
+        if self.ids:  # a checkpoint's description is JSON, which knows no numbers as keys
+            whole = {int(key) if str(key).isdecimal() else key: value for key, value in self.ids.items()}
+            object.__setattr__(self, "ids", whole)
         for key, value, options in (
             ("format", self.format, FORMATS),
             ("on_size_mismatch", self.on_size_mismatch, ON_SIZE_MISMATCH),

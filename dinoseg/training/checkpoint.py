@@ -157,12 +157,12 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     missing, extra = sorted(want - have.keys()), sorted(have.keys() - want)
     if missing or extra or shape:
         parts = [
-            f"{len(names)} {what} (such as {names[0]})"
+            f"{len(names)} tensors {what} (such as {names[0]})"
             for what, names in (("missing", missing), ("left over", extra), ("of another shape", shape))
             if names
         ]
         raise UserError(
-            f"resume={checkpoint.path}: made for another model: tensors {', '.join(parts)}. Use the backbone, adapter, "
+            f"resume={checkpoint.path}: made for another model: {', '.join(parts)}. Use the backbone, adapter, "
             f"head and classes it was trained with (they are in its config), or start a new run."
         )
     now, then = frozen_fingerprint(model), checkpoint.info["frozen"]

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from dinoseg.data.loader import eval_samples, stack_equal, train_batches
+from dinoseg.data.loader import check_batch_size, eval_samples, stack_equal, train_batches
 from dinoseg.shapes import Batch, SegmentationData
 
 
@@ -30,6 +30,10 @@ class Feed:
     workers: int
     rank: int = 0
     world: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse a batch size that does not fit, long before the first batch."""
+        check_batch_size(self.batch_size, len(self.train), self.world)
 
     def train_batches(self, start: int) -> Iterator[Batch]:
         """Yield this rank's share of every batch from number `start` on, without end."""

@@ -290,3 +290,8 @@ def test_it_builds_on_the_meta_device():
         backbone = build("vit_large_patch16_224", "quarters", patch_size=16)
     assert (backbone.dim, backbone.layers) == (1024, [4, 11, 17, 23])
     assert sum(parameter.numel() for parameter in backbone.parameters()) == 303_301_632
+
+
+@pytest.mark.parametrize(("name", "own"), [("test_vit", 16), ("test_convnext", 32), ("resnet18", 32)])
+def test_the_patch_size_is_the_models_own_where_none_is_given(name, own):
+    assert TimmBackbone(name, "random", None).patch_size == own

@@ -100,3 +100,12 @@ def test_a_segmentor_that_is_not_trained_is_no_use(files, tmp_path):
     wrong = [f"backbone.weights={files[0]}", f"head.weights={files[0]}"]
     done = call(tmp_path, "mode=predict", "hparam=ade20k_m2f", *SMALL, *wrong, "input=a.png")
     assert done.status == 1 and f"head.weights={files[0]}" in done.err
+
+
+def test_a_missing_file_of_the_head_is_named_before_the_backbone_is_fetched(tmp_path):
+    write_png(tmp_path / "a.png", picture())
+    hub = ["mode=predict", "hparam=ade20k_m2f", "backbone.weights=nobody/nothing", "input=a.png", "engine=cpu"]
+    done = call(tmp_path, *hub)
+    assert done.status == 1 and "head.weights is not set" in done.err
+    done = call(tmp_path, *hub, "head.weights=typo.pth")
+    assert done.status == 1 and "head.weights=typo.pth: no such file" in done.err
