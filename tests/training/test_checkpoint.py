@@ -109,7 +109,7 @@ def test_another_architecture_is_refused_by_tensor(model, tmp_path):
     checkpoints.restore(source, adamw(source, lr=1.0), None)
     checkpoints.judge(source, 0.5)
     best = read(tmp_path / "best.safetensors")
-    with pytest.raises(UserError, match="2 of another shape .such as head.classify.bias"):
+    with pytest.raises(UserError, match="2 tensors of another shape .such as head.classify.bias"):
         load_weights(model("lora", classes=4), best)
     with pytest.raises(UserError, match="left over .such as backbone.*lora_"):
         load_weights(model("frozen"), best)
