@@ -18,9 +18,22 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SMALL = ("backbone.weights=random", "backbone.arch.hidden_size=24", "backbone.arch.num_hidden_layers=2")
 SMALL += ("backbone.arch.num_attention_heads=3", "backbone.layers=[-1]")
-SMALL_TIMM = ("backbone.name=test_vit", "backbone.weights=random")
 SHORT = ("trainer.steps=2", "trainer.val_every=2", "resolution.crop=[48,64]", "data.batch_size=2")
 CPU = ("engine=cpu", "engine.workers=0")
+
+
+def small_model(words):
+    """Return overrides that make the model of a command small."""
+    if "backbone=timm" in words:
+        return ("backbone.name=test_vit", "backbone.weights=random")
+    if "head=mask2former" in words:
+        return (
+            *SMALL,
+            "backbone.arch.hidden_size=64",
+            "backbone.arch.num_attention_heads=4",
+            "backbone.layers=[0,0,1,1]",
+        )
+    return SMALL
 
 
 def commands():
@@ -62,7 +75,8 @@ def stand_ins(tmp_path_factory):
     video = root / "sarrarp/test/video_41/video_left.avi"
     assert cv2.VideoCapture(str(video)).isOpened()
     backbone, segmentor = write_released(root)
-    files = {"BACKBONE": backbone, "SEGMENTOR": segmentor, "IMAGE": root / "folder/val/images/a.png", "VIDEO": video}
+    image = root / "folder/val/images/a.png"
+    files = {"WEIGHTS": backbone, "BACKBONE": backbone, "SEGMENTOR": segmentor, "IMAGE": image, "VIDEO": video}
     return {"SARRARP": root / "sarrarp", "FOLDER": root / "folder", "DATA": root, "DIR": root / "new", **files}
 
 
@@ -98,7 +112,7 @@ def test_command(command, compose, stand_ins, trained, tmp_path, monkeypatch, ca
     words = [re.sub(r"=([A-Z]+)(?=/|$)", lambda found: f"={places[found[1]]}", word) for word in words]
     mode = next(word.removeprefix("mode=") for word in words if word.startswith("mode="))
     if mode == "train":
-        words += [*(SMALL_TIMM if "backbone=timm" in words else SMALL), *SHORT, *CPU]
+        words += [*small_model(words), *SHORT, *CPU]
     elif mode in ("eval", "predict"):
         words += [*CPU, *(RELEASED if "hparam=ade20k_m2f" in words else ())]
     elif mode == "render":
