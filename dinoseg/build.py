@@ -64,11 +64,11 @@ def model(cfg: DictConfig, *, untrained: bool = False) -> Segmenter:
     adapter = instantiate(cfg.adapter)
     torch.manual_seed(_seed(cfg))
     backbone = adapter(instantiate(cfg.backbone, instead={"weights": "random"} if untrained else None))
-    head_keys = plain(cfg.head, resolve=True)
+    keys = plain(cfg.head)
     late = {"in_dim": backbone.dim, "num_layers": backbone.num_layers}
-    if head_keys.get("patch_size", "") is None:  # of a timm model, which alone knows it
+    if "patch_size" in keys and cfg.head.patch_size is None:  # of a timm model, which alone knows it
         late["patch_size"] = backbone.patch_size
-    weightless = {"weights": None} if untrained and "weights" in head_keys else None
+    weightless = {"weights": None} if untrained and "weights" in keys else None
     head = instantiate(cfg.head, without=("layers", *late), instead=weightless)(**late)
     resolution = {"scale": cfg.resolution.scale, "longest": cfg.resolution.longest}
     check_given("dinoseg.model.Segmenter", resolution)
