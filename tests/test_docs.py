@@ -33,7 +33,7 @@ def small_model(words):
             "backbone.arch.num_attention_heads=4",
             "backbone.layers=[0,0,1,1]",
         )
-    return SMALL
+    return (*SMALL, "head.blocks=1") if "head=eomt" in words else SMALL
 
 
 def commands():
