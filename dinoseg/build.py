@@ -18,6 +18,7 @@ from dinoseg.config import plain
 from dinoseg.errors import UserError
 from dinoseg.model import Segmenter
 from dinoseg.shapes import SegmentationData
+from dinoseg.tensor_files import check_file
 from dinoseg.training.engine import Engine
 from dinoseg.training.feed import Feed
 
@@ -42,7 +43,7 @@ def instantiate(node: Any, *, without: Sequence[str] = (), instead: Mapping[str,
     values = {key: value for key, value in values.items() if key not in without} | dict(instead or {})
     unset = next(_unset(values, node._get_full_key(None) if OmegaConf.is_config(node) else ""), None)
     if unset:
-        raise UserError(f"{unset} is not set. Give it on the command line: {unset}=VALUE.")
+        raise UserError(_not_set(unset))
     for target, given in targets(values):
         check_given(target, given)
     try:
@@ -79,9 +80,9 @@ def _check_head_file(cfg: DictConfig) -> None:
     """Refuse a head's file that is not given or not there, before the backbone's are fetched."""
     weights = plain(cfg.head).get("weights")
     if weights == "???":
-        raise UserError("head.weights is not set. Give it on the command line: head.weights=VALUE.")
-    if weights is not None and not Path(str(weights)).expanduser().is_file():
-        raise UserError(f"head.weights={weights}: no such file. Check the path.")
+        raise UserError(_not_set("head.weights"))
+    if weights is not None:
+        check_file(Path(str(weights)).expanduser(), "head.weights")
 
 
 def dataset(cfg: DictConfig, split: str) -> SegmentationData:
@@ -137,9 +138,13 @@ def _unset(values: Any, where: str) -> Iterator[str]:
         yield from _unset(value, f"{where}.{key}".lstrip("."))
 
 
+def _not_set(key: str) -> str:
+    return f"{key} is not set. Give it on the command line: {key}=VALUE."
+
+
 def _missing(error: OmegaConfBaseException) -> str:
     absent = re.search(r"Missing mandatory value: (\S+)", str(error))
     if absent:
-        return f"{absent[1]} is not set. Give it on the command line: {absent[1]}=VALUE."
+        return _not_set(absent[1])
     key = getattr(error, "full_key", None) or "The config"
     return f"{key} cannot be resolved: {str(error).strip().splitlines()[0]}."

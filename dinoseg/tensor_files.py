@@ -26,12 +26,21 @@ def read_tensor_file(path: Path, key: str) -> Mapping[str, Any]:
     Raises:
         UserError: no such file, a broken one, or one that holds objects which only code could make.
     """
-    if not path.is_file():
-        raise UserError(f"{key}={path}: no such file. Check the path.")
+    check_file(path, key)
     content = _read_pickled(path, key) if path.suffix in PICKLED else _read_safetensors(path, key)
     if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
         raise UserError(f"{key}={path}: holds no tensors by name. Give a file of weights.")
     return content
+
+
+def check_file(path: Path, key: str) -> None:
+    """Refuse a path that is no file.
+
+    Raises:
+        UserError: naming `key`, the config key that says the path.
+    """
+    if not path.is_file():
+        raise UserError(f"{key}={path}: no such file. Check the path.")
 
 
 def _read_safetensors(path: Path, key: str) -> Any:
