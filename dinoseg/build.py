@@ -1,55 +1,23 @@
-"""Config to objects: the only caller of hydra's instantiate."""
+"""Config to models, data, losses and optimizers."""
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate as hydra_instantiate
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
 from torch import nn
 from torch.optim import Optimizer
 
-from dinoseg.checks import check_given, targets
+from dinoseg.checks import check_given
 from dinoseg.config import plain
 from dinoseg.errors import UserError
 from dinoseg.model import Segmenter
+from dinoseg.nodes import instantiate, not_set
 from dinoseg.shapes import SegmentationData
 from dinoseg.tensor_files import check_file
 from dinoseg.training.engine import Engine
 from dinoseg.training.feed import Feed
 
 SPLITS = ("train", "val", "test")
-
-
-def instantiate(node: Any, *, without: Sequence[str] = (), instead: Mapping[str, Any] | None = None) -> Any:
-    """Return what a config node describes; a `_partial_` node gives a callable that waits for the rest.
-
-    Args:
-        node: a config node or a dict, with `_target_`.
-        without: keys beside it that are for somebody else.
-        instead: values to use in place of the node's own.
-
-    Raises:
-        UserError: a value is missing, or a key or its value is not one that the target takes.
-    """
-    try:
-        values: Any = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
-    except OmegaConfBaseException as error:
-        raise UserError(_missing(error)) from None
-    values = {key: value for key, value in values.items() if key not in without} | dict(instead or {})
-    unset = next(_unset(values, node._get_full_key(None) if OmegaConf.is_config(node) else ""), None)
-    if unset:
-        raise UserError(_not_set(unset))
-    for target, given in targets(values):
-        check_given(target, given)
-    try:
-        return hydra_instantiate(values, _convert_="all")
-    except InstantiationException as error:
-        raise (error.__cause__ or error) from None  # what the target itself raised, not hydra's wrapping
 
 
 def model(cfg: DictConfig, *, untrained: bool = False) -> Segmenter:
@@ -80,7 +48,7 @@ def _check_head_file(cfg: DictConfig) -> None:
     """Refuse a head's file that is not given or not there, before the backbone's are fetched."""
     weights = plain(cfg.head).get("weights")
     if weights == "???":
-        raise UserError(_not_set("head.weights"))
+        raise UserError(not_set("head.weights"))
     if weights is not None:
         check_file(Path(str(weights)).expanduser(), "head.weights")
 
@@ -93,7 +61,7 @@ def dataset(cfg: DictConfig, split: str) -> SegmentationData:
     """
     if split not in SPLITS:
         raise UserError(f"split={split} is unknown. Choose one of {', '.join(SPLITS)}.")
-    return instantiate(cfg.data.source)(split=split)
+    return instantiate(cfg.data.reader)(split=split)
 
 
 def feed(cfg: DictConfig, engine: Engine) -> Feed:
@@ -127,24 +95,3 @@ def _seed(cfg: DictConfig) -> int:
     if not isinstance(cfg.seed, int) or cfg.seed < 0:
         raise UserError(f"seed={cfg.seed}: give a whole number that is not negative.")
     return cfg.seed
-
-
-def _unset(values: Any, where: str) -> Iterator[str]:
-    """Yield the whole names of the values that still stand as `???`."""
-    if values == "???":
-        yield where
-    items = values.items() if isinstance(values, Mapping) else enumerate(values) if isinstance(values, list) else ()
-    for key, value in items:
-        yield from _unset(value, f"{where}.{key}".lstrip("."))
-
-
-def _not_set(key: str) -> str:
-    return f"{key} is not set. Give it on the command line: {key}=VALUE."
-
-
-def _missing(error: OmegaConfBaseException) -> str:
-    absent = re.search(r"Missing mandatory value: (\S+)", str(error))
-    if absent:
-        return _not_set(absent[1])
-    key = getattr(error, "full_key", None) or "The config"
-    return f"{key} cannot be resolved: {str(error).strip().splitlines()[0]}."

@@ -55,7 +55,7 @@ def run_mode(cfg: DictConfig, out_dir: Path) -> Any:
     """Call the mode's function in this process."""
     if cfg.mode.get("keeps_folder", True):
         configure_log(out_dir if is_first_rank() else None)
-    from dinoseg.build import instantiate
+    from dinoseg.nodes import instantiate
 
     return instantiate(cfg.mode, without=LAUNCH_KEYS)(cfg, out_dir=out_dir)
 

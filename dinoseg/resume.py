@@ -16,6 +16,7 @@ from dinoseg.config import plain
 from dinoseg.data.labels import Labels
 from dinoseg.errors import UserError
 from dinoseg.model import Segmenter
+from dinoseg.nodes import instantiate
 from dinoseg.run_folder import is_locked
 from dinoseg.shapes import Palette, SegmentationData
 from dinoseg.training import checkpoint
@@ -109,7 +110,7 @@ def load_trained(cfg: DictConfig) -> Trained:
     found = None if cfg.resume is None else checkpoint.read(Path(cfg.resume))
     info = _released(cfg) if found is None else found.info
     check_classes(_labels(cfg), info, f"resume={cfg.resume}")
-    engine = build.instantiate(cfg.engine)
+    engine = instantiate(cfg.engine)
     model = build.model(cfg)
     if found is not None:
         checkpoint.load_weights(model, found)

@@ -11,24 +11,24 @@ PACKAGE = Path(dinoseg.__file__).parent
 FILES = {path.relative_to(PACKAGE).as_posix(): path.read_text() for path in PACKAGE.rglob("*.py")}
 
 LEVELS = (  # a room imports its own level and those below
-    ("__init__", "errors", "shapes", "geometry", "images", "tensor_files", "report"),
+    ("__init__", "errors", "shapes", "geometry", "images", "label_tables", "tensor_files", "report"),
     ("backbones", "heads", "losses", "metrics", "data"),
-    ("model", "adapters", "inference", "training"),
-    ("config", "checks", "run_folder", "build", "resume"),
+    ("model", "adapters", "inference", "scoring", "training"),
+    ("config", "checks", "run_folder", "nodes", "build", "resume"),
     ("modes",),
     ("launch", "__main__"),
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 LEAVES = LEVELS[1]  # these never import one another, and build names none of them
 DOORS = {  # dependency to the rooms and files that may import it
-    "hydra": ("config", "build", "resume", "modes", "launch", "__main__"),
-    "omegaconf": ("config", "checks", "run_folder", "build", "resume", "modes", "launch", "__main__"),
-    "hydra.utils": ("build",),
+    "hydra": ("config", "nodes", "resume", "modes", "launch", "__main__"),
+    "omegaconf": ("config", "checks", "run_folder", "nodes", "build", "resume", "modes", "launch", "__main__"),
+    "hydra.utils": ("nodes",),
     "accelerate": ("training/engine",),
     "peft": ("adapters",),
     "bitsandbytes": ("adapters",),
     "transformers": ("backbones", "heads/upernet"),
-    "scipy": ("losses/matching",),
+    "scipy": ("losses/matching", "metrics"),
     "timm": ("backbones",),
     "tensorboard": ("report/log",),
     "torch.utils.tensorboard": ("report/log",),

@@ -19,7 +19,7 @@ from dinoseg.launch import LAUNCH_KEYS
 
 # What build, launch and fit hand over; every other argument stands in a config or has a default
 AT_RUN_TIME = {
-    "data.source": {"split"},
+    "data.reader": {"split"},
     "head": {"in_dim", "num_layers"},
     "loss.class_weights": {"counts"},
     "loss.counts": {"dataset"},
@@ -127,6 +127,7 @@ def test_a_wrong_key_or_a_missing_one_is_found():
 def test_hidden_options_are_bases_and_bases_hold_the_gaps():
     hidden = sorted(FOLDER.glob("*/_*.yaml"))
     assert {path.stem for path in hidden} == {
+        "_common",
         "_dino",
         "_dinov2",
         "_dinov3",
@@ -188,11 +189,11 @@ def test_one_fact_is_set_in_one_place(compose):
     assert cfg.head.patch_size == 14 and compose("head=mlp", "backbone.patch_size=9").head.patch_size == 9
     assert cfg.data.augment.crop == [30, 50]
     assert compose("resolution.longest=99").data.augment.longest == 99
-    assert cfg.data.source.root == cfg.data.prepare.root == "X"
+    assert cfg.data.reader.root == cfg.data.prepare.root == "X"
     assert compose("mode=render", "data=sarrarp", "data.root=X").mode.root == "X"
     assert compose("data.classes=[a,b,c,d]").head.num_classes == 4 and cfg.head.num_classes == 10
     ignoring = compose("data.ignore_index=77")
-    assert ignoring.data.source.ignore_index == ignoring.data.augment.ignore_index == 77
+    assert ignoring.data.reader.ignore_index == ignoring.data.augment.ignore_index == 77
     assert ignoring.loss.criterion.ignore_index == 77
     assert compose("loss.weights=inverse").loss.class_weights.scheme == "inverse"
     assert compose("engine.devices=3", "mode=train").mode.devices == 3

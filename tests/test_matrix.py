@@ -9,6 +9,7 @@ from tiny_parts import BACKBONES, PYRAMIDS, load, tiny_node
 
 from dinoseg import build
 from dinoseg.errors import UserError
+from dinoseg.nodes import instantiate
 from dinoseg.shapes import Batch
 from dinoseg.training import checkpoint
 from dinoseg.training.checkpoint import INFO, Checkpoints, frozen_fingerprint
@@ -106,7 +107,7 @@ def test_cell(configs, tmp_path, backbone, adapter, head):
         return
     model = build.model(cfg).to("cpu").train()
     before = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    loss = build.instantiate(cfg.loss.criterion)(class_weights=torch.ones(3))
+    loss = instantiate(cfg.loss.criterion)(class_weights=torch.ones(3))
     losses = train(model, loss)
     assert all(torch.isfinite(torch.tensor(losses))) and losses[-1] < losses[0], losses
 
@@ -153,14 +154,14 @@ def test_the_matrix_is_whole():
 @pytest.mark.parametrize("adapter", ["frozen", "lora_all", "qlora", "last_blocks"])
 def test_of_weights_from_a_file_only_what_was_trained_is_kept(configs, tmp_path, backbone, adapter):
     cfg = cell_config(configs, backbone, adapter, "linear")
-    source = build.instantiate(cfg.backbone)
+    source = instantiate(cfg.backbone)
     with torch.no_grad():
         for parameter in source.parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))
     save_file(source.export_state(), tmp_path / "weights.safetensors")
     cfg.backbone.weights = str(tmp_path / "weights.safetensors")
     model = build.model(cfg).to("cpu").train()
-    train(model, build.instantiate(cfg.loss.criterion)(class_weights=torch.ones(3)), steps=2)
+    train(model, instantiate(cfg.loss.criterion)(class_weights=torch.ones(3)), steps=2)
     model.eval()
     info = {**dict.fromkeys(INFO[3:], {}), "frozen": frozen_fingerprint(model)}
     Checkpoints(tmp_path, info).judge(model, 0.5)

@@ -122,7 +122,7 @@ def test_a_fused_optimizer_counts_its_steps_on_its_device(tmp_path):
 
 def test_a_table_of_ids_survives_the_checkpoint(tmp_path):
     write_data(tmp_path / "data")
-    table = ["data.source.masks.ids={1: 0, 0: 1}", "mode.metrics_only=true"]
+    table = ["data.reader.masks.ids={1: 0, 0: 1}", "mode.metrics_only=true"]
     run = ["mode=train", *SMALL, *table, "trainer.val_every=2"]
     assert call(tmp_path, *run, "hydra.run.dir=outputs/base/one").status == 0
     for again in ("resume=auto", "resume=outputs/base/one"):

@@ -9,12 +9,10 @@ from pathlib import Path
 from dinoseg.data.labels import Labels
 from dinoseg.data.masks import Masks
 from dinoseg.data.pairs import Pair, PairDataset, pair_by_name
-from dinoseg.data.splits import fraction_split, read_name_list, regex_group
+from dinoseg.data.splits import Partition, divide, read_name_list
 from dinoseg.data.wording import listed
 from dinoseg.errors import UserError
 from dinoseg.images import IMAGE_SUFFIXES
-
-PARTITIONS = ("folder", "lists", "fraction")
 
 
 @dataclass(frozen=True)
@@ -36,25 +34,6 @@ class Layout:
     mask_suffix: str = ""
     exclude: Sequence[str] = ()
     splits: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Partition:
-    """What decides on which side of the split a pair is.
-
-    Args:
-        by: `folder` (the `{split}` in the layout), `lists` (files that name them) or `fraction`.
-        lists: split to a text file below the root, one name per line, for `lists`.
-        val_fraction: share of the groups held out, for `fraction`.
-        seed: decides which, for `fraction`.
-        group: regular expression; names with one match (its first bracket) stay together, for `fraction`.
-    """
-
-    by: str = "folder"
-    lists: Mapping[str, str] | None = None
-    val_fraction: float = 0.2
-    seed: int = 0
-    group: str | None = None
 
 
 def folder_dataset(
@@ -94,30 +73,34 @@ def find_pairs(root: Path, split: str, layout: Layout, partition: Partition) -> 
     _check_partition(layout, partition)
     if not root.is_dir():
         raise UserError(f"data.root={root} is no folder. Give the folder that holds the data set.")
+    pairs = divide(split, lambda each: _pairs_of(root, each, layout, partition), partition)
+    if not pairs:
+        images = root / layout.images.replace("{split}", layout.splits.get(split, split))
+        raise UserError(
+            f"Split {split} is empty: {images} holds no image named *{layout.image_suffix}.* "
+            f"({', '.join(IMAGE_SUFFIXES)}). Check data.root and data.reader.layout."
+        )
+    return pairs
+
+
+def _pairs_of(root: Path, split: str, layout: Layout, partition: Partition) -> list[Pair]:
+    """Return the pairs that a split's folders or its file list name."""
     folders = [_folder(root, split, pattern, layout) for pattern in (layout.images, layout.masks)]
     images = _find(folders[0], layout.image_suffix, layout, is_mask=False)
     masks = _find(folders[1], layout.mask_suffix, layout, is_mask=True)
-    if partition.by == "lists":
-        names = read_name_list(root / _list_of(split, partition))
-        if absent := [name for name in names if name not in images and name not in masks]:
-            raise UserError(
-                f"The file list of split {split} has {len(absent)} names without image and mask under "
-                f"{folders[0]}: {listed(absent)}. A name is the path below that folder, without its ending."
-            )
-        images = {name: images[name] for name in names if name in images}
-        masks = {name: masks[name] for name in names if name in masks}
-    pairs = pair_by_name(images, masks, f"{folders[0]} (split {split})")
-    if partition.by == "fraction":
-        names = _fraction_names(split, [pair.name for pair in pairs], partition)
-    if partition.by != "folder":
-        by_name = {pair.name: pair for pair in pairs}
-        pairs = [by_name[name] for name in names]
-    if not pairs:
+    where = f"{folders[0]} (split {split})"
+    if partition.by != "lists":
+        return pair_by_name(images, masks, where)
+    names = read_name_list(root / _list_of(split, partition))
+    if absent := [name for name in names if name not in images and name not in masks]:
         raise UserError(
-            f"Split {split} is empty: {folders[0]} holds no image named *{layout.image_suffix}.* "
-            f"({', '.join(IMAGE_SUFFIXES)}). Check data.root and data.source.layout."
+            f"The file list of split {split} has {len(absent)} names without image and mask under "
+            f"{folders[0]}: {listed(absent)}. A name is the path below that folder, without its ending."
         )
-    return pairs
+    images = {name: images[name] for name in names if name in images}
+    masks = {name: masks[name] for name in names if name in masks}
+    by_name = {pair.name: pair for pair in pair_by_name(images, masks, where)}
+    return [by_name[name] for name in names]
 
 
 def _find(folder: Path, suffix: str, layout: Layout, *, is_mask: bool) -> dict[str, Path]:
@@ -147,25 +130,23 @@ def _folder(root: Path, split: str, pattern: str, layout: Layout) -> Path:
         held = sorted(path.name for path in there.iterdir() if path.is_dir())
         raise UserError(
             f"No folder {folder} for split {split} (pattern {pattern}). {there} holds the folders "
-            f"{listed(held, 10) or 'none'}. Check data.root and data.source.layout."
+            f"{listed(held, 10) or 'none'}. Check data.root and data.reader.layout."
         )
     return folder
 
 
 def _check_partition(layout: Layout, partition: Partition) -> None:
-    if partition.by not in PARTITIONS:
-        raise UserError(f"data.source.partition.by={partition.by} is unknown. Choose one of {', '.join(PARTITIONS)}.")
     named = ["{split}" in pattern for pattern in (layout.images, layout.masks)]
     if partition.by == "folder" and not all(named):
         raise UserError(
-            f"data.source.layout.images={layout.images} and masks={layout.masks} must both hold "
+            f"data.reader.layout.images={layout.images} and masks={layout.masks} must both hold "
             "{split}, or all splits would be the same files. For one folder of images, set "
-            "data.source.partition.by=fraction or lists."
+            "data.reader.partition.by=fraction or lists."
         )
     if partition.by == "fraction" and any(named):
         raise UserError(
-            f"data.source.layout.images={layout.images} and masks={layout.masks} hold {{split}}, but "
-            "data.source.partition.by=fraction splits one folder: name it without {split}."
+            f"data.reader.layout.images={layout.images} and masks={layout.masks} hold {{split}}, but "
+            "data.reader.partition.by=fraction splits one folder: name it without {split}."
         )
 
 
@@ -173,17 +154,7 @@ def _list_of(split: str, partition: Partition) -> str:
     lists = partition.lists or {}
     if split not in lists:
         raise UserError(
-            f"No file list for split {split}: data.source.partition.lists has {', '.join(lists) or 'none'}. "
+            f"No file list for split {split}: data.reader.partition.lists has {', '.join(lists) or 'none'}. "
             f"Add `{split}: <file>`."
         )
     return lists[split]
-
-
-def _fraction_names(split: str, names: list[str], partition: Partition) -> list[str]:
-    if split not in ("train", "val"):
-        raise UserError(f"data.source.partition.by=fraction knows the splits train and val, not {split}.")
-    if not names:
-        return []
-    group = regex_group(partition.group)
-    parts = fraction_split(names, val_fraction=partition.val_fraction, seed=partition.seed, group=group)
-    return parts[split]

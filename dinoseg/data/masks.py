@@ -45,15 +45,15 @@ class Masks:
             ("on_size_mismatch", self.on_size_mismatch, ON_SIZE_MISMATCH),
         ):
             if value not in options:
-                raise UserError(f"data.source.masks.{key}={value} is unknown. Choose one of {', '.join(options)}.")
+                raise UserError(f"data.reader.masks.{key}={value} is unknown. Choose one of {', '.join(options)}.")
         for name, given in (("ids", self.ids), ("reduce_zero_label", self.reduce_zero_label)):
             if given and self.format != "ids":
                 raise UserError(
-                    f"data.source.masks.{name} has no effect with format={self.format}: remove it, or set format=ids."
+                    f"data.reader.masks.{name} has no effect with format={self.format}: remove it, or set format=ids."
                 )
         if self.ignore_colors and self.format != "palette":
             raise UserError(
-                f"data.source.masks.ignore_colors has no effect with format={self.format}: "
+                f"data.reader.masks.ignore_colors has no effect with format={self.format}: "
                 "remove it, or set format=palette."
             )
 
@@ -77,7 +77,7 @@ class MaskReader:
         elif masks.format == "palette":
             self._codes, self._values = _color_table(labels, masks.ignore_colors)
         elif len(labels.classes) != 2:
-            raise UserError(f"data.source.masks.format=binary needs 2 classes, data.classes has {len(labels.classes)}.")
+            raise UserError(f"data.reader.masks.format=binary needs 2 classes, data.classes has {len(labels.classes)}.")
 
     def read(self, path: Path) -> np.ndarray:
         """Return class ids 0..K-1 and ignore_index as (H, W) uint8.
@@ -99,7 +99,7 @@ class MaskReader:
             raise UserError(
                 f"{path} holds the ids {_some(foreign)}, which are no classes: data.classes has ids 0 to "
                 f"{last}, and {ignore} is ignored. Correct the file, or map the ids: "
-                f"data.source.masks.ids={{{foreign[0]}: {ignore}}}."
+                f"data.reader.masks.ids={{{foreign[0]}: {ignore}}}."
             )
         return ids.astype(np.uint8)
 
@@ -113,7 +113,7 @@ class MaskReader:
             raise UserError(
                 f"{path} holds colours that are not in data.palette: {_some(colors)}, "
                 f"on {int(unknown.sum())} pixels. Correct the file (JPEG cannot hold a mask), complete "
-                "data.palette, or name them in data.source.masks.ignore_colors."
+                "data.palette, or name them in data.reader.masks.ignore_colors."
             )
         return self._values[place]
 
@@ -127,7 +127,7 @@ def _from_binary(numbers: np.ndarray, path: Path) -> np.ndarray:
         reason = (
             "All are near 0 or 255, as lossy compression leaves them: threshold at 128 and save as PNG."
             if near
-            else "For class numbers instead of 0 / 255, set data.source.masks.format=ids."
+            else "For class numbers instead of 0 / 255, set data.reader.masks.format=ids."
         )
         raise UserError(f"{path} is no binary mask: beside 0 and 255 it holds {_some(found)}. {reason}")
     return ids
@@ -140,7 +140,7 @@ def _one_channel(numbers: np.ndarray, path: Path) -> np.ndarray:
     if not (np.array_equal(first, numbers[..., 1]) and np.array_equal(first, numbers[..., 2])):
         raise UserError(
             f"{path} is a coloured picture, not numbers. If its colours stand for classes, set "
-            "data.source.masks.format=palette and give data.palette."
+            "data.reader.masks.format=palette and give data.palette."
         )
     return first
 
@@ -157,10 +157,10 @@ def _id_table(labels: Labels, ids: Mapping[int, int], first: int) -> np.ndarray:
     table[ignore] = ignore
     for source, target in ids.items():
         if not isinstance(source, int) or not 0 <= source <= _HIGHEST_ID:
-            raise UserError(f"data.source.masks.ids maps {source!r}: a file id is a number from 0 to 65535.")
+            raise UserError(f"data.reader.masks.ids maps {source!r}: a file id is a number from 0 to 65535.")
         if not isinstance(target, int) or not (0 <= target < count or target == ignore):
             raise UserError(
-                f"data.source.masks.ids maps {source} to {target!r}: give a class id from 0 to {count - 1}, "
+                f"data.reader.masks.ids maps {source} to {target!r}: give a class id from 0 to {count - 1}, "
                 f"or {ignore} to ignore it."
             )
         table[source] = target
@@ -177,7 +177,7 @@ def _color_table(labels: Labels, ignored: Sequence[Sequence[int]]) -> tuple[np.n
     if same.any():
         twice = colors[int(order[1:][same][0])]
         raise UserError(
-            f"Colour {twice} stands for two things in data.palette and data.source.masks.ignore_colors: "
+            f"Colour {twice} stands for two things in data.palette and data.reader.masks.ignore_colors: "
             "with format=palette each needs its own."
         )
     return codes[order], np.array(values, dtype=np.uint8)[order]

@@ -1,7 +1,7 @@
 """One image file and its mask file: paired by name, read together, known by a fingerprint."""
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,22 +43,27 @@ class PairDataset:
     def __init__(self, pairs: Sequence[Pair], labels: Labels, masks: Masks) -> None:
         self.classes, self.palette, self.ignore_index = labels.classes, labels.palette, labels.ignore_index
         self.names = [pair.name for pair in pairs]
-        self._pairs = pairs
-        self._reader = MaskReader(labels, masks)
+        self.pairs = pairs
+        self.reader = MaskReader(labels, masks)
 
     def __len__(self) -> int:
         return len(self._pairs)
 
     def __getitem__(self, index: int) -> Sample:
-        return read_pair(self._pairs[index], self._reader)
+        return read_pair(self.pairs[index], self.reader)
 
     def mask(self, index: int) -> np.ndarray:
         """Read a mask (H, W) uint8 alone."""
-        return read_mask(self._pairs[index], self._reader)
+        return read_mask(self.pairs[index], self.reader)
+
+    def keep(self, names: Collection[str]) -> "PairDataset":
+        """Return the data set of only these names, in the same order."""
+        pairs = [pair for pair in self.pairs if pair.name in names]
+        return PairDataset(pairs, self.reader.labels, self.reader.masks)
 
     def fingerprint(self) -> str:
         """Return a hash of all that the masks depend on."""
-        return fingerprint(self._pairs, self._reader)
+        return fingerprint(self.pairs, self.reader)
 
 
 def pair_by_name(images: Mapping[str, Path], masks: Mapping[str, Path], where: str) -> list[Pair]:
@@ -75,7 +80,7 @@ def pair_by_name(images: Mapping[str, Path], masks: Mapping[str, Path], where: s
     if lacking:
         raise UserError(
             f"{where} has {'; and '.join(lacking)}. Add the missing files or remove the others; an image and "
-            "its mask have the same name up to the endings in data.source.layout."
+            "its mask have the same name up to the endings in data.reader.layout."
         )
     return [Pair(name, images[name], masks[name]) for name in sorted(images)]
 
@@ -117,7 +122,7 @@ def _fit(mask: np.ndarray, size: tuple[int, int], pair: Pair, on_size_mismatch: 
         f"its mask {pair.mask} is {mask.shape[1]} x {mask.shape[0]}."
     )
     if on_size_mismatch == "error":
-        raise UserError(f"{sizes} Make them equal, or resize the mask: data.source.masks.on_size_mismatch=resize_mask.")
+        raise UserError(f"{sizes} Make them equal, or resize the mask: data.reader.masks.on_size_mismatch=resize_mask.")
     height, width = size[0] / mask.shape[0], size[1] / mask.shape[1]
     if abs(height / width - 1) > _PROPORTIONS:
         raise UserError(

@@ -1,6 +1,5 @@
 """SAR-RARP50: frames and masks of robot-assisted prostatectomies, in the official layout or `frames/`."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,10 +14,12 @@ from dinoseg.data.sarrarp_files import (
     frame_files,
     png_files,
 )
-from dinoseg.data.splits import fraction_split
+from dinoseg.data.splits import Partition, divide
 from dinoseg.data.wording import count_of, listed
 from dinoseg.errors import UserError
 
+# the parts of one operation stay together: video_11_1 and video_11_2
+BY_OPERATION = Partition(by="fraction", group="^(video_[^_/]+)")
 FOLDERS = {"train": TRAIN_FOLDERS, "val": TRAIN_FOLDERS, "test": TEST_FOLDERS}
 
 
@@ -29,8 +30,7 @@ def sar_rarp50(
     classes: Sequence[str],
     palette: Sequence[Sequence[int]] | None = None,
     ignore_index: int = 255,
-    val_fraction: float = 0.2,
-    seed: int = 0,
+    partition: Partition = BY_OPERATION,
 ) -> PairDataset:
     """Return the frames that have a mask, with names `video_XX/NNNNNNNNN` (the index in the 60 fps video).
 
@@ -42,8 +42,7 @@ def sar_rarp50(
         classes: names in id order.
         palette: a colour per class, or None for default colours.
         ignore_index: id that is ignored.
-        val_fraction: share of the operations held out for validation.
-        seed: decides which.
+        partition: how the training videos are divided into `train` and `val`; its names are `video_XX/NNNNNNNNN`.
 
     Raises:
         UserError: the folder is missing, not prepared yet, or a frame lacks its mask or a mask its frame;
@@ -51,17 +50,8 @@ def sar_rarp50(
     """
     labels = Labels.of(classes, palette, ignore_index)
     videos = find_videos(Path(root).expanduser(), split)
-    if split != "test":
-        parts = fraction_split(sorted(videos), val_fraction=val_fraction, seed=seed, group=operation)
-        videos = {name: videos[name] for name in parts[split]}
     pairs = [pair for name in sorted(videos) for pair in videos[name]]
-    return PairDataset(pairs, labels, Masks())
-
-
-def operation(video: str) -> str:
-    """Return what the parts of one operation share: `video_11` of `video_11_2`."""
-    found = re.match(r"video_[^_]+", video)
-    return found.group() if found else video
+    return PairDataset(pairs if split == "test" else divide(split, lambda _: pairs, partition), labels, Masks())
 
 
 def find_videos(root: Path, split: str) -> dict[str, list[Pair]]:

@@ -2,12 +2,126 @@
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Protocol, TypeVar
 
+from dinoseg.data.wording import listed
 from dinoseg.errors import UserError
 from dinoseg.images import IMAGE_SUFFIXES
 from dinoseg.shapes import SegmentationData
+
+PARTITIONS = ("folder", "lists", "fraction")
+
+
+class Named(Protocol):
+    """Anything with a name that is unique inside its data set."""
+
+    @property
+    def name(self) -> str:
+        """Return the name."""
+        ...
+
+
+Item = TypeVar("Item", bound=Named)
+
+
+@dataclass(frozen=True)
+class Partition:
+    """What decides on which side of the split a pair is.
+
+    Args:
+        by: `folder` (the split's own folders), `lists` (files that name its pairs) or `fraction` (a share of all).
+        lists: split to a text file below the root, one name per line, for `lists`.
+        val_fraction: share of the groups held out, for `fraction`.
+        seed: decides which, for `fraction` and for folds.
+        group: regular expression; names with one match (its first bracket) stay together, for `fraction` and folds.
+        fold: which of `folds` parts of the train and val pairs together is val, from 0; None: no folds.
+        folds: number of parts of k-fold cross-validation.
+    """
+
+    by: str = "folder"
+    lists: Mapping[str, str] | None = None
+    val_fraction: float = 0.2
+    seed: int = 0
+    group: str | None = None
+    fold: int | None = None
+    folds: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what is unknown, and half of a k-fold."""
+        if self.by not in PARTITIONS:
+            raise UserError(f"data.reader.partition.by={self.by} is unknown. Choose one of {', '.join(PARTITIONS)}.")
+        if (self.fold is None) != (self.folds is None):
+            raise UserError(
+                f"data.fold={self.fold} with data.folds={self.folds}: k-fold cross-validation needs both, such as "
+                "data.fold=0 data.folds=5."
+            )
+        if self.folds is not None and self.fold is not None and not (self.folds >= 2 and 0 <= self.fold < self.folds):
+            raise UserError(
+                f"data.fold={self.fold} data.folds={self.folds}: give two folds or more, and a fold below them, from 0."
+            )
+
+
+def divide(split: str, find: Callable[[str], list[Item]], partition: Partition) -> list[Item]:
+    """Return the items of a split; `find(split)` gives those that its folders or its file list name.
+
+    With folds, those of train and val are put together and divided anew; other splits stay as they are.
+
+    Raises:
+        UserError: an unknown split of a share, a name in both train and val, or fewer groups than parts.
+    """
+    if partition.fold is not None and split in ("train", "val"):
+        pool = find("train") if partition.by == "fraction" else [*find("train"), *find("val")]
+        _refuse_twice(pool)
+        names = _fold_split([item.name for item in pool], partition)[split]
+    elif partition.by == "fraction":
+        if split not in ("train", "val"):
+            raise UserError(f"data.reader.partition.by=fraction knows the splits train and val, not {split}.")
+        pool = find(split)
+        if not pool:
+            return []
+        names = fraction_split(
+            [item.name for item in pool],
+            val_fraction=partition.val_fraction,
+            seed=partition.seed,
+            group=regex_group(partition.group),
+        )[split]
+    else:
+        return find(split)
+    by_name = {item.name: item for item in pool}
+    return [by_name[name] for name in names]
+
+
+def _fold_split(names: Sequence[str], partition: Partition) -> dict[str, list[str]]:
+    """Return `train` and `val` of a fold; groups go one by one to the fold that has fewest names so far."""
+    group, folds = regex_group(partition.group), partition.folds or 0
+    sizes = Counter(group(name) for name in names)
+    if len(sizes) < folds:
+        raise UserError(
+            f"data.folds={folds}: there are only {len(sizes)} groups ({listed(sorted(sizes))}) to divide. Lower "
+            "data.folds, or correct data.group, which says what stays together."
+        )
+    filled = [0] * folds
+    place: dict[str, int] = {}
+    for key in sorted(sizes, key=lambda key: (-sizes[key], _shuffle_key(key, partition.seed))):
+        place[key] = min(range(folds), key=lambda fold: filled[fold])
+        filled[place[key]] += sizes[key]
+    return {
+        "train": sorted(name for name in names if place[group(name)] != partition.fold),
+        "val": sorted(name for name in names if place[group(name)] == partition.fold),
+    }
+
+
+def _refuse_twice(pool: Sequence[Named]) -> None:
+    twice = sorted(name for name, count in Counter(item.name for item in pool).items() if count > 1)
+    if twice:
+        raise UserError(
+            f"{len(twice)} names are in train and in val ({listed(twice)}), so folds cannot tell them apart: rename "
+            "the files of one split."
+        )
 
 
 def fraction_split(
@@ -48,12 +162,12 @@ def regex_group(pattern: str | None) -> Callable[[str], str]:
     try:
         expression = re.compile(pattern)
     except re.error as error:
-        raise UserError(f"data.source.partition.group={pattern} is no regular expression: {error}.") from None
+        raise UserError(f"data.group={pattern} is no regular expression: {error}.") from None
 
     def group(name: str) -> str:
         found = expression.search(name)
         if found is None:
-            raise UserError(f"data.source.partition.group={pattern} does not match the name {name}: widen it.")
+            raise UserError(f"data.group={pattern} does not match the name {name}: widen it.")
         return found.group(1 if expression.groups else 0) or ""
 
     return group
@@ -68,7 +182,7 @@ def read_name_list(path: Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"Cannot read the file list {path}: {error}. Check data.source.partition.lists.") from None
+        raise UserError(f"Cannot read the file list {path}: {error}. Check data.reader.partition.lists.") from None
     names = [_without_ending(line.strip()) for line in text.splitlines() if line.strip()]
     if not names:
         raise UserError(f"The file list {path} is empty: write one name per line.")

@@ -5,8 +5,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from dinoseg.build import instantiate
 from dinoseg.errors import UserError
+from dinoseg.nodes import instantiate
 
 log = logging.getLogger(__name__)
 

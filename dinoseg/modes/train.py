@@ -13,6 +13,7 @@ from dinoseg import build
 from dinoseg.data.splits import split_table
 from dinoseg.errors import UserError
 from dinoseg.modes.evaluate import score
+from dinoseg.nodes import instantiate
 from dinoseg.report.curves import draw_curves
 from dinoseg.report.log import RunLog, read_rows
 from dinoseg.report.table import write_json
@@ -31,7 +32,7 @@ def train(cfg: DictConfig, *, out_dir: Path, metrics_only: bool = False) -> dict
         out_dir: the run folder.
         metrics_only: write no pictures of the final evaluation.
     """
-    engine = build.instantiate(cfg.engine)
+    engine = instantiate(cfg.engine)
     out_dir = Path(engine.share(str(out_dir)))
     feed = build.feed(cfg, engine)
     start = checkpoint.read(Path(cfg.resume)) if cfg.resume else None
@@ -52,8 +53,8 @@ def train(cfg: DictConfig, *, out_dir: Path, metrics_only: bool = False) -> dict
         logger.info("going on with %s at step %d of %d", start.path, first_step, cfg.trainer.steps)
     _warn_if_binary(feed.train)
     with RunLog(out_dir, start_step=first_step, visible=engine.is_main) as log:
-        run = build.instantiate(cfg.trainer)(
-            model, loss, feed, optimizer, engine, checkpoints, log, schedule=build.instantiate(cfg.optim.schedule)
+        run = instantiate(cfg.trainer)(
+            model, loss, feed, optimizer, engine, checkpoints, log, schedule=instantiate(cfg.optim.schedule)
         )
     if first_step >= cfg.trainer.steps:
         logger.warning("This run had already done %d steps: give more trainer.steps to train on.", first_step)
@@ -88,7 +89,7 @@ def _check_fits(cfg: DictConfig, world: int) -> None:
     """Refuse a loss or a batch that the head cannot be trained with, before any weights are read or labels counted."""
     with torch.device("meta"):
         head = build.model(cfg, untrained=True).head
-        loss = build.instantiate(cfg.loss.criterion)(class_weights=torch.ones(len(cfg.data.classes)))
+        loss = instantiate(cfg.loss.criterion)(class_weights=torch.ones(len(cfg.data.classes)))
     least = getattr(head, "least_batch", 1)
     if cfg.data.batch_size < least * world:
         raise UserError(
@@ -109,7 +110,7 @@ def _warn_if_binary(data: SegmentationData) -> None:
     if len(data.classes) > 1 and found == {0, data.ignore_index}:
         logger.warning(
             "%d training masks hold only 0 and %d, which is ignored: there is nothing to learn in them. If they mean "
-            "background and object, set data.source.masks.format=binary.",
+            "background and object, set data.reader.masks.format=binary.",
             len(some),
             data.ignore_index,
         )

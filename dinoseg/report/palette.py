@@ -1,10 +1,14 @@
 """Class colours: a default palette, and masks as pictures."""
 
+from __future__ import annotations
+
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dinoseg.shapes import Palette
+if TYPE_CHECKING:
+    from dinoseg.shapes import Palette
 
 IGNORE_COLOUR = (224, 224, 192)
 _LEVELS = 8  # per colour channel: the candidates of the default palette

@@ -9,10 +9,10 @@ from tiny_parts import BACKBONES, PYRAMIDS, tiny_node
 from torch import nn
 
 from dinoseg.adapters import Frozen, Full, LastBlocks, Lora
-from dinoseg.build import instantiate
 from dinoseg.errors import UserError
 from dinoseg.geometry import pad_to_multiple, widths
 from dinoseg.model import Segmenter
+from dinoseg.nodes import instantiate
 
 
 @pytest.fixture(scope="module", params=BACKBONES)

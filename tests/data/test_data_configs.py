@@ -7,14 +7,14 @@ from making import DATA, save, write_video
 from omegaconf import OmegaConf
 
 import dinoseg
-from dinoseg.build import instantiate
 from dinoseg.data.frequencies import class_counts
 from dinoseg.data.labels import Labels
 from dinoseg.errors import UserError
 from dinoseg.modes.prepare import prepare
+from dinoseg.nodes import instantiate
 
 CONFIGS = Path(dinoseg.__file__).parent / "cfg"
-NAMES = sorted(path.stem for path in (CONFIGS / "data").glob("*.yaml"))
+NAMES = sorted(path.stem for path in (CONFIGS / "data").glob("[!_]*.yaml"))
 
 
 def load(name, root, *overrides):
@@ -32,7 +32,7 @@ def test_every_config_is_whole(tmp_path):
         assert data.num_classes == len(labels.classes) and data.batch_size == 8
         augment = instantiate(data.augment)
         assert augment.crop == (64, 96) and augment.longest == 200
-        instantiate(data.source)
+        instantiate(data.reader)
         assert (data.prepare is None) == (name != "sarrarp")
 
 
@@ -61,7 +61,7 @@ def test_layouts_as_they_are_shipped(tmp_path, name, image, mask, ids, expected)
     save((tmp_path / mask).with_name("frame_gtFine_polygons.png"), ids)
     if name == "ade20k":
         (tmp_path / mask).with_name("frame_gtFine_polygons.png").unlink()
-    data = instantiate(load(name, tmp_path).data.source)(split="val")
+    data = instantiate(load(name, tmp_path).data.reader)(split="val")
     assert len(data) == 1 and data.ignore_index == 255
     np.testing.assert_array_equal(data.mask(0), expected)
 
@@ -72,10 +72,10 @@ def test_overrides_reach_the_objects(tmp_path):
         save(tmp_path / f"{split}/masks/x.png", [[0, 7], [1, 255]])
     cfg = load(
         "folder", tmp_path, "data.classes=[a,b]", "data.palette=[[0,0,0],[1,2,3]]",
-        "+data.source.masks.ids={7: 1}", "data.source.masks.on_size_mismatch=resize_mask",
-        "+data.source.layout.splits.train=training", "+data.source.layout.splits.val=held",
+        "+data.reader.masks.ids={7: 1}", "data.reader.masks.on_size_mismatch=resize_mask",
+        "+data.reader.layout.splits.train=training", "+data.reader.layout.splits.val=held",
     )  # fmt: skip
-    data = instantiate(cfg.data.source)(split="val")
+    data = instantiate(cfg.data.reader)(split="val")
     assert data.palette == ((0, 0, 0), (1, 2, 3))
     np.testing.assert_array_equal(data.mask(0)[::2, ::2], [[0, 1], [1, 255]])
 
@@ -94,7 +94,7 @@ def test_real_data(name, folder, train, val, ids, tmp_path):
     if not root.is_dir():
         pytest.skip(f"no real data in {root}: set DINOSEG_DATA")
     cfg = load(name, root)
-    source, augment = instantiate(cfg.data.source), instantiate(cfg.data.augment)
+    source, augment = instantiate(cfg.data.reader), instantiate(cfg.data.augment)
     splits = [source(split=split) for split in ("train", "val")]
     assert [len(data) for data in splits] == [train, val]
     assert not set(splits[0].names) & set(splits[1].names)
@@ -118,7 +118,7 @@ def test_real_data(name, folder, train, val, ids, tmp_path):
 def test_real_sizes_that_differ_are_no_silent_matter():
     if not (DATA / "person").is_dir():
         pytest.skip(f"no real data in {DATA}: set DINOSEG_DATA")
-    data = instantiate(load("person", DATA / "person", "data.source.masks.on_size_mismatch=error").data.source)(
+    data = instantiate(load("person", DATA / "person", "data.reader.masks.on_size_mismatch=error").data.reader)(
         split="val"
     )
     refused = 0

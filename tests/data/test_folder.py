@@ -6,8 +6,9 @@ import pytest
 import torch
 from making import save
 
-from dinoseg.data.folder import Layout, Partition, folder_dataset
+from dinoseg.data.folder import Layout, folder_dataset
 from dinoseg.data.masks import Masks
+from dinoseg.data.splits import Partition
 from dinoseg.errors import UserError
 from dinoseg.report.palette import default_palette
 
