@@ -47,7 +47,7 @@ class PairDataset:
         self.reader = MaskReader(labels, masks)
 
     def __len__(self) -> int:
-        return len(self._pairs)
+        return len(self.pairs)
 
     def __getitem__(self, index: int) -> Sample:
         return read_pair(self.pairs[index], self.reader)
