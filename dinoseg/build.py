@@ -1,6 +1,7 @@
 """Config to models, data, losses and optimizers."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -59,9 +60,21 @@ def dataset(cfg: DictConfig, split: str) -> SegmentationData:
     Raises:
         UserError: an unknown split, or whatever the data set finds wrong.
     """
-    if split not in SPLITS:
-        raise UserError(f"split={split} is unknown. Choose one of {', '.join(SPLITS)}.")
-    return instantiate(cfg.data.reader)(split=split)
+    found = instantiate(cfg.data.reader)(split=_known(split))
+    return instantiate(cfg.data.opened)(found, split=split)
+
+
+def clips(cfg: DictConfig, split: str) -> Any:
+    """Return one split of a config's videos as clips of frames (`dinoseg.data.clips.Clips`).
+
+    Raises:
+        UserError: an unknown split, data that is no video, or whatever the data set finds wrong.
+    """
+    if cfg.data.clips is None:
+        raise UserError(
+            f"data={cfg.choices.data} has no clips. Choose data=davis2016, davis2017, youtube_vos, movi or videos."
+        )
+    return instantiate(cfg.data.clips)(split=_known(split))
 
 
 def feed(cfg: DictConfig, engine: Engine) -> Feed:
@@ -95,3 +108,9 @@ def _seed(cfg: DictConfig) -> int:
     if not isinstance(cfg.seed, int) or cfg.seed < 0:
         raise UserError(f"seed={cfg.seed}: give a whole number that is not negative.")
     return cfg.seed
+
+
+def _known(split: str) -> str:
+    if split not in SPLITS:
+        raise UserError(f"split={split} is unknown. Choose one of {', '.join(SPLITS)}.")
+    return split

@@ -16,11 +16,11 @@ ROOMS = {  # what each group of a config from a file may name: parts of a model,
     "adapter": ("dinoseg.adapters",),
     "head": ("dinoseg.heads", "torch.nn"),
     "loss": ("dinoseg.losses", "dinoseg.data.frequencies", "torch.nn"),
-    "data": ("dinoseg.data",),
+    "data": ("dinoseg.data", "dinoseg.metrics.protocols"),
     "optim": ("dinoseg.training.optim", "torch.optim"),
     "trainer": ("dinoseg.training.fit",),
 }
-_ACTING = ("prepare_sarrarp", "synthetic", "archives", "video_frames", "loader")
+_ACTING = ("prepare_sarrarp", "prepare_idd", "synthetic", "archives", "video_frames", "loader")
 ACTING = tuple(f"dinoseg.data.{name}" for name in _ACTING)  # of the data room, but they write files or start processes
 LIST = (list, tuple)
 PLAIN: dict[Any, Any] = {  # what an annotated parameter takes from a config

@@ -1,8 +1,20 @@
-"""What every reader of a config shares: plain dicts, and the one resolver."""
+"""What every reader of a config shares: plain dicts, and the two resolvers."""
 
+from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError
+
+from dinoseg.errors import UserError
+
+CLASS_FILE = "class_file"
+
+
+class _Unmet(UserError, InterpolationResolutionError):
+    """A mistake found while a value is resolved, which OmegaConf then passes on as it is instead of wrapping it."""
+
+    _initialized = True
 
 
 def plain(node: Any, *, resolve: bool = False) -> dict[str, Any]:
@@ -12,6 +24,51 @@ def plain(node: Any, *, resolve: bool = False) -> dict[str, Any]:
     return {str(key): value for key, value in container.items()}
 
 
+def settled(node: Any) -> dict[Any, Any]:
+    """Return a config node as a dict that asks no file any more: what `classes.yaml` says stands in it.
+
+    What it ought to say and does not is `???`, as any value that is not set.
+    """
+    found = OmegaConf.to_container(node)
+    assert isinstance(found, dict)
+    for key, value in found.items():
+        if isinstance(value, dict):
+            found[key] = settled(node[key])
+        elif str(value).startswith(f"${{{CLASS_FILE}:"):
+            found[key] = _said(node, key)
+    return found
+
+
+def _said(node: DictConfig, key: Any) -> Any:
+    try:
+        value = node[key]
+    except _Unmet:
+        return "???"
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
+
 def register_resolvers() -> None:
-    """Register `${len:${.classes}}`, the length of a list."""
+    """Register `${len:${.classes}}`, the length of a list, and `${class_file:KEY}`, what `classes.yaml` says."""
     OmegaConf.register_new_resolver("len", len, replace=True)
+    OmegaConf.register_new_resolver(CLASS_FILE, _from_class_file, replace=True)
+
+
+def _from_class_file(key: str, *, _root_: DictConfig) -> Any:
+    """Return what `classes.yaml` in `data.root` says; where `data.classes` is given, the file is not read."""
+    from dinoseg.data.class_file import NAME, NOT_DESCRIBED, read_class_file
+    from dinoseg.nodes import not_set
+
+    data = _root_.get("data")
+    root = None if data is None or OmegaConf.is_missing(data, "root") else data.get("root")
+    if data is None or not OmegaConf.is_interpolation(data, "classes"):
+        return NOT_DESCRIBED.get(key)
+    path = Path(str(root or "")).expanduser() / NAME
+    try:
+        if root is not None and path.is_file():
+            return read_class_file(path, data.ignore_index)[key]
+    except UserError as error:
+        raise _Unmet(str(error)) from None
+    if key in NOT_DESCRIBED:
+        return NOT_DESCRIBED[key]
+    where = f"into {path}" if root is not None else f"into a file {NAME} in data.root"
+    raise _Unmet(f"{not_set('data.classes')} Or write it {where}: `classes: [background, leaf]`.")

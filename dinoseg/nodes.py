@@ -27,7 +27,7 @@ def instantiate(node: Any, *, without: Sequence[str] = (), instead: Mapping[str,
     try:
         values: Any = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
     except OmegaConfBaseException as error:
-        raise UserError(_missing(error)) from None
+        raise UserError(str(error) if isinstance(error, UserError) else _missing(error)) from None
     values = {key: value for key, value in values.items() if key not in without} | dict(instead or {})
     unset = next(_unset(values, node._get_full_key(None) if OmegaConf.is_config(node) else ""), None)
     if unset:

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dinoseg import __version__, build
 from dinoseg.checks import guard
-from dinoseg.config import plain
+from dinoseg.config import plain, settled
 from dinoseg.data.labels import Labels
 from dinoseg.errors import UserError
 from dinoseg.model import Segmenter
@@ -152,7 +152,7 @@ def description(cfg: DictConfig, data: SegmentationData) -> dict[str, Any]:
 def description_of(cfg: DictConfig) -> dict[str, Any]:
     """Return the part of the description that the config alone decides."""
     config = {key: value for key, value in plain(cfg).items() if key in KEPT}
-    config["data"] = {**config["data"], "prepare": None}  # acts on files: nothing that a checkpoint should name
+    config["data"] = {**settled(cfg.data), "prepare": None}  # acts on files: nothing that a checkpoint should name
     return {"config": config, "choices": _chosen(cfg), "folder": str(Path.cwd())}
 
 

@@ -21,9 +21,17 @@ def read(group, option):
 
 def written_targets(group, option):
     """Count the `_target_` lines of an option's file and of those it starts from."""
-    bases = [base for base in read(group, option).get("defaults", []) if isinstance(base, str) and base != "_self_"]
+    entries = [entry for entry in read(group, option).get("defaults", []) if entry != "_self_"]
     own = len(re.findall(r"^\s*_target_:", (FOLDER / group / f"{option}.yaml").read_text(), re.MULTILINE))
-    return own + sum(written_targets(group, base) for base in bases)
+    return own + sum(written_targets(*base) for entry in entries for base in _bases(group, entry))
+
+
+def _bases(group, entry):
+    """Yield group and option of what an entry of a defaults list starts from; an override only chooses."""
+    if isinstance(entry, str):
+        yield group, entry
+    else:
+        yield from ((key.split("@")[0].strip("/"), base) for key, base in entry.items() if "@" in key)
 
 
 def written_choices(hparam):

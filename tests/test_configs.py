@@ -19,6 +19,8 @@ from dinoseg.launch import LAUNCH_KEYS
 
 # What build, launch and fit hand over; every other argument stands in a config or has a default
 AT_RUN_TIME = {
+    "data.clips": {"split"},
+    "data.opened": {"dataset", "split"},
     "data.reader": {"split"},
     "head": {"in_dim", "num_layers"},
     "loss.class_weights": {"counts"},
@@ -81,7 +83,7 @@ def written_values(node, path=()):
         here = (*path, key)
         if isinstance(value, dict) and value:
             yield from written_values(value, here)
-        elif here[-1] != "defaults" and value != "???" and here != ("data", "root"):
+        elif here[-1] != "defaults" and value not in ("???", "${class_file:classes}") and here != ("data", "root"):
             yield here, value
 
 
@@ -127,11 +129,13 @@ def test_a_wrong_key_or_a_missing_one_is_found():
 def test_hidden_options_are_bases_and_bases_hold_the_gaps():
     hidden = sorted(FOLDER.glob("*/_*.yaml"))
     assert {path.stem for path in hidden} == {
+        "_clips",
         "_common",
         "_dino",
         "_dinov2",
         "_dinov3",
         "_dinov3_convnext",
+        "_idd",
         "_mask2former",
         "_pixel",
         "_rendered",

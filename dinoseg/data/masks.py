@@ -12,7 +12,7 @@ from dinoseg.images import read_ids, read_image
 
 FORMATS = ("ids", "palette", "binary")
 ON_SIZE_MISMATCH = ("error", "resize_mask")
-_HIGHEST_ID = 65535  # 16-bit files are the widest in use
+HIGHEST_ID = 65535  # 16-bit files are the widest in use
 _LOSSY_MARGIN = 16  # how far JPEG moves a 0 or a 255
 
 
@@ -23,8 +23,9 @@ class Masks:
     Args:
         format: `ids`: the stored numbers (a palette file's indices) are class ids; `palette`: colours
             stand for classes by `data.palette`; `binary`: 0 is class 0 and 255 is class 1.
-        ids: file id to class id or ignore_index, for `ids`; ids not named here stay as they are.
+        ids: file id to class id, ignore_index or -1 (refused), for `ids`; ids not named here stay as they are.
         reduce_zero_label: for `ids`: file id 0 is ignored, and k is class k - 1, as in ADE20K.
+        colors: class id to further colours that stand for it, for `palette`.
         ignore_colors: colours that are ignored, for `palette`.
         on_size_mismatch: `error`, or `resize_mask`: a mask of its image's proportions is resized, nearest.
     """
@@ -32,14 +33,16 @@ class Masks:
     format: str = "ids"
     ids: Mapping[int, int] | None = None
     reduce_zero_label: bool = False
+    colors: Mapping[int, Sequence[Sequence[int]]] | None = None
     ignore_colors: Sequence[Sequence[int]] = ()
     on_size_mismatch: str = "error"
 
     def __post_init__(self) -> None:
         """Refuse what would have no effect."""
-        if self.ids:  # a checkpoint's description is JSON, which knows no numbers as keys
-            whole = {int(key) if str(key).isdecimal() else key: value for key, value in self.ids.items()}
-            object.__setattr__(self, "ids", whole)
+        for name, table in (("ids", self.ids), ("colors", self.colors)):
+            if table:  # a checkpoint's description is JSON, which knows no numbers as keys
+                whole = {int(key) if str(key).isdecimal() else key: value for key, value in table.items()}
+                object.__setattr__(self, name, whole)
         for key, value, options in (
             ("format", self.format, FORMATS),
             ("on_size_mismatch", self.on_size_mismatch, ON_SIZE_MISMATCH),
@@ -51,11 +54,12 @@ class Masks:
                 raise UserError(
                     f"data.reader.masks.{name} has no effect with format={self.format}: remove it, or set format=ids."
                 )
-        if self.ignore_colors and self.format != "palette":
-            raise UserError(
-                f"data.reader.masks.ignore_colors has no effect with format={self.format}: "
-                "remove it, or set format=palette."
-            )
+        for name, colors in (("colors", self.colors), ("ignore_colors", self.ignore_colors)):
+            if colors and self.format != "palette":
+                raise UserError(
+                    f"data.reader.masks.{name} has no effect with format={self.format}: "
+                    "remove it, or set format=palette."
+                )
 
 
 class MaskReader:
@@ -75,7 +79,7 @@ class MaskReader:
         if masks.format == "ids":
             self._table = _id_table(labels, masks.ids or {}, first=int(masks.reduce_zero_label))
         elif masks.format == "palette":
-            self._codes, self._values = _color_table(labels, masks.ignore_colors)
+            self._codes, self._values = _color_table(labels, masks.colors or {}, masks.ignore_colors)
         elif len(labels.classes) != 2:
             raise UserError(f"data.reader.masks.format=binary needs 2 classes, data.classes has {len(labels.classes)}.")
 
@@ -91,15 +95,17 @@ class MaskReader:
         return _from_binary(numbers, path) if self.masks.format == "binary" else self._from_ids(numbers, path)
 
     def _from_ids(self, numbers: np.ndarray, path: Path) -> np.ndarray:
-        inside = numbers.min() >= 0 and numbers.max() <= _HIGHEST_ID
+        inside = numbers.min() >= 0 and numbers.max() <= HIGHEST_ID
         ids = self._table[numbers] if inside else None  # (H, W) int16
         if ids is None or ids.min() < 0:
             last, ignore = len(self.labels.classes) - 1, self.labels.ignore_index
-            foreign = [v for v in np.unique(numbers) if not 0 <= v <= _HIGHEST_ID or self._table[v] < 0]
+            foreign = [v for v in np.unique(numbers) if not 0 <= v <= HIGHEST_ID or self._table[v] < 0]
+            known = np.flatnonzero((self._table >= 0) & (self._table != ignore))
+            stand = "" if known.size == last + 1 == known[-1] + 1 else f", which stand in files as {_some(known)}"
             raise UserError(
                 f"{path} holds the ids {_some(foreign)}, which are no classes: data.classes has ids 0 to "
-                f"{last}, and {ignore} is ignored. Correct the file, or map the ids: "
-                f"data.reader.masks.ids={{{foreign[0]}: {ignore}}}."
+                f"{last}{stand}, and {ignore} is ignored. Correct the file, or map the ids: "
+                f"data.reader.masks.ids={{{foreign[0]}: {ignore}}}, or in data.root's classes.yaml."
             )
         return ids.astype(np.uint8)
 
@@ -124,6 +130,7 @@ def _from_binary(numbers: np.ndarray, path: Path) -> np.ndarray:
     if other.size:
         found = np.unique(other)
         near = bool(np.all((found <= _LOSSY_MARGIN) | ((found >= 255 - _LOSSY_MARGIN) & (found < 255))))
+        near &= numbers.max() > 1  # 0 and 1 alone are class numbers
         reason = (
             "All are near 0 or 255, as lossy compression leaves them: threshold at 128 and save as PNG."
             if near
@@ -151,33 +158,41 @@ def _id_table(labels: Labels, ids: Mapping[int, int], first: int) -> np.ndarray:
     The file id of the first class is `first`; those before it are ignored.
     """
     count, ignore = len(labels.classes), labels.ignore_index
-    table = np.full(_HIGHEST_ID + 1, -1, dtype=np.int16)
+    table = np.full(HIGHEST_ID + 1, -1, dtype=np.int16)
     table[:first] = ignore
     table[first : first + count] = np.arange(count)
     table[ignore] = ignore
     for source, target in ids.items():
-        if not isinstance(source, int) or not 0 <= source <= _HIGHEST_ID:
+        if not isinstance(source, int) or not 0 <= source <= HIGHEST_ID:
             raise UserError(f"data.reader.masks.ids maps {source!r}: a file id is a number from 0 to 65535.")
-        if not isinstance(target, int) or not (0 <= target < count or target == ignore):
+        if not isinstance(target, int) or not (-1 <= target < count or target == ignore):
             raise UserError(
                 f"data.reader.masks.ids maps {source} to {target!r}: give a class id from 0 to {count - 1}, "
-                f"or {ignore} to ignore it."
+                f"{ignore} to ignore it, or -1 to refuse it."
             )
         table[source] = target
     return table
 
 
-def _color_table(labels: Labels, ignored: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+def _color_table(
+    labels: Labels, further: Mapping[int, Sequence[Sequence[int]]], ignored: Sequence[Sequence[int]]
+) -> tuple[np.ndarray, np.ndarray]:
     """Return sorted colour codes and the class id or ignore_index of each."""
-    colors = [*labels.palette, *map(as_color, ignored)]
-    values = [*range(len(labels.palette)), *[labels.ignore_index] * len(ignored)]
+    if unknown := [key for key in further if not isinstance(key, int) or not 0 <= key < len(labels.classes)]:
+        raise UserError(
+            f"data.reader.masks.colors has colours for {unknown[0]!r}: give class ids from 0 to "
+            f"{len(labels.classes) - 1}, such as {{0: [[255, 255, 255]]}}."
+        )
+    merged = [(as_color(color), key) for key, given in further.items() for color in given]
+    colors = [*labels.palette, *(color for color, _ in merged), *map(as_color, ignored)]
+    values = [*range(len(labels.palette)), *(key for _, key in merged), *[labels.ignore_index] * len(ignored)]
     codes = _color_code(np.array(colors, dtype=np.int32))
     order = np.argsort(codes, kind="stable")
     same = codes[order][1:] == codes[order][:-1]
     if same.any():
         twice = colors[int(order[1:][same][0])]
         raise UserError(
-            f"Colour {twice} stands for two things in data.palette and data.reader.masks.ignore_colors: "
+            f"Colour {twice} stands for two things in data.palette, data.reader.masks.colors and ignore_colors: "
             "with format=palette each needs its own."
         )
     return codes[order], np.array(values, dtype=np.uint8)[order]

@@ -1,4 +1,4 @@
-"""One image file and its mask file: paired by name, read together, known by a fingerprint."""
+"""One image and its mask file: paired by name, read together, known by a fingerprint."""
 
 import hashlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -11,6 +11,7 @@ import torch
 
 from dinoseg.data.labels import Labels
 from dinoseg.data.masks import MaskReader, Masks
+from dinoseg.data.video_access import VideoFrame
 from dinoseg.data.wording import count_of, listed
 from dinoseg.errors import UserError
 from dinoseg.images import read_image
@@ -21,10 +22,10 @@ _PROPORTIONS = 0.05  # a resized mask may differ so much from its image's propor
 
 @dataclass(frozen=True)
 class Pair:
-    """An image file and its mask file; `name` is unique inside the data set."""
+    """An image, in its own file or in a video, and its mask file; `name` is unique inside the data set."""
 
     name: str
-    image: Path
+    image: Path | VideoFrame
     mask: Path
 
 
@@ -44,6 +45,7 @@ class PairDataset:
         self.classes, self.palette, self.ignore_index = labels.classes, labels.palette, labels.ignore_index
         self.names = [pair.name for pair in pairs]
         self.pairs = pairs
+        self.skipped: Mapping[str, str] = {}  # name and fault of what was left out because it cannot be read
         self.reader = MaskReader(labels, masks)
 
     def __len__(self) -> int:
@@ -91,7 +93,7 @@ def read_pair(pair: Pair, reader: MaskReader) -> Sample:
     Raises:
         UserError: a file is unreadable, the sizes differ, or the mask holds what is no class.
     """
-    image = read_image(pair.image)
+    image = pair.image.read() if isinstance(pair.image, VideoFrame) else read_image(pair.image)
     mask = _fit(reader.read(pair.mask), (image.shape[0], image.shape[1]), pair, reader.masks.on_size_mismatch)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, H, W)
     return Sample(image=pixels, mask=torch.from_numpy(mask), name=pair.name)
@@ -110,7 +112,8 @@ def fingerprint(pairs: Iterable[Pair], reader: MaskReader) -> str:
     digest = hashlib.sha256(repr(rules).encode())
     for pair in pairs:
         stamps = [(stat.st_size, stat.st_mtime_ns) for stat in (pair.image.stat(), pair.mask.stat())]
-        digest.update(f"{pair.name}\0{stamps}\n".encode())
+        frame = f"\0{pair.image.index}" if isinstance(pair.image, VideoFrame) else ""
+        digest.update(f"{pair.name}\0{stamps}{frame}\n".encode())
     return digest.hexdigest()
 
 

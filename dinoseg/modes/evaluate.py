@@ -8,8 +8,11 @@ import numpy as np
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from dinoseg import build
+from dinoseg import build, scoring
 from dinoseg.images import write_png
+from dinoseg.metrics.protocols.contract import DatasetProtocol, Found
+from dinoseg.modes.score import report
+from dinoseg.nodes import instantiate
 from dinoseg.report.confusion import confusion_picture
 from dinoseg.report.overlay import compare
 from dinoseg.report.table import class_table, write_csv, write_json
@@ -18,10 +21,14 @@ from dinoseg.shapes import Batch, SegmentationData
 from dinoseg.training.engine import Engine
 from dinoseg.training.evaluate import evaluate
 
+OFFICIAL = "official"  # folder of predictions as a benchmark wants them
+
 logger = logging.getLogger(__name__)
 
 
-def run(cfg: DictConfig, *, out_dir: Path, split: str = "val", metrics_only: bool = False) -> dict[str, Any]:
+def run(
+    cfg: DictConfig, *, out_dir: Path, split: str = "val", metrics_only: bool = False, official: bool = True
+) -> dict[str, Any]:
     """Score the checkpoint that `resume` names on a split and return the scores.
 
     Args:
@@ -29,13 +36,15 @@ def run(cfg: DictConfig, *, out_dir: Path, split: str = "val", metrics_only: boo
         out_dir: the run folder; everything is written into it.
         split: train, val or test.
         metrics_only: write no pictures of single images.
+        official: score by the protocol of the data set's benchmark too, where it has one.
     """
     trained = load_trained(cfg)
     out_dir = Path(trained.engine.share(str(out_dir)))
     data = build.dataset(cfg, split)
     source = f"resume={cfg.resume}" if cfg.resume else f"head.weights={cfg.head.weights}"
     check_classes(data, trained.info, source)
-    scores = score(trained.model, data, trained.engine, out_dir, metrics_only=metrics_only)
+    protocol = instantiate(cfg.data.official) if official and cfg.data.official is not None else None
+    scores = score(trained.model, data, trained.engine, out_dir, metrics_only=metrics_only, protocol=protocol)
     if trained.engine.is_main:
         board = Path(cfg.resume or ".").parent.parent / "tensorboard"
         print(f"TensorBoard:  tensorboard --logdir {board}" if board.is_dir() else "TensorBoard:  none beside it")
@@ -45,19 +54,30 @@ def run(cfg: DictConfig, *, out_dir: Path, split: str = "val", metrics_only: boo
 
 
 def score(
-    model: nn.Module, data: SegmentationData, engine: Engine, out_dir: Path, *, metrics_only: bool
+    model: nn.Module,
+    data: SegmentationData,
+    engine: Engine,
+    out_dir: Path,
+    *,
+    metrics_only: bool,
+    protocol: DatasetProtocol | None = None,
 ) -> dict[str, Any]:
     """Evaluate, print the table, and write scores.json, scores.csv, confusion.png and the pictures to `out_dir`.
 
     Pictures lie in `out_dir`/predictions/<name>_vis.png (frame | prediction | reference) and <name>_pred.png (class
-    ids at full size).
+    ids at full size). A protocol's scores go to official_scores.json, and the predictions as the benchmark wants
+    them to `out_dir`/official.
     """
 
-    def draw(batch: Batch, ids: Tensor) -> None:
+    def write(batch: Batch, ids: Tensor) -> None:
         for image, mask, prediction, name in zip(batch.image, batch.mask, ids, batch.names, strict=True):
-            _write_pictures(out_dir / "predictions" / name, data, image, mask, prediction)
+            if protocol is not None:
+                pixels = protocol.file_ids(prediction.cpu().numpy())
+                write_png(out_dir / OFFICIAL / protocol.target(name), pixels)
+            if not metrics_only:
+                _write_pictures(out_dir / "predictions" / name, data, image, mask, prediction)
 
-    scores = evaluate(model, data, engine, on_batch=None if metrics_only else draw)
+    scores = evaluate(model, data, engine, on_batch=None if metrics_only and protocol is None else write)
     if engine.is_main:
         write_json(out_dir / "scores.json", scores)
         write_csv(out_dir / "scores.csv", scores, data.classes)
@@ -66,7 +86,20 @@ def score(
         print(f"\nscores:       {out_dir}/scores.json, scores.csv, confusion.png")
         if not metrics_only:
             print(f"pictures:     {out_dir / 'predictions'}")
+        if protocol is not None:
+            scores = {**scores, "official": _official_scores(protocol, data, out_dir)}
     return scores
+
+
+def _official_scores(protocol: DatasetProtocol, data: Any, out_dir: Path) -> dict[str, Any]:
+    """Score what has just been written as the benchmark does, against the reference files themselves."""
+    folder = out_dir / OFFICIAL
+    cases = [protocol.case(pair.name, pair.mask, folder / protocol.target(pair.name)) for pair in data.pairs]
+    result = report(
+        protocol, scoring.score(protocol, Found(cases), where=str(folder)), out_dir / "official_scores.json"
+    )
+    print(f"official:     {out_dir}/official_scores.json, predictions for submission in {folder}")
+    return result["scores"]
 
 
 def _write_pictures(stem: Path, data: SegmentationData, image: Tensor, mask: Tensor, ids: Tensor) -> None:

@@ -24,6 +24,6 @@ def prepare(cfg: Any, *, out_dir: Path) -> None:
         )
     counts = instantiate(cfg.data.prepare)()
     (out_dir / "prepared.json").write_text(json.dumps(counts, indent=1), encoding="utf-8")
-    log.info("%d videos under %s are ready.", len(counts), cfg.data.root)
+    log.info("%s is ready: %d entries.", cfg.data.root, len(counts))
     for name, numbers in counts.items():
         log.info("%s: %s", name, ", ".join(f"{what} {count}" for what, count in numbers.items()))

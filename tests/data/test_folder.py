@@ -121,6 +121,15 @@ def test_lists(fill):
         load("extra")
 
 
+def test_lists_pass_over_images_without_mask(fill):
+    root = fill("images", "masks")
+    (root / "masks/z.png").unlink()
+    save(root / "images/more.jpg", np.zeros((4, 6, 3)))
+    (root / "some.txt").write_text("y\nx\n")
+    partition = Partition("lists", {"train": "some.txt"})
+    assert folder_dataset(root, "train", classes=CLASSES, layout=FLAT, partition=partition).names == ["y", "x"]
+
+
 def test_pairing_names_five_and_counts_all(fill):
     root = fill(names=[f"n{i}" for i in range(9)])
     for i in range(7):

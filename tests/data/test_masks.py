@@ -66,7 +66,7 @@ def test_binary_masks(tmp_path):
         reader.read(save(tmp_path / "j.png", [[0, 3, 250, 255]]))
     with pytest.raises(UserError, match=r"i\.png .* 1, 128\. .*format=ids"):
         reader.read(save(tmp_path / "i.png", [[0, 1, 128]]))
-    with pytest.raises(UserError, match=r"i1\.png .* 1\. "):
+    with pytest.raises(UserError, match=r"i1\.png .* 1\. .*format=ids"):
         reader.read(save(tmp_path / "i1.png", [[0, 1]]))
 
 
@@ -89,6 +89,20 @@ def test_table_maps_ids(tmp_path):
     np.testing.assert_array_equal(reader.read(path), [[255, 2, 2, 1, 0]])
 
 
+def test_table_refuses_ids(tmp_path):
+    reader = MaskReader(LABELS, Masks(ids={0: -1, 10: 0}))
+    np.testing.assert_array_equal(reader.read(save(tmp_path / "m.png", [[10, 1, 255]])), [[0, 1, 255]])
+    with pytest.raises(UserError, match=r"m\.png holds the ids 0, which .* stand in files as 1, 2, 10, and 255 is"):
+        reader.read(save(tmp_path / "m.png", [[10, 0]]))
+
+
+def test_several_colours_can_be_one_class(tmp_path):
+    rules = Masks("palette", colors={"1": [[9, 9, 9], [250, 0, 0]]}, ignore_colors=[[1, 1, 1]])
+    colors = np.array([*COLORS, (9, 9, 9), (250, 0, 0), (1, 1, 1)], np.uint8)
+    path = save(tmp_path / "c.png", colors[[[0, 1, 2], [3, 4, 5]]])
+    np.testing.assert_array_equal(MaskReader(LABELS, rules).read(path), [[0, 1, 2], [1, 1, 255]])
+
+
 def test_coloured_picture_read_as_ids(tmp_path):
     path = save(tmp_path / "c.png", [[[0, 1, 0]]])
     with pytest.raises(UserError, match="coloured picture.*format=palette"):
@@ -102,8 +116,14 @@ def test_coloured_picture_read_as_ids(tmp_path):
         ({"on_size_mismatch": "crop"}, "on_size_mismatch=crop is unknown.*error, resize_mask"),
         ({"format": "binary", "ids": {1: 0}}, "ids has no effect"),
         ({"ignore_colors": [[0, 0, 0]]}, "ignore_colors has no effect"),
+        ({"colors": {0: [[0, 0, 0]]}}, "masks.colors has no effect with format=ids"),
+        ({"format": "palette", "colors": {3: [[1, 1, 1]]}}, "colours for 3: give class ids from 0 to 2"),
+        ({"format": "palette", "colors": {"a": [[1, 1, 1]]}}, "colours for 'a'"),
+        ({"format": "palette", "colors": {0: [[255, 0, 0]]}}, r"\(255, 0, 0\) stands for two things"),
+        ({"format": "palette", "colors": {0: [[1, 1]]}}, r"Colour \[1, 1\]"),
         ({"format": "binary"}, "needs 2 classes, data.classes has 3"),
-        ({"ids": {11: 3}}, "maps 11 to 3: .* 0 to 2, or 255"),
+        ({"ids": {11: 3}}, "maps 11 to 3: .* 0 to 2, 255 to ignore it, or -1"),
+        ({"ids": {11: -2}}, "maps 11 to -2"),
         ({"ids": {-1: 0}}, "maps -1"),
         ({"ids": {"a": 0}}, "maps 'a'"),
         ({"format": "palette", "ignore_colors": [[255, 0, 0]]}, r"\(255, 0, 0\) stands for two things"),

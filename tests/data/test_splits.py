@@ -1,7 +1,9 @@
+from dataclasses import dataclass
+
 import pytest
 from making import Pictures
 
-from dinoseg.data.splits import fraction_split, read_name_list, regex_group, split_table
+from dinoseg.data.splits import Partition, divide, fraction_split, read_name_list, regex_group, split_table
 from dinoseg.errors import UserError
 
 NAMES = [f"v{i // 4}/{i:03d}" for i in range(40)]
@@ -69,3 +71,74 @@ def test_name_lists(tmp_path):
 def test_split_table():
     table = split_table({"train": Pictures([(2, 2)] * 2), "val": Pictures([(2, 2)])})
     assert table == {"train": ["p0", "p1"], "val": ["p0"]}
+
+
+@dataclass(frozen=True)
+class Thing:
+    name: str
+
+
+def found(split):
+    return [Thing(f"v{video}/{split}_{frame}") for video in range(7) for frame in range(video + 1)]
+
+
+def folds(fold, count, group=r"^(v\d+)/", **options):
+    partition = Partition(group=group, fold=fold, folds=count, **options)
+    return {split: [thing.name for thing in divide(split, found, partition)] for split in ("train", "val", "test")}
+
+
+def test_folds_divide_train_and_val_together_by_group():
+    everything = sorted(thing.name for split in ("train", "val") for thing in found(split))
+    held_out = []
+    for fold in range(3):
+        parts = folds(fold, 3)
+        assert sorted(parts["train"] + parts["val"]) == everything
+        assert not {n.split("/")[0] for n in parts["train"]} & {n.split("/")[0] for n in parts["val"]}
+        assert parts["test"] == [thing.name for thing in found("test")]
+        held_out += parts["val"]
+    assert sorted(held_out) == everything
+
+
+def test_folds_are_of_like_size_and_repeatable():
+    sizes = [len(folds(fold, 3)["val"]) for fold in range(3)]
+    assert sum(sizes) == 56 and max(sizes) - min(sizes) <= 4
+    assert folds(0, 3) == folds(0, 3)
+    alone = [folds(fold, 56, group=None)["val"] for fold in range(56)]
+    assert sorted(map(len, alone)) == [1] * 56
+
+
+def test_folds_of_equal_groups_depend_on_the_seed():
+    def equal(split):
+        return [Thing(f"{split}{number}") for number in range(20)]
+
+    seen = {
+        tuple(thing.name for thing in divide("val", equal, Partition(fold=0, folds=5, seed=seed))) for seed in range(5)
+    }
+    assert len(seen) == 5 and all(len(names) == 8 for names in seen)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fold": 0}, "data.fold=0 with data.folds=None: k-fold cross-validation needs both"),
+        ({"folds": 3}, "data.fold=None with data.folds=3"),
+        ({"fold": 3, "folds": 3}, "data.fold=3 data.folds=3: give two folds or more, and a fold below them"),
+        ({"fold": 0, "folds": 1}, "data.fold=0 data.folds=1"),
+        ({"fold": -1, "folds": 3}, "data.fold=-1"),
+        ({"by": "chance"}, "data.reader.partition.by=chance is unknown"),
+    ],
+)
+def test_bad_partitions(options, message):
+    with pytest.raises(UserError, match=message):
+        Partition(**options)
+
+
+def test_what_cannot_be_divided():
+    with pytest.raises(UserError, match="data.folds=9: there are only 7 groups"):
+        folds(0, 9)
+    with pytest.raises(UserError, match="data.group=.* does not match the name v0/train_0"):
+        folds(0, 2, group="^w")
+    with pytest.raises(UserError, match="2 names are in train and in val"):
+        divide("val", lambda split: [Thing("a"), Thing("b")], Partition(fold=0, folds=2))
+    same = Partition(by="fraction", fold=0, folds=2)
+    assert len(divide("val", lambda split: [Thing("a"), Thing("b")], same)) == 1

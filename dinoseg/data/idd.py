@@ -1,0 +1,163 @@
+"""IDD, Indian driving scenes in the layout of Cityscapes: one part or several, in any encoding of the labels."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from dinoseg.data.idd_files import (
+    ENCODINGS,
+    HOME_MADE,
+    IMAGE,
+    IMAGES,
+    LABELS,
+    POLYGONS,
+    files_of,
+    find_parts,
+    label_suffix,
+    prepare_command,
+)
+from dinoseg.data.labels import Labels
+from dinoseg.data.masks import Masks
+from dinoseg.data.pairs import Pair, PairDataset
+from dinoseg.data.splits import Partition, divide
+from dinoseg.data.wording import count_of, listed
+from dinoseg.errors import UserError
+from dinoseg.label_tables.read import label_table
+
+log = logging.getLogger(__name__)
+
+BY_DRIVE = Partition(group="^(.+)/")
+_NO_CLASS_AT_HOME = (0, 3, *range(26, 255))  # beside 255, which the home-made remap takes for road
+
+
+def idd(
+    root: str | Path,
+    split: str,
+    *,
+    classes: Sequence[str],
+    palette: Sequence[Sequence[int]] | None = None,
+    ignore_index: int = 255,
+    encoding: str = "level3Id",
+    masks: Masks = Masks(),  # noqa: B008 (frozen)
+    partition: Partition = BY_DRIVE,
+) -> PairDataset:
+    """Return the images with their label maps, with names `{drive}/{id}`, or `{part}/{drive}/{id}` in several parts
+    that have a drive of the same name.
+
+    Args:
+        root: a part, which holds `leftImg8bit` and `gtFine`, or the folder of several: all are read.
+        split: `train`, `val`, or `test` if you have its labels.
+        classes: names in id order.
+        palette: a colour per class, or None for default colours.
+        ignore_index: id that is ignored.
+        encoding: which label maps: `id`, `csId`, `csTrainId`, `level4Id`, `level3Id`, `level2Id`, `level1Id`, or
+            `home_made` (a faulty conversion to `*_gtFine_labelIds.png`, of which 255 is taken for road; warns).
+        masks: how mask files are written.
+        partition: folds, by drive; the split itself is that of the folders.
+
+    Raises:
+        UserError: a folder is missing, label maps are not made yet, an image lacks its map or a map its image, the
+            classes are not those of the encoding; when an item is read: an unreadable file, differing sizes, ids
+            without class.
+    """
+    labels = Labels.of(classes, palette, ignore_index)
+    if partition.by != "folder":
+        raise UserError(
+            f"data.reader.partition.by={partition.by}: IDD comes in split folders. Remove it, or set data.folds and "
+            "data.fold to divide train and val anew."
+        )
+    if encoding == HOME_MADE:
+        log.warning(
+            "data=idd_home_made trains on a home-made remap: 255 is void in IDD, and here it is road; true road (0) is "
+            "thrown away. Its scores mean nothing for IDD. Use data=idd, after mode=prepare data=idd."
+        )
+        remap = {**dict.fromkeys(_NO_CLASS_AT_HOME, ignore_index), 255: 0}
+        masks = replace(masks, ids={**remap, **(masks.ids or {})})
+    else:
+        _check_encoding(encoding, labels, masks)
+    place = Path(root).expanduser()
+    pairs = divide(split, lambda each: find_pairs(place, each, encoding), partition)
+    return PairDataset(pairs, labels, masks)
+
+
+def find_pairs(root: Path, split: str, encoding: str) -> list[Pair]:
+    """Return the pairs of a split's folders, part by part, in the order of their names.
+
+    Raises:
+        UserError: see `idd`.
+    """
+    parts = find_parts(root)
+    with_split = {name: part for name, part in parts.items() if (part / IMAGES / split).is_dir()}
+    if not with_split:
+        held = sorted({path.name for part in parts.values() for path in part.glob(f"{IMAGES}/*") if path.is_dir()})
+        places = ", ".join(str(part / IMAGES / split) for part in parts.values())
+        raise UserError(f"No folder {places}: the splits there are {listed(held) or 'none'}. Check data.root.")
+    prefixed = _share_a_drive(parts)
+    pairs = [
+        Pair(f"{part}/{name}" if prefixed else name, image, mask)
+        for part, folder in with_split.items()
+        for name, (image, mask) in _pairs_of(root, folder, split, encoding).items()
+    ]
+    if not pairs:
+        places = ", ".join(str(part / IMAGES / split) for part in with_split.values())
+        raise UserError(f"{places} holds no image {{drive}}/{{id}}{IMAGE}.png or .jpg. Unpack the archive again.")
+    return pairs
+
+
+def _pairs_of(root: Path, part: Path, split: str, encoding: str) -> dict[str, tuple[Path, Path]]:
+    images = files_of(part / IMAGES / split, IMAGE, (".png", ".jpg", ".jpeg"))
+    masks = files_of(part / LABELS / split, label_suffix(encoding), (".png",))
+    if bare := [name for name in images if name not in masks]:
+        raise UserError(_without_map(root, part, split, encoding, bare, none=not masks))
+    if lone := [name for name in masks if name not in images]:
+        raise UserError(
+            f"{part / LABELS / split} has {count_of(lone, 'label map')} without image in {part / IMAGES / split}: "
+            f"{listed(lone)}. Unpack the archive again, or remove them."
+        )
+    return {name: (image, masks[name]) for name, image in images.items()}
+
+
+def _without_map(root: Path, part: Path, split: str, encoding: str, bare: list[str], *, none: bool) -> str:
+    """Return the message for images without label map; `none`: not one has any."""
+    polygons = files_of(part / LABELS / split, POLYGONS, (".json",))
+    drawn = [name for name in bare if name in polygons]
+    missing = f"no {label_suffix(encoding)[1:]}.png in {part / LABELS / split}"
+    if drawn and encoding == HOME_MADE:
+        return (
+            f"{count_of(drawn, 'image')} with {missing}: {listed(drawn)}. Their polygons are there: make the official "
+            f"label maps from them and use data=idd: {prepare_command(root, 'level3Id')}"
+        )
+    if drawn:
+        return (
+            f"{count_of(drawn, 'image')} with {missing}: {listed(drawn)}. Their polygons are there: make the label "
+            f"maps first: {prepare_command(root, encoding)}"
+        )
+    if split == "test" and none:
+        return f"{missing}: the labels of IDD's test split are not public. Use split val, or predict without labels."
+    return (
+        f"{count_of(bare, 'image')} with {missing}, and without polygons to make it from: {listed(bare)}. Unpack the "
+        "archive again, or remove the images."
+    )
+
+
+def _check_encoding(encoding: str, labels: Labels, masks: Masks) -> None:
+    """Refuse an unknown encoding, and classes that are not its own unless `masks.ids` says how they fit."""
+    if encoding not in ENCODINGS:
+        raise UserError(
+            f"data.reader.encoding={encoding} is unknown. Choose one of {', '.join(ENCODINGS)}, {HOME_MADE}."
+        )
+    ids = {int(row[ENCODINGS[encoding]]) for row in label_table("idd")}
+    count = max(value for value in ids if value < 255) + 1
+    if len(labels.classes) != count and not masks.ids:
+        raise UserError(
+            f"data.classes has {len(labels.classes)} names, but the ids of data.reader.encoding={encoding} go from 0 "
+            f"to {count - 1}. Choose the data set by its name (data=idd, idd_level2, idd_level1, idd_cityscapes, "
+            "idd_ids), or map the ids with data.reader.masks.ids."
+        )
+
+
+def _share_a_drive(parts: Mapping[str, Path]) -> bool:
+    """Return whether two parts have a drive of one name, in whichever splits; so a name is the same in each run."""
+    drives = [{path.name for path in part.glob(f"{IMAGES}/*/[!.]*") if path.is_dir()} for part in parts.values()]
+    return len(set().union(*drives)) < sum(map(len, drives))

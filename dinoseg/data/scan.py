@@ -1,0 +1,129 @@
+"""Every pair of a data set measured once, by several processes, and kept for the next run."""
+
+from __future__ import annotations
+
+import functools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from dinoseg.data.masks import MaskReader
+from dinoseg.data.scan_cache import ScanCache
+from dinoseg.data.scan_record import Record, measure
+from dinoseg.data.wording import count_of, listed
+from dinoseg.errors import UserError
+
+if TYPE_CHECKING:  # its file imports torch, which the scanning processes do without
+    from dinoseg.data.pairs import Pair
+
+Job = tuple[str, Any, Path]  # name, image, mask
+_CHUNK = 16  # pairs handed to a process at once
+_AHEAD = 4  # chunks in flight for each process
+_FEW = 64  # pairs below which starting processes costs more than it saves
+
+
+def scan(
+    pairs: Sequence[Pair],
+    reader: MaskReader,
+    *,
+    images: bool = True,
+    workers: int = 1,
+    cache_dir: str | Path | None = None,
+) -> list[Record]:
+    """Return what each pair holds, in order; a bad file is a problem in its record, never an error.
+
+    Args:
+        pairs: what to read.
+        reader: how masks are read.
+        images: decode the images too: their colours, hashes and edges are known only then.
+        workers: processes that read; 1: this one, which also reads alone where there are few pairs.
+        cache_dir: where records are kept, so that only files that changed are read again; None: nowhere.
+
+    Raises:
+        UserError: `workers` is below 1, or a process was killed.
+    """
+    if workers < 1:
+        raise UserError(f"workers={workers}: give the number of scanning processes, 1 or more.")
+    cache = None if cache_dir is None else ScanCache(cache_dir, [pair.mask for pair in pairs], reader)
+    known: dict[int, Record] = {}
+    for index, pair in enumerate(pairs):
+        record = cache.get(pair.name, pair.image, pair.mask, images=images) if cache else None
+        if record is not None:
+            known[index] = record
+    missing = [index for index in range(len(pairs)) if index not in known]
+    jobs: list[Job] = [(pairs[index].name, pairs[index].image, pairs[index].mask) for index in missing]
+    try:
+        for index, job, record in zip(missing, jobs, _measured(jobs, reader, images, workers), strict=True):
+            known[index] = record
+            if cache is not None:
+                cache.put(record, job[1], job[2])
+    finally:
+        if cache is not None:  # after an interruption too: the next run goes on from here
+            cache.save()
+    return [known[index] for index in range(len(pairs))]
+
+
+def unreadable(records: Iterable[Record]) -> dict[str, str]:
+    """Return name to reason of the pairs that would stop a run when they are read."""
+    return {record.name: "; ".join(record.problems.values()) for record in records if record.problems}
+
+
+def refuse_unreadable(records: Sequence[Record], limit: int = 20) -> None:
+    """Raise one error for all pairs that would stop a run.
+
+    Raises:
+        UserError: with their number, and the first names and reasons.
+    """
+    bad = unreadable(records)
+    if not bad:
+        return
+    lines = "".join(f"\n- {name}: {reason}" for name, reason in islice(bad.items(), limit))
+    more = f"\nand {len(bad) - limit} more: {listed(list(bad)[limit:], limit)}" if len(bad) > limit else ""
+    raise UserError(
+        f"{len(bad)} of {count_of(records, 'pair')} cannot be used:{lines}{more}\n"
+        "Correct or remove these files, or leave the pairs out: data.on_error=skip."
+    )
+
+
+def _measured(jobs: Sequence[Job], reader: MaskReader, images: bool, workers: int) -> Iterator[Record]:
+    """Yield the records in order, with a bar."""
+    work = functools.partial(_measure_all, reader=reader, images=images)
+    chunks = [jobs[start : start + _CHUNK] for start in range(0, len(jobs), _CHUNK)]
+    with tqdm(total=len(jobs), desc="scanning", unit="pair", delay=2, leave=False, disable=None) as bar:
+        here = workers == 1 or len(jobs) < _FEW
+        for records in map(work, chunks) if here else _in_processes(work, chunks, workers):
+            yield from records
+            bar.update(len(records))
+
+
+def _in_processes(
+    work: Callable[[Sequence[Job]], list[Record]], chunks: Sequence[Sequence[Job]], workers: int
+) -> Iterator[list[Record]]:
+    # spawn: the bar's thread is running, and a fork beside a thread can stand still for ever
+    with ProcessPoolExecutor(min(workers, len(chunks)), mp_context=get_context("spawn")) as pool:
+        waiting: deque[Future] = deque()
+        try:
+            for chunk in chunks:
+                waiting.append(pool.submit(work, chunk))
+                if len(waiting) >= workers * _AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool:
+            raise UserError(
+                "A scanning process ended early, most likely for lack of memory: scan with workers=1. (In a script of "
+                "your own, processes need `if __name__ == '__main__':` around what the script does.)"
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _measure_all(jobs: Sequence[Job], *, reader: MaskReader, images: bool) -> list[Record]:
+    return [measure(name, image, mask, reader, images=images) for name, image, mask in jobs]

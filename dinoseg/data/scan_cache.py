@@ -1,0 +1,127 @@
+"""Records of a scan kept in a file, each under the size and time of its two files."""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dinoseg.data.masks import MaskReader
+from dinoseg.data.scan_record import Record
+
+log = logging.getLogger(__name__)
+
+_VERSION = 1  # of what a record holds
+_SMALL_COPIES = ("edges", "borders")
+_TUPLES = ("image_size", "mask_size", "color_sums", "color_squares")
+
+
+class ScanCache:
+    """What is known of the pairs of one folder under one set of mask rules.
+
+    Args:
+        folder: where the file is.
+        masks: the mask files, by whose common folder the file is named.
+        reader: the mask rules.
+    """
+
+    def __init__(self, folder: str | Path, masks: Sequence[Path], reader: MaskReader) -> None:
+        common = os.path.commonpath([os.path.abspath(mask) for mask in masks]) if masks else ""
+        rules = (_VERSION, common, reader.labels.classes, reader.labels.ignore_index, reader.labels.palette)
+        key = hashlib.sha256(repr((rules, reader.masks)).encode()).hexdigest()
+        self.path = Path(folder) / f"scan_{key[:16]}.npz"
+        self._known: dict[str, tuple[list[int], Record]] = self._load()
+        self._changed = False
+
+    def get(self, name: str, image: Any, mask: Path, *, images: bool) -> Record | None:
+        """Return what is known of a pair if neither file has changed; with `images`, of its image too."""
+        stamp, record = self._known.get(_key(image, mask), (None, None))
+        if record is None or stamp != _stamp(image, mask) or (images and not record.decoded):
+            return None
+        return replace(record, name=name)
+
+    def put(self, record: Record, image: Any, mask: Path) -> None:
+        """Keep a record, unless one of its files is not there."""
+        stamp = _stamp(image, mask)
+        if stamp is not None:
+            self._known[_key(image, mask)] = (stamp, record)
+            self._changed = True
+
+    def save(self) -> None:
+        """Write the file, whole or not at all; one that cannot be written costs the next run a scan, no more."""
+        if not self._changed:
+            return
+        rows = [_plain(key, stamp, record) for key, (stamp, record) in self._known.items()]
+        arrays: dict[str, Any] = {"records": _joined([json.dumps(rows).encode()])}
+        for name in _SMALL_COPIES:
+            arrays[name] = _joined([getattr(record, name) for _, record in self._known.values()])
+        part = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(part, "wb") as file:
+                np.savez(file, **arrays)
+            os.replace(part, self.path)
+        except OSError as error:
+            log.warning("The scan cannot be kept in %s (%s): the next run scans anew.", self.path, error)
+        finally:
+            with contextlib.suppress(OSError):
+                part.unlink()
+
+    def _load(self) -> dict[str, tuple[list[int], Record]]:
+        try:
+            with open(self.path, "rb") as handle, np.load(handle, allow_pickle=False) as file:
+                rows = json.loads(file["records"].tobytes())
+                copies = {name: _parted(file[name], [row[name] for row in rows]) for name in _SMALL_COPIES}
+            known = {}
+            for index, row in enumerate(rows):
+                own = {name: copies[name][index] for name in _SMALL_COPIES}
+                known[row["key"]] = (row["stamp"], _record(row["record"], own))
+            return known
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+            log.warning("The kept scan in %s is unreadable: scanning anew.", self.path)
+            return {}
+
+
+def _key(image: Any, mask: Path) -> str:
+    source = os.path.abspath(image) if isinstance(image, str | Path) else str(image)
+    return f"{source}\0{os.path.abspath(mask)}"
+
+
+def _stamp(image: Any, mask: Path) -> list[int] | None:
+    source = image if isinstance(image, str | Path) else image.path
+    try:
+        stats = [os.stat(source), os.stat(mask)]
+    except OSError:
+        return None
+    return [number for stat in stats for number in (stat.st_size, stat.st_mtime_ns)]
+
+
+def _plain(key: str, stamp: list[int], record: Record) -> dict[str, Any]:
+    values = {name: value for name, value in asdict(record).items() if name not in _SMALL_COPIES}
+    return {"key": key, "stamp": stamp, "record": values} | {name: len(getattr(record, name)) for name in _SMALL_COPIES}
+
+
+def _record(values: Mapping[str, Any], copies: Mapping[str, bytes]) -> Record:
+    pixels = {int(value): count for value, count in values["pixels"].items()}
+    tuples = {name: None if values[name] is None else tuple(values[name]) for name in _TUPLES}
+    return Record(**{**values, **tuples, "pixels": pixels, **copies})
+
+
+def _joined(parts: Sequence[bytes]) -> np.ndarray:
+    return np.frombuffer(b"".join(parts), dtype=np.uint8)
+
+
+def _parted(joined: np.ndarray, lengths: Sequence[int]) -> list[bytes]:
+    ends = np.cumsum(lengths)
+    if len(joined) != (ends[-1] if len(ends) else 0):
+        raise ValueError("the small copies are incomplete")
+    return [joined[end - length : end].tobytes() for end, length in zip(ends, lengths, strict=True)]

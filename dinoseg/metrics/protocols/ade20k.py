@@ -1,0 +1,99 @@
+"""ADE20K scene parsing: mean IoU over all classes and pixel accuracy, as its benchmark counts them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dinoseg.errors import UserError
+from dinoseg.metrics.counts import class_counts, ratio
+from dinoseg.metrics.protocols.contract import Case, Found, Measured, pooled
+from dinoseg.metrics.protocols.trees import Tree, match, read_both, refuse_ids
+
+_TREE = Tree()
+_CLASSES = 150
+
+
+class Ade20k:
+    """Scores of the scene parsing benchmark: same-named PNGs of ids 1..150, 0 in the reference is ignored.
+
+    Args:
+        num_classes: null for the 150 of the benchmark.
+    """
+
+    name = "ade20k"
+    unit = "image"
+    keys = ("mIoU", "pixel_accuracy")
+
+    def __init__(self, num_classes: int | None = None) -> None:
+        self.num_classes = _CLASSES if num_classes is None else num_classes
+        if not 1 <= self.num_classes <= 255:
+            raise UserError(f"num_classes={num_classes}: give 1 to 255 classes, or null for the {_CLASSES} of ADE20K.")
+        self.rules: dict[str, Any] = {
+            "absent_class": f"0, counted: the mean is over all {self.num_classes} classes",
+            "resolution": "as stored; both sides must be of one size",
+            "ignore": "pixels whose reference is 0",
+            "aggregation": "counts pooled over all images, then the mean over classes; intervals over images",
+            "version": "CSAILVision/sceneparsing, evaluationCode (its Python twin)",
+            "final": "the benchmark ranks by the mean of mIoU and pixel_accuracy",
+            "differs": [
+                "official: a predicted id above the classes counts as wrong; here the file is refused.",
+                "official: intersections are divided by union + 2.2e-16 an image; here a union of 0 gives 0.",
+            ],
+        }
+
+    def find(self, reference: Path, prediction: Path) -> Found:
+        """Return a case for each file of the reference."""
+        return match(
+            _TREE.files(reference, "reference"),
+            _TREE.files(prediction, "prediction"),
+            missing=lambda name: prediction / self.target(name),
+        )
+
+    def measure(self, case: Case) -> Measured:
+        """Return true positives, false positives and false negatives (3 * K,) of an image."""
+        reference, prediction = read_both(case)
+        for ids, path in zip((reference, prediction), case.files[0], strict=True):
+            assert path is not None
+            rule = f"Classes are 1..{self.num_classes} and 0 is none; set num_classes if there are more."
+            refuse_ids(ids, (ids < 0) | (ids > self.num_classes), path, rule)
+        labelled = reference > 0
+        counts = class_counts(reference[labelled], prediction[labelled], self.num_classes + 1)
+        return Measured(counts[:, 1:].ravel())
+
+    def join(self, measured: Sequence[Measured]) -> np.ndarray:
+        """Return the counts of an image."""
+        return pooled(measured)
+
+    def scores(self, sums: np.ndarray) -> dict[str, np.ndarray]:
+        """Return both scores (...)."""
+        hits, wrong, missed = self._counts(sums)
+        return {
+            "mIoU": np.nan_to_num(ratio(hits, hits + wrong + missed)).mean(-1),
+            "pixel_accuracy": ratio(hits.sum(-1), (hits + missed).sum(-1)),
+        }
+
+    def per_class(self, sums: np.ndarray) -> list[dict[str, Any]]:
+        """Return IoU and accuracy of each class, by its id in the files."""
+        hits, wrong, missed = self._counts(sums)
+        values = zip(ratio(hits, hits + wrong + missed), ratio(hits, hits + missed), strict=True)
+        return [
+            {"id": index, "name": f"class {index}", "IoU": float(value), "accuracy": float(accuracy)}
+            for index, (value, accuracy) in enumerate(values, start=1)
+        ]
+
+    def target(self, name: str) -> str:
+        """Return where the prediction of an image belongs."""
+        return f"{name}.png"
+
+    def case(self, name: str, reference: Path, prediction: Path) -> Case:
+        """Return the case of one image."""
+        return Case(name, name, ((reference, prediction),))
+
+    def file_ids(self, ids: np.ndarray) -> np.ndarray:
+        """Return the ids of the files, which start at 1."""
+        return (ids.astype(np.int64) + 1).astype(np.uint8)
+
+    def _counts(self, sums: np.ndarray) -> tuple[np.ndarray, ...]:
+        return tuple(np.moveaxis(sums.reshape(*sums.shape[:-1], 3, self.num_classes), -2, 0))

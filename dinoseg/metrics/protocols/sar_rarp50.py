@@ -1,0 +1,251 @@
+"""SAR-RARP50's official segmentation scores (EndoVis challenge 2022): mIoU, mNSD and what they combine to."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dinoseg.errors import UserError
+from dinoseg.images import read_ids
+from dinoseg.metrics.protocols.contract import BadFile, Case, Found, Measured, pooled
+from dinoseg.metrics.surface import surface_dices
+
+CLASSES = (  # ids 1 to 9; 0, the background, is not scored
+    "Tool Clasper",
+    "Tool Wrist",
+    "Tool Shaft",
+    "Suturing Needle",
+    "Thread",
+    "Suction Tool",
+    "Needle Holder",
+    "Clamps",
+    "Catheter",
+)
+NUM_IDS = len(CLASSES) + 1
+FOLDER = "segmentation"
+OFFICIAL_TOLERANCE = 10.0
+
+
+class SarRarp50:
+    """Scores as `rarptk evaluate` counts them: per frame, then over classes, a video's frames, and videos.
+
+    Args:
+        tolerance: distance of two outlines that still counts as agreement, in pixels, inclusive; official: 10.
+
+    Raises:
+        UserError: the tolerance is no distance.
+    """
+
+    name = "sar_rarp50"
+    unit = "video"
+    keys = ("mIoU", "mNSD", "score")
+
+    def __init__(self, tolerance: float = OFFICIAL_TOLERANCE) -> None:
+        if isinstance(tolerance, bool) or not (math.isfinite(tolerance) and tolerance >= 0):
+            raise UserError(f"protocol.tolerance={tolerance}: give a distance in pixels, 0 or more; 10 is official.")
+        self.tolerance = tolerance
+        self.rules: dict[str, Any] = {
+            "absent_class": "absent from reference and prediction of a frame: 1; from one of them: 0",
+            "missing_prediction": "a reference frame without prediction file scores 0 for all classes in both",
+            "resolution": "as stored; another size than the reference's is an error",
+            "ignore": "nothing is ignored; the background (0) is not scored",
+            "aggregation": "per frame, mean over the 9 classes, over a video's frames, over videos; "
+            "score = sqrt(mIoU * mNSD) of the final two",
+            "tolerance": f"{tolerance:g} pixels, Euclidean, inclusive"
+            + ("" if tolerance == OFFICIAL_TOLERANCE else f" (not official, which is {OFFICIAL_TOLERANCE:g})"),
+            "version": "surgical-vision/SAR_RARP50-evaluation with monai 0.9.1, segmentation part",
+            "differs": [
+                "palette files are read as indices; the official reader expands their colours and reads wrong ids",
+                "coloured files are refused; the official reader takes their blue channel for ids",
+                "an unreadable prediction is an error; the official script counts it as missing",
+                "ids above 9 are an error that names the file; the official script crashes",
+                "the official script stops where the numbers of files differ, and crashes on pandas 3 before it "
+                "writes its tables; ours notes the one and has nothing of the other",
+                "float64 throughout; the official IoU is float32",
+            ],
+        }
+
+    def find(self, reference: Path, prediction: Path) -> Found:
+        """Return a case for each `<video>/segmentation/<stem>.png` of the reference."""
+        return find_frames(reference, prediction)
+
+    def measure(self, case: Case) -> Measured:
+        """Return 1, the IoU and the NSD of classes 1 to 9: (19,) float64."""
+        reference, prediction = read_frame(case)
+        values = np.zeros(2 * len(CLASSES))
+        if prediction is not None:
+            both, either = class_counts(reference, prediction)
+            values[: len(CLASSES)] = np.divide(both, either, out=np.ones(len(CLASSES)), where=either > 0)
+            values[len(CLASSES) :] = surface_dices(reference, prediction, range(1, NUM_IDS), self.tolerance)
+        return Measured(np.concatenate(([1.0], values)), frame_details(case))
+
+    def join(self, measured: Sequence[Measured]) -> np.ndarray:
+        """Return 1 and a video's means over its frames, so that videos add up with equal weights."""
+        total = pooled(measured)
+        return total / total[0]
+
+    def scores(self, sums: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the scores (...) from sums (..., 19) over videos."""
+        iou, nsd = _class_means(sums)
+        miou, mnsd = iou.mean(axis=-1), nsd.mean(axis=-1)
+        return {"mIoU": miou, "mNSD": mnsd, "score": np.sqrt(miou * mnsd)}
+
+    def per_class(self, sums: np.ndarray) -> list[dict[str, Any]]:
+        """Return `iou` and `nsd` of each class, means over a video's frames and over videos."""
+        rows = zip(CLASSES, *_class_means(sums), strict=True)
+        return [
+            {"id": label, "name": name, "iou": float(iou), "nsd": float(nsd)}
+            for label, (name, iou, nsd) in enumerate(rows, start=1)
+        ]
+
+    def target(self, name: str) -> str:
+        """Return `video_41/segmentation/000000060.png` for `video_41/000000060`."""
+        return target(name)
+
+    def case(self, name: str, reference: Path, prediction: Path) -> Case:
+        """Return the case of a frame from the files of its masks; a prediction that is not there counts as missing."""
+        return frame_case(name, reference, prediction)
+
+    def file_ids(self, ids: np.ndarray) -> np.ndarray:
+        """Return the ids as they are, as uint8: the files hold class ids."""
+        return ids.astype(np.uint8, copy=False)
+
+
+def find_frames(reference: Path, prediction: Path) -> Found:
+    """Return a case for each reference frame, in the layout `<video>/segmentation/<stem>.png` on both sides.
+
+    Raises:
+        UserError: a folder is missing, or the reference holds no frame.
+    """
+    for role, folder in (("reference", reference), ("prediction", prediction)):
+        if not folder.is_dir():
+            raise UserError(f"{role}={folder} is no folder. Give the folder that holds <video>/{FOLDER}/.")
+    videos = _folders_in(reference)
+    masks = {video: _masks_in(reference / video / FOLDER) for video in videos}
+    if not any(masks.values()):
+        raise UserError(
+            f"reference={reference} holds no <video>/{FOLDER}/<stem>.png. Give the folder that holds the videos, "
+            f"such as test/ of the data set{f'; it holds {_listed(videos)}' if videos else ''}."
+        )
+    found = Found([])
+    for video in videos:
+        if not masks[video]:
+            found.problems.append((reference / video, f"holds no {FOLDER}/<stem>.png: add its masks or remove it"))
+        elif not (prediction / video / FOLDER).is_dir():
+            found.problems.append(
+                (
+                    prediction / video / FOLDER,
+                    f"no such folder, for {len(masks[video])} reference frames: put the predictions there, or leave "
+                    "it empty to have the video score 0",
+                )
+            )
+        else:
+            _add_video(found, video, masks[video], prediction / video / FOLDER)
+    if extra := [name for name in _folders_in(prediction) if name not in masks]:
+        found.notes.append(f"{prediction}: folders without reference are not scored: {_listed(extra)}")
+    return found
+
+
+def target(name: str) -> str:
+    """Return where a frame's prediction belongs, `video_41/segmentation/000000060.png` for `video_41/000000060`.
+
+    Raises:
+        UserError: the name has no video.
+    """
+    video, _, stem = name.rpartition("/")
+    if not video or not stem:
+        raise UserError(f"{name} names no frame of SAR-RARP50: its names are <video>/<stem>, as of data=sarrarp.")
+    return f"{video}/{FOLDER}/{stem}.png"
+
+
+def frame_case(name: str, reference: Path, prediction: Path) -> Case:
+    """Return the case of a frame `<video>/<stem>` from the files of its masks."""
+    return Case(name, name.rpartition("/")[0], ((reference, prediction if prediction.is_file() else None),))
+
+
+def frame_details(case: Case) -> dict[str, Any]:
+    """Return what a video's row sums up: its frames, and those without prediction."""
+    return {"frames": 1, "missing": int(case.files[0][1] is None)}
+
+
+def read_frame(case: Case) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return the ids (H, W) uint8 of reference and prediction, None where there is no prediction.
+
+    Raises:
+        BadFile: a file is unreadable, coloured, of another size, or holds ids above 9.
+    """
+    paths = case.files[0]
+    reference = _read_mask(paths[0])
+    if paths[1] is None:
+        return reference, None
+    prediction = _read_mask(paths[1])
+    if prediction.shape != reference.shape:
+        height, width = reference.shape
+        raise BadFile(
+            paths[1],
+            f"is {prediction.shape[1]} x {prediction.shape[0]} pixels, its reference {width} x {height}: "
+            "resize it by nearest neighbour to the reference's size",
+        )
+    return reference, prediction
+
+
+def class_counts(reference: np.ndarray, prediction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return intersection and union in pixels, (9,) int64 each, of classes 1 to 9."""
+    joint = np.bincount((reference * np.uint8(NUM_IDS) + prediction).reshape(-1), minlength=NUM_IDS**2)
+    matrix = joint.reshape(NUM_IDS, NUM_IDS)
+    both = matrix.diagonal()
+    return both[1:], (matrix.sum(axis=0) + matrix.sum(axis=1) - both)[1:]
+
+
+def _class_means(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return IoU and NSD (..., 9) from sums (..., 19) over videos."""
+    means = sums[..., 1:] / sums[..., :1]
+    return means[..., : len(CLASSES)], means[..., len(CLASSES) :]
+
+
+def _read_mask(path: Path) -> np.ndarray:
+    try:
+        ids = read_ids(path)
+    except UserError as error:
+        raise BadFile(path, str(error)) from None
+    if ids.ndim == 3:
+        if (ids != ids[..., :1]).any():
+            raise BadFile(path, f"holds colours, not class ids: save it as grey with ids 0 to {len(CLASSES)}")
+        ids = ids[..., 0]
+    if outside := np.unique(ids[(ids < 0) | (ids > len(CLASSES))]).tolist():
+        raise BadFile(path, f"holds ids that are no class, {_listed(outside)}: the ids are 0 to {len(CLASSES)}")
+    return ids.astype(np.uint8)
+
+
+def _folders_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def _masks_in(folder: Path) -> dict[str, Path]:
+    """Return file name to path of a folder's PNG files, without hidden ones; empty where it is missing."""
+    paths = sorted(folder.glob("*.png"))
+    return {path.name: path for path in paths if not path.name.startswith(".")}
+
+
+def _add_video(found: Found, video: str, masks: dict[str, Path], folder: Path) -> None:
+    """Add a video's cases, and a note of what only one side has."""
+    predicted = {path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")}
+    for file, mask in masks.items():
+        prediction = folder / file if file in predicted else None
+        found.cases.append(Case(f"{video}/{mask.stem}", video, ((mask, prediction),)))
+    remarks = []
+    if len(predicted) != len(masks):
+        remarks.append(f"{len(predicted)} files for {len(masks)} reference frames, which the official script refuses")
+    if missing := [file for file in masks if file not in predicted]:
+        remarks.append(f"missing predictions (what they score is in the rules), {len(missing)}: {_listed(missing)}")
+    if extra := sorted(predicted - masks.keys()):
+        remarks.append(f"files without reference, which are not scored, {len(extra)}: {_listed(extra)}")
+    if remarks:
+        found.notes.append(f"{folder}: {'; '.join(remarks)}")
+
+
+def _listed(names: Sequence[Any], limit: int = 5) -> str:
+    shown = ", ".join(str(name) for name in names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

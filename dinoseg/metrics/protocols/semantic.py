@@ -1,0 +1,172 @@
+"""Any semantic segmentation: counts pooled over the whole data set, as mmseg and Hugging Face evaluate give them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dinoseg.errors import UserError
+from dinoseg.metrics.counts import class_counts, dice, iou, mean_defined, ratio
+from dinoseg.metrics.protocols.contract import Case, Found, Measured, pooled
+from dinoseg.metrics.protocols.trees import Tree, match, read_both, refuse_ids
+from dinoseg.metrics.surface import boundary_ious, surface_dices
+
+_TREE = Tree()
+_BAND = 0.02  # of the image diagonal: the width of Boundary IoU's band
+
+
+class Semantic:
+    """Pooled scores of two trees of same-named PNGs.
+
+    Args:
+        num_classes: K; ids are 0..K-1.
+        ignore_index: reference id whose pixels do not count.
+        reduce_zero_label: in references, 0 is ignored and class k is stored as k + 1; predictions hold 0..K-1.
+        boundary: score the Boundary IoU too.
+        nsd: score the normalised surface dice too.
+        tolerance: of the surface dice, in pixels, inclusive.
+    """
+
+    name = "semantic"
+    unit = "image"
+
+    def __init__(
+        self,
+        num_classes: int | None = None,
+        ignore_index: int = 255,
+        reduce_zero_label: bool = False,
+        boundary: bool = False,
+        nsd: bool = False,
+        tolerance: float = 2,
+    ) -> None:
+        if num_classes is None or num_classes < 1:
+            raise UserError(
+                f"num_classes={num_classes}: protocol=semantic needs to know how many classes there are. "
+                "Give it: num_classes=19."
+            )
+        if not 0 <= tolerance < np.inf:
+            raise UserError(f"protocol.tolerance={tolerance}: give a distance in pixels, 0 or more.")
+        self.num_classes = num_classes
+        self.ignore_index, self.reduce_zero_label = ignore_index, reduce_zero_label
+        self.boundary, self.nsd, self.tolerance = boundary, nsd, tolerance
+        self.keys = ("mIoU", "accuracy", "mean_accuracy", "dice", *["boundary_IoU"] * boundary, *["NSD"] * nsd)
+        self.rules = self._rules()
+
+    def _rules(self) -> dict[str, Any]:
+        ignored = f"pixels whose reference is {self.ignore_index}"
+        rules: dict[str, Any] = {
+            "absent_class": "left out of the mean; one that is only predicted counts as 0",
+            "resolution": "as stored; both sides must be of one size",
+            "ignore": f"{ignored}, or 0 or 255 as stored (reduce_zero_label)" if self.reduce_zero_label else ignored,
+            "aggregation": "counts pooled over all images, then the mean over classes; intervals over images",
+            "out_of_range": f"a predicted id above {self.num_classes - 1} is of no class: a false negative only",
+            "version": "mmsegmentation 1.2.2 IoUMetric and Hugging Face evaluate mean_iou",
+            "differs": [
+                "mmseg sums in float32, which loses pixels above 16,777,216 in a class; here in int64.",
+                "with nan_to_num=0, mmseg counts a class that occurs nowhere as 0; here it is left out.",
+            ],
+        }
+        if self.boundary:
+            rules["boundary_IoU"] = f"pooled like mIoU, of the bands within {_BAND:.0%} of the diagonal of the outlines"
+        if self.nsd:
+            rules["NSD"] = (
+                f"boundary pixels within {self.tolerance} pixels of the other side's, as the mean over all pairs of "
+                "an image and a class that either side holds"
+            )
+        if self.boundary or self.nsd:
+            rules["outlines"] = "ignored pixels are no class on both sides, so a class has an outline along them"
+        return rules
+
+    def find(self, reference: Path, prediction: Path) -> Found:
+        """Return a case for each file of the reference."""
+        return match(
+            _TREE.files(reference, "reference"),
+            _TREE.files(prediction, "prediction"),
+            missing=lambda name: prediction / self.target(name),
+        )
+
+    def measure(self, case: Case) -> Measured:
+        """Return the counts (3 * K,) of an image, then those of the outlines (2 * K each) that are asked for."""
+        reference, prediction = read_both(case)
+        ids, held = reference.astype(np.int64), np.ones(reference.shape, bool)
+        if self.reduce_zero_label:
+            ids, held = ids - 1, (reference > 0) & (reference != 255)
+        held &= ids != self.ignore_index
+        rule = (
+            f"Classes are 0..{self.num_classes - 1} and {self.ignore_index} is ignored: set num_classes or correct it."
+        )
+        refuse_ids(reference, held & ((ids < 0) | (ids >= self.num_classes)), case.files[0][0], rule)
+        guess = np.where((prediction < 0) | (prediction >= self.num_classes), self.num_classes, prediction)
+        counts = [class_counts(ids[held], guess[held], self.num_classes).astype(np.float64).ravel()]
+        if self.boundary or self.nsd:
+            sides = [np.where(held, each, self.num_classes).astype(np.uint16) for each in (ids, guess)]
+            counts += self._outlines(*sides)
+        return Measured(np.concatenate(counts))
+
+    def _outlines(self, reference: np.ndarray, prediction: np.ndarray) -> list[np.ndarray]:
+        """Return the counts (2 * K,) of Boundary IoU and of surface dice, those that are asked for."""
+        present = np.union1d(reference, prediction)
+        present = present[present < self.num_classes]
+        found = []
+        if self.boundary:
+            pixels = np.zeros((2, self.num_classes))
+            pixels[:, present] = boundary_ious(reference, prediction, present.tolist(), _BAND).T
+            found.append(pixels.ravel())
+        if self.nsd:
+            values = np.zeros((2, self.num_classes))
+            values[0, present] = surface_dices(reference, prediction, present.tolist(), self.tolerance)
+            values[1, present] = 1
+            found.append(values.ravel())
+        return found
+
+    def join(self, measured: Sequence[Measured]) -> np.ndarray:
+        """Return the counts of an image."""
+        return pooled(measured)
+
+    def scores(self, sums: np.ndarray) -> dict[str, np.ndarray]:
+        """Return each score (...)."""
+        rows = self._counts(sums)
+        hits, wrong, missed = rows[:3]
+        scores = {
+            "mIoU": mean_defined(iou(hits, wrong, missed)),
+            "accuracy": ratio(hits.sum(-1), (hits + missed).sum(-1)),
+            "mean_accuracy": mean_defined(ratio(hits, hits + missed)),
+            "dice": mean_defined(dice(hits, wrong, missed)),
+        }
+        if self.boundary:
+            scores["boundary_IoU"] = mean_defined(ratio(rows[3], rows[4]))
+        if self.nsd:
+            scores["NSD"] = ratio(rows[-2].sum(-1), rows[-1].sum(-1))
+        return scores
+
+    def per_class(self, sums: np.ndarray) -> list[dict[str, Any]]:
+        """Return the same scores of each class."""
+        rows = self._counts(sums)
+        hits, wrong, missed = rows[:3]
+        values = {"IoU": iou(hits, wrong, missed), "accuracy": ratio(hits, hits + missed)}
+        values["dice"] = dice(hits, wrong, missed)
+        if self.boundary:
+            values["boundary_IoU"] = ratio(rows[3], rows[4])
+        if self.nsd:
+            values["NSD"] = ratio(rows[-2], rows[-1])
+        return [
+            {"id": index, "name": f"class {index}", **{key: float(each[index]) for key, each in values.items()}}
+            for index in range(self.num_classes)
+        ]
+
+    def target(self, name: str) -> str:
+        """Return where the prediction of an image belongs."""
+        return f"{name}.png"
+
+    def case(self, name: str, reference: Path, prediction: Path) -> Case:
+        """Return the case of one image."""
+        return Case(name, name, ((reference, prediction),))
+
+    def file_ids(self, ids: np.ndarray) -> np.ndarray:
+        """Return class ids as they are."""
+        return ids.astype(np.uint8)
+
+    def _counts(self, sums: np.ndarray) -> np.ndarray:
+        """Return rows (R, ..., K): hits, false positives, false negatives, then two for each kind of outline."""
+        return np.moveaxis(sums.reshape(*sums.shape[:-1], -1, self.num_classes), -2, 0)

@@ -1,0 +1,164 @@
+"""How well outlines agree: normalised surface dice and boundary IoU, exact, for all classes at once; no torch."""
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from itertools import groupby
+
+import cv2
+import numpy as np
+
+_CV2_DTYPES = (np.uint8, np.uint16, np.int16, np.float32, np.float64)
+
+
+def boundary(mask: np.ndarray) -> np.ndarray:
+    """Return the pixels (H, W) bool of a mask that touch, by an edge, a pixel outside it or the image's border."""
+    mask = mask.astype(bool, copy=False)
+    return _edges(mask) & mask
+
+
+def surface_dice(reference: np.ndarray, prediction: np.ndarray, tolerance: float) -> float:
+    """Return the share of two masks' boundary pixels that lie within `tolerance` of the other's boundary.
+
+    Boundaries are counted in pixels (A. Reinke et al., 2021, as MONAI counts them), not in arc length.
+
+    Args:
+        reference: (H, W) bool.
+        prediction: (H, W) bool.
+        tolerance: Euclidean distance in pixels, inclusive.
+
+    Returns:
+        1 where both masks are empty, 0 where one is.
+    """
+    masks = reference.astype(bool, copy=False), prediction.astype(bool, copy=False)
+    return float(surface_dices(*masks, [True], tolerance)[0])
+
+
+def surface_dices(
+    reference: np.ndarray, prediction: np.ndarray, classes: Sequence[int], tolerance: float
+) -> np.ndarray:
+    """Return `surface_dice` (K,) float64 of each class of two id maps (H, W)."""
+    near, pixels = surface_counts(reference, prediction, classes, tolerance).T
+    return np.divide(near, pixels, out=np.ones(len(pixels)), where=pixels > 0)
+
+
+def surface_counts(
+    reference: np.ndarray, prediction: np.ndarray, classes: Sequence[int], tolerance: float
+) -> np.ndarray:
+    """Return for each class how many boundary pixels are near the other map's, and how many there are.
+
+    The quotient is the surface dice; summed over images before dividing, it is the pooled one. Distances are
+    compared as whole squares, so that a distance of exactly `tolerance` counts. The cost is that of the classes'
+    bounding boxes, in proportion to the tolerance.
+
+    Args:
+        reference: (H, W) ids.
+        prediction: (H, W) ids.
+        classes: ids to compare.
+        tolerance: Euclidean distance in pixels, inclusive.
+
+    Returns:
+        (K, 2) int64; 0 and 0 where both maps lack the class.
+    """
+    _check_sizes(reference, prediction)
+    reaches = _reaches(tolerance, reference.shape)
+    counts = np.zeros((len(classes), 2), np.int64)
+    outlines = zip(_outlines(reference, classes), _outlines(prediction, classes), strict=True)
+    for row, (ours, theirs) in zip(counts, outlines, strict=True):
+        row[1] = ours.shape[1] + theirs.shape[1]
+        if ours.size and theirs.size:
+            row[0] = _count_near(ours, theirs, reaches) + _count_near(theirs, ours, reaches)
+    return counts
+
+
+def boundary_iou(reference: np.ndarray, prediction: np.ndarray, ratio: float = 0.02) -> tuple[int, int]:
+    """Return intersection and union, in pixels, of the inner boundary bands of two masks (H, W) bool.
+
+    Their quotient is the Boundary IoU (B. Cheng et al., 2021); summed over images before dividing, it is the pooled
+    one. A band holds the mask's pixels at most d = max(1, round(ratio * image diagonal)) rows or columns away from a
+    pixel that is not in the mask or not in the image.
+    """
+    masks = reference.astype(np.uint8), prediction.astype(np.uint8)
+    both, either = boundary_ious(*masks, [1], ratio)[0].tolist()
+    return both, either
+
+
+def boundary_ious(
+    reference: np.ndarray, prediction: np.ndarray, classes: Sequence[int], ratio: float = 0.02
+) -> np.ndarray:
+    """Return `boundary_iou` (K, 2) int64 of each class of two id maps (H, W)."""
+    _check_sizes(reference, prediction)
+    ours, theirs = _band(reference, ratio), _band(prediction, ratio)
+    shared = reference[ours & theirs & (reference == prediction)]
+    held = reference[ours], prediction[theirs]
+    both = np.array([np.count_nonzero(shared == label) for label in classes], np.int64)
+    each = np.array([sum(np.count_nonzero(ids == label) for ids in held) for label in classes], np.int64)
+    return np.stack((both, each - both), axis=1).reshape(-1, 2)
+
+
+def _check_sizes(reference: np.ndarray, prediction: np.ndarray) -> None:
+    if reference.shape != prediction.shape or reference.ndim != 2:
+        raise ValueError(f"Reference {reference.shape} and prediction {prediction.shape} are not two equal (H, W).")
+
+
+def _edges(ids: np.ndarray) -> np.ndarray:
+    """Return where (H, W) a pixel differs from one of its four neighbours, or lies on the image's border."""
+    edges = np.zeros(ids.shape, bool)
+    edges[:1], edges[-1:], edges[:, :1], edges[:, -1:] = True, True, True, True
+    down = ids[1:] != ids[:-1]
+    edges[1:] |= down
+    edges[:-1] |= down
+    right = ids[:, 1:] != ids[:, :-1]
+    edges[:, 1:] |= right
+    edges[:, :-1] |= right
+    return edges
+
+
+def _outlines(ids: np.ndarray, classes: Sequence[int]) -> list[np.ndarray]:
+    """Return each class's boundary pixels as (2, n) rows and columns.
+
+    One pass over the image finds those of all classes, since no pixel belongs to two.
+    """
+    flat = np.flatnonzero(_edges(ids))
+    owners = ids.reshape(-1)[flat]
+    return [np.stack(np.divmod(flat[owners == label], ids.shape[1])) for label in classes]
+
+
+def _reaches(tolerance: float, shape: tuple[int, ...]) -> list[int]:
+    """Return how many columns away a pixel 0, 1, 2 ... rows away may be; as far as the image goes."""
+    if not (math.isfinite(tolerance) and tolerance >= 0):
+        raise ValueError(f"tolerance={tolerance} is no distance in pixels: give a number of 0 or more.")
+    square = min(math.floor(Fraction(tolerance) ** 2), shape[0] ** 2 + shape[1] ** 2)
+    return [math.isqrt(square - rows * rows) for rows in range(math.isqrt(square) + 1)]
+
+
+def _count_near(points: np.ndarray, targets: np.ndarray, reaches: list[int]) -> int:
+    """Return how many of `points` (2, n) lie within reach of any of `targets` (2, m)."""
+    far = len(reaches) - 1
+    start = points.min(axis=1, keepdims=True)
+    height, width = (int(side) for side in points.max(axis=1) - start[:, 0] + 1)
+    canvas = np.zeros((height + 2 * far, width + 2 * far), np.uint8)
+    placed = targets - start + far
+    row, column = placed[:, (placed >= 0).all(axis=0) & (placed[0] < len(canvas)) & (placed[1] < canvas.shape[1])]
+    canvas[row, column] = 1
+    near = np.zeros((height, width), np.uint8)
+    wide, widened = canvas, 0
+    # a disk is a stack of segments: widen the targets to each length, and add them at the heights of that length
+    for reach, heights in groupby(reversed(range(far + 1)), key=reaches.__getitem__):
+        if reach > widened:
+            wide = np.asarray(cv2.dilate(wide, np.ones((1, 2 * (reach - widened) + 1), np.uint8)))
+            widened = reach
+        for shift in {sign * rows for rows in heights for sign in (-1, 1)}:
+            near |= wide[far + shift : far + shift + height, far : far + width]
+    return int(np.count_nonzero(near[tuple(points - start)]))
+
+
+def _band(ids: np.ndarray, ratio: float) -> np.ndarray:
+    """Return where (H, W) the square of side 2d + 1 around a pixel leaves the image or holds another id."""
+    depth = max(1, round(ratio * math.hypot(*ids.shape)))
+    ids = ids if ids.dtype in _CV2_DTYPES else ids.astype(np.float64)
+    square = np.ones((2 * depth + 1, 2 * depth + 1), np.uint8)
+    inner = slice(depth, -depth), slice(depth, -depth)
+    band = np.ones(ids.shape, bool)
+    band[inner] = (cv2.erode(ids, square) != cv2.dilate(ids, square))[inner]
+    return band

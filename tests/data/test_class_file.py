@@ -1,0 +1,238 @@
+"""`classes.yaml` beside the data: what it says reaches the data set, the model and the checkpoint."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from making import save
+from omegaconf import OmegaConf
+from PIL import Image
+
+from dinoseg.checks import guard
+from dinoseg.config import settled
+from dinoseg.data.class_file import NOT_DESCRIBED, read_class_file
+from dinoseg.errors import UserError
+from dinoseg.images import read_ids
+from dinoseg.nodes import instantiate
+from dinoseg.resume import description_of
+
+LEAVES = """
+classes:
+  background: {ids: [0], color: [0, 0, 0]}
+  leaf: {ids: [1, 2], color: [0, 255, 0]}   # merged
+  "no": {ids: [9], color: [200, 0, 0]}
+ignore: {ids: [7, 300]}
+"""
+COLOURED = """
+masks: palette
+classes:
+  ground: {colors: [[0, 0, 0], [90, 60, 30]]}
+  leaf: {color: [0, 255, 0]}
+  stem: {colors: [[0, 128, 0], [0, 100, 0], [0, 90, 0]]}
+ignore: {colors: [[255, 255, 255], [1, 2, 3]]}
+"""
+
+
+@pytest.fixture
+def load(compose):
+    """Compose the config of data in a folder, as the command line does."""
+
+    def build(root, *overrides, data="folder"):
+        return compose(f"data={data}", *([f"data.root='{root}'"] if root else []), *overrides)
+
+    return build
+
+
+def describe(root, text):
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "classes.yaml").write_text(text)
+    return root
+
+
+def put(root, pixels, name="x", **options):
+    """Write an image and its mask into both splits."""
+    for split in ("train", "val"):
+        save(root / f"{split}/images/{name}.png", np.zeros((*np.shape(pixels)[:2], 3)))
+        save(root / f"{split}/masks/{name}.png", pixels, **options)
+
+
+def test_numbers_are_merged_and_ignored(load, tmp_path):
+    describe(tmp_path, LEAVES)
+    put(tmp_path, [[0, 1, 2], [9, 7, 255], [2, 300, 0]], dtype=np.uint16)
+    cfg = load(tmp_path)
+    assert cfg.data.num_classes == cfg.head.num_classes == 3
+    data = instantiate(cfg.data.reader)(split="val")
+    assert data.classes == ("background", "leaf", "no") and data.palette == ((0, 0, 0), (0, 255, 0), (200, 0, 0))
+    np.testing.assert_array_equal(data.mask(0), [[0, 1, 1], [2, 255, 255], [1, 255, 0]])
+    for foreign in (3, 301):  # neither a position beyond the classes nor a number that nobody named is a class
+        put(tmp_path, [[0, foreign]], dtype=np.uint16)
+        with pytest.raises(UserError, match=rf"ids {foreign}, .*stand in files as 0, 1, 2, 9, .*classes\.yaml"):
+            data.mask(0)
+
+
+def test_a_position_is_no_class_where_ids_are_given(load, tmp_path):
+    describe(tmp_path, "classes: {a: {ids: [10]}, b: {ids: [20, 255]}}")
+    put(tmp_path, [[10, 20], [255, 10]])
+    data = instantiate(load(tmp_path, "data.ignore_index=254").data.reader)(split="train")
+    np.testing.assert_array_equal(data.mask(0), [[0, 1], [1, 0]])
+    put(tmp_path, [[10, 1]])
+    with pytest.raises(UserError, match="holds the ids 1, which are no classes"):
+        data.mask(0)
+    assert read_class_file(tmp_path / "classes.yaml", 1)["ids"] == {10: 0, 20: 1, 255: 1, 0: -1}
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_colours_are_merged_and_ignored(load, tmp_path, indexed):
+    describe(tmp_path, COLOURED)
+    colours = [(0, 0, 0), (90, 60, 30), (0, 255, 0), (0, 128, 0), (0, 100, 0), (0, 90, 0), (255, 255, 255), (1, 2, 3)]
+    pick = np.random.default_rng(3).permutation(np.arange(48) % 8).reshape(6, 8)
+    put(tmp_path, np.array(colours, np.uint8)[pick])
+    if indexed:
+        file = tmp_path / "val/masks/x.png"
+        Image.fromarray(read_ids(file)).quantize(16).save(file)
+        assert read_ids(file).ndim == 2
+    data = instantiate(load(tmp_path).data.reader)(split="val")
+    assert data.classes == ("ground", "leaf", "stem") and data.palette == ((0, 0, 0), (0, 255, 0), (0, 128, 0))
+    np.testing.assert_array_equal(data.mask(0), np.array([0, 0, 1, 2, 2, 2, 255, 255])[pick])
+    put(tmp_path, [[[0, 100, 1]]])
+    with pytest.raises(UserError, match=r"colours that are not in data.palette: \(0, 100, 1\)"):
+        data.mask(0)
+
+
+def test_names_alone_and_black_and_white(load, tmp_path):
+    describe(tmp_path, "\ufeffclasses: [sea, land]\nignore: {ids: [3]}\n")
+    put(tmp_path, [[0, 1, 3, 255]])
+    data = instantiate(load(tmp_path).data.reader)(split="train")
+    np.testing.assert_array_equal(data.mask(0), [[0, 1, 255, 255]])
+    assert data.classes == ("sea", "land")
+    describe(tmp_path, "classes: {sea: , land: {color: [9, 9, 9]}}\nmasks: binary")
+    with pytest.raises(UserError, match=r"classes\.yaml: no color for sea: give one to every class or to none\.$"):
+        instantiate(load(tmp_path).data.reader)
+    describe(tmp_path, "classes: [sea, land]\nmasks: binary")
+    put(tmp_path, [[0, 255]])
+    np.testing.assert_array_equal(instantiate(load(tmp_path).data.reader)(split="train").mask(0), [[0, 1]])
+
+
+def test_the_command_line_wins(load, tmp_path):
+    describe(tmp_path, "my own: {format: [of, classes]}")
+    put(tmp_path, [[0, 1, 255]])
+    cfg = load(tmp_path, "data.classes=[a,b]")
+    assert cfg.data.num_classes == 2 and settled(cfg.data)["palette"] is None
+    np.testing.assert_array_equal(instantiate(cfg.data.reader)(split="train").mask(0), [[0, 1, 255]])
+    describe(tmp_path, LEAVES)
+    reader = instantiate(load(tmp_path, "data.reader.masks.ids={1: 0, 2: 1}").data.reader)(split="train").reader
+    assert reader.masks.ids == {1: 0, 2: 1} and len(reader.labels.classes) == 3
+    reader = instantiate(load(tmp_path, "data.palette=[[1,1,1],[2,2,2],[3,3,3]]").data.reader)(split="train").reader
+    assert reader.labels.palette[2] == (3, 3, 3) and reader.masks.ids[2] == 1
+
+
+def test_data_sets_of_their_own_read_no_such_file(load, tmp_path):
+    describe(tmp_path, "not: {ours: 1}")
+    for name, masks in (("camvid", {"ids": {11: 255}}), ("ade20k", {"reduce_zero_label": True})):
+        found = settled(load(tmp_path, data=name).data)["reader"]["masks"]
+        assert found == {**found, **masks, "format": "ids", "colors": None, "ignore_colors": []}
+    assert settled(load(None, data="person").data)["palette"] == [[0, 0, 0], [0, 255, 0]]
+
+
+def test_neither_classes_nor_file(load, tmp_path):
+    message = (
+        rf"data\.classes is not set\. .*data\.classes=VALUE\. Or write it into {tmp_path}/classes\.yaml: `classes:"
+    )
+    cfg = load(tmp_path)
+    for ask in (lambda: cfg.data.classes, lambda: cfg.head.num_classes):
+        with pytest.raises(UserError, match=message):
+            ask()
+    for node in (cfg.data.reader, cfg.head):
+        with pytest.raises(UserError, match=message):
+            instantiate(node)
+    assert description_of(cfg)["config"]["data"]["classes"] == "???"
+    with pytest.raises(UserError, match="data.classes is not set.*a file classes.yaml in data.root"):
+        instantiate(load(None).head)
+    with pytest.raises(UserError, match="^data.root is not set"):
+        instantiate(load(None).data.reader)
+    with pytest.raises(UserError, match=r"classes\.yaml: the file holds \[1\]"):
+        load(describe(tmp_path, "[1]")).data.num_classes  # noqa: B018
+
+
+def test_a_checkpoint_keeps_what_the_file_said(load, tmp_path):
+    for text in (LEAVES, COLOURED):
+        describe(tmp_path, text)
+        cfg = load(tmp_path)
+        before = instantiate(cfg.data.reader)
+        kept = json.loads(json.dumps(description_of(cfg)["config"]))
+        guard(kept, "resume=file")
+        (tmp_path / "classes.yaml").unlink()
+        put(tmp_path, [[0]])
+        again = OmegaConf.create({**kept, "choices": {}})
+        assert again.head.num_classes == again.data.num_classes == 3
+        first, second = (reader(split="val").reader for reader in (before, instantiate(again.data.reader)))
+        assert (first.labels, first.masks) == (second.labels, second.masks)
+    assert "class_file" not in json.dumps(kept) and "${..palette}" in json.dumps(kept)
+    with pytest.raises(UserError, match="interpolation .* is refused"):
+        guard({"data": {"classes": "${class_file:classes}"}})
+
+
+def test_a_changed_file_is_read_again(tmp_path):
+    file = describe(tmp_path, "classes: [a, b]") / "classes.yaml"
+    assert read_class_file(file, 255)["classes"] == ["a", "b"]
+    file.write_text("classes: [a, c]")
+    os.utime(file, ns=(1, 1))
+    assert read_class_file(file, 255) == {**NOT_DESCRIBED, "classes": ["a", "c"]}
+    with pytest.raises(UserError, match="Cannot read .*gone: No such file.*Check data.root"):
+        read_class_file(tmp_path / "gone", 255)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "the file holds None, and must be a mapping with the keys classes, ignore, masks"),
+        ("[a, b]", "must be a mapping"),
+        ("clases: [a]", "unknown keys clases: it takes classes, ignore, masks"),
+        ("masks: ids", "classes is not given: list names in id order"),
+        ("classes: {}", "classes is not given"),
+        ("classes: leaf", "classes is leaf: list names"),
+        ("classes: [a, b, a]", "classes names a more than once"),
+        ("classes:\n  a: {ids: [0]}\n  a: {ids: [1]}", "a stands more than once in one mapping"),
+        ("classes: [a, no]", "False is no class name: YAML reads it as bool. Write it in quotes"),
+        ("classes: {1: {ids: [0]}}", "1 is no class name"),
+        ("classes: {' ': {ids: [0]}}", "' ' is no class name"),
+        ("classes: {a: 0, b: 1}", "class a holds 0, and must be a mapping with the keys ids, color, colors"),
+        ("classes: {a: {id: [0]}}", "class a has the unknown keys id: it takes ids, color, colors"),
+        ("classes: {a: {ids: 0}}", "the ids of class a are 0: give a list of numbers from 0 to 65535"),
+        ("classes: {a: {ids: [-1]}}", "ids of class a are"),
+        ("classes: {a: {ids: [65536]}}", "ids of class a are"),
+        ("classes: {a: {ids: [true]}}", "ids of class a are"),
+        ("classes: {a: {ids: [0]}, b: }", "no ids for b: give them to every class, or to none"),
+        ("classes: {a: {ids: [0, 1]}, b: {ids: [1]}}", "the id 1 stands for a and for b"),
+        ("classes: [a, b]\nignore: {ids: [1]}", "the id 1 stands for b and for ignore"),
+        ("classes: [a]\nignore: [7]", "ignore holds .7., and must be a mapping with the keys ids, colors"),
+        ("classes: [a]\nignore: {colors: [[0, 0, 0]]}", "colors of ignore has no effect with masks: ids.*palette"),
+        ("classes: [a]\nmasks: rgb", "masks: rgb is unknown: choose one of ids, palette, binary"),
+        ("classes: [a, b]\nmasks: palette", "no color for a, b: give one to every class"),
+        ("classes: {a: {color: [0, 0]}}", "three whole numbers"),
+        ("classes: {a: {color: [0, 0, 256]}}", r"Colour \[0, 0, 256\]"),
+        ("classes: {a: {color: red}}", "the colours of class a are .'red'.: give color: "),
+        ("classes: {a: {colors: [1, 2, 3]}}\nmasks: palette", "the colours of class a are"),
+        ("classes: {a: {color: [0, 0, 0], colors: [[1, 1, 1]]}}\nmasks: palette", "class a has color and colors"),
+        ("classes: {a: {color: [1, 1, 1]}, b: {color: [1, 1, 1]}}\nmasks: palette", r"colour \(1, 1, 1\) stands for"),
+        ("classes: {a: {colors: [[1, 1, 1]]}}", "colors of class a has no effect with masks: ids"),
+        ("classes: {a: {ids: [0], color: [0, 0, 0]}}\nmasks: palette", "ids of class a has no effect.*`masks: ids`"),
+        ("classes: {a: {ids: [0]}, b: {ids: [255]}}\nmasks: binary", "ids of class a has no effect"),
+        ("classes: [a, b]\nmasks: binary\nignore: {ids: [3]}", "ids of ignore has no effect"),
+        ("classes: [a, b, c]\nmasks: binary", "masks: binary needs 2 classes, for 0 and 255, and there are 3"),
+        ("classes: [a", "as YAML: .*Correct the file"),
+        ("classes: !!python/name:os.system ''", "as YAML: .*Correct the file"),
+        ("a: &a [1, 1]\nclasses: [*a, *a]", "it has an alias"),
+        ("[" * 5000, "as YAML"),
+        ("#" * 70000, "it has 70000 bytes, and .* at most 65536"),
+        (b"classes: [\xff\xfe]", "as YAML: .*utf-8"),
+        (b"classes: [\x00]", "as YAML"),
+    ],
+)
+def test_what_makes_no_sense(tmp_path, text, message):
+    file = tmp_path / "classes.yaml"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=message) as caught:
+        read_class_file(file, 255)
+    assert str(file) in str(caught.value) and str(caught.value).endswith(".")

@@ -1,0 +1,266 @@
+import logging
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hydra import compose, initialize_config_dir
+from making import save
+
+import dinoseg
+from dinoseg.config import register_resolvers
+from dinoseg.data.idd import idd
+from dinoseg.data.masks import Masks
+from dinoseg.data.splits import Partition
+from dinoseg.errors import UserError
+from dinoseg.label_tables.read import label_table
+from dinoseg.nodes import instantiate
+
+CONFIGS = Path(dinoseg.__file__).parent / "cfg"
+COLUMNS = {
+    "idd": "level3", "idd_level2": "level2", "idd_level1": "level1", "idd_cityscapes": "cs_train_id", "idd_ids": "id",
+    "idd_home_made": "level3",
+}  # fmt: skip
+FILES = {
+    "idd": "labellevel3Ids", "idd_level2": "labellevel2Ids", "idd_level1": "labellevel1Ids",
+    "idd_cityscapes": "labelcsTrainIds", "idd_ids": "labelids", "idd_home_made": "labelIds",
+}  # fmt: skip
+CLASSES = {"classes": [f"c{i}" for i in range(26)]}
+PALETTE = [[i, i, i] for i in range(26)]
+
+
+def load(name, root, *overrides):
+    register_resolvers()
+    given = ["+resolution={crop: [64, 96], longest: 200}", "+cache_dir=unused", *overrides]
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose(f"data/{name}", [f"data.root='{root}'", *given]).data
+
+
+def add(part, split, name, mask=((0, 25), (255, 3)), kind="labellevel3Ids", suffix=".png", polygons=False):
+    """Write one image of IDD and its label map."""
+    save(part / f"leftImg8bit/{split}/{name}_leftImg8bit{suffix}", np.full((2, 2, 3), 90))
+    if mask is not None:
+        save(part / f"gtFine/{split}/{name}_gtFine_{kind}.png", mask)
+    if polygons:
+        path = part / f"gtFine/{split}/{name}_gtFine_polygons.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+
+
+def members(column):
+    """Return id to rows of the label table, by a column."""
+    found = {}
+    for row in label_table("idd"):
+        if int(row[column]) < (35 if column == "id" else 255):
+            found.setdefault(int(row[column]), []).append(row)
+    return found
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_names_and_colours_are_those_of_the_table(name, tmp_path):
+    data, table = load(name, tmp_path), members(COLUMNS[name])
+    assert sorted(table) == list(range(len(data.classes))) and data.num_classes == len(data.classes)
+    for index, rows in table.items():
+        colors = [[int(value) for value in row["color"].split()] for row in rows]
+        typical = colors if name == "idd_level1" else colors[:1]
+        assert list(data.palette[index]) in typical, (index, rows[0]["name"])
+        if name in ("idd_level2", "idd_level1") and len(rows) > 1:
+            continue  # groups have names of their own
+        expected = {
+            ("idd_cityscapes", 9): "terrain",
+            ("idd", 12): "vehicle fallback",
+            ("idd_home_made", 12): "vehicle fallback",
+        }.get((name, index), rows[0]["name"])
+        assert data.classes[index] == expected
+    assert data.ignore_index == 255
+
+
+def test_groups_have_the_names_of_the_benchmark(tmp_path):
+    level2, level1 = load("idd_level2", tmp_path).classes, load("idd_level1", tmp_path)
+    table = {row["name"]: row for row in label_table("idd")}
+    for label, group in (
+        ("tunnel", "construction"), ("polegroup", "obs-fallback"), ("traffic light", "info-structures"),
+        ("guard rail", "fence-guard rail"), ("curb", "curb-wall"), ("train", "large-vehicle"), ("car", "car-auto"),
+        ("bicycle", "2-wheeler"), ("animal", "person"), ("rail track", "non-drivable fallback"),
+        ("parking", "drivable fallback"), ("fallback background", "sky"),
+    ):  # fmt: skip
+        assert level2[int(table[label]["level2"])] == group
+    for label, group in (
+        ("parking", "drivable"), ("rail track", "non-drivable"), ("rider", "living-things"), ("bus", "vehicles"),
+        ("pole", "road-side-objs"), ("vegetation", "far-objects"), ("fallback background", "sky"),
+    ):  # fmt: skip
+        assert level1.classes[int(table[label]["level1"])] == group
+    lite = load("idd_lite", tmp_path)
+    assert level1.classes == lite.classes and level1.palette == lite.palette
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_each_encoding_is_read_from_its_own_file(name, tmp_path, caplog):
+    ids = [[255, 1, 2, 4, 25], [0, 3, 26, 254, 9]]
+    expected = [[0, 1, 2, 4, 25], [255, 255, 255, 255, 9]]
+    if name != "idd_home_made":
+        last = len(members(COLUMNS[name])) - 1
+        ids, expected = [[0, last, 255]], [[0, last, 255]]
+    if name == "idd_ids":
+        ids, expected = [[0, 34, 35, 36], [37, 38, 39, 255]], [[0, 34, 255, 255], [255] * 4]
+    for other in FILES.values():  # all lie beside one another
+        add(tmp_path, "val", "7/a", np.full((2, 2), 1), kind=other)
+    add(tmp_path, "val", "7/a", ids, kind=FILES[name])
+    with caplog.at_level(logging.WARNING):
+        data = instantiate(load(name, tmp_path).reader)(split="val")
+    assert data.names == ["7/a"]
+    np.testing.assert_array_equal(data.mask(0), expected)
+    warned = "255 is void in IDD, and here it is road; true road (0) is thrown away" in caplog.text
+    assert warned == (name == "idd_home_made") and len(caplog.records) == warned
+
+
+def test_the_home_made_remap_is_total(tmp_path):
+    add(tmp_path, "train", "7/a", np.arange(256).reshape(16, 16), kind="labelIds")
+    mask = idd(tmp_path, "train", **CLASSES, encoding="home_made").mask(0).ravel()
+    kept = {1, 2, *range(4, 26)}
+    assert mask.tolist() == [0 if k == 255 else k if k in kept else 255 for k in range(256)]
+    own = idd(tmp_path, "train", **CLASSES, encoding="home_made", ignore_index=254, masks=Masks(ids={25: 24}))
+    assert own.mask(0).ravel()[[0, 25, 30, 255]].tolist() == [254, 24, 254, 0]
+
+
+def test_a_part_in_png_and_one_in_jpg(tmp_path):
+    first, second = tmp_path / "IDD_Segmentation", tmp_path / "idd20kII"
+    add(first, "train", "0/000001")
+    add(first, "val", "1/000002")
+    add(second, "train", "201/frame0014", [[7, 7], [7, 7]], suffix=".jpg")
+    add(second, "train", "201/frame0029", suffix=".JPEG")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / ".hidden/leftImg8bit/train").mkdir(parents=True)
+    train = idd(tmp_path, "train", **CLASSES, palette=PALETTE)
+    assert train.names == ["0/000001", "201/frame0014", "201/frame0029"]
+    sample = train[1]
+    assert sample["name"] == "201/frame0014" and sample["image"].shape == (3, 2, 2)
+    assert sample["mask"].tolist() == [[7, 7], [7, 7]] and train.palette[3] == (3, 3, 3)
+    assert train[0]["mask"].tolist() == [[0, 25], [255, 3]] and train.mask(0).dtype == np.uint8
+    assert idd(tmp_path, "val", **CLASSES).names == ["1/000002"]  # only one part has this split
+    assert idd(second, "train", **CLASSES).names == ["201/frame0014", "201/frame0029"]
+    assert train.fingerprint() != idd(second, "train", **CLASSES).fingerprint()
+
+
+def test_parts_with_drives_of_one_name(tmp_path):
+    for part in ("a", "b"):
+        add(tmp_path / part, "train", "5/x")
+        add(tmp_path / part, "val", f"{part}9/x")
+    # a drive is shared in train, so val has the part in front too: folds put both together
+    assert idd(tmp_path, "train", **CLASSES).names == ["a/5/x", "b/5/x"]
+    assert idd(tmp_path, "val", **CLASSES).names == ["a/a9/x", "b/b9/x"]
+    add(tmp_path / "one", "train", "5/x")
+    assert idd(tmp_path / "one", "train", **CLASSES).names == ["5/x"]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_folds_keep_drives_whole(tmp_path, shared):
+    for part, start in (("a", 0), ("b", 0 if shared else 100)):
+        for drive in range(start, start + 4):
+            for image in range(drive % 4 + 1):
+                add(tmp_path / part, "val" if drive % 4 == 3 else "train", f"{drive}/{image:06d}")
+    seen = []
+    for fold in range(3):
+        cfg = load("idd", tmp_path, "data.folds=3", f"data.fold={fold}")
+        train, val = (instantiate(cfg.reader)(split=split).names for split in ("train", "val"))
+        drives = [{name.rsplit("/", 1)[0] for name in names} for names in (train, val)]
+        assert not drives[0] & drives[1] and len(drives[0] | drives[1]) == 8  # a/0 and b/0 are two drives
+        assert re.match(r"^[ab]/\d/\d{6}$" if shared else r"^\d+/\d{6}$", val[0])
+        seen += val
+    assert len(seen) == len(set(seen)) == 20
+
+
+def test_label_maps_that_are_not_made_yet(tmp_path):
+    add(tmp_path, "train", "0/a", polygons=True)
+    add(tmp_path, "train", "0/b", None, polygons=True)
+    command = f"python -m dinoseg mode=prepare data=idd data.root={tmp_path}"
+    with pytest.raises(UserError) as caught:
+        idd(tmp_path, "train", **CLASSES)
+    assert "1 image with no gtFine_labellevel3Ids.png" in str(caught.value) and "0/b." in str(caught.value)
+    assert str(caught.value).endswith(command)
+    for name in ("idd_level2", "idd_cityscapes", "idd_ids"):
+        with pytest.raises(UserError, match=f"mode=prepare data={name} data.root="):
+            instantiate(load(name, tmp_path).reader)(split="train")
+    with pytest.raises(UserError, match=r"data=idd data.reader.encoding=level4Id data.root="):
+        idd(tmp_path, "train", classes=[str(i) for i in range(30)], encoding="level4Id")
+    with pytest.raises(UserError, match=r"make the official label maps from them and use data=idd"):
+        idd(tmp_path, "train", **CLASSES, encoding="home_made")
+
+
+def test_the_test_split_has_no_public_labels(tmp_path):
+    add(tmp_path, "test", "0/a", None)
+    with pytest.raises(UserError, match=r"labels of IDD's test split are not public. Use split val"):
+        idd(tmp_path, "test", **CLASSES)
+    add(tmp_path, "test", "0/b")  # somebody who has them, but not all
+    with pytest.raises(UserError, match=r"1 image with no .*without polygons to make it from: 0/a\. Unpack"):
+        idd(tmp_path, "test", **CLASSES)
+    (tmp_path / "leftImg8bit/test/0/a_leftImg8bit.png").unlink()
+    assert idd(tmp_path, "test", **CLASSES).names == ["0/b"]
+
+
+def test_files_that_do_not_belong_together(tmp_path):
+    add(tmp_path, "train", "0/a")
+    add(tmp_path, "train", "0/b", None)
+    with pytest.raises(UserError, match=r"1 image with no .*: 0/b\. Unpack the archive again, or remove the images"):
+        idd(tmp_path, "train", **CLASSES)
+    (tmp_path / "leftImg8bit/train/0/b_leftImg8bit.png").unlink()
+    save(tmp_path / "gtFine/train/3/c_gtFine_labellevel3Ids.png", [[0]])
+    with pytest.raises(UserError, match=r"1 label map without image in .*: 3/c\."):
+        idd(tmp_path, "train", **CLASSES)
+    shutil.rmtree(tmp_path / "gtFine/train/3")
+    add(tmp_path, "train", "0/a", suffix=".jpg")
+    with pytest.raises(UserError, match=r"a_leftImg8bit.jpg and .*a_leftImg8bit.png have one name \(0/a\)"):
+        idd(tmp_path, "train", **CLASSES)
+
+
+def test_folders_that_are_not_there(tmp_path):
+    with pytest.raises(UserError, match=r"is no IDD: no leftImg8bit or gtFine in it.* It holds nothing\. Give"):
+        idd(tmp_path / "gone", "train", **CLASSES)
+    (tmp_path / "idd-20k-II.tar.gz").write_bytes(b"")
+    with pytest.raises(UserError, match=r"Unpack idd-20k-II.tar.gz there first.*filter='data'"):
+        idd(tmp_path, "train", **CLASSES)
+    (tmp_path / "leftImg8bit/train").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"leftImg8bit/train holds no image \{drive\}/\{id\}_leftImg8bit.png"):
+        idd(tmp_path, "train", **CLASSES)
+    with pytest.raises(UserError, match=r"No folder .*leftImg8bit/val: the splits there are train\. Check data.root"):
+        idd(tmp_path, "val", **CLASSES)
+
+
+def test_settings_that_do_not_fit(tmp_path):
+    add(tmp_path, "train", "0/a")
+    with pytest.raises(UserError, match=r"encoding=level3 is unknown. Choose one of id, csId, .*, home_made"):
+        idd(tmp_path, "train", **CLASSES, encoding="level3")
+    with pytest.raises(UserError, match=r"has 26 names, but the ids of data.reader.encoding=level2Id go from 0 to 15"):
+        idd(tmp_path, "train", **CLASSES, encoding="level2Id")
+    with pytest.raises(UserError, match=r"partition.by=fraction: IDD comes in split folders"):
+        idd(tmp_path, "train", **CLASSES, partition=Partition(by="fraction"))
+    merged = idd(tmp_path, "train", classes=["road", "other"], masks=Masks(ids={25: 1, 3: 255}))
+    assert merged.mask(0).tolist() == [[0, 1], [255, 255]]
+
+
+def test_items_that_are_wrong(tmp_path):
+    add(tmp_path, "train", "0/a", [[26, 0], [0, 0]])
+    add(tmp_path, "train", "0/b", [[0, 0]])
+    add(tmp_path, "train", "0/c")
+    (tmp_path / "gtFine/train/0/c_gtFine_labellevel3Ids.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    data = idd(tmp_path, "train", **CLASSES)
+    for index, message in enumerate(
+        ("holds the ids 26, which are no classes", "resize_mask", "Cannot read .*c_gtFine")
+    ):
+        with pytest.raises(UserError, match=message):
+            data[index]
+    resized = idd(tmp_path, "train", **CLASSES, masks=Masks(on_size_mismatch="resize_mask"))
+    with pytest.raises(UserError, match="Their proportions differ"):
+        resized[1]
+
+
+@pytest.mark.parametrize("image", ["_image", "_leftImg8bit"])
+def test_idd_lite_of_another_release(tmp_path, image):
+    save(tmp_path / f"leftImg8bit/val/7/a{image}.jpg", np.zeros((2, 2, 3)))
+    save(tmp_path / "gtFine/val/7/a_gtFine_labellevel1Ids.png", [[0, 6], [255, 3]])
+    save(tmp_path / "gtFine/val/7/a_inst_label.png", [[9, 9], [9, 9]])
+    layout = "data.reader.layout"
+    cfg = load("idd_lite", tmp_path, f"{layout}.mask_suffix=_gtFine_labellevel1Ids", f"{layout}.image_suffix={image}")
+    data = instantiate(cfg.reader)(split="val")
+    assert data.names == ["7/a"] and data.mask(0).tolist() == [[0, 6], [255, 3]]

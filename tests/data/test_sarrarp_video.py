@@ -1,0 +1,146 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from making import save, write_video
+
+from dinoseg.data import video_index
+from dinoseg.data.loader import eval_samples
+from dinoseg.data.prepare_sarrarp import prepare
+from dinoseg.data.sarrarp import BY_OPERATION, sar_rarp50
+from dinoseg.data.scan import scan
+from dinoseg.data.video_access import VideoFrame
+from dinoseg.errors import UserError
+from dinoseg.nodes import instantiate
+
+CLASSES = [f"c{i}" for i in range(10)]
+LENGTHS = {"train1/video_01": 61, "train2/video_02_1": 130, "train2/video_02_2": 60, "test/video_41": 181}
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Write videos and masks as they come, nothing extracted."""
+    for number, (place, frames) in enumerate(LENGTHS.items()):
+        write_video(tmp_path / "sar" / place / "video_left.avi", frames)
+        for index in range(0, frames, 60):
+            save(tmp_path / "sar" / place / f"segmentation/{index:09d}.png", np.full((32, 48), number + index // 60))
+    return tmp_path / "sar"
+
+
+def load(root, split, source="video", **options):
+    partition = replace(BY_OPERATION, **options)
+    cache_dir = root.parent / "cache"
+    return sar_rarp50(root, split, classes=CLASSES, partition=partition, source=source, cache_dir=cache_dir)
+
+
+def test_equals_the_extracted_frames(root):
+    for place in LENGTHS:
+        assert not (root / place / "rgb").exists()
+    straight = {split: load(root, split) for split in ("train", "val", "test")}
+    prepare(root, workers=1)
+    for split, data in straight.items():
+        extracted = load(root, split, "frames")
+        assert data.names == extracted.names and len(data) > 0
+        assert all(isinstance(pair.image, VideoFrame) for pair in data.pairs)
+        for index in np.random.default_rng(1).permutation(len(data)):
+            ours, theirs = data[int(index)], extracted[int(index)]
+            assert ours["name"] == theirs["name"]
+            assert torch.equal(ours["image"], theirs["image"]) and torch.equal(ours["mask"], theirs["mask"])
+        assert data.fingerprint() != extracted.fingerprint()
+    assert straight["test"].names == [f"video_41/{index:09d}" for index in (0, 60, 120, 180)]
+    assert [int(straight["test"][index]["image"].float().mean().round()) for index in range(4)] == pytest.approx(
+        [20, 80, 140, 200], abs=4
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.* use of fork:DeprecationWarning")
+def test_loading_processes_give_the_same(root):
+    data = load(root, "test")
+    alone = [sample["image"] for sample in eval_samples(data)]
+    for workers in (1, 2):
+        for ours, sample in zip(alone, eval_samples(data, workers=workers), strict=True):
+            assert torch.equal(ours, sample["image"])
+
+
+def test_fingerprint_knows_video_and_frame(root):
+    data = load(root, "test")
+    before = data.fingerprint()
+    assert before == load(root, "test").fingerprint() != data.keep(data.names[:2]).fingerprint()
+    other = replace(data.pairs[0], image=VideoFrame(data.pairs[0].image.path, 1))
+    assert replace(data.pairs[0], name="other") != data.pairs[0]
+    data.pairs[0] = other
+    assert data.fingerprint() != before
+    write_video(root / "test/video_41/video_left.avi", 181, size=(64, 32))
+    assert load(root, "test").fingerprint() != before
+
+
+def test_the_second_run_decodes_nothing_first(root, monkeypatch):
+    load(root, "train")
+    video_index._known.clear()
+    monkeypatch.setattr(video_index, "_scan", None)
+    assert load(root, "train")[0]["image"].shape == (3, 32, 48)
+
+
+def test_what_else_reads_pairs_takes_frames_of_videos(root):
+    data = load(root, "test")
+    records = scan(data.pairs, data.reader, workers=1)
+    assert [record.image_size for record in records] == [(32, 48)] * 4 and not any(r.problems for r in records)
+    assert records[2].image == f"frame 120 of {root / 'test/video_41/video_left.avi'}"
+
+
+def test_masks_and_video_must_match(root):
+    (root / "train1/video_01/segmentation/000000060.png").unlink()
+    with pytest.raises(UserError, match=r"video_01 has 1 frame without mask .*: 000000060\. Unpack"):
+        load(root, "train")
+    for index in (60, 61, 120):
+        save(root / f"train1/video_01/segmentation/{index:09d}.png", np.zeros((32, 48)))
+    with pytest.raises(UserError, match=r"2 masks without frame in video_left\.avi: 000000061, 000000120\. The video"):
+        load(root, "train")
+    for index in (61, 120):
+        (root / f"train1/video_01/segmentation/{index:09d}.png").unlink()
+    save(root / "train1/video_01/segmentation/000000033.png", np.zeros((32, 48)))
+    names = load(root, "train").names + load(root, "val").names
+    assert "video_01/000000033" in names and len(names) == 7
+    save(root / "train1/video_01/segmentation/mask.png", np.zeros((32, 48)))
+    with pytest.raises(UserError, match=r"1 mask without frame in video_left\.avi: mask"):
+        load(root, "val")
+
+
+def test_sizes_and_ids_name_the_frame(root):
+    save(root / "test/video_41/segmentation/000000060.png", np.zeros((30, 48)))
+    save(root / "test/video_41/segmentation/000000120.png", np.full((32, 48), 11))
+    data = load(root, "test")
+    with pytest.raises(UserError, match=r"frame 60 of .*video_left\.avi is 48 x 32 .* is 48 x 30"):
+        data[1]
+    with pytest.raises(UserError, match=r"000000120\.png holds the ids 11"):
+        data[2]
+
+
+def test_videos_that_are_missing_damaged_or_packed(root):
+    video = root / "train2/video_02_2/video_left.avi"
+    whole = video.read_bytes()
+    video.write_bytes(whole[: (whole.index(b"movi") + len(whole)) // 2])
+    (root / "train1/video_01/video_left.avi").write_text("no video")
+    with pytest.raises(
+        UserError,
+        match=r"2 videos of 3 cannot be read:\n- Cannot open .*video_01/.* as a video.*\n- .*video_02_2/video_left.avi "
+        r"is truncated: \d+ frames read, 60 promised",
+    ):
+        load(root, "train")
+    video.unlink()
+    with pytest.raises(UserError, match=r"1 video under .* without video_left\.avi, .*: video_02_2\. .*source=frames"):
+        load(root, "train")
+    (root / "train1/video_03.zip").write_bytes(b"")
+    with pytest.raises(UserError, match=r"1 video under .* still packed: video_03\. .*mode=prepare data=sarrarp"):
+        load(root, "train")
+    with pytest.raises(UserError, match=r"data\.source=avi is unknown\. Choose one of frames, video"):
+        load(root, "train", "avi")
+
+
+def test_config(compose, root):
+    keys = ("data=sarrarp", f"data.root={root}", f"cache_dir={root.parent / 'kept'}", "data.fold=1", "data.folds=2")
+    data = instantiate(compose(*keys, "data.source=video").data.reader)(split="train")
+    assert isinstance(data.pairs[0].image, VideoFrame) and list((root.parent / "kept/videos").glob("*.npz"))
+    with pytest.raises(UserError, match="without extracted frames"):
+        instantiate(compose(*keys).data.reader)(split="train")

@@ -1,0 +1,285 @@
+"""The scan against what the data set itself reads, on good files and on every kind of bad one."""
+
+import errno
+import os
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from making import save
+from PIL import Image
+
+from dinoseg.data import scan as scan_module
+from dinoseg.data.folder import folder_dataset
+from dinoseg.data.labels import Labels
+from dinoseg.data.masks import MaskReader, Masks
+from dinoseg.data.pairs import Pair, PairDataset
+from dinoseg.data.scan import refuse_unreadable, scan, unreadable
+from dinoseg.data.scan_record import perceptual_hash
+from dinoseg.errors import UserError
+
+CLASSES = ("a", "b", "c")
+
+
+def picture(seed, size=(40, 56)):
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 7, 3)).astype(np.uint8)
+    return cv2.resize(coarse, size[::-1], interpolation=cv2.INTER_CUBIC)
+
+
+def ids(seed, size=(40, 56)):
+    coarse = np.random.default_rng(seed).choice([0, 1, 2, 255], (4, 5)).astype(np.uint8)
+    return cv2.resize(coarse, size[::-1], interpolation=cv2.INTER_NEAREST)
+
+
+@pytest.fixture
+def fill(tmp_path):
+    """Write pairs and return their data set."""
+
+    def write(count=5, **masks):
+        for index in range(count):
+            save(tmp_path / f"train/images/n{index}.png", picture(index))
+            save(tmp_path / f"train/masks/n{index}.png", ids(index))
+        return folder_dataset(tmp_path, "train", classes=CLASSES, masks=Masks(**masks))
+
+    return write
+
+
+def scanned(data, **options):
+    return {record.name: record for record in scan(data.pairs, data.reader, **options)}
+
+
+def test_counts_sizes_and_colors(fill):
+    data = fill()
+    records = scan(data.pairs, data.reader)
+    assert [record.name for record in records] == data.names and not unreadable(records)
+    for index, record in enumerate(records):
+        assert record.image_size == record.mask_size == (40, 56) and record.mask_format == "PNG"
+        np.testing.assert_array_equal(record.counts, np.bincount(ids(index).ravel(), minlength=256))
+        assert record.raw == {str(value): count for value, count in record.pixels.items()}
+        exact = picture(index).reshape(-1, 3).astype(np.int64)
+        assert record.color_sums == tuple(exact.sum(0)) and record.color_squares == tuple((exact**2).sum(0))
+    assert len({record.image_digest for record in records}) == len({record.mask_digest for record in records}) == 5
+    for record in scan(data.pairs, data.reader, images=False):
+        assert record.image_size == (40, 56) and record.pixels and record.image_digest == "" and not record.color_sums
+
+
+def test_resized_and_turned_masks_count_as_training_sees_them(fill, tmp_path):
+    data = fill(3, on_size_mismatch="resize_mask")
+    save(tmp_path / "train/masks/n0.png", ids(0, (20, 28)))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    save(tmp_path / "train/images/n1.png", picture(1, (56, 40)), exif=exif)
+    for images in (True, False):
+        records = scan(data.pairs, data.reader, images=images)
+        assert [record.mask_size for record in records] == [(20, 28), (40, 56), (40, 56)]
+        assert {record.image_size for record in records} == {(40, 56)} and not unreadable(records)
+        for index, record in enumerate(records):
+            np.testing.assert_array_equal(record.counts, np.bincount(data.mask(index).ravel(), minlength=256))
+
+
+def test_what_stands_in_the_file(tmp_path):
+    mask = save(tmp_path / "m.png", [[0, 0, 5], [1, 255, 255]])
+    save(tmp_path / "i.png", np.zeros((2, 3, 3)))
+
+    def raw(masks, classes=CLASSES, palette=None, path=mask):
+        reader = MaskReader(Labels.of(classes, palette, 255), masks)
+        return scan([Pair("x", tmp_path / "i.png", path)], reader)[0].raw
+
+    assert raw(Masks(ids={5: 0, 255: 1})) == {"0": 2, "1": 1, "5": 1, "255": 2}
+    assert raw(Masks()) == {"0": 2, "1": 1, "5": 1, "255": 2}
+    binary = save(tmp_path / "b.png", [[0, 0, 0], [255, 255, 0]])
+    assert raw(Masks("binary"), CLASSES[:2], path=binary) == {"0": 4, "255": 2}
+    colored = save(tmp_path / "c.png", [[[9, 8, 7]] * 3, [[1, 2, 3]] * 3])
+    assert raw(Masks("palette"), ["u"], [[9, 8, 7]], colored) == {"(9, 8, 7)": 3, "(1, 2, 3)": 3}
+
+
+def spoil(root):
+    """Make every pair but the first a bad one; return the code of each."""
+    whole = (root / "images/n1.png").read_bytes()
+    (root / "images/n1.png").write_bytes(whole[: len(whole) // 2])
+    whole = (root / "masks/n2.png").read_bytes()
+    (root / "masks/n2.png").write_bytes(whole[: len(whole) // 2])
+    (root / "masks/n3.png").write_bytes(b"")
+    save(root / "masks/n4.png", np.full((40, 56), 77))
+    save(root / "masks/n5.png", ids(5, (40, 55)))
+    (root / "masks/n6.png").unlink()
+    save(root / "masks/n7.png", picture(7))
+    (root / "images/n8.png").write_text("no picture")
+    save(root / "masks/n9.png", np.full((40, 56), 700), np.uint16)
+    return dict(
+        n1="unreadable_image",
+        n2="unreadable_mask",
+        n3="unreadable_mask",
+        n4="foreign_ids",
+        n5="size_mismatch",
+        n6="unreadable_mask",
+        n7="foreign_ids",
+        n8="unreadable_image",
+        n9="foreign_ids",
+    )
+
+
+def test_a_pair_is_bad_exactly_where_reading_it_fails(fill, tmp_path):
+    data = fill(10)
+    expected = spoil(tmp_path / "train")
+    records = scan(data.pairs, data.reader, cache_dir=tmp_path / "cache")
+    failing = set()
+    for index, name in enumerate(data.names):
+        try:
+            data[index]
+        except UserError:
+            failing.add(name)
+    bad = unreadable(records)
+    assert bad.keys() == failing == expected.keys()
+    assert {record.name: list(record.problems) for record in records if record.problems} == {
+        name: [code] for name, code in expected.items()
+    }
+    assert all(name in reason for name, reason in bad.items())
+    assert "28 x 20" not in bad["n5"] and "55 x 40" in bad["n5"]
+    assert len(data.keep(set(data.names) - bad.keys())) == 1
+
+
+def test_proportions_that_no_resizing_mends(fill, tmp_path):
+    data = fill(1, on_size_mismatch="resize_mask")
+    save(tmp_path / "train/masks/n0.png", ids(0, (56, 40)))
+    with pytest.raises(UserError):
+        data[0]
+    assert list(scan(data.pairs, data.reader)[0].problems) == ["size_mismatch"]
+
+
+def test_refusing_lists_twenty_and_counts_all(fill, tmp_path):
+    data = fill(25)
+    for index in range(23):
+        (tmp_path / f"train/masks/n{index}.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"23 of 25 pairs cannot be used:(?s:.*)and 3 more") as caught:
+        refuse_unreadable(scan(data.pairs, data.reader, images=False))
+    assert str(caught.value).count("\n- ") == 20 and "data.on_error=skip" in str(caught.value)
+    refuse_unreadable(scan(data.keep(["n23", "n24"]).pairs, data.reader))
+
+
+def count_reads(monkeypatch):
+    seen, measure = [], scan_module.measure
+
+    def counted(name, *rest, **options):
+        seen.append(name)
+        return measure(name, *rest, **options)
+
+    monkeypatch.setattr(scan_module, "measure", counted)
+    return seen
+
+
+def test_a_second_scan_reads_nothing_and_a_changed_file_alone(fill, tmp_path, monkeypatch):
+    data, cache = fill(), tmp_path / "cache"
+    first = scan(data.pairs, data.reader, cache_dir=cache)
+    seen = count_reads(monkeypatch)
+    assert scan(data.pairs, data.reader, cache_dir=cache) == first and seen == []
+    assert [r.name for r in scan(data.pairs[3:], data.reader, cache_dir=cache)] == ["n3", "n4"] and seen == []
+    save(tmp_path / "train/masks/n2.png", np.ones((40, 56)))
+    os.utime(tmp_path / "train/images/n4.png", ns=(1, 1))
+    again = scan(data.pairs, data.reader, cache_dir=cache)
+    assert seen == ["n2", "n4"] and again[2].pixels == {1: 40 * 56} and again[3] == first[3]
+    assert scan(data.pairs, data.reader, cache_dir=cache, images=False) == again and len(seen) == 2
+    other = PairDataset(data.pairs, Labels.of(("a", "b", "c", "d"), None, 255), Masks())
+    scan(other.pairs, other.reader, cache_dir=cache)
+    assert len(seen) == 7
+
+
+def test_masks_first_and_images_later(fill, tmp_path, monkeypatch):
+    data, cache = fill(2), tmp_path / "cache"
+    scan(data.pairs, data.reader, cache_dir=cache, images=False)
+    seen = count_reads(monkeypatch)
+    assert scan(data.pairs, data.reader, cache_dir=cache)[0].image_digest and seen == ["n0", "n1"]
+
+
+@pytest.mark.parametrize("damage", [b"", b"junk", b"PK\x03\x04 no more"])
+def test_a_damaged_cache_costs_a_scan(fill, tmp_path, caplog, damage):
+    data, cache = fill(2), tmp_path / "cache"
+    first = scan(data.pairs, data.reader, cache_dir=cache)
+    (kept,) = cache.iterdir()
+    kept.write_bytes(damage)
+    assert scan(data.pairs, data.reader, cache_dir=cache) == first
+    assert "unreadable: scanning anew" in caplog.text
+    caplog.clear()
+    assert scan(data.pairs, data.reader, cache_dir=cache) == first and not caplog.text
+
+
+def test_a_full_disk_keeps_the_result(fill, tmp_path, monkeypatch, caplog):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    data = fill(2)
+    assert len(scan(data.pairs, data.reader, cache_dir=tmp_path / "cache")) == 2
+    assert "cannot be kept" in caplog.text and not list((tmp_path / "cache").iterdir())
+
+
+def test_what_was_scanned_before_an_interruption_is_kept(fill, tmp_path, monkeypatch):
+    data, cache = fill(), tmp_path / "cache"
+    monkeypatch.setattr(scan_module, "_CHUNK", 1)
+    measure = scan_module.measure
+
+    def stop(name, *rest, **options):
+        if name == "n3":
+            raise KeyboardInterrupt
+        return measure(name, *rest, **options)
+
+    monkeypatch.setattr(scan_module, "measure", stop)
+    with pytest.raises(KeyboardInterrupt):
+        scan(data.pairs, data.reader, cache_dir=cache)
+    monkeypatch.setattr(scan_module, "measure", measure)
+    seen = count_reads(monkeypatch)
+    scan(data.pairs, data.reader, cache_dir=cache)
+    assert seen == ["n3", "n4"]
+
+
+def test_two_processes_give_what_one_gives(fill, tmp_path, monkeypatch):
+    data = fill(10)
+    spoil(tmp_path / "train")
+    monkeypatch.setattr(scan_module, "_FEW", 1)
+    monkeypatch.setattr(scan_module, "_CHUNK", 3)
+    assert scan(data.pairs, data.reader, workers=2) == scan(data.pairs, data.reader, workers=1)
+    with pytest.raises(UserError, match="workers=0"):
+        scan(data.pairs, data.reader, workers=0)
+
+
+class Frame:
+    """An image that is in no file of its own."""
+
+    def __init__(self, path, seed):
+        self.path, self.seed = path, seed
+
+    def __str__(self):
+        return f"frame {self.seed} of {self.path}"
+
+    def read(self):
+        if self.seed == 9:
+            raise UserError(f"Frame 9 of {self.path} cannot be decoded.")
+        return picture(self.seed)
+
+
+def test_frames_of_a_video(tmp_path):
+    video = Path(tmp_path / "v.avi")
+    video.write_bytes(b"frames")
+    pairs = [Pair(f"v/{seed}", Frame(video, seed), save(tmp_path / f"{seed}.png", ids(seed))) for seed in (0, 1, 9)]
+    reader = MaskReader(Labels.of(CLASSES, None, 255), Masks())
+    records = scan(pairs, reader, cache_dir=tmp_path / "cache")
+    assert records[1].image == f"frame 1 of {video}" and records[1].image_size == (40, 56)
+    assert unreadable(records) == {"v/9": f"Frame 9 of {video} cannot be decoded."}
+    assert scan(pairs, reader, cache_dir=tmp_path / "cache") == records
+    assert [record.image_size for record in scan(pairs, reader, images=False)] == [None] * 3  # nothing is decoded
+
+
+def test_the_hash_stands_compression_and_scaling_and_tells_pictures_apart():
+    def bits(one, two):
+        return (perceptual_hash(one) ^ perceptual_hash(two)).bit_count()
+
+    pictures = [picture(seed, (96, 128)) for seed in range(12)]
+    for one in pictures:
+        done, data = cv2.imencode(".jpg", one, [cv2.IMWRITE_JPEG_QUALITY, 40])
+        assert done and bits(one, cv2.imdecode(data, cv2.IMREAD_COLOR)) <= 4
+        assert bits(one, cv2.resize(one, (80, 61), interpolation=cv2.INTER_AREA)) <= 4
+        assert bits(one, cv2.convertScaleAbs(one, alpha=0.9, beta=5)) <= 4
+    apart = [bits(one, two) for index, one in enumerate(pictures) for two in pictures[:index]]
+    assert min(apart) > 10
+    assert perceptual_hash(np.full((30, 30, 3), 90, np.uint8)) is None

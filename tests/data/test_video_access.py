@@ -1,0 +1,280 @@
+import logging
+import os
+import pickle
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import get_context
+
+import cv2
+import numpy as np
+import pytest
+
+from dinoseg.data import video_access, video_index
+from dinoseg.data.video_access import VideoFrame, read_frame
+from dinoseg.data.video_index import find_index, index_videos
+from dinoseg.errors import UserError
+
+SIZE = (64, 48)
+
+
+def picture(index):
+    rng = np.random.default_rng(7)
+    base = cv2.resize(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8), SIZE)
+    frame = np.roll(base, (index * 3, index), (1, 0)).copy()
+    cv2.putText(frame, str(index), (4, 30), 0, 0.8, (255, 255, 255), 2)
+    return frame
+
+
+def write(path, fourcc, count, draw=picture):
+    writer = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*fourcc), 60, SIZE)
+    assert writer.isOpened()
+    for index in range(count):
+        writer.write(draw(index))
+    writer.release()
+    return path
+
+
+def remux(source, target, fourcc, time_of):
+    """Copy a video's packets with other times."""
+    capture = cv2.VideoCapture(str(source), cv2.CAP_FFMPEG, [cv2.CAP_PROP_FORMAT, -1])
+    raw = [cv2.VIDEOWRITER_PROP_RAW_VIDEO, 1]
+    writer = cv2.VideoWriter(str(target), cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*fourcc), 60, SIZE, raw)
+    assert writer.isOpened()
+    index = 0
+    while True:
+        good, packet = capture.read()
+        if not good:
+            break
+        writer.set(cv2.VIDEOWRITER_PROP_KEY_FLAG, capture.get(cv2.CAP_PROP_LRF_HAS_KEY_FRAME))
+        writer.set(cv2.VIDEOWRITER_PROP_PTS, time_of(index))
+        writer.set(cv2.VIDEOWRITER_PROP_DTS_DELAY, 0)
+        writer.write(packet)
+        index += 1
+    writer.release()
+    return target
+
+
+def elementary(source, target):
+    """Write a video's packets one after another: a stream without container, and so without times."""
+    capture = cv2.VideoCapture(str(source), cv2.CAP_FFMPEG, [cv2.CAP_PROP_FORMAT, -1])
+    with target.open("wb") as file:
+        while True:
+            good, packet = capture.read()
+            if not good:
+                return target
+            file.write(packet.tobytes())
+
+
+def gaps(index):
+    return index + index // 7 + 5 * (index // 31)
+
+
+def videos(folder):
+    """Return videos of many kinds; the plain jumps of OpenCV miss in those of varying rate, and in MPEG streams."""
+    xvid = write(folder / "plain.avi", "XVID", 150)
+    return [
+        xvid,
+        write(folder / "motion.avi", "MJPG", 40),
+        write(folder / "lossless.avi", "FFV1", 30),
+        write(folder / "part4.mp4", "mp4v", 130),
+        write(folder / "program.mpg", "mpg1", 80),
+        remux(xvid, folder / "gaps.mp4", "mp4v", gaps),
+        remux(xvid, folder / "gaps.mkv", "XVID", gaps),
+        remux(xvid, folder / "gaps.avi", "XVID", gaps),
+        elementary(xvid, folder / "bare.m4v"),
+        write(folder / "one.avi", "XVID", 1),
+    ]
+
+
+def sequential(path):
+    capture = cv2.VideoCapture(str(path))
+    frames = []
+    while True:
+        good, image = capture.read()
+        if not good:
+            return frames
+        frames.append(image[..., ::-1])
+
+
+def plain_jump(path, index):
+    capture = cv2.VideoCapture(str(path))
+    capture.set(cv2.CAP_PROP_POS_FRAMES, index)
+    good, image = capture.read()
+    return image[..., ::-1] if good else None
+
+
+@pytest.fixture
+def avi(tmp_path):
+    return write(tmp_path / "a.avi", "XVID", 61)
+
+
+def same(paths, cache_dir=None):
+    rng = np.random.default_rng(0)
+    truth = {path: sequential(path) for path in paths}
+    jobs = [(path, index) for path in paths for index in [*range(len(truth[path])), *range(0, len(truth[path]), 5)]]
+    for number in rng.permutation(len(jobs)):
+        path, index = jobs[number]
+        np.testing.assert_array_equal(
+            read_frame(VideoFrame(path, index, cache_dir)), truth[path][index], err_msg=f"{path} {index}"
+        )
+    return truth
+
+
+def test_any_order_equals_decoding_from_the_start(tmp_path):
+    paths = videos(tmp_path)
+    for path in paths:
+        truth = same([path])[path]
+        assert len(truth) == len(find_index(path, None)) == len(sequential(path))
+    missed = [path.name for path in paths[4:7] if not np.array_equal(plain_jump(path, 44), sequential(path)[44])]
+    assert missed, "the jumps of OpenCV are exact now: is this test still hard?"
+
+
+def test_more_videos_than_are_kept_open(tmp_path):
+    paths = [write(tmp_path / f"{number}.avi", "MJPG", 4 + number) for number in range(7)]
+    same(paths)
+    assert len(video_access._open.readers) <= 4
+
+
+def test_frames_of_equal_content(tmp_path):
+    path = write(tmp_path / "still.avi", "XVID", 90, lambda index: picture(3 if index < 70 else index))
+    frames = same([path])[path]
+    assert any(np.array_equal(frames[index], frames[index + 1]) for index in range(60))
+
+
+def test_the_kept_index_spares_the_pass(avi, tmp_path, monkeypatch, caplog):
+    cache = tmp_path / "cache"
+    same([avi], cache)
+    (kept,) = (cache / "videos").iterdir()
+    assert kept.name.startswith("a_") and kept.suffix == ".npz"
+    video_index._known.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(video_index, "_scan", None)
+        same([avi], cache)
+    video_index._known.clear()
+    kept.write_bytes(kept.read_bytes()[:100])
+    with caplog.at_level(logging.WARNING):
+        same([avi], cache)
+    assert "is unreadable: making it anew" in caplog.text and len(np.load(kept)["times"]) == 61
+
+
+def test_an_index_that_cannot_be_kept(avi, tmp_path, caplog):
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    with caplog.at_level(logging.WARNING):
+        same([avi], tmp_path / "cache")
+    assert "cannot be kept" in caplog.text
+
+
+def test_a_replaced_video_is_noticed(avi):
+    before = read_frame(VideoFrame(avi, 20))
+    write(avi, "XVID", 40, lambda index: picture(index + 100))
+    os.utime(avi, ns=(1, 1))
+    assert not np.array_equal(same([avi])[avi][20], before)
+    with pytest.raises(UserError, match="no frame 40"):
+        read_frame(VideoFrame(avi, 40))
+
+
+class Lying:
+    """A capture that lands elsewhere than it is told to, and may lie about the time there."""
+
+    def __init__(self, capture, honest):
+        self.capture, self.honest, self.shift = capture, honest, 0
+
+    def set(self, key, value):
+        self.shift = 1000 / 60 * 3
+        self.capture.set(key, value + self.shift)
+
+    def get(self, key):
+        return self.capture.get(key) - (0 if self.honest else self.shift)
+
+    def __getattr__(self, name):
+        return getattr(self.capture, name)
+
+
+@pytest.mark.parametrize("honest", [True, False])
+def test_jumps_that_miss_are_made_good(tmp_path, monkeypatch, honest):
+    path = write(tmp_path / "a.avi", "XVID", 300)
+    opened = []
+
+    def lying(path):
+        opened.append(path)
+        return Lying(video_index.open_capture(path), honest)
+
+    monkeypatch.setattr(video_access, "open_capture", lying)
+    truth = sequential(path)
+    for index in (250, 3, 299, 120):
+        np.testing.assert_array_equal(read_frame(VideoFrame(path, index)), truth[index])
+    assert len(opened) > 1
+
+
+def test_pixels_that_changed_under_the_same_stamp(avi):
+    read_frame(VideoFrame(avi, 0))
+    index = video_index._known[video_index.stamp(avi)]
+    index.sums[30] ^= 1
+    with pytest.raises(UserError, match=r"Frame 30 of .*a\.avi is not what it was"):
+        read_frame(VideoFrame(avi, 30))
+    assert read_frame(VideoFrame(avi, 31)).shape == (48, 64, 3)
+
+
+def checksums(path, indices):
+    return [zlib.crc32(np.ascontiguousarray(read_frame(VideoFrame(path, index)))) for index in indices]
+
+
+@pytest.mark.filterwarnings("ignore:.* use of fork:DeprecationWarning")
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_processes_and_threads_do_not_disturb_one_another(avi, method):
+    indices = [60, 3, 41, 7, 20]
+    wanted = [zlib.crc32(np.ascontiguousarray(sequential(avi)[index])) for index in indices]
+    assert checksums(avi, indices) == wanted
+    context = get_context(method)
+    with context.Pool(2) as pool:
+        waiting = [pool.apply_async(checksums, (avi, indices)) for _ in range(4)]
+        assert checksums(avi, indices) == wanted
+        assert [job.get(60) for job in waiting] == [wanted] * 4
+    with ThreadPoolExecutor(3) as threads:
+        assert list(threads.map(lambda _: checksums(avi, indices), range(9))) == [wanted] * 9
+
+
+def test_a_frame_is_a_value(avi, tmp_path):
+    frame = VideoFrame(avi, 5, tmp_path)
+    assert pickle.loads(pickle.dumps(frame)) == frame == VideoFrame(avi, 5)
+    assert {frame: 1}[VideoFrame(avi, 5)] and frame != VideoFrame(avi, 6)
+    assert str(frame) == f"frame 5 of {avi}" and frame.stat().st_size == avi.stat().st_size
+    np.testing.assert_array_equal(frame.read(), sequential(avi)[5])
+
+
+@pytest.mark.parametrize("index", [61, 10_000, -1])
+def test_no_such_frame(avi, index):
+    with pytest.raises(UserError, match=rf"no frame {index} in .*a\.avi: it has 61 frames, 0 to 60"):
+        read_frame(VideoFrame(avi, index))
+
+
+def test_files_that_are_no_whole_video(avi, tmp_path, capfd):
+    with pytest.raises(UserError, match=r"Cannot read the video .*gone\.avi: No such file"):
+        read_frame(VideoFrame(tmp_path / "gone.avi", 0))
+    (tmp_path / "text.avi").write_text("no video")
+    with pytest.raises(UserError, match=r"Cannot open .*text\.avi as a video"):
+        read_frame(VideoFrame(tmp_path / "text.avi", 0))
+    (tmp_path / "empty.avi").write_bytes(b"")
+    with pytest.raises(UserError, match=r"Cannot open .*empty\.avi as a video"):
+        read_frame(VideoFrame(tmp_path / "empty.avi", 0))
+    (tmp_path / "cut.avi").write_bytes(avi.read_bytes()[: avi.stat().st_size // 2])
+    with pytest.raises(UserError, match=r"cut\.avi is truncated: \d+ frames read, 61 promised"):
+        read_frame(VideoFrame(tmp_path / "cut.avi", 0))
+    remux(avi, tmp_path / "cut.mp4", "mp4v", lambda index: index)
+    (tmp_path / "cut.mp4").write_bytes((tmp_path / "cut.mp4").read_bytes()[:5000])
+    with pytest.raises(UserError, match=r"cut\.mp4"):
+        read_frame(VideoFrame(tmp_path / "cut.mp4", 0))
+
+
+@pytest.mark.parametrize("workers", [1, 2, None])
+def test_many_videos_at_once(tmp_path, workers):
+    paths = [write(tmp_path / f"{number}.avi", "MJPG", number + 1) for number in range(4)]
+    (tmp_path / "bad.avi").write_text("no video")
+    found, wrong = index_videos(
+        [*paths[:2], tmp_path / "bad.avi", *paths[2:], tmp_path / "gone.avi"], tmp_path / "cache", workers=workers
+    )
+    assert list(found) == paths and [len(found[path]) for path in paths] == [1, 2, 3, 4]
+    assert all(index.fps == 60 for index in found.values())
+    assert [path.name for path in wrong] == ["bad.avi", "gone.avi"]
+    assert "Cannot open" in wrong[tmp_path / "bad.avi"] and "No such file" in wrong[tmp_path / "gone.avi"]
+    assert len(list((tmp_path / "cache/videos").iterdir())) == 4, "no lock and no part is left"

@@ -1,0 +1,210 @@
+"""Cityscapes against a restatement, instance by instance and pixel by pixel, of its official evaluation."""
+
+import numpy as np
+import pytest
+from score_making import maps, save, scores, tree, unit_sums
+
+from dinoseg.errors import UserError
+from dinoseg.label_tables.read import label_table
+from dinoseg.metrics.protocols.cityscapes import ENDING, Cityscapes
+from dinoseg.metrics.protocols.contract import BadFile, Case
+
+SIZES = {24: 3462.4756337644, 25: 3930.4788056518, 26: 12794.0202738185, 27: 27855.1264367816}
+SIZES |= {28: 35732.1511111111, 31: 67583.7075812274, 32: 6298.7200839748, 33: 4672.3249222261}
+CATEGORIES = [range(7), range(7, 11), range(11, 17), range(17, 21), (21, 22), (23,), (24, 25), range(26, 34)]
+IGNORED = {*range(7), 9, 10, 14, 15, 16, 18, 29, 30}
+SCORED = [label for label in range(34) if label not in IGNORED]
+
+
+def path(number):
+    return f"{('ulm', 'bonn')[number % 2]}/{('ulm', 'bonn')[number % 2]}_00000{number}_000019{ENDING}"
+
+
+def instances_of(rng, reference):
+    """Number the things of a reference in blocks, some left as groups."""
+    numbers = np.kron(rng.integers(0, 4, (4, 6)), np.ones((10, 10), int))[: reference.shape[0], : reference.shape[1]]
+    things = np.isin(reference, [*SIZES, 29, 30]) & (numbers > 0)
+    return np.where(things, reference * 1000 + numbers - 1, reference)
+
+
+def official(triples):
+    """Return the four scores of (reference, prediction, instances) in loops over everything."""
+    matrix = np.zeros((34, 34), int)
+    hit, miss = dict.fromkeys(SIZES, 0.0), dict.fromkeys(SIZES, 0.0)
+    category_hit, category_miss = [0.0] * 8, [0.0] * 8
+    for reference, prediction, instances in triples:
+        for row, column in zip(reference.ravel().tolist(), prediction.ravel().tolist(), strict=True):
+            matrix[row, column] += 1
+        for number in set(instances[instances > 1000].tolist()):
+            label = number // 1000
+            if label in IGNORED:
+                continue
+            guesses = prediction[instances == number].tolist()
+            weight = SIZES[label] / len(guesses)
+            hit[label] += weight * guesses.count(label)
+            miss[label] += weight * (len(guesses) - guesses.count(label))
+            category = 6 if label < 26 else 7
+            near = sum(guess in CATEGORIES[category] for guess in guesses)
+            category_hit[category] += weight * near
+            category_miss[category] += weight * (len(guesses) - near)
+    ious, instance_ious, category_ious, instance_category_ious = [], [], [], []
+    for label in SCORED:
+        wrong = sum(matrix[row, label] for row in SCORED if row != label)
+        ious.append(over(matrix[label, label], matrix[label].sum() - matrix[label, label] + wrong))
+        if label in SIZES:
+            instance_ious.append(over(hit[label], miss[label] + wrong))
+    for index, labels in enumerate(CATEGORIES):
+        own = [label for label in labels if label in SCORED]
+        others = [label for label in SCORED if label not in labels]
+        inside = sum(matrix[row, column] for row in own for column in own)
+        wrong = sum(matrix[row, column] for row in others for column in own)
+        category_ious.append(over(inside, sum(matrix[row].sum() for row in own) - inside + wrong))
+        if index in (6, 7):
+            wrong = sum(matrix[row, column] for row in others for column in labels)
+            instance_category_ious.append(over(category_hit[index], category_miss[index] + wrong))
+    means = [ious, category_ious, instance_ious, instance_category_ious]
+    return dict(zip(Cityscapes.keys, map(mean, means), strict=True))
+
+
+def over(hits, mistakes):
+    return hits / (hits + mistakes) if hits + mistakes else np.nan
+
+
+def mean(values):
+    defined = [value for value in values if not np.isnan(value)]
+    return sum(defined) / len(defined) if defined else np.nan
+
+
+def written(root, triples):
+    """Write references, instances and predictions."""
+    folders = tree(root, [triple[:2] for triple in triples], path)
+    for number, triple in enumerate(triples):
+        name = path(number).replace("labelIds", "instanceIds")
+        save(root / "reference" / name, triple[2], np.uint16)
+    return folders
+
+
+@pytest.fixture
+def triples():
+    rng = np.random.default_rng(0)
+    return [(reference, guess, instances_of(rng, reference)) for reference, guess in maps(rng, range(34))]
+
+
+@pytest.mark.parametrize(
+    "ids", [range(34), [7, 8, 23], [*range(7), 21, 23, 26], [23, 24, 25, 29, 33], [26, 29, 30, 31, 11]]
+)
+def test_equals_the_official_evaluation_on_varied_maps(tmp_path, ids):
+    rng = np.random.default_rng(len(ids))
+    triples = [(reference, guess, instances_of(rng, reference)) for reference, guess in maps(rng, ids)]
+    expected = official(triples)
+    assert scores(Cityscapes(), *written(tmp_path, triples)) == pytest.approx(expected, abs=1e-9, nan_ok=True)
+
+
+def test_an_instance_weighs_as_much_as_its_class_and_a_group_nothing(tmp_path):
+    reference = np.full((10, 20), 26)
+    instances = np.full((10, 20), 26)  # a group
+    instances[:5, :10], instances[:1, 10:12] = 26000, 26001
+    guess = np.full((10, 20), 23)
+    guess[:5, :10] = 26
+    found = scores(Cityscapes(), *written(tmp_path, [(reference, guess, instances)]))
+    assert found["iIoU_classes"] == found["iIoU_categories"] == 0.5
+    assert found["IoU_classes"] == 50 / 200 / 2  # sky is only predicted, and counts as 0
+
+
+def test_rows_of_the_classes(tmp_path, triples):
+    protocol = Cityscapes()
+    total = sum(unit_sums(protocol, *written(tmp_path, triples)).values())
+    rows, means = protocol.per_class(total), protocol.scores(total)
+    assert [row["id"] for row in rows] == SCORED and rows[0]["name"] == "road" and rows[-1]["name"] == "bicycle"
+    assert np.nanmean([row["IoU"] for row in rows]) == pytest.approx(means["IoU_classes"])
+    assert np.nanmean([row["iIoU"] for row in rows]) == pytest.approx(means["iIoU_classes"])
+    assert [row["id"] for row in rows if not np.isnan(row["iIoU"])] == list(SIZES)
+
+
+def test_predictions_are_found_by_the_start_of_their_names(tmp_path, triples):
+    reference, prediction = written(tmp_path, triples)
+    expected = scores(Cityscapes(), reference, prediction)
+    for number in range(len(triples)):
+        old = prediction / path(number)
+        save(tmp_path / f"flat/a{number % 3}/{old.name.replace(ENDING, '')}_out-{number}.png", triples[number][1])
+    assert scores(Cityscapes(), reference, tmp_path / "flat") == expected
+
+
+def test_what_does_not_fit_is_told(tmp_path, triples):
+    reference, prediction = written(tmp_path, triples)
+    (prediction / path(2)).unlink()
+    (reference / path(3).replace("labelIds", "instanceIds")).unlink()
+    twice = save(prediction / "other" / path(5).split("/")[1], triples[5][1])
+    save(prediction / "koeln_000001_000019.png", [[7]])
+    found = Cityscapes().find(reference, prediction)
+    reasons = dict(found.problems)
+    assert len(found.cases) == 7 and len(reasons) == 3
+    assert "has no prediction" in reasons[prediction / path(2)]
+    assert "iIoU needs it. It comes with" in reasons[reference / path(3).replace("labelIds", "instanceIds")]
+    assert {"2 predictions of its image" in reasons.get(file, "") for file in (prediction / path(5), twice)} == {
+        True,
+        False,
+    }
+    assert len(found.notes) == 1 and "koeln_000001_000019" in found.notes[0]
+
+
+def test_train_ids_are_refused_with_the_remedy(tmp_path):
+    rng = np.random.default_rng(4)
+    reference = rng.integers(7, 34, (20, 30))
+    good = [(reference, rng.integers(7, 34, (20, 30)), reference)]
+    folders = written(tmp_path / "good", good)
+    assert len(Cityscapes().find(*folders).cases) == 1
+    for name, guess in (("all", rng.integers(0, 19, (20, 30))), ("void", rng.choice([*range(19), 255], (20, 30)))):
+        folders = written(tmp_path / name, [(reference, guess, reference)])
+        with pytest.raises(UserError, match=r"holds train ids \(0..18\).*takes label ids"):
+            Cityscapes().find(*folders)
+
+
+def test_bad_files_are_named(tmp_path):
+    reference = np.full((4, 5), 26)
+    files = {
+        "reference_gtFine_labelIds": reference,
+        "reference_gtFine_instanceIds": reference * 1000 + 1,
+        "wide": np.full((4, 6), 26),
+        "void": np.full((4, 5), 255),
+        "high_gtFine_labelIds": np.full((4, 5), 34),
+        "odd_gtFine_labelIds": reference,
+        "odd_gtFine_instanceIds": np.full((4, 5), 7001),
+        "small_gtFine_labelIds": reference,
+        "small_gtFine_instanceIds": np.full((3, 5), 26001),
+        "lone_gtFine_labelIds": reference,
+    }
+    paths = {name: save(tmp_path / f"{name}.png", ids, np.uint16) for name, ids in files.items()}
+    good = paths["reference_gtFine_labelIds"]
+    for label, guess, at, message in (
+        (good, paths["wide"], paths["wide"], r"is 6 x 4 \(width x height\), its reference 5 x 4"),
+        (good, paths["void"], paths["void"], r"holds the ids 255 in 20 pixels. Label ids are 0..33; map train ids"),
+        (paths["high_gtFine_labelIds"], good, paths["high_gtFine_labelIds"], "holds the ids 34 in 20"),
+        (paths["odd_gtFine_labelIds"], good, paths["odd_gtFine_instanceIds"], "holds the ids 7001 .* 1000"),
+        (paths["small_gtFine_labelIds"], good, paths["small_gtFine_instanceIds"], "is not of the size of"),
+        (paths["lone_gtFine_labelIds"], good, tmp_path / "lone_gtFine_instanceIds.png", "No such file"),
+    ):
+        with pytest.raises(BadFile, match=message) as error:
+            Cityscapes().measure(Case("a", "a", ((label, guess),)))
+        assert error.value.path == at
+
+
+def test_the_label_table_is_complete():
+    rows = label_table("cityscapes")
+    assert [int(row["id"]) for row in rows] == [*range(34), -1] and rows[-1]["name"] == "license plate"
+    assert [int(row["train_id"]) for row in rows if row["train_id"] not in ("255", "-1")] == list(range(19))
+    assert {int(row["id"]) for row in rows if row["ignored"] == "1"} == IGNORED | {-1}
+    assert {int(row["id"]) for row in rows if row["instances"] == "1"} == {*SIZES, 29, 30}
+    for index, labels in enumerate(CATEGORIES):
+        assert {int(row["category_id"]) for row in rows if int(row["id"]) in labels} == {index}
+    assert len({row["name"] for row in rows}) == 35 and len({row["category"] for row in rows}) == 8
+    assert all(len(row["color"].split()) == 3 for row in rows)
+
+
+def test_a_data_set_of_it_can_be_scored(tmp_path):
+    protocol = Cityscapes()
+    assert protocol.target("ulm/ulm_0_1") == "ulm/ulm_0_1_gtFine_labelIds.png"
+    case = protocol.case("ulm/ulm_0_1", tmp_path / "ulm_0_1_gtFine_labelTrainIds.png", tmp_path / "p.png")
+    assert case.files[0][0] == tmp_path / "ulm_0_1_gtFine_labelIds.png" and case.unit == "ulm/ulm_0_1"
+    labels = protocol.file_ids(np.arange(19, dtype=np.uint8).reshape(1, 19))
+    assert labels.dtype == np.uint8 and labels[0].tolist() == SCORED

@@ -1,0 +1,338 @@
+import math
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from scipy import ndimage
+
+import dinoseg
+from dinoseg.errors import UserError
+from dinoseg.metrics.protocols.contract import BadFile
+from dinoseg.metrics.protocols.sar_rarp50 import CLASSES, SarRarp50
+from dinoseg.metrics.protocols.sar_rarp50_seed import SarRarp50Seed
+
+PROTOCOLS = [SarRarp50, SarRarp50Seed]
+CFG = Path(dinoseg.__file__).parent / "cfg"
+
+
+def save(path, ids, dtype=np.uint8):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(ids, dtype=dtype)).save(path)
+    return path
+
+
+def patches(seed, shape=(40, 56), labels=(0, 1, 2, 3, 5, 9)):
+    """Return ids in patches; the background is larger than the others."""
+    rng = np.random.default_rng(seed)
+    field = ndimage.gaussian_filter(rng.normal(size=(len(labels), *shape)), (0, 3, 3))
+    field[0] += 0.05
+    return np.array(labels, np.uint8)[field.argmax(axis=0)]
+
+
+SHAPE = (40, 56)
+EMPTY = np.zeros(SHAPE, np.uint8)
+DOT = EMPTY.copy()
+DOT[0, 0] = 4
+VIDEOS = {  # video to frames of reference and prediction; None: there is no file
+    "video_41": [
+        (patches(0), patches(0)),
+        (patches(1), patches(2)),
+        (patches(3), np.roll(patches(3), 12, axis=1)),
+        (patches(4), None),
+        (EMPTY, EMPTY),
+    ],
+    "video_42": [(EMPTY, DOT), (DOT, EMPTY), (DOT, np.full(SHAPE, 4)), (np.full(SHAPE, 7), np.full(SHAPE, 7))],
+    "video_43_1": [(patches(5, (33, 21)), patches(6, (33, 21), (0, 4, 6, 7, 8)))],
+    "video_44": [(EMPTY, None), (patches(7), patches(8))],
+}
+
+
+@pytest.fixture
+def folders(tmp_path):
+    for video, frames in VIDEOS.items():
+        (tmp_path / "predicted" / video / "segmentation").mkdir(parents=True)
+        for index, masks in enumerate(frames):
+            for root, ids in zip(("real", "predicted"), masks, strict=True):
+                if ids is not None:
+                    save(tmp_path / root / video / "segmentation" / f"{index * 60:09d}.png", ids)
+    return tmp_path / "real", tmp_path / "predicted"
+
+
+def summed(protocol, reference, prediction):
+    """Return the sums of each video as the runner gets them."""
+    units = {}
+    for case in protocol.find(reference, prediction).cases:
+        units.setdefault(case.unit, []).append(protocol.measure(case))
+    return {name: protocol.join(measured) for name, measured in units.items()}, units
+
+
+def plain_iou(reference, prediction, label):
+    ours, theirs = reference == label, prediction == label
+    return (ours & theirs).sum() / (ours | theirs).sum() if (ours | theirs).any() else None
+
+
+def plain_nsd(reference, prediction, label, tolerance):
+    outlines = [mask & ~ndimage.binary_erosion(mask) for mask in (reference == label, prediction == label)]
+    if not outlines[0].any() or not outlines[1].any():
+        return float(outlines[0].any() == outlines[1].any())
+    far = [ndimage.distance_transform_edt(~each) for each in outlines]
+    near = (far[1][outlines[0]] <= tolerance).sum() + (far[0][outlines[1]] <= tolerance).sum()
+    return near / (outlines[0].sum() + outlines[1].sum())
+
+
+def official(tolerance=10.0):
+    """The definition frame by frame in float64: (videos, 9) of IoU and of NSD."""
+    means = []
+    for frames in VIDEOS.values():
+        rows = []
+        for reference, prediction in frames:
+            if prediction is None:
+                rows.append(np.zeros((2, 9)))
+                continue
+            ious = [plain_iou(reference, prediction, label) for label in range(1, 10)]
+            nsds = [plain_nsd(reference, prediction, label, tolerance) for label in range(1, 10)]
+            rows.append([[1.0 if value is None else value for value in ious], nsds])
+        means.append(np.mean(np.array(rows, np.float64), axis=0))
+    return np.array(means)
+
+
+@pytest.mark.parametrize("tolerance", [10.0, 2.0, 0.0])
+def test_scores_equal_the_definition(folders, tolerance):
+    protocol = SarRarp50(tolerance)
+    videos, _ = summed(protocol, *folders)
+    expected = official(tolerance)  # (videos, 2, 9)
+    assert list(videos) == sorted(VIDEOS)
+
+    scores = protocol.scores(sum(videos.values()))
+    miou, mnsd = expected.mean(axis=(0, 2))
+    assert list(scores) == list(protocol.keys)
+    assert scores["mIoU"] == pytest.approx(miou, abs=1e-12)
+    assert scores["mNSD"] == pytest.approx(mnsd, abs=1e-12)
+    assert scores["score"] == pytest.approx(math.sqrt(miou * mnsd), abs=1e-12)
+    products = np.sqrt(expected[:, 0].mean(axis=1) * expected[:, 1].mean(axis=1))
+    assert abs(scores["score"] - products.mean()) > 1e-6  # only the finals are combined
+
+    each = protocol.scores(np.stack(list(videos.values())))  # vectorised over videos
+    np.testing.assert_allclose(each["mIoU"], expected[:, 0].mean(axis=1), atol=1e-12)
+    np.testing.assert_allclose(each["mNSD"], expected[:, 1].mean(axis=1), atol=1e-12)
+
+    rows = protocol.per_class(sum(videos.values()))
+    assert [row["id"] for row in rows] == list(range(1, 10))
+    assert [row["name"] for row in rows] == list(CLASSES)
+    np.testing.assert_allclose([row["iou"] for row in rows], expected[:, 0].mean(axis=0), atol=1e-12)
+    np.testing.assert_allclose([row["nsd"] for row in rows], expected[:, 1].mean(axis=0), atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the reference's own
+def test_scores_equal_monai(folders):
+    metrics, torch = pytest.importorskip("monai.metrics"), pytest.importorskip("torch")
+    protocol = SarRarp50()
+    for case in protocol.find(*folders).cases:
+        video, stem = case.name.split("/")
+        reference, prediction = VIDEOS[video][int(stem) // 60]
+        if prediction is None:
+            assert not protocol.measure(case).sums[1:].any()
+            continue
+        ids = [torch.from_numpy(np.asarray(each, np.int64)) for each in (prediction, reference)]
+        maps = [torch.nn.functional.one_hot(each, 10).permute(2, 0, 1)[None] for each in ids]
+        iou = metrics.compute_iou(*maps, include_background=False, ignore_empty=False)[0].numpy()
+        nsd = metrics.compute_surface_dice(*maps, [10.0] * 9, include_background=False)[0].numpy().copy()
+        held = np.array([[(each == label).any() for label in range(1, 10)] for each in (prediction, reference)])
+        nsd[~held.any(axis=0)] = 1
+        nsd[held[0] != held[1]] = 0
+        np.testing.assert_allclose(protocol.measure(case).sums, [1, *iou, *nsd], atol=1e-7)
+
+
+def test_the_mean_over_images_equals_its_definition(folders):
+    protocol = SarRarp50Seed()
+    videos, _ = summed(protocol, *folders)
+    images, classes = [], {label: [] for label in range(1, 10)}
+    for reference, prediction in (frame for frames in VIDEOS.values() for frame in frames):
+        values = []
+        for label in range(1, 10):
+            ours, theirs = reference == label, (EMPTY if prediction is None else prediction) == label
+            ours, theirs = np.broadcast_arrays(ours, theirs) if prediction is None else (ours, theirs)
+            union = (ours | theirs).sum()
+            values.append((ours & theirs).sum() / (union + 1e-6) if union else np.nan)
+            classes[label] += [] if math.isnan(values[-1]) else [values[-1]]
+        images += [] if np.isnan(values).all() else [np.nanmean(values)]
+    assert len(images) == sum(map(len, VIDEOS.values())) - 2  # the two that hold background only
+
+    scores = protocol.scores(sum(videos.values()))
+    assert list(scores) == list(protocol.keys) == ["mIoU_seed_per_image"]
+    assert scores["mIoU_seed_per_image"] == pytest.approx(np.mean(images), abs=1e-12)
+    rows = protocol.per_class(sum(videos.values()))
+    assert [row["images"] for row in rows] == [len(values) for values in classes.values()]
+    for row in rows:
+        assert row["name"] == CLASSES[row["id"] - 1]
+        assert row["iou"] == pytest.approx(np.mean(classes[row["id"]]), abs=1e-12)
+    challenge, _ = summed(SarRarp50(), *folders)
+    assert SarRarp50().scores(sum(challenge.values()))["mIoU"] > scores["mIoU_seed_per_image"] + 0.2
+
+
+def test_nothing_but_background_has_no_mean_over_images(tmp_path):
+    for root in ("real", "predicted"):
+        save(tmp_path / root / "video_41/segmentation/000000000.png", EMPTY)
+    protocol = SarRarp50Seed()
+    videos, _ = summed(protocol, tmp_path / "real", tmp_path / "predicted")
+    assert np.isnan(protocol.scores(videos["video_41"])["mIoU_seed_per_image"])
+    assert np.isnan([row["iou"] for row in protocol.per_class(videos["video_41"])]).all()
+    official_videos, _ = summed(SarRarp50(), tmp_path / "real", tmp_path / "predicted")
+    assert SarRarp50().scores(official_videos["video_41"])["score"] == 1
+
+
+@pytest.mark.parametrize("protocol", [make() for make in PROTOCOLS], ids=lambda protocol: protocol.name)
+def test_missing_files_are_counted_and_noted(folders, protocol):
+    reference, prediction = folders
+    save(prediction / "video_42/segmentation/000000999.png", EMPTY)
+    (prediction / "video_42/segmentation/notes.txt").write_text("x")
+    save(prediction / "video_99/segmentation/000000000.png", EMPTY)
+    save(prediction / "._video_41.png", EMPTY)
+    found = protocol.find(reference, prediction)
+    assert not found.problems and len(found.cases) == sum(map(len, VIDEOS.values()))
+    refused = "reference frames, which the official script refuses"
+    missing = "missing predictions (what they score is in the rules)"
+    extra = "files without reference, which are not scored, 2: 000000999.png, notes.txt"
+    assert [note.removeprefix(str(prediction)) for note in found.notes] == [
+        f"/video_41/segmentation: 4 files for 5 {refused}; {missing}, 1: 000000180.png",
+        f"/video_42/segmentation: 6 files for 4 {refused}; {extra}",
+        f"/video_44/segmentation: 1 files for 2 {refused}; {missing}, 1: 000000000.png",
+        ": folders without reference are not scored: video_99",
+    ]
+    _, units = summed(protocol, reference, prediction)
+    rows = {name: [one.details for one in measured] for name, measured in units.items()}
+    assert [sum(row["missing"] for row in rows[name]) for name in sorted(VIDEOS)] == [1, 0, 0, 1]
+    assert [sum(row["frames"] for row in rows[name]) for name in sorted(VIDEOS)] == [5, 4, 1, 2]
+
+
+def test_an_empty_folder_scores_zero(tmp_path):
+    save(tmp_path / "real/video_41/segmentation/000000000.png", EMPTY)
+    (tmp_path / "predicted/video_41/segmentation").mkdir(parents=True)
+    videos, _ = summed(SarRarp50(), tmp_path / "real", tmp_path / "predicted")
+    assert SarRarp50().scores(videos["video_41"]) == {"mIoU": 0, "mNSD": 0, "score": 0}
+
+
+def test_missing_video_folders_are_problems(folders):
+    reference, prediction = folders
+    (prediction / "video_43_1").rename(prediction / "video_43")
+    (prediction / "video_44" / "segmentation").rename(prediction / "video_44" / "masks")
+    (reference / "video_50" / "rgb").mkdir(parents=True)
+    found = SarRarp50().find(reference, prediction)
+    assert [path.relative_to(folders[0].parent).as_posix() for path, _ in found.problems] == [
+        "predicted/video_43_1/segmentation",
+        "predicted/video_44/segmentation",
+        "real/video_50",
+    ]
+    assert "for 1 reference frames: put the predictions there" in found.problems[0][1]
+    assert "holds no segmentation/<stem>.png" in found.problems[2][1]
+    assert {case.unit for case in found.cases} == {"video_41", "video_42"}
+
+
+def test_folders_that_hold_nothing_of_the_kind(folders, tmp_path):
+    reference, prediction = folders
+    with pytest.raises(UserError, match="prediction=.*nowhere is no folder"):
+        SarRarp50().find(reference, tmp_path / "nowhere")
+    with pytest.raises(UserError, match="reference=.*nowhere is no folder"):
+        SarRarp50().find(tmp_path / "nowhere", prediction)
+    (tmp_path / "dataset").mkdir()
+    with pytest.raises(UserError, match=r"no <video>/segmentation/<stem>\.png"):
+        SarRarp50().find(tmp_path / "dataset", prediction)
+    reference.rename(tmp_path / "dataset" / "test")
+    with pytest.raises(UserError, match=r"such as test/ of the data set; it holds test\."):
+        SarRarp50().find(tmp_path / "dataset", prediction)
+
+
+SPOILT = {
+    "other size": (lambda path: save(path, np.zeros((20, 28))), r"is 28 x 20 pixels, its reference 56 x 40"),
+    "turned": (lambda path: save(path, np.zeros((56, 40))), r"is 40 x 56 pixels"),
+    "id 10": (lambda path: save(path, np.full(SHAPE, 10)), r"ids that are no class, 10: the ids are 0 to 9"),
+    "void": (lambda path: save(path, np.full(SHAPE, 255)), r"no class, 255"),
+    "many ids": (lambda path: save(path, np.arange(40 * 56).reshape(SHAPE) % 256), r"10, 11, 12, 13, 14 and 241 more"),
+    "16 bit": (lambda path: save(path, np.full(SHAPE, 300), np.uint16), r"no class, 300"),
+    "colours": (lambda path: save(path, np.full((*SHAPE, 3), (0, 255, 255))), r"holds colours, not class ids"),
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:60]), r"truncated or no picture"),
+    "empty file": (lambda path: path.write_bytes(b""), r"truncated or no picture"),
+    "text": (lambda path: path.write_text("0 0 0"), r"truncated or no picture"),
+}
+
+
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("fault", SPOILT)
+def test_bad_files_are_named(folders, fault, side):
+    spoil, message = SPOILT[fault]
+    path = folders[side] / "video_41/segmentation/000000120.png"
+    spoil(path)
+    for protocol in (SarRarp50(), SarRarp50Seed()):
+        found = protocol.find(*folders)
+        bad = {}
+        for case in found.cases:
+            try:
+                protocol.measure(case)
+            except BadFile as error:
+                bad[case.name] = error
+        assert list(bad) == ["video_41/000000120"] and not found.problems
+        error = bad["video_41/000000120"]
+        if fault in ("other size", "turned"):  # the prediction is named, whichever was changed
+            assert error.path == folders[1] / "video_41/segmentation/000000120.png"
+            assert "resize it by nearest neighbour" in error.reason and (side == 0 or message in error.reason)
+        else:
+            assert error.path == path
+            assert message.replace("\\", "") in error.reason
+
+
+def test_the_reference_of_a_missing_prediction_is_read_too(folders):
+    path = folders[0] / "video_41/segmentation/000000180.png"
+    path.write_bytes(b"")
+    case = next(case for case in SarRarp50().find(*folders).cases if case.name == "video_41/000000180")
+    with pytest.raises(BadFile, match="000000180"):
+        SarRarp50().measure(case)
+
+
+def test_grey_palette_and_equal_channels_hold_the_same_ids(folders):
+    path = folders[1] / "video_41/segmentation/000000060.png"
+    ids = VIDEOS["video_41"][1][1]
+    case = next(case for case in SarRarp50().find(*folders).cases if case.name == "video_41/000000060")
+    expected = SarRarp50().measure(case).sums
+    palette = Image.fromarray(ids, "L").convert("P")
+    palette.putdata(ids.ravel().tolist())
+    palette.putpalette([value for label in range(256) for value in (label * 5 % 256, 30, 7)])
+    for picture in (palette, Image.fromarray(np.stack([ids] * 3, axis=-1)), Image.fromarray(ids.astype(np.uint16))):
+        picture.save(path)
+        np.testing.assert_array_equal(SarRarp50().measure(case).sums, expected)
+
+
+@pytest.mark.parametrize("make", PROTOCOLS)
+def test_a_data_set_s_frame_gives_the_same_case(folders, make):
+    protocol = pickle.loads(pickle.dumps(make()))
+    assert protocol.target("video_41/000000060") == "video_41/segmentation/000000060.png"
+    assert protocol.target("test/video_41/000000060") == "test/video_41/segmentation/000000060.png"
+    for name in ("000000060", "/000000060", "video_41/"):
+        with pytest.raises(UserError, match="names no frame of SAR-RARP50"):
+            protocol.target(name)
+    for case in protocol.find(*folders).cases:
+        path = protocol.target(case.name)
+        assert protocol.case(case.name, folders[0] / path, folders[1] / path) == case
+    held = protocol.file_ids(DOT.astype(np.int64))
+    assert held.dtype == np.uint8 and (held == DOT).all()
+
+
+@pytest.mark.parametrize("make", PROTOCOLS)
+def test_rules_and_configs(make):
+    protocol = make()
+    assert {"absent_class", "resolution", "ignore", "aggregation", "version", "differs"} <= protocol.rules.keys()
+    node = yaml.safe_load((CFG / "protocol" / f"{protocol.name}.yaml").read_text())
+    assert node.pop("_target_") == f"{make.__module__}.{make.__name__}"
+    assert make(**node).rules == protocol.rules
+    classes = yaml.safe_load((CFG / "data/sarrarp.yaml").read_text())["classes"]
+    assert tuple(classes[1:]) == CLASSES
+
+
+def test_another_tolerance_is_said_to_be_unofficial():
+    assert "not official" not in SarRarp50().rules["tolerance"]
+    assert SarRarp50(3).rules["tolerance"] == "3 pixels, Euclidean, inclusive (not official, which is 10)"
+    for tolerance in (-1, math.nan, math.inf, True):
+        with pytest.raises(UserError, match=r"protocol\.tolerance=.*0 or more"):
+            SarRarp50(tolerance)

@@ -1,0 +1,180 @@
+import math
+
+import numpy as np
+import pytest
+from scipy import ndimage, spatial
+
+from dinoseg.metrics.surface import (
+    boundary,
+    boundary_iou,
+    boundary_ious,
+    surface_counts,
+    surface_dice,
+    surface_dices,
+)
+
+
+def pixel(shape, *places):
+    mask = np.zeros(shape, bool)
+    for place in places:
+        mask[place] = True
+    return mask
+
+
+def blobs(seed, shape=(37, 53), threshold=0.1):
+    """Return ragged patches of several pixels, some at the image's border."""
+    return ndimage.gaussian_filter(np.random.default_rng(seed).normal(size=shape), 2) > threshold
+
+
+def id_map(seed, shape, labels=4):
+    rng = np.random.default_rng(seed)
+    return ndimage.gaussian_filter(rng.normal(size=(labels, *shape)), (0, 2, 2)).argmax(axis=0).astype(np.uint8)
+
+
+FULL = np.ones((9, 14), bool)
+EMPTY = np.zeros((9, 14), bool)
+MASKS = {
+    "empty": (EMPTY, EMPTY),
+    "empty reference": (EMPTY, pixel((9, 14), (4, 4))),
+    "empty prediction": (FULL, EMPTY),
+    "full": (FULL, FULL),
+    "full against one pixel": (FULL, pixel((9, 14), (4, 6))),
+    "pixels 10 apart in a row": (pixel((3, 30), (1, 5)), pixel((3, 30), (1, 15))),
+    "pixels 6 and 8 apart": (pixel((20, 20), (2, 3)), pixel((20, 20), (10, 9))),
+    "pixels just out of reach": (pixel((20, 20), (2, 3)), pixel((20, 20), (12, 4))),
+    "corners": (pixel((40, 60), (0, 0)), pixel((40, 60), (39, 59))),
+    "ring and disk": (blobs(3, threshold=0.0), ndimage.binary_fill_holes(blobs(3, threshold=0.0))),
+    "blobs": (blobs(0), blobs(1)),
+    "thin": (blobs(5, threshold=0.45), blobs(6, threshold=0.45)),
+    "noise": (np.random.default_rng(0).random((25, 31)) < 0.5, np.random.default_rng(1).random((25, 31)) < 0.05),
+    "one row": (np.array([[True, False, True, True]]), np.array([[False, False, False, True]])),
+    "one column": (np.array([[True], [False]]), np.array([[False], [True]])),
+    "one pixel": (np.array([[True]]), np.array([[True]])),
+    "far apart": (pixel((1, 400), (0, 0)), pixel((1, 400), (0, 399))),
+}
+
+
+def all_pairs_dice(reference, prediction, tolerance):
+    """Every distance between two boundary pixels, in float64; boundaries by scipy's erosion."""
+    ours, theirs = (np.argwhere(mask & ~ndimage.binary_erosion(mask)) for mask in (reference, prediction))
+    if not len(ours) or not len(theirs):
+        return float(len(ours) == len(theirs))
+    squares = spatial.distance.cdist(ours, theirs, "sqeuclidean")
+    near = (squares.min(axis=0) <= tolerance**2).sum() + (squares.min(axis=1) <= tolerance**2).sum()
+    return near / (len(ours) + len(theirs))
+
+
+@pytest.mark.parametrize("case", MASKS)
+def test_boundary_is_the_mask_less_its_erosion(case):
+    for mask in MASKS[case]:
+        np.testing.assert_array_equal(boundary(mask), mask & ~ndimage.binary_erosion(mask))
+        np.testing.assert_array_equal(boundary(mask.astype(np.uint8)), boundary(mask))
+
+
+@pytest.mark.parametrize("tolerance", [0, 0.5, 1, 1.5, 2, math.sqrt(2), 5, 9.999999999, 10.0, 10.0000001, 398, 1e9])
+@pytest.mark.parametrize("case", MASKS)
+def test_surface_dice_equals_all_pairs_of_boundary_pixels(case, tolerance):
+    reference, prediction = MASKS[case]
+    value = surface_dice(reference, prediction, tolerance)
+    assert value == all_pairs_dice(reference, prediction, tolerance)
+    assert value == surface_dice(prediction, reference, tolerance)
+
+
+def test_the_tolerance_is_inclusive_and_exact():
+    for place in ((0, 10), (6, 8), (10, 0)):
+        first, second = pixel((12, 12), (0, 0)), pixel((12, 12), place)
+        assert surface_dice(first, second, 10.0) == 1
+        assert surface_dice(first, second, np.nextafter(10.0, 0)) == 0
+    assert surface_dice(pixel((12, 12), (0, 0)), pixel((12, 12), (1, 10)), 10.0) == 0  # sqrt(101)
+
+
+@pytest.mark.parametrize("shape", [(24, 33), (41, 18), (1, 30), (5, 5)])
+def test_every_class_of_a_map_equals_its_own_mask(shape):
+    reference, prediction = id_map(0, shape), id_map(1, shape)
+    prediction[prediction == 2] = 7  # one only in the reference, one only in the prediction, 5 in neither
+    classes = [0, 1, 2, 3, 5, 7]
+    together = surface_dices(reference, prediction, classes, 2.5)
+    alone = [all_pairs_dice(reference == label, prediction == label, 2.5) for label in classes]
+    np.testing.assert_array_equal(together, alone)
+    assert together[4] == 1 and together[5] == 0
+
+
+@pytest.mark.filterwarnings("ignore")  # of the reference's own
+@pytest.mark.parametrize("tolerance", [1.0, 3.0, 10.0])
+def test_surface_dices_equal_monai(tolerance):
+    metrics, torch = pytest.importorskip("monai.metrics"), pytest.importorskip("torch")
+    for seed in range(3):
+        maps = [id_map(seed, (64, 71), 6), id_map(seed + 10, (64, 71), 6)]
+        one_hot = [torch.nn.functional.one_hot(torch.from_numpy(ids).long(), 6).permute(2, 0, 1)[None] for ids in maps]
+        theirs = metrics.compute_surface_dice(one_hot[1], one_hot[0], [tolerance] * 6, include_background=True)
+        ours = surface_dices(*maps, range(6), tolerance)
+        np.testing.assert_allclose(ours, theirs[0].numpy(), atol=1e-6, rtol=0)
+
+
+def test_counts_pool_over_images():
+    pairs = [(id_map(seed, (20, 30), 3), id_map(seed + 5, (20, 30), 3)) for seed in range(3)]
+    counts = [surface_counts(*pair, [0, 1, 2, 9], 1.0) for pair in pairs]
+    assert all(each.dtype == np.int64 and each.shape == (4, 2) for each in counts)
+    for (reference, prediction), each in zip(pairs, counts, strict=True):
+        for label in range(3):
+            outlines = boundary(reference == label).sum() + boundary(prediction == label).sum()
+            assert each[label, 1] == outlines
+            assert each[label, 0] / outlines == all_pairs_dice(reference == label, prediction == label, 1.0)
+    assert sum(counts)[3].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.int32, np.int64])
+def test_any_integer_type_counts_the_same(dtype):
+    reference, prediction = id_map(2, (22, 27)), id_map(3, (22, 27))
+    ours = [ids.astype(dtype) for ids in (reference, prediction)]
+    assert (surface_counts(*ours, range(4), 2) == surface_counts(reference, prediction, range(4), 2)).all()
+    assert (boundary_ious(*ours, range(4)) == boundary_ious(reference, prediction, range(4))).all()
+
+
+def test_maps_that_are_slices_are_read_as_they_are():
+    whole = np.stack((id_map(4, (30, 34)), id_map(5, (30, 34))), axis=-1)
+    slices, copies = (whole[::2, 3:, 0], whole[::2, 3:, 1]), (whole[::2, 3:, 0].copy(), whole[::2, 3:, 1].copy())
+    assert (surface_dices(*slices, range(4), 1) == surface_dices(*copies, range(4), 1)).all()
+    assert (boundary_ious(*slices, range(4)) == boundary_ious(*copies, range(4))).all()
+
+
+def banded(mask, ratio):
+    """The mask less d erosions by a 3 x 3 square, outside of the image empty."""
+    depth = max(1, round(ratio * math.sqrt(mask.shape[0] ** 2 + mask.shape[1] ** 2)))
+    return mask & ~ndimage.binary_erosion(mask, np.ones((3, 3)), iterations=depth, border_value=0)
+
+
+@pytest.mark.parametrize("ratio", [0.001, 0.02, 0.06, 0.3])
+@pytest.mark.parametrize("case", MASKS)
+def test_boundary_iou_equals_repeated_erosion(case, ratio):
+    reference, prediction = (banded(mask, ratio) for mask in MASKS[case])
+    both, either = boundary_iou(*MASKS[case], ratio)
+    assert (both, either) == ((reference & prediction).sum(), (reference | prediction).sum())
+    assert type(both) is type(either) is int
+
+
+@pytest.mark.parametrize("shape", [(60, 80), (121, 50), (7, 300)])
+def test_boundary_ious_of_a_map_equal_those_of_its_masks(shape):
+    reference, prediction = id_map(6, shape), id_map(7, shape)
+    prediction[prediction == 3] = 8
+    together = boundary_ious(reference, prediction, [0, 1, 2, 3, 8, 9])
+    alone = [boundary_iou(reference == label, prediction == label) for label in (0, 1, 2, 3, 8, 9)]
+    assert together.dtype == np.int64 and together.tolist() == [list(pair) for pair in alone]
+    assert together[5].tolist() == [0, 0] and together[4, 0] == 0 < together[4, 1]
+
+
+@pytest.mark.parametrize("tolerance", [-1.0, math.nan, math.inf])
+def test_a_tolerance_that_is_no_distance(tolerance):
+    with pytest.raises(ValueError, match="0 or more"):
+        surface_dice(FULL, FULL, tolerance)
+
+
+def test_masks_of_two_sizes_are_never_compared():
+    for compare in (lambda a, b: surface_dice(a, b, 1), boundary_iou):
+        with pytest.raises(ValueError, match=r"\(9, 14\).*\(14, 9\)"):
+            compare(FULL, FULL.T)
+
+
+def test_no_classes_give_no_rows():
+    ids = id_map(0, (5, 5))
+    assert surface_dices(ids, ids, [], 1).shape == (0,) and boundary_ious(ids, ids, []).shape == (0, 2)
