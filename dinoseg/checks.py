@@ -20,7 +20,10 @@ ROOMS = {  # what each group of a config from a file may name: parts of a model,
     "optim": ("dinoseg.training.optim", "torch.optim"),
     "trainer": ("dinoseg.training.fit",),
 }
-_ACTING = ("prepare_sarrarp", "prepare_idd", "synthetic", "archives", "video_frames", "loader")
+_ACTING = (
+    *("archives", "doctor", "loader", "packed", "packed_draft", "prepare_idd", "prepare_sarrarp"),
+    *("scan", "scan_cache", "synthetic", "video_frames", "video_index"),
+)
 ACTING = tuple(f"dinoseg.data.{name}" for name in _ACTING)  # of the data room, but they write files or start processes
 LIST = (list, tuple)
 PLAIN: dict[Any, Any] = {  # what an annotated parameter takes from a config

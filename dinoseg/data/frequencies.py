@@ -23,6 +23,7 @@ def class_counts(dataset: SegmentationData, cache_dir: str | Path) -> np.ndarray
     Raises:
         UserError: a mask is unreadable or holds what is no class.
     """
+    dataset = getattr(dataset, "source", dataset)  # of a packed one, whose masks may be reduced
     num_classes = len(dataset.classes)
     fingerprint = getattr(dataset, "fingerprint", None)
     if fingerprint is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
@@ -75,21 +75,24 @@ def unreadable(records: Iterable[Record]) -> dict[str, str]:
     return {record.name: "; ".join(record.problems.values()) for record in records if record.problems}
 
 
-def refuse_unreadable(records: Sequence[Record], limit: int = 20) -> None:
+def refuse_unreadable(records: Sequence[Record]) -> None:
     """Raise one error for all pairs that would stop a run.
 
     Raises:
         UserError: with their number, and the first names and reasons.
     """
-    bad = unreadable(records)
-    if not bad:
-        return
+    if bad := unreadable(records):
+        raise UserError(
+            f"{len(bad)} of {count_of(records, 'pair')} cannot be used:{reasons(bad)}\n"
+            "Correct or remove these files, or leave the pairs out: data.on_error=skip."
+        )
+
+
+def reasons(bad: Mapping[str, str], limit: int = 20) -> str:
+    """Return a line for each of the first names with its reason, then further names."""
     lines = "".join(f"\n- {name}: {reason}" for name, reason in islice(bad.items(), limit))
-    more = f"\nand {len(bad) - limit} more: {listed(list(bad)[limit:], limit)}" if len(bad) > limit else ""
-    raise UserError(
-        f"{len(bad)} of {count_of(records, 'pair')} cannot be used:{lines}{more}\n"
-        "Correct or remove these files, or leave the pairs out: data.on_error=skip."
-    )
+    rest = list(bad)[limit:]
+    return lines + (f"\nand {len(rest)} more: {listed(rest, 5 * limit)}" if rest else "")
 
 
 def _measured(jobs: Sequence[Job], reader: MaskReader, images: bool, workers: int) -> Iterator[Record]:

@@ -1,6 +1,7 @@
 """mode=eval: score a trained model on a split, with tables and pictures."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ def run(
         board = Path(cfg.resume or ".").parent.parent / "tensorboard"
         print(f"TensorBoard:  tensorboard --logdir {board}" if board.is_dir() else "TensorBoard:  none beside it")
         print(f"checkpoint:   {cfg.resume or source}")
+        list_skipped({split: data}, out_dir)
     trained.engine.close()
     return {**scores, "run": str(out_dir)}
 
@@ -89,6 +91,16 @@ def score(
         if protocol is not None:
             scores = {**scores, "official": _official_scores(protocol, data, out_dir)}
     return scores
+
+
+def list_skipped(datasets: Mapping[str, Any], out_dir: Path) -> None:
+    """Print which files data.on_error=skip left out, and write all with their reasons to skipped.json."""
+    left_out = {split: dict(getattr(data, "skipped", {})) for split, data in datasets.items()}
+    bad = [f"{split}: {name}: {reason}" for split, reasons in left_out.items() for name, reason in reasons.items()]
+    if bad:
+        write_json(out_dir / "skipped.json", left_out)
+        shown = "".join(f"\n  {line}" for line in bad[:20])
+        print(f"left out:     {len(bad)} images, all in {out_dir}/skipped.json{shown}")
 
 
 def _official_scores(protocol: DatasetProtocol, data: Any, out_dir: Path) -> dict[str, Any]:

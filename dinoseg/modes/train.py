@@ -10,15 +10,15 @@ from omegaconf import DictConfig
 from torch import nn
 
 from dinoseg import build
+from dinoseg.data.doctor.short import check as examine
 from dinoseg.data.splits import split_table
 from dinoseg.errors import UserError
-from dinoseg.modes.evaluate import score
+from dinoseg.modes.evaluate import list_skipped, score
 from dinoseg.nodes import instantiate
 from dinoseg.report.curves import draw_curves
 from dinoseg.report.log import RunLog, read_rows
 from dinoseg.report.table import write_json
 from dinoseg.resume import check_classes, description
-from dinoseg.shapes import SegmentationData
 from dinoseg.training import checkpoint
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,8 @@ def train(cfg: DictConfig, *, out_dir: Path, metrics_only: bool = False) -> dict
     if start is not None:
         check_classes(feed.train, start.info, f"resume={start.path}")
     _check_fits(cfg, engine.world)
+    if engine.is_main:
+        examine(feed.train, feed.val, cache_dir=cfg.cache_dir, group=cfg.data.group, data_name=cfg.choices.data)
     loss = build.loss(cfg, feed.train).to(engine.device)
     model = build.model(cfg).to(engine.device)
     optimizer = build.optimizer(cfg, model)
@@ -51,7 +53,6 @@ def train(cfg: DictConfig, *, out_dir: Path, metrics_only: bool = False) -> dict
     first_step = start.info["progress"]["step"] if start else 0
     if start is not None:
         logger.info("going on with %s at step %d of %d", start.path, first_step, cfg.trainer.steps)
-    _warn_if_binary(feed.train)
     with RunLog(out_dir, start_step=first_step, visible=engine.is_main) as log:
         run = instantiate(cfg.trainer)(
             model, loss, feed, optimizer, engine, checkpoints, log, schedule=instantiate(cfg.optim.schedule)
@@ -69,6 +70,7 @@ def train(cfg: DictConfig, *, out_dir: Path, metrics_only: bool = False) -> dict
         print(f"curves:       {out_dir}/loss.png, accuracy.png, miou.png")
         print(f"TensorBoard:  tensorboard --logdir {out_dir / 'tensorboard'}")
         print(f"checkpoint:   {best} (step {run.best_step})")
+        list_skipped({"train": feed.train, "val": feed.val}, out_dir)
     engine.close()
     return {**scores, **_cost(model, out_dir), "best_step": run.best_step, "run": str(out_dir)}
 
@@ -100,17 +102,4 @@ def _check_fits(cfg: DictConfig, world: int) -> None:
         raise UserError(
             "loss=mask_classification needs a head that predicts masks: head=mask2former, head=mask2former_meta or "
             "head=eomt. For other heads choose a loss on pixels, such as loss=cross_entropy or loss=ce_dice."
-        )
-
-
-def _warn_if_binary(data: SegmentationData) -> None:
-    """Say so where some masks look like 0 and 255 for two classes: read as ids, 255 would mean ignore."""
-    some = range(0, len(data), max(1, len(data) // 8))
-    found = set().union(*(data[index]["mask"].unique().tolist() for index in some))
-    if len(data.classes) > 1 and found == {0, data.ignore_index}:
-        logger.warning(
-            "%d training masks hold only 0 and %d, which is ignored: there is nothing to learn in them. If they mean "
-            "background and object, set data.reader.masks.format=binary.",
-            len(some),
-            data.ignore_index,
         )

@@ -1,0 +1,80 @@
+"""DAVIS 2016 and 2017 as shipped: JPEGImages/, Annotations/ and ImageSets/."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from dinoseg.data.clip_videos import Video, frames_and_masks, require_masks
+from dinoseg.data.wording import count_of, listed
+from dinoseg.errors import UserError
+
+FRAMES_PER_SECOND = 24
+YEARS = (2016, 2017, 2019)  # of the image sets; 2019 has the unsupervised test sets
+
+
+@dataclass(frozen=True)
+class Davis:
+    """Where DAVIS keeps its sequences.
+
+    Args:
+        root: folder with `JPEGImages`, `Annotations` and `ImageSets`.
+        year: 2016: one object, masks are grey; 2017: several, masks hold their ids.
+        size: `480p`, `Full-Resolution` or, in the first release of 2016, `1080p`.
+        annotations: `Annotations`, or `Annotations_unsupervised` for the objects of that task.
+        sets: split to its image set, such as `{test: test-dev}`.
+    """
+
+    root: str
+    year: int = 2017
+    size: str = "480p"
+    annotations: str = "Annotations"
+    sets: Mapping[str, str] = field(default_factory=dict)
+
+    def videos(self, split: str) -> list[Video]:
+        """Return the sequences of a split.
+
+        Raises:
+            UserError: a folder, image set or sequence is missing, or frames and masks do not belong together.
+        """
+        if self.year not in YEARS:
+            raise UserError(f"data.year={self.year}: DAVIS has image sets of {listed([*map(str, YEARS)])}.")
+        root = Path(self.root).expanduser()
+        images, masks = root / "JPEGImages" / self.size, root / self.annotations / self.size
+        for folder in (images, masks):
+            if not folder.is_dir():
+                held = sorted(path.name for path in folder.parent.glob("*")) or ["nothing"]
+                raise UserError(
+                    f"No folder {folder}; beside it lies {listed(held)}. Check data.root and data.size, and "
+                    "that DAVIS was unpacked as it comes."
+                )
+        names = _read_set(root, (str(self.year), self.size), split, self.sets.get(split, split))
+        if absent := [name for name in names if not (images / name).is_dir()]:
+            raise UserError(
+                f"{count_of(absent, 'sequence')} of split {split} not in {images}: {listed(absent)}. Unpack DAVIS "
+                "again, or take these names out of the image set."
+            )
+        return [self._video(name, images / name, masks / name) for name in names]
+
+    def _video(self, name: str, images: Path, labels: Path) -> Video:
+        frames, masks = frames_and_masks(images, labels)
+        if set(masks) != {0}:  # the test sets show the first mask alone
+            require_masks(name, frames, masks)
+        return Video(name, frames, FRAMES_PER_SECOND, masks, grey=self.year == 2016)
+
+
+def _read_set(root: Path, folders: tuple[str, str], split: str, name: str) -> list[str]:
+    """Return the sequences of an image set: names, or lines of image and mask path as in the first release."""
+    places = [root / "ImageSets" / folder / f"{name}.txt" for folder in folders]
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        held = sorted(file.relative_to(root).as_posix() for file in (root / "ImageSets").glob("*/*.txt"))
+        raise UserError(
+            f"No image set {places[0]}; {root} has {listed(held) or 'none'}. Choose another split, or say which set "
+            f"stands for it: data.sets.{split}={Path(held[0]).stem if held else 'val'}."
+        )
+    lines = path.read_text(encoding="utf-8-sig").split("\n")
+    entries = [PurePosixPath(line.split()[0]) for line in lines if line.strip()]
+    names = list(dict.fromkeys(entry.parent.name if entry.suffix else entry.name for entry in entries))
+    if not names:
+        raise UserError(f"The image set {path} is empty: write one sequence per line.")
+    return names

@@ -1,0 +1,97 @@
+"""YouTube-VOS as shipped: {train,valid,test}/JPEGImages, Annotations and meta.json."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dinoseg.data.clip_videos import FrameFiles, Video, frames_and_masks
+from dinoseg.data.wording import count_of, listed
+from dinoseg.errors import UserError
+
+ANNOTATED_RATE, VIDEO_RATE = 6, 30  # frames per second: every fifth is annotated
+FULLY_ANNOTATED = ("train",)  # elsewhere only the frames in which an object appears have a mask
+
+
+@dataclass(frozen=True)
+class YoutubeVos:
+    """Where YouTube-VOS keeps its videos.
+
+    Args:
+        root: folder with `train`, `valid` and `test`.
+        all_frames: take the 30 fps frames of `{split}_all_frames`, of which every fifth may have a mask.
+        splits: split to its folder.
+    """
+
+    root: str
+    all_frames: bool = False
+    splits: Mapping[str, str] = field(default_factory=lambda: {"val": "valid"})
+
+    def videos(self, split: str) -> list[Video]:
+        """Return the videos of a split; where objects appear comes from `meta.json`.
+
+        Raises:
+            UserError: a folder is missing, a mask has no frame, or `meta.json` is damaged or tells of others.
+        """
+        root, folder = Path(self.root).expanduser(), self.splits.get(split, split)
+        images = root / (f"{folder}_all_frames" if self.all_frames else folder) / "JPEGImages"
+        masks = root / folder / "Annotations"
+        for place in (images, masks):
+            if not place.is_dir():
+                held = sorted(path.name for path in root.glob("*")) or ["nothing"]
+                raise UserError(
+                    f"No folder {place} for split {split}; {root} holds {listed(held)}. Check data.root, "
+                    "data.all_frames and data.splits."
+                )
+        meta = _read_meta(root / folder / "meta.json")
+        names = sorted(path.name for path in images.iterdir() if path.is_dir())
+        if alien := [name for name in names if meta is not None and name not in meta]:
+            raise UserError(
+                f"{count_of(alien, 'video')} of {images} not in {root / folder / 'meta.json'}: {listed(alien)}. Is it "
+                "another release's?"
+            )
+        videos = []
+        for name in names:
+            frames, labels = frames_and_masks(images / name, masks / name)
+            if not labels:
+                raise UserError(f"Video {name} has no mask in {masks / name}. Unpack the data set again.")
+            videos.append(
+                Video(
+                    name,
+                    frames,
+                    VIDEO_RATE if self.all_frames else ANNOTATED_RATE,
+                    labels,
+                    dense=folder in FULLY_ANNOTATED,
+                    appears=None if meta is None else _appearances(name, meta[name], frames),
+                )
+            )
+        return videos
+
+
+def _read_meta(path: Path) -> Mapping | None:
+    """Return video to what is known of it, None where the file is not there."""
+    if not path.is_file():
+        return None
+    try:
+        videos = json.loads(path.read_text(encoding="utf-8"))["videos"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"Cannot read {path} as YouTube-VOS's meta.json ({error!r}). Unpack it again.") from None
+    if not isinstance(videos, Mapping):
+        raise UserError(f"Cannot read {path} as YouTube-VOS's meta.json: `videos` is no table. Unpack it again.")
+    return videos
+
+
+def _appearances(name: str, known: Mapping, frames: FrameFiles) -> dict[int, int]:
+    positions = {Path(file).stem: position for position, file in enumerate(frames.files)}
+    try:
+        first = {int(number): min(entry["frames"]) for number, entry in known["objects"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(
+            f"meta.json does not tell in which frames the objects of video {name} are. Unpack it again."
+        ) from None
+    if absent := sorted({stem for stem in first.values() if stem not in positions}):
+        raise UserError(
+            f"meta.json has objects that appear in frames of video {name} which are not there: {listed(absent)}. "
+            "Unpack the data set again."
+        )
+    return {number: positions[first[number]] for number in sorted(first)}

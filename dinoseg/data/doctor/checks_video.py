@@ -1,0 +1,78 @@
+"""SAR-RARP50: masks counted against the video they were drawn on."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import cv2
+
+from dinoseg.data.doctor.findings import Finding, Scanned
+from dinoseg.data.sarrarp_files import MASK_FOLDER, MASK_STEP, VIDEO, frame_files, png_files
+from dinoseg.data.wording import listed
+
+_PREPARED = ".prepared.json"  # what mode=prepare counted
+
+
+def check_videos(splits: Sequence[Scanned]) -> Iterator[Finding]:
+    """Yield the videos of N frames that have other masks than one for every 60th, floor((N - 1) / 60) + 1."""
+    places = {Path(record.mask).parent for part in splits for record in part.records}
+    for folder in sorted(place.parent for place in places if place.name == MASK_FOLDER):
+        if (folder / VIDEO).is_file():
+            yield from _check(folder)
+
+
+def _check(folder: Path) -> Iterator[Finding]:
+    masks = png_files(folder / MASK_FOLDER)
+    frames = _prepared(folder) or _promised(folder / VIDEO)
+    if masks.keys() != _due(frames):
+        frames = _counted(folder / VIDEO)  # a header may be off by a frame or two: only counting tells
+    due = _due(frames)
+    if masks.keys() != due:
+        missing, extra = sorted(due - masks.keys()), sorted(masks.keys() - due)
+        yield Finding(
+            "error",
+            "masks_against_video",
+            f"{folder / VIDEO} has {frames} frames, so {len(due)} masks belong to it; {MASK_FOLDER}/ has {len(masks)} "
+            f"(missing: {listed(missing) or 'none'}; without such a frame: {listed(extra) or 'none'}).",
+            tuple(str(folder / MASK_FOLDER / f"{stem}.png") for stem in (*missing, *extra)),
+            "Unpack the video's archive again: mode=prepare data=sarrarp.",
+        )
+    shown = frame_files(folder)
+    if shown and (lacking := sorted(masks.keys() - shown.keys())):
+        yield Finding(
+            "error",
+            "masks_without_frame",
+            f"{folder} has {len(lacking)} masks without extracted frame: {listed(lacking)}.",
+            tuple(str(masks[stem]) for stem in lacking),
+            "Extract the frames: mode=prepare data=sarrarp.",
+        )
+
+
+def _due(frames: int) -> set[str]:
+    return {f"{index:09d}" for index in range(0, frames, MASK_STEP)}
+
+
+def _prepared(folder: Path) -> int:
+    try:
+        return int(json.loads((folder / _PREPARED).read_text(encoding="utf-8"))["decoded"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def _promised(video: Path) -> int:
+    capture = cv2.VideoCapture(str(video))
+    try:
+        return max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
+    finally:
+        capture.release()
+
+
+def _counted(video: Path) -> int:
+    capture = cv2.VideoCapture(str(video))
+    frames = 0
+    try:
+        while capture.grab():
+            frames += 1
+    finally:
+        capture.release()
+    return frames

@@ -1,0 +1,114 @@
+"""ARI, FG-ARI and mBO of predicted segments, from how many pixels each shares with each true one."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+from dinoseg.errors import UserError
+
+MATCHINGS = ("overlap", "hungarian")
+_DENSE = 2**20  # cells of a table that is counted without sorting
+
+
+@dataclass(frozen=True)
+class Contingency:
+    """Pixels that true and predicted segments share.
+
+    Args:
+        true_ids: (R,) ascending, each with a pixel.
+        predicted_ids: (C,) likewise.
+        counts: (R, C) int64.
+    """
+
+    true_ids: np.ndarray
+    predicted_ids: np.ndarray
+    counts: np.ndarray
+
+    def __add__(self, other: "Contingency") -> "Contingency":
+        """Return the pixels of both, such as of two frames of one video."""
+        true_ids = np.union1d(self.true_ids, other.true_ids)
+        predicted_ids = np.union1d(self.predicted_ids, other.predicted_ids)
+        counts = np.zeros((len(true_ids), len(predicted_ids)), dtype=np.int64)
+        for one in (self, other):
+            rows, columns = np.searchsorted(true_ids, one.true_ids), np.searchsorted(predicted_ids, one.predicted_ids)
+            counts[rows[:, None], columns] += one.counts
+        return Contingency(true_ids, predicted_ids, counts)
+
+    def without(self, true_id: int) -> "Contingency":
+        """Return the pixels of the other true segments, with the predicted ones that have any of these."""
+        counts = self.counts[self.true_ids != true_id]
+        held = counts.any(axis=0)
+        return Contingency(self.true_ids[self.true_ids != true_id], self.predicted_ids[held], counts[:, held])
+
+
+def contingency(true: np.ndarray, predicted: np.ndarray) -> Contingency:
+    """Count the pixels of each true and predicted id, arrays of one shape and any integer type, ids from 0.
+
+    Raises:
+        ValueError: the shapes differ, or an id is negative.
+    """
+    if true.shape != predicted.shape:
+        raise ValueError(f"The true ids are {true.shape} and the predicted {predicted.shape}; they share one shape.")
+    if true.size == 0:
+        nothing = np.zeros(0, dtype=np.int64)
+        return Contingency(nothing, nothing, np.zeros((0, 0), dtype=np.int64))
+    if min(true.min(), predicted.min()) < 0:
+        raise ValueError("Ids begin at 0, and there are negative ones.")
+    width = int(predicted.max()) + 1
+    keys = true.reshape(-1).astype(np.int64) * width + predicted.reshape(-1)
+    if (int(true.max()) + 1) * width <= _DENSE:
+        histogram = np.bincount(keys)
+        cells = np.flatnonzero(histogram)
+        sizes = histogram[cells]
+    else:
+        cells, sizes = np.unique(keys, return_counts=True)
+    true_ids, rows = np.unique(cells // width, return_inverse=True)
+    predicted_ids, columns = np.unique(cells % width, return_inverse=True)
+    counts = np.zeros((len(true_ids), len(predicted_ids)), dtype=np.int64)
+    counts[rows, columns] = sizes
+    return Contingency(true_ids, predicted_ids, counts)
+
+
+def adjusted_rand_index(counts: np.ndarray) -> float:
+    """Return the ARI of a table (R, C) of pixel counts, exact but for one division; 1 where it is 0 / 0.
+
+    With sums of n (n - 1) over cells, rows and columns: s, a and b, expected e = a b / (N (N - 1)), it is
+    (s - e) / ((a + b) / 2 - e). 0 / 0 are all pixels in one segment on both sides, each pixel in one of its
+    own, or no pixels.
+    """
+    cells, rows, columns, total = (
+        _ordered_pairs(part) for part in (counts, counts.sum(axis=1), counts.sum(axis=0), counts.sum())
+    )
+    both = 2 * rows * columns  # whole numbers beyond 64 bits, which Python counts exactly
+    divisor = (rows + columns) * total - both
+    return (2 * cells * total - both) / divisor if divisor else 1.0
+
+
+def best_overlaps(counts: np.ndarray, objects: np.ndarray, matching: str = "overlap") -> np.ndarray:
+    """Return the IoU (n,) of each object with its predicted segment; their mean is mBO.
+
+    Args:
+        counts: (R, C) of all pixels, the background's too: they enlarge a segment.
+        objects: (R,) bool, True for the n rows that are objects.
+        matching: `overlap`: the segment of greatest IoU, which may serve several objects; `hungarian`: one
+            to one with the greatest sum, 0 for objects that get none.
+
+    Raises:
+        UserError: an unknown matching.
+    """
+    if matching not in MATCHINGS:
+        raise UserError(f"matching={matching} is unknown. Choose one of {', '.join(MATCHINGS)}.")
+    union = counts.sum(axis=1, keepdims=True) + counts.sum(axis=0) - counts
+    iou = np.divide(counts, union, out=np.zeros(counts.shape), where=union > 0)[objects]
+    if matching == "overlap":
+        return iou.max(axis=1, initial=0.0)
+    best = np.zeros(len(iou))
+    rows, columns = linear_sum_assignment(iou, maximize=True)
+    best[rows] = iou[rows, columns]
+    return best
+
+
+def _ordered_pairs(counts: np.ndarray) -> int:
+    """Return the sum of n (n - 1) in whole numbers."""
+    return int((counts * (counts - 1)).sum())

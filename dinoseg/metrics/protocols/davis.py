@@ -1,0 +1,276 @@
+"""DAVIS's official scores of video object segmentation: 2017 semi-supervised and unsupervised, and 2016."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dinoseg.errors import UserError
+from dinoseg.images import read_ids
+from dinoseg.metrics.davis import match_proposals, pair_scores, statistics
+from dinoseg.metrics.protocols.contract import BadFile, Case, Found, Measured, pooled
+from dinoseg.metrics.protocols.davis_layout import Layout
+from dinoseg.metrics.protocols.trees import read_labels, refuse_ids
+
+KEYS = ("J&F-Mean", "J-Mean", "J-Recall", "J-Decay", "F-Mean", "F-Recall", "F-Decay")
+VOID = 255
+MAX_OBJECTS = 254
+
+_RESOLUTION = "as annotated; another size is an error"
+_STATISTICS = (
+    "per object over its frames: mean, share of frames above 0.5 (recall), mean of the first quarter less that of the "
+    "last (decay); J&F-Mean is the mean of J-Mean and F-Mean"
+)
+_LONG = (
+    "more than 255 scored frames: the official decay counts frames in 8 bits and is wrong or nan; ours is as defined"
+)
+_MISSING = "a missing or unreadable prediction is an error that names the file; the official script crashes"
+_UNROUNDED = "nothing is rounded or taken from an earlier run's tables; the official script rounds to 3 decimals"
+_SHORT = "a sequence of one or two frames has none to score and adds no object; the official script crashes"
+
+
+class Davis2017:
+    """Semi-supervised DAVIS-2017: objects are known from the first frame, and tracked under their ids.
+
+    Args:
+        split: list of sequences below ImageSets/2017.
+        resolution: folder below Annotations.
+    """
+
+    name = "davis2017"
+    unit = "sequence"
+    keys = KEYS
+
+    def __init__(self, split: str = "val", resolution: str = "480p") -> None:
+        self.layout = Layout("Annotations", ("2017",), split, resolution, skip_ends=True)
+        self.rules: dict[str, Any] = {
+            "absent_class": "an object in neither mask of a frame: J = F = 1; in one of them: 0",
+            "resolution": _RESOLUTION,
+            "ignore": "255 in the reference is background; the first and the last frame are not scored",
+            "aggregation": f"{_STATISTICS}; mean over the objects of all sequences together",
+            "objects": "1 to the largest id of the first annotated frame, absent ids between included",
+            "version": "davis2017-evaluation, semi-supervised",
+            "differs": [
+                _LONG,
+                _MISSING,
+                _SHORT,
+                _UNROUNDED,
+                "predicted ids above the objects are an error that names file and ids; the official script stops "
+                "without either",
+            ],
+        }
+
+    def find(self, reference: Path, prediction: Path) -> Found:
+        """Return a case for each sequence of the split."""
+        return self.layout.find(reference, prediction)
+
+    def measure(self, case: Case) -> Measured:
+        """Return the objects' statistics in sum, and their number: (7,) float64."""
+        count = _num_objects(case)
+        scores = []
+        for file, reference, prediction in _frames(case, skip_ends=True):
+            refuse_ids(
+                prediction, prediction > count, file, _allowed(count, "the objects of the first annotated frame")
+            )
+            region, boundary = pair_scores(reference, prediction, count, count)
+            scores.append(np.stack([region.diagonal(), boundary.diagonal()]))
+        return _measured(scores, count)
+
+    def join(self, measured: Sequence[Measured]) -> np.ndarray:
+        """Return a sequence's sums."""
+        return pooled(measured)
+
+    def scores(self, sums: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the scores (...) from sums (..., 7); nan without an object."""
+        return means_over_objects(sums)
+
+    def per_class(self, sums: np.ndarray) -> list[dict[str, Any]]:
+        """Return nothing: objects belong to no class."""
+        return []
+
+
+class Davis2017Unsupervised:
+    """Unsupervised DAVIS-2017: proposals under ids of their own, matched to the objects of a sequence.
+
+    Args:
+        split: list of sequences below ImageSets/2017.
+        resolution: folder below Annotations_unsupervised.
+        max_proposals: largest id that a prediction may hold; official: 20.
+
+    Raises:
+        UserError: the number of proposals is out of range.
+    """
+
+    name = "davis2017_unsupervised"
+    unit = "sequence"
+    keys = KEYS
+
+    def __init__(self, split: str = "val", resolution: str = "480p", max_proposals: int = 20) -> None:
+        if isinstance(max_proposals, bool) or not 1 <= max_proposals <= 255:
+            raise UserError(f"protocol.max_proposals={max_proposals}: give a number from 1 to 255; 20 is official.")
+        self.layout = Layout("Annotations_unsupervised", ("2017",), split, resolution, skip_ends=False)
+        self.max_proposals = max_proposals
+        official = "" if max_proposals == 20 else " (not official, which is 20)"
+        self.rules: dict[str, Any] = {
+            "absent_class": "in neither mask of a frame: J = F = 1; in one of them: 0",
+            "resolution": _RESOLUTION,
+            "ignore": "255 in the reference is void and belongs to no mask; all frames are scored",
+            "aggregation": f"{_STATISTICS}; mean over the objects of all sequences together",
+            "objects": "1 to the largest id of the first annotated frame, absent ids between included",
+            "proposals": f"up to {max_proposals}{official}, matched one to one over a whole sequence where the mean of "
+            "J and F is greatest; those left over cost nothing, missing ones are empty masks",
+            "version": "davis2017-evaluation, unsupervised",
+            "differs": [
+                _LONG,
+                _MISSING,
+                _UNROUNDED,
+                "objects are told by their ids in the reference; the official table lists them in the proposals' order",
+                "predicted ids above the limit are an error that names file and ids; the official script stops "
+                "without either",
+            ],
+        }
+
+    def find(self, reference: Path, prediction: Path) -> Found:
+        """Return a case for each sequence of the split."""
+        return self.layout.find(reference, prediction)
+
+    def measure(self, case: Case) -> Measured:
+        """Return the matched objects' statistics in sum, and their number: (7,) float64."""
+        objects, proposals = _num_objects(case), 0
+        scores = []
+        for file, reference, prediction in _frames(case, skip_ends=False):
+            rule = _allowed(self.max_proposals, "proposals")
+            refuse_ids(prediction, prediction > self.max_proposals, file, rule)
+            proposals = max(proposals, int(prediction.max()))
+            void = reference == VOID
+            pairs = pair_scores(reference, prediction, objects, max(self.max_proposals, objects), void)
+            scores.append(np.stack(pairs))
+        # empty masks beyond the largest id would be free proposals: the official script adds only the missing ones
+        series = np.stack(scores, axis=-1)[:, : max(proposals, objects)]  # (2, P, G, T)
+        match = match_proposals(*series)
+        matched = series[:, match, np.arange(objects)]  # (2, G, T)
+        return _measured(list(np.moveaxis(matched, -1, 0)), objects, (match + 1).tolist())
+
+    def join(self, measured: Sequence[Measured]) -> np.ndarray:
+        """Return a sequence's sums."""
+        return pooled(measured)
+
+    def scores(self, sums: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the scores (...) from sums (..., 7); nan without an object."""
+        return means_over_objects(sums)
+
+    def per_class(self, sums: np.ndarray) -> list[dict[str, Any]]:
+        """Return nothing: objects belong to no class."""
+        return []
+
+
+class Davis2016:
+    """DAVIS-2016: one foreground in each sequence, whatever its id.
+
+    Args:
+        split: list of sequences below ImageSets/2016, or below ImageSets/480p as DAVIS-2016 shipped it.
+        resolution: folder below Annotations.
+    """
+
+    name = "davis2016"
+    unit = "sequence"
+    keys = KEYS
+
+    def __init__(self, split: str = "val", resolution: str = "480p") -> None:
+        self.layout = Layout("Annotations", ("2016", resolution), split, resolution, skip_ends=True)
+        self.rules: dict[str, Any] = {
+            "absent_class": "no foreground in either mask of a frame: J = F = 1; in one of them only: 0",
+            "resolution": _RESOLUTION,
+            "ignore": "nothing is void, anything but 0 is foreground; the first and the last frame are not scored",
+            "aggregation": f"{_STATISTICS}, where all of a sequence's foreground is one object; mean over sequences",
+            "version": "DAVIS-2016 (Perazzi et al., CVPR 2016), J and F; T, the temporal stability, is not counted",
+            "differs": [_LONG, _MISSING, _SHORT],
+        }
+
+    def find(self, reference: Path, prediction: Path) -> Found:
+        """Return a case for each sequence of the split."""
+        return self.layout.find(reference, prediction)
+
+    def measure(self, case: Case) -> Measured:
+        """Return the sequence's statistics, and 1: (7,) float64."""
+        scores = []
+        for _, reference, prediction in _frames(case, skip_ends=True, read=_read_foreground):
+            scores.append(np.stack(pair_scores(reference, prediction, 1, 1))[:, 0])
+        return _measured(scores, 1)
+
+    def join(self, measured: Sequence[Measured]) -> np.ndarray:
+        """Return a sequence's sums."""
+        return pooled(measured)
+
+    def scores(self, sums: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the scores (...) from sums (..., 7); nan without a scored frame."""
+        return means_over_objects(sums)
+
+    def per_class(self, sums: np.ndarray) -> list[dict[str, Any]]:
+        """Return nothing: objects belong to no class."""
+        return []
+
+
+def means_over_objects(sums: np.ndarray) -> dict[str, np.ndarray]:
+    """Return DAVIS's scores (...) from sums (..., 7) of each statistic over objects and their number."""
+    count = sums[..., -1:]
+    means = np.divide(sums[..., :-1], count, out=np.full(sums[..., :-1].shape, np.nan), where=count > 0)
+    scores = dict(zip(KEYS[1:], np.moveaxis(means, -1, 0), strict=True))
+    return {KEYS[0]: (scores["J-Mean"] + scores["F-Mean"]) / 2, **scores}
+
+
+def _num_objects(case: Case) -> int:
+    """Return the largest id of a sequence's first annotated frame, void aside."""
+    first = case.files[0][0]
+    ids = read_labels(first)
+    objects = ids[ids != VOID]
+    refuse_ids(objects, objects > MAX_OBJECTS, first, f"Object ids are 1 to {MAX_OBJECTS}, and {VOID} is void.")
+    if not objects.any() and ids.any():
+        raise BadFile(
+            first, f"holds only void ({VOID}) and no object. Score masks of DAVIS-2016 with protocol=davis2016."
+        )
+    return int(objects.max(initial=0))
+
+
+def _read_foreground(path: Path) -> np.ndarray:
+    """Return 1 where a grey, palette or colour file holds anything but 0, as (H, W) uint8."""
+    try:
+        pixels = read_ids(path)
+    except UserError as error:
+        raise BadFile(path, str(error)) from None
+    held = pixels != 0
+    return (held.any(axis=2) if held.ndim == 3 else held).astype(np.uint8)
+
+
+def _frames(case: Case, *, skip_ends: bool, read=read_labels) -> Iterator[tuple[Path, np.ndarray, np.ndarray]]:
+    """Yield prediction file, reference and prediction (H, W) of each scored frame, one at a time."""
+    for file, predicted in case.files[1:-1] if skip_ends else case.files:
+        assert predicted is not None
+        reference, prediction = read(file), read(predicted)
+        if reference.shape != prediction.shape:
+            sizes = [f"{ids.shape[1]} x {ids.shape[0]}" for ids in (prediction, reference)]
+            raise BadFile(
+                predicted,
+                f"is {sizes[0]} (width x height), its reference {sizes[1]}. Predict at the reference's size.",
+            )
+        yield predicted, reference, prediction
+
+
+def _allowed(count: int, what: str) -> str:
+    return f"Only {what} are allowed: {f'1 to {count}' if count else 'none'}, and 0 for the rest."
+
+
+def _measured(scores: list[np.ndarray], count: int, proposals: list[int] | None = None) -> Measured:
+    """Return a sequence's sums and details from J and F (2, G) of each scored frame."""
+    details: dict[str, Any] = {"frames": len(scores), "objects": {}}
+    if not scores or not count:
+        return Measured(np.zeros(len(KEYS)), details)
+    series = np.ascontiguousarray(np.stack(scores, axis=-1))  # (2, G, T)
+    table = np.concatenate(list(statistics(series)), axis=-1)  # (G, 6)
+    for index, row in enumerate(table):
+        entry: dict[str, Any] = dict(zip(KEYS[1:], row.tolist(), strict=True))
+        if proposals is not None:
+            entry["proposal"] = proposals[index]
+        details["objects"][str(index + 1)] = entry
+    return Measured(np.append(table.sum(axis=0), count), details)

@@ -1,0 +1,146 @@
+"""DAVIS as it lies on disk: the sequences of a set, their annotations, and the results beside these."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from dinoseg.errors import UserError
+from dinoseg.metrics.protocols.contract import Case, Found
+
+_SHOWN = 5  # names in a message
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the sequences of a task lie below the data set's root.
+
+    Args:
+        annotations: folder of the masks.
+        years: folders below ImageSets that may hold the list of sequences, the first one that does counts.
+        split: name of that list.
+        resolution: folder below the annotations.
+        skip_ends: the first and the last frame of a sequence are not scored and need no prediction.
+
+    Raises:
+        UserError: split or resolution is no name.
+    """
+
+    annotations: str
+    years: tuple[str, ...]
+    split: str
+    resolution: str
+    skip_ends: bool
+
+    def __post_init__(self) -> None:
+        for option, value, example in (("split", self.split, "val"), ("resolution", self.resolution, "480p")):
+            if not isinstance(value, str) or value in ("", ".", "..") or "/" in value:
+                raise UserError(f"protocol.{option}={value} is no name. Give one such as {example}.")
+
+    def find(self, reference: Path, prediction: Path) -> Found:
+        """Return a case for each sequence of the set: all its annotated frames in order.
+
+        Raises:
+            UserError: the root is none of DAVIS, lacks the set or the resolution, or nothing is predicted.
+        """
+        names = self._sequences(reference)
+        masks = self._masks_folder(reference)
+        predicted = set(_folders(prediction, "prediction", "<sequence>/<frame>.png"))
+        if predicted.isdisjoint(names):
+            raise UserError(
+                f"prediction={prediction} holds no folder of a sequence in {self.split}. Give the folder that holds "
+                f"{names[0]}/ and so on, or the right protocol.split."
+            )
+        found = Found([])
+        for name in names:
+            self._add(found, name, masks / name, prediction / name)
+        if extra := sorted(predicted - set(names)):
+            found.notes.append(f"{prediction}: not in {self.split}, and not scored: {_listed(extra)}")
+        return found
+
+    def _add(self, found: Found, name: str, masks: Path, prediction: Path) -> None:
+        frames = _pngs(masks)
+        if not frames:
+            found.problems.append((masks, f"holds no annotation, but {self.split} names {name}. Add its PNG files."))
+            return
+        if not prediction.is_dir():
+            found.problems.append((prediction, f"is missing: {name} has no predictions. Add the folder."))
+            return
+        predicted = _pngs(prediction)
+        scored = list(frames)[1:-1] if self.skip_ends else list(frames)
+        missing = [frame for frame in scored if frame not in predicted]
+        found.problems += [
+            (prediction / frame, f"is missing: {frames[frame]} has no prediction. Add it.") for frame in missing
+        ]
+        if extra := sorted(predicted.keys() - frames.keys()):
+            found.notes.append(f"{prediction}: frames without annotation are not scored: {_listed(extra)}")
+        if not scored:
+            found.notes.append(f"{masks}: without its first and last frame nothing is left, so it adds no object")
+        if not missing:
+            files = tuple((path, predicted.get(frame)) for frame, path in frames.items())
+            found.cases.append(Case(name, name, files))
+
+    def _sequences(self, root: Path) -> list[str]:
+        """Return the sequences that the list names: one a line, or one line a frame as DAVIS-2016 shipped it."""
+        file = self._set_file(root)
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        names = list(dict.fromkeys(_sequence(line) for line in lines))
+        if not names:
+            raise UserError(f"{file} is empty. It should name one sequence a line.")
+        if outside := [name for name in names if name in ("", ".", "..")]:
+            raise UserError(f"{file} holds {outside[0]!r}, which names no sequence. Correct the line.")
+        return names
+
+    def _set_file(self, root: Path) -> Path:
+        wanted = f"ImageSets/{self.years[0]}/{self.split}.txt"
+        sets = root / "ImageSets"
+        if not sets.is_dir():
+            above = next((parent for parent in root.parents if (parent / "ImageSets").is_dir()), None)
+            hint = f" Try reference={above}." if above else ""
+            raise UserError(
+                f"reference={root} is not the root of DAVIS: it holds no {wanted}. Give the folder that holds "
+                f"ImageSets and {self.annotations}.{hint}"
+            )
+        for year in self.years:
+            if (file := sets / year / f"{self.split}.txt").is_file():
+                return file
+            if (sets / year).is_dir():
+                others = [path.stem for path in sorted((sets / year).glob("*.txt"))]
+                raise UserError(
+                    f"protocol.split={self.split}: {sets / year} holds no such list, but {_listed(others)}."
+                )
+        held = [path.name for path in sorted(sets.iterdir()) if path.is_dir()]
+        hint = " Score it with protocol=davis2016." if "2016" in held else ""
+        raise UserError(f"reference={root} holds no {wanted}; ImageSets holds {_listed(held)}.{hint} Or add the list.")
+
+    def _masks_folder(self, root: Path) -> Path:
+        folder = root / self.annotations / self.resolution
+        if folder.is_dir():
+            return folder
+        if not folder.parent.is_dir():
+            raise UserError(f"reference={root} holds no {self.annotations}. Unpack the archive with them there.")
+        others = [path.name for path in sorted(folder.parent.iterdir()) if path.is_dir()]
+        raise UserError(
+            f"protocol.resolution={self.resolution}: {folder.parent} holds no such folder, but {_listed(others)}."
+        )
+
+
+def _sequence(line: str) -> str:
+    last = line.split()[-1]
+    return PurePosixPath(last).parent.name if "/" in last else line
+
+
+def _pngs(folder: Path) -> dict[str, Path]:
+    """Return file name to path in the order of the names; hidden files are none."""
+    return {path.name: path for path in sorted(folder.glob("*.png")) if not path.name.startswith(".")}
+
+
+def _folders(folder: Path, option: str, layout: str) -> list[str]:
+    if not folder.is_dir():
+        raise UserError(f"{option}={folder} is no folder. Give the one that holds {layout}.")
+    return [path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+
+
+def _listed(names: Iterable[str]) -> str:
+    held = list(names)
+    more = f" and {len(held) - _SHOWN} more" if len(held) > _SHOWN else ""
+    return (", ".join(held[:_SHOWN]) or "nothing") + more

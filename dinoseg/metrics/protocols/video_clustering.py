@@ -1,0 +1,147 @@
+"""Scores of object-centric models on video: ARI, FG-ARI and mBO, over whole videos and frame by frame."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dinoseg.errors import UserError
+from dinoseg.metrics.clustering import MATCHINGS, Contingency, adjusted_rand_index, best_overlaps, contingency
+from dinoseg.metrics.protocols.contract import BadFile, Case, Found, Measured, pooled
+from dinoseg.metrics.protocols.trees import Tree, extra, read_both
+
+BACKGROUND = 0
+MAX_SEGMENTS = 2048  # ids in a video: more are no segments, and the table of pairs would fill memory
+_VIDEO_KEYS = ("ARI", "FG-ARI", "mBO")
+
+
+class VideoClustering:
+    """Compare segments whose ids mean nothing across videos; 0 is the reference's background.
+
+    Args:
+        ignore: reference id whose pixels do not count, such as 255 of padding; null for none.
+        matching: of mBO: `overlap`, the best segment of each object, or `hungarian`, one to one.
+
+    Raises:
+        UserError: an option is unknown or out of range.
+    """
+
+    name = "video_clustering"
+    unit = "video"
+    keys = (*_VIDEO_KEYS, *(f"{key}_per_frame" for key in _VIDEO_KEYS))
+
+    def __init__(self, ignore: int | None = None, matching: str = "overlap") -> None:
+        if ignore is not None and (isinstance(ignore, bool) or not isinstance(ignore, int) or ignore < 1):
+            raise UserError(
+                f"protocol.ignore={ignore}: give an id from 1 up, such as 255, or null; 0 is the background."
+            )
+        if matching not in MATCHINGS:
+            raise UserError(f"protocol.matching={matching} is unknown. Choose one of {', '.join(MATCHINGS)}.")
+        self.ignore, self.matching = ignore, matching
+        self._tree = Tree(layout="<video>/<frame>.png", depth=1)
+        best = (
+            "its best predicted segment, which may serve several"
+            if matching == "overlap"
+            else "one segment, one to one"
+        )
+        self.rules: dict[str, Any] = {
+            "absent_class": "a video (or frame) without foreground has FG-ARI 1 and counts, as in SAVi, VideoSAUR and "
+            "OCLF; mBO leaves it out; an ARI of 0 / 0 is 1",
+            "resolution": "as stored; another size than the reference's is an error",
+            "ignore": "nothing" if ignore is None else f"pixels of reference id {ignore}",
+            "background": "reference id 0: no object, and not in FG-ARI; predicted id 0 is a segment like any other",
+            "aggregation": "over all pixels of all frames of a video, mean over videos; _per_frame: each frame by "
+            "itself, mean over the frames of all videos",
+            "matching": f"mBO is the mean over objects of the IoU with {best}",
+            "version": "ARI of Hubert and Arabie (1985) over pixels as in SAVi, VideoSAUR and OCLF; mBO as in OCLF",
+            "differs": ["ARI is counted in whole numbers; SAVi counts in float32"],
+        }
+
+    def find(self, reference: Path, prediction: Path) -> Found:
+        """Return a case for each folder of the reference, with its frames in the order of their names."""
+        frames = _by_video(self._tree.files(reference, "reference"))
+        predicted = self._tree.files(prediction, "prediction")
+        found = Found([])
+        for video, names in frames.items():
+            if not any(name in predicted for name in names):
+                found.problems.append((prediction / video, f"holds no prediction of {video}. Add its frames."))
+                continue
+            missing = [name for name in names if name not in predicted]
+            found.problems += [
+                (prediction / f"{name}.png", f"is missing: {names[name]} has no prediction. Add it.")
+                for name in missing
+            ]
+            if not missing:
+                files = tuple((path, predicted[name]) for name, path in names.items())
+                found.cases.append(Case(video, video, files))
+        known = {name for names in frames.values() for name in names}
+        found.notes += extra(predicted.keys() - known)
+        return found
+
+    def measure(self, case: Case) -> Measured:
+        """Return the video's scores and the sums of its frames', each with how many there are: (10,) float64."""
+        total = contingency(np.zeros(0, np.uint8), np.zeros(0, np.uint8))
+        frames = np.zeros(5)
+        for pair in case.files:
+            one = self._count(Case(case.name, case.unit, (pair,)))
+            frames += self._scores(one)
+            total += one
+            for path, ids in zip(pair, (total.true_ids, total.predicted_ids), strict=True):
+                _refuse_crowd(len(ids), path)
+        objects = int((total.true_ids != BACKGROUND).sum())
+        details = {"frames": len(case.files), "objects": objects, "segments": len(total.predicted_ids)}
+        return Measured(np.concatenate([self._scores(total), frames]), details)
+
+    def join(self, measured: Sequence[Measured]) -> np.ndarray:
+        """Return a video's sums."""
+        return pooled(measured)
+
+    def scores(self, sums: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the scores (...) from sums (..., 10); mBO is nan where there is no object."""
+        halves = (sums[..., :5], sums[..., 5:])
+        means = [
+            np.divide(
+                half[..., column], half[..., count], out=np.full(sums.shape[:-1], np.nan), where=half[..., count] > 0
+            )
+            for half in halves
+            for column, count in ((0, 3), (1, 3), (2, 4))
+        ]
+        return dict(zip(self.keys, means, strict=True))
+
+    def per_class(self, sums: np.ndarray) -> list[dict[str, Any]]:
+        """Return nothing: segments belong to no class."""
+        return []
+
+    def _count(self, case: Case) -> Contingency:
+        true, predicted = read_both(case)
+        for path, ids in zip(case.files[0], (true, predicted), strict=True):
+            if ids.dtype != np.uint8:
+                _refuse_crowd(len(np.unique(ids)), path)
+        if self.ignore is not None:
+            counted = true != self.ignore
+            true, predicted = true[counted], predicted[counted]
+        return contingency(true, predicted)
+
+    def _scores(self, table: Contingency) -> np.ndarray:
+        """Return ARI, FG-ARI, mBO or 0, 1, and whether there is an object: (5,)."""
+        overlaps = best_overlaps(table.counts, table.true_ids != BACKGROUND, self.matching)
+        foreground = adjusted_rand_index(table.without(BACKGROUND).counts)
+        mean = overlaps.mean() if len(overlaps) else 0.0
+        return np.array([adjusted_rand_index(table.counts), foreground, mean, 1.0, float(len(overlaps) > 0)])
+
+
+def _by_video(files: dict[str, Path]) -> dict[str, dict[str, Path]]:
+    """Return the files of each folder, name to path."""
+    videos: dict[str, dict[str, Path]] = {}
+    for name, path in files.items():
+        videos.setdefault(name.rpartition("/")[0], {})[name] = path
+    return videos
+
+
+def _refuse_crowd(count: int, path: Path | None) -> None:
+    if count > MAX_SEGMENTS:
+        assert path is not None
+        raise BadFile(
+            path, f"brings its video to {count} ids, above {MAX_SEGMENTS}. Give maps of segments, not of depth."
+        )

@@ -1,0 +1,196 @@
+"""mode=doctor: look through a data set before anything is trained on it."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from omegaconf import DictConfig
+from tabulate import tabulate
+
+from dinoseg.data.doctor.checks_classes import home_made, home_made_files
+from dinoseg.data.doctor.examine import examine, scanned, summary
+from dinoseg.data.doctor.findings import Finding, Scanned, by_severity
+from dinoseg.data.doctor.suggestions import IMAGENET, class_weights, color_statistics
+from dinoseg.data.pairs import PairDataset
+from dinoseg.data.scan import scan, unreadable
+from dinoseg.errors import UserError
+from dinoseg.nodes import instantiate
+from dinoseg.report.doctor_page import doctor_page
+from dinoseg.report.overlay import blend, legend_of, side_by_side
+from dinoseg.report.table import write_json, write_text
+
+_SPLITS = ("train", "val", "test")
+_NEEDED = ("train", "val")
+_SHOWN = {"error": 10, "warning": 10, "note": 3}  # files that the terminal shows of a finding
+_LONGEST = 480  # pixels of a picture's longer side
+
+
+def doctor(
+    cfg: DictConfig,
+    *,
+    out_dir: Path,
+    workers: int = 2,
+    near_distance: int = 6,
+    images: bool = True,
+    samples: int = 12,
+) -> dict[str, Any]:
+    """Scan train, val and, where there is one, test; print what is found and write doctor.json and doctor.html.
+
+    Args:
+        cfg: the whole config, of which only `data`, `cache_dir` and the backbone's colours are read.
+        out_dir: the run folder.
+        workers: processes that scan.
+        near_distance: differing bits of 64 up to which two images are nearly equal.
+        images: decode the images too; without it colours, duplicates and swapped masks stay unknown.
+        samples: pictures in doctor.html.
+
+    Raises:
+        UserError: an option is out of range; when everything is written: the data hold errors.
+    """
+    if not 0 <= near_distance <= 64 or samples < 0:
+        raise UserError(f"mode.near_distance={near_distance} must be 0 to 64, mode.samples={samples} not negative.")
+    datasets, found = _open_splits(cfg)
+    splits = [
+        scanned(split, data, scan(data.pairs, data.reader, images=images, workers=workers, cache_dir=cfg.cache_dir))
+        for split, data in datasets.items()
+    ]
+    name = cfg.choices.data
+    if splits:
+        mean, std = (cfg.backbone.get(key) or default for key, default in zip(("mean", "std"), IMAGENET, strict=True))
+        found += examine(
+            splits, data_name=name, group=cfg.data.get("group"), near_distance=near_distance, mean=mean, std=std
+        )
+    found = by_severity(found)
+    report = _report(cfg, splits, found)
+    write_json(out_dir / "doctor.json", report)
+    pictures = list(_pictures(datasets, splits, found, samples))
+    palette = next(iter(datasets.values())).palette if datasets else ()
+    page = doctor_page(f"{name}: {cfg.data.root}", report["findings"], report["splits"], palette, pictures)
+    write_text(out_dir / "doctor.html", page)
+    print(_text(report))
+    print(f"report:       {out_dir}/doctor.html, doctor.json")
+    if report["errors"]:
+        raise UserError(
+            f"{report['errors']} errors and {report['warnings']} warnings in data={name} data.root={cfg.data.root}: "
+            f"see {out_dir / 'doctor.html'}. Mend the errors before training."
+        )
+    return {key: report[key] for key in ("errors", "warnings", "notes")} | {"run": str(out_dir)}
+
+
+def _open_splits(cfg: DictConfig) -> tuple[dict[str, PairDataset], list[Finding]]:
+    """Return the splits that can be listed, and why others cannot."""
+    reader = instantiate(cfg.data.reader)
+    datasets: dict[str, PairDataset] = {}
+    found = []
+    for split in _SPLITS:
+        try:
+            data = reader(split=split)
+        except UserError as error:
+            if split in _NEEDED:
+                found.append(Finding("error", "split_unreadable", f"Split {split}: {error}"))
+            else:
+                found.append(Finding("note", "split_left_out", f"Split {split} is left out: {error}"))
+            continue
+        if not isinstance(data, PairDataset):
+            raise UserError(f"mode=doctor reads images beside masks, which data={cfg.choices.data} does not give.")
+        if split not in _NEEDED and (same := _same_files(data, datasets)):
+            found.append(Finding("note", "split_left_out", f"Split {split} is left out: it is {same}, file by file."))
+            continue
+        datasets[split] = data
+    if cfg.choices.data.startswith("idd") and not datasets:
+        if files := home_made_files(Path(str(cfg.data.root)).expanduser()):
+            found.append(home_made(files))
+    return datasets, found
+
+
+def _same_files(data: PairDataset, others: Mapping[str, PairDataset]) -> str | None:
+    """Return the split that a data set without a test split of its own gives in its place."""
+    files = {str(pair.image) for pair in data.pairs}
+    return next((split for split, other in others.items() if {str(pair.image) for pair in other.pairs} == files), None)
+
+
+def _report(cfg: DictConfig, splits: Sequence[Scanned], found: Sequence[Finding]) -> dict[str, Any]:
+    train = next((part for part in splits if part.split == "train"), None)
+    rows = []
+    for finding in found:
+        row = {key: value for key, value in asdict(finding).items() if key != "look"}
+        rows.append(row | {"files": list(finding.files), "count": len(finding.files)})
+    return {
+        "data": cfg.choices.data,
+        "root": str(cfg.data.root),
+        **{f"{kind}s": sum(each.severity == kind for each in found) for kind in ("error", "warning", "note")},
+        "findings": rows,
+        "splits": {part.split: summary(part) for part in splits},
+        "unreadable": {part.split: unreadable(part.records) for part in splits},
+        "colors": color_statistics(splits),
+        "class_weights": class_weights(train.counts) if train else {},
+    }
+
+
+def _text(report: Mapping[str, Any]) -> str:
+    rows = [
+        (split, f"{each['images']:,}", *(_size(each[key]) for key in ("smallest", "largest")))
+        for split, each in report["splits"].items()
+    ]
+    lines = [tabulate(rows, headers=("split", "images", "smallest", "largest")), ""] if rows else []
+    for finding in report["findings"]:
+        lines.append(f"{finding['severity'].upper()} {finding['code']}: {finding['message']}")
+        shown = _SHOWN[finding["severity"]]
+        lines += [f"    {file}" for file in finding["files"][:shown]]
+        if finding["count"] > shown:
+            lines.append(f"    and {finding['count'] - shown} more")
+        lines += [f"    -> {finding['remedy']}"] if finding["remedy"] else []
+    kinds = [f"{report[kind]} {kind}" for kind in ("errors", "warnings", "notes")]
+    return "\n".join([*lines, "", f"findings:     {', '.join(kinds)}"])
+
+
+def _size(size: Sequence[int] | None) -> str:
+    return f"{size[1]} x {size[0]}" if size else "-"
+
+
+def _pictures(
+    datasets: Mapping[str, PairDataset], splits: Sequence[Scanned], found: Sequence[Finding], samples: int
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield caption and picture of pairs that findings are about, then of each class, then of each split."""
+    wanted: dict[tuple[str, str], str] = {}
+    for finding in found:
+        for key in finding.look[:4]:
+            wanted.setdefault(key, finding.code)
+    for key, caption in _of_classes(splits):
+        wanted.setdefault(key, caption)
+    for key, caption in [*wanted.items()][:samples]:
+        data = datasets[key[0]]
+        try:
+            sample = data[data.names.index(key[1])]
+        except UserError:
+            continue
+        frame = np.ascontiguousarray(sample["image"].permute(1, 2, 0).numpy())
+        yield f"{key[0]}/{key[1]} ({caption})", _strip(frame, sample["mask"].numpy(), data)
+
+
+def _of_classes(splits: Sequence[Scanned]) -> Iterator[tuple[tuple[str, str], str]]:
+    """Yield the pair with most pixels of each class, rarest class first, then every so many of each split."""
+    total = sum((part.counts for part in splits), np.zeros(len(splits[0].classes) if splits else 0, dtype=np.int64))
+    for index in sorted(np.flatnonzero(total).tolist(), key=lambda index: total[index]):
+        most = max(
+            ((record.pixels.get(index, 0), part, record) for part in splits for record in part.records),
+            key=lambda entry: entry[0],
+        )
+        yield (most[1].split, most[2].name), f"most of {splits[0].classes[index]}"
+    for part in splits:
+        for record in part.records[:: max(1, len(part.records) // 3)]:
+            yield (part.split, record.name), "one of many"
+
+
+def _strip(frame: np.ndarray, mask: np.ndarray, data: PairDataset) -> np.ndarray:
+    height, width = mask.shape
+    factor = min(1.0, _LONGEST / max(height, width))
+    size = (max(1, round(width * factor)), max(1, round(height * factor)))
+    frame = cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
+    mask = cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST_EXACT)
+    tinted = blend(frame, mask, data.palette, ignore_index=data.ignore_index, opacity=0.6)
+    legend = legend_of([mask], data.classes, data.palette, ignore_index=data.ignore_index, opacity=0.6)
+    return side_by_side([("image", frame), ("mask", tinted)], legend)

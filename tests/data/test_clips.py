@@ -1,0 +1,494 @@
+import json
+import logging
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from making import DATA, save, write_video
+from PIL import Image
+
+from dinoseg.data.clip_davis import Davis
+from dinoseg.data.clip_folder import VideoFolder
+from dinoseg.data.clip_movi import Movi
+from dinoseg.data.clip_pairs import foreground, no_masks
+from dinoseg.data.clip_videos import Video, VideoFrames, chosen, first_annotated
+from dinoseg.data.clip_youtube_vos import YoutubeVos
+from dinoseg.data.clips import Clips, Cut, open_clips
+from dinoseg.data.splits import Partition
+from dinoseg.data.video_access import VideoFrame, read_frame
+from dinoseg.errors import UserError
+from dinoseg.nodes import instantiate
+
+CLASSES = ["background", "object"]
+
+
+def pixels(video, index, size=(6, 9)):
+    return np.random.default_rng([ord(letter) for letter in video] + [index]).integers(0, 256, (*size, 3), np.uint8)
+
+
+def ids(video, index, values, size=(6, 9)):
+    return np.random.default_rng([len(video), index]).choice(np.array(values, np.uint8), size)
+
+
+def save_palette(path, numbers):
+    """Write indexed, with the colours of PASCAL VOC for the first ids."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    numbers = np.asarray(numbers, np.uint8)
+    indexed = Image.frombytes("P", numbers.shape[::-1], numbers.tobytes())
+    indexed.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0] + [7] * (252 * 3))
+    indexed.save(path)
+
+
+@pytest.fixture
+def davis(tmp_path):
+    """Write DAVIS 2017 with two sequences to train on, one to validate and one test sequence of one mask."""
+    root = tmp_path / "DAVIS"
+    for name, frames, values in (
+        ("bear", 7, [0, 1]),
+        ("dogs", 5, [0, 1, 2, 255]),
+        ("tennis", 6, [0, 2, 3]),
+        ("t", 4, [0, 1]),
+    ):
+        for index in range(frames):
+            save(root / f"JPEGImages/480p/{name}/{index:05d}.jpg", pixels(name, index), quality=95)
+            if name != "t" or index == 0:
+                save_palette(root / f"Annotations/480p/{name}/{index:05d}.png", ids(name, index, values))
+    for name, lines in (("train", "bear\ndogs\n"), ("val", "tennis"), ("test-dev", "t\n\n")):
+        path = root / f"ImageSets/2017/{name}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(lines)
+    return root
+
+
+def config(compose, name, root, *more):
+    return compose(f"data={name}", f"data.root={root}", f"cache_dir={root.parent / 'cache'}", *more).data
+
+
+def clips_of(compose, name, root, split, *more):
+    return instantiate(config(compose, name, root, *more).clips)(split=split)
+
+
+def test_davis_is_read_back_equal(compose, davis):
+    clips = clips_of(compose, "davis2017", davis, "train")
+    assert [clip["name"] for clip in clips] == ["bear", "dogs"] and len(clips) == 2
+    for clip, frames, values in zip(clips, (7, 5), ([0, 1], [0, 1, 2, 255]), strict=True):
+        name = clip["name"]
+        assert clip["frames"].shape == (frames, 3, 6, 9) and clip["frames"].dtype == torch.uint8
+        assert clip["frame_names"] == [f"{index:05d}" for index in range(frames)] and clip["annotated"].all()
+        assert (clip["start"], clip["stride"], clip["masks"].dtype) == (0, 1, torch.uint8)
+        for index in range(frames):
+            stored = np.asarray(Image.open(davis / f"JPEGImages/480p/{name}/{index:05d}.jpg"))
+            np.testing.assert_array_equal(clip["frames"][index].permute(1, 2, 0), stored)
+            np.testing.assert_array_equal(clip["masks"][index], ids(name, index, values))
+    assert clips.videos[0].fps == 24 and first_annotated(clips.videos[1]) == {1: 0, 2: 0}
+    assert first_annotated(clips_of(compose, "davis2017", davis, "val").videos[0]) == {2: 0, 3: 0}
+
+
+def test_davis_test_sets_show_one_mask(compose, davis):
+    (clip,) = clips_of(compose, "davis2017", davis, "test")
+    assert clip["annotated"].tolist() == [True, False, False, False]
+    assert (clip["masks"][1:] == 255).all() and set(clip["masks"][0].unique().tolist()) <= {0, 1}
+
+
+def test_davis_2016_of_both_releases(compose, tmp_path):
+    root = tmp_path / "DAVIS"
+    for size in ("480p", "Full-Resolution", "1080p"):
+        for index in range(3):
+            save(root / f"JPEGImages/{size}/cows/{index:05d}.jpg", pixels("cows", index))
+            mask = ids("cows", index, [0, 255])
+            save(root / f"Annotations/{size}/cows/{index:05d}.png", mask if index else np.stack([mask] * 3, -1))
+    for name in ("2016", "1080p"):
+        (root / f"ImageSets/{name}").mkdir(parents=True)
+    (root / "ImageSets/2016/val.txt").write_text("cows\n")
+    lines = [f"/JPEGImages/1080p/cows/{index:05d}.jpg /Annotations/1080p/cows/{index:05d}.png" for index in range(3)]
+    (root / "ImageSets/1080p/train.txt").write_text("\n".join(lines))
+    for split, size in (("val", "480p"), ("val", "Full-Resolution"), ("train", "1080p")):
+        (clip,) = clips_of(compose, "davis2016", root, split, f"data.size={size}")
+        for index in range(3):
+            np.testing.assert_array_equal(clip["masks"][index], ids("cows", index, [0, 255]) // 255)
+        data = instantiate(config(compose, "davis2016", root, f"data.size={size}").reader)(split=split)
+        np.testing.assert_array_equal(np.stack([data.mask(index) for index in range(3)]), clip["masks"])
+        assert data.names == [f"cows/{index:05d}" for index in range(3)]
+
+
+def test_objects_against_background(compose, davis):
+    data = instantiate(config(compose, "davis2017", davis, "data.ignore_index=9").reader)(split="train")
+    assert len(data) == 12 and data.names[7:9] == ["dogs/00000", "dogs/00001"] and data.classes == tuple(CLASSES)
+    for index, sample in enumerate(data):
+        name, number = data.names[index].split("/")
+        numbers = ids(name, int(number), [0, 1] if name == "bear" else [0, 1, 2, 255]).astype(int)
+        expected = np.where(numbers == 255, 9, (numbers > 0).astype(int))
+        np.testing.assert_array_equal(sample["mask"], expected)
+    test = instantiate(config(compose, "davis2017", davis).reader)(split="test")
+    assert test.names == ["t/00000"]
+    with pytest.raises(UserError, match=r"data\.classes has 3 names: give two"):
+        foreground(Davis(str(davis)), "val", classes=["a", "b", "c"])
+
+
+def test_a_share_of_the_sequences_is_held_out_whole(compose, davis):
+    keys = ("data.reader.partition.by=fraction", "data.reader.partition.val_fraction=0.5")
+    cfg = config(compose, "davis2017", davis, *keys)
+    sides = {}
+    for split in ("train", "val"):
+        data, clips = instantiate(cfg.reader)(split=split), instantiate(cfg.clips)(split=split)
+        sides[split] = {name.split("/")[0] for name in data.names}
+        assert sides[split] == {video.name for video in clips.videos}
+    assert sorted(map(len, sides.values())) == [1, 1] and sides["train"] | sides["val"] == {"bear", "dogs"}
+    folds = [
+        instantiate(config(compose, "davis2017", davis, f"data.fold={fold}", "data.folds=3").clips)(split="val")
+        for fold in range(3)
+    ]
+    assert sorted(video.name for fold in folds for video in fold.videos) == ["bear", "dogs", "tennis"]
+    with pytest.raises(UserError, match=r"partition\.by=lists: videos come with lists of their own"):
+        chosen(Davis(str(davis)), "val", Partition(by="lists"))
+
+
+def test_davis_that_is_not_whole(davis):
+    def videos(split="train", **keys):
+        return Davis(str(davis), **keys).videos(split)
+
+    with pytest.raises(
+        UserError,
+        match=r"No image set .*2016/val\.txt; .* has ImageSets/2017/test-dev\.txt, .*data\.sets\.val=test-dev",
+    ):
+        videos("val", year=2016)
+    with pytest.raises(UserError, match=r"No folder .*Full-Resolution; beside it lies 480p\. Check data\.root"):
+        videos(size="Full-Resolution")
+    with pytest.raises(UserError, match="No folder .*Annotations_unsupervised"):
+        videos(annotations="Annotations_unsupervised")
+    with pytest.raises(UserError, match=r"data\.year=2018"):
+        videos(year=2018)
+    (davis / "ImageSets/2017/trainval.txt").write_text("bear\nlost\n")
+    with pytest.raises(UserError, match=r"1 sequence of split trainval not in .*: lost"):
+        videos("trainval")
+    (davis / "ImageSets/2017/none.txt").write_text("\n \n")
+    with pytest.raises(UserError, match="none.txt is empty"):
+        videos("none")
+    (davis / "Annotations/480p/bear/00003.png").unlink()
+    with pytest.raises(UserError, match=r"Video bear has 1 frame without mask: 00003"):
+        videos()
+    save(davis / "Annotations/480p/bear/00003.png", np.zeros((6, 9)))
+    save(davis / "Annotations/480p/bear/00009.png", np.zeros((6, 9)))
+    with pytest.raises(UserError, match=r"1 mask without frame in .*bear: 00009"):
+        videos()
+    (davis / "Annotations/480p/bear/00009.png").unlink()
+    save(davis / "JPEGImages/480p/bear/00003.png", np.zeros((6, 9, 3)))
+    with pytest.raises(UserError, match=r"00003\.jpg and .*00003\.png are one frame"):
+        videos()
+
+
+@pytest.fixture
+def youtube(tmp_path):
+    """Write YouTube-VOS: in `b` object 4 appears late, and outside of train its first masks alone are there."""
+    root = tmp_path / "yt"
+    for split in ("train", "valid", "test"):
+        meta = {}
+        for video, stems, objects in (
+            ("a", range(0, 20, 5), {"1": [0, 5, 10, 15]}),
+            ("b", range(10, 41, 5), {"2": [10, 15], "4": [25, 30, 35]}),
+        ):
+            for stem in stems:
+                save(root / split / f"JPEGImages/{video}/{stem:05d}.jpg", pixels(video, stem))
+                first = any(frames[0] == stem for frames in objects.values())
+                if split == "train" or first:
+                    present = [int(number) for number, frames in objects.items() if frames[0] <= stem]
+                    save_palette(root / split / f"Annotations/{video}/{stem:05d}.png", ids(video, stem, [0, *present]))
+            for stem in range(stems[0], stems[-1] + 1):
+                save(root / f"{split}_all_frames/JPEGImages/{video}/{stem:05d}.jpg", pixels(video, stem))
+            entries = {number: {"frames": [f"{frame:05d}" for frame in frames]} for number, frames in objects.items()}
+            meta[video] = {"objects": entries}
+        (root / split / "meta.json").write_text(json.dumps({"videos": meta}))
+    return root
+
+
+def test_youtube_vos_is_read_back_equal(compose, youtube):
+    clips = clips_of(compose, "youtube_vos", youtube, "train")
+    a, b = clips
+    assert a["frame_names"] == ["00000", "00005", "00010", "00015"] and a["annotated"].all() and b["annotated"].all()
+    for number, stem in enumerate(range(10, 41, 5)):
+        np.testing.assert_array_equal(b["masks"][number], ids("b", stem, [0, 2, 4] if stem >= 25 else [0, 2]))
+    assert clips.videos[0].fps == 6 and first_annotated(clips.videos[1]) == {2: 0, 4: 3}
+    assert len(instantiate(config(compose, "youtube_vos", youtube).reader)(split="train")) == 4 + 7
+
+
+def test_youtube_vos_objects_that_appear_late(compose, youtube):
+    clips = clips_of(compose, "youtube_vos", youtube, "val")
+    assert clips[1]["annotated"].tolist() == [True, False, False, True, False, False, False]
+    assert (clips[1]["masks"][[1, 2, 4, 5, 6]] == 255).all() and 4 in clips[1]["masks"][3]
+    assert first_annotated(clips.videos[1]) == {2: 0, 4: 3}
+    names = instantiate(config(compose, "youtube_vos", youtube).reader)(split="val").names
+    assert names == ["a/00000", "b/00010"], "a later mask need not show the earlier objects"
+    (youtube / "valid/meta.json").unlink()
+    assert first_annotated(clips_of(compose, "youtube_vos", youtube, "val").videos[1]) == {2: 0, 4: 3}
+
+
+def test_youtube_vos_all_frames(compose, youtube):
+    clips = clips_of(compose, "youtube_vos", youtube, "train", "data.all_frames=true", "data.clips.cut.length=6")
+    assert clips.videos[0].fps == 30 and len(clips.videos[1].frames) == 31
+    assert [place.start for place in clips.places] == [0, 6, 0, 6, 12, 18, 24]
+    assert clips[0]["annotated"].tolist() == [True, False, False, False, False, True]
+    assert first_annotated(clips.videos[1]) == {2: 0, 4: 15}
+    assert clips_of(compose, "youtube_vos", youtube, "test", "data.all_frames=true").videos[1].masks.keys() == {0, 15}
+
+
+def test_youtube_vos_that_is_not_whole(youtube):
+    layout = YoutubeVos(str(youtube))
+    with pytest.raises(UserError, match="No folder .*trial.* for split trial; .* holds .*train"):
+        layout.videos("trial")
+    meta = youtube / "train/meta.json"
+    known = json.loads(meta.read_text())
+    for spoil, message in (
+        ("{", "Cannot read .*meta.json"),
+        ('{"videos": []}', "`videos` is no table"),
+        (json.dumps({"videos": {"a": known["videos"]["a"]}}), r"1 video of .* not in .*meta\.json: b"),
+        (json.dumps({"videos": known["videos"] | {"b": {}}}), "in which frames the objects of video b are"),
+        (
+            json.dumps({"videos": known["videos"] | {"b": {"objects": {"1": {"frames": ["00099"]}}}}}),
+            "appear in frames of video b which are not there: 00099",
+        ),
+    ):
+        meta.write_text(spoil)
+        with pytest.raises(UserError, match=message):
+            layout.videos("train")
+    meta.write_text(json.dumps(known))
+    for path in (youtube / "train/Annotations/a").iterdir():
+        path.unlink()
+    with pytest.raises(UserError, match="Video a has no mask in"):
+        layout.videos("train")
+    (youtube / "train/Annotations/a").rmdir()
+    with pytest.raises(UserError, match=r"No folder .*Annotations/a\."):
+        layout.videos("train")
+
+
+@pytest.fixture
+def movi(tmp_path):
+    root = tmp_path / "movi"
+    for split, count in (("train", 3), ("validation", 2), ("test", 1)):
+        for number in range(count):
+            for index in range(24):
+                place, ending = root / split / f"{number:05d}", "png" if number else "jpg"
+                save(
+                    place / f"frames/{index:03d}.{ending}", pixels(split, index), **({} if number else {"quality": 95})
+                )
+                save(place / f"segmentations/{index:03d}.png", ids(split, index, [0, 1, 2, 10, 23]))
+    return root
+
+
+def test_movi_is_read_back_equal(compose, movi):
+    clips = clips_of(compose, "movi", movi, "val")
+    assert len(clips) == 2 and clips.videos[0].fps == 12
+    for index in range(24):
+        np.testing.assert_array_equal(clips[1]["frames"][index].permute(1, 2, 0), pixels("validation", index))
+        np.testing.assert_array_equal(clips[1]["masks"][index], ids("validation", index, [0, 1, 2, 10, 23]))
+    assert set(first_annotated(clips.videos[0])) == {1, 2, 10, 23}
+    assert len(clips_of(compose, "movi", movi, "train", "data.clips.cut.length=6")) == 12
+    assert len(instantiate(config(compose, "movi", movi).reader)(split="test")) == 24
+
+
+def test_movi_that_is_not_whole(movi):
+    with pytest.raises(UserError, match="No folder .*other for split other; beside it lies test, train, validation"):
+        Movi(str(movi)).videos("other")
+    (movi / "train/00001/segmentations/007.png").unlink()
+    with pytest.raises(UserError, match="Video 00001 has 1 frame without mask: 007"):
+        Movi(str(movi)).videos("train")
+    with pytest.raises(UserError, match=r"data\.clips\.cut\.short=pad"):
+        open_clips(Movi(str(movi)), "test", cut=Cut(length=25))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tmp_path / "mine"
+    write_video(root / "x/one.avi", 30)
+    write_video(root / "two.avi", 9)
+    for index in range(12):
+        save(root / f"x/frames/img{index:03d}.png", pixels("f", index, (32, 48)))
+    (root / "x/notes.txt").write_text("no video")
+    (root / ".hidden").mkdir()
+    write_video(root / ".hidden/three.avi", 2)
+    return root
+
+
+def test_videos_and_folders_of_frames(compose, folder):
+    keys = ("data.clips.cut.length=4", "data.clips.cut.stride=2")
+    clips = clips_of(compose, "videos", folder, "train", *keys)
+    assert [video.name for video in clips.videos] == ["two", "x/frames", "x/one"]
+    assert [(place.video, place.start) for place in clips.places] == [(0, 0), (1, 0), (2, 0), (2, 8), (2, 16)]
+    clip = clips[3]
+    assert clip["name"] == "x/one" and clip["frame_names"] == [f"{index:09d}" for index in (8, 10, 12, 14)]
+    for number, index in enumerate((8, 10, 12, 14)):
+        shown = read_frame(VideoFrame(folder / "x/one.avi", index))
+        np.testing.assert_array_equal(clip["frames"][number].permute(1, 2, 0), shown)
+    assert not clip["annotated"].any() and (clip["masks"] == 255).all() and clip["masks"].shape == (4, 32, 48)
+    assert clips[1]["frame_names"] == ["img000", "img002", "img004", "img006"]
+    with pytest.raises(UserError, match="data=videos has no masks"):
+        instantiate(config(compose, "videos", folder).reader)(split="train")
+    with pytest.raises(UserError, match="has no masks"):
+        no_masks("val")
+
+
+def test_frame_rate(compose, folder):
+    keys = ("data.clips.cut.fps=20", "data.clips.cut.length=3", "data.clips.cut.step=5")
+    with pytest.raises(UserError, match=r"frame rate of video x/frames is unknown\. Set data\.folder_fps"):
+        clips_of(compose, "videos", folder, "train", *keys)
+    clips = clips_of(compose, "videos", folder, "train", *keys, "data.folder_fps=20.4")
+    assert [(place.video, place.start, place.stride) for place in clips.places[:6]] == [
+        (0, 0, 3), (1, 0, 1), (1, 5, 1), (2, 0, 3), (2, 5, 3), (2, 10, 3),
+    ]  # fmt: skip
+    with pytest.raises(UserError, match=r"fps=25: video two has 60 .* every n-th gives 60, 30, 20"):
+        clips_of(compose, "videos", folder, "train", "data.clips.cut.fps=25")
+
+
+def test_videos_that_cannot_be_read(compose, folder, caplog):
+    (folder / "bad.mp4").write_text("no video")
+    with pytest.raises(UserError, match=r"1 video of 4 cannot be read:\n- Cannot open .*bad\.mp4.*\n.*on_error=skip"):
+        clips_of(compose, "videos", folder, "train")
+    with caplog.at_level(logging.WARNING):
+        clips = clips_of(compose, "videos", folder, "train", "data.on_error=skip")
+    assert [video.name for video in clips.videos] == ["two", "x/frames", "x/one"]
+    assert "1 of 4 videos are left out" in caplog.text and "bad.mp4" in caplog.text
+    with pytest.raises(UserError, match=r"data\.on_error=maybe"):
+        VideoFolder(str(folder), on_error="maybe").videos("train")
+
+
+def test_folders_without_videos(folder, tmp_path):
+    with pytest.raises(UserError, match=r"No folder .*gone for split val"):
+        VideoFolder(str(tmp_path), "gone").videos("val")
+    (tmp_path / "empty/val").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"empty/val holds no video"):
+        VideoFolder(str(tmp_path / "empty"), "{split}").videos("val")
+    write_video(folder / "x/frames.avi", 2)
+    with pytest.raises(UserError, match=r"have one name \(x/frames\)"):
+        VideoFolder(str(folder), cache_dir=str(tmp_path / "cache")).videos("train")
+
+
+class Still:
+    """A layout of generated videos: name to number of frames."""
+
+    def __init__(self, folder, **lengths):
+        self.folder, self.lengths = folder, lengths
+
+    def videos(self, split):
+        for name, count in self.lengths.items():
+            for index in range(count):
+                save(self.folder / f"{name}/{index}.png", pixels(name, index))
+                save(self.folder / f"{name}_masks/{index}.png", ids(name, index, [0, 1]))
+        return [
+            Video(
+                name,
+                [self.folder / f"{name}/{index}.png" for index in range(count)],
+                masks={index: self.folder / f"{name}_masks/{index}.png" for index in range(count)},
+            )
+            for name, count in self.lengths.items()
+        ]
+
+
+@pytest.mark.parametrize(
+    ("cut", "starts"),
+    [
+        (Cut(), [0]),
+        (Cut(stride=3), [0]),
+        (Cut(length=4), [0, 4]),
+        (Cut(length=5), [0, 5]),
+        (Cut(length=4, stride=3), [0]),
+        (Cut(length=3, stride=2), [0]),
+        (Cut(length=3, stride=2, step=1), [0, 1, 2, 3, 4, 5]),
+        (Cut(length=10, step=3), [0]),
+        (Cut(length=1, step=4), [0, 4, 8]),
+    ],
+)
+def test_cuts(tmp_path, cut, starts):
+    clips = open_clips(Still(tmp_path, v=10), "train", cut=cut)
+    assert [place.start for place in clips.places] == starts
+    for clip in clips:
+        length = cut.length or len(range(0, 10, cut.stride))
+        indices = [clip["start"] + number * cut.stride for number in range(length)]
+        assert clip["frame_names"] == [str(index) for index in indices]
+        for number, index in enumerate(indices):
+            np.testing.assert_array_equal(clip["frames"][number].permute(1, 2, 0), pixels("v", index))
+            np.testing.assert_array_equal(clip["masks"][number], ids("v", index, [0, 1]))
+
+
+def test_short_videos(tmp_path):
+    layout = Still(tmp_path, short=5, long=9, tiny=1)
+    with pytest.raises(UserError, match=r"Video short has 5 frames; 4 at stride 2 need 7\. Set .*short=pad or skip"):
+        open_clips(layout, "train", cut=Cut(length=4, stride=2))
+    skipping = open_clips(layout, "train", cut=Cut(length=4, stride=2, short="skip"))
+    assert [clip["name"] for clip in skipping] == ["long"] and skipping.skipped == ["short", "tiny"]
+    with pytest.raises(UserError, match=r"None of 3 videos is long enough"):
+        open_clips(layout, "train", cut=Cut(length=40, short="skip"))
+    short, _, tiny = open_clips(layout, "train", cut=Cut(length=4, stride=2, short="pad"))
+    assert short["frame_names"] == ["0", "2", "4", "4"] and short["annotated"].tolist() == [True, True, True, False]
+    assert (short["masks"][3] == 255).all() and torch.equal(short["frames"][3], short["frames"][2])
+    np.testing.assert_array_equal(short["masks"][2], ids("short", 4, [0, 1]))
+    assert tiny["frame_names"] == ["0"] * 4 and tiny["annotated"].tolist() == [True, False, False, False]
+
+
+def test_files_that_do_not_fit(tmp_path):
+    (video,) = Still(tmp_path, v=6).videos("train")
+    clips = Clips([video], Cut(length=3))
+    save(tmp_path / "v/1.png", pixels("v", 1, (6, 8)))
+    with pytest.raises(
+        UserError, match=r"video v differ in size: .*0\.png is 9 x 6 \(width x height\), .*1\.png is 8 x 6"
+    ):
+        clips[0]
+    for index, spoilt, message in (
+        (3, np.zeros((5, 9)), r"3\.png is 9 x 6 .* mask .*3\.png is 9 x 5"),
+        (4, pixels("v", 4), r"4\.png is a coloured picture"),
+    ):
+        save(tmp_path / f"v_masks/{index}.png", spoilt)
+        with pytest.raises(UserError, match=message):
+            clips[1]
+        save(tmp_path / f"v_masks/{index}.png", np.zeros((6, 9)))
+    Image.fromarray(np.full((6, 9), 300, np.uint16)).save(tmp_path / "v_masks/4.png")
+    with pytest.raises(UserError, match="holds the object id 300"):
+        clips[1]
+    (tmp_path / "v/5.png").write_bytes((tmp_path / "v/5.png").read_bytes()[:40])
+    save(tmp_path / "v_masks/4.png", np.zeros((6, 9)))
+    with pytest.raises(UserError, match=r"v/5\.png"):
+        clips[1]
+    (tmp_path / "v_masks/5.png").unlink()
+    with pytest.raises(UserError, match=r"No such file: .*v_masks/5\.png"):
+        clips[1]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"length": 0}, r"cut\.length=0"),
+        ({"stride": 0}, r"cut\.stride=0"),
+        ({"length": 3, "step": -1}, r"cut\.step=-1"),
+        ({"fps": 0.0}, r"cut\.fps=0\.0"),
+        ({"fps": 5, "stride": 2}, "say the same"),
+        ({"step": 4}, "no effect with length=null"),
+        ({"short": "crop"}, r"short=crop is unknown"),
+    ],
+)
+def test_cuts_that_are_none(keys, message):
+    with pytest.raises(UserError, match=message):
+        Cut(**keys)
+
+
+def test_only_the_clip_that_is_asked_for_is_read(tmp_path):
+    clips = open_clips(Still(tmp_path, v=10), "train", cut=Cut(length=2))
+    for index in (0, 1, 4, 5, 6, 7, 8, 9):
+        (tmp_path / f"v/{index}.png").unlink()
+    again = pickle.loads(pickle.dumps(clips))
+    assert torch.equal(again[1]["frames"], clips[1]["frames"])
+    frames = VideoFrames(tmp_path / "a.avi", 5, None)
+    assert len(frames) == 5 and frames[-1].index == 4 and [frame.index for frame in frames] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.data
+def test_real_davis(compose):
+    root = DATA / "davis2016"
+    if not root.is_dir():
+        pytest.skip(f"no real data in {root}: set DINOSEG_DATA")
+    cfg = compose("data=davis2016", f"data.root={root}", "data.clips.cut.length=4", "data.clips.cut.fps=12").data
+    clips, data = instantiate(cfg.clips)(split="val"), instantiate(cfg.reader)(split="val")
+    assert [len(video.frames) for video in clips.videos] == [50, 40, 104, 43] and len(data) == 237
+    clip = clips[-1]
+    assert clip["frames"].shape == (4, 3, 480, 854) and clip["stride"] == 2 and clip["annotated"].all()
+    assert clip["masks"].unique().tolist() == [0, 1]
+    index = data.names.index(f"{clip['name']}/{clip['frame_names'][2]}")
+    assert torch.equal(data[index]["image"], clip["frames"][2]) and torch.equal(data[index]["mask"], clip["masks"][2])

@@ -1,0 +1,124 @@
+"""mode=doctor on the command line: what it prints and writes, and its exit status."""
+
+import json
+
+import numpy as np
+import pytest
+from command_line import call, write_data
+
+from dinoseg.images import write_png
+
+FOLDER = ("mode=doctor", "data=folder", "data.classes=[dark,bright]", "data.root=data", "mode.workers=1")
+
+
+@pytest.fixture
+def where(tmp_path):
+    write_data(tmp_path / "data", train=6, val=3)
+    return tmp_path
+
+
+def doctor(where, *arguments):
+    """Return what was printed, the JSON and the page, from the folder of the run."""
+    done = call(where, *arguments)
+    (path,) = where.glob("outputs/*/doctor_*/doctor.json")
+    return done, json.loads(path.read_text()), path.with_suffix(".html").read_text()
+
+
+def codes(report, severity):
+    return [finding["code"] for finding in report["findings"] if finding["severity"] == severity]
+
+
+def test_a_clean_set(where):
+    done, report, page = doctor(where, *FOLDER, "mode.samples=4")
+    assert done.status == 0 and "error" not in done.err
+    assert report["errors"] == report["warnings"] == 0 and report["notes"] == len(codes(report, "note"))
+    assert codes(report, "note") == [
+        "split_left_out",
+        "constant_class_baseline",
+        "constant_class_baseline",
+        "colors",
+        "class_weights",
+    ]
+    assert report["splits"]["train"]["images"] == 6 and report["splits"]["val"]["images"] == 3
+    assert report["splits"]["train"]["smallest"] == [32, 48] and report["splits"]["train"]["void_share"] == 0
+    shares = [row["share"] for row in report["splits"]["train"]["classes"]]
+    assert sum(shares) == pytest.approx(1) and len(report["class_weights"]["median"]) == 2
+    assert report["colors"]["mean"] == pytest.approx([0.5] * 3, abs=0.02)
+    assert page.count("<figure>") == 4 and "http" not in page
+    assert "findings:     0 errors, 0 warnings, 5 notes" in done.out and "doctor.html" in done.out
+    assert list((where / "outputs/.cache").glob("scan_*.npz"))
+
+
+def test_errors_give_status_1_and_keep_the_report(where):
+    mask = np.zeros((32, 48), np.uint8)
+    mask[0, 0] = 7
+    write_png(where / "data/train/masks/2.png", mask)
+    (where / "data/val/images/1.png").write_bytes(b"no picture")
+    done, report, page = doctor(where, *FOLDER)
+    assert done.status == 1 and report["errors"] == 2
+    assert codes(report, "error") == ["unreadable_image", "foreign_ids"]
+    by_code = {finding["code"]: finding for finding in report["findings"]}
+    assert by_code["foreign_ids"]["files"] == ["data/train/masks/2.png"] and by_code["foreign_ids"]["count"] == 1
+    assert by_code["unreadable_image"]["files"] == ["data/val/images/1.png"]
+    assert list(report["unreadable"]["train"]) == ["2"] and "images/1.png" in report["unreadable"]["val"]["1"]
+    assert "ERROR foreign_ids" in done.out and "    data/train/masks/2.png" in done.out and "    -> " in done.out
+    assert done.err.count("error:") == 1 and "2 errors and 0 warnings in data=folder" in done.err
+    assert "foreign_ids" in page and "Traceback" not in done.err
+
+
+def test_what_the_reader_refuses_is_a_finding(where):
+    (where / "data/train/masks/3.png").unlink()
+    done, report, page = doctor(where, *FOLDER)
+    assert done.status == 1 and codes(report, "error") == ["split_unreadable"]
+    assert "1 image without mask: 3" in report["findings"][0]["message"]
+    assert list(report["splits"]) == ["val"] and report["class_weights"] == {} and "without mask: 3" in page
+
+
+def test_no_folder_at_all(tmp_path):
+    done, report, _ = doctor(tmp_path, *FOLDER)
+    assert done.status == 1 and codes(report, "error") == ["split_unreadable"] * 2
+    assert report["splits"] == {} and report["colors"] is None and "data.root=data is no folder" in done.out
+
+
+def test_home_made_idd_labels_under_another_name(tmp_path):
+    for split in ("train", "val"):
+        stem = tmp_path / "data/{}" / split / "7/a"
+        write_png(str(stem).format("leftImg8bit") + "_leftImg8bit.png", np.zeros((8, 8, 3), np.uint8))
+        write_png(str(stem).format("gtFine") + "_gtFine_labelIds.png", np.full((8, 8), 24, np.uint8))
+    done, report, _ = doctor(tmp_path, "mode=doctor", "data=idd", "data.root=data")
+    assert done.status == 1 and "home_made_idd" in codes(report, "error")
+    assert "255 is void" in done.out and "home-made" in done.out
+
+
+def test_a_test_split_that_is_the_val_split_is_left_out(where):
+    done, report, _ = doctor(where, *FOLDER, "+data.reader.layout.splits.test=val")
+    assert done.status == 0 and list(report["splits"]) == ["train", "val"]
+    assert "Split test is left out: it is val, file by file." in done.out
+
+
+def test_masks_only(where):
+    done, report, _ = doctor(where, *FOLDER, "mode.images=false")
+    assert done.status == 0 and report["colors"] is None and "colors" not in codes(report, "note")
+
+
+def test_more_files_than_are_shown(where):
+    for index in range(12):
+        write_png(where / f"data/train/masks/x{index}.png", np.full((32, 48), 9, np.uint8))
+        write_png(where / f"data/train/images/x{index}.png", np.zeros((32, 48, 3), np.uint8))
+    done, report, _ = doctor(where, *FOLDER)
+    (foreign,) = [finding for finding in report["findings"] if finding["code"] == "foreign_ids"]
+    assert foreign["count"] == len(foreign["files"]) == 12 and "    and 2 more" in done.out
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("mode.near_distance=65", "mode.near_distance=65 must be 0 to 64"),
+        ("mode.samples=-1", "mode.samples=-1 not negative"),
+        ("mode.workers=0", "workers=0: give the number"),
+        ("data.classes=???", "data.classes is not set"),
+    ],
+)
+def test_options_out_of_range(where, option, message):
+    done = call(where, *FOLDER, option)
+    assert done.status == 1 and message in done.err

@@ -1,0 +1,95 @@
+"""doctor.html stands alone, escapes what it is given, and shows the pictures."""
+
+import base64
+import re
+from html.parser import HTMLParser
+
+import cv2
+import numpy as np
+import pytest
+
+from dinoseg.report.doctor_page import doctor_page
+
+VOID = {"meta", "img"}
+
+
+class Reader(HTMLParser):
+    """Checks that tags close in order, and collects text and sources."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.open, self.text, self.sources, self.tags = [], [], [], []
+        self.feed(page)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.sources += [value for key, value in attrs if key in ("src", "href")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def split(images, counts, **other):
+    rows = [
+        {"id": i, "class": name, "pixels": n, "share": n / sum(counts), "images": i}
+        for i, (name, n) in enumerate(zip(("road", "a<b&c"), counts, strict=True))
+    ]
+    constant = {"class": 0, "accuracy": 0.75, "miou": 0.375}
+    return {"images": images, "smallest": [20, 30], "largest": [40, 50], "void_share": 0.125} | {
+        "constant_class": constant,
+        "classes": rows,
+        **other,
+    }
+
+
+def finding(severity="error", files=(), message="m", remedy="r"):
+    return {"severity": severity, "code": "some_code", "message": message, "files": list(files), "remedy": remedy}
+
+
+@pytest.fixture
+def page():
+    findings = [
+        finding(message="<script>alert(1)</script>", files=[f"f&{i}" for i in range(450)]),
+        finding("note", remedy=""),
+    ]
+    frame = np.zeros((30, 41, 3), np.uint8)
+    frame[:, :20] = (250, 10, 5)
+    splits = {"train": split(1234, (300, 100)), "v<al": split(0, (1, 1), smallest=None, constant_class=None)}
+    return doctor_page('"t" <1>', findings, splits, ((0, 0, 0), (1, 2, 3)), [("a 'quoted\" <caption>", frame)])
+
+
+def test_it_is_whole_and_stands_alone(page):
+    read = Reader(page)
+    assert page.startswith("<!doctype html>") and "prefers-color-scheme: dark" in page
+    assert "script" not in read.tags and "link" not in read.tags
+    assert not re.search(r"https?:|url\(|@import", page)
+    assert read.sources and all(source.startswith("data:image/jpeg;base64,") for source in read.sources)
+
+
+def test_what_it_says(page):
+    text = "".join(Reader(page).text)
+    assert '"t" <1>' in text and "1 error, 0 warnings, 1 note" in text
+    assert "<script>alert(1)</script>" in text and "a 'quoted\" <caption>" in text
+    assert "450 listed" in text and "f&199" in text and "f&200" not in text and "and 250 more" in text
+    assert "1,234" in text and "30 x 20" in text and "50 x 40" in text and "12.50 %" in text and "37.50 %" in text
+    assert "1 a<b&c" in text and "75.00 %" in text and "v<al: pixels" in text
+
+
+def test_pictures_come_back(page):
+    data = Reader(page).sources[0].removeprefix("data:image/jpeg;base64,")
+    image = cv2.imdecode(np.frombuffer(base64.b64decode(data), np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
+    assert image.shape == (30, 41, 3)
+    np.testing.assert_allclose(image[5, 5], (250, 10, 5), atol=6)
+    np.testing.assert_allclose(image[5, 35], (0, 0, 0), atol=6)
+
+
+def test_nothing_found():
+    text = "".join(Reader(doctor_page("t", [], {}, (), [])).text)
+    assert "0 errors, 0 warnings, 0 notes" in text and "None." in text and "Pictures" not in text
