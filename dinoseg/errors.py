@@ -1,4 +1,8 @@
-"""The one exception that means: the user can mend this."""
+"""What the user can mend: the one exception that means it, and the numbers of a full disk."""
+
+import errno
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # `errno` of an OSError where making room and running again helps
 
 
 class UserError(Exception):

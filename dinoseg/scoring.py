@@ -1,12 +1,8 @@
 """Official scores of whole folders: measured in many processes, summed, and resampled for intervals; no torch."""
 
-import os
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from math import ceil
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +11,11 @@ from tqdm import tqdm
 
 from dinoseg.errors import UserError
 from dinoseg.metrics.protocols.contract import BadFile, Case, Found, Measured, ScoreProtocol
+from dinoseg.processes import count_cores, in_processes
 
 ON_ERROR = ("stop", "skip")
 _LISTED = 20  # problems in a message; the others are in the file
 _CASES_PER_PROCESS = 8  # fewer are measured sooner than a process starts
-_AHEAD = 4  # cases per process that wait their turn: bounds memory
-_worker_protocol: ScoreProtocol | None = None  # in a worker process: what it measures by
 
 
 @dataclass
@@ -81,7 +76,7 @@ def score(
         raise UserError(f"mode.workers={workers}: give the number of processes, 1 or more, or null for one per core.")
     problems = list(found.problems)
     by_unit: dict[str, list[Measured]] = {}
-    for case, result in zip(found.cases, _measure_all(protocol, found.cases, workers), strict=True):
+    for case, result in _measure_all(protocol, found.cases, workers):
         if isinstance(result, BadFile):
             problems.append((result.path, result.reason))
         else:
@@ -180,55 +175,11 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
-def _measure_all(protocol: ScoreProtocol, cases: Sequence[Case], workers: int | None) -> Iterator[Measured | BadFile]:
-    """Yield what each case gives, in their order."""
-    processes = min(workers or os.cpu_count() or 1, ceil(len(cases) / _CASES_PER_PROCESS))
-    results = map(_Measure(protocol), cases) if processes <= 1 else _in_processes(protocol, cases, processes)
-    yield from tqdm(results, total=len(cases), desc=f"scoring {protocol.name}", unit="file", disable=None, leave=False)
-
-
-class _Measure:
-    """A protocol's `measure` with a bad file as a value."""
-
-    def __init__(self, protocol: ScoreProtocol) -> None:
-        self._protocol = protocol
-
-    def __call__(self, case: Case) -> Measured | BadFile:
-        try:
-            return self._protocol.measure(case)
-        except BadFile as error:
-            return error
-
-
-def _in_processes(protocol: ScoreProtocol, cases: Iterable[Case], processes: int) -> Iterator[Measured | BadFile]:
-    left = enumerate(cases)
-    ready: dict[int, Measured | BadFile] = {}
-    due = 0
-    # spawn: the bar's thread is running, and a fork beside a thread can stand still for ever
-    with ProcessPoolExecutor(
-        processes, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(protocol,)
-    ) as pool:
-        waiting: dict[Future, int] = {}
-        try:
-            while True:
-                for number, case in islice(left, processes * _AHEAD - len(waiting)):
-                    waiting[pool.submit(_measure_here, case)] = number
-                if not waiting:
-                    return
-                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                    ready[waiting.pop(future)] = future.result()
-                while due in ready:
-                    yield ready.pop(due)
-                    due += 1
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _start_worker(protocol: ScoreProtocol) -> None:
-    global _worker_protocol
-    _worker_protocol = protocol
-
-
-def _measure_here(case: Case) -> Measured | BadFile:
-    assert _worker_protocol is not None
-    return _Measure(_worker_protocol)(case)
+def _measure_all(
+    protocol: ScoreProtocol, cases: Sequence[Case], workers: int | None
+) -> Iterable[tuple[Case, Measured | BadFile]]:
+    """Return each case with what it gives, in their order."""
+    processes = min(workers or count_cores(), ceil(len(cases) / _CASES_PER_PROCESS))
+    remedy = f"Set mode.workers below {processes} and run again."
+    results = in_processes(protocol.measure, cases, processes, catch=BadFile, remedy=remedy)
+    return tqdm(results, total=len(cases), desc=f"scoring {protocol.name}", unit="file", disable=None, leave=False)

@@ -11,7 +11,7 @@ PACKAGE = Path(dinoseg.__file__).parent
 FILES = {path.relative_to(PACKAGE).as_posix(): path.read_text() for path in PACKAGE.rglob("*.py")}
 
 LEVELS = (  # a room imports its own level and those below
-    ("__init__", "errors", "shapes", "geometry", "images", "label_tables", "tensor_files", "report"),
+    ("__init__", "errors", "shapes", "geometry", "images", "label_tables", "tensor_files", "report", "processes"),
     ("backbones", "heads", "losses", "metrics", "data"),
     ("model", "adapters", "inference", "scoring", "training"),
     ("config", "checks", "run_folder", "nodes", "build", "resume"),

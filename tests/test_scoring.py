@@ -1,5 +1,6 @@
 """From cases to scores: sums over units, intervals, paired differences, and files that cannot be scored."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +107,27 @@ def test_files_that_cannot_be_scored_are_all_named():
     assert (
         "19.png" in str(many) and "20.png" not in str(many) and "and 10 more" in str(many) and len(many.problems) == 30
     )
+
+
+def test_processes_give_what_one_gives():
+    names = [f"v{index % 5}/{'bad' if index % 7 == 3 else index}-{index + 9}" for index in range(30)]
+    alone, many = (
+        scoring.result(Share(), scoring.score(Share(), cases(*names), where="P", workers=workers, on_error="skip"))
+        for workers in (1, 3)
+    )
+    assert many == alone and len(many["problems"]) == 4 and many["files"] == 26
+
+
+class Deadly(Share):
+    """Measuring kills the process."""
+
+    def measure(self, case):
+        os._exit(9)
+
+
+def test_a_killed_process_is_told():
+    with pytest.raises(UserError, match=r"was killed.*Set mode\.workers below 2 and run again"):
+        scoring.score(Deadly(), cases(*["a/1-2"] * 30), where="P", workers=2)
 
 
 @pytest.mark.parametrize(

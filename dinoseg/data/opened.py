@@ -58,7 +58,7 @@ def _readable(dataset: PairDataset, split: str, cache_dir: Path) -> PairDataset:
     """Return the pairs of which both files can be read, and say which cannot."""
     from dinoseg.data.scan import scan, unreadable
 
-    bad = unreadable(scan(dataset.pairs, dataset.reader, cache_dir=cache_dir))
+    bad = unreadable(scan(dataset.pairs, dataset.reader, workers=2, cache_dir=cache_dir))
     if not bad:
         return dataset
     if len(bad) == len(dataset):

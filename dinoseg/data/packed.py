@@ -1,7 +1,6 @@
 """A data set packed once at training size, so that an epoch decodes no picture."""
 
 import contextlib
-import errno
 import hashlib
 import logging
 import shutil
@@ -17,11 +16,10 @@ from dinoseg.data.packed_draft import Draft, locked
 from dinoseg.data.packed_read import Packed, paying_workers, read_all, reduced_size
 from dinoseg.data.packed_store import PIXELS, Store, StoreKey, aligned, open_store
 from dinoseg.data.pairs import PairDataset
-from dinoseg.errors import UserError
+from dinoseg.errors import DISK_FULL, UserError
 from dinoseg.shapes import Sample
 
 log = logging.getLogger(__name__)
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _LISTED = 20
 
 
@@ -192,7 +190,7 @@ def _fingerprint(dataset: PairDataset) -> str | None:
 
 
 def _unwritable(folder: Path, error: OSError) -> UserError:
-    if error.errno in _DISK_FULL:
+    if error.errno in DISK_FULL:
         return UserError(
             f"The disk of {folder.parent} is full. What is packed so far is kept.{_others(folder)} Make room and run "
             "again: it goes on."

@@ -1,14 +1,10 @@
 """Make IDD ready to read: draw the label maps of its polygons, in as many encodings as wanted; imports no torch."""
 
-import errno
 import functools
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
-from multiprocessing import get_context
 from pathlib import Path
 
 from tqdm import tqdm
@@ -16,13 +12,12 @@ from tqdm import tqdm
 from dinoseg.data.idd_files import ENCODINGS, LABELS, POLYGONS, files_of, find_parts, label_suffix
 from dinoseg.data.idd_polygons import draw_label_maps
 from dinoseg.data.wording import listed
-from dinoseg.errors import UserError
+from dinoseg.errors import DISK_FULL, UserError
 from dinoseg.images import write_png
+from dinoseg.processes import in_processes
 
 log = logging.getLogger(__name__)
 
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-_IN_FLIGHT = 8  # files handed to a process ahead of time
 _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
 
@@ -66,17 +61,16 @@ def prepare(
     counts: dict[str, Counter[str]] = {job.split: Counter() for job in jobs}
     failures: dict[Path, str] = {}
     finished = 0
+    remedy = f"Set data.prepare.workers below {workers} and run again: it goes on."
     with tqdm(total=len(jobs), desc="drawing", unit="file", disable=None) as bar:
-        for job, future in _finished(jobs, work, workers):
-            try:
-                counts[job.split].update(future.result())
+        for job, result in in_processes(work, jobs, workers, catch=(UserError, OSError), in_order=False, remedy=remedy):
+            if isinstance(result, OSError) and result.errno in DISK_FULL:
+                raise _disk_full(root, finished, len(jobs))
+            if isinstance(result, Exception):
+                failures[job.path] = str(result) if isinstance(result, UserError) else f"{job.path}: {result}"
+            else:
+                counts[job.split].update(result)
                 finished += 1
-            except UserError as error:
-                failures[job.path] = str(error)
-            except OSError as error:
-                if error.errno in _DISK_FULL:
-                    raise _disk_full(root, finished, len(jobs)) from None
-                failures[job.path] = f"{job.path}: {error}"
             bar.update()
     _remove_parts(jobs)
     _report(counts, failures, len(jobs))
@@ -130,38 +124,6 @@ def _is_whole(path: Path) -> bool:
         start = opened.read(len(_PNG_START))
         opened.seek(-len(_PNG_END), 2)
         return start == _PNG_START and opened.read() == _PNG_END
-
-
-def _finished(
-    jobs: Sequence[PolygonFile], work: Callable[[PolygonFile], Counter[str]], workers: int
-) -> Iterator[tuple[PolygonFile, Future]]:
-    """Yield each job with its future, as they finish; few are under way at a time."""
-    if workers == 1:
-        for job in jobs:
-            yield job, _run_here(work, job)
-        return
-    waiting: dict[Future, PolygonFile] = {}
-    todo = iter(jobs)
-    # spawn: the bar's thread is running, and a fork beside a thread can stand still for ever
-    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=get_context("spawn")) as pool:
-        try:
-            while True:
-                waiting |= {pool.submit(work, job): job for job in islice(todo, _IN_FLIGHT * workers - len(waiting))}
-                if not waiting:
-                    return
-                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                    yield waiting.pop(future), future
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _run_here(work: Callable[[PolygonFile], Counter[str]], job: PolygonFile) -> Future:
-    future: Future = Future()
-    try:
-        future.set_result(work(job))
-    except (UserError, OSError) as error:
-        future.set_exception(error)
-    return future
 
 
 def _remove_parts(jobs: Sequence[PolygonFile]) -> None:

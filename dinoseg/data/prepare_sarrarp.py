@@ -1,14 +1,11 @@
 """Make SAR-RARP50 ready to read: unpack the archives, write the frames that are needed, verify the counts."""
 
-import errno
 import functools
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 from tqdm import tqdm
@@ -27,11 +24,11 @@ from dinoseg.data.sarrarp_files import (
 )
 from dinoseg.data.video_frames import extract_frames
 from dinoseg.data.wording import count_of, listed
-from dinoseg.errors import UserError
+from dinoseg.errors import DISK_FULL, UserError
+from dinoseg.processes import in_processes
 
 SPLIT_FOLDERS = TRAIN_FOLDERS + TEST_FOLDERS
 _MARKER = ".prepared.json"
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -76,16 +73,15 @@ def prepare(
     work = functools.partial(prepare_video, rate=rate, keep_archive=keep_archives)
     done: dict[str, dict[str, int]] = {}
     failures: dict[str, str] = {}
+    remedy = f"Set data.prepare.workers below {workers} and run again: it goes on."
     with tqdm(total=len(jobs), desc="preparing", unit="video", disable=None) as bar:
-        for job, future in _finished(jobs, work, workers):
-            try:
-                done[job.name] = future.result()
-            except UserError as error:
-                failures[job.name] = str(error)
-            except OSError as error:
-                if error.errno in _DISK_FULL:
-                    raise _disk_full(root, len(done), len(jobs)) from None
-                failures[job.name] = str(error)
+        for job, result in in_processes(work, jobs, workers, catch=(UserError, OSError), in_order=False, remedy=remedy):
+            if isinstance(result, OSError) and result.errno in DISK_FULL:
+                raise _disk_full(root, len(done), len(jobs))
+            if isinstance(result, Exception):
+                failures[job.name] = str(result)
+            else:
+                done[job.name] = result
             bar.update()
             bar.set_postfix_str(job.name)
     if failures:
@@ -218,33 +214,6 @@ def _chosen(jobs: list[VideoJob], videos: Sequence[str] | None) -> list[VideoJob
             f"{listed([job.name for job in jobs], 60)}."
         )
     return [job for job in jobs if job.name in videos or job.folder.name in videos]
-
-
-def _finished(
-    jobs: list[VideoJob], work: Callable[[VideoJob], dict[str, int]], workers: int
-) -> Iterator[tuple[VideoJob, Future]]:
-    """Yield each job with its future, as they finish."""
-    if workers == 1:
-        for job in jobs:
-            yield job, _run_here(work, job)
-        return
-    # spawn: the bar's thread is running, and a fork beside a thread can stand still for ever
-    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=get_context("spawn")) as pool:
-        futures = {pool.submit(work, job): job for job in jobs}
-        try:
-            for future in as_completed(futures):
-                yield futures[future], future
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _run_here(work: Callable[[VideoJob], dict[str, int]], job: VideoJob) -> Future:
-    future: Future = Future()
-    try:
-        future.set_result(work(job))
-    except (UserError, OSError) as error:
-        future.set_exception(error)
-    return future
 
 
 def _disk_full(root: Path, done: int, total: int) -> UserError:

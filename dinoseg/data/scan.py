@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +15,13 @@ from dinoseg.data.scan_cache import ScanCache
 from dinoseg.data.scan_record import Record, measure
 from dinoseg.data.wording import count_of, listed
 from dinoseg.errors import UserError
+from dinoseg.processes import in_processes
 
 if TYPE_CHECKING:  # its file imports torch, which the scanning processes do without
     from dinoseg.data.pairs import Pair
 
 Job = tuple[str, Any, Path]  # name, image, mask
 _CHUNK = 16  # pairs handed to a process at once
-_AHEAD = 4  # chunks in flight for each process
 _FEW = 64  # pairs below which starting processes costs more than it saves
 
 
@@ -100,32 +96,10 @@ def _measured(jobs: Sequence[Job], reader: MaskReader, images: bool, workers: in
     work = functools.partial(_measure_all, reader=reader, images=images)
     chunks = [jobs[start : start + _CHUNK] for start in range(0, len(jobs), _CHUNK)]
     with tqdm(total=len(jobs), desc="scanning", unit="pair", delay=2, leave=False, disable=None) as bar:
-        here = workers == 1 or len(jobs) < _FEW
-        for records in map(work, chunks) if here else _in_processes(work, chunks, workers):
+        processes = workers if len(jobs) >= _FEW else 1
+        for _, records in in_processes(work, chunks, processes, remedy="Scan with workers=1."):
             yield from records
             bar.update(len(records))
-
-
-def _in_processes(
-    work: Callable[[Sequence[Job]], list[Record]], chunks: Sequence[Sequence[Job]], workers: int
-) -> Iterator[list[Record]]:
-    # spawn: the bar's thread is running, and a fork beside a thread can stand still for ever
-    with ProcessPoolExecutor(min(workers, len(chunks)), mp_context=get_context("spawn")) as pool:
-        waiting: deque[Future] = deque()
-        try:
-            for chunk in chunks:
-                waiting.append(pool.submit(work, chunk))
-                if len(waiting) >= workers * _AHEAD:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        except BrokenProcessPool:
-            raise UserError(
-                "A scanning process ended early, most likely for lack of memory: scan with workers=1. (In a script of "
-                "your own, processes need `if __name__ == '__main__':` around what the script does.)"
-            ) from None
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 def _measure_all(jobs: Sequence[Job], *, reader: MaskReader, images: bool) -> list[Record]:

@@ -1,6 +1,7 @@
 """What is measured of one image and its mask: sizes, classes, colours and hashes; imports no torch."""
 
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,8 @@ _PROPORTIONS = 0.05  # a mask may be resized whose proportions differ so much fr
 _VALUES = 256  # file values that are listed
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 _ORIENTATION = 0x0112
+_ENDS = {b"\x89PNG": b"IEND", b"\xff\xd8": b"\xff\xd9"}  # first bytes to end mark
+_TAIL = 4096  # bytes in which an end mark is looked for: cameras append their own
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ def measure(name: str, image: Any, mask: Path, reader: MaskReader, *, images: bo
         image: an image file, or anything else with `read() -> (H, W, 3)`.
         mask: the mask file.
         reader: how masks are read.
-        images: decode the image too; else only its header is read.
+        images: decode the image too; else only its header and its end are read.
     """
     found: dict[str, Any] = {"decoded": images}
     problems: dict[str, str] = {}
@@ -220,10 +223,25 @@ def _read(image: Any) -> np.ndarray:
 
 
 def _header_size(image: Any) -> tuple[int, int] | None:
-    """Return height and width as `read_image` would, without decoding; None of a video's frame."""
+    """Return height and width as `read_image` would, without decoding; None of a video's frame.
+
+    Raises:
+        UserError: the file does not end as its kind does, and cannot be decoded either.
+    """
     if not isinstance(image, str | Path):
         return None
+    _refuse_cut(Path(image))
     with Image.open(image) as file:
         # asked of a PNG without one, Pillow would decode it all to look behind the pixels
         turned = "exif" in file.info and file.getexif().get(_ORIENTATION) in _TURNED
         return (file.width, file.height) if turned else (file.height, file.width)
+
+
+def _refuse_cut(path: Path) -> None:
+    """Decode a PNG or JPEG file that lacks its end mark, which most truncated files do: the others cost one seek."""
+    with path.open("rb") as file:
+        start = file.read(8)
+        mark = next((mark for magic, mark in _ENDS.items() if start.startswith(magic)), b"")
+        file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
+        if mark not in file.read():
+            read_image(path)

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import logging
 import math
@@ -9,9 +10,7 @@ import os
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import cv2
@@ -19,6 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dinoseg.errors import UserError
+from dinoseg.processes import count_cores, in_processes
 
 log = logging.getLogger(__name__)
 _UNCOUNTED = 2  # frames by which a sound video may fall short of its header: some writers count dropped ones
@@ -108,34 +108,17 @@ def index_videos(
             waiting[path] = key[1]
     if workers is None:
         share = math.ceil(sum(waiting.values()) / _WORTH_A_PROCESS)
-        workers = min(len(os.sched_getaffinity(0)), len(waiting), share)
+        workers = min(count_cores(), share)
     with tqdm(total=len(waiting), desc="indexing videos", unit="video", delay=2, disable=None) as bar:
-        for path, index, problem in _made(list(waiting), cache_dir, workers):
-            if index is None:
-                wrong[path] = problem
+        work = functools.partial(find_index, cache_dir=cache_dir)
+        remedy = "Free some memory and run again: it goes on."
+        for path, made in in_processes(work, list(waiting), workers, catch=UserError, in_order=False, remedy=remedy):
+            if isinstance(made, UserError):
+                wrong[path] = str(made)
             else:
-                found[path] = _known[stamp(path)] = index
+                found[path] = _known[stamp(path)] = made
             bar.update()
     return {path: found[path] for path in paths if path in found}, {p: wrong[p] for p in paths if p in wrong}
-
-
-def _made(paths: list[Path], cache_dir: Path | None, workers: int) -> Iterator[tuple[Path, VideoIndex | None, str]]:
-    if workers <= 1:
-        yield from (_try(path, cache_dir) for path in paths)
-        return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        try:
-            for future in as_completed([pool.submit(_try, path, cache_dir) for path in paths]):
-                yield future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _try(path: Path, cache_dir: Path | None) -> tuple[Path, VideoIndex | None, str]:
-    try:
-        return path, find_index(path, cache_dir), ""
-    except UserError as error:
-        return path, None, str(error)
 
 
 def _make(path: Path, kept: Path | None) -> VideoIndex:

@@ -10,11 +10,14 @@ dinoseg turns DINO backbones into segmenters.
 usage: python -m dinoseg mode=MODE [hparam=RECIPE] [GROUP=OPTION ...] [KEY=VALUE ...]
 
   python -m dinoseg mode=prepare data=sarrarp data.root=DIR          unpack a data set as downloaded
+  python -m dinoseg mode=doctor data=idd data.root=DIR               look for faults in a data set
   python -m dinoseg mode=train hparam=sarrarp_lora data.root=DIR     train a recipe
   python -m dinoseg mode=train hparam=sarrarp_lora resume=auto       go on with its newest run
   python -m dinoseg -m mode=train hparam=sarrarp_lora head=linear,mlp adapter.rank=8,16
                                                                      a sweep, with a table at the end
   python -m dinoseg mode=eval resume=RUN                             score a run folder or checkpoint
+  python -m dinoseg mode=score protocol=sar_rarp50 reference=DIR prediction=DIR
+                                                                     official scores of folders, without a model
   python -m dinoseg mode=predict resume=RUN input=PATH               image, folder, glob or video
   python -m dinoseg mode=summary hparam=sarrarp_lora                 parameters by part, no weights needed
   python -m dinoseg mode=train hparam=sarrarp_lora --cfg job         show the composed config

@@ -4,12 +4,11 @@ import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 from making import DATA, save, write_video
-from omegaconf import OmegaConf
 
 import dinoseg
+from dinoseg.config import register_resolvers
 from dinoseg.data.frequencies import class_counts
 from dinoseg.data.labels import Labels
-from dinoseg.config import register_resolvers
 from dinoseg.errors import UserError
 from dinoseg.modes.prepare import prepare
 from dinoseg.nodes import instantiate

@@ -163,7 +163,8 @@ def test_binary_masks_read_as_ids(root):
     two = {"classes": CLASSES[:2], "palette": None}
     parts = splits_of(root, **two)
     errors = [finding for finding in examine(parts) if finding.code == "binary_read_as_ids"]
-    assert len(errors) == 2 and all("format=binary" in each.remedy and each.severity == "error" for each in errors)
+    assert [each.severity for each in errors] == ["error", "warning"]  # train and val
+    assert all("format=binary" in each.remedy for each in errors)
     assert found(root, options={**two, "masks": Masks("binary")}) == {}
     assert found(root, options={**two, "masks": Masks(ids={255: 1})}) == {}
     parts = splits_of(root, **two, ignore_index=254)
@@ -399,7 +400,7 @@ def test_summary(root):
 
 def test_the_short_form_reads_no_image(root, tmp_path, caplog):
     for path in (root / "train/images").rglob("*.png"):
-        path.write_bytes(path.read_bytes()[:300])  # the header is there
+        path.write_bytes(path.read_bytes()[:300] + b"IEND")  # the header and the end are there
     cache = tmp_path / "cache"
     check(opened(root, "train"), opened(root, "val"), cache_dir=cache)
     assert not caplog.records

@@ -18,6 +18,7 @@ from dinoseg.data.pairs import Pair, PairDataset
 from dinoseg.data.scan import refuse_unreadable, scan, unreadable
 from dinoseg.data.scan_record import perceptual_hash
 from dinoseg.errors import UserError
+from dinoseg.images import read_image
 
 CLASSES = ("a", "b", "c")
 
@@ -283,3 +284,22 @@ def test_the_hash_stands_compression_and_scaling_and_tells_pictures_apart():
     apart = [bits(one, two) for index, one in enumerate(pictures) for two in pictures[:index]]
     assert min(apart) > 10
     assert perceptual_hash(np.full((30, 30, 3), 90, np.uint8)) is None
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_an_image_cut_behind_its_header_is_found_without_decoding_the_others(tmp_path, monkeypatch, suffix):
+    pairs = []
+    for index in range(4):
+        image = save(tmp_path / f"n{index}.{suffix}", picture(index, (200, 300)))
+        pairs.append(Pair(f"n{index}", image, save(tmp_path / f"m{index}.png", ids(index, (200, 300)))))
+    whole = pairs[2].image.read_bytes()
+    pairs[2].image.write_bytes(whole[: len(whole) // 2])
+    pairs[3].image.write_bytes(pairs[3].image.read_bytes() + b"a camera's own trailer")
+    decoded = []
+    monkeypatch.setattr(
+        "dinoseg.data.scan_record.read_image", lambda path, read=read_image: decoded.append(path) or read(path)
+    )
+    reader = MaskReader(Labels.of(CLASSES, None, 255), Masks())
+    records = scan(pairs, reader, images=False)
+    assert list(unreadable(records)) == ["n2"] and "truncated" in unreadable(records)["n2"]
+    assert decoded == [pairs[2].image] and records[3].image_size == (200, 300)

@@ -2,17 +2,16 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import call
+from PIL import Image
 
-from dinoseg.errors import UserError
 from dinoseg.images import write_png
-from dinoseg.launch import launch
 
 ROOT = Path(__file__).parents[2]
 WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; from dinoseg.__main__ import main; main()"
@@ -36,28 +35,21 @@ def folders(tmp_path):
 
 
 @pytest.fixture
-def run(compose, tmp_path):
-    def call(*words, reference="reference", prediction="prediction", protocol="semantic"):
-        words = [
-            "mode=score",
-            f"protocol={protocol}",
-            f"reference={tmp_path / reference}",
-            f"prediction={prediction if prediction.startswith('[') else tmp_path / prediction}",
-            "num_classes=4",
-            "mode.workers=1",
-            *words,
-        ]
-        shutil.rmtree(tmp_path / "run", ignore_errors=True)
-        launch(compose(*words), tmp_path / "run", words)
-        return json.loads((tmp_path / "run/scores.json").read_text())
+def run(tmp_path):
+    """Return a function that scores in the test's own process, and returns what it wrote and printed."""
 
-    return call
+    def score(*words, reference="reference", prediction="prediction"):
+        folder = Path(f"run_{len(list(tmp_path.glob('run_*')))}")
+        words = ("mode=score", f"reference={reference}", f"prediction={prediction}", "num_classes=4", *words)
+        done = call(tmp_path, *words, "mode.workers=1", f"hydra.run.dir={folder}")
+        written = tmp_path / folder / "scores.json"
+        return json.loads(written.read_text()) if written.exists() else None, done, tmp_path / folder
+
+    return score
 
 
 def expected_miou(folder, count=6):
     hits, reference, predicted = np.zeros(4), np.zeros(4), np.zeros(4)
-    from PIL import Image
-
     for number in range(count):
         truth, guess = (
             np.asarray(Image.open(folder / f"{side}/{number % 2}/{number}.png")) for side in ("reference", "prediction")
@@ -92,47 +84,43 @@ def test_a_folder_is_scored_without_torch(folders):
 
 def test_more_processes_give_the_same(folders, run):
     masks(folders, np.random.default_rng(1), count=20)
-    one = run()
-    two = run("mode.workers=2")
+    one, _, _ = run()
+    two, _, _ = run("mode.workers=2")
     assert two["per_image"] == one["per_image"] and two["ci95"] == one["ci95"] and one["n"] == 20
 
 
-def test_two_folders_give_their_paired_difference(folders, run, capsys):
+def test_two_folders_give_their_paired_difference(folders, run):
     masks(folders / "better", np.random.default_rng(0), wrong=0.1)
-    result = run(prediction=f"[{folders / 'prediction'},{folders / 'better/prediction'}]")
+    result, done, _ = run(prediction="[prediction,better/prediction]")
     row = result["difference"]["mIoU"]
     assert row["value"] == pytest.approx(result["second"]["scores"]["mIoU"] - result["scores"]["mIoU"])
     assert 0 < row["ci95"][0] < row["value"] < row["ci95"][1]
-    assert "second - first" in capsys.readouterr().out
+    assert "second - first" in done.out
 
 
 def test_every_bad_file_is_named_then_skipped_on_request(folders, run):
     write_png(folders / "prediction/0/2.png", np.zeros((3, 3), np.uint8))
     (folders / "prediction/1/3.png").write_bytes(b"no picture")
     (folders / "prediction/1/5.png").unlink()
-    with pytest.raises(UserError, match="3 file") as caught:
-        run()
-    message = str(caught.value)
-    assert all(name in message for name in ("2.png", "3.png", "5.png", "data.on_error=skip"))
-    problems = json.loads((folders / "run/problems.json").read_text())["problems"]
+    nothing, done, folder = run()
+    assert done.status == 1 and nothing is None and "3 file" in done.err
+    assert all(name in done.err for name in ("2.png", "3.png", "5.png", "data.on_error=skip"))
+    problems = json.loads((folder / "problems.json").read_text())["problems"]
     assert len(problems) == 3 and all(row["reason"] for row in problems)
-    result = run("data.on_error=skip")
+    result, _, _ = run("data.on_error=skip")
     assert result["n"] == 3 and len(result["problems"]) == 3
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("folders_given", "words", "message"),
     [
-        ({"reference": "nowhere"}, "reference=.*nowhere is no folder"),
-        ({"prediction": "nowhere"}, "prediction=.*nowhere is no folder"),
-        ({"prediction": "[a,b,c]"}, "give reference=DIR and prediction=DIR, or prediction=\\[DIR,DIR\\]"),
+        ({"reference": "nowhere"}, (), "reference=nowhere is no folder"),
+        ({"prediction": "nowhere"}, (), "prediction=nowhere is no folder"),
+        ({"prediction": "[a,b,c]"}, (), "give reference=DIR and prediction=DIR, or prediction=[DIR,DIR]"),
+        ({"prediction": "null"}, (), "prediction=None: give reference=DIR"),
+        ({}, ("num_classes=null",), "num_classes"),
     ],
 )
-def test_bad_folders(folders, run, words, message):
-    with pytest.raises(UserError, match=message):
-        run(**words)
-
-
-def test_number_of_classes_is_asked_for(folders, run):
-    with pytest.raises(UserError, match="num_classes"):
-        run("num_classes=null")
+def test_what_must_be_given(folders, run, folders_given, words, message):
+    nothing, done, _ = run(*words, **folders_given)
+    assert done.status == 1 and nothing is None and message in done.err

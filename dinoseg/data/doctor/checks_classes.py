@@ -37,7 +37,7 @@ def _binary_as_ids(splits: Sequence[Scanned]) -> Iterator[Finding]:
         if "255" in values and values <= {"0", "255"}:
             meaning = "255 is ignored, so there is nothing to learn" if part.ignore_index == 255 else "255 is no class"
             yield Finding(
-                "error",
+                "error" if part.split == "train" else "warning",
                 "binary_read_as_ids",
                 f"The masks of {part.split} hold only 0 and 255, and are read as class numbers: {meaning}.",
                 remedy="If they mean background and object, set data.reader.masks.format=binary.",

@@ -1,12 +1,11 @@
 """Write rendered operations in the form in which SAR-RARP50 is downloaded: zipped videos with 1 Hz masks."""
 
+import functools
 import json
-import multiprocessing
 import os
 import shutil
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from tqdm import tqdm
 
 from dinoseg.data.synthetic.scene import RATE, render_clip
 from dinoseg.errors import UserError
+from dinoseg.processes import in_processes
 
 FPS = 60
 SPLITS = ("train1", "test")
@@ -65,10 +65,12 @@ def render_dataset(
     first_test = max(FIRST_TEST_VIDEO, train_videos + 1)
     numbers = {"train1": range(1, train_videos + 1), "test": range(first_test, first_test + test_videos)}
     videos = [Video(seed, split, number, seconds, size) for split in SPLITS for number in numbers[split]]
+    work = functools.partial(_write_video, root=root)
     try:
         missing = _missing(root, videos)
         with tqdm(total=len(videos), initial=len(videos) - len(missing), desc="render", unit="video") as bar:
-            for _ in _each(_write_video, missing, root, min(workers, len(missing))):
+            remedy = f"Set mode.workers below {workers} and run again: it goes on."
+            for _ in in_processes(work, missing, workers, in_order=False, start=_use_one_thread, remedy=remedy):
                 bar.update()
     except OSError as error:
         raise UserError(
@@ -112,20 +114,6 @@ def _comment(path: Path) -> bytes:
             return archive.comment
     except zipfile.BadZipFile:
         return b""
-
-
-def _each(task: Callable[[Video, Path], Path], videos: list[Video], root: Path, workers: int) -> Iterator[Path]:
-    if workers <= 1:
-        for video in videos:
-            yield task(video, root)
-        return
-    # spawn: a forked child would inherit the locks of this process's threads
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _use_one_thread) as pool:
-        try:
-            for done in as_completed([pool.submit(task, video, root) for video in videos]):
-                yield done.result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _use_one_thread() -> None:

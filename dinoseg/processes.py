@@ -1,0 +1,104 @@
+"""Work spread over processes: one way to start, feed and end them; imports the standard library alone."""
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from typing import Any, TypeVar
+
+from dinoseg.errors import UserError
+
+T = TypeVar("T")
+R = TypeVar("R")
+E = TypeVar("E", bound=Exception)
+_AHEAD = 4  # items per process that are under way or wait to be taken: bounds memory
+_task: tuple[Callable[[Any], Any], Any]  # of a worker process: sent once, not with every item
+
+
+def in_processes(
+    work: Callable[[T], R],
+    items: Sequence[T],
+    workers: int,
+    *,
+    remedy: str,
+    catch: type[E] | tuple[type[E], ...] = (),
+    in_order: bool = True,
+    start: Callable[[], None] | None = None,
+) -> Generator[tuple[T, R | E], None, None]:
+    """Yield each item with what `work` makes of it, a few items ahead of the one who takes them.
+
+    Processes are spawned; they end with this generator, whether it is used up, closed or interrupted, and when this
+    process is killed. `work` and `start` have to be picklable: functions of a module, or partials of them.
+
+    Args:
+        work: from an item to its result.
+        items: what to work on.
+        workers: processes; at most one, or a single item: all is done in this process.
+        remedy: what the user can do when a process was killed, such as for want of memory.
+        catch: errors that are yielded in place of the result; any other is raised when its item is due.
+        in_order: of the items; else as they are finished.
+        start: called first in each new process, never in this one.
+
+    Raises:
+        UserError: a process was killed.
+    """
+    workers = min(workers, len(items))
+    if workers <= 1:
+        yield from ((item, _attempt(work, catch, item)) for item in items)
+        return
+    # spawn: a bar's thread is running, and a fork beside a thread can stand still for ever
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (work, catch, start))
+    todo = iter(items)
+    waiting: dict[Future[R | E], T] = {}
+    try:
+        while True:
+            for item in islice(todo, _AHEAD * workers - len(waiting)):
+                waiting[pool.submit(_attempt_here, item)] = item
+            if not waiting:
+                return
+            watched = [next(iter(waiting))] if in_order else waiting
+            for future in wait(watched, return_when=FIRST_COMPLETED).done:
+                yield waiting.pop(future), future.result()
+    except BrokenProcessPool:
+        raise UserError(
+            f"A process was killed, most likely for want of memory. {remedy} (In a script of your own, processes need "
+            "`if __name__ == '__main__':` around what the script does.)"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def count_cores() -> int:
+    """Return how many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _attempt(work: Callable[[T], R], catch: type[E] | tuple[type[E], ...], item: T) -> R | E:
+    try:
+        return work(item)
+    except catch as error:
+        return error
+
+
+def _start_worker(work: Callable[[Any], Any], catch: Any, start: Callable[[], None] | None) -> None:
+    global _task
+    _task = work, catch
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if start is not None:
+        start()
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent is killed: it would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _attempt_here(item: Any) -> Any:
+    return _attempt(*_task, item)

@@ -1,0 +1,69 @@
+"""A data set without what cannot be read, and from its packed file."""
+
+import numpy as np
+import pytest
+from making import save
+
+from dinoseg.data.folder import folder_dataset
+from dinoseg.data.frequencies import class_counts
+from dinoseg.data.opened import opened
+from dinoseg.errors import UserError
+
+
+@pytest.fixture
+def data(tmp_path):
+    rng = np.random.default_rng(0)
+    for index in range(6):
+        save(tmp_path / f"data/train/images/n{index}.png", rng.integers(0, 255, (20 + index, 30, 3)))
+        save(tmp_path / f"data/train/masks/n{index}.png", np.full((20 + index, 30), index % 2))
+    return lambda: folder_dataset(tmp_path / "data", "train", classes=["a", "b"])
+
+
+def test_as_it_is(data):
+    found = data()
+    assert opened(found, split="train") is found
+
+
+def test_what_cannot_be_read_is_left_out_without_shifting_anything(data, tmp_path, caplog):
+    (tmp_path / "data/train/images/n1.png").write_bytes(b"no picture")
+    save(tmp_path / "data/train/masks/n3.png", np.full((23, 30), 7))
+    save(tmp_path / "data/train/masks/n4.png", np.full((5, 5), 1))
+    kept = opened(data(), split="train", on_error="skip", cache_dir=tmp_path / "cache")
+    assert kept.names == ["n0", "n2", "n5"] and list(kept.skipped) == ["n1", "n3", "n4"]
+    assert "3 of 6 images of split train are left out" in caplog.text
+    assert "n1.png" in kept.skipped["n1"] and "7" in kept.skipped["n3"] and "5 x 5" in kept.skipped["n4"]
+    for index, sample in enumerate(kept[number] for number in range(3)):
+        number = int(kept.names[index][1:])
+        assert sample["name"] == f"n{number}" and sample["image"].shape[1] == 20 + number
+        assert (sample["mask"] == number % 2).all()
+
+
+def test_nothing_left_is_an_error(data, tmp_path):
+    for index in range(6):
+        (tmp_path / f"data/train/images/n{index}.png").write_bytes(b"")
+    with pytest.raises(UserError, match="No image of split train can be read.*n0"):
+        opened(data(), split="train", on_error="skip", cache_dir=tmp_path / "cache")
+
+
+def test_packed_and_skipped_together(data, tmp_path):
+    (tmp_path / "data/train/images/n1.png").write_bytes(b"no picture")
+    whole = data()
+    packed = opened(whole, split="train", on_error="skip", cache="packed", cache_dir=tmp_path / "cache", longest=15)
+    assert packed.names == ["n0", "n2", "n3", "n4", "n5"] and list(packed.skipped) == ["n1"]
+    assert max(packed[0]["image"].shape) == 15 and packed[0]["mask"].shape == packed[0]["image"].shape[1:]
+    full = opened(whole.keep({"n0", "n5"}), split="val", cache="packed", cache_dir=tmp_path / "cache", longest=15)
+    assert (full[1]["image"] == whole[5]["image"]).all() and (full[1]["mask"] == whole[5]["mask"]).all()
+    counts = class_counts(packed, tmp_path / "cache")
+    assert counts.tolist() == [20 * 30 + 22 * 30 + 24 * 30, 23 * 30 + 25 * 30]  # of the files, not of the reduced masks
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"on_error": "ignore"}, "data.on_error=ignore is unknown. Choose one of stop, skip"),
+        ({"cache": "disk"}, "data.cache=disk is unknown. Choose packed, or null for none"),
+    ],
+)
+def test_bad_options(data, options, message):
+    with pytest.raises(UserError, match=message):
+        opened(data(), split="train", **options)
