@@ -1,5 +1,6 @@
 """`python -m dinoseg`: compose the config, and hand it to launch."""
 
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -17,11 +18,19 @@ def main() -> None:
         print(overview())
         return
     import hydra
+    from hydra.errors import HydraException
 
     from dinoseg.config import register_resolvers
 
     register_resolvers()
-    hydra.main(version_base="1.3", config_path=CONFIGS, config_name="main")(run)()
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that an error comes back as it was raised
+    try:
+        hydra.main(version_base="1.3", config_path=CONFIGS, config_name="main")(run)()
+    except HydraException as error:
+        from dinoseg.typos import explain
+
+        print(f"error: {explain(arguments, CONFIGS, error)}", file=sys.stderr)
+        sys.exit(1)
     if failures:
         sys.exit(1)
 

@@ -21,8 +21,8 @@ ROOMS = {  # what each group of a config from a file may name: parts of a model,
     "trainer": ("dinoseg.training.fit",),
 }
 _ACTING = (
-    *("archives", "doctor", "loader", "packed", "packed_draft", "prepare_idd", "prepare_sarrarp"),
-    *("scan", "scan_cache", "synthetic", "video_frames", "video_index"),
+    *("archives", "doctor", "loader", "packed", "packed_draft", "packed_read", "packed_store"),
+    *("prepare_idd", "prepare_sarrarp", "scan", "scan_cache", "synthetic", "video_frames", "video_index"),
 )
 ACTING = tuple(f"dinoseg.data.{name}" for name in _ACTING)  # of the data room, but they write files or start processes
 LIST = (list, tuple)
@@ -40,12 +40,18 @@ def guard(node: Mapping[str, Any], where: str = "config") -> None:
     may only point inside the config.
 
     Raises:
-        UserError: naming the target or the interpolation.
+        UserError: naming the target, the folder or the interpolation.
     """
     plain: Any = OmegaConf.to_container(node, resolve=False) if OmegaConf.is_config(node) else node
     for group, part in ({"": plain} if "_target_" in plain else plain).items():
         for target, _ in targets(part):
             _refuse_unless_named(target, ROOMS.get(group, ()), f"{where}: _target_={target} is refused in {group}.")
+    for place in _values_of("cache_dir", plain):
+        if place != "${cache_dir}":
+            raise UserError(
+                f"{where}: cache_dir={place} is refused. A config from a checkpoint may not say where files are written: "
+                "only cache_dir of your own command line does."
+            )
     for text in _strings(plain):
         if "${" in text and ":" in text.replace("${len:", ""):
             raise UserError(
@@ -73,9 +79,9 @@ def check_given(target: str, given: Mapping[str, Any]) -> None:
     for key, value in given.items():
         if key in parameters and not _fits(value, parameters[key].annotation):
             wanted = inspect.formatannotation(parameters[key].annotation).replace("collections.abc.", "")
-            raise UserError(
-                f"{key}={value} is of type {_type_name(value)}, but {target} takes {wanted}. Correct the value."
-            )
+            bare = "Sequence" in wanted and not isinstance(value, LIST)
+            remedy = f"A list is written in brackets: {key}=[{value}]." if bare else "Correct the value."
+            raise UserError(f"{key}={value} is of type {_type_name(value)}, but {target} takes {wanted}. {remedy}")
 
 
 def _fits(value: Any, annotation: Any) -> bool:
@@ -134,6 +140,14 @@ def targets(node: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     elif isinstance(node, list | tuple):
         for value in node:
             yield from targets(value)
+
+
+def _values_of(key: str, node: Any) -> Iterator[Any]:
+    """Yield every value that stands under a key, at any depth."""
+    if isinstance(node, Mapping):
+        yield from (value for name, value in node.items() if name == key)
+    for value in node.values() if isinstance(node, Mapping) else node if isinstance(node, list | tuple) else ():
+        yield from _values_of(key, value)
 
 
 def _strings(node: Any) -> Iterator[str]:

@@ -32,8 +32,15 @@ EVIL = [
     "dinoseg.launch.socket.socket",
     "dinoseg.build.importlib.import_module",
     "hydra.utils.instantiate",
-    "dinoseg.build.hydra_instantiate",
-    "dinoseg.build.instantiate",  # would instantiate what another target reads from a file
+    "dinoseg.nodes.hydra_instantiate",
+    "dinoseg.data.packed.pack",
+    "dinoseg.data.packed_draft.locked",
+    "dinoseg.data.packed_store.write_index",
+    "dinoseg.data.scan.scan",
+    "dinoseg.data.doctor.short.check",
+    "dinoseg.data.prepare_idd.prepare",
+    "dinoseg.data.video_index.index_videos",
+    "dinoseg.nodes.instantiate",  # would instantiate what another target reads from a file
     "dinoseg.launch.launch",
     "dinoseg.__main__.main",
     "dinoseg.modes.render.render",
@@ -99,6 +106,17 @@ def test_interpolations_that_reach_outside_are_refused(text):
     for node in (text, {"data": {"root": text}}, {"classes": ["a", [text]]}):
         with pytest.raises(UserError, match="the interpolation .* is refused"):
             guard({"data": node} if isinstance(node, str) else node)
+
+
+@pytest.mark.parametrize("group", ["data", "loss"])
+@pytest.mark.parametrize("place", ["elsewhere", "/elsewhere", "${data.root}", "${cache_dir}/..", None, 3])
+def test_a_checkpoint_may_not_say_where_files_are_written(group, place):
+    node = {"_target_": "dinoseg.data.opened.opened", "cache_dir": "${cache_dir}"}
+    node = node if group == "data" else {**node, "_target_": "dinoseg.data.frequencies.class_counts"}
+    guard({group: {"opened": node}})
+    for wrapped in ({"opened": {**node, "cache_dir": place}}, {"terms": [{"deep": {"cache_dir": place}}]}):
+        with pytest.raises(UserError, match="cache_dir=.* is refused"):
+            guard({group: wrapped})
 
 
 def test_interpolations_within_are_fine():
@@ -167,7 +185,8 @@ def test_elements_of_another_type_are_refused(target, key, value, kind):
     with pytest.raises(UserError) as caught:
         check_given(target, {key: value})
     assert str(caught.value).startswith(f"{key}={value} is of type {kind}, but {target} takes ")
-    assert "Sequence[" in str(caught.value) and str(caught.value).endswith("Correct the value.")
+    remedy = "Correct the value." if isinstance(value, list) else f"A list is written in brackets: {key}=[{value}]."
+    assert "Sequence[" in str(caught.value) and str(caught.value).endswith(remedy)
 
 
 def test_elements_that_fit_are_accepted():
