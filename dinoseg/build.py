@@ -54,14 +54,19 @@ def _check_head_file(cfg: DictConfig) -> None:
         check_file(Path(str(weights)).expanduser(), "head.weights")
 
 
-def dataset(cfg: DictConfig, split: str) -> SegmentationData:
+def dataset(cfg: DictConfig, split: str, *, reduced: bool = False) -> SegmentationData:
     """Return one split of a config's data set.
+
+    Args:
+        cfg: the whole config.
+        split: train, val or test.
+        reduced: to train on: a packed image need not be larger than the model sees it.
 
     Raises:
         UserError: an unknown split, or whatever the data set finds wrong.
     """
     found = instantiate(cfg.data.reader)(split=_known(split))
-    return instantiate(cfg.data.opened)(found, split=split)
+    return instantiate(cfg.data.opened)(found, split=split, reduced=reduced)
 
 
 def clips(cfg: DictConfig, split: str) -> Any:
@@ -81,7 +86,7 @@ def feed(cfg: DictConfig, engine: Engine) -> Feed:
     """Return the batches of a config for one rank."""
     check_given("dinoseg.training.feed.Feed", {"batch_size": cfg.data.batch_size})
     return Feed(
-        train=dataset(cfg, "train"),
+        train=dataset(cfg, "train", reduced=True),
         val=dataset(cfg, "val"),
         augment=instantiate(cfg.data.augment),
         batch_size=cfg.data.batch_size,

@@ -49,8 +49,8 @@ def guard(node: Mapping[str, Any], where: str = "config") -> None:
     for place in _values_of("cache_dir", plain):
         if place != "${cache_dir}":
             raise UserError(
-                f"{where}: cache_dir={place} is refused. A config from a checkpoint may not say where files are written: "
-                "only cache_dir of your own command line does."
+                f"{where}: cache_dir={place} is refused. A config from a checkpoint may not say where files are "
+                "written: only cache_dir of your own command line does."
             )
     for text in _strings(plain):
         if "${" in text and ":" in text.replace("${len:", ""):

@@ -1,14 +1,28 @@
 """Reading and writing picture files, strictly: a truncated or foreign file is an error that names it."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 
 from dinoseg.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+T = TypeVar("T")
+_ORIENTATION = 0x0112  # EXIF tag
+_TURNED = (5, 6, 7, 8)  # its values that swap height and width
+_SAMPLE_FORMAT, _SIGNED = 339, 2  # TIFF tag, and its value for signed integers
+_KEPT = ("1", "P", "I", "I;16", "I;16L", "I;16B")  # modes whose numbers Pillow gives as they are stored
+_KEPT_UNMARKED = ("L", "LA", "RGB", "RGBA", "RGBX")  # so they are with whole bytes
+_STRETCHED = {"2": 85, "4": 17}  # bits a pixel of grey files to what Pillow multiplies their numbers by
+
+
+class _Unfit(Exception):
+    """A picture that was read, but is of no use; says what it is."""
 
 
 def read_image(path: str | Path) -> np.ndarray:
@@ -23,21 +37,46 @@ def read_image(path: str | Path) -> np.ndarray:
 def read_ids(path: str | Path) -> np.ndarray:
     """Return a mask file's stored numbers: (H, W) for grey and palette files, (H, W, 3) for RGB ones.
 
-    A palette file gives its indices, not its colours; 16-bit files keep their values.
+    A palette file gives its indices, not its colours; a file of one bit a pixel gives 0 and 1, one of two or four
+    bits 0 to 3 or 15; 16-bit files keep their values.
 
     Raises:
-        UserError: the file is missing, truncated or no picture.
+        UserError: the file is missing, truncated, no picture, or of a kind whose numbers Pillow changes.
     """
-    return np.asarray(_decode(path, _stored_numbers))
+    return _opened(path, _stored_numbers)
 
 
-def write_png(path: str | Path, pixels: np.ndarray) -> None:
-    """Write (H, W) or (H, W, 3) uint8 without loss; the file appears whole or not at all."""
+def read_size(path: str | Path) -> tuple[int, int]:
+    """Return height and width of a picture as `read_image` gives it, from its header.
+
+    Raises:
+        UserError: the file is missing or no picture.
+    """
+    return _opened(path, _upright_size)
+
+
+def has_one_bit(path: str | Path) -> bool:
+    """Return whether a picture is black and white: one bit a pixel, and no palette.
+
+    Raises:
+        UserError: the file is missing or no picture.
+    """
+    return _opened(path, lambda image: image.mode == "1")
+
+
+def write_png(path: str | Path, pixels: np.ndarray, *, note: tuple[str, str] | None = None) -> None:
+    """Write (H, W) or (H, W, 3) uint8 without loss; the file appears whole or not at all.
+
+    A note is a keyword and its text (PNG's tEXt), before the pixels.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        Image.fromarray(pixels).save(part, format="PNG", compress_level=1)
+        info = PngInfo()
+        if note is not None:
+            info.add_text(*note)
+        Image.fromarray(pixels).save(part, format="PNG", compress_level=1, pnginfo=info)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -45,25 +84,76 @@ def write_png(path: str | Path, pixels: np.ndarray) -> None:
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
-        raise ValueError("it has more than 8 bits a channel, which would be clipped: convert it to 8 bits")
+        raise _Unfit("has more than 8 bits a channel, which would be clipped: convert it to 8 bits")
     return ImageOps.exif_transpose(image).convert("RGB")
 
 
-def _stored_numbers(image: Image.Image) -> Image.Image:
-    if image.mode in ("L", "P", "I;16", "I", "RGB"):
-        return image
-    return image.convert("L" if image.mode in ("1", "LA") else "RGB")
+def _stored_numbers(image: Image.Image) -> np.ndarray:
+    mark = _packing(image)  # before the pixels are read, when Pillow forgets it
+    image.load()
+    if image.mode == "1":
+        return np.asarray(image, np.uint8)
+    if image.mode == "L" and mark in _STRETCHED:
+        return np.asarray(image) // _STRETCHED[mark]
+    if image.mode in ("I;16", "I;16L", "I;16B"):
+        return np.asarray(image).astype(np.uint16, copy=False)  # in this machine's byte order
+    if image.mode in ("L", "P", "I", "RGB"):
+        return np.asarray(image)
+    return np.asarray(image.convert("L" if image.mode == "LA" else "RGB"))
 
 
-def _decode(path, convert) -> Image.Image:
+def _packing(image: Image.Image) -> str:
+    """Return how pixels are packed, as Pillow marks it: `4` for four bits; empty for whole bytes.
+
+    Raises:
+        _Unfit: ids that would be clipped, scaled or inverted.
+    """
+    tiles = getattr(image, "tile", None)  # of files alone, and of them not of all
+    packed = tiles[0].args if tiles else ""
+    name = next(iter(packed), "") if isinstance(packed, tuple) else packed
+    mark = str(name).partition(";")[2]
+    kept = image.mode in _KEPT or (image.mode in _KEPT_UNMARKED and mark in ("", "R", "L"))
+    kept = kept or (image.mode == "L" and mark in _STRETCHED)
+    signed = image.mode == "L" and _SIGNED in getattr(image, "tag_v2", {}).get(_SAMPLE_FORMAT, ())
+    if signed or not kept:
+        kind = "signed numbers of 8 bits" if signed else f"{name if mark else image.mode}, by Pillow's name"
+        raise _Unfit(f"is of a kind that does not keep ids as they are ({kind}). Save it as a grey PNG of 8 or 16 bits")
+    return mark
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    # asked of a PNG without one, Pillow would decode it all to look behind the pixels
+    turned = "exif" in image.info and image.getexif().get(_ORIENTATION) in _TURNED
+    return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def _decode(path: str | Path, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    def decoded(image: Image.Image) -> Image.Image:
+        image.load()
+        return convert(image)
+
+    return _opened(path, decoded)
+
+
+def _opened(path: str | Path, take: Callable[[Image.Image], T]) -> T:
     path = Path(path)
+    cause: OSError | None = None  # the system's, by which a caller knows that the file itself may be good
     try:
         with Image.open(path) as image:
-            image.load()
-            return convert(image)
+            return take(image)
     except FileNotFoundError:
-        raise UserError(f"No such file: {path}. Check the path.") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(
-            f"Cannot read {path} as a picture ({error}). It is truncated or no picture: replace or remove it."
-        ) from None
+        message = f"No such file: {path}. Check the path."
+    except PermissionError as error:
+        cause = error
+        message = f"Cannot read {path} for want of permission. Let your user read it."
+    except Image.DecompressionBombError as error:
+        message = f"Cannot read {path} as a picture: it is too large ({error}). Make it smaller or cut it up."
+    except _Unfit as error:
+        message = f"{path} {error}."
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            cause = error
+            message = f"Cannot read {path} ({error.strerror}). Check the path and its disk."
+        else:
+            message = f"Cannot read {path} as a picture ({error}). It is truncated or no picture: replace or remove it."
+    raise UserError(message) from cause

@@ -1,6 +1,7 @@
 """Going on from a checkpoint: its config, with what the command line changes, and its model."""
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -61,7 +62,9 @@ def merge(cfg: DictConfig, overrides: Sequence[Any], path: Path, info: Mapping[s
     guard(kept, f"resume={path}")
     own = {**plain(cfg), "resume": str(path), "choices": {**plain(cfg.choices), **info["choices"]}}
     merged = OmegaConf.create({**own, **kept})
-    merged.data.root = _root(kept, Path(info["folder"]))
+    merged.data.root, remark = _root(kept, Path(info["folder"]))
+    if remark and not any(override.key_or_group in ("data", "data.root") for override in overrides):
+        print(f"resume={path}: {remark}", file=sys.stderr)
     for override in overrides:
         name, value = override.key_or_group, override.value()
         if name in CHOSEN:
@@ -174,7 +177,7 @@ def _recipe(info: Mapping[str, Any]) -> dict[str, Any]:
     """Return what makes two runs the same recipe, as a checkpoint would give it back."""
     config = json.loads(json.dumps(info["config"]))
     trainer = {key: value for key, value in config["trainer"].items() if key not in LENGTHS}
-    data = {**config["data"], "root": _root(config, Path(info["folder"]))}
+    data = {**config["data"], "root": _root(config, Path(info["folder"]))[0]}
     return {**config, "trainer": trainer, "data": data}
 
 
@@ -191,10 +194,21 @@ def _check_choice(group: str, option: str, path: Path, info: Mapping[str, Any]) 
         )
 
 
-def _root(config: Mapping[str, Any], folder: Path) -> str:
-    """Return a data root as a whole path; a relative one that is not here lies below the folder of its run."""
+def _root(config: Mapping[str, Any], folder: Path) -> tuple[str, str]:
+    """Return a data root as a whole path, and what to say of the choice.
+
+    A relative one is that of the run, below the folder where it was started, even if there is one of the same name
+    here: that may be another data set. Only where the run's is not there, the one here is taken.
+    """
     root = str(config["data"]["root"])
     if root == "???" or "${" in root:
-        return root
-    here = Path(root).expanduser().resolve()
-    return str(here if here.exists() else (folder / root).resolve())
+        return root, ""
+    here, there = (place.resolve() for place in (Path(root).expanduser(), folder / Path(root).expanduser()))
+    if here == there or not here.exists():
+        return str(there), ""
+    if there.exists():
+        return str(there), (
+            f"warning: data.root={root} means {there}, where the run has its data, and not {here}. For that one, give "
+            f"data.root={here}."
+        )
+    return str(here), f"{there}, where the run had its data, is not there: taking data.root={root} from here, {here}."

@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 from pathlib import Path
 from typing import IO
 
@@ -79,7 +80,9 @@ def configure_log(folder: Path | None) -> None:
     """Send the log to the terminal and the run folder's `run.log`; without a folder (other ranks) only warnings."""
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if folder is not None:
-        handlers.append(logging.FileHandler(folder / LOG))
+        handlers.append(logging.FileHandler(folder / LOG, encoding="utf-8", errors="backslashreplace"))
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: a file's name need not be text
     logging.basicConfig(
         level=logging.WARNING if folder is None else logging.INFO,
         format="%(asctime)s %(levelname)s %(message)s",

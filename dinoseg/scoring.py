@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from dinoseg.data.wording import count_of
 from dinoseg.errors import UserError
 from dinoseg.metrics.protocols.contract import BadFile, Case, Found, Measured, ScoreProtocol
 from dinoseg.processes import count_cores, in_processes
 
 ON_ERROR = ("stop", "skip")
 _LISTED = 20  # problems in a message; the others are in the file
-_CASES_PER_PROCESS = 8  # fewer are measured sooner than a process starts
+_FRAMES_PER_PROCESS = 8  # fewer are measured sooner than a process starts
+_DRAWN_AT_ONCE = 2**22  # numbers, 32 MiB
 
 
 @dataclass
@@ -27,15 +29,17 @@ class Scored:
         sums: (U, d) float64, what each unit adds to the whole.
         total: (d,) what they add up to; whole numbers stay exact.
         rows: for each unit a row of plain numbers beside its scores.
+        cases: what was measured, in order.
         problems: file and reason of what was left out.
         notes: what is odd but changes no score.
-        files: pairs of files measured.
+        files: frames measured, those without prediction too.
     """
 
     units: list[str]
     sums: np.ndarray
     total: np.ndarray
     rows: list[dict[str, Any]]
+    cases: list[tuple[Case, Measured]]
     problems: list[tuple[Path, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     files: int = 0
@@ -48,23 +52,30 @@ class Unscorable(UserError):
         lines = "".join(f"\n- {path}: {reason}" for path, reason in problems[:_LISTED])
         more = f"\n- and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
         super().__init__(
-            f"{len(problems)} file(s) of {where} cannot be scored:{lines}{more}\n"
+            f"{count_of(problems, 'file')} of {where} cannot be scored:{lines}{more}\n"
             "Correct them; data.on_error=skip scores the others and lists these."
         )
         self.problems = list(problems)
 
 
 def score(
-    protocol: ScoreProtocol, found: Found, *, where: str, workers: int | None = None, on_error: str = "stop"
+    protocol: ScoreProtocol,
+    found: Found,
+    *,
+    where: str,
+    workers: int | None = None,
+    on_error: str = "stop",
+    remedy: str = "Set mode.workers lower, 1 for no process beside this one, and run again.",
 ) -> Scored:
     """Measure all cases and add them up by unit.
 
     Args:
         protocol: how a case is measured.
         found: the cases, and what was wrong with the folders.
-        where: names the predictions in messages.
-        workers: processes, None for one per core; few cases are measured in this one.
+        where: names both folders in messages.
+        workers: processes; None for one per core, and none beside this one for few frames.
         on_error: `stop` when all files have been looked at, or `skip` what cannot be scored.
+        remedy: what the user can do when a process was killed.
 
     Raises:
         Unscorable: files that cannot be scored.
@@ -75,25 +86,27 @@ def score(
     if workers is not None and workers < 1:
         raise UserError(f"mode.workers={workers}: give the number of processes, 1 or more, or null for one per core.")
     problems = list(found.problems)
-    by_unit: dict[str, list[Measured]] = {}
-    for case, result in _measure_all(protocol, found.cases, workers):
+    cases: list[tuple[Case, Measured]] = []
+    for case, result in _measure_all(protocol, found.cases, workers, remedy):
         if isinstance(result, BadFile):
-            problems.append((result.path, result.reason))
+            problems += [(result.path, result.reason), *result.more]
         else:
-            by_unit.setdefault(case.unit, []).append(result)
+            cases.append((case, result))
     if problems and on_error == "stop":
         raise Unscorable(problems, where)
-    if not by_unit:
-        raise UserError(f"Nothing is left to score in {where}: {len(problems)} problems. Check the folders.")
-    joined = [protocol.join(measured) for measured in by_unit.values()]
+    if not cases:
+        first = f", such as {problems[0][0]}: {problems[0][1]}" if problems else "."
+        raise UserError(f"Nothing is left to score of {where}: {count_of(problems, 'problem')}{first}")
+    joined = _joined(protocol, cases)
     return Scored(
-        units=list(by_unit),
-        sums=np.stack([unit.astype(np.float64) for unit in joined]),
-        total=np.sum(joined, axis=0),
-        rows=[_row(measured) for measured in by_unit.values()],
+        units=list(joined),
+        sums=np.stack([unit.astype(np.float64) for unit in joined.values()]),
+        total=np.sum(list(joined.values()), axis=0),
+        rows=[_row(unit) for unit in _by_unit(cases).values()],
+        cases=cases,
         problems=problems,
-        notes=found.notes,
-        files=sum(map(len, by_unit.values())),
+        notes=[*found.notes, *_unknown_notes(cases)],
+        files=_frames(case for case, _ in cases),
     )
 
 
@@ -130,16 +143,22 @@ def difference(
 ) -> dict[str, dict[str, Any]]:
     """Return for each key `second` minus `first`, with the interval of this paired difference.
 
-    The same units are drawn for both, so what makes a video hard for both does not widen the interval. A unit that
-    only one of them has is left out of both.
+    The same units are drawn for both, so what makes a video hard for both does not widen the interval. A case, which
+    is a frame or a sequence, that only one of them has is left out of both (`left_out`), and the unit with its last
+    case. Where they share no case, all values are None and `n` is 0.
     """
-    shared = [name for name in first.units if name in set(second.units)]
-    pair = [one.sums[[one.units.index(name) for name in shared]] for one in (first, second)]
+    names = [{case.name for case, _ in one.cases} for one in (first, second)]
+    shared, left_out = names[0] & names[1], len(names[0] ^ names[1])
+    if not shared:
+        return {key: {"value": None, "ci95": None, "n": 0, "left_out": left_out} for key in protocol.keys}
+    by_unit = [_joined(protocol, [each for each in one.cases if each[0].name in shared]) for one in (first, second)]
+    pair = [np.stack([unit_sums[unit] for unit in by_unit[0]]).astype(np.float64) for unit_sums in by_unit]
     values = [protocol.scores(sums.sum(axis=0)) for sums in pair]
     drawn = [_resampled(protocol, sums, resamples, seed) for sums in pair]
     intervals = _intervals(protocol, {key: drawn[1][key] - drawn[0][key] for key in protocol.keys})
+    counts = {"n": len(by_unit[0]), "left_out": left_out}
     return {
-        key: {"value": _plain(values[1][key] - values[0][key]), "ci95": intervals[key], "n": len(shared)}
+        key: {"value": _plain(values[1][key] - values[0][key]), "ci95": intervals[key], **counts}
         for key in protocol.keys
     }
 
@@ -149,8 +168,13 @@ def _resampled(protocol: ScoreProtocol, sums: np.ndarray, resamples: int, seed: 
     count = len(sums)
     if count < 2 or resamples < 1:
         return {key: np.empty(0) for key in protocol.keys}
-    drawn = np.random.default_rng(seed).multinomial(count, [1 / count] * count, size=resamples)  # (R, U)
-    return protocol.scores(drawn.astype(np.float64) @ sums)
+    generator, chance = np.random.default_rng(seed), [1 / count] * count
+    at_once = max(1, _DRAWN_AT_ONCE // max(sums.shape))
+    parts = []
+    for start in range(0, resamples, at_once):
+        drawn = generator.multinomial(count, chance, size=min(at_once, resamples - start))  # (R, U)
+        parts.append(protocol.scores(drawn.astype(np.float64) @ sums))
+    return {key: np.concatenate([part[key] for part in parts]) for key in protocol.keys}
 
 
 def _intervals(protocol: ScoreProtocol, drawn: dict[str, np.ndarray]) -> dict[str, list[float] | None]:
@@ -161,12 +185,46 @@ def _intervals(protocol: ScoreProtocol, drawn: dict[str, np.ndarray]) -> dict[st
     return intervals
 
 
-def _row(measured: Sequence[Measured]) -> dict[str, Any]:
+def _by_unit(cases: Iterable[tuple[Case, Measured]]) -> dict[str, list[tuple[Case, Measured]]]:
+    by_unit: dict[str, list[tuple[Case, Measured]]] = {}
+    for case, measured in cases:
+        by_unit.setdefault(case.unit, []).append((case, measured))
+    return by_unit
+
+
+def _joined(protocol: ScoreProtocol, cases: Iterable[tuple[Case, Measured]]) -> dict[str, np.ndarray]:
+    """Return each unit's sums (d,)."""
+    return {unit: protocol.join([measured for _, measured in own]) for unit, own in _by_unit(cases).items()}
+
+
+def _row(cases: Sequence[tuple[Case, Measured]]) -> dict[str, Any]:
     """Return a unit's details: its case's own, or the sums of the numbers of several."""
-    if len(measured) == 1:
-        return measured[0].details
-    keys = dict.fromkeys(key for one in measured for key, value in one.details.items() if isinstance(value, int))
-    return {"files": len(measured), **{key: sum(one.details.get(key, 0) for one in measured) for key in keys}}
+    details = [measured.details for _, measured in cases]
+    if len(details) == 1:
+        return details[0]
+    keys = dict.fromkeys(key for one in details for key, value in one.items() if isinstance(value, int))
+    files = _frames(case for case, _ in cases)
+    return {"files": files, **{key: sum(one.get(key, 0) for one in details) for key in keys}}
+
+
+def _unknown_notes(cases: Sequence[tuple[Case, Measured]]) -> list[str]:
+    """Return a note for each side with pixels of no class, which some official scripts count instead of refusing."""
+    notes = []
+    for side, place in (("reference", 0), ("prediction", 1)):
+        key = f"unknown_pixels_{side}"
+        held = [(case, measured.details[key]) for case, measured in cases if measured.details.get(key)]
+        if held:
+            pixels = sum(count for _, count in held)
+            notes.append(
+                f"{len(held)} of {count_of(cases, side)} {'holds' if len(held) == 1 else 'hold'} ids of no class, in "
+                f"{count_of(pixels, 'pixel')}, such as {held[0][0].files[0][place]}. The official rule refuses "
+                "none: such a pixel is void in a reference, and a miss where it is predicted on a class. Check them."
+            )
+    return notes
+
+
+def _frames(cases: Iterable[Case]) -> int:
+    return sum(len(case.files) for case in cases)
 
 
 def _plain(value: Any) -> Any:
@@ -176,10 +234,9 @@ def _plain(value: Any) -> Any:
 
 
 def _measure_all(
-    protocol: ScoreProtocol, cases: Sequence[Case], workers: int | None
+    protocol: ScoreProtocol, cases: Sequence[Case], workers: int | None, remedy: str
 ) -> Iterable[tuple[Case, Measured | BadFile]]:
     """Return each case with what it gives, in their order."""
-    processes = min(workers or count_cores(), ceil(len(cases) / _CASES_PER_PROCESS))
-    remedy = f"Set mode.workers below {processes} and run again."
+    processes = workers or min(count_cores(), ceil(_frames(cases) / _FRAMES_PER_PROCESS))
     results = in_processes(protocol.measure, cases, processes, catch=BadFile, remedy=remedy)
     return tqdm(results, total=len(cases), desc=f"scoring {protocol.name}", unit="file", disable=None, leave=False)

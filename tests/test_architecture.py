@@ -11,17 +11,28 @@ PACKAGE = Path(dinoseg.__file__).parent
 FILES = {path.relative_to(PACKAGE).as_posix(): path.read_text() for path in PACKAGE.rglob("*.py")}
 
 LEVELS = (  # a room imports its own level and those below
-    ("__init__", "errors", "shapes", "geometry", "images", "label_tables", "tensor_files", "report", "processes"),
+    (
+        "__init__",
+        "errors",
+        "shapes",
+        "geometry",
+        "images",
+        "label_tables",
+        "tensor_files",
+        "report",
+        "processes",
+        "files",
+    ),
     ("backbones", "heads", "losses", "metrics", "data"),
     ("model", "adapters", "inference", "scoring", "training"),
     ("config", "checks", "run_folder", "nodes", "build", "resume"),
     ("modes",),
-    ("launch", "__main__"),
+    ("launch", "typos", "__main__"),
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 LEAVES = LEVELS[1]  # these never import one another, and build names none of them
 DOORS = {  # dependency to the rooms and files that may import it
-    "hydra": ("config", "nodes", "resume", "modes", "launch", "__main__"),
+    "hydra": ("config", "nodes", "resume", "modes", "launch", "typos", "__main__"),
     "omegaconf": ("config", "checks", "run_folder", "nodes", "build", "resume", "modes", "launch", "__main__"),
     "hydra.utils": ("nodes",),
     "accelerate": ("training/engine",),

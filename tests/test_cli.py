@@ -130,7 +130,7 @@ def test_a_command_line_that_cannot_be_composed_is_one_message(place, arguments,
         (["engine.device=tpu"], ["engine.device=tpu is unknown", "auto, cuda, mps or cpu"]),
         (["engine.devices=0"], ["engine.devices=0", "at least 1"]),
         (["data.batch_size=5"], ["data.batch_size=5 with 4 training images", "from 1 to 4"]),
-        (["data.classes=[dark]"], ["holds the ids 1", "data.classes has ids 0 to 0", "masks/"]),
+        (["data.classes=[dark]"], ["no class: 1 (in 6)", "masks/0.png: 1", "'data.reader.masks.ids={1: 255}'"]),
         (["backbone.layers=[2]"], ["backbone.layers=[2]", "2 blocks"]),
         (["backbone.weights=gone.safetensors"], ["backbone.weights=gone.safetensors", "Check the path"]),
         (["loss.weights=heavy"], ["loss.weights=heavy is unknown", "median"]),
@@ -179,7 +179,7 @@ def test_bad_files_are_named(place):
     message = refused(place, *TRAIN, "data.batch_size=4")
     assert "2.png" in message and "resize_mask" in message
     write_png(place / "data/train/masks/2.png", np.full((32, 48), 9, np.uint8))
-    assert "masks/2.png holds the ids 9" in refused(place, *TRAIN, "data.batch_size=4")
+    assert "masks/2.png: 9\n" in refused(place, *TRAIN, "data.batch_size=4")
     whole = (place / "data/train/images/1.png").read_bytes()
     (place / "data/train/images/1.png").write_bytes(whole[: len(whole) // 2])
     write_png(place / "data/train/masks/2.png", np.zeros((32, 48), np.uint8))

@@ -20,7 +20,7 @@ from dinoseg.launch import LAUNCH_KEYS
 # What build, launch and fit hand over; every other argument stands in a config or has a default
 AT_RUN_TIME = {
     "data.clips": {"split"},
-    "data.opened": {"dataset", "split"},
+    "data.opened": {"dataset", "split", "reduced"},
     "data.reader": {"split"},
     "head": {"in_dim", "num_layers"},
     "loss.class_weights": {"counts"},
@@ -136,6 +136,7 @@ def test_hidden_options_are_bases_and_bases_hold_the_gaps():
         "_dinov3",
         "_dinov3_convnext",
         "_idd",
+        "_idd_level3",
         "_mask2former",
         "_pixel",
         "_rendered",

@@ -1,10 +1,12 @@
 """What a checkpoint's config, the command line and the recipe each decide when a run goes on."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from command_line import SMALL, call, write_data
+from omegaconf import OmegaConf
 
 from dinoseg.errors import UserError
 from dinoseg.resume import description_of, merge
@@ -56,6 +58,47 @@ def test_auto_does_not_go_on_with_other_data(where):
     assert train(where, "trainer.steps=1").status == 0
     assert train(where, "trainer.steps=1", "data.root=other", "resume=auto").status == 0
     assert len(runs(where)) == 2
+
+
+def elsewhere(where, *arguments):
+    """Evaluate the run of `where` from another folder, which has a folder named data too."""
+    (where / "elsewhere").mkdir(exist_ok=True)
+    write_data(where / "elsewhere/data", val=1)
+    done = call(where / "elsewhere", "mode=eval", f"resume={runs(where)[0]}", "engine=cpu", *arguments)
+    assert done.status == 0, done.err
+    (run,) = (where / "elsewhere/outputs").glob("*/eval_*")
+    config = OmegaConf.load(run / "config/config.yaml")
+    shutil.rmtree(run)
+    return config.data.root, done.err
+
+
+def test_a_relative_root_is_that_of_the_run(where):
+    assert train(where, "trainer.steps=1").status == 0
+    here, there = where / "elsewhere/data", where / "data"
+    root, said = elsewhere(where)
+    assert root == str(there) and f"warning: data.root=data means {there}, where the run has its data, and" in said
+    assert f"not {here}. For that one, give data.root={here}." in said
+    for given in ("data.root=data", f"data.root={here}"):
+        root, said = elsewhere(where, given)
+        assert (where / "elsewhere" / root) == here and "where the run ha" not in said
+    there.rename(where / "moved")
+    root, said = elsewhere(where)
+    assert root == str(here) and f"{there}, where the run had its data, is not there: taking data.root=data" in said
+    shutil.rmtree(where / "elsewhere")
+    (where / "moved").rename(there)
+    done = call(where, "mode=eval", f"resume={runs(where)[0]}", "engine=cpu")
+    assert done.status == 0 and "where the run ha" not in done.err
+
+
+def test_auto_finds_a_run_that_was_moved_with_its_data(where, monkeypatch):
+    assert train(where, "trainer.steps=1").status == 0
+    moved = where / "moved"
+    moved.mkdir()
+    for name in ("data", "outputs"):
+        (where / name).rename(moved / name)
+    monkeypatch.chdir(moved)
+    done = call(moved, "mode=train", *SMALL, "trainer.steps=2", "resume=auto")
+    assert done.status == 0 and "no earlier run" not in done.err and len(runs(moved)) == 1
 
 
 def test_auto_passes_over_a_run_that_is_still_going(where):

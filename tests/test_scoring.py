@@ -1,6 +1,9 @@
 """From cases to scores: sums over units, intervals, paired differences, and files that cannot be scored."""
 
+import json
 import os
+import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +16,14 @@ from dinoseg.report.scores import difference_table, scores_table
 
 
 class Share:
-    """Hits among tries, written in a case's name as `unit/hits-tries`; the mean over units is a second score."""
+    """Hits among tries, written in a case's file as `hits-tries`; the mean over units is a second score."""
 
     name, unit, keys, rules = "share", "video", ("share", "mean"), {"version": "1"}
 
     def measure(self, case):
-        if "bad" in case.name:
+        if "bad" in f"{case.name} {case.files[0][0]}":
             raise BadFile(Path(case.name), "it is bad")
-        hits, tries = map(int, case.name.split("/")[1].split("-"))
+        hits, tries = map(int, case.files[0][0].name.split("-"))
         return Measured(np.array([hits, tries]), {"tries": tries, "word": "x"})
 
     def join(self, measured):
@@ -35,8 +38,14 @@ class Share:
         return [{"id": 0, "name": "hit", "hits": sums[0]}]
 
 
-def cases(*names):
-    return Found([Case(name, name.split("/")[0], ()) for name in names])
+def cases(*words, frames=1):
+    """Return cases of `unit/stem=hits-tries`, or `unit/hits-tries` where nothing else shares the numbers."""
+    found = Found([])
+    for word in words:
+        name, _, numbers = word.partition("=")
+        file = Path(numbers or name.partition("/")[2])
+        found.cases.append(Case(name, name.split("/")[0], ((file, None),) * frames))
+    return found
 
 
 def test_sums_over_units_and_rows():
@@ -55,16 +64,39 @@ def test_intervals_are_the_percentiles_of_resampled_units():
     found = cases(*(f"v{index}/{rng.integers(1, 9)}-{rng.integers(9, 20)}" for index in range(12)))
     scored = scoring.score(Share(), found, where="P")
     result = scoring.result(Share(), scored, resamples=2000, seed=3)
-    drawn = [
-        scored.sums[rng.integers(0, 12, 12)].sum(axis=0) for _ in range(4000)
-    ]  # another generator, drawn one by one
+    times = np.random.default_rng(3).multinomial(12, [1 / 12] * 12, size=2000)  # the same draws, summed one by one
+    drawn = [sum(count * row for count, row in zip(counts, scored.sums, strict=True)) for counts in times]
     for key, values in (("share", [s[0] / s[1] for s in drawn]), ("mean", [s[2] / s[3] for s in drawn])):
-        low, high = result["ci95"][key]
-        expected = np.percentile(values, (2.5, 97.5))
-        assert low < result["scores"][key] < high
-        np.testing.assert_allclose([low, high], expected, atol=0.15 * (expected[1] - expected[0]))
+        assert result["ci95"][key] == pytest.approx(percentiles(values), abs=1e-12)
+        others = [scored.sums[rng.integers(0, 12, 12)].sum(axis=0) for _ in range(4000)]  # drawn by unit
+        values = [s[0] / s[1] if key == "share" else s[2] / s[3] for s in others]
+        expected = percentiles(values)
+        np.testing.assert_allclose(result["ci95"][key], expected, atol=0.15 * (expected[1] - expected[0]))
     assert scoring.result(Share(), scored, resamples=2000, seed=3)["ci95"] == result["ci95"]
     assert scoring.result(Share(), scored, resamples=2000, seed=4)["ci95"] != result["ci95"]
+
+
+def percentiles(values):
+    """Return the 2.5th and 97.5th percentile, linear between ranks."""
+    ranked, found = sorted(values), []
+    for share in (0.025, 0.975):
+        place = share * (len(ranked) - 1)
+        low = int(place)
+        found.append(ranked[low] + (place - low) * (ranked[low + 1] - ranked[low]))
+    return found
+
+
+def test_draws_in_parts_are_those_of_one_go(monkeypatch):
+    found = cases(*(f"v{index}/{index + 1}-{30 - index}" for index in range(9)))
+    scored = scoring.score(Share(), found, where="P")
+    whole = scoring.result(Share(), scored, resamples=100, seed=3)["ci95"]
+    sizes, scores = [], Share.scores
+    monkeypatch.setattr(scoring, "_DRAWN_AT_ONCE", 63)
+    monkeypatch.setattr(Share, "scores", lambda self, sums: (sizes.append(sums.shape), scores(self, sums))[1])
+    parts = scoring.result(Share(), scored, resamples=100, seed=3)["ci95"]
+    assert sizes.count((7, 4)) == 14 and (2, 4) in sizes and (100, 4) not in sizes
+    for key in whole:
+        assert parts[key] == pytest.approx(whole[key], abs=1e-12)
 
 
 def test_one_unit_or_no_draws_have_no_interval():
@@ -75,16 +107,65 @@ def test_one_unit_or_no_draws_have_no_interval():
 
 
 def test_the_paired_difference_draws_the_same_units_for_both():
-    names = [f"v{index}/{index + 1}-40" for index in range(20)]
-    better = [f"v{index}/{index + 5}-40" for index in range(20)]
+    names = [f"v{index}/a={index + 1}-40" for index in range(20)]
+    better = [f"v{index}/a={index + 5}-40" for index in range(20)]
     first, second = (scoring.score(Share(), cases(*each), where="P") for each in (names, better))
     row = scoring.difference(Share(), first, second)["share"]
     assert row["value"] == pytest.approx(0.1) and row["ci95"] == pytest.approx([0.1, 0.1]) and row["n"] == 20
     alone = scoring.result(Share(), first)["ci95"]["share"]
     assert alone[1] - alone[0] > 0.05  # while each by itself varies much
-    fewer = scoring.score(Share(), cases(*better[::-1][:5], "new/1-1"), where="P")
+    fewer = scoring.score(Share(), cases(*better[::-1][:5], "new/a=1-1"), where="P")
     row = scoring.difference(Share(), first, fewer)["mean"]
-    assert row["n"] == 5 and row["value"] == pytest.approx(0.1)
+    assert row["n"] == 5 and row["value"] == pytest.approx(0.1) and row["left_out"] == 16
+
+
+def test_the_paired_difference_is_of_the_cases_that_both_have():
+    hard, easy = "{}/hard={}-10", "{}/easy={}-10"
+    first = [hard.format("a", 1), easy.format("a", 9), hard.format("b", 2), easy.format("b", 8), easy.format("c", 5)]
+    second = [easy.format("a", 9), hard.format("b", 2), easy.format("b", "bad"), hard.format("c", 1)]
+    scored = [scoring.score(Share(), cases(*each), where="P", on_error="skip") for each in (first, second)]
+    found = scoring.difference(Share(), *scored)
+    assert found["share"] == found["mean"] == {"value": 0, "ci95": [0, 0], "n": 2, "left_out": 4}
+    assert scored[0].total[0] / scored[0].total[1] != scored[1].total[0] / scored[1].total[1]
+    text = difference_table(found, "video")
+    assert "over 2 shared videos" in text and "Left out of this difference: 4 files or sequences" in text
+
+
+def test_nothing_shared_has_no_difference():
+    scored = [scoring.score(Share(), cases(*each), where="P") for each in (["a/1-2", "b/1-2"], ["c/1-2", "a/1-3"])]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = scoring.difference(Share(), *scored)
+    assert found["share"] == {"value": None, "ci95": None, "n": 0, "left_out": 4}
+    assert "No video could be scored in both folders" in difference_table(found, "video")
+    json.dumps(found, allow_nan=False)
+
+
+def test_the_paired_difference_of_many_cases_takes_no_square_of_them():
+    many = cases(*(f"v{index}/a=1-2" for index in range(30_000)))
+    measured = [(case, Share().measure(case)) for case in many.cases]
+    sums = np.tile([1.0, 2, 0.5, 1], (len(measured), 1))
+    scored = scoring.Scored([case.name for case in many.cases], sums, sums.sum(axis=0), [], measured)
+    start = time.process_time()
+    assert scoring.difference(Share(), scored, scored, resamples=2)["share"]["n"] == 30_000
+    assert time.process_time() - start < 5  # looking up each in the others took a minute
+
+
+@pytest.mark.parametrize(
+    ("frames", "workers", "processes"), [(1, None, 1), (20, None, 8), (20, 3, 3), (1, 5, 5), (3, None, 2)]
+)
+def test_processes_follow_the_frames_or_what_is_asked_for(monkeypatch, frames, workers, processes):
+    given = []
+
+    def alone(work, items, workers, **_):
+        given.append(workers)
+        return ((item, work(item)) for item in items)
+
+    monkeypatch.setattr(scoring, "in_processes", alone)
+    monkeypatch.setattr(scoring, "count_cores", lambda: 8)
+    found = cases("a/1-2", "b/1-2", "c/1-4", "d/1-2", frames=frames)
+    scored = scoring.score(Share(), found, where="P", workers=workers)
+    assert given == [processes] and scoring.result(Share(), scored)["files"] == 4 * frames
 
 
 def test_undefined_scores_are_null():
@@ -96,7 +177,7 @@ def test_undefined_scores_are_null():
 def test_files_that_cannot_be_scored_are_all_named():
     found = cases("a/1-2", "b/bad-1", "c/bad-2", "d/1-1")
     found.problems.append((Path("lost.png"), "it is missing"))
-    with pytest.raises(scoring.Unscorable, match="3 file.*of P cannot be scored") as caught:
+    with pytest.raises(scoring.Unscorable, match="^3 files of P cannot be scored") as caught:
         scoring.score(Share(), found, where="P")
     message = str(caught.value)
     assert all(word in message for word in ("lost.png: it is missing", "b/bad-1: it is bad", "data.on_error=skip"))
@@ -110,7 +191,7 @@ def test_files_that_cannot_be_scored_are_all_named():
 
 
 def test_processes_give_what_one_gives():
-    names = [f"v{index % 5}/{'bad' if index % 7 == 3 else index}-{index + 9}" for index in range(30)]
+    names = [f"v{index % 5}/{'bad' if index % 7 == 3 else index}={index}-{index + 9}" for index in range(30)]
     alone, many = (
         scoring.result(Share(), scoring.score(Share(), cases(*names), where="P", workers=workers, on_error="skip"))
         for workers in (1, 3)
@@ -126,8 +207,11 @@ class Deadly(Share):
 
 
 def test_a_killed_process_is_told():
-    with pytest.raises(UserError, match=r"was killed.*Set mode\.workers below 2 and run again"):
+    with pytest.raises(UserError, match=r"was killed.*Set mode\.workers lower"):
         scoring.score(Deadly(), cases(*["a/1-2"] * 30), where="P", workers=2)
+    with pytest.raises(UserError, match="was killed.* Do another thing") as error:
+        scoring.score(Deadly(), cases(*["a/1-2"] * 30), where="P", workers=2, remedy="Do another thing.")
+    assert "mode.workers" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +219,7 @@ def test_a_killed_process_is_told():
     [
         ({"on_error": "ignore"}, "data.on_error=ignore is unknown. Choose one of stop, skip"),
         ({"workers": 0}, "mode.workers=0: give the number of processes"),
-        ({"on_error": "skip"}, "Nothing is left to score in P: 1 problems"),
+        ({"on_error": "skip"}, "Nothing is left to score of P: 1 problem, such as a/bad-1: it is bad"),
     ],
 )
 def test_bad_options(options, message):
@@ -149,3 +233,42 @@ def test_tables():
     assert "share" in text and "33.33" in text and "25.00 .. 50.00" in text and "over 2 videos" in text
     text = difference_table(scoring.difference(Share(), scored, scored), "video")
     assert "+0.00" in text and "over 2 shared videos" in text
+
+
+def test_a_table_of_one_unit_says_why_it_has_no_interval():
+    scored = scoring.score(Share(), cases("a/1-2"), where="P")
+    text = scores_table(scoring.result(Share(), scored))
+    assert "over 1 video\n" in text + "\n" and text.count("- (needs two videos)") == 2
+    gap = difference_table(scoring.difference(Share(), scored, scored), "video")
+    assert "over 1 shared video\n" in gap and "- (needs two videos)" in gap
+    two = scoring.score(Share(), cases("a/1-2", "b/1-2"), where="P")
+    assert "needs two" not in scores_table(scoring.result(Share(), two, resamples=0))
+
+
+def test_only_shares_are_in_percent():
+    rows = [{"id": 1, "name": "a", "iou": 0.5, "images": 3}, {"id": 2, "name": "b", "iou": None, "images": 0}]
+    scored = scoring.score(Share(), cases("a/1-2", "b/1-2"), where="P")
+    text = scores_table({**scoring.result(Share(), scored), "per_class": rows})
+    first, _, row, none = text.splitlines()[:4]
+    assert first.split() == ["id", "name", "iou", "%", "images"]
+    assert row.split() == ["1", "a", "50.00", "3"] and none.split() == ["2", "b", "-", "0"]
+
+
+class Lenient(Share):
+    """Counts the hits that a prediction's name gives as pixels of no class."""
+
+    def measure(self, case):
+        hits, tries = map(int, case.files[0][1].name.split("-"))
+        return Measured(np.array([hits, tries]), {"unknown_pixels_reference": 0, "unknown_pixels_prediction": hits})
+
+
+def test_ids_of_no_class_are_noted_with_a_file():
+    found = cases("a/x=0-2", "b/y=3-4", "c/z=2-8")
+    found.cases = [Case(case.name, case.unit, ((Path("r"), case.files[0][0]),)) for case in found.cases]
+    scored = scoring.score(Lenient(), found, where="P", workers=1)
+    (note,) = scored.notes
+    assert note.startswith("2 of 3 predictions hold ids of no class, in 5 pixels, such as 3-4.")
+    assert scoring.result(Lenient(), scored)["notes"] == [note] and not found.notes
+    found.cases = found.cases[:2]
+    (note,) = scoring.score(Lenient(), found, where="P", workers=1).notes
+    assert note.startswith("1 of 2 predictions holds ids of no class, in 3 pixels")

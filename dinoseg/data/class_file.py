@@ -21,11 +21,15 @@ from typing import Any
 import yaml
 
 from dinoseg.data.labels import as_color
-from dinoseg.data.masks import FORMATS, HIGHEST_ID
+from dinoseg.data.mask_advice import HIGHEST_ID
+from dinoseg.data.masks import FORMATS
 from dinoseg.errors import UserError
 
 NAME = "classes.yaml"
-NOT_DESCRIBED: dict[str, Any] = {"palette": None, "format": "ids", "ids": None, "colors": None, "ignore_colors": []}
+NOT_DESCRIBED: dict[str, Any] = {
+    **{"palette": None, "format": "ids", "ids": None, "colors": None, "ignore_colors": []},
+    "described": None,
+}
 _LARGEST = 65536  # bytes: 255 classes need a fourth of it
 
 
@@ -95,7 +99,7 @@ def _described(content: Any, ignore_index: int) -> dict[str, Any]:
         _refuse_shared([*owners, *((tuple(color), "ignore") for color in unseen)], "colour")
         found["colors"] = {index: given[1:] for index, given in enumerate(colors) if given[1:]} or None
         found["ignore_colors"] = unseen
-    return found
+    return {**found, "described": {"ids": found["ids"]}}
 
 
 def _classes(node: Any) -> dict[str, dict[str, Any]]:
@@ -116,6 +120,8 @@ def _classes(node: Any) -> dict[str, dict[str, Any]]:
 def _name(value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{value!r} is no class name: YAML reads it as {type(value).__name__}. Write it in quotes")
+    if "${" in value or value.strip() == "???":
+        raise ValueError(f"{value!r} is no class name: it would be read as a reference or a missing value. Rename it")
     return value
 
 

@@ -42,7 +42,7 @@ class Davis:
         images, masks = root / "JPEGImages" / self.size, root / self.annotations / self.size
         for folder in (images, masks):
             if not folder.is_dir():
-                held = sorted(path.name for path in folder.parent.glob("*")) or ["nothing"]
+                held = sorted(path.name for path in folder.parent.glob("[!.]*")) or ["nothing"]
                 raise UserError(
                     f"No folder {folder}; beside it lies {listed(held)}. Check data.root and data.size, and "
                     "that DAVIS was unpacked as it comes."
@@ -67,14 +67,28 @@ def _read_set(root: Path, folders: tuple[str, str], split: str, name: str) -> li
     places = [root / "ImageSets" / folder / f"{name}.txt" for folder in folders]
     path = next((place for place in places if place.is_file()), None)
     if path is None:
-        held = sorted(file.relative_to(root).as_posix() for file in (root / "ImageSets").glob("*/*.txt"))
-        raise UserError(
-            f"No image set {places[0]}; {root} has {listed(held) or 'none'}. Choose another split, or say which set "
-            f"stands for it: data.sets.{split}={Path(held[0]).stem if held else 'val'}."
-        )
+        held = sorted(file.relative_to(root).as_posix() for file in (root / "ImageSets").glob("*/[!.]*.txt"))
+        usable = sorted({file.stem for place in places for file in place.parent.glob("[!.]*.txt")})
+        raise UserError(f"No image set {places[0]}; {root} has {listed(held) or 'none'}. {_remedy(split, usable)}")
     lines = path.read_text(encoding="utf-8-sig").split("\n")
     entries = [PurePosixPath(line.split()[0]) for line in lines if line.strip()]
     names = list(dict.fromkeys(entry.parent.name if entry.suffix else entry.name for entry in entries))
     if not names:
         raise UserError(f"The image set {path} is empty: write one sequence per line.")
     return names
+
+
+def _remedy(split: str, usable: list[str]) -> str:
+    """Return what to do without the image set of a split; `usable`: the sets of this year.
+
+    One set alone may stand for train only if a share of it is held out: else the score is that of training files.
+    """
+    if not usable:
+        return "Check data.year, and that DAVIS was unpacked as it comes."
+    if split not in ("train", "val"):
+        return f"Say which set stands for {split}, such as data.sets.{split}={usable[-1]}."
+    named = "train" if "train" in usable else usable[-1]
+    return (
+        f"To train on one set and hold a share of it out for val, set data.sets.train={named} "
+        "data.reader.partition.by=fraction."
+    )

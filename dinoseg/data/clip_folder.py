@@ -1,14 +1,15 @@
 """A folder of video files or of folders of frames, searched recursively; no masks."""
 
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from dinoseg.data.clip_videos import FrameFiles, Video, VideoFrames, picture_files
+from dinoseg.data.natural_order import natural_order
 from dinoseg.data.video_index import index_videos
 from dinoseg.data.wording import count_of
 from dinoseg.errors import UserError
+from dinoseg.files import visible_files
 from dinoseg.images import IMAGE_SUFFIXES
 
 VIDEO_SUFFIXES = (".avi", ".mp4", ".mov", ".m4v", ".mkv", ".webm", ".mpg", ".mpeg", ".ts", ".wmv")
@@ -36,7 +37,7 @@ class VideoFolder:
     cache_dir: str = "outputs/.cache"
 
     def videos(self, split: str) -> list[Video]:
-        """Return the videos of a split, in the order of their names; each video file is decoded once for its index.
+        """Return the videos of a split, as their names are counted; each video file is decoded once for its index.
 
         Raises:
             UserError: no such folder, nothing in it, two videos of one name, or video files that cannot be read.
@@ -80,12 +81,10 @@ class VideoFolder:
 
 
 def _search(top: Path) -> dict[str, Path]:
-    """Return name to video file or folder of frames, in the order of the names."""
+    """Return name to video file or folder of frames, as the names are counted."""
     found: dict[str, Path] = {}
-    for parent, folders, files in os.walk(top, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        here = Path(parent)
-        shown = [Path(file) for file in sorted(files) if not file.startswith(".")]
+    for here, files in visible_files(top):
+        shown = [Path(file) for file in files]
         entries = [(here / file.stem, here / file) for file in shown if file.suffix.lower() in VIDEO_SUFFIXES]
         if any(file.suffix.lower() in IMAGE_SUFFIXES for file in shown):
             entries.append((here, here))
@@ -94,4 +93,4 @@ def _search(top: Path) -> dict[str, Path]:
             if name in found:
                 raise UserError(f"{found[name]} and {path} have one name ({name}): rename or remove one of them.")
             found[name] = path
-    return dict(sorted(found.items()))
+    return {name: found[name] for name in sorted(found, key=natural_order)}

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dinoseg.data.clip_videos import Video, frames_and_masks, require_masks
+from dinoseg.data.clip_videos import Video, frames_and_masks, require_masks, video_folders
 from dinoseg.data.wording import listed
 from dinoseg.errors import UserError
 
@@ -33,9 +33,9 @@ class Movi:
         """
         folder = Path(self.root).expanduser() / self.splits.get(split, split)
         if not folder.is_dir():
-            held = sorted(path.name for path in folder.parent.glob("*")) or ["nothing"]
+            held = sorted(path.name for path in folder.parent.glob("[!.]*")) or ["nothing"]
             raise UserError(f"No folder {folder} for split {split}; beside it lies {listed(held)}. Check data.root.")
-        return [self._video(place) for place in sorted(folder.iterdir()) if place.is_dir()]
+        return [self._video(place) for place in video_folders(folder)]
 
     def _video(self, place: Path) -> Video:
         frames, masks = frames_and_masks(place / "frames", place / "segmentations")

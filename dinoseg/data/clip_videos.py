@@ -7,6 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
+from dinoseg.data.natural_order import natural_order
 from dinoseg.data.splits import Partition, divide
 from dinoseg.data.video_access import VideoFrame
 from dinoseg.data.wording import count_of, listed
@@ -54,7 +55,6 @@ class Video:
         masks: position among the frames to mask file.
         grey: masks are 0 and, for the one object, any other number; else they hold object ids, and 255 is void.
         dense: every object is in every mask; else only in the mask of the frame in which it appears.
-        appears: object id to the position of the first frame in which it is annotated; None: as the masks say.
     """
 
     name: str
@@ -63,7 +63,6 @@ class Video:
     masks: Mapping[int, Path] = field(default_factory=dict)
     grey: bool = False
     dense: bool = True
-    appears: Mapping[int, int] | None = None
 
     def frame_name(self, position: int) -> str:
         """Return a frame file's stem, or the number of a video file's frame."""
@@ -100,25 +99,8 @@ class Layout(Protocol):
         ...
 
 
-def first_annotated(video: Video) -> dict[int, int]:
-    """Return object id to the position of the first frame in which it is annotated.
-
-    Where the data set does not say so, all masks of the video are read.
-    """
-    if video.appears is not None:
-        return dict(video.appears)
-    found: dict[int, int] = {}
-    for position in sorted(video.masks):
-        ids = video.mask(position)
-        assert ids is not None
-        for number in np.unique(ids).tolist():
-            if number not in (0, VOID):
-                found.setdefault(number, position)
-    return dict(sorted(found.items()))
-
-
 def chosen(layout: Layout, split: str, partition: Partition) -> list[Video]:
-    """Return the videos of a split: those of the data set's own, or a share of its training videos.
+    """Return the videos of a split: those of the data set's own, or a share of its training videos in their order.
 
     Raises:
         UserError: the split is empty, or the data set has no such way of splitting.
@@ -129,6 +111,7 @@ def chosen(layout: Layout, split: str, partition: Partition) -> list[Video]:
             "(a share of the training videos)."
         )
     by_share = partition.by == "fraction"
+    divided = split in ("train", "val") and (by_share or partition.fold is not None)
     found = (
         divide(split, lambda each: layout.videos("train" if by_share else each), partition)
         if split in ("train", "val")
@@ -136,11 +119,17 @@ def chosen(layout: Layout, split: str, partition: Partition) -> list[Video]:
     )
     if not found:
         raise UserError(f"Split {split} holds no video. Check data.root.")
-    return found
+    return sorted(found, key=lambda video: natural_order(video.name)) if divided else found
+
+
+def video_folders(folder: Path) -> list[Path]:
+    """Return the folders in a folder, as their names are counted, without hidden ones."""
+    inside = (path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return sorted(inside, key=lambda path: natural_order(path.name))
 
 
 def picture_files(folder: Path) -> dict[str, str]:
-    """Return stem to name of the picture files in a folder, in order, without hidden ones.
+    """Return stem to name of the picture files in a folder, as their stems are counted, without hidden ones.
 
     Raises:
         UserError: there is no such folder, or two of its files have one stem.
@@ -148,7 +137,7 @@ def picture_files(folder: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     if not folder.is_dir():
         raise UserError(f"No folder {folder}. Check data.root, and that the whole data set was unpacked.")
-    for path in sorted(folder.iterdir()):
+    for path in sorted(folder.iterdir(), key=lambda path: (natural_order(path.stem), path.suffix)):
         if path.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith("."):
             continue
         if path.stem in found:

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dinoseg.data.clip_videos import FrameFiles, Video, frames_and_masks
+from dinoseg.data.clip_videos import FrameFiles, Video, frames_and_masks, video_folders
+from dinoseg.data.natural_order import natural_order
 from dinoseg.data.wording import count_of, listed
 from dinoseg.errors import UserError
 
@@ -28,7 +29,7 @@ class YoutubeVos:
     splits: Mapping[str, str] = field(default_factory=lambda: {"val": "valid"})
 
     def videos(self, split: str) -> list[Video]:
-        """Return the videos of a split; where objects appear comes from `meta.json`.
+        """Return the videos of a split, held against `meta.json` where it is there.
 
         Raises:
             UserError: a folder is missing, a mask has no frame, or `meta.json` is damaged or tells of others.
@@ -38,13 +39,13 @@ class YoutubeVos:
         masks = root / folder / "Annotations"
         for place in (images, masks):
             if not place.is_dir():
-                held = sorted(path.name for path in root.glob("*")) or ["nothing"]
+                held = sorted(path.name for path in root.glob("[!.]*")) or ["nothing"]
                 raise UserError(
                     f"No folder {place} for split {split}; {root} holds {listed(held)}. Check data.root, "
                     "data.all_frames and data.splits."
                 )
         meta = _read_meta(root / folder / "meta.json")
-        names = sorted(path.name for path in images.iterdir() if path.is_dir())
+        names = [path.name for path in video_folders(images)]
         if alien := [name for name in names if meta is not None and name not in meta]:
             raise UserError(
                 f"{count_of(alien, 'video')} of {images} not in {root / folder / 'meta.json'}: {listed(alien)}. Is it "
@@ -55,16 +56,10 @@ class YoutubeVos:
             frames, labels = frames_and_masks(images / name, masks / name)
             if not labels:
                 raise UserError(f"Video {name} has no mask in {masks / name}. Unpack the data set again.")
-            videos.append(
-                Video(
-                    name,
-                    frames,
-                    VIDEO_RATE if self.all_frames else ANNOTATED_RATE,
-                    labels,
-                    dense=folder in FULLY_ANNOTATED,
-                    appears=None if meta is None else _appearances(name, meta[name], frames),
-                )
-            )
+            if meta is not None:
+                _check_objects(name, meta[name], frames, labels)
+            rate = VIDEO_RATE if self.all_frames else ANNOTATED_RATE
+            videos.append(Video(name, frames, rate, labels, dense=folder in FULLY_ANNOTATED))
         return videos
 
 
@@ -81,17 +76,18 @@ def _read_meta(path: Path) -> Mapping | None:
     return videos
 
 
-def _appearances(name: str, known: Mapping, frames: FrameFiles) -> dict[int, int]:
-    positions = {Path(file).stem: position for position, file in enumerate(frames.files)}
+def _check_objects(name: str, known: Mapping, frames: FrameFiles, labels: Mapping[int, Path]) -> None:
+    """Refuse a video in which a frame is not there, or has no mask, where by `meta.json` an object appears."""
     try:
-        first = {int(number): min(entry["frames"]) for number, entry in known["objects"].items()}
+        first = {min(entry["frames"], key=natural_order) for entry in known["objects"].values()}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(
             f"meta.json does not tell in which frames the objects of video {name} are. Unpack it again."
         ) from None
-    if absent := sorted({stem for stem in first.values() if stem not in positions}):
-        raise UserError(
-            f"meta.json has objects that appear in frames of video {name} which are not there: {listed(absent)}. "
-            "Unpack the data set again."
-        )
-    return {number: positions[first[number]] for number in sorted(first)}
+    stems, masked = {Path(file).stem for file in frames.files}, {path.stem for path in labels.values()}
+    for there, what in ((stems, "which are not there"), (masked, "without mask")):
+        if absent := sorted(first - there):
+            raise UserError(
+                f"meta.json has objects that appear in frames of video {name} {what}: {listed(absent)}. Unpack the "
+                "data set again."
+            )

@@ -23,6 +23,7 @@ class Clip(TypedDict):
     frames: Tensor  # (T, 3, H, W) uint8, RGB
     masks: Tensor  # (T, H, W) uint8, object ids, 0 = background, 255 = void; all 255 where there is no mask
     annotated: Tensor  # (T,) bool: which frames have a mask
+    appears: Tensor  # (255,) int64: by object id, the first of the T frames whose mask shows it; -1: none does
     name: str  # of the video
     start: int  # position of the first frame in the video
     stride: int  # positions from one frame to the next
@@ -162,6 +163,7 @@ class Clips:
             frames=torch.from_numpy(frames).permute(0, 3, 1, 2),  # (T, 3, H, W)
             masks=torch.from_numpy(filled),
             annotated=torch.tensor([mask is not None for mask in masks] + [False] * padded),
+            appears=torch.from_numpy(_first_shown(masks)),
             name=video.name,
             start=place.start,
             stride=place.stride,
@@ -182,6 +184,17 @@ def open_clips(
         UserError: whatever the layout finds wrong, and see `Clips`.
     """
     return Clips(chosen(layout, split, partition), cut)
+
+
+def _first_shown(masks: Sequence[np.ndarray | None]) -> np.ndarray:
+    """Return by object id the first mask that shows it, -1 where none does; the background is no object."""
+    first = np.full(VOID, -1, dtype=np.int64)
+    for number, mask in enumerate(masks):
+        if mask is not None:
+            shown = np.bincount(mask.ravel(), minlength=VOID)[:VOID] > 0
+            first[shown & (first < 0)] = number
+    first[0] = -1
+    return first
 
 
 def _read_frames(video: Video, positions: Sequence[int], length: int) -> np.ndarray:

@@ -1,6 +1,5 @@
 """A plain folder of images and a folder of masks, paired by name."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -8,11 +7,18 @@ from pathlib import Path
 
 from dinoseg.data.labels import Labels
 from dinoseg.data.masks import Masks
-from dinoseg.data.pairs import Pair, PairDataset, pair_by_name
+from dinoseg.data.pairing import Lacking, gathered, pair_by_name
+from dinoseg.data.pairs import Pair, PairDataset
 from dinoseg.data.splits import Partition, divide, read_name_list
 from dinoseg.data.wording import listed
 from dinoseg.errors import UserError
+from dinoseg.files import visible_files
 from dinoseg.images import IMAGE_SUFFIXES
+
+_REMEDY = (
+    "Add the missing files or remove the others; an image and its mask have the same name up to the endings in "
+    "data.reader.layout."
+)
 
 
 @dataclass(frozen=True)
@@ -60,16 +66,16 @@ def folder_dataset(
         partition: what decides on which side of the split a pair is.
 
     Raises:
-        UserError: a folder is missing or empty, an image lacks its mask or a mask its image, or two files
-            have one name; when an item is read: an unreadable file, differing sizes, ids without class.
+        UserError: a folder is missing or empty, no image has its mask, or two files have one name; when an
+            item is read: an unreadable file, differing sizes, ids without class.
     """
     labels = Labels.of(classes, palette, ignore_index)
-    pairs = find_pairs(Path(root).expanduser(), split, layout, partition)
-    return PairDataset(pairs, labels, masks)
+    found = find_pairs(Path(root).expanduser(), split, layout, partition)
+    return gathered(found, split, labels, masks)
 
 
-def find_pairs(root: Path, split: str, layout: Layout, partition: Partition) -> list[Pair]:
-    """Return the pairs of a split, in the order of their names or of the split's file list."""
+def find_pairs(root: Path, split: str, layout: Layout, partition: Partition) -> list[Pair | Lacking]:
+    """Return what a split names, in the order of the names or of the split's file list."""
     _check_partition(layout, partition)
     if not root.is_dir():
         raise UserError(f"data.root={root} is no folder. Give the folder that holds the data set.")
@@ -83,14 +89,13 @@ def find_pairs(root: Path, split: str, layout: Layout, partition: Partition) -> 
     return pairs
 
 
-def _pairs_of(root: Path, split: str, layout: Layout, partition: Partition) -> list[Pair]:
-    """Return the pairs that a split's folders or its file list name."""
-    folders = [_folder(root, split, pattern, layout) for pattern in (layout.images, layout.masks)]
+def _pairs_of(root: Path, split: str, layout: Layout, partition: Partition) -> list[Pair | Lacking]:
+    """Return what a split's folders or its file list name."""
+    folders = _folder(root, split, layout.images, layout), _folder(root, split, layout.masks, layout)
     images = _find(folders[0], layout.image_suffix, layout, is_mask=False)
     masks = _find(folders[1], layout.mask_suffix, layout, is_mask=True)
-    where = f"{folders[0]} (split {split})"
     if partition.by != "lists":
-        return pair_by_name(images, masks, where)
+        return pair_by_name(images, masks, folders, _REMEDY)
     names = read_name_list(root / _list_of(split, partition))
     if absent := [name for name in names if name not in images and name not in masks]:
         raise UserError(
@@ -99,7 +104,7 @@ def _pairs_of(root: Path, split: str, layout: Layout, partition: Partition) -> l
         )
     images = {name: images[name] for name in names if name in images}
     masks = {name: masks[name] for name in names if name in masks}
-    by_name = {pair.name: pair for pair in pair_by_name(images, masks, where)}
+    by_name = {each.name: each for each in pair_by_name(images, masks, folders, _REMEDY)}
     return [by_name[name] for name in names]
 
 
@@ -107,13 +112,12 @@ def _find(folder: Path, suffix: str, layout: Layout, *, is_mask: bool) -> dict[s
     """Return name to file for all pictures below a folder whose stem ends with `suffix`."""
     found: dict[str, Path] = {}
     both_here = not is_mask and layout.mask_suffix and layout.images == layout.masks
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for file in sorted(files):
-            path = Path(parent, file)
-            hidden = file.startswith(".") or any(fnmatch(file, pattern) for pattern in layout.exclude)
+    for parent, files in visible_files(folder):
+        for file in files:
+            path = parent / file
+            excluded = any(fnmatch(file, pattern) for pattern in layout.exclude)
             other_kind = path.suffix.lower() not in IMAGE_SUFFIXES or not path.stem.endswith(suffix)
-            if hidden or other_kind or (both_here and path.stem.endswith(layout.mask_suffix)):
+            if excluded or other_kind or (both_here and path.stem.endswith(layout.mask_suffix)):
                 continue
             stem = path.stem.removesuffix(suffix) if suffix else path.stem
             name = (path.parent / stem).relative_to(folder).as_posix()

@@ -1,7 +1,7 @@
 """IDD, Indian driving scenes in the layout of Cityscapes: one part or several, in any encoding of the labels."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,9 +19,10 @@ from dinoseg.data.idd_files import (
 )
 from dinoseg.data.labels import Labels
 from dinoseg.data.masks import Masks
+from dinoseg.data.pairing import Lacking, gathered
 from dinoseg.data.pairs import Pair, PairDataset
 from dinoseg.data.splits import Partition, divide
-from dinoseg.data.wording import count_of, listed
+from dinoseg.data.wording import listed
 from dinoseg.errors import UserError
 from dinoseg.label_tables.read import label_table
 
@@ -57,9 +58,8 @@ def idd(
         partition: folds, by drive; the split itself is that of the folders.
 
     Raises:
-        UserError: a folder is missing, label maps are not made yet, an image lacks its map or a map its image, the
-            classes are not those of the encoding; when an item is read: an unreadable file, differing sizes, ids
-            without class.
+        UserError: a folder is missing, no image has its label map, the classes are not those of the encoding; when
+            an item is read: an unreadable file, differing sizes, ids without class.
     """
     labels = Labels.of(classes, palette, ignore_index)
     if partition.by != "folder":
@@ -77,12 +77,12 @@ def idd(
     else:
         _check_encoding(encoding, labels, masks)
     place = Path(root).expanduser()
-    pairs = divide(split, lambda each: find_pairs(place, each, encoding), partition)
-    return PairDataset(pairs, labels, masks)
+    found = divide(split, lambda each: find_pairs(place, each, encoding), partition)
+    return gathered(found, split, labels, masks)
 
 
-def find_pairs(root: Path, split: str, encoding: str) -> list[Pair]:
-    """Return the pairs of a split's folders, part by part, in the order of their names.
+def find_pairs(root: Path, split: str, encoding: str) -> list[Pair | Lacking]:
+    """Return what a split's folders hold, part by part, in the order of the names.
 
     Raises:
         UserError: see `idd`.
@@ -94,51 +94,45 @@ def find_pairs(root: Path, split: str, encoding: str) -> list[Pair]:
         places = ", ".join(str(part / IMAGES / split) for part in parts.values())
         raise UserError(f"No folder {places}: the splits there are {listed(held) or 'none'}. Check data.root.")
     prefixed = _share_a_drive(parts)
-    pairs = [
-        Pair(f"{part}/{name}" if prefixed else name, image, mask)
+    found = [
+        each
         for part, folder in with_split.items()
-        for name, (image, mask) in _pairs_of(root, folder, split, encoding).items()
+        for each in _pairs_of(root, folder, split, encoding, f"{part}/" if prefixed else "")
     ]
-    if not pairs:
+    if not found:
         places = ", ".join(str(part / IMAGES / split) for part in with_split.values())
         raise UserError(f"{places} holds no image {{drive}}/{{id}}{IMAGE}.png or .jpg. Unpack the archive again.")
-    return pairs
+    return found
 
 
-def _pairs_of(root: Path, part: Path, split: str, encoding: str) -> dict[str, tuple[Path, Path]]:
+def _pairs_of(root: Path, part: Path, split: str, encoding: str, prefix: str) -> Iterator[Pair | Lacking]:
+    folder, suffix = part / LABELS / split, label_suffix(encoding)
     images = files_of(part / IMAGES / split, IMAGE, (".png", ".jpg", ".jpeg"))
-    masks = files_of(part / LABELS / split, label_suffix(encoding), (".png",))
-    if bare := [name for name in images if name not in masks]:
-        raise UserError(_without_map(root, part, split, encoding, bare, none=not masks))
-    if lone := [name for name in masks if name not in images]:
+    masks = files_of(folder, suffix, (".png",))
+    if split == "test" and images and not masks:
         raise UserError(
-            f"{part / LABELS / split} has {count_of(lone, 'label map')} without image in {part / IMAGES / split}: "
-            f"{listed(lone)}. Unpack the archive again, or remove them."
+            f"no {suffix[1:]}.png in {folder}: the labels of IDD's test split are not public. Use split val, or "
+            "predict without labels."
         )
-    return {name: (image, masks[name]) for name, image in images.items()}
+    polygons = files_of(folder, POLYGONS, (".json",)) if images.keys() - masks.keys() else {}
+    for name, image in images.items():
+        if name in masks:
+            yield Pair(prefix + name, image, masks[name])
+        elif name in polygons:
+            reason = f"{image} has no {suffix[1:]}.png in {folder}, but its polygons are there."
+            yield Lacking(prefix + name, reason, _to_draw(root, encoding))
+        else:
+            reason = f"{image} has no {suffix[1:]}.png in {folder}, and no polygons to make it from."
+            yield Lacking(prefix + name, reason, "Unpack the archive again, or remove the images.")
+    for name in (name for name in masks if name not in images):
+        reason = f"{masks[name]} has no image in {part / IMAGES / split}."
+        yield Lacking(prefix + name, reason, "Unpack the archive again, or remove the label maps.")
 
 
-def _without_map(root: Path, part: Path, split: str, encoding: str, bare: list[str], *, none: bool) -> str:
-    """Return the message for images without label map; `none`: not one has any."""
-    polygons = files_of(part / LABELS / split, POLYGONS, (".json",))
-    drawn = [name for name in bare if name in polygons]
-    missing = f"no {label_suffix(encoding)[1:]}.png in {part / LABELS / split}"
-    if drawn and encoding == HOME_MADE:
-        return (
-            f"{count_of(drawn, 'image')} with {missing}: {listed(drawn)}. Their polygons are there: make the official "
-            f"label maps from them and use data=idd: {prepare_command(root, 'level3Id')}"
-        )
-    if drawn:
-        return (
-            f"{count_of(drawn, 'image')} with {missing}: {listed(drawn)}. Their polygons are there: make the label "
-            f"maps first: {prepare_command(root, encoding)}"
-        )
-    if split == "test" and none:
-        return f"{missing}: the labels of IDD's test split are not public. Use split val, or predict without labels."
-    return (
-        f"{count_of(bare, 'image')} with {missing}, and without polygons to make it from: {listed(bare)}. Unpack the "
-        "archive again, or remove the images."
-    )
+def _to_draw(root: Path, encoding: str) -> str:
+    if encoding == HOME_MADE:
+        return f"Make the official label maps from the polygons and use data=idd: {prepare_command(root, 'level3Id')}"
+    return f"Make the label maps first: {prepare_command(root, encoding)}"
 
 
 def _check_encoding(encoding: str, labels: Labels, masks: Masks) -> None:

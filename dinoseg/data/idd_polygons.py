@@ -19,8 +19,10 @@ _FARTHEST = 1_000_000  # pixels; Pillow draws points far beyond the picture in t
 _BACKGROUND = "unlabeled"
 
 
-def draw_label_maps(path: Path, encodings: Iterable[str]) -> tuple[dict[str, np.ndarray], Counter[str]]:
-    """Return a label map (H, W) uint8 per encoding, and how many objects of each unknown label were left out.
+def draw_label_maps(content: bytes, path: Path, encodings: Iterable[str]) -> tuple[dict[str, np.ndarray], Counter[str]]:
+    """Draw the polygons that `content`, the bytes of `path`, holds.
+
+    Return a label map (H, W) uint8 per encoding, and how many objects of each unknown label were left out.
 
     Objects are filled in the order of the file, later over earlier, without outline. Deleted objects and those of
     fewer than 3 points are left out. An unknown label that ends in `group` is read without it.
@@ -29,9 +31,7 @@ def draw_label_maps(path: Path, encodings: Iterable[str]) -> tuple[dict[str, np.
         UserError: the file is damaged.
     """
     try:
-        return _draw(json.loads(path.read_bytes()), encodings)
-    except FileNotFoundError:
-        raise UserError(f"No such file: {path}.") from None
+        return _draw(json.loads(content), encodings)
     except (ValueError, RecursionError) as error:  # also what is no JSON and no UTF-8
         raise UserError(f"{path} is damaged ({error}). Unpack it from the archive again, or correct it.") from None
 

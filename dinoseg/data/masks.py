@@ -1,19 +1,19 @@
 """Mask files to class ids: stored numbers, colours, or 0 / 255; whatever has no class is an error."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from dinoseg.data.labels import Labels, as_color
+from dinoseg.data.mask_advice import HIGHEST_ID, for_binary, for_colors, for_ids
 from dinoseg.errors import UserError
-from dinoseg.images import read_ids, read_image
+from dinoseg.images import has_one_bit, read_ids, read_image
 
 FORMATS = ("ids", "palette", "binary")
 ON_SIZE_MISMATCH = ("error", "resize_mask")
-HIGHEST_ID = 65535  # 16-bit files are the widest in use
-_LOSSY_MARGIN = 16  # how far JPEG moves a 0 or a 255
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,14 @@ class Masks:
 
     Args:
         format: `ids`: the stored numbers (a palette file's indices) are class ids; `palette`: colours
-            stand for classes by `data.palette`; `binary`: 0 is class 0 and 255 is class 1.
+            stand for classes by `data.palette`; `binary`: 0 is class 0 and 255 is class 1, or
+            black and white of a file of one bit a pixel.
         ids: file id to class id, ignore_index or -1 (refused), for `ids`; ids not named here stay as they are.
         reduce_zero_label: for `ids`: file id 0 is ignored, and k is class k - 1, as in ADE20K.
         colors: class id to further colours that stand for it, for `palette`.
         ignore_colors: colours that are ignored, for `palette`.
         on_size_mismatch: `error`, or `resize_mask`: a mask of its image's proportions is resized, nearest.
+        described: what `classes.yaml` says, of which `ids` must then be the table; None where it is not used.
     """
 
     format: str = "ids"
@@ -36,13 +38,19 @@ class Masks:
     colors: Mapping[int, Sequence[Sequence[int]]] | None = None
     ignore_colors: Sequence[Sequence[int]] = ()
     on_size_mismatch: str = "error"
+    described: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Refuse what would have no effect."""
         for name, table in (("ids", self.ids), ("colors", self.colors)):
-            if table:  # a checkpoint's description is JSON, which knows no numbers as keys
-                whole = {int(key) if str(key).isdecimal() else key: value for key, value in table.items()}
-                object.__setattr__(self, name, whole)
+            if table:
+                object.__setattr__(self, name, _numbered(table))
+        if self.described is not None and (self.ids or None) != (_numbered(self.described["ids"]) or None):
+            raise UserError(
+                f"data.reader.masks.ids={self.ids} would replace all ids that classes.yaml of data.root gives. Write "
+                "them there: under the class that they belong to, or `ignore: {ids: [...]}`. Or give data.classes too: "
+                "then classes.yaml is not read."
+            )
         for key, value, options in (
             ("format", self.format, FORMATS),
             ("on_size_mismatch", self.on_size_mismatch, ON_SIZE_MISMATCH),
@@ -60,6 +68,11 @@ class Masks:
                     f"data.reader.masks.{name} has no effect with format={self.format}: "
                     "remove it, or set format=palette."
                 )
+
+
+def _numbered(table: Mapping[Any, Any] | None) -> dict[Any, Any]:
+    """Return a table with numbers as keys again: a checkpoint's description is JSON, which has none."""
+    return {int(key) if str(key).isdecimal() else key: value for key, value in (table or {}).items()}
 
 
 class MaskReader:
@@ -92,7 +105,9 @@ class MaskReader:
         if self.masks.format == "palette":
             return self._from_colors(read_image(path), path)
         numbers = _one_channel(read_ids(path), path)
-        return _from_binary(numbers, path) if self.masks.format == "binary" else self._from_ids(numbers, path)
+        if self.masks.format == "binary":
+            return _from_binary(numbers, path, described=self.masks.described is not None)
+        return self._from_ids(numbers, path)
 
     def _from_ids(self, numbers: np.ndarray, path: Path) -> np.ndarray:
         inside = numbers.min() >= 0 and numbers.max() <= HIGHEST_ID
@@ -104,8 +119,8 @@ class MaskReader:
             stand = "" if known.size == last + 1 == known[-1] + 1 else f", which stand in files as {_some(known)}"
             raise UserError(
                 f"{path} holds the ids {_some(foreign)}, which are no classes: data.classes has ids 0 to "
-                f"{last}{stand}, and {ignore} is ignored. Correct the file, or map the ids: "
-                f"data.reader.masks.ids={{{foreign[0]}: {ignore}}}, or in data.root's classes.yaml."
+                f"{last}{stand}, and {ignore} is ignored. "
+                + for_ids(foreign, ignore, described=self.masks.described is not None)
             )
         return ids.astype(np.uint8)
 
@@ -115,28 +130,23 @@ class MaskReader:
         unknown = self._codes[place] != codes
         if unknown.any():
             found, counts = np.unique(codes[unknown], return_counts=True)
-            colors = [f"({c >> 16}, {c >> 8 & 255}, {c & 255})" for c in found[np.argsort(-counts)]]
+            colors = [(int(c) >> 16, int(c) >> 8 & 255, int(c) & 255) for c in found[np.argsort(-counts)]]
+            described = self.masks.described is not None
             raise UserError(
-                f"{path} holds colours that are not in data.palette: {_some(colors)}, "
-                f"on {int(unknown.sum())} pixels. Correct the file (JPEG cannot hold a mask), complete "
-                "data.palette, or name them in data.reader.masks.ignore_colors."
+                f"{path} holds colours that are not in {'classes.yaml' if described else 'data.palette'}: "
+                f"{_some(colors)}, on {int(unknown.sum())} pixels. {for_colors(colors, described=described)}"
             )
         return self._values[place]
 
 
-def _from_binary(numbers: np.ndarray, path: Path) -> np.ndarray:
+def _from_binary(numbers: np.ndarray, path: Path, *, described: bool) -> np.ndarray:
     ids = (numbers == 255).astype(np.uint8)
     other = numbers[(numbers != 0) & (ids == 0)]
+    if other.size and numbers.max() == 1 and has_one_bit(path):
+        return numbers.astype(np.uint8)
     if other.size:
-        found = np.unique(other)
-        near = bool(np.all((found <= _LOSSY_MARGIN) | ((found >= 255 - _LOSSY_MARGIN) & (found < 255))))
-        near &= numbers.max() > 1  # 0 and 1 alone are class numbers
-        reason = (
-            "All are near 0 or 255, as lossy compression leaves them: threshold at 128 and save as PNG."
-            if near
-            else "For class numbers instead of 0 / 255, set data.reader.masks.format=ids."
-        )
-        raise UserError(f"{path} is no binary mask: beside 0 and 255 it holds {_some(found)}. {reason}")
+        advice = for_binary(np.unique(numbers).tolist(), described=described)
+        raise UserError(f"{path} is no binary mask: beside 0 and 255 it holds {_some(np.unique(other))}. {advice}")
     return ids
 
 

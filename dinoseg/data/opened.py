@@ -1,4 +1,4 @@
-"""A data set as the config wants it opened: without what cannot be read, and from one packed file."""
+"""A data set as the config wants it opened: without what cannot be used, and from one packed file."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dinoseg.data.pairing import not_whole
 from dinoseg.data.pairs import PairDataset
+from dinoseg.data.scan import reasons, scan, unreadable
 from dinoseg.errors import UserError
+from dinoseg.processes import count_cores
 
 if TYPE_CHECKING:
     from dinoseg.data.packed import PackedDataset
@@ -22,49 +25,57 @@ def opened(
     dataset: PairDataset,
     *,
     split: str,
+    reduced: bool = False,
     on_error: str = "stop",
     cache: str | None = None,
     cache_dir: str | Path = "outputs/.cache",
     longest: int | None = None,
+    workers: int | None = None,
 ) -> PairDataset | PackedDataset:
     """Return the data set as it is to be used.
 
     Args:
         dataset: what the reader found.
-        split: `train` is packed at `longest`, the others at full size, since they are scored there.
-        on_error: `stop`: a file that cannot be read is an error when it is read. `skip`: all files are read once, and
-            the pairs that cannot be are left out; `skipped` of the data set names them.
+        split: its name, for messages.
+        reduced: it is trained on: packed at `longest`. Else at full size, since it is scored there.
+        on_error: `stop`: what is no whole pair is an error now, and a file that cannot be read when it is read.
+            `skip`: all files are read once, and what cannot be used is left out; `skipped` of the data set names it.
         cache: `packed`: images and masks come from one memory-mapped file, which is made first.
         cache_dir: folder of the packed files and of what is known of the files.
         longest: see `pack`.
+        workers: processes that read all files once, for `skip` and `packed`; None: one per core.
 
     Raises:
-        UserError: an unknown option, or nothing that can be read.
+        UserError: an unknown option, an image without mask or a mask without image, or nothing that can be used.
     """
     if on_error not in ON_ERROR:
         raise UserError(f"data.on_error={on_error} is unknown. Choose one of {', '.join(ON_ERROR)}.")
     if cache not in CACHES:
         raise UserError(f"data.cache={cache} is unknown. Choose packed, or null for none.")
+    if workers is not None and workers < 1:
+        raise UserError(f"data.workers={workers}: give the number of processes, 1 or more, or null for one per core.")
     if on_error == "skip":
-        dataset = _readable(dataset, split, Path(cache_dir))
+        dataset = _usable(dataset, split, Path(cache_dir), workers or count_cores())
+    elif dataset.lacking:
+        raise not_whole(dataset, split)
     if cache == "packed":
         from dinoseg.data.packed import pack
 
-        return pack(dataset, cache_dir=cache_dir, longest=longest if split == "train" else None)
+        return pack(dataset, cache_dir=cache_dir, longest=longest if reduced else None, workers=workers)
     return dataset
 
 
-def _readable(dataset: PairDataset, split: str, cache_dir: Path) -> PairDataset:
-    """Return the pairs of which both files can be read, and say which cannot."""
-    from dinoseg.data.scan import scan, unreadable
-
-    bad = unreadable(scan(dataset.pairs, dataset.reader, workers=2, cache_dir=cache_dir))
+def _usable(dataset: PairDataset, split: str, cache_dir: Path, workers: int) -> PairDataset:
+    """Return the pairs of which both files can be used, and say what else there is."""
+    bad = unreadable(scan(dataset.pairs, dataset.reader, workers=workers, cache_dir=cache_dir))
+    if len(bad) == len(dataset):
+        raise UserError(f"No image of split {split} can be used with its mask:{reasons(bad, 3)}")
+    bad = {**dataset.lacking, **bad}
     if not bad:
         return dataset
-    if len(bad) == len(dataset):
-        name, reason = next(iter(bad.items()))
-        raise UserError(f"No image of split {split} can be read with its mask. The first, {name}: {reason}")
-    log.warning("data.on_error=skip: %d of %d images of split %s are left out.", len(bad), len(dataset), split)
-    kept = dataset.keep({name for name in dataset.names if name not in bad})
+    kept = PairDataset(
+        [pair for pair in dataset.pairs if pair.name not in bad], dataset.reader.labels, dataset.reader.masks
+    )
     kept.skipped = bad
+    log.warning("data.on_error=skip: split %s has %d images; left out: %d.", split, len(kept), len(bad))
     return kept

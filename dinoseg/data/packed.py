@@ -40,7 +40,8 @@ class PackedDataset:
         self, source: PairDataset, store: Store, longest: int | None, rows: Collection[int] | None = None
     ) -> None:
         self.classes, self.palette, self.ignore_index = source.classes, source.palette, source.ignore_index
-        self.names, self.pairs, self.reader, self.skipped = source.names, source.pairs, source.reader, source.skipped
+        self.names, self.pairs, self.reader = source.names, source.pairs, source.reader
+        self.lacking, self.remedy, self.skipped = source.lacking, source.remedy, source.skipped
         self.source, self.store, self.longest = source, store, longest
         self.rows = list(range(len(source)) if rows is None else rows)
 
@@ -84,7 +85,7 @@ def pack(
         dataset: of image and mask files.
         cache_dir: where stores are kept.
         longest: larger images are reduced until their longer side has this many pixels; None: as they are.
-        workers: processes that read; 0: this one; None: as many as there are cores and it pays.
+        workers: processes that read; 1: this one; None: as many as there are cores and it pays.
         verify: compare an item with its checksum when a process reads it for the first time.
 
     Raises:
@@ -93,8 +94,8 @@ def pack(
     """
     if longest is not None and longest < 1:
         raise UserError(f"resolution.longest={longest}: give a number of pixels, or null for no limit.")
-    if workers is not None and workers < 0:
-        raise UserError(f"engine.workers={workers}: give the number of loading processes, 0 for none.")
+    if workers is not None and workers < 1:
+        raise UserError(f"data.workers={workers}: give the number of packing processes, 1 or more.")
     key = StoreKey(dataset.fingerprint(), longest)
     folder = Path(cache_dir).expanduser() / key.folder
     store = open_store(folder, key, dataset.names, verify=verify)
@@ -125,7 +126,7 @@ def _build(dataset: PairDataset, folder: Path, key: StoreKey, workers: int | Non
         failures = _fill(draft, dataset, key.longest, workers)
         if failures:
             raise _unreadable(failures, len(dataset))
-        if _fingerprint(dataset) != key.fingerprint:
+        if dataset.fingerprint() != key.fingerprint:
             shutil.rmtree(part)
             raise UserError("Images or masks were changed while they were packed. Run again when nothing writes them.")
         draft.finish(folder)
@@ -180,13 +181,6 @@ def _sizes(dataset: PairDataset, longest: int | None) -> Iterator[tuple[int, int
                     videos[pair.image.path] = height, width
                 size = videos[pair.image.path]
         yield reduced_size(size, longest) if min(size) else size
-
-
-def _fingerprint(dataset: PairDataset) -> str | None:
-    try:
-        return dataset.fingerprint()
-    except OSError:
-        return None  # a file is gone
 
 
 def _unwritable(folder: Path, error: OSError) -> UserError:

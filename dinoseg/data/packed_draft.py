@@ -111,7 +111,7 @@ class Draft:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold a lock file; while another process has it, wait for that one.
+    """Hold a lock file; while another process has it, wait for that one. Where files cannot be locked, go on.
 
     Raises:
         OSError: the file cannot be written.
@@ -124,8 +124,10 @@ def locked(path: Path) -> Iterator[None]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                log.warning("Another process is packing the same data (%s is locked): waiting for it.", path)
+                log.warning("Another process is at work on the same data (%s is locked): waiting for it.", path)
                 fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as error:
+                log.warning("%s cannot be locked (%s): start one process at a time.", path, error.strerror)
         yield
 
 

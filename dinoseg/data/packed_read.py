@@ -41,13 +41,13 @@ def read_all(
         workers,
         catch=UserError,
         start=_use_one_thread,
-        remedy=f"Set engine.workers below {workers} and run again: it goes on.",
+        remedy=f"Set data.workers below {workers} and run again: it goes on.",
     )
 
 
 def paying_workers(items: int) -> int:
     """Return how many processes pay for so many items on this machine."""
-    return min(count_cores(), items // _PAYS_FROM, _MOST)
+    return max(1, min(count_cores(), items // _PAYS_FROM, _MOST))
 
 
 def reduced_size(size: tuple[int, int], longest: int | None) -> tuple[int, int]:

@@ -79,10 +79,10 @@ class Store:
         """Return a copy of an image (H, W, 3) and its mask (H, W), uint8.
 
         Raises:
-            UserError: the bytes are not those that were packed.
+            UserError: the file is gone, or the bytes are not those that were packed.
         """
         if self._pixels is None:
-            self._pixels = np.memmap(self.folder / PIXELS, np.uint8, mode="r")
+            self._pixels = _mapped(self.folder / PIXELS)
         place = self.places[row]
         item = np.array(self._pixels[place.offset : place.offset + place.size])  # owned, so writable
         if self.verify and row not in self._verified:
@@ -124,7 +124,7 @@ def write_index(folder: Path, key: StoreKey, names: Sequence[str], places: Seque
 
 def checksum(name: str, size: tuple[int, int], *parts: np.ndarray) -> int:
     """Return the CRC-32 of an item's name, its size (H, W) and its bytes."""
-    crc = zlib.crc32(f"{name} {size[0]} {size[1]}".encode())
+    crc = zlib.crc32(f"{name} {size[0]} {size[1]}".encode(errors="surrogateescape"))
     for part in parts:
         crc = zlib.crc32(np.ascontiguousarray(part).data, crc)
     return crc
@@ -133,3 +133,13 @@ def checksum(name: str, size: tuple[int, int], *parts: np.ndarray) -> int:
 def aligned(offset: int) -> int:
     """Return the next place where an item may begin."""
     return -(-offset // _ALIGN) * _ALIGN
+
+
+def _mapped(path: Path) -> np.ndarray:
+    try:
+        return np.memmap(path, np.uint8, mode="r")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"Cannot read {path} ({error}). The packed data was removed or cut while this run uses it. Run again: what "
+            "is missing is packed anew; a training run goes on with resume=auto."
+        ) from None

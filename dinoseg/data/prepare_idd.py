@@ -1,9 +1,11 @@
 """Make IDD ready to read: draw the label maps of its polygons, in as many encodings as wanted; imports no torch."""
 
+import contextlib
 import functools
+import hashlib
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from tqdm import tqdm
 
 from dinoseg.data.idd_files import ENCODINGS, LABELS, POLYGONS, files_of, find_parts, label_suffix
 from dinoseg.data.idd_polygons import draw_label_maps
+from dinoseg.data.packed_draft import locked
 from dinoseg.data.wording import listed
 from dinoseg.errors import DISK_FULL, UserError
 from dinoseg.images import write_png
@@ -19,6 +22,10 @@ from dinoseg.processes import in_processes
 log = logging.getLogger(__name__)
 
 _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
+_NOTE = "polygons sha256"  # keyword of the note in a label map that says what it was drawn from
+_HEAD = 4096  # bytes of a label map in which the note is
+_UNKNOWN = "unknown label "
+_LOCK = ".prepare.lock"  # in gtFine: one run at a time
 
 
 @dataclass(frozen=True)
@@ -42,14 +49,17 @@ def prepare(
 ) -> dict[str, dict[str, int]]:
     """Draw the label maps, going on where an earlier run stopped; return the counts of each split.
 
+    A map that is there is kept, unless its polygons have changed since: then it is drawn again.
+
     Args:
         root: a part, which holds `gtFine`, or the folder of several.
         encodings: which label maps, of `id`, `csId`, `csTrainId`, `level4Id`, `level3Id`, `level2Id`, `level1Id`.
         workers: processes.
-        overwrite: draw again what is there already.
+        overwrite: draw all again that is there already.
 
     Raises:
-        UserError: nothing to prepare, a full disk, or, when all others are finished, the files that failed.
+        UserError: nothing to prepare, a folder that cannot be written to, a full disk, or, when all others are
+            finished, the files that failed.
     """
     root = Path(root).expanduser()
     if not encodings or any(encoding not in ENCODINGS for encoding in encodings):
@@ -58,8 +68,22 @@ def prepare(
         raise UserError(f"data.prepare.workers={workers}: give the number of processes, 1 or more.")
     jobs = find_polygons(root)
     work = functools.partial(make_label_maps, encodings=tuple(encodings), overwrite=overwrite)
+    try:
+        with contextlib.ExitStack() as held:
+            for labels in sorted({job.path.parents[2] for job in jobs}):  # a part may be prepared by itself
+                held.enter_context(locked(labels / _LOCK))
+            return _draw_all(root, jobs, work, workers)
+    except OSError as error:
+        raise UserError(f"Cannot write to data.root={root}: {error}. Check its permissions.") from None
+
+
+def _draw_all(
+    root: Path, jobs: Sequence[PolygonFile], work: Callable[[PolygonFile], Counter[str]], workers: int
+) -> dict[str, dict[str, int]]:
+    _remove_parts(jobs)
     counts: dict[str, Counter[str]] = {job.split: Counter() for job in jobs}
     failures: dict[Path, str] = {}
+    unknown: dict[str, dict[Path, int]] = {}
     finished = 0
     remedy = f"Set data.prepare.workers below {workers} and run again: it goes on."
     with tqdm(total=len(jobs), desc="drawing", unit="file", disable=None) as bar:
@@ -70,10 +94,11 @@ def prepare(
                 failures[job.path] = str(result) if isinstance(result, UserError) else f"{job.path}: {result}"
             else:
                 counts[job.split].update(result)
+                for key in (key for key in result if key.startswith(_UNKNOWN)):
+                    unknown.setdefault(key.removeprefix(_UNKNOWN), {})[job.path] = result[key]
                 finished += 1
             bar.update()
-    _remove_parts(jobs)
-    _report(counts, failures, len(jobs))
+    _report(sum(counts.values(), Counter()), unknown, failures, len(jobs))
     return {split: dict(counts[split]) for split in sorted(counts)}
 
 
@@ -100,20 +125,35 @@ def find_polygons(root: Path) -> list[PolygonFile]:
 
 
 def make_label_maps(job: PolygonFile, *, encodings: Sequence[str], overwrite: bool) -> Counter[str]:
-    """Write the label maps of one file of polygons that are not there whole; return its counts.
+    """Write the label maps of one file of polygons that are not there, not whole or outdated; return its counts.
 
     Raises:
         UserError: the file is damaged.
         OSError: writing failed.
     """
-    due = [encoding for encoding in encodings if overwrite or not _is_whole(job.label_map(encoding))]
+    content = job.path.read_bytes()
+    source = hashlib.sha256(content).hexdigest()
+    there = [encoding for encoding in encodings if _is_whole(job.label_map(encoding))]
+    outdated = [encoding for encoding in there if _is_outdated(job.label_map(encoding), job.path, source)]
+    due = [encoding for encoding in encodings if overwrite or encoding not in there or encoding in outdated]
     counts = Counter({"files": 1, "written": len(due), "kept": len(encodings) - len(due)})
+    if outdated:
+        counts["redrawn"] = len(outdated)
     if due:
-        maps, unknown = draw_label_maps(job.path, due)
+        maps, unknown = draw_label_maps(content, job.path, due)
         for encoding, pixels in maps.items():
-            write_png(job.label_map(encoding), pixels)
-        counts.update({f"unknown label {label}": count for label, count in unknown.items()})
+            write_png(job.label_map(encoding), pixels, note=(_NOTE, source))
+        counts.update({f"{_UNKNOWN}{label}": count for label, count in unknown.items()})
     return counts
+
+
+def _is_outdated(label_map: Path, polygons: Path, source: str) -> bool:
+    """Return whether a map was drawn from other polygons; one that does not say from which goes by its time."""
+    with label_map.open("rb") as opened:
+        head = opened.read(_HEAD)
+    if _NOTE.encode() in head:
+        return source.encode() not in head
+    return polygons.stat().st_mtime_ns > label_map.stat().st_mtime_ns
 
 
 def _is_whole(path: Path) -> bool:
@@ -133,12 +173,18 @@ def _remove_parts(jobs: Sequence[PolygonFile]) -> None:
             stale.unlink(missing_ok=True)
 
 
-def _report(counts: dict[str, Counter[str]], failures: dict[Path, str], total: int) -> None:
-    """Warn once of all labels that are not in the table; raise if files failed."""
-    unknown = sum(counts.values(), Counter())
-    labels = [f"{key.removeprefix('unknown label ')} ({unknown[key]})" for key in unknown if key.startswith("unknown ")]
-    if labels:
-        log.warning("Objects with labels that IDD does not have were left out: %s.", listed(sorted(labels), 40))
+def _report(counts: Counter[str], unknown: dict[str, dict[Path, int]], failures: dict[Path, str], total: int) -> None:
+    """Say what was done, warn once of all labels that are not in the table; raise if files failed."""
+    log.info(
+        "%d label maps drawn, %d of them again since their polygons have changed, %d kept.",
+        *(counts[key] for key in ("written", "redrawn", "kept")),
+    )
+    if unknown:
+        labels = [
+            f"\n- {label} ({sum(files.values())}): {listed([str(path) for path in sorted(files)], 3)}"
+            for label, files in sorted(unknown.items())
+        ]
+        log.warning("Objects with labels that IDD does not have were left out:%s", "".join(labels))
     if failures:
         lines = "".join(f"\n- {failures[path]}" for path in sorted(failures))
         raise UserError(

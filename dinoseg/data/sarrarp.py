@@ -1,10 +1,11 @@
 """SAR-RARP50: frames and masks of robot-assisted prostatectomies, from extracted frames or from the videos."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from dinoseg.data.labels import Labels
 from dinoseg.data.masks import Masks
+from dinoseg.data.pairing import Lacking, gathered
 from dinoseg.data.pairs import Pair, PairDataset
 from dinoseg.data.sarrarp_files import (
     MASK_FOLDER,
@@ -18,13 +19,14 @@ from dinoseg.data.sarrarp_files import (
 from dinoseg.data.splits import Partition, divide
 from dinoseg.data.video_access import VideoFrame
 from dinoseg.data.video_index import index_videos
-from dinoseg.data.wording import count_of, listed
 from dinoseg.errors import UserError
 
 # the parts of one operation stay together: video_11_1 and video_11_2
 BY_OPERATION = Partition(by="fraction", group="^(video_[^_/]+)")
 FOLDERS = {"train": TRAIN_FOLDERS, "val": TRAIN_FOLDERS, "test": TEST_FOLDERS}
 SOURCES = ("frames", "video")
+Frames = Mapping[str, Path | VideoFrame]  # stem to frame
+_UNPACK = "Unpack the archives of these videos again, or remove the videos."
 
 
 def sar_rarp50(
@@ -53,24 +55,29 @@ def sar_rarp50(
         cache_dir: where the videos' indexes are kept, for `video`.
 
     Raises:
-        UserError: the folder is missing, not prepared yet, or a frame lacks its mask or a mask its frame;
-            when an item is read: an unreadable file, differing sizes, ids without class.
+        UserError: the folder is missing, or no frame has its mask, as before the data set is prepared; when
+            an item is read: an unreadable file, differing sizes, ids without class.
     """
     if source not in SOURCES:
         raise UserError(f"data.source={source} is unknown. Choose one of {', '.join(SOURCES)}.")
     labels = Labels.of(classes, palette, ignore_index)
     root = Path(root).expanduser()
-    places = find_videos(root, split, source)
-    frames = _decodable(root, places, Path(cache_dir)) if source == "video" else _extracted(places)
-    pairs = [pair for name in places for pair in _video_pairs(root, places[name], frames[name], source)]
-    return PairDataset(pairs if split == "test" else divide(split, lambda _: pairs, partition), labels, Masks())
+    places, packed = find_videos(root, split)
+    if source == "video":
+        frames, unusable = _decodable(places, Path(cache_dir))
+    else:
+        frames, unusable = _extracted(root, places)
+    found: list[Pair | Lacking] = [*packed, *unusable]
+    for name in frames:
+        found += _video_pairs(root, places[name], frames[name], source)
+    return gathered(found if split == "test" else divide(split, lambda _: found, partition), split, labels, Masks())
 
 
-def find_videos(root: Path, split: str, source: str = "frames") -> dict[str, Path]:
-    """Return video name to its folder, in order, for the folders of a split.
+def find_videos(root: Path, split: str) -> tuple[dict[str, Path], list[Lacking]]:
+    """Return video name to its folder, in order, for the folders of a split, and the videos that are still packed.
 
     Raises:
-        UserError: there is no such split, no folder or no video, one of them twice, or one not prepared yet.
+        UserError: there is no such split, no folder or no video, or one of them twice.
     """
     if split not in FOLDERS:
         raise UserError(f"SAR-RARP50 has the splits {', '.join(FOLDERS)}, not {split}.")
@@ -85,12 +92,16 @@ def find_videos(root: Path, split: str, source: str = "frames") -> dict[str, Pat
         if video.name in places:
             raise UserError(f"{places[video.name]} and {video} are one video: keep one of them.")
         places[video.name] = video
-    _check_prepared(root, folders, places, source)
-    if not places:
+    archives = {path.stem: path for folder in folders for path in sorted(folder.glob("[!.]*.zip"))}
+    packed = [
+        _video_lacking(name, f"{archives[name]} is still packed.", _to_prepare(root))
+        for name in sorted(archives.keys() - places.keys())
+    ]
+    if not places and not packed:
         raise UserError(
             f"{', '.join(map(str, folders))}: no folder video_* and no video_*.zip. Check data.root={root}."
         )
-    return {name: places[name] for name in sorted(places)}
+    return {name: places[name] for name in sorted(places)}, packed
 
 
 def prepare_command(root: Path) -> str:
@@ -98,64 +109,55 @@ def prepare_command(root: Path) -> str:
     return f"python -m dinoseg mode=prepare data=sarrarp data.root={root}"
 
 
-def _check_prepared(root: Path, folders: list[Path], places: Mapping[str, Path], source: str) -> None:
-    archives = [path for folder in folders for path in sorted(folder.glob("*.zip"))]
-    waiting, lack = sorted({path.stem for path in archives} - places.keys()), "still packed"
-    if source == "frames":
-        waiting += [name for name in sorted(places) if not frame_files(places[name])]
-        lack = "without extracted frames"
-    if waiting:
-        raise UserError(
-            f"{count_of(waiting, 'video')} under {root} {lack}: {listed(waiting)}. "
-            f"Prepare the data set first: {prepare_command(root)}"
-        )
+def _to_prepare(root: Path) -> str:
+    return f"Prepare the data set first: {prepare_command(root)}"
 
 
-def _extracted(places: Mapping[str, Path]) -> dict[str, Mapping[str, Path | VideoFrame]]:
-    """Return each video's extracted frames."""
-    return {name: dict(frame_files(place)) for name, place in places.items()}
+def _video_lacking(video: str, reason: str, remedy: str) -> Lacking:
+    """Return a whole video that cannot be used; it is divided as its first frame would be."""
+    return Lacking(f"{video}/{0:09d}", reason, remedy, title=video)
 
 
-def _decodable(root: Path, places: Mapping[str, Path], cache_dir: Path) -> dict[str, Mapping[str, Path | VideoFrame]]:
-    """Return those frames of each video that have a mask or ought to have one."""
+def _extracted(root: Path, places: Mapping[str, Path]) -> tuple[dict[str, Frames], list[Lacking]]:
+    """Return each video's extracted frames, and the videos that have none."""
+    frames: dict[str, Frames] = {name: dict(frame_files(place)) for name, place in places.items()}
+    bare = [name for name in places if not frames[name]]
+    lacking = [_video_lacking(name, f"{places[name]} has no extracted frames.", _to_prepare(root)) for name in bare]
+    return {name: files for name, files in frames.items() if files}, lacking
+
+
+def _decodable(places: Mapping[str, Path], cache_dir: Path) -> tuple[dict[str, Frames], list[Lacking]]:
+    """Return those frames of each video that have a mask or ought to have one, and the videos that cannot be read."""
     videos = {name: place / VIDEO for name, place in places.items()}
-    if absent := [name for name, video in videos.items() if not video.is_file()]:
-        raise UserError(
-            f"{count_of(absent, 'video')} under {root} without {VIDEO}, which data.source=video reads: "
-            f"{listed(absent)}. Unpack their archives again, or use extracted frames: data.source=frames."
-        )
-    indexes, wrong = index_videos(list(videos.values()), cache_dir)
-    if wrong:
-        lines = "".join(f"\n- {problem}" for problem in wrong.values())
-        raise UserError(f"{count_of(wrong, 'video')} of {len(videos)} cannot be read:{lines}")
-    frames: dict[str, Mapping[str, Path | VideoFrame]] = {}
+    indexes, wrong = index_videos([video for video in videos.values() if video.is_file()], cache_dir)
+    frames: dict[str, Frames] = {}
+    lacking = []
     for name, video in videos.items():
+        if video not in indexes:
+            missing = f"{places[name]} has no {VIDEO}, which data.source=video reads."
+            remedy = "Unpack the archives of these videos again, or use extracted frames: data.source=frames."
+            lacking.append(_video_lacking(name, wrong.get(video, missing), remedy))
+            continue
         count = len(indexes[video])
         masked = {int(stem) for stem in png_files(places[name] / MASK_FOLDER) if stem.isdigit()}
         due = sorted({*range(0, count, MASK_STEP), *(index for index in masked if index < count)})
         frames[name] = {f"{index:09d}": VideoFrame(video, index, cache_dir) for index in due}
-    return frames
+    return frames, lacking
 
 
-def _video_pairs(root: Path, video: Path, frames: Mapping[str, Path | VideoFrame], source: str) -> list[Pair]:
+def _video_pairs(root: Path, video: Path, frames: Frames, source: str) -> Iterator[Pair | Lacking]:
     masks = png_files(video / MASK_FOLDER)
-    if bare := [stem for stem in frames if stem not in masks and _is_due(stem)]:
-        raise UserError(
-            f"{video} has {count_of(bare, 'frame')} without mask in {MASK_FOLDER}/: {listed(bare)}. "
-            "Unpack the video's archive again, or remove the video."
-        )
-    lone = [stem for stem in masks if stem not in frames]
-    if lone and source == "video":
-        raise UserError(
-            f"{video} has {count_of(lone, 'mask')} without frame in {VIDEO}: {listed(lone)}. The video is shorter "
-            "than its masks, or they are another's: unpack its archive again."
-        )
-    if lone:
-        raise UserError(
-            f"{video} has {count_of(lone, 'mask')} without extracted frame: {listed(lone)}. "
-            f"Extract them: {prepare_command(root)}"
-        )
-    return [Pair(f"{video.name}/{stem}", frames[stem], masks[stem]) for stem in masks]
+    for stem in (stem for stem in frames if stem not in masks and _is_due(stem)):
+        yield Lacking(f"{video.name}/{stem}", f"{frames[stem]} has no mask in {video / MASK_FOLDER}.", _UNPACK)
+    for stem, mask in masks.items():
+        name = f"{video.name}/{stem}"
+        if stem in frames:
+            yield Pair(name, frames[stem], mask)
+        elif source == "video":
+            reason = f"{mask} has no frame in {VIDEO}: the video is shorter than its masks, or they are another's."
+            yield Lacking(name, reason, _UNPACK)
+        else:
+            yield Lacking(name, f"{mask} has no extracted frame.", f"Extract them: {prepare_command(root)}")
 
 
 def _is_due(stem: str) -> bool:

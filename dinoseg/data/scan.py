@@ -13,7 +13,7 @@ from tqdm import tqdm
 from dinoseg.data.masks import MaskReader
 from dinoseg.data.scan_cache import ScanCache
 from dinoseg.data.scan_record import Record, measure
-from dinoseg.data.wording import count_of, listed
+from dinoseg.data.wording import listed
 from dinoseg.errors import UserError
 from dinoseg.processes import in_processes
 
@@ -71,19 +71,6 @@ def unreadable(records: Iterable[Record]) -> dict[str, str]:
     return {record.name: "; ".join(record.problems.values()) for record in records if record.problems}
 
 
-def refuse_unreadable(records: Sequence[Record]) -> None:
-    """Raise one error for all pairs that would stop a run.
-
-    Raises:
-        UserError: with their number, and the first names and reasons.
-    """
-    if bad := unreadable(records):
-        raise UserError(
-            f"{len(bad)} of {count_of(records, 'pair')} cannot be used:{reasons(bad)}\n"
-            "Correct or remove these files, or leave the pairs out: data.on_error=skip."
-        )
-
-
 def reasons(bad: Mapping[str, str], limit: int = 20) -> str:
     """Return a line for each of the first names with its reason, then further names."""
     lines = "".join(f"\n- {name}: {reason}" for name, reason in islice(bad.items(), limit))
@@ -97,7 +84,12 @@ def _measured(jobs: Sequence[Job], reader: MaskReader, images: bool, workers: in
     chunks = [jobs[start : start + _CHUNK] for start in range(0, len(jobs), _CHUNK)]
     with tqdm(total=len(jobs), desc="scanning", unit="pair", delay=2, leave=False, disable=None) as bar:
         processes = workers if len(jobs) >= _FEW else 1
-        for _, records in in_processes(work, chunks, processes, remedy="Scan with workers=1."):
+        for _, records in in_processes(
+            work,
+            chunks,
+            processes,
+            remedy=f"Scan with fewer processes than {processes}: data.workers=1, or mode.workers=1 with mode=doctor.",
+        ):
             yield from records
             bar.update(len(records))
 

@@ -1,4 +1,4 @@
-"""Records of a scan kept in a file, each under the size and time of its two files."""
+"""Records of a scan kept in a file, each under the stamps of its two files."""
 
 import contextlib
 import hashlib
@@ -15,10 +15,11 @@ import numpy as np
 
 from dinoseg.data.masks import MaskReader
 from dinoseg.data.scan_record import Record
+from dinoseg.data.stamps import rules_of, stamp
 
 log = logging.getLogger(__name__)
 
-_VERSION = 1  # of what a record holds
+_VERSION = 2  # of what a record holds
 _SMALL_COPIES = ("edges", "borders")
 _TUPLES = ("image_size", "mask_size", "color_sums", "color_squares")
 
@@ -34,31 +35,30 @@ class ScanCache:
 
     def __init__(self, folder: str | Path, masks: Sequence[Path], reader: MaskReader) -> None:
         common = os.path.commonpath([os.path.abspath(mask) for mask in masks]) if masks else ""
-        rules = (_VERSION, common, reader.labels.classes, reader.labels.ignore_index, reader.labels.palette)
-        key = hashlib.sha256(repr((rules, reader.masks)).encode()).hexdigest()
+        key = hashlib.sha256(repr((_VERSION, common, rules_of(reader))).encode()).hexdigest()
         self.path = Path(folder) / f"scan_{key[:16]}.npz"
         self._known: dict[str, tuple[list[int], Record]] = self._load()
         self._changed = False
 
     def get(self, name: str, image: Any, mask: Path, *, images: bool) -> Record | None:
         """Return what is known of a pair if neither file has changed; with `images`, of its image too."""
-        stamp, record = self._known.get(_key(image, mask), (None, None))
-        if record is None or stamp != _stamp(image, mask) or (images and not record.decoded):
+        stamps, record = self._known.get(_key(image, mask), (None, None))
+        if record is None or stamps != _stamps(image, mask) or (images and not record.decoded):
             return None
         return replace(record, name=name)
 
     def put(self, record: Record, image: Any, mask: Path) -> None:
-        """Keep a record, unless one of its files is not there."""
-        stamp = _stamp(image, mask)
-        if stamp is not None:
-            self._known[_key(image, mask)] = (stamp, record)
+        """Keep a record, unless one of its files is not there, or could not be read for the machine's sake."""
+        stamps = _stamps(image, mask)
+        if stamps is not None and not record.passing:
+            self._known[_key(image, mask)] = (stamps, record)
             self._changed = True
 
     def save(self) -> None:
         """Write the file, whole or not at all; one that cannot be written costs the next run a scan, no more."""
         if not self._changed:
             return
-        rows = [_plain(key, stamp, record) for key, (stamp, record) in self._known.items()]
+        rows = [_plain(key, stamps, record) for key, (stamps, record) in self._known.items()]
         arrays: dict[str, Any] = {"records": _joined([json.dumps(rows).encode()])}
         for name in _SMALL_COPIES:
             arrays[name] = _joined([getattr(record, name) for _, record in self._known.values()])
@@ -82,7 +82,7 @@ class ScanCache:
             known = {}
             for index, row in enumerate(rows):
                 own = {name: copies[name][index] for name in _SMALL_COPIES}
-                known[row["key"]] = (row["stamp"], _record(row["record"], own))
+                known[row["key"]] = (row["stamps"], _record(row["record"], own))
             return known
         except FileNotFoundError:
             return {}
@@ -96,18 +96,17 @@ def _key(image: Any, mask: Path) -> str:
     return f"{source}\0{os.path.abspath(mask)}"
 
 
-def _stamp(image: Any, mask: Path) -> list[int] | None:
-    source = image if isinstance(image, str | Path) else image.path
-    try:
-        stats = [os.stat(source), os.stat(mask)]
-    except OSError:
-        return None
-    return [number for stat in stats for number in (stat.st_size, stat.st_mtime_ns)]
+def _stamps(image: Any, mask: Path) -> list[int] | None:
+    image = Path(image) if isinstance(image, str | Path) else image.path
+    stamps = [stamp(image), stamp(mask)]
+    return None if None in stamps else [number for each in stamps if each for number in each]
 
 
-def _plain(key: str, stamp: list[int], record: Record) -> dict[str, Any]:
+def _plain(key: str, stamps: list[int], record: Record) -> dict[str, Any]:
     values = {name: value for name, value in asdict(record).items() if name not in _SMALL_COPIES}
-    return {"key": key, "stamp": stamp, "record": values} | {name: len(getattr(record, name)) for name in _SMALL_COPIES}
+    return {"key": key, "stamps": stamps, "record": values} | {
+        name: len(getattr(record, name)) for name in _SMALL_COPIES
+    }
 
 
 def _record(values: Mapping[str, Any], copies: Mapping[str, bytes]) -> Record:

@@ -11,19 +11,20 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from dinoseg.data.mask_size import fit
 from dinoseg.data.masks import MaskReader
 from dinoseg.errors import UserError
-from dinoseg.images import read_ids, read_image
+from dinoseg.images import read_ids, read_image, read_size
 
 SMALL = 64  # rows and columns of the small copies that are kept
 _HASHED, _LOWEST = 32, 8  # the perceptual hash is of the 8 x 8 lowest frequencies of 32 x 32 pixels
 _FLAT = 2.0  # grey levels of standard deviation below which a picture has no hash: it would be noise
-_PROPORTIONS = 0.05  # a mask may be resized whose proportions differ so much from its image's
 _VALUES = 256  # file values that are listed
-_TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
-_ORIENTATION = 0x0112
 _ENDS = {b"\x89PNG": b"IEND", b"\xff\xd8": b"\xff\xd9"}  # first bytes to end mark
 _TAIL = 4096  # bytes in which an end mark is looked for: cameras append their own
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # first bytes, of the large kind too
+_STRIPS, _TILES = (273, 279), (324, 325)  # TIFF tags: where the parts of a picture begin, and their bytes
+_LOSSY = ("JPEG", "MPO")
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Record:
         pixels: class id or ignore_index to pixels, as training sees the mask; empty for a refused one.
         raw: number or colour in the mask file to pixels; at most 256 of them.
         problems: code to reason, of all that would stop a run.
+        passing: whether a problem may be the disk's or the memory's, and gone the next time.
         mask_digest: hash of the ids.
         decoded: whether the image was decoded; what follows is known only then.
         image_digest: hash of the pixels.
@@ -59,6 +61,7 @@ class Record:
     pixels: Mapping[int, int] = field(default_factory=dict)
     raw: Mapping[str, int] = field(default_factory=dict)
     problems: Mapping[str, str] = field(default_factory=dict)
+    passing: bool = False
     mask_digest: str = ""
     decoded: bool = False
     image_digest: str = ""
@@ -84,23 +87,35 @@ def measure(name: str, image: Any, mask: Path, reader: MaskReader, *, images: bo
         image: an image file, or anything else with `read() -> (H, W, 3)`.
         mask: the mask file.
         reader: how masks are read.
-        images: decode the image too; else only its header and its end are read.
+        images: decode the image too; else only its header and its end are read, by which most cut files are found.
     """
-    found: dict[str, Any] = {"decoded": images}
+    found: dict[str, Any] = {"decoded": images, "passing": False}
     problems: dict[str, str] = {}
     try:
         found |= _of_image(_read(image)) if images else {"image_size": _header_size(image)}
     except Exception as error:  # a decoder may raise anything on a damaged file
         problems["unreadable_image"] = _reason(image, error)
+        found["passing"] |= _may_pass(error)
     try:
-        found |= _of_mask(mask, reader, found, problems)
+        _add_mask(mask, image, reader, found, problems)
     except Exception as error:
         problems["unreadable_mask"] = _reason(mask, error)
+        found["passing"] |= _may_pass(error)
     return Record(name, str(image), str(mask), problems=problems, **found)
 
 
 def _reason(file: Any, error: Exception) -> str:
     return str(error) if isinstance(error, UserError) else f"Cannot read {file} as a picture ({error})."
+
+
+def _may_pass(error: BaseException | None) -> bool:
+    """Return whether the machine is to blame, such as a disk or a network that failed, and not the file."""
+    while error is not None:
+        of_the_system = isinstance(error, OSError) and error.errno is not None  # a decoder's own has no number
+        if of_the_system or isinstance(error, MemoryError) or getattr(error, "code", None) == cv2.Error.StsNoMem:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _of_image(pixels: np.ndarray) -> dict[str, Any]:
@@ -137,43 +152,34 @@ def _edges(pixels: np.ndarray) -> np.ndarray:
     return (rank * (255 / (2 * rank.size))).astype(np.uint8)
 
 
-def _of_mask(path: Path, reader: MaskReader, found: Mapping[str, Any], problems: dict[str, str]) -> dict[str, Any]:
+def _add_mask(path: Path, image: Any, reader: MaskReader, found: dict[str, Any], problems: dict[str, str]) -> None:
+    """Add what is found in a mask file.
+
+    Raises:
+        Exception: it cannot be read at all.
+    """
     with Image.open(path) as file:
-        size, kind = (file.height, file.width), file.format or ""
-    known: dict[str, Any] = {"mask_size": size, "mask_format": kind}
+        found |= {"mask_size": (file.height, file.width), "mask_format": file.format or ""}
+    if found["mask_format"] in _LOSSY:
+        problems["mask_is_jpeg"] = f"{path} is a JPEG file, which changes the numbers near borders. Save it as PNG."
     try:
         ids = reader.read(path)
     except UserError as error:
-        try:
-            known["raw"] = _raw(path, reader)
-        except UserError:
-            return known | _noted(problems, "unreadable_mask", error)
-        return known | _noted(problems, "foreign_ids", error)
-    known["mask_size"] = ids.shape
-    image_size = found.get("image_size")
-    if image_size is not None and ids.shape != image_size:
-        reason = _misfit(ids.shape, image_size, reader.masks.on_size_mismatch)
-        if reason:
-            problems["size_mismatch"] = f"{path}: {reason}"
-        else:
-            ids = cv2.resize(ids, (image_size[1], image_size[0]), interpolation=cv2.INTER_NEAREST_EXACT)
+        if _may_pass(error):
+            raise
+        found["raw"] = _raw(path, reader)
+        problems["foreign_ids"] = str(error)
+        return
+    found["mask_size"] = ids.shape
+    try:
+        size = found.get("image_size") or ids.shape
+        ids = fit(ids, size, reader.masks.on_size_mismatch, image=image, path=path)
+    except UserError as error:
+        problems["size_mismatch"] = str(error)
     pixels = {int(value): int(count) for value, count in _counted(ids)}
-    known |= {"pixels": pixels, "mask_digest": _digest(ids), "raw": _raw_of(path, reader, pixels)}
-    return known | ({"borders": _borders(ids).tobytes()} if found["decoded"] else {})
-
-
-def _noted(problems: dict[str, str], code: str, error: UserError) -> dict[str, Any]:
-    problems[code] = str(error)
-    return {}
-
-
-def _misfit(mask: tuple[int, ...], image: tuple[int, int], rule: str) -> str:
-    """Return why a mask of another size stops a run, or nothing where it is resized."""
-    sizes = f"the mask is {mask[1]} x {mask[0]} (width x height), its image {image[1]} x {image[0]}"
-    if rule == "error":
-        return sizes
-    proportions = (image[0] / mask[0]) / (image[1] / mask[1])
-    return f"{sizes}: their proportions differ" if abs(proportions - 1) > _PROPORTIONS else ""
+    found |= {"pixels": pixels, "mask_digest": _digest(ids), "raw": _raw_of(path, reader, pixels)}
+    if found["decoded"]:
+        found["borders"] = _borders(ids).tobytes()
 
 
 def _raw_of(path: Path, reader: MaskReader, pixels: Mapping[int, int]) -> dict[str, int]:
@@ -226,22 +232,36 @@ def _header_size(image: Any) -> tuple[int, int] | None:
     """Return height and width as `read_image` would, without decoding; None of a video's frame.
 
     Raises:
-        UserError: the file does not end as its kind does, and cannot be decoded either.
+        UserError: the file is no picture, or ends too early and cannot be decoded either.
     """
     if not isinstance(image, str | Path):
         return None
-    _refuse_cut(Path(image))
-    with Image.open(image) as file:
-        # asked of a PNG without one, Pillow would decode it all to look behind the pixels
-        turned = "exif" in file.info and file.getexif().get(_ORIENTATION) in _TURNED
-        return (file.width, file.height) if turned else (file.height, file.width)
+    if _ends_early(Path(image)):
+        read_image(image)
+    return read_size(image)
 
 
-def _refuse_cut(path: Path) -> None:
-    """Decode a PNG or JPEG file that lacks its end mark, which most truncated files do: the others cost one seek."""
+def _ends_early(path: Path) -> bool:
+    """Return whether a file's end is not where its kind or its header says, as that of most truncated files.
+
+    It costs two short reads; of TIFF files, those of the header.
+    """
     with path.open("rb") as file:
         start = file.read(8)
-        mark = next((mark for magic, mark in _ENDS.items() if start.startswith(magic)), b"")
-        file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
-        if mark not in file.read():
-            read_image(path)
+        size = file.seek(0, os.SEEK_END)
+        if mark := next((mark for magic, mark in _ENDS.items() if start.startswith(magic)), None):
+            file.seek(max(0, size - _TAIL))
+            return mark not in file.read()
+    if start.startswith(b"BM"):
+        promised = int.from_bytes(start[2:6], "little")
+        return promised == 0 or size < promised  # some writers leave it at 0
+    if start.startswith(b"RIFF"):
+        return size < 8 + int.from_bytes(start[4:8], "little")
+    return start.startswith(_TIFF) and size < _end_of_tiff(path)
+
+
+def _end_of_tiff(path: Path) -> int:
+    with Image.open(path) as file:
+        tags = getattr(file, "tag_v2", {})
+        parts = [zip(tags.get(begin, ()), tags.get(count, ()), strict=False) for begin, count in (_STRIPS, _TILES)]
+        return max((begin + count for part in parts for begin, count in part), default=0)

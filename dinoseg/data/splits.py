@@ -155,7 +155,7 @@ def regex_group(pattern: str | None) -> Callable[[str], str]:
     """Return the function from a name to its group: the pattern's first bracket, or its whole match.
 
     Raises:
-        UserError: the pattern is no regular expression; later, a name that it does not match.
+        UserError: the pattern is no regular expression; later, a name that it or its first bracket does not match.
     """
     if pattern is None:
         return str
@@ -168,7 +168,13 @@ def regex_group(pattern: str | None) -> Callable[[str], str]:
         found = expression.search(name)
         if found is None:
             raise UserError(f"data.group={pattern} does not match the name {name}: widen it.")
-        return found.group(1 if expression.groups else 0) or ""
+        key = found.group(1 if expression.groups else 0)
+        if key is None:
+            raise UserError(
+                f"data.group={pattern} matches the name {name}, but its first bracket, which gives the group, does "
+                "not: let it match each name, or write brackets that only hold together as (?:...)."
+            )
+        return key
 
     return group
 
@@ -198,7 +204,7 @@ def split_table(datasets: Mapping[str, SegmentationData]) -> dict[str, list[str]
 
 
 def _shuffle_key(name: str, seed: int) -> tuple[bytes, str]:
-    return hashlib.sha256(f"{seed}/{name}".encode()).digest(), name
+    return hashlib.sha256(f"{seed}/{name}".encode(errors="surrogateescape")).digest(), name
 
 
 def _without_ending(name: str) -> str:

@@ -16,6 +16,7 @@ from dinoseg.data.doctor.findings import Finding, Scanned, by_severity
 from dinoseg.data.doctor.suggestions import IMAGENET, class_weights, color_statistics
 from dinoseg.data.pairs import PairDataset
 from dinoseg.data.scan import scan, unreadable
+from dinoseg.data.wording import count_of, printable
 from dinoseg.errors import UserError
 from dinoseg.nodes import instantiate
 from dinoseg.report.doctor_page import doctor_page
@@ -25,6 +26,7 @@ from dinoseg.report.table import write_json, write_text
 _SPLITS = ("train", "val", "test")
 _NEEDED = ("train", "val")
 _SHOWN = {"error": 10, "warning": 10, "note": 3}  # files that the terminal shows of a finding
+_HEADERS = ("split", "images", "smallest (width x height)", "largest (width x height)")
 _LONGEST = 480  # pixels of a picture's longer side
 
 
@@ -64,20 +66,39 @@ def doctor(
             splits, data_name=name, group=cfg.data.get("group"), near_distance=near_distance, mean=mean, std=std
         )
     found = by_severity(found)
-    report = _report(cfg, splits, found)
+    report = _printable(_report(cfg, splits, found))
     write_json(out_dir / "doctor.json", report)
     pictures = list(_pictures(datasets, splits, found, samples))
     palette = next(iter(datasets.values())).palette if datasets else ()
-    page = doctor_page(f"{name}: {cfg.data.root}", report["findings"], report["splits"], palette, pictures)
+    page = doctor_page(f"{name}: {report['root']}", report["findings"], report["splits"], palette, pictures)
     write_text(out_dir / "doctor.html", page)
     print(_text(report))
     print(f"report:       {out_dir}/doctor.html, doctor.json")
     if report["errors"]:
+        counts = [count_of(report[f"{kind}s"], kind) for kind in ("error", "warning")]
         raise UserError(
-            f"{report['errors']} errors and {report['warnings']} warnings in data={name} data.root={cfg.data.root}: "
-            f"see {out_dir / 'doctor.html'}. Mend the errors before training."
+            f"{' and '.join(counts)} in data={name} data.root={report['root']}: see {out_dir / 'doctor.html'}. "
+            f"{_what_now(found)}"
         )
     return {key: report[key] for key in ("errors", "warnings", "notes")} | {"run": str(out_dir)}
+
+
+def _what_now(found: Sequence[Finding]) -> str:
+    errors = [finding for finding in found if finding.severity == "error"]
+    stops = [finding for finding in errors if _stops(finding)]
+    if not stops:
+        return "Training would at most warn of that: judge whether its scores would still mean anything."
+    which = "Training stops" if len(stops) == len(errors) else f"Training stops on {', '.join(e.code for e in stops)}"
+    return f"{which}: mend the errors first."
+
+
+def _printable(value: Any) -> Any:
+    """Return a report without what UTF-8 cannot hold, as some file names."""
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, Mapping):
+        return {_printable(key): _printable(each) for key, each in value.items()}
+    return [_printable(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _open_splits(cfg: DictConfig) -> tuple[dict[str, PairDataset], list[Finding]]:
@@ -100,10 +121,23 @@ def _open_splits(cfg: DictConfig) -> tuple[dict[str, PairDataset], list[Finding]
             found.append(Finding("note", "split_left_out", f"Split {split} is left out: it is {same}, file by file."))
             continue
         datasets[split] = data
+        found += [_lacking(split, data)] if data.lacking else []
     if cfg.choices.data.startswith("idd") and not datasets:
         if files := home_made_files(Path(str(cfg.data.root)).expanduser()):
-            found.append(home_made(files))
+            found.append(home_made(files, cfg.choices.data))
     return datasets, found
+
+
+def _lacking(split: str, data: PairDataset) -> Finding:
+    return Finding(
+        "error",
+        "no_whole_pair",
+        f"{count_of(data.lacking, 'name')} of {split} without image, mask or frames, beside "
+        f"{count_of(data.pairs, 'whole pair')}.",
+        tuple(data.lacking),
+        f"{data.remedy} Or leave them out: data.on_error=skip.".lstrip(),
+        reasons=tuple(f"{name}: {reason}" for name, reason in data.lacking.items()),
+    )
 
 
 def _same_files(data: PairDataset, others: Mapping[str, PairDataset]) -> str | None:
@@ -116,8 +150,8 @@ def _report(cfg: DictConfig, splits: Sequence[Scanned], found: Sequence[Finding]
     train = next((part for part in splits if part.split == "train"), None)
     rows = []
     for finding in found:
-        row = {key: value for key, value in asdict(finding).items() if key != "look"}
-        rows.append(row | {"files": list(finding.files), "count": len(finding.files)})
+        row = {key: value for key, value in asdict(finding).items() if key not in ("look", "stops")}
+        rows.append(row | {"count": len(finding.files), "stops_training": _stops(finding)})
     return {
         "data": cfg.choices.data,
         "root": str(cfg.data.root),
@@ -130,25 +164,31 @@ def _report(cfg: DictConfig, splits: Sequence[Scanned], found: Sequence[Finding]
     }
 
 
+def _stops(finding: Finding) -> bool:
+    return finding.severity == "error" and finding.stops
+
+
 def _text(report: Mapping[str, Any]) -> str:
     rows = [
         (split, f"{each['images']:,}", *(_size(each[key]) for key in ("smallest", "largest")))
         for split, each in report["splits"].items()
     ]
-    lines = [tabulate(rows, headers=("split", "images", "smallest", "largest")), ""] if rows else []
+    lines = [tabulate(rows, headers=_HEADERS), ""] if rows else []
     for finding in report["findings"]:
-        lines.append(f"{finding['severity'].upper()} {finding['code']}: {finding['message']}")
+        weak = finding["severity"] == "error" and not finding["stops_training"]
+        also = " (training does not stop on it)" if weak else ""
+        lines.append(f"{finding['severity'].upper()} {finding['code']}{also}: {finding['message']}")
         shown = _SHOWN[finding["severity"]]
-        lines += [f"    {file}" for file in finding["files"][:shown]]
+        lines += [f"    {line}" for line in (finding["reasons"] or finding["files"])[:shown]]
         if finding["count"] > shown:
             lines.append(f"    and {finding['count'] - shown} more")
         lines += [f"    -> {finding['remedy']}"] if finding["remedy"] else []
-    kinds = [f"{report[kind]} {kind}" for kind in ("errors", "warnings", "notes")]
+    kinds = [count_of(report[f"{kind}s"], kind) for kind in ("error", "warning", "note")]
     return "\n".join([*lines, "", f"findings:     {', '.join(kinds)}"])
 
 
-def _size(size: Sequence[int] | None) -> str:
-    return f"{size[1]} x {size[0]}" if size else "-"
+def _size(size: Mapping[str, int] | None) -> str:
+    return f"{size['width']} x {size['height']}" if size else "-"
 
 
 def _pictures(
@@ -168,7 +208,7 @@ def _pictures(
         except UserError:
             continue
         frame = np.ascontiguousarray(sample["image"].permute(1, 2, 0).numpy())
-        yield f"{key[0]}/{key[1]} ({caption})", _strip(frame, sample["mask"].numpy(), data)
+        yield printable(f"{key[0]}/{key[1]} ({caption})"), _strip(frame, sample["mask"].numpy(), data)
 
 
 def _of_classes(splits: Sequence[Scanned]) -> Iterator[tuple[tuple[str, str], str]]:

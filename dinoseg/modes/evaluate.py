@@ -9,10 +9,10 @@ import numpy as np
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from dinoseg import build, scoring
+from dinoseg import build
 from dinoseg.images import write_png
-from dinoseg.metrics.protocols.contract import DatasetProtocol, Found
-from dinoseg.modes.score import report
+from dinoseg.metrics.protocols.contract import DatasetProtocol
+from dinoseg.modes.official import FOLDER, official_scores, usable
 from dinoseg.nodes import instantiate
 from dinoseg.report.confusion import confusion_picture
 from dinoseg.report.overlay import compare
@@ -21,8 +21,6 @@ from dinoseg.resume import check_classes, load_trained
 from dinoseg.shapes import Batch, SegmentationData
 from dinoseg.training.engine import Engine
 from dinoseg.training.evaluate import evaluate
-
-OFFICIAL = "official"  # folder of predictions as a benchmark wants them
 
 logger = logging.getLogger(__name__)
 
@@ -44,14 +42,19 @@ def run(
     data = build.dataset(cfg, split)
     source = f"resume={cfg.resume}" if cfg.resume else f"head.weights={cfg.head.weights}"
     check_classes(data, trained.info, source)
+    engine, on_error = trained.engine, cfg.data.on_error
     protocol = instantiate(cfg.data.official) if official and cfg.data.official is not None else None
-    scores = score(trained.model, data, trained.engine, out_dir, metrics_only=metrics_only, protocol=protocol)
-    if trained.engine.is_main:
+    if protocol is not None and not usable(protocol, data, out_dir, on_error=on_error, tells=engine.is_main):
+        protocol = None
+    scores = score(
+        trained.model, data, engine, out_dir, metrics_only=metrics_only, protocol=protocol, on_error=on_error
+    )
+    if engine.is_main:
         board = Path(cfg.resume or ".").parent.parent / "tensorboard"
         print(f"TensorBoard:  tensorboard --logdir {board}" if board.is_dir() else "TensorBoard:  none beside it")
         print(f"checkpoint:   {cfg.resume or source}")
         list_skipped({split: data}, out_dir)
-    trained.engine.close()
+    engine.close()
     return {**scores, "run": str(out_dir)}
 
 
@@ -63,19 +66,20 @@ def score(
     *,
     metrics_only: bool,
     protocol: DatasetProtocol | None = None,
+    on_error: str = "stop",
 ) -> dict[str, Any]:
     """Evaluate, print the table, and write scores.json, scores.csv, confusion.png and the pictures to `out_dir`.
 
     Pictures lie in `out_dir`/predictions/<name>_vis.png (frame | prediction | reference) and <name>_pred.png (class
     ids at full size). A protocol's scores go to official_scores.json, and the predictions as the benchmark wants
-    them to `out_dir`/official.
+    them to `out_dir`/official; where it cannot score them, problems.json says why, and the other scores stand.
     """
 
     def write(batch: Batch, ids: Tensor) -> None:
         for image, mask, prediction, name in zip(batch.image, batch.mask, ids, batch.names, strict=True):
             if protocol is not None:
                 pixels = protocol.file_ids(prediction.cpu().numpy())
-                write_png(out_dir / OFFICIAL / protocol.target(name), pixels)
+                write_png(out_dir / FOLDER / protocol.target(name), pixels)
             if not metrics_only:
                 _write_pictures(out_dir / "predictions" / name, data, image, mask, prediction)
 
@@ -89,7 +93,7 @@ def score(
         if not metrics_only:
             print(f"pictures:     {out_dir / 'predictions'}")
         if protocol is not None:
-            scores = {**scores, "official": _official_scores(protocol, data, out_dir)}
+            scores = {**scores, "official": official_scores(protocol, data, out_dir, on_error)}
     return scores
 
 
@@ -101,17 +105,6 @@ def list_skipped(datasets: Mapping[str, Any], out_dir: Path) -> None:
         write_json(out_dir / "skipped.json", left_out)
         shown = "".join(f"\n  {line}" for line in bad[:20])
         print(f"left out:     {len(bad)} images, all in {out_dir}/skipped.json{shown}")
-
-
-def _official_scores(protocol: DatasetProtocol, data: Any, out_dir: Path) -> dict[str, Any]:
-    """Score what has just been written as the benchmark does, against the reference files themselves."""
-    folder = out_dir / OFFICIAL
-    cases = [protocol.case(pair.name, pair.mask, folder / protocol.target(pair.name)) for pair in data.pairs]
-    result = report(
-        protocol, scoring.score(protocol, Found(cases), where=str(folder)), out_dir / "official_scores.json"
-    )
-    print(f"official:     {out_dir}/official_scores.json, predictions for submission in {folder}")
-    return result["scores"]
 
 
 def _write_pictures(stem: Path, data: SegmentationData, image: Tensor, mask: Tensor, ids: Tensor) -> None:

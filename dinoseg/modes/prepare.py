@@ -23,7 +23,8 @@ def prepare(cfg: Any, *, out_dir: Path) -> None:
             "with mode=train and the same data=."
         )
     counts = instantiate(cfg.data.prepare)()
-    (out_dir / "prepared.json").write_text(json.dumps(counts, indent=1), encoding="utf-8")
-    log.info("%s is ready: %d entries.", cfg.data.root, len(counts))
+    path = out_dir / "prepared.json"
+    path.write_text(json.dumps(counts, indent=1), encoding="utf-8")
+    log.info("%s is ready. What was counted in each of its folders (also in %s):", cfg.data.root, path)
     for name, numbers in counts.items():
         log.info("%s: %s", name, ", ".join(f"{what} {count}" for what, count in numbers.items()))

@@ -1,11 +1,12 @@
 """mode=score: score folders of predictions by a benchmark's official protocol; needs no model and no torch."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dinoseg import scoring
+from dinoseg.data.wording import count_of
 from dinoseg.errors import UserError
 from dinoseg.metrics.protocols.contract import ScoreProtocol
 from dinoseg.nodes import instantiate
@@ -13,6 +14,7 @@ from dinoseg.report.scores import difference_table, scores_table
 from dinoseg.report.table import write_json
 
 logger = logging.getLogger(__name__)
+_NOTES = 10  # that are printed; the file has all
 
 
 def run(
@@ -39,13 +41,19 @@ def run(
         seed: of these draws.
 
     Raises:
-        UserError: a folder is missing, or files cannot be scored; `problems.json` in the run folder names all.
+        UserError: an option makes no sense, a folder is missing, or files cannot be scored; `problems.json` in the run
+            folder names all of either folder.
     """
+    _check_draws(resamples, seed)
     folders = _folders(reference, prediction)
     protocol: ScoreProtocol = instantiate(cfg.protocol)
-    scored = [_score(protocol, folders[0], folder, out_dir, workers, on_error) for folder in folders[1:]]
+    scored = _score_all(protocol, folders[0], folders[1:], out_dir, workers=workers, on_error=on_error)
     results = [
-        {"reference": str(folders[0]), "prediction": str(folder), **_result(protocol, one, resamples, seed)}
+        {
+            "reference": str(folders[0]),
+            "prediction": str(folder),
+            **_result(protocol, one, out_dir / "scores.json", resamples=resamples, seed=seed),
+        }
         for folder, one in zip(folders[1:], scored, strict=True)
     ]
     for one in results:
@@ -62,30 +70,74 @@ def run(
 
 def report(protocol: ScoreProtocol, scored: scoring.Scored, path: Path) -> dict[str, Any]:
     """Print and write the scores of predictions that a mode has just made; return them."""
-    result = _result(protocol, scored, resamples=1000, seed=0)
+    result = _result(protocol, scored, path, resamples=1000, seed=0)
     write_json(path, result)
     print(f"\n{scores_table(result)}")
     return result
 
 
-def _result(protocol: ScoreProtocol, scored: scoring.Scored, resamples: int, seed: int) -> dict[str, Any]:
-    for note in scored.notes[:10]:
+def _result(
+    protocol: ScoreProtocol, scored: scoring.Scored, path: Path, *, resamples: int, seed: int
+) -> dict[str, Any]:
+    """Return the scores that are to be written to `path`, and warn of what they hold beside."""
+    for note in scored.notes[:_NOTES]:
         logger.warning("%s", note)
+    if len(scored.notes) > _NOTES:
+        logger.warning("%s in %s.", count_of(len(scored.notes) - _NOTES, "more note"), path)
     if scored.problems:
-        logger.warning("%d files could not be scored and are left out: see problems.", len(scored.problems))
+        count = count_of(scored.problems, "file")
+        logger.warning("%s left out that could not be scored, with reasons under `problems` in %s.", count, path)
     return scoring.result(protocol, scored, resamples=resamples, seed=seed)
 
 
-def _score(
-    protocol: ScoreProtocol, reference: Path, prediction: Path, out_dir: Path, workers: int | None, on_error: str
-) -> scoring.Scored:
-    try:
-        found = protocol.find(reference, prediction)
-        return scoring.score(protocol, found, where=f"prediction={prediction}", workers=workers, on_error=on_error)
-    except scoring.Unscorable as error:
-        rows = [{"file": str(path), "reason": reason} for path, reason in error.problems]
-        write_json(out_dir / "problems.json", {"prediction": str(prediction), "problems": rows})
-        raise
+def write_problems(out_dir: Path, problems: Mapping[Path, Sequence[tuple[Path, str]]]) -> Path:
+    """Write what cannot be scored below each folder of predictions to `problems.json`; return its path."""
+    rows = [
+        {"prediction": str(folder), "file": str(path), "reason": reason}
+        for folder, found in problems.items()
+        for path, reason in found
+    ]
+    write_json(out_dir / "problems.json", {"problems": rows})
+    return out_dir / "problems.json"
+
+
+def _score_all(
+    protocol: ScoreProtocol,
+    reference: Path,
+    predictions: Sequence[Path],
+    out_dir: Path,
+    *,
+    workers: int | None,
+    on_error: str,
+) -> list[scoring.Scored]:
+    """Score each folder; what is wrong with any of them is told when all have been looked at."""
+    scored, problems, messages = [], {}, []
+    for folder in predictions:
+        try:
+            found = protocol.find(reference, folder)
+            if folder.resolve() == reference.resolve():
+                found.notes.insert(0, f"prediction={folder} is the reference itself: its scores tell nothing.")
+            where = f"reference={reference} and prediction={folder}"
+            scored.append(scoring.score(protocol, found, where=where, workers=workers, on_error=on_error))
+        except scoring.Unscorable as error:
+            problems[folder] = error.problems
+            messages.append(str(error))
+        except UserError as error:
+            messages.append(str(error))
+    if problems:
+        write_problems(out_dir, problems)
+    if messages:
+        raise UserError("\n".join(dict.fromkeys(messages)))
+    return scored
+
+
+def _check_draws(resamples: int, seed: int) -> None:
+    for option, value, rule in (
+        ("resamples", resamples, "the number of draws for the intervals, 0 for none"),
+        ("seed", seed, "the number that these draws start from, 0 or more"),
+    ):
+        if value < 0:
+            raise UserError(f"mode.{option}={value}: give {rule}.")
 
 
 def _folders(reference: str | None, prediction: str | Sequence[str] | None) -> list[Path]:

@@ -1,6 +1,10 @@
 """mode=train: build everything, fit, and score the best checkpoint."""
 
+import json
 import logging
+import os
+from collections.abc import Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -12,9 +16,11 @@ from torch import nn
 from dinoseg import build
 from dinoseg.data.doctor.short import check as examine
 from dinoseg.data.splits import split_table
+from dinoseg.data.wording import listed
 from dinoseg.errors import UserError
 from dinoseg.modes.evaluate import list_skipped, score
 from dinoseg.nodes import instantiate
+from dinoseg.processes import count_cores
 from dinoseg.report.curves import draw_curves
 from dinoseg.report.log import RunLog, read_rows
 from dinoseg.report.table import write_json
@@ -40,7 +46,9 @@ def train(cfg: DictConfig, *, out_dir: Path, metrics_only: bool = False) -> dict
         check_classes(feed.train, start.info, f"resume={start.path}")
     _check_fits(cfg, engine.world)
     if engine.is_main:
-        examine(feed.train, feed.val, cache_dir=cfg.cache_dir, group=cfg.data.group, data_name=cfg.choices.data)
+        workers = cfg.data.get("workers") or count_cores()
+        options = {"group": cfg.data.group, "data_name": cfg.choices.data, "workers": workers}
+        examine(feed.train, feed.val, cache_dir=cfg.cache_dir, **options)
     loss = build.loss(cfg, feed.train).to(engine.device)
     model = build.model(cfg).to(engine.device)
     optimizer = build.optimizer(cfg, model)
@@ -48,7 +56,7 @@ def train(cfg: DictConfig, *, out_dir: Path, metrics_only: bool = False) -> dict
         out_dir / checkpoint.FOLDER, description(cfg, feed.train), start, writes=engine.is_main
     )
     if engine.is_main:
-        write_json(out_dir / "split.json", split_table({"train": feed.train, "val": feed.val}))
+        _write_split(out_dir, split_table({"train": feed.train, "val": feed.val}))
     logger.info("%d training and %d validation images; run folder %s", len(feed.train), len(feed.val), out_dir)
     first_step = start.info["progress"]["step"] if start else 0
     if start is not None:
@@ -73,6 +81,42 @@ def train(cfg: DictConfig, *, out_dir: Path, metrics_only: bool = False) -> dict
         list_skipped({"train": feed.train, "val": feed.val}, out_dir)
     engine.close()
     return {**scores, **_cost(model, out_dir), "best_step": run.best_step, "run": str(out_dir)}
+
+
+def _write_split(out_dir: Path, split: Mapping[str, Sequence[str]]) -> None:
+    """Write split.json; where the run began with other images, say so and keep their list as split_1.json and so on."""
+    path = out_dir / "split.json"
+    before = _read_split(path)
+    if before is not None and before != split:
+        kept = next(name for name in map("split_{}.json".format, count(1)) if not (out_dir / name).exists())
+        os.replace(path, out_dir / kept)
+        changes = "; ".join(_change(side, before.get(side, []), names) for side, names in split.items())
+        logger.warning(
+            "The images are no longer those that this run began with (%s). From here on it takes others, or in another "
+            "order, so it is not the run it would have been, and scores of other validation images do not compare. "
+            "The list it had is kept in %s.",
+            changes,
+            out_dir / kept,
+        )
+    write_json(path, split)
+
+
+def _read_split(path: Path) -> dict[str, list[str]] | None:
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return kept if isinstance(kept, dict) else None
+
+
+def _change(side: str, before: Sequence[str], now: Sequence[str]) -> str:
+    added, removed = sorted(set(now) - set(before)), sorted(set(before) - set(now))
+    if not added and not removed:
+        return f"{side}: {'the same' if list(before) == list(now) else 'the same in another order'}"
+    named = [
+        f"{len(names)} {what} ({listed(names, 3)})" for what, names in (("added", added), ("removed", removed)) if names
+    ]
+    return f"{side}: {', '.join(named)}"
 
 
 def _cost(model: nn.Module, out_dir: Path) -> dict[str, Any]:

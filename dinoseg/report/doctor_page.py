@@ -44,8 +44,10 @@ def doctor_page(
 
     Args:
         title: names the data set.
-        findings: `severity`, `code`, `message`, `files`, `remedy` of each, in order.
-        splits: `images`, `smallest`, `largest`, `void_share`, `constant_class` and `classes` of each.
+        findings: `severity`, `code`, `message`, `files`, `reasons` (of the files, or none), `remedy` and
+            `stops_training` of each, in order.
+        splits: `images`, `smallest` and `largest` (`width`, `height`), `void_share`, `constant_class` and `classes` of
+            each.
         palette: a colour per class.
         pictures: caption and pixels (H, W, 3) uint8 of each.
     """
@@ -70,12 +72,13 @@ def doctor_page(
 
 
 def _finding(finding: Mapping[str, Any]) -> str:
-    severity, files = finding["severity"], finding["files"]
+    severity, files = finding["severity"], finding["reasons"] or finding["files"]
     shown = "".join(f"<li>{escape(file)}</li>" for file in files[:_LISTED])
     more = f"<li>and {len(files) - _LISTED} more, in doctor.json</li>" if len(files) > _LISTED else ""
     listing = f"<details><summary>{len(files)} listed</summary><ul>{shown}{more}</ul></details>" if files else ""
     remedy = f'<p class="remedy">{escape(finding["remedy"])}</p>' if finding["remedy"] else ""
-    head = f'<p><b>{severity}</b> <span class="dim">{escape(finding["code"])}</span></p>'
+    also = ": training does not stop on it" if severity == "error" and not finding["stops_training"] else ""
+    head = f'<p><b>{severity}</b> <span class="dim">{escape(finding["code"])}{also}</span></p>'
     return f'<div class="finding {severity}">{head}<p>{escape(finding["message"])}</p>{remedy}{listing}</div>'
 
 
@@ -91,7 +94,8 @@ def _split_table(splits: Mapping[str, Mapping[str, Any]]) -> str:
         )
         for name, split in splits.items()
     ]
-    return _table(("split", "images", "smallest", "largest", "ignored", "mIoU of one class everywhere"), rows)
+    sizes = ("smallest (width x height)", "largest (width x height)")
+    return _table(("split", "images", *sizes, "ignored", "mIoU of one class everywhere"), rows)
 
 
 def _class_table(splits: Mapping[str, Mapping[str, Any]], palette: Sequence[Sequence[int]]) -> str:
@@ -122,8 +126,8 @@ def _figure(caption: str, pixels: np.ndarray) -> str:
     return f'<figure><figcaption>{escape(caption)}</figcaption><img alt="{escape(caption)}" src="{source}"></figure>'
 
 
-def _size(size: Sequence[int] | None) -> str:
-    return f"{size[1]} x {size[0]}" if size else "-"
+def _size(size: Mapping[str, int] | None) -> str:
+    return f"{size['width']} x {size['height']}" if size else "-"
 
 
 def _percent(value: float | None) -> str:

@@ -13,30 +13,48 @@ def scores_table(result: Mapping[str, Any]) -> str:
     unit = result["unit"]
     parts = []
     if 0 < len(result["per_class"]) <= _MOST_CLASSES:
-        rows = [[_cell(value, key) for key, value in row.items()] for row in result["per_class"]]
-        headers = [key if key in ("id", "name") else f"{key} %" for key in result["per_class"][0]]
+        columns = {key: [row[key] for row in result["per_class"]] for key in result["per_class"][0]}
+        shares = {
+            key for key, values in columns.items() if all(value is None or type(value) is float for value in values)
+        }
+        rows = [[_percent(row[key]) if key in shares else row[key] for key in columns] for row in result["per_class"]]
+        headers = [f"{key} %" if key in shares else key for key in columns]
         parts.append(tabulate(rows, headers=headers, disable_numparse=True))
-    rows = [[key, _percent(value), _interval(result["ci95"][key])] for key, value in result["scores"].items()]
-    headers = [result["protocol"], "%", f"95 % interval over {result['n']} {unit}s"]
+    none = _no_interval(result["n"], unit)
+    rows = [[key, _percent(value), _interval(result["ci95"][key], none)] for key, value in result["scores"].items()]
+    headers = [result["protocol"], "%", f"95 % interval over {_count(result['n'], unit)}"]
     parts.append(tabulate(rows, headers=headers, disable_numparse=True, colalign=("left", "right", "left")))
     return "\n\n".join(parts)
 
 
 def difference_table(differences: Mapping[str, Mapping[str, Any]], unit: str) -> str:
     """Return paired differences in percentage points as text."""
-    rows = [[key, _percent(row["value"], "+"), _interval(row["ci95"], "+")] for key, row in differences.items()]
-    count = next(iter(differences.values()))["n"]
-    headers = ["second - first", "points", f"95 % interval over {count} shared {unit}s"]
-    return tabulate(rows, headers=headers, disable_numparse=True, colalign=("left", "right", "left"))
+    counts = next(iter(differences.values()))
+    none = _no_interval(counts["n"], unit)
+    rows = [[key, _percent(row["value"], "+"), _interval(row["ci95"], none, "+")] for key, row in differences.items()]
+    headers = ["second - first", "points", f"95 % interval over {_count(counts['n'], f'shared {unit}')}"]
+    table = tabulate(rows, headers=headers, disable_numparse=True, colalign=("left", "right", "left"))
+    if not counts["n"]:
+        return f"second - first: none. No {unit} could be scored in both folders, so there is no difference to give."
+    left_out = (
+        f"Left out of this difference: {_count(counts['left_out'], 'file')} or sequences that only one folder was "
+        "scored on."
+    )
+    return f"{table}\n{left_out}" if counts["left_out"] else table
 
 
-def _cell(value: Any, key: str) -> str:
-    return _percent(value) if isinstance(value, float) or value is None else str(value)
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
+def _no_interval(units: int, unit: str) -> str:
+    """Return what stands in place of an interval that there is none of."""
+    return f"- (needs two {unit}s)" if units < 2 else "-"
 
 
 def _percent(value: float | None, sign: str = "") -> str:
     return "-" if value is None else f"{100 * value:{sign}.2f}"
 
 
-def _interval(limits: list[float] | None, sign: str = "") -> str:
-    return "-" if limits is None else f"{_percent(limits[0], sign)} .. {_percent(limits[1], sign)}"
+def _interval(limits: list[float] | None, none: str, sign: str = "") -> str:
+    return none if limits is None else f"{_percent(limits[0], sign)} .. {_percent(limits[1], sign)}"

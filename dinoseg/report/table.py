@@ -89,12 +89,12 @@ def _percent(score: float | None) -> str:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write UTF-8 text; the file appears whole or not at all."""
+    """Write UTF-8 text, what is none (a file's name may be) as escapes; the file appears whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        part.write_text(text, encoding="utf-8")
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

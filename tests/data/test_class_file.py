@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -96,7 +98,7 @@ def test_colours_are_merged_and_ignored(load, tmp_path, indexed):
     assert data.classes == ("ground", "leaf", "stem") and data.palette == ((0, 0, 0), (0, 255, 0), (0, 128, 0))
     np.testing.assert_array_equal(data.mask(0), np.array([0, 0, 1, 2, 2, 2, 255, 255])[pick])
     put(tmp_path, [[[0, 100, 1]]])
-    with pytest.raises(UserError, match=r"colours that are not in data.palette: \(0, 100, 1\)"):
+    with pytest.raises(UserError, match=r"colours that are not in classes.yaml: \(0, 100, 1\)"):
         data.mask(0)
 
 
@@ -121,10 +123,18 @@ def test_the_command_line_wins(load, tmp_path):
     assert cfg.data.num_classes == 2 and settled(cfg.data)["palette"] is None
     np.testing.assert_array_equal(instantiate(cfg.data.reader)(split="train").mask(0), [[0, 1, 255]])
     describe(tmp_path, LEAVES)
-    reader = instantiate(load(tmp_path, "data.reader.masks.ids={1: 0, 2: 1}").data.reader)(split="train").reader
-    assert reader.masks.ids == {1: 0, 2: 1} and len(reader.labels.classes) == 3
     reader = instantiate(load(tmp_path, "data.palette=[[1,1,1],[2,2,2],[3,3,3]]").data.reader)(split="train").reader
     assert reader.labels.palette[2] == (3, 3, 3) and reader.masks.ids[2] == 1
+
+
+def test_ids_of_the_command_line_never_replace_those_of_the_file(load, tmp_path):
+    put(tmp_path, [[0, 1, 255]])
+    for text in ("classes: {land: {ids: [1]}, sea: {ids: [0]}}", "classes: [land, sea]"):
+        describe(tmp_path, text)
+        with pytest.raises(UserError, match=r"masks\.ids=\{3: 255\} would replace .*`ignore: \{ids: "):
+            instantiate(load(tmp_path, "data.reader.masks.ids={3: 255}").data.reader)
+    both = load(tmp_path, "data.reader.masks.ids={3: 255}", "data.classes=[a,b]").data.reader
+    assert instantiate(both)(split="train").reader.masks.ids == {3: 255}
 
 
 def test_data_sets_of_their_own_read_no_such_file(load, tmp_path):
@@ -178,7 +188,7 @@ def test_a_changed_file_is_read_again(tmp_path):
     assert read_class_file(file, 255)["classes"] == ["a", "b"]
     file.write_text("classes: [a, c]")
     os.utime(file, ns=(1, 1))
-    assert read_class_file(file, 255) == {**NOT_DESCRIBED, "classes": ["a", "c"]}
+    assert read_class_file(file, 255) == {**NOT_DESCRIBED, "classes": ["a", "c"], "described": {"ids": None}}
     with pytest.raises(UserError, match="Cannot read .*gone: No such file.*Check data.root"):
         read_class_file(tmp_path / "gone", 255)
 
@@ -196,6 +206,9 @@ def test_a_changed_file_is_read_again(tmp_path):
         ("classes:\n  a: {ids: [0]}\n  a: {ids: [1]}", "a stands more than once in one mapping"),
         ("classes: [a, no]", "False is no class name: YAML reads it as bool. Write it in quotes"),
         ("classes: {1: {ids: [0]}}", "1 is no class name"),
+        ("classes: ['${oc.env:HOME}', b]", "'.{oc.env:HOME}' is no class name: it would be read as a reference"),
+        ("classes: {'a${b': {ids: [0]}}", "'a.{b' is no class name.*Rename it"),
+        ("classes: ['???', b]", "'...' is no class name"),
         ("classes: {' ': {ids: [0]}}", "' ' is no class name"),
         ("classes: {a: 0, b: 1}", "class a holds 0, and must be a mapping with the keys ids, color, colors"),
         ("classes: {a: {id: [0]}}", "class a has the unknown keys id: it takes ids, color, colors"),
@@ -236,3 +249,14 @@ def test_what_makes_no_sense(tmp_path, text, message):
     with pytest.raises(UserError, match=message) as caught:
         read_class_file(file, 255)
     assert str(file) in str(caught.value) and str(caught.value).endswith(".")
+
+
+def test_the_examples_of_the_docs(load, tmp_path):
+    page = (Path(__file__).parents[2] / "docs/data.md").read_text()
+    numbers, colours = re.findall(r"```yaml\n(.*?)```", page, flags=re.S)
+    put(describe(tmp_path / "numbers", numbers), [[0, 1, 2, 7]])
+    put(describe(tmp_path / "colours", colours), [[[0, 0, 0], [0, 255, 0], [0, 128, 0], [255, 255, 255]]])
+    for name, classes in (("numbers", ("background", "leaf")), ("colours", ("background", "plant"))):
+        data = instantiate(load(tmp_path / name).data.reader)(split="train")
+        assert data.classes == classes and data.palette == ((0, 0, 0), (0, 255, 0))
+        assert data.mask(0).tolist() == [[0, 1, 1, 255]]

@@ -12,9 +12,10 @@ from dinoseg.data.clip_davis import Davis
 from dinoseg.data.clip_folder import VideoFolder
 from dinoseg.data.clip_movi import Movi
 from dinoseg.data.clip_pairs import foreground, no_masks
-from dinoseg.data.clip_videos import Video, VideoFrames, chosen, first_annotated
+from dinoseg.data.clip_videos import Video, VideoFrames, chosen
 from dinoseg.data.clip_youtube_vos import YoutubeVos
 from dinoseg.data.clips import Clips, Cut, open_clips
+from dinoseg.data.natural_order import natural_order
 from dinoseg.data.splits import Partition
 from dinoseg.data.video_access import VideoFrame, read_frame
 from dinoseg.errors import UserError
@@ -69,6 +70,12 @@ def clips_of(compose, name, root, split, *more):
     return instantiate(config(compose, name, root, *more).clips)(split=split)
 
 
+def appears(clip):
+    """Return object id to frame of the clip."""
+    assert clip["appears"].shape == (255,) and clip["appears"].dtype == torch.int64
+    return {number: frame for number, frame in enumerate(clip["appears"].tolist()) if frame >= 0}
+
+
 def test_davis_is_read_back_equal(compose, davis):
     clips = clips_of(compose, "davis2017", davis, "train")
     assert [clip["name"] for clip in clips] == ["bear", "dogs"] and len(clips) == 2
@@ -81,8 +88,8 @@ def test_davis_is_read_back_equal(compose, davis):
             stored = np.asarray(Image.open(davis / f"JPEGImages/480p/{name}/{index:05d}.jpg"))
             np.testing.assert_array_equal(clip["frames"][index].permute(1, 2, 0), stored)
             np.testing.assert_array_equal(clip["masks"][index], ids(name, index, values))
-    assert clips.videos[0].fps == 24 and first_annotated(clips.videos[1]) == {1: 0, 2: 0}
-    assert first_annotated(clips_of(compose, "davis2017", davis, "val").videos[0]) == {2: 0, 3: 0}
+    assert clips.videos[0].fps == 24 and appears(clips[1]) == {1: 0, 2: 0}
+    assert appears(clips_of(compose, "davis2017", davis, "val")[0]) == {2: 0, 3: 0}
 
 
 def test_davis_test_sets_show_one_mask(compose, davis):
@@ -150,7 +157,7 @@ def test_davis_that_is_not_whole(davis):
 
     with pytest.raises(
         UserError,
-        match=r"No image set .*2016/val\.txt; .* has ImageSets/2017/test-dev\.txt, .*data\.sets\.val=test-dev",
+        match=r"No image set .*2016/val\.txt; .* has ImageSets/2017/test-dev\.txt, .*\. Check data\.year, and",
     ):
         videos("val", year=2016)
     with pytest.raises(UserError, match=r"No folder .*Full-Resolution; beside it lies 480p\. Check data\.root"):
@@ -208,7 +215,7 @@ def test_youtube_vos_is_read_back_equal(compose, youtube):
     assert a["frame_names"] == ["00000", "00005", "00010", "00015"] and a["annotated"].all() and b["annotated"].all()
     for number, stem in enumerate(range(10, 41, 5)):
         np.testing.assert_array_equal(b["masks"][number], ids("b", stem, [0, 2, 4] if stem >= 25 else [0, 2]))
-    assert clips.videos[0].fps == 6 and first_annotated(clips.videos[1]) == {2: 0, 4: 3}
+    assert clips.videos[0].fps == 6 and appears(b) == {2: 0, 4: 3}
     assert len(instantiate(config(compose, "youtube_vos", youtube).reader)(split="train")) == 4 + 7
 
 
@@ -216,11 +223,16 @@ def test_youtube_vos_objects_that_appear_late(compose, youtube):
     clips = clips_of(compose, "youtube_vos", youtube, "val")
     assert clips[1]["annotated"].tolist() == [True, False, False, True, False, False, False]
     assert (clips[1]["masks"][[1, 2, 4, 5, 6]] == 255).all() and 4 in clips[1]["masks"][3]
-    assert first_annotated(clips.videos[1]) == {2: 0, 4: 3}
+    assert appears(clips[1]) == {2: 0, 4: 3}
+    late = clips_of(compose, "youtube_vos", youtube, "val", "data.clips.cut.length=3", "data.clips.cut.step=2")
+    assert [(clip["name"], clip["start"], appears(clip)) for clip in late] == [
+        ("a", 0, {1: 0}), ("b", 0, {2: 0}), ("b", 2, appears(late[2])), ("b", 4, {})
+    ]  # fmt: skip
+    assert appears(late[2])[4] == 1
     names = instantiate(config(compose, "youtube_vos", youtube).reader)(split="val").names
     assert names == ["a/00000", "b/00010"], "a later mask need not show the earlier objects"
     (youtube / "valid/meta.json").unlink()
-    assert first_annotated(clips_of(compose, "youtube_vos", youtube, "val").videos[1]) == {2: 0, 4: 3}
+    assert appears(clips_of(compose, "youtube_vos", youtube, "val")[1]) == {2: 0, 4: 3}
 
 
 def test_youtube_vos_all_frames(compose, youtube):
@@ -228,7 +240,8 @@ def test_youtube_vos_all_frames(compose, youtube):
     assert clips.videos[0].fps == 30 and len(clips.videos[1].frames) == 31
     assert [place.start for place in clips.places] == [0, 6, 0, 6, 12, 18, 24]
     assert clips[0]["annotated"].tolist() == [True, False, False, False, False, True]
-    assert first_annotated(clips.videos[1]) == {2: 0, 4: 15}
+    whole = clips_of(compose, "youtube_vos", youtube, "train", "data.all_frames=true")
+    assert appears(whole[1]) == {2: 0, 4: 15}
     assert clips_of(compose, "youtube_vos", youtube, "test", "data.all_frames=true").videos[1].masks.keys() == {0, 15}
 
 
@@ -257,6 +270,9 @@ def test_youtube_vos_that_is_not_whole(youtube):
     with pytest.raises(UserError, match="Video a has no mask in"):
         layout.videos("train")
     (youtube / "train/Annotations/a").rmdir()
+    (youtube / "valid/Annotations/b/00025.png").unlink()
+    with pytest.raises(UserError, match="appear in frames of video b without mask: 00025"):
+        layout.videos("val")
     with pytest.raises(UserError, match=r"No folder .*Annotations/a\."):
         layout.videos("train")
 
@@ -281,7 +297,7 @@ def test_movi_is_read_back_equal(compose, movi):
     for index in range(24):
         np.testing.assert_array_equal(clips[1]["frames"][index].permute(1, 2, 0), pixels("validation", index))
         np.testing.assert_array_equal(clips[1]["masks"][index], ids("validation", index, [0, 1, 2, 10, 23]))
-    assert set(first_annotated(clips.videos[0])) == {1, 2, 10, 23}
+    assert appears(clips[0]) == dict.fromkeys((1, 2, 10, 23), 0)
     assert len(clips_of(compose, "movi", movi, "train", "data.clips.cut.length=6")) == 12
     assert len(instantiate(config(compose, "movi", movi).reader)(split="test")) == 24
 
@@ -383,6 +399,101 @@ class Still:
         ]
 
 
+NUMBERED = ("frame1", "frame2", "frame10", "frame11", "frame100")
+
+
+def test_numbered_names_come_as_they_are_counted():
+    counted = [
+        "",
+        "01",
+        "1",
+        "2b",
+        "10",
+        "a",
+        "a/x",
+        "a1",
+        "a1-2",
+        "a01b",
+        "a1b",
+        "a2/b10",
+        "a10/b2",
+        "a10/b10",
+        "b9",
+        "b10c",
+    ]
+    assert sorted(reversed(counted), key=natural_order) == counted
+
+
+def test_unpadded_names_of_videos_and_frames(compose, tmp_path):
+    for video in ("v2", "v10"):
+        for index, frame in enumerate(NUMBERED):
+            save(tmp_path / f"movi/train/{video}/frames/{frame}.png", pixels(video, index))
+            save(tmp_path / f"movi/train/{video}/segmentations/{frame}.png", ids(video, index, [0, 1]))
+            save(tmp_path / f"yt/train/JPEGImages/{video}/{frame}.jpg", pixels(video, index))
+            save(tmp_path / f"yt/train/Annotations/{video}/{frame}.png", ids(video, index, [0, 1]))
+    entries = {"objects": {"1": {"frames": ["frame10", "frame2"]}}}
+    (tmp_path / "yt/train/meta.json").write_text(json.dumps({"videos": {"v2": entries, "v10": entries}}))
+    write_video(tmp_path / "mine/v9.avi", 3)
+    for video in ("v2", "v10"):
+        for index, frame in enumerate(NUMBERED):
+            save(tmp_path / f"mine/{video}/{frame}.png", pixels(video, index))
+    for name, root, videos in (
+        ("movi", "movi", ["v2", "v10"]),
+        ("youtube_vos", "yt", ["v2", "v10"]),
+        ("videos", "mine", ["v2", "v9", "v10"]),
+    ):
+        clips = clips_of(compose, name, tmp_path / root, "train", "data.clips.cut.length=null")
+        assert [clip["name"] for clip in clips] == videos
+        for clip in (clips[0], clips[-1]):
+            assert clip["frame_names"] == list(NUMBERED)
+        if name == "movi":
+            for index in range(len(NUMBERED)):
+                np.testing.assert_array_equal(clips[1]["masks"][index], ids("v10", index, [0, 1]))
+                np.testing.assert_array_equal(clips[1]["frames"][index].permute(1, 2, 0), pixels("v10", index))
+    data = instantiate(config(compose, "movi", tmp_path / "movi").reader)(split="train")
+    assert data.names == [f"{video}/{frame}" for video in ("v2", "v10") for frame in NUMBERED]
+
+
+def test_a_share_comes_as_it_is_counted(tmp_path):
+    layout = Still(tmp_path, **{f"v{number}": 1 for number in range(1, 13)})
+    names = [video.name for video in chosen(layout, "train", Partition(by="fraction", val_fraction=0.1))]
+    assert len(names) == 11 and names == sorted(names, key=lambda name: int(name[1:]))
+
+
+def test_hidden_folders_are_no_videos(compose, movi, youtube):
+    (movi / "val_").mkdir()
+    for hidden in (movi / "train/.ipynb_checkpoints", youtube / "train/JPEGImages/.ipynb_checkpoints"):
+        hidden.mkdir(parents=True)
+    (youtube / "train/JPEGImages/.DS_Store").write_text("")
+    assert [video.name for video in Movi(str(movi)).videos("train")] == ["00000", "00001", "00002"]
+    assert [video.name for video in YoutubeVos(str(youtube)).videos("train")] == ["a", "b"]
+
+
+@pytest.mark.parametrize(("link", "above"), [("x/round", "."), ("x/frames/again", "x")])
+def test_a_link_in_a_circle_and_a_link_to_a_video(folder, tmp_path, link, above):
+    (folder / link).symlink_to(folder / above)
+    save(tmp_path / "elsewhere/0.png", np.zeros((4, 4, 3)))
+    (folder / "far").symlink_to(tmp_path / "elsewhere")
+    videos = VideoFolder(str(folder), cache_dir=str(tmp_path / "cache")).videos("train")
+    assert [video.name for video in videos] == ["far", "two", "x/frames", "x/one"]
+
+
+def test_one_image_set_is_not_trained_and_scored_on(compose, davis):
+    (davis / "ImageSets/2017/train.txt").unlink()
+    (davis / "ImageSets/2017/test-dev.txt").unlink()
+    (davis / "ImageSets/2017/val.txt").write_text("bear\ndogs\ntennis")
+    with pytest.raises(UserError, match="data.sets.train=val data.reader.partition.by=fraction") as caught:
+        clips_of(compose, "davis2017", davis, "train")
+    remedy = [word.rstrip(".") for word in str(caught.value).split() if word.startswith("data.")]
+    names = {
+        split: instantiate(config(compose, "davis2017", davis, *remedy).reader)(split=split).names
+        for split in ("train", "val")
+    }
+    assert all(names.values()) and not set(names["train"]) & set(names["val"])
+    with pytest.raises(UserError, match=r"which set stands for test, such as data\.sets\.test=val\."):
+        clips_of(compose, "davis2017", davis, "test")
+
+
 @pytest.mark.parametrize(
     ("cut", "starts"),
     [
@@ -421,6 +532,7 @@ def test_short_videos(tmp_path):
     assert short["frame_names"] == ["0", "2", "4", "4"] and short["annotated"].tolist() == [True, True, True, False]
     assert (short["masks"][3] == 255).all() and torch.equal(short["frames"][3], short["frames"][2])
     np.testing.assert_array_equal(short["masks"][2], ids("short", 4, [0, 1]))
+    assert appears(tiny) == appears(short) == {1: 0}
     assert tiny["frame_names"] == ["0"] * 4 and tiny["annotated"].tolist() == [True, False, False, False]
 
 

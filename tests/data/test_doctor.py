@@ -2,73 +2,29 @@
 
 import json
 import shutil
+import tracemalloc
 
 import cv2
 import numpy as np
 import pytest
+from doctor_sets import CLASSES, PALETTE, found, opened, rewrite, scene, splits_of, write, write_clean
 from making import DATA, save, write_video
+from PIL import Image
 
 from dinoseg.data.doctor.checks_classes import home_made_files
-from dinoseg.data.doctor.examine import examine, scanned, summary
+from dinoseg.data.doctor.examine import examine, summary
 from dinoseg.data.doctor.near_duplicates import near_pairs
-from dinoseg.data.doctor.short import brief, check
+from dinoseg.data.doctor.short import brief
 from dinoseg.data.doctor.suggestions import class_weights, color_statistics, constant_class
-from dinoseg.data.folder import Layout, folder_dataset
+from dinoseg.data.folder import Layout
 from dinoseg.data.masks import Masks
-from dinoseg.data.scan import scan
 from dinoseg.data.splits import Partition
-from dinoseg.errors import UserError
-
-CLASSES = ("ground", "left", "right")
-PALETTE = ((0, 0, 0), (255, 0, 0), (0, 0, 255))
-
-
-def scene(seed, size=(96, 128)):
-    """Return an image of patches in noise, and the mask of the patches."""
-    draw = np.random.default_rng(seed)
-    light = cv2.resize(draw.integers(40, 200, (5, 6, 3)).astype(np.uint8), size[::-1], interpolation=cv2.INTER_CUBIC)
-    image, mask = light.astype(np.int64), np.zeros(size, np.uint8)
-    for index in range(4):
-        top, left = draw.integers(0, size[0] - 30), draw.integers(0, size[1] - 40)
-        here = slice(top, top + draw.integers(12, 30)), slice(left, left + draw.integers(12, 40))
-        image[here] += draw.choice([-70, 70], 3)
-        mask[here] = 1 + index % 2
-    return np.clip(image + draw.integers(-6, 7, image.shape), 0, 255).astype(np.uint8), mask
-
-
-def write(root, split, names, first=0):
-    for number, name in enumerate(names):
-        image, mask = scene(first + number)
-        save(root / split / "images" / f"{name}.png", image)
-        save(root / split / "masks" / f"{name}.png", mask)
 
 
 @pytest.fixture
 def root(tmp_path):
     """A clean data set of two drives for training and one for validation."""
-    write(tmp_path, "train", [f"d{number // 4}/f{number}" for number in range(12)])
-    write(tmp_path, "val", [f"v/f{number}" for number in range(4)], first=100)
-    return tmp_path
-
-
-def opened(root, split, **options):
-    return folder_dataset(root, split, **{"classes": CLASSES, "palette": PALETTE, **options})
-
-
-def splits_of(root, images=True, splits=("train", "val"), **options):
-    sets = {split: opened(root, split, **options) for split in splits}
-    return [scanned(split, data, scan(data.pairs, data.reader, images=images)) for split, data in sets.items()]
-
-
-def found(root, *, options=None, **rules):
-    """Return code to finding, of all but notes on what to expect."""
-    expected = {"constant_class_baseline", "colors", "class_weights"}
-    findings = examine(splits_of(root, **(options or {})), **rules)
-    return {finding.code: finding for finding in findings if finding.code not in expected}
-
-
-def rewrite(path, change):
-    save(path, change(cv2.imread(str(path), cv2.IMREAD_UNCHANGED)))
+    return write_clean(tmp_path)
 
 
 def test_a_clean_set_has_only_notes_on_what_to_expect(root):
@@ -96,6 +52,11 @@ def test_ids_without_class(root):
     assert findings["foreign_ids"].severity == "error" and "2 of 16 masks" in findings["foreign_ids"].message
     assert "9 (in 2), 12 (in 1)" in findings["foreign_ids"].message
     assert [file.rsplit("/", 1)[1] for file in findings["foreign_ids"].files] == ["f0.png", "f3.png"]
+    assert findings["foreign_ids"].reasons[1] == f"{root}/val/masks/v/f3.png: 9, 12"
+    # all of them, as a shell takes them
+    assert "'data.reader.masks.ids={9: 255, 12: 255}'" in findings["foreign_ids"].remedy
+    described = found(root, options={"masks": Masks(described={"ids": None})})["foreign_ids"]
+    assert "`ignore: {ids: [9, 12]}`" in described.remedy and "data.reader.masks" not in described.remedy
     assert found(root, options={"masks": Masks(ids={9: 2, 12: 255})}) == {}
 
 
@@ -110,7 +71,42 @@ def test_colors_without_class(root):
     save(odd, pixels)
     findings = found(root, options={"masks": Masks("palette")})
     assert findings.keys() == {"foreign_ids"} and "(1, 2, 3) (in 1)" in findings["foreign_ids"].message
+    assert "'data.reader.masks.ignore_colors=[[1, 2, 3]]'" in findings["foreign_ids"].remedy
+    described = found(root, options={"masks": Masks("palette", described={"ids": None})})["foreign_ids"]
+    assert "`ignore: {colors: [[1, 2, 3]]}`" in described.remedy and "data.palette" not in described.remedy
     assert found(root, options={"masks": Masks("palette", ignore_colors=[(1, 2, 3)])}) == {}
+
+
+def test_what_binary_masks_hold_instead(root):
+    for path in root.glob("*/masks/*/*.png"):
+        rewrite(path, lambda mask: (mask > 0) * 255)
+    two = {"classes": CLASSES[:2], "palette": None, "masks": Masks("binary")}
+    rewrite(root / "train/masks/d0/f0.png", lambda mask: np.where(mask == 0, 3, mask))
+    rewrite(root / "train/masks/d0/f1.png", lambda mask: np.where(mask == 255, 250, mask))
+    assert "threshold at 128" in found(root, options=two)["foreign_ids"].remedy
+    for path in root.glob("*/masks/*/*.png"):
+        rewrite(path, lambda mask: np.where(mask > 128, 7, mask % 4))
+    assert "format=ids" in found(root, options=two)["foreign_ids"].remedy
+    named = two | {"masks": Masks("binary", described={"ids": None})}
+    assert "`masks: ids` in classes.yaml" in found(root, options=named)["foreign_ids"].remedy
+
+
+@pytest.mark.parametrize("turn", [1, 3, 6])
+def test_images_turned_by_exif(root, turn):
+    for name, kept in (("d0/f2", turn), ("d1/f5", 1)):
+        image = Image.open(root / f"train/images/{name}.png")
+        exif = image.getexif()
+        exif[0x0112] = kept
+        image.save(root / f"train/images/{name}.png", exif=exif)
+    findings = found(root)
+    assert ("size_mismatch" in findings) == (turn == 6)  # only a quarter turn shows in the size
+    assert ("turned_by_exif" in findings) == (turn != 1)
+    if turn != 1:
+        assert (
+            findings["turned_by_exif"].severity == "warning" and "1 of 16 images" in findings["turned_by_exif"].message
+        )
+        assert findings["turned_by_exif"].files == (f"{root}/train/images/d0/f2.png",)
+        assert findings["turned_by_exif"].look == (("train", "d0/f2"),)
 
 
 @pytest.mark.parametrize("rule", ["error", "resize_mask"])
@@ -121,8 +117,17 @@ def test_sizes(root, rule):
     assert findings.keys() == {"size_mismatch"}
     only = findings["size_mismatch"]
     assert only.severity == ("warning" if rule == "resize_mask" else "error") and len(only.files) == 2
-    assert "2 of 16" in only.message and "64 x 48 beside 128 x 96" in only.message
-    assert "resize_mask" in only.message + only.remedy
+    assert "2 of 16" in only.message and only.reasons[0] == f"{only.files[0]}: 64 x 48 beside 128 x 96"
+    # what is set already is not advised
+    assert ("on_size_mismatch=resize_mask" in only.remedy) == (rule == "error") == ("2 of them stop" in only.message)
+
+
+def test_masks_of_other_proportions_cannot_be_resized(root):
+    rewrite(root / "train/masks/d0/f1.png", lambda mask: mask[::2, ::2])
+    rewrite(root / "train/masks/d2/f9.png", lambda mask: mask.T)
+    only = found(root, options={"masks": Masks(on_size_mismatch="resize_mask")})["size_mismatch"]
+    assert only.severity == "error" and "1 of them stop a run" in only.message and "resize_mask" not in only.remedy
+    assert only.reasons[1].endswith("d2/f9.png: 96 x 128 beside 128 x 96")
 
 
 def test_masks_saved_with_loss(root):
@@ -130,6 +135,7 @@ def test_masks_saved_with_loss(root):
     save(path, np.full((96, 128), 1), format="JPEG", quality=100)  # under the name of a PNG, and by luck no other ids
     findings = found(root)
     assert findings.keys() == {"mask_is_jpeg"} and findings["mask_is_jpeg"].files == (str(path),)
+    assert "does not bring the ids back" in findings["mask_is_jpeg"].remedy
     assert findings["mask_is_jpeg"].severity == "error" and "whatever their names" in findings["mask_is_jpeg"].message
 
 
@@ -138,7 +144,7 @@ def test_classes_in_one_split_or_none(root):
         rewrite(path, lambda mask: np.where(mask == 2, 1, mask))
     findings = found(root, options={"classes": (*CLASSES, "moon"), "palette": None})
     assert findings.keys() == {"class_never_seen", "class_only_in_train"}
-    assert "1 of 4 classes are in no mask at all: 3 moon." in findings["class_never_seen"].message
+    assert "In no mask at all: 3 moon (1 of 4 classes)." in findings["class_never_seen"].message
     assert "In train but not in val: 2 right." in findings["class_only_in_train"].message
     for path in (root / "train/masks").rglob("*.png"):
         rewrite(path, lambda mask: np.where(mask == 1, 2, mask))
@@ -190,6 +196,11 @@ def test_idd_labels_without_road(root, remapped):
     with_remap = {**idd, "masks": Masks(ids={255: 0, 0: 255, 3: 255})}  # what is in the files counts, not the classes
     assert ("home_made_idd" in found(root, options=with_remap, data_name="idd_home_made")) == remapped
     if remapped:
+        # on purpose, so training only warns
+        parts = splits_of(root, **with_remap)
+        severity = {name: brief(parts, data_name=name)[0].severity for name in ("idd", "idd_home_made")}
+        assert severity == {"idd": "error", "idd_home_made": "warning"}
+        assert examine(parts, data_name="idd_home_made")[0].severity == "error"
         only = findings["home_made_idd"]
         assert only.severity == "error" and "255 is void" in only.message and "home-made" in only.message
         assert "mode=prepare data=idd" in only.remedy and len(only.files) == 16
@@ -207,7 +218,9 @@ def test_a_drive_on_both_sides(root):
         (root / f"val/{kind}/d1").mkdir()
         shutil.move(root / f"train/{kind}/d1/f4.png", root / f"val/{kind}/d1/f4.png")
     findings = found(root)
-    assert findings.keys() == {"group_on_both_sides"} and "train and in val: d1." in findings[[*findings][0]].message
+    assert findings.keys() == {"group_on_both_sides"} and "1 video or drive " in findings[[*findings][0]].message
+    assert "both in train and in val: d1. " in findings["group_on_both_sides"].message
+    assert "An official split can be like this" in findings["group_on_both_sides"].message
     assert findings["group_on_both_sides"].severity == "error"
     assert {file.rsplit("/", 1)[1] for file in findings["group_on_both_sides"].files} == {
         f"f{n}.png" for n in range(4, 8)
@@ -264,13 +277,41 @@ def test_near_pairs_against_counting_bits():
     for index in range(40):
         for bit in draw.choice(64, index % 9, replace=False):
             second[index] ^= np.uint64(1) << np.uint64(bit)
-    expected = {
+    same = np.arange(300) % 50, np.arange(45) % 50 + 100
+    same[1][:4] = [0, 1, 2, 10]  # three of the pairs are of equal pictures
+    found = near_pairs(first, second, 6, same=same)
+    expected = close(first, second, same)
+    assert set(found.closest) == set(expected) and len(expected) >= 25
+    assert [bits for _, _, bits in found.closest] == sorted(bits for _, _, bits in expected)
+    assert (found.first, found.second) == tuple(len({pair[side] for pair in expected}) for side in (0, 1))
+    both = np.concatenate([first, second])
+    every = np.arange(len(both))
+    inside = near_pairs(both, both, 6, same=(every, every), inside=True)
+    expected = [pair for pair in close(both, both, (every, every)) if pair[0] < pair[1]]
+    assert set(inside.closest) == set(expected) and len(expected) >= 30
+    assert inside.either == len({index for pair in expected for index in pair[:2]})
+    assert near_pairs(first[:0], second, 6, same=(same[0][:0], same[1])).closest == []
+
+
+def close(first, second, same):
+    return [
         (i, j, bits)
         for i, one in enumerate(first.tolist())
         for j, two in enumerate(second.tolist())
-        if (bits := (one ^ two).bit_count()) <= 6
-    }
-    assert set(near_pairs(first, second, 6)) == expected and len(expected) >= 30
+        if same[0][i] != same[1][j] and (bits := (one ^ two).bit_count()) <= 6
+    ]
+
+
+def test_frames_that_are_all_alike_cost_no_memory():
+    count = 3000  # 4.5 million pairs, of which few are kept
+    looks = np.full(count, 0x5A5A, np.uint64) ^ (np.uint64(1) << (np.arange(count) % 3).astype(np.uint64))
+    every = np.arange(count)
+    tracemalloc.start()
+    near = near_pairs(looks, looks, 6, same=(every, every), inside=True)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert near.either == count and len(near.closest) == 1000 and peak < 40e6
+    assert {bits for _, _, bits in near.closest} == {0}
 
 
 def swap(one, two):
@@ -294,7 +335,7 @@ def test_masks_shifted_by_one(root):
         mask.write_bytes(contents[index - 1])
     findings = found(root)
     assert findings.keys() == {"masks_shifted"} and findings["masks_shifted"].severity == "error"
-    assert "1 places later" in findings["masks_shifted"].message
+    assert "1 place later" in findings["masks_shifted"].message
 
 
 def test_one_mask_beside_two_images(root):
@@ -339,7 +380,9 @@ def test_masks_against_the_video(operation, tmp_path):
     findings = codes((0, 60))
     assert findings.keys() == {"masks_against_video"} and findings["masks_against_video"].severity == "error"
     told = findings["masks_against_video"].message
-    assert "has 125 frames, so 3 masks" in told and "has 2 (missing: 000000120; without such a frame: none)" in told
+    assert (
+        "has 125 frames, so 3 masks should" in told and "has 2 (missing: 000000120; without such a frame: none)" in told
+    )
     save(operation / "segmentation/000000121.png", scene(1, (32, 64))[1])
     findings = codes((0, 60))
     assert "without such a frame: 000000121" in findings["masks_against_video"].message
@@ -393,36 +436,10 @@ def test_colors_pool_exactly_and_far_ones_are_told(root):
 
 def test_summary(root):
     rows = summary(splits_of(root)[0])
-    assert rows["images"] == 12 and rows["smallest"] == rows["largest"] == [96, 128] and rows["void_share"] == 0
+    assert rows["images"] == 12 and rows["void_share"] == 0
+    assert rows["smallest"] == rows["largest"] == {"width": 128, "height": 96}
     assert sum(row["share"] for row in rows["classes"]) == pytest.approx(1)
     assert sum(row["pixels"] for row in rows["classes"]) == 12 * 96 * 128 and rows["classes"][0]["images"] == 12
-
-
-def test_the_short_form_reads_no_image(root, tmp_path, caplog):
-    for path in (root / "train/images").rglob("*.png"):
-        path.write_bytes(path.read_bytes()[:300] + b"IEND")  # the header and the end are there
-    cache = tmp_path / "cache"
-    check(opened(root, "train"), opened(root, "val"), cache_dir=cache)
-    assert not caplog.records
-    rewrite(root / "train/masks/d0/f0.png", lambda mask: mask * 0 + 255)
-    (root / "val/masks/v").rename(root / "val/masks/d0")
-    (root / "val/images/v").rename(root / "val/images/d0")
-    check(opened(root, "train"), opened(root, "val"), cache_dir=cache)
-    told = [record.getMessage() for record in caplog.records]
-    assert (
-        len(told) == 2 and "1 mask of train with nothing but ignored" in told[0] and "train and in val: d0" in told[1]
-    )
-
-
-def test_the_short_form_stops_on_errors(root, tmp_path):
-    rewrite(root / "train/masks/d0/f0.png", lambda mask: mask + 7)
-    (root / "val/masks/v/f1.png").write_bytes(b"")
-    with pytest.raises(
-        UserError, match=r"cannot be trained on(?s:.*)cannot be read(?s:.*)no class: 7(?s:.*)- v/f1: (?s:.*)mode=doctor"
-    ):
-        check(opened(root, "train"), opened(root, "val"), cache_dir=tmp_path / "cache")
-    assert [f.code for f in brief(splits_of(root, images=False))] == ["unreadable_mask", "foreign_ids"]
-    check([1, 2], opened(root, "val"), cache_dir=tmp_path / "cache")  # no pairs of files: nothing to scan
 
 
 real = pytest.mark.data
@@ -489,6 +506,7 @@ def test_person_has_163_masks_of_another_size():
     masks = Masks("binary", on_size_mismatch="resize_mask")
     findings = examine(splits_of(DATA / "person", images=False, masks=masks, **options))
     (sizes,) = [finding for finding in findings if finding.code == "size_mismatch"]
+    assert "resize_mask" not in sizes.remedy
     assert sizes.severity == "warning" and len(sizes.files) == len(set(sizes.files)) == 163
     assert "163 of 241" in sizes.message and not [f for f in findings if f.severity == "error"]
 

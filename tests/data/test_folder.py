@@ -1,3 +1,4 @@
+import json
 import os
 from pathlib import Path
 
@@ -8,9 +9,10 @@ from making import save
 
 from dinoseg.data.folder import Layout, folder_dataset
 from dinoseg.data.masks import Masks
-from dinoseg.data.splits import Partition
+from dinoseg.data.splits import Partition, split_table
 from dinoseg.errors import UserError
 from dinoseg.report.palette import default_palette
+from dinoseg.report.table import write_json
 
 CLASSES = ["a", "b"]
 FLAT = Layout("images", "masks")
@@ -84,8 +86,18 @@ def test_linked_folders_are_followed(fill, tmp_path):
     os.symlink(root / "elsewhere/images", tmp_path / "train/images")
     (tmp_path / "train/masks").mkdir()
     os.symlink(root / "elsewhere/masks", tmp_path / "train/masks/deep")
-    with pytest.raises(UserError, match="without mask: x, y, z; and 3 masks without image: deep/x, deep/y, deep/z"):
+    with pytest.raises(
+        UserError, match=r"(?s)no image with its mask:\n- deep/x: .*deep/x.png has no image in .*and 3 more: x, "
+    ):
         folder_dataset(root, "train", classes=CLASSES)
+
+
+def test_links_in_circles_are_left(fill, tmp_path):
+    root = fill()
+    for folder in ("images", "masks"):
+        (root / f"train/{folder}/again").symlink_to(root / f"train/{folder}")
+        (root / f"train/{folder}/up").symlink_to(tmp_path)
+    assert folder_dataset(root, "train", classes=CLASSES).names == ["x", "y", "z"]
 
 
 def test_fraction(fill):
@@ -113,7 +125,9 @@ def test_lists(fill):
         return folder_dataset(root, split, classes=CLASSES, layout=FLAT, partition=partition)
 
     assert load("train").names == ["sub/b", "a"]
-    with pytest.raises(UserError, match="1 image without mask: c"):
+    with pytest.raises(
+        UserError, match=r"Split val has no image with its mask:\n- c: .*c\.png has no mask in .*masks\."
+    ):
         load("val")
     with pytest.raises(UserError, match="2 names without image and mask.*: nix, nada"):
         load("test")
@@ -130,16 +144,51 @@ def test_lists_pass_over_images_without_mask(fill):
     assert folder_dataset(root, "train", classes=CLASSES, layout=FLAT, partition=partition).names == ["y", "x"]
 
 
-def test_pairing_names_five_and_counts_all(fill):
+def test_what_is_alone_is_told_and_no_item(fill):
     root = fill(names=[f"n{i}" for i in range(9)])
     for i in range(7):
         (root / f"train/masks/n{i}.png").unlink()
     save(root / "train/masks/odd.png", [[0]])
-    with pytest.raises(
-        UserError,
-        match=r"7 images without mask: n0, n1, n2, n3, n4 and 2 more; and 1 mask without image: odd\.",
-    ):
-        folder_dataset(root, "train", classes=CLASSES)
+    data = folder_dataset(root, "train", classes=CLASSES)
+    assert data.names == ["n7", "n8"] and list(data.lacking) == [*(f"n{i}" for i in range(7)), "odd"]
+    assert data.lacking["n3"] == f"{root / 'train/images/n3.png'} has no mask in {root / 'train/masks'}."
+    assert data.lacking["odd"] == f"{root / 'train/masks/odd.png'} has no image in {root / 'train/images'}."
+    assert data.remedy.startswith("Add the missing files or remove the others; ")
+
+
+def test_a_missing_mask_moves_no_other_pair_to_the_other_side(fill):
+    root = fill("images", "masks", [f"n{i}" for i in range(10)])
+    partition = Partition("fraction", val_fraction=0.4, seed=1)
+
+    def load():
+        return [folder_dataset(root, s, classes=CLASSES, layout=FLAT, partition=partition) for s in ("train", "val")]
+
+    whole = [data.names for data in load()]
+    for name in (whole[0][2], whole[1][0]):
+        (root / f"masks/{name}.png").unlink()
+    lame = load()
+    for before, data, lost in zip(whole, lame, (whole[0][2], whole[1][0]), strict=True):
+        assert list(data.lacking) == [lost] and data.names == [name for name in before if name != lost]
+
+
+def test_names_that_only_look_alike(fill):
+    composed, apart = "caf\u00e9", "cafe\u0301"
+    root = fill(names=["x", composed])
+    (root / f"train/masks/{composed}.png").rename(root / f"train/masks/{apart}.png")
+    data = folder_dataset(root, "train", classes=CLASSES)
+    assert data.names == ["x"] and set(data.lacking) == {composed, apart}
+    assert all("NFD" in reason and "Rename one" in reason for reason in data.lacking.values())
+    assert f"{apart}.png only looks" in data.lacking[composed]
+
+
+def test_names_that_are_no_text(fill):
+    root = fill("images", "masks", ["x", "y", os.fsdecode(b"caf\xe9"), os.fsdecode(b"caf\xe8")])
+    partition = Partition("fraction", val_fraction=0.5)
+    data = folder_dataset(root, "train", classes=CLASSES, layout=FLAT, partition=partition)
+    other = folder_dataset(root, "val", classes=CLASSES, layout=FLAT, partition=partition)
+    assert len(data) == len(other) == 2 and data.fingerprint() != other.fingerprint()
+    write_json(root / "split.json", split_table({"train": data, "val": other}))
+    assert json.loads((root / "split.json").read_text()) == {"train": data.names, "val": other.names}
 
 
 def test_two_files_of_one_name(fill):
@@ -222,3 +271,21 @@ def test_fingerprint_follows_files_and_rules(fill):
     (root / "train/masks/z.png").rename(root / "train/masks/zz.png")
     others.append(key())
     assert len({first, *others}) == 6
+
+
+def test_fingerprint_tells_roots_apart_that_look_the_same(tmp_path):
+    keys = []
+    for place, value in (("a", 0), ("b", 1)):
+        for kind in ("images", "masks"):
+            path = save(tmp_path / place / f"train/{kind}/x.png", np.full((4, 6), value), compress_level=0)
+            os.utime(path, ns=(7, 7))
+        data = folder_dataset(tmp_path / place, "train", classes=CLASSES)
+        keys.append((data.fingerprint(), path.stat().st_size, path.stat().st_mtime_ns))
+    assert keys[0][1:] == keys[1][1:] and keys[0][0] != keys[1][0]
+    inside = os.stat(path)
+    save(path, np.full((4, 6), 0), compress_level=0)  # changed in its place, and its time set back
+    os.utime(path, ns=(inside.st_atime_ns, inside.st_mtime_ns))
+    assert path.stat().st_size == inside.st_size and path.stat().st_mtime_ns == inside.st_mtime_ns
+    assert folder_dataset(tmp_path / "b", "train", classes=CLASSES).fingerprint() != keys[1][0]
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    assert folder_dataset(tmp_path / "link", "train", classes=CLASSES).fingerprint() == keys[0][0]

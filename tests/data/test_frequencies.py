@@ -78,3 +78,14 @@ def test_bad_ids_are_reported(load, tmp_path):
     with pytest.raises(UserError, match=r"y\.png holds the ids 9"):
         class_counts(load(), tmp_path / "c")
     assert not (tmp_path / "c").exists()
+
+
+def test_two_roots_that_look_the_same_are_counted_apart(tmp_path):
+    counts = []
+    for place, value in (("a", 0), ("b", 1)):
+        for kind in ("images", "masks"):
+            path = save(tmp_path / place / f"train/{kind}/x.png", np.full((4, 6), value), compress_level=0)
+            os.utime(path, ns=(7, 7))
+        data = folder_dataset(tmp_path / place, "train", classes=["a", "b"])
+        counts.append(class_counts(data, tmp_path / "c").tolist())
+    assert counts == [[24, 0], [0, 24]]

@@ -12,6 +12,7 @@ import dinoseg
 from dinoseg.config import register_resolvers
 from dinoseg.data.idd import idd
 from dinoseg.data.masks import Masks
+from dinoseg.data.opened import opened
 from dinoseg.data.splits import Partition
 from dinoseg.errors import UserError
 from dinoseg.label_tables.read import label_table
@@ -176,15 +177,15 @@ def test_label_maps_that_are_not_made_yet(tmp_path):
     add(tmp_path, "train", "0/b", None, polygons=True)
     command = f"python -m dinoseg mode=prepare data=idd data.root={tmp_path}"
     with pytest.raises(UserError) as caught:
-        idd(tmp_path, "train", **CLASSES)
-    assert "1 image with no gtFine_labellevel3Ids.png" in str(caught.value) and "0/b." in str(caught.value)
-    assert str(caught.value).endswith(command)
+        opened(idd(tmp_path, "train", **CLASSES), split="train")
+    assert "has no gtFine_labellevel3Ids.png in" in str(caught.value) and "\n- 0/b: " in str(caught.value)
+    assert command in str(caught.value) and "data.on_error=skip" in str(caught.value)
     for name in ("idd_level2", "idd_cityscapes", "idd_ids"):
         with pytest.raises(UserError, match=f"mode=prepare data={name} data.root="):
             instantiate(load(name, tmp_path).reader)(split="train")
     with pytest.raises(UserError, match=r"data=idd data.reader.encoding=level4Id data.root="):
         idd(tmp_path, "train", classes=[str(i) for i in range(30)], encoding="level4Id")
-    with pytest.raises(UserError, match=r"make the official label maps from them and use data=idd"):
+    with pytest.raises(UserError, match=r"Make the official label maps from the polygons and use data=idd"):
         idd(tmp_path, "train", **CLASSES, encoding="home_made")
 
 
@@ -193,8 +194,8 @@ def test_the_test_split_has_no_public_labels(tmp_path):
     with pytest.raises(UserError, match=r"labels of IDD's test split are not public. Use split val"):
         idd(tmp_path, "test", **CLASSES)
     add(tmp_path, "test", "0/b")  # somebody who has them, but not all
-    with pytest.raises(UserError, match=r"1 image with no .*without polygons to make it from: 0/a\. Unpack"):
-        idd(tmp_path, "test", **CLASSES)
+    partly = idd(tmp_path, "test", **CLASSES)
+    assert partly.names == ["0/b"] and "and no polygons to make it from" in partly.lacking["0/a"]
     (tmp_path / "leftImg8bit/test/0/a_leftImg8bit.png").unlink()
     assert idd(tmp_path, "test", **CLASSES).names == ["0/b"]
 
@@ -202,12 +203,17 @@ def test_the_test_split_has_no_public_labels(tmp_path):
 def test_files_that_do_not_belong_together(tmp_path):
     add(tmp_path, "train", "0/a")
     add(tmp_path, "train", "0/b", None)
-    with pytest.raises(UserError, match=r"1 image with no .*: 0/b\. Unpack the archive again, or remove the images"):
-        idd(tmp_path, "train", **CLASSES)
+    bare = idd(tmp_path, "train", **CLASSES)
+    assert list(bare.lacking) == ["0/b"] and bare.remedy == "Unpack the archive again, or remove the images."
     (tmp_path / "leftImg8bit/train/0/b_leftImg8bit.png").unlink()
     save(tmp_path / "gtFine/train/3/c_gtFine_labellevel3Ids.png", [[0]])
-    with pytest.raises(UserError, match=r"1 label map without image in .*: 3/c\."):
-        idd(tmp_path, "train", **CLASSES)
+    lone = idd(tmp_path, "train", **CLASSES)
+    assert lone.names == ["0/a"] and "c_gtFine_labellevel3Ids.png has no image in" in lone.lacking["3/c"]
+    with pytest.raises(
+        UserError,
+        match=r"Split train has 1 image with a mask, and 1 that lack something:\n- 3/c: (?s:.*)label maps\.\nTo",
+    ):
+        opened(lone, split="train")
     shutil.rmtree(tmp_path / "gtFine/train/3")
     add(tmp_path, "train", "0/a", suffix=".jpg")
     with pytest.raises(UserError, match=r"a_leftImg8bit.jpg and .*a_leftImg8bit.png have one name \(0/a\)"):

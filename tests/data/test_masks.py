@@ -55,14 +55,19 @@ def test_unknown_colours_are_listed(tmp_path):
     path = save(tmp_path / "c.png", pixels)
     with pytest.raises(UserError, match=r"c\.png .*\(255, 0, 1\), \(1, 2, 3\), on 3 pixels.*ignore_colors"):
         MaskReader(LABELS, Masks("palette")).read(path)
+    with pytest.raises(UserError, match=r"not in classes\.yaml.*`ignore: \{colors: \[\[255, 0, 1\], \[1, 2, 3\]\]\}`"):
+        MaskReader(LABELS, Masks("palette", described={"ids": None})).read(path)
 
 
 def test_binary_masks(tmp_path):
     reader = MaskReader(Labels.of(["no", "yes"], None, 255), Masks("binary"))
     np.testing.assert_array_equal(reader.read(save(tmp_path / "b.png", [[0, 255]])), [[0, 1]])
-    Image.fromarray(np.array([[True, False]])).save(tmp_path / "one.png")  # one bit per pixel
-    np.testing.assert_array_equal(reader.read(tmp_path / "one.png"), [[1, 0]])
-    with pytest.raises(UserError, match=r"j\.png .* 3, 250\. All are near .* lossy"):
+    one_bit = tmp_path / "one.png"
+    for ids in ([[1, 0]], [[1, 1]], [[0, 0]]):
+        Image.fromarray(np.array(ids, bool)).save(one_bit)
+        np.testing.assert_array_equal(reader.read(one_bit), ids)
+        np.testing.assert_array_equal(MaskReader(reader.labels, Masks()).read(one_bit), ids)  # no 255, ignored
+    with pytest.raises(UserError, match=r"j\.png .* 3, 250\. Values near 0 .* lossy .*threshold at 128"):
         reader.read(save(tmp_path / "j.png", [[0, 3, 250, 255]]))
     with pytest.raises(UserError, match=r"i\.png .* 1, 128\. .*format=ids"):
         reader.read(save(tmp_path / "i.png", [[0, 1, 128]]))
@@ -70,10 +75,43 @@ def test_binary_masks(tmp_path):
         reader.read(save(tmp_path / "i1.png", [[0, 1]]))
 
 
+@pytest.mark.parametrize(
+    ("values", "lossy"),
+    [
+        ([0, 1, 2, 3, 7], False),  # class numbers, which a threshold would destroy
+        ([0, 1, 2, 255], False),  # with void
+        ([4], False),
+        ([0, 1, 9, 30, 128, 200, 240, 254, 255], True),
+        ([5, 251], True),
+        ([0, 254], True),
+    ],
+)
+def test_what_is_advised_for_masks_that_are_not_binary(tmp_path, values, lossy):
+    labels, path = Labels.of(["no", "yes"], None, 255), save(tmp_path / "m.png", [values])
+    with pytest.raises(UserError, match="threshold at 128" if lossy else r"data\.reader\.masks\.format=ids"):
+        MaskReader(labels, Masks("binary")).read(path)
+    with pytest.raises(UserError, match="threshold at 128" if lossy else r"`masks: ids` in classes\.yaml"):
+        MaskReader(labels, Masks("binary", described={"ids": None})).read(path)
+
+
+def test_a_real_jpeg_of_a_binary_mask_is_lossy(tmp_path):
+    disc = np.hypot(*np.mgrid[-40:40, -40:40]) < 25
+    path = save(tmp_path / "m.jpg", disc * 255, quality=80)
+    with pytest.raises(UserError, match="lossy compression leaves: threshold at 128"):
+        MaskReader(Labels.of(["no", "yes"], None, 255), Masks("binary")).read(path)
+
+
 def test_ids_outside_the_classes_name_ids_and_file(tmp_path):
     path = save(tmp_path / "m.png", [[0, 3, 200], [254, 255, 1]])
-    with pytest.raises(UserError, match=r"m\.png holds the ids 3, 200, 254, which .*0 to 2, and 255.*\{3: 255\}"):
+    table = r"'data\.reader\.masks\.ids=\{3: 255, 200: 255, 254: 255\}'"
+    with pytest.raises(UserError, match=rf"m\.png holds the ids 3, 200, 254, which .*0 to 2, and 255.*{table}"):
         MaskReader(LABELS, Masks()).read(path)
+    with pytest.raises(UserError, match=r"`ignore: \{ids: \[3, 200, 254\]\}`") as caught:
+        MaskReader(LABELS, Masks(described={"ids": None})).read(path)
+    assert "data.reader.masks" not in str(caught.value)
+    noise = save(tmp_path / "n.png", np.arange(240).reshape(12, 20))
+    with pytest.raises(UserError, match=r"227 more, .*hardly class ids"):
+        MaskReader(LABELS, Masks()).read(noise)
     wide = save(tmp_path / "w.png", [[0, 40000]], dtype=np.uint16)
     with pytest.raises(UserError, match=r"ids 40000,"):
         MaskReader(LABELS, Masks()).read(wide)
@@ -126,6 +164,8 @@ def test_coloured_picture_read_as_ids(tmp_path):
         ({"ids": {11: -2}}, "maps 11 to -2"),
         ({"ids": {-1: 0}}, "maps -1"),
         ({"ids": {"a": 0}}, "maps 'a'"),
+        ({"ids": {3: 255}, "described": {"ids": {"0": 1, "1": 0}}}, "would replace all ids that classes.yaml"),
+        ({"ids": {3: 255}, "described": {"ids": None}}, "would replace all ids that classes.yaml"),
         ({"format": "palette", "ignore_colors": [[255, 0, 0]]}, r"\(255, 0, 0\) stands for two things"),
         ({"format": "palette", "ignore_colors": [[256, 0, 0]]}, r"Colour \[256, 0, 0\]"),
     ],

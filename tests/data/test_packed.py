@@ -62,7 +62,7 @@ def cache(tmp_path):
     return tmp_path / "cache"
 
 
-def make(dataset, cache, longest=None, workers=0, **options):
+def make(dataset, cache, longest=None, workers=1, **options):
     return pack(dataset, cache_dir=cache, longest=longest, workers=workers, **options)
 
 
@@ -457,14 +457,14 @@ def test_bad_files_are_all_named_and_the_others_packed_by_any_number_of_processe
         path.write_bytes(path.read_bytes()[:60])
     save(tmp_path / "data/train/masks/one.png", [[7]])
     messages = []
-    for workers in (0, 2):
+    for workers in (1, 2):
         with pytest.raises(UserError) as caught:
             make(data(), cache / str(workers), 30, workers)
         messages.append(str(caught.value))
     message = messages[0]
     assert message.startswith("24 of 31 images cannot be packed:\n- Cannot read ") and "n00." in message
     assert message.count("\n- ") == 21 and "\n- and 4 more\n" in message and "on_error=skip" in message
-    alone, many = (store_of(cache / str(workers)) for workers in (0, 2))
+    alone, many = (store_of(cache / str(workers)) for workers in (1, 2))
     assert messages[1] == message and lines_in(cache / "2") == 1 + 7
     assert all((alone / name).read_bytes() == (many / name).read_bytes() for name in ("pixels.bin", "journal.jsonl"))
     good = data().keep([name for name in NAMES if name != "one"])
@@ -472,7 +472,7 @@ def test_bad_files_are_all_named_and_the_others_packed_by_any_number_of_processe
 
 
 def test_a_killed_process_is_told(data, cache):
-    with pytest.raises(UserError, match=r"was killed.*engine\.workers below 2 and run again"):
+    with pytest.raises(UserError, match=r"was killed.*data\.workers below 2 and run again"):
         make(Deadly(data()), cache, workers=2)
 
 
@@ -525,7 +525,7 @@ def test_a_read_only_folder_still_serves_its_store(data, cache, monkeypatch):
         make(data(), cache, 20)
 
 
-@pytest.mark.parametrize(("key", "value"), [("longest", 0), ("longest", -3), ("workers", -1)])
+@pytest.mark.parametrize(("key", "value"), [("longest", 0), ("longest", -3), ("workers", 0)])
 def test_numbers_out_of_range(data, cache, key, value):
     with pytest.raises(UserError, match=f"{key}={value}: give"):
         make(data(), cache, **{key: value})
@@ -547,7 +547,40 @@ def test_frames_of_videos_are_packed_and_their_sizes_found_once_a_video(cache, t
     assert rows == [0, 3]
 
 
-@pytest.mark.parametrize(("cores", "items", "expected"), [(16, 10**5, 8), (4, 10**5, 4), (4, 120, 2), (4, 30, 0)])
+@pytest.mark.parametrize(("cores", "items", "expected"), [(16, 10**5, 8), (4, 10**5, 4), (4, 120, 2), (4, 30, 1)])
 def test_processes_are_used_where_they_pay(monkeypatch, cores, items, expected):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
     assert paying_workers(items) == expected
+
+
+def test_two_roots_that_look_the_same_have_stores_of_their_own(cache, tmp_path):
+    masks = []
+    for place, value in (("a", 0), ("b", 1)):
+        for kind in ("images", "masks"):
+            path = save(tmp_path / place / f"train/{kind}/x.png", np.full((4, 6), value), compress_level=0)
+            os.utime(path, ns=(7, 7))
+        masks.append(make(folder_dataset(tmp_path / place, "train", classes=["a", "b"]), cache).mask(0).max())
+    assert masks == [0, 1]
+
+
+def test_a_store_that_is_removed_while_it_is_used_is_told(data, cache):
+    for spoil in (shutil.rmtree, lambda folder: (folder / "pixels.bin").write_bytes(b"")):
+        dataset = make(data(), cache)
+        again = pickle.loads(pickle.dumps(dataset))  # as a loading process has it
+        spoil(dataset.store.folder)
+        with pytest.raises(UserError, match=r"Cannot read .*pixels\.bin .*removed or cut while .*resume=auto"):
+            again[0]
+    assert_same(make(data(), cache), data())
+
+
+def test_names_that_are_no_text_are_packed(cache, tmp_path):
+    write(tmp_path / "data", {os.fsdecode(b"caf\xe9"): (5, 7), "x": (4, 4)})
+    source = folder_dataset(tmp_path / "data", "train", classes=["a", "b", "c"])
+    assert_same(make(source, cache), source)
+    assert_same(make(source, cache), source)  # read back from its index
+
+
+def test_what_is_no_pair_is_told_of_a_packed_set_too(data, cache, tmp_path):
+    (tmp_path / "data/train/masks/odd.png").unlink()
+    dataset = make(data(), cache)
+    assert list(dataset.lacking) == list(dataset.keep(["flat"]).lacking) == ["odd"] and dataset.remedy

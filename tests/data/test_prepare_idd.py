@@ -18,6 +18,7 @@ from dinoseg.__main__ import CONFIGS
 from dinoseg.config import register_resolvers
 from dinoseg.data import prepare_idd
 from dinoseg.data.idd import idd
+from dinoseg.data.packed_draft import locked
 from dinoseg.data.prepare_idd import prepare
 from dinoseg.errors import UserError
 from dinoseg.label_tables.read import label_table
@@ -123,8 +124,10 @@ def test_what_is_left_out_and_what_is_renamed(tmp_path, caplog):
         box("traffic cone", 0, 0, 63, 47, deleted=1), {"label": "wall", "polygon": [[0, 0], [60, 40]]},
         {"label": "wall", "polygon": []}, {"label": None, "polygon": None, "deleted": 1},
     ]  # fmt: skip
-    add(tmp_path, "train", "0/a", objects)
-    add(tmp_path, "val", "1/b", [box("traffic cone", 0, 0, 63, 47), {"label": "x", "polygon": [[1, 1], [2, 2]]}])
+    first = add(tmp_path, "train", "0/a", objects)
+    second = add(
+        tmp_path, "val", "1/b", [box("traffic cone", 0, 0, 63, 47), {"label": "x", "polygon": [[1, 1], [2, 2]]}]
+    )
     with caplog.at_level(logging.WARNING):
         counts = prepare(tmp_path, encodings=["id"], workers=1)
     assert counts["train"] == {
@@ -133,7 +136,8 @@ def test_what_is_left_out_and_what_is_renamed(tmp_path, caplog):
     }  # fmt: skip
     assert counts["val"] == {"files": 1, "written": 1, "kept": 0, "unknown label traffic cone": 1}
     assert [record.getMessage() for record in caplog.records] == [
-        "Objects with labels that IDD does not have were left out: conegroup (2), group (1), traffic cone (2)."
+        "Objects with labels that IDD does not have were left out:"
+        f"\n- conegroup (2): {first}\n- group (1): {first}\n- traffic cone (2): {first}, {second}"
     ]
     boxes = [("car", 0, 0, 9, 9), ("polegroup", 10, 0, 19, 9), ("road", 20, 0, 29, 9), ("sky", 30, 0, 39, 9)]
     np.testing.assert_array_equal(label_map(tmp_path, "train", "0/a", "id"), painted(boxes, "id"))
@@ -183,6 +187,69 @@ def test_running_again_makes_what_is_missing(tmp_path):
     assert both == {"train": {"files": 3, "written": 3, "kept": 3}}
     assert prepare(tmp_path, workers=1, overwrite=True)["train"]["written"] == 3
     assert label_map(tmp_path, "train", "0/a").shape == (48, 64)
+
+
+def test_corrected_polygons_are_drawn_again(tmp_path, caplog):
+    paths = {name: add(tmp_path, "train", f"0/{name}", [box("road", 0, 0, 9, 9)]) for name in "abcdef"}
+    prepare(tmp_path, encodings=["level3Id", "id"], workers=1)
+    old = time.time() - 1e6
+    add(tmp_path, "train", "0/a", [box("sky", 0, 0, 9, 9)])
+    add(tmp_path, "train", "0/b", [box("sky", 0, 0, 9, 9)])
+    os.utime(paths["b"], (old, old))  # unpacked again, with the time of the archive
+    os.utime(paths["c"])  # touched alone
+    paths["d"].write_bytes(paths["d"].read_bytes()[:-9])
+    os.utime(paths["d"], (old, old))
+    others = paths["e"].with_name("e_gtFine_labellevel3Ids.png")
+    for name, age in (
+        ("e", 3600),
+        ("f", -3600),
+    ):  # drawn by another tool, before and after the polygons were last saved
+        save(paths[name].with_name(f"{name}_gtFine_labellevel3Ids.png"), [[9]])
+        stamp = others.stat().st_mtime - age
+        os.utime(paths[name].with_name(f"{name}_gtFine_labellevel3Ids.png"), (stamp, stamp))
+    with (
+        caplog.at_level(logging.INFO),
+        pytest.raises(UserError, match=r"1 of 6 files .*\n- .*0/d_gtFine_.* is damaged"),
+    ):
+        prepare(tmp_path, encodings=["level3Id", "id"], workers=1)
+    assert "5 label maps drawn, 5 of them again since their polygons have changed, 5 kept." in caplog.text
+    for name, label in (("a", "sky"), ("b", "sky"), ("c", "road"), ("e", "road")):
+        np.testing.assert_array_equal(
+            label_map(tmp_path, "train", f"0/{name}"), painted([(label, 0, 0, 9, 9)], "level3Id")
+        )
+    assert label_map(tmp_path, "train", "0/f").tolist() == [[9]]
+    paths["d"].unlink()
+    assert prepare(tmp_path, encodings=["level3Id", "id"], workers=1) == {
+        "train": {"files": 5, "written": 0, "kept": 10}
+    }
+    again = prepare(tmp_path, workers=1, overwrite=True)
+    assert again == {"train": {"files": 5, "written": 5, "kept": 0}}
+
+
+def test_two_runs_at_once_leave_each_other_alone(tmp_path):
+    for part in ("one", "two"):
+        add(tmp_path / part, "train", "0/a", [box("road", 0, 0, 9, 9)])
+    half = tmp_path / "two/gtFine/train/0/.a_gtFine_labellevel3Ids.png.77.part"
+    command = f"from dinoseg.data.prepare_idd import prepare; prepare({str(tmp_path)!r}, workers=1)"
+    with locked(tmp_path / "two/gtFine/.prepare.lock"):  # as a run on this part alone holds it
+        half.write_bytes(b"half")
+        process = subprocess.Popen([sys.executable, "-c", command], stderr=subprocess.PIPE, text=True)
+        assert "Another process is at work on the same data" in process.stderr.readline()
+        assert half.exists() and process.poll() is None and not list(tmp_path.rglob("*.png"))
+    process.communicate(timeout=60)
+    assert process.returncode == 0 and not half.exists() and len(list(tmp_path.rglob("*.png"))) == 2
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
+    import fcntl
+
+    def refuse(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    add(tmp_path, "train", "0/a", [])
+    assert prepare(tmp_path, workers=1)["train"]["written"] == 1
+    assert "cannot be locked (No locks available): start one process at a time" in caplog.text
 
 
 BAD = {
@@ -256,11 +323,11 @@ def test_a_full_disk_stops_cleanly_and_the_next_run_goes_on(tmp_path, monkeypatc
         add(tmp_path, "train", f"0/{name}", [box("road", 0, 0, 9, 9)])
     write, written = prepare_idd.write_png, []
 
-    def fill(path, pixels):
+    def fill(path, pixels, **more):
         if len(written) == 2:
             raise OSError(code, "No space left on device")
         written.append(path)
-        write(path, pixels)
+        write(path, pixels, **more)
 
     monkeypatch.setattr(prepare_idd, "write_png", fill)
     with pytest.raises(UserError, match=r"disk of .* is full: 2 of 4 files are drawn and nothing is half-written"):
@@ -337,6 +404,10 @@ def test_each_data_set_prepares_its_own_encoding(tmp_path, name, encoding, caplo
     with caplog.at_level(logging.INFO):
         prepare_mode(cfg, out_dir=tmp_path)
     assert "val: files 1, written 1, kept 0" in caplog.text
+    assert (
+        f"{tmp_path} is ready. What was counted in each of its folders (also in {tmp_path}/prepared.json):"
+        in caplog.text
+    )
     assert json.loads((tmp_path / "prepared.json").read_text()) == {"val": {"files": 1, "written": 1, "kept": 0}}
     np.testing.assert_array_equal(
         label_map(tmp_path, "val", "0/a", encoding), painted([("road", 0, 0, 9, 9)], encoding)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from making import save
 
+from dinoseg.data.opened import opened
 from dinoseg.data.sarrarp import BY_OPERATION, sar_rarp50
 from dinoseg.data.splits import regex_group
 from dinoseg.errors import UserError
@@ -91,23 +92,35 @@ def test_not_prepared_gives_the_command(add, tmp_path):
     (root / "train1/video_02").mkdir()
     (root / "train1/video_02/video_left.avi").write_bytes(b"")
     (root / "train1/video_03.zip").write_bytes(b"")
+    (root / "train1/._video_01.zip").write_bytes(b"")  # macOS's companion of an archive that was there
+    (root / "train1/._video_04.zip").write_bytes(b"")
+    told = r"(?s:.*)video_02 has no extracted frames(?s:.*)video_03.zip is still packed(?s:.*)mode=prepare data=sarrarp"
+    with pytest.raises(UserError, match="Split train has no image with its mask:" + told + " data.root=.*my frames"):
+        load(root, "train", seed=0)  # video_01 is val there
+    data = load(root, "train", seed=1), load(root, "train", seed=3)
+    assert [list(each.lacking) for each in data] == [["video_02"], ["video_03"]]
+    assert all(each.names == ["video_01/000000000", "video_01/000000060"] for each in data)
     with pytest.raises(
-        UserError,
-        match=r"2 videos .*: video_03, video_02\. .*mode=prepare data=sarrarp data.root=.*my frames",
+        UserError, match=r"(?s)video_02: .*no extracted frames.*Prepare the data set first.*on_error=skip"
     ):
-        load(root, "train")
+        opened(data[0], split="train")
 
 
 def test_masks_and_frames_must_match(add):
     root = add("train1", "video_01", masks=(0, 60, 120), extra=(180, 186, 240))
     add("train1", "video_02")
-    with pytest.raises(UserError, match=r"video_01 has 2 frames without mask .*: 000000180, 000000240\. Unpack"):
-        load(root, "train")
-    for index in (180, 240):
-        (root / f"train1/video_01/rgb/{index:09d}.png").unlink()
     (root / "train1/video_01/rgb/000000060.png").unlink()
-    with pytest.raises(UserError, match=r"1 mask without extracted frame: 000000060\. .*mode=prepare"):
-        load(root, "train")
+    data = [load(root, split) for split in ("train", "val")]
+    names, lacking = sum((part.names for part in data), []), {**data[0].lacking, **data[1].lacking}
+    assert sorted(names) == [f"video_0{video}/{index:09d}" for video, index in ((1, 0), (1, 120), (2, 0), (2, 60))]
+    assert sorted(lacking) == [f"video_01/{index:09d}" for index in (60, 180, 240)]
+    assert "rgb/000000180.png has no mask in" in lacking["video_01/000000180"]
+    assert "segmentation/000000060.png has no extracted frame" in lacking["video_01/000000060"]
+    lame = next(part for part in data if part.lacking)
+    with pytest.raises(
+        UserError, match=r"3 that lack something:(?s:.*)mode=prepare data=sarrarp .*\nUnpack the archives"
+    ):
+        opened(lame, split="train")
 
 
 def test_folders_that_are_missing_or_empty(add, tmp_path):

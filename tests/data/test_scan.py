@@ -15,7 +15,7 @@ from dinoseg.data.folder import folder_dataset
 from dinoseg.data.labels import Labels
 from dinoseg.data.masks import MaskReader, Masks
 from dinoseg.data.pairs import Pair, PairDataset
-from dinoseg.data.scan import refuse_unreadable, scan, unreadable
+from dinoseg.data.scan import reasons, scan, unreadable
 from dinoseg.data.scan_record import perceptual_hash
 from dinoseg.errors import UserError
 from dinoseg.images import read_image
@@ -149,14 +149,71 @@ def test_proportions_that_no_resizing_mends(fill, tmp_path):
     assert list(scan(data.pairs, data.reader)[0].problems) == ["size_mismatch"]
 
 
-def test_refusing_lists_twenty_and_counts_all(fill, tmp_path):
+def test_reasons_list_twenty_and_count_all(fill, tmp_path):
     data = fill(25)
     for index in range(23):
         (tmp_path / f"train/masks/n{index}.png").write_bytes(b"")
-    with pytest.raises(UserError, match=r"23 of 25 pairs cannot be used:(?s:.*)and 3 more") as caught:
-        refuse_unreadable(scan(data.pairs, data.reader, images=False))
-    assert str(caught.value).count("\n- ") == 20 and "data.on_error=skip" in str(caught.value)
-    refuse_unreadable(scan(data.keep(["n23", "n24"]).pairs, data.reader))
+    text = reasons(unreadable(scan(data.pairs, data.reader, images=False)))
+    assert text.count("\n- ") == 20 and text.endswith("\nand 3 more: n7, n8, n9")
+    assert reasons({}) == ""
+
+
+@pytest.mark.parametrize("side", ["images", "masks"])
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), MemoryError(), cv2.error("no memory")])
+def test_what_the_machine_could_not_read_is_read_again(fill, tmp_path, monkeypatch, side, error):
+    data, cache, openings = fill(3), tmp_path / "cache", Image.open
+    if isinstance(error, cv2.error):
+        error.code = cv2.Error.StsNoMem
+    (tmp_path / "train/masks/n2.png").write_bytes(b"")
+
+    def fail(path, *rest):
+        if str(path).endswith(f"{side}/n1.png"):
+            raise error
+        return openings(path, *rest)
+
+    monkeypatch.setattr(Image, "open", fail)
+    assert list(unreadable(scan(data.pairs, data.reader, cache_dir=cache))) == ["n1", "n2"]
+    monkeypatch.setattr(Image, "open", openings)
+    seen = count_reads(monkeypatch)
+    assert list(unreadable(scan(data.pairs, data.reader, cache_dir=cache))) == ["n2"] and seen == ["n1"]
+
+
+def test_other_files_of_the_same_names_sizes_and_times_are_read_anew(fill, tmp_path, monkeypatch):
+    data, cache, link = fill(2), tmp_path / "cache", tmp_path / "link"
+    fill(2)
+    for place in ("one", "two"):
+        (tmp_path / place).mkdir()
+        for kind in ("images", "masks"):
+            for index in (0, 1):
+                path = tmp_path / f"{place}/train/{kind}/n{index}.png"
+                save(path, np.full((40, 56), int(place == "two")), compress_level=0)
+                os.utime(path, ns=(7, 7))
+    sizes = [(tmp_path / f"{place}/train/masks/n0.png").stat().st_size for place in ("one", "two")]
+    assert sizes[0] == sizes[1]
+    found = []
+    for place in ("one", "two"):
+        link.unlink(missing_ok=True)
+        link.symlink_to(tmp_path / place)
+        data = folder_dataset(link, "train", classes=CLASSES)
+        found.append([record.pixels for record in scan(data.pairs, data.reader, cache_dir=cache)])
+    assert found == [[{0: 2240}] * 2, [{1: 2240}] * 2]
+
+
+def test_equal_mask_rules_share_what_is_known(fill, tmp_path, monkeypatch):
+    data, cache = fill(2), tmp_path / "cache"
+    scan(data.pairs, data.reader, cache_dir=cache)
+    seen = count_reads(monkeypatch)
+    other = PairDataset(data.pairs, data.reader.labels, Masks(ids={}, ignore_colors=[], colors={}))
+    scan(other.pairs, other.reader, cache_dir=cache)
+    assert seen == [] and other.fingerprint() == data.fingerprint()
+
+
+def test_a_jpeg_mask_is_a_problem_though_its_ids_are_right(fill, tmp_path):
+    data = fill(2)
+    save(tmp_path / "train/masks/n1.png", np.zeros((40, 56)), format="JPEG")
+    assert (data.mask(1) == 0).all()
+    record = scan(data.pairs, data.reader)[1]
+    assert list(record.problems) == ["mask_is_jpeg"] and record.pixels == {0: 2240} and "n1.png" in str(record.problems)
 
 
 def count_reads(monkeypatch):
@@ -286,7 +343,7 @@ def test_the_hash_stands_compression_and_scaling_and_tells_pictures_apart():
     assert perceptual_hash(np.full((30, 30, 3), 90, np.uint8)) is None
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg"])
+@pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "tif", "webp"])
 def test_an_image_cut_behind_its_header_is_found_without_decoding_the_others(tmp_path, monkeypatch, suffix):
     pairs = []
     for index in range(4):
@@ -294,7 +351,8 @@ def test_an_image_cut_behind_its_header_is_found_without_decoding_the_others(tmp
         pairs.append(Pair(f"n{index}", image, save(tmp_path / f"m{index}.png", ids(index, (200, 300)))))
     whole = pairs[2].image.read_bytes()
     pairs[2].image.write_bytes(whole[: len(whole) // 2])
-    pairs[3].image.write_bytes(pairs[3].image.read_bytes() + b"a camera's own trailer")
+    if suffix in ("png", "jpg"):
+        pairs[3].image.write_bytes(pairs[3].image.read_bytes() + b"a camera's own trailer")
     decoded = []
     monkeypatch.setattr(
         "dinoseg.data.scan_record.read_image", lambda path, read=read_image: decoded.append(path) or read(path)

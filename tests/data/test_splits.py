@@ -49,6 +49,9 @@ def test_bad_group_patterns():
         regex_group("(")
     with pytest.raises(UserError, match=r"group=x\+ does not match the name v0"):
         regex_group("x+")("v0")
+    with pytest.raises(UserError, match=r"matches the name v0, but its first bracket, .*, does not: .*\(\?:\.\.\.\)"):
+        regex_group(r"^(w\d+_)?v\d")("v0")
+    assert regex_group("^(x*)v")("v0") == ""
 
 
 def test_name_lists(tmp_path):

@@ -145,7 +145,12 @@ def test_what_does_not_fit_is_told(tmp_path, triples):
         True,
         False,
     }
-    assert len(found.notes) == 1 and "koeln_000001_000019" in found.notes[0]
+    assert found.notes == [f"1 prediction in {prediction} has no reference and is not scored: koeln_000001_000019"]
+    with pytest.raises(UserError, match=r"Try reference=\S+/gt/val\."):
+        (reference.parent / "gt/train/ulm").mkdir(parents=True)
+        save(reference.parent / f"gt/train/ulm/ulm_9_9{ENDING}", [[7]])
+        reference.rename(reference.parent / "gt/val")
+        Cityscapes().find(reference.parent / "gt", prediction)
 
 
 def test_train_ids_are_refused_with_the_remedy(tmp_path):
@@ -189,6 +194,22 @@ def test_bad_files_are_named(tmp_path):
         assert error.value.path == at
 
 
+def test_instances_in_8_bits(tmp_path):
+    reference = np.array([[7, 23, 11, 11]])
+    good = save(tmp_path / "a_gtFine_labelIds.png", reference)
+    path_ = save(tmp_path / "a_gtFine_instanceIds.png", reference)
+    assert Cityscapes().measure(Case("a", "a", ((good, good),))).sums[: 34 * 34].sum() == 4
+    save(path_, reference, np.uint16)
+    expected = Cityscapes().measure(Case("a", "a", ((good, good),))).sums
+    save(path_, reference)
+    np.testing.assert_array_equal(Cityscapes().measure(Case("a", "a", ((good, good),))).sums, expected)
+    for wrong in ([[7, 23, 26001 % 256, 255]], [[7, 23, 1000, 999]]):
+        save(path_, wrong, np.uint16 if max(wrong[0]) > 255 else np.uint8)
+        with pytest.raises(BadFile, match="in 2 pixels. An instance's id is 1000") as error:
+            Cityscapes().measure(Case("a", "a", ((good, good),)))
+        assert error.value.path == path_
+
+
 def test_the_label_table_is_complete():
     rows = label_table("cityscapes")
     assert [int(row["id"]) for row in rows] == [*range(34), -1] and rows[-1]["name"] == "license plate"
@@ -204,7 +225,11 @@ def test_the_label_table_is_complete():
 def test_a_data_set_of_it_can_be_scored(tmp_path):
     protocol = Cityscapes()
     assert protocol.target("ulm/ulm_0_1") == "ulm/ulm_0_1_gtFine_labelIds.png"
-    case = protocol.case("ulm/ulm_0_1", tmp_path / "ulm_0_1_gtFine_labelTrainIds.png", tmp_path / "p.png")
+    reference = tmp_path / "ulm_0_1_gtFine_labelTrainIds.png"
+    with pytest.raises(BadFile, match="ulm_0_1_gtFine_instanceIds.png: is missing, and iIoU needs it"):
+        protocol.case("ulm/ulm_0_1", reference, tmp_path / "p.png")
+    save(tmp_path / "ulm_0_1_gtFine_instanceIds.png", [[0]])
+    case = protocol.case("ulm/ulm_0_1", reference, tmp_path / "p.png")
     assert case.files[0][0] == tmp_path / "ulm_0_1_gtFine_labelIds.png" and case.unit == "ulm/ulm_0_1"
     labels = protocol.file_ids(np.arange(19, dtype=np.uint8).reshape(1, 19))
     assert labels.dtype == np.uint8 and labels[0].tolist() == SCORED

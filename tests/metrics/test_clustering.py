@@ -344,6 +344,26 @@ def test_files_that_cannot_be_scored_are_named(tmp_path):
         protocol.measure(protocol.find(*folders).cases[0])
 
 
+def test_every_bad_file_of_a_video_is_named(tmp_path):
+    rng = np.random.default_rng(0)
+    true = rng.integers(0, 3, (6, 60, 60)).astype(np.uint16)
+    predicted = true.copy()
+    predicted[1] = np.arange(3600).reshape(60, 60)
+    folders = tmp_path / "true", tmp_path / "predicted"
+    for folder, maps in zip(folders, (true, predicted), strict=True):
+        write(folder / "a", maps)
+    Image.fromarray(np.zeros((5, 7), np.uint8)).save(folders[1] / "a" / "00002.png")
+    for folder in folders:
+        (folder / "a" / "00004.png").write_bytes(b"nothing")
+    protocol = VideoClustering()
+    with pytest.raises(BadFile) as error:
+        protocol.measure(protocol.find(*folders).cases[0])
+    reasons = dict([(error.value.path, error.value.reason), *error.value.more])
+    places = [(folders[1], 1), (folders[1], 2), (folders[0], 4), (folders[1], 4)]
+    assert list(reasons) == [folder / "a" / f"0000{frame}.png" for folder, frame in places]
+    assert all(reason.endswith(", so its video is not scored.") for reason in reasons.values())
+
+
 def test_what_is_missing_is_a_problem_for_each_file(tmp_path):
     reference, prediction = write_videos(tmp_path, videos())
     (prediction / "a" / "00001.png").unlink()
@@ -352,7 +372,7 @@ def test_what_is_missing_is_a_problem_for_each_file(tmp_path):
     found = VideoClustering().find(reference, prediction)
     assert [case.name for case in found.cases] == ["empty", "one", "padded", "partly", "still"]
     assert [path.relative_to(prediction).as_posix() for path, _ in found.problems] == ["a/00001.png", "b"]
-    assert any("in c have no reference" in note for note in found.notes)
+    assert any(f"in {prediction}/c have no reference" in note for note in found.notes)
     assert [len(case.files) for case in found.cases] == [2, 1, 2, 3, 1]
     for wrong, message in ((tmp_path / "none", "is no folder"), (reference / "a", "does not hold <video>/<frame>.png")):
         with pytest.raises(UserError, match=message):

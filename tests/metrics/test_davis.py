@@ -1,11 +1,14 @@
 from itertools import permutations
+from time import perf_counter
 
+import cv2
 import numpy as np
 import pytest
 from official_davis import official_edge, official_pairs, official_statistics
 from scipy.ndimage import distance_transform_edt
 
-from dinoseg.metrics.davis import boundary_radius, match_proposals, pair_scores, statistics
+from dinoseg.metrics import bit_masks
+from dinoseg.metrics.davis import boundary_radius, match_proposals, object_scores, pair_scores, statistics
 
 
 def blobs(rng, size, count, least=2):
@@ -81,6 +84,109 @@ def test_all_pairs_equal_the_official_way_to_the_last_bit(case, voids):
         assert np.array_equal(np.stack(without), expected)
 
 
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("voids", [False, True])
+def test_the_same_ids_equal_the_official_way_to_the_last_bit(case, voids):
+    reference, prediction, objects, proposals = CASES[case]
+    count = max(objects, proposals)
+    void = np.random.default_rng(5).random(reference.shape) < 0.2 if voids else None
+    found = object_scores(reference, prediction, count, void)
+    assert found[0].shape == found[1].shape == (count,)
+    expected = np.zeros((2, count))
+    for index in range(count):
+        masks = np.where(reference == index + 1, 1, 0), np.where(prediction == index + 1, 1, 0)
+        expected[:, index] = np.ravel(official_pairs(*masks, 1, 1, void))
+    assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("width", [56, 57, 62, 63, 64, 65, 120, 126, 127, 128, 129])
+@pytest.mark.parametrize("share", [0.01, 0.2])
+def test_rows_end_anywhere_in_a_word(width, share):
+    rng = np.random.default_rng(width)
+    size = 37, width
+    maps = (rng.random((2, *size)) < share) * rng.integers(1, 4, (2, *size))
+    maps[0, ::3, 0] = maps[1, 1::3, -1] = 1  # the end of a row is near the beginning of the next one in memory
+    assert np.array_equal(pair_scores(*maps, 3, 3), official_pairs(*maps, 3, 3))
+
+
+@pytest.mark.parametrize("size", [(30, 2500), (2500, 30), (9, 8190), (3, 9000)])
+def test_large_radii(size):
+    rng = np.random.default_rng(size[0])
+    maps = ((rng.random((2, *size)) < 0.0004) + 2 * (rng.random((2, *size)) < 0.0001)).astype(np.uint8)
+    assert boundary_radius(size) > 19
+    assert np.array_equal(pair_scores(*maps, 3, 3), official_pairs(*maps, 3, 3))
+
+
+@pytest.mark.parametrize("length", [100, 200, 350, 480, 600, 800, 980, 1100, 1900, 2500])
+def test_all_pixels_of_a_disk_and_no_others_are_near(length):
+    radius = boundary_radius((60, length))
+    corner = pixel(0, 0, (60, length))  # whose boundary is this one pixel
+    y, x = np.mgrid[:60, :length]
+    for row in range(0, 60, 7):
+        line = flat(0, (60, length))
+        line[row:] = 1  # its boundary is the row above, or none
+        _, boundary = pair_scores(corner, line, 1, 1)
+        assert np.array_equal(boundary, official_pairs(corner, line, 1, 1)[1])
+    noise = (np.random.default_rng(length).random((60, length)) < 0.5).astype(np.uint8)
+    edge = official_edge(noise == 1)
+    near = (edge & (x**2 + y**2 <= radius**2)).sum() / edge.sum()
+    expected = 2 * near / (near + 1) if edge[: radius + 1, : radius + 1].any() else 0.0
+    assert pair_scores(corner, noise, 1, 1)[1] == pytest.approx(expected, abs=1e-15)
+
+
+@pytest.mark.parametrize("at_once", [1, 700, 2000, 10**9])
+def test_it_does_not_matter_how_many_masks_are_worked_on_together(monkeypatch, at_once):
+    monkeypatch.setattr(bit_masks, "_AT_ONCE", at_once)
+    rng = np.random.default_rng(1)
+    size = 41, 50 + int(np.log10(at_once))  # frames of one size are remembered
+    maps = [blobs(rng, size, 5), blobs(rng, size, 7)]
+    for ids in maps:
+        ids[ids == 3] = 0
+        ids[0, 0], ids[-1, -1] = 4, 5
+    expected = official_pairs(*maps, 7, 7)
+    assert np.array_equal(pair_scores(*maps, 7, 7), expected)
+    assert np.array_equal(object_scores(*maps, 7), expected.diagonal(axis1=1, axis2=2))
+
+
+def large_disc():
+    maps = np.zeros((2, 480, 854), np.uint8)
+    for ids, centre in zip(maps, ((427, 240), (432, 236)), strict=True):
+        cv2.circle(ids, centre, 230, 1, -1)
+    return maps
+
+
+def far_specks():
+    maps = np.zeros((2, 480, 854), np.uint8)
+    maps[0, 3:9, 3:9] = maps[0, 470:476, 840:846] = 1
+    maps[1, 5:9, 4:12] = maps[1, 471:477, 838:845] = 1
+    return maps
+
+
+def ten_in_noise():
+    return np.random.default_rng(0).integers(0, 11, (2, 480, 854), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(("make", "count"), [(large_disc, 1), (far_specks, 1), (ten_in_noise, 10)])
+def test_the_hardest_frames_are_counted_several_times_faster_than_the_official_way(make, count):
+    maps = make()
+    ways = {
+        "official": lambda: [official_pairs(*(maps == label), 1, 1) for label in range(1, count + 1)],
+        "ours": lambda: object_scores(*maps, count),
+    }
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    best = dict.fromkeys(ways, np.inf)
+    try:
+        for _ in range(5):
+            for name, way in ways.items():
+                start = perf_counter()
+                way()
+                best[name] = min(best[name], perf_counter() - start)
+    finally:
+        cv2.setNumThreads(threads)
+    assert best["official"] > 2 * best["ours"], best  # 5 and more on an idle machine: benchmarks/scores.py
+
+
 @pytest.mark.parametrize("size", [(75, 100), (74, 100), (76, 100), (150, 200), (61, 80)])
 def test_boundaries_match_within_a_euclidean_distance(size):
     rng = np.random.default_rng(size[0])
@@ -123,8 +229,9 @@ def test_the_most_masks_there_can_be():
     assert np.array_equal(
         np.stack(pair_scores(maps[0], maps[1] // 30, 255, 8)), official_pairs(maps[0], maps[1] // 30, 255, 8)
     )
-    with pytest.raises(ValueError, match="At most 255 masks in a frame, and there are 256"):
-        pair_scores(*maps, 256, 1)
+    for way in (lambda: pair_scores(*maps, 256, 1), lambda: object_scores(*maps, 256)):
+        with pytest.raises(ValueError, match="At most 255 masks in a frame, and there are 256"):
+            way()
 
 
 def test_the_inputs_are_left_alone_and_must_fit():

@@ -14,6 +14,8 @@ import dinoseg
 from dinoseg.errors import UserError
 from dinoseg.metrics.protocols.contract import BadFile
 from dinoseg.metrics.protocols.davis import KEYS, Davis2016, Davis2017, Davis2017Unsupervised
+from dinoseg.scoring import Unscorable
+from dinoseg.scoring import score as run_score
 
 TASKS = {"davis2017": Davis2017, "davis2017_unsupervised": Davis2017Unsupervised, "davis2016": Davis2016}
 MASKS = {"davis2017": "Annotations", "davis2017_unsupervised": "Annotations_unsupervised", "davis2016": "Annotations"}
@@ -291,6 +293,74 @@ def test_colours_are_no_ids(tmp_path, task):
     protocol = TASKS[task]()
     with pytest.raises(BadFile, match="00001.png: has 3 channels"):
         protocol.measure(protocol.find(root, results).cases[0])
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_bad_file_of_a_sequence_is_named(tmp_path, task):
+    held = {"bad": sequences()["plain"]} | three_frames()
+    held["bad"][1][2] = held["bad"][1][2][1:]
+    held["bad"][1][3][0, :3] = 30, 31, 32
+    held["bad"][1][5] = np.zeros((60, 80, 3), np.uint8)
+    root, results = write_task(
+        tmp_path, task, held | {"bad": (held["bad"][0], [*held["bad"][1][:5], None] + held["bad"][1][6:])}
+    )
+    write(results / "bad" / "00005.png", held["bad"][1][5], palette=False)
+    for path in (root / MASKS[task] / "480p/bad/00006.png", results / "bad" / "00006.png"):
+        path.write_bytes(path.read_bytes()[:50])
+    protocol = TASKS[task]()
+    with pytest.raises(BadFile) as error:
+        protocol.measure(protocol.find(root, results).cases[0])
+    reasons = dict([(error.value.path, error.value.reason), *error.value.more])
+    expected = ["bad/00002.png", "bad/00003.png", "bad/00005.png", "bad/00006.png", "bad/00006.png"]
+    if task == "davis2016":  # any id and any colour is foreground
+        expected = [expected[0], *expected[3:]]
+    assert [path.as_posix()[-len("bad/00000.png") :] for path in reasons] == expected
+    assert all(reason.endswith(", so its sequence is not scored.") for reason in reasons.values())
+    assert all(f"{path}: {reason}" in str(error.value) for path, reason in reasons.items())
+    copy = pickle.loads(pickle.dumps(error.value))
+    assert (copy.path, copy.reason, copy.more) == (error.value.path, error.value.reason, error.value.more)
+    with pytest.raises(Unscorable) as stopped:
+        run_score(protocol, protocol.find(root, results), where="here", workers=1)
+    assert stopped.value.problems == list(reasons.items())
+    left = run_score(protocol, protocol.find(root, results), where="here", workers=1, on_error="skip")
+    assert (left.units, left.problems) == (["short"], list(reasons.items()))
+
+
+@pytest.mark.parametrize("task", ["davis2017", "davis2017_unsupervised"])
+def test_a_bad_first_frame_hides_no_other_bad_file(tmp_path, task):
+    held = {"bad": sequences()["plain"]}
+    held["bad"][1][4] = held["bad"][1][4][1:]
+    held["bad"][1][5][0, 0] = 9  # no object is known that it could be compared with
+    root, results = write_task(tmp_path, task, held)
+    first = root / MASKS[task] / "480p/bad/00000.png"
+    first.write_bytes(b"nothing")
+    protocol = TASKS[task]()
+    with pytest.raises(BadFile) as error:
+        protocol.measure(protocol.find(root, results).cases[0])
+    assert error.value.path == first
+    assert [path for path, _ in error.value.more] == [results / "bad" / "00004.png"]
+
+
+@pytest.mark.parametrize("split", ["test-dev", "test-challenge"])
+def test_the_unsupervised_test_sets_are_lists_of_2019(tmp_path, split):
+    held = three_frames() | {"other": three_frames()["short"]}
+    root, results = write_task(tmp_path, "davis2017_unsupervised", held)
+    write_frames(root / "Annotations/480p/other", held["other"][0])
+    write_set(root, "2017", ["other"], split=split)
+    with pytest.raises(UserError, match=f"holds no ImageSets/2019/{split}.txt; ImageSets holds 2017"):
+        Davis2017Unsupervised(split=split).find(root, results)
+    write_set(root, "2019", ["short"], split=split)
+    assert [case.name for case in Davis2017Unsupervised(split=split).find(root, results).cases] == ["short"]
+    assert [case.name for case in Davis2017(split=split).find(root, results).cases] == ["other"]
+    assert [case.name for case in Davis2017Unsupervised().find(root, results).cases] == ["short", "other"]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_rules_say_from_how_many_frames_on_the_official_decay_fails(task):
+    assert [rule for rule in TASKS[task]().rules["differs"] if rule.startswith("from 256 evaluated frames on")]
+    values = np.linspace(1, 0, 256)
+    assert official_statistics(values[:255], np.uint8) == pytest.approx(official_statistics(values[:255]))
+    assert not official_statistics(values, np.uint8)[2] == pytest.approx(official_statistics(values)[2])
 
 
 def test_masks_of_davis2016_are_known_for_what_they_are(tmp_path):

@@ -208,6 +208,31 @@ def test_missing_files_are_counted_and_noted(folders, protocol):
     assert [sum(row["frames"] for row in rows[name]) for name in sorted(VIDEOS)] == [5, 4, 1, 2]
 
 
+def test_folders_named_like_masks_are_passed_over(folders):
+    reference, prediction = folders
+    expected = SarRarp50().find(reference, prediction)
+    (reference / "video_42/segmentation/000000999.png").mkdir()
+    (prediction / "video_42/segmentation/000000998.png").mkdir()
+    found = SarRarp50().find(reference, prediction)
+    assert found.cases == expected.cases and found.notes == expected.notes and not found.problems
+
+
+def test_an_ending_that_is_not_png_is_given_as_the_reason(folders):
+    place = folders[1] / "video_42/segmentation"
+    (place / "000000060.png").rename(place / "000000060.PNG")
+    save(place / "000000999.png", EMPTY)
+    (note,) = [note for note in SarRarp50().find(*folders).notes if "video_42" in note]
+    assert "missing for their ending alone, which must be .png, 1: 000000060.PNG" in note
+    assert "missing predictions (what they score is in the rules), 1: 000000060.png" in note
+
+
+@pytest.mark.parametrize("make", PROTOCOLS)
+def test_predictions_inside_the_references_are_refused(folders, make):
+    folders[1].rename(folders[0] / "mine")
+    with pytest.raises(UserError, match="mine lies inside reference=.*Move the predictions out of it"):
+        make().find(folders[0], folders[0] / "mine")
+
+
 def test_an_empty_folder_scores_zero(tmp_path):
     save(tmp_path / "real/video_41/segmentation/000000000.png", EMPTY)
     (tmp_path / "predicted/video_41/segmentation").mkdir(parents=True)
@@ -229,6 +254,20 @@ def test_missing_video_folders_are_problems(folders):
     assert "for 1 reference frames: put the predictions there" in found.problems[0][1]
     assert "holds no segmentation/<stem>.png" in found.problems[2][1]
     assert {case.unit for case in found.cases} == {"video_41", "video_42"}
+
+
+def test_predictions_of_none_of_the_videos_are_told_in_one_line(folders):
+    reference, prediction = folders
+    for video in sorted(VIDEOS):
+        (prediction / video).rename(prediction / video.replace("video", "clip"))
+    first, *_ = sorted(VIDEOS)
+    with pytest.raises(UserError, match=f"holds no folder segmentation/ of the videos in .*{first}.*; it holds clip_"):
+        SarRarp50().find(reference, prediction)
+    save(prediction / "clip_41/000_pred.png", EMPTY)
+    with pytest.raises(
+        UserError, match=r"another split, or named otherwise\? Pictures \*_pred.png are those of mode=eval"
+    ):
+        SarRarp50Seed().find(reference, prediction)
 
 
 def test_folders_that_hold_nothing_of_the_kind(folders, tmp_path):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 from score_making import maps, save, scores, tree, unit_sums
 from sklearn.metrics import accuracy_score, f1_score, jaccard_score, recall_score
 
@@ -169,7 +170,7 @@ def test_files_that_cannot_be_scored_are_named(tmp_path):
         (semantic, good, wide, wide, r"is 3 x 4 \(width x height\), its reference 4 x 3. Predict at"),
         (semantic, high, good, high, "holds the ids 9 in 12 pixels. Classes are 0..3 and 255 is ignored"),
         (semantic, deep, good, deep, "holds the ids 300"),
-        (ade20k, good, high, high, "holds the ids 9 in 12 pixels. Classes are 1..4 and 0 is none"),
+        (ade20k, good, high, high, "holds the ids 9 in 9 pixels. Classes are 1..4 and 0 is none"),
         (ade20k, deep, good, deep, "holds the ids 300"),
     ):
         with pytest.raises(BadFile, match=message) as error:
@@ -180,15 +181,73 @@ def test_files_that_cannot_be_scored_are_named(tmp_path):
 
 def test_options_that_make_no_sense():
     for options, message in (
-        ({}, "num_classes=None: protocol=semantic needs .* num_classes=19"),
-        ({"num_classes": 0}, "num_classes=0"),
+        ({}, "num_classes=null: protocol=semantic needs .* num_classes=19"),
+        ({"num_classes": 0}, "num_classes=0: give the number of classes, 1 or more"),
+        ({"num_classes": -1}, "num_classes=-1: give the number of classes, 1 or more"),
+        ({"num_classes": 3, "binary": True}, "protocol.binary=true with num_classes=3 .* have 2 classes"),
+        ({"binary": True, "reduce_zero_label": True}, "protocol.reduce_zero_label=true: masks of 0 and 255"),
         ({"num_classes": 3, "tolerance": -1}, "protocol.tolerance=-1"),
         ({"num_classes": 3, "tolerance": float("nan")}, "protocol.tolerance=nan"),
     ):
         with pytest.raises(UserError, match=message):
             Semantic(**options)
-    with pytest.raises(UserError, match="num_classes=0: give 1 to 255"):
-        Ade20k(num_classes=0)
+    for number in (0, -1, 256):
+        with pytest.raises(UserError, match=f"num_classes={number}: give 1 to 255"):
+            Ade20k(num_classes=number)
+
+
+def test_ade20k_looks_at_labelled_pixels_alone(tmp_path):
+    reference = save(tmp_path / "reference.png", [[0, 0, 1, 2]])
+    prediction = save(tmp_path / "prediction.png", [[255, 9, 1, 1]])
+    sums = Ade20k(num_classes=2).measure(Case("a", "a", ((reference, prediction),))).sums
+    assert sums.tolist() == [1, 0, 1, 0, 0, 1]
+    wrong = save(tmp_path / "wrong.png", [[255, 9, 9, 1]])
+    with pytest.raises(BadFile, match="holds the ids 9 in 1 pixels"):
+        Ade20k(num_classes=2).measure(Case("a", "a", ((reference, wrong),)))
+
+
+@pytest.mark.parametrize("ignore_index", [255, 3])
+def test_stored_zero_and_255_are_ignored_where_zero_is_reduced(tmp_path, ignore_index):
+    reference = save(tmp_path / "reference.png", [[0, 255, 1, 2, 3, 3, 4]])
+    prediction = save(tmp_path / "prediction.png", [[0, 1, 0, 1, 2, 0, 2]])
+    protocol = Semantic(num_classes=3, reduce_zero_label=True, ignore_index=ignore_index)
+    case = Case("a", "a", ((reference, prediction),))
+    if ignore_index == 255:
+        with pytest.raises(BadFile, match="holds the ids 4 in 1 pixels"):
+            protocol.measure(case)
+        return
+    assert protocol.measure(case).sums.tolist() == [1, 1, 1, 1, 0, 0, 0, 0, 1]  # hits, false positives, missed
+    assert protocol.scores(protocol.measure(case).sums)["mIoU"] == pytest.approx((1 / 2 + 1 + 1 / 2) / 3)
+    high = Semantic(num_classes=255, reduce_zero_label=True).measure(Case("a", "a", ((reference, prediction),)))
+    assert high.sums[2 * 255 :].sum() == 2 and high.sums[2 * 255 + 254] == 0  # 255 is not class 254
+
+
+def test_one_bit_masks_hold_0_and_1(tmp_path):
+    truth, guess = np.array([[0, 1, 1, 0]], bool), np.array([[0, 1, 0, 0]], bool)
+    for side, ids in (("reference", truth), ("prediction", guess)):
+        (tmp_path / side).mkdir()
+        Image.fromarray(ids).save(tmp_path / side / "a.png")
+    found = scores(Semantic(num_classes=2), tmp_path / "reference", tmp_path / "prediction")
+    assert found["accuracy"] == 0.75 and found["mIoU"] == pytest.approx((2 / 3 + 1 / 2) / 2)
+
+
+def test_links_in_circles_are_left(tmp_path):
+    reference, prediction = tree(tmp_path, maps(np.random.default_rng(9), range(3)), path)
+    for folder in (reference, prediction):
+        (folder / "part0/up").symlink_to(folder)
+        (folder / "above").symlink_to(tmp_path)
+    found = Semantic(num_classes=3).find(reference, prediction)
+    assert len(found.cases) == 10 and not found.problems and not found.notes
+
+
+def test_predictions_inside_the_references_are_refused(tmp_path):
+    reference, prediction = tree(tmp_path, maps(np.random.default_rng(9), range(3)), path)
+    prediction.rename(reference / "mine")
+    (tmp_path / "link").symlink_to(reference / "mine")
+    for protocol in (Semantic(num_classes=3), Ade20k()):
+        for folder in (reference / "mine", tmp_path / "link"):
+            with pytest.raises(UserError, match=f"prediction={folder} lies inside reference={reference}"):
+                protocol.find(reference, folder)
 
 
 def test_missing_and_extra_files_and_links_to_data_sets(tmp_path):
@@ -202,7 +261,10 @@ def test_missing_and_extra_files_and_links_to_data_sets(tmp_path):
         assert [(str(file), "has no prediction" in reason) for file, reason in found.problems] == [
             (str(tmp_path / "link" / path(1)), True)
         ]
-        assert found.notes == ["7 predictions in more have no reference and are not scored: 0, 1, 2, 3, 4 and 2 more"]
+        more = tmp_path / "link/more"
+        assert found.notes == [
+            f"7 predictions in {more} have no reference and are not scored: 0, 1, 2, 3, 4 and 2 more"
+        ]
         assert len(found.cases) == 9 and found.cases[0].name == found.cases[0].unit == "part0/image 0"
 
 

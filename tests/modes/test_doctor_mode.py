@@ -1,6 +1,8 @@
 """mode=doctor on the command line: what it prints and writes, and its exit status."""
 
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -40,11 +42,15 @@ def test_a_clean_set(where):
         "class_weights",
     ]
     assert report["splits"]["train"]["images"] == 6 and report["splits"]["val"]["images"] == 3
-    assert report["splits"]["train"]["smallest"] == [32, 48] and report["splits"]["train"]["void_share"] == 0
+    assert (
+        report["splits"]["train"]["smallest"] == {"width": 48, "height": 32}
+        and report["splits"]["train"]["void_share"] == 0
+    )
     shares = [row["share"] for row in report["splits"]["train"]["classes"]]
     assert sum(shares) == pytest.approx(1) and len(report["class_weights"]["median"]) == 2
     assert report["colors"]["mean"] == pytest.approx([0.5] * 3, abs=0.02)
     assert page.count("<figure>") == 4 and "http" not in page
+    assert "smallest (width x height)" in done.out and "48 x 32" in done.out
     assert "findings:     0 errors, 0 warnings, 5 notes" in done.out and "doctor.html" in done.out
     assert list((where / "outputs/.cache").glob("scan_*.npz"))
 
@@ -63,15 +69,53 @@ def test_errors_give_status_1_and_keep_the_report(where):
     assert list(report["unreadable"]["train"]) == ["2"] and "images/1.png" in report["unreadable"]["val"]["1"]
     assert "ERROR foreign_ids" in done.out and "    data/train/masks/2.png" in done.out and "    -> " in done.out
     assert done.err.count("error:") == 1 and "2 errors and 0 warnings in data=folder" in done.err
+    assert "Training stops: mend the errors first" in done.err and "'data.reader.masks.ids={7: 255}'" in done.out
     assert "foreign_ids" in page and "Traceback" not in done.err
 
 
 def test_what_the_reader_refuses_is_a_finding(where):
-    (where / "data/train/masks/3.png").unlink()
+    shutil.rmtree(where / "data/train/masks")
     done, report, page = doctor(where, *FOLDER)
     assert done.status == 1 and codes(report, "error") == ["split_unreadable"]
-    assert "1 image without mask: 3" in report["findings"][0]["message"]
-    assert list(report["splits"]) == ["val"] and report["class_weights"] == {} and "without mask: 3" in page
+    assert "No folder data/train/masks" in report["findings"][0]["message"] and "No folder" in page
+    assert list(report["splits"]) == ["val"] and report["class_weights"] == {}
+
+
+def test_what_is_no_whole_pair_is_a_finding_and_the_rest_is_examined(where):
+    (where / "data/train/masks/3.png").unlink()
+    (where / "data/val/images/1.png").unlink()
+    done, report, page = doctor(where, *FOLDER)
+    assert done.status == 1 and codes(report, "error") == ["no_whole_pair"] * 2
+    train, val = report["findings"][:2]
+    assert train["files"] == ["3"] and val["files"] == ["1"] and train["stops_training"]
+    assert train["reasons"][0].startswith("3: ") and train["reasons"][0] in page
+    assert "1 name of train without" in train["message"] and "beside 5 whole pairs" in train["message"]
+    assert "data.on_error=skip" in train["remedy"] and report["splits"]["train"]["images"] == 5
+    assert report["splits"]["val"]["images"] == 2 and "Training stops: mend" in done.err
+
+
+def test_a_name_that_is_no_utf8(where):
+    for kind in ("images", "masks"):
+        file = os.fsencode(where / "data/train" / kind)
+        os.rename(file + b"/2.png", file + b"/caf\xe9.png")
+    write_png(os.fsdecode(os.fsencode(where / "data/train/masks") + b"/caf\xe9.png"), np.full((32, 48), 9, np.uint8))
+    done, report, page = doctor(where, *FOLDER)
+    assert done.status == 1 and "Traceback" not in done.err and r"caf\xe9.png" in page
+    assert report["findings"][0]["files"] == [r"data/train/masks/caf\xe9.png"]
+    assert list(report["unreadable"]["train"]) == [r"caf\xe9"] and r"masks/caf\xe9.png: 9" in done.out
+
+
+def test_an_error_that_training_only_warns_of(where):
+    for split in ("train", "val"):
+        for kind in ("images", "masks"):
+            folder = where / "data" / split / kind
+            (folder / "drive").mkdir()
+            (folder / "0.png").rename(folder / f"drive/{split}.png")
+    done, report, page = doctor(where, *FOLDER)
+    assert done.status == 1 and codes(report, "error") == ["group_on_both_sides"]
+    assert not report["findings"][0]["stops_training"] and "Mend the errors" not in done.err
+    assert "1 error and 0 warnings in" in done.err and "Training would at most warn of that" in done.err
+    assert "ERROR group_on_both_sides (training does not stop on it)" in done.out
 
 
 def test_no_folder_at_all(tmp_path):

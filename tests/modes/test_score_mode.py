@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -103,12 +104,142 @@ def test_every_bad_file_is_named_then_skipped_on_request(folders, run):
     (folders / "prediction/1/3.png").write_bytes(b"no picture")
     (folders / "prediction/1/5.png").unlink()
     nothing, done, folder = run()
-    assert done.status == 1 and nothing is None and "3 file" in done.err
+    assert done.status == 1 and nothing is None
+    assert "3 files of reference=reference and prediction=prediction cannot be scored" in done.err
     assert all(name in done.err for name in ("2.png", "3.png", "5.png", "data.on_error=skip"))
     problems = json.loads((folder / "problems.json").read_text())["problems"]
     assert len(problems) == 3 and all(row["reason"] for row in problems)
-    result, _, _ = run("data.on_error=skip")
+    result, done, folder = run("data.on_error=skip")
     assert result["n"] == 3 and len(result["problems"]) == 3
+    assert (
+        f"3 files left out that could not be scored, with reasons under `problems` in {folder}/scores.json" in done.err
+    )
+
+
+def test_both_folders_are_looked_at_before_it_stops(folders, run):
+    masks(folders / "second", np.random.default_rng(1))
+    (folders / "prediction/1/5.png").unlink()
+    (folders / "second/prediction/0/2.png").write_bytes(b"no picture")
+    nothing, done, folder = run(prediction="[prediction,second/prediction]")
+    assert done.status == 1 and nothing is None and "5.png" in done.err and "2.png" in done.err
+    rows = json.loads((folder / "problems.json").read_text())["problems"]
+    assert [(row["prediction"], Path(row["file"]).name) for row in rows] == [
+        ("prediction", "5.png"),
+        ("second/prediction", "2.png"),
+    ]
+    (folders / "empty").mkdir()
+    _, done, folder = run(prediction="[empty,prediction]")
+    assert done.status == 1 and "prediction=empty does not hold" in done.err and "5.png" in done.err
+    assert len(json.loads((folder / "problems.json").read_text())["problems"]) == 1
+    result, done, _ = run("data.on_error=skip", prediction="[prediction,second/prediction]")
+    assert result["difference"]["mIoU"]["n"] == 4 and result["difference"]["mIoU"]["left_out"] == 2
+    assert "Left out of this difference: 2 files" in done.out
+
+
+def test_what_one_cannot_be_compared_on_is_told(folders, run):
+    shutil.copytree(folders / "prediction", folders / "other")
+    for side, lost in (("prediction", (0, 1, 2)), ("other", (3, 4, 5))):
+        for number in lost:
+            (folders / f"{side}/{number % 2}/{number}.png").unlink()
+    result, done, _ = run("data.on_error=skip", prediction="[prediction,other]")
+    assert done.status == 0 and result["difference"]["mIoU"] == {"value": None, "ci95": None, "n": 0, "left_out": 6}
+    assert "No image could be scored in both folders" in done.out and "RuntimeWarning" not in done.err
+
+
+def test_predictions_in_the_folder_of_references(folders, run):
+    (folders / "prediction").rename(folders / "reference/mine")
+    nothing, done, _ = run(prediction="reference/mine")
+    assert done.status == 1 and nothing is None and "prediction=reference/mine lies inside reference" in done.err
+    (folders / "link").symlink_to(folders / "reference")
+    result, done, _ = run(prediction="link")
+    assert result["scores"]["mIoU"] == 1 and "prediction=link is the reference itself" in result["notes"][0]
+    assert "is the reference itself" in done.err + done.out
+
+
+def test_masks_of_0_and_255_are_refused_until_it_is_said_what_they_are(tmp_path, run):
+    rng = np.random.default_rng(0)
+    for number in range(3):
+        truth = rng.random((20, 30)) < 0.3
+        write_png(tmp_path / f"reference/{number}.png", truth.astype(np.uint8) * 255)
+        write_png(tmp_path / f"prediction/{number}.png", (truth ^ (rng.random((20, 30)) < 0.2)).astype(np.uint8) * 255)
+    nothing, done, _ = run("num_classes=2")
+    assert done.status == 1 and nothing is None and "reference=reference holds 0 and 255 alone" in done.err
+    assert "set protocol.binary=true" in done.err and "protocol.binary=false" in done.err
+    result, _, _ = run("num_classes=null", "protocol.binary=true")
+    assert 0.5 < result["scores"]["mIoU"] < 0.8 and len(result["per_class"]) == 2 and not result["notes"]
+    result, done, _ = run("num_classes=2", "protocol.binary=false")
+    (note,) = result["notes"]
+    assert result["scores"]["mIoU"] < 0.9 and "3 of 3 predictions hold ids of no class" in note
+    assert "prediction/0.png" in note and note in done.err
+
+
+def test_a_block_of_no_class_is_told(folders, run):
+    for number in (2, 5):
+        path = folders / f"prediction/{number % 2}/{number}.png"
+        ids = np.array(Image.open(path))
+        ids[:4, :7] = 77  # on two rows that count and two that are ignored
+        write_png(path, ids)
+    result, done, _ = run()
+    (note,) = result["notes"]
+    assert "2 of 6 predictions hold ids of no class, in 28 pixels, such as prediction/0/2.png" in note
+    assert note in done.err and result["per_image"][1]["unknown_pixels_prediction"] == 14
+    assert result["scores"]["mIoU"] == pytest.approx(expected_miou(folders), abs=1e-12)
+
+
+def test_one_foreign_id_may_be_one_to_ignore(folders, run):
+    for number in range(6):
+        path = folders / f"reference/{number % 2}/{number}.png"
+        ids = np.array(Image.open(path))
+        write_png(path, np.where(ids == 255, 4, ids).astype(np.uint8))
+    nothing, done, _ = run()
+    assert nothing is None and "set num_classes, protocol.ignore_index=4 if these pixels are not to count" in done.err
+    result, _, _ = run("protocol.ignore_index=4")
+    assert result["n"] == 6
+
+
+def test_a_root_in_place_of_a_split_is_answered_with_the_split_that_fits(tmp_path, run):
+    rng = np.random.default_rng(0)
+    for split, drives in (("test", "9"), ("train", "123"), ("val", "45")):
+        for drive in drives:
+            for frame in "abc":
+                ids = rng.integers(0, 7, (8, 12)).astype(np.uint8)
+                write_png(tmp_path / f"reference/gtFine/{split}/{drive}/{frame}_label.png", ids)
+                if split == "val":
+                    write_png(tmp_path / f"prediction/{drive}/{frame}_label.png", ids)
+    lite = "protocol=idd_lite"
+    _, done, _ = run(lite)
+    assert "Try reference=reference/gtFine/val." in done.err
+    result, _, _ = run(lite, reference="reference/gtFine/val")
+    assert result["scores"]["mIoU"] == 1 and result["n"] == 2
+    for words in ((lite,), (lite, "data.on_error=skip")):
+        _, done, folder = run(*words, reference="reference/gtFine/train")
+        assert (
+            "reference=reference/gtFine/train holds 9 files, and prediction=prediction has a prediction of" in done.err
+        )
+        assert "Are these of another split, or named otherwise?" in done.err and done.err.count("_label.png") == 2
+
+
+def test_pictures_of_an_evaluation_are_told_from_its_predictions(tmp_path, run):
+    ids = np.eye(6, dtype=np.uint8)
+    write_png(tmp_path / "reference/1/a_label.png", ids)
+    for kind in ("pred", "vis"):
+        write_png(tmp_path / f"run/predictions/1/a_{kind}.png", ids)
+    for words in (("protocol=idd_lite",), ()):
+        _, done, _ = run(*words, prediction="run/predictions")
+        assert done.status == 1 and "Pictures *_pred.png are those of mode=eval" in done.err
+    (tmp_path / "run/official").mkdir()
+    for words in (("protocol=idd_lite",), ()):
+        _, done, _ = run(*words, prediction="run/predictions")
+        assert done.status == 1 and "use its official/, prediction=run/official." in done.err
+
+
+def test_many_notes_are_counted(folders, run):
+    for number in range(14):
+        write_png(folders / f"prediction/more{number}/0.png", np.zeros((2, 2), np.uint8))
+    result, done, _ = run()
+    assert len(result["notes"]) == 14 and "4 more notes in" in done.err + done.out
+    assert "1 prediction in prediction/more0 has no reference" in result["notes"][0]
+    assert (done.err + done.out).count("has no reference and is not scored") == 10
 
 
 @pytest.mark.parametrize(
@@ -118,7 +249,10 @@ def test_every_bad_file_is_named_then_skipped_on_request(folders, run):
         ({"prediction": "nowhere"}, (), "prediction=nowhere is no folder"),
         ({"prediction": "[a,b,c]"}, (), "give reference=DIR and prediction=DIR, or prediction=[DIR,DIR]"),
         ({"prediction": "null"}, (), "prediction=None: give reference=DIR"),
-        ({}, ("num_classes=null",), "num_classes"),
+        ({}, ("num_classes=null",), "num_classes=null: protocol=semantic needs to know"),
+        ({}, ("num_classes=0",), "num_classes=0: give the number of classes, 1 or more"),
+        ({}, ("mode.seed=-1",), "mode.seed=-1: give the number that these draws start from, 0 or more"),
+        ({}, ("mode.resamples=-5",), "mode.resamples=-5: give the number of draws for the intervals, 0 for none"),
     ],
 )
 def test_what_must_be_given(folders, run, folders_given, words, message):

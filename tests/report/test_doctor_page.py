@@ -42,22 +42,28 @@ def split(images, counts, **other):
         for i, (name, n) in enumerate(zip(("road", "a<b&c"), counts, strict=True))
     ]
     constant = {"class": 0, "accuracy": 0.75, "miou": 0.375}
-    return {"images": images, "smallest": [20, 30], "largest": [40, 50], "void_share": 0.125} | {
+    sizes = {"smallest": {"width": 30, "height": 20}, "largest": {"width": 50, "height": 40}}
+    return {"images": images, "void_share": 0.125} | {
+        **sizes,
         "constant_class": constant,
         "classes": rows,
         **other,
     }
 
 
-def finding(severity="error", files=(), message="m", remedy="r"):
-    return {"severity": severity, "code": "some_code", "message": message, "files": list(files), "remedy": remedy}
+def finding(severity="error", files=(), message="m", remedy="r", reasons=(), stops=True):
+    return {"severity": severity, "code": "some_code", "message": message, "files": list(files), "remedy": remedy} | {
+        "reasons": list(reasons),
+        "stops_training": stops,
+    }
 
 
 @pytest.fixture
 def page():
     findings = [
         finding(message="<script>alert(1)</script>", files=[f"f&{i}" for i in range(450)]),
-        finding("note", remedy=""),
+        finding("note", remedy="", stops=False),
+        finding("note", files=["f"], reasons=["f: damaged"]),
     ]
     frame = np.zeros((30, 41, 3), np.uint8)
     frame[:, :20] = (250, 10, 5)
@@ -75,9 +81,10 @@ def test_it_is_whole_and_stands_alone(page):
 
 def test_what_it_says(page):
     text = "".join(Reader(page).text)
-    assert '"t" <1>' in text and "1 error, 0 warnings, 1 note" in text
+    assert '"t" <1>' in text and "1 error, 0 warnings, 2 notes" in text
     assert "<script>alert(1)</script>" in text and "a 'quoted\" <caption>" in text
     assert "450 listed" in text and "f&199" in text and "f&200" not in text and "and 250 more" in text
+    assert "f: damaged" in text and "width x height" in text and "does not stop" not in text
     assert "1,234" in text and "30 x 20" in text and "50 x 40" in text and "12.50 %" in text and "37.50 %" in text
     assert "1 a<b&c" in text and "75.00 %" in text and "v<al: pixels" in text
 
@@ -88,6 +95,11 @@ def test_pictures_come_back(page):
     assert image.shape == (30, 41, 3)
     np.testing.assert_allclose(image[5, 5], (250, 10, 5), atol=6)
     np.testing.assert_allclose(image[5, 35], (0, 0, 0), atol=6)
+
+
+def test_errors_that_training_only_warns_of():
+    text = "".join(Reader(doctor_page("t", [finding(stops=False)], {}, (), [])).text)
+    assert "some_code: training does not stop on it" in text and "1 error, " in text
 
 
 def test_nothing_found():

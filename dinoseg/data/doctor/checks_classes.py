@@ -11,6 +11,7 @@ from dinoseg.data.wording import count_of, listed
 from dinoseg.errors import UserError
 from dinoseg.images import read_ids
 
+_BINARY = "data.reader.masks.format=binary"
 _MUCH_VOID = 0.3  # share of ignored pixels above which a split gets a warning
 _IDD_CLASSES = 26  # of level 3
 _HOME_MADE_NAMES, _FILES = "*_gtFine_labelIds.png", 200  # the spelling of Cityscapes; so many are looked at
@@ -40,7 +41,8 @@ def _binary_as_ids(splits: Sequence[Scanned]) -> Iterator[Finding]:
                 "error" if part.split == "train" else "warning",
                 "binary_read_as_ids",
                 f"The masks of {part.split} hold only 0 and 255, and are read as class numbers: {meaning}.",
-                remedy="If they mean background and object, set data.reader.masks.format=binary.",
+                remedy="If they mean background and object, "
+                + ("say `masks: binary` in classes.yaml." if part.masks.described else f"set {_BINARY}."),
             )
 
 
@@ -51,11 +53,14 @@ def _home_made_idd(splits: Sequence[Scanned], data_name: str) -> Iterator[Findin
         return
     values = set().union(*map(_values, splits))
     if values and not values & {"0", "3"}:
-        yield home_made([record.mask for part in splits for record in part.records])
+        yield home_made([record.mask for part in splits for record in part.records], data_name)
 
 
-def home_made(files: Sequence[str]) -> Finding:
-    """Return the finding of IDD label maps that a faulty conversion has left without road."""
+def home_made(files: Sequence[str], data_name: str) -> Finding:
+    """Return the finding of IDD label maps that a faulty conversion has left without road.
+
+    Training on them stops, unless `data_name` is the option that repeats such a run on purpose.
+    """
     return Finding(
         "error",
         "home_made_idd",
@@ -64,6 +69,7 @@ def home_made(files: Sequence[str]) -> Finding:
         "road; with 255 read as road, void is taught as road.",
         tuple(files),
         "Make the label maps again from the polygon files: mode=prepare data=idd.",
+        stops=data_name != "idd_home_made",
     )
 
 
@@ -91,7 +97,7 @@ def _unseen(splits: Sequence[Scanned]) -> Iterator[Finding]:
         yield Finding(
             "warning",
             "class_never_seen",
-            f"{len(never)} of {len(anywhere)} classes are in no mask at all: {listed(never, 20)}.",
+            f"In no mask at all: {listed(never, 20)} ({len(never)} of {count_of(len(anywhere), 'class', 'classes')}).",
             remedy="Check the class table (data.classes) and the masks: a wrong label map drops classes like this.",
         )
     train = seen.get("train")
@@ -102,7 +108,7 @@ def _unseen(splits: Sequence[Scanned]) -> Iterator[Finding]:
             yield Finding(
                 "warning",
                 "class_not_in_train",
-                f"In {split} but not in train: {listed(untaught, 20)}. They cannot be learnt.",
+                f"In {split} but not in train: {listed(untaught, 20)}. That cannot be learnt.",
                 remedy="Divide the data anew, or merge or ignore these classes (data.reader.masks.ids).",
             )
         if unscored := _named(train & ~present, splits[0]):

@@ -8,7 +8,7 @@ import cv2
 
 from dinoseg.data.doctor.findings import Finding, Scanned
 from dinoseg.data.sarrarp_files import MASK_FOLDER, MASK_STEP, VIDEO, frame_files, png_files
-from dinoseg.data.wording import listed
+from dinoseg.data.wording import count_of, listed
 
 _PREPARED = ".prepared.json"  # what mode=prepare counted
 
@@ -32,19 +32,22 @@ def _check(folder: Path) -> Iterator[Finding]:
         yield Finding(
             "error",
             "masks_against_video",
-            f"{folder / VIDEO} has {frames} frames, so {len(due)} masks belong to it; {MASK_FOLDER}/ has {len(masks)} "
-            f"(missing: {listed(missing) or 'none'}; without such a frame: {listed(extra) or 'none'}).",
+            f"{folder / VIDEO} has {count_of(frames, 'frame')}, so {count_of(due, 'mask')} should be in "
+            f"{MASK_FOLDER}/, which has {len(masks)} (missing: {listed(missing) or 'none'}; without such a frame: "
+            f"{listed(extra) or 'none'}).",
             tuple(str(folder / MASK_FOLDER / f"{stem}.png") for stem in (*missing, *extra)),
             "Unpack the video's archive again: mode=prepare data=sarrarp.",
+            stops=False,
         )
     shown = frame_files(folder)
     if shown and (lacking := sorted(masks.keys() - shown.keys())):
         yield Finding(
             "error",
             "masks_without_frame",
-            f"{folder} has {len(lacking)} masks without extracted frame: {listed(lacking)}.",
+            f"{folder} has {count_of(lacking, 'mask')} without extracted frame: {listed(lacking)}.",
             tuple(str(masks[stem]) for stem in lacking),
             "Extract the frames: mode=prepare data=sarrarp.",
+            stops=False,
         )
 
 

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dinoseg.data.doctor.checks_classes import check_classes
-from dinoseg.data.doctor.checks_files import check_files
+from dinoseg.data.doctor.checks_files import check_files, check_orientation
 from dinoseg.data.doctor.checks_pairs import check_pairing
-from dinoseg.data.doctor.checks_splits import check_groups
+from dinoseg.data.doctor.checks_splits import check_groups, check_same_files
 from dinoseg.data.doctor.checks_video import check_videos
 from dinoseg.data.doctor.findings import Finding, Scanned, by_severity
 from dinoseg.data.doctor.near_duplicates import check_duplicates
@@ -39,8 +39,8 @@ def examine(
         mean: by which the backbone normalises.
         std: likewise.
     """
-    found = [*check_files(splits), *check_classes(splits, data_name), *check_groups(splits, group)]
-    found += check_videos(splits)
+    found = [*check_files(splits), *check_orientation(splits), *check_classes(splits, data_name)]
+    found += [*check_same_files(splits), *check_groups(splits, group), *check_videos(splits)]
     found += check_duplicates(splits, near_distance)
     for part in splits:
         found += check_pairing(part)
@@ -53,12 +53,16 @@ def summary(part: Scanned) -> dict[str, Any]:
     labelled = int(part.counts.sum())
     return {
         "images": len(part.records),
-        "smallest": list(sizes[0]) if sizes else None,
-        "largest": list(sizes[-1]) if sizes else None,
+        "smallest": _size(sizes[0]) if sizes else None,
+        "largest": _size(sizes[-1]) if sizes else None,
         "void_share": part.void / (labelled + part.void) if labelled + part.void else None,
         "constant_class": constant_class(part),
         "classes": [_class_row(part, index, labelled) for index in range(len(part.classes))],
     }
+
+
+def _size(size: tuple[int, int]) -> dict[str, int]:
+    return {"width": size[1], "height": size[0]}
 
 
 def _class_row(part: Scanned, index: int, labelled: int) -> Mapping[str, Any]:

@@ -15,13 +15,19 @@ SEVERITIES = ("error", "warning", "note")
 class Finding:
     """One thing that a user should know about a data set.
 
+    There is one scale of severity. An error makes training impossible or its scores worthless, and mode=doctor ends
+    with exit status 1. Training stops on an error too, but for those that only the user can judge (`stops` is False):
+    an official split may share videos between its sides. Of these it warns, if it sees them: it reads masks alone.
+
     Args:
-        severity: `error`: training on it is wrong or impossible; `warning`: look at it; `note`: good to know.
+        severity: `error`, `warning`: look at it, or `note`: good to know.
         code: a short name that stays the same.
         message: what was found, with its number.
         files: all files, or pairs of files, that it is about.
         remedy: what to do.
         look: split and name of some pairs of which a picture tells more.
+        reasons: what is wrong with each of `files`, where that differs; each names its file.
+        stops: of an error: whether training stops on it.
     """
 
     severity: str
@@ -30,6 +36,13 @@ class Finding:
     files: tuple[str, ...] = ()
     remedy: str = ""
     look: tuple[tuple[str, str], ...] = ()
+    reasons: tuple[str, ...] = ()
+    stops: bool = True
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """Return a line for each file."""
+        return self.reasons or self.files
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,17 @@ from typing import Any
 
 from dinoseg.data.doctor.checks_classes import check_classes
 from dinoseg.data.doctor.checks_files import check_files
-from dinoseg.data.doctor.checks_splits import check_groups
+from dinoseg.data.doctor.checks_splits import check_groups, check_same_files
 from dinoseg.data.doctor.examine import scanned
 from dinoseg.data.doctor.findings import Finding, Scanned, by_severity
-from dinoseg.data.scan import reasons, scan, unreadable
-from dinoseg.data.wording import listed
+from dinoseg.data.scan import scan
+from dinoseg.data.wording import listed, printable
 from dinoseg.errors import UserError
 
 log = logging.getLogger(__name__)
 
 _FULL = "mode=doctor with the same data= shows all of it."
+_SHOWN = 20  # files of an error that are named, each with its reason
 
 
 def check(
@@ -44,23 +45,21 @@ def check(
     found = brief(splits, group=group, data_name=data_name)
     for finding in found:
         if finding.severity == "warning":
-            log.warning("data: %s%s", finding.message, _some(finding))
-    errors = [finding for finding in found if finding.severity == "error"]
-    if errors:
-        lines = "".join(f"\n- {error.message}{_some(error)} {error.remedy}" for error in errors)
-        bad = {name: reason for part in splits for name, reason in unreadable(part.records).items()}
-        files = f"\nPair by pair:{reasons(bad)}" if bad else ""
-        raise UserError(f"The data cannot be trained on as they are:{lines}{files}\n{_FULL}")
+            files = f" ({listed(finding.files, 3)})" if finding.files else ""
+            log.warning("data: %s", printable(f"{finding.message}{files} {finding.remedy}".rstrip()))
+    if errors := [finding for finding in found if finding.severity == "error"]:
+        told = "".join(f"\n- {error.message}{_each(error)}\n  {error.remedy}".rstrip() for error in errors)
+        raise UserError(printable(f"The data cannot be trained on as they are:{told}\n{_FULL}"))
 
 
 def brief(splits: list[Scanned], *, group: str | None = None, data_name: str = "") -> list[Finding]:
-    """Return what the quick checks find, errors first.
-
-    A video on both sides is a warning here: it spoils the score, but some official splits are like that.
-    """
-    groups = [replace(finding, severity="warning") for finding in check_groups(splits, group)]
-    return by_severity([*check_files(splits), *check_classes(splits, data_name), *groups])
+    """Return what the quick checks find, errors first; those that training does not stop on are warnings here."""
+    found = [*check_files(splits), *check_classes(splits, data_name), *check_same_files(splits)]
+    found += check_groups(splits, group)
+    return by_severity(each if each.stops else replace(each, severity="warning") for each in found)
 
 
-def _some(finding: Finding) -> str:
-    return f" ({listed(finding.files, 3)})" if finding.files else ""
+def _each(finding: Finding) -> str:
+    lines = "".join(f"\n    {line}" for line in finding.lines[:_SHOWN])
+    more = len(finding.lines) - _SHOWN
+    return lines + (f"\n    and {more} more" if more > 0 else "")

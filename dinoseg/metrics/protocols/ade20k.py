@@ -9,7 +9,7 @@ import numpy as np
 from dinoseg.errors import UserError
 from dinoseg.metrics.counts import class_counts, ratio
 from dinoseg.metrics.protocols.contract import Case, Found, Measured, pooled
-from dinoseg.metrics.protocols.trees import Tree, match, read_both, refuse_ids
+from dinoseg.metrics.protocols.trees import Tree, match, read_both, refuse_ids, refuse_inside
 
 _TREE = Tree()
 _CLASSES = 150
@@ -24,6 +24,7 @@ class Ade20k:
 
     name = "ade20k"
     unit = "image"
+    any_size = False
     keys = ("mIoU", "pixel_accuracy")
 
     def __init__(self, num_classes: int | None = None) -> None:
@@ -38,27 +39,30 @@ class Ade20k:
             "version": "CSAILVision/sceneparsing, evaluationCode (its Python twin)",
             "final": "the benchmark ranks by the mean of mIoU and pixel_accuracy",
             "differs": [
-                "official: a predicted id above the classes counts as wrong; here the file is refused.",
+                "official: a predicted id above the classes counts as wrong; here the file is refused, "
+                "unless the reference is 0 there.",
                 "official: intersections are divided by union + 2.2e-16 an image; here a union of 0 gives 0.",
             ],
         }
 
     def find(self, reference: Path, prediction: Path) -> Found:
         """Return a case for each file of the reference."""
+        refuse_inside(reference, prediction)
         return match(
             _TREE.files(reference, "reference"),
             _TREE.files(prediction, "prediction"),
+            folders=(reference, prediction),
             missing=lambda name: prediction / self.target(name),
         )
 
     def measure(self, case: Case) -> Measured:
         """Return true positives, false positives and false negatives (3 * K,) of an image."""
         reference, prediction = read_both(case)
+        labelled = reference != 0
         for ids, path in zip((reference, prediction), case.files[0], strict=True):
             assert path is not None
             rule = f"Classes are 1..{self.num_classes} and 0 is none; set num_classes if there are more."
-            refuse_ids(ids, (ids < 0) | (ids > self.num_classes), path, rule)
-        labelled = reference > 0
+            refuse_ids(ids, labelled & ((ids < 0) | (ids > self.num_classes)), path, rule)
         counts = class_counts(reference[labelled], prediction[labelled], self.num_classes + 1)
         return Measured(counts[:, 1:].ravel())
 

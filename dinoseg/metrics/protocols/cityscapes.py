@@ -12,7 +12,7 @@ from dinoseg.errors import UserError
 from dinoseg.label_tables.read import label_table
 from dinoseg.metrics.counts import confusion, iou, mean_defined, parts
 from dinoseg.metrics.protocols.contract import BadFile, Case, Found, Measured, pooled
-from dinoseg.metrics.protocols.trees import Tree, match, read_both, read_labels, refuse_ids
+from dinoseg.metrics.protocols.trees import Tree, match, pictures_hint, read_both, read_labels, refuse_ids
 
 ENDING = "_gtFine_labelIds.png"
 AVERAGE_SIZES = {  # pixels of an instance in the training set, as the official evaluation fixes them
@@ -31,6 +31,7 @@ _CATEGORIES = sorted({int(_CATEGORY[label]) for label in _SCORED})
 _THING_CATEGORIES = sorted({int(_CATEGORY[label]) for label in _THINGS})
 _REFERENCE = Tree(ENDING, f"<city>/<city>_<sequence>_<frame>{ENDING}, such as gtFine/val", depth=1)
 _PREDICTION = Tree(layout="PNG files whose names begin with <city>_<sequence>_<frame>")
+_NO_INSTANCES = "is missing, and iIoU needs it. It comes with gtFine_trainvaltest.zip: put it beside the label ids."
 _LOOKED_AT = 8  # predictions that are searched for train ids
 
 
@@ -39,6 +40,7 @@ class Cityscapes:
 
     name = "cityscapes"
     unit = "image"
+    any_size = False
     keys = ("IoU_classes", "IoU_categories", "iIoU_classes", "iIoU_categories")
 
     def __init__(self) -> None:
@@ -57,11 +59,12 @@ class Cityscapes:
 
     def find(self, reference: Path, prediction: Path) -> Found:
         """Return a case for each image of the reference that has its instances and one prediction."""
-        references = _REFERENCE.files(reference, "reference")
         by_image = _by_image(_PREDICTION.files(prediction, "prediction"))
+        references = _REFERENCE.files(reference, "reference", lambda name: _image(name) in by_image)
         own = {name: by_image.pop(_image(name)) for name in references if _image(name) in by_image}
         firsts = {name: files[0] for name, files in (own | by_image).items()}
-        found = match(references, firsts, missing=lambda name: prediction / self.target(name))
+        folders = (reference, prediction)
+        found = match(references, firsts, folders=folders, missing=lambda name: prediction / self.target(name))
         _refuse_train_ids(found.cases, prediction)
         whole = []
         for case in found.cases:
@@ -71,8 +74,7 @@ class Cityscapes:
                     (files[0], f"is one of {len(files)} predictions of its image, as is {files[1]}: keep one.")
                 )
             elif not instances.is_file():
-                remedy = "It comes with gtFine_trainvaltest.zip: put it beside the label ids."
-                found.problems.append((instances, f"is missing, and iIoU needs it. {remedy}"))
+                found.problems.append((instances, _NO_INSTANCES))
             else:
                 whole.append(case)
         found.cases = whole
@@ -87,12 +89,14 @@ class Cityscapes:
             rule = f"Label ids are 0..{_SIZE - 1}; map train ids (0..18, 255 = ignored) to them first."
             refuse_ids(ids, (ids < 0) | (ids >= _SIZE), path, rule)
         path = _instance_file(reference_file)
-        instances = read_labels(path)
+        instances = read_labels(path).astype(np.int32)  # in 8 bits where no pixel is of a thing
         if instances.shape != reference.shape:
             raise BadFile(path, f"is not of the size of {reference_file}. Take both from one archive.")
         labels = instances // 1000
         known = np.isin(labels, [i for i in range(_SIZE) if i in _THINGS or i not in _SCORED])
-        refuse_ids(instances, (instances > 1000) & ~known, path, "An instance's id is 1000 * its label id + a number.")
+        known = np.where(instances > 1000, known, (instances >= 0) & (instances < _SIZE))
+        rule = "An instance's id is 1000 * its label id + a number, that of any other pixel its label id."
+        refuse_ids(instances, ~known, path, rule)
         weighted = _instance_counts(instances, labels, prediction)
         return Measured(np.concatenate([confusion(reference, prediction, _SIZE).ravel(), weighted.ravel()]))
 
@@ -135,6 +139,8 @@ class Cityscapes:
     def case(self, name: str, reference: Path, prediction: Path) -> Case:
         """Return the case of one image; a reference in train ids stands for the label ids beside it."""
         labels = reference.with_name(reference.name.replace("_labelTrainIds.", "_labelIds."))
+        if not (instances := _instance_file(labels)).is_file():
+            raise BadFile(instances, _NO_INSTANCES)
         return Case(name, name, ((labels, prediction),))
 
     def file_ids(self, ids: np.ndarray) -> np.ndarray:
@@ -217,9 +223,10 @@ def _instance_file(reference: Path) -> Path:
 def _refuse_train_ids(cases: Sequence[Case], folder: Path) -> None:
     """Refuse predictions whose ids are those of training: they would score near nothing, without an error."""
     held: set[int] = set()
-    for path in islice((case.files[0][1] for case in cases), _LOOKED_AT):
+    paths = [path for case in islice(cases, _LOOKED_AT) for _, path in case.files if path is not None]
+    for path in paths:
         try:
-            held |= set(np.unique(read_labels(path)).tolist()) if path is not None else set()
+            held |= set(np.unique(read_labels(path)).tolist())
         except BadFile:
             continue  # told when it is measured
     seen = held - {255}
@@ -227,4 +234,5 @@ def _refuse_train_ids(cases: Sequence[Case], folder: Path) -> None:
         raise UserError(
             f"prediction={folder} holds train ids ({min(seen)}..{max(seen)}), but the official evaluation takes label "
             "ids (road is 7, not 0). Map them by the train_id column of dinoseg/label_tables/cityscapes.csv."
+            + pictures_hint(folder, (path.name for path in paths))
         )

@@ -11,15 +11,15 @@ from dinoseg.errors import UserError
 
 
 class BadFile(UserError):
-    """A file that cannot be scored; the run goes on to name them all."""
+    """A file that cannot be scored, and `more` of its case with their reasons; the run goes on to name them all."""
 
-    def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(f"{path}: {reason}")
-        self.path, self.reason = path, reason
+    def __init__(self, path: Path, reason: str, more: Sequence[tuple[Path, str]] = ()) -> None:
+        super().__init__("\n".join(f"{file}: {why}" for file, why in ((path, reason), *more)))
+        self.path, self.reason, self.more = path, reason, tuple(more)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Cross from a worker process as it was raised."""
-        return type(self), (self.path, self.reason)
+        return type(self), (self.path, self.reason, self.more)
 
 
 @dataclass(frozen=True)
@@ -108,12 +108,22 @@ class ScoreProtocol(Protocol):
 class DatasetProtocol(ScoreProtocol, Protocol):
     """A protocol that mode=eval can use too: it knows where a data set's prediction belongs, and its ids."""
 
+    any_size: bool  # a prediction may have another size than its reference
+
     def target(self, name: str) -> str:
-        """Return the path of a prediction below its folder, for a data set's name of an image."""
+        """Return the path of a prediction below its folder, for a data set's name of an image.
+
+        Raises:
+            UserError: the name is none of the benchmark's.
+        """
         ...
 
     def case(self, name: str, reference: Path, prediction: Path) -> Case:
-        """Return the case of one image of a data set."""
+        """Return the case of one image of a data set, whose prediction need not be there yet.
+
+        Raises:
+            BadFile: a file that belongs to the reference is missing.
+        """
         ...
 
     def file_ids(self, ids: np.ndarray) -> np.ndarray:

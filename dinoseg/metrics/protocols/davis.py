@@ -1,6 +1,7 @@
 """DAVIS's official scores of video object segmentation: 2017 semi-supervised and unsupervised, and 2016."""
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,15 @@ import numpy as np
 
 from dinoseg.errors import UserError
 from dinoseg.images import read_ids
-from dinoseg.metrics.davis import match_proposals, pair_scores, statistics
+from dinoseg.metrics.davis import match_proposals, object_scores, pair_scores, statistics
+from dinoseg.metrics.protocols.bad_files import BadFiles
 from dinoseg.metrics.protocols.contract import BadFile, Case, Found, Measured, pooled
 from dinoseg.metrics.protocols.davis_layout import Layout
 from dinoseg.metrics.protocols.trees import read_labels, refuse_ids
 
 KEYS = ("J&F-Mean", "J-Mean", "J-Recall", "J-Decay", "F-Mean", "F-Recall", "F-Decay")
 VOID = 255
+_LATER_SETS = ("test-dev", "test-challenge")  # sets that were drawn anew for the unsupervised task
 MAX_OBJECTS = 254
 
 _RESOLUTION = "as annotated; another size is an error"
@@ -22,9 +25,7 @@ _STATISTICS = (
     "per object over its frames: mean, share of frames above 0.5 (recall), mean of the first quarter less that of the "
     "last (decay); J&F-Mean is the mean of J-Mean and F-Mean"
 )
-_LONG = (
-    "more than 255 scored frames: the official decay counts frames in 8 bits and is wrong or nan; ours is as defined"
-)
+_LONG = "from 256 evaluated frames on, the official decay is wrong or nan (8-bit indices, numpy 2.4); ours is not"
 _MISSING = "a missing or unreadable prediction is an error that names the file; the official script crashes"
 _UNROUNDED = "nothing is rounded or taken from an earlier run's tables; the official script rounds to 3 decimals"
 _SHORT = "a sequence of one or two frames has none to score and adds no object; the official script crashes"
@@ -67,14 +68,17 @@ class Davis2017:
 
     def measure(self, case: Case) -> Measured:
         """Return the objects' statistics in sum, and their number: (7,) float64."""
-        count = _num_objects(case)
+        bad = BadFiles(self.unit)
+        count = _num_objects(case, bad)
+        rule = _allowed(count, "the objects of the first annotated frame")
         scores = []
-        for file, reference, prediction in _frames(case, skip_ends=True):
-            refuse_ids(
-                prediction, prediction > count, file, _allowed(count, "the objects of the first annotated frame")
-            )
-            region, boundary = pair_scores(reference, prediction, count, count)
-            scores.append(np.stack([region.diagonal(), boundary.diagonal()]))
+        for file, reference, prediction in _frames(case, bad, skip_ends=True):
+            with bad.noted():
+                refuse_ids(prediction, prediction > count, file, rule)
+            if not bad:
+                scores.append(np.stack(object_scores(reference, prediction, count)))
+        if bad:
+            bad.refuse()
         return _measured(scores, count)
 
     def join(self, measured: Sequence[Measured]) -> np.ndarray:
@@ -94,7 +98,7 @@ class Davis2017Unsupervised:
     """Unsupervised DAVIS-2017: proposals under ids of their own, matched to the objects of a sequence.
 
     Args:
-        split: list of sequences below ImageSets/2017.
+        split: list of sequences below ImageSets/2017, or of test-dev and test-challenge below ImageSets/2019.
         resolution: folder below Annotations_unsupervised.
         max_proposals: largest id that a prediction may hold; official: 20.
 
@@ -109,7 +113,8 @@ class Davis2017Unsupervised:
     def __init__(self, split: str = "val", resolution: str = "480p", max_proposals: int = 20) -> None:
         if isinstance(max_proposals, bool) or not 1 <= max_proposals <= 255:
             raise UserError(f"protocol.max_proposals={max_proposals}: give a number from 1 to 255; 20 is official.")
-        self.layout = Layout("Annotations_unsupervised", ("2017",), split, resolution, skip_ends=False)
+        years = ("2019",) if split in _LATER_SETS else ("2017",)
+        self.layout = Layout("Annotations_unsupervised", years, split, resolution, skip_ends=False)
         self.max_proposals = max_proposals
         official = "" if max_proposals == 20 else " (not official, which is 20)"
         self.rules: dict[str, Any] = {
@@ -137,15 +142,21 @@ class Davis2017Unsupervised:
 
     def measure(self, case: Case) -> Measured:
         """Return the matched objects' statistics in sum, and their number: (7,) float64."""
-        objects, proposals = _num_objects(case), 0
+        bad = BadFiles(self.unit)
+        objects, proposals = _num_objects(case, bad), 0
+        rule = _allowed(self.max_proposals, "proposals")
         scores = []
-        for file, reference, prediction in _frames(case, skip_ends=False):
-            rule = _allowed(self.max_proposals, "proposals")
-            refuse_ids(prediction, prediction > self.max_proposals, file, rule)
+        for file, reference, prediction in _frames(case, bad, skip_ends=False):
+            with bad.noted():
+                refuse_ids(prediction, prediction > self.max_proposals, file, rule)
+            if bad:
+                continue
             proposals = max(proposals, int(prediction.max()))
             void = reference == VOID
             pairs = pair_scores(reference, prediction, objects, max(self.max_proposals, objects), void)
             scores.append(np.stack(pairs))
+        if bad:
+            bad.refuse()
         # empty masks beyond the largest id would be free proposals: the official script adds only the missing ones
         series = np.stack(scores, axis=-1)[:, : max(proposals, objects)]  # (2, P, G, T)
         match = match_proposals(*series)
@@ -194,9 +205,13 @@ class Davis2016:
 
     def measure(self, case: Case) -> Measured:
         """Return the sequence's statistics, and 1: (7,) float64."""
+        bad = BadFiles(self.unit)
         scores = []
-        for _, reference, prediction in _frames(case, skip_ends=True, read=_read_foreground):
-            scores.append(np.stack(pair_scores(reference, prediction, 1, 1))[:, 0])
+        for _, reference, prediction in _frames(case, bad, skip_ends=True, read=_read_foreground):
+            if not bad:
+                scores.append(np.stack(object_scores(reference, prediction, 1)))
+        if bad:
+            bad.refuse()
         return _measured(scores, 1)
 
     def join(self, measured: Sequence[Measured]) -> np.ndarray:
@@ -220,8 +235,14 @@ def means_over_objects(sums: np.ndarray) -> dict[str, np.ndarray]:
     return {KEYS[0]: (scores["J-Mean"] + scores["F-Mean"]) / 2, **scores}
 
 
-def _num_objects(case: Case) -> int:
-    """Return the largest id of a sequence's first annotated frame, void aside."""
+def _num_objects(case: Case, bad: BadFiles) -> int:
+    """Return the largest id of a sequence's first annotated frame, void aside; any id may be one where it is bad."""
+    with bad.noted():
+        return _largest_id(case)
+    return sys.maxsize
+
+
+def _largest_id(case: Case) -> int:
     first = case.files[0][0]
     ids = read_labels(first)
     objects = ids[ids != VOID]
@@ -243,18 +264,15 @@ def _read_foreground(path: Path) -> np.ndarray:
     return (held.any(axis=2) if held.ndim == 3 else held).astype(np.uint8)
 
 
-def _frames(case: Case, *, skip_ends: bool, read=read_labels) -> Iterator[tuple[Path, np.ndarray, np.ndarray]]:
-    """Yield prediction file, reference and prediction (H, W) of each scored frame, one at a time."""
+def _frames(
+    case: Case, bad: BadFiles, *, skip_ends: bool, read: Callable[[Path], np.ndarray] = read_labels
+) -> Iterator[tuple[Path, np.ndarray, np.ndarray]]:
+    """Yield prediction file, reference and prediction (H, W) of each scored frame that is sound, one at a time."""
     for file, predicted in case.files[1:-1] if skip_ends else case.files:
         assert predicted is not None
-        reference, prediction = read(file), read(predicted)
-        if reference.shape != prediction.shape:
-            sizes = [f"{ids.shape[1]} x {ids.shape[0]}" for ids in (prediction, reference)]
-            raise BadFile(
-                predicted,
-                f"is {sizes[0]} (width x height), its reference {sizes[1]}. Predict at the reference's size.",
-            )
-        yield predicted, reference, prediction
+        maps = bad.read_pair(file, predicted, read)
+        if maps is not None:
+            yield predicted, *maps
 
 
 def _allowed(count: int, what: str) -> str:

@@ -69,7 +69,11 @@ class Layout:
         scored = list(frames)[1:-1] if self.skip_ends else list(frames)
         missing = [frame for frame in scored if frame not in predicted]
         found.problems += [
-            (prediction / frame, f"is missing: {frames[frame]} has no prediction. Add it.") for frame in missing
+            (
+                prediction / frame,
+                f"is missing: {frames[frame]} has no prediction, so its sequence is not scored. Add it.",
+            )
+            for frame in missing
         ]
         if extra := sorted(predicted.keys() - frames.keys()):
             found.notes.append(f"{prediction}: frames without annotation are not scored: {_listed(extra)}")

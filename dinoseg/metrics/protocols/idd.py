@@ -50,6 +50,7 @@ class Idd:
 
     name = "idd"
     unit = "drive"
+    any_size = True
     keys = ("mIoU_level3", "mIoU_level2", "mIoU_level1", "mIoU_level1_as_shipped")
 
     def __init__(self, resolution: int = 720) -> None:
@@ -68,9 +69,11 @@ class Idd:
 
     def find(self, reference: Path, prediction: Path) -> Found:
         """Return a case for each frame of the reference."""
+        predictions = _PREDICTION.files(prediction, "prediction")
         return match(
-            _REFERENCE.files(reference, "reference"),
-            _PREDICTION.files(prediction, "prediction"),
+            _REFERENCE.files(reference, "reference", predictions.__contains__),
+            predictions,
+            folders=(reference, prediction),
             missing=lambda name: prediction / self.target(name),
             unit=drive,
         )

@@ -37,6 +37,7 @@ class IddLite:
 
     name = "idd_lite"
     unit = "drive"
+    any_size = True
     keys = ("mIoU",)
 
     def __init__(self, resolution: int = 128) -> None:
@@ -50,9 +51,11 @@ class IddLite:
 
     def find(self, reference: Path, prediction: Path) -> Found:
         """Return a case for each frame of the reference."""
+        predictions = _TREE.files(prediction, "prediction")
         return match(
-            _TREE.files(reference, "reference"),
-            _TREE.files(prediction, "prediction"),
+            _TREE.files(reference, "reference", predictions.__contains__),
+            predictions,
+            folders=(reference, prediction),
             missing=lambda name: prediction / self.target(name),
             unit=drive,
         )

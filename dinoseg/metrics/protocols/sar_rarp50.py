@@ -10,6 +10,7 @@ import numpy as np
 from dinoseg.errors import UserError
 from dinoseg.images import read_ids
 from dinoseg.metrics.protocols.contract import BadFile, Case, Found, Measured, pooled
+from dinoseg.metrics.protocols.trees import pictures_hint, refuse_inside
 from dinoseg.metrics.surface import surface_dices
 
 CLASSES = (  # ids 1 to 9; 0, the background, is not scored
@@ -40,6 +41,7 @@ class SarRarp50:
 
     name = "sar_rarp50"
     unit = "video"
+    any_size = False
     keys = ("mIoU", "mNSD", "score")
 
     def __init__(self, tolerance: float = OFFICIAL_TOLERANCE) -> None:
@@ -122,6 +124,7 @@ def find_frames(reference: Path, prediction: Path) -> Found:
     for role, folder in (("reference", reference), ("prediction", prediction)):
         if not folder.is_dir():
             raise UserError(f"{role}={folder} is no folder. Give the folder that holds <video>/{FOLDER}/.")
+    refuse_inside(reference, prediction)
     videos = _folders_in(reference)
     masks = {video: _masks_in(reference / video / FOLDER) for video in videos}
     if not any(masks.values()):
@@ -130,6 +133,15 @@ def find_frames(reference: Path, prediction: Path) -> Found:
             f"such as test/ of the data set{f'; it holds {_listed(videos)}' if videos else ''}."
         )
     found = Found([])
+    labelled = [video for video in videos if masks[video]]
+    if not any((prediction / video / FOLDER).is_dir() for video in labelled):
+        held = _folders_in(prediction)
+        there = f"; it holds {_listed(held)}" if held else ""
+        raise UserError(
+            f"prediction={prediction} holds no folder {FOLDER}/ of the videos in reference={reference}, "
+            f"{_listed(labelled)}{there}. Are these of another split, or named otherwise?"
+            + pictures_hint(prediction, (path.name for path in prediction.rglob("*_pred.png")))
+        )
     for video in videos:
         if not masks[video]:
             found.problems.append((reference / video, f"holds no {FOLDER}/<stem>.png: add its masks or remove it"))
@@ -224,9 +236,9 @@ def _folders_in(folder: Path) -> list[str]:
 
 
 def _masks_in(folder: Path) -> dict[str, Path]:
-    """Return file name to path of a folder's PNG files, without hidden ones; empty where it is missing."""
+    """Return file name to path of a folder's PNG files, without hidden ones and folders; empty where it is missing."""
     paths = sorted(folder.glob("*.png"))
-    return {path.name: path for path in paths if not path.name.startswith(".")}
+    return {path.name: path for path in paths if not path.name.startswith(".") and not path.is_dir()}
 
 
 def _add_video(found: Found, video: str, masks: dict[str, Path], folder: Path) -> None:
@@ -240,7 +252,10 @@ def _add_video(found: Found, video: str, masks: dict[str, Path], folder: Path) -
         remarks.append(f"{len(predicted)} files for {len(masks)} reference frames, which the official script refuses")
     if missing := [file for file in masks if file not in predicted]:
         remarks.append(f"missing predictions (what they score is in the rules), {len(missing)}: {_listed(missing)}")
-    if extra := sorted(predicted - masks.keys()):
+    extra = sorted(predicted - masks.keys())
+    if ended := [file for file in extra if Path(file).with_suffix(".png").name in missing]:
+        remarks.append(f"missing for their ending alone, which must be .png, {len(ended)}: {_listed(ended)}")
+    if extra:
         remarks.append(f"files without reference, which are not scored, {len(extra)}: {_listed(extra)}")
     if remarks:
         found.notes.append(f"{folder}: {'; '.join(remarks)}")

@@ -28,6 +28,7 @@ class SarRarp50Seed:
 
     name = "sar_rarp50_seed"
     unit = "video"
+    any_size = False
     keys = ("mIoU_seed_per_image",)
 
     def __init__(self) -> None:

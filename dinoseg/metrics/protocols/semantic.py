@@ -1,6 +1,6 @@
 """Any semantic segmentation: counts pooled over the whole data set, as mmseg and Hugging Face evaluate give them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +8,8 @@ import numpy as np
 
 from dinoseg.errors import UserError
 from dinoseg.metrics.counts import class_counts, dice, iou, mean_defined, ratio
-from dinoseg.metrics.protocols.contract import Case, Found, Measured, pooled
-from dinoseg.metrics.protocols.trees import Tree, match, read_both, refuse_ids
+from dinoseg.metrics.protocols.contract import BadFile, Case, Found, Measured, pooled
+from dinoseg.metrics.protocols.trees import Tree, match, read_both, read_labels, refuse_ids, refuse_inside
 from dinoseg.metrics.surface import boundary_ious, surface_dices
 
 _TREE = Tree()
@@ -20,16 +20,19 @@ class Semantic:
     """Pooled scores of two trees of same-named PNGs.
 
     Args:
-        num_classes: K; ids are 0..K-1.
+        num_classes: K; ids are 0..K-1. Null is 2 for binary masks.
         ignore_index: reference id whose pixels do not count.
         reduce_zero_label: in references, 0 is ignored and class k is stored as k + 1; predictions hold 0..K-1.
         boundary: score the Boundary IoU too.
         nsd: score the normalised surface dice too.
         tolerance: of the surface dice, in pixels, inclusive.
+        binary: both sides hold 0 and 255 (or 0 and 1), which are the classes 0 and 1; nothing is ignored. Null: not,
+            and references of 0 and 255 alone are refused, where the score would be of one class.
     """
 
     name = "semantic"
     unit = "image"
+    any_size = False
 
     def __init__(
         self,
@@ -39,16 +42,28 @@ class Semantic:
         boundary: bool = False,
         nsd: bool = False,
         tolerance: float = 2,
+        binary: bool | None = None,
     ) -> None:
-        if num_classes is None or num_classes < 1:
+        if binary:
+            if num_classes not in (None, 2) or reduce_zero_label:
+                raise UserError(
+                    f"protocol.binary=true with num_classes={num_classes} protocol.reduce_zero_label="
+                    f"{str(reduce_zero_label).lower()}: masks of 0 and 255 have 2 classes, and none is reduced."
+                )
+            num_classes = 2
+        if num_classes is None:
             raise UserError(
-                f"num_classes={num_classes}: protocol=semantic needs to know how many classes there are. "
-                "Give it: num_classes=19."
+                "num_classes=null: protocol=semantic needs to know how many classes there are. Give it: "
+                "num_classes=19, or protocol.binary=true for masks of 0 and 255."
+            )
+        if num_classes < 1:
+            raise UserError(
+                f"num_classes={num_classes}: give the number of classes, 1 or more. Their ids are 0 to num_classes - 1."
             )
         if not 0 <= tolerance < np.inf:
             raise UserError(f"protocol.tolerance={tolerance}: give a distance in pixels, 0 or more.")
         self.num_classes = num_classes
-        self.ignore_index, self.reduce_zero_label = ignore_index, reduce_zero_label
+        self.ignore_index, self.reduce_zero_label, self.binary = ignore_index, reduce_zero_label, binary
         self.boundary, self.nsd, self.tolerance = boundary, nsd, tolerance
         self.keys = ("mIoU", "accuracy", "mean_accuracy", "dice", *["boundary_IoU"] * boundary, *["NSD"] * nsd)
         self.rules = self._rules()
@@ -59,14 +74,17 @@ class Semantic:
             "absent_class": "left out of the mean; one that is only predicted counts as 0",
             "resolution": "as stored; both sides must be of one size",
             "ignore": f"{ignored}, or 0 or 255 as stored (reduce_zero_label)" if self.reduce_zero_label else ignored,
+            "out_of_range": f"a predicted id above {self.num_classes - 1} is of no class: a false negative only; such "
+            "pixels are counted as unknown_pixels_prediction",
             "aggregation": "counts pooled over all images, then the mean over classes; intervals over images",
-            "out_of_range": f"a predicted id above {self.num_classes - 1} is of no class: a false negative only",
             "version": "mmsegmentation 1.2.2 IoUMetric and Hugging Face evaluate mean_iou",
             "differs": [
                 "mmseg sums in float32, which loses pixels above 16,777,216 in a class; here in int64.",
                 "with nan_to_num=0, mmseg counts a class that occurs nowhere as 0; here it is left out.",
             ],
         }
+        if self.binary:
+            rules |= {"ignore": "nothing", "binary": "0 is class 0; 255 is class 1, as is 1 in a file without 255"}
         if self.boundary:
             rules["boundary_IoU"] = f"pooled like mIoU, of the bands within {_BAND:.0%} of the diagonal of the outlines"
         if self.nsd:
@@ -79,30 +97,61 @@ class Semantic:
         return rules
 
     def find(self, reference: Path, prediction: Path) -> Found:
-        """Return a case for each file of the reference."""
-        return match(
+        """Return a case for each file of the reference.
+
+        Raises:
+            UserError: a folder is missing, none of the files fit, or references look like binary masks and
+                `binary` does not say whether they are.
+        """
+        refuse_inside(reference, prediction)
+        found = match(
             _TREE.files(reference, "reference"),
             _TREE.files(prediction, "prediction"),
+            folders=(reference, prediction),
             missing=lambda name: prediction / self.target(name),
         )
+        unclear = self.binary is None and self.num_classes > 1 and self.ignore_index == 255
+        if unclear and not self.reduce_zero_label and _look_binary(case.files[0][0] for case in found.cases):
+            raise UserError(
+                f"reference={reference} holds 0 and 255 alone: with protocol.ignore_index=255 only class 0 would be "
+                "scored. If 255 is the object, set protocol.binary=true; if it is to be ignored, protocol.binary=false."
+            )
+        return found
 
     def measure(self, case: Case) -> Measured:
         """Return the counts (3 * K,) of an image, then those of the outlines (2 * K each) that are asked for."""
         reference, prediction = read_both(case)
-        ids, held = reference.astype(np.int64), np.ones(reference.shape, bool)
-        if self.reduce_zero_label:
-            ids, held = ids - 1, (reference > 0) & (reference != 255)
-        held &= ids != self.ignore_index
-        rule = (
-            f"Classes are 0..{self.num_classes - 1} and {self.ignore_index} is ignored: set num_classes or correct it."
-        )
-        refuse_ids(reference, held & ((ids < 0) | (ids >= self.num_classes)), case.files[0][0], rule)
-        guess = np.where((prediction < 0) | (prediction >= self.num_classes), self.num_classes, prediction)
+        if self.binary:
+            reference, prediction = (
+                _from_binary(numbers, path)
+                for numbers, path in zip((reference, prediction), case.files[0], strict=True)
+            )
+        ids, held = self._ids(reference, case.files[0][0])
+        unknown = (prediction < 0) | (prediction >= self.num_classes)
+        guess = np.where(unknown, self.num_classes, prediction)
         counts = [class_counts(ids[held], guess[held], self.num_classes).astype(np.float64).ravel()]
         if self.boundary or self.nsd:
             sides = [np.where(held, each, self.num_classes).astype(np.uint16) for each in (ids, guess)]
             counts += self._outlines(*sides)
-        return Measured(np.concatenate(counts))
+        return Measured(np.concatenate(counts), {"unknown_pixels_prediction": int((unknown & held).sum())})
+
+    def _ids(self, reference: np.ndarray, path: Path) -> tuple[np.ndarray, np.ndarray]:
+        """Return a reference's class ids and which pixels count (H, W)."""
+        ids, held = reference.astype(np.int64), np.ones(reference.shape, bool)
+        if self.binary:
+            return ids, held
+        if self.reduce_zero_label:
+            ids, held = ids - 1, (reference > 0) & (reference != 255)
+        ignored = ids == self.ignore_index
+        held &= ~ignored
+        wrong = held & ((ids < 0) | (ids >= self.num_classes))
+        if wrong.any():
+            foreign = np.unique(ids[wrong])
+            rule = f"Classes are 0..{self.num_classes - 1} and {self.ignore_index} is ignored: set num_classes"
+            if len(foreign) == 1 and not ignored.any():
+                rule += f", protocol.ignore_index={foreign[0]} if these pixels are not to count,"
+            refuse_ids(reference, wrong, path, f"{rule} or correct it.")
+        return ids, held
 
     def _outlines(self, reference: np.ndarray, prediction: np.ndarray) -> list[np.ndarray]:
         """Return the counts (2 * K,) of Boundary IoU and of surface dice, those that are asked for."""
@@ -170,3 +219,28 @@ class Semantic:
     def _counts(self, sums: np.ndarray) -> np.ndarray:
         """Return rows (R, ..., K): hits, false positives, false negatives, then two for each kind of outline."""
         return np.moveaxis(sums.reshape(*sums.shape[:-1], -1, self.num_classes), -2, 0)
+
+
+def _look_binary(references: Iterable[Path]) -> bool:
+    """Return whether references hold 0 and 255 and nothing else; the first that holds more ends the search."""
+    seen: set[int] = set()
+    for path in references:
+        try:
+            seen |= set(np.unique(read_labels(path)).tolist())
+        except BadFile:
+            continue  # told when it is measured
+        if not seen <= {0, 255}:
+            return False
+    return len(seen) == 2
+
+
+def _from_binary(numbers: np.ndarray, path: Path | None) -> np.ndarray:
+    """Return a mask of 0 and 255, or of 0 and 1, as class ids (H, W).
+
+    Raises:
+        BadFile: it holds anything else.
+    """
+    assert path is not None
+    high = 255 if (numbers == 255).any() else 1
+    refuse_ids(numbers, (numbers != 0) & (numbers != high), path, f"Beside {high}, a binary mask holds 0 alone.")
+    return (numbers == high).astype(np.uint8)

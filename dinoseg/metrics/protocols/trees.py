@@ -1,6 +1,5 @@
 """Two trees of label files: those of one name belong together, and what fits nowhere is told."""
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from dinoseg.errors import UserError
+from dinoseg.files import visible_files
 from dinoseg.images import read_ids
 from dinoseg.metrics.protocols.contract import BadFile, Case, Found
 
@@ -32,12 +32,14 @@ class Tree:
     depth: int | None = None
     exclude: str = ""
 
-    def files(self, folder: Path, option: str) -> dict[str, Path]:
+    def files(self, folder: Path, option: str, wanted: Callable[[str], bool] | None = None) -> dict[str, Path]:
         """Return name to file, sorted by name.
 
         Args:
             folder: where to look.
             option: `reference` or `prediction`, for messages.
+            wanted: whether a name has its counterpart, where that is known: of folders further down, the message
+                suggests the one with most of these.
 
         Raises:
             UserError: no folder, or no such file at that depth.
@@ -52,26 +54,60 @@ class Tree:
         ]
         found = [path for path in fitting if self.depth is None or path.count("/") == self.depth]
         if not found:
-            raise UserError(self._nothing(folder, option, every, fitting))
+            raise UserError(self._nothing(folder, option, every, fitting, wanted or bool))
         return {path.removesuffix(self.ending): folder / path for path in found}
 
-    def _nothing(self, folder: Path, option: str, every: list[str], fitting: list[str]) -> str:
+    def _nothing(
+        self, folder: Path, option: str, every: list[str], fitting: list[str], wanted: Callable[[str], bool]
+    ) -> str:
         start = f"{option}={folder} does not hold {self.layout}"
         if fitting:
-            parts = fitting[0].split("/")
-            better = folder.joinpath(*parts[: len(parts) - 1 - (self.depth or 0)])
-            hint = f" Try {option}={better}." if len(parts) - 1 > (self.depth or 0) else ""
+            hits: Counter[str] = Counter()
+            for path in fitting:
+                parts = path.split("/")
+                above = len(parts) - 1 - (self.depth or 0)
+                if above > 0:
+                    hits["/".join(parts[:above])] += wanted("/".join(parts[above:]).removesuffix(self.ending))
+            hint = f" Try {option}={folder / hits.most_common(1)[0][0]}." if hits else ""
             return f"{start}: {fitting[0]} is not at that depth.{hint}"
         kinds = Counter(PurePosixPath(path).suffix or "no ending" for path in every)
         held = ", ".join(f"{count} of {kind}" for kind, count in kinds.most_common(_SHOWN)) or "no files"
         example = f", such as {every[0]}" if every else ""
-        return f"{start}: no file ends with {self.ending}. It holds {held}{example}. Give the folder that does."
+        text = f"{start}: no file ends with {self.ending}. It holds {held}{example}. Give the folder that does."
+        return text + pictures_hint(folder, every)
+
+
+def refuse_inside(reference: Path, prediction: Path) -> None:
+    """Refuse predictions below the folder of references, where they would be taken for references.
+
+    Raises:
+        UserError: they lie there.
+    """
+    if reference.resolve() in prediction.resolve().parents:
+        raise UserError(
+            f"prediction={prediction} lies inside reference={reference}, whose files are all references. "
+            "Move the predictions out of it, or give the folder of references alone."
+        )
+
+
+def pictures_hint(folder: Path, files: Iterable[str]) -> str:
+    """Return what to give in place of mode=eval's pictures; empty for other files."""
+    if not any(file.endswith(("_pred.png", "_pred")) for file in files):
+        return ""
+    official = folder.parent / "official"
+    if official.is_dir():
+        return f" These are the pictures of mode=eval: use its official/, prediction={official}."
+    return (
+        " Pictures *_pred.png are those of mode=eval. For data sets with an official protocol it writes official/ "
+        "beside them, laid out to be scored: use that."
+    )
 
 
 def match(
     reference: Mapping[str, Path],
     prediction: Mapping[str, Path],
     *,
+    folders: tuple[Path, Path],
     missing: Callable[[str], Path],
     unit: Callable[[str], str] = str,
 ) -> Found:
@@ -80,30 +116,42 @@ def match(
     Args:
         reference: name to file.
         prediction: likewise.
+        folders: of references and of predictions, for messages.
         missing: where the prediction of a name should lie.
         unit: what a name belongs to.
+
+    Raises:
+        UserError: no reference has a prediction.
     """
     cases = [
         Case(name, unit(name), ((file, prediction[name]),)) for name, file in reference.items() if name in prediction
     ]
+    if not cases:
+        count = f"{len(reference)} file{'s' * (len(reference) > 1)}"
+        raise UserError(
+            f"reference={folders[0]} holds {count}, and prediction={folders[1]} has a prediction of none: the first "
+            f"would be {missing(next(iter(reference)))}, but there is {next(iter(prediction.values()))}. Are these of "
+            f"another split, or named otherwise?{pictures_hint(folders[1], prediction)}"
+        )
     problems = [
         (missing(name), f"is missing: {file} has no prediction. Add it.")
         for name, file in reference.items()
         if name not in prediction
     ]
-    return Found(cases, problems, extra(prediction.keys() - reference.keys()))
+    return Found(cases, problems, extra(prediction.keys() - reference.keys(), folders[1]))
 
 
-def extra(names: Iterable[str]) -> list[str]:
-    """Return a note for each folder that holds predictions without reference."""
-    by_folder: dict[str, list[str]] = {}
+def extra(names: Iterable[str], folder: Path) -> list[str]:
+    """Return a note for each folder, below that of the predictions, that holds some without reference."""
+    by_parent: dict[Path, list[str]] = {}
     for name in sorted(names):
         parent, _, stem = name.rpartition("/")
-        by_folder.setdefault(parent or ".", []).append(stem)
+        by_parent.setdefault(folder / parent, []).append(stem)
     return [
-        f"{len(stems)} predictions in {folder} have no reference and are not scored: {', '.join(stems[:_SHOWN])}"
+        (f"1 prediction in {parent} has" if len(stems) == 1 else f"{len(stems)} predictions in {parent} have")
+        + f" no reference and {'is' if len(stems) == 1 else 'are'} not scored: {', '.join(stems[:_SHOWN])}"
         + (f" and {len(stems) - _SHOWN} more" if len(stems) > _SHOWN else "")
-        for folder, stems in by_folder.items()
+        for parent, stems in by_parent.items()
     ]
 
 
@@ -160,8 +208,6 @@ def refuse_ids(ids: np.ndarray, wrong: np.ndarray, path: Path, rule: str) -> Non
 
 def _walk(folder: Path) -> Iterable[str]:
     """Yield the path of every visible file below a folder, with slashes."""
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for file in files:
-            if not file.startswith("."):
-                yield Path(parent, file).relative_to(folder).as_posix()
+    for parent, files in visible_files(folder):
+        start = parent.relative_to(folder)
+        yield from ((start / file).as_posix() for file in files)

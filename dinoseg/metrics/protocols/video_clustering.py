@@ -8,8 +8,9 @@ import numpy as np
 
 from dinoseg.errors import UserError
 from dinoseg.metrics.clustering import MATCHINGS, Contingency, adjusted_rand_index, best_overlaps, contingency
+from dinoseg.metrics.protocols.bad_files import BadFiles
 from dinoseg.metrics.protocols.contract import BadFile, Case, Found, Measured, pooled
-from dinoseg.metrics.protocols.trees import Tree, extra, read_both
+from dinoseg.metrics.protocols.trees import Tree, extra, read_labels
 
 BACKGROUND = 0
 MAX_SEGMENTS = 2048  # ids in a video: more are no segments, and the table of pairs would fill memory
@@ -69,26 +70,37 @@ class VideoClustering:
                 continue
             missing = [name for name in names if name not in predicted]
             found.problems += [
-                (prediction / f"{name}.png", f"is missing: {names[name]} has no prediction. Add it.")
+                (
+                    prediction / f"{name}.png",
+                    f"is missing: {names[name]} has no prediction, so its video is not scored. Add it.",
+                )
                 for name in missing
             ]
             if not missing:
                 files = tuple((path, predicted[name]) for name, path in names.items())
                 found.cases.append(Case(video, video, files))
         known = {name for names in frames.values() for name in names}
-        found.notes += extra(predicted.keys() - known)
+        found.notes += extra(predicted.keys() - known, prediction)
         return found
 
     def measure(self, case: Case) -> Measured:
         """Return the video's scores and the sums of its frames', each with how many there are: (10,) float64."""
         total = contingency(np.zeros(0, np.uint8), np.zeros(0, np.uint8))
         frames = np.zeros(5)
-        for pair in case.files:
-            one = self._count(Case(case.name, case.unit, (pair,)))
+        bad = BadFiles(self.unit)
+        for file, predicted in case.files:
+            assert predicted is not None
+            maps = bad.read_pair(file, predicted, _read_segments)
+            if maps is None or bad:
+                continue
+            one = self._count(*maps)
             frames += self._scores(one)
             total += one
-            for path, ids in zip(pair, (total.true_ids, total.predicted_ids), strict=True):
-                _refuse_crowd(len(ids), path)
+            for path, ids in ((file, total.true_ids), (predicted, total.predicted_ids)):
+                with bad.noted():
+                    _refuse_crowd(len(ids), path)
+        if bad:
+            bad.refuse()
         objects = int((total.true_ids != BACKGROUND).sum())
         details = {"frames": len(case.files), "objects": objects, "segments": len(total.predicted_ids)}
         return Measured(np.concatenate([self._scores(total), frames]), details)
@@ -113,11 +125,7 @@ class VideoClustering:
         """Return nothing: segments belong to no class."""
         return []
 
-    def _count(self, case: Case) -> Contingency:
-        true, predicted = read_both(case)
-        for path, ids in zip(case.files[0], (true, predicted), strict=True):
-            if ids.dtype != np.uint8:
-                _refuse_crowd(len(np.unique(ids)), path)
+    def _count(self, true: np.ndarray, predicted: np.ndarray) -> Contingency:
         if self.ignore is not None:
             counted = true != self.ignore
             true, predicted = true[counted], predicted[counted]
@@ -139,9 +147,15 @@ def _by_video(files: dict[str, Path]) -> dict[str, dict[str, Path]]:
     return videos
 
 
-def _refuse_crowd(count: int, path: Path | None) -> None:
+def _read_segments(path: Path) -> np.ndarray:
+    ids = read_labels(path)
+    if ids.dtype != np.uint8:
+        _refuse_crowd(len(np.unique(ids)), path)
+    return ids
+
+
+def _refuse_crowd(count: int, path: Path) -> None:
     if count > MAX_SEGMENTS:
-        assert path is not None
         raise BadFile(
             path, f"brings its video to {count} ids, above {MAX_SEGMENTS}. Give maps of segments, not of depth."
         )

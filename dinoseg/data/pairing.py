@@ -1,0 +1,93 @@
+"""Images and masks paired by name; what is no whole pair is kept with the reason, and refused or left out later."""
+
+import unicodedata
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from dinoseg.data.labels import Labels
+from dinoseg.data.masks import Masks
+from dinoseg.data.pairs import Pair, PairDataset
+from dinoseg.data.scan import reasons
+from dinoseg.data.wording import count_of
+from dinoseg.errors import UserError
+
+_FEW = 3  # reasons that are told where nothing is whole: they will be alike
+
+
+@dataclass(frozen=True)
+class Lacking:
+    """What ought to be a pair, or all pairs of a video.
+
+    Args:
+        name: of the pair, or of the video's first; it is divided among the splits as if it were whole, so that
+            these stay as they are when it is mended.
+        reason: what is wrong, with the file.
+        remedy: what to do about it.
+        title: what it is called; "": its name.
+    """
+
+    name: str
+    reason: str
+    remedy: str
+    title: str = ""
+
+
+def pair_by_name(
+    images: Mapping[str, Path], masks: Mapping[str, Path], folders: tuple[Path, Path], remedy: str
+) -> list[Pair | Lacking]:
+    """Return the pairs, and the images and masks that are alone, in the order of their names.
+
+    Args:
+        images: name to file.
+        masks: likewise.
+        folders: of the images and of the masks.
+        remedy: what to do about those that are alone.
+    """
+    sides = ((images, masks, "mask", folders[1]), (masks, images, "image", folders[0]))
+    found: dict[str, Pair | Lacking] = {name: Pair(name, images[name], masks[name]) for name in images.keys() & masks}
+    for files, others, other, folder in sides:
+        twins = {_composed(name): path for name, path in others.items() if name not in files}
+        for name in files.keys() - others.keys():
+            reason = f"{files[name]} has no {other} in {folder}."
+            if twin := twins.get(_composed(name)):
+                reason += f" {twin} only looks as if it had its name: one has accents as signs of their own (Unicode "
+                reason += "NFD, as macOS writes them), the other has not (NFC). Rename one."
+            found[name] = Lacking(name, reason, remedy)
+    return [found[name] for name in sorted(found)]
+
+
+def gathered(found: Iterable[Pair | Lacking], split: str, labels: Labels, masks: Masks) -> PairDataset:
+    """Return the data set of the whole pairs, which knows what is none.
+
+    Raises:
+        UserError: nothing is whole.
+    """
+    whole: list[Pair] = []
+    lacking: dict[str, str] = {}
+    remedies: dict[str, None] = {}  # in order, each once
+    for each in found:
+        if isinstance(each, Pair):
+            whole.append(each)
+        else:
+            lacking[each.title or each.name] = each.reason
+            remedies[each.remedy] = None
+    dataset = PairDataset(whole, labels, masks, lacking, "\n".join(remedies))
+    if not whole:
+        raise not_whole(dataset, split)
+    return dataset
+
+
+def not_whole(dataset: PairDataset, split: str) -> UserError:
+    """Return the error that names what is no whole pair."""
+    lacking = dataset.lacking
+    if not len(dataset):
+        return UserError(f"Split {split} has no image with its mask:{reasons(lacking, _FEW)}\n{dataset.remedy}")
+    return UserError(
+        f"Split {split} has {count_of(dataset.pairs, 'image')} with a mask, and {len(lacking)} that lack something:"
+        f"{reasons(lacking)}\n{dataset.remedy}\nTo go on without them: data.on_error=skip."
+    )
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)

@@ -1,0 +1,63 @@
+"""All the bad files of a case that is scored as a whole: one is enough to leave it out, and each should be named."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+
+from dinoseg.metrics.protocols.contract import BadFile
+
+
+class BadFiles:
+    """Collect the bad files of a case, each with its first reason.
+
+    Args:
+        unit: what the case is and what is left out with it, such as `sequence`.
+    """
+
+    def __init__(self, unit: str) -> None:
+        self._unit = unit
+        self._reasons: dict[Path, str] = {}
+
+    def __bool__(self) -> bool:
+        """Return whether there are any."""
+        return bool(self._reasons)
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Note a file that is found bad inside, and go on after it."""
+        try:
+            yield
+        except BadFile as error:
+            for path, reason in ((error.path, error.reason), *error.more):
+                self._reasons.setdefault(path, reason)
+
+    def read_pair(
+        self, file: Path, predicted: Path, read: Callable[[Path], np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return reference and prediction (H, W), or None once they are noted: unreadable, or of different sizes."""
+        maps = []
+        for path in (file, predicted):
+            with self.noted():
+                maps.append(read(path))
+        if len(maps) < 2:
+            return None
+        if maps[0].shape == maps[1].shape:
+            return maps[0], maps[1]
+        sizes = [f"{ids.shape[1]} x {ids.shape[0]}" for ids in maps]
+        with self.noted():
+            raise BadFile(
+                predicted,
+                f"is {sizes[1]} (width x height), its reference {sizes[0]}. Predict at the reference's size.",
+            )
+        return None
+
+    def refuse(self) -> NoReturn:
+        """Raise a BadFile that names them all."""
+        (path, reason), *more = (
+            (path, f"{reason.rstrip('.')}, so its {self._unit} is not scored.")
+            for path, reason in self._reasons.items()
+        )
+        raise BadFile(path, reason, tuple(more))

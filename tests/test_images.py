@@ -1,0 +1,120 @@
+"""Pictures read strictly: ids come as they are stored, or the file is refused with what it is."""
+
+import os
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dinoseg.errors import UserError
+from dinoseg.images import read_ids, read_image, read_size
+
+
+def write_png(path, bits, kind, row):
+    """Write a PNG of one row of packed bytes; kind is IHDR's colour type."""
+
+    def chunk(tag, data):
+        return struct.pack(">I", len(data)) + tag + data + struct.pack(">I", zlib.crc32(tag + data))
+
+    channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[kind]
+    header = struct.pack(">IIBBBBB", 8 * len(row) // bits // channels, 1, bits, kind, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"PLTE", bytes(range(200, 248)) if kind == 3 else b"")]
+    chunks += [(b"IDAT", zlib.compress(b"\0" + bytes(row))), (b"IEND", b"")]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*each) for each in chunks if each[1] or each[0] == b"IEND"))
+    return path
+
+
+def write_tiff(path, bits, sample, data, *, order="<", photometric=1):
+    """Write a TIFF of one row; sample is 1 unsigned, 2 signed, 3 float, photometric 0 for white is zero."""
+    tags = [(256, 3, 8 * len(data) // bits), (257, 3, 1), (258, 3, bits), (259, 3, 1), (262, 3, photometric)]
+    tags += [(273, 4, 8), (277, 3, 1), (278, 3, 1), (279, 4, len(data)), (339, 3, sample)]
+    start = b"II*\0" if order == "<" else b"MM\0*"
+    held = start + struct.pack(f"{order}I", 8 + len(data)) + data + struct.pack(f"{order}H", len(tags))
+    for tag, kind, value in tags:
+        number = struct.pack(f"{order}HH", value, 0) if kind == 3 else struct.pack(f"{order}I", value)
+        held += struct.pack(f"{order}HHI", tag, kind, 1) + number
+    path.write_bytes(held + bytes(4))
+    return path
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_tiff_numbers_are_as_stored_in_either_byte_order(tmp_path, order):
+    for bits, sample, code, numbers in (
+        (16, 1, "H", [1, 2, 300, 65535]),
+        (16, 2, "h", [1, -1, 300, 4]),
+        (32, 2, "i", [1, 2, 70000, -4]),
+        (8, 1, "B", [0, 3, 254, 255]),
+    ):
+        data = struct.pack(f"{order}4{code}", *numbers)
+        ids = read_ids(write_tiff(tmp_path / "a.tif", bits, sample, data, order=order))
+        assert ids.tolist() == [numbers] and ids.dtype.isnative and ids.dtype.kind in "iu"
+
+
+def test_grey_files_of_few_bits_are_not_stretched(tmp_path):
+    assert read_ids(write_png(tmp_path / "a.png", 4, 0, [0x12, 0x34])).tolist() == [[1, 2, 3, 4]]
+    assert read_ids(write_png(tmp_path / "b.png", 4, 0, [0x0F])).tolist() == [[0, 15]]
+    assert read_ids(write_png(tmp_path / "c.png", 2, 0, [0b00011011])).tolist() == [[0, 1, 2, 3]]
+    assert read_ids(write_png(tmp_path / "d.png", 1, 0, [0b00011011])).tolist() == [[0, 0, 0, 1, 1, 0, 1, 1]]
+    assert read_ids(write_png(tmp_path / "e.png", 4, 3, [0x12, 0x34])).tolist() == [[1, 2, 3, 4]]
+    assert read_ids(write_tiff(tmp_path / "f.tif", 4, 1, bytes([0x12, 0x34]))).tolist() == [[1, 2, 3, 4]]
+    assert read_image(tmp_path / "a.png")[0, :, 0].tolist() == [17, 34, 51, 68]  # of a picture it is the shade
+
+
+def test_16_bit_grey_keeps_its_numbers_and_alpha_is_dropped(tmp_path):
+    assert read_ids(write_png(tmp_path / "a.png", 16, 0, [1, 44, 0, 7])).tolist() == [[300, 7]]
+    Image.fromarray(np.array([[[5, 6, 7, 9]]], np.uint8)).save(tmp_path / "b.png")
+    assert read_ids(tmp_path / "b.png").tolist() == [[[5, 6, 7]]]
+    assert read_ids(write_png(tmp_path / "c.png", 8, 4, [3, 255])).tolist() == [[3]]
+
+
+def test_files_whose_numbers_would_be_changed_are_refused_by_kind(tmp_path):
+    Image.new("CMYK", (4, 4)).save(tmp_path / "cmyk.jpg")
+    for path, kind in (
+        (write_tiff(tmp_path / "float.tif", 32, 3, struct.pack("<4f", 1, 2, 300, 4)), "F;32F, by Pillow's name"),
+        (write_tiff(tmp_path / "signed.tif", 8, 2, struct.pack("4b", 1, -1, 3, 4)), "signed numbers of 8 bits"),
+        (write_tiff(tmp_path / "white.tif", 8, 1, bytes([1, 2, 3]), photometric=0), "L;I"),
+        (write_png(tmp_path / "deep.png", 16, 2, [0, 1, 0, 1, 0, 1]), "RGB;16B"),
+        (write_png(tmp_path / "alpha.png", 16, 4, [0, 1, 255, 255]), "LA;16B"),
+        (tmp_path / "cmyk.jpg", "CMYK"),
+    ):
+        with pytest.raises(UserError) as error:
+            read_ids(path)
+        text = str(error.value)
+        assert text.startswith(f"{path} is of a kind that does not keep ids") and kind in text
+        assert "Save it as a grey PNG" in text and "truncated" not in text
+
+
+def test_what_keeps_a_file_from_being_read_is_told(tmp_path, monkeypatch):
+    Image.new("L", (40, 40)).save(tmp_path / "a.png")
+    Image.fromarray(np.random.default_rng(0).integers(0, 99, (40, 40), np.uint8)).save(tmp_path / "part.png")
+    (tmp_path / "part.png").write_bytes((tmp_path / "part.png").read_bytes()[:900])
+    for read in (read_ids, read_image, read_size):
+        with pytest.raises(UserError, match="No such file: .*none.png. Check the path"):
+            read(tmp_path / "none.png")
+        with pytest.raises(UserError, match=r"Cannot read \S+ \(Is a directory\)"):
+            read(tmp_path)
+        with monkeypatch.context() as patch:
+            patch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+            with pytest.raises(UserError, match="it is too large .*Make it smaller") as error:
+                read(tmp_path / "a.png")
+            assert "truncated" not in str(error.value)
+    with pytest.raises(UserError, match="It is truncated or no picture: replace or remove it"):
+        read_ids(tmp_path / "part.png")
+    with pytest.raises(UserError, match=r"deep.png has more than 8 bits a channel.*convert it to 8 bits\.$"):
+        read_image(write_png(tmp_path / "deep.png", 16, 0, [1, 44]))
+
+
+def test_a_file_that_may_not_be_read_is_told(tmp_path, monkeypatch):
+    Image.new("L", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "a.png").chmod(0)
+    if os.access(tmp_path / "a.png", os.R_OK):  # some users may read all
+
+        def refuse(*_, **__):
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(Image, "open", refuse)
+    with pytest.raises(UserError, match="a.png for want of permission. Let your user read it") as error:
+        read_ids(tmp_path / "a.png")
+    assert "truncated" not in str(error.value)
