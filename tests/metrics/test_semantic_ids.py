@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from score_making import save, scores, tree
 
-from dinoseg.errors import UserError
 from dinoseg.metrics.protocols.contract import BadFile, Case
 from dinoseg.metrics.protocols.semantic import Semantic
 
@@ -35,26 +34,29 @@ def test_binary_masks_are_two_classes(tmp_path):
         assert error.value.path == bad
 
 
-def test_references_of_0_and_255_alone_are_refused_where_unclear(tmp_path):
+def test_references_of_0_and_255_alone_are_warned_of(tmp_path):
     masks = [np.array([[0, 255, 0]]), np.zeros((1, 3))]
     folders = tree(tmp_path / "a", [(mask, mask) for mask in masks], path)
     for options in ({"num_classes": 2}, {"num_classes": 19}):
-        with pytest.raises(UserError, match="holds 0 and 255 alone: .*protocol.binary=true"):
-            Semantic(**options).find(*folders)
+        found = Semantic(**options).find(*folders)
+        assert len(found.cases) == 2 and "holds 0 and 255 alone" in found.notes[0]
+        assert "protocol.binary=true" in found.notes[0]
     for options in (
-        {"num_classes": 2, "binary": False},
         {"binary": True},
         {"num_classes": 1},
         {"num_classes": 2, "ignore_index": 9},
         {"num_classes": 2, "reduce_zero_label": True},
     ):
-        assert len(Semantic(**options).find(*folders).cases) == 2
+        found = Semantic(**options).find(*folders)
+        assert len(found.cases) == 2 and not found.notes
     for number, further in enumerate(([[0, 1, 255]], [[2, 2, 2]])):
         folders = tree(tmp_path / f"b{number}", [(mask, mask) for mask in [*masks, np.array(further)]], path)
-        assert len(Semantic(num_classes=3).find(*folders).cases) == 3
+        found = Semantic(num_classes=3).find(*folders)
+        assert len(found.cases) == 3 and not found.notes
     for number, alone in enumerate((0, 255)):
         folders = tree(tmp_path / f"c{number}", [(np.full((2, 2), alone),) * 2], path)
-        assert len(Semantic(num_classes=3).find(*folders).cases) == 1
+        found = Semantic(num_classes=3).find(*folders)
+        assert len(found.cases) == 1 and not found.notes
 
 
 def test_one_foreign_id_is_offered_to_be_ignored(tmp_path):

@@ -26,8 +26,7 @@ class Semantic:
         boundary: score the Boundary IoU too.
         nsd: score the normalised surface dice too.
         tolerance: of the surface dice, in pixels, inclusive.
-        binary: both sides hold 0 and 255 (or 0 and 1), which are the classes 0 and 1; nothing is ignored. Null: not,
-            and references of 0 and 255 alone are refused, where the score would be of one class.
+        binary: both sides hold 0 and 255 (or 0 and 1), which are the classes 0 and 1; nothing is ignored.
     """
 
     name = "semantic"
@@ -42,7 +41,7 @@ class Semantic:
         boundary: bool = False,
         nsd: bool = False,
         tolerance: float = 2,
-        binary: bool | None = None,
+        binary: bool = False,
     ) -> None:
         if binary:
             if num_classes not in (None, 2) or reduce_zero_label:
@@ -100,8 +99,7 @@ class Semantic:
         """Return a case for each file of the reference.
 
         Raises:
-            UserError: a folder is missing, none of the files fit, or references look like binary masks and
-                `binary` does not say whether they are.
+            UserError: a folder is missing, or none of the files fit.
         """
         refuse_inside(reference, prediction)
         found = match(
@@ -110,11 +108,12 @@ class Semantic:
             folders=(reference, prediction),
             missing=lambda name: prediction / self.target(name),
         )
-        unclear = self.binary is None and self.num_classes > 1 and self.ignore_index == 255
-        if unclear and not self.reduce_zero_label and _look_binary(case.files[0][0] for case in found.cases):
-            raise UserError(
-                f"reference={reference} holds 0 and 255 alone: with protocol.ignore_index=255 only class 0 would be "
-                "scored. If 255 is the object, set protocol.binary=true; if it is to be ignored, protocol.binary=false."
+        as_ids = not self.binary and self.num_classes > 1 and self.ignore_index == 255 and not self.reduce_zero_label
+        if as_ids and _look_binary(case.files[0][0] for case in found.cases):
+            found.notes.insert(
+                0,
+                f"reference={reference} holds 0 and 255 alone, and 255 is ignored: THE SCORE IS OF CLASS 0 ALONE. If "
+                "255 is the object, set protocol.binary=true.",
             )
         return found
 
