@@ -179,6 +179,7 @@ def test_cores_are_counted():
 
 
 SCRIPT = """
+    import signal
     import time
     from functools import partial
     from pathlib import Path
@@ -189,6 +190,7 @@ SCRIPT = """
         time.sleep(0.02)
 
     if __name__ == "__main__":
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job starts without
         for _ in in_processes(partial(work, folder=Path({folder!r})), range(1000), 2, remedy=""):
             pass
 """

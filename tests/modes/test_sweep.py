@@ -70,8 +70,8 @@ def test_a_crash_costs_one_job_and_not_the_table(tmp_path):
     (path,) = tmp_path.glob("outputs/base/train_*/sweep.csv")
     good, bad = rows_of(path)
     assert good["job"] == "1" and good["note"] == "" and bad["note"].startswith("RuntimeError: ")
-    alone = call(tmp_path, "mode=train", *SMALL, "head.num_classes=1")
-    assert alone.status == 1 and "RuntimeError" in alone.err and "error: " not in alone.err
+    with pytest.raises(RuntimeError, match="weight tensor"):  # a single run shows where it broke
+        call(tmp_path, "mode=train", *SMALL, "head.num_classes=1")
 
 
 @pytest.fixture
