@@ -46,6 +46,9 @@ def guard(node: Mapping[str, Any], where: str = "config") -> None:
     for group, part in ({"": plain} if "_target_" in plain else plain).items():
         for target, _ in targets(part):
             _refuse_unless_named(target, ROOMS.get(group, ()), f"{where}: _target_={target} is refused in {group}.")
+    for key in _keys_of(plain):
+        if key.startswith("_") and key not in ("_target_", "_partial_"):  # _args_ would pass by the names of arguments
+            raise UserError(f"{where}: the key {key} is refused. A config from a checkpoint names every argument.")
     for place in _values_of("cache_dir", plain):
         if place != "${cache_dir}":
             raise UserError(
@@ -148,6 +151,14 @@ def _values_of(key: str, node: Any) -> Iterator[Any]:
         yield from (value for name, value in node.items() if name == key)
     for value in node.values() if isinstance(node, Mapping) else node if isinstance(node, list | tuple) else ():
         yield from _values_of(key, value)
+
+
+def _keys_of(node: Any) -> Iterator[str]:
+    """Yield every key at any depth, as text."""
+    if isinstance(node, Mapping):
+        yield from map(str, node)
+    for value in node.values() if isinstance(node, Mapping) else node if isinstance(node, list | tuple) else ():
+        yield from _keys_of(value)
 
 
 def _strings(node: Any) -> Iterator[str]:

@@ -119,6 +119,14 @@ def test_a_checkpoint_may_not_say_where_files_are_written(group, place):
             guard({group: wrapped})
 
 
+@pytest.mark.parametrize("key", ["_args_", "_convert_", "_recursive_"])
+def test_arguments_without_a_name_are_refused(key):
+    node = {"_target_": "dinoseg.data.frequencies.class_counts", key: ["x", "/elsewhere"]}
+    for group in ({"official": node}, {"reader": {"_target_": "dinoseg.data.folder.folder_dataset", "deep": [node]}}):
+        with pytest.raises(UserError, match=f"the key {key} is refused"):
+            guard({"data": group})
+
+
 def test_interpolations_within_are_fine():
     guard({"a": "${data.num_classes}", "b": ["${..classes}", "${len:${.classes}}"], "root": "C:/data", "n": 3})
 

@@ -10,7 +10,7 @@ from dinoseg.data.masks import Masks
 from dinoseg.data.pairing import Lacking, gathered, pair_by_name
 from dinoseg.data.pairs import Pair, PairDataset
 from dinoseg.data.splits import Partition, divide, read_name_list
-from dinoseg.data.wording import listed
+from dinoseg.data.wording import count_of, listed
 from dinoseg.errors import UserError
 from dinoseg.files import visible_files
 from dinoseg.images import IMAGE_SUFFIXES
@@ -99,7 +99,7 @@ def _pairs_of(root: Path, split: str, layout: Layout, partition: Partition) -> l
     names = read_name_list(root / _list_of(split, partition))
     if absent := [name for name in names if name not in images and name not in masks]:
         raise UserError(
-            f"The file list of split {split} has {len(absent)} names without image and mask under "
+            f"The file list of split {split} has {count_of(absent, 'name')} without image and mask under "
             f"{folders[0]}: {listed(absent)}. A name is the path below that folder, without its ending."
         )
     images = {name: images[name] for name in names if name in images}

@@ -22,7 +22,7 @@ def for_ids(foreign: Collection[int], ignore_index: int, *, described: bool) -> 
         )
     table = ", ".join(f"{number}: {ignore_index}" for number in numbers)
     return (
-        f"Correct the masks, or map the ids, here so that they are ignored: 'data.reader.masks.ids={{{table}}}' (in "
+        f"Correct the masks, or map the ids, here so that they are ignored: '++data.reader.masks.ids={{{table}}}' (in "
         f"these quotes; a class id instead of {ignore_index} where they belong to one)."
     )
 

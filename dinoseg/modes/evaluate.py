@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from dinoseg import build
+from dinoseg.data.wording import count_of
 from dinoseg.images import write_png
 from dinoseg.metrics.protocols.contract import DatasetProtocol
 from dinoseg.modes.official import FOLDER, official_scores, usable
@@ -104,7 +105,7 @@ def list_skipped(datasets: Mapping[str, Any], out_dir: Path) -> None:
     if bad:
         write_json(out_dir / "skipped.json", left_out)
         shown = "".join(f"\n  {line}" for line in bad[:20])
-        print(f"left out:     {len(bad)} images, all in {out_dir}/skipped.json{shown}")
+        print(f"left out:     {count_of(bad, 'image')}, all in {out_dir}/skipped.json{shown}")
 
 
 def _write_pictures(stem: Path, data: SegmentationData, image: Tensor, mask: Tensor, ids: Tensor) -> None:

@@ -54,7 +54,7 @@ def test_ids_without_class(root):
     assert [file.rsplit("/", 1)[1] for file in findings["foreign_ids"].files] == ["f0.png", "f3.png"]
     assert findings["foreign_ids"].reasons[1] == f"{root}/val/masks/v/f3.png: 9, 12"
     # all of them, as a shell takes them
-    assert "'data.reader.masks.ids={9: 255, 12: 255}'" in findings["foreign_ids"].remedy
+    assert "'++data.reader.masks.ids={9: 255, 12: 255}'" in findings["foreign_ids"].remedy
     described = found(root, options={"masks": Masks(described={"ids": None})})["foreign_ids"]
     assert "`ignore: {ids: [9, 12]}`" in described.remedy and "data.reader.masks" not in described.remedy
     assert found(root, options={"masks": Masks(ids={9: 2, 12: 255})}) == {}

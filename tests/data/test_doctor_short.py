@@ -54,7 +54,7 @@ def test_a_fault_is_told_once_with_its_remedy(root, tmp_path):
         check(opened(root, "train"), opened(root, "val"), cache_dir=tmp_path / "cache")
     told = str(caught.value)
     assert all(told.count(str(mask)) == 1 for mask in masks[:3]) and told.count("Correct the masks") == 1
-    assert "'data.reader.masks.ids={7: 255, 8: 255, 9: 255}'" in told
+    assert "'++data.reader.masks.ids={7: 255, 8: 255, 9: 255}'" in told
 
 
 def test_warnings_have_their_remedy(root, tmp_path, caplog):

@@ -103,7 +103,7 @@ def test_a_real_jpeg_of_a_binary_mask_is_lossy(tmp_path):
 
 def test_ids_outside_the_classes_name_ids_and_file(tmp_path):
     path = save(tmp_path / "m.png", [[0, 3, 200], [254, 255, 1]])
-    table = r"'data\.reader\.masks\.ids=\{3: 255, 200: 255, 254: 255\}'"
+    table = r"'\+\+data\.reader\.masks\.ids=\{3: 255, 200: 255, 254: 255\}'"
     with pytest.raises(UserError, match=rf"m\.png holds the ids 3, 200, 254, which .*0 to 2, and 255.*{table}"):
         MaskReader(LABELS, Masks()).read(path)
     with pytest.raises(UserError, match=r"`ignore: \{ids: \[3, 200, 254\]\}`") as caught:

@@ -69,7 +69,7 @@ def test_errors_give_status_1_and_keep_the_report(where):
     assert list(report["unreadable"]["train"]) == ["2"] and "images/1.png" in report["unreadable"]["val"]["1"]
     assert "ERROR foreign_ids" in done.out and "    data/train/masks/2.png" in done.out and "    -> " in done.out
     assert done.err.count("error:") == 1 and "2 errors and 0 warnings in data=folder" in done.err
-    assert "Training stops: mend the errors first" in done.err and "'data.reader.masks.ids={7: 255}'" in done.out
+    assert "Training stops: mend the errors first" in done.err and "'++data.reader.masks.ids={7: 255}'" in done.out
     assert "foreign_ids" in page and "Traceback" not in done.err
 
 

@@ -204,7 +204,7 @@ def test_left_out_images_are_listed_at_the_end(tmp_path):
     stopped = call(tmp_path, *words, "hydra.run.dir=stopped")
     assert stopped.status == 1 and "1/a" in stopped.err and "data cannot be trained on" in stopped.err
     done = call(tmp_path, *words, "data.on_error=skip", "hydra.run.dir=run")
-    assert done.status == 0 and "left out:     1 images" in done.out, done.err
+    assert done.status == 0 and "left out:     1 image," in done.out, done.err
     left_out = json.loads((tmp_path / "run/skipped.json").read_text())
     assert list(left_out["train"]) == ["1/a"] and not left_out["val"]
     assert "1/a" not in json.loads((tmp_path / "run/split.json").read_text())["train"]
