@@ -21,7 +21,7 @@ demo: .venv/installed  ## render, prepare, train, evaluate, predict on a video
 	$(BIN)/python -m dinoseg mode=eval hparam=demo resume=$(DEMO)/train hydra.run.dir=$(DEMO)/eval
 
 test: .venv/installed  ## all tests that need no GPU
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: .venv/installed  ## format, lint, types
 	$(BIN)/ruff format --check .
