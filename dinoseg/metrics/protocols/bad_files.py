@@ -8,6 +8,7 @@ from typing import NoReturn
 import numpy as np
 
 from dinoseg.metrics.protocols.contract import BadFile
+from dinoseg.metrics.protocols.trees import refuse_other_size
 
 
 class BadFiles:
@@ -44,14 +45,9 @@ class BadFiles:
                 maps.append(read(path))
         if len(maps) < 2:
             return None
-        if maps[0].shape == maps[1].shape:
-            return maps[0], maps[1]
-        sizes = [f"{ids.shape[1]} x {ids.shape[0]}" for ids in maps]
         with self.noted():
-            raise BadFile(
-                predicted,
-                f"is {sizes[1]} (width x height), its reference {sizes[0]}. Predict at the reference's size.",
-            )
+            refuse_other_size(maps[0], maps[1], predicted)
+            return maps[0], maps[1]
         return None
 
     def refuse(self) -> NoReturn:

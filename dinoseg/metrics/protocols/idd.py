@@ -1,6 +1,6 @@
 """India Driving Dataset: the mean IoU of its official script at the three levels of its classes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,14 +69,7 @@ class Idd:
 
     def find(self, reference: Path, prediction: Path) -> Found:
         """Return a case for each frame of the reference."""
-        predictions = _PREDICTION.files(prediction, "prediction")
-        return match(
-            _REFERENCE.files(reference, "reference", predictions.__contains__),
-            predictions,
-            folders=(reference, prediction),
-            missing=lambda name: prediction / self.target(name),
-            unit=drive,
-        )
+        return find_frames((_REFERENCE, _PREDICTION), (reference, prediction), self.target)
 
     def measure(self, case: Case) -> Measured:
         """Return the matrix (27 * 27,) of a frame."""
@@ -118,6 +111,24 @@ class Idd:
 
 def _mean_iou(matrix: np.ndarray) -> np.ndarray:
     return mean_defined(iou(*parts(matrix, range(matrix.shape[-1]))))
+
+
+def find_frames(trees: tuple[Tree, Tree], folders: tuple[Path, Path], target: Callable[[str], str]) -> Found:
+    """Return a case for each frame of the reference, by drive.
+
+    Args:
+        trees: how references and predictions lie.
+        folders: of references and of predictions.
+        target: where the prediction of a name should lie.
+    """
+    predictions = trees[1].files(folders[1], "prediction")
+    return match(
+        trees[0].files(folders[0], "reference", predictions.__contains__),
+        predictions,
+        folders=folders,
+        missing=lambda name: folders[1] / target(name),
+        unit=drive,
+    )
 
 
 def drive(name: str) -> str:

@@ -13,12 +13,13 @@ from dinoseg.metrics.protocols.idd import (
     SHARED_RULES,
     class_rows,
     drive,
+    find_frames,
     measure_resized,
     official_size,
     resolution_rule,
 )
 from dinoseg.metrics.protocols.idd import SIZES as IDD_SIZES
-from dinoseg.metrics.protocols.trees import Tree, match
+from dinoseg.metrics.protocols.trees import Tree
 
 ENDING = "_label.png"
 SIZES = {128: (256, 128)} | IDD_SIZES
@@ -51,14 +52,7 @@ class IddLite:
 
     def find(self, reference: Path, prediction: Path) -> Found:
         """Return a case for each frame of the reference."""
-        predictions = _TREE.files(prediction, "prediction")
-        return match(
-            _TREE.files(reference, "reference", predictions.__contains__),
-            predictions,
-            folders=(reference, prediction),
-            missing=lambda name: prediction / self.target(name),
-            unit=drive,
-        )
+        return find_frames((_TREE, _TREE), (reference, prediction), self.target)
 
     def measure(self, case: Case) -> Measured:
         """Return the matrix (8 * 8,) of a frame."""

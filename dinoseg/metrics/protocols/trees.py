@@ -179,13 +179,21 @@ def read_both(case: Case) -> tuple[np.ndarray, np.ndarray]:
     (file, predicted_file), *_ = case.files
     assert predicted_file is not None
     reference, prediction = read_labels(file), read_labels(predicted_file)
+    refuse_other_size(reference, prediction, predicted_file)
+    return reference, prediction
+
+
+def refuse_other_size(reference: np.ndarray, prediction: np.ndarray, path: Path) -> None:
+    """Refuse a prediction, the file `path`, that is not of its reference's size (H, W).
+
+    Raises:
+        BadFile: naming both sizes.
+    """
     if reference.shape != prediction.shape:
         sizes = [f"{ids.shape[1]} x {ids.shape[0]}" for ids in (prediction, reference)]
         raise BadFile(
-            predicted_file,
-            f"is {sizes[0]} (width x height), its reference {sizes[1]}. Predict at the reference's size.",
+            path, f"is {sizes[0]} (width x height), its reference {sizes[1]}. Predict at the reference's size."
         )
-    return reference, prediction
 
 
 def refuse_ids(ids: np.ndarray, wrong: np.ndarray, path: Path, rule: str) -> None:
