@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from dinoseg.data.wording import count_of
 from dinoseg.errors import UserError
 from dinoseg.metrics.protocols.contract import BadFile, Case, Found, Measured, ScoreProtocol
 from dinoseg.processes import count_cores, in_processes
+from dinoseg.wording import count_of
 
 ON_ERROR = ("stop", "skip")
 _LISTED = 20  # problems in a message; the others are in the file

@@ -22,6 +22,7 @@ LEVELS = (  # a room imports its own level and those below
         "report",
         "processes",
         "files",
+        "wording",
     ),
     ("backbones", "heads", "losses", "metrics", "data"),
     ("model", "adapters", "inference", "scoring", "training"),

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from dinoseg.data.clip_videos import Video, frames_and_masks, require_masks
-from dinoseg.data.wording import count_of, listed
 from dinoseg.errors import UserError
+from dinoseg.wording import count_of, listed
 
 FRAMES_PER_SECOND = 24
 YEARS = (2016, 2017, 2019)  # of the image sets; 2019 has the unsupervised test sets

@@ -7,10 +7,10 @@ from pathlib import Path
 from dinoseg.data.clip_videos import FrameFiles, Video, VideoFrames, picture_files
 from dinoseg.data.natural_order import natural_order
 from dinoseg.data.video_index import index_videos
-from dinoseg.data.wording import count_of
 from dinoseg.errors import UserError
 from dinoseg.files import visible_files
 from dinoseg.images import IMAGE_SUFFIXES
+from dinoseg.wording import count_of
 
 VIDEO_SUFFIXES = (".avi", ".mp4", ".mov", ".m4v", ".mkv", ".webm", ".mpg", ".mpeg", ".ts", ".wmv")
 log = logging.getLogger(__name__)

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dinoseg.data.clip_videos import Video, frames_and_masks, require_masks, video_folders
-from dinoseg.data.wording import listed
 from dinoseg.errors import UserError
+from dinoseg.wording import listed
 
 FRAMES_PER_SECOND = 12
 

@@ -10,9 +10,9 @@ import numpy as np
 from dinoseg.data.natural_order import natural_order
 from dinoseg.data.splits import Partition, divide
 from dinoseg.data.video_access import VideoFrame
-from dinoseg.data.wording import count_of, listed
 from dinoseg.errors import UserError
 from dinoseg.images import IMAGE_SUFFIXES, read_ids, read_image
+from dinoseg.wording import count_of, listed
 
 VOID = 255  # in a mask: no object is known here
 Frame = Path | VideoFrame

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from dinoseg.data.clip_videos import FrameFiles, Video, frames_and_masks, video_folders
 from dinoseg.data.natural_order import natural_order
-from dinoseg.data.wording import count_of, listed
 from dinoseg.errors import UserError
+from dinoseg.wording import count_of, listed
 
 ANNOTATED_RATE, VIDEO_RATE = 6, 30  # frames per second: every fifth is annotated
 FULLY_ANNOTATED = ("train",)  # elsewhere only the frames in which an object appears have a mask

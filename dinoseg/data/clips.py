@@ -10,8 +10,8 @@ from torch import Tensor
 
 from dinoseg.data.clip_videos import VOID, Layout, Video, chosen
 from dinoseg.data.splits import Partition
-from dinoseg.data.wording import listed
 from dinoseg.errors import UserError
+from dinoseg.wording import listed
 
 SHORT = ("error", "skip", "pad")
 _OFF = 0.05  # share by which a stride's frame rate may miss the wanted one

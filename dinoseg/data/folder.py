@@ -10,10 +10,10 @@ from dinoseg.data.masks import Masks
 from dinoseg.data.pairing import Lacking, gathered, pair_by_name
 from dinoseg.data.pairs import Pair, PairDataset
 from dinoseg.data.splits import Partition, divide, read_name_list
-from dinoseg.data.wording import count_of, listed
 from dinoseg.errors import UserError
 from dinoseg.files import visible_files
 from dinoseg.images import IMAGE_SUFFIXES
+from dinoseg.wording import count_of, listed
 
 _REMEDY = (
     "Add the missing files or remove the others; an image and its mask have the same name up to the endings in "

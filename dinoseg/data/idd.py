@@ -22,9 +22,9 @@ from dinoseg.data.masks import Masks
 from dinoseg.data.pairing import Lacking, gathered
 from dinoseg.data.pairs import Pair, PairDataset
 from dinoseg.data.splits import Partition, divide
-from dinoseg.data.wording import listed
 from dinoseg.errors import UserError
 from dinoseg.label_tables.read import label_table
+from dinoseg.wording import listed
 
 log = logging.getLogger(__name__)
 

@@ -3,8 +3,8 @@
 from collections.abc import Collection
 from pathlib import Path
 
-from dinoseg.data.wording import listed
 from dinoseg.errors import UserError
+from dinoseg.wording import listed
 
 IMAGES, LABELS = "leftImg8bit", "gtFine"
 IMAGE, POLYGONS = "_leftImg8bit", "_gtFine_polygons"  # what the stems end with beside `{drive}/{id}`

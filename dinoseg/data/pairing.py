@@ -9,8 +9,8 @@ from dinoseg.data.labels import Labels
 from dinoseg.data.masks import Masks
 from dinoseg.data.pairs import Pair, PairDataset
 from dinoseg.data.scan import reasons
-from dinoseg.data.wording import count_of
 from dinoseg.errors import UserError
+from dinoseg.wording import count_of
 
 _FEW = 3  # reasons that are told where nothing is whole: they will be alike
 

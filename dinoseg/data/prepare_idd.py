@@ -14,10 +14,10 @@ from tqdm import tqdm
 from dinoseg.data.idd_files import ENCODINGS, LABELS, POLYGONS, files_of, find_parts, label_suffix
 from dinoseg.data.idd_polygons import draw_label_maps
 from dinoseg.data.packed_draft import locked
-from dinoseg.data.wording import listed
 from dinoseg.errors import DISK_FULL, UserError
 from dinoseg.images import write_png
 from dinoseg.processes import in_processes
+from dinoseg.wording import listed
 
 log = logging.getLogger(__name__)
 

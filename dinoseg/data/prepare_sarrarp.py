@@ -23,9 +23,9 @@ from dinoseg.data.sarrarp_files import (
     png_files,
 )
 from dinoseg.data.video_frames import extract_frames
-from dinoseg.data.wording import count_of, listed
 from dinoseg.errors import DISK_FULL, UserError
 from dinoseg.processes import in_processes
+from dinoseg.wording import count_of, listed
 
 SPLIT_FOLDERS = TRAIN_FOLDERS + TEST_FOLDERS
 _MARKER = ".prepared.json"

@@ -13,9 +13,9 @@ from tqdm import tqdm
 from dinoseg.data.masks import MaskReader
 from dinoseg.data.scan_cache import ScanCache
 from dinoseg.data.scan_record import Record, measure
-from dinoseg.data.wording import listed
 from dinoseg.errors import UserError
 from dinoseg.processes import in_processes
+from dinoseg.wording import listed
 
 if TYPE_CHECKING:  # its file imports torch, which the scanning processes do without
     from dinoseg.data.pairs import Pair

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Protocol, TypeVar
 
-from dinoseg.data.wording import listed
 from dinoseg.errors import UserError
 from dinoseg.images import IMAGE_SUFFIXES
 from dinoseg.shapes import SegmentationData
+from dinoseg.wording import listed
 
 PARTITIONS = ("folder", "lists", "fraction")
 

@@ -16,12 +16,12 @@ from dinoseg.data.doctor.findings import Finding, Scanned, by_severity
 from dinoseg.data.doctor.suggestions import IMAGENET, class_weights, color_statistics
 from dinoseg.data.pairs import PairDataset
 from dinoseg.data.scan import scan, unreadable
-from dinoseg.data.wording import count_of, printable
 from dinoseg.errors import UserError
 from dinoseg.nodes import instantiate
 from dinoseg.report.doctor_page import doctor_page
 from dinoseg.report.overlay import blend, legend_of, side_by_side
 from dinoseg.report.table import write_json, write_text
+from dinoseg.wording import count_of, printable
 
 _SPLITS = ("train", "val", "test")
 _NEEDED = ("train", "val")

@@ -10,7 +10,6 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from dinoseg import build
-from dinoseg.data.wording import count_of
 from dinoseg.images import write_png
 from dinoseg.metrics.protocols.contract import DatasetProtocol
 from dinoseg.modes.official import FOLDER, official_scores, usable
@@ -22,6 +21,7 @@ from dinoseg.resume import check_classes, load_trained
 from dinoseg.shapes import Batch, SegmentationData
 from dinoseg.training.engine import Engine
 from dinoseg.training.evaluate import evaluate
+from dinoseg.wording import count_of
 
 logger = logging.getLogger(__name__)
 

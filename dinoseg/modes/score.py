@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from dinoseg import scoring
-from dinoseg.data.wording import count_of
 from dinoseg.errors import UserError
 from dinoseg.metrics.protocols.contract import ScoreProtocol
 from dinoseg.nodes import instantiate
 from dinoseg.report.scores import difference_table, scores_table
 from dinoseg.report.table import write_json
+from dinoseg.wording import count_of
 
 logger = logging.getLogger(__name__)
 _NOTES = 10  # that are printed; the file has all

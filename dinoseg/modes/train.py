@@ -16,7 +16,6 @@ from torch import nn
 from dinoseg import build
 from dinoseg.data.doctor.short import check as examine
 from dinoseg.data.splits import split_table
-from dinoseg.data.wording import listed
 from dinoseg.errors import UserError
 from dinoseg.modes.evaluate import list_skipped, score
 from dinoseg.nodes import instantiate
@@ -26,6 +25,7 @@ from dinoseg.report.log import RunLog, read_rows
 from dinoseg.report.table import write_json
 from dinoseg.resume import check_classes, description
 from dinoseg.training import checkpoint
+from dinoseg.wording import listed
 
 logger = logging.getLogger(__name__)
 

@@ -8,6 +8,8 @@ from typing import Any
 import cv2
 import numpy as np
 
+from dinoseg.wording import count_of
+
 _LISTED = 200  # files of a finding that the page shows; doctor.json has all
 _QUALITY = 85
 _STYLE = """
@@ -52,7 +54,7 @@ def doctor_page(
         pictures: caption and pixels (H, W, 3) uint8 of each.
     """
     counts = {kind: sum(each["severity"] == kind for each in findings) for kind in ("error", "warning", "note")}
-    told = ", ".join(f"{count} {kind}{'' if count == 1 else 's'}" for kind, count in counts.items())
+    told = ", ".join(count_of(count, kind) for kind, count in counts.items())
     parts = [
         f"<h1>{escape(title)}</h1><p>{told}</p>",
         "<h2>Findings</h2>" + ("".join(map(_finding, findings)) or "<p>None.</p>"),

@@ -5,6 +5,8 @@ from typing import Any
 
 from tabulate import tabulate
 
+from dinoseg.wording import count_of
+
 _MOST_CLASSES = 40  # a longer table is left to the file
 
 
@@ -22,7 +24,7 @@ def scores_table(result: Mapping[str, Any]) -> str:
         parts.append(tabulate(rows, headers=headers, disable_numparse=True))
     none = _no_interval(result["n"], unit)
     rows = [[key, _percent(value), _interval(result["ci95"][key], none)] for key, value in result["scores"].items()]
-    headers = [result["protocol"], "%", f"95 % interval over {_count(result['n'], unit)}"]
+    headers = [result["protocol"], "%", f"95 % interval over {count_of(result['n'], unit)}"]
     parts.append(tabulate(rows, headers=headers, disable_numparse=True, colalign=("left", "right", "left")))
     return "\n\n".join(parts)
 
@@ -32,19 +34,15 @@ def difference_table(differences: Mapping[str, Mapping[str, Any]], unit: str) ->
     counts = next(iter(differences.values()))
     none = _no_interval(counts["n"], unit)
     rows = [[key, _percent(row["value"], "+"), _interval(row["ci95"], none, "+")] for key, row in differences.items()]
-    headers = ["second - first", "points", f"95 % interval over {_count(counts['n'], f'shared {unit}')}"]
+    headers = ["second - first", "points", f"95 % interval over {count_of(counts['n'], f'shared {unit}')}"]
     table = tabulate(rows, headers=headers, disable_numparse=True, colalign=("left", "right", "left"))
     if not counts["n"]:
         return f"second - first: none. No {unit} could be scored in both folders, so there is no difference to give."
     left_out = (
-        f"Left out of this difference: {_count(counts['left_out'], 'file')} or sequences that only one folder was "
+        f"Left out of this difference: {count_of(counts['left_out'], 'file')} or sequences that only one folder was "
         "scored on."
     )
     return f"{table}\n{left_out}" if counts["left_out"] else table
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def _no_interval(units: int, unit: str) -> str:

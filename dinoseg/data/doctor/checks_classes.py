@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from dinoseg.data.doctor.findings import Finding, Scanned, share
-from dinoseg.data.wording import count_of, listed
 from dinoseg.errors import UserError
 from dinoseg.images import read_ids
+from dinoseg.wording import count_of, listed
 
 _BINARY = "data.reader.masks.format=binary"
 _MUCH_VOID = 0.3  # share of ignored pixels above which a split gets a warning

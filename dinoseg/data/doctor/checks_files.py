@@ -9,8 +9,8 @@ from PIL import Image
 from dinoseg.data.doctor.findings import Finding, Scanned
 from dinoseg.data.mask_advice import for_binary, for_colors, for_ids
 from dinoseg.data.scan_record import Record
-from dinoseg.data.wording import listed
 from dinoseg.images import IMAGE_SUFFIXES
+from dinoseg.wording import listed
 
 _SKIP = "Or leave the pairs out: data.on_error=skip."
 _ORIENTATION = 0x0112  # EXIF tag; 1 is upright

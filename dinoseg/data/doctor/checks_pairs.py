@@ -7,7 +7,7 @@ import numpy as np
 
 from dinoseg.data.doctor.findings import Finding, Scanned
 from dinoseg.data.scan_record import SMALL, Record
-from dinoseg.data.wording import count_of
+from dinoseg.wording import count_of
 
 _ROWS = 512  # images compared at once
 _SPAN = 4096  # images further apart in the order of the names are not compared

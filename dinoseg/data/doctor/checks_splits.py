@@ -8,8 +8,8 @@ from itertools import combinations
 from dinoseg.data.doctor.findings import Finding, Scanned
 from dinoseg.data.scan_record import Record
 from dinoseg.data.splits import regex_group
-from dinoseg.data.wording import count_of, listed
 from dinoseg.errors import UserError
+from dinoseg.wording import count_of, listed
 
 _NEARLY_ALL = 0.9  # share of the smaller split that makes two splits one
 

@@ -8,7 +8,7 @@ import cv2
 
 from dinoseg.data.doctor.findings import Finding, Scanned
 from dinoseg.data.sarrarp_files import MASK_FOLDER, MASK_STEP, VIDEO, frame_files, png_files
-from dinoseg.data.wording import count_of, listed
+from dinoseg.wording import count_of, listed
 
 _PREPARED = ".prepared.json"  # what mode=prepare counted
 

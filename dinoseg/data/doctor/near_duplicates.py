@@ -10,7 +10,7 @@ import numpy as np
 from dinoseg.data.doctor.checks_splits import same_files
 from dinoseg.data.doctor.findings import Finding, Scanned
 from dinoseg.data.scan_record import Record
-from dinoseg.data.wording import count_of
+from dinoseg.wording import count_of
 
 _ROWS = 64  # hashes compared with all others at once
 _MOST = 1000  # pairs that are kept and listed

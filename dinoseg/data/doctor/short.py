@@ -11,8 +11,8 @@ from dinoseg.data.doctor.checks_splits import check_groups, check_same_files
 from dinoseg.data.doctor.examine import scanned
 from dinoseg.data.doctor.findings import Finding, Scanned, by_severity
 from dinoseg.data.scan import scan
-from dinoseg.data.wording import listed, printable
 from dinoseg.errors import UserError
+from dinoseg.wording import listed, printable
 
 log = logging.getLogger(__name__)
 

@@ -6,6 +6,7 @@ from pathlib import Path, PurePosixPath
 
 from dinoseg.errors import UserError
 from dinoseg.metrics.protocols.contract import Case, Found
+from dinoseg.wording import listed
 
 _SHOWN = 5  # names in a message
 
@@ -145,6 +146,4 @@ def _folders(folder: Path, option: str, layout: str) -> list[str]:
 
 
 def _listed(names: Iterable[str]) -> str:
-    held = list(names)
-    more = f" and {len(held) - _SHOWN} more" if len(held) > _SHOWN else ""
-    return (", ".join(held[:_SHOWN]) or "nothing") + more
+    return listed(list(names), _SHOWN) or "nothing"

@@ -12,6 +12,7 @@ from dinoseg.images import read_ids
 from dinoseg.metrics.protocols.contract import BadFile, Case, Found, Measured, pooled
 from dinoseg.metrics.protocols.trees import pictures_hint, refuse_inside
 from dinoseg.metrics.surface import surface_dices
+from dinoseg.wording import listed
 
 CLASSES = (  # ids 1 to 9; 0, the background, is not scored
     "Tool Clasper",
@@ -130,16 +131,16 @@ def find_frames(reference: Path, prediction: Path) -> Found:
     if not any(masks.values()):
         raise UserError(
             f"reference={reference} holds no <video>/{FOLDER}/<stem>.png. Give the folder that holds the videos, "
-            f"such as test/ of the data set{f'; it holds {_listed(videos)}' if videos else ''}."
+            f"such as test/ of the data set{f'; it holds {listed(videos)}' if videos else ''}."
         )
     found = Found([])
     labelled = [video for video in videos if masks[video]]
     if not any((prediction / video / FOLDER).is_dir() for video in labelled):
         held = _folders_in(prediction)
-        there = f"; it holds {_listed(held)}" if held else ""
+        there = f"; it holds {listed(held)}" if held else ""
         raise UserError(
             f"prediction={prediction} holds no folder {FOLDER}/ of the videos in reference={reference}, "
-            f"{_listed(labelled)}{there}. Are these of another split, or named otherwise?"
+            f"{listed(labelled)}{there}. Are these of another split, or named otherwise?"
             + pictures_hint(prediction, (path.name for path in prediction.rglob("*_pred.png")))
         )
     for video in videos:
@@ -156,7 +157,7 @@ def find_frames(reference: Path, prediction: Path) -> Found:
         else:
             _add_video(found, video, masks[video], prediction / video / FOLDER)
     if extra := [name for name in _folders_in(prediction) if name not in masks]:
-        found.notes.append(f"{prediction}: folders without reference are not scored: {_listed(extra)}")
+        found.notes.append(f"{prediction}: folders without reference are not scored: {listed(extra)}")
     return found
 
 
@@ -227,7 +228,8 @@ def _read_mask(path: Path) -> np.ndarray:
             raise BadFile(path, f"holds colours, not class ids: save it as grey with ids 0 to {len(CLASSES)}")
         ids = ids[..., 0]
     if outside := np.unique(ids[(ids < 0) | (ids > len(CLASSES))]).tolist():
-        raise BadFile(path, f"holds ids that are no class, {_listed(outside)}: the ids are 0 to {len(CLASSES)}")
+        shown = listed([str(number) for number in outside])
+        raise BadFile(path, f"holds ids that are no class, {shown}: the ids are 0 to {len(CLASSES)}")
     return ids.astype(np.uint8)
 
 
@@ -251,16 +253,11 @@ def _add_video(found: Found, video: str, masks: dict[str, Path], folder: Path) -
     if len(predicted) != len(masks):
         remarks.append(f"{len(predicted)} files for {len(masks)} reference frames, which the official script refuses")
     if missing := [file for file in masks if file not in predicted]:
-        remarks.append(f"missing predictions (what they score is in the rules), {len(missing)}: {_listed(missing)}")
+        remarks.append(f"missing predictions (what they score is in the rules), {len(missing)}: {listed(missing)}")
     extra = sorted(predicted - masks.keys())
     if ended := [file for file in extra if Path(file).with_suffix(".png").name in missing]:
-        remarks.append(f"missing for their ending alone, which must be .png, {len(ended)}: {_listed(ended)}")
+        remarks.append(f"missing for their ending alone, which must be .png, {len(ended)}: {listed(ended)}")
     if extra:
-        remarks.append(f"files without reference, which are not scored, {len(extra)}: {_listed(extra)}")
+        remarks.append(f"files without reference, which are not scored, {len(extra)}: {listed(extra)}")
     if remarks:
         found.notes.append(f"{folder}: {'; '.join(remarks)}")
-
-
-def _listed(names: Sequence[Any], limit: int = 5) -> str:
-    shown = ", ".join(str(name) for name in names[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

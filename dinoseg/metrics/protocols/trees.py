@@ -12,6 +12,7 @@ from dinoseg.errors import UserError
 from dinoseg.files import visible_files
 from dinoseg.images import read_ids
 from dinoseg.metrics.protocols.contract import BadFile, Case, Found
+from dinoseg.wording import count_of, listed
 
 _SHOWN = 5  # names in a message
 
@@ -127,11 +128,11 @@ def match(
         Case(name, unit(name), ((file, prediction[name]),)) for name, file in reference.items() if name in prediction
     ]
     if not cases:
-        count = f"{len(reference)} file{'s' * (len(reference) > 1)}"
         raise UserError(
-            f"reference={folders[0]} holds {count}, and prediction={folders[1]} has a prediction of none: the first "
-            f"would be {missing(next(iter(reference)))}, but there is {next(iter(prediction.values()))}. Are these of "
-            f"another split, or named otherwise?{pictures_hint(folders[1], prediction)}"
+            f"reference={folders[0]} holds {count_of(reference, 'file')}, and prediction={folders[1]} has a prediction "
+            f"of none: the first would be {missing(next(iter(reference)))}, but there is "
+            f"{next(iter(prediction.values()))}. Are these of another split, or named otherwise?"
+            f"{pictures_hint(folders[1], prediction)}"
         )
     problems = [
         (missing(name), f"is missing: {file} has no prediction. Add it.")
@@ -148,9 +149,8 @@ def extra(names: Iterable[str], folder: Path) -> list[str]:
         parent, _, stem = name.rpartition("/")
         by_parent.setdefault(folder / parent, []).append(stem)
     return [
-        (f"1 prediction in {parent} has" if len(stems) == 1 else f"{len(stems)} predictions in {parent} have")
-        + f" no reference and {'is' if len(stems) == 1 else 'are'} not scored: {', '.join(stems[:_SHOWN])}"
-        + (f" and {len(stems) - _SHOWN} more" if len(stems) > _SHOWN else "")
+        f"{count_of(stems, 'prediction')} in {parent} {'has' if len(stems) == 1 else 'have'} no reference and "
+        f"{'is' if len(stems) == 1 else 'are'} not scored: {listed(stems, _SHOWN)}"
         for parent, stems in by_parent.items()
     ]
 
