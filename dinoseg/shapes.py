@@ -54,6 +54,23 @@ class MaskOutputs:
 
 
 @dataclass
+class SlotOutputs:
+    """What a slot head makes of clips: S segments a frame, and from them the features of this frame and later ones.
+
+    The lists have an entry for each of `steps`: what is seen in frame t tells of frame t + step. The last max(steps)
+    frames of a clip are only told of, so T' = T - max(steps) frames tell.
+    """
+
+    features: Tensor  # (B, T, C, h, w) of the backbone: what is to be reconstructed
+    reconstructions: list[Tensor]  # (B, T', C, h, w) of frame t + step
+    alphas: list[Tensor]  # (B, T', S, h, w), over the slots they sum to 1
+    attention: Tensor  # (B, T', S, h, w), likewise
+    slots: Tensor  # (B, T', S, D)
+    steps: list[int]
+    similarity: Tensor | None = None  # (B, T', N, h, w) logits: to which of the N cells of the next frame a cell goes
+
+
+@dataclass
 class Prediction:
     """A head's outputs, and how they lie on the image: a loss or a metric chooses the size it needs.
 
