@@ -16,6 +16,7 @@ BACKBONES = {  # the option, and what makes it small
     "timm_vit": ("timm", {"name": "test_vit"}),
     "timm_pyramid": ("timm", {"name": "test_convnext"}),
 }
+WEIGHTLESS = {"rgb": ("rgb", {})}  # nothing to train: no weights, no blocks, no gradients
 PYRAMIDS = ("convnext", "timm_pyramid")
 BASE = ("data.classes=[a,b,c]", "data.root=none", "engine=cpu")
 
@@ -29,5 +30,6 @@ def load(*overrides):
 
 def tiny_node(name):
     """Return the config node of a family's tiny backbone, untrained."""
-    option, small = BACKBONES[name]
-    return OmegaConf.merge(load(f"backbone={option}")["backbone"], small, {"weights": "random"})
+    option, small = (BACKBONES | WEIGHTLESS)[name]
+    untrained = {} if name in WEIGHTLESS else {"weights": "random"}
+    return OmegaConf.merge(load(f"backbone={option}")["backbone"], small, untrained)

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dinoseg.backbones.class_attention import show
+
 _NAME = "dinoseg_query_mask"
 
 
@@ -48,5 +50,6 @@ def _attend(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attend, with the signature that transformers calls its attention functions by."""
+    show(module, query, key, scaling)
     attended = attend(query, key, value, attention_mask, dropout=dropout, scale=scaling)
     return attended.transpose(1, 2).contiguous(), None

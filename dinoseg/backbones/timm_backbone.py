@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dinoseg.backbones.class_attention import on_patches, plain_attention, watch_timm
 from dinoseg.backbones.layers import resolve_layers
 from dinoseg.backbones.pixels import register_colours
 from dinoseg.backbones.timm_stages import stages
@@ -59,6 +60,7 @@ class TimmBackbone(nn.Module):
         checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        self.name = name
         self.weights = weights
         self.model = _create(name, download=weights == "timm")
         levels = _levels(self.model, name)
@@ -96,6 +98,11 @@ class TimmBackbone(nn.Module):
         """The final norm that the maps have passed; of a pyramid there is none."""
         return None if self.is_pyramid else getattr(self.model, "norm", None)
 
+    @property
+    def has_class_attention(self) -> bool:
+        """Whether `with_class_attention` can be had: of plain vision transformers with a class token."""
+        return plain_attention(self.model) is not None
+
     def pixels(self, images: Tensor) -> Tensor:
         """Return images normalised, and padded to the patch multiple."""
         return pad_to_multiple((images - self.mean) / self.std, self.patch_size)
@@ -103,6 +110,25 @@ class TimmBackbone(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         """Return one map (B, C, h, w) for each tapped layer."""
         return self._maps(self.pixels(images))
+
+    def with_class_attention(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Return the maps, and what the class token attends to in the last block that is read, from one pass.
+
+        The latter is (B, heads, h, w), float32: softmax weights over all tokens, those of class and register tokens
+        left out, so that a head's sum to less than 1; no gradient passes through it.
+
+        Raises:
+            UserError: this model has no such token, or attends in a way of its own (`has_class_attention` is False).
+        """
+        attention = plain_attention(self.model)
+        if attention is None:
+            raise UserError(
+                f"backbone.name={self.name}: this model has no class token, or attends in a way of its own. Choose a "
+                f"plain vision transformer with one, such as vit_small_patch16_224, or backbone=dino_vits16."
+            )
+        with watch_timm(attention) as found:
+            maps = self(images)
+        return maps, on_patches(found[0], self.model.num_prefix_tokens, maps[0].shape[2:])
 
     def export_state(self) -> dict[str, Tensor]:
         """Return the weights under the names in which `weights` reads them from a file.

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dinoseg.backbones.arch import configuration
 from dinoseg.backbones.attention import mask_queries_only
+from dinoseg.backbones.class_attention import on_patches, watch_transformers
 from dinoseg.backbones.layers import resolve_layers
 from dinoseg.backbones.pixels import register_colours
 from dinoseg.backbones.positions import METHODS, interpolate
@@ -48,6 +49,7 @@ class TransformersVit(nn.Module):
             cannot be, or weights that cannot be had or do not fit.
     """
 
+    has_class_attention = True
     mean: Tensor
     std: Tensor
 
@@ -137,6 +139,17 @@ class TransformersVit(nn.Module):
             if number in self.layers:
                 maps[number] = self.norm(tokens)[:, self.num_prefix :].transpose(1, 2).unflatten(2, grid).float()
         return [maps[layer] for layer in self.layers]
+
+    def with_class_attention(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Return the maps, and what the class token attends to in the last block that is read, from one pass.
+
+        The latter is (B, heads, h, w), float32: softmax weights over all tokens, those of class and register tokens
+        left out, so that a head's sum to less than 1; no gradient passes through it.
+        """
+        blocks: Any = self.blocks
+        with watch_transformers(blocks[-1].attention) as found:
+            maps = self(images)
+        return maps, on_patches(found[0], self.num_prefix, maps[0].shape[2:])
 
     def export_state(self) -> dict[str, Tensor]:
         """Return the weights under the names in which `weights` reads them from a file.

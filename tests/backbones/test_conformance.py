@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from omegaconf import OmegaConf
-from tiny_parts import BACKBONES, PYRAMIDS, tiny_node
+from tiny_parts import BACKBONES, PYRAMIDS, WEIGHTLESS, tiny_node
 from torch import nn
 
 from dinoseg.adapters import Frozen, Full, LastBlocks, Lora
@@ -14,8 +14,11 @@ from dinoseg.geometry import pad_to_multiple, widths
 from dinoseg.model import Segmenter
 from dinoseg.nodes import instantiate
 
+WITH_CLASS_TOKEN = {"dino", "dinov2", "dinov2_registers", "dinov3", "timm_vit"}
+with_weights = pytest.mark.parametrize("name", BACKBONES, indirect=True, scope="module")
 
-@pytest.fixture(scope="module", params=BACKBONES)
+
+@pytest.fixture(scope="module", params=BACKBONES | WEIGHTLESS)
 def name(request):
     return request.param
 
@@ -37,7 +40,7 @@ def noise(batch, size):
 
 @pytest.mark.parametrize("size", [(64, 96), (33, 75), (1, 1), (95, 64)])
 def test_maps_cover_any_size(build, name, size):
-    backbone = build("quarters")
+    backbone = build([0, 0, -1, -1] if name in WEIGHTLESS else "quarters")
     maps = backbone(noise(2, size))
     assert len(maps) == backbone.num_layers == 4 and [part.shape[1] for part in maps] == widths(backbone.dim, 4)
     grid = tuple(-(-side // backbone.patch_size) for side in size)
@@ -84,6 +87,17 @@ def test_prefix_tokens_are_dropped_and_positions_kept(build):
         assert divmod(int(difference.argmax()), 6) == (row, column)
 
 
+def test_the_class_token_s_attention_comes_with_the_maps_or_is_not_told_of(build, name):
+    backbone = build()
+    assert getattr(backbone, "has_class_attention", False) == (name in WITH_CLASS_TOKEN)
+    if name in WITH_CLASS_TOKEN:
+        maps, found = backbone.with_class_attention(noise(2, (41, 70)))
+        assert all(map(torch.equal, maps, backbone(noise(2, (41, 70)))))
+        assert found.shape[::2] == maps[0].shape[::2] and found.shape[3] == maps[0].shape[3] and found.shape[1] > 1
+        total = found.flatten(2).sum(-1)
+        assert (found > 0).all() and (total < 1).all() and (total > 0.4).all()  # of these few tokens most are patches
+
+
 def test_a_frozen_backbone_rests_while_a_head_trains(build):
     model = Segmenter(Frozen()(build()), nn.Conv2d(1, 1, 1)).train()
     assert not any(part.training for part in model.backbone.modules() if list(part.parameters()))
@@ -92,15 +106,17 @@ def test_a_frozen_backbone_rests_while_a_head_trains(build):
     assert torch.equal(first, second) and not first.requires_grad
 
 
-def test_gradients_reach_all_but_what_is_called_unused(build):
+@with_weights
+def test_gradients_reach_all_but_what_is_called_unused(name, build):
     backbone = Full()(build())
     backbone(noise(2, (64, 96)))[0].square().sum().backward()
     without = {name for name, parameter in backbone.named_parameters() if parameter.grad is None}
     assert without == set(backbone.unused)
 
 
+@with_weights
 @pytest.mark.parametrize("adapter", [Full(), LastBlocks(2), Lora(rank=2, alpha=2, targets="all_linear")])
-def test_checkpointing_changes_no_gradient(build, adapter):
+def test_checkpointing_changes_no_gradient(name, build, adapter):
     gradients = []
     for checkpointing in (False, True):
         model = Segmenter(adapter(build("quarters", checkpointing=checkpointing)), nn.Conv2d(1, 1, 1)).train()
@@ -112,6 +128,7 @@ def test_checkpointing_changes_no_gradient(build, adapter):
         torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-4)
 
 
+@with_weights
 def test_blocks_are_in_order_and_end_with_the_last_one_read(build, name):
     whole, cut = build("quarters"), build([1], **({"patch_size": 8} if name in PYRAMIDS else {}))
     assert len(whole.blocks) == whole.depth and len(cut.blocks) == 2 and cut.depth == whole.depth
@@ -127,6 +144,7 @@ def test_blocks_are_in_order_and_end_with_the_last_one_read(build, name):
     )
 
 
+@with_weights
 @pytest.mark.parametrize("layers", [(-1,), [0, 1]])
 def test_exported_weights_are_read_again(build, name, tmp_path, layers):
     from safetensors.torch import save_file
@@ -180,5 +198,5 @@ def test_every_option_of_the_command_line_is_one_of_these_families():
         bases = [item for item in started if item != "_self_"]
         return base(bases[0]) if bases else option
 
-    covered = {base(option) for option, _ in BACKBONES.values()}
+    covered = {base(option) for option, _ in (BACKBONES | WEIGHTLESS).values()}
     assert {base(option) for option in options("backbone")} == covered

@@ -1,0 +1,72 @@
+"""Colours instead of features."""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dinoseg.backbones.layers import resolve_layers
+from dinoseg.backbones.pixels import register_colours
+from dinoseg.errors import UserError
+from dinoseg.geometry import pad_to_multiple
+
+
+class RgbBackbone(nn.Module):
+    """The mean colour of each patch: a baseline that every learnt feature has to beat.
+
+    Images (B, 3, H, W), float RGB in 0..1, any H and W; returns maps (B, 3, h, w), h = ceil(H / patch_size), all the
+    same. Colours are normalised, and so lie around zero: that makes cosines between them tell colours apart. Images
+    are padded with zeros (the mean colour) at the bottom and on the right, which shortens the colours of patches on
+    the border and leaves their directions as they are. There is nothing to train, and no file of weights.
+
+    Args:
+        patch_size: side of a patch in pixels.
+        layers: of the one that there is: `[-1]`.
+        mean: RGB mean of images, in 0..1; by default ImageNet's, as for the other backbones.
+        std: RGB standard deviation of the same.
+
+    Raises:
+        UserError: a patch size below 1, another layer, or colours that cannot be.
+    """
+
+    dim = 3
+    depth = 1
+    has_class_attention = False
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        patch_size: int = 8,
+        layers: Sequence[int] | str = (-1,),
+        mean: Sequence[float] = (0.485, 0.456, 0.406),
+        std: Sequence[float] = (0.229, 0.224, 0.225),
+    ) -> None:
+        super().__init__()
+        if patch_size < 1:
+            raise UserError(f"backbone.patch_size={patch_size}: patches are squares of pixels. Give at least 1.")
+        self.patch_size = patch_size
+        self.num_layers = len(resolve_layers(layers, self.depth))
+        self.unused: list[str] = []
+        register_colours(self, mean, std)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """No blocks: nothing is computed but a mean."""
+        return []
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """Return images normalised, and padded to the patch multiple."""
+        return pad_to_multiple((images - self.mean) / self.std, self.patch_size)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Return one map (B, 3, h, w) for each of `layers`."""
+        return [F.avg_pool2d(self.pixels(images), self.patch_size)] * self.num_layers
+
+    def export_state(self) -> dict[str, Tensor]:
+        """Refuse to give weights.
+
+        Raises:
+            UserError: there are none.
+        """
+        raise UserError("backbone=rgb has no weights that could be exported. Give resume=RUN of another backbone.")
