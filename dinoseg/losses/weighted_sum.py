@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from inspect import signature
 from typing import Any
 
 import torch
@@ -16,13 +17,16 @@ class WeightedSum(nn.Module):
     """The sum over terms of factor times loss.
 
     Args:
-        class_weights: one weight (K,) per class, for every term.
-        terms: name to what makes the loss, called with `class_weights`.
+        terms: name to what makes the loss, called with `class_weights` where it takes them.
         factors: name to what the term's loss is multiplied by.
+        class_weights: one weight (K,) per class; None where no term is about classes.
     """
 
     def __init__(
-        self, class_weights: Tensor, terms: Mapping[str, Callable[..., nn.Module]], factors: Mapping[str, float]
+        self,
+        terms: Mapping[str, Callable[..., nn.Module]],
+        factors: Mapping[str, float],
+        class_weights: Tensor | None = None,
     ) -> None:
         super().__init__()
         if not terms or "weight" in terms:
@@ -33,6 +37,7 @@ class WeightedSum(nn.Module):
         self.factors = checked_factors(factors, terms)
         self.losses = nn.ModuleList(_make(name, make, class_weights) for name, make in terms.items())
         self.needs_masks = any(getattr(loss, "needs_masks", False) for loss in self.losses)
+        self.needs_slots = any(getattr(loss, "needs_slots", False) for loss in self.losses)
 
     def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the sum; each term's own value under its name; and `weight`, that of the first term.
@@ -52,10 +57,16 @@ class WeightedSum(nn.Module):
         return torch.stack(values).sum(), parts
 
 
-def _make(name: str, make: Callable[..., nn.Module], class_weights: Tensor) -> nn.Module:
+def _make(name: str, make: Callable[..., nn.Module], class_weights: Tensor | None) -> nn.Module:
     """Return a term, its complaints about keys moved to where the keys stand."""
+    weighs = "class_weights" in signature(make).parameters
+    if weighs and class_weights is None:
+        raise UserError(
+            f"loss.criterion.terms.{name} weighs classes, and this loss has none. Remove the term, or add it to a loss "
+            f"on labels, such as loss=ce_dice."
+        )
     try:
-        return make(class_weights=class_weights)
+        return make(class_weights=class_weights) if weighs else make()
     except UserError as error:
         raise UserError(str(error).replace("loss.criterion.", f"loss.criterion.terms.{name}.")) from None
 

@@ -30,7 +30,7 @@ def make(ignored=0.2):
 
 def test_value_gradient_and_parts_are_those_of_the_terms():
     prediction, batch = make()
-    value, parts = WeightedSum(WEIGHTS, TERMS, {"dice": 0.3, "ce": 2.0})(prediction, batch)
+    value, parts = WeightedSum(TERMS, {"dice": 0.3, "ce": 2.0}, WEIGHTS)(prediction, batch)
     value.backward()
     gradient = prediction.outputs.grad.clone()
     prediction.outputs.grad = None
@@ -47,14 +47,14 @@ def test_value_gradient_and_parts_are_those_of_the_terms():
 def test_the_first_term_gives_the_weight():
     prediction, batch = make()
     factors = {"ce": 1.0, "dice": 1.0}
-    assert WeightedSum(WEIGHTS, dict(reversed(TERMS.items())), factors)(prediction, batch)[1]["weight"] == 2
+    assert WeightedSum(dict(reversed(TERMS.items())), factors, WEIGHTS)(prediction, batch)[1]["weight"] == 2
 
 
 def test_a_term_alone_and_a_factor_of_zero():
     prediction, batch = make()
     dice = Dice(WEIGHTS)(prediction, batch)[0]
-    assert WeightedSum(WEIGHTS, {"d": Dice}, {"d": 1})(prediction, batch)[0] == dice
-    assert WeightedSum(WEIGHTS, TERMS, {"ce": 0, "dice": 1})(prediction, batch)[0] == dice
+    assert WeightedSum({"d": Dice}, {"d": 1}, WEIGHTS)(prediction, batch)[0] == dice
+    assert WeightedSum(TERMS, {"ce": 0, "dice": 1}, WEIGHTS)(prediction, batch)[0] == dice
 
 
 def test_parts_of_a_term_come_under_its_name():
@@ -65,14 +65,14 @@ def test_parts_of_a_term_come_under_its_name():
         def forward(self, prediction, batch):
             return torch.tensor(1.0), {"weight": torch.tensor(9.0), "mask": torch.tensor(3.0)}
 
-    _, parts = WeightedSum(WEIGHTS, {"m": Inner, "dice": Dice}, {"m": 1.0, "dice": 1.0})(*make())
+    _, parts = WeightedSum({"m": Inner, "dice": Dice}, {"m": 1.0, "dice": 1.0}, WEIGHTS)(*make())
     assert parts["weight"] == 9 and parts["m_mask"] == 3 and set(parts) == {"weight", "m", "m_mask", "dice"}
 
 
 def test_a_batch_without_labels_gives_zero():
     prediction, batch = make(ignored=2)
     terms = {"ce": CrossEntropy, "dice": Dice, "focal": Focal, "lovasz": Lovasz, "tversky": Tversky}
-    value, parts = WeightedSum(WEIGHTS, terms, dict.fromkeys(terms, 1.0))(prediction, batch)
+    value, parts = WeightedSum(terms, dict.fromkeys(terms, 1.0), WEIGHTS)(prediction, batch)
     value.backward()
     assert value == 0 and parts["weight"] == 0 and bool((prediction.outputs.grad == 0).all())
 
@@ -81,15 +81,15 @@ def test_scores_are_brought_to_the_masks_size_once():
     prediction, batch = make()
     sizes = []
     prediction.to_pixels = lambda outputs, size, valid: (sizes.append(size), upsample(outputs, size, valid))[1]
-    WeightedSum(WEIGHTS, TERMS, {"ce": 1.0, "dice": 1.0})(prediction, batch)
-    WeightedSum(WEIGHTS, TERMS, {"ce": 1.0, "dice": 1.0})(prediction, batch)
+    WeightedSum(TERMS, {"ce": 1.0, "dice": 1.0}, WEIGHTS)(prediction, batch)
+    WeightedSum(TERMS, {"ce": 1.0, "dice": 1.0}, WEIGHTS)(prediction, batch)
     assert sizes == [(20, 30), (20, 30)]  # once for each call
 
 
 def test_it_needs_masks_when_a_term_does():
-    assert not WeightedSum(WEIGHTS, TERMS, {"ce": 1.0, "dice": 1.0}).needs_masks
+    assert not WeightedSum(TERMS, {"ce": 1.0, "dice": 1.0}, WEIGHTS).needs_masks
     terms = {"masks": MaskClassification, "dice": Dice}
-    assert WeightedSum(WEIGHTS, terms, {"masks": 1.0, "dice": 1.0}).needs_masks
+    assert WeightedSum(terms, {"masks": 1.0, "dice": 1.0}, WEIGHTS).needs_masks
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_it_needs_masks_when_a_term_does():
 )
 def test_bad_sums_are_refused(terms, factors, said):
     with pytest.raises(UserError, match=said):
-        WeightedSum(WEIGHTS, terms, factors)
+        WeightedSum(terms, factors, WEIGHTS)
 
 
 EXPECTED = {

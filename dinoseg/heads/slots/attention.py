@@ -1,0 +1,117 @@
+"""Slot attention: slots compete for tokens, each then learns from those it won."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dinoseg.heads.precision import at_least_float32
+
+_EPSILON = 1e-6  # against a slot that won no token
+_EVAL_SEED = 0  # of the first slots in eval mode
+
+
+def slot_weights(queries: Tensor, keys: Tensor, allowed: Tensor | None = None) -> Tensor:
+    """Return which slot each token goes to (B, S, N): a softmax over the slots of the scaled dot products.
+
+    Args:
+        queries: of the slots (B, S, D).
+        keys: of the tokens (B, N, D).
+        allowed: which tokens each slot may see (B, S, N), bool, True = may. A token that none may see has zeros.
+    """
+    scaled = queries / math.sqrt(queries.shape[-1])  # before the product: half precision does not overflow then
+    logits = at_least_float32(scaled @ keys.mT)  # (B, S, N)
+    if allowed is None:
+        return logits.softmax(dim=1)
+    # The lowest number instead of -inf: a token that no slot may see would be 0 / 0
+    lowest = logits.masked_fill(~allowed, torch.finfo(logits.dtype).min)
+    return lowest.softmax(dim=1).masked_fill(~allowed, 0)
+
+
+class SlotAttention(nn.Module):
+    """Slot attention (Locatello et al., arXiv 2006.15055) whose first slots are drawn from one learnt Gaussian.
+
+    Slots are updated by a GRU cell and a residual MLP; gradients pass through all iterations. Slots stay in float32
+    under autocast: they go from frame to frame.
+
+    Args:
+        in_dim: width of the tokens.
+        slot_dim: D.
+        hidden_dim: hidden width of the MLP.
+        num_groups: more than one adds a learnt offset of mean and log-variance for each group.
+        variance_as_std: take exp(log-variance) as the standard deviation itself, not its square.
+    """
+
+    def __init__(
+        self, in_dim: int, slot_dim: int, hidden_dim: int, *, num_groups: int = 1, variance_as_std: bool = False
+    ) -> None:
+        super().__init__()
+        self.exponent = 1.0 if variance_as_std else 0.5
+        self.norm_tokens = nn.LayerNorm(in_dim)
+        self.norm_slots = nn.LayerNorm(slot_dim)
+        self.norm_mlp = nn.LayerNorm(slot_dim)
+        self.mean = _gaussian_part(1, slot_dim)
+        self.log_variance = _gaussian_part(1, slot_dim)
+        self.group_mean = _gaussian_part(num_groups, slot_dim) if num_groups > 1 else None
+        self.group_log_variance = _gaussian_part(num_groups, slot_dim) if num_groups > 1 else None
+        self.query = nn.Linear(slot_dim, slot_dim, bias=False)
+        self.key = nn.Linear(in_dim, slot_dim, bias=False)
+        self.value = nn.Linear(in_dim, slot_dim, bias=False)
+        self.gru = nn.GRUCell(slot_dim, slot_dim)
+        self.mlp = nn.Sequential(nn.Linear(slot_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, slot_dim))
+
+    def start(self, batch: int, sizes: Sequence[int]) -> Tensor:
+        """Draw the first slots (B, S, D), `sizes` of each group.
+
+        In train mode from torch's global generator; in eval mode the same for every clip and every time.
+        """
+        mean: Tensor = self.mean  # (1, 1, D)
+        log_variance: Tensor = self.log_variance
+        if self.group_mean is not None and self.group_log_variance is not None:
+            group = [number for number, size in enumerate(sizes) for _ in range(size)]
+            mean = mean + self.group_mean[:, group]  # (1, S, D)
+            log_variance = log_variance + self.group_log_variance[:, group]
+        return mean + (self.exponent * log_variance).exp() * self._noise(batch, sum(sizes))
+
+    def forward(
+        self, tokens: Tensor, slots: Tensor, iterations: int, allowed: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the slots (B, S, D) after some iterations, and the last one's `slot_weights` (B, S, N).
+
+        Args:
+            tokens: (B, N, in_dim).
+            slots: (B, S, D) before.
+            iterations: at least 1.
+            allowed: which tokens each slot may see (B, S, N), bool, True = may. A token that none may see changes
+                nothing; a slot that may see none is updated with zeros.
+        """
+        tokens = self.norm_tokens(tokens)
+        keys, values = self.key(tokens), self.value(tokens)
+        weights = slots.new_zeros(())
+        for _ in range(iterations):
+            weights = slot_weights(self.query(self.norm_slots(slots)), keys, allowed)
+            shares = weights / (weights.sum(dim=2, keepdim=True) + _EPSILON)
+            slots = self._updated(slots, shares @ values)
+        return slots, weights
+
+    def _updated(self, slots: Tensor, seen: Tensor) -> Tensor:
+        with torch.autocast(slots.device.type, enabled=False):
+            slots = self.gru(at_least_float32(seen).flatten(0, 1), slots.flatten(0, 1)).view_as(slots)
+        return slots + self.mlp(self.norm_mlp(slots))
+
+    def _noise(self, batch: int, count: int) -> Tensor:
+        shape = (count, self.mean.shape[-1])
+        if self.training:
+            return torch.randn(batch, *shape, device=self.mean.device, dtype=self.mean.dtype)
+        if self.mean.is_meta:
+            return self.mean.new_empty(batch, *shape)
+        # Drawn on the CPU, once for all clips: the masks depend neither on the device nor on what else is in the batch
+        fixed = torch.randn(shape, generator=torch.Generator().manual_seed(_EVAL_SEED), device="cpu")
+        return fixed.to(self.mean).expand(batch, -1, -1)
+
+
+def _gaussian_part(groups: int, dim: int) -> nn.Parameter:
+    """Return a parameter (1, groups, dim); each group's row as Xavier initialisation draws a (1, 1, dim)."""
+    bound = math.sqrt(3 / dim)
+    return nn.Parameter(torch.empty(1, groups, dim).uniform_(-bound, bound))

@@ -1,0 +1,280 @@
+"""The slot head: segments that explain the backbone's features, frame after frame, without labels."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dinoseg.errors import UserError
+from dinoseg.geometry import upsample
+from dinoseg.heads.slots.attention import SlotAttention
+from dinoseg.heads.slots.background import background_mask
+from dinoseg.heads.slots.checks import (
+    check_choice,
+    check_enough_cells,
+    check_positive,
+    checked_grid,
+    map_width,
+    slot_sizes,
+)
+from dinoseg.heads.slots.decoder import Decoded, SlotDecoder
+from dinoseg.heads.slots.positions import Positions
+from dinoseg.heads.slots.predictor import make_predictor
+from dinoseg.heads.slots.time import make_time_decoders, resolve_steps
+from dinoseg.shapes import SlotOutputs
+
+GROUPS = ("off", "initial", "always")
+MASK_SOURCES = ("attention", "alpha")
+
+
+class SlotHead(nn.Module):
+    """Slots that gather the features of a frame, and from which those of this and of later frames are reconstructed.
+
+    Slot attention with SAVi's predictor between frames (Kipf et al., arXiv 2111.12594) on features of a frozen
+    transformer, reconstructed by an MLP decoder (DINOSAUR, Seitzer et al., arXiv 2209.14860). No weight depends on the
+    number of slots: a trained head may run with another.
+
+    Args:
+        in_dim: width of the backbone's map.
+        num_layers: of those maps; one.
+        num_slots: S, or (background, foreground) slots with `groups`.
+        slot_dim: D.
+        hidden_dim: hidden width of the MLP of slot attention.
+        iterations: of slot attention in a frame.
+        first_iterations: the same where slots are drawn anew; None = `iterations`.
+        groups: in which frames background slots see only what the class token does not look at, and foreground slots
+            only the rest: `off`, `initial` (the first frame) or `always`.
+        variance_as_std: take exp(log-variance) as the first slots' standard deviation itself.
+        predictor: `savi`, `carry` (slots enter the next frame as they are) or `none` (drawn anew in every frame).
+        steps: offsets in frames that are reconstructed: n = 0 to n, or a list.
+        time_decoder: `none`, `linear` or `attention`, one for each of `steps`, applied to slots before decoding.
+        decoder_dim: hidden width of the decoder.
+        positions: `learnt`, `sine` or `linear`.
+        positions_grid: (h, w) that the first two are made for, and whose cells `similarity` is about.
+        similarity: predict logits over the next frame's cells (VideoSAUR, Zadaianchuk et al., arXiv 2306.04829).
+        mask_source: `attention`, or the decoder's `alpha` (of offset 0 if that is among `steps`, else of the first).
+        checkpointing: recompute the decoder in the backward pass: less memory, more time.
+
+    Raises:
+        UserError: the maps or a value do not fit.
+    """
+
+    mixture = True
+
+    def __init__(
+        self,
+        in_dim: int | Sequence[int],
+        num_layers: int,
+        *,
+        num_slots: int | Sequence[int] = 10,
+        slot_dim: int = 256,
+        hidden_dim: int = 1024,
+        iterations: int = 1,
+        first_iterations: int | None = None,
+        groups: str = "off",
+        variance_as_std: bool = False,
+        predictor: str = "savi",
+        steps: int | Sequence[int] = 0,
+        time_decoder: str = "none",
+        decoder_dim: int = 1024,
+        positions: str = "learnt",
+        positions_grid: Sequence[int] = (28, 28),
+        similarity: bool = False,
+        mask_source: str = "attention",
+        checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        dim = map_width(in_dim, num_layers)
+        first_iterations = iterations if first_iterations is None else first_iterations
+        check_positive(slot_dim=slot_dim, hidden_dim=hidden_dim, decoder_dim=decoder_dim)
+        check_positive(iterations=iterations, first_iterations=first_iterations)
+        check_choice("groups", groups, GROUPS)
+        check_choice("mask_source", mask_source, MASK_SOURCES)
+        self.sizes = slot_sizes(num_slots, groups)
+        self.num_slots = sum(self.sizes)
+        self.groups = groups
+        self.iterations = iterations
+        self.first_iterations = first_iterations
+        self.steps = resolve_steps(steps)
+        self.mask_source = mask_source
+        self.similarity = similarity
+        self.checkpointing = checkpointing
+        self.grid = checked_grid(positions_grid)
+        num_groups = len(self.sizes)
+        self.slot_attention = SlotAttention(
+            dim, slot_dim, hidden_dim, num_groups=num_groups, variance_as_std=variance_as_std
+        )
+        self.predictor = make_predictor(predictor, slot_dim)
+        self.time_decoders = make_time_decoders(time_decoder, slot_dim, len(self.steps))
+        num_cells = self.grid[0] * self.grid[1] if similarity else 0
+        self.decoder = SlotDecoder(slot_dim, dim, decoder_dim, Positions(positions, self.grid), num_cells)
+        self.norm = nn.LayerNorm(dim)
+
+    @property
+    def group_sizes(self) -> tuple[int, int] | None:
+        """Return the number of background and of foreground slots, which come in this order; None without groups."""
+        return (self.sizes[0], self.sizes[1]) if self.groups != "off" else None
+
+    def fits(self, backbone: Any) -> None:
+        """Refuse a backbone without a class token where groups need its attention.
+
+        Raises:
+            UserError: naming what fits.
+        """
+        if self.groups != "off" and not getattr(backbone, "has_class_attention", False):
+            raise UserError(
+                f"head.groups={self.groups} needs a backbone with a class token whose attention can be read: "
+                f"dino_*, dinov2_*, dinov3_vit*, tiny, tiny_surgical or a plain vision transformer of timm. Choose "
+                f"one of these, or set head.groups=off and give head.num_slots as one number."
+            )
+
+    def run(self, backbone: Any, pixels: Tensor) -> SlotOutputs:
+        """Return the outputs for clips (B, T, 3, H, W), or for images (B, 3, H, W) as clips of one frame each."""
+        clips = pixels if pixels.dim() == 5 else pixels[:, None]
+        frames = clips.flatten(0, 1)  # (B * T, 3, H, W)
+        if self.groups == "off":
+            return self(backbone(frames)[-1].unflatten(0, clips.shape[:2]))
+        maps, attention = backbone.with_class_attention(frames)
+        background = background_mask(attention).unflatten(0, clips.shape[:2])
+        return self(maps[-1].unflatten(0, clips.shape[:2]), background)
+
+    def forward(self, features: Tensor, background: Tensor | None = None) -> SlotOutputs:
+        """Return slots, masks and reconstructions of clips.
+
+        The last max(steps) frames are only targets. In eval mode an image, a clip of one frame, is segmented all the
+        same, even if no target is left.
+
+        Args:
+            features: (B, T, C, h, w).
+            background: (B, T, h, w), bool, True = background; with groups, and only then.
+
+        Raises:
+            UserError: a clip too short for its steps, on another grid than similarity needs, or with fewer cells than
+                slots.
+        """
+        assert (background is None) == (self.groups == "off")
+        grid = (features.shape[-2], features.shape[-1])
+        similarity = self._asks_similarity(features.shape[1], grid)
+        slots: Tensor | None = None
+        seen, decoded = [], []
+        for time in range(self._telling(features.shape[1])):
+            allowed = None
+            if background is not None and (time == 0 or self.groups == "always"):
+                allowed = self.allowed(background[:, time])
+            slots, attention = self.step(features[:, time], slots, allowed)
+            seen.append((slots, attention))
+            decoded.append(self._decode_steps(slots, grid, similarity))
+        each_step = [[frame[index] for frame in decoded] for index in range(len(self.steps))]
+        return SlotOutputs(
+            features=features,
+            reconstructions=[torch.stack([frame.features for frame in frames], dim=1) for frames in each_step],
+            alphas=[torch.stack([frame.alpha for frame in frames], dim=1) for frames in each_step],
+            attention=torch.stack([attention for _, attention in seen], dim=1),
+            slots=torch.stack([own for own, _ in seen], dim=1),
+            steps=self.steps,
+            similarity=_stacked([frame.similarity for frame in each_step[self._own]]),
+        )
+
+    def step(
+        self,
+        features: Tensor,
+        slots: Tensor | None = None,
+        allowed: Tensor | None = None,
+        sizes: Sequence[int] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the slots (B, S, D) of one frame, and their attention (B, S, h, w), which sums to 1 over the slots.
+
+        Args:
+            features: (B, C, h, w).
+            slots: of the frame before (B, S, D); None in the first.
+            allowed: which cells each slot may see (B, S, h, w), bool, True = may; None: all may see all.
+            sizes: slots to draw in each group (one number without groups), where they are drawn; None = the head's.
+
+        Raises:
+            UserError: fewer cells than slots.
+        """
+        grid = (features.shape[-2], features.shape[-1])
+        sizes = self.sizes if sizes is None else sizes
+        check_enough_cells(sum(sizes), grid)
+        iterations = self.iterations
+        if slots is None or self.predictor is None:
+            slots, iterations = self.slot_attention.start(len(features), sizes), self.first_iterations
+        else:
+            slots = self.predictor(slots)
+        tokens = features.flatten(2).mT  # (B, h * w, C)
+        seen = None if allowed is None else allowed.flatten(2)
+        slots, attention = self.slot_attention(tokens, slots, iterations, seen)
+        return slots, attention.unflatten(2, grid)
+
+    def decode(self, slots: Tensor, grid: tuple[int, int], step: int = 0) -> tuple[Tensor, Tensor]:
+        """Return the features (B, C, h, w) and the alpha masks (B, S, h, w) that slots (B, S, D) tell of.
+
+        Args:
+            slots: (B, S, D) of one frame.
+            grid: (h, w) to paint.
+            step: index into `steps`.
+        """
+        decoded = self._decode(slots, grid, step, False)
+        return decoded.features, decoded.alpha
+
+    def masks(self, slots: Tensor, attention: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Return the soft masks (B, S, h, w) of one frame, by its slots (B, S, D) or its attention (B, S, h, w)."""
+        return attention if self.mask_source == "attention" else self.decode(slots, grid, self._own)[1]
+
+    def allowed(self, background: Tensor) -> Tensor:
+        """Return which cells each slot may see (B, S, h, w) from where the background is (B, h, w), both bool."""
+        first, second = self.sizes
+        cells = background[:, None]
+        return torch.cat([cells.expand(-1, first, -1, -1), ~cells.expand(-1, second, -1, -1)], dim=1)
+
+    def predict(self, outputs: SlotOutputs, size: tuple[int, int], valid: tuple[float, float]) -> Tensor:
+        """Return the soft masks of all frames (B * T', S, H, W)."""
+        masks = outputs.attention if self.mask_source == "attention" else outputs.alphas[self._own]
+        return upsample(masks.flatten(0, 1), size, valid)
+
+    @property
+    def _own(self) -> int:
+        """The index of the step whose alpha is the mask: of the frame itself if that is reconstructed."""
+        return self.steps.index(0) if 0 in self.steps else 0
+
+    def _decode(self, slots: Tensor, grid: tuple[int, int], step: int, similarity: bool) -> Decoded:
+        decoded = self.decoder(self.time_decoders[step](slots), grid, similarity=similarity)
+        normed = self.norm(decoded.features.movedim(1, -1)).movedim(-1, 1)
+        return decoded._replace(features=normed)
+
+    def _decode_steps(self, slots: Tensor, grid: tuple[int, int], similarity: bool) -> list[Decoded]:
+        asked = [(slots, grid, step, similarity and step == self._own) for step in range(len(self.steps))]
+        if self.checkpointing and torch.is_grad_enabled():
+            return [checkpoint(self._decode, *one, use_reentrant=False) for one in asked]
+        return [self._decode(*one) for one in asked]
+
+    def _telling(self, frames: int) -> int:
+        """Return how many frames of a clip tell of themselves or later ones."""
+        telling = frames - max(self.steps)
+        if telling >= 1:
+            return telling
+        if frames == 1 and not self.training:
+            return 1
+        least = max(self.steps) + 1
+        raise UserError(
+            f"head.steps={self.steps} reconstructs up to {max(self.steps)} frames ahead, but clips have {frames}. Set "
+            f"data.clips.cut.length={least} or more, or lower head.steps."
+        )
+
+    def _asks_similarity(self, frames: int, grid: tuple[int, int]) -> bool:
+        if not self.similarity or (frames == 1 and not self.training):  # an image has no next frame
+            return False
+        if grid != self.grid:
+            raise UserError(
+                f"head.similarity=true predicts {self.grid[0]} x {self.grid[1]} cells (head.positions_grid), but these "
+                f"frames have {grid[0]} x {grid[1]}. Set resolution.crop to head.positions_grid times the backbone's "
+                f"patch size, or head.positions_grid=[{grid[0]},{grid[1]}] and train anew."
+            )
+        return True
+
+
+def _stacked(parts: Sequence[Tensor | None]) -> Tensor | None:
+    present = [part for part in parts if part is not None]
+    return torch.stack(present, dim=1) if present else None

@@ -1,0 +1,97 @@
+"""Temporal similarity: slots must tell where in the next frame the features of each cell are found again."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dinoseg.errors import UserError
+from dinoseg.losses.feature_reconstruction import slot_outputs
+from dinoseg.losses.labelled import full_precision
+from dinoseg.shapes import Batch, Prediction
+
+
+def similarity_targets(here: Tensor, following: Tensor, temperature: float, threshold: float) -> tuple[Tensor, Tensor]:
+    """Return how the cells of one frame are spread over those of the next, and which cells are at all.
+
+    Args:
+        here: features (B, C, N) of a frame.
+        following: features (B, C, M) of the next one.
+        temperature: what the cosine similarities are divided by before their softmax.
+        threshold: pairs less similar than this have no share.
+
+    Returns:
+        Shares (B, M, N), which sum to 1 over M, or to 0 where no cell is similar enough; and whether one is (B, N).
+    """
+    here, following = F.normalize(full_precision(here), dim=1), F.normalize(full_precision(following), dim=1)
+    similarity = following.transpose(1, 2) @ here  # (B, M, N)
+    unlike = similarity < threshold
+    lost = unlike.all(dim=1)  # a softmax of nothing would be NaN; NaN features are not hidden by this
+    shares = similarity.div_(temperature).masked_fill_(unlike, -math.inf).softmax(dim=1)
+    return shares.masked_fill_(lost[:, None], 0), ~lost
+
+
+class TemporalSimilarity(nn.Module):
+    """VideoSAUR's temporal feature similarity loss (Zadaianchuk et al., arXiv 2306.04829).
+
+    Targets are the softmax over the cells of frame t + 1 of the cosine similarities with a cell of frame t. The loss
+    is their cross-entropy with the head's `similarity`, the mean over cells, frames and clips. A cell that is like
+    none in the next frame is left out: it adds 0, whereas VideoSAUR's code gives it a uniform target.
+
+    VideoSAUR compares the keys of the last attention block; here it is the features that the head sees.
+
+    Frame by frame, at N = h w cells: each frame of a clip keeps one target matrix of N x N float32 until the backward
+    pass, 2.5 MB at 28 x 28 cells and 7.5 MB at 37 x 37, beside the logits themselves and, where these are of half
+    precision, a float32 copy.
+
+    Args:
+        temperature: what similarities are divided by; the lower, the fewer cells share a target.
+        threshold: similarities below it have no share, in [-1, 1).
+    """
+
+    needs_slots = True
+
+    def __init__(self, temperature: float = 0.075, threshold: float = 0.0) -> None:
+        super().__init__()
+        if not 0 < temperature < math.inf:
+            raise UserError(f"loss.criterion.temperature={temperature}: give a number above 0, such as 0.075.")
+        if not -1 <= threshold < 1:
+            raise UserError(
+                f"loss.criterion.threshold={threshold}: give a cosine similarity from -1 (all count) to below 1."
+            )
+        self.temperature = temperature
+        self.threshold = threshold
+
+    def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss, and `weight`: the number of frames with a next one, over all clips.
+
+        Raises:
+            UserError: the head has no slots or predicts no similarity, or the clips have a single frame.
+        """
+        outputs = slot_outputs(prediction)
+        if outputs.features.shape[1] < 2:
+            raise UserError(
+                "The clips have 1 frame, and the loss compares each frame with the next: set data.clips.cut.length to "
+                "2 or more. For images choose loss=feature_reconstruction."
+            )
+        if outputs.similarity is None:
+            raise UserError(
+                "head.similarity=false: the similarity with the next frame is not predicted, and this loss learns it. "
+                "Set head.similarity=true, or choose loss=feature_reconstruction."
+            )
+        features = outputs.features.detach().flatten(3).unbind(1)  # T of (B, C, N)
+        logits = outputs.similarity.flatten(3).unbind(1)  # T' of (B, N of the next frame, N)
+        pairs = list(zip(logits, features, features[1:], strict=False))  # a last frame without a next one is not asked
+        value = torch.stack([self._frame(*pair) for pair in pairs]).mean()
+        return value, {"weight": value.new_tensor(len(outputs.features) * len(pairs))}
+
+    def _frame(self, logits: Tensor, here: Tensor, following: Tensor) -> Tensor:
+        """Return the mean cross-entropy of one frame's cells.
+
+        Written out, it keeps only the targets and the logits for the backward pass, and not the log-softmax.
+        """
+        shares, found = similarity_targets(here, following, self.temperature, self.threshold)
+        assert shares.shape == logits.shape
+        logits = full_precision(logits)
+        return (torch.logsumexp(logits, dim=1) * found - (shares * logits).sum(dim=1)).mean()
