@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 from torch import nn
 from torch.optim import Optimizer
 
+from dinoseg.adapters import Frozen
 from dinoseg.checks import check_given
 from dinoseg.config import plain
 from dinoseg.errors import UserError
@@ -15,10 +16,12 @@ from dinoseg.model import Segmenter
 from dinoseg.nodes import instantiate, not_set
 from dinoseg.shapes import SegmentationData
 from dinoseg.tensor_files import check_file
+from dinoseg.training.clip_feed import ClipFeed
 from dinoseg.training.engine import Engine
 from dinoseg.training.feed import Feed
 
 SPLITS = ("train", "val", "test")
+FEEDS = ("images", "clips")
 
 
 def model(cfg: DictConfig, *, untrained: bool = False) -> Segmenter:
@@ -33,16 +36,26 @@ def model(cfg: DictConfig, *, untrained: bool = False) -> Segmenter:
             model(cfg, untrained=True)
     adapter = instantiate(cfg.adapter)
     torch.manual_seed(_seed(cfg))
-    backbone = adapter(instantiate(cfg.backbone, instead={"weights": "random"} if untrained else None))
+    random = {"weights": "random"} if untrained and "weights" in cfg.backbone else None
+    found = instantiate(cfg.backbone, instead=random)
+    if next(found.parameters(), None) is None and not isinstance(adapter, Frozen):
+        raise UserError("This backbone has nothing to train, as backbone=rgb. Choose adapter=frozen.")
+    adapted = adapter(found)
     keys = plain(cfg.head)
-    late = {"in_dim": backbone.dim, "num_layers": backbone.num_layers}
+    late = {"in_dim": adapted.dim, "num_layers": adapted.num_layers}
     if "patch_size" in keys and cfg.head.patch_size is None:  # of a timm model, which alone knows it
-        late["patch_size"] = backbone.patch_size
+        late["patch_size"] = adapted.patch_size
     weightless = {"weights": None} if untrained and "weights" in keys else None
     head = instantiate(cfg.head, without=("layers", *late), instead=weightless)(**late)
     resolution = {"scale": cfg.resolution.scale, "longest": cfg.resolution.longest}
     check_given("dinoseg.model.Segmenter", resolution)
-    return Segmenter(backbone, head, **resolution)
+    return Segmenter(adapted, head, **resolution)
+
+
+def backbone(cfg: DictConfig) -> nn.Module:
+    """Return a config's backbone as it comes, in eval mode, nothing of it trained."""
+    torch.manual_seed(_seed(cfg))
+    return instantiate(cfg.backbone).requires_grad_(False).eval()
 
 
 def _check_head_file(cfg: DictConfig) -> None:
@@ -82,13 +95,24 @@ def clips(cfg: DictConfig, split: str) -> Any:
     return instantiate(cfg.data.clips)(split=_known(split))
 
 
-def feed(cfg: DictConfig, engine: Engine) -> Feed:
-    """Return the batches of a config for one rank."""
+def feed(cfg: DictConfig, engine: Engine) -> Feed | ClipFeed:
+    """Return the batches of a config for one rank: of images, or of clips where `trainer.feed` says so."""
     check_given("dinoseg.training.feed.Feed", {"batch_size": cfg.data.batch_size})
-    return Feed(
-        train=dataset(cfg, "train", reduced=True),
-        val=dataset(cfg, "val"),
-        augment=instantiate(cfg.data.augment),
+    if not of_clips(cfg):
+        return Feed(
+            train=dataset(cfg, "train", reduced=True),
+            val=dataset(cfg, "val"),
+            augment=instantiate(cfg.data.augment),
+            batch_size=cfg.data.batch_size,
+            seed=_seed(cfg),
+            workers=engine.workers,
+            rank=engine.rank,
+            world=engine.world,
+        )
+    return ClipFeed(
+        train=clips(cfg, "train"),
+        val=clips(cfg, "val"),
+        view=instantiate(cfg.data.view),
         batch_size=cfg.data.batch_size,
         seed=_seed(cfg),
         workers=engine.workers,
@@ -97,8 +121,28 @@ def feed(cfg: DictConfig, engine: Engine) -> Feed:
     )
 
 
-def loss(cfg: DictConfig, train: SegmentationData) -> nn.Module:
-    """Return the loss of a config, its class weights from the pixels of the training masks."""
+def of_clips(cfg: DictConfig) -> bool:
+    """Return whether a config trains on clips.
+
+    Raises:
+        UserError: `trainer.feed` says neither clips nor images.
+    """
+    if cfg.trainer.feed not in FEEDS:
+        raise UserError(f"trainer.feed={cfg.trainer.feed} is unknown. Choose one of {', '.join(FEEDS)}.")
+    return cfg.trainer.feed == "clips"
+
+
+def loss(cfg: DictConfig, train: SegmentationData | None) -> nn.Module:
+    """Return the loss of a config, its class weights from the pixels of the training masks; None: it needs no masks."""
+    if cfg.loss.class_weights is None:
+        if cfg.loss.weights != "none":
+            raise UserError(f"loss.weights={cfg.loss.weights}: loss={cfg.choices.loss} knows no classes. Leave it out.")
+        return instantiate(cfg.loss.criterion)()
+    if train is None:
+        raise UserError(
+            f"loss={cfg.choices.loss} is a loss on labels, which clips have none of. Choose "
+            "loss=feature_reconstruction or loss=video_similarity, or trainer=supervised for images and masks."
+        )
     weigh = instantiate(cfg.loss.class_weights)
     counts = instantiate(cfg.loss.counts)(train) if cfg.loss.weights != "none" else [1] * len(train.classes)
     return instantiate(cfg.loss.criterion)(class_weights=weigh(counts))

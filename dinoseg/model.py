@@ -14,6 +14,8 @@ from dinoseg.shapes import Prediction
 class Segmenter(nn.Module):
     """Images (B, 3, H, W), uint8 RGB, to a `Prediction` that gives class scores at any size.
 
+    A head of clips takes (B, T, 3, H, W) too.
+
     Args:
         backbone: an adapted backbone; in eval mode for good when none of it is trained.
         head: turns its feature maps into outputs, and those into pixels.
@@ -38,7 +40,7 @@ class Segmenter(nn.Module):
     def forward(self, images: Tensor) -> Prediction:
         """Predict for images of one size."""
         height, width = images.shape[-2:]
-        pixels = self._resize(images)
+        pixels = self.pixels(images)
         size = (pixels.shape[-2], pixels.shape[-1])
         head: Any = self.head
         outputs = head.run(self.backbone, pixels) if hasattr(head, "run") else head(self.backbone(pixels))
@@ -50,7 +52,7 @@ class Segmenter(nn.Module):
         super().train(mode)
         for part in self.modules():
             parameters = list(part.parameters())
-            if parameters and not any(parameter.requires_grad for parameter in parameters):
+            if part is not self and parameters and not any(parameter.requires_grad for parameter in parameters):
                 part.eval()
         return self
 
@@ -59,13 +61,14 @@ class Segmenter(nn.Module):
         if hasattr(self.head, "set_progress"):
             self.head.set_progress(share)  # type: ignore[operator]
 
-    def _resize(self, images: Tensor) -> Tensor:
-        """Return float images in 0..1 at the resolution that the backbone sees."""
+    def pixels(self, images: Tensor) -> Tensor:
+        """Return images (..., 3, H, W) as floats in 0..1 at the resolution that the backbone sees."""
         images = images.float() / 255 if images.dtype == torch.uint8 else images
         size = backbone_size((images.shape[-2], images.shape[-1]), self.scale, self.longest)
         if size == tuple(images.shape[-2:]):
             return images
-        return F.interpolate(images, size, mode="bilinear", antialias=True)
+        resized = F.interpolate(images.flatten(0, -4), size, mode="bilinear", antialias=True)
+        return resized.unflatten(0, images.shape[:-3])
 
 
 def backbone_size(size: tuple[int, int], scale: float, longest: int | None) -> tuple[int, int]:

@@ -112,7 +112,7 @@ def load_trained(cfg: DictConfig) -> Trained:
     """
     found = None if cfg.resume is None else checkpoint.read(Path(cfg.resume))
     info = _released(cfg) if found is None else found.info
-    check_classes(_labels(cfg), info, f"resume={cfg.resume}")
+    check_classes(labels_of(cfg), info, f"resume={cfg.resume}")
     engine = instantiate(cfg.engine)
     model = build.model(cfg)
     if found is not None:
@@ -133,15 +133,16 @@ def _released(cfg: DictConfig) -> dict[str, Any]:
             "resume is not set: this mode needs a trained model. Give resume=RUN_FOLDER or a checkpoint; or use a head "
             "that was released trained, as hparam=ade20k_m2f head.weights=FILE does."
         )
-    labels = _labels(cfg)
+    labels = labels_of(cfg)
     return {"classes": list(labels.classes), "palette": labels.palette, "ignore_index": labels.ignore_index}
 
 
-def _labels(cfg: DictConfig) -> Labels:
+def labels_of(cfg: DictConfig) -> Labels:
+    """Return the classes of a config's data set, which need no file but `classes.yaml`."""
     return Labels.of(cfg.data.classes, cfg.data.palette, cfg.data.ignore_index)
 
 
-def description(cfg: DictConfig, data: SegmentationData) -> dict[str, Any]:
+def description(cfg: DictConfig, data: SegmentationData | Labels) -> dict[str, Any]:
     """Return what a run's checkpoints say of themselves beside their progress."""
     return {
         **description_of(cfg),
@@ -155,7 +156,8 @@ def description(cfg: DictConfig, data: SegmentationData) -> dict[str, Any]:
 def description_of(cfg: DictConfig) -> dict[str, Any]:
     """Return the part of the description that the config alone decides."""
     config = {key: value for key, value in plain(cfg).items() if key in KEPT}
-    config["data"] = {**settled(cfg.data), "prepare": None}  # acts on files: nothing that a checkpoint should name
+    # prepare and render act on files: nothing that a checkpoint should name
+    config["data"] = {**settled(cfg.data), "prepare": None, "render": None}
     return {"config": config, "choices": _chosen(cfg), "folder": str(Path.cwd())}
 
 

@@ -45,6 +45,23 @@ class Batch:
 
 
 @dataclass
+class ClipBatch:
+    """Clips of one length and size, stacked."""
+
+    image: Tensor  # (B, T, 3, H, W) uint8
+    names: list[str]
+
+    @classmethod
+    def stack(cls, clips: Sequence[tuple[Tensor, str]]) -> ClipBatch:
+        """Stack the frames (T, 3, H, W) of clips, each with its name."""
+        return cls(torch.stack([frames for frames, _ in clips]), [name for _, name in clips])
+
+    def to(self, device: torch.device) -> ClipBatch:
+        """Copy to `device`."""
+        return ClipBatch(self.image.to(device, non_blocking=True), self.names)
+
+
+@dataclass
 class MaskOutputs:
     """What a mask-classification head predicts for an image: Q masks, and what class each is of."""
 

@@ -14,7 +14,6 @@ from dinoseg.errors import UserError
 from dinoseg.wording import listed
 
 SHORT = ("error", "skip", "pad")
-_OFF = 0.05  # share by which a stride's frame rate may miss the wanted one
 
 
 class Clip(TypedDict):
@@ -47,8 +46,10 @@ class Cut:
         length: frames in a clip; None: the whole video is one.
         stride: every how many frames one is taken.
         fps: frames per second wanted, from which the stride follows; None: as `stride` says.
+        fps_tolerance: share of `fps` by which the rate that a whole stride gives may miss it.
         step: frames of the video from the start of one clip to the start of the next; None: as many as a clip
             covers, so that none overlap. A rest that is too short for a clip is left out.
+        per_video: clips of each video, spread evenly over it, instead of as many as there is room for; None: all.
         short: what becomes of a video with fewer frames than a clip covers: `error`; `skip`: it gives no clip;
             `pad`: its last frame is repeated, those repetitions without a mask.
     """
@@ -56,21 +57,31 @@ class Cut:
     length: int | None = None
     stride: int = 1
     fps: float | None = None
+    fps_tolerance: float = 0.05
     step: int | None = None
+    per_video: int | None = None
     short: str = "error"
 
     def __post_init__(self) -> None:
         """Refuse what is no number of frames, and two ways of saying one thing."""
-        for key, value in (("length", self.length), ("stride", self.stride), ("step", self.step)):
+        for key in ("length", "stride", "step", "per_video"):
+            value = getattr(self, key)
             if value is not None and value < 1:
-                raise UserError(f"data.clips.cut.{key}={value}: give a number of frames, 1 or more.")
+                what = "clips" if key == "per_video" else "frames"
+                raise UserError(f"data.clips.cut.{key}={value}: give a number of {what}, 1 or more.")
         if self.fps is not None and not self.fps > 0:
             raise UserError(f"data.clips.cut.fps={self.fps}: give frames per second, above 0.")
+        if not self.fps_tolerance >= 0:
+            raise UserError(f"data.clips.cut.fps_tolerance={self.fps_tolerance}: give a share of the frame rate, 0 or more.")
         if self.fps is not None and self.stride != 1:
             raise UserError(f"data.clips.cut.fps={self.fps} and stride={self.stride} say the same: set one of them.")
         if self.length is None and self.step is not None:
             raise UserError(
                 f"data.clips.cut.step={self.step} has no effect with length=null, the whole video: remove it."
+            )
+        if self.step is not None and self.per_video is not None:
+            raise UserError(
+                f"data.clips.cut.step={self.step} and per_video={self.per_video} both say where clips start: set one."
             )
         if self.short not in SHORT:
             raise UserError(f"data.clips.cut.short={self.short} is unknown. Choose one of {', '.join(SHORT)}.")
@@ -79,7 +90,7 @@ class Cut:
         """Return every how many frames of a video one is taken.
 
         Raises:
-            UserError: its frame rate is unknown, or no whole stride comes within 5 % of the wanted one.
+            UserError: its frame rate is unknown, or no whole stride comes within `fps_tolerance` of the wanted one.
         """
         if self.fps is None:
             return self.stride
@@ -89,11 +100,12 @@ class Cut:
                 "data.folder_fps, or data.clips.cut.stride instead."
             )
         stride = max(1, round(video.fps / self.fps))
-        if abs(video.fps / stride / self.fps - 1) > _OFF:
+        if abs(video.fps / stride / self.fps - 1) > self.fps_tolerance:
             rates = [f"{video.fps / each:.4g}" for each in range(max(1, stride - 1), stride + 2)]
             raise UserError(
                 f"data.clips.cut.fps={self.fps}: video {video.name} has {video.fps:.4g} frames per second, of which "
-                f"every n-th gives {', '.join(rates)}. Choose one of these, or set data.clips.cut.stride."
+                f"every n-th gives {', '.join(rates)}. Choose one of these, set data.clips.cut.stride, or raise "
+                f"data.clips.cut.fps_tolerance={self.fps_tolerance}, the share by which the rate may miss."
             )
         return stride
 
@@ -108,7 +120,9 @@ class Cut:
         covered = (length - 1) * stride + 1
         step = self.step if self.step is not None else length * stride
         if count >= covered:
-            yield from (Place(number, start, stride, length) for start in range(0, count - covered + 1, step))
+            room = count - covered
+            starts = range(0, room + 1, step) if self.per_video is None else _spread(room, self.per_video)
+            yield from (Place(number, start, stride, length) for start in starts)
         elif self.short == "pad":
             yield Place(number, 0, stride, length)
         elif self.short == "error":
@@ -140,13 +154,15 @@ class Clips:
     def __len__(self) -> int:
         return len(self.places)
 
+    def frames(self, index: int) -> tuple[np.ndarray, str]:
+        """Return the frames (T, H, W, 3) uint8 of a clip without their masks, and a name for it."""
+        video, place, positions = self._find(index)
+        return _read_frames(video, positions, place.length), f"{video.name}/{video.frame_name(place.start)}"
+
     def __getitem__(self, index: int) -> Clip:
-        place = self.places[index]
-        video = self.videos[place.video]
-        wanted = [place.start + number * place.stride for number in range(place.length)]
-        positions = [position for position in wanted if position < len(video.frames)]
+        video, place, positions = self._find(index)
         masks: list[np.ndarray | None] = [video.mask(position) for position in positions]
-        frames = _read_frames(video, positions, len(wanted))  # (T, H, W, 3)
+        frames = _read_frames(video, positions, place.length)  # (T, H, W, 3)
         filled = np.full(frames.shape[:3], VOID, dtype=np.uint8)  # (T, H, W)
         for number, (position, mask) in enumerate(zip(positions, masks, strict=True)):
             if mask is None:
@@ -157,7 +173,7 @@ class Clips:
                     f"{video.masks[position]} is {_size(mask)}. Replace the one that is wrong."
                 )
             filled[number] = mask
-        padded = len(wanted) - len(positions)
+        padded = place.length - len(positions)
         names = [video.frame_name(position) for position in positions]
         return Clip(
             frames=torch.from_numpy(frames).permute(0, 3, 1, 2),  # (T, 3, H, W)
@@ -170,20 +186,35 @@ class Clips:
             frame_names=names + names[-1:] * padded,
         )
 
+    def _find(self, index: int) -> tuple[Video, Place, list[int]]:
+        """Return a clip's video, its place there, and the positions that the video has of it."""
+        place = self.places[index]
+        video = self.videos[place.video]
+        wanted = (place.start + number * place.stride for number in range(place.length))
+        return video, place, [position for position in wanted if position < len(video.frames)]
+
 
 def open_clips(
     layout: Layout,
     split: str,
     *,
     cut: Cut = Cut(),  # noqa: B008 (frozen)
+    eval_cut: Cut | None = None,
     partition: Partition = Partition(),  # noqa: B008 (frozen)
 ) -> Clips:
-    """Return the clips of a split of a data set.
+    """Return the clips of a split of a data set; `eval_cut` is for other splits than train, None: as `cut`.
 
     Raises:
         UserError: whatever the layout finds wrong, and see `Clips`.
     """
-    return Clips(chosen(layout, split, partition), cut)
+    return Clips(chosen(layout, split, partition), cut if split == "train" or eval_cut is None else eval_cut)
+
+
+def _spread(room: int, count: int) -> list[int]:
+    """Return where clips start: at most `count` places from 0 to `room`, evenly; a single one lies in the middle."""
+    if count == 1:
+        return [room // 2]
+    return sorted({round(number * room / (count - 1)) for number in range(count)})
 
 
 def _first_shown(masks: Sequence[np.ndarray | None]) -> np.ndarray:

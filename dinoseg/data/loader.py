@@ -11,8 +11,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from dinoseg.data.clip_view import ClipView
+from dinoseg.data.clips import Clips
 from dinoseg.errors import UserError
-from dinoseg.shapes import Batch, Sample, SegmentationData
+from dinoseg.shapes import Batch, ClipBatch, Sample, SegmentationData
+from dinoseg.wording import count_of
 
 Transform = Callable[[np.ndarray, np.ndarray, np.random.Generator], tuple[np.ndarray, np.ndarray]]
 _ORDER, _SAMPLE = 0, 1  # what chance is drawn for
@@ -39,21 +42,49 @@ def train_batches(
             iterating: whatever the data set finds wrong.
     """
     check_batch_size(batch_size, len(dataset), world)
-    if seed < 0:
-        raise UserError(f"seed={seed}: give a whole number that is not negative.")
+    _check_seed(seed)
+    read = functools.partial(_read_augmented, dataset, augment, seed)
     shares = _shares(len(dataset), batch_size, seed, start=start, rank=rank, world=world)
-    return _load(functools.partial(_read_batch, dataset, augment, seed), shares, workers)
+    return _load(functools.partial(_read_batch, read, Batch.stack), shares, workers)
 
 
-def check_batch_size(batch_size: int, images: int, world: int) -> None:
+def clip_batches(
+    clips: Clips,
+    view: ClipView,
+    *,
+    batch_size: int,
+    seed: int,
+    start: int = 0,
+    workers: int = 0,
+    rank: int = 0,
+    world: int = 1,
+) -> Iterator[ClipBatch]:
+    """Yield batches of clips as `train_batches` does of images: shuffled over all videos; no mask is read.
+
+    Raises:
+        UserError: as `train_batches`.
+    """
+    check_batch_size(batch_size, len(clips), world, "clip")
+    _check_seed(seed)
+    read = functools.partial(_read_clip, clips, view, seed)
+    shares = _shares(len(clips), batch_size, seed, start=start, rank=rank, world=world)
+    return _load(functools.partial(_read_batch, read, ClipBatch.stack), shares, workers)
+
+
+def check_batch_size(batch_size: int, samples: int, world: int, what: str = "image") -> None:
     """Refuse batches that are larger than the data set, or not to be shared evenly by the ranks."""
-    if not 1 <= batch_size <= images:
+    if not 1 <= batch_size <= samples:
         raise UserError(
-            f"data.batch_size={batch_size} with {images} training images: choose a number from 1 to {images}, or add "
-            f"images."
+            f"data.batch_size={batch_size} with {count_of(samples, f'training {what}')}: choose a number from 1 to "
+            f"{samples}, or add {what}s."
         )
     if batch_size % world:
         raise UserError(f"data.batch_size={batch_size} cannot be shared by {world} devices: use a multiple of {world}.")
+
+
+def _check_seed(seed: int) -> None:
+    if seed < 0:
+        raise UserError(f"seed={seed}: give a whole number that is not negative.")
 
 
 def eval_samples(dataset: SegmentationData, *, workers: int = 0, rank: int = 0, world: int = 1) -> Iterator[Sample]:
@@ -90,8 +121,8 @@ def _random(seed: int, epoch: int, sample: int, purpose: int) -> np.random.Gener
     return np.random.Generator(np.random.Philox(key=seed, counter=[0, sample, epoch, purpose]))
 
 
-def _read_batch(dataset: SegmentationData, augment: Transform, seed: int, share: list[tuple[int, int]]) -> Batch:
-    return Batch.stack([_read_augmented(dataset, augment, seed, epoch, index) for epoch, index in share])
+def _read_batch(read: Callable[[int, int], Any], join: Callable[[list[Any]], Any], share: list[tuple[int, int]]) -> Any:
+    return join([read(epoch, index) for epoch, index in share])
 
 
 def _read_augmented(dataset: SegmentationData, augment: Transform, seed: int, epoch: int, index: int) -> Sample:
@@ -99,6 +130,12 @@ def _read_augmented(dataset: SegmentationData, augment: Transform, seed: int, ep
     pixels = np.ascontiguousarray(sample["image"].permute(1, 2, 0).numpy())  # (H, W, 3)
     image, mask = augment(pixels, sample["mask"].numpy(), _random(seed, epoch, index, _SAMPLE))
     return Sample(image=torch.from_numpy(image).permute(2, 0, 1), mask=torch.from_numpy(mask), name=sample["name"])
+
+
+def _read_clip(clips: Clips, view: ClipView, seed: int, epoch: int, index: int) -> tuple[torch.Tensor, str]:
+    frames, name = clips.frames(index)
+    seen = view(frames, _random(seed, epoch, index, _SAMPLE))
+    return torch.from_numpy(seen).permute(0, 3, 1, 2), name  # (T, 3, H, W)
 
 
 class _Keyed:

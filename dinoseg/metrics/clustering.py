@@ -109,6 +109,21 @@ def best_overlaps(counts: np.ndarray, objects: np.ndarray, matching: str = "over
     return best
 
 
+def segment_scores(
+    table: Contingency, *, background: int = 0, matching: str = "overlap"
+) -> tuple[float, float, float | None]:
+    """Return ARI, FG-ARI (without the pixels of the true background) and mBO of a video or frame.
+
+    mBO is None where there is no object; FG-ARI then is 1, as in SAVi, VideoSAUR and OCLF.
+
+    Raises:
+        UserError: an unknown matching.
+    """
+    overlaps = best_overlaps(table.counts, table.true_ids != background, matching)
+    foreground = adjusted_rand_index(table.without(background).counts)
+    return adjusted_rand_index(table.counts), foreground, float(overlaps.mean()) if len(overlaps) else None
+
+
 def _ordered_pairs(counts: np.ndarray) -> int:
     """Return the sum of n (n - 1) in whole numbers."""
     return int((counts * (counts - 1)).sum())

@@ -13,11 +13,18 @@ COLUMNS = {  # of a table row, with how they are written
     "miou": ".4f",
     "miou_no_background": ".4f",
     "accuracy": ".4f",
+    "J&F-Mean": ".4f",
+    "FG-ARI": ".4f",
+    "mBO": ".4f",
+    "loss": ".4f",
     "parameters": ",",
     "trainable": ",",
     "images_per_s": ".1f",
     "memory_gib": ".2f",
 }
+
+
+RANKED = ("miou", "J&F-Mean", "FG-ARI")  # the first that any job has decides the order; else the lowest loss
 
 
 class SweepTable(Callback):
@@ -36,12 +43,15 @@ class SweepTable(Callback):
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Print the table, best first."""
-        rows = sorted(self.rows, key=lambda row: (row["miou"] is None, -(row["miou"] or 0)))
-        if not any(row["miou"] is not None or row["note"] for row in rows):
+        held = [key for key in COLUMNS if any(row[key] is not None for row in self.rows)]
+        score, sign = next(((key, -1) for key in RANKED if key in held), ("loss", 1))
+        if score not in held and not any(row["note"] for row in self.rows):
             return
-        shown = [{key: _written(key, value) for key, value in row.items() if key != "run"} for row in rows]
-        widths = [None, 60, *[None] * len(COLUMNS), 60]
-        aligned = ("right", "left", *["right"] * len(COLUMNS), "left")
+        rows = sorted(self.rows, key=lambda row: (row[score] is None, sign * (row[score] or 0)))
+        keys = ["job", "overrides", *held, "note"]
+        shown = [{key: _written(key, row[key]) for key in keys} for row in rows]
+        widths = [None, 60, *[None] * len(held), 60]
+        aligned = ("right", "left", *["right"] * len(held), "left")
         print("\n" + tabulate(shown, headers="keys", maxcolwidths=widths, disable_numparse=True, colalign=aligned))
         folder = Path(config.hydra.sweep.dir)
         with open(folder / "sweep.csv", "w", newline="") as file:

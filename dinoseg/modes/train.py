@@ -9,22 +9,20 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
 from omegaconf import DictConfig
 from torch import nn
 
 from dinoseg import build
-from dinoseg.data.doctor.short import check as examine
-from dinoseg.data.splits import split_table
 from dinoseg.errors import UserError
-from dinoseg.modes.evaluate import list_skipped, score
+from dinoseg.modes.train_clips import TrainClips
+from dinoseg.modes.train_images import TrainImages
 from dinoseg.nodes import instantiate
-from dinoseg.processes import count_cores
 from dinoseg.report.curves import draw_curves
 from dinoseg.report.log import RunLog, read_rows
 from dinoseg.report.table import write_json
 from dinoseg.resume import check_classes, description
 from dinoseg.training import checkpoint
+from dinoseg.training.feed import Feed
 from dinoseg.wording import listed
 
 logger = logging.getLogger(__name__)
@@ -41,44 +39,42 @@ def train(cfg: DictConfig, *, out_dir: Path, metrics_only: bool = False) -> dict
     engine = instantiate(cfg.engine)
     out_dir = Path(engine.share(str(out_dir)))
     feed = build.feed(cfg, engine)
+    kind = TrainImages(cfg, feed) if isinstance(feed, Feed) else TrainClips(cfg, feed)
     start = checkpoint.read(Path(cfg.resume)) if cfg.resume else None
     if start is not None:
-        check_classes(feed.train, start.info, f"resume={start.path}")
-    _check_fits(cfg, engine.world)
+        check_classes(kind.labels, start.info, f"resume={start.path}")
+    kind.check_parts(engine.world)
     if engine.is_main:
-        workers = cfg.data.get("workers") or count_cores()
-        options = {"group": cfg.data.group, "data_name": cfg.choices.data, "workers": workers}
-        examine(feed.train, feed.val, cache_dir=cfg.cache_dir, **options)
-    loss = build.loss(cfg, feed.train).to(engine.device)
+        kind.check_data()
+    loss = build.loss(cfg, kind.labelled).to(engine.device)
     model = build.model(cfg).to(engine.device)
     optimizer = build.optimizer(cfg, model)
     checkpoints = checkpoint.Checkpoints(
-        out_dir / checkpoint.FOLDER, description(cfg, feed.train), start, writes=engine.is_main
+        out_dir / checkpoint.FOLDER, description(cfg, kind.labels), start, writes=engine.is_main
     )
     if engine.is_main:
-        _write_split(out_dir, split_table({"train": feed.train, "val": feed.val}))
-    logger.info("%d training and %d validation images; run folder %s", len(feed.train), len(feed.val), out_dir)
+        _write_split(out_dir, kind.split)
+    logger.info("%d training and %d validation %s; run folder %s", len(feed.train), len(feed.val), kind.what, out_dir)
     first_step = start.info["progress"]["step"] if start else 0
     if start is not None:
         logger.info("going on with %s at step %d of %d", start.path, first_step, cfg.trainer.steps)
     with RunLog(out_dir, start_step=first_step, visible=engine.is_main) as log:
-        run = instantiate(cfg.trainer)(
+        run = instantiate(cfg.trainer, without=("feed",))(
             model, loss, feed, optimizer, engine, checkpoints, log, schedule=instantiate(cfg.optim.schedule)
         )
     if first_step >= cfg.trainer.steps:
         logger.warning("This run had already done %d steps: give more trainer.steps to train on.", first_step)
     if run.best is None:
         raise UserError(f"trainer.steps={cfg.trainer.steps}: this run has done {run.step}, and was never validated.")
-    if engine.is_main:
-        draw_curves(read_rows(out_dir / "metrics.jsonl"), out_dir)
+    curves = draw_curves(read_rows(out_dir / "metrics.jsonl"), out_dir, kind.plots) if engine.is_main else []
     best = checkpoint.find(out_dir, "best")
     checkpoint.load_weights(model, checkpoint.read(best))
-    scores = score(model, feed.val, engine, out_dir / "evaluation", metrics_only=metrics_only)
+    scores = kind.evaluate(model, engine, out_dir / "evaluation", metrics_only=metrics_only)
     if engine.is_main:
-        print(f"curves:       {out_dir}/loss.png, accuracy.png, miou.png")
+        print(f"curves:       {out_dir}/{', '.join(path.name for path in curves)}")
         print(f"TensorBoard:  tensorboard --logdir {out_dir / 'tensorboard'}")
         print(f"checkpoint:   {best} (step {run.best_step})")
-        list_skipped({"train": feed.train, "val": feed.val}, out_dir)
+        kind.close(out_dir)
     engine.close()
     return {**scores, **_cost(model, out_dir), "best_step": run.best_step, "run": str(out_dir)}
 
@@ -92,8 +88,8 @@ def _write_split(out_dir: Path, split: Mapping[str, Sequence[str]]) -> None:
         os.replace(path, out_dir / kept)
         changes = "; ".join(_change(side, before.get(side, []), names) for side, names in split.items())
         logger.warning(
-            "The images are no longer those that this run began with (%s). From here on it takes others, or in another "
-            "order, so it is not the run it would have been, and scores of other validation images do not compare. "
+            "The data is no longer what this run began with (%s). From here on it takes others, or in another "
+            "order, so it is not the run it would have been, and scores of other validation data do not compare. "
             "The list it had is kept in %s.",
             changes,
             out_dir / kept,
@@ -129,21 +125,3 @@ def _cost(model: nn.Module, out_dir: Path) -> dict[str, Any]:
         "images_per_s": median(row["train/images_per_s"] for row in rows) if rows else None,
         "memory_gib": max((row["train/memory_gib"] for row in rows), default=None),
     }
-
-
-def _check_fits(cfg: DictConfig, world: int) -> None:
-    """Refuse a loss or a batch that the head cannot be trained with, before any weights are read or labels counted."""
-    with torch.device("meta"):
-        head = build.model(cfg, untrained=True).head
-        loss = instantiate(cfg.loss.criterion)(class_weights=torch.ones(len(cfg.data.classes)))
-    least = getattr(head, "least_batch", 1)
-    if cfg.data.batch_size < least * world:
-        raise UserError(
-            f"data.batch_size={cfg.data.batch_size}: head={cfg.choices.head} is trained on {least} images or more per "
-            f"device. Set data.batch_size={least * world} or choose another head."
-        )
-    if getattr(loss, "needs_masks", False) and not getattr(head, "mixture", False):
-        raise UserError(
-            "loss=mask_classification needs a head that predicts masks: head=mask2former, head=mask2former_meta or "
-            "head=eomt. For other heads choose a loss on pixels, such as loss=cross_entropy or loss=ce_dice."
-        )

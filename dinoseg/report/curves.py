@@ -1,4 +1,4 @@
-"""Training curves: loss.png, accuracy.png and miou.png from the rows of metrics.jsonl."""
+"""Training curves as pictures, from the rows of metrics.jsonl."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,17 +18,27 @@ _STYLES = {"train": (_BLUE, "training"), "val": (_VERMILION, "validation")}
 _MANY = 40  # points from which a noisy training curve is shown as a mean over a pale line
 
 
-def draw_curves(rows: Sequence[Mapping[str, Any]], out_dir: str | Path) -> list[Path]:
-    """Write loss.png, accuracy.png and miou.png from `rows` with `step` and keys such as `train/loss`.
+Plot = tuple[str, Mapping[str, str | None], str | None]  # file, keys with their names, title of a share in 0..1
+_LOSS: Plot = ("loss", {"train/loss": None, "val/loss": None}, None)
+IMAGE_PLOTS: tuple[Plot, ...] = (
+    _LOSS,
+    ("accuracy", {"train/accuracy": None, "val/accuracy": None}, "pixel accuracy"),
+    ("miou", {"val/miou": None, "val/miou_no_background": "without background"}, "mean IoU"),
+)
+CLIP_PLOTS: tuple[Plot, ...] = (
+    _LOSS,
+    ("fg_ari", {"val/fg_ari": None, "val/ari": "ARI, with background", "val/mbo": "mBO"}, "FG-ARI"),
+)
+
+
+def draw_curves(
+    rows: Sequence[Mapping[str, Any]], out_dir: str | Path, plots: Sequence[Plot] = IMAGE_PLOTS
+) -> list[Path]:
+    """Write the pictures of `plots` from `rows` with `step` and keys such as `train/loss`; return their paths.
 
     Rows may lack any key, hold None or non-finite values, and come in any order of steps. A score that
     has no value yet gives a picture that says so.
     """
-    plots = (
-        ("loss", {"train/loss": None, "val/loss": None}, None),
-        ("accuracy", {"train/accuracy": None, "val/accuracy": None}, "pixel accuracy"),
-        ("miou", {"val/miou": None, "val/miou_no_background": "without background"}, "mean IoU"),
-    )
     paths = []
     for name, keys, title in plots:
         path = Path(out_dir) / f"{name}.png"

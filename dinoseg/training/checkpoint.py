@@ -226,10 +226,13 @@ class Checkpoints:
         tensors |= {f"ema/{name}": value for name, value in (ema.average if ema else {}).items()}
         self._write("last", tensors)
 
-    def judge(self, model: nn.Module, score: float) -> None:
-        """Save `best` where `score` beats all before; the model must hold the weights that were scored."""
+    def judge(self, model: nn.Module, score: float, *, lowest: bool = False) -> None:
+        """Save `best` where `score` beats all before; the model must hold the weights that were scored.
+
+        The highest score is the best, or the `lowest`.
+        """
         progress = self.progress
-        if progress.best is not None and score <= progress.best:
+        if progress.best is not None and (score >= progress.best if lowest else score <= progress.best):
             progress.stale += 1
             return
         progress.best, progress.best_step, progress.stale = score, progress.step, 0

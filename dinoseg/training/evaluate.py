@@ -1,15 +1,15 @@
 """Score a model on a data set at the masks' own size: one exact count over all images and ranks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dinoseg.data.loader import eval_samples, stack_equal
 from dinoseg.metrics.confusion import ConfusionMatrix
 from dinoseg.shapes import Batch, SegmentationData
 from dinoseg.training.engine import Engine
-from dinoseg.training.feed import eval_batches
 
 
 @torch.no_grad()
@@ -59,3 +59,8 @@ def evaluate(
         total, images = engine.sum(losses.float().to(engine.device)).tolist()
         scores["loss"] = total / max(1.0, images)
     return scores
+
+
+def eval_batches(data: SegmentationData, *, batch_size: int, workers: int, rank: int, world: int) -> Iterator[Batch]:
+    """Yield a rank's share of a data set once, in order, in batches of one size."""
+    return stack_equal(eval_samples(data, workers=workers, rank=rank, world=world), batch_size)

@@ -4,24 +4,18 @@ import logging
 import math
 from collections.abc import Callable
 from contextlib import closing
-from functools import partial
 from itertools import islice
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dinoseg.errors import UserError
-from dinoseg.metrics.confusion import ConfusionMatrix
 from dinoseg.model import Segmenter, trained_names
 from dinoseg.report.log import RunLog
-from dinoseg.report.overlay import compare
-from dinoseg.shapes import Batch
 from dinoseg.training.checkpoint import Checkpoints, Progress
 from dinoseg.training.engine import Engine
-from dinoseg.training.evaluate import evaluate
-from dinoseg.training.feed import Feed
+from dinoseg.training.feed import Source
 from dinoseg.training.optim import MovingAverage, set_learning_rates, tensors_of
 from dinoseg.training.progress import Meter
 
@@ -35,7 +29,7 @@ class NonFiniteLoss(UserError):
 def fit(
     model: Segmenter,
     loss: nn.Module,
-    feed: Feed,
+    feed: Source,
     optimizer: Optimizer,
     engine: Engine,
     checkpoints: Checkpoints,
@@ -57,7 +51,7 @@ def fit(
     Args:
         model: a segmenter on the engine's device.
         loss: `loss(prediction, batch) -> (scalar, dict of scalars)`.
-        feed: batches.
+        feed: batches, and how the model is validated.
         optimizer: its groups carry `base_lr` and `names`.
         engine: device, precision and ranks.
         checkpoints: where the run stands, and where it is kept.
@@ -71,13 +65,13 @@ def fit(
         clip: highest norm of the gradient, or None.
         patience: stop after more validations than this without a better score, or None.
         ema: decay of a moving average of the weights, which then is what gets scored and kept as best.
-        score: the score of `evaluate` that decides which checkpoint is best.
+        score: the score of a validation that decides which checkpoint is best.
 
     Raises:
         NonFiniteLoss: naming the step and the samples.
     """
     _check_lengths(steps=steps, val_every=val_every, save_every=save_every, log_every=log_every, accumulate=accumulate)
-    _check_score(score, len(feed.val.classes))
+    _check_score(score, feed)
     net = engine.prepare(model)
     average = MovingAverage(tensors_of(model, trained_names(model)), ema) if ema else None
     run = checkpoints.restore(model, optimizer, average)
@@ -108,7 +102,7 @@ def fit(
             meter.step(len(names) * engine.world, mean)
             if _due(run.step, log_every, steps):
                 row = {"train/loss": mean, "train/lr": rate, "train/gradient_norm": norm, **meter.read()}
-                log.scalars(run.step, row)
+                log.scalars(run.step, row | _terms(parts))
             if _due(run.step, val_every, steps):
                 try:
                     _validate(model, loss, feed, engine, checkpoints, log, average, score)
@@ -120,6 +114,11 @@ def fit(
                 checkpoints.save(model, optimizer, average)
     engine.wait()
     return run
+
+
+def _terms(parts: dict[str, Tensor]) -> dict[str, float]:
+    """Return the terms of the loss of this rank's last batch."""
+    return {f"train/{name}": value.item() for name, value in parts.items() if name != "weight"}
 
 
 def _step(
@@ -142,9 +141,9 @@ def _step(
 
 
 def _validate(
-    model: nn.Module,
+    model: Segmenter,
     loss: nn.Module,
-    feed: Feed,
+    feed: Source,
     engine: Engine,
     checkpoints: Checkpoints,
     log: RunLog,
@@ -152,27 +151,18 @@ def _validate(
     score: str,
 ) -> None:
     """Score the model (its moving average where there is one), log it, and keep it where it is the best yet."""
-    pictures: list[np.ndarray] = []
-
-    def keep_first(batch: Batch, ids: Tensor) -> None:
-        if not pictures:
-            frame, mask = batch.image[0].permute(1, 2, 0).cpu().numpy(), batch.mask[0].cpu().numpy()
-            data = feed.val
-            draw = partial(compare, classes=data.classes, palette=data.palette, ignore_index=data.ignore_index)
-            pictures.append(draw(frame, ids[0].cpu().numpy(), mask))
-
     engine.align(model)
     if average is not None:
         average.swap()
-    scores = evaluate(model, feed.val, engine, loss=loss, on_batch=keep_first)
+    scores, picture = feed.validate(model, loss, engine)
     if scores[score] is None:
         raise UserError(f"trainer.score={score} is undefined: the validation masks hold no labelled pixel for it.")
-    checkpoints.judge(model, scores[score])
+    checkpoints.judge(model, scores[score], lowest=score in feed.lowest)
     if average is not None:
         average.swap()
     row = {f"val/{name}": value for name, value in scores.items() if isinstance(value, float)}
     log.scalars(checkpoints.progress.step, row)
-    for picture in pictures:
+    if picture is not None:
         log.picture(checkpoints.progress.step, "val/prediction", picture)
     logger.info(
         "step %d: val/%s %.4f (best %.4f at step %d)",
@@ -184,10 +174,9 @@ def _validate(
     )
 
 
-def _check_score(name: str, num_classes: int) -> None:
-    names = sorted(key for key, value in ConfusionMatrix(num_classes).compute().items() if value is None)
-    if name not in names:
-        raise UserError(f"trainer.score={name} is not a score. Choose one of {', '.join(names)}.")
+def _check_score(name: str, feed: Source) -> None:
+    if name not in feed.score_names:
+        raise UserError(f"trainer.score={name} is not a score. Choose one of {', '.join(feed.score_names)}.")
 
 
 def _due(step: int, every: int | None, steps: int) -> bool:

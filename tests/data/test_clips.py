@@ -224,7 +224,8 @@ def test_youtube_vos_objects_that_appear_late(compose, youtube):
     assert clips[1]["annotated"].tolist() == [True, False, False, True, False, False, False]
     assert (clips[1]["masks"][[1, 2, 4, 5, 6]] == 255).all() and 4 in clips[1]["masks"][3]
     assert appears(clips[1]) == {2: 0, 4: 3}
-    late = clips_of(compose, "youtube_vos", youtube, "val", "data.clips.cut.length=3", "data.clips.cut.step=2")
+    cut = ("data.clips.eval_cut.length=3", "data.clips.eval_cut.step=2")
+    late = clips_of(compose, "youtube_vos", youtube, "val", *cut)
     assert [(clip["name"], clip["start"], appears(clip)) for clip in late] == [
         ("a", 0, {1: 0}), ("b", 0, {2: 0}), ("b", 2, appears(late[2])), ("b", 4, {})
     ]  # fmt: skip
@@ -506,6 +507,10 @@ def test_one_image_set_is_not_trained_and_scored_on(compose, davis):
         (Cut(length=3, stride=2, step=1), [0, 1, 2, 3, 4, 5]),
         (Cut(length=10, step=3), [0]),
         (Cut(length=1, step=4), [0, 4, 8]),
+        (Cut(length=2, per_video=1), [4]),
+        (Cut(length=2, per_video=3), [0, 4, 8]),
+        (Cut(length=9, per_video=5), [0, 1]),
+        (Cut(per_video=7), [0]),
     ],
 )
 def test_cuts(tmp_path, cut, starts):
@@ -518,6 +523,23 @@ def test_cuts(tmp_path, cut, starts):
         for number, index in enumerate(indices):
             np.testing.assert_array_equal(clip["frames"][number].permute(1, 2, 0), pixels("v", index))
             np.testing.assert_array_equal(clip["masks"][number], ids("v", index, [0, 1]))
+
+
+def test_frames_come_without_their_masks(tmp_path):
+    layout = Still(tmp_path, v=10)
+    clips = open_clips(layout, "train", cut=Cut(length=3, stride=2, step=1))
+    for path in clips.videos[0].masks.values():
+        path.unlink()
+    frames, name = clips.frames(4)
+    assert frames.shape == (3, 6, 9, 3) and name == "v/4"
+    for number, index in enumerate((4, 6, 8)):
+        np.testing.assert_array_equal(frames[number], pixels("v", index))
+
+
+def test_val_and_test_have_a_cut_of_their_own(tmp_path):
+    layout, options = Still(tmp_path, v=10), {"cut": Cut(length=3), "eval_cut": Cut(length=5)}
+    assert [len(open_clips(layout, split, **options)) for split in ("train", "val", "test")] == [3, 2, 2]
+    assert len(open_clips(layout, "val", cut=Cut(length=3))) == 3
 
 
 def test_short_videos(tmp_path):
@@ -574,6 +596,9 @@ def test_files_that_do_not_fit(tmp_path):
         ({"fps": 5, "stride": 2}, "say the same"),
         ({"step": 4}, "no effect with length=null"),
         ({"short": "crop"}, r"short=crop is unknown"),
+        ({"per_video": 0}, r"per_video=0: give a number of clips"),
+        ({"length": 2, "per_video": 2, "step": 1}, r"step=1 and per_video=2 both say"),
+        ({"fps": 8, "fps_tolerance": -1}, r"fps_tolerance=-1: give a share"),
     ],
 )
 def test_cuts_that_are_none(keys, message):
@@ -596,7 +621,8 @@ def test_real_davis(compose):
     root = DATA / "davis2016"
     if not root.is_dir():
         pytest.skip(f"no real data in {root}: set DINOSEG_DATA")
-    cfg = compose("data=davis2016", f"data.root={root}", "data.clips.cut.length=4", "data.clips.cut.fps=12").data
+    cut = ("data.clips.eval_cut.length=4", "data.clips.eval_cut.fps=12")
+    cfg = compose("data=davis2016", f"data.root={root}", *cut).data
     clips, data = instantiate(cfg.clips)(split="val"), instantiate(cfg.reader)(split="val")
     assert [len(video.frames) for video in clips.videos] == [50, 40, 104, 43] and len(data) == 237
     clip = clips[-1]

@@ -4,11 +4,13 @@ import multiprocessing
 import time
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from making import Pictures
 
-from dinoseg.data.loader import eval_samples, stack_equal, train_batches
+from dinoseg.data.clip_view import ClipView
+from dinoseg.data.loader import clip_batches, eval_samples, stack_equal, train_batches
 from dinoseg.data.transforms import Affine, Augment, ColorJitter
 from dinoseg.errors import UserError
 
@@ -143,3 +145,35 @@ def test_stack_equal_joins_neighbours_of_one_size():
 def test_mistakes_show_before_the_first_batch(options, message):
     with pytest.raises(UserError, match=message):
         train_batches(Pictures(SIZES), AUGMENT, **{"seed": 0, **options})
+
+
+class Films:
+    """Clips of three frames: 100 in one video, one in another; a frame's number stands in each of its pixels."""
+
+    videos = ["long"] * 30 + ["short"]
+
+    def __len__(self):
+        return len(self.videos)
+
+    def frames(self, index):
+        return np.stack([np.full((9, 12, 3), index + number, np.uint8) for number in range(3)]), f"v/{index}"
+
+
+def test_clips_are_shuffled_over_all_videos_and_resumed():
+    view, options = ClipView((8, 8), flip=0.5), {"batch_size": 6, "seed": 2}
+    whole = take(clip_batches(Films(), view, **options), 11)
+    assert whole[0].image.shape == (6, 3, 3, 8, 8)
+    order = [name for batch in whole for name in batch.names]
+    assert Counter(order[:31]) == Counter(order[31:62]) == {f"v/{index}": 1 for index in range(31)}
+    assert order[:31] != order[31:62] != sorted(order[31:62])
+    for batch in whole:
+        for clip, name in zip(batch.image, batch.names, strict=True):
+            assert [int(frame.unique()) for frame in clip] == [int(name[2:]) + number for number in range(3)]
+    for workers in (0, 2):
+        again = take(clip_batches(Films(), view, start=7, workers=workers, **options), 4)
+        assert [batch.names for batch in again] == [batch.names for batch in whole[7:]]
+        assert all(torch.equal(a.image, b.image) for a, b in zip(again, whole[7:], strict=True))
+    shares = [next(clip_batches(Films(), view, rank=rank, world=3, **options)) for rank in range(3)]
+    assert [name for share in shares for name in share.names] == whole[0].names
+    with pytest.raises(UserError, match=r"data\.batch_size=40 with 31 training clips: .* or add clips"):
+        clip_batches(Films(), view, batch_size=40, seed=0)

@@ -10,7 +10,6 @@ import pytest
 from dinoseg.data.synthetic.scene import render_clip
 from dinoseg.data.synthetic.write import render_dataset
 from dinoseg.errors import UserError
-from dinoseg.modes.render import render
 
 SMALL = {"train_videos": 1, "test_videos": 1, "seconds": 2, "size": (48, 80), "workers": 1}
 
@@ -188,15 +187,3 @@ def test_another_seed_or_fewer_videos_in_the_same_root_is_an_error(tmp_path: Pat
     for change in ({"seed": 1}, {"train_videos": 0}, {"seconds": 1}):
         with pytest.raises(UserError, match="not a video of this rendering"):
             render_dataset(tmp_path, **{**SMALL, **change})
-
-
-def test_the_mode_says_what_it_wrote_and_what_comes_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    settings = {**SMALL, "seconds": 1, "size": [48, 80], "seed": 3}
-    render(None, out_dir=tmp_path, root=str(tmp_path / "data"), **settings)
-    out = capsys.readouterr().out
-    assert "1 training and 1 test videos" in out
-    assert f"python -m dinoseg mode=prepare data=sarrarp data.root={tmp_path / 'data'}" in out
-    with pytest.raises(UserError, match="data.root"):
-        render(None, out_dir=tmp_path, root=None, **settings)
-    with pytest.raises(UserError, match="two numbers"):
-        render(None, out_dir=tmp_path, root=str(tmp_path), **{**settings, "size": [48]})

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from dinoseg.errors import UserError
-from dinoseg.metrics.clustering import MATCHINGS, Contingency, adjusted_rand_index, best_overlaps, contingency
+from dinoseg.metrics.clustering import MATCHINGS, Contingency, contingency, segment_scores
 from dinoseg.metrics.protocols.bad_files import BadFiles
 from dinoseg.metrics.protocols.contract import BadFile, Case, Found, Measured, pooled
 from dinoseg.metrics.protocols.trees import Tree, extra, read_labels
@@ -133,10 +133,8 @@ class VideoClustering:
 
     def _scores(self, table: Contingency) -> np.ndarray:
         """Return ARI, FG-ARI, mBO or 0, 1, and whether there is an object: (5,)."""
-        overlaps = best_overlaps(table.counts, table.true_ids != BACKGROUND, self.matching)
-        foreground = adjusted_rand_index(table.without(BACKGROUND).counts)
-        mean = overlaps.mean() if len(overlaps) else 0.0
-        return np.array([adjusted_rand_index(table.counts), foreground, mean, 1.0, float(len(overlaps) > 0)])
+        ari, foreground, mean = segment_scores(table, background=BACKGROUND, matching=self.matching)
+        return np.array([ari, foreground, mean or 0.0, 1.0, float(mean is not None)])
 
 
 def _by_video(files: dict[str, Path]) -> dict[str, dict[str, Path]]:

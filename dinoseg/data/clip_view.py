@@ -1,0 +1,48 @@
+"""What a model sees of a clip: one crop of all its frames."""
+
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+
+from dinoseg.errors import UserError
+
+
+class ClipView:
+    """Resize frames until they cover `crop`, never stretched, and cut it out at the same place of every frame.
+
+    Args:
+        crop: (H, W) of the result, pixels.
+        scale: least and largest factor, drawn evenly, by which frames are larger than they need be; 1 or more.
+        flip: probability of mirroring left and right, all frames of a clip or none.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+
+    def __init__(self, crop: Sequence[int], *, scale: Sequence[float] = (1.0, 1.0), flip: float = 0.0) -> None:
+        if len(crop) != 2 or min(crop) < 1:
+            raise UserError(f"resolution.crop={list(crop)}: give [height, width] in pixels, each at least 1.")
+        if len(scale) != 2 or not 1 <= scale[0] <= scale[1]:
+            raise UserError(f"data.view.scale={list(scale)}: give [least, largest] with 1 <= least <= largest.")
+        if not 0 <= flip <= 1:
+            raise UserError(f"data.view.flip={flip}: give a probability from 0 to 1.")
+        self.crop, self.scale, self.flip = (int(crop[0]), int(crop[1])), (float(scale[0]), float(scale[1])), flip
+
+    def __call__(self, frames: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
+        """Return (T, *crop, 3) of frames (T, H, W, 3) uint8; without `rng` the middle at the least scale, unmirrored.
+
+        The number of draws is always the same, so one setting does not change another's chance.
+        """
+        zoom, down, right, mirror = np.array([0, 0.5, 0.5, 1]) if rng is None else rng.random(4)
+        height, width = frames.shape[1:3]
+        factor = max(self.crop[0] / height, self.crop[1] / width)
+        factor *= self.scale[0] + zoom * (self.scale[1] - self.scale[0])
+        size = (max(self.crop[0], round(height * factor)), max(self.crop[1], round(width * factor)))
+        top, left = round(down * (size[0] - self.crop[0])), round(right * (size[1] - self.crop[1]))
+        how = cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR
+        seen = np.empty((len(frames), *self.crop, 3), dtype=np.uint8)
+        for frame, target in zip(frames, seen, strict=True):
+            resized = frame if size == (height, width) else cv2.resize(frame, size[::-1], interpolation=how)
+            target[:] = resized[top : top + self.crop[0], left : left + self.crop[1]]
+        return np.ascontiguousarray(seen[:, :, ::-1]) if mirror < self.flip else seen

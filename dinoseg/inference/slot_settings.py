@@ -1,0 +1,50 @@
+"""How slots are bound to a video's objects, and followed from frame to frame."""
+
+from dataclasses import dataclass
+
+from dinoseg.errors import UserError
+
+MATCHES = ("auto", "overlap", "similarity")
+
+
+@dataclass(frozen=True)
+class SlotTracking:
+    """How slots are bound to objects, and followed.
+
+    Args:
+        lock_on: show each slot of the first frame only what it shall follow, as the labels say; otherwise the slots
+            that the model finds are given to what they overlap most.
+        slots_per_object: that an object has with `lock_on`.
+        background_slots: that the background has with `lock_on`.
+        extra_slots: with `lock_on`, for what the labels call background and the class attention does not; 0 for none.
+        match: how slots are followed to the next frame: by the `overlap` (IoU) of their soft masks or the `similarity`
+            (cosine) of their vectors, see `Path`; `auto`: they keep their places where the head carries them over, and
+            otherwise by overlap.
+        temperature: of a path's steps.
+
+    Raises:
+        UserError: for a value out of range or an unknown word.
+    """
+
+    lock_on: bool = False
+    slots_per_object: int = 1
+    background_slots: int = 5
+    extra_slots: int = 0
+    match: str = "auto"
+    temperature: float = 0.05
+
+    def __post_init__(self) -> None:
+        for key, least in (("slots_per_object", 1), ("background_slots", 1), ("extra_slots", 0)):
+            value = getattr(self, key)
+            if value < least or value != int(value):
+                raise UserError(f"slots.{key}={value} must be a whole number, {least} or more.")
+        if self.match not in MATCHES:
+            raise UserError(f"slots.match={self.match} is unknown. Choose one of: {', '.join(MATCHES)}.")
+        if not 0 < self.temperature < float("inf"):
+            raise UserError(f"slots.temperature={self.temperature} must be above 0 and finite, such as 0.05.")
+        for key, least in (("slots_per_object", 1), ("extra_slots", 0)):
+            if not self.lock_on and getattr(self, key) > least:
+                raise UserError(
+                    f"slots.{key}={getattr(self, key)} has no effect with slots.lock_on=false. Set "
+                    f"slots.lock_on=true, or leave it at {least}."
+                )

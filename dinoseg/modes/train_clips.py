@@ -1,0 +1,87 @@
+"""Training on clips without labels."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from dinoseg import build
+from dinoseg.errors import UserError
+from dinoseg.images import write_png
+from dinoseg.model import Segmenter
+from dinoseg.modes.evaluate_videos import Options, follow_slots
+from dinoseg.nodes import instantiate
+from dinoseg.report.curves import CLIP_PLOTS
+from dinoseg.report.table import write_json
+from dinoseg.resume import Trained, labels_of
+from dinoseg.training.clip_feed import ClipFeed
+from dinoseg.training.engine import Engine
+from dinoseg.wording import listed
+
+logger = logging.getLogger(__name__)
+
+
+class TrainClips:
+    """What `train` does with clips, before the first step and after the last; attributes as of `TrainImages`."""
+
+    what = "clips"
+    plots = CLIP_PLOTS
+    labelled = None
+
+    def __init__(self, cfg: DictConfig, feed: ClipFeed) -> None:
+        self.cfg, self.feed = cfg, feed
+        self.labels = labels_of(cfg)
+        self.split = {
+            side: [video.name for video in clips.videos] for side, clips in (("train", feed.train), ("val", feed.val))
+        }
+
+    def check_parts(self, world: int) -> None:
+        """Refuse a head or a loss that clips cannot be trained with."""
+        with torch.device("meta"):
+            head = build.model(self.cfg, untrained=True).head
+        if not hasattr(head, "step"):
+            raise UserError(
+                f"trainer.feed=clips trains slots, and head={self.cfg.choices.head} has none. Choose head=slots, or "
+                "trainer=supervised for images and masks."
+            )
+        if self.cfg.loss.class_weights is not None or not getattr(
+            instantiate(self.cfg.loss.criterion)(), "needs_slots", False
+        ):
+            raise UserError(
+                f"loss={self.cfg.choices.loss} is no loss of slots. Choose loss=feature_reconstruction or "
+                "loss=video_similarity."
+            )
+
+    def check_data(self) -> None:
+        """Tell of videos on both sides, and of those too short for a clip."""
+        both = sorted(set(self.split["train"]) & set(self.split["val"]))
+        if both:
+            logger.warning(
+                "Videos stand in train and in val: %s. What is validated on was trained on: set "
+                "data.clips.partition.by=fraction, or give each split a folder of its own.",
+                listed(both),
+            )
+        for side, clips in (("train", self.feed.train), ("val", self.feed.val)):
+            if clips.skipped:
+                logger.warning("%s: too short for a clip and left out: %s", side, listed(clips.skipped))
+
+    def evaluate(self, model: Segmenter, engine: Engine, out_dir: Path, *, metrics_only: bool) -> dict[str, Any]:
+        """Score as mode=eval does; of data without masks there is the loss alone."""
+        if self.cfg.data.tracking is not None:
+            palette = [(red, green, blue) for red, green, blue in self.labels.palette]
+            labels = (list(self.labels.classes), palette, self.labels.ignore_index)
+            trained = Trained(model.eval(), engine, *labels, info={})
+            return follow_slots(self.cfg, trained, out_dir, Options(metrics_only=metrics_only))
+        scores, picture = self.feed.validate(model, build.loss(self.cfg, None).to(engine.device), engine)
+        if engine.is_main:
+            write_json(out_dir / "scores.json", scores)
+            print(f"val/loss:     {scores['loss']:.4f}, and no other score: data={self.cfg.choices.data} has no masks")
+            if picture is not None and not metrics_only:
+                write_png(out_dir / "segments.png", picture)
+                print(f"picture:      {out_dir / 'segments.png'}")
+        return scores
+
+    def close(self, out_dir: Path) -> None:
+        """Say nothing more."""

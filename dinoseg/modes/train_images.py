@@ -1,0 +1,80 @@
+"""Training on images and their masks."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+
+from dinoseg import build
+from dinoseg.data.doctor.short import check as examine
+from dinoseg.data.splits import split_table
+from dinoseg.errors import UserError
+from dinoseg.modes.evaluate import list_skipped, score
+from dinoseg.nodes import instantiate
+from dinoseg.processes import count_cores
+from dinoseg.report.curves import IMAGE_PLOTS
+from dinoseg.training.engine import Engine
+from dinoseg.training.feed import Feed
+
+
+class TrainImages:
+    """What `train` does with images and masks, before the first step and after the last.
+
+    Attributes:
+        what: is trained on.
+        plots: curves of the run.
+        labels: classes, palette and ignored id, which a checkpoint keeps.
+        labelled: whose masks a loss may count; None: there are none.
+        split: names in train and val.
+    """
+
+    what = "images"
+    plots = IMAGE_PLOTS
+
+    def __init__(self, cfg: DictConfig, feed: Feed) -> None:
+        self.cfg, self.feed = cfg, feed
+        self.labels = self.labelled = feed.train
+        self.split = split_table({"train": feed.train, "val": feed.val})
+
+    def check_parts(self, world: int) -> None:
+        """Refuse a loss or a batch that the head cannot be trained with."""
+        if self.cfg.loss.class_weights is None:
+            raise UserError(
+                f"loss={self.cfg.choices.loss} learns from clips, without labels. Choose trainer=slots with "
+                "head=slots, or a loss on labels, such as loss=cross_entropy."
+            )
+        with torch.device("meta"):
+            head = build.model(self.cfg, untrained=True).head
+            loss = instantiate(self.cfg.loss.criterion)(class_weights=torch.ones(len(self.cfg.data.classes)))
+        if hasattr(head, "step"):
+            raise UserError(
+                f"head={self.cfg.choices.head} is trained on clips. Choose trainer=slots "
+                "loss=feature_reconstruction, or another head."
+            )
+        least = getattr(head, "least_batch", 1)
+        if self.cfg.data.batch_size < least * world:
+            raise UserError(
+                f"data.batch_size={self.cfg.data.batch_size}: head={self.cfg.choices.head} is trained on {least} "
+                f"images or more per device. Set data.batch_size={least * world} or choose another head."
+            )
+        if getattr(loss, "needs_masks", False) and not getattr(head, "mixture", False):
+            raise UserError(
+                "loss=mask_classification needs a head that predicts masks: head=mask2former, head=mask2former_meta or "
+                "head=eomt. For other heads choose a loss on pixels, such as loss=cross_entropy or loss=ce_dice."
+            )
+
+    def check_data(self) -> None:
+        """Run the short doctor."""
+        data = self.cfg.data
+        options = {"group": data.group, "data_name": self.cfg.choices.data, "workers": data.workers or count_cores()}
+        examine(self.feed.train, self.feed.val, cache_dir=self.cfg.cache_dir, **options)
+
+    def evaluate(self, model: nn.Module, engine: Engine, out_dir: Path, *, metrics_only: bool) -> dict[str, Any]:
+        """Score by one exact count over the split."""
+        return score(model, self.feed.val, engine, out_dir, metrics_only=metrics_only)
+
+    def close(self, out_dir: Path) -> None:
+        """List the files that were left out."""
+        list_skipped({"train": self.feed.train, "val": self.feed.val}, out_dir)

@@ -1,0 +1,128 @@
+"""Where clips come from that are trained on without labels, and how the segments found in them are scored."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import nn
+
+from dinoseg.data.clip_videos import VOID
+from dinoseg.data.clip_view import ClipView
+from dinoseg.data.clips import Clip, Clips
+from dinoseg.data.loader import check_batch_size, clip_batches
+from dinoseg.inference.slot_tracker import SlotTracker
+from dinoseg.metrics.clustering import Contingency, contingency, segment_scores
+from dinoseg.model import Segmenter
+from dinoseg.report.clip_strip import clip_strip
+from dinoseg.shapes import ClipBatch
+from dinoseg.training.engine import Engine
+from dinoseg.training.feed import Validation
+
+SCORES = ("ari", "fg_ari", "mbo")  # of a validation where there are masks
+
+
+@dataclass
+class ClipFeed:
+    """Batches of clips for one rank.
+
+    Args:
+        train: clips to draw from; their masks are never read.
+        val: clips to validate on, whole.
+        view: what the model sees of a training clip.
+        batch_size: clips in a batch, over all ranks.
+        seed: decides order and views, with epoch and clip.
+        workers: loading processes.
+        rank: this rank.
+        world: number of ranks.
+    """
+
+    train: Clips
+    val: Clips
+    view: ClipView
+    batch_size: int
+    seed: int
+    workers: int
+    rank: int = 0
+    world: int = 1
+    score_names: Sequence[str] = field(init=False)
+    lowest: Sequence[str] = ("loss",)
+
+    def __post_init__(self) -> None:
+        """Refuse a batch size that does not fit, long before the first batch."""
+        check_batch_size(self.batch_size, len(self.train), self.world, "clip")
+        self.score_names = ("loss", *(SCORES if any(video.masks for video in self.val.videos) else ()))
+
+    def train_batches(self, start: int) -> Iterator[ClipBatch]:
+        """Yield this rank's share of every batch from number `start` on, without end."""
+        return clip_batches(
+            self.train,
+            self.view,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            start=start,
+            workers=self.workers,
+            rank=self.rank,
+            world=self.world,
+        )
+
+    @torch.no_grad()
+    def validate(self, model: Segmenter, loss: nn.Module, engine: Engine) -> Validation:
+        """Return the loss and, where there are masks, `ari`, `fg_ari` and `mbo`, means over the clips; and a picture.
+
+        The loss is that of each clip's first frames, as many as a training clip has, seen in the middle. The scores
+        are those of the segments in the whole clip at the masks' own size, as in protocol=video_clustering.
+        """
+        training = model.training
+        model.eval()
+        sums = np.zeros(2 * len(self.score_names))  # of each score, and of how many clips have it
+        picture = None
+        for index in range(self.rank, len(self.val), self.world):
+            clip = self.val[index]
+            segments, scores = self._segmented(model, clip, engine)
+            values = [self._loss(model, clip, loss, engine), *scores]
+            sums += [*(value or 0.0 for value in values), *(value is not None for value in values)]
+            if picture is None:
+                picture = _picture(clip, segments)
+        model.train(training)
+        totals, counts = engine.sum(torch.tensor(sums, device=engine.device).float()).view(2, -1).tolist()
+        means = [total / count if count else None for total, count in zip(totals, counts, strict=True)]
+        return Validation(dict(zip(self.score_names, means, strict=True)), picture)
+
+    def _loss(self, model: Segmenter, clip: Clip, loss: nn.Module, engine: Engine) -> float:
+        length = self.train.places[0].length
+        frames = self.view(clip["frames"][:length].permute(0, 2, 3, 1).contiguous().numpy())
+        batch = ClipBatch.stack([(torch.from_numpy(frames).permute(0, 3, 1, 2), clip["name"])]).to(engine.device)
+        with engine.autocast():
+            prediction = model(batch.image)
+        return loss(prediction, batch)[0].item()
+
+    def _segmented(
+        self, model: Segmenter, clip: Clip, engine: Engine
+    ) -> tuple[list[np.ndarray], tuple[float | None, ...]]:
+        """Return the segments of each frame and, if any frame has a mask, the scores."""
+        frames = clip["frames"].permute(0, 2, 3, 1).contiguous().numpy()
+        segments = segments_of(model, frames, engine)
+        if len(self.score_names) == 1:
+            return segments, ()
+        table = contingency(np.zeros(0, np.uint8), np.zeros(0, np.uint8))
+        for mask, segment in zip(clip["masks"].numpy(), segments, strict=True):
+            table += _counted(mask, segment)
+        return segments, segment_scores(table) if table.counts.size else (None,) * len(SCORES)
+
+
+def segments_of(model: Segmenter, frames: np.ndarray, engine: Engine) -> list[np.ndarray]:
+    """Return the segments (H, W) uint8, counted from 1, of the frames (T, H, W, 3) of one video."""
+    tracker = SlotTracker(model, autocast=engine.autocast, batch_size=engine.eval_batch_size)
+    return tracker.track(list(frames), [None] * len(frames))
+
+
+def _counted(mask: np.ndarray, segments: np.ndarray) -> Contingency:
+    known = mask != VOID
+    return contingency(mask[known], segments[known])
+
+
+def _picture(clip: Clip, segments: Sequence[np.ndarray]) -> np.ndarray:
+    frames = clip["frames"].permute(0, 2, 3, 1).contiguous().numpy()
+    known = bool(clip["annotated"].any())
+    return clip_strip(list(frames), segments, list(clip["masks"].numpy()) if known else None)
