@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dinoseg import build
 from dinoseg.images import write_png
 from dinoseg.metrics.protocols.contract import DatasetProtocol
+from dinoseg.modes.evaluate_videos import Options, follow_slots, needs_no_training, propagate
 from dinoseg.modes.official import FOLDER, official_scores, usable
 from dinoseg.nodes import instantiate
 from dinoseg.report.confusion import confusion_picture
@@ -27,9 +28,18 @@ logger = logging.getLogger(__name__)
 
 
 def run(
-    cfg: DictConfig, *, out_dir: Path, split: str = "val", metrics_only: bool = False, official: bool = True
+    cfg: DictConfig,
+    *,
+    out_dir: Path,
+    split: str = "val",
+    metrics_only: bool = False,
+    official: bool = True,
+    supervision: str | None = None,
+    restart: str | None = None,
 ) -> dict[str, Any]:
     """Score the checkpoint that `resume` names on a split and return the scores.
+
+    A model of slots, and on videos a backbone alone, track objects: see `evaluate_videos`.
 
     Args:
         cfg: the whole config, merged with the checkpoint's.
@@ -37,8 +47,16 @@ def run(
         split: train, val or test.
         metrics_only: write no pictures of single images.
         official: score by the protocol of the data set's benchmark too, where it has one.
+        supervision: of tracking, see `evaluate_videos.Options`.
+        restart: likewise.
     """
+    options = Options(split, metrics_only, official, supervision, restart)
+    if needs_no_training(cfg):
+        return propagate(cfg, out_dir, options)
     trained = load_trained(cfg)
+    if hasattr(trained.model.head, "step"):
+        return follow_slots(cfg, trained, out_dir, options)
+    options.refuse_tracking()
     out_dir = Path(trained.engine.share(str(out_dir)))
     data = build.dataset(cfg, split)
     source = f"resume={cfg.resume}" if cfg.resume else f"head.weights={cfg.head.weights}"
