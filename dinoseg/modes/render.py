@@ -1,47 +1,56 @@
-"""mode=render: write the embedded data set."""
+"""mode=render: draw a data set, so that everything can be tried and measured without a download."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dinoseg.data.synthetic.write import render_dataset
+from dinoseg.config import plain
 from dinoseg.errors import UserError
+from dinoseg.nodes import instantiate
+
+VIDEOS = {"train_videos": "training", "val_videos": "validation", "test_videos": "test"}
 
 
 def render(
     cfg: Any,
     *,
     out_dir: Path,
-    root: str | None,
-    train_videos: int,
-    test_videos: int,
-    seconds: int,
-    size: Sequence[int],
+    train_videos: int | None,
+    val_videos: int | None,
+    test_videos: int | None,
+    seconds: int | None,
+    size: Sequence[int] | None,
     seed: int,
     workers: int,
 ) -> None:
-    """Write rendered operations under `root`, in the form in which SAR-RARP50 is downloaded.
+    """Draw what the data set of `cfg.data` can be drawn as (`cfg.data.render`), under `cfg.data.root`.
 
-    `size` is (height, width) in pixels.
+    What is None is as that node says. `size` is (height, width) in pixels.
 
     Raises:
-        UserError: a setting is out of range, or `root` cannot be written or holds other data.
+        UserError: the data set cannot be drawn, a setting is not one of its own or out of range, or the root cannot
+            be written or holds other data.
     """
-    if not root:
+    node, data = cfg.data.render, cfg.choices.data
+    if node is None:
+        raise UserError(
+            f"data={data} cannot be rendered. Choose data=sarrarp for operations, or data=movi for moving objects."
+        )
+    wanted: dict[str, Any] = {"train_videos": train_videos, "val_videos": val_videos, "test_videos": test_videos}
+    wanted |= {"seconds": seconds, "size": size}
+    given = {key: value for key, value in wanted.items() if value is not None}
+    for key in given.keys() - node.keys():
+        known = ", ".join(f"mode.{each}" for each in wanted if each in node)
+        raise UserError(f"mode.{key}={given[key]}: data={data} is rendered without it. Leave it out, or set {known}.")
+    draw = instantiate(node, instead={**given, "seed": seed, "workers": workers})
+    if not cfg.data.root:
         raise UserError("mode=render needs a folder to write to: give data.root=<folder>.")
-    if len(size) != 2:
-        raise UserError(f"mode.size={list(size)} must be two numbers [height, width], for example [192, 320].")
-    render_dataset(
-        Path(root),
-        train_videos=train_videos,
-        test_videos=test_videos,
-        seconds=seconds,
-        size=(size[0], size[1]),
-        seed=seed,
-        workers=workers,
-    )
-    print(
-        f"Wrote {train_videos} training and {test_videos} test videos of {seconds} s at "
-        f"{size[0]} x {size[1]} under {root}"
-    )
-    print(f"Next: python -m dinoseg mode=prepare data=sarrarp data.root={root}")
+    made = plain(node, resolve=True) | given
+    if len(made["size"]) != 2:
+        raise UserError(f"mode.size={made['size']} must be two numbers [height, width], for example [192, 320].")
+    draw()
+    videos = " and ".join(f"{made[key]} {name}" for key, name in VIDEOS.items() if made.get(key))
+    height, width = made["size"]
+    print(f"Wrote {videos} videos of {made['seconds']} s at {height} x {width} under {cfg.data.root}")
+    step = "train" if cfg.data.prepare is None else "prepare"
+    print(f"Next: python -m dinoseg mode={step} data={data} data.root={cfg.data.root}")

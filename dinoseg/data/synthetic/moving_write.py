@@ -1,0 +1,152 @@
+"""Write videos of moving objects as folders of frames and masks, as `dinoseg.data.clip_movi` reads MOVi."""
+
+import functools
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import cv2
+from tqdm import tqdm
+
+from dinoseg.data.synthetic.moving_objects import RATE, draw_video
+from dinoseg.errors import UserError
+from dinoseg.images import write_png
+from dinoseg.processes import in_processes
+from dinoseg.wording import listed
+
+FOLDERS = ("train", "validation", "test")
+DESCRIPTION = "rendering.json"  # inside each finished video
+_SMALLEST = 32  # pixels, so that the smallest object still has some
+
+
+@dataclass(frozen=True)
+class Video:
+    """What determines one video's content; kept in its folder."""
+
+    seed: int
+    folder: str
+    number: int
+    seconds: int
+    size: tuple[int, int]
+
+    @property
+    def description(self) -> str:
+        """The text inside the finished folder."""
+        return json.dumps({"dinoseg": "moving objects", **asdict(self)}, indent=1)
+
+    def path(self, root: Path) -> Path:
+        """Where the finished video lies; no two folders share its name."""
+        return root / self.folder / f"{self.folder}_{self.number:04d}"
+
+
+def render_moving_objects(
+    root: str | Path,
+    *,
+    train_videos: int = 512,
+    val_videos: int = 64,
+    test_videos: int = 0,
+    seconds: int = 2,
+    size: Sequence[int] = (128, 128),
+    seed: int = 0,
+    workers: int = 2,
+) -> None:
+    """Write `root/{train,validation,test}/<video>/{frames,segmentations}/%05d.png`, several videos at once.
+
+    There are 12 frames a second of `size` (H, W); masks are grey, 0 = ground, k = the video's k-th object. Videos
+    finished by an earlier call with the same settings are kept; a video appears whole or not at all. Neither seeds
+    nor folders share a video.
+
+    Raises:
+        UserError: a setting is out of range, `root` cannot be written or holds other data.
+    """
+    root, counts = Path(root).expanduser(), (train_videos, val_videos, test_videos)
+    _check(counts, seconds, size, seed, workers)
+    videos = [
+        Video(seed, folder, number, seconds, (size[0], size[1]))
+        for folder, count in zip(FOLDERS, counts, strict=True)
+        for number in range(1, count + 1)
+    ]
+    work = functools.partial(_write_video, root=root)
+    try:
+        missing = _missing(root, videos)
+        with tqdm(total=len(videos), initial=len(videos) - len(missing), desc="render", unit="video") as bar:
+            remedy = f"Set mode.workers below {workers} and run again: it goes on."
+            for _ in in_processes(work, missing, workers, in_order=False, start=_use_one_thread, remedy=remedy):
+                bar.update()
+    except OSError as error:
+        raise UserError(
+            f"Cannot write the videos to {root} ({error}). Choose a writable root with enough free space; running "
+            "again goes on with what is missing."
+        ) from error
+
+
+def _check(counts: tuple[int, int, int], seconds: int, size: Sequence[int], seed: int, workers: int) -> None:
+    if min(counts) < 0 or sum(counts) == 0:
+        raise UserError(
+            f"train_videos={counts[0]}, val_videos={counts[1]} and test_videos={counts[2]} give no videos to render. "
+            "None may be negative and one must be at least 1."
+        )
+    if len(size) != 2 or min(size) < _SMALLEST:
+        raise UserError(
+            f"size={list(size)} cannot be a frame's [height, width]: both must be at least {_SMALLEST}. "
+            "Take for example [128, 128]."
+        )
+    for name, value, least in (("seconds", seconds, 1), ("workers", workers, 1), ("seed", seed, 0)):
+        if value < least:
+            raise UserError(f"{name}={value} is too small: give a whole number of at least {least}.")
+
+
+def _missing(root: Path, videos: list[Video]) -> list[Video]:
+    """Return the videos still to be written, having made sure that nothing else lies in the way."""
+    wanted = {video.path(root): video for video in videos}
+    foreign = [path.name for path in _shown(root) if path.name not in FOLDERS]
+    if foreign:
+        raise UserError(
+            f"{root} holds {listed(foreign)}, which this rendering did not write. Choose another root: rendering does "
+            "not mix with other data."
+        )
+    found = [path for folder in FOLDERS for path in _shown(root / folder)]
+    for path in found:
+        if path not in wanted or _description(path) != wanted[path].description:
+            raise UserError(
+                f"{path} is not a video of this rendering (other settings, or other data). Rendering does "
+                "not overwrite or mix: choose another root, or remove that folder."
+            )
+    return [video for path, video in wanted.items() if not path.exists()]
+
+
+def _shown(folder: Path) -> list[Path]:
+    """Return what lies in a folder, if there is one, but for hidden files."""
+    return sorted(path for path in folder.iterdir() if path.name[0] != ".") if folder.exists() else []
+
+
+def _description(path: Path) -> str:
+    try:
+        return (path / DESCRIPTION).read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError, UnicodeDecodeError):
+        return ""
+
+
+def _use_one_thread() -> None:
+    cv2.setNumThreads(1)
+
+
+def _write_video(video: Video, root: Path) -> Path:
+    """Draw one video beside its place and move the finished folder there."""
+    path = video.path(root)
+    part = path.with_name(f".{path.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # an interrupted run's
+    part.mkdir(parents=True)
+    try:
+        entropy = (video.seed, FOLDERS.index(video.folder), video.number)
+        for index, (rgb, mask) in enumerate(draw_video(entropy, video.seconds * RATE, video.size)):
+            write_png(part / "frames" / f"{index:05d}.png", rgb)
+            write_png(part / "segmentations" / f"{index:05d}.png", mask)
+        (part / DESCRIPTION).write_text(video.description, encoding="utf-8")
+        os.replace(part, path)
+        return path
+    finally:
+        shutil.rmtree(part, ignore_errors=True)

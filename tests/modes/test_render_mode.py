@@ -1,0 +1,61 @@
+"""Data sets drawn from the command line: which can be, with which settings, and what comes next."""
+
+import numpy as np
+import pytest
+from command_line import call
+from PIL import Image
+
+MOVI = ("mode=render", "data=movi", "data.root=data", "mode.seconds=1", "mode.size=[32,48]", "mode.workers=1")
+SARRARP = ("mode=render", "data=sarrarp", "data.root=data", "mode.seconds=1", "mode.size=[48,80]", "mode.workers=1")
+
+
+def test_operations_are_drawn_and_the_next_step_is_named(tmp_path):
+    done = call(tmp_path, *SARRARP, "mode.train_videos=1", "mode.test_videos=2", "mode.seed=3")
+    assert done.status == 0, done.err
+    assert "Wrote 1 training and 2 test videos of 1 s at 48 x 80 under data" in done.out
+    assert "Next: python -m dinoseg mode=prepare data=sarrarp data.root=data" in done.out
+    found = sorted(str(path.relative_to(tmp_path / "data")) for path in tmp_path.glob("data/**/*.zip"))
+    assert found == ["test/video_41.zip", "test/video_42.zip", "train1/video_01.zip"]
+
+
+def test_moving_objects_are_drawn_and_drawn_on(tmp_path):
+    first = call(tmp_path, *MOVI, "mode.train_videos=1", "mode.val_videos=1")
+    assert first.status == 0, first.err
+    assert "Wrote 1 training and 1 validation videos of 1 s at 32 x 48 under data" in first.out
+    assert "Next: python -m dinoseg mode=train data=movi data.root=data" in first.out
+    stamp = (tmp_path / "data/train/train_0001").stat().st_mtime_ns
+    more = call(tmp_path, *MOVI, "mode.train_videos=2", "mode.val_videos=1", "mode.test_videos=1")
+    assert more.status == 0, more.err
+    assert (tmp_path / "data/train/train_0001").stat().st_mtime_ns == stamp
+    found = sorted(str(path.relative_to(tmp_path / "data")) for path in tmp_path.glob("data/*/*"))
+    assert found == ["test/test_0001", "train/train_0001", "train/train_0002", "validation/validation_0001"]
+    assert len(list(tmp_path.glob("data/test/test_0001/*/*.png"))) == 24
+    assert np.asarray(Image.open(tmp_path / "data/test/test_0001/frames/00011.png")).shape == (32, 48, 3)
+
+
+def test_settings_that_a_mode_leaves_out_are_the_data_set_s(compose):
+    movi, sarrarp = (compose("mode=render", f"data={data}", "data.root=X").data.render for data in ("movi", "sarrarp"))
+    assert (movi.root, list(movi.size), movi.seconds) == ("X", [128, 128], 2)
+    assert (sarrarp.root, list(sarrarp.size), sarrarp.seconds) == ("X", [192, 320], 4)
+    assert (sarrarp.train_videos, sarrarp.test_videos) == (64, 2)
+    assert compose("data=idd_lite", "data.root=X").data.render is None
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("mode=render", "data=idd_lite", "data.root=data"), "data=idd_lite cannot be rendered. Choose data=sarrarp"),
+        (("mode=render", "data=movi"), "data.root is not set"),
+        ((*MOVI, "data.root=null"), "mode=render needs a folder to write to: give data.root"),
+        ((*MOVI, "mode.size=[48]"), "mode.size=[48] must be two numbers"),
+        ((*MOVI, "mode.size=[16,48]"), "size=[16, 48] cannot be a frame's [height, width]: both must be at least 32"),
+        ((*MOVI, "mode.seconds=0"), "seconds=0 is too small"),
+        ((*MOVI, "mode.train_videos=half"), "train_videos=half is of type str"),
+        ((*SARRARP, "mode.size=[47,80]"), "both must be even"),
+        ((*SARRARP, "mode.val_videos=3"), "mode.val_videos=3: data=sarrarp is rendered without it. Leave it out, or"),
+    ],
+)
+def test_settings_out_of_range_are_named_before_anything_is_written(tmp_path, words, message):
+    done = call(tmp_path, *words)
+    assert done.status == 1 and message in done.err and "Traceback" not in done.err
+    assert not (tmp_path / "data").exists()
