@@ -79,6 +79,15 @@ def write_polygons(pattern):
         drawn.write_text(json.dumps({"imgHeight": 50, "imgWidth": 66, "objects": [road, sky]}))
 
 
+def write_tracked(root):
+    """Write a folder of frames and one of masks, of which there is the first; it fits the videos too."""
+    object_mask = np.zeros((48, 64), np.uint8)
+    object_mask[10:40, 20:50] = 1
+    for name, pixels in (("frames/00000", object_mask), ("frames/00001", object_mask), ("masks/00000", object_mask)):
+        (root / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(root / f"{name}.png")
+
+
 @pytest.fixture(scope="session")
 def stand_ins(tmp_path_factory):
     """Write every data set that the docs name, in its own layout, and return what the placeholders mean."""
@@ -100,6 +109,7 @@ def stand_ins(tmp_path_factory):
         shutil.rmtree(root / side / "unused")
     video = root / "sarrarp/test/video_41/video_left.avi"
     assert cv2.VideoCapture(str(video)).isOpened()
+    write_tracked(root)
     backbone, segmentor = write_released(root)
     image = root / "folder/val/images/a.png"
     scored = {side.upper(): root / side for side in ("reference", "prediction", "second")}
@@ -111,6 +121,9 @@ def stand_ins(tmp_path_factory):
         "SEGMENTOR": segmentor,
         "IMAGE": image,
         "VIDEO": video,
+        "FRAMES": root / "frames",
+        "MASKS": root / "masks",
+        "MASK": root / "masks/00000.png",
     }
     return {"SARRARP": root / "sarrarp", "FOLDER": root / "folder", "DATA": root, "DIR": root / "new", **files}
 
@@ -148,6 +161,8 @@ def test_command(command, compose, stand_ins, trained, tmp_path, monkeypatch, ca
     mode = next(word.removeprefix("mode=") for word in words if word.startswith("mode="))
     if mode == "train":
         words += [*small_model(words), *SHORT, *CPU]
+    elif mode == "track":
+        words += [*SMALL, "tracker.short=48", *CPU]
     elif mode in ("eval", "predict"):
         words += [*CPU, *(RELEASED if "hparam=ade20k_m2f" in words else ())]
     elif mode == "render":
@@ -169,6 +184,7 @@ def test_command(command, compose, stand_ins, trained, tmp_path, monkeypatch, ca
         "score": "scores.json",
         "doctor": "doctor.html",
         "export": "backbone.safetensors",
+        "track": "track.json",
     }
     assert expected.get(mode, "run.log") in written, capsys.readouterr().out
 

@@ -72,7 +72,9 @@ class Cut:
         if self.fps is not None and not self.fps > 0:
             raise UserError(f"data.clips.cut.fps={self.fps}: give frames per second, above 0.")
         if not self.fps_tolerance >= 0:
-            raise UserError(f"data.clips.cut.fps_tolerance={self.fps_tolerance}: give a share of the frame rate, 0 or more.")
+            raise UserError(
+                f"data.clips.cut.fps_tolerance={self.fps_tolerance}: give a share of the frame rate, 0 or more."
+            )
         if self.fps is not None and self.stride != 1:
             raise UserError(f"data.clips.cut.fps={self.fps} and stride={self.stride} say the same: set one of them.")
         if self.length is None and self.step is not None:

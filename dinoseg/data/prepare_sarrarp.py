@@ -51,6 +51,8 @@ def prepare(
     workers: int = 2,
     videos: Sequence[str] | None = None,
     keep_archives: bool = True,
+    propagate: bool = False,
+    min_agreement: float = 0.5,
 ) -> dict[str, dict[str, int]]:
     """Unpack and extract, going on where an earlier run stopped; return the counts of each video.
 
@@ -60,6 +62,9 @@ def prepare(
         workers: videos worked on at once, one process each.
         videos: only these, such as `video_01` or `test/video_41`; None for all.
         keep_archives: leave an archive in place once its video is verified.
+        propagate: extract 10 frames per second of training videos, whatever `rate` says, for the labels that the mode
+            then makes for them.
+        min_agreement: of such a frame, 0 to 1; only checked here, before the work.
 
     Raises:
         UserError: nothing to prepare, a full disk, or, when all others are finished, the videos that failed.
@@ -69,8 +74,10 @@ def prepare(
         raise UserError(f"data.prepare.rate={rate}: choose 1 (frames that have a mask) or 10 frames per second.")
     if workers < 1:
         raise UserError(f"data.prepare.workers={workers}: give the number of videos to work on at once, 1 or more.")
+    if not 0 <= min_agreement <= 1:
+        raise UserError(f"data.prepare.min_agreement={min_agreement}: give a share of the pixels from 0 to 1.")
     jobs = _chosen(find_jobs(root), videos)
-    work = functools.partial(prepare_video, rate=rate, keep_archive=keep_archives)
+    work = functools.partial(prepare_video, rate=rate, keep_archive=keep_archives, propagate=propagate)
     done: dict[str, dict[str, int]] = {}
     failures: dict[str, str] = {}
     remedy = f"Set data.prepare.workers below {workers} and run again: it goes on."
@@ -117,13 +124,16 @@ def find_jobs(root: Path) -> list[VideoJob]:
     return [jobs[video] for video in sorted(jobs)]
 
 
-def prepare_video(job: VideoJob, *, rate: int, keep_archive: bool) -> dict[str, int]:
+def prepare_video(job: VideoJob, *, rate: int, keep_archive: bool, propagate: bool = False) -> dict[str, int]:
     """Unpack and extract one video, unless that is done; return its counts.
+
+    To `propagate`, a training video needs 10 frames per second.
 
     Raises:
         UserError: the archive or the video is damaged, or frames and masks do not belong together.
         OSError: writing failed, with what was finished kept.
     """
+    rate = 10 if propagate and job.folder.parent.name in TRAIN_FOLDERS else rate
     counts = _done_before(job, rate)
     if counts is None:
         if job.archive is not None:

@@ -10,6 +10,8 @@ from dinoseg.data.pairs import Pair, PairDataset
 from dinoseg.data.sarrarp_files import (
     MASK_FOLDER,
     MASK_STEP,
+    PSEUDO_FILE,
+    PSEUDO_FOLDER,
     TEST_FOLDERS,
     TRAIN_FOLDERS,
     VIDEO,
@@ -39,10 +41,12 @@ def sar_rarp50(
     partition: Partition = BY_OPERATION,
     source: str = "frames",
     cache_dir: str | Path = "outputs/.cache",
+    pseudo: bool = False,
 ) -> PairDataset:
     """Return the frames that have a mask, with names `video_XX/NNNNNNNNN` (the index in the 60 fps video).
 
-    `train` and `val` split the training videos by operation; `test` is the test folder.
+    `train` and `val` split the training videos by operation; `test` is the test folder. Frames with a pseudo-label
+    are called `video_XX/pseudo/NNNNNNNNN`; they come after the others, and have no say in the split.
 
     Args:
         root: folder with `train1` and `train2` (or `train`), and `test`.
@@ -53,6 +57,7 @@ def sar_rarp50(
         partition: how the training videos are divided into `train` and `val`; its names are `video_XX/NNNNNNNNN`.
         source: `frames`: extracted ones; `video`: straight from `video_left.avi`.
         cache_dir: where the videos' indexes are kept, for `video`.
+        pseudo: whether `train` has those as well, of videos that are in `train` as a whole.
 
     Raises:
         UserError: the folder is missing, or no frame has its mask, as before the data set is prepared; when
@@ -70,7 +75,12 @@ def sar_rarp50(
     found: list[Pair | Lacking] = [*packed, *unusable]
     for name in frames:
         found += _video_pairs(root, places[name], frames[name], source)
-    return gathered(found if split == "test" else divide(split, lambda _: found, partition), split, labels, Masks())
+    chosen = found if split == "test" else divide(split, lambda _: found, partition)
+    if pseudo and split == "train":
+        held_out = _videos(divide("val", lambda _: found, partition))
+        ours = [name for name in frames if name in _videos(chosen) - held_out]
+        chosen = [*chosen, *(each for name in ours for each in _pseudo_pairs(root, places[name], frames[name]))]
+    return gathered(chosen, split, labels, Masks())
 
 
 def find_videos(root: Path, split: str) -> tuple[dict[str, Path], list[Lacking]]:
@@ -139,7 +149,8 @@ def _decodable(places: Mapping[str, Path], cache_dir: Path) -> tuple[dict[str, F
             lacking.append(_video_lacking(name, wrong.get(video, missing), remedy))
             continue
         count = len(indexes[video])
-        masked = {int(stem) for stem in png_files(places[name] / MASK_FOLDER) if stem.isdigit()}
+        folders = (places[name] / MASK_FOLDER, places[name] / PSEUDO_FOLDER)
+        masked = {int(stem) for folder in folders for stem in png_files(folder) if stem.isdigit()}
         due = sorted({*range(0, count, MASK_STEP), *(index for index in masked if index < count)})
         frames[name] = {f"{index:09d}": VideoFrame(video, index, cache_dir) for index in due}
     return frames, lacking
@@ -158,6 +169,21 @@ def _video_pairs(root: Path, video: Path, frames: Frames, source: str) -> Iterat
             yield Lacking(name, reason, _UNPACK)
         else:
             yield Lacking(name, f"{mask} has no extracted frame.", f"Extract them: {prepare_command(root)}")
+
+
+def _videos(items: Sequence[Pair | Lacking]) -> set[str]:
+    return {item.name.split("/")[0] for item in items}
+
+
+def _pseudo_pairs(root: Path, video: Path, frames: Frames) -> Iterator[Pair | Lacking]:
+    folder = video / PSEUDO_FOLDER
+    remedy = f"Make them: {prepare_command(root)} data.prepare.propagate=true. Or leave data.reader.pseudo out."
+    if not (folder / PSEUDO_FILE).is_file():
+        yield Lacking(f"{video.name}/{PSEUDO_FOLDER}", f"{video} has no pseudo-labels.", remedy)
+        return
+    for stem, mask in png_files(folder).items():
+        name = f"{video.name}/{PSEUDO_FOLDER}/{stem}"
+        yield Pair(name, frames[stem], mask) if stem in frames else Lacking(name, f"{mask} has no frame.", remedy)
 
 
 def _is_due(stem: str) -> bool:

@@ -6,6 +6,8 @@ TRAIN_FOLDERS = ("train1", "train2", "train")
 TEST_FOLDERS = ("test",)
 FRAME_FOLDERS = ("rgb", "frames")  # the official toolkit's, and an older layout's
 MASK_FOLDER = "segmentation"
+PSEUDO_FOLDER = "pseudo"  # labels of frames without a mask, made by propagation and never by hand
+PSEUDO_FILE = "pseudo.json"  # in it: what made them
 VIDEO = "video_left.avi"
 FRAMES_PER_SECOND = 60
 MASK_STEP = 60  # a mask for every 60th frame: one per second
@@ -17,6 +19,15 @@ def frame_files(video: Path) -> dict[str, Path]:
         if files := png_files(video / name):
             return files
     return {}
+
+
+def gaps(video: Path) -> list[list[Path]]:
+    """Return the extracted frames from each mask to the next, both included, where frames lie between them."""
+    frames = {int(stem): path for stem, path in frame_files(video).items() if stem.isdigit()}
+    masks = {int(stem) for stem in png_files(video / MASK_FOLDER) if stem.isdigit()} & frames.keys()
+    pairs = [(start, start + MASK_STEP) for start in sorted(masks) if start + MASK_STEP in masks]
+    found = [[frames[index] for index in sorted(frames) if start <= index <= end] for start, end in pairs]
+    return [gap for gap in found if len(gap) > 2]
 
 
 def png_files(folder: Path) -> dict[str, Path]:

@@ -93,6 +93,16 @@ class VideoReader:
         if self._ended_early(end):
             raise UserError(f"{self.path} ends early: {self.frames_read} of {self.count} frames read. {self._remedy()}")
 
+    def frame_name(self, position: int) -> str:
+        """Return what results of a frame, counted from 0, are called."""
+        return f"{position:09d}"
+
+    def position(self, name: str) -> int | None:
+        """Return which frame a name stands for: its number, however many zeros are in front; None where it is none."""
+        known = name.isascii() and name.isdigit()
+        # without a counter in the header, the count may be one short
+        return int(name) if known and (self.count == 0 or int(name) <= self.count) else None
+
     def close(self) -> None:
         """Release the file."""
         self._capture.release()

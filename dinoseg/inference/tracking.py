@@ -79,8 +79,6 @@ class Propagator:
         Raises:
             UserError: where the first frame has no labels, or features or labels have another shape than before.
         """
-        if features.ndim != 3:
-            raise UserError(f"A frame's features have the shape {tuple(features.shape)}. Give (C, h, w).")
         target = _unit(features)
         given = None if labels is None else _on_grid(labels, target)
         if self._first is None:
@@ -94,6 +92,26 @@ class Propagator:
             self._recent = deque((_widened(frame, soft.shape[2]) for frame in self._recent), self.settings.context)
         self._recent.append((target, soft))
         return _channels_first(soft)
+
+    @torch.no_grad()
+    def blend(self, features: Tensor, own: Tensor, share: float) -> Tensor:
+        """Return a frame's own soft labels (L, h, w) mixed with those that come from the frames before it.
+
+        That is (1 - share) own + share propagated: `own` for a share of 0. The first frame keeps its own. Later frames
+        read the mixture.
+
+        Raises:
+            UserError: where features or labels have another shape than before.
+        """
+        if self._first is None:
+            return self.step(features, own)
+        target = _unit(features)
+        _check_same(target, self._first[0])
+        with torch.autocast(target.device.type, enabled=False):
+            soft = match(target, [self._first, *self._recent], self.settings)
+        mixed = torch.lerp(_on_grid(own, target).permute(1, 2, 0), soft, share)  # (h, w, L)
+        self._recent.append((target, mixed))
+        return _channels_first(mixed)
 
     def state(self) -> dict[str, Tensor]:
         """Return all that the next frame depends on: frame 0, and the recent frames stacked; empty before the first."""
@@ -132,6 +150,8 @@ class Propagator:
 
 def _unit(features: Tensor) -> Tensor:
     """Return (C, h, w) as (h, w, C) of unit length, in memory of its own; zero vectors stay zero."""
+    if features.ndim != 3:
+        raise UserError(f"A frame's features have the shape {tuple(features.shape)}. Give (C, h, w).")
     wide = features if features.dtype == torch.float64 else features.float()
     lengths = torch.linalg.vector_norm(wide, dim=0)
     if not lengths.isfinite().all():

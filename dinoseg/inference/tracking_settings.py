@@ -27,6 +27,12 @@ class Settings:
             grid x patch size, decided there, then Pillow's nearest pixel).
         min_max: which channels are stretched to 0..1 over the frame before the largest wins: "none", "all" (a constant
             one becomes 0), or "positive" (those with a value above 0; a constant one wins everywhere).
+        short: pixels of a frame's shorter side as the backbone sees it; None = as it is. It becomes a multiple of the
+            patch size.
+        long_multiple: what the longer side becomes a multiple of, in pixels; None = the patch size.
+        rounding: "up" or "down" to those multiples.
+        resample: how frames are resized: "bilinear" (OpenCV's: it reads four pixels, however much is lost) or
+            "bicubic" (Pillow's: it smooths where it reduces).
 
     Raises:
         UserError: for a value out of range or an unknown word.
@@ -44,6 +50,10 @@ class Settings:
     first: str = "nearest_exact"
     upsample: str = "nearest"
     min_max: str = "all"
+    short: int | None = 960
+    long_multiple: int | None = None
+    rounding: str = "up"
+    resample: str = "bicubic"
 
     def __post_init__(self) -> None:
         _at_least("context", self.context, 1, "the number of earlier frames that are searched")
@@ -60,6 +70,12 @@ class Settings:
         _one_of("first", self.first, ("nearest", "nearest_exact", "bilinear"))
         _one_of("upsample", self.upsample, ("nearest", "bilinear", "patch_bilinear"))
         _one_of("min_max", self.min_max, ("none", "all", "positive"))
+        if self.short is not None:
+            _at_least("short", self.short, 1, "the pixels of a frame's shorter side; null leaves it as it is")
+        if self.long_multiple is not None:
+            _at_least("long_multiple", self.long_multiple, 1, "a number of pixels; null stands for the patch size")
+        _one_of("rounding", self.rounding, ("up", "down"))
+        _one_of("resample", self.resample, ("bilinear", "bicubic"))
 
 
 def _at_least(key: str, value: int, least: int, meaning: str) -> None:
@@ -73,7 +89,17 @@ def _one_of(key: str, value: str, known: Sequence[str]) -> None:
 
 
 DINOV3 = Settings()
-DINO = Settings(window="square", temperature=0.1, first="nearest", upsample="patch_bilinear", min_max="positive")
+DINO = Settings(
+    window="square",
+    temperature=0.1,
+    first="nearest",
+    upsample="patch_bilinear",
+    min_max="positive",
+    short=480,
+    long_multiple=64,
+    rounding="down",
+    resample="bilinear",
+)
 CRW = Settings(
     context=20,
     inclusive=False,
@@ -85,4 +111,6 @@ CRW = Settings(
     first="bilinear",
     upsample="bilinear",
     min_max="none",
+    short=None,
+    resample="bilinear",
 )

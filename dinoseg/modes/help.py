@@ -19,6 +19,7 @@ usage: python -m dinoseg mode=MODE [hparam=RECIPE] [GROUP=OPTION ...] [KEY=VALUE
   python -m dinoseg mode=score protocol=sar_rarp50 reference=DIR prediction=DIR
                                                                      official scores of folders, without a model
   python -m dinoseg mode=predict resume=RUN input=PATH               image, folder, glob or video
+  python -m dinoseg mode=track input=VIDEO labels=MASK               follow objects from the first frame's mask
   python -m dinoseg mode=summary hparam=sarrarp_lora                 parameters by part, no weights needed
   python -m dinoseg mode=train hparam=sarrarp_lora --cfg job         show the composed config
 

@@ -1,0 +1,70 @@
+"""Labels for the frames between two masks, propagated from both: what both ways agree on can be believed."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dinoseg.inference.tracking import propagate
+from dinoseg.inference.tracking_masks import first_labels, to_mask
+from dinoseg.inference.tracking_settings import DINOV3, Settings
+
+BACKGROUND = 0
+
+
+class Agreed(NamedTuple):
+    """What two ways agree on in one frame.
+
+    `agreement` is the share of pixels of one class in both, of those that either takes for another class than the
+    background: 1 where there is none.
+    """
+
+    mask: np.ndarray  # (H, W) uint8, ignored where they differ
+    agreement: float
+
+
+def between(
+    features: Tensor,
+    first: np.ndarray,
+    last: np.ndarray,
+    settings: Settings = DINOV3,
+    *,
+    patch_size: int,
+    ignore_index: int = 255,
+) -> Iterator[Agreed]:
+    """Yield what the frames 1..T-2 get from the masks (H, W) uint8 of the frames 0 and T-1.
+
+    The features (T, C, h, w) cover the frames exactly. Pixels that are ignored in a mask are propagated as if they were
+    a class, and ignored where they come to lie.
+    """
+    forward = _propagated(features, first, settings)
+    backward = _propagated(features.flip(0), last, settings)
+    for number in range(1, len(features) - 1):
+        there = _decided(forward, number, first, settings, patch_size)
+        back = _decided(backward, len(features) - 1 - number, last, settings, patch_size)
+        yield agree(there, back, ignore_index)
+
+
+def agree(one: np.ndarray, other: np.ndarray, ignore_index: int = 255) -> Agreed:
+    """Return what two masks (H, W) agree on; a pixel that either ignores is ignored and does not count."""
+    known = (one != ignore_index) & (other != ignore_index)
+    same = known & (one == other)
+    found = known & ((one != BACKGROUND) | (other != BACKGROUND))
+    mask = np.where(same, one, ignore_index).astype(np.uint8)
+    return Agreed(mask, float((same & found).sum() / found.sum()) if found.any() else 1.0)
+
+
+def _propagated(features: Tensor, mask: np.ndarray, settings: Settings) -> Tensor:
+    """Return the soft labels (T, L, h, w) that come from the mask of frame 0, a channel for each of its ids."""
+    channels = np.searchsorted(np.unique(mask), mask).astype(np.uint8)
+    grid = (features.shape[2], features.shape[3])
+    labels = first_labels(torch.from_numpy(channels), grid, settings)
+    return propagate(features, labels.to(features.device), settings=settings)
+
+
+def _decided(soft: Tensor, number: int, mask: np.ndarray, settings: Settings, patch_size: int) -> np.ndarray:
+    size = (mask.shape[0], mask.shape[1])
+    channels = to_mask(soft[number], size, settings, patch_size=patch_size)
+    return np.unique(mask)[channels.cpu().numpy()]

@@ -1,0 +1,85 @@
+"""A folder of frames read as a video is, and what `input` of a tracked video may be."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from dinoseg.data.clip_videos import picture_files
+from dinoseg.errors import UserError
+from dinoseg.images import IMAGE_SUFFIXES, read_image, read_size
+from dinoseg.inference.media import VIDEO_SUFFIXES, VideoReader, is_video
+
+_FPS = 25.0  # a folder does not say
+
+
+def open_frames(source: str) -> "VideoReader | FolderReader":
+    """Return the frames of a video file or of a folder of pictures, one after the other.
+
+    Raises:
+        UserError: there is nothing of that name, it is neither, or it holds no frame.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return FolderReader(path)
+    if path.is_file() and is_video(path):
+        return VideoReader(path)
+    wrong = f"input={source} is neither a video nor a folder" if path.exists() else f"No such file or folder: {source}"
+    raise UserError(
+        f"{wrong}. Give a video ({' '.join(VIDEO_SUFFIXES)}) or a folder of its frames ({' '.join(IMAGE_SUFFIXES)}), "
+        "one at a time."
+    )
+
+
+class FolderReader:
+    """The pictures of a folder as the frames (H, W, 3) uint8 RGB of a video, in the order in which they are counted.
+
+    `size` is (H, W), the same for all; `count` is their number.
+
+    Raises:
+        UserError: there is no picture, two have one name, their sizes differ; while reading: a broken picture.
+    """
+
+    fps = _FPS
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        files = picture_files(self.path)
+        if not files:
+            raise UserError(
+                f"The folder {path} holds no frame directly. Give one of pictures ({' '.join(IMAGE_SUFFIXES)}), or a "
+                "video file."
+            )
+        self._names = list(files)
+        self._files = list(files.values())
+        self._positions = {name: position for position, name in enumerate(self._names)}
+        self.count = len(files)
+        self.size = self._common_size()
+
+    def frame_name(self, position: int) -> str:
+        """Return a frame's name: its file's, without the suffix."""
+        return self._names[position]
+
+    def position(self, name: str) -> int | None:
+        """Return which frame has a name; None where there is none."""
+        return self._positions.get(name)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """Yield each frame."""
+        return (read_image(self.path / file) for file in self._files)
+
+    def __enter__(self) -> "FolderReader":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def _common_size(self) -> tuple[int, int]:
+        size = read_size(self.path / self._files[0])
+        for file in self._files[1:]:
+            if (other := read_size(self.path / file)) != size:
+                raise UserError(
+                    f"{self.path / file} is {other[0]} x {other[1]} pixels, and {self._files[0]} {size[0]} x {size[1]} "
+                    "(H x W). All frames of a folder need one size: resize them, or give a folder of one size."
+                )
+        return size

@@ -1,0 +1,164 @@
+"""Objects followed through a video by what a frozen backbone sees: label propagation from frames to masks."""
+
+import hashlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dinoseg.errors import UserError
+from dinoseg.inference.frame_size import input_size, resize
+from dinoseg.inference.tracking import Propagator
+from dinoseg.inference.tracking_masks import first_labels, to_mask
+from dinoseg.inference.tracking_settings import DINOV3, Settings
+from dinoseg.wording import listed
+
+logger = logging.getLogger(__name__)
+_VOID = 255  # in a mask: no object is known here
+_SAMPLES = 1024  # values of a tensor that its fingerprint reads
+
+
+class PropagationTracker:
+    """Follow the objects of masks through one video; nothing is trained.
+
+    Masks hold ids 0 (background) to 254, not necessarily all of them, and 255 where no object is known, which counts
+    as background. The first frame needs a mask, and gets it back; the objects of a later one are followed from there.
+
+    Args:
+        backbone: frozen and in eval mode, on `device`; its last map is used.
+        settings: how frames are resized and labels propagated.
+        device: where the backbone is.
+        autocast: gives the precision's context for a forward pass.
+        batch_size: frames that the backbone sees at once.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        settings: Settings = DINOV3,
+        *,
+        device: torch.device | str = "cpu",
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
+        batch_size: int = 4,
+    ) -> None:
+        self._backbone: Any = backbone
+        self._protocol = settings
+        self._device = torch.device(device)
+        self._autocast = autocast
+        self._batch_size = batch_size
+        self._propagator = Propagator(settings)
+        self._ids = [0]  # the mask's id of each channel
+        self._size: tuple[int, int] | None = None  # of frames
+        self._seen = 0
+        self.settings: Mapping[str, Any] = {
+            "kind": "propagation",
+            "tracker": asdict(settings),
+            "backbone": {
+                "weights": fingerprint(backbone),
+                "patch_size": self._backbone.patch_size,
+                "layers": list(getattr(backbone, "layers", [])),
+            },
+            "precision": self._precision(),
+        }
+
+    @torch.no_grad()
+    def track(self, frames: Sequence[np.ndarray], labels: Sequence[np.ndarray | None]) -> list[np.ndarray]:
+        """Return the masks (H, W) uint8 of the next frames (H, W, 3) uint8 RGB; `labels` has a mask or None for each.
+
+        The same frames in other batches give the same masks but for rounding.
+
+        Raises:
+            UserError: the first frame has no mask, or a frame or a mask is of another size than the first frame.
+        """
+        masks = []
+        for start in range(0, len(frames), self._batch_size):
+            batch = slice(start, start + self._batch_size)
+            self._check_sizes(frames[batch], labels[batch])
+            for features, mask in zip(self._features(frames[batch]), labels[batch], strict=True):
+                masks.append(self._step(features, mask))
+        return masks
+
+    def state(self) -> dict[str, Tensor]:
+        """Return all that the next frame depends on; empty before the first."""
+        if self._size is None:
+            return {}
+        counts = {"ids": self._ids, "size": self._size, "seen": [self._seen]}
+        return self._propagator.state() | {name: torch.tensor(value) for name, value in counts.items()}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a `state()` of a tracker with the same settings."""
+        moved = {name: state[name].to(self._device) for name in ("features", "labels") if name in state}
+        self._propagator.load(moved)
+        self._ids = state["ids"].tolist() if state else [0]
+        self._size = tuple(state["size"].tolist()) if state else None
+        self._seen = int(state["seen"]) if state else 0
+
+    def _features(self, frames: Sequence[np.ndarray]) -> Tensor:
+        height, width = frames[0].shape[:2]
+        size = input_size((height, width), self._protocol, self._backbone.patch_size)
+        resized = np.stack([resize(frame, size, self._protocol.resample) for frame in frames])
+        images = torch.from_numpy(resized).to(self._device).permute(0, 3, 1, 2).float() / 255  # (B, 3, H, W)
+        with self._autocast():
+            return self._backbone(images)[-1]  # (B, C, h, w)
+
+    def _step(self, features: Tensor, mask: np.ndarray | None) -> np.ndarray:
+        assert self._size is not None
+        given = None if mask is None else self._labels(mask, (features.shape[1], features.shape[2]))
+        if given is None and not self._seen:
+            raise UserError("The first frame has no mask. Give it: its objects are what is followed.")
+        soft = self._propagator.step(features, given)  # (L, h, w)
+        self._seen += 1
+        if mask is not None and self._seen == 1:
+            return np.where(mask == _VOID, 0, mask).astype(np.uint8)
+        channels = to_mask(soft, self._size, self._protocol, patch_size=self._backbone.patch_size)
+        return np.array(self._ids, np.uint8)[channels.cpu().numpy()]
+
+    def _labels(self, mask: np.ndarray, grid: tuple[int, int]) -> Tensor:
+        """Return a mask's labels (L, h, w): objects new to the tracker get channels of their own."""
+        here = [int(label) for label in np.unique(mask) if label not in (0, _VOID)]
+        self._ids += [label for label in here if label not in self._ids]
+        channel = np.zeros(256, np.uint8)
+        channel[self._ids] = range(len(self._ids))
+        labels = first_labels(torch.from_numpy(channel[mask]), grid, self._protocol, num_labels=len(self._ids))
+        lost = [str(label) for label in here if not labels[self._ids.index(label)].any()]
+        if lost:
+            logger.warning(
+                "Frame %d: too small to lie under the centre of a grid cell, and so not followed: object %s. Give a "
+                "larger tracker.short, or tracker.first=bilinear.",
+                self._seen,
+                listed(lost),
+            )
+        return labels.to(self._device)
+
+    def _check_sizes(self, frames: Sequence[np.ndarray], labels: Sequence[np.ndarray | None]) -> None:
+        height, width = frames[0].shape[:2]
+        self._size = self._size or (height, width)
+        for what, given in (("frame", frames), ("mask", labels)):
+            for pixels in given:
+                if pixels is not None and pixels.shape[:2] != self._size:
+                    raise UserError(
+                        f"A {what} is {pixels.shape[0]} x {pixels.shape[1]} pixels, and the first frame "
+                        f"{self._size[0]} x {self._size[1]} (H x W). All of a video need one size: resize it."
+                    )
+
+    def _precision(self) -> str:
+        with self._autocast():
+            kind = self._device.type
+            used = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+        return str(used).removeprefix("torch.")
+
+
+def fingerprint(module: nn.Module) -> str:
+    """Return a hash of a module's parameters and buffers: names, shapes and sampled values."""
+    digest = hashlib.sha256()
+    for name, value in (*module.named_parameters(), *module.named_buffers()):
+        flat = value.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // _SAMPLES)].float().cpu()
+        digest.update(f"{name} {tuple(value.shape)}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()[:16]

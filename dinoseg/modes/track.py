@@ -1,0 +1,193 @@
+"""mode=track: follow objects through a video from the mask of its first frame, or what a trained model sees in it."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dinoseg import __version__, build
+from dinoseg.errors import UserError
+from dinoseg.inference.frame_folder import FolderReader, open_frames
+from dinoseg.inference.media import VideoReader
+from dinoseg.inference.propagation import PropagationTracker
+from dinoseg.inference.slot_tracker import SlotTracker
+from dinoseg.inference.smoothing import SmoothingTracker
+from dinoseg.inference.stream import Throughput
+from dinoseg.inference.track_labels import TrackLabels, find_labels
+from dinoseg.inference.track_report import write_track_report
+from dinoseg.inference.track_run import Look, TrackJob, track_video
+from dinoseg.inference.track_state import (
+    RESULT,
+    STATE,
+    Progress,
+    Standing,
+    check_same_settings,
+    check_unfinished,
+    read_standing,
+)
+from dinoseg.inference.tracker import VideoTracker
+from dinoseg.nodes import instantiate
+from dinoseg.report.table import write_json
+from dinoseg.resume import load_trained
+from dinoseg.run_folder import lock, release
+from dinoseg.wording import count_of
+
+logger = logging.getLogger(__name__)
+
+
+def track(
+    cfg: Any,
+    *,
+    out_dir: Path,
+    input: str | None,
+    labels: str | None,
+    restart: str | None,
+    save_every: int,
+    batch_size: int,
+    opacity: float,
+    smoothing: float,
+) -> dict[str, Any]:
+    """Follow the objects of `labels` through `input`; return counts and rates.
+
+    Without `resume` labels are propagated on the backbone's features. A segmenter that `resume` names gives each frame
+    its classes, smoothed over time by `smoothing`; a model of slots its segments, or with `labels` the objects.
+
+    Writes masks/<frame>.png (ids with a palette), overlay.mp4, objects.csv and, when all is done,
+    track.json to `out_dir`, or to the folder of the unfinished run that `restart` names.
+
+    Raises:
+        UserError: an option is out of range, or input, labels or the run to go on with cannot be used.
+    """
+    if not 0 <= opacity <= 1:
+        raise UserError(f"mode.opacity={opacity}: give a number from 0 (frame only) to 1 (colours only).")
+    if min(batch_size, save_every) < 1:
+        raise UserError(
+            f"mode.batch_size={batch_size}, mode.save_every={save_every}: give numbers of frames of at least 1."
+        )
+    folder = Path(out_dir if restart is None else restart).expanduser()
+    with _standing(folder, restart) as standing:
+        frames, given = _given(input, labels, needed=cfg["resume"] is None)
+        with frames:
+            tracker, look = _tracker(cfg, batch_size, smoothing)
+            start = None if standing is None else _go_on(tracker, standing, folder)
+            job = TrackJob(tracker, frames, given, folder, start, batch_size, save_every, look)
+            return _run(job, str(input), opacity)
+
+
+def _run(job: TrackJob, input: str, opacity: float) -> dict[str, Any]:
+    folder = job.folder
+    try:
+        return _finish(job, track_video(job), input, opacity)
+    except OSError as error:
+        raise UserError(
+            f"Cannot write below {folder} ({error}). Make room; the same command with mode.restart={folder} goes on."
+        ) from error
+
+
+def _given(input: str | None, labels: str | None, *, needed: bool) -> tuple[VideoReader | FolderReader, TrackLabels]:
+    """Return frames and masks, those that can be checked in time checked."""
+    if not input:
+        raise UserError("mode=track needs something to track in: give input=<video or folder of frames>.")
+    if needed and not labels:
+        raise UserError(
+            "mode=track needs to know what to follow: give labels=<mask of the first frame, or folder of masks named "
+            "as frames>."
+        )
+    frames = open_frames(input)
+    given = find_labels(labels, frames)
+    first = given.read(0)
+    if first is not None and len(given.files) == 1 and not first.any():
+        raise UserError(
+            f"labels={labels} shows no object: all of it is 0, the background. Draw what is to be followed."
+        )
+    if 1 < len(given.files) == frames.count:
+        logger.warning(
+            "labels=%s has a mask for every frame: each is followed from its own. To follow the first one alone, "
+            "give its file.",
+            labels,
+        )
+    return frames, given
+
+
+def _tracker(cfg: Any, batch_size: int, smoothing: float) -> tuple[VideoTracker, Look]:
+    """Return what follows objects, and how its masks are shown."""
+    if cfg["resume"] is None:
+        return _propagation(cfg, batch_size), Look()
+    trained = load_trained(cfg)
+    options: dict[str, Any] = {"autocast": trained.autocast, "batch_size": batch_size}
+    if hasattr(trained.model.head, "step"):
+        return SlotTracker(trained.model, instantiate(cfg.slots), **options), Look()
+    tracker = SmoothingTracker(trained.model, instantiate(cfg.tracker), smoothing=smoothing, **options)
+    return tracker, Look(palette=tuple(trained.palette), background=None)
+
+
+def _propagation(cfg: Any, batch_size: int) -> VideoTracker:
+    settings, engine = instantiate(cfg.tracker), instantiate(cfg.engine)
+    backbone = build.backbone(cfg).to(engine.device)
+    return PropagationTracker(backbone, settings, device=engine.device, autocast=engine.autocast, batch_size=batch_size)
+
+
+@contextmanager
+def _standing(folder: Path, restart: str | None) -> Iterator[Standing | None]:
+    """Give what an unfinished run has kept, while no other process writes to its folder; None for a new run."""
+    if restart is None:
+        yield None
+        return
+    check_unfinished(folder)
+    lock(folder)
+    try:
+        yield read_standing(folder)
+    finally:
+        release(folder)
+
+
+def _go_on(tracker: VideoTracker, standing: Standing, folder: Path) -> Progress:
+    check_same_settings(folder, standing.settings, tracker.settings)
+    tracker.load(standing.tensors)
+    logger.info("Going on in %s after %s", folder, count_of(standing.progress.done, "frame"))
+    return standing.progress
+
+
+def _finish(job: TrackJob, passed: Throughput, input: str, opacity: float) -> dict[str, Any]:
+    """Write what a finished run shows; its standing is not needed any more."""
+    logger.info(
+        "%s in %.1f s: %.2f frames/s with reading and writing",
+        count_of(passed.items, "frame"),
+        passed.seconds,
+        passed.items / passed.seconds,
+    )
+    with open_frames(input) as frames:
+        objects, report = write_track_report(frames, job.folder, opacity=opacity, look=job.look)
+    result = {
+        "input": input,
+        "labels": {job.frames.frame_name(position): str(path) for position, path in sorted(job.labels.files.items())},
+        "settings": job.tracker.settings,
+        "frames": report.items,
+        "size": list(job.frames.size),
+        "fps": job.frames.fps,
+        "objects": objects,
+        "frames_timed": passed.items,
+        "frames_per_s": passed.items / passed.seconds,
+        "report_frames_per_s": report.items / report.seconds,
+        "flicker": _flicker(job.tracker),
+        "versions": {"dinoseg": __version__, "torch": torch.__version__},
+    }
+    write_json(job.folder / RESULT, result)
+    (job.folder / STATE).unlink()
+    logger.info("Masks, overlay and table are in %s", job.folder)
+    return {key: result[key] for key in ("frames", "objects", "frames_per_s")} | {"run": str(job.folder)}
+
+
+def _flicker(tracker: VideoTracker) -> dict[str, float] | None:
+    """Print and return how many pixels change their class from frame to frame, where masks were smoothed."""
+    if not isinstance(tracker, SmoothingTracker):
+        return None
+    shares = tracker.flicker()
+    before, after = shares["before"], shares["after"]
+    logger.info(
+        "Pixels that change class from a frame to the next: %.2f %%, smoothed %.2f %%", 100 * before, 100 * after
+    )
+    return shares

@@ -1,0 +1,296 @@
+import csv
+import json
+import re
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import yaml
+from config_files import FOLDER
+from omegaconf import OmegaConf
+from PIL import Image
+
+from dinoseg.errors import UserError
+from dinoseg.images import read_ids
+from dinoseg.inference import track_report, track_run
+from dinoseg.inference.media import VideoReader
+from dinoseg.inference.tracking_settings import CRW, DINO, DINOV3
+from dinoseg.launch import launch
+from dinoseg.modes import track as mode
+from dinoseg.nodes import instantiate
+from dinoseg.run_folder import is_locked
+
+SIZE = (36, 50)
+kept = {}  # the composed config
+WORDS = ["mode=track", "backbone=rgb", "backbone.patch_size=4", "engine=cpu", "engine.precision=fp32"]
+WORDS += ["tracker.short=36", "tracker.radius=4", "mode.batch_size=3", "mode.save_every=3"]
+
+
+def frame(number):
+    """Return a red and a blue square that move over grey noise, and their ids."""
+    pixels = np.random.default_rng(number).integers(100, 130, (*SIZE, 3))
+    ids = np.zeros(SIZE, np.uint8)
+    for label, (top, left), colour in ((1, (4, 4 + number), (240, 30, 30)), (5, (20, 34 - number), (30, 30, 240))):
+        pixels[top : top + 12, left : left + 12] = colour
+        ids[top : top + 12, left : left + 12] = label
+    return pixels.astype(np.uint8), ids
+
+
+@pytest.fixture
+def clip(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number in range(10):
+        pixels, ids = frame(number)
+        for folder, picture in (("in", pixels), ("masks", ids)):
+            Path(folder).mkdir(exist_ok=True)
+            Image.fromarray(picture).save(f"{folder}/{number:05d}.png")
+    Image.fromarray(frame(0)[1]).save("first.png")
+    return tmp_path
+
+
+@pytest.fixture
+def track(clip, compose):
+    """Return a function that runs the mode; only another tracker is worth composing the config once more."""
+
+    def run(*changes, out="out", source="in", labels="first.png"):
+        words = [*WORDS, f"input={source or 'null'}", f"labels={labels or 'null'}", *changes]
+        if any(change.startswith("tracker=") for change in changes):
+            return launch(compose(*words), clip / out, words)
+        if "cfg" not in kept:
+            kept["cfg"] = compose(*WORDS)
+        cfg = kept["cfg"].copy()
+        for word in words[len(WORDS) :]:
+            key, value = word.split("=", 1)
+            OmegaConf.update(cfg, key, yaml.safe_load(value))
+        return launch(cfg, clip / out, words)
+
+    return run
+
+
+def masks(folder):
+    return {path.name: read_ids(path) for path in sorted(Path(folder, "masks").iterdir())}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
+
+
+def names(folder):
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
+def test_a_folder_of_frames(track):
+    result = track()
+    assert result["frames"] == 10 and result["objects"] == [1, 5] and result["frames_per_s"] > 0
+    log = Path("out/run.log").read_text()
+    assert "10 frames in" in log and "frames/s with reading and writing" in log
+    assert names("out") == ["config", "masks", "objects.csv", "overlay.mp4", "run.log", "track.json"]
+    found = masks("out")
+    assert found.keys() == {f"{number:05d}.png" for number in range(10)}
+    for number in range(10):
+        ids = frame(number)[1]
+        for label in (1, 5):
+            here = found[f"{number:05d}.png"] == label
+            assert (here & (ids == label)).sum() / (here | (ids == label)).sum() > 0.55, (number, label)
+    with Image.open("out/masks/00004.png") as image:
+        assert image.mode == "P" and image.getpalette()[15:18] == [128, 0, 128]
+    with open("out/objects.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 20 and rows[0] == {
+        **{"frame": "0", "name": "00000", "id": "1", "area": "144", "centre_x": "9.5", "centre_y": "9.5"},
+        **{"left": "4", "top": "4", "right": "15", "bottom": "15"},
+    }
+    told = json.loads(Path("out/track.json").read_text())
+    assert told["settings"]["tracker"]["radius"] == 4 and told["settings"]["precision"] == "float32"
+    assert told["labels"] == {"00000": "first.png"} and told["size"] == list(SIZE) and told["fps"] == 25
+    assert told["frames"] == told["frames_timed"] == 10 and told["report_frames_per_s"] > 0
+    with VideoReader("out/overlay.mp4") as overlay:
+        assert overlay.size == SIZE and len(list(overlay)) == 10
+
+
+def test_a_video_and_another_protocol(track):
+    writer = cv2.VideoWriter("v.avi", cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*"MJPG"), 12.5, SIZE[::-1])
+    for number in range(6):
+        writer.write(frame(number)[0][..., ::-1])
+    writer.release()
+    changes = ["tracker=crw", "tracker.short=null", "tracker.context=2"]
+    result = track(*changes, source="v.avi")
+    assert result["frames"] == 6 and names("out/masks") == [f"{number:09d}.png" for number in range(6)]
+    told = json.loads(Path("out/track.json").read_text())
+    expected = {**asdict(CRW), "context": 2, "radius": 4}
+    assert told["settings"]["tracker"] == expected and told["fps"] == 12.5
+
+
+def stop_after(monkeypatch, count):
+    real, done = track_run.write_indexed_png, []
+
+    def write(path, ids, *palette):
+        if len(done) == count:
+            raise KeyboardInterrupt
+        done.append(path)
+        real(path, ids)
+
+    monkeypatch.setattr(track_run, "write_indexed_png", write)
+
+
+@pytest.fixture
+def stopped(track, monkeypatch):
+    """Leave the folder `cut` of a run that was killed before its eighth mask."""
+    with monkeypatch.context() as patch:
+        stop_after(patch, 7)
+        with pytest.raises(KeyboardInterrupt):
+            track(out="cut")
+    assert names("cut") == ["config", "masks", "run.log", "state.safetensors"] and len(names("cut/masks")) == 7
+
+
+def test_a_stopped_run_goes_on_in_its_folder(track, stopped):
+    result = track("mode.restart=cut", out="second")
+    assert re.search("Going on in cut after [36] frames", Path("second/run.log").read_text())
+    assert result["run"] == "cut" and names("second") == ["config", "run.log"]
+    track(out="whole")
+    assert same(masks("cut"), masks("whole")) and len(masks("cut")) == 10
+    assert Path("cut/objects.csv").read_bytes() == Path("whole/objects.csv").read_bytes()
+    assert Path("cut/overlay.mp4").stat().st_size == Path("whole/overlay.mp4").stat().st_size
+    assert names("cut") == names("whole")
+    with pytest.raises(UserError, match=r"mode\.restart=cut: that run is finished"):
+        track("mode.restart=cut", out="third")
+
+
+def test_a_stop_in_the_report_is_gone_on_with_too(track, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(track_report, "blend", stop)
+        with pytest.raises(KeyboardInterrupt):
+            track(out="cut")
+    assert names("cut") == ["config", "masks", "run.log", "state.safetensors"]
+    assert track("mode.restart=cut", out="second")["frames"] == 10
+    assert "track.json" in names("cut")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["tracker.radius=5"], r"tracker\.radius was 4 and is 5"),
+        (
+            ["tracker=dino", "tracker.short=36"],
+            r"tracker\.first was nearest_exact and is nearest; tracker\.long_multiple",
+        ),
+        (["backbone.std=[.2,.2,.2]"], r"backbone\.weights was \w+ and is \w+"),
+        (["backbone.patch_size=6"], r"backbone\.patch_size was 4 and is 6"),
+        (["engine.precision=bf16"], "precision was float32 and is bfloat16"),
+        (["labels=masks/00001.png"], "is named as frame 1"),
+        (["labels=other.png"], "labels differs from what that run has seen"),
+        (["input=masks"], "input=masks differs from what that run has seen"),
+    ],
+)
+def test_another_run_is_not_gone_on_with(track, stopped, changes, message):
+    Image.fromarray(frame(1)[1]).save("other.png")
+    before = masks("cut")
+    with pytest.raises(UserError, match=message):
+        track("mode.restart=cut", *changes, out="second")
+    assert same(masks("cut"), before)
+    assert track("mode.restart=cut", out="third")["frames"] == 10
+
+
+def test_two_processes_do_not_go_on_at_once(track, stopped):
+    hold = "import fcntl, sys; f = open('cut/run.log', 'a'); fcntl.flock(f, 2); print(1, flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"1\n"
+        with pytest.raises(UserError, match="Another process is writing to .*cut"):
+            track("mode.restart=cut", out="second")
+    assert track("mode.restart=cut", out="third")["frames"] == 10
+    assert not is_locked(Path("cut"))
+
+
+def test_a_full_disk_says_how_to_go_on(track, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(track_run, "write_indexed_png", full)
+    with pytest.raises(UserError, match=r"Cannot write below .*No space left.*mode\.restart=.*out goes on"):
+        track()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"source": None}, "give input=<video or folder of frames>"),
+        ({"labels": None}, "needs to know what to follow: give labels=<mask of the first frame"),
+        ({"source": "nowhere"}, "No such file or folder: nowhere"),
+        ({"labels": "nowhere"}, "No such file or folder: labels=nowhere"),
+        ({"labels": "empty.png"}, r"labels=empty\.png shows no object"),
+        ({"labels": "small.png"}, r"small\.png is 35 x 50 pixels, and the frames are 36 x 50"),
+        ({"changes": ["mode.opacity=2"]}, r"mode\.opacity=2: give a number from 0"),
+        ({"changes": ["mode.batch_size=0"]}, r"mode\.batch_size=0, mode\.save_every=3: give numbers"),
+        ({"changes": ["mode.save_every=0"]}, r"mode\.save_every=0"),
+        ({"changes": ["mode.restart=nowhere"]}, r"mode\.restart=nowhere: no unfinished run of mode=track is there"),
+    ],
+)
+def test_mistakes_are_named_before_the_backbone_is_loaded(track, monkeypatch, options, message):
+    monkeypatch.setattr(mode, "_tracker", lambda *_: pytest.fail("the backbone was loaded"))
+    Image.fromarray(frame(0)[1] * 0).save("empty.png")
+    Image.fromarray(frame(0)[1][1:]).save("small.png")
+    with pytest.raises(UserError, match=message):
+        track(*options.pop("changes", []), **options)
+    assert not Path("out").exists()
+
+
+def test_settings_out_of_range_are_refused(track):
+    with pytest.raises(UserError, match=r"temperature=0 must be above 0"):
+        track("tracker.temperature=0")
+    with pytest.raises(UserError, match=r"tracker\.long_multiple=6 is no multiple of the backbone's patch size, 4"):
+        track("tracker.long_multiple=6")
+
+
+def test_a_mask_for_every_frame_is_warned_of(track):
+    track(labels="masks")
+    assert "labels=masks has a mask for every frame: each is followed from" in Path("out/run.log").read_text()
+
+
+@pytest.mark.parametrize(("name", "settings"), [("crw", CRW), ("dino", DINO), ("dinov3", DINOV3)])
+def test_the_configs_are_the_protocols(compose, name, settings):
+    assert instantiate(compose(f"tracker={name}").tracker) == settings
+    written = yaml.safe_load((FOLDER / "tracker" / f"{name}.yaml").read_text())
+    assert list(written) == ["_target_", *asdict(settings)]  # every key, in the fields' order
+    assert instantiate(compose(f"tracker={name}", "tracker.radius=24", "tracker.short=480").tracker).radius == 24
+
+
+def resident():
+    """Return the bytes of memory in use by this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read as Linux shows it")
+def test_memory_does_not_grow_with_the_video(track, monkeypatch):
+    size, used = (64, 96), {}
+    writer = cv2.VideoWriter("v.avi", cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*"MJPG"), 25, size[::-1])
+    still = np.random.default_rng(0).integers(0, 256, (*size, 3)).astype(np.uint8)
+    for number in range(2000):
+        writer.write(np.roll(still, number, axis=1))
+    writer.release()
+    Image.fromarray((still[..., 0] > 200).astype(np.uint8)).save("noise.png")
+
+    def watched(module, name):
+        real, counted = getattr(module, name), []
+
+        def call(*given, **named):
+            counted.append(None)
+            if len(counted) in (200, 2000):
+                used.setdefault(name, []).append(resident())
+            return real(*given, **named)
+
+        monkeypatch.setattr(module, name, call)
+
+    watched(track_run, "write_indexed_png")
+    watched(track_report, "blend")
+    changes = ["tracker.short=64", "tracker.context=2", "backbone.patch_size=32", "mode.batch_size=20"]
+    assert track(*changes, source="v.avi", labels="noise.png")["frames"] == 2000
+    for name, (early, late) in used.items():
+        # 1800 frames of 18 kB would be 33 MB
+        assert late - early < 8e6, f"{name}: {(late - early) / 1e6:.1f} MB more"

@@ -1,0 +1,174 @@
+"""Slots are trained, validated, resumed and evaluated through the command line as everything else is."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from command_line import SLOTS, call
+from hydra import compose, initialize_config_dir
+
+from dinoseg import build
+from dinoseg.__main__ import CONFIGS
+from dinoseg.config import register_resolvers
+from dinoseg.data.synthetic.moving_write import render_moving_objects
+from dinoseg.images import write_png
+from dinoseg.metrics.clustering import contingency, segment_scores
+from dinoseg.training.checkpoint import read
+from dinoseg.training.clip_feed import segments_of
+from dinoseg.training.engine import Engine
+
+BARE = ("trainer=slots", "loss=feature_reconstruction")  # of the recipe
+
+
+@pytest.fixture(scope="module")
+def movi(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clips")
+    render_moving_objects(folder / "movi", train_videos=4, val_videos=2, seconds=1, size=(32, 32), workers=1)
+    return folder
+
+
+@pytest.fixture
+def here(movi, tmp_path):
+    (tmp_path / "movi").symlink_to(movi / "movi")
+    return tmp_path
+
+
+def run(where, *arguments):
+    done = call(where, *arguments)
+    assert done.status == 0, done.err
+    return done
+
+
+def rows(folder):
+    timed = ("train/images_per_s", "train/data_wait", "train/memory_gib", "time")
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key not in timed} for line in lines]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("head.steps=[0,2]", "head.time_decoder=attention"),
+        ("head.num_slots=[2,2]", "head.groups=always", "head.steps=[1]", "head.time_decoder=linear"),
+        ("loss=video_similarity", "head.similarity=true"),
+        ("head.predictor=none", "data.clips.cut.length=1"),
+        ("backbone=rgb", "head.steps=[0,1]"),
+    ],
+    ids=["attention", "groups", "videosaur", "dinosaur", "rgb"],
+)
+def test_each_member_of_the_family_learns(here, more):
+    tiny = [each for each in SLOTS if not ("backbone=rgb" in more and each.startswith("backbone"))]
+    lengths = ("trainer.steps=30", "trainer.val_every=15", "trainer.log_every=1", "trainer.score=fg_ari")
+    run(here, *tiny, *more, *lengths, "hydra.run.dir=run", "mode.metrics_only=true")
+    losses = [row["train/loss"] for row in rows(here / "run") if "train/loss" in row]
+    assert len(losses) == 30 and np.mean(losses[-5:]) < 0.97 * np.mean(losses[:5])
+    names = read(here / "run/checkpoints/best.safetensors").part("model")
+    assert any(name.startswith("head.slot_attention") for name in names)
+    scores = json.loads((here / "run/evaluation/scores.json").read_text())
+    assert scores["protocol"] == "video_clustering" and scores["n"] == 2
+    validated = [row for row in rows(here / "run") if "val/fg_ari" in row]
+    assert len(validated) == 2 and {"val/loss", "val/ari", "val/mbo"} <= set(validated[0])
+
+
+def test_validation_is_the_protocol_s_score_and_evaluation_repeats_it(here):
+    lengths = ("trainer.steps=6", "trainer.val_every=3", "trainer.score=mbo")
+    done = run(here, *SLOTS, *lengths, "hydra.run.dir=run")
+    best = json.loads((here / "run/evaluation/scores.json").read_text())["scores"]
+    step = read(here / "run/checkpoints/best.safetensors").info["progress"]["best_step"]
+    (row,) = [row for row in rows(here / "run") if "val/mbo" in row and row["step"] == step]
+    assert [row["val/ari"], row["val/fg_ari"], row["val/mbo"]] == pytest.approx(
+        [best["ARI"], best["FG-ARI"], best["mBO"]], abs=1e-6
+    )
+    assert "FG-ARI" in done.out and "fg_ari.png" in done.out
+    assert {"loss.png", "fg_ari.png"} <= {path.name for path in (here / "run").glob("*.png")}
+    run(here, "mode=eval", "resume=run", "engine=cpu", "engine.precision=fp32", "hydra.run.dir=again")
+    again = json.loads((here / "again/scores.json").read_text())["scores"]
+    assert again == best
+    split = json.loads((here / "run/split.json").read_text())
+    assert len(split["train"]) == 4 and len(split["val"]) == 2 and not set(split["train"]) & set(split["val"])
+
+
+def test_training_reads_no_mask(here, tmp_path):
+    shutil.copytree(here / "movi", here / "own", symlinks=False)
+    for path in (here / "own/train").rglob("segmentations/*.png"):
+        write_png(path, np.full((32, 32), 7, np.uint8))
+    lengths = ("trainer.steps=3", "trainer.val_every=3", "mode.metrics_only=true")
+    for root, folder in (("movi", "one"), ("own", "two")):
+        run(here, *SLOTS, *lengths, f"data.root={root}", f"hydra.run.dir={folder}")
+    one, two = (read(here / folder / "checkpoints/last.safetensors").tensors for folder in ("one", "two"))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_resumed_run_is_the_same_run(here):
+    lengths = ("trainer.val_every=4", "trainer.log_every=1", "head.steps=[0,1]", "mode.metrics_only=true")
+    whole = ("trainer.accumulate=2", "trainer.ema=0.9", *lengths)
+    steps = ("trainer.steps=8", "optim.schedule.kind=constant")
+    run(here, *SLOTS, *whole, *steps, "hydra.run.dir=straight")
+    run(here, *SLOTS, *whole, "trainer.steps=4", "optim.schedule.kind=constant", "hydra.run.dir=part")
+    run(here, "mode=train", "resume=part", "trainer.steps=8", "engine=cpu", "engine.precision=fp32", "engine.workers=2")
+    straight, part = (read(here / name / "checkpoints/last.safetensors").tensors for name in ("straight", "part"))
+    assert straight.keys() == part.keys() and all(torch.equal(straight[name], part[name]) for name in straight)
+    assert [row for row in rows(here / "part") if row["step"] > 4] == [
+        row for row in rows(here / "straight") if row["step"] > 4
+    ]
+
+
+def test_videos_without_masks_have_a_loss_alone(here):
+    (here / "films").mkdir()
+    for number, video in enumerate(sorted((here / "movi/train").iterdir())):
+        shutil.copytree(video / "frames", here / "films" / f"{number}")
+    lengths = ("trainer.steps=4", "trainer.val_every=2")
+    plain = [each for each in SLOTS if each != "data=movi"]
+    done = run(here, *plain, "data=videos", "data.root=films", *lengths, "hydra.run.dir=run")
+    assert "Videos stand in train and in val: 0, 1, 2, 3" in done.err
+    assert "no other score: data=videos has no masks" in done.out
+    assert (here / "run/evaluation/segments.png").is_file()
+    progress = read(here / "run/checkpoints/last.safetensors").info["progress"]
+    values = [row["val/loss"] for row in rows(here / "run") if "val/loss" in row]
+    assert progress["best"] == min(values) and len(values) == 2
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("head=linear", *BARE), "trainer.feed=clips trains slots, and head=linear has none. Choose head=slots"),
+        (("loss=cross_entropy",), "loss=cross_entropy is no loss of slots. Choose loss=feature_reconstruction"),
+        (("loss.weights=median",), "loss.weights=median: loss=feature_reconstruction knows no classes"),
+        (
+            ("trainer=supervised",),
+            "loss=feature_reconstruction learns from clips, without labels. Choose trainer=slots",
+        ),
+        (("trainer=supervised", "loss=cross_entropy"), "head=slots is trained on clips. Choose trainer=slots"),
+        (("trainer.feed=films",), "trainer.feed=films is unknown. Choose one of images, clips"),
+        (("trainer.score=miou",), "trainer.score=miou is not a score. Choose one of loss, ari, fg_ari, mbo"),
+        (("head.num_slots=17",), "head.num_slots=17 are more slots than the 4 x 4 = 16 cells"),
+        (("head.steps=[4]",), r"data.clips.cut.length=5 or more, or lower head.steps"),
+        (("data=folder", "data.classes=[a,b]", "head=slots", *BARE), "data=folder has no clips"),
+        (("data.batch_size=99",), "data.batch_size=99 with 8 training clips"),
+        (("backbone=rgb", "head.num_slots=[2,2]", "head.groups=always"), "needs a backbone with a class token"),
+    ],
+)
+def test_what_does_not_fit_is_refused(here, more, message):
+    gone = {"head=linear": ("head.", "hparam"), "backbone=rgb": "backbone.", "data=folder": ("data.clips", "hparam")}
+    plain = [each for each in SLOTS if not each.startswith(gone.get(more[0], "none"))]
+    done = call(here, *plain, "trainer.steps=1", "trainer.val_every=1", *more)
+    assert done.status == 1 and message in done.err.replace("\n", " ") and "Traceback" not in done.err
+
+
+def test_scores_in_validation_are_those_of_a_loop(movi):
+    register_resolvers()
+    with initialize_config_dir(CONFIGS, version_base="1.3"):
+        cfg = compose("main", [*SLOTS[1:], f"data.root={movi / 'movi'}"])
+    model = build.model(cfg).eval()
+    engine = Engine("cpu", "fp32", workers=0, eval_batch_size=5)
+    feed = build.feed(cfg, engine)
+    scores = feed.validate(model, build.loss(cfg, None), engine).scores
+    expected = []
+    for clip in feed.val:
+        frames = clip["frames"].permute(0, 2, 3, 1).numpy()
+        segments = np.stack(segments_of(model, frames, engine))
+        expected.append(segment_scores(contingency(clip["masks"].numpy(), segments)))
+        assert segments.min() >= 1 and segments.max() <= 3
+    assert [scores["ari"], scores["fg_ari"], scores["mbo"]] == pytest.approx(np.mean(expected, axis=0), abs=1e-6)
