@@ -10,11 +10,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from command_line import SLOTS
 from meta_files import RELEASED, write_released
 from PIL import Image
 
 from dinoseg.data.prepare_idd import prepare as prepare_idd
 from dinoseg.data.prepare_sarrarp import prepare
+from dinoseg.data.synthetic.moving_write import render_moving_objects
 from dinoseg.data.synthetic.write import render_dataset
 from dinoseg.errors import UserError
 from dinoseg.launch import launch
@@ -38,6 +40,8 @@ def small_model(words):
             "backbone.arch.num_attention_heads=4",
             "backbone.layers=[0,0,1,1]",
         )
+    if any(word.startswith(("hparam=slots", "hparam=dinosavi")) for word in words):
+        return (*SMALL, "head.positions_grid=[6,8]", "head.slot_dim=16", "head.decoder_dim=16")
     if "hparam=idd_lora" in words:  # whose head reads four maps
         return (*SMALL, "backbone.layers=[0,0,1,1]")
     return (*SMALL, "head.blocks=1") if "head=eomt" in words else SMALL
@@ -88,6 +92,17 @@ def write_tracked(root):
         Image.fromarray(pixels).save(root / f"{name}.png")
 
 
+def write_davis(root, videos):
+    """Write rendered videos as DAVIS 2017 has its sequences."""
+    for video in videos:
+        for kind, folder, suffix in (("JPEGImages", "frames", "jpg"), ("Annotations", "segmentations", "png")):
+            (root / kind / "480p" / video.name).mkdir(parents=True)
+            for path in sorted((video / folder).iterdir())[:4]:
+                Image.open(path).save(root / kind / "480p" / video.name / f"{path.stem}.{suffix}")
+    (root / "ImageSets/2017").mkdir(parents=True)
+    (root / "ImageSets/2017/val.txt").write_text("".join(f"{video.name}\n" for video in videos))
+
+
 @pytest.fixture(scope="session")
 def stand_ins(tmp_path_factory):
     """Write every data set that the docs name, in its own layout, and return what the placeholders mean."""
@@ -110,6 +125,11 @@ def stand_ins(tmp_path_factory):
     video = root / "sarrarp/test/video_41/video_left.avi"
     assert cv2.VideoCapture(str(video)).isOpened()
     write_tracked(root)
+    render_moving_objects(root / "movi", train_videos=2, val_videos=1, seconds=1, size=(48, 64), workers=1)
+    write_davis(root / "davis", sorted((root / "movi/train").iterdir()))
+    (root / "films").mkdir()
+    for name in "ab":
+        shutil.copy(video, root / f"films/{name}.avi")
     backbone, segmentor = write_released(root)
     image = root / "folder/val/images/a.png"
     scored = {side.upper(): root / side for side in ("reference", "prediction", "second")}
@@ -124,20 +144,25 @@ def stand_ins(tmp_path_factory):
         "FRAMES": root / "frames",
         "MASKS": root / "masks",
         "MASK": root / "masks/00000.png",
+        "MOVI": root / "movi",
+        "DAVIS": root / "davis",
+        "VIDEOS": root / "films",
     }
     return {"SARRARP": root / "sarrarp", "FOLDER": root / "folder", "DATA": root, "DIR": root / "new", **files}
 
 
 @pytest.fixture(scope="session")
 def trained(stand_ins, tmp_path_factory):
-    """Return a function that trains once, and its run folder."""
-    kept = {}
+    """Return a function that trains a segmenter or a model of slots once, and gives its run folder."""
+    demo = ["mode=train", "hparam=demo", f"data.root={stand_ins['SARRARP']}", *SMALL, *SHORT, *CPU]
+    slots = [*SLOTS, *SHORT, f"data.root={stand_ins['MOVI']}", "head.positions_grid=[6,8]"]
+    commands, kept = {"RUN": demo, "SLOTS": slots}, {}
 
-    def run(compose):
-        if "run" not in kept:
-            overrides = ["mode=train", "hparam=demo", f"data.root={stand_ins['SARRARP']}", *SMALL, *SHORT, *CPU]
-            kept["run"] = launch(compose(*overrides), tmp_path_factory.mktemp("run"), overrides)["run"]
-        return kept["run"]
+    def run(compose, name):
+        if name not in kept:
+            overrides = commands[name]
+            kept[name] = launch(compose(*overrides), tmp_path_factory.mktemp("run"), overrides)["run"]
+        return kept[name]
 
     return run
 
@@ -155,17 +180,21 @@ def test_command(command, compose, stand_ins, trained, tmp_path, monkeypatch, ca
     if "-m" in words:  # one job of the sweep
         words = [re.sub(r"=([^\[,]*),.*", r"=\1", word) for word in words if word != "-m"]
     places = dict(stand_ins)
-    if any(word.endswith("=RUN") for word in words):
-        places["RUN"] = trained(compose)
-    words = [re.sub(r"(?<=[=\[,])([A-Z]+)(?=[/,\]]|$)", lambda found: str(places[found[1]]), word) for word in words]
+    places |= {
+        name: trained(compose, name) for name in ("RUN", "SLOTS") if any(word.endswith(f"={name}") for word in words)
+    }
+    if "mode=render" in words:
+        places["MOVI"] = tmp_path / "movi"
     mode = next(word.removeprefix("mode=") for word in words if word.startswith("mode="))
+    words = [re.sub(r"(?<=[=\[,])([A-Z]+)(?=[/,\]]|$)", lambda found: str(places[found[1]]), word) for word in words]
     if mode == "train":
         words += [*small_model(words), *SHORT, *CPU]
-    elif mode == "track":
+    elif mode in ("track", "eval") and not any(word.startswith("resume=") for word in words):
         words += [*SMALL, "tracker.short=48", *CPU]
-    elif mode in ("eval", "predict"):
+    elif mode in ("track", "eval", "predict"):
         words += [*CPU, *(RELEASED if "hparam=ade20k_m2f" in words else ())]
     elif mode == "render":
+        words += ["mode.val_videos=1"] if "data=movi" in words else []
         words += ["mode.train_videos=1", "mode.test_videos=1", "mode.seconds=1", "mode.size=[32,48]", "mode.workers=1"]
     out_dir = tmp_path / f"outputs/{mode}_1"
     if (
