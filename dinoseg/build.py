@@ -12,6 +12,7 @@ from dinoseg.adapters import Frozen
 from dinoseg.checks import check_given
 from dinoseg.config import plain
 from dinoseg.errors import UserError
+from dinoseg.inference.slot_settings import SlotTracking
 from dinoseg.model import Segmenter
 from dinoseg.nodes import instantiate, not_set
 from dinoseg.shapes import SegmentationData
@@ -73,12 +74,15 @@ def dataset(cfg: DictConfig, split: str, *, reduced: bool = False) -> Segmentati
     Args:
         cfg: the whole config.
         split: train, val or test.
-        reduced: to train on: a packed image need not be larger than the model sees it.
+        reduced: to train on: a packed image need not be larger than the model sees it, and labels that nobody has
+            drawn (`data.reader.pseudo`) are there.
 
     Raises:
         UserError: an unknown split, or whatever the data set finds wrong.
     """
-    found = instantiate(cfg.data.reader)(split=_known(split))
+    # what nobody has drawn is no truth to score against
+    drawn_alone = {"pseudo": False} if "pseudo" in cfg.data.reader and not reduced else None
+    found = instantiate(cfg.data.reader, instead=drawn_alone)(split=_known(split))
     return instantiate(cfg.data.opened)(found, split=split, reduced=reduced)
 
 
@@ -109,6 +113,7 @@ def feed(cfg: DictConfig, engine: Engine) -> Feed | ClipFeed:
             rank=engine.rank,
             world=engine.world,
         )
+    slots = instantiate(cfg.slots)
     return ClipFeed(
         train=clips(cfg, "train"),
         val=clips(cfg, "val"),
@@ -118,6 +123,7 @@ def feed(cfg: DictConfig, engine: Engine) -> Feed | ClipFeed:
         workers=engine.workers,
         rank=engine.rank,
         world=engine.world,
+        following=SlotTracking(match=slots.match, temperature=slots.temperature),
     )
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
@@ -54,6 +55,12 @@ def guard(node: Mapping[str, Any], where: str = "config") -> None:
             raise UserError(
                 f"{where}: cache_dir={place} is refused. A config from a checkpoint may not say where files are "
                 "written: only cache_dir of your own command line does."
+            )
+    for place in _values_of("folder", plain.get("data", {}).get("tracking")):
+        if not isinstance(place, str) or not re.fullmatch(r"\w+(/\w+)*", place):
+            raise UserError(
+                f"{where}: data.tracking.folder={place} is refused. A config from a checkpoint may only name folders "
+                "below the run's own."
             )
     for text in _strings(plain):
         if "${" in text and ":" in text.replace("${len:", ""):

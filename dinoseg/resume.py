@@ -58,7 +58,7 @@ def merge(cfg: DictConfig, overrides: Sequence[Any], path: Path, info: Mapping[s
     Raises:
         UserError: the checkpoint's config is not to be trusted, or the command line names another model.
     """
-    kept = {key: info["config"][key] for key in KEPT}
+    kept = _kept(info)
     guard(kept, f"resume={path}")
     own = {**plain(cfg), "resume": str(path), "choices": {**plain(cfg.choices), **info["choices"]}}
     merged = OmegaConf.create({**own, **kept})
@@ -121,14 +121,19 @@ def load_trained(cfg: DictConfig) -> Trained:
     return Trained(model.to(engine.device).eval(), engine, info["classes"], palette, info["ignore_index"], info)
 
 
+def is_trained(cfg: DictConfig) -> bool:
+    """Return whether a config names a trained model: a checkpoint, or a head that was released trained."""
+    head = plain(cfg.head)
+    return cfg.resume is not None or (head.get("weights") is not None and head.get("class_layer") != "new")
+
+
 def _released(cfg: DictConfig) -> dict[str, Any]:
     """Return what a checkpoint would say of the classes, for a head whose weights come from a file.
 
     Raises:
         UserError: the head is not trained.
     """
-    head = plain(cfg.head)
-    if head.get("weights") is None or head.get("class_layer") == "new":
+    if not is_trained(cfg):
         raise UserError(
             "resume is not set: this mode needs a trained model. Give resume=RUN_FOLDER or a checkpoint; or use a head "
             "that was released trained, as hparam=ade20k_m2f head.weights=FILE does."
@@ -175,9 +180,15 @@ def check_classes(data: SegmentationData | Labels, found: Mapping[str, Any], whe
         )
 
 
+def _kept(info: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config of a checkpoint, which may be older than a key: then it stands as what was meant."""
+    kept = {key: info["config"][key] for key in KEPT}
+    return {**kept, "trainer": {"feed": "images", **kept["trainer"]}}
+
+
 def _recipe(info: Mapping[str, Any]) -> dict[str, Any]:
     """Return what makes two runs the same recipe, as a checkpoint would give it back."""
-    config = json.loads(json.dumps(info["config"]))
+    config = json.loads(json.dumps(_kept(info)))
     trainer = {key: value for key, value in config["trainer"].items() if key not in LENGTHS}
     data = {**config["data"], "root": _root(config, Path(info["folder"]))[0]}
     return {**config, "trainer": trainer, "data": data}

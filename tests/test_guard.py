@@ -120,6 +120,14 @@ def test_a_checkpoint_may_not_say_where_files_are_written(group, place):
             guard({group: wrapped})
 
 
+@pytest.mark.parametrize("folder", ["/elsewhere", "../up", "masks/..", "${data.root}", "", ".", "C:\\up", None])
+def test_a_checkpoint_names_folders_of_its_run_alone(folder):
+    for fine in ("masks", "masks/Annotations"):
+        guard({"data": {"tracking": {"folder": fine}, "folder": "anything/{split}"}})
+    with pytest.raises(UserError, match="data.tracking.folder=.* is refused"):
+        guard({"data": {"tracking": {"folder": folder}}})
+
+
 @pytest.mark.parametrize("key", ["_args_", "_convert_", "_recursive_"])
 def test_arguments_without_a_name_are_refused(key):
     node = {"_target_": "dinoseg.data.frequencies.class_counts", key: ["x", "/elsewhere"]}

@@ -43,6 +43,17 @@ def test_a_run_goes_on_without_its_groups_and_keeps_them(where):
     assert last(where)["progress"]["step"] == 3 and len(runs(where)) == 1
 
 
+def test_a_run_older_than_a_key_goes_on(where):
+    assert train(where, "trainer.steps=1").status == 0
+    path = runs(where)[0] / "checkpoints/last.safetensors"
+    found = checkpoint.read(path)
+    del found.info["config"]["trainer"]["feed"]
+    checkpoint.write(path, found.tensors, {key: value for key, value in found.info.items() if key != "format"})
+    done = train(where, "trainer.steps=2", "resume=auto")
+    assert done.status == 0, done.err
+    assert len(runs(where)) == 1 and last(where)["progress"]["step"] == 2
+
+
 @pytest.mark.parametrize(
     ("override", "same"),
     [("trainer.steps=2", True), ("trainer.val_every=1", True), ("trainer.clip=7", False), ("seed=5", False)],

@@ -51,6 +51,7 @@ class TemporalSimilarity(nn.Module):
     """
 
     needs_slots = True
+    needs_similarity = True
 
     def __init__(self, temperature: float = 0.075, threshold: float = 0.0) -> None:
         super().__init__()

@@ -38,6 +38,7 @@ class WeightedSum(nn.Module):
         self.losses = nn.ModuleList(_make(name, make, class_weights) for name, make in terms.items())
         self.needs_masks = any(getattr(loss, "needs_masks", False) for loss in self.losses)
         self.needs_slots = any(getattr(loss, "needs_slots", False) for loss in self.losses)
+        self.needs_similarity = any(getattr(loss, "needs_similarity", False) for loss in self.losses)
 
     def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the sum; each term's own value under its name; and `weight`, that of the first term.

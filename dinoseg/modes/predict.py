@@ -44,7 +44,13 @@ def predict(
     if batch_size < 1:
         raise UserError(f"mode.batch_size={batch_size}: give a number of images of at least 1.")
     paths = list_inputs(input)
-    job = _Job(load_trained(cfg), Path(out_dir), opacity, batch_size, masks)
+    trained = load_trained(cfg)
+    if hasattr(trained.model.head, "step"):
+        raise UserError(
+            f"resume={cfg.resume} is a model of slots, which knows no classes. mode=track follows its segments through a "
+            "video or a folder of frames."
+        )
+    job = _Job(trained, Path(out_dir), opacity, batch_size, masks)
     try:
         totals = _segment_all(job, paths)
     except OSError as error:

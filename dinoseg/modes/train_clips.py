@@ -11,7 +11,7 @@ from dinoseg import build
 from dinoseg.errors import UserError
 from dinoseg.images import write_png
 from dinoseg.model import Segmenter
-from dinoseg.modes.evaluate_videos import Options, follow_slots
+from dinoseg.modes.evaluate_videos import Options, chosen_supervision, follow_slots
 from dinoseg.nodes import instantiate
 from dinoseg.report.curves import CLIP_PLOTS
 from dinoseg.report.table import write_json
@@ -39,19 +39,39 @@ class TrainClips:
 
     def check_parts(self, world: int) -> None:
         """Refuse a head or a loss that clips cannot be trained with."""
+        cfg = self.cfg
         with torch.device("meta"):
-            head = build.model(self.cfg, untrained=True).head
+            head = build.model(cfg, untrained=True).head
         if not hasattr(head, "step"):
             raise UserError(
-                f"trainer.feed=clips trains slots, and head={self.cfg.choices.head} has none. Choose head=slots, or "
+                f"trainer.feed=clips trains slots, and head={cfg.choices.head} has none. Choose head=slots, or "
                 "trainer=supervised for images and masks."
             )
-        if self.cfg.loss.class_weights is not None or not getattr(
-            instantiate(self.cfg.loss.criterion)(), "needs_slots", False
-        ):
+        loss = instantiate(cfg.loss.criterion)() if cfg.loss.class_weights is None else None
+        if not getattr(loss, "needs_slots", False):
             raise UserError(
-                f"loss={self.cfg.choices.loss} is no loss of slots. Choose loss=feature_reconstruction or "
+                f"loss={cfg.choices.loss} is no loss of slots. Choose loss=feature_reconstruction or "
                 "loss=video_similarity."
+            )
+        if cfg.head.similarity != getattr(loss, "needs_similarity", False):
+            fitting = {True: "loss=video_similarity", False: "loss=feature_reconstruction"}[cfg.head.similarity]
+            raise UserError(
+                f"head.similarity={str(cfg.head.similarity).lower()} does not go with loss={cfg.choices.loss}: with it "
+                f"goes {fitting}. Change one of them."
+            )
+        if cfg.data.cache is not None:
+            raise UserError(f"data.cache={cfg.data.cache} holds images with masks, not clips. Set data.cache=null.")
+        self._check_following()
+
+    def _check_following(self) -> None:
+        """Refuse what the evaluation at the end would, a training later."""
+        if self.cfg.data.tracking is None:
+            return
+        supervision = chosen_supervision(self.cfg, None)
+        if instantiate(self.cfg.slots).lock_on and supervision == "none":
+            raise UserError(
+                f"slots.lock_on=true needs the first frame's masks, and data={self.cfg.choices.data} is evaluated "
+                "without: train with slots=free. mode=eval mode.supervision=first_frame slots=lock_on gives them later."
             )
 
     def check_data(self) -> None:

@@ -11,8 +11,10 @@ from dinoseg.data.clip_videos import VOID
 from dinoseg.data.clip_view import ClipView
 from dinoseg.data.clips import Clip, Clips
 from dinoseg.data.loader import check_batch_size, clip_batches
+from dinoseg.errors import UserError
+from dinoseg.inference.slot_settings import SlotTracking
 from dinoseg.inference.slot_tracker import SlotTracker
-from dinoseg.metrics.clustering import Contingency, contingency, segment_scores
+from dinoseg.metrics.clustering import contingency, segment_scores
 from dinoseg.model import Segmenter
 from dinoseg.report.clip_strip import clip_strip
 from dinoseg.shapes import ClipBatch
@@ -35,6 +37,7 @@ class ClipFeed:
         workers: loading processes.
         rank: this rank.
         world: number of ranks.
+        following: how slots are followed from frame to frame in validation.
     """
 
     train: Clips
@@ -45,12 +48,19 @@ class ClipFeed:
     workers: int
     rank: int = 0
     world: int = 1
+    following: SlotTracking = SlotTracking()
     score_names: Sequence[str] = field(init=False)
     lowest: Sequence[str] = ("loss",)
 
     def __post_init__(self) -> None:
-        """Refuse a batch size that does not fit, long before the first batch."""
+        """Refuse a batch size that does not fit, and clips that cannot be stacked, long before the first batch."""
         check_batch_size(self.batch_size, len(self.train), self.world, "clip")
+        lengths = sorted({place.length for place in self.train.places})
+        if len(lengths) > 1:
+            raise UserError(
+                f"data.clips.cut.length={self.train.cut.length} gives training clips of {lengths[0]} to {lengths[-1]} "
+                f"frames, which do not stack. Set data.clips.cut.length={lengths[0]} or less."
+            )
         self.score_names = ("loss", *(SCORES if any(video.masks for video in self.val.videos) else ()))
 
     def train_batches(self, start: int) -> Iterator[ClipBatch]:
@@ -70,8 +80,9 @@ class ClipFeed:
     def validate(self, model: Segmenter, loss: nn.Module, engine: Engine) -> Validation:
         """Return the loss and, where there are masks, `ari`, `fg_ari` and `mbo`, means over the clips; and a picture.
 
-        The loss is that of each clip's first frames, as many as a training clip has, seen in the middle. The scores
-        are those of the segments in the whole clip at the masks' own size, as in protocol=video_clustering.
+        The loss is that of each clip's first frames, as many and as far apart as in training, seen in the middle; a
+        clip with fewer is left out of it. The scores are those of the segments in the whole clip at the masks' own size,
+        as in protocol=video_clustering.
         """
         training = model.training
         model.eval()
@@ -79,47 +90,46 @@ class ClipFeed:
         picture = None
         for index in range(self.rank, len(self.val), self.world):
             clip = self.val[index]
-            segments, scores = self._segmented(model, clip, engine)
-            values = [self._loss(model, clip, loss, engine), *scores]
+            values = [self._loss(model, index, clip, loss, engine)]
+            if picture is None or self._has_masks:
+                segments = self.segments_of(model, clip, engine)
+                values += _scores(clip, segments) if self._has_masks else ()
+                picture = _picture(clip, segments) if picture is None else picture
             sums += [*(value or 0.0 for value in values), *(value is not None for value in values)]
-            if picture is None:
-                picture = _picture(clip, segments)
         model.train(training)
-        totals, counts = engine.sum(torch.tensor(sums, device=engine.device).float()).view(2, -1).tolist()
+        totals, counts = engine.sum(torch.tensor(sums, dtype=torch.float32).to(engine.device)).view(2, -1).tolist()
         means = [total / count if count else None for total, count in zip(totals, counts, strict=True)]
         return Validation(dict(zip(self.score_names, means, strict=True)), picture)
 
-    def _loss(self, model: Segmenter, clip: Clip, loss: nn.Module, engine: Engine) -> float:
-        length = self.train.places[0].length
-        frames = self.view(clip["frames"][:length].permute(0, 2, 3, 1).contiguous().numpy())
-        batch = ClipBatch.stack([(torch.from_numpy(frames).permute(0, 3, 1, 2), clip["name"])]).to(engine.device)
+    @property
+    def _has_masks(self) -> bool:
+        return len(self.score_names) > 1
+
+    def _loss(self, model: Segmenter, index: int, clip: Clip, loss: nn.Module, engine: Engine) -> float | None:
+        place, length = self.val.places[index], self.train.places[0].length
+        apart = max(1, round(self.train.cut.stride_of(self.val.videos[place.video]) / place.stride))
+        frames = clip["frames"][::apart][:length]
+        if len(frames) < length:
+            return None
+        seen = self.view(frames.permute(0, 2, 3, 1).contiguous().numpy())
+        batch = ClipBatch.stack([(torch.from_numpy(seen).permute(0, 3, 1, 2), clip["name"])]).to(engine.device)
         with engine.autocast():
             prediction = model(batch.image)
         return loss(prediction, batch)[0].item()
 
-    def _segmented(
-        self, model: Segmenter, clip: Clip, engine: Engine
-    ) -> tuple[list[np.ndarray], tuple[float | None, ...]]:
-        """Return the segments of each frame and, if any frame has a mask, the scores."""
-        frames = clip["frames"].permute(0, 2, 3, 1).contiguous().numpy()
-        segments = segments_of(model, frames, engine)
-        if len(self.score_names) == 1:
-            return segments, ()
-        table = contingency(np.zeros(0, np.uint8), np.zeros(0, np.uint8))
-        for mask, segment in zip(clip["masks"].numpy(), segments, strict=True):
-            table += _counted(mask, segment)
-        return segments, segment_scores(table) if table.counts.size else (None,) * len(SCORES)
+    def segments_of(self, model: Segmenter, clip: Clip, engine: Engine) -> list[np.ndarray]:
+        """Return the segments (H, W) uint8 of each frame of a clip, counted from 1."""
+        tracker = SlotTracker(model, self.following, autocast=engine.autocast, batch_size=engine.eval_batch_size)
+        frames = list(clip["frames"].permute(0, 2, 3, 1).contiguous().numpy())
+        return tracker.track(frames, [None] * len(frames))
 
 
-def segments_of(model: Segmenter, frames: np.ndarray, engine: Engine) -> list[np.ndarray]:
-    """Return the segments (H, W) uint8, counted from 1, of the frames (T, H, W, 3) of one video."""
-    tracker = SlotTracker(model, autocast=engine.autocast, batch_size=engine.eval_batch_size)
-    return tracker.track(list(frames), [None] * len(frames))
-
-
-def _counted(mask: np.ndarray, segments: np.ndarray) -> Contingency:
-    known = mask != VOID
-    return contingency(mask[known], segments[known])
+def _scores(clip: Clip, segments: Sequence[np.ndarray]) -> tuple[float | None, ...]:
+    """Return ARI, FG-ARI and mBO over all frames of a clip, None where no pixel has a mask."""
+    table = contingency(np.zeros(0, np.uint8), np.zeros(0, np.uint8))
+    for mask, segment in zip(clip["masks"].numpy(), segments, strict=True):
+        table += contingency(mask[mask != VOID], segment[mask != VOID])
+    return segment_scores(table) if table.counts.size else (None,) * len(SCORES)
 
 
 def _picture(clip: Clip, segments: Sequence[np.ndarray]) -> np.ndarray:

@@ -86,7 +86,8 @@ def fit(
             engine.seed(feed.seed, step)
             rate = set_learning_rates(optimizer, schedule(step, steps))
             model.set_progress(step / steps)
-            sums, names = [torch.zeros((), device=engine.device)] * 2, []  # of loss times weight, of weights
+            sums = [torch.zeros((), device=engine.device)] * 2  # of loss times weight, of weights
+            names, images = [], 0
             for number, drawn in enumerate(islice(batches, accumulate), start=1):
                 batch = drawn.to(engine.device)
                 with engine.accumulating(net, last=number == accumulate):
@@ -95,11 +96,12 @@ def fit(
                     engine.backward(value * weight)
                 sums = [sums[0] + value.detach() * weight, sums[1] + weight]
                 names += batch.names
+                images += batch.image.shape[:-3].numel()
             mean, norm = _step(engine, optimizer, sums, clip, step, names)
             if average is not None:
                 average.update(step)
             run.step = step + 1
-            meter.step(len(names) * engine.world, mean)
+            meter.step(images * engine.world, mean)
             if _due(run.step, log_every, steps):
                 row = {"train/loss": mean, "train/lr": rate, "train/gradient_norm": norm, **meter.read()}
                 log.scalars(run.step, row | _terms(parts))
@@ -156,7 +158,12 @@ def _validate(
         average.swap()
     scores, picture = feed.validate(model, loss, engine)
     if scores[score] is None:
-        raise UserError(f"trainer.score={score} is undefined: the validation masks hold no labelled pixel for it.")
+        raise UserError(f"trainer.score={score} is undefined: the validation data has nothing to count for it.")
+    if not math.isfinite(scores[score]):
+        raise NonFiniteLoss(
+            f"val/{score} is {scores[score]} at step {checkpoints.progress.step}: no checkpoint can be chosen by it. "
+            "Lower optim.optimizer.lr, or look at the validation data."
+        )
     checkpoints.judge(model, scores[score], lowest=score in feed.lowest)
     if average is not None:
         average.swap()

@@ -76,6 +76,12 @@ def test_slots_are_followed_with_and_without_a_first_mask(trained):
     assert (trained / "given/overlay.mp4").is_file()
 
 
+def test_slots_are_no_classes_to_predict(trained):
+    done = call(trained, "mode=predict", "resume=slots", "input=clip", "engine=cpu")
+    assert done.status == 1 and "Traceback" not in done.err
+    assert "resume=slots/checkpoints/best.safetensors is a model of slots" in done.err and "mode=track" in done.err
+
+
 def test_what_a_trained_model_cannot_use_is_refused(trained):
     for more, message in (
         (("resume=segmenter", "labels=first.png"), "labels"),

@@ -1,7 +1,10 @@
 """Slots are trained, validated, resumed and evaluated through the command line as everything else is."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -13,10 +16,9 @@ from dinoseg import build
 from dinoseg.__main__ import CONFIGS
 from dinoseg.config import register_resolvers
 from dinoseg.data.synthetic.moving_write import render_moving_objects
-from dinoseg.images import write_png
+from dinoseg.errors import UserError
 from dinoseg.metrics.clustering import contingency, segment_scores
 from dinoseg.training.checkpoint import read
-from dinoseg.training.clip_feed import segments_of
 from dinoseg.training.engine import Engine
 
 BARE = ("trainer=slots", "loss=feature_reconstruction")  # of the recipe
@@ -53,7 +55,7 @@ def rows(folder):
         ("head.steps=[0,2]", "head.time_decoder=attention"),
         ("head.num_slots=[2,2]", "head.groups=always", "head.steps=[1]", "head.time_decoder=linear"),
         ("loss=video_similarity", "head.similarity=true"),
-        ("head.predictor=none", "data.clips.cut.length=1"),
+        ("head.predictor=none", "data.clips.cut.length=1", "head.iterations=2"),
         ("backbone=rgb", "head.steps=[0,1]"),
     ],
     ids=["attention", "groups", "videosaur", "dinosaur", "rgb"],
@@ -93,7 +95,7 @@ def test_validation_is_the_protocol_s_score_and_evaluation_repeats_it(here):
 def test_training_reads_no_mask(here, tmp_path):
     shutil.copytree(here / "movi", here / "own", symlinks=False)
     for path in (here / "own/train").rglob("segmentations/*.png"):
-        write_png(path, np.full((32, 32), 7, np.uint8))
+        path.write_bytes(b"no picture")
     lengths = ("trainer.steps=3", "trainer.val_every=3", "mode.metrics_only=true")
     for root, folder in (("movi", "one"), ("own", "two")):
         run(here, *SLOTS, *lengths, f"data.root={root}", f"hydra.run.dir={folder}")
@@ -146,6 +148,16 @@ def test_videos_without_masks_have_a_loss_alone(here):
         (("head.num_slots=17",), "head.num_slots=17 are more slots than the 4 x 4 = 16 cells"),
         (("head.steps=[4]",), r"data.clips.cut.length=5 or more, or lower head.steps"),
         (("data=folder", "data.classes=[a,b]", "head=slots", *BARE), "data=folder has no clips"),
+        (("data.clips.cut.length=2", "head.steps=[1]"), "clips of 2 frames leave one that tells (head.steps=[1])"),
+        (
+            ("data.clips.cut.length=1",),
+            "Set data.clips.cut.length=2 or more; or, for single frames, head.predictor=none",
+        ),
+        (("head.similarity=true",), "head.similarity=true does not go with loss=feature_reconstruction"),
+        (("loss=video_similarity",), "head.similarity=false does not go with loss=video_similarity"),
+        (("slots=lock_on",), "slots.lock_on=true needs the first frame's masks, and data=movi is evaluated without"),
+        (("slots.temperature=-1",), "slots.temperature=-1 must be above 0"),
+        (("data.cache=packed",), "data.cache=packed holds images with masks, not clips"),
         (("data.batch_size=99",), "data.batch_size=99 with 8 training clips"),
         (("backbone=rgb", "head.num_slots=[2,2]", "head.groups=always"), "needs a backbone with a class token"),
     ],
@@ -157,18 +169,64 @@ def test_what_does_not_fit_is_refused(here, more, message):
     assert done.status == 1 and message in done.err.replace("\n", " ") and "Traceback" not in done.err
 
 
-def test_scores_in_validation_are_those_of_a_loop(movi):
+def parts(movi, *more):
+    """Return the model, engine, feed and loss of a config."""
     register_resolvers()
     with initialize_config_dir(CONFIGS, version_base="1.3"):
-        cfg = compose("main", [*SLOTS[1:], f"data.root={movi / 'movi'}"])
-    model = build.model(cfg).eval()
+        cfg = compose("main", [*SLOTS[1:], f"data.root={movi / 'movi'}", *more])
     engine = Engine("cpu", "fp32", workers=0, eval_batch_size=5)
-    feed = build.feed(cfg, engine)
-    scores = feed.validate(model, build.loss(cfg, None), engine).scores
+    return build.model(cfg).eval(), engine, build.feed(cfg, engine), build.loss(cfg, None)
+
+
+def test_the_loss_of_a_validation_sees_frames_as_far_apart_as_training(movi):
+    model, engine, feed, loss = parts(movi, "data.clips.cut.stride=3", "data.clips.cut.length=3", "head.steps=[0,1]")
     expected = []
     for clip in feed.val:
-        frames = clip["frames"].permute(0, 2, 3, 1).numpy()
-        segments = np.stack(segments_of(model, frames, engine))
+        frames = feed.view(clip["frames"][[0, 3, 6]].permute(0, 2, 3, 1).contiguous().numpy())
+        with torch.no_grad():
+            prediction = model(torch.from_numpy(frames).permute(0, 3, 1, 2)[None])
+        expected.append(loss(prediction, None)[0].item())
+    assert feed.validate(model, loss, engine).scores["loss"] == pytest.approx(np.mean(expected), rel=1e-5)
+
+
+def test_clips_too_short_for_the_loss_are_left_out_of_it(movi):
+    model, engine, feed, loss = parts(movi, "data.clips.cut.length=10", "head.steps=[0,9]", "head.predictor=carry")
+    assert feed.validate(model, loss, engine).scores["loss"] > 0
+    feed.val.places = [place._replace(length=9) for place in feed.val.places]
+    scores = feed.validate(model, loss, engine).scores
+    assert scores["loss"] is None and scores["fg_ari"] is not None
+
+
+def test_clips_of_unequal_length_are_refused(movi, tmp_path):
+    shutil.copytree(movi / "movi", tmp_path / "movi")
+    for kind in ("frames", "segmentations"):
+        (tmp_path / f"movi/train/train_0001/{kind}/00011.png").unlink()
+    with pytest.raises(UserError, match=r"length=None gives training clips of 11 to 12 frames.*length=11 or less"):
+        parts(tmp_path, "data.clips.cut.length=null")
+
+
+def test_two_ranks_train_and_score_as_one(here):
+    lengths = ("trainer.steps=2", "trainer.val_every=2", "data.batch_size=4", "mode.metrics_only=true")
+    groups = ("head.num_slots=[2,2]", "head.groups=initial", "head.steps=[0,1]", "head.time_decoder=linear")
+    command = [sys.executable, "-m", "dinoseg", *SLOTS, *lengths, *groups, "engine.devices=2", "hydra.run.dir=run"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    run(here, "mode=eval", "resume=run", "engine=cpu", "engine.precision=fp32", "hydra.run.dir=again")
+    one, two = (
+        json.loads((here / path).read_text())["scores"] for path in ("again/scores.json", "run/evaluation/scores.json")
+    )
+    assert one == pytest.approx(two)
+    (row,) = [row for row in rows(here / "run") if "val/mbo" in row]
+    assert row["val/mbo"] == pytest.approx(one["mBO"], abs=1e-6)
+
+
+def test_scores_in_validation_are_those_of_a_loop(movi):
+    model, engine, feed, loss = parts(movi)
+    scores = feed.validate(model, loss, engine).scores
+    expected = []
+    for clip in feed.val:
+        segments = np.stack(feed.segments_of(model, clip, engine))
         expected.append(segment_scores(contingency(clip["masks"].numpy(), segments)))
         assert segments.min() >= 1 and segments.max() <= 3
     assert [scores["ari"], scores["fg_ari"], scores["mbo"]] == pytest.approx(np.mean(expected, axis=0), abs=1e-6)

@@ -253,6 +253,17 @@ class SlotHead(nn.Module):
     def _telling(self, frames: int) -> int:
         """Return how many frames of a clip tell of themselves or later ones."""
         telling = frames - max(self.steps)
+        if (
+            telling == 1
+            and self.training
+            and self.predictor is not None
+            and next(self.predictor.parameters(), None) is not None
+        ):
+            raise UserError(
+                f"head.predictor=savi learns from one frame to the next, and clips of {frames} frames leave one that "
+                f"tells (head.steps={self.steps}). Set data.clips.cut.length={max(self.steps) + 2} or more; or, for "
+                "single frames, head.predictor=none."
+            )
         if telling >= 1:
             return telling
         if frames == 1 and not self.training:
