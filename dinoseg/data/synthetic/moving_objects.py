@@ -13,8 +13,8 @@ from dinoseg.data.synthetic.patterns import FIGURES, GROUNDS, draw_palette, pain
 from dinoseg.data.synthetic.relief import Sprite
 
 RATE = 12  # frames per second
-FEWEST, MOST = 3, 6  # objects of a video
-SIZES = (0.20, 0.34)  # an object's diameter, as a share of the frame's shorter side
+FEWEST, MOST = 3, 5  # objects of a video
+SIZES = (0.28, 0.45)  # an object's diameter, as a share of the frame's shorter side
 CONTRASTS = (0.2, 0.7)  # of an object's pattern: how far its second colour is that of the palette
 CALM = (0.1, 0.3)  # the same of the ground, so that the objects are what differs most
 SPEEDS = (0.3, 0.9)  # shorter sides per second

@@ -8,13 +8,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import cv2
-from tqdm import tqdm
-
 from dinoseg.data.synthetic.moving_objects import RATE, draw_video
+from dinoseg.data.synthetic.rendering import check_least, missing, render_videos
 from dinoseg.errors import UserError
 from dinoseg.images import write_png
-from dinoseg.processes import in_processes
 from dinoseg.wording import listed
 
 FOLDERS = ("train", "validation", "test")
@@ -70,17 +67,7 @@ def render_moving_objects(
         for number in range(1, count + 1)
     ]
     work = functools.partial(_write_video, root=root)
-    try:
-        missing = _missing(root, videos)
-        with tqdm(total=len(videos), initial=len(videos) - len(missing), desc="render", unit="video") as bar:
-            remedy = f"Set mode.workers below {workers} and run again: it goes on."
-            for _ in in_processes(work, missing, workers, in_order=False, start=_use_one_thread, remedy=remedy):
-                bar.update()
-    except OSError as error:
-        raise UserError(
-            f"Cannot write the videos to {root} ({error}). Choose a writable root with enough free space; running "
-            "again goes on with what is missing."
-        ) from error
+    render_videos(root, functools.partial(_missing, root, videos), work, total=len(videos), workers=workers)
 
 
 def _check(counts: tuple[int, int, int], seconds: int, size: Sequence[int], seed: int, workers: int) -> None:
@@ -94,14 +81,11 @@ def _check(counts: tuple[int, int, int], seconds: int, size: Sequence[int], seed
             f"size={list(size)} cannot be a frame's [height, width]: both must be at least {_SMALLEST}. "
             "Take for example [128, 128]."
         )
-    for name, value, least in (("seconds", seconds, 1), ("workers", workers, 1), ("seed", seed, 0)):
-        if value < least:
-            raise UserError(f"{name}={value} is too small: give a whole number of at least {least}.")
+    check_least(seconds=(seconds, 1), workers=(workers, 1), seed=(seed, 0))
 
 
 def _missing(root: Path, videos: list[Video]) -> list[Video]:
     """Return the videos still to be written, having made sure that nothing else lies in the way."""
-    wanted = {video.path(root): video for video in videos}
     foreign = [path.name for path in _shown(root) if path.name not in FOLDERS]
     if foreign:
         raise UserError(
@@ -109,13 +93,7 @@ def _missing(root: Path, videos: list[Video]) -> list[Video]:
             "not mix with other data."
         )
     found = [path for folder in FOLDERS for path in _shown(root / folder)]
-    for path in found:
-        if path not in wanted or _description(path) != wanted[path].description:
-            raise UserError(
-                f"{path} is not a video of this rendering (other settings, or other data). Rendering does "
-                "not overwrite or mix: choose another root, or remove that folder."
-            )
-    return [video for path, video in wanted.items() if not path.exists()]
+    return missing(root, videos, found, _description, "folder")
 
 
 def _shown(folder: Path) -> list[Path]:
@@ -128,10 +106,6 @@ def _description(path: Path) -> str:
         return (path / DESCRIPTION).read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError, UnicodeDecodeError):
         return ""
-
-
-def _use_one_thread() -> None:
-    cv2.setNumThreads(1)
 
 
 def _write_video(video: Video, root: Path) -> Path:

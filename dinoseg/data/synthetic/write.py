@@ -11,11 +11,10 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from tqdm import tqdm
 
+from dinoseg.data.synthetic.rendering import check_least, missing, render_videos
 from dinoseg.data.synthetic.scene import RATE, render_clip
 from dinoseg.errors import UserError
-from dinoseg.processes import in_processes
 
 FPS = 60
 SPLITS = ("train1", "test")
@@ -33,7 +32,7 @@ class Video:
     size: tuple[int, int]
 
     @property
-    def comment(self) -> bytes:
+    def description(self) -> bytes:
         """The description inside the finished zip."""
         return b"dinoseg render " + json.dumps(asdict(self)).encode()
 
@@ -66,16 +65,7 @@ def render_dataset(
     numbers = {"train1": range(1, train_videos + 1), "test": range(first_test, first_test + test_videos)}
     videos = [Video(seed, split, number, seconds, size) for split in SPLITS for number in numbers[split]]
     work = functools.partial(_write_video, root=root)
-    try:
-        missing = _missing(root, videos)
-        with tqdm(total=len(videos), initial=len(videos) - len(missing), desc="render", unit="video") as bar:
-            remedy = f"Set mode.workers below {workers} and run again: it goes on."
-            for _ in in_processes(work, missing, workers, in_order=False, start=_use_one_thread, remedy=remedy):
-                bar.update()
-    except OSError as error:
-        raise UserError(
-            f"Cannot write the videos to {root} ({error}). Choose a writable root with enough free space."
-        ) from error
+    render_videos(root, functools.partial(_missing, root, videos), work, total=len(videos), workers=workers)
 
 
 def _check(train_videos: int, test_videos: int, seconds: int, size: tuple[int, int], seed: int, workers: int) -> None:
@@ -89,23 +79,15 @@ def _check(train_videos: int, test_videos: int, seconds: int, size: tuple[int, i
             f"size={list(size)} cannot be a video's (height, width): both must be even and at least 16. "
             "Take for example [192, 320]."
         )
-    for name, value, least in (("seconds", seconds, 1), ("workers", workers, 1), ("seed", seed, 0)):
-        if value < least:
-            raise UserError(f"{name}={value} is too small: give a whole number of at least {least}.")
+    check_least(seconds=(seconds, 1), workers=(workers, 1), seed=(seed, 0))
 
 
 def _missing(root: Path, videos: list[Video]) -> list[Video]:
     """Return the videos still to be written, having made sure that nothing else lies in the way."""
-    wanted = {video.path(root): video for video in videos}
     for split in SPLITS:
         (root / split).mkdir(parents=True, exist_ok=True)
-    for path in (path for split in SPLITS for path in sorted((root / split).glob("*.zip"))):
-        if path not in wanted or _comment(path) != wanted[path].comment:
-            raise UserError(
-                f"{path} is not a video of this rendering (other settings, or other data). Rendering does "
-                "not overwrite or mix: choose another root, or remove that file."
-            )
-    return [video for path, video in wanted.items() if not path.exists()]
+    found = [path for split in SPLITS for path in sorted((root / split).glob("*.zip"))]
+    return missing(root, videos, found, _comment, "file")
 
 
 def _comment(path: Path) -> bytes:
@@ -114,10 +96,6 @@ def _comment(path: Path) -> bytes:
             return archive.comment
     except zipfile.BadZipFile:
         return b""
-
-
-def _use_one_thread() -> None:
-    cv2.setNumThreads(1)
 
 
 def _write_video(video: Video, root: Path) -> Path:
@@ -130,7 +108,7 @@ def _write_video(video: Video, root: Path) -> Path:
         entropy = (video.seed, SPLITS.index(video.split), video.number)
         clip = render_clip(entropy, video.seconds * RATE, video.size)
         masks = _encode(part / "video_left.avi", clip, video.size)
-        _pack(part / path.name, part / "video_left.avi", masks, video.comment)
+        _pack(part / path.name, part / "video_left.avi", masks, video.description)
         os.replace(part / path.name, path)
         return path
     finally:
