@@ -54,7 +54,8 @@ def run(cfg):  # noqa: ANN001, ANN201 - hydra.main wants the bare signature
         message = str(error)
         print(f"error: {message}", file=sys.stderr)
     except KeyboardInterrupt:
-        print("\ninterrupted; a training run goes on from its last save with resume=auto", file=sys.stderr)
+        on = "; the run goes on from its last save with resume=auto" if groups["mode"] == "train" else ""
+        print(f"\ninterrupted{on}", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         if hydra_cfg.mode != RunMode.MULTIRUN:

@@ -4,17 +4,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from dinoseg.data.clip_videos import Video, frames_and_masks, require_masks
+from dinoseg.data.clip_videos import FrameFiles, Video, frames_and_masks, picture_files, require_masks
 from dinoseg.errors import UserError
 from dinoseg.wording import count_of, listed
 
 FRAMES_PER_SECOND = 24
-YEARS = (2016, 2017, 2019)  # of the image sets; 2019 has the unsupervised test sets
+UNSUPERVISED = 2019  # the year of the unsupervised task's test sets, which come without masks
+YEARS = (2016, 2017, UNSUPERVISED)  # of the image sets
 
 
 @dataclass(frozen=True)
 class Davis:
-    """Where DAVIS keeps its sequences.
+    """Where DAVIS keeps its sequences; those of the unsupervised test sets (year 2019) may have no masks.
 
     Args:
         root: folder with `JPEGImages`, `Annotations` and `ImageSets`.
@@ -40,7 +41,7 @@ class Davis:
             raise UserError(f"data.year={self.year}: DAVIS has image sets of {listed([*map(str, YEARS)])}.")
         root = Path(self.root).expanduser()
         images, masks = root / "JPEGImages" / self.size, root / self.annotations / self.size
-        for folder in (images, masks):
+        for folder in (images,) if self.year == UNSUPERVISED else (images, masks):
             if not folder.is_dir():
                 held = sorted(path.name for path in folder.parent.glob("[!.]*")) or ["nothing"]
                 raise UserError(
@@ -56,6 +57,11 @@ class Davis:
         return [self._video(name, images / name, masks / name) for name in names]
 
     def _video(self, name: str, images: Path, labels: Path) -> Video:
+        if self.year == UNSUPERVISED and not (labels.is_dir() and picture_files(labels)):
+            files = list(picture_files(images).values())
+            if not files:
+                raise UserError(f"{images} holds no frame. Unpack DAVIS again.")
+            return Video(name, FrameFiles(images, files), FRAMES_PER_SECOND)
         frames, masks = frames_and_masks(images, labels)
         if set(masks) != {0}:  # the test sets show the first mask alone
             require_masks(name, frames, masks)

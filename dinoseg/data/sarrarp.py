@@ -1,5 +1,6 @@
 """SAR-RARP50: frames and masks of robot-assisted prostatectomies, from extracted frames or from the videos."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -16,12 +17,14 @@ from dinoseg.data.sarrarp_files import (
     TRAIN_FOLDERS,
     VIDEO,
     frame_files,
+    mask_sums,
     png_files,
 )
 from dinoseg.data.splits import Partition, divide
 from dinoseg.data.video_access import VideoFrame
 from dinoseg.data.video_index import index_videos
 from dinoseg.errors import UserError
+from dinoseg.wording import listed
 
 # the parts of one operation stay together: video_11_1 and video_11_2
 BY_OPERATION = Partition(by="fraction", group="^(video_[^_/]+)")
@@ -57,7 +60,7 @@ def sar_rarp50(
         partition: how the training videos are divided into `train` and `val`; its names are `video_XX/NNNNNNNNN`.
         source: `frames`: extracted ones; `video`: straight from `video_left.avi`.
         cache_dir: where the videos' indexes are kept, for `video`.
-        pseudo: whether `train` has those as well, of videos that are in `train` as a whole.
+        pseudo: whether `train` has those as well, of videos that are in `train` as a whole; not to score against.
 
     Raises:
         UserError: the folder is missing, or no frame has its mask, as before the data set is prepared; when
@@ -178,12 +181,26 @@ def _videos(items: Sequence[Pair | Lacking]) -> set[str]:
 def _pseudo_pairs(root: Path, video: Path, frames: Frames) -> Iterator[Pair | Lacking]:
     folder = video / PSEUDO_FOLDER
     remedy = f"Make them: {prepare_command(root)} data.prepare.propagate=true. Or leave data.reader.pseudo out."
-    if not (folder / PSEUDO_FILE).is_file():
-        yield Lacking(f"{video.name}/{PSEUDO_FOLDER}", f"{video} has no pseudo-labels.", remedy)
+    if reason := _no_pseudo(video):
+        yield Lacking(f"{video.name}/{PSEUDO_FOLDER}", reason, remedy)
         return
     for stem, mask in png_files(folder).items():
         name = f"{video.name}/{PSEUDO_FOLDER}/{stem}"
         yield Pair(name, frames[stem], mask) if stem in frames else Lacking(name, f"{mask} has no frame.", remedy)
+
+
+def _no_pseudo(video: Path) -> str:
+    """Return why a video's pseudo-labels cannot be used as a whole; "": they can."""
+    path = video / PSEUDO_FOLDER / PSEUDO_FILE
+    try:
+        then = dict(json.loads(path.read_text(encoding="utf-8"))["made_by"]["masks"])
+    except FileNotFoundError:
+        return f"{video} has no pseudo-labels."
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{path} does not say what the pseudo-labels were made of ({type(error).__name__}: {error})."
+    now = mask_sums(video)
+    other = sorted(stem for stem in then.keys() | now.keys() if then.get(stem) != now.get(stem))
+    return f"{path.parent} was made of other masks than there are now: {listed(other)}." if other else ""
 
 
 def _is_due(stem: str) -> bool:

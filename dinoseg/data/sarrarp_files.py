@@ -1,5 +1,6 @@
 """Where SAR-RARP50 keeps what; imports no torch, since every extraction process starts with this."""
 
+import zlib
 from pathlib import Path
 
 TRAIN_FOLDERS = ("train1", "train2", "train")
@@ -28,6 +29,17 @@ def gaps(video: Path) -> list[list[Path]]:
     pairs = [(start, start + MASK_STEP) for start in sorted(masks) if start + MASK_STEP in masks]
     found = [[frames[index] for index in sorted(frames) if start <= index <= end] for start, end in pairs]
     return [gap for gap in found if len(gap) > 2]
+
+
+def mask_sums(video: Path) -> dict[str, int]:
+    """Return stem to checksum of a video's masks: other ones make other pseudo-labels."""
+    return {stem: zlib.crc32(path.read_bytes()) for stem, path in png_files(video / MASK_FOLDER).items()}
+
+
+def frames_sum(video: Path) -> int:
+    """Return a checksum of the names and sizes in bytes of a video's extracted frames."""
+    sizes = [(path.name, path.stat().st_size) for path in frame_files(video).values()]
+    return zlib.crc32(repr(sizes).encode())
 
 
 def png_files(folder: Path) -> dict[str, Path]:

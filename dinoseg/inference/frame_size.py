@@ -1,5 +1,7 @@
 """Frames at the size that the backbone sees: a multiple of its patch, so that the grid covers the frame exactly."""
 
+from collections.abc import Sequence
+
 import cv2
 import numpy as np
 from PIL import Image
@@ -37,6 +39,31 @@ def resize(frame: np.ndarray, size: tuple[int, int], resample: str) -> np.ndarra
     if resample == "bilinear":
         return np.asarray(cv2.resize(frame, (width, height), interpolation=cv2.INTER_LINEAR))
     return np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def one_size(
+    size: tuple[int, int] | None, frames: Sequence[np.ndarray], masks: Sequence[np.ndarray | None] = ()
+) -> tuple[int, int]:
+    """Return the (H, W) that all frames and masks of a video share.
+
+    Args:
+        size: of the video's first frame; None: the first of these is it.
+        frames: (H, W, 3), at least one.
+        masks: (H, W) or None.
+
+    Raises:
+        UserError: one is of another size.
+    """
+    height, width = size or frames[0].shape[:2]
+    shapes = [("frame", frame.shape[:2]) for frame in frames]
+    shapes += [("mask", mask.shape) for mask in masks if mask is not None]
+    for what, shape in shapes:
+        if shape != (height, width):
+            raise UserError(
+                f"A {what} is {' x '.join(map(str, shape))} pixels, and the first frame {height} x {width} (H x W). "
+                "All of a video need one size: resize it."
+            )
+    return height, width
 
 
 def _rounded(dividend: int, divisor: int, multiple: int, rounding: str) -> int:

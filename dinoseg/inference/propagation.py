@@ -2,8 +2,8 @@
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -11,15 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dinoseg.data.clip_videos import VOID
 from dinoseg.errors import UserError
-from dinoseg.inference.frame_size import input_size, resize
+from dinoseg.inference.frame_features import Autocast, last_maps, precision_of
+from dinoseg.inference.frame_size import one_size
 from dinoseg.inference.tracking import Propagator
 from dinoseg.inference.tracking_masks import first_labels, to_mask
 from dinoseg.inference.tracking_settings import DINOV3, Settings
 from dinoseg.wording import listed
 
 logger = logging.getLogger(__name__)
-_VOID = 255  # in a mask: no object is known here
 _SAMPLES = 1024  # values of a tensor that its fingerprint reads
 
 
@@ -43,7 +44,7 @@ class PropagationTracker:
         settings: Settings = DINOV3,
         *,
         device: torch.device | str = "cpu",
-        autocast: Callable[[], AbstractContextManager] = nullcontext,
+        autocast: Autocast = nullcontext,
         batch_size: int = 4,
     ) -> None:
         self._backbone: Any = backbone
@@ -63,7 +64,7 @@ class PropagationTracker:
                 "patch_size": self._backbone.patch_size,
                 "layers": list(getattr(backbone, "layers", [])),
             },
-            "precision": self._precision(),
+            "precision": precision_of(autocast, self._device),
         }
 
     @torch.no_grad()
@@ -78,8 +79,9 @@ class PropagationTracker:
         masks = []
         for start in range(0, len(frames), self._batch_size):
             batch = slice(start, start + self._batch_size)
-            self._check_sizes(frames[batch], labels[batch])
-            for features, mask in zip(self._features(frames[batch]), labels[batch], strict=True):
+            self._size = one_size(self._size, frames[batch], labels[batch])
+            maps = last_maps(self._backbone, frames[batch], self._protocol, self._device, self._autocast)
+            for features, mask in zip(maps, labels[batch], strict=True):
                 masks.append(self._step(features, mask))
         return masks
 
@@ -91,20 +93,16 @@ class PropagationTracker:
         return self._propagator.state() | {name: torch.tensor(value) for name, value in counts.items()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a `state()` of a tracker with the same settings."""
-        moved = {name: state[name].to(self._device) for name in ("features", "labels") if name in state}
+        """Go on from a `state()` of a tracker with the same settings.
+
+        Raises:
+            KeyError: a tensor is missing.
+        """
+        moved = {name: state[name].to(self._device) for name in ("features", "labels") if state}
         self._propagator.load(moved)
         self._ids = state["ids"].tolist() if state else [0]
         self._size = tuple(state["size"].tolist()) if state else None
         self._seen = int(state["seen"]) if state else 0
-
-    def _features(self, frames: Sequence[np.ndarray]) -> Tensor:
-        height, width = frames[0].shape[:2]
-        size = input_size((height, width), self._protocol, self._backbone.patch_size)
-        resized = np.stack([resize(frame, size, self._protocol.resample) for frame in frames])
-        images = torch.from_numpy(resized).to(self._device).permute(0, 3, 1, 2).float() / 255  # (B, 3, H, W)
-        with self._autocast():
-            return self._backbone(images)[-1]  # (B, C, h, w)
 
     def _step(self, features: Tensor, mask: np.ndarray | None) -> np.ndarray:
         assert self._size is not None
@@ -114,13 +112,13 @@ class PropagationTracker:
         soft = self._propagator.step(features, given)  # (L, h, w)
         self._seen += 1
         if mask is not None and self._seen == 1:
-            return np.where(mask == _VOID, 0, mask).astype(np.uint8)
+            return np.where(mask == VOID, 0, mask).astype(np.uint8)
         channels = to_mask(soft, self._size, self._protocol, patch_size=self._backbone.patch_size)
         return np.array(self._ids, np.uint8)[channels.cpu().numpy()]
 
     def _labels(self, mask: np.ndarray, grid: tuple[int, int]) -> Tensor:
         """Return a mask's labels (L, h, w): objects new to the tracker get channels of their own."""
-        here = [int(label) for label in np.unique(mask) if label not in (0, _VOID)]
+        here = [int(label) for label in np.unique(mask) if label not in (0, VOID)]
         self._ids += [label for label in here if label not in self._ids]
         channel = np.zeros(256, np.uint8)
         channel[self._ids] = range(len(self._ids))
@@ -134,23 +132,6 @@ class PropagationTracker:
                 listed(lost),
             )
         return labels.to(self._device)
-
-    def _check_sizes(self, frames: Sequence[np.ndarray], labels: Sequence[np.ndarray | None]) -> None:
-        height, width = frames[0].shape[:2]
-        self._size = self._size or (height, width)
-        for what, given in (("frame", frames), ("mask", labels)):
-            for pixels in given:
-                if pixels is not None and pixels.shape[:2] != self._size:
-                    raise UserError(
-                        f"A {what} is {pixels.shape[0]} x {pixels.shape[1]} pixels, and the first frame "
-                        f"{self._size[0]} x {self._size[1]} (H x W). All of a video need one size: resize it."
-                    )
-
-    def _precision(self) -> str:
-        with self._autocast():
-            kind = self._device.type
-            used = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
-        return str(used).removeprefix("torch.")
 
 
 def fingerprint(module: nn.Module) -> str:

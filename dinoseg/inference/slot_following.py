@@ -1,7 +1,7 @@
 """Slots taken from frame to frame, and what each of them stands for."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dinoseg.data.clip_videos import VOID
 from dinoseg.errors import UserError
+from dinoseg.inference.frame_features import Autocast
 from dinoseg.inference.slot_locking import lock
 from dinoseg.inference.slot_matching import Path, cosine, give, owners, soft_iou
 from dinoseg.inference.slot_settings import SlotTracking
 from dinoseg.inference.smoothing import area_mean
-
-VOID = 255  # in a mask: no object is known here
 
 
 class Frame(NamedTuple):
@@ -62,9 +62,7 @@ class Follower:
         autocast: gives the precision's context for a forward pass.
     """
 
-    def __init__(
-        self, head: Any, settings: SlotTracking, autocast: Callable[[], AbstractContextManager] = nullcontext
-    ) -> None:
+    def __init__(self, head: Any, settings: SlotTracking, autocast: Autocast = nullcontext) -> None:
         self._head, self._chosen, self._autocast = head, settings, autocast
 
     def begin(self, frame: Frame) -> Followed:

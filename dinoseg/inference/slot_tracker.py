@@ -1,7 +1,7 @@
 """A video's objects followed by slots: what a slot of the first frame saw, its successors stand for."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -9,16 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dinoseg.data.clip_videos import VOID
 from dinoseg.errors import UserError
 from dinoseg.geometry import valid_share
 from dinoseg.heads.slots.background import background_mask
+from dinoseg.inference.frame_features import Autocast, precision_of
+from dinoseg.inference.frame_size import one_size
 from dinoseg.inference.propagation import fingerprint
 from dinoseg.inference.slot_following import Followed, Follower, Frame
 from dinoseg.inference.slot_matching import Path, winners
 from dinoseg.inference.slot_settings import SlotTracking
 from dinoseg.model import Segmenter
-
-_VOID = 255  # in a mask: no object is known here
 
 
 class SlotTracker:
@@ -52,7 +53,7 @@ class SlotTracker:
         settings: SlotTracking = SlotTracking(),  # noqa: B008 (frozen)
         *,
         batch_size: int = 4,
-        autocast: Callable[[], AbstractContextManager] = nullcontext,
+        autocast: Autocast = nullcontext,
     ) -> None:
         self._model, self._chosen, self._batch_size, self._autocast = model, settings, batch_size, autocast
         self._head: Any = model.head
@@ -71,7 +72,7 @@ class SlotTracker:
             "kind": "slots",
             "slots": asdict(settings),
             "model": {"weights": fingerprint(model), "scale": model.scale, "longest": model.longest},
-            "precision": self._precision(),
+            "precision": precision_of(autocast, self._device),
         }
 
     def track(self, frames: Sequence[np.ndarray], labels: Sequence[np.ndarray | None]) -> list[np.ndarray]:
@@ -86,7 +87,7 @@ class SlotTracker:
         masks: list[np.ndarray] = []
         for start in range(0, len(frames), self._batch_size):
             batch = slice(start, start + self._batch_size)
-            self._check_sizes(frames[batch], labels[batch])
+            self._size = one_size(None if self._followed is None else self._size, frames[batch], labels[batch])
             self._check_labels(labels[batch])
             masks += self._track(frames[batch], labels[batch])
         return masks
@@ -103,7 +104,11 @@ class SlotTracker:
         }
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a `state()` of a tracker with the same settings."""
+        """Go on from a `state()` of a tracker with the same settings.
+
+        Raises:
+            KeyError: a tensor is missing.
+        """
         self._followed = None
         if not state:
             return
@@ -122,12 +127,6 @@ class SlotTracker:
     def _device(self) -> torch.device:
         return next(self._model.parameters()).device
 
-    def _precision(self) -> str:
-        with self._autocast():
-            kind = self._device.type
-            used = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
-        return str(used).removeprefix("torch.")
-
     @torch.inference_mode()
     def _track(self, frames: Sequence[np.ndarray], labels: Sequence[np.ndarray | None]) -> list[np.ndarray]:
         images = torch.from_numpy(np.stack(frames)).to(self._device).permute(0, 3, 1, 2)  # (B, 3, H, W)
@@ -136,7 +135,7 @@ class SlotTracker:
         features, background = self._features(pixels)
         masks = []
         for number, mask in enumerate(labels):
-            given = None if mask is None else np.where(mask == _VOID, 0, mask).astype(np.uint8)
+            given = None if mask is None else np.where(mask == VOID, 0, mask).astype(np.uint8)
             seen = None if background is None else background[number]
             frame = Frame(features[number : number + 1], seen, given, valid)
             now = self._follower.begin(frame) if self._followed is None else self._follower.go_on(self._followed, frame)
@@ -156,19 +155,6 @@ class SlotTracker:
             maps, attention = self._backbone.with_class_attention(pixels)
         return maps[-1], background_mask(attention)
 
-    def _check_sizes(self, frames: Sequence[np.ndarray], labels: Sequence[np.ndarray | None]) -> None:
-        if self._followed is None:
-            self._size = (frames[0].shape[0], frames[0].shape[1])
-        height, width = self._size
-        shapes = [("frame", each.shape[:2]) for each in frames]
-        shapes += [("mask", each.shape) for each in labels if each is not None]
-        for what, shape in shapes:
-            if shape != self._size:
-                raise UserError(
-                    f"A {what} is {' x '.join(map(str, shape))} pixels, and the first frame {height} x {width} (H x "
-                    "W). All of a video need one size: resize it."
-                )
-
     def _check_labels(self, labels: Sequence[np.ndarray | None]) -> None:
         labelled = labels[0] is not None if self._followed is None else self._followed.labelled
         if self._chosen.lock_on and not labelled:
@@ -184,8 +170,8 @@ class SlotTracker:
                     "There is a mask of a later frame, but none of the first, so masks hold numbers of slots. Give a "
                     "mask of the first frame (of zeros if no object is there yet), or none at all."
                 )
-            if mask.dtype.kind not in "ui" or mask.min() < 0 or mask.max() > _VOID:
+            if mask.dtype.kind not in "ui" or mask.min() < 0 or mask.max() > VOID:
                 raise UserError(
                     f"A mask of type {mask.dtype} holds values from {mask.min()} to {mask.max()}: ids are whole "
-                    f"numbers from 0 (background) to {_VOID - 1}. Renumber the objects."
+                    f"numbers from 0 (background) to {VOID - 1}. Renumber the objects."
                 )

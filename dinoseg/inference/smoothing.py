@@ -1,8 +1,8 @@
 """Less flicker in the masks of a trained segmenter: what a frame shows, mixed with what the frames before it say."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -12,24 +12,16 @@ from torch import Tensor
 
 from dinoseg.errors import UserError
 from dinoseg.geometry import upsample
+from dinoseg.inference.frame_features import Autocast, precision_of
+from dinoseg.inference.frame_size import one_size
 from dinoseg.inference.propagation import fingerprint
 from dinoseg.inference.tracking import Propagator
-from dinoseg.inference.tracking_settings import DINOV3, Settings
+from dinoseg.inference.tracking_settings import DINOV3, OF_PIXELS, Settings
 from dinoseg.model import Segmenter, backbone_size
 from dinoseg.shapes import Prediction
 
 Share = tuple[float, float]
 Size = tuple[int, int]
-
-
-def changed_share(masks: Iterable[np.ndarray]) -> float:
-    """Return how much masks (H, W) flicker: the share of pixels, 0 to 1, whose id is another in the next; 0 for one."""
-    changed, compared, last = 0, 0, None
-    for mask in masks:
-        if last is not None:
-            changed, compared = changed + int((mask != last).sum()), compared + mask.size
-        last = mask
-    return changed / compared if compared else 0.0
 
 
 def area_mean(pixels: Tensor, grid: Size, valid: Share) -> Tensor:
@@ -93,7 +85,7 @@ class SmoothingTracker:
         settings: Settings = DINOV3,
         *,
         smoothing: float = 0.5,
-        autocast: Callable[[], AbstractContextManager] = nullcontext,
+        autocast: Autocast = nullcontext,
         batch_size: int = 4,
     ) -> None:
         if not 0 <= smoothing <= 1:
@@ -107,14 +99,12 @@ class SmoothingTracker:
         self._last: np.ndarray | None = None  # (2, H, W): the segmenter's own mask, and the smoothed one
         self._changed = np.zeros(2, np.int64)  # pixels, of the one and of the other
         self._compared = 0
-        with autocast():
-            half = torch.is_autocast_enabled(self._device.type)
         self.settings: Mapping[str, Any] = {
             "kind": "smoothing",
             "smoothing": smoothing,
-            "tracker": asdict(settings),
+            "tracker": {key: value for key, value in asdict(settings).items() if key not in OF_PIXELS},
             "model": {"weights": fingerprint(model), "scale": model.scale, "longest": model.longest},
-            "precision": "mixed" if half else "float32",
+            "precision": precision_of(autocast, self._device),
         }
 
     def track(self, frames: Sequence[np.ndarray], labels: Sequence[np.ndarray | None]) -> list[np.ndarray]:
@@ -131,12 +121,15 @@ class SmoothingTracker:
         found = []
         for start in range(0, len(frames), self._batch_size):
             batch = frames[start : start + self._batch_size]
-            self._check_sizes(batch)
+            one_size(None if self._last is None else (self._last.shape[1], self._last.shape[2]), batch)
             found += [self._count(own, smoothed) for own, smoothed in self._masks(batch)]
         return found
 
     def flicker(self) -> dict[str, float]:
-        """Return `changed_share` of all masks so far, `before` and `after` they were smoothed."""
+        """Return the share of pixels, 0 to 1, whose class is another in the next frame, of all masks so far.
+
+        That is `before` and `after` they were smoothed; 0 for a single frame.
+        """
         before, after = self._changed / max(1, self._compared)
         return {"before": float(before), "after": float(after)}
 
@@ -152,22 +145,13 @@ class SmoothingTracker:
 
         Raises:
             UserError: the state has more frames than the settings hold.
+            KeyError: a tensor is missing.
         """
-        kept = {key: state[key].to(self._device) for key in ("features", "labels") if key in state}
-        self._propagator.load(kept)
-        self._last = state["masks"].cpu().numpy().copy() if "masks" in state else None
-        counts = state["counts"].tolist() if "counts" in state else [0, 0, 0]
+        needed = ("features", "labels") if state and self._share else ()  # without smoothing none are kept
+        self._propagator.load({key: state[key].to(self._device) for key in needed})
+        self._last = state["masks"].cpu().numpy().copy() if state else None
+        counts = state["counts"].tolist() if state else [0, 0, 0]
         self._changed, self._compared = np.array(counts[:2], np.int64), int(counts[2])
-
-    def _check_sizes(self, frames: Sequence[np.ndarray]) -> None:
-        sizes = [frame.shape[:2] for frame in frames]
-        expected = sizes[0] if self._last is None else self._last.shape[1:]
-        for size in sizes:
-            if size != expected:
-                raise UserError(
-                    f"A frame is {size[0]} x {size[1]}, those before it are {expected[0]} x {expected[1]} (H x W). All "
-                    "frames of a video need one size: resize or split it."
-                )
 
     @torch.no_grad()
     def _masks(self, frames: Sequence[np.ndarray]) -> list[tuple[Tensor, Tensor]]:

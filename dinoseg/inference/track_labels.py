@@ -5,14 +5,13 @@ from pathlib import Path
 
 import numpy as np
 
-from dinoseg.data.clip_videos import picture_files
+from dinoseg.data.clip_videos import VOID, picture_files
 from dinoseg.errors import UserError
 from dinoseg.images import IMAGE_SUFFIXES, read_ids
 from dinoseg.inference.frame_folder import FolderReader
 from dinoseg.inference.media import VideoReader
 from dinoseg.wording import count_of, listed
 
-_VOID = 255  # no object is known here
 _NAMES = "named as the frames of a folder, or by the number of a video's frame, from 0 (000000040.png or 40.png)"
 
 
@@ -22,17 +21,29 @@ class TrackLabels:
     def __init__(self, files: Mapping[int, Path], size: tuple[int, int]) -> None:
         self.files = dict(files)
         self._size = size
+        self._one_object: bool | None = None  # once a mask has been read that shows anything
 
     def read(self, position: int) -> np.ndarray | None:
         """Return a frame's object ids (H, W) uint8, 0 = background, 255 = void; None: no mask is given for it.
 
-        A mask with no other ids than 0 and 255 shows one object, whose id is 1.
+        Where the first mask that shows anything has no ids but 0 and 255, 255 is an object in every mask, with id 1.
 
         Raises:
             UserError: the file is unreadable, a coloured picture, of another size, or holds ids above 255.
         """
         path = self.files.get(position)
-        return None if path is None else _checked(read_ids(path), path, self._size)
+        if path is None:
+            return None
+        ids = _checked(read_ids(path), path, self._size)
+        if self._one_object is None and ids.any():
+            self._one_object = self._shows_one_object()
+        return np.where(ids == VOID, np.uint8(1), ids) if self._one_object else ids
+
+    def _shows_one_object(self) -> bool:
+        paths = (self.files[position] for position in sorted(self.files))
+        masks = (_checked(read_ids(path), path, self._size) for path in paths)
+        first = next(ids for ids in masks if ids.any())
+        return not ((first != 0) & (first != VOID)).any()
 
 
 def find_labels(source: str | None, frames: VideoReader | FolderReader) -> TrackLabels:
@@ -101,11 +112,9 @@ def _checked(ids: np.ndarray, path: Path, size: tuple[int, int]) -> np.ndarray:
             f"{path} is {ids.shape[0]} x {ids.shape[1]} pixels, and the frames are {size[0]} x {size[1]} (H x W). Give "
             "a mask of the frames' size, resized without smoothing (nearest neighbour)."
         )
-    if ids.min() < 0 or ids.max() > _VOID:
+    if ids.min() < 0 or ids.max() > VOID:
         raise UserError(
             f"{path} holds the object id {ids.min() if ids.min() < 0 else ids.max()}: ids go from 1 to 254, 0 is the "
-            f"background and {_VOID} void. Renumber the objects, and save the mask with 8 bits."
+            f"background and {VOID} void. Renumber the objects, and save the mask with 8 bits."
         )
-    ids = ids.astype(np.uint8)
-    only_void = not ((ids != 0) & (ids != _VOID)).any()
-    return (ids == _VOID).astype(np.uint8) if only_void else ids
+    return ids.astype(np.uint8)

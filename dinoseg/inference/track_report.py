@@ -14,7 +14,8 @@ from dinoseg.images import read_ids
 from dinoseg.inference.frame_folder import FolderReader
 from dinoseg.inference.media import VideoReader, VideoWriter
 from dinoseg.inference.stream import Throughput, run_pipeline
-from dinoseg.inference.track_run import MASKS, Look
+from dinoseg.inference.track_run import Look
+from dinoseg.inference.track_state import MASKS
 from dinoseg.report.overlay import blend
 
 COLUMNS = ("frame", "name", "id", "area", "centre_x", "centre_y", "left", "top", "right", "bottom")

@@ -1,7 +1,6 @@
 """A whole video through a tracker: decode | track | write masks, in steady memory, to be gone on with after a stop."""
 
 import hashlib
-import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +14,12 @@ from dinoseg.inference.frame_folder import FolderReader
 from dinoseg.inference.media import VideoReader
 from dinoseg.inference.stream import Throughput, run_pipeline
 from dinoseg.inference.track_labels import TrackLabels
-from dinoseg.inference.track_state import Progress, Standing, save_standing
+from dinoseg.inference.track_state import MASKS, Progress, Standing, check_batch_size, check_masks, save_standing
 from dinoseg.inference.tracker import VideoTracker
 from dinoseg.report.indexed import voc_palette, write_indexed_png
 from dinoseg.shapes import Palette
 from dinoseg.wording import count_of, listed
 
-logger = logging.getLogger(__name__)
-MASKS = "masks"
 _DEPTH = 2  # batches that wait on either side of the tracker
 
 
@@ -77,15 +74,16 @@ def track_video(job: TrackJob) -> Throughput:
 
     What the folder keeps of the run's standing is written before the first frame, every `save_every` frames, and
     where the input ends, also too early: always at the end of a whole batch, so that a run that goes on there sees the
-    same batches, and gives the same masks.
+    same batches, and gives the same masks. Another `batch_size` is warned of.
 
     Raises:
-        UserError: input or labels are not those of the run that is gone on with, a frame or a mask cannot be used, a
-            mask is given for a frame that never came, or the disk is full.
+        UserError: input or labels are not those of the run that is gone on with, masks that it has written are lost, a
+            frame or a mask cannot be used, a mask is given for a frame that never came, or the disk is full.
     """
     reader = _Reader(job)
     saved = reader.progress().done
     count = 0
+    unsaved: list[Path] = []
 
     def infer(chunk: _Chunk) -> tuple[_Chunk, dict[str, Tensor] | None, list[np.ndarray]]:
         nonlocal saved
@@ -98,14 +96,18 @@ def track_video(job: TrackJob) -> Throughput:
         nonlocal count
         chunk, state, masks = done
         if state is not None:  # all masks before are on the disk by now
-            save_standing(job.folder, Standing(chunk.before, job.tracker.settings, state))
+            save_standing(job.folder, Standing(chunk.before, job.tracker.settings, state), unsaved)
+            unsaved.clear()
         for name, mask in zip(chunk.names, masks, strict=True):
-            write_indexed_png(job.folder / MASKS / f"{name}.png", mask, job.look.palette)
+            unsaved.append(job.folder / MASKS / f"{name}.png")
+            write_indexed_png(unsaved[-1], mask, job.look.palette)
         count += len(masks)
         bar.update(len(masks))
 
     if job.start is None:
         save_standing(job.folder, Standing(reader.progress(), job.tracker.settings, job.tracker.state()))
+    else:
+        check_batch_size(job.folder, job.start.batch_size, job.batch_size)
     total = job.frames.count or None
     with tqdm(total=total, initial=saved, unit="frame", desc=job.frames.path.name, disable=None) as bar:
         passed = run_pipeline(reader, infer, write, depth=_DEPTH)
@@ -123,7 +125,7 @@ class _Reader:
         self._failure: UserError | None = None
 
     def progress(self) -> Progress:
-        return Progress(self._count, self._frames.hexdigest(), self._labels.hexdigest())
+        return Progress(self._count, self._frames.hexdigest(), self._labels.hexdigest(), self._job.batch_size)
 
     def __iter__(self) -> Iterator[_Chunk]:
         frames = iter(self._job.frames)
@@ -167,7 +169,7 @@ class _Reader:
         return chunk
 
     def _skip(self, frames: Iterable[np.ndarray]) -> None:
-        """Read the frames that are done, and refuse others than the run has seen."""
+        """Read the frames that are done, and refuse others than the run has seen, or lost masks of them."""
         start, seen = self._job.start, 0
         while start and seen < start.done:
             frame = next(iter(frames), None)
@@ -187,6 +189,7 @@ class _Reader:
                     f"mode.restart={self._job.folder}: {what} differs from what that run has seen in its first "
                     f"{count_of(start.done, 'frame')}. Give what it had, or begin anew without mode.restart."
                 )
+        check_masks(self._job.folder, map(self._job.frames.frame_name, range(seen)))
 
     def _note(self, position: int, frame: np.ndarray, mask: np.ndarray | None) -> None:
         self._frames.update(f"{self._job.frames.frame_name(position)} {frame.shape}".encode(errors="surrogateescape"))

@@ -1,7 +1,10 @@
 """Where an unfinished tracking run stands, on disk: what its next frame depends on, and what it was made of."""
 
 import json
-from collections.abc import Iterator, Mapping
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,18 +14,21 @@ from torch import Tensor
 
 from dinoseg.errors import UserError
 from dinoseg.training.checkpoint import write_tensors
+from dinoseg.wording import count_of, listed
 
-STATE, RESULT = "state.safetensors", "track.json"
+logger = logging.getLogger(__name__)
+MASKS, STATE, RESULT = "masks", "state.safetensors", "track.json"
 _FORMAT = 1
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How many frames are done, and hashes of them (names and pixels) and of their masks."""
+    """How many frames are done, how many at once, and hashes of them (names and pixels) and of their masks."""
 
     done: int
     frames: str
     labels: str
+    batch_size: int
 
 
 @dataclass(frozen=True)
@@ -34,12 +40,19 @@ class Standing:
     tensors: dict[str, Tensor]  # its tracker's state
 
 
-def save_standing(folder: Path, standing: Standing) -> None:
+def save_standing(folder: Path, standing: Standing, masks: Sequence[Path] = ()) -> None:
     """Write where a run stands to its folder, whole or not at all.
+
+    Args:
+        folder: of the run.
+        standing: counts as done what must not be lost.
+        masks: files written since the last saving; the disk has them before the new one, also if the power fails.
 
     Raises:
         UserError: it cannot be written; what was there stays as it was.
+        OSError: a mask is not on the disk.
     """
+    _flush(masks)
     info = {"format": _FORMAT, "progress": asdict(standing.progress), "settings": standing.settings}
     write_tensors(folder / STATE, standing.tensors, {"track": json.dumps(info)})
 
@@ -52,7 +65,7 @@ def check_unfinished(folder: Path) -> None:
     """
     if (folder / RESULT).is_file():
         raise UserError(
-            f"mode.restart={folder}: that run is finished, and its masks are in {folder / 'masks'}. To track anew, "
+            f"mode.restart={folder}: that run is finished, and its masks are in {folder / MASKS}. To track anew, "
             "leave mode.restart out."
         )
     if not (folder / STATE).is_file():
@@ -98,6 +111,50 @@ def check_same_settings(folder: Path, then: Mapping[str, Any], now: Mapping[str,
             f"mode.restart={folder}: another tracker than that run's: {'; '.join(differing)}. Give what it had (its "
             f"command line is in {folder / 'config' / 'overrides.txt'}), or begin anew without mode.restart."
         )
+
+
+def check_batch_size(folder: Path, then: int, now: int) -> None:
+    """Warn of other batches than a run was begun with: they round differently."""
+    if then != now:
+        logger.warning(
+            "mode.restart=%s: mode.batch_size was %d and is %d. Masks may differ by rounding from those of a run that "
+            "was never stopped; with mode.batch_size=%d they are the same.",
+            folder,
+            then,
+            now,
+            then,
+        )
+
+
+def check_masks(folder: Path, names: Iterable[str]) -> None:
+    """Refuse to go on where masks of frames that are done are lost: they would not be written again.
+
+    Raises:
+        UserError: naming the files that are not there, or empty.
+    """
+    files = [folder / MASKS / f"{name}.png" for name in names]
+    lost = [path.name for path in files if not (path.is_file() and path.stat().st_size)]
+    if lost:
+        raise UserError(
+            f"mode.restart={folder}: {count_of(lost, 'mask')} of the {len(files)} frames that are done, missing or "
+            f"empty in {folder / MASKS}: {listed(lost)}. Put them back, or begin anew without mode.restart."
+        )
+
+
+def _flush(files: Sequence[Path]) -> None:
+    for path in files:
+        _sync(path)
+    for parent in {path.parent for path in files}:
+        with suppress(OSError):  # some network file systems do not know it of folders
+            _sync(parent)
+
+
+def _sync(path: Path) -> None:
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def _flat(settings: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:

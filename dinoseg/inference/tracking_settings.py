@@ -78,6 +78,10 @@ class Settings:
         _one_of("resample", self.resample, ("bilinear", "bicubic"))
 
 
+# How frames and masks are resized: what works on the feature grid alone does not read these.
+OF_PIXELS = ("first", "upsample", "min_max", "short", "long_multiple", "rounding", "resample")
+
+
 def _at_least(key: str, value: int, least: int, meaning: str) -> None:
     if value < least or value != int(value):
         raise UserError(f"{key}={value} must be a whole number, {least} or more. It is {meaning}.")

@@ -19,11 +19,12 @@ from dinoseg.inference.slot_tracker import SlotTracker
 from dinoseg.inference.tracker import VideoTracker
 from dinoseg.inference.video_masks import write_masks
 from dinoseg.metrics.protocols.contract import ScoreProtocol
-from dinoseg.modes.video_restart import RECORD, earlier_run, record_of, take_over
+from dinoseg.modes.unread import warn_unread
+from dinoseg.modes.video_restart import RECORD, digest_of, earlier_run, keep_digest, record_of, take_over
 from dinoseg.modes.video_scores import score_masks
 from dinoseg.nodes import instantiate
 from dinoseg.report.table import write_json
-from dinoseg.resume import Trained
+from dinoseg.resume import Trained, is_trained
 from dinoseg.training.engine import Engine
 from dinoseg.wording import count_of
 
@@ -67,9 +68,7 @@ class Options:
 
 def needs_no_training(cfg: DictConfig) -> bool:
     """Return whether a backbone alone is to track: in videos, without a checkpoint or a head that came trained."""
-    head = plain(cfg.head)
-    released = head.get("weights") is not None and head.get("class_layer") != "new"
-    return cfg.resume is None and cfg.data.clips is not None and not released
+    return cfg.data.clips is not None and not is_trained(cfg)
 
 
 def propagate(cfg: DictConfig, out_dir: Path, options: Options) -> dict[str, Any]:
@@ -81,6 +80,8 @@ def propagate(cfg: DictConfig, out_dir: Path, options: Options) -> dict[str, Any
             "head=slots. Without resume, first masks are propagated (mode.supervision=first_frame)."
         )
     settings, engine = instantiate(cfg.tracker), instantiate(cfg.engine)
+    if engine.is_main:
+        warn_unread(out_dir, ("slots",), "Label propagation has no slots: give resume=RUN of a model with head=slots.")
     backbone = build.backbone(cfg).to(engine.device)
 
     def make() -> VideoTracker:
@@ -107,6 +108,8 @@ def follow_slots(cfg: DictConfig, trained: Trained, out_dir: Path, options: Opti
             f"which is not official, by data.tracking.protocols.none.max_proposals={slots}."
         )
     engine, choice = trained.engine, instantiate(cfg.slots)
+    if engine.is_main:
+        warn_unread(out_dir, ("tracker",), "Slots are followed as slots=... says.")
 
     def make() -> VideoTracker:
         return SlotTracker(trained.model, choice, batch_size=engine.eval_batch_size, autocast=engine.autocast)
@@ -143,6 +146,11 @@ def evaluate_videos(
     layout = getattr(protocol, "layout", None)  # of DAVIS: its protocol says against which annotations
     videos = _videos(cfg, options.split, {} if layout is None else {"annotations": layout.annotations})
     given = "none" if supervision == "none" else "appearing" if cfg.data.tracking.later else "first"
+    if given != "none" and not any(video.masks for video in videos):
+        raise UserError(
+            f"mode.supervision={supervision}: the videos of split {options.split} have no masks that could be given. "
+            "Add them; or find objects without, by resume=RUN of a model of slots and mode.supervision=none."
+        )
     record = record_of(cfg, make().settings, split=options.split, given=given)
     job = _Job(
         make=make,
@@ -217,7 +225,8 @@ class _Job:
     def follow(self, video: Video) -> _Followed:
         """Write a video's masks, or take them over."""
         written = None if self.written is None else self.written.get(video.name, ())
-        if self.earlier is not None and self._taken(video, written):
+        digest = digest_of(video, self.given)
+        if self._taken(video, written, digest):
             return _Followed(0)
         try:
             write_masks(
@@ -233,23 +242,17 @@ class _Job:
             if not self.skip:
                 raise
             return _Followed(0, (self.folder / video.name, str(error)))
+        keep_digest(self.out_dir, video.name, digest)
         return _Followed(len(video.frames))
 
-    def _taken(self, video: Video, written: Collection[str] | None) -> bool:
+    def _taken(self, video: Video, written: Collection[str] | None, digest: str) -> bool:
         """Take over what an earlier run has of a video; return whether that is all."""
         names = [video.frame_name(position) for position in range(len(video.frames))]
         names = [name for name in names if written is None or name in written]
-        places = [(self.folder, ".png"), *([] if self.blends is None else [(self.blends, ".jpg")])]
-        assert self.earlier is not None
-        earlier = self.earlier
-        return all(
-            take_over(
-                earlier / place.relative_to(self.out_dir) / video.name,
-                place / video.name,
-                [f"{name}{suffix}" for name in names],
-            )
-            for place, suffix in places
-        )
+        files = {self.folder / video.name: [f"{name}.png" for name in names]}
+        if self.blends is not None:
+            files[self.blends / video.name] = [f"{name}.jpg" for name in names]
+        return take_over(self.earlier, self.out_dir, files, video.name, digest)
 
 
 def _videos(cfg: DictConfig, split: str, changes: Mapping[str, Any]) -> list[Video]:
@@ -278,6 +281,9 @@ def _follow_all(job: _Job, videos: Sequence[Video]) -> list[_Followed]:
         raise UserError(
             f"Cannot write below {job.out_dir} ({error}). Make room, and go on with mode.restart={job.out_dir}."
         ) from error
+    except KeyboardInterrupt:
+        logger.warning("Stopped: the same command with mode.restart=%s takes over what is whole.", job.out_dir)
+        raise
     frames, seconds = sum(each.frames for each in followed), time.perf_counter() - start
     rate = f"{frames / seconds:.2f} frames/s with reading and writing"
     logger.info("%s tracked in %.1f s: %s", count_of(frames, "frame"), seconds, rate)

@@ -47,8 +47,8 @@ def predict(
     trained = load_trained(cfg)
     if hasattr(trained.model.head, "step"):
         raise UserError(
-            f"resume={cfg.resume} is a model of slots, which knows no classes. mode=track follows its segments through a "
-            "video or a folder of frames."
+            f"resume={cfg.resume} is a model of slots, which knows no classes. mode=track follows its segments "
+            "through a video or a folder of frames."
         )
     job = _Job(trained, Path(out_dir), opacity, batch_size, masks)
     try:

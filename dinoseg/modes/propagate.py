@@ -3,9 +3,7 @@
 import json
 import logging
 import shutil
-import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +18,11 @@ from dinoseg.config import plain
 from dinoseg.data.labels import Labels
 from dinoseg.data.masks import MaskReader, Masks
 from dinoseg.data.pairs import Pair, read_pair
-from dinoseg.data.sarrarp_files import MASK_FOLDER, PSEUDO_FILE, PSEUDO_FOLDER, gaps, png_files
+from dinoseg.data.sarrarp_files import MASK_FOLDER, PSEUDO_FILE, PSEUDO_FOLDER, frames_sum, gaps, mask_sums, png_files
 from dinoseg.errors import DISK_FULL, UserError
 from dinoseg.images import read_image, write_png
 from dinoseg.inference.agreement import between
-from dinoseg.inference.frame_size import input_size, resize
+from dinoseg.inference.frame_features import Autocast, last_maps, precision_of
 from dinoseg.inference.propagation import fingerprint
 from dinoseg.inference.results import whole_folder
 from dinoseg.inference.tracking_settings import Settings
@@ -42,7 +40,7 @@ class Propagation:
     backbone: Any
     settings: Settings
     device: torch.device
-    autocast: Callable[[], AbstractContextManager]
+    autocast: Autocast
     reader: MaskReader
     min_agreement: float
     made_by: dict[str, Any]  # what the labels depend on beside frames and masks
@@ -53,13 +51,11 @@ class Propagation:
         engine, settings = instantiate(cfg.engine), instantiate(cfg.tracker)
         backbone = build.backbone(cfg).to(engine.device)
         labels = Labels.of(cfg.data.classes, cfg.data.palette, cfg.data.ignore_index)
-        with engine.autocast():
-            half = torch.is_autocast_enabled(engine.device.type)
         made_by = {
             "backbone": plain(cfg.backbone, resolve=True),
             "weights": fingerprint(backbone),
             "tracker": asdict(settings),
-            "precision": "mixed" if half else "float32",
+            "precision": precision_of(engine.autocast, engine.device),
             "min_agreement": cfg.data.prepare.min_agreement,
             "ignore_index": labels.ignore_index,
         }
@@ -103,7 +99,8 @@ def propagate(propagation: Propagation, videos: Sequence[Path]) -> dict[str, dic
 
 def _propagate_video(propagation: Propagation, video: Path) -> dict[str, int]:
     folder = video / PSEUDO_FOLDER
-    made_by = json.loads(json.dumps({**propagation.made_by, "masks": _sums(video)}))
+    sums = {"masks": mask_sums(video), "frames": frames_sum(video)}
+    made_by = json.loads(json.dumps({**propagation.made_by, **sums}))
     found = _found_before(folder, made_by)
     if found is None:
         for stale in video.glob(f".{PSEUDO_FOLDER}.*"):  # of a run that was killed
@@ -152,20 +149,9 @@ def _masked(propagation: Propagation, video: Path, path: Path) -> tuple[np.ndarr
 @torch.inference_mode()
 def _features(propagation: Propagation, images: Sequence[np.ndarray]) -> Tensor:
     """Return the backbone's last maps (T, C, h, w) of frames (H, W, 3)."""
-    settings, patch_size = propagation.settings, propagation.backbone.patch_size
-    size = input_size((images[0].shape[0], images[0].shape[1]), settings, patch_size)
-    maps = []
-    for start in range(0, len(images), _BATCH):
-        resized = np.stack([resize(image, size, settings.resample) for image in images[start : start + _BATCH]])
-        pixels = torch.from_numpy(resized).to(propagation.device).permute(0, 3, 1, 2).float() / 255  # (B, 3, H, W)
-        with propagation.autocast():
-            maps.append(propagation.backbone(pixels)[-1])
-    return torch.cat(maps)
-
-
-def _sums(video: Path) -> dict[str, int]:
-    """Return the checksum of each mask: another one makes other labels."""
-    return {stem: zlib.crc32(path.read_bytes()) for stem, path in png_files(video / MASK_FOLDER).items()}
+    seen_as = (propagation.settings, propagation.device, propagation.autocast)
+    starts = range(0, len(images), _BATCH)
+    return torch.cat([last_maps(propagation.backbone, images[start : start + _BATCH], *seen_as) for start in starts])
 
 
 def _found_before(folder: Path, made_by: dict[str, Any]) -> dict[str, Any] | None:

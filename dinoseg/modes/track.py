@@ -29,13 +29,20 @@ from dinoseg.inference.track_state import (
     read_standing,
 )
 from dinoseg.inference.tracker import VideoTracker
+from dinoseg.inference.tracking_settings import OF_PIXELS
+from dinoseg.modes.unread import warn_unread
 from dinoseg.nodes import instantiate
 from dinoseg.report.table import write_json
-from dinoseg.resume import load_trained
+from dinoseg.resume import is_trained, load_trained
 from dinoseg.run_folder import lock, release
 from dinoseg.wording import count_of
 
 logger = logging.getLogger(__name__)
+_SMOOTHING = 0.5
+_NO_SMOOTHING = (
+    "mode.smoothing={} is for the classes of a trained segmenter (resume=RUN, or a head released trained), and this is "
+    "none. Leave mode.smoothing out."
+)
 
 
 def track(
@@ -48,12 +55,13 @@ def track(
     save_every: int,
     batch_size: int,
     opacity: float,
-    smoothing: float,
+    smoothing: float | None,
 ) -> dict[str, Any]:
     """Follow the objects of `labels` through `input`; return counts and rates.
 
-    Without `resume` labels are propagated on the backbone's features. A segmenter that `resume` names gives each frame
-    its classes, smoothed over time by `smoothing`; a model of slots its segments, or with `labels` the objects.
+    Without a trained model labels are propagated on the backbone's features. A trained segmenter, of `resume` or
+    released, gives each frame its classes, smoothed over time by `smoothing` (None: 0.5); a model of slots its
+    segments, or with `labels` the objects.
 
     Writes masks/<frame>.png (ids with a palette), overlay.mp4, objects.csv and, when all is done,
     track.json to `out_dir`, or to the folder of the unfinished run that `restart` names.
@@ -67,11 +75,14 @@ def track(
         raise UserError(
             f"mode.batch_size={batch_size}, mode.save_every={save_every}: give numbers of frames of at least 1."
         )
+    if smoothing is not None and not is_trained(cfg):
+        raise UserError(_NO_SMOOTHING.format(smoothing))
     folder = Path(out_dir if restart is None else restart).expanduser()
     with _standing(folder, restart) as standing:
-        frames, given = _given(input, labels, needed=cfg["resume"] is None)
+        frames, given = _given(input, labels, needed=not is_trained(cfg))
         with frames:
-            tracker, look = _tracker(cfg, batch_size, smoothing)
+            tracker, look = _tracker(cfg, batch_size, smoothing, labels)
+            _warn_unread(tracker, out_dir)
             start = None if standing is None else _go_on(tracker, standing, folder)
             job = TrackJob(tracker, frames, given, folder, start, batch_size, save_every, look)
             return _run(job, str(input), opacity)
@@ -85,6 +96,9 @@ def _run(job: TrackJob, input: str, opacity: float) -> dict[str, Any]:
         raise UserError(
             f"Cannot write below {folder} ({error}). Make room; the same command with mode.restart={folder} goes on."
         ) from error
+    except KeyboardInterrupt:
+        logger.warning("Stopped: the same command with mode.restart=%s goes on.", folder)
+        raise
 
 
 def _given(input: str | None, labels: str | None, *, needed: bool) -> tuple[VideoReader | FolderReader, TrackLabels]:
@@ -112,16 +126,41 @@ def _given(input: str | None, labels: str | None, *, needed: bool) -> tuple[Vide
     return frames, given
 
 
-def _tracker(cfg: Any, batch_size: int, smoothing: float) -> tuple[VideoTracker, Look]:
-    """Return what follows objects, and how its masks are shown."""
-    if cfg["resume"] is None:
+def _tracker(cfg: Any, batch_size: int, smoothing: float | None, labels: str | None) -> tuple[VideoTracker, Look]:
+    """Return what follows objects, and how its masks are shown.
+
+    Raises:
+        UserError: it has no use for `smoothing` or `labels`, or cannot be made.
+    """
+    if not is_trained(cfg):
         return _propagation(cfg, batch_size), Look()
     trained = load_trained(cfg)
     options: dict[str, Any] = {"autocast": trained.autocast, "batch_size": batch_size}
     if hasattr(trained.model.head, "step"):
+        if smoothing is not None:
+            raise UserError(_NO_SMOOTHING.format(smoothing))
         return SlotTracker(trained.model, instantiate(cfg.slots), **options), Look()
-    tracker = SmoothingTracker(trained.model, instantiate(cfg.tracker), smoothing=smoothing, **options)
+    if labels is not None:
+        raise UserError(
+            f"labels={labels}: a trained segmenter finds its classes by itself. Leave labels out; or leave "
+            f"{'head.weights' if cfg.resume is None else 'resume'} out to follow the objects of a mask."
+        )
+    share = _SMOOTHING if smoothing is None else smoothing
+    tracker = SmoothingTracker(trained.model, instantiate(cfg.tracker), smoothing=share, **options)
     return tracker, Look(palette=tuple(trained.palette), background=None)
+
+
+def _warn_unread(tracker: VideoTracker, out_dir: Path) -> None:
+    """Name what was typed for another way of tracking."""
+    unread, reason = {
+        "propagation": (("slots",), "Label propagation has no slots: give resume=RUN of a model with head=slots."),
+        "slots": (("tracker",), "Slots are followed as slots=... says."),
+        "smoothing": (
+            ("slots", *(f"tracker.{key}" for key in OF_PIXELS)),
+            "Smoothing has no slots, and a segmenter resizes frames as resolution.scale and resolution.longest say.",
+        ),
+    }[tracker.settings["kind"]]
+    warn_unread(out_dir, unread, reason)
 
 
 def _propagation(cfg: Any, batch_size: int) -> VideoTracker:
@@ -145,9 +184,22 @@ def _standing(folder: Path, restart: str | None) -> Iterator[Standing | None]:
 
 
 def _go_on(tracker: VideoTracker, standing: Standing, folder: Path) -> Progress:
+    """Bring a tracker to where a run stands.
+
+    Raises:
+        UserError: the run has another tracker, or its standing cannot be one.
+    """
     check_same_settings(folder, standing.settings, tracker.settings)
-    tracker.load(standing.tensors)
-    logger.info("Going on in %s after %s", folder, count_of(standing.progress.done, "frame"))
+    done = standing.progress.done
+    try:
+        if not isinstance(done, int) or done < 0 or bool(done) != bool(standing.tensors):
+            raise ValueError(f"{done} frames done, {count_of(standing.tensors, 'tensor')}")
+        tracker.load(standing.tensors)
+    except (KeyError, ValueError, TypeError, IndexError, RuntimeError) as error:
+        raise UserError(
+            f"{folder / STATE} is not readable ({error!r}). Leave mode.restart out to begin anew."
+        ) from error
+    logger.info("Going on in %s after %s", folder, count_of(done, "frame"))
     return standing.progress
 
 

@@ -1,6 +1,8 @@
 """Going on with an evaluation of videos that was stopped: masks of whole videos are taken over from its run folder."""
 
+import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -9,11 +11,17 @@ from typing import Any
 from omegaconf import DictConfig
 
 from dinoseg.config import plain
+from dinoseg.data.clip_videos import Video
+from dinoseg.data.stamps import stamp
 from dinoseg.errors import UserError
 from dinoseg.inference.results import whole_folder
+from dinoseg.report.table import write_text
 from dinoseg.wording import listed
 
 RECORD = "tracking.json"  # in a run folder: what its masks depend on
+DIGESTS = "tracked"  # in a run folder: <video>.txt for each whole video, of the files that its masks were made from
+
+logger = logging.getLogger(__name__)
 
 
 def record_of(cfg: DictConfig, settings: Mapping[str, Any], *, split: str, given: str) -> dict[str, Any]:
@@ -26,6 +34,7 @@ def record_of(cfg: DictConfig, settings: Mapping[str, Any], *, split: str, given
         given: which masks the tracker is shown.
     """
     place = {key: plain(cfg.data.clips[key], resolve=True) for key in ("layout", "partition")}
+    place["layout"]["root"] = str(Path(place["layout"]["root"]).expanduser().resolve())  # the same from any folder
     record = {"data": {"split": split, **place}, "given": given, "tracker": dict(settings)}
     return json.loads(json.dumps(record))
 
@@ -55,10 +64,64 @@ def earlier_run(restart: str | None, record: Mapping[str, Any]) -> Path | None:
     return folder
 
 
-def take_over(old: Path, new: Path, files: Collection[str]) -> bool:
-    """Copy a folder whole if it holds just these files; return whether it does."""
-    if not old.is_dir() or {path.name for path in old.iterdir()} != set(files):
+def digest_of(video: Video, given: str) -> str:
+    """Return a hash of what a video's masks are made from: its frames' names and files, and the masks that are given.
+
+    Frames are known by size, times and number of their files, so copied ones count as others; masks by what they hold.
+
+    Args:
+        video: of the data set.
+        given: `none`, `first` or `appearing`, see `dinoseg.inference.video_masks.shown_frames`.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for position, frame in enumerate(video.frames):
+        digest.update(f"{video.frame_name(position)} {stamp(frame)}\n".encode(errors="surrogateescape"))
+    shown = {"none": [], "first": [0], "appearing": sorted(video.masks)}[given]
+    for position in shown:
+        if (path := video.masks.get(position)) is not None and path.is_file():
+            digest.update(f"{position} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def keep_digest(out_dir: Path, video: str, digest: str) -> None:
+    """Note in a run folder that a video's masks are whole, and from what they were made."""
+    write_text(out_dir / DIGESTS / f"{video}.txt", f"{digest}\n")
+
+
+def take_over(
+    earlier: Path | None, out_dir: Path, files: Mapping[Path, Collection[str]], video: str, digest: str
+) -> bool:
+    """Copy what an earlier run has of a video, if that is whole and made from the same files; return whether it is.
+
+    Args:
+        earlier: its run folder; None: there is none.
+        out_dir: this one's.
+        files: the names of the files that belong in each folder below `out_dir`.
+        video: its name.
+        digest: see `digest_of`; if another was noted, that is said.
+    """
+    if earlier is None or not _same_digest(earlier, video, digest):
         return False
-    with whole_folder(new) as part:
-        shutil.copytree(old, part, dirs_exist_ok=True)
+    places = {earlier / new.relative_to(out_dir): new for new in files}
+    for old, new in places.items():
+        if not old.is_dir() or {path.name for path in old.iterdir()} != set(files[new]):
+            return False
+    for old, new in places.items():
+        with whole_folder(new) as part:
+            shutil.copytree(old, part, dirs_exist_ok=True)
+    keep_digest(out_dir, video, digest)
     return True
+
+
+def _same_digest(earlier: Path, video: str, digest: str) -> bool:
+    try:
+        before = (earlier / DIGESTS / f"{video}.txt").read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return False  # it was not finished
+    if before != digest:
+        logger.warning(
+            "Video %s is tracked anew: its frames, or the masks that are given, are other files than those of %s.",
+            video,
+            earlier,
+        )
+    return before == digest

@@ -40,7 +40,9 @@ def score_masks(
     Raises:
         UserError: there are files that cannot be scored.
     """
-    known = [video for video in videos if video.dense and (len(video.masks) > 1 or len(video.frames) == 1)]
+    known = [
+        video for video in videos if video.dense and video.masks and (len(video.masks) > 1 or len(video.frames) == 1)
+    ]
     if protocol is None or not known:
         if problems:
             path = write_problems(out_dir, {folder: problems})
@@ -65,7 +67,9 @@ def score_masks(
     return scores
 
 
-_NO_REFERENCES = "These videos come with first masks alone: only the benchmark's server scores them. Hand in the masks."
+_NO_REFERENCES = (
+    "These videos come with first masks at most: only the benchmark's server scores them. Hand in the masks."
+)
 _NO_PROTOCOL = "The data set has no protocol for them, or mode.official=false leaves it out."
 
 

@@ -81,8 +81,8 @@ class ClipFeed:
         """Return the loss and, where there are masks, `ari`, `fg_ari` and `mbo`, means over the clips; and a picture.
 
         The loss is that of each clip's first frames, as many and as far apart as in training, seen in the middle; a
-        clip with fewer is left out of it. The scores are those of the segments in the whole clip at the masks' own size,
-        as in protocol=video_clustering.
+        clip with fewer is left out of it. The scores are those of the segments in the whole clip at the masks' own
+        size, as in protocol=video_clustering.
         """
         training = model.training
         model.eval()

@@ -151,6 +151,30 @@ def test_a_share_of_the_sequences_is_held_out_whole(compose, davis):
         chosen(Davis(str(davis)), "val", Partition(by="lists"))
 
 
+def test_the_unsupervised_test_sets_may_have_no_masks(davis):
+    """They are of the year 2019."""
+    place = davis / "ImageSets/2019/test-dev.txt"
+    place.parent.mkdir()
+    place.write_text("t\nbear\n")
+    unsupervised = Davis(str(davis), year=2019, annotations="Annotations_unsupervised")
+    for _ in range(2):  # without the folder of annotations, and with empty ones
+        videos = unsupervised.videos("test-dev")
+        assert [(video.name, len(video.frames), dict(video.masks)) for video in videos] == [
+            ("t", 4, {}),
+            ("bear", 7, {}),
+        ]
+        assert videos[0].frame_name(1) == "00001" and videos[0].image(1).shape == (6, 9, 3) and videos[0].fps == 24
+        (davis / "Annotations_unsupervised/480p/t").mkdir(parents=True, exist_ok=True)
+    assert [len(video.masks) for video in Davis(str(davis), year=2019).videos("test-dev")] == [1, 7]
+    (davis / "Annotations/480p/bear/00003.png").unlink()
+    with pytest.raises(UserError, match=r"Video bear has 1 frame without mask: 00003"):
+        Davis(str(davis), year=2019).videos("test-dev")
+    for path in (davis / "JPEGImages/480p/t").iterdir():
+        path.unlink()
+    with pytest.raises(UserError, match=r"480p/t holds no frame\. Unpack DAVIS again"):
+        unsupervised.videos("test-dev")
+
+
 def test_davis_that_is_not_whole(davis):
     def videos(split="train", **keys):
         return Davis(str(davis), **keys).videos(split)

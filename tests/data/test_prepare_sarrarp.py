@@ -8,6 +8,7 @@ import zipfile
 
 import numpy as np
 import pytest
+from failing import fail_after
 from making import save, write_video
 from PIL import Image
 
@@ -175,20 +176,12 @@ def test_an_archive_without_video(add):
 def test_a_full_disk_stops_cleanly_and_the_next_run_goes_on(add, monkeypatch):
     for number in (1, 2, 3):
         root = add("train1", f"video_{number:02d}")
-    write, written = video_frames.write_png, []
-
-    def fill(path, pixels):
-        if len(written) == 4:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        written.append(path)
-        write(path, pixels)
-
-    monkeypatch.setattr(video_frames, "write_png", fill)
+    fail_after(monkeypatch, video_frames, "write_png", 4, OSError(errno.ENOSPC, "No space left on device"))
     with pytest.raises(UserError, match=r"disk of .* is full: 1 of 3 videos are ready .*run again"):
         prepare(root, workers=1)
     assert not (root / "train1/video_02/.prepared.json").exists()
     assert not (root / "train1/video_03").exists()
-    monkeypatch.setattr(video_frames, "write_png", write)
+    monkeypatch.undo()
     assert len(prepare(root, workers=1)) == 3
 
 

@@ -1,3 +1,5 @@
+import binascii
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -7,11 +9,18 @@ from making import save, write_video
 from dinoseg.data.opened import opened
 from dinoseg.data.prepare_sarrarp import prepare
 from dinoseg.data.sarrarp import BY_OPERATION, sar_rarp50
-from dinoseg.data.sarrarp_files import gaps
+from dinoseg.data.sarrarp_files import frames_sum, gaps, mask_sums
 from dinoseg.errors import UserError
 
 CLASSES = [f"c{i}" for i in range(10)]
 VIDEOS = ("video_01", "video_02_1", "video_02_2", "video_03", "video_04")
+
+
+def write_note(video):
+    """Say which masks the pseudo-labels are made of: those there are."""
+    (video / "pseudo").mkdir(exist_ok=True)
+    sums = {path.stem: binascii.crc32(path.read_bytes()) for path in (video / "segmentation").iterdir()}
+    (video / "pseudo/pseudo.json").write_text(json.dumps({"made_by": {"masks": sums}}))
 
 
 @pytest.fixture
@@ -27,8 +36,7 @@ def add(tmp_path):
         for index in pseudo:
             save(place / f"pseudo/{index:09d}.png", [[255, 2, 3, 4, 5, 6]] * 4)
         if note:
-            (place / "pseudo").mkdir(exist_ok=True)
-            (place / "pseudo/pseudo.json").write_text("{}")
+            write_note(place)
         return tmp_path
 
     return write
@@ -86,6 +94,50 @@ def test_videos_without_are_named(add):
     assert [name for name in data.names if "pseudo" in name] == ["video_03/pseudo/000000006"]
 
 
+def test_labels_of_masks_that_are_no_longer_there_are_refused(add):
+    for video in VIDEOS[:1] + VIDEOS[3:]:
+        root = add(video)
+    seed = next(s for s in range(20) if load(root, "val", seed=s).names[0][:8] == "video_01")
+    ours, note = root / "train1/video_03", root / "train1/video_03/pseudo/pseudo.json"
+    good, whole = note.read_text(), (ours / "segmentation/000000060.png").read_bytes()
+    assert not load(root, "train", seed=seed).lacking
+    save(ours / "segmentation/000000060.png", np.full((4, 6), 2))
+    data = load(root, "train", seed=seed)
+    reason = f"{ours}/pseudo was made of other masks than there are now: 000000060."
+    assert dict(data.lacking) == {"video_03/pseudo": reason}
+    assert "video_03/000000060" in data.names and not [name for name in data.names if "video_03/pseudo" in name]
+    with pytest.raises(UserError, match=r"(?s)of other masks.*mode=prepare .* data.prepare.propagate=true\. Or leave"):
+        opened(data, split="train")
+    assert not load(root, "train", pseudo=False, seed=seed).lacking
+    (ours / "segmentation/000000060.png").write_bytes(whole)
+    save(ours / "segmentation/000000180.png", np.ones((4, 6)))
+    assert "than there are now: 000000180." in load(root, "train", seed=seed).lacking["video_03/pseudo"]
+    (ours / "segmentation/000000180.png").unlink()
+    for bad in ("{}", "[]", '{"made_by": {"masks": 3}}', "{", '{"made_by": []}'):
+        note.write_text(bad)
+        told = load(root, "train", seed=seed).lacking["video_03/pseudo"]
+        assert told.startswith(f"{note} does not say what the pseudo-labels were made of (")
+    note.write_text(good)
+    assert not load(root, "train", seed=seed).lacking
+
+
+def test_sums_change_with_what_labels_depend_on(add):
+    video = add("video_01") / "train1/video_01"
+    masks, frames = mask_sums(video), frames_sum(video)
+    assert masks.keys() == {"000000000", "000000060", "000000120"} and (masks, frames) == (mask_sums(video), frames)
+    save(video / "segmentation/000000060.png", np.full((4, 6), 2))
+    now = mask_sums(video)
+    assert {stem for stem in masks if masks[stem] != now[stem]} == {"000000060"} and frames_sum(video) == frames
+    frame = video / "rgb/000000066.png"
+    whole = frame.read_bytes()
+    save(frame, np.random.default_rng(0).integers(0, 256, (4, 6, 3)))
+    assert frames_sum(video) != frames
+    frame.write_bytes(whole)
+    assert frames_sum(video) == frames
+    frame.rename(video / "rgb/000000067.png")
+    assert frames_sum(video) != frames
+
+
 def test_straight_from_the_video(tmp_path):
     for number in (1, 2):
         place = tmp_path / f"train1/video_0{number}"
@@ -95,7 +147,7 @@ def test_straight_from_the_video(tmp_path):
     prepare(tmp_path, workers=1, propagate=True)
     for number in (1, 2):
         save(tmp_path / f"train1/video_0{number}/pseudo/{24:09d}.png", np.full((32, 48), 255))
-        (tmp_path / f"train1/video_0{number}/pseudo/pseudo.json").write_text("{}")
+        write_note(tmp_path / f"train1/video_0{number}")
     straight, extracted = load(tmp_path, "train", source="video"), load(tmp_path, "train")
     assert straight.names == extracted.names and straight.names[-1].endswith("pseudo/000000024")
     assert all((straight[index]["image"] == extracted[index]["image"]).all() for index in range(3))

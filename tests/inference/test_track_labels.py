@@ -97,6 +97,28 @@ def test_kinds_of_mask_files(folder, tmp_path):
     assert np.array_equal(read(ids() == 1), ids(1))  # one bit a pixel
 
 
+def test_what_255_means_is_decided_by_the_first_mask_that_shows_anything(folder, tmp_path):
+    corner = ids(255)
+    mixed = ids(255)
+    mixed[8:, 10:] = 2
+
+    def read(*given, order=(0, 1, 2)):
+        place = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        for name, mask in zip(("frame1", "frame2", "frame10"), given, strict=True):
+            picture(place / f"{name}.png", mask)
+        found = find_labels(str(place), open_frames(str(folder)))
+        masks = {at: found.read((0, 1, 3)[at]) for at in order}
+        assert all(mask.dtype == np.uint8 for mask in masks.values())
+        return [masks[at] for at in (0, 1, 2)]
+
+    for order in ((0, 1, 2), (2, 1, 0), (1, 0, 2)):
+        for given in ((ids(3), corner, mixed), (ids(0), ids(3), corner), (mixed, corner, ids(0))):
+            assert all(map(np.array_equal, read(*given, order=order), given))  # void throughout
+        one = read(ids(0), corner, mixed, order=order)
+        assert np.array_equal(one[1], ids(1)) and np.array_equal(one[2], np.where(mixed == 255, 1, mixed))
+        assert not one[0].any()
+
+
 @pytest.mark.parametrize(
     ("pixels", "message"),
     [

@@ -194,6 +194,15 @@ def test_the_settings_say_what_masks_depend_on():
     assert '"precision": "bfloat16"' in told[-1] and '"precision": "float32"' in told[0]
 
 
+@pytest.mark.parametrize("lost", ["features", "labels", "ids", "size", "seen"])
+def test_a_state_that_is_not_whole_is_refused(lost):
+    frames, masks = clip(2)
+    tracker = PropagationTracker(Patches(), TINY["dinov3"])
+    tracker.track(frames, [masks[0], None])
+    with pytest.raises(KeyError, match=lost):
+        PropagationTracker(Patches(), TINY["dinov3"]).load({k: v for k, v in tracker.state().items() if k != lost})
+
+
 def test_a_fingerprint_sees_names_shapes_values_and_buffers():
     def module(name="a", shape=(2, 3), value=1.0, buffer=0.0):
         made = nn.Module()

@@ -1,18 +1,20 @@
 import hashlib
+import os
 import shutil
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from failing import fail_after
 from PIL import Image
-from safetensors.torch import save_file
 from torch import nn
 
 from dinoseg.errors import UserError
 from dinoseg.images import read_ids
-from dinoseg.inference import track_run
+from dinoseg.inference import track_run, track_state
 from dinoseg.inference.frame_folder import open_frames
 from dinoseg.inference.propagation import PropagationTracker
 from dinoseg.inference.track_labels import find_labels
@@ -82,16 +84,8 @@ def run(clip, folder, source="in", *, restart=False, **changes):
 
 def run_until(clip, folder, count, **changes):
     """Let a run die when it has written so many masks."""
-    real, written = track_run.write_indexed_png, []
-
-    def write(path, ids, *palette):
-        if len(written) == count:
-            raise Stopped
-        written.append(path)
-        real(path, ids)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(track_run, "write_indexed_png", write)
+        fail_after(patch, track_run, "write_indexed_png", count, Stopped)
         with pytest.raises(Stopped):
             run(clip, folder, **changes)
 
@@ -153,6 +147,56 @@ def test_several_stops_and_masks_that_were_lost(clip):
     run(clip, clip / "cut", restart=True)
     assert masks(clip / "cut") == masks(clip / "whole")
     assert run(clip, clip / "cut", restart=True).items == 3  # the last batch alone
+
+
+@pytest.mark.parametrize("harm", [lambda path: path.unlink(), lambda path: path.write_bytes(b"")])
+def test_lost_masks_of_frames_that_are_done_are_told_before_the_rest_is_tracked(clip, harm):
+    run_until(clip, clip / "cut", 17)
+    kept = {number: (clip / f"cut/masks/{number}.png").read_bytes() for number in (4, 15)}
+    for number in kept:
+        harm(clip / f"cut/masks/{number}.png")
+    before, standing = masks(clip / "cut"), (clip / "cut" / STATE).read_bytes()
+    told = r"cut: 2 masks of the 16 frames that are done, missing or empty in .*masks: 4\.png, 15\.png\. .*begin anew"
+    with pytest.raises(UserError, match=told):
+        run(clip, clip / "cut", restart=True)
+    assert masks(clip / "cut") == before and (clip / "cut" / STATE).read_bytes() == standing
+    for number, file in kept.items():
+        (clip / f"cut/masks/{number}.png").write_bytes(file)
+    run(clip, clip / "cut", restart=True)
+    run(clip, clip / "whole")
+    assert masks(clip / "cut") == masks(clip / "whole")
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="open files are read as Linux shows them")
+def test_masks_are_on_the_disk_before_they_count_as_done(clip, monkeypatch):
+    synced, saved = [], []
+    real = track_state.write_tensors
+
+    def write(path, tensors, header):
+        synced_before = [name for name in synced if "state" not in name]
+        real(path, tensors, header)
+        last, done = saved[-1] if saved else 0, read_standing(clip / "out").progress.done
+        due = [f"{number}.png" for number in range(last, done)]
+        assert synced_before == [*due, "masks"][: len(due) + bool(due)]
+        synced.clear()
+        saved.append(done)
+
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append(Path(f"/proc/self/fd/{number}").readlink().name))
+    monkeypatch.setattr(track_state, "write_tensors", write)
+    run(clip, clip / "out")
+    assert saved == [0, 8, 16, 20]
+
+
+def test_another_batch_size_is_warned_of(clip, caplog):
+    run(clip, clip / "whole")
+    run_until(clip, clip / "cut", 17)
+    run_until(clip, clip / "cut", 2, restart=True)
+    assert not caplog.messages
+    run(clip, clip / "cut", restart=True, batch_size=3)
+    told = [message for message in caplog.messages if "batch_size" in message]
+    assert len(told) == 1 and "mode.batch_size was 4 and is 3" in told[0] and "by rounding" in told[0]
+    assert masks(clip / "cut").keys() == masks(clip / "whole").keys()
+    assert read_standing(clip / "cut").progress.batch_size == 3
 
 
 def test_a_video_that_ends_early_is_gone_on_with_when_mended(clip):
@@ -226,39 +270,3 @@ def test_a_mask_beyond_a_videos_end_is_refused_at_the_end(clip):
         run(clip, clip / "out", "v.avi")
     (clip / "labels/10.png").unlink()
     assert run(clip, clip / "out", "v.avi", restart=True).items == 2
-
-
-def test_other_settings_are_named(tmp_path):
-    then = {"kind": "propagation", "tracker": {"radius": 12, "short": None, "context": 7}, "backbone": {"weights": "a"}}
-    now = {
-        "kind": "propagation",
-        "tracker": {"radius": 24.0, "short": None, "context": 7},
-        "backbone": {"weights": "b"},
-    }
-    check_same_settings(tmp_path, then, then)
-    with pytest.raises(UserError) as error:
-        check_same_settings(tmp_path, then, now)
-    for part in ("backbone.weights was a and is b", "tracker.radius was 12 and is 24.0", "overrides.txt", "begin anew"):
-        assert part in str(error.value)
-    assert "context" not in str(error.value)
-    with pytest.raises(UserError, match="kind was propagation and is slots; tracker.radius was not set and is 12"):
-        check_same_settings(tmp_path, {"kind": "propagation"}, {"kind": "slots", "tracker": {"radius": 12}})
-
-
-def test_folders_that_hold_nothing_to_go_on_with(tmp_path):
-    with pytest.raises(UserError, match="no unfinished run of mode=track is there"):
-        read_standing(tmp_path / "nowhere")
-    path = tmp_path / STATE
-    path.write_bytes(b"torn")
-    with pytest.raises(UserError, match=r"is not readable .*Leave mode\.restart out"):
-        read_standing(tmp_path)
-    for header in (None, {"track": "[]"}, {"track": "{}"}, {"track": '{"format": 1, "progress": {"x": 1}}'}):
-        save_file({"a": torch.zeros(1)}, path, header)
-        with pytest.raises(UserError, match="is not readable"):
-            read_standing(tmp_path)
-    save_file({"a": torch.zeros(1)}, path, {"track": '{"format": 2}'})
-    with pytest.raises(UserError, match="was written by a newer dinoseg"):
-        read_standing(tmp_path)
-    (tmp_path / "track.json").write_text("{}")
-    with pytest.raises(UserError, match=r"that run is finished, and its masks are in .*masks\. To track anew"):
-        read_standing(tmp_path)

@@ -2,6 +2,8 @@
 
 import errno
 import json
+import os
+import shutil
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import call
+from failing import fail_after
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -179,7 +182,7 @@ def test_masks_are_indexed_with_the_palette_and_blends_are_halves(track, tmp_pat
 def test_metrics_only_and_no_official_scores(track, tmp_path, capsys):
     root = write_davis(tmp_path / "DAVIS", SEQUENCES)
     done = track("copy", "davis2017", root, metrics_only=True)
-    assert {path.name for path in done.folder.iterdir()} == {"masks", "scores.json", "tracking.json"}
+    assert {path.name for path in done.folder.iterdir()} == {"masks", "scores.json", "tracked", "tracking.json"}
     capsys.readouterr()
     done = track("copy", "davis2017", root, official=False)
     assert done.scores is None and len(list(done.folder.rglob("*.jpg"))) == 13
@@ -325,6 +328,105 @@ def test_a_stopped_evaluation_goes_on(track, tmp_path, monkeypatch):
         track("copy", "davis2017", root, restart=str(root))
 
 
+def test_ctrl_c_names_the_folder_to_go_on_from(track, tmp_path, caplog):
+    root = write_davis(tmp_path / "DAVIS", SEQUENCES)
+    with pytest.MonkeyPatch.context() as patch:
+        fail_after(patch, video_masks, "write_indexed_png", 8, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            track("copy", "davis2017", root)
+    (stopped,) = tmp_path.glob("run_*")
+    assert f"Stopped: the same command with mode.restart={stopped} takes over what is whole." in caplog.text
+    assert len(track("copy", "davis2017", root, restart=str(stopped)).log) == 8
+
+
+def swap_ids(path, root):
+    """Rewrite a mask with its ids swapped: same name, same size, same ids."""
+    mask = read_ids(path).astype(np.uint8)
+    write_indexed_png(path, np.where(mask == 1, 2, np.where(mask == 2, 1, mask)).astype(np.uint8))
+
+
+def repaint(path, root):
+    """Replace a frame by another of the same age."""
+    before = path.stat()
+    write_frame(path, SEQUENCES["bear"][0])
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def rename(path, root):
+    """Give a frame, and its mask, another name in the same place of the order."""
+    for place in (path, root / f"Annotations/480p/bear/{path.name}"):
+        place.rename(place.with_name("00004a.png"))
+
+
+@pytest.mark.parametrize(
+    ("change", "file", "again"),
+    [
+        (swap_ids, "Annotations/480p/bear/00000.png", True),  # the mask that is given
+        (swap_ids, "Annotations/480p/bear/00003.png", False),  # it is only scored by
+        (repaint, "JPEGImages/480p/bear/00002.png", True),
+        (rename, "JPEGImages/480p/bear/00004.png", True),
+    ],
+)
+def test_masks_of_data_that_changed_are_made_anew(track, tmp_path, caplog, change, file, again):
+    root = write_davis(tmp_path / "DAVIS", SEQUENCES)
+    first = track("copy", "davis2017", root)
+    change(root / file, root)
+    on, whole = (track("copy", "davis2017", root, restart=restart) for restart in (str(first.folder), None))
+    assert len(on.log) == (5 if again else 0) and on.scores == whole.scores
+    said = [record.getMessage() for record in caplog.records if "anew" in record.getMessage()]
+    assert len(said) == again
+    if again:
+        assert said[0].startswith("Video bear is tracked anew") and str(first.folder) in said[0]
+    assert len(track("copy", "davis2017", root, restart=str(on.folder)).log) == 0
+
+
+def test_masks_without_a_note_that_they_are_whole_are_made_anew(track, tmp_path):
+    root = write_davis(tmp_path / "DAVIS", SEQUENCES)
+    first = track("copy", "davis2017", root)
+    (first.folder / "tracked/ape.txt").unlink()
+    on = track("copy", "davis2017", root, restart=str(first.folder))
+    assert len(on.log) == 6 and on.scores == first.scores
+    assert {path.name for path in (on.folder / "tracked").iterdir()} == {"ape.txt", "bear.txt", "cow.txt"}
+
+
+def test_another_folder_of_the_same_name_is_other_data(track, tmp_path, monkeypatch):
+    for place in ("a", "b"):
+        write_davis(tmp_path / place / "DAVIS", SEQUENCES)
+    monkeypatch.chdir(tmp_path / "a")
+    first = track("copy", "davis2017", "DAVIS")
+    recorded = json.loads((first.folder / "tracking.json").read_text())
+    assert recorded["data"]["layout"]["root"] == str(tmp_path / "a/DAVIS")
+    monkeypatch.chdir(tmp_path / "b")
+    with pytest.raises(UserError, match=r"other settings than these \(data in its tracking.json\)"):
+        track("copy", "davis2017", "DAVIS", restart=str(first.folder))
+    assert not track("copy", "davis2017", "../a/DAVIS", restart=str(first.folder)).log  # the same, typed in another way
+
+
+def test_youtube_vos_knows_all_masks_that_it_gives(track, tmp_path):
+    masks = moving(1, 4, (30, 40), [2, 3])
+    masks[0][masks[0] == 3] = 0
+    root = write_youtube(tmp_path / "YT", "train", {"a": masks, "b": masks}, {"a": range(4), "b": range(4)})
+    first = track("copy", "youtube_vos", root, split="train")
+    write_indexed_png(root / "train/Annotations/a/00001.png", masks[2])
+    assert len(track("copy", "youtube_vos", root, split="train", restart=str(first.folder)).log) == 4
+
+
+def test_the_unsupervised_test_sets_need_no_masks(track, tmp_path, capsys):
+    root = write_davis(tmp_path / "DAVIS", SEQUENCES, year="2019", split="test-dev")
+    shutil.rmtree(root / "Annotations")
+    done = track(1, "davis2017", root, "data.year=2019", split="test", supervision="none")
+    assert done.scores is None and len(list((done.folder / "masks").rglob("*.png"))) == 13
+    assert "only the benchmark's server scores them" in capsys.readouterr().out
+    for folders in ((), ("bear", "ape", "cow")):  # none, and empty ones
+        for name in folders:
+            (root / f"Annotations/480p/{name}").mkdir(parents=True)
+        with pytest.raises(UserError, match=r"first_frame: the videos of split test have no masks that could be given"):
+            track("copy", "davis2017", root, "data.year=2019", split="test")
+    write_indexed_png(root / "Annotations/480p/bear/00000.png", SEQUENCES["bear"][0])
+    with pytest.raises(UserError, match=r"Video ape has no mask of its first frame, .*ape.*00000.png"):
+        track("copy", "davis2017", root, "data.year=2019", split="test")
+
+
 def break_first_mask(root):
     (root / "Annotations/480p/ape/00000.png").unlink()
 
@@ -455,8 +557,9 @@ def test_who_tracks(compose):
 def test_propagation_from_the_command_line(tmp_path):
     write_davis(tmp_path / "DAVIS", SEQUENCES)
     words = ["data=davis2017", "data.root=DAVIS", "backbone=rgb", "engine=cpu", "tracker.short=null"]
-    done = call(tmp_path, "mode=eval", *words, "hydra.run.dir=run")
+    done = call(tmp_path, "mode=eval", *words, "slots.match=overlap", "hydra.run.dir=run")
     assert done.status == 0 and "J&F-Mean" in done.out, done.err
+    assert done.err.count("No effect here: slots.match=overlap. Label propagation has no slots") == 1
     ours = json.loads((tmp_path / "run/scores.json").read_text())
     again = call(
         tmp_path, "mode=score", "protocol=davis2017", "reference=DAVIS", "prediction=run/masks", "hydra.run.dir=again"

@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 from command_line import call
+from failing import fail_after
 
 from dinoseg import build
 from dinoseg.data.synthetic.scene import render_clip
@@ -88,13 +89,14 @@ def test_training_reads_them_on_request(home, compose):
     words = ("data=sarrarp", f"data.root={home}/sar", f"cache_dir={home}/cache", "data.on_error=skip", "engine=cpu")
     assert len(build.dataset(compose(*words), "train")) == SECONDS
     cfg = compose(*words, "data.reader.pseudo=true")
-    data = build.dataset(cfg, "train")
+    data = build.dataset(cfg, "train", reduced=True)
     assert (
         len(data) == SECONDS + 9
         and [name.split("/")[1] for name in data.names] == ["0" * 9, f"{60:09d}"] + ["pseudo"] * 9
     )
     sample = data[5]
     assert sample["image"].shape == (3, 32, 48) and sample["mask"].shape == (32, 48)
+    assert len(build.dataset(cfg, "train")) == SECONDS  # to score on
     assert len(build.dataset(cfg, "val")) == len(build.dataset(cfg, "test")) == SECONDS
 
 
@@ -117,8 +119,12 @@ def test_running_again_does_only_what_is_missing_or_other(home):
     third = times(home)
     assert lost in third and not third.items() & second.items()
     assert notes(home)["made_by"]["masks"] != notes(home, "train1/video_02")["made_by"]["masks"]
+    write_png(videos[0] / "rgb/000000066.png", np.random.default_rng(0).integers(0, 256, (32, 48, 3)).astype(np.uint8))
+    prepare(home)
+    fourth = times(home)
+    assert {path for path in third if third[path] != fourth[path]} == {*(videos[0] / "pseudo").iterdir()}
     prepare(home, "tracker.radius=2", "data.prepare.min_agreement=1")
-    assert not times(home).items() & third.items() and notes(home)["made_by"]["tracker"]["radius"] == 2
+    assert not times(home).items() & fourth.items() and notes(home)["made_by"]["tracker"]["radius"] == 2
 
 
 def test_a_bad_video_fails_alone(home):
@@ -133,15 +139,7 @@ def test_a_bad_video_fails_alone(home):
 
 
 def test_a_full_disk_stops_cleanly_and_the_next_run_goes_on(home, monkeypatch):
-    written = []
-
-    def fill(path, pixels):
-        if len(written) == 12:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        written.append(path)
-        write_png(path, pixels)
-
-    monkeypatch.setattr(propagate, "write_png", fill)
+    fail_after(monkeypatch, propagate, "write_png", 12, OSError(errno.ENOSPC, "No space left on device"))
     for number in (1, 2):
         shutil.rmtree(home / f"sar/train1/video_0{number}/pseudo")
     words = [*PREPARE, "data.prepare.min_agreement=0"]

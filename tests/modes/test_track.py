@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 from config_files import FOLDER
+from failing import fail_after
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -125,23 +126,11 @@ def test_a_video_and_another_protocol(track):
     assert told["settings"]["tracker"] == expected and told["fps"] == 12.5
 
 
-def stop_after(monkeypatch, count):
-    real, done = track_run.write_indexed_png, []
-
-    def write(path, ids, *palette):
-        if len(done) == count:
-            raise KeyboardInterrupt
-        done.append(path)
-        real(path, ids)
-
-    monkeypatch.setattr(track_run, "write_indexed_png", write)
-
-
 @pytest.fixture
 def stopped(track, monkeypatch):
     """Leave the folder `cut` of a run that was killed before its eighth mask."""
     with monkeypatch.context() as patch:
-        stop_after(patch, 7)
+        fail_after(patch, track_run, "write_indexed_png", 7, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             track(out="cut")
     assert names("cut") == ["config", "masks", "run.log", "state.safetensors"] and len(names("cut/masks")) == 7

@@ -1,0 +1,150 @@
+"""mode=track with trained models: runs that were stopped, standings that cannot be one, and words of no use."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from command_line import SLOTS, SMALL, call, write_data
+from meta_files import RELEASED, write_released
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from dinoseg.data.synthetic.moving_write import render_moving_objects
+from dinoseg.images import read_ids, read_image, write_png
+from dinoseg.inference import track_run
+
+WAYS = {
+    "segmenter": ("resume=segmenter", "mode.smoothing=0.8", "tracker.context=2"),
+    "slots": ("resume=slots", "labels=first.png", "slots=lock_on", "slots.match=overlap"),
+    "backbone": ("labels=first.png", "backbone=rgb", "backbone.patch_size=4", "tracker.short=null"),
+}
+CPU = ("engine=cpu", "engine.precision=fp32")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A segmenter, a model of slots, a clip of 7 frames, and of each way a stopped run and a whole one."""
+    where = tmp_path_factory.mktemp("trained")
+    write_data(where / "data")
+    render_moving_objects(where / "movi", train_videos=2, val_videos=1, seconds=1, size=(32, 32), workers=1)
+    lengths = ("mode=train", "trainer.steps=2", "trainer.val_every=2", "mode.metrics_only=true")
+    for words in ((*SMALL, *lengths, "hydra.run.dir=segmenter"), (*SLOTS, *lengths, "hydra.run.dir=slots")):
+        done = call(where, *words)
+        assert done.status == 0, done.err
+    video = where / "movi/validation/validation_0001"
+    for number in range(7):
+        write_png(where / f"clip/{number:05d}.png", read_image(video / f"frames/{number:05d}.png"))
+    write_png(where / "first.png", read_ids(video / "segmentations/00000.png"))
+    return where
+
+
+def track(where, out, *more, status=0):
+    words = ("mode=track", "input=clip", *CPU, "mode.batch_size=2", "mode.save_every=2", f"hydra.run.dir={out}")
+    done = call(where, *words, *more)
+    assert done.status == status and "Traceback" not in done.err, done.err
+    return done
+
+
+def stop(where, out, *more):
+    """Let Ctrl-C come before the sixth mask."""
+    real, written = track_run.write_indexed_png, []
+
+    def write(path, *given):
+        if len(written) == 5:
+            raise KeyboardInterrupt
+        written.append(path)
+        real(path, *given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(track_run, "write_indexed_png", write)
+        return track(where, out, *more, status=130)
+
+
+def masks(folder):
+    return {path.name: path.read_bytes() for path in sorted((folder / "masks").glob("*.png"))}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_stopped_run_goes_on(trained, way):
+    done = stop(trained, f"cut_{way}", *WAYS[way])
+    assert f"Stopped: the same command with mode.restart=cut_{way} goes on." in done.err.replace(f"{trained}/", "")
+    assert done.err.endswith("\ninterrupted\n") and "training" not in done.err
+    assert len(masks(trained / f"cut_{way}")) == 5
+    track(trained, f"on_{way}", *WAYS[way], f"mode.restart=cut_{way}")
+    track(trained, f"whole_{way}", *WAYS[way])
+    cut, whole = trained / f"cut_{way}", trained / f"whole_{way}"
+    assert masks(cut) == masks(whole) and len(masks(whole)) == 7
+    told = [json.loads((folder / "track.json").read_text()) for folder in (cut, whole)]
+    assert told[0]["flicker"] == told[1]["flicker"] and told[0]["settings"] == told[1]["settings"]
+    assert (told[0]["flicker"] is not None) == (way == "segmenter")
+    if way == "segmenter":
+        seen = [read_ids(path) for path in sorted((whole / "masks").glob("*.png"))]
+        assert told[0]["flicker"]["after"] == pytest.approx(np.mean(np.diff(np.stack(seen).astype(int), axis=0) != 0))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_standing_that_cannot_be_one_is_refused(trained, way):
+    stop(trained, f"bad_{way}", *WAYS[way])
+    path = trained / f"bad_{way}/state.safetensors"
+    with safe_open(path, framework="pt") as file:
+        info, tensors = json.loads(file.metadata()["track"]), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    assert info["progress"]["done"] == 4 and len(tensors) >= 3
+    lost = {key: value for key, value in tensors.items() if key != min(tensors)}
+    done = {"segmenter": -1, "slots": "4", "backbone": 0}[way]
+    for progress, kept in (({}, lost), ({"done": done}, tensors)):
+        text = json.dumps({**info, "progress": {**info["progress"], **progress}})
+        save_file(kept, path, {"track": text})
+        before = masks(trained / f"bad_{way}")
+        said = track(trained, f"second_{way}", *WAYS[way], f"mode.restart=bad_{way}", status=1).err
+        assert "state.safetensors is not readable" in said and "to begin anew" in said, (progress, list(kept))
+        assert masks(trained / f"bad_{way}") == before
+
+
+@pytest.mark.parametrize(
+    ("way", "more", "message"),
+    [
+        ("segmenter", ("labels=first.png",), "labels=first.png: a trained segmenter finds its classes by itself"),
+        ("slots", ("mode.smoothing=0.5",), "mode.smoothing=0.5 is for the classes of a trained segmenter"),
+        ("backbone", ("mode.smoothing=0",), "mode.smoothing=0 is for the classes of a trained segmenter"),
+    ],
+)
+def test_what_is_refused_leaves_nothing(trained, way, more, message):
+    done = track(trained, "refused", *WAYS[way], *more, status=1)
+    assert message in done.err
+    assert not (trained / "refused").exists(), [path.name for path in (trained / "refused").iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("way", "more", "idle"),
+    [
+        ("segmenter", ("slots.temperature=0.1", "tracker.short=64", "tracker.first=nearest", "tracker.radius=3"),
+         "slots.temperature=0.1, tracker.short=64, tracker.first=nearest. Smoothing"),
+        ("slots", ("tracker=crw", "tracker.context=3", "slots.temperature=0.1"),
+         "tracker=crw, tracker.context=3. Slots"),
+        ("backbone", ("slots=lock_on", "slots.extra_slots=1", "tracker.context=3"),
+         "slots=lock_on, slots.extra_slots=1. Label propagation"),
+        ("segmenter", ("tracker=crw", "tracker.temperature=0.1"), None),
+        ("slots", (), None),
+    ],
+)  # fmt: skip
+def test_words_without_effect_are_named_once(trained, way, more, idle):
+    own = [word for word in WAYS[way] if word.split("=")[0] not in {each.split("=")[0] for each in more}]
+    done = track(trained, "idle", *own, *more)
+    shutil.rmtree(trained / "idle")
+    assert done.err.count("No effect here") == (idle is not None)
+    assert idle is None or f"No effect here: {idle}" in done.err
+
+
+def test_a_released_segmentor_is_smoothed(trained, tmp_path):
+    backbone, head = write_released(tmp_path)
+    words = [*RELEASED, *CPU, "hparam=ade20k_m2f", f"backbone.weights={backbone}", "engine.workers=0"]
+    write_png(tmp_path / "clip/0.png", np.random.default_rng(0).integers(0, 256, (64, 96, 3)).astype(np.uint8))
+    write_png(tmp_path / "clip/1.png", np.random.default_rng(1).integers(0, 256, (64, 96, 3)).astype(np.uint8))
+    track(tmp_path, "smooth", *words, f"head.weights={head}")
+    told = json.loads((tmp_path / "smooth/track.json").read_text())
+    assert told["settings"]["kind"] == "smoothing" and told["settings"]["smoothing"] == 0.5
+    assert told["flicker"]["after"] < told["flicker"]["before"]
+    write_png(tmp_path / "first.png", np.ones((64, 96), np.uint8))
+    refused = track(tmp_path, "no", *words, f"head.weights={head}", "labels=first.png", status=1)
+    assert "or leave head.weights out" in refused.err
