@@ -95,7 +95,7 @@ def test_the_config_gives_the_published_head(compose):
 
 @pytest.mark.parametrize(("steps", "telling"), [(0, 4), (1, 3), ([1], 3), ([0, 3], 1), ([2, 0], 2)])
 def test_outputs_have_their_shapes(steps, telling):
-    head, features = made(steps=steps, time_decoder="linear"), clip()
+    head, features = made(steps=steps, time_decoder="linear").train(telling > 1), clip()
     outputs = head(features)
     assert outputs.features is features and outputs.steps == head.steps
     assert outputs.slots.shape == (2, telling, 3, 8) and outputs.attention.shape == (2, telling, 3, 3, 4)
@@ -105,6 +105,14 @@ def test_outputs_have_their_shapes(steps, telling):
     for shares in (outputs.attention, *outputs.alphas):
         torch.testing.assert_close(shares.sum(2), torch.ones(2, telling, 3, 4).double())
     assert outputs.similarity is None
+
+
+def test_a_predictor_that_no_frame_would_train_is_refused():
+    for steps, frames in ((0, 1), ([0, 3], 4), ([2], 3)):
+        with pytest.raises(UserError, match=rf"clips of {frames} frames leave one.*cut.length={frames + 1} or more"):
+            made(steps=steps)(clip(frames))
+        made(steps=steps).eval()(clip(frames))
+        made(steps=steps, predictor="carry")(clip(frames))
 
 
 @pytest.mark.parametrize("predictor", ["savi", "carry", "none"])
@@ -398,3 +406,20 @@ def test_seen_frame_alone_decides_the_slots():
     assert torch.equal(first.slots[:, :2], second.slots[:, :2]) and not torch.equal(
         first.slots[:, 2], second.slots[:, 2]
     )
+
+
+def test_tokens_are_told_where_they_are():
+    flat = torch.ones(1, 1, DIM, 3, 4).double()
+    assert made().eval()(flat).attention.flatten(3).std(dim=3).max() < 1e-12
+    head = made(token_positions=True).eval()
+    assert head(flat).attention.flatten(3).std(dim=3).max() > 1e-4
+    assert count(head) == count(made()) + 3 * DIM
+    rows, columns = torch.meshgrid(torch.linspace(-1, 1, 3), torch.linspace(-1, 1, 4), indexing="ij")
+    code = torch.einsum("ck,khw->chw", head.place.weight, torch.stack([rows, columns]).double())
+    code = code + head.place.bias[:, None, None]
+    plain = made().eval()
+    plain.load_state_dict({name: value for name, value in head.state_dict().items() if "place" not in name})
+    features = clip(1)
+    outputs = head(features)
+    torch.testing.assert_close(outputs.attention, plain(features + code).attention)
+    torch.testing.assert_close(outputs.features, features)  # what is to be reconstructed stays as it is

@@ -20,7 +20,7 @@ from dinoseg.heads.slots.checks import (
     slot_sizes,
 )
 from dinoseg.heads.slots.decoder import Decoded, SlotDecoder
-from dinoseg.heads.slots.positions import Positions
+from dinoseg.heads.slots.positions import Positions, linear_positions
 from dinoseg.heads.slots.predictor import make_predictor
 from dinoseg.heads.slots.time import make_time_decoders, resolve_steps
 from dinoseg.shapes import SlotOutputs
@@ -47,6 +47,8 @@ class SlotHead(nn.Module):
         groups: in which frames background slots see only what the class token does not look at, and foreground slots
             only the rest: `off`, `initial` (the first frame) or `always`.
         variance_as_std: take exp(log-variance) as the first slots' standard deviation itself.
+        token_positions: add a learnt linear code of its place to each token that slots see (Locatello et al., arXiv
+            2006.15055), for backbones whose features hardly tell where they are: rotary positions (DINOv3), colours.
         predictor: `savi`, `carry` (slots enter the next frame as they are) or `none` (drawn anew in every frame).
         steps: offsets in frames that are reconstructed: n = 0 to n, or a list.
         time_decoder: `none`, `linear` or `attention`, one for each of `steps`, applied to slots before decoding.
@@ -75,6 +77,7 @@ class SlotHead(nn.Module):
         first_iterations: int | None = None,
         groups: str = "off",
         variance_as_std: bool = False,
+        token_positions: bool = False,
         predictor: str = "savi",
         steps: int | Sequence[int] = 0,
         time_decoder: str = "none",
@@ -106,6 +109,7 @@ class SlotHead(nn.Module):
         self.slot_attention = SlotAttention(
             dim, slot_dim, hidden_dim, num_groups=num_groups, variance_as_std=variance_as_std
         )
+        self.place = nn.Linear(2, dim) if token_positions else None
         self.predictor = make_predictor(predictor, slot_dim)
         self.time_decoders = make_time_decoders(time_decoder, slot_dim, len(self.steps))
         num_cells = self.grid[0] * self.grid[1] if similarity else 0
@@ -204,6 +208,8 @@ class SlotHead(nn.Module):
         else:
             slots = self.predictor(slots)
         tokens = features.flatten(2).mT  # (B, h * w, C)
+        if self.place is not None:
+            tokens = tokens + self.place(linear_positions(grid, tokens).flatten(1).T)
         seen = None if allowed is None else allowed.flatten(2)
         slots, attention = self.slot_attention(tokens, slots, iterations, seen)
         return slots, attention.unflatten(2, grid)
