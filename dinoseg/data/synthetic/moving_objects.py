@@ -9,14 +9,14 @@ import numpy as np
 from dinoseg.data.synthetic.canvas import Canvas
 from dinoseg.data.synthetic.noise import Wander, fractal, smoothstep
 from dinoseg.data.synthetic.outlines import OUTLINES
-from dinoseg.data.synthetic.patterns import FIGURES, GROUNDS, draw_palette, paint
+from dinoseg.data.synthetic.patterns import FIGURES, GROUNDS, draw_greys, draw_palette, paint
 from dinoseg.data.synthetic.relief import Sprite
 
 RATE = 12  # frames per second
 FEWEST, MOST = 3, 5  # objects of a video
 SIZES = (0.28, 0.45)  # an object's diameter, as a share of the frame's shorter side
 CONTRASTS = (0.2, 0.7)  # of an object's pattern: how far its second colour is that of the palette
-CALM = (0.1, 0.3)  # the same of the ground, so that the objects are what differs most
+CALM = (0.3, 1.0)  # the same of the ground, so that the objects are what differs most
 SPEEDS = (0.3, 0.9)  # shorter sides per second
 SPIN = 1.5  # fastest turn, radians per second
 SHOWN = 0.4  # share of itself that each object shows in the first frame at least
@@ -67,11 +67,9 @@ class _Scene:
         palette = draw_palette(rng)
         pairs = [(i, j) for i in range(len(palette)) for j in range(i)]
         count = int(rng.integers(FEWEST, MOST + 1))
-        taken = rng.permutation(len(pairs))[
-            : count + 1
-        ]  # no two things, nor a thing and the ground, share both colours
-        behind, *own = [rng.permutation(palette[list(pairs[number])]) for number in taken]
-        self._ground = _paint_ground(rng, size, behind)
+        taken = rng.permutation(len(pairs))[:count]  # no two things share both colours
+        own = [rng.permutation(palette[list(pairs[number])]) for number in taken]
+        self._ground = _paint_ground(rng, size, draw_greys(rng))
         self._drift = rng.uniform(-_ROOM, _ROOM, (2, 2)) * side * (rng.random() < 0.5)  # from where to where
         self._light = Wander(rng, 0.82, 1.12, 3.0) if rng.random() < 0.4 else None
         self._shadows = rng.random() < 0.6

@@ -21,9 +21,17 @@ def draw_palette(rng: np.random.Generator) -> np.ndarray:
     return chosen
 
 
+def draw_greys(rng: np.random.Generator) -> np.ndarray:
+    """Return two dull colours (2, 3) float32 RGB in 0..255, of the ground."""
+    return _rgb(rng.uniform((0, 0.0, 0.35), (360, 0.15, 0.6), (2, 1, 3)))
+
+
 def _draw_colours(rng: np.random.Generator, count: int) -> np.ndarray:
-    hsv = rng.uniform((0, 0.15, 0.3), (360, 0.85, 0.95), (count, 1, 3)).astype(np.float32)
-    return 255 * cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)[:, 0]
+    return _rgb(rng.uniform((0, 0.35, 0.3), (360, 0.9, 0.95), (count, 1, 3)))
+
+
+def _rgb(hsv: np.ndarray) -> np.ndarray:
+    return 255 * cv2.cvtColor(hsv.astype(np.float32), cv2.COLOR_HSV2RGB)[:, 0]
 
 
 def gradient(rng: np.random.Generator, size: tuple[int, int], cell: float) -> np.ndarray:
