@@ -130,7 +130,7 @@ class Cut:
         elif self.short == "error":
             raise UserError(
                 f"Video {video.name} has {count} frames; {length} at stride {stride} need {covered}. Set "
-                "data.clips.cut.short=pad or skip, or a lower data.clips.cut.length."
+                "data.clips.cut.short=pad or skip, or a lower data.clips.cut.length or stride."
             )
 
 

@@ -52,5 +52,5 @@ def render(
     videos = " and ".join(f"{made[key]} {name}" for key, name in VIDEOS.items() if made.get(key))
     height, width = made["size"]
     print(f"Wrote {videos} videos of {made['seconds']} s at {height} x {width} under {cfg.data.root}")
-    step = "train" if cfg.data.prepare is None else "prepare"
-    print(f"Next: python -m dinoseg mode={step} data={data} data.root={cfg.data.root}")
+    step = "train hparam=slots_rendered" if cfg.data.prepare is None else f"prepare data={data}"
+    print(f"Next: python -m dinoseg mode={step} data.root={cfg.data.root}")

@@ -27,12 +27,12 @@ class TrainClips:
     """What `train` does with clips, before the first step and after the last; attributes as of `TrainImages`."""
 
     what = "clips"
-    plots = CLIP_PLOTS
     labelled = None
 
     def __init__(self, cfg: DictConfig, feed: ClipFeed) -> None:
         self.cfg, self.feed = cfg, feed
         self.labels = labels_of(cfg)
+        self.plots = [plot for plot in CLIP_PLOTS if plot[0] in feed.score_names]
         self.split = {
             side: [video.name for video in clips.videos] for side, clips in (("train", feed.train), ("val", feed.val))
         }

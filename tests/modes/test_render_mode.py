@@ -22,7 +22,7 @@ def test_moving_objects_are_drawn_and_drawn_on(tmp_path):
     first = call(tmp_path, *MOVI, "mode.train_videos=1", "mode.val_videos=1")
     assert first.status == 0, first.err
     assert "Wrote 1 training and 1 validation videos of 1 s at 32 x 48 under data" in first.out
-    assert "Next: python -m dinoseg mode=train data=movi data.root=data" in first.out
+    assert "Next: python -m dinoseg mode=train hparam=slots_rendered data.root=data" in first.out
     stamp = (tmp_path / "data/train/train_0001").stat().st_mtime_ns
     more = call(tmp_path, *MOVI, "mode.train_videos=2", "mode.val_videos=1", "mode.test_videos=1")
     assert more.status == 0, more.err

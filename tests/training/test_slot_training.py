@@ -126,7 +126,8 @@ def test_videos_without_masks_have_a_loss_alone(here):
     done = run(here, *plain, "data=videos", "data.root=films", *lengths, "hydra.run.dir=run")
     assert "Videos stand in train and in val: 0, 1, 2, 3" in done.err
     assert "no other score: data=videos has no masks" in done.out
-    assert (here / "run/evaluation/segments.png").is_file()
+    assert (here / "run/evaluation/segments.png").is_file() and (here / "run/loss.png").is_file()
+    assert not (here / "run/fg_ari.png").exists()
     progress = read(here / "run/checkpoints/last.safetensors").info["progress"]
     values = [row["val/loss"] for row in rows(here / "run") if "val/loss" in row]
     assert progress["best"] == min(values) and len(values) == 2
