@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from dinoseg.data.clip_videos import VOID, picture_files
 from dinoseg.errors import UserError
@@ -12,14 +13,16 @@ from dinoseg.inference.frame_folder import FolderReader
 from dinoseg.inference.media import VideoReader
 from dinoseg.wording import count_of, listed
 
+_LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP")  # Pillow's names; the form of WebP without loss is rare
+_LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")
 _NAMES = "named as the frames of a folder, or by the number of a video's frame, from 0 (000000040.png or 40.png)"
 
 
 class TrackLabels:
-    """Mask files by the position of their frame."""
+    """Mask files by the position of their frame, and the path that was given for them."""
 
-    def __init__(self, files: Mapping[int, Path], size: tuple[int, int]) -> None:
-        self.files = dict(files)
+    def __init__(self, files: Mapping[int, Path], size: tuple[int, int], source: str | None = None) -> None:
+        self.files, self.source = dict(files), source
         self._size = size
         self._one_object: bool | None = None  # once a mask has been read that shows anything
 
@@ -29,19 +32,20 @@ class TrackLabels:
         Where the first mask that shows anything has no ids but 0 and 255, 255 is an object in every mask, with id 1.
 
         Raises:
-            UserError: the file is unreadable, a coloured picture, of another size, or holds ids above 255.
+            UserError: the file is unreadable, of a lossy format, a coloured picture, of another size, or holds ids
+                above 255.
         """
         path = self.files.get(position)
         if path is None:
             return None
-        ids = _checked(read_ids(path), path, self._size)
+        ids = _ids(path, self._size)
         if self._one_object is None and ids.any():
             self._one_object = self._shows_one_object()
         return np.where(ids == VOID, np.uint8(1), ids) if self._one_object else ids
 
     def _shows_one_object(self) -> bool:
         paths = (self.files[position] for position in sorted(self.files))
-        masks = (_checked(read_ids(path), path, self._size) for path in paths)
+        masks = (_ids(path, self._size) for path in paths)
         first = next(ids for ids in masks if ids.any())
         return not ((first != 0) & (first != VOID)).any()
 
@@ -56,7 +60,7 @@ def find_labels(source: str | None, frames: VideoReader | FolderReader) -> Track
         return TrackLabels({}, frames.size)
     path = Path(source).expanduser()
     if path.is_dir():
-        return TrackLabels(_in_folder(path, frames), frames.size)
+        return TrackLabels(_in_folder(path, frames), frames.size, source)
     if not path.is_file():
         raise UserError(
             f"No such file or folder: labels={source}. Give the mask of the first frame, or a folder of masks {_NAMES}."
@@ -67,7 +71,7 @@ def find_labels(source: str | None, frames: VideoReader | FolderReader) -> Track
             f"labels={source} is named as frame {position}, and the first frame is {frames.frame_name(0)}. Give a mask "
             f"of the first frame, or an input that begins at {path.stem}."
         )
-    return TrackLabels({0: path}, frames.size)
+    return TrackLabels({0: path}, frames.size, source)
 
 
 def _in_folder(folder: Path, frames: VideoReader | FolderReader) -> dict[int, Path]:
@@ -97,6 +101,19 @@ def _in_folder(folder: Path, frames: VideoReader | FolderReader) -> dict[int, Pa
             "begins at the first mask."
         )
     return found
+
+
+def _ids(path: Path, size: tuple[int, int]) -> np.ndarray:
+    ids = read_ids(path)
+    with Image.open(path) as image:
+        lossy = image.format in _LOSSY or image.info.get("compression") in _LOSSY_TIFF
+    if lossy:
+        raise UserError(
+            f"{path} is of a format that compresses with loss ({image.format}): pixels at the edges of objects get ids "
+            "that were never drawn. Save the mask as a grey or palette PNG where it was drawn; a copy of this file "
+            "keeps the wrong ids."
+        )
+    return _checked(ids, path, size)
 
 
 def _checked(ids: np.ndarray, path: Path, size: tuple[int, int]) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -67,14 +67,16 @@ class _Chunk:
     frames: list[np.ndarray]
     labels: list[np.ndarray | None]
     before: Progress
+    save: bool | None = None  # the run's standing before this chunk; None: when it is due
 
 
 def track_video(job: TrackJob) -> Throughput:
     """Write the masks of all frames that are not done; return how many, and the seconds with decoding and writing.
 
     What the folder keeps of the run's standing is written before the first frame, every `save_every` frames, and
-    where the input ends, also too early: always at the end of a whole batch, so that a run that goes on there sees the
-    same batches, and gives the same masks. Another `batch_size` is warned of.
+    where the input ends: always at the end of a whole batch, so that a run that goes on there sees the same batches,
+    and gives the same masks. Where the input ends too early the last frames may be damaged: the standing is then one
+    batch or more before the end. Another `batch_size` is warned of.
 
     Raises:
         UserError: input or labels are not those of the run that is gone on with, masks that it has written are lost, a
@@ -87,7 +89,7 @@ def track_video(job: TrackJob) -> Throughput:
 
     def infer(chunk: _Chunk) -> tuple[_Chunk, dict[str, Tensor] | None, list[np.ndarray]]:
         nonlocal saved
-        due = chunk.before.done - saved >= job.save_every or len(chunk.frames) < job.batch_size
+        due = chunk.before.done - saved >= job.save_every if chunk.save is None else chunk.save
         state = job.tracker.state() if due else None
         saved = chunk.before.done if due else saved
         return chunk, state, job.tracker.track(chunk.frames, chunk.labels) if chunk.frames else []
@@ -116,7 +118,7 @@ def track_video(job: TrackJob) -> Throughput:
 
 
 class _Reader:
-    """The chunks that are not done; the last is shorter than a batch, and perhaps empty."""
+    """The chunks that are not done, read one ahead; the last is shorter than a batch, and perhaps empty."""
 
     def __init__(self, job: TrackJob) -> None:
         self._job = job
@@ -130,11 +132,13 @@ class _Reader:
     def __iter__(self) -> Iterator[_Chunk]:
         frames = iter(self._job.frames)
         self._skip(frames)
-        while True:
-            chunk = self._chunk(frames)
-            yield chunk
-            if len(chunk.frames) < self._job.batch_size:
-                return
+        chunk = self._chunk(frames)
+        while len(chunk.frames) == self._job.batch_size:
+            after = self._chunk(frames)
+            # what came just before a failure may be damaged, and shall be read again
+            yield chunk if self._failure is None else replace(chunk, save=True)
+            chunk = after
+        yield replace(chunk, save=self._failure is None)
 
     def check_end(self) -> None:
         """Raise what ended the input too early, or refuse masks whose frames never came."""
@@ -176,20 +180,26 @@ class _Reader:
             if frame is None:
                 raise UserError(
                     f"{self._job.frames.path} has {count_of(seen, 'frame')}, and the run in {self._job.folder} has "
-                    f"tracked {start.done}. Give the input that it had, or begin anew without mode.restart."
+                    f"tracked {start.done}. {self._remedy()}"
                 )
             self._note(seen, frame, self._job.labels.read(seen))
             seen += 1
         for what, now, then in (
             (f"input={self._job.frames.path}", self.progress().frames, start.frames if start else ""),
-            ("labels", self.progress().labels, start.labels if start else ""),
+            (f"labels={self._job.labels.source or 'null'}", self.progress().labels, start.labels if start else ""),
         ):
             if start and now != then:
                 raise UserError(
                     f"mode.restart={self._job.folder}: {what} differs from what that run has seen in its first "
-                    f"{count_of(start.done, 'frame')}. Give what it had, or begin anew without mode.restart."
+                    f"{count_of(start.done, 'frame')}. {self._remedy()}"
                 )
         check_masks(self._job.folder, map(self._job.frames.frame_name, range(seen)))
+
+    def _remedy(self) -> str:
+        return (
+            f"Give what it had, unchanged (its command line is in {self._job.folder / 'config' / 'overrides.txt'}), or "
+            "begin anew without mode.restart."
+        )
 
     def _note(self, position: int, frame: np.ndarray, mask: np.ndarray | None) -> None:
         self._frames.update(f"{self._job.frames.frame_name(position)} {frame.shape}".encode(errors="surrogateescape"))

@@ -95,7 +95,7 @@ def read_standing(folder: Path) -> Standing:
 
 
 def check_same_settings(folder: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse to go on with another tracker than a run was begun with.
+    """Refuse to go on with other settings than a run was begun with.
 
     Raises:
         UserError: naming each setting that differs.
@@ -108,7 +108,7 @@ def check_same_settings(folder: Path, then: Mapping[str, Any], now: Mapping[str,
     ]
     if differing:
         raise UserError(
-            f"mode.restart={folder}: another tracker than that run's: {'; '.join(differing)}. Give what it had (its "
+            f"mode.restart={folder}: other settings than that run's: {'; '.join(differing)}. Give what it had (its "
             f"command line is in {folder / 'config' / 'overrides.txt'}), or begin anew without mode.restart."
         )
 

@@ -20,7 +20,7 @@ from dinoseg.inference.tracker import VideoTracker
 from dinoseg.inference.video_masks import write_masks
 from dinoseg.metrics.protocols.contract import ScoreProtocol
 from dinoseg.modes.unread import warn_unread
-from dinoseg.modes.video_restart import RECORD, digest_of, earlier_run, keep_digest, record_of, take_over
+from dinoseg.modes.video_restart import RECORD, digest_of, earlier_run, keep_digest, record_of, take_over, tell_taken
 from dinoseg.modes.video_scores import score_masks
 from dinoseg.nodes import instantiate
 from dinoseg.report.table import write_json
@@ -96,7 +96,8 @@ def follow_slots(cfg: DictConfig, trained: Trained, out_dir: Path, options: Opti
     """Track objects by the slots of a trained model, with or without their first masks, and score their masks.
 
     Raises:
-        UserError: its slots are more than the protocol takes, or see `evaluate_videos`.
+        UserError: its slots are more than the protocol takes, they need masks that are not given, or see
+            `evaluate_videos`.
     """
     supervision = chosen_supervision(cfg, options.supervision)
     limit = getattr(protocol_of(cfg, supervision), "max_proposals", None)
@@ -108,6 +109,11 @@ def follow_slots(cfg: DictConfig, trained: Trained, out_dir: Path, options: Opti
             f"which is not official, by data.tracking.protocols.none.max_proposals={slots}."
         )
     engine, choice = trained.engine, instantiate(cfg.slots)
+    if choice.lock_on and supervision == "none":
+        raise UserError(
+            "slots.lock_on=true makes slots for the objects of first frames' masks, and mode.supervision=none gives "
+            "none. Give mode.supervision=first_frame, or slots=free."
+        )
     if engine.is_main:
         warn_unread(out_dir, ("tracker",), "Slots are followed as slots=... says.")
 
@@ -169,6 +175,7 @@ def evaluate_videos(
     problems = [each.problem for each in followed if each.problem is not None]
     result: dict[str, Any] = {"videos": len(videos) - len(problems)}
     if engine.is_main:
+        tell_taken(options.restart, [each.taken for each in followed if each.taken is not None])
         print(f"masks:        {job.folder}/<video>/<frame>.png, indexed, with the palette of DAVIS")
         print(f"blends:       {job.blends or 'none'}")
         scored_by = protocol if options.official else None
@@ -206,6 +213,7 @@ class _Followed:
 
     frames: int  # tracked, none of those taken over
     problem: tuple[Path, str] | None = None  # where it was left out
+    taken: str | None = None  # its name, if its masks were taken over
 
 
 @dataclass(frozen=True)
@@ -227,7 +235,7 @@ class _Job:
         written = None if self.written is None else self.written.get(video.name, ())
         digest = digest_of(video, self.given)
         if self._taken(video, written, digest):
-            return _Followed(0)
+            return _Followed(0, taken=video.name)
         try:
             write_masks(
                 video,

@@ -139,7 +139,13 @@ def _tracker(cfg: Any, batch_size: int, smoothing: float | None, labels: str | N
     if hasattr(trained.model.head, "step"):
         if smoothing is not None:
             raise UserError(_NO_SMOOTHING.format(smoothing))
-        return SlotTracker(trained.model, instantiate(cfg.slots), **options), Look()
+        settings = instantiate(cfg.slots)
+        if settings.lock_on and labels is None:
+            raise UserError(
+                "slots.lock_on=true makes slots for the objects of the first frame's mask, and none is given. Give "
+                "labels=MASK, or slots=free, with which the model finds segments by itself."
+            )
+        return SlotTracker(trained.model, settings, **options), Look()
     if labels is not None:
         raise UserError(
             f"labels={labels}: a trained segmenter finds its classes by itself. Leave labels out; or leave "

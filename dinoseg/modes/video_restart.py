@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from dinoseg.data.clip_videos import Video
 from dinoseg.data.stamps import stamp
 from dinoseg.errors import UserError
 from dinoseg.inference.results import whole_folder
+from dinoseg.inference.track_state import check_same_settings
 from dinoseg.report.table import write_text
-from dinoseg.wording import listed
+from dinoseg.wording import count_of, listed
 
 RECORD = "tracking.json"  # in a run folder: what its masks depend on
 DIGESTS = "tracked"  # in a run folder: <video>.txt for each whole video, of the files that its masks were made from
@@ -49,19 +50,21 @@ def earlier_run(restart: str | None, record: Mapping[str, Any]) -> Path | None:
         return None
     folder = Path(restart).expanduser()
     try:
-        before = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        before = _flat(json.loads((folder / RECORD).read_text(encoding="utf-8")))
+    except (OSError, ValueError, AttributeError, TypeError, KeyError):
         raise UserError(
             f"mode.restart={restart} holds no readable {RECORD}: it is no run folder of mode=eval on videos. Give "
             "that of the evaluation to go on with, or leave mode.restart out."
         ) from None
-    others = [key for key, value in record.items() if not isinstance(before, dict) or before.get(key) != value]
-    if others:
-        raise UserError(
-            f"mode.restart={restart}: its masks were made with other settings than these ({listed(others)} in its "
-            f"{RECORD}). Give the same ones, or leave mode.restart out."
-        )
+    check_same_settings(folder, before, _flat(record))
     return folder
+
+
+def tell_taken(restart: str | None, videos: Sequence[str]) -> None:
+    """Log which videos' masks were taken over from the run folder `mode.restart`, if it is set."""
+    if restart is not None:
+        names = f": {listed(sorted(videos))}" if videos else ""
+        logger.info("mode.restart=%s: %s taken over%s", restart, count_of(videos, "video"), names)
 
 
 def digest_of(video: Video, given: str) -> str:
@@ -111,6 +114,11 @@ def take_over(
             shutil.copytree(old, part, dirs_exist_ok=True)
     keep_digest(out_dir, video, digest)
     return True
+
+
+def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record with its tracker's settings, which have groups of their own, beside the rest."""
+    return {key: value for key, value in record.items() if key != "tracker"} | record["tracker"]
 
 
 def _same_digest(earlier: Path, video: str, digest: str) -> bool:

@@ -135,6 +135,26 @@ def test_masks_of_no_use(folder, tmp_path, pixels, message):
         find_labels(str(path), open_frames(str(folder))).read(0)
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "kind"),
+    [
+        ("m.jpg", {"quality": 95}, "JPEG"),
+        ("m.png", {"format": "JPEG"}, "JPEG"),  # what it holds counts
+        ("m.webp", {}, "WEBP"),
+        ("m.tif", {"compression": "jpeg"}, "TIFF"),
+    ],
+)
+def test_masks_compressed_with_loss_are_refused(folder, tmp_path, name, options, kind):
+    Image.fromarray(ids(9)).save(tmp_path / name, **options)
+    with pytest.raises(
+        UserError, match=rf"{name} is of a format that compresses with loss \({kind}\).*grey or palette PNG"
+    ):
+        find_labels(str(tmp_path / name), open_frames(str(folder))).read(0)
+    for packed in ({"compression": "tiff_lzw"}, {}):
+        Image.fromarray(ids(9)).save(tmp_path / "kept.tif", **packed)
+        assert np.array_equal(find_labels(str(tmp_path / "kept.tif"), open_frames(str(folder))).read(0), ids(9))
+
+
 def test_a_broken_mask_is_named(folder, tmp_path):
     (tmp_path / "m.png").write_bytes(b"\x89PNG no")
     with pytest.raises(UserError, match=r"Cannot read .*m\.png as a picture"):

@@ -1,6 +1,8 @@
 import hashlib
 import os
 import shutil
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import cv2
@@ -209,9 +211,53 @@ def test_a_video_that_ends_early_is_gone_on_with_when_mended(clip):
         run(clip, clip / "cut", "v.avi", save_every=100)
     count = len(masks(clip / "cut"))
     assert f"{count} of 23 frames" in str(error.value) and f"{count} masks so far" in str(error.value)
-    assert read_standing(clip / "cut").progress.done == count - count % 4 >= 8
+    assert read_standing(clip / "cut").progress.done == count - count % 4 - 4 >= 4
     (clip / "v.avi").write_bytes(whole)
-    assert run(clip, clip / "cut", "v.avi", restart=True).items == 23 - (count - count % 4)
+    assert run(clip, clip / "cut", "v.avi", restart=True).items == 23 - (count - count % 4 - 4)
+    assert masks(clip / "cut") == masks(clip / "whole")
+
+
+class CutShort:
+    """The frames of a folder up to one, the last of them damaged, as a decoder gives them of a video cut inside it."""
+
+    def __init__(self, frames, count):
+        self.frames, self.end = frames, count
+
+    def __getattr__(self, name):
+        return getattr(self.frames, name)
+
+    def __iter__(self):
+        for number, frame in zip(range(self.end), self.frames, strict=False):
+            yield frame if number < self.end - 1 else frame // 2
+        raise UserError(f"in ends early: {self.end} of 23 frames read.")
+
+
+@pytest.mark.parametrize("save_every", [1, 100])
+@pytest.mark.parametrize(
+    ("batch", "count", "done"), [(4, 12, 8), (4, 13, 8), (4, 15, 8), (4, 4, 0), (4, 3, 0), (1, 9, 8), (3, 12, 9)]
+)
+def test_the_last_frames_before_an_early_end_are_tracked_anew(clip, monkeypatch, batch, count, done, save_every):
+    run(clip, clip / "whole", batch_size=batch)
+    frames = CutShort(open_frames(str(clip / "in")), count)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules[__name__], "open_frames", lambda _: nullcontext(frames))
+        with pytest.raises(UserError, match=rf"ends early.* {count} masks so far are in"):
+            run(clip, clip / "cut", batch_size=batch, save_every=save_every)
+    assert len(masks(clip / "cut")) == count and read_standing(clip / "cut").progress.done == done
+    assert run(clip, clip / "cut", restart=True, batch_size=batch).items == 23 - done
+    assert masks(clip / "cut") == masks(clip / "whole")
+
+
+def test_a_run_that_goes_on_with_too_short_an_input_once_more_keeps_where_it_stands(clip, monkeypatch):
+    run(clip, clip / "whole")
+    for restart, count in ((False, 12), (True, 12), (True, 10), (True, 16)):
+        with monkeypatch.context() as patch:
+            frames = CutShort(open_frames(str(clip / "in")), count)
+            patch.setattr(sys.modules[__name__], "open_frames", lambda _, frames=frames: nullcontext(frames))
+            with pytest.raises(UserError, match=rf"ends early: {count}"):
+                run(clip, clip / "cut", restart=restart, save_every=1)
+        assert read_standing(clip / "cut").progress.done == (12 if count == 16 else 8)
+    run(clip, clip / "cut", restart=True)
     assert masks(clip / "cut") == masks(clip / "whole")
 
 
@@ -235,14 +281,17 @@ def test_a_broken_frame_and_a_broken_mask_stop_at_their_place(clip):
     [
         (
             lambda clip: Image.fromarray(pixels(99)).save(clip / "in/3.png"),
-            r"input=.*in differs from what that run has",
+            r"input=.*in differs from what that run has .*Give what it had, unchanged .*cut/config/overrides\.txt",
         ),
         (lambda clip: (clip / "in/3.png").rename(clip / "in/3a.png"), r"input=.*in differs"),
-        (lambda clip: Image.fromarray(given(4)).save(clip / "labels/0.png"), r"labels differs from .* first 16 frames"),
-        (lambda clip: shutil.copy(clip / "labels/0.png", clip / "labels/2.png"), "labels differs"),
+        (
+            lambda clip: Image.fromarray(given(4)).save(clip / "labels/0.png"),
+            r"labels=.*/labels differs from .* first 16 frames",
+        ),
+        (lambda clip: shutil.copy(clip / "labels/0.png", clip / "labels/2.png"), "labels=.*/labels differs"),
         (
             lambda clip: [(clip / f"in/{number}.png").unlink() for number in range(11, 23)],
-            "has 11 frames, and the run in",
+            r"has 11 frames, and the run in .*overrides\.txt",
         ),
     ],
 )

@@ -299,7 +299,8 @@ def test_ranks_share_the_videos(track, tmp_path):
     assert [path.name for path in (second.folder / "masks").iterdir()] == ["ape"] and second.scores is None
 
 
-def test_a_stopped_evaluation_goes_on(track, tmp_path, monkeypatch):
+def test_a_stopped_evaluation_goes_on(track, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
     root = write_davis(tmp_path / "DAVIS", SEQUENCES)
     whole = track("copy", "davis2017", root)
     written = []
@@ -318,14 +319,21 @@ def test_a_stopped_evaluation_goes_on(track, tmp_path, monkeypatch):
     assert [path.name for path in stopped.rglob("*") if path.parent.name == "masks"] == ["bear"]  # whole or not at all
     on = track("copy", "davis2017", root, restart=str(stopped))
     assert len(on.log) == 8 and on.scores == whole.scores  # ape and cow
+    assert f"mode.restart={stopped}: 1 video taken over: bear" in caplog.text
     files = [sorted(path.relative_to(run.folder) for path in run.folder.rglob("*.*")) for run in (on, whole)]
     assert files[0] == files[1]
     (stopped / "masks/bear/00001.png").unlink()
     assert len(track("copy", "davis2017", root, restart=str(stopped)).log) == 13
-    with pytest.raises(UserError, match=r"other settings than these \(tracker in its tracking.json\)"):
+    with pytest.raises(UserError, match=r"other settings than that run's: kind was copy and is perfect\. Give"):
         track("perfect", "davis2017", root, restart=str(stopped))
     with pytest.raises(UserError, match="holds no readable tracking.json"):
         track("copy", "davis2017", root, restart=str(root))
+    again = track("copy", "davis2017", root, restart=str(on.folder))
+    assert not again.log and f"mode.restart={on.folder}: 3 videos taken over: ape, bear, cow" in caplog.text
+    for torn in ("[]", '{"tracker": 1}', "{}"):
+        (stopped / "tracking.json").write_text(torn)
+        with pytest.raises(UserError, match="holds no readable tracking.json"):
+            track("copy", "davis2017", root, restart=str(stopped))
 
 
 def test_ctrl_c_names_the_folder_to_go_on_from(track, tmp_path, caplog):
@@ -397,7 +405,7 @@ def test_another_folder_of_the_same_name_is_other_data(track, tmp_path, monkeypa
     recorded = json.loads((first.folder / "tracking.json").read_text())
     assert recorded["data"]["layout"]["root"] == str(tmp_path / "a/DAVIS")
     monkeypatch.chdir(tmp_path / "b")
-    with pytest.raises(UserError, match=r"other settings than these \(data in its tracking.json\)"):
+    with pytest.raises(UserError, match=r"data.layout.root was .*/a/DAVIS and is .*/b/DAVIS\. Give"):
         track("copy", "davis2017", "DAVIS", restart=str(first.folder))
     assert not track("copy", "davis2017", "../a/DAVIS", restart=str(first.folder)).log  # the same, typed in another way
 
@@ -505,6 +513,14 @@ def test_more_slots_than_proposals_are_refused_before_tracking(compose, tmp_path
         follow_slots(cfg, trained, tmp_path, Options(supervision="none"))
 
 
+def test_slots_made_for_masks_that_are_not_given_are_refused_before_tracking(compose, tmp_path):
+    cfg = compose("data=davis2017", f"data.root={tmp_path}", "slots=lock_on")
+    trained = SimpleNamespace(model=SimpleNamespace(head=SimpleNamespace(num_slots=5)), engine=None)
+    told = r"slots.lock_on=true .*mode.supervision=none gives none\. Give mode.supervision=first_frame, or slots=free"
+    with pytest.raises(UserError, match=told):
+        follow_slots(cfg, trained, tmp_path, Options(supervision="none"))
+
+
 @pytest.mark.parametrize(
     ("data", "supervision", "protocol", "ids"),
     [
@@ -571,3 +587,6 @@ def test_propagation_from_the_command_line(tmp_path):
     assert recorded["tracker"]["kind"] == "propagation" and recorded["given"] == "first"
     on = call(tmp_path, "mode=eval", *words, "mode.restart=run", "hydra.run.dir=on")
     assert on.status == 0 and json.loads((tmp_path / "on/scores.json").read_text()) == ours, on.err
+    assert "mode.restart=run: 3 videos taken over: ape, bear, cow" in on.err
+    other = call(tmp_path, "mode=eval", *words, "tracker.radius=6", "mode.restart=run", "hydra.run.dir=other")
+    assert other.status == 1 and "settings than that run's: tracker.radius was 12 and is 6. Give" in other.err

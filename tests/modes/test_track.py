@@ -174,7 +174,7 @@ def test_a_stop_in_the_report_is_gone_on_with_too(track, monkeypatch):
         (["backbone.patch_size=6"], r"backbone\.patch_size was 4 and is 6"),
         (["engine.precision=bf16"], "precision was float32 and is bfloat16"),
         (["labels=masks/00001.png"], "is named as frame 1"),
-        (["labels=other.png"], "labels differs from what that run has seen"),
+        (["labels=other.png"], r"labels=other\.png differs from what that run has seen"),
         (["input=masks"], "input=masks differs from what that run has seen"),
     ],
 )

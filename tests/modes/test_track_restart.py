@@ -106,6 +106,7 @@ def test_a_standing_that_cannot_be_one_is_refused(trained, way):
     [
         ("segmenter", ("labels=first.png",), "labels=first.png: a trained segmenter finds its classes by itself"),
         ("slots", ("mode.smoothing=0.5",), "mode.smoothing=0.5 is for the classes of a trained segmenter"),
+        ("slots", ("labels=null",), "and none is given. Give labels=MASK, or slots=free"),
         ("backbone", ("mode.smoothing=0",), "mode.smoothing=0 is for the classes of a trained segmenter"),
     ],
 )
