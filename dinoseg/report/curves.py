@@ -13,8 +13,10 @@ from matplotlib.ticker import MaxNLocator
 
 from dinoseg.images import write_png
 
-_BLUE, _VERMILION, _GREEN = "#0072B2", "#D55E00", "#009E73"  # told apart by colour-blind readers too
+_BLUE, _VERMILION = "#0072B2", "#D55E00"  # told apart by colour-blind readers too, as those below
+_OTHERS = ("#009E73", "#CC79A7")  # of curves with a name of their own
 _STYLES = {"train": (_BLUE, "training"), "val": (_VERMILION, "validation")}
+_JUDGED = ("val/miou", "val/fg_ari")  # whose best value is marked
 _MANY = 40  # points from which a noisy training curve is shown as a mean over a pale line
 
 
@@ -53,7 +55,11 @@ def _picture(
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    drawn = [_draw(axes, _points(rows, key), key, label, best=share) for key, label in keys.items()]
+    others = iter(_OTHERS)
+    drawn = []
+    for key, label in keys.items():
+        style = _STYLES[key.split("/")[0]] if label is None else (next(others), label)
+        drawn.append(_draw(axes, _points(rows, key), style, best=share and key in _JUDGED))
     axes.set_title(title, loc="left", fontsize=13)
     if any(drawn):
         if np.ptp(axes.dataLim.intervalx) == 0:  # one step only
@@ -74,12 +80,10 @@ def _points(rows: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
     return np.array(points, dtype=np.float64).reshape(-1, 2)
 
 
-def _draw(axes: Axes, points: np.ndarray, key: str, label: str | None, *, best: bool) -> bool:
+def _draw(axes: Axes, points: np.ndarray, style: tuple[str, str], *, best: bool) -> bool:
     if len(points) == 0:
         return False
-    colour, name = _STYLES[key.split("/")[0]]
-    if label is not None:
-        colour, name = _GREEN, label
+    colour, name = style
     steps, values = points.T
     few = len(points) <= _MANY
     axes.plot(
@@ -94,7 +98,7 @@ def _draw(axes: Axes, points: np.ndarray, key: str, label: str | None, *, best: 
     )
     if not few:
         axes.plot(*_running_mean(points).T, color=colour, linewidth=1.8, label=f"{name} (running mean)")
-    if best and key == "val/miou":
+    if best:
         _mark_best(axes, points)
     return True
 
