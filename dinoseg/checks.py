@@ -56,7 +56,7 @@ def guard(node: Mapping[str, Any], where: str = "config") -> None:
                 f"{where}: cache_dir={place} is refused. A config from a checkpoint may not say where files are "
                 "written: only cache_dir of your own command line does."
             )
-    for place in _values_of("folder", plain.get("data", {}).get("tracking")):
+    for place in (folder for node in _values_of("tracking", plain) for folder in _values_of("folder", node)):
         if not isinstance(place, str) or not re.fullmatch(r"\w+(/\w+)*", place):
             raise UserError(
                 f"{where}: data.tracking.folder={place} is refused. A config from a checkpoint may only name folders "

@@ -87,7 +87,7 @@ def test_what_a_trained_model_cannot_use_is_refused(trained):
         (("resume=segmenter", "labels=first.png"), "labels"),
         (("resume=segmenter", "mode.smoothing=1.5"), "mode.smoothing=1.5: give a share from 0"),
         (("resume=slots", "slots.temperature=0"), "slots.temperature=0"),
-        (("resume=slots", "slots=lock_on"), "slots.lock_on=true shows slots what the mask of the first frame says"),
+        (("resume=slots", "slots=lock_on"), "slots.lock_on=true makes slots for the objects of the first frame"),
     ):
         done = call(trained, "mode=track", "input=clip", "engine=cpu", *more)
         assert done.status == 1 and message in done.err and "Traceback" not in done.err, done.err
