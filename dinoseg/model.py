@@ -1,5 +1,7 @@
 """The segmenter: a backbone and a head, what of them is trained, and how an image enters."""
 
+import hashlib
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -9,6 +11,8 @@ from torch import Tensor, nn
 from dinoseg.errors import UserError
 from dinoseg.geometry import valid_share
 from dinoseg.shapes import Prediction
+
+_SAMPLES = 1024  # values of a tensor that its fingerprint reads
 
 
 class Segmenter(nn.Module):
@@ -95,6 +99,17 @@ def trained_names(model: nn.Module) -> set[str]:
         if getattr(getattr(model, part, None), "weights", None) in (None, "random"):
             names |= {name for name in state if name.startswith(f"{part}.")}
     return names - quantised_names(model)
+
+
+def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Return a hash of tensors: their names, shapes and sampled values, in the order given."""
+    digest = hashlib.sha256()
+    for name, value in tensors:
+        flat = value.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // _SAMPLES)].float().cpu()
+        digest.update(f"{name} {tuple(value.shape)}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def quantised_names(model: nn.Module) -> set[str]:

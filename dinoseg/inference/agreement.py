@@ -39,11 +39,16 @@ def between(
     The features (T, C, h, w) cover the frames exactly. Pixels that are ignored in a mask are propagated as if they were
     a class, and ignored where they come to lie.
     """
-    forward = _propagated(features, first, settings)
-    backward = _propagated(features.flip(0), last, settings)
+    size = (first.shape[0], first.shape[1])
+    ways = []
+    for seen, mask in ((features, first), (features.flip(0), last)):
+        ids, channels = np.unique(mask, return_inverse=True)
+        ways.append((ids, _propagated(seen, channels.reshape(size).astype(np.uint8), settings)))
     for number in range(1, len(features) - 1):
-        there = _decided(forward, number, first, settings, patch_size)
-        back = _decided(backward, len(features) - 1 - number, last, settings, patch_size)
+        there, back = (
+            ids[to_mask(soft[place], size, settings, patch_size=patch_size).cpu().numpy()]
+            for place, (ids, soft) in zip((number, len(features) - 1 - number), ways, strict=True)
+        )
         yield agree(there, back, ignore_index)
 
 
@@ -56,15 +61,7 @@ def agree(one: np.ndarray, other: np.ndarray, ignore_index: int = 255) -> Agreed
     return Agreed(mask, float((same & found).sum() / found.sum()) if found.any() else 1.0)
 
 
-def _propagated(features: Tensor, mask: np.ndarray, settings: Settings) -> Tensor:
-    """Return the soft labels (T, L, h, w) that come from the mask of frame 0, a channel for each of its ids."""
-    channels = np.searchsorted(np.unique(mask), mask).astype(np.uint8)
-    grid = (features.shape[2], features.shape[3])
-    labels = first_labels(torch.from_numpy(channels), grid, settings)
+def _propagated(features: Tensor, channels: np.ndarray, settings: Settings) -> Tensor:
+    """Return the soft labels (T, L, h, w) that come from frame 0's channels (H, W), numbered from 0."""
+    labels = first_labels(torch.from_numpy(channels), (features.shape[2], features.shape[3]), settings)
     return propagate(features, labels.to(features.device), settings=settings)
-
-
-def _decided(soft: Tensor, number: int, mask: np.ndarray, settings: Settings, patch_size: int) -> np.ndarray:
-    size = (mask.shape[0], mask.shape[1])
-    channels = to_mask(soft[number], size, settings, patch_size=patch_size)
-    return np.unique(mask)[channels.cpu().numpy()]

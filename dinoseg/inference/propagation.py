@@ -1,10 +1,10 @@
 """Objects followed through a video by what a frozen backbone sees: label propagation from frames to masks."""
 
-import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,10 +18,10 @@ from dinoseg.inference.frame_size import one_size
 from dinoseg.inference.tracking import Propagator
 from dinoseg.inference.tracking_masks import first_labels, to_mask
 from dinoseg.inference.tracking_settings import DINOV3, Settings
+from dinoseg.model import Segmenter, fingerprint
 from dinoseg.wording import listed
 
 logger = logging.getLogger(__name__)
-_SAMPLES = 1024  # values of a tensor that its fingerprint reads
 
 
 class PropagationTracker:
@@ -56,15 +56,19 @@ class PropagationTracker:
         self._ids = [0]  # the mask's id of each channel
         self._size: tuple[int, int] | None = None  # of frames
         self._seen = 0
-        self.settings: Mapping[str, Any] = {
+
+    @cached_property
+    def settings(self) -> Mapping[str, Any]:
+        """What the masks depend on beside frames and labels."""
+        return {
             "kind": "propagation",
-            "tracker": asdict(settings),
+            "tracker": asdict(self._protocol),
             "backbone": {
-                "weights": fingerprint(backbone),
+                "weights": weights_of(self._backbone),
                 "patch_size": self._backbone.patch_size,
-                "layers": list(getattr(backbone, "layers", [])),
+                "layers": list(getattr(self._backbone, "layers", [])),
             },
-            "precision": precision_of(autocast, self._device),
+            "precision": precision_of(self._autocast, self._device),
         }
 
     @torch.no_grad()
@@ -134,12 +138,11 @@ class PropagationTracker:
         return labels.to(self._device)
 
 
-def fingerprint(module: nn.Module) -> str:
-    """Return a hash of a module's parameters and buffers: names, shapes and sampled values."""
-    digest = hashlib.sha256()
-    for name, value in (*module.named_parameters(), *module.named_buffers()):
-        flat = value.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // _SAMPLES)].float().cpu()
-        digest.update(f"{name} {tuple(value.shape)}".encode())
-        digest.update(sample.numpy().tobytes())
-    return digest.hexdigest()[:16]
+def weights_of(module: nn.Module) -> str:
+    """Return the fingerprint of a module's parameters and buffers."""
+    return fingerprint((*module.named_parameters(), *module.named_buffers()))
+
+
+def model_settings(model: Segmenter) -> dict[str, Any]:
+    """Return what a segmenter's outputs depend on beside the pixels, in plain values."""
+    return {"weights": weights_of(model), "scale": model.scale, "longest": model.longest}

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from dinoseg.geometry import valid_share
 from dinoseg.heads.slots.background import background_mask
 from dinoseg.inference.frame_features import Autocast, precision_of
 from dinoseg.inference.frame_size import one_size
-from dinoseg.inference.propagation import fingerprint
+from dinoseg.inference.propagation import model_settings
 from dinoseg.inference.slot_following import Followed, Follower, Frame
 from dinoseg.inference.slot_matching import Path, winners
 from dinoseg.inference.slot_settings import SlotTracking
@@ -68,11 +69,15 @@ class SlotTracker:
         self._follower = Follower(model.head, settings, autocast)
         self._followed: Followed | None = None
         self._size = (0, 0)  # (H, W) of the frames, once there is one
-        self.settings: Mapping[str, Any] = {
+
+    @cached_property
+    def settings(self) -> Mapping[str, Any]:
+        """What the masks depend on beside frames and labels."""
+        return {
             "kind": "slots",
-            "slots": asdict(settings),
-            "model": {"weights": fingerprint(model), "scale": model.scale, "longest": model.longest},
-            "precision": precision_of(autocast, self._device),
+            "slots": asdict(self._chosen),
+            "model": model_settings(self._model),
+            "precision": precision_of(self._autocast, self._device),
         }
 
     def track(self, frames: Sequence[np.ndarray], labels: Sequence[np.ndarray | None]) -> list[np.ndarray]:

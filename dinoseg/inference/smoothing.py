@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from dinoseg.errors import UserError
 from dinoseg.geometry import upsample
 from dinoseg.inference.frame_features import Autocast, precision_of
 from dinoseg.inference.frame_size import one_size
-from dinoseg.inference.propagation import fingerprint
+from dinoseg.inference.propagation import model_settings
 from dinoseg.inference.tracking import Propagator
 from dinoseg.inference.tracking_settings import DINOV3, OF_PIXELS, Settings
 from dinoseg.model import Segmenter, backbone_size
@@ -99,12 +100,17 @@ class SmoothingTracker:
         self._last: np.ndarray | None = None  # (2, H, W): the segmenter's own mask, and the smoothed one
         self._changed = np.zeros(2, np.int64)  # pixels, of the one and of the other
         self._compared = 0
-        self.settings: Mapping[str, Any] = {
+
+    @cached_property
+    def settings(self) -> Mapping[str, Any]:
+        """What the masks depend on beside frames and labels."""
+        chosen = asdict(self._propagator.settings)
+        return {
             "kind": "smoothing",
-            "smoothing": smoothing,
-            "tracker": {key: value for key, value in asdict(settings).items() if key not in OF_PIXELS},
-            "model": {"weights": fingerprint(model), "scale": model.scale, "longest": model.longest},
-            "precision": precision_of(autocast, self._device),
+            "smoothing": self._share,
+            "tracker": {key: value for key, value in chosen.items() if key not in OF_PIXELS},
+            "model": model_settings(self._model),
+            "precision": precision_of(self._autocast, self._device),
         }
 
     def track(self, frames: Sequence[np.ndarray], labels: Sequence[np.ndarray | None]) -> list[np.ndarray]:

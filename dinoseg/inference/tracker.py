@@ -8,13 +8,16 @@ from torch import Tensor
 
 
 class VideoTracker(Protocol):
-    """One video's tracker: frames in order in, a mask for each out.
+    """One video's tracker: frames in order in, a mask for each out."""
 
-    `settings` says in plain values (for JSON) what its masks depend on beside frames and labels: a run is only gone on
-    with where they are equal.
-    """
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Return in plain values (for JSON) what its masks depend on beside frames and labels.
 
-    settings: Mapping[str, Any]
+        A run is only gone on with where they are equal. All weights are read for it, so it is made when asked for: not
+        every video's tracker is.
+        """
+        ...
 
     def track(self, frames: Sequence[np.ndarray], labels: Sequence[np.ndarray | None]) -> list[np.ndarray]:
         """Return the masks (H, W) uint8 of the next frames (H, W, 3) uint8 RGB, all of one size.

@@ -23,7 +23,7 @@ from dinoseg.errors import DISK_FULL, UserError
 from dinoseg.images import read_image, write_png
 from dinoseg.inference.agreement import between
 from dinoseg.inference.frame_features import Autocast, last_maps, precision_of
-from dinoseg.inference.propagation import fingerprint
+from dinoseg.inference.propagation import weights_of
 from dinoseg.inference.results import whole_folder
 from dinoseg.inference.tracking_settings import Settings
 from dinoseg.nodes import instantiate
@@ -53,7 +53,7 @@ class Propagation:
         labels = Labels.of(cfg.data.classes, cfg.data.palette, cfg.data.ignore_index)
         made_by = {
             "backbone": plain(cfg.backbone, resolve=True),
-            "weights": fingerprint(backbone),
+            "weights": weights_of(backbone),
             "tracker": asdict(settings),
             "precision": precision_of(engine.autocast, engine.device),
             "min_agreement": cfg.data.prepare.min_agreement,

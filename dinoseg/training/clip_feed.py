@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dinoseg.data.clip_videos import VOID
 from dinoseg.data.clip_view import ClipView
@@ -111,7 +111,7 @@ class ClipFeed:
         frames = clip["frames"][::apart][:length]
         if len(frames) < length:
             return None
-        seen = self.view(frames.permute(0, 2, 3, 1).contiguous().numpy())
+        seen = self.view(_channels_last(frames))
         batch = ClipBatch.stack([(torch.from_numpy(seen).permute(0, 3, 1, 2), clip["name"])]).to(engine.device)
         with engine.autocast():
             prediction = model(batch.image)
@@ -120,8 +120,8 @@ class ClipFeed:
     def segments_of(self, model: Segmenter, clip: Clip, engine: Engine) -> list[np.ndarray]:
         """Return the segments (H, W) uint8 of each frame of a clip, counted from 1."""
         tracker = SlotTracker(model, self.following, autocast=engine.autocast, batch_size=engine.eval_batch_size)
-        frames = list(clip["frames"].permute(0, 2, 3, 1).contiguous().numpy())
-        return tracker.track(frames, [None] * len(frames))
+        frames = _channels_last(clip["frames"])
+        return tracker.track(list(frames), [None] * len(frames))
 
 
 def _scores(clip: Clip, segments: Sequence[np.ndarray]) -> tuple[float | None, ...]:
@@ -133,6 +133,10 @@ def _scores(clip: Clip, segments: Sequence[np.ndarray]) -> tuple[float | None, .
 
 
 def _picture(clip: Clip, segments: Sequence[np.ndarray]) -> np.ndarray:
-    frames = clip["frames"].permute(0, 2, 3, 1).contiguous().numpy()
     known = bool(clip["annotated"].any())
-    return clip_strip(list(frames), segments, list(clip["masks"].numpy()) if known else None)
+    return clip_strip(list(_channels_last(clip["frames"])), segments, list(clip["masks"].numpy()) if known else None)
+
+
+def _channels_last(frames: Tensor) -> np.ndarray:
+    """Return frames (T, 3, H, W) as (T, H, W, 3)."""
+    return frames.permute(0, 2, 3, 1).contiguous().numpy()

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 from dinoseg.errors import UserError
-from dinoseg.inference.propagation import PropagationTracker, fingerprint
+from dinoseg.inference.propagation import PropagationTracker, weights_of
 from dinoseg.inference.tracking import propagate
 from dinoseg.inference.tracking_masks import first_labels, to_mask
 from dinoseg.inference.tracking_settings import CRW, DINO, DINOV3
@@ -208,7 +208,7 @@ def test_a_fingerprint_sees_names_shapes_values_and_buffers():
         made = nn.Module()
         made.register_parameter(name, nn.Parameter(torch.full(shape, value)))
         made.register_buffer("std", torch.tensor(buffer), persistent=False)
-        return fingerprint(made)
+        return weights_of(made)
 
     prints = [module(), module("b"), module(shape=(3, 2)), module(value=1.01), module(buffer=0.1)]
     assert module() == prints[0] and len(set(prints)) == 5
