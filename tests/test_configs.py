@@ -56,25 +56,40 @@ def check_binds(path, node):
     checks.check_given(node["_target_"], {key: node[key] for key in given})
 
 
-def check(cfg):
-    """Resolve a composed config and bind all it names; return the number of `_target_` nodes."""
-    found = list(nodes(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)))
-    for path, node in found:
-        check_binds(path, node)
+def check(node, path=""):
+    """Resolve a composed config, or the part of it at `path`, and bind all it names; return how many `_target_`s."""
+    found = list(nodes(OmegaConf.to_container(node, resolve=True, throw_on_missing=True), path))
+    for where, named in found:
+        check_binds(where, named)
     return len(found)
 
 
 def test_every_recipe_with_every_mode(compose):
+    """A recipe writes no key of a mode, so each is composed once, and each mode's node put into it."""
+    composed = {mode: compose(f"mode={mode}", *needed(main_choices())).mode for mode in options("mode")}
     combos, checked, expected = 0, 0, 0
     for hparam in options("hparam"):
         choice = main_choices() | written_choices(hparam)
-        for mode in options("mode"):
-            checked += check(compose(f"hparam={hparam}", f"mode={mode}", *needed(choice)))
-            expected += sum(written_targets(group, option) for group, option in (choice | {"mode": mode}).items())
+        cfg = compose(f"hparam={hparam}", *needed(choice))
+        assert "mode" not in read("hparam", hparam), f"hparam={hparam} writes keys of a mode: compose it with each"
+        checked += check(cfg) - check(cfg.mode, "mode")
+        expected += sum(written_targets(group, option) for group, option in choice.items() if group != "mode")
+        for mode, node in composed.items():
+            cfg.mode = node
+            checked += check(cfg.mode, "mode")
+            expected += written_targets("mode", mode)
             combos += 1
     files = [len([path for path in (FOLDER / name).iterdir() if path.name[0] != "_"]) for name in ("hparam", "mode")]
     assert combos == files[0] * files[1] >= 60
-    assert checked == expected >= 14 * combos
+    assert checked == expected >= 14 * files[0] + combos
+
+
+def test_a_mode_put_into_a_recipe_is_what_hydra_composes(compose):
+    for hparam, mode in (("idd_m2f", "eval"), ("sarrarp_lora", "train"), ("slots_rendered", "track")):
+        given = needed(main_choices() | written_choices(hparam))
+        whole, put = compose(f"hparam={hparam}", f"mode={mode}", *given), compose(f"hparam={hparam}", *given)
+        put.mode, put.choices.mode = compose(f"mode={mode}", *needed(main_choices())).mode, mode
+        assert OmegaConf.to_container(put) == OmegaConf.to_container(whole)
 
 
 def written_values(node, path=()):
