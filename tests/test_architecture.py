@@ -22,6 +22,7 @@ LEVELS = (  # a room imports its own level and those below
         "report",
         "processes",
         "files",
+        "locks",
         "wording",
     ),
     ("backbones", "heads", "losses", "metrics", "data"),

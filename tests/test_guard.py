@@ -35,7 +35,7 @@ EVIL = [
     "hydra.utils.instantiate",
     "dinoseg.nodes.hydra_instantiate",
     "dinoseg.data.packed.pack",
-    "dinoseg.data.packed_draft.locked",
+    "dinoseg.locks.locked",
     "dinoseg.data.packed_store.write_index",
     "dinoseg.data.scan.scan",
     "dinoseg.data.doctor.short.check",

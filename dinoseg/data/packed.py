@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from dinoseg.data.packed_draft import Draft, locked
+from dinoseg.data.packed_draft import Draft
 from dinoseg.data.packed_read import Packed, paying_workers, read_all, reduced_size
 from dinoseg.data.packed_store import PIXELS, Store, StoreKey, aligned, open_store
 from dinoseg.data.pairs import PairDataset
 from dinoseg.errors import DISK_FULL, UserError
+from dinoseg.locks import locked
 from dinoseg.shapes import Sample
 
 log = logging.getLogger(__name__)

@@ -2,9 +2,8 @@
 
 import contextlib
 import json
-import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from io import RawIOBase
 from pathlib import Path
@@ -14,7 +13,6 @@ from tqdm import tqdm
 
 from dinoseg.data.packed_store import PIXELS, Place, StoreKey, aligned, checksum, write_index
 
-log = logging.getLogger(__name__)
 _JOURNAL = "journal.jsonl"
 _SYNC_EVERY = 256 * 2**20  # bytes that a power cut may cost
 
@@ -107,28 +105,6 @@ class Draft:
         self._pixels.seek(place.offset)
         item = np.frombuffer(self._pixels.read(place.size), np.uint8)
         return checksum(self.names[row], (place.height, place.width), item) == place.crc
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a lock file; while another process has it, wait for that one. Where files cannot be locked, go on.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
-        if os.name == "posix":  # no advisory locks elsewhere
-            import fcntl
-
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                log.warning("Another process is at work on the same data (%s is locked): waiting for it.", path)
-                fcntl.flock(file, fcntl.LOCK_EX)
-            except OSError as error:
-                log.warning("%s cannot be locked (%s): start one process at a time.", path, error.strerror)
-        yield
 
 
 def write_whole(file: RawIOBase, data: memoryview) -> None:

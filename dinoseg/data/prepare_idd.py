@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 from dinoseg.data.idd_files import ENCODINGS, LABELS, POLYGONS, files_of, find_parts, label_suffix
 from dinoseg.data.idd_polygons import draw_label_maps
-from dinoseg.data.packed_draft import locked
 from dinoseg.errors import DISK_FULL, UserError
 from dinoseg.images import write_png
+from dinoseg.locks import locked
 from dinoseg.processes import in_processes
 from dinoseg.wording import listed
 

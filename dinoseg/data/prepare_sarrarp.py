@@ -4,7 +4,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,11 +24,13 @@ from dinoseg.data.sarrarp_files import (
 )
 from dinoseg.data.video_frames import extract_frames
 from dinoseg.errors import DISK_FULL, UserError
+from dinoseg.locks import locked
 from dinoseg.processes import in_processes
 from dinoseg.wording import count_of, listed
 
 SPLIT_FOLDERS = TRAIN_FOLDERS + TEST_FOLDERS
 _MARKER = ".prepared.json"
+_LOCK = ".prepare.lock"  # in the root: one run at a time
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,16 @@ def prepare(
         raise UserError(f"data.prepare.min_agreement={min_agreement}: give a share of the pixels from 0 to 1.")
     jobs = _chosen(find_jobs(root), videos)
     work = functools.partial(prepare_video, rate=rate, keep_archive=keep_archives, propagate=propagate)
+    try:
+        with locked(root / _LOCK):
+            return _prepare_all(root, jobs, work, workers)
+    except OSError as error:
+        raise UserError(f"Cannot write to data.root={root}: {error}. Check its permissions.") from None
+
+
+def _prepare_all(
+    root: Path, jobs: Sequence[VideoJob], work: Callable[[VideoJob], dict[str, int]], workers: int
+) -> dict[str, dict[str, int]]:
     done: dict[str, dict[str, int]] = {}
     failures: dict[str, str] = {}
     remedy = f"Set data.prepare.workers below {workers} and run again: it goes on."
@@ -140,7 +152,7 @@ def prepare_video(job: VideoJob, *, rate: int, keep_archive: bool, propagate: bo
             unpack(job.archive, job.folder, landmark=VIDEO)
         counts = _extract(job.folder, rate)
     if job.archive is not None and not keep_archive:
-        job.archive.unlink()
+        job.archive.unlink(missing_ok=True)
     return counts
 
 

@@ -1,7 +1,6 @@
 """What each frame of a video file is known by: its time and its checksum, from one pass over the whole file."""
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import logging
@@ -18,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dinoseg.errors import UserError
+from dinoseg.locks import locked
 from dinoseg.processes import count_cores, in_processes
 
 log = logging.getLogger(__name__)
@@ -185,17 +185,9 @@ def _save(kept: Path, index: VideoIndex) -> None:
 
 @contextlib.contextmanager
 def _alone(kept: Path | None) -> Iterator[None]:
-    """Let one process at a time make an index; where files cannot be locked, several may."""
-    if kept is None:
-        yield
-        return
-    lock = kept.with_suffix(".lock")
+    """Let one process at a time make an index; where nothing can be written beside it, several may."""
     with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):
-            lock.parent.mkdir(parents=True, exist_ok=True)
-            fcntl.flock(stack.enter_context(lock.open("w")), fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
+        if kept is not None:
             with contextlib.suppress(OSError):
-                lock.unlink()
+                stack.enter_context(locked(kept.with_suffix(".lock")))
+        yield

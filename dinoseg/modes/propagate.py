@@ -26,9 +26,11 @@ from dinoseg.inference.frame_features import Autocast, last_maps, precision_of
 from dinoseg.inference.propagation import weights_of
 from dinoseg.inference.results import whole_folder
 from dinoseg.inference.tracking_settings import Settings
+from dinoseg.locks import locked
 from dinoseg.nodes import instantiate
 
 logger = logging.getLogger(__name__)
+_LOCK = ".propagate.lock"  # in the folder of a video: one run at a time
 _BATCH = 4  # frames that the backbone sees at once
 _MEANING = "Labels propagated from the masks before and after a frame; nobody has drawn or checked them."
 
@@ -98,6 +100,11 @@ def propagate(propagation: Propagation, videos: Sequence[Path]) -> dict[str, dic
 
 
 def _propagate_video(propagation: Propagation, video: Path) -> dict[str, int]:
+    with locked(video / _LOCK):
+        return _labels_of(propagation, video)
+
+
+def _labels_of(propagation: Propagation, video: Path) -> dict[str, int]:
     folder = video / PSEUDO_FOLDER
     sums = {"masks": mask_sums(video), "frames": frames_sum(video)}
     made_by = json.loads(json.dumps({**propagation.made_by, **sums}))

@@ -2,6 +2,7 @@ import errno
 import json
 import multiprocessing
 import os
+import threading
 from pathlib import Path
 
 import cv2
@@ -15,6 +16,7 @@ from dinoseg.data.synthetic.moving_objects import draw_video
 from dinoseg.data.synthetic.moving_write import render_moving_objects
 from dinoseg.data.synthetic.outlines import OUTLINES
 from dinoseg.errors import UserError
+from dinoseg.locks import locked
 from dinoseg.metrics.clustering import adjusted_rand_index, contingency
 
 SMALL = {"train_videos": 2, "val_videos": 1, "test_videos": 0, "seconds": 1, "size": (32, 40), "workers": 1}
@@ -253,3 +255,27 @@ def test_a_read_only_root_is_named(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(UserError, match="Cannot write the videos"):
         render_moving_objects(tmp_path / "new", **SMALL)
+
+
+def test_a_video_that_lacks_pictures_is_drawn_anew(tmp_path: Path, caplog) -> None:
+    render_moving_objects(tmp_path / "whole", **SMALL)
+    render_moving_objects(tmp_path / "cut", **SMALL)
+    (tmp_path / "cut/train/train_0002/segmentations/00003.png").unlink()  # as two renderings at once left it
+    render_moving_objects(tmp_path / "cut", **SMALL)
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    assert "train_0002 lacks pictures: it is drawn anew" in caplog.text
+
+
+def test_two_renderings_of_one_root_work_one_after_the_other(tmp_path: Path, caplog) -> None:
+    second = threading.Thread(target=render_moving_objects, args=[tmp_path], kwargs=SMALL)
+    live = tmp_path / "train/.train_0001.1.part/frames/00000.png"
+    with locked(tmp_path / ".render.lock"):
+        live.parent.mkdir(parents=True)
+        live.write_bytes(b"of the first")
+        second.start()
+        while "waiting for it" not in caplog.text:
+            assert second.is_alive()
+        assert live.exists() and not list(tmp_path.rglob("rendering.json"))
+    second.join(60)
+    assert not live.exists() and len(list(tmp_path.rglob("rendering.json"))) == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["train", "validation"]

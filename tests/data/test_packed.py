@@ -30,6 +30,7 @@ from dinoseg.data.pairs import Pair, PairDataset
 from dinoseg.data.transforms import Affine, Augment, ColorJitter
 from dinoseg.data.video_access import VideoFrame
 from dinoseg.errors import UserError
+from dinoseg.locks import locked
 from dinoseg.model import backbone_size
 
 SIZES = {"one": (1, 1), "odd": (37, 23), "flat": (1, 90), "video/a": (48, 64), "video/b": (48, 64), "wide": (31, 97)}
@@ -496,7 +497,7 @@ def test_a_second_build_waits_for_the_first(data, cache, monkeypatch, caplog):
     forbid_reading(monkeypatch)
     lock = cache / f".{key_folder.name}.lock"
     result = []
-    with packed_draft.locked(lock):
+    with locked(lock):
         second = threading.Thread(target=lambda: result.append(make(data(), cache)))
         second.start()
         until(lambda: "waiting for it" in caplog.text)

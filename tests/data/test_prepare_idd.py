@@ -18,10 +18,10 @@ from dinoseg.__main__ import CONFIGS
 from dinoseg.config import register_resolvers
 from dinoseg.data import prepare_idd
 from dinoseg.data.idd import idd
-from dinoseg.data.packed_draft import locked
 from dinoseg.data.prepare_idd import prepare
 from dinoseg.errors import UserError
 from dinoseg.label_tables.read import label_table
+from dinoseg.locks import locked
 from dinoseg.modes.prepare import prepare as prepare_mode
 
 # encoding to its file, the column of the official table, and the background

@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 
@@ -16,6 +17,7 @@ from dinoseg.data import prepare_sarrarp, video_frames
 from dinoseg.data.prepare_sarrarp import prepare
 from dinoseg.data.sarrarp import sar_rarp50
 from dinoseg.errors import UserError
+from dinoseg.locks import locked
 
 
 @pytest.fixture
@@ -203,6 +205,21 @@ def test_killed_in_the_middle(add):
     (target / ".000000600.png.1.part").write_bytes(b"half")
     assert prepare(root, rate=10, workers=1)["train1/video_01"]["frames"] == 500
     assert len(frames(root, "train1/video_01")) == 500 and not list(target.glob(".*"))
+
+
+def test_a_second_run_waits_for_the_first(add, caplog):
+    root = add("train1", "video_01", frames=61)
+    live = root / "train1/video_01/rgb/.000000060.png.1.part"
+    second = threading.Thread(target=prepare, args=[root], kwargs={"workers": 1})
+    with locked(root / ".prepare.lock"):
+        live.parent.mkdir(parents=True)
+        live.write_bytes(b"of the first")
+        second.start()
+        while "waiting for it" not in caplog.text:
+            assert second.is_alive()
+        assert live.exists()
+    second.join(60)
+    assert frames(root, "train1/video_01") == ["000000000", "000000060"] and not live.exists()
 
 
 def test_choice_of_videos(add):

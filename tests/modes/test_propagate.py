@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from dinoseg import build
 from dinoseg.data.synthetic.scene import render_clip
 from dinoseg.data.synthetic.write import render_dataset
 from dinoseg.images import read_ids, write_png
+from dinoseg.locks import locked
 from dinoseg.modes import propagate
 
 SEED, SECONDS = 3, 2
@@ -182,3 +184,16 @@ def test_labels_are_mostly_right_and_better_than_a_copied_mask(tmp_path):
         copied.append((truth[0 if int(stem) <= 30 else 10] == drawn).mean())
     assert len(stems) == 9 and kept > 0.9 * 9 * 96 * 160
     assert right / kept > np.mean(copied) + 0.05 and right / kept > 0.93
+
+
+def test_a_second_run_waits_for_the_first(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(propagate, "_labels_of", lambda propagation, video: {"pseudo": 1})
+    done = []
+    second = threading.Thread(target=lambda: done.append(propagate.propagate(None, [tmp_path / "train1/video_01"])))
+    with locked(tmp_path / "train1/video_01/.propagate.lock"):
+        second.start()
+        while "waiting for it" not in caplog.text:
+            assert second.is_alive()
+        assert not done
+    second.join(10)
+    assert done == [{"train1/video_01": {"pseudo": 1}}]

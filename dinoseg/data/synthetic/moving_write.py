@@ -2,6 +2,7 @@
 
 import functools
 import json
+import logging
 import os
 import shutil
 from collections.abc import Sequence
@@ -9,13 +10,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dinoseg.data.synthetic.moving_objects import RATE, draw_video
-from dinoseg.data.synthetic.rendering import check_least, missing, render_videos
+from dinoseg.data.synthetic.rendering import beside, check_least, missing, render_videos
 from dinoseg.errors import UserError
 from dinoseg.images import write_png
 from dinoseg.wording import listed
 
 FOLDERS = ("train", "validation", "test")
+PICTURES = ("frames", "segmentations")  # in each video
 DESCRIPTION = "rendering.json"  # inside each finished video
+log = logging.getLogger(__name__)
 _SMALLEST = 32  # pixels, so that the smallest object still has some
 
 
@@ -85,7 +88,10 @@ def _check(counts: tuple[int, int, int], seconds: int, size: Sequence[int], seed
 
 
 def _missing(root: Path, videos: list[Video]) -> list[Video]:
-    """Return the videos still to be written, having made sure that nothing else lies in the way."""
+    """Return the videos still to be written, having made sure that nothing else lies in the way.
+
+    One that lacks pictures is removed and counts as missing.
+    """
     foreign = [path.name for path in _shown(root) if path.name not in FOLDERS]
     if foreign:
         raise UserError(
@@ -93,7 +99,16 @@ def _missing(root: Path, videos: list[Video]) -> list[Video]:
             "not mix with other data."
         )
     found = [path for folder in FOLDERS for path in _shown(root / folder)]
-    return missing(root, videos, found, _description, "folder")
+    absent = missing(root, videos, found, _description, "folder")
+    cut = [video for video in videos if video not in absent and not _is_whole(video, video.path(root))]
+    for video in cut:
+        log.warning("%s lacks pictures: it is drawn anew.", video.path(root))
+        shutil.rmtree(video.path(root))
+    return [*absent, *cut]
+
+
+def _is_whole(video: Video, path: Path) -> bool:
+    return all(len(_shown(path / folder)) >= video.seconds * RATE for folder in PICTURES)
 
 
 def _shown(folder: Path) -> list[Path]:
@@ -111,16 +126,11 @@ def _description(path: Path) -> str:
 def _write_video(video: Video, root: Path) -> Path:
     """Draw one video beside its place and move the finished folder there."""
     path = video.path(root)
-    part = path.with_name(f".{path.name}.part")
-    shutil.rmtree(part, ignore_errors=True)  # an interrupted run's
-    part.mkdir(parents=True)
-    try:
+    with beside(path) as part:
         entropy = (video.seed, FOLDERS.index(video.folder), video.number)
         for index, (rgb, mask) in enumerate(draw_video(entropy, video.seconds * RATE, video.size)):
-            write_png(part / "frames" / f"{index:05d}.png", rgb)
-            write_png(part / "segmentations" / f"{index:05d}.png", mask)
+            for folder, pixels in zip(PICTURES, (rgb, mask), strict=True):
+                write_png(part / folder / f"{index:05d}.png", pixels)
         (part / DESCRIPTION).write_text(video.description, encoding="utf-8")
         os.replace(part, path)
-        return path
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    return path

@@ -1,6 +1,9 @@
 """Rendering many videos below one folder: several at once, those that are there already kept, nothing else mixed in."""
 
-from collections.abc import Callable, Iterable, Sequence
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -8,6 +11,7 @@ import cv2
 from tqdm import tqdm
 
 from dinoseg.errors import UserError
+from dinoseg.locks import locked
 from dinoseg.processes import in_processes
 
 
@@ -25,22 +29,26 @@ class Rendered(Protocol):
 
 
 Video = TypeVar("Video", bound=Rendered)
+_LOCK = ".render.lock"  # in the root: one run at a time
 
 
 def render_videos(
     root: Path, find: Callable[[], Sequence[Video]], write: Callable[[Video], Any], *, total: int, workers: int
 ) -> None:
-    """Write those of `total` videos that `find` returns, `workers` at once.
+    """Write those of `total` videos that `find` returns, `workers` at once; a second run of one root waits.
 
     Raises:
         UserError: as `find`; the disk is full or cannot be written.
     """
     try:
-        videos = find()
-        with tqdm(total=total, initial=total - len(videos), desc="render", unit="video") as bar:
-            remedy = f"Set mode.workers below {workers} and run again: it goes on."
-            for _ in in_processes(write, videos, workers, in_order=False, start=_use_one_thread, remedy=remedy):
-                bar.update()
+        with locked(root / _LOCK):
+            for stale in root.glob("*/.*.part"):  # of a run that was killed
+                shutil.rmtree(stale, ignore_errors=True)
+            videos = find()
+            with tqdm(total=total, initial=total - len(videos), desc="render", unit="video") as bar:
+                remedy = f"Set mode.workers below {workers} and run again: it goes on."
+                for _ in in_processes(write, videos, workers, in_order=False, start=_use_one_thread, remedy=remedy):
+                    bar.update()
     except OSError as error:
         raise UserError(
             f"Cannot write the videos to {root} ({error}). Choose a writable root with enough free space; running "
@@ -71,6 +79,17 @@ def missing(
                 f"not overwrite or mix: choose another root, or remove that {what}."
             )
     return [video for path, video in wanted.items() if not path.exists()]
+
+
+@contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """Give a new folder beside the place of a finished video; it is removed at the end, with what was not moved."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # a killed run's process may live on for a moment
+    part.mkdir(parents=True)
+    try:
+        yield part
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def check_least(**settings: tuple[int, int]) -> None:

@@ -3,7 +3,6 @@
 import functools
 import json
 import os
-import shutil
 import zipfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -12,7 +11,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from dinoseg.data.synthetic.rendering import check_least, missing, render_videos
+from dinoseg.data.synthetic.rendering import beside, check_least, missing, render_videos
 from dinoseg.data.synthetic.scene import RATE, render_clip
 from dinoseg.errors import UserError
 
@@ -101,18 +100,13 @@ def _comment(path: Path) -> bytes:
 def _write_video(video: Video, root: Path) -> Path:
     """Render one video beside its place and move the finished zip there."""
     path = video.path(root)
-    part = path.with_name(f".{path.stem}.part")
-    shutil.rmtree(part, ignore_errors=True)  # an interrupted run's
-    part.mkdir()
-    try:
+    with beside(path) as part:
         entropy = (video.seed, SPLITS.index(video.split), video.number)
         clip = render_clip(entropy, video.seconds * RATE, video.size)
         masks = _encode(part / "video_left.avi", clip, video.size)
         _pack(part / path.name, part / "video_left.avi", masks, video.description)
         os.replace(part / path.name, path)
-        return path
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    return path
 
 
 def _encode(path: Path, clip: Iterable[tuple[np.ndarray, np.ndarray]], size: tuple[int, int]) -> dict[str, np.ndarray]:
