@@ -132,7 +132,7 @@ def result(protocol: ScoreProtocol, scored: Scored, *, resamples: int = 1000, se
         "unit": protocol.unit,
         "files": scored.files,
         "ci95": _intervals(protocol, _resampled(protocol, scored.sums, resamples, seed)),
-        "bootstrap": {"over": protocol.unit, "resamples": resamples, "seed": seed},
+        "bootstrap": {"over": protocol.unit, "n": len(scored.units), "resamples": resamples, "seed": seed},
         "notes": scored.notes,
         "problems": [{"file": str(path), "reason": reason} for path, reason in scored.problems],
     }

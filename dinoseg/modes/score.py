@@ -9,7 +9,7 @@ from dinoseg import scoring
 from dinoseg.errors import UserError
 from dinoseg.metrics.protocols.contract import ScoreProtocol
 from dinoseg.nodes import instantiate
-from dinoseg.report.scores import difference_table, scores_table
+from dinoseg.report.scores import difference_table, few_units, scores_table
 from dinoseg.report.table import write_json
 from dinoseg.wording import count_of
 
@@ -87,7 +87,10 @@ def _result(
     if scored.problems:
         count = count_of(scored.problems, "file")
         logger.warning("%s left out that could not be scored, with reasons under `problems` in %s.", count, path)
-    return scoring.result(protocol, scored, resamples=resamples, seed=seed)
+    found = scoring.result(protocol, scored, resamples=resamples, seed=seed)
+    if few := few_units(found):
+        logger.warning("%s", few)
+    return found
 
 
 def write_problems(out_dir: Path, problems: Mapping[Path, Sequence[tuple[Path, str]]]) -> Path:

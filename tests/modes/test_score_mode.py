@@ -80,7 +80,23 @@ def test_a_folder_is_scored_without_torch(folders):
     assert {"absent_class", "resolution", "ignore", "version"} <= result["rules"].keys()
     low, high = result["ci95"]["mIoU"]
     assert low < result["scores"]["mIoU"] < high
-    assert "mIoU" in done.stdout and "95 % interval over 6 images" in done.stdout and "scores.json" in done.stdout
+    assert "mIoU" in done.stdout and "95 % interval" in done.stdout and "scores.json" in done.stdout
+
+
+def test_the_number_of_units_stands_beside_each_interval(folders, run):
+    result, done, _ = run()
+    row = next(line for line in done.out.splitlines() if line.startswith("mIoU "))
+    assert row.split()[-1] == "6" and " .. " in row and "over images" in done.out
+    assert result["bootstrap"]["n"] == 6
+    warning = "95 % intervals are over 6 images: percentile bootstraps over fewer than 10 are too narrow"
+    assert done.err.count(warning) == 1
+    _, done, _ = run("mode.resamples=0")
+    assert "too narrow" not in done.err  # there is no interval
+    masks(folders, np.random.default_rng(1), count=10)
+    _, done, _ = run(prediction="[prediction,prediction]")
+    assert "too narrow" not in done.err
+    row = [line for line in done.out.splitlines() if line.startswith("mIoU ")][-1]
+    assert row.split()[-1] == "10" and "over shared images" in done.out
 
 
 def test_more_processes_give_the_same(folders, run):
