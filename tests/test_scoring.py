@@ -129,7 +129,11 @@ def test_the_paired_difference_is_of_the_cases_that_both_have():
     assert found["share"] == found["mean"] == {"value": 0, "ci95": [0, 0], "n": 2, "left_out": 4}
     assert scored[0].total[0] / scored[0].total[1] != scored[1].total[0] / scored[1].total[1]
     text = difference_table(found, "video")
-    assert "over shared videos" in text and text.splitlines()[2].split()[-1] == "2" and "Left out of this difference: 4 files or sequences" in text
+    assert (
+        "over shared videos" in text
+        and text.splitlines()[2].split()[-1] == "2"
+        and "Left out of this difference: 4 files or sequences" in text
+    )
 
 
 def test_nothing_shared_has_no_difference():
