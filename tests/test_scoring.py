@@ -2,8 +2,8 @@
 
 import json
 import os
-import time
 import re
+import time
 import warnings
 from pathlib import Path
 
