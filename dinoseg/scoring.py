@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from dinoseg.errors import UserError
 from dinoseg.metrics.protocols.contract import BadFile, Case, Found, Measured, ScoreProtocol
 from dinoseg.processes import count_cores, in_processes
+from dinoseg.report.progress import Bar
 from dinoseg.wording import count_of
 
 ON_ERROR = ("stop", "skip")
@@ -239,4 +239,4 @@ def _measure_all(
     """Return each case with what it gives, in their order."""
     processes = workers or min(count_cores(), ceil(_frames(cases) / _FRAMES_PER_PROCESS))
     results = in_processes(protocol.measure, cases, processes, catch=BadFile, remedy=remedy)
-    return tqdm(results, total=len(cases), desc=f"scoring {protocol.name}", unit="file", disable=None, leave=False)
+    return Bar(results, total=len(cases), desc=f"scoring {protocol.name}", unit="file", leave=False)

@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
+from dinoseg.report.progress import Bar
 from dinoseg.shapes import SegmentationData
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def class_counts(dataset: SegmentationData, cache_dir: str | Path) -> np.ndarray
 def _count(dataset: SegmentationData) -> np.ndarray:
     read = getattr(dataset, "mask", None) or (lambda index: dataset[index]["mask"].numpy())
     pixels = np.zeros(256, dtype=np.int64)
-    bar = tqdm(range(len(dataset)), desc="counting classes", unit="mask", delay=2, leave=False, disable=None)
+    bar = Bar(range(len(dataset)), desc="counting classes", unit="mask", delay=2, leave=False)
     for index in bar:
         pixels += np.bincount(read(index).ravel(), minlength=256)
     pixels[dataset.ignore_index] = 0

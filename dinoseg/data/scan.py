@@ -8,13 +8,12 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from dinoseg.data.masks import MaskReader
 from dinoseg.data.scan_cache import ScanCache
 from dinoseg.data.scan_record import Record, measure
 from dinoseg.errors import UserError
 from dinoseg.processes import in_processes
+from dinoseg.report.progress import Bar
 from dinoseg.wording import listed
 
 if TYPE_CHECKING:  # its file imports torch, which the scanning processes do without
@@ -82,7 +81,7 @@ def _measured(jobs: Sequence[Job], reader: MaskReader, images: bool, workers: in
     """Yield the records in order, with a bar."""
     work = functools.partial(_measure_all, reader=reader, images=images)
     chunks = [jobs[start : start + _CHUNK] for start in range(0, len(jobs), _CHUNK)]
-    with tqdm(total=len(jobs), desc="scanning", unit="pair", delay=2, leave=False, disable=None) as bar:
+    with Bar(total=len(jobs), desc="scanning", unit="pair", delay=2, leave=False) as bar:
         processes = workers if len(jobs) >= _FEW else 1
         for _, records in in_processes(
             work,

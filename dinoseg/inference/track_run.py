@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 from torch import Tensor
-from tqdm import tqdm
 
 from dinoseg.errors import UserError
 from dinoseg.inference.frame_folder import FolderReader
@@ -17,6 +16,7 @@ from dinoseg.inference.track_labels import TrackLabels
 from dinoseg.inference.track_state import MASKS, Progress, Standing, check_batch_size, check_masks, save_standing
 from dinoseg.inference.tracker import VideoTracker
 from dinoseg.report.indexed import voc_palette, write_indexed_png
+from dinoseg.report.progress import Bar
 from dinoseg.shapes import Palette
 from dinoseg.wording import count_of, listed
 
@@ -111,7 +111,7 @@ def track_video(job: TrackJob) -> Throughput:
     else:
         check_batch_size(job.folder, job.start.batch_size, job.batch_size)
     total = job.frames.count or None
-    with tqdm(total=total, initial=saved, unit="frame", desc=job.frames.path.name, disable=None) as bar:
+    with Bar(total=total, initial=saved, unit="frame", desc=job.frames.path.name) as bar:
         passed = run_pipeline(reader, infer, write, depth=_DEPTH)
     reader.check_end()
     return Throughput(count, passed.seconds)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from tqdm import tqdm
 
 from dinoseg import build
 from dinoseg.config import plain
@@ -23,6 +22,7 @@ from dinoseg.modes.unread import warn_unread
 from dinoseg.modes.video_restart import RECORD, digest_of, earlier_run, keep_digest, record_of, take_over, tell_taken
 from dinoseg.modes.video_scores import score_masks
 from dinoseg.nodes import instantiate
+from dinoseg.report.progress import Bar
 from dinoseg.report.table import write_json
 from dinoseg.resume import Trained, is_trained
 from dinoseg.training.engine import Engine
@@ -284,7 +284,7 @@ def _follow_all(job: _Job, videos: Sequence[Video]) -> list[_Followed]:
     """Track this rank's videos."""
     start = time.perf_counter()
     try:
-        followed = [job.follow(video) for video in tqdm(videos, "tracking", unit="video", disable=None, leave=False)]
+        followed = [job.follow(video) for video in Bar(videos, "tracking", unit="video", leave=False)]
     except OSError as error:
         raise UserError(
             f"Cannot write below {job.out_dir} ({error}). Make room, and go on with mode.restart={job.out_dir}."

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from dinoseg.errors import UserError
 from dinoseg.images import read_image, write_png
@@ -19,6 +18,7 @@ from dinoseg.inference.media import VideoReader, VideoWriter, is_video, list_inp
 from dinoseg.inference.results import result_names, whole_folder, write_image_results
 from dinoseg.inference.stream import run_pipeline
 from dinoseg.report.overlay import blend
+from dinoseg.report.progress import Bar
 from dinoseg.resume import Trained, load_trained
 
 logger = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ def _segment_images(job: _Job, images: Sequence[tuple[Path, str]]) -> dict[str, 
             )
             bar.update()
 
-    with tqdm(total=len(images), unit="image", disable=None) as bar:
+    with Bar(total=len(images), unit="image") as bar:
         passed = run_pipeline(_readable_batches(job, images), infer, write, depth=_DEPTH)
     count = len(images) - len(job.failures)
     logger.info("%s with reading and writing", _rate(count, passed.seconds, "images"))
@@ -149,7 +149,7 @@ def _segment_video(job: _Job, path: Path, name: str) -> tuple[int, float]:
         reader = stack.enter_context(VideoReader(path))
         folder = stack.enter_context(whole_folder(job.out_dir / f"{name}_masks")) if job.masks else None
         writer = stack.enter_context(VideoWriter(job.out_dir / f"{name}_overlay.mp4", reader.fps, reader.size))
-        bar = stack.enter_context(tqdm(total=reader.count or None, unit="frame", desc=path.name, disable=None))
+        bar = stack.enter_context(Bar(total=reader.count or None, unit="frame", desc=path.name))
 
         def infer(frames: list[np.ndarray]) -> tuple[list[np.ndarray], np.ndarray]:
             return frames, job.segment(frames)

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dinoseg import build
 from dinoseg.config import plain
@@ -28,6 +27,7 @@ from dinoseg.inference.results import whole_folder
 from dinoseg.inference.tracking_settings import Settings
 from dinoseg.locks import locked
 from dinoseg.nodes import instantiate
+from dinoseg.report.progress import Bar
 
 logger = logging.getLogger(__name__)
 _LOCK = ".propagate.lock"  # in the folder of a video: one run at a time
@@ -75,7 +75,7 @@ def propagate(propagation: Propagation, videos: Sequence[Path]) -> dict[str, dic
     """
     counts: dict[str, dict[str, int]] = {}
     failures = {}
-    with tqdm(videos, desc="propagating", unit="video", disable=None) as bar:
+    with Bar(videos, desc="propagating", unit="video") as bar:
         for video in bar:
             name = f"{video.parent.name}/{video.name}"
             bar.set_postfix_str(name)

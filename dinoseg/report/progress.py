@@ -1,0 +1,41 @@
+"""Progress that can be read anywhere: a bar on a terminal; in a pipe or a file, one line every few seconds."""
+
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+_EVERY = 5.0  # seconds between two lines
+
+
+class Bar(tqdm):
+    """tqdm's bar, with its arguments; where stderr is no terminal, a line every few seconds instead."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self.as_lines = not sys.stderr.isatty()
+        if self.as_lines:
+            options |= {"mininterval": _EVERY, "miniters": 1}
+        super().__init__(*args, **options)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """Draw the bar, or write the line."""
+        if not self.as_lines:
+            super().display(msg, pos)
+        elif self.n > self.initial:
+            print(self._line(), file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """End the bar; lines need no end."""
+        if self.as_lines:
+            self.disable = True
+        else:
+            super().close()
+
+    def _line(self) -> str:
+        state = self.format_dict
+        done, total, elapsed = state["n"], state["total"], max(state["elapsed"], 1e-9)
+        rate = (done - state["initial"]) / elapsed
+        parts = [f"{state['prefix'].removesuffix(': ')}: " if state["prefix"] else "", f"{done:,}"]
+        parts += [f" of {total:,}" if total else "", f" {state['unit']}s, {rate:,.1f} {state['unit']}s/s"]
+        parts += [f", {tqdm.format_interval((total - done) / rate)} left" if total else ""]
+        return "".join(parts) + (f", {state['postfix']}" if state["postfix"] else "")
