@@ -55,10 +55,10 @@ def main() -> int:
         start = time.perf_counter()
         ways: dict[str, Any] = {
             "PNG files": files,
-            f"packed, longest={args.longest}": pack(files, cache_dir=root, longest=args.longest, workers=0),
+            f"packed, longest={args.longest}": pack(files, cache_dir=root, longest=args.longest, workers=1),
         }
         packing = time.perf_counter() - start
-        ways["packed, full size"] = pack(files, cache_dir=root, longest=None, workers=0)
+        ways["packed, full size"] = pack(files, cache_dir=root, longest=None, workers=1)
         rates = measure(ways, augment, args.repeats)
         bytes_each = {
             "PNG files": sum(path.stat().st_size for path in root.rglob("*.png")) / args.frames,

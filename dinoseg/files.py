@@ -1,8 +1,46 @@
-"""Folders searched for files, without going in circles; imports the standard library alone."""
+"""Folders searched for files: nothing that may not be read is left out; imports the standard library alone."""
 
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
+
+from dinoseg.errors import UserError
+
+_KINDS = {
+    stat.S_IFDIR: "folder",
+    stat.S_IFIFO: "named pipe",
+    stat.S_IFSOCK: "socket",
+    stat.S_IFCHR: "device",
+    stat.S_IFBLK: "device",
+}
+
+
+def entries(folder: Path) -> list[Path]:
+    """Return what lies in a folder, in the order of the names, without what is hidden; nothing where there is none.
+
+    Raises:
+        UserError: the folder may not be read.
+    """
+    try:
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        _refuse(error)
+
+
+def check_regular(path: str | Path) -> None:
+    """Refuse what is no file but, say, a named pipe: reading one may wait for ever.
+
+    Raises:
+        UserError: it is none.
+        OSError: nothing is there, or it may not be looked at.
+    """
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{path} is a {_KINDS.get(stat.S_IFMT(mode), 'special file')}. Put a file there, or remove it.")
 
 
 def visible_files(top: Path) -> Iterator[tuple[Path, list[str]]]:
@@ -10,10 +48,13 @@ def visible_files(top: Path) -> Iterator[tuple[Path, list[str]]]:
 
     Links to folders are followed, unless they lead into a folder that lies above them: its files would be found
     again without end.
+
+    Raises:
+        UserError: a folder may not be read.
     """
     place = top.resolve()
     above = {str(top): frozenset(_identity(folder) for folder in (place, *place.parents))}
-    for parent, folders, files in os.walk(top, followlinks=True):
+    for parent, folders, files in os.walk(top, onerror=_refuse, followlinks=True):
         trail = above.pop(parent)
         kept = []
         for name in sorted(folders):
@@ -26,5 +67,15 @@ def visible_files(top: Path) -> Iterator[tuple[Path, list[str]]]:
 
 
 def _identity(folder: str | Path) -> tuple[int, int]:
-    status = os.stat(folder)
+    try:
+        status = os.stat(folder)
+    except OSError as error:
+        _refuse(error)
     return status.st_dev, status.st_ino
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise UserError(
+        f"Cannot read the folder {error.filename} ({error.strerror}), and nothing in it shall be left out unsaid. Let "
+        "your user read it, or move it away."
+    ) from error

@@ -10,6 +10,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from dinoseg.errors import UserError
+from dinoseg.files import check_regular
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 T = TypeVar("T")
@@ -139,6 +140,7 @@ def _opened(path: str | Path, take: Callable[[Image.Image], T]) -> T:
     path = Path(path)
     cause: OSError | None = None  # the system's, by which a caller knows that the file itself may be good
     try:
+        check_regular(path)
         with Image.open(path) as image:
             return take(image)
     except FileNotFoundError:

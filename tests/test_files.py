@@ -1,8 +1,19 @@
 """Folders searched for files: what is hidden, what is linked, and links that lead in circles."""
 
+import errno
+import os
+import socket
+
 import pytest
 
-from dinoseg.files import visible_files
+from dinoseg.data.clip_videos import picture_files, video_folders
+from dinoseg.data.sarrarp_files import png_files
+from dinoseg.data.splits import read_name_list
+from dinoseg.data.video_index import open_capture
+from dinoseg.errors import UserError
+from dinoseg.files import check_regular, entries, visible_files
+from dinoseg.images import has_one_bit, read_ids, read_image, read_size
+from dinoseg.inference.media import VideoReader, list_inputs
 
 
 def names(top):
@@ -50,3 +61,51 @@ def test_two_folders_that_link_to_each_other(tmp_path):
         (tmp_path / one / f"{one}.png").touch()
         (tmp_path / one / "to").symlink_to(tmp_path / other)
     assert names(tmp_path) == ["a/a.png", "a/to/b.png", "b/b.png", "b/to/a.png"]
+
+
+def refuse(folder):
+    """Return a stand-in for functions that list a folder, which one folder does not let."""
+
+    def of(real):
+        def call(path="."):
+            if os.fspath(path) == str(folder):
+                raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+            return real(path)
+
+        return call
+
+    return of
+
+
+def test_a_folder_that_may_not_be_read_is_an_error(top, monkeypatch):
+    monkeypatch.setattr(os, "scandir", refuse(top / "in/deep")(os.scandir))
+    with pytest.raises(UserError, match=r"Cannot read the folder .*in/deep \(Permission denied\).*Let your user read"):
+        names(top)
+    assert [path.name for path in entries(top)] == ["a.png", "b.png", "in"]
+    assert entries(top / "nowhere") == entries(top / "a.png") == []
+    monkeypatch.setattr(os, "listdir", refuse(top)(os.listdir))
+    for list_folder in (entries, picture_files, video_folders, png_files, lambda folder: list_inputs(str(folder))):
+        with pytest.raises(UserError, match=r"Cannot read the folder .*set \(Permission denied\)"):
+            list_folder(top)
+
+
+def test_what_is_no_file_is_refused_and_never_waited_for(tmp_path):
+    pipe, folder, loop = tmp_path / "pipe.png", tmp_path / "folder.png", tmp_path / "loop.png"
+    os.mkfifo(pipe)
+    folder.mkdir()
+    loop.symlink_to(loop)
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(str(tmp_path / ".s"))
+        with pytest.raises(UserError, match="is a socket"):
+            check_regular(tmp_path / ".s")
+    for read in (read_image, read_ids, read_size, read_name_list, VideoReader, open_capture, has_one_bit):
+        with pytest.raises(UserError, match=r"pipe\.png is a named pipe\. Put a file there, or remove it"):
+            read(pipe)
+    with pytest.raises(UserError, match=r"is a device\. Put a file there"):
+        read_image("/dev/zero")
+    with pytest.raises(UserError, match=r"folder\.png is a folder"):
+        read_image(folder)
+    with pytest.raises(UserError, match=r"loop\.png \(Too many levels of symbolic links\)"):
+        read_image(loop)
+    assert names(tmp_path) == ["loop.png", "pipe.png"]
+    assert [path.name for path in list_inputs(str(tmp_path))] == ["loop.png", "pipe.png"]  # reading tells of them

@@ -93,7 +93,7 @@ def test_what_keeps_a_file_from_being_read_is_told(tmp_path, monkeypatch):
     for read in (read_ids, read_image, read_size):
         with pytest.raises(UserError, match="No such file: .*none.png. Check the path"):
             read(tmp_path / "none.png")
-        with pytest.raises(UserError, match=r"Cannot read \S+ \(Is a directory\)"):
+        with pytest.raises(UserError, match=r"\S+ is a folder\. Put a file there"):
             read(tmp_path)
         with monkeypatch.context() as patch:
             patch.setattr(Image, "MAX_IMAGE_PIXELS", 100)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 from dinoseg.errors import UserError
+from dinoseg.files import check_regular
 
 _MAX_RATIO = 100  # video and PNG hardly shrink: what grows a hundredfold is no recording
 _RATIO_MATTERS = 100 * 2**20  # bytes; below, a high ratio harms nobody
@@ -25,6 +26,7 @@ def unpack(archive: Path, folder: Path, *, landmark: str) -> int:
             twice, or unpacks to more than the disk holds or than is plausible.
         OSError: writing failed, with what was finished kept.
     """
+    check_regular(archive)
     try:
         with zipfile.ZipFile(archive) as opened:
             members = _checked_members(archive, opened, landmark)

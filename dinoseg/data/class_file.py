@@ -24,6 +24,7 @@ from dinoseg.data.labels import as_color
 from dinoseg.data.mask_advice import HIGHEST_ID
 from dinoseg.data.masks import FORMATS
 from dinoseg.errors import UserError
+from dinoseg.files import check_regular
 
 NAME = "classes.yaml"
 NOT_DESCRIBED: dict[str, Any] = {
@@ -40,6 +41,7 @@ def read_class_file(path: Path, ignore_index: int) -> dict[str, Any]:
         UserError: the file cannot be read, is too large, no YAML, or says what makes no sense.
     """
     try:
+        check_regular(path)
         stat = path.stat()
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror}. Check data.root.") from None

@@ -11,6 +11,7 @@ from dinoseg.data.natural_order import natural_order
 from dinoseg.data.splits import Partition, divide
 from dinoseg.data.video_access import VideoFrame
 from dinoseg.errors import UserError
+from dinoseg.files import entries
 from dinoseg.images import IMAGE_SUFFIXES, read_ids, read_image
 from dinoseg.wording import count_of, listed
 
@@ -124,8 +125,7 @@ def chosen(layout: Layout, split: str, partition: Partition) -> list[Video]:
 
 def video_folders(folder: Path) -> list[Path]:
     """Return the folders in a folder, as their names are counted, without hidden ones."""
-    inside = (path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    return sorted(inside, key=lambda path: natural_order(path.name))
+    return sorted((path for path in entries(folder) if path.is_dir()), key=lambda path: natural_order(path.name))
 
 
 def picture_files(folder: Path) -> dict[str, str]:
@@ -137,8 +137,8 @@ def picture_files(folder: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     if not folder.is_dir():
         raise UserError(f"No folder {folder}. Check data.root, and that the whole data set was unpacked.")
-    for path in sorted(folder.iterdir(), key=lambda path: (natural_order(path.stem), path.suffix)):
-        if path.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith("."):
+    for path in sorted(entries(folder), key=lambda path: (natural_order(path.stem), path.suffix)):
+        if path.suffix.lower() not in IMAGE_SUFFIXES:
             continue
         if path.stem in found:
             raise UserError(f"{folder / found[path.stem]} and {path} are one frame: keep one of them.")

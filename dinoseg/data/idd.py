@@ -23,6 +23,7 @@ from dinoseg.data.pairing import Lacking, gathered
 from dinoseg.data.pairs import Pair, PairDataset
 from dinoseg.data.splits import Partition, divide
 from dinoseg.errors import UserError
+from dinoseg.files import entries
 from dinoseg.label_tables.read import label_table
 from dinoseg.wording import listed
 
@@ -90,7 +91,7 @@ def find_pairs(root: Path, split: str, encoding: str) -> list[Pair | Lacking]:
     parts = find_parts(root)
     with_split = {name: part for name, part in parts.items() if (part / IMAGES / split).is_dir()}
     if not with_split:
-        held = sorted({path.name for part in parts.values() for path in part.glob(f"{IMAGES}/*") if path.is_dir()})
+        held = sorted({path.name for part in parts.values() for path in entries(part / IMAGES) if path.is_dir()})
         places = ", ".join(str(part / IMAGES / split) for part in parts.values())
         raise UserError(f"No folder {places}: the splits there are {listed(held) or 'none'}. Check data.root.")
     prefixed = _share_a_drive(parts)
@@ -153,5 +154,8 @@ def _check_encoding(encoding: str, labels: Labels, masks: Masks) -> None:
 
 def _share_a_drive(parts: Mapping[str, Path]) -> bool:
     """Return whether two parts have a drive of one name, in whichever splits; so a name is the same in each run."""
-    drives = [{path.name for path in part.glob(f"{IMAGES}/*/[!.]*") if path.is_dir()} for part in parts.values()]
+    drives = [
+        {drive.name for split in entries(part / IMAGES) for drive in entries(split) if drive.is_dir()}
+        for part in parts.values()
+    ]
     return len(set().union(*drives)) < sum(map(len, drives))

@@ -4,6 +4,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from dinoseg.errors import UserError
+from dinoseg.files import entries
 from dinoseg.wording import listed
 
 IMAGES, LABELS = "leftImg8bit", "gtFine"
@@ -44,8 +45,8 @@ def find_parts(root: Path) -> dict[str, Path]:
     """
     if _is_part(root):
         return {"": root}
-    inside = sorted(root.iterdir()) if root.is_dir() else []
-    parts = {path.name: path for path in inside if not path.name.startswith(".") and _is_part(path)}
+    inside = entries(root)
+    parts = {path.name: path for path in inside if _is_part(path)}
     if not parts:
         archives = [path.name for path in inside if path.is_file() and path.suffix.lower() in _ARCHIVES]
         remedy = (
@@ -66,7 +67,7 @@ def files_of(folder: Path, suffix: str, endings: Collection[str]) -> dict[str, P
         UserError: two files have one name.
     """
     found: dict[str, Path] = {}
-    for path in sorted(folder.glob("[!.]*/[!.]*")):
+    for path in (path for drive in entries(folder) for path in entries(drive)):
         if path.suffix.lower() not in endings or not path.stem.endswith(suffix):
             continue
         name = f"{path.parent.name}/{path.stem.removesuffix(suffix)}"

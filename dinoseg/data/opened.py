@@ -40,7 +40,7 @@ def opened(
         reduced: it is trained on: packed at `longest`. Else at full size, since it is scored there.
         on_error: `stop`: what is no whole pair is an error now, and a file that cannot be read when it is read.
             `skip`: all files are read once, and what cannot be used is left out; `skipped` of the data set names it.
-        cache: `packed`: images and masks come from one memory-mapped file, which is made first.
+        cache: `packed`: images and masks come from one file of raw pixels, which is made first.
         cache_dir: folder of the packed files and of what is known of the files.
         longest: see `pack`.
         workers: processes that read all files once, for `skip` and `packed`; None: one per core.

@@ -17,6 +17,7 @@ from dinoseg.data.packed_read import Packed, paying_workers, read_all, reduced_s
 from dinoseg.data.packed_store import PIXELS, Store, StoreKey, aligned, open_store
 from dinoseg.data.pairs import PairDataset
 from dinoseg.errors import DISK_FULL, UserError
+from dinoseg.files import check_regular
 from dinoseg.locks import locked
 from dinoseg.shapes import Sample
 
@@ -174,6 +175,7 @@ def _sizes(dataset: PairDataset, longest: int | None) -> Iterator[tuple[int, int
         size = (0, 0)  # of what cannot be read: packing it tells why
         with contextlib.suppress(OSError, SyntaxError, ValueError, UserError, Image.DecompressionBombError):
             if isinstance(pair.image, Path):
+                check_regular(pair.image)
                 with Image.open(pair.image) as image:
                     size = image.height, image.width
             else:

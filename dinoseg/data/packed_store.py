@@ -1,7 +1,8 @@
-"""Packed images and masks in one file: raw bytes at known places, read through a memory map."""
+"""Packed images and masks in one file: raw bytes at known places, each item read by one call."""
 
 import json
 import os
+import weakref
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -68,7 +69,7 @@ class Store:
         self.places = places
         self.verify = verify
         self._verified: set[int] = set()
-        self._pixels: np.ndarray | None = None
+        self._pixels: int | None = None  # the open file
 
     @property
     def size(self) -> int:
@@ -81,10 +82,8 @@ class Store:
         Raises:
             UserError: the file is gone, or the bytes are not those that were packed.
         """
-        if self._pixels is None:
-            self._pixels = _mapped(self.folder / PIXELS)
         place = self.places[row]
-        item = np.array(self._pixels[place.offset : place.offset + place.size])  # owned, so writable
+        item = self._item(place)
         if self.verify and row not in self._verified:
             if checksum(self.names[row], (place.height, place.width), item) != place.crc:
                 raise UserError(
@@ -95,8 +94,22 @@ class Store:
         colors = 3 * place.height * place.width
         return item[:colors].reshape(place.height, place.width, 3), item[colors:].reshape(place.height, place.width)
 
+    def _item(self, place: Place) -> np.ndarray:
+        """Return the bytes of an item; not mapped, since reading a map of a file that was cut kills the process."""
+        item = np.empty(place.size, np.uint8)
+        try:
+            if self._pixels is None:
+                self._pixels = os.open(self.folder / PIXELS, os.O_RDONLY)
+                weakref.finalize(self, os.close, self._pixels)
+            got = os.preadv(self._pixels, [item.data], place.offset)
+        except OSError as error:
+            raise UserError(_gone(self.folder / PIXELS, str(error))) from None
+        if got < place.size:
+            raise UserError(_gone(self.folder / PIXELS, "it ends too early"))
+        return item
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_pixels": None, "_verified": set()}  # another process maps and verifies itself
+        return {**self.__dict__, "_pixels": None, "_verified": set()}  # another process opens and verifies itself
 
 
 def open_store(folder: Path, key: StoreKey, names: Sequence[str], *, verify: bool) -> Store | None:
@@ -135,11 +148,8 @@ def aligned(offset: int) -> int:
     return -(-offset // _ALIGN) * _ALIGN
 
 
-def _mapped(path: Path) -> np.ndarray:
-    try:
-        return np.memmap(path, np.uint8, mode="r")
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"Cannot read {path} ({error}). The packed data was removed or cut while this run uses it. Run again: what "
-            "is missing is packed anew; a training run goes on with resume=auto."
-        ) from None
+def _gone(path: Path, reason: str) -> str:
+    return (
+        f"Cannot read {path} ({reason}). The packed data was removed or cut while this run uses it. Run again: what is "
+        "missing is packed anew; a training run goes on with resume=auto."
+    )

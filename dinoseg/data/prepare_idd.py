@@ -14,6 +14,7 @@ from tqdm import tqdm
 from dinoseg.data.idd_files import ENCODINGS, LABELS, POLYGONS, files_of, find_parts, label_suffix
 from dinoseg.data.idd_polygons import draw_label_maps
 from dinoseg.errors import DISK_FULL, UserError
+from dinoseg.files import check_regular, entries
 from dinoseg.images import write_png
 from dinoseg.locks import locked
 from dinoseg.processes import in_processes
@@ -112,7 +113,7 @@ def find_polygons(root: Path) -> list[PolygonFile]:
     jobs = [
         PolygonFile(path, f"{part}/{split.name}".lstrip("/"))
         for part, folder in parts.items()
-        for split in sorted(path for path in folder.glob(f"{LABELS}/[!.]*") if path.is_dir())
+        for split in entries(folder / LABELS)
         for path in files_of(split, POLYGONS, (".json",)).values()
     ]
     if not jobs:
@@ -131,6 +132,7 @@ def make_label_maps(job: PolygonFile, *, encodings: Sequence[str], overwrite: bo
         UserError: the file is damaged.
         OSError: writing failed.
     """
+    check_regular(job.path)
     content = job.path.read_bytes()
     source = hashlib.sha256(content).hexdigest()
     there = [encoding for encoding in encodings if _is_whole(job.label_map(encoding))]

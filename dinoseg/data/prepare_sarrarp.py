@@ -24,6 +24,7 @@ from dinoseg.data.sarrarp_files import (
 )
 from dinoseg.data.video_frames import extract_frames
 from dinoseg.errors import DISK_FULL, UserError
+from dinoseg.files import entries
 from dinoseg.locks import locked
 from dinoseg.processes import in_processes
 from dinoseg.wording import count_of, listed
@@ -121,9 +122,9 @@ def find_jobs(root: Path) -> list[VideoJob]:
     jobs: dict[Path, VideoJob] = {}
     folders = [root / name for name in SPLIT_FOLDERS if (root / name).is_dir()]
     for folder in folders:
-        for video in sorted(path for path in folder.glob("video_*") if path.is_dir()):
+        for video in (path for path in entries(folder) if path.name.startswith("video_") and path.is_dir()):
             jobs[video] = VideoJob(video, None)
-        for archive in sorted(path for path in folder.glob("*.zip") if not path.name.startswith(".")):
+        for archive in (path for path in entries(folder) if path.suffix == ".zip"):
             if not re.fullmatch(r"video_\w+", archive.stem):
                 raise UserError(f"{archive} is not named after a video: rename it to video_<number>.zip.")
             video = folder / archive.stem

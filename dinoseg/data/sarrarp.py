@@ -24,6 +24,7 @@ from dinoseg.data.splits import Partition, divide
 from dinoseg.data.video_access import VideoFrame
 from dinoseg.data.video_index import index_videos
 from dinoseg.errors import UserError
+from dinoseg.files import entries
 from dinoseg.wording import listed
 
 # the parts of one operation stay together: video_11_1 and video_11_2
@@ -101,11 +102,12 @@ def find_videos(root: Path, split: str) -> tuple[dict[str, Path], list[Lacking]]
             "the folder into which SAR-RARP50 was downloaded."
         )
     places: dict[str, Path] = {}
-    for video in (path for folder in folders for path in sorted(folder.glob("video_*")) if path.is_dir()):
+    held = [path for folder in folders for path in entries(folder)]
+    for video in (path for path in held if path.name.startswith("video_") and path.is_dir()):
         if video.name in places:
             raise UserError(f"{places[video.name]} and {video} are one video: keep one of them.")
         places[video.name] = video
-    archives = {path.stem: path for folder in folders for path in sorted(folder.glob("[!.]*.zip"))}
+    archives = {path.stem: path for path in held if path.suffix == ".zip"}
     packed = [
         _video_lacking(name, f"{archives[name]} is still packed.", _to_prepare(root))
         for name in sorted(archives.keys() - places.keys())

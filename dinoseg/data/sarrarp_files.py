@@ -3,6 +3,8 @@
 import zlib
 from pathlib import Path
 
+from dinoseg.files import check_regular, entries
+
 TRAIN_FOLDERS = ("train1", "train2", "train")
 TEST_FOLDERS = ("test",)
 FRAME_FOLDERS = ("rgb", "frames")  # the official toolkit's, and an older layout's
@@ -33,7 +35,10 @@ def gaps(video: Path) -> list[list[Path]]:
 
 def mask_sums(video: Path) -> dict[str, int]:
     """Return stem to checksum of a video's masks: other ones make other pseudo-labels."""
-    return {stem: zlib.crc32(path.read_bytes()) for stem, path in png_files(video / MASK_FOLDER).items()}
+    masks = png_files(video / MASK_FOLDER)
+    for path in masks.values():
+        check_regular(path)
+    return {stem: zlib.crc32(path.read_bytes()) for stem, path in masks.items()}
 
 
 def frames_sum(video: Path) -> int:
@@ -44,4 +49,4 @@ def frames_sum(video: Path) -> int:
 
 def png_files(folder: Path) -> dict[str, Path]:
     """Return stem to file of the PNG files in a folder, in order, without hidden ones."""
-    return {path.stem: path for path in sorted(folder.glob("*.png")) if not path.name.startswith(".")}
+    return {path.stem: path for path in entries(folder) if path.suffix == ".png"}

@@ -14,6 +14,7 @@ from PIL import Image
 from dinoseg.data.mask_size import fit
 from dinoseg.data.masks import MaskReader
 from dinoseg.errors import UserError
+from dinoseg.files import check_regular
 from dinoseg.images import read_ids, read_image, read_size
 
 SMALL = 64  # rows and columns of the small copies that are kept
@@ -158,6 +159,7 @@ def _add_mask(path: Path, image: Any, reader: MaskReader, found: dict[str, Any],
     Raises:
         Exception: it cannot be read at all.
     """
+    check_regular(path)
     with Image.open(path) as file:
         found |= {"mask_size": (file.height, file.width), "mask_format": file.format or ""}
     if found["mask_format"] in _LOSSY:
@@ -236,6 +238,7 @@ def _header_size(image: Any) -> tuple[int, int] | None:
     """
     if not isinstance(image, str | Path):
         return None
+    check_regular(image)
     if _ends_early(Path(image)):
         read_image(image)
     return read_size(image)

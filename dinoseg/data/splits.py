@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Protocol, TypeVar
 
 from dinoseg.errors import UserError
+from dinoseg.files import check_regular
 from dinoseg.images import IMAGE_SUFFIXES
 from dinoseg.shapes import SegmentationData
 from dinoseg.wording import listed
@@ -186,6 +187,7 @@ def read_name_list(path: Path) -> list[str]:
         UserError: the file is missing, no text, empty, or names something twice.
     """
     try:
+        check_regular(path)
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"Cannot read the file list {path}: {error}. Check data.reader.partition.lists.") from None

@@ -5,6 +5,7 @@ from pathlib import Path
 import cv2
 
 from dinoseg.errors import UserError
+from dinoseg.files import check_regular
 from dinoseg.images import write_png
 
 _UNCOUNTED = 2  # frames by which a sound video may fall short of its header: some writers count dropped ones
@@ -19,6 +20,7 @@ def extract_frames(video: Path, folder: Path, *, step: int) -> int:
         UserError: the video cannot be opened or decoded, or ends before the number of frames it promises.
         OSError: writing failed, with what was finished kept.
     """
+    check_regular(video)
     capture = cv2.VideoCapture(str(video))
     try:
         if not capture.isOpened():

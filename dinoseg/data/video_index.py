@@ -17,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dinoseg.errors import UserError
+from dinoseg.files import check_regular
 from dinoseg.locks import locked
 from dinoseg.processes import count_cores, in_processes
 
@@ -44,9 +45,9 @@ def open_capture(path: Path) -> cv2.VideoCapture:
     Raises:
         UserError: the file is missing or no video.
     """
+    stamp(path)
     capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
     if not capture.isOpened():
-        stamp(path)
         raise UserError(f"Cannot open {path} as a video. It is damaged or no video: replace it.")
     return capture
 
@@ -55,9 +56,10 @@ def stamp(path: Path) -> tuple[Path, int, int]:
     """Return the path with the file's size and time, by which a changed file is noticed.
 
     Raises:
-        UserError: there is no such file.
+        UserError: there is no such file, or it is none.
     """
     try:
+        check_regular(path)
         stat = path.stat()
     except OSError as error:
         raise UserError(f"Cannot read the video {path}: {error.strerror}. Check the path.") from None

@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 
 from dinoseg.errors import UserError
+from dinoseg.files import check_regular, entries
 from dinoseg.images import IMAGE_SUFFIXES
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv")
@@ -36,7 +37,7 @@ def list_inputs(source: str) -> list[Path]:
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        return _accepted(_entries(path), f"The folder {path} holds no image or video directly.")
+        return _accepted(entries(path), f"The folder {path} holds no image or video directly.")
     if path.exists():
         if not _is_media(path):
             raise UserError(f"{path} is of an unknown kind ({path.suffix or 'no suffix'}). {_ACCEPTED}")
@@ -66,6 +67,8 @@ class VideoReader:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.frames_read = 0
+        if self.path.exists():
+            check_regular(self.path)
         with _silence():
             self._capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
             opened, first = self._capture.read() if self._capture.isOpened() else (False, None)
@@ -218,15 +221,8 @@ def _is_media(path: Path) -> bool:
     return path.suffix.lower() in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
 
 
-def _entries(folder: Path) -> list[Path]:
-    try:
-        return list(folder.iterdir())
-    except OSError as error:
-        raise UserError(f"Cannot read the folder {folder} ({error.strerror}). Change its permissions.") from None
-
-
 def _accepted(paths: list[Path], nothing: str) -> list[Path]:
-    found = sorted(path for path in paths if _is_media(path) and path.is_file() and path.name[0] != ".")
+    found = sorted(path for path in paths if _is_media(path) and not path.is_dir() and path.name[0] != ".")
     if not found:
         raise UserError(f"{nothing} {_ACCEPTED}")
     return found

@@ -574,6 +574,15 @@ def test_a_store_that_is_removed_while_it_is_used_is_told(data, cache):
     assert_same(make(data(), cache), data())
 
 
+def test_a_store_that_is_cut_while_it_is_read_ends_no_process(data, cache):
+    dataset = make(data(), cache)
+    last = max(range(len(dataset)), key=lambda row: dataset.store.places[row].offset)
+    first = dataset[min(range(len(dataset)), key=lambda row: dataset.store.places[row].offset)]
+    os.truncate(dataset.store.folder / "pixels.bin", first["mask"].numel() * 4)  # a mapped file would be a bus error
+    with pytest.raises(UserError, match=r"Cannot read .*pixels\.bin \(it ends too early\).*resume=auto"):
+        dataset[last]
+
+
 def test_names_that_are_no_text_are_packed(cache, tmp_path):
     write(tmp_path / "data", {os.fsdecode(b"caf\xe9"): (5, 7), "x": (4, 4)})
     source = folder_dataset(tmp_path / "data", "train", classes=["a", "b", "c"])

@@ -9,6 +9,7 @@ from PIL import Image
 from dinoseg.data.doctor.findings import Finding, Scanned
 from dinoseg.data.mask_advice import for_binary, for_colors, for_ids
 from dinoseg.data.scan_record import Record
+from dinoseg.files import check_regular
 from dinoseg.images import IMAGE_SUFFIXES
 from dinoseg.wording import listed
 
@@ -47,6 +48,7 @@ def _is_turned(image: str) -> bool:
     if path.suffix.lower() not in IMAGE_SUFFIXES:
         return False
     try:
+        check_regular(path)
         with Image.open(path) as file:
             # asked of a PNG without one, Pillow would decode it all to look behind the pixels
             return "exif" in file.info and file.getexif().get(_ORIENTATION, 1) != 1

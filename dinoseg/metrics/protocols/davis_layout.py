@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from dinoseg.errors import UserError
+from dinoseg.files import entries
 from dinoseg.metrics.protocols.contract import Case, Found
 from dinoseg.wording import listed
 
@@ -136,13 +137,13 @@ def _sequence(line: str) -> str:
 
 def _pngs(folder: Path) -> dict[str, Path]:
     """Return file name to path in the order of the names; hidden files are none."""
-    return {path.name: path for path in sorted(folder.glob("*.png")) if not path.name.startswith(".")}
+    return {path.name: path for path in entries(folder) if path.suffix == ".png"}
 
 
 def _folders(folder: Path, option: str, layout: str) -> list[str]:
     if not folder.is_dir():
         raise UserError(f"{option}={folder} is no folder. Give the one that holds {layout}.")
-    return [path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    return [path.name for path in entries(folder) if path.is_dir()]
 
 
 def _listed(names: Iterable[str]) -> str:

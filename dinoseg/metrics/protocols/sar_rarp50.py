@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from dinoseg.errors import UserError
+from dinoseg.files import entries
 from dinoseg.images import read_ids
 from dinoseg.metrics.protocols.contract import BadFile, Case, Found, Measured, pooled
 from dinoseg.metrics.protocols.trees import pictures_hint, refuse_inside
@@ -234,18 +235,17 @@ def _read_mask(path: Path) -> np.ndarray:
 
 
 def _folders_in(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return [path.name for path in entries(folder) if path.is_dir()]
 
 
 def _masks_in(folder: Path) -> dict[str, Path]:
     """Return file name to path of a folder's PNG files, without hidden ones and folders; empty where it is missing."""
-    paths = sorted(folder.glob("*.png"))
-    return {path.name: path for path in paths if not path.name.startswith(".") and not path.is_dir()}
+    return {path.name: path for path in entries(folder) if path.suffix == ".png" and not path.is_dir()}
 
 
 def _add_video(found: Found, video: str, masks: dict[str, Path], folder: Path) -> None:
     """Add a video's cases, and a note of what only one side has."""
-    predicted = {path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")}
+    predicted = {path.name for path in entries(folder) if path.is_file()}
     for file, mask in masks.items():
         prediction = folder / file if file in predicted else None
         found.cases.append(Case(f"{video}/{mask.stem}", video, ((mask, prediction),)))
