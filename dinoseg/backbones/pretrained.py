@@ -54,7 +54,39 @@ def load_model(config: Any, weights: str, cut: Callable[[Any], None], local_cls_
     if not _HUB_ID.fullmatch(weights) or path.suffix in (".safetensors", *PICKLED):
         raise UserError(f"backbone.weights={weights}: no such file or folder. Check the path.")
     name, _, revision = weights.partition("@")
-    return _from_pretrained(weights, name, cut, config=config, revision=revision or "main")
+    revision = revision or "main"
+    if silent := _why_silent(name, revision):
+        return _from_pretrained(weights, _fetched_before(weights, name, revision, silent), cut, config=config)
+    return _from_pretrained(weights, name, cut, config=config, revision=revision)
+
+
+def _why_silent(name: str, revision: str) -> str:
+    """Return why the hub does not answer, "" where it does: one look-up, where a loader tries each file six times."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        HfApi().model_info(name, revision=revision, timeout=10)
+    except HfHubHTTPError:  # an answer: what it says of the files is the loader's to tell
+        return ""
+    except Exception as error:  # of whatever library the hub's client speaks through
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return ""
+
+
+def _fetched_before(weights: str, name: str, revision: str, silent: str) -> str:
+    """Return the folder of weights that were fetched while the hub still answered."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return snapshot_download(name, revision=revision, local_files_only=True)
+    except LocalEntryNotFoundError:
+        raise UserError(
+            f"backbone.weights={weights}: no such folder is here, the hub does not answer ({silent}), and nothing was "
+            f"fetched from it before. Give a downloaded file or folder, backbone.weights=PATH; or take weights that "
+            f"ship here, backbone=tiny_surgical; or none, backbone.weights=random."
+        ) from None
 
 
 def exported_state(model: Any) -> dict[str, Tensor]:
@@ -141,10 +173,9 @@ def _from_pretrained(
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"backbone.weights={weights}: no such folder is here, and the weights cannot be fetched ({reason}). "
-            f"If they are gated, accept the licence on the model's hub page and log in with `hf auth login`; without a "
-            f"network, give a downloaded folder or file: backbone.weights=PATH (HF_HUB_OFFLINE=1 in the environment "
-            f"spares the retries); to try things out untrained: backbone.weights=random."
+            f"backbone.weights={weights}: the weights cannot be had ({reason}). If they are gated, accept the licence "
+            f"on the model's hub page and log in with `hf auth login`; or give a downloaded folder or file: "
+            f"backbone.weights=PATH; to try things out untrained: backbone.weights=random."
         ) from error
     found = [key for kind in ("missing", "unexpected", "mismatched") for key in info.get(f"{kind}_keys", ())]
     pooler = {f"pooler.dense.{part}" for part in ("weight", "bias") if options["config"].model_type == "vit"}

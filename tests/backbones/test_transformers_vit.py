@@ -1,8 +1,10 @@
+import huggingface_hub
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from dinoseg.adapters import Full, LastBlocks, Lora
+from dinoseg.backbones import pretrained
 from dinoseg.backbones.transformers_vit import TransformersVit
 from dinoseg.errors import UserError
 from dinoseg.geometry import pad_to_multiple
@@ -153,7 +155,30 @@ def test_lora_updates_are_not_exported():
         Lora(rank=1, alpha=1)(build("dinov3_vit")).export_state()
 
 
-def test_unreachable_hub_says_what_to_do():
+def test_an_unreachable_hub_is_asked_once(monkeypatch, caplog):
+    asked = []
+
+    def refused(self, name, **options):
+        asked.append((name, options["revision"]))
+        raise ConnectionError("connection refused\nsee elsewhere")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refused)
+    said = "does not answer \\(connection refused\\).*backbone.weights=PATH.*backbone=tiny_surgical"
+    with pytest.raises(UserError, match=said) as caught:
+        build("dinov3_vit", weights="nobody/nothing@v1")
+    assert asked == [("nobody/nothing", "v1")] and not caplog.records and "\n" not in str(caught.value)
+
+
+def test_without_a_hub_weights_fetched_before_are_read(monkeypatch, tmp_path):
+    save_file(build("dinov3_vit").export_state(), tmp_path / "model.safetensors")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: str(tmp_path))
+    state = build("dinov3_vit", weights="some/body").export_state()  # tests are without a hub
+    kept = load_file(tmp_path / "model.safetensors")
+    assert state.keys() == kept.keys() and all(torch.equal(state[name], kept[name]) for name in kept)
+
+
+def test_gated_weights_say_what_to_do(monkeypatch):
+    monkeypatch.setattr(pretrained, "_why_silent", lambda name, revision: "")
     with pytest.raises(UserError, match="accept the licence.*log in.*backbone.weights=PATH"):
         build("dinov3_vit", weights="nobody/nothing@v1")
 
