@@ -10,29 +10,55 @@ failures: list[str] = []  # messages of the jobs that did not end well
 
 
 def main() -> None:
-    """Run the command line; exit status 1 where any job failed."""
-    arguments = sys.argv[1:]
-    if not arguments or arguments == ["mode=help"] or {"-h", "--help"} & set(arguments):
-        from dinoseg.modes.help import overview
+    """Run the command line; exit status 1 where any job failed, 141 where nobody reads on, as of `| head`."""
+    try:
+        _command(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _leave_if_unread()
+        raise
+    if failures:
+        sys.exit(1)
 
-        print(overview())
+
+def _leave_if_unread() -> None:
+    """End the process where the reader of standard output has gone: there is nobody to tell."""
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its end
+        sys.exit(141)
+
+
+def _command(arguments: list[str]) -> None:
+    if not arguments or arguments == ["mode=help"] or {"-h", "--help"} & set(arguments):
+        from dinoseg.modes.help import help_for
+
+        print(help_for(arguments))
         return
     import hydra
     from hydra.errors import HydraException
 
     from dinoseg.config import register_resolvers
+    from dinoseg.errors import UserError
+    from dinoseg.words import as_text
 
     register_resolvers()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that an error comes back as it was raised
     try:
+        sys.argv[1:] = as_text(arguments, Path(CONFIGS))
         hydra.main(version_base="1.3", config_path=CONFIGS, config_name="main")(run)()
+    except UserError as error:
+        _fail(str(error))
     except HydraException as error:
         from dinoseg.typos import explain
 
-        print(f"error: {explain(arguments, CONFIGS, error)}", file=sys.stderr)
-        sys.exit(1)
-    if failures:
-        sys.exit(1)
+        _fail(explain(sys.argv[1:], CONFIGS, error))
+
+
+def _fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(1)
 
 
 def run(cfg):  # noqa: ANN001, ANN201 - hydra.main wants the bare signature
@@ -53,6 +79,9 @@ def run(cfg):  # noqa: ANN001, ANN201 - hydra.main wants the bare signature
     except UserError as error:
         message = str(error)
         print(f"error: {message}", file=sys.stderr)
+    except BrokenPipeError:
+        _leave_if_unread()
+        raise
     except KeyboardInterrupt:
         on = "; the run goes on from its last save with resume=auto" if groups["mode"] == "train" else ""
         print(f"\ninterrupted{on}", file=sys.stderr)

@@ -8,16 +8,12 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
 from dinoseg.config import plain
+from dinoseg.words import assignments, is_sweep, parsed
 
-_TAKES_A_VALUE = (
-    *("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn"),
-    *("--config-dir", "-cd", "--info", "-i", "--experimental-rerun"),
-)
 _ALL_KEYS = "Add `--cfg job` to see all keys, `--help` alone to see all groups and options."
 
 
@@ -29,11 +25,11 @@ def explain(arguments: Sequence[str], configs: str, error: Exception) -> str:
         configs: folder of the config groups.
         error: what Hydra raised.
     """
-    several = bool({"-m", "--multirun"} & set(arguments))
+    several = is_sweep(arguments)
     chosen: list[str] = []
     overrides: list[Override] = []
-    for word in _words(arguments):
-        override, mistake = _parsed(word)
+    for _, word in assignments(arguments):
+        override, mistake = _read(word)
         if override is None:
             return mistake
         if override.is_sweep_override() and not several:
@@ -53,33 +49,23 @@ def explain(arguments: Sequence[str], configs: str, error: Exception) -> str:
     return _wrong_key(overrides, chosen, configs) or _hydras_own(error)
 
 
-def _words(arguments: Sequence[str]) -> Iterator[str]:
-    """Yield what is meant as KEY=VALUE: neither flags nor their values."""
-    skip = False
-    for word in arguments:
-        if not skip and not word.startswith("-"):
-            yield word
-        skip = word in _TAKES_A_VALUE
-
-
-def _parsed(word: str) -> tuple[Override | None, str]:
+def _read(word: str) -> tuple[Override | None, str]:
     if "=" not in word and not word.startswith("~"):
         return None, f"{word} is no KEY=VALUE.{f' Did you mean mode={word}?' if word.isidentifier() else ''}"
-    try:
-        return OverridesParser.create().parse_override(word), ""
-    except HydraException as error:
-        first = str(error).splitlines()[0]
-        return None, (
-            f"{word} cannot be read ({first}). Put quotes around the whole word where its value holds brackets, braces "
-            f"or blanks, and inside them around text with other signs: '{_key(word)}=\"a value\"'."
-        )
+    if override := parsed(word):
+        return override, ""
+    return None, (
+        f"{word} cannot be read: brackets, braces or quotes are left open, or text between them holds other signs. Put "
+        f"quotes around the whole word, and inside them around such text: '{_key(word)}=[\"a value\"]'."
+    )
 
 
 def _wrong_option(override: Override, folder: Path) -> str:
-    options = sorted(path.stem for path in folder.glob("*.yaml") if not path.stem.startswith("_"))
+    known = sorted(path.stem for path in folder.glob("*.yaml"))
+    options = [option for option in known if not option.startswith("_")]
     group = override.key_or_group
     for choice in _choices(override):
-        if not (folder / f"{choice}.yaml").is_file():
+        if choice not in known:
             return (
                 f"{group}={choice} is unknown.{_nearest(choice, options, f'{group}=')} There are {', '.join(options)}."
             )
@@ -128,7 +114,7 @@ def _nearest(word: str, known: Sequence[str], before: str = "") -> str:
     """Return the question whether the nearest of the known words was meant, the same last part first."""
     last = word.rsplit(".", 1)[-1]
     same = [key for key in known if key.rsplit(".", 1)[-1] == last]
-    found = (same or difflib.get_close_matches(word, known, n=3, cutoff=0.7))[:3]
+    found = (same or difflib.get_close_matches(word, known, n=3, cutoff=0.75))[:3]
     return f" Did you mean {' or '.join(before + each for each in found)}?" if found else ""
 
 

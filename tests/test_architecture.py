@@ -29,12 +29,12 @@ LEVELS = (  # a room imports its own level and those below
     ("model", "adapters", "inference", "scoring", "training"),
     ("config", "checks", "run_folder", "nodes", "build", "resume"),
     ("modes",),
-    ("launch", "typos", "__main__"),
+    ("launch", "typos", "words", "__main__"),
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 LEAVES = LEVELS[1]  # these never import one another, and build names none of them
 DOORS = {  # dependency to the rooms and files that may import it
-    "hydra": ("config", "nodes", "resume", "modes", "launch", "typos", "__main__"),
+    "hydra": ("config", "nodes", "resume", "modes", "launch", "typos", "words", "__main__"),
     "omegaconf": ("config", "checks", "run_folder", "nodes", "build", "resume", "modes", "launch", "__main__"),
     "hydra.utils": ("nodes",),
     "accelerate": ("training/engine",),
@@ -46,7 +46,7 @@ DOORS = {  # dependency to the rooms and files that may import it
     "tensorboard": ("report/log",),
     "torch.utils.tensorboard": ("report/log",),
 }
-EXCEPTIONS = {("__main__.py", "dinoseg.modes.help.overview")}  # printed before hydra and torch are imported
+EXCEPTIONS = {("__main__.py", "dinoseg.modes.help.help_for")}  # printed before hydra and torch are imported
 LONGEST_FILE, LONGEST_FUNCTION, LONGEST_LOOP = 300, 60, 90
 
 

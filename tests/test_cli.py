@@ -3,15 +3,20 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from command_line import SMALL, call, write_data
+from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
+from dinoseg import words
 from dinoseg.__main__ import CONFIGS
 from dinoseg.images import write_png
+from dinoseg.launch import LAUNCH_KEYS
 from dinoseg.modes.help import overview
 
 TRAIN = ("mode=train", *SMALL)
@@ -48,11 +53,31 @@ def test_a_command_line_without_mode_is_checked_too(arguments, tmp_path):
     assert "Traceback" not in done.err
 
 
-@pytest.mark.parametrize("arguments", [(), ("--help",), ("mode=help",), ("mode=train", "-h"), ("hparam=demo",)])
+@pytest.mark.parametrize("arguments", [(), ("--help",), ("mode=help",), ("mode=nonsense", "-h"), ("hparam=demo",)])
 def test_help_is_the_overview(arguments, tmp_path):
     done = call(tmp_path, *arguments)
     assert (done.status, done.err) == (0, "") and done.out == overview() + "\n"
     assert not list(tmp_path.iterdir()), "help leaves nothing behind"
+
+
+@pytest.mark.parametrize("mode", [path[:-5] for path in os.listdir(f"{CONFIGS}/mode") if path != "help.yaml"])
+def test_help_of_a_mode_is_of_its_own_keys(mode, tmp_path):
+    done = call(tmp_path, f"mode={mode}", "--help")
+    assert done.status == 0 and not done.err and f"Keys of mode={mode}" in done.out
+    keys = yaml.safe_load(Path(CONFIGS, "mode", f"{mode}.yaml").read_text()).keys()
+    shown = [line.split("=")[0].strip() for line in done.out.splitlines() if line.startswith("  mode.")]
+    assert shown == [f"mode.{key}" for key in keys if not key.startswith("_") and key not in LAUNCH_KEYS[1:]]
+    assert "mode.mode" not in done.out and "hparam:" not in done.out
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("mode=train", "--help"), ("mode=summary", *SMALL)])
+def test_a_reader_that_goes_away_gets_no_traceback(arguments, tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "dinoseg", *arguments]
+    done = subprocess.run(command, cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_help_imports_neither_torch_nor_hydra(tmp_path):
@@ -93,6 +118,15 @@ def test_an_unknown_option_lists_those_there_are(place, group):
         (["data.classes=[a,b"], "data.classes=[a,b cannot be read"),
         (["data.reader.masks.ids={3: 255"], "Put quotes around the whole word"),
         (["head=mlp", "head.hiden=3"], "head.hiden is no key of the config."),
+        (["head=segformer"], "error: head=segformer is unknown. There are cnn,"),
+        (["loss=null"], "loss=null is unknown. There are ce_dice"),
+        (["backbone=[0]"], "backbone=[0] is unknown. There are dino_vitb16"),
+        (["engine=1"], "engine=1 is unknown. There are auto, cpu"),
+        (["hparam="], "hparam= is unknown. There are"),
+        ([f"hparam={'n' * 3000}"], "is unknown. There are ade20k_m2f"),
+        (["=3"], "=3 has no key before its sign of equality. Write KEY=VALUE."),
+        (["--steps=3"], "--steps=3 is no flag. There are --help"),
+        (["data.root=a\0b"], "'data.root=a\\x00b' holds the sign NUL"),
     ],
 )
 def test_a_command_line_that_cannot_be_composed_is_one_message(place, arguments, message):
@@ -170,6 +204,52 @@ def test_a_mistake_while_training_is_one_message(place, arguments, parts):
 )
 def test_a_mistake_in_another_mode_is_one_message(place, arguments, part):
     assert part in refused(place, *arguments)
+
+
+ODD_NAMES = [
+    "my photo (1)",
+    "a,b",
+    "[1] x",
+    "x = y",
+    "{1}",
+    "é ü 漢字",
+    "it's",
+    '"q"',
+    "'q'",
+    " lead",
+    "#1 $ & !",
+    "5",
+    "null-",
+]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_names_of_files_work_as_they_are(place, name):
+    (place / "data").rename(place / name)
+    folder = f"{name}/val/masks"
+    done = call(
+        place, "mode=score", f"reference={folder}", f"prediction={folder}", "num_classes=2", f"hydra.run.dir={name} run"
+    )
+    assert done.status == 0 and (place / f"{name} run/scores.json").is_file(), done.err
+    assert "mIoU" in done.out
+
+
+def test_every_key_of_a_file_takes_any_name(tmp_path, compose):
+    odd = "a (1), [2] = {3}"
+    assert words.FILES > {"resume", "labels", "mode.restart", "input", "data.root"}
+    for key in words.FILES - {"hydra.run.dir", "hydra.sweep.dir"}:
+        mode = {"mode.reference": "score", "mode.prediction": "score"}.get(key, "track")
+        (word,) = words.as_text([f"{key}={odd}"], Path(CONFIGS))
+        head = "mask2former" if key == "head.weights" else "linear"
+        assert OmegaConf.select(compose(f"mode={mode}", f"head={head}", word), key) == odd
+
+
+def test_what_is_more_than_a_name_stays_so(tmp_path):
+    kept = ["prediction=[a,b]", "input=null", "input='a b'", "data.classes=[a,b", "seed=${x}", "steps=1,2", "head=a,b"]
+    kept += ["-m", "-cd", "a (1)", "~seed"]
+    assert words.as_text(kept, Path(CONFIGS)) == kept
+    assert words.as_text(["-m", "resume=a,b"], Path(CONFIGS)) == ["-m", "resume=a,b"]
+    assert words.as_text(["data.group=^(.+)/"], Path(CONFIGS)) == ['data.group="^(.+)/"']
 
 
 def test_bad_files_are_named(place):

@@ -1,9 +1,11 @@
 """mode=help and --help: every group, every option, and the commands to start with."""
 
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+CONFIGS = Path(str(files("dinoseg"))) / "cfg"
 COMMANDS = """\
 dinoseg turns DINO backbones into segmenters.
 
@@ -21,17 +23,36 @@ usage: python -m dinoseg mode=MODE [hparam=RECIPE] [GROUP=OPTION ...] [KEY=VALUE
   python -m dinoseg mode=predict resume=RUN input=PATH               image, folder, glob or video
   python -m dinoseg mode=track input=VIDEO labels=MASK               follow objects from the first frame's mask
   python -m dinoseg mode=summary hparam=sarrarp_lora                 parameters by part, no weights needed
+  python -m dinoseg mode=train --help                                the mode's own keys
   python -m dinoseg mode=train hparam=sarrarp_lora --cfg job         show the composed config
 
 Groups and their options (choose with GROUP=OPTION; RECIPE is an option of hparam):
 """
+_NO_KEYS = ("_", "resume_from", "keeps_folder", "#")  # how the lines of a mode's file begin that are no keys to set
+_FURTHER = (
+    "`--help` alone shows all modes, groups and options; `--cfg job` instead of it all keys of this command line."
+)
 
 
 def overview() -> str:
     """Return the help text: commands, then every config group with its options."""
-    folder = Path(str(files("dinoseg"))) / "cfg"
-    groups = sorted(path for path in folder.iterdir() if path.is_dir() and path.name not in ("hydra", "local"))
+    groups = sorted(path for path in CONFIGS.iterdir() if path.is_dir() and path.name not in ("hydra", "local"))
     return COMMANDS + "\n".join(f"  {group.name + ':':10}{_wrapped(_options(group))}" for group in groups)
+
+
+def help_for(arguments: Sequence[str]) -> str:
+    """Return the help text of a command line: that of the mode it names, if it does."""
+    modes = [word.removeprefix("mode=") for word in arguments if word.startswith("mode=") and word != "mode=help"]
+    return of_mode(modes[-1]) if modes and modes[-1] in _options(CONFIGS / "mode") else overview()
+
+
+def of_mode(mode: str) -> str:
+    """Return what is said of one mode: commands, and its own keys as its config file explains them."""
+    commands = [line for line in COMMANDS.splitlines() if f"mode={mode} " in line]
+    text = (CONFIGS / "mode" / f"{mode}.yaml").read_text(encoding="utf-8")
+    own = [line for line in text.splitlines() if not line.startswith(_NO_KEYS)]
+    keys = [f"  mode.{line.replace(': ', '=', 1)}" for line in own] or ["  none"]
+    return "\n".join((*commands, "", f"Keys of mode={mode}, and what they are if not given:", *keys, "", _FURTHER))
 
 
 def show(cfg: Any, *, out_dir: Path) -> None:

@@ -1,0 +1,106 @@
+"""The words of a command line: which are KEY=VALUE, and values that are text whatever signs they hold."""
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.errors import HydraException
+
+from dinoseg.errors import UserError
+
+FILES = {  # keys whose value names a file or a folder
+    *("resume", "input", "labels", "reference", "prediction", "cache_dir", "data.root"),
+    *("mode.input", "mode.labels", "mode.reference", "mode.prediction", "mode.restart"),
+    *("backbone.weights", "head.weights", "hydra.run.dir", "hydra.sweep.dir"),
+}
+_FLAGS = ("-m", "--multirun", "--resolve", "--run", "-r", "--version", "--hydra-help", "--shell-completion", "-sc")
+_TAKES_A_VALUE = (
+    *("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn"),
+    *("--config-dir", "-cd", "--info", "-i", "--experimental-rerun"),
+)
+_NESTED = ("[", "{", "'", '"')  # what a value begins with that is more than text
+
+
+def assignments(arguments: Sequence[str]) -> Iterator[tuple[int, str]]:
+    """Yield place and text of the words that are meant as KEY=VALUE: neither flags nor their values."""
+    skip = False
+    for place, word in enumerate(arguments):
+        if not skip and not word.startswith("-"):
+            yield place, word
+        skip = word in _TAKES_A_VALUE
+
+
+def as_text(arguments: Sequence[str], configs: Path) -> list[str]:
+    """Return a command line with quotes around the values that Hydra's grammar would take apart, or not read at all.
+
+    A name of a file or of a group's option is text, whatever signs it holds; any other value is where it can be nothing
+    else.
+
+    Args:
+        arguments: the command line, without the program's name.
+        configs: folder of the config groups.
+
+    Raises:
+        UserError: a flag that is none, a value without a key, or a word that nothing could be named by.
+    """
+    for word in arguments:
+        flag = word.split("=")[0]
+        if flag.startswith("-") and flag not in (*_FLAGS, *_TAKES_A_VALUE):
+            raise UserError(
+                f"{word} is no flag. There are --help, -m for several runs, and --cfg job, which shows the config; "
+                "keys are written KEY=VALUE, without dashes."
+            )
+        if "\0" in word:
+            raise UserError(f"{word!r} holds the sign NUL, which nothing is named by. Leave it out.")
+        if word.lstrip("+~").startswith("="):
+            raise UserError(f"{word} has no key before its sign of equality. Write KEY=VALUE.")
+    several = is_sweep(arguments)
+    found = list(arguments)
+    for place, word in assignments(arguments):
+        key, sign, value = word.partition("=")
+        if not sign or not value or key.startswith("~"):
+            continue
+        override = parsed(word)
+        if override is None:
+            text = not value.startswith(_NESTED)
+        else:
+            group = (configs / key.split("@")[0]).is_dir() and not override.is_sweep_override()
+            text = group and not isinstance(override.value(), str)
+        if text or _names_file(key, value, override, several=several):
+            found[place] = f"{key}={QuotedString(value, Quote.double).with_quotes()}"
+    return found
+
+
+def is_sweep(arguments: Sequence[str]) -> bool:
+    """Return whether a command line asks for several runs."""
+    return bool({"-m", "--multirun"} & set(arguments))
+
+
+def parsed(word: str) -> Override | None:
+    """Return a word as Hydra reads it; None where it cannot."""
+    try:
+        return OverridesParser.create().parse_override(word)
+    except HydraException:
+        return None
+
+
+def _names_file(key: str, value: str, override: Override | None, *, several: bool) -> bool:
+    """Return whether a value is a file's name as it stands, and neither a list of them nor text in quotes."""
+    if key.lstrip("+") not in FILES or value == "null":
+        return False
+    exists = _exists(value)
+    if override is None:
+        return exists or not (value.startswith(_NESTED) and value.endswith(("]", "}", "'", '"')))
+    if override.is_sweep_override():
+        return exists or not several
+    more = isinstance(override.value(), list | dict) or "${" in value or re.fullmatch(r"'.*'|\".*\"", value)
+    return override.value() != value and (exists or not more)
+
+
+def _exists(value: str) -> bool:
+    try:
+        return Path(value).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):  # too long, or no text that a file could have for a name
+        return False
