@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from dinoseg.adapters import Frozen
 from dinoseg.checks import check_given
-from dinoseg.config import plain
+from dinoseg.config import background_of, plain
 from dinoseg.errors import UserError
 from dinoseg.inference.slot_settings import SlotTracking
 from dinoseg.model import Segmenter
@@ -110,6 +110,7 @@ def feed(cfg: DictConfig, engine: Engine) -> Feed | ClipFeed:
             batch_size=cfg.data.batch_size,
             seed=_seed(cfg),
             workers=engine.workers,
+            background=background_of(cfg),
             rank=engine.rank,
             world=engine.world,
         )

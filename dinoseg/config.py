@@ -7,6 +7,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
 from dinoseg.errors import UserError
+from dinoseg.wording import listed
 
 CLASS_FILE = "class_file"
 
@@ -22,6 +23,23 @@ def plain(node: Any, *, resolve: bool = False) -> dict[str, Any]:
     container = OmegaConf.to_container(node, resolve=resolve)
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
+
+
+def background_of(cfg: DictConfig) -> int | None:
+    """Return the id of the class that is no object, which `data.background` names; None: each is something.
+
+    Raises:
+        UserError: there is no such class.
+    """
+    value, names = cfg.data.background, list(map(str, cfg.data.classes))
+    if value is None or value in names:
+        return None if value is None else names.index(value)
+    if type(value) is int and 0 <= value < len(names):
+        return value
+    raise UserError(
+        f"data.background={value} is no class. Give the name or the id of one (0 to {len(names) - 1}: "
+        f"{listed(names)}), or null where each class is something."
+    )
 
 
 def settled(node: Any) -> dict[Any, Any]:

@@ -183,14 +183,24 @@ def check_classes(data: SegmentationData | Labels, found: Mapping[str, Any], whe
 def _kept(info: Mapping[str, Any]) -> dict[str, Any]:
     """Return the config of a checkpoint, which may be older than a key: then it stands as what was meant."""
     kept = {key: info["config"][key] for key in KEPT}
-    return {**kept, "trainer": {"feed": "images", **kept["trainer"]}}
+    trainer = {"feed": "images", **kept["trainer"]}
+    data = {"background": _background_of_old(info), **kept["data"]}
+    return {**kept, "trainer": trainer, "data": data}
+
+
+def _background_of_old(info: Mapping[str, Any]) -> int | None:
+    """Return the background of a run that is older than the key, when scores without it were those without class 0."""
+    names = info.get("classes") or [""]
+    chosen_by = info["config"]["trainer"].get("score")
+    return 0 if str(names[0]).lower() == "background" or chosen_by == "miou_no_background" else None
 
 
 def _recipe(info: Mapping[str, Any]) -> dict[str, Any]:
     """Return what makes two runs the same recipe, as a checkpoint would give it back."""
     config = json.loads(json.dumps(_kept(info)))
     trainer = {key: value for key, value in config["trainer"].items() if key not in LENGTHS}
-    data = {**config["data"], "root": _root(config, Path(info["folder"]))[0]}
+    # by the background alone a score differs, and nothing that is trained
+    data = {**config["data"], "root": _root(config, Path(info["folder"]))[0], "background": None}
     return {**config, "trainer": trainer, "data": data}
 
 

@@ -3,13 +3,15 @@
     classes:
       background: {ids: [0], color: [0, 0, 0]}
       leaf: {ids: [1, 2], color: [0, 255, 0]}    # the numbers 1 and 2 in a mask file are one class
+    background: background
     ignore: {ids: [7]}
     masks: ids
 
 `classes` is a mapping in id order, or a list of names alone. With `masks: ids` (the default) a mask file holds numbers:
 `ids` says which, without it a class has its position, and `color` only draws. With `masks: palette` it holds colours: a
 class has a `color`, or several `colors` that are merged. With `masks: binary` it holds 0 and 255. `ignore` names the
-`ids` or `colors` that count nowhere. Under `masks: ids` all numbers must be named, but for data.ignore_index.
+`ids` or `colors` that count nowhere, `background` the class that is no object, if any. Under `masks: ids` all numbers
+must be named, but for data.ignore_index.
 """
 
 from collections import Counter
@@ -28,7 +30,7 @@ from dinoseg.files import check_regular
 
 NAME = "classes.yaml"
 NOT_DESCRIBED: dict[str, Any] = {
-    **{"palette": None, "format": "ids", "ids": None, "colors": None, "ignore_colors": []},
+    **{"palette": None, "background": None, "format": "ids", "ids": None, "colors": None, "ignore_colors": []},
     "described": None,
 }
 _LARGEST = 65536  # bytes: 255 classes need a fourth of it
@@ -80,7 +82,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _described(content: Any, ignore_index: int) -> dict[str, Any]:
-    whole = _mapping(content, "the file", ("classes", "ignore", "masks"))
+    whole = _mapping(content, "the file", ("classes", "background", "ignore", "masks"))
     classes = _classes(whole.get("classes"))
     ignored = _mapping(whole.get("ignore", {}), "ignore", ("ids", "colors"))
     masks = whole.get("masks", "ids")
@@ -91,7 +93,9 @@ def _described(content: Any, ignore_index: int) -> dict[str, Any]:
     if any(colors) and not all(colors) or masks == "palette" and not all(colors):
         bare = ", ".join(name for name, given in zip(classes, colors, strict=True) if not given)
         raise ValueError(f"no color for {bare}: give one to every class{' or to none' * (masks != 'palette')}")
-    found = {**NOT_DESCRIBED, "classes": list(classes), "format": masks}
+    found = {**NOT_DESCRIBED, "classes": list(classes), "format": masks, "background": whole.get("background")}
+    if found["background"] not in (None, *classes):
+        raise ValueError(f"background: {found['background']} is no class: name one of {', '.join(classes)}, or none")
     found["palette"] = [given[0] for given in colors] if any(colors) else None
     if masks == "ids":
         found["ids"] = _ids(classes, _whole_numbers(ignored.get("ids", []), "ignore"), ignore_index) or None

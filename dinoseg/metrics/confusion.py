@@ -13,13 +13,19 @@ class ConfusionMatrix:
 
     `counts` is one flat tensor, so that a single sum over ranks merges everything: the K * K matrix in
     row order, then the ignored pixels, then reference ids and predicted ids outside 0..K-1.
+
+    Args:
+        num_classes: K.
+        ignore_index: id that is ignored.
+        background: id of the class that is no object, which `miou_no_background` leaves out; None: there is none.
     """
 
-    def __init__(self, num_classes: int, ignore_index: int = 255) -> None:
+    def __init__(self, num_classes: int, ignore_index: int = 255, background: int | None = None) -> None:
         if num_classes < 1:
             raise UserError(f"num_classes is {num_classes}, and must be at least 1. Correct data.classes.")
         self.num_classes = num_classes
         self.ignore_index = ignore_index
+        self.background = background
         self.counts = torch.zeros(num_classes**2 + 3, dtype=torch.int64)
 
     @property
@@ -67,12 +73,12 @@ class ConfusionMatrix:
         """Return the scores as plain numbers in 0..1, ready for JSON; None means undefined.
 
         A class that neither the reference nor the prediction holds has no score at all ("absent") and
-        enters no mean. A class's `accuracy` is its recall. `miou_no_background` leaves class 0 out.
+        enters no mean. A class's `accuracy` is its recall.
 
         Returns:
-            `miou`, `miou_no_background`, `dice` (means over the present classes), `accuracy` (share of
-            the pixels), `mean_accuracy` (mean recall over the reference's classes), `present_classes`,
-            `pixels`, `ignored_pixels`, `matrix`, and `classes`: for each class `id`, `iou`, `dice`,
+            `miou`, `miou_no_background` (only where a class is the background), `dice` (means over the present
+            classes), `accuracy` (share of the pixels), `mean_accuracy` (mean recall over the reference's classes),
+            `present_classes`, `pixels`, `ignored_pixels`, `matrix`, and `classes`: for each class `id`, `iou`, `dice`,
             `accuracy`, `precision`, `recall`, `pixels` (reference), `predicted_pixels`.
 
         Raises:
@@ -84,7 +90,7 @@ class ConfusionMatrix:
         pixels = sum(map(sum, matrix))
         return {
             "miou": _mean(row["iou"] for row in classes),
-            "miou_no_background": _mean(row["iou"] for row in classes[1:]),
+            **self._without_background(classes),
             "dice": _mean(row["dice"] for row in classes),
             "accuracy": _ratio(sum(matrix[index][index] for index in range(self.num_classes)), pixels),
             "mean_accuracy": _mean(row["recall"] for row in classes),
@@ -94,6 +100,11 @@ class ConfusionMatrix:
             "matrix": matrix,
             "classes": classes,
         }
+
+    def _without_background(self, classes: list[dict[str, Any]]) -> dict[str, float | None]:
+        if self.background is None:
+            return {}
+        return {"miou_no_background": _mean(row["iou"] for row in classes if row["id"] != self.background)}
 
     def _raise_for_outsiders(self, found: str) -> None:
         references, predictions = self.counts[-2:].tolist()

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from dinoseg import build
+from dinoseg.config import background_of
 from dinoseg.images import write_png
 from dinoseg.metrics.protocols.contract import DatasetProtocol
 from dinoseg.modes.evaluate_videos import Options, follow_slots, needs_no_training, propagate
@@ -66,7 +67,14 @@ def run(
     if protocol is not None and not usable(protocol, data, out_dir, on_error=on_error, tells=engine.is_main):
         protocol = None
     scores = score(
-        trained.model, data, engine, out_dir, metrics_only=metrics_only, protocol=protocol, on_error=on_error
+        trained.model,
+        data,
+        engine,
+        out_dir,
+        metrics_only=metrics_only,
+        background=background_of(cfg),
+        protocol=protocol,
+        on_error=on_error,
     )
     if engine.is_main:
         board = Path(cfg.resume or ".").parent.parent / "tensorboard"
@@ -84,6 +92,7 @@ def score(
     out_dir: Path,
     *,
     metrics_only: bool,
+    background: int | None = None,
     protocol: DatasetProtocol | None = None,
     on_error: str = "stop",
 ) -> dict[str, Any]:
@@ -102,12 +111,13 @@ def score(
             if not metrics_only:
                 _write_pictures(out_dir / "predictions" / name, data, image, mask, prediction)
 
-    scores = evaluate(model, data, engine, on_batch=None if metrics_only and protocol is None else write)
+    on_batch = None if metrics_only and protocol is None else write
+    scores = evaluate(model, data, engine, background=background, on_batch=on_batch)
     if engine.is_main:
         write_json(out_dir / "scores.json", scores)
         write_csv(out_dir / "scores.csv", scores, data.classes)
         write_png(out_dir / "confusion.png", confusion_picture(scores["matrix"], data.classes))
-        print(class_table(scores, data.classes))
+        print(class_table(scores, data.classes, background))
         print(f"\nscores:       {out_dir}/scores.json, scores.csv, confusion.png")
         if not metrics_only:
             print(f"pictures:     {out_dir / 'predictions'}")

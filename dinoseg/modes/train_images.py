@@ -45,6 +45,11 @@ class TrainImages:
                 f"loss={self.cfg.choices.loss} learns from clips, without labels. Choose trainer=slots with "
                 "head=slots, or a loss on labels, such as loss=cross_entropy."
             )
+        if self.cfg.trainer.score == "miou_no_background" and self.feed.background is None:
+            raise UserError(
+                f"trainer.score=miou_no_background: data={self.cfg.choices.data} has no background. Say which class "
+                "it is (data.background=NAME), or choose by another score, such as trainer.score=miou."
+            )
         with torch.device("meta"):
             head = build.model(self.cfg, untrained=True).head
             loss = instantiate(self.cfg.loss.criterion)(class_weights=torch.ones(len(self.cfg.data.classes)))
@@ -73,7 +78,7 @@ class TrainImages:
 
     def evaluate(self, model: nn.Module, engine: Engine, out_dir: Path, *, metrics_only: bool) -> dict[str, Any]:
         """Score by one exact count over the split."""
-        return score(model, self.feed.val, engine, out_dir, metrics_only=metrics_only)
+        return score(model, self.feed.val, engine, out_dir, metrics_only=metrics_only, background=self.feed.background)
 
     def close(self, out_dir: Path) -> None:
         """List the files that were left out."""

@@ -14,18 +14,23 @@ from tabulate import tabulate
 _COLUMNS = ("iou", "dice", "accuracy", "precision", "recall")
 
 
-def class_table(scores: Mapping[str, Any], classes: Sequence[str]) -> str:
+def class_table(scores: Mapping[str, Any], classes: Sequence[str], background: int | None = None) -> str:
     """Return the scores of a ConfusionMatrix as text: one row per class, then the means, in percent.
 
-    A class is "absent" where neither the reference nor the prediction holds it; "-" is an undefined score.
+    `background` is the class that it knows as such. A class is "absent" where neither the reference nor the prediction
+    holds it; "-" is an undefined score.
     """
     headers = ["id", "class", "IoU %", "Dice %", "accuracy = recall %", "precision %", "pixels"]
     rows = [_text_row(row, classes[row["id"]]) for row in scores["classes"]]
     table = tabulate(rows, headers=headers, disable_numparse=True, colalign=("right", "left", *["right"] * 5))
     present = f"over {scores['present_classes']} of {len(scores['classes'])} classes"
+    objects: list[tuple[str, float | None, str]] = []
+    if background is not None:
+        note = f"without class {background}, {classes[background]}"
+        objects = [("mIoU without background", scores["miou_no_background"], note)]
     means = [
         ("mIoU", scores["miou"], present),
-        ("mIoU without background", scores["miou_no_background"], f"without class 0, {classes[0]}"),
+        *objects,
         ("mean Dice", scores["dice"], present),
         ("pixel accuracy", scores["accuracy"], f"of {scores['pixels']:,} pixels"),
         ("mean class accuracy", scores["mean_accuracy"], "over the classes of the reference"),

@@ -18,6 +18,7 @@ def evaluate(
     data: SegmentationData,
     engine: Engine,
     *,
+    background: int | None = None,
     loss: nn.Module | None = None,
     on_batch: Callable[[Batch, Tensor], None] | None = None,
 ) -> dict[str, Any]:
@@ -29,10 +30,11 @@ def evaluate(
         model: a segmenter, unwrapped; put in eval mode, and back as it was.
         data: images are predicted whole, scores counted at each mask's own size.
         engine: device, precision and ranks.
+        background: id of the class that is no object; None: there is none.
         loss: averaged over images.
         on_batch: called with each batch (on the device) and its class ids (B, H, W) uint8.
     """
-    counts = ConfusionMatrix(len(data.classes), data.ignore_index)
+    counts = ConfusionMatrix(len(data.classes), data.ignore_index, background)
     losses = torch.zeros(2, dtype=torch.float64)  # sum, images
     training = model.training
     model.eval()

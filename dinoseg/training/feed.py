@@ -54,6 +54,7 @@ class Feed:
         batch_size: images in a batch, over all ranks.
         seed: decides order and augmentation, with epoch and sample.
         workers: loading processes.
+        background: id of the class that is no object; None: there is none.
         rank: this rank.
         world: number of ranks.
     """
@@ -64,6 +65,7 @@ class Feed:
     batch_size: int
     seed: int
     workers: int
+    background: int | None = None
     rank: int = 0
     world: int = 1
     score_names: Sequence[str] = field(init=False)
@@ -72,7 +74,7 @@ class Feed:
     def __post_init__(self) -> None:
         """Refuse a batch size that does not fit, long before the first batch."""
         check_batch_size(self.batch_size, len(self.train), self.world)
-        empty = ConfusionMatrix(len(self.val.classes)).compute()
+        empty = ConfusionMatrix(len(self.val.classes), background=self.background).compute()
         self.score_names = sorted(key for key, value in empty.items() if value is None)
 
     def train_batches(self, start: int) -> Iterator[Batch]:
@@ -99,5 +101,5 @@ class Feed:
                 frame, mask = batch.image[0].permute(1, 2, 0).cpu().numpy(), batch.mask[0].cpu().numpy()
                 pictures.append(draw(frame, ids[0].cpu().numpy(), mask))
 
-        scores = evaluate(model, data, engine, loss=loss, on_batch=keep_first)
+        scores = evaluate(model, data, engine, background=self.background, loss=loss, on_batch=keep_first)
         return Validation(scores, pictures[0] if pictures else None)

@@ -196,9 +196,9 @@ def test_a_changed_file_is_read_again(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "the file holds None, and must be a mapping with the keys classes, ignore, masks"),
+        ("", "the file holds None, and must be a mapping with the keys classes, background, ignore, masks"),
         ("[a, b]", "must be a mapping"),
-        ("clases: [a]", "unknown keys clases: it takes classes, ignore, masks"),
+        ("clases: [a]", "unknown keys clases: it takes classes, background, ignore, masks"),
         ("masks: ids", "classes is not given: list names in id order"),
         ("classes: {}", "classes is not given"),
         ("classes: leaf", "classes is leaf: list names"),

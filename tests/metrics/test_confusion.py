@@ -64,7 +64,7 @@ def test_equals_a_loop_over_pixels(case, dtype):
     rng = np.random.default_rng(7)
     prediction = rng.choice(predicted_ids, shape)
     mask = rng.choice(mask_ids, shape)
-    confusion = ConfusionMatrix(num_classes, ignore)
+    confusion = ConfusionMatrix(num_classes, ignore, background=0)
     confusion.update(torch.from_numpy(prediction).to(dtype), torch.from_numpy(mask).to(dtype))
     scores = confusion.compute()
 
@@ -95,6 +95,17 @@ def test_absent_is_none_and_never_zero_or_one():
     assert rows[1]["iou"] == 0 and rows[1]["recall"] is None  # predicted only
     assert rows[2]["iou"] == 0 and rows[2]["precision"] is None  # reference only
     assert confusion.compute()["present_classes"] == 3
+
+
+def test_only_a_background_is_left_out():
+    counted = {background: ConfusionMatrix(3, background=background) for background in (None, 0, 2)}
+    for confusion in counted.values():
+        confusion.update(torch.tensor([[[0, 1, 1, 2]]]), torch.tensor([[[0, 1, 2, 2]]]))
+    scores = {background: confusion.compute() for background, confusion in counted.items()}
+    assert "miou_no_background" not in scores[None]
+    assert scores[0]["miou_no_background"] == 0.5  # of 1/2 and 1/2
+    assert scores[2]["miou_no_background"] == 0.75  # of 1 and 1/2
+    assert len({found["miou"] for found in scores.values()}) == 1
 
 
 def test_rows_are_the_reference():

@@ -14,13 +14,13 @@ NAMES = ["background", "tool, long", "thread", "clamp"]
 
 @pytest.fixture
 def scores():
-    confusion = ConfusionMatrix(4)
+    confusion = ConfusionMatrix(4, background=0)
     confusion.update(torch.tensor([[[0, 0, 1, 1, 0, 0]]]), torch.tensor([[[0, 0, 0, 1, 2, 255]]]))
     return confusion.compute()
 
 
 def test_table_shows_each_class_and_says_absent(scores):
-    lines = class_table(scores, NAMES).splitlines()
+    lines = class_table(scores, NAMES, 0).splitlines()
     by_name = {name: next(line for line in lines if f" {name} " in line) for name in NAMES[1:]}
     assert by_name["tool, long"].split()[-5:] == ["50.0", "66.7", "100.0", "50.0", "1"]
     assert by_name["thread"].split()[-5:] == ["0.0", "0.0", "0.0", "-", "1"]
@@ -29,6 +29,10 @@ def test_table_shows_each_class_and_says_absent(scores):
     assert means["mIoU"] == f"{100 * (2 / 4 + 1 / 2 + 0) / 3:.1f}"
     assert means["mIoU without background"] == "25.0"
     assert "without class 0, background" in lines[-4]
+
+
+def test_table_without_background_has_no_row_without_it(scores):
+    assert "background" not in class_table(scores, ["sky", "tool", "thread", "clamp"])
 
 
 def test_table_of_nothing():

@@ -1,0 +1,89 @@
+"""A data set says which class is its background, and without one nothing is scored without it."""
+
+import json
+
+import pytest
+from command_line import SMALL, call, write_data
+from omegaconf import OmegaConf
+
+from dinoseg.config import background_of
+from dinoseg.errors import UserError
+from dinoseg.report.log import read_rows
+from dinoseg.training import checkpoint
+
+WITH = ("sarrarp", "person", "binary", "pascal_voc", "davis2016", "davis2017", "movi", "youtube_vos", "videos")
+WITHOUT = ("camvid", "camvid_segnet", "cityscapes", "idd", "idd_lite", "idd_level1", "idd_cityscapes", "ade20k")
+
+
+@pytest.mark.parametrize(("names", "expected"), [(WITH, 0), (WITHOUT, None)])
+def test_shipped_data_sets(compose, names, expected):
+    for name in names:
+        assert background_of(compose(f"data={name}", "data.root=X")) == expected, name
+
+
+def test_own_data_says_it_by_name_or_id_or_not_at_all(compose, tmp_path):
+    folder = ("data=folder", f"data.root='{tmp_path}'")
+    assert background_of(compose(*folder, "data.classes=[background,leaf]")) is None
+    assert background_of(compose(*folder, "data.classes=[leaf,soil]", "data.background=soil")) == 1
+    (tmp_path / "classes.yaml").write_text("classes: [leaf, soil]\nbackground: soil\n")
+    assert background_of(compose(*folder)) == 1
+    (tmp_path / "classes.yaml").write_text("classes: [leaf, soil]\nbackground: sol\n")
+    with pytest.raises(UserError, match=r"classes.yaml: background: sol is no class: name one of leaf, soil"):
+        background_of(compose(*folder))
+
+
+@pytest.mark.parametrize("value", [2, -1, True, "sky"])
+def test_what_is_no_class_is_no_background(value):
+    with pytest.raises(UserError, match=rf"data.background={value} is no class.*0 to 1: dark, bright"):
+        background_of(OmegaConf.create({"data": {"background": value, "classes": ["dark", "bright"]}}))
+
+
+@pytest.fixture
+def where(tmp_path):
+    write_data(tmp_path / "data")
+    return tmp_path
+
+
+def train(where, *arguments):
+    return call(where, "mode=train", *SMALL, "mode.metrics_only=true", f"hydra.run.dir={where}/run", *arguments)
+
+
+def test_without_background_no_score_leaves_a_class_out(where):
+    done = train(where)
+    assert done.status == 0 and "mIoU without" not in done.out, done.err
+    assert "miou_no_background" not in json.loads((where / "run/evaluation/scores.json").read_text())
+    assert not any("val/miou_no_background" in row for row in read_rows(where / "run/metrics.jsonl"))
+
+
+def test_the_best_can_be_chosen_without_background(where):
+    done = train(where, "data.background=bright", "trainer.score=miou_no_background")
+    assert done.status == 0 and "without class 1, bright" in done.out, done.err
+    scores = json.loads((where / "run/evaluation/scores.json").read_text())
+    assert scores["miou_no_background"] == scores["classes"][0]["iou"]
+    assert checkpoint.describe(where / "run/checkpoints/best.safetensors")["progress"]["best"] == pytest.approx(
+        scores["miou_no_background"]
+    )
+
+
+def test_choosing_without_a_background_that_nobody_named_is_refused(where):
+    done = train(where, "trainer.score=miou_no_background")
+    assert (
+        done.status == 1 and "data=folder has no background. Say which class it is (data.background=NAME)" in done.err
+    )
+
+
+@pytest.mark.parametrize(("classes", "rows"), [("[background,leaf]", 1), ("[dark,bright]", 0)])
+def test_a_run_older_than_the_key_means_a_class_of_that_name(where, classes, rows):
+    assert train(where, f"data.classes={classes}").status == 0
+    path = where / "run/checkpoints/best.safetensors"
+    found = checkpoint.read(path)
+    del found.info["config"]["data"]["background"]
+    checkpoint.write(path, found.tensors, {key: value for key, value in found.info.items() if key != "format"})
+    done = call(where, "mode=eval", f"resume={path}", "engine=cpu", "engine.workers=0", "mode.metrics_only=true")
+    assert done.status == 0 and done.out.count("mIoU without background") == rows, done.err
+
+
+def test_surgical_recipes_follow_the_original(compose):
+    for name in ("sarrarp_lora", "sarrarp_frozen", "sarrarp_full", "sarrarp_lora_lowres", "dpt_sarrarp"):
+        trainer = compose(f"hparam={name}", "data.root=X").trainer
+        assert trainer.score == "miou_no_background" and trainer.clip is None, name
