@@ -41,12 +41,13 @@ def _command(arguments: list[str]) -> None:
 
     from dinoseg.config import register_resolvers
     from dinoseg.errors import UserError
+    from dinoseg.own_keys import with_own_keys
     from dinoseg.words import as_text
 
     register_resolvers()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that an error comes back as it was raised
     try:
-        sys.argv[1:] = as_text(arguments, Path(CONFIGS))
+        sys.argv[1:] = with_own_keys(as_text(arguments, Path(CONFIGS)))
         hydra.main(version_base="1.3", config_path=CONFIGS, config_name="main")(run)()
     except UserError as error:
         _fail(str(error))

@@ -1,5 +1,6 @@
-"""What every reader of a config shares: plain dicts, and the two resolvers."""
+"""What every reader of a config shares: plain dicts, their keys, and the resolvers."""
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,25 @@ def background_of(cfg: DictConfig) -> int | None:
         f"data.background={value} is no class. Give the name or the id of one (0 to {len(names) - 1}: "
         f"{listed(names)}), or null where each class is something."
     )
+
+
+def keys_of(node: Mapping[Any, Any], above: str = "") -> Iterator[str]:
+    """Yield the dotted names of all keys of a plain config."""
+    for key, value in node.items():
+        yield f"{above}{key}"
+        if isinstance(value, Mapping):
+            yield from keys_of(value, f"{above}{key}.")
+
+
+def has_key(node: Any, name: str) -> bool:
+    """Return whether a plain config has a dotted name, in which the items of a list are numbers."""
+    for part in name.split("."):
+        items = node if isinstance(node, Mapping) else dict(enumerate(node)) if isinstance(node, list) else {}
+        found = {str(key): value for key, value in items.items()}
+        if part not in found:
+            return False
+        node = found[part]
+    return True
 
 
 def settled(node: Any) -> dict[Any, Any]:

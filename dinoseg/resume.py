@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dinoseg import __version__, build
 from dinoseg.checks import guard
-from dinoseg.config import plain, settled
+from dinoseg.config import has_key, keys_of, plain, settled
 from dinoseg.data.labels import Labels
 from dinoseg.errors import UserError
 from dinoseg.model import Segmenter
@@ -22,6 +22,7 @@ from dinoseg.run_folder import is_locked
 from dinoseg.shapes import Palette, SegmentationData
 from dinoseg.training import checkpoint
 from dinoseg.training.engine import Engine
+from dinoseg.wording import nearest
 
 MODEL = ("backbone", "adapter", "head", "loss", "optim", "trainer")  # groups that a checkpoint fixes
 KEPT = ("seed", "resolution", "data", *MODEL)  # root keys that a checkpoint keeps
@@ -65,14 +66,16 @@ def merge(cfg: DictConfig, overrides: Sequence[Any], path: Path, info: Mapping[s
     merged.data.root, remark = _root(kept, Path(info["folder"]))
     if remark and not any(override.key_or_group in ("data", "data.root") for override in overrides):
         print(f"resume={path}: {remark}", file=sys.stderr)
-    for override in overrides:
+    for override in (each for each in overrides if each.key_or_group in CHOSEN):
         name, value = override.key_or_group, override.value()
-        if name in CHOSEN:
-            _check_choice(name, str(value), path, info)
-            if name == "data" and value != info["choices"]["data"]:
-                merged.data, merged.choices.data = cfg.data, cfg.choices.data
-        elif name.split(".")[0] in KEPT:
-            OmegaConf.update(merged, name, value, force_add=override.is_add())
+        _check_choice(name, str(value), path, info)
+        if name == "data" and value != info["choices"]["data"]:
+            merged.data, merged.choices.data = cfg.data, cfg.choices.data
+    for override in (each for each in overrides if each.key_or_group not in CHOSEN):
+        if override.key_or_group.split(".")[0] in KEPT:
+            if not (override.is_add() or override.is_force_add()):
+                _check_key(override.key_or_group, cfg, merged, path)
+            OmegaConf.update(merged, override.key_or_group, override.value())
     return merged
 
 
@@ -214,6 +217,18 @@ def _check_choice(group: str, option: str, path: Path, info: Mapping[str, Any]) 
         raise UserError(
             f"{group}={option}: the checkpoint {path} was trained with {group}={was}. Leave {group} out, or "
             f"start a new run without resume."
+        )
+
+
+def _check_key(name: str, cfg: DictConfig, merged: DictConfig, path: Path) -> None:
+    """Refuse a key that the checkpoint's config lacks, unless it is one of the same options' that is newer."""
+    known, group = plain(merged), name.split(".")[0]
+    newer = cfg.choices.get(group) == merged.choices.get(group) and has_key(plain(cfg), name)
+    if not newer and not has_key(known, name):
+        own = [key for key in keys_of(known) if key.split(".")[0] in KEPT]
+        raise UserError(
+            f"{name} is no key of the config of resume={path}.{nearest(name, own)} To add it all the same, give "
+            f"++{name}=VALUE."
         )
 
 

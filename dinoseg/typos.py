@@ -1,8 +1,7 @@
 """What is wrong with a command line that Hydra could not compose, in this project's words."""
 
-import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,10 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
-from dinoseg.config import plain
-from dinoseg.words import assignments, is_sweep, parsed
+from dinoseg.config import keys_of, plain
+from dinoseg.own_keys import own_configs
+from dinoseg.wording import nearest
+from dinoseg.words import assignments, is_sweep, parsed, values_of
 
 _ALL_KEYS = "Add `--cfg job` to see all keys, `--help` alone to see all groups and options."
 
@@ -43,10 +44,10 @@ def explain(arguments: Sequence[str], configs: str, error: Exception) -> str:
         if folder.is_dir():
             if mistake := _wrong_option(override, folder):
                 return mistake
-            chosen.append(f"{override.get_key_element()}={_choices(override)[0]}")
+            chosen.append(f"{override.get_key_element()}={values_of(override)[0]}")
         else:
             overrides.append(override)
-    return _wrong_key(overrides, chosen, configs) or _hydras_own(error)
+    return _wrong_key(overrides, chosen, configs, own_configs(arguments)) or _hydras_own(error)
 
 
 def _read(word: str) -> tuple[Override | None, str]:
@@ -64,41 +65,32 @@ def _wrong_option(override: Override, folder: Path) -> str:
     known = sorted(path.stem for path in folder.glob("*.yaml"))
     options = [option for option in known if not option.startswith("_")]
     group = override.key_or_group
-    for choice in _choices(override):
+    for choice in values_of(override):
         if choice not in known:
             return (
-                f"{group}={choice} is unknown.{_nearest(choice, options, f'{group}=')} There are {', '.join(options)}."
+                f"{group}={choice} is unknown.{nearest(choice, options, f'{group}=')} There are {', '.join(options)}."
             )
     return ""
 
 
-def _choices(override: Override) -> list[str]:
-    if override.is_sweep_override():
-        return [str(value) for value in override.sweep_string_iterator()]
-    return [str(override.value())]
-
-
-def _wrong_key(overrides: Sequence[Override], chosen: Sequence[str], configs: str) -> str:
-    """Return the mistake of the first key that the config with these choices does not have."""
+def _wrong_key(
+    overrides: Sequence[Override], chosen: Sequence[str], configs: str, own: Sequence[Mapping[str, Any]]
+) -> str:
+    """Return the mistake of the first key that the config with these choices, or a checkpoint's own, does not have."""
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(configs, version_base="1.3"):
             cfg = plain(compose("main", list(chosen)))
     except HydraException:
         return ""
-    keys = list(_keys(cfg))
+    for config in own:
+        cfg |= config
+    keys = list(keys_of(cfg))
     for override in overrides:
         key = override.key_or_group
         if key not in keys and not _below_free(cfg, key.split(".")):
-            return f"{key} is no key of the config.{_nearest(key, keys)} {_ALL_KEYS}"
+            return f"{key} is no key of the config.{nearest(key, keys)} {_ALL_KEYS}"
     return ""
-
-
-def _keys(node: Mapping[str, Any], above: str = "") -> Iterator[str]:
-    for key, value in node.items():
-        yield f"{above}{key}"
-        if isinstance(value, Mapping):
-            yield from _keys(value, f"{above}{key}.")
 
 
 def _below_free(cfg: Any, parts: Sequence[str]) -> bool:
@@ -108,14 +100,6 @@ def _below_free(cfg: Any, parts: Sequence[str]) -> bool:
             return True
         cfg = cfg.get(part, {})
     return not isinstance(cfg, Mapping)
-
-
-def _nearest(word: str, known: Sequence[str], before: str = "") -> str:
-    """Return the question whether the nearest of the known words was meant, the same last part first."""
-    last = word.rsplit(".", 1)[-1]
-    same = [key for key in known if key.rsplit(".", 1)[-1] == last]
-    found = (same or difflib.get_close_matches(word, known, n=3, cutoff=0.75))[:3]
-    return f" Did you mean {' or '.join(before + each for each in found)}?" if found else ""
 
 
 def _key(word: str) -> str:

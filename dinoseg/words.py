@@ -86,6 +86,13 @@ def parsed(word: str) -> Override | None:
         return None
 
 
+def values_of(override: Override) -> list[str]:
+    """Return an assignment's value as text, of a sweep each of them."""
+    if not override.is_sweep_override():
+        return [str(override.value())]
+    return [value.text if isinstance(value, QuotedString) else str(value) for value in override.sweep_iterator()]
+
+
 def _names_file(key: str, value: str, override: Override | None, *, several: bool) -> bool:
     """Return whether a value is a file's name as it stands, and neither a list of them nor text in quotes."""
     if key.lstrip("+") not in FILES or value == "null":

@@ -20,6 +20,7 @@ from dinoseg.data.synthetic.moving_write import render_moving_objects
 from dinoseg.data.synthetic.write import render_dataset
 from dinoseg.errors import UserError
 from dinoseg.launch import launch
+from dinoseg.own_keys import with_own_keys
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -198,6 +199,7 @@ def test_command(command, compose, stand_ins, trained, tmp_path, monkeypatch, ca
     elif mode == "render":
         words += ["mode.val_videos=1"] if "data=movi" in words else []
         words += ["mode.train_videos=1", "mode.test_videos=1", "mode.seconds=1", "mode.size=[32,48]", "mode.workers=1"]
+    words = with_own_keys(words)
     out_dir = tmp_path / f"outputs/{mode}_1"
     if (
         mode == "doctor"

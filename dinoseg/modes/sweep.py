@@ -36,7 +36,8 @@ class SweepTable(Callback):
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         """Keep a finished job's overrides and scores."""
         scores = job_return._return_value if isinstance(job_return._return_value, dict) else {}
-        overrides = [item for item in job_return.overrides or [] if not item.startswith("mode=")]
+        words = [item.removeprefix("++") for item in job_return.overrides or []]  # of a checkpoint's own keys
+        overrides = [word for word in words if not word.startswith("mode=")]
         row: dict[str, Any] = {"job": len(self.rows), "overrides": " ".join(overrides)}
         row |= {name: scores.get(name) for name in COLUMNS}
         self.rows.append(row | {"run": scores.get("run"), "note": scores.get("error", "")})
