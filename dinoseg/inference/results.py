@@ -32,7 +32,7 @@ def write_image_results(
     legend) and class_statistics.txt.
     """
     overlay = blend(image, mask, palette, ignore_index=ignore_index, opacity=opacity)
-    legend = legend_of([mask], classes, palette, ignore_index=ignore_index, opacity=opacity)
+    legend = legend_of([mask], classes, palette, ignore_index=ignore_index)
     with whole_folder(folder) as part:
         write_png(part / "original.png", image)
         np.save(part / "segmentation_raw.npy", mask)

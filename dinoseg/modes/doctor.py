@@ -232,5 +232,5 @@ def _strip(frame: np.ndarray, mask: np.ndarray, data: PairDataset) -> np.ndarray
     frame = cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
     mask = cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST_EXACT)
     tinted = blend(frame, mask, data.palette, ignore_index=data.ignore_index, opacity=0.6)
-    legend = legend_of([mask], data.classes, data.palette, ignore_index=data.ignore_index, opacity=0.6)
+    legend = legend_of([mask], data.classes, data.palette, ignore_index=data.ignore_index)
     return side_by_side([("image", frame), ("mask", tinted)], legend)

@@ -18,6 +18,8 @@ _OTHERS = ("#009E73", "#CC79A7")  # of curves with a name of their own
 _STYLES = {"train": (_BLUE, "training"), "val": (_VERMILION, "validation")}
 _JUDGED = ("val/miou", "val/fg_ari")  # whose best value is marked
 _MANY = 40  # points from which a noisy training curve is shown as a mean over a pale line
+_ROOM = 0.06  # share of an axis, above and below what is drawn
+_LEAST_SPAN = 0.02  # of an axis of shares: less is noise, which should not fill a picture
 
 
 Plot = tuple[str, Mapping[str, str | None], str | None]  # file, keys with their names, title of a share in 0..1
@@ -25,7 +27,7 @@ _LOSS: Plot = ("loss", {"train/loss": None, "val/loss": None}, None)
 IMAGE_PLOTS: tuple[Plot, ...] = (
     _LOSS,
     ("accuracy", {"train/accuracy": None, "val/accuracy": None}, "pixel accuracy"),
-    ("miou", {"val/miou": None, "val/miou_no_background": "without background"}, "mean IoU"),
+    ("miou", {"train/miou": None, "val/miou": None, "val/miou_no_background": "without background"}, "mean IoU"),
 )
 CLIP_PLOTS: tuple[Plot, ...] = (
     _LOSS,
@@ -56,16 +58,16 @@ def _picture(
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     others = iter(_OTHERS)
-    drawn = []
-    for key, label in keys.items():
+    curves = [_points(rows, key) for key in keys]
+    for (key, label), points in zip(keys.items(), curves, strict=True):
         style = _STYLES[key.split("/")[0]] if label is None else (next(others), label)
-        drawn.append(_draw(axes, _points(rows, key), style, best=share and key in _JUDGED))
+        _draw(axes, points, style, best=share and key in _JUDGED)
     axes.set_title(title, loc="left", fontsize=13)
-    if any(drawn):
+    if any(map(len, curves)):
         if np.ptp(axes.dataLim.intervalx) == 0:  # one step only
             step = axes.dataLim.x0
             axes.set_xlim(step - 1, step + 1)
-        _dress(axes, title, share=share)
+        _dress(axes, title, _shown_values(curves, share=share), share=share)
     else:
         axes.set_axis_off()
         axes.text(0.5, 0.5, "no value yet", ha="center", va="center", fontsize=14, color="#666666")
@@ -80,9 +82,9 @@ def _points(rows: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
     return np.array(points, dtype=np.float64).reshape(-1, 2)
 
 
-def _draw(axes: Axes, points: np.ndarray, style: tuple[str, str], *, best: bool) -> bool:
+def _draw(axes: Axes, points: np.ndarray, style: tuple[str, str], *, best: bool) -> None:
     if len(points) == 0:
-        return False
+        return
     colour, name = style
     steps, values = points.T
     few = len(points) <= _MANY
@@ -100,7 +102,6 @@ def _draw(axes: Axes, points: np.ndarray, style: tuple[str, str], *, best: bool)
         axes.plot(*_running_mean(points).T, color=colour, linewidth=1.8, label=f"{name} (running mean)")
     if best:
         _mark_best(axes, points)
-    return True
 
 
 def _running_mean(points: np.ndarray) -> np.ndarray:
@@ -127,15 +128,33 @@ def _mark_best(axes: Axes, points: np.ndarray) -> None:
     )
 
 
-def _dress(axes: Axes, title: str, *, share: bool) -> None:
+def _shown_values(curves: Sequence[np.ndarray], *, share: bool) -> np.ndarray:
+    """Return the values that the axis is made for: of a score, those since the first validation, where there is one.
+
+    A training score starts near 0, and would leave no room for what validations differ by.
+    """
+    validated = [points[0, 0] for points in curves[1:] if len(points)]
+    start = min(validated) if share and validated else -math.inf
+    return np.concatenate([points[points[:, 0] >= start, 1] for points in curves])
+
+
+def _dress(axes: Axes, title: str, values: np.ndarray, *, share: bool) -> None:
     axes.set_xlabel("step")
     axes.set_ylabel(title)
     axes.grid(color="#e3e3e3", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if share:
-        axes.set_ylim(0, 1.02)
-    elif axes.get_ylim()[0] > 0:
-        axes.set_ylim(bottom=0)
+    bottom, top = _limits(values.min(), values.max(), share=share)
+    axes.set_ylim(bottom, top)
+    if bottom > 0:
+        axes.set_ylabel(f"{title} (axis starts at {bottom:.3g}, not at 0)")
     axes.legend(frameon=False, loc="best")
+
+
+def _limits(lowest: float, highest: float, *, share: bool) -> tuple[float, float]:
+    """Return both ends of the axis of values: around them, or from 0 on where that costs less than half."""
+    span = max(highest - lowest, _LEAST_SPAN if share else 0.01 * abs(highest) or 1.0)
+    room = _ROOM * span + (span - (highest - lowest)) / 2
+    bottom = 0.0 if 0 <= lowest < span else lowest - room
+    return bottom, min(highest + room, 1 + _ROOM * span) if share else highest + room

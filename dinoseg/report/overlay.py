@@ -14,7 +14,7 @@ from dinoseg.report.palette import IGNORE_COLOUR, lookup_table
 from dinoseg.shapes import Palette
 
 Colour = tuple[int, int, int]
-Legend = Sequence[tuple[str, Colour | None]]  # names and colours; None = a class that leaves the frame as it is
+Legend = Sequence[tuple[str, Colour]]  # names and colours
 _SMALLEST_PANEL = 300  # pixels: smaller frames are enlarged by a whole factor
 _INK, _PAPER, _EDGE = (20, 20, 20), (255, 255, 255), (150, 150, 150)
 
@@ -50,28 +50,22 @@ def compare(
     for caption, mask in masks.items():
         tinted = blend(frame, mask, palette, ignore_index=ignore_index, opacity=opacity)
         panels.append((caption, tinted))
-    legend = legend_of(list(masks.values()), classes, palette, ignore_index=ignore_index, opacity=opacity)
+    legend = legend_of(list(masks.values()), classes, palette, ignore_index=ignore_index)
     return side_by_side(panels, legend)
 
 
 def legend_of(
-    masks: Sequence[np.ndarray],
-    classes: Sequence[str],
-    palette: Palette,
-    *,
-    ignore_index: int = 255,
-    opacity: float = 1.0,
+    masks: Sequence[np.ndarray], classes: Sequence[str], palette: Palette, *, ignore_index: int = 255
 ) -> Legend:
-    """Return (name, colour) of each class that stands in one of the masks, in id order; "ignored" last.
+    """Return (name, colour of the palette) of each class that stands in one of the masks, in id order; "ignored" last.
 
-    Below an opacity of 1 black classes have no colour, since `blend` leaves them out.
+    A black class is black here too where `blend` leaves the frame as it is: the colours are those of every picture.
     """
     present = set().union(*(np.unique(mask).tolist() for mask in masks))
-    entries: list[tuple[str, Colour | None]] = []
+    entries: list[tuple[str, Colour]] = []
     for index in sorted(present - {ignore_index}):
         red, green, blue = (int(level) for level in palette[index])
-        tints = opacity == 1 or red or green or blue
-        entries.append((classes[index], (red, green, blue) if tints else None))
+        entries.append((classes[index], (red, green, blue)))
     return entries + ([("ignored", IGNORE_COLOUR)] if ignore_index in present else [])
 
 
@@ -104,13 +98,13 @@ def _draw_row(draw, row, font, size: int, start: tuple[int, int]) -> None:
     left, middle = start
     for name, colour in row:
         box = (left, middle - size // 2, left + size, middle + size // 2)
-        draw.rectangle(box, fill=colour or _PAPER, outline=_EDGE)
+        draw.rectangle(box, fill=colour, outline=_EDGE)
         draw.text((left + 1.4 * size, middle), name, fill=_INK, font=font, anchor="lm")
         left += _entry_width(name, font, size)
 
 
 def _legend_rows(legend, font, size: int, width: int) -> Sequence[Legend]:
-    rows: list[list[tuple[str, Colour | None]]] = []
+    rows: list[list[tuple[str, Colour]]] = []
     for entry in legend:
         if rows and _row_width([*rows[-1], entry], font, size) <= width:
             rows[-1].append(entry)

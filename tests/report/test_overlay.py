@@ -33,8 +33,17 @@ def test_legend_names_only_what_is_there():
         ("tree", (0, 100, 250)),
         ("ignored", IGNORE_COLOUR),
     ]
-    assert legend_of(masks, classes, PALETTE, opacity=0.5)[0] == ("ground", None)
     assert legend_of([], classes, PALETTE) == []
+
+
+@pytest.mark.parametrize("opacity", [0.0, 0.6, 1.0])
+def test_the_legend_has_the_colours_of_the_palette_at_any_opacity(opacity):
+    mask = np.zeros((40, 64), np.uint8)
+    mask[:, 32:] = 1
+    picture = compare(random_frame(40, 64), mask, classes=["ground", "car"], palette=PALETTE, opacity=opacity)
+    below = picture[-40:]  # the legend's row, clear of the frames, which are enlarged to 320 pixels
+    for colour in PALETTE[:2]:
+        assert ((below == colour).all(axis=2).sum(axis=1) > 10).sum() > 10  # a filled swatch, no letter
 
 
 def ink_columns(picture):
