@@ -118,3 +118,9 @@ def write_config(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> No
     folder.mkdir()
     OmegaConf.save(cfg, folder / "config.yaml")
     (folder / "overrides.txt").write_text("\n".join(overrides) + "\n")
+
+
+def command_line(folder: Path) -> list[str]:
+    """Return the words of the command that began a run; none where the folder keeps no config."""
+    path = folder / "config" / "overrides.txt"
+    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []

@@ -9,6 +9,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from dinoseg.data.natural_order import natural_order
 from dinoseg.errors import UserError
 from dinoseg.files import check_regular, entries
 from dinoseg.images import IMAGE_SUFFIXES
@@ -27,7 +28,7 @@ os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
 
 
 def list_inputs(source: str) -> list[Path]:
-    """Return the images and videos that an image, video, folder or glob pattern stands for, sorted.
+    """Return the images and videos that an image, video, folder or glob pattern stands for: x2 before x10.
 
     In a folder and among a pattern's matches, files of other kinds and hidden files are passed over;
     subfolders are not searched.
@@ -222,7 +223,8 @@ def _is_media(path: Path) -> bool:
 
 
 def _accepted(paths: list[Path], nothing: str) -> list[Path]:
-    found = sorted(path for path in paths if _is_media(path) and not path.is_dir() and path.name[0] != ".")
+    media = [path for path in paths if _is_media(path) and not path.is_dir() and path.name[0] != "."]
+    found = sorted(media, key=lambda path: natural_order(path.as_posix()))
     if not found:
         raise UserError(f"{nothing} {_ACCEPTED}")
     return found

@@ -1,10 +1,12 @@
 """What a prediction leaves on disk: one folder per image, whole or not at all."""
 
+import glob
 import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -64,19 +66,37 @@ def result_names(paths: Sequence[Path]) -> list[str]:
     `a/x.jpg` and `b/x.jpg` become `a_x_jpg` and `b_x_jpg`. Upper and lower case count as equal, since some
     file systems think so.
     """
-    stems = Counter(path.stem.casefold() for path in paths)
     parent = Path(os.path.commonpath([path.absolute().parent for path in paths]))
-    names: list[str] = []
-    taken = {stem for stem, count in stems.items() if count == 1}
-    for path in paths:
-        name = path.stem
-        if stems[name.casefold()] > 1:
-            inner = path.absolute().relative_to(parent)
-            base = name = "_".join(inner.parts).replace(".", "_")
-            number = 2
+    inner = [path.absolute().relative_to(parent) for path in paths]
+    return _apart([path.stem for path in inner], ["_".join(path.parts).replace(".", "_") for path in inner])
+
+
+def mask_names(paths: Sequence[Path], source: str) -> list[str]:
+    """Return where each image's mask belongs, without suffix: the image's place below what `source` names.
+
+    Below a folder or the fixed part of a pattern `a/x.jpg` is `a/x`, as a data set names it; where `a/x.png` is
+    there too, they are `a/x_jpg` and `a/x_png`.
+    """
+    root = Path(source).expanduser()
+    if not root.exists():  # a pattern
+        parts = list(takewhile(lambda part: not glob.has_magic(part), root.parts))
+        root = Path(*parts)
+    top = (root if root.is_dir() else root.parent).absolute()
+    inner = [path.absolute().relative_to(top).as_posix() for path in paths]
+    return _apart([name.rpartition(".")[0] for name in inner], [name.replace(".", "_") for name in inner])
+
+
+def _apart(names: Sequence[str], longer: Sequence[str]) -> list[str]:
+    """Return each name, or its longer form where several are equal but for case, numbered where that is taken."""
+    counts = Counter(name.casefold() for name in names)
+    taken = {name for name, count in counts.items() if count == 1}
+    found: list[str] = []
+    for name, base in zip(names, longer, strict=True):
+        if counts[name.casefold()] > 1:
+            name, number = base, 2
             while name.casefold() in taken:
                 name = f"{base}_{number}"
                 number += 1
             taken.add(name.casefold())
-        names.append(name)
-    return names
+        found.append(name)
+    return found

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
@@ -12,14 +12,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from dinoseg.data.class_record import write_class_record
 from dinoseg.errors import UserError
 from dinoseg.images import read_image, write_png
 from dinoseg.inference.media import VideoReader, VideoWriter, is_video, list_inputs
-from dinoseg.inference.results import result_names, whole_folder, write_image_results
+from dinoseg.inference.results import mask_names, result_names, whole_folder, write_image_results
 from dinoseg.inference.stream import run_pipeline
+from dinoseg.modes.score_classes import FOLDER, mask_keys
 from dinoseg.report.overlay import blend
 from dinoseg.report.progress import Bar
 from dinoseg.resume import Trained, load_trained
+from dinoseg.wording import count_of
 
 logger = logging.getLogger(__name__)
 _DEPTH = 2  # batches that wait on either side of the model
@@ -27,12 +30,13 @@ _Named = tuple[str, np.ndarray]  # what the results are called, and an image (H,
 
 
 def predict(
-    cfg: Any, *, out_dir: Path, input: str | None, masks: bool, opacity: float, batch_size: int
+    cfg: Any, *, out_dir: Path, input: str | None, masks: bool | None, opacity: float, batch_size: int
 ) -> dict[str, Any]:
     """Segment everything `input` stands for, at its own size, into `out_dir`; return counts and rates.
 
-    An image gives the folder <stem>_segmentation, a video <stem>_overlay.mp4 and, with `masks`, the class
-    ids of each frame as <stem>_masks/%09d.png. What cannot be read is left out, and named at the end.
+    An image gives the folder <stem>_segmentation and its class ids as masks/<name>.png, with masks/classes.json as
+    mode=score takes them (`masks` false: none); a video <stem>_overlay.mp4 and, with `masks` true, the class ids of
+    each frame as <stem>_masks/%09d.png. What cannot be read is left out, and named at the end.
 
     Raises:
         UserError: an option is out of range, nothing can be read, or some inputs failed.
@@ -52,7 +56,10 @@ def predict(
         )
     job = _Job(trained, Path(out_dir), opacity, batch_size, masks)
     try:
-        totals = _segment_all(job, paths)
+        totals = _segment_all(job, paths, input)
+        if job.masks_written:
+            palette, ignored = trained.palette, trained.ignore_index
+            write_class_record(job.out_dir / FOLDER, trained.classes, palette, ignored, mask_keys(cfg.data))
     except OSError as error:
         raise UserError(
             f"Cannot write below {out_dir} ({error}). Free some disk space, or choose another hydra.run.dir."
@@ -60,7 +67,7 @@ def predict(
     if job.failures:
         named = "".join(f"\n  {message}" for message in job.failures)
         raise UserError(f"{len(job.failures)} of {len(paths)} inputs failed, the rest is in {out_dir}:{named}")
-    logger.info("Results are in %s", out_dir)
+    print("\n".join(_written(job, totals)))
     return {**totals, "run": str(out_dir)}
 
 
@@ -70,8 +77,9 @@ class _Job:
     out_dir: Path
     opacity: float
     batch_size: int
-    masks: bool
+    masks: bool | None  # None: of images alone
     failures: list[str] = field(default_factory=list)
+    masks_written: int = 0  # of images
 
     @torch.inference_mode()
     def segment(self, frames: Sequence[np.ndarray]) -> np.ndarray:
@@ -83,10 +91,11 @@ class _Job:
         return prediction.scores().max(dim=1).indices.to(torch.uint8).cpu().numpy()
 
 
-def _segment_all(job: _Job, paths: Sequence[Path]) -> dict[str, Any]:
+def _segment_all(job: _Job, paths: Sequence[Path], source: str) -> dict[str, Any]:
     named = list(zip(paths, result_names(paths), strict=True))
     images = [entry for entry in named if not is_video(entry[0])]
-    totals = _segment_images(job, images) if images else {}
+    targets = dict(zip((name for _, name in images), mask_names([path for path, _ in images], source), strict=True))
+    totals = _segment_images(job, images, targets) if images else {}
     frames, seconds = 0, 0.0
     for path, name in named:
         if not is_video(path):
@@ -101,7 +110,7 @@ def _segment_all(job: _Job, paths: Sequence[Path]) -> dict[str, Any]:
     return totals | ({"frames": frames, "frames_per_s": frames / seconds} if frames else {})
 
 
-def _segment_images(job: _Job, images: Sequence[tuple[Path, str]]) -> dict[str, Any]:
+def _segment_images(job: _Job, images: Sequence[tuple[Path, str]], targets: Mapping[str, str]) -> dict[str, Any]:
     def infer(batch: list[_Named]) -> tuple[list[_Named], np.ndarray]:
         return batch, job.segment([image for _, image in batch])
 
@@ -116,6 +125,9 @@ def _segment_images(job: _Job, images: Sequence[tuple[Path, str]]) -> dict[str, 
                 ignore_index=job.trained.ignore_index,
                 opacity=job.opacity,
             )
+            if job.masks is not False:
+                write_png(job.out_dir / FOLDER / f"{targets[name]}.png", ids)
+                job.masks_written += 1
             bar.update()
 
     with Bar(total=len(images), unit="image") as bar:
@@ -176,6 +188,18 @@ def _batches(frames: Iterable[np.ndarray], size: int) -> Iterator[list[np.ndarra
     iterator = iter(frames)
     while batch := list(islice(iterator, size)):
         yield batch
+
+
+def _written(job: _Job, totals: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a line for each kind of result."""
+    if totals.get("images"):
+        yield f"pictures:     {job.out_dir}/*_segmentation, of {count_of(totals['images'], 'image')}"
+    if job.masks_written:
+        yield f"masks:        {job.out_dir / FOLDER}, {count_of(job.masks_written, 'PNG')} of class ids"
+        yield f"score them:   mode=score prediction={job.out_dir} reference=<folder of masks of the same names>"
+    if totals.get("frames"):
+        ids = " and *_masks" if job.masks else ""
+        yield f"videos:       {job.out_dir}/*_overlay.mp4{ids}, {count_of(totals['frames'], 'frame')}"
 
 
 def _rate(count: int, seconds: float, unit: str) -> str:

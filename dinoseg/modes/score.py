@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from dinoseg import scoring
+from dinoseg.data.class_record import NAME
 from dinoseg.errors import UserError
 from dinoseg.metrics.protocols.contract import ScoreProtocol
-from dinoseg.nodes import instantiate
+from dinoseg.modes.score_classes import FOLDER, protocol_of
 from dinoseg.report.scores import difference_table, few_units, scores_table
 from dinoseg.report.table import write_json
 from dinoseg.wording import count_of
@@ -31,10 +32,10 @@ def run(
     """Score one folder of predictions, or two and their paired difference; print tables and write `scores.json`.
 
     Args:
-        cfg: the whole config, of which `protocol` is read.
+        cfg: the whole config, of which `protocol` is read, and `data` where it says the classes.
         out_dir: the run folder.
         reference: folder of references, laid out as the protocol's official tool expects.
-        prediction: folder of predictions, or two of them.
+        prediction: folder of predictions, such as a run folder of mode=predict, or two of them.
         workers: processes, null for one per core.
         on_error: `stop` where files cannot be scored, or `skip` them.
         resamples: draws for the intervals; 0 for none.
@@ -46,7 +47,7 @@ def run(
     """
     _check_draws(resamples, seed)
     folders = _folders(reference, prediction)
-    protocol: ScoreProtocol = instantiate(cfg.protocol)
+    protocol = protocol_of(cfg, folders[1:], out_dir)
     scored = _score_all(protocol, folders[0], folders[1:], out_dir, workers=workers, on_error=on_error)
     results = [
         {
@@ -155,4 +156,5 @@ def _folders(reference: str | None, prediction: str | Sequence[str] | None) -> l
     for key, folder in zip(("reference", "prediction", "prediction"), folders, strict=False):
         if not folder.is_dir():
             raise UserError(f"{key}={folder} is no folder. Give the folder that holds the {key}s.")
-    return folders
+    # a run folder of mode=predict stands for the masks in it
+    return [folders[0], *(each / FOLDER if (each / FOLDER / NAME).is_file() else each for each in folders[1:])]

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Collection
 from pathlib import Path
 
+from dinoseg.run_folder import command_line
 from dinoseg.wording import listed
 
 logger = logging.getLogger(__name__)
@@ -17,9 +18,7 @@ def warn_unread(out_dir: Path, unread: Collection[str], reason: str) -> None:
         unread: groups such as `slots`, which stand for all of their keys, and keys such as `tracker.short`.
         reason: who does not read them.
     """
-    path = out_dir / "config" / "overrides.txt"
-    words = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    idle = [word for word in words if _within(word.lstrip("+~").split("=")[0], unread)]
+    idle = [word for word in command_line(out_dir) if _within(word.lstrip("+~").split("=")[0], unread)]
     if idle:
         logger.warning("No effect here: %s. %s", listed(idle), reason)
 

@@ -39,6 +39,12 @@ class TestListInputs:
         (tmp_path / "folder.png").mkdir()
         assert [path.name for path in list_inputs(str(tmp_path))] == ["a.jpg", "b.png", "v.avi"]
 
+    def test_frames_come_as_they_are_counted(self, tmp_path):
+        touch(tmp_path, "frame10.png", "frame2.png", "frame1.png")
+        expected = ["frame1.png", "frame2.png", "frame10.png"]
+        for source in (tmp_path, tmp_path / "*.png"):
+            assert [path.name for path in list_inputs(str(source))] == expected
+
     def test_patterns(self, tmp_path):
         touch(tmp_path, "x1.png", "x2.png", "y.png", "deep/x3.png", "x.txt")
         assert [path.name for path in list_inputs(f"{tmp_path}/x?.png")] == ["x1.png", "x2.png"]

@@ -1,3 +1,4 @@
+import json
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -5,6 +6,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from dinoseg.errors import UserError
 from dinoseg.images import read_ids, write_png
@@ -52,9 +54,12 @@ def trained(monkeypatch):
     return fake
 
 
+CFG = OmegaConf.create({"data": {"reader": {"masks": {"_target_": "dinoseg.data.masks.Masks", "format": "binary"}}}})
+
+
 def predict(source, out_dir, **changes):
     options = {"masks": False, "opacity": 0.5, "batch_size": 3} | changes
-    return mode.predict({}, out_dir=out_dir, input=str(source) if source else source, **options)
+    return mode.predict(CFG, out_dir=out_dir, input=str(source) if source else source, **options)
 
 
 def random_image(path, size=(20, 30), seed=0):
@@ -126,6 +131,23 @@ def test_a_video_gives_an_overlay_and_masks(trained, tmp_path, masks, caplog):
     assert {batch[0] for batch in trained.model.batches} == {3, 1}
 
 
+def test_class_ids_lie_as_mode_score_takes_them(trained, tmp_path, capsys):
+    folder = tmp_path / "in"
+    images = {name: random_image(folder / f"{name}.png", seed=len(name)) for name in ("a", "deep/a", "deep/frame10")}
+    for masks in (None, True, False):
+        predict(f"{folder}/**/*.png", tmp_path / f"out{masks}", masks=masks)
+        found = tmp_path / f"out{masks}/masks"
+        if masks is False:
+            assert not found.exists() and "score them" not in capsys.readouterr().out
+            continue
+        for name, pixels in images.items():
+            assert np.array_equal(read_ids(found / f"{name}.png"), expected_ids(pixels))
+        record = json.loads((found / "classes.json").read_text())
+        assert record["classes"] == CLASSES and record["masks"] == {"format": "binary"}
+        printed = capsys.readouterr().out
+        assert f"masks:        {found}, 3 PNGs of class ids" in printed and "score them:   mode=score" in printed
+
+
 def test_bad_files_are_named_and_the_rest_is_done(trained, tmp_path):
     folder = tmp_path / "in"
     for name in "aeg":
@@ -144,6 +166,7 @@ def test_bad_files_are_named_and_the_rest_is_done(trained, tmp_path):
         "a_segmentation",
         "e_segmentation",
         "g_segmentation",
+        "masks",
         "v_masks",
         "v_overlay.mp4",
     ]

@@ -1,6 +1,6 @@
 """Any semantic segmentation: counts pooled over the whole data set, as mmseg and Hugging Face evaluate give them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from dinoseg.metrics.counts import class_counts, dice, iou, mean_defined, ratio
 from dinoseg.metrics.protocols.contract import BadFile, Case, Found, Measured, pooled
 from dinoseg.metrics.protocols.trees import Tree, match, read_both, read_labels, refuse_ids, refuse_inside
 from dinoseg.metrics.surface import boundary_ious, surface_dices
+from dinoseg.wording import listed
 
 _TREE = Tree()
 _BAND = 0.02  # of the image diagonal: the width of Boundary IoU's band
@@ -20,7 +21,10 @@ class Semantic:
     """Pooled scores of two trees of same-named PNGs.
 
     Args:
-        num_classes: K; ids are 0..K-1. Null is 2 for binary masks.
+        num_classes: K; ids are 0..K-1. Null: as many as `classes`, or 2 for binary masks.
+        classes: their names, or None.
+        references: `references(path)` gives class ids and `ignore_index` (H, W) of a reference that is written
+            otherwise, `references(path, prediction, size)` at its prediction's size; None: it holds them as they are.
         ignore_index: reference id whose pixels do not count.
         reduce_zero_label: in references, 0 is ignored and class k is stored as k + 1; predictions hold 0..K-1.
         boundary: score the Boundary IoU too.
@@ -36,6 +40,8 @@ class Semantic:
     def __init__(
         self,
         num_classes: int | None = None,
+        classes: Sequence[str] | None = None,
+        references: Callable[..., np.ndarray] | None = None,
         ignore_index: int = 255,
         reduce_zero_label: bool = False,
         boundary: bool = False,
@@ -50,18 +56,27 @@ class Semantic:
                     f"{str(reduce_zero_label).lower()}: masks of 0 and 255 have 2 classes, and none is reduced."
                 )
             num_classes = 2
-        if num_classes is None:
+        if num_classes is None and classes is None:
             raise UserError(
-                "num_classes=null: protocol=semantic needs to know how many classes there are. Give it: "
-                "num_classes=19, or protocol.binary=true for masks of 0 and 255."
+                "num_classes=null: protocol=semantic needs to know how many classes there are. Give their names, "
+                "data.classes=[background,leaf], or num_classes=19, or protocol.binary=true for masks of 0 and 255; "
+                "what mode=predict wrote knows them by itself."
             )
+        if num_classes is None or classes is None:
+            classes = [f"class {index}" for index in range(num_classes or 0)] if classes is None else list(classes)
+            num_classes = len(classes) if num_classes is None else num_classes
         if num_classes < 1:
             raise UserError(
                 f"num_classes={num_classes}: give the number of classes, 1 or more. Their ids are 0 to num_classes - 1."
             )
+        if len(classes) != num_classes:
+            raise UserError(
+                f"num_classes={num_classes}, but there are {len(classes)} names of classes ({listed(classes)}): leave "
+                "num_classes out, or correct one of them."
+            )
         if not 0 <= tolerance < np.inf:
             raise UserError(f"protocol.tolerance={tolerance}: give a distance in pixels, 0 or more.")
-        self.num_classes = num_classes
+        self.num_classes, self.classes, self.references = num_classes, classes, references
         self.ignore_index, self.reduce_zero_label, self.binary = ignore_index, reduce_zero_label, binary
         self.boundary, self.nsd, self.tolerance = boundary, nsd, tolerance
         self.keys = ("mIoU", "accuracy", "mean_accuracy", "dice", *["boundary_IoU"] * boundary, *["NSD"] * nsd)
@@ -109,7 +124,7 @@ class Semantic:
             missing=lambda name: prediction / self.target(name),
         )
         as_ids = not self.binary and self.num_classes > 1 and self.ignore_index == 255 and not self.reduce_zero_label
-        if as_ids and _look_binary(case.files[0][0] for case in found.cases):
+        if as_ids and _look_binary((case.files[0][0] for case in found.cases), self.references or read_labels):
             found.notes.insert(
                 0,
                 f"reference={reference} holds 0 and 255 alone, and 255 is ignored: THE SCORE IS OF CLASS 0 ALONE. If "
@@ -119,7 +134,7 @@ class Semantic:
 
     def measure(self, case: Case) -> Measured:
         """Return the counts (3 * K,) of an image, then those of the outlines (2 * K each) that are asked for."""
-        reference, prediction = read_both(case)
+        reference, prediction = self._read(case)
         if self.binary:
             reference, prediction = (
                 _from_binary(numbers, path)
@@ -133,6 +148,18 @@ class Semantic:
             sides = [np.where(held, each, self.num_classes).astype(np.uint16) for each in (ids, guess)]
             counts += self._outlines(*sides)
         return Measured(np.concatenate(counts), {"unknown_pixels_prediction": int((unknown & held).sum())})
+
+    def _read(self, case: Case) -> tuple[np.ndarray, np.ndarray]:
+        """Return what reference and prediction hold (H, W)."""
+        if self.references is None:
+            return read_both(case)
+        (file, predicted), *_ = case.files
+        assert predicted is not None
+        prediction = read_labels(predicted)
+        try:
+            return self.references(file, predicted, (prediction.shape[0], prediction.shape[1])), prediction
+        except UserError as error:
+            raise BadFile(file, str(error).replace(f"{file} ", "it ")) from None
 
     def _ids(self, reference: np.ndarray, path: Path) -> tuple[np.ndarray, np.ndarray]:
         """Return a reference's class ids and which pixels count (H, W)."""
@@ -199,7 +226,7 @@ class Semantic:
         if self.nsd:
             values["NSD"] = ratio(rows[-2], rows[-1])
         return [
-            {"id": index, "name": f"class {index}", **{key: float(each[index]) for key, each in values.items()}}
+            {"id": index, "name": self.classes[index], **{key: float(each[index]) for key, each in values.items()}}
             for index in range(self.num_classes)
         ]
 
@@ -220,13 +247,13 @@ class Semantic:
         return np.moveaxis(sums.reshape(*sums.shape[:-1], -1, self.num_classes), -2, 0)
 
 
-def _look_binary(references: Iterable[Path]) -> bool:
+def _look_binary(references: Iterable[Path], read: Callable[[Path], np.ndarray]) -> bool:
     """Return whether references hold 0 and 255 and nothing else; the first that holds more ends the search."""
     seen: set[int] = set()
     for path in references:
         try:
-            seen |= set(np.unique(read_labels(path)).tolist())
-        except BadFile:
+            seen |= set(np.unique(read(path)).tolist())
+        except UserError:
             continue  # told when it is measured
         if not seen <= {0, 255}:
             return False

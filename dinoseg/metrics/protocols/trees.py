@@ -99,8 +99,9 @@ def pictures_hint(folder: Path, files: Iterable[str]) -> str:
     if official.is_dir():
         return f" These are the pictures of mode=eval: use its official/, prediction={official}."
     return (
-        " Pictures *_pred.png are those of mode=eval. For data sets with an official protocol it writes official/ "
-        "beside them, laid out to be scored: use that."
+        " Pictures *_pred.png are those of mode=eval, and there is no official/ beside them: it writes that where "
+        "data= has a benchmark. Elsewhere mode=predict resume=RUN input=IMAGES writes masks named as their images: "
+        "give its run folder."
     )
 
 

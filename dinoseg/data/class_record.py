@@ -1,0 +1,78 @@
+"""`classes.json` beside predictions: what their ids mean, and how masks are written that they are scored against."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dinoseg.data.labels import Labels
+from dinoseg.data.mask_size import fit
+from dinoseg.data.masks import MaskReader, Masks
+from dinoseg.errors import UserError
+from dinoseg.report.table import write_json
+
+NAME = "classes.json"
+_KINDS = {"classes": Sequence, "palette": Sequence, "ignore_index": int, "masks": Mapping}
+
+
+@dataclass(frozen=True)
+class References:
+    """Reads reference masks as a data set reads its own."""
+
+    reader: MaskReader
+
+    def __call__(self, path: Path, prediction: Path | None = None, size: tuple[int, int] | None = None) -> np.ndarray:
+        """Return class ids and ignore_index (H, W) uint8, at the size of its prediction where that is given.
+
+        Raises:
+            UserError: the file is unreadable, of another size, or holds what is no class.
+        """
+        ids = self.reader.read(path)
+        return ids if size is None else fit(ids, size, self.reader.masks.on_size_mismatch, image=prediction, path=path)
+
+
+def write_class_record(
+    folder: Path,
+    classes: Sequence[str],
+    palette: Sequence[Sequence[int]],
+    ignore_index: int,
+    masks: Mapping[str, Any],
+) -> None:
+    """Write what predicted ids mean; `masks` are the keys of `Masks` that the data set's own masks are read by."""
+    colors = [list(color) for color in palette]
+    record = {"classes": list(classes), "palette": colors, "ignore_index": ignore_index, "masks": dict(masks)}
+    write_json(folder / NAME, record)
+
+
+def read_class_record(folder: Path) -> tuple[Labels, dict[str, Any]] | None:
+    """Return the classes and the keys of `Masks` that a folder of predictions keeps; None where it keeps none.
+
+    Raises:
+        UserError: the file is there, and no such record.
+    """
+    path = folder / NAME
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        wrong = [key for key, kind in _KINDS.items() if not isinstance(found[key], kind) or isinstance(found[key], str)]
+        if wrong:
+            raise ValueError(f"{wrong[0]} is {found[wrong[0]]!r:.60}")
+        return Labels.of(found["classes"], found["palette"], found["ignore_index"]), dict(found["masks"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, UserError) as error:
+        raise UserError(
+            f"{path} is no record of classes ({type(error).__name__}: {error}). Remove it and give num_classes, or "
+            "predict again."
+        ) from None
+
+
+def references(labels: Labels, masks: Mapping[str, Any]) -> References:
+    """Return what reads the references of these classes.
+
+    Raises:
+        UserError: the keys make no sense.
+    """
+    return References(MaskReader(labels, Masks(**masks)))
