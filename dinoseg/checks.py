@@ -1,72 +1,19 @@
-"""Config nodes held against what they name: keys and values that fit, and targets that a file may name."""
+"""Config nodes held against what they name: keys and values that fit."""
 
 import importlib
 import inspect
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
-from omegaconf import OmegaConf
-
 from dinoseg.errors import UserError
 
 TRUSTED = ("dinoseg", "torch.nn", "torch.optim")  # packages in which targets are looked up
-ROOMS = {  # what each group of a config from a file may name: parts of a model, nothing that acts by itself
-    "backbone": ("dinoseg.backbones",),
-    "adapter": ("dinoseg.adapters",),
-    "head": ("dinoseg.heads", "torch.nn"),
-    "loss": ("dinoseg.losses", "dinoseg.data.frequencies", "torch.nn"),
-    "data": ("dinoseg.data", "dinoseg.metrics.protocols"),
-    "optim": ("dinoseg.training.optim", "torch.optim"),
-    "trainer": ("dinoseg.training.fit",),
-}
-_ACTING = (
-    *("archives", "doctor", "loader", "packed", "packed_draft", "packed_read", "packed_store"),
-    *("prepare_idd", "prepare_sarrarp", "scan", "scan_cache", "synthetic", "video_frames", "video_index"),
-)
-ACTING = tuple(f"dinoseg.data.{name}" for name in _ACTING)  # of the data room, but they write files or start processes
 LIST = (list, tuple)
 PLAIN: dict[Any, Any] = {  # what an annotated parameter takes from a config
     **{int: int, float: (int, float), str: str, bool: bool, NoneType: NoneType},
     **{Sequence: LIST, Iterable: LIST, Mapping: Mapping},
 }
-
-
-def guard(node: Mapping[str, Any], where: str = "config") -> None:
-    """Refuse a config read from a file that names anything but the parts it may name.
-
-    Each `_target_` is looked up step by step in its group's `ROOMS`, and the object found must itself be a class or
-    function defined there: `dinoseg.heads.linear.torch.hub.load` starts rightly and ends elsewhere. Interpolations
-    may only point inside the config.
-
-    Raises:
-        UserError: naming the target, the folder or the interpolation.
-    """
-    plain: Any = OmegaConf.to_container(node, resolve=False) if OmegaConf.is_config(node) else node
-    for group, part in ({"": plain} if "_target_" in plain else plain).items():
-        for target, _ in targets(part):
-            _refuse_unless_named(target, ROOMS.get(group, ()), f"{where}: _target_={target} is refused in {group}.")
-    for key in _keys_of(plain):
-        if key.startswith("_") and key not in ("_target_", "_partial_"):  # _args_ would pass by the names of arguments
-            raise UserError(f"{where}: the key {key} is refused. A config from a checkpoint names every argument.")
-    for place in _values_of("cache_dir", plain):
-        if place != "${cache_dir}":
-            raise UserError(
-                f"{where}: cache_dir={place} is refused. A config from a checkpoint may not say where files are "
-                "written: only cache_dir of your own command line does."
-            )
-    for place in (folder for node in _values_of("tracking", plain) for folder in _values_of("folder", node)):
-        if not isinstance(place, str) or not re.fullmatch(r"\w+(/\w+)*", place):
-            raise UserError(
-                f"{where}: data.tracking.folder={place} is refused. A config from a checkpoint may only name folders "
-                "below the run's own."
-            )
-    for text in _strings(plain):
-        if "${" in text and ":" in text.replace("${len:", ""):
-            raise UserError(
-                f"{where}: the interpolation {text} is refused. A config from a checkpoint may only point within it."
-            )
 
 
 def check_given(target: str, given: Mapping[str, Any]) -> None:
@@ -112,16 +59,6 @@ def _type_name(value: Any) -> str:
     return type(value).__name__ + (f" of {' and '.join(inner)}" if inner else "")
 
 
-def _refuse_unless_named(target: str, rooms: Sequence[str], refused: str) -> None:
-    found = _locate(target) if _below(target, rooms) else None
-    home = getattr(found, "__module__", None) or ""
-    if not (inspect.isclass(found) or inspect.isfunction(found)) or not _below(home, rooms) or _below(home, ACTING):
-        raise UserError(
-            f"{refused} A config from a checkpoint may only name classes and functions of "
-            f"{', '.join(rooms) or 'no module there'}. Do not use this file, or rebuild the run from your own config."
-        )
-
-
 def _below(path: str, roots: Iterable[str]) -> bool:
     return any(path == root or path.startswith(f"{root}.") for root in roots)
 
@@ -150,30 +87,3 @@ def targets(node: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     elif isinstance(node, list | tuple):
         for value in node:
             yield from targets(value)
-
-
-def _values_of(key: str, node: Any) -> Iterator[Any]:
-    """Yield every value that stands under a key, at any depth."""
-    if isinstance(node, Mapping):
-        yield from (value for name, value in node.items() if name == key)
-    for value in node.values() if isinstance(node, Mapping) else node if isinstance(node, list | tuple) else ():
-        yield from _values_of(key, value)
-
-
-def _keys_of(node: Any) -> Iterator[str]:
-    """Yield every key at any depth, as text."""
-    if isinstance(node, Mapping):
-        yield from map(str, node)
-    for value in node.values() if isinstance(node, Mapping) else node if isinstance(node, list | tuple) else ():
-        yield from _keys_of(value)
-
-
-def _strings(node: Any) -> Iterator[str]:
-    if isinstance(node, Mapping):
-        for value in node.values():
-            yield from _strings(value)
-    elif isinstance(node, list | tuple):
-        for value in node:
-            yield from _strings(value)
-    elif isinstance(node, str):
-        yield node

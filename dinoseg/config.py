@@ -11,6 +11,7 @@ from dinoseg.errors import UserError
 from dinoseg.wording import listed
 
 CLASS_FILE = "class_file"
+RESOLVERS = ("len",)  # those that a checkpoint's config may use: functions of values beside them
 
 
 class _Unmet(UserError, InterpolationResolutionError):

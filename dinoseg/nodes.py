@@ -32,6 +32,9 @@ def instantiate(node: Any, *, without: Sequence[str] = (), instead: Mapping[str,
     unset = next(_unset(values, node._get_full_key(None) if OmegaConf.is_config(node) else ""), None)
     if unset:
         raise UserError(not_set(unset))
+    again = next((text for text in _texts(values) if "${" in text), None)
+    if again is not None:  # hydra would resolve it once more, and so run what was meant as text
+        raise UserError(f"{again} reads as an interpolation even after it is resolved. Choose a value without ${{.")
     for target, given in targets(values):
         check_given(target, given)
     try:
@@ -52,6 +55,13 @@ def _unset(values: Any, where: str) -> Iterator[str]:
     items = values.items() if isinstance(values, Mapping) else enumerate(values) if isinstance(values, list) else ()
     for key, value in items:
         yield from _unset(value, f"{where}.{key}".lstrip("."))
+
+
+def _texts(values: Any) -> Iterator[str]:
+    if isinstance(values, str):
+        yield values
+    for value in values.values() if isinstance(values, Mapping) else values if isinstance(values, list) else ():
+        yield from _texts(value)
 
 
 def _missing(error: OmegaConfBaseException) -> str:

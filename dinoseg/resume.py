@@ -12,10 +12,10 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from dinoseg import __version__, build
-from dinoseg.checks import guard
 from dinoseg.config import has_key, keys_of, plain, settled
 from dinoseg.data.labels import Labels
 from dinoseg.errors import UserError
+from dinoseg.guard import ACTING, guard, renamed
 from dinoseg.model import Segmenter
 from dinoseg.nodes import instantiate
 from dinoseg.run_folder import is_locked
@@ -60,8 +60,10 @@ def merge(cfg: DictConfig, overrides: Sequence[Any], path: Path, info: Mapping[s
         UserError: the checkpoint's config is not to be trusted, or the command line names another model.
     """
     kept = _kept(info)
-    guard(kept, f"resume={path}")
-    own = {**plain(cfg), "resume": str(path), "choices": {**plain(cfg.choices), **info["choices"]}}
+    given = [override.key_or_group for override in overrides]
+    guard(kept, f"resume={path}", plain(cfg), trust=_trust(cfg), given=given)
+    chosen = {group: option for group, option in info["choices"].items() if group in CHOSEN}
+    own = {**plain(cfg), "resume": str(path), "choices": {**plain(cfg.choices), **chosen}}
     merged = OmegaConf.create({**own, **kept})
     merged.data.root, remark = _root(kept, Path(info["folder"]))
     if remark and not any(override.key_or_group in ("data", "data.root") for override in overrides):
@@ -77,6 +79,13 @@ def merge(cfg: DictConfig, overrides: Sequence[Any], path: Path, info: Mapping[s
                 _check_key(override.key_or_group, cfg, merged, path)
             OmegaConf.update(merged, override.key_or_group, override.value())
     return merged
+
+
+def _trust(cfg: DictConfig) -> list[str]:
+    trust = plain(cfg).get("trust") or []
+    if not isinstance(trust, list) or not all(isinstance(name, str) and name for name in trust):
+        raise UserError(f"trust={trust}: give a list of packages or hub ids, such as trust=[my_package].")
+    return trust
 
 
 def without(cfg: DictConfig) -> DictConfig:
@@ -164,8 +173,7 @@ def description(cfg: DictConfig, data: SegmentationData | Labels) -> dict[str, A
 def description_of(cfg: DictConfig) -> dict[str, Any]:
     """Return the part of the description that the config alone decides."""
     config = {key: value for key, value in plain(cfg).items() if key in KEPT}
-    # prepare and render act on files: nothing that a checkpoint should name
-    config["data"] = {**settled(cfg.data), "prepare": None, "render": None}
+    config["data"] = {**settled(cfg.data), **dict.fromkeys(ACTING)}
     return {"config": config, "choices": _chosen(cfg), "folder": str(Path.cwd())}
 
 
@@ -185,7 +193,7 @@ def check_classes(data: SegmentationData | Labels, found: Mapping[str, Any], whe
 
 def _kept(info: Mapping[str, Any]) -> dict[str, Any]:
     """Return the config of a checkpoint, which may be older than a key: then it stands as what was meant."""
-    kept = {key: info["config"][key] for key in KEPT}
+    kept = renamed({key: info["config"][key] for key in KEPT})
     trainer = {"feed": "images", **kept["trainer"]}
     data = {"background": _background_of_old(info), **kept["data"]}
     return {**kept, "trainer": trainer, "data": data}

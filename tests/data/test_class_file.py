@@ -11,10 +11,10 @@ from making import save
 from omegaconf import OmegaConf
 from PIL import Image
 
-from dinoseg.checks import guard
 from dinoseg.config import settled
 from dinoseg.data.class_file import NOT_DESCRIBED, read_class_file
 from dinoseg.errors import UserError
+from dinoseg.guard import guard
 from dinoseg.images import read_ids
 from dinoseg.nodes import instantiate
 from dinoseg.resume import description_of
@@ -180,7 +180,7 @@ def test_a_checkpoint_keeps_what_the_file_said(load, tmp_path):
         assert (first.labels, first.masks) == (second.labels, second.masks)
     assert "class_file" not in json.dumps(kept) and "${..palette}" in json.dumps(kept)
     with pytest.raises(UserError, match="interpolation .* is refused"):
-        guard({"data": {"classes": "${class_file:classes}"}})
+        guard({"data": {"classes": "${class_file:classes}"}}, "resume=file")
 
 
 def test_a_changed_file_is_read_again(tmp_path):
