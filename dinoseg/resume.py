@@ -16,9 +16,10 @@ from dinoseg.config import has_key, keys_of, plain, settled
 from dinoseg.data.labels import Labels
 from dinoseg.errors import UserError
 from dinoseg.guard import ACTING, guard, renamed
+from dinoseg.inference.trained_sizes import TrainedSizes
 from dinoseg.model import Segmenter
 from dinoseg.nodes import instantiate
-from dinoseg.run_folder import is_locked
+from dinoseg.run_folder import command_line, is_locked
 from dinoseg.shapes import Palette, SegmentationData
 from dinoseg.training import checkpoint
 from dinoseg.training.engine import Engine
@@ -131,6 +132,12 @@ def load_trained(cfg: DictConfig) -> Trained:
         checkpoint.load_weights(model, found)
     palette = [(red, green, blue) for red, green, blue in info["palette"]]
     return Trained(model.to(engine.device).eval(), engine, info["classes"], palette, info["ignore_index"], info)
+
+
+def sizes_to_keep(trained: Trained, out_dir: Path) -> TrainedSizes | None:
+    """Return the sizes that pictures are brought to; None where `resolution.longest` on the command line says it."""
+    typed = any(word.lstrip("+").startswith("resolution.longest=") for word in command_line(out_dir))
+    return None if typed else TrainedSizes.from_info(trained.info)
 
 
 def is_trained(cfg: DictConfig) -> bool:

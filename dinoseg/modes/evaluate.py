@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dinoseg import build
 from dinoseg.config import background_of
 from dinoseg.images import write_png
+from dinoseg.inference.trained_sizes import TrainedSizes, keep_scale
 from dinoseg.metrics.protocols.contract import DatasetProtocol
 from dinoseg.modes.evaluate_videos import Options, follow_slots, needs_no_training, propagate
 from dinoseg.modes.official import FOLDER, official_scores, usable
@@ -62,6 +63,7 @@ def run(
     data = build.dataset(cfg, split)
     source = f"resume={cfg.resume}" if cfg.resume else f"head.weights={cfg.head.weights}"
     check_classes(data, trained.info, source)
+    keep_scale(trained.model, TrainedSizes.from_info(trained.info), reduces=False)
     engine, on_error = trained.engine, cfg.data.on_error
     protocol = instantiate(cfg.data.official) if official and cfg.data.official is not None else None
     if protocol is not None and not usable(protocol, data, out_dir, on_error=on_error, tells=engine.is_main):

@@ -18,10 +18,11 @@ from dinoseg.images import read_image, write_png
 from dinoseg.inference.media import VideoReader, VideoWriter, is_video, list_inputs
 from dinoseg.inference.results import mask_names, result_names, whole_folder, write_image_results
 from dinoseg.inference.stream import run_pipeline
+from dinoseg.inference.trained_sizes import keep_scale
 from dinoseg.modes.score_classes import FOLDER, mask_keys
 from dinoseg.report.overlay import blend
 from dinoseg.report.progress import Bar
-from dinoseg.resume import Trained, load_trained
+from dinoseg.resume import Trained, load_trained, sizes_to_keep
 from dinoseg.wording import count_of
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ def predict(
             f"resume={cfg.resume} is a model of slots, which knows no classes. mode=track follows its segments "
             "through a video or a folder of frames."
         )
+    keep_scale(trained.model, sizes_to_keep(trained, Path(out_dir)))
     job = _Job(trained, Path(out_dir), opacity, batch_size, masks)
     try:
         totals = _segment_all(job, paths, input)

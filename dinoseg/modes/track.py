@@ -30,10 +30,11 @@ from dinoseg.inference.track_state import (
 )
 from dinoseg.inference.tracker import VideoTracker
 from dinoseg.inference.tracking_settings import OF_PIXELS
+from dinoseg.inference.trained_sizes import keep_scale
 from dinoseg.modes.unread import warn_unread
 from dinoseg.nodes import instantiate
 from dinoseg.report.table import write_json
-from dinoseg.resume import is_trained, load_trained
+from dinoseg.resume import is_trained, load_trained, sizes_to_keep
 from dinoseg.run_folder import lock, release
 from dinoseg.wording import count_of
 
@@ -81,7 +82,7 @@ def track(
     with _standing(folder, restart) as standing:
         frames, given = _given(input, labels, needed=not is_trained(cfg))
         with frames:
-            tracker, look = _tracker(cfg, batch_size, smoothing, labels)
+            tracker, look = _tracker(cfg, batch_size, smoothing, labels, out_dir)
             _warn_unread(tracker, out_dir)
             start = None if standing is None else _go_on(tracker, standing, folder)
             job = TrackJob(tracker, frames, given, folder, start, batch_size, save_every, look)
@@ -126,7 +127,9 @@ def _given(input: str | None, labels: str | None, *, needed: bool) -> tuple[Vide
     return frames, given
 
 
-def _tracker(cfg: Any, batch_size: int, smoothing: float | None, labels: str | None) -> tuple[VideoTracker, Look]:
+def _tracker(
+    cfg: Any, batch_size: int, smoothing: float | None, labels: str | None, out_dir: Path
+) -> tuple[VideoTracker, Look]:
     """Return what follows objects, and how its masks are shown.
 
     Raises:
@@ -151,6 +154,7 @@ def _tracker(cfg: Any, batch_size: int, smoothing: float | None, labels: str | N
             f"labels={labels}: a trained segmenter finds its classes by itself. Leave labels out; or leave "
             f"{'head.weights' if cfg.resume is None else 'resume'} out to follow the objects of a mask."
         )
+    keep_scale(trained.model, sizes_to_keep(trained, out_dir))
     share = _SMOOTHING if smoothing is None else smoothing
     tracker = SmoothingTracker(trained.model, instantiate(cfg.tracker), smoothing=share, **options)
     return tracker, Look(palette=tuple(trained.palette), background=None)

@@ -44,14 +44,12 @@ def train(cfg: DictConfig, *, out_dir: Path, metrics_only: bool = False) -> dict
     if start is not None:
         check_classes(kind.labels, start.info, f"resume={start.path}")
     kind.check_parts(engine.world)
-    if engine.is_main:
-        kind.check_data()
+    sizes = kind.check_data() if engine.is_main else None
     loss = build.loss(cfg, kind.labelled).to(engine.device)
     model = build.model(cfg).to(engine.device)
     optimizer = build.optimizer(cfg, model)
-    checkpoints = checkpoint.Checkpoints(
-        out_dir / checkpoint.FOLDER, description(cfg, kind.labels), start, writes=engine.is_main
-    )
+    info = description(cfg, kind.labels) | (sizes.as_info() if sizes else {})
+    checkpoints = checkpoint.Checkpoints(out_dir / checkpoint.FOLDER, info, start, writes=engine.is_main)
     if engine.is_main:
         _write_split(out_dir, kind.split)
     logger.info("%d training and %d validation %s; run folder %s", len(feed.train), len(feed.val), kind.what, out_dir)

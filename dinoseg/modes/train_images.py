@@ -11,6 +11,7 @@ from dinoseg import build
 from dinoseg.data.doctor.short import check as examine
 from dinoseg.data.splits import split_table
 from dinoseg.errors import UserError
+from dinoseg.inference.trained_sizes import TrainedSizes
 from dinoseg.modes.evaluate import list_skipped, score
 from dinoseg.nodes import instantiate
 from dinoseg.processes import count_cores
@@ -70,11 +71,15 @@ class TrainImages:
                 "head=eomt. For other heads choose a loss on pixels, such as loss=cross_entropy or loss=ce_dice."
             )
 
-    def check_data(self) -> None:
-        """Run the short doctor."""
+    def check_data(self) -> TrainedSizes | None:
+        """Run the short doctor; return how large the training images are, where they are files."""
         data = self.cfg.data
         options = {"group": data.group, "data_name": self.cfg.choices.data, "workers": data.workers or count_cores()}
-        examine(self.feed.train, self.feed.val, cache_dir=self.cfg.cache_dir, **options)
+        splits = examine(self.feed.train, self.feed.val, cache_dir=self.cfg.cache_dir, **options)
+        records = splits[0].records if splits else ()
+        sizes = [size for record in records if (size := record.image_size or record.mask_size)]
+        longest, enlarged = self.cfg.resolution.longest, data.augment.scale[1]
+        return TrainedSizes.of(sizes, longest=longest, enlarged=enlarged) if sizes else None
 
     def evaluate(self, model: nn.Module, engine: Engine, out_dir: Path, *, metrics_only: bool) -> dict[str, Any]:
         """Score by one exact count over the split."""

@@ -49,6 +49,7 @@ def trained(monkeypatch):
         palette=[(0, 0, 0), (200, 40, 0), (0, 90, 255)],
         ignore_index=255,
         autocast=nullcontext,
+        info={},
     )
     monkeypatch.setattr(mode, "load_trained", lambda cfg: fake)
     return fake

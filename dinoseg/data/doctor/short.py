@@ -28,8 +28,8 @@ def check(
     workers: int = 2,
     group: str | None = None,
     data_name: str = "",
-) -> None:
-    """Scan the masks of both splits (kept in `cache_dir`) and warn of what looks wrong.
+) -> list[Scanned]:
+    """Scan the masks of both splits (kept in `cache_dir`) and warn of what looks wrong; return the records.
 
     A data set that is no pairs of files is left alone.
 
@@ -39,7 +39,7 @@ def check(
     splits = []
     for split, data in (("train", train), ("val", val)):
         if not hasattr(data, "pairs") or not hasattr(data, "reader"):
-            return
+            return []
         records = scan(data.pairs, data.reader, images=False, workers=workers, cache_dir=cache_dir)
         splits.append(scanned(split, data, records))
     found = brief(splits, group=group, data_name=data_name)
@@ -50,6 +50,7 @@ def check(
     if errors := [finding for finding in found if finding.severity == "error"]:
         told = "".join(f"\n- {error.message}{_each(error)}\n  {error.remedy}".rstrip() for error in errors)
         raise UserError(printable(f"The data cannot be trained on as they are:{told}\n{_FULL}"))
+    return splits
 
 
 def brief(splits: list[Scanned], *, group: str | None = None, data_name: str = "") -> list[Finding]:

@@ -1,0 +1,98 @@
+"""How large the pictures were that a model was trained on: much larger ones show it things at a scale it never saw."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median, quantiles
+from typing import Any
+
+from torch import Tensor, nn
+
+from dinoseg.errors import UserError
+
+logger = logging.getLogger(__name__)
+_MOST = 20  # the largest one in so many images is left out of account: an outlier is no scale that was learnt
+KEY = "sizes"  # of a checkpoint's description
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class TrainedSizes:
+    """Longer sides of training images in pixels, as the model was fed them before crop and augmentation.
+
+    Crops say nothing of scale: what is seen in them is as large as in the whole image.
+
+    Args:
+        typical: the median.
+        largest: what 95 % do not exceed, enlarged as far as the augmentation does.
+    """
+
+    typical: int
+    largest: int
+
+    @classmethod
+    def of(cls, sizes: Sequence[Size], *, longest: int | None, enlarged: float) -> "TrainedSizes":
+        """Measure images of these sizes (H, W), reduced to `longest` and then enlarged by up to a factor."""
+        sides = [min(max(size), longest or max(size)) for size in sizes]
+        most = quantiles(sides, n=_MOST, method="inclusive")[-1] if len(sides) > 1 else sides[0]
+        return cls(round(median(sides)), round(most * max(1.0, enlarged)))
+
+    def as_info(self) -> dict[str, Any]:
+        """Return what a checkpoint says of it."""
+        return {KEY: asdict(self)}
+
+    @classmethod
+    def from_info(cls, info: Mapping[str, Any]) -> "TrainedSizes | None":
+        """Read what a checkpoint says; None for one that is older, or no images.
+
+        Raises:
+            UserError: it is no pair of sizes.
+        """
+        found = info.get(KEY)
+        if found is None:
+            return None
+        named = isinstance(found, Mapping) and found.keys() == {"typical", "largest"}
+        if not named or not all(type(value) is int and value > 0 for value in found.values()):
+            raise UserError(f"The checkpoint's description is damaged: {KEY} is {found!r:.60}. Choose another one.")
+        return cls(**found)
+
+
+def keep_scale(model: Any, sizes: TrainedSizes | None, *, reduces: bool = True) -> None:
+    """Let a segmenter take pictures much larger than any of its training at the typical size, and say so once.
+
+    Args:
+        model: a segmenter; its `longest` is set for every batch.
+        sizes: of its training; None: nothing is known, nothing done.
+        reduces: else it only says so.
+    """
+    if sizes is None:
+        return
+    own = model.longest
+    told = False
+
+    def look(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+        nonlocal told
+        height, width = given[0].shape[-2:]
+        fed = min(max(height, width), own or max(height, width))
+        large = fed > sizes.largest
+        if reduces:
+            model.longest = sizes.typical if large else own
+        if large and not told:
+            told = True
+            logger.warning("%s", _message((height, width), sizes, reduces))
+
+    model.register_forward_pre_hook(look)
+
+
+def _message(size: Size, sizes: TrainedSizes, reduces: bool) -> str:
+    what = (
+        f"Pictures of {size[1]} x {size[0]} (width x height) are much larger than those of the training, whose longer "
+        f"sides were about {sizes.typical} pixels and enlarged at most {sizes.largest}. "
+    )
+    if not reduces:
+        return f"{what}They are scored as they are; with resolution.longest={sizes.typical} at the scale trained at."
+    return (
+        f"{what}The model sees them reduced to a longer side of {sizes.typical}; masks keep the pictures' own size. "
+        "Give resolution.longest for another size, or null for none."
+    )

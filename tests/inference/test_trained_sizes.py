@@ -1,0 +1,70 @@
+"""Pictures much larger than any of the training: seen at its scale, and said."""
+
+import logging
+
+import pytest
+import torch
+
+from dinoseg.errors import UserError
+from dinoseg.heads.linear import LinearHead
+from dinoseg.inference.trained_sizes import TrainedSizes, keep_scale
+from dinoseg.model import Segmenter
+
+SIZES = TrainedSizes(typical=32, largest=64)
+
+
+@pytest.fixture
+def model(tiny_backbone):
+    return Segmenter(tiny_backbone(), LinearHead(24, 1, 3)).eval()
+
+
+@pytest.fixture
+def seen(model):
+    """Collect the sizes that the backbone is given."""
+    sizes = []
+    model.backbone.register_forward_pre_hook(lambda _, given: sizes.append(tuple(given[0].shape[-2:])))
+    return sizes
+
+
+def images(height, width):
+    return torch.zeros(1, 3, height, width, dtype=torch.uint8)
+
+
+def test_sizes_are_those_that_the_model_was_fed():
+    assert TrainedSizes.of([(30, 40)] * 100, longest=None, enlarged=1.5) == TrainedSizes(40, 60)
+    assert TrainedSizes.of([(30, 40)], longest=20, enlarged=0.5) == TrainedSizes(20, 20)
+    assert TrainedSizes.of([(30, 40)] * 99 + [(3000, 4)], longest=None, enlarged=1.0) == TrainedSizes(40, 40)
+    info = TrainedSizes(40, 60).as_info()
+    assert TrainedSizes.from_info(info) == TrainedSizes(40, 60) and TrainedSizes.from_info({}) is None
+
+
+@pytest.mark.parametrize("found", [3, {}, {"typical": 3}, {"typical": "3", "largest": 9}, {"typical": 0, "largest": 1}])
+def test_a_damaged_description_is_refused(found):
+    with pytest.raises(UserError, match="description is damaged: sizes is"):
+        TrainedSizes.from_info({"sizes": found})
+
+
+def test_only_much_larger_pictures_are_reduced_and_masks_keep_their_size(model, seen, caplog):
+    keep_scale(model, SIZES)
+    for size in ((60, 64), (40, 80), (160, 120), (20, 30)):
+        assert model(images(*size)).scores().shape[-2:] == size
+    assert seen == [(60, 64), (16, 32), (32, 24), (20, 30)]
+    (message,) = caplog.messages
+    assert "Pictures of 80 x 40 (width x height) are much larger" in message and "resolution.longest" in message
+    assert "about 32 pixels and enlarged at most 64" in message
+
+
+def test_an_evaluation_says_it_and_changes_nothing(model, seen, caplog):
+    keep_scale(model, SIZES, reduces=False)
+    model(images(40, 80))
+    assert seen == [(40, 80)] and "scored as they are; with resolution.longest=32" in caplog.text
+
+
+def test_nothing_is_said_without_sizes_or_where_the_model_reduces_anyway(model, seen, caplog):
+    keep_scale(model, None)
+    model(images(40, 80))
+    model.longest = 48
+    keep_scale(model, SIZES)
+    with caplog.at_level(logging.INFO):
+        model(images(40, 80))
+    assert seen == [(40, 80), (24, 48)] and not caplog.messages

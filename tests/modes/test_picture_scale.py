@@ -1,0 +1,40 @@
+"""From training to prediction: the checkpoint knows the sizes that it saw."""
+
+import numpy as np
+import pytest
+from command_line import SMALL, call, write_data
+
+from dinoseg.images import read_ids, write_png
+from dinoseg.training import checkpoint
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    where = tmp_path_factory.mktemp("scale")
+    write_data(where / "data")
+    done = call(where, "mode=train", *SMALL, "mode.metrics_only=true", "hydra.run.dir=run")
+    assert done.status == 0, done.err
+    write_png(where / "small.png", np.zeros((64, 70, 3), np.uint8))
+    write_png(where / "large.png", np.zeros((100, 160, 3), np.uint8))
+    return where
+
+
+def test_a_checkpoint_knows_the_sizes(run):
+    info = checkpoint.describe(run / "run/checkpoints/best.safetensors")
+    assert info["sizes"] == {"typical": 48, "largest": 72}  # 48 pixels, enlarged by up to 1.5
+
+
+@pytest.mark.parametrize(
+    ("source", "words", "warns"),
+    [
+        ("large.png", (), True),
+        ("small.png", (), False),
+        ("large.png", ("resolution.longest=null",), False),
+        ("large.png", ("resolution.longest=64",), False),
+    ],
+)
+def test_what_is_much_larger_is_reduced_unless_the_user_says_a_size(run, source, words, warns):
+    done = call(run, "mode=predict", "resume=run", f"input={source}", "engine=cpu", "hydra.run.dir=out", *words)
+    assert done.status == 0 and ("are much larger than those of the training" in done.err) == warns
+    (mask, *_) = sorted(run.glob(f"out*/masks/{source}"))
+    assert read_ids(mask).shape == ((100, 160) if source == "large.png" else (64, 70))
