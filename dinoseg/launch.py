@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from dinoseg.config import plain, register_resolvers
 from dinoseg.errors import UserError
 from dinoseg.run_folder import claim, configure_log, drop_bare, drop_empty, lock, release, write_config
 
+_OWN_NAME = re.compile(r"[a-z]+_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")  # as cfg/hydra/run.yaml names a run's folder
 LAUNCH_KEYS = ("devices", "resume_from", "keeps_folder")  # of a mode: read here; the rest are its function's
 
 
@@ -67,12 +69,16 @@ def is_first_rank() -> bool:
 
 def _enter_folder(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> tuple[DictConfig, Path]:
     """Find what to go on from, make a folder this run's own, and keep the config in it."""
-    continued = None
+    continued, given = None, out_dir
     if cfg.resume is not None and "resume_from" in cfg.mode:
+        typed = cfg.choices.hparam
         cfg, continued = _resumed(cfg, out_dir, overrides)
+        out_dir = _below_recipe(out_dir, typed, cfg.choices.hparam)
     if not is_first_rank():
         return cfg, continued or out_dir
     if continued is None:
+        if out_dir != given:
+            drop_empty(given)
         out_dir = claim(out_dir)
     else:
         lock(continued)
@@ -80,6 +86,16 @@ def _enter_folder(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> t
         out_dir = continued
     write_config(cfg, out_dir, overrides)
     return cfg, out_dir
+
+
+def _below_recipe(out_dir: Path, typed: str, recipe: Any) -> Path:
+    """Return the folder of a run that uses a checkpoint: below the checkpoint's recipe, if its name is our own choice.
+
+    The recipe's name comes from a file: what is no plain name names no folder.
+    """
+    ours = out_dir.parent.name == typed and _OWN_NAME.fullmatch(out_dir.name)
+    plain_name = isinstance(recipe, str) and re.fullmatch(r"\w[\w-]*", recipe)
+    return out_dir.parent.with_name(recipe) / out_dir.name if ours and plain_name else out_dir
 
 
 def _resumed(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> tuple[DictConfig, Path | None]:
