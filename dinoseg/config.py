@@ -1,5 +1,6 @@
 """What every reader of a config shares: plain dicts, their keys, and the resolvers."""
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from omegaconf.errors import InterpolationResolutionError
 from dinoseg.errors import UserError
 from dinoseg.wording import listed
 
-CLASS_FILE = "class_file"
+CLASS_FILE, CELLS = "class_file", "cells"
 RESOLVERS = ("len",)  # those that a checkpoint's config may use: functions of values beside them
 
 
@@ -64,16 +65,16 @@ def has_key(node: Any, name: str) -> bool:
 
 
 def settled(node: Any) -> dict[Any, Any]:
-    """Return a config node as a dict that asks no file any more: what `classes.yaml` says stands in it.
+    """Return a config node as a dict with what only this run knows written out: `classes.yaml`, and grids of cells.
 
-    What it ought to say and does not is `???`, as any value that is not set.
+    What cannot be had stands as `???`, as any value that is not set.
     """
     found = OmegaConf.to_container(node)
     assert isinstance(found, dict)
     for key, value in found.items():
         if isinstance(value, dict):
             found[key] = settled(node[key])
-        elif str(value).startswith(f"${{{CLASS_FILE}:"):
+        elif str(value).startswith((f"${{{CLASS_FILE}:", f"${{{CELLS}:")):
             found[key] = _said(node, key)
     return found
 
@@ -81,15 +82,29 @@ def settled(node: Any) -> dict[Any, Any]:
 def _said(node: DictConfig, key: Any) -> Any:
     try:
         value = node[key]
-    except _Unmet:
+    except InterpolationResolutionError:
         return "???"
     return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
 
 
 def register_resolvers() -> None:
-    """Register `${len:${.classes}}`, the length of a list, and `${class_file:KEY}`, what `classes.yaml` says."""
+    """Register the functions that config files may call.
+
+    `${len:${.classes}}` is the length of a list, `${class_file:KEY}` what `classes.yaml` says, and
+    `${cells:${resolution},${backbone.patch_size}}` the rows and columns of cells in a training crop; null where the
+    patch size is null.
+    """
     OmegaConf.register_new_resolver("len", len, replace=True)
+    OmegaConf.register_new_resolver(CELLS, _cells, replace=True)
     OmegaConf.register_new_resolver(CLASS_FILE, _from_class_file, replace=True)
+
+
+def _cells(resolution: DictConfig, patch_size: int | None) -> list[int] | None:
+    if patch_size is None:
+        return None
+    longest = max(resolution.crop) if resolution.longest is None else resolution.longest
+    factor = resolution.scale * min(1.0, longest / max(resolution.crop))  # as dinoseg.model sizes images
+    return [math.ceil(max(1, round(side * factor)) / patch_size) for side in resolution.crop]
 
 
 def _from_class_file(key: str, *, _root_: DictConfig) -> Any:

@@ -181,6 +181,7 @@ def description_of(cfg: DictConfig) -> dict[str, Any]:
     """Return the part of the description that the config alone decides."""
     config = {key: value for key, value in plain(cfg).items() if key in KEPT}
     config["data"] = {**settled(cfg.data), **dict.fromkeys(ACTING)}
+    config["head"] = settled(cfg.head)  # its grid is what it was trained for, whatever later images are seen at
     return {"config": config, "choices": _chosen(cfg), "folder": str(Path.cwd())}
 
 

@@ -24,7 +24,7 @@ SLOTS = (  # the same of slots, on clips of 32 x 32 pixels
     *("mode=train", "hparam=dinosavi_control", "data=movi", "data.root=movi"),
     *("backbone=tiny", "backbone.patch_size=8", "backbone.arch.hidden_size=24", "backbone.arch.num_hidden_layers=2"),
     *("backbone.arch.num_attention_heads=3", "backbone.arch.intermediate_size=48", "engine=cpu", "engine.workers=0"),
-    *("resolution.crop=[32,32]", "head.positions_grid=[4,4]", "head.slot_dim=16", "head.hidden_dim=16"),
+    *("resolution.crop=[32,32]", "head.slot_dim=16", "head.hidden_dim=16"),
     *("head.decoder_dim=16", "head.num_slots=3", "data.batch_size=3", "data.clips.cut.length=4"),
     *("data.clips.cut.fps=null", "optim.optimizer.lr=3e-3", "optim.schedule.warmup=0", "engine.precision=fp32"),
 )

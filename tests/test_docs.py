@@ -44,7 +44,7 @@ def small_model(words):
             "backbone.layers=[0,0,1,1]",
         )
     if any(word.startswith(("hparam=slots", "hparam=dinosavi")) for word in words):
-        return (*SMALL, "head.positions_grid=[6,8]", "head.slot_dim=16", "head.decoder_dim=16")
+        return (*SMALL, "head.slot_dim=16", "head.decoder_dim=16")
     if "hparam=idd_lora" in words:  # whose head reads four maps
         return (*SMALL, "backbone.layers=[0,0,1,1]")
     return (*SMALL, "head.blocks=1") if "head=eomt" in words else SMALL
@@ -158,7 +158,7 @@ def stand_ins(tmp_path_factory):
 def trained(stand_ins, tmp_path_factory):
     """Return a function that trains a segmenter or a model of slots once, and gives its run folder."""
     demo = ["mode=train", "hparam=demo", f"data.root={stand_ins['SARRARP']}", *SMALL, *SHORT, *CPU]
-    slots = [*SLOTS, *SHORT, f"data.root={stand_ins['MOVI']}", "head.positions_grid=[6,8]"]
+    slots = [*SLOTS, *SHORT, f"data.root={stand_ins['MOVI']}"]
     commands, kept = {"RUN": demo, "SLOTS": slots}, {}
 
     def run(compose, name):

@@ -51,11 +51,12 @@ CLIP = "input=movi/validation/validation_0001/frames"
 
 @pytest.mark.parametrize("mode", [("mode=eval", "mode.metrics_only=true"), ("mode=track", CLIP)], ids=lambda m: m[0])
 def test_slots_take_another_number_and_source(here, mode):
-    words = ("head.num_slots=2", "head.mask_source=alpha", "data.view.scale.1=1.5", "backbone.arch.hidden_size=24")
+    words = ("head.num_slots=2", "head.mask_source=alpha", "data.view.scale.1=1.5", "resolution.scale=0.5")
     run(here, *mode, "resume=slots", *words, "hydra.run.dir=out")
     made = config(here, "out")
     assert (made.head.num_slots, made.head.mask_source, made.head.slot_dim) == (2, "alpha", 16)
     assert made.data.view.scale == [1.0, 1.5] and made.backbone == config(here, "slots").backbone
+    assert made.head.positions_grid == [4, 4]  # what its positions were learnt for, at whatever scale it sees now
     if "mode=track" in mode:
         assert set(json.loads((here / "out/track.json").read_text())["objects"]) <= {1, 2}
 

@@ -86,7 +86,7 @@ def test_parameter_counts_of_variants(keys, more):
 
 
 def test_the_config_gives_the_published_head(compose):
-    cfg = compose("head=slots", "backbone=dino_vits8", "data.root=.", "data.classes=[a,b]")
+    cfg = compose("hparam=dinosavi_s256d", "data.root=.")
     keys = {key: value for key, value in cfg.head.items() if key[0] != "_" and key != "layers"}
     with torch.device("meta"):
         assert count(SlotHead(384, 1, **keys)) == 4_279_745
@@ -335,6 +335,8 @@ def test_a_few_steps_of_training_tell_two_halves_apart():
         ({"hidden_dim": 0}, r"head\.hidden_dim=0: give"),
         ({"positions_grid": [28]}, r"head\.positions_grid=\[28\]: give rows and columns"),
         ({"positions_grid": [0, 4]}, r"head\.positions_grid=\[0, 4\]: give rows and columns"),
+        ({"positions_grid": None}, r"head\.positions=learnt is made for .* Give backbone\.patch_size, from which"),
+        ({"positions_grid": None, "positions": "linear", "similarity": True}, r"head\.similarity=true is made for the"),
     ],
 )
 def test_what_cannot_be_is_refused(keys, message):

@@ -29,8 +29,15 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise UserError(f"head.{name}={value} is unknown. Choose one of {', '.join(choices)}.")
 
 
-def checked_grid(given: Sequence[int]) -> tuple[int, int]:
-    """Return rows and columns; refuse what is no such pair."""
+def checked_grid(given: Sequence[int] | None, user: str) -> tuple[int, int]:
+    """Return rows and columns; refuse what is no such pair, and None where `user`, a key and its value, needs them."""
+    if given is None and not user:
+        return 1, 1  # nobody asks
+    if given is None:
+        raise UserError(
+            f"{user} is made for the cells of a training crop, and head.positions_grid=null. Give backbone.patch_size, "
+            "from which they follow; or their rows and columns, such as head.positions_grid=[14,14]."
+        )
     if len(given) != 2 or min(given) < 1:
         raise UserError(f"head.positions_grid={list(given)}: give rows and columns of cells, such as [28,28].")
     return given[0], given[1]

@@ -54,7 +54,7 @@ class SlotHead(nn.Module):
         time_decoder: `none`, `linear` or `attention`, one for each of `steps`, applied to slots before decoding.
         decoder_dim: hidden width of the decoder.
         positions: `learnt`, `sine` or `linear`.
-        positions_grid: (h, w) that the first two are made for, and whose cells `similarity` is about.
+        positions_grid: (h, w) that the first two are made for, and whose cells `similarity` is about; else unused.
         similarity: predict logits over the next frame's cells (VideoSAUR, Zadaianchuk et al., arXiv 2306.04829).
         mask_source: `attention`, or the decoder's `alpha` (of offset 0 if that is among `steps`, else of the first).
         checkpointing: recompute the decoder in the backward pass: less memory, more time.
@@ -83,7 +83,7 @@ class SlotHead(nn.Module):
         time_decoder: str = "none",
         decoder_dim: int = 1024,
         positions: str = "learnt",
-        positions_grid: Sequence[int] = (28, 28),
+        positions_grid: Sequence[int] | None = (28, 28),
         similarity: bool = False,
         mask_source: str = "attention",
         checkpointing: bool = False,
@@ -104,7 +104,10 @@ class SlotHead(nn.Module):
         self.mask_source = mask_source
         self.similarity = similarity
         self.checkpointing = checkpointing
-        self.grid = checked_grid(positions_grid)
+        made_for = (
+            "head.similarity=true" if similarity else "" if positions == "linear" else f"head.positions={positions}"
+        )
+        self.grid = checked_grid(positions_grid, made_for)
         num_groups = len(self.sizes)
         self.slot_attention = SlotAttention(
             dim, slot_dim, hidden_dim, num_groups=num_groups, variance_as_std=variance_as_std
