@@ -31,6 +31,11 @@ def entries(folder: Path) -> list[Path]:
         _refuse(error)
 
 
+def is_name(text: str) -> bool:
+    """Return whether a text names something in a folder itself, and nothing above or below it."""
+    return text not in ("", ".", "..") and not {"/", "\0"} & {*text}
+
+
 def check_regular(path: str | Path) -> None:
     """Refuse what is no file but, say, a named pipe: reading one may wait for ever.
 

@@ -7,11 +7,12 @@ import sys
 from collections.abc import Sequence
 from io import TextIOWrapper
 from pathlib import Path
-from typing import IO
+from typing import IO, TextIO, cast
 
 from omegaconf import DictConfig, OmegaConf
 
 from dinoseg.errors import UserError
+from dinoseg.wording import Printable, printable
 
 LOG = "run.log"
 _held: dict[Path, IO[str]] = {}  # locks last as long as the process
@@ -76,17 +77,24 @@ def _try_lock(file: IO[str]) -> bool:
     return True
 
 
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 def configure_log(folder: Path | None) -> None:
     """Send the log to the terminal and the run folder's `run.log`; without a folder (other ranks) only warnings."""
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if folder is not None:
         handlers.append(logging.FileHandler(folder / LOG, encoding="utf-8", errors="backslashreplace"))
+    for handler in handlers:
+        handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
     if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: a file's name need not be text
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: not every terminal shows every letter
+    if not isinstance(sys.stdout, Printable):
+        sys.stdout = cast(TextIO, Printable(sys.stdout))  # what is printed names files, too
     logging.basicConfig(
         level=logging.WARNING if folder is None else logging.INFO,
-        format="%(asctime)s %(levelname)s %(message)s",
-        datefmt="%H:%M:%S",
         handlers=handlers,
         force=True,
     )

@@ -2,11 +2,18 @@
 
 import difflib
 from collections.abc import Collection, Sequence
+from typing import Any, TextIO
+
+_DIRECTIONS = (*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x061C, 0x200E, 0x200F)  # text would run backwards
+_CONTROLS = (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029, *_DIRECTIONS)
+_SHOWN = {code: chr(code).encode("unicode_escape").decode() for code in _CONTROLS if chr(code) not in "\n\t"}
+_SHOWN |= {code: f"\\u{code:04x}" for code in range(0xD800, 0xE000)}
+_SHOWN |= {0xDC00 + byte: f"\\x{byte:02x}" for byte in range(0x80, 0x100)}  # how Python holds what is no UTF-8
 
 
 def listed(names: Sequence[str], limit: int = 5) -> str:
     """Return the first names, and how many more there are."""
-    shown = ", ".join(names[:limit])
+    shown = ", ".join(name.replace("\n", "\\n") for name in names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
@@ -25,5 +32,22 @@ def nearest(word: str, known: Sequence[str], before: str = "") -> str:
 
 
 def printable(text: str) -> str:
-    r"""Return text that can be written as UTF-8: the bytes of a file name that are none stand as `\xff`."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    r"""Return text that can be shown: what is no UTF-8 in a file's name, or would steer a terminal, stands as `\x1b`.
+
+    Line breaks and tabs stay: our own messages have them.
+    """
+    return text.translate(_SHOWN)
+
+
+class Printable:
+    """A text stream to which all that is written is made `printable`; else the stream itself."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write it."""
+        return self._stream.write(printable(text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

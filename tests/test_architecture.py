@@ -23,6 +23,7 @@ LEVELS = (  # a room imports its own level and those below
         "processes",
         "files",
         "locks",
+        "stored",
         "wording",
     ),
     ("backbones", "heads", "losses", "metrics", "data"),

@@ -6,6 +6,7 @@ from pathlib import Path, PurePosixPath
 
 from dinoseg.data.clip_videos import FrameFiles, Video, frames_and_masks, picture_files, require_masks
 from dinoseg.errors import UserError
+from dinoseg.files import is_name
 from dinoseg.wording import count_of, listed
 
 FRAMES_PER_SECOND = 24
@@ -76,12 +77,19 @@ def _read_set(root: Path, folders: tuple[str, str], split: str, name: str) -> li
         held = sorted(file.relative_to(root).as_posix() for file in (root / "ImageSets").glob("*/[!.]*.txt"))
         usable = sorted({file.stem for place in places for file in place.parent.glob("[!.]*.txt")})
         raise UserError(f"No image set {places[0]}; {root} has {listed(held) or 'none'}. {_remedy(split, usable)}")
-    lines = path.read_text(encoding="utf-8-sig").split("\n")
-    entries = [PurePosixPath(line.split()[0]) for line in lines if line.strip()]
-    names = list(dict.fromkeys(entry.parent.name if entry.suffix else entry.name for entry in entries))
+    lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
+    names = list(dict.fromkeys(_sequence(line.strip()) for line in lines if line.strip()))
     if not names:
         raise UserError(f"The image set {path} is empty: write one sequence per line.")
+    if outside := [name for name in names if not is_name(name)]:
+        raise UserError(f"The image set {path} holds {outside[0]!r}, which names no sequence. Correct the line.")
     return names
+
+
+def _sequence(line: str) -> str:
+    """Return the sequence of a line: its name, or the path of a picture such as `/JPEGImages/480p/bear/00000.jpg`."""
+    path = PurePosixPath(line.split()[0])
+    return path.parent.name if len(path.parts) > 1 and path.suffix and ".." not in path.parts else line
 
 
 def _remedy(split: str, usable: list[str]) -> str:

@@ -1,10 +1,10 @@
 """YouTube-VOS as shipped: {train,valid,test}/JPEGImages, Annotations and meta.json."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dinoseg import stored
 from dinoseg.data.clip_videos import FrameFiles, Video, frames_and_masks, video_folders
 from dinoseg.data.natural_order import natural_order
 from dinoseg.errors import UserError
@@ -68,12 +68,11 @@ def _read_meta(path: Path) -> Mapping | None:
     if not path.is_file():
         return None
     try:
-        videos = json.loads(path.read_text(encoding="utf-8"))["videos"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"Cannot read {path} as YouTube-VOS's meta.json ({error!r}). Unpack it again.") from None
-    if not isinstance(videos, Mapping):
-        raise UserError(f"Cannot read {path} as YouTube-VOS's meta.json: `videos` is no table. Unpack it again.")
-    return videos
+        whole = stored.read_json(path, stored.table(stored.plain))
+        stored.table(stored.plain)(whole.get("videos"), "videos")
+    except (OSError, stored.Misshapen) as error:
+        raise UserError(f"Cannot read {path} as YouTube-VOS's meta.json ({error}). Unpack it again.") from None
+    return whole["videos"]
 
 
 def _check_objects(name: str, known: Mapping, frames: FrameFiles, labels: Mapping[int, Path]) -> None:

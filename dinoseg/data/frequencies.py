@@ -8,10 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
+from dinoseg import stored
 from dinoseg.report.progress import Bar
 from dinoseg.shapes import SegmentationData
 
 log = logging.getLogger(__name__)
+_FORM = stored.record(
+    fingerprint=stored.text, classes=stored.listing(stored.text), pixels=stored.listing(stored.whole())
+)
 
 
 def class_counts(dataset: SegmentationData, cache_dir: str | Path) -> np.ndarray:
@@ -49,13 +53,13 @@ def _count(dataset: SegmentationData) -> np.ndarray:
 
 def _load(path: Path, key: str, num_classes: int) -> np.ndarray | None:
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        kept = stored.read_json(path, _FORM)
         counts = np.array(kept["pixels"], dtype=np.int64)
         return counts if kept["fingerprint"] == key and counts.shape == (num_classes,) else None
     except OSError:
         return None
-    except (ValueError, KeyError, TypeError):
-        log.warning("The kept class counts in %s are unreadable: counting anew.", path)
+    except stored.Misshapen as error:
+        log.warning("The kept class counts in %s are damaged (%s): counting anew.", path, error)
         return None
 
 

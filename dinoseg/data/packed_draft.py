@@ -11,9 +11,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from dinoseg.data.packed_store import PIXELS, Place, StoreKey, aligned, checksum, write_index
+from dinoseg import stored
+from dinoseg.data.packed_store import PIXELS, PLACE_FORM, Place, StoreKey, aligned, checksum, write_index
 
 _JOURNAL = "journal.jsonl"
+_LINE_FORM = stored.row(stored.whole(), *PLACE_FORM)
 _SYNC_EVERY = 256 * 2**20  # bytes that a power cut may cost
 
 
@@ -83,12 +85,12 @@ class Draft:
         kept = len(first) if first == header else 0
         for line in tqdm(lines if kept else [], desc="checking", unit="image", delay=2, leave=False, disable=None):
             try:
-                row, *numbers = json.loads(line)
-                place = Place(*numbers)
-                if not self._holds(row, place):
-                    break
-            except (ValueError, TypeError, IndexError):
+                row, *numbers = stored.parse_json(line, _LINE_FORM)
+            except stored.Misshapen:
                 break  # a torn line
+            place = Place(*numbers)
+            if not self._holds(row, place):
+                break
             self.places[row] = place
             self._end = place.offset + place.size
             kept += len(line)
@@ -100,7 +102,7 @@ class Draft:
 
     def _holds(self, row: int, place: Place) -> bool:
         room = os.fstat(self._pixels.fileno()).st_size - place.offset
-        if place.offset != aligned(self._end) or not 0 < place.size <= room or row < 0:
+        if place.offset != aligned(self._end) or place.size > room or row >= len(self.names):
             return False
         self._pixels.seek(place.offset)
         item = np.frombuffer(self._pixels.read(place.size), np.uint8)

@@ -11,11 +11,18 @@ from typing import Any
 
 import numpy as np
 
+from dinoseg import stored
 from dinoseg.errors import UserError
 
 PIXELS, INDEX = "pixels.bin", "index.json"
 VERSION = 1  # of the files' format: a store of another version is packed anew
 _ALIGN = 64  # bytes, a cache line
+
+
+PLACE_FORM = (stored.whole(), stored.whole(1), stored.whole(1), stored.whole(0, 2**32 - 1))  # of `Place`, in its order
+_INDEX_FORM = stored.record(
+    key=stored.plain, names=stored.listing(stored.text), places=stored.listing(stored.row(*PLACE_FORM))
+)
 
 
 @dataclass(frozen=True)
@@ -115,13 +122,13 @@ class Store:
 def open_store(folder: Path, key: StoreKey, names: Sequence[str], *, verify: bool) -> Store | None:
     """Return a finished store, or None where there is none that is whole and of this key."""
     try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        places = [Place(*map(int, numbers)) for numbers in index["places"]]
+        index = stored.read_json(folder / INDEX, _INDEX_FORM)
+        places = [Place(*numbers) for numbers in index["places"]]
         size = (folder / PIXELS).stat().st_size
         whole = index["key"] == asdict(key) and index["names"] == list(names) and len(names) == len(places)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, stored.Misshapen):
         return None
-    inside = all(place.offset >= 0 and place.size > 0 and place.offset + place.size <= size for place in places)
+    inside = all(place.offset + place.size <= size for place in places)
     return Store(folder, names, places, verify=verify) if whole and inside else None
 
 

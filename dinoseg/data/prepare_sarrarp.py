@@ -8,14 +8,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
+from dinoseg import stored
 from dinoseg.data.archives import unpack
 from dinoseg.data.sarrarp_files import (
     FRAME_FOLDERS,
     FRAMES_PER_SECOND,
     MASK_FOLDER,
     MASK_STEP,
+    PREPARED,
+    PREPARED_FORM,
     TEST_FOLDERS,
     TRAIN_FOLDERS,
     VIDEO,
@@ -27,10 +28,10 @@ from dinoseg.errors import DISK_FULL, UserError
 from dinoseg.files import entries
 from dinoseg.locks import locked
 from dinoseg.processes import in_processes
+from dinoseg.report.progress import Bar
 from dinoseg.wording import count_of, listed
 
 SPLIT_FOLDERS = TRAIN_FOLDERS + TEST_FOLDERS
-_MARKER = ".prepared.json"
 _LOCK = ".prepare.lock"  # in the root: one run at a time
 
 
@@ -94,7 +95,7 @@ def _prepare_all(
     done: dict[str, dict[str, int]] = {}
     failures: dict[str, str] = {}
     remedy = f"Set data.prepare.workers below {workers} and run again: it goes on."
-    with tqdm(total=len(jobs), desc="preparing", unit="video", disable=None) as bar:
+    with Bar(total=len(jobs), desc="preparing", unit="video") as bar:
         for job, result in in_processes(work, jobs, workers, catch=(UserError, OSError), in_order=False, remedy=remedy):
             if isinstance(result, OSError) and result.errno in DISK_FULL:
                 raise _disk_full(root, len(done), len(jobs))
@@ -160,12 +161,12 @@ def prepare_video(job: VideoJob, *, rate: int, keep_archive: bool, propagate: bo
 def _done_before(job: VideoJob, rate: int) -> dict[str, int] | None:
     """Return the counts kept by an earlier run if they still hold, else None."""
     try:
-        counts = json.loads((job.folder / _MARKER).read_text(encoding="utf-8"))
+        counts = stored.read_json(job.folder / PREPARED, PREPARED_FORM)
         frames = len(png_files(job.folder / FRAME_FOLDERS[0]))
         masks = len(png_files(job.folder / MASK_FOLDER))
         valid = counts["rate"] >= rate and counts["frames"] <= frames and counts["masks"] == masks
         return counts if valid else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, stored.Misshapen):
         return None
 
 
@@ -186,7 +187,7 @@ def _extract(folder: Path, rate: int) -> dict[str, int]:
     for stale in target.glob(".*.part"):  # of a run that was killed
         stale.unlink(missing_ok=True)
     counts = {"rate": rate, "decoded": decoded, "frames": len(range(0, decoded, step)), "masks": len(masks)}
-    _write_marker(folder / _MARKER, counts)
+    _write_marker(folder / PREPARED, counts)
     return counts
 
 

@@ -1,9 +1,9 @@
 """SAR-RARP50: frames and masks of robot-assisted prostatectomies, from extracted frames or from the videos."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from dinoseg import stored
 from dinoseg.data.labels import Labels
 from dinoseg.data.masks import Masks
 from dinoseg.data.pairing import Lacking, gathered
@@ -13,6 +13,7 @@ from dinoseg.data.sarrarp_files import (
     MASK_STEP,
     PSEUDO_FILE,
     PSEUDO_FOLDER,
+    PSEUDO_FORM,
     TEST_FOLDERS,
     TRAIN_FOLDERS,
     VIDEO,
@@ -195,11 +196,12 @@ def _no_pseudo(video: Path) -> str:
     """Return why a video's pseudo-labels cannot be used as a whole; "": they can."""
     path = video / PSEUDO_FOLDER / PSEUDO_FILE
     try:
-        then = dict(json.loads(path.read_text(encoding="utf-8"))["made_by"]["masks"])
+        then = stored.read_json(path, PSEUDO_FORM)["made_by"].get("masks")
+        stored.table(stored.whole())(then, "made_by.masks")
     except FileNotFoundError:
         return f"{video} has no pseudo-labels."
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{path} does not say what the pseudo-labels were made of ({type(error).__name__}: {error})."
+    except (OSError, stored.Misshapen) as error:
+        return f"{path} does not say what the pseudo-labels were made of ({error})."
     now = mask_sums(video)
     other = sorted(stem for stem in then.keys() | now.keys() if then.get(stem) != now.get(stem))
     return f"{path.parent} was made of other masks than there are now: {listed(other)}." if other else ""

@@ -5,7 +5,6 @@ import hashlib
 import json
 import logging
 import os
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from dinoseg import stored
 from dinoseg.data.masks import MaskReader
-from dinoseg.data.scan_record import Record
+from dinoseg.data.scan_record import SMALL, Record
 from dinoseg.data.stamps import rules_of, stamp
 
 log = logging.getLogger(__name__)
@@ -22,6 +22,28 @@ log = logging.getLogger(__name__)
 _VERSION = 2  # of what a record holds
 _SMALL_COPIES = ("edges", "borders")
 _TUPLES = ("image_size", "mask_size", "color_sums", "color_squares")
+
+
+_SIZE_FORM = stored.maybe(stored.row(stored.whole(1), stored.whole(1)))
+_COLOR_FORM = stored.listing(stored.whole())
+_FORM = stored.listing(
+    stored.record(
+        key=stored.text,
+        stamps=stored.listing(stored.whole(-(2**63))),
+        record=stored.record(
+            **dict.fromkeys(("name", "image", "mask", "mask_format", "mask_digest", "image_digest"), stored.text),
+            **dict.fromkeys(("image_size", "mask_size"), _SIZE_FORM),
+            **dict.fromkeys(("color_sums", "color_squares"), _COLOR_FORM),
+            **dict.fromkeys(("passing", "decoded"), stored.flag),
+            pixels=stored.table(stored.whole(), r"[0-9]|[1-9][0-9]|1[0-9][0-9]|2[0-4][0-9]|25[0-5]"),
+            raw=stored.table(stored.whole(), r"-?[0-9]{1,10}|\([0-9]{1,3}, [0-9]{1,3}, [0-9]{1,3}\)"),
+            problems=stored.table(stored.text),
+            look=stored.maybe(stored.whole(0, 2**64 - 1)),
+        ),
+        edges=stored.whole(0, SMALL**2),
+        borders=stored.whole(0, SMALL**2 // 8),
+    )
+)
 
 
 class ScanCache:
@@ -76,9 +98,9 @@ class ScanCache:
 
     def _load(self) -> dict[str, tuple[list[int], Record]]:
         try:
-            with open(self.path, "rb") as handle, np.load(handle, allow_pickle=False) as file:
-                rows = json.loads(file["records"].tobytes())
-                copies = {name: _parted(file[name], [row[name] for row in rows]) for name in _SMALL_COPIES}
+            arrays = stored.read_arrays(self.path, dict.fromkeys(("records", *_SMALL_COPIES), ("|u1", 1)))
+            rows = stored.parse_json(arrays["records"].tobytes(), _FORM)
+            copies = {name: _parted(arrays[name], [row[name] for row in rows]) for name in _SMALL_COPIES}
             known = {}
             for index, row in enumerate(rows):
                 own = {name: copies[name][index] for name in _SMALL_COPIES}
@@ -86,8 +108,8 @@ class ScanCache:
             return known
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
-            log.warning("The kept scan in %s is unreadable: scanning anew.", self.path)
+        except (OSError, stored.Misshapen) as error:
+            log.warning("The kept scan in %s is damaged (%s): scanning anew.", self.path, error)
             return {}
 
 
@@ -122,5 +144,5 @@ def _joined(parts: Sequence[bytes]) -> np.ndarray:
 def _parted(joined: np.ndarray, lengths: Sequence[int]) -> list[bytes]:
     ends = np.cumsum(lengths)
     if len(joined) != (ends[-1] if len(ends) else 0):
-        raise ValueError("the small copies are incomplete")
+        raise stored.Misshapen("the small copies are incomplete")
     return [joined[end - length : end].tobytes() for end, length in zip(ends, lengths, strict=True)]

@@ -6,7 +6,6 @@ import hashlib
 import logging
 import math
 import os
-import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from dinoseg import stored
 from dinoseg.errors import UserError
 from dinoseg.files import check_regular
 from dinoseg.locks import locked
@@ -163,10 +163,13 @@ def _load(kept: Path | None) -> VideoIndex | None:
     if kept is None or not kept.is_file():
         return None
     try:
-        with kept.open("rb") as file, np.load(file) as held:
-            return VideoIndex(held["times"], held["sums"], float(held["fps"]))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        log.warning("The kept index %s is unreadable: making it anew.", kept)
+        held = stored.read_arrays(kept, {"times": ("<f8", 1), "sums": ("<u4", 1), "fps": ("<f8", 0)})
+        index = VideoIndex(held["times"], held["sums"], float(held["fps"]))
+        if not 0 < len(index.times) == len(index.sums) or not np.isfinite([*index.times, index.fps]).all():
+            raise stored.Misshapen(f"{len(index.times)} times and {len(index.sums)} checksums, or no numbers")
+        return index
+    except (OSError, stored.Misshapen) as error:
+        log.warning("The kept index %s is damaged (%s): making it anew.", kept, error)
         with contextlib.suppress(OSError):
             kept.unlink()
         return None

@@ -15,6 +15,7 @@ from dinoseg.data.clip_videos import VOID
 from dinoseg.errors import UserError
 from dinoseg.inference.frame_features import Autocast, last_maps, precision_of
 from dinoseg.inference.frame_size import one_size
+from dinoseg.inference.tracker import TensorForm, check_state
 from dinoseg.inference.tracking import Propagator
 from dinoseg.inference.tracking_masks import first_labels, to_mask
 from dinoseg.inference.tracking_settings import DINOV3, Settings
@@ -22,6 +23,13 @@ from dinoseg.model import Segmenter, fingerprint
 from dinoseg.wording import listed
 
 logger = logging.getLogger(__name__)
+_FORMS = {
+    "features": TensorForm(torch.float32, "F h w C"),
+    "labels": TensorForm(torch.float32, "F h w L"),
+    "ids": TensorForm(torch.int64, "L", 0, VOID - 1),
+    "size": TensorForm(torch.int64, "2", 1),
+    "seen": TensorForm(torch.int64, "1", 1),
+}
 
 
 class PropagationTracker:
@@ -100,8 +108,12 @@ class PropagationTracker:
         """Go on from a `state()` of a tracker with the same settings.
 
         Raises:
-            KeyError: a tensor is missing.
+            ValueError: it is no such state.
         """
+        if state:
+            check_state(state, _FORMS)
+            if len(set(state["ids"].tolist())) < state["ids"].numel() or state["ids"][0]:
+                raise ValueError("ids do not begin with the background, or name an object twice")
         moved = {name: state[name].to(self._device) for name in ("features", "labels") if state}
         self._propagator.load(moved)
         self._ids = state["ids"].tolist() if state else [0]

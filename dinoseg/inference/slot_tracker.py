@@ -20,7 +20,19 @@ from dinoseg.inference.propagation import model_settings
 from dinoseg.inference.slot_following import Followed, Follower, Frame
 from dinoseg.inference.slot_matching import Path, winners
 from dinoseg.inference.slot_settings import SlotTracking
+from dinoseg.inference.tracker import TensorForm, check_state
 from dinoseg.model import Segmenter
+
+_FORMS = {
+    "slots": TensorForm(None, "1 S D"),
+    "masks": TensorForm(torch.float32, "S h w", 0),
+    "path": TensorForm(torch.float64, "S S", 0),
+    "places": TensorForm(torch.int64, "S", 0),
+    "ids": TensorForm(torch.int64, "S", 0, VOID),
+    "sizes": TensorForm(torch.int64, "G", 0),
+    "labelled": TensorForm(torch.int64, "1", 0, 1),
+    "frame": TensorForm(torch.int64, "2", 1),
+}
 
 
 class SlotTracker:
@@ -112,11 +124,15 @@ class SlotTracker:
         """Go on from a `state()` of a tracker with the same settings.
 
         Raises:
-            KeyError: a tensor is missing.
+            ValueError: it is no such state.
         """
         self._followed = None
         if not state:
             return
+        check_state(state, _FORMS)
+        slots = state["slots"].shape[1]
+        if sorted(state["places"].tolist()) != list(range(slots)) or int(state["sizes"].sum()) != slots:
+            raise ValueError(f"places or sizes are not those of {slots} slots")
         height, width = state["frame"].tolist()
         self._size = (height, width)
         self._followed = Followed(

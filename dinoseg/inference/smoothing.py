@@ -16,11 +16,17 @@ from dinoseg.geometry import upsample
 from dinoseg.inference.frame_features import Autocast, precision_of
 from dinoseg.inference.frame_size import one_size
 from dinoseg.inference.propagation import model_settings
+from dinoseg.inference.tracker import TensorForm, check_state
 from dinoseg.inference.tracking import Propagator
 from dinoseg.inference.tracking_settings import DINOV3, OF_PIXELS, Settings
 from dinoseg.model import Segmenter, backbone_size
 from dinoseg.shapes import Prediction
 
+_COUNTED = {"masks": TensorForm(torch.uint8, "2 H W"), "counts": TensorForm(torch.int64, "3", 0)}
+_PROPAGATED = {
+    "features": TensorForm(torch.float32, "F h w C"),
+    "labels": TensorForm(torch.float32, "F h w K"),
+}
 Share = tuple[float, float]
 Size = tuple[int, int]
 
@@ -151,8 +157,10 @@ class SmoothingTracker:
 
         Raises:
             UserError: the state has more frames than the settings hold.
-            KeyError: a tensor is missing.
+            ValueError: it is no such state.
         """
+        if state:
+            check_state(state, {**(_PROPAGATED if self._share else {}), **_COUNTED})
         needed = ("features", "labels") if state and self._share else ()  # without smoothing none are kept
         self._propagator.load({key: state[key].to(self._device) for key in needed})
         self._last = state["masks"].cpu().numpy().copy() if state else None

@@ -12,12 +12,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinoseg import build
+from dinoseg import build, stored
 from dinoseg.config import plain
 from dinoseg.data.labels import Labels
 from dinoseg.data.masks import MaskReader, Masks
 from dinoseg.data.pairs import Pair, read_pair
-from dinoseg.data.sarrarp_files import MASK_FOLDER, PSEUDO_FILE, PSEUDO_FOLDER, frames_sum, gaps, mask_sums, png_files
+from dinoseg.data.sarrarp_files import (
+    MASK_FOLDER,
+    PSEUDO_FILE,
+    PSEUDO_FOLDER,
+    PSEUDO_FORM,
+    frames_sum,
+    gaps,
+    mask_sums,
+    png_files,
+)
 from dinoseg.errors import DISK_FULL, UserError
 from dinoseg.images import read_image, write_png
 from dinoseg.inference.agreement import between
@@ -164,10 +173,12 @@ def _features(propagation: Propagation, images: Sequence[np.ndarray]) -> Tensor:
 def _found_before(folder: Path, made_by: dict[str, Any]) -> dict[str, Any] | None:
     """Return what an earlier run noted, if it did the same and all its files are there."""
     try:
-        found = json.loads((folder / PSEUDO_FILE).read_text(encoding="utf-8"))
+        found = stored.read_json(folder / PSEUDO_FILE, PSEUDO_FORM)
         if found["made_by"] == made_by and found["kept"].keys() == png_files(folder).keys():
             return found
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except FileNotFoundError:
         return None
+    except (OSError, stored.Misshapen) as error:
+        logger.warning("%s is damaged (%s).", folder / PSEUDO_FILE, error)
     logger.info("%s was made in another way, or is not whole: making it anew.", folder)
     return None

@@ -1,6 +1,5 @@
 """mode=train: build everything, fit, and score the best checkpoint."""
 
-import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 from omegaconf import DictConfig
 from torch import nn
 
-from dinoseg import build
+from dinoseg import build, stored
 from dinoseg.errors import UserError
 from dinoseg.modes.train_clips import TrainClips
 from dinoseg.modes.train_images import TrainImages
@@ -97,10 +96,12 @@ def _write_split(out_dir: Path, split: Mapping[str, Sequence[str]]) -> None:
 
 def _read_split(path: Path) -> dict[str, list[str]] | None:
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return stored.read_json(path, stored.table(stored.listing(stored.text)))
+    except FileNotFoundError:
         return None
-    return kept if isinstance(kept, dict) else None
+    except (OSError, stored.Misshapen) as error:
+        logger.warning("%s is damaged (%s): whether the data is what this run began with is not known.", path, error)
+        return None
 
 
 def _change(side: str, before: Sequence[str], now: Sequence[str]) -> str:

@@ -10,10 +10,12 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from dinoseg import stored
 from dinoseg.config import plain
 from dinoseg.data.clip_videos import Video
 from dinoseg.data.stamps import stamp
 from dinoseg.errors import UserError
+from dinoseg.files import entries
 from dinoseg.inference.results import whole_folder
 from dinoseg.inference.track_state import check_same_settings
 from dinoseg.report.table import write_text
@@ -23,6 +25,7 @@ RECORD = "tracking.json"  # in a run folder: what its masks depend on
 DIGESTS = "tracked"  # in a run folder: <video>.txt for each whole video, of the files that its masks were made from
 
 logger = logging.getLogger(__name__)
+_FORM = stored.record(data=stored.table(stored.plain), given=stored.text, tracker=stored.table(stored.plain))
 
 
 def record_of(cfg: DictConfig, settings: Mapping[str, Any], *, split: str, given: str) -> dict[str, Any]:
@@ -50,11 +53,11 @@ def earlier_run(restart: str | None, record: Mapping[str, Any]) -> Path | None:
         return None
     folder = Path(restart).expanduser()
     try:
-        before = _flat(json.loads((folder / RECORD).read_text(encoding="utf-8")))
-    except (OSError, ValueError, AttributeError, TypeError, KeyError):
+        before = _flat(stored.read_json(folder / RECORD, _FORM))
+    except (OSError, stored.Misshapen) as error:
         raise UserError(
-            f"mode.restart={restart} holds no readable {RECORD}: it is no run folder of mode=eval on videos. Give "
-            "that of the evaluation to go on with, or leave mode.restart out."
+            f"mode.restart={restart} holds no readable {RECORD} ({error}): it is no run folder of mode=eval on videos, "
+            "or a damaged one. Give that of the evaluation to go on with, or leave mode.restart out."
         ) from None
     check_same_settings(folder, before, _flat(record))
     return folder
@@ -107,7 +110,7 @@ def take_over(
         return False
     places = {earlier / new.relative_to(out_dir): new for new in files}
     for old, new in places.items():
-        if not old.is_dir() or {path.name for path in old.iterdir()} != set(files[new]):
+        if {path.name for path in entries(old) if path.is_file()} != set(files[new]):
             return False
     for old, new in places.items():
         with whole_folder(new) as part:
@@ -123,7 +126,7 @@ def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _same_digest(earlier: Path, video: str, digest: str) -> bool:
     try:
-        before = (earlier / DIGESTS / f"{video}.txt").read_text(encoding="utf-8").strip()
+        before = (earlier / DIGESTS / f"{video}.txt").read_text(encoding="utf-8", errors="replace").strip()
     except FileNotFoundError:
         return False  # it was not finished
     if before != digest:

@@ -5,6 +5,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from dinoseg.wording import printable
+
 _EVERY = 5.0  # seconds between two lines
 
 
@@ -20,9 +22,9 @@ class Bar(tqdm):
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         """Draw the bar, or write the line."""
         if not self.as_lines:
-            super().display(msg, pos)
+            super().display(printable(str(self)) if msg is None else msg, pos)
         elif self.n > self.initial:
-            print(self._line(), file=sys.stderr, flush=True)
+            print(printable(self._line()), file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """End the bar; lines need no end."""

@@ -196,6 +196,11 @@ def test_davis_that_is_not_whole(davis):
     (davis / "ImageSets/2017/none.txt").write_text("\n \n")
     with pytest.raises(UserError, match="none.txt is empty"):
         videos("none")
+    (davis / "other").mkdir()
+    for line in ("..", ".", "../../other", "/etc", "a/b", "/JPEGImages/480p/../00000.jpg", "x/../../00000.jpg", "a\0b"):
+        (davis / "ImageSets/2017/odd.txt").write_text(f"bear\n{line}\n")
+        with pytest.raises(UserError, match=r"odd\.txt holds '.*', which names no sequence\. Correct the line"):
+            videos("odd")
     (davis / "Annotations/480p/bear/00003.png").unlink()
     with pytest.raises(UserError, match=r"Video bear has 1 frame without mask: 00003"):
         videos()
@@ -278,7 +283,7 @@ def test_youtube_vos_that_is_not_whole(youtube):
     known = json.loads(meta.read_text())
     for spoil, message in (
         ("{", "Cannot read .*meta.json"),
-        ('{"videos": []}', "`videos` is no table"),
+        ('{"videos": []}', r"videos is \[\], and must be an object"),
         (json.dumps({"videos": {"a": known["videos"]["a"]}}), r"1 video of .* not in .*meta\.json: b"),
         (json.dumps({"videos": known["videos"] | {"b": {}}}), "in which frames the objects of video b are"),
         (

@@ -55,7 +55,7 @@ def test_a_spoilt_cache_is_counted_anew(load, tmp_path, caplog, junk):
     kept.write_text(junk)
     with caplog.at_level(logging.WARNING):
         assert class_counts(load(), tmp_path / "c").tolist() == [5, 3, 0, 2]
-    assert "unreadable" in caplog.text
+    assert "are damaged (" in caplog.text
     assert json.loads(kept.read_text())["pixels"] == [5, 3, 0, 2]
 
 

@@ -20,7 +20,8 @@ def write_note(video):
     """Say which masks the pseudo-labels are made of: those there are."""
     (video / "pseudo").mkdir(exist_ok=True)
     sums = {path.stem: binascii.crc32(path.read_bytes()) for path in (video / "segmentation").iterdir()}
-    (video / "pseudo/pseudo.json").write_text(json.dumps({"made_by": {"masks": sums}}))
+    noted = {"what": "", "made_by": {"masks": sums}, "kept": {}, "left_out": {}}
+    (video / "pseudo/pseudo.json").write_text(json.dumps(noted))
 
 
 @pytest.fixture

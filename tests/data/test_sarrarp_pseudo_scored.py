@@ -22,7 +22,8 @@ def write_videos(root):
             sums[path.stem] = binascii.crc32(path.read_bytes())
         for index in (6, 12):
             save(video / f"pseudo/{index:09d}.png", np.full(SIZE, 9))
-        (video / "pseudo/pseudo.json").write_text(json.dumps({"made_by": {"masks": sums}}))
+        noted = {"what": "", "made_by": {"masks": sums}, "kept": {}, "left_out": {}}
+        (video / "pseudo/pseudo.json").write_text(json.dumps(noted))
 
 
 def test_a_run_that_trained_on_them_is_scored_by_true_masks_alone(tmp_path):

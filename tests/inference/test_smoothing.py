@@ -305,7 +305,7 @@ def test_only_what_is_read_is_recorded(segmenter):
 def test_a_state_that_is_not_whole_is_refused(segmenter, lost):
     tracker = SmoothingTracker(segmenter(), NEAR)
     run(tracker, video(2))
-    with pytest.raises(KeyError, match=lost):
+    with pytest.raises(ValueError, match=lost):
         SmoothingTracker(segmenter(), NEAR).load({key: value for key, value in tracker.state().items() if key != lost})
 
 

@@ -199,7 +199,7 @@ def test_a_state_that_is_not_whole_is_refused(lost):
     frames, masks = clip(2)
     tracker = PropagationTracker(Patches(), TINY["dinov3"])
     tracker.track(frames, [masks[0], None])
-    with pytest.raises(KeyError, match=lost):
+    with pytest.raises(ValueError, match=lost):
         PropagationTracker(Patches(), TINY["dinov3"]).load({k: v for k, v in tracker.state().items() if k != lost})
 
 

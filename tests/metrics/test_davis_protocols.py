@@ -452,9 +452,10 @@ def test_folders_that_are_no_davis(tmp_path):
     write_set(root, "2017", [""])
     with pytest.raises(UserError, match="is empty"):
         Davis2017().find(root, results)
-    write_set(root, "2017", [".."])
-    with pytest.raises(UserError, match="names no sequence"):
-        Davis2017().find(root, results)
+    for line in ("..", ".", "../short", "/etc", "a/b", "a/../00000.jpg", "/Annotations/480p/../00000.png", "a\0b"):
+        write_set(root, "2017", [line])
+        with pytest.raises(UserError, match="names no sequence"):
+            Davis2017().find(root, results)
 
 
 @pytest.mark.parametrize("value", [0, 256, True])

@@ -42,7 +42,7 @@ def test_changes_are_counted_and_each_list_is_kept(write, tmp_path):
 @pytest.mark.parametrize("spoilt", ["", "[]", "{"])
 def test_a_list_that_cannot_be_read_is_written_anew(write, tmp_path, spoilt):
     (tmp_path / "split.json").write_text(spoilt)
-    assert write("ab") == ""
+    assert "is damaged (" in write("ab")
 
 
 def test_a_resumed_run_with_an_image_less(tmp_path):
@@ -70,5 +70,5 @@ def test_names_that_are_no_text_can_be_printed_and_logged(tmp_path):
     )
     environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout == "caf\\udce9\n" and "Logging error" not in done.stderr, done.stderr
-    assert (tmp_path / "run.log").read_text().endswith("caf\\udce9\n")
+    assert done.returncode == 0 and done.stdout == "caf\\xe9\n" and "Logging error" not in done.stderr, done.stderr
+    assert (tmp_path / "run.log").read_text().endswith("caf\\xe9\n")

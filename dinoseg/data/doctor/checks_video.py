@@ -1,16 +1,14 @@
 """SAR-RARP50: masks counted against the video they were drawn on."""
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import cv2
 
+from dinoseg import stored
 from dinoseg.data.doctor.findings import Finding, Scanned
-from dinoseg.data.sarrarp_files import MASK_FOLDER, MASK_STEP, VIDEO, frame_files, png_files
+from dinoseg.data.sarrarp_files import MASK_FOLDER, MASK_STEP, PREPARED, PREPARED_FORM, VIDEO, frame_files, png_files
 from dinoseg.wording import count_of, listed
-
-_PREPARED = ".prepared.json"  # what mode=prepare counted
 
 
 def check_videos(splits: Sequence[Scanned]) -> Iterator[Finding]:
@@ -57,8 +55,8 @@ def _due(frames: int) -> set[str]:
 
 def _prepared(folder: Path) -> int:
     try:
-        return int(json.loads((folder / _PREPARED).read_text(encoding="utf-8"))["decoded"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return stored.read_json(folder / PREPARED, PREPARED_FORM)["decoded"]
+    except (OSError, stored.Misshapen):
         return 0
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from dinoseg.errors import UserError
-from dinoseg.files import entries
+from dinoseg.files import entries, is_name
 from dinoseg.metrics.protocols.contract import Case, Found
 from dinoseg.wording import listed
 
@@ -35,7 +35,7 @@ class Layout:
 
     def __post_init__(self) -> None:
         for option, value, example in (("split", self.split, "val"), ("resolution", self.resolution, "480p")):
-            if not isinstance(value, str) or value in ("", ".", "..") or "/" in value:
+            if not isinstance(value, str) or not is_name(value):
                 raise UserError(f"protocol.{option}={value} is no name. Give one such as {example}.")
 
     def find(self, reference: Path, prediction: Path) -> Found:
@@ -88,11 +88,12 @@ class Layout:
     def _sequences(self, root: Path) -> list[str]:
         """Return the sequences that the list names: one a line, or one line a frame as DAVIS-2016 shipped it."""
         file = self._set_file(root)
-        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        content = file.read_text(encoding="utf-8-sig", errors="surrogateescape")
+        lines = [line.strip() for line in content.splitlines() if line.strip()]
         names = list(dict.fromkeys(_sequence(line) for line in lines))
         if not names:
             raise UserError(f"{file} is empty. It should name one sequence a line.")
-        if outside := [name for name in names if name in ("", ".", "..")]:
+        if outside := [name for name in names if not is_name(name)]:
             raise UserError(f"{file} holds {outside[0]!r}, which names no sequence. Correct the line.")
         return names
 
@@ -131,8 +132,8 @@ class Layout:
 
 
 def _sequence(line: str) -> str:
-    last = line.split()[-1]
-    return PurePosixPath(last).parent.name if "/" in last else line
+    path = PurePosixPath(line.split()[-1])
+    return path.parent.name if len(path.parts) > 1 and path.suffix and ".." not in path.parts else line
 
 
 def _pngs(folder: Path) -> dict[str, Path]:

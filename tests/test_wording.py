@@ -1,0 +1,72 @@
+"""Text from files, names above all, never steers the terminal that it is shown on."""
+
+import logging
+import sys
+from io import StringIO
+
+import numpy as np
+import pytest
+from command_line import call
+
+from dinoseg.errors import UserError
+from dinoseg.images import write_png
+from dinoseg.report.progress import Bar
+from dinoseg.run_folder import configure_log
+from dinoseg.wording import listed, printable
+
+NASTY = "a\x1b]0;owned\x07\r\x9b31m\u202egnp.\u2066\x7fz"
+SHOWN = r"a\x1b]0;owned\x07\r\x9b31m\u202egnp.\u2066\x7fz"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (NASTY, SHOWN),
+        ("line\n\tof ours: é 猫 🐈\u200d⬛", "line\n\tof ours: é 猫 🐈\u200d⬛"),
+        ("caf\udce9 \ud800", r"caf\xe9 \ud800"),
+        ("one\u2028two", r"one\u2028two"),
+    ],
+)
+def test_what_steers_a_terminal_is_escaped(text, shown):
+    assert printable(text) == str(UserError(text)) == shown
+
+
+def test_a_line_break_in_a_name_is_shown_in_a_list():
+    assert listed(["a\nb", "c"]) == r"a\nb, c"
+
+
+def test_logs_prints_and_bars_show_no_control_characters(tmp_path, monkeypatch):
+    out, err = StringIO(), StringIO()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    handlers, level = logging.getLogger().handlers[:], logging.getLogger().level
+    try:
+        configure_log(tmp_path)
+        configure_log(tmp_path)  # of the second job of a sweep
+        logging.getLogger("any").warning("left out: %s", NASTY)
+        try:
+            raise ValueError(NASTY)
+        except ValueError:
+            logging.exception("failed")
+        print(f"left out: {NASTY}")
+        with Bar(total=1, desc=NASTY) as bar:
+            bar.update()
+            bar.refresh()
+    finally:
+        for handler in logging.getLogger().handlers:
+            handler.close()
+        logging.getLogger().handlers[:] = handlers
+        logging.getLogger().setLevel(level)
+    log = (tmp_path / "run.log").read_text(encoding="utf-8")
+    assert out.getvalue() == f"left out: {SHOWN}\n"
+    assert log.count(SHOWN) == 2 and err.getvalue().count(SHOWN) == 3
+    assert not {"\x1b", "\x07", "\r", "\x9b", "\u202e", "\u2066", "\x7f"} & {*log, *err.getvalue()}
+
+
+def test_the_command_line_prints_names_escaped(tmp_path):
+    for name in ("0", NASTY.replace("/", "")):
+        write_png(tmp_path / f"data/train/images/{name}.png", np.zeros((4, 6), np.uint8))
+    (tmp_path / "data/train/masks").mkdir()
+    done = call(tmp_path, "mode=doctor", "data=folder", "data.root=data", "data.classes=[a,b]")
+    assert done.status == 1 and SHOWN in done.err + done.out
+    assert not {"\x1b", "\x07", "\x9b", "\u202e"} & {*done.out, *done.err}
