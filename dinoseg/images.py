@@ -1,5 +1,7 @@
 """Reading and writing picture files, strictly: a truncated or foreign file is an error that names it."""
 
+import functools
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +16,8 @@ from dinoseg.files import check_regular
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 T = TypeVar("T")
+log = logging.getLogger(__name__)
+_WHITE = 65535  # of 16 bits
 _ORIENTATION = 0x0112  # EXIF tag
 _TURNED = (5, 6, 7, 8)  # its values that swap height and width
 _SAMPLE_FORMAT, _SIGNED = 339, 2  # TIFF tag, and its value for signed integers
@@ -29,8 +33,10 @@ class _Unfit(Exception):
 def read_image(path: str | Path) -> np.ndarray:
     """Return a picture as (H, W, 3) uint8 RGB, turned upright by its EXIF orientation.
 
+    Grey ones of 16 bits are scaled from 0..65535 to 0..255, which is said once.
+
     Raises:
-        UserError: the file is missing, truncated or no picture.
+        UserError: the file is missing, truncated, no picture, or holds other numbers than levels of 8 or 16 bits.
     """
     return np.asarray(_decode(path, _upright_rgb))
 
@@ -84,9 +90,26 @@ def write_png(path: str | Path, pixels: np.ndarray, *, note: tuple[str, str] | N
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":
-        raise _Unfit("has more than 8 bits a channel, which would be clipped: convert it to 8 bits")
-    return ImageOps.exif_transpose(image).convert("RGB")
+    if image.mode == "F":
+        raise _Unfit("holds fractions, of which only you know which is white. Convert it to 8 bits")
+    upright = ImageOps.exif_transpose(image)
+    return (_eight_bits(upright) if image.mode.startswith("I") else upright).convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    levels = np.asarray(image).astype(np.int64)
+    if levels.min() < 0 or levels.max() > _WHITE:
+        raise _Unfit(f"holds the numbers {levels.min()} to {levels.max()}, not levels of 16 bits. Convert it to 8 bits")
+    _say_scaled()
+    return Image.fromarray(np.round(levels * (255 / _WHITE)).astype(np.uint8))
+
+
+@functools.cache
+def _say_scaled() -> None:
+    log.warning(
+        "Grey pictures of 16 bits are scaled from 0..65535 to 0..255. If yours use less of that, such as 0..4095, they "
+        "come out dark: convert them to 8 bits yourself."
+    )
 
 
 def _stored_numbers(image: Image.Image) -> np.ndarray:

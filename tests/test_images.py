@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dinoseg import images
 from dinoseg.errors import UserError
 from dinoseg.images import read_ids, read_image, read_size
 
@@ -102,8 +103,24 @@ def test_what_keeps_a_file_from_being_read_is_told(tmp_path, monkeypatch):
             assert "truncated" not in str(error.value)
     with pytest.raises(UserError, match="It is truncated or no picture: replace or remove it"):
         read_ids(tmp_path / "part.png")
-    with pytest.raises(UserError, match=r"deep.png has more than 8 bits a channel.*convert it to 8 bits\.$"):
-        read_image(write_png(tmp_path / "deep.png", 16, 0, [1, 44]))
+
+
+def test_grey_pictures_of_16_bits_are_scaled_and_it_is_said_once(tmp_path, caplog):
+    images._say_scaled.cache_clear()
+    levels = np.array([[0, 128, 129, 257], [32767, 65278, 65407, 65535]], np.uint16)
+    Image.fromarray(levels).save(tmp_path / "deep.png")
+    Image.fromarray(levels.astype(np.int32)).save(tmp_path / "wide.tif")
+    for name in ("deep.png", "wide.tif"):
+        pixels = read_image(tmp_path / name)
+        assert pixels.dtype == np.uint8 and pixels.shape == (2, 4, 3) and (pixels == pixels[..., :1]).all()
+        assert pixels[..., 0].tolist() == [[0, 0, 1, 1], [127, 254, 255, 255]]
+    assert caplog.text.count("Grey pictures of 16 bits are scaled from 0..65535 to 0..255") == 1
+    Image.fromarray(levels.astype(np.int32) - 1).save(tmp_path / "odd.tif")
+    with pytest.raises(UserError, match=r"odd\.tif holds the numbers -1 to 65534, not levels of 16 bits\. Convert it"):
+        read_image(tmp_path / "odd.tif")
+    Image.fromarray(levels.astype(np.float32)).save(tmp_path / "real.tif")
+    with pytest.raises(UserError, match=r"real\.tif holds fractions.*Convert it to 8 bits\.$"):
+        read_image(tmp_path / "real.tif")
 
 
 def test_a_file_that_may_not_be_read_is_told(tmp_path, monkeypatch):
