@@ -20,6 +20,7 @@ from dinoseg.tensor_files import check_file
 from dinoseg.training.clip_feed import ClipFeed
 from dinoseg.training.engine import Engine
 from dinoseg.training.feed import Feed
+from dinoseg.training.lengths import Lengths, in_steps
 
 SPLITS = ("train", "val", "test")
 FEEDS = ("images", "clips")
@@ -35,7 +36,7 @@ def model(cfg: DictConfig, *, untrained: bool = False) -> Segmenter:
     if not untrained and cfg.backbone.get("weights") != "random":
         with torch.device("meta"):
             model(cfg, untrained=True)
-    adapter = instantiate(cfg.adapter)
+    adapter = instantiate(cfg.adapter, without=("lr",))
     torch.manual_seed(_seed(cfg))
     random = {"weights": "random"} if untrained and "weights" in cfg.backbone else None
     found = instantiate(cfg.backbone, instead=random)
@@ -47,7 +48,7 @@ def model(cfg: DictConfig, *, untrained: bool = False) -> Segmenter:
     if "patch_size" in keys and cfg.head.patch_size is None:  # of a timm model, which alone knows it
         late["patch_size"] = adapted.patch_size
     weightless = {"weights": None} if untrained and "weights" in keys else None
-    head = instantiate(cfg.head, without=("layers", *late), instead=weightless)(**late)
+    head = instantiate(cfg.head, without=("layers", "lr", *late), instead=weightless)(**late)
     resolution = {"scale": cfg.resolution.scale, "longest": cfg.resolution.longest}
     check_given("dinoseg.model.Segmenter", resolution)
     return Segmenter(adapted, head, **resolution)
@@ -158,6 +159,18 @@ def loss(cfg: DictConfig, train: SegmentationData | None) -> nn.Module:
 def optimizer(cfg: DictConfig, module: nn.Module) -> Optimizer:
     """Return the optimizer of a config over a model's trainable parameters."""
     return instantiate(cfg.optim.optimizer)(module)
+
+
+def lengths(cfg: DictConfig, samples: int) -> Lengths:
+    """Return how many steps a config trains on so many samples, and how often it validates.
+
+    Raises:
+        UserError: there is no length, or one is out of range.
+    """
+    given = {key: cfg.trainer.get(key) for key in ("steps", "epochs", "val_every")}
+    given |= {"batch_size": cfg.data.batch_size, "accumulate": cfg.trainer.accumulate}
+    check_given("dinoseg.training.lengths.in_steps", given)
+    return in_steps(samples, **given)
 
 
 def _seed(cfg: DictConfig) -> int:

@@ -74,6 +74,7 @@ def _enter_folder(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> t
         typed = cfg.choices.hparam
         cfg, continued = _resumed(cfg, out_dir, overrides)
         out_dir = _below_recipe(out_dir, typed, cfg.choices.hparam)
+    cfg = _settled_length(cfg, overrides)
     if not is_first_rank():
         return cfg, continued or out_dir
     if continued is None:
@@ -110,6 +111,16 @@ def _resumed(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> tuple[
     merged = resume.merge(cfg, _parsed(overrides), path, checkpoint.describe(path))
     in_place = cfg.mode.resume_from == "last" and path.parent.name == checkpoint.FOLDER
     return merged, path.parent.parent if in_place else None
+
+
+def _settled_length(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """Let a `trainer.steps` of the command line win over the `trainer.epochs` of a recipe or a checkpoint."""
+    given = {override.key_or_group for override in _parsed(overrides) if override.value() is not None}
+    if {"trainer.steps", "trainer.epochs"} <= given:
+        raise UserError("trainer.steps and trainer.epochs both say how long to train: give one of them.")
+    if "trainer.steps" not in given:
+        return cfg
+    return OmegaConf.create({**plain(cfg), "trainer": {**plain(cfg.trainer), "epochs": None}})
 
 
 def _parsed(overrides: Sequence[str]) -> list[Any]:

@@ -28,7 +28,14 @@ from dinoseg.wording import nearest
 MODEL = ("backbone", "adapter", "head", "loss", "optim", "trainer")  # groups that a checkpoint fixes
 KEPT = ("seed", "resolution", "data", *MODEL)  # root keys that a checkpoint keeps
 CHOSEN = ("hparam", "data", *MODEL)
-LENGTHS = ("steps", "patience", "val_every", "save_every", "log_every")  # of a trainer: a run may go on with others
+LENGTHS = (
+    "steps",
+    "epochs",
+    "patience",
+    "val_every",
+    "save_every",
+    "log_every",
+)  # of a trainer: a run may go on with others
 
 
 def locate(cfg: DictConfig, out_dir: Path, prefer: str) -> Path | None:
@@ -202,7 +209,7 @@ def check_classes(data: SegmentationData | Labels, found: Mapping[str, Any], whe
 def _kept(info: Mapping[str, Any]) -> dict[str, Any]:
     """Return the config of a checkpoint, which may be older than a key: then it stands as what was meant."""
     kept = renamed({key: info["config"][key] for key in KEPT})
-    trainer = {"feed": "images", **kept["trainer"]}
+    trainer = {"feed": "images", "epochs": None, **kept["trainer"]}
     data = {"background": _background_of_old(info), **kept["data"]}
     return {**kept, "trainer": trainer, "data": data}
 

@@ -31,12 +31,17 @@ AT_RUN_TIME = {
     "loss.criterion.terms.lovasz": {"class_weights"},
     "mode": {"cfg", "out_dir"},
     "optim.optimizer": {"model"},
-    "trainer": {"model", "loss", "feed", "optimizer", "engine", "checkpoints", "log", "schedule"},
+    "trainer": {"model", "loss", "feed", "optimizer", "engine", "checkpoints", "log", "schedule", "steps", "val_every"},
 }
 
 
 # What stands beside the keys of a target for somebody else
-FOR_OTHERS = {"mode": set(LAUNCH_KEYS), "head": {"layers"}, "trainer": {"feed"}}
+FOR_OTHERS = {
+    "mode": set(LAUNCH_KEYS),
+    "head": {"layers", "lr"},
+    "trainer": {"feed", "epochs", "steps", "val_every"},
+    "adapter": {"lr"},
+}
 
 
 def check_binds(path, node):

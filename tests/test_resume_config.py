@@ -47,11 +47,29 @@ def test_a_run_older_than_a_key_goes_on(where):
     assert train(where, "trainer.steps=1").status == 0
     path = runs(where)[0] / "checkpoints/last.safetensors"
     found = checkpoint.read(path)
-    del found.info["config"]["trainer"]["feed"]
+    del found.info["config"]["trainer"]["feed"], found.info["config"]["trainer"]["epochs"]
     checkpoint.write(path, found.tensors, {key: value for key, value in found.info.items() if key != "format"})
     done = train(where, "trainer.steps=2", "resume=auto")
     assert done.status == 0, done.err
     assert len(runs(where)) == 1 and last(where)["progress"]["step"] == 2
+
+
+def test_a_run_whose_rate_and_warmup_were_numbers_goes_on_as_it_would_have(where):
+    rates = ("optim.optimizer.lr=1e-2", "optim.schedule.warmup=2", "optim.schedule.kind=constant")
+    assert train(where, "trainer.steps=4", *rates).status == 0
+    at_once = checkpoint.read(runs(where)[0] / "checkpoints/last.safetensors")
+    assert train(where, "trainer.steps=1", *rates, "hydra.run.dir=outputs/base/train_z").status == 0
+    path = where / "outputs/base/train_z/checkpoints/last.safetensors"
+    found = checkpoint.read(path)
+    config = found.info["config"]
+    del config["head"]["lr"], config["adapter"]["lr"], config["trainer"]["epochs"]
+    del config["optim"]["optimizer"]["head_lr"], config["optim"]["optimizer"]["backbone_lr"]
+    config["trainer"]["steps"] = 4
+    checkpoint.write(path, found.tensors, {key: value for key, value in found.info.items() if key != "format"})
+    assert call(where, "mode=train", f"resume={path}", "engine=cpu", "engine.workers=0").status == 0
+    went_on = checkpoint.read(path)
+    assert went_on.tensors.keys() == at_once.tensors.keys() and went_on.info["progress"]["step"] == 4
+    assert all(torch.equal(went_on.tensors[name], value) for name, value in at_once.tensors.items())
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from dinoseg.report.table import write_json
 from dinoseg.resume import check_classes, description
 from dinoseg.training import checkpoint
 from dinoseg.training.feed import Feed
+from dinoseg.training.optim import warn_of_long_warmup
 from dinoseg.wording import listed
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ def train(cfg: DictConfig, *, out_dir: Path, metrics_only: bool = False) -> dict
     engine = instantiate(cfg.engine)
     out_dir = Path(engine.share(str(out_dir)))
     feed = build.feed(cfg, engine)
+    length = build.lengths(cfg, len(feed.train))
     kind = TrainImages(cfg, feed) if isinstance(feed, Feed) else TrainClips(cfg, feed)
     start = checkpoint.read(Path(cfg.resume)) if cfg.resume else None
     if start is not None:
@@ -47,6 +49,9 @@ def train(cfg: DictConfig, *, out_dir: Path, metrics_only: bool = False) -> dict
     loss = build.loss(cfg, kind.labelled).to(engine.device)
     model = build.model(cfg).to(engine.device)
     optimizer = build.optimizer(cfg, model)
+    schedule = instantiate(cfg.optim.schedule)
+    if engine.is_main:
+        warn_of_long_warmup(schedule, length.steps)
     info = description(cfg, kind.labels) | (sizes.as_info() if sizes else {})
     checkpoints = checkpoint.Checkpoints(out_dir / checkpoint.FOLDER, info, start, writes=engine.is_main)
     if engine.is_main:
@@ -54,15 +59,15 @@ def train(cfg: DictConfig, *, out_dir: Path, metrics_only: bool = False) -> dict
     logger.info("%d training and %d validation %s; run folder %s", len(feed.train), len(feed.val), kind.what, out_dir)
     first_step = start.info["progress"]["step"] if start else 0
     if start is not None:
-        logger.info("going on with %s at step %d of %d", start.path, first_step, cfg.trainer.steps)
+        logger.info("going on with %s at step %d of %d", start.path, first_step, length.steps)
     with RunLog(out_dir, start_step=first_step, visible=engine.is_main) as log:
-        run = instantiate(cfg.trainer, without=("feed",))(
-            model, loss, feed, optimizer, engine, checkpoints, log, schedule=instantiate(cfg.optim.schedule)
+        run = instantiate(cfg.trainer, without=("feed", "epochs"), instead=length._asdict())(
+            model, loss, feed, optimizer, engine, checkpoints, log, schedule=schedule
         )
-    if first_step >= cfg.trainer.steps:
+    if first_step >= length.steps:
         logger.warning("This run had already done %d steps: give more trainer.steps to train on.", first_step)
     if run.best is None:
-        raise UserError(f"trainer.steps={cfg.trainer.steps}: this run has done {run.step}, and was never validated.")
+        raise UserError(f"trainer.steps={length.steps}: this run has done {run.step}, and was never validated.")
     curves = draw_curves(read_rows(out_dir / "metrics.jsonl"), out_dir, kind.plots) if engine.is_main else []
     best = checkpoint.find(out_dir, "best")
     checkpoint.load_weights(model, checkpoint.read(best))

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from dinoseg.errors import UserError
 from dinoseg.model import Segmenter, trained_names
 from dinoseg.report.log import RunLog
+from dinoseg.training import lengths
 from dinoseg.training.checkpoint import Checkpoints, Progress
 from dinoseg.training.engine import Engine
 from dinoseg.training.feed import Source
@@ -70,7 +71,7 @@ def fit(
     Raises:
         NonFiniteLoss: naming the step and the samples.
     """
-    _check_lengths(steps=steps, val_every=val_every, save_every=save_every, log_every=log_every, accumulate=accumulate)
+    lengths.check(steps=steps, val_every=val_every, save_every=save_every, log_every=log_every, accumulate=accumulate)
     _check_score(score, feed)
     net = engine.prepare(model)
     average = MovingAverage(tensors_of(model, trained_names(model)), ema) if ema else None
@@ -136,8 +137,8 @@ def _step(
         everywhere = engine.gather(names)
         raise NonFiniteLoss(
             f"Step {step}: the loss is {mean:g} and the gradient norm {norm:g}, so training stops before the update. "
-            f"The samples were {', '.join(everywhere)}. The last checkpoint is untouched: lower optim.optimizer.lr, "
-            f"set trainer.clip, or look at these samples."
+            f"The samples were {', '.join(everywhere)}. The last checkpoint is untouched: give a lower "
+            f"optim.optimizer.lr, set trainer.clip, or look at these samples."
         )
     return mean, norm
 
@@ -162,7 +163,7 @@ def _validate(
     if not math.isfinite(scores[score]):
         raise NonFiniteLoss(
             f"val/{score} is {scores[score]} at step {checkpoints.progress.step}: no checkpoint can be chosen by it. "
-            "Lower optim.optimizer.lr, or look at the validation data."
+            "Give a lower optim.optimizer.lr, or look at the validation data."
         )
     checkpoints.judge(model, scores[score], lowest=score in feed.lowest)
     if average is not None:
@@ -188,9 +189,3 @@ def _check_score(name: str, feed: Source) -> None:
 
 def _due(step: int, every: int | None, steps: int) -> bool:
     return every is not None and (step % every == 0 or step == steps)
-
-
-def _check_lengths(**lengths: int | None) -> None:
-    for name, length in lengths.items():
-        if length is not None and length < 1:
-            raise UserError(f"trainer.{name}={length}: give a number of at least 1.")

@@ -1,5 +1,6 @@
 """Parameter groups, learning rates as pure functions of the step, and the weights' moving average."""
 
+import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,8 +12,10 @@ from torch.optim import Optimizer
 
 from dinoseg.errors import UserError
 
+logger = logging.getLogger(__name__)
 _EMBEDDING = re.compile(r"(token|tokens|pos_embed|position_embeddings|level_embed|level_encoding|queries)$")
 SCHEDULES = ("constant", "cosine", "poly")
+_LEAST_PAST_WARMUP = 0.2  # share of the steps
 
 
 def parameter_groups(
@@ -20,14 +23,16 @@ def parameter_groups(
     *,
     lr: float,
     weight_decay: float,
+    backbone_lr: float | None = None,
     backbone_lr_scale: float = 1.0,
     layer_decay: float | None = None,
 ) -> list[dict]:
     """Put every trainable parameter into exactly one group.
 
     Biases, norms and other vectors are not decayed, nor are tokens, positions, queries and other embeddings. Backbone
-    parameters learn at `lr * backbone_lr_scale`; with `layer_decay` d, block i of the n that are read (of a pyramid:
-    stage i) at a further d^(n - i), what comes before the blocks at d^(n + 1) (BEiT, arXiv 2106.08254).
+    parameters learn at `backbone_lr` (`lr` where it is None) times `backbone_lr_scale`, all others at `lr`; with
+    `layer_decay` d, block i of the n that are read (of a pyramid: stage i) at a further d^(n - i), what comes before
+    the blocks at d^(n + 1) (BEiT, arXiv 2106.08254).
 
     Returns:
         Groups with `params`, `names`, `lr`, `base_lr` and `weight_decay`, in the model's order.
@@ -35,7 +40,9 @@ def parameter_groups(
     Raises:
         UserError: nothing is trainable, or a rate or decay is out of range.
     """
-    _check(lr > 0, f"optim.optimizer.lr={lr}: the learning rate must be above 0.")
+    backbone_lr = lr if backbone_lr is None else backbone_lr
+    for rate in (lr, backbone_lr):
+        _check(0 < rate < math.inf, f"optim.optimizer.lr={rate}: a learning rate is a number above 0.")
     _check(weight_decay >= 0, f"optim.optimizer.weight_decay={weight_decay}: give a number of at least 0.")
     _check(
         backbone_lr_scale >= 0,
@@ -53,7 +60,7 @@ def parameter_groups(
             continue
         rate = lr
         if name.startswith("backbone."):
-            rate = lr * backbone_lr_scale * (layer_decay or 1.0) ** above[id(parameter)]
+            rate = backbone_lr * backbone_lr_scale * (layer_decay or 1.0) ** above[id(parameter)]
         exempt = parameter.ndim < 2 or id(parameter) in embeddings or _EMBEDDING.search(name)
         decay = 0.0 if exempt else weight_decay
         group = groups.setdefault(
@@ -68,15 +75,28 @@ def parameter_groups(
 def adamw(
     model: nn.Module,
     *,
-    lr: float,
+    lr: float | None = None,
+    head_lr: float | None = None,
+    backbone_lr: float | None = None,
     weight_decay: float = 0.01,
     betas: Sequence[float] = (0.9, 0.999),
     backbone_lr_scale: float = 1.0,
     layer_decay: float | None = None,
 ) -> Optimizer:
-    """Return AdamW (Loshchilov and Hutter, arXiv 1711.05101) over `parameter_groups`."""
+    """Return AdamW (Loshchilov and Hutter, arXiv 1711.05101) over `parameter_groups`.
+
+    All that is trained learns at `lr`; without it the head at `head_lr` and the backbone at `backbone_lr`.
+    """
+    rate, backbone_rate = (head_lr, backbone_lr) if lr is None else (lr, None)
+    if rate is None:
+        raise UserError("optim.optimizer.lr is not set: give a learning rate, such as 1e-3.")
     groups = parameter_groups(
-        model, lr=lr, weight_decay=weight_decay, backbone_lr_scale=backbone_lr_scale, layer_decay=layer_decay
+        model,
+        lr=rate,
+        backbone_lr=backbone_rate,
+        weight_decay=weight_decay,
+        backbone_lr_scale=backbone_lr_scale,
+        layer_decay=layer_decay,
     )
     _check(len(betas) == 2, f"optim.optimizer.betas={list(betas)}: give two numbers, such as [0.9, 0.999].")
     fused = any(parameter.is_cuda for parameter in model.parameters())
@@ -84,27 +104,51 @@ def adamw(
 
 
 def schedule(
-    kind: str = "cosine", *, warmup: int = 0, power: float = 0.9, floor: float = 0.0
+    kind: str = "cosine", *, warmup: float = 0, power: float = 0.9, floor: float = 0.0
 ) -> Callable[[int, int], float]:
     """Return `factor(step, steps)`, what the learning rate is multiplied by at a 0-based step.
 
-    A linear rise over `warmup` steps (the first step already learns), then constant, half a cosine or a polynomial
-    of `power` from 1 down to `floor` at the last step.
+    A linear rise in the warm-up (the first step already learns), then constant, half a cosine or a polynomial of
+    `power` from 1 down to `floor` at the last step. `warmup` is a share of the length (a float below 1), or a number of
+    steps (an int), as in checkpoints of old.
 
     Raises:
-        UserError: an unknown kind, or a negative warm-up.
+        UserError: an unknown kind, or a warm-up that is neither.
     """
     _check(kind in SCHEDULES, f"optim.schedule.kind={kind} is unknown. Choose one of {', '.join(SCHEDULES)}.")
-    _check(warmup >= 0, f"optim.schedule.warmup={warmup}: give a number of steps of at least 0.")
+    _check(
+        warmup >= 0 and (isinstance(warmup, int) or warmup < 1),
+        f"optim.schedule.warmup={warmup}: give a share of the length from 0 to below 1, such as 0.1, or a whole number "
+        "of steps.",
+    )
 
     def factor(step: int, steps: int) -> float:
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        done = (step - warmup) / max(1, steps - 1 - warmup)
+        rise = warmup if isinstance(warmup, int) else round(warmup * steps)
+        if step < rise:
+            return (step + 1) / (rise + 1)
+        done = (step - rise) / max(1, steps - 1 - rise)
         shape = {"constant": 1.0, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "poly": (1 - done) ** power}
         return floor + (1 - floor) * shape[kind]
 
     return factor
+
+
+def warn_of_long_warmup(factor: Callable[[int, int], float], steps: int) -> None:
+    """Warn where less than a fifth of the steps are left once the learning rate has reached its peak.
+
+    How it falls from there on is the schedule's own affair, and not counted.
+    """
+    factors = [factor(step, steps) for step in range(steps)]
+    highest = max(factors)
+    rise = factors.index(highest)
+    if steps - rise < _LEAST_PAST_WARMUP * steps:
+        logger.warning(
+            "The learning rate rises for %d of %d steps, to %.0f %% of what is set. Give optim.schedule.warmup as a "
+            "share of the length, such as 0.1, or more trainer.steps.",
+            rise,
+            steps,
+            100 * highest,
+        )
 
 
 def set_learning_rates(optimizer: Optimizer, factor: float) -> float:

@@ -14,7 +14,14 @@ from dinoseg.heads.linear import LinearHead
 from dinoseg.heads.mask2former.head import Mask2FormerHead
 from dinoseg.model import Segmenter
 from dinoseg.nodes import instantiate
-from dinoseg.training.optim import MovingAverage, adamw, parameter_groups, schedule, set_learning_rates
+from dinoseg.training.optim import (
+    MovingAverage,
+    adamw,
+    parameter_groups,
+    schedule,
+    set_learning_rates,
+    warn_of_long_warmup,
+)
 
 
 def rates(groups):
@@ -100,6 +107,51 @@ def test_schedule_formulas_at_the_middle():
     assert schedule("cosine")(25, 51) == pytest.approx(0.5)
     assert schedule("poly", power=2.0)(25, 51) == pytest.approx(0.25)
     assert schedule("cosine")(0, 1) == 1.0
+
+
+def test_warmup_is_a_share_of_the_length_so_a_short_trial_reaches_its_rate():
+    for steps, rise in ((50, 5), (2000, 200), (3, 0)):
+        values = [schedule("constant", warmup=0.1)(step, steps) for step in range(steps)]
+        assert values == [(step + 1) / (rise + 1) for step in range(rise)] + [1.0] * (steps - rise)
+
+
+def test_warmup_in_checkpoints_of_old_is_a_number_of_steps():
+    assert [schedule("constant", warmup=4)(step, 9) for step in range(6)] == [0.2, 0.4, 0.6, 0.8, 1.0, 1.0]
+    assert schedule("cosine", warmup=4)(7, 20) == 0.5 * (1 + math.cos(math.pi * 3 / 15))
+
+
+@pytest.mark.parametrize("warmup", [-1, -0.1, 1.0, 50.5, math.nan])
+def test_warmup_that_is_neither_share_nor_steps_is_refused(warmup):
+    with pytest.raises(UserError, match=f"warmup={warmup}: give a share of the length from 0 to below 1"):
+        schedule(warmup=warmup)
+
+
+@pytest.mark.parametrize("kind", ["constant", "cosine", "poly"])
+def test_a_warmup_that_leaves_less_than_a_fifth_is_said(caplog, kind):
+    for warmup, steps in ((0.1, 50), (0, 50), (0, 1), (0.05, 3), (80, 100)):
+        warn_of_long_warmup(schedule(kind, warmup=warmup), steps)
+    assert not caplog.messages
+    warn_of_long_warmup(schedule(kind, warmup=2000), 50)
+    assert "rises for 49 of 50 steps, to 2 % of what is set" in caplog.text
+    caplog.clear()
+    warn_of_long_warmup(schedule(kind, warmup=81), 100)
+    assert "rises for 81 of 100 steps, to 100 %" in caplog.text and "such as 0.1, or more trainer.steps" in caplog.text
+
+
+def test_head_and_backbone_have_rates_of_their_own_and_one_for_all_wins(tiny_backbone):
+    model = Segmenter(Full()(tiny_backbone()), LinearHead(24, 1, 3))
+
+    def found(**given):
+        optimizer = adamw(model, weight_decay=0.0, **given)
+        return {(name.split(".")[0], group["base_lr"]) for group in optimizer.param_groups for name in group["names"]}
+
+    assert found(head_lr=0.5, backbone_lr=0.25) == {("head", 0.5), ("backbone", 0.25)}
+    assert found(head_lr=0.5, backbone_lr=0.25, backbone_lr_scale=0.5) == {("head", 0.5), ("backbone", 0.125)}
+    assert found(lr=1.0, head_lr=0.5, backbone_lr=0.25) == {("head", 1.0), ("backbone", 1.0)}
+    assert found(lr=1.0, backbone_lr_scale=0.5) == {("head", 1.0), ("backbone", 0.5)}
+    for wrong, message in (({}, "lr is not set"), ({"lr": math.nan}, "lr=nan"), ({"lr": math.inf}, "lr=inf")):
+        with pytest.raises(UserError, match=message):
+            adamw(model, **wrong)
 
 
 def test_set_learning_rates_scales_every_group():

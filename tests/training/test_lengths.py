@@ -1,0 +1,66 @@
+import math
+
+import pytest
+from command_line import SMALL, call, write_data
+
+from dinoseg.errors import UserError
+from dinoseg.training import checkpoint
+from dinoseg.training.lengths import in_steps
+
+GIVEN = {"batch_size": 4, "accumulate": 2, "steps": 70, "epochs": None, "val_every": 5}
+
+
+@pytest.mark.parametrize(
+    ("given", "steps", "val_every"),
+    [
+        ({}, 70, 5),
+        ({"epochs": 3}, 38, 5),  # 12.5 steps an epoch: rounded once, not three times
+        ({"epochs": 3, "steps": None}, 38, 5),
+        ({"epochs": 0.5}, 6, 5),
+        ({"epochs": 0.01}, 1, 5),
+        ({"epochs": 2, "accumulate": 1}, 50, 5),
+        ({"val_every": None}, 70, 12),
+        ({"val_every": None, "batch_size": 100}, 70, 1),
+    ],
+)
+def test_lengths_in_steps(given, steps, val_every):
+    assert in_steps(100, **GIVEN | given) == (steps, val_every)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"epochs": 0}, "trainer.epochs=0: give a number above 0"),
+        ({"epochs": math.nan}, "trainer.epochs=nan"),
+        ({"epochs": math.inf}, "trainer.epochs=inf"),
+        ({"steps": None}, "Neither trainer.steps nor trainer.epochs is set"),
+        ({"accumulate": 0}, "trainer.accumulate=0: give a number of at least 1"),
+        ({"val_every": 0}, "trainer.val_every=0: give a number of at least 1"),
+    ],
+)
+def test_what_is_no_length_is_refused(given, message):
+    with pytest.raises(UserError, match=message):
+        in_steps(100, **GIVEN | given)
+
+
+def test_a_run_in_epochs_and_what_the_command_line_says_of_its_length(tmp_path):
+    write_data(tmp_path / "data")  # 4 images in batches of 2
+    small = [override for override in SMALL if not override.startswith("trainer.steps")]
+
+    def train(*arguments):
+        done = call(tmp_path, "mode=train", *small, "trainer.val_every=null", *arguments)
+        path = next(iter(sorted(tmp_path.glob("outputs/base/train_*/checkpoints/last.safetensors"))), None)
+        return done, path and checkpoint.describe(path)
+
+    refused = train("trainer.epochs=1", "trainer.steps=1")[0]
+    assert refused.status == 1 and "trainer.steps and trainer.epochs both say how long to train" in refused.err
+    done, found = train("trainer.epochs=1.5")
+    assert done.status == 0, done.err
+    assert found["progress"]["step"] == 3 and found["config"]["trainer"]["epochs"] == 1.5
+    rows = [line for line in (tmp_path.glob("outputs/base/train_*/metrics.jsonl")).__next__().read_text().splitlines()]
+    assert sum("val/miou" in row for row in rows) == 2  # after an epoch, and at the end
+    done, found = train("resume=auto", "trainer.steps=4")  # its own 1.5 epochs would be over
+    assert done.status == 0, done.err
+    assert found["progress"]["step"] == 4 and found["config"]["trainer"]["epochs"] is None
+    done, found = train("resume=auto", "trainer.epochs=2.5")
+    assert found["progress"]["step"] == 5 and found["config"]["trainer"]["epochs"] == 2.5
