@@ -1,0 +1,59 @@
+"""Recipes that re-make a published project carry its numbers."""
+
+import pytest
+from config_files import needed, options, read, written_choices
+from omegaconf import OmegaConf
+
+ADAM = {"optim.optimizer.lr": 1e-4, "optim.optimizer.weight_decay": 0.0, "optim.schedule.kind": "constant"}
+ORIGINALS = {
+    "person_multiscale": ADAM
+    | {"optim.optimizer.weight_decay": 1e-4, "data.batch_size": 8, "resolution.crop": [640, 640]}
+    | {"data.augment.affine.degrees": 25, "data.augment.flip": 0.5, "data.augment.scale": [1, 1]}
+    | {"data.augment.color.brightness": 0.2, "data.augment.color.saturation": 0, "optim.schedule.warmup": 0},
+    "schism_linear": ADAM
+    | {"resolution.crop": [224, 224], "resolution.scale": 560 / 224, "data.batch_size": 8, "trainer.epochs": 10}
+    | {"adapter.rank": 32, "adapter.rslora": True, "adapter.bits": 4, "optim.schedule.warmup": 0}
+    | {"data.augment.scale": [1, 1], "trainer.patience": 2, "trainer.val_every": None},
+    "idd_m2f": {"optim.optimizer.lr": 1e-4, "optim.optimizer.weight_decay": 1e-4, "optim.schedule.kind": "cosine"}
+    | {"optim.schedule.warmup": 0, "trainer.epochs": 20, "trainer.val_every": None, "trainer.patience": 10}
+    | {"data.batch_size": 2, "trainer.clip": 1.0, "data.augment.scale": [1, 1]}
+    | {f"data.augment.color.{part}": 0.3 for part in ("brightness", "contrast", "saturation")}
+    | {"data.augment.color.hue": 0.1},
+    "sarrarp_lora": ADAM
+    | {"data.batch_size": 6, "trainer.epochs": 20, "trainer.val_every": 500, "trainer.patience": 5}
+    | {"adapter.rank": 16, "adapter.targets": "all_linear", "adapter.dropout": 0.1, "optim.schedule.warmup": 0},
+    "dinosavi_control": {"optim.optimizer.lr": 1e-4, "optim.schedule.warmup": 0.1, "data.batch_size": 16},
+    "dinosavi_final": {"optim.optimizer.lr": 2e-4, "optim.schedule.warmup": 0.1, "trainer.clip": 0.05},
+    "eomt_ade20k": {"optim.optimizer.lr": 1e-4, "optim.schedule.warmup": 1500 / 40000, "trainer.steps": 40000},
+}
+
+
+@pytest.mark.parametrize("hparam", ORIGINALS)
+def test_a_recipe_carries_the_numbers_of_its_original(compose, hparam):
+    cfg = compose(f"hparam={hparam}", *needed(written_choices(hparam)))
+    wanted = ORIGINALS[hparam]
+    assert {key: OmegaConf.select(cfg, key) for key in wanted} == wanted
+
+
+def test_no_recipe_warms_up_for_a_number_of_steps():
+    seen = 0
+    for hparam in options("hparam"):
+        schedule = read("hparam", hparam).get("optim", {}).get("schedule", {})
+        seen += "warmup" in schedule
+        assert schedule.get("warmup", 0) == 0 or isinstance(schedule["warmup"], float), hparam
+    assert seen >= 10
+
+
+def test_rates_come_from_head_and_adapter_and_give_way_to_one_for_all(compose):
+    cfg = compose("head=dpt", "adapter=lora")
+    assert (cfg.optim.optimizer.lr, cfg.optim.optimizer.head_lr) == (None, read("head", "dpt")["lr"])
+    assert cfg.optim.optimizer.backbone_lr == read("adapter", "lora")["lr"]
+    assert compose("head=mlp", "head.lr=7e-4").optim.optimizer.head_lr == 7e-4
+    for head in options("head"):
+        base = next((entry for entry in read("head", head).get("defaults", []) if entry != "_self_"), head)
+        assert read("head", base)["lr"] > 0, head
+
+
+def test_a_head_or_adapter_of_one_s_own_needs_no_rate(compose):
+    assert compose("~head").optim.optimizer.head_lr == 1e-3
+    assert compose("~adapter").optim.optimizer.backbone_lr == 1e-4
