@@ -65,7 +65,7 @@ def train(cfg: DictConfig, *, out_dir: Path, metrics_only: bool = False) -> dict
             model, loss, feed, optimizer, engine, checkpoints, log, schedule=schedule
         )
     if first_step >= length.steps:
-        logger.warning("This run had already done %d steps: give more trainer.steps to train on.", first_step)
+        logger.warning("This run had already done %d steps: give more trainer.steps or trainer.epochs.", first_step)
     if run.best is None:
         raise UserError(f"trainer.steps={length.steps}: this run has done {run.step}, and was never validated.")
     curves = draw_curves(read_rows(out_dir / "metrics.jsonl"), out_dir, kind.plots) if engine.is_main else []
