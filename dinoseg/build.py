@@ -125,7 +125,7 @@ def feed(cfg: DictConfig, engine: Engine) -> Feed | ClipFeed:
         workers=engine.workers,
         rank=engine.rank,
         world=engine.world,
-        following=SlotTracking(match=slots.match, temperature=slots.temperature),
+        following=SlotTracking(hold=slots.hold, match=slots.match, temperature=slots.temperature),
     )
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from dinoseg.data.clip_videos import VOID
 from dinoseg.errors import UserError
 from dinoseg.inference.frame_features import Autocast
-from dinoseg.inference.slot_locking import lock
-from dinoseg.inference.slot_matching import Path, cosine, give, owners, soft_iou
+from dinoseg.inference.slot_locking import hold, lock
+from dinoseg.inference.slot_matching import Path, cosine, give, overlap, owners, soft_iou
 from dinoseg.inference.slot_settings import SlotTracking
 from dinoseg.inference.smoothing import area_mean
 
@@ -51,6 +51,7 @@ class Followed:
     ids: list[int]  # (S,) what each slot of the first frame is in the masks
     labelled: bool  # whether these are ids of labels
     sizes: list[int]  # slots in each of the head's groups
+    num_background: int  # of these, the first, kept to the background; with `lock_on` without groups too
 
 
 class Follower:
@@ -65,28 +66,37 @@ class Follower:
     def __init__(self, head: Any, settings: SlotTracking, autocast: Autocast = nullcontext) -> None:
         self._head, self._chosen, self._autocast = head, settings, autocast
 
+    def asks_background(self, *, first: bool) -> bool:
+        """Return whether a video's first frame, or each later one, is to come with its `background`."""
+        holds = self._chosen.hold != "none"
+        if first:
+            return (holds and self._head.groups != "off") or self._chosen.extra_slots > 0
+        return holds and (self._head.groups == "always" or self._chosen.lock_on)
+
     def begin(self, frame: Frame) -> Followed:
         """Return what the first frame's slots stand for: as its labels say, or each for itself.
 
         Raises:
             UserError: more slots than ids, or more objects than slots.
         """
-        sizes, allowed = list(self._head.sizes), None
-        if frame.background is not None and self._head.groups != "off":
-            allowed = self._head.allowed(frame.background[None])
+        sizes, num_background, allowed = list(self._head.sizes), 0, None
+        if len(sizes) == 2:
+            num_background = sizes[0]
+            allowed = None if frame.background is None else hold(frame.background, sizes, self._chosen.hold)
         if frame.labels is None:
             slots, masks = self._see(frame, None, allowed, sizes)
-            return Followed(slots, masks, Path.start(len(masks)), _numbered(len(masks)), False, sizes)
+            numbers = _numbered(len(masks))
+            return Followed(slots, masks, Path.start(len(masks)), numbers, False, sizes, num_background)
         ids = [0, *frame.ids()]
         shares = frame.shares(ids)
         if self._chosen.lock_on:
             locked = lock(shares, ids, self._chosen, frame.background)
-            others = len(locked.serves) - locked.num_background
-            sizes = [locked.num_background, others] if len(sizes) == 2 else [len(locked.serves)]
+            num_background, count = locked.num_background, len(locked.serves)
+            sizes = [num_background, count - num_background] if len(sizes) == 2 else [count]
             allowed = locked.allowed[None]
         slots, masks = self._see(frame, None, allowed, sizes)
         serves = locked.serves if self._chosen.lock_on else owners(masks, shares, ids)
-        return Followed(slots, masks, Path.start(len(masks)), serves, True, sizes)
+        return Followed(slots, masks, Path.start(len(masks)), serves, True, sizes, num_background)
 
     def go_on(self, last: Followed, frame: Frame) -> Followed:
         """Return where the slots of the last frame are in this one, whose new objects get a slot each.
@@ -95,15 +105,17 @@ class Follower:
             UserError: no slot is left for a new object.
         """
         allowed = None
-        if frame.background is not None and self._head.groups == "always":
-            parts = (frame.background, ~frame.background)  # there may be other numbers of slots than the head has
-            allowed = torch.cat([part.expand(size, -1, -1) for part, size in zip(parts, last.sizes, strict=True)])[None]
+        if frame.background is not None and self.asks_background(first=False):
+            groups = (last.num_background, len(last.ids) - last.num_background)
+            allowed = hold(frame.background, groups, self._chosen.hold)
         slots, masks = self._see(frame, last.slots, allowed, last.sizes)
         path = last.path
         if self._chosen.match == "similarity":
             path = path.step(cosine(last.slots[0], slots[0]), self._chosen.temperature)
-        elif self._chosen.match == "overlap" or self._head.predictor is None:
+        elif self._chosen.match == "soft_iou":
             path = path.step(soft_iou(last.masks, masks), self._chosen.temperature)
+        elif self._chosen.match == "overlap" or self._head.predictor is None:
+            path = path.step(overlap(last.masks, masks), self._chosen.temperature)
         ids = list(last.ids)
         new = [one for one in frame.ids() if one not in ids]
         if new:

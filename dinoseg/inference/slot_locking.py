@@ -1,4 +1,4 @@
-"""Slots shown only the cells of what they shall follow: the first frame's labels decide."""
+"""Slots shown only the cells of what they shall follow: the first frame's labels decide, and the class attention."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -24,8 +24,8 @@ def lock(shares: Tensor, ids: Sequence[int], settings: SlotTracking, background:
     which it covers most, together with what is there; one without a pixel has no slot. None gets more slots than it has
     cells, but the background has one in any case.
 
-    Extra slots see what the labels call background and the class attention does not, background slots then the rest;
-    where there is no such cell there are no extra slots.
+    Background slots see all that the labels call background; extra slots of that what the class attention does not, and
+    where there is no such cell there are none.
 
     Args:
         shares: of each cell (1 + objects, h, w) that the background and the objects cover.
@@ -37,15 +37,28 @@ def lock(shares: Tensor, ids: Sequence[int], settings: SlotTracking, background:
     for own, share in zip(cells, shares, strict=True):
         if share.any() and not own.any():
             own.view(-1)[share.argmax()] = True
-    rest, extra = cells[0], torch.zeros_like(cells[0])
-    if settings.extra_slots and background is not None:
-        rest, extra = cells[0] & background, cells[0] & ~background
-    num_background = max(1, _at_most(settings.background_slots, rest))
-    wanted = [(0, rest, num_background)]
+    extra = torch.zeros_like(cells[0]) if background is None else cells[0] & ~background
+    num_background = max(1, _at_most(settings.background_slots, cells[0]))
+    wanted = [(0, cells[0], num_background)]
     wanted += [(one, own, _at_most(settings.slots_per_object, own)) for one, own in zip(ids, cells, strict=True) if one]
     wanted += [(0, extra, _at_most(settings.extra_slots, extra))]
     allowed = torch.cat([own.expand(count, -1, -1) for _, own, count in wanted])
     return Locked(allowed, [one for one, _, count in wanted for _ in range(count)], num_background)
+
+
+def hold(background: Tensor, sizes: Sequence[int], side: str) -> Tensor | None:
+    """Return which cells each slot may see (1, S, h, w), bool; None: all see all.
+
+    Args:
+        background: (h, w) bool, True where the class attention sees background.
+        sizes: numbers of background slots, which come first, and of the others.
+        side: see `SlotTracking.hold`.
+    """
+    others = {"background": torch.ones_like(background), "both": ~background}
+    if side not in others:
+        return None
+    parts = zip((background, others[side]), sizes, strict=True)
+    return torch.cat([cells.expand(size, -1, -1) for cells, size in parts])[None]
 
 
 def _at_most(count: int, cells: Tensor) -> int:

@@ -17,6 +17,18 @@ _AT_ONCE = 2**25  # numbers of the upsampled masks held at a time: 128 MiB
 _STAY = 1e-6  # what two assignments may differ by and still be taken for equal
 
 
+def overlap(first: Tensor, second: Tensor) -> Tensor:
+    """Return the overlap (A, B) of soft masks (A, h, w) and (B, h, w): sum of products over sum of maxima (DINOSAVi).
+
+    For masks of zeros and ones this is their IoU; a soft mask's with itself is below 1. Of two empty masks it is 0.
+    """
+    rows = []
+    for mask in first:
+        products = torch.einsum("hw,bhw->b", mask, second)
+        rows.append(products / torch.maximum(mask, second).sum((1, 2)).clamp(min=1e-12))
+    return torch.stack(rows)
+
+
 def soft_iou(first: Tensor, second: Tensor) -> Tensor:
     """Return the IoU (A, B) of soft masks (A, h, w) and (B, h, w) in 0..1: sum of minima over sum of maxima.
 

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from dinoseg.errors import UserError
 
-MATCHES = ("auto", "overlap", "similarity")
+MATCHES = ("auto", "overlap", "soft_iou", "similarity")
+HOLDS = ("background", "both", "none")
 
 
 @dataclass(frozen=True)
@@ -17,9 +18,12 @@ class SlotTracking:
         slots_per_object: that an object has with `lock_on`.
         background_slots: that the background has with `lock_on`.
         extra_slots: with `lock_on`, for what the labels call background and the class attention does not; 0 for none.
-        match: how slots are followed to the next frame: by the `overlap` (IoU) of their soft masks or the `similarity`
-            (cosine) of their vectors, see `Path`; `auto`: they keep their places where the head carries them over, and
-            otherwise by overlap.
+        hold: which slots see only their side of what the class attention calls background and foreground, in the frames
+            in which the head's groups say so and, with `lock_on`, in all after the first: those of the `background`
+            (as DINOSAVi does when it evaluates), `both` (as groups are trained) or `none`.
+        match: how slots are followed to the next frame: by the `overlap` or the `soft_iou` of their masks or the
+            `similarity` (cosine) of their vectors, see `Path`; `auto`: they keep their places where the head carries
+            them over, and otherwise by overlap.
         temperature: of a path's steps.
 
     Raises:
@@ -30,6 +34,7 @@ class SlotTracking:
     slots_per_object: int = 1
     background_slots: int = 5
     extra_slots: int = 0
+    hold: str = "background"
     match: str = "auto"
     temperature: float = 0.05
 
@@ -38,8 +43,9 @@ class SlotTracking:
             value = getattr(self, key)
             if value < least or value != int(value):
                 raise UserError(f"slots.{key}={value} must be a whole number, {least} or more.")
-        if self.match not in MATCHES:
-            raise UserError(f"slots.match={self.match} is unknown. Choose one of: {', '.join(MATCHES)}.")
+        for key, words in (("hold", HOLDS), ("match", MATCHES)):
+            if getattr(self, key) not in words:
+                raise UserError(f"slots.{key}={getattr(self, key)} is unknown. Choose one of: {', '.join(words)}.")
         if not 0 < self.temperature < float("inf"):
             raise UserError(f"slots.temperature={self.temperature} must be above 0 and finite, such as 0.05.")
         for key, least in (("slots_per_object", 1), ("extra_slots", 0)):

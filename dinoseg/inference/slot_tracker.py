@@ -73,11 +73,8 @@ class SlotTracker:
         self._backbone: Any = model.backbone
         if not hasattr(self._head, "step"):
             raise UserError("The model has no slots to follow. Give resume=RUN of a model with head=slots.")
-        if settings.extra_slots and not getattr(self._backbone, "has_class_attention", False):
-            raise UserError(
-                f"slots.extra_slots={settings.extra_slots} needs a backbone with a class token, whose attention tells "
-                "what is foreground. Set slots.extra_slots=0, or use a model with such a backbone."
-            )
+        if not getattr(self._backbone, "has_class_attention", False):
+            _refuse_class_attention(settings)
         self._follower = Follower(model.head, settings, autocast)
         self._followed: Followed | None = None
         self._size = (0, 0)  # (H, W) of the frames, once there is one
@@ -116,6 +113,7 @@ class SlotTracker:
             return {}
         tensors = {"slots": now.slots, "masks": now.masks, "path": now.path.matrix, "places": now.path.places}
         counts = {"ids": now.ids, "sizes": now.sizes, "labelled": [int(now.labelled)], "frame": self._size}
+        counts["background"] = [now.num_background]
         return {name: value.clone() for name, value in tensors.items()} | {
             name: torch.tensor(value) for name, value in counts.items()
         }
@@ -142,6 +140,7 @@ class SlotTracker:
             ids=state["ids"].tolist(),
             labelled=bool(state["labelled"]),
             sizes=state["sizes"].tolist(),
+            num_background=int(state["background"]),
         )
 
     @property
@@ -168,8 +167,8 @@ class SlotTracker:
 
     def _features(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the backbone's last map (B, C, h, w) and, if it is needed, where the background is (B, h, w)."""
-        groups = self._head.groups
-        needed = groups == "always" or (self._followed is None and (groups != "off" or self._chosen.extra_slots > 0))
+        asks = self._follower.asks_background
+        needed = asks(first=False) or (self._followed is None and asks(first=True))
         with self._autocast():
             if not needed:
                 return self._backbone(pixels)[-1], None
@@ -196,3 +195,17 @@ class SlotTracker:
                     f"A mask of type {mask.dtype} holds values from {mask.min()} to {mask.max()}: ids are whole "
                     f"numbers from 0 (background) to {VOID - 1}. Renumber the objects."
                 )
+
+
+def _refuse_class_attention(settings: SlotTracking) -> None:
+    """Refuse what only a backbone with a class token gives."""
+    if settings.extra_slots:
+        raise UserError(
+            f"slots.extra_slots={settings.extra_slots} needs a backbone with a class token, whose attention tells "
+            "what is foreground. Set slots.extra_slots=0, or use a model with such a backbone."
+        )
+    if settings.lock_on and settings.hold != "none":
+        raise UserError(
+            f"slots.hold={settings.hold} with slots.lock_on=true needs a backbone with a class token, whose attention "
+            "tells in later frames what is background. Set slots.hold=none, or use a model with such a backbone."
+        )

@@ -38,7 +38,7 @@ def test_extra_slots_see_what_class_attention_calls_foreground():
     assert serves == [0, 0, 1, 2, 0, 0] and num_background == 2
     extra = torch.tensor([[0, 0, 0, 1], [0, 0, 0, 0], [1, 0, 0, 0]]).bool()
     assert torch.equal(allowed[4], extra) and torch.equal(allowed[5], extra)
-    assert torch.equal(allowed[0] | extra, SCENE[0].bool()) and not (allowed[0] & extra).any()
+    assert torch.equal(allowed[0], SCENE[0].bool())  # slots of the background see those cells as well
 
 
 def test_without_such_cells_there_are_no_extra_slots():

@@ -97,7 +97,7 @@ class TestWithLabels:
         mask = follow(model_of(), [frame], [np.where(ids == 2, 255, ids)])[0]
         assert np.array_equal(at_cells(mask), at_cells(np.where(ids == 2, 0, ids)))
 
-    @pytest.mark.parametrize("settings", [{}, {"lock_on": True, "background_slots": 2}])
+    @pytest.mark.parametrize("settings", [{}, {"lock_on": True, "background_slots": 2, "extra_slots": 1}])
     def test_an_object_smaller_than_a_cell_is_followed(self, settings):
         frames = [paint({BLUE: (8, 4 + 4 * time)})[0] for time in range(3)]
         for time, frame in enumerate(frames):
@@ -166,13 +166,16 @@ class TestLockOn:
             for mask, own in zip(masks, ids, strict=True):
                 assert np.array_equal(at_cells(mask), at_cells(own))
 
-    def test_makes_as_many_slots_as_are_needed_and_later_forces_none(self):
+    @pytest.mark.parametrize("hold", ["background", "none"])
+    def test_makes_as_many_slots_as_are_needed(self, hold):
         model = model_of()
         frames, ids = crossing(3)
-        follow(model, frames, first(ids[0], 3), lock_on=True, slots_per_object=2, background_slots=4)
+        follow(model, frames, first(ids[0], 3), lock_on=True, slots_per_object=2, background_slots=4, hold=hold)
         (allowed, sizes), *later = model.head.seen
         assert sizes == [8] and allowed.shape == (1, 8, 8, 12)
-        assert all(seen[0] is None for seen in later)
+        for (seen, _), cells in zip(later, map(at_cells, ids[1:]), strict=True):
+            assert (seen is None) == (hold == "none")
+            assert seen is None or np.array_equal(seen[0].numpy(), [cells == 0] * 4 + [cells >= 0] * 4)
         owned = allowed[0].flatten(1).sum(1).tolist()
         assert owned == [88] * 4 + [4] * 4
 
@@ -188,13 +191,18 @@ class TestLockOn:
         allowed, sizes = model.head.seen[0]
         assert sizes == [6]
         assert np.array_equal(allowed[0, 3].numpy(), at_cells(ids[0]) == 2)  # blue is no object, and no backdrop
-        assert np.array_equal(allowed[0, 0].numpy(), at_cells(ids[0]) == 0)
+        assert np.array_equal(allowed[0, 0].numpy(), at_cells(ids[0]) != 1)
         assert np.array_equal(at_cells(masks[1]), np.where(at_cells(ids[1]) == 1, 1, 0))
 
-    def test_extra_slots_need_class_attention(self):
-        settings = SlotTracking(lock_on=True, extra_slots=2)
-        with pytest.raises(UserError, match=r"slots.extra_slots=2 needs a backbone with a class token"):
-            SlotTracker(model_of(class_attention=False), settings)
+    @pytest.mark.parametrize("key", [{"extra_slots": 2}, {"hold": "background"}, {"hold": "both"}])
+    def test_what_needs_class_attention(self, key):
+        (word,) = (f"slots.{name}={value}" for name, value in key.items())
+        with pytest.raises(UserError, match=rf"{word}.* needs a backbone with a class token"):
+            SlotTracker(model_of(class_attention=False), SlotTracking(lock_on=True, **key))
+        frames, ids = crossing(2)
+        model = model_of([GREY, RED, BLUE], class_attention=False)
+        masks = follow(model, frames, first(ids[0], 2), lock_on=True, hold="none")
+        assert np.array_equal(at_cells(masks[1]), at_cells(ids[1]))
 
 
 class TestGroups:
@@ -209,13 +217,13 @@ class TestGroups:
         masks = SlotTracker(model, SlotTracking(lock_on=lock_on, background_slots=4), batch_size=2).track(
             self.frames, labels
         )
-        assert [seen[0] is not None for seen in model.head.seen] == forced
+        assert [seen[0] is not None for seen in model.head.seen] == ([True] * 3 if lock_on else forced)
         assert all(seen[1] == ([4, 2] if lock_on else [2, 3]) for seen in model.head.seen)
         for time, (allowed, sizes) in enumerate(model.head.seen):
-            if forced[time] and not (lock_on and time == 0):
+            if allowed is not None and not (lock_on and time == 0):
                 background = at_cells(self.ids[time]) == 0
                 for slot, cells in enumerate(allowed[0].numpy()):
-                    assert np.array_equal(cells, background if slot < sizes[0] else ~background)
+                    assert np.array_equal(cells, background if slot < sizes[0] else background | True)
         for mask, own in zip(masks, self.ids, strict=True):
             assert np.array_equal(at_cells(mask), at_cells(own))
 
@@ -304,7 +312,8 @@ class TestSettings:
     @pytest.mark.parametrize(
         ("values", "message"),
         [
-            ({"match": "nearest"}, "slots.match=nearest is unknown. Choose one of: auto, overlap, similarity"),
+            ({"match": "nearest"}, "slots.match=nearest is unknown. Choose one of: auto, overlap, soft_iou"),
+            ({"hold": "all"}, "slots.hold=all is unknown. Choose one of: background, both, none"),
             ({"temperature": 0}, "slots.temperature=0 must be above 0"),
             ({"temperature": float("nan")}, "slots.temperature=nan must be above 0"),
             ({"lock_on": True, "slots_per_object": 0}, "slots.slots_per_object=0 must be a whole number, 1 or more"),

@@ -50,7 +50,8 @@ def test_without_labels_masks_are_those_of_the_head_on_the_clip(make, kwargs, ba
     clip = torch.from_numpy(np.stack(FRAMES)).permute(0, 3, 1, 2)[None]  # (1, T, 3, H, W)
     with torch.no_grad():
         expected = model(clip).scores().argmax(1).numpy() + 1
-    masks = np.stack(SlotTracker(model, batch_size=batch_size).track(FRAMES, [None] * 5))
+    trained = SlotTracking(hold="both")  # as the head does with groups
+    masks = np.stack(SlotTracker(model, trained, batch_size=batch_size).track(FRAMES, [None] * 5))
     assert (masks == expected).mean() > 0.999 and len(np.unique(masks)) > 1
 
 
