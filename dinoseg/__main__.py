@@ -40,7 +40,7 @@ def _command(arguments: list[str]) -> None:
     from hydra.errors import HydraException
 
     from dinoseg.config import register_resolvers
-    from dinoseg.errors import UserError
+    from dinoseg.errors import UserError, telling_file_errors
     from dinoseg.own_keys import with_own_keys
     from dinoseg.words import as_text
 
@@ -48,7 +48,8 @@ def _command(arguments: list[str]) -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that an error comes back as it was raised
     try:
         sys.argv[1:] = with_own_keys(as_text(arguments, Path(CONFIGS)))
-        hydra.main(version_base="1.3", config_path=CONFIGS, config_name="main")(run)()
+        with telling_file_errors(Path.cwd()):  # of the run folder itself, which Hydra makes
+            hydra.main(version_base="1.3", config_path=CONFIGS, config_name="main")(run)()
     except UserError as error:
         _fail(str(error))
     except HydraException as error:
@@ -70,23 +71,24 @@ def run(cfg):  # noqa: ANN001, ANN201 - hydra.main wants the bare signature
 
     from dinoseg.config import plain
     from dinoseg.errors import UserError
+    from dinoseg.interrupt import Interrupted, raised
     from dinoseg.launch import launch
 
     hydra_cfg = HydraConfig.get()
     groups = {key: value for key, value in plain(hydra_cfg.runtime.choices).items() if "/" not in key}
     composed = OmegaConf.create({**plain(cfg), "choices": groups})
     try:
-        return launch(composed, Path(hydra_cfg.runtime.output_dir), list(hydra_cfg.overrides.task))
+        with raised():
+            return launch(composed, Path(hydra_cfg.runtime.output_dir), list(hydra_cfg.overrides.task))
     except UserError as error:
         message = str(error)
         print(f"error: {message}", file=sys.stderr)
     except BrokenPipeError:
         _leave_if_unread()
         raise
-    except KeyboardInterrupt:
-        on = "; the run goes on from its last save with resume=auto" if groups["mode"] == "train" else ""
-        print(f"\ninterrupted{on}", file=sys.stderr)
-        sys.exit(130)
+    except Interrupted as stop:
+        print(f"\ninterrupted{stop.note and ': '}{stop.note}", file=sys.stderr)
+        sys.exit(stop.status)
     except Exception as error:
         if hydra_cfg.mode != RunMode.MULTIRUN:
             raise

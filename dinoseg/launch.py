@@ -1,23 +1,46 @@
 """From a composed config to a running mode: the checkpoint it goes on from, its folder, its ranks."""
 
-import json
 import os
 import re
-import socket
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from dinoseg.config import plain, register_resolvers
-from dinoseg.errors import UserError
-from dinoseg.run_folder import claim, configure_log, drop_bare, drop_empty, lock, release, write_config
+from dinoseg.config import plain
+from dinoseg.errors import UserError, telling_file_errors
+from dinoseg.interrupt import Interrupted
+from dinoseg.ranks import is_first_rank, run_mode, run_ranks
+from dinoseg.run_folder import (
+    claim,
+    drop_bare,
+    drop_empty,
+    drop_parts,
+    has_results,
+    lock,
+    release,
+    will_make,
+    write_config,
+)
 
 _OWN_NAME = re.compile(r"[a-z]+_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")  # as cfg/hydra/run.yaml names a run's folder
-LAUNCH_KEYS = ("devices", "resume_from", "keeps_folder")  # of a mode: read here; the rest are its function's
+
+
+class NotedFolders(Callback):
+    """Notes which folders Hydra makes for a run or a sweep, before it does: one that was there is never removed."""
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        """Note those of a single run."""
+        will_make(Path(config.hydra.run.dir))
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Note those of a sweep."""
+        will_make(Path(config.hydra.sweep.dir))
 
 
 def launch(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> Any:
@@ -37,34 +60,21 @@ def launch(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> Any:
     if not cfg.mode.get("keeps_folder", True):
         drop_empty(out_dir)
         return run_mode(cfg, out_dir)
+    own = out_dir
     try:
-        cfg, out_dir = _enter_folder(cfg, out_dir, overrides)
+        with telling_file_errors(out_dir):
+            cfg, own = _enter_folder(cfg, out_dir, overrides)
+            if devices == 1 or "WORLD_SIZE" in os.environ:
+                return run_mode(cfg, own)
+            return run_ranks(cfg, own, devices)
     except UserError:
-        drop_empty(out_dir)
+        drop_bare(own)
         raise
-    try:
-        if devices == 1 or "WORLD_SIZE" in os.environ:
-            return run_mode(cfg, out_dir)
-        return _spawn(cfg, out_dir, devices)
-    except UserError:
-        drop_bare(out_dir)
-        raise
+    except KeyboardInterrupt as stop:
+        number = stop.number if isinstance(stop, Interrupted) else signal.SIGINT
+        raise Interrupted(number, note=_left(cfg, own) if is_first_rank() else "") from None
     finally:
-        release(out_dir)
-
-
-def run_mode(cfg: DictConfig, out_dir: Path) -> Any:
-    """Call the mode's function in this process."""
-    if cfg.mode.get("keeps_folder", True):
-        configure_log(out_dir if is_first_rank() else None)
-    from dinoseg.nodes import instantiate
-
-    return instantiate(cfg.mode, without=LAUNCH_KEYS)(cfg, out_dir=out_dir)
-
-
-def is_first_rank() -> bool:
-    """Return whether this process writes the run's files: alone, or the first of those torchrun started."""
-    return os.environ.get("RANK", "0") == "0"
+        release(own)
 
 
 def _enter_folder(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> tuple[DictConfig, Path]:
@@ -83,6 +93,7 @@ def _enter_folder(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> t
         out_dir = claim(out_dir)
     else:
         lock(continued)
+        drop_parts(continued)
         drop_empty(out_dir)
         out_dir = continued
     write_config(cfg, out_dir, overrides)
@@ -123,6 +134,19 @@ def _settled_length(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     return OmegaConf.create({**plain(cfg), "trainer": {**plain(cfg.trainer), "epochs": None}})
 
 
+def _left(cfg: DictConfig, folder: Path) -> str:
+    """Return what an interrupted run has left, as it lies on the disk, in words."""
+    if cfg.mode.get("resume_from") != "last":
+        return f"what is finished is in {folder}" if has_results(folder) else ""
+    from dinoseg.training import checkpoint
+
+    last = folder / checkpoint.FOLDER / "last.safetensors"
+    if not last.exists():
+        return "this run has saved nothing"
+    step = checkpoint.describe(last)["progress"]["step"]
+    return f"{last} holds step {step}. The same command with resume=auto goes on from it, and so does resume={folder}"
+
+
 def _parsed(overrides: Sequence[str]) -> list[Any]:
     return OverridesParser.create().parse_overrides(list(overrides))
 
@@ -134,39 +158,3 @@ def _check_added(cfg: DictConfig, overrides: Sequence[str]) -> None:
         nodes = [OmegaConf.select(cfg, name[:end]) for end, letter in enumerate(name) if letter == "."]
         if override.is_add() and name not in cfg.choices and not any("_target_" in node for node in nodes):
             raise UserError(f"+{name} adds a key that nothing reads. Check its spelling; an existing key needs no +.")
-
-
-def _spawn(cfg: DictConfig, out_dir: Path, devices: int) -> Any:
-    """Start the ranks and return what the first one returns."""
-    from torch.multiprocessing import get_context
-    from torch.multiprocessing.spawn import ProcessExitedException, start_processes
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    results = get_context("spawn").SimpleQueue()
-    try:
-        start_processes(_run_rank, (devices, port, plain(cfg), out_dir, results), devices, start_method="spawn")
-    except ProcessExitedException as error:
-        raise UserError(
-            f"Rank {error.error_index} ended with status {error.exit_code}: see its message above."
-        ) from None
-    return json.loads(results.get())
-
-
-def _run_rank(rank: int, world: int, port: int, cfg: dict, out_dir: Path, results: Any) -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    register_resolvers()
-    try:
-        result = run_mode(OmegaConf.create(cfg), out_dir)
-    except UserError as error:
-        print(f"error (rank {rank}): {error}", file=sys.stderr)
-        sys.exit(1)
-    if rank == 0:
-        results.put(json.dumps(result))

@@ -87,12 +87,12 @@ def _attempt(work: Callable[[T], R], catch: type[E] | tuple[type[E], ...], item:
 def _start_worker(work: Callable[[Any], Any], catch: Any, start: Callable[[], None] | None) -> None:
     global _task
     _task = work, catch
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     if start is not None:
         start()
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """End this process when its parent is killed: it would wait for work for ever."""
     parent = multiprocessing.parent_process()
     if parent is not None:

@@ -15,7 +15,7 @@ from transformers import AutoConfig
 from dinoseg import checks
 from dinoseg.config import register_resolvers
 from dinoseg.errors import UserError
-from dinoseg.launch import LAUNCH_KEYS
+from dinoseg.ranks import LAUNCH_KEYS
 
 # What build, launch and fit hand over; every other argument stands in a config or has a default
 AT_RUN_TIME = {

@@ -1,16 +1,19 @@
 """What a checkpoint's config, the command line and the recipe each decide when a run goes on."""
 
 import json
+import os
 import shutil
+import signal
 
 import pytest
 import torch
 from command_line import SMALL, call, write_data
 from omegaconf import OmegaConf
 
+from dinoseg import resume
 from dinoseg.errors import UserError
 from dinoseg.resume import description_of, merge
-from dinoseg.run_folder import is_locked, lock, release
+from dinoseg.run_folder import drop_parts, is_locked, lock, release
 from dinoseg.training import checkpoint
 
 
@@ -130,7 +133,8 @@ def test_auto_finds_a_run_that_was_moved_with_its_data(where, monkeypatch):
     assert done.status == 0 and "no earlier run" not in done.err and len(runs(moved)) == 1
 
 
-def test_auto_passes_over_a_run_that_is_still_going(where):
+def test_auto_passes_over_a_run_that_is_still_going(where, monkeypatch):
+    monkeypatch.setattr(resume, "PATIENCE", 0.1)
     assert train(where, "trainer.steps=1").status == 0
     with open(runs(where)[0] / "run.log", "a") as file:
         import fcntl
@@ -139,8 +143,72 @@ def test_auto_passes_over_a_run_that_is_still_going(where):
         assert is_locked(runs(where)[0])
         busy = train(where, "trainer.steps=2", f"resume={runs(where)[0]}")
         assert busy.status == 1 and "Another process is writing to" in busy.err
-        assert train(where, "trainer.steps=1", "resume=auto").status == 0
+        done = train(where, "trainer.steps=1", "resume=auto")
+        assert done.status == 0
+        assert f"another process is writing to {runs(where)[0]}: waiting up to 0.1 seconds for its end" in done.err
+        assert f"resume=auto: passed over: {runs(where)[0]} is still written to." in done.err
     assert len(runs(where)) == 2
+
+
+def test_auto_waits_for_a_run_that_is_about_to_end(where, monkeypatch):
+    assert train(where, "trainer.steps=1").status == 0
+    path, asked = runs(where)[0], []
+    monkeypatch.setattr(resume, "is_locked", lambda run: asked.append(run) or len(asked) < 3)
+    done = train(where, "trainer.steps=2", "resume=auto")
+    assert done.status == 0 and len(runs(where)) == 1 and last(where)["progress"]["step"] == 2
+    assert f"resume=auto: another process is writing to {path}: waiting" in done.err and "passed over" not in done.err
+
+
+def test_ranks_but_the_first_take_the_run_that_the_first_holds(where, monkeypatch):
+    monkeypatch.setattr(resume, "is_locked", lambda run: True)
+    monkeypatch.setattr(resume, "PATIENCE", 0)
+    assert not resume._is_free(where)
+    monkeypatch.setenv("RANK", "1")
+    assert resume._is_free(where)
+
+
+def test_auto_passes_over_files_that_cannot_be_read_and_says_so(where):
+    assert train(where, "trainer.steps=1").status == 0
+    path = runs(where)[0] / "checkpoints/last.safetensors"
+    found = checkpoint.read(path)
+    beside = {
+        name: where / f"outputs/base/train_{name}/checkpoints/last.safetensors" for name in ("cut", "new", "other")
+    }
+    checkpoint.write(beside["new"], found.tensors, {**found.info, "format": 99})
+    checkpoint.write_tensors(beside["other"], found.tensors, {})
+    beside["cut"].parent.mkdir(parents=True)
+    beside["cut"].write_bytes(path.read_bytes()[:1000])
+    done = train(where, "trainer.steps=2", "resume=auto")
+    assert done.status == 0 and last(where)["progress"]["step"] == 2, done.err
+    for name, reason in (("cut", "not a readable"), ("new", "written in format 99"), ("other", "not a checkpoint of")):
+        (line,) = [line for line in done.err.splitlines() if str(beside[name]) in line]
+        assert line.startswith("resume=auto: passed over: ") and reason in line
+
+
+def test_what_a_kill_left_half_written_goes_when_the_run_goes_on(where):
+    assert train(where, "trainer.steps=1").status == 0
+    folder = runs(where)[0]
+    half = folder / "checkpoints/.last.safetensors.part/.tmpa1b2c3"
+    older, rows, mine = (folder / name for name in ("checkpoints/.tmpa1b2c3", ".metrics.jsonl.12.part", "my.part"))
+    half.parent.mkdir()
+    for path in (half, older, rows, mine):
+        path.write_text("half")
+    assert train(where, "trainer.steps=2", "resume=auto").status == 0
+    assert not half.parent.exists() and not older.exists() and not rows.exists() and mine.exists()
+
+
+def test_a_kill_in_the_middle_of_a_save_leaves_a_name_of_ours(where, monkeypatch):
+    path = where / "checkpoints/last.safetensors"
+    checkpoint.write(path, {"model/a": torch.zeros(4)}, {})
+    before = path.read_bytes()
+    child = os.fork()
+    if child == 0:
+        monkeypatch.setattr(os, "fsync", lambda _: os.kill(os.getpid(), signal.SIGKILL))
+        checkpoint.write(path, {"model/a": torch.ones(4)}, {})
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert [found.name for found in path.parent.glob(".*")] == [".last.safetensors.part"]
+    drop_parts(where)
+    assert list(path.parent.iterdir()) == [path] and path.read_bytes() == before
 
 
 def test_a_folder_locked_here_is_locked_once(tmp_path):

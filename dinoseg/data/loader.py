@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -186,6 +187,7 @@ def _load_ahead(read: Callable[[Any], Any], keys: Iterable[Any], workers: int) -
 
 
 def _start_worker(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all: the parent finishes its step, and needs this one
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
 

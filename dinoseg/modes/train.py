@@ -38,6 +38,8 @@ def train(cfg: DictConfig, *, out_dir: Path, metrics_only: bool = False) -> dict
     """
     engine = instantiate(cfg.engine)
     out_dir = Path(engine.share(str(out_dir)))
+    if engine.share(cfg.resume) != cfg.resume:
+        raise UserError("resume=auto: the ranks found different runs. Name the one to go on with: resume=RUN_FOLDER.")
     feed = build.feed(cfg, engine)
     length = build.lengths(cfg, len(feed.train))
     kind = TrainImages(cfg, feed) if isinstance(feed, Feed) else TrainClips(cfg, feed)

@@ -4,6 +4,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -53,12 +54,12 @@ class RunLog:
 
     def close(self) -> None:
         """Flush and close everything; a second call does nothing."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-        if self._board is not None:
-            self._board.close()
-            self._board = None
+        file, board = self._file, self._board
+        self._file = self._board = None
+        with ExitStack() as stack:  # each, also where another cannot be flushed
+            for writer in (file, board):
+                if writer is not None:
+                    stack.callback(writer.close)
 
     def __enter__(self) -> "RunLog":
         return self

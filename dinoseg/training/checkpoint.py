@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dinoseg.errors import UserError
+from dinoseg.errors import UserError, free_space
 from dinoseg.model import fingerprint, quantised_names, trained_names
 from dinoseg.training.optim import MovingAverage
 
@@ -36,6 +36,7 @@ class Progress:
     best: float | None = None  # best validation score so far
     best_step: int = 0
     stale: int = 0  # validations since then
+    owed: bool = False  # the validation due at this step has not come to its end: a run that goes on begins with it
 
 
 @dataclass
@@ -67,22 +68,22 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: dict[str, s
     Raises:
         UserError: it cannot be written (a full disk, no permission); an older file of that name stays as it was.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
+    folder = path.with_name(f".{path.name}.part")  # of its own: safetensors gives its file a name by chance
+    part = folder / path.name
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, part, header)
         part.chmod(0o644)  # safetensors leaves it to the owner alone: a run folder is for the group to read
         with open(part, "rb") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
     except (OSError, SafetensorError) as error:
-        free = shutil.disk_usage(path.parent).free / 2**20
         raise UserError(
-            f"{path} could not be written ({error}); {free:.0f} MiB are free there. Make room and run it again, with "
+            f"{path} could not be written ({error}); {free_space(path)} there. Make room and run it again, with "
             f"resume= for a training run: what was saved before is untouched."
         ) from error
     finally:
-        part.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def read(path: Path) -> Checkpoint:
@@ -219,23 +220,30 @@ class Checkpoints:
         tensors = {f"model/{name}": value for name, value in _held(model).items()}
         tensors |= {f"optimizer/{key}": value for key, value in _optimizer_state(optimizer).items()}
         tensors |= {f"ema/{name}": value for name, value in (ema.average if ema else {}).items()}
-        self._write("last", tensors)
+        self._write("last", tensors, self.progress)
 
-    def judge(self, model: nn.Module, score: float, *, lowest: bool = False) -> None:
+    def judge(self, model: nn.Module, score: float, *, lowest: bool = False) -> Progress:
         """Save `best` where `score` beats all before; the model must hold the weights that were scored.
 
         The highest score is the best, or the `lowest`.
-        """
-        progress = self.progress
-        if progress.best is not None and (score >= progress.best if lowest else score <= progress.best):
-            progress.stale += 1
-            return
-        progress.best, progress.best_step, progress.stale = score, progress.step, 0
-        self._write("best", {f"model/{name}": value for name, value in _held(model).items()})
 
-    def _write(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        Returns:
+            Where the run stands with that; `settle` makes it so, once all else of the validation is kept.
+        """
+        now = self.progress
+        if now.best is not None and (score >= now.best if lowest else score <= now.best):
+            return replace(now, stale=now.stale + 1, owed=False)
+        found = replace(now, best=score, best_step=now.step, stale=0, owed=False)
+        self._write("best", {f"model/{name}": value for name, value in _held(model).items()}, found)
+        return found
+
+    def settle(self, found: Progress) -> None:
+        """Take over what `judge` has returned."""
+        vars(self.progress).update(vars(found))
+
+    def _write(self, name: str, tensors: Mapping[str, Tensor], progress: Progress) -> None:
         if self.writes:
-            info = {**self.info, "progress": asdict(self.progress)}
+            info = {**self.info, "progress": asdict(progress)}
             write(self.folder / f"{name}.safetensors", tensors, info)
 
 

@@ -2,25 +2,30 @@
 
 import logging
 import math
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterable
+from contextlib import closing, nullcontext
+from functools import partial
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dinoseg.errors import UserError
+from dinoseg.interrupt import Deferral, deferred
 from dinoseg.model import Segmenter, trained_names
 from dinoseg.report.log import RunLog
 from dinoseg.training import lengths
 from dinoseg.training.checkpoint import Checkpoints, Progress
 from dinoseg.training.engine import Engine
 from dinoseg.training.feed import Source
+from dinoseg.training.last_step import LastStep
 from dinoseg.training.optim import MovingAverage, set_learning_rates, tensors_of
 from dinoseg.training.progress import Meter
 
 logger = logging.getLogger(__name__)
+_NOTICE = "stopping: `last` is saved after this step (a second signal ends it at once, unsaved)"
 
 
 class NonFiniteLoss(UserError):
@@ -68,8 +73,11 @@ def fit(
         ema: decay of a moving average of the weights, which then is what gets scored and kept as best.
         score: the score of a validation that decides which checkpoint is best.
 
+    Whatever else ends it early, `last` is the last whole step.
+
     Raises:
-        NonFiniteLoss: naming the step and the samples.
+        NonFiniteLoss: naming the step and the samples; then no step is saved, for the last ones led to it.
+        Interrupted: by a signal; a first one waits for the end of the step.
     """
     lengths.check(steps=steps, val_every=val_every, save_every=save_every, log_every=log_every, accumulate=accumulate)
     _check_score(score, feed)
@@ -78,7 +86,15 @@ def fit(
     run = checkpoints.restore(model, optimizer, average)
     stream = feed.train_batches(start=run.step * accumulate)
     model.train()
-    with closing(Meter(run.step, steps, engine.device, visible=engine.is_main)) as meter:
+    with (
+        deferred(_NOTICE) as stop,
+        LastStep(checkpoints, model, optimizer, average) as last,
+        closing(Meter(run.step, steps, engine.device, visible=engine.is_main)) as meter,
+    ):
+        validate = partial(_validate, model, loss, feed, engine, checkpoints, log, average, score, stop)
+        if run.owed:
+            validate()
+            checkpoints.save(model, optimizer, average)
         batches = meter.waiting(stream)
         for step in range(run.step, steps):
             if patience is not None and run.stale > patience:
@@ -87,36 +103,47 @@ def fit(
             engine.seed(feed.seed, step)
             rate = set_learning_rates(optimizer, schedule(step, steps))
             model.set_progress(step / steps)
-            sums = [torch.zeros((), device=engine.device)] * 2  # of loss times weight, of weights
-            names, images = [], 0
-            for number, drawn in enumerate(islice(batches, accumulate), start=1):
-                batch = drawn.to(engine.device)
-                with engine.accumulating(net, last=number == accumulate):
-                    value, parts = loss(net(batch.image), batch)
-                    weight = parts.get("weight", torch.ones_like(value))
-                    engine.backward(value * weight)
-                sums = [sums[0] + value.detach() * weight, sums[1] + weight]
-                names += batch.names
-                images += batch.image.shape[:-3].numel()
-            mean, norm = _step(engine, optimizer, sums, clip, step, names)
-            if average is not None:
-                average.update(step)
-            run.step = step + 1
+            sums, names, images, parts = _gradients(net, loss, engine, islice(batches, accumulate), accumulate)
+            with last.update():
+                mean, norm, stopped = _step(engine, optimizer, sums, stop, clip, step, names)
+                if average is not None:
+                    average.update(step)
+                run.step, run.owed = step + 1, _due(step + 1, val_every, steps)
             meter.step(images * engine.world, mean)
             if _due(run.step, log_every, steps):
                 row = {"train/loss": mean, "train/lr": rate, "train/gradient_norm": norm, **meter.read()}
                 log.scalars(run.step, row | _terms(parts))
-            if _due(run.step, val_every, steps):
-                try:
-                    _validate(model, loss, feed, engine, checkpoints, log, average, score)
-                except UserError:  # an unreadable validation file, say: what was trained so far stays
-                    checkpoints.save(model, optimizer, average)
-                    raise
+            if stopped:
+                stop.leave()
+            if run.owed:
+                validate()
                 meter.pause()
             if _due(run.step, val_every, steps) or _due(run.step, save_every, steps):
                 checkpoints.save(model, optimizer, average)
     engine.wait()
     return run
+
+
+def _gradients(
+    net: nn.Module, loss: nn.Module, engine: Engine, batches: Iterable[Any], count: int
+) -> tuple[list[Tensor], list[str], int, dict[str, Tensor]]:
+    """Go backward through each of `count` batches.
+
+    Returns:
+        The sums of loss times weight and of weights, the samples' names, how many images, the last batch's parts.
+    """
+    sums = [torch.zeros((), device=engine.device)] * 2
+    names, images = [], 0
+    for number, drawn in enumerate(batches, start=1):
+        batch = drawn.to(engine.device)
+        with engine.accumulating(net, last=number == count):
+            value, parts = loss(net(batch.image), batch)
+            weight = parts.get("weight", torch.ones_like(value))
+            engine.backward(value * weight)
+        sums = [sums[0] + value.detach() * weight, sums[1] + weight]
+        names += batch.names
+        images += batch.image.shape[:-3].numel()
+    return sums, names, images, parts
 
 
 def _terms(parts: dict[str, Tensor]) -> dict[str, float]:
@@ -125,10 +152,20 @@ def _terms(parts: dict[str, Tensor]) -> dict[str, float]:
 
 
 def _step(
-    engine: Engine, optimizer: Optimizer, sums: list[Tensor], clip: float | None, step: int, names: list[str]
-) -> tuple[float, float]:
-    """Update with the mean over all labels of the step, however they lay in batches and ranks; return loss and norm."""
-    total, weight = engine.total(*sums)
+    engine: Engine,
+    optimizer: Optimizer,
+    sums: list[Tensor],
+    stop: Deferral,
+    clip: float | None,
+    step: int,
+    names: list[str],
+) -> tuple[float, float, bool]:
+    """Update with the mean over all labels of the step, however they lay in batches and ranks.
+
+    Returns:
+        The loss, the norm of the gradient, and whether any rank was asked to stop: all learn of it at the same step.
+    """
+    total, weight, asked = engine.total(*sums, torch.tensor(float(stop.asked)))
     mean = total / weight if weight else 0.0
     norm = math.nan
     if math.isfinite(mean):
@@ -137,10 +174,10 @@ def _step(
         everywhere = engine.gather(names)
         raise NonFiniteLoss(
             f"Step {step}: the loss is {mean:g} and the gradient norm {norm:g}, so training stops before the update. "
-            f"The samples were {', '.join(everywhere)}. The last checkpoint is untouched: give a lower "
+            f"The samples were {', '.join(everywhere)}. What was saved before is untouched: give a lower "
             f"optim.optimizer.lr, set trainer.clip, or look at these samples."
         )
-    return mean, norm
+    return mean, norm, asked > 0
 
 
 def _validate(
@@ -152,26 +189,27 @@ def _validate(
     log: RunLog,
     average: MovingAverage | None,
     score: str,
+    stop: Deferral,
 ) -> None:
     """Score the model (its moving average where there is one), log it, and keep it where it is the best yet."""
     engine.align(model)
-    if average is not None:
-        average.swap()
-    scores, picture = feed.validate(model, loss, engine)
-    if scores[score] is None:
-        raise UserError(f"trainer.score={score} is undefined: the validation data has nothing to count for it.")
-    if not math.isfinite(scores[score]):
-        raise NonFiniteLoss(
-            f"val/{score} is {scores[score]} at step {checkpoints.progress.step}: no checkpoint can be chosen by it. "
-            "Give a lower optim.optimizer.lr, or look at the validation data."
-        )
-    checkpoints.judge(model, scores[score], lowest=score in feed.lowest)
-    if average is not None:
-        average.swap()
+    engine.seed(feed.seed, checkpoints.progress.step)
+    with average.swapped() if average is not None else nullcontext():
+        with stop.at_once(allowed=engine.world == 1):  # a run that goes on begins with the validation it owes
+            scores, picture = feed.validate(model, loss, engine)
+        if scores[score] is None:
+            raise UserError(f"trainer.score={score} is undefined: the validation data has nothing to count for it.")
+        if not math.isfinite(scores[score]):
+            raise NonFiniteLoss(
+                f"val/{score} is {scores[score]} at step {checkpoints.progress.step}: no checkpoint can be chosen by "
+                "it. Give a lower optim.optimizer.lr, or look at the validation data."
+            )
+        found = checkpoints.judge(model, scores[score], lowest=score in feed.lowest)
     row = {f"val/{name}": value for name, value in scores.items() if isinstance(value, float)}
     log.scalars(checkpoints.progress.step, row)
     if picture is not None:
         log.picture(checkpoints.progress.step, "val/prediction", picture)
+    checkpoints.settle(found)
     logger.info(
         "step %d: val/%s %.4f (best %.4f at step %d)",
         checkpoints.progress.step,

@@ -4,6 +4,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -180,9 +181,17 @@ class MovingAverage:
             else:
                 self.average[name].copy_(value)
 
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Let the model hold the average, and give it back its weights however that ends."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
     @torch.no_grad()
-    def swap(self) -> None:
-        """Exchange live weights and average: once before validation, once after."""
+    def _swap(self) -> None:
         for name, value in self.live.items():
             kept = value.detach().clone()
             value.copy_(self.average[name])

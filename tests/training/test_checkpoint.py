@@ -76,7 +76,7 @@ def test_best_moves_only_when_beaten(model, tmp_path):
     run = checkpoints.restore(source, adamw(source, lr=1.0), None)
     for step, score in enumerate([0.3, 0.5, 0.5, 0.4, 0.6], start=1):
         run.step = step
-        checkpoints.judge(source, score)
+        checkpoints.settle(checkpoints.judge(source, score))
         assert (run.best, run.best_step, run.stale) == {
             1: (0.3, 1, 0),
             2: (0.5, 2, 0),

@@ -170,9 +170,8 @@ def test_moving_average_follows_its_formula_and_swaps_back():
         weight += 1
     average.update(step=1000)
     torch.testing.assert_close(average.average["w"], torch.tensor([1.1, 2.1]))
-    average.swap()
-    torch.testing.assert_close(weight.data, torch.tensor([1.1, 2.1]))
-    average.swap()
+    with average.swapped():
+        torch.testing.assert_close(weight.data, torch.tensor([1.1, 2.1]))
     torch.testing.assert_close(weight.data, torch.tensor([2.0, 3.0]))
 
 

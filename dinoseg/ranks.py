@@ -1,0 +1,127 @@
+"""Several processes for one job: started here, watched, and ended together."""
+
+import json
+import math
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from multiprocessing import connection, get_context
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from dinoseg.config import plain, register_resolvers
+from dinoseg.errors import UserError, telling_file_errors
+from dinoseg.interrupt import SIGNALS, Interrupted, passed_on, raised
+from dinoseg.processes import end_with_parent
+from dinoseg.run_folder import configure_log
+
+LAUNCH_KEYS = ("devices", "resume_from", "keeps_folder")  # of a mode: read by launch; the rest are its function's
+_GRACE = 60.0  # seconds that the others have to save and end when one has failed
+_STOPPED = {status: number for number in SIGNALS for status in (128 + number, -number)}  # exit statuses
+
+
+def run_mode(cfg: DictConfig, out_dir: Path) -> Any:
+    """Call the mode's function in this process."""
+    if cfg.mode.get("keeps_folder", True):
+        configure_log(out_dir if is_first_rank() else None)
+    from dinoseg.nodes import instantiate
+
+    return instantiate(cfg.mode, without=LAUNCH_KEYS)(cfg, out_dir=out_dir)
+
+
+def is_first_rank() -> bool:
+    """Return whether this process writes the run's files: alone, or the first of those torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def run_ranks(cfg: DictConfig, out_dir: Path, devices: int) -> Any:
+    """Run a mode in `devices` processes and return what the first one returns.
+
+    Signals are passed on to all of them. When one fails, the others may end by themselves (the first saves what it has
+    trained) and are killed if they do not.
+
+    Raises:
+        UserError: a rank has failed; it has said why.
+        Interrupted: a signal has ended them.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = get_context("spawn")  # CUDA does not live through a fork
+    receiving, sending = context.Pipe(duplex=False)
+    ranks = [
+        context.Process(target=_run_rank, args=(rank, devices, port, plain(cfg), out_dir, sending))
+        for rank in range(devices)
+    ]
+    try:
+        for rank in ranks:
+            rank.start()
+        sending.close()
+        with passed_on([rank.pid for rank in ranks if rank.pid]):
+            result = _watch(ranks, receiving)
+    finally:
+        for rank in ranks:
+            if rank.is_alive():
+                rank.kill()
+    return result
+
+
+def _watch(ranks: Sequence[BaseProcess], receiving: connection.Connection) -> Any:
+    """Return what the first rank sends, once all have ended well."""
+    result: list[Any] = []
+    failed: int | None = None
+    deadline = math.inf
+    waiting: list[Any] = [receiving, *(rank.sentinel for rank in ranks)]
+    while waiting and time.monotonic() < deadline:
+        for ready in connection.wait(waiting, timeout=1.0):
+            waiting.remove(ready)
+            if ready is receiving:  # read at once: a pipe holds 64 KiB, and the rank waits until more is taken
+                result += _received(receiving)
+        if failed is None and any(rank.exitcode for rank in ranks):
+            failed = next(number for number, rank in enumerate(ranks) if rank.exitcode)
+            deadline = time.monotonic() + _GRACE
+    if failed is None:
+        return result[0]
+    status = ranks[failed].exitcode
+    if status in _STOPPED:
+        raise Interrupted(_STOPPED[status])
+    raise UserError(f"Rank {failed} ended with status {status}: see its message above.")
+
+
+def _received(receiving: connection.Connection) -> list[Any]:
+    try:
+        return [json.loads(receiving.recv_bytes())]
+    except EOFError:  # the first rank has ended without a result
+        return []
+
+
+def _run_rank(
+    rank: int, world: int, port: int, cfg: dict[str, Any], out_dir: Path, sending: connection.Connection
+) -> None:
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    if rank:
+        sending.close()  # so that the parent sees the end of the only one that writes
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    register_resolvers()
+    try:
+        with raised(), telling_file_errors(out_dir):
+            result = run_mode(OmegaConf.create(cfg), out_dir)
+    except UserError as error:
+        print(f"error (rank {rank}): {error}", file=sys.stderr)
+        sys.exit(1)
+    except Interrupted as stop:  # the parent says what was saved
+        sys.exit(stop.status)
+    if rank == 0:
+        sending.send_bytes(json.dumps(result).encode())

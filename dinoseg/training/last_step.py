@@ -1,0 +1,63 @@
+"""What was trained is not lost when training ends early: the last whole step is saved, exactly as it was."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+
+from torch import nn
+from torch.optim import Optimizer
+
+from dinoseg.interrupt import Interrupted
+from dinoseg.model import trained_names
+from dinoseg.training.checkpoint import Checkpoints
+from dinoseg.training.optim import MovingAverage, tensors_of
+
+logger = logging.getLogger(__name__)
+
+
+class LastStep:
+    """Saves `last` when an error or a signal ends its block, as it stood after the newest update.
+
+    Of what a checkpoint holds, a step changes buffers alone (running means) before its update, so these are kept. What
+    fails within `update` leaves no whole step, and a loss that is not finite is among it: nothing is saved then.
+    """
+
+    def __init__(
+        self, checkpoints: Checkpoints, model: nn.Module, optimizer: Optimizer, average: MovingAverage | None
+    ) -> None:
+        self._checkpoints, self._state = checkpoints, (model, optimizer, average)
+        parameters = {name for name, _ in model.named_parameters()}
+        self._buffers = [buffer for _, buffer in tensors_of(model, trained_names(model) - parameters)]
+        self._start = checkpoints.progress.step
+        self._keep()
+
+    @contextmanager
+    def update(self) -> Iterator[None]:
+        """Change weights, optimizer, average and progress together."""
+        self._whole = False
+        yield
+        self._keep()
+
+    def __enter__(self) -> "LastStep":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        first = isinstance(error, Interrupted) and not error.again
+        step = self._checkpoints.progress.step
+        if not (first or isinstance(error, Exception)) or not self._whole or step == self._start:
+            return
+        for buffer, kept in zip(self._buffers, self._kept, strict=True):
+            buffer.copy_(kept)
+        try:
+            self._checkpoints.save(*self._state)
+        except Exception as second:  # the first error is the one to tell
+            logger.error("Training stopped after step %d, which could not be saved: %s", step, second)
+        else:
+            logger.warning("Training stopped after step %d, and that step is saved.", step)
+
+    def _keep(self) -> None:
+        self._kept = [buffer.clone() for buffer in self._buffers]
+        self._whole = True

@@ -1,0 +1,146 @@
+"""A training that ends early keeps its last whole step, and goes on from it as if it had never stopped."""
+
+import math
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_fit import Rows, Stripes
+
+from dinoseg.adapters import Full
+from dinoseg.data.transforms import Affine, Augment
+from dinoseg.errors import UserError
+from dinoseg.heads.linear import LinearHead
+from dinoseg.interrupt import Interrupted
+from dinoseg.losses.pixel import CrossEntropy
+from dinoseg.model import Segmenter
+from dinoseg.training import checkpoint
+from dinoseg.training.checkpoint import Checkpoints, read
+from dinoseg.training.engine import Engine
+from dinoseg.training.feed import Feed
+from dinoseg.training.fit import NonFiniteLoss, fit
+from dinoseg.training.optim import adamw, schedule
+
+
+class Failing(Feed):
+    """A feed that does something before it draws a batch, or before a validation, of a number each."""
+
+    batch = validation = -1
+    fails = staticmethod(lambda: None)
+    validated = 0
+
+    def train_batches(self, start):
+        for number, batch in enumerate(super().train_batches(start), start=start):
+            if number == self.batch:
+                self.fails()
+            yield batch
+
+    def validate(self, model, loss, engine):
+        self.validated += 1
+        if self.validated == self.validation:
+            self.fails()
+        return super().validate(model, loss, engine)
+
+
+@pytest.fixture
+def train(tiny_backbone):
+    """Train on stripes with a moving average and two batches a step; return the error, if any, and the rows."""
+
+    def run(folder, start=None, **options):
+        torch.manual_seed(0)
+        model = Segmenter(Full()(tiny_backbone()), LinearHead(24, 1, 3))
+        augment = Augment((24, 32), affine=Affine(degrees=20))
+        feed = Failing(Stripes([(32, 40)] * 6), Stripes([(32, 40), (19, 23)]), augment, 3, seed=0, workers=0)
+        for name in ("batch", "validation", "fails"):
+            setattr(feed, name, options.pop(name, getattr(feed, name)))
+        found = read(folder / "last.safetensors") if start else None
+        checkpoints = Checkpoints(folder, dict.fromkeys(checkpoint.INFO[3:], {}), found)
+        settings = {"steps": 6, "val_every": 3, "log_every": 1, "accumulate": 2, "ema": 0.5, **options}
+        log, error = Rows(), None
+        optimizer, engine = adamw(model, lr=3e-3), Engine("cpu", "fp32", workers=0)
+        arguments = (model, CrossEntropy(torch.ones(3)), feed, optimizer, engine, checkpoints, log)
+        try:
+            fit(*arguments, schedule=schedule(), **settings)
+        except (Exception, Interrupted) as caught:
+            error = caught
+        return SimpleNamespace(error=error, rows=log.rows)
+
+    return run
+
+
+def same(first, second, names=("last", "best")):
+    for name in names:
+        one, two = (read(folder / f"{name}.safetensors") for folder in (first, second))
+        assert one.info["progress"] == two.info["progress"] and one.tensors.keys() == two.tensors.keys()
+        assert [key for key in one.tensors if not one.tensors[key].equal(two.tensors[key])] == []
+
+
+def untimed(rows):
+    timings = ("train/images_per_s", "train/data_wait", "train/memory_gib")
+    return [{key: value for key, value in row.items() if key not in timings} for row in rows]
+
+
+def truncated():
+    raise UserError("7.png is truncated")
+
+
+def terminate():
+    signal.raise_signal(signal.SIGTERM)
+
+
+def crash():
+    raise RuntimeError("a worker has died")
+
+
+@pytest.mark.parametrize("fails", [truncated, crash, terminate])
+@pytest.mark.parametrize(
+    ("where", "step"), [({"batch": 8}, 4), ({"batch": 9}, 4), ({"validation": 1}, 3), ({"validation": 2}, 6)]
+)
+def test_what_was_trained_is_saved_and_goes_on_bit_for_bit(train, tmp_path, fails, where, step):
+    """Also in the middle of a step, between its two batches, and in the validation after the last step."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    uninterrupted = train(whole)
+    ended = train(cut, fails=fails, **where)
+    assert isinstance(ended.error, Interrupted if fails is terminate else (UserError, RuntimeError))
+    finished = fails is terminate and "batch" in where  # a signal lets the step come to its end
+    assert read(cut / "last.safetensors").info["progress"]["step"] == step + finished
+    gone_on = train(cut, start=True)
+    assert uninterrupted.error is gone_on.error is None
+    same(whole, cut)
+    assert untimed(ended.rows + gone_on.rows) == untimed(uninterrupted.rows)
+
+
+def test_an_update_that_fails_half_way_is_not_saved(train, tmp_path, monkeypatch):
+    assert train(tmp_path, steps=2).error is None
+    before = (tmp_path / "last.safetensors").read_bytes()
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_: crash())
+    assert isinstance(train(tmp_path, start=True).error, RuntimeError)
+    assert (tmp_path / "last.safetensors").read_bytes() == before
+
+
+def test_a_loss_that_is_not_finite_leaves_what_was_saved_before(train, tmp_path, monkeypatch):
+    """The steps that led to it are of no use: going on from them would end there again."""
+    monkeypatch.setattr(Engine, "total", lambda self, *values: [math.nan, 1.0, 0.0])
+    assert isinstance(train(tmp_path).error, NonFiniteLoss) and not list(tmp_path.iterdir())
+
+
+def test_an_error_that_cannot_be_saved_is_told_first(train, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", lambda *_: crash())
+    assert str(train(tmp_path, batch=4, fails=truncated).error) == "7.png is truncated"
+    assert "Training stopped after step 2, which could not be saved: a worker has died" in caplog.text
+
+
+def test_a_best_that_cannot_be_written_is_not_remembered_as_such(train, tmp_path, monkeypatch):
+    write = checkpoint.write
+
+    def refuse(path, *rest):
+        if path.name.startswith("best"):
+            raise UserError("the disk is full")
+        write(path, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "write", refuse)
+        assert str(train(tmp_path).error) == "the disk is full"
+    progress = read(tmp_path / "last.safetensors").info["progress"]
+    assert progress["best"] is None and progress["owed"] and progress["step"] == 3
