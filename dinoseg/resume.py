@@ -1,11 +1,9 @@
 """Going on from a checkpoint: its config, with what the command line changes, and its model."""
 
 import json
-import os
 import sys
-import time
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from dinoseg.guard import ACTING, guard, renamed
 from dinoseg.inference.trained_sizes import TrainedSizes
 from dinoseg.model import Segmenter
 from dinoseg.nodes import instantiate
-from dinoseg.run_folder import command_line, is_locked
+from dinoseg.run_folder import command_line
 from dinoseg.shapes import Palette, SegmentationData
 from dinoseg.training import checkpoint
 from dinoseg.training.engine import Engine
@@ -38,56 +36,6 @@ LENGTHS = (
     "save_every",
     "log_every",
 )  # of a trainer: a run may go on with others
-PATIENCE = 10  # seconds that resume=auto waits for a run of another process
-
-
-def locate(cfg: DictConfig, out_dir: Path, prefer: str) -> Path | None:
-    """Return the checkpoint that `resume` means; None for `auto` where no run of this recipe has one yet.
-
-    A run is of the same recipe if nothing but its length and its intervals differ. One that another process is still
-    writing to after a while is passed over, and so is a file that cannot be read; both are said.
-    """
-    if cfg.resume != "auto":
-        return checkpoint.find(cfg.resume, prefer)
-    recipe = next((folder for folder in out_dir.parents if folder.name == cfg.choices.hparam), out_dir.parent)
-    now = _recipe(description_of(cfg))
-    for path in _newest_first(recipe.rglob(f"{checkpoint.FOLDER}/{prefer}.safetensors")):
-        try:
-            same = _recipe(checkpoint.describe(path)) == now
-        except UserError as error:
-            _say(f"passed over: {error}")
-            continue
-        if same and _is_free(path.parent.parent):
-            return path
-    return None
-
-
-def _newest_first(paths: Iterable[Path]) -> list[Path]:
-    found = []
-    for path in paths:
-        with suppress(OSError):  # removed meanwhile
-            found.append((path.stat().st_mtime, path))
-    return [path for _, path in sorted(found, reverse=True)]
-
-
-def _is_free(run: Path) -> bool:
-    """Return whether a run can be gone on with; one that was just told to end is given a while to do so."""
-    if os.environ.get("RANK", "0") != "0":
-        return True  # the first rank of torchrun's decides, and may hold it already
-    deadline = time.monotonic() + PATIENCE
-    if not is_locked(run):
-        return True
-    _say(f"another process is writing to {run}: waiting up to {PATIENCE} seconds for its end.")
-    while time.monotonic() < deadline:
-        time.sleep(0.1)
-        if not is_locked(run):
-            return True
-    _say(f"passed over: {run} is still written to.")
-    return False
-
-
-def _say(message: str) -> None:
-    print(f"resume=auto: {message}", file=sys.stderr)
 
 
 def merge(cfg: DictConfig, overrides: Sequence[Any], path: Path, info: Mapping[str, Any]) -> DictConfig:
@@ -256,7 +204,7 @@ def _background_of_old(info: Mapping[str, Any]) -> int | None:
     return 0 if str(names[0]).lower() == "background" or chosen_by == "miou_no_background" else None
 
 
-def _recipe(info: Mapping[str, Any]) -> dict[str, Any]:
+def recipe_of(info: Mapping[str, Any]) -> dict[str, Any]:
     """Return what makes two runs the same recipe, as a checkpoint would give it back."""
     config = json.loads(json.dumps(_kept(info)))
     trainer = {key: value for key, value in config["trainer"].items() if key not in LENGTHS}

@@ -29,7 +29,7 @@ LEVELS = (  # a room imports its own level and those below
     ),
     ("backbones", "heads", "losses", "metrics", "data"),
     ("model", "adapters", "inference", "scoring", "training"),
-    ("config", "checks", "registry", "guard", "run_folder", "nodes", "build", "resume"),
+    ("config", "checks", "registry", "guard", "run_folder", "nodes", "build", "resume", "earlier"),
     ("modes",),
     ("launch", "ranks", "typos", "words", "own_keys", "__main__"),
 )
@@ -37,7 +37,18 @@ LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 LEAVES = LEVELS[1]  # these never import one another, and build names none of them
 DOORS = {  # dependency to the rooms and files that may import it
     "hydra": ("config", "registry", "nodes", "resume", "modes", "launch", "typos", "words", "own_keys", "__main__"),
-    "omegaconf": ("config", "run_folder", "nodes", "build", "resume", "modes", "launch", "ranks", "__main__"),
+    "omegaconf": (
+        "config",
+        "run_folder",
+        "nodes",
+        "build",
+        "resume",
+        "earlier",
+        "modes",
+        "launch",
+        "ranks",
+        "__main__",
+    ),
     "hydra.utils": ("nodes",),
     "accelerate": ("training/engine",),
     "peft": ("adapters",),

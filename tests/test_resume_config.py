@@ -10,7 +10,7 @@ import torch
 from command_line import SMALL, call, write_data
 from omegaconf import OmegaConf
 
-from dinoseg import resume
+from dinoseg import earlier
 from dinoseg.errors import UserError
 from dinoseg.resume import description_of, merge
 from dinoseg.run_folder import drop_parts, is_locked, lock, release
@@ -134,7 +134,7 @@ def test_auto_finds_a_run_that_was_moved_with_its_data(where, monkeypatch):
 
 
 def test_auto_passes_over_a_run_that_is_still_going(where, monkeypatch):
-    monkeypatch.setattr(resume, "PATIENCE", 0.1)
+    monkeypatch.setattr(earlier, "PATIENCE", 0.1)
     assert train(where, "trainer.steps=1").status == 0
     with open(runs(where)[0] / "run.log", "a") as file:
         import fcntl
@@ -153,18 +153,18 @@ def test_auto_passes_over_a_run_that_is_still_going(where, monkeypatch):
 def test_auto_waits_for_a_run_that_is_about_to_end(where, monkeypatch):
     assert train(where, "trainer.steps=1").status == 0
     path, asked = runs(where)[0], []
-    monkeypatch.setattr(resume, "is_locked", lambda run: asked.append(run) or len(asked) < 3)
+    monkeypatch.setattr(earlier, "is_locked", lambda run: asked.append(run) or len(asked) < 3)
     done = train(where, "trainer.steps=2", "resume=auto")
     assert done.status == 0 and len(runs(where)) == 1 and last(where)["progress"]["step"] == 2
     assert f"resume=auto: another process is writing to {path}: waiting" in done.err and "passed over" not in done.err
 
 
 def test_ranks_but_the_first_take_the_run_that_the_first_holds(where, monkeypatch):
-    monkeypatch.setattr(resume, "is_locked", lambda run: True)
-    monkeypatch.setattr(resume, "PATIENCE", 0)
-    assert not resume._is_free(where)
+    monkeypatch.setattr(earlier, "is_locked", lambda run: True)
+    monkeypatch.setattr(earlier, "PATIENCE", 0)
+    assert not earlier._is_free(where)
     monkeypatch.setenv("RANK", "1")
-    assert resume._is_free(where)
+    assert earlier._is_free(where)
 
 
 def test_auto_passes_over_files_that_cannot_be_read_and_says_so(where):
