@@ -11,7 +11,7 @@
 `ids` says which, without it a class has its position, and `color` only draws. With `masks: palette` it holds colours: a
 class has a `color`, or several `colors` that are merged. With `masks: binary` it holds 0 and 255. `ignore` names the
 `ids` or `colors` that count nowhere, `background` the class that is no object, if any. Under `masks: ids` all numbers
-must be named, but for data.ignore_index.
+must be named, but for data.ignore_index; or `others` names the class of all that are not, such as those of instances.
 """
 
 from collections import Counter
@@ -30,7 +30,15 @@ from dinoseg.files import check_regular
 
 NAME = "classes.yaml"
 NOT_DESCRIBED: dict[str, Any] = {
-    **{"palette": None, "background": None, "format": "ids", "ids": None, "colors": None, "ignore_colors": []},
+    **{
+        "palette": None,
+        "background": None,
+        "format": "ids",
+        "ids": None,
+        "others": None,
+        "colors": None,
+        "ignore_colors": [],
+    },
     "described": None,
 }
 _LARGEST = 65536  # bytes: 255 classes need a fourth of it
@@ -82,7 +90,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _described(content: Any, ignore_index: int) -> dict[str, Any]:
-    whole = _mapping(content, "the file", ("classes", "background", "ignore", "masks"))
+    whole = _mapping(content, "the file", ("classes", "background", "others", "ignore", "masks"))
     classes = _classes(whole.get("classes"))
     ignored = _mapping(whole.get("ignore", {}), "ignore", ("ids", "colors"))
     masks = whole.get("masks", "ids")
@@ -97,8 +105,14 @@ def _described(content: Any, ignore_index: int) -> dict[str, Any]:
     if found["background"] not in (None, *classes):
         raise ValueError(f"background: {found['background']} is no class: name one of {', '.join(classes)}, or none")
     found["palette"] = [given[0] for given in colors] if any(colors) else None
+    found["others"] = others = whole.get("others")
+    if others not in (None, *classes):
+        raise ValueError(f"others: {others} is no class: name one of {', '.join(classes)}")
+    if others is not None and masks != "ids":
+        raise ValueError(f"others has no effect with masks: {masks}: remove it, or say `masks: ids`")
     if masks == "ids":
-        found["ids"] = _ids(classes, _whole_numbers(ignored.get("ids", []), "ignore"), ignore_index) or None
+        unnamed = _whole_numbers(ignored.get("ids", []), "ignore")
+        found["ids"] = _ids(classes, unnamed, ignore_index, others) or None
     if masks == "palette":
         unseen = _colors(ignored, "ignore")
         owners = [(tuple(color), name) for name, given in zip(classes, colors, strict=True) for color in given]
@@ -166,14 +180,18 @@ def _whole_numbers(given: Any, where: str) -> list[int]:
     return given
 
 
-def _ids(classes: Mapping[str, Mapping[str, Any]], ignored: Sequence[int], ignore_index: int) -> dict[int, int]:
-    """Return file id to class id, ignore_index, or -1 for one that is refused."""
+def _ids(
+    classes: Mapping[str, Mapping[str, Any]], ignored: Sequence[int], ignore_index: int, others: str | None
+) -> dict[int, int]:
+    """Return file id to class id, ignore_index, or -1 for one that is refused.
+
+    The class of all `others` needs no ids.
+    """
     named = [name for name, entry in classes.items() if "ids" in entry]
-    if named and len(named) < len(classes):
-        bare = ", ".join(name for name in classes if name not in named)
-        raise ValueError(f"no ids for {bare}: give them to every class, or to none to count by position")
+    if named and (bare := [name for name in classes if name not in (*named, others)]):
+        raise ValueError(f"no ids for {', '.join(bare)}: give them to every class, or to none to count by position")
     own = {
-        name: _whole_numbers(entry["ids"], f"class {name}") if named else [position]
+        name: _whole_numbers(entry.get("ids", []), f"class {name}") if named else [position]
         for position, (name, entry) in enumerate(classes.items())
     }
     owners = [(number, name) for name, numbers in own.items() for number in numbers]
@@ -182,7 +200,8 @@ def _ids(classes: Mapping[str, Mapping[str, Any]], ignored: Sequence[int], ignor
     if named:
         order = {name: position for position, name in enumerate(classes)}
         table |= {number: order[name] for number, name in owners}
-        table |= {number: -1 for number in range(len(classes)) if number not in table and number != ignore_index}
+        rest = -1 if others is None else order[others]
+        table |= {number: rest for number in range(len(classes)) if number not in table and number != ignore_index}
     return table
 
 

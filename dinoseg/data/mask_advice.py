@@ -1,10 +1,15 @@
 """What to do about a mask that holds what is no class: told by the values, the same in every message."""
 
-from collections.abc import Collection, Sequence
+import json
+import re
+import shlex
+from collections.abc import Collection, Mapping, Sequence
 
 HIGHEST_ID = 65535  # 16-bit files are the widest in use
 _LOSSY_MARGIN = 16  # how far JPEG commonly moves a 0 or a 255
 _MOST = 20  # more foreign ids than that are no oversight in a table
+_PALETTE = "data.reader.masks.format=palette"
+_WORDS = ("null", "true", "false", "nan", "inf")  # which a command line would not take for text
 
 
 def for_ids(foreign: Collection[int], ignore_index: int, *, described: bool) -> str:
@@ -51,3 +56,54 @@ def for_binary(values: Collection[int], *, described: bool) -> str:
         return "Values near 0 and near 255 are what lossy compression leaves: threshold at 128 and save as PNG."
     remedy = "say `masks: ids` in classes.yaml" if described else "set data.reader.masks.format=ids"
     return f"They look like class numbers, which thresholding would destroy: {remedy}, and name all classes."
+
+
+def for_instances(name: str, *, described: bool) -> str:
+    """Return what to do about numbers that count objects, where each may be an object of the class `name`."""
+    remedy = (
+        f"add this line to classes.yaml: `others: {json.dumps(name, ensure_ascii=False)}`"
+        if described
+        else f"add this to the command line: `{_override('++data.reader.masks.others', name)}`"
+    )
+    return f"These look like instances. If each number is one {name}, {remedy}. Every other id is then that class."
+
+
+def for_coloured(counts: Mapping[tuple[int, ...], int], classes: Sequence[str], *, described: bool) -> str:
+    """Return what to do about pictures in colours, read as numbers; `counts`: pixels of each colour."""
+    if len(counts) > _MOST:
+        return (
+            "So many colours are not those of classes: JPEG and smooth resizing make them. Save the masks again, as "
+            "PNG and without smoothing."
+        )
+    if len(counts) < len(classes):
+        return (
+            f"They hold {len(counts)} colours for {len(classes)} classes. Save them as grey pictures of class ids, or "
+            f"say which colour each class has: {'`masks: palette` in classes.yaml' if described else _PALETTE}."
+        )
+    order = sorted(counts, key=lambda color: (color != (0, 0, 0), -counts[color]))
+    colors, rest = [list(color) for color in order[: len(classes)]], [list(color) for color in order[len(classes) :]]
+    if described:
+        entries = {name: {"color": color} for name, color in zip(classes, colors, strict=True)}
+        content = {"classes": entries, **({"ignore": {"colors": rest}} if rest else {}), "masks": "palette"}
+        line = f"put this into classes.yaml, in place of what it says: `{json.dumps(content, ensure_ascii=False)}`"
+    else:
+        ignored = f" 'data.reader.masks.ignore_colors={_listed(rest)}'" if rest else ""
+        line = f"add this to the command line: `{_PALETTE} 'data.palette={_listed(colors)}'{ignored}`"
+    meaning = ", ".join(f"{tuple(color)} {name}" for name, color in zip(classes, colors, strict=True))
+    return f"If their colours stand for classes, {line}. That makes {meaning}{_also(rest)}: exchange what is wrong."
+
+
+def _also(ignored: Sequence[Sequence[int]]) -> str:
+    return f", and {', '.join(str(tuple(color)) for color in ignored)} ignored" if ignored else ""
+
+
+def _listed(colors: Sequence[Sequence[int]]) -> str:
+    return json.dumps(colors, separators=(",", ":"))
+
+
+def _override(key: str, value: str) -> str:
+    """Return a word of the command line, as a shell takes it."""
+    plain = re.fullmatch(r"[A-Za-z_][\w-]*", value, re.ASCII) and value.lower() not in _WORDS
+    escaped = re.sub(r'(\\*)("|$)', lambda found: 2 * found[1] + ('\\"' if found[2] else ""), value)
+    quoted = value if plain else f'"{escaped}"'
+    return shlex.quote(f"{key}={quoted}")

@@ -25,6 +25,7 @@ class Masks:
             stand for classes by `data.palette`; `binary`: 0 is class 0 and 255 is class 1, or
             black and white of a file of one bit a pixel.
         ids: file id to class id, ignore_index or -1 (refused), for `ids`; ids not named here stay as they are.
+        others: for `ids`: the class of every number that is not named: not by `ids`, no class's own, not ignored.
         reduce_zero_label: for `ids`: file id 0 is ignored, and k is class k - 1, as in ADE20K.
         colors: class id to further colours that stand for it, for `palette`.
         ignore_colors: colours that are ignored, for `palette`.
@@ -34,6 +35,7 @@ class Masks:
 
     format: str = "ids"
     ids: Mapping[int, int] | None = None
+    others: str | None = None
     reduce_zero_label: bool = False
     colors: Mapping[int, Sequence[Sequence[int]]] | None = None
     ignore_colors: Sequence[Sequence[int]] = ()
@@ -57,7 +59,7 @@ class Masks:
         ):
             if value not in options:
                 raise UserError(f"data.reader.masks.{key}={value} is unknown. Choose one of {', '.join(options)}.")
-        for name, given in (("ids", self.ids), ("reduce_zero_label", self.reduce_zero_label)):
+        for name, given in (("ids", self.ids), ("others", self.others), ("reduce_zero_label", self.reduce_zero_label)):
             if given and self.format != "ids":
                 raise UserError(
                     f"data.reader.masks.{name} has no effect with format={self.format}: remove it, or set format=ids."
@@ -90,7 +92,8 @@ class MaskReader:
         self.labels = labels
         self.masks = masks
         if masks.format == "ids":
-            self._table = _id_table(labels, masks.ids or {}, first=int(masks.reduce_zero_label))
+            rest = -1 if masks.others is None else _position(masks.others, labels)
+            self._table = _id_table(labels, masks.ids or {}, first=int(masks.reduce_zero_label), rest=rest)
         elif masks.format == "palette":
             self._codes, self._values = _color_table(labels, masks.colors or {}, masks.ignore_colors)
         elif len(labels.classes) != 2:
@@ -162,13 +165,21 @@ def _one_channel(numbers: np.ndarray, path: Path) -> np.ndarray:
     return first
 
 
-def _id_table(labels: Labels, ids: Mapping[int, int], first: int) -> np.ndarray:
+def _position(name: str, labels: Labels) -> int:
+    if name not in labels.classes:
+        raise UserError(
+            f"data.reader.masks.others={name} is no class. Name one of data.classes: {', '.join(labels.classes)}."
+        )
+    return labels.classes.index(name)
+
+
+def _id_table(labels: Labels, ids: Mapping[int, int], first: int, rest: int) -> np.ndarray:
     """Return (65536,) int16: class id or ignore_index of each file id, -1 where there is none.
 
-    The file id of the first class is `first`; those before it are ignored.
+    The file id of the first class is `first`; those before it are ignored, those of no class are `rest`.
     """
     count, ignore = len(labels.classes), labels.ignore_index
-    table = np.full(HIGHEST_ID + 1, -1, dtype=np.int16)
+    table = np.full(HIGHEST_ID + 1, rest, dtype=np.int16)
     table[:first] = ignore
     table[first : first + count] = np.arange(count)
     table[ignore] = ignore

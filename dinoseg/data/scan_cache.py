@@ -19,7 +19,7 @@ from dinoseg.data.stamps import rules_of, stamp
 
 log = logging.getLogger(__name__)
 
-_VERSION = 2  # of what a record holds
+_VERSION = 3  # of what a record holds
 _SMALL_COPIES = ("edges", "borders")
 _TUPLES = ("image_size", "mask_size", "color_sums", "color_squares")
 

@@ -187,7 +187,7 @@ def _add_mask(path: Path, image: Any, reader: MaskReader, found: dict[str, Any],
 def _raw_of(path: Path, reader: MaskReader, pixels: Mapping[int, int]) -> dict[str, int]:
     """Return what the file holds; it is read again only where that differs from the class ids."""
     masks = reader.masks
-    if masks.format == "palette" or (masks.format == "ids" and (masks.ids or masks.reduce_zero_label)):
+    if masks.format == "palette" or (masks.format == "ids" and (masks.ids or masks.others or masks.reduce_zero_label)):
         return _raw(path, reader)
     scale = 255 if masks.format == "binary" else 1
     return {str(value * scale): count for value, count in pixels.items()}
@@ -195,6 +195,8 @@ def _raw_of(path: Path, reader: MaskReader, pixels: Mapping[int, int]) -> dict[s
 
 def _raw(path: Path, reader: MaskReader) -> dict[str, int]:
     numbers = read_image(path) if reader.masks.format == "palette" else read_ids(path)
+    if numbers.ndim == 3 and reader.masks.format != "palette" and (numbers == numbers[..., :1]).all():
+        numbers = numbers[..., 0]
     if numbers.ndim == 2:
         return {str(value): int(count) for value, count in _counted(numbers)[:_VALUES]}
     codes = numbers[..., 0].astype(np.int32) << 16 | numbers[..., 1].astype(np.int32) << 8 | numbers[..., 2]

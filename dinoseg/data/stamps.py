@@ -34,4 +34,6 @@ def rules_of(reader: MaskReader) -> str:
     """Return all that class ids depend on beside their file, as one text for equal rules, however written."""
     labels, masks = reader.labels, reader.masks
     options = {each.name: getattr(masks, each.name) or None for each in fields(masks) if each.compare}
+    if masks.others is None:
+        del options["others"]  # what was kept before there was this key stays known
     return json.dumps([labels.classes, labels.ignore_index, labels.palette, options], sort_keys=True)

@@ -73,6 +73,23 @@ def test_numbers_are_merged_and_ignored(load, tmp_path):
             data.mask(0)
 
 
+def test_every_other_number_can_be_a_class(load, tmp_path):
+    for text, expected in (
+        ("classes: [ground, person]\nothers: person", [0, 1, 1, 1, 255, 1]),
+        ("classes: [ground, person]\nothers: ground", [0, 1, 0, 0, 255, 0]),
+        ("classes: {ground: {ids: [2]}, person: }\nothers: person\nignore: {ids: [3]}", [1, 1, 0, 255, 255, 1]),
+        ("classes: {ground: {ids: [0]}, dog: {ids: [2]}, person: {ids: [9]}}\nothers: person", [0, 2, 1, 2, 255, 2]),
+    ):
+        describe(tmp_path, text)
+        put(tmp_path, [[0, 1, 2, 3, 255, 40000]], dtype=np.uint16)
+        data = instantiate(load(tmp_path).data.reader)(split="val")
+        assert data.mask(0).tolist() == [expected], text
+    data = instantiate(load(tmp_path, "data.classes=[a,b]", "data.reader.masks.others=b").data.reader)(split="val")
+    assert data.mask(0).tolist() == [[0, 1, 1, 1, 255, 1]]
+    with pytest.raises(UserError, match=r"data\.reader\.masks\.others=c is no class\. Name one of data\.classes: a, b"):
+        instantiate(load(tmp_path, "data.classes=[a,b]", "data.reader.masks.others=c").data.reader)(split="val")
+
+
 def test_a_position_is_no_class_where_ids_are_given(load, tmp_path):
     describe(tmp_path, "classes: {a: {ids: [10]}, b: {ids: [20, 255]}}")
     put(tmp_path, [[10, 20], [255, 10]])
@@ -196,9 +213,9 @@ def test_a_changed_file_is_read_again(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "the file holds None, and must be a mapping with the keys classes, background, ignore, masks"),
+        ("", "the file holds None, and must be a mapping with the keys classes, background, others, ignore, masks"),
         ("[a, b]", "must be a mapping"),
-        ("clases: [a]", "unknown keys clases: it takes classes, background, ignore, masks"),
+        ("clases: [a]", "unknown keys clases: it takes classes, background, others, ignore, masks"),
         ("masks: ids", "classes is not given: list names in id order"),
         ("classes: {}", "classes is not given"),
         ("classes: leaf", "classes is leaf: list names"),
@@ -234,6 +251,10 @@ def test_a_changed_file_is_read_again(tmp_path):
         ("classes: {a: {ids: [0]}, b: {ids: [255]}}\nmasks: binary", "ids of class a has no effect"),
         ("classes: [a, b]\nmasks: binary\nignore: {ids: [3]}", "ids of ignore has no effect"),
         ("classes: [a, b, c]\nmasks: binary", "masks: binary needs 2 classes, for 0 and 255, and there are 3"),
+        ("classes: [a, b]\nothers: c", "others: c is no class: name one of a, b"),
+        ("classes: [a, b]\nothers: [a]", "others: .* is no class"),
+        ("classes: [a, b]\nmasks: binary\nothers: b", "others has no effect with masks: binary"),
+        ("classes: {a: {ids: [0]}, b: , c: }\nothers: c", "no ids for b: give them"),
         ("classes: [a", "as YAML: .*Correct the file"),
         ("classes: !!python/name:os.system ''", "as YAML: .*Correct the file"),
         ("a: &a [1, 1]\nclasses: [*a, *a]", "it has an alias"),

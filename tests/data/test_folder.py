@@ -264,13 +264,18 @@ def test_fingerprint_follows_files_and_rules(fill):
 
     first = key()
     assert first == key()
-    others = [key(classes=["a", "c"]), key(ignore_index=254), key(masks=Masks(ids={9: 0}))]
+    others = [
+        key(classes=["a", "c"]),
+        key(ignore_index=254),
+        key(masks=Masks(ids={9: 0})),
+        key(masks=Masks(others="b")),
+    ]
     os.utime(root / "train/masks/y.png", ns=(1, 1))
     others.append(key())
     (root / "train/images/z.png").rename(root / "train/images/zz.png")
     (root / "train/masks/z.png").rename(root / "train/masks/zz.png")
     others.append(key())
-    assert len({first, *others}) == 6
+    assert len({first, *others}) == 7
 
 
 def test_fingerprint_tells_roots_apart_that_look_the_same(tmp_path):

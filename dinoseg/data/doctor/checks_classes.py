@@ -42,7 +42,11 @@ def _binary_as_ids(splits: Sequence[Scanned]) -> Iterator[Finding]:
                 "binary_read_as_ids",
                 f"The masks of {part.split} hold only 0 and 255, and are read as class numbers: {meaning}.",
                 remedy="If they mean background and object, "
-                + ("say `masks: binary` in classes.yaml." if part.masks.described else f"set {_BINARY}."),
+                + (
+                    "say `masks: binary` in classes.yaml."
+                    if part.masks.described
+                    else f"add {_BINARY} to the command line."
+                ),
             )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from dinoseg.data.doctor.findings import Finding, Scanned
-from dinoseg.data.mask_advice import for_binary, for_colors, for_ids
+from dinoseg.data.mask_advice import HIGHEST_ID, for_binary, for_colors, for_coloured, for_ids, for_instances
 from dinoseg.data.scan_record import Record
 from dinoseg.files import check_regular
 from dinoseg.images import IMAGE_SUFFIXES
@@ -105,11 +105,23 @@ def _advice(part: Scanned, foreign: Sequence[str], records: Sequence[Record]) ->
         return for_colors([_color(value) for value in foreign if value.startswith("(")], described=described)
     numbers = [int(value) for value in foreign if value.lstrip("-").isdecimal()]
     if not numbers:
-        return "Correct the masks. If their colours stand for classes, set data.reader.masks.format=palette."
+        counts: Counter[tuple[int, ...]] = Counter()
+        for record in records:
+            counts.update({tuple(_color(value)): pixels for value, pixels in record.raw.items() if value[:1] == "("})
+        return for_coloured(counts, part.classes, described=described)
     if part.masks.format == "binary":
         every = {int(value) for record in records for value in record.raw if value.isdecimal()}
         return for_binary(every, described=described)
+    if _count_objects(records, part):
+        return for_instances(part.classes[-1], described=described)
     return for_ids(numbers, part.ignore_index, described=described)
+
+
+def _count_objects(records: Sequence[Record], part: Scanned) -> bool:
+    """Return whether the numbers in each mask are 1, 2, ... to a number of its own, as those of instances are."""
+    ids = [{int(value) for value in record.raw if value.isdecimal()} - {0, part.ignore_index} for record in records]
+    counted = all(numbers == set(range(1, len(numbers) + 1)) for numbers in ids)
+    return counted and (len(part.classes) == 2 or len({len(numbers) for numbers in ids}) > 1)
 
 
 def _color(value: str) -> list[int]:
@@ -125,7 +137,9 @@ def _is_known(value: str, part: Scanned) -> bool:
         return value in ("0", "255")
     number, last = int(value), len(part.classes) - 1 + int(masks.reduce_zero_label)
     mapped = (masks.ids or {}).get(number)
-    return mapped != -1 if mapped is not None else number <= last or number == part.ignore_index
+    if mapped is not None:
+        return mapped != -1
+    return number <= (last if masks.others is None else HIGHEST_ID) or number == part.ignore_index
 
 
 def _sizes(records: Sequence[Record], splits: Sequence[Scanned]) -> Iterator[Finding]:
