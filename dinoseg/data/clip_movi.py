@@ -1,4 +1,4 @@
-"""MOVi as folders of frames: {train,validation,test}/<video>/frames and segmentations."""
+"""MOVi as folders of frames: {train,validation,test}/<video>/{frames,segmentations} or .../{rgb,seg}/<video>."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,9 +13,10 @@ FRAMES_PER_SECOND = 12
 
 @dataclass(frozen=True)
 class Movi:
-    """Where the written-out videos lie: `<split>/<video>/frames/*.png|jpg` and `segmentations/*.png` of the same stems.
+    """Where the written-out videos lie, frames and segmentations with the same stems.
 
-    A segmentation holds 0 for the background and k for the video's k-th instance.
+    Either `<split>/<video>/frames/*.png|jpg` and `segmentations/*.png`, or `<split>/rgb/<video>/*.png|jpg` and
+    `seg/<video>/*.png`. A segmentation holds 0 for the background and k for the video's k-th instance.
 
     Args:
         root: folder with the splits.
@@ -35,9 +36,13 @@ class Movi:
         if not folder.is_dir():
             held = sorted(path.name for path in folder.parent.glob("[!.]*")) or ["nothing"]
             raise UserError(f"No folder {folder} for split {split}; beside it lies {listed(held)}. Check data.root.")
-        return [self._video(place) for place in video_folders(folder)]
+        rgb = folder / "rgb"
+        if rgb.is_dir() and not (rgb / "frames").is_dir():  # which would make it a video of that name
+            return [_video(place.name, place, folder / "seg" / place.name) for place in video_folders(rgb)]
+        return [_video(place.name, place / "frames", place / "segmentations") for place in video_folders(folder)]
 
-    def _video(self, place: Path) -> Video:
-        frames, masks = frames_and_masks(place / "frames", place / "segmentations")
-        require_masks(place.name, frames, masks)
-        return Video(place.name, frames, FRAMES_PER_SECOND, masks)
+
+def _video(name: str, images: Path, segmentations: Path) -> Video:
+    frames, masks = frames_and_masks(images, segmentations)
+    require_masks(name, frames, masks)
+    return Video(name, frames, FRAMES_PER_SECOND, masks)

@@ -1,6 +1,7 @@
 import json
 import logging
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -330,6 +331,27 @@ def test_movi_is_read_back_equal(compose, movi):
     assert appears(clips[0]) == dict.fromkeys((1, 2, 10, 23), 0)
     assert len(clips_of(compose, "movi", movi, "train", "data.clips.cut.length=6")) == 12
     assert len(instantiate(config(compose, "movi", movi).reader)(split="test")) == 24
+
+
+def test_movi_s_other_layout_is_the_same(compose, movi):
+    (movi / "train/00000").rename(movi / "train/rgb")  # a video may have any name
+    names = {}
+    for split in ("train", "validation"):
+        for place in sorted((movi / split).iterdir()):
+            for was, now in (("frames", "rgb"), ("segmentations", "seg")):
+                goal = movi.parent / "movi_c" / split / now / place.name
+                goal.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copytree(place / was, goal)
+            names.setdefault(split, []).append(place.name)
+    for split, folder in (("train", "train"), ("val", "validation")):
+        one, other = (clips_of(compose, "movi", root, split) for root in (movi, movi.parent / "movi_c"))
+        assert [clip["name"] for clip in other] == [clip["name"] for clip in one] == names[folder]
+        for index in range(len(one)):
+            assert torch.equal(one[index]["frames"], other[index]["frames"])
+            assert torch.equal(one[index]["masks"], other[index]["masks"])
+    shutil.rmtree(movi.parent / "movi_c/validation/seg/00001")
+    with pytest.raises(UserError, match=r"No folder .*validation/seg/00001\."):
+        Movi(str(movi.parent / "movi_c")).videos("val")
 
 
 def test_movi_that_is_not_whole(movi):

@@ -9,7 +9,7 @@ from scipy.optimize import linear_sum_assignment
 from slot_scene import crossing
 
 from dinoseg.heads.slots.head import SlotHead
-from dinoseg.inference.slot_matching import overlap, soft_iou
+from dinoseg.inference import slot_matching
 from dinoseg.inference.slot_settings import SlotTracking
 from dinoseg.inference.slot_tracker import SlotTracker
 from dinoseg.model import Segmenter
@@ -108,8 +108,8 @@ def overlaps(one, other):
 
 
 def test_slots_drawn_anew_are_followed_by_sums_of_products_over_sums_of_maxima(make):
-    seen, places = spied(make(predictor="none", iterations=3), SlotTracking(match="overlap"))
-    path = np.eye(5)
+    seen, places = spied(make(predictor="none", num_slots=16), SlotTracking(match="overlap"))
+    path = np.eye(16)
     for (one, other), found in zip(pairwise(masks for _, masks in seen), places[1:], strict=True):
         edges = np.exp(overlaps(one, other) / 0.05)
         path = path @ (edges / edges.sum(axis=1, keepdims=True))
@@ -120,8 +120,8 @@ def test_overlap_is_the_original_s_and_soft_iou_another():
     draw = torch.Generator().manual_seed(0)
     one, other = torch.rand(3, 5, 7, generator=draw), torch.rand(4, 5, 7, generator=draw)
     a, b = one.double().numpy(), other.double().numpy()
-    np.testing.assert_allclose(overlap(one, other).numpy(), overlaps(a, b), rtol=1e-6)
-    assert not np.allclose(soft_iou(one, other).numpy(), overlaps(a, b), rtol=0.05)
+    np.testing.assert_allclose(slot_matching.overlap(one, other).numpy(), overlaps(a, b), rtol=1e-6)
+    assert not np.allclose(slot_matching.soft_iou(one, other).numpy(), overlaps(a, b), rtol=0.05)
     hard = (one > 0.5).float()
-    torch.testing.assert_close(overlap(hard, hard), soft_iou(hard, hard))
-    assert not overlap(torch.zeros(1, 3, 3), torch.zeros(2, 3, 3)).any()
+    torch.testing.assert_close(slot_matching.overlap(hard, hard), slot_matching.soft_iou(hard, hard))
+    assert not slot_matching.overlap(torch.zeros(1, 3, 3), torch.zeros(2, 3, 3)).any()
