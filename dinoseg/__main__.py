@@ -77,9 +77,10 @@ def run(cfg):  # noqa: ANN001, ANN201 - hydra.main wants the bare signature
     hydra_cfg = HydraConfig.get()
     groups = {key: value for key, value in plain(hydra_cfg.runtime.choices).items() if "/" not in key}
     composed = OmegaConf.create({**plain(cfg), "choices": groups})
+    words = plain(hydra_cfg.overrides)["task"]  # as typed: asked for one by one, each `${...}` in them is resolved
     try:
         with raised():
-            return launch(composed, Path(hydra_cfg.runtime.output_dir), list(hydra_cfg.overrides.task))
+            return launch(composed, Path(hydra_cfg.runtime.output_dir), words)
     except UserError as error:
         message = str(error)
         print(f"error: {message}", file=sys.stderr)
@@ -90,10 +91,15 @@ def run(cfg):  # noqa: ANN001, ANN201 - hydra.main wants the bare signature
         print(f"\ninterrupted{stop.note and ': '}{stop.note}", file=sys.stderr)
         sys.exit(stop.status)
     except Exception as error:
-        if hydra_cfg.mode != RunMode.MULTIRUN:
+        from dinoseg.typos import misplaced
+
+        if message := misplaced(words, CONFIGS, error):
+            print(f"error: {message}", file=sys.stderr)
+        elif hydra_cfg.mode != RunMode.MULTIRUN:
             raise
-        message = f"{type(error).__name__}: {error}"
-        traceback.print_exc()  # raised, it would cost the sweep its table
+        else:
+            message = f"{type(error).__name__}: {error}"
+            traceback.print_exc()  # raised, it would cost the sweep its table
     failures.append(message)
     return {"error": message}
 

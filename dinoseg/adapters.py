@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from dinoseg.errors import UserError
+from dinoseg.ranges import Count, LowShare
 
 TARGETS = {"attention": r"\.(attention|attn)\.", "all_linear": ""}
 
@@ -69,7 +70,7 @@ class LastBlocks:
         UserError: `blocks` is below 1 or more than there are, or `bits` is not None.
     """
 
-    def __init__(self, blocks: int, bits: int | None = None) -> None:
+    def __init__(self, blocks: Count, bits: int | None = None) -> None:
         _refuse_bits(bits, "last_blocks")
         self.blocks = blocks
 
@@ -112,14 +113,14 @@ class Lora:
 
     def __init__(
         self,
-        rank: int,
-        alpha: int,
+        rank: Count,
+        alpha: Count,
         *,
-        dropout: float = 0.0,
+        dropout: LowShare = 0.0,
         targets: str = "attention",
         rslora: bool = False,
         dora: bool = False,
-        blocks: int | None = None,
+        blocks: Count | None = None,
         bits: int | None = None,
         device: str = "auto",
     ) -> None:

@@ -50,8 +50,18 @@ def model(cfg: DictConfig, *, untrained: bool = False) -> Segmenter:
     weightless = {"weights": None} if untrained and "weights" in keys else None
     head = instantiate(cfg.head, without=("layers", "lr", *late), instead=weightless)(**late)
     resolution = {"scale": cfg.resolution.scale, "longest": cfg.resolution.longest}
-    check_given("dinoseg.model.Segmenter", resolution)
+    check_given("dinoseg.model.Segmenter", resolution, {key: f"resolution.{key}" for key in resolution})
+    _check_crop(cfg, adapted.patch_size)
     return Segmenter(adapted, head, **resolution)
+
+
+def _check_crop(cfg: DictConfig, patch_size: int) -> None:
+    crop = plain(cfg.resolution, resolve=True)["crop"]
+    if isinstance(crop, list) and crop and min(crop) * cfg.resolution.scale < patch_size:
+        raise UserError(
+            f"resolution.crop={crop} with resolution.scale={cfg.resolution.scale} is less than one patch of the "
+            f"backbone, {patch_size} pixels. Give a larger crop."
+        )
 
 
 def backbone(cfg: DictConfig) -> nn.Module:
@@ -102,7 +112,7 @@ def clips(cfg: DictConfig, split: str) -> Any:
 
 def feed(cfg: DictConfig, engine: Engine) -> Feed | ClipFeed:
     """Return the batches of a config for one rank: of images, or of clips where `trainer.feed` says so."""
-    check_given("dinoseg.training.feed.Feed", {"batch_size": cfg.data.batch_size})
+    check_given("dinoseg.training.feed.Feed", {"batch_size": cfg.data.batch_size}, {"batch_size": "data.batch_size"})
     if not of_clips(cfg):
         return Feed(
             train=dataset(cfg, "train", reduced=True),

@@ -2,22 +2,29 @@
 
 import importlib
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
 from dinoseg.errors import UserError
+from dinoseg.ranges import Range
 
 TRUSTED = ("dinoseg", "torch.nn", "torch.optim")  # packages in which targets are looked up
 LIST = (list, tuple)
 PLAIN: dict[Any, Any] = {  # what an annotated parameter takes from a config
     **{int: int, float: (int, float), str: str, bool: bool, NoneType: NoneType},
-    **{Sequence: LIST, Iterable: LIST, Mapping: Mapping},
+    **{Sequence: LIST, Iterable: LIST, tuple: LIST, Mapping: Mapping},
 }
 
 
-def check_given(target: str, given: Mapping[str, Any]) -> None:
-    """Refuse keys that a target of ours does not take, and values that its annotations do not allow.
+def check_given(target: str, given: Mapping[str, Any], names: Mapping[str, str] | None = None) -> None:
+    """Refuse keys that a target does not take, and values that its annotations do not allow.
+
+    Args:
+        target: a dotted path; one outside the trusted packages is not looked at.
+        given: its keyword arguments.
+        names: of these arguments as whole keys of the config; one not named here goes by its own name.
 
     Raises:
         UserError: naming the key and what the target takes.
@@ -34,24 +41,74 @@ def check_given(target: str, given: Mapping[str, Any]) -> None:
             f"Check the key's spelling."
         )
     for key, value in given.items():
-        if key in parameters and not _fits(value, parameters[key].annotation):
-            wanted = inspect.formatannotation(parameters[key].annotation).replace("collections.abc.", "")
-            bare = "Sequence" in wanted and not isinstance(value, LIST)
-            remedy = f"A list is written in brackets: {key}=[{value}]." if bare else "Correct the value."
-            raise UserError(f"{key}={value} is of type {_type_name(value)}, but {target} takes {wanted}. {remedy}")
+        if key in parameters:
+            _check_value((names or {}).get(key, key), value, parameters[key].annotation, target)
+
+
+def _check_value(key: str, value: Any, annotation: Any, target: str) -> None:
+    if not _fits(value, annotation):
+        wanted = _said(annotation)
+        bare = "Sequence" in wanted and not isinstance(value, LIST)
+        remedy = f"A list is written in brackets: {key}=[{value}]." if bare else "Correct the value."
+        raise UserError(f"{key}={value} is of type {_type_name(value)}, but {target} takes {wanted}. {remedy}")
+    if rules := _broken(value, annotation):
+        rules += ["null"] * (NoneType in get_args(annotation))
+        raise UserError(f"{key}={value} is out of range. Give {', or '.join(dict.fromkeys(rules))}.")
 
 
 def _fits(value: Any, annotation: Any) -> bool:
     """Return whether a value from a config can be what an annotation says; one not in `PLAIN` allows everything."""
     if isinstance(value, Mapping) and "_target_" in value:
         return True
+    annotation = _bare(annotation)
     kind = get_origin(annotation) or annotation
     if kind in (Union, UnionType):
         return any(_fits(value, part) for part in get_args(annotation))
     if isinstance(value, bool) and kind in (int, float):
         return False
-    parts = get_args(annotation)[:1] if PLAIN.get(kind) is LIST and isinstance(value, LIST) else ()
-    return isinstance(value, PLAIN.get(kind, object)) and all(_fits(item, part) for part in parts for item in value)
+    if isinstance(value, LIST) and kind is tuple and get_args(annotation)[1:] != (...,):
+        return len(value) == len(get_args(annotation)) and all(map(_fits, value, get_args(annotation)))
+    parts = _parts(value, annotation)
+    return isinstance(value, PLAIN.get(kind, object)) and all(_fits(item, part) for item, part in parts)
+
+
+def _broken(value: Any, annotation: Any) -> list[str]:
+    """Return the rules of ranges that a value of the right type is outside of; none where one of several holds."""
+    ranges = [rule for rule in getattr(annotation, "__metadata__", ()) if isinstance(rule, Range)]
+    annotation = _bare(annotation)
+    if get_origin(annotation) in (Union, UnionType):
+        broken = [_broken(value, part) for part in get_args(annotation) if _fits(value, part)]
+        return [] if [] in broken else sum(broken, [])
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        finite = [] if math.isfinite(value) else ["a finite number"]
+        return [rule.rule for rule in ranges if value not in rule] or finite
+    each = [f"{rule} for each" for item, part in _parts(value, annotation) for rule in _broken(item, part)]
+    return [rule.replace(" for each for each", " for each") for rule in each]
+
+
+def _parts(value: Any, annotation: Any) -> list[tuple[Any, Any]]:
+    """Return what a list or a table holds, each with its own annotation."""
+    arguments = get_args(annotation)
+    kind = PLAIN.get(get_origin(annotation))
+    if kind is LIST and isinstance(value, LIST):
+        return [(item, arguments[0]) for item in value]
+    if kind is Mapping and isinstance(value, Mapping):
+        return [(item, arguments[1]) for item in value.values()]
+    return []
+
+
+def _bare(annotation: Any) -> Any:
+    return get_args(annotation)[0] if hasattr(annotation, "__metadata__") else annotation
+
+
+def _said(annotation: Any) -> str:
+    """Return an annotation as it is written, without ranges and the names of modules."""
+    annotation = _bare(annotation)
+    if get_origin(annotation) in (Union, UnionType):
+        return " | ".join(_said(part) for part in get_args(annotation))
+    inner = f"[{', '.join(map(_said, get_args(annotation)))}]" if get_args(annotation) else ""
+    name = (get_origin(annotation) or annotation).__name__ if isinstance(annotation, type) or inner else str(annotation)
+    return "None" if annotation is NoneType else name + inner
 
 
 def _type_name(value: Any) -> str:
@@ -75,15 +132,3 @@ def _locate(path: str) -> Any:
                 return None
         found = getattr(found, part, None)
     return found
-
-
-def targets(node: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield every `_target_` below a plain node with the keys and values beside it."""
-    if isinstance(node, Mapping):
-        if isinstance(node.get("_target_"), str):
-            yield node["_target_"], {key: value for key, value in node.items() if not str(key).startswith("_")}
-        for value in node.values():
-            yield from targets(value)
-    elif isinstance(node, list | tuple):
-        for value in node:
-            yield from targets(value)

@@ -1,7 +1,7 @@
 """What every reader of a config shares: plain dicts, their keys, and the resolvers."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,7 @@ def register_resolvers() -> None:
     `${cells:${resolution},${backbone.patch_size}}` the rows and columns of cells in a training crop; null where the
     patch size is null.
     """
-    OmegaConf.register_new_resolver("len", len, replace=True)
+    OmegaConf.register_new_resolver("len", _length, replace=True)
     OmegaConf.register_new_resolver(CELLS, _cells, replace=True)
     OmegaConf.register_new_resolver(CLASS_FILE, _from_class_file, replace=True)
 
@@ -105,6 +105,18 @@ def _cells(resolution: DictConfig, patch_size: int | None) -> list[int] | None:
     longest = max(resolution.crop) if resolution.longest is None else resolution.longest
     factor = resolution.scale * min(1.0, longest / max(resolution.crop))  # as dinoseg.model sizes images
     return [math.ceil(max(1, round(side * factor)) / patch_size) for side in resolution.crop]
+
+
+def _length(values: Any) -> int:
+    if not isinstance(values, Sequence):
+        raise _Unmet(f"{values} stands where a list is counted. Write it in brackets: data.classes=[background, leaf].")
+    return len(values)
+
+
+def squared(cfg: DictConfig) -> DictConfig:
+    """Return `cfg` with a crop that is one number, n, written out as [n, n]."""
+    crop = OmegaConf.select(cfg, "resolution.crop")
+    return OmegaConf.merge(cfg, {"resolution": {"crop": [crop, crop]}}) if type(crop) is int else cfg  # type: ignore[return-value]
 
 
 def _from_class_file(key: str, *, _root_: DictConfig) -> Any:

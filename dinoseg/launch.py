@@ -12,7 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from dinoseg.config import plain
+from dinoseg.config import plain, squared
 from dinoseg.errors import UserError, telling_file_errors
 from dinoseg.interrupt import Interrupted
 from dinoseg.ranks import is_first_rank, run_mode, run_ranks
@@ -53,7 +53,8 @@ def launch(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> Any:
     Raises:
         UserError: whatever the user can mend.
     """
-    _check_added(cfg, overrides)
+    _check_words(cfg, overrides)
+    cfg = squared(cfg)
     devices = cfg.mode.get("devices", 1)
     if not isinstance(devices, int) or devices < 1:
         raise UserError(f"engine.devices={devices}: give a whole number of at least 1.")
@@ -151,10 +152,20 @@ def _parsed(overrides: Sequence[str]) -> list[Any]:
     return OverridesParser.create().parse_overrides(list(overrides))
 
 
-def _check_added(cfg: DictConfig, overrides: Sequence[str]) -> None:
-    """Refuse a `+key` that no target takes: nothing would read it, and nothing else would say so."""
+def _check_words(cfg: DictConfig, overrides: Sequence[str]) -> None:
+    """Refuse a `+key` that no target takes, which nothing else would say, and keys that only files may set."""
     for override in _parsed(overrides):
         name = override.key_or_group
-        nodes = [OmegaConf.select(cfg, name[:end]) for end, letter in enumerate(name) if letter == "."]
-        if override.is_add() and name not in cfg.choices and not any("_target_" in node for node in nodes):
+        if hidden := [part for part in name.split(".") if part.startswith("_")]:
+            raise UserError(
+                f"{name}: {hidden[0]} is set in files alone. Choose a part by GROUP=OPTION; one of your own gets a "
+                "file GROUP/NAME.yaml in a folder that --config-dir names."
+            )
+        if override.is_add() and name not in cfg.choices and not _is_taken(cfg, name):
             raise UserError(f"+{name} adds a key that nothing reads. Check its spelling; an existing key needs no +.")
+
+
+def _is_taken(cfg: DictConfig, name: str) -> bool:
+    """Return whether a key lies at or below one with a target, which says itself what it takes."""
+    nodes = [OmegaConf.select(cfg, name[:end]) for end, letter in enumerate(name) if letter == "."]
+    return any(isinstance(node, DictConfig) and "_target_" in node for node in nodes)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dinoseg.errors import UserError
 from dinoseg.geometry import valid_share
+from dinoseg.ranges import Count, Positive
 from dinoseg.shapes import Prediction
 
 _SAMPLES = 1024  # values of a tensor that its fingerprint reads
@@ -27,7 +28,9 @@ class Segmenter(nn.Module):
         longest: larger images are reduced until their longer side has this many pixels, before `scale`.
     """
 
-    def __init__(self, backbone: nn.Module, head: nn.Module, *, scale: float = 1.0, longest: int | None = None) -> None:
+    def __init__(
+        self, backbone: nn.Module, head: nn.Module, *, scale: Positive = 1.0, longest: Count | None = None
+    ) -> None:
         super().__init__()
         if scale <= 0:
             raise UserError(f"resolution.scale={scale}: give a number above 0, such as 0.5 for half resolution.")

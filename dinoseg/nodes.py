@@ -9,7 +9,7 @@ from hydra.utils import instantiate as hydra_instantiate
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dinoseg.checks import check_given, targets
+from dinoseg.checks import check_given
 from dinoseg.errors import UserError
 
 
@@ -27,20 +27,47 @@ def instantiate(node: Any, *, without: Sequence[str] = (), instead: Mapping[str,
     try:
         values: Any = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
     except OmegaConfBaseException as error:
-        raise UserError(str(error) if isinstance(error, UserError) else _missing(error)) from None
+        absent = re.search(r"Missing mandatory value: (\S+)", str(error))
+        if absent or isinstance(error, UserError):
+            raise UserError(not_set(absent[1]) if absent else str(error)) from None
+        raise
     values = {key: value for key, value in values.items() if key not in without} | dict(instead or {})
-    unset = next(_unset(values, node._get_full_key(None) if OmegaConf.is_config(node) else ""), None)
+    where = node._get_full_key(None) if OmegaConf.is_config(node) else ""
+    unset = next(_unset(values, where), None)
     if unset:
         raise UserError(not_set(unset))
     again = next((text for text in _texts(values) if "${" in text), None)
     if again is not None:  # hydra would resolve it once more, and so run what was meant as text
         raise UserError(f"{again} reads as an interpolation even after it is resolved. Choose a value without ${{.")
-    for target, given in targets(values):
-        check_given(target, given)
+    for target, given, names in _named(values, node, where):
+        check_given(target, given, names)
     try:
         return hydra_instantiate(values, _convert_="all")
     except InstantiationException as error:
         raise (error.__cause__ or error) from None  # what the target itself raised, not hydra's wrapping
+
+
+def _named(values: Any, node: Any, where: str) -> Iterator[tuple[str, dict[str, Any], dict[str, str]]]:
+    """Yield every `_target_` at or below a node with the keys and values beside it, and each key's whole name."""
+    items: Any = values.items() if isinstance(values, Mapping) else enumerate(values)
+    below = {key: (value, *_typed_at(node, key, where)) for key, value in items}
+    if isinstance(values, Mapping) and isinstance(values.get("_target_"), str):
+        own = {key: value for key, value in values.items() if not str(key).startswith("_")}
+        yield values["_target_"], own, {key: below[key][2] for key in own}
+    for value, inner, name in below.values():
+        if isinstance(value, Mapping | list):
+            yield from _named(value, inner, name)
+
+
+def _typed_at(node: Any, key: Any, where: str) -> tuple[Any, str]:
+    """Return the node below a key and the whole key at which its value is typed, which may be where it points to."""
+    name = f"{where}.{key}".lstrip(".")
+    inner = node._get_node(key) if OmegaConf.is_config(node) else None
+    if inner is None:
+        return None, name
+    if inner._is_interpolation():
+        inner = inner._dereference_node()
+    return inner, inner._get_full_key(None) or name
 
 
 def not_set(key: str) -> str:
@@ -62,11 +89,3 @@ def _texts(values: Any) -> Iterator[str]:
         yield values
     for value in values.values() if isinstance(values, Mapping) else values if isinstance(values, list) else ():
         yield from _texts(value)
-
-
-def _missing(error: OmegaConfBaseException) -> str:
-    absent = re.search(r"Missing mandatory value: (\S+)", str(error))
-    if absent:
-        return not_set(absent[1])
-    key = getattr(error, "full_key", None) or "The config"
-    return f"{key} cannot be resolved: {str(error).strip().splitlines()[0]}."

@@ -12,7 +12,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from dinoseg import __version__, build
-from dinoseg.config import has_key, keys_of, plain, settled
+from dinoseg.config import has_key, keys_of, plain, settled, squared
 from dinoseg.data.labels import Labels
 from dinoseg.errors import UserError
 from dinoseg.guard import ACTING, guard, renamed
@@ -69,7 +69,7 @@ def merge(cfg: DictConfig, overrides: Sequence[Any], path: Path, info: Mapping[s
             if not (override.is_add() or override.is_force_add()):
                 _check_key(override.key_or_group, cfg, merged, path)
             OmegaConf.update(merged, override.key_or_group, override.value())
-    return merged
+    return squared(merged)
 
 
 def _trust(cfg: DictConfig) -> list[str]:

@@ -9,6 +9,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
 
 from dinoseg.config import keys_of, plain
 from dinoseg.own_keys import own_configs
@@ -50,6 +51,46 @@ def explain(arguments: Sequence[str], configs: str, error: Exception) -> str:
     return _wrong_key(overrides, chosen, configs, own_configs(arguments)) or _hydras_own(error)
 
 
+def misplaced(words: Sequence[str], configs: str, error: Exception) -> str:
+    """Return which word of a command line that could be composed is to blame for an error; "" where none is.
+
+    A group of keys is replaced by a value or taken away, or a value points to what is not there.
+    """
+    overrides = [
+        override for word in words if (override := parsed(word)) and not override.key_or_group.startswith("hydra")
+    ]
+    groups = {override.key_or_group for override in overrides if Path(configs, override.key_or_group).is_dir()}
+    chosen = [each.input_line or "" for each in overrides if each.key_or_group in groups and not each.is_delete()]
+    cfg = _composed(chosen, configs)
+    for override in overrides:
+        key, value = override.key_or_group, override.value()
+        found: Any = cfg
+        for part in key.split("."):
+            found = found.get(part) if isinstance(found, Mapping) else None
+        if override.is_delete():
+            return f"~{key} takes away what is read. Leave it out, or give {key} another value."
+        if isinstance(found, Mapping) and not isinstance(value, Mapping) and key not in groups:
+            several = f"{key}.{'|'.join(map(str, found))}"
+            return f"{key}={value} stands where a group of keys is needed. Set one of them: {several}=VALUE."
+    for override in overrides:
+        if isinstance(error, OmegaConfBaseException) and "${" in str(override.value()):
+            return (
+                f"{override.input_line} points to what is not there, or is no such value. Give a value, or the whole "
+                "name of another key, such as '${seed}'."
+            )
+    if isinstance(error, OmegaConfBaseException):
+        key = getattr(error, "full_key", None) or "A key"
+        return f"{key} has no value that can be used, as {' '.join(words)} leaves it. Take back what was changed there."
+    return ""
+
+
+def _composed(chosen: Sequence[str], configs: str) -> dict[str, Any]:
+    """Return the config with these options, and no other words."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(configs, version_base="1.3"):
+        return plain(compose("main", list(chosen)))
+
+
 def _read(word: str) -> tuple[Override | None, str]:
     if "=" not in word and not word.startswith("~"):
         return None, f"{word} is no KEY=VALUE.{f' Did you mean mode={word}?' if word.isidentifier() else ''}"
@@ -77,10 +118,8 @@ def _wrong_key(
     overrides: Sequence[Override], chosen: Sequence[str], configs: str, own: Sequence[Mapping[str, Any]]
 ) -> str:
     """Return the mistake of the first key that the config with these choices, or a checkpoint's own, does not have."""
-    GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(configs, version_base="1.3"):
-            cfg = plain(compose("main", list(chosen)))
+        cfg = _composed(chosen, configs)
     except HydraException:
         return ""
     for config in own:

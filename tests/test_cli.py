@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from dinoseg import words
 from dinoseg.__main__ import CONFIGS
 from dinoseg.images import write_png
-from dinoseg.launch import LAUNCH_KEYS
 from dinoseg.modes.help import overview
+from dinoseg.ranks import LAUNCH_KEYS
 
 TRAIN = ("mode=train", *SMALL)
 LIGHT = "import sys; from dinoseg.__main__ import main; main(); print('torch' in sys.modules, 'hydra' in sys.modules)"
@@ -152,7 +152,7 @@ def test_a_command_line_that_cannot_be_composed_is_one_message(place, arguments,
         (["optim.optimizer.betas=[0.9]"], ["betas=[0.9]", "two numbers"]),
         (["data.classes=dark"], ["classes=dark is of type str", "takes Sequence[str]"]),
         (["data.classes=null"], ["classes=None is of type NoneType"]),
-        (["resolution.crop=32"], ["crop=32 is of type int"]),
+        (["resolution.crop=wide"], ["resolution.crop=wide is of type str"]),
         (["resolution.crop=[0,1]"], ["crop=[0, 1]", "at least 1"]),
         (["engine.workers=two"], ["workers=two is of type str"]),
         (["seed=null"], ["seed=None", "not negative"]),

@@ -12,6 +12,7 @@ from dinoseg.backbones.pixels import register_colours
 from dinoseg.backbones.pretrained import exported_state, load_model
 from dinoseg.errors import UserError
 from dinoseg.geometry import pad_to_multiple
+from dinoseg.ranges import Count
 
 STEM = 4  # pixels that a cell of the first stage covers; every later stage doubles it
 
@@ -46,7 +47,7 @@ class ConvNext(nn.Module):
         self,
         arch: Mapping[str, Any],
         weights: str,
-        patch_size: int,
+        patch_size: Count,
         layers: Sequence[int] | str = (-1,),
         mean: Sequence[float] = (0.485, 0.456, 0.406),
         std: Sequence[float] = (0.229, 0.224, 0.225),

@@ -9,6 +9,7 @@ from dinoseg.backbones.layers import resolve_layers
 from dinoseg.backbones.pixels import register_colours
 from dinoseg.errors import UserError
 from dinoseg.geometry import pad_to_multiple
+from dinoseg.ranges import Count
 
 
 class RgbBackbone(nn.Module):
@@ -37,7 +38,7 @@ class RgbBackbone(nn.Module):
 
     def __init__(
         self,
-        patch_size: int = 8,
+        patch_size: Count = 8,
         layers: Sequence[int] | str = (-1,),
         mean: Sequence[float] = (0.485, 0.456, 0.406),
         std: Sequence[float] = (0.229, 0.224, 0.225),

@@ -16,6 +16,7 @@ from dinoseg.backbones.timm_stages import stages
 from dinoseg.backbones.timm_weights import exported_state, load_exactly, read_state
 from dinoseg.errors import UserError
 from dinoseg.geometry import pad_to_multiple
+from dinoseg.ranges import Count
 
 _ANY_SIZE: Any = ({"dynamic_img_size": True}, {"strict_img_size": False})  # a model knows one of them or none
 _UNUSED = "mask_token"  # of masked pre-training, left in some files
@@ -53,7 +54,7 @@ class TimmBackbone(nn.Module):
         self,
         name: str,
         weights: str,
-        patch_size: int | None,
+        patch_size: Count | None,
         layers: Sequence[int] | str = (-1,),
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,

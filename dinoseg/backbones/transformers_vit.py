@@ -15,6 +15,7 @@ from dinoseg.backbones.positions import METHODS, interpolate
 from dinoseg.backbones.pretrained import exported_state, load_model
 from dinoseg.errors import UserError
 from dinoseg.geometry import pad_to_multiple
+from dinoseg.ranges import Count
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FAMILIES = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")
@@ -58,7 +59,7 @@ class TransformersVit(nn.Module):
         family: str,
         arch: Mapping[str, Any],
         weights: str,
-        patch_size: int,
+        patch_size: Count,
         layers: Sequence[int] | str = (-1,),
         mean: Sequence[float] = (0.485, 0.456, 0.406),
         std: Sequence[float] = (0.229, 0.224, 0.225),

@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath
 from dinoseg.data.clip_videos import FrameFiles, Video, frames_and_masks, picture_files, require_masks
 from dinoseg.errors import UserError
 from dinoseg.files import is_name
+from dinoseg.ranges import Count
 from dinoseg.wording import count_of, listed
 
 FRAMES_PER_SECOND = 24
@@ -27,7 +28,7 @@ class Davis:
     """
 
     root: str
-    year: int = 2017
+    year: Count = 2017
     size: str = "480p"
     annotations: str = "Annotations"
     sets: Mapping[str, str] = field(default_factory=dict)

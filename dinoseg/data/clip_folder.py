@@ -10,6 +10,7 @@ from dinoseg.data.video_index import index_videos
 from dinoseg.errors import UserError
 from dinoseg.files import visible_files
 from dinoseg.images import IMAGE_SUFFIXES
+from dinoseg.ranges import Positive
 from dinoseg.wording import count_of
 
 VIDEO_SUFFIXES = (".avi", ".mp4", ".mov", ".m4v", ".mkv", ".webm", ".mpg", ".mpeg", ".ts", ".wmv")
@@ -32,7 +33,7 @@ class VideoFolder:
 
     root: str
     folder: str = ""
-    folder_fps: float | None = None
+    folder_fps: Positive | None = None
     on_error: str = "stop"
     cache_dir: str = "outputs/.cache"
 

@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 
 from dinoseg.errors import UserError
+from dinoseg.ranges import Share
 
 
 class ClipView:
@@ -20,7 +21,7 @@ class ClipView:
         UserError: a value is out of range.
     """
 
-    def __init__(self, crop: Sequence[int], *, scale: Sequence[float] = (1.0, 1.0), flip: float = 0.0) -> None:
+    def __init__(self, crop: Sequence[int], *, scale: Sequence[float] = (1.0, 1.0), flip: Share = 0.0) -> None:
         if len(crop) != 2 or min(crop) < 1:
             raise UserError(f"resolution.crop={list(crop)}: give [height, width] in pixels, each at least 1.")
         if len(scale) != 2 or not 1 <= scale[0] <= scale[1]:

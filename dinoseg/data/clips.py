@@ -11,6 +11,7 @@ from torch import Tensor
 from dinoseg.data.clip_videos import VOID, Layout, Video, chosen
 from dinoseg.data.splits import Partition
 from dinoseg.errors import UserError
+from dinoseg.ranges import Count, NotNegative, Positive
 from dinoseg.wording import listed
 
 SHORT = ("error", "skip", "pad")
@@ -54,12 +55,12 @@ class Cut:
             `pad`: its last frame is repeated, those repetitions without a mask.
     """
 
-    length: int | None = None
-    stride: int = 1
-    fps: float | None = None
-    fps_tolerance: float = 0.05
-    step: int | None = None
-    per_video: int | None = None
+    length: Count | None = None
+    stride: Count = 1
+    fps: Positive | None = None
+    fps_tolerance: NotNegative = 0.05
+    step: Count | None = None
+    per_video: Count | None = None
     short: str = "error"
 
     def __post_init__(self) -> None:

@@ -24,7 +24,8 @@ class Masks:
         format: `ids`: the stored numbers (a palette file's indices) are class ids; `palette`: colours
             stand for classes by `data.palette`; `binary`: 0 is class 0 and 255 is class 1, or
             black and white of a file of one bit a pixel.
-        ids: file id to class id, ignore_index or -1 (refused), for `ids`; ids not named here stay as they are.
+        ids: file id to class id, ignore_index or -1 (refused), for `ids`; ids not named here stay as they are, unless
+            the table gives the number of one class to another, as {1: 0, 2: 1} does: then they have no class.
         others: for `ids`: the class of every number that is not named: not by `ids`, no class's own, not ignored.
         reduce_zero_label: for `ids`: file id 0 is ignored, and k is class k - 1, as in ADE20K.
         colors: class id to further colours that stand for it, for `palette`.
@@ -182,7 +183,6 @@ def _id_table(labels: Labels, ids: Mapping[int, int], first: int, rest: int) -> 
     table = np.full(HIGHEST_ID + 1, rest, dtype=np.int16)
     table[:first] = ignore
     table[first : first + count] = np.arange(count)
-    table[ignore] = ignore
     for source, target in ids.items():
         if not isinstance(source, int) or not 0 <= source <= HIGHEST_ID:
             raise UserError(f"data.reader.masks.ids maps {source!r}: a file id is a number from 0 to 65535.")
@@ -191,7 +191,11 @@ def _id_table(labels: Labels, ids: Mapping[int, int], first: int, rest: int) -> 
                 f"data.reader.masks.ids maps {source} to {target!r}: give a class id from 0 to {count - 1}, "
                 f"{ignore} to ignore it, or -1 to refuse it."
             )
-        table[source] = target
+    own = range(first, first + count)
+    if any(source in own and source != first + target and 0 <= target < count for source, target in ids.items()):
+        table[own] = rest  # it numbers anew: {1: 0, 2: 1} leaves file id 0 out
+    table[ignore] = ignore
+    table[list(ids)] = list(ids.values())
     return table
 
 

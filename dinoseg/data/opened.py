@@ -1,7 +1,5 @@
 """A data set as the config wants it opened: without what cannot be used, and from one packed file."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +9,7 @@ from dinoseg.data.pairs import PairDataset
 from dinoseg.data.scan import reasons, scan, unreadable
 from dinoseg.errors import UserError
 from dinoseg.processes import count_cores
+from dinoseg.ranges import Count
 
 if TYPE_CHECKING:
     from dinoseg.data.packed import PackedDataset
@@ -29,9 +28,9 @@ def opened(
     on_error: str = "stop",
     cache: str | None = None,
     cache_dir: str | Path = "outputs/.cache",
-    longest: int | None = None,
-    workers: int | None = None,
-) -> PairDataset | PackedDataset:
+    longest: Count | None = None,
+    workers: Count | None = None,
+) -> "PairDataset | PackedDataset":
     """Return the data set as it is to be used.
 
     Args:

@@ -18,6 +18,7 @@ from dinoseg.files import check_regular, entries
 from dinoseg.images import write_png
 from dinoseg.locks import locked
 from dinoseg.processes import in_processes
+from dinoseg.ranges import Count
 from dinoseg.wording import listed
 
 log = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ def prepare(
     root: str | Path,
     *,
     encodings: Sequence[str] = ("level3Id",),
-    workers: int = 2,
+    workers: Count = 2,
     overwrite: bool = False,
 ) -> dict[str, dict[str, int]]:
     """Draw the label maps, going on where an earlier run stopped; return the counts of each split.

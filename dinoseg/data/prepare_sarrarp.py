@@ -28,6 +28,7 @@ from dinoseg.errors import DISK_FULL, UserError
 from dinoseg.files import entries
 from dinoseg.locks import locked
 from dinoseg.processes import in_processes
+from dinoseg.ranges import Count, Share
 from dinoseg.report.progress import Bar
 from dinoseg.wording import count_of, listed
 
@@ -51,12 +52,12 @@ class VideoJob:
 def prepare(
     root: str | Path,
     *,
-    rate: int = 1,
-    workers: int = 2,
+    rate: Count = 1,
+    workers: Count = 2,
     videos: Sequence[str] | None = None,
     keep_archives: bool = True,
     propagate: bool = False,
-    min_agreement: float = 0.5,
+    min_agreement: Share = 0.5,
 ) -> dict[str, dict[str, int]]:
     """Unpack and extract, going on where an earlier run stopped; return the counts of each video.
 

@@ -11,6 +11,7 @@ from typing import Protocol, TypeVar
 from dinoseg.errors import UserError
 from dinoseg.files import check_regular
 from dinoseg.images import IMAGE_SUFFIXES
+from dinoseg.ranges import Count, Natural, OpenShare
 from dinoseg.shapes import SegmentationData
 from dinoseg.wording import listed
 
@@ -45,11 +46,11 @@ class Partition:
 
     by: str = "folder"
     lists: Mapping[str, str] | None = None
-    val_fraction: float = 0.2
-    seed: int = 0
+    val_fraction: OpenShare = 0.2
+    seed: Natural = 0
     group: str | None = None
-    fold: int | None = None
-    folds: int | None = None
+    fold: Natural | None = None
+    folds: Count | None = None
 
     def __post_init__(self) -> None:
         """Refuse what is unknown, and half of a k-fold."""

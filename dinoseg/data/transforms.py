@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 
 from dinoseg.errors import UserError
+from dinoseg.ranges import Count, NotNegative, Share
 
 _OUTSIDE = (128, 128, 128)  # grey beyond the image's border; the mask says ignore there
 _AREA_BELOW = 0.8  # bilinear reads 2 x 2 pixels: shrinking further skips some, so average them first
@@ -30,9 +31,9 @@ class Affine:
         shear: slant by up to so many degrees.
     """
 
-    degrees: float = 0.0
-    translate: float = 0.0
-    shear: float = 0.0
+    degrees: NotNegative = 0.0
+    translate: Share = 0.0
+    shear: NotNegative = 0.0
 
     def __post_init__(self) -> None:
         """Refuse what would leave nothing visible."""
@@ -52,10 +53,10 @@ class ColorJitter:
         hue: turn of the colour circle to either side, 0.5 is half the circle.
     """
 
-    brightness: float = 0.0
-    contrast: float = 0.0
-    saturation: float = 0.0
-    hue: float = 0.0
+    brightness: Share = 0.0
+    contrast: Share = 0.0
+    saturation: Share = 0.0
+    hue: Share = 0.0
 
     def __post_init__(self) -> None:
         """Refuse factors below 0."""
@@ -85,9 +86,9 @@ class Augment:
         crop: Sequence[int],
         *,
         scale: Sequence[float] = (1.0, 1.0),
-        longest: int | None = None,
+        longest: Count | None = None,
         affine: Affine = Affine(),  # noqa: B008 (frozen)
-        flip: float = 0.0,
+        flip: Share = 0.0,
         color: ColorJitter = ColorJitter(),  # noqa: B008 (frozen)
         ignore_index: int = 255,
     ) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dinoseg.errors import UserError
 from dinoseg.geometry import upsample
 from dinoseg.heads.pyramid import one_grid_width
+from dinoseg.ranges import Count, LowShare, Natural
 
 ACTIVATIONS = {"relu": nn.ReLU, "leakyrelu": nn.LeakyReLU, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh}
 
@@ -42,14 +43,14 @@ class CnnHead(nn.Module):
         self,
         in_dim: int | Sequence[int],
         num_layers: int,
-        num_classes: int,
-        patch_size: int,
-        num_blocks: int = 4,
-        channels: int = 512,
-        kernel_size: int = 3,
+        num_classes: Count,
+        patch_size: Count,
+        num_blocks: Natural = 4,
+        channels: Count = 512,
+        kernel_size: Count = 3,
         activation: str = "relu",
-        dropout: float = 0.2,
-        pixel_shuffle: int = 2,
+        dropout: LowShare = 0.2,
+        pixel_shuffle: Count = 2,
     ) -> None:
         super().__init__()
         _check_blocks(patch_size, num_blocks, channels, pixel_shuffle)

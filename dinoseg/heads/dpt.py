@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from dinoseg.errors import UserError
 from dinoseg.geometry import upsample, widths
 from dinoseg.heads.pyramid import NUM_LEVELS, Reassemble, refuse_unless_four
+from dinoseg.ranges import Count, LowShare
 
 WIDEST = 1024  # channels of a level by default, at most: those of the published large model
 
@@ -37,11 +38,11 @@ class DptHead(nn.Module):
         self,
         in_dim: int | Sequence[int],
         num_layers: int,
-        num_classes: int,
-        features: int = 256,
+        num_classes: Count,
+        features: Count = 256,
         out_channels: Sequence[int] | None = None,
         batch_norm: bool = True,
-        dropout: float = 0.1,
+        dropout: LowShare = 0.1,
     ) -> None:
         super().__init__()
         refuse_unless_four("dpt", num_layers)

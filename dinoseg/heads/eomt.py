@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from dinoseg.errors import UserError
 from dinoseg.heads.precision import at_least_float32
 from dinoseg.heads.semantic import semantic_map
+from dinoseg.ranges import Count
 from dinoseg.shapes import MaskOutputs
 
 _STRIDE = 4  # pixels between mask cells that the upscaling aims at
@@ -53,11 +54,11 @@ class EomtHead(nn.Module):
         self,
         in_dim: int | Sequence[int],
         num_layers: int,
-        num_classes: int,
+        num_classes: Count,
         *,
-        patch_size: int,
-        num_queries: int = 100,
-        blocks: int = 4,
+        patch_size: Count,
+        num_queries: Count = 100,
+        blocks: Count = 4,
         no_object: bool = True,
         anneal: str | Sequence[Sequence[float]] = _EVEN,
     ) -> None:

@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from dinoseg.geometry import concatenate, upsample, widths
+from dinoseg.ranges import Count
 
 
 class LinearHead(nn.Module):
     """BatchNorm and one 1x1 convolution over the concatenated feature maps (Oquab et al., arXiv 2304.07193)."""
 
-    def __init__(self, in_dim: int | Sequence[int], num_layers: int, num_classes: int) -> None:
+    def __init__(self, in_dim: int | Sequence[int], num_layers: int, num_classes: Count) -> None:
         super().__init__()
         width = sum(widths(in_dim, num_layers))
         self.norm = nn.BatchNorm2d(width)

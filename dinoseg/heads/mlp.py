@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dinoseg.geometry import upsample
 from dinoseg.heads.pyramid import one_grid_width
+from dinoseg.ranges import Count
 
 
 class MlpHead(nn.Module):
@@ -19,7 +20,7 @@ class MlpHead(nn.Module):
         UserError: the maps of a pyramid.
     """
 
-    def __init__(self, in_dim: int | Sequence[int], num_layers: int, num_classes: int, patch_size: int) -> None:
+    def __init__(self, in_dim: int | Sequence[int], num_layers: int, num_classes: Count, patch_size: Count) -> None:
         super().__init__()
         width = num_classes * patch_size**2
         self.patch_size = patch_size

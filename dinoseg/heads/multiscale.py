@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 from dinoseg.errors import UserError
 from dinoseg.heads.linear import LinearHead
+from dinoseg.ranges import Count
 
 
-def multiscale_head(in_dim: int | Sequence[int], num_layers: int, num_classes: int) -> LinearHead:
+def multiscale_head(in_dim: int | Sequence[int], num_layers: int, num_classes: Count) -> LinearHead:
     """Return a linear head over at least two feature maps: DINOv2's "+ms" probe reads the last four blocks.
 
     The same BatchNorm and 1x1 convolution as `LinearHead`, over the concatenation (Oquab et al., arXiv 2304.07193).

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from dinoseg.errors import UserError
 from dinoseg.geometry import upsample
 from dinoseg.heads.pyramid import NUM_LEVELS, Reassemble, refuse_unless_four
+from dinoseg.ranges import Count
 
 
 class UperNetHead(nn.Module):
@@ -27,7 +28,7 @@ class UperNetHead(nn.Module):
 
     least_batch = 2  # training images per rank at once: one alone leaves nothing to normalise its pooled average over
 
-    def __init__(self, in_dim: int | Sequence[int], num_layers: int, num_classes: int, channels: int = 512) -> None:
+    def __init__(self, in_dim: int | Sequence[int], num_layers: int, num_classes: Count, channels: Count = 512) -> None:
         from transformers import UperNetConfig
         from transformers.models.upernet.modeling_upernet import UperNetHead as Decoder
 

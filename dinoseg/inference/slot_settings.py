@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from dinoseg.errors import UserError
+from dinoseg.ranges import Count, Natural, Positive
 
 MATCHES = ("auto", "overlap", "soft_iou", "similarity")
 HOLDS = ("background", "both", "none")
@@ -31,12 +32,12 @@ class SlotTracking:
     """
 
     lock_on: bool = False
-    slots_per_object: int = 1
-    background_slots: int = 5
-    extra_slots: int = 0
+    slots_per_object: Count = 1
+    background_slots: Natural = 5
+    extra_slots: Natural = 0
     hold: str = "background"
     match: str = "auto"
-    temperature: float = 0.05
+    temperature: Positive = 0.05
 
     def __post_init__(self) -> None:
         for key, least in (("slots_per_object", 1), ("background_slots", 1), ("extra_slots", 0)):

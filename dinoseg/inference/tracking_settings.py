@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dinoseg.errors import UserError
+from dinoseg.ranges import Count, NotNegative, Positive
 
 
 @dataclass(frozen=True)
@@ -38,20 +39,20 @@ class Settings:
         UserError: for a value out of range or an unknown word.
     """
 
-    context: int = 7
-    radius: float = 12
+    context: Count = 7
+    radius: NotNegative = 12
     window: str = "circle"
     inclusive: bool = True
     window_first: bool = True
     repeat_first: bool = False
-    top_k: int = 5
+    top_k: Count = 5
     ties: bool = True
-    temperature: float = 0.2
+    temperature: Positive = 0.2
     first: str = "nearest_exact"
     upsample: str = "nearest"
     min_max: str = "all"
-    short: int | None = 960
-    long_multiple: int | None = None
+    short: Count | None = 960
+    long_multiple: Count | None = None
     rounding: str = "up"
     resample: str = "bicubic"
 

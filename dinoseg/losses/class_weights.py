@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from dinoseg.errors import UserError
+from dinoseg.ranges import LowShare
 
 SCHEMES = ("none", "one_minus_frequency", "inverse", "median", "effective_number")
 
 
-def class_weights(counts: Sequence[int], scheme: str, *, beta: float = 0.9999) -> Tensor:
+def class_weights(counts: Sequence[int], scheme: str, *, beta: LowShare = 0.9999) -> Tensor:
     """Return one weight (K,) float32 per class from the pixels counted over the training masks.
 
     With f the share of a class among all labelled pixels: `one_minus_frequency` is 1 - f; `inverse` is 1 / f

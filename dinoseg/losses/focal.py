@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from dinoseg.errors import UserError
 from dinoseg.losses.labelled import labelled_pixels, pixel_weights, ratio
+from dinoseg.ranges import NotNegative
 from dinoseg.shapes import Batch, Prediction
 
 
@@ -23,7 +24,7 @@ class Focal(nn.Module):
 
     weight: Tensor
 
-    def __init__(self, class_weights: Tensor, ignore_index: int = 255, gamma: float = 2.0) -> None:
+    def __init__(self, class_weights: Tensor, ignore_index: int = 255, gamma: NotNegative = 2.0) -> None:
         super().__init__()
         if not gamma >= 0:
             raise UserError(f"loss.criterion.gamma={gamma}: give a number of at least 0; 0 is cross-entropy.")

@@ -14,6 +14,7 @@ from dinoseg.losses.factors import checked_factors
 from dinoseg.losses.labelled import UNLABELLED, full_precision, labels, ratio
 from dinoseg.losses.matching import match
 from dinoseg.losses.points import sample_labels, sample_logits, uncertain_points
+from dinoseg.ranges import Count, NotNegative, Positive, Share
 from dinoseg.shapes import Batch, MaskOutputs, Prediction
 
 TERMS = ("class", "mask", "dice")
@@ -68,10 +69,10 @@ class MaskClassification(nn.Module):
         class_weights: Tensor,
         ignore_index: int = 255,
         factors: Mapping[str, float] = FACTORS,
-        no_object: float = 0.1,
-        num_points: int = 12544,
-        oversample: float = 3.0,
-        importance: float = 0.75,
+        no_object: NotNegative = 0.1,
+        num_points: Count = 12544,
+        oversample: Positive = 3.0,
+        importance: Share = 0.75,
     ) -> None:
         super().__init__()
         if not no_object >= 0:

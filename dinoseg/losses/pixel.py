@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from dinoseg.errors import UserError
 from dinoseg.losses.labelled import labelled_pixels, pixel_weights, ratio
+from dinoseg.ranges import LowShare
 from dinoseg.shapes import Batch, Prediction
 
 
@@ -20,7 +21,7 @@ class CrossEntropy(nn.Module):
 
     weight: Tensor
 
-    def __init__(self, class_weights: Tensor, ignore_index: int = 255, label_smoothing: float = 0.0) -> None:
+    def __init__(self, class_weights: Tensor, ignore_index: int = 255, label_smoothing: LowShare = 0.0) -> None:
         super().__init__()
         if not 0 <= label_smoothing < 1:
             raise UserError(f"loss.criterion.label_smoothing={label_smoothing}: give a number from 0 up to below 1.")

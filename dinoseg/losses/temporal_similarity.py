@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from dinoseg.errors import UserError
 from dinoseg.losses.feature_reconstruction import slot_outputs
 from dinoseg.losses.labelled import full_precision
+from dinoseg.ranges import Positive
 from dinoseg.shapes import Batch, Prediction
 
 
@@ -53,7 +54,7 @@ class TemporalSimilarity(nn.Module):
     needs_slots = True
     needs_similarity = True
 
-    def __init__(self, temperature: float = 0.075, threshold: float = 0.0) -> None:
+    def __init__(self, temperature: Positive = 0.075, threshold: float = 0.0) -> None:
         super().__init__()
         if not 0 < temperature < math.inf:
             raise UserError(f"loss.criterion.temperature={temperature}: give a number above 0, such as 0.075.")

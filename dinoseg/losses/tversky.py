@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from dinoseg.errors import UserError
 from dinoseg.losses.labelled import UNLABELLED, labelled_images, labelled_pixels, ratio
+from dinoseg.ranges import NotNegative
 from dinoseg.shapes import Batch, Prediction
 
 
@@ -47,7 +48,9 @@ class Tversky(nn.Module):
 
     weight: Tensor
 
-    def __init__(self, class_weights: Tensor, ignore_index: int = 255, alpha: float = 0.3, beta: float = 0.7) -> None:
+    def __init__(
+        self, class_weights: Tensor, ignore_index: int = 255, alpha: NotNegative = 0.3, beta: NotNegative = 0.7
+    ) -> None:
         super().__init__()
         if not alpha >= 0:
             raise UserError(f"loss.criterion.alpha={alpha}: give a price of false positives of at least 0.")

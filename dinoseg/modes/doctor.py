@@ -18,6 +18,7 @@ from dinoseg.data.pairs import PairDataset
 from dinoseg.data.scan import scan, unreadable
 from dinoseg.errors import UserError
 from dinoseg.nodes import instantiate
+from dinoseg.ranges import Count, Natural
 from dinoseg.report.doctor_page import doctor_page
 from dinoseg.report.overlay import blend, legend_of, side_by_side
 from dinoseg.report.table import write_json, write_text
@@ -34,10 +35,10 @@ def doctor(
     cfg: DictConfig,
     *,
     out_dir: Path,
-    workers: int = 2,
-    near_distance: int = 6,
+    workers: Count = 2,
+    near_distance: Natural = 6,
     images: bool = True,
-    samples: int = 12,
+    samples: Natural = 12,
 ) -> dict[str, Any]:
     """Scan train, val and, where there is one, test; print what is found and write doctor.json and doctor.html.
 

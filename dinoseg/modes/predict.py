@@ -20,6 +20,7 @@ from dinoseg.inference.results import mask_names, result_names, whole_folder, wr
 from dinoseg.inference.stream import run_pipeline
 from dinoseg.inference.trained_sizes import keep_scale
 from dinoseg.modes.score_classes import FOLDER, mask_keys
+from dinoseg.ranges import Count, Share
 from dinoseg.report.overlay import blend
 from dinoseg.report.progress import Bar
 from dinoseg.resume import Trained, load_trained, sizes_to_keep
@@ -31,7 +32,7 @@ _Named = tuple[str, np.ndarray]  # what the results are called, and an image (H,
 
 
 def predict(
-    cfg: Any, *, out_dir: Path, input: str | None, masks: bool | None, opacity: float, batch_size: int
+    cfg: Any, *, out_dir: Path, input: str | None, masks: bool | None, opacity: Share, batch_size: Count
 ) -> dict[str, Any]:
     """Segment everything `input` stands for, at its own size, into `out_dir`; return counts and rates.
 

@@ -7,6 +7,7 @@ from typing import Any
 from dinoseg.config import plain
 from dinoseg.errors import UserError
 from dinoseg.nodes import instantiate
+from dinoseg.ranges import Count, Natural
 
 VIDEOS = {"train_videos": "training", "val_videos": "validation", "test_videos": "test"}
 
@@ -15,13 +16,13 @@ def render(
     cfg: Any,
     *,
     out_dir: Path,
-    train_videos: int | None,
-    val_videos: int | None,
-    test_videos: int | None,
-    seconds: int | None,
+    train_videos: Natural | None,
+    val_videos: Natural | None,
+    test_videos: Natural | None,
+    seconds: Count | None,
     size: Sequence[int] | None,
-    seed: int,
-    workers: int,
+    seed: Natural,
+    workers: Count,
 ) -> None:
     """Draw what the data set of `cfg.data` can be drawn as (`cfg.data.render`), under `cfg.data.root`.
 

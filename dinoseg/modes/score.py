@@ -10,6 +10,7 @@ from dinoseg.data.class_record import NAME
 from dinoseg.errors import UserError
 from dinoseg.metrics.protocols.contract import ScoreProtocol
 from dinoseg.modes.score_classes import FOLDER, protocol_of
+from dinoseg.ranges import Count, Natural
 from dinoseg.report.scores import difference_table, few_units, scores_table
 from dinoseg.report.table import write_json
 from dinoseg.wording import count_of
@@ -24,10 +25,10 @@ def run(
     out_dir: Path,
     reference: str | None,
     prediction: str | Sequence[str] | None,
-    workers: int | None = None,
+    workers: Count | None = None,
     on_error: str = "stop",
-    resamples: int = 1000,
-    seed: int = 0,
+    resamples: Natural = 1000,
+    seed: Natural = 0,
 ) -> dict[str, Any]:
     """Score one folder of predictions, or two and their paired difference; print tables and write `scores.json`.
 

@@ -33,6 +33,7 @@ from dinoseg.inference.tracking_settings import OF_PIXELS
 from dinoseg.inference.trained_sizes import keep_scale
 from dinoseg.modes.unread import warn_unread
 from dinoseg.nodes import instantiate
+from dinoseg.ranges import Count, Share
 from dinoseg.report.table import write_json
 from dinoseg.resume import is_trained, load_trained, sizes_to_keep
 from dinoseg.run_folder import lock, release
@@ -53,10 +54,10 @@ def track(
     input: str | None,
     labels: str | None,
     restart: str | None,
-    save_every: int,
-    batch_size: int,
-    opacity: float,
-    smoothing: float | None,
+    save_every: Count,
+    batch_size: Count,
+    opacity: Share,
+    smoothing: Share | None,
 ) -> dict[str, Any]:
     """Follow the objects of `labels` through `input`; return counts and rates.
 

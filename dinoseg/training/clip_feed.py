@@ -16,6 +16,7 @@ from dinoseg.inference.slot_settings import SlotTracking
 from dinoseg.inference.slot_tracker import SlotTracker
 from dinoseg.metrics.clustering import contingency, segment_scores
 from dinoseg.model import Segmenter
+from dinoseg.ranges import Count
 from dinoseg.report.clip_strip import clip_strip
 from dinoseg.shapes import ClipBatch
 from dinoseg.training.engine import Engine
@@ -43,7 +44,7 @@ class ClipFeed:
     train: Clips
     val: Clips
     view: ClipView
-    batch_size: int
+    batch_size: Count
     seed: int
     workers: int
     rank: int = 0

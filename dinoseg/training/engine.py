@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dinoseg.errors import UserError
+from dinoseg.ranges import Count, Natural
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -57,9 +58,9 @@ class Engine:
         self,
         device: str = "auto",
         precision: str = "auto",
-        workers: int = 2,
-        eval_batch_size: int = 1,
-        devices: int = 1,
+        workers: Natural = 2,
+        eval_batch_size: Count = 1,
+        devices: Count = 1,
     ) -> None:
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState, GradientState, PartialState

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dinoseg.data.loader import check_batch_size, train_batches
 from dinoseg.metrics.confusion import ConfusionMatrix
 from dinoseg.model import Segmenter
+from dinoseg.ranges import Count
 from dinoseg.report.overlay import compare
 from dinoseg.shapes import Batch, SegmentationData
 from dinoseg.training.engine import Engine
@@ -62,7 +63,7 @@ class Feed:
     train: SegmentationData
     val: SegmentationData
     augment: Callable
-    batch_size: int
+    batch_size: Count
     seed: int
     workers: int
     background: int | None = None

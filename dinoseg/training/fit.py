@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from dinoseg.errors import UserError
 from dinoseg.interrupt import Deferral, deferred
 from dinoseg.model import Segmenter, trained_names
+from dinoseg.ranges import Count, Natural, OpenShare, Positive
 from dinoseg.report.log import RunLog
 from dinoseg.training import lengths
 from dinoseg.training.checkpoint import Checkpoints, Progress
@@ -42,14 +43,14 @@ def fit(
     log: RunLog,
     *,
     schedule: Callable[[int, int], float],
-    steps: int,
-    val_every: int,
-    save_every: int | None = None,
-    log_every: int = 10,
-    accumulate: int = 1,
-    clip: float | None = 1.0,
-    patience: int | None = None,
-    ema: float | None = None,
+    steps: Count,
+    val_every: Count,
+    save_every: Count | None = None,
+    log_every: Count = 10,
+    accumulate: Count = 1,
+    clip: Positive | None = 1.0,
+    patience: Natural | None = None,
+    ema: OpenShare | None = None,
     score: str = "miou",
 ) -> Progress:
     """Train `model` for `steps` optimizer steps, from where its checkpoint stands, and return its progress.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dinoseg.errors import UserError
+from dinoseg.ranges import LowShare, NotNegative, Positive, Share
 
 logger = logging.getLogger(__name__)
 _EMBEDDING = re.compile(r"(token|tokens|pos_embed|position_embeddings|level_embed|level_encoding|queries)$")
@@ -76,13 +77,13 @@ def parameter_groups(
 def adamw(
     model: nn.Module,
     *,
-    lr: float | None = None,
-    head_lr: float | None = None,
-    backbone_lr: float | None = None,
-    weight_decay: float = 0.01,
-    betas: Sequence[float] = (0.9, 0.999),
-    backbone_lr_scale: float = 1.0,
-    layer_decay: float | None = None,
+    lr: Positive | None = None,
+    head_lr: Positive | None = None,
+    backbone_lr: Positive | None = None,
+    weight_decay: NotNegative = 0.01,
+    betas: Sequence[LowShare] = (0.9, 0.999),
+    backbone_lr_scale: NotNegative = 1.0,
+    layer_decay: Positive | None = None,
 ) -> Optimizer:
     """Return AdamW (Loshchilov and Hutter, arXiv 1711.05101) over `parameter_groups`.
 
@@ -105,7 +106,7 @@ def adamw(
 
 
 def schedule(
-    kind: str = "cosine", *, warmup: float = 0, power: float = 0.9, floor: float = 0.0
+    kind: str = "cosine", *, warmup: NotNegative = 0, power: NotNegative = 0.9, floor: Share = 0.0
 ) -> Callable[[int, int], float]:
     """Return `factor(step, steps)`, what the learning rate is multiplied by at a 0-based step.
 

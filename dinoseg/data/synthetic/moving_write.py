@@ -13,6 +13,7 @@ from dinoseg.data.synthetic.moving_objects import RATE, draw_video
 from dinoseg.data.synthetic.rendering import beside, check_least, missing, render_videos
 from dinoseg.errors import UserError
 from dinoseg.images import write_png
+from dinoseg.ranges import Count, Natural
 from dinoseg.wording import listed
 
 FOLDERS = ("train", "validation", "test")
@@ -45,13 +46,13 @@ class Video:
 def render_moving_objects(
     root: str | Path,
     *,
-    train_videos: int = 512,
-    val_videos: int = 64,
-    test_videos: int = 0,
-    seconds: int = 2,
+    train_videos: Natural = 512,
+    val_videos: Natural = 64,
+    test_videos: Natural = 0,
+    seconds: Count = 2,
     size: Sequence[int] = (128, 128),
-    seed: int = 0,
-    workers: int = 2,
+    seed: Natural = 0,
+    workers: Count = 2,
 ) -> None:
     """Write `root/{train,validation,test}/<video>/{frames,segmentations}/%05d.png`, several videos at once.
 

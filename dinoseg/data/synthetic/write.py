@@ -14,6 +14,7 @@ import numpy as np
 from dinoseg.data.synthetic.rendering import beside, check_least, missing, render_videos
 from dinoseg.data.synthetic.scene import RATE, render_clip
 from dinoseg.errors import UserError
+from dinoseg.ranges import Count, Natural
 
 FPS = 60
 SPLITS = ("train1", "test")
@@ -43,12 +44,12 @@ class Video:
 def render_dataset(
     root: Path,
     *,
-    train_videos: int = 64,
-    test_videos: int = 2,
-    seconds: int = 4,
+    train_videos: Natural = 64,
+    test_videos: Natural = 2,
+    seconds: Count = 4,
     size: tuple[int, int] = (192, 320),
-    seed: int = 0,
-    workers: int = 2,
+    seed: Natural = 0,
+    workers: Count = 2,
 ) -> None:
     """Write `root/train1/video_*.zip` and `root/test/video_*.zip`, several videos at once.
 

@@ -15,6 +15,7 @@ from dinoseg.heads.mask2former.meta_file import load_segmentor
 from dinoseg.heads.mask2former.pixel_decoder import GROUPS, PixelDecoder
 from dinoseg.heads.mask2former.predictor import Predictor
 from dinoseg.heads.semantic import semantic_map
+from dinoseg.ranges import Count, LowShare
 from dinoseg.shapes import MaskOutputs
 
 MAPS = 4
@@ -55,17 +56,17 @@ class Mask2FormerHead(nn.Module):
         self,
         in_dim: int | Sequence[int],
         num_layers: int,
-        num_classes: int,
+        num_classes: Count,
         *,
-        hidden_dim: int | None = None,
-        num_heads: int = 16,
-        feedforward_dim: int | None = None,
-        num_queries: int = 100,
+        hidden_dim: Count | None = None,
+        num_heads: Count = 16,
+        feedforward_dim: Count | None = None,
+        num_queries: Count = 100,
         no_object: bool = True,
         weights: str | None = None,
         class_layer: str = "loaded",
         trainable: str = "all",
-        drop_path: float = 0.3,
+        drop_path: LowShare = 0.3,
         checkpointing: bool = False,
     ) -> None:
         super().__init__()

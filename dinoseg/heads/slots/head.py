@@ -23,6 +23,7 @@ from dinoseg.heads.slots.decoder import Decoded, SlotDecoder
 from dinoseg.heads.slots.positions import Positions, linear_positions
 from dinoseg.heads.slots.predictor import make_predictor
 from dinoseg.heads.slots.time import make_time_decoders, resolve_steps
+from dinoseg.ranges import Count
 from dinoseg.shapes import SlotOutputs
 
 GROUPS = ("off", "initial", "always")
@@ -71,17 +72,17 @@ class SlotHead(nn.Module):
         num_layers: int,
         *,
         num_slots: int | Sequence[int] = 10,
-        slot_dim: int = 256,
-        hidden_dim: int = 1024,
-        iterations: int = 1,
-        first_iterations: int | None = None,
+        slot_dim: Count = 256,
+        hidden_dim: Count = 1024,
+        iterations: Count = 1,
+        first_iterations: Count | None = None,
         groups: str = "off",
         variance_as_std: bool = False,
         token_positions: bool = False,
         predictor: str = "savi",
         steps: int | Sequence[int] = 0,
         time_decoder: str = "none",
-        decoder_dim: int = 1024,
+        decoder_dim: Count = 1024,
         positions: str = "learnt",
         positions_grid: Sequence[int] | None = (28, 28),
         similarity: bool = False,
@@ -97,11 +98,10 @@ class SlotHead(nn.Module):
         check_choice("mask_source", mask_source, MASK_SOURCES)
         self.sizes = slot_sizes(num_slots, groups)
         self.num_slots = sum(self.sizes)
-        self.groups = groups
+        self.groups, self.mask_source = groups, mask_source
         self.iterations = iterations
         self.first_iterations = first_iterations
         self.steps = resolve_steps(steps)
-        self.mask_source = mask_source
         self.similarity = similarity
         self.checkpointing = checkpointing
         made_for = (

@@ -10,6 +10,7 @@ from dinoseg.errors import UserError
 from dinoseg.metrics.counts import class_counts, ratio
 from dinoseg.metrics.protocols.contract import Case, Found, Measured, pooled
 from dinoseg.metrics.protocols.trees import Tree, match, read_both, refuse_ids, refuse_inside
+from dinoseg.ranges import Count
 
 _TREE = Tree()
 _CLASSES = 150
@@ -27,7 +28,7 @@ class Ade20k:
     any_size = False
     keys = ("mIoU", "pixel_accuracy")
 
-    def __init__(self, num_classes: int | None = None) -> None:
+    def __init__(self, num_classes: Count | None = None) -> None:
         self.num_classes = _CLASSES if num_classes is None else num_classes
         if not 1 <= self.num_classes <= 255:
             raise UserError(f"num_classes={num_classes}: give 1 to 255 classes, or null for the {_CLASSES} of ADE20K.")

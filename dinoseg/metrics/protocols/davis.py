@@ -14,6 +14,7 @@ from dinoseg.metrics.protocols.bad_files import BadFiles
 from dinoseg.metrics.protocols.contract import BadFile, Case, Found, Measured, pooled
 from dinoseg.metrics.protocols.davis_layout import Layout
 from dinoseg.metrics.protocols.trees import read_labels, refuse_ids
+from dinoseg.ranges import Count
 
 KEYS = ("J&F-Mean", "J-Mean", "J-Recall", "J-Decay", "F-Mean", "F-Recall", "F-Decay")
 VOID = 255
@@ -110,7 +111,7 @@ class Davis2017Unsupervised:
     unit = "sequence"
     keys = KEYS
 
-    def __init__(self, split: str = "val", resolution: str = "480p", max_proposals: int = 20) -> None:
+    def __init__(self, split: str = "val", resolution: str = "480p", max_proposals: Count = 20) -> None:
         if isinstance(max_proposals, bool) or not 1 <= max_proposals <= 255:
             raise UserError(f"protocol.max_proposals={max_proposals}: give a number from 1 to 255; 20 is official.")
         years = ("2019",) if split in _LATER_SETS else ("2017",)

@@ -12,6 +12,7 @@ from dinoseg.label_tables.read import label_table
 from dinoseg.metrics.counts import confusion, grouped, iou, mean_defined, parts
 from dinoseg.metrics.protocols.contract import Case, Found, Measured, pooled
 from dinoseg.metrics.protocols.trees import Tree, match, read_labels
+from dinoseg.ranges import Count
 
 ENDING = "_gtFine_labellevel3Ids.png"
 SIZES = {720: (1280, 720), 1080: (1920, 1080), 480: (858, 480), 240: (426, 240)}  # resolution to (W, H)
@@ -53,7 +54,7 @@ class Idd:
     any_size = True
     keys = ("mIoU_level3", "mIoU_level2", "mIoU_level1", "mIoU_level1_as_shipped")
 
-    def __init__(self, resolution: int = 720) -> None:
+    def __init__(self, resolution: Count = 720) -> None:
         self.size = official_size(resolution, SIZES)
         self.rules: dict[str, Any] = SHARED_RULES | {
             "resolution": resolution_rule(self.size),

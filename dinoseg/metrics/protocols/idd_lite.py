@@ -20,6 +20,7 @@ from dinoseg.metrics.protocols.idd import (
 )
 from dinoseg.metrics.protocols.idd import SIZES as IDD_SIZES
 from dinoseg.metrics.protocols.trees import Tree
+from dinoseg.ranges import Count
 
 ENDING = "_label.png"
 SIZES = {128: (256, 128)} | IDD_SIZES
@@ -41,7 +42,7 @@ class IddLite:
     any_size = True
     keys = ("mIoU",)
 
-    def __init__(self, resolution: int = 128) -> None:
+    def __init__(self, resolution: Count = 128) -> None:
         self.size = official_size(resolution, SIZES)
         self.rules: dict[str, Any] = SHARED_RULES | {
             "resolution": resolution_rule(self.size),

@@ -13,6 +13,7 @@ from dinoseg.images import read_ids
 from dinoseg.metrics.protocols.contract import BadFile, Case, Found, Measured, pooled
 from dinoseg.metrics.protocols.trees import pictures_hint, refuse_inside
 from dinoseg.metrics.surface import surface_dices
+from dinoseg.ranges import NotNegative
 from dinoseg.wording import listed
 
 CLASSES = (  # ids 1 to 9; 0, the background, is not scored
@@ -46,7 +47,7 @@ class SarRarp50:
     any_size = False
     keys = ("mIoU", "mNSD", "score")
 
-    def __init__(self, tolerance: float = OFFICIAL_TOLERANCE) -> None:
+    def __init__(self, tolerance: NotNegative = OFFICIAL_TOLERANCE) -> None:
         if isinstance(tolerance, bool) or not (math.isfinite(tolerance) and tolerance >= 0):
             raise UserError(f"protocol.tolerance={tolerance}: give a distance in pixels, 0 or more; 10 is official.")
         self.tolerance = tolerance

@@ -11,6 +11,7 @@ from dinoseg.metrics.counts import class_counts, dice, iou, mean_defined, ratio
 from dinoseg.metrics.protocols.contract import BadFile, Case, Found, Measured, pooled
 from dinoseg.metrics.protocols.trees import Tree, match, read_both, read_labels, refuse_ids, refuse_inside
 from dinoseg.metrics.surface import boundary_ious, surface_dices
+from dinoseg.ranges import Count, NotNegative
 from dinoseg.wording import listed
 
 _TREE = Tree()
@@ -39,14 +40,14 @@ class Semantic:
 
     def __init__(
         self,
-        num_classes: int | None = None,
+        num_classes: Count | None = None,
         classes: Sequence[str] | None = None,
         references: Callable[..., np.ndarray] | None = None,
         ignore_index: int = 255,
         reduce_zero_label: bool = False,
         boundary: bool = False,
         nsd: bool = False,
-        tolerance: float = 2,
+        tolerance: NotNegative = 2,
         binary: bool = False,
     ) -> None:
         if binary:

@@ -1,0 +1,35 @@
+"""What numbers a key takes, said in the signature of what uses them; `checks.check_given` holds values against it."""
+
+import math
+from dataclasses import dataclass
+from typing import Annotated
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers from `least` to `most`, in words as `rule`.
+
+    Args:
+        rule: what to give, such as "a number above 0".
+        least: the smallest number.
+        most: the largest.
+        open_at: ends that are themselves no such number.
+    """
+
+    rule: str
+    least: float = -math.inf
+    most: float = math.inf
+    open_at: tuple[float, ...] = ()
+
+    def __contains__(self, value: float) -> bool:
+        """Return whether a number is one of them."""
+        return self.least <= value <= self.most and value not in self.open_at
+
+
+Count = Annotated[int, Range("a whole number of at least 1", 1)]
+Natural = Annotated[int, Range("a whole number of at least 0", 0)]
+Positive = Annotated[float, Range("a number above 0", 0, open_at=(0,))]
+NotNegative = Annotated[float, Range("a number of at least 0", 0)]
+Share = Annotated[float, Range("a number from 0 to 1", 0, 1)]
+LowShare = Annotated[float, Range("a number of at least 0 and below 1", 0, 1, open_at=(1,))]
+OpenShare = Annotated[float, Range("a number above 0 and below 1", 0, 1, open_at=(0, 1))]

@@ -1,0 +1,129 @@
+"""Which numbers keys take: each is said where the value is used, and what is outside is refused by its whole key."""
+
+import inspect
+from types import UnionType
+from typing import get_args
+
+import pytest
+from command_line import SMALL, call
+from config_files import FOLDER, read
+from hydra.utils import get_object
+from omegaconf import OmegaConf
+
+from dinoseg import build
+from dinoseg.checks import check_given
+from dinoseg.errors import UserError
+from dinoseg.nodes import instantiate
+from dinoseg.ranges import Range
+
+OWN_CHECK = {  # numbers whose rule is no range
+    **dict.fromkeys(("Frozen", "Full", "LastBlocks", "Lora"), {"bits"}),  # 4 or 8
+    **dict.fromkeys(("CrossEntropy", "Dice", "Focal", "Lovasz", "MaskClassification", "Tversky"), {"ignore_index"}),
+    **dict.fromkeys(("folder_dataset", "sar_rarp50", "idd", "foreground", "Semantic"), {"ignore_index"}),  # of Labels
+    **{"Augment": {"ignore_index"}, "VideoClustering": {"ignore"}},
+    **{"SlotHead": {"num_slots", "steps"}, "TemporalSimilarity": {"threshold"}},
+}
+OF_OTHERS = {"trainer": ("feed", "epochs"), "adapter": ("lr",), "mode": ("resume_from",)}  # keys beside a target's own
+AT_RUN_TIME = {"in_dim", "num_layers"}
+
+
+def targets(node):
+    if isinstance(node, dict):
+        yield from [node["_target_"]] if "_target_" in node else []
+        for value in node.values():
+            yield from targets(value)
+
+
+def is_number(annotation):
+    return any(
+        part in (int, float) for part in (get_args(annotation) if isinstance(annotation, UnionType) else [annotation])
+    )
+
+
+def is_ranged(annotation):
+    return any(
+        isinstance(each, Range)
+        for part in (annotation, *get_args(annotation))
+        for each in getattr(part, "__metadata__", ())
+    )
+
+
+def test_every_number_of_a_config_has_a_range():
+    files = [path for path in FOLDER.glob("*/*.yaml") if path.parent.name != "hydra"]
+    found = {name for path in files for name in targets(read(path.parent.name, path.stem))}
+    ranged, bare = 0, {}
+    for target in map(get_object, found):
+        parameters = inspect.signature(target).parameters.values()
+        ranged += sum(is_ranged(each.annotation) for each in parameters)
+        names = {each.name for each in parameters if is_number(each.annotation)} - AT_RUN_TIME
+        if names - OWN_CHECK.get(target.__name__, set()):
+            bare[target.__name__] = names
+    assert not bare and len(found) > 50 and ranged > 100
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "rule"),
+    [
+        ("trainer.clip", -1, "Give a number above 0, or null."),
+        ("trainer.clip", 0, "Give a number above 0, or null."),
+        ("trainer.ema", 1, "Give a number above 0 and below 1, or null."),
+        ("trainer.steps", 0, "Give a whole number of at least 1."),
+        ("optim.optimizer.lr", float("nan"), "Give a number above 0, or null."),
+        ("optim.optimizer.lr", float("inf"), "Give a finite number, or null."),
+        ("optim.optimizer.weight_decay", -0.1, "Give a number of at least 0."),
+        ("optim.optimizer.betas", [0.9, 1.0], "Give a number of at least 0 and below 1 for each."),
+        ("optim.schedule.floor", float("nan"), "Give a number from 0 to 1."),
+        ("adapter.dropout", float("nan"), "Give a number of at least 0 and below 1."),
+        ("data.augment.scale", [float("nan"), 1], "Give a finite number for each."),
+        ("data.augment.flip", 2, "Give a number from 0 to 1."),
+        ("mode.opacity", float("nan"), "Give a number from 0 to 1."),
+        ("mode.batch_size", 0, "Give a whole number of at least 1."),
+        ("engine.workers", -1, "Give a whole number of at least 0."),
+        ("engine.eval_batch_size", 0, "Give a whole number of at least 1."),
+    ],
+)
+def test_a_number_out_of_its_range_is_refused_by_its_whole_key(compose, key, value, rule):
+    cfg = compose("mode=predict", "adapter=lora", "data.root=x", "data.classes=[a,b]")
+    OmegaConf.update(cfg, key, value)
+    node = OmegaConf.select(cfg, key.rsplit(".", 1)[0])
+    with pytest.raises(UserError) as caught:
+        instantiate(node, without=OF_OTHERS.get(key.split(".")[0], ()))
+    assert str(caught.value) == f"{key}={value} is out of range. {rule}"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_a_scale_of_no_size_is_refused(compose, value):
+    cfg = compose("backbone=tiny", "data.classes=[a,b]", "data.root=x")
+    cfg.resolution.scale = value
+    with pytest.raises(UserError, match=f"resolution.scale={value} is out of range. Give"):
+        build.model(cfg, untrained=True)
+
+
+@pytest.mark.parametrize(("crop", "scale"), [("[1,1]", 1), ("[32,7]", 1), ("[32,32]", 0.2)])
+def test_a_crop_below_a_patch_is_refused(compose, crop, scale):
+    words = ("backbone=tiny", "backbone.patch_size=8", "data.classes=[a,b]", "data.root=x")
+    cfg = compose(*words, f"resolution.crop={crop}", f"resolution.scale={scale}")
+    with pytest.raises(UserError, match="is less than one patch of the backbone, 8 pixels. Give a larger crop."):
+        build.model(cfg, untrained=True)
+
+
+def test_a_message_names_the_key_that_is_typed(tmp_path, compose):
+    with pytest.raises(UserError, match="^data.classes=dark is of type str, but .* takes Sequence"):
+        instantiate(compose("data.root=x", "data.classes=dark").data.reader)  # where data.reader.classes points to
+    with pytest.raises(UserError, match="^num_classes=two is of type str"):
+        instantiate(compose("data.root=x", "num_classes=two").protocol)
+    done = call(tmp_path, "mode=render", "data=movi", "data.root=x", "mode.seconds=0.5")
+    assert done.err.startswith("error: mode.seconds=0.5 is of type float, but dinoseg.modes.render.render takes int")
+
+
+def test_one_number_is_a_square_crop(tmp_path, compose):
+    done = call(tmp_path, "mode=summary", *SMALL, "resolution.crop=224", "hydra.run.dir=run")
+    assert done.status == 0, done.err
+    assert OmegaConf.load(tmp_path / "run/config/config.yaml").resolution.crop == [224, 224]
+
+
+def test_tables_and_unions_have_ranges_too():
+    target = "dinoseg.losses.weighted_sum.WeightedSum"
+    with pytest.raises(UserError, match="finite number for each"):
+        check_given(target, {"factors": {"a": 1.0, "b": float("inf")}})
+    check_given("dinoseg.training.fit.fit", {"clip": None, "ema": 0.5, "steps": 1})
