@@ -37,7 +37,7 @@ def in_steps(
     Raises:
         UserError: there is no length, or one is out of range.
     """
-    check(accumulate=accumulate, val_every=val_every)
+    check(accumulate=accumulate, val_every=val_every, steps=steps if epochs is None else None)
     if epochs is not None and not 0 < epochs < float("inf"):
         raise UserError(f"trainer.epochs={epochs}: give a number above 0, such as 10, or null to use trainer.steps.")
     if epochs is None and steps is None:

@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 _EMBEDDING = re.compile(r"(token|tokens|pos_embed|position_embeddings|level_embed|level_encoding|queries)$")
 SCHEDULES = ("constant", "cosine", "poly")
 _LEAST_PAST_WARMUP = 0.2  # share of the steps
+_FULL = 0.999  # of the rate that is set, but for rounding
 
 
 def parameter_groups(
@@ -136,14 +137,13 @@ def schedule(
 
 
 def warn_of_long_warmup(factor: Callable[[int, int], float], steps: int) -> None:
-    """Warn where less than a fifth of the steps are left once the learning rate has reached its peak.
+    """Warn where less than a fifth of the steps are left once the learning rate is what is set.
 
     How it falls from there on is the schedule's own affair, and not counted.
     """
-    factors = [factor(step, steps) for step in range(steps)]
-    highest = max(factors)
-    rise = factors.index(highest)
+    rise = next((step for step in range(steps) if factor(step, steps) > _FULL), steps)
     if steps - rise < _LEAST_PAST_WARMUP * steps:
+        highest = max(factor(step, steps) for step in range(steps))
         logger.warning(
             "The learning rate rises for %d of %d steps, to %.0f %% of what is set. Give optim.schedule.warmup as a "
             "share of the length, such as 0.1, or more trainer.steps.",

@@ -33,6 +33,7 @@ def test_lengths_in_steps(given, steps, val_every):
         ({"epochs": 0}, "trainer.epochs=0: give a number above 0"),
         ({"epochs": math.nan}, "trainer.epochs=nan"),
         ({"epochs": math.inf}, "trainer.epochs=inf"),
+        ({"steps": 0}, "trainer.steps=0: give a number of at least 1"),
         ({"steps": None}, "Neither trainer.steps nor trainer.epochs is set"),
         ({"accumulate": 0}, "trainer.accumulate=0: give a number of at least 1"),
         ({"val_every": 0}, "trainer.val_every=0: give a number of at least 1"),
@@ -54,13 +55,15 @@ def test_a_run_in_epochs_and_what_the_command_line_says_of_its_length(tmp_path):
 
     refused = train("trainer.epochs=1", "trainer.steps=1")[0]
     assert refused.status == 1 and "trainer.steps and trainer.epochs both say how long to train" in refused.err
-    done, found = train("trainer.epochs=1.5")
+    done, found = train("trainer.epochs=1.5", "optim.schedule.warmup=40")
     assert done.status == 0, done.err
     assert found["progress"]["step"] == 3 and found["config"]["trainer"]["epochs"] == 1.5
-    rows = [line for line in (tmp_path.glob("outputs/base/train_*/metrics.jsonl")).__next__().read_text().splitlines()]
+    (run,) = tmp_path.glob("outputs/base/train_*")
+    assert "The learning rate rises for 3 of 3 steps, to 7 % of what is set" in (run / "run.log").read_text()
+    rows = (run / "metrics.jsonl").read_text().splitlines()
     assert sum("val/miou" in row for row in rows) == 2  # after an epoch, and at the end
-    done, found = train("resume=auto", "trainer.steps=4")  # its own 1.5 epochs would be over
+    done, found = train(f"resume={run}", "trainer.steps=4")  # its own 1.5 epochs would be over
     assert done.status == 0, done.err
     assert found["progress"]["step"] == 4 and found["config"]["trainer"]["epochs"] is None
-    done, found = train("resume=auto", "trainer.epochs=2.5")
+    done, found = train(f"resume={run}", "trainer.epochs=2.5")
     assert found["progress"]["step"] == 5 and found["config"]["trainer"]["epochs"] == 2.5

@@ -132,7 +132,7 @@ def test_a_warmup_that_leaves_less_than_a_fifth_is_said(caplog, kind):
         warn_of_long_warmup(schedule(kind, warmup=warmup), steps)
     assert not caplog.messages
     warn_of_long_warmup(schedule(kind, warmup=2000), 50)
-    assert "rises for 49 of 50 steps, to 2 % of what is set" in caplog.text
+    assert "rises for 50 of 50 steps, to 2 % of what is set" in caplog.text
     caplog.clear()
     warn_of_long_warmup(schedule(kind, warmup=81), 100)
     assert "rises for 81 of 100 steps, to 100 %" in caplog.text and "such as 0.1, or more trainer.steps" in caplog.text
