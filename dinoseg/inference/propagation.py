@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dinoseg.data.clip_videos import VOID
 from dinoseg.errors import UserError
 from dinoseg.inference.frame_features import Autocast, last_maps, precision_of
-from dinoseg.inference.frame_size import one_size
+from dinoseg.inference.frame_size import input_size, one_size
 from dinoseg.inference.tracker import TensorForm, check_state
 from dinoseg.inference.tracking import Propagator
 from dinoseg.inference.tracking_masks import first_labels, to_mask
@@ -78,6 +78,13 @@ class PropagationTracker:
             },
             "precision": precision_of(self._autocast, self._device),
         }
+
+    def blocks(self, size: tuple[int, int]) -> tuple[int, int] | None:
+        """Return the grid (h, w) whose cells are seen as blocks in masks of frames of `size` (H, W); None: none are."""
+        if self._protocol.upsample != "nearest":
+            return None
+        height, width = input_size(size, self._protocol, self._backbone.patch_size)
+        return height // self._backbone.patch_size, width // self._backbone.patch_size
 
     @torch.no_grad()
     def track(self, frames: Sequence[np.ndarray], labels: Sequence[np.ndarray | None]) -> list[np.ndarray]:

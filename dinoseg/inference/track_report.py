@@ -16,7 +16,7 @@ from dinoseg.inference.media import VideoReader, VideoWriter
 from dinoseg.inference.stream import Throughput, run_pipeline
 from dinoseg.inference.track_run import Look
 from dinoseg.inference.track_state import MASKS
-from dinoseg.report.overlay import blend
+from dinoseg.report.overlay import blend, smooth_blocks
 
 COLUMNS = ("frame", "name", "id", "area", "centre_x", "centre_y", "left", "top", "right", "bottom")
 _DEPTH = 4  # frames that wait on either side
@@ -28,11 +28,14 @@ def write_track_report(
     *,
     opacity: float,
     look: Look = Look(),  # noqa: B008 (frozen)
+    blocks: tuple[int, int] | None = None,
 ) -> tuple[list[int], Throughput]:
     """Write overlay.mp4 and objects.csv beside a run's masks; return all ids in them, and the frames and seconds.
 
     objects.csv has a row for each object in each frame that shows it, and none where it is absent. Pixels are counted
     from 0; left, top, right and bottom are the outermost ones of the object, and its centre the mean of all.
+
+    Where masks after the first show the cells of a grid (h, w) as `blocks`, the overlay gives them smooth outlines.
 
     Raises:
         UserError: a frame or a mask cannot be read, or the disk is full.
@@ -42,7 +45,8 @@ def write_track_report(
     def infer(item: tuple[int, np.ndarray, np.ndarray]) -> tuple[np.ndarray, list[list[Any]]]:
         position, frame, mask = item
         rows = object_rows(position, frames.frame_name(position), mask, look.background)
-        return blend(frame, mask, look.palette, opacity=opacity), rows
+        shown = mask if blocks is None or position == 0 else smooth_blocks(mask, blocks)
+        return blend(frame, shown, look.palette, opacity=opacity), rows
 
     def write(done: tuple[np.ndarray, list[list[Any]]]) -> None:
         overlay, rows = done

@@ -222,8 +222,9 @@ def _finish(job: TrackJob, passed: Throughput, input: str, opacity: float) -> di
         passed.seconds,
         passed.items / passed.seconds,
     )
+    blocks = job.tracker.blocks(job.frames.size) if isinstance(job.tracker, PropagationTracker) else None
     with open_frames(input) as frames:
-        objects, report = write_track_report(frames, job.folder, opacity=opacity, look=job.look)
+        objects, report = write_track_report(frames, job.folder, opacity=opacity, look=job.look, blocks=blocks)
     result = {
         "input": input,
         "labels": {job.frames.frame_name(position): str(path) for position, path in sorted(job.labels.files.items())},

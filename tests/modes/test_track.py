@@ -126,6 +126,21 @@ def test_a_video_and_another_protocol(track):
     assert told["settings"]["tracker"] == expected and told["fps"] == 12.5
 
 
+@pytest.mark.parametrize(("upsample", "soft"), [("nearest", True), ("bilinear", False)])
+def test_the_overlay_has_smooth_outlines_and_the_masks_are_the_protocol_s(track, monkeypatch, upsample, soft):
+    shown, blend = [], track_report.blend
+    monkeypatch.setattr(track_report, "blend", lambda *given, **named: shown.append(given[1]) or blend(*given, **named))
+    words = ("tracker.short=18", f"tracker.upsample={upsample}", "mode.batch_size=10")
+    track(*words)
+    written = list(masks("out").values())
+    assert len(shown) == 10 and np.array_equal(shown[0], written[0]) and np.array_equal(written[0], frame(0)[1])
+    assert all(np.array_equal(*pair) != soft for pair in zip(shown[1:], written[1:], strict=True))
+    monkeypatch.setattr(mode.PropagationTracker, "blocks", lambda *_: None, raising=False)
+    track(*words, out="plain")
+    for file in ("objects.csv", *(f"masks/{name}" for name in masks("out"))):
+        assert Path("out", file).read_bytes() == Path("plain", file).read_bytes()
+
+
 @pytest.fixture
 def stopped(track, monkeypatch):
     """Leave the folder `cut` of a run that was killed before its eighth mask."""
