@@ -13,7 +13,7 @@ _SHOWN |= {0xDC00 + byte: f"\\x{byte:02x}" for byte in range(0x80, 0x100)}  # ho
 
 def listed(names: Sequence[str], limit: int = 5) -> str:
     """Return the first names, and how many more there are."""
-    shown = ", ".join(name.replace("\n", "\\n") for name in names[:limit])
+    shown = ", ".join(map(one_line, names[:limit]))
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
@@ -37,6 +37,11 @@ def printable(text: str) -> str:
     Line breaks and tabs stay: our own messages have them.
     """
     return text.translate(_SHOWN)
+
+
+def one_line(text: str) -> str:
+    r"""Return text for a list with a line for each entry: a line break in a file's name stands as `\n`."""
+    return text.replace("\n", "\\n")
 
 
 class Printable:

@@ -14,7 +14,7 @@ from dinoseg.data.scan_record import Record, measure
 from dinoseg.errors import UserError
 from dinoseg.processes import in_processes
 from dinoseg.report.progress import Bar
-from dinoseg.wording import listed
+from dinoseg.wording import listed, one_line
 
 if TYPE_CHECKING:  # its file imports torch, which the scanning processes do without
     from dinoseg.data.pairs import Pair
@@ -72,7 +72,7 @@ def unreadable(records: Iterable[Record]) -> dict[str, str]:
 
 def reasons(bad: Mapping[str, str], limit: int = 20) -> str:
     """Return a line for each of the first names with its reason, then further names."""
-    lines = "".join(f"\n- {name}: {reason}" for name, reason in islice(bad.items(), limit))
+    lines = "".join(f"\n- {one_line(f'{name}: {reason}')}" for name, reason in islice(bad.items(), limit))
     rest = list(bad)[limit:]
     return lines + (f"\nand {len(rest)} more: {listed(rest, 5 * limit)}" if rest else "")
 

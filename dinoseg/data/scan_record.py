@@ -106,7 +106,11 @@ def measure(name: str, image: Any, mask: Path, reader: MaskReader, *, images: bo
 
 
 def _reason(file: Any, error: Exception) -> str:
-    return str(error) if isinstance(error, UserError) else f"Cannot read {file} as a picture ({error})."
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"Cannot read {file} ({error.strerror}). Check the path and its disk."
+    return f"Cannot read {file} as a picture ({error})."
 
 
 def _may_pass(error: BaseException | None) -> bool:

@@ -22,7 +22,7 @@ from dinoseg.ranges import Count, Natural
 from dinoseg.report.doctor_page import doctor_page
 from dinoseg.report.overlay import blend, legend_of, side_by_side
 from dinoseg.report.table import write_json, write_text
-from dinoseg.wording import count_of, printable
+from dinoseg.wording import count_of, one_line, printable
 
 _SPLITS = ("train", "val", "test")
 _NEEDED = ("train", "val")
@@ -180,7 +180,7 @@ def _text(report: Mapping[str, Any]) -> str:
         also = " (training does not stop on it)" if weak else ""
         lines.append(f"{finding['severity'].upper()} {finding['code']}{also}: {finding['message']}")
         shown = _SHOWN[finding["severity"]]
-        lines += [f"    {line}" for line in (finding["reasons"] or finding["files"])[:shown]]
+        lines += [f"    {one_line(line)}" for line in (finding["reasons"] or finding["files"])[:shown]]
         if finding["count"] > shown:
             lines.append(f"    and {finding['count'] - shown} more")
         lines += [f"    -> {finding['remedy']}"] if finding["remedy"] else []

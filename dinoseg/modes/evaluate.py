@@ -24,7 +24,7 @@ from dinoseg.resume import check_classes, load_trained
 from dinoseg.shapes import Batch, SegmentationData
 from dinoseg.training.engine import Engine
 from dinoseg.training.evaluate import evaluate
-from dinoseg.wording import count_of
+from dinoseg.wording import count_of, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ def list_skipped(datasets: Mapping[str, Any], out_dir: Path) -> None:
     bad = [f"{split}: {name}: {reason}" for split, reasons in left_out.items() for name, reason in reasons.items()]
     if bad:
         write_json(out_dir / "skipped.json", left_out)
-        shown = "".join(f"\n  {line}" for line in bad[:20])
+        shown = "".join(f"\n  {one_line(line)}" for line in bad[:20])
         print(f"left out:     {count_of(bad, 'image')}, all in {out_dir}/skipped.json{shown}")
 
 

@@ -12,7 +12,7 @@ from dinoseg.data.doctor.examine import scanned
 from dinoseg.data.doctor.findings import Finding, Scanned, by_severity
 from dinoseg.data.scan import scan
 from dinoseg.errors import UserError
-from dinoseg.wording import listed, printable
+from dinoseg.wording import listed, one_line, printable
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +61,6 @@ def brief(splits: list[Scanned], *, group: str | None = None, data_name: str = "
 
 
 def _each(finding: Finding) -> str:
-    lines = "".join(f"\n    {line}" for line in finding.lines[:_SHOWN])
+    lines = "".join(f"\n    {one_line(line)}" for line in finding.lines[:_SHOWN])
     more = len(finding.lines) - _SHOWN
     return lines + (f"\n    and {more} more" if more > 0 else "")
