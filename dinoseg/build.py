@@ -17,6 +17,7 @@ from dinoseg.model import Segmenter
 from dinoseg.nodes import instantiate, not_set
 from dinoseg.shapes import SegmentationData
 from dinoseg.tensor_files import check_file
+from dinoseg.training import loading
 from dinoseg.training.clip_feed import ClipFeed
 from dinoseg.training.engine import Engine
 from dinoseg.training.feed import Feed
@@ -62,6 +63,36 @@ def _check_crop(cfg: DictConfig, patch_size: int) -> None:
             f"resolution.crop={crop} with resolution.scale={cfg.resolution.scale} is less than one patch of the "
             f"backbone, {patch_size} pixels. Give a larger crop."
         )
+
+
+def check_fits(cfg: DictConfig, found: loading.Checkpoint) -> None:
+    """Refuse a checkpoint that is not of the model that a config describes, before any of it is made.
+
+    The model is put together on the meta device, of no more parts and numbers than this machine could hold.
+
+    Args:
+        cfg: merged with the checkpoint's own.
+        found: its outline.
+
+    Raises:
+        UserError: naming what differs, or what is too large.
+    """
+    try:
+        with torch.device("meta"), loading.bounded(f"resume={found.path}"):
+            outline = model(cfg, untrained=True)
+    except UserError:
+        raise
+    except Exception as error:  # each part fails on nonsense in its own way
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(
+            f"resume={found.path}: no model can be made of its config ({type(error).__name__}: {reason}). Correct the "
+            "keys given beside it, or choose another checkpoint."
+        ) from error
+    for name in ("backbone", "head"):
+        if "weights" in cfg[name]:  # by which it is known what training changes
+            setattr(getattr(outline, name), "weights", cfg[name].weights)  # noqa: B010 (a module takes any value)
+    loading.check_fits(outline, found)
+    loading.check_size(outline, f"resume={found.path}")
 
 
 def backbone(cfg: DictConfig) -> nn.Module:

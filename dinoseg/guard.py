@@ -14,12 +14,14 @@ from typing import Any
 from dinoseg.config import RESOLVERS
 from dinoseg.errors import UserError
 from dinoseg.registry import LISTED, Place, Registry, own_registry
+from dinoseg.wording import shown
 
 Steps = tuple[str | int, ...]  # keys and indices
 ACTING = ("prepare", "render")  # of data: nodes that write files, which a checkpoint leaves out
 MOVED: dict[str, str] = {}  # a target's name in older checkpoints to today's
 LARGEST: Mapping[Steps, float] = {  # what a number below a key may be at most; the longest key that fits counts
     **{("seed",): 2**63 - 1, ("resolution",): 2**14, ("resolution", "scale"): 16},
+    **{("head", "iterations"): 2**8, ("head", "first_iterations"): 2**8, ("resolution", "longest"): 2**20},
     **dict.fromkeys([("backbone",), ("adapter",), ("head",)], 2**16),
     **{("data",): 2**20, ("data", "workers"): 2**8, ("data", "batch_size"): 2**16, ("loss",): 2**20},
     **{("trainer",): 2**40, ("optim",): 2**40},
@@ -66,9 +68,9 @@ def guard(
             if "_target_" in node or "_partial_" in node:
                 _check_target(node, place, registry, trust, f"{where}: {key}")
         elif isinstance(node, str):
-            _check_text(node, place, f"{where}: {key}={_shown(node)}")
+            _check_text(node, place, f"{where}: {key}={shown(node)}")
         else:
-            _check_number(node, place, f"{where}: {key}={_shown(node)}")
+            _check_number(node, place, f"{where}: {key}={shown(node)}")
     _check_pointers(config, own, where)
     _check_weights(config, registry, trust, given, where)
     _check_batch(config, where)
@@ -100,7 +102,7 @@ def _check_keys(node: Mapping[Any, Any], place: Steps, what: str) -> None:
     for key in node:
         if not isinstance(key, str) or not (key in ("_target_", "_partial_") or _KEY.fullmatch(key)):
             raise UserError(
-                f"{what}: the key {_shown(key)} is refused. A config from a checkpoint names every argument, and its "
+                f"{what}: the key {shown(key)} is refused. A config from a checkpoint names every argument, and its "
                 f"keys are made of letters, digits, blanks and signs - and _. {_REMEDY}."
             )
     for key in ACTING if place == ("data",) else ():
@@ -114,12 +116,12 @@ def _check_target(node: Mapping[str, Any], place: Steps, registry: Registry, tru
     if not isinstance(target, str) or not (target in here.targets or _trusted(target, trust)):
         listed = f"there they name {', '.join(sorted(here.targets))}" if here.targets else "there they name none"
         raise UserError(
-            f"{what}._target_={_shown(target)} is refused: no config file on this machine names it there ({listed}). "
+            f"{what}._target_={shown(target)} is refused: no config file on this machine names it there ({listed}). "
             f"{_REMEDY}; then say so with trust=[PACKAGE], which lets it use all of that package."
         )
     if not isinstance(partial, bool) or (target in here.targets and partial not in (here.partial or {False})):
         raise UserError(
-            f"{what}._partial_={_shown(partial)} is refused: config files on this machine say otherwise. {_REMEDY}."
+            f"{what}._partial_={shown(partial)} is refused: config files on this machine say otherwise. {_REMEDY}."
         )
     takes = _parameters(target, target in here.targets, trust, what)
     for key, value in node.items():
@@ -203,7 +205,7 @@ def _check_pointers(config: Mapping[str, Any], own: Mapping[str, Any], where: st
     whole, pointed = {**own, **config}, 0
     for place, text in _below(config, ()):
         for pointer in _POINTER.finditer(text) if isinstance(text, str) else ():
-            what = f"{where}: {_dotted(place)}={_shown(text)}"
+            what = f"{where}: {_dotted(place)}={shown(text)}"
             found = _followed(whole, place, pointer, what)
             if _nests(found):
                 raise UserError(
@@ -256,9 +258,9 @@ def _check_weights(
         return
     if not isinstance(weights, str) or "${" in weights or not Path(weights).expanduser().exists():
         raise UserError(
-            f"{where}: backbone.weights={_shown(weights)} is refused: it is no file or folder here, and no config file "
+            f"{where}: backbone.weights={shown(weights)} is refused: it is no file or folder here, and no config file "
             f"on this machine names it. Give the weights yourself, backbone.weights=PATH, or let the file name this "
-            f"place: trust=[{_shown(weights)}]."
+            f"place: trust=[{shown(weights)}]."
         )
 
 
@@ -276,9 +278,3 @@ def _check_batch(config: Mapping[str, Any], where: str) -> None:
 
 def _dotted(place: Steps) -> str:
     return ".".join(map(str, place)) or "its root"
-
-
-def _shown(value: Any) -> str:
-    """Return a value for a message: without line breaks and signs for terminals, and not long."""
-    text = ascii(value) if not isinstance(value, str) or not value.isprintable() else value
-    return text if len(text) <= 80 else f"{text[:77]}..."

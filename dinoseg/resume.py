@@ -22,12 +22,11 @@ from dinoseg.nodes import instantiate
 from dinoseg.run_folder import command_line
 from dinoseg.shapes import Palette, SegmentationData
 from dinoseg.training import checkpoint
+from dinoseg.training.description import CHOSEN, GROUPS
 from dinoseg.training.engine import Engine
 from dinoseg.wording import nearest
 
-MODEL = ("backbone", "adapter", "head", "loss", "optim", "trainer")  # groups that a checkpoint fixes
-KEPT = ("seed", "resolution", "data", *MODEL)  # root keys that a checkpoint keeps
-CHOSEN = ("hparam", "data", *MODEL)
+KEPT = ("seed", *GROUPS)  # root keys that a checkpoint keeps
 LENGTHS = (
     "steps",
     "epochs",
@@ -113,10 +112,13 @@ def load_trained(cfg: DictConfig) -> Trained:
     Raises:
         UserError: there is neither, or the checkpoint does not fit.
     """
-    found = None if cfg.resume is None else checkpoint.read(Path(cfg.resume))
+    found = None if cfg.resume is None else checkpoint.outline(Path(cfg.resume))
     info = _released(cfg) if found is None else found.info
     check_classes(labels_of(cfg), info, f"resume={cfg.resume}")
     engine = instantiate(cfg.engine)
+    if found is not None:
+        build.check_fits(cfg, found)
+        found = checkpoint.read(found.path, finite=cfg.finite_weights)
     model = build.model(cfg)
     if found is not None:
         checkpoint.load_weights(model, found)

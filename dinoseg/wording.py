@@ -56,3 +56,9 @@ class Printable:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+def shown(value: Any, limit: int = 80) -> str:
+    """Return a value that a file says, for a message: one line, nothing that a terminal obeys, and not long."""
+    text = value if isinstance(value, str) and value.isprintable() else ascii(value)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."

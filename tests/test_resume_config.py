@@ -14,7 +14,7 @@ from dinoseg import earlier
 from dinoseg.errors import UserError
 from dinoseg.resume import description_of, merge
 from dinoseg.run_folder import drop_parts, is_locked, lock, release
-from dinoseg.training import checkpoint
+from dinoseg.training import checkpoint, loading
 
 
 @pytest.fixture
@@ -247,7 +247,7 @@ def test_nothing_but_model_data_and_training_comes_from_the_file(compose, tmp_pa
     assert merged.mode == cfg.mode and merged.engine == cfg.engine
     for group in ("adapter", "data", "backbone", "head"):
         info["config"] = {**kept, group: {**kept[group], "more": evil}}
-        with pytest.raises(UserError, match=f"prepare is refused in {group}"):
+        with pytest.raises(UserError, match=rf"{group}\.more.* is refused"):
             merge(cfg, [], tmp_path / "x", info)
 
 
@@ -256,7 +256,7 @@ def test_a_fused_optimizer_counts_its_steps_on_its_device(tmp_path):
     optimizer = torch.optim.AdamW([{"params": [model.weight], "names": ["weight"]}], lr=1.0)
     optimizer.param_groups[0]["fused"] = True
     tensors = {f"optimizer/weight/{key}": torch.ones(()) for key in ("step", "exp_avg", "exp_avg_sq")}
-    checkpoint._load_optimizer(optimizer, checkpoint.Checkpoint(tmp_path, tensors, {}))
+    loading.load_optimizer(optimizer, checkpoint.Checkpoint(tmp_path, tensors, {}))
     assert {value.device.type for value in optimizer.state[model.weight].values()} == {"meta"}
 
 

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 from dinoseg.errors import UserError
 from dinoseg.report.palette import default_palette
+from dinoseg.wording import shown
 
 Color = tuple[int, int, int]
+LONGEST_NAME = 100  # letters of a class
 
 
 @dataclass(frozen=True)
@@ -24,12 +26,17 @@ class Labels:
         """Check and freeze what a config says.
 
         Raises:
-            UserError: no class or over 255, a name given twice, another number of colours than of classes,
-                a colour or an ignore_index outside 0..255.
+            UserError: no class or over 255, a name given twice, empty, long or not printable, another number of
+                colours than of classes, a colour or an ignore_index outside 0..255.
         """
         names = tuple(str(name) for name in classes)
         if not 1 <= len(names) <= 255:
             raise UserError(f"data.classes has {len(names)} names: give 1 to 255, since masks are 8-bit.")
+        odd = next((name for name in names if not (0 < len(name) <= LONGEST_NAME and name.isprintable())), None)
+        if odd is not None:
+            raise UserError(
+                f"data.classes names {shown(odd)}: give names of 1 to {LONGEST_NAME} letters that can be printed."
+            )
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise UserError(f"data.classes names {', '.join(twice)} more than once: make each name unique.")

@@ -43,9 +43,11 @@ def train(cfg: DictConfig, *, out_dir: Path, metrics_only: bool = False) -> dict
     feed = build.feed(cfg, engine)
     length = build.lengths(cfg, len(feed.train))
     kind = TrainImages(cfg, feed) if isinstance(feed, Feed) else TrainClips(cfg, feed)
-    start = checkpoint.read(Path(cfg.resume)) if cfg.resume else None
+    start = checkpoint.outline(Path(cfg.resume)) if cfg.resume else None
     if start is not None:
         check_classes(kind.labels, start.info, f"resume={start.path}")
+        build.check_fits(cfg, start)
+        start = checkpoint.read(start.path, finite=cfg.finite_weights)
     kind.check_parts(engine.world)
     sizes = kind.check_data() if engine.is_main else None
     loss = build.loss(cfg, kind.labelled).to(engine.device)
@@ -72,7 +74,7 @@ def train(cfg: DictConfig, *, out_dir: Path, metrics_only: bool = False) -> dict
         raise UserError(f"trainer.steps={length.steps}: this run has done {run.step}, and was never validated.")
     curves = draw_curves(read_rows(out_dir / "metrics.jsonl"), out_dir, kind.plots) if engine.is_main else []
     best = checkpoint.find(out_dir, "best")
-    checkpoint.load_weights(model, checkpoint.read(best))
+    checkpoint.load_weights(model, checkpoint.read(best, finite=cfg.finite_weights))
     scores = kind.evaluate(model, engine, out_dir / "evaluation", metrics_only=metrics_only)
     if engine.is_main:
         print(f"curves:       {out_dir}/{', '.join(path.name for path in curves)}")

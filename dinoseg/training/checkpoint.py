@@ -8,7 +8,7 @@ from, `best` what it is remembered by.
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,24 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dinoseg.errors import UserError, free_space
-from dinoseg.model import fingerprint, quantised_names, trained_names
+from dinoseg.model import trained_names
+from dinoseg.training.description import FORMAT, read_description
+from dinoseg.training.loading import (
+    CASTS,
+    Checkpoint,
+    frozen_fingerprint,
+    load_average,
+    load_optimizer,
+    load_weights,
+)
 from dinoseg.training.optim import MovingAverage
+from dinoseg.wording import shown
 
-FORMAT = 1
 FOLDER = "checkpoints"
-INFO = ("format", "progress", "frozen", "config", "choices", "folder", "classes", "palette", "ignore_index")
+_TYPES = {  # of a safetensors header
+    **{"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "BOOL": torch.bool},
+    **{"I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "U8": torch.uint8},
+}
 
 
 @dataclass
@@ -37,20 +49,6 @@ class Progress:
     best_step: int = 0
     stale: int = 0  # validations since then
     owed: bool = False  # the validation due at this step has not come to its end: a run that goes on begins with it
-
-
-@dataclass
-class Checkpoint:
-    """A checkpoint file's tensors and description."""
-
-    path: Path
-    tensors: dict[str, Tensor]
-    info: dict[str, Any]
-
-    def part(self, name: str) -> dict[str, Tensor]:
-        """Return the tensors below `name/`, without that prefix."""
-        prefix = f"{name}/"
-        return {key.removeprefix(prefix): value for key, value in self.tensors.items() if key.startswith(prefix)}
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
@@ -86,18 +84,39 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: dict[str, s
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def read(path: Path) -> Checkpoint:
+def read(path: Path, *, finite: bool = True) -> Checkpoint:
     """Read a checkpoint file; nothing in it is executed.
 
+    Args:
+        path: the file.
+        finite: refuse tensors that hold NaN or infinity.
+
     Raises:
-        UserError: no such file, not a checkpoint of dinoseg, truncated, or of a newer format.
+        UserError: no such file, not a checkpoint of dinoseg, truncated, of a newer format, or not finite.
     """
-    info = describe(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            return Checkpoint(path, {key: file.get_tensor(key) for key in file.keys()}, info)  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"resume={path}: not a readable checkpoint ({error}). Choose another one.") from error
+    found = _read(path, lambda file, key: file.get_tensor(key))
+    odd = [key for key, value in found.tensors.items() if value.dtype in CASTS and not torch.isfinite(value).all()]
+    if finite and odd:
+        raise UserError(
+            f"resume={path}: {len(odd)} of its tensors hold NaN or infinity (such as {shown(odd[0])}), so what it "
+            "predicts means nothing. Choose an earlier checkpoint; finite_weights=false uses it all the same."
+        )
+    return found
+
+
+def outline(path: Path) -> Checkpoint:
+    """Read a checkpoint file's description, and of its tensors no more than names, shapes and types (device meta).
+
+    Raises:
+        UserError: as `read`.
+    """
+
+    def empty(file: Any, key: str) -> Tensor:
+        part = file.get_slice(key)
+        kind = _TYPES.get(part.get_dtype(), torch.complex128)  # one that no model has
+        return torch.empty(part.get_shape(), dtype=kind, device="meta")
+
+    return _read(path, empty)
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -106,23 +125,19 @@ def describe(path: Path) -> dict[str, Any]:
     Raises:
         UserError: as `read`.
     """
+    return _read(path, None).info
+
+
+def _read(path: Path, value_of: Callable[[Any, str], Tensor] | None) -> Checkpoint:
     try:
         with safe_open(path, framework="pt") as file:
-            info = json.loads((file.metadata() or {}).get("dinoseg", "null"))
+            info = read_description((file.metadata() or {}).get("dinoseg"), path)
+            names = file.keys() if value_of else ()
+            return Checkpoint(path, {key: value_of(file, key) for key in names if value_of}, info)
     except FileNotFoundError:
         raise UserError(f"resume={path}: no such file. Give a run folder or a checkpoint in it.") from None
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+    except (SafetensorError, OSError, RuntimeError) as error:
         raise UserError(f"resume={path}: not a readable checkpoint ({error}). Choose another one.") from error
-    if not isinstance(info, dict):
-        raise UserError(f"resume={path}: a safetensors file, but not a checkpoint of dinoseg. Choose another one.")
-    absent = [key for key in INFO if key not in info]
-    if absent or not isinstance(info["format"], int):
-        raise UserError(f"resume={path}: its description lacks {', '.join(absent) or 'a format'}. Choose another one.")
-    if info["format"] > FORMAT:
-        raise UserError(
-            f"resume={path}: written in format {info['format']}, and this dinoseg reads up to {FORMAT}. Update dinoseg."
-        )
-    return info
 
 
 def find(target: str | Path, prefer: str) -> Path:
@@ -143,49 +158,6 @@ def find(target: str | Path, prefer: str) -> Path:
         f"resume={target}: neither a checkpoint file nor a run folder with {FOLDER}/{prefer}.safetensors. "
         f"Give one of your folders under outputs/."
     )
-
-
-def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Load the trained tensors; every one must be there, none may be left over.
-
-    Raises:
-        UserError: the checkpoint is of another architecture, or its frozen backbone had other weights.
-    """
-    have, want = checkpoint.part("model"), trained_names(model)
-    state = model.state_dict()
-    shape = sorted(name for name in want & have.keys() if have[name].shape != state[name].shape)
-    missing, extra = sorted(want - have.keys()), sorted(have.keys() - want)
-    if missing or extra or shape:
-        parts = [
-            f"{len(names)} tensors {what} (such as {names[0]})"
-            for what, names in (("missing", missing), ("left over", extra), ("of another shape", shape))
-            if names
-        ]
-        raise UserError(
-            f"resume={checkpoint.path}: made for another model: {', '.join(parts)}. Use the backbone, adapter, "
-            f"head and classes it was trained with (they are in its config), or start a new run."
-        )
-    now, then = frozen_fingerprint(model), checkpoint.info["frozen"]
-    other = [part for part in now if now[part] != then.get(part)]
-    if other:
-        raise UserError(
-            f"resume={checkpoint.path}: trained on other frozen {other[0]} weights than {other[0]}.weights gives now"
-            f"{' (or held in another backbone.dtype)' if other[0] == 'backbone' else ''}. Give what it was trained on."
-        )
-    model.load_state_dict(have, strict=False)
-
-
-def frozen_fingerprint(model: nn.Module) -> dict[str, str]:
-    """Return, for backbone and head, a hash of names, shapes and sampled values that a checkpoint does not hold.
-
-    Quantised weights are left out: they differ in the last place between devices.
-    """
-    skipped = trained_names(model) | quantised_names(model)
-    kept = [(name, value) for name, value in model.state_dict().items() if name not in skipped]
-    return {
-        part: fingerprint((name, value) for name, value in kept if name.partition(".")[0] == part)
-        for part in ("backbone", "head")
-    }
 
 
 @dataclass
@@ -210,8 +182,8 @@ class Checkpoints:
         self.info = {**self.info, "frozen": frozen_fingerprint(model)}
         if self.start is not None:
             load_weights(model, self.start)
-            _load_optimizer(optimizer, self.start)
-            _load_average(ema, self.start)
+            load_optimizer(optimizer, self.start)
+            load_average(ema, self.start)
             self.progress = Progress(**self.start.info["progress"])
         return self.progress
 
@@ -260,31 +232,3 @@ def _optimizer_state(optimizer: Optimizer) -> dict[str, Tensor]:
         for name, parameter in zip(group["names"], group["params"], strict=True)
         for key, value in optimizer.state[parameter].items()
     }
-
-
-def _load_optimizer(optimizer: Optimizer, checkpoint: Checkpoint) -> None:
-    saved = checkpoint.part("optimizer")
-    if not saved:
-        raise UserError(
-            f"resume={checkpoint.path}: this checkpoint holds no optimizer state, so training cannot go on from it "
-            f"exactly. Resume from last.safetensors in the same folder."
-        )
-    for group in optimizer.param_groups:
-        for name, parameter in zip(group["names"], group["params"], strict=True):
-            state = {key.rpartition("/")[2]: saved[key] for key in saved if key.rpartition("/")[0] == name}
-            stays = set() if group.get("fused") else {"step"}  # a fused optimizer counts on the device
-            optimizer.state[parameter] = {
-                key: value.clone() if key in stays else value.to(parameter.device) for key, value in state.items()
-            }
-
-
-def _load_average(ema: MovingAverage | None, checkpoint: Checkpoint) -> None:
-    saved = checkpoint.part("ema")
-    if (ema is None) == bool(saved):
-        raise UserError(
-            f"resume={checkpoint.path}: trainer.ema is {'off' if ema is None else 'on'} now and was "
-            f"{'on' if saved else 'off'} when this run was saved. Set it as it was."
-        )
-    if ema is not None:
-        for name, value in ema.average.items():
-            value.copy_(saved[name])

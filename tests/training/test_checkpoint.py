@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from checkpoint_files import INFO
 from safetensors.torch import save_file
 from torch import nn
 
@@ -13,7 +14,6 @@ from dinoseg.training import checkpoint
 from dinoseg.training.checkpoint import Checkpoints, find, load_weights, read, write
 from dinoseg.training.optim import MovingAverage, adamw
 
-INFO = dict.fromkeys(checkpoint.INFO[3:], {}) | {"progress": {}, "frozen": ""}
 ADAPTERS = {"frozen": Frozen(), "full": Full(), "lora": Lora(rank=2, alpha=2)}
 
 

@@ -3,6 +3,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from checkpoint_files import INFO
 from torch import nn
 
 from dinoseg.adapters import Full
@@ -13,7 +14,6 @@ from dinoseg.heads.mlp import MlpHead
 from dinoseg.losses.pixel import CrossEntropy
 from dinoseg.model import Segmenter
 from dinoseg.report.log import RunLog
-from dinoseg.training import checkpoint
 from dinoseg.training.checkpoint import Checkpoints, read
 from dinoseg.training.engine import Engine
 from dinoseg.training.evaluate import evaluate
@@ -75,7 +75,7 @@ def run(tiny_backbone, tmp_path):
         optimizer = adamw(model, lr=options.pop("lr", 3e-3))
         loss = CrossEntropy(options.pop("weights", torch.ones(3)))
         settings = {"schedule": schedule(), "steps": 12, "val_every": 4, "log_every": 1, **options}
-        checkpoints = Checkpoints(tmp_path, dict.fromkeys(checkpoint.INFO[3:], {}))
+        checkpoints = Checkpoints(tmp_path, dict(INFO))
         progress = fit(model, loss, feed, optimizer, engine, checkpoints, log, **settings)
         return SimpleNamespace(progress=progress, rows=log.rows, model=model, feed=feed, engine=engine)
 

@@ -1,0 +1,212 @@
+"""A checkpoint's tensors into a model, its optimizer and its moving average: all of them, as they are, or none."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
+from torch.optim import Optimizer
+
+from dinoseg.errors import UserError
+from dinoseg.model import fingerprint, quantised_names, trained_names
+from dinoseg.training.optim import MovingAverage
+from dinoseg.wording import shown
+
+_MOST_PARTS = 50_000  # modules, parameters and buffers; DINOv3's ViT-7B with LoRA has some 5,000
+CASTS = (torch.float16, torch.bfloat16, torch.float32)  # each may be loaded into each
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint file's tensors and description."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    info: dict[str, Any]
+
+    def part(self, name: str) -> dict[str, Tensor]:
+        """Return the tensors below `name/`, without that prefix."""
+        prefix = f"{name}/"
+        return {key.removeprefix(prefix): value for key, value in self.tensors.items() if key.startswith(prefix)}
+
+
+@contextmanager
+def bounded(where: str) -> Iterator[None]:
+    """Stop within the block once the modules that are made there are more, or larger, than this machine could hold.
+
+    Raises:
+        UserError: they are; `where` begins the message.
+    """
+    memory, parts = _memory(), 0
+
+    def count(module: nn.Module, name: str, part: Any) -> None:
+        nonlocal parts
+        parts += 1
+        size = part.numel() * part.element_size() if isinstance(part, Tensor) else 0
+        if parts > _MOST_PARTS or size > memory:
+            raise UserError(
+                f"{where}: its config describes a model of more than {_MOST_PARTS} parts, or one that this machine "
+                f"cannot hold ({name}: {size / 2**30:.0f} GiB, of {memory / 2**30:.0f}). Choose another checkpoint."
+            )
+
+    hooks = [
+        register_module_module_registration_hook(count),
+        register_module_parameter_registration_hook(count),
+        register_module_buffer_registration_hook(count),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def check_size(model: nn.Module, where: str) -> None:
+    """Refuse a model on the meta device that is larger than this machine's memory.
+
+    Raises:
+        UserError: it is; `where` begins the message.
+    """
+    tensors = {id(part): part for part in (*model.parameters(), *model.buffers())}.values()
+    size = sum(part.numel() * part.element_size() for part in tensors)
+    if size > _memory():
+        raise UserError(
+            f"{where}: its config describes a model of {size / 2**30:.0f} GiB, and this machine has "
+            f"{_memory() / 2**30:.0f}. Choose another checkpoint, or a larger machine."
+        )
+
+
+def _memory() -> float:
+    """Return the machine's memory in bytes, without end where it does not say."""
+    names = getattr(os, "sysconf_names", {})
+    known = {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= set(names)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else float("inf")
+
+
+def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Load the trained tensors; every one must be there, none may be left over.
+
+    Raises:
+        UserError: the checkpoint is of another architecture, or its frozen backbone had other weights.
+    """
+    check_fits(model, checkpoint)
+    now, then = frozen_fingerprint(model), checkpoint.info["frozen"]
+    other = [part for part in now if now[part] != then.get(part)]
+    if other:
+        raise UserError(
+            f"resume={checkpoint.path}: trained on other frozen {other[0]} weights than {other[0]}.weights gives now"
+            f"{' (or held in another backbone.dtype)' if other[0] == 'backbone' else ''}. Give what it was trained on."
+        )
+    model.load_state_dict(checkpoint.part("model"), strict=False)
+
+
+def check_fits(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint whose tensors are not exactly those that training changes in a model; both may be on meta.
+
+    Raises:
+        UserError: saying how many are missing, left over, of another shape or of another type.
+    """
+    state = model.state_dict()
+    parts = _misfits({name: state[name] for name in trained_names(model)}, checkpoint.part("model"))
+    if parts:
+        raise UserError(
+            f"resume={checkpoint.path}: made for another model: {parts}. Use the backbone, adapter, head and classes "
+            f"it was trained with (they are in its config), or start a new run."
+        )
+
+
+def _misfits(want: Mapping[str, Tensor], have: Mapping[str, Tensor]) -> str:
+    """Return how tensors differ from those wanted, in names, shapes and types."""
+    both = sorted(want.keys() & have.keys())
+    wrong = {
+        "missing": sorted(want.keys() - have.keys()),
+        "left over": sorted(have.keys() - want.keys()),
+        "of another shape": [name for name in both if have[name].shape != want[name].shape],
+        "of another type": [name for name in both if not _casts(have[name].dtype, want[name].dtype)],
+    }
+    return ", ".join(
+        f"{len(names)} tensors {what} (such as {shown(names[0])})" for what, names in wrong.items() if names
+    )
+
+
+def _casts(have: torch.dtype, want: torch.dtype) -> bool:
+    return have == want or (have in CASTS and want in CASTS)
+
+
+def frozen_fingerprint(model: nn.Module) -> dict[str, str]:
+    """Return, for backbone and head, a hash of names, shapes and sampled values that a checkpoint does not hold.
+
+    Quantised weights are left out: they differ in the last place between devices.
+    """
+    skipped = trained_names(model) | quantised_names(model)
+    kept = [(name, value) for name, value in model.state_dict().items() if name not in skipped]
+    return {
+        part: fingerprint((name, value) for name, value in kept if name.partition(".")[0] == part)
+        for part in ("backbone", "head")
+    }
+
+
+def load_optimizer(optimizer: Optimizer, checkpoint: Checkpoint) -> None:
+    """Load the optimizer's state, by the names of the parameters.
+
+    Raises:
+        UserError: there is none, or not that of these parameters.
+    """
+    saved = checkpoint.part("optimizer")
+    if not saved:
+        raise UserError(
+            f"resume={checkpoint.path}: this checkpoint holds no optimizer state, so training cannot go on from it "
+            f"exactly. Resume from last.safetensors in the same folder."
+        )
+    _check_state(optimizer, saved, f"resume={checkpoint.path}")
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["names"], group["params"], strict=True):
+            state = {key.rpartition("/")[2]: saved[key] for key in saved if key.rpartition("/")[0] == name}
+            stays = set() if group.get("fused") else {"step"}  # a fused optimizer counts on the device
+            optimizer.state[parameter] = {
+                key: value.clone() if key in stays else value.to(parameter.device) for key, value in state.items()
+            }
+
+
+def _check_state(optimizer: Optimizer, saved: Mapping[str, Tensor], where: str) -> None:
+    """Refuse state that is of no parameter, or not a number or as the parameter is."""
+    named = {
+        name: parameter
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["names"], group["params"], strict=True)
+    }
+    for key, value in saved.items():
+        parameter = named.get(key.rpartition("/")[0])
+        if parameter is None or value.shape not in ((), parameter.shape) or value.dtype not in CASTS:
+            raise UserError(
+                f"{where}: its optimizer state {shown(key)} ({list(value.shape)}, {value.dtype}) fits no parameter of "
+                "this model. Go on from another checkpoint."
+            )
+
+
+def load_average(ema: MovingAverage | None, checkpoint: Checkpoint) -> None:
+    """Load the moving average, or nothing where there is none.
+
+    Raises:
+        UserError: it was on and is off, or the other way round, or it is of other tensors.
+    """
+    saved = checkpoint.part("ema")
+    if (ema is None) == bool(saved):
+        raise UserError(
+            f"resume={checkpoint.path}: trainer.ema is {'off' if ema is None else 'on'} now and was "
+            f"{'on' if saved else 'off'} when this run was saved. Set it as it was."
+        )
+    if ema is not None:
+        if parts := _misfits(ema.average, saved):
+            raise UserError(f"resume={checkpoint.path}: of its moving average {parts}. Go on from another checkpoint.")
+        for name, value in ema.average.items():
+            value.copy_(saved[name])

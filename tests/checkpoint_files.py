@@ -1,0 +1,14 @@
+"""What the least of checkpoints says of itself."""
+
+from dinoseg.training.description import CHOSEN, GROUPS
+
+INFO = {
+    "progress": {},
+    "frozen": {},
+    "config": {"seed": 0, **{group: {} for group in GROUPS}},
+    "choices": dict.fromkeys(CHOSEN, "x"),
+    "folder": "x",
+    "classes": ["a", "b"],
+    "palette": [[0, 0, 0], [255, 255, 255]],
+    "ignore_index": 255,
+}
