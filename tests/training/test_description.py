@@ -1,0 +1,162 @@
+"""A checkpoint's description is held against what dinoseg writes, where it is read."""
+
+import json
+
+import pytest
+import torch
+from checkpoint_files import INFO
+from safetensors.torch import save_file
+from torch import nn
+
+from dinoseg.data.labels import Labels
+from dinoseg.errors import UserError
+from dinoseg.training.checkpoint import describe, outline, read, write
+from dinoseg.training.description import FORMAT
+from dinoseg.training.loading import bounded, check_fits, check_size, load_average, load_optimizer
+from dinoseg.training.optim import MovingAverage, adamw
+
+DEEP = "[" * 100_000 + "]" * 100_000
+HALF_DEEP = json.loads("[" * 60 + "]" * 60)
+ODD = {  # key, value, what the refusal says
+    "a list for the config": ("config", [], "its config is"),
+    "a text for the config": ("config", "x", "its config is"),
+    "no config": ("config", None, "its config is"),
+    "a null group": ("config", {**INFO["config"], "data": None}, "its config is .* each with its keys"),
+    "a number for a group": ("config", {**INFO["config"], "head": 3}, "its config is"),
+    "a group that is not there": ("config", {"seed": 0}, "its config is"),
+    "a text for the seed": ("config", {**INFO["config"], "seed": "0"}, "its config is"),
+    "yes for the seed": ("config", {**INFO["config"], "seed": True}, "its config is"),
+    "a list for choices": ("choices", ["x"], "its choices is"),
+    "choices of numbers": ("choices", {**INFO["choices"], "head": 3}, "its choices is"),
+    "choices of lists": ("choices", {**INFO["choices"], "head": ["x"]}, "its choices is"),
+    "too few choices": ("choices", {"head": "x"}, "its choices is"),
+    "choices for terminals": ("choices", {**INFO["choices"], "head": "\x1b[2J"}, "its choices is"),
+    "a number for the folder": ("folder", 3, "its folder is 3, and must be a folder"),
+    "a list for the folder": ("folder", ["x"], "its folder is"),
+    "a folder that ends early": ("folder", "a\0b", "its folder is"),
+    "a text for classes": ("classes", "ab", "its classes is ab"),
+    "no classes": ("classes", [], "its classes is"),
+    "numbers for classes": ("classes", [1, 2], "its classes is"),
+    "an empty class": ("classes", ["a", ""], "its classes is"),
+    "a long class": ("classes", ["a", "b" * 3000], "at most 100 letters"),
+    "a class for terminals": ("classes", ["a", "\x1b]0;x\x07"], "its classes is"),
+    "half a letter": ("classes", ["a", "\ud800"], "its classes is"),
+    "too many classes": ("classes", [str(number) for number in range(256)], "its classes is"),
+    "a dict for the palette": ("palette", {}, "its palette is"),
+    "pairs for the palette": ("palette", [[0, 0], [1, 1]], "its palette is"),
+    "fractions for the palette": ("palette", [[0.5, 0, 0], [1, 1, 1]], "its palette is"),
+    "large numbers for the palette": ("palette", [[256, 0, 0], [1, 1, 1]], "its palette is"),
+    "a short palette": ("palette", [[0, 0, 0]], "1 colours for 2 classes"),
+    "a list for frozen": ("frozen", [], "its frozen is"),
+    "numbers for frozen": ("frozen", {"head": 3}, "its frozen is"),
+    "a list for progress": ("progress", [], "its progress is"),
+    "a text for the step": ("progress", {"step": "3"}, "its progress is"),
+    "a step below 0": ("progress", {"step": -1}, "its progress is"),
+    "half a step": ("progress", {"step": 0.5}, "its progress is"),
+    "a list for the best": ("progress", {"best": [1]}, "its progress is"),
+    "a text for the ignored id": ("ignore_index", "255", "its ignore_index is"),
+    "a large ignored id": ("ignore_index", 256, "its ignore_index is"),
+    "a text for the format": ("format", "1", "its format is"),
+    "yes for the format": ("format", True, "its format is"),
+    "a later format": ("format", FORMAT + 1, "Update dinoseg"),
+    "a deep config": ("config", {**INFO["config"], "data": {"a": HALF_DEEP}}, "nested deeper than"),
+    "a huge text": ("folder", "x" * 2**20, "letters, above the most"),
+}
+
+
+def file_of(path, text, tensors=None):
+    save_file(tensors or {"model/x": torch.zeros(1)}, path, {"dinoseg": text} if text is not None else None)
+    return path
+
+
+@pytest.mark.parametrize(("key", "value", "says"), ODD.values(), ids=ODD)
+def test_what_dinoseg_does_not_write_is_refused(tmp_path, key, value, says):
+    text = json.dumps({"format": FORMAT, **INFO, key: value})
+    path = file_of(tmp_path / "x.safetensors", text)
+    for look in (describe, outline, read):
+        with pytest.raises(UserError, match=says) as caught:
+            look(path)
+        assert str(caught.value).startswith(f"resume={path}: ") and str(caught.value).isprintable()
+        assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "text", [DEEP, "{", "1e999999", "9" * 5000, "[]", "null", "3", "", None, "{}"], ids=lambda text: str(text)[:8]
+)
+def test_text_that_is_no_description_is_refused(tmp_path, text):
+    with pytest.raises(UserError, match="cannot be read|but not a checkpoint|lacks"):
+        describe(file_of(tmp_path / "x.safetensors", text))
+
+
+def test_what_dinoseg_writes_is_read(tmp_path):
+    progress = {"step": 3, "best": float("nan"), "best_step": 0, "stale": 1}
+    write(tmp_path / "x.safetensors", {"model/x": torch.ones(2, 3)}, {**INFO, "progress": progress})
+    assert describe(tmp_path / "x.safetensors")["progress"]["step"] == 3
+    found = outline(tmp_path / "x.safetensors").tensors["model/x"]
+    assert (found.shape, found.dtype, found.device.type) == ((2, 3), torch.float32, "meta")
+
+
+@pytest.mark.parametrize("name", ["", "a" * 101, "a\nb", "\x1b[2J"])
+def test_a_run_cannot_begin_with_names_that_its_checkpoint_could_not_hold(name):
+    with pytest.raises(UserError, match="give names of 1 to 100 letters"):
+        Labels.of(["fine", name], None, 255)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.int64, torch.uint8, torch.bool, torch.float64, torch.complex64, torch.float8_e4m3fn, torch.float8_e5m2],
+    ids=str,
+)
+def test_tensors_of_another_type_are_refused(tmp_path, dtype):
+    model = nn.Linear(2, 2, bias=False)
+    write(tmp_path / "x.safetensors", {"model/weight": torch.ones(2, 2).to(dtype)}, INFO)
+    for look in (outline, read):
+        with pytest.raises(UserError, match="1 tensors of another type"):
+            check_fits(model, look(tmp_path / "x.safetensors"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_types_that_dinoseg_writes_fit(tmp_path, dtype):
+    write(tmp_path / "x.safetensors", {"model/weight": torch.ones(2, 2, dtype=dtype)}, INFO)
+    for look in (outline, read):
+        check_fits(nn.Linear(2, 2, bias=False), look(tmp_path / "x.safetensors"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite_are_refused_unless_asked_for(tmp_path, value):
+    path = tmp_path / "x.safetensors"
+    write(path, {"model/fine": torch.ones(2), "model/weight": torch.tensor([1.0, value])}, INFO)
+    with pytest.raises(UserError, match="1 of its tensors hold NaN or infinity .such as model/weight.*finite_weights"):
+        read(path)
+    assert read(path, finite=False).tensors["model/weight"].shape == (2,)
+
+
+def test_state_of_another_shape_type_or_name_is_refused(tmp_path):
+    model = nn.Linear(2, 3, bias=False)
+    optimizer, average = adamw(model, lr=1.0), MovingAverage(model.named_parameters(), 0.9)
+    for key, value in (
+        ("weight/exp_avg", torch.zeros(3, 3)),
+        ("weight/exp_avg", torch.zeros(3, 2, dtype=torch.int64)),
+        ("other/exp_avg", torch.zeros(3, 2)),
+        ("weight", torch.zeros(3, 2)),
+    ):
+        write(tmp_path / "x.safetensors", {f"optimizer/{key}": value}, INFO)
+        with pytest.raises(UserError, match=f"optimizer state {key} .* fits no parameter"):
+            load_optimizer(optimizer, read(tmp_path / "x.safetensors"))
+    for name, value in (("weight", torch.zeros(2, 2)), ("x", torch.zeros(3, 2)), ("weight", torch.zeros(3, 2).bool())):
+        write(tmp_path / "x.safetensors", {f"ema/{name}": value}, INFO)
+        with pytest.raises(UserError, match="of its moving average"):
+            load_average(average, read(tmp_path / "x.safetensors"))
+
+
+def test_a_model_larger_than_the_machine_is_not_made():
+    with pytest.raises(UserError, match="that this machine cannot hold"), torch.device("meta"), bounded("resume=x"):
+        nn.Linear(10**7, 10**7)
+    with pytest.raises(UserError, match="more than 50000 parts"), torch.device("meta"), bounded("resume=x"):
+        nn.ModuleList(nn.Linear(1, 1) for _ in range(10**9))
+    with torch.device("meta"):
+        many = nn.ModuleList(nn.Linear(2**15, 2**15) for _ in range(200))
+    with pytest.raises(UserError, match="a model of 800 GiB"):
+        check_size(many, "resume=x")
+    with bounded("resume=x"):
+        nn.Linear(2, 2)
