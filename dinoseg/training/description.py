@@ -116,7 +116,7 @@ RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "format": (_is_count, "a whole number"),
     "progress": (
         _is_progress,
-        f"numbers of {', '.join(_COUNTS)} and best, and nothing that this dinoseg does not know",
+        f"numbers of {', '.join(_COUNTS)} and best, and nothing unknown",
     ),
     "frozen": (_maps_texts, "a hash for backbone and for head"),
     "config": (_is_config, f"a seed and the groups {', '.join(GROUPS)}, each with its keys"),
