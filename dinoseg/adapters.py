@@ -5,7 +5,6 @@ place and returns it.
 """
 
 import logging
-import re
 from importlib.util import find_spec
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from dinoseg.errors import UserError
+from dinoseg.patterns import Pattern
 from dinoseg.ranges import Count, LowShare
 
 TARGETS = {"attention": r"\.(attention|attn)\.", "all_linear": ""}
@@ -128,12 +128,7 @@ class Lora:
             raise UserError(f"adapter.rank={rank}: LoRA needs a rank of at least 1; adapter=frozen trains no adapter.")
         if not 0 <= dropout < 1:
             raise UserError(f"adapter.dropout={dropout}: give a probability of at least 0 and below 1.")
-        try:
-            self.pattern = re.compile(TARGETS.get(targets, targets))
-        except re.error as error:
-            raise UserError(
-                f"adapter.targets={targets} is neither {' nor '.join(TARGETS)} nor a regular expression ({error})."
-            ) from None
+        self.pattern = Pattern(TARGETS.get(targets, targets), "adapter.targets")
         if dora and bits is not None:
             raise UserError(
                 f"adapter.dora=true with adapter.bits={bits}: DoRA starts from the lengths of whole weights. Choose "

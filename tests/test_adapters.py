@@ -208,7 +208,7 @@ def test_lora_rank_must_be_positive(rank):
         (lambda: Lora(rank=1, alpha=1, dropout=1.0), "adapter.dropout=1.0"),
         (
             lambda: Lora(rank=1, alpha=1, targets="(q"),
-            "adapter.targets=.q is neither attention nor all_linear nor a reg",
+            "adapter.targets=.q is no regular expression",
         ),
         (lambda: Lora(rank=1, alpha=1, bits=3), "adapter.bits=3: give 4, 8, or null"),
         (lambda: Frozen(bits=4, device="mps"), "bitsandbytes does not work on the device mps.*engine.device=cpu"),

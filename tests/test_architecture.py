@@ -26,6 +26,7 @@ LEVELS = (  # a room imports its own level and those below
         "stored",
         "interrupt",
         "wording",
+        "patterns",
         "ranges",
     ),
     ("backbones", "heads", "losses", "metrics", "data"),

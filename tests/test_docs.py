@@ -222,6 +222,15 @@ def test_command(command, compose, stand_ins, trained, tmp_path, monkeypatch, ca
     assert expected.get(mode, "run.log") in written, capsys.readouterr().out
 
 
+def test_each_promise_names_a_test():
+    text = (ROOT / "docs/security.md").read_text().split("## What is promised")[1].split("## What is not")[0]
+    promises = text.split("\n- ")[1:]
+    assert len(promises) >= 15
+    for promise in promises:
+        file, name = re.search(r"\(`(tests/\S+)::(\w+)`\)", promise).groups()
+        assert f"def {name}(" in (ROOT / file).read_text(), promise
+
+
 def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"^([a-z]+):", makefile, flags=re.M))

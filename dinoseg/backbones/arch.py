@@ -24,9 +24,11 @@ def configuration(model_type: str, values: Mapping[str, Any]) -> Any:
     Raises:
         UserError: naming the key that there is not, or the value that cannot be.
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PretrainedConfig
 
-    unknown = sorted(values.keys() - AutoConfig.for_model(model_type).to_dict().keys())
+    # what every model of transformers has (labels, types, names) is nothing of an architecture
+    known = AutoConfig.for_model(model_type).to_dict().keys() - PretrainedConfig().to_dict().keys()
+    unknown = sorted(values.keys() - known)
     if unknown:
         raise UserError(f"backbone.arch: {model_type} has no {', '.join(unknown)}. Check the key's spelling.")
     try:

@@ -40,8 +40,10 @@ class Labels:
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise UserError(f"data.classes names {', '.join(twice)} more than once: make each name unique.")
-        if not 0 <= ignore_index <= 255:
+        if not isinstance(ignore_index, int) or not 0 <= ignore_index <= 255:
             raise UserError(f"data.ignore_index={ignore_index}: give an id from 0 to 255, since masks are 8-bit.")
+        if isinstance(palette, int | float | str):
+            raise UserError(f"data.palette={shown(palette)}: give [[r, g, b], ...], one colour per class, or null.")
         colors = tuple(default_palette(len(names)) if palette is None else map(as_color, palette))
         if len(colors) != len(names):
             raise UserError(f"data.palette has {len(colors)} colours for {len(names)} classes: give as many, or null.")
@@ -54,7 +56,7 @@ def as_color(values: Sequence[int]) -> Color:
     Raises:
         UserError: not three whole numbers in that range.
     """
-    numbers = tuple(values)
+    numbers = tuple(values) if not isinstance(values, int | float | str) else ()
     if len(numbers) != 3 or not all(isinstance(v, int) and 0 <= v <= 255 for v in numbers):
         raise UserError(f"Colour {list(numbers)}: give three whole numbers from 0 to 255 (red, green, blue).")
     return numbers[0], numbers[1], numbers[2]

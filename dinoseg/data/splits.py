@@ -1,7 +1,6 @@
 """Which names are for training and which for validation: by file list, or by a seeded share of groups."""
 
 import hashlib
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Protocol, TypeVar
 from dinoseg.errors import UserError
 from dinoseg.files import check_regular
 from dinoseg.images import IMAGE_SUFFIXES
+from dinoseg.patterns import Pattern
 from dinoseg.ranges import Count, Natural, OpenShare
 from dinoseg.shapes import SegmentationData
 from dinoseg.wording import listed
@@ -161,10 +161,7 @@ def regex_group(pattern: str | None) -> Callable[[str], str]:
     """
     if pattern is None:
         return str
-    try:
-        expression = re.compile(pattern)
-    except re.error as error:
-        raise UserError(f"data.group={pattern} is no regular expression: {error}.") from None
+    expression = Pattern(pattern, "data.group")
 
     def group(name: str) -> str:
         found = expression.search(name)

@@ -9,6 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
+_LONGEST_NAME = 40  # letters of a class that the picture shows: its size grows with them
 _MOST_NUMBERS = 40  # classes above which the cells carry no numbers
 
 
@@ -46,6 +47,7 @@ def _pixels(figure: Figure) -> np.ndarray:
 
 
 def _label(axes: Axes, classes: Sequence[str], *, cell: float) -> None:
+    classes = [name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…" for name in classes]
     size = 10 if cell > 0.25 else 6
     tilt = 45 if cell > 0.25 else 90
     if max(map(len, classes)) * 0.1 < cell:

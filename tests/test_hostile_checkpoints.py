@@ -1,0 +1,103 @@
+"""Tampered checkpoint files in every mode that takes one: each is refused in one message; none runs or writes."""
+
+import copy
+import json
+import os
+
+import pytest
+import torch
+from command_line import SMALL, call, write_data
+
+from dinoseg.training import checkpoint
+
+WHISPER = "touch {}/ran"  # what a payload's shell command would do
+HOOK = "torch.nn.modules.module._WrappedHook.__call__"
+IMPORTED = "torch.nn.utils._deprecation_utils.lazy_deprecated_import"
+
+
+@pytest.fixture(scope="module")
+def where(tmp_path_factory):
+    where = tmp_path_factory.mktemp("hostile")
+    write_data(where / "data")
+    assert call(where, "mode=train", *SMALL, "mode.metrics_only=true", "hydra.run.dir=outputs/base/one").status == 0
+    return where
+
+
+@pytest.fixture(scope="module")
+def sound(where):
+    return checkpoint.read(where / "outputs/base/one/checkpoints/last.safetensors")
+
+
+def tampered(where, sound, changes, tensors=None):
+    """Write a checkpoint with values put at places of its description, and return its path."""
+    info = copy.deepcopy(sound.info)
+    for place, value in changes.items():
+        node, (*above, last) = info, place.split("/")
+        for key in above:
+            node = node[key]
+        node[last] = value
+    path = where / "evil.safetensors"
+    checkpoint.write(path, sound.tensors | (tensors or {}), {k: v for k, v in info.items() if k != "format"})
+    return path
+
+
+def files(where):
+    return {path for path in where.rglob("*") if "outputs" not in path.parts} - {where / "evil.safetensors"}
+
+
+def shell(where, target):
+    return {"_target_": target, "_partial_": True, "args": ["os", "system", WHISPER.format(where)]}
+
+
+CASES = {
+    "a hook in the head": lambda where: {"config/head": shell(where, HOOK)},
+    "an import in the head": lambda where: {"config/head": shell(where, IMPORTED)},
+    "a hook in the loss": lambda where: {"config/loss/criterion": shell(where, HOOK)},
+    "a shell in the adapter": lambda where: {"config/adapter": shell(where, "os.system")},
+    "a shell in the data": lambda where: {"config/data/opened": shell(where, "os.system")},
+    "a shell nested in a good node": lambda where: {"config/adapter/bits": shell(where, "os.system")},
+    "a renderer": lambda where: {"config/data/reader/_target_": "dinoseg.data.synthetic.write.render_dataset"},
+    "weights of a stranger": lambda where: {"config/backbone/weights": "evil/weights"},
+    "an interpolation": lambda where: {"config/data/root": "${oc.env:HOME}"},
+    "a huge width": lambda where: {"config/backbone/arch/hidden_size": 65520},
+    "a huge depth": lambda where: {"config/backbone/arch/num_hidden_layers": 10**6},
+    "remote code": lambda where: {"config/backbone/arch/auto_map": {"AutoModel": "evil--x.y"}},
+    "kernels of a stranger": lambda where: {"config/backbone/arch/attn_implementation": "evil/kernels"},
+    "labels without end": lambda where: {"config/backbone/arch/id2label": {"0": "x"}},
+    "a long class": lambda where: {"classes": ["dark", "b" * 3000]},
+    "a null group": lambda where: {"config/data": None},
+    "a number for a head": lambda where: {"config/head": 3},
+    "a number for the palette": lambda where: {"config/data/palette": 3},
+    "a list for the ignored id": lambda where: {"config/data/ignore_index": [1]},
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_a_tampered_file_is_refused(where, sound, case):
+    path, before = tampered(where, sound, case(where)), files(where)
+    done = call(where, "mode=export", f"resume={path}", "engine=cpu")
+    assert done.status == 1 and done.err.startswith("error: ") and "Traceback" not in done.err, done.err
+    assert files(where) == before and len(done.err) < 1500
+
+
+@pytest.mark.parametrize("mode", ["predict", "eval", "export", "track", "train"])
+def test_every_mode_refuses_what_runs(where, sound, mode):
+    path, before = tampered(where, sound, CASES["a hook in the head"](where)), files(where)
+    source = ("input=data/val/images",) if mode in ("predict", "track") else ()
+    done = call(where, f"mode={mode}", f"resume={path}", "engine=cpu", *source)
+    assert done.status == 1 and "no config file on this machine names it there" in done.err, done.err
+    assert files(where) == before
+
+
+def test_weights_that_are_not_finite_predict_only_when_asked(where, sound):
+    name = "model/head.classify.weight"
+    path = tampered(where, sound, {}, {name: torch.full_like(sound.tensors[name], float("nan"))})
+    export = ("mode=export", f"resume={path}", "engine=cpu")
+    refused = call(where, *export)
+    assert refused.status == 1 and "hold NaN or infinity" in refused.err and "finite_weights=false" in refused.err
+    assert call(where, *export, "finite_weights=false").status == 0
+
+
+def test_a_sound_file_is_accepted(where, sound):
+    assert json.dumps(sound.info) and os.path.exists(sound.path)
+    assert call(where, "mode=export", f"resume={tampered(where, sound, {})}", "engine=cpu").status == 0

@@ -1,0 +1,33 @@
+"""A regular expression of a config ends, whatever it says."""
+
+import pytest
+
+from dinoseg import patterns
+from dinoseg.adapters import Lora
+from dinoseg.data.splits import regex_group
+from dinoseg.errors import UserError
+from dinoseg.patterns import Pattern
+
+
+@pytest.mark.parametrize("text", ["^(a|aa)+$"])
+def test_one_that_would_not_end_is_stopped(monkeypatch, text):
+    monkeypatch.setattr(patterns, "_SECONDS", 0.05)
+    with pytest.raises(UserError, match="takes more than 0.05 s on the name aaa"):
+        Pattern(text, "data.group").search("a" * 60 + "!")
+    with pytest.raises(UserError, match=r"data\.group=.* takes more than"):
+        regex_group(text)("a" * 60 + "!")
+    with pytest.raises(UserError, match=r"adapter\.targets=.* takes more than"):
+        Lora(rank=1, alpha=1, targets=text).pattern.search("a" * 60 + "!")
+
+
+@pytest.mark.parametrize("text", ["(", "[", "(" * 500, "a{2,1}", "*"])
+def test_one_that_is_none_is_refused(text):
+    with pytest.raises(UserError, match="adapter.targets=.* is no regular expression"):
+        Pattern(text, "adapter.targets")
+    with pytest.raises(UserError, match="1001 letters"):
+        Pattern("a" * 1001, "adapter.targets")
+
+
+def test_one_that_is_sound_is_searched():
+    found = Pattern(r"^(video_[^_/]+)", "data.group").search("video_11_2/3")
+    assert found.group(1) == "video_11" and Pattern("x", "data.group").search("y") is None
