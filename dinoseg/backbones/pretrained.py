@@ -18,6 +18,7 @@ from dinoseg.errors import UserError
 from dinoseg.tensor_files import PICKLED, read_tensor_file
 
 PACKAGED = "dinoseg:"  # weights=dinoseg:NAME is a file that ships inside the package
+_ADAPTER = "adapter_config.json"  # of peft
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
@@ -50,6 +51,8 @@ def load_model(config: Any, weights: str, cut: Callable[[Any], None], local_cls_
     if path.is_file():
         return _from_file(config, path, cut, local_cls_norm)
     if path.is_dir():
+        if (path / _ADAPTER).exists():  # transformers would build what that file says, from wherever it says
+            raise UserError(f"backbone.weights={weights}: the folder holds {_ADAPTER}. Give a folder of whole weights.")
         return _from_pretrained(weights, str(path), cut, config=config)
     if not _HUB_ID.fullmatch(weights) or path.suffix in (".safetensors", *PICKLED):
         raise UserError(f"backbone.weights={weights}: no such file or folder. Check the path.")

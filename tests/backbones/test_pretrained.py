@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from transformers.utils import logging as their_logging
 
 from dinoseg.backbones.convnext import ConvNext
+from dinoseg.backbones.pretrained import load_model
 from dinoseg.backbones.transformers_vit import FAMILIES, TransformersVit
 from dinoseg.errors import UserError
 
@@ -102,3 +103,9 @@ def test_bars_that_were_off_stay_off(tmp_path):
         assert not their_logging.is_progress_bar_enabled()
     finally:
         their_logging.enable_progress_bar()
+
+
+def test_a_folder_that_asks_for_an_adapter_is_refused(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="holds adapter_config.json. Give a folder of whole weights"):
+        load_model(None, str(tmp_path), lambda model: None)
