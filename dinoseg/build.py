@@ -141,8 +141,11 @@ def clips(cfg: DictConfig, split: str) -> Any:
     return instantiate(cfg.data.clips)(split=_known(split))
 
 
-def feed(cfg: DictConfig, engine: Engine) -> Feed | ClipFeed:
-    """Return the batches of a config for one rank: of images, or of clips where `trainer.feed` says so."""
+def feed(cfg: DictConfig, engine: Engine, *, pictures: int = 0) -> Feed | ClipFeed:
+    """Return the batches of a config for one rank: of images, or of clips where `trainer.feed` says so.
+
+    Each validation shows so many pictures.
+    """
     check_given("dinoseg.training.feed.Feed", {"batch_size": cfg.data.batch_size}, {"batch_size": "data.batch_size"})
     if not of_clips(cfg):
         return Feed(
@@ -155,6 +158,7 @@ def feed(cfg: DictConfig, engine: Engine) -> Feed | ClipFeed:
             background=background_of(cfg),
             rank=engine.rank,
             world=engine.world,
+            pictures=pictures,
         )
     slots = instantiate(cfg.slots)
     return ClipFeed(
@@ -166,6 +170,7 @@ def feed(cfg: DictConfig, engine: Engine) -> Feed | ClipFeed:
         workers=engine.workers,
         rank=engine.rank,
         world=engine.world,
+        pictures=pictures,
         following=SlotTracking(hold=slots.hold, match=slots.match, temperature=slots.temperature),
     )
 

@@ -117,6 +117,14 @@ class ConfusionMatrix:
             raise ValueError(f"{predictions} predicted ids lie outside 0..{self.num_classes - 1}.")
 
 
+def commonest_class(matrix: list[list[int]]) -> tuple[int, float]:
+    """Return the id that most reference pixels have, and the mIoU of predicting it everywhere; 0.0 without pixels."""
+    pixels = [sum(row) for row in matrix]
+    commonest = pixels.index(max(pixels))
+    present = sum(count > 0 for count in pixels)
+    return commonest, pixels[commonest] / sum(pixels) / present if present else 0.0
+
+
 def _check(prediction: Tensor, mask: Tensor) -> None:
     if prediction.shape != mask.shape:
         raise ValueError(f"Prediction {tuple(prediction.shape)} and mask {tuple(mask.shape)} differ.")

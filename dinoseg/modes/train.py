@@ -12,15 +12,17 @@ from omegaconf import DictConfig
 from torch import nn
 
 from dinoseg import build, stored
+from dinoseg.config import plain
 from dinoseg.errors import UserError
 from dinoseg.modes.train_clips import TrainClips
 from dinoseg.modes.train_images import TrainImages
 from dinoseg.nodes import instantiate
 from dinoseg.report.curves import draw_curves
-from dinoseg.report.log import RunLog, read_rows
+from dinoseg.report.log import RunLog, read_rows, write_settings
 from dinoseg.report.table import write_json
 from dinoseg.resume import check_classes, description
 from dinoseg.training import checkpoint
+from dinoseg.training.description import CHOSEN, MODEL
 from dinoseg.training.feed import Feed
 from dinoseg.training.optim import warn_of_long_warmup
 from dinoseg.wording import listed
@@ -28,19 +30,22 @@ from dinoseg.wording import listed
 logger = logging.getLogger(__name__)
 
 
-def train(cfg: DictConfig, *, out_dir: Path, metrics_only: bool = False) -> dict[str, Any]:
+def train(cfg: DictConfig, *, out_dir: Path, metrics_only: bool = False, pictures: int = 4) -> dict[str, Any]:
     """Train, then evaluate the best checkpoint on the validation split; return its scores.
 
     Args:
         cfg: the whole config; `resume` names a checkpoint file to go on from, or nothing.
         out_dir: the run folder.
         metrics_only: write no pictures of the final evaluation.
+        pictures: validation samples of which each validation keeps a picture, the same ones every time.
     """
+    if pictures < 0:
+        raise UserError(f"mode.pictures={pictures}: give a number of validation pictures of at least 0.")
     engine = instantiate(cfg.engine)
     out_dir = Path(engine.share(str(out_dir)))
     if engine.share(cfg.resume) != cfg.resume:
         raise UserError("resume=auto: the ranks found different runs. Name the one to go on with: resume=RUN_FOLDER.")
-    feed = build.feed(cfg, engine)
+    feed = build.feed(cfg, engine, pictures=pictures)
     length = build.lengths(cfg, len(feed.train))
     kind = TrainImages(cfg, feed) if isinstance(feed, Feed) else TrainClips(cfg, feed)
     start = checkpoint.outline(Path(cfg.resume)) if cfg.resume else None
@@ -78,11 +83,29 @@ def train(cfg: DictConfig, *, out_dir: Path, metrics_only: bool = False) -> dict
     scores = kind.evaluate(model, engine, out_dir / "evaluation", metrics_only=metrics_only)
     if engine.is_main:
         print(f"curves:       {out_dir}/{', '.join(path.name for path in curves)}")
+        write_settings(out_dir, _settings(cfg), scores)
         print(f"TensorBoard:  tensorboard --logdir {out_dir / 'tensorboard'}")
         print(f"checkpoint:   {best} (step {run.best_step})")
         kind.close(out_dir)
     engine.close()
     return {**scores, **_cost(model, out_dir), "best_step": run.best_step, "run": str(out_dir)}
+
+
+def _settings(cfg: DictConfig) -> dict[str, Any]:
+    """Return what runs are told apart by, under full names: the choices, and the values of what is trained and how."""
+    groups = {group: plain(cfg[group], resolve=True) for group in ("resolution", *MODEL)}
+    choices = {group: cfg.choices[group] for group in CHOSEN}
+    return _flat({"seed": cfg.seed, "choices": choices, "data": {"batch_size": cfg.data.batch_size}, **groups})
+
+
+def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{key}.")
+        elif not str(key).startswith("_"):
+            found[f"{prefix}{key}"] = value if isinstance(value, int | float) else str(value)
+    return found
 
 
 def _write_split(out_dir: Path, split: Mapping[str, Sequence[str]]) -> None:

@@ -94,12 +94,12 @@ class TrainClips:
             labels = (list(self.labels.classes), palette, self.labels.ignore_index)
             trained = Trained(model.eval(), engine, *labels, info={})
             return follow_slots(self.cfg, trained, out_dir, Options(metrics_only=metrics_only))
-        scores, picture = self.feed.validate(model, build.loss(self.cfg, None).to(engine.device), engine)
+        scores, pictures = self.feed.validate(model, build.loss(self.cfg, None).to(engine.device), engine)
         if engine.is_main:
             write_json(out_dir / "scores.json", scores)
             print(f"val/loss:     {scores['loss']:.4f}, and no other score: data={self.cfg.choices.data} has no masks")
-            if picture is not None and not metrics_only:
-                write_png(out_dir / "segments.png", picture)
+            if pictures and not metrics_only:
+                write_png(out_dir / "segments.png", next(iter(pictures.values())))
                 print(f"picture:      {out_dir / 'segments.png'}")
         return scores
 

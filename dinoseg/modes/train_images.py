@@ -1,5 +1,6 @@
 """Training on images and their masks."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,15 @@ from dinoseg.data.doctor.short import check as examine
 from dinoseg.data.splits import split_table
 from dinoseg.errors import UserError
 from dinoseg.inference.trained_sizes import TrainedSizes
+from dinoseg.metrics.confusion import commonest_class
 from dinoseg.modes.evaluate import list_skipped, score
 from dinoseg.nodes import instantiate
 from dinoseg.processes import count_cores
 from dinoseg.report.curves import IMAGE_PLOTS
 from dinoseg.training.engine import Engine
 from dinoseg.training.feed import Feed
+
+logger = logging.getLogger(__name__)
 
 
 class TrainImages:
@@ -82,8 +86,20 @@ class TrainImages:
         return TrainedSizes.of(sizes, longest=longest, enlarged=enlarged) if sizes else None
 
     def evaluate(self, model: nn.Module, engine: Engine, out_dir: Path, *, metrics_only: bool) -> dict[str, Any]:
-        """Score by one exact count over the split."""
-        return score(model, self.feed.val, engine, out_dir, metrics_only=metrics_only, background=self.feed.background)
+        """Score by one exact count over the split, and tell of a model that has learnt nothing."""
+        data, background = self.feed.val, self.feed.background
+        scores = score(model, data, engine, out_dir, metrics_only=metrics_only, background=background)
+        commonest, constant = commonest_class(scores["matrix"])
+        if engine.is_main and 0 < constant < 1 and scores["miou"] <= constant:
+            logger.warning(
+                "mIoU %.4f is not better than the %.4f of always predicting %s, the commonest class: nothing was "
+                "learnt. Try a higher or lower optim.optimizer.lr, more trainer.steps, loss.weights=median or "
+                "loss=ce_dice for rare classes, and mode=doctor on the data.",
+                scores["miou"],
+                constant,
+                data.classes[commonest],
+            )
+        return scores
 
     def close(self, out_dir: Path) -> None:
         """List the files that were left out."""

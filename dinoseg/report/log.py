@@ -1,8 +1,10 @@
-"""What a run writes while it goes: metrics.jsonl, and TensorBoard scalars and pictures."""
+"""What a run writes while it goes: metrics.jsonl, validation pictures, and both for TensorBoard with the settings."""
 
 import json
 import math
 import os
+import re
+import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,13 +13,17 @@ from typing import Any, TextIO
 import numpy as np
 
 from dinoseg.errors import UserError
+from dinoseg.images import write_png
+
+_BOARD = "tensorboard"
+_STEP = re.compile(r"step_(\d+)")  # a folder of pictures
 
 
 class RunLog:
     """Writes one JSON line per call to `out_dir`/metrics.jsonl, and the same to `out_dir`/tensorboard.
 
-    A run that goes on from `start_step` first drops what a killed run had written beyond it. With
-    `visible` off (every rank but the first) nothing is written.
+    Pictures become `out_dir`/validation/step_00500/NAME.png. A run that goes on from `start_step` first drops what a
+    killed run had written beyond it. With `visible` off (every rank but the first) nothing is written.
     """
 
     def __init__(
@@ -32,9 +38,11 @@ class RunLog:
         path = out_dir / "metrics.jsonl"
         if path.exists():
             _drop_after(path, start_step)
+        self._pictures = out_dir / "validation"
+        _drop_pictures_after(self._pictures, start_step)
         self._file = path.open("a", encoding="utf-8")
         if tensorboard:
-            self._board = _open_board(out_dir / "tensorboard", start_step)
+            self._board = _open_board(out_dir / _BOARD, start_step)
 
     def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
         """Write values such as `train/loss` or `val/miou`; None and non-finite ones become null."""
@@ -47,10 +55,12 @@ class RunLog:
                 if value is not None:
                     self._board.add_scalar(key, value, step)
 
-    def picture(self, step: int, tag: str, rgb: np.ndarray) -> None:
-        """Show a picture (H, W, 3) uint8 in TensorBoard, if that is on."""
-        if self._board is not None:
-            self._board.add_image(tag, rgb, step, dataformats="HWC")
+    def pictures(self, step: int, named: Mapping[str, np.ndarray]) -> None:
+        """Keep pictures (H, W, 3) uint8 of a validation by the names of its samples."""
+        for name, rgb in named.items() if self._file is not None else ():
+            write_png(self._pictures / f"step_{step:05d}" / f"{name}.png", rgb)
+            if self._board is not None:
+                self._board.add_image(f"val/{name}", rgb, step, dataformats="HWC")
 
     def close(self) -> None:
         """Flush and close everything; a second call does nothing."""
@@ -66,6 +76,24 @@ class RunLog:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def write_settings(out_dir: str | Path, settings: Mapping[str, Any], scores: Mapping[str, Any]) -> None:
+    """Give TensorBoard's table of runs a row: settings such as `trainer.steps`, and the final scores.
+
+    What is neither a number, a text nor true or false is left out of both.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+    from torch.utils.tensorboard.summary import hparams
+
+    kept = {key: value for key, value in settings.items() if isinstance(value, int | float | str)}
+    final = {f"final/{key}": value for key, value in scores.items() if isinstance(value, float)}
+    with SummaryWriter(str(Path(out_dir) / _BOARD)) as board:
+        # what add_hparams does, but for its folder of its own, which would be a run beside this one
+        for summary in hparams(kept, final):
+            board.file_writer.add_summary(summary)
+        for key, value in final.items():
+            board.add_scalar(key, value)
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
@@ -102,6 +130,13 @@ def _drop_after(path: Path, step: int) -> None:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _drop_pictures_after(folder: Path, step: int) -> None:
+    for path in folder.iterdir() if folder.is_dir() else ():
+        found = _STEP.fullmatch(path.name)
+        if found and int(found[1]) > step:
+            shutil.rmtree(path)
 
 
 def _open_board(folder: Path, start_step: int) -> Any:

@@ -62,15 +62,30 @@ def compare(
     palette: Palette,
     ignore_index: int = 255,
     opacity: float = 0.6,
+    longest: int | None = None,
 ) -> np.ndarray:
-    """Return frame | prediction | reference (if given) with captions and a legend of what is there."""
+    """Return frame | prediction | reference (if given) with captions and a legend of what is there.
+
+    Frames with more than `longest` pixels on their longer side are reduced to so many.
+    """
     masks = {"prediction": prediction} | ({} if reference is None else {"reference": reference})
+    frame, masks = reduced(frame, longest), {caption: reduced(mask, longest) for caption, mask in masks.items()}
     panels = [("frame", frame)]
     for caption, mask in masks.items():
         tinted = blend(frame, mask, palette, ignore_index=ignore_index, opacity=opacity)
         panels.append((caption, tinted))
     legend = legend_of(list(masks.values()), classes, palette, ignore_index=ignore_index)
     return side_by_side(panels, legend)
+
+
+def reduced(pixels: np.ndarray, longest: int | None) -> np.ndarray:
+    """Return a frame (H, W, 3), or ids (H, W), of which none are mixed, with at most `longest` pixels a side."""
+    height, width = pixels.shape[:2]
+    if longest is None or max(height, width) <= longest:
+        return pixels
+    factor = longest / max(height, width)
+    size = (max(1, round(width * factor)), max(1, round(height * factor)))
+    return np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA if pixels.ndim == 3 else cv2.INTER_NEAREST))
 
 
 def legend_of(

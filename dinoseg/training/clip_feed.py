@@ -20,7 +20,7 @@ from dinoseg.ranges import Count
 from dinoseg.report.clip_strip import clip_strip
 from dinoseg.shapes import ClipBatch
 from dinoseg.training.engine import Engine
-from dinoseg.training.feed import Validation
+from dinoseg.training.feed import SHOWN_SIDE, Validation, spread
 
 SCORES = ("ari", "fg_ari", "mbo")  # of a validation where there are masks
 
@@ -38,6 +38,7 @@ class ClipFeed:
         workers: loading processes.
         rank: this rank.
         world: number of ranks.
+        pictures: validation clips that are shown at each validation, the same ones every time.
         following: how slots are followed from frame to frame in validation.
     """
 
@@ -49,6 +50,7 @@ class ClipFeed:
     workers: int
     rank: int = 0
     world: int = 1
+    pictures: int = 0
     following: SlotTracking = SlotTracking()
     score_names: Sequence[str] = field(init=False)
     lowest: Sequence[str] = ("loss",)
@@ -77,9 +79,17 @@ class ClipFeed:
             world=self.world,
         )
 
+    @property
+    def epoch(self) -> float:
+        """Batches in which each clip is seen once."""
+        return len(self.train) / self.batch_size
+
+    def tally(self, engine: Engine) -> None:
+        """Count nothing: clips have no classes."""
+
     @torch.no_grad()
     def validate(self, model: Segmenter, loss: nn.Module, engine: Engine) -> Validation:
-        """Return the loss and, where there are masks, `ari`, `fg_ari` and `mbo`, means over the clips; and a picture.
+        """Return the loss and, where there are masks, `ari`, `fg_ari` and `mbo`, means over the clips; and pictures.
 
         The loss is that of each clip's first frames, as many and as far apart as in training, seen in the middle; a
         clip with fewer is left out of it. The scores are those of the segments in the whole clip at the masks' own
@@ -88,19 +98,21 @@ class ClipFeed:
         training = model.training
         model.eval()
         sums = np.zeros(2 * len(self.score_names))  # of each score, and of how many clips have it
-        picture = None
+        pictures: dict[str, np.ndarray] = {}
+        shown = spread(len(self.val), self.pictures, self.world)
         for index in range(self.rank, len(self.val), self.world):
             clip = self.val[index]
             values = [self._loss(model, index, clip, loss, engine)]
-            if picture is None or self._has_masks:
+            if index in shown or self._has_masks:
                 segments = self.segments_of(model, clip, engine)
                 values += _scores(clip, segments) if self._has_masks else ()
-                picture = _picture(clip, segments) if picture is None else picture
+                if index in shown:
+                    pictures[f"{clip['name']}_{clip['start']:05d}"] = _picture(clip, segments)
             sums += [*(value or 0.0 for value in values), *(value is not None for value in values)]
         model.train(training)
         totals, counts = engine.sum(torch.tensor(sums, dtype=torch.float32).to(engine.device)).view(2, -1).tolist()
         means = [total / count if count else None for total, count in zip(totals, counts, strict=True)]
-        return Validation(dict(zip(self.score_names, means, strict=True)), picture)
+        return Validation(dict(zip(self.score_names, means, strict=True)), pictures)
 
     @property
     def _has_masks(self) -> bool:
@@ -135,7 +147,8 @@ def _scores(clip: Clip, segments: Sequence[np.ndarray]) -> tuple[float | None, .
 
 def _picture(clip: Clip, segments: Sequence[np.ndarray]) -> np.ndarray:
     known = bool(clip["annotated"].any())
-    return clip_strip(list(_channels_last(clip["frames"])), segments, list(clip["masks"].numpy()) if known else None)
+    masks = list(clip["masks"].numpy()) if known else None
+    return clip_strip(list(_channels_last(clip["frames"])), segments, masks, longest=SHOWN_SIDE)
 
 
 def _channels_last(frames: Tensor) -> np.ndarray:

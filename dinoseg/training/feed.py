@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count, islice
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -16,19 +17,23 @@ from dinoseg.report.overlay import compare
 from dinoseg.shapes import Batch, SegmentationData
 from dinoseg.training.engine import Engine
 from dinoseg.training.evaluate import evaluate
+from dinoseg.training.tally import Tally
+
+SHOWN_SIDE = 384  # pixels at most of a frame in the pictures of a validation, of which a run keeps many
 
 
 class Validation(NamedTuple):
-    """The scores of a validation, and a picture of it."""
+    """The scores of a validation, and pictures of some of its samples."""
 
     scores: dict[str, Any]  # numbers, None where undefined; others are left out of the log
-    picture: np.ndarray | None  # (H, W, 3) uint8
+    pictures: dict[str, np.ndarray]  # by the sample's name, (H, W, 3) uint8; only rank 0 has any
 
 
 class Source(Protocol):
     """What `fit` trains from."""
 
     seed: int
+    epoch: float  # batches in which each sample is seen once
     score_names: Sequence[str]  # of a validation that may decide which checkpoint is best
     lowest: Sequence[str]  # of these, where the lowest value is the best
 
@@ -37,6 +42,10 @@ class Source(Protocol):
 
         A batch has `image`, what the model takes; `names`, of its samples; and `to(device)`.
         """
+        ...
+
+    def tally(self, engine: Engine) -> Tally | None:
+        """Return what counts how well a training step predicts its batches; None: they have no classes."""
         ...
 
     def validate(self, model: Segmenter, loss: nn.Module, engine: Engine) -> Validation:
@@ -58,6 +67,7 @@ class Feed:
         background: id of the class that is no object; None: there is none.
         rank: this rank.
         world: number of ranks.
+        pictures: validation images that are shown at each validation, the same ones every time.
     """
 
     train: SegmentationData
@@ -69,14 +79,20 @@ class Feed:
     background: int | None = None
     rank: int = 0
     world: int = 1
+    pictures: int = 0
     score_names: Sequence[str] = field(init=False)
-    lowest: Sequence[str] = ()
+    lowest: Sequence[str] = ("loss",)
 
     def __post_init__(self) -> None:
         """Refuse a batch size that does not fit, long before the first batch."""
         check_batch_size(self.batch_size, len(self.train), self.world)
         empty = ConfusionMatrix(len(self.val.classes), background=self.background).compute()
-        self.score_names = sorted(key for key, value in empty.items() if value is None)
+        self.score_names = sorted(["loss", *(key for key, value in empty.items() if value is None)])
+
+    @property
+    def epoch(self) -> float:
+        """Batches in which each image is seen once."""
+        return len(self.train) / self.batch_size
 
     def train_batches(self, start: int) -> Iterator[Batch]:
         """Yield this rank's share of every batch from number `start` on, without end."""
@@ -91,16 +107,30 @@ class Feed:
             world=self.world,
         )
 
+    def tally(self, engine: Engine) -> Tally:
+        """Return what counts how well a training step predicts its batches."""
+        return Tally(self.train, engine)
+
     def validate(self, model: Segmenter, loss: nn.Module, engine: Engine) -> Validation:
-        """Return the scores of `evaluate`, and the first image beside its prediction and reference."""
-        pictures: list[np.ndarray] = []
-        data = self.val
+        """Return the scores of `evaluate`, with `iou/CLASS` for each class, and some images with what was predicted."""
+        pictures: dict[str, np.ndarray] = {}
+        data, shown = self.val, spread(len(self.val), self.pictures, self.world)
         draw = partial(compare, classes=data.classes, palette=data.palette, ignore_index=data.ignore_index)
+        indices = count(self.rank, self.world)
 
-        def keep_first(batch: Batch, ids: Tensor) -> None:
-            if not pictures:
-                frame, mask = batch.image[0].permute(1, 2, 0).cpu().numpy(), batch.mask[0].cpu().numpy()
-                pictures.append(draw(frame, ids[0].cpu().numpy(), mask))
+        def show(batch: Batch, ids: Tensor) -> None:
+            for row, index in enumerate(islice(indices, len(ids))):
+                if index in shown:
+                    frame = batch.image[row].permute(1, 2, 0).cpu().numpy()
+                    masks = ids[row].cpu().numpy(), batch.mask[row].cpu().numpy()
+                    pictures[batch.names[row]] = draw(frame, *masks, longest=SHOWN_SIDE)
 
-        scores = evaluate(model, data, engine, background=self.background, loss=loss, on_batch=keep_first)
-        return Validation(scores, pictures[0] if pictures else None)
+        scores = evaluate(model, data, engine, background=self.background, loss=loss, on_batch=show)
+        by_class = {f"iou/{data.classes[row['id']]}": row["iou"] for row in scores["classes"]}
+        return Validation(scores | by_class, pictures)
+
+
+def spread(samples: int, wanted: int, world: int) -> list[int]:
+    """Return the indices of at most `wanted` samples, evenly spread over those that rank 0 validates."""
+    own = range(0, samples, world)
+    return sorted({own[round(place)] for place in np.linspace(0, len(own) - 1, min(wanted, len(own)))})

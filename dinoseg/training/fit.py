@@ -24,6 +24,7 @@ from dinoseg.training.feed import Source
 from dinoseg.training.last_step import LastStep
 from dinoseg.training.optim import MovingAverage, set_learning_rates, tensors_of
 from dinoseg.training.progress import Meter
+from dinoseg.training.tally import Tally
 
 logger = logging.getLogger(__name__)
 _NOTICE = "stopping: `last` is saved after this step (a second signal ends it at once, unsaved)"
@@ -90,9 +91,9 @@ def fit(
     with (
         deferred(_NOTICE) as stop,
         LastStep(checkpoints, model, optimizer, average) as last,
-        closing(Meter(run.step, steps, engine.device, visible=engine.is_main)) as meter,
+        closing(Meter(run.step, steps, val_every, feed.epoch / accumulate, engine.device, engine.is_main)) as meter,
     ):
-        validate = partial(_validate, model, loss, feed, engine, checkpoints, log, average, score, stop)
+        validate = partial(_validate, model, loss, feed, engine, checkpoints, log, average, score, stop, meter)
         if run.owed:
             validate()
             checkpoints.save(model, optimizer, average)
@@ -104,21 +105,21 @@ def fit(
             engine.seed(feed.seed, step)
             rate = set_learning_rates(optimizer, schedule(step, steps))
             model.set_progress(step / steps)
-            sums, names, images, parts = _gradients(net, loss, engine, islice(batches, accumulate), accumulate)
+            tally = feed.tally(engine) if _due(step + 1, log_every, steps) else None
+            sums, names, images, parts = _gradients(net, loss, engine, islice(batches, accumulate), accumulate, tally)
             with last.update():
                 mean, norm, stopped = _step(engine, optimizer, sums, stop, clip, step, names)
                 if average is not None:
                     average.update(step)
                 run.step, run.owed = step + 1, _due(step + 1, val_every, steps)
-            meter.step(images * engine.world, mean)
+            meter.step(images * engine.world, mean, rate)
             if _due(run.step, log_every, steps):
                 row = {"train/loss": mean, "train/lr": rate, "train/gradient_norm": norm, **meter.read()}
-                log.scalars(run.step, row | _terms(parts))
+                log.scalars(run.step, row | _terms(parts, tally))
             if stopped:
                 stop.leave()
             if run.owed:
                 validate()
-                meter.pause()
             if _due(run.step, val_every, steps) or _due(run.step, save_every, steps):
                 checkpoints.save(model, optimizer, average)
     engine.wait()
@@ -126,9 +127,9 @@ def fit(
 
 
 def _gradients(
-    net: nn.Module, loss: nn.Module, engine: Engine, batches: Iterable[Any], count: int
+    net: nn.Module, loss: nn.Module, engine: Engine, batches: Iterable[Any], count: int, tally: Tally | None
 ) -> tuple[list[Tensor], list[str], int, dict[str, Tensor]]:
-    """Go backward through each of `count` batches.
+    """Go backward through each of `count` batches, and let `tally` see what was predicted.
 
     Returns:
         The sums of loss times weight and of weights, the samples' names, how many images, the last batch's parts.
@@ -138,18 +139,24 @@ def _gradients(
     for number, drawn in enumerate(batches, start=1):
         batch = drawn.to(engine.device)
         with engine.accumulating(net, last=number == count):
-            value, parts = loss(net(batch.image), batch)
+            prediction = net(batch.image)
+            value, parts = loss(prediction, batch)
             weight = parts.get("weight", torch.ones_like(value))
             engine.backward(value * weight)
+        if tally is not None:
+            tally.add(prediction, batch)
         sums = [sums[0] + value.detach() * weight, sums[1] + weight]
         names += batch.names
         images += batch.image.shape[:-3].numel()
     return sums, names, images, parts
 
 
-def _terms(parts: dict[str, Tensor]) -> dict[str, float]:
-    """Return the terms of the loss of this rank's last batch."""
-    return {f"train/{name}": value.item() for name, value in parts.items() if name != "weight"}
+def _terms(parts: dict[str, Tensor], tally: Tally | None) -> dict[str, float | None]:
+    """Return the scores of a step's batches, and the terms of the loss of this rank's last one."""
+    terms: dict[str, float | None] = {
+        f"train/{name}": value.item() for name, value in parts.items() if name != "weight"
+    }
+    return terms if tally is None else tally.read() | terms
 
 
 def _step(
@@ -191,13 +198,14 @@ def _validate(
     average: MovingAverage | None,
     score: str,
     stop: Deferral,
+    meter: Meter,
 ) -> None:
     """Score the model (its moving average where there is one), log it, and keep it where it is the best yet."""
     engine.align(model)
     engine.seed(feed.seed, checkpoints.progress.step)
     with average.swapped() if average is not None else nullcontext():
         with stop.at_once(allowed=engine.world == 1):  # a run that goes on begins with the validation it owes
-            scores, picture = feed.validate(model, loss, engine)
+            scores, pictures = feed.validate(model, loss, engine)
         if scores[score] is None:
             raise UserError(f"trainer.score={score} is undefined: the validation data has nothing to count for it.")
         if not math.isfinite(scores[score]):
@@ -208,9 +216,9 @@ def _validate(
         found = checkpoints.judge(model, scores[score], lowest=score in feed.lowest)
     row = {f"val/{name}": value for name, value in scores.items() if isinstance(value, float)}
     log.scalars(checkpoints.progress.step, row)
-    if picture is not None:
-        log.picture(checkpoints.progress.step, "val/prediction", picture)
+    log.pictures(checkpoints.progress.step, pictures)
     checkpoints.settle(found)
+    meter.pause()
     logger.info(
         "step %d: val/%s %.4f (best %.4f at step %d)",
         checkpoints.progress.step,

@@ -1,72 +1,153 @@
-"""How fast a run goes: images per second, the share of time spent waiting for data, memory, time left."""
+"""How a run goes: images per second, the share of time spent waiting for data, memory, time left."""
 
+import logging
 import resource
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from tqdm import tqdm
 
+from dinoseg.wording import count_of
+
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 _STATUS = Path("/proc/self/status")  # of Linux: its peak can be reset
+_BAR = "{percentage:3.0f}%|{bar:16}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+_ON_TERMINAL, _IN_FILE = 0.5, 10.0  # seconds between two figures of a bar, or two lines
+
+
+@dataclass
+class _Window:
+    """What was trained since a moment, in seconds of the clock."""
+
+    start: float
+    images: int = 0
+    waited: float = 0.0
+
+    def rates(self, now: float) -> tuple[float, float]:
+        """Return images per second, and the share of the time (0..1) spent waiting for data."""
+        seconds = max(now - self.start, 1e-9)
+        return self.images / seconds, self.waited / seconds
 
 
 class Meter:
-    """Counts images and waiting time between two readings, and draws the progress bar on one rank."""
+    """Counts images and waiting time between two readings, and shows on one rank how the run goes.
 
-    def __init__(self, done: int, steps: int, device: torch.device, visible: bool) -> None:
-        self.device = device
+    A terminal has a bar; where stderr is a file or a pipe, a line is logged every ten seconds.
+
+    Args:
+        done: optimizer steps that the run begins with.
+        steps: in all.
+        val_every: steps between validations, whose time is part of what is left.
+        epoch: steps in which each sample is seen once.
+        device: whose memory is told.
+        visible: this rank shows how it goes.
+        clock: gives seconds.
+        terminal: whether there is a bar; None: where stderr is a terminal.
+    """
+
+    def __init__(
+        self,
+        done: int,
+        steps: int,
+        val_every: int,
+        epoch: float,
+        device: torch.device,
+        visible: bool,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+        terminal: bool | None = None,
+    ) -> None:
+        self.device, self._visible, self._clock = device, visible, clock
+        self._start = self._step = done
+        self._steps, self._val_every, self._epoch = steps, val_every, epoch
+        self._has_bar = visible and (sys.stderr.isatty() if terminal is None else terminal)
         reset_peak_memory(device)
-        self.bar = tqdm(total=steps, initial=done, unit="step", disable=not visible, dynamic_ncols=True)
-        self._restart()
+        self.bar = tqdm(total=steps, initial=done, disable=not self._has_bar, dynamic_ncols=True, bar_format=_BAR)
+        self._first = self._trained = 0.0  # seconds of the first step, and of all later ones
+        self._validated: list[float] = []  # seconds of each validation
+        self._mark = self._shown = clock()
+        self._row, self._status = _Window(self._mark), _Window(self._mark)
 
     def waiting(self, batches: Iterable[T]) -> Iterator[T]:
         """Yield from `batches`, counting the time until each comes."""
         iterator = iter(batches)
         while True:
-            asked = time.perf_counter()
+            asked = self._clock()
             try:
                 batch = next(iterator)
             except StopIteration:
                 return
-            self.waited += time.perf_counter() - asked
+            for window in (self._row, self._status):
+                window.waited += self._clock() - asked
             yield batch
 
-    def step(self, images: int, loss: float) -> None:
+    def step(self, images: int, loss: float, rate: float) -> None:
         """Count one optimizer step of so many images."""
-        self.images += images
-        self.bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+        now = self._clock()
+        if self._step == self._start:
+            self._first = now - self._mark
+        else:
+            self._trained += now - self._mark
+        self._mark = now
+        self._step += 1
+        for window in (self._row, self._status):
+            window.images += images
+        if self._visible and now - self._shown >= (_ON_TERMINAL if self._has_bar else _IN_FILE):
+            self._show(now, loss, rate)
         self.bar.update()
 
     def read(self) -> dict[str, float]:
         """Return images per second, data-wait share (0..1) and peak memory in GiB since the last reading."""
-        seconds = time.perf_counter() - self.started
-        values = {
-            "train/images_per_s": self.images / seconds,
-            "train/data_wait": self.waited / seconds,
-            "train/memory_gib": peak_memory(self.device) / 2**30,
-        }
-        self.bar.set_postfix_str(
-            f"{self.bar.postfix or ''}, {values['train/images_per_s']:.1f} img/s, "
-            f"data {values['train/data_wait']:.0%}, {values['train/memory_gib']:.1f} GiB"
-        )
-        self._restart()
-        return values
+        now = self._clock()
+        speed, waited = self._row.rates(now)
+        self._row = _Window(now)
+        memory = peak_memory(self.device) / 2**30
+        return {"train/images_per_s": speed, "train/data_wait": waited, "train/memory_gib": memory}
 
     def pause(self) -> None:
-        """Forget the time since the last reading: something else than training took it."""
-        self._restart()
+        """Take the time since the last step for a validation's, which is no training."""
+        now = self._clock()
+        self._validated.append(now - self._mark)
+        self._mark = now
+        self._row, self._status = _Window(now), _Window(now)
 
     def close(self) -> None:
         """Leave the bar as it stands."""
         self.bar.close()
 
-    def _restart(self) -> None:
-        self.images, self.waited, self.started = 0, 0.0, time.perf_counter()
+    def left(self) -> str:
+        """Return the time left, with that of the validations; before the first of them they are named, not guessed."""
+        seconds = (self._steps - self._step) * self._seconds_a_step()
+        validations = self._steps // self._val_every - self._step // self._val_every
+        validations += self._step < self._steps and self._steps % self._val_every > 0
+        if validations and not self._validated:
+            return f"{tqdm.format_interval(seconds)} and {count_of(validations, 'validation')} left"
+        seconds += validations * sum(self._validated) / max(1, len(self._validated))
+        return f"{tqdm.format_interval(seconds)} left"
+
+    def _seconds_a_step(self) -> float:
+        """Return the mean so far, without the first step, which starts everything up, once there are others."""
+        later = self._step - self._start - 1
+        return self._trained / later if later > 0 else self._first
+
+    def _show(self, now: float, loss: float, rate: float) -> None:
+        speed, waited = self._status.rates(now)
+        self._status, self._shown = _Window(now), now
+        figures = (
+            f"epoch {self._step / self._epoch:.1f}, loss {loss:.4f}, rate {rate:.1e}, {speed:.1f} images/s, "
+            f"waiting for data {waited:.0%}, memory {peak_memory(self.device) / 2**30:.1f} GiB, {self.left()}"
+        )
+        if self._has_bar:
+            self.bar.set_postfix_str(figures, refresh=False)
+        else:
+            logger.info("step %d of %d: %s", self._step, self._steps, figures)
 
 
 def reset_peak_memory(device: torch.device) -> None:

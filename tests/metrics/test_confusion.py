@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dinoseg.errors import UserError
-from dinoseg.metrics.confusion import ConfusionMatrix
+from dinoseg.metrics.confusion import ConfusionMatrix, commonest_class
 
 
 def loop_matrix(prediction, mask, num_classes, ignore_index):
@@ -106,6 +106,14 @@ def test_only_a_background_is_left_out():
     assert scores[0]["miou_no_background"] == 0.5  # of 1/2 and 1/2
     assert scores[2]["miou_no_background"] == 0.75  # of 1 and 1/2
     assert len({found["miou"] for found in scores.values()}) == 1
+
+
+def test_always_predicting_the_commonest_class_is_a_score_of_its_own():
+    mask = torch.tensor([[[1, 1, 1, 0, 2, 255]]])
+    confusion = ConfusionMatrix(4)
+    confusion.update(torch.ones_like(mask), mask)
+    assert commonest_class(confusion.matrix.tolist()) == (1, confusion.compute()["miou"])
+    assert commonest_class(ConfusionMatrix(2).matrix.tolist()) == (0, 0.0)
 
 
 def test_rows_are_the_reference():

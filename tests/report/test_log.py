@@ -2,9 +2,11 @@ import json
 
 import numpy as np
 import pytest
+from tensorboard.summary.writer import event_file_writer
 
 from dinoseg.errors import UserError
-from dinoseg.report.log import RunLog, read_rows
+from dinoseg.images import read_image
+from dinoseg.report.log import RunLog, read_rows, write_settings
 
 
 def board_scalars(folder, tag):
@@ -20,7 +22,7 @@ def test_rows_are_readable_at_once_and_reach_tensorboard(tmp_path):
         log.scalars(1, {"train/loss": np.float32(0.5), "train/lr": 1e-4})
         assert read_rows(tmp_path / "metrics.jsonl") == [{"step": 1, "train/loss": 0.5, "train/lr": 1e-4}]
         log.scalars(2, {"val/miou": 0.25, "val/loss": float("nan"), "val/accuracy": None})
-        log.picture(2, "val/prediction", np.zeros((4, 6, 3), np.uint8))
+        log.pictures(2, {"val/prediction": np.zeros((4, 6, 3), np.uint8)})
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[1]) == {"step": 2, "val/miou": 0.25, "val/loss": None, "val/accuracy": None}
     assert board_scalars(tmp_path, "train/loss") == [(1, 0.5)]
@@ -28,7 +30,9 @@ def test_rows_are_readable_at_once_and_reach_tensorboard(tmp_path):
     log.close()
 
 
-def test_going_on_drops_what_a_killed_run_wrote_beyond(tmp_path):
+def test_going_on_drops_what_a_killed_run_wrote_beyond(tmp_path, monkeypatch):
+    # files of one second and process differ by a number without leading zeros alone: the tenth would be read first
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     with RunLog(tmp_path) as log:
         for step in range(0, 10):
             log.scalars(step, {"train/loss": float(step)})
@@ -78,12 +82,37 @@ def test_a_missing_file_is_named(tmp_path):
 def test_only_the_first_rank_writes(tmp_path):
     log = RunLog(tmp_path / "run", visible=False)
     log.scalars(1, {"a": 1.0})
-    log.picture(1, "a", np.zeros((1, 1, 3), np.uint8))
+    log.pictures(1, {"a": np.zeros((1, 1, 3), np.uint8)})
     log.close()
     assert not (tmp_path / "run").exists()
 
 
 def test_without_tensorboard_no_folder_is_made(tmp_path):
     with RunLog(tmp_path, tensorboard=False) as log:
-        log.picture(1, "a", np.zeros((1, 1, 3), np.uint8))
-    assert [item.name for item in tmp_path.iterdir()] == ["metrics.jsonl"]
+        log.pictures(1, {"a": np.zeros((1, 1, 3), np.uint8)})
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["metrics.jsonl", "validation"]
+
+
+def test_pictures_are_files_by_step_and_going_on_drops_later_ones(tmp_path):
+    with RunLog(tmp_path, tensorboard=False) as log:
+        for step in (500, 1000):
+            log.pictures(step, {"a": np.full((1, 2, 3), step % 251, np.uint8), "b/c": np.zeros((1, 2, 3), np.uint8)})
+    files = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png"))
+    steps = [f"validation/step_{step}" for step in ("00500", "01000")]
+    assert files == [f"{step}/{name}.png" for step in steps for name in ("a", "b/c")]
+    assert (read_image(tmp_path / files[0]) == 500 % 251).all()
+    (tmp_path / "validation/notes").mkdir()
+    RunLog(tmp_path, tensorboard=False, start_step=999).close()
+    assert sorted(path.name for path in (tmp_path / "validation").iterdir()) == ["notes", "step_00500"]
+
+
+def test_settings_and_final_scores_are_a_row_of_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    RunLog(tmp_path).close()
+    write_settings(tmp_path, {"seed": 0, "head": "mlp", "layers": None}, {"miou": 0.5, "matrix": [[1]], "dice": None})
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert events.Scalars("final/miou")[0].value == 0.5
+    content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    assert b"seed" in content and b"mlp" in content and b"layers" not in content

@@ -162,3 +162,27 @@ def test_the_moving_average_is_what_is_scored_and_kept(run, tmp_path):
 def test_bad_settings(run, options, message):
     with pytest.raises(UserError, match=message):
         run(**options)
+
+
+def test_rows_tell_how_each_logged_step_predicts_its_own_batches(run):
+    options = {"steps": 8, "val_every": 8, "log_every": 4, "lr": 1e-2, "accumulate": 2}
+    rows = [row for row in run(**options).rows if "train/loss" in row]
+    assert [row["step"] for row in rows] == [4, 8]
+    assert all(0 < row["train/miou"] <= row["train/accuracy"] <= 1 for row in rows)
+    every = {row["step"]: row for row in run(**{**options, "log_every": 1}).rows if "train/loss" in row}
+    for row in rows:  # a function of the step, not of the steps since the last row
+        assert row["train/miou"] == every[row["step"]]["train/miou"]
+
+
+def test_validations_tell_of_each_class(run):
+    (row,) = [row for row in run(steps=2).rows if "val/loss" in row]
+    shares = [row.get(f"val/iou/{name}") for name in Stripes.classes]
+    assert row["val/miou"] == pytest.approx(np.mean([share for share in shares if share is not None]))
+    assert None not in shares[:2]
+
+
+def test_the_lowest_loss_can_be_what_is_best(run):
+    done = run(steps=6, val_every=1, lr=0.1, score="loss")
+    losses = {row["step"]: row["val/loss"] for row in done.rows if "val/loss" in row}
+    assert done.progress.best == min(losses.values())
+    assert losses[done.progress.best_step] == done.progress.best

@@ -1,9 +1,11 @@
+import logging
 import sys
+from contextlib import closing
 
 import pytest
 import torch
 
-from dinoseg.training.progress import peak_memory, reset_peak_memory
+from dinoseg.training.progress import Meter, peak_memory, reset_peak_memory
 
 CPU = torch.device("cpu")
 
@@ -19,3 +21,86 @@ def test_peak_memory_counts_from_the_last_reset():
     assert peak_memory(CPU) > high - 2**20
     reset_peak_memory(CPU)
     assert peak_memory(CPU) < high - 250 * 2**20
+
+
+class Clock:
+    """Seconds that pass only when told to."""
+
+    now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def meter(clock, done=0, steps=100, terminal=False, visible=True):
+    return Meter(done, steps, 25, 8.0, CPU, visible, clock=clock, terminal=terminal)
+
+
+def train(running, clock, steps, seconds=1.0, waited=0.25, first=1):
+    """Take steps of four images, of which the first takes `first` times as long."""
+
+    def batches():
+        while True:
+            clock.now += waited
+            yield None
+
+    stream = running.waiting(batches())
+    for number in range(steps):
+        next(stream)
+        clock.now += (seconds - waited) * (1 if number else first)
+        running.step(4, 0.5, 1e-4)
+
+
+def validate(running, clock, seconds):
+    clock.now += seconds
+    running.pause()
+
+
+def test_time_left_holds_the_validations():
+    clock = Clock()
+    with closing(meter(clock)) as running:
+        train(running, clock, 20, first=10)
+        assert running.left() == "01:20 and 4 validations left"
+        train(running, clock, 5)
+        validate(running, clock, 30)
+        assert running.left() == "02:45 left"  # 75 steps and three times half a minute
+    with closing(meter(clock, done=25, steps=60)) as running:
+        train(running, clock, 11, first=10)
+        assert running.left() == "00:24 and 2 validations left"  # at steps 50 and 60
+        train(running, clock, 24)
+        assert running.left() == "00:00 left"
+
+
+def test_a_pipe_gets_a_line_every_ten_seconds(caplog, capsys):
+    clock = Clock()
+    with caplog.at_level(logging.INFO), closing(meter(clock)) as running:
+        train(running, clock, 41)
+        validate(running, clock, 5)
+        train(running, clock, 20)
+    assert len(caplog.messages) == 6 and capsys.readouterr().err == ""
+    first, last = caplog.messages[0], caplog.messages[-1]
+    assert first.startswith("step 10 of 100: epoch 1.2, loss 0.5000, rate 1.0e-04, ") and "validations left" in first
+    assert "4.0 images/s, waiting for data 25%, memory " in caplog.messages[2] and last.endswith(" left")
+
+
+@pytest.mark.parametrize(("terminal", "visible"), [(True, True), (True, False), (False, False)])
+def test_a_terminal_gets_a_bar_and_other_ranks_nothing(caplog, capsys, terminal, visible):
+    clock = Clock()
+    with caplog.at_level(logging.INFO), closing(meter(clock, terminal=terminal, visible=visible)) as running:
+        train(running, clock, 100)
+    shown = capsys.readouterr().err
+    assert not caplog.messages and bool(shown) == visible
+    if visible:
+        assert "100/100" in shown and "epoch 12.5, loss 0.5000, rate 1.0e-04, 4.0 images/s" in shown
+
+
+def test_rows_tell_of_the_time_since_the_last_row_without_validations():
+    clock = Clock()
+    with closing(meter(clock)) as running:
+        train(running, clock, 5)
+        running.read()
+        train(running, clock, 2, waited=0.5)
+        validate(running, clock, 60)
+        train(running, clock, 2, seconds=0.5)
+        row = running.read()
+    assert row["train/images_per_s"] == pytest.approx(8) and row["train/data_wait"] == pytest.approx(0.5)

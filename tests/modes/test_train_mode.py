@@ -1,0 +1,54 @@
+"""What a training run leaves behind beside its checkpoints."""
+
+import pytest
+from command_line import SMALL, call, write_data
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dinoseg.images import read_image
+from dinoseg.modes import train_images
+from dinoseg.report.log import read_rows
+
+
+@pytest.fixture
+def where(tmp_path):
+    write_data(tmp_path / "data", val=6)
+    return tmp_path
+
+
+def train(where, *arguments):
+    done = call(where, "mode=train", *SMALL, "mode.metrics_only=true", f"hydra.run.dir={where}/run", *arguments)
+    assert done.status == 0, done.err
+    return done
+
+
+def test_progress_can_be_leafed_through(where):
+    train(where, "mode.pictures=3", "trainer.val_every=1", "trainer.log_every=1")
+    files = sorted(path.relative_to(where / "run/validation").as_posix() for path in where.rglob("run/validation/*/*"))
+    assert files == [f"step_0000{step}/{name}.png" for step in (1, 2) for name in (0, 2, 5)]
+    first = read_image(where / "run/validation/step_00001/0.png")
+    assert first.shape == read_image(where / "run/validation/step_00002/0.png").shape
+    board = EventAccumulator(str(where / "run/tensorboard"))
+    board.Reload()
+    tags = board.Tags()
+    assert tags["images"] == ["val/0", "val/2", "val/5"]
+    assert {"train/accuracy", "train/miou", "val/iou/dark", "val/iou/bright", "final/miou"} <= set(tags["scalars"])
+    settings = board.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    assert all(key in settings for key in (b"choices.head", b"optim.optimizer.lr", b"trainer.steps"))
+    training = [row for row in read_rows(where / "run/metrics.jsonl") if "train/loss" in row]
+    assert len(training) == 2 and all(0 <= row["train/miou"] <= 1 for row in training)
+
+
+def test_pictures_can_be_left_out(where):
+    train(where, "mode.pictures=0", "trainer.steps=1")
+    assert not (where / "run/validation").exists()
+    refused = call(where, "mode=train", *SMALL, "mode.pictures=-1")
+    assert refused.status == 1 and "mode.pictures=-1: give a number of validation pictures" in refused.err
+
+
+@pytest.mark.parametrize(("matrix", "told"), [([[90, 0], [10, 0]], True), ([[89, 1], [1, 9]], False)])
+def test_a_run_that_is_not_better_than_a_constant_is_told_so(where, monkeypatch, matrix, told):
+    known = {"matrix": matrix, "miou": 0.45 if told else 0.9, "accuracy": 0.9}
+    monkeypatch.setattr(train_images, "score", lambda *_, **__: known)
+    done = train(where, "trainer.steps=1")
+    warned = "mIoU 0.4500 is not better than the 0.4500 of always predicting dark, the commonest class" in done.err
+    assert warned == told and done.err.count("not better than") == told
