@@ -32,6 +32,7 @@ _FORMS = {
     "sizes": TensorForm(torch.int64, "G", 0),
     "labelled": TensorForm(torch.int64, "1", 0, 1),
     "frame": TensorForm(torch.int64, "2", 1),
+    "background": TensorForm(torch.int64, "1", 0),
 }
 
 
