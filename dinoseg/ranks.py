@@ -21,7 +21,7 @@ from dinoseg.interrupt import SIGNALS, Interrupted, passed_on, raised
 from dinoseg.processes import end_with_parent
 from dinoseg.run_folder import configure_log
 
-LAUNCH_KEYS = ("devices", "resume_from", "keeps_folder")  # of a mode: read by launch; the rest are its function's
+LAUNCH_KEYS = ("devices", "resume_from", "keeps_folder", "check")  # of a mode: the others are its function's
 _GRACE = 60.0  # seconds that the others have to save and end when one has failed
 _STOPPED = {status: number for number in SIGNALS for status in (128 + number, -number)}  # exit statuses
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
 from torch import nn
 
@@ -53,7 +54,7 @@ def train(cfg: DictConfig, *, out_dir: Path, metrics_only: bool = False, picture
         check_classes(kind.labels, start.info, f"resume={start.path}")
         build.check_fits(cfg, start)
         start = checkpoint.read(start.path, finite=cfg.finite_weights)
-    kind.check_parts(engine.world)
+    kind.check_parts(cfg, engine.world)
     sizes = kind.check_data() if engine.is_main else None
     loss = build.loss(cfg, kind.labelled).to(engine.device)
     model = build.model(cfg).to(engine.device)
@@ -106,6 +107,17 @@ def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         elif not str(key).startswith("_"):
             found[f"{prefix}{key}"] = value if isinstance(value, int | float) else str(value)
     return found
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse a config whose parts cannot be put together or are out of range; reads neither weights nor data."""
+    kind = TrainClips if build.of_clips(cfg) else TrainImages
+    kind.check_parts(cfg, 1)
+    with torch.device("meta"):
+        build.optimizer(cfg, build.model(cfg, untrained=True))
+    instantiate(cfg.optim.schedule)
+    for node in (cfg.data.clips, cfg.data.view) if kind is TrainClips else (cfg.data.reader, cfg.data.augment):
+        instantiate(node)
 
 
 def _write_split(out_dir: Path, split: Mapping[str, Sequence[str]]) -> None:

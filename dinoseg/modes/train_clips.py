@@ -37,9 +37,9 @@ class TrainClips:
             side: [video.name for video in clips.videos] for side, clips in (("train", feed.train), ("val", feed.val))
         }
 
-    def check_parts(self, world: int) -> None:
+    @staticmethod
+    def check_parts(cfg: DictConfig, world: int) -> None:
         """Refuse a head or a loss that clips cannot be trained with."""
-        cfg = self.cfg
         with torch.device("meta"):
             head = build.model(cfg, untrained=True).head
         if not hasattr(head, "step"):
@@ -61,16 +61,17 @@ class TrainClips:
             )
         if cfg.data.cache is not None:
             raise UserError(f"data.cache={cfg.data.cache} holds images with masks, not clips. Set data.cache=null.")
-        self._check_following()
+        TrainClips._check_following(cfg)
 
-    def _check_following(self) -> None:
+    @staticmethod
+    def _check_following(cfg: DictConfig) -> None:
         """Refuse what the evaluation at the end would, a training later."""
-        if self.cfg.data.tracking is None:
+        if cfg.data.tracking is None:
             return
-        supervision = chosen_supervision(self.cfg, None)
-        if instantiate(self.cfg.slots).lock_on and supervision == "none":
+        supervision = chosen_supervision(cfg, None)
+        if instantiate(cfg.slots).lock_on and supervision == "none":
             raise UserError(
-                f"slots.lock_on=true needs the first frame's masks, and data={self.cfg.choices.data} is evaluated "
+                f"slots.lock_on=true needs the first frame's masks, and data={cfg.choices.data} is evaluated "
                 "without: train with slots=free. mode=eval mode.supervision=first_frame slots=lock_on gives them later."
             )
 

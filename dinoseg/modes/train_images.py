@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from dinoseg import build
+from dinoseg.config import background_of
 from dinoseg.data.doctor.short import check as examine
 from dinoseg.data.splits import split_table
 from dinoseg.errors import UserError
@@ -43,30 +44,31 @@ class TrainImages:
         self.labels = self.labelled = feed.train
         self.split = split_table({"train": feed.train, "val": feed.val})
 
-    def check_parts(self, world: int) -> None:
+    @staticmethod
+    def check_parts(cfg: DictConfig, world: int) -> None:
         """Refuse a loss or a batch that the head cannot be trained with."""
-        if self.cfg.loss.class_weights is None:
+        if cfg.loss.class_weights is None:
             raise UserError(
-                f"loss={self.cfg.choices.loss} learns from clips, without labels. Choose trainer=slots with "
+                f"loss={cfg.choices.loss} learns from clips, without labels. Choose trainer=slots with "
                 "head=slots, or a loss on labels, such as loss=cross_entropy."
             )
-        if self.cfg.trainer.score == "miou_no_background" and self.feed.background is None:
+        if cfg.trainer.score == "miou_no_background" and background_of(cfg) is None:
             raise UserError(
-                f"trainer.score=miou_no_background: data={self.cfg.choices.data} has no background. Say which class "
+                f"trainer.score=miou_no_background: data={cfg.choices.data} has no background. Say which class "
                 "it is (data.background=NAME), or choose by another score, such as trainer.score=miou."
             )
         with torch.device("meta"):
-            head = build.model(self.cfg, untrained=True).head
-            loss = instantiate(self.cfg.loss.criterion)(class_weights=torch.ones(len(self.cfg.data.classes)))
+            head = build.model(cfg, untrained=True).head
+            loss = instantiate(cfg.loss.criterion)(class_weights=torch.ones(len(cfg.data.classes)))
         if hasattr(head, "step"):
             raise UserError(
-                f"head={self.cfg.choices.head} is trained on clips. Choose trainer=slots "
+                f"head={cfg.choices.head} is trained on clips. Choose trainer=slots "
                 "loss=feature_reconstruction, or another head."
             )
         least = getattr(head, "least_batch", 1)
-        if self.cfg.data.batch_size < least * world:
+        if cfg.data.batch_size < least * world:
             raise UserError(
-                f"data.batch_size={self.cfg.data.batch_size}: head={self.cfg.choices.head} is trained on {least} "
+                f"data.batch_size={cfg.data.batch_size}: head={cfg.choices.head} is trained on {least} "
                 f"images or more per device. Set data.batch_size={least * world} or choose another head."
             )
         if getattr(loss, "needs_masks", False) and not getattr(head, "mixture", False):

@@ -1,0 +1,57 @@
+"""What the folds of a cross-validation say together: they are parts of one measurement, not rivals."""
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+
+from dinoseg.metrics.counts import iou, mean_defined, ratio
+
+FOLD = "data.fold"
+DEVIATION = "deviation"
+Row = dict[str, Any]
+
+
+def with_summaries(rows: Sequence[Row], settings: Sequence[str], scores: Sequence[str]) -> list[list[Row]]:
+    """Return the jobs of each setting in the order of their folds, then rows for mean, deviation and pooled scores.
+
+    The deviation is that of a sample, which needs two folds; pooled scores are those of the sum of all confusion
+    counts, in which every image counts once.
+
+    Args:
+        rows: of all jobs.
+        settings: the keys swept beside the fold.
+        scores: keys to summarise.
+    """
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in settings), []).append(row)
+    return [_summarised(sorted(group, key=_fold), settings, scores) for group in groups.values()]
+
+
+def _fold(row: Mapping[str, Any]) -> tuple[int, str]:
+    text = str(row[FOLD])
+    return (int(text), "") if text.isdecimal() else (-1, text)
+
+
+def _summarised(folds: list[Row], settings: Sequence[str], scores: Sequence[str]) -> list[Row]:
+    defined = {key: [row[key] for row in folds if row[key] is not None] for key in scores}
+    whole = sum(not row["note"] for row in folds)
+    same = {key: folds[0][key] for key in settings}
+    note = "" if whole == len(folds) else f"{whole} of {len(folds)} folds"
+    rows = {
+        "mean": {key: fmean(values) if values else None for key, values in defined.items()},
+        DEVIATION: {key: stdev(values) if len(values) > 1 else None for key, values in defined.items()},
+    }
+    if matrices := [row["matrix"] for row in folds if row["matrix"] is not None]:
+        rows["pooled"] = {**dict.fromkeys(scores), **_pooled(matrices)}
+    return folds + [{"job": "", FOLD: name, "note": note, **same, **row} for name, row in rows.items()]
+
+
+def _pooled(matrices: Sequence[Any]) -> Row:
+    """Return the scores of the sum of confusion matrices (K, K), rows the reference."""
+    counts = np.sum([np.asarray(matrix, dtype=np.int64) for matrix in matrices], axis=0)
+    hits = counts.diagonal()
+    each = iou(hits, counts.sum(axis=0) - hits, counts.sum(axis=1) - hits)
+    return {"miou": float(mean_defined(each)), "accuracy": float(ratio(hits.sum(), counts.sum()))}
