@@ -30,6 +30,7 @@ AT_RUN_TIME = {
     "loss.criterion.terms.dice": {"class_weights"},
     "loss.criterion.terms.lovasz": {"class_weights"},
     "mode": {"cfg", "out_dir"},
+    "mode.check": {"cfg"},
     "optim.optimizer": {"model"},
     "trainer": {"model", "loss", "feed", "optimizer", "engine", "checkpoints", "log", "schedule", "steps", "val_every"},
 }
