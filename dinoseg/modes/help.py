@@ -28,13 +28,8 @@ usage: python -m dinoseg mode=MODE [hparam=RECIPE] [GROUP=OPTION ...] [KEY=VALUE
 
 Groups and their options (choose with GROUP=OPTION; RECIPE is an option of hparam):
 """
-_NO_KEYS = (
-    "_",
-    "resume_from",
-    "keeps_folder",
-    "check",
-    "#",
-)  # how the lines of a mode's file begin that are no keys to set
+# how the lines of a mode's file begin that are no keys to set
+_NO_KEYS = ("_", " ", "resume_from", "keeps_folder", "check", "#")
 _FURTHER = (
     "`--help` alone shows all modes, groups and options; `--cfg job` instead of it all keys of this command line."
 )
