@@ -12,7 +12,7 @@ from dinoseg.errors import UserError
 from dinoseg.wording import listed
 
 CLASS_FILE, CELLS = "class_file", "cells"
-RESOLVERS = ("len",)  # those that a checkpoint's config may use: functions of values beside them
+RESOLVERS = ("len", CELLS)  # those that a checkpoint's config may use: functions of values beside them
 
 
 class _Unmet(UserError, InterpolationResolutionError):

@@ -206,6 +206,8 @@ ODD = {  # place, value, what the refusal says
     "with blanks": ("data/root", "${ oc.env : HOME }", "interpolation is refused"),
     "within a text": ("data/root", "a ${oc.env:HOME} b", "interpolation is refused"),
     "within a length": ("data/root", "${len:${oc.env:HOME}}", "interpolation is refused"),
+    "within cells": ("data/root", "${cells:${resolution},${oc.env:HOME}}", "interpolation is refused"),
+    "cells of a text": ("data/root", "${cells:/etc/passwd}", "interpolation is refused"),
     "decoded": ("data/root", "${oc.decode:${data.group}}", "interpolation is refused"),
     "selected": ("data/root", "${oc.select:mode}", "interpolation is refused"),
     "created": ("data/root", "${oc.create:{a:1}}", "interpolation is refused"),
