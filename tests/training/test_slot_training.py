@@ -128,6 +128,8 @@ def test_videos_without_masks_have_a_loss_alone(here):
     assert "no other score: data=videos has no masks" in done.out
     assert (here / "run/evaluation/segments.png").is_file() and (here / "run/loss.png").is_file()
     assert not (here / "run/fg_ari.png").exists()
+    shown = sorted(path.relative_to(here / "run/validation").as_posix() for path in here.rglob("run/validation/*/*"))
+    assert [name.split("_000")[1] for name in shown] == ["02/0", "02/1", "02/2", "02/3", "04/0", "04/1", "04/2", "04/3"]
     progress = read(here / "run/checkpoints/last.safetensors").info["progress"]
     values = [row["val/loss"] for row in rows(here / "run") if "val/loss" in row]
     assert progress["best"] == min(values) and len(values) == 2
