@@ -13,6 +13,7 @@ from dinoseg.errors import UserError
 from dinoseg.resume import description_of, recipe_of
 from dinoseg.run_folder import is_locked
 from dinoseg.training import checkpoint
+from dinoseg.wording import printable
 
 PATIENCE = 10  # seconds that resume=auto waits for a run of another process
 
@@ -63,4 +64,4 @@ def _is_free(run: Path) -> bool:
 
 
 def _say(message: str) -> None:
-    print(f"resume=auto: {message}", file=sys.stderr)
+    print(printable(f"resume=auto: {message}"), file=sys.stderr)

@@ -24,7 +24,7 @@ from dinoseg.shapes import Palette, SegmentationData
 from dinoseg.training import checkpoint
 from dinoseg.training.description import CHOSEN, GROUPS
 from dinoseg.training.engine import Engine
-from dinoseg.wording import nearest
+from dinoseg.wording import nearest, printable
 
 KEPT = ("seed", *GROUPS)  # root keys that a checkpoint keeps
 LENGTHS = (
@@ -57,7 +57,7 @@ def merge(cfg: DictConfig, overrides: Sequence[Any], path: Path, info: Mapping[s
     merged = OmegaConf.create({**own, **kept})
     merged.data.root, remark = _root(kept, Path(info["folder"]))
     if remark and not any(override.key_or_group in ("data", "data.root") for override in overrides):
-        print(f"resume={path}: {remark}", file=sys.stderr)
+        print(printable(f"resume={path}: {remark}"), file=sys.stderr)
     for override in (each for each in overrides if each.key_or_group in CHOSEN):
         name, value = override.key_or_group, override.value()
         _check_choice(name, str(value), path, info)
