@@ -18,10 +18,11 @@ from omegaconf import DictConfig, OmegaConf
 from dinoseg.config import plain, register_resolvers
 from dinoseg.errors import UserError, telling_file_errors
 from dinoseg.interrupt import SIGNALS, Interrupted, passed_on, raised
+from dinoseg.modes.unread import warn_not_read
 from dinoseg.processes import end_with_parent
 from dinoseg.run_folder import configure_log
 
-LAUNCH_KEYS = ("devices", "resume_from", "keeps_folder", "check")  # of a mode: the others are its function's
+LAUNCH_KEYS = ("devices", "resume_from", "keeps_folder", "check", "reads")  # of a mode: the others are its function's
 _GRACE = 60.0  # seconds that the others have to save and end when one has failed
 _STOPPED = {status: number for number in SIGNALS for status in (128 + number, -number)}  # exit statuses
 
@@ -30,6 +31,8 @@ def run_mode(cfg: DictConfig, out_dir: Path) -> Any:
     """Call the mode's function in this process."""
     if cfg.mode.get("keeps_folder", True):
         configure_log(out_dir if is_first_rank() else None)
+    if is_first_rank():
+        warn_not_read(out_dir, f"mode={cfg.choices.mode}", cfg.mode.get("reads"))
     from dinoseg.nodes import instantiate
 
     return instantiate(cfg.mode, without=LAUNCH_KEYS)(cfg, out_dir=out_dir)

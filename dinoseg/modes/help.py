@@ -29,7 +29,7 @@ usage: python -m dinoseg mode=MODE [hparam=RECIPE] [GROUP=OPTION ...] [KEY=VALUE
 Groups and their options (choose with GROUP=OPTION; RECIPE is an option of hparam):
 """
 # how the lines of a mode's file begin that are no keys to set
-_NO_KEYS = ("_", " ", "resume_from", "keeps_folder", "check", "#")
+_NO_KEYS = ("_", " ", "resume_from", "keeps_folder", "check", "reads", "#")
 _FURTHER = (
     "`--help` alone shows all modes, groups and options; `--cfg job` instead of it all keys of this command line."
 )
@@ -52,8 +52,10 @@ def of_mode(mode: str) -> str:
     commands = [line for line in COMMANDS.splitlines() if f"mode={mode} " in line]
     text = (CONFIGS / "mode" / f"{mode}.yaml").read_text(encoding="utf-8")
     own = [line for line in text.splitlines() if not line.startswith(_NO_KEYS)]
+    reads = text.partition("\nreads: [")[2].partition("]")[0].split()
     keys = [f"  mode.{line.replace(': ', '=', 1)}" for line in own] or ["  none"]
-    return "\n".join((*commands, "", f"Keys of mode={mode}, and what they are if not given:", *keys, "", _FURTHER))
+    title = f"Keys of mode={mode}, and what they are if not given:"
+    return "\n".join((*commands, "", title, *keys, "", f"It also reads {' '.join(reads)}", "", _FURTHER))
 
 
 def show(cfg: Any, *, out_dir: Path) -> None:

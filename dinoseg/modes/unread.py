@@ -1,6 +1,7 @@
-"""Words of a command line that the chosen way of tracking does not read."""
+"""Words of a command line that the chosen mode, or its way of tracking, does not read."""
 
 import logging
+import sys
 from collections.abc import Collection
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from dinoseg.run_folder import command_line
 from dinoseg.wording import listed
 
 logger = logging.getLogger(__name__)
+_FOR_ALL = ("mode", "hparam", "hydra", "local", "trust", "engine")  # what every mode reads, and facts of the machine
 
 
 def warn_unread(out_dir: Path, unread: Collection[str], reason: str) -> None:
@@ -21,6 +23,25 @@ def warn_unread(out_dir: Path, unread: Collection[str], reason: str) -> None:
     idle = [word for word in command_line(out_dir) if _within(word.lstrip("+~").split("=")[0], unread)]
     if idle:
         logger.warning("No effect here: %s. %s", listed(idle), reason)
+
+
+def warn_not_read(out_dir: Path, mode: str, reads: Collection[str] | None) -> None:
+    """Warn once of what was typed for keys that a mode never reads.
+
+    Args:
+        out_dir: the run folder, which keeps its command line.
+        mode: for the message, such as `mode=score`.
+        reads: groups and keys that it reads beside its own; None: it does not say.
+    """
+    words = {word: word.lstrip("+~").split("=")[0].split("@")[0] for word in command_line(out_dir)}
+    idle = [
+        word
+        for word, key in words.items()
+        if not _within(key, (*_FOR_ALL, *(reads or ()))) and not any(name.startswith(f"{key}.") for name in reads or ())
+    ]
+    if idle and reads is not None:
+        said = f"No effect here: {listed(idle)}. Beside its own keys {mode} reads {', '.join(reads)}."
+        print(f"warning: {said}", file=sys.stderr)  # not into the log: a run that then fails leaves an empty one
 
 
 def _within(key: str, unread: Collection[str]) -> bool:

@@ -1,0 +1,44 @@
+"""Every mode says which keys it reads; what is typed for another is said to have no effect."""
+
+import pytest
+from command_line import SMALL, call, write_data
+from config_files import main_choices, options, read
+
+from dinoseg.modes.unread import warn_not_read
+
+
+def test_a_mode_reads_groups_and_keys_that_there_are(compose):
+    cfg = compose("data.root=x", "data.classes=[a,b]")
+    for mode in set(options("mode")) - {"help"}:
+        names = read("mode", mode)["reads"]
+        assert len(set(names)) == len(names)
+        for name in names:
+            assert name.split(".")[0] in {*cfg, *main_choices()}, name
+            assert "." not in name or name.split(".")[1] in cfg[name.split(".")[0]]
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["mode=score", "protocol=ade20k", "reference=a", "data.classes=[a,b]", "data=idd", "hparam=demo"], None),
+        (["data.batch_size=3", "hydra.run.dir=x", "mode.seed=1"], "data.batch_size=3"),
+        (["++trainer.steps=3", "head=mlp", "data.reader.masks.format=ids"], "++trainer.steps=3, head=mlp"),
+    ],
+)
+def test_what_a_mode_does_not_read_is_named(tmp_path, capsys, words, named):
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config/overrides.txt").write_text("\n".join(words) + "\n")
+    warn_not_read(tmp_path, "mode=score", read("mode", "score")["reads"])
+    said = capsys.readouterr().err
+    assert said.count("\n") == bool(named) and (
+        not named or said.startswith(f"warning: No effect here: {named}. Beside")
+    )
+
+
+def test_each_command_says_what_it_does_not_read(tmp_path):
+    write_data(tmp_path / "data")
+    folders = ("reference=data/val/masks", "prediction=data/val/masks", "num_classes=2", "mode.workers=1")
+    done = call(tmp_path, "mode=score", *folders, "trainer.steps=3")
+    assert done.status == 0 and "No effect here: trainer.steps=3. Beside its own keys mode=score reads" in done.err
+    assert "No effect" not in call(tmp_path, "mode=score", *folders).err
+    assert "No effect here: loss=dice." in call(tmp_path, "mode=summary", *SMALL[:-2], "loss=dice").err

@@ -1,0 +1,33 @@
+"""Odd command lines end rightly, or with one message: a few here, many with tests/fuzz_command_lines.py."""
+
+import pytest
+from command_line import write_data
+from fuzz_command_lines import BASES, fault, lines
+
+QUICK = ("summary", "score", "help", "prepare", "export")  # which need no trained run, or refuse without one at once
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("odd")
+    write_data(root / "here/data")
+    return root
+
+
+def test_drawn_command_lines(root):
+    drawn = [words for words in lines(110, seed=1) if words[0][5:] in QUICK]
+    assert len(drawn) >= 50 and len(set(drawn)) == len(drawn)
+    wrong = {words: what for words in drawn if (what := fault(root, words))}
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        *("backbone=[0]", "adapter=null", "seed=${nothing}", "~seed", "~head", "head._partial_=x", "head._target_=x"),
+        *("resolution=240", "data.classes=5", "head=", "+head.num_classes.x=1", "head.layers=${oc.env:NOTHING}"),
+        *("resolution.crop=[1,1]", "resolution.scale=nan", "data.classes=[]", "backbone.arch=3", "=", "--x", "a\0b"),
+    ],
+)
+def test_what_cannot_be_is_one_message(root, word):
+    assert not fault(root, ("mode=summary", *BASES["summary"], word))
