@@ -80,15 +80,18 @@ def _watch(ranks: Sequence[BaseProcess], receiving: connection.Connection) -> An
     result: list[Any] = []
     failed: int | None = None
     deadline = math.inf
-    waiting: list[Any] = [receiving, *(rank.sentinel for rank in ranks)]
+    ending = {rank.sentinel: number for number, rank in enumerate(ranks)}
+    waiting: list[Any] = [receiving, *ending]
     while waiting and time.monotonic() < deadline:
         for ready in connection.wait(waiting, timeout=1.0):
             waiting.remove(ready)
-            if ready is receiving:  # read at once: a pipe holds 64 KiB, and the rank waits until more is taken
-                result += _received(receiving)
-        if failed is None and any(rank.exitcode for rank in ranks):
-            failed = next(number for number, rank in enumerate(ranks) if rank.exitcode)
-            deadline = time.monotonic() + _GRACE
+            if not isinstance(ready, int):
+                result += _received(receiving)  # at once: a pipe holds 64 KiB, and the rank waits until more is taken
+                continue
+            number = ending[ready]
+            ranks[number].join()
+            if ranks[number].exitcode and failed is None:
+                failed, deadline = number, time.monotonic() + _GRACE
     if failed is None:
         return result[0]
     status = ranks[failed].exitcode

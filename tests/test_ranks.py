@@ -1,0 +1,57 @@
+"""Ranks: their results, their errors and signals; without torch, so that they start in a moment."""
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+from omegaconf import OmegaConf
+
+from dinoseg import ranks
+from dinoseg.errors import UserError
+from dinoseg.interrupt import Interrupted
+
+
+def mode(cfg, *, out_dir, does):
+    """Stand for a mode: what each rank does is named, and the first one's result is large."""
+    rank = int(os.environ["RANK"])
+    if does == f"rank {rank} fails":
+        raise UserError("a mask is missing")
+    if does == f"rank {rank} dies":
+        os._exit(7)
+    if does.startswith("rank") or does == "waits":
+        (out_dir / f"ready{rank}").touch()
+        time.sleep(60)
+    return {"matrix": [[0] * 150] * 150, "world": os.environ["WORLD_SIZE"]}
+
+
+def run(where, does):
+    cfg = {"mode": {"_target_": "test_ranks.mode", "_partial_": True, "does": does, "keeps_folder": False}}
+    return ranks.run_ranks(OmegaConf.create(cfg), where, 2)
+
+
+def test_a_result_larger_than_a_pipe_comes_back(tmp_path):
+    assert run(tmp_path, "result") == {"matrix": [[0] * 150] * 150, "world": "2"}
+
+
+@pytest.mark.parametrize(
+    ("does", "message"),
+    [("rank 1 fails", "Rank 1 ended with status 1: see its message above."), ("rank 0 dies", "Rank 0 .* status 7")],
+)
+def test_one_that_fails_ends_all(tmp_path, monkeypatch, does, message):
+    monkeypatch.setattr(ranks, "_GRACE", 0.1)
+    with pytest.raises(UserError, match=message):
+        run(tmp_path, does)
+
+
+def test_a_signal_to_the_first_process_reaches_all(tmp_path):
+    def strike():
+        while len(list(tmp_path.glob("ready*"))) < 2:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=strike).start()
+    with pytest.raises(Interrupted) as ended:
+        run(tmp_path, "waits")
+    assert ended.value.status == 143
