@@ -24,7 +24,8 @@ _made: set[Path] = set()  # folders and logs that this process has made, and so 
 def will_make(folder: Path) -> None:
     """Note which folders come into being with `folder`: what was there before is never removed."""
     folder = folder.absolute()
-    _made.update(path for path in (folder, *folder.parents) if not path.exists())
+    with suppress(OSError):  # a path that cannot be: making it will say so
+        _made.update(path for path in (folder, *folder.parents) if not path.exists())
 
 
 def claim(out_dir: Path) -> Path:
@@ -86,6 +87,8 @@ class _LogFile(logging.FileHandler):
             super().handleError(record)
             return
         logging.getLogger().removeHandler(self)
+        with suppress(OSError):
+            self.close()
         logging.getLogger(__name__).warning("%s ends here (%s).", self.baseFilename, error.strerror)
 
 
