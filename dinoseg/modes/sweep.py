@@ -75,7 +75,7 @@ class SweepTable(Callback):
         rows = [row for place in order for row in groups[place]]
         _print(rows, swept, held)
         path = Path(config.hydra.sweep.dir) / "sweep.csv"
-        _write(path, rows, swept)
+        _write(path, rows, swept, held)
         print(f"\nwritten to {path}")
 
 
@@ -95,8 +95,8 @@ def _print(rows: Sequence[Mapping[str, Any]], swept: Sequence[str], held: Sequen
     print(f"\n{tabulate(shown, headers=headers, maxcolwidths=widths, disable_numparse=True, colalign=aligned)}")
 
 
-def _write(path: Path, rows: Sequence[Mapping[str, Any]], swept: Sequence[str]) -> None:
-    keys = ["job", *swept, *SHARES, *OTHERS, "run", "note"]
+def _write(path: Path, rows: Sequence[Mapping[str, Any]], swept: Sequence[str], held: Sequence[str]) -> None:
+    keys = ["job", *swept, *held, "run", "note"]
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow([SHARES.get(key, key) for key in keys])

@@ -142,6 +142,7 @@ def test_the_best_job_comes_first_and_failures_last(table, capsys):
         {"miou": 0},
     ]
     rows = rows_of(table(*scores))
+    assert "mIoU without background %" not in rows[0]  # which no job has
     assert [row["job"] for row in rows] == ["2", "0", "4", "1", "3"]
     assert [row["note"] for row in rows] == ["", "", "", "no", "ValueError: broken"]
     assert rows[0]["seed"] == "2" and rows[0]["run"] == "r" and rows[0]["pixel accuracy %"] == "50.00"
