@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from checkpoint_files import INFO
 from test_fit import Rows, Stripes
 
 from dinoseg.adapters import Full
@@ -55,7 +56,7 @@ def train(tiny_backbone):
         for name in ("batch", "validation", "fails"):
             setattr(feed, name, options.pop(name, getattr(feed, name)))
         found = read(folder / "last.safetensors") if start else None
-        checkpoints = Checkpoints(folder, dict.fromkeys(checkpoint.INFO[3:], {}), found)
+        checkpoints = Checkpoints(folder, dict(INFO), found)
         settings = {"steps": 6, "val_every": 3, "log_every": 1, "accumulate": 2, "ema": 0.5, **options}
         log, error = Rows(), None
         optimizer, engine = adamw(model, lr=3e-3), Engine("cpu", "fp32", workers=0)
