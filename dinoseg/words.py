@@ -66,7 +66,7 @@ def as_text(arguments: Sequence[str], configs: Path) -> list[str]:
         if override is None:
             text = not value.startswith(_NESTED)
         else:
-            group = (configs / key.split("@")[0]).is_dir() and not override.is_sweep_override()
+            group = (configs / key.lstrip("+").split("@")[0]).is_dir() and not override.is_sweep_override()
             text = group and not isinstance(override.value(), str)
         if text or _names_file(key, value, override, several=several):
             found[place] = f"{key}={QuotedString(value, Quote.double).with_quotes()}"

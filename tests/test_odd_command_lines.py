@@ -24,7 +24,16 @@ def test_drawn_command_lines(root):
 @pytest.mark.parametrize(
     "word",
     [
-        *("backbone=[0]", "adapter=null", "seed=${nothing}", "~seed", "~head", "head._partial_=x", "head._target_=x"),
+        *(
+            "backbone=[0]",
+            "+slots=[[1]]",
+            "adapter=null",
+            "seed=${nothing}",
+            "~seed",
+            "~head",
+            "head._partial_=x",
+            "head._target_=x",
+        ),
         *("resolution=240", "data.classes=5", "head=", "+head.num_classes.x=1", "head.layers=${oc.env:NOTHING}"),
         *("resolution.crop=[1,1]", "resolution.scale=nan", "data.classes=[]", "backbone.arch=3", "=", "--x", "a\0b"),
     ],
