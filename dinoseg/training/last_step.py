@@ -56,7 +56,8 @@ class LastStep:
         except Exception as second:  # the first error is the one to tell
             logger.error("Training stopped after step %d, which could not be saved: %s", step, second)
         else:
-            logger.warning("Training stopped after step %d, and that step is saved.", step)
+            if self._checkpoints.writes:
+                logger.warning("Training stopped after step %d, and that step is saved.", step)
 
     def _keep(self) -> None:
         self._kept = [buffer.clone() for buffer in self._buffers]
