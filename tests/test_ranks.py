@@ -28,7 +28,7 @@ def mode(cfg, *, out_dir, does):
 
 def run(where, does):
     cfg = {"mode": {"_target_": "test_ranks.mode", "_partial_": True, "does": does, "keeps_folder": False}}
-    return ranks.run_ranks(OmegaConf.create(cfg), where, 2)
+    return ranks.run_ranks(OmegaConf.create({**cfg, "choices": {"mode": "test"}}), where, 2)
 
 
 def test_a_result_larger_than_a_pipe_comes_back(tmp_path):
