@@ -107,3 +107,21 @@ def test_signals_are_passed_on_once(monkeypatch):
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
     assert sent == [(7, signal.SIGTERM), (8, signal.SIGTERM)]
+
+
+def test_what_changes_nothing_is_left_at_once_and_only_that():
+    with pytest.raises(Interrupted), deferred("") as stop, stop.at_once(allowed=True):
+        signal.raise_signal(signal.SIGTERM)
+        pytest.fail("goes on")
+    with pytest.raises(Interrupted), deferred("") as stop:
+        signal.raise_signal(signal.SIGTERM)
+        with stop.at_once(allowed=True):
+            pytest.fail("begins")
+    with pytest.raises(Interrupted), deferred("") as stop:
+        with stop.at_once(allowed=True):
+            pass
+        with stop.at_once(allowed=False):
+            signal.raise_signal(signal.SIGTERM)
+        assert stop.asked == signal.SIGTERM
+    with pytest.raises(RuntimeError, match="a worker"), deferred(""):
+        raise RuntimeError("a worker has died")
