@@ -7,16 +7,18 @@ import importlib
 import inspect
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from dinoseg.config import RESOLVERS
 from dinoseg.errors import UserError
+from dinoseg.places import Steps, at, below, dotted, nests, resolved
 from dinoseg.registry import LISTED, Place, Registry, own_registry
 from dinoseg.wording import shown
 
-Steps = tuple[str | int, ...]  # keys and indices
 ACTING = ("prepare", "render")  # of data: nodes that write files, which a checkpoint leaves out
 MOVED: dict[str, str] = {}  # a target's name in older checkpoints to today's
 LARGEST: Mapping[Steps, float] = {  # what a number below a key may be at most; the longest key that fits counts
@@ -61,19 +63,21 @@ def guard(
     """
     own = own or {}
     registry = own_registry(own)
-    for place, node in _below(config, ()):
-        key = _dotted(place)
+    for place, node in below(config, ()):
+        key = dotted(place)
         if isinstance(node, Mapping):
             _check_keys(node, place, f"{where}: {key}")
-            if "_target_" in node or "_partial_" in node:
+            if "_target_" in node or "_partial_" in node or _place(place, registry).targets:
                 _check_target(node, place, registry, trust, f"{where}: {key}")
+        elif node is not None and _place(place, registry).targets:
+            raise UserError(f"{where}: {key}={shown(node)} is refused: config files put a _target_ there. {_REMEDY}.")
         elif isinstance(node, str):
             _check_text(node, place, f"{where}: {key}={shown(node)}")
-        else:
-            _check_number(node, place, f"{where}: {key}={shown(node)}")
+        if not (isinstance(node, str) and "${" in node):
+            _check_value(node, place, f"{where}: {key}={shown(node)}")
     _check_pointers(config, own, where)
+    _check_resolved(config, own, where)
     _check_weights(config, registry, trust, given, where)
-    _check_batch(config, where)
 
 
 def renamed(node: Any) -> Any:
@@ -84,18 +88,6 @@ def renamed(node: Any) -> Any:
             for key, value in node.items()
         }
     return [renamed(value) for value in node] if isinstance(node, list) else node
-
-
-def _below(node: Any, place: Steps) -> Iterator[tuple[Steps, Any]]:
-    """Yield place and content of a node and of all below it, targets and the like apart."""
-    yield place, node
-    if isinstance(node, Mapping):
-        for key, value in node.items():
-            if key not in ("_target_", "_partial_"):
-                yield from _below(value, (*place, str(key)))
-    elif isinstance(node, list):
-        for index, value in enumerate(node):
-            yield from _below(value, (*place, index))
 
 
 def _check_keys(node: Mapping[Any, Any], place: Steps, what: str) -> None:
@@ -112,7 +104,7 @@ def _check_keys(node: Mapping[Any, Any], place: Steps, what: str) -> None:
 
 def _check_target(node: Mapping[str, Any], place: Steps, registry: Registry, trust: Collection[str], what: str) -> None:
     target, partial = node.get("_target_"), node.get("_partial_", False)
-    here = registry.get(tuple(LISTED if isinstance(key, int) else key for key in place), Place())
+    here = _place(place, registry)
     if not isinstance(target, str) or not (target in here.targets or _trusted(target, trust)):
         listed = f"there they name {', '.join(sorted(here.targets))}" if here.targets else "there they name none"
         raise UserError(
@@ -125,9 +117,13 @@ def _check_target(node: Mapping[str, Any], place: Steps, registry: Registry, tru
         )
     takes = _parameters(target, target in here.targets, trust, what)
     for key, value in node.items():
-        taken = takes is None or key in takes or (key in here.values and not _nests(value))
+        taken = takes is None or key in takes or (key in here.values and not nests(value))
         if not taken and key not in ("_target_", "_partial_"):
             raise UserError(f"{what}.{key} is refused: {target} takes no {key}. {_REMEDY}.")
+
+
+def _place(place: Steps, registry: Registry) -> Place:
+    return registry.get(tuple(LISTED if isinstance(key, int) else key for key in place), Place())
 
 
 def _trusted(target: str, trust: Collection[str]) -> bool:
@@ -169,10 +165,6 @@ def _located(target: str) -> Any:
     return None
 
 
-def _nests(value: Any) -> bool:
-    return any(isinstance(node, Mapping) and "_target_" in node for _, node in _below(value, ()))
-
-
 def _check_text(text: str, place: Steps, what: str) -> None:
     if len(text) > _LONGEST_TEXT:
         raise UserError(f"{what} has {len(text)} letters, above the most, {_LONGEST_TEXT}. {_REMEDY}.")
@@ -184,14 +176,16 @@ def _check_text(text: str, place: Steps, what: str) -> None:
             f"{what} is refused. A config from a checkpoint may not say where files are written: only cache_dir of "
             "your own command line does."
         )
-    if place == ("data", "tracking", "folder") and not re.fullmatch(r"\w+(/\w+)*", text):
-        raise UserError(f"{what} is refused. A config from a checkpoint may only name folders below the run's own.")
 
 
-def _check_number(value: Any, place: Steps, what: str) -> None:
-    if place[-1:] == ("cache_dir",) or (place == ("data", "tracking", "folder")):
+def _check_value(value: Any, place: Steps, what: str) -> None:
+    """Refuse a value, none of it an interpolation any more, that writes elsewhere or asks for too much."""
+    if place == ("data", "tracking", "folder") and isinstance(value, str):
+        if not re.fullmatch(r"\w+(/\w+)*", value):
+            raise UserError(f"{what} is refused. A config from a checkpoint may only name folders below the run's own.")
+    elif place[-1:] == ("cache_dir",) and not isinstance(value, str) or place == ("data", "tracking", "folder"):
         raise UserError(f"{what} is refused: it is no name of a folder. {_REMEDY}.")
-    if value is None or isinstance(value, bool | list):
+    if value is None or isinstance(value, bool | str | list | Mapping):
         return
     if not isinstance(value, int | float):
         raise UserError(f"{what} is of type {type(value).__name__}, and a config from a checkpoint holds plain values.")
@@ -203,16 +197,16 @@ def _check_number(value: Any, place: Steps, what: str) -> None:
 def _check_pointers(config: Mapping[str, Any], own: Mapping[str, Any], where: str) -> None:
     """Refuse interpolations of what is to be built, or of so much that it would not end."""
     whole, pointed = {**own, **config}, 0
-    for place, text in _below(config, ()):
+    for place, text in below(config, ()):
         for pointer in _POINTER.finditer(text) if isinstance(text, str) else ():
-            what = f"{where}: {_dotted(place)}={shown(text)}"
+            what = f"{where}: {dotted(place)}={shown(text)}"
             found = _followed(whole, place, pointer, what)
-            if _nests(found):
+            if nests(found):
                 raise UserError(
                     f"{what} is refused: it points at something that is built, which may stand only where config files "
                     f"put it. {_REMEDY}."
                 )
-            pointed += sum(1 + len(node) if isinstance(node, str) else 1 for _, node in _below(found, ()))
+            pointed += sum(1 + len(node) if isinstance(node, str) else 1 for _, node in below(found, ()))
             if pointed > _MOST_POINTED:
                 raise UserError(f"{where}: its interpolations stand for more than {_MOST_POINTED} values. {_REMEDY}.")
 
@@ -222,27 +216,15 @@ def _followed(whole: Mapping[str, Any], place: Steps, pointer: re.Match[str], wh
     for _ in range(_MOST_STEPS):
         dots, path = len(pointer[1]), pointer[2].split(".")
         place = (*(place[: max(0, len(place) - dots)] if dots else ()), *path)
-        found = _at(whole, place)
+        found = at(whole, place)
         following = _POINTER.fullmatch(found) if isinstance(found, str) else None
         if following is None:
-            texts = [node for _, node in _below(found, ()) if isinstance(node, str)]
-            if _nests(found) or all("${" not in text or _COMPUTED.fullmatch(_POINTER.sub("", text)) for text in texts):
+            texts = [node for _, node in below(found, ()) if isinstance(node, str)]
+            if nests(found) or all("${" not in text or _COMPUTED.fullmatch(_POINTER.sub("", text)) for text in texts):
                 return found
             break
         pointer = following
     raise UserError(f"{what} is refused: it leads from one interpolation to the next. {_REMEDY}.")
-
-
-def _at(node: Any, place: Steps) -> Any:
-    """Return what stands at a place, None where nothing does; a text on the way there is what stands."""
-    for key in place:
-        if isinstance(node, Mapping):
-            node = node.get(key)
-        elif isinstance(node, list) and str(key).isdecimal() and int(key) < len(node):
-            node = node[int(key)]
-        else:
-            return node if isinstance(node, str) and "${" in node else None
-    return node
 
 
 def _check_weights(
@@ -256,7 +238,7 @@ def _check_weights(
     known = registry.get(("backbone",), Place()).values.get("weights", set())
     if isinstance(weights, str) and (weights in known or weights in trust or _OWN_WEIGHTS.fullmatch(weights)):
         return
-    if not isinstance(weights, str) or "${" in weights or not Path(weights).expanduser().exists():
+    if not isinstance(weights, str) or "${" in weights or not _exists(weights):
         raise UserError(
             f"{where}: backbone.weights={shown(weights)} is refused: it is no file or folder here, and no config file "
             f"on this machine names it. Give the weights yourself, backbone.weights=PATH, or let the file name this "
@@ -264,9 +246,23 @@ def _check_weights(
         )
 
 
-def _check_batch(config: Mapping[str, Any], where: str) -> None:
-    crop, batch = _at(config, ("resolution", "crop")), _at(config, ("data", "batch_size"))
-    frames = _at(config, ("data", "clips", "cut", "length"))
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):  # too long a name, nobody's home, nothing that a name may hold
+        return False
+
+
+def _check_resolved(config: Mapping[str, Any], own: Mapping[str, Any], where: str) -> None:
+    """Hold what interpolations stand for against the rules of the place where they stand: to point is no way round."""
+    whole = OmegaConf.create({**own, **config})
+    for place, text in below(config, ()):
+        if isinstance(text, str) and "${" in text:
+            for deeper, value in below(resolved(whole, place), place):
+                if value is not None:
+                    _check_value(value, deeper, f"{where}: {dotted(place)}={text}, which stands for {shown(value)},")
+    crop, batch = (resolved(whole, place) for place in (("resolution", "crop"), ("data", "batch_size")))
+    frames = resolved(whole, ("data", "clips", "cut", "length"))
     sizes = [*(crop if isinstance(crop, list) else [crop]), batch, frames]
     pixels = math.prod(abs(size) for size in sizes if isinstance(size, int | float))
     if pixels > _MOST_PIXELS:
@@ -274,7 +270,3 @@ def _check_batch(config: Mapping[str, Any], where: str) -> None:
             f"{where}: resolution.crop={crop} with data.batch_size={batch} is refused: a checkpoint may ask for "
             f"batches of {_MOST_PIXELS} pixels at most. {_REMEDY}."
         )
-
-
-def _dotted(place: Steps) -> str:
-    return ".".join(map(str, place)) or "its root"

@@ -31,7 +31,7 @@ LEVELS = (  # a room imports its own level and those below
     ),
     ("backbones", "heads", "losses", "metrics", "data"),
     ("model", "adapters", "inference", "scoring", "training"),
-    ("config", "checks", "registry", "guard", "run_folder", "nodes", "build", "resume", "earlier"),
+    ("config", "checks", "registry", "places", "guard", "run_folder", "nodes", "build", "resume", "earlier"),
     ("modes",),
     ("launch", "ranks", "typos", "words", "own_keys", "__main__"),
 )
@@ -41,6 +41,8 @@ DOORS = {  # dependency to the rooms and files that may import it
     "hydra": ("config", "registry", "nodes", "resume", "modes", "launch", "typos", "words", "own_keys", "__main__"),
     "omegaconf": (
         "config",
+        "places",
+        "guard",
         "run_folder",
         "nodes",
         "build",

@@ -173,6 +173,7 @@ def _at(config, place):
     return config
 
 
+HEAD = {"_target_": LINEAR, "_partial_": True, "layers": [-1], "num_classes": 2, "lr": 1e-3}
 ODD = {  # place, value, what the refusal says
     "a head where a backbone goes": ("backbone", {"_target_": LINEAR}, "names it there"),
     "a head in an argument": ("head/num_classes", {"_target_": LINEAR, "_partial_": True}, "names it there"),
@@ -229,12 +230,34 @@ ODD = {  # place, value, what the refusal says
     "places for counts": ("loss/counts/cache_dir", "/elsewhere", "may not say where files are written"),
     "places below the cache": ("data/opened/cache_dir", "${cache_dir}/..", "may not say where files are written"),
     "places by another key": ("data/opened/cache_dir", "${data.root}", "may not say where files are written"),
+    "places in a table": ("data/opened/cache_dir", {"a": "/elsewhere"}, "no name of a folder"),
     "no place": ("data/opened/cache_dir", None, "no name of a folder"),
     "a place of number": ("data/opened/cache_dir", 3, "no name of a folder"),
     "masks elsewhere": ("data/tracking", {"folder": "/elsewhere"}, "folders below the run's own"),
     "masks above": ("data/tracking", {"folder": "masks/../.."}, "folders below the run's own"),
     "masks on a drive": ("data/tracking", {"folder": "C:\\up"}, "folders below the run's own"),
     "masks nowhere": ("data/tracking", {"folder": None}, "no name of a folder"),
+    "masks by another key": ("data", {"a": {"folder": "/elsewhere"}, "tracking": "${data.a}"}, "below the run's own"),
+    "masks beside what fails": (
+        "data",
+        {"a": {"folder": "/elsewhere", "b": "${len:${nothing}}"}, "tracking": "${.a}"},
+        "below the run's own",
+    ),
+    "masks of a table": ("data/tracking", {"folder": {"a": "b"}}, "no name of a folder"),
+    "rounds by another key": ("head", {**HEAD, "iterations": "${trainer.steps}"}, "at most"),
+    "a scale by another key": ("resolution/scale", "${trainer.steps}", "at most"),
+    "a crop by another key": ("resolution/crop", "${optim.x}", "at most"),
+    "a batch by another key": ("data/batch_size", "${optim.x.0}", "at most"),
+    "a batch of sides elsewhere": ("resolution/crop", "${optim.y}", "batches of"),
+    "processes by another key": ("data/workers", "${optim.x.0}", "at most"),
+    "a table for what is built": ("data/reader/masks", {"format": "ids"}, "names it there"),
+    "a number for what is built": ("data/reader/partition", 3, "put a _target_ there"),
+    "a text for what is built": ("data/reader", "x", "put a _target_ there"),
+    "a list for what is built": ("loss/criterion", [["a"]], "put a _target_ there"),
+    "what is built by another key": ("data/augment", "${optim.x}", "put a _target_ there"),
+    "weights of nobody": ("backbone/weights", "~nobody-here/x", "no config file on this machine"),
+    "weights of a long name": ("backbone/weights", "a" * 4000, "no config file on this machine"),
+    "weights of a broken name": ("backbone/weights", "a\0b", "no config file on this machine"),
     "preparing": ("data/prepare", {"_target_": "dinoseg.data.prepare_idd.prepare"}, "may not act on files"),
     "rendering": ("data/render", "x", "may not act on files"),
     "a hub of one's own": ("backbone/weights", "evil/weights", "no config file on this machine names it"),
@@ -260,6 +283,8 @@ ODD = {  # place, value, what the refusal says
 
 @pytest.mark.parametrize(("place", "value", "says"), ODD.values(), ids=ODD)
 def test_what_no_config_file_says_is_refused(kept, place, value, says):
+    kept = {**kept, "optim": {**kept["optim"], "x": [2**20, 2**20], "y": [2**14, 2**14]}}
+    kept = {**kept, "trainer": {**kept["trainer"], "steps": 2**40}}
     with pytest.raises(UserError, match=says) as caught:
         guard(planted(kept, place, value), "resume=file", {"mode": {"_target_": "x"}, "cache_dir": "c"})
     assert str(caught.value).startswith("resume=file: ") and str(caught.value).isprintable()

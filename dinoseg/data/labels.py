@@ -29,6 +29,8 @@ class Labels:
             UserError: no class or over 255, a name given twice, empty, long or not printable, another number of
                 colours than of classes, a colour or an ignore_index outside 0..255.
         """
+        if isinstance(classes, str) or not isinstance(classes, Sequence):
+            raise UserError(f"data.classes={shown(classes)}: give a list of names, such as [background, leaf].")
         names = tuple(str(name) for name in classes)
         if not 1 <= len(names) <= 255:
             raise UserError(f"data.classes has {len(names)} names: give 1 to 255, since masks are 8-bit.")

@@ -90,7 +90,9 @@ def _is_progress(value: Any) -> bool:
 
 
 def _is_choices(value: Any) -> bool:
-    return _maps_texts(value) and all(group in value for group in CHOSEN)
+    """Return whether each group has an option, which is no interpolation: it goes into the config as it is."""
+    chosen = _maps_texts(value) and all(group in value for group in CHOSEN)
+    return chosen and not any("${" in option or option == "???" for option in value.values())
 
 
 def _maps_texts(value: Any) -> bool:

@@ -30,6 +30,8 @@ ODD = {  # key, value, what the refusal says
     "choices of numbers": ("choices", {**INFO["choices"], "head": 3}, "its choices is"),
     "choices of lists": ("choices", {**INFO["choices"], "head": ["x"]}, "its choices is"),
     "too few choices": ("choices", {"head": "x"}, "its choices is"),
+    "choices that ask": ("choices", {**INFO["choices"], "head": "${oc.env:HOME}"}, "its choices is"),
+    "choices that are missing": ("choices", {**INFO["choices"], "head": "???"}, "its choices is"),
     "choices for terminals": ("choices", {**INFO["choices"], "head": "\x1b[2J"}, "its choices is"),
     "a number for the folder": ("folder", 3, "its folder is 3, and must be a folder"),
     "a list for the folder": ("folder", ["x"], "its folder is"),
