@@ -60,6 +60,7 @@ DOORS = {  # dependency to the rooms and files that may import it
     "bitsandbytes": ("adapters",),
     "transformers": ("backbones", "heads/upernet"),
     "scipy": ("losses/matching", "metrics"),
+    "tqdm": ("report/progress", "training/progress"),  # one bar, which a pipe can read too
     "timm": ("backbones",),
     "tensorboard": ("report/log",),
     "torch.utils.tensorboard": ("report/log",),

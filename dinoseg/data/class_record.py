@@ -1,6 +1,5 @@
 """`classes.json` beside predictions: what their ids mean, and how masks are written that they are scored against."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from dinoseg import stored
 from dinoseg.data.labels import Labels
 from dinoseg.data.mask_size import fit
 from dinoseg.data.masks import MaskReader, Masks
@@ -15,7 +15,12 @@ from dinoseg.errors import UserError
 from dinoseg.report.table import write_json
 
 NAME = "classes.json"
-_KINDS = {"classes": Sequence, "palette": Sequence, "ignore_index": int, "masks": Mapping}
+_FORM = stored.record(
+    classes=stored.listing(stored.text),
+    palette=stored.listing(stored.listing(stored.whole(0, 255), 3)),
+    ignore_index=stored.whole(0, 255),
+    masks=stored.table(stored.plain),
+)
 
 
 @dataclass(frozen=True)
@@ -57,15 +62,11 @@ def read_class_record(folder: Path) -> tuple[Labels, dict[str, Any]] | None:
     if not path.is_file():
         return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        wrong = [key for key, kind in _KINDS.items() if not isinstance(found[key], kind) or isinstance(found[key], str)]
-        if wrong:
-            raise ValueError(f"{wrong[0]} is {found[wrong[0]]!r:.60}")
-        return Labels.of(found["classes"], found["palette"], found["ignore_index"]), dict(found["masks"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, UserError) as error:
+        found = stored.read_json(path, _FORM)
+        return Labels.of(found["classes"], found["palette"], found["ignore_index"]), found["masks"]
+    except (OSError, stored.Misshapen, UserError) as error:
         raise UserError(
-            f"{path} is no record of classes ({type(error).__name__}: {error}). Remove it and give num_classes, or "
-            "predict again."
+            f"{path} is no record of classes ({error}). Remove it and give num_classes, or predict again."
         ) from None
 
 

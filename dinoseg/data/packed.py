@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from dinoseg.data.packed_draft import Draft
 from dinoseg.data.packed_read import Packed, paying_workers, read_all, reduced_size
@@ -19,6 +18,7 @@ from dinoseg.data.pairs import PairDataset
 from dinoseg.errors import DISK_FULL, UserError
 from dinoseg.files import check_regular
 from dinoseg.locks import locked
+from dinoseg.report.progress import Bar
 from dinoseg.shapes import Sample
 
 log = logging.getLogger(__name__)
@@ -139,7 +139,7 @@ def _fill(draft: Draft, dataset: PairDataset, longest: int | None, workers: int 
     failures = []
     rows = [row for row in range(len(dataset)) if row not in draft.places]
     workers = paying_workers(len(rows)) if workers is None else workers
-    bar = tqdm(total=len(dataset), initial=len(draft.places), desc="packing", unit="image", disable=None)
+    bar = Bar(total=len(dataset), initial=len(draft.places), desc="packing", unit="image")
     with bar, contextlib.closing(read_all(dataset, rows, longest, workers)) as items:
         for row, item in items:
             if isinstance(item, Packed):
@@ -171,7 +171,7 @@ def _announce(dataset: PairDataset, folder: Path, part: Path, longest: int | Non
 def _sizes(dataset: PairDataset, longest: int | None) -> Iterator[tuple[int, int]]:
     """Yield (H, W) of each packed image from its header alone; of a video, one frame is decoded."""
     videos: dict[Path, tuple[int, int]] = {}
-    for index, pair in enumerate(tqdm(dataset.pairs, desc="sizes", unit="image", delay=2, leave=False, disable=None)):
+    for index, pair in enumerate(Bar(dataset.pairs, desc="sizes", unit="image", delay=2, leave=False)):
         size = (0, 0)  # of what cannot be read: packing it tells why
         with contextlib.suppress(OSError, SyntaxError, ValueError, UserError, Image.DecompressionBombError):
             if isinstance(pair.image, Path):

@@ -9,10 +9,10 @@ from io import RawIOBase
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from dinoseg import stored
 from dinoseg.data.packed_store import PIXELS, PLACE_FORM, Place, StoreKey, aligned, checksum, write_index
+from dinoseg.report.progress import Bar
 
 _JOURNAL = "journal.jsonl"
 _LINE_FORM = stored.row(stored.whole(), *PLACE_FORM)
@@ -83,7 +83,7 @@ class Draft:
         header = json.dumps(asdict(self.key)).encode() + b"\n"
         first, *lines = self._journal.read().splitlines(keepends=True) or [b""]
         kept = len(first) if first == header else 0
-        for line in tqdm(lines if kept else [], desc="checking", unit="image", delay=2, leave=False, disable=None):
+        for line in Bar(lines if kept else [], desc="checking", unit="image", delay=2, leave=False):
             try:
                 row, *numbers = stored.parse_json(line, _LINE_FORM)
             except stored.Misshapen:

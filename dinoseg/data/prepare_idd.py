@@ -9,8 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from dinoseg.data.idd_files import ENCODINGS, LABELS, POLYGONS, files_of, find_parts, label_suffix
 from dinoseg.data.idd_polygons import draw_label_maps
 from dinoseg.errors import DISK_FULL, UserError
@@ -19,6 +17,7 @@ from dinoseg.images import write_png
 from dinoseg.locks import locked
 from dinoseg.processes import in_processes
 from dinoseg.ranges import Count
+from dinoseg.report.progress import Bar
 from dinoseg.wording import listed
 
 log = logging.getLogger(__name__)
@@ -88,7 +87,7 @@ def _draw_all(
     unknown: dict[str, dict[Path, int]] = {}
     finished = 0
     remedy = f"Set data.prepare.workers below {workers} and run again: it goes on."
-    with tqdm(total=len(jobs), desc="drawing", unit="file", disable=None) as bar:
+    with Bar(total=len(jobs), desc="drawing", unit="file") as bar:
         for job, result in in_processes(work, jobs, workers, catch=(UserError, OSError), in_order=False, remedy=remedy):
             if isinstance(result, OSError) and result.errno in DISK_FULL:
                 raise _disk_full(root, finished, len(jobs))

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from tqdm import tqdm
 
 from dinoseg import stored
 from dinoseg.errors import UserError
 from dinoseg.files import check_regular
 from dinoseg.locks import locked
 from dinoseg.processes import count_cores, in_processes
+from dinoseg.report.progress import Bar
 
 log = logging.getLogger(__name__)
 _UNCOUNTED = 2  # frames by which a sound video may fall short of its header: some writers count dropped ones
@@ -111,7 +111,7 @@ def index_videos(
     if workers is None:
         share = math.ceil(sum(waiting.values()) / _WORTH_A_PROCESS)
         workers = min(count_cores(), share)
-    with tqdm(total=len(waiting), desc="indexing videos", unit="video", delay=2, disable=None) as bar:
+    with Bar(total=len(waiting), desc="indexing videos", unit="video", delay=2) as bar:
         work = functools.partial(find_index, cache_dir=cache_dir)
         remedy = "Free some memory and run again: it goes on."
         for path, made in in_processes(work, list(waiting), workers, catch=UserError, in_order=False, remedy=remedy):

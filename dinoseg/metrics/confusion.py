@@ -76,8 +76,8 @@ class ConfusionMatrix:
         enters no mean. A class's `accuracy` is its recall.
 
         Returns:
-            `miou`, `miou_no_background` (only where a class is the background), `dice` (means over the present
-            classes), `accuracy` (share of the pixels), `mean_accuracy` (mean recall over the reference's classes),
+            `miou`, `background` (its id) and `miou_no_background` (both only where a class is the background), `dice`
+            (means over the present classes), `accuracy` (share of the pixels), `mean_accuracy` (mean recall over the reference's classes),
             `present_classes`, `pixels`, `ignored_pixels`, `matrix`, and `classes`: for each class `id`, `iou`, `dice`,
             `accuracy`, `precision`, `recall`, `pixels` (reference), `predicted_pixels`.
 
@@ -101,10 +101,11 @@ class ConfusionMatrix:
             "classes": classes,
         }
 
-    def _without_background(self, classes: list[dict[str, Any]]) -> dict[str, float | None]:
+    def _without_background(self, classes: list[dict[str, Any]]) -> dict[str, int | float | None]:
         if self.background is None:
             return {}
-        return {"miou_no_background": _mean(row["iou"] for row in classes if row["id"] != self.background)}
+        objects = (row["iou"] for row in classes if row["id"] != self.background)
+        return {"background": self.background, "miou_no_background": _mean(objects)}
 
     def _raise_for_outsiders(self, found: str) -> None:
         references, predictions = self.counts[-2:].tolist()

@@ -54,7 +54,7 @@ class SweepTable(Callback):
         # ++ is of a checkpoint's own keys
         words = [word.removeprefix("++").partition("=") for word in job_return.overrides or []]
         row: dict[str, Any] = {"job": len(self.rows), "words": {key: value for key, _, value in words if key != "mode"}}
-        row |= {name: scores.get(name) for name in (*SHARES, *OTHERS, "matrix", "run")}
+        row |= {name: scores.get(name) for name in (*SHARES, *OTHERS, "matrix", "background", "run")}
         self.rows.append(row | {"note": scores.get("error", "")})
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:

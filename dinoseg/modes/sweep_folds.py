@@ -45,13 +45,14 @@ def _summarised(folds: list[Row], settings: Sequence[str], scores: Sequence[str]
         DEVIATION: {key: stdev(values) if len(values) > 1 else None for key, values in defined.items()},
     }
     if matrices := [row["matrix"] for row in folds if row["matrix"] is not None]:
-        rows["pooled"] = {**dict.fromkeys(scores), **_pooled(matrices)}
+        rows["pooled"] = {**dict.fromkeys(scores), **_pooled(matrices, folds[0].get("background"))}
     return folds + [{"job": "", FOLD: name, "note": note, **same, **row} for name, row in rows.items()]
 
 
-def _pooled(matrices: Sequence[Any]) -> Row:
-    """Return the scores of the sum of confusion matrices (K, K), rows the reference."""
+def _pooled(matrices: Sequence[Any], background: int | None) -> Row:
+    """Return the scores of the sum of confusion matrices (K, K), rows the reference; `background`: its class, if any."""
     counts = np.sum([np.asarray(matrix, dtype=np.int64) for matrix in matrices], axis=0)
     hits = counts.diagonal()
     each = iou(hits, counts.sum(axis=0) - hits, counts.sum(axis=1) - hits)
-    return {"miou": float(mean_defined(each)), "accuracy": float(ratio(hits.sum(), counts.sum()))}
+    objects = {} if background is None else {"miou_no_background": float(mean_defined(np.delete(each, background)))}
+    return {"miou": float(mean_defined(each)), **objects, "accuracy": float(ratio(hits.sum(), counts.sum()))}

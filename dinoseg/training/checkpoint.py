@@ -6,6 +6,7 @@ from, `best` what it is remembered by.
 """
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -33,6 +34,7 @@ from dinoseg.training.loading import (
 from dinoseg.training.optim import MovingAverage
 from dinoseg.wording import shown
 
+logger = logging.getLogger(__name__)
 FOLDER = "checkpoints"
 _TYPES = {  # of a safetensors header
     **{"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "BOOL": torch.bool},
@@ -178,13 +180,20 @@ class Checkpoints:
     progress: Progress = field(default_factory=Progress)
 
     def restore(self, model: nn.Module, optimizer: Optimizer, ema: MovingAverage | None) -> Progress:
-        """Load everything a run needs to go on, and return where it stands."""
+        """Load everything a run needs to go on, and return where it stands.
+
+        Values of different scores do not compare: where `trainer.score` is another one now, no best is known yet.
+        """
         self.info = {**self.info, "frozen": frozen_fingerprint(model)}
         if self.start is not None:
             load_weights(model, self.start)
             load_optimizer(optimizer, self.start)
             load_average(ema, self.start)
             self.progress = Progress(**self.start.info["progress"])
+            then, now = (_chosen_by(info) for info in (self.start.info, self.info))
+            if self.progress.best is not None and then != now:
+                logger.warning("Best was the best %s, and is the best %s from here on.", then, now)
+                self.progress = replace(self.progress, best=None, best_step=0, stale=0)
         return self.progress
 
     def save(self, model: nn.Module, optimizer: Optimizer, ema: MovingAverage | None) -> None:
@@ -217,6 +226,11 @@ class Checkpoints:
         if self.writes:
             info = {**self.info, "progress": asdict(progress)}
             write(self.folder / f"{name}.safetensors", tensors, info)
+
+
+def _chosen_by(info: Mapping[str, Any]) -> Any:
+    """Return the score by which a run's best checkpoint is chosen."""
+    return info.get("config", {}).get("trainer", {}).get("score")
 
 
 def _held(model: nn.Module) -> dict[str, Tensor]:

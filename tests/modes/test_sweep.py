@@ -162,10 +162,12 @@ def test_settings_of_folds_are_ranked_by_their_pooled_score(tmp_path):
     for fold in (0, 1):
         for head, counts in matrices.items():
             words = ["mode=train", f"head={head}", f"data.fold={fold}"]
-            value = {"miou": 0.5, "accuracy": 0.5, "matrix": counts[fold]}
+            shares = dict.fromkeys(("miou", "miou_no_background", "accuracy"), 0.5)
+            value = {**shares, "matrix": counts[fold], "background": 1}
             callback.on_job_end(config, SimpleNamespace(_return_value=value, overrides=words))
     callback.on_multirun_end(config)
     rows = rows_of(tmp_path / "sweep.csv")
     assert [row["head"] for row in rows] == ["b"] * 5 + ["a"] * 5
     assert [row["data.fold"] for row in rows[:5]] == ["0", "1", "mean", "deviation", "pooled"]
     assert rows[4]["pixel accuracy %"] == "95.00" and rows[3]["mIoU %"] == "0.00"
+    assert rows[4]["mIoU without background %"] == "90.00"  # 9 of 10: class 0 alone

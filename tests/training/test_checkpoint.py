@@ -169,3 +169,25 @@ def test_files_that_are_no_checkpoint(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             read(tmp_path / name)
+
+
+def test_the_best_of_another_score_is_no_best_any_more(model, tmp_path):
+    source = model("frozen")
+    optimizer = adamw(source, lr=0.01)
+
+    def chosen_by(score, start=None):
+        info = {**INFO, "config": {**INFO["config"], "trainer": {"score": score}}}
+        checkpoints = Checkpoints(tmp_path, info, start=start)
+        checkpoints.restore(source, optimizer, None)
+        return checkpoints
+
+    first = chosen_by("miou")
+    train(source, optimizer, 1)
+    first.progress.step = 1
+    first.settle(first.judge(source, 0.5))
+    first.save(source, optimizer, None)
+    start = read(tmp_path / "last.safetensors")
+    assert chosen_by("miou", start).progress.best == 0.5
+    again = chosen_by("loss", start)
+    assert (again.progress.step, again.progress.best) == (1, None)
+    assert again.judge(source, 0.9, lowest=True).best == 0.9  # a loss of 0.9 is not worse than a mIoU of 0.5

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import cv2
-from tqdm import tqdm
 
 from dinoseg.errors import UserError
 from dinoseg.locks import locked
 from dinoseg.processes import in_processes
+from dinoseg.report.progress import Bar
 
 
 class Rendered(Protocol):
@@ -45,7 +45,7 @@ def render_videos(
             for stale in root.glob("*/.*.part"):  # of a run that was killed
                 shutil.rmtree(stale, ignore_errors=True)
             videos = find()
-            with tqdm(total=total, initial=total - len(videos), desc="render", unit="video") as bar:
+            with Bar(total=total, initial=total - len(videos), desc="render", unit="video") as bar:
                 remedy = f"Set mode.workers below {workers} and run again: it goes on."
                 for _ in in_processes(write, videos, workers, in_order=False, start=_use_one_thread, remedy=remedy):
                     bar.update()
