@@ -215,7 +215,8 @@ def lengths(cfg: DictConfig, samples: int) -> Lengths:
     """
     given = {key: cfg.trainer.get(key) for key in ("steps", "epochs", "val_every")}
     given |= {"batch_size": cfg.data.batch_size, "accumulate": cfg.trainer.accumulate}
-    check_given("dinoseg.training.lengths.in_steps", given)
+    names = {key: f"{'data' if key == 'batch_size' else 'trainer'}.{key}" for key in given}
+    check_given("dinoseg.training.lengths.in_steps", given, names)
     return in_steps(samples, **given)
 
 

@@ -77,9 +77,9 @@ class ConfusionMatrix:
 
         Returns:
             `miou`, `background` (its id) and `miou_no_background` (both only where a class is the background), `dice`
-            (means over the present classes), `accuracy` (share of the pixels), `mean_accuracy` (mean recall over the reference's classes),
-            `present_classes`, `pixels`, `ignored_pixels`, `matrix`, and `classes`: for each class `id`, `iou`, `dice`,
-            `accuracy`, `precision`, `recall`, `pixels` (reference), `predicted_pixels`.
+            (means over the present classes), `accuracy` (share of the pixels), `mean_accuracy` (mean recall over the
+            reference's classes), `present_classes`, `pixels`, `ignored_pixels`, `matrix`, and `classes`: for each class
+            `id`, `iou`, `dice`, `accuracy`, `precision`, `recall`, `pixels` (reference), `predicted_pixels`.
 
         Raises:
             UserError: a mask held an id that is neither a class nor the ignore index.

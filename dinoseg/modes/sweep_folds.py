@@ -50,7 +50,7 @@ def _summarised(folds: list[Row], settings: Sequence[str], scores: Sequence[str]
 
 
 def _pooled(matrices: Sequence[Any], background: int | None) -> Row:
-    """Return the scores of the sum of confusion matrices (K, K), rows the reference; `background`: its class, if any."""
+    """Return the scores of the sum of confusion matrices (K, K), rows the reference; `background` is an id or None."""
     counts = np.sum([np.asarray(matrix, dtype=np.int64) for matrix in matrices], axis=0)
     hits = counts.diagonal()
     each = iou(hits, counts.sum(axis=0) - hits, counts.sum(axis=1) - hits)

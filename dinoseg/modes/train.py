@@ -48,6 +48,7 @@ def train(cfg: DictConfig, *, out_dir: Path, metrics_only: bool = False, picture
         raise UserError("resume=auto: the ranks found different runs. Name the one to go on with: resume=RUN_FOLDER.")
     feed = build.feed(cfg, engine, pictures=pictures)
     length = build.lengths(cfg, len(feed.train))
+    fit = instantiate(cfg.trainer, without=("feed", "epochs"), instead=length._asdict())
     kind = TrainImages(cfg, feed) if isinstance(feed, Feed) else TrainClips(cfg, feed)
     start = checkpoint.outline(Path(cfg.resume)) if cfg.resume else None
     if start is not None:
@@ -71,9 +72,7 @@ def train(cfg: DictConfig, *, out_dir: Path, metrics_only: bool = False, picture
     if start is not None:
         logger.info("going on with %s at step %d of %d", start.path, first_step, length.steps)
     with RunLog(out_dir, start_step=first_step, visible=engine.is_main) as log:
-        run = instantiate(cfg.trainer, without=("feed", "epochs"), instead=length._asdict())(
-            model, loss, feed, optimizer, engine, checkpoints, log, schedule=schedule
-        )
+        run = fit(model, loss, feed, optimizer, engine, checkpoints, log, schedule=schedule)
     if first_step >= length.steps:
         logger.warning("This run had already done %d steps: give more trainer.steps or trainer.epochs.", first_step)
     if run.best is None:

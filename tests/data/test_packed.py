@@ -430,7 +430,7 @@ def test_changed_files_and_rules_are_packed_anew(data, cache, tmp_path):
     save(path, np.ones((37, 23)))
     os.utime(path, ns=(5, 5))
     assert (make(data(), cache).mask(NAMES.index("odd")) == 1).all()
-    other = make(data(masks=Masks(ids={1: 2})), cache)
+    other = make(data(masks=Masks(ids={0: 0, 1: 2, 2: 2})), cache)
     assert (other.mask(NAMES.index("odd")) == 2).all() and other.store.folder != old
     assert len(list(cache.glob("packed_*"))) == 3
 

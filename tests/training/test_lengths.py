@@ -67,3 +67,10 @@ def test_a_run_in_epochs_and_what_the_command_line_says_of_its_length(tmp_path):
     assert found["progress"]["step"] == 4 and found["config"]["trainer"]["epochs"] is None
     done, found = train(f"resume={run}", "trainer.epochs=2.5")
     assert found["progress"]["step"] == 5 and found["config"]["trainer"]["epochs"] == 2.5
+
+
+@pytest.mark.parametrize("word", ["trainer.clip=-1", "trainer.steps=2.5"])
+def test_what_a_trainer_does_not_take_is_refused_before_weights_are_read(tmp_path, word):
+    write_data(tmp_path / "data")
+    done = call(tmp_path, "mode=train", *SMALL, "backbone.weights=nowhere.safetensors", word)
+    assert done.status == 1 and done.err.startswith(f"error: {word} is "), done.err
