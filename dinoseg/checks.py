@@ -4,6 +4,7 @@ import importlib
 import inspect
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
@@ -14,7 +15,7 @@ TRUSTED = ("dinoseg", "torch.nn", "torch.optim")  # packages in which targets ar
 LIST = (list, tuple)
 PLAIN: dict[Any, Any] = {  # what an annotated parameter takes from a config
     **{int: int, float: (int, float), str: str, bool: bool, NoneType: NoneType},
-    **{Sequence: LIST, Iterable: LIST, tuple: LIST, Mapping: Mapping},
+    **{Path: (str, Path), Sequence: LIST, Iterable: LIST, tuple: LIST, Mapping: Mapping},
 }
 
 

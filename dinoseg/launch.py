@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from dinoseg.config import plain, squared
 from dinoseg.errors import UserError, telling_file_errors
 from dinoseg.interrupt import Interrupted
-from dinoseg.ranks import is_first_rank, run_mode, run_ranks
+from dinoseg.ranks import LAUNCH_KEYS, is_first_rank, run_mode, run_ranks
 from dinoseg.run_folder import (
     claim,
     drop_bare,
@@ -156,7 +156,8 @@ def _check_words(cfg: DictConfig, overrides: Sequence[str]) -> None:
     """Refuse a `+key` that no target takes, which nothing else would say, and keys that only files may set."""
     for override in _parsed(overrides):
         name = override.key_or_group
-        if hidden := [part for part in name.split(".") if part.startswith("_")]:
+        hidden = [part for part in name.split(".") if part.startswith("_")]
+        if hidden := hidden or [key for key in LAUNCH_KEYS[1:] if f"{name}.".startswith(f"mode.{key}.")]:
             raise UserError(
                 f"{name}: {hidden[0]} is set in files alone. Choose a part by GROUP=OPTION; one of your own gets a "
                 "file GROUP/NAME.yaml in a folder that --config-dir names."

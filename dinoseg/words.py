@@ -1,5 +1,6 @@
 """The words of a command line: which are KEY=VALUE, and values that are text whatever signs they hold."""
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ _TAKES_A_VALUE = (
     *("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn"),
     *("--config-dir", "-cd", "--info", "-i", "--experimental-rerun"),
 )
+_LONGEST = 250  # bytes in a file's name, without its suffix
 _NESTED = ("[", "{", "'", '"')  # what a value begins with that is more than text
 
 
@@ -63,6 +65,9 @@ def as_text(arguments: Sequence[str], configs: Path) -> list[str]:
         if not sign or not value or key.startswith("~"):
             continue
         override = parsed(word)
+        names_file = key.lstrip("+") in FILES or (configs / key.lstrip("+").split("@")[0]).is_dir()
+        if names_file and max(map(len, os.fsencode(value).split(b"/"))) > _LONGEST:
+            raise UserError(f"{key}={value[:40]}... is unknown: no file has a name of {len(value)} letters.")
         if override is None:
             text = not value.startswith(_NESTED)
         else:

@@ -34,9 +34,15 @@ def test_drawn_command_lines(root):
             "head._partial_=x",
             "head._target_=x",
         ),
+        *("++mode.resume_from.extra=true", "mode.reads=[]", f"slots={'n' * 5000}", f"++resume={'n' * 5000}"),
         *("resolution=240", "data.classes=5", "head=", "+head.num_classes.x=1", "head.layers=${oc.env:NOTHING}"),
         *("resolution.crop=[1,1]", "resolution.scale=nan", "data.classes=[]", "backbone.arch=3", "=", "--x", "a\0b"),
     ],
 )
 def test_what_cannot_be_is_one_message(root, word):
     assert not fault(root, ("mode=summary", *BASES["summary"], word))
+
+
+@pytest.mark.parametrize("word", ["data.root=[]", "data.root={}", "data.prepare.root=3"])
+def test_a_folder_is_text(root, word):
+    assert not fault(root, ("mode=prepare", *BASES["prepare"], word))

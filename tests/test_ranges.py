@@ -23,7 +23,11 @@ OWN_CHECK = {  # numbers whose rule is no range
     **{"Augment": {"ignore_index"}, "VideoClustering": {"ignore"}},
     **{"SlotHead": {"num_slots", "steps"}, "TemporalSimilarity": {"threshold"}},
 }
-OF_OTHERS = {"trainer": ("feed", "epochs"), "adapter": ("lr",), "mode": ("resume_from",)}  # keys beside a target's own
+OF_OTHERS = {
+    "trainer": ("feed", "epochs"),
+    "adapter": ("lr",),
+    "mode": ("resume_from", "reads"),
+}  # keys beside a target's own
 AT_RUN_TIME = {"in_dim", "num_layers"}
 
 

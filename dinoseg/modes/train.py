@@ -18,6 +18,7 @@ from dinoseg.errors import UserError
 from dinoseg.modes.train_clips import TrainClips
 from dinoseg.modes.train_images import TrainImages
 from dinoseg.nodes import instantiate
+from dinoseg.ranges import Natural
 from dinoseg.report.curves import draw_curves
 from dinoseg.report.log import RunLog, read_rows, write_settings
 from dinoseg.report.table import write_json
@@ -31,7 +32,7 @@ from dinoseg.wording import listed
 logger = logging.getLogger(__name__)
 
 
-def train(cfg: DictConfig, *, out_dir: Path, metrics_only: bool = False, pictures: int = 4) -> dict[str, Any]:
+def train(cfg: DictConfig, *, out_dir: Path, metrics_only: bool = False, pictures: Natural = 4) -> dict[str, Any]:
     """Train, then evaluate the best checkpoint on the validation split; return its scores.
 
     Args:
