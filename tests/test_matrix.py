@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from checkpoint_files import INFO
 from config_files import options
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
@@ -12,7 +13,7 @@ from dinoseg.errors import UserError
 from dinoseg.nodes import instantiate
 from dinoseg.shapes import Batch
 from dinoseg.training import checkpoint
-from dinoseg.training.checkpoint import INFO, Checkpoints, frozen_fingerprint
+from dinoseg.training.checkpoint import Checkpoints, frozen_fingerprint
 
 ADAPTERS = {
     "frozen": {},
@@ -123,7 +124,7 @@ def test_cell(configs, tmp_path, backbone, adapter, head):
     batch = make_batch()
     expected = model(batch.image).scores()
     assert expected.shape == (2, 3, *SIZE) and torch.equal(model(batch.image).scores(), expected)
-    info = {**dict.fromkeys(INFO[3:], {}), "frozen": frozen_fingerprint(model)}
+    info = {**INFO, "frozen": frozen_fingerprint(model)}
     Checkpoints(tmp_path, info).judge(model, 0.5)
     other = build.model(cfg).to("cpu").eval()
     checkpoint.load_weights(other, checkpoint.read(tmp_path / "best.safetensors"))
@@ -163,7 +164,7 @@ def test_of_weights_from_a_file_only_what_was_trained_is_kept(configs, tmp_path,
     model = build.model(cfg).to("cpu").train()
     train(model, instantiate(cfg.loss.criterion)(class_weights=torch.ones(3)), steps=2)
     model.eval()
-    info = {**dict.fromkeys(INFO[3:], {}), "frozen": frozen_fingerprint(model)}
+    info = {**INFO, "frozen": frozen_fingerprint(model)}
     Checkpoints(tmp_path, info).judge(model, 0.5)
     found = checkpoint.read(tmp_path / "best.safetensors")
     held = {name for name in found.part("model") if name.startswith("backbone.")}
