@@ -244,15 +244,22 @@ def _root(config: Mapping[str, Any], folder: Path) -> tuple[str, str]:
     """Return a data root as a whole path, and what to say of the choice.
 
     A relative one is that of the run, below the folder where it was started, even if there is one of the same name
-    here: that may be another data set. Only where the run's is not there, the one here is taken.
+    here: that may be another data set. Only where the run's is not there, the one here is taken. What is no name of a
+    folder is none given.
     """
-    root = str(config["data"]["root"])
+    root = config["data"].get("root")
+    if not isinstance(root, str):
+        return "???", ""
     if root == "???" or "${" in root:
         return root, ""
-    here, there = (place.resolve() for place in (Path(root).expanduser(), folder / Path(root).expanduser()))
-    if here == there or not here.exists():
+    try:
+        here, there = (place.resolve() for place in (Path(root).expanduser(), folder / Path(root).expanduser()))
+        is_here, is_there = here.exists(), there.exists()
+    except (OSError, RuntimeError, ValueError):  # too long a name, nobody's home, nothing that a name may hold
+        return "???", ""
+    if here == there or not is_here:
         return str(there), ""
-    if there.exists():
+    if is_there:
         return str(there), (
             f"warning: data.root={root} means {there}, where the run has its data, and not {here}. For that one, give "
             f"data.root={here}."

@@ -4,13 +4,14 @@ import json
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 from command_line import SMALL, call, write_data
 from omegaconf import OmegaConf
 
-from dinoseg import earlier
+from dinoseg import earlier, resume
 from dinoseg.errors import UserError
 from dinoseg.resume import description_of, merge
 from dinoseg.run_folder import drop_parts, is_locked, lock, release
@@ -274,3 +275,9 @@ def test_a_table_of_ids_survives_the_checkpoint(tmp_path):
     assert done.status == 0, done.err
     done = call(tmp_path, "mode=eval", "resume=outputs/base/one", "data.classes=[a,b,c]", "engine=cpu")
     assert done.status == 1 and "the data has the classes a, b, c" in done.err and "trained on dark, bright" in done.err
+
+
+@pytest.mark.parametrize("root", ["~nobody-here/x", "a\0b", "\ud800", "a" * 4000, None, 3, "???"], ids=ascii)
+def test_a_root_that_can_be_none_is_none_given(root):
+    assert resume._root({"data": {"root": root}}, Path("/")) == ("???", "")
+    assert resume._root({"data": {}}, Path("~nobody-here/\ud800")) == ("???", "")
