@@ -30,6 +30,7 @@ LARGEST: Mapping[Steps, float] = {  # what a number below a key may be at most; 
 }
 _MOST_PIXELS = 2**30  # of all images of a training batch
 _LONGEST_TEXT = 4096
+_MOST_VALUES = 20_000  # a table of more takes OmegaConf minutes; our largest config holds a thousand
 _MOST_POINTED = 10**6  # letters and values that all interpolations together stand for
 _KEY = re.compile(r"-?[^\W_][\w -]*")
 _POINTER = re.compile(r"\$\{(\.*)([A-Za-z]\w*(?:\.[A-Za-z0-9]\w*)*)\}")
@@ -63,7 +64,9 @@ def guard(
     """
     own = own or {}
     registry = own_registry(own)
-    for place, node in below(config, ()):
+    for count, (place, node) in enumerate(below(config, ())):
+        if count > _MOST_VALUES:
+            raise UserError(f"{where}: its config holds more than {_MOST_VALUES} values. {_REMEDY}.")
         key = dotted(place)
         if isinstance(node, Mapping):
             _check_keys(node, place, f"{where}: {key}")

@@ -165,7 +165,7 @@ def write_config(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> No
 def command_line(folder: Path) -> list[str]:
     """Return the words of the command that began a run; none where the folder keeps no config."""
     path = folder / "config" / "overrides.txt"
-    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
 
 
 def drop_parts(folder: Path) -> None:

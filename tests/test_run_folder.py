@@ -11,6 +11,7 @@ from command_line import call
 from dinoseg import run_folder
 from dinoseg.errors import UserError, telling_file_errors
 from dinoseg.modes import score
+from dinoseg.modes.unread import warn_not_read
 from dinoseg.report.log import RunLog
 from dinoseg.run_folder import claim, drop_bare, drop_empty, release, write_config
 
@@ -124,3 +125,11 @@ def test_rows_on_a_full_disk_are_an_error_and_close_the_rest(tmp_path):
         with log:
             log.scalars(1, {"train/loss": 1.0})
     assert closed
+
+
+def test_words_that_another_has_kept_are_shown_harmless(tmp_path, capsys):
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config/overrides.txt").write_bytes(b"tracker.\x1b[2J=3\nslots.\xff=1\n")
+    warn_not_read(tmp_path, "mode=train", ("trainer",))
+    said = capsys.readouterr().err
+    assert "No effect here: tracker.\\x1b[2J=3, slots." in said and "\x1b" not in said

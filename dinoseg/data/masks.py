@@ -48,7 +48,7 @@ class Masks:
         for name, table in (("ids", self.ids), ("colors", self.colors)):
             if table:
                 object.__setattr__(self, name, _numbered(table))
-        if self.described is not None and (self.ids or None) != (_numbered(self.described["ids"]) or None):
+        if self.described is not None and (self.ids or None) != (_numbered(self.described.get("ids")) or None):
             raise UserError(
                 f"data.reader.masks.ids={self.ids} would replace all ids that classes.yaml of data.root gives. Write "
                 "them there: under the class that they belong to, or `ignore: {ids: [...]}`. Or give data.classes too: "

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from dinoseg.run_folder import command_line
-from dinoseg.wording import listed
+from dinoseg.wording import listed, printable
 
 logger = logging.getLogger(__name__)
 _FOR_ALL = ("mode", "hparam", "hydra", "local", "trust", "engine")  # what every mode reads, and facts of the machine
@@ -41,7 +41,9 @@ def warn_not_read(out_dir: Path, mode: str, reads: Collection[str] | None) -> No
     ]
     if idle and reads is not None:
         said = f"No effect here: {listed(idle)}. Beside its own keys {mode} reads {', '.join(reads)}."
-        print(f"warning: {said}", file=sys.stderr)  # not into the log: a run that then fails leaves an empty one
+        print(
+            printable(f"warning: {said}"), file=sys.stderr
+        )  # not into the log: a run that then fails leaves an empty one
 
 
 def _within(key: str, unread: Collection[str]) -> bool:

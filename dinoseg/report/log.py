@@ -12,11 +12,14 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from dinoseg import stored
 from dinoseg.errors import UserError
+from dinoseg.files import check_regular
 from dinoseg.images import write_png
 
 _BOARD = "tensorboard"
 _STEP = re.compile(r"step_(\d+)")  # a folder of pictures
+_ROW = stored.table(stored.maybe(stored.number(-1e300, 1e300)))
 
 
 class RunLog:
@@ -100,10 +103,11 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     """Return the rows of a metrics.jsonl; a last line that a killed run left unfinished is left out.
 
     Raises:
-        UserError: the file is missing, or another line is no JSON object with a step.
+        UserError: the file is missing, or another line is no JSON object of numbers with a step.
     """
     path = Path(path)
     try:
+        check_regular(path)
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError as error:
         raise UserError(f"Cannot read {path} ({error.strerror}). Give the folder of a training run.") from None
@@ -112,12 +116,12 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = stored.parse_json(line, _ROW)
             rows.append({**row, "step": int(row["step"])})
         except (ValueError, KeyError, TypeError):
             if number < len(lines):  # a finished line ends in a line break, so the torn one is the last
                 raise UserError(
-                    f"Line {number} of {path} is no JSON object with a step. Repair or remove that line."
+                    f"Line {number} of {path} is no JSON object of numbers with a step. Repair or remove that line."
                 ) from None
     return rows
 

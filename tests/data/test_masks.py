@@ -174,6 +174,7 @@ def test_coloured_picture_read_as_ids(tmp_path):
         ({"ids": {-1: 0}}, "maps -1"),
         ({"ids": {"a": 0}}, "maps 'a'"),
         ({"ids": {3: 255}, "described": {"ids": {"0": 1, "1": 0}}}, "would replace all ids that classes.yaml"),
+        ({"ids": {3: 255}, "described": {}}, "would replace all ids that classes.yaml"),
         ({"ids": {3: 255}, "described": {"ids": None}}, "would replace all ids that classes.yaml"),
         ({"format": "palette", "ignore_colors": [[255, 0, 0]]}, r"\(255, 0, 0\) stands for two things"),
         ({"format": "palette", "ignore_colors": [[256, 0, 0]]}, r"Colour \[256, 0, 0\]"),

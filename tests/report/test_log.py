@@ -1,4 +1,5 @@
 import json
+import os
 
 import numpy as np
 import pytest
@@ -116,3 +117,22 @@ def test_settings_and_final_scores_are_a_row_of_tensorboard(tmp_path):
     assert events.Scalars("final/miou")[0].value == 0.5
     content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     assert b"seed" in content and b"mlp" in content and b"layers" not in content
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["[1]", '{"step": 1e999}', '{"step": NaN}', '{"step": "1"}', '{"step": 1, "a": [1]}', '{"step": 1, "a": "x"}']
+    + ['{"step": ' + "9" * 400 + "}", '{"step": 1, "a": ' + "[" * 10**5, '{"step": null}', '{"a": 1}'],
+    ids=lambda line: line[:20],
+)
+def test_rows_of_anything_but_numbers_are_one_error(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(line + '\n{"step": 2}\n')
+    with pytest.raises(UserError, match="Line 1 of .* is no JSON object of numbers with a step"):
+        read_rows(path)
+
+
+def test_a_pipe_in_place_of_rows_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(UserError, match="is a named pipe"):
+        read_rows(tmp_path / "metrics.jsonl")
