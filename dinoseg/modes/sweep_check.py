@@ -34,16 +34,15 @@ def impossible_cells(config: DictConfig) -> tuple[list[tuple[str, str]], int]:
 
 def _fault(loader: ConfigLoader, config: DictConfig, cell: list[str]) -> str:
     """Return what is wrong with a cell; empty where nothing is found."""
-    composed = loader.load_sweep_config(config, cell)
-    job: dict[str, Any] = {key: value for key, value in plain(composed).items() if key != "hydra"}
-    groups = {key: value for key, value in plain(composed.hydra.runtime.choices).items() if "/" not in key}
-    cfg = OmegaConf.create({**job, "choices": groups})
-    if cfg.resume is not None or "check" not in cfg.mode:
-        return ""
     try:
-        instantiate(cfg.mode.check)(cfg)
+        composed = loader.load_sweep_config(config, cell)
+        job: dict[str, Any] = {key: value for key, value in plain(composed).items() if key != "hydra"}
+        groups = {key: value for key, value in plain(composed.hydra.runtime.choices).items() if "/" not in key}
+        cfg = OmegaConf.create({**job, "choices": groups})
+        if cfg.resume is None and "check" in cfg.mode:
+            instantiate(cfg.mode.check)(cfg)
     except UserError as error:
         return str(error)
-    except Exception:  # noqa: BLE001 - found again by the job, with its traceback
+    except Exception:  # noqa: BLE001 - found again: by the job, with its traceback, or by Hydra, before the first job
         return ""
     return ""
