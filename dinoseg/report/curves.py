@@ -19,6 +19,7 @@ _STYLES = {"train": (_BLUE, "training"), "val": (_VERMILION, "validation")}
 _JUDGED = ("val/miou", "val/fg_ari")  # whose best value is marked
 _MANY = 40  # points from which a noisy training curve is shown as a mean over a pale line
 _ROOM = 0.06  # share of an axis, above and below what is drawn
+_BEGINNING = 0.1  # share of the steps whose training scores may leave a picture
 _LEAST_SPAN = 0.02  # of an axis of shares: less is noise, which should not fill a picture
 
 
@@ -129,12 +130,14 @@ def _mark_best(axes: Axes, points: np.ndarray) -> None:
 
 
 def _shown_values(curves: Sequence[np.ndarray], *, share: bool) -> np.ndarray:
-    """Return the values that the axis is made for: of a score, those since the first validation, where there is one.
+    """Return the values that the axis is made for: of a score with validations, those after its beginning.
 
-    A training score starts near 0, and would leave no room for what validations differ by.
+    A training score starts near 0, and would leave no room for what validations differ by. The beginning is what lies
+    before the first validation, a tenth of the steps at most: a run may be validated at its end alone.
     """
     validated = [points[0, 0] for points in curves[1:] if len(points)]
-    start = min(validated) if share and validated else -math.inf
+    last = max((points[-1, 0] for points in curves if len(points)), default=0)
+    start = min(*validated, _BEGINNING * last) if share and validated else -math.inf
     return np.concatenate([points[points[:, 0] >= start, 1] for points in curves])
 
 

@@ -90,6 +90,12 @@ def test_small_differences_are_seen_and_the_axis_says_so(tmp_path, monkeypatch, 
     assert labels[-1].startswith("mean IoU (axis starts at 0.8") and labels[-1].endswith(", not at 0)")
 
 
+def test_a_validation_at_the_end_alone_leaves_the_training_curve_in_the_picture():
+    training = np.array([[10, 0.02], [50, 0.3], [100, 0.8], [150, 0.95]])
+    shown = curves._shown_values([training, np.array([[150, 0.9]])], share=True)
+    assert shown.tolist() == [0.3, 0.8, 0.95, 0.9]
+
+
 @pytest.mark.parametrize(
     ("lowest", "highest", "share", "limits"),
     [
