@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 HIGHEST_ID = 65535  # 16-bit files are the widest in use
 _LOSSY_MARGIN = 16  # how far JPEG commonly moves a 0 or a 255
-_MOST = 20  # more foreign ids than that are no oversight in a table
+MOST_IDS = 20  # more foreign ids than that are no oversight in a table
 _PALETTE = "data.reader.masks.format=palette"
 _WORDS = ("null", "true", "false", "nan", "inf")  # which a command line would not take for text
 
@@ -15,7 +15,7 @@ _WORDS = ("null", "true", "false", "nan", "inf")  # which a command line would n
 def for_ids(foreign: Collection[int], ignore_index: int, *, described: bool) -> str:
     """Return what to do about numbers without class; `described` where `classes.yaml` says which are classes."""
     numbers = sorted(int(number) for number in foreign)
-    if len(numbers) > _MOST or numbers[0] < 0 or numbers[-1] > HIGHEST_ID:
+    if len(numbers) > MOST_IDS or numbers[0] < 0 or numbers[-1] > HIGHEST_ID:
         return (
             "So many, or such, numbers are hardly class ids: check that these files are the masks, data.classes and "
             "data.reader.masks.format."
@@ -35,7 +35,7 @@ def for_ids(foreign: Collection[int], ignore_index: int, *, described: bool) -> 
 def for_colors(foreign: Sequence[Sequence[int]], *, described: bool) -> str:
     """Return what to do about colours (R, G, B) without class."""
     colors = [list(color) for color in foreign]
-    if not 1 <= len(colors) <= _MOST:
+    if not 1 <= len(colors) <= MOST_IDS:
         return "Correct the masks: so many colours are not those of classes. JPEG and smooth resizing make them."
     if described:
         return (
@@ -58,19 +58,20 @@ def for_binary(values: Collection[int], *, described: bool) -> str:
     return f"They look like class numbers, which thresholding would destroy: {remedy}, and name all classes."
 
 
-def for_instances(name: str, *, described: bool) -> str:
+def for_instances(name: str, *, described: bool, likely: bool = True) -> str:
     """Return what to do about numbers that count objects, where each may be an object of the class `name`."""
     remedy = (
         f"add this line to classes.yaml: `others: {json.dumps(name, ensure_ascii=False)}`"
         if described
         else f"add this to the command line: `{_override('++data.reader.masks.others', name)}`"
     )
-    return f"These look like instances. If each number is one {name}, {remedy}. Every other id is then that class."
+    seen = "These look like instances. " if likely else ""
+    return f"{seen}If each number is one {name}, {remedy}. Every other id is then that class."
 
 
 def for_coloured(counts: Mapping[tuple[int, ...], int], classes: Sequence[str], *, described: bool) -> str:
     """Return what to do about pictures in colours, read as numbers; `counts`: pixels of each colour."""
-    if len(counts) > _MOST:
+    if len(counts) > MOST_IDS:
         return (
             "So many colours are not those of classes: JPEG and smooth resizing make them. Save the masks again, as "
             "PNG and without smoothing."

@@ -74,6 +74,15 @@ def test_numbers_that_are_no_counts_are_no_instances(tmp_path, classes, masks):
     assert "instances" not in remedy and "++data.reader.masks.ids" in remedy
 
 
+def test_many_numbers_with_gaps_may_be_instances_too(compose, tmp_path):
+    numbers = [0, *range(3, 50, 2)]
+    root = write(tmp_path / "data", [[numbers], [numbers]])
+    remedy, line = told(root, ["background", "person"])
+    assert "hardly class ids" in remedy and "If each number is one person" in remedy
+    expected = [[0] + [1] * 24]
+    assert read(compose, root, "data.classes=[background,person]", *shlex.split(line)) == [expected, expected]
+
+
 @pytest.mark.parametrize("described", [False, True])
 @pytest.mark.parametrize("number", [2, 3])
 def test_colours_are_told_and_the_line_makes_them_classes(compose, tmp_path, number, described):

@@ -7,7 +7,15 @@ from pathlib import Path
 from PIL import Image
 
 from dinoseg.data.doctor.findings import Finding, Scanned
-from dinoseg.data.mask_advice import HIGHEST_ID, for_binary, for_colors, for_coloured, for_ids, for_instances
+from dinoseg.data.mask_advice import (
+    HIGHEST_ID,
+    MOST_IDS,
+    for_binary,
+    for_colors,
+    for_coloured,
+    for_ids,
+    for_instances,
+)
 from dinoseg.data.scan_record import Record
 from dinoseg.files import check_regular
 from dinoseg.images import IMAGE_SUFFIXES
@@ -114,7 +122,10 @@ def _advice(part: Scanned, foreign: Sequence[str], records: Sequence[Record]) ->
         return for_binary(every, described=described)
     if _count_objects(records, part):
         return for_instances(part.classes[-1], described=described)
-    return for_ids(numbers, part.ignore_index, described=described)
+    advice = for_ids(numbers, part.ignore_index, described=described)
+    if len(numbers) <= MOST_IDS:
+        return advice
+    return f"{advice} {for_instances(part.classes[-1], described=described, likely=False)}"
 
 
 def _count_objects(records: Sequence[Record], part: Scanned) -> bool:
