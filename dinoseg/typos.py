@@ -96,10 +96,17 @@ def _read(word: str) -> tuple[Override | None, str]:
         return None, f"{word} is no KEY=VALUE.{f' Did you mean mode={word}?' if word.isidentifier() else ''}"
     if override := parsed(word):
         return override, ""
+    form = f'"{_value(word)}"' if _is_text(_value(word)) else '["a value"]'
     return None, (
         f"{word} cannot be read: brackets, braces or quotes are left open, or text between them holds other signs. Put "
-        f"quotes around the whole word, and inside them around such text: '{_key(word)}=[\"a value\"]'."
+        f"quotes around the whole word, and inside them around such text: '{_key(word)}={form}'."
     )
+
+
+def _is_text(value: str) -> bool:
+    """Return whether a value with braces or brackets, such as {split}/pictures, is neither a list nor a table."""
+    closed = all(value.count(first) == value.count(last) for first, last in ("[]", "{}"))
+    return closed and not re.search(r"['\"]|^\[.*\]$|^\{.*\}$", value)
 
 
 def _wrong_option(override: Override, folder: Path) -> str:
@@ -129,7 +136,20 @@ def _wrong_key(
         key = override.key_or_group
         if key not in keys and not _below_free(cfg, key.split(".")):
             return f"{key} is no key of the config.{nearest(key, keys)} {_ALL_KEYS}"
+        if (value := override.value()) and (new := _new_entries(cfg, key, value)):
+            return (
+                f"{key} has no {' or '.join(new)} so far. Is that meant, put ++ before the word, in quotes: "
+                f"'++{override.input_line}'."
+            )
     return ""
+
+
+def _new_entries(cfg: Any, key: str, value: Any) -> list[str]:
+    """Return which names of a table that is given for a key the config does not have there."""
+    for part in key.split("."):
+        cfg = cfg.get(part) if isinstance(cfg, Mapping) else None
+    both = isinstance(cfg, Mapping) and isinstance(value, Mapping)
+    return [str(name) for name in value if name not in cfg] if both else []
 
 
 def _below_free(cfg: Any, parts: Sequence[str]) -> bool:

@@ -117,6 +117,14 @@ def test_an_unknown_option_lists_those_there_are(place, group):
         (["data.classes=a,b"], "For a list use brackets: 'data.classes=[a,b]'. For a run with each of them, add -m."),
         (["data.classes=[a,b"], "data.classes=[a,b cannot be read"),
         (["data.reader.masks.ids={3: 255"], "Put quotes around the whole word"),
+        (
+            ["data.reader.layout.images={split}/b"],
+            "inside them around such text: 'data.reader.layout.images=\"{split}/b\"'.",
+        ),
+        (
+            ["data=folder", "data.reader.layout.splits={val: b}"],
+            "has no val so far. Is that meant, put ++ before the word",
+        ),
         (["head=mlp", "head.hiden=3"], "head.hiden is no key of the config."),
         (["head=segformer"], "error: head=segformer is unknown. There are cnn,"),
         (["loss=null"], "loss=null is unknown. There are ce_dice"),
