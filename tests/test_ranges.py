@@ -15,6 +15,7 @@ from dinoseg.checks import check_given
 from dinoseg.errors import UserError
 from dinoseg.nodes import instantiate
 from dinoseg.ranges import Range
+from dinoseg.ranks import LAUNCH_KEYS
 
 OWN_CHECK = {  # numbers whose rule is no range
     **dict.fromkeys(("Frozen", "Full", "LastBlocks", "Lora"), {"bits"}),  # 4 or 8
@@ -23,11 +24,7 @@ OWN_CHECK = {  # numbers whose rule is no range
     **{"Augment": {"ignore_index"}, "VideoClustering": {"ignore"}},
     **{"SlotHead": {"num_slots", "steps"}, "TemporalSimilarity": {"threshold"}},
 }
-OF_OTHERS = {
-    "trainer": ("feed", "epochs"),
-    "adapter": ("lr",),
-    "mode": ("resume_from", "reads"),
-}  # keys beside a target's own
+OF_OTHERS = {"trainer": ("feed", "epochs"), "adapter": ("lr",), "mode": LAUNCH_KEYS}  # keys beside a target's own
 AT_RUN_TIME = {"in_dim", "num_layers"}
 
 

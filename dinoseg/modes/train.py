@@ -41,8 +41,6 @@ def train(cfg: DictConfig, *, out_dir: Path, metrics_only: bool = False, picture
         metrics_only: write no pictures of the final evaluation.
         pictures: validation samples of which each validation keeps a picture, the same ones every time.
     """
-    if pictures < 0:
-        raise UserError(f"mode.pictures={pictures}: give a number of validation pictures of at least 0.")
     engine = instantiate(cfg.engine)
     out_dir = Path(engine.share(str(out_dir)))
     if engine.share(cfg.resume) != cfg.resume:
