@@ -17,7 +17,8 @@ from dinoseg.report.log import RunLog
 from dinoseg.training.checkpoint import Checkpoints, read
 from dinoseg.training.engine import Engine
 from dinoseg.training.evaluate import evaluate
-from dinoseg.training.feed import Feed
+from dinoseg.training import feed as feeding
+from dinoseg.training.feed import Feed, spread
 from dinoseg.training.fit import fit
 from dinoseg.training.optim import adamw, schedule
 
@@ -186,3 +187,21 @@ def test_the_lowest_loss_can_be_what_is_best(run):
     losses = {row["step"]: row["val/loss"] for row in done.rows if "val/loss" in row}
     assert done.progress.best == min(losses.values())
     assert losses[done.progress.best_step] == done.progress.best
+
+
+def test_validation_pictures_are_of_their_own_image_prediction_and_mask(run, monkeypatch):
+    done = run(steps=1)
+    monkeypatch.setattr(feeding, "compare", lambda *given, **_: given)
+    done.feed.pictures = 4
+    pictures = done.feed.validate(done.model.eval(), CrossEntropy(torch.ones(3)), done.engine).pictures
+    assert list(pictures) == done.feed.val.names
+    for sample in map(done.feed.val.__getitem__, range(4)):
+        frame, predicted, mask = pictures[sample["name"]]
+        expected = done.model(sample["image"][None]).logits()[0].argmax(0)
+        assert np.array_equal(frame, sample["image"].permute(1, 2, 0)) and np.array_equal(mask, sample["mask"])
+        assert np.array_equal(predicted, expected)
+
+
+def test_pictures_are_spread_over_what_the_first_rank_validates():
+    assert spread(10, 3, 1) == [0, 4, 9] and spread(10, 3, 4) == [0, 4, 8]
+    assert spread(2, 5, 1) == [0, 1] and spread(5, 0, 1) == []

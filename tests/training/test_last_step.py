@@ -2,6 +2,7 @@
 
 import math
 import signal
+from itertools import count
 from types import SimpleNamespace
 
 import pytest
@@ -112,18 +113,35 @@ def test_what_was_trained_is_saved_and_goes_on_bit_for_bit(train, tmp_path, fail
     assert untimed(ended.rows + gone_on.rows) == untimed(uninterrupted.rows)
 
 
-def test_an_update_that_fails_half_way_is_not_saved(train, tmp_path, monkeypatch):
+def failing_at(number, whole, fails):
+    """Return `whole` as a method that fails at the call of this number."""
+    calls = count(1)
+    return lambda *given, **options: fails() if next(calls) == number else whole(*given, **options)
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_an_update_that_fails_half_way_is_not_saved(train, tmp_path, monkeypatch, at):
     assert train(tmp_path, steps=2).error is None
     before = (tmp_path / "last.safetensors").read_bytes()
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_: crash())
-    assert isinstance(train(tmp_path, start=True).error, RuntimeError)
+    monkeypatch.setattr(torch.optim.AdamW, "step", failing_at(at, torch.optim.AdamW.step, crash))
+    assert isinstance(train(tmp_path, start=True, val_every=9).error, RuntimeError)
     assert (tmp_path / "last.safetensors").read_bytes() == before
 
 
-def test_a_loss_that_is_not_finite_leaves_what_was_saved_before(train, tmp_path, monkeypatch):
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_loss_that_is_not_finite_leaves_what_was_saved_before(train, tmp_path, monkeypatch, at):
     """The steps that led to it are of no use: going on from them would end there again."""
-    monkeypatch.setattr(Engine, "total", lambda self, *values: [math.nan, 1.0, 0.0])
+    monkeypatch.setattr(Engine, "total", failing_at(at, Engine.total, lambda: [math.nan, 1.0, 0.0]))
     assert isinstance(train(tmp_path).error, NonFiniteLoss) and not list(tmp_path.iterdir())
+
+
+def test_what_is_not_new_or_not_wanted_is_not_saved(train, tmp_path):
+    def again():
+        raise Interrupted(signal.SIGTERM, again=True)
+
+    assert isinstance(train(tmp_path / "first", batch=0, fails=truncated).error, UserError)
+    assert isinstance(train(tmp_path / "second", batch=4, fails=again).error, Interrupted)
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_an_error_that_cannot_be_saved_is_told_first(train, tmp_path, monkeypatch, caplog):

@@ -1,5 +1,7 @@
 """How a training step predicts its own batches."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -64,3 +66,18 @@ def test_nothing_counted_is_no_score(engine):
 def test_what_is_no_class_is_an_error(engine):
     with pytest.raises(UserError, match="found: .7."):
         Tally(Data, engine).add(*predicted(torch.zeros(1, 3, 4, 4), torch.full((1, 4, 4), 7, dtype=torch.uint8)))
+
+
+def test_the_counts_are_those_of_all_ranks_and_leave_out_the_data_set_s_own_ignored_id():
+    class Other(Data):
+        ignore_index = 2
+
+    wrong = ConfusionMatrix(3, ignore_index=2)
+    wrong.update(torch.ones(1, 1, 8, dtype=torch.uint8), torch.zeros(1, 1, 8, dtype=torch.uint8))
+    tally = Tally(Other, SimpleNamespace(device="cpu", sum=lambda counts: counts + wrong.counts))
+    mask = torch.zeros(1, 4, 4, dtype=torch.uint8)
+    mask[:, 2:] = 2
+    scores = torch.zeros(1, 3, 4, 4)
+    scores[:, 0] = 1
+    tally.add(*predicted(scores, mask))
+    assert tally.read() == {"train/accuracy": 0.5, "train/miou": 0.25}
