@@ -14,10 +14,10 @@ from dinoseg.heads.mlp import MlpHead
 from dinoseg.losses.pixel import CrossEntropy
 from dinoseg.model import Segmenter
 from dinoseg.report.log import RunLog
+from dinoseg.training import feed as feeding
 from dinoseg.training.checkpoint import Checkpoints, read
 from dinoseg.training.engine import Engine
 from dinoseg.training.evaluate import evaluate
-from dinoseg.training import feed as feeding
 from dinoseg.training.feed import Feed, spread
 from dinoseg.training.fit import fit
 from dinoseg.training.optim import adamw, schedule
