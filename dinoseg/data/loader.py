@@ -2,7 +2,9 @@
 
 import functools
 import itertools
+import os
 import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -187,9 +189,20 @@ def _load_ahead(read: Callable[[Any], Any], keys: Iterable[Any], workers: int) -
 
 
 def _start_worker(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all: the parent finishes its step, and needs this one
+    # Ctrl-C, and Slurm's SIGTERM, reach all processes: the parent finishes its step, and needs this one
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_told, args=(os.getppid(),), daemon=True).start()
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
+
+
+def _end_when_told(parent: int) -> None:
+    """End this process at its parent's SIGTERM, and at nobody else's."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def _as_it_is(item: Any) -> Any:

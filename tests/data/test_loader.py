@@ -1,6 +1,8 @@
 import gc
 import itertools
 import multiprocessing
+import signal
+import subprocess
 import time
 from collections import Counter
 
@@ -89,6 +91,19 @@ def children_after_a_moment():
             return 0
         time.sleep(0.05)
     return len(multiprocessing.active_children())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_leaves_the_workers_to_the_first(number):
+    batches = train_batches(Pictures(SIZES), AUGMENT, batch_size=2, seed=0, workers=2)
+    next(batches)
+    for worker in multiprocessing.active_children():
+        subprocess.run(["kill", f"-{number}", str(worker.pid)], check=True)
+    assert len(take(batches, 20)) == 20
+    for worker in multiprocessing.active_children():
+        worker.terminate()
+        worker.join(20)
+        assert worker.exitcode == 0
 
 
 def test_workers_end_with_the_iterator():
