@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from multiprocessing import connection, get_context
+from multiprocessing import connection, get_context, set_start_method
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,17 @@ def run_mode(cfg: DictConfig, out_dir: Path) -> Any:
         warn_not_read(out_dir, f"mode={cfg.choices.mode}", cfg.mode.get("reads"))
     from dinoseg.nodes import instantiate
 
-    return instantiate(cfg.mode, without=LAUNCH_KEYS)(cfg, out_dir=out_dir)
+    try:
+        return instantiate(cfg.mode, without=LAUNCH_KEYS)(cfg, out_dir=out_dir)
+    finally:
+        _leave_group()
+
+
+def _leave_group() -> None:
+    """Leave the ranks' group, however the mode has ended: an interpreter that ends within one may never be done."""
+    distributed: Any = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def is_first_rank() -> bool:
@@ -111,6 +121,7 @@ def _run_rank(
     rank: int, world: int, port: int, cfg: dict[str, Any], out_dir: Path, sending: connection.Connection
 ) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
+    set_start_method(None, force=True)  # a spawned process would spawn its own, too: seconds for each loader's workers
     if rank:
         sending.close()  # so that the parent sees the end of the only one that writes
     os.environ |= {

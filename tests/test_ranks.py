@@ -1,5 +1,6 @@
-"""Ranks: their results, their errors and signals; without torch, so that they start in a moment."""
+"""Ranks: their results, their errors and signals; the modes without torch, so that they start in a moment."""
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -23,6 +24,8 @@ def mode(cfg, *, out_dir, does):
     if does.startswith("rank") or does == "waits":
         (out_dir / f"ready{rank}").touch()
         time.sleep(60)
+    if does == "starts":
+        return {"method": multiprocessing.get_start_method()}
     return {"matrix": [[0] * 150] * 150, "world": os.environ["WORLD_SIZE"]}
 
 
@@ -33,6 +36,21 @@ def run(where, does):
 
 def test_a_result_larger_than_a_pipe_comes_back(tmp_path):
     assert run(tmp_path, "result") == {"matrix": [[0] * 150] * 150, "world": "2"}
+
+
+def test_a_rank_starts_processes_as_any_process_does(tmp_path):
+    assert run(tmp_path, "starts") == {"method": multiprocessing.get_context().get_start_method()}
+
+
+def test_the_group_is_left_however_a_mode_ends(tmp_path, monkeypatch):
+    import torch
+
+    monkeypatch.setenv("RANK", "1")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    node = {"_target_": "test_ranks.mode", "_partial_": True, "does": "rank 1 fails", "keeps_folder": False}
+    with pytest.raises(UserError, match="a mask is missing"):
+        ranks.run_mode(OmegaConf.create({"mode": node}), tmp_path)
+    assert not torch.distributed.is_initialized()
 
 
 @pytest.mark.parametrize(
