@@ -17,6 +17,9 @@ def main() -> None:
     except BrokenPipeError:
         _leave_if_unread()
         raise
+    except KeyboardInterrupt:  # before a job begins, which says itself what is left of it
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
     if failures:
         sys.exit(1)
 

@@ -6,7 +6,7 @@ import signal
 import pytest
 from command_line import SMALL, call, write_data
 
-from dinoseg import interrupt
+from dinoseg import interrupt, own_keys
 from dinoseg.interrupt import Interrupted, deferred, passed_on, raised
 from dinoseg.training import checkpoint
 from dinoseg.training.feed import Feed
@@ -66,6 +66,15 @@ def test_other_modes_say_what_is_finished(tmp_path, monkeypatch, number, status)
     for name, said in (("none", ""), ("some", ": what is finished is in ")):
         done = call(tmp_path, "mode=score", f"hydra.run.dir={name}")
         assert done.status == status and done.err.startswith(f"\ninterrupted{said}"), done.err
+
+
+def test_a_command_that_is_stopped_before_it_begins_is_a_line(tmp_path, monkeypatch):
+    def stop(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(own_keys, "with_own_keys", stop)
+    done = call(tmp_path, "mode=score")
+    assert (done.status, done.err) == (130, "\ninterrupted\n")
 
 
 def test_the_second_signal_ends_at_once_and_what_follows_the_first_closely_is_the_same(monkeypatch):
