@@ -8,11 +8,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dinoseg import stored
 from dinoseg.errors import UserError
 
 logger = logging.getLogger(__name__)
 _MOST = 20  # the largest one in so many images is left out of account: an outlier is no scale that was learnt
 KEY = "sizes"  # of a checkpoint's description
+_FORM = stored.record(typical=stored.whole(1), largest=stored.whole(1))
 
 Size = tuple[int, int]
 
@@ -52,9 +54,10 @@ class TrainedSizes:
         found = info.get(KEY)
         if found is None:
             return None
-        named = isinstance(found, Mapping) and found.keys() == {"typical", "largest"}
-        if not named or not all(type(value) is int and value > 0 for value in found.values()):
-            raise UserError(f"The checkpoint's description is damaged: {KEY} is {found!r:.60}. Choose another one.")
+        try:
+            _FORM(found, KEY)
+        except stored.Misshapen as error:
+            raise UserError(f"The checkpoint's description is damaged: {error}. Choose another one.") from None
         return cls(**found)
 
 

@@ -40,7 +40,7 @@ def test_sizes_are_those_that_the_model_was_fed():
 
 @pytest.mark.parametrize("found", [3, {}, {"typical": 3}, {"typical": "3", "largest": 9}, {"typical": 0, "largest": 1}])
 def test_a_damaged_description_is_refused(found):
-    with pytest.raises(UserError, match="description is damaged: sizes is"):
+    with pytest.raises(UserError, match="description is damaged: sizes[. ]"):
         TrainedSizes.from_info({"sizes": found})
 
 
