@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dinoseg import locks
 from dinoseg.errors import UserError
+from dinoseg.files import check_regular
 from dinoseg.wording import Printable, printable
 
 LOG = "run.log"
@@ -53,6 +54,8 @@ def lock(folder: Path) -> None:
     folder = folder.resolve()
     if folder in _held:
         return
+    with suppress(FileNotFoundError):
+        check_regular(folder / LOG)
     file = locks.acquire(folder / LOG)
     if file is None:
         raise UserError(
@@ -70,7 +73,7 @@ def release(folder: Path) -> None:
 
 def is_locked(folder: Path) -> bool:
     """Return whether another process writes to a run folder."""
-    if folder.resolve() in _held or not (folder / LOG).exists():
+    if folder.resolve() in _held or not (folder / LOG).is_file():
         return False
     file = locks.acquire(folder / LOG)
     if file is not None:

@@ -133,3 +133,10 @@ def test_words_that_another_has_kept_are_shown_harmless(tmp_path, capsys):
     warn_not_read(tmp_path, "mode=train", ("trainer",))
     said = capsys.readouterr().err
     assert "No effect here: tracker.\\x1b[2J=3, slots." in said and "\x1b" not in said
+
+
+def test_a_pipe_in_place_of_a_log_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "run.log")
+    assert not run_folder.is_locked(tmp_path)
+    with pytest.raises(UserError, match="is a named pipe"):
+        run_folder.lock(tmp_path)
