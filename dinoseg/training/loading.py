@@ -14,7 +14,7 @@ from torch.nn.modules.module import (
     register_module_module_registration_hook,
     register_module_parameter_registration_hook,
 )
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 
 from dinoseg.errors import UserError
 from dinoseg.model import fingerprint, quantised_names, trained_names
@@ -191,6 +191,22 @@ def _check_state(optimizer: Optimizer, saved: Mapping[str, Tensor], where: str) 
                 f"{where}: its optimizer state {shown(key)} ({list(value.shape)}, {value.dtype}) fits no parameter of "
                 "this model. Go on from another checkpoint."
             )
+    if isinstance(optimizer, AdamW):
+        for name in {key.rpartition("/")[0] for key in saved}:
+            _check_moments(name, named[name], saved, where)
+
+
+def _check_moments(name: str, parameter: Tensor, saved: Mapping[str, Tensor], where: str) -> None:
+    """Refuse what AdamW has not kept of a parameter: its step, and two moments of its shape and type."""
+    state = {key.rpartition("/")[2]: saved[key] for key in saved if key.rpartition("/")[0] == name}
+    alike = state.keys() == {"step", "exp_avg", "exp_avg_sq"} and state["step"].shape == ()
+    for moment in ("exp_avg", "exp_avg_sq") if alike else ():
+        alike &= state[moment].shape == parameter.shape and state[moment].dtype == parameter.dtype
+    if not alike or state["step"] < 0 or (state["exp_avg_sq"] < 0).any():
+        raise UserError(
+            f"{where}: its optimizer state of {shown(name)} is none of AdamW: it needs step, exp_avg and exp_avg_sq of "
+            f"the parameter's shape and type, no step or square below 0. Go on from another checkpoint."
+        )
 
 
 def load_average(ema: MovingAverage | None, checkpoint: Checkpoint) -> None:

@@ -1,6 +1,7 @@
 """A checkpoint's description is held against what dinoseg writes, where it is read."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -149,6 +150,28 @@ def test_state_of_another_shape_type_or_name_is_refused(tmp_path):
         write(tmp_path / "x.safetensors", {f"ema/{name}": value}, INFO)
         with pytest.raises(UserError, match="of its moving average"):
             load_average(average, read(tmp_path / "x.safetensors"))
+
+
+MOMENTS = {"step": torch.tensor(3.0), "exp_avg": torch.zeros(3, 2), "exp_avg_sq": torch.ones(3, 2)}
+ODD_STATE = {
+    "no step": {"step": None},
+    "no moment": {"exp_avg": None},
+    "one more": {"evil": torch.tensor(1.0)},
+    "a step before the first": {"step": torch.tensor(-5.0)},
+    "a step for each weight": {"step": torch.ones(3, 2)},
+    "a moment of one number": {"exp_avg": torch.tensor(1.0)},
+    "a moment of half precision": {"exp_avg": torch.zeros(3, 2).half()},
+    "squares below zero": {"exp_avg_sq": -torch.ones(3, 2)},
+}
+
+
+@pytest.mark.parametrize("changes", [*ODD_STATE.values(), {}], ids=[*ODD_STATE, "sound"])
+def test_state_that_adamw_has_not_kept_is_refused(tmp_path, changes):
+    optimizer = adamw(nn.Linear(2, 3, bias=False), lr=1.0)
+    state = {f"optimizer/weight/{key}": value for key, value in (MOMENTS | changes).items() if value is not None}
+    write(tmp_path / "x.safetensors", state, INFO)
+    with pytest.raises(UserError, match="state of weight is none of AdamW") if changes else nullcontext():
+        load_optimizer(optimizer, read(tmp_path / "x.safetensors"))
 
 
 def test_a_model_larger_than_the_machine_is_not_made():
