@@ -72,7 +72,7 @@ def merge(cfg: DictConfig, overrides: Sequence[Any], path: Path, info: Mapping[s
 
 
 def _trust(cfg: DictConfig) -> list[str]:
-    trust = plain(cfg).get("trust") or []
+    trust = OmegaConf.to_container(cfg.trust) if OmegaConf.is_config(cfg.trust) else cfg.trust or []
     if not isinstance(trust, list) or not all(isinstance(name, str) and name for name in trust):
         raise UserError(f"trust={trust}: give a list of packages or hub ids, such as trust=[my_package].")
     return trust
