@@ -246,6 +246,9 @@ def test_nothing_but_model_data_and_training_comes_from_the_file(compose, tmp_pa
     info = {"config": {**kept, "mode": evil, "engine": evil}, "choices": {}, "folder": str(tmp_path)}
     merged = merge(cfg, [], tmp_path / "x", info)
     assert merged.mode == cfg.mode and merged.engine == cfg.engine
+    info["config"] = {**kept, "trust": ["collections"], "adapter": {"_target_": "collections.OrderedDict"}}
+    with pytest.raises(UserError, match="no config file on this machine names it there"):
+        merge(cfg, [], tmp_path / "x", {**info, "trust": ["collections"]})
     for group in ("adapter", "data", "backbone", "head"):
         info["config"] = {**kept, group: {**kept[group], "more": evil}}
         with pytest.raises(UserError, match=rf"{group}\.more.* is refused"):
@@ -281,3 +284,11 @@ def test_a_table_of_ids_survives_the_checkpoint(tmp_path):
 def test_a_root_that_can_be_none_is_none_given(root):
     assert resume._root({"data": {"root": root}}, Path("/")) == ("???", "")
     assert resume._root({"data": {}}, Path("~nobody-here/\ud800")) == ("???", "")
+
+
+def test_the_newest_run_comes_first_and_one_that_is_gone_not_at_all(tmp_path):
+    paths = [tmp_path / name for name in "bca"]
+    for time, path in enumerate(paths):
+        path.touch()
+        os.utime(path, (time, time))
+    assert earlier._newest_first([*paths[1:], tmp_path / "gone", paths[0]]) == paths[::-1]

@@ -204,6 +204,8 @@ def test_forms_say_where_and_what(caplog):
         ('{"rows": [[0, null]]}', r"it\.rows is .*, and must be a list of 2"),
         ('{"rows": [[0, null], [9]]}', r"it\.rows\[1\] is \[9\], and must be a list of 2"),
         ('{"row": []}', "must be an object of rows"),
+        ('{"rows": [[0, null], [9, "a"]], "more": 1}', "must be an object of rows"),
+        ('{"rows": 1e999}', "1e999 is no number"),
         ('{"rows": [], "rows": []}', "a name stands twice"),
         ('{"rows": -Infinity}', "-Infinity is no number"),
     ):

@@ -1,6 +1,7 @@
 """What slots see and how they are followed is DINOSAVi's, by its formulas written out in double precision."""
 
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from slot_scene import crossing
 
 from dinoseg.heads.slots.head import SlotHead
 from dinoseg.inference import slot_matching
+from dinoseg.inference.slot_following import Follower
 from dinoseg.inference.slot_settings import SlotTracking
 from dinoseg.inference.slot_tracker import SlotTracker
 from dinoseg.model import Segmenter
@@ -125,3 +127,20 @@ def test_overlap_is_the_original_s_and_soft_iou_another():
     hard = (one > 0.5).float()
     torch.testing.assert_close(slot_matching.overlap(hard, hard), slot_matching.soft_iou(hard, hard))
     assert not slot_matching.overlap(torch.zeros(1, 3, 3), torch.zeros(2, 3, 3)).any()
+
+
+@pytest.mark.parametrize(
+    ("groups", "settings", "first", "later"),
+    [
+        ("off", {}, False, False),
+        ("off", {"lock_on": True}, False, True),
+        ("off", {"lock_on": True, "hold": "none"}, False, False),
+        ("off", {"lock_on": True, "hold": "none", "extra_slots": 1}, True, False),
+        ("first", {}, True, False),
+        ("always", {}, True, True),
+        ("always", {"hold": "none"}, False, False),
+    ],
+)
+def test_the_class_attention_is_asked_for_where_it_is_used(groups, settings, first, later):
+    follower = Follower(SimpleNamespace(groups=groups), SlotTracking(**settings))
+    assert (follower.asks_background(first=True), follower.asks_background(first=False)) == (first, later)

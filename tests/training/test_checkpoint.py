@@ -75,8 +75,9 @@ def test_best_moves_only_when_beaten(model, tmp_path):
     checkpoints = Checkpoints(tmp_path, dict(INFO))
     run = checkpoints.restore(source, adamw(source, lr=1.0), None)
     for step, score in enumerate([0.3, 0.5, 0.5, 0.4, 0.6], start=1):
-        run.step = step
+        run.step, run.owed = step, True
         checkpoints.settle(checkpoints.judge(source, score))
+        assert not run.owed
         assert (run.best, run.best_step, run.stale) == {
             1: (0.3, 1, 0),
             2: (0.5, 2, 0),

@@ -148,6 +148,12 @@ def test_the_moving_average_is_what_is_scored_and_kept(run, tmp_path):
     assert best.tensors["model/head.classify.weight"].equal(last.tensors["ema/head.classify.weight"])
     assert not best.tensors["model/head.classify.weight"].equal(last.tensors["model/head.classify.weight"])
     assert last.tensors["model/head.classify.weight"].equal(done.model.head.classify.weight.detach())
+    run(steps=4, val_every=4, ema=0.5)
+    assert (
+        not read(tmp_path / "last.safetensors")
+        .tensors["ema/head.classify.weight"]
+        .equal(last.tensors["ema/head.classify.weight"])
+    )
 
 
 @pytest.mark.parametrize(

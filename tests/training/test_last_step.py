@@ -20,7 +20,7 @@ from dinoseg.model import Segmenter
 from dinoseg.training import checkpoint
 from dinoseg.training.checkpoint import Checkpoints, read
 from dinoseg.training.engine import Engine
-from dinoseg.training.feed import Feed
+from dinoseg.training.feed import Feed, Validation
 from dinoseg.training.fit import NonFiniteLoss, fit
 from dinoseg.training.optim import adamw, schedule
 
@@ -57,7 +57,7 @@ def train(tiny_backbone):
         for name in ("batch", "validation", "fails"):
             setattr(feed, name, options.pop(name, getattr(feed, name)))
         found = read(folder / "last.safetensors") if start else None
-        checkpoints = Checkpoints(folder, dict(INFO), found)
+        checkpoints = Checkpoints(folder, dict(INFO), found, options.pop("writes", True))
         settings = {"steps": 6, "val_every": 3, "log_every": 1, "accumulate": 2, "ema": 0.5, **options}
         log, error = Rows(), None
         optimizer, engine = adamw(model, lr=3e-3), Engine("cpu", "fp32", workers=0)
@@ -163,3 +163,23 @@ def test_a_best_that_cannot_be_written_is_not_remembered_as_such(train, tmp_path
         assert str(train(tmp_path).error) == "the disk is full"
     progress = read(tmp_path / "last.safetensors").info["progress"]
     assert progress["best"] is None and progress["owed"] and progress["step"] == 3
+
+
+def test_a_validation_that_cannot_be_logged_is_owed(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(Rows, "pictures", lambda *_: crash())
+    assert isinstance(train(tmp_path).error, RuntimeError)
+    progress = read(tmp_path / "last.safetensors").info["progress"]
+    assert progress["owed"] and progress["best"] is None and progress["step"] == 3
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_only_the_rank_that_writes_says_that_a_step_is_saved(train, tmp_path, caplog, writes):
+    train(tmp_path, batch=4, fails=truncated, writes=writes)
+    assert ("and that step is saved" in caplog.text) == writes == (tmp_path / "last.safetensors").exists()
+
+
+def test_no_best_is_chosen_by_a_score_that_is_no_number(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(Feed, "validate", lambda *_: Validation({"miou": math.nan}, {}))
+    error = train(tmp_path).error
+    assert isinstance(error, NonFiniteLoss) and str(error).startswith("val/miou is nan at step 3")
+    assert not (tmp_path / "best.safetensors").exists()
