@@ -323,7 +323,7 @@ def test_the_command_line_may_trust_a_package(kept, tmp_path, monkeypatch):
     (tmp_path / "my_package").mkdir()
     (tmp_path / "my_package/__init__.py").write_text("")
     (tmp_path / "my_package/heads.py").write_text(
-        "import os\nfrom os import system\nclass Head:\n    def __init__(self, width): pass\nclass _Hidden: pass\n"
+        "import os\nfrom os import *\nclass Head:\n    def __init__(self, width): pass\nclass _Hidden: pass\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
 
@@ -342,6 +342,7 @@ def test_the_command_line_may_trust_a_package(kept, tmp_path, monkeypatch):
     for target, says in (
         ("my_package.heads.os.system", "does not name that package|neither a class nor a function"),
         ("my_package.heads.system", "does not name that package|neither a class nor a function"),
+        ("my_package.heads.makedirs", "does not name that package"),
         ("my_package.heads._Hidden", "names it there"),
         ("my_package.heads.Head.__init__", "names it there"),
         ("my_package.heads", "neither a class nor a function"),

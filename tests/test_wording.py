@@ -12,7 +12,7 @@ from dinoseg.errors import UserError
 from dinoseg.images import write_png
 from dinoseg.report.progress import Bar
 from dinoseg.run_folder import configure_log
-from dinoseg.wording import listed, printable
+from dinoseg.wording import listed, printable, shown
 
 NASTY = "a\x1b]0;owned\x07\r\x9b31m\u202egnp.\u2066\x7fz"
 SHOWN = r"a\x1b]0;owned\x07\r\x9b31m\u202egnp.\u2066\x7fz"
@@ -70,3 +70,7 @@ def test_the_command_line_prints_names_escaped(tmp_path):
     done = call(tmp_path, "mode=doctor", "data=folder", "data.root=data", "data.classes=[a,b]")
     assert done.status == 1 and SHOWN in done.err + done.out
     assert not {"\x1b", "\x07", "\x9b", "\u202e"} & {*done.out, *done.err}
+
+
+def test_a_value_is_shown_short():
+    assert shown("a" * 81) == "a" * 77 + "..." and shown("a" * 80) == "a" * 80

@@ -10,7 +10,7 @@ from dinoseg.errors import UserError
 from dinoseg.metrics.confusion import ConfusionMatrix
 from dinoseg.shapes import Batch, Prediction
 from dinoseg.training.engine import Engine
-from dinoseg.training.tally import Tally, _thinned
+from dinoseg.training.tally import Tally, _centres, _thinned
 
 
 class Data:
@@ -55,6 +55,7 @@ def test_large_ones_by_points_that_lie_where_they_are_predicted(engine):
         counted["classes"][1]["pixels"] / counted["pixels"], mask.float().mean(), atol=0.01
     )
     assert _thinned(mask).shape == (1, 97, 171)
+    assert _centres(10, 5, torch.device("cpu")).tolist() == [1, 3, 5, 7, 9]
 
 
 def test_nothing_counted_is_no_score(engine):
