@@ -8,6 +8,7 @@ from command_line import SMALL, call, write_data
 
 from dinoseg import interrupt, own_keys
 from dinoseg.interrupt import Interrupted, deferred, passed_on, raised
+from dinoseg.report.log import RunLog
 from dinoseg.training import checkpoint
 from dinoseg.training.feed import Feed
 
@@ -43,6 +44,19 @@ def test_a_signal_saves_the_step_it_came_in_and_says_so(tmp_path, monkeypatch, n
     assert progress["step"] == 3 and progress["owed"] and not (last.parent / "best.safetensors").exists()
     assert not [path for path in last.parents[1].rglob(".*")]
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "handlers are put back"
+
+
+def test_a_validation_whose_pictures_cannot_be_kept_is_logged_once(tmp_path, monkeypatch):
+    def full(self, step, named):
+        raise OSError(28, "No space left on device", "a.png")
+
+    write_data(tmp_path / "data")
+    with monkeypatch.context() as patched:
+        patched.setattr(RunLog, "pictures", full)
+        assert train(tmp_path, "hydra.run.dir=run").status == 1
+    assert train(tmp_path, "resume=run").status == 0
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert sum("val/miou" in row for row in rows) == 1
 
 
 def test_a_signal_before_the_first_step_says_that_nothing_is_saved(tmp_path, monkeypatch):

@@ -215,8 +215,8 @@ def _validate(
             )
         found = checkpoints.judge(model, scores[score], lowest=score in feed.lowest)
     row = {f"val/{name}": value for name, value in scores.items() if isinstance(value, float)}
-    log.scalars(checkpoints.progress.step, row)
     log.pictures(checkpoints.progress.step, pictures)
+    log.scalars(checkpoints.progress.step, row)  # last: where something fails before it, the validation comes again
     checkpoints.settle(found)
     meter.pause()
     logger.info(
