@@ -67,7 +67,9 @@ def as_text(arguments: Sequence[str], configs: Path) -> list[str]:
         override = parsed(word)
         names_file = key.lstrip("+") in FILES or (configs / key.lstrip("+").split("@")[0]).is_dir()
         if names_file and max(map(len, os.fsencode(value).split(b"/"))) > _LONGEST:
-            raise UserError(f"{key}={value[:40]}... is unknown: no file has a name of {len(value)} letters.")
+            raise UserError(
+                f"{key}={value[:40]}... is unknown: no file has a name of {len(value)} letters. Give a shorter one."
+            )
         if override is None:
             text = not value.startswith(_NESTED)
         else:
