@@ -191,9 +191,10 @@ def _id_table(labels: Labels, ids: Mapping[int, int], first: int, rest: int) -> 
                 f"data.reader.masks.ids maps {source} to {target!r}: give a class id from 0 to {count - 1}, "
                 f"{ignore} to ignore it, or -1 to refuse it."
             )
-    own = range(first, first + count)
-    if any(source in own and source != first + target and 0 <= target < count for source, target in ids.items()):
-        table[own] = rest  # it numbers anew: {1: 0, 2: 1} leaves file id 0 out
+    moved = {source - first: target for source, target in ids.items() if 0 <= target < count}
+    moved = {own: target for own, target in moved.items() if own != target}
+    if moved.keys() & set(moved.values()):  # it numbers anew: {1: 0, 2: 1} leaves file id 0 out; {2: 1} alone merges
+        table[first : first + count] = rest
     table[ignore] = ignore
     table[list(ids)] = list(ids.values())
     return table

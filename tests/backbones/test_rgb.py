@@ -101,7 +101,9 @@ def test_heads_take_its_map_or_say_why_not(head):
             instantiate(backbone)
         backbone.layers = [-1] * 4
     rgb = instantiate(backbone)
-    made = instantiate(OmegaConf.create(nodes).head, without=("layers",))(in_dim=rgb.dim, num_layers=rgb.num_layers)
+    made = instantiate(OmegaConf.create(nodes).head, without=("layers", "lr"))(
+        in_dim=rgb.dim, num_layers=rgb.num_layers
+    )
     assert Segmenter(rgb, made).eval()(images((20, 30))).scores().shape == (2, 3, 20, 30)
 
 

@@ -132,6 +132,8 @@ def test_a_table_that_numbers_anew_leaves_out_what_it_does_not_name(tmp_path):
     np.testing.assert_array_equal(reader.read(save(tmp_path / "a.png", [[1, 2, 3]])), [[0, 1, 255]])
     with pytest.raises(UserError, match="holds the ids 0, which are no classes"):
         reader.read(save(tmp_path / "b.png", [[0, 1, 2, 3]]))
+    merged = MaskReader(LABELS, Masks(ids={1: 0}))
+    np.testing.assert_array_equal(merged.read(save(tmp_path / "m.png", [[0, 1]])), [[0, 0]])
     kept = MaskReader(LABELS, Masks(ids={3: 255, 7: 2}))  # nothing is said of 0 and 1
     np.testing.assert_array_equal(kept.read(save(tmp_path / "c.png", [[0, 1, 7, 3]])), [[0, 1, 2, 255]])
 

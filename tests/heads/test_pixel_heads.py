@@ -108,7 +108,7 @@ def test_heads_of_four_levels_refuse_another_number(name, dim, num_layers):
 )
 def test_config_names_the_constructor_s_own_defaults(name, layers):
     node = read("head", name)
-    assert next(iter(node)) == "layers" and node.pop("layers") == layers
+    assert next(iter(node)) == "layers" and node.pop("layers") == layers and node.pop("lr") > 0
     target = get_object(node.pop("_target_"))
     assert node.pop("_partial_") is True and node.pop("num_classes") == "${data.num_classes}"
     parameters = inspect.signature(target).parameters

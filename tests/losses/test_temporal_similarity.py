@@ -241,7 +241,10 @@ def test_the_similarity_alone(compose):
 @pytest.mark.parametrize(
     "override, said",
     [
-        ("loss.criterion.terms.similarity.temperature=0", "loss.criterion.terms.similarity.temperature=0: give"),
+        (
+            "loss.criterion.terms.similarity.temperature=0",
+            "loss.criterion.terms.similarity.temperature=0 is out of range. Give",
+        ),
         ("+loss.criterion.terms.reconstruction.gamma=1", "does not take gamma"),
     ],
 )

@@ -230,8 +230,8 @@ def test_a_full_disk_says_how_to_go_on(track, monkeypatch):
         ({"labels": "nowhere"}, "No such file or folder: labels=nowhere"),
         ({"labels": "empty.png"}, r"labels=empty\.png shows no object"),
         ({"labels": "small.png"}, r"small\.png is 35 x 50 pixels, and the frames are 36 x 50"),
-        ({"changes": ["mode.opacity=2"]}, r"mode\.opacity=2: give a number from 0"),
-        ({"changes": ["mode.batch_size=0"]}, r"mode\.batch_size=0, mode\.save_every=3: give numbers"),
+        ({"changes": ["mode.opacity=2"]}, r"mode\.opacity=2 is out of range. Give a number from 0"),
+        ({"changes": ["mode.batch_size=0"]}, r"mode\.batch_size=0 is out of range. Give a whole number of at least 1"),
         ({"changes": ["mode.save_every=0"]}, r"mode\.save_every=0"),
         ({"changes": ["mode.restart=nowhere"]}, r"mode\.restart=nowhere: no unfinished run of mode=track is there"),
     ],
@@ -246,7 +246,7 @@ def test_mistakes_are_named_before_the_backbone_is_loaded(track, monkeypatch, op
 
 
 def test_settings_out_of_range_are_refused(track):
-    with pytest.raises(UserError, match=r"temperature=0 must be above 0"):
+    with pytest.raises(UserError, match=r"tracker.temperature=0 is out of range. Give a number above 0"):
         track("tracker.temperature=0")
     with pytest.raises(UserError, match=r"tracker\.long_multiple=6 is no multiple of the backbone's patch size, 4"):
         track("tracker.long_multiple=6")

@@ -159,7 +159,7 @@ def test_videos_without_masks_have_a_loss_alone(here):
         (("head.similarity=true",), "head.similarity=true does not go with loss=feature_reconstruction"),
         (("loss=video_similarity",), "head.similarity=false does not go with loss=video_similarity"),
         (("slots=lock_on",), "slots.lock_on=true needs the first frame's masks, and data=movi is evaluated without"),
-        (("slots.temperature=-1",), "slots.temperature=-1 must be above 0"),
+        (("slots.temperature=-1",), "slots.temperature=-1 is out of range. Give a number above 0"),
         (("data.cache=packed",), "data.cache=packed holds images with masks, not clips"),
         (("data.batch_size=99",), "data.batch_size=99 with 8 training clips"),
         (("backbone=rgb", "head.num_slots=[2,2]", "head.groups=always"), "needs a backbone with a class token"),
