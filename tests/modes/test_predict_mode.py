@@ -135,6 +135,7 @@ def test_a_video_gives_an_overlay_and_masks(trained, tmp_path, masks, caplog):
 def test_class_ids_lie_as_mode_score_takes_them(trained, tmp_path, capsys):
     folder = tmp_path / "in"
     images = {name: random_image(folder / f"{name}.png", seed=len(name)) for name in ("a", "deep/a", "deep/frame10")}
+    trained.ignore_index = 250
     for masks in (None, True, False):
         predict(f"{folder}/**/*.png", tmp_path / f"out{masks}", masks=masks)
         found = tmp_path / f"out{masks}/masks"
@@ -144,7 +145,8 @@ def test_class_ids_lie_as_mode_score_takes_them(trained, tmp_path, capsys):
         for name, pixels in images.items():
             assert np.array_equal(read_ids(found / f"{name}.png"), expected_ids(pixels))
         record = json.loads((found / "classes.json").read_text())
-        assert record["classes"] == CLASSES and record["masks"] == {"format": "binary"}
+        colours = [list(colour) for colour in trained.palette]
+        assert record == {"classes": CLASSES, "palette": colours, "ignore_index": 250, "masks": {"format": "binary"}}
         printed = capsys.readouterr().out
         assert f"masks:        {found}, 3 PNGs of class ids" in printed and "score them:   mode=score" in printed
 

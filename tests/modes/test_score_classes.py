@@ -63,6 +63,35 @@ def test_keys_of_masks_change_how_references_are_read(folders):
     assert score(folders, *words)[1]["per_class"][1]["IoU"] == pytest.approx(0.5)
 
 
+def test_a_protocol_that_is_told_how_references_are_written_reads_them_so(folders):
+    record(folders, {"format": "ids", "reduce_zero_label": True})
+    for number in range(2):
+        stored = np.zeros((8, 12), np.uint8)
+        stored[:4], stored[4:6] = 2, 1  # leaf, background; the rest is 0, which is ignored
+        write_png(folders / f"stored/{number}.png", stored)
+    for words in ((), ("protocol.reduce_zero_label=true",)):  # once in either case
+        done, found = score(folders, "reference=stored", *words)
+        assert done.status == 0, done.err
+        assert [row["IoU"] for row in found["per_class"]] == [pytest.approx(2 / 4), pytest.approx(2 / 4)]
+        assert found["per_class"][1]["name"] == "leaf"
+    (folders / "run/masks/classes.json").rename(folders / "classes.json")  # as in a folder that no run wrote
+    alone = [score(folders, "reference=stored", "protocol=ade20k", "num_classes=2", prediction="run/masks")[1]]
+    (folders / "classes.json").rename(folders / "run/masks/classes.json")
+    alone.append(score(folders, "reference=stored", "protocol=ade20k", "num_classes=2")[1])
+    assert alone[0] is not None and alone[0]["scores"] == alone[1]["scores"]
+
+
+def test_pixels_of_the_models_ignored_id_do_not_count(folders):
+    record(folders, {"format": "ids"}, ignore_index=250)
+    for number in range(2):
+        truth = np.full((8, 12), 250, np.uint8)
+        truth[2:4], truth[7] = 1, 0
+        write_png(folders / f"void/{number}.png", truth)
+    done, found = score(folders, "reference=void")
+    assert done.status == 0, done.err
+    assert found["scores"]["accuracy"] == 1  # what is wrong, rows 0 and 1, is void
+
+
 def test_the_command_lines_data_is_read_too(folders):
     (folders / "run/masks/classes.json").unlink()
     done, found = score(
