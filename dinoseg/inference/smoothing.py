@@ -19,6 +19,7 @@ from dinoseg.inference.propagation import model_settings
 from dinoseg.inference.tracker import TensorForm, check_state
 from dinoseg.inference.tracking import Propagator
 from dinoseg.inference.tracking_settings import DINOV3, OF_PIXELS, Settings
+from dinoseg.inference.trained_sizes import TrainedSizes, keep_scale
 from dinoseg.model import Segmenter, backbone_size
 from dinoseg.shapes import Prediction
 
@@ -79,6 +80,7 @@ class SmoothingTracker:
         model: in eval mode, on its device.
         settings: of the propagation: its context, window and matches; how frames and masks are resized is not read.
         smoothing: share of a frame's probabilities that comes from the frames before it, 0 to 1.
+        sizes: of its training, to which much larger frames are reduced; None: they are not.
         autocast: gives the precision's context for a forward pass.
         batch_size: frames that the model sees at once.
 
@@ -92,6 +94,7 @@ class SmoothingTracker:
         settings: Settings = DINOV3,
         *,
         smoothing: float = 0.5,
+        sizes: TrainedSizes | None = None,
         autocast: Autocast = nullcontext,
         batch_size: int = 4,
     ) -> None:
@@ -101,7 +104,8 @@ class SmoothingTracker:
                 "segmented, the others follow it)."
             )
         self._model, self._share, self._autocast, self._batch_size = model, smoothing, autocast, batch_size
-        self._device = next(model.parameters()).device
+        self._device, self._sizes = next(model.parameters()).device, sizes
+        keep_scale(model, sizes)
         self._propagator = Propagator(settings)
         self._last: np.ndarray | None = None  # (2, H, W): the segmenter's own mask, and the smoothed one
         self._changed = np.zeros(2, np.int64)  # pixels, of the one and of the other
@@ -117,6 +121,7 @@ class SmoothingTracker:
             "tracker": {key: value for key, value in chosen.items() if key not in OF_PIXELS},
             "model": model_settings(self._model),
             "precision": precision_of(self._autocast, self._device),
+            **_large_frames(self._sizes),
         }
 
     def track(self, frames: Sequence[np.ndarray], labels: Sequence[np.ndarray | None]) -> list[np.ndarray]:
@@ -199,6 +204,13 @@ class SmoothingTracker:
             self._compared += own.numel()
         self._last = now
         return now[1].copy()
+
+
+def _large_frames(sizes: TrainedSizes | None) -> dict[str, str]:
+    if sizes is None:
+        return {}
+    above = f"above {sizes.largest} pixels reduced to {sizes.typical}"
+    return {"large_frames": f"{above} (resolution.longest not typed)"}
 
 
 def _probabilities(scores: Tensor, mixture: bool) -> Tensor:

@@ -30,7 +30,6 @@ from dinoseg.inference.track_state import (
 )
 from dinoseg.inference.tracker import VideoTracker
 from dinoseg.inference.tracking_settings import OF_PIXELS
-from dinoseg.inference.trained_sizes import keep_scale
 from dinoseg.modes.unread import warn_unread
 from dinoseg.nodes import instantiate
 from dinoseg.ranges import Count, Share
@@ -155,9 +154,8 @@ def _tracker(
             f"labels={labels}: a trained segmenter finds its classes by itself. Leave labels out; or leave "
             f"{'head.weights' if cfg.resume is None else 'resume'} out to follow the objects of a mask."
         )
-    keep_scale(trained.model, sizes_to_keep(trained, out_dir))
-    share = _SMOOTHING if smoothing is None else smoothing
-    tracker = SmoothingTracker(trained.model, instantiate(cfg.tracker), smoothing=share, **options)
+    share, sizes = _SMOOTHING if smoothing is None else smoothing, sizes_to_keep(trained, out_dir)
+    tracker = SmoothingTracker(trained.model, instantiate(cfg.tracker), smoothing=share, sizes=sizes, **options)
     return tracker, Look(palette=tuple(trained.palette), background=None)
 
 

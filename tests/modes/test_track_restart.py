@@ -83,6 +83,17 @@ def test_a_stopped_run_goes_on(trained, way):
         assert told[0]["flicker"]["after"] == pytest.approx(np.mean(np.diff(np.stack(seen).astype(int), axis=0) != 0))
 
 
+def test_a_run_does_not_go_on_at_another_scale(trained):
+    stop(trained, "cut_scale", *WAYS["segmenter"])
+    before = masks(trained / "cut_scale")
+    on = (*WAYS["segmenter"], "mode.restart=cut_scale")
+    said = track(trained, "other_scale", *on, "resolution.longest=null", status=1).err
+    assert "other settings than that run's: large_frames was above 72 pixels reduced to 48 (resolution.longest " in said
+    assert masks(trained / "cut_scale") == before
+    track(trained, "same_scale", *on)
+    assert len(masks(trained / "cut_scale")) == 7
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_a_standing_that_cannot_be_one_is_refused(trained, way):
     stop(trained, f"bad_{way}", *WAYS[way])
