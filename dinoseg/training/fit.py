@@ -107,8 +107,10 @@ def fit(
             model.set_progress(step / steps)
             tally = feed.tally(engine) if _due(step + 1, log_every, steps) else None
             sums, names, images, parts = _gradients(net, loss, engine, islice(batches, accumulate), accumulate, tally)
+            # all ranks learn at the same step that one was asked to stop; where one is lost, no update has begun
+            total, weight, asked = engine.total(*sums, torch.tensor(float(stop.asked)))
             with last.update():
-                mean, norm, stopped = _step(engine, optimizer, sums, stop, clip, step, names)
+                mean, norm = _step(engine, optimizer, total, weight, clip, step, names)
                 if average is not None:
                     average.update(step)
                 run.step, run.owed = step + 1, _due(step + 1, val_every, steps)
@@ -116,7 +118,7 @@ def fit(
             if _due(run.step, log_every, steps):
                 row = {"train/loss": mean, "train/lr": rate, "train/gradient_norm": norm, **meter.read()}
                 log.scalars(run.step, row | _terms(parts, tally))
-            if stopped:
+            if asked:
                 stop.leave()
             if run.owed:
                 validate()
@@ -160,20 +162,13 @@ def _terms(parts: dict[str, Tensor], tally: Tally | None) -> dict[str, float | N
 
 
 def _step(
-    engine: Engine,
-    optimizer: Optimizer,
-    sums: list[Tensor],
-    stop: Deferral,
-    clip: float | None,
-    step: int,
-    names: list[str],
-) -> tuple[float, float, bool]:
+    engine: Engine, optimizer: Optimizer, total: float, weight: float, clip: float | None, step: int, names: list[str]
+) -> tuple[float, float]:
     """Update with the mean over all labels of the step, however they lay in batches and ranks.
 
     Returns:
-        The loss, the norm of the gradient, and whether any rank was asked to stop: all learn of it at the same step.
+        The loss and the norm of the gradient.
     """
-    total, weight, asked = engine.total(*sums, torch.tensor(float(stop.asked)))
     mean = total / weight if weight else 0.0
     norm = math.nan
     if math.isfinite(mean):
@@ -185,7 +180,7 @@ def _step(
             f"The samples were {', '.join(everywhere)}. What was saved before is untouched: give a lower "
             f"optim.optimizer.lr, set trainer.clip, or look at these samples."
         )
-    return mean, norm, asked > 0
+    return mean, norm
 
 
 def _validate(

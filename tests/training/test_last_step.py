@@ -128,6 +128,12 @@ def test_an_update_that_fails_half_way_is_not_saved(train, tmp_path, monkeypatch
     assert (tmp_path / "last.safetensors").read_bytes() == before
 
 
+def test_a_rank_that_is_lost_before_the_update_costs_no_step(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(Engine, "total", failing_at(3, Engine.total, crash))
+    assert isinstance(train(tmp_path).error, RuntimeError)
+    assert read(tmp_path / "last.safetensors").info["progress"]["step"] == 2
+
+
 @pytest.mark.parametrize("at", [1, 2])
 def test_a_loss_that_is_not_finite_leaves_what_was_saved_before(train, tmp_path, monkeypatch, at):
     """The steps that led to it are of no use: going on from them would end there again."""
