@@ -49,15 +49,17 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     try:
         yield part
-        old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
         if folder.exists():
             os.replace(folder, old)
         os.replace(part, folder)
-        shutil.rmtree(old, ignore_errors=True)
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        if old.exists() and not folder.exists():  # something came between
+            os.replace(old, folder)
+        for left in (old, part):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def result_names(paths: Sequence[Path]) -> list[str]:

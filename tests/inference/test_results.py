@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,22 @@ def test_a_failing_write_leaves_no_part_and_the_old_result(tmp_path, monkeypatch
         write_image_results(folder, np.zeros((3, 3, 3), np.uint8), np.zeros((3, 3), np.uint8), **OPTIONS)
     assert [path.name for path in tmp_path.iterdir()] == ["a_segmentation"]
     assert [path.name for path in folder.iterdir()] == ["old.txt"]
+
+
+def test_a_name_that_cannot_be_taken_leaves_the_old_result(tmp_path, monkeypatch):
+    folder, replace = tmp_path / "a_segmentation", os.replace
+    folder.mkdir()
+    (folder / "old.txt").write_text("old")
+
+    def refuse_part(source, target):
+        if source.suffix == ".part":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse_part)
+    with pytest.raises(KeyboardInterrupt), whole_folder(folder):
+        pass
+    assert [path.name for path in tmp_path.rglob("*")] == ["a_segmentation", "old.txt"]
 
 
 def test_a_temporary_folder_is_private_until_the_end(tmp_path):
