@@ -259,7 +259,8 @@ def test_a_fused_optimizer_counts_its_steps_on_its_device(tmp_path):
     model = torch.nn.Linear(2, 2, device="meta")
     optimizer = torch.optim.AdamW([{"params": [model.weight], "names": ["weight"]}], lr=1.0)
     optimizer.param_groups[0]["fused"] = True
-    tensors = {f"optimizer/weight/{key}": torch.ones(()) for key in ("step", "exp_avg", "exp_avg_sq")}
+    moments = {f"optimizer/weight/{key}": torch.ones(2, 2) for key in ("exp_avg", "exp_avg_sq")}
+    tensors = {"optimizer/weight/step": torch.ones(()), **moments}
     loading.load_optimizer(optimizer, checkpoint.Checkpoint(tmp_path, tensors, {}))
     assert {value.device.type for value in optimizer.state[model.weight].values()} == {"meta"}
 

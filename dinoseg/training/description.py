@@ -1,6 +1,7 @@
 """What a checkpoint says of itself, checked where it is read: each thing of its type, nothing deep, nothing huge."""
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ def _is_progress(value: Any) -> bool:
         and value.keys() <= {*_COUNTS, "best", "owed"}
         and all(_is_count(value[key]) for key in _COUNTS if key in value)
         and isinstance(value.get("owed", False), bool)
-        and (best is None or (isinstance(best, int | float) and not isinstance(best, bool)))
+        and (best is None or (isinstance(best, int | float) and not isinstance(best, bool) and abs(best) < math.inf))
     )
 
 
@@ -118,7 +119,7 @@ RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "format": (_is_count, "a whole number"),
     "progress": (
         _is_progress,
-        f"numbers of {', '.join(_COUNTS)} and best, and nothing unknown",
+        f"finite numbers of {', '.join(_COUNTS)} and best, and nothing unknown",
     ),
     "frozen": (_maps_texts, "a hash for backbone and for head"),
     "config": (_is_config, f"a seed and the groups {', '.join(GROUPS)}, each with its keys"),

@@ -57,6 +57,9 @@ ODD = {  # key, value, what the refusal says
     "a step below 0": ("progress", {"step": -1}, "its progress is"),
     "half a step": ("progress", {"step": 0.5}, "its progress is"),
     "a list for the best": ("progress", {"best": [1]}, "its progress is"),
+    "a best that is no number": ("progress", {"best": float("nan")}, "must be finite numbers of step"),
+    "a best that none beats": ("progress", {"best": float("inf")}, "must be finite numbers of step"),
+    "a best below all": ("progress", {"best": float("-inf")}, "must be finite numbers of step"),
     "a text for the ignored id": ("ignore_index", "255", "its ignore_index is"),
     "a large ignored id": ("ignore_index", 256, "its ignore_index is"),
     "a text for the format": ("format", "1", "its format is"),
@@ -92,7 +95,7 @@ def test_text_that_is_no_description_is_refused(tmp_path, text):
 
 
 def test_what_dinoseg_writes_is_read(tmp_path):
-    progress = {"step": 3, "best": float("nan"), "best_step": 0, "stale": 1}
+    progress = {"step": 3, "best": 0.5, "best_step": 0, "stale": 1}
     write(tmp_path / "x.safetensors", {"model/x": torch.ones(2, 3)}, {**INFO, "progress": progress})
     assert describe(tmp_path / "x.safetensors")["progress"]["step"] == 3
     found = outline(tmp_path / "x.safetensors").tensors["model/x"]
