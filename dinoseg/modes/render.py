@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from dinoseg.config import plain
 from dinoseg.errors import UserError
-from dinoseg.nodes import instantiate
+from dinoseg.nodes import instantiate, not_set
 from dinoseg.ranges import Count, Natural
 
 VIDEOS = {"train_videos": "training", "val_videos": "validation", "test_videos": "test"}
@@ -43,9 +45,11 @@ def render(
     for key in given.keys() - node.keys():
         known = ", ".join(f"mode.{each}" for each in wanted if each in node)
         raise UserError(f"mode.{key}={given[key]}: data={data} is rendered without it. Leave it out, or set {known}.")
-    draw = instantiate(node, instead={**given, "seed": seed, "workers": workers})
+    if OmegaConf.is_missing(cfg.data, "root"):
+        raise UserError(not_set("data.root"))
     if not cfg.data.root:
         raise UserError("mode=render needs a folder to write to: give data.root=<folder>.")
+    draw = instantiate(node, instead={**given, "seed": seed, "workers": workers})
     made = plain(node, resolve=True) | given
     if len(made["size"]) != 2:
         raise UserError(f"mode.size={made['size']} must be two numbers [height, width], for example [192, 320].")

@@ -158,8 +158,8 @@ def test_more_files_than_are_shown(where):
     ("option", "message"),
     [
         ("mode.near_distance=65", "mode.near_distance=65 must be 0 to 64"),
-        ("mode.samples=-1", "mode.samples=-1 not negative"),
-        ("mode.workers=0", "workers=0: give the number"),
+        ("mode.samples=-1", "mode.samples=-1 is out of range. Give a whole number of at least 0"),
+        ("mode.workers=0", "mode.workers=0 is out of range. Give a whole number of at least 1"),
         ("data.classes=???", "data.classes is not set"),
     ],
 )

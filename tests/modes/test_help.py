@@ -48,7 +48,7 @@ def test_a_new_option_appears_by_itself(monkeypatch, tmp_path):
     for name in ("head/linear.yaml", "head/new.yaml", "head/_base.yaml", "local/default.yaml", "hydra/run.yaml"):
         (tmp_path / "cfg" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "cfg" / name).touch()
-    monkeypatch.setattr(mode, "files", lambda package: tmp_path)
+    monkeypatch.setattr(mode, "CONFIGS", tmp_path / "cfg")
     assert listed() == {"head": ["linear", "new"]}
 
 

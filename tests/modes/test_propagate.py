@@ -157,14 +157,17 @@ def test_a_full_disk_stops_cleanly_and_the_next_run_goes_on(home, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["data.prepare.min_agreement=1.5"], "data.prepare.min_agreement=1.5: give a share"),
+        (
+            ["data.prepare.min_agreement=1.5"],
+            "data.prepare.min_agreement=1.5 is out of range. Give a number from 0 to 1",
+        ),
         (["backbone=tiny", "backbone.weights=none.safetensors"], "none.safetensors"),
         (["tracker.context=0"], "context=0"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_extracted(rendered, words, message):
     done = call(rendered, *PREPARE, *words, "hydra.run.dir=run")
-    assert done.status == 1 and message in done.err
+    assert done.status == 1 and message in done.err and "No effect" not in done.err
     assert not (rendered / "sar/train1/video_01").exists()
 
 

@@ -49,7 +49,7 @@ def test_settings_that_a_mode_leaves_out_are_the_data_set_s(compose):
         ((*MOVI, "data.root=null"), "mode=render needs a folder to write to: give data.root"),
         ((*MOVI, "mode.size=[48]"), "mode.size=[48] must be two numbers"),
         ((*MOVI, "mode.size=[16,48]"), "size=[16, 48] cannot be a frame's [height, width]: both must be at least 32"),
-        ((*MOVI, "mode.seconds=0"), "seconds=0 is too small"),
+        ((*MOVI, "mode.seconds=0"), "mode.seconds=0 is out of range. Give a whole number of at least 1"),
         ((*MOVI, "mode.train_videos=half"), "train_videos=half is of type str"),
         ((*SARRARP, "mode.size=[47,80]"), "both must be even"),
         ((*SARRARP, "mode.val_videos=3"), "mode.val_videos=3: data=sarrarp is rendered without it. Leave it out, or"),

@@ -264,9 +264,9 @@ def test_many_notes_are_counted(folders, run):
         ({"prediction": "[a,b,c]"}, (), "give reference=DIR and prediction=DIR, or prediction=[DIR,DIR]"),
         ({"prediction": "null"}, (), "prediction=None: give reference=DIR"),
         ({}, ("num_classes=null",), "num_classes=null: protocol=semantic needs to know"),
-        ({}, ("num_classes=0",), "num_classes=0: give the number of classes, 1 or more"),
-        ({}, ("mode.seed=-1",), "mode.seed=-1: give the number that these draws start from, 0 or more"),
-        ({}, ("mode.resamples=-5",), "mode.resamples=-5: give the number of draws for the intervals, 0 for none"),
+        ({}, ("num_classes=0",), "num_classes=0 is out of range. Give a whole number of at least 1"),
+        ({}, ("mode.seed=-1",), "mode.seed=-1 is out of range. Give a whole number of at least 0"),
+        ({}, ("mode.resamples=-5",), "mode.resamples=-5 is out of range. Give a whole number of at least 0"),
     ],
 )
 def test_what_must_be_given(folders, run, folders_given, words, message):

@@ -85,7 +85,7 @@ def test_slots_are_no_classes_to_predict(trained):
 def test_what_a_trained_model_cannot_use_is_refused(trained):
     for more, message in (
         (("resume=segmenter", "labels=first.png"), "labels"),
-        (("resume=segmenter", "mode.smoothing=1.5"), "mode.smoothing=1.5: give a share from 0"),
+        (("resume=segmenter", "mode.smoothing=1.5"), "mode.smoothing=1.5 is out of range. Give a number from 0 to 1"),
         (("resume=slots", "slots.temperature=0"), "slots.temperature=0"),
         (("resume=slots", "slots=lock_on"), "slots.lock_on=true makes slots for the objects of the first frame"),
     ):
