@@ -75,11 +75,9 @@ def fit(
         ema: decay of a moving average of the weights, which then is what gets scored and kept as best.
         score: the score of a validation that decides which checkpoint is best.
 
-    Whatever else ends it early, `last` is the last whole step.
-
     Raises:
         NonFiniteLoss: naming the step and the samples; then no step is saved, for the last ones led to it.
-        Interrupted: by a signal; a first one waits for the end of the step.
+        Interrupted: by a signal; a first one waits for the end of the step. Whatever else ends it saves that, too.
     """
     lengths.check(steps=steps, val_every=val_every, save_every=save_every, log_every=log_every, accumulate=accumulate)
     _check_score(score, feed)
@@ -107,7 +105,7 @@ def fit(
             model.set_progress(step / steps)
             tally = feed.tally(engine) if _due(step + 1, log_every, steps) else None
             sums, names, images, parts = _gradients(net, loss, engine, islice(batches, accumulate), accumulate, tally)
-            # all ranks learn at the same step that one was asked to stop; where one is lost, no update has begun
+            # ranks learn of a stop at the same step, and lose none when one of them is lost here: no update has begun
             total, weight, asked = engine.total(*sums, torch.tensor(float(stop.asked)))
             with last.update():
                 mean, norm = _step(engine, optimizer, total, weight, clip, step, names)
