@@ -222,7 +222,9 @@ def test_command(command, compose, stand_ins, trained, tmp_path, monkeypatch, ca
         "export": "backbone.safetensors",
         "track": "track.json",
     }
-    assert expected.get(mode, "run.log") in written, capsys.readouterr().out
+    said = capsys.readouterr()
+    assert expected.get(mode, "run.log") in written, said.out
+    assert "No effect here" not in said.err
 
 
 def test_each_promise_names_a_test():

@@ -1,5 +1,9 @@
 """Every mode says which keys it reads; what is typed for another is said to have no effect."""
 
+import importlib.util
+import re
+from pathlib import Path
+
 import pytest
 from command_line import SMALL, call, write_data
 from config_files import main_choices, options, read
@@ -15,6 +19,25 @@ def test_a_mode_reads_groups_and_keys_that_there_are(compose):
         for name in names:
             assert name.split(".")[0] in {*cfg, *main_choices()}, name
             assert "." not in name or name.split(".")[1] in cfg[name.split(".")[0]]
+
+
+def roots_of(module, seen):
+    """Return the root keys that a mode's module reads, with those of the modes it imports and of what resumes."""
+    text = Path(importlib.util.find_spec(module).origin).read_text()
+    seen.add(module)
+    called = set(re.findall(r"from (dinoseg\.modes\.\w+) import", text)) - seen
+    called |= {"dinoseg.resume"} - seen if "load_trained" in text else set()
+    found = set(re.findall(r"\bcfg\.(\w+)", text))
+    return found.union(*(roots_of(each, seen) for each in called))
+
+
+@pytest.mark.parametrize("mode", sorted(set(options("mode")) - {"help"}))
+def test_a_mode_lists_each_key_that_its_code_reads(mode, compose):
+    target, reads = read("mode", mode)["_target_"], read("mode", mode)["reads"]
+    found = roots_of(target.rpartition(".")[0], set()) & set(compose()) - {"choices", "mode", "trust", "engine"}
+    idle = {"score": set(), "train": {"protocol", "tracker"}}.get(mode, {"protocol"})  # where functions are shared
+    assert found - idle <= {name.split(".")[0] for name in reads}
+    assert ("resume" in reads) == ("finite_weights" in reads)
 
 
 @pytest.mark.parametrize(
