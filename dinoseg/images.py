@@ -23,6 +23,7 @@ _TURNED = (5, 6, 7, 8)  # its values that swap height and width
 _SAMPLE_FORMAT, _SIGNED = 339, 2  # TIFF tag, and its value for signed integers
 _KEPT = ("1", "P", "I", "I;16", "I;16L", "I;16B")  # modes whose numbers Pillow gives as they are stored
 _KEPT_UNMARKED = ("L", "LA", "RGB", "RGBA", "RGBX")  # so they are with whole bytes
+_said: list[str | Path] = []  # the file of which it was said that it is scaled
 _STRETCHED = {"2": 85, "4": 17}  # bits a pixel of grey files to what Pillow multiplies their numbers by
 
 
@@ -38,7 +39,7 @@ def read_image(path: str | Path) -> np.ndarray:
     Raises:
         UserError: the file is missing, truncated, no picture, or holds other numbers than levels of 8 or 16 bits.
     """
-    return np.asarray(_decode(path, _upright_rgb))
+    return np.asarray(_decode(path, functools.partial(_upright_rgb, path)))
 
 
 def read_ids(path: str | Path) -> np.ndarray:
@@ -89,27 +90,29 @@ def write_png(path: str | Path, pixels: np.ndarray, *, note: tuple[str, str] | N
         part.unlink(missing_ok=True)
 
 
-def _upright_rgb(image: Image.Image) -> Image.Image:
+def _upright_rgb(path: str | Path, image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise _Unfit("holds fractions, of which only you know which is white. Convert it to 8 bits")
     upright = ImageOps.exif_transpose(image)
-    return (_eight_bits(upright) if image.mode.startswith("I") else upright).convert("RGB")
+    return (_eight_bits(path, upright) if image.mode.startswith("I") else upright).convert("RGB")
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
+def _eight_bits(path: str | Path, image: Image.Image) -> Image.Image:
     levels = np.asarray(image).astype(np.int64)
     if levels.min() < 0 or levels.max() > _WHITE:
         raise _Unfit(f"holds the numbers {levels.min()} to {levels.max()}, not levels of 16 bits. Convert it to 8 bits")
-    _say_scaled()
+    _say_scaled(path)
     return Image.fromarray(np.round(levels * (255 / _WHITE)).astype(np.uint8))
 
 
-@functools.cache
-def _say_scaled() -> None:
-    log.warning(
-        "Grey pictures of 16 bits are scaled from 0..65535 to 0..255. If yours use less of that, such as 0..4095, they "
-        "come out dark: convert them to 8 bits yourself."
-    )
+def _say_scaled(path: str | Path) -> None:
+    if not _said:
+        _said.append(path)
+        log.warning(
+            "Grey pictures of 16 bits, such as %s, are scaled from 0..65535 to 0..255. If yours use less of that, such "
+            "as 0..4095, they come out dark: convert them to 8 bits yourself.",
+            path,
+        )
 
 
 def _stored_numbers(image: Image.Image) -> np.ndarray:

@@ -109,7 +109,7 @@ def _segment_all(job: _Job, paths: Sequence[Path], source: str) -> dict[str, Any
             job.failures.append(str(error))
             continue
         frames, seconds = frames + count, seconds + took
-        logger.info("%s: %s with reading and writing", path.name, _rate(count, took, "frames"))
+        logger.info("%s: %s with reading and writing", path.name, _rate(count, took, "frame"))
     return totals | ({"frames": frames, "frames_per_s": frames / seconds} if frames else {})
 
 
@@ -136,7 +136,7 @@ def _segment_images(job: _Job, images: Sequence[tuple[Path, str]], targets: Mapp
     with Bar(total=len(images), unit="image") as bar:
         passed = run_pipeline(_readable_batches(job, images), infer, write, depth=_DEPTH)
     count = len(images) - len(job.failures)
-    logger.info("%s with reading and writing", _rate(count, passed.seconds, "images"))
+    logger.info("%s with reading and writing", _rate(count, passed.seconds, "image"))
     return {"images": count, "images_per_s": count / passed.seconds}
 
 
@@ -206,4 +206,4 @@ def _written(job: _Job, totals: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _rate(count: int, seconds: float, unit: str) -> str:
-    return f"{count} {unit} in {seconds:.1f} s: {count / seconds:.2f} {unit}/s"
+    return f"{count_of(count, unit)} in {seconds:.1f} s: {count / seconds:.2f} {unit}s/s"

@@ -83,9 +83,11 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_an_image_is_segmented_at_its_own_size(trained, tmp_path):
+def test_an_image_is_segmented_at_its_own_size(trained, tmp_path, caplog):
     pixels = random_image(tmp_path / "in" / "a.png", (21, 33))
-    totals = predict(tmp_path / "in" / "a.png", tmp_path / "out")
+    with caplog.at_level("INFO"):
+        totals = predict(tmp_path / "in" / "a.png", tmp_path / "out")
+    assert "1 image in" in caplog.text and "images/s with reading" in caplog.text
     raw = np.load(tmp_path / "out" / "a_segmentation" / "segmentation_raw.npy")
     assert raw.dtype == np.uint8 and np.array_equal(raw, expected_ids(pixels))
     assert totals["images"] == 1 and totals["images_per_s"] > 0
