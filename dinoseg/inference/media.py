@@ -161,13 +161,15 @@ class VideoWriter:
         bgr = cv2.cvtColor(frame, cv2.COLOR_RGB2BGR)
         if height % 2 or width % 2:
             bgr = np.pad(bgr, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-        self._writer.write(bgr)
+        with _silence():
+            self._writer.write(bgr)
         self.frames_written += 1
 
     def close(self) -> None:
         """Finish the file, check that it holds every frame, and give it its name."""
-        self._writer.release()
-        capture = cv2.VideoCapture(str(self._part), cv2.CAP_FFMPEG)
+        with _silence():
+            self._writer.release()
+            capture = cv2.VideoCapture(str(self._part), cv2.CAP_FFMPEG)
         stored = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) if capture.isOpened() else 0
         capture.release()
         if self.frames_written == 0 or stored < self.frames_written:
@@ -180,7 +182,8 @@ class VideoWriter:
 
     def discard(self) -> None:
         """Drop what was written."""
-        self._writer.release()
+        with _silence():
+            self._writer.release()
         self._part.unlink(missing_ok=True)
 
     def __enter__(self) -> "VideoWriter":

@@ -1,3 +1,4 @@
+import resource
 import struct
 from pathlib import Path
 
@@ -200,6 +201,21 @@ class TestVideoWriter:
         with pytest.raises(UserError, match=r"Cannot write .*out\.mp4: 1 of 9 frames arrived.*disk space"):
             writer.close()
         assert list(tmp_path.iterdir()) == []
+
+    def test_a_full_disk_is_told_once(self, tmp_path, capfd):
+        draw = np.random.default_rng(0)
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
+        try:
+            with (
+                pytest.raises(UserError, match="of 300 frames"),
+                VideoWriter(tmp_path / "a.mp4", 25, (96, 128)) as writer,
+            ):
+                for _ in range(300):
+                    writer.write(draw.integers(0, 256, (96, 128, 3)).astype(np.uint8))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert list(tmp_path.iterdir()) == [] and "Failed to write" not in capfd.readouterr().err
 
     def test_a_frame_of_another_size_is_refused(self, tmp_path):
         with (
