@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dinoseg.errors import UserError, free_space
+from dinoseg.files import check_regular
 from dinoseg.model import trained_names
 from dinoseg.training.description import FORMAT, read_description
 from dinoseg.training.loading import (
@@ -80,7 +81,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: dict[str, s
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{path} could not be written ({error}); {free_space(path)} there. Make room and run it again, with "
-            f"resume= for a training run: what was saved before is untouched."
+            f"resume= for a training run and mode.restart= for mode=track: what was saved before is untouched."
         ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -132,6 +133,7 @@ def describe(path: Path) -> dict[str, Any]:
 
 def _read(path: Path, value_of: Callable[[Any, str], Tensor] | None) -> Checkpoint:
     try:
+        check_regular(path)
         with safe_open(path, framework="pt") as file:
             info = read_description((file.metadata() or {}).get("dinoseg"), path)
             names = file.keys() if value_of else ()

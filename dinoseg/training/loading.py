@@ -165,7 +165,7 @@ def load_optimizer(optimizer: Optimizer, checkpoint: Checkpoint) -> None:
     if not saved:
         raise UserError(
             f"resume={checkpoint.path}: this checkpoint holds no optimizer state, so training cannot go on from it "
-            f"exactly. Resume from last.safetensors in the same folder."
+            f"exactly. Resume from last.safetensors in the same folder; where there is none, train anew."
         )
     _check_state(optimizer, saved, f"resume={checkpoint.path}")
     for group in optimizer.param_groups:

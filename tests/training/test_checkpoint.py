@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 import torch
@@ -170,6 +171,12 @@ def test_files_that_are_no_checkpoint(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             read(tmp_path / name)
+
+
+def test_a_pipe_in_a_checkpoint_s_place_is_named_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "last.safetensors")
+    with pytest.raises(UserError, match="last.safetensors is a named pipe"):
+        checkpoint.describe(tmp_path / "last.safetensors")
 
 
 def test_the_best_of_another_score_is_no_best_any_more(model, tmp_path):
