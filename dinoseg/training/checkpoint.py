@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from dinoseg.errors import UserError, free_space
 from dinoseg.files import check_regular
 from dinoseg.model import trained_names
-from dinoseg.training.description import FORMAT, read_description
+from dinoseg.training.description import FORMAT, IDLE, read_description
 from dinoseg.training.loading import (
     CASTS,
     Checkpoint,
@@ -31,6 +31,7 @@ from dinoseg.training.loading import (
     load_average,
     load_optimizer,
     load_weights,
+    without_state,
 )
 from dinoseg.training.optim import MovingAverage
 from dinoseg.wording import shown
@@ -201,9 +202,10 @@ class Checkpoints:
     def save(self, model: nn.Module, optimizer: Optimizer, ema: MovingAverage | None) -> None:
         """Save `last`: weights and all that is needed to go on exactly."""
         tensors = {f"model/{name}": value for name, value in _held(model).items()}
-        tensors |= {f"optimizer/{key}": value for key, value in _optimizer_state(optimizer).items()}
+        state = _optimizer_state(optimizer)
+        tensors |= {f"optimizer/{key}": value for key, value in state.items()}
         tensors |= {f"ema/{name}": value for name, value in (ema.average if ema else {}).items()}
-        self._write("last", tensors, self.progress)
+        self._write("last", tensors, self.progress, {IDLE: len(without_state(optimizer, state))})
 
     def judge(self, model: nn.Module, score: float, *, lowest: bool = False) -> Progress:
         """Save `best` where `score` beats all before; the model must hold the weights that were scored.
@@ -224,9 +226,9 @@ class Checkpoints:
         """Take over what `judge` has returned."""
         vars(self.progress).update(vars(found))
 
-    def _write(self, name: str, tensors: Mapping[str, Tensor], progress: Progress) -> None:
+    def _write(self, name: str, tensors: Mapping[str, Tensor], progress: Progress, more: Any = None) -> None:
         if self.writes:
-            info = {**self.info, "progress": asdict(progress)}
+            info = {**self.info, "progress": asdict(progress), **(more or {})}
             write(self.folder / f"{name}.safetensors", tensors, info)
 
 

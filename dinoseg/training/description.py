@@ -16,6 +16,7 @@ GROUPS = ("resolution", "data", *MODEL)
 CHOSEN = ("hparam", "data", *MODEL)
 _LARGEST = 2**20  # letters of a description
 _DEEPEST = 32
+IDLE = "idle"  # of `last`: how many parameters had no optimizer state; older ones do not say
 _COUNTS = ("step", "best_step", "stale")
 
 
@@ -46,6 +47,8 @@ def read_description(text: str | None, path: Path) -> dict[str, Any]:
             )
         if not fits(info[key]):
             raise UserError(f"{where}: its {key} is {shown(info[key])}, and must be {rule}. {_OTHER}")
+    if not _is_count(info.get(IDLE, 0)):
+        raise UserError(f"{where}: its {IDLE} is {shown(info[IDLE])}, and must be a whole number. {_OTHER}")
     if len(info["palette"]) != len(info["classes"]):
         raise UserError(
             f"{where}: it has {len(info['palette'])} colours for {len(info['classes'])} classes, and must have one for "

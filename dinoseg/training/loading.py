@@ -18,6 +18,7 @@ from torch.optim import AdamW, Optimizer
 
 from dinoseg.errors import UserError
 from dinoseg.model import fingerprint, quantised_names, trained_names
+from dinoseg.training.description import IDLE
 from dinoseg.training.optim import MovingAverage
 from dinoseg.wording import shown
 
@@ -167,6 +168,12 @@ def load_optimizer(optimizer: Optimizer, checkpoint: Checkpoint) -> None:
             f"resume={checkpoint.path}: this checkpoint holds no optimizer state, so training cannot go on from it "
             f"exactly. Resume from last.safetensors in the same folder; where there is none, train anew."
         )
+    absent = without_state(optimizer, saved)
+    if len(absent) > checkpoint.info.get(IDLE, len(absent)):
+        raise UserError(
+            f"resume={checkpoint.path}: its optimizer state lacks parameters that it had when this run was saved, such "
+            f"as {shown(absent[0])}. Go on from another checkpoint."
+        )
     _check_state(optimizer, saved, f"resume={checkpoint.path}")
     for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
@@ -175,6 +182,12 @@ def load_optimizer(optimizer: Optimizer, checkpoint: Checkpoint) -> None:
             optimizer.state[parameter] = {
                 key: value.clone() if key in stays else value.to(parameter.device) for key, value in state.items()
             }
+
+
+def without_state(optimizer: Optimizer, saved: Mapping[str, Tensor]) -> list[str]:
+    """Return the parameters of which an optimizer keeps nothing, as where no gradient has reached them."""
+    held = {key.rpartition("/")[0] for key in saved}
+    return [name for group in optimizer.param_groups for name in group["names"] if name not in held]
 
 
 def _check_state(optimizer: Optimizer, saved: Mapping[str, Tensor], where: str) -> None:

@@ -60,6 +60,7 @@ ODD = {  # key, value, what the refusal says
     "a best that is no number": ("progress", {"best": float("nan")}, "must be finite numbers of step"),
     "a best that none beats": ("progress", {"best": float("inf")}, "must be finite numbers of step"),
     "a best below all": ("progress", {"best": float("-inf")}, "must be finite numbers of step"),
+    "a text for what is idle": ("idle", "0", "its idle is 0, and must be a whole number"),
     "a text for the ignored id": ("ignore_index", "255", "its ignore_index is"),
     "a large ignored id": ("ignore_index", 256, "its ignore_index is"),
     "a text for the format": ("format", "1", "its format is"),
@@ -174,6 +175,15 @@ def test_state_that_adamw_has_not_kept_is_refused(tmp_path, changes):
     state = {f"optimizer/weight/{key}": value for key, value in (MOMENTS | changes).items() if value is not None}
     write(tmp_path / "x.safetensors", state, INFO)
     with pytest.raises(UserError, match="state of weight is none of AdamW") if changes else nullcontext():
+        load_optimizer(optimizer, read(tmp_path / "x.safetensors"))
+
+
+@pytest.mark.parametrize(("idle", "refused"), [(0, True), (1, False), (None, False)])
+def test_state_that_lacks_a_parameter_is_refused_unless_it_had_none(tmp_path, idle, refused):
+    optimizer = adamw(nn.Linear(2, 3), lr=1.0)
+    state = {f"optimizer/weight/{key}": value for key, value in MOMENTS.items()}
+    write(tmp_path / "x.safetensors", state, INFO | ({} if idle is None else {"idle": idle}))
+    with pytest.raises(UserError, match="lacks parameters .* such as bias") if refused else nullcontext():
         load_optimizer(optimizer, read(tmp_path / "x.safetensors"))
 
 
