@@ -7,6 +7,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import cv2
@@ -22,6 +23,7 @@ from dinoseg.wording import count_of
 
 Transform = Callable[[np.ndarray, np.ndarray, np.random.Generator], tuple[np.ndarray, np.ndarray]]
 _ORDER, _SAMPLE = 0, 1  # what chance is drawn for
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 def train_batches(
@@ -162,7 +164,7 @@ def _load(read: Callable[[Any], Any], keys: Iterable[Any], workers: int) -> Iter
 
 
 def _load_ahead(read: Callable[[Any], Any], keys: Iterable[Any], workers: int) -> Iterator[Any]:
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _held_signals():
         # more workers than cores is the user's choice, and pays where reading waits for a disk
         warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
         # Workers are forked where that is the default: they share the parent's memory and start in
@@ -188,12 +190,26 @@ def _load_ahead(read: Callable[[Any], Any], keys: Iterable[Any], workers: int) -
         del iterator  # the last reference: the workers end now, also when the caller stops early
 
 
+@contextmanager
+def _held_signals() -> Iterator[None]:
+    """Hold Ctrl-C and SIGTERM back, here and in workers that start meanwhile, until these know what to do with them."""
+    if not hasattr(signal, "pthread_sigmask"):  # on Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker(_: int) -> None:
     # Ctrl-C, and Slurm's SIGTERM, reach all processes: the parent finishes its step, and needs this one
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS; SIGTERM stays blocked, as the parent left it
         threading.Thread(target=_end_when_told, args=(os.getppid(),), daemon=True).start()
+    elif hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
 

@@ -96,7 +96,7 @@ def children_after_a_moment():
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_all_processes_leaves_the_workers_to_the_first(number):
     batches = train_batches(Pictures(SIZES), AUGMENT, batch_size=2, seed=0, workers=2)
-    next(batches)
+    next(batches)  # of the first worker: the second may have just begun
     for worker in multiprocessing.active_children():
         subprocess.run(["kill", f"-{number}", str(worker.pid)], check=True)
     assert len(take(batches, 20)) == 20
