@@ -59,6 +59,12 @@ def _command(arguments: list[str]) -> None:
         from dinoseg.typos import explain
 
         _fail(explain(sys.argv[1:], CONFIGS, error))
+    except ValueError as error:  # OmegaConf's, of a name below a list; or a job's
+        name = str(error).rpartition("invalid literal for int() with base 10: ")[2].strip("'")
+        word = next((word for word in sys.argv[1:] if word.partition("=")[0].endswith(f".{name}")), None)
+        if word is None:
+            raise
+        _fail(f"{word}: a list has no key {name}. Its items are numbered from 0, as in data.classes.0=VALUE.")
 
 
 def _fail(message: str) -> None:

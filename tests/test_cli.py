@@ -112,6 +112,8 @@ def test_an_unknown_option_lists_those_there_are(place, group):
         (["mode=trane"], "mode=trane is unknown. Did you mean mode=train?"),
         (["head=liner"], "head=liner is unknown. Did you mean head=linear? There are cnn, dpt,"),
         (["-m", "head=linear,mlpp"], "head=mlpp is unknown. Did you mean head=mlp?"),
+        (["mode=predict", "mode.reads._target_=os.system"], "mode.reads._target_"),
+        (["resolution.crop.height=3"], "resolution.crop.height"),
         (["train"], "train is no KEY=VALUE. Did you mean mode=train?"),
         (["--cfg", "job", "+nonsense"], "+nonsense is no KEY=VALUE."),
         (["data.classes=a,b"], "For a list use brackets: 'data.classes=[a,b]'. For a run with each of them, add -m."),
