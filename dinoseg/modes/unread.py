@@ -20,7 +20,7 @@ def warn_unread(out_dir: Path, unread: Collection[str], reason: str) -> None:
         unread: groups such as `slots`, which stand for all of their keys, and keys such as `tracker.short`.
         reason: who does not read them.
     """
-    idle = [word for word in command_line(out_dir) if _within(word.lstrip("+~").split("=")[0], unread)]
+    idle = [word for word in command_line(out_dir) if _within(_key(word), unread)]
     if idle:
         logger.warning("No effect here: %s. %s", listed(idle), reason)
 
@@ -33,7 +33,7 @@ def warn_not_read(out_dir: Path, mode: str, reads: Collection[str] | None) -> No
         mode: for the message, such as `mode=score`.
         reads: groups and keys that it reads beside its own; None: it does not say.
     """
-    words = {word: word.lstrip("+~").split("=")[0].split("@")[0] for word in command_line(out_dir)}
+    words = {word: _key(word).split("@")[0] for word in command_line(out_dir)}
     idle = [
         word
         for word, key in words.items()
@@ -41,9 +41,11 @@ def warn_not_read(out_dir: Path, mode: str, reads: Collection[str] | None) -> No
     ]
     if idle and reads is not None:
         said = f"No effect here: {listed(idle)}. Beside its own keys {mode} reads {', '.join(reads)}."
-        print(
-            printable(f"warning: {said}"), file=sys.stderr
-        )  # not into the log: a run that then fails leaves an empty one
+        print(printable(f"warning: {said}"), file=sys.stderr)  # in the log it would keep the folder of a run that fails
+
+
+def _key(word: str) -> str:
+    return word.lstrip("+~").split("=")[0]
 
 
 def _within(key: str, unread: Collection[str]) -> bool:
