@@ -20,9 +20,9 @@ import PIL
 import torch
 from tabulate import tabulate
 
-from dinoseg.data.folder import folder_dataset
+from dinoseg.data.formats.folder import folder_dataset
 from dinoseg.data.loader import train_batches
-from dinoseg.data.packed import pack
+from dinoseg.data.packed.pack import pack
 from dinoseg.data.transforms import Affine, Augment, ColorJitter
 from dinoseg.images import write_png
 

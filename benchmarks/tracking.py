@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor
 
-from dinoseg.inference.tracking import Propagator
-from dinoseg.inference.tracking_masks import to_mask
-from dinoseg.inference.tracking_settings import DINOV3
+from dinoseg.tracking.propagation.masks import to_mask
+from dinoseg.tracking.propagation.propagator import Propagator
+from dinoseg.tracking.propagation.settings import DINOV3
 
 FASTER, SMALLER = 3.0, 5.0
 KIB = 1024 if sys.platform == "darwin" else 1  # what one unit of ru_maxrss is: bytes there, KiB elsewhere

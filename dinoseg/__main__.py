@@ -42,10 +42,10 @@ def _command(arguments: list[str]) -> None:
     import hydra
     from hydra.errors import HydraException
 
-    from dinoseg.config import register_resolvers
+    from dinoseg.command.own_keys import with_own_keys
+    from dinoseg.command.words import as_text
+    from dinoseg.config.values import register_resolvers
     from dinoseg.errors import UserError, telling_file_errors
-    from dinoseg.own_keys import with_own_keys
-    from dinoseg.words import as_text
 
     register_resolvers()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that an error comes back as it was raised
@@ -56,7 +56,7 @@ def _command(arguments: list[str]) -> None:
     except UserError as error:
         _fail(str(error))
     except HydraException as error:
-        from dinoseg.typos import explain
+        from dinoseg.command.typos import explain
 
         _fail(explain(sys.argv[1:], CONFIGS, error))
     except ValueError as error:  # OmegaConf's, of a name below a list; or a job's
@@ -78,10 +78,10 @@ def run(cfg):  # noqa: ANN001, ANN201 - hydra.main wants the bare signature
     from hydra.types import RunMode
     from omegaconf import OmegaConf
 
-    from dinoseg.config import plain
+    from dinoseg.config.values import plain
     from dinoseg.errors import UserError
-    from dinoseg.interrupt import Interrupted, raised
     from dinoseg.launch import launch
+    from dinoseg.processes.interrupt import Interrupted, raised
 
     hydra_cfg = HydraConfig.get()
     groups = {key: value for key, value in plain(hydra_cfg.runtime.choices).items() if "/" not in key}
@@ -100,7 +100,7 @@ def run(cfg):  # noqa: ANN001, ANN201 - hydra.main wants the bare signature
         print(f"\ninterrupted{stop.note and ': '}{stop.note}", file=sys.stderr)
         sys.exit(stop.status)
     except Exception as error:
-        from dinoseg.typos import misplaced
+        from dinoseg.command.typos import misplaced
 
         if message := misplaced(words, CONFIGS, error):
             print(f"error: {message}", file=sys.stderr)

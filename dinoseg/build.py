@@ -9,14 +9,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dinoseg.adapters import Frozen
-from dinoseg.checks import check_given
-from dinoseg.config import background_of, plain
+from dinoseg.config.checks import check_given
+from dinoseg.config.nodes import instantiate, not_set
+from dinoseg.config.values import background_of, plain
 from dinoseg.errors import UserError
-from dinoseg.inference.slot_settings import SlotTracking
 from dinoseg.model import Segmenter
-from dinoseg.nodes import instantiate, not_set
 from dinoseg.shapes import SegmentationData
-from dinoseg.tensor_files import check_file
+from dinoseg.storage.tensor_files import check_file
+from dinoseg.tracking.slots.settings import SlotTracking
 from dinoseg.training import loading
 from dinoseg.training.clip_feed import ClipFeed
 from dinoseg.training.engine import Engine
@@ -129,7 +129,7 @@ def dataset(cfg: DictConfig, split: str, *, reduced: bool = False) -> Segmentati
 
 
 def clips(cfg: DictConfig, split: str) -> Any:
-    """Return one split of a config's videos as clips of frames (`dinoseg.data.clips.Clips`).
+    """Return one split of a config's videos as clips of frames (`dinoseg.data.clips.cut.Clips`).
 
     Raises:
         UserError: an unknown split, data that is no video, or whatever the data set finds wrong.

@@ -12,11 +12,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from dinoseg.config import plain, squared
+from dinoseg.config.values import plain, squared
 from dinoseg.errors import UserError, telling_file_errors
-from dinoseg.interrupt import Interrupted
+from dinoseg.processes.interrupt import Interrupted
 from dinoseg.ranks import LAUNCH_KEYS, is_first_rank, run_mode, run_ranks
-from dinoseg.run_folder import (
+from dinoseg.runs.folder import (
     claim,
     drop_bare,
     drop_empty,
@@ -113,7 +113,7 @@ def _below_recipe(out_dir: Path, typed: str, recipe: Any) -> Path:
 
 def _resumed(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> tuple[DictConfig, Path | None]:
     """Return the config of the checkpoint that `resume` means, and its run folder if the mode goes on in it."""
-    from dinoseg import earlier, resume
+    from dinoseg.runs import earlier, resume
     from dinoseg.training import checkpoint
 
     path = earlier.locate(cfg, out_dir, cfg.mode.resume_from)

@@ -15,12 +15,12 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from dinoseg.config import plain, register_resolvers
+from dinoseg.config.values import plain, register_resolvers
 from dinoseg.errors import UserError, telling_file_errors
-from dinoseg.interrupt import SIGNALS, Interrupted, passed_on, raised
-from dinoseg.modes.unread import warn_not_read
-from dinoseg.processes import end_with_parent
-from dinoseg.run_folder import configure_log
+from dinoseg.processes.interrupt import SIGNALS, Interrupted, passed_on, raised
+from dinoseg.processes.workers import end_with_parent
+from dinoseg.runs.folder import configure_log
+from dinoseg.runs.unread import warn_not_read
 
 LAUNCH_KEYS = ("devices", "resume_from", "keeps_folder", "check", "reads")  # of a mode: the others are its function's
 _GRACE = 60.0  # seconds that the others have to save and end when one has failed
@@ -33,7 +33,7 @@ def run_mode(cfg: DictConfig, out_dir: Path) -> Any:
         configure_log(out_dir if is_first_rank() else None)
     if is_first_rank():
         warn_not_read(out_dir, f"mode={cfg.choices.mode}", cfg.mode.get("reads"))
-    from dinoseg.nodes import instantiate
+    from dinoseg.config.nodes import instantiate
 
     try:
         return instantiate(cfg.mode, without=LAUNCH_KEYS)(cfg, out_dir=out_dir)

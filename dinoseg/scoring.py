@@ -10,7 +10,7 @@ import numpy as np
 
 from dinoseg.errors import UserError
 from dinoseg.metrics.protocols.contract import BadFile, Case, Found, Measured, ScoreProtocol
-from dinoseg.processes import count_cores, in_processes
+from dinoseg.processes.workers import count_cores, in_processes
 from dinoseg.report.progress import Bar
 from dinoseg.wording import count_of
 

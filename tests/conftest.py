@@ -33,7 +33,7 @@ def compose():
     from omegaconf import OmegaConf
 
     from dinoseg.__main__ import CONFIGS
-    from dinoseg.config import register_resolvers
+    from dinoseg.config.values import register_resolvers
 
     register_resolvers()
 

@@ -13,8 +13,8 @@ from command_line import SMALL, call, write_data
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
-from dinoseg import words
 from dinoseg.__main__ import CONFIGS
+from dinoseg.command import words
 from dinoseg.images import write_png
 from dinoseg.modes.help import overview
 from dinoseg.ranks import LAUNCH_KEYS

@@ -14,13 +14,13 @@ from command_line import SLOTS, call
 from meta_files import RELEASED, write_released
 from PIL import Image
 
-from dinoseg.data.prepare_idd import prepare as prepare_idd
-from dinoseg.data.prepare_sarrarp import prepare
-from dinoseg.data.synthetic.moving_write import render_moving_objects
-from dinoseg.data.synthetic.write import render_dataset
+from dinoseg.command.own_keys import with_own_keys
 from dinoseg.errors import UserError
 from dinoseg.launch import launch
-from dinoseg.own_keys import with_own_keys
+from dinoseg.preparation.idd import prepare as prepare_idd
+from dinoseg.preparation.sarrarp import prepare
+from dinoseg.synthetic.moving_write import render_moving_objects
+from dinoseg.synthetic.write import render_dataset
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

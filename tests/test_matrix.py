@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from tiny_parts import BACKBONES, PYRAMIDS, load, tiny_node
 
 from dinoseg import build
+from dinoseg.config.nodes import instantiate
 from dinoseg.errors import UserError
-from dinoseg.nodes import instantiate
 from dinoseg.shapes import Batch
 from dinoseg.training import checkpoint
 from dinoseg.training.checkpoint import Checkpoints, frozen_fingerprint

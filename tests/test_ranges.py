@@ -11,9 +11,9 @@ from hydra.utils import get_object
 from omegaconf import OmegaConf
 
 from dinoseg import build
-from dinoseg.checks import check_given
+from dinoseg.config.checks import check_given
+from dinoseg.config.nodes import instantiate
 from dinoseg.errors import UserError
-from dinoseg.nodes import instantiate
 from dinoseg.ranges import Range
 from dinoseg.ranks import LAUNCH_KEYS
 

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from dinoseg import ranks
 from dinoseg.errors import UserError
-from dinoseg.interrupt import Interrupted
+from dinoseg.processes.interrupt import Interrupted
 
 
 def mode(cfg, *, out_dir, does):

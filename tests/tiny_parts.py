@@ -4,7 +4,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from dinoseg.__main__ import CONFIGS
-from dinoseg.config import register_resolvers
+from dinoseg.config.values import register_resolvers
 
 VIT = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
 BACKBONES = {  # the option, and what makes it small

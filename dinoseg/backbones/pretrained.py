@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dinoseg.backbones.convnext_names import convnext_names, is_meta_convnext
 from dinoseg.backbones.meta_weights import INV_FREQ, LOCAL_CLS_NORM, from_meta, is_meta, unwrap
 from dinoseg.errors import UserError
-from dinoseg.tensor_files import PICKLED, read_tensor_file
+from dinoseg.storage.tensor_files import PICKLED, read_tensor_file
 
 PACKAGED = "dinoseg:"  # weights=dinoseg:NAME is a file that ships inside the package
 _ADAPTER = "adapter_config.json"  # of peft

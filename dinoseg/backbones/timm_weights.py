@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from dinoseg.errors import UserError
-from dinoseg.tensor_files import read_tensor_file
+from dinoseg.storage.tensor_files import read_tensor_file
 
 _WRAPPERS = ("state_dict", "model")  # keys below which training scripts keep the tensors
 _CALLED = 3  # names of each kind that an error gives

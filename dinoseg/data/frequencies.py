@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dinoseg import stored
 from dinoseg.report.progress import Bar
 from dinoseg.shapes import SegmentationData
+from dinoseg.storage import stored
 
 log = logging.getLogger(__name__)
 _FORM = stored.record(

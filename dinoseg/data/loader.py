@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from dinoseg.data.clip_view import ClipView
-from dinoseg.data.clips import Clips
+from dinoseg.data.clips.cut import Clips
+from dinoseg.data.clips.view import ClipView
 from dinoseg.errors import UserError
 from dinoseg.shapes import Batch, ClipBatch, Sample, SegmentationData
 from dinoseg.wording import count_of

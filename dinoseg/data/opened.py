@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 from dinoseg.data.pairing import not_whole
 from dinoseg.data.pairs import PairDataset
-from dinoseg.data.scan import reasons, scan, unreadable
+from dinoseg.data.scan.scan import reasons, scan, unreadable
 from dinoseg.errors import UserError
-from dinoseg.processes import count_cores
+from dinoseg.processes.workers import count_cores
 from dinoseg.ranges import Count
 
 if TYPE_CHECKING:
-    from dinoseg.data.packed import PackedDataset
+    from dinoseg.data.packed.pack import PackedDataset
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def opened(
     elif dataset.lacking:
         raise not_whole(dataset, split)
     if cache == "packed":
-        from dinoseg.data.packed import pack
+        from dinoseg.data.packed.pack import pack
 
         return pack(dataset, cache_dir=cache_dir, longest=longest if reduced else None, workers=workers)
     return dataset

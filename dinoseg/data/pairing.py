@@ -5,10 +5,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dinoseg.data.labels import Labels
-from dinoseg.data.masks import Masks
+from dinoseg.data.classes.labels import Labels
+from dinoseg.data.classes.masks import Masks
 from dinoseg.data.pairs import Pair, PairDataset
-from dinoseg.data.scan import reasons
+from dinoseg.data.scan.scan import reasons
 from dinoseg.errors import UserError
 from dinoseg.wording import count_of
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dinoseg.data.labels import Labels
-from dinoseg.data.mask_size import fit
-from dinoseg.data.masks import MaskReader, Masks
+from dinoseg.data.classes.labels import Labels
+from dinoseg.data.classes.mask_size import fit
+from dinoseg.data.classes.masks import MaskReader, Masks
 from dinoseg.data.stamps import rules_of, stamp
-from dinoseg.data.video_access import VideoFrame
+from dinoseg.data.video.access import VideoFrame
 from dinoseg.images import read_image
 from dinoseg.shapes import Sample
 

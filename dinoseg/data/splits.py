@@ -8,11 +8,11 @@ from pathlib import Path, PurePosixPath
 from typing import Protocol, TypeVar
 
 from dinoseg.errors import UserError
-from dinoseg.files import check_regular
 from dinoseg.images import IMAGE_SUFFIXES
 from dinoseg.patterns import Pattern
 from dinoseg.ranges import Count, Natural, OpenShare
 from dinoseg.shapes import SegmentationData
+from dinoseg.storage.files import check_regular
 from dinoseg.wording import listed
 
 PARTITIONS = ("folder", "lists", "fraction")

@@ -5,7 +5,7 @@ import os
 from dataclasses import fields
 from typing import Protocol
 
-from dinoseg.data.masks import MaskReader
+from dinoseg.data.classes.masks import MaskReader
 
 Stamp = tuple[int, int, int, int]
 

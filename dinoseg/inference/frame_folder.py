@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dinoseg.data.clip_videos import picture_files
+from dinoseg.data.clips.videos import picture_files
 from dinoseg.errors import UserError
 from dinoseg.images import IMAGE_SUFFIXES, read_image, read_size
 from dinoseg.inference.media import VIDEO_SUFFIXES, VideoReader, is_video

@@ -11,8 +11,8 @@ import numpy as np
 
 from dinoseg.data.natural_order import natural_order
 from dinoseg.errors import UserError
-from dinoseg.files import check_regular, entries
 from dinoseg.images import IMAGE_SUFFIXES
+from dinoseg.storage.files import check_regular, entries
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv")
 _ACCEPTED = (

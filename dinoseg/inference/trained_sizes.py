@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dinoseg import stored
 from dinoseg.errors import UserError
+from dinoseg.storage import stored
 
 logger = logging.getLogger(__name__)
 _MOST = 20  # the largest one in so many images is left out of account: an outlier is no scale that was learnt

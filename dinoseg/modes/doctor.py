@@ -10,14 +10,14 @@ import numpy as np
 from omegaconf import DictConfig
 from tabulate import tabulate
 
-from dinoseg.data.doctor.checks_classes import home_made, home_made_files
-from dinoseg.data.doctor.examine import examine, scanned, summary
-from dinoseg.data.doctor.findings import Finding, Scanned, by_severity
-from dinoseg.data.doctor.suggestions import IMAGENET, class_weights, color_statistics
+from dinoseg.config.nodes import instantiate
 from dinoseg.data.pairs import PairDataset
-from dinoseg.data.scan import scan, unreadable
+from dinoseg.data.scan.scan import scan, unreadable
+from dinoseg.doctor.checks_classes import home_made, home_made_files
+from dinoseg.doctor.examine import examine, scanned, summary
+from dinoseg.doctor.findings import Finding, Scanned, by_severity
+from dinoseg.doctor.suggestions import IMAGENET, class_weights, color_statistics
 from dinoseg.errors import UserError
-from dinoseg.nodes import instantiate
 from dinoseg.ranges import Count, Natural
 from dinoseg.report.doctor_page import doctor_page
 from dinoseg.report.overlay import blend, legend_of, side_by_side

@@ -10,17 +10,17 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from dinoseg import build
-from dinoseg.config import background_of
+from dinoseg.config.nodes import instantiate
+from dinoseg.config.values import background_of
+from dinoseg.evaluation.official import FOLDER, official_scores, usable
+from dinoseg.evaluation.videos import Options, follow_slots, needs_no_training, propagate
 from dinoseg.images import write_png
 from dinoseg.inference.trained_sizes import TrainedSizes, keep_scale
 from dinoseg.metrics.protocols.contract import DatasetProtocol
-from dinoseg.modes.evaluate_videos import Options, follow_slots, needs_no_training, propagate
-from dinoseg.modes.official import FOLDER, official_scores, usable
-from dinoseg.nodes import instantiate
 from dinoseg.report.confusion import confusion_picture
 from dinoseg.report.overlay import compare
 from dinoseg.report.table import class_table, write_csv, write_json
-from dinoseg.resume import check_classes, load_trained
+from dinoseg.runs.resume import check_classes, load_trained
 from dinoseg.shapes import Batch, SegmentationData
 from dinoseg.training.engine import Engine
 from dinoseg.training.evaluate import evaluate

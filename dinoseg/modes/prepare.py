@@ -5,10 +5,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from dinoseg.data.sarrarp_files import TRAIN_FOLDERS
+from dinoseg.config.nodes import instantiate
+from dinoseg.data.formats.sarrarp_files import TRAIN_FOLDERS
 from dinoseg.errors import UserError
-from dinoseg.modes.propagate import Propagation, propagate
-from dinoseg.nodes import instantiate
+from dinoseg.preparation.pseudo_labels import Propagation, propagate
 
 log = logging.getLogger(__name__)
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from dinoseg.config import plain
+from dinoseg.config.nodes import instantiate, not_set
+from dinoseg.config.values import plain
 from dinoseg.errors import UserError
-from dinoseg.nodes import instantiate, not_set
 from dinoseg.ranges import Count, Natural
 
 VIDEOS = {"train_videos": "training", "val_videos": "validation", "test_videos": "test"}

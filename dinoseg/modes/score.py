@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from dinoseg import scoring
-from dinoseg.data.class_record import NAME
+from dinoseg.data.classes.record import NAME
 from dinoseg.errors import UserError
+from dinoseg.evaluation.score_classes import FOLDER, protocol_of
 from dinoseg.metrics.protocols.contract import ScoreProtocol
-from dinoseg.modes.score_classes import FOLDER, protocol_of
 from dinoseg.ranges import Count, Natural
 from dinoseg.report.scores import difference_table, few_units, scores_table
 from dinoseg.report.table import write_json

@@ -9,17 +9,25 @@ from typing import Any
 import torch
 
 from dinoseg import __version__, build
+from dinoseg.config.nodes import instantiate
 from dinoseg.errors import UserError
 from dinoseg.inference.frame_folder import FolderReader, open_frames
 from dinoseg.inference.media import VideoReader
-from dinoseg.inference.propagation import PropagationTracker
-from dinoseg.inference.slot_tracker import SlotTracker
-from dinoseg.inference.smoothing import SmoothingTracker
 from dinoseg.inference.stream import Throughput
-from dinoseg.inference.track_labels import TrackLabels, find_labels
-from dinoseg.inference.track_report import write_track_report
-from dinoseg.inference.track_run import Look, TrackJob, track_video
-from dinoseg.inference.track_state import (
+from dinoseg.ranges import Count, Share
+from dinoseg.report.table import write_json
+from dinoseg.runs.folder import lock, release
+from dinoseg.runs.resume import is_trained, load_trained, sizes_to_keep
+from dinoseg.runs.unread import warn_unread
+from dinoseg.tracking.propagation.settings import OF_PIXELS
+from dinoseg.tracking.propagation.tracker import PropagationTracker
+from dinoseg.tracking.slots.tracker import SlotTracker
+from dinoseg.tracking.smoothing import SmoothingTracker
+from dinoseg.tracking.tracker import VideoTracker
+from dinoseg.tracking.video.labels import TrackLabels, find_labels
+from dinoseg.tracking.video.report import write_track_report
+from dinoseg.tracking.video.run import Look, TrackJob, track_video
+from dinoseg.tracking.video.state import (
     RESULT,
     STATE,
     Progress,
@@ -28,14 +36,6 @@ from dinoseg.inference.track_state import (
     check_unfinished,
     read_standing,
 )
-from dinoseg.inference.tracker import VideoTracker
-from dinoseg.inference.tracking_settings import OF_PIXELS
-from dinoseg.modes.unread import warn_unread
-from dinoseg.nodes import instantiate
-from dinoseg.ranges import Count, Share
-from dinoseg.report.table import write_json
-from dinoseg.resume import is_trained, load_trained, sizes_to_keep
-from dinoseg.run_folder import lock, release
 from dinoseg.wording import count_of
 
 logger = logging.getLogger(__name__)

@@ -12,17 +12,18 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from dinoseg import build, stored
-from dinoseg.config import plain
+from dinoseg import build
+from dinoseg.config.nodes import instantiate
+from dinoseg.config.values import plain
 from dinoseg.errors import UserError
-from dinoseg.modes.train_clips import TrainClips
-from dinoseg.modes.train_images import TrainImages
-from dinoseg.nodes import instantiate
 from dinoseg.ranges import Natural
+from dinoseg.regimes.clips import TrainClips
+from dinoseg.regimes.images import TrainImages
 from dinoseg.report.curves import draw_curves
 from dinoseg.report.log import RunLog, read_rows, write_settings
 from dinoseg.report.table import write_json
-from dinoseg.resume import check_classes, description
+from dinoseg.runs.resume import check_classes, description
+from dinoseg.storage import stored
 from dinoseg.training import checkpoint
 from dinoseg.training.description import CHOSEN, MODEL
 from dinoseg.training.feed import Feed

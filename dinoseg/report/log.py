@@ -12,10 +12,10 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from dinoseg import stored
 from dinoseg.errors import UserError
-from dinoseg.files import check_regular
 from dinoseg.images import write_png
+from dinoseg.storage import stored
+from dinoseg.storage.files import check_regular
 
 _BOARD = "tensorboard"
 _STEP = re.compile(r"step_(\d+)")  # a folder of pictures

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dinoseg.errors import UserError, free_space
-from dinoseg.files import check_regular
 from dinoseg.model import trained_names
+from dinoseg.storage.files import check_regular
 from dinoseg.training.description import FORMAT, IDLE, read_description
 from dinoseg.training.loading import (
     CASTS,

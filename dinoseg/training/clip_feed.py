@@ -7,18 +7,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dinoseg.data.clip_videos import VOID
-from dinoseg.data.clip_view import ClipView
-from dinoseg.data.clips import Clip, Clips
+from dinoseg.data.clips.cut import Clip, Clips
+from dinoseg.data.clips.videos import VOID
+from dinoseg.data.clips.view import ClipView
 from dinoseg.data.loader import check_batch_size, clip_batches
 from dinoseg.errors import UserError
-from dinoseg.inference.slot_settings import SlotTracking
-from dinoseg.inference.slot_tracker import SlotTracker
 from dinoseg.metrics.clustering import contingency, segment_scores
 from dinoseg.model import Segmenter
 from dinoseg.ranges import Count
 from dinoseg.report.clip_strip import clip_strip
 from dinoseg.shapes import ClipBatch
+from dinoseg.tracking.slots.settings import SlotTracking
+from dinoseg.tracking.slots.tracker import SlotTracker
 from dinoseg.training.engine import Engine
 from dinoseg.training.feed import SHOWN_SIDE, Validation, spread
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dinoseg.data.labels import LONGEST_NAME
+from dinoseg.data.classes.labels import LONGEST_NAME
 from dinoseg.errors import UserError
 from dinoseg.wording import shown
 

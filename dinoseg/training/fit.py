@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dinoseg.errors import UserError
-from dinoseg.interrupt import Deferral, deferred
 from dinoseg.model import Segmenter, trained_names
+from dinoseg.processes.interrupt import Deferral, deferred
 from dinoseg.ranges import Count, Natural, OpenShare, Positive
 from dinoseg.report.log import RunLog
 from dinoseg.training import lengths

@@ -8,8 +8,8 @@ from types import TracebackType
 from torch import nn
 from torch.optim import Optimizer
 
-from dinoseg.interrupt import Interrupted
 from dinoseg.model import trained_names
+from dinoseg.processes.interrupt import Interrupted
 from dinoseg.training.checkpoint import Checkpoints
 from dinoseg.training.optim import MovingAverage, tensors_of
 

@@ -9,10 +9,10 @@ from tiny_parts import BACKBONES, PYRAMIDS, WEIGHTLESS, tiny_node
 from torch import nn
 
 from dinoseg.adapters import Frozen, Full, LastBlocks, Lora
+from dinoseg.config.nodes import instantiate
 from dinoseg.errors import UserError
 from dinoseg.geometry import pad_to_multiple, widths
 from dinoseg.model import Segmenter
-from dinoseg.nodes import instantiate
 
 WITH_CLASS_TOKEN = {"dino", "dinov2", "dinov2_registers", "dinov3", "timm_vit"}
 with_weights = pytest.mark.parametrize("name", BACKBONES, indirect=True, scope="module")

@@ -8,11 +8,11 @@ from tiny_parts import load
 from dinoseg import build
 from dinoseg.adapters import Frozen, Full, LastBlocks, Lora
 from dinoseg.backbones.rgb import RgbBackbone
+from dinoseg.config.nodes import instantiate
 from dinoseg.errors import UserError
 from dinoseg.heads.eomt import EomtHead
 from dinoseg.heads.linear import LinearHead
 from dinoseg.model import Segmenter, trained_names
-from dinoseg.nodes import instantiate
 from dinoseg.training.checkpoint import frozen_fingerprint
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])

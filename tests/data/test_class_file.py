@@ -11,13 +11,13 @@ from making import save
 from omegaconf import OmegaConf
 from PIL import Image
 
-from dinoseg.config import settled
-from dinoseg.data.class_file import NOT_DESCRIBED, read_class_file
+from dinoseg.config.guard import guard
+from dinoseg.config.nodes import instantiate
+from dinoseg.config.values import settled
+from dinoseg.data.classes.file import NOT_DESCRIBED, read_class_file
 from dinoseg.errors import UserError
-from dinoseg.guard import guard
 from dinoseg.images import read_ids
-from dinoseg.nodes import instantiate
-from dinoseg.resume import description_of
+from dinoseg.runs.resume import description_of
 
 LEAVES = """
 classes:

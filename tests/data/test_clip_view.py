@@ -2,7 +2,7 @@ import cv2
 import numpy as np
 import pytest
 
-from dinoseg.data.clip_view import ClipView
+from dinoseg.data.clips.view import ClipView
 from dinoseg.errors import UserError
 
 

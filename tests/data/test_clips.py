@@ -9,18 +9,18 @@ import torch
 from making import DATA, save, write_video
 from PIL import Image
 
-from dinoseg.data.clip_davis import Davis
-from dinoseg.data.clip_folder import VideoFolder
-from dinoseg.data.clip_movi import Movi
-from dinoseg.data.clip_pairs import foreground, no_masks
-from dinoseg.data.clip_videos import Video, VideoFrames, chosen
-from dinoseg.data.clip_youtube_vos import YoutubeVos
-from dinoseg.data.clips import Clips, Cut, open_clips
+from dinoseg.config.nodes import instantiate
+from dinoseg.data.clips.cut import Clips, Cut, open_clips
+from dinoseg.data.clips.davis import Davis
+from dinoseg.data.clips.folder import VideoFolder
+from dinoseg.data.clips.movi import Movi
+from dinoseg.data.clips.pairs import foreground, no_masks
+from dinoseg.data.clips.videos import Video, VideoFrames, chosen
+from dinoseg.data.clips.youtube_vos import YoutubeVos
 from dinoseg.data.natural_order import natural_order
 from dinoseg.data.splits import Partition
-from dinoseg.data.video_access import VideoFrame, read_frame
+from dinoseg.data.video.access import VideoFrame, read_frame
 from dinoseg.errors import UserError
-from dinoseg.nodes import instantiate
 
 CLASSES = ["background", "object"]
 

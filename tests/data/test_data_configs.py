@@ -6,12 +6,12 @@ from hydra import compose, initialize_config_dir
 from making import DATA, save, write_video
 
 import dinoseg
-from dinoseg.config import register_resolvers
+from dinoseg.config.nodes import instantiate
+from dinoseg.config.values import register_resolvers
+from dinoseg.data.classes.labels import Labels
 from dinoseg.data.frequencies import class_counts
-from dinoseg.data.labels import Labels
 from dinoseg.errors import UserError
 from dinoseg.modes.prepare import prepare
-from dinoseg.nodes import instantiate
 
 CONFIGS = Path(dinoseg.__file__).parent / "cfg"
 NAMES = sorted(path.stem for path in (CONFIGS / "data").glob("[!_]*.yaml"))

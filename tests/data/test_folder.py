@@ -7,8 +7,8 @@ import pytest
 import torch
 from making import save
 
-from dinoseg.data.folder import Layout, folder_dataset
-from dinoseg.data.masks import Masks
+from dinoseg.data.classes.masks import Masks
+from dinoseg.data.formats.folder import Layout, folder_dataset
 from dinoseg.data.splits import Partition, split_table
 from dinoseg.errors import UserError
 from dinoseg.report.palette import default_palette

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from making import Pictures, save
 
-from dinoseg.data.folder import folder_dataset
+from dinoseg.data.classes.masks import Masks
+from dinoseg.data.formats.folder import folder_dataset
 from dinoseg.data.frequencies import class_counts
-from dinoseg.data.masks import Masks
 from dinoseg.data.pairs import PairDataset
 from dinoseg.errors import UserError
 

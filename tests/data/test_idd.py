@@ -9,14 +9,14 @@ from hydra import compose, initialize_config_dir
 from making import save
 
 import dinoseg
-from dinoseg.config import register_resolvers
-from dinoseg.data.idd import idd
-from dinoseg.data.masks import Masks
+from dinoseg.config.nodes import instantiate
+from dinoseg.config.values import register_resolvers
+from dinoseg.data.classes.masks import Masks
+from dinoseg.data.formats.idd import idd
 from dinoseg.data.opened import opened
 from dinoseg.data.splits import Partition
 from dinoseg.errors import UserError
 from dinoseg.label_tables.read import label_table
-from dinoseg.nodes import instantiate
 
 CONFIGS = Path(dinoseg.__file__).parent / "cfg"
 COLUMNS = {

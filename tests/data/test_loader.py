@@ -11,7 +11,7 @@ import pytest
 import torch
 from making import Pictures
 
-from dinoseg.data.clip_view import ClipView
+from dinoseg.data.clips.view import ClipView
 from dinoseg.data.loader import clip_batches, eval_samples, stack_equal, train_batches
 from dinoseg.data.transforms import Affine, Augment, ColorJitter
 from dinoseg.errors import UserError

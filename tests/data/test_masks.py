@@ -3,8 +3,8 @@ import pytest
 from making import save
 from PIL import Image
 
-from dinoseg.data.labels import Labels
-from dinoseg.data.masks import MaskReader, Masks
+from dinoseg.data.classes.labels import Labels
+from dinoseg.data.classes.masks import MaskReader, Masks
 from dinoseg.errors import UserError
 
 COLORS = ((0, 0, 0), (255, 0, 0), (0, 0, 255))

@@ -5,7 +5,7 @@ import pytest
 from making import save
 
 from dinoseg import build
-from dinoseg.data.folder import folder_dataset
+from dinoseg.data.formats.folder import folder_dataset
 from dinoseg.data.frequencies import class_counts
 from dinoseg.data.opened import opened
 from dinoseg.errors import UserError

@@ -20,18 +20,18 @@ from making import save, write_video
 from PIL import Image
 
 from dinoseg.data import packed, packed_draft
-from dinoseg.data.folder import folder_dataset
-from dinoseg.data.labels import Labels
+from dinoseg.data.classes.labels import Labels
+from dinoseg.data.classes.masks import Masks
+from dinoseg.data.formats.folder import folder_dataset
 from dinoseg.data.loader import train_batches
-from dinoseg.data.masks import Masks
-from dinoseg.data.packed import pack
-from dinoseg.data.packed_read import paying_workers, reduced
+from dinoseg.data.packed.pack import pack
+from dinoseg.data.packed.read import paying_workers, reduced
 from dinoseg.data.pairs import Pair, PairDataset
 from dinoseg.data.transforms import Affine, Augment, ColorJitter
-from dinoseg.data.video_access import VideoFrame
+from dinoseg.data.video.access import VideoFrame
 from dinoseg.errors import UserError
-from dinoseg.locks import locked
 from dinoseg.model import backbone_size
+from dinoseg.storage.locks import locked
 
 SIZES = {"one": (1, 1), "odd": (37, 23), "flat": (1, 90), "video/a": (48, 64), "video/b": (48, 64), "wide": (31, 97)}
 NAMES = sorted(SIZES)
@@ -322,10 +322,10 @@ def test_a_killed_build_goes_on(data, cache, tmp_path):
         textwrap.dedent(
             f"""
             import time
-            from dinoseg.data.folder import folder_dataset
-            from dinoseg.data.packed import pack
+            from dinoseg.data.formats.folder import folder_dataset
+            from dinoseg.data.packed.pack import pack
             from dinoseg.data import packed_draft
-            from dinoseg.data.packed_draft import write_whole
+            from dinoseg.data.packed.draft import write_whole
             if __name__ == "__main__":
                 packed_draft.write_whole = lambda *args: (time.sleep(0.03), write_whole(*args))
                 source = folder_dataset({str(tmp_path / "data")!r}, "train", classes=["a", "b", "c"])

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from making import save
 
+from dinoseg.data.formats.sarrarp import BY_OPERATION, sar_rarp50
 from dinoseg.data.opened import opened
-from dinoseg.data.sarrarp import BY_OPERATION, sar_rarp50
 from dinoseg.data.splits import regex_group
 from dinoseg.errors import UserError
 

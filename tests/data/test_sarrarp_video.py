@@ -5,15 +5,15 @@ import pytest
 import torch
 from making import save, write_video
 
+from dinoseg.config.nodes import instantiate
 from dinoseg.data import video_index
+from dinoseg.data.formats.sarrarp import BY_OPERATION, sar_rarp50
 from dinoseg.data.loader import eval_samples
 from dinoseg.data.opened import opened
-from dinoseg.data.prepare_sarrarp import prepare
-from dinoseg.data.sarrarp import BY_OPERATION, sar_rarp50
-from dinoseg.data.scan import scan
-from dinoseg.data.video_access import VideoFrame
+from dinoseg.data.scan.scan import scan
+from dinoseg.data.video.access import VideoFrame
 from dinoseg.errors import UserError
-from dinoseg.nodes import instantiate
+from dinoseg.preparation.sarrarp import prepare
 
 CLASSES = [f"c{i}" for i in range(10)]
 LENGTHS = {"train1/video_01": 61, "train2/video_02_1": 130, "train2/video_02_2": 60, "test/video_41": 181}

@@ -11,12 +11,12 @@ from making import save
 from PIL import Image
 
 from dinoseg.data import scan as scan_module
-from dinoseg.data.folder import folder_dataset
-from dinoseg.data.labels import Labels
-from dinoseg.data.masks import MaskReader, Masks
+from dinoseg.data.classes.labels import Labels
+from dinoseg.data.classes.masks import MaskReader, Masks
+from dinoseg.data.formats.folder import folder_dataset
 from dinoseg.data.pairs import Pair, PairDataset
-from dinoseg.data.scan import reasons, scan, unreadable
-from dinoseg.data.scan_record import perceptual_hash
+from dinoseg.data.scan.record import perceptual_hash
+from dinoseg.data.scan.scan import reasons, scan, unreadable
 from dinoseg.errors import UserError
 from dinoseg.images import read_image
 
@@ -355,7 +355,7 @@ def test_an_image_cut_behind_its_header_is_found_without_decoding_the_others(tmp
         pairs[3].image.write_bytes(pairs[3].image.read_bytes() + b"a camera's own trailer")
     decoded = []
     monkeypatch.setattr(
-        "dinoseg.data.scan_record.read_image", lambda path, read=read_image: decoded.append(path) or read(path)
+        "dinoseg.data.scan.record.read_image", lambda path, read=read_image: decoded.append(path) or read(path)
     )
     reader = MaskReader(Labels.of(CLASSES, None, 255), Masks())
     records = scan(pairs, reader, images=False)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from dinoseg.data import video_access, video_index
-from dinoseg.data.video_access import VideoFrame, read_frame
-from dinoseg.data.video_index import find_index, index_videos
+from dinoseg.data.video.access import VideoFrame, read_frame
+from dinoseg.data.video.index import find_index, index_videos
 from dinoseg.errors import UserError
 
 SIZE = (64, 48)

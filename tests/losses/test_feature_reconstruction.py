@@ -4,10 +4,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dinoseg.config.nodes import instantiate
 from dinoseg.errors import UserError
 from dinoseg.geometry import upsample
 from dinoseg.losses.feature_reconstruction import FeatureReconstruction
-from dinoseg.nodes import instantiate
 from dinoseg.shapes import Batch, Prediction, SlotOutputs
 
 

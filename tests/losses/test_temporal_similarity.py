@@ -6,13 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dinoseg.config.nodes import instantiate
 from dinoseg.errors import UserError
 from dinoseg.geometry import upsample
 from dinoseg.losses.dice import Dice
 from dinoseg.losses.feature_reconstruction import FeatureReconstruction
 from dinoseg.losses.temporal_similarity import TemporalSimilarity, similarity_targets
 from dinoseg.losses.weighted_sum import WeightedSum
-from dinoseg.nodes import instantiate
 from dinoseg.shapes import Batch, Prediction, SlotOutputs
 
 

@@ -3,6 +3,7 @@ from functools import partial
 import pytest
 import torch
 
+from dinoseg.config.nodes import instantiate
 from dinoseg.errors import UserError
 from dinoseg.geometry import upsample, valid_share
 from dinoseg.losses.dice import Dice
@@ -12,7 +13,6 @@ from dinoseg.losses.mask_classification import MaskClassification
 from dinoseg.losses.pixel import CrossEntropy
 from dinoseg.losses.tversky import Tversky
 from dinoseg.losses.weighted_sum import WeightedSum
-from dinoseg.nodes import instantiate
 from dinoseg.shapes import Batch, Prediction
 
 WEIGHTS = torch.tensor([0.5, 1.0, 2.0])

@@ -5,7 +5,7 @@ import os
 import numpy as np
 from command_line import SMALL, call
 
-from dinoseg.data.folder import folder_dataset
+from dinoseg.data.formats.folder import folder_dataset
 from dinoseg.data.opened import opened
 from dinoseg.images import write_png
 

@@ -55,7 +55,9 @@ def trained(monkeypatch):
     return fake
 
 
-CFG = OmegaConf.create({"data": {"reader": {"masks": {"_target_": "dinoseg.data.masks.Masks", "format": "binary"}}}})
+CFG = OmegaConf.create(
+    {"data": {"reader": {"masks": {"_target_": "dinoseg.data.classes.masks.Masks", "format": "binary"}}}}
+)
 
 
 def predict(source, out_dir, **changes):

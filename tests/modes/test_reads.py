@@ -8,7 +8,7 @@ import pytest
 from command_line import SMALL, call, write_data
 from config_files import main_choices, options, read
 
-from dinoseg.modes.unread import warn_not_read
+from dinoseg.runs.unread import warn_not_read
 
 
 def test_a_mode_reads_groups_and_keys_that_there_are(compose):
@@ -26,7 +26,7 @@ def roots_of(module, seen):
     text = Path(importlib.util.find_spec(module).origin).read_text()
     seen.add(module)
     called = set(re.findall(r"from (dinoseg\.modes\.\w+) import", text)) - seen
-    called |= {"dinoseg.resume"} - seen if "load_trained" in text else set()
+    called |= {"dinoseg.runs.resume"} - seen if "load_trained" in text else set()
     found = set(re.findall(r"\bcfg\.(\w+)", text))
     return found.union(*(roots_of(each, seen) for each in called))
 

@@ -15,15 +15,15 @@ from failing import fail_after
 from omegaconf import OmegaConf
 from PIL import Image
 
+from dinoseg.config.nodes import instantiate
 from dinoseg.errors import UserError
 from dinoseg.images import read_ids
 from dinoseg.inference import track_report, track_run
 from dinoseg.inference.media import VideoReader
-from dinoseg.inference.tracking_settings import CRW, DINO, DINOV3
 from dinoseg.launch import launch
 from dinoseg.modes import track as mode
-from dinoseg.nodes import instantiate
-from dinoseg.run_folder import is_locked
+from dinoseg.runs.folder import is_locked
+from dinoseg.tracking.propagation.settings import CRW, DINO, DINOV3
 
 SIZE = (36, 50)
 kept = {}  # the composed config

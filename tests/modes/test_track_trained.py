@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from command_line import SLOTS, SMALL, call, write_data
 
-from dinoseg.data.synthetic.moving_write import render_moving_objects
 from dinoseg.images import read_ids, read_image, write_png
+from dinoseg.synthetic.moving_write import render_moving_objects
 
 
 def run(where, *arguments):

@@ -9,7 +9,7 @@ from checkpoint_files import INFO
 from safetensors.torch import save_file
 from torch import nn
 
-from dinoseg.data.labels import Labels
+from dinoseg.data.classes.labels import Labels
 from dinoseg.errors import UserError
 from dinoseg.training.checkpoint import describe, outline, read, write
 from dinoseg.training.description import FORMAT

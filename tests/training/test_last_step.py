@@ -14,9 +14,9 @@ from dinoseg.adapters import Full
 from dinoseg.data.transforms import Affine, Augment
 from dinoseg.errors import UserError
 from dinoseg.heads.linear import LinearHead
-from dinoseg.interrupt import Interrupted
 from dinoseg.losses.pixel import CrossEntropy
 from dinoseg.model import Segmenter
+from dinoseg.processes.interrupt import Interrupted
 from dinoseg.training import checkpoint
 from dinoseg.training.checkpoint import Checkpoints, read
 from dinoseg.training.engine import Engine

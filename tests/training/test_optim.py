@@ -8,12 +8,12 @@ from torch import nn
 
 from dinoseg.adapters import Full, Lora
 from dinoseg.backbones.transformers_vit import TransformersVit
+from dinoseg.config.nodes import instantiate
 from dinoseg.errors import UserError
 from dinoseg.heads.eomt import EomtHead
 from dinoseg.heads.linear import LinearHead
 from dinoseg.heads.mask2former.head import Mask2FormerHead
 from dinoseg.model import Segmenter
-from dinoseg.nodes import instantiate
 from dinoseg.training.optim import (
     MovingAverage,
     adamw,

@@ -14,10 +14,10 @@ from hydra import compose, initialize_config_dir
 
 from dinoseg import build
 from dinoseg.__main__ import CONFIGS
-from dinoseg.config import register_resolvers
-from dinoseg.data.synthetic.moving_write import render_moving_objects
+from dinoseg.config.values import register_resolvers
 from dinoseg.errors import UserError
 from dinoseg.metrics.clustering import contingency, segment_scores
+from dinoseg.synthetic.moving_write import render_moving_objects
 from dinoseg.training.checkpoint import read
 from dinoseg.training.engine import Engine
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dinoseg.errors import UserError
-from dinoseg.tensor_files import read_tensor_file
+from dinoseg.storage.tensor_files import read_tensor_file
 
 ADAPTER = "segmentation_model.0."
 HEAD = "segmentation_model.1."

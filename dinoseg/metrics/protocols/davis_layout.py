@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from dinoseg.errors import UserError
-from dinoseg.files import entries, is_name
 from dinoseg.metrics.protocols.contract import Case, Found
+from dinoseg.storage.files import entries, is_name
 from dinoseg.wording import listed
 
 _SHOWN = 5  # names in a message

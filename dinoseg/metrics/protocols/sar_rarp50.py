@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from dinoseg.errors import UserError
-from dinoseg.files import entries
 from dinoseg.images import read_ids
 from dinoseg.metrics.protocols.contract import BadFile, Case, Found, Measured, pooled
 from dinoseg.metrics.protocols.trees import pictures_hint, refuse_inside
 from dinoseg.metrics.surface import surface_dices
 from dinoseg.ranges import NotNegative
+from dinoseg.storage.files import entries
 from dinoseg.wording import listed
 
 CLASSES = (  # ids 1 to 9; 0, the background, is not scored

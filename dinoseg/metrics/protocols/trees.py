@@ -9,9 +9,9 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from dinoseg.errors import UserError
-from dinoseg.files import visible_files
 from dinoseg.images import read_ids
 from dinoseg.metrics.protocols.contract import BadFile, Case, Found
+from dinoseg.storage.files import visible_files
 from dinoseg.wording import count_of, listed
 
 _SHOWN = 5  # names in a message

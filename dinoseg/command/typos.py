@@ -1,0 +1,174 @@
+"""What is wrong with a command line that Hydra could not compose, in this project's words."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from dinoseg.command.own_keys import own_configs
+from dinoseg.command.words import assignments, is_sweep, parsed, values_of
+from dinoseg.config.values import keys_of, plain
+from dinoseg.wording import nearest
+
+_ALL_KEYS = "Add `--cfg job` to see all keys, `--help` alone to see all groups and options."
+
+
+def explain(arguments: Sequence[str], configs: str, error: Exception) -> str:
+    """Return the mistake and its remedy; where none is recognised, what Hydra said.
+
+    Args:
+        arguments: the command line, without the program's name.
+        configs: folder of the config groups.
+        error: what Hydra raised.
+    """
+    several = is_sweep(arguments)
+    chosen: list[str] = []
+    overrides: list[Override] = []
+    for _, word in assignments(arguments):
+        override, mistake = _read(word)
+        if override is None:
+            return mistake
+        if override.is_sweep_override() and not several:
+            return (
+                f"{word} gives several values. For a list use brackets: '{override.key_or_group}=[{_value(word)}]'. "
+                "For a run with each of them, add -m."
+            )
+        folder = Path(configs, override.get_key_element().split("@")[0])
+        if override.is_add() or override.is_delete() or override.key_or_group.startswith("hydra"):
+            continue
+        if folder.is_dir():
+            if mistake := _wrong_option(override, folder):
+                return mistake
+            chosen.append(f"{override.get_key_element()}={values_of(override)[0]}")
+        else:
+            overrides.append(override)
+    return _wrong_key(overrides, chosen, configs, own_configs(arguments)) or _hydras_own(error)
+
+
+def misplaced(words: Sequence[str], configs: str, error: Exception) -> str:
+    """Return which word of a command line that could be composed is to blame for an error; "" where none is.
+
+    A group of keys is replaced by a value or taken away, or a value points to what is not there.
+    """
+    overrides = [
+        override for word in words if (override := parsed(word)) and not override.key_or_group.startswith("hydra")
+    ]
+    groups = {override.key_or_group for override in overrides if Path(configs, override.key_or_group).is_dir()}
+    chosen = [each.input_line or "" for each in overrides if each.key_or_group in groups and not each.is_delete()]
+    cfg = _composed(chosen, configs)
+    for override in overrides:
+        key, value = override.key_or_group, override.value()
+        found: Any = cfg
+        for part in key.split("."):
+            found = found.get(part) if isinstance(found, Mapping) else None
+        if override.is_delete():
+            return f"~{key} takes away what is read. Leave it out, or give {key} another value."
+        if isinstance(found, Mapping) and not isinstance(value, Mapping) and key not in groups:
+            several = f"{key}.{'|'.join(map(str, found))}"
+            return f"{key}={value} stands where a group of keys is needed. Set one of them: {several}=VALUE."
+    for override in overrides:
+        if isinstance(error, OmegaConfBaseException) and "${" in str(override.value()):
+            return (
+                f"{override.input_line} points to what is not there, or is no such value. Give a value, or the whole "
+                "name of another key, such as '${seed}'."
+            )
+    if isinstance(error, OmegaConfBaseException):
+        key = getattr(error, "full_key", None) or "A key"
+        return f"{key} has no value that can be used, as {' '.join(words)} leaves it. Take back what was changed there."
+    return ""
+
+
+def _composed(chosen: Sequence[str], configs: str) -> dict[str, Any]:
+    """Return the config with these options, and no other words."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(configs, version_base="1.3"):
+        return plain(compose("main", list(chosen)))
+
+
+def _read(word: str) -> tuple[Override | None, str]:
+    if "=" not in word and not word.startswith("~"):
+        return None, f"{word} is no KEY=VALUE.{f' Did you mean mode={word}?' if word.isidentifier() else ''}"
+    if override := parsed(word):
+        return override, ""
+    form = f'"{_value(word)}"' if _is_text(_value(word)) else '["a value"]'
+    return None, (
+        f"{word} cannot be read: brackets, braces or quotes are left open, or text between them holds other signs. Put "
+        f"quotes around the whole word, and inside them around such text: '{_key(word)}={form}'."
+    )
+
+
+def _is_text(value: str) -> bool:
+    """Return whether a value with braces or brackets, such as {split}/pictures, is neither a list nor a table."""
+    closed = all(value.count(first) == value.count(last) for first, last in ("[]", "{}"))
+    return closed and not re.search(r"['\"]|^\[.*\]$|^\{.*\}$", value)
+
+
+def _wrong_option(override: Override, folder: Path) -> str:
+    known = sorted(path.stem for path in folder.glob("*.yaml"))
+    options = [option for option in known if not option.startswith("_")]
+    group = override.key_or_group
+    for choice in values_of(override):
+        if choice not in known:
+            return (
+                f"{group}={choice} is unknown.{nearest(choice, options, f'{group}=')} There are {', '.join(options)}."
+            )
+    return ""
+
+
+def _wrong_key(
+    overrides: Sequence[Override], chosen: Sequence[str], configs: str, own: Sequence[Mapping[str, Any]]
+) -> str:
+    """Return the mistake of the first key that the config with these choices, or a checkpoint's own, does not have."""
+    try:
+        cfg = _composed(chosen, configs)
+    except HydraException:
+        return ""
+    for config in own:
+        cfg |= config
+    keys = list(keys_of(cfg))
+    for override in overrides:
+        key = override.key_or_group
+        if key not in keys and not _below_free(cfg, key.split(".")):
+            return f"{key} is no key of the config.{nearest(key, keys)} {_ALL_KEYS}"
+        if (value := override.value()) and (new := _new_entries(cfg, key, value)):
+            return (
+                f"{key} has no {' or '.join(new)} so far. Is that meant, put ++ before the word, in quotes: "
+                f"'++{override.input_line}'."
+            )
+    return ""
+
+
+def _new_entries(cfg: Any, key: str, value: Any) -> list[str]:
+    """Return which names of a table that is given for a key the config does not have there."""
+    for part in key.split("."):
+        cfg = cfg.get(part) if isinstance(cfg, Mapping) else None
+    both = isinstance(cfg, Mapping) and isinstance(value, Mapping)
+    return [str(name) for name in value if name not in cfg] if both else []
+
+
+def _below_free(cfg: Any, parts: Sequence[str]) -> bool:
+    """Return whether a key lies below a value that is no mapping, of which this file knows nothing."""
+    for part in parts[:-1]:
+        if not isinstance(cfg, Mapping):
+            return True
+        cfg = cfg.get(part, {})
+    return not isinstance(cfg, Mapping)
+
+
+def _key(word: str) -> str:
+    return word.split("=", 1)[0]
+
+
+def _value(word: str) -> str:
+    return word.split("=", 1)[-1]
+
+
+def _hydras_own(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if "HYDRA_FULL_ERROR" not in line]
+    return re.sub(r"\n{2,}", "\n", "\n".join(lines)).strip()

@@ -1,0 +1,28 @@
+"""Where the parts that older checkpoints name are today."""
+
+MODULES = {  # a module's name in older checkpoints to today's
+    "dinoseg.data.clip_davis": "dinoseg.data.clips.davis",
+    "dinoseg.data.clip_folder": "dinoseg.data.clips.folder",
+    "dinoseg.data.clip_movi": "dinoseg.data.clips.movi",
+    "dinoseg.data.clip_pairs": "dinoseg.data.clips.pairs",
+    "dinoseg.data.clip_view": "dinoseg.data.clips.view",
+    "dinoseg.data.clip_youtube_vos": "dinoseg.data.clips.youtube_vos",
+    "dinoseg.data.clips": "dinoseg.data.clips.cut",
+    "dinoseg.data.folder": "dinoseg.data.formats.folder",
+    "dinoseg.data.idd": "dinoseg.data.formats.idd",
+    "dinoseg.data.masks": "dinoseg.data.classes.masks",
+    "dinoseg.data.prepare_idd": "dinoseg.preparation.idd",
+    "dinoseg.data.prepare_sarrarp": "dinoseg.preparation.sarrarp",
+    "dinoseg.data.sarrarp": "dinoseg.data.formats.sarrarp",
+    "dinoseg.data.synthetic.moving_write": "dinoseg.synthetic.moving_write",
+    "dinoseg.data.synthetic.write": "dinoseg.synthetic.write",
+    "dinoseg.inference.slot_settings": "dinoseg.tracking.slots.settings",
+    "dinoseg.inference.tracking_settings": "dinoseg.tracking.propagation.settings",
+    "dinoseg.modes.sweep": "dinoseg.sweeps.table",
+}
+
+
+def today(target: str) -> str:
+    """Return a target's name of today; one that has not moved keeps its name."""
+    module, _, name = target.rpartition(".")
+    return f"{MODULES.get(module, module)}.{name}"

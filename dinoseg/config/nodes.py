@@ -1,0 +1,91 @@
+"""A config node to what it describes: the only caller of hydra's instantiate; imports no torch."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate as hydra_instantiate
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dinoseg.config.checks import check_given
+from dinoseg.errors import UserError
+
+
+def instantiate(node: Any, *, without: Sequence[str] = (), instead: Mapping[str, Any] | None = None) -> Any:
+    """Return what a config node describes; a `_partial_` node gives a callable that waits for the rest.
+
+    Args:
+        node: a config node or a dict, with `_target_`.
+        without: keys beside it that are for somebody else.
+        instead: values to use in place of the node's own.
+
+    Raises:
+        UserError: a value is missing, or a key or its value is not one that the target takes.
+    """
+    try:
+        values: Any = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    except OmegaConfBaseException as error:
+        absent = re.search(r"Missing mandatory value: (\S+)", str(error))
+        if absent or isinstance(error, UserError):
+            raise UserError(not_set(absent[1]) if absent else str(error)) from None
+        raise
+    values = {key: value for key, value in values.items() if key not in without} | dict(instead or {})
+    where = node._get_full_key(None) if OmegaConf.is_config(node) else ""
+    unset = next(_unset(values, where), None)
+    if unset:
+        raise UserError(not_set(unset))
+    again = next((text for text in _texts(values) if "${" in text), None)
+    if again is not None:  # hydra would resolve it once more, and so run what was meant as text
+        raise UserError(f"{again} reads as an interpolation even after it is resolved. Choose a value without ${{.")
+    for target, given, names in _named(values, node, where):
+        check_given(target, given, names)
+    try:
+        return hydra_instantiate(values, _convert_="all")
+    except InstantiationException as error:
+        raise (error.__cause__ or error) from None  # what the target itself raised, not hydra's wrapping
+
+
+def _named(values: Any, node: Any, where: str) -> Iterator[tuple[str, dict[str, Any], dict[str, str]]]:
+    """Yield every `_target_` at or below a node with the keys and values beside it, and each key's whole name."""
+    items: Any = values.items() if isinstance(values, Mapping) else enumerate(values)
+    below = {key: (value, *_typed_at(node, key, where)) for key, value in items}
+    if isinstance(values, Mapping) and isinstance(values.get("_target_"), str):
+        own = {key: value for key, value in values.items() if not str(key).startswith("_")}
+        yield values["_target_"], own, {key: below[key][2] for key in own}
+    for value, inner, name in below.values():
+        if isinstance(value, Mapping | list):
+            yield from _named(value, inner, name)
+
+
+def _typed_at(node: Any, key: Any, where: str) -> tuple[Any, str]:
+    """Return the node below a key and the whole key at which its value is typed, which may be where it points to."""
+    name = f"{where}.{key}".lstrip(".")
+    inner = node._get_node(key) if OmegaConf.is_config(node) else None
+    if inner is None:
+        return None, name
+    if inner._is_interpolation():
+        inner = inner._dereference_node()
+    return inner, inner._get_full_key(None) or name
+
+
+def not_set(key: str) -> str:
+    """Return the message for a key without a value."""
+    return f"{key} is not set. Give it on the command line: {key}=VALUE."
+
+
+def _unset(values: Any, where: str) -> Iterator[str]:
+    """Yield the whole names of the values that still stand as `???`."""
+    if values == "???":
+        yield where
+    items = values.items() if isinstance(values, Mapping) else enumerate(values) if isinstance(values, list) else ()
+    for key, value in items:
+        yield from _unset(value, f"{where}.{key}".lstrip("."))
+
+
+def _texts(values: Any) -> Iterator[str]:
+    if isinstance(values, str):
+        yield values
+    for value in values.values() if isinstance(values, Mapping) else values if isinstance(values, list) else ():
+        yield from _texts(value)

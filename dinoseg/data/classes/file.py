@@ -1,0 +1,213 @@
+"""`classes.yaml` beside your own data: names, colours, merged and ignored ids.
+
+    classes:
+      background: {ids: [0], color: [0, 0, 0]}
+      leaf: {ids: [1, 2], color: [0, 255, 0]}    # the numbers 1 and 2 in a mask file are one class
+    background: background
+    ignore: {ids: [7]}
+    masks: ids
+
+`classes` is a mapping in id order, or a list of names alone. With `masks: ids` (the default) a mask file holds numbers:
+`ids` says which, without it a class has its position, and `color` only draws. With `masks: palette` it holds colours: a
+class has a `color`, or several `colors` that are merged. With `masks: binary` it holds 0 and 255. `ignore` names the
+`ids` or `colors` that count nowhere, `background` the class that is no object, if any. Under `masks: ids` all numbers
+must be named, but for data.ignore_index; or `others` names the class of all that are not, such as those of instances.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dinoseg.data.classes.labels import as_color
+from dinoseg.data.classes.mask_advice import HIGHEST_ID
+from dinoseg.data.classes.masks import FORMATS
+from dinoseg.errors import UserError
+from dinoseg.storage.files import check_regular
+
+NAME = "classes.yaml"
+NOT_DESCRIBED: dict[str, Any] = {
+    **{
+        "palette": None,
+        "background": None,
+        "format": "ids",
+        "ids": None,
+        "others": None,
+        "colors": None,
+        "ignore_colors": [],
+    },
+    "described": None,
+}
+_LARGEST = 65536  # bytes: 255 classes need a fourth of it
+
+
+def read_class_file(path: Path, ignore_index: int) -> dict[str, Any]:
+    """Return `classes` and the other keys of `NOT_DESCRIBED` as the config has them.
+
+    Raises:
+        UserError: the file cannot be read, is too large, no YAML, or says what makes no sense.
+    """
+    try:
+        check_regular(path)
+        stat = path.stat()
+    except OSError as error:
+        raise UserError(f"Cannot read {path}: {error.strerror}. Check data.root.") from None
+    return _read(path, ignore_index, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=16)
+def _read(path: Path, ignore_index: int, changed: int, size: int) -> dict[str, Any]:
+    """Read once for each state (time and size) of a file: a config asks for every key by itself."""
+    try:
+        if size > _LARGEST:
+            raise ValueError(
+                f"it has {size} bytes, and a description of classes at most {_LARGEST}: give a smaller one"
+            )
+        return _described(yaml.load(path.read_text(encoding="utf-8-sig"), _Loader), ignore_index)
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
+        what = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"Cannot read {path} as YAML: {what}. Correct the file.") from None
+    except (ValueError, UserError) as error:
+        raise UserError(f"{path}: {str(error).rstrip('.')}.") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain YAML, in which a key that stands twice is an error and nothing is written once to be used often."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.events.AliasEvent):
+            raise ValueError("it has an alias (*name): write the value out")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        if twice := [key for key, count in keys.items() if count > 1]:
+            raise ValueError(f"{', '.join(twice)} stands more than once in one mapping: make each name unique")
+        return super().construct_mapping(node, deep)
+
+
+def _described(content: Any, ignore_index: int) -> dict[str, Any]:
+    whole = _mapping(content, "the file", ("classes", "background", "others", "ignore", "masks"))
+    classes = _classes(whole.get("classes"))
+    ignored = _mapping(whole.get("ignore", {}), "ignore", ("ids", "colors"))
+    masks = whole.get("masks", "ids")
+    if masks not in FORMATS:
+        raise ValueError(f"masks: {masks} is unknown: choose one of {', '.join(FORMATS)}")
+    _refuse_idle(classes, ignored, masks)
+    colors = [_colors(entry, f"class {name}") for name, entry in classes.items()]
+    if any(colors) and not all(colors) or masks == "palette" and not all(colors):
+        bare = ", ".join(name for name, given in zip(classes, colors, strict=True) if not given)
+        raise ValueError(f"no color for {bare}: give one to every class{' or to none' * (masks != 'palette')}")
+    found = {**NOT_DESCRIBED, "classes": list(classes), "format": masks, "background": whole.get("background")}
+    if found["background"] not in (None, *classes):
+        raise ValueError(f"background: {found['background']} is no class: name one of {', '.join(classes)}, or none")
+    found["palette"] = [given[0] for given in colors] if any(colors) else None
+    found["others"] = others = whole.get("others")
+    if others not in (None, *classes):
+        raise ValueError(f"others: {others} is no class: name one of {', '.join(classes)}")
+    if others is not None and masks != "ids":
+        raise ValueError(f"others has no effect with masks: {masks}: remove it, or say `masks: ids`")
+    if masks == "ids":
+        unnamed = _whole_numbers(ignored.get("ids", []), "ignore")
+        found["ids"] = _ids(classes, unnamed, ignore_index, others) or None
+    if masks == "palette":
+        unseen = _colors(ignored, "ignore")
+        owners = [(tuple(color), name) for name, given in zip(classes, colors, strict=True) for color in given]
+        _refuse_shared([*owners, *((tuple(color), "ignore") for color in unseen)], "colour")
+        found["colors"] = {index: given[1:] for index, given in enumerate(colors) if given[1:]} or None
+        found["ignore_colors"] = unseen
+    return {**found, "described": {"ids": found["ids"]}}
+
+
+def _classes(node: Any) -> dict[str, dict[str, Any]]:
+    """Return name to its `ids`, `color` and `colors`."""
+    example = "list names in id order, such as `classes: [background, leaf]`"
+    if isinstance(node, list):
+        if twice := [str(name) for name, count in Counter(map(str, node)).items() if count > 1]:
+            raise ValueError(f"classes names {', '.join(twice)} more than once: make each name unique")
+        node = dict.fromkeys(map(_name, node))
+    if not isinstance(node, dict) or not node:
+        raise ValueError(f"classes is {node if node else 'not given'}: {example}")
+    keys = ("ids", "color", "colors")
+    return {
+        _name(name): _mapping({} if entry is None else entry, f"class {name}", keys) for name, entry in node.items()
+    }
+
+
+def _name(value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{value!r} is no class name: YAML reads it as {type(value).__name__}. Write it in quotes")
+    if "${" in value or value.strip() == "???":
+        raise ValueError(f"{value!r} is no class name: it would be read as a reference or a missing value. Rename it")
+    return value
+
+
+def _mapping(node: Any, where: str, keys: Sequence[str]) -> dict[str, Any]:
+    if not isinstance(node, dict):
+        raise ValueError(f"{where} holds {node!r:.60}, and must be a mapping with the keys {', '.join(keys)}")
+    if unknown := [str(key) for key in node if key not in keys]:
+        raise ValueError(f"{where} has the unknown keys {', '.join(unknown)}: it takes {', '.join(keys)}")
+    return node
+
+
+def _refuse_idle(classes: Mapping[str, Mapping[str, Any]], ignored: Mapping[str, Any], masks: str) -> None:
+    """Refuse what would have no effect with this kind of mask."""
+    idle = {"ids": ("colors",), "palette": ("ids",), "binary": ("ids", "colors")}[masks]
+    for where, entry in [*((f"class {name}", entry) for name, entry in classes.items()), ("ignore", ignored)]:
+        if found := [key for key in idle if key in entry]:
+            remedy = "remove it, or say `masks: palette`" if found[0] == "colors" else "remove it, or say `masks: ids`"
+            raise ValueError(f"{found[0]} of {where} has no effect with masks: {masks}: {remedy}")
+    if masks == "binary" and len(classes) != 2:
+        raise ValueError(f"masks: binary needs 2 classes, for 0 and 255, and there are {len(classes)}: correct one")
+
+
+def _colors(entry: Mapping[str, Any], where: str) -> list[list[int]]:
+    """Return the colours of a class; the first one draws it."""
+    if "color" in entry and "colors" in entry:
+        raise ValueError(f"{where} has color and colors: give one of them")
+    given = [entry["color"]] if "color" in entry else entry.get("colors", [])
+    if not isinstance(given, list) or not all(isinstance(color, list) for color in given):
+        raise ValueError(f"the colours of {where} are {given!r:.60}: give color: [r, g, b] or colors: [[r, g, b], ...]")
+    return [list(as_color(color)) for color in given]
+
+
+def _whole_numbers(given: Any, where: str) -> list[int]:
+    if not isinstance(given, list) or not all(type(number) is int and 0 <= number <= HIGHEST_ID for number in given):
+        raise ValueError(f"the ids of {where} are {given!r:.60}: give a list of numbers from 0 to {HIGHEST_ID}")
+    return given
+
+
+def _ids(
+    classes: Mapping[str, Mapping[str, Any]], ignored: Sequence[int], ignore_index: int, others: str | None
+) -> dict[int, int]:
+    """Return file id to class id, ignore_index, or -1 for one that is refused.
+
+    The class of all `others` needs no ids.
+    """
+    named = [name for name, entry in classes.items() if "ids" in entry]
+    if named and (bare := [name for name in classes if name not in (*named, others)]):
+        raise ValueError(f"no ids for {', '.join(bare)}: give them to every class, or to none to count by position")
+    own = {
+        name: _whole_numbers(entry.get("ids", []), f"class {name}") if named else [position]
+        for position, (name, entry) in enumerate(classes.items())
+    }
+    owners = [(number, name) for name, numbers in own.items() for number in numbers]
+    _refuse_shared([*owners, *((number, "ignore") for number in ignored)], "id")
+    table = dict.fromkeys(ignored, ignore_index)
+    if named:
+        order = {name: position for position, name in enumerate(classes)}
+        table |= {number: order[name] for number, name in owners}
+        rest = -1 if others is None else order[others]
+        table |= {number: rest for number in range(len(classes)) if number not in table and number != ignore_index}
+    return table
+
+
+def _refuse_shared(owners: Iterable[tuple[Any, str]], what: str) -> None:
+    first: dict[Any, str] = {}
+    for value, owner in owners:
+        if value in first:
+            raise ValueError(f"the {what} {value} stands for {first[value]} and for {owner}: keep one of them")
+        first[value] = owner

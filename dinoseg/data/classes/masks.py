@@ -1,0 +1,233 @@
+"""Mask files to class ids: stored numbers, colours, or 0 / 255; whatever has no class is an error."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dinoseg.data.classes.labels import Labels, as_color
+from dinoseg.data.classes.mask_advice import HIGHEST_ID, for_binary, for_colors, for_ids
+from dinoseg.errors import UserError
+from dinoseg.images import has_one_bit, read_ids, read_image
+
+FORMATS = ("ids", "palette", "binary")
+ON_SIZE_MISMATCH = ("error", "resize_mask")
+
+
+@dataclass(frozen=True)
+class Masks:
+    """How mask files are written.
+
+    Args:
+        format: `ids`: the stored numbers (a palette file's indices) are class ids; `palette`: colours
+            stand for classes by `data.palette`; `binary`: 0 is class 0 and 255 is class 1, or
+            black and white of a file of one bit a pixel.
+        ids: file id to class id, ignore_index or -1 (refused), for `ids`; ids not named here stay as they are, unless
+            the table gives the number of one class to another, as {1: 0, 2: 1} does: then they have no class.
+        others: for `ids`: the class of every number that is not named: not by `ids`, no class's own, not ignored.
+        reduce_zero_label: for `ids`: file id 0 is ignored, and k is class k - 1, as in ADE20K.
+        colors: class id to further colours that stand for it, for `palette`.
+        ignore_colors: colours that are ignored, for `palette`.
+        on_size_mismatch: `error`, or `resize_mask`: a mask of its image's proportions is resized, nearest.
+        described: what `classes.yaml` says, of which `ids` must then be the table; None where it is not used.
+    """
+
+    format: str = "ids"
+    ids: Mapping[int, int] | None = None
+    others: str | None = None
+    reduce_zero_label: bool = False
+    colors: Mapping[int, Sequence[Sequence[int]]] | None = None
+    ignore_colors: Sequence[Sequence[int]] = ()
+    on_size_mismatch: str = "error"
+    described: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Refuse what would have no effect."""
+        for name, table in (("ids", self.ids), ("colors", self.colors)):
+            if table:
+                object.__setattr__(self, name, _numbered(table))
+        if self.described is not None and (self.ids or None) != (_numbered(self.described.get("ids")) or None):
+            raise UserError(
+                f"data.reader.masks.ids={self.ids} would replace all ids that classes.yaml of data.root gives. Write "
+                "them there: under the class that they belong to, or `ignore: {ids: [...]}`. Or give data.classes too: "
+                "then classes.yaml is not read."
+            )
+        for key, value, options in (
+            ("format", self.format, FORMATS),
+            ("on_size_mismatch", self.on_size_mismatch, ON_SIZE_MISMATCH),
+        ):
+            if value not in options:
+                raise UserError(f"data.reader.masks.{key}={value} is unknown. Choose one of {', '.join(options)}.")
+        for name, given in (("ids", self.ids), ("others", self.others), ("reduce_zero_label", self.reduce_zero_label)):
+            if given and self.format != "ids":
+                raise UserError(
+                    f"data.reader.masks.{name} has no effect with format={self.format}: remove it, or set format=ids."
+                )
+        for name, colors in (("colors", self.colors), ("ignore_colors", self.ignore_colors)):
+            if colors and self.format != "palette":
+                raise UserError(
+                    f"data.reader.masks.{name} has no effect with format={self.format}: "
+                    "remove it, or set format=palette."
+                )
+
+
+def _numbered(table: Mapping[Any, Any] | None) -> dict[Any, Any]:
+    """Return a table with numbers as keys again: a checkpoint's description is JSON, which has none."""
+    return {int(key) if str(key).isdecimal() else key: value for key, value in (table or {}).items()}
+
+
+class MaskReader:
+    """Reads mask files as class ids (H, W) uint8.
+
+    Args:
+        labels: the classes that a mask may hold.
+        masks: how the files are written.
+
+    Raises:
+        UserError: labels and masks do not fit each other.
+    """
+
+    def __init__(self, labels: Labels, masks: Masks) -> None:
+        self.labels = labels
+        self.masks = masks
+        if masks.format == "ids":
+            rest = -1 if masks.others is None else _position(masks.others, labels)
+            self._table = _id_table(labels, masks.ids or {}, first=int(masks.reduce_zero_label), rest=rest)
+        elif masks.format == "palette":
+            self._codes, self._values = _color_table(labels, masks.colors or {}, masks.ignore_colors)
+        elif len(labels.classes) != 2:
+            raise UserError(f"data.reader.masks.format=binary needs 2 classes, data.classes has {len(labels.classes)}.")
+
+    def read(self, path: Path) -> np.ndarray:
+        """Return class ids 0..K-1 and ignore_index as (H, W) uint8.
+
+        Raises:
+            UserError: the file is unreadable, or holds a number or colour that has no class.
+        """
+        if self.masks.format == "palette":
+            return self._from_colors(read_image(path), path)
+        numbers = _one_channel(read_ids(path), path)
+        if self.masks.format == "binary":
+            return _from_binary(numbers, path, described=self.masks.described is not None)
+        return self._from_ids(numbers, path)
+
+    def _from_ids(self, numbers: np.ndarray, path: Path) -> np.ndarray:
+        inside = numbers.min() >= 0 and numbers.max() <= HIGHEST_ID
+        ids = self._table[numbers] if inside else None  # (H, W) int16
+        if ids is None or ids.min() < 0:
+            last, ignore = len(self.labels.classes) - 1, self.labels.ignore_index
+            foreign = [v for v in np.unique(numbers) if not 0 <= v <= HIGHEST_ID or self._table[v] < 0]
+            known = np.flatnonzero((self._table >= 0) & (self._table != ignore))
+            stand = "" if known.size == last + 1 == known[-1] + 1 else f", which stand in files as {_some(known)}"
+            raise UserError(
+                f"{path} holds the ids {_some(foreign)}, which are no classes: data.classes has ids 0 to "
+                f"{last}{stand}, and {ignore} is ignored. "
+                + for_ids(foreign, ignore, described=self.masks.described is not None)
+            )
+        return ids.astype(np.uint8)
+
+    def _from_colors(self, pixels: np.ndarray, path: Path) -> np.ndarray:
+        codes = _color_code(pixels.astype(np.int32))  # (H, W)
+        place = np.searchsorted(self._codes, codes).clip(max=len(self._codes) - 1)
+        unknown = self._codes[place] != codes
+        if unknown.any():
+            found, counts = np.unique(codes[unknown], return_counts=True)
+            colors = [(int(c) >> 16, int(c) >> 8 & 255, int(c) & 255) for c in found[np.argsort(-counts)]]
+            described = self.masks.described is not None
+            raise UserError(
+                f"{path} holds colours that are not in {'classes.yaml' if described else 'data.palette'}: "
+                f"{_some(colors)}, on {int(unknown.sum())} pixels. {for_colors(colors, described=described)}"
+            )
+        return self._values[place]
+
+
+def _from_binary(numbers: np.ndarray, path: Path, *, described: bool) -> np.ndarray:
+    ids = (numbers == 255).astype(np.uint8)
+    other = numbers[(numbers != 0) & (ids == 0)]
+    if other.size and numbers.max() == 1 and has_one_bit(path):
+        return numbers.astype(np.uint8)
+    if other.size:
+        advice = for_binary(np.unique(numbers).tolist(), described=described)
+        raise UserError(f"{path} is no binary mask: beside 0 and 255 it holds {_some(np.unique(other))}. {advice}")
+    return ids
+
+
+def _one_channel(numbers: np.ndarray, path: Path) -> np.ndarray:
+    if numbers.ndim == 2:
+        return numbers
+    first = numbers[..., 0]
+    if not (np.array_equal(first, numbers[..., 1]) and np.array_equal(first, numbers[..., 2])):
+        raise UserError(
+            f"{path} is a coloured picture, not numbers. If its colours stand for classes, set "
+            "data.reader.masks.format=palette and give data.palette."
+        )
+    return first
+
+
+def _position(name: str, labels: Labels) -> int:
+    if name not in labels.classes:
+        raise UserError(
+            f"data.reader.masks.others={name} is no class. Name one of data.classes: {', '.join(labels.classes)}."
+        )
+    return labels.classes.index(name)
+
+
+def _id_table(labels: Labels, ids: Mapping[int, int], first: int, rest: int) -> np.ndarray:
+    """Return (65536,) int16: class id or ignore_index of each file id, -1 where there is none.
+
+    The file id of the first class is `first`; those before it are ignored, those of no class are `rest`.
+    """
+    count, ignore = len(labels.classes), labels.ignore_index
+    table = np.full(HIGHEST_ID + 1, rest, dtype=np.int16)
+    table[:first] = ignore
+    table[first : first + count] = np.arange(count)
+    for source, target in ids.items():
+        if not isinstance(source, int) or not 0 <= source <= HIGHEST_ID:
+            raise UserError(f"data.reader.masks.ids maps {source!r}: a file id is a number from 0 to 65535.")
+        if not isinstance(target, int) or not (-1 <= target < count or target == ignore):
+            raise UserError(
+                f"data.reader.masks.ids maps {source} to {target!r}: give a class id from 0 to {count - 1}, "
+                f"{ignore} to ignore it, or -1 to refuse it."
+            )
+    moved = {source - first: target for source, target in ids.items() if 0 <= target < count}
+    moved = {own: target for own, target in moved.items() if own != target}
+    if moved.keys() & set(moved.values()):  # it numbers anew: {1: 0, 2: 1} leaves file id 0 out; {2: 1} alone merges
+        table[first : first + count] = rest
+    table[ignore] = ignore
+    table[list(ids)] = list(ids.values())
+    return table
+
+
+def _color_table(
+    labels: Labels, further: Mapping[int, Sequence[Sequence[int]]], ignored: Sequence[Sequence[int]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return sorted colour codes and the class id or ignore_index of each."""
+    if unknown := [key for key in further if not isinstance(key, int) or not 0 <= key < len(labels.classes)]:
+        raise UserError(
+            f"data.reader.masks.colors has colours for {unknown[0]!r}: give class ids from 0 to "
+            f"{len(labels.classes) - 1}, such as {{0: [[255, 255, 255]]}}."
+        )
+    merged = [(as_color(color), key) for key, given in further.items() for color in given]
+    colors = [*labels.palette, *(color for color, _ in merged), *map(as_color, ignored)]
+    values = [*range(len(labels.palette)), *(key for _, key in merged), *[labels.ignore_index] * len(ignored)]
+    codes = _color_code(np.array(colors, dtype=np.int32))
+    order = np.argsort(codes, kind="stable")
+    same = codes[order][1:] == codes[order][:-1]
+    if same.any():
+        twice = colors[int(order[1:][same][0])]
+        raise UserError(
+            f"Colour {twice} stands for two things in data.palette, data.reader.masks.colors and ignore_colors: "
+            "with format=palette each needs its own."
+        )
+    return codes[order], np.array(values, dtype=np.uint8)[order]
+
+
+def _color_code(rgb: np.ndarray) -> np.ndarray:
+    return rgb[..., 0] << 16 | rgb[..., 1] << 8 | rgb[..., 2]
+
+
+def _some(values: Sequence | np.ndarray, limit: int = 10) -> str:
+    shown = ", ".join(str(value) for value in values[:limit])
+    return shown if len(values) <= limit else f"{shown} and {len(values) - limit} more"

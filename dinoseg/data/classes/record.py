@@ -1,0 +1,79 @@
+"""`classes.json` beside predictions: what their ids mean, and how masks are written that they are scored against."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dinoseg.data.classes.labels import Labels
+from dinoseg.data.classes.mask_size import fit
+from dinoseg.data.classes.masks import MaskReader, Masks
+from dinoseg.errors import UserError
+from dinoseg.report.table import write_json
+from dinoseg.storage import stored
+
+NAME = "classes.json"
+_FORM = stored.record(
+    classes=stored.listing(stored.text),
+    palette=stored.listing(stored.listing(stored.whole(0, 255), 3)),
+    ignore_index=stored.whole(0, 255),
+    masks=stored.table(stored.plain),
+)
+
+
+@dataclass(frozen=True)
+class References:
+    """Reads reference masks as a data set reads its own."""
+
+    reader: MaskReader
+
+    def __call__(self, path: Path, prediction: Path | None = None, size: tuple[int, int] | None = None) -> np.ndarray:
+        """Return class ids and ignore_index (H, W) uint8, at the size of its prediction where that is given.
+
+        Raises:
+            UserError: the file is unreadable, of another size, or holds what is no class.
+        """
+        ids = self.reader.read(path)
+        return ids if size is None else fit(ids, size, self.reader.masks.on_size_mismatch, image=prediction, path=path)
+
+
+def write_class_record(
+    folder: Path,
+    classes: Sequence[str],
+    palette: Sequence[Sequence[int]],
+    ignore_index: int,
+    masks: Mapping[str, Any],
+) -> None:
+    """Write what predicted ids mean; `masks` are the keys of `Masks` that the data set's own masks are read by."""
+    colors = [list(color) for color in palette]
+    record = {"classes": list(classes), "palette": colors, "ignore_index": ignore_index, "masks": dict(masks)}
+    write_json(folder / NAME, record)
+
+
+def read_class_record(folder: Path) -> tuple[Labels, dict[str, Any]] | None:
+    """Return the classes and the keys of `Masks` that a folder of predictions keeps; None where it keeps none.
+
+    Raises:
+        UserError: the file is there, and no such record.
+    """
+    path = folder / NAME
+    if not path.is_file():
+        return None
+    try:
+        found = stored.read_json(path, _FORM)
+        return Labels.of(found["classes"], found["palette"], found["ignore_index"]), found["masks"]
+    except (OSError, stored.Misshapen, UserError) as error:
+        raise UserError(
+            f"{path} is no record of classes ({error}). Remove it and give num_classes, or predict again."
+        ) from None
+
+
+def references(labels: Labels, masks: Mapping[str, Any]) -> References:
+    """Return what reads the references of these classes.
+
+    Raises:
+        UserError: the keys make no sense.
+    """
+    return References(MaskReader(labels, Masks(**masks)))

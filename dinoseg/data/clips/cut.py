@@ -1,0 +1,252 @@
+"""Clips: runs of frames of videos with their masks, read one clip at a time."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dinoseg.data.clips.videos import VOID, Layout, Video, chosen
+from dinoseg.data.splits import Partition
+from dinoseg.errors import UserError
+from dinoseg.ranges import Count, NotNegative, Positive
+from dinoseg.wording import listed
+
+SHORT = ("error", "skip", "pad")
+
+
+class Clip(TypedDict):
+    """Some frames of one video; T of them, all of one size."""
+
+    frames: Tensor  # (T, 3, H, W) uint8, RGB
+    masks: Tensor  # (T, H, W) uint8, object ids, 0 = background, 255 = void; all 255 where there is no mask
+    annotated: Tensor  # (T,) bool: which frames have a mask
+    appears: Tensor  # (255,) int64: by object id, the first of the T frames whose mask shows it; -1: none does
+    name: str  # of the video
+    start: int  # position of the first frame in the video
+    stride: int  # positions from one frame to the next
+    frame_names: list[str]  # file stems, or the numbers of a video file's frames
+
+
+class Place(NamedTuple):
+    """Where a clip lies."""
+
+    video: int
+    start: int
+    stride: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How videos are cut into clips.
+
+    Args:
+        length: frames in a clip; None: the whole video is one.
+        stride: every how many frames one is taken.
+        fps: frames per second wanted, from which the stride follows; None: as `stride` says.
+        fps_tolerance: share of `fps` by which the rate that a whole stride gives may miss it.
+        step: frames of the video from the start of one clip to the start of the next; None: as many as a clip
+            covers, so that none overlap. A rest that is too short for a clip is left out.
+        per_video: clips of each video, spread evenly over it, instead of as many as there is room for; None: all.
+        short: what becomes of a video with fewer frames than a clip covers: `error`; `skip`: it gives no clip;
+            `pad`: its last frame is repeated, those repetitions without a mask.
+    """
+
+    length: Count | None = None
+    stride: Count = 1
+    fps: Positive | None = None
+    fps_tolerance: NotNegative = 0.05
+    step: Count | None = None
+    per_video: Count | None = None
+    short: str = "error"
+
+    def __post_init__(self) -> None:
+        """Refuse what is no number of frames, and two ways of saying one thing."""
+        for key in ("length", "stride", "step", "per_video"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                what = "clips" if key == "per_video" else "frames"
+                raise UserError(f"data.clips.cut.{key}={value}: give a number of {what}, 1 or more.")
+        if self.fps is not None and not self.fps > 0:
+            raise UserError(f"data.clips.cut.fps={self.fps}: give frames per second, above 0.")
+        if not self.fps_tolerance >= 0:
+            raise UserError(
+                f"data.clips.cut.fps_tolerance={self.fps_tolerance}: give a share of the frame rate, 0 or more."
+            )
+        if self.fps is not None and self.stride != 1:
+            raise UserError(f"data.clips.cut.fps={self.fps} and stride={self.stride} say the same: set one of them.")
+        if self.length is None and self.step is not None:
+            raise UserError(
+                f"data.clips.cut.step={self.step} has no effect with length=null, the whole video: remove it."
+            )
+        if self.step is not None and self.per_video is not None:
+            raise UserError(
+                f"data.clips.cut.step={self.step} and per_video={self.per_video} both say where clips start: set one."
+            )
+        if self.short not in SHORT:
+            raise UserError(f"data.clips.cut.short={self.short} is unknown. Choose one of {', '.join(SHORT)}.")
+
+    def stride_of(self, video: Video) -> int:
+        """Return every how many frames of a video one is taken.
+
+        Raises:
+            UserError: its frame rate is unknown, or no whole stride comes within `fps_tolerance` of the wanted one.
+        """
+        if self.fps is None:
+            return self.stride
+        if video.fps is None:
+            raise UserError(
+                f"data.clips.cut.fps={self.fps}, but the frame rate of video {video.name} is unknown. Set "
+                "data.folder_fps, or data.clips.cut.stride instead."
+            )
+        stride = max(1, round(video.fps / self.fps))
+        if abs(video.fps / stride / self.fps - 1) > self.fps_tolerance:
+            rates = [f"{video.fps / each:.4g}" for each in range(max(1, stride - 1), stride + 2)]
+            raise UserError(
+                f"data.clips.cut.fps={self.fps}: video {video.name} has {video.fps:.4g} frames per second, of which "
+                f"every n-th gives {', '.join(rates)}. Choose one of these, set data.clips.cut.stride, or raise "
+                f"data.clips.cut.fps_tolerance={self.fps_tolerance}, the share by which the rate may miss."
+            )
+        return stride
+
+    def places(self, number: int, video: Video) -> Iterator[Place]:
+        """Yield the clips of a video, `number` in its data set.
+
+        Raises:
+            UserError: see `stride_of`; the video is too short, and `short` is `error`.
+        """
+        stride, count = self.stride_of(video), len(video.frames)
+        length = self.length if self.length is not None else -(-count // stride)
+        covered = (length - 1) * stride + 1
+        step = self.step if self.step is not None else length * stride
+        if count >= covered:
+            room = count - covered
+            starts = range(0, room + 1, step) if self.per_video is None else _spread(room, self.per_video)
+            yield from (Place(number, start, stride, length) for start in starts)
+        elif self.short == "pad":
+            yield Place(number, 0, stride, length)
+        elif self.short == "error":
+            raise UserError(
+                f"Video {video.name} has {count} frames; {length} at stride {stride} need {covered}. Set "
+                "data.clips.cut.short=pad or skip, or a lower data.clips.cut.length or stride."
+            )
+
+
+class Clips:
+    """The clips of some videos, in the order of the videos; `skipped` names those too short for one.
+
+    Raises:
+        UserError: no video gives a clip, or see `Cut`; when an item is read: an unreadable file, frames that
+            differ in size, a mask of another size than its frame.
+    """
+
+    def __init__(self, videos: Sequence[Video], cut: Cut) -> None:
+        self.videos, self.cut = videos, cut
+        self.places = [place for number, video in enumerate(videos) for place in cut.places(number, video)]
+        used = {place.video for place in self.places}
+        self.skipped = [video.name for number, video in enumerate(videos) if number not in used]
+        if not self.places:
+            raise UserError(
+                f"None of {len(videos)} videos is long enough for a clip: {listed(self.skipped)}. Set "
+                "data.clips.cut.short=pad, or a lower data.clips.cut.length."
+            )
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def frames(self, index: int) -> tuple[np.ndarray, str]:
+        """Return the frames (T, H, W, 3) uint8 of a clip without their masks, and a name for it."""
+        video, place, positions = self._find(index)
+        return _read_frames(video, positions, place.length), f"{video.name}/{video.frame_name(place.start)}"
+
+    def __getitem__(self, index: int) -> Clip:
+        video, place, positions = self._find(index)
+        masks: list[np.ndarray | None] = [video.mask(position) for position in positions]
+        frames = _read_frames(video, positions, place.length)  # (T, H, W, 3)
+        filled = np.full(frames.shape[:3], VOID, dtype=np.uint8)  # (T, H, W)
+        for number, (position, mask) in enumerate(zip(positions, masks, strict=True)):
+            if mask is None:
+                continue
+            if mask.shape != filled.shape[1:]:
+                raise UserError(
+                    f"{video.frames[position]} is {_size(frames[number])} (width x height), its mask "
+                    f"{video.masks[position]} is {_size(mask)}. Replace the one that is wrong."
+                )
+            filled[number] = mask
+        padded = place.length - len(positions)
+        names = [video.frame_name(position) for position in positions]
+        return Clip(
+            frames=torch.from_numpy(frames).permute(0, 3, 1, 2),  # (T, 3, H, W)
+            masks=torch.from_numpy(filled),
+            annotated=torch.tensor([mask is not None for mask in masks] + [False] * padded),
+            appears=torch.from_numpy(_first_shown(masks)),
+            name=video.name,
+            start=place.start,
+            stride=place.stride,
+            frame_names=names + names[-1:] * padded,
+        )
+
+    def _find(self, index: int) -> tuple[Video, Place, list[int]]:
+        """Return a clip's video, its place there, and the positions that the video has of it."""
+        place = self.places[index]
+        video = self.videos[place.video]
+        wanted = (place.start + number * place.stride for number in range(place.length))
+        return video, place, [position for position in wanted if position < len(video.frames)]
+
+
+def open_clips(
+    layout: Layout,
+    split: str,
+    *,
+    cut: Cut = Cut(),  # noqa: B008 (frozen)
+    eval_cut: Cut | None = None,
+    partition: Partition = Partition(),  # noqa: B008 (frozen)
+) -> Clips:
+    """Return the clips of a split of a data set; `eval_cut` is for other splits than train, None: as `cut`.
+
+    Raises:
+        UserError: whatever the layout finds wrong, and see `Clips`.
+    """
+    return Clips(chosen(layout, split, partition), cut if split == "train" or eval_cut is None else eval_cut)
+
+
+def _spread(room: int, count: int) -> list[int]:
+    """Return where clips start: at most `count` places from 0 to `room`, evenly; a single one lies in the middle."""
+    if count == 1:
+        return [room // 2]
+    return sorted({round(number * room / (count - 1)) for number in range(count)})
+
+
+def _first_shown(masks: Sequence[np.ndarray | None]) -> np.ndarray:
+    """Return by object id the first mask that shows it, -1 where none does; the background is no object."""
+    first = np.full(VOID, -1, dtype=np.int64)
+    for number, mask in enumerate(masks):
+        if mask is not None:
+            shown = np.bincount(mask.ravel(), minlength=VOID)[:VOID] > 0
+            first[shown & (first < 0)] = number
+    first[0] = -1
+    return first
+
+
+def _read_frames(video: Video, positions: Sequence[int], length: int) -> np.ndarray:
+    """Read frames into (length, H, W, 3) uint8; what is over repeats the last one."""
+    first = video.image(positions[0])
+    frames = np.empty((length, *first.shape), dtype=np.uint8)
+    frames[0] = first
+    for number, position in enumerate(positions[1:], start=1):
+        image = video.image(position)
+        if image.shape != first.shape:
+            raise UserError(
+                f"Frames of video {video.name} differ in size: {video.frames[positions[0]]} is {_size(first)} "
+                f"(width x height), {video.frames[position]} is {_size(image)}. Make them equal."
+            )
+        frames[number] = image
+    frames[len(positions) :] = frames[len(positions) - 1]
+    return frames
+
+
+def _size(pixels: np.ndarray) -> str:
+    return f"{pixels.shape[1]} x {pixels.shape[0]}"

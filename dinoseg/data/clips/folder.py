@@ -1,0 +1,97 @@
+"""A folder of video files or of folders of frames, searched recursively; no masks."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from dinoseg.data.clips.videos import FrameFiles, Video, VideoFrames, picture_files
+from dinoseg.data.natural_order import natural_order
+from dinoseg.data.video.index import index_videos
+from dinoseg.errors import UserError
+from dinoseg.images import IMAGE_SUFFIXES
+from dinoseg.ranges import Positive
+from dinoseg.storage.files import visible_files
+from dinoseg.wording import count_of
+
+VIDEO_SUFFIXES = (".avi", ".mp4", ".mov", ".m4v", ".mkv", ".webm", ".mpg", ".mpeg", ".ts", ".wmv")
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class VideoFolder:
+    """Where the videos lie: each video file, and each folder with pictures in it, is one video.
+
+    Names are paths below the folder, without a file's ending.
+
+    Args:
+        root: folder that is searched.
+        folder: subfolder to search, in which `{split}` stands for the split.
+        folder_fps: frame rate of folders of frames, None if unknown; video files know their own.
+        on_error: `stop`, or `skip`: video files that cannot be read are left out and listed.
+        cache_dir: where the index of each video file is kept.
+    """
+
+    root: str
+    folder: str = ""
+    folder_fps: Positive | None = None
+    on_error: str = "stop"
+    cache_dir: str = "outputs/.cache"
+
+    def videos(self, split: str) -> list[Video]:
+        """Return the videos of a split, as their names are counted; each video file is decoded once for its index.
+
+        Raises:
+            UserError: no such folder, nothing in it, two videos of one name, or video files that cannot be read.
+        """
+        if self.on_error not in ("stop", "skip"):
+            raise UserError(f"data.on_error={self.on_error} is unknown. Choose one of stop, skip.")
+        top = Path(self.root).expanduser() / self.folder.replace("{split}", split)
+        if not top.is_dir():
+            raise UserError(f"No folder {top} for split {split}. Check data.root and data.folder.")
+        found = _search(top)
+        if not found:
+            raise UserError(
+                f"{top} holds no video: no file {', '.join(VIDEO_SUFFIXES)} and no folder of frames "
+                f"({', '.join(IMAGE_SUFFIXES)}). Check data.root and data.folder."
+            )
+        cache_dir = Path(self.cache_dir)
+        indexes, wrong = index_videos([path for path in found.values() if path.is_file()], cache_dir)
+        self._report(wrong, len(found))
+        videos = []
+        for name, path in found.items():
+            if path.is_dir():
+                frames = FrameFiles(path, list(picture_files(path).values()))
+                videos.append(Video(name, frames, self.folder_fps))
+            elif path in indexes:
+                index = indexes[path]
+                videos.append(
+                    Video(name, VideoFrames(path, len(index), cache_dir), index.fps if index.fps > 0 else None)
+                )
+        return videos
+
+    def _report(self, wrong: dict[Path, str], total: int) -> None:
+        if not wrong:
+            return
+        lines = "".join(f"\n- {problem}" for problem in wrong.values())
+        if self.on_error == "stop" or len(wrong) == total:
+            raise UserError(
+                f"{count_of(wrong, 'video')} of {total} cannot be read:{lines}\nTo leave such files out, set "
+                "data.on_error=skip."
+            )
+        log.warning("data.on_error=skip: %d of %d videos are left out:%s", len(wrong), total, lines)
+
+
+def _search(top: Path) -> dict[str, Path]:
+    """Return name to video file or folder of frames, as the names are counted."""
+    found: dict[str, Path] = {}
+    for here, files in visible_files(top):
+        shown = [Path(file) for file in files]
+        entries = [(here / file.stem, here / file) for file in shown if file.suffix.lower() in VIDEO_SUFFIXES]
+        if any(file.suffix.lower() in IMAGE_SUFFIXES for file in shown):
+            entries.append((here, here))
+        for place, path in entries:
+            name = place.relative_to(top).as_posix() if place != top else top.name
+            if name in found:
+                raise UserError(f"{found[name]} and {path} have one name ({name}): rename or remove one of them.")
+            found[name] = path
+    return {name: found[name] for name in sorted(found, key=natural_order)}

@@ -1,0 +1,48 @@
+"""MOVi as folders of frames: {train,validation,test}/<video>/{frames,segmentations} or .../{rgb,seg}/<video>."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dinoseg.data.clips.videos import Video, frames_and_masks, require_masks, video_folders
+from dinoseg.errors import UserError
+from dinoseg.wording import listed
+
+FRAMES_PER_SECOND = 12
+
+
+@dataclass(frozen=True)
+class Movi:
+    """Where the written-out videos lie, frames and segmentations with the same stems.
+
+    Either `<split>/<video>/frames/*.png|jpg` and `segmentations/*.png`, or `<split>/rgb/<video>/*.png|jpg` and
+    `seg/<video>/*.png`. A segmentation holds 0 for the background and k for the video's k-th instance.
+
+    Args:
+        root: folder with the splits.
+        splits: split to its folder.
+    """
+
+    root: str
+    splits: Mapping[str, str] = field(default_factory=lambda: {"val": "validation"})
+
+    def videos(self, split: str) -> list[Video]:
+        """Return the videos of a split.
+
+        Raises:
+            UserError: a folder is missing, or frames and segmentations do not belong together.
+        """
+        folder = Path(self.root).expanduser() / self.splits.get(split, split)
+        if not folder.is_dir():
+            held = sorted(path.name for path in folder.parent.glob("[!.]*")) or ["nothing"]
+            raise UserError(f"No folder {folder} for split {split}; beside it lies {listed(held)}. Check data.root.")
+        rgb = folder / "rgb"
+        if rgb.is_dir() and not (rgb / "frames").is_dir():  # which would make it a video of that name
+            return [_video(place.name, place, folder / "seg" / place.name) for place in video_folders(rgb)]
+        return [_video(place.name, place / "frames", place / "segmentations") for place in video_folders(folder)]
+
+
+def _video(name: str, images: Path, segmentations: Path) -> Video:
+    frames, masks = frames_and_masks(images, segmentations)
+    require_masks(name, frames, masks)
+    return Video(name, frames, FRAMES_PER_SECOND, masks)

@@ -1,0 +1,92 @@
+"""YouTube-VOS as shipped: {train,valid,test}/JPEGImages, Annotations and meta.json."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dinoseg.data.clips.videos import FrameFiles, Video, frames_and_masks, video_folders
+from dinoseg.data.natural_order import natural_order
+from dinoseg.errors import UserError
+from dinoseg.storage import stored
+from dinoseg.wording import count_of, listed
+
+ANNOTATED_RATE, VIDEO_RATE = 6, 30  # frames per second: every fifth is annotated
+FULLY_ANNOTATED = ("train",)  # elsewhere only the frames in which an object appears have a mask
+
+
+@dataclass(frozen=True)
+class YoutubeVos:
+    """Where YouTube-VOS keeps its videos.
+
+    Args:
+        root: folder with `train`, `valid` and `test`.
+        all_frames: take the 30 fps frames of `{split}_all_frames`, of which every fifth may have a mask.
+        splits: split to its folder.
+    """
+
+    root: str
+    all_frames: bool = False
+    splits: Mapping[str, str] = field(default_factory=lambda: {"val": "valid"})
+
+    def videos(self, split: str) -> list[Video]:
+        """Return the videos of a split, held against `meta.json` where it is there.
+
+        Raises:
+            UserError: a folder is missing, a mask has no frame, or `meta.json` is damaged or tells of others.
+        """
+        root, folder = Path(self.root).expanduser(), self.splits.get(split, split)
+        images = root / (f"{folder}_all_frames" if self.all_frames else folder) / "JPEGImages"
+        masks = root / folder / "Annotations"
+        for place in (images, masks):
+            if not place.is_dir():
+                held = sorted(path.name for path in root.glob("[!.]*")) or ["nothing"]
+                raise UserError(
+                    f"No folder {place} for split {split}; {root} holds {listed(held)}. Check data.root, "
+                    "data.all_frames and data.splits."
+                )
+        meta = _read_meta(root / folder / "meta.json")
+        names = [path.name for path in video_folders(images)]
+        if alien := [name for name in names if meta is not None and name not in meta]:
+            raise UserError(
+                f"{count_of(alien, 'video')} of {images} not in {root / folder / 'meta.json'}: {listed(alien)}. Is it "
+                "another release's?"
+            )
+        videos = []
+        for name in names:
+            frames, labels = frames_and_masks(images / name, masks / name)
+            if not labels:
+                raise UserError(f"Video {name} has no mask in {masks / name}. Unpack the data set again.")
+            if meta is not None:
+                _check_objects(name, meta[name], frames, labels)
+            rate = VIDEO_RATE if self.all_frames else ANNOTATED_RATE
+            videos.append(Video(name, frames, rate, labels, dense=folder in FULLY_ANNOTATED))
+        return videos
+
+
+def _read_meta(path: Path) -> Mapping | None:
+    """Return video to what is known of it, None where the file is not there."""
+    if not path.is_file():
+        return None
+    try:
+        whole = stored.read_json(path, stored.table(stored.plain))
+        stored.table(stored.plain)(whole.get("videos"), "videos")
+    except (OSError, stored.Misshapen) as error:
+        raise UserError(f"Cannot read {path} as YouTube-VOS's meta.json ({error}). Unpack it again.") from None
+    return whole["videos"]
+
+
+def _check_objects(name: str, known: Mapping, frames: FrameFiles, labels: Mapping[int, Path]) -> None:
+    """Refuse a video in which a frame is not there, or has no mask, where by `meta.json` an object appears."""
+    try:
+        first = {min(entry["frames"], key=natural_order) for entry in known["objects"].values()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(
+            f"meta.json does not tell in which frames the objects of video {name} are. Unpack it again."
+        ) from None
+    stems, masked = {Path(file).stem for file in frames.files}, {path.stem for path in labels.values()}
+    for there, what in ((stems, "which are not there"), (masked, "without mask")):
+        if absent := sorted(first - there):
+            raise UserError(
+                f"meta.json has objects that appear in frames of video {name} {what}: {listed(absent)}. Unpack the "
+                "data set again."
+            )

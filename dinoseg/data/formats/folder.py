@@ -1,0 +1,164 @@
+"""A plain folder of images and a folder of masks, paired by name."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+
+from dinoseg.data.classes.labels import Labels
+from dinoseg.data.classes.masks import Masks
+from dinoseg.data.pairing import Lacking, gathered, pair_by_name
+from dinoseg.data.pairs import Pair, PairDataset
+from dinoseg.data.splits import Partition, divide, read_name_list
+from dinoseg.errors import UserError
+from dinoseg.images import IMAGE_SUFFIXES
+from dinoseg.storage.files import visible_files
+from dinoseg.wording import count_of, listed
+
+_REMEDY = (
+    "Add the missing files or remove the others; an image and its mask have the same name up to the endings in "
+    "data.reader.layout."
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the files lie below the root; subfolders are searched and become part of the name.
+
+    Args:
+        images: image folder, `{split}` stands for the split.
+        masks: mask folder, likewise.
+        image_suffix: what an image's stem ends with beside its name; other files are no images.
+        mask_suffix: what a mask's stem ends with; other files are no masks.
+        exclude: patterns of file names that are neither.
+        splits: split to what stands for it on disk, such as `{val: valid}`.
+    """
+
+    images: str = "{split}/images"
+    masks: str = "{split}/masks"
+    image_suffix: str = ""
+    mask_suffix: str = ""
+    exclude: Sequence[str] = ()
+    splits: Mapping[str, str] = field(default_factory=dict)
+
+
+def folder_dataset(
+    root: str | Path,
+    split: str,
+    *,
+    classes: Sequence[str],
+    palette: Sequence[Sequence[int]] | None = None,
+    ignore_index: int = 255,
+    layout: Layout = Layout(),  # noqa: B008 (frozen)
+    masks: Masks = Masks(),  # noqa: B008 (frozen)
+    partition: Partition = Partition(),  # noqa: B008 (frozen)
+) -> PairDataset:
+    """Return the data set of images and masks in folders.
+
+    Args:
+        root: folder that the layout starts from.
+        split: `train`, `val` or another name that the layout or the lists know.
+        classes: names in id order.
+        palette: a colour per class, or None for default colours.
+        ignore_index: id that is ignored.
+        layout: where the files lie.
+        masks: how mask files are written.
+        partition: what decides on which side of the split a pair is.
+
+    Raises:
+        UserError: a folder is missing or empty, no image has its mask, or two files have one name; when an
+            item is read: an unreadable file, differing sizes, ids without class.
+    """
+    labels = Labels.of(classes, palette, ignore_index)
+    found = find_pairs(Path(root).expanduser(), split, layout, partition)
+    return gathered(found, split, labels, masks)
+
+
+def find_pairs(root: Path, split: str, layout: Layout, partition: Partition) -> list[Pair | Lacking]:
+    """Return what a split names, in the order of the names or of the split's file list."""
+    _check_partition(layout, partition)
+    if not root.is_dir():
+        raise UserError(f"data.root={root} is no folder. Give the folder that holds the data set.")
+    pairs = divide(split, lambda each: _pairs_of(root, each, layout, partition), partition)
+    if not pairs:
+        images = root / layout.images.replace("{split}", layout.splits.get(split, split))
+        raise UserError(
+            f"Split {split} is empty: {images} holds no image named *{layout.image_suffix}.* "
+            f"({', '.join(IMAGE_SUFFIXES)}). Check data.root and data.reader.layout."
+        )
+    return pairs
+
+
+def _pairs_of(root: Path, split: str, layout: Layout, partition: Partition) -> list[Pair | Lacking]:
+    """Return what a split's folders or its file list name."""
+    folders = _folder(root, split, layout.images, layout), _folder(root, split, layout.masks, layout)
+    images = _find(folders[0], layout.image_suffix, layout, is_mask=False)
+    masks = _find(folders[1], layout.mask_suffix, layout, is_mask=True)
+    if partition.by != "lists":
+        return pair_by_name(images, masks, folders, _REMEDY)
+    names = read_name_list(root / _list_of(split, partition))
+    if absent := [name for name in names if name not in images and name not in masks]:
+        raise UserError(
+            f"The file list of split {split} has {count_of(absent, 'name')} without image and mask under "
+            f"{folders[0]}: {listed(absent)}. A name is the path below that folder, without its ending."
+        )
+    images = {name: images[name] for name in names if name in images}
+    masks = {name: masks[name] for name in names if name in masks}
+    by_name = {each.name: each for each in pair_by_name(images, masks, folders, _REMEDY)}
+    return [by_name[name] for name in names]
+
+
+def _find(folder: Path, suffix: str, layout: Layout, *, is_mask: bool) -> dict[str, Path]:
+    """Return name to file for all pictures below a folder whose stem ends with `suffix`."""
+    found: dict[str, Path] = {}
+    both_here = not is_mask and layout.mask_suffix and layout.images == layout.masks
+    for parent, files in visible_files(folder):
+        for file in files:
+            path = parent / file
+            excluded = any(fnmatch(file, pattern) for pattern in layout.exclude)
+            other_kind = path.suffix.lower() not in IMAGE_SUFFIXES or not path.stem.endswith(suffix)
+            if excluded or other_kind or (both_here and path.stem.endswith(layout.mask_suffix)):
+                continue
+            stem = path.stem.removesuffix(suffix) if suffix else path.stem
+            name = (path.parent / stem).relative_to(folder).as_posix()
+            if name in found:
+                raise UserError(f"{found[name]} and {path} have one name ({name}): keep one of them.")
+            found[name] = path
+    return found
+
+
+def _folder(root: Path, split: str, pattern: str, layout: Layout) -> Path:
+    folder = root / pattern.replace("{split}", layout.splits.get(split, split))
+    if not folder.is_dir():
+        there = next(parent for parent in folder.parents if parent.is_dir())
+        held = sorted(path.name for path in there.iterdir() if path.is_dir())
+        raise UserError(
+            f"No folder {folder} for split {split} (pattern {pattern}). {there} holds the folders "
+            f"{listed(held, 10) or 'none'}. Check data.root and data.reader.layout."
+        )
+    return folder
+
+
+def _check_partition(layout: Layout, partition: Partition) -> None:
+    named = ["{split}" in pattern for pattern in (layout.images, layout.masks)]
+    if partition.by == "folder" and not all(named):
+        raise UserError(
+            f"data.reader.layout.images={layout.images} and masks={layout.masks} must both hold "
+            "{split}, or all splits would be the same files. For one folder of images, set "
+            "data.reader.partition.by=fraction or lists."
+        )
+    if partition.by == "fraction" and any(named):
+        raise UserError(
+            f"data.reader.layout.images={layout.images} and masks={layout.masks} hold {{split}}, but "
+            "data.reader.partition.by=fraction splits one folder: name it without {split}."
+        )
+
+
+def _list_of(split: str, partition: Partition) -> str:
+    lists = partition.lists or {}
+    if split not in lists:
+        raise UserError(
+            f"No file list for split {split}: data.reader.partition.lists has {', '.join(lists) or 'none'}. "
+            f"Add `{split}: <file>`."
+        )
+    return lists[split]

@@ -1,0 +1,211 @@
+"""SAR-RARP50: frames and masks of robot-assisted prostatectomies, from extracted frames or from the videos."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from dinoseg.data.classes.labels import Labels
+from dinoseg.data.classes.masks import Masks
+from dinoseg.data.formats.sarrarp_files import (
+    MASK_FOLDER,
+    MASK_STEP,
+    PSEUDO_FILE,
+    PSEUDO_FOLDER,
+    PSEUDO_FORM,
+    TEST_FOLDERS,
+    TRAIN_FOLDERS,
+    VIDEO,
+    frame_files,
+    mask_sums,
+    png_files,
+)
+from dinoseg.data.pairing import Lacking, gathered
+from dinoseg.data.pairs import Pair, PairDataset
+from dinoseg.data.splits import Partition, divide
+from dinoseg.data.video.access import VideoFrame
+from dinoseg.data.video.index import index_videos
+from dinoseg.errors import UserError
+from dinoseg.storage import stored
+from dinoseg.storage.files import entries
+from dinoseg.wording import listed
+
+# the parts of one operation stay together: video_11_1 and video_11_2
+BY_OPERATION = Partition(by="fraction", group="^(video_[^_/]+)")
+FOLDERS = {"train": TRAIN_FOLDERS, "val": TRAIN_FOLDERS, "test": TEST_FOLDERS}
+SOURCES = ("frames", "video")
+Frames = Mapping[str, Path | VideoFrame]  # stem to frame
+_UNPACK = "Unpack the archives of these videos again, or remove the videos."
+
+
+def sar_rarp50(
+    root: str | Path,
+    split: str,
+    *,
+    classes: Sequence[str],
+    palette: Sequence[Sequence[int]] | None = None,
+    ignore_index: int = 255,
+    partition: Partition = BY_OPERATION,
+    source: str = "frames",
+    cache_dir: str | Path = "outputs/.cache",
+    pseudo: bool = False,
+) -> PairDataset:
+    """Return the frames that have a mask, with names `video_XX/NNNNNNNNN` (the index in the 60 fps video).
+
+    `train` and `val` split the training videos by operation; `test` is the test folder. Frames with a pseudo-label
+    are called `video_XX/pseudo/NNNNNNNNN`; they come after the others, and have no say in the split.
+
+    Args:
+        root: folder with `train1` and `train2` (or `train`), and `test`.
+        split: `train`, `val` or `test`.
+        classes: names in id order.
+        palette: a colour per class, or None for default colours.
+        ignore_index: id that is ignored.
+        partition: how the training videos are divided into `train` and `val`; its names are `video_XX/NNNNNNNNN`.
+        source: `frames`: extracted ones; `video`: straight from `video_left.avi`.
+        cache_dir: where the videos' indexes are kept, for `video`.
+        pseudo: whether `train` has those as well, of videos that are in `train` as a whole; not to score against.
+
+    Raises:
+        UserError: the folder is missing, or no frame has its mask, as before the data set is prepared; when
+            an item is read: an unreadable file, differing sizes, ids without class.
+    """
+    if source not in SOURCES:
+        raise UserError(f"data.source={source} is unknown. Choose one of {', '.join(SOURCES)}.")
+    labels = Labels.of(classes, palette, ignore_index)
+    root = Path(root).expanduser()
+    places, packed = find_videos(root, split)
+    if source == "video":
+        frames, unusable = _decodable(places, Path(cache_dir))
+    else:
+        frames, unusable = _extracted(root, places)
+    found: list[Pair | Lacking] = [*packed, *unusable]
+    for name in frames:
+        found += _video_pairs(root, places[name], frames[name], source)
+    chosen = found if split == "test" else divide(split, lambda _: found, partition)
+    if pseudo and split == "train":
+        held_out = _videos(divide("val", lambda _: found, partition))
+        ours = [name for name in frames if name in _videos(chosen) - held_out]
+        chosen = [*chosen, *(each for name in ours for each in _pseudo_pairs(root, places[name], frames[name]))]
+    return gathered(chosen, split, labels, Masks())
+
+
+def find_videos(root: Path, split: str) -> tuple[dict[str, Path], list[Lacking]]:
+    """Return video name to its folder, in order, for the folders of a split, and the videos that are still packed.
+
+    Raises:
+        UserError: there is no such split, no folder or no video, or one of them twice.
+    """
+    if split not in FOLDERS:
+        raise UserError(f"SAR-RARP50 has the splits {', '.join(FOLDERS)}, not {split}.")
+    folders = [root / name for name in FOLDERS[split] if (root / name).is_dir()]
+    if not folders:
+        raise UserError(
+            f"data.root={root} holds none of the folders {', '.join(FOLDERS[split])} of split {split}. Give "
+            "the folder into which SAR-RARP50 was downloaded."
+        )
+    places: dict[str, Path] = {}
+    held = [path for folder in folders for path in entries(folder)]
+    for video in (path for path in held if path.name.startswith("video_") and path.is_dir()):
+        if video.name in places:
+            raise UserError(f"{places[video.name]} and {video} are one video: keep one of them.")
+        places[video.name] = video
+    archives = {path.stem: path for path in held if path.suffix == ".zip"}
+    packed = [
+        _video_lacking(name, f"{archives[name]} is still packed.", _to_prepare(root))
+        for name in sorted(archives.keys() - places.keys())
+    ]
+    if not places and not packed:
+        raise UserError(
+            f"{', '.join(map(str, folders))}: no folder video_* and no video_*.zip. Check data.root={root}."
+        )
+    return {name: places[name] for name in sorted(places)}, packed
+
+
+def prepare_command(root: Path) -> str:
+    """Return the command that unpacks archives and extracts frames."""
+    return f"python -m dinoseg mode=prepare data=sarrarp data.root={root}"
+
+
+def _to_prepare(root: Path) -> str:
+    return f"Prepare the data set first: {prepare_command(root)}"
+
+
+def _video_lacking(video: str, reason: str, remedy: str) -> Lacking:
+    """Return a whole video that cannot be used; it is divided as its first frame would be."""
+    return Lacking(f"{video}/{0:09d}", reason, remedy, title=video)
+
+
+def _extracted(root: Path, places: Mapping[str, Path]) -> tuple[dict[str, Frames], list[Lacking]]:
+    """Return each video's extracted frames, and the videos that have none."""
+    frames: dict[str, Frames] = {name: dict(frame_files(place)) for name, place in places.items()}
+    bare = [name for name in places if not frames[name]]
+    lacking = [_video_lacking(name, f"{places[name]} has no extracted frames.", _to_prepare(root)) for name in bare]
+    return {name: files for name, files in frames.items() if files}, lacking
+
+
+def _decodable(places: Mapping[str, Path], cache_dir: Path) -> tuple[dict[str, Frames], list[Lacking]]:
+    """Return those frames of each video that have a mask or ought to have one, and the videos that cannot be read."""
+    videos = {name: place / VIDEO for name, place in places.items()}
+    indexes, wrong = index_videos([video for video in videos.values() if video.is_file()], cache_dir)
+    frames: dict[str, Frames] = {}
+    lacking = []
+    for name, video in videos.items():
+        if video not in indexes:
+            missing = f"{places[name]} has no {VIDEO}, which data.source=video reads."
+            remedy = "Unpack the archives of these videos again, or use extracted frames: data.source=frames."
+            lacking.append(_video_lacking(name, wrong.get(video, missing), remedy))
+            continue
+        count = len(indexes[video])
+        folders = (places[name] / MASK_FOLDER, places[name] / PSEUDO_FOLDER)
+        masked = {int(stem) for folder in folders for stem in png_files(folder) if stem.isdigit()}
+        due = sorted({*range(0, count, MASK_STEP), *(index for index in masked if index < count)})
+        frames[name] = {f"{index:09d}": VideoFrame(video, index, cache_dir) for index in due}
+    return frames, lacking
+
+
+def _video_pairs(root: Path, video: Path, frames: Frames, source: str) -> Iterator[Pair | Lacking]:
+    masks = png_files(video / MASK_FOLDER)
+    for stem in (stem for stem in frames if stem not in masks and _is_due(stem)):
+        yield Lacking(f"{video.name}/{stem}", f"{frames[stem]} has no mask in {video / MASK_FOLDER}.", _UNPACK)
+    for stem, mask in masks.items():
+        name = f"{video.name}/{stem}"
+        if stem in frames:
+            yield Pair(name, frames[stem], mask)
+        elif source == "video":
+            reason = f"{mask} has no frame in {VIDEO}: the video is shorter than its masks, or they are another's."
+            yield Lacking(name, reason, _UNPACK)
+        else:
+            yield Lacking(name, f"{mask} has no extracted frame.", f"Extract them: {prepare_command(root)}")
+
+
+def _videos(items: Sequence[Pair | Lacking]) -> set[str]:
+    return {item.name.split("/")[0] for item in items}
+
+
+def _pseudo_pairs(root: Path, video: Path, frames: Frames) -> Iterator[Pair | Lacking]:
+    folder = video / PSEUDO_FOLDER
+    remedy = f"Make them: {prepare_command(root)} data.prepare.propagate=true. Or leave data.reader.pseudo out."
+    if reason := _no_pseudo(video):
+        yield Lacking(f"{video.name}/{PSEUDO_FOLDER}", reason, remedy)
+        return
+    for stem, mask in png_files(folder).items():
+        name = f"{video.name}/{PSEUDO_FOLDER}/{stem}"
+        yield Pair(name, frames[stem], mask) if stem in frames else Lacking(name, f"{mask} has no frame.", remedy)
+
+
+def _no_pseudo(video: Path) -> str:
+    """Return why a video's pseudo-labels cannot be used as a whole; "": they can."""
+    path = video / PSEUDO_FOLDER / PSEUDO_FILE
+    try:
+        then = stored.read_json(path, PSEUDO_FORM)["made_by"].get("masks")
+        stored.table(stored.whole())(then, "made_by.masks")
+    except FileNotFoundError:
+        return f"{video} has no pseudo-labels."
+    except (OSError, stored.Misshapen) as error:
+        return f"{path} does not say what the pseudo-labels were made of ({error})."
+    now = mask_sums(video)
+    other = sorted(stem for stem in then.keys() | now.keys() if then.get(stem) != now.get(stem))
+    return f"{path.parent} was made of other masks than there are now: {listed(other)}." if other else ""
+
+
+def _is_due(stem: str) -> bool:
+    return not stem.isdigit() or int(stem) % MASK_STEP == 0

@@ -1,0 +1,61 @@
+"""Where SAR-RARP50 keeps what; imports no torch, since every extraction process starts with this."""
+
+import zlib
+from pathlib import Path
+
+from dinoseg.storage import stored
+from dinoseg.storage.files import check_regular, entries
+
+TRAIN_FOLDERS = ("train1", "train2", "train")
+TEST_FOLDERS = ("test",)
+FRAME_FOLDERS = ("rgb", "frames")  # the official toolkit's, and an older layout's
+MASK_FOLDER = "segmentation"
+PSEUDO_FOLDER = "pseudo"  # labels of frames without a mask, made by propagation and never by hand
+PSEUDO_FILE = "pseudo.json"  # in it: what made them
+VIDEO = "video_left.avi"
+FRAMES_PER_SECOND = 60
+PREPARED = ".prepared.json"  # in a video's folder: what mode=prepare counted
+PREPARED_FORM = stored.record(rate=stored.whole(1), decoded=stored.whole(), frames=stored.whole(), masks=stored.whole())
+PSEUDO_FORM = stored.record(
+    what=stored.text,
+    made_by=stored.table(stored.plain),
+    kept=stored.table(stored.number(0, 1)),
+    left_out=stored.table(stored.number(0, 1)),
+)
+MASK_STEP = 60  # a mask for every 60th frame: one per second
+
+
+def frame_files(video: Path) -> dict[str, Path]:
+    """Return stem to file of a video's extracted frames, `{}` where there are none."""
+    for name in FRAME_FOLDERS:
+        if files := png_files(video / name):
+            return files
+    return {}
+
+
+def gaps(video: Path) -> list[list[Path]]:
+    """Return the extracted frames from each mask to the next, both included, where frames lie between them."""
+    frames = {int(stem): path for stem, path in frame_files(video).items() if stem.isdigit()}
+    masks = {int(stem) for stem in png_files(video / MASK_FOLDER) if stem.isdigit()} & frames.keys()
+    pairs = [(start, start + MASK_STEP) for start in sorted(masks) if start + MASK_STEP in masks]
+    found = [[frames[index] for index in sorted(frames) if start <= index <= end] for start, end in pairs]
+    return [gap for gap in found if len(gap) > 2]
+
+
+def mask_sums(video: Path) -> dict[str, int]:
+    """Return stem to checksum of a video's masks: other ones make other pseudo-labels."""
+    masks = png_files(video / MASK_FOLDER)
+    for path in masks.values():
+        check_regular(path)
+    return {stem: zlib.crc32(path.read_bytes()) for stem, path in masks.items()}
+
+
+def frames_sum(video: Path) -> int:
+    """Return a checksum of the names and sizes in bytes of a video's extracted frames."""
+    sizes = [(path.name, path.stat().st_size) for path in frame_files(video).values()]
+    return zlib.crc32(repr(sizes).encode())
+
+
+def png_files(folder: Path) -> dict[str, Path]:
+    """Return stem to file of the PNG files in a folder, in order, without hidden ones."""
+    return {path.stem: path for path in entries(folder) if path.suffix == ".png"}

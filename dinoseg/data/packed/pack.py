@@ -1,0 +1,218 @@
+"""A data set packed once at training size, so that an epoch decodes no picture."""
+
+import contextlib
+import hashlib
+import logging
+import shutil
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dinoseg.data.packed.draft import Draft
+from dinoseg.data.packed.read import Packed, paying_workers, read_all, reduced_size
+from dinoseg.data.packed.store import PIXELS, Store, StoreKey, aligned, open_store
+from dinoseg.data.pairs import PairDataset
+from dinoseg.errors import DISK_FULL, UserError
+from dinoseg.report.progress import Bar
+from dinoseg.shapes import Sample
+from dinoseg.storage.files import check_regular
+from dinoseg.storage.locks import locked
+
+log = logging.getLogger(__name__)
+_LISTED = 20
+
+
+class PackedDataset:
+    """A data set of image and mask files, read from a packed store.
+
+    An item is what reading the files gives, reduced once to `longest` as `Augment` would. An augmented view
+    of it has the same geometry as one of the file; where `scale` enlarges, it has the reduced image's detail.
+
+    Args:
+        source: the data set of files.
+        store: its packed items.
+        longest: to which they were reduced.
+        rows: of the store, one for each item; None: all.
+    """
+
+    def __init__(
+        self, source: PairDataset, store: Store, longest: int | None, rows: Collection[int] | None = None
+    ) -> None:
+        self.classes, self.palette, self.ignore_index = source.classes, source.palette, source.ignore_index
+        self.names, self.pairs, self.reader = source.names, source.pairs, source.reader
+        self.lacking, self.remedy, self.skipped = source.lacking, source.remedy, source.skipped
+        self.source, self.store, self.longest = source, store, longest
+        self.rows = list(range(len(source)) if rows is None else rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        image, mask = self.store.read(self.rows[index])
+        pixels = torch.from_numpy(image).permute(2, 0, 1)  # (3, H, W)
+        return Sample(image=pixels, mask=torch.from_numpy(mask), name=self.names[index])
+
+    def mask(self, index: int) -> np.ndarray:
+        """Return the mask (H, W) uint8 of an item."""
+        return self.store.read(self.rows[index])[1]
+
+    def keep(self, names: Collection[str]) -> "PackedDataset":
+        """Return the data set of only these names, in the same order, out of the same store."""
+        rows = [row for row, name in zip(self.rows, self.names, strict=True) if name in names]
+        return PackedDataset(self.source.keep(names), self.store, self.longest, rows)
+
+    def fingerprint(self) -> str:
+        """Return a hash of all that the masks depend on: that of the files, where nothing was reduced."""
+        own = self.source.fingerprint()
+        return own if self.longest is None else hashlib.sha256(f"{own} longest={self.longest}".encode()).hexdigest()
+
+
+def pack(
+    dataset: PairDataset,
+    *,
+    cache_dir: str | Path,
+    longest: int | None = None,
+    workers: int | None = None,
+    verify: bool = True,
+) -> PackedDataset:
+    """Return the data set read from its packed store, which is made now where there is none yet.
+
+    A store belongs to the data set's `fingerprint()` and to `longest`: changed files, classes or rules make
+    another. A build that was stopped goes on; a second one of the same store waits for the first.
+
+    Args:
+        dataset: of image and mask files.
+        cache_dir: where stores are kept.
+        longest: larger images are reduced until their longer side has this many pixels; None: as they are.
+        workers: processes that read; 1: this one; None: as many as there are cores and it pays.
+        verify: compare an item with its checksum when a process reads it for the first time.
+
+    Raises:
+        UserError: files that cannot be read, a folder that cannot be written to, too little room, files that
+            change meanwhile; when an item is read: a damaged store.
+    """
+    if longest is not None and longest < 1:
+        raise UserError(f"resolution.longest={longest}: give a number of pixels, or null for no limit.")
+    if workers is not None and workers < 1:
+        raise UserError(f"data.workers={workers}: give the number of packing processes, 1 or more.")
+    key = StoreKey(dataset.fingerprint(), longest)
+    folder = Path(cache_dir).expanduser() / key.folder
+    store = open_store(folder, key, dataset.names, verify=verify)
+    if store is None:
+        try:
+            with locked(folder.with_name(f".{folder.name}.lock")):
+                # another process may have finished it while this one waited
+                if open_store(folder, key, dataset.names, verify=verify) is None:
+                    _build(dataset, folder, key, workers)
+        except OSError as error:
+            raise _unwritable(folder, error) from error
+        store = open_store(folder, key, dataset.names, verify=verify)
+    if store is None:
+        raise UserError(f"{folder} was removed or changed by another process as soon as it was packed. Run again.")
+    log.info("reading %d packed images and masks (%s) from %s", len(store.names), _bytes(store.size), folder)
+    return PackedDataset(dataset, store, longest)
+
+
+def _build(dataset: PairDataset, folder: Path, key: StoreKey, workers: int | None) -> None:
+    if folder.exists():
+        log.warning("%s is incomplete or damaged: packing anew.", folder)
+        shutil.rmtree(folder)
+    part = folder.with_name(f"{folder.name}.part")
+    _announce(dataset, folder, part, key.longest)
+    with contextlib.closing(Draft(part, key, dataset.names)) as draft:
+        if draft.places:
+            log.info("going on: %d of %d are packed and match their checksums", len(draft.places), len(dataset))
+        failures = _fill(draft, dataset, key.longest, workers)
+        if failures:
+            raise _unreadable(failures, len(dataset))
+        if dataset.fingerprint() != key.fingerprint:
+            shutil.rmtree(part)
+            raise UserError("Images or masks were changed while they were packed. Run again when nothing writes them.")
+        draft.finish(folder)
+
+
+def _fill(draft: Draft, dataset: PairDataset, longest: int | None, workers: int | None) -> list[str]:
+    """Append every item that the draft lacks; return what is wrong with those that cannot be read."""
+    failures = []
+    rows = [row for row in range(len(dataset)) if row not in draft.places]
+    workers = paying_workers(len(rows)) if workers is None else workers
+    bar = Bar(total=len(dataset), initial=len(draft.places), desc="packing", unit="image")
+    with bar, contextlib.closing(read_all(dataset, rows, longest, workers)) as items:
+        for row, item in items:
+            if isinstance(item, Packed):
+                draft.append(row, item.image, item.mask, item.crc)
+            else:
+                failures.append(str(item))
+            bar.update()
+    return failures
+
+
+def _announce(dataset: PairDataset, folder: Path, part: Path, longest: int | None) -> None:
+    """Say how large the store will be; refuse what the disk has no room for."""
+    size = sum(aligned(4 * height * width) for height, width in _sizes(dataset, longest))
+    with contextlib.suppress(OSError):
+        size -= (part / PIXELS).stat().st_size  # of a build that was stopped
+    free = shutil.disk_usage(folder.parent).free
+    limit = f"reduced to at most {longest} pixels a side" if longest else "at full size"
+    log.info(
+        "packing %d images and masks %s: %s in %s (%s free)", len(dataset), limit, _bytes(size), folder, _bytes(free)
+    )
+    if size > free:
+        raise UserError(
+            f"Packing {len(dataset)} images and masks {limit} takes {_bytes(size)}, and {folder.parent} has "
+            f"{_bytes(free)} free.{_others(folder)} Make room, give another cache_dir, lower resolution.longest, "
+            "or set data.cache=null."
+        )
+
+
+def _sizes(dataset: PairDataset, longest: int | None) -> Iterator[tuple[int, int]]:
+    """Yield (H, W) of each packed image from its header alone; of a video, one frame is decoded."""
+    videos: dict[Path, tuple[int, int]] = {}
+    for index, pair in enumerate(Bar(dataset.pairs, desc="sizes", unit="image", delay=2, leave=False)):
+        size = (0, 0)  # of what cannot be read: packing it tells why
+        with contextlib.suppress(OSError, SyntaxError, ValueError, UserError, Image.DecompressionBombError):
+            if isinstance(pair.image, Path):
+                check_regular(pair.image)
+                with Image.open(pair.image) as image:
+                    size = image.height, image.width
+            else:
+                if pair.image.path not in videos:
+                    _, height, width = dataset[index]["image"].shape
+                    videos[pair.image.path] = height, width
+                size = videos[pair.image.path]
+        yield reduced_size(size, longest) if min(size) else size
+
+
+def _unwritable(folder: Path, error: OSError) -> UserError:
+    if error.errno in DISK_FULL:
+        return UserError(
+            f"The disk of {folder.parent} is full. What is packed so far is kept.{_others(folder)} Make room and run "
+            "again: it goes on."
+        )
+    return UserError(
+        f"Cannot pack to {folder} ({error}). Give a folder that can be written to: cache_dir=FOLDER, or read the files "
+        "themselves: data.cache=null."
+    )
+
+
+def _unreadable(failures: list[str], total: int) -> UserError:
+    lines = "".join(f"\n- {line}" for line in failures[:_LISTED])
+    more = f"\n- and {len(failures) - _LISTED} more" if len(failures) > _LISTED else ""
+    return UserError(
+        f"{len(failures)} of {total} images cannot be packed:{lines}{more}\n"
+        "The others are packed and kept. Mend these files or leave them out (data.on_error=skip), and run again."
+    )
+
+
+def _others(folder: Path) -> str:
+    """Return how much room other stores take, as a sentence."""
+    stores = folder.parent.glob(f"packed_*/{PIXELS}")
+    size = sum(path.stat().st_size for path in stores if not path.parent.name.startswith(folder.name))
+    return f" Other packed data there takes {_bytes(size)} (packed_*): remove what no run uses." if size else ""
+
+
+def _bytes(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

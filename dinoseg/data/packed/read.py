@@ -1,0 +1,80 @@
+"""What goes into a packed store: items read and reduced, in order, by several processes."""
+
+import functools
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+
+from dinoseg.data.packed.store import checksum
+from dinoseg.data.pairs import PairDataset
+from dinoseg.data.transforms import Augment
+from dinoseg.errors import UserError
+from dinoseg.processes.workers import count_cores, in_processes
+
+_PAYS_FROM = 50  # items that are read by the time a process has started
+_MOST = 8  # more would wait for the one that writes
+
+
+@dataclass(frozen=True)
+class Packed:
+    """An item as it is packed: image (H, W, 3) and mask (H, W), uint8, and their checksum."""
+
+    image: np.ndarray
+    mask: np.ndarray
+    crc: int
+
+
+def read_all(
+    dataset: PairDataset, rows: Sequence[int], longest: int | None, workers: int
+) -> Generator[tuple[int, Packed | UserError], None, None]:
+    """Return an iterator over each row with its item, or with what is wrong with its files, in order.
+
+    Raises:
+        UserError: a process was killed.
+    """
+    return in_processes(
+        functools.partial(_read, dataset=dataset, longest=longest),
+        rows,
+        workers,
+        catch=UserError,
+        start=_use_one_thread,
+        remedy=f"Set data.workers below {workers} and run again: it goes on.",
+    )
+
+
+def paying_workers(items: int) -> int:
+    """Return how many processes pay for so many items on this machine."""
+    return max(1, min(count_cores(), items // _PAYS_FROM, _MOST))
+
+
+def reduced_size(size: tuple[int, int], longest: int | None) -> tuple[int, int]:
+    """Return (H, W) with the longer side at most `longest`."""
+    factor = min(1.0, longest / max(size)) if longest else 1.0
+    return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
+
+
+def reduced(
+    image: np.ndarray, mask: np.ndarray, longest: int | None, ignore_index: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return image and mask as `Augment` reduces them to `longest` when it changes nothing else."""
+    height, width = mask.shape
+    size = reduced_size((height, width), longest)
+    if size == (height, width):
+        return image, mask
+    augment = Augment(size, longest=longest, ignore_index=ignore_index)
+    return augment(image, mask, np.random.default_rng(0))  # chance has nothing to decide here
+
+
+def _read(row: int, *, dataset: PairDataset, longest: int | None) -> Packed:
+    sample = dataset[row]
+    pixels = np.ascontiguousarray(sample["image"].permute(1, 2, 0).numpy())  # (H, W, 3)
+    image, mask = reduced(pixels, sample["mask"].numpy(), longest, dataset.ignore_index)
+    return Packed(image, mask, checksum(sample["name"], (mask.shape[0], mask.shape[1]), image, mask))
+
+
+def _use_one_thread() -> None:
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)

@@ -1,0 +1,162 @@
+"""Packed images and masks in one file: raw bytes at known places, each item read by one call."""
+
+import json
+import os
+import weakref
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dinoseg.errors import UserError
+from dinoseg.storage import stored
+
+PIXELS, INDEX = "pixels.bin", "index.json"
+VERSION = 1  # of the files' format: a store of another version is packed anew
+_ALIGN = 64  # bytes, a cache line
+
+
+PLACE_FORM = (stored.whole(), stored.whole(1), stored.whole(1), stored.whole(0, 2**32 - 1))  # of `Place`, in its order
+_INDEX_FORM = stored.record(
+    key=stored.plain, names=stored.listing(stored.text), places=stored.listing(stored.row(*PLACE_FORM))
+)
+
+
+@dataclass(frozen=True)
+class StoreKey:
+    """All that the bytes of a store depend on.
+
+    Args:
+        fingerprint: of the data set that was packed.
+        longest: larger images were reduced until their longer side had this many pixels; None: none was.
+        version: of the format.
+    """
+
+    fingerprint: str
+    longest: int | None
+    version: int = VERSION
+
+    @property
+    def folder(self) -> str:
+        """The name of the folder that holds the store."""
+        return f"packed_{self.longest or 'full'}_{self.fingerprint[:16]}"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an item's bytes lie: the image (H, W, 3), then the mask (H, W)."""
+
+    offset: int
+    height: int
+    width: int
+    crc: int
+
+    @property
+    def size(self) -> int:
+        """Bytes of image and mask."""
+        return 4 * self.height * self.width
+
+
+class Store:
+    """A finished store, opened by each process when it first reads.
+
+    Args:
+        folder: where the store lies.
+        names: of its items.
+        places: of its items.
+        verify: compare an item with its checksum when a process reads it for the first time.
+    """
+
+    def __init__(self, folder: Path, names: Sequence[str], places: Sequence[Place], *, verify: bool) -> None:
+        self.folder = folder
+        self.names = names
+        self.places = places
+        self.verify = verify
+        self._verified: set[int] = set()
+        self._pixels: int | None = None  # the open file
+
+    @property
+    def size(self) -> int:
+        """Bytes of all items."""
+        return sum(place.size for place in self.places)
+
+    def read(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return a copy of an image (H, W, 3) and its mask (H, W), uint8.
+
+        Raises:
+            UserError: the file is gone, or the bytes are not those that were packed.
+        """
+        place = self.places[row]
+        item = self._item(place)
+        if self.verify and row not in self._verified:
+            if checksum(self.names[row], (place.height, place.width), item) != place.crc:
+                raise UserError(
+                    f"{self.folder / PIXELS} is damaged: item {self.names[row]} is not what was packed. Delete the "
+                    f"folder {self.folder}: it is packed anew by the next run. If this comes again, check the disk."
+                )
+            self._verified.add(row)
+        colors = 3 * place.height * place.width
+        return item[:colors].reshape(place.height, place.width, 3), item[colors:].reshape(place.height, place.width)
+
+    def _item(self, place: Place) -> np.ndarray:
+        """Return the bytes of an item; not mapped, since reading a map of a file that was cut kills the process."""
+        item = np.empty(place.size, np.uint8)
+        try:
+            if self._pixels is None:
+                self._pixels = os.open(self.folder / PIXELS, os.O_RDONLY)
+                weakref.finalize(self, os.close, self._pixels)
+            got = os.preadv(self._pixels, [item.data], place.offset)
+        except OSError as error:
+            raise UserError(_gone(self.folder / PIXELS, str(error))) from None
+        if got < place.size:
+            raise UserError(_gone(self.folder / PIXELS, "it ends too early"))
+        return item
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_pixels": None, "_verified": set()}  # another process opens and verifies itself
+
+
+def open_store(folder: Path, key: StoreKey, names: Sequence[str], *, verify: bool) -> Store | None:
+    """Return a finished store, or None where there is none that is whole and of this key."""
+    try:
+        index = stored.read_json(folder / INDEX, _INDEX_FORM)
+        places = [Place(*numbers) for numbers in index["places"]]
+        size = (folder / PIXELS).stat().st_size
+        whole = index["key"] == asdict(key) and index["names"] == list(names) and len(names) == len(places)
+    except (OSError, stored.Misshapen):
+        return None
+    inside = all(place.offset + place.size <= size for place in places)
+    return Store(folder, names, places, verify=verify) if whole and inside else None
+
+
+def write_index(folder: Path, key: StoreKey, names: Sequence[str], places: Sequence[Place]) -> None:
+    """Write what `open_store` reads."""
+    numbers = [[place.offset, place.height, place.width, place.crc] for place in places]
+    content = {"key": asdict(key), "names": list(names), "places": numbers}
+    with open(folder / INDEX, "w", encoding="utf-8") as file:
+        json.dump(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def checksum(name: str, size: tuple[int, int], *parts: np.ndarray) -> int:
+    """Return the CRC-32 of an item's name, its size (H, W) and its bytes."""
+    crc = zlib.crc32(f"{name} {size[0]} {size[1]}".encode(errors="surrogateescape"))
+    for part in parts:
+        crc = zlib.crc32(np.ascontiguousarray(part).data, crc)
+    return crc
+
+
+def aligned(offset: int) -> int:
+    """Return the next place where an item may begin."""
+    return -(-offset // _ALIGN) * _ALIGN
+
+
+def _gone(path: Path, reason: str) -> str:
+    return (
+        f"Cannot read {path} ({reason}). The packed data was removed or cut while this run uses it. Run again: what is "
+        "missing is packed anew; a training run goes on with resume=auto."
+    )

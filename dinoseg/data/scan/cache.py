@@ -1,0 +1,148 @@
+"""Records of a scan kept in a file, each under the stamps of its two files."""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dinoseg.data.classes.masks import MaskReader
+from dinoseg.data.scan.record import SMALL, Record
+from dinoseg.data.stamps import rules_of, stamp
+from dinoseg.storage import stored
+
+log = logging.getLogger(__name__)
+
+_VERSION = 3  # of what a record holds
+_SMALL_COPIES = ("edges", "borders")
+_TUPLES = ("image_size", "mask_size", "color_sums", "color_squares")
+
+
+_SIZE_FORM = stored.maybe(stored.row(stored.whole(1), stored.whole(1)))
+_COLOR_FORM = stored.listing(stored.whole())
+_FORM = stored.listing(
+    stored.record(
+        key=stored.text,
+        stamps=stored.listing(stored.whole(-(2**63))),
+        record=stored.record(
+            **dict.fromkeys(("name", "image", "mask", "mask_format", "mask_digest", "image_digest"), stored.text),
+            **dict.fromkeys(("image_size", "mask_size"), _SIZE_FORM),
+            **dict.fromkeys(("color_sums", "color_squares"), _COLOR_FORM),
+            **dict.fromkeys(("passing", "decoded"), stored.flag),
+            pixels=stored.table(stored.whole(), r"[0-9]|[1-9][0-9]|1[0-9][0-9]|2[0-4][0-9]|25[0-5]"),
+            raw=stored.table(stored.whole(), r"-?[0-9]{1,10}|\([0-9]{1,3}, [0-9]{1,3}, [0-9]{1,3}\)"),
+            problems=stored.table(stored.text),
+            look=stored.maybe(stored.whole(0, 2**64 - 1)),
+        ),
+        edges=stored.whole(0, SMALL**2),
+        borders=stored.whole(0, SMALL**2 // 8),
+    )
+)
+
+
+class ScanCache:
+    """What is known of the pairs of one folder under one set of mask rules.
+
+    Args:
+        folder: where the file is.
+        masks: the mask files, by whose common folder the file is named.
+        reader: the mask rules.
+    """
+
+    def __init__(self, folder: str | Path, masks: Sequence[Path], reader: MaskReader) -> None:
+        common = os.path.commonpath([os.path.abspath(mask) for mask in masks]) if masks else ""
+        key = hashlib.sha256(repr((_VERSION, common, rules_of(reader))).encode()).hexdigest()
+        self.path = Path(folder) / f"scan_{key[:16]}.npz"
+        self._known: dict[str, tuple[list[int], Record]] = self._load()
+        self._changed = False
+
+    def get(self, name: str, image: Any, mask: Path, *, images: bool) -> Record | None:
+        """Return what is known of a pair if neither file has changed; with `images`, of its image too."""
+        stamps, record = self._known.get(_key(image, mask), (None, None))
+        if record is None or stamps != _stamps(image, mask) or (images and not record.decoded):
+            return None
+        return replace(record, name=name)
+
+    def put(self, record: Record, image: Any, mask: Path) -> None:
+        """Keep a record, unless one of its files is not there, or could not be read for the machine's sake."""
+        stamps = _stamps(image, mask)
+        if stamps is not None and not record.passing:
+            self._known[_key(image, mask)] = (stamps, record)
+            self._changed = True
+
+    def save(self) -> None:
+        """Write the file, whole or not at all; one that cannot be written costs the next run a scan, no more."""
+        if not self._changed:
+            return
+        rows = [_plain(key, stamps, record) for key, (stamps, record) in self._known.items()]
+        arrays: dict[str, Any] = {"records": _joined([json.dumps(rows).encode()])}
+        for name in _SMALL_COPIES:
+            arrays[name] = _joined([getattr(record, name) for _, record in self._known.values()])
+        part = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(part, "wb") as file:
+                np.savez(file, **arrays)
+            os.replace(part, self.path)
+        except OSError as error:
+            log.warning("The scan cannot be kept in %s (%s): the next run scans anew.", self.path, error)
+        finally:
+            with contextlib.suppress(OSError):
+                part.unlink()
+
+    def _load(self) -> dict[str, tuple[list[int], Record]]:
+        try:
+            arrays = stored.read_arrays(self.path, dict.fromkeys(("records", *_SMALL_COPIES), ("|u1", 1)))
+            rows = stored.parse_json(arrays["records"].tobytes(), _FORM)
+            copies = {name: _parted(arrays[name], [row[name] for row in rows]) for name in _SMALL_COPIES}
+            known = {}
+            for index, row in enumerate(rows):
+                own = {name: copies[name][index] for name in _SMALL_COPIES}
+                known[row["key"]] = (row["stamps"], _record(row["record"], own))
+            return known
+        except FileNotFoundError:
+            return {}
+        except (OSError, stored.Misshapen) as error:
+            log.warning("The kept scan in %s is damaged (%s): scanning anew.", self.path, error)
+            return {}
+
+
+def _key(image: Any, mask: Path) -> str:
+    source = os.path.abspath(image) if isinstance(image, str | Path) else str(image)
+    return f"{source}\0{os.path.abspath(mask)}"
+
+
+def _stamps(image: Any, mask: Path) -> list[int] | None:
+    image = Path(image) if isinstance(image, str | Path) else image.path
+    stamps = [stamp(image), stamp(mask)]
+    return None if None in stamps else [number for each in stamps if each for number in each]
+
+
+def _plain(key: str, stamps: list[int], record: Record) -> dict[str, Any]:
+    values = {name: value for name, value in asdict(record).items() if name not in _SMALL_COPIES}
+    return {"key": key, "stamps": stamps, "record": values} | {
+        name: len(getattr(record, name)) for name in _SMALL_COPIES
+    }
+
+
+def _record(values: Mapping[str, Any], copies: Mapping[str, bytes]) -> Record:
+    pixels = {int(value): count for value, count in values["pixels"].items()}
+    tuples = {name: None if values[name] is None else tuple(values[name]) for name in _TUPLES}
+    return Record(**{**values, **tuples, "pixels": pixels, **copies})
+
+
+def _joined(parts: Sequence[bytes]) -> np.ndarray:
+    return np.frombuffer(b"".join(parts), dtype=np.uint8)
+
+
+def _parted(joined: np.ndarray, lengths: Sequence[int]) -> list[bytes]:
+    ends = np.cumsum(lengths)
+    if len(joined) != (ends[-1] if len(ends) else 0):
+        raise stored.Misshapen("the small copies are incomplete")
+    return [joined[end - length : end].tobytes() for end, length in zip(ends, lengths, strict=True)]

@@ -1,0 +1,139 @@
+"""Any frame of a video file, exactly as decoding from the start would give it."""
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from dinoseg.data.video.index import VideoIndex, checksum, find_index, open_capture, stamp
+from dinoseg.errors import UserError
+
+_OPEN = 4  # videos kept open by a thread
+_NEAR = 96  # frames that are sooner decoded than jumped over: a jump decodes from the key frame before
+_BACK = (0, 32, 256)  # frames before the wanted one at which to look for a key frame, in turn
+
+
+@dataclass(frozen=True)
+class VideoFrame:
+    """Frame `index` of a video file, counted from 0 as decoding from the start yields them.
+
+    Args:
+        path: the video.
+        index: which frame.
+        cache_dir: where the video's index is kept; None: in memory, made anew by each process.
+    """
+
+    path: Path
+    index: int
+    cache_dir: Path | None = field(default=None, compare=False)
+
+    def __str__(self) -> str:
+        return f"frame {self.index} of {self.path}"
+
+    def stat(self) -> os.stat_result:
+        """Return the video file's size and times."""
+        return self.path.stat()
+
+    def read(self) -> np.ndarray:
+        """Return the pixels, as `read_frame` does."""
+        return read_frame(self)
+
+
+def read_frame(frame: VideoFrame) -> np.ndarray:
+    """Return a frame as (H, W, 3) uint8 RGB.
+
+    OpenCV's own jumps go by time and miss where frames were dropped or the rate varies. Here each frame is held
+    against the video's index, which decoding the whole file once has made: right place, right pixels, or an error.
+
+    Raises:
+        UserError: the video is missing, damaged or truncated, or has no such frame.
+    """
+    index = find_index(frame.path, frame.cache_dir)
+    if not 0 <= frame.index < len(index):
+        raise UserError(
+            f"There is no frame {frame.index} in {frame.path}: it has {len(index)} frames, 0 to {len(index) - 1}."
+        )
+    return cv2.cvtColor(_reader(frame.path, index).read(frame.index), cv2.COLOR_BGR2RGB)
+
+
+class _Reader:
+    """An open video that knows which frame it is at."""
+
+    def __init__(self, path: Path, index: VideoIndex) -> None:
+        self._path, self._index = path, index
+        self._orderly = bool(np.all(np.diff(index.times) > 0))  # else a frame cannot be told by its time
+        self._capture = open_capture(path)
+        self._at = -1  # the frame decoded last
+
+    def read(self, wanted: int) -> np.ndarray:
+        for arrive in self._ways(wanted):
+            if arrive() and self._forward(wanted):
+                good, image = self._capture.retrieve()
+                if good and checksum(image) == self._index.sums[wanted]:
+                    return image
+        raise UserError(
+            f"Frame {wanted} of {self._path} is not what it was when the video was indexed: the file is being changed "
+            "or the disk fails. Run again, or replace the video."
+        )
+
+    def _ways(self, wanted: int) -> Iterator[Callable[[], bool]]:
+        """Yield what brings the video to `wanted` or before it, the cheapest first, decoding from the start last."""
+        if 0 <= self._at <= wanted <= self._at + _NEAR:
+            yield lambda: True
+        if self._orderly:
+            for target in dict.fromkeys(max(0, wanted - back) for back in _BACK):
+                yield partial(self._jump, target)
+        yield self._restart
+
+    def _jump(self, target: int) -> bool:
+        times, self._at = self._index.times, -1
+        self._capture.set(cv2.CAP_PROP_POS_MSEC, times[target])
+        if not self._capture.grab():
+            return False
+        time = self._capture.get(cv2.CAP_PROP_POS_MSEC)
+        place = int(np.searchsorted(times, time))
+        self._at = place if place < len(times) and times[place] == time else len(times)
+        return self._at <= target
+
+    def _restart(self) -> bool:
+        self._capture.release()
+        self._capture, self._at = open_capture(self._path), -1
+        return True
+
+    def _forward(self, wanted: int) -> bool:
+        while self._at < wanted:
+            if not self._capture.grab():
+                return False
+            self._at += 1
+        return self._capture.get(cv2.CAP_PROP_POS_MSEC) == self._index.times[wanted]
+
+
+class _Open(threading.local):
+    """The videos that a thread keeps open, the one used last at the end."""
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+        self.readers: OrderedDict[tuple[Path, int, int], _Reader] = OrderedDict()
+
+
+_open = _Open()
+_inherited: list[OrderedDict] = []  # a parent's: it shares their place in the file with us, so they stay as they are
+
+
+def _reader(path: Path, index: VideoIndex) -> _Reader:
+    if _open.pid != os.getpid():
+        _inherited.append(_open.readers)
+        _open.pid, _open.readers = os.getpid(), OrderedDict()
+    key = stamp(path)
+    if key not in _open.readers:
+        _open.readers[key] = _Reader(path, index)
+        if len(_open.readers) > _OPEN:
+            _open.readers.popitem(last=False)
+    _open.readers.move_to_end(key)
+    return _open.readers[key]

@@ -1,0 +1,198 @@
+"""What each frame of a video file is known by: its time and its checksum, from one pass over the whole file."""
+
+import contextlib
+import functools
+import hashlib
+import logging
+import math
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from dinoseg.errors import UserError
+from dinoseg.processes.workers import count_cores, in_processes
+from dinoseg.report.progress import Bar
+from dinoseg.storage import stored
+from dinoseg.storage.files import check_regular
+from dinoseg.storage.locks import locked
+
+log = logging.getLogger(__name__)
+_UNCOUNTED = 2  # frames by which a sound video may fall short of its header: some writers count dropped ones
+_WORTH_A_PROCESS = 64 * 2**20  # bytes of video; a process takes a second to start
+_known: dict[tuple[Path, int, int], "VideoIndex"] = {}
+
+
+@dataclass(frozen=True, eq=False)
+class VideoIndex:
+    """The frames of a video file in the order in which they are decoded from its start."""
+
+    times: np.ndarray  # (N,) float64, milliseconds
+    sums: np.ndarray  # (N,) uint32, of the decoded pixels
+    fps: float  # as the container says
+
+    def __len__(self) -> int:
+        return len(self.times)
+
+
+def open_capture(path: Path) -> cv2.VideoCapture:
+    """Open a video with a decoder of one thread: it neither outlives a fork badly nor fights other processes.
+
+    Raises:
+        UserError: the file is missing or no video.
+    """
+    stamp(path)
+    capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
+    if not capture.isOpened():
+        raise UserError(f"Cannot open {path} as a video. It is damaged or no video: replace it.")
+    return capture
+
+
+def stamp(path: Path) -> tuple[Path, int, int]:
+    """Return the path with the file's size and time, by which a changed file is noticed.
+
+    Raises:
+        UserError: there is no such file, or it is none.
+    """
+    try:
+        check_regular(path)
+        stat = path.stat()
+    except OSError as error:
+        raise UserError(f"Cannot read the video {path}: {error.strerror}. Check the path.") from None
+    return path, stat.st_size, stat.st_mtime_ns
+
+
+def checksum(image: np.ndarray) -> int:
+    """Return the number by which decoded pixels are known again."""
+    return zlib.adler32(np.ascontiguousarray(image).data)
+
+
+def find_index(path: Path, cache_dir: Path | None) -> VideoIndex:
+    """Return the index of a video: known already, kept in a file, or made now by decoding the whole video once.
+
+    Raises:
+        UserError: the file is missing, no video, damaged or truncated.
+    """
+    key = stamp(path)
+    if key not in _known:
+        kept = _file_of(key, cache_dir)
+        index = _load(kept)
+        if index is None:
+            with _alone(kept):  # another process may have made it meanwhile
+                index = _load(kept) or _make(path, kept)
+        _known[key] = index
+    return _known[key]
+
+
+def index_videos(
+    paths: Sequence[Path], cache_dir: Path | None, *, workers: int | None = None
+) -> tuple[dict[Path, VideoIndex], dict[Path, str]]:
+    """Return the index of each video, and what is wrong with those that have none.
+
+    The work goes to as many processes as there are processors, if it is worth one; a later run finds it done.
+    """
+    found: dict[Path, VideoIndex] = {}
+    wrong: dict[Path, str] = {}
+    waiting: dict[Path, int] = {}
+    for path in dict.fromkeys(paths):
+        try:
+            key = stamp(path)
+        except UserError as error:
+            wrong[path] = str(error)
+            continue
+        if index := _known.get(key) or _load(_file_of(key, cache_dir)):
+            found[path] = _known[key] = index
+        else:
+            waiting[path] = key[1]
+    if workers is None:
+        share = math.ceil(sum(waiting.values()) / _WORTH_A_PROCESS)
+        workers = min(count_cores(), share)
+    with Bar(total=len(waiting), desc="indexing videos", unit="video", delay=2) as bar:
+        work = functools.partial(find_index, cache_dir=cache_dir)
+        remedy = "Free some memory and run again: it goes on."
+        for path, made in in_processes(work, list(waiting), workers, catch=UserError, in_order=False, remedy=remedy):
+            if isinstance(made, UserError):
+                wrong[path] = str(made)
+            else:
+                found[path] = _known[stamp(path)] = made
+            bar.update()
+    return {path: found[path] for path in paths if path in found}, {p: wrong[p] for p in paths if p in wrong}
+
+
+def _make(path: Path, kept: Path | None) -> VideoIndex:
+    index = _scan(path)
+    if kept is not None:
+        _save(kept, index)
+    return index
+
+
+def _scan(path: Path) -> VideoIndex:
+    capture = open_capture(path)
+    try:
+        promised, fps = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), float(capture.get(cv2.CAP_PROP_FPS))
+        times: list[float] = []
+        sums: list[int] = []
+        while capture.grab():
+            good, image = capture.retrieve()
+            if not good:
+                raise UserError(f"Frame {len(times)} of {path} cannot be decoded. The video is damaged: replace it.")
+            times.append(capture.get(cv2.CAP_PROP_POS_MSEC))
+            sums.append(checksum(image))
+    finally:
+        capture.release()
+    # some containers know their length in seconds alone, so a video of varying rate may have fewer frames
+    reached = round(times[-1] * fps / 1000) + 1 if times else 0
+    if not times or max(len(times), reached) < promised - _UNCOUNTED:
+        raise UserError(f"{path} is truncated: {len(times)} frames read, {promised} promised. Replace it.")
+    return VideoIndex(np.array(times, dtype=np.float64), np.array(sums, dtype=np.uint32), fps)
+
+
+def _file_of(key: tuple[Path, int, int], cache_dir: Path | None) -> Path | None:
+    if cache_dir is None:
+        return None
+    path, *rest = key
+    digest = hashlib.sha256(repr((str(path.resolve()), *rest, cv2.__version__)).encode()).hexdigest()
+    return cache_dir / "videos" / f"{path.stem}_{digest[:16]}.npz"
+
+
+def _load(kept: Path | None) -> VideoIndex | None:
+    if kept is None or not kept.is_file():
+        return None
+    try:
+        held = stored.read_arrays(kept, {"times": ("<f8", 1), "sums": ("<u4", 1), "fps": ("<f8", 0)})
+        index = VideoIndex(held["times"], held["sums"], float(held["fps"]))
+        if not 0 < len(index.times) == len(index.sums) or not np.isfinite([*index.times, index.fps]).all():
+            raise stored.Misshapen(f"{len(index.times)} times and {len(index.sums)} checksums, or no numbers")
+        return index
+    except (OSError, stored.Misshapen) as error:
+        log.warning("The kept index %s is damaged (%s): making it anew.", kept, error)
+        with contextlib.suppress(OSError):
+            kept.unlink()
+        return None
+
+
+def _save(kept: Path, index: VideoIndex) -> None:
+    part = kept.with_name(f".{kept.name}.{os.getpid()}.part")
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file:
+            np.savez(file, times=index.times, sums=index.sums, fps=index.fps)
+        os.replace(part, kept)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        log.warning("The index cannot be kept in %s (%s): the next run makes it anew.", kept, error)
+
+
+@contextlib.contextmanager
+def _alone(kept: Path | None) -> Iterator[None]:
+    """Let one process at a time make an index; where nothing can be written beside it, several may."""
+    with contextlib.ExitStack() as stack:
+        if kept is not None:
+            with contextlib.suppress(OSError):
+                stack.enter_context(locked(kept.with_suffix(".lock")))
+        yield

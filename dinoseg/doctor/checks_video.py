@@ -1,0 +1,87 @@
+"""SAR-RARP50: masks counted against the video they were drawn on."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import cv2
+
+from dinoseg.data.formats.sarrarp_files import (
+    MASK_FOLDER,
+    MASK_STEP,
+    PREPARED,
+    PREPARED_FORM,
+    VIDEO,
+    frame_files,
+    png_files,
+)
+from dinoseg.doctor.findings import Finding, Scanned
+from dinoseg.storage import stored
+from dinoseg.wording import count_of, listed
+
+
+def check_videos(splits: Sequence[Scanned]) -> Iterator[Finding]:
+    """Yield the videos of N frames that have other masks than one for every 60th, floor((N - 1) / 60) + 1."""
+    places = {Path(record.mask).parent for part in splits for record in part.records}
+    for folder in sorted(place.parent for place in places if place.name == MASK_FOLDER):
+        if (folder / VIDEO).is_file():
+            yield from _check(folder)
+
+
+def _check(folder: Path) -> Iterator[Finding]:
+    masks = png_files(folder / MASK_FOLDER)
+    frames = _prepared(folder) or _promised(folder / VIDEO)
+    if masks.keys() != _due(frames):
+        frames = _counted(folder / VIDEO)  # a header may be off by a frame or two: only counting tells
+    due = _due(frames)
+    if masks.keys() != due:
+        missing, extra = sorted(due - masks.keys()), sorted(masks.keys() - due)
+        yield Finding(
+            "error",
+            "masks_against_video",
+            f"{folder / VIDEO} has {count_of(frames, 'frame')}, so {count_of(due, 'mask')} should be in "
+            f"{MASK_FOLDER}/, which has {len(masks)} (missing: {listed(missing) or 'none'}; without such a frame: "
+            f"{listed(extra) or 'none'}).",
+            tuple(str(folder / MASK_FOLDER / f"{stem}.png") for stem in (*missing, *extra)),
+            "Unpack the video's archive again: mode=prepare data=sarrarp.",
+            stops=False,
+        )
+    shown = frame_files(folder)
+    if shown and (lacking := sorted(masks.keys() - shown.keys())):
+        yield Finding(
+            "error",
+            "masks_without_frame",
+            f"{folder} has {count_of(lacking, 'mask')} without extracted frame: {listed(lacking)}.",
+            tuple(str(masks[stem]) for stem in lacking),
+            "Extract the frames: mode=prepare data=sarrarp.",
+            stops=False,
+        )
+
+
+def _due(frames: int) -> set[str]:
+    return {f"{index:09d}" for index in range(0, frames, MASK_STEP)}
+
+
+def _prepared(folder: Path) -> int:
+    try:
+        return stored.read_json(folder / PREPARED, PREPARED_FORM)["decoded"]
+    except (OSError, stored.Misshapen):
+        return 0
+
+
+def _promised(video: Path) -> int:
+    capture = cv2.VideoCapture(str(video))
+    try:
+        return max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
+    finally:
+        capture.release()
+
+
+def _counted(video: Path) -> int:
+    capture = cv2.VideoCapture(str(video))
+    frames = 0
+    try:
+        while capture.grab():
+            frames += 1
+    finally:
+        capture.release()
+    return frames

@@ -1,0 +1,83 @@
+"""What a check says, and what it looks at."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dinoseg.data.classes.masks import Masks
+from dinoseg.data.scan.record import Record
+
+SEVERITIES = ("error", "warning", "note")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that a user should know about a data set.
+
+    There is one scale of severity. An error makes training impossible or its scores worthless, and mode=doctor ends
+    with exit status 1. Training stops on an error too, but for those that only the user can judge (`stops` is False):
+    an official split may share videos between its sides. Of these it warns, if it sees them: it reads masks alone.
+
+    Args:
+        severity: `error`, `warning`: look at it, or `note`: good to know.
+        code: a short name that stays the same.
+        message: what was found, with its number.
+        files: all files, or pairs of files, that it is about.
+        remedy: what to do.
+        look: split and name of some pairs of which a picture tells more.
+        reasons: what is wrong with each of `files`, where that differs; each names its file.
+        stops: of an error: whether training stops on it.
+    """
+
+    severity: str
+    code: str
+    message: str
+    files: tuple[str, ...] = ()
+    remedy: str = ""
+    look: tuple[tuple[str, str], ...] = ()
+    reasons: tuple[str, ...] = ()
+    stops: bool = True
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """Return a line for each file."""
+        return self.reasons or self.files
+
+
+@dataclass(frozen=True)
+class Scanned:
+    """A split's records, with the classes and the rules that they were read by."""
+
+    split: str
+    records: Sequence[Record]
+    classes: Sequence[str]
+    palette: Sequence[tuple[int, int, int]]
+    ignore_index: int
+    masks: Masks
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Return labelled pixels (K,) int64 of each class."""
+        return self._all_counts()[: len(self.classes)] * self._is_class()
+
+    @property
+    def void(self) -> int:
+        """Return the ignored pixels."""
+        return int(self._all_counts()[self.ignore_index])
+
+    def _all_counts(self) -> np.ndarray:
+        return sum((record.counts for record in self.records), np.zeros(256, dtype=np.int64))
+
+    def _is_class(self) -> np.ndarray:
+        return (np.arange(len(self.classes)) != self.ignore_index).astype(np.int64)
+
+
+def by_severity(findings: Iterable[Finding]) -> list[Finding]:
+    """Return errors first, then warnings, then notes, each in their order."""
+    return sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity))
+
+
+def share(part: float, whole: float) -> str:
+    """Return a share in percent, one decimal."""
+    return f"{100 * part / whole:.1f} %" if whole else "none"

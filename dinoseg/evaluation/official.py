@@ -1,0 +1,105 @@
+"""Predictions of mode=eval scored by the protocol of the data set's benchmark, where that can be done."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from dinoseg import scoring
+from dinoseg.data.packed.read import reduced_size
+from dinoseg.data.pairs import Pair
+from dinoseg.errors import UserError
+from dinoseg.images import read_size
+from dinoseg.metrics.protocols.contract import BadFile, DatasetProtocol, Found
+from dinoseg.modes.score import report, write_problems
+
+FOLDER = "official"  # of predictions as a benchmark wants them, in the run folder
+
+logger = logging.getLogger(__name__)
+
+
+def usable(protocol: DatasetProtocol, data: Any, out_dir: Path, *, on_error: str, tells: bool) -> bool:
+    """Return whether a protocol can score a data set's predictions, before any is made; else tell why not.
+
+    Args:
+        protocol: of the benchmark.
+        data: pairs of image and mask files.
+        out_dir: the run folder.
+        on_error: `stop`: every image has to be fit to be scored; `skip`: one is enough.
+        tells: this process is the one that warns and writes `problems.json`.
+    """
+    try:
+        problems = _problems(protocol, data, out_dir / FOLDER)
+    except UserError as error:
+        problems, enough = [(out_dir / FOLDER, str(error))], False
+    else:
+        enough = len(problems) < len(data.pairs) if on_error == "skip" else not problems
+    if tells and not enough:
+        _tell(scoring.Unscorable(problems, "this data set"), out_dir)
+    return enough
+
+
+def official_scores(protocol: DatasetProtocol, data: Any, out_dir: Path, on_error: str) -> dict[str, Any] | None:
+    """Score the predictions in `out_dir`/official against the reference files themselves; write official_scores.json.
+
+    Returns None where that cannot be done, and tells why: the scores that the model has already are worth keeping.
+    """
+    folder = out_dir / FOLDER
+    remedy = f"Score what was predicted by itself: mode=score prediction={folder} mode.workers=1, with its reference."
+    found = Found([])
+    for pair in data.pairs:
+        try:
+            found.cases.append(_case(protocol, pair, folder))
+        except BadFile as error:
+            found.problems.append((error.path, error.reason))
+    try:
+        scored = scoring.score(protocol, found, where=f"the data set and {folder}", on_error=on_error, remedy=remedy)
+    except UserError as error:
+        _tell(error, out_dir)
+        return None
+    result = report(protocol, scored, out_dir / "official_scores.json")
+    print(f"official:     {out_dir}/official_scores.json, predictions for submission in {folder}")
+    return result["scores"]
+
+
+def _problems(protocol: DatasetProtocol, data: Any, folder: Path) -> list[tuple[Path, str]]:
+    """Return the file and the reason for each image whose prediction could not be scored."""
+    problems = []
+    for pair in data.pairs:
+        try:
+            _case(protocol, pair, folder)
+            if not protocol.any_size:
+                _check_size(data, pair)
+        except BadFile as error:
+            problems.append((error.path, error.reason))
+    return problems
+
+
+def _case(protocol: DatasetProtocol, pair: Pair, folder: Path) -> scoring.Case:
+    return protocol.case(pair.name, pair.mask, folder / protocol.target(pair.name))
+
+
+def _check_size(data: Any, pair: Pair) -> None:
+    """Refuse a mask file of another size than the image that the data set gives: classes are predicted at that size.
+
+    Headers are read where the data set may resize: a mask to its image, or both when they are packed.
+    """
+    longest = getattr(data, "longest", None)
+    fits = data.reader.masks.on_size_mismatch == "resize_mask"
+    if not fits and longest is None:
+        return
+    size = own = read_size(pair.mask)
+    if fits:
+        size = read_size(pair.image) if isinstance(pair.image, Path) else pair.image.read().shape[:2]
+    size = reduced_size(size, longest)
+    if size != own:
+        raise BadFile(
+            pair.mask,
+            f"is {own[1]} x {own[0]} (width x height), where the benchmark scores, but data.cache=packed or "
+            f"data.reader.masks.on_size_mismatch=resize_mask has it predicted at {size[1]} x {size[0]}.",
+        )
+
+
+def _tell(error: UserError, out_dir: Path) -> None:
+    problems = getattr(error, "problems", [(out_dir / FOLDER, str(error))])
+    path = write_problems(out_dir, {out_dir / FOLDER: problems})
+    logger.warning("No official scores (all reasons in %s; mode.official=false goes without): %s", path, error)

@@ -1,0 +1,138 @@
+"""Going on with an evaluation of videos that was stopped: masks of whole videos are taken over from its run folder."""
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from dinoseg.config.values import plain
+from dinoseg.data.clips.videos import Video
+from dinoseg.data.stamps import stamp
+from dinoseg.errors import UserError
+from dinoseg.inference.results import whole_folder
+from dinoseg.report.table import write_text
+from dinoseg.storage import stored
+from dinoseg.storage.files import entries
+from dinoseg.tracking.video.state import check_same_settings
+from dinoseg.wording import count_of, listed
+
+RECORD = "tracking.json"  # in a run folder: what its masks depend on
+DIGESTS = "tracked"  # in a run folder: <video>.txt for each whole video, of the files that its masks were made from
+
+logger = logging.getLogger(__name__)
+_FORM = stored.record(data=stored.table(stored.plain), given=stored.text, tracker=stored.table(stored.plain))
+
+
+def record_of(cfg: DictConfig, settings: Mapping[str, Any], *, split: str, given: str) -> dict[str, Any]:
+    """Return what the masks of a run depend on, as JSON gives it back.
+
+    Args:
+        cfg: the whole config.
+        settings: of its tracker.
+        split: of the data.
+        given: which masks the tracker is shown.
+    """
+    place = {key: plain(cfg.data.clips[key], resolve=True) for key in ("layout", "partition")}
+    place["layout"]["root"] = str(Path(place["layout"]["root"]).expanduser().resolve())  # the same from any folder
+    record = {"data": {"split": split, **place}, "given": given, "tracker": dict(settings)}
+    return json.loads(json.dumps(record))
+
+
+def earlier_run(restart: str | None, record: Mapping[str, Any]) -> Path | None:
+    """Return the run folder `mode.restart`, None where it is not set.
+
+    Raises:
+        UserError: it is none of this kind, or its masks depend on other settings.
+    """
+    if restart is None:
+        return None
+    folder = Path(restart).expanduser()
+    try:
+        before = _flat(stored.read_json(folder / RECORD, _FORM))
+    except (OSError, stored.Misshapen) as error:
+        raise UserError(
+            f"mode.restart={restart} holds no readable {RECORD} ({error}): it is no run folder of mode=eval on videos, "
+            "or a damaged one. Give that of the evaluation to go on with, or leave mode.restart out."
+        ) from None
+    check_same_settings(folder, before, _flat(record))
+    return folder
+
+
+def tell_taken(restart: str | None, videos: Sequence[str]) -> None:
+    """Log which videos' masks were taken over from the run folder `mode.restart`, if it is set."""
+    if restart is not None:
+        names = f": {listed(sorted(videos))}" if videos else ""
+        logger.info("mode.restart=%s: %s taken over%s", restart, count_of(videos, "video"), names)
+
+
+def digest_of(video: Video, given: str) -> str:
+    """Return a hash of what a video's masks are made from: its frames' names and files, and the masks that are given.
+
+    Frames are known by size, times and number of their files, so copied ones count as others; masks by what they hold.
+
+    Args:
+        video: of the data set.
+        given: `none`, `first` or `appearing`, see `dinoseg.tracking.video.benchmark_masks.shown_frames`.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for position, frame in enumerate(video.frames):
+        digest.update(f"{video.frame_name(position)} {stamp(frame)}\n".encode(errors="surrogateescape"))
+    shown = {"none": [], "first": [0], "appearing": sorted(video.masks)}[given]
+    for position in shown:
+        if (path := video.masks.get(position)) is not None and path.is_file():
+            digest.update(f"{position} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def keep_digest(out_dir: Path, video: str, digest: str) -> None:
+    """Note in a run folder that a video's masks are whole, and from what they were made."""
+    write_text(out_dir / DIGESTS / f"{video}.txt", f"{digest}\n")
+
+
+def take_over(
+    earlier: Path | None, out_dir: Path, files: Mapping[Path, Collection[str]], video: str, digest: str
+) -> bool:
+    """Copy what an earlier run has of a video, if that is whole and made from the same files; return whether it is.
+
+    Args:
+        earlier: its run folder; None: there is none.
+        out_dir: this one's.
+        files: the names of the files that belong in each folder below `out_dir`.
+        video: its name.
+        digest: see `digest_of`; if another was noted, that is said.
+    """
+    if earlier is None or not _same_digest(earlier, video, digest):
+        return False
+    places = {earlier / new.relative_to(out_dir): new for new in files}
+    for old, new in places.items():
+        if {path.name for path in entries(old) if path.is_file()} != set(files[new]):
+            return False
+    for old, new in places.items():
+        with whole_folder(new) as part:
+            shutil.copytree(old, part, dirs_exist_ok=True)
+    keep_digest(out_dir, video, digest)
+    return True
+
+
+def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record with its tracker's settings, which have groups of their own, beside the rest."""
+    return {key: value for key, value in record.items() if key != "tracker"} | record["tracker"]
+
+
+def _same_digest(earlier: Path, video: str, digest: str) -> bool:
+    try:
+        before = (earlier / DIGESTS / f"{video}.txt").read_text(encoding="utf-8", errors="replace").strip()
+    except FileNotFoundError:
+        return False  # it was not finished
+    if before != digest:
+        logger.warning(
+            "Video %s is tracked anew: its frames, or the masks that are given, are other files than those of %s.",
+            video,
+            earlier,
+        )
+    return before == digest

@@ -1,0 +1,89 @@
+"""What mode=score knows of classes: from the command line's data, or from what lies beside the predictions."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from dinoseg.config.checks import check_given
+from dinoseg.config.nodes import instantiate
+from dinoseg.config.values import plain
+from dinoseg.data.classes.file import NAME as CLASS_FILE
+from dinoseg.data.classes.labels import Labels
+from dinoseg.data.classes.record import NAME, read_class_record, references
+from dinoseg.errors import UserError
+from dinoseg.metrics.protocols.contract import ScoreProtocol
+from dinoseg.runs.folder import command_line
+
+FOLDER = "masks"  # of id masks and their record, in a run folder of mode=predict
+_MASKS = "data.reader.masks."
+
+
+def protocol_of(cfg: DictConfig, predictions: Sequence[Path], out_dir: Path) -> ScoreProtocol:
+    """Return the protocol; one that takes any classes is told their names, and how the references are written.
+
+    They are those of `data=` where that says them, else those of `classes.json` beside the predictions, and then keys
+    of `data.reader.masks` on the command line win. A protocol that is told by its own keys how references are written
+    reads them so.
+
+    Raises:
+        UserError: two folders of predictions, or they and the data, are of other classes.
+    """
+    if "classes" not in cfg.protocol or cfg.protocol.classes is not None:
+        return instantiate(cfg.protocol)
+    labels, masks = _told(cfg, predictions, out_dir)
+    if labels is None:
+        return instantiate(cfg.protocol)
+    late: dict[str, Any] = {"classes": list(labels.classes)}
+    own = cfg.protocol
+    if not (own.binary or own.reduce_zero_label or own.ignore_index != 255):
+        check_given("dinoseg.data.classes.masks.Masks", masks)
+        late |= {"references": references(labels, masks), "ignore_index": labels.ignore_index}
+    return instantiate(cfg.protocol, without=tuple(late), instead={"_partial_": True})(**late)
+
+
+def _told(cfg: DictConfig, predictions: Sequence[Path], out_dir: Path) -> tuple[Labels | None, Mapping[str, Any]]:
+    """Return the classes, and the keys of `Masks` for the references; None where nothing tells."""
+    records = {folder: found for folder in predictions if (found := read_class_record(folder)) is not None}
+    known = {str(folder / NAME): labels for folder, (labels, _) in records.items()}
+    if _says_classes(cfg.data):
+        data = cfg.data
+        labels = Labels.of(data.classes, data.palette, data.ignore_index)
+        _refuse_others({f"data={cfg.choices.data}": labels, **known})
+        return labels, mask_keys(data)
+    if not records:
+        return None, {}
+    _refuse_others(known)
+    labels, masks = next(iter(records.values()))
+    words = {word.split("=")[0].lstrip("+") for word in command_line(out_dir)}
+    if "data.ignore_index" in words:
+        labels = Labels.of(labels.classes, labels.palette, cfg.data.ignore_index)
+    typed = {word.removeprefix(_MASKS).split(".")[0] for word in words if word.startswith(_MASKS)}
+    own = mask_keys(cfg.data) if typed else {}
+    return labels, {**masks, **{key: own[key] for key in typed}}
+
+
+def mask_keys(data: DictConfig) -> dict[str, Any]:
+    """Return how a data set's masks are written, as keys of `Masks`; empty where its format is fixed."""
+    node = data.reader.get("masks")
+    found = {} if node is None else plain(node, resolve=True)
+    return {key: value for key, value in found.items() if key not in ("_target_", "described")}
+
+
+def _says_classes(data: DictConfig) -> bool:
+    """Return whether a data node names its classes, without asking a file that is not there."""
+    if not OmegaConf.is_interpolation(data, "classes"):
+        return not OmegaConf.is_missing(data, "classes")
+    root = None if OmegaConf.is_missing(data, "root") else data.root
+    return root is not None and (Path(str(root)).expanduser() / CLASS_FILE).is_file()
+
+
+def _refuse_others(known: Mapping[str, Labels]) -> None:
+    (first, labels), *others = known.items()
+    for where, other in others:
+        if other.classes != labels.classes:
+            raise UserError(
+                f"{first} has the classes {', '.join(labels.classes)}, and {where} has {', '.join(other.classes)}: "
+                "their ids do not mean the same. Score predictions of the same classes in the same order."
+            )

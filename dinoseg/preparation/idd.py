@@ -1,0 +1,202 @@
+"""Make IDD ready to read: draw the label maps of its polygons, in as many encodings as wanted; imports no torch."""
+
+import contextlib
+import functools
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dinoseg.data.formats.idd_files import ENCODINGS, LABELS, POLYGONS, files_of, find_parts, label_suffix
+from dinoseg.errors import DISK_FULL, UserError
+from dinoseg.images import write_png
+from dinoseg.preparation.idd_polygons import draw_label_maps
+from dinoseg.processes.workers import in_processes
+from dinoseg.ranges import Count
+from dinoseg.report.progress import Bar
+from dinoseg.storage.files import check_regular, entries
+from dinoseg.storage.locks import locked
+from dinoseg.wording import listed
+
+log = logging.getLogger(__name__)
+
+_PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
+_NOTE = "polygons sha256"  # keyword of the note in a label map that says what it was drawn from
+_HEAD = 4096  # bytes of a label map in which the note is
+_UNKNOWN = "unknown label "
+_LOCK = ".prepare.lock"  # in gtFine: one run at a time
+
+
+@dataclass(frozen=True)
+class PolygonFile:
+    """A JSON file of polygons; `split` is the split's folder with its part in front."""
+
+    path: Path
+    split: str
+
+    def label_map(self, encoding: str) -> Path:
+        """Return where its label map lies."""
+        return self.path.with_name(self.path.stem.removesuffix(POLYGONS) + label_suffix(encoding) + ".png")
+
+
+def prepare(
+    root: str | Path,
+    *,
+    encodings: Sequence[str] = ("level3Id",),
+    workers: Count = 2,
+    overwrite: bool = False,
+) -> dict[str, dict[str, int]]:
+    """Draw the label maps, going on where an earlier run stopped; return the counts of each split.
+
+    A map that is there is kept, unless its polygons have changed since: then it is drawn again.
+
+    Args:
+        root: a part, which holds `gtFine`, or the folder of several.
+        encodings: which label maps, of `id`, `csId`, `csTrainId`, `level4Id`, `level3Id`, `level2Id`, `level1Id`.
+        workers: processes.
+        overwrite: draw all again that is there already.
+
+    Raises:
+        UserError: nothing to prepare, a folder that cannot be written to, a full disk, or, when all others are
+            finished, the files that failed.
+    """
+    root = Path(root).expanduser()
+    if not encodings or any(encoding not in ENCODINGS for encoding in encodings):
+        raise UserError(f"data.prepare.encodings={list(encodings)}: choose some of {', '.join(ENCODINGS)}.")
+    if workers < 1:
+        raise UserError(f"data.prepare.workers={workers}: give the number of processes, 1 or more.")
+    jobs = find_polygons(root)
+    work = functools.partial(make_label_maps, encodings=tuple(encodings), overwrite=overwrite)
+    try:
+        with contextlib.ExitStack() as held:
+            for labels in sorted({job.path.parents[2] for job in jobs}):  # a part may be prepared by itself
+                held.enter_context(locked(labels / _LOCK))
+            return _draw_all(root, jobs, work, workers)
+    except OSError as error:
+        raise UserError(f"Cannot write to data.root={root}: {error}. Check its permissions.") from None
+
+
+def _draw_all(
+    root: Path, jobs: Sequence[PolygonFile], work: Callable[[PolygonFile], Counter[str]], workers: int
+) -> dict[str, dict[str, int]]:
+    _remove_parts(jobs)
+    counts: dict[str, Counter[str]] = {job.split: Counter() for job in jobs}
+    failures: dict[Path, str] = {}
+    unknown: dict[str, dict[Path, int]] = {}
+    finished = 0
+    remedy = f"Set data.prepare.workers below {workers} and run again: it goes on."
+    with Bar(total=len(jobs), desc="drawing", unit="file") as bar:
+        for job, result in in_processes(work, jobs, workers, catch=(UserError, OSError), in_order=False, remedy=remedy):
+            if isinstance(result, OSError) and result.errno in DISK_FULL:
+                raise _disk_full(root, finished, len(jobs))
+            if isinstance(result, Exception):
+                failures[job.path] = str(result) if isinstance(result, UserError) else f"{job.path}: {result}"
+            else:
+                counts[job.split].update(result)
+                for key in (key for key in result if key.startswith(_UNKNOWN)):
+                    unknown.setdefault(key.removeprefix(_UNKNOWN), {})[job.path] = result[key]
+                finished += 1
+            bar.update()
+    _report(sum(counts.values(), Counter()), unknown, failures, len(jobs))
+    return {split: dict(counts[split]) for split in sorted(counts)}
+
+
+def find_polygons(root: Path) -> list[PolygonFile]:
+    """Return the polygon files of all parts and splits.
+
+    Raises:
+        UserError: there is none.
+    """
+    parts = find_parts(root)
+    jobs = [
+        PolygonFile(path, f"{part}/{split.name}".lstrip("/"))
+        for part, folder in parts.items()
+        for split in entries(folder / LABELS)
+        for path in files_of(split, POLYGONS, (".json",)).values()
+    ]
+    if not jobs:
+        places = ", ".join(f"{folder / LABELS}" for folder in parts.values())
+        raise UserError(
+            f"Nothing to prepare: no {{split}}/{{drive}}/{{id}}{POLYGONS}.json in {places}. Unpack the archives of IDD "
+            "with their folder gtFine first."
+        )
+    return jobs
+
+
+def make_label_maps(job: PolygonFile, *, encodings: Sequence[str], overwrite: bool) -> Counter[str]:
+    """Write the label maps of one file of polygons that are not there, not whole or outdated; return its counts.
+
+    Raises:
+        UserError: the file is damaged.
+        OSError: writing failed.
+    """
+    check_regular(job.path)
+    content = job.path.read_bytes()
+    source = hashlib.sha256(content).hexdigest()
+    there = [encoding for encoding in encodings if _is_whole(job.label_map(encoding))]
+    outdated = [encoding for encoding in there if _is_outdated(job.label_map(encoding), job.path, source)]
+    due = [encoding for encoding in encodings if overwrite or encoding not in there or encoding in outdated]
+    counts = Counter({"files": 1, "written": len(due), "kept": len(encodings) - len(due)})
+    if outdated:
+        counts["redrawn"] = len(outdated)
+    if due:
+        maps, unknown = draw_label_maps(content, job.path, due)
+        for encoding, pixels in maps.items():
+            write_png(job.label_map(encoding), pixels, note=(_NOTE, source))
+        counts.update({f"{_UNKNOWN}{label}": count for label, count in unknown.items()})
+    return counts
+
+
+def _is_outdated(label_map: Path, polygons: Path, source: str) -> bool:
+    """Return whether a map was drawn from other polygons; one that does not say from which goes by its time."""
+    with label_map.open("rb") as opened:
+        head = opened.read(_HEAD)
+    if _NOTE.encode() in head:
+        return source.encode() not in head
+    return polygons.stat().st_mtime_ns > label_map.stat().st_mtime_ns
+
+
+def _is_whole(path: Path) -> bool:
+    """Return whether a PNG is there from start to end, without decoding it."""
+    if not path.is_file() or path.stat().st_size < len(_PNG_START) + len(_PNG_END):
+        return False
+    with path.open("rb") as opened:
+        start = opened.read(len(_PNG_START))
+        opened.seek(-len(_PNG_END), 2)
+        return start == _PNG_START and opened.read() == _PNG_END
+
+
+def _remove_parts(jobs: Sequence[PolygonFile]) -> None:
+    """Remove what a killed run left half-written."""
+    for drive in {job.path.parent for job in jobs}:
+        for stale in drive.glob(".*_gtFine_label*.part"):
+            stale.unlink(missing_ok=True)
+
+
+def _report(counts: Counter[str], unknown: dict[str, dict[Path, int]], failures: dict[Path, str], total: int) -> None:
+    """Say what was done, warn once of all labels that are not in the table; raise if files failed."""
+    log.info(
+        "%d label maps drawn, %d of them again since their polygons have changed, %d kept.",
+        *(counts[key] for key in ("written", "redrawn", "kept")),
+    )
+    if unknown:
+        labels = [
+            f"\n- {label} ({sum(files.values())}): {listed([str(path) for path in sorted(files)], 3)}"
+            for label, files in sorted(unknown.items())
+        ]
+        log.warning("Objects with labels that IDD does not have were left out:%s", "".join(labels))
+    if failures:
+        lines = "".join(f"\n- {failures[path]}" for path in sorted(failures))
+        raise UserError(
+            f"{len(failures)} of {total} files could not be drawn, the others are ready:{lines}\n"
+            "Running again goes on with these."
+        )
+
+
+def _disk_full(root: Path, finished: int, total: int) -> UserError:
+    return UserError(
+        f"The disk of {root} is full: {finished} of {total} files are drawn and nothing is half-written. Make room and "
+        "run again: it goes on."
+    )

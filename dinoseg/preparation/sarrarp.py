@@ -1,0 +1,249 @@
+"""Make SAR-RARP50 ready to read: unpack the archives, write the frames that are needed, verify the counts."""
+
+import functools
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dinoseg.data.formats.sarrarp_files import (
+    FRAME_FOLDERS,
+    FRAMES_PER_SECOND,
+    MASK_FOLDER,
+    MASK_STEP,
+    PREPARED,
+    PREPARED_FORM,
+    TEST_FOLDERS,
+    TRAIN_FOLDERS,
+    VIDEO,
+    frame_files,
+    png_files,
+)
+from dinoseg.errors import DISK_FULL, UserError
+from dinoseg.preparation.archives import unpack
+from dinoseg.preparation.frames import extract_frames
+from dinoseg.processes.workers import in_processes
+from dinoseg.ranges import Count, Share
+from dinoseg.report.progress import Bar
+from dinoseg.storage import stored
+from dinoseg.storage.files import entries
+from dinoseg.storage.locks import locked
+from dinoseg.wording import count_of, listed
+
+SPLIT_FOLDERS = TRAIN_FOLDERS + TEST_FOLDERS
+_LOCK = ".prepare.lock"  # in the root: one run at a time
+
+
+@dataclass(frozen=True)
+class VideoJob:
+    """One video: where it belongs, and the archive it comes in, if any."""
+
+    folder: Path
+    archive: Path | None
+
+    @property
+    def name(self) -> str:
+        """Split folder and video."""
+        return f"{self.folder.parent.name}/{self.folder.name}"
+
+
+def prepare(
+    root: str | Path,
+    *,
+    rate: Count = 1,
+    workers: Count = 2,
+    videos: Sequence[str] | None = None,
+    keep_archives: bool = True,
+    propagate: bool = False,
+    min_agreement: Share = 0.5,
+) -> dict[str, dict[str, int]]:
+    """Unpack and extract, going on where an earlier run stopped; return the counts of each video.
+
+    Args:
+        root: folder with `train1`, `train2`, `train` or `test`, which hold `video_*.zip` or `video_*/`.
+        rate: frames per second of video: 1 (those with a mask) or 10 (the official toolkit's).
+        workers: videos worked on at once, one process each.
+        videos: only these, such as `video_01` or `test/video_41`; None for all.
+        keep_archives: leave an archive in place once its video is verified.
+        propagate: extract 10 frames per second of training videos, whatever `rate` says, for the labels that the mode
+            then makes for them.
+        min_agreement: of such a frame, 0 to 1; only checked here, before the work.
+
+    Raises:
+        UserError: nothing to prepare, a full disk, or, when all others are finished, the videos that failed.
+    """
+    root = Path(root).expanduser()
+    if rate not in (1, 10):
+        raise UserError(f"data.prepare.rate={rate}: choose 1 (frames that have a mask) or 10 frames per second.")
+    if workers < 1:
+        raise UserError(f"data.prepare.workers={workers}: give the number of videos to work on at once, 1 or more.")
+    if not 0 <= min_agreement <= 1:
+        raise UserError(f"data.prepare.min_agreement={min_agreement}: give a share of the pixels from 0 to 1.")
+    jobs = _chosen(find_jobs(root), videos)
+    work = functools.partial(prepare_video, rate=rate, keep_archive=keep_archives, propagate=propagate)
+    try:
+        with locked(root / _LOCK):
+            return _prepare_all(root, jobs, work, workers)
+    except OSError as error:
+        raise UserError(f"Cannot write to data.root={root}: {error}. Check its permissions.") from None
+
+
+def _prepare_all(
+    root: Path, jobs: Sequence[VideoJob], work: Callable[[VideoJob], dict[str, int]], workers: int
+) -> dict[str, dict[str, int]]:
+    done: dict[str, dict[str, int]] = {}
+    failures: dict[str, str] = {}
+    remedy = f"Set data.prepare.workers below {workers} and run again: it goes on."
+    with Bar(total=len(jobs), desc="preparing", unit="video") as bar:
+        for job, result in in_processes(work, jobs, workers, catch=(UserError, OSError), in_order=False, remedy=remedy):
+            if isinstance(result, OSError) and result.errno in DISK_FULL:
+                raise _disk_full(root, len(done), len(jobs))
+            if isinstance(result, Exception):
+                failures[job.name] = str(result)
+            else:
+                done[job.name] = result
+            bar.update()
+            bar.set_postfix_str(job.name)
+    if failures:
+        lines = "".join(f"\n- {name}: {failures[name]}" for name in sorted(failures))
+        raise UserError(
+            f"{len(failures)} of {len(jobs)} videos could not be prepared, the others are ready:{lines}\n"
+            "Running again goes on with these."
+        )
+    return {name: done[name] for name in sorted(done)}
+
+
+def find_jobs(root: Path) -> list[VideoJob]:
+    """Return the videos below the split folders, packed or not.
+
+    Raises:
+        UserError: there is none, or an archive is not named after a video.
+    """
+    jobs: dict[Path, VideoJob] = {}
+    folders = [root / name for name in SPLIT_FOLDERS if (root / name).is_dir()]
+    for folder in folders:
+        for video in (path for path in entries(folder) if path.name.startswith("video_") and path.is_dir()):
+            jobs[video] = VideoJob(video, None)
+        for archive in (path for path in entries(folder) if path.suffix == ".zip"):
+            if not re.fullmatch(r"video_\w+", archive.stem):
+                raise UserError(f"{archive} is not named after a video: rename it to video_<number>.zip.")
+            video = folder / archive.stem
+            jobs[video] = VideoJob(video, archive)
+    if not jobs:
+        raise UserError(
+            f"Nothing to prepare under data.root={root}: no video_*.zip and no video_* folder in "
+            f"{', '.join(SPLIT_FOLDERS)}. Download SAR-RARP50 into these folders first."
+        )
+    return [jobs[video] for video in sorted(jobs)]
+
+
+def prepare_video(job: VideoJob, *, rate: int, keep_archive: bool, propagate: bool = False) -> dict[str, int]:
+    """Unpack and extract one video, unless that is done; return its counts.
+
+    To `propagate`, a training video needs 10 frames per second.
+
+    Raises:
+        UserError: the archive or the video is damaged, or frames and masks do not belong together.
+        OSError: writing failed, with what was finished kept.
+    """
+    rate = 10 if propagate and job.folder.parent.name in TRAIN_FOLDERS else rate
+    counts = _done_before(job, rate)
+    if counts is None:
+        if job.archive is not None:
+            unpack(job.archive, job.folder, landmark=VIDEO)
+        counts = _extract(job.folder, rate)
+    if job.archive is not None and not keep_archive:
+        job.archive.unlink(missing_ok=True)
+    return counts
+
+
+def _done_before(job: VideoJob, rate: int) -> dict[str, int] | None:
+    """Return the counts kept by an earlier run if they still hold, else None."""
+    try:
+        counts = stored.read_json(job.folder / PREPARED, PREPARED_FORM)
+        frames = len(png_files(job.folder / FRAME_FOLDERS[0]))
+        masks = len(png_files(job.folder / MASK_FOLDER))
+        valid = counts["rate"] >= rate and counts["frames"] <= frames and counts["masks"] == masks
+        return counts if valid else None
+    except (OSError, stored.Misshapen):
+        return None
+
+
+def _extract(folder: Path, rate: int) -> dict[str, int]:
+    masks = png_files(folder / MASK_FOLDER)
+    if not masks:
+        raise UserError(f"{folder} has no masks in {MASK_FOLDER}/. Unpack the video's archive again.")
+    video = folder / VIDEO
+    if (counts := _extracted_elsewhere(folder, masks, rate)) is not None:
+        return counts
+    if not video.is_file():
+        held = sorted(path.name for path in folder.iterdir())
+        raise UserError(f"{folder} has no {VIDEO}; it holds {listed(held)}. Unpack the video's archive again.")
+    target = folder / FRAME_FOLDERS[0]
+    step = FRAMES_PER_SECOND // rate
+    decoded = extract_frames(video, target, step=step)
+    _verify(folder, decoded, step)
+    for stale in target.glob(".*.part"):  # of a run that was killed
+        stale.unlink(missing_ok=True)
+    counts = {"rate": rate, "decoded": decoded, "frames": len(range(0, decoded, step)), "masks": len(masks)}
+    _write_marker(folder / PREPARED, counts)
+    return counts
+
+
+def _extracted_elsewhere(folder: Path, masks: Mapping[str, Path], rate: int) -> dict[str, int] | None:
+    """Return the counts of frames that another tool wrote and that suffice, None if we have to extract."""
+    frames = frame_files(folder)
+    there = 10 if f"{FRAMES_PER_SECOND // 10:09d}" in frames else 1
+    has_video, ours = (folder / VIDEO).is_file(), (folder / FRAME_FOLDERS[0]).is_dir()
+    if not frames or (has_video and (ours or there < rate)):
+        return None
+    if lone := sorted(masks.keys() - frames.keys()):
+        raise UserError(
+            f"{folder} has {count_of(lone, 'mask')} without frame: {listed(lone)}. Remove its frames and put "
+            f"{VIDEO} there to extract them."
+        )
+    if there < rate:
+        raise UserError(f"{folder} has {there} frame per second; extracting {rate} needs {VIDEO} there.")
+    return {"rate": there, "frames": len(frames), "masks": len(masks)}
+
+
+def _verify(folder: Path, decoded: int, step: int) -> None:
+    due = {f"{index:09d}" for index in range(0, decoded, MASK_STEP)}  # floor((N - 1) / 60) + 1 of them
+    masks = png_files(folder / MASK_FOLDER).keys()
+    if masks != due:
+        raise UserError(
+            f"{folder / VIDEO} has {decoded} frames, so {len(due)} masks belong to it; {MASK_FOLDER}/ has "
+            f"{len(masks)} (missing: {listed(sorted(due - masks)) or 'none'}; without such a frame: "
+            f"{listed(sorted(masks - due)) or 'none'}). Unpack the video's archive again."
+        )
+    frames = png_files(folder / FRAME_FOLDERS[0]).keys()
+    if lacking := sorted({f"{index:09d}" for index in range(0, decoded, step)} - frames):
+        raise UserError(f"{folder / FRAME_FOLDERS[0]} lacks the frames {listed(lacking)}. Run again.")
+
+
+def _write_marker(path: Path, counts: dict[str, int]) -> None:
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(counts), encoding="utf-8")
+    os.replace(part, path)
+
+
+def _chosen(jobs: list[VideoJob], videos: Sequence[str] | None) -> list[VideoJob]:
+    if videos is None:
+        return jobs
+    known = {job.name for job in jobs} | {job.folder.name for job in jobs}
+    if unknown := [name for name in videos if name not in known]:
+        raise UserError(
+            f"data.prepare.videos names {', '.join(unknown)}, which are not there. Choose from "
+            f"{listed([job.name for job in jobs], 60)}."
+        )
+    return [job for job in jobs if job.name in videos or job.folder.name in videos]
+
+
+def _disk_full(root: Path, done: int, total: int) -> UserError:
+    return UserError(
+        f"The disk of {root} is full: {done} of {total} videos are ready and nothing is half-written. Make "
+        "room (data.prepare.keep_archives=false removes each archive once its video is ready) and run again: "
+        "it goes on."
+    )

@@ -1,0 +1,108 @@
+"""Training on clips without labels."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from dinoseg import build
+from dinoseg.config.nodes import instantiate
+from dinoseg.errors import UserError
+from dinoseg.evaluation.videos import Options, chosen_supervision, follow_slots
+from dinoseg.images import write_png
+from dinoseg.model import Segmenter
+from dinoseg.report.curves import CLIP_PLOTS
+from dinoseg.report.table import write_json
+from dinoseg.runs.resume import Trained, labels_of
+from dinoseg.training.clip_feed import ClipFeed
+from dinoseg.training.engine import Engine
+from dinoseg.wording import listed
+
+logger = logging.getLogger(__name__)
+
+
+class TrainClips:
+    """What `train` does with clips, before the first step and after the last; attributes as of `TrainImages`."""
+
+    what = "clips"
+    labelled = None
+
+    def __init__(self, cfg: DictConfig, feed: ClipFeed) -> None:
+        self.cfg, self.feed = cfg, feed
+        self.labels = labels_of(cfg)
+        self.plots = [plot for plot in CLIP_PLOTS if plot[0] in feed.score_names]
+        self.split = {
+            side: [video.name for video in clips.videos] for side, clips in (("train", feed.train), ("val", feed.val))
+        }
+
+    @staticmethod
+    def check_parts(cfg: DictConfig, world: int) -> None:
+        """Refuse a head or a loss that clips cannot be trained with."""
+        with torch.device("meta"):
+            head = build.model(cfg, untrained=True).head
+        if not hasattr(head, "step"):
+            raise UserError(
+                f"trainer.feed=clips trains slots, and head={cfg.choices.head} has none. Choose head=slots, or "
+                "trainer=supervised for images and masks."
+            )
+        loss = instantiate(cfg.loss.criterion)() if cfg.loss.class_weights is None else None
+        if not getattr(loss, "needs_slots", False):
+            raise UserError(
+                f"loss={cfg.choices.loss} is no loss of slots. Choose loss=feature_reconstruction or "
+                "loss=video_similarity."
+            )
+        if cfg.head.similarity != getattr(loss, "needs_similarity", False):
+            fitting = {True: "loss=video_similarity", False: "loss=feature_reconstruction"}[cfg.head.similarity]
+            raise UserError(
+                f"head.similarity={str(cfg.head.similarity).lower()} does not go with loss={cfg.choices.loss}: with it "
+                f"goes {fitting}. Change one of them."
+            )
+        if cfg.data.cache is not None:
+            raise UserError(f"data.cache={cfg.data.cache} holds images with masks, not clips. Set data.cache=null.")
+        TrainClips._check_following(cfg)
+
+    @staticmethod
+    def _check_following(cfg: DictConfig) -> None:
+        """Refuse what the evaluation at the end would, a training later."""
+        if cfg.data.tracking is None:
+            return
+        supervision = chosen_supervision(cfg, None)
+        if instantiate(cfg.slots).lock_on and supervision == "none":
+            raise UserError(
+                f"slots.lock_on=true needs the first frame's masks, and data={cfg.choices.data} is evaluated "
+                "without: train with slots=free. mode=eval mode.supervision=first_frame slots=lock_on gives them later."
+            )
+
+    def check_data(self) -> None:
+        """Tell of videos on both sides, and of those too short for a clip."""
+        both = sorted(set(self.split["train"]) & set(self.split["val"]))
+        if both:
+            logger.warning(
+                "Videos stand in train and in val: %s. What is validated on was trained on: set "
+                "data.clips.partition.by=fraction, or give each split a folder of its own.",
+                listed(both),
+            )
+        for side, clips in (("train", self.feed.train), ("val", self.feed.val)):
+            if clips.skipped:
+                logger.warning("%s: too short for a clip and left out: %s", side, listed(clips.skipped))
+
+    def evaluate(self, model: Segmenter, engine: Engine, out_dir: Path, *, metrics_only: bool) -> dict[str, Any]:
+        """Score as mode=eval does; of data without masks there is the loss alone."""
+        if self.cfg.data.tracking is not None:
+            palette = [(red, green, blue) for red, green, blue in self.labels.palette]
+            labels = (list(self.labels.classes), palette, self.labels.ignore_index)
+            trained = Trained(model.eval(), engine, *labels, info={})
+            return follow_slots(self.cfg, trained, out_dir, Options(metrics_only=metrics_only))
+        scores, pictures = self.feed.validate(model, build.loss(self.cfg, None).to(engine.device), engine)
+        if engine.is_main:
+            write_json(out_dir / "scores.json", scores)
+            print(f"val/loss:     {scores['loss']:.4f}, and no other score: data={self.cfg.choices.data} has no masks")
+            if pictures and not metrics_only:
+                write_png(out_dir / "segments.png", next(iter(pictures.values())))
+                print(f"picture:      {out_dir / 'segments.png'}")
+        return scores
+
+    def close(self, out_dir: Path) -> None:
+        """Say nothing more."""

@@ -1,0 +1,108 @@
+"""Training on images and their masks."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+
+from dinoseg import build
+from dinoseg.config.nodes import instantiate
+from dinoseg.config.values import background_of
+from dinoseg.data.splits import split_table
+from dinoseg.doctor.short import check as examine
+from dinoseg.errors import UserError
+from dinoseg.inference.trained_sizes import TrainedSizes
+from dinoseg.metrics.confusion import commonest_class
+from dinoseg.modes.evaluate import list_skipped, score
+from dinoseg.processes.workers import count_cores
+from dinoseg.report.curves import IMAGE_PLOTS
+from dinoseg.training.engine import Engine
+from dinoseg.training.feed import Feed
+
+logger = logging.getLogger(__name__)
+
+
+class TrainImages:
+    """What `train` does with images and masks, before the first step and after the last.
+
+    Attributes:
+        what: is trained on.
+        plots: curves of the run.
+        labels: classes, palette and ignored id, which a checkpoint keeps.
+        labelled: whose masks a loss may count; None: there are none.
+        split: names in train and val.
+    """
+
+    what = "images"
+    plots = IMAGE_PLOTS
+
+    def __init__(self, cfg: DictConfig, feed: Feed) -> None:
+        self.cfg, self.feed = cfg, feed
+        self.labels = self.labelled = feed.train
+        self.split = split_table({"train": feed.train, "val": feed.val})
+
+    @staticmethod
+    def check_parts(cfg: DictConfig, world: int) -> None:
+        """Refuse a loss or a batch that the head cannot be trained with."""
+        if cfg.loss.class_weights is None:
+            raise UserError(
+                f"loss={cfg.choices.loss} learns from clips, without labels. Choose trainer=slots with "
+                "head=slots, or a loss on labels, such as loss=cross_entropy."
+            )
+        if cfg.trainer.score == "miou_no_background" and background_of(cfg) is None:
+            raise UserError(
+                f"trainer.score=miou_no_background: data={cfg.choices.data} has no background. Say which class "
+                "it is (data.background=NAME), or choose by another score, such as trainer.score=miou."
+            )
+        with torch.device("meta"):
+            head = build.model(cfg, untrained=True).head
+            loss = instantiate(cfg.loss.criterion)(class_weights=torch.ones(len(cfg.data.classes)))
+        if hasattr(head, "step"):
+            raise UserError(
+                f"head={cfg.choices.head} is trained on clips. Choose trainer=slots "
+                "loss=feature_reconstruction, or another head."
+            )
+        least = getattr(head, "least_batch", 1)
+        if cfg.data.batch_size < least * world:
+            raise UserError(
+                f"data.batch_size={cfg.data.batch_size}: head={cfg.choices.head} is trained on {least} "
+                f"images or more per device. Set data.batch_size={least * world} or choose another head."
+            )
+        if getattr(loss, "needs_masks", False) and not getattr(head, "mixture", False):
+            raise UserError(
+                "loss=mask_classification needs a head that predicts masks: head=mask2former, head=mask2former_meta or "
+                "head=eomt. For other heads choose a loss on pixels, such as loss=cross_entropy or loss=ce_dice."
+            )
+
+    def check_data(self) -> TrainedSizes | None:
+        """Run the short doctor; return how large the training images are, where they are files."""
+        data = self.cfg.data
+        options = {"group": data.group, "data_name": self.cfg.choices.data, "workers": data.workers or count_cores()}
+        splits = examine(self.feed.train, self.feed.val, cache_dir=self.cfg.cache_dir, **options)
+        records = splits[0].records if splits else ()
+        sizes = [size for record in records if (size := record.image_size or record.mask_size)]
+        longest, enlarged = self.cfg.resolution.longest, data.augment.scale[1]
+        return TrainedSizes.of(sizes, longest=longest, enlarged=enlarged) if sizes else None
+
+    def evaluate(self, model: nn.Module, engine: Engine, out_dir: Path, *, metrics_only: bool) -> dict[str, Any]:
+        """Score by one exact count over the split, and tell of a model that has learnt nothing."""
+        data, background = self.feed.val, self.feed.background
+        scores = score(model, data, engine, out_dir, metrics_only=metrics_only, background=background)
+        commonest, constant = commonest_class(scores["matrix"])
+        if engine.is_main and 0 < constant < 1 and scores["miou"] <= constant:
+            logger.warning(
+                "mIoU %.4f is not better than the %.4f of always predicting %s, the commonest class: nothing was "
+                "learnt. Try a higher or lower optim.optimizer.lr, more trainer.steps, loss.weights=median or "
+                "loss=ce_dice for rare classes, and mode=doctor on the data.",
+                scores["miou"],
+                constant,
+                data.classes[commonest],
+            )
+        return scores
+
+    def close(self, out_dir: Path) -> None:
+        """List the files that were left out."""
+        list_skipped({"train": self.feed.train, "val": self.feed.val}, out_dir)

@@ -1,0 +1,211 @@
+"""What a program reads back from disk, held against the form in which it is written, before anything believes it.
+
+A form is a function from a value, and the place where it stands, to nothing: it raises where the value is none.
+"""
+
+import json
+import math
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from dinoseg.storage.files import check_regular
+
+Form = Callable[[Any, str], None]
+_DEEPEST = 16  # of what is plain, whatever it means
+_LARGEST = 2**63 - 1
+
+
+class Misshapen(ValueError):
+    """What was read has not the form in which it is written; says where, and what stands there."""
+
+
+def read_json(path: Path, form: Form) -> Any:
+    """Return what a JSON file holds, which has this form.
+
+    Raises:
+        OSError: the file is missing, or cannot be read.
+        UserError: it is no file but, say, a pipe.
+        Misshapen: it is no JSON, or of another form.
+    """
+    check_regular(path)
+    return parse_json(path.read_bytes(), form)
+
+
+def parse_json(text: str | bytes, form: Form) -> Any:
+    """Return what JSON text holds: finite numbers, each key once, all of this form.
+
+    Raises:
+        Misshapen: as above.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number, parse_float=_finite)
+    except (ValueError, RecursionError) as error:
+        raise Misshapen(str(error) or "it is nested too deep") from None
+    form(value, "it")
+    return value
+
+
+def read_arrays(path: Path, forms: Mapping[str, tuple[str, int]]) -> dict[str, np.ndarray]:
+    """Return the arrays of an NPZ file, written without compression.
+
+    Args:
+        path: the file.
+        forms: name to type, such as `<f8`, and number of axes.
+
+    Raises:
+        OSError: the file is missing, or cannot be read.
+        UserError: it is no file but, say, a pipe.
+        Misshapen: it is damaged, or an array is missing, of another type, or another size than it says.
+    """
+    check_regular(path)
+    with open(path, "rb") as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                return {name: _array(archive, name, *form) for name, form in forms.items()}
+        except Misshapen:
+            raise
+        except Exception as error:  # a damaged archive raises whatever its bytes happen to mean
+            raise Misshapen(str(error) or type(error).__name__) from None
+
+
+def whole(least: int = 0, most: int = _LARGEST) -> Form:
+    """Return the form of a whole number in a range."""
+
+    def check(value: Any, where: str) -> None:
+        if type(value) is not int or not least <= value <= most:
+            _refuse(value, where, f"a whole number from {least} to {most}")
+
+    return check
+
+
+def number(least: float = -math.inf, most: float = math.inf) -> Form:
+    """Return the form of a number in a range."""
+
+    def check(value: Any, where: str) -> None:
+        if type(value) not in (int, float) or not least <= value <= most:
+            _refuse(value, where, f"a number from {least} to {most}")
+
+    return check
+
+
+def text(value: Any, where: str) -> None:
+    """Form of text."""
+    if not isinstance(value, str):
+        _refuse(value, where, "text")
+
+
+def flag(value: Any, where: str) -> None:
+    """Form of yes or no."""
+    if type(value) is not bool:
+        _refuse(value, where, "true or false")
+
+
+def plain(value: Any, where: str) -> None:
+    """Form of anything, a few levels deep."""
+    inside: list[Any] = [value]
+    for _ in range(_DEEPEST):
+        inside = [each for group in inside for each in _held(group)]
+    if inside:
+        raise Misshapen(f"{where:.99} is nested too deep")
+
+
+def maybe(form: Form) -> Form:
+    """Return the form of null, or what another form says."""
+    return lambda value, where: None if value is None else form(value, where)
+
+
+def listing(form: Form, length: int | None = None) -> Form:
+    """Return the form of a list, of so many or any number."""
+
+    def check(value: Any, where: str) -> None:
+        if not isinstance(value, list) or length not in (None, len(value)):
+            _refuse(value, where, "a list" if length is None else f"a list of {length}")
+        for position, each in enumerate(value):
+            form(each, f"{where}[{position}]")
+
+    return check
+
+
+def row(*forms: Form) -> Form:
+    """Return the form of a list with one form for each place."""
+
+    def check(value: Any, where: str) -> None:
+        if not isinstance(value, list) or len(value) != len(forms):
+            _refuse(value, where, f"a list of {len(forms)}")
+        for position, (form, each) in enumerate(zip(forms, value, strict=True)):
+            form(each, f"{where}[{position}]")
+
+    return check
+
+
+def table(form: Form, names: str = ".*") -> Form:
+    """Return the form of an object whose names match a regular expression, and whose values have one form."""
+
+    def check(value: Any, where: str) -> None:
+        if not isinstance(value, dict):
+            _refuse(value, where, "an object")
+        for key, each in value.items():
+            if re.fullmatch(names, key, re.DOTALL) is None:
+                raise Misshapen(f"{where:.99} has an entry {key!r:.60}, which is none of its own")
+            form(each, f"{where}.{key}")
+
+    return check
+
+
+def record(**forms: Form) -> Form:
+    """Return the form of an object with these names, and no other."""
+
+    def check(value: Any, where: str) -> None:
+        if not isinstance(value, dict) or value.keys() != forms.keys():
+            _refuse(value, where, f"an object of {', '.join(forms)}")
+        for key, form in forms.items():
+            form(value[key], f"{where}.{key}")
+
+    return check
+
+
+def _refuse(value: Any, where: str, rule: str) -> NoReturn:
+    raise Misshapen(f"{where:.99} is {value!r:.60}, and must be {rule}")
+
+
+def _held(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def _array(archive: zipfile.ZipFile, name: str, kind: str, axes: int) -> np.ndarray:
+    info = archive.getinfo(f"{name}.npy")
+    if info.compress_type != zipfile.ZIP_STORED:
+        raise Misshapen(f"{name} is compressed")
+    with archive.open(info) as file:
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise Misshapen(f"{name} is of another version of the format")
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        content = file.read()
+    if dtype.str != kind or len(shape) != axes or math.prod(shape) * dtype.itemsize != len(content):
+        raise Misshapen(
+            f"{name} is {dtype.str}{list(shape)} in {len(content)} bytes, and must be {kind} of {axes} axes"
+        )
+    return np.frombuffer(content, dtype).reshape(shape)
+
+
+def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise Misshapen("a name stands twice in one object")
+    return found
+
+
+def _no_number(name: str) -> NoReturn:
+    raise Misshapen(f"{name} is no number")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise Misshapen(f"{digits:.20} is no number")
+    return value

@@ -1,0 +1,48 @@
+"""The cells of a sweep, put together without weights, data or training: what does not fit is known in seconds."""
+
+from typing import Any
+
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+
+from dinoseg.config.nodes import instantiate
+from dinoseg.config.values import plain
+from dinoseg.errors import UserError
+
+
+def impossible_cells(config: DictConfig) -> tuple[list[tuple[str, str]], int]:
+    """Return the swept values of each cell that cannot work with the reason, and how many cells there are.
+
+    Only modes whose config names a `check` are looked at, and not what goes on from a checkpoint, whose config is
+    merged later. Mistakes that are no UserError are left to the job, which shows where they come from.
+    """
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+    overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+    swept = {override.get_key_element() for override in overrides if override.is_sweep_override()}
+    cells = [cell for batch in BasicSweeper.split_arguments(overrides, None) for cell in batch]
+    loader = GlobalHydra.instance().config_loader()
+    bad = []
+    for cell in cells:
+        if reason := _fault(loader, config, cell):
+            named = " ".join(word for word in cell if word.partition("=")[0] in swept)
+            bad.append((named or "each", reason))
+    return bad, len(cells)
+
+
+def _fault(loader: ConfigLoader, config: DictConfig, cell: list[str]) -> str:
+    """Return what is wrong with a cell; empty where nothing is found."""
+    try:
+        composed = loader.load_sweep_config(config, cell)
+        job: dict[str, Any] = {key: value for key, value in plain(composed).items() if key != "hydra"}
+        groups = {key: value for key, value in plain(composed.hydra.runtime.choices).items() if "/" not in key}
+        cfg = OmegaConf.create({**job, "choices": groups})
+        if cfg.resume is None and "check" in cfg.mode:
+            instantiate(cfg.mode.check)(cfg)
+    except UserError as error:
+        return str(error)
+    except Exception:  # noqa: BLE001 - found again: by the job, with its traceback, or by Hydra, before the first job
+        return ""
+    return ""

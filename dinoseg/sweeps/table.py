@@ -1,0 +1,110 @@
+"""Sweeps: cells that cannot work are refused before the first job, and a table of all jobs stands at the end."""
+
+import csv
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.utils import JobReturn
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+from tabulate import tabulate
+
+from dinoseg.sweeps.check import impossible_cells
+from dinoseg.sweeps.folds import DEVIATION, FOLD, with_summaries
+from dinoseg.wording import count_of
+
+SHARES = {  # keys of a job's scores in 0..1 to their columns, which are in percent, as in the score tables
+    "miou": "mIoU %",
+    "miou_no_background": "mIoU without background %",
+    "accuracy": "pixel accuracy %",
+    "J&F-Mean": "J&F %",
+    "FG-ARI": "FG-ARI %",
+    "mBO": "mBO %",
+}
+OTHERS = {"loss": ".4f", "parameters": ",", "trainable": ",", "images_per_s": ".1f", "memory_gib": ".2f"}
+RANKED = ("miou", "J&F-Mean", "FG-ARI")  # the first that any job has decides the order; else the lowest loss
+_SHOWN = 10  # impossible cells in a message
+
+
+class SweepTable(Callback):
+    """Checks the cells of a multirun, collects what each job returned, prints a table and writes sweep.csv."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """End the process where a cell cannot work; what only running shows is left to its job."""
+        bad, cells = impossible_cells(config)
+        if not bad:
+            return
+        named = "".join(f"\n- {cell}: {reason}" for cell, reason in bad[:_SHOWN])
+        more = f"\n- and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
+        print(
+            f"error: {len(bad)} of {count_of(cells, 'cell')} of this sweep cannot work, so none is started:"
+            f"{named}{more}\nLeave them out: what remains can be run as several sweeps.",
+            file=sys.stderr,
+        )
+        sys.exit(1)  # hydra passes over any other exception of a callback
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
+        """Keep a finished job's overrides and scores."""
+        scores = job_return._return_value if isinstance(job_return._return_value, dict) else {}
+        # ++ is of a checkpoint's own keys
+        words = [word.removeprefix("++").partition("=") for word in job_return.overrides or []]
+        row: dict[str, Any] = {"job": len(self.rows), "words": {key: value for key, _, value in words if key != "mode"}}
+        row |= {name: scores.get(name) for name in (*SHARES, *OTHERS, "matrix", "background", "run")}
+        self.rows.append(row | {"note": scores.get("error", "")})
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        """Print the table, best first; folds of one setting stand together, with what they say as a whole."""
+        held = [key for key in (*SHARES, *OTHERS) if any(row[key] is not None for row in self.rows)]
+        score, sign = next(((key, -1) for key in RANKED if key in held), ("loss", 1))
+        if score not in held and not any(row["note"] for row in self.rows):
+            return
+        swept = _swept([row["words"] for row in self.rows])
+        rows = [{**row, **{key: row["words"].get(key, "") for key in swept}} for row in self.rows]
+        means = [key for key in held if key in SHARES or key == "loss"]
+        if FOLD in swept:
+            groups = with_summaries(rows, [key for key in swept if key != FOLD], means)
+        else:
+            groups = [[row] for row in rows]
+        said = [next(row[score] for row in reversed(group) if row.get(FOLD) != DEVIATION) for group in groups]
+        order = sorted(range(len(groups)), key=lambda place: (said[place] is None, sign * (said[place] or 0)))
+        rows = [row for place in order for row in groups[place]]
+        _print(rows, swept, held)
+        path = Path(config.hydra.sweep.dir) / "sweep.csv"
+        _write(path, rows, swept, held)
+        print(f"\nwritten to {path}")
+
+
+def _swept(words: Sequence[Mapping[str, str]]) -> list[str]:
+    """Return the keys of the command line that are not the same in all jobs."""
+    keys = dict.fromkeys(key for each in words for key in each)
+    return [key for key in keys if len({each.get(key) for each in words}) > 1]
+
+
+def _print(rows: Sequence[Mapping[str, Any]], swept: Sequence[str], held: Sequence[str]) -> None:
+    keys = ["job", *swept, *held, *["note"] * any(row["note"] for row in rows)]
+    shown = [[_text(key, row.get(key)) for key in keys] for row in rows]
+    left = {"note", *swept}
+    headers = [SHARES.get(key, key) for key in keys]
+    widths = [60 if key == "note" else 30 if key in swept else None for key in keys]
+    aligned = ["left" if key in left else "right" for key in keys]
+    print(f"\n{tabulate(shown, headers=headers, maxcolwidths=widths, disable_numparse=True, colalign=aligned)}")
+
+
+def _write(path: Path, rows: Sequence[Mapping[str, Any]], swept: Sequence[str], held: Sequence[str]) -> None:
+    keys = ["job", *swept, *held, "run", "note"]
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([SHARES.get(key, key) for key in keys])
+        for row in rows:
+            writer.writerow([_text(key, row.get(key)) if key in SHARES else row.get(key) for key in keys])
+
+
+def _text(key: str, value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{100 * value:.2f}" if key in SHARES else format(value, OTHERS[key]) if key in OTHERS else str(value)

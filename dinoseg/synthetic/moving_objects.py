@@ -1,0 +1,162 @@
+"""Videos of textured things that move, turn and hide one another before a textured ground, with their exact masks."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from dinoseg.synthetic.canvas import Canvas
+from dinoseg.synthetic.noise import Wander, fractal, smoothstep
+from dinoseg.synthetic.outlines import OUTLINES
+from dinoseg.synthetic.patterns import FIGURES, GROUNDS, draw_greys, draw_palette, paint
+from dinoseg.synthetic.relief import Sprite
+
+RATE = 12  # frames per second
+FEWEST, MOST = 3, 5  # objects of a video
+SIZES = (0.28, 0.45)  # an object's diameter, as a share of the frame's shorter side
+CONTRASTS = (0.2, 0.7)  # of an object's pattern: how far its second colour is that of the palette
+CALM = (0.3, 1.0)  # the same of the ground, so that the objects are what differs most
+SPEEDS = (0.3, 0.9)  # shorter sides per second
+SPIN = 1.5  # fastest turn, radians per second
+SHOWN = 0.4  # share of itself that each object shows in the first frame at least
+_DETAIL = 2  # sprite pixels per frame pixel
+_FINE = 4  # pixels per sprite pixel in which outlines are drawn
+_SHADOW = 0.45  # how dark a shadow is: below a half, so that it never counts as its object
+_SOFT = 0.25  # how far a shadow reaches beyond its object, in radii
+_ROOM = 0.1  # what the ground is larger than the frame on each side, for its drift
+Seed = int | Sequence[int]
+
+
+def draw_video(seed: Seed, frames: int, size: tuple[int, int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield `frames` pictures (H, W, 3) uint8 RGB with their masks (H, W) uint8, 12 a second.
+
+    The same seed and size give the same frames. In a mask 0 is the ground and k the k-th object from the back; an id
+    stands where its object is seen at the pixel's centre.
+    """
+    scene = _Scene(seed, size)
+    for index in range(frames):
+        yield scene.frame(index / RATE)
+
+
+@dataclass
+class _Mover:
+    """An object: its picture, its shadow, and the straight way that borders fold back into the frame."""
+
+    body: Sprite
+    shadow: Sprite
+    radius: float  # pixels
+    start: np.ndarray  # (x, y) of the centre in pixels
+    speed: np.ndarray  # (x, y) in pixels per second
+    turn: tuple[float, float]  # radians, radians per second
+
+    def place(self, seconds: float, size: tuple[int, int]) -> np.ndarray:
+        """Return (x, y, angle) at a time; the centre is thrown back at 0.8 of a radius from the border."""
+        low = 0.8 * self.radius
+        room = np.array([size[1], size[0]]) - 2 * low
+        way = (self.start - low + self.speed * seconds) % (2 * room)
+        return np.array([*(low + np.minimum(way, 2 * room - way)), self.turn[0] + self.turn[1] * seconds])
+
+
+class _Scene:
+    """One video's world; a pure function of time once built."""
+
+    def __init__(self, seed: Seed, size: tuple[int, int]) -> None:
+        rng = np.random.default_rng(seed)
+        self._size, side = size, min(size)
+        palette = draw_palette(rng)
+        pairs = [(i, j) for i in range(len(palette)) for j in range(i)]
+        count = int(rng.integers(FEWEST, MOST + 1))
+        taken = rng.permutation(len(pairs))[:count]  # no two things share both colours
+        own = [rng.permutation(palette[list(pairs[number])]) for number in taken]
+        self._ground = _paint_ground(rng, size, draw_greys(rng))
+        self._drift = rng.uniform(-_ROOM, _ROOM, (2, 2)) * side * (rng.random() < 0.5)  # from where to where
+        self._light = Wander(rng, 0.82, 1.12, 3.0) if rng.random() < 0.4 else None
+        self._shadows = rng.random() < 0.6
+        self._fall = side * rng.uniform(0.015, 0.04) * _direction(rng)  # where shadows fall
+        self._movers = [_make_mover(rng, size, colours, label) for label, colours in enumerate(own, start=1)]
+        while not self._shows_all():
+            for mover in self._movers:
+                mover.start = rng.uniform(mover.radius, np.array([size[1], size[0]]) - mover.radius)
+
+    def frame(self, seconds: float) -> tuple[np.ndarray, np.ndarray]:
+        """Return the picture (H, W, 3) uint8 RGB and the mask (H, W) uint8 at `seconds`."""
+        canvas = Canvas(self._seen_ground(seconds), 1.0, np.zeros(2))
+        for mover in self._movers:
+            place = mover.place(seconds, self._size)
+            if self._shadows:
+                canvas.paste(mover.shadow, place + (*self._fall, 0), 1 / _DETAIL)
+            canvas.paste(mover.body, place, 1 / _DETAIL)
+        if self._light is None:
+            return canvas.rgb, canvas.mask
+        return cv2.convertScaleAbs(canvas.rgb, alpha=self._light(seconds)), canvas.mask
+
+    def _seen_ground(self, seconds: float) -> np.ndarray:
+        height, width = self._size
+        share = 0.5 - 0.5 * np.cos(np.pi * seconds / 4)  # there and back in 8 seconds
+        shift = self._drift[0] + share * (self._drift[1] - self._drift[0])
+        room = (np.array([self._ground.shape[1] - width, self._ground.shape[0] - height])) / 2
+        moved = np.column_stack([np.eye(2), shift - room])
+        return cv2.warpAffine(self._ground, moved, (width, height), borderMode=cv2.BORDER_REFLECT)
+
+    def _shows_all(self) -> bool:
+        _, mask = self.frame(0)
+        seen = np.bincount(mask.ravel(), minlength=len(self._movers) + 1)[1:]
+        whole = [np.count_nonzero(mover.body.rgba[..., 3] > 127) / _DETAIL**2 for mover in self._movers]
+        return bool((seen >= np.maximum(1, SHOWN * np.array(whole))).all())
+
+
+def _make_mover(rng: np.random.Generator, size: tuple[int, int], colours: np.ndarray, label: int) -> _Mover:
+    side = min(size)
+    radius = side * rng.uniform(*SIZES) / 2
+    body = _paint_body(rng, radius, colours, label)
+    return _Mover(
+        body,
+        _blurred(body, radius),
+        radius,
+        start=rng.uniform(radius, np.array([size[1], size[0]]) - radius),
+        speed=side * rng.uniform(*SPEEDS) * _direction(rng),
+        turn=(rng.uniform(0, 2 * np.pi), rng.uniform(-SPIN, SPIN)),
+    )
+
+
+def _paint_body(rng: np.random.Generator, radius: float, colours: np.ndarray, label: int) -> Sprite:
+    """Cut an outline out of a painted sheet and darken it towards its rim."""
+    reach = _DETAIL * radius
+    half = int(np.ceil(reach * (1 + _SOFT))) + 2  # room for the shadow's blur
+    sheet = (2 * half + 1, 2 * half + 1)
+    outline = OUTLINES[rng.integers(len(OUTLINES))](rng) * reach + half
+    fine = np.zeros((_FINE * sheet[0], _FINE * sheet[1]), np.uint8)
+    cv2.fillPoly(fine, [np.rint((_FINE * (outline + 0.5) - 0.5) * 16).astype(np.int32)], 255, cv2.LINE_8, 4)
+    cover = cv2.resize(fine, sheet, interpolation=cv2.INTER_AREA)
+    pattern = FIGURES[rng.integers(len(FIGURES))](rng, sheet, max(2.0 * _DETAIL, reach * rng.uniform(0.18, 0.4)))
+    pattern *= rng.uniform(*CONTRASTS)
+    colour = paint(pattern, colours, 0.08 * fractal(rng, sheet, 3.0 * _DETAIL, 2))
+    inside = cv2.distanceTransform((cover > 127).astype(np.uint8), cv2.DIST_L2, 5)
+    colour *= (0.65 + 0.4 * smoothstep(0, 0.4 * reach, inside))[..., None]
+    rgba = np.dstack([np.clip(colour, 0, 255) * (cover[..., None] / 255.0), cover])
+    return Sprite(np.rint(rgba).astype(np.uint8), cover, (half, half), label)
+
+
+def _blurred(body: Sprite, radius: float) -> Sprite:
+    """Return the soft shadow of a body."""
+    soft = cv2.GaussianBlur(body.rgba[..., 3], (0, 0), max(0.5, _SOFT / 3 * _DETAIL * radius))
+    rgba = np.zeros_like(body.rgba)
+    rgba[..., 3] = cv2.convertScaleAbs(soft, alpha=_SHADOW)
+    return Sprite(rgba, soft, body.pivot, body.label)
+
+
+def _paint_ground(rng: np.random.Generator, size: tuple[int, int], colours: np.ndarray) -> np.ndarray:
+    """Return what lies behind the objects (H', W', 3) uint8, larger than the frame by the room for its drift."""
+    side = min(size)
+    room = 2 * int(np.ceil(_ROOM * side))
+    sheet = (size[0] + room, size[1] + room)
+    pattern = GROUNDS[rng.integers(len(GROUNDS))](rng, sheet, side * rng.uniform(0.08, 0.25)) * rng.uniform(*CALM)
+    colour = paint(pattern, colours, 0.08 * fractal(rng, sheet, 4.0, 3))
+    return np.clip(np.rint(colour), 0, 255).astype(np.uint8)
+
+
+def _direction(rng: np.random.Generator) -> np.ndarray:
+    """Return a random unit vector (x, y)."""
+    angle = rng.uniform(0, 2 * np.pi)
+    return np.array([np.cos(angle), np.sin(angle)])

@@ -1,0 +1,137 @@
+"""Write videos of moving objects as folders of frames and masks, as `dinoseg.data.clips.movi` reads MOVi."""
+
+import functools
+import json
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from dinoseg.errors import UserError
+from dinoseg.images import write_png
+from dinoseg.ranges import Count, Natural
+from dinoseg.synthetic.moving_objects import RATE, draw_video
+from dinoseg.synthetic.rendering import beside, check_least, missing, render_videos
+from dinoseg.wording import listed
+
+FOLDERS = ("train", "validation", "test")
+PICTURES = ("frames", "segmentations")  # in each video
+DESCRIPTION = "rendering.json"  # inside each finished video
+log = logging.getLogger(__name__)
+_SMALLEST = 32  # pixels, so that the smallest object still has some
+
+
+@dataclass(frozen=True)
+class Video:
+    """What determines one video's content; kept in its folder."""
+
+    seed: int
+    folder: str
+    number: int
+    seconds: int
+    size: tuple[int, int]
+
+    @property
+    def description(self) -> str:
+        """The text inside the finished folder."""
+        return json.dumps({"dinoseg": "moving objects", **asdict(self)}, indent=1)
+
+    def path(self, root: Path) -> Path:
+        """Where the finished video lies; no two folders share its name."""
+        return root / self.folder / f"{self.folder}_{self.number:04d}"
+
+
+def render_moving_objects(
+    root: str | Path,
+    *,
+    train_videos: Natural = 512,
+    val_videos: Natural = 64,
+    test_videos: Natural = 0,
+    seconds: Count = 2,
+    size: Sequence[int] = (128, 128),
+    seed: Natural = 0,
+    workers: Count = 2,
+) -> None:
+    """Write `root/{train,validation,test}/<video>/{frames,segmentations}/%05d.png`, several videos at once.
+
+    There are 12 frames a second of `size` (H, W); masks are grey, 0 = ground, k = the video's k-th object. Videos
+    finished by an earlier call with the same settings are kept; a video appears whole or not at all. Neither seeds
+    nor folders share a video.
+
+    Raises:
+        UserError: a setting is out of range, `root` cannot be written or holds other data.
+    """
+    root, counts = Path(root).expanduser(), (train_videos, val_videos, test_videos)
+    _check(counts, seconds, size, seed, workers)
+    videos = [
+        Video(seed, folder, number, seconds, (size[0], size[1]))
+        for folder, count in zip(FOLDERS, counts, strict=True)
+        for number in range(1, count + 1)
+    ]
+    work = functools.partial(_write_video, root=root)
+    render_videos(root, functools.partial(_missing, root, videos), work, total=len(videos), workers=workers)
+
+
+def _check(counts: tuple[int, int, int], seconds: int, size: Sequence[int], seed: int, workers: int) -> None:
+    if min(counts) < 0 or sum(counts) == 0:
+        raise UserError(
+            f"train_videos={counts[0]}, val_videos={counts[1]} and test_videos={counts[2]} give no videos to render. "
+            "None may be negative and one must be at least 1."
+        )
+    if len(size) != 2 or min(size) < _SMALLEST:
+        raise UserError(
+            f"size={list(size)} cannot be a frame's [height, width]: both must be at least {_SMALLEST}. "
+            "Take for example [128, 128]."
+        )
+    check_least(seconds=(seconds, 1), workers=(workers, 1), seed=(seed, 0))
+
+
+def _missing(root: Path, videos: list[Video]) -> list[Video]:
+    """Return the videos still to be written, having made sure that nothing else lies in the way.
+
+    One that lacks pictures is removed and counts as missing.
+    """
+    foreign = [path.name for path in _shown(root) if path.name not in FOLDERS]
+    if foreign:
+        raise UserError(
+            f"{root} holds {listed(foreign)}, which this rendering did not write. Choose another root: rendering does "
+            "not mix with other data."
+        )
+    found = [path for folder in FOLDERS for path in _shown(root / folder)]
+    absent = missing(root, videos, found, _description, "folder")
+    cut = [video for video in videos if video not in absent and not _is_whole(video, video.path(root))]
+    for video in cut:
+        log.warning("%s lacks pictures: it is drawn anew.", video.path(root))
+        shutil.rmtree(video.path(root))
+    return [*absent, *cut]
+
+
+def _is_whole(video: Video, path: Path) -> bool:
+    return all(len(_shown(path / folder)) >= video.seconds * RATE for folder in PICTURES)
+
+
+def _shown(folder: Path) -> list[Path]:
+    """Return what lies in a folder, if there is one, but for hidden files."""
+    return sorted(path for path in folder.iterdir() if path.name[0] != ".") if folder.exists() else []
+
+
+def _description(path: Path) -> str:
+    try:
+        return (path / DESCRIPTION).read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError, UnicodeDecodeError):
+        return ""
+
+
+def _write_video(video: Video, root: Path) -> Path:
+    """Draw one video beside its place and move the finished folder there."""
+    path = video.path(root)
+    with beside(path) as part:
+        entropy = (video.seed, FOLDERS.index(video.folder), video.number)
+        for index, (rgb, mask) in enumerate(draw_video(entropy, video.seconds * RATE, video.size)):
+            for folder, pixels in zip(PICTURES, (rgb, mask), strict=True):
+                write_png(part / folder / f"{index:05d}.png", pixels)
+        (part / DESCRIPTION).write_text(video.description, encoding="utf-8")
+        os.replace(part, path)
+    return path

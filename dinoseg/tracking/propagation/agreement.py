@@ -1,0 +1,67 @@
+"""Labels for the frames between two masks, propagated from both: what both ways agree on can be believed."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dinoseg.tracking.propagation.masks import first_labels, to_mask
+from dinoseg.tracking.propagation.propagator import propagate
+from dinoseg.tracking.propagation.settings import DINOV3, Settings
+
+BACKGROUND = 0
+
+
+class Agreed(NamedTuple):
+    """What two ways agree on in one frame.
+
+    `agreement` is the share of pixels of one class in both, of those that either takes for another class than the
+    background: 1 where there is none.
+    """
+
+    mask: np.ndarray  # (H, W) uint8, ignored where they differ
+    agreement: float
+
+
+def between(
+    features: Tensor,
+    first: np.ndarray,
+    last: np.ndarray,
+    settings: Settings = DINOV3,
+    *,
+    patch_size: int,
+    ignore_index: int = 255,
+) -> Iterator[Agreed]:
+    """Yield what the frames 1..T-2 get from the masks (H, W) uint8 of the frames 0 and T-1.
+
+    The features (T, C, h, w) cover the frames exactly. Pixels that are ignored in a mask are propagated as if they were
+    a class, and ignored where they come to lie.
+    """
+    size = (first.shape[0], first.shape[1])
+    ways = []
+    for seen, mask in ((features, first), (features.flip(0), last)):
+        ids, channels = np.unique(mask, return_inverse=True)
+        ways.append((ids, _propagated(seen, channels.reshape(size).astype(np.uint8), settings)))
+    for number in range(1, len(features) - 1):
+        there, back = (
+            ids[to_mask(soft[place], size, settings, patch_size=patch_size).cpu().numpy()]
+            for place, (ids, soft) in zip((number, len(features) - 1 - number), ways, strict=True)
+        )
+        yield agree(there, back, ignore_index)
+
+
+def agree(one: np.ndarray, other: np.ndarray, ignore_index: int = 255) -> Agreed:
+    """Return what two masks (H, W) agree on; a pixel that either ignores is ignored and does not count."""
+    known = (one != ignore_index) & (other != ignore_index)
+    same = known & (one == other)
+    found = known & ((one != BACKGROUND) | (other != BACKGROUND))
+    mask = np.where(same, one, ignore_index).astype(np.uint8)
+    return Agreed(mask, float((same & found).sum() / found.sum()) if found.any() else 1.0)
+
+
+def _propagated(features: Tensor, channels: np.ndarray, settings: Settings) -> Tensor:
+    """Return the soft labels (T, L, h, w) that come from frame 0's channels (H, W), numbered from 0."""
+    labels = first_labels(torch.from_numpy(channels), (features.shape[2], features.shape[3]), settings)
+    return propagate(features, labels.to(features.device), settings=settings)

@@ -1,0 +1,96 @@
+"""The best matches of every cell inside its window, without the similarities of all cells to all."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dinoseg.tracking.propagation.settings import Settings
+
+# Cells on a tile's side. Small tiles compare little outside of their windows, large ones need fewer calls: these were
+# the fastest with 60 x 107 cells and radius 12 on a CPU; a GPU has much to do at once.
+_TILE_CPU, _TILE_GPU = 8, 16
+Frame = tuple[Tensor, Tensor]  # features (h, w, C) of unit length, labels (h, w, L)
+
+
+def match(target: Tensor, frames: Sequence[Frame], settings: Settings) -> Tensor:
+    """Return the labels (h, w, L) that a target (h, w, C) gets from context frames, frame 0 the first of them.
+
+    Temporary memory is that of one tile's similarities: tile cells x frames x cells of the tile's surroundings.
+    """
+    height, width = target.shape[:2]
+    tile = _TILE_CPU if target.device.type == "cpu" else _TILE_GPU
+    labels = target.new_empty(height, width, frames[0][1].shape[2])
+    for top in range(0, height, tile):
+        for left in range(0, width, tile):
+            area = (slice(top, min(top + tile, height)), slice(left, min(left + tile, width)))
+            labels[area] = _match_tile(target[area], area, frames, settings)
+    return labels
+
+
+def _match_tile(target: Tensor, area: tuple[slice, slice], frames: Sequence[Frame], settings: Settings) -> Tensor:
+    grid = (frames[0][0].shape[0], frames[0][0].shape[1])
+    whole = (slice(0, grid[0]), slice(0, grid[1]))
+    near = (_around(area[0], grid[0], settings), _around(area[1], grid[1], settings))
+    regions = [near if settings.window_first else whole, *[near] * (len(frames) - 1)]
+    sizes = [(rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns in regions]
+    queries = target.flatten(0, 1)  # (M, C)
+    similarities = queries.new_empty(len(queries), sum(sizes))
+    outside = _outside(area, near, settings).to(queries.device)  # (M, cells around)
+    for part, region, (features, _) in zip(similarities.split(sizes, dim=1), regions, frames, strict=True):
+        torch.mm(queries, features[region].flatten(0, 1).T, out=part)
+        if region is near:
+            part.masked_fill_(outside, -torch.inf)
+    labels = torch.cat([labels[region].flatten(0, 1) for region, (_, labels) in zip(regions, frames, strict=True)])
+    return _mix(similarities, labels, settings).unflatten(0, target.shape[:2])
+
+
+def _around(cells: slice, length: int, settings: Settings) -> slice:
+    radius = min(settings.radius, length)
+    reach = math.floor(radius) if settings.inclusive else math.ceil(radius) - 1
+    return slice(max(0, cells.start - reach), min(length, cells.stop + reach))
+
+
+def _outside(area: tuple[slice, slice], near: tuple[slice, slice], settings: Settings) -> Tensor:
+    """Say for each cell of `area` and each of `near` whether they are too far apart: (M, N), True = outside."""
+    rows, columns = (
+        torch.arange(here.start, here.stop, dtype=torch.float64)[:, None]
+        - torch.arange(there.start, there.stop, dtype=torch.float64)
+        for here, there in zip(area, near, strict=True)
+    )
+    rows, columns = rows[:, None, :, None], columns[None, :, None, :]
+    if settings.window == "square":
+        distance, limit = torch.maximum(rows.abs(), columns.abs()), settings.radius
+    else:
+        distance, limit = rows.square() + columns.square(), settings.radius**2
+    outside = distance > limit if settings.inclusive else distance >= limit
+    return outside.flatten(0, 1).flatten(1)
+
+
+def _mix(similarities: Tensor, labels: Tensor, settings: Settings) -> Tensor:
+    """Return the mean (M, L) of labels (N, L), weighted by the best of the similarities (M, N) of each row."""
+    count = min(settings.top_k, len(labels))
+    values, places = similarities.topk(min(count + 1, len(labels)))
+    mixed = torch.bmm(_weights(values[:, :count], settings)[:, None], labels[places[:, :count]])[:, 0]
+    if count == len(labels):
+        return mixed
+    last, next_best = values[:, count - 1], values[:, count]
+    tied = ((last == next_best) & last.isfinite()).nonzero()[:, 0]
+    if len(tied):  # rare, and dear: a weight for every cell of the surroundings
+        kept = _keep(similarities[tied], last[tied, None], settings)
+        mixed[tied] = _weights(kept, settings) @ labels
+    return mixed
+
+
+def _keep(similarities: Tensor, last: Tensor, settings: Settings) -> Tensor:
+    kept = similarities >= last
+    if not settings.ties:
+        above, equal = similarities > last, similarities == last
+        kept = above | (equal & (equal.cumsum(1) <= settings.top_k - above.sum(1, keepdim=True)))
+    return similarities.masked_fill(~kept, -torch.inf)
+
+
+def _weights(similarities: Tensor, settings: Settings) -> Tensor:
+    best = similarities.amax(1, keepdim=True)  # before the division, which may overflow at tiny temperatures
+    return torch.softmax((similarities - best) / settings.temperature, dim=1)

@@ -1,0 +1,212 @@
+"""A video's objects followed by slots: what a slot of the first frame saw, its successors stand for."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dinoseg.data.clips.videos import VOID
+from dinoseg.errors import UserError
+from dinoseg.geometry import valid_share
+from dinoseg.heads.slots.background import background_mask
+from dinoseg.model import Segmenter
+from dinoseg.tracking.frame_features import Autocast, precision_of
+from dinoseg.tracking.frame_size import one_size
+from dinoseg.tracking.propagation.tracker import model_settings
+from dinoseg.tracking.slots.following import Followed, Follower, Frame
+from dinoseg.tracking.slots.matching import Path, winners
+from dinoseg.tracking.slots.settings import SlotTracking
+from dinoseg.tracking.tracker import TensorForm, check_state
+
+_FORMS = {
+    "slots": TensorForm(None, "1 S D"),
+    "masks": TensorForm(torch.float32, "S h w", 0),
+    "path": TensorForm(torch.float64, "S S", 0),
+    "places": TensorForm(torch.int64, "S", 0),
+    "ids": TensorForm(torch.int64, "S", 0, VOID),
+    "sizes": TensorForm(torch.int64, "G", 0),
+    "labelled": TensorForm(torch.int64, "1", 0, 1),
+    "frame": TensorForm(torch.int64, "2", 1),
+    "background": TensorForm(torch.int64, "1", 0),
+}
+
+
+class SlotTracker:
+    """Follow what the slots of a trained model see through one video.
+
+    Without labels, masks say which slot of the first frame a pixel belongs to: id s + 1 for slot s. With a mask of the
+    first frame, they hold the ids of its objects (1 to 254), and 0 for the background, as which 255 in labels counts
+    too. The mask that is returned for a labelled frame is what slots see of it.
+
+    Of later masks only objects that are new are read: each gets the slot that overlaps it most, of those of the
+    background as long as that has two, see `give`. They can only be told if the first frame has a mask, if need be
+    one of zeros.
+
+    A video has as many slots as the head (`head.num_slots`); with `lock_on` as many as the settings ask for. That works
+    for any head: its slots are drawn from one distribution, or one for each group, where slots of objects and extra
+    ones then are of the foreground group.
+
+    Args:
+        model: a segmenter with a slot head, in eval mode and on its device.
+        settings: how slots are bound and followed.
+        batch_size: frames that the backbone sees at once; slots see one after the other.
+        autocast: gives the precision's context for a forward pass.
+
+    Raises:
+        UserError: the head has no slots, or the backbone lacks the class attention that extra slots need.
+    """
+
+    def __init__(
+        self,
+        model: Segmenter,
+        settings: SlotTracking = SlotTracking(),  # noqa: B008 (frozen)
+        *,
+        batch_size: int = 4,
+        autocast: Autocast = nullcontext,
+    ) -> None:
+        self._model, self._chosen, self._batch_size, self._autocast = model, settings, batch_size, autocast
+        self._head: Any = model.head
+        self._backbone: Any = model.backbone
+        if not hasattr(self._head, "step"):
+            raise UserError("The model has no slots to follow. Give resume=RUN of a model with head=slots.")
+        if not getattr(self._backbone, "has_class_attention", False):
+            _refuse_class_attention(settings)
+        self._follower = Follower(model.head, settings, autocast)
+        self._followed: Followed | None = None
+        self._size = (0, 0)  # (H, W) of the frames, once there is one
+
+    @cached_property
+    def settings(self) -> Mapping[str, Any]:
+        """What the masks depend on beside frames and labels."""
+        return {
+            "kind": "slots",
+            "slots": asdict(self._chosen),
+            "model": model_settings(self._model),
+            "precision": precision_of(self._autocast, self._device),
+        }
+
+    def track(self, frames: Sequence[np.ndarray], labels: Sequence[np.ndarray | None]) -> list[np.ndarray]:
+        """Return the masks (H, W) uint8 of the next frames (H, W, 3) uint8 RGB; `labels` has a mask or None for each.
+
+        The same frames in other batches give the same masks but for rounding.
+
+        Raises:
+            UserError: frames or masks of another size than the first frame; ids that are none; labels for a video
+                whose first frame had none, or none although `lock_on` needs them; more objects than slots.
+        """
+        masks: list[np.ndarray] = []
+        for start in range(0, len(frames), self._batch_size):
+            batch = slice(start, start + self._batch_size)
+            self._size = one_size(None if self._followed is None else self._size, frames[batch], labels[batch])
+            self._check_labels(labels[batch])
+            masks += self._track(frames[batch], labels[batch])
+        return masks
+
+    def state(self) -> dict[str, Tensor]:
+        """Return all that the next frame depends on; empty before the first."""
+        now = self._followed
+        if now is None:
+            return {}
+        tensors = {"slots": now.slots, "masks": now.masks, "path": now.path.matrix, "places": now.path.places}
+        counts = {"ids": now.ids, "sizes": now.sizes, "labelled": [int(now.labelled)], "frame": self._size}
+        counts["background"] = [now.num_background]
+        return {name: value.clone() for name, value in tensors.items()} | {
+            name: torch.tensor(value) for name, value in counts.items()
+        }
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a `state()` of a tracker with the same settings.
+
+        Raises:
+            ValueError: it is no such state.
+        """
+        self._followed = None
+        if not state:
+            return
+        check_state(state, _FORMS)
+        slots = state["slots"].shape[1]
+        if sorted(state["places"].tolist()) != list(range(slots)) or int(state["sizes"].sum()) != slots:
+            raise ValueError(f"places or sizes are not those of {slots} slots")
+        height, width = state["frame"].tolist()
+        self._size = (height, width)
+        self._followed = Followed(
+            slots=state["slots"].to(self._device, copy=True),
+            masks=state["masks"].to(self._device, copy=True),
+            path=Path(state["path"].to("cpu", copy=True), state["places"].to("cpu", copy=True)),
+            ids=state["ids"].tolist(),
+            labelled=bool(state["labelled"]),
+            sizes=state["sizes"].tolist(),
+            num_background=int(state["background"]),
+        )
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self._model.parameters()).device
+
+    @torch.inference_mode()
+    def _track(self, frames: Sequence[np.ndarray], labels: Sequence[np.ndarray | None]) -> list[np.ndarray]:
+        images = torch.from_numpy(np.stack(frames)).to(self._device).permute(0, 3, 1, 2)  # (B, 3, H, W)
+        pixels = self._model.pixels(images)
+        valid = valid_share((pixels.shape[-2], pixels.shape[-1]), self._model.patch_size)
+        features, background = self._features(pixels)
+        masks = []
+        for number, mask in enumerate(labels):
+            given = None if mask is None else np.where(mask == VOID, 0, mask).astype(np.uint8)
+            seen = None if background is None else background[number]
+            frame = Frame(features[number : number + 1], seen, given, valid)
+            now = self._follower.begin(frame) if self._followed is None else self._follower.go_on(self._followed, frame)
+            self._followed = now
+            table = torch.zeros(len(now.ids), dtype=torch.uint8)
+            table[now.path.places] = torch.tensor(now.ids, dtype=torch.uint8)
+            masks.append(table.to(self._device)[winners(now.masks, self._size, valid)])  # (H, W)
+        return list(torch.stack(masks).cpu().numpy())
+
+    def _features(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the backbone's last map (B, C, h, w) and, if it is needed, where the background is (B, h, w)."""
+        asks = self._follower.asks_background
+        needed = asks(first=False) or (self._followed is None and asks(first=True))
+        with self._autocast():
+            if not needed:
+                return self._backbone(pixels)[-1], None
+            maps, attention = self._backbone.with_class_attention(pixels)
+        return maps[-1], background_mask(attention)
+
+    def _check_labels(self, labels: Sequence[np.ndarray | None]) -> None:
+        labelled = labels[0] is not None if self._followed is None else self._followed.labelled
+        if self._chosen.lock_on and not labelled:
+            raise UserError(
+                "slots.lock_on=true shows slots what the mask of the first frame says, and there is none. Give it, or "
+                "set slots.lock_on=false."
+            )
+        for mask in labels:
+            if mask is None:
+                continue
+            if not labelled:
+                raise UserError(
+                    "There is a mask of a later frame, but none of the first, so masks hold numbers of slots. Give a "
+                    "mask of the first frame (of zeros if no object is there yet), or none at all."
+                )
+            if mask.dtype.kind not in "ui" or mask.min() < 0 or mask.max() > VOID:
+                raise UserError(
+                    f"A mask of type {mask.dtype} holds values from {mask.min()} to {mask.max()}: ids are whole "
+                    f"numbers from 0 (background) to {VOID - 1}. Renumber the objects."
+                )
+
+
+def _refuse_class_attention(settings: SlotTracking) -> None:
+    """Refuse what only a backbone with a class token gives."""
+    if settings.extra_slots:
+        raise UserError(
+            f"slots.extra_slots={settings.extra_slots} needs a backbone with a class token, whose attention tells "
+            "what is foreground. Set slots.extra_slots=0, or use a model with such a backbone."
+        )
+    if settings.lock_on and settings.hold != "none":
+        raise UserError(
+            f"slots.hold={settings.hold} with slots.lock_on=true needs a backbone with a class token, whose attention "
+            "tells in later frames what is background. Set slots.hold=none, or use a model with such a backbone."
+        )

@@ -1,0 +1,142 @@
+"""Masks of the objects of a video, tracked and written one frame at a time."""
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from dinoseg.data.clips.videos import VOID, Video
+from dinoseg.errors import UserError
+from dinoseg.inference.results import whole_folder
+from dinoseg.inference.stream import Throughput, run_pipeline
+from dinoseg.report.indexed import voc_palette, write_indexed_png
+from dinoseg.report.overlay import blend
+from dinoseg.tracking.tracker import VideoTracker
+
+_DEPTH = 2  # batches that wait on either side of the tracker
+_JPEG_QUALITY = 90
+
+
+class Shown(NamedTuple):
+    """What a tracker is shown of a video at one frame."""
+
+    name: str
+    image: np.ndarray  # (H, W, 3) uint8
+    labels: np.ndarray | None  # (H, W) uint8 ids, 0 = background or nothing new
+
+
+def shown_frames(video: Video, given: str) -> Iterator[Shown]:
+    """Yield a video's frames, one in memory at a time, with the masks that a tracker is given; void is background.
+
+    Args:
+        video: read frame by frame.
+        given: `none`: no mask; `first`: frame 0's; `appearing`: of each object the mask of the frame in which it
+            appears, and of that frame no other object's.
+
+    Raises:
+        UserError: a frame has another size than the first one, a mask another than its frame, or frame 0 has no mask
+            although it alone is given.
+    """
+    if given == "first" and 0 not in video.masks:
+        raise UserError(
+            f"Video {video.name} has no mask of its first frame, {video.frames[0]}, from which its objects are "
+            "followed. Add this mask, or leave the video out."
+        )
+    size: tuple[int, ...] = ()
+    known = np.zeros(256, dtype=bool)
+    known[[0, VOID]] = True
+    for position in range(len(video.frames)):
+        image = video.image(position)
+        size = size or image.shape
+        if image.shape != size:
+            raise UserError(
+                f"Frames of video {video.name} differ in size: {video.frames[0]} is {_size(size)} (width x height), "
+                f"{video.frames[position]} is {_size(image.shape)}. Make them equal."
+            )
+        wanted = given == "appearing" or (given == "first" and position == 0)
+        mask = video.mask(position) if wanted else None
+        if mask is not None and mask.shape != size[:2]:
+            raise UserError(
+                f"{video.frames[position]} is {_size(size)} (width x height), its mask {video.masks[position]} is "
+                f"{_size(mask.shape)}. Replace the one that is wrong."
+            )
+        yield Shown(video.frame_name(position), image, None if mask is None else _new_objects(mask, known, position))
+
+
+def write_masks(
+    video: Video,
+    tracker: VideoTracker,
+    folder: Path,
+    *,
+    given: str,
+    blends: Path | None = None,
+    written: Collection[str] | None = None,
+    batch_size: int = 1,
+) -> Throughput:
+    """Track a video's objects and write `folder`/<frame>.png for each frame: ids under the palette that DAVIS has.
+
+    Both folders appear whole or not at all. Frames before the first mask that is given hold no object.
+
+    Args:
+        video: read frame by frame.
+        tracker: that has seen nothing yet.
+        folder: for the masks.
+        given: see `shown_frames`.
+        blends: folder for <frame>.jpg, masks and frames in equal parts; None for none.
+        written: names of the frames that are written; None for all.
+        batch_size: frames that the tracker is handed at once.
+
+    Raises:
+        UserError: see `shown_frames`, and what the tracker refuses.
+        OSError: the disk is full, or may not be written to.
+    """
+    started = given == "none"
+
+    def infer(batch: list[Shown]) -> list[tuple[Shown, np.ndarray]]:
+        nonlocal started
+        early = 0
+        while not started and early < len(batch):
+            started = batch[early].labels is not None
+            early += not started
+        masks = [np.zeros(each.image.shape[:2], np.uint8) for each in batch[:early]]
+        if rest := batch[early:]:
+            masks += tracker.track([each.image for each in rest], [each.labels for each in rest])
+        return list(zip(batch, masks, strict=True))
+
+    with ExitStack() as stack:
+        for_masks = stack.enter_context(whole_folder(folder))
+        for_blends = None if blends is None else stack.enter_context(whole_folder(blends))
+
+        def write(done: list[tuple[Shown, np.ndarray]]) -> None:
+            for frame, ids in done:
+                if written is not None and frame.name not in written:
+                    continue
+                write_indexed_png(for_masks / f"{frame.name}.png", ids)
+                if for_blends is not None:
+                    tinted = blend(frame.image, ids, voc_palette(), opacity=0.5)
+                    Image.fromarray(tinted).save(for_blends / f"{frame.name}.jpg", quality=_JPEG_QUALITY)
+
+        return run_pipeline(_batches(shown_frames(video, given), batch_size), infer, write, depth=_DEPTH)
+
+
+def _new_objects(mask: np.ndarray, known: np.ndarray, position: int) -> np.ndarray | None:
+    """Return the objects of a mask that were not `known` (256,) bool, which learns them; None if a later one has none.
+
+    A first mask without objects is one all the same.
+    """
+    new = (np.bincount(mask.ravel(), minlength=256) > 0) & ~known
+    known |= new
+    return np.where(new[mask], mask, 0).astype(np.uint8) if new.any() or position == 0 else None
+
+
+def _batches(frames: Iterator[Shown], size: int) -> Iterator[list[Shown]]:
+    while batch := list(islice(frames, size)):
+        yield batch
+
+
+def _size(shape: Sequence[int]) -> str:
+    return f"{shape[1]} x {shape[0]}"

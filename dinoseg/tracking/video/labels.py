@@ -1,0 +1,137 @@
+"""The masks that a user gives for a video: of its first frame, and of later ones in which objects appear."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dinoseg.data.clips.videos import VOID, picture_files
+from dinoseg.errors import UserError
+from dinoseg.images import IMAGE_SUFFIXES, read_ids
+from dinoseg.inference.frame_folder import FolderReader
+from dinoseg.inference.media import VideoReader
+from dinoseg.wording import count_of, listed
+
+_LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP")  # Pillow's names; the form of WebP without loss is rare
+_LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")
+_NAMES = "named as the frames of a folder, or by the number of a video's frame, from 0 (000000040.png or 40.png)"
+
+
+class TrackLabels:
+    """Mask files by the position of their frame, and the path that was given for them."""
+
+    def __init__(self, files: Mapping[int, Path], size: tuple[int, int], source: str | None = None) -> None:
+        self.files, self.source = dict(files), source
+        self._size = size
+        self._one_object: bool | None = None  # once a mask has been read that shows anything
+
+    def read(self, position: int) -> np.ndarray | None:
+        """Return a frame's object ids (H, W) uint8, 0 = background, 255 = void; None: no mask is given for it.
+
+        Where the first mask that shows anything has no ids but 0 and 255, 255 is an object in every mask, with id 1.
+
+        Raises:
+            UserError: the file is unreadable, of a lossy format, a coloured picture, of another size, or holds ids
+                above 255.
+        """
+        path = self.files.get(position)
+        if path is None:
+            return None
+        ids = _ids(path, self._size)
+        if self._one_object is None and ids.any():
+            self._one_object = self._shows_one_object()
+        return np.where(ids == VOID, np.uint8(1), ids) if self._one_object else ids
+
+    def _shows_one_object(self) -> bool:
+        paths = (self.files[position] for position in sorted(self.files))
+        masks = (_ids(path, self._size) for path in paths)
+        first = next(ids for ids in masks if ids.any())
+        return not ((first != 0) & (first != VOID)).any()
+
+
+def find_labels(source: str | None, frames: VideoReader | FolderReader) -> TrackLabels:
+    """Return the masks of a file (of the first frame) or of a folder; None: there are none.
+
+    Raises:
+        UserError: nothing is there, the first frame has no mask, or a mask has no frame.
+    """
+    if source is None:
+        return TrackLabels({}, frames.size)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return TrackLabels(_in_folder(path, frames), frames.size, source)
+    if not path.is_file():
+        raise UserError(
+            f"No such file or folder: labels={source}. Give the mask of the first frame, or a folder of masks {_NAMES}."
+        )
+    position = frames.position(path.stem)
+    if position:
+        raise UserError(
+            f"labels={source} is named as frame {position}, and the first frame is {frames.frame_name(0)}. Give a mask "
+            f"of the first frame, or an input that begins at {path.stem}."
+        )
+    return TrackLabels({0: path}, frames.size, source)
+
+
+def _in_folder(folder: Path, frames: VideoReader | FolderReader) -> dict[int, Path]:
+    names = picture_files(folder)
+    if not names:
+        raise UserError(
+            f"The folder labels={folder} holds no mask directly. Masks are pictures ({' '.join(IMAGE_SUFFIXES)}) "
+            f"{_NAMES}."
+        )
+    lone = [file for name, file in names.items() if frames.position(name) is None]
+    if lone:
+        raise UserError(
+            f"labels={folder} has {count_of(lone, 'mask')} of no frame of {frames.path}: {listed(lone)}. Masks are "
+            f"{_NAMES}."
+        )
+    found: dict[int, Path] = {}
+    for name, file in names.items():
+        position = frames.position(name)
+        assert position is not None
+        if position in found:
+            raise UserError(f"{found[position]} and {folder / file} are masks of one frame: keep one of them.")
+        found[position] = folder / file
+    if 0 not in found:
+        raise UserError(
+            f"labels={folder} has no mask for the first frame, {frames.frame_name(0)}, but for "
+            f"{listed([frames.frame_name(position) for position in sorted(found)])}. Give one for it, or an input that "
+            "begins at the first mask."
+        )
+    return found
+
+
+def _ids(path: Path, size: tuple[int, int]) -> np.ndarray:
+    ids = read_ids(path)
+    with Image.open(path) as image:
+        lossy = image.format in _LOSSY or image.info.get("compression") in _LOSSY_TIFF
+    if lossy:
+        raise UserError(
+            f"{path} is of a format that compresses with loss ({image.format}): pixels at the edges of objects get ids "
+            "that were never drawn. Save the mask as a grey or palette PNG where it was drawn; a copy of this file "
+            "keeps the wrong ids."
+        )
+    return _checked(ids, path, size)
+
+
+def _checked(ids: np.ndarray, path: Path, size: tuple[int, int]) -> np.ndarray:
+    if ids.ndim == 3:
+        if not (ids == ids[..., :1]).all():
+            raise UserError(
+                f"{path} is a coloured picture, which does not say which object a pixel belongs to. Save the mask as a "
+                "grey or palette PNG of object ids: 0 for the background, 1, 2, ... for objects."
+            )
+        ids = ids[..., 0]
+    if ids.shape != size:
+        raise UserError(
+            f"{path} is {ids.shape[0]} x {ids.shape[1]} pixels, and the frames are {size[0]} x {size[1]} (H x W). Give "
+            "a mask of the frames' size, resized without smoothing (nearest neighbour)."
+        )
+    if ids.min() < 0 or ids.max() > VOID:
+        raise UserError(
+            f"{path} holds the object id {ids.min() if ids.min() < 0 else ids.max()}: ids go from 1 to 254, 0 is the "
+            f"background and {VOID} void. Renumber the objects, and save the mask with 8 bits."
+        )
+    return ids.astype(np.uint8)

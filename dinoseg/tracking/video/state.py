@@ -1,0 +1,169 @@
+"""Where an unfinished tracking run stands, on disk: what its next frame depends on, and what it was made of."""
+
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from dinoseg.errors import UserError
+from dinoseg.storage import stored
+from dinoseg.training.checkpoint import write_tensors
+from dinoseg.wording import count_of, listed
+
+logger = logging.getLogger(__name__)
+MASKS, STATE, RESULT = "masks", "state.safetensors", "track.json"
+_FORMAT = 1
+_PROGRESS_FORM = stored.record(done=stored.whole(), frames=stored.text, labels=stored.text, batch_size=stored.whole(1))
+_FORM = stored.record(format=stored.whole(1), progress=_PROGRESS_FORM, settings=stored.table(stored.plain))
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How many frames are done, how many at once, and hashes of them (names and pixels) and of their masks."""
+
+    done: int
+    frames: str
+    labels: str
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What an unfinished run has kept."""
+
+    progress: Progress
+    settings: Mapping[str, Any]  # of its tracker
+    tensors: dict[str, Tensor]  # its tracker's state
+
+
+def save_standing(folder: Path, standing: Standing, masks: Sequence[Path] = ()) -> None:
+    """Write where a run stands to its folder, whole or not at all.
+
+    Args:
+        folder: of the run.
+        standing: counts as done what must not be lost.
+        masks: files written since the last saving; the disk has them before the new one, also if the power fails.
+
+    Raises:
+        UserError: it cannot be written; what was there stays as it was.
+        OSError: a mask is not on the disk.
+    """
+    _flush(masks)
+    info = {"format": _FORMAT, "progress": asdict(standing.progress), "settings": standing.settings}
+    write_tensors(folder / STATE, standing.tensors, {"track": json.dumps(info)})
+
+
+def check_unfinished(folder: Path) -> None:
+    """Refuse a folder without an unfinished run.
+
+    Raises:
+        UserError: the run is finished, or none is there.
+    """
+    if (folder / RESULT).is_file():
+        raise UserError(
+            f"mode.restart={folder}: that run is finished, and its masks are in {folder / MASKS}. To track anew, "
+            "leave mode.restart out."
+        )
+    if not (folder / STATE).is_file():
+        raise UserError(
+            f"mode.restart={folder}: no unfinished run of mode=track is there (no {STATE}). Give the folder of one, or "
+            "leave mode.restart out to begin anew."
+        )
+
+
+def read_standing(folder: Path) -> Standing:
+    """Read where the run in a folder stands; nothing in the file is executed.
+
+    Raises:
+        UserError: there is no unfinished one, or its file cannot be read.
+    """
+    check_unfinished(folder)
+    path = folder / STATE
+    try:
+        with safe_open(path, framework="pt") as file:
+            info = stored.parse_json((file.metadata() or {}).get("track", "{}"), stored.table(stored.plain))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        if type(info.get("format")) is int and info["format"] > _FORMAT:
+            raise UserError(f"{path} was written by a newer dinoseg. Update this one, or begin anew.")
+        _FORM(info, "its description")
+        return Standing(Progress(**info["progress"]), info["settings"], tensors)
+    except (SafetensorError, OSError, stored.Misshapen) as error:
+        raise UserError(f"{path} is not readable ({error}). Leave mode.restart out to begin anew.") from error
+
+
+def check_same_settings(folder: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to go on with other settings than a run was begun with.
+
+    Raises:
+        UserError: naming each setting that differs.
+    """
+    before, after = dict(_flat(then)), dict(_flat(json.loads(json.dumps(now))))
+    differing = [
+        f"{name} was {before.get(name, 'not set')} and is {after.get(name, 'not set')}"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
+    ]
+    if differing:
+        raise UserError(
+            f"mode.restart={folder}: other settings than that run's: {'; '.join(differing)}. Give what it had (its "
+            f"command line is in {folder / 'config' / 'overrides.txt'}), or begin anew without mode.restart."
+        )
+
+
+def check_batch_size(folder: Path, then: int, now: int) -> None:
+    """Warn of other batches than a run was begun with: they round differently."""
+    if then != now:
+        logger.warning(
+            "mode.restart=%s: mode.batch_size was %d and is %d. Masks may differ by rounding from those of a run that "
+            "was never stopped; with mode.batch_size=%d they are the same.",
+            folder,
+            then,
+            now,
+            then,
+        )
+
+
+def check_masks(folder: Path, names: Iterable[str]) -> None:
+    """Refuse to go on where masks of frames that are done are lost: they would not be written again.
+
+    Raises:
+        UserError: naming the files that are not there, or empty.
+    """
+    files = [folder / MASKS / f"{name}.png" for name in names]
+    lost = [path.name for path in files if not (path.is_file() and path.stat().st_size)]
+    if lost:
+        raise UserError(
+            f"mode.restart={folder}: {count_of(lost, 'mask')} of the {len(files)} frames that are done, missing or "
+            f"empty in {folder / MASKS}: {listed(lost)}. Put them back, or begin anew without mode.restart."
+        )
+
+
+def _flush(files: Sequence[Path]) -> None:
+    for path in files:
+        _sync(path)
+    for parent in {path.parent for path in files}:
+        with suppress(OSError):  # some network file systems do not know it of folders
+            _sync(parent)
+
+
+def _sync(path: Path) -> None:
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def _flat(settings: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", value

@@ -1,0 +1,62 @@
+"""The grid of cells that a training crop has follows from resolution and backbone."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from dinoseg.config.values import register_resolvers, settled
+from dinoseg.geometry import pad_to_multiple
+from dinoseg.heads.slots.head import SlotHead
+from dinoseg.model import backbone_size
+from dinoseg.runs.resume import description_of
+
+GRID = "${cells:${resolution},${backbone.patch_size}}"
+
+
+def cells(crop, patch_size, scale=1.0, longest=None):
+    register_resolvers()
+    resolution = {"crop": list(crop), "scale": scale, "longest": longest}
+    return OmegaConf.create({"resolution": resolution, "backbone": {"patch_size": patch_size}, "grid": GRID}).grid
+
+
+def test_is_that_of_the_maps_that_a_model_gives():
+    draw = np.random.default_rng(0)
+    for _ in range(200):
+        crop = tuple(map(int, draw.integers(1, 200, 2)))
+        patch_size, scale = int(draw.choice([4, 8, 14, 16])), float(draw.choice([0.25, 0.5, 1, 1.3, 2]))
+        longest = None if draw.random() < 0.5 else int(draw.integers(8, 250))
+        padded = pad_to_multiple(torch.zeros(1, *backbone_size(crop, scale, longest)), patch_size)
+        assert cells(crop, patch_size, scale, longest) == [side // patch_size for side in padded.shape[1:]]
+
+
+@pytest.mark.parametrize(
+    ("words", "grid"),
+    [
+        (["hparam=dinosavi_control"], [28, 28]),
+        (["hparam=dinosavi_control", "backbone=dinov2_vits14"], [16, 16]),
+        (["hparam=videosaur", "backbone=dinov3_vits16", "resolution.crop=[320,480]", "resolution.scale=0.5"], [10, 15]),
+        (["hparam=slots_rendered"], [16, 16]),
+        (["head=slots", "head.positions_grid=[3,5]"], [3, 5]),
+    ],
+    ids=str,
+)
+def test_slots_have_it_without_being_told(compose, words, grid):
+    cfg = compose(*words)
+    assert cfg.head.positions_grid == grid
+    kept = json.loads(json.dumps(description_of(cfg)["config"]))
+    assert kept["head"]["positions_grid"] == grid  # written out: later images may be seen at another resolution
+
+
+def test_a_backbone_that_tells_its_patch_size_later_has_none(compose):
+    cfg = compose("head=slots", "backbone=timm", "head.positions=linear")
+    assert cfg.head.positions_grid is None
+    SlotHead(8, 1, positions="linear", positions_grid=None)
+    assert compose("head=slots", "backbone=timm", "backbone.patch_size=16").head.positions_grid == [33, 33]
+
+
+def test_what_cannot_be_had_is_not_set(compose):
+    cfg = compose("head=slots", "backbone.patch_size=???")
+    assert settled(cfg.head)["positions_grid"] == "???"

@@ -1,0 +1,44 @@
+"""Keys and values beside a target, held against its signature."""
+
+import pytest
+
+from dinoseg.config.checks import check_given
+from dinoseg.errors import UserError
+
+VIT = "dinoseg.backbones.transformers_vit.TransformersVit"
+TIMM = "dinoseg.backbones.timm_backbone.TimmBackbone"
+EOMT = "dinoseg.heads.eomt.EomtHead"
+
+
+@pytest.mark.parametrize(
+    ("target", "key", "value", "kind"),
+    [
+        (VIT, "layers", ["a"], "list of str"),
+        (VIT, "layers", [0, 1.5], "list of float and int"),
+        (VIT, "layers", [True], "list of bool"),
+        (VIT, "layers", [[1]], "list of list"),
+        (VIT, "mean", [0.5, "x", 0.5], "list of float and str"),
+        (TIMM, "std", [None], "list of NoneType"),
+        (EOMT, "anneal", [[0.1, "b"]], "list of list"),
+        (VIT, "layers", 3, "int"),
+    ],
+)
+def test_elements_of_another_type_are_refused(target, key, value, kind):
+    with pytest.raises(UserError) as caught:
+        check_given(target, {key: value})
+    assert str(caught.value).startswith(f"{key}={value} is of type {kind}, but {target} takes ")
+    remedy = "Correct the value." if isinstance(value, list) else f"A list is written in brackets: {key}=[{value}]."
+    assert "Sequence[" in str(caught.value) and str(caught.value).endswith(remedy)
+
+
+def test_elements_that_fit_are_accepted():
+    for given in (
+        {"layers": [0, -1]},
+        {"layers": "quarters"},
+        {"layers": []},
+        {"mean": [0, 0.5, 1]},
+        {"arch": {"a": 1}},
+    ):
+        check_given(VIT, given)
+    check_given(TIMM, {"mean": None, "std": (1, 2, 3)})
+    check_given(EOMT, {"anneal": [[0, 0.5], [0.2, 1]]})

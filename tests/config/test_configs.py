@@ -1,0 +1,260 @@
+"""Every config composes, and names only what exists, with the keys that it takes."""
+
+import inspect
+import re
+import shutil
+
+import pytest
+from config_files import FOLDER, GROUPS, main_choices, needed, nodes, options, read, written_choices, written_targets
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.utils import get_object
+from omegaconf import OmegaConf
+from transformers import AutoConfig
+
+from dinoseg.config import checks
+from dinoseg.config.values import register_resolvers
+from dinoseg.errors import UserError
+from dinoseg.ranks import LAUNCH_KEYS
+
+# What build, launch and fit hand over; every other argument stands in a config or has a default
+AT_RUN_TIME = {
+    "data.clips": {"split"},
+    "data.opened": {"dataset", "split", "reduced"},
+    "data.reader": {"split"},
+    "head": {"in_dim", "num_layers"},
+    "loss.class_weights": {"counts"},
+    "loss.counts": {"dataset"},
+    "loss.criterion": {"class_weights"},
+    "loss.criterion.terms.ce": {"class_weights"},
+    "loss.criterion.terms.dice": {"class_weights"},
+    "loss.criterion.terms.lovasz": {"class_weights"},
+    "mode": {"cfg", "out_dir"},
+    "mode.check": {"cfg"},
+    "optim.optimizer": {"model"},
+    "trainer": {"model", "loss", "feed", "optimizer", "engine", "checkpoints", "log", "schedule", "steps", "val_every"},
+}
+
+
+# What stands beside the keys of a target for somebody else
+FOR_OTHERS = {
+    "mode": set(LAUNCH_KEYS),
+    "head": {"layers", "lr"},
+    "trainer": {"feed", "epochs", "steps", "val_every"},
+    "adapter": {"lr"},
+}
+
+
+def check_binds(path, node):
+    """Bind the keys of a node to its target: none unknown, and all that is missing comes at run time."""
+    target = get_object(node["_target_"])
+    assert callable(target) and target.__module__.startswith("dinoseg."), path
+    parameters = inspect.signature(target).parameters
+    assert not any(
+        parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL) for parameter in parameters.values()
+    )
+    given = {key for key in node if not key.startswith("_")} - FOR_OTHERS.get(path, set())
+    later = {name for name in AT_RUN_TIME.get(path, set()) if name in parameters or name != "class_weights"}
+    assert not given & later, f"{path} sets what comes at run time: {given & later}"
+    assert bool(later) <= bool(node.get("_partial_")), f"{path} waits for {later}, but is not _partial_"
+    assert {key for key in node if key.startswith("_")} <= {"_target_", "_partial_"}, path
+    inspect.signature(target).bind(**dict.fromkeys(given | later))
+    checks.check_given(node["_target_"], {key: node[key] for key in given})
+
+
+def check(node, path=""):
+    """Resolve a composed config, or the part of it at `path`, and bind all it names; return how many `_target_`s."""
+    found = list(nodes(OmegaConf.to_container(node, resolve=True, throw_on_missing=True), path))
+    for where, named in found:
+        check_binds(where, named)
+    return len(found)
+
+
+def test_every_recipe_with_every_mode(compose):
+    """A recipe writes no key of a mode, so each is composed once, and each mode's node put into it."""
+    composed = {mode: compose(f"mode={mode}", *needed(main_choices())).mode for mode in options("mode")}
+    combos, checked, expected = 0, 0, 0
+    for hparam in options("hparam"):
+        choice = main_choices() | written_choices(hparam)
+        cfg = compose(f"hparam={hparam}", *needed(choice))
+        assert "mode" not in read("hparam", hparam), f"hparam={hparam} writes keys of a mode: compose it with each"
+        checked += check(cfg) - check(cfg.mode, "mode")
+        expected += sum(written_targets(group, option) for group, option in choice.items() if group != "mode")
+        for mode, node in composed.items():
+            cfg.mode = node
+            checked += check(cfg.mode, "mode")
+            expected += written_targets("mode", mode)
+            combos += 1
+    files = [len([path for path in (FOLDER / name).iterdir() if path.name[0] != "_"]) for name in ("hparam", "mode")]
+    assert combos == files[0] * files[1] >= 60
+    assert checked == expected >= 14 * files[0] + combos
+
+
+def test_a_mode_put_into_a_recipe_is_what_hydra_composes(compose):
+    for hparam, mode in (("idd_m2f", "eval"), ("sarrarp_lora", "train"), ("slots_rendered", "track")):
+        given = needed(main_choices() | written_choices(hparam))
+        whole, put = compose(f"hparam={hparam}", f"mode={mode}", *given), compose(f"hparam={hparam}", *given)
+        put.mode, put.choices.mode = compose(f"mode={mode}", *needed(main_choices())).mode, mode
+        assert OmegaConf.to_container(put) == OmegaConf.to_container(whole)
+
+
+def written_values(node, path=()):
+    """Yield path and value of all that a file sets itself, but what only the user can know."""
+    for key, value in node.items():
+        here = (*path, key)
+        if isinstance(value, dict) and value:
+            yield from written_values(value, here)
+        elif here[-1] != "defaults" and value not in ("???", "${class_file:classes}") and here != ("data", "root"):
+            yield here, value
+
+
+def composed_value(cfg, path):
+    for key in path:
+        cfg = cfg[key]
+    return cfg
+
+
+def test_every_option_of_every_group(compose):
+    tried, checked, expected, values = 0, 0, 0, 0
+    for group in GROUPS:
+        for option in options(group):
+            choice = main_choices() | (written_choices(option) if group == "hparam" else {group: option})
+            cfg = compose(f"{group}={option}", *needed(choice))
+            checked += check(cfg)
+            expected += sum(written_targets(*pair) for pair in choice.items())
+            own = read(group, option) if group == "hparam" else {group: read(group, option)}
+            for path, value in written_values(own):
+                assert composed_value(OmegaConf.to_container(cfg), path) == value, f"{group}={option}: {path} is lost"
+                values += 1
+            tried += 1
+    hidden = list(FOLDER.glob("*/_*.yaml"))
+    shown = len([path for path in FOLDER.glob("*/*.yaml") if path.parent.name not in ("hydra", "local")]) - len(hidden)
+    assert tried == shown >= 40
+    assert checked == expected >= 14 * tried and values > 4 * tried
+
+
+def test_a_wrong_key_or_a_missing_one_is_found():
+    right = {"_target_": "dinoseg.heads.linear.LinearHead", "_partial_": True, "num_classes": 2}
+    check_binds("head", right)
+    for wrong, error in (
+        (right | {"num_clases": 2}, TypeError),
+        ({key: value for key, value in right.items() if key != "num_classes"}, TypeError),
+        (right | {"num_classes": "2"}, UserError),
+        (right | {"in_dim": 3}, AssertionError),
+        (right | {"_partial_": False}, AssertionError),
+    ):
+        with pytest.raises(error):
+            check_binds("head", wrong)
+
+
+def test_hidden_options_are_bases_and_bases_hold_the_gaps():
+    hidden = sorted(FOLDER.glob("*/_*.yaml"))
+    assert {path.stem for path in hidden} == {
+        "_clips",
+        "_common",
+        "_davis",
+        "_dino",
+        "_dinov2",
+        "_dinov3",
+        "_dinov3_convnext",
+        "_features",
+        "_idd",
+        "_idd_level3",
+        "_mask2former",
+        "_pixel",
+        "_rendered",
+        "_videos",
+    }
+    for path in hidden:
+        users = [option for option in options(path.parent.name) if path.stem in str(read(path.parent.name, option))]
+        assert users, f"nothing starts from {path}"
+
+
+def test_every_backbone_sets_only_what_its_family_knows(compose):
+    seen = 0
+    for option in options("backbone"):
+        seen += 1
+        backbone = OmegaConf.to_container(compose(f"backbone={option}", *needed({"backbone": option})).backbone)
+        if "arch" not in backbone:  # timm knows its own models
+            continue
+        known = AutoConfig.for_model(backbone.get("family", "dinov3_convnext")).to_dict()
+        assert not set(backbone["arch"]) - set(known), option
+        heads = backbone["arch"].get("num_attention_heads", 1)
+        assert backbone["weights"] and backbone["arch"].get("hidden_size", 1) % heads == 0
+    assert seen == len(list((FOLDER / "backbone").glob("[!_]*.yaml")))
+
+
+def leaves(node, path=""):
+    """Yield every key that no `_target_` takes."""
+    for key, value in node.items():
+        if not isinstance(value, dict) or not value:
+            yield f"{path}{key}"
+        elif "_target_" not in value:
+            yield from leaves(value, f"{path}{key}.")
+
+
+@pytest.mark.parametrize("data", ["folder", "sarrarp"])
+def test_every_other_key_is_read(compose, data):
+    cfg = OmegaConf.to_container(compose(f"data={data}", *needed({"data": data})))
+    python = "\n".join(path.read_text() for path in FOLDER.parent.rglob("*.py"))
+    configs = "\n".join(path.read_text() for path in FOLDER.rglob("*.yaml"))
+    keys = list(leaves({key: value for key, value in cfg.items() if key != "choices"}))
+    assert {"seed", "cache_dir", "resolution.crop", "data.batch_size", "loss.weights", "data.num_classes"} <= set(keys)
+    unread = [
+        key
+        for key in keys
+        if not re.search(rf"\bcfg\.{re.escape(key)}\b", python)
+        and not re.search(rf"\${{({re.escape(key)}|\.+{re.escape(key.split('.')[-1])})}}", configs)
+    ]
+    assert not unread
+
+
+def test_one_fact_is_set_in_one_place(compose):
+    cfg = compose(
+        "hparam=sarrarp_lora", "adapter.rank=4", "backbone=dinov2_vits14", "resolution.crop=[30,50]", "data.root=X"
+    )
+    assert cfg.adapter.alpha == 4 and compose("adapter=lora", "adapter.rank=7").adapter.alpha == 7
+    assert compose("adapter=lora", "adapter.rank=7", "adapter.alpha=3").adapter.alpha == 3
+    assert cfg.head.patch_size == 14 and compose("head=mlp", "backbone.patch_size=9").head.patch_size == 9
+    assert cfg.data.augment.crop == [30, 50]
+    assert compose("resolution.longest=99").data.augment.longest == 99
+    assert cfg.data.reader.root == cfg.data.prepare.root == "X"
+    assert compose("data=sarrarp", "data.root=X").data.render.root == "X"
+    assert compose("data.classes=[a,b,c,d]").head.num_classes == 4 and cfg.head.num_classes == 10
+    ignoring = compose("data.ignore_index=77")
+    assert ignoring.data.reader.ignore_index == ignoring.data.augment.ignore_index == 77
+    assert ignoring.loss.criterion.ignore_index == 77
+    assert compose("loss.weights=inverse").loss.class_weights.scheme == "inverse"
+    assert compose("engine.devices=3", "mode=train").mode.devices == 3
+    assert compose("mode=predict", "input=a.png").mode.input == "a.png"
+    assert compose("cache_dir=C").loss.counts.cache_dir == "C"
+
+
+def test_groups_give_way_to_recipes_and_those_to_the_command_line(compose):
+    assert compose().data.augment.scale == [0.75, 1.5]
+    assert compose("hparam=demo").data.augment.scale == [0.8, 1.25]
+    assert compose("hparam=demo", "data.augment.scale=[1,1]").data.augment.scale == [1, 1]
+    assert (
+        compose("hparam=demo").choices.head == "mlp" and compose("hparam=demo", "head=linear").choices.head == "linear"
+    )
+    assert compose("hparam=demo", "data.batch_size=3").data.batch_size == 3
+    assert compose("hparam=sarrarp_lora_lowres").resolution == {"crop": [1080, 1920], "scale": 0.25, "longest": None}
+    assert compose("hparam=sarrarp_frozen").choices.adapter == "frozen"
+    assert compose("hparam=sarrarp_full").trainer.steps == compose("hparam=sarrarp_lora").trainer.steps
+
+
+def test_a_machine_s_own_paths_win_over_recipes_only(tmp_path):
+    copy = tmp_path / "cfg"
+    shutil.copytree(FOLDER, copy, ignore=shutil.ignore_patterns("local"))
+    register_resolvers()
+
+    def root_and_workers(*overrides):
+        with initialize_config_dir(str(copy), version_base="1.3"):
+            cfg = hydra_compose("main", list(overrides))
+        return cfg.data.root, cfg.engine.workers
+
+    assert root_and_workers("hparam=demo") == ("outputs/demo/data", 2)
+    (copy / "local").mkdir()
+    (copy / "local/default.yaml").write_text("# @package _global_\ndata: {root: mine}\nengine: {workers: 5}\n")
+    assert root_and_workers("hparam=demo") == ("mine", 5)
+    assert root_and_workers("hparam=demo", "data.root=given", "engine.workers=0") == ("given", 0)

@@ -1,0 +1,114 @@
+"""What the doctor says of masks that count objects or are coloured: its line, pasted, makes them readable."""
+
+import re
+import shlex
+
+import numpy as np
+import pytest
+from doctor_sets import found
+from making import save
+
+from dinoseg.config.nodes import instantiate
+from dinoseg.data.classes.masks import Masks
+
+COLORS = np.array([[0, 0, 0], [255, 0, 0], [0, 128, 0]], np.uint8)
+DESCRIBED = Masks(described={"ids": None})
+
+
+def write(root, masks):
+    for split in ("train", "val"):
+        for number, mask in enumerate(masks):
+            image = np.random.default_rng([number, split == "val"]).integers(0, 256, (*np.shape(mask)[:2], 3))
+            save(root / split / "images" / f"{number}.png", image.astype(np.uint8))
+            save(root / split / "masks" / f"{number}.png", np.asarray(mask, np.uint8))
+    return root
+
+
+def told(root, classes, masks=Masks()):  # noqa: B008 (frozen)
+    """Return the remedy for foreign ids, and what stands in it to be pasted."""
+    finding = found(root, options={"classes": classes, "palette": None, "masks": masks})["foreign_ids"]
+    assert finding.severity == "error"
+    return finding.remedy, re.search("`(.*?)`", finding.remedy, re.DOTALL)[1]
+
+
+def read(compose, root, *words):
+    cfg = compose("data=folder", f"data.root={root}", *words)
+    return [instantiate(cfg.data.reader)(split="train").mask(number).tolist() for number in (0, 1)]
+
+
+INSTANCES = [[[0, 1, 2, 255]], [[0, 1, 2, 7], [3, 4, 5, 6]]]
+
+
+def test_instances_are_told_and_the_line_makes_them_one_class(compose, tmp_path):
+    root = write(tmp_path / "data", INSTANCES)
+    remedy, line = told(root, ["background", "person"])
+    assert remedy.startswith("These look like instances. If each number is one person, add this to the command line:")
+    expected = [[[0, 1, 1, 255]], [[0, 1, 1, 1], [1, 1, 1, 1]]]
+    assert read(compose, root, "data.classes=[background,person]", *shlex.split(line)) == expected
+    remedy, line = told(root, ["background", "person"], DESCRIBED)
+    assert "add this line to classes.yaml: `others:" in remedy
+    (root / "classes.yaml").write_text(f"classes: [background, person]\n{line}\n")
+    assert read(compose, root) == expected
+    options = {"classes": ["background", "person"], "palette": None, "masks": Masks(others="person")}
+    assert "foreign_ids" not in found(root, options=options)
+
+
+@pytest.mark.parametrize("name", ["null", "a person's", 'say "x"', "Käfer, rot", "x=[1]", "back\\slash"])
+def test_the_line_holds_whatever_a_class_is_called(compose, tmp_path, name):
+    root = write(tmp_path / "data", INSTANCES)
+    _, line = told(root, ["background", name])
+    (word,) = shlex.split(line)
+    assert compose("data=folder", f"data.root={root}", "data.classes=[a,b]", word).data.reader.masks.others == name
+
+
+@pytest.mark.parametrize(
+    ("classes", "masks"),
+    [
+        (["a", "b", "c"], [[[0, 1, 2, 3]], [[0, 1, 2, 3]]]),  # as many in each: classes that are not named
+        (["a", "b"], [[[0, 1, 4]], [[0, 2, 4]]]),  # not counted
+    ],
+)
+def test_numbers_that_are_no_counts_are_no_instances(tmp_path, classes, masks):
+    options = {"classes": classes, "palette": None}
+    remedy = found(write(tmp_path / "data", masks), options=options)["foreign_ids"].remedy
+    assert "instances" not in remedy and "++data.reader.masks.ids" in remedy
+
+
+def test_many_numbers_with_gaps_may_be_instances_too(compose, tmp_path):
+    numbers = [0, *range(3, 50, 2)]
+    root = write(tmp_path / "data", [[numbers], [numbers]])
+    remedy, line = told(root, ["background", "person"])
+    assert "hardly class ids" in remedy and "If each number is one person" in remedy
+    expected = [[0] + [1] * 24]
+    assert read(compose, root, "data.classes=[background,person]", *shlex.split(line)) == [expected, expected]
+
+
+@pytest.mark.parametrize("described", [False, True])
+@pytest.mark.parametrize("number", [2, 3])
+def test_colours_are_told_and_the_line_makes_them_classes(compose, tmp_path, number, described):
+    ids = np.array([[0, 0, 0, 1, 1, number - 1]])
+    root = write(tmp_path / "data", [COLORS[ids], COLORS[ids[:, ::-1]]])
+    remedy, line = told(root, ["background", "person"], DESCRIBED if described else Masks())
+    ignored = [[255 if index == 2 else index for index in row] for row in ids.tolist()]
+    if described:
+        (root / "classes.yaml").write_text(line)
+        words = []
+    else:
+        words = ["data.classes=[background,person]", *shlex.split(line)]
+    assert read(compose, root, *words)[0] == ignored
+    assert "(0, 0, 0) background, (255, 0, 0) person" in remedy
+    assert ("(0, 128, 0) ignored" in remedy) == (number == 3)
+
+
+def test_colours_that_cannot_be_classes(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3))
+    remedy = found(write(tmp_path / "noise", noise), options={"palette": None})["foreign_ids"].remedy
+    assert "So many colours are not those of classes" in remedy
+    few = write(tmp_path / "few", [COLORS[[[0, 1]]]] * 2)
+    assert "They hold 2 colours for 3 classes" in found(few, options={"palette": None})["foreign_ids"].remedy
+
+
+def test_grey_pictures_of_three_channels_are_told_as_numbers(tmp_path):
+    root = write(tmp_path / "data", [np.repeat(np.array([[0, 1, 5]])[..., None], 3, axis=2)] * 2)
+    finding = found(root, options={"classes": ["a", "b", "c"], "palette": None})["foreign_ids"]
+    assert "5 (in 4)" in finding.message and "'++data.reader.masks.ids={5: 255}'" in finding.remedy

@@ -1,0 +1,592 @@
+"""mode=eval on videos: what is tracked, given and written, and scores that are those of mode=score."""
+
+import errno
+import json
+import os
+import shutil
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from command_line import call
+from failing import fail_after
+from omegaconf import OmegaConf
+from PIL import Image
+
+from dinoseg import scoring
+from dinoseg.errors import UserError
+from dinoseg.evaluation.videos import Options, evaluate_videos, follow_slots, needs_no_training
+from dinoseg.heads.slots.head import SlotHead
+from dinoseg.images import read_ids, write_png
+from dinoseg.inference import video_masks
+from dinoseg.model import Segmenter
+from dinoseg.modes import score
+from dinoseg.modes.evaluate import run as evaluate
+from dinoseg.report.indexed import voc_palette, write_indexed_png
+
+
+class Engine:
+    """One rank of two or one, whose gathered values are its own."""
+
+    def __init__(self, batch=1, rank=0, world=1):
+        self.eval_batch_size, self.rank, self.world, self.is_main = batch, rank, world, rank == 0
+
+    def share(self, value):
+        return value
+
+    def gather(self, values):
+        return values
+
+    def close(self):
+        pass
+
+    def autocast(self):
+        raise AssertionError("fakes compute nothing")
+
+
+class Fake:
+    """Remembers what it is shown; its masks: `perfect` (the frame's red), `copy` (of what it was given), or an id."""
+
+    def __init__(self, kind, log):
+        self.settings = {"kind": str(kind)}
+        self.kind, self.log, self.last = kind, log, None
+
+    def track(self, frames, labels):
+        return [self.mask(*each) for each in zip(frames, labels, strict=True)]
+
+    def mask(self, frame, label):
+        self.log.append(None if label is None else label.copy())
+        if label is not None:
+            self.last = label if self.last is None else np.where(label, label, self.last)
+        if self.kind == "perfect":
+            return np.ascontiguousarray(frame[..., 0])
+        return self.last.copy() if self.kind == "copy" else np.full(frame.shape[:2], self.kind, np.uint8)
+
+
+def moving(seed, length, size, ids):
+    """Squares that walk over a frame: (T, H, W)."""
+    rng = np.random.default_rng(seed)
+    starts, steps = rng.integers(0, 8, (len(ids), 2)), rng.integers(0, 3, (len(ids), 2))
+    masks = np.zeros((length, *size), np.uint8)
+    for time in range(length):
+        for label, start, step in zip(ids, starts, steps, strict=True):
+            row, column = start + time * step
+            masks[time, row : row + 9, column : column + 7] = label
+    return masks
+
+
+def write_frame(path, mask):
+    """Write a frame with the mask in red, and each object in a colour of its own."""
+    write_png(path, np.stack([mask, mask.clip(max=3) * 60 + 40, np.full_like(mask, 90)], axis=-1))
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch):
+    monkeypatch.setattr(scoring, "count_cores", lambda: 1)
+
+
+def write_davis(root, sequences, *, year="2017", split="val", annotations="Annotations", first_only=False):
+    for name, masks in sequences.items():
+        for index, mask in enumerate(masks):
+            write_frame(root / f"JPEGImages/480p/{name}/{index:05d}.png", mask)
+            if not (first_only and index):
+                write_indexed_png(root / f"{annotations}/480p/{name}/{index:05d}.png", mask)
+    place = root / f"ImageSets/{year}/{split}.txt"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text("\n".join(sequences) + "\n")
+    return root
+
+
+PROTOCOLS = {
+    "davis2016": "davis.Davis2016",
+    "davis2017": "davis.Davis2017",
+    "davis2017_unsupervised": "davis.Davis2017Unsupervised",
+    "video_clustering": "video_clustering.VideoClustering",
+}
+COMPOSED = {}  # by command line, since composing takes longer than a test
+SEQUENCES = {
+    "bear": moving(1, 5, (33, 40), [1, 2]),
+    "ape": moving(2, 6, (30, 41), [1, 3]),
+    "cow": moving(3, 2, (9, 9), [1]),
+}
+
+
+@pytest.fixture
+def track(compose, tmp_path):
+    """Return a function that evaluates with a fake tracker: result, scores.json, run folder and what it was shown."""
+
+    def run(kind, data, root, *more, supervision="first_frame", engine=None, **options):
+        words = (f"data={data}", *more)
+        if words not in COMPOSED:
+            COMPOSED[words] = compose(*words)
+        cfg = OmegaConf.merge(COMPOSED[words], {"data": {"root": str(root)}})
+        folder, log = tmp_path / f"run_{len(list(tmp_path.glob('run_*')))}", []
+        result = evaluate_videos(
+            cfg, lambda: Fake(kind, log), engine or Engine(), folder, Options(**options), supervision=supervision
+        )
+        path = folder / "scores.json"
+        return SimpleNamespace(
+            result=result, folder=folder, log=log, scores=json.loads(path.read_text()) if path.exists() else None
+        )
+
+    return run
+
+
+def score_mode(folder, protocol, reference, prediction):
+    """Return what mode=score writes."""
+    cfg = OmegaConf.create({"protocol": {"_target_": f"dinoseg.metrics.protocols.{PROTOCOLS[protocol]}"}})
+    score.run(cfg, out_dir=folder / "scored", reference=str(reference), prediction=str(prediction), workers=1)
+    return json.loads((folder / "scored/scores.json").read_text())
+
+
+def check_same(ours, theirs):
+    for key in ("protocol", "scores", "per_video", "ci95", "rules", "n", "files"):
+        assert ours[key] == theirs[key], key
+
+
+@pytest.mark.parametrize("kind", ["perfect", "copy", 1, 0])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_davis_2017_scores_as_mode_score_does(track, tmp_path, kind, batch):
+    root = write_davis(tmp_path / "DAVIS", SEQUENCES)
+    done = track(kind, "davis2017", root, engine=Engine(batch))
+    check_same(done.scores, score_mode(tmp_path, "davis2017", root, done.folder / "masks"))
+    assert done.result == {"videos": 3, **done.scores["scores"], "run": str(done.folder)}
+    assert (done.scores["scores"]["J&F-Mean"] == 1) == (kind == "perfect")
+    shown = [int(label is not None) for label in done.log]
+    assert shown == [1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 1, 0]
+    np.testing.assert_array_equal(done.log[0], SEQUENCES["bear"][0])
+
+
+def test_masks_are_indexed_with_the_palette_and_blends_are_halves(track, tmp_path):
+    root = write_davis(tmp_path / "DAVIS", SEQUENCES)
+    folder = track("perfect", "davis2017", root).folder
+    for name, masks in SEQUENCES.items():
+        files = sorted((folder / "masks" / name).iterdir())
+        assert [path.name for path in files] == [f"{index:05d}.png" for index in range(len(masks))]
+        for path, mask in zip(files, masks, strict=True):
+            with Image.open(path) as image:
+                assert image.mode == "P" and np.array(image.getpalette()).reshape(-1, 3)[1].tolist() == [128, 0, 0]
+                np.testing.assert_array_equal(np.asarray(image), mask)
+        blends = sorted((folder / "blends" / name).iterdir())
+        assert [path.name for path in blends] == [f"{index:05d}.jpg" for index in range(len(masks))]
+    frame = np.asarray(Image.open(root / "JPEGImages/480p/bear/00000.png")).astype(float)
+    blend = np.asarray(Image.open(folder / "blends/bear/00000.jpg")).astype(float)
+    mask = SEQUENCES["bear"][0]
+    half = np.where(mask[..., None] > 0, (frame + np.array(voc_palette())[mask]) / 2, frame)
+    assert np.median(np.abs(blend - half)) < 4  # JPEG blurs colours at the edges
+    assert np.abs(blend - half)[20:, 20:].max() < 4 and np.abs(half - frame).max() > 40
+
+
+def test_metrics_only_and_no_official_scores(track, tmp_path, capsys):
+    root = write_davis(tmp_path / "DAVIS", SEQUENCES)
+    done = track("copy", "davis2017", root, metrics_only=True)
+    assert {path.name for path in done.folder.iterdir()} == {"masks", "scores.json", "tracked", "tracking.json"}
+    capsys.readouterr()
+    done = track("copy", "davis2017", root, official=False)
+    assert done.scores is None and len(list(done.folder.rglob("*.jpg"))) == 13
+    assert "mode.official=false" in capsys.readouterr().out
+
+
+def test_davis_2016_scores_one_foreground(track, tmp_path):
+    grey = {name: np.where(masks > 0, 255, 0).astype(np.uint8) for name, masks in SEQUENCES.items()}
+    root = write_davis(tmp_path / "DAVIS", grey, year="2016")
+    done = track("copy", "davis2016", root)
+    check_same(done.scores, score_mode(tmp_path, "davis2016", root, done.folder / "masks"))
+    assert set(np.unique(done.log[0])) == {0, 1}  # an object, and no void
+    assert 0 < done.scores["scores"]["J-Mean"] < 1
+    assert track(1, "davis2016", root, supervision="none").scores is None  # no protocol of it
+
+
+def test_void_in_a_given_mask_is_background(track, tmp_path):
+    masks = SEQUENCES["bear"].copy()
+    masks[:, :3] = 255
+    done = track("copy", "davis2017", write_davis(tmp_path / "DAVIS", {"bear": masks}))
+    assert set(np.unique(done.log[0])) == {0, 1, 2}
+
+
+def test_unsupervised_davis_is_scored_against_its_own_annotations(track, tmp_path):
+    root = write_davis(tmp_path / "DAVIS", {name: masks.clip(max=1) for name, masks in SEQUENCES.items()})
+    write_davis(root, SEQUENCES, annotations="Annotations_unsupervised")
+    done = track("perfect", "davis2017", root, supervision="none")
+    protocol = "davis2017_unsupervised"
+    check_same(done.scores, score_mode(tmp_path, protocol, root, done.folder / "masks"))
+    assert done.scores["scores"]["J&F-Mean"] == 1 and set(map(type, done.log)) == {type(None)}
+
+
+@pytest.mark.parametrize("data", ["davis2017", "youtube_vos"])
+def test_sets_of_first_masks_alone_are_written_and_not_scored(track, tmp_path, data, capsys):
+    if data == "davis2017":
+        root = write_davis(tmp_path / "set", SEQUENCES, split="test-dev", first_only=True)
+    else:
+        root = write_youtube(tmp_path / "set", "test", {"a": SEQUENCES["bear"]}, {"a": [0]})
+    done = track("copy", data, root, split="test")
+    assert done.scores is None and done.result["videos"] == (3 if data == "davis2017" else 1)
+    text = capsys.readouterr().out
+    assert "only the benchmark's server scores them" in text and str(done.folder / "masks") in text
+    assert len(list((done.folder / "masks").rglob("*.png"))) == len(done.log)
+
+
+def write_youtube(root, split, videos, annotated, *, every=1):
+    """Write frames, all of them in `<split>_all_frames` where only every n-th is of the split."""
+    for name, masks in videos.items():
+        for index, mask in enumerate(masks):
+            if index % every == 0:
+                write_frame(root / f"{split}/JPEGImages/{name}/{index:05d}.png", mask)
+            if every > 1:
+                write_frame(root / f"{split}_all_frames/JPEGImages/{name}/{index:05d}.png", mask)
+            if index in annotated[name]:
+                write_indexed_png(root / f"{split}/Annotations/{name}/{index:05d}.png", mask)
+    return root
+
+
+def test_youtube_vos_gives_each_object_where_it_appears(track, tmp_path):
+    early = moving(1, 12, (30, 40), [2])
+    late = np.where(early == 0, moving(2, 12, (30, 40), [5]), early)
+    late[:5] = early[:5]
+    first_late = early.copy()
+    first_late[:5] = 0
+    videos = {"a": late, "b": first_late}
+    root = write_youtube(tmp_path / "YT", "valid", videos, {"a": [0, 5], "b": [5]}, every=5)
+    for more, frames, batch in (((), 3, 1), (("data.all_frames=true",), 12, 1), (("data.all_frames=true",), 12, 4)):
+        done = track("copy", "youtube_vos", root, *more, engine=Engine(batch))
+        assert {path.name for path in (done.folder / "masks").iterdir()} == {"Annotations"}
+        masks = done.folder / "masks/Annotations"
+        for name in videos:  # frames of the split alone
+            assert sorted(path.name for path in (masks / name).iterdir()) == ["00000.png", "00005.png", "00010.png"]
+        at = {index: number for number, index in enumerate(range(0, 12, 12 // frames if frames == 12 else 5))}
+        given = {number: label for number, label in enumerate(done.log[:frames]) if label is not None}
+        assert set(given) == {0, at[5]}
+        np.testing.assert_array_equal(given[0], late[0])
+        np.testing.assert_array_equal(given[at[5]], np.where(late[5] == 5, 5, 0))  # 2 is known by then
+        assert len(done.log) == frames + frames - at[5]  # of b, nothing is shown before its first mask
+        assert not read_ids(masks / "b/00000.png").any() and set(np.unique(read_ids(masks / "b/00010.png"))) == {0, 2}
+        assert done.scores is None
+
+
+def test_youtube_vos_train_gives_later_objects_once_and_is_scored_without_supervision(track, tmp_path):
+    masks = moving(1, 4, (30, 40), [2, 3])
+    masks[0][masks[0] == 3] = 0
+    root = write_youtube(tmp_path / "YT", "train", {"a": masks}, {"a": range(4)})
+    done = track("copy", "youtube_vos", root, split="train")
+    assert [label is not None for label in done.log] == [True, True, False, False]
+    assert set(np.unique(done.log[1])) == {0, 3} and done.scores is None
+    done = track(1, "youtube_vos", root, split="train", supervision="none")
+    prediction = done.folder / "masks/Annotations"
+    reference = root / "train/Annotations"
+    check_same(done.scores, score_mode(tmp_path, "video_clustering", reference, prediction))
+
+
+@pytest.mark.parametrize("kind", ["perfect", 3])
+def test_movi_is_scored_as_clusters(track, tmp_path, kind):
+    root, reference = tmp_path / "movi", tmp_path / "reference"
+    for name in ("0", "10", "9"):
+        for index, mask in enumerate(moving(int(name), 4, (32, 32), [1, 2, 3])):
+            write_frame(root / f"validation/{name}/frames/{index:05d}.png", mask)
+            write_png(root / f"validation/{name}/segmentations/{index:05d}.png", mask)
+            write_png(reference / f"{name}/{index:05d}.png", mask)
+    done = track(kind, "movi", root, supervision="none")
+    theirs = score_mode(tmp_path, "video_clustering", reference, done.folder / "masks")
+    check_same(done.scores, theirs)
+    assert (done.scores["scores"]["FG-ARI"] == 1) == (kind == "perfect")
+    assert track("copy", "movi", root).scores["scores"]["ARI"] < 1  # first masks may be given here, too
+
+
+def test_ranks_share_the_videos(track, tmp_path):
+    root = write_davis(tmp_path / "DAVIS", SEQUENCES)
+    second = track("perfect", "davis2017", root, engine=Engine(rank=1, world=2))
+    assert [path.name for path in (second.folder / "masks").iterdir()] == ["ape"] and second.scores is None
+
+
+def test_a_stopped_evaluation_goes_on(track, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    root = write_davis(tmp_path / "DAVIS", SEQUENCES)
+    whole = track("copy", "davis2017", root)
+    written = []
+
+    def full(path, ids):
+        written.append(path)
+        if len(written) > 7:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_indexed_png(path, ids)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(video_masks, "write_indexed_png", full)
+        with pytest.raises(UserError, match=r"No space left.*mode\.restart="):
+            track("copy", "davis2017", root)
+    stopped = sorted(tmp_path.glob("run_*"))[-1]
+    assert [path.name for path in stopped.rglob("*") if path.parent.name == "masks"] == ["bear"]  # whole or not at all
+    on = track("copy", "davis2017", root, restart=str(stopped))
+    assert len(on.log) == 8 and on.scores == whole.scores  # ape and cow
+    assert f"mode.restart={stopped}: 1 video taken over: bear" in caplog.text
+    files = [sorted(path.relative_to(run.folder) for path in run.folder.rglob("*.*")) for run in (on, whole)]
+    assert files[0] == files[1]
+    (stopped / "masks/bear/00001.png").unlink()
+    assert len(track("copy", "davis2017", root, restart=str(stopped)).log) == 13
+    with pytest.raises(UserError, match=r"other settings than that run's: kind was copy and is perfect\. Give"):
+        track("perfect", "davis2017", root, restart=str(stopped))
+    with pytest.raises(UserError, match="holds no readable tracking.json"):
+        track("copy", "davis2017", root, restart=str(root))
+    again = track("copy", "davis2017", root, restart=str(on.folder))
+    assert not again.log and f"mode.restart={on.folder}: 3 videos taken over: ape, bear, cow" in caplog.text
+    for torn in ("[]", '{"tracker": 1}', "{}"):
+        (stopped / "tracking.json").write_text(torn)
+        with pytest.raises(UserError, match="holds no readable tracking.json"):
+            track("copy", "davis2017", root, restart=str(stopped))
+
+
+def test_ctrl_c_names_the_folder_to_go_on_from(track, tmp_path, caplog):
+    root = write_davis(tmp_path / "DAVIS", SEQUENCES)
+    with pytest.MonkeyPatch.context() as patch:
+        fail_after(patch, video_masks, "write_indexed_png", 8, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            track("copy", "davis2017", root)
+    (stopped,) = tmp_path.glob("run_*")
+    assert f"Stopped: the same command with mode.restart={stopped} takes over what is whole." in caplog.text
+    assert len(track("copy", "davis2017", root, restart=str(stopped)).log) == 8
+
+
+def swap_ids(path, root):
+    """Rewrite a mask with its ids swapped: same name, same size, same ids."""
+    mask = read_ids(path).astype(np.uint8)
+    write_indexed_png(path, np.where(mask == 1, 2, np.where(mask == 2, 1, mask)).astype(np.uint8))
+
+
+def repaint(path, root):
+    """Replace a frame by another of the same age."""
+    before = path.stat()
+    write_frame(path, SEQUENCES["bear"][0])
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def rename(path, root):
+    """Give a frame, and its mask, another name in the same place of the order."""
+    for place in (path, root / f"Annotations/480p/bear/{path.name}"):
+        place.rename(place.with_name("00004a.png"))
+
+
+@pytest.mark.parametrize(
+    ("change", "file", "again"),
+    [
+        (swap_ids, "Annotations/480p/bear/00000.png", True),  # the mask that is given
+        (swap_ids, "Annotations/480p/bear/00003.png", False),  # it is only scored by
+        (repaint, "JPEGImages/480p/bear/00002.png", True),
+        (rename, "JPEGImages/480p/bear/00004.png", True),
+    ],
+)
+def test_masks_of_data_that_changed_are_made_anew(track, tmp_path, caplog, change, file, again):
+    root = write_davis(tmp_path / "DAVIS", SEQUENCES)
+    first = track("copy", "davis2017", root)
+    change(root / file, root)
+    on, whole = (track("copy", "davis2017", root, restart=restart) for restart in (str(first.folder), None))
+    assert len(on.log) == (5 if again else 0) and on.scores == whole.scores
+    said = [record.getMessage() for record in caplog.records if "anew" in record.getMessage()]
+    assert len(said) == again
+    if again:
+        assert said[0].startswith("Video bear is tracked anew") and str(first.folder) in said[0]
+    assert len(track("copy", "davis2017", root, restart=str(on.folder)).log) == 0
+
+
+def test_masks_without_a_note_that_they_are_whole_are_made_anew(track, tmp_path):
+    root = write_davis(tmp_path / "DAVIS", SEQUENCES)
+    first = track("copy", "davis2017", root)
+    (first.folder / "tracked/ape.txt").unlink()
+    on = track("copy", "davis2017", root, restart=str(first.folder))
+    assert len(on.log) == 6 and on.scores == first.scores
+    assert {path.name for path in (on.folder / "tracked").iterdir()} == {"ape.txt", "bear.txt", "cow.txt"}
+
+
+def test_another_folder_of_the_same_name_is_other_data(track, tmp_path, monkeypatch):
+    for place in ("a", "b"):
+        write_davis(tmp_path / place / "DAVIS", SEQUENCES)
+    monkeypatch.chdir(tmp_path / "a")
+    first = track("copy", "davis2017", "DAVIS")
+    recorded = json.loads((first.folder / "tracking.json").read_text())
+    assert recorded["data"]["layout"]["root"] == str(tmp_path / "a/DAVIS")
+    monkeypatch.chdir(tmp_path / "b")
+    with pytest.raises(UserError, match=r"data.layout.root was .*/a/DAVIS and is .*/b/DAVIS\. Give"):
+        track("copy", "davis2017", "DAVIS", restart=str(first.folder))
+    assert not track("copy", "davis2017", "../a/DAVIS", restart=str(first.folder)).log  # the same, typed in another way
+
+
+def test_youtube_vos_knows_all_masks_that_it_gives(track, tmp_path):
+    masks = moving(1, 4, (30, 40), [2, 3])
+    masks[0][masks[0] == 3] = 0
+    root = write_youtube(tmp_path / "YT", "train", {"a": masks, "b": masks}, {"a": range(4), "b": range(4)})
+    first = track("copy", "youtube_vos", root, split="train")
+    write_indexed_png(root / "train/Annotations/a/00001.png", masks[2])
+    assert len(track("copy", "youtube_vos", root, split="train", restart=str(first.folder)).log) == 4
+
+
+def test_the_unsupervised_test_sets_need_no_masks(track, tmp_path, capsys):
+    root = write_davis(tmp_path / "DAVIS", SEQUENCES, year="2019", split="test-dev")
+    shutil.rmtree(root / "Annotations")
+    done = track(1, "davis2017", root, "data.year=2019", split="test", supervision="none")
+    assert done.scores is None and len(list((done.folder / "masks").rglob("*.png"))) == 13
+    assert "only the benchmark's server scores them" in capsys.readouterr().out
+    for folders in ((), ("bear", "ape", "cow")):  # none, and empty ones
+        for name in folders:
+            (root / f"Annotations/480p/{name}").mkdir(parents=True)
+        with pytest.raises(UserError, match=r"first_frame: the videos of split test have no masks that could be given"):
+            track("copy", "davis2017", root, "data.year=2019", split="test")
+    write_indexed_png(root / "Annotations/480p/bear/00000.png", SEQUENCES["bear"][0])
+    with pytest.raises(UserError, match=r"Video ape has no mask of its first frame, .*ape.*00000.png"):
+        track("copy", "davis2017", root, "data.year=2019", split="test")
+
+
+def break_first_mask(root):
+    (root / "Annotations/480p/ape/00000.png").unlink()
+
+
+def break_size(root):
+    write_frame(root / "JPEGImages/480p/ape/00002.png", np.zeros((30, 39), np.uint8))
+
+
+def break_mask_size(root):
+    write_png(root / "Annotations/480p/ape/00000.png", np.ones((29, 41), np.uint8))
+
+
+def break_ids(root):
+    numbers = np.full((30, 41), 300, np.uint16)
+    Image.fromarray(numbers).save(root / "Annotations/480p/ape/00000.png")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (break_size, r"00000.png is 41 x 30 \(width x height\), .*00002.png is 39 x 30. Make them equal"),
+        (break_mask_size, r"00000.png is 41 x 30 .*its mask .*Annotations.*00000.png is 41 x 29. Replace"),
+        (break_ids, "holds the object id 300: ids go from 0 to 254"),
+    ],
+)
+def test_a_video_that_cannot_be_tracked_is_named_or_left_out(track, tmp_path, spoil, message):
+    root = write_davis(tmp_path / "DAVIS", SEQUENCES)
+    spoil(root)
+    with pytest.raises(UserError, match=message):
+        track("copy", "davis2017", root)
+    done = track("copy", "davis2017", root, "data.on_error=skip")
+    assert [row["name"] for row in done.scores["per_video"]] == ["bear", "cow"] and done.result["videos"] == 2
+    (problem,) = done.scores["problems"]
+    assert problem["file"].endswith("masks/ape") and not list(done.folder.glob("*/ape"))
+    done = track("copy", "davis2017", root, "data.on_error=skip", official=False)
+    assert json.loads((done.folder / "problems.json").read_text())["problems"][0]["reason"] == problem["reason"]
+
+
+def test_masks_that_are_missing(track, tmp_path):
+    root = write_davis(tmp_path / "DAVIS", SEQUENCES)
+    break_first_mask(root)
+    with pytest.raises(UserError, match="Video ape has 1 frame without mask: 00000"):
+        track("copy", "davis2017", root)
+    masks = SEQUENCES["ape"]
+    root = write_youtube(tmp_path / "YT", "valid", {"a": masks}, {"a": [2]})
+    with pytest.raises(UserError, match=r"Video a has no mask of its first frame, .*00000.png, from which"):
+        track("copy", "youtube_vos", root, "data.tracking.later=false")
+
+
+def test_masks_that_cannot_be_scored_are_kept_and_named(track, tmp_path):
+    root = write_davis(tmp_path / "DAVIS", SEQUENCES)
+    with pytest.raises(UserError, match=r"(?s)ape/00001.png: holds the ids 9 .*The masks are kept: mode.restart="):
+        track(9, "davis2017", root)
+    (folder,) = tmp_path.glob("run_*")
+    assert len(json.loads((folder / "problems.json").read_text())["problems"]) == 7
+    assert len(list((folder / "masks").rglob("*.png"))) == 13
+
+
+def test_words_without_meaning(compose, track, tmp_path):
+    root = write_davis(tmp_path / "DAVIS", SEQUENCES)
+    for words, options, message in (
+        (("data=davis2017",), {"supervision": "all"}, "mode.supervision=all is unknown. Choose one of none, first"),
+        (("data=davis2017",), {"supervision": "none"}, "mode.supervision=none needs a model that finds objects"),
+        (("data=videos",), {}, "data=videos has no masks of objects"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluate(compose(*words, f"data.root={root}"), out_dir=tmp_path, **options)
+    with pytest.raises(UserError, match="split=vla is unknown"):
+        track("copy", "davis2017", root, split="vla")
+
+
+def test_more_slots_than_proposals_are_refused_before_tracking(compose, tmp_path):
+    cfg = compose("data=davis2017", f"data.root={tmp_path}")
+    trained = SimpleNamespace(model=SimpleNamespace(head=SimpleNamespace(num_slots=24)))
+    with pytest.raises(UserError, match=r"24 slots.* takes 20 segments. Give head.num_slots=20 or fewer"):
+        follow_slots(cfg, trained, tmp_path, Options(supervision="none"))
+
+
+def test_slots_made_for_masks_that_are_not_given_are_refused_before_tracking(compose, tmp_path):
+    cfg = compose("data=davis2017", f"data.root={tmp_path}", "slots=lock_on")
+    trained = SimpleNamespace(model=SimpleNamespace(head=SimpleNamespace(num_slots=5)), engine=None)
+    told = r"slots.lock_on=true .*mode.supervision=none gives none\. Give mode.supervision=first_frame, or slots=free"
+    with pytest.raises(UserError, match=told):
+        follow_slots(cfg, trained, tmp_path, Options(supervision="none"))
+
+
+@pytest.mark.parametrize(
+    ("data", "supervision", "protocol", "ids"),
+    [
+        ("davis2017", None, "davis2017", {0, 1, 2, 3}),
+        ("davis2017", "none", "davis2017_unsupervised", {1, 2, 3, 4, 5}),
+        ("movi", None, "video_clustering", {1, 2, 3, 4, 5}),
+    ],
+)
+def test_slots_of_a_trained_model(compose, tiny_backbone, tmp_path, data, supervision, protocol, ids):
+    torch.manual_seed(0)
+    backbone = tiny_backbone()
+    head = SlotHead(24, 1, num_slots=5, slot_dim=16, hidden_dim=16, decoder_dim=16, positions_grid=[4, 4])
+    engine = Engine(batch=2)
+    engine.autocast = nullcontext
+    trained = SimpleNamespace(model=Segmenter(backbone, head).eval(), engine=engine)
+    sequences = {name: SEQUENCES[name] for name in ("bear", "ape")}
+    root = tmp_path / data
+    for kind in ("Annotations", "Annotations_unsupervised"):
+        write_davis(root, sequences, annotations=kind)
+    for name, masks in sequences.items():
+        for index, mask in enumerate(masks):
+            write_frame(root / f"validation/{name}/frames/{index:05d}.png", mask)
+            write_png(root / f"validation/{name}/segmentations/{index:05d}.png", mask)
+    cfg = compose(f"data={data}", f"data.root={root}")
+    cfg = OmegaConf.merge(cfg, {"slots": {"_target_": "dinoseg.tracking.slots.settings.SlotTracking"}})
+    result = follow_slots(cfg, trained, tmp_path / "run", Options(supervision=supervision, metrics_only=True))
+    scores = json.loads((tmp_path / "run/scores.json").read_text())
+    assert scores["protocol"] == protocol and scores["scores"].items() <= result.items()
+    files = [tmp_path / f"run/masks/{name}/{index:05d}.png" for name in sequences for index in range(5)]
+    held = {int(each) for path in files for each in np.unique(read_ids(path))}
+    assert held <= ids and len(held) > 1
+    assert json.loads((tmp_path / "run/tracking.json").read_text())["tracker"]["kind"] == "slots"
+
+
+def test_who_tracks(compose):
+    cfg = compose("data=davis2016", "data.root=none")
+    assert needs_no_training(cfg)
+    for changes, tracks in (
+        ({"resume": "run"}, False),
+        ({"data": {"clips": None}}, False),  # images
+        ({"head": {"weights": "file"}}, False),  # released trained
+        ({"head": {"weights": "file", "class_layer": "new"}}, True),
+        ({"head": {"weights": None}}, True),
+    ):
+        assert needs_no_training(OmegaConf.merge(cfg, changes)) == tracks, changes
+    with pytest.raises(UserError, match="mode.restart=run is for tracking in videos"):
+        Options(restart="run").refuse_tracking()
+
+
+def test_propagation_from_the_command_line(tmp_path):
+    write_davis(tmp_path / "DAVIS", SEQUENCES)
+    words = ["data=davis2017", "data.root=DAVIS", "backbone=rgb", "engine=cpu", "tracker.short=null"]
+    done = call(tmp_path, "mode=eval", *words, "slots.match=overlap", "hydra.run.dir=run")
+    assert done.status == 0 and "J&F-Mean" in done.out, done.err
+    assert done.err.count("No effect here: slots.match=overlap. Label propagation has no slots") == 1
+    ours = json.loads((tmp_path / "run/scores.json").read_text())
+    again = call(
+        tmp_path, "mode=score", "protocol=davis2017", "reference=DAVIS", "prediction=run/masks", "hydra.run.dir=again"
+    )
+    assert again.status == 0, again.err
+    check_same(ours, json.loads((tmp_path / "again/scores.json").read_text()))
+    assert ours["scores"]["J-Mean"] > 0.3  # patches of 8 pixels
+    recorded = json.loads((tmp_path / "run/tracking.json").read_text())
+    assert recorded["tracker"]["kind"] == "propagation" and recorded["given"] == "first"
+    on = call(tmp_path, "mode=eval", *words, "mode.restart=run", "hydra.run.dir=on")
+    assert on.status == 0 and json.loads((tmp_path / "on/scores.json").read_text()) == ours, on.err
+    assert "mode.restart=run: 3 videos taken over: ape, bear, cow" in on.err
+    other = call(tmp_path, "mode=eval", *words, "tracker.radius=6", "mode.restart=run", "hydra.run.dir=other")
+    assert other.status == 1 and "settings than that run's: tracker.radius was 12 and is 6. Give" in other.err

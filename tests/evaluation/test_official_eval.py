@@ -1,0 +1,210 @@
+"""mode=eval scores as the benchmark does: what it writes, scored again as files, gives the same."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from command_line import SMALL, call
+from PIL import Image
+
+from dinoseg import scoring
+from dinoseg.data.pairs import Pair
+from dinoseg.errors import UserError
+from dinoseg.evaluation.official import official_scores, usable
+from dinoseg.images import write_png
+from dinoseg.metrics.protocols.idd_lite import IddLite
+from dinoseg.metrics.protocols.sar_rarp50 import SarRarp50
+
+
+def write_sarrarp(root):
+    rng = np.random.default_rng(0)
+    for folder, videos in (("train1", (1, 2, 3)), ("test", (41, 42))):
+        for video in videos:
+            for frame in (0, 60):
+                place = root / folder / f"video_{video}"
+                write_png(place / f"rgb/{frame:09d}.png", rng.integers(0, 255, (32, 48, 3)).astype(np.uint8))
+                ids = np.repeat(rng.integers(0, 10, (4, 6)).astype(np.uint8), 8, axis=0).repeat(8, axis=1)
+                write_png(place / f"segmentation/{frame:09d}.png", ids)
+
+
+def write_idd_lite(root):
+    rng = np.random.default_rng(0)
+    for split, drives in (("train", "123"), ("val", "45")):
+        for drive in drives:
+            for frame in "ab":
+                image = rng.integers(0, 255, (32, 48, 3)).astype(np.uint8)
+                write_png(root / f"leftImg8bit/{split}/{drive}/{frame}_image.png", image)
+                ids = rng.choice([0, 1, 2, 3, 4, 5, 6, 255], (32, 48)).astype(np.uint8)
+                write_png(root / f"gtFine/{split}/{drive}/{frame}_label.png", ids)
+
+
+def write_cityscapes(root):
+    rng = np.random.default_rng(0)
+    for split, city in (("train", "ulm"), ("val", "bonn")):
+        for number in range(2):
+            start = f"{split}/{city}/{city}_{number:06}_000019"
+            write_png(root / f"leftImg8bit/{start}_leftImg8bit.png", rng.integers(0, 255, (32, 48, 3)).astype(np.uint8))
+            ids = rng.integers(0, 34, (4, 6)).astype(np.uint8).repeat(8, axis=0).repeat(8, axis=1)
+            write_png(root / f"gtFine/{start}_gtFine_labelIds.png", ids)
+            instances = np.where((ids > 23) & (ids != 29) & (ids != 30), ids * np.uint16(1000) + 1, ids)
+            Image.fromarray(instances.astype(np.uint16)).save(root / f"gtFine/{start}_gtFine_instanceIds.png")
+
+
+@pytest.mark.parametrize(
+    ("data", "write", "split", "reference", "unit"),
+    [
+        ("sarrarp", write_sarrarp, "test", "test", 2),
+        ("idd_lite", write_idd_lite, "val", "gtFine/val", 2),
+        ("cityscapes", write_cityscapes, "val", "gtFine/val", 2),
+    ],
+)
+def test_the_official_scores_of_an_evaluation(tmp_path, data, write, split, reference, unit):
+    write(tmp_path / "data")
+    small = [word for word in SMALL if not word.startswith(("data=", "data.classes"))]
+    trained = call(tmp_path, "mode=train", f"data={data}", *small, "trainer.val_every=2", "hydra.run.dir=run")
+    assert trained.status == 0, trained.err
+    done = call(tmp_path, "mode=eval", "resume=run", f"mode.split={split}", "engine=cpu", "hydra.run.dir=eval")
+    assert done.status == 0 and "official:" in done.out, done.err
+    official = json.loads((tmp_path / "eval/official_scores.json").read_text())
+    words = ["protocol=sar_rarp50" if data == "sarrarp" else f"protocol={data}", "hydra.run.dir=again"]
+    again = call(tmp_path, "mode=score", *words, f"reference=data/{reference}", "prediction=eval/official")
+    assert again.status == 0, again.err
+    scored = json.loads((tmp_path / "again/scores.json").read_text())
+    assert official["scores"] == scored["scores"] and official["ci95"] == scored["ci95"]
+    assert official["protocol"] == scored["protocol"] and official["n"] == scored["n"] == unit
+    assert all(value is None or 0 <= value <= 1 for value in official["scores"].values())
+    without = call(tmp_path, "mode=eval", "resume=run", "mode.official=false", "engine=cpu", "hydra.run.dir=plain")
+    assert without.status == 0 and not (tmp_path / "plain/official").exists()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Return a folder with a tiny Cityscapes in data/ and a model of it in run/."""
+    folder = tmp_path_factory.mktemp("cityscapes")
+    write_cityscapes(folder / "data")
+    small = [word for word in SMALL if not word.startswith(("data=", "data.classes"))]
+    done = call(folder, "mode=train", "data=cityscapes", *small, "trainer.val_every=2", "hydra.run.dir=run")
+    assert done.status == 0, done.err
+    return folder
+
+
+@pytest.fixture
+def evaluate(trained, tmp_path):
+    """Return a function that evaluates it on a copy of the data, and returns what it printed and wrote."""
+    shutil.copytree(trained / "data", tmp_path / "data")
+
+    def run(*words):
+        folder = f"eval_{len(list(tmp_path.glob('eval_*')))}"
+        fixed = (
+            "engine=cpu",
+            "mode.metrics_only=true",
+            f"data.root={tmp_path}/data",
+            f"resume={trained}/run",
+            f"hydra.run.dir={folder}",
+        )
+        done = call(tmp_path, "mode=eval", *fixed, *words)
+        written = {path.name: json.loads(path.read_text()) for path in (tmp_path / folder).glob("*.json")}
+        assert done.status == 0 and 0 <= written["scores.json"]["miou"] <= 1, done.err
+        return done.out + done.err, written, tmp_path / folder
+
+    return run
+
+
+def test_missing_instances_are_told_and_the_other_scores_stand(evaluate, tmp_path):
+    lost = "bonn_000001_000019_gtFine_instanceIds.png"
+    (tmp_path / f"data/gtFine/val/bonn/{lost}").unlink()
+    text, written, folder = evaluate()
+    assert "No official scores" in text and lost in text and "iIoU needs it" in text
+    assert [row["file"].endswith(lost) for row in written["problems.json"]["problems"]] == [True]
+    assert "official_scores.json" not in written
+    assert not (folder / "official").exists()  # it was told before the model was run
+    text, written, folder = evaluate("data.on_error=skip")
+    assert "No official scores" not in text and "problems.json" not in written
+    assert written["official_scores.json"]["n"] == 1 and len(written["official_scores.json"]["problems"]) == 1
+    (tmp_path / "data/gtFine/val/bonn/bonn_000000_000019_gtFine_instanceIds.png").unlink()
+    _, written, _ = evaluate("data.on_error=skip")
+    assert "official_scores.json" not in written and len(written["problems.json"]["problems"]) == 2
+
+
+def test_a_reference_that_cannot_be_scored_is_told(evaluate, tmp_path):
+    bad = tmp_path / "data/gtFine/val/bonn/bonn_000000_000019_gtFine_instanceIds.png"
+    bad.write_bytes(b"no picture")
+    text, written, folder = evaluate()
+    assert "No official scores" in text and len(list((folder / "official").rglob("*.png"))) == 2
+    assert [row["file"] for row in written["problems.json"]["problems"]] == [str(bad)]
+    _, written, _ = evaluate("data.on_error=skip")
+    assert written["official_scores.json"]["n"] == 1 and "problems.json" not in written
+
+
+def test_predictions_at_another_size_than_the_reference_are_told_first(evaluate, tmp_path):
+    for split in ("train", "val"):  # either is packed as it is
+        text, written, _ = evaluate(f"mode.split={split}", "data.cache=packed", "resolution.longest=24")
+        assert written["official_scores.json"]["n"] == 2 and "No official scores" not in text
+    for kind in ("labelIds", "instanceIds"):
+        path = tmp_path / f"data/gtFine/val/bonn/bonn_000000_000019_gtFine_{kind}.png"
+        Image.open(path).resize((24, 16), Image.Resampling.NEAREST).save(path)
+    resized = "data.reader.masks.on_size_mismatch=resize_mask"
+    text, written, folder = evaluate(resized)
+    assert "is 24 x 16 (width x height)" in text and "predicted at 48 x 32" in text
+    assert len(written["problems.json"]["problems"]) == 1 and not (folder / "official").exists()
+    _, written, _ = evaluate(resized, "data.on_error=skip")
+    assert written["official_scores.json"]["n"] == 1
+
+
+def data_of(names, folder):
+    """Return a data set of masks 6 x 4 (width x height) as the checks see one."""
+    for name in names:
+        write_png(folder / f"{name}.png", np.zeros((4, 6), np.uint8))
+    pairs = [Pair(name, folder / f"{name}.png", folder / f"{name}.png") for name in names]
+    return SimpleNamespace(pairs=pairs, reader=SimpleNamespace(masks=SimpleNamespace(on_size_mismatch="error")))
+
+
+def test_a_benchmark_that_resizes_takes_any_size(tmp_path, caplog):
+    data = data_of(["1/a", "1/b"], tmp_path / "data")
+    data.longest = 3
+    assert usable(IddLite(), data, tmp_path / "out", on_error="stop", tells=True) and not caplog.records
+    assert not usable(SarRarp50(), data, tmp_path / "out", on_error="stop", tells=False) and not caplog.records
+    assert not usable(SarRarp50(), data, tmp_path / "out", on_error="stop", tells=True)
+    assert "predicted at 3 x 2" in caplog.text and (tmp_path / "out/problems.json").is_file()
+
+
+def test_names_that_the_benchmark_does_not_have_are_told(tmp_path, caplog):
+    data = data_of(["a"], tmp_path / "data")
+    assert not usable(SarRarp50(), data, tmp_path / "out", on_error="skip", tells=True)
+    assert "a names no frame of SAR-RARP50" in caplog.text
+
+
+def test_whatever_stops_the_official_scores_leaves_the_others(tmp_path, caplog):
+    data = data_of(["1/a", "1/b"], tmp_path / "data")
+    assert official_scores(IddLite(), data, tmp_path / "out", "skip") is None  # no prediction was written
+    assert "Nothing is left to score" in caplog.text
+    (row,) = json.loads((tmp_path / "out/problems.json").read_text())["problems"]
+    assert "Nothing is left to score" in row["reason"]
+
+
+def test_a_killed_process_is_answered_with_what_this_mode_has(tmp_path, caplog, monkeypatch):
+    data = data_of(["1/a", "1/b"], tmp_path / "data")
+
+    def kill(*_, remedy, **__):
+        raise UserError(f"A process was killed. {remedy}")
+
+    monkeypatch.setattr(scoring, "in_processes", kill)
+    assert official_scores(IddLite(), data, tmp_path / "out", "stop") is None
+    folder = tmp_path / "out/official"
+    assert f"A process was killed. Score what was predicted by itself: mode=score prediction={folder} " in caplog.text
+
+
+def test_left_out_images_are_listed_at_the_end(tmp_path):
+    write_idd_lite(tmp_path / "data")
+    (tmp_path / "data/leftImg8bit/train/1/a_image.png").write_bytes(b"no picture")
+    small = [word for word in SMALL if not word.startswith(("data=", "data.classes"))]
+    words = ["mode=train", "data=idd_lite", *small, "trainer.val_every=2"]
+    stopped = call(tmp_path, *words, "hydra.run.dir=stopped")
+    assert stopped.status == 1 and "1/a" in stopped.err and "data cannot be trained on" in stopped.err
+    done = call(tmp_path, *words, "data.on_error=skip", "hydra.run.dir=run")
+    assert done.status == 0 and "left out:     1 image," in done.out, done.err
+    left_out = json.loads((tmp_path / "run/skipped.json").read_text())
+    assert list(left_out["train"]) == ["1/a"] and not left_out["val"]
+    assert "1/a" not in json.loads((tmp_path / "run/split.json").read_text())["train"]

@@ -1,0 +1,139 @@
+"""mode=score of what mode=predict wrote: classes by name, references read as the data set's own, no key repeated."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from command_line import call
+
+from dinoseg.data.classes.record import write_class_record
+from dinoseg.images import write_png
+
+CLASSES = ["background", "leaf"]
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Write predictions of ids, half of their leaf right, beside references of 0 and 255 (of 3 and 7: `other`)."""
+    for number in range(2):
+        truth = np.zeros((8, 12), np.uint8)
+        truth[:4] = 1
+        guess = truth.copy()
+        guess[:2] = 0
+        write_png(tmp_path / f"run/masks/{number}.png", guess)
+        write_png(tmp_path / f"binary/{number}.png", truth * 255)
+        write_png(tmp_path / f"other/{number}.png", np.choose(truth, (3, 7)).astype(np.uint8))
+    record(tmp_path, {"format": "binary"})
+    return tmp_path
+
+
+def record(folder, masks, classes=CLASSES, ignore_index=255):
+    write_class_record(folder / "run/masks", classes, [(0, 0, 0), (0, 255, 0)], ignore_index, masks)
+
+
+def score(where, *words, prediction="run"):
+    words = ("mode=score", f"prediction={prediction}", "mode.workers=1", "hydra.run.dir=scored", *words)
+    done = call(where, *words)
+    paths = list(where.glob("scored/scores.json"))
+    found = json.loads(paths[0].read_text()) if paths else None
+    shutil.rmtree(where / "scored", ignore_errors=True)
+    return done, found
+
+
+def test_the_run_folder_alone_says_everything(folders):
+    for prediction in ("run", "run/masks"):
+        done, found = score(folders, "reference=binary", prediction=prediction)
+        assert done.status == 0, done.err
+        rows = {row["name"]: row["IoU"] for row in found["per_class"]}
+        assert rows == {"background": pytest.approx(4 / 6), "leaf": pytest.approx(2 / 4)}
+        assert "leaf" in done.out and "50.00" in done.out
+
+
+def test_keys_of_masks_change_how_references_are_read(folders):
+    done, found = score(folders, "reference=other")
+    assert done.status == 1 and "is no binary mask" in done.err and found is None
+    ids = ("data.reader.masks.format=ids", "data.reader.masks.ids={0:-1,1:-1,3:0,7:1}")
+    done, found = score(folders, "reference=other", *ids)
+    assert done.status == 0, done.err
+    assert found["per_class"][1]["IoU"] == pytest.approx(0.5)
+    done, found = score(folders, "reference=other", ids[0], "data.reader.masks.ids={0:-1,1:-1,3:255,7:1}")
+    assert [row["IoU"] for row in found["per_class"]] == [0, pytest.approx(0.5)]  # 3 is ignored
+    words = ("reference=other", ids[0], "data.reader.masks.ids={0:-1,1:-1,3:250,7:1}", "data.ignore_index=250")
+    assert score(folders, *words)[1]["per_class"][1]["IoU"] == pytest.approx(0.5)
+
+
+def test_a_protocol_that_is_told_how_references_are_written_reads_them_so(folders):
+    record(folders, {"format": "ids", "reduce_zero_label": True})
+    for number in range(2):
+        stored = np.zeros((8, 12), np.uint8)
+        stored[:4], stored[4:6] = 2, 1  # leaf, background; the rest is 0, which is ignored
+        write_png(folders / f"stored/{number}.png", stored)
+    for words in ((), ("protocol.reduce_zero_label=true",)):  # once in either case
+        done, found = score(folders, "reference=stored", *words)
+        assert done.status == 0, done.err
+        assert [row["IoU"] for row in found["per_class"]] == [pytest.approx(2 / 4), pytest.approx(2 / 4)]
+        assert found["per_class"][1]["name"] == "leaf"
+    (folders / "run/masks/classes.json").rename(folders / "classes.json")  # as in a folder that no run wrote
+    alone = [score(folders, "reference=stored", "protocol=ade20k", "num_classes=2", prediction="run/masks")[1]]
+    (folders / "classes.json").rename(folders / "run/masks/classes.json")
+    alone.append(score(folders, "reference=stored", "protocol=ade20k", "num_classes=2")[1])
+    assert alone[0] is not None and alone[0]["scores"] == alone[1]["scores"]
+
+
+def test_pixels_of_the_models_ignored_id_do_not_count(folders):
+    record(folders, {"format": "ids"}, ignore_index=250)
+    for number in range(2):
+        truth = np.full((8, 12), 250, np.uint8)
+        truth[2:4], truth[7] = 1, 0
+        write_png(folders / f"void/{number}.png", truth)
+    done, found = score(folders, "reference=void")
+    assert done.status == 0, done.err
+    assert found["scores"]["accuracy"] == 1  # what is wrong, rows 0 and 1, is void
+
+
+def test_the_command_lines_data_is_read_too(folders):
+    (folders / "run/masks/classes.json").unlink()
+    done, found = score(
+        folders, "reference=binary", "data=binary", "data.classes=[ground,leaf]", prediction="run/masks"
+    )
+    assert done.status == 0, done.err
+    assert [row["name"] for row in found["per_class"]] == ["ground", "leaf"]
+    done, found = score(folders, "reference=binary", "data.classes=[ground,leaf]", prediction="run/masks")
+    assert "THE SCORE IS OF CLASS 0 ALONE" in done.err
+    (folders / "set").mkdir()
+    (folders / "set/classes.yaml").write_text("classes: {soil: {ids: [3]}, leaf: {ids: [7]}}")
+    done, found = score(folders, "reference=other", "data.root=set", prediction="run/masks")
+    assert [row["name"] for row in found["per_class"]] == ["soil", "leaf"] and done.status == 0
+
+
+def test_other_classes_are_refused(folders):
+    done, found = score(folders, "reference=binary", "data=binary")
+    assert done.status == 1 and found is None
+    assert "data=binary has the classes background, object, and run/masks/classes.json has background, leaf" in done.err
+
+
+def test_a_reference_of_another_size_names_the_key_that_mends_it(folders):
+    for number in range(2):
+        truth = np.zeros((4, 6), np.uint8)
+        truth[:2] = 255
+        write_png(folders / f"binary/{number}.png", truth)
+    done, _ = score(folders, "reference=binary")
+    assert done.status == 1 and "data.reader.masks.on_size_mismatch=resize_mask" in done.err
+    _, found = score(folders, "reference=binary", "data.reader.masks.on_size_mismatch=resize_mask")
+    assert found["per_class"][1]["IoU"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "{", '{"classes": "ab"}', '{"classes": [1], "palette": [], "ignore_index": 0, "masks": {}}']
+)
+def test_a_record_that_is_none_is_one_message(folders, content):
+    (folders / "run/masks/classes.json").write_text(content)
+    done, _ = score(folders, "reference=binary")
+    assert done.status == 1 and "classes.json is no record of classes" in done.err and "Traceback" not in done.err
+
+
+def test_an_evaluations_pictures_point_to_what_there_is(folders):
+    write_png(folders / "eval/predictions/0_pred.png", np.zeros((8, 12), np.uint8))
+    done, _ = score(folders, "reference=binary", "num_classes=2", prediction="eval/predictions")
+    assert done.status == 1 and "mode=predict resume=RUN input=IMAGES" in done.err

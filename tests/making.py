@@ -1,0 +1,55 @@
+"""What the tests of the data room make their inputs with."""
+
+import os
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+
+from dinoseg.errors import UserError
+from dinoseg.shapes import Sample
+
+DATA = Path(os.environ.get("DINOSEG_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+def save(path, array, dtype=np.uint8, **options):
+    """Write an array as a picture, its folders too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(array, dtype=dtype)).save(path, **options)
+    return path
+
+
+def write_video(path, frames, size=(48, 32)):
+    """Write an XviD video of flat frames, frame i of grey i % 200 + 20."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"XVID"), 60, size)
+    assert writer.isOpened()
+    for index in range(frames):
+        writer.write(np.full((size[1], size[0], 3), index % 200 + 20, np.uint8))
+    writer.release()
+
+
+class Pictures:
+    """A data set in memory; sizes may differ, and one item may be spoilt."""
+
+    classes = ("a", "b", "c")
+    palette = ((0, 0, 0), (255, 0, 0), (0, 255, 0))
+    ignore_index = 255
+
+    def __init__(self, sizes, error_at=None):
+        self.sizes, self.error_at = sizes, error_at
+        self.names = [f"p{i}" for i in range(len(sizes))]
+
+    def __len__(self):
+        return len(self.sizes)
+
+    def __getitem__(self, index):
+        if index == self.error_at:
+            raise UserError(f"bad.png number {index} is spoilt: replace it.")
+        rng = np.random.default_rng(index)
+        height, width = self.sizes[index]
+        image = torch.from_numpy(rng.integers(0, 256, (3, height, width), dtype=np.uint8))
+        mask = torch.from_numpy(rng.integers(0, 3, (height, width), dtype=np.uint8))
+        return Sample(image=image, mask=mask, name=self.names[index])

@@ -1,0 +1,173 @@
+"""Several jobs of one command: each has its own folder, and a table of all ends the sweep."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from command_line import SMALL, call, write_data
+from omegaconf import OmegaConf
+
+from dinoseg.sweeps.table import SweepTable
+
+
+def sweep(where, *arguments):
+    write_data(where / "data")
+    return subprocess.run(
+        [sys.executable, "-m", "dinoseg", "-m", "mode=train", *SMALL, "mode.metrics_only=true", *arguments],
+        cwd=where,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+
+
+def rows_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_real_sweep_has_a_folder_per_job_and_a_table(tmp_path):
+    done = sweep(tmp_path, "head=linear,mlp")
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "outputs/base").glob("train_*")
+    assert sorted(path.name for path in folder.iterdir()) == ["0", "1", "multirun.yaml", "sweep.csv"]
+    rows = rows_of(folder / "sweep.csv")
+    assert sorted(row["head"] for row in rows) == ["linear", "mlp"]
+    assert [float(row["mIoU %"]) for row in rows] == sorted((float(row["mIoU %"]) for row in rows), reverse=True)
+    for row in rows:
+        run = folder / row["job"]
+        assert (tmp_path / row["run"]).resolve() == run.resolve() and row["note"] == ""
+        assert (run / "checkpoints/best.safetensors").is_file() and (run / "evaluation/scores.json").is_file()
+        assert OmegaConf.load(run / "config/config.yaml").choices.head == row["head"]
+        scores = json.loads((run / "evaluation/scores.json").read_text())
+        assert row["mIoU %"] == f"{100 * scores['miou']:.2f}"  # the unit of the score table
+    by_head = {row["head"]: row for row in rows}
+    assert 0 < int(by_head["linear"]["trainable"]) < int(by_head["mlp"]["trainable"])
+    assert all(int(row["trainable"]) < int(row["parameters"]) for row in rows)  # the mask token is not trained
+    assert all(float(row["images_per_s"]) > 0 and 0.1 < float(row["memory_gib"]) < 20 for row in rows)
+    table = done.stdout[done.stdout.index("\n  job  head") :]
+    assert max(map(len, table.splitlines())) <= 140 and "trainer.steps" not in table
+    assert f"written to {folder.relative_to(tmp_path)}/sweep.csv" in done.stdout
+    assert all(row["mIoU %"] in table for row in rows)
+
+
+def test_a_failed_job_is_named_and_the_others_go_on(tmp_path):
+    write_data(tmp_path / "data")
+    words = [word for word in SMALL if not word.startswith("data.root")]
+    done = call(tmp_path, "-m", "mode=train", *words, "mode.metrics_only=true", "data.root=nowhere,data")
+    assert done.status == 1 and "Traceback" not in done.err
+    assert done.err.count("error: data.root=nowhere is no folder") == 1
+    (folder,) = (tmp_path / "outputs/base").glob("train_*")
+    good, bad = rows_of(folder / "sweep.csv")
+    assert good["job"] == "1" and float(good["mIoU %"]) >= 0 and good["note"] == "" and good["data.root"] == "data"
+    assert bad["job"] == "0" and bad["mIoU %"] == "" and bad["note"].startswith("data.root=nowhere")
+    assert "data.root=nowhere is no folder" in " ".join(done.out.split())
+    assert (folder / "1/checkpoints/best.safetensors").is_file() and not (folder / "0/checkpoints").exists()
+
+
+def test_cells_that_cannot_work_are_refused_before_the_first_job(tmp_path):
+    write_data(tmp_path / "data")
+    done = call(tmp_path, "-m", "mode=train", *SMALL, "loss=cross_entropy,mask_classification", "seed=0,1")
+    assert done.status == 1 and "Traceback" not in done.err
+    assert "2 of 4 cells of this sweep cannot work, so none is started:" in done.err
+    assert "- loss=mask_classification seed=1: loss=mask_classification needs a head" in done.err
+    assert not (tmp_path / "outputs").exists()
+    words = [word for word in SMALL if word != "adapter=full"]
+    for key, reason in (
+        (("adapter.rank=0,2",), "adapter.rank=0"),
+        (("data.folds=3", "data.fold=0,7"), "two folds or more"),
+    ):
+        done = call(tmp_path, "-m", "mode=train", *words, "adapter=lora", *key)
+        assert done.status == 1 and reason in done.err and "1 of 2 cells" in done.err, done.err
+        assert not (tmp_path / "outputs").exists()
+
+
+def test_folds_are_summed_up_and_not_ranked(tmp_path):
+    write_data(tmp_path / "data", train=4, val=2)
+    for split in ("train", "val"):
+        for path in list((tmp_path / f"data/{split}").rglob("*.png")):
+            path.rename(path.with_name(f"{split}{path.name}"))
+    done = call(tmp_path, "-m", "mode=train", *SMALL, "mode.metrics_only=true", "data.folds=2", "data.fold=0,1")
+    assert done.status == 0, done.err
+    (path,) = tmp_path.glob("outputs/base/train_*/sweep.csv")
+    rows = {row["data.fold"]: row for row in rows_of(path)}
+    assert list(rows) == ["0", "1", "mean", "deviation", "pooled"]
+    scores = [json.loads((path.parent / f"{job}/evaluation/scores.json").read_text()) for job in (0, 1)]
+    mious = [100 * each["miou"] for each in scores]
+    assert float(rows["mean"]["mIoU %"]) == pytest.approx(np.mean(mious), abs=0.01)
+    assert float(rows["deviation"]["mIoU %"]) == pytest.approx(np.std(mious, ddof=1), abs=0.01)
+    counts = np.sum([each["matrix"] for each in scores], axis=0)
+    each = counts.diagonal() / (counts.sum(axis=0) + counts.sum(axis=1) - counts.diagonal())
+    assert float(rows["pooled"]["mIoU %"]) == pytest.approx(100 * each.mean(), abs=0.01)
+    assert all(name in done.out for name in ("mean", "deviation", "pooled"))
+
+
+def test_a_crash_costs_one_job_and_not_the_table(tmp_path):
+    write_data(tmp_path / "data")
+    done = call(tmp_path, "-m", "mode=train", *SMALL, "mode.metrics_only=true", "head.num_classes=1,2")
+    assert done.status == 1 and done.err.count("Traceback") == 1
+    (path,) = tmp_path.glob("outputs/base/train_*/sweep.csv")
+    good, bad = rows_of(path)
+    assert good["job"] == "1" and good["note"] == "" and bad["note"].startswith("RuntimeError: ")
+    with pytest.raises(RuntimeError, match="weight tensor"):  # a single run shows where it broke
+        call(tmp_path, "mode=train", *SMALL, "head.num_classes=1")
+
+
+@pytest.fixture
+def table(tmp_path):
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
+    callback = SweepTable()
+
+    def end(*values):
+        for number, value in enumerate(values):
+            job = SimpleNamespace(_return_value=value, overrides=["mode=train", f"seed={number}"])
+            callback.on_job_end(config, job)
+        callback.on_multirun_end(config)
+        return tmp_path / "sweep.csv"
+
+    return end
+
+
+def test_the_best_job_comes_first_and_failures_last(table, capsys):
+    scores = [
+        {"miou": 0.25},
+        {"error": "no"},
+        {"miou": 0.75, "accuracy": 0.5, "run": "r"},
+        {"error": "ValueError: broken"},
+        {"miou": 0},
+    ]
+    rows = rows_of(table(*scores))
+    assert "mIoU without background %" not in rows[0]  # which no job has
+    assert [row["job"] for row in rows] == ["2", "0", "4", "1", "3"]
+    assert [row["note"] for row in rows] == ["", "", "", "no", "ValueError: broken"]
+    assert rows[0]["seed"] == "2" and rows[0]["run"] == "r" and rows[0]["pixel accuracy %"] == "50.00"
+    shown = capsys.readouterr().out
+    assert shown.index("75.00") < shown.index("25.00") < shown.index("ValueError: broken")
+
+
+@pytest.mark.parametrize("values", [[], [None, None], [{"frames": 3}]])
+def test_jobs_without_scores_make_no_table(table, values, capsys):
+    assert not table(*values).exists() and capsys.readouterr().out == ""
+
+
+def test_settings_of_folds_are_ranked_by_their_pooled_score(tmp_path):
+    matrices = {"a": [[[1, 1], [1, 1]], [[9, 1], [0, 0]]], "b": [[[5, 0], [0, 5]], [[4, 1], [0, 5]]]}
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
+    callback = SweepTable()
+    for fold in (0, 1):
+        for head, counts in matrices.items():
+            words = ["mode=train", f"head={head}", f"data.fold={fold}"]
+            shares = dict.fromkeys(("miou", "miou_no_background", "accuracy"), 0.5)
+            value = {**shares, "matrix": counts[fold], "background": 1}
+            callback.on_job_end(config, SimpleNamespace(_return_value=value, overrides=words))
+    callback.on_multirun_end(config)
+    rows = rows_of(tmp_path / "sweep.csv")
+    assert [row["head"] for row in rows] == ["b"] * 5 + ["a"] * 5
+    assert [row["data.fold"] for row in rows[:5]] == ["0", "1", "mean", "deviation", "pooled"]
+    assert rows[4]["pixel accuracy %"] == "95.00" and rows[3]["mIoU %"] == "0.00"
+    assert rows[4]["mIoU without background %"] == "90.00"  # 9 of 10: class 0 alone

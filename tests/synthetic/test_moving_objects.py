@@ -1,0 +1,281 @@
+import errno
+import json
+import multiprocessing
+import os
+import threading
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from dinoseg.data.clips.cut import Cut, open_clips
+from dinoseg.data.clips.movi import Movi
+from dinoseg.errors import UserError
+from dinoseg.metrics.clustering import adjusted_rand_index, contingency
+from dinoseg.storage.locks import locked
+from dinoseg.synthetic import moving_objects, moving_write
+from dinoseg.synthetic.moving_objects import draw_video
+from dinoseg.synthetic.moving_write import render_moving_objects
+from dinoseg.synthetic.outlines import OUTLINES
+
+SMALL = {"train_videos": 2, "val_videos": 1, "test_videos": 0, "seconds": 1, "size": (32, 40), "workers": 1}
+SEEDS = [(0, 0, number) for number in range(1, 13)]
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def test_what_is_read_back_is_what_was_drawn(tmp_path: Path) -> None:
+    render_moving_objects(tmp_path, **{**SMALL, "test_videos": 1, "seconds": 2, "seed": 5})
+    for number, (split, folder) in enumerate((("train", "train"), ("val", "validation"), ("test", "test"))):
+        clips = open_clips(Movi(str(tmp_path)), split, cut=Cut(length=24))
+        assert [clip["name"] for clip in clips] == [f"{folder}_000{k + 1}" for k in range(2 if split == "train" else 1)]
+        for index, clip in enumerate(clips):
+            drawn = list(draw_video((5, number, index + 1), 24, (32, 40)))
+            np.testing.assert_array_equal(clip["frames"].permute(0, 2, 3, 1), np.stack([rgb for rgb, _ in drawn]))
+            np.testing.assert_array_equal(clip["masks"], np.stack([mask for _, mask in drawn]))
+            count = int(clip["masks"].max())
+            assert clip["annotated"].all() and (clip["appears"][1 : count + 1] == 0).all()
+
+
+def test_same_seed_same_frames_any_other_seed_other_frames() -> None:
+    first, again = (list(draw_video((7, 0, 3), 3, (48, 64))) for _ in range(2))
+    for (rgb, mask), (rgb_again, mask_again) in zip(first, again, strict=True):
+        assert np.array_equal(rgb, rgb_again) and np.array_equal(mask, mask_again)
+    others = [(7, 1, 3), (3, 0, 7), (7, 0, 4), (8, 0, 3), (7 + 2**32, 0, 3), (0, 7, 3)]
+    frames = [first[0][0]] + [next(draw_video(seed, 1, (48, 64)))[0] for seed in others]
+    assert len({frame.tobytes() for frame in frames}) == len(frames)
+
+
+def test_every_object_is_seen_in_the_first_frame_and_keeps_its_id() -> None:
+    counts, shares = set(), []
+    for seed in SEEDS:
+        masks = np.stack([mask for _, mask in draw_video(seed, 24, (96, 128))])
+        count = int(masks[0].max())
+        counts.add(count)
+        assert set(np.unique(masks)) == set(range(count + 1))
+        sizes = np.stack([np.bincount(mask.ravel(), minlength=count + 1)[1:] for mask in masks])  # (T, n)
+        assert (sizes[0] > 15).all() and sizes.max() <= np.pi * (moving_objects.SIZES[1] * 96 / 2 + 1) ** 2
+        shares.append((masks > 0).mean())
+        for label in range(1, count + 1):
+            middles = [np.argwhere(mask == label).mean(axis=0) for mask in masks if (mask == label).any()]
+            steps = np.linalg.norm(np.diff(middles, axis=0), axis=1)
+            assert np.median(steps) < 0.15 * 96  # an id does not jump to another object
+    assert counts == {3, 4, 5} and 0.1 < np.mean(shares) < 0.4
+
+
+def test_no_object_begins_hidden() -> None:
+    for seed in range(30):
+        masks = np.stack([mask for _, mask in draw_video((1, seed), 12, (48, 48))])
+        sizes = np.stack([np.bincount(mask.ravel(), minlength=7)[1:] for mask in masks])  # (T, 6)
+        assert (sizes[0] >= 0.3 * sizes.max(axis=0)).all()
+
+
+@pytest.mark.parametrize("size", [(32, 32), (32, 75), (61, 47), (160, 96)])
+def test_any_size(size: tuple[int, int]) -> None:
+    for seed in range(3):
+        rgb, mask = list(draw_video(seed, 2, size))[-1]
+        assert rgb.shape == (*size, 3) and mask.shape == size and rgb.dtype == mask.dtype == np.uint8
+        assert mask.any() and not mask.all() and rgb.std() > 5
+
+
+@pytest.mark.parametrize("seed", SEEDS[:4])
+def test_a_mask_is_where_its_object_is_seen(seed: tuple[int, ...]) -> None:
+    def scenes_with(label: int) -> list[moving_objects._Scene]:
+        """Return the scene with one object black and with it white."""
+        made = []
+        for white in (False, True):
+            scene = moving_objects._Scene(seed, (96, 96))
+            scene._light, scene._shadows = None, False
+            rgba = scene._movers[label - 1].body.rgba
+            rgba[..., :3] = rgba[..., 3:] if white else 0
+            made.append(scene)
+        return made
+
+    count = len(moving_objects._Scene(seed, (96, 96))._movers)
+    for label in range(1, count + 1):
+        black, white = scenes_with(label)
+        for seconds in (0, 0.5, 1.75):
+            (dark, mask), (light, same) = black.frame(seconds), white.frame(seconds)
+            cover = (light.astype(float) - dark).mean(axis=-1) / 255
+            assert np.array_equal(mask, same) and np.array_equal(np.unique(mask), np.unique(same))
+            assert (mask == label)[cover > 0.55].all() and (cover[mask == label] > 0.2).all()
+
+
+@pytest.mark.parametrize("outline", OUTLINES)
+def test_a_mask_holds_the_pixels_whose_centres_lie_inside(outline, monkeypatch: pytest.MonkeyPatch) -> None:
+    points = outline(np.random.default_rng(3))
+    assert np.linalg.norm(points, axis=1).max() == pytest.approx(1)
+    monkeypatch.setattr(moving_objects, "OUTLINES", (lambda rng: points,))
+    scene = moving_objects._Scene(2, (96, 128))
+    mover = scene._movers[-1]  # in front of all others
+    for seconds in (0, 0.4, 1.3):
+        x, y, angle = mover.place(seconds, (96, 128))
+        turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+        placed = (mover.radius * points @ turn.T + (x, y)).astype(np.float32)[:, None]
+        _, mask = scene.frame(seconds)
+        depth = np.array([[cv2.pointPolygonTest(placed, (j, i), True) for j in range(128)] for i in range(96)])
+        sure = np.abs(depth) > 0.3  # pixels; the tips of rays are blurred
+        wrong = (mask == mover.body.label) != (depth > 0)
+        assert wrong[sure].sum() <= 2 and wrong.sum() < 0.1 * (depth > 0).sum()
+
+
+def test_objects_fly_straight_and_are_thrown_back() -> None:
+    scene = moving_objects._Scene(11, (64, 100))
+    for mover in scene._movers:
+        low, high = 0.8 * mover.radius, np.array([100, 64]) - 0.8 * mover.radius
+        where, speed, step = mover.start.astype(float), mover.speed.copy(), 1e-3
+        for index in range(1, 6001):
+            where = where + step * speed
+            over = (where < low) | (where > high)
+            speed[over] *= -1
+            where = np.where(where < low, 2 * low - where, np.where(where > high, 2 * high - where, where))
+            if index % 500 == 0:
+                x, y, angle = mover.place(index * step, (64, 100))
+                np.testing.assert_allclose((x, y), where, atol=1e-6)
+                assert angle == pytest.approx(mover.turn[0] + mover.turn[1] * index * step)
+
+
+def test_neither_objects_nor_ground_are_flat_and_colours_alone_do_not_separate_them() -> None:
+    inside, scores = [], []
+    for seed in SEEDS:
+        rgb, mask = next(draw_video(seed, 1, (128, 128)))
+        inside += [rgb[mask == label].astype(float).std(axis=0).max() for label in range(mask.max() + 1)]
+        cv2.setRNGSeed(0)
+        pixels = rgb.reshape(-1, 3).astype(np.float32)[::4]
+        stop = (cv2.TERM_CRITERIA_COUNT, 10, 0.0)
+        found = cv2.kmeans(pixels, mask.max() + 1, None, stop, 1, cv2.KMEANS_PP_CENTERS)[1]
+        scores.append(adjusted_rand_index(contingency(mask.ravel()[::4], found[:, 0]).counts))
+    assert min(inside) > 3 and np.median(inside) > 15
+    assert np.mean(scores) < 0.8
+
+
+def test_some_grounds_drift_some_lights_change_and_some_things_drop_shadows() -> None:
+    scenes = [moving_objects._Scene(seed, (32, 32)) for seed in range(24)]
+    still = [np.array_equal(scene._seen_ground(0), scene._seen_ground(1)) for scene in scenes]
+    for some in (still, [scene._shadows for scene in scenes], [scene._light is None for scene in scenes]):
+        assert 4 <= sum(some) <= 20
+    shaded = next(scene for scene in scenes if scene._shadows and scene._light is None)
+    dark, mask = shaded.frame(0)
+    shaded._shadows = False
+    bright, same = shaded.frame(0)
+    assert np.array_equal(mask, same) and (dark <= bright).all() and (dark < bright)[mask == 0].any()
+
+
+def test_two_processes_write_what_one_writes(tmp_path: Path) -> None:
+    for workers in (1, 2):
+        render_moving_objects(tmp_path / str(workers), **{**SMALL, "workers": workers})
+    one, two = contents(tmp_path / "1"), contents(tmp_path / "2")
+    assert one == two and len(one) == 3 * (2 * 12 + 1)
+    assert not multiprocessing.active_children()
+
+
+def test_finished_videos_are_kept_and_an_interrupted_one_is_made_again(tmp_path: Path, monkeypatch) -> None:
+    render_moving_objects(tmp_path / "whole", **SMALL)
+    write, written = moving_write.write_png, []
+
+    def until_full(path: Path, pixels: np.ndarray) -> None:
+        written.append(path)
+        if len(written) > 30:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, pixels)
+
+    monkeypatch.setattr(moving_write, "write_png", until_full)
+    with pytest.raises(UserError, match="No space left on device.*running again goes on"):
+        render_moving_objects(tmp_path / "cut", **SMALL)
+    assert [path.name for path in (tmp_path / "cut/train").iterdir()] == ["train_0001"]
+    monkeypatch.setattr(moving_write, "write_png", write)
+    (tmp_path / "cut/train/.train_0002.part/frames").mkdir(parents=True)  # of a run that was killed
+    (tmp_path / "cut/train/.train_0002.part/frames/00099.png").write_bytes(b"half")
+    kept = (tmp_path / "cut/train/train_0001/frames/00000.png").stat().st_mtime_ns
+    render_moving_objects(tmp_path / "cut", **SMALL)
+    assert (tmp_path / "cut/train/train_0001/frames/00000.png").stat().st_mtime_ns == kept
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_a_video_says_what_it_was_made_from(tmp_path: Path) -> None:
+    render_moving_objects(tmp_path, **{**SMALL, "seed": 4})
+    said = json.loads((tmp_path / "validation/validation_0001/rendering.json").read_text())
+    assert said == {
+        **{"dinoseg": "moving objects", "seed": 4, "folder": "validation", "number": 1},
+        **{"seconds": 1, "size": [32, 40]},
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"size": (0, 128)}, r"size=\[0, 128\]"),
+        ({"size": (128, 31)}, r"size=\[128, 31\].*at least 32"),
+        ({"size": (128,)}, r"size=\[128\]"),
+        ({"size": (128, 128, 3)}, r"size=\[128, 128, 3\]"),
+        ({"seconds": 0}, "seconds=0"),
+        ({"workers": 0}, "workers=0"),
+        ({"seed": -1}, "seed=-1"),
+        ({"train_videos": 0, "val_videos": 0}, "no videos"),
+        ({"val_videos": -1}, "val_videos=-1"),
+        ({"test_videos": -2}, "test_videos=-2"),
+    ],
+)
+def test_bad_settings_are_named(tmp_path: Path, change: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        render_moving_objects(tmp_path / "new", **{**SMALL, **change})
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("place", ["pictures/a.png", "train/bear/frames/a.png", "validation/notes.txt"])
+def test_other_data_is_neither_overwritten_nor_mixed(tmp_path: Path, place: str) -> None:
+    (tmp_path / place).parent.mkdir(parents=True)
+    (tmp_path / place).write_bytes(b"mine")
+    (tmp_path / ".DS_Store").write_bytes(b"")
+    with pytest.raises(UserError, match="pictures, which this|bear is not a video|notes.txt is not a video"):
+        render_moving_objects(tmp_path, **SMALL)
+    assert set(contents(tmp_path)) == {place, ".DS_Store"}
+
+
+def test_another_seed_or_fewer_videos_in_the_same_root_is_an_error(tmp_path: Path) -> None:
+    render_moving_objects(tmp_path, **SMALL)
+    before = contents(tmp_path)
+    for change in ({"seed": 1}, {"train_videos": 1}, {"seconds": 2}, {"size": (40, 32)}):
+        with pytest.raises(UserError, match="not a video of this rendering"):
+            render_moving_objects(tmp_path, **{**SMALL, **change})
+    assert contents(tmp_path) == before
+
+
+def test_a_root_that_is_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="Cannot write the videos to .*file"):
+        render_moving_objects(tmp_path / "file", **SMALL)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_root_is_named(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match="Cannot write the videos"):
+        render_moving_objects(tmp_path / "new", **SMALL)
+
+
+def test_a_video_that_lacks_pictures_is_drawn_anew(tmp_path: Path, caplog) -> None:
+    render_moving_objects(tmp_path / "whole", **SMALL)
+    render_moving_objects(tmp_path / "cut", **SMALL)
+    (tmp_path / "cut/train/train_0002/segmentations/00003.png").unlink()  # as two renderings at once left it
+    render_moving_objects(tmp_path / "cut", **SMALL)
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    assert "train_0002 lacks pictures: it is drawn anew" in caplog.text
+
+
+def test_two_renderings_of_one_root_work_one_after_the_other(tmp_path: Path, caplog) -> None:
+    second = threading.Thread(target=render_moving_objects, args=[tmp_path], kwargs=SMALL)
+    live = tmp_path / "train/.train_0001.1.part/frames/00000.png"
+    with locked(tmp_path / ".render.lock"):
+        live.parent.mkdir(parents=True)
+        live.write_bytes(b"of the first")
+        second.start()
+        while "waiting for it" not in caplog.text:
+            assert second.is_alive()
+        assert live.exists() and not list(tmp_path.rglob("rendering.json"))
+    second.join(60)
+    assert not live.exists() and len(list(tmp_path.rglob("rendering.json"))) == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["train", "validation"]

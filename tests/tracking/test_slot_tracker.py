@@ -1,0 +1,380 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load, save
+from slot_scene import BLUE, GREEN, GREY, RED, Colours, at_cells, crossing, model_of, paint
+
+from dinoseg.errors import UserError
+from dinoseg.heads.linear import LinearHead
+from dinoseg.model import Segmenter
+from dinoseg.tracking.slots.settings import SlotTracking
+from dinoseg.tracking.slots.tracker import SlotTracker
+
+
+def follow(model, frames, labels=None, **settings):
+    return SlotTracker(model, SlotTracking(**settings)).track(frames, labels or [None] * len(frames))
+
+
+def first(mask, length):
+    return [mask] + [None] * (length - 1)
+
+
+class TestWithoutLabels:
+    def test_masks_number_the_slots(self):
+        frames, ids = crossing()
+        for mask, own in zip(follow(model_of(), frames), ids, strict=True):
+            assert mask.shape == own.shape and mask.dtype == np.uint8
+            assert np.array_equal(at_cells(mask), at_cells(own) + 1)
+
+    @pytest.mark.parametrize("size", [(30, 45), (29, 33), (33, 49)])
+    def test_padding_is_cropped(self, size):
+        frames, ids = crossing(3, size)
+        for mask, own in zip(follow(model_of(), frames), ids, strict=True):
+            assert mask.shape == size and (mask == own + 1).mean() > 0.97
+
+    def test_frames_are_seen_at_the_scale_of_the_model(self):
+        large = [np.kron(frame, np.ones((2, 2, 1), np.uint8)) for frame in crossing(3)[0]]
+        for mask, own in zip(follow(model_of(scale=0.5), large), crossing(3)[1], strict=True):
+            assert mask.shape == (64, 96) and (mask[::2, ::2] == own + 1).mean() > 0.98
+
+    @pytest.mark.parametrize("match", ["auto", "overlap", "similarity"])
+    def test_slots_that_are_drawn_anew_keep_their_ids(self, match):
+        frames, ids = crossing(8)
+        model = model_of(predictor="none", scramble=True)
+        unfollowed = [
+            model.head.step(model.backbone(model.pixels(as_tensor(frame)))[0])[1][0].argmax(0) for frame in frames
+        ]
+        assert len({int(slots[0, 0]) for slots in unfollowed}) > 1  # the grey corner is not always the same slot's
+        masks = follow(model, frames, match=match)
+        table = {int(own): int(mask) for own, mask in zip(at_cells(ids[0]).flat, at_cells(masks[0]).flat, strict=True)}
+        assert len(set(table.values())) == 3
+        for mask, own in zip(masks, ids, strict=True):
+            assert np.array_equal(at_cells(mask), np.vectorize(table.get)(at_cells(own)))
+
+    def test_more_slots_than_ids_are_refused(self):
+        model = model_of([GREY] * 255)
+        with pytest.raises(UserError, match=r"head.num_slots=255 do not fit into masks of ids 1 to 254"):
+            follow(model, crossing(1)[0])
+        assert follow(model_of([GREY] * 254), crossing(1)[0])[0].max() <= 254
+
+
+def as_tensor(frame):
+    return torch.from_numpy(frame).permute(2, 0, 1)[None]
+
+
+class TestWithLabels:
+    @pytest.mark.parametrize("match", ["auto", "overlap", "similarity"])
+    @pytest.mark.parametrize("predictor", ["carry", "none"])
+    def test_objects_that_change_places_keep_their_ids(self, match, predictor):
+        frames, ids = crossing()
+        table = np.array([0, 7, 3], np.uint8)
+        masks = follow(
+            model_of(predictor=predictor, scramble=True), frames, first(table[ids[0]], len(frames)), match=match
+        )
+        for mask, own in zip(masks, ids, strict=True):
+            assert np.array_equal(at_cells(mask), table[at_cells(own)])
+
+    def test_what_jumps_is_followed_by_similarity_and_not_by_overlap(self):
+        one, ids = paint({RED: (8, 4), BLUE: (20, 24)})
+        other, _ = paint({BLUE: (8, 4), RED: (20, 24)})
+        model = model_of(predictor="none", scramble=True)
+        by_look = follow(model, [one, other], [ids, None], match="similarity")[1]
+        by_place = follow(model, [one, other], [ids, None], match="overlap")[1]
+        assert by_look[12, 8] == 2 and by_look[24, 28] == 1
+        assert by_place[12, 8] == 1 and by_place[24, 28] == 2
+
+    def test_several_slots_serve_one_object(self):
+        frame, ids = paint({RED: (8, 4), BLUE: (8, 12), GREEN: (20, 24)})
+        labels = np.where(ids == 2, 1, ids)
+        masks = follow(model_of(), [frame, frame], [labels, None])
+        for mask in masks:
+            assert np.array_equal(at_cells(mask), at_cells(labels))
+
+    def test_255_counts_as_background(self):
+        frame, ids = paint({RED: (8, 4), BLUE: (20, 24)})
+        mask = follow(model_of(), [frame], [np.where(ids == 2, 255, ids)])[0]
+        assert np.array_equal(at_cells(mask), at_cells(np.where(ids == 2, 0, ids)))
+
+    @pytest.mark.parametrize("settings", [{}, {"lock_on": True, "background_slots": 2, "extra_slots": 1}])
+    def test_an_object_smaller_than_a_cell_is_followed(self, settings):
+        frames = [paint({BLUE: (8, 4 + 4 * time)})[0] for time in range(3)]
+        for time, frame in enumerate(frames):
+            frame[21:23, 25 + 4 * time : 27 + 4 * time] = 0, 255, 0
+        ids = np.zeros((32, 48), np.uint8)
+        ids[21:23, 25:27] = 5
+        masks = follow(model_of([GREY, BLUE, (0.325, 0.55, 0.325)]), frames, first(ids, 3), **settings)
+        for time, mask in enumerate(masks):
+            assert mask[22, 26 + 4 * time] == 5 and (mask == 5).sum() < 40
+
+    def test_a_frame_without_objects_gives_empty_masks(self):
+        frames, ids = crossing(3)
+        for settings in ({}, {"lock_on": True}):
+            masks = follow(model_of(), frames, first(np.zeros_like(ids[0]), 3), **settings)
+            assert not np.any(masks)
+
+    def test_labels_of_any_integer_type_do(self):
+        frames, ids = crossing(2)
+        expected = follow(model_of(), frames, [ids[0], None])
+        for kind in (np.int64, np.uint16, np.int32):
+            assert np.array_equal(follow(model_of(), frames, [ids[0].astype(kind), None]), expected)
+
+
+class TestLaterObjects:
+    frames, ids = crossing(6)
+
+    @pytest.mark.parametrize("predictor", ["carry", "none"])
+    def test_get_a_slot_of_the_background(self, predictor):
+        shown = np.where(self.ids[0] == 1, 1, 0)
+        later = np.where(self.ids[3] == 2, 9, 0)  # of object 1 this mask says nothing
+        model = model_of(predictor=predictor, scramble=True)
+        masks = follow(model, self.frames, [shown, None, None, later, None, None])
+        for time, (mask, own) in enumerate(zip(masks, self.ids, strict=True)):
+            expected = np.array([0, 1, 9 if time >= 3 else 0])[at_cells(own)]
+            assert np.array_equal(at_cells(mask), expected)
+
+    def test_may_be_the_first_ones(self):
+        nothing = np.zeros_like(self.ids[0])
+        masks = follow(model_of(), self.frames, [nothing, self.ids[1], None, None, None, None])
+        assert not masks[0].any()
+        for mask, own in zip(masks[1:], self.ids[1:], strict=True):
+            assert np.array_equal(at_cells(mask), at_cells(own))
+
+    def test_of_known_objects_a_later_mask_changes_nothing(self):
+        wrong = np.where(self.ids[2] == 0, 0, 3 - self.ids[2])
+        labels = first(self.ids[0], 6)
+        plain = follow(model_of(), self.frames, labels)
+        labels[2] = wrong
+        assert np.array_equal(follow(model_of(), self.frames, labels), plain)
+
+    def test_are_refused_when_no_slot_is_left(self):
+        model = model_of([GREY, RED, BLUE])
+        labels = first(self.ids[0], 6)
+        labels[4] = np.full_like(self.ids[0], 9)
+        with pytest.raises(UserError, match=r"3 slots cannot follow 3 objects.*slots.lock_on=true"):
+            follow(model, self.frames, labels)
+
+
+class TestLockOn:
+    def test_slots_that_know_nothing_follow_what_they_were_shown(self):
+        frames, ids = crossing()
+        labels = first(ids[0], len(frames))
+        assert not np.array_equal(at_cells(follow(model_of([GREY]), frames, None)[0]) - 1, at_cells(ids[0]))
+        for settings in ({}, {"slots_per_object": 3, "background_slots": 1}):
+            masks = follow(model_of([GREY]), frames, labels, lock_on=True, **settings)
+            for mask, own in zip(masks, ids, strict=True):
+                assert np.array_equal(at_cells(mask), at_cells(own))
+
+    @pytest.mark.parametrize("hold", ["background", "none"])
+    def test_makes_as_many_slots_as_are_needed(self, hold):
+        model = model_of()
+        frames, ids = crossing(3)
+        follow(model, frames, first(ids[0], 3), lock_on=True, slots_per_object=2, background_slots=4, hold=hold)
+        (allowed, sizes), *later = model.head.seen
+        assert sizes == [8] and allowed.shape == (1, 8, 8, 12)
+        for (seen, _), cells in zip(later, map(at_cells, ids[1:]), strict=True):
+            assert (seen is None) == (hold == "none")
+            assert seen is None or np.array_equal(seen[0].numpy(), [cells == 0] * 4 + [cells >= 0] * 4)
+        owned = allowed[0].flatten(1).sum(1).tolist()
+        assert owned == [88] * 4 + [4] * 4
+
+    def test_needs_the_first_mask(self):
+        with pytest.raises(UserError, match=r"slots.lock_on=true.*there is none.*slots.lock_on=false"):
+            follow(model_of(), crossing(1)[0], lock_on=True)
+
+    def test_extra_slots_see_what_stands_out_of_the_background(self):
+        model = model_of([GREY, GREY])
+        frames, ids = crossing(2)
+        labels = np.where(ids[0] == 1, 1, 0)
+        masks = follow(model, frames, first(labels, 2), lock_on=True, background_slots=2, extra_slots=3)
+        allowed, sizes = model.head.seen[0]
+        assert sizes == [6]
+        assert np.array_equal(allowed[0, 3].numpy(), at_cells(ids[0]) == 2)  # blue is no object, and no backdrop
+        assert np.array_equal(allowed[0, 0].numpy(), at_cells(ids[0]) != 1)
+        assert np.array_equal(at_cells(masks[1]), np.where(at_cells(ids[1]) == 1, 1, 0))
+
+    @pytest.mark.parametrize("key", [{"extra_slots": 2}, {"hold": "background"}, {"hold": "both"}])
+    def test_what_needs_class_attention(self, key):
+        (word,) = (f"slots.{name}={value}" for name, value in key.items())
+        with pytest.raises(UserError, match=rf"{word}.* needs a backbone with a class token"):
+            SlotTracker(model_of(class_attention=False), SlotTracking(lock_on=True, **key))
+        frames, ids = crossing(2)
+        model = model_of([GREY, RED, BLUE], class_attention=False)
+        masks = follow(model, frames, first(ids[0], 2), lock_on=True, hold="none")
+        assert np.array_equal(at_cells(masks[1]), at_cells(ids[1]))
+
+
+class TestGroups:
+    frames, ids = crossing(3)
+    colours = (GREY, GREY, RED, BLUE, GREEN)
+
+    @pytest.mark.parametrize(("groups", "forced"), [("initial", [True, False, False]), ("always", [True] * 3)])
+    @pytest.mark.parametrize("lock_on", [False, True])
+    def test_the_class_attention_splits_the_slots(self, groups, forced, lock_on):
+        model = model_of([GREY] if lock_on else self.colours, sizes=[2, 3], groups=groups)
+        labels = first(self.ids[0], 3)
+        masks = SlotTracker(model, SlotTracking(lock_on=lock_on, background_slots=4), batch_size=2).track(
+            self.frames, labels
+        )
+        assert [seen[0] is not None for seen in model.head.seen] == ([True] * 3 if lock_on else forced)
+        assert all(seen[1] == ([4, 2] if lock_on else [2, 3]) for seen in model.head.seen)
+        for time, (allowed, sizes) in enumerate(model.head.seen):
+            if allowed is not None and not (lock_on and time == 0):
+                background = at_cells(self.ids[time]) == 0
+                for slot, cells in enumerate(allowed[0].numpy()):
+                    assert np.array_equal(cells, background if slot < sizes[0] else background | True)
+        for mask, own in zip(masks, self.ids, strict=True):
+            assert np.array_equal(at_cells(mask), at_cells(own))
+
+
+STORIES = {
+    "unlabelled": ({}, {"predictor": "carry"}),
+    "matched": ({"match": "overlap"}, {"predictor": "none", "scramble": True}),
+    "similar": ({"match": "similarity"}, {"predictor": "none", "scramble": True}),
+    "locked": ({"lock_on": True, "slots_per_object": 2}, {"predictor": "carry"}),
+    "grouped": ({}, {"groups": "always", "sizes": [1, 3]}),
+}
+
+
+@pytest.mark.parametrize("story", STORIES)
+class TestState:
+    def make(self, story):
+        settings, kwargs = STORIES[story]
+        return SlotTracker(model_of(**kwargs), SlotTracking(**settings), batch_size=2)
+
+    def labels(self, story, ids):
+        if story == "unlabelled":
+            return [None] * len(ids)
+        labels = first(np.where(ids[0] == 1, 4, 0), len(ids))
+        labels[3] = np.where(ids[3] == 2, 6, 0)
+        return labels
+
+    def test_a_restart_changes_nothing(self, story):
+        frames, ids = crossing(6)
+        labels = self.labels(story, ids)
+        whole = self.make(story).track(frames, labels)
+        assert len({int(value) for mask in whole for value in np.unique(mask)}) == 3
+        for cut in range(7):
+            before, after = self.make(story), self.make(story)
+            masks = before.track(frames[:cut], labels[:cut])
+            kept = load(save(before.state()))
+            if story == "matched" and cut == 2:  # what decides once the path has forgotten all
+                assert not torch.equal(kept["places"], torch.arange(4))
+            before.track(frames[cut:], labels[cut:])  # what goes on does not reach into a state
+            after.load(kept)
+            assert after.state().keys() == kept.keys()
+            assert all(torch.equal(value, kept[name]) for name, value in after.state().items())
+            masks += after.track(frames[cut:], labels[cut:])
+            assert np.array_equal(masks, whole)
+            assert after.settings == before.settings
+
+    def test_batches_change_nothing(self, story):
+        frames, ids = crossing(6)
+        labels = self.labels(story, ids)
+        whole = self.make(story).track(frames, labels)
+        settings, kwargs = STORIES[story]
+        for batch_size in (1, 4, 100):
+            tracker = SlotTracker(model_of(**kwargs), SlotTracking(**settings), batch_size=batch_size)
+            assert np.array_equal(tracker.track(frames, labels), whole)
+
+    def test_does_not_grow(self, story):
+        frames, ids = crossing(6)
+        tracker = self.make(story)
+        tracker.track(frames, self.labels(story, ids))
+        sizes = {name: (value.shape, value.untyped_storage().nbytes()) for name, value in tracker.state().items()}
+        for _ in range(10):
+            tracker.track(frames, [None] * 6)
+        assert {n: (v.shape, v.untyped_storage().nbytes()) for n, v in tracker.state().items()} == sizes
+
+    def test_is_empty_before_the_first_frame(self, story):
+        tracker = self.make(story)
+        assert tracker.state() == {} and tracker.track([], []) == []
+        frames, ids = crossing(2)
+        masks = tracker.track(frames, self.labels(story, ids * 3)[:2])
+        tracker.load({})
+        assert tracker.state() == {} and np.array_equal(tracker.track(frames, self.labels(story, ids * 3)[:2]), masks)
+
+
+class TestSettings:
+    def test_say_what_masks_depend_on(self):
+        plain = SlotTracker(model_of()).settings
+        assert json.loads(json.dumps(plain)) == plain
+        others = [
+            SlotTracker(model_of(), SlotTracking(lock_on=True)).settings,
+            SlotTracker(model_of(scale=0.5)).settings,
+            SlotTracker(model_of([RED, GREY, BLUE, GREEN])).settings,
+            SlotTracker(model_of(), autocast=lambda: torch.autocast("cpu", torch.bfloat16)).settings,
+        ]
+        assert all(other != plain for other in others)
+        assert SlotTracker(model_of(), batch_size=9).settings == plain
+
+    @pytest.mark.parametrize(
+        ("values", "message"),
+        [
+            ({"match": "nearest"}, "slots.match=nearest is unknown. Choose one of: auto, overlap, soft_iou"),
+            ({"hold": "all"}, "slots.hold=all is unknown. Choose one of: background, both, none"),
+            ({"temperature": 0}, "slots.temperature=0 must be above 0"),
+            ({"temperature": float("nan")}, "slots.temperature=nan must be above 0"),
+            ({"lock_on": True, "slots_per_object": 0}, "slots.slots_per_object=0 must be a whole number, 1 or more"),
+            ({"lock_on": True, "background_slots": 0}, "slots.background_slots=0 must be a whole number, 1 or more"),
+            ({"lock_on": True, "extra_slots": -1}, "slots.extra_slots=-1 must be a whole number, 0 or more"),
+            ({"lock_on": True, "slots_per_object": 1.5}, "slots.slots_per_object=1.5 must be a whole number"),
+            ({"extra_slots": 1}, "slots.extra_slots=1 has no effect with slots.lock_on=false"),
+            ({"slots_per_object": 2}, "slots.slots_per_object=2 has no effect with slots.lock_on=false"),
+        ],
+    )
+    def test_out_of_range_are_refused(self, values, message):
+        with pytest.raises(UserError, match=message):
+            SlotTracking(**values)
+
+
+class TestBadInput:
+    frames, ids = crossing(3)
+
+    def test_a_head_without_slots(self):
+        with pytest.raises(UserError, match=r"no slots to follow.*head=slots"):
+            SlotTracker(Segmenter(Colours(), LinearHead(3, 1, 2)))
+
+    def test_frames_of_another_size(self):
+        tracker = SlotTracker(model_of())
+        tracker.track(self.frames[:1], [None])
+        with pytest.raises(UserError, match=r"A frame is 32 x 40 pixels, and the first frame 32 x 48"):
+            tracker.track([self.frames[1][:, :40]], [None])
+        with pytest.raises(UserError, match=r"A frame is 30 x 48 pixels"):
+            SlotTracker(model_of()).track([self.frames[0], self.frames[1][:30]], [None, None])
+
+    @pytest.mark.parametrize(("shape", "shown"), [((16, 24), "16 x 24"), ((32, 48, 3), "32 x 48 x 3")])
+    def test_labels_of_another_size(self, shape, shown):
+        with pytest.raises(UserError, match=rf"A mask is {shown} pixels, and the first frame 32 x 48"):
+            follow(model_of(), self.frames, first(np.zeros(shape, np.uint8), 3))
+
+    @pytest.mark.parametrize(("dtype", "value"), [(np.int32, 300), (np.int16, -1), (np.float32, 0.5)])
+    def test_labels_that_are_no_ids(self, dtype, value):
+        labels = np.zeros((32, 48), dtype)
+        labels[3, 4] = value
+        with pytest.raises(UserError, match=r"A mask of type .* ids are whole numbers from 0 .* to 254"):
+            follow(model_of(), self.frames, first(labels, 3))
+
+    def test_a_later_mask_where_the_first_had_none(self):
+        with pytest.raises(UserError, match=r"mask of a later frame, but none of the first"):
+            follow(model_of(), self.frames, [None, self.ids[1], None])
+        tracker = SlotTracker(model_of())
+        tracker.track(self.frames[:2], [None, None])
+        with pytest.raises(UserError, match=r"mask of a later frame, but none of the first"):
+            tracker.track(self.frames[2:], [self.ids[2]])
+
+    @pytest.mark.parametrize("lock_on", [False, True])
+    def test_more_objects_than_slots(self, lock_on):
+        frame, ids = paint({RED: (8, 4), BLUE: (20, 24), GREEN: (4, 36)})
+        model = model_of([GREY, RED, BLUE])
+        if lock_on:  # makes its own
+            assert np.array_equal(at_cells(follow(model, [frame], [ids], lock_on=True)[0]), at_cells(ids))
+            return
+        with pytest.raises(UserError, match=r"3 slots cannot follow 3 objects.*background.*head.num_slots"):
+            follow(model, [frame], [ids])
+
+    def test_slots_that_are_not_finite(self):
+        model = model_of([(float("nan"), 0.0, 0.0), RED])
+        with pytest.raises(UserError, match=r"not finite.*engine.precision=fp32"):
+            follow(model, self.frames)

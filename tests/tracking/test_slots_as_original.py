@@ -1,0 +1,146 @@
+"""What slots see and how they are followed is DINOSAVi's, by its formulas written out in double precision."""
+
+from itertools import pairwise
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import linear_sum_assignment
+from slot_scene import crossing
+
+from dinoseg.heads.slots.head import SlotHead
+from dinoseg.inference import slot_matching
+from dinoseg.model import Segmenter
+from dinoseg.tracking.slots.following import Follower
+from dinoseg.tracking.slots.settings import SlotTracking
+from dinoseg.tracking.slots.tracker import SlotTracker
+
+FRAMES, _ = crossing(4)
+IDS = np.zeros((32, 48), np.uint8)  # of whole cells of 8 px
+IDS[8:24, 8:24], IDS[0:8, 32:48] = 1, 2
+GROUPED = {"groups": "always", "num_slots": (2, 3)}
+
+
+@pytest.fixture
+def make(tiny_backbone):
+    """Return a function that builds a small segmenter with an untrained slot head."""
+
+    def build(**kwargs):
+        backbone = tiny_backbone()
+        options = {"slot_dim": 8, "hidden_dim": 16, "decoder_dim": 16, "num_slots": 5, "positions_grid": (4, 6)}
+        return Segmenter(backbone, SlotHead(backbone.dim, 1, **options | kwargs)).eval()
+
+    return build
+
+
+def spied(model, settings, labels=None):
+    """Return (allowed, soft masks) of each frame, and the places of its slots."""
+    seen, step, masks = [], model.head.step, model.head.masks
+
+    def spy_step(features, slots, allowed, sizes):
+        seen.append([None if allowed is None else allowed[0].numpy()])
+        return step(features, slots, allowed, sizes)
+
+    def spy_masks(slots, attention, grid):
+        seen[-1].append(masks(slots, attention, grid)[0].double().numpy())
+        return masks(slots, attention, grid)
+
+    model.head.step, model.head.masks = spy_step, spy_masks
+    tracker, places = SlotTracker(model, settings, batch_size=3), []
+    for number, frame in enumerate(FRAMES):
+        tracker.track([frame], [labels if number == 0 else None])
+        places.append(tracker.state()["places"].numpy())
+    return seen, places
+
+
+def background_of(model):
+    """(T, h, w): where the heads' mean, weighted by how few cells each looks at, is below its mean."""
+    images = torch.from_numpy(np.stack(FRAMES)).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        attention = model.backbone.with_class_attention(model.pixels(images))[1].double().numpy()
+    found = []
+    for heads in attention:
+        counts = [max(1, int((head > heads.mean()).sum())) for head in heads]
+        weighted = sum(head * np.log(sum(counts) / count) for head, count in zip(heads, counts, strict=True))
+        found.append(weighted / len(heads) < (weighted / len(heads)).mean())
+    return np.array(found)
+
+
+def same(allowed, expected):
+    """Whether two masks (S, h, w) are equal; None: all slots see all."""
+    return np.array_equal(np.ones_like(expected) if allowed is None else allowed, expected)
+
+
+def test_groups_keep_slots_of_the_background_to_it_and_let_the_others_see_all(make):
+    model = make(**GROUPED)
+    background = background_of(model)
+    assert 0 < background.mean() < 1
+    seen, _ = spied(model, SlotTracking())
+    for (allowed, _), behind in zip(seen, background, strict=True):
+        assert same(allowed, np.stack([behind, behind, *[np.ones_like(behind)] * 3]))
+
+
+def test_groups_can_be_held_as_they_are_trained_or_not_at_all(make):
+    model = make(**GROUPED)
+    background = background_of(model)
+    both, none = (spied(make(**GROUPED), SlotTracking(hold=side))[0] for side in ("both", "none"))
+    for (held, _), (free, _), behind in zip(both, none, background, strict=True):
+        assert same(held, np.stack([behind] * 2 + [~behind] * 3)) and free is None
+
+
+@pytest.mark.parametrize(("num_extra", "kwargs"), [(0, {}), (2, {}), (2, GROUPED)])
+def test_locked_slots_see_the_labels_first_and_those_of_the_background_are_held_later(make, num_extra, kwargs):
+    model = make(**kwargs)
+    settings = SlotTracking(lock_on=True, background_slots=3, slots_per_object=2, extra_slots=num_extra)
+    background, cells = background_of(model), IDS[4::8, 4::8]
+    seen, _ = spied(model, settings, IDS)
+    extra = (cells == 0) & ~background[0]  # the labels call it background, the class token looks at it
+    assert extra.any()
+    first = np.stack([cells == 0] * 3 + [cells == 1] * 2 + [cells == 2] * 2 + [extra] * num_extra)
+    assert same(seen[0][0], first)
+    for (allowed, _), behind in zip(seen[1:], background[1:], strict=True):
+        assert same(allowed, np.stack([behind] * 3 + [np.ones_like(behind)] * (4 + num_extra)))
+
+
+def overlaps(one, other):
+    """(S, S): sum of products over sum of maxima, of every slot of one frame with every slot of another."""
+    pairs = [[(a * b).sum() / np.maximum(a, b).sum() for b in other] for a in one]
+    return np.array(pairs)
+
+
+def test_slots_drawn_anew_are_followed_by_sums_of_products_over_sums_of_maxima(make):
+    seen, places = spied(make(predictor="none", num_slots=16), SlotTracking(match="overlap"))
+    path = np.eye(16)
+    for (one, other), found in zip(pairwise(masks for _, masks in seen), places[1:], strict=True):
+        edges = np.exp(overlaps(one, other) / 0.05)
+        path = path @ (edges / edges.sum(axis=1, keepdims=True))
+        assert found.tolist() == linear_sum_assignment(path, maximize=True)[1].tolist()
+
+
+def test_overlap_is_the_original_s_and_soft_iou_another():
+    draw = torch.Generator().manual_seed(0)
+    one, other = torch.rand(3, 5, 7, generator=draw), torch.rand(4, 5, 7, generator=draw)
+    a, b = one.double().numpy(), other.double().numpy()
+    np.testing.assert_allclose(slot_matching.overlap(one, other).numpy(), overlaps(a, b), rtol=1e-6)
+    assert not np.allclose(slot_matching.soft_iou(one, other).numpy(), overlaps(a, b), rtol=0.05)
+    hard = (one > 0.5).float()
+    torch.testing.assert_close(slot_matching.overlap(hard, hard), slot_matching.soft_iou(hard, hard))
+    assert not slot_matching.overlap(torch.zeros(1, 3, 3), torch.zeros(2, 3, 3)).any()
+
+
+@pytest.mark.parametrize(
+    ("groups", "settings", "first", "later"),
+    [
+        ("off", {}, False, False),
+        ("off", {"lock_on": True}, False, True),
+        ("off", {"lock_on": True, "hold": "none"}, False, False),
+        ("off", {"lock_on": True, "hold": "none", "extra_slots": 1}, True, False),
+        ("first", {}, True, False),
+        ("always", {}, True, True),
+        ("always", {"hold": "none"}, False, False),
+    ],
+)
+def test_the_class_attention_is_asked_for_where_it_is_used(groups, settings, first, later):
+    follower = Follower(SimpleNamespace(groups=groups), SlotTracking(**settings))
+    assert (follower.asks_background(first=True), follower.asks_background(first=False)) == (first, later)

@@ -1,0 +1,217 @@
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from dinoseg.errors import UserError
+from dinoseg.inference.frame_folder import FolderReader, open_frames
+from dinoseg.inference.media import VideoReader
+from dinoseg.tracking.video.labels import find_labels
+
+SIZE = (12, 18)
+
+
+def picture(path, pixels):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(pixels)).save(path)
+    return path
+
+
+def ids(value=1, size=SIZE, dtype=np.uint8):
+    mask = np.zeros(size, dtype)
+    mask[2:6, 3:9] = value
+    return mask
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Write frames whose order by name is not that by number, the third of another kind."""
+    for number in (1, 2, 9, 10, 100):
+        frame = np.full((*SIZE, 3), number, np.uint8)
+        picture(tmp_path / "in" / f"frame{number}.{'bmp' if number == 9 else 'png'}", frame)
+    (tmp_path / "in/notes.txt").write_text("none")
+    picture(tmp_path / "in/.hidden.png", frame)
+    return tmp_path / "in"
+
+
+@pytest.fixture
+def video(tmp_path):
+    path = tmp_path / "v.avi"
+    writer = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*"MJPG"), 12.5, SIZE[::-1])
+    for number in range(7):
+        writer.write(np.full((*SIZE, 3), 30 * number, np.uint8))
+    writer.release()
+    return path
+
+
+def test_a_folder_is_read_as_it_is_counted(folder):
+    with open_frames(str(folder)) as frames:
+        assert isinstance(frames, FolderReader)
+        assert (frames.count, frames.size, frames.fps) == (5, SIZE, 25.0)
+        assert [frames.frame_name(at) for at in range(5)] == ["frame1", "frame2", "frame9", "frame10", "frame100"]
+        assert [int(frame[0, 0, 0]) for frame in frames] == [1, 2, 9, 10, 100]
+        assert [int(frame[0, 0, 0]) for frame in frames] == [1, 2, 9, 10, 100]
+        assert frames.position("frame10") == 3 and frames.position("frame3") is None
+
+
+def test_a_video_knows_its_frames_by_number(video):
+    with open_frames(str(video)) as frames:
+        assert isinstance(frames, VideoReader) and frames.count == 7
+        assert frames.frame_name(3) == "000000003" and frames.position("3") == frames.position("0003") == 3
+        assert [frames.position(name) for name in ("mask", "-1", "8", "3.5", "²")] == [None] * 5
+
+
+def test_a_file_is_of_the_first_frame(folder, tmp_path):
+    found = find_labels(str(picture(tmp_path / "first.png", ids(9))), open_frames(str(folder)))
+    assert np.array_equal(found.read(0), ids(9)) and found.read(0).dtype == np.uint8 and found.read(1) is None
+    assert find_labels(None, open_frames(str(folder))).read(0) is None
+
+
+def test_a_folder_of_masks_goes_by_names(folder, video, tmp_path):
+    for number, name in enumerate(("frame1", "frame10")):
+        picture(tmp_path / "masks" / f"{name}.png", ids(number + 1))
+    found = find_labels(str(tmp_path / "masks"), open_frames(str(folder)))
+    assert [found.read(at) is not None for at in range(5)] == [True, False, False, True, False]
+    assert found.read(3).max() == 2
+    for name in ("0000", "5"):
+        picture(tmp_path / "numbers" / f"{name}.png", ids())
+    assert find_labels(str(tmp_path / "numbers"), open_frames(str(video))).files.keys() == {0, 5}
+
+
+def test_kinds_of_mask_files(folder, tmp_path):
+    def read(pixels, **changes):
+        image = Image.fromarray(pixels)
+        for key, value in changes.items():
+            getattr(image, key)(value)
+        image.save(tmp_path / "m.png")
+        return find_labels(str(tmp_path / "m.png"), open_frames(str(folder))).read(0)
+
+    void = ids(3)
+    void[0] = 255
+    assert np.array_equal(read(ids(3)), ids(3))
+    assert np.array_equal(read(ids(3), putpalette=[0, 0, 0] * 3 + [9, 200, 9] * 253), ids(3))
+    assert np.array_equal(read(ids(3, dtype=np.uint16)), ids(3))
+    assert np.array_equal(read(np.stack([ids(3)] * 3, axis=-1)), ids(3))
+    assert np.array_equal(read(void), void)  # 255 stays void beside an object,
+    assert np.array_equal(read(ids(255)), ids(1))  # and is the object where there is no other
+    assert np.array_equal(read(ids() == 1), ids(1))  # one bit a pixel
+
+
+def test_what_255_means_is_decided_by_the_first_mask_that_shows_anything(folder, tmp_path):
+    corner = ids(255)
+    mixed = ids(255)
+    mixed[8:, 10:] = 2
+
+    def read(*given, order=(0, 1, 2)):
+        place = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        for name, mask in zip(("frame1", "frame2", "frame10"), given, strict=True):
+            picture(place / f"{name}.png", mask)
+        found = find_labels(str(place), open_frames(str(folder)))
+        masks = {at: found.read((0, 1, 3)[at]) for at in order}
+        assert all(mask.dtype == np.uint8 for mask in masks.values())
+        return [masks[at] for at in (0, 1, 2)]
+
+    for order in ((0, 1, 2), (2, 1, 0), (1, 0, 2)):
+        for given in ((ids(3), corner, mixed), (ids(0), ids(3), corner), (mixed, corner, ids(0))):
+            assert all(map(np.array_equal, read(*given, order=order), given))  # void throughout
+        one = read(ids(0), corner, mixed, order=order)
+        assert np.array_equal(one[1], ids(1)) and np.array_equal(one[2], np.where(mixed == 255, 1, mixed))
+        assert not one[0].any()
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        (ids(size=(12, 17)), r"m\.png is 12 x 17 pixels, and the frames are 12 x 18 \(H x W\).*nearest"),
+        (ids(300, dtype=np.uint16), r"m\.png holds the object id 300: ids go from 1 to 254.*Renumber.*8 bits"),
+        (ids(-4, dtype=np.int32), "holds the object id -4"),
+        (np.stack([ids(128), ids(0), ids(0)], axis=-1), "m.png is a coloured picture.*grey or palette PNG"),
+    ],
+)
+def test_masks_of_no_use(folder, tmp_path, pixels, message):
+    path = tmp_path / ("m.tif" if pixels.min() < 0 else "m.png")
+    Image.fromarray(pixels).save(path)
+    with pytest.raises(UserError, match=message.replace("m.png", f"{path.name}")):
+        find_labels(str(path), open_frames(str(folder))).read(0)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "kind"),
+    [
+        ("m.jpg", {"quality": 95}, "JPEG"),
+        ("m.png", {"format": "JPEG"}, "JPEG"),  # what it holds counts
+        ("m.webp", {}, "WEBP"),
+        ("m.tif", {"compression": "jpeg"}, "TIFF"),
+    ],
+)
+def test_masks_compressed_with_loss_are_refused(folder, tmp_path, name, options, kind):
+    Image.fromarray(ids(9)).save(tmp_path / name, **options)
+    with pytest.raises(
+        UserError, match=rf"{name} is of a format that compresses with loss \({kind}\).*grey or palette PNG"
+    ):
+        find_labels(str(tmp_path / name), open_frames(str(folder))).read(0)
+    for packed in ({"compression": "tiff_lzw"}, {}):
+        Image.fromarray(ids(9)).save(tmp_path / "kept.tif", **packed)
+        assert np.array_equal(find_labels(str(tmp_path / "kept.tif"), open_frames(str(folder))).read(0), ids(9))
+
+
+def test_a_broken_mask_is_named(folder, tmp_path):
+    (tmp_path / "m.png").write_bytes(b"\x89PNG no")
+    with pytest.raises(UserError, match=r"Cannot read .*m\.png as a picture"):
+        find_labels(str(tmp_path / "m.png"), open_frames(str(folder))).read(0)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], "holds no mask directly. Masks are pictures"),
+        (["frame2", "frame100"], "no mask for the first frame, frame1, but for frame2, frame100. Give one for it"),
+        (["frame1", "frame3", "4"], r"has 2 masks of no frame of .*: 4\.png, frame3\.png. Masks are named as"),
+    ],
+)
+def test_folders_of_no_use(folder, tmp_path, names, message):
+    (tmp_path / "masks").mkdir()
+    for name in names:
+        picture(tmp_path / "masks" / f"{name}.png", ids())
+    with pytest.raises(UserError, match=message):
+        find_labels(str(tmp_path / "masks"), open_frames(str(folder)))
+
+
+def test_labels_that_do_not_fit_a_video(video, tmp_path):
+    frames = open_frames(str(video))
+    for name in ("0", "9"):
+        picture(tmp_path / "late" / f"{name}.png", ids())
+    with pytest.raises(UserError, match=r"has 1 mask of no frame of .*v\.avi: 9\.png"):
+        find_labels(str(tmp_path / "late"), frames)
+    for name in ("0", "00"):
+        picture(tmp_path / "twice" / f"{name}.png", ids())
+    with pytest.raises(UserError, match=r"00?\.png and .*00?\.png are masks of one frame: keep one"):
+        find_labels(str(tmp_path / "twice"), frames)
+
+
+def test_files_of_no_use(folder, tmp_path):
+    frames = open_frames(str(folder))
+    with pytest.raises(UserError, match=r"No such file or folder: labels=nowhere\. Give the mask of the first frame"):
+        find_labels("nowhere", frames)
+    later = picture(tmp_path / "frame9.png", ids())
+    with pytest.raises(UserError, match="is named as frame 2, and the first frame is frame1. Give a mask of the first"):
+        find_labels(str(later), frames)
+
+
+def test_inputs_of_no_use(folder, tmp_path):
+    with pytest.raises(UserError, match=r"No such file or folder: nowhere\. Give a video .* or a folder of its frames"):
+        open_frames("nowhere")
+    with pytest.raises(UserError, match=r"input=.*frame1\.png is neither a video nor a folder"):
+        open_frames(str(folder / "frame1.png"))
+    with pytest.raises(UserError, match="No such file"):
+        open_frames(str(folder / "*.png"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"empty holds no frame directly\. Give one of pictures"):
+        open_frames(str(tmp_path / "empty"))
+    picture(folder / "frame11.png", np.zeros((12, 20, 3), np.uint8))
+    with pytest.raises(UserError, match=r"frame11\.png is 12 x 20 pixels, and frame1\.png 12 x 18.*one size"):
+        open_frames(str(folder))
+    (folder / "frame11.png").unlink()
+    picture(folder / "frame9.png", np.zeros((*SIZE, 3), np.uint8))
+    with pytest.raises(UserError, match="are one frame: keep one of them"):
+        open_frames(str(folder))

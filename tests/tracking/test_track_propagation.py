@@ -1,0 +1,214 @@
+import json
+import logging
+from contextlib import nullcontext
+from dataclasses import replace
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+from dinoseg.errors import UserError
+from dinoseg.tracking.propagation.masks import first_labels, to_mask
+from dinoseg.tracking.propagation.propagator import propagate
+from dinoseg.tracking.propagation.settings import CRW, DINO, DINOV3
+from dinoseg.tracking.propagation.tracker import PropagationTracker, weights_of
+
+TINY = {
+    "dinov3": replace(DINOV3, short=32, radius=3),
+    "dino": replace(DINO, short=24, long_multiple=8, radius=3),
+    "crw": replace(CRW, context=3, radius=3),
+}
+
+
+class Patches(nn.Module):
+    """Means of the colours of patches, around zero, and their products; refuses what would have to be padded."""
+
+    patch_size = 4
+    layers = (0,)
+
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Parameter(torch.randn(6, 3, generator=torch.Generator().manual_seed(0)), requires_grad=False)
+        self.seen = []
+
+    def forward(self, images):
+        assert images.dtype == torch.float32 and 0 <= images.min() and images.max() <= 1
+        assert not images.shape[2] % 4 and not images.shape[3] % 4 and not torch.is_grad_enabled()
+        self.seen.append(tuple(images.shape))
+        colours = F.avg_pool2d(images - 0.45, 4)
+        return [colours * 0, torch.einsum("kc,bchw->bkhw", self.mix, colours)]
+
+
+def clip(count=9, size=(26, 37), seed=0):
+    """Frames of noise with two squares that move, and the ids of the first frame."""
+    draw = np.random.default_rng(seed)
+    frames, masks = [], []
+    for number in range(count):
+        frame = draw.integers(90, 140, (*size, 3))
+        mask = np.zeros(size, np.uint8)
+        for label, (top, left), colour in ((7, (3, 2 + number), (250, 20, 20)), (90, (15, 25 - number), (20, 30, 240))):
+            frame[top : top + 9, left : left + 9] = colour
+            mask[top : top + 9, left : left + 9] = label
+        frames.append(frame.astype(np.uint8))
+        masks.append(mask)
+    return frames, masks
+
+
+def follow(settings, frames, labels, batch=3, tracker=None):
+    tracker = tracker or PropagationTracker(Patches(), settings, batch_size=batch)
+    masks = []
+    for start in range(0, len(frames), batch):
+        masks += tracker.track(frames[start : start + batch], labels[start : start + batch])
+    return masks
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_masks_are_those_of_propagate(name):
+    settings = TINY[name]
+    frames, masks = clip()
+    found = follow(settings, frames, [masks[0], *[None] * 8])
+    size = {"dinov3": (32, 48), "dino": (24, 32), "crw": (28, 40)}[name]
+    if name == "dinov3":
+        resized = [np.asarray(Image.fromarray(frame).resize(size[::-1], Image.Resampling.BICUBIC)) for frame in frames]
+    else:
+        resized = [cv2.resize(frame, size[::-1]) for frame in frames]
+    with torch.no_grad():
+        features = Patches()(torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2) / 255)[-1]
+    ids = torch.from_numpy(np.searchsorted([0, 7, 90], masks[0]).astype(np.uint8))
+    soft = propagate(features, first_labels(ids, features.shape[2:], settings), settings=settings)
+    table = np.array([0, 7, 90], np.uint8)
+    for number in range(1, 9):
+        expected = table[to_mask(soft[number], (26, 37), settings, patch_size=4).numpy()]
+        assert found[number].dtype == np.uint8 and np.array_equal(found[number], expected), number
+    assert np.array_equal(found[0], masks[0])  # as it was given
+    overlap = [(found[8] == label) & (masks[8] == label) for label in (7, 90)]
+    assert all(part.sum() > 40 for part in overlap)  # of 81
+
+
+def test_void_is_background_and_comes_back_as_such():
+    frames, masks = clip()
+    with_void = masks[0].copy()
+    with_void[masks[0] == 0] = 255
+    with_void[:2] = 0
+    plain = follow(TINY["dinov3"], frames, [masks[0], *[None] * 8])
+    found = follow(TINY["dinov3"], frames, [with_void, *[None] * 8])
+    assert all(np.array_equal(a, b) for a, b in zip(plain, found, strict=True))
+
+
+def test_objects_that_come_later_keep_their_ids():
+    frames, masks = clip()
+    first, later = masks[0].copy(), masks[4].copy()
+    first[first == 7] = 0  # 90 is followed first, so a lower id comes second
+    later[later == 90] = 0
+    found = follow(TINY["dinov3"], frames, [first, None, None, None, later, None, None, None, None])
+    assert [sorted(np.unique(mask)) for mask in found[1:4]] == [[0, 90]] * 3
+    assert [sorted(np.unique(mask)) for mask in found[4:]] == [[0, 7, 90]] * 5
+    assert ((found[8] == 7) & (masks[8] == 7)).sum() > 30  # of 81
+
+
+def test_254_objects_fit():
+    frame = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    ids = np.arange(256, dtype=np.uint8).reshape(16, 16).repeat(4, 0).repeat(4, 1)
+    tracker = PropagationTracker(Patches(), replace(DINOV3, short=64, temperature=0.001, top_k=1))
+    found = tracker.track([frame, frame], [ids, None])
+    assert np.array_equal(found[0], np.where(ids == 255, 0, ids))
+    assert np.array_equal(found[1], found[0])
+
+
+def test_an_object_below_the_grid_is_warned_of(caplog):
+    frames, masks = clip()
+    first = masks[0].copy()
+    first[0, 36] = 3
+    with caplog.at_level(logging.WARNING):
+        found = follow(TINY["crw"], frames, [first, *[None] * 8])  # bilinear reads four pixels, not this one
+    assert "Frame 0: too small to lie under the centre of a grid cell, and so not followed: object 3." in caplog.text
+    assert "tracker.short" in caplog.text and 3 not in found[1]
+
+
+def test_going_on_from_a_state_changes_nothing():
+    frames, masks = clip()
+    later = np.where(masks[2] == 7, 30, 0).astype(np.uint8)
+    for name, settings in TINY.items():
+        labels = [masks[0], None, None, later, *[None] * 5]
+        whole = follow(settings, frames, labels)
+        for stop in (0, 3, 6):
+            first = PropagationTracker(Patches(), settings, batch_size=3)
+            begun = follow(settings, frames[:stop], labels[:stop], tracker=first)
+            second = PropagationTracker(Patches(), settings, batch_size=3)
+            second.load({key: value.clone() for key, value in first.state().items()})
+            done = begun + follow(settings, frames[stop:], labels[stop:], tracker=second)
+            assert all(np.array_equal(a, b) for a, b in zip(whole, done, strict=True)), (name, stop)
+
+
+def test_a_clip_shorter_than_the_context_and_one_frame():
+    frames, masks = clip(3)
+    for settings in (TINY["dinov3"], TINY["dino"], replace(CRW, radius=3)):
+        assert settings.context >= 3
+        assert len(follow(settings, frames, [masks[0], None, None])) == 3
+        assert np.array_equal(follow(settings, frames[:1], masks[:1])[0], masks[0])
+
+
+def test_frames_pass_the_backbone_in_batches():
+    frames, masks = clip(7)
+    backbone = Patches()
+    PropagationTracker(backbone, TINY["dinov3"], batch_size=3).track(frames, [masks[0], *[None] * 6])
+    assert backbone.seen == [(3, 3, 32, 48), (3, 3, 32, 48), (1, 3, 32, 48)]
+
+
+def test_what_is_refused():
+    frames, masks = clip(3)
+    with pytest.raises(UserError, match="first frame has no mask. Give it"):
+        follow(DINOV3, frames, [None, masks[1], None])
+    with pytest.raises(UserError, match=r"A mask is 26 x 36 pixels, and the first frame 26 x 37 \(H x W\)"):
+        follow(TINY["dino"], frames, [masks[0][:, 1:], None, None])
+    with pytest.raises(UserError, match=r"A frame is 25 x 37 pixels, and the first frame 26 x 37"):
+        follow(TINY["dino"], [frames[0], frames[1], frames[2][1:]], [masks[0], None, None], batch=1)
+
+
+def test_the_settings_say_what_masks_depend_on():
+    def settings(**changes):
+        backbone = Patches()
+        how = changes.pop("settings", DINOV3)
+        for key, value in changes.items():
+            if key == "mix":
+                backbone.mix += value
+            elif key != "autocast":
+                setattr(backbone, key, value)
+        autocast = changes.get("autocast", nullcontext)
+        return json.dumps(PropagationTracker(backbone, how, autocast=autocast).settings, sort_keys=True)
+
+    told = [
+        settings(),
+        settings(settings=replace(DINOV3, radius=11)),
+        settings(settings=replace(DINOV3, short=480)),
+        settings(mix=1e-3),
+        settings(layers=(1,)),
+        settings(patch_size=8),
+        settings(autocast=lambda: torch.autocast("cpu", torch.bfloat16)),
+    ]
+    assert settings() == told[0] and len(set(told)) == len(told)
+    assert '"precision": "bfloat16"' in told[-1] and '"precision": "float32"' in told[0]
+
+
+@pytest.mark.parametrize("lost", ["features", "labels", "ids", "size", "seen"])
+def test_a_state_that_is_not_whole_is_refused(lost):
+    frames, masks = clip(2)
+    tracker = PropagationTracker(Patches(), TINY["dinov3"])
+    tracker.track(frames, [masks[0], None])
+    with pytest.raises(ValueError, match=lost):
+        PropagationTracker(Patches(), TINY["dinov3"]).load({k: v for k, v in tracker.state().items() if k != lost})
+
+
+def test_a_fingerprint_sees_names_shapes_values_and_buffers():
+    def module(name="a", shape=(2, 3), value=1.0, buffer=0.0):
+        made = nn.Module()
+        made.register_parameter(name, nn.Parameter(torch.full(shape, value)))
+        made.register_buffer("std", torch.tensor(buffer), persistent=False)
+        return weights_of(made)
+
+    prints = [module(), module("b"), module(shape=(3, 2)), module(value=1.01), module(buffer=0.1)]
+    assert module() == prints[0] and len(set(prints)) == 5

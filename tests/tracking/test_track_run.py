@@ -1,0 +1,321 @@
+import hashlib
+import os
+import shutil
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from failing import fail_after
+from PIL import Image
+from torch import nn
+
+from dinoseg.errors import UserError
+from dinoseg.images import read_ids
+from dinoseg.inference import track_run, track_state
+from dinoseg.inference.frame_folder import open_frames
+from dinoseg.tracking.propagation.settings import Settings
+from dinoseg.tracking.propagation.tracker import PropagationTracker
+from dinoseg.tracking.video.labels import find_labels
+from dinoseg.tracking.video.run import TrackJob, track_video
+from dinoseg.tracking.video.state import STATE, check_same_settings, read_standing
+
+SETTINGS = Settings(short=24, context=3, radius=3)
+SIZE = (20, 28)
+
+
+class Patches(nn.Module):
+    patch_size = 4
+
+    def forward(self, images):
+        return [F.avg_pool2d(images - 0.45, 4)]
+
+
+class Stopped(Exception):
+    pass
+
+
+def pixels(number):
+    return np.random.default_rng(number).integers(0, 256, (*SIZE, 3)).astype(np.uint8)
+
+
+def given(value=1):
+    mask = np.zeros(SIZE, np.uint8)
+    mask[3:12, 4:15] = value
+    return mask
+
+
+@pytest.fixture
+def clip(tmp_path):
+    """Write 23 frames, the first one's mask and that of an object which appears in frame 10."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "labels").mkdir()
+    for number in range(23):
+        Image.fromarray(pixels(number)).save(tmp_path / f"in/{number}.png")
+    Image.fromarray(given(3)).save(tmp_path / "labels/0.png")
+    Image.fromarray(given(2)[:, ::-1]).save(tmp_path / "labels/10.png")
+    return tmp_path
+
+
+def video(path, count=23):
+    writer = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*"MJPG"), 10, SIZE[::-1])
+    for number in range(count):
+        writer.write(pixels(number))
+    writer.release()
+    return path
+
+
+def run(clip, folder, source="in", *, restart=False, **changes):
+    """Track, as the mode does."""
+    tracker = PropagationTracker(Patches(), SETTINGS, batch_size=4)
+    standing = read_standing(folder) if restart else None
+    if standing:
+        check_same_settings(folder, standing.settings, tracker.settings)
+        tracker.load(standing.tensors)
+    with open_frames(str(clip / source)) as frames:
+        labels = find_labels(str(clip / "labels"), frames)
+        start = standing.progress if standing else None
+        return track_video(
+            TrackJob(tracker, frames, labels, folder, start, **{"batch_size": 4, "save_every": 5} | changes)
+        )
+
+
+def run_until(clip, folder, count, **changes):
+    """Let a run die when it has written so many masks."""
+    with pytest.MonkeyPatch.context() as patch:
+        fail_after(patch, track_run, "write_indexed_png", count, Stopped)
+        with pytest.raises(Stopped):
+            run(clip, folder, **changes)
+
+
+def masks(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (folder / "masks").iterdir()}
+
+
+def test_masks_are_named_as_frames(clip):
+    passed = run(clip, clip / "out")
+    assert passed.items == 23 and passed.seconds > 0
+    assert masks(clip / "out").keys() == {f"{number}.png" for number in range(23)}
+    assert np.array_equal(read_ids(clip / "out/masks/0.png"), given(3))
+    assert 2 not in read_ids(clip / "out/masks/9.png") and 2 in read_ids(clip / "out/masks/10.png")
+    video(clip / "v.avi", 11)
+    assert run(clip, clip / "out2", "v.avi").items == 11
+    assert masks(clip / "out2").keys() == {f"{number:09d}.png" for number in range(11)}
+
+
+@pytest.mark.parametrize(("stop", "done"), [(0, 0), (3, 0), (7, 0), (8, 8), (15, 8), (16, 16), (19, 16), (22, 20)])
+def test_going_on_after_a_stop_gives_the_same_masks(clip, stop, done):
+    run(clip, clip / "whole")
+    run_until(clip, clip / "cut", stop)
+    assert read_standing(clip / "cut").progress.done == done
+    assert run(clip, clip / "cut", restart=True).items == 23 - done
+    assert masks(clip / "cut") == masks(clip / "whole")
+    whole, cut = (read_standing(clip / name) for name in ("whole", "cut"))
+    assert whole.progress == cut.progress and whole.progress.done == 20
+    assert whole.tensors.keys() == cut.tensors.keys() >= {"features", "labels", "ids"}
+    assert all(torch.equal(whole.tensors[key], cut.tensors[key]) for key in whole.tensors)
+
+
+def test_a_tracker_that_dies_leaves_what_can_be_gone_on_with(clip, monkeypatch):
+    run(clip, clip / "whole")
+    real = PropagationTracker.track
+    batches = iter([True, True, True, True, False])
+
+    def track(self, frames, labels):
+        if not next(batches):
+            raise Stopped
+        return real(self, frames, labels)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PropagationTracker, "track", track)
+        with pytest.raises(Stopped):
+            run(clip, clip / "cut")
+    assert read_standing(clip / "cut").progress.done in (0, 8)  # as far as the writer came
+    run(clip, clip / "cut", restart=True)
+    assert masks(clip / "cut") == masks(clip / "whole")
+
+
+def test_several_stops_and_masks_that_were_lost(clip):
+    run(clip, clip / "whole")
+    run_until(clip, clip / "cut", 14)
+    run_until(clip, clip / "cut", 9, restart=True)
+    assert read_standing(clip / "cut").progress.done == 16
+    for number in range(16, 23):
+        (clip / f"cut/masks/{number}.png").write_bytes(b"half")  # written anew
+    run(clip, clip / "cut", restart=True)
+    assert masks(clip / "cut") == masks(clip / "whole")
+    assert run(clip, clip / "cut", restart=True).items == 3  # the last batch alone
+
+
+@pytest.mark.parametrize("harm", [lambda path: path.unlink(), lambda path: path.write_bytes(b"")])
+def test_lost_masks_of_frames_that_are_done_are_told_before_the_rest_is_tracked(clip, harm):
+    run_until(clip, clip / "cut", 17)
+    kept = {number: (clip / f"cut/masks/{number}.png").read_bytes() for number in (4, 15)}
+    for number in kept:
+        harm(clip / f"cut/masks/{number}.png")
+    before, standing = masks(clip / "cut"), (clip / "cut" / STATE).read_bytes()
+    told = r"cut: 2 masks of the 16 frames that are done, missing or empty in .*masks: 4\.png, 15\.png\. .*begin anew"
+    with pytest.raises(UserError, match=told):
+        run(clip, clip / "cut", restart=True)
+    assert masks(clip / "cut") == before and (clip / "cut" / STATE).read_bytes() == standing
+    for number, file in kept.items():
+        (clip / f"cut/masks/{number}.png").write_bytes(file)
+    run(clip, clip / "cut", restart=True)
+    run(clip, clip / "whole")
+    assert masks(clip / "cut") == masks(clip / "whole")
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="open files are read as Linux shows them")
+def test_masks_are_on_the_disk_before_they_count_as_done(clip, monkeypatch):
+    synced, saved = [], []
+    real = track_state.write_tensors
+
+    def write(path, tensors, header):
+        synced_before = [name for name in synced if "state" not in name]
+        real(path, tensors, header)
+        last, done = saved[-1] if saved else 0, read_standing(clip / "out").progress.done
+        due = [f"{number}.png" for number in range(last, done)]
+        assert synced_before == [*due, "masks"][: len(due) + bool(due)]
+        synced.clear()
+        saved.append(done)
+
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append(Path(f"/proc/self/fd/{number}").readlink().name))
+    monkeypatch.setattr(track_state, "write_tensors", write)
+    run(clip, clip / "out")
+    assert saved == [0, 8, 16, 20]
+
+
+def test_another_batch_size_is_warned_of(clip, caplog):
+    run(clip, clip / "whole")
+    run_until(clip, clip / "cut", 17)
+    run_until(clip, clip / "cut", 2, restart=True)
+    assert not caplog.messages
+    run(clip, clip / "cut", restart=True, batch_size=3)
+    told = [message for message in caplog.messages if "batch_size" in message]
+    assert len(told) == 1 and "mode.batch_size was 4 and is 3" in told[0] and "by rounding" in told[0]
+    assert masks(clip / "cut").keys() == masks(clip / "whole").keys()
+    assert read_standing(clip / "cut").progress.batch_size == 3
+
+
+def test_a_video_that_ends_early_is_gone_on_with_when_mended(clip):
+    whole = video(clip / "v.avi").read_bytes()
+    run(clip, clip / "whole", "v.avi")
+    (clip / "v.avi").write_bytes(whole[: int(0.7 * len(whole))])
+    with pytest.raises(
+        UserError, match=r"ends early: 1\d of 23 frames.*1\d masks so far are in .*mode\.restart="
+    ) as error:
+        run(clip, clip / "cut", "v.avi", save_every=100)
+    count = len(masks(clip / "cut"))
+    assert f"{count} of 23 frames" in str(error.value) and f"{count} masks so far" in str(error.value)
+    assert read_standing(clip / "cut").progress.done == count - count % 4 - 4 >= 4
+    (clip / "v.avi").write_bytes(whole)
+    assert run(clip, clip / "cut", "v.avi", restart=True).items == 23 - (count - count % 4 - 4)
+    assert masks(clip / "cut") == masks(clip / "whole")
+
+
+class CutShort:
+    """The frames of a folder up to one, the last of them damaged, as a decoder gives them of a video cut inside it."""
+
+    def __init__(self, frames, count):
+        self.frames, self.end = frames, count
+
+    def __getattr__(self, name):
+        return getattr(self.frames, name)
+
+    def __iter__(self):
+        for number, frame in zip(range(self.end), self.frames, strict=False):
+            yield frame if number < self.end - 1 else frame // 2
+        raise UserError(f"in ends early: {self.end} of 23 frames read.")
+
+
+@pytest.mark.parametrize("save_every", [1, 100])
+@pytest.mark.parametrize(
+    ("batch", "count", "done"), [(4, 12, 8), (4, 13, 8), (4, 15, 8), (4, 4, 0), (4, 3, 0), (1, 9, 8), (3, 12, 9)]
+)
+def test_the_last_frames_before_an_early_end_are_tracked_anew(clip, monkeypatch, batch, count, done, save_every):
+    run(clip, clip / "whole", batch_size=batch)
+    frames = CutShort(open_frames(str(clip / "in")), count)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules[__name__], "open_frames", lambda _: nullcontext(frames))
+        with pytest.raises(UserError, match=rf"ends early.* {count} masks so far are in"):
+            run(clip, clip / "cut", batch_size=batch, save_every=save_every)
+    assert len(masks(clip / "cut")) == count and read_standing(clip / "cut").progress.done == done
+    assert run(clip, clip / "cut", restart=True, batch_size=batch).items == 23 - done
+    assert masks(clip / "cut") == masks(clip / "whole")
+
+
+def test_a_run_that_goes_on_with_too_short_an_input_once_more_keeps_where_it_stands(clip, monkeypatch):
+    run(clip, clip / "whole")
+    for restart, count in ((False, 12), (True, 12), (True, 10), (True, 16)):
+        with monkeypatch.context() as patch:
+            frames = CutShort(open_frames(str(clip / "in")), count)
+            patch.setattr(sys.modules[__name__], "open_frames", lambda _, frames=frames: nullcontext(frames))
+            with pytest.raises(UserError, match=rf"ends early: {count}"):
+                run(clip, clip / "cut", restart=restart, save_every=1)
+        assert read_standing(clip / "cut").progress.done == (12 if count == 16 else 8)
+    run(clip, clip / "cut", restart=True)
+    assert masks(clip / "cut") == masks(clip / "whole")
+
+
+def test_a_broken_frame_and_a_broken_mask_stop_at_their_place(clip):
+    run(clip, clip / "whole")
+    good = (clip / "in/17.png").read_bytes()
+    (clip / "in/17.png").write_bytes(good[:60])
+    with pytest.raises(UserError, match=r"Cannot read .*17\.png as a picture.* 17 masks so far are in"):
+        run(clip, clip / "cut")
+    assert masks(clip / "cut").keys() == {f"{number}.png" for number in range(17)}
+    (clip / "in/17.png").write_bytes(good)
+    run(clip, clip / "cut", restart=True)
+    assert masks(clip / "cut") == masks(clip / "whole")
+    Image.fromarray(given(2)[:-1]).save(clip / "labels/10.png")
+    with pytest.raises(UserError, match=r"10\.png is 19 x 28 pixels.* 10 masks so far"):
+        run(clip, clip / "other")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda clip: Image.fromarray(pixels(99)).save(clip / "in/3.png"),
+            r"input=.*in differs from what that run has .*Give what it had, unchanged .*cut/config/overrides\.txt",
+        ),
+        (lambda clip: (clip / "in/3.png").rename(clip / "in/3a.png"), r"input=.*in differs"),
+        (
+            lambda clip: Image.fromarray(given(4)).save(clip / "labels/0.png"),
+            r"labels=.*/labels differs from .* first 16 frames",
+        ),
+        (lambda clip: shutil.copy(clip / "labels/0.png", clip / "labels/2.png"), "labels=.*/labels differs"),
+        (
+            lambda clip: [(clip / f"in/{number}.png").unlink() for number in range(11, 23)],
+            r"has 11 frames, and the run in .*overrides\.txt",
+        ),
+    ],
+)
+def test_another_input_or_other_labels_are_refused(clip, change, message):
+    run_until(clip, clip / "cut", 17)
+    before, standing = masks(clip / "cut"), (clip / "cut" / STATE).read_bytes()
+    change(clip)
+    with pytest.raises(UserError, match=message):
+        run(clip, clip / "cut", restart=True)
+    assert masks(clip / "cut") == before and (clip / "cut" / STATE).read_bytes() == standing
+
+
+def test_frames_and_labels_that_were_not_reached_may_change(clip):
+    run_until(clip, clip / "cut", 14)
+    Image.fromarray(pixels(23)).save(clip / "in/23.png")
+    Image.fromarray(given(8)).save(clip / "labels/21.png")
+    run(clip, clip / "cut", restart=True)
+    run(clip, clip / "whole")
+    assert masks(clip / "cut") == masks(clip / "whole") and len(masks(clip / "cut")) == 24
+
+
+def test_a_mask_beyond_a_videos_end_is_refused_at_the_end(clip):
+    video(clip / "v.avi", 10)  # a header's count may be one short, so mask 10 may have a frame
+    with pytest.raises(UserError, match=r"labels has 1 mask of no frame: 10\.png, and .*v\.avi has 10 frames"):
+        run(clip, clip / "out", "v.avi")
+    (clip / "labels/10.png").unlink()
+    assert run(clip, clip / "out", "v.avi", restart=True).items == 2

@@ -1,0 +1,42 @@
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dinoseg.errors import UserError
+from dinoseg.tracking.video.state import STATE, check_same_settings, read_standing
+
+
+def test_other_settings_are_named(tmp_path):
+    then = {"kind": "propagation", "tracker": {"radius": 12, "short": None, "context": 7}, "backbone": {"weights": "a"}}
+    now = {
+        "kind": "propagation",
+        "tracker": {"radius": 24.0, "short": None, "context": 7},
+        "backbone": {"weights": "b"},
+    }
+    check_same_settings(tmp_path, then, then)
+    with pytest.raises(UserError) as error:
+        check_same_settings(tmp_path, then, now)
+    for part in ("backbone.weights was a and is b", "tracker.radius was 12 and is 24.0", "overrides.txt", "begin anew"):
+        assert part in str(error.value)
+    assert "context" not in str(error.value)
+    with pytest.raises(UserError, match="kind was propagation and is slots; tracker.radius was not set and is 12"):
+        check_same_settings(tmp_path, {"kind": "propagation"}, {"kind": "slots", "tracker": {"radius": 12}})
+
+
+def test_folders_that_hold_nothing_to_go_on_with(tmp_path):
+    with pytest.raises(UserError, match="no unfinished run of mode=track is there"):
+        read_standing(tmp_path / "nowhere")
+    path = tmp_path / STATE
+    path.write_bytes(b"torn")
+    with pytest.raises(UserError, match=r"is not readable .*Leave mode\.restart out"):
+        read_standing(tmp_path)
+    for header in (None, {"track": "[]"}, {"track": "{}"}, {"track": '{"format": 1, "progress": {"x": 1}}'}):
+        save_file({"a": torch.zeros(1)}, path, header)
+        with pytest.raises(UserError, match="is not readable"):
+            read_standing(tmp_path)
+    save_file({"a": torch.zeros(1)}, path, {"track": '{"format": 2}'})
+    with pytest.raises(UserError, match="was written by a newer dinoseg"):
+        read_standing(tmp_path)
+    (tmp_path / "track.json").write_text("{}")
+    with pytest.raises(UserError, match=r"that run is finished, and its masks are in .*masks\. To track anew"):
+        read_standing(tmp_path)
