@@ -1,7 +1,9 @@
-"""Files of tensors as others publish them, read without running anything in them."""
+"""Files of tensors: those that others publish, read without running anything in them, and those that we write."""
 
 import argparse
+import os
 import re
+import shutil
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,9 +11,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from dinoseg.errors import UserError
+from dinoseg.errors import UserError, free_space
 
 PICKLED = (".pth", ".pt", ".bin")  # PyTorch's own format; other files are taken for safetensors
 
@@ -31,6 +34,30 @@ def read_tensor_file(path: Path, key: str) -> Mapping[str, Any]:
     if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
         raise UserError(f"{key}={path}: holds no tensors by name. Give a file of weights.")
     return content
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: dict[str, str]) -> None:
+    """Write a safetensors file under a temporary name, flush it to the disk, then rename it.
+
+    Raises:
+        UserError: it cannot be written (a full disk, no permission); an older file of that name stays as it was.
+    """
+    folder = path.with_name(f".{path.name}.part")  # of its own: safetensors gives its file a name by chance
+    part = folder / path.name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, part, header)
+        part.chmod(0o644)  # safetensors leaves it to the owner alone: a run folder is for the group to read
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{path} could not be written ({error}); {free_space(path)} there. Make room and run it again, with "
+            f"resume= for a training run and mode.restart= for mode=track: what was saved before is untouched."
+        ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_file(path: Path, key: str) -> None:

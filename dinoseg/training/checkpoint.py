@@ -7,8 +7,6 @@ from, `best` what it is remembered by.
 
 import json
 import logging
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,13 +14,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dinoseg.errors import UserError, free_space
+from dinoseg.errors import UserError
 from dinoseg.model import trained_names
 from dinoseg.storage.files import check_regular
+from dinoseg.storage.tensor_files import write_tensors
 from dinoseg.training.description import FORMAT, IDLE, read_description
 from dinoseg.training.loading import (
     CASTS,
@@ -62,30 +60,6 @@ def write(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) ->
         UserError: it cannot be written; an older file of that name stays as it was.
     """
     write_tensors(path, tensors, {"dinoseg": json.dumps({"format": FORMAT, **info})})
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: dict[str, str]) -> None:
-    """Write a safetensors file under a temporary name, flush it to the disk, then rename it.
-
-    Raises:
-        UserError: it cannot be written (a full disk, no permission); an older file of that name stays as it was.
-    """
-    folder = path.with_name(f".{path.name}.part")  # of its own: safetensors gives its file a name by chance
-    part = folder / path.name
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, part, header)
-        part.chmod(0o644)  # safetensors leaves it to the owner alone: a run folder is for the group to read
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{path} could not be written ({error}); {free_space(path)} there. Make room and run it again, with "
-            f"resume= for a training run and mode.restart= for mode=track: what was saved before is untouched."
-        ) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def read(path: Path, *, finite: bool = True) -> Checkpoint:

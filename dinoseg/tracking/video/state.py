@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dinoseg.errors import UserError
 from dinoseg.storage import stored
-from dinoseg.training.checkpoint import write_tensors
+from dinoseg.storage.tensor_files import write_tensors
 from dinoseg.wording import count_of, listed
 
 logger = logging.getLogger(__name__)
