@@ -25,15 +25,22 @@ LEVELS = (  # a room imports its own level and those below
         "label_tables",
         "report",
     ),
-    ("backbones", "heads", "losses", "metrics", "data", "synthetic"),
-    ("model", "adapters", "training", "tracking", "inference", "scoring", "doctor"),
-    ("config", "build", "runs"),
-    ("evaluation", "regimes", "preparation", "sweeps", "modes"),
-    ("launch", "ranks", "command", "__main__"),
+    ("backbones", "heads", "losses", "metrics", "data", "synthetic"),  # leaves
+    ("model", "adapters", "inference", "scoring", "doctor", "config"),
+    ("tracking",),
+    ("training",),
+    ("build",),
+    ("runs",),
+    ("evaluation", "preparation"),
+    ("regimes", "sweeps"),
+    ("modes",),
+    ("ranks", "command"),
+    ("launch",),
+    ("__main__",),
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 LEAVES = LEVELS[1]  # these never import one another, and build names none of them
-ABOVE_BUILD = ("runs", "evaluation", "regimes", "preparation", "sweeps", "modes", "launch", "ranks")
+ABOVE_BUILD = ("runs", "evaluation", "preparation", "regimes", "sweeps", "modes", "ranks", "launch")
 DOORS = {  # dependency to the rooms and files that may import it
     "hydra": ("config", "runs", "sweeps", "modes", "launch", "command", "__main__"),
     "omegaconf": ("config", "build", *ABOVE_BUILD, "command", "__main__"),
@@ -50,6 +57,7 @@ DOORS = {  # dependency to the rooms and files that may import it
 }
 EXCEPTIONS = {("__main__.py", "dinoseg.modes.help.help_for")}  # printed before hydra and torch are imported
 LONGEST_FILE, LONGEST_FUNCTION, LONGEST_LOOP = 300, 60, 90
+LARGEST_ROOM = 0.18  # of the lines: above it a room is two
 
 
 def imported(source):
@@ -94,6 +102,61 @@ def broken_rules(own, other):
         yield f"{own} imports {other}: modes are reached through _target_ only"
 
 
+def circles(files):
+    """Return the circles of imports between files and between rooms, each as one line of names."""
+    by_file = {file: {other for other in map(file_of(files), names(source)) if other} for file, source in files.items()}
+    by_room = {}
+    for file, others in by_file.items():
+        by_room.setdefault(room_of(file), set()).update(room_of(other) for other in others)
+    return [
+        " - ".join(sorted(circle))
+        for graph in (by_file, {room: others - {room} for room, others in by_room.items()})
+        for circle in _strongly_connected(graph)
+    ]
+
+
+def names(source):
+    return (name for _, name in imported(source))
+
+
+def file_of(files):
+    """Return the function from an imported name to the file of the package that it is of, None for another's."""
+
+    def find(name):
+        parts = name.split(".")[1:] if name.startswith("dinoseg.") else []
+        paths = ["/".join(parts[:length]) for length in range(len(parts), 0, -1)]
+        return next(
+            (f"{path}{end}" for path in paths for end in (".py", "/__init__.py") if f"{path}{end}" in files), None
+        )
+
+    return find
+
+
+def _strongly_connected(graph):
+    """Return the sets of nodes of which each leads to each."""
+    reached = {node: _reached(graph, node) for node in graph}
+    circles = {frozenset(other for other in reached[node] if node in reached[other]) for node in graph}
+    return [circle for circle in circles if circle]
+
+
+def _reached(graph, start):
+    reached, waiting = set(), [start]
+    while waiting:
+        new = graph.get(waiting.pop(), set()) - reached
+        reached |= new
+        waiting += new
+    return reached
+
+
+def large_rooms(files):
+    """Return the rooms that hold more than their share of the lines."""
+    lines = {}
+    for file, source in files.items():
+        lines[room_of(file)] = lines.get(room_of(file), 0) + len(source.splitlines())
+    shares = {room: count / sum(lines.values()) for room, count in lines.items()}
+    return [f"{room}: {share:.1%} of the lines" for room, share in shares.items() if share > LARGEST_ROOM]
+
+
 def size_violations(file, source):
     """Return the file and the functions of it that are too long."""
     found = [f"{file}: {lines} lines"] if (lines := len(source.splitlines())) > LONGEST_FILE else []
@@ -131,7 +194,10 @@ def test_every_room_has_its_level():
         ("data/voc.py", "import dinoseg.backbones.transformers_vit", "leaves know nothing"),
         ("report/html.py", "from dinoseg.metrics.confusion import Confusion", "report (level 0) imports metrics"),
         ("metrics/iou.py", "from dinoseg.model import Segmenter", "metrics (level 1) imports model"),
-        ("training/fit.py", "def late():\n    from dinoseg import build", "training (level 2) imports build"),
+        ("training/fit.py", "def late():\n    from dinoseg import build", "training (level 4) imports build"),
+        ("evaluation/official.py", "from dinoseg.modes.score import run", "imports modes"),
+        ("evaluation/images.py", "from dinoseg.regimes.images import TrainImages", "imports regimes"),
+        ("tracking/video/state.py", "from dinoseg.training import checkpoint", "imports training"),
         ("build.py", "from dinoseg.heads.linear import LinearHead", "through _target_ only"),
         ("build.py", "from dinoseg import heads", "through _target_ only"),
         ("launch.py", "from dinoseg.modes import train", "through _target_ only"),
@@ -167,6 +233,29 @@ def test_a_planted_violation_is_found(file, source, message):
 )
 def test_what_is_allowed_passes(file, source):
     assert not import_violations(file, source)
+
+
+def test_no_import_leads_back():
+    assert not circles(FILES), "\n".join(circles(FILES))
+
+
+def test_planted_circles_are_found():
+    down, up = "from dinoseg.tracking.tracker import VideoTracker", "from dinoseg.training import checkpoint"
+    rooms = {"training/feed.py": down, "training/checkpoint.py": "", "tracking/tracker.py": "", "tracking/state.py": up}
+    assert circles(rooms) == ["tracking - training"]
+    files = {"heads/cnn.py": "from dinoseg.heads import mlp", "heads/mlp.py": "from dinoseg.heads.cnn import CNNHead"}
+    assert circles(files) == ["heads/cnn.py - heads/mlp.py"]
+    assert not circles({**files, "heads/mlp.py": "import torch"})
+
+
+def test_no_room_outgrows_the_house():
+    assert not large_rooms(FILES), "\n".join(large_rooms(FILES))
+
+
+def test_a_planted_large_room_is_found():
+    files = {"data/idd.py": "x = 1\n" * 19, **{f"{room}.py": "x = 1\n" * 9 for room in "abcdefghi"}}
+    assert large_rooms(files) == ["data: 19.0% of the lines"]
+    assert not large_rooms({**files, "data/idd.py": "x = 1\n" * 17})
 
 
 def test_files_and_functions_stay_small():

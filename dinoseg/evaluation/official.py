@@ -8,9 +8,9 @@ from dinoseg import scoring
 from dinoseg.data.packed.read import reduced_size
 from dinoseg.data.pairs import Pair
 from dinoseg.errors import UserError
+from dinoseg.evaluation.score_report import report, write_problems
 from dinoseg.images import read_size
 from dinoseg.metrics.protocols.contract import BadFile, DatasetProtocol, Found
-from dinoseg.modes.score import report, write_problems
 
 FOLDER = "official"  # of predictions as a benchmark wants them, in the run folder
 

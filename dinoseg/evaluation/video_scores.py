@@ -8,8 +8,8 @@ from typing import Any
 from dinoseg import scoring
 from dinoseg.data.clips.videos import Video
 from dinoseg.errors import UserError
+from dinoseg.evaluation.score_report import report, write_problems
 from dinoseg.metrics.protocols.contract import Case, Found, ScoreProtocol
-from dinoseg.modes.score import report, write_problems
 from dinoseg.wording import count_of, listed
 
 logger = logging.getLogger(__name__)

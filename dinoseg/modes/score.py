@@ -1,7 +1,6 @@
 """mode=score: score folders of predictions by a benchmark's official protocol; needs no model and no torch."""
 
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +8,11 @@ from dinoseg import scoring
 from dinoseg.data.classes.record import NAME
 from dinoseg.errors import UserError
 from dinoseg.evaluation.score_classes import FOLDER, protocol_of
+from dinoseg.evaluation.score_report import result_of, write_problems
 from dinoseg.metrics.protocols.contract import ScoreProtocol
 from dinoseg.ranges import Count, Natural
-from dinoseg.report.scores import difference_table, few_units, scores_table
+from dinoseg.report.scores import difference_table, scores_table
 from dinoseg.report.table import write_json
-from dinoseg.wording import count_of
-
-logger = logging.getLogger(__name__)
-_NOTES = 10  # that are printed; the file has all
 
 
 def run(
@@ -54,7 +50,7 @@ def run(
         {
             "reference": str(folders[0]),
             "prediction": str(folder),
-            **_result(protocol, one, out_dir / "scores.json", resamples=resamples, seed=seed),
+            **result_of(protocol, one, out_dir / "scores.json", resamples=resamples, seed=seed),
         }
         for folder, one in zip(folders[1:], scored, strict=True)
     ]
@@ -68,42 +64,6 @@ def run(
     write_json(out_dir / "scores.json", written)
     print(f"\nscores:       {out_dir}/scores.json")
     return {**written["scores"], "run": str(out_dir)}
-
-
-def report(protocol: ScoreProtocol, scored: scoring.Scored, path: Path) -> dict[str, Any]:
-    """Print and write the scores of predictions that a mode has just made; return them."""
-    result = _result(protocol, scored, path, resamples=1000, seed=0)
-    write_json(path, result)
-    print(f"\n{scores_table(result)}")
-    return result
-
-
-def _result(
-    protocol: ScoreProtocol, scored: scoring.Scored, path: Path, *, resamples: int, seed: int
-) -> dict[str, Any]:
-    """Return the scores that are to be written to `path`, and warn of what they hold beside."""
-    for note in scored.notes[:_NOTES]:
-        logger.warning("%s", note)
-    if len(scored.notes) > _NOTES:
-        logger.warning("%s in %s.", count_of(len(scored.notes) - _NOTES, "more note"), path)
-    if scored.problems:
-        count = count_of(scored.problems, "file")
-        logger.warning("%s left out that could not be scored, with reasons under `problems` in %s.", count, path)
-    found = scoring.result(protocol, scored, resamples=resamples, seed=seed)
-    if few := few_units(found):
-        logger.warning("%s", few)
-    return found
-
-
-def write_problems(out_dir: Path, problems: Mapping[Path, Sequence[tuple[Path, str]]]) -> Path:
-    """Write what cannot be scored below each folder of predictions to `problems.json`; return its path."""
-    rows = [
-        {"prediction": str(folder), "file": str(path), "reason": reason}
-        for folder, found in problems.items()
-        for path, reason in found
-    ]
-    write_json(out_dir / "problems.json", {"problems": rows})
-    return out_dir / "problems.json"
 
 
 def _score_all(

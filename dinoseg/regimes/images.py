@@ -14,9 +14,9 @@ from dinoseg.config.values import background_of
 from dinoseg.data.splits import split_table
 from dinoseg.doctor.short import check as examine
 from dinoseg.errors import UserError
+from dinoseg.evaluation.images import evaluate_images, list_skipped
 from dinoseg.inference.trained_sizes import TrainedSizes
 from dinoseg.metrics.confusion import commonest_class
-from dinoseg.modes.evaluate import list_skipped, score
 from dinoseg.processes.workers import count_cores
 from dinoseg.report.curves import IMAGE_PLOTS
 from dinoseg.training.engine import Engine
@@ -90,7 +90,7 @@ class TrainImages:
     def evaluate(self, model: nn.Module, engine: Engine, out_dir: Path, *, metrics_only: bool) -> dict[str, Any]:
         """Score by one exact count over the split, and tell of a model that has learnt nothing."""
         data, background = self.feed.val, self.feed.background
-        scores = score(model, data, engine, out_dir, metrics_only=metrics_only, background=background)
+        scores = evaluate_images(model, data, engine, out_dir, metrics_only=metrics_only, background=background)
         commonest, constant = commonest_class(scores["matrix"])
         if engine.is_main and 0 < constant < 1 and scores["miou"] <= constant:
             logger.warning(

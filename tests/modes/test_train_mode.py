@@ -5,7 +5,7 @@ from command_line import SMALL, call, write_data
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dinoseg.images import read_image
-from dinoseg.modes import train_images
+from dinoseg.regimes import images
 from dinoseg.report.log import read_rows
 
 
@@ -48,7 +48,7 @@ def test_pictures_can_be_left_out(where):
 @pytest.mark.parametrize(("matrix", "told"), [([[90, 0], [10, 0]], True), ([[89, 1], [1, 9]], False)])
 def test_a_run_that_is_not_better_than_a_constant_is_told_so(where, monkeypatch, matrix, told):
     known = {"matrix": matrix, "miou": 0.45 if told else 0.9, "accuracy": 0.9}
-    monkeypatch.setattr(train_images, "score", lambda *_, **__: known)
+    monkeypatch.setattr(images, "evaluate_images", lambda *_, **__: known)
     done = train(where, "trainer.steps=1")
     warned = "mIoU 0.4500 is not better than the 0.4500 of always predicting dark, the commonest class" in done.err
     assert warned == told and done.err.count("not better than") == told

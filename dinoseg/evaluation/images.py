@@ -1,0 +1,85 @@
+"""Images of a split scored by one exact count, with tables, pictures and the benchmark's own protocol."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from dinoseg.evaluation.official import FOLDER, official_scores
+from dinoseg.images import write_png
+from dinoseg.metrics.protocols.contract import DatasetProtocol
+from dinoseg.report.confusion import confusion_picture
+from dinoseg.report.overlay import compare
+from dinoseg.report.table import class_table, write_csv, write_json
+from dinoseg.shapes import Batch, SegmentationData
+from dinoseg.training.engine import Engine
+from dinoseg.training.evaluate import evaluate
+from dinoseg.wording import count_of, one_line
+
+
+def evaluate_images(
+    model: nn.Module,
+    data: SegmentationData,
+    engine: Engine,
+    out_dir: Path,
+    *,
+    metrics_only: bool,
+    background: int | None = None,
+    protocol: DatasetProtocol | None = None,
+    on_error: str = "stop",
+) -> dict[str, Any]:
+    """Evaluate, print the table, and write scores.json, scores.csv, confusion.png and the pictures to `out_dir`.
+
+    Pictures lie in `out_dir`/predictions/<name>_vis.png (frame | prediction | reference) and <name>_pred.png (class
+    ids at full size). A protocol's scores go to official_scores.json, and the predictions as the benchmark wants
+    them to `out_dir`/official; where it cannot score them, problems.json says why, and the other scores stand.
+    """
+
+    def write(batch: Batch, ids: Tensor) -> None:
+        for image, mask, prediction, name in zip(batch.image, batch.mask, ids, batch.names, strict=True):
+            if protocol is not None:
+                pixels = protocol.file_ids(prediction.cpu().numpy())
+                write_png(out_dir / FOLDER / protocol.target(name), pixels)
+            if not metrics_only:
+                _write_pictures(out_dir / "predictions" / name, data, image, mask, prediction)
+
+    on_batch = None if metrics_only and protocol is None else write
+    scores = evaluate(model, data, engine, background=background, on_batch=on_batch)
+    if engine.is_main:
+        write_json(out_dir / "scores.json", scores)
+        write_csv(out_dir / "scores.csv", scores, data.classes)
+        write_png(out_dir / "confusion.png", confusion_picture(scores["matrix"], data.classes))
+        print(class_table(scores, data.classes, background))
+        print(f"\nscores:       {out_dir}/scores.json, scores.csv, confusion.png")
+        if not metrics_only:
+            print(f"pictures:     {out_dir / 'predictions'}")
+        if protocol is not None:
+            scores = {**scores, "official": official_scores(protocol, data, out_dir, on_error)}
+    return scores
+
+
+def list_skipped(datasets: Mapping[str, Any], out_dir: Path) -> None:
+    """Print which files data.on_error=skip left out, and write all with their reasons to skipped.json."""
+    left_out = {split: dict(getattr(data, "skipped", {})) for split, data in datasets.items()}
+    bad = [f"{split}: {name}: {reason}" for split, reasons in left_out.items() for name, reason in reasons.items()]
+    if bad:
+        write_json(out_dir / "skipped.json", left_out)
+        shown = "".join(f"\n  {one_line(line)}" for line in bad[:20])
+        print(f"left out:     {count_of(bad, 'image')}, all in {out_dir}/skipped.json{shown}")
+
+
+def _write_pictures(stem: Path, data: SegmentationData, image: Tensor, mask: Tensor, ids: Tensor) -> None:
+    frame: np.ndarray = image.permute(1, 2, 0).cpu().numpy()
+    prediction, reference = ids.cpu().numpy(), mask.cpu().numpy()
+    strip = compare(
+        frame,
+        prediction,
+        reference,
+        classes=data.classes,
+        palette=data.palette,
+        ignore_index=data.ignore_index,
+    )
+    write_png(stem.with_name(f"{stem.name}_vis.png"), strip)
+    write_png(stem.with_name(f"{stem.name}_pred.png"), prediction)
