@@ -10,11 +10,11 @@ import numpy as np
 
 from dinoseg.report.progress import Bar
 from dinoseg.shapes import SegmentationData
-from dinoseg.storage import stored
+from dinoseg.storage import forms
 
 log = logging.getLogger(__name__)
-_FORM = stored.record(
-    fingerprint=stored.text, classes=stored.listing(stored.text), pixels=stored.listing(stored.whole())
+_FORM = forms.record(
+    fingerprint=forms.text, classes=forms.listing(forms.text), pixels=forms.listing(forms.whole())
 )
 
 
@@ -53,12 +53,12 @@ def _count(dataset: SegmentationData) -> np.ndarray:
 
 def _load(path: Path, key: str, num_classes: int) -> np.ndarray | None:
     try:
-        kept = stored.read_json(path, _FORM)
+        kept = forms.read_json(path, _FORM)
         counts = np.array(kept["pixels"], dtype=np.int64)
         return counts if kept["fingerprint"] == key and counts.shape == (num_classes,) else None
     except OSError:
         return None
-    except stored.Misshapen as error:
+    except forms.Misshapen as error:
         log.warning("The kept class counts in %s are damaged (%s): counting anew.", path, error)
         return None
 

@@ -15,7 +15,7 @@ from dinoseg.data.formats.sarrarp_files import (
     png_files,
 )
 from dinoseg.doctor.findings import Finding, Scanned
-from dinoseg.storage import stored
+from dinoseg.storage import forms
 from dinoseg.wording import count_of, listed
 
 
@@ -63,8 +63,8 @@ def _due(frames: int) -> set[str]:
 
 def _prepared(folder: Path) -> int:
     try:
-        return stored.read_json(folder / PREPARED, PREPARED_FORM)["decoded"]
-    except (OSError, stored.Misshapen):
+        return forms.read_json(folder / PREPARED, PREPARED_FORM)["decoded"]
+    except (OSError, forms.Misshapen):
         return 0
 
 

@@ -16,7 +16,7 @@ from dinoseg.data.stamps import stamp
 from dinoseg.errors import UserError
 from dinoseg.inference.results import whole_folder
 from dinoseg.report.table import write_text
-from dinoseg.storage import stored
+from dinoseg.storage import forms
 from dinoseg.storage.files import entries
 from dinoseg.tracking.video.state import check_same_settings
 from dinoseg.wording import count_of, listed
@@ -25,7 +25,7 @@ RECORD = "tracking.json"  # in a run folder: what its masks depend on
 DIGESTS = "tracked"  # in a run folder: <video>.txt for each whole video, of the files that its masks were made from
 
 logger = logging.getLogger(__name__)
-_FORM = stored.record(data=stored.table(stored.plain), given=stored.text, tracker=stored.table(stored.plain))
+_FORM = forms.record(data=forms.table(forms.plain), given=forms.text, tracker=forms.table(forms.plain))
 
 
 def record_of(cfg: DictConfig, settings: Mapping[str, Any], *, split: str, given: str) -> dict[str, Any]:
@@ -53,8 +53,8 @@ def earlier_run(restart: str | None, record: Mapping[str, Any]) -> Path | None:
         return None
     folder = Path(restart).expanduser()
     try:
-        before = _flat(stored.read_json(folder / RECORD, _FORM))
-    except (OSError, stored.Misshapen) as error:
+        before = _flat(forms.read_json(folder / RECORD, _FORM))
+    except (OSError, forms.Misshapen) as error:
         raise UserError(
             f"mode.restart={restart} holds no readable {RECORD} ({error}): it is no run folder of mode=eval on videos, "
             "or a damaged one. Give that of the evaluation to go on with, or leave mode.restart out."

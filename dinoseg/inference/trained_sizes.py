@@ -9,12 +9,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from dinoseg.errors import UserError
-from dinoseg.storage import stored
+from dinoseg.storage import forms
 
 logger = logging.getLogger(__name__)
 _MOST = 20  # the largest one in so many images is left out of account: an outlier is no scale that was learnt
 KEY = "sizes"  # of a checkpoint's description
-_FORM = stored.record(typical=stored.whole(1), largest=stored.whole(1))
+_FORM = forms.record(typical=forms.whole(1), largest=forms.whole(1))
 
 Size = tuple[int, int]
 
@@ -56,7 +56,7 @@ class TrainedSizes:
             return None
         try:
             _FORM(found, KEY)
-        except stored.Misshapen as error:
+        except forms.Misshapen as error:
             raise UserError(f"The checkpoint's description is damaged: {error}. Choose another one.") from None
         return cls(**found)
 

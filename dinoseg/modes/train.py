@@ -23,7 +23,7 @@ from dinoseg.report.curves import draw_curves
 from dinoseg.report.log import RunLog, read_rows, write_settings
 from dinoseg.report.table import write_json
 from dinoseg.runs.resume import check_classes, description
-from dinoseg.storage import stored
+from dinoseg.storage import forms
 from dinoseg.training import checkpoint
 from dinoseg.training.description import CHOSEN, MODEL
 from dinoseg.training.feed import Feed
@@ -139,10 +139,10 @@ def _write_split(out_dir: Path, split: Mapping[str, Sequence[str]]) -> None:
 
 def _read_split(path: Path) -> dict[str, list[str]] | None:
     try:
-        return stored.read_json(path, stored.table(stored.listing(stored.text)))
+        return forms.read_json(path, forms.table(forms.listing(forms.text)))
     except FileNotFoundError:
         return None
-    except (OSError, stored.Misshapen) as error:
+    except (OSError, forms.Misshapen) as error:
         logger.warning("%s is damaged (%s): whether the data is what this run began with is not known.", path, error)
         return None
 

@@ -32,7 +32,7 @@ from dinoseg.errors import DISK_FULL, UserError
 from dinoseg.images import read_image, write_png
 from dinoseg.inference.results import whole_folder
 from dinoseg.report.progress import Bar
-from dinoseg.storage import stored
+from dinoseg.storage import forms
 from dinoseg.storage.locks import locked
 from dinoseg.tracking.frame_features import Autocast, last_maps, precision_of
 from dinoseg.tracking.propagation.agreement import between
@@ -174,12 +174,12 @@ def _features(propagation: Propagation, images: Sequence[np.ndarray]) -> Tensor:
 def _found_before(folder: Path, made_by: dict[str, Any]) -> dict[str, Any] | None:
     """Return what an earlier run noted, if it did the same and all its files are there."""
     try:
-        found = stored.read_json(folder / PSEUDO_FILE, PSEUDO_FORM)
+        found = forms.read_json(folder / PSEUDO_FILE, PSEUDO_FORM)
         if found["made_by"] == made_by and found["kept"].keys() == png_files(folder).keys():
             return found
     except FileNotFoundError:
         return None
-    except (OSError, stored.Misshapen) as error:
+    except (OSError, forms.Misshapen) as error:
         logger.warning("%s is damaged (%s).", folder / PSEUDO_FILE, error)
     logger.info("%s was made in another way, or is not whole: making it anew.", folder)
     return None

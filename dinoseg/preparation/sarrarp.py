@@ -27,7 +27,7 @@ from dinoseg.preparation.frames import extract_frames
 from dinoseg.processes.workers import in_processes
 from dinoseg.ranges import Count, Share
 from dinoseg.report.progress import Bar
-from dinoseg.storage import stored
+from dinoseg.storage import forms
 from dinoseg.storage.files import entries
 from dinoseg.storage.locks import locked
 from dinoseg.wording import count_of, listed
@@ -162,12 +162,12 @@ def prepare_video(job: VideoJob, *, rate: int, keep_archive: bool, propagate: bo
 def _done_before(job: VideoJob, rate: int) -> dict[str, int] | None:
     """Return the counts kept by an earlier run if they still hold, else None."""
     try:
-        counts = stored.read_json(job.folder / PREPARED, PREPARED_FORM)
+        counts = forms.read_json(job.folder / PREPARED, PREPARED_FORM)
         frames = len(png_files(job.folder / FRAME_FOLDERS[0]))
         masks = len(png_files(job.folder / MASK_FOLDER))
         valid = counts["rate"] >= rate and counts["frames"] <= frames and counts["masks"] == masks
         return counts if valid else None
-    except (OSError, stored.Misshapen):
+    except (OSError, forms.Misshapen):
         return None
 
 

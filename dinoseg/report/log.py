@@ -14,12 +14,12 @@ import numpy as np
 
 from dinoseg.errors import UserError
 from dinoseg.images import write_png
-from dinoseg.storage import stored
+from dinoseg.storage import forms
 from dinoseg.storage.files import check_regular
 
 _BOARD = "tensorboard"
 _STEP = re.compile(r"step_(\d+)")  # a folder of pictures
-_ROW = stored.table(stored.maybe(stored.number(-1e300, 1e300)))
+_ROW = forms.table(forms.maybe(forms.number(-1e300, 1e300)))
 
 
 class RunLog:
@@ -116,7 +116,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = stored.parse_json(line, _ROW)
+            row = forms.parse_json(line, _ROW)
             rows.append({**row, "step": int(row["step"])})
         except (ValueError, KeyError, TypeError):
             if number < len(lines):  # a finished line ends in a line break, so the torn one is the last

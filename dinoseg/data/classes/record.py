@@ -12,14 +12,14 @@ from dinoseg.data.classes.mask_size import fit
 from dinoseg.data.classes.masks import MaskReader, Masks
 from dinoseg.errors import UserError
 from dinoseg.report.table import write_json
-from dinoseg.storage import stored
+from dinoseg.storage import forms
 
 NAME = "classes.json"
-_FORM = stored.record(
-    classes=stored.listing(stored.text),
-    palette=stored.listing(stored.listing(stored.whole(0, 255), 3)),
-    ignore_index=stored.whole(0, 255),
-    masks=stored.table(stored.plain),
+_FORM = forms.record(
+    classes=forms.listing(forms.text),
+    palette=forms.listing(forms.listing(forms.whole(0, 255), 3)),
+    ignore_index=forms.whole(0, 255),
+    masks=forms.table(forms.plain),
 )
 
 
@@ -62,9 +62,9 @@ def read_class_record(folder: Path) -> tuple[Labels, dict[str, Any]] | None:
     if not path.is_file():
         return None
     try:
-        found = stored.read_json(path, _FORM)
+        found = forms.read_json(path, _FORM)
         return Labels.of(found["classes"], found["palette"], found["ignore_index"]), found["masks"]
-    except (OSError, stored.Misshapen, UserError) as error:
+    except (OSError, forms.Misshapen, UserError) as error:
         raise UserError(
             f"{path} is no record of classes ({error}). Remove it and give num_classes, or predict again."
         ) from None

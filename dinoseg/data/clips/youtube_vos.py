@@ -7,7 +7,7 @@ from pathlib import Path
 from dinoseg.data.clips.videos import FrameFiles, Video, frames_and_masks, video_folders
 from dinoseg.data.natural_order import natural_order
 from dinoseg.errors import UserError
-from dinoseg.storage import stored
+from dinoseg.storage import forms
 from dinoseg.wording import count_of, listed
 
 ANNOTATED_RATE, VIDEO_RATE = 6, 30  # frames per second: every fifth is annotated
@@ -68,9 +68,9 @@ def _read_meta(path: Path) -> Mapping | None:
     if not path.is_file():
         return None
     try:
-        whole = stored.read_json(path, stored.table(stored.plain))
-        stored.table(stored.plain)(whole.get("videos"), "videos")
-    except (OSError, stored.Misshapen) as error:
+        whole = forms.read_json(path, forms.table(forms.plain))
+        forms.table(forms.plain)(whole.get("videos"), "videos")
+    except (OSError, forms.Misshapen) as error:
         raise UserError(f"Cannot read {path} as YouTube-VOS's meta.json ({error}). Unpack it again.") from None
     return whole["videos"]
 

@@ -24,7 +24,7 @@ from dinoseg.data.splits import Partition, divide
 from dinoseg.data.video.access import VideoFrame
 from dinoseg.data.video.index import index_videos
 from dinoseg.errors import UserError
-from dinoseg.storage import stored
+from dinoseg.storage import forms
 from dinoseg.storage.files import entries
 from dinoseg.wording import listed
 
@@ -196,11 +196,11 @@ def _no_pseudo(video: Path) -> str:
     """Return why a video's pseudo-labels cannot be used as a whole; "": they can."""
     path = video / PSEUDO_FOLDER / PSEUDO_FILE
     try:
-        then = stored.read_json(path, PSEUDO_FORM)["made_by"].get("masks")
-        stored.table(stored.whole())(then, "made_by.masks")
+        then = forms.read_json(path, PSEUDO_FORM)["made_by"].get("masks")
+        forms.table(forms.whole())(then, "made_by.masks")
     except FileNotFoundError:
         return f"{video} has no pseudo-labels."
-    except (OSError, stored.Misshapen) as error:
+    except (OSError, forms.Misshapen) as error:
         return f"{path} does not say what the pseudo-labels were made of ({error})."
     now = mask_sums(video)
     other = sorted(stem for stem in then.keys() | now.keys() if then.get(stem) != now.get(stem))

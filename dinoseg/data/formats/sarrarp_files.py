@@ -3,7 +3,7 @@
 import zlib
 from pathlib import Path
 
-from dinoseg.storage import stored
+from dinoseg.storage import forms
 from dinoseg.storage.files import check_regular, entries
 
 TRAIN_FOLDERS = ("train1", "train2", "train")
@@ -15,12 +15,12 @@ PSEUDO_FILE = "pseudo.json"  # in it: what made them
 VIDEO = "video_left.avi"
 FRAMES_PER_SECOND = 60
 PREPARED = ".prepared.json"  # in a video's folder: what mode=prepare counted
-PREPARED_FORM = stored.record(rate=stored.whole(1), decoded=stored.whole(), frames=stored.whole(), masks=stored.whole())
-PSEUDO_FORM = stored.record(
-    what=stored.text,
-    made_by=stored.table(stored.plain),
-    kept=stored.table(stored.number(0, 1)),
-    left_out=stored.table(stored.number(0, 1)),
+PREPARED_FORM = forms.record(rate=forms.whole(1), decoded=forms.whole(), frames=forms.whole(), masks=forms.whole())
+PSEUDO_FORM = forms.record(
+    what=forms.text,
+    made_by=forms.table(forms.plain),
+    kept=forms.table(forms.number(0, 1)),
+    left_out=forms.table(forms.number(0, 1)),
 )
 MASK_STEP = 60  # a mask for every 60th frame: one per second
 

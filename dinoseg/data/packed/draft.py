@@ -12,10 +12,10 @@ import numpy as np
 
 from dinoseg.data.packed.store import PIXELS, PLACE_FORM, Place, StoreKey, aligned, checksum, write_index
 from dinoseg.report.progress import Bar
-from dinoseg.storage import stored
+from dinoseg.storage import forms
 
 _JOURNAL = "journal.jsonl"
-_LINE_FORM = stored.row(stored.whole(), *PLACE_FORM)
+_LINE_FORM = forms.row(forms.whole(), *PLACE_FORM)
 _SYNC_EVERY = 256 * 2**20  # bytes that a power cut may cost
 
 
@@ -85,8 +85,8 @@ class Draft:
         kept = len(first) if first == header else 0
         for line in Bar(lines if kept else [], desc="checking", unit="image", delay=2, leave=False):
             try:
-                row, *numbers = stored.parse_json(line, _LINE_FORM)
-            except stored.Misshapen:
+                row, *numbers = forms.parse_json(line, _LINE_FORM)
+            except forms.Misshapen:
                 break  # a torn line
             place = Place(*numbers)
             if not self._holds(row, place):

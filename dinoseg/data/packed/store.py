@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 
 from dinoseg.errors import UserError
-from dinoseg.storage import stored
+from dinoseg.storage import forms
 
 PIXELS, INDEX = "pixels.bin", "index.json"
 VERSION = 1  # of the files' format: a store of another version is packed anew
 _ALIGN = 64  # bytes, a cache line
 
 
-PLACE_FORM = (stored.whole(), stored.whole(1), stored.whole(1), stored.whole(0, 2**32 - 1))  # of `Place`, in its order
-_INDEX_FORM = stored.record(
-    key=stored.plain, names=stored.listing(stored.text), places=stored.listing(stored.row(*PLACE_FORM))
+PLACE_FORM = (forms.whole(), forms.whole(1), forms.whole(1), forms.whole(0, 2**32 - 1))  # of `Place`, in its order
+_INDEX_FORM = forms.record(
+    key=forms.plain, names=forms.listing(forms.text), places=forms.listing(forms.row(*PLACE_FORM))
 )
 
 
@@ -122,11 +122,11 @@ class Store:
 def open_store(folder: Path, key: StoreKey, names: Sequence[str], *, verify: bool) -> Store | None:
     """Return a finished store, or None where there is none that is whole and of this key."""
     try:
-        index = stored.read_json(folder / INDEX, _INDEX_FORM)
+        index = forms.read_json(folder / INDEX, _INDEX_FORM)
         places = [Place(*numbers) for numbers in index["places"]]
         size = (folder / PIXELS).stat().st_size
         whole = index["key"] == asdict(key) and index["names"] == list(names) and len(names) == len(places)
-    except (OSError, stored.Misshapen):
+    except (OSError, forms.Misshapen):
         return None
     inside = all(place.offset + place.size <= size for place in places)
     return Store(folder, names, places, verify=verify) if whole and inside else None

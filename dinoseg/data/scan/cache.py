@@ -15,7 +15,7 @@ import numpy as np
 from dinoseg.data.classes.masks import MaskReader
 from dinoseg.data.scan.record import SMALL, Record
 from dinoseg.data.stamps import rules_of, stamp
-from dinoseg.storage import stored
+from dinoseg.storage import forms
 
 log = logging.getLogger(__name__)
 
@@ -24,24 +24,24 @@ _SMALL_COPIES = ("edges", "borders")
 _TUPLES = ("image_size", "mask_size", "color_sums", "color_squares")
 
 
-_SIZE_FORM = stored.maybe(stored.row(stored.whole(1), stored.whole(1)))
-_COLOR_FORM = stored.listing(stored.whole())
-_FORM = stored.listing(
-    stored.record(
-        key=stored.text,
-        stamps=stored.listing(stored.whole(-(2**63))),
-        record=stored.record(
-            **dict.fromkeys(("name", "image", "mask", "mask_format", "mask_digest", "image_digest"), stored.text),
+_SIZE_FORM = forms.maybe(forms.row(forms.whole(1), forms.whole(1)))
+_COLOR_FORM = forms.listing(forms.whole())
+_FORM = forms.listing(
+    forms.record(
+        key=forms.text,
+        stamps=forms.listing(forms.whole(-(2**63))),
+        record=forms.record(
+            **dict.fromkeys(("name", "image", "mask", "mask_format", "mask_digest", "image_digest"), forms.text),
             **dict.fromkeys(("image_size", "mask_size"), _SIZE_FORM),
             **dict.fromkeys(("color_sums", "color_squares"), _COLOR_FORM),
-            **dict.fromkeys(("passing", "decoded"), stored.flag),
-            pixels=stored.table(stored.whole(), r"[0-9]|[1-9][0-9]|1[0-9][0-9]|2[0-4][0-9]|25[0-5]"),
-            raw=stored.table(stored.whole(), r"-?[0-9]{1,10}|\([0-9]{1,3}, [0-9]{1,3}, [0-9]{1,3}\)"),
-            problems=stored.table(stored.text),
-            look=stored.maybe(stored.whole(0, 2**64 - 1)),
+            **dict.fromkeys(("passing", "decoded"), forms.flag),
+            pixels=forms.table(forms.whole(), r"[0-9]|[1-9][0-9]|1[0-9][0-9]|2[0-4][0-9]|25[0-5]"),
+            raw=forms.table(forms.whole(), r"-?[0-9]{1,10}|\([0-9]{1,3}, [0-9]{1,3}, [0-9]{1,3}\)"),
+            problems=forms.table(forms.text),
+            look=forms.maybe(forms.whole(0, 2**64 - 1)),
         ),
-        edges=stored.whole(0, SMALL**2),
-        borders=stored.whole(0, SMALL**2 // 8),
+        edges=forms.whole(0, SMALL**2),
+        borders=forms.whole(0, SMALL**2 // 8),
     )
 )
 
@@ -98,8 +98,8 @@ class ScanCache:
 
     def _load(self) -> dict[str, tuple[list[int], Record]]:
         try:
-            arrays = stored.read_arrays(self.path, dict.fromkeys(("records", *_SMALL_COPIES), ("|u1", 1)))
-            rows = stored.parse_json(arrays["records"].tobytes(), _FORM)
+            arrays = forms.read_arrays(self.path, dict.fromkeys(("records", *_SMALL_COPIES), ("|u1", 1)))
+            rows = forms.parse_json(arrays["records"].tobytes(), _FORM)
             copies = {name: _parted(arrays[name], [row[name] for row in rows]) for name in _SMALL_COPIES}
             known = {}
             for index, row in enumerate(rows):
@@ -108,7 +108,7 @@ class ScanCache:
             return known
         except FileNotFoundError:
             return {}
-        except (OSError, stored.Misshapen) as error:
+        except (OSError, forms.Misshapen) as error:
             log.warning("The kept scan in %s is damaged (%s): scanning anew.", self.path, error)
             return {}
 
@@ -144,5 +144,5 @@ def _joined(parts: Sequence[bytes]) -> np.ndarray:
 def _parted(joined: np.ndarray, lengths: Sequence[int]) -> list[bytes]:
     ends = np.cumsum(lengths)
     if len(joined) != (ends[-1] if len(ends) else 0):
-        raise stored.Misshapen("the small copies are incomplete")
+        raise forms.Misshapen("the small copies are incomplete")
     return [joined[end - length : end].tobytes() for end, length in zip(ends, lengths, strict=True)]

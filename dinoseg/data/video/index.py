@@ -17,7 +17,7 @@ import numpy as np
 from dinoseg.errors import UserError
 from dinoseg.processes.workers import count_cores, in_processes
 from dinoseg.report.progress import Bar
-from dinoseg.storage import stored
+from dinoseg.storage import forms
 from dinoseg.storage.files import check_regular
 from dinoseg.storage.locks import locked
 
@@ -163,12 +163,12 @@ def _load(kept: Path | None) -> VideoIndex | None:
     if kept is None or not kept.is_file():
         return None
     try:
-        held = stored.read_arrays(kept, {"times": ("<f8", 1), "sums": ("<u4", 1), "fps": ("<f8", 0)})
+        held = forms.read_arrays(kept, {"times": ("<f8", 1), "sums": ("<u4", 1), "fps": ("<f8", 0)})
         index = VideoIndex(held["times"], held["sums"], float(held["fps"]))
         if not 0 < len(index.times) == len(index.sums) or not np.isfinite([*index.times, index.fps]).all():
-            raise stored.Misshapen(f"{len(index.times)} times and {len(index.sums)} checksums, or no numbers")
+            raise forms.Misshapen(f"{len(index.times)} times and {len(index.sums)} checksums, or no numbers")
         return index
-    except (OSError, stored.Misshapen) as error:
+    except (OSError, forms.Misshapen) as error:
         log.warning("The kept index %s is damaged (%s): making it anew.", kept, error)
         with contextlib.suppress(OSError):
             kept.unlink()

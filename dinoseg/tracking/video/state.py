@@ -13,15 +13,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dinoseg.errors import UserError
-from dinoseg.storage import stored
+from dinoseg.storage import forms
 from dinoseg.storage.tensor_files import write_tensors
 from dinoseg.wording import count_of, listed
 
 logger = logging.getLogger(__name__)
 MASKS, STATE, RESULT = "masks", "state.safetensors", "track.json"
 _FORMAT = 1
-_PROGRESS_FORM = stored.record(done=stored.whole(), frames=stored.text, labels=stored.text, batch_size=stored.whole(1))
-_FORM = stored.record(format=stored.whole(1), progress=_PROGRESS_FORM, settings=stored.table(stored.plain))
+_PROGRESS_FORM = forms.record(done=forms.whole(), frames=forms.text, labels=forms.text, batch_size=forms.whole(1))
+_FORM = forms.record(format=forms.whole(1), progress=_PROGRESS_FORM, settings=forms.table(forms.plain))
 
 
 @dataclass(frozen=True)
@@ -88,13 +88,13 @@ def read_standing(folder: Path) -> Standing:
     path = folder / STATE
     try:
         with safe_open(path, framework="pt") as file:
-            info = stored.parse_json((file.metadata() or {}).get("track", "{}"), stored.table(stored.plain))
+            info = forms.parse_json((file.metadata() or {}).get("track", "{}"), forms.table(forms.plain))
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         if type(info.get("format")) is int and info["format"] > _FORMAT:
             raise UserError(f"{path} was written by a newer dinoseg. Update this one, or begin anew.")
         _FORM(info, "its description")
         return Standing(Progress(**info["progress"]), info["settings"], tensors)
-    except (SafetensorError, OSError, stored.Misshapen) as error:
+    except (SafetensorError, OSError, forms.Misshapen) as error:
         raise UserError(f"{path} is not readable ({error}). Leave mode.restart out to begin anew.") from error
 
 

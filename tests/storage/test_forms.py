@@ -21,9 +21,9 @@ from dinoseg.data.scan.record import Record
 from dinoseg.errors import UserError
 from dinoseg.evaluation.restart import RECORD, earlier_run
 from dinoseg.modes.train import _read_split
-from dinoseg.storage import stored
+from dinoseg.storage import forms
 from dinoseg.storage.files import is_name
-from dinoseg.storage.stored import Misshapen, parse_json, read_arrays
+from dinoseg.storage.forms import Misshapen, parse_json, read_arrays
 from dinoseg.tracking.tracker import TensorForm, check_state
 from dinoseg.tracking.video.state import STATE, read_standing
 
@@ -196,7 +196,7 @@ def test_archives_of_arrays_that_cannot_be_read(tmp_path, caplog):
 
 def test_forms_say_where_and_what(caplog):
     caplog.set_level(logging.INFO)
-    form = stored.record(rows=stored.listing(stored.row(stored.whole(0, 9), stored.maybe(stored.text)), length=2))
+    form = forms.record(rows=forms.listing(forms.row(forms.whole(0, 9), forms.maybe(forms.text)), length=2))
     parse_json('{"rows": [[0, null], [9, "a"]]}', form)
     for text, message in (
         ('{"rows": [[0, null], [10, "a"]]}', r"it\.rows\[1\]\[0\] is 10, and must be a whole number from 0 to 9"),
@@ -212,9 +212,9 @@ def test_forms_say_where_and_what(caplog):
         with pytest.raises(Misshapen, match=message):
             parse_json(text, form)
     with pytest.raises(Misshapen, match="is 2, and must be a number from 0 to 1"):
-        parse_json("[0, 0.5, 2]", stored.listing(stored.number(0, 1)))
+        parse_json("[0, 0.5, 2]", forms.listing(forms.number(0, 1)))
     with pytest.raises(Misshapen, match="must be true or false"):
-        parse_json("1", stored.flag)
+        parse_json("1", forms.flag)
 
 
 def test_names_that_lead_elsewhere_are_none():
