@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -12,6 +11,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from dinoseg.errors import UserError
+from dinoseg.storage.atomic import whole_file
 from dinoseg.storage.files import check_regular
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
@@ -77,17 +77,11 @@ def write_png(path: str | Path, pixels: np.ndarray, *, note: tuple[str, str] | N
 
     A note is a keyword and its text (PNG's tEXt), before the pixels.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        info = PngInfo()
-        if note is not None:
-            info.add_text(*note)
+    info = PngInfo()
+    if note is not None:
+        info.add_text(*note)
+    with whole_file(Path(path)) as part:
         Image.fromarray(pixels).save(part, format="PNG", compress_level=1, pnginfo=info)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _upright_rgb(path: str | Path, image: Image.Image) -> Image.Image:

@@ -1,9 +1,7 @@
 """Pixels per class over all masks of a data set: counted once, then kept in a file."""
 
-import contextlib
 import json
 import logging
-import os
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +9,10 @@ import numpy as np
 from dinoseg.report.progress import Bar
 from dinoseg.shapes import SegmentationData
 from dinoseg.storage import forms
+from dinoseg.storage.atomic import write_text
 
 log = logging.getLogger(__name__)
-_FORM = forms.record(
-    fingerprint=forms.text, classes=forms.listing(forms.text), pixels=forms.listing(forms.whole())
-)
+_FORM = forms.record(fingerprint=forms.text, classes=forms.listing(forms.text), pixels=forms.listing(forms.whole()))
 
 
 def class_counts(dataset: SegmentationData, cache_dir: str | Path) -> np.ndarray:
@@ -64,12 +61,7 @@ def _load(path: Path, key: str, num_classes: int) -> np.ndarray | None:
 
 
 def _save(path: Path, content: dict) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(content), encoding="utf-8")
-        os.replace(part, path)
+        write_text(path, json.dumps(content))
     except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
         log.warning("The class counts cannot be kept in %s (%s): the next run counts anew.", path, error)

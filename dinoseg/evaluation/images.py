@@ -12,8 +12,9 @@ from dinoseg.images import write_png
 from dinoseg.metrics.protocols.contract import DatasetProtocol
 from dinoseg.report.confusion import confusion_picture
 from dinoseg.report.overlay import compare
-from dinoseg.report.table import class_table, write_csv, write_json
+from dinoseg.report.table import class_table, write_csv
 from dinoseg.shapes import Batch, SegmentationData
+from dinoseg.storage.atomic import write_json
 from dinoseg.training.engine import Engine
 from dinoseg.training.evaluate import evaluate
 from dinoseg.wording import count_of, one_line

@@ -8,7 +8,7 @@ from typing import Any
 from dinoseg import scoring
 from dinoseg.metrics.protocols.contract import ScoreProtocol
 from dinoseg.report.scores import few_units, scores_table
-from dinoseg.report.table import write_json
+from dinoseg.storage.atomic import write_json
 from dinoseg.wording import count_of
 
 logger = logging.getLogger(__name__)

@@ -2,10 +2,8 @@
 
 import glob
 import os
-import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
 
@@ -14,8 +12,9 @@ import numpy as np
 from dinoseg.images import write_png
 from dinoseg.report.overlay import blend, legend_of, side_by_side
 from dinoseg.report.palette import colorize
-from dinoseg.report.table import class_statistics, write_text
+from dinoseg.report.table import class_statistics
 from dinoseg.shapes import Palette
+from dinoseg.storage.atomic import whole_folder, write_text
 
 
 def write_image_results(
@@ -41,25 +40,6 @@ def write_image_results(
         write_png(part / "segmentation_colored.png", colorize(mask, palette, ignore_index))
         write_png(part / "comparison.png", side_by_side([("image", image), ("segmentation", overlay)], legend))
         write_text(part / "class_statistics.txt", class_statistics(mask, classes))
-
-
-@contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """Give a temporary folder that takes the name `folder` at the end, or vanishes on an exception."""
-    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    try:
-        yield part
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(part, folder)
-    finally:
-        if old.exists() and not folder.exists():  # something came between
-            os.replace(old, folder)
-        for left in (old, part):
-            shutil.rmtree(left, ignore_errors=True)
 
 
 def result_names(paths: Sequence[Path]) -> list[str]:

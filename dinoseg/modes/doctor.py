@@ -21,7 +21,7 @@ from dinoseg.errors import UserError
 from dinoseg.ranges import Count, Natural
 from dinoseg.report.doctor_page import doctor_page
 from dinoseg.report.overlay import blend, legend_of, side_by_side
-from dinoseg.report.table import write_json, write_text
+from dinoseg.storage.atomic import write_json, write_text
 from dinoseg.wording import count_of, one_line, printable
 
 _SPLITS = ("train", "val", "test")

@@ -17,13 +17,14 @@ from dinoseg.errors import UserError
 from dinoseg.evaluation.score_classes import FOLDER, mask_keys
 from dinoseg.images import read_image, write_png
 from dinoseg.inference.media import VideoReader, VideoWriter, is_video, list_inputs
-from dinoseg.inference.results import mask_names, result_names, whole_folder, write_image_results
+from dinoseg.inference.results import mask_names, result_names, write_image_results
 from dinoseg.inference.stream import run_pipeline
 from dinoseg.inference.trained_sizes import keep_scale
 from dinoseg.ranges import Count, Share
 from dinoseg.report.overlay import blend
 from dinoseg.report.progress import Bar
 from dinoseg.runs.resume import Trained, load_trained, sizes_to_keep
+from dinoseg.storage.atomic import whole_folder
 from dinoseg.wording import count_of
 
 logger = logging.getLogger(__name__)

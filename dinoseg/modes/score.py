@@ -12,7 +12,7 @@ from dinoseg.evaluation.score_report import result_of, write_problems
 from dinoseg.metrics.protocols.contract import ScoreProtocol
 from dinoseg.ranges import Count, Natural
 from dinoseg.report.scores import difference_table, scores_table
-from dinoseg.report.table import write_json
+from dinoseg.storage.atomic import write_json
 
 
 def run(

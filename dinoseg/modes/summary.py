@@ -9,7 +9,7 @@ from tabulate import tabulate
 from torch import nn
 
 from dinoseg import build
-from dinoseg.report.table import write_json
+from dinoseg.storage.atomic import write_json
 
 
 def summarise(cfg: DictConfig, *, out_dir: Path) -> dict[str, Any]:

@@ -15,10 +15,10 @@ from dinoseg.inference.frame_folder import FolderReader, open_frames
 from dinoseg.inference.media import VideoReader
 from dinoseg.inference.stream import Throughput
 from dinoseg.ranges import Count, Share
-from dinoseg.report.table import write_json
 from dinoseg.runs.folder import lock, release
 from dinoseg.runs.resume import is_trained, load_trained, sizes_to_keep
 from dinoseg.runs.unread import warn_unread
+from dinoseg.storage.atomic import write_json
 from dinoseg.tracking.propagation.settings import OF_PIXELS
 from dinoseg.tracking.propagation.tracker import PropagationTracker
 from dinoseg.tracking.slots.tracker import SlotTracker

@@ -21,9 +21,9 @@ from dinoseg.regimes.clips import TrainClips
 from dinoseg.regimes.images import TrainImages
 from dinoseg.report.curves import draw_curves
 from dinoseg.report.log import RunLog, read_rows, write_settings
-from dinoseg.report.table import write_json
 from dinoseg.runs.resume import check_classes, description
 from dinoseg.storage import forms
+from dinoseg.storage.atomic import write_json
 from dinoseg.training import checkpoint
 from dinoseg.training.description import CHOSEN, MODEL
 from dinoseg.training.feed import Feed

@@ -30,9 +30,9 @@ from dinoseg.data.formats.sarrarp_files import (
 from dinoseg.data.pairs import Pair, read_pair
 from dinoseg.errors import DISK_FULL, UserError
 from dinoseg.images import read_image, write_png
-from dinoseg.inference.results import whole_folder
 from dinoseg.report.progress import Bar
 from dinoseg.storage import forms
+from dinoseg.storage.atomic import whole_folder
 from dinoseg.storage.locks import locked
 from dinoseg.tracking.frame_features import Autocast, last_maps, precision_of
 from dinoseg.tracking.propagation.agreement import between

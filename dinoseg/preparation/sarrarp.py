@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from dinoseg.processes.workers import in_processes
 from dinoseg.ranges import Count, Share
 from dinoseg.report.progress import Bar
 from dinoseg.storage import forms
+from dinoseg.storage.atomic import write_text
 from dinoseg.storage.files import entries
 from dinoseg.storage.locks import locked
 from dinoseg.wording import count_of, listed
@@ -188,7 +188,7 @@ def _extract(folder: Path, rate: int) -> dict[str, int]:
     for stale in target.glob(".*.part"):  # of a run that was killed
         stale.unlink(missing_ok=True)
     counts = {"rate": rate, "decoded": decoded, "frames": len(range(0, decoded, step)), "masks": len(masks)}
-    _write_marker(folder / PREPARED, counts)
+    write_text(folder / PREPARED, json.dumps(counts))
     return counts
 
 
@@ -221,12 +221,6 @@ def _verify(folder: Path, decoded: int, step: int) -> None:
     frames = png_files(folder / FRAME_FOLDERS[0]).keys()
     if lacking := sorted({f"{index:09d}" for index in range(0, decoded, step)} - frames):
         raise UserError(f"{folder / FRAME_FOLDERS[0]} lacks the frames {listed(lacking)}. Run again.")
-
-
-def _write_marker(path: Path, counts: dict[str, int]) -> None:
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(counts), encoding="utf-8")
-    os.replace(part, path)
 
 
 def _chosen(jobs: list[VideoJob], videos: Sequence[str] | None) -> list[VideoJob]:

@@ -1,6 +1,5 @@
 """Masks of object ids as palette pictures, as PASCAL VOC, DAVIS and YouTube-VOS publish and expect them."""
 
-import os
 from functools import lru_cache
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from dinoseg.shapes import Palette
+from dinoseg.storage.atomic import whole_file
 
 
 @lru_cache
@@ -21,16 +21,10 @@ def voc_palette() -> tuple[tuple[int, int, int], ...]:
 
 def write_indexed_png(path: str | Path, ids: np.ndarray, palette: Palette | None = None) -> None:
     """Write ids (H, W) uint8 as a picture with a palette, PASCAL VOC's unless given; whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     picture = Image.fromarray(ids)
     picture.putpalette([level for colour in palette or voc_palette() for level in colour])
-    try:
+    with whole_file(Path(path)) as part:
         picture.save(part, format="PNG", compress_level=1)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _channel(bits: int) -> int:

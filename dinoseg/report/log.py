@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ import numpy as np
 from dinoseg.errors import UserError
 from dinoseg.images import write_png
 from dinoseg.storage import forms
+from dinoseg.storage.atomic import write_text
 from dinoseg.storage.files import check_regular
 
 _BOARD = "tensorboard"
@@ -128,12 +128,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 
 def _drop_after(path: Path, step: int) -> None:
     kept = [json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step]
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text("".join(kept), encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_text(path, "".join(kept))
 
 
 def _drop_pictures_after(folder: Path, step: int) -> None:

@@ -1,15 +1,15 @@
-"""Scores as a printed table, as JSON and as CSV."""
+"""Scores as a printed table and as CSV."""
 
 import csv
 import io
-import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tabulate import tabulate
+
+from dinoseg.storage.atomic import write_text
 
 _COLUMNS = ("iou", "dice", "accuracy", "precision", "recall")
 
@@ -62,15 +62,6 @@ def class_statistics(mask: np.ndarray, classes: Sequence[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` as JSON; the file appears whole or not at all.
-
-    Raises:
-        ValueError: a number is not finite, which JSON cannot say.
-    """
-    write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
-
-
 def write_csv(path: str | Path, scores: Mapping[str, Any], classes: Sequence[str]) -> None:
     """Write one line per class, scores in 0..1; an undefined score is an empty cell."""
     text = io.StringIO()
@@ -91,15 +82,3 @@ def _text_row(row: Mapping[str, Any], name: str) -> list[str]:
 
 def _percent(score: float | None) -> str:
     return "-" if score is None else f"{100 * score:.1f}"
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write UTF-8 text, what is none (a file's name may be) as escapes; the file appears whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8", errors="backslashreplace")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

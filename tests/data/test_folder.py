@@ -12,7 +12,7 @@ from dinoseg.data.formats.folder import Layout, folder_dataset
 from dinoseg.data.splits import Partition, split_table
 from dinoseg.errors import UserError
 from dinoseg.report.palette import default_palette
-from dinoseg.report.table import write_json
+from dinoseg.storage.atomic import write_json
 
 CLASSES = ["a", "b"]
 FLAT = Layout("images", "masks")

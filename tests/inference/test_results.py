@@ -1,4 +1,3 @@
-import os
 from pathlib import Path
 
 import numpy as np
@@ -6,7 +5,7 @@ import pytest
 
 from dinoseg.images import read_ids, read_image
 from dinoseg.inference import results
-from dinoseg.inference.results import result_names, whole_folder, write_image_results
+from dinoseg.inference.results import result_names, write_image_results
 
 OPTIONS = {"classes": ["ground", "car"], "palette": [(0, 0, 0), (9, 200, 30)]}
 
@@ -73,26 +72,3 @@ def test_a_failing_write_leaves_no_part_and_the_old_result(tmp_path, monkeypatch
         write_image_results(folder, np.zeros((3, 3, 3), np.uint8), np.zeros((3, 3), np.uint8), **OPTIONS)
     assert [path.name for path in tmp_path.iterdir()] == ["a_segmentation"]
     assert [path.name for path in folder.iterdir()] == ["old.txt"]
-
-
-def test_a_name_that_cannot_be_taken_leaves_the_old_result(tmp_path, monkeypatch):
-    folder, replace = tmp_path / "a_segmentation", os.replace
-    folder.mkdir()
-    (folder / "old.txt").write_text("old")
-
-    def refuse_part(source, target):
-        if source.suffix == ".part":
-            raise KeyboardInterrupt
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", refuse_part)
-    with pytest.raises(KeyboardInterrupt), whole_folder(folder):
-        pass
-    assert [path.name for path in tmp_path.rglob("*")] == ["a_segmentation", "old.txt"]
-
-
-def test_a_temporary_folder_is_private_until_the_end(tmp_path):
-    with whole_folder(tmp_path / "deep" / "masks") as part:
-        (part / "1.png").write_bytes(b"x")
-        assert not (tmp_path / "deep" / "masks").exists()
-    assert (tmp_path / "deep" / "masks" / "1.png").exists()

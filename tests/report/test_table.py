@@ -1,13 +1,13 @@
 import csv
 import json
-import os
 
 import numpy as np
 import pytest
 import torch
 
 from dinoseg.metrics.confusion import ConfusionMatrix
-from dinoseg.report.table import class_statistics, class_table, write_csv, write_json, write_text
+from dinoseg.report.table import class_statistics, class_table, write_csv
+from dinoseg.storage.atomic import write_json
 
 NAMES = ["background", "tool, long", "thread", "clamp"]
 
@@ -49,28 +49,6 @@ def test_csv_and_json_hold_the_numbers(scores, tmp_path):
     assert [row["class"] for row in rows] == NAMES
     assert float(rows[0]["iou"]) == scores["classes"][0]["iou"]
     assert rows[3]["iou"] == "" and rows[2]["precision"] == "" and rows[2]["iou"] == "0.0"
-
-
-def test_json_refuses_what_json_cannot_say_and_leaves_the_old_file(tmp_path):
-    path = tmp_path / "a.json"
-    write_json(path, {"a": 1})
-    with pytest.raises(ValueError, match="JSON"):
-        write_json(path, {"a": float("nan")})
-    assert json.loads(path.read_text()) == {"a": 1}
-
-
-def test_a_failing_write_leaves_the_old_file_and_no_part(tmp_path, monkeypatch):
-    path = tmp_path / "a.txt"
-    write_text(path, "old")
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OSError, match="No space"):
-        write_text(path, "new")
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_statistics_follow_the_format_line_by_line():

@@ -11,13 +11,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dinoseg.data import frequencies, scan_cache, video_index
+from dinoseg.data import frequencies
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import MaskReader, Masks
 from dinoseg.data.clips.youtube_vos import YoutubeVos
 from dinoseg.data.formats.sarrarp import _no_pseudo
 from dinoseg.data.packed.store import INDEX, PIXELS, StoreKey, open_store, write_index
+from dinoseg.data.scan import cache as scan_cache
 from dinoseg.data.scan.record import Record
+from dinoseg.data.video import index as video_index
 from dinoseg.errors import UserError
 from dinoseg.evaluation.restart import RECORD, earlier_run
 from dinoseg.modes.train import _read_split

@@ -11,8 +11,8 @@ from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.mask_size import fit
 from dinoseg.data.classes.masks import MaskReader, Masks
 from dinoseg.errors import UserError
-from dinoseg.report.table import write_json
 from dinoseg.storage import forms
+from dinoseg.storage.atomic import write_json
 
 NAME = "classes.json"
 _FORM = forms.record(

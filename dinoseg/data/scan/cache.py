@@ -1,6 +1,5 @@
 """Records of a scan kept in a file, each under the stamps of its two files."""
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -16,6 +15,7 @@ from dinoseg.data.classes.masks import MaskReader
 from dinoseg.data.scan.record import SMALL, Record
 from dinoseg.data.stamps import rules_of, stamp
 from dinoseg.storage import forms
+from dinoseg.storage.atomic import whole_file
 
 log = logging.getLogger(__name__)
 
@@ -84,17 +84,11 @@ class ScanCache:
         arrays: dict[str, Any] = {"records": _joined([json.dumps(rows).encode()])}
         for name in _SMALL_COPIES:
             arrays[name] = _joined([getattr(record, name) for _, record in self._known.values()])
-        part = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(part, "wb") as file:
+            with whole_file(self.path) as part, open(part, "wb") as file:
                 np.savez(file, **arrays)
-            os.replace(part, self.path)
         except OSError as error:
             log.warning("The scan cannot be kept in %s (%s): the next run scans anew.", self.path, error)
-        finally:
-            with contextlib.suppress(OSError):
-                part.unlink()
 
     def _load(self) -> dict[str, tuple[list[int], Record]]:
         try:

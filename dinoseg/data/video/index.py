@@ -5,7 +5,6 @@ import functools
 import hashlib
 import logging
 import math
-import os
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from dinoseg.errors import UserError
 from dinoseg.processes.workers import count_cores, in_processes
 from dinoseg.report.progress import Bar
 from dinoseg.storage import forms
+from dinoseg.storage.atomic import whole_file
 from dinoseg.storage.files import check_regular
 from dinoseg.storage.locks import locked
 
@@ -176,15 +176,10 @@ def _load(kept: Path | None) -> VideoIndex | None:
 
 
 def _save(kept: Path, index: VideoIndex) -> None:
-    part = kept.with_name(f".{kept.name}.{os.getpid()}.part")
     try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
+        with whole_file(kept) as part, part.open("wb") as file:
             np.savez(file, times=index.times, sums=index.sums, fps=index.fps)
-        os.replace(part, kept)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
         log.warning("The index cannot be kept in %s (%s): the next run makes it anew.", kept, error)
 
 

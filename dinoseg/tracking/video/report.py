@@ -1,7 +1,6 @@
 """What a finished tracking run shows, made of its frames and masks on the disk: an overlay video and a table."""
 
 import csv
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from dinoseg.inference.frame_folder import FolderReader
 from dinoseg.inference.media import VideoReader, VideoWriter
 from dinoseg.inference.stream import Throughput, run_pipeline
 from dinoseg.report.overlay import blend, smooth_blocks
+from dinoseg.storage.atomic import whole_file
 from dinoseg.tracking.video.run import Look
 from dinoseg.tracking.video.state import MASKS
 
@@ -86,12 +86,7 @@ def _with_masks(frames: VideoReader | FolderReader, masks: Path) -> Iterator[tup
 @contextmanager
 def _table(path: Path) -> Iterator[Any]:
     """Give a CSV writer whose file takes its name at the end, or vanishes on an exception."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(COLUMNS)
-            yield writer
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with whole_file(path) as part, open(part, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        yield writer

@@ -1,0 +1,64 @@
+"""Files and folders that appear whole or not at all."""
+
+import json
+import os
+
+import pytest
+
+from dinoseg.storage.atomic import whole_file, whole_folder, write_json, write_text
+
+
+def test_a_file_takes_its_name_at_the_end_or_vanishes(tmp_path):
+    path = tmp_path / "deep" / "a.bin"
+    with whole_file(path) as part:
+        part.write_bytes(b"1")
+        assert not path.exists()
+    with pytest.raises(KeyboardInterrupt), whole_file(path) as part:
+        part.write_bytes(b"2")
+        raise KeyboardInterrupt
+    assert path.read_bytes() == b"1" and list(path.parent.iterdir()) == [path]
+
+
+def test_json_refuses_what_json_cannot_say_and_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(path, {"a": float("nan")})
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_a_failing_write_leaves_the_old_file_and_no_part(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        write_text(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_name_that_cannot_be_taken_leaves_the_old_result(tmp_path, monkeypatch):
+    folder, replace = tmp_path / "a_segmentation", os.replace
+    folder.mkdir()
+    (folder / "old.txt").write_text("old")
+
+    def refuse_part(source, target):
+        if source.suffix == ".part":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse_part)
+    with pytest.raises(KeyboardInterrupt), whole_folder(folder):
+        pass
+    assert [path.name for path in tmp_path.rglob("*")] == ["a_segmentation", "old.txt"]
+
+
+def test_a_temporary_folder_is_private_until_the_end(tmp_path):
+    with whole_folder(tmp_path / "deep" / "masks") as part:
+        (part / "1.png").write_bytes(b"x")
+        assert not (tmp_path / "deep" / "masks").exists()
+    assert (tmp_path / "deep" / "masks" / "1.png").exists()
