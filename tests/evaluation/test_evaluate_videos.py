@@ -20,11 +20,11 @@ from dinoseg.errors import UserError
 from dinoseg.evaluation.videos import Options, evaluate_videos, follow_slots, needs_no_training
 from dinoseg.heads.slots.head import SlotHead
 from dinoseg.images import read_ids, write_png
-from dinoseg.inference import video_masks
 from dinoseg.model import Segmenter
 from dinoseg.modes import score
 from dinoseg.modes.evaluate import run as evaluate
 from dinoseg.report.indexed import voc_palette, write_indexed_png
+from dinoseg.tracking.video import benchmark_masks
 
 
 class Engine:
@@ -312,7 +312,7 @@ def test_a_stopped_evaluation_goes_on(track, tmp_path, monkeypatch, caplog):
         write_indexed_png(path, ids)
 
     with monkeypatch.context() as patch:
-        patch.setattr(video_masks, "write_indexed_png", full)
+        patch.setattr(benchmark_masks, "write_indexed_png", full)
         with pytest.raises(UserError, match=r"No space left.*mode\.restart="):
             track("copy", "davis2017", root)
     stopped = sorted(tmp_path.glob("run_*"))[-1]
@@ -339,7 +339,7 @@ def test_a_stopped_evaluation_goes_on(track, tmp_path, monkeypatch, caplog):
 def test_ctrl_c_names_the_folder_to_go_on_from(track, tmp_path, caplog):
     root = write_davis(tmp_path / "DAVIS", SEQUENCES)
     with pytest.MonkeyPatch.context() as patch:
-        fail_after(patch, video_masks, "write_indexed_png", 8, KeyboardInterrupt())
+        fail_after(patch, benchmark_masks, "write_indexed_png", 8, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             track("copy", "davis2017", root)
     (stopped,) = tmp_path.glob("run_*")

@@ -18,12 +18,13 @@ from PIL import Image
 from dinoseg.config.nodes import instantiate
 from dinoseg.errors import UserError
 from dinoseg.images import read_ids
-from dinoseg.inference import track_report, track_run
 from dinoseg.inference.media import VideoReader
 from dinoseg.launch import launch
 from dinoseg.modes import track as mode
 from dinoseg.runs.folder import is_locked
 from dinoseg.tracking.propagation.settings import CRW, DINO, DINOV3
+from dinoseg.tracking.video import report as track_report
+from dinoseg.tracking.video import run as track_run
 
 SIZE = (36, 50)
 kept = {}  # the composed config

@@ -11,8 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from dinoseg.images import read_ids, read_image, write_png
-from dinoseg.inference import track_run
 from dinoseg.synthetic.moving_write import render_moving_objects
+from dinoseg.tracking.video import run as track_run
 
 WAYS = {
     "segmenter": ("resume=segmenter", "mode.smoothing=0.8", "tracker.context=2"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dinoseg.errors import UserError
-from dinoseg.inference import slot_matching
+from dinoseg.tracking.slots import matching as slot_matching
 from dinoseg.tracking.slots.matching import Path, cosine, give, owners, soft_iou, winners
 
 

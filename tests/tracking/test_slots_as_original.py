@@ -10,8 +10,8 @@ from scipy.optimize import linear_sum_assignment
 from slot_scene import crossing
 
 from dinoseg.heads.slots.head import SlotHead
-from dinoseg.inference import slot_matching
 from dinoseg.model import Segmenter
+from dinoseg.tracking.slots import matching as slot_matching
 from dinoseg.tracking.slots.following import Follower
 from dinoseg.tracking.slots.settings import SlotTracking
 from dinoseg.tracking.slots.tracker import SlotTracker

@@ -13,10 +13,10 @@ from PIL import Image
 from torch import nn
 
 from dinoseg.images import read_ids
-from dinoseg.inference import track_run
 from dinoseg.inference.frame_folder import open_frames
 from dinoseg.tracking.propagation.settings import CRW, DINOV3
 from dinoseg.tracking.propagation.tracker import PropagationTracker
+from dinoseg.tracking.video import run as track_run
 from dinoseg.tracking.video.labels import find_labels
 from dinoseg.tracking.video.run import TrackJob, track_video
 from dinoseg.tracking.video.state import read_standing
