@@ -21,7 +21,10 @@ def pytest_collection_modifyitems(items):
 def no_stray_log_handlers():
     """Begin with pytest's own handlers alone: a library that logs between tests leaves one on a closed stream."""
     root = logging.getLogger()
-    root.handlers[:] = [handler for handler in root.handlers if type(handler).__module__.startswith("_pytest.")]
+    for handler in root.handlers[:]:
+        if not type(handler).__module__.startswith("_pytest."):
+            root.removeHandler(handler)
+            handler.close()
 
 
 @pytest.fixture

@@ -6,11 +6,11 @@ import torch
 from making import save, write_video
 
 from dinoseg.config.nodes import instantiate
-from dinoseg.data import video_index
 from dinoseg.data.formats.sarrarp import BY_OPERATION, sar_rarp50
 from dinoseg.data.loader import eval_samples
 from dinoseg.data.opened import opened
 from dinoseg.data.scan.scan import scan
+from dinoseg.data.video import index as video_index
 from dinoseg.data.video.access import VideoFrame
 from dinoseg.errors import UserError
 from dinoseg.preparation.sarrarp import prepare

@@ -10,11 +10,11 @@ import pytest
 from making import save
 from PIL import Image
 
-from dinoseg.data import scan as scan_module
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import MaskReader, Masks
 from dinoseg.data.formats.folder import folder_dataset
 from dinoseg.data.pairs import Pair, PairDataset
+from dinoseg.data.scan import scan as scan_module
 from dinoseg.data.scan.record import perceptual_hash
 from dinoseg.data.scan.scan import reasons, scan, unreadable
 from dinoseg.errors import UserError

@@ -9,7 +9,8 @@ import cv2
 import numpy as np
 import pytest
 
-from dinoseg.data import video_access, video_index
+from dinoseg.data.video import access as video_access
+from dinoseg.data.video import index as video_index
 from dinoseg.data.video.access import VideoFrame, read_frame
 from dinoseg.data.video.index import find_index, index_videos
 from dinoseg.errors import UserError

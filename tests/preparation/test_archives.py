@@ -3,8 +3,8 @@ import zipfile
 
 import pytest
 
-from dinoseg.data import archives
 from dinoseg.errors import UserError
+from dinoseg.preparation import archives
 from dinoseg.preparation.archives import unpack
 
 CONTENT = {

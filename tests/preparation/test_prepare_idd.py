@@ -16,11 +16,11 @@ from PIL import Image
 
 from dinoseg.__main__ import CONFIGS
 from dinoseg.config.values import register_resolvers
-from dinoseg.data import prepare_idd
 from dinoseg.data.formats.idd import idd
 from dinoseg.errors import UserError
 from dinoseg.label_tables.read import label_table
 from dinoseg.modes.prepare import prepare as prepare_mode
+from dinoseg.preparation import idd as prepare_idd
 from dinoseg.preparation.idd import prepare
 from dinoseg.storage.locks import locked
 

@@ -13,9 +13,10 @@ from failing import fail_after
 from making import save, write_video
 from PIL import Image
 
-from dinoseg.data import prepare_sarrarp, video_frames
 from dinoseg.data.formats.sarrarp import sar_rarp50
 from dinoseg.errors import UserError
+from dinoseg.preparation import frames as video_frames
+from dinoseg.preparation import sarrarp as prepare_sarrarp
 from dinoseg.preparation.sarrarp import prepare
 from dinoseg.storage.locks import locked
 

@@ -12,7 +12,7 @@ from failing import fail_after
 
 from dinoseg import build
 from dinoseg.images import read_ids, write_png
-from dinoseg.modes import propagate
+from dinoseg.preparation import pseudo_labels as propagate
 from dinoseg.storage.locks import locked
 from dinoseg.synthetic.scene import render_clip
 from dinoseg.synthetic.write import render_dataset
