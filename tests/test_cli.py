@@ -13,6 +13,7 @@ from command_line import SMALL, call, write_data
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
+import dinoseg
 from dinoseg.__main__ import CONFIGS
 from dinoseg.command import words
 from dinoseg.images import write_png
@@ -26,6 +27,12 @@ LIGHT = "import sys; from dinoseg.__main__ import main; main(); print('torch' in
 def process(where, *command):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, *command], cwd=where, env=environment, capture_output=True, text=True)
+
+
+def test_processes_run_the_code_beside_these_tests(tmp_path):
+    here = Path(__file__).parents[1] / "dinoseg"
+    done = process(tmp_path, "-c", "import dinoseg; print(dinoseg.__path__[0])")
+    assert done.stdout.split() == [str(here)] == list(dinoseg.__path__)
 
 
 @pytest.fixture
