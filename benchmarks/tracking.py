@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor
 
+from dinoseg.tracking.grid.propagator import Propagator
 from dinoseg.tracking.propagation.masks import to_mask
-from dinoseg.tracking.propagation.propagator import Propagator
 from dinoseg.tracking.propagation.settings import DINOV3
 
 FASTER, SMALLER = 3.0, 5.0

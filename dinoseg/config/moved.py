@@ -1,5 +1,8 @@
 """Where the parts that older checkpoints name are today."""
 
+TARGETS = {  # a full name in older checkpoints to today's, where the name itself is another
+    "dinoseg.inference.tracking_settings.Settings": "dinoseg.tracking.propagation.settings.PropagationSettings",
+}
 MODULES = {  # a module's name in older checkpoints to today's
     "dinoseg.data.clip_davis": "dinoseg.data.clips.davis",
     "dinoseg.data.clip_folder": "dinoseg.data.clips.folder",
@@ -17,7 +20,6 @@ MODULES = {  # a module's name in older checkpoints to today's
     "dinoseg.data.synthetic.moving_write": "dinoseg.synthetic.moving_write",
     "dinoseg.data.synthetic.write": "dinoseg.synthetic.write",
     "dinoseg.inference.slot_settings": "dinoseg.tracking.slots.settings",
-    "dinoseg.inference.tracking_settings": "dinoseg.tracking.propagation.settings",
     "dinoseg.modes.sweep": "dinoseg.sweeps.table",
 }
 
@@ -25,4 +27,4 @@ MODULES = {  # a module's name in older checkpoints to today's
 def today(target: str) -> str:
     """Return a target's name of today; one that has not moved keeps its name."""
     module, _, name = target.rpartition(".")
-    return f"{MODULES.get(module, module)}.{name}"
+    return TARGETS.get(target, f"{MODULES.get(module, module)}.{name}")

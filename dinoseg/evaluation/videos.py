@@ -23,7 +23,7 @@ from dinoseg.runs.unread import warn_unread
 from dinoseg.storage.atomic import write_json
 from dinoseg.tracking.propagation.tracker import PropagationTracker
 from dinoseg.tracking.slots.tracker import SlotTracker
-from dinoseg.tracking.tracker import VideoTracker
+from dinoseg.tracking.tracker import Tracker
 from dinoseg.tracking.video.benchmark_masks import write_masks
 from dinoseg.training.engine import Engine
 from dinoseg.wording import count_of
@@ -84,7 +84,7 @@ def propagate(cfg: DictConfig, out_dir: Path, options: Options) -> dict[str, Any
         warn_unread(out_dir, ("slots",), "Label propagation has no slots: give resume=RUN of a model with head=slots.")
     backbone = build.backbone(cfg).to(engine.device)
 
-    def make() -> VideoTracker:
+    def make() -> Tracker:
         return PropagationTracker(
             backbone, settings, device=engine.device, autocast=engine.autocast, batch_size=engine.eval_batch_size
         )
@@ -117,7 +117,7 @@ def follow_slots(cfg: DictConfig, trained: Trained, out_dir: Path, options: Opti
     if engine.is_main:
         warn_unread(out_dir, ("tracker",), "Slots are followed as slots=... says.")
 
-    def make() -> VideoTracker:
+    def make() -> Tracker:
         return SlotTracker(trained.model, choice, batch_size=engine.eval_batch_size, autocast=engine.autocast)
 
     return evaluate_videos(cfg, make, engine, out_dir, options, supervision=supervision)
@@ -125,7 +125,7 @@ def follow_slots(cfg: DictConfig, trained: Trained, out_dir: Path, options: Opti
 
 def evaluate_videos(
     cfg: DictConfig,
-    make: Callable[[], VideoTracker],
+    make: Callable[[], Tracker],
     engine: Engine,
     out_dir: Path,
     options: Options,
@@ -220,7 +220,7 @@ class _Followed:
 class _Job:
     """How each video is tracked."""
 
-    make: Callable[[], VideoTracker]
+    make: Callable[[], Tracker]
     out_dir: Path
     folder: Path  # of folders of masks
     blends: Path | None

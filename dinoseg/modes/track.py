@@ -19,11 +19,10 @@ from dinoseg.runs.folder import lock, release
 from dinoseg.runs.resume import is_trained, load_trained, sizes_to_keep
 from dinoseg.runs.unread import warn_unread
 from dinoseg.storage.atomic import write_json
-from dinoseg.tracking.propagation.settings import OF_PIXELS
 from dinoseg.tracking.propagation.tracker import PropagationTracker
 from dinoseg.tracking.slots.tracker import SlotTracker
 from dinoseg.tracking.smoothing import SmoothingTracker
-from dinoseg.tracking.tracker import VideoTracker
+from dinoseg.tracking.tracker import Tracker
 from dinoseg.tracking.video.labels import TrackLabels, find_labels
 from dinoseg.tracking.video.report import write_track_report
 from dinoseg.tracking.video.run import Look, TrackJob, track_video
@@ -83,7 +82,7 @@ def track(
         frames, given = _given(input, labels, needed=not is_trained(cfg))
         with frames:
             tracker, look = _tracker(cfg, batch_size, smoothing, labels, out_dir)
-            _warn_unread(tracker, out_dir)
+            warn_unread(out_dir, tracker.unread, tracker.unread_because)
             start = None if standing is None else _go_on(tracker, standing, folder)
             job = TrackJob(tracker, frames, given, folder, start, batch_size, save_every, look)
             return _run(job, str(input), opacity)
@@ -129,7 +128,7 @@ def _given(input: str | None, labels: str | None, *, needed: bool) -> tuple[Vide
 
 def _tracker(
     cfg: Any, batch_size: int, smoothing: float | None, labels: str | None, out_dir: Path
-) -> tuple[VideoTracker, Look]:
+) -> tuple[Tracker, Look]:
     """Return what follows objects, and how its masks are shown.
 
     Raises:
@@ -159,20 +158,7 @@ def _tracker(
     return tracker, Look(palette=tuple(trained.palette), background=None)
 
 
-def _warn_unread(tracker: VideoTracker, out_dir: Path) -> None:
-    """Name what was typed for another way of tracking."""
-    unread, reason = {
-        "propagation": (("slots",), "Label propagation has no slots: give resume=RUN of a model with head=slots."),
-        "slots": (("tracker",), "Slots are followed as slots=... says."),
-        "smoothing": (
-            ("slots", *(f"tracker.{key}" for key in OF_PIXELS)),
-            "Smoothing has no slots, and a segmenter resizes frames as resolution.scale and resolution.longest say.",
-        ),
-    }[tracker.settings["kind"]]
-    warn_unread(out_dir, unread, reason)
-
-
-def _propagation(cfg: Any, batch_size: int) -> VideoTracker:
+def _propagation(cfg: Any, batch_size: int) -> Tracker:
     settings, engine = instantiate(cfg.tracker), instantiate(cfg.engine)
     backbone = build.backbone(cfg).to(engine.device)
     return PropagationTracker(backbone, settings, device=engine.device, autocast=engine.autocast, batch_size=batch_size)
@@ -192,7 +178,7 @@ def _standing(folder: Path, restart: str | None) -> Iterator[Standing | None]:
         release(folder)
 
 
-def _go_on(tracker: VideoTracker, standing: Standing, folder: Path) -> Progress:
+def _go_on(tracker: Tracker, standing: Standing, folder: Path) -> Progress:
     """Bring a tracker to where a run stands.
 
     Raises:
@@ -220,9 +206,10 @@ def _finish(job: TrackJob, passed: Throughput, input: str, opacity: float) -> di
         passed.seconds,
         passed.items / passed.seconds,
     )
-    blocks = job.tracker.blocks(job.frames.size) if isinstance(job.tracker, PropagationTracker) else None
     with open_frames(input) as frames:
-        objects, report = write_track_report(frames, job.folder, opacity=opacity, look=job.look, blocks=blocks)
+        objects, report = write_track_report(
+            frames, job.folder, opacity=opacity, look=job.look, blocks=job.tracker.blocks(job.frames.size)
+        )
     result = {
         "input": input,
         "labels": {job.frames.frame_name(position): str(path) for position, path in sorted(job.labels.files.items())},
@@ -243,13 +230,10 @@ def _finish(job: TrackJob, passed: Throughput, input: str, opacity: float) -> di
     return {key: result[key] for key in ("frames", "objects", "frames_per_s")} | {"run": str(job.folder)}
 
 
-def _flicker(tracker: VideoTracker) -> dict[str, float] | None:
-    """Print and return how many pixels change their class from frame to frame, where masks were smoothed."""
-    if not isinstance(tracker, SmoothingTracker):
-        return None
+def _flicker(tracker: Tracker) -> dict[str, float] | None:
+    """Print and return how many pixels change their class from frame to frame, where that is counted."""
     shares = tracker.flicker()
-    before, after = shares["before"], shares["after"]
-    logger.info(
-        "Pixels that change class from a frame to the next: %.2f %%, smoothed %.2f %%", 100 * before, 100 * after
-    )
+    if shares is not None:
+        before, after = 100 * shares["before"], 100 * shares["after"]
+        logger.info("Pixels that change class from a frame to the next: %.2f %%, smoothed %.2f %%", before, after)
     return shares

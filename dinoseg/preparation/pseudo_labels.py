@@ -34,10 +34,11 @@ from dinoseg.report.progress import Bar
 from dinoseg.storage import forms
 from dinoseg.storage.atomic import whole_folder
 from dinoseg.storage.locks import locked
-from dinoseg.tracking.frame_features import Autocast, last_maps, precision_of
 from dinoseg.tracking.propagation.agreement import between
-from dinoseg.tracking.propagation.settings import Settings
-from dinoseg.tracking.propagation.tracker import weights_of
+from dinoseg.tracking.propagation.features import last_maps
+from dinoseg.tracking.propagation.settings import PropagationSettings
+from dinoseg.tracking.provenance import precision_of, weights_of
+from dinoseg.tracking.tracker import Autocast
 
 logger = logging.getLogger(__name__)
 _LOCK = ".propagate.lock"  # in the folder of a video: one run at a time
@@ -50,7 +51,7 @@ class Propagation:
     """What gives the frames between two masks their labels."""
 
     backbone: Any
-    settings: Settings
+    settings: PropagationSettings
     device: torch.device
     autocast: Autocast
     reader: MaskReader

@@ -1,80 +1,108 @@
-"""What follows objects through a video, frame by frame, in memory that does not grow with its length."""
+"""What every tracker promises: objects followed through one video, in memory that does not grow with its length."""
 
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dinoseg.errors import UserError
 
-class TensorForm(NamedTuple):
-    """Form of a tensor that is read back from disk.
+Autocast = Callable[[], AbstractContextManager]
+Size = tuple[int, int]
+
+
+class Tracker(ABC):
+    """One video's tracker: frames in order in, a mask for each out.
 
     Args:
-        dtype: of its numbers; None: any of floating point.
-        shape: in words such as `2 H W`; axes of one letter are equally long in all tensors of a state.
-        least: of its numbers, which are finite in any case.
-        most: likewise.
+        device: where its model is.
+        autocast: gives the precision's context for a forward pass.
+        batch_size: frames that its model sees at once.
     """
 
-    dtype: torch.dtype | None
-    shape: str
-    least: float = -math.inf
-    most: float = math.inf
+    unread: Sequence[str] = ()  # groups and keys of the config that say nothing to it
+    unread_because = ""  # a sentence that tells why
 
+    def __init__(
+        self, *, device: torch.device | str = "cpu", autocast: Autocast = nullcontext, batch_size: int = 4
+    ) -> None:
+        self.device = torch.device(device)
+        self.autocast = autocast
+        self.batch_size = batch_size
+        self.size: Size | None = None  # (H, W) of the video's frames, once there is one
 
-def check_state(state: Mapping[str, Tensor], forms: Mapping[str, TensorForm]) -> None:
-    """Refuse a state that no tracker has written.
+    def track(self, frames: Sequence[np.ndarray], labels: Sequence[np.ndarray | None]) -> list[np.ndarray]:
+        """Return the masks (H, W) uint8 of the next frames (H, W, 3) uint8 RGB, all of one size.
 
-    Raises:
-        ValueError: a tensor is missing or foreign, or of another form.
-    """
-    if state.keys() != forms.keys():
-        raise ValueError(f"it holds {', '.join(sorted(state)) or 'nothing'}, and must hold {', '.join(sorted(forms))}")
-    lengths: dict[str, int] = {}
-    for name, form in forms.items():
-        value, axes = state[name], form.shape.split()
-        fits = len(axes) == value.ndim and all(
-            length == (int(axis) if axis.isdecimal() else lengths.setdefault(axis, length)) and length > 0
-            for axis, length in zip(axes, value.shape, strict=True)
-        )
-        right = value.is_floating_point() if form.dtype is None else value.dtype == form.dtype
-        if not (right and fits):
-            wanted = f"{form.dtype or 'of floating point'} [{form.shape}]"
-            raise ValueError(f"{name} is {value.dtype} {list(value.shape)}, and must be {wanted}")
-        low, high = (float(bound) for bound in torch.aminmax(value))
-        if not (form.least <= low <= high <= form.most and math.isfinite(low) and math.isfinite(high)):
-            raise ValueError(f"{name} holds numbers from {low} to {high}, and may from {form.least} to {form.most}")
+        `labels` has a mask (H, W) uint8 of object ids 0..n, or None, for each frame. The same frames in other batches
+        give the same masks but for rounding.
 
+        Raises:
+            UserError: frames or labels that do not fit what was seen before.
+        """
+        masks: list[np.ndarray] = []
+        for start in range(0, len(frames), self.batch_size):
+            batch = slice(start, start + self.batch_size)
+            self.size = common_size(self.size, frames[batch], labels[batch])
+            masks += self.track_batch(frames[batch], labels[batch])
+        return masks
 
-class VideoTracker(Protocol):
-    """One video's tracker: frames in order in, a mask for each out."""
+    @abstractmethod
+    def track_batch(self, frames: Sequence[np.ndarray], labels: Sequence[np.ndarray | None]) -> list[np.ndarray]:
+        """Return the masks of the next frames as `track` does: no more than `batch_size`, of the size `self.size`."""
 
     @property
+    @abstractmethod
     def settings(self) -> Mapping[str, Any]:
         """Return in plain values (for JSON) what its masks depend on beside frames and labels.
 
         A run is only gone on with where they are equal. All weights are read for it, so it is made when asked for: not
         every video's tracker is.
         """
-        ...
 
-    def track(self, frames: Sequence[np.ndarray], labels: Sequence[np.ndarray | None]) -> list[np.ndarray]:
-        """Return the masks (H, W) uint8 of the next frames (H, W, 3) uint8 RGB, all of one size.
+    @abstractmethod
+    def state(self) -> dict[str, Tensor]:
+        """Return all that the next frame depends on; empty before the first."""
 
-        `labels` has a mask (H, W) uint8 of object ids 0..n, or None, for each frame.
+    @abstractmethod
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a `state()` of a tracker with the same settings.
 
         Raises:
-            UserError: frames or labels that do not fit what was seen before.
+            ValueError: it is no such state.
         """
-        ...
 
-    def state(self) -> dict[str, Tensor]:
-        """Return all that the next frame depends on."""
-        ...
+    def blocks(self, size: Size) -> Size | None:
+        """Return the grid (h, w) whose cells are seen as blocks in masks of frames of `size` (H, W); None: none are."""
+        return None
 
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a `state()`."""
-        ...
+    def flicker(self) -> dict[str, float] | None:
+        """Return what share of the pixels, 0 to 1, changes its class from frame to frame; None: that is not counted."""
+        return None
+
+
+def common_size(size: Size | None, frames: Sequence[np.ndarray], masks: Sequence[np.ndarray | None] = ()) -> Size:
+    """Return the (H, W) that all frames and masks of a video share.
+
+    Args:
+        size: of the video's first frame; None: the first of these is it.
+        frames: (H, W, 3), at least one.
+        masks: (H, W) or None.
+
+    Raises:
+        UserError: one is of another size.
+    """
+    height, width = size or frames[0].shape[:2]
+    shapes = [("frame", frame.shape[:2]) for frame in frames]
+    shapes += [("mask", mask.shape) for mask in masks if mask is not None]
+    for what, shape in shapes:
+        if shape != (height, width):
+            raise UserError(
+                f"A {what} is {' x '.join(map(str, shape))} pixels, and the first frame {height} x {width} (H x W). "
+                "All of a video need one size: resize it."
+            )
+    return height, width

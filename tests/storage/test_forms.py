@@ -26,7 +26,7 @@ from dinoseg.modes.train import _read_split
 from dinoseg.storage import forms
 from dinoseg.storage.files import is_name
 from dinoseg.storage.forms import Misshapen, parse_json, read_arrays
-from dinoseg.tracking.tracker import TensorForm, check_state
+from dinoseg.tracking.state_form import TensorForm, check_state
 from dinoseg.tracking.video.state import STATE, read_standing
 
 HOSTILE = [  # none of them has the form of anything that is written

@@ -4,10 +4,10 @@ import torch
 from torch import nn
 
 from dinoseg.tracking.propagation.agreement import agree, between
-from dinoseg.tracking.propagation.settings import CRW, DINO, DINOV3, Settings
+from dinoseg.tracking.propagation.settings import CRW, DINO, DINOV3, PropagationSettings
 from dinoseg.tracking.propagation.tracker import PropagationTracker
 
-PLAIN = Settings(short=None, radius=3)
+PLAIN = PropagationSettings(short=None, radius=3)
 VOID = 255
 
 
@@ -68,7 +68,9 @@ def test_agreement_is_that_of_pixels(void):
     assert (agree(empty, empty + 1).mask == VOID).all()
 
 
-@pytest.mark.parametrize("settings", [PLAIN, Settings(short=None), Settings(short=None, context=1, radius=2, top_k=2)])
+@pytest.mark.parametrize(
+    "settings", [PLAIN, PropagationSettings(short=None), PropagationSettings(short=None, context=1, radius=2, top_k=2)]
+)
 def test_objects_that_both_ways_follow_keep_their_class(settings):
     frames, masks = clip()
     found = list(between(features_of(frames), masks[0], masks[-1], settings, patch_size=4))
@@ -83,7 +85,7 @@ def test_both_ways_are_those_of_a_tracker(settings):
     draw = np.random.default_rng(1)
     frames, masks = clip(7, 3)
     frames = [(frame + draw.integers(0, 20, frame.shape)).astype(np.uint8) for frame in frames]
-    settings = Settings(**{**vars(settings), "short": None, "long_multiple": None, "radius": 2})
+    settings = PropagationSettings(**{**vars(settings), "short": None, "long_multiple": None, "radius": 2})
     ways = []
     for order in (slice(None), slice(None, None, -1)):
         tracker, ends = PropagationTracker(Colours(), settings), masks[order]

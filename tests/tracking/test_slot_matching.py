@@ -7,7 +7,7 @@ import torch
 
 from dinoseg.errors import UserError
 from dinoseg.tracking.slots import matching as slot_matching
-from dinoseg.tracking.slots.matching import Path, cosine, give, owners, soft_iou, winners
+from dinoseg.tracking.slots.matching import Correspondence, cosine, give, owners, soft_iou, winners
 
 
 def draw(*shape, seed=0):
@@ -37,7 +37,7 @@ def test_cosine_knows_no_lengths_and_survives_zeros():
     torch.testing.assert_close(cosine(one, other), torch.tensor([[0.5**0.5, -1, 0], [0, 0, 0]]))
 
 
-def dense_path(similarities, temperature):
+def dense_correspondence(similarities, temperature):
     """The product in plain numbers, and of all assignments the one of greatest sum, at each step."""
     size = len(similarities[0])
     path = [[float(i == j) for j in range(size)] for i in range(size)]
@@ -49,39 +49,41 @@ def dense_path(similarities, temperature):
         yield path, max(sums, key=sums.get)
 
 
-class TestPath:
+class TestCorrespondence:
     @pytest.mark.parametrize(("size", "temperature"), [(4, 0.05), (5, 0.3), (2, 1.0), (1, 0.05)])
     def test_equals_the_dense_one(self, size, temperature):
         similarities = [draw(size, size, seed=seed) for seed in range(4)]
-        path = Path.start(size)
-        for similarity, (matrix, places) in zip(similarities, dense_path(similarities, temperature), strict=True):
-            path = path.step(similarity, temperature)
-            np.testing.assert_allclose(path.matrix.numpy(), matrix, rtol=1e-9)
-            assert tuple(path.places.tolist()) == places
+        correspondence = Correspondence.start(size)
+        for similarity, (matrix, places) in zip(
+            similarities, dense_correspondence(similarities, temperature), strict=True
+        ):
+            correspondence = correspondence.step(similarity, temperature)
+            np.testing.assert_allclose(correspondence.matrix.numpy(), matrix, rtol=1e-9)
+            assert tuple(correspondence.successors.tolist()) == places
 
     def test_goes_through_swaps(self):
-        path, orders = Path.start(3), [(1, 0, 2), (0, 2, 1), (2, 0, 1), (1, 0, 2)]
+        correspondence, orders = Correspondence.start(3), [(1, 0, 2), (0, 2, 1), (2, 0, 1), (1, 0, 2)]
         expected = [0, 1, 2]
         for order in orders:
-            path = path.step(torch.eye(3)[list(order)], 0.05)
+            correspondence = correspondence.step(torch.eye(3)[list(order)], 0.05)
             expected = [order[place] for place in expected]
-            assert path.places.tolist() == expected
+            assert correspondence.successors.tolist() == expected
         assert expected != [0, 1, 2]
 
     def test_still_follows_when_the_product_has_forgotten_all(self):
         generator = torch.Generator().manual_seed(5)
-        path, expected = Path.start(4), torch.arange(4)
+        correspondence, expected = Correspondence.start(4), torch.arange(4)
         for _ in range(400):
             order = torch.randperm(4, generator=generator)
-            path = path.step(0.2 + 0.1 * torch.eye(4)[order], 0.05)
+            correspondence = correspondence.step(0.2 + 0.1 * torch.eye(4)[order], 0.05)
             expected = order[expected]
-            assert torch.equal(path.places, expected)
-        assert (path.matrix - path.matrix.mean(0)).abs().max() < 1e-12
+            assert torch.equal(correspondence.successors, expected)
+        assert (correspondence.matrix - correspondence.matrix.mean(0)).abs().max() < 1e-12
 
     def test_does_not_change_what_it_came_from(self):
-        start = Path.start(2)
+        start = Correspondence.start(2)
         start.step(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), 0.05)
-        assert torch.equal(start.matrix, torch.eye(2).double()) and start.places.tolist() == [0, 1]
+        assert torch.equal(start.matrix, torch.eye(2).double()) and start.successors.tolist() == [0, 1]
 
 
 def boxes(*areas, grid=(6, 8)):

@@ -13,12 +13,12 @@ from dinoseg.geometry import upsample
 from dinoseg.heads.eomt import EomtHead
 from dinoseg.heads.linear import LinearHead
 from dinoseg.model import Segmenter
-from dinoseg.tracking.propagation.masks import one_hot
-from dinoseg.tracking.propagation.propagator import Propagator, propagate
-from dinoseg.tracking.propagation.settings import CRW, DINO, DINOV3, Settings
-from dinoseg.tracking.smoothing import SmoothingTracker, area_mean, with_features
+from dinoseg.tracking.grid.cells import area_mean, one_hot
+from dinoseg.tracking.grid.propagator import Propagator, propagate
+from dinoseg.tracking.propagation.settings import CRW, DINO, DINOV3, PropagationSettings
+from dinoseg.tracking.smoothing import SmoothingTracker, with_features
 
-NEAR = Settings(context=3, radius=2)
+NEAR = PropagationSettings(context=3, radius=2)
 
 
 class Strided(nn.Module):
@@ -285,7 +285,7 @@ def test_what_does_not_fit_is_refused(segmenter):
     assert tracker.track([], []) == []
     with pytest.raises(UserError, match="context=1, but the state holds"):
         tracker.track(frames, [None, None])
-        SmoothingTracker(model, Settings(context=1)).load(tracker.state())
+        SmoothingTracker(model, PropagationSettings(context=1)).load(tracker.state())
 
 
 def test_only_what_is_read_is_recorded(segmenter):

@@ -12,10 +12,11 @@ from PIL import Image
 from torch import nn
 
 from dinoseg.errors import UserError
+from dinoseg.tracking.grid.propagator import propagate
 from dinoseg.tracking.propagation.masks import first_labels, to_mask
-from dinoseg.tracking.propagation.propagator import propagate
 from dinoseg.tracking.propagation.settings import CRW, DINO, DINOV3
-from dinoseg.tracking.propagation.tracker import PropagationTracker, weights_of
+from dinoseg.tracking.propagation.tracker import PropagationTracker
+from dinoseg.tracking.provenance import weights_of
 
 TINY = {
     "dinov3": replace(DINOV3, short=32, radius=3),

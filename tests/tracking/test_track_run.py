@@ -17,7 +17,7 @@ from torch import nn
 from dinoseg.errors import UserError
 from dinoseg.images import read_ids
 from dinoseg.inference.frame_folder import open_frames
-from dinoseg.tracking.propagation.settings import Settings
+from dinoseg.tracking.propagation.settings import PropagationSettings
 from dinoseg.tracking.propagation.tracker import PropagationTracker
 from dinoseg.tracking.video import run as track_run
 from dinoseg.tracking.video import state as track_state
@@ -25,7 +25,7 @@ from dinoseg.tracking.video.labels import find_labels
 from dinoseg.tracking.video.run import TrackJob, track_video
 from dinoseg.tracking.video.state import STATE, check_same_settings, read_standing
 
-SETTINGS = Settings(short=24, context=3, radius=3)
+SETTINGS = PropagationSettings(short=24, context=3, radius=3)
 SIZE = (20, 28)
 
 

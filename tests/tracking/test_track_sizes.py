@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from dinoseg.errors import UserError
-from dinoseg.tracking.frame_size import input_size, resize
-from dinoseg.tracking.propagation.settings import CRW, DINO, DINOV3, Settings
+from dinoseg.tracking.propagation.features import input_size, resize
+from dinoseg.tracking.propagation.settings import CRW, DINO, DINOV3, PropagationSettings
 
 
 def reference(size, short, short_multiple, long_multiple, rounding):
@@ -53,7 +53,7 @@ def test_random_sizes_against_fractions():
         short = None if draw.random() < 0.3 else int(draw.integers(1, 1500))
         long = None if draw.random() < 0.5 else patch * int(draw.integers(1, 9))
         rounding = str(draw.choice(["up", "down"]))
-        settings = Settings(short=short, long_multiple=long, rounding=rounding)
+        settings = PropagationSettings(short=short, long_multiple=long, rounding=rounding)
         found = input_size(size, settings, patch)
         assert found == reference(size, short, patch, long or patch, rounding), (size, settings, patch)
         assert not found[0] % patch and not found[1] % patch
@@ -88,4 +88,4 @@ def test_a_multiple_that_the_patch_does_not_divide_is_refused():
 )
 def test_bad_sizes(changes, message):
     with pytest.raises(UserError, match=message):
-        Settings(**changes)
+        PropagationSettings(**changes)

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from PIL import Image
 
 from dinoseg.errors import UserError
-from dinoseg.tracking.propagation.masks import first_labels, one_hot, to_mask
-from dinoseg.tracking.propagation.propagator import Propagator, propagate, seed
-from dinoseg.tracking.propagation.settings import CRW, DINO, DINOV3, Settings
+from dinoseg.tracking.grid.cells import one_hot
+from dinoseg.tracking.grid.propagator import Propagator, propagate, seed
+from dinoseg.tracking.propagation.masks import first_labels, to_mask
+from dinoseg.tracking.propagation.settings import CRW, DINO, DINOV3, PropagationSettings
 
 SMALL = {
     "crw": (CRW, {"context": 3, "radius": 3.0}),
@@ -165,7 +166,7 @@ class TestStreaming:
     @pytest.mark.parametrize("cut", [0, 1, 5, 11])
     def test_a_restart_goes_on_exactly(self, name, cut, tmp_path):
         features, labels = clip(12, 6, (9, 10)), soft_labels(3, (9, 10))
-        settings = Settings(**{**vars(SMALL[name][0]), "context": 4})
+        settings = PropagationSettings(**{**vars(SMALL[name][0]), "context": 4})
         whole = propagate(features, labels, settings=settings)
         first = Propagator(settings)
         for number in range(cut):
@@ -231,7 +232,7 @@ def test_the_defaults_are_dinov3s():
     features, labels = clip(9, 5, (8, 9)), soft_labels(2, (8, 9))
     named = propagate(features, labels, context=7, radius=12, window="circle", top_k=5, temperature=0.2)
     assert torch.equal(propagate(features, labels), named)
-    assert Settings() == DINOV3
+    assert PropagationSettings() == DINOV3
 
 
 @pytest.mark.parametrize(
@@ -248,8 +249,8 @@ def test_each_parameter_matters(changes):
 )
 def test_each_option_matters(changes):
     features, labels = tied_clip(4, (12, 12)), soft_labels(2, (12, 12))
-    plain = propagate(features, labels, settings=Settings(radius=3))
-    assert (propagate(features, labels, settings=Settings(radius=3, **changes)) - plain).abs().max() > 1e-3
+    plain = propagate(features, labels, settings=PropagationSettings(radius=3))
+    assert (propagate(features, labels, settings=PropagationSettings(radius=3, **changes)) - plain).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -291,10 +292,10 @@ class TestSeed:
     def test_the_state_after_a_seed_goes_on_exactly(self):
         features, masks = moving_square(6)
         whole = propagate(features, {0: masks[0], 2: masks[2] * 2}, radius=4)
-        propagator = Propagator(Settings(radius=4))
+        propagator = Propagator(PropagationSettings(radius=4))
         for number in range(4):
             propagator.step(features[number], {0: masks[0], 2: masks[2] * 2}.get(number))
-        other = Propagator(Settings(radius=4))
+        other = Propagator(PropagationSettings(radius=4))
         other.load(propagator.state())
         assert torch.equal(other.step(features[4]), whole[4])
 
@@ -443,7 +444,7 @@ def test_bad_parameters(changes, message):
 )
 def test_bad_settings(changes, message):
     with pytest.raises(UserError, match=message):
-        Settings(**changes)
+        PropagationSettings(**changes)
 
 
 class TestBadInput:
@@ -483,4 +484,4 @@ class TestBadInput:
         for number in range(3):
             long.step(self.features[number], self.labels if number == 0 else None)
         with pytest.raises(UserError, match="context=1, but the state holds 2 frames beside the first"):
-            Propagator(Settings(context=1)).load(long.state())
+            Propagator(PropagationSettings(context=1)).load(long.state())

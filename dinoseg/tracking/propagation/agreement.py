@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dinoseg.tracking.grid.propagator import propagate
 from dinoseg.tracking.propagation.masks import first_labels, to_mask
-from dinoseg.tracking.propagation.propagator import propagate
-from dinoseg.tracking.propagation.settings import DINOV3, Settings
+from dinoseg.tracking.propagation.settings import DINOV3, PropagationSettings
 
 BACKGROUND = 0
 
@@ -29,7 +29,7 @@ def between(
     features: Tensor,
     first: np.ndarray,
     last: np.ndarray,
-    settings: Settings = DINOV3,
+    settings: PropagationSettings = DINOV3,
     *,
     patch_size: int,
     ignore_index: int = 255,
@@ -61,7 +61,7 @@ def agree(one: np.ndarray, other: np.ndarray, ignore_index: int = 255) -> Agreed
     return Agreed(mask, float((same & found).sum() / found.sum()) if found.any() else 1.0)
 
 
-def _propagated(features: Tensor, channels: np.ndarray, settings: Settings) -> Tensor:
+def _propagated(features: Tensor, channels: np.ndarray, settings: PropagationSettings) -> Tensor:
     """Return the soft labels (T, L, h, w) that come from frame 0's channels (H, W), numbered from 0."""
     labels = first_labels(torch.from_numpy(channels), (features.shape[2], features.shape[3]), settings)
     return propagate(features, labels.to(features.device), settings=settings)

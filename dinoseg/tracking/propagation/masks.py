@@ -1,4 +1,6 @@
-"""Between masks of pixels and soft labels on the feature grid."""
+"""Between masks of pixels and soft labels on the feature grid, in which each object has a channel."""
+
+import logging
 
 import numpy as np
 import torch
@@ -6,24 +8,58 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from dinoseg.data.clips.videos import VOID
 from dinoseg.errors import UserError
-from dinoseg.tracking.propagation.settings import DINOV3, Settings
+from dinoseg.tracking.grid.cells import label_count, one_hot
+from dinoseg.tracking.propagation.settings import DINOV3, PropagationSettings
+from dinoseg.wording import listed
 
+logger = logging.getLogger(__name__)
 _FLAT = 1e-6  # a channel that varies less than this share of its largest value is constant but for rounding
 
 
-def one_hot(ids: Tensor, num_labels: int | None = None) -> Tensor:
-    """Return ids (H, W) as labels (L, H, W), float32: L is `num_labels`, or the highest id + 1.
+class ObjectChannels:
+    """Which object each channel of a video's soft labels is; `ids` says it, and begins with the background, 0.
 
-    Raises:
-        UserError: for an id outside of 0..255 or of 0..L-1.
+    Masks may use few of 255 ids: channels are those that were seen, since each costs memory and time.
+
+    Args:
+        settings: how masks and labels become one another.
+        patch_size: of the backbone.
     """
-    num_labels = _count(ids, num_labels)
-    return torch.stack([ids == label for label in range(num_labels)]).float()
+
+    def __init__(self, settings: PropagationSettings, patch_size: int) -> None:
+        self._settings, self._patch_size = settings, patch_size
+        self.ids = [0]
+
+    def labels(self, mask: np.ndarray, grid: tuple[int, int], frame: int) -> Tensor:
+        """Return the labels (L, h, w) of a mask (H, W) uint8; objects that are new get channels of their own.
+
+        An object that no label is left of is warned of, with the number of its frame.
+        """
+        in_mask = [int(label) for label in np.unique(mask) if label not in (0, VOID)]
+        self.ids += [label for label in in_mask if label not in self.ids]
+        channels = np.zeros(256, np.uint8)  # of each id; void is background
+        channels[self.ids] = range(len(self.ids))
+        labels = first_labels(torch.from_numpy(channels[mask]), grid, self._settings, num_labels=len(self.ids))
+        lost = [str(label) for label in in_mask if not labels[self.ids.index(label)].any()]
+        if lost:
+            logger.warning(
+                "Frame %d: too small to lie under the centre of a grid cell, and so not followed: object %s. Give a "
+                "larger tracker.short, or tracker.first=bilinear.",
+                frame,
+                listed(lost),
+            )
+        return labels
+
+    def mask(self, soft: Tensor, size: tuple[int, int]) -> np.ndarray:
+        """Return the mask (H, W) uint8 of the objects that win in soft labels (L, h, w)."""
+        channels = to_mask(soft, size, self._settings, patch_size=self._patch_size)
+        return np.array(self.ids, np.uint8)[channels.cpu().numpy()]
 
 
 def first_labels(
-    mask: Tensor, grid: tuple[int, int], settings: Settings = DINOV3, *, num_labels: int | None = None
+    mask: Tensor, grid: tuple[int, int], settings: PropagationSettings = DINOV3, *, num_labels: int | None = None
 ) -> Tensor:
     """Return the labels (L, h, w) of a mask of ids (H, W) on a feature grid (h, w), as `settings.first` says.
 
@@ -35,7 +71,7 @@ def first_labels(
     """
     if mask.ndim != 2 or not mask.numel():
         raise UserError(f"The mask has the shape {tuple(mask.shape)}. Give one id for each pixel: (H, W).")
-    num_labels = _count(mask, num_labels)
+    num_labels = label_count(mask, num_labels)
     if settings.first == "nearest":
         return one_hot(_nearest_by_pillow(mask.to(torch.uint8), grid), num_labels)
     if settings.first == "nearest_exact":
@@ -47,7 +83,7 @@ def first_labels(
 
 @torch.no_grad()
 def to_mask(
-    soft: Tensor, size: tuple[int, int], settings: Settings = DINOV3, *, patch_size: int | None = None
+    soft: Tensor, size: tuple[int, int], settings: PropagationSettings = DINOV3, *, patch_size: int | None = None
 ) -> Tensor:
     """Return the winning ids (H, W), uint8, of soft labels (L, h, w), as `settings.upsample` and `.min_max` say.
 
@@ -71,24 +107,15 @@ def to_mask(
     return ids if decided == tuple(size) else _nearest_by_pillow(ids, size)
 
 
-def _count(ids: Tensor, num_labels: int | None) -> int:
-    low, high = int(ids.min()), int(ids.max())
-    num_labels = high + 1 if num_labels is None else num_labels
-    if low < 0 or high >= min(num_labels, 256):
-        raise UserError(
-            f"The mask holds the id {low if low < 0 else high}: ids here are 0 to {min(num_labels - 1, 255)}, 0 is the "
-            "background. Renumber the objects."
-        )
-    return num_labels
-
-
 def _nearest_by_pillow(ids: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize as Pillow does: it and torch choose another pixel where a cell's centre lies between two."""
     resized = Image.fromarray(ids.cpu().numpy()).resize((size[1], size[0]), Image.Resampling.NEAREST)
     return torch.from_numpy(np.array(resized)).to(ids.device)
 
 
-def _decision_size(soft: Tensor, size: tuple[int, int], settings: Settings, patch_size: int | None) -> tuple[int, int]:
+def _decision_size(
+    soft: Tensor, size: tuple[int, int], settings: PropagationSettings, patch_size: int | None
+) -> tuple[int, int]:
     if settings.upsample != "patch_bilinear":
         return size[0], size[1]
     if patch_size is None:

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from dinoseg.data.clips.videos import VOID
 from dinoseg.errors import UserError
-from dinoseg.tracking.frame_features import Autocast
+from dinoseg.tracking.grid.cells import area_mean
 from dinoseg.tracking.slots.locking import hold, lock
-from dinoseg.tracking.slots.matching import Path, cosine, give, overlap, owners, soft_iou
+from dinoseg.tracking.slots.matching import Correspondence, cosine, give, overlap, owners, soft_iou
 from dinoseg.tracking.slots.settings import SlotTracking
-from dinoseg.tracking.smoothing import area_mean
+from dinoseg.tracking.tracker import Autocast
 
 
-class Frame(NamedTuple):
+class SlotFrame(NamedTuple):
     """What is known of a frame before slots see it."""
 
     features: Tensor  # (1, C, h, w)
@@ -47,7 +47,7 @@ class Followed:
 
     slots: Tensor  # (1, S, D) of the last frame
     masks: Tensor  # (S, h, w) of the last frame, float32
-    path: Path
+    correspondence: Correspondence
     ids: list[int]  # (S,) what each slot of the first frame is in the masks
     labelled: bool  # whether these are ids of labels
     sizes: list[int]  # slots in each of the head's groups
@@ -73,7 +73,7 @@ class Follower:
             return (holds and self._head.groups != "off") or self._chosen.extra_slots > 0
         return holds and (self._head.groups == "always" or self._chosen.lock_on)
 
-    def begin(self, frame: Frame) -> Followed:
+    def begin(self, frame: SlotFrame) -> Followed:
         """Return what the first frame's slots stand for: as its labels say, or each for itself.
 
         Raises:
@@ -86,7 +86,7 @@ class Follower:
         if frame.labels is None:
             slots, masks = self._see(frame, None, allowed, sizes)
             numbers = _numbered(len(masks))
-            return Followed(slots, masks, Path.start(len(masks)), numbers, False, sizes, num_background)
+            return Followed(slots, masks, Correspondence.start(len(masks)), numbers, False, sizes, num_background)
         ids = [0, *frame.ids()]
         shares = frame.shares(ids)
         if self._chosen.lock_on:
@@ -96,9 +96,9 @@ class Follower:
             allowed = locked.allowed[None]
         slots, masks = self._see(frame, None, allowed, sizes)
         serves = locked.serves if self._chosen.lock_on else owners(masks, shares, ids)
-        return Followed(slots, masks, Path.start(len(masks)), serves, True, sizes, num_background)
+        return Followed(slots, masks, Correspondence.start(len(masks)), serves, True, sizes, num_background)
 
-    def go_on(self, last: Followed, frame: Frame) -> Followed:
+    def go_on(self, last: Followed, frame: SlotFrame) -> Followed:
         """Return where the slots of the last frame are in this one, whose new objects get a slot each.
 
         Raises:
@@ -109,22 +109,22 @@ class Follower:
             groups = (last.num_background, len(last.ids) - last.num_background)
             allowed = hold(frame.background, groups, self._chosen.hold)
         slots, masks = self._see(frame, last.slots, allowed, last.sizes)
-        path = last.path
+        correspondence = last.correspondence
         if self._chosen.match == "similarity":
-            path = path.step(cosine(last.slots[0], slots[0]), self._chosen.temperature)
+            correspondence = correspondence.step(cosine(last.slots[0], slots[0]), self._chosen.temperature)
         elif self._chosen.match == "soft_iou":
-            path = path.step(soft_iou(last.masks, masks), self._chosen.temperature)
+            correspondence = correspondence.step(soft_iou(last.masks, masks), self._chosen.temperature)
         elif self._chosen.match == "overlap" or self._head.predictor is None:
-            path = path.step(overlap(last.masks, masks), self._chosen.temperature)
+            correspondence = correspondence.step(overlap(last.masks, masks), self._chosen.temperature)
         ids = list(last.ids)
         new = [one for one in frame.ids() if one not in ids]
         if new:
-            now = masks[path.places.to(masks.device)]  # (S, h, w) in the order of the first frame
+            now = masks[correspondence.successors.to(masks.device)]  # (S, h, w) in the order of the first frame
             give(ids, dict(zip(new, soft_iou(frame.shares(new), now).cpu().numpy(), strict=True)))
-        return replace(last, slots=slots, masks=masks, path=path, ids=ids)
+        return replace(last, slots=slots, masks=masks, correspondence=correspondence, ids=ids)
 
     def _see(
-        self, frame: Frame, slots: Tensor | None, allowed: Tensor | None, sizes: list[int]
+        self, frame: SlotFrame, slots: Tensor | None, allowed: Tensor | None, sizes: list[int]
     ) -> tuple[Tensor, Tensor]:
         """Return the slots (1, S, D) of a frame and their soft masks (S, h, w) in float32."""
         grid = (frame.features.shape[-2], frame.features.shape[-1])

@@ -1,4 +1,4 @@
-"""Which slot is which: from frame to frame by a path, and to the objects of a mask by overlap."""
+"""Which slot is which: from frame to frame, and to the objects of a mask by overlap."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -47,26 +47,26 @@ def cosine(first: Tensor, second: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Path:
-    """Where the S slots of the first frame have gone.
+class Correspondence:
+    """Which slots of a frame the S slots of the first one have become.
 
     On the CPU and in double precision, which not every device has: that is where assignments are made.
 
     Args:
         matrix: (S, S) how much of each slot of the first frame each slot of this one is; rows sum to 1.
-        places: (S,) the slot of this frame that each slot of the first one is, by the assignment of greatest sum.
+        successors: (S,) the slot of this frame that each slot of the first one is, by the assignment of greatest sum.
     """
 
     matrix: Tensor
-    places: Tensor
+    successors: Tensor
 
     @classmethod
-    def start(cls, num_slots: int) -> "Path":
-        """Return the path of the first frame to itself."""
+    def start(cls, num_slots: int) -> "Correspondence":
+        """Return that of the first frame with itself."""
         return cls(torch.eye(num_slots, dtype=torch.float64), torch.arange(num_slots))
 
-    def step(self, similarity: Tensor, temperature: float) -> "Path":
-        """Return the path one frame further on.
+    def step(self, similarity: Tensor, temperature: float) -> "Correspondence":
+        """Return the correspondence one frame further on.
 
         A softmax of each row says what share of a slot goes where, and these are multiplied on. Over hundreds of frames
         that forgets what set similar slots apart: between assignments that differ by less than 1e-6, the shares of this
@@ -78,8 +78,8 @@ class Path:
         """
         edges = (similarity.cpu().double() / temperature).softmax(1)
         matrix = self.matrix @ edges
-        scores = matrix + _STAY * edges[self.places]
-        return Path(matrix, torch.from_numpy(best_assignment(scores.numpy())))
+        scores = matrix + _STAY * edges[self.successors]
+        return Correspondence(matrix, torch.from_numpy(best_assignment(scores.numpy())))
 
 
 def owners(masks: Tensor, shares: Tensor, ids: Sequence[int]) -> list[int]:

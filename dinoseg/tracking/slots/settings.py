@@ -23,9 +23,9 @@ class SlotTracking:
             in which the head's groups say so and, with `lock_on`, in all after the first: those of the `background`
             (as DINOSAVi does when it evaluates), `both` (as groups are trained) or `none`.
         match: how slots are followed to the next frame: by the `overlap` or the `soft_iou` of their masks or the
-            `similarity` (cosine) of their vectors, see `Path`; `auto`: they keep their places where the head carries
-            them over, and otherwise by overlap.
-        temperature: of a path's steps.
+            `similarity` (cosine) of their vectors, see `Correspondence`; `auto`: they keep their places where the head
+            carries them over, and otherwise by overlap.
+        temperature: of the steps of a `Correspondence`.
 
     Raises:
         UserError: for a value out of range or an unknown word.

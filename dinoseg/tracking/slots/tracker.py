@@ -15,13 +15,12 @@ from dinoseg.errors import UserError
 from dinoseg.geometry import valid_share
 from dinoseg.heads.slots.background import background_mask
 from dinoseg.model import Segmenter
-from dinoseg.tracking.frame_features import Autocast, precision_of
-from dinoseg.tracking.frame_size import one_size
-from dinoseg.tracking.propagation.tracker import model_settings
-from dinoseg.tracking.slots.following import Followed, Follower, Frame
-from dinoseg.tracking.slots.matching import Path, winners
+from dinoseg.tracking.provenance import model_settings, precision_of
+from dinoseg.tracking.slots.following import Followed, Follower, SlotFrame
+from dinoseg.tracking.slots.matching import Correspondence, winners
 from dinoseg.tracking.slots.settings import SlotTracking
-from dinoseg.tracking.tracker import TensorForm, check_state
+from dinoseg.tracking.state_form import TensorForm, check_state
+from dinoseg.tracking.tracker import Autocast, Tracker
 
 _FORMS = {
     "slots": TensorForm(None, "1 S D"),
@@ -36,7 +35,7 @@ _FORMS = {
 }
 
 
-class SlotTracker:
+class SlotTracker(Tracker):
     """Follow what the slots of a trained model see through one video.
 
     Without labels, masks say which slot of the first frame a pixel belongs to: id s + 1 for slot s. With a mask of the
@@ -61,6 +60,9 @@ class SlotTracker:
         UserError: the head has no slots, or the backbone lacks the class attention that extra slots need.
     """
 
+    unread = ("tracker",)
+    unread_because = "Slots are followed as slots=... says."
+
     def __init__(
         self,
         model: Segmenter,
@@ -69,7 +71,8 @@ class SlotTracker:
         batch_size: int = 4,
         autocast: Autocast = nullcontext,
     ) -> None:
-        self._model, self._chosen, self._batch_size, self._autocast = model, settings, batch_size, autocast
+        super().__init__(device=next(model.parameters()).device, autocast=autocast, batch_size=batch_size)
+        self._model, self._chosen = model, settings
         self._head: Any = model.head
         self._backbone: Any = model.backbone
         if not hasattr(self._head, "step"):
@@ -78,7 +81,6 @@ class SlotTracker:
             _refuse_class_attention(settings)
         self._follower = Follower(model.head, settings, autocast)
         self._followed: Followed | None = None
-        self._size = (0, 0)  # (H, W) of the frames, once there is one
 
     @cached_property
     def settings(self) -> Mapping[str, Any]:
@@ -87,33 +89,50 @@ class SlotTracker:
             "kind": "slots",
             "slots": asdict(self._chosen),
             "model": model_settings(self._model),
-            "precision": precision_of(self._autocast, self._device),
+            "precision": precision_of(self.autocast, self.device),
         }
 
-    def track(self, frames: Sequence[np.ndarray], labels: Sequence[np.ndarray | None]) -> list[np.ndarray]:
-        """Return the masks (H, W) uint8 of the next frames (H, W, 3) uint8 RGB; `labels` has a mask or None for each.
-
-        The same frames in other batches give the same masks but for rounding.
+    @torch.inference_mode()
+    def track_batch(self, frames: Sequence[np.ndarray], labels: Sequence[np.ndarray | None]) -> list[np.ndarray]:
+        """Return the masks (H, W) uint8 of the next frames; `labels` has a mask or None for each.
 
         Raises:
-            UserError: frames or masks of another size than the first frame; ids that are none; labels for a video
-                whose first frame had none, or none although `lock_on` needs them; more objects than slots.
+            UserError: ids that are none; labels for a video whose first frame had none, or none although `lock_on`
+                needs them; more objects than slots.
         """
-        masks: list[np.ndarray] = []
-        for start in range(0, len(frames), self._batch_size):
-            batch = slice(start, start + self._batch_size)
-            self._size = one_size(None if self._followed is None else self._size, frames[batch], labels[batch])
-            self._check_labels(labels[batch])
-            masks += self._track(frames[batch], labels[batch])
-        return masks
+        assert self.size is not None
+        self._check_labels(labels)
+        images = torch.from_numpy(np.stack(frames)).to(self.device).permute(0, 3, 1, 2)  # (B, 3, H, W)
+        pixels = self._model.pixels(images)
+        valid = valid_share((pixels.shape[-2], pixels.shape[-1]), self._model.patch_size)
+        features, background = self._features(pixels)
+        masks = []
+        for number, mask in enumerate(labels):
+            frame = SlotFrame(
+                features[number : number + 1],
+                None if background is None else background[number],
+                None if mask is None else np.where(mask == VOID, 0, mask).astype(np.uint8),
+                valid,
+            )
+            now = self._follower.begin(frame) if self._followed is None else self._follower.go_on(self._followed, frame)
+            self._followed = now
+            ids = torch.zeros(len(now.ids), dtype=torch.uint8)  # of the slots in this frame's order
+            ids[now.correspondence.successors] = torch.tensor(now.ids, dtype=torch.uint8)
+            masks.append(ids.to(self.device)[winners(now.masks, self.size, valid)])  # (H, W)
+        return list(torch.stack(masks).cpu().numpy())
 
     def state(self) -> dict[str, Tensor]:
         """Return all that the next frame depends on; empty before the first."""
         now = self._followed
-        if now is None:
+        if now is None or self.size is None:
             return {}
-        tensors = {"slots": now.slots, "masks": now.masks, "path": now.path.matrix, "places": now.path.places}
-        counts = {"ids": now.ids, "sizes": now.sizes, "labelled": [int(now.labelled)], "frame": self._size}
+        tensors = {
+            "slots": now.slots,
+            "masks": now.masks,
+            "path": now.correspondence.matrix,
+            "places": now.correspondence.successors,
+        }
+        counts = {"ids": now.ids, "sizes": now.sizes, "labelled": [int(now.labelled)], "frame": self.size}
         counts["background"] = [now.num_background]
         return {name: value.clone() for name, value in tensors.items()} | {
             name: torch.tensor(value) for name, value in counts.items()
@@ -125,7 +144,7 @@ class SlotTracker:
         Raises:
             ValueError: it is no such state.
         """
-        self._followed = None
+        self._followed, self.size = None, None
         if not state:
             return
         check_state(state, _FORMS)
@@ -133,44 +152,22 @@ class SlotTracker:
         if sorted(state["places"].tolist()) != list(range(slots)) or int(state["sizes"].sum()) != slots:
             raise ValueError(f"places or sizes are not those of {slots} slots")
         height, width = state["frame"].tolist()
-        self._size = (height, width)
+        self.size = (height, width)
         self._followed = Followed(
-            slots=state["slots"].to(self._device, copy=True),
-            masks=state["masks"].to(self._device, copy=True),
-            path=Path(state["path"].to("cpu", copy=True), state["places"].to("cpu", copy=True)),
+            slots=state["slots"].to(self.device, copy=True),
+            masks=state["masks"].to(self.device, copy=True),
+            correspondence=Correspondence(state["path"].to("cpu", copy=True), state["places"].to("cpu", copy=True)),
             ids=state["ids"].tolist(),
             labelled=bool(state["labelled"]),
             sizes=state["sizes"].tolist(),
             num_background=int(state["background"]),
         )
 
-    @property
-    def _device(self) -> torch.device:
-        return next(self._model.parameters()).device
-
-    @torch.inference_mode()
-    def _track(self, frames: Sequence[np.ndarray], labels: Sequence[np.ndarray | None]) -> list[np.ndarray]:
-        images = torch.from_numpy(np.stack(frames)).to(self._device).permute(0, 3, 1, 2)  # (B, 3, H, W)
-        pixels = self._model.pixels(images)
-        valid = valid_share((pixels.shape[-2], pixels.shape[-1]), self._model.patch_size)
-        features, background = self._features(pixels)
-        masks = []
-        for number, mask in enumerate(labels):
-            given = None if mask is None else np.where(mask == VOID, 0, mask).astype(np.uint8)
-            seen = None if background is None else background[number]
-            frame = Frame(features[number : number + 1], seen, given, valid)
-            now = self._follower.begin(frame) if self._followed is None else self._follower.go_on(self._followed, frame)
-            self._followed = now
-            table = torch.zeros(len(now.ids), dtype=torch.uint8)
-            table[now.path.places] = torch.tensor(now.ids, dtype=torch.uint8)
-            masks.append(table.to(self._device)[winners(now.masks, self._size, valid)])  # (H, W)
-        return list(torch.stack(masks).cpu().numpy())
-
     def _features(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the backbone's last map (B, C, h, w) and, if it is needed, where the background is (B, h, w)."""
         asks = self._follower.asks_background
         needed = asks(first=False) or (self._followed is None and asks(first=True))
-        with self._autocast():
+        with self.autocast():
             if not needed:
                 return self._backbone(pixels)[-1], None
             maps, attention = self._backbone.with_class_attention(pixels)

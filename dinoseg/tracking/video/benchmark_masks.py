@@ -15,7 +15,7 @@ from dinoseg.inference.stream import Throughput, run_pipeline
 from dinoseg.report.indexed import voc_palette, write_indexed_png
 from dinoseg.report.overlay import blend
 from dinoseg.storage.atomic import whole_folder
-from dinoseg.tracking.tracker import VideoTracker
+from dinoseg.tracking.tracker import Tracker
 
 _DEPTH = 2  # batches that wait on either side of the tracker
 _JPEG_QUALITY = 90
@@ -69,7 +69,7 @@ def shown_frames(video: Video, given: str) -> Iterator[Shown]:
 
 def write_masks(
     video: Video,
-    tracker: VideoTracker,
+    tracker: Tracker,
     folder: Path,
     *,
     given: str,

@@ -15,7 +15,7 @@ from dinoseg.inference.stream import Throughput, run_pipeline
 from dinoseg.report.indexed import voc_palette, write_indexed_png
 from dinoseg.report.progress import Bar
 from dinoseg.shapes import Palette
-from dinoseg.tracking.tracker import VideoTracker
+from dinoseg.tracking.tracker import Tracker
 from dinoseg.tracking.video.labels import TrackLabels
 from dinoseg.tracking.video.state import MASKS, Progress, Standing, check_batch_size, check_masks, save_standing
 from dinoseg.wording import count_of, listed
@@ -51,7 +51,7 @@ class TrackJob:
         look: the masks' colours.
     """
 
-    tracker: VideoTracker
+    tracker: Tracker
     frames: VideoReader | FolderReader
     labels: TrackLabels
     folder: Path

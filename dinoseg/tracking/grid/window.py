@@ -6,15 +6,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dinoseg.tracking.propagation.settings import Settings
+from dinoseg.tracking.grid.settings import MatchSettings
 
 # Cells on a tile's side. Small tiles compare little outside of their windows, large ones need fewer calls: these were
 # the fastest with 60 x 107 cells and radius 12 on a CPU; a GPU has much to do at once.
 _TILE_CPU, _TILE_GPU = 8, 16
-Frame = tuple[Tensor, Tensor]  # features (h, w, C) of unit length, labels (h, w, L)
+ContextFrame = tuple[Tensor, Tensor]  # features (h, w, C) of unit length, labels (h, w, L)
 
 
-def match(target: Tensor, frames: Sequence[Frame], settings: Settings) -> Tensor:
+def match(target: Tensor, frames: Sequence[ContextFrame], settings: MatchSettings) -> Tensor:
     """Return the labels (h, w, L) that a target (h, w, C) gets from context frames, frame 0 the first of them.
 
     Temporary memory is that of one tile's similarities: tile cells x frames x cells of the tile's surroundings.
@@ -29,7 +29,9 @@ def match(target: Tensor, frames: Sequence[Frame], settings: Settings) -> Tensor
     return labels
 
 
-def _match_tile(target: Tensor, area: tuple[slice, slice], frames: Sequence[Frame], settings: Settings) -> Tensor:
+def _match_tile(
+    target: Tensor, area: tuple[slice, slice], frames: Sequence[ContextFrame], settings: MatchSettings
+) -> Tensor:
     grid = (frames[0][0].shape[0], frames[0][0].shape[1])
     whole = (slice(0, grid[0]), slice(0, grid[1]))
     near = (_around(area[0], grid[0], settings), _around(area[1], grid[1], settings))
@@ -46,13 +48,13 @@ def _match_tile(target: Tensor, area: tuple[slice, slice], frames: Sequence[Fram
     return _mix(similarities, labels, settings).unflatten(0, target.shape[:2])
 
 
-def _around(cells: slice, length: int, settings: Settings) -> slice:
+def _around(cells: slice, length: int, settings: MatchSettings) -> slice:
     radius = min(settings.radius, length)
     reach = math.floor(radius) if settings.inclusive else math.ceil(radius) - 1
     return slice(max(0, cells.start - reach), min(length, cells.stop + reach))
 
 
-def _outside(area: tuple[slice, slice], near: tuple[slice, slice], settings: Settings) -> Tensor:
+def _outside(area: tuple[slice, slice], near: tuple[slice, slice], settings: MatchSettings) -> Tensor:
     """Say for each cell of `area` and each of `near` whether they are too far apart: (M, N), True = outside."""
     rows, columns = (
         torch.arange(here.start, here.stop, dtype=torch.float64)[:, None]
@@ -68,7 +70,7 @@ def _outside(area: tuple[slice, slice], near: tuple[slice, slice], settings: Set
     return outside.flatten(0, 1).flatten(1)
 
 
-def _mix(similarities: Tensor, labels: Tensor, settings: Settings) -> Tensor:
+def _mix(similarities: Tensor, labels: Tensor, settings: MatchSettings) -> Tensor:
     """Return the mean (M, L) of labels (N, L), weighted by the best of the similarities (M, N) of each row."""
     count = min(settings.top_k, len(labels))
     values, places = similarities.topk(min(count + 1, len(labels)))
@@ -83,7 +85,7 @@ def _mix(similarities: Tensor, labels: Tensor, settings: Settings) -> Tensor:
     return mixed
 
 
-def _keep(similarities: Tensor, last: Tensor, settings: Settings) -> Tensor:
+def _keep(similarities: Tensor, last: Tensor, settings: MatchSettings) -> Tensor:
     kept = similarities >= last
     if not settings.ties:
         above, equal = similarities > last, similarities == last
@@ -91,6 +93,6 @@ def _keep(similarities: Tensor, last: Tensor, settings: Settings) -> Tensor:
     return similarities.masked_fill(~kept, -torch.inf)
 
 
-def _weights(similarities: Tensor, settings: Settings) -> Tensor:
+def _weights(similarities: Tensor, settings: MatchSettings) -> Tensor:
     best = similarities.amax(1, keepdim=True)  # before the division, which may overflow at tiny temperatures
     return torch.softmax((similarities - best) / settings.temperature, dim=1)

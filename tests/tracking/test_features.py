@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from dinoseg.errors import UserError
-from dinoseg.tracking.frame_features import last_maps, precision_of
-from dinoseg.tracking.frame_size import one_size, resize
-from dinoseg.tracking.propagation.settings import DINO, Settings
+from dinoseg.tracking.propagation.features import last_maps, resize
+from dinoseg.tracking.propagation.settings import DINO, PropagationSettings
+from dinoseg.tracking.provenance import precision_of
+from dinoseg.tracking.tracker import common_size
 
 CPU = torch.device("cpu")
 
@@ -22,7 +23,9 @@ class Patches(nn.Module):
         return [images, F.avg_pool2d(images, 4)]
 
 
-@pytest.mark.parametrize("settings", [Settings(short=16), Settings(short=None, resample="bilinear"), DINO])
+@pytest.mark.parametrize(
+    "settings", [PropagationSettings(short=16), PropagationSettings(short=None, resample="bilinear"), DINO]
+)
 def test_the_last_map_of_resized_frames(settings):
     frames = list(np.random.default_rng(0).integers(0, 256, (3, 18, 30, 3)).astype(np.uint8))
     size = {16: (16, 28), None: (20, 32), 480: (480, 768)}[settings.short]
@@ -40,13 +43,13 @@ def test_the_precision_is_that_of_the_forward_pass():
     assert precision_of(nullcontext, CPU) == "float32" and precision_of(half, CPU) == "bfloat16"
     backbone = Patches()
     for autocast in (nullcontext, half):
-        last_maps(backbone, [np.zeros((8, 8, 3), np.uint8)], Settings(short=8), CPU, autocast)
+        last_maps(backbone, [np.zeros((8, 8, 3), np.uint8)], PropagationSettings(short=8), CPU, autocast)
         assert backbone.half == (autocast is half)
 
 
 def test_one_size_of_a_video():
     frame, mask = np.zeros((4, 6, 3), np.uint8), np.zeros((4, 6), np.uint8)
-    assert one_size(None, [frame, frame], [mask, None]) == (4, 6) == one_size((4, 6), [frame])
+    assert common_size(None, [frame, frame], [mask, None]) == (4, 6) == common_size((4, 6), [frame])
     for size, frames, masks, message in (
         (None, [frame, frame[:3]], (), "A frame is 3 x 6 pixels, and the first frame 4 x 6"),
         ((5, 6), [frame], (), "A frame is 4 x 6 pixels, and the first frame 5 x 6"),
@@ -54,4 +57,4 @@ def test_one_size_of_a_video():
         (None, [frame], [frame], "A mask is 4 x 6 x 3 pixels"),
     ):
         with pytest.raises(UserError, match=message):
-            one_size(size, frames, masks)
+            common_size(size, frames, masks)

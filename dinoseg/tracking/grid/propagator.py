@@ -9,16 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinoseg.errors import UserError
-from dinoseg.tracking.propagation.masks import one_hot
-from dinoseg.tracking.propagation.settings import DINOV3, Settings
-from dinoseg.tracking.propagation.window import Frame, match
+from dinoseg.tracking.grid.cells import one_hot
+from dinoseg.tracking.grid.settings import MatchSettings
+from dinoseg.tracking.grid.window import ContextFrame, match
 
 
 def propagate(
     features: Tensor,
     labels: Tensor | Mapping[int, Tensor],
     *,
-    settings: Settings = DINOV3,
+    settings: MatchSettings = MatchSettings(),  # noqa: B008 (frozen)
     context: int | None = None,
     radius: float | None = None,
     window: str | None = None,
@@ -65,10 +65,10 @@ class Propagator:
     What it is given and what it returns is never kept: both may be written into.
     """
 
-    def __init__(self, settings: Settings = DINOV3) -> None:
+    def __init__(self, settings: MatchSettings = MatchSettings()) -> None:  # noqa: B008 (frozen)
         self.settings = settings
-        self._first: Frame | None = None
-        self._recent: deque[Frame] = deque(maxlen=settings.context)
+        self._first: ContextFrame | None = None
+        self._recent: deque[ContextFrame] = deque(maxlen=settings.context)
 
     @torch.no_grad()
     def step(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -185,7 +185,7 @@ def _grown(labels: Tensor, channels: int) -> Tensor:
     return F.pad(labels, (0, 0, 0, 0, 0, channels - len(labels)))
 
 
-def _widened(frame: Frame, channels: int) -> Frame:
+def _widened(frame: ContextFrame, channels: int) -> ContextFrame:
     features, labels = frame
     return features, F.pad(labels, (0, channels - labels.shape[2]))
 

@@ -1,16 +1,43 @@
-"""Frames at the size that the backbone sees: a multiple of its patch, so that the grid covers the frame exactly."""
+"""What a backbone sees of frames: its last map, of frames resized so that its grid covers them exactly."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import cv2
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 from dinoseg.errors import UserError
-from dinoseg.tracking.propagation.settings import Settings
+from dinoseg.tracking.propagation.settings import PropagationSettings
+from dinoseg.tracking.tracker import Autocast, Size
 
 
-def input_size(size: tuple[int, int], settings: Settings, patch_size: int) -> tuple[int, int]:
+def last_maps(
+    backbone: Any,
+    frames: Sequence[np.ndarray],
+    settings: PropagationSettings,
+    device: torch.device,
+    autocast: Autocast,
+) -> Tensor:
+    """Return a backbone's last map (B, C, h, w) of frames (H, W, 3) uint8 RGB of one size, resized as `settings` say.
+
+    Args:
+        backbone: in eval mode, on `device`.
+        frames: seen at once.
+        settings: how they are resized.
+        device: where the backbone is.
+        autocast: gives the precision's context for a forward pass.
+    """
+    size = input_size((frames[0].shape[0], frames[0].shape[1]), settings, backbone.patch_size)
+    resized = np.stack([resize(frame, size, settings.resample) for frame in frames])
+    images = torch.from_numpy(resized).to(device).permute(0, 3, 1, 2).float() / 255  # (B, 3, H, W)
+    with autocast():
+        return backbone(images)[-1]  # (B, C, h, w)
+
+
+def input_size(size: Size, settings: PropagationSettings, patch_size: int) -> Size:
     """Return the (H, W) to which a frame of `size` is resized.
 
     The shorter side comes first: `settings.short`, rounded to a multiple of the patch size; the longer one grows in
@@ -31,7 +58,7 @@ def input_size(size: tuple[int, int], settings: Settings, patch_size: int) -> tu
     return (new_short, new_long) if size[0] <= size[1] else (new_long, new_short)
 
 
-def resize(frame: np.ndarray, size: tuple[int, int], resample: str) -> np.ndarray:
+def resize(frame: np.ndarray, size: Size, resample: str) -> np.ndarray:
     """Return a frame (H, W, 3) uint8 at `size` (H, W), "bilinear" as OpenCV does it, "bicubic" as Pillow does."""
     height, width = size
     if frame.shape[:2] == (height, width):
@@ -39,31 +66,6 @@ def resize(frame: np.ndarray, size: tuple[int, int], resample: str) -> np.ndarra
     if resample == "bilinear":
         return np.asarray(cv2.resize(frame, (width, height), interpolation=cv2.INTER_LINEAR))
     return np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC))
-
-
-def one_size(
-    size: tuple[int, int] | None, frames: Sequence[np.ndarray], masks: Sequence[np.ndarray | None] = ()
-) -> tuple[int, int]:
-    """Return the (H, W) that all frames and masks of a video share.
-
-    Args:
-        size: of the video's first frame; None: the first of these is it.
-        frames: (H, W, 3), at least one.
-        masks: (H, W) or None.
-
-    Raises:
-        UserError: one is of another size.
-    """
-    height, width = size or frames[0].shape[:2]
-    shapes = [("frame", frame.shape[:2]) for frame in frames]
-    shapes += [("mask", mask.shape) for mask in masks if mask is not None]
-    for what, shape in shapes:
-        if shape != (height, width):
-            raise UserError(
-                f"A {what} is {' x '.join(map(str, shape))} pixels, and the first frame {height} x {width} (H x W). "
-                "All of a video need one size: resize it."
-            )
-    return height, width
 
 
 def _rounded(dividend: int, divisor: int, multiple: int, rounding: str) -> int:

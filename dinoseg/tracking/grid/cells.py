@@ -1,0 +1,54 @@
+"""What the cells of a feature grid hold: which id, and which share of the pixels below them."""
+
+import torch
+from torch import Tensor
+
+from dinoseg.errors import UserError
+
+
+def one_hot(ids: Tensor, num_labels: int | None = None) -> Tensor:
+    """Return ids (H, W) as labels (L, H, W), float32: L is `num_labels`, or the highest id + 1.
+
+    Raises:
+        UserError: for an id outside of 0..255 or of 0..L-1.
+    """
+    num_labels = label_count(ids, num_labels)
+    return torch.stack([ids == label for label in range(num_labels)]).float()
+
+
+def label_count(ids: Tensor, num_labels: int | None = None) -> int:
+    """Return how many labels ids need: `num_labels`, or the highest id + 1.
+
+    Raises:
+        UserError: for an id outside of 0..255 or of 0..num_labels-1.
+    """
+    low, high = int(ids.min()), int(ids.max())
+    num_labels = high + 1 if num_labels is None else num_labels
+    if low < 0 or high >= min(num_labels, 256):
+        raise UserError(
+            f"The mask holds the id {low if low < 0 else high}: ids here are 0 to {min(num_labels - 1, 255)}, 0 is the "
+            "background. Renumber the objects."
+        )
+    return num_labels
+
+
+def area_mean(pixels: Tensor, grid: tuple[int, int], valid: tuple[float, float]) -> Tensor:
+    """Return the mean (K, h, w) of pixels (K, H, W) inside each cell, weighted by area where a pixel lies in several.
+
+    Only the top left `valid` share of the grid lies on the pixels. A cell that reaches beyond has the mean of its part
+    on them, one that lies wholly beyond is 0.
+    """
+    rows = _overlaps(pixels.shape[-2], grid[0], valid[0]).to(pixels)  # (h, H)
+    columns = _overlaps(pixels.shape[-1], grid[1], valid[1]).to(pixels)  # (w, W)
+    # half precision would round each mean to 3 digits, and the change of a frame is a small difference of two
+    with torch.autocast(pixels.device.type, enabled=False):
+        return rows @ pixels @ columns.T
+
+
+def _overlaps(length: int, cells: int, valid: float) -> Tensor:
+    """Return the weights (cells, length) of the mean over each cell's pixels."""
+    edges = (torch.arange(cells + 1, dtype=torch.float64) * length / (cells * valid)).clamp(max=length)
+    pixels = torch.arange(length, dtype=torch.float64)
+    ends, starts = edges[1:, None].minimum(pixels + 1), edges[:-1, None].maximum(pixels)
+    overlap = (ends - starts).clamp(min=0)
+    return overlap / overlap.sum(1, keepdim=True).clamp(min=1e-12)

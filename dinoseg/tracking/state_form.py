@@ -1,0 +1,48 @@
+"""The form of a tracker's state, which is read back from disk: no other tensors go on."""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class TensorForm(NamedTuple):
+    """Form of a tensor that is read back from disk.
+
+    Args:
+        dtype: of its numbers; None: any of floating point.
+        shape: in words such as `2 H W`; axes of one letter are equally long in all tensors of a state.
+        least: of its numbers, which are finite in any case.
+        most: likewise.
+    """
+
+    dtype: torch.dtype | None
+    shape: str
+    least: float = -math.inf
+    most: float = math.inf
+
+
+def check_state(state: Mapping[str, Tensor], forms: Mapping[str, TensorForm]) -> None:
+    """Refuse a state that no tracker has written.
+
+    Raises:
+        ValueError: a tensor is missing or foreign, or of another form.
+    """
+    if state.keys() != forms.keys():
+        raise ValueError(f"it holds {', '.join(sorted(state)) or 'nothing'}, and must hold {', '.join(sorted(forms))}")
+    lengths: dict[str, int] = {}
+    for name, form in forms.items():
+        value, axes = state[name], form.shape.split()
+        fits = len(axes) == value.ndim and all(
+            length == (int(axis) if axis.isdecimal() else lengths.setdefault(axis, length)) and length > 0
+            for axis, length in zip(axes, value.shape, strict=True)
+        )
+        right = value.is_floating_point() if form.dtype is None else value.dtype == form.dtype
+        if not (right and fits):
+            wanted = f"{form.dtype or 'of floating point'} [{form.shape}]"
+            raise ValueError(f"{name} is {value.dtype} {list(value.shape)}, and must be {wanted}")
+        low, high = (float(bound) for bound in torch.aminmax(value))
+        if not (form.least <= low <= high <= form.most and math.isfinite(low) and math.isfinite(high)):
+            raise ValueError(f"{name} holds numbers from {low} to {high}, and may from {form.least} to {form.most}")
