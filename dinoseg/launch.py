@@ -113,10 +113,10 @@ def _below_recipe(out_dir: Path, typed: str, recipe: Any) -> Path:
 
 def _resumed(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> tuple[DictConfig, Path | None]:
     """Return the config of the checkpoint that `resume` means, and its run folder if the mode goes on in it."""
-    from dinoseg.runs import earlier, resume
+    from dinoseg.runs import lookup, resume
     from dinoseg.training import checkpoint
 
-    path = earlier.locate(cfg, out_dir, cfg.mode.resume_from)
+    path = lookup.resumed_checkpoint(cfg, out_dir, cfg.mode.resume_from)
     if path is None:
         print("resume=auto: no earlier run of this recipe has a checkpoint, so this is a new one.", file=sys.stderr)
         return resume.without(cfg), None

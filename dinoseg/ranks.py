@@ -19,7 +19,7 @@ from dinoseg.config.values import plain, register_resolvers
 from dinoseg.errors import UserError, telling_file_errors
 from dinoseg.processes.interrupt import SIGNALS, Interrupted, passed_on, raised
 from dinoseg.processes.workers import end_with_parent
-from dinoseg.runs.folder import configure_log
+from dinoseg.runs.log_file import configure_log
 from dinoseg.runs.unread import warn_not_read
 
 LAUNCH_KEYS = ("devices", "resume_from", "keeps_folder", "check", "reads")  # of a mode: the others are its function's

@@ -11,7 +11,7 @@ from command_line import call
 from dinoseg.errors import UserError
 from dinoseg.images import write_png
 from dinoseg.report.progress import Bar
-from dinoseg.runs.folder import configure_log
+from dinoseg.runs.log_file import configure_log
 from dinoseg.wording import listed, printable, shown
 
 NASTY = "a\x1b]0;owned\x07\r\x9b31m\u202egnp.\u2066\x7fz"

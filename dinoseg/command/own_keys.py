@@ -41,7 +41,7 @@ def own_configs(arguments: Sequence[str]) -> list[Mapping[str, Any]]:
     targets = [target for target in given.get("resume", ()) if target not in ("auto", "None")]
     if not targets:
         return []
-    from dinoseg.runs.resume import KEPT  # imports torch
+    from dinoseg.runs.recipe import SAVED  # imports torch
     from dinoseg.training import checkpoint
 
     found = [checkpoint.describe(checkpoint.find(target, "last")) for target in targets]
@@ -49,7 +49,7 @@ def own_configs(arguments: Sequence[str]) -> list[Mapping[str, Any]]:
         {
             key: value
             for key, value in info["config"].items()
-            if key in KEPT and (key not in given or given[key] == [info["choices"].get(key)])
+            if key in SAVED and (key not in given or given[key] == [info["choices"].get(key)])
         }
         for info in found
     ]

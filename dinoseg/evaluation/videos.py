@@ -18,7 +18,7 @@ from dinoseg.evaluation.restart import RECORD, digest_of, earlier_run, keep_dige
 from dinoseg.evaluation.video_scores import score_masks
 from dinoseg.metrics.protocols.contract import ScoreProtocol
 from dinoseg.report.progress import Bar
-from dinoseg.runs.resume import Trained, is_trained
+from dinoseg.runs.trained import Trained, is_trained
 from dinoseg.runs.unread import warn_unread
 from dinoseg.storage.atomic import write_json
 from dinoseg.tracking.propagation.tracker import PropagationTracker

@@ -13,7 +13,7 @@ from dinoseg.evaluation.images import evaluate_images, list_skipped
 from dinoseg.evaluation.official import usable
 from dinoseg.evaluation.videos import Options, follow_slots, needs_no_training, propagate
 from dinoseg.inference.trained_sizes import TrainedSizes, keep_scale
-from dinoseg.runs.resume import check_classes, load_trained
+from dinoseg.runs.trained import check_classes, load_trained
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from dinoseg import build
 from dinoseg.adapters import merge as merge_updates
 from dinoseg.errors import UserError
 from dinoseg.model import Segmenter, trained_names
-from dinoseg.runs.resume import load_trained
+from dinoseg.runs.trained import load_trained
 from dinoseg.storage.tensor_files import write_tensors
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

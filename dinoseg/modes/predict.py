@@ -23,7 +23,7 @@ from dinoseg.inference.trained_sizes import keep_scale
 from dinoseg.ranges import Count, Share
 from dinoseg.report.overlay import blend
 from dinoseg.report.progress import Bar
-from dinoseg.runs.resume import Trained, load_trained, sizes_to_keep
+from dinoseg.runs.trained import Trained, load_trained, sizes_to_keep
 from dinoseg.storage.atomic import whole_folder
 from dinoseg.wording import count_of
 

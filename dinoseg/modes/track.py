@@ -16,7 +16,7 @@ from dinoseg.inference.media import VideoReader
 from dinoseg.inference.stream import Throughput
 from dinoseg.ranges import Count, Share
 from dinoseg.runs.folder import lock, release
-from dinoseg.runs.resume import is_trained, load_trained, sizes_to_keep
+from dinoseg.runs.trained import is_trained, load_trained, sizes_to_keep
 from dinoseg.runs.unread import warn_unread
 from dinoseg.storage.atomic import write_json
 from dinoseg.tracking.propagation.tracker import PropagationTracker

@@ -21,7 +21,8 @@ from dinoseg.regimes.clips import TrainClips
 from dinoseg.regimes.images import TrainImages
 from dinoseg.report.curves import draw_curves
 from dinoseg.report.log import RunLog, read_rows, write_settings
-from dinoseg.runs.resume import check_classes, description
+from dinoseg.runs.recipe import run_description
+from dinoseg.runs.trained import check_classes
 from dinoseg.storage import forms
 from dinoseg.storage.atomic import write_json
 from dinoseg.training import checkpoint
@@ -63,7 +64,7 @@ def train(cfg: DictConfig, *, out_dir: Path, metrics_only: bool = False, picture
     schedule = instantiate(cfg.optim.schedule)
     if engine.is_main:
         warn_of_long_warmup(schedule, length.steps)
-    info = description(cfg, kind.labels) | (sizes.as_info() if sizes else {})
+    info = run_description(cfg, kind.labels) | (sizes.as_info() if sizes else {})
     checkpoints = checkpoint.Checkpoints(out_dir / checkpoint.FOLDER, info, start, writes=engine.is_main)
     if engine.is_main:
         _write_split(out_dir, kind.split)

@@ -14,7 +14,7 @@ from dinoseg.evaluation.videos import Options, chosen_supervision, follow_slots
 from dinoseg.images import write_png
 from dinoseg.model import Segmenter
 from dinoseg.report.curves import CLIP_PLOTS
-from dinoseg.runs.resume import Trained, labels_of
+from dinoseg.runs.trained import Trained, labels_of
 from dinoseg.storage.atomic import write_json
 from dinoseg.training.clip_feed import ClipFeed
 from dinoseg.training.engine import Engine

@@ -1,32 +1,27 @@
-"""A run's own folder: claimed, locked while it is written to, with its log and its config."""
+"""A run's own folder: claimed, locked while it is written to, with its config; and removed where it stayed empty."""
 
-import logging
 import shutil
-import sys
-import threading
 from collections.abc import Sequence
 from contextlib import suppress
-from io import TextIOWrapper
 from pathlib import Path
-from typing import IO, TextIO, cast
+from typing import IO
 
 from omegaconf import DictConfig, OmegaConf
 
 from dinoseg.errors import UserError
 from dinoseg.storage import locks
 from dinoseg.storage.files import check_regular
-from dinoseg.wording import Printable, printable
 
 LOG = "run.log"
-_held: dict[Path, IO[str]] = {}  # locks last as long as the process
-_made: set[Path] = set()  # folders and logs that this process has made, and so may remove again
+_run_locks: dict[Path, IO[str]] = {}  # locks last as long as the process
+_made_paths: set[Path] = set()  # folders and logs that this process has made, and so may remove again
 
 
 def will_make(folder: Path) -> None:
     """Note which folders come into being with `folder`: what was there before is never removed."""
     folder = folder.absolute()
     with suppress(OSError):  # a path that cannot be: making it will say so
-        _made.update(path for path in (folder, *folder.parents) if not path.exists())
+        _made_paths.update(path for path in (folder, *folder.parents) if not path.exists())
 
 
 def claim(out_dir: Path) -> Path:
@@ -39,7 +34,7 @@ def claim(out_dir: Path) -> Path:
             (folder / LOG).touch(exist_ok=False)
         except FileExistsError:
             continue
-        _made.add((folder / LOG).absolute())
+        _made_paths.add((folder / LOG).absolute())
         lock(folder)
         return folder
     raise UserError(f"{out_dir} and 998 folders beside it are taken. Remove old runs.")
@@ -52,7 +47,7 @@ def lock(folder: Path) -> None:
         UserError: another process does.
     """
     folder = folder.resolve()
-    if folder in _held:
+    if folder in _run_locks:
         return
     with suppress(FileNotFoundError):
         check_regular(folder / LOG)
@@ -61,19 +56,19 @@ def lock(folder: Path) -> None:
         raise UserError(
             f"Another process is writing to {folder}. Wait for it, or start a run of its own without resume."
         )
-    _held[folder] = file
+    _run_locks[folder] = file
 
 
 def release(folder: Path) -> None:
     """Let others write to a run folder again."""
-    file = _held.pop(folder.resolve(), None)
+    file = _run_locks.pop(folder.resolve(), None)
     if file is not None:
         locks.release(file)
 
 
 def is_locked(folder: Path) -> bool:
     """Return whether another process writes to a run folder."""
-    if folder.resolve() in _held or not (folder / LOG).is_file():
+    if folder.resolve() in _run_locks or not (folder / LOG).is_file():
         return False
     file = locks.acquire(folder / LOG)
     if file is not None:
@@ -81,60 +76,12 @@ def is_locked(folder: Path) -> bool:
     return file is None
 
 
-class _LogFile(logging.FileHandler):
-    """A log file; when it cannot be written, as on a full disk, that is said once and the terminal has the rest."""
-
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, D102 - logging's name
-        error = sys.exc_info()[1]
-        if not isinstance(error, OSError):
-            super().handleError(record)
-            return
-        logging.getLogger().removeHandler(self)
-        with suppress(OSError):
-            self.close()
-        logging.getLogger(__name__).warning("%s ends here (%s).", self.baseFilename, error.strerror)
-
-
-class _Formatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
-
-
-def configure_log(folder: Path | None) -> None:
-    """Send the log to the terminal and the run folder's `run.log`; without a folder (other ranks) only warnings."""
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
-    if folder is not None:
-        handlers.append(_LogFile(folder / LOG, encoding="utf-8", errors="backslashreplace"))
-    for handler in handlers:
-        handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
-    if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: not every terminal shows every letter
-    if not isinstance(sys.stdout, Printable):
-        sys.stdout = cast(TextIO, Printable(sys.stdout))  # what is printed names files, too
-    logging.basicConfig(
-        level=logging.WARNING if folder is None else logging.INFO,
-        handlers=handlers,
-        force=True,
-    )
-    threading.excepthook = _tell_thread_error
-    for noisy in ("httpx", "accelerate", "transformers", "matplotlib", "PIL"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
-
-
-def _tell_thread_error(caught: threading.ExceptHookArgs) -> None:
-    """Say in a line what the system refused a thread, such as TensorBoard's, which passes it on; else as ever."""
-    if isinstance(caught.exc_value, OSError):
-        logging.getLogger(__name__).warning("Writing has failed: %s", caught.exc_value)
-    else:
-        threading.__excepthook__(caught)
-
-
 def drop_empty(folder: Path) -> None:
     """Remove a run folder that nothing was written to, and those above it that were made for it and are empty now."""
     folder = folder.absolute()
     with suppress(OSError):  # it is not empty, or not there any more
         for path in (folder, *folder.parents):
-            if _made.isdisjoint((path, *path.parents)):
+            if _made_paths.isdisjoint((path, *path.parents)):
                 return
             path.rmdir()
 
@@ -143,9 +90,9 @@ def drop_bare(folder: Path) -> None:
     """Remove the folder of a run that ended before it did anything: an empty log and its config are all there is."""
     folder = folder.absolute()
     with suppress(OSError):
-        held = set(folder.iterdir())
-        if held <= _made and not (folder / LOG).stat().st_size:
-            for path in held:
+        contents = set(folder.iterdir())
+        if contents <= _made_paths and not (folder / LOG).stat().st_size:
+            for path in contents:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
     drop_empty(folder)
 
@@ -160,7 +107,7 @@ def write_config(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> No
     names = ("config", *(f"config_{number}" for number in range(2, 10_000)))
     folder = next(out_dir.absolute() / name for name in names if not (out_dir / name).exists())
     folder.mkdir()
-    _made.add(folder)
+    _made_paths.add(folder)
     OmegaConf.save(cfg, folder / "config.yaml")
     (folder / "overrides.txt").write_text("\n".join(overrides) + "\n")
 

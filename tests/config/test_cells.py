@@ -11,7 +11,7 @@ from dinoseg.config.values import register_resolvers, settled
 from dinoseg.geometry import pad_to_multiple
 from dinoseg.heads.slots.head import SlotHead
 from dinoseg.model import backbone_size
-from dinoseg.runs.resume import description_of
+from dinoseg.runs.recipe import config_description
 
 GRID = "${cells:${resolution},${backbone.patch_size}}"
 
@@ -46,7 +46,7 @@ def test_is_that_of_the_maps_that_a_model_gives():
 def test_slots_have_it_without_being_told(compose, words, grid):
     cfg = compose(*words)
     assert cfg.head.positions_grid == grid
-    kept = json.loads(json.dumps(description_of(cfg)["config"]))
+    kept = json.loads(json.dumps(config_description(cfg)["config"]))
     assert kept["head"]["positions_grid"] == grid  # written out: later images may be seen at another resolution
 
 

@@ -13,7 +13,7 @@ from dinoseg.config.moved import MODULES
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.values import plain
 from dinoseg.errors import UserError
-from dinoseg.runs.resume import KEPT, description_of
+from dinoseg.runs.recipe import SAVED, config_description
 
 SET = ("data.root=.", "data.classes=[dark,bright]", "loss=ce_dice")
 LINEAR = "dinoseg.heads.linear.LinearHead"
@@ -132,8 +132,8 @@ def kept(request):
     HydraConfig.instance().cfg = None
     with initialize_config_dir(str(FOLDER), version_base="1.3"):
         cfg = compose("main", list(SET))
-    groups = {key: "base" for key in ("hparam", *KEPT)}
-    return as_read(description_of(OmegaConf.create({**plain(cfg), "choices": groups})))
+    groups = {key: "base" for key in ("hparam", *SAVED)}
+    return as_read(config_description(OmegaConf.create({**plain(cfg), "choices": groups})))
 
 
 def as_read(description):
@@ -413,19 +413,19 @@ def test_every_config_of_ours_is_accepted(compose):
     accepted, expected = 0, 0
     for hparam in options("hparam"):
         choice = main_choices() | written_choices(hparam)
-        kept = as_read(description_of(compose(f"hparam={hparam}", *needed(choice))))
+        kept = as_read(config_description(compose(f"hparam={hparam}", *needed(choice))))
         guard(kept, "resume=file", given=["backbone.weights"] if choice["backbone"] == "timm" else [])
         unkept = (choice["data"] in ("sarrarp", "idd")) + (choice["data"] in ("sarrarp", "movi"))  # prepare, render
         accepted += len(list(nodes(kept))) + unkept
-        expected += sum(written_targets(group, option) for group, option in choice.items() if group in KEPT)
+        expected += sum(written_targets(group, option) for group, option in choice.items() if group in SAVED)
     assert accepted == expected >= 10 * len(list((FOLDER / "hparam").glob("*.yaml")))
 
 
 def test_every_option_of_ours_is_accepted(compose):
     tried = 0
-    for group in set(KEPT) & {path.name for path in FOLDER.iterdir()}:
+    for group in set(SAVED) & {path.name for path in FOLDER.iterdir()}:
         for option in options(group):
-            kept = as_read(description_of(compose(f"{group}={option}", *needed({group: option}))))
+            kept = as_read(config_description(compose(f"{group}={option}", *needed({group: option}))))
             guard(kept, "resume=file")
             tried += 1
-    assert tried == sum(len(list((FOLDER / group).glob("[!_]*.yaml"))) for group in KEPT)
+    assert tried == sum(len(list((FOLDER / group).glob("[!_]*.yaml"))) for group in SAVED)

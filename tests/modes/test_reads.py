@@ -26,7 +26,7 @@ def roots_of(module, seen):
     text = Path(importlib.util.find_spec(module).origin).read_text()
     seen.add(module)
     called = set(re.findall(r"from (dinoseg\.modes\.\w+) import", text)) - seen
-    called |= {"dinoseg.runs.resume"} - seen if "load_trained" in text else set()
+    called |= {"dinoseg.runs.trained"} - seen if "load_trained" in text else set()
     found = set(re.findall(r"\bcfg\.(\w+)", text))
     return found.union(*(roots_of(each, seen) for each in called))
 

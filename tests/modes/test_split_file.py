@@ -65,7 +65,8 @@ def test_a_resumed_run_with_an_image_less(tmp_path):
 
 def test_names_that_are_no_text_can_be_printed_and_logged(tmp_path):
     code = (
-        "import logging, os, pathlib; from dinoseg.runs.folder import configure_log; configure_log(pathlib.Path('.'));"
+        "import logging, os, pathlib; from dinoseg.runs.log_file import configure_log;"
+        "configure_log(pathlib.Path('.'));"
         r"name = os.fsdecode(b'caf\xe9'); print(name); logging.warning(name)"
     )
     environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}

@@ -12,9 +12,10 @@ from command_line import SMALL, call, write_data
 from omegaconf import OmegaConf
 
 from dinoseg.errors import UserError
-from dinoseg.runs import earlier, resume
+from dinoseg.runs import lookup
 from dinoseg.runs.folder import drop_parts, is_locked, lock, release
-from dinoseg.runs.resume import description_of, merge
+from dinoseg.runs.recipe import config_description, data_root
+from dinoseg.runs.resume import merge
 from dinoseg.storage.tensor_files import write_tensors
 from dinoseg.training import checkpoint, loading
 
@@ -136,7 +137,7 @@ def test_auto_finds_a_run_that_was_moved_with_its_data(where, monkeypatch):
 
 
 def test_auto_passes_over_a_run_that_is_still_going(where, monkeypatch):
-    monkeypatch.setattr(earlier, "PATIENCE", 0.1)
+    monkeypatch.setattr(lookup, "PATIENCE", 0.1)
     assert train(where, "trainer.steps=1").status == 0
     with open(runs(where)[0] / "run.log", "a") as file:
         import fcntl
@@ -155,18 +156,18 @@ def test_auto_passes_over_a_run_that_is_still_going(where, monkeypatch):
 def test_auto_waits_for_a_run_that_is_about_to_end(where, monkeypatch):
     assert train(where, "trainer.steps=1").status == 0
     path, asked = runs(where)[0], []
-    monkeypatch.setattr(earlier, "is_locked", lambda run: asked.append(run) or len(asked) < 3)
+    monkeypatch.setattr(lookup, "is_locked", lambda run: asked.append(run) or len(asked) < 3)
     done = train(where, "trainer.steps=2", "resume=auto")
     assert done.status == 0 and len(runs(where)) == 1 and last(where)["progress"]["step"] == 2
     assert f"resume=auto: another process is writing to {path}: waiting" in done.err and "passed over" not in done.err
 
 
 def test_ranks_but_the_first_take_the_run_that_the_first_holds(where, monkeypatch):
-    monkeypatch.setattr(earlier, "is_locked", lambda run: True)
-    monkeypatch.setattr(earlier, "PATIENCE", 0)
-    assert not earlier._is_free(where)
+    monkeypatch.setattr(lookup, "is_locked", lambda run: True)
+    monkeypatch.setattr(lookup, "PATIENCE", 0)
+    assert not lookup._is_free(where)
     monkeypatch.setenv("RANK", "1")
-    assert earlier._is_free(where)
+    assert lookup._is_free(where)
 
 
 def test_auto_passes_over_files_that_cannot_be_read_and_says_so(where):
@@ -242,7 +243,7 @@ def test_classes_in_another_order_are_refused(where):
 
 def test_nothing_but_model_data_and_training_comes_from_the_file(compose, tmp_path):
     cfg = compose("mode=eval", "resume=x")
-    kept = json.loads(json.dumps(description_of(cfg)["config"]))
+    kept = json.loads(json.dumps(config_description(cfg)["config"]))
     evil = {"_target_": "dinoseg.preparation.sarrarp.prepare", "root": str(tmp_path), "keep_archives": False}
     info = {"config": {**kept, "mode": evil, "engine": evil}, "choices": {}, "folder": str(tmp_path)}
     merged = merge(cfg, [], tmp_path / "x", info)
@@ -284,8 +285,8 @@ def test_a_table_of_ids_survives_the_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("root", ["~nobody-here/x", "a\0b", "\ud800", "a" * 4000, None, 3, "???"], ids=ascii)
 def test_a_root_that_can_be_none_is_none_given(root):
-    assert resume._root({"data": {"root": root}}, Path("/")) == ("???", "")
-    assert resume._root({"data": {}}, Path("~nobody-here/\ud800")) == ("???", "")
+    assert data_root({"data": {"root": root}}, Path("/")) == ("???", "")
+    assert data_root({"data": {}}, Path("~nobody-here/\ud800")) == ("???", "")
 
 
 def test_the_newest_run_comes_first_and_one_that_is_gone_not_at_all(tmp_path):
@@ -293,4 +294,4 @@ def test_the_newest_run_comes_first_and_one_that_is_gone_not_at_all(tmp_path):
     for time, path in enumerate(paths):
         path.touch()
         os.utime(path, (time, time))
-    assert earlier._newest_first([*paths[1:], tmp_path / "gone", paths[0]]) == paths[::-1]
+    assert lookup._newest_first([*paths[1:], tmp_path / "gone", paths[0]]) == paths[::-1]

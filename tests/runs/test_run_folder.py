@@ -13,6 +13,7 @@ from dinoseg.modes import score
 from dinoseg.report.log import RunLog
 from dinoseg.runs import folder as run_folder
 from dinoseg.runs.folder import claim, drop_bare, drop_empty, release, write_config
+from dinoseg.runs.log_file import LogFile
 from dinoseg.runs.unread import warn_not_read
 
 WRONG = ("mode=score", "protocol=davis2017")  # ends before it does anything: no folders are named
@@ -103,7 +104,7 @@ def test_errors_that_are_no_file_s_keep_their_traceback():
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is always full")
 def test_a_log_on_a_full_disk_says_so_once(tmp_path, capsys, caplog):
-    handler = run_folder._LogFile("/dev/full")
+    handler = LogFile("/dev/full")
     root = logging.getLogger()
     root.addHandler(handler)
     for _ in range(3):

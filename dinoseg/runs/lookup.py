@@ -1,4 +1,4 @@
-"""Which earlier run `resume` means."""
+"""Which checkpoint `resume` means: the one that it names, or with `auto` the newest of the same recipe."""
 
 import os
 import sys
@@ -11,40 +11,45 @@ from omegaconf import DictConfig
 
 from dinoseg.errors import UserError
 from dinoseg.runs.folder import is_locked
-from dinoseg.runs.resume import description_of, recipe_of
+from dinoseg.runs.recipe import config_description, recipe_of
 from dinoseg.training import checkpoint
 from dinoseg.wording import printable
 
 PATIENCE = 10  # seconds that resume=auto waits for a run of another process
 
 
-def locate(cfg: DictConfig, out_dir: Path, prefer: str) -> Path | None:
+def resumed_checkpoint(cfg: DictConfig, out_dir: Path, prefer: str) -> Path | None:
     """Return the checkpoint that `resume` means; None for `auto` where no run of this recipe has one yet.
 
     A run is of the same recipe if nothing but its length and its intervals differ. One that another process is still
     writing to after a while is passed over, and so is a file that cannot be read; both are said.
+
+    Args:
+        cfg: what the command line composed.
+        out_dir: of a new run, which lies below the recipe's folder.
+        prefer: `best` or `last`.
     """
     if cfg.resume != "auto":
         return checkpoint.find(cfg.resume, prefer)
-    recipe = next((folder for folder in out_dir.parents if folder.name == cfg.choices.hparam), out_dir.parent)
-    now = recipe_of(description_of(cfg))
-    for path in _newest_first(recipe.rglob(f"{checkpoint.FOLDER}/{prefer}.safetensors")):
+    recipe_folder = next((folder for folder in out_dir.parents if folder.name == cfg.choices.hparam), out_dir.parent)
+    recipe = recipe_of(config_description(cfg))
+    for path in _newest_first(recipe_folder.rglob(f"{checkpoint.FOLDER}/{prefer}.safetensors")):
         try:
-            same = recipe_of(checkpoint.describe(path)) == now
+            is_same = recipe_of(checkpoint.describe(path)) == recipe
         except UserError as error:
             _say(f"passed over: {error}")
             continue
-        if same and _is_free(path.parent.parent):
+        if is_same and _is_free(path.parent.parent):
             return path
     return None
 
 
 def _newest_first(paths: Iterable[Path]) -> list[Path]:
-    found = []
+    dated_paths = []
     for path in paths:
         with suppress(OSError):  # removed meanwhile
-            found.append((path.stat().st_mtime, path))
-    return [path for _, path in sorted(found, reverse=True)]
+            dated_paths.append((path.stat().st_mtime, path))
+    return [path for _, path in sorted(dated_paths, reverse=True)]
 
 
 def _is_free(run: Path) -> bool:

@@ -1,0 +1,99 @@
+"""What a run is made of, as its checkpoints say it; and by what two runs are of the same recipe."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from dinoseg import __version__
+from dinoseg.config.guard import ACTING, renamed
+from dinoseg.config.values import plain, settled
+from dinoseg.data.classes.labels import Labels
+from dinoseg.shapes import SegmentationData
+from dinoseg.training.description import CHOSEN, GROUPS
+
+SAVED = ("seed", *GROUPS)  # root keys of a config that a checkpoint keeps
+# of a trainer: a run may go on with others
+LENGTHS = ("steps", "epochs", "patience", "val_every", "save_every", "log_every")
+
+
+def run_description(cfg: DictConfig, data: SegmentationData | Labels) -> dict[str, Any]:
+    """Return what a run's checkpoints say of themselves beside their progress."""
+    return {
+        **config_description(cfg),
+        "classes": list(data.classes),
+        "palette": [list(colour) for colour in data.palette],
+        "ignore_index": data.ignore_index,
+        "versions": {"dinoseg": __version__, "torch": torch.__version__},
+    }
+
+
+def config_description(cfg: DictConfig) -> dict[str, Any]:
+    """Return the part of the description that the config alone decides."""
+    config = {key: value for key, value in plain(cfg).items() if key in SAVED}
+    # what acts is the machine's to say, never a file's
+    config["data"] = {**settled(cfg.data), **dict.fromkeys(ACTING)}
+    config["head"] = settled(cfg.head)  # its grid is what it was trained for, whatever later images are seen at
+    return {"config": config, "choices": {group: cfg.choices[group] for group in CHOSEN}, "folder": str(Path.cwd())}
+
+
+def recipe_of(info: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what makes two runs the same recipe, as a checkpoint would give it back.
+
+    Args:
+        info: a description; where the data lies is part of it, and how long is trained is not.
+    """
+    config = json.loads(json.dumps(saved_config(info)))
+    trainer = {key: value for key, value in config["trainer"].items() if key not in LENGTHS}
+    # by the background alone a score differs, and nothing that is trained
+    data = {**config["data"], "root": data_root(config, Path(info["folder"]))[0], "background": None}
+    return {**config, "trainer": trainer, "data": data}
+
+
+def saved_config(info: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config of a checkpoint, which may be older than a key: then it stands as what was meant."""
+    config = renamed({key: info["config"][key] for key in SAVED})
+    trainer = {"feed": "images", "epochs": None, **config["trainer"]}
+    data = {"background": _background_of_old(info), **config["data"]}
+    return {**config, "trainer": trainer, "data": data}
+
+
+def data_root(config: Mapping[str, Any], folder: Path) -> tuple[str, str]:
+    """Return the data root of a run as a whole path, and what to say of the choice.
+
+    A relative one is that of the run, below the folder where it was started, even if there is one of the same name
+    here: that may be another data set. Only where the run's is not there, the one here is taken. What is no name of a
+    folder is none given.
+
+    Args:
+        config: of the run.
+        folder: where it was started.
+    """
+    root = config["data"].get("root")
+    if not isinstance(root, str):
+        return "???", ""
+    if root == "???" or "${" in root:
+        return root, ""
+    try:
+        here, there = (path.resolve() for path in (Path(root).expanduser(), folder / Path(root).expanduser()))
+        is_here, is_there = here.exists(), there.exists()
+    except (OSError, RuntimeError, ValueError):  # too long a name, nobody's home, nothing that a name may hold
+        return "???", ""
+    if here == there or not is_here:
+        return str(there), ""
+    if is_there:
+        return str(there), (
+            f"warning: data.root={root} means {there}, where the run has its data, and not {here}. For that one, give "
+            f"data.root={here}."
+        )
+    return str(here), f"{there}, where the run had its data, is not there: taking data.root={root} from here, {here}."
+
+
+def _background_of_old(info: Mapping[str, Any]) -> int | None:
+    """Return the background of a run that is older than the key, when scores without it were those without class 0."""
+    names = info.get("classes") or [""]
+    chosen_by = info["config"]["trainer"].get("score")
+    return 0 if str(names[0]).lower() == "background" or chosen_by == "miou_no_background" else None

@@ -1,0 +1,113 @@
+"""A trained model, ready to predict: of a checkpoint, or of a head that was released trained."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from dinoseg import build
+from dinoseg.config.nodes import instantiate
+from dinoseg.config.values import plain
+from dinoseg.data.classes.labels import Labels
+from dinoseg.errors import UserError
+from dinoseg.inference.trained_sizes import TrainedSizes
+from dinoseg.model import Segmenter
+from dinoseg.runs.folder import command_line
+from dinoseg.shapes import Palette, SegmentationData
+from dinoseg.training import checkpoint
+from dinoseg.training.engine import Engine
+
+
+@dataclass
+class Trained:
+    """A trained segmenter, ready to predict, and what its classes mean."""
+
+    model: Segmenter
+    engine: Engine
+    classes: list[str]
+    palette: Palette
+    ignore_index: int
+    info: Mapping[str, Any]  # what the checkpoint says of itself
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.engine.device
+
+    def autocast(self) -> AbstractContextManager:
+        """Return the precision's context for a forward pass."""
+        return self.engine.autocast()
+
+
+def load_trained(cfg: DictConfig) -> Trained:
+    """Return the model that `resume` names, in eval mode; `cfg` is already merged with its checkpoint.
+
+    Without `resume`, a head that comes trained from a file is used as it is, with the classes of the data set.
+
+    Raises:
+        UserError: there is neither, or the checkpoint does not fit.
+    """
+    if not is_trained(cfg):
+        raise UserError(
+            "resume is not set: this mode needs a trained model. Give resume=RUN_FOLDER or a checkpoint; or use a head "
+            "that was released trained, as hparam=ade20k_m2f head.weights=FILE does."
+        )
+    return _released(cfg) if cfg.resume is None else _restored(cfg, Path(cfg.resume))
+
+
+def is_trained(cfg: DictConfig) -> bool:
+    """Return whether a config names a trained model: a checkpoint, or a head that was released trained."""
+    head = plain(cfg.head)
+    return cfg.resume is not None or (head.get("weights") is not None and head.get("class_layer") != "new")
+
+
+def labels_of(cfg: DictConfig) -> Labels:
+    """Return the classes of a config's data set, which need no file but `classes.yaml`."""
+    return Labels.of(cfg.data.classes, cfg.data.palette, cfg.data.ignore_index)
+
+
+def check_classes(data: SegmentationData | Labels, info: Mapping[str, Any], where: str) -> None:
+    """Refuse data whose classes are not those of a checkpoint's description.
+
+    Raises:
+        UserError: naming both.
+    """
+    now, then = (list(data.classes), data.ignore_index), (list(info["classes"]), info["ignore_index"])
+    if now != then:
+        raise UserError(
+            f"{where}: the data has the classes {', '.join(now[0])} (ignored: {now[1]}), and the checkpoint was "
+            f"trained on {', '.join(then[0])} (ignored: {then[1]}). Use data of the same classes in the same order."
+        )
+
+
+def sizes_to_keep(trained: Trained, out_dir: Path) -> TrainedSizes | None:
+    """Return the sizes that pictures are brought to; None where `resolution.longest` on the command line says it."""
+    typed = any(word.lstrip("+").startswith("resolution.longest=") for word in command_line(out_dir))
+    return None if typed else TrainedSizes.from_info(trained.info)
+
+
+def _restored(cfg: DictConfig, path: Path) -> Trained:
+    # all that needs no tensors is refused first: reading them may take minutes
+    outline = checkpoint.outline(path)
+    check_classes(labels_of(cfg), outline.info, f"resume={path}")
+    engine = instantiate(cfg.engine)
+    build.check_fits(cfg, outline)
+    saved = checkpoint.read(path, finite=cfg.finite_weights)
+    model = build.model(cfg)
+    checkpoint.load_weights(model, saved)
+    palette = [(red, green, blue) for red, green, blue in outline.info["palette"]]
+    classes, ignore_index = outline.info["classes"], outline.info["ignore_index"]
+    return Trained(model.to(engine.device).eval(), engine, classes, palette, ignore_index, outline.info)
+
+
+def _released(cfg: DictConfig) -> Trained:
+    labels = labels_of(cfg)
+    engine = instantiate(cfg.engine)
+    model = build.model(cfg).to(engine.device).eval()
+    # what a checkpoint would say of the classes
+    info = {"classes": list(labels.classes), "palette": labels.palette, "ignore_index": labels.ignore_index}
+    return Trained(model, engine, list(labels.classes), list(labels.palette), labels.ignore_index, info)
