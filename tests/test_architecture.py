@@ -41,6 +41,7 @@ LEVELS = (  # a room imports its own level and those below
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 LEAVES = LEVELS[1]  # these never import one another, and build names none of them
 ABOVE_BUILD = ("runs", "evaluation", "preparation", "regimes", "sweeps", "modes", "ranks", "launch")
+TRACKERS = ("tracking/propagation", "tracking/slots", "tracking/smoothing")  # siblings: none imports another
 DOORS = {  # dependency to the rooms and files that may import it
     "hydra": ("config", "runs", "sweeps", "modes", "launch", "command", "__main__"),
     "omegaconf": ("config", "build", *ABOVE_BUILD, "command", "__main__"),
@@ -81,10 +82,17 @@ def import_violations(file, source):
         elif name == "dinoseg" or name.startswith("dinoseg."):
             other = (name.split(".") + ["__init__"])[1]
             found += [f"{file}:{line}: {rule}" for rule in broken_rules(own, other if other in LEVEL else "__init__")]
+        tracker, other_tracker = tracker_of(file.removesuffix(".py")), tracker_of("/".join(name.split(".")[1:]))
+        if tracker and other_tracker and tracker != other_tracker:
+            found.append(f"{file}:{line}: {tracker} imports {other_tracker}: trackers are siblings")
         for door, places in DOORS.items():
             if f"{name}.".startswith(f"{door}.") and not {own, file.removesuffix(".py")} & set(places):
                 found.append(f"{file}:{line}: only {', '.join(places)} may import {door}")
     return found
+
+
+def tracker_of(path):
+    return next((tracker for tracker in TRACKERS if f"{path}/".startswith(f"{tracker}/")), None)
 
 
 def room_of(file):
@@ -183,7 +191,9 @@ def test_every_room_has_its_level():
     }
     assert rooms == LEVEL.keys()
     assert all(
-        any((PACKAGE / f"{place}{end}").exists() for end in ("", ".py")) for at in DOORS.values() for place in at
+        any((PACKAGE / f"{place}{end}").exists() for end in ("", ".py"))
+        for at in (*DOORS.values(), TRACKERS)
+        for place in at
     )
 
 
@@ -211,6 +221,8 @@ def test_every_room_has_its_level():
         ("model.py", "from transformers import AutoModel", "may import transformers"),
         ("report/curves.py", "from torch.utils.tensorboard import SummaryWriter", "may import torch.utils.tensorboard"),
         ("report/curves.py", "from torch.utils import tensorboard", "may import torch.utils.tensorboard"),
+        ("tracking/smoothing.py", "from dinoseg.tracking.slots.matching import cosine", "trackers are siblings"),
+        ("tracking/slots/following.py", "from dinoseg.tracking import smoothing", "trackers are siblings"),
         ("heads/cnn.py", "from .linear import LinearHead", "absolutely"),
         ("heads/cnn.py", "from dinoseg.geometry import *", "by name"),
     ],
@@ -227,6 +239,10 @@ def test_a_planted_violation_is_found(file, source, message):
             "import torch\nfrom dinoseg.geometry import upsample\nfrom dinoseg.heads.linear import LinearHead",
         ),
         ("modes/train.py", "from dinoseg import build\nfrom dinoseg.synthetic.write import render_dataset"),
+        (
+            "tracking/slots/tracker.py",
+            "from dinoseg.tracking.grid import cells\nfrom dinoseg.tracking.slots.matching import cosine",
+        ),
         ("training/engine.py", "from accelerate.utils import broadcast_object_list"),
         ("runs/resume.py", "from dinoseg import __version__, build"),
     ],

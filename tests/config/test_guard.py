@@ -409,6 +409,12 @@ def test_a_target_that_has_moved_is_found(kept, monkeypatch):
     assert renamed(older) == kept
 
 
+def test_a_target_that_is_named_otherwise_today_is_found():
+    older = {"tracker": {"_target_": "dinoseg.inference.tracking_settings.Settings", "radius": 12}}
+    today = "dinoseg.tracking.propagation.settings.PropagationSettings"
+    assert renamed(older) == {"tracker": {"_target_": today, "radius": 12}}
+
+
 def test_every_config_of_ours_is_accepted(compose):
     accepted, expected = 0, 0
     for hparam in options("hparam"):
