@@ -1,7 +1,8 @@
 """How messages list names, count things, guess what was meant, and show names that are no text."""
 
 import difflib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from itertools import islice
 from typing import Any, TextIO
 
 _DIRECTIONS = (*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x061C, 0x200E, 0x200F)  # text would run backwards
@@ -15,6 +16,13 @@ def listed(names: Sequence[str], limit: int = 5) -> str:
     """Return the first names, and how many more there are."""
     shown = ", ".join(map(one_line, names[:limit]))
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+def reasons(bad: Mapping[str, str], limit: int = 20) -> str:
+    """Return a line for each of the first names with its reason, then further names."""
+    lines = "".join(f"\n- {one_line(f'{name}: {reason}')}" for name, reason in islice(bad.items(), limit))
+    rest = list(bad)[limit:]
+    return lines + (f"\nand {len(rest)} more: {listed(rest, 5 * limit)}" if rest else "")
 
 
 def count_of(things: Collection | int, noun: str, plural: str | None = None) -> str:

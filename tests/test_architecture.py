@@ -111,16 +111,24 @@ def broken_rules(own, other):
 
 
 def circles(files):
-    """Return the circles of imports between files and between rooms, each as one line of names."""
+    """Return the circles of imports between files, between the packages inside rooms, and between rooms."""
     by_file = {file: {other for other in map(file_of(files), names(source)) if other} for file, source in files.items()}
-    by_room = {}
-    for file, others in by_file.items():
-        by_room.setdefault(room_of(file), set()).update(room_of(other) for other in others)
-    return [
-        " - ".join(sorted(circle))
-        for graph in (by_file, {room: others - {room} for room, others in by_room.items()})
-        for circle in _strongly_connected(graph)
-    ]
+    graphs = (by_file, joined(by_file, package_of), joined(by_file, room_of))
+    return sorted({" - ".join(sorted(circle)) for graph in graphs for circle in _strongly_connected(graph)})
+
+
+def joined(graph, group):
+    """Return a graph of imports between groups of files; what a group imports of itself does not count."""
+    whole = {}
+    for file, others in graph.items():
+        whole.setdefault(group(file), set()).update(group(other) for other in others)
+    return {name: others - {name} for name, others in whole.items()}
+
+
+def package_of(file):
+    """Return the package inside a room that a file is in, else the file itself."""
+    parts = file.split("/")
+    return "/".join(parts[:2]) if len(parts) > 2 else file
 
 
 def names(source):
@@ -238,7 +246,7 @@ def test_a_planted_violation_is_found(file, source, message):
             "heads/cnn.py",
             "import torch\nfrom dinoseg.geometry import upsample\nfrom dinoseg.heads.linear import LinearHead",
         ),
-        ("modes/train.py", "from dinoseg import build\nfrom dinoseg.synthetic.write import render_dataset"),
+        ("modes/train.py", "from dinoseg import build\nfrom dinoseg.synthetic.surgery.write import render_dataset"),
         (
             "tracking/slots/tracker.py",
             "from dinoseg.tracking.grid import cells\nfrom dinoseg.tracking.slots.matching import cosine",
@@ -259,6 +267,9 @@ def test_planted_circles_are_found():
     down, up = "from dinoseg.tracking.tracker import VideoTracker", "from dinoseg.training import checkpoint"
     rooms = {"training/feed.py": down, "training/checkpoint.py": "", "tracking/tracker.py": "", "tracking/state.py": up}
     assert circles(rooms) == ["tracking - training"]
+    inner = {"data/scan/scan.py": "from dinoseg.data.pairs.dataset import Pair", "data/scan/cache.py": ""}
+    inner |= {"data/pairs/dataset.py": "", "data/pairs/pairing.py": "from dinoseg.data.scan import cache"}
+    assert circles(inner) == ["data/pairs - data/scan"]
     files = {"heads/cnn.py": "from dinoseg.heads import mlp", "heads/mlp.py": "from dinoseg.heads.cnn import CNNHead"}
     assert circles(files) == ["heads/cnn.py - heads/mlp.py"]
     assert not circles({**files, "heads/mlp.py": "import torch"})

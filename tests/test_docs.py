@@ -19,8 +19,8 @@ from dinoseg.errors import UserError
 from dinoseg.launch import launch
 from dinoseg.preparation.idd import prepare as prepare_idd
 from dinoseg.preparation.sarrarp import prepare
-from dinoseg.synthetic.moving_write import render_moving_objects
-from dinoseg.synthetic.write import render_dataset
+from dinoseg.synthetic.moving.write import render_moving_objects
+from dinoseg.synthetic.surgery.write import render_dataset
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -56,7 +56,7 @@ CASES = {
     "a shell in the adapter": lambda where: {"config/adapter": shell(where, "os.system")},
     "a shell in the data": lambda where: {"config/data/opened": shell(where, "os.system")},
     "a shell nested in a good node": lambda where: {"config/adapter/bits": shell(where, "os.system")},
-    "a renderer": lambda where: {"config/data/reader/_target_": "dinoseg.synthetic.write.render_dataset"},
+    "a renderer": lambda where: {"config/data/reader/_target_": "dinoseg.synthetic.surgery.write.render_dataset"},
     "weights of a stranger": lambda where: {"config/backbone/weights": "evil/weights"},
     "an interpolation": lambda where: {"config/data/root": "${oc.env:HOME}"},
     "a huge width": lambda where: {"config/backbone/arch/hidden_size": 65520},

@@ -4,12 +4,13 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dinoseg.data.pairing import not_whole
-from dinoseg.data.pairs import PairDataset
-from dinoseg.data.scan.scan import reasons, scan, unreadable
+from dinoseg.data.pairs.dataset import PairDataset
+from dinoseg.data.pairs.pairing import not_whole
+from dinoseg.data.scan.scan import scan, unreadable
 from dinoseg.errors import UserError
 from dinoseg.processes.workers import count_cores
 from dinoseg.ranges import Count
+from dinoseg.wording import reasons
 
 if TYPE_CHECKING:
     from dinoseg.data.packed.pack import PackedDataset

@@ -3,15 +3,15 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dinoseg.data.pairs import PairDataset
+from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.scan.record import Record
-from dinoseg.doctor.checks_classes import check_classes
-from dinoseg.doctor.checks_files import check_files, check_orientation
-from dinoseg.doctor.checks_pairs import check_pairing
-from dinoseg.doctor.checks_splits import check_groups, check_same_files
-from dinoseg.doctor.checks_video import check_videos
+from dinoseg.doctor.checks.classes import check_classes
+from dinoseg.doctor.checks.duplicates import check_duplicates
+from dinoseg.doctor.checks.files import check_files, check_orientation
+from dinoseg.doctor.checks.pairing import check_pairing
+from dinoseg.doctor.checks.splits import check_groups, check_same_files
+from dinoseg.doctor.checks.videos import check_videos
 from dinoseg.doctor.findings import Finding, Scanned, by_severity
-from dinoseg.doctor.near_duplicates import check_duplicates
 from dinoseg.doctor.suggestions import IMAGENET, constant_class, suggest
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from dinoseg.data.scan.scan import scan
-from dinoseg.doctor.checks_classes import check_classes
-from dinoseg.doctor.checks_files import check_files
-from dinoseg.doctor.checks_splits import check_groups, check_same_files
+from dinoseg.doctor.checks.classes import check_classes
+from dinoseg.doctor.checks.files import check_files
+from dinoseg.doctor.checks.splits import check_groups, check_same_files
 from dinoseg.doctor.examine import scanned
 from dinoseg.doctor.findings import Finding, Scanned, by_severity
 from dinoseg.errors import UserError

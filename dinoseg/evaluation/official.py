@@ -6,7 +6,7 @@ from typing import Any
 
 from dinoseg import scoring
 from dinoseg.data.packed.read import reduced_size
-from dinoseg.data.pairs import Pair
+from dinoseg.data.pairs.dataset import Pair
 from dinoseg.errors import UserError
 from dinoseg.evaluation.score_report import report, write_problems
 from dinoseg.images import read_size

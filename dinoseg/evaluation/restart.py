@@ -12,11 +12,11 @@ from omegaconf import DictConfig
 
 from dinoseg.config.values import plain
 from dinoseg.data.clips.videos import Video
-from dinoseg.data.stamps import stamp
 from dinoseg.errors import UserError
 from dinoseg.storage import forms
 from dinoseg.storage.atomic import whole_folder, write_text
 from dinoseg.storage.files import entries
+from dinoseg.storage.stamps import stamp
 from dinoseg.tracking.video.state import check_same_settings
 from dinoseg.wording import count_of, listed
 

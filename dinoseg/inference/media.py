@@ -9,10 +9,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from dinoseg.data.natural_order import natural_order
 from dinoseg.errors import UserError
 from dinoseg.images import IMAGE_SUFFIXES
 from dinoseg.storage.files import check_regular, entries
+from dinoseg.storage.natural_order import natural_order
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv")
 _ACCEPTED = (

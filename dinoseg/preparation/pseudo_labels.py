@@ -27,7 +27,7 @@ from dinoseg.data.formats.sarrarp_files import (
     mask_sums,
     png_files,
 )
-from dinoseg.data.pairs import Pair, read_pair
+from dinoseg.data.pairs.dataset import Pair, read_pair
 from dinoseg.errors import DISK_FULL, UserError
 from dinoseg.images import read_image, write_png
 from dinoseg.report.progress import Bar

@@ -58,7 +58,7 @@ class ClipFeed:
     def __post_init__(self) -> None:
         """Refuse a batch size that does not fit, and clips that cannot be stacked, long before the first batch."""
         check_batch_size(self.batch_size, len(self.train), self.world, "clip")
-        lengths = sorted({place.length for place in self.train.places})
+        lengths = sorted({span.length for span in self.train.spans})
         if len(lengths) > 1:
             raise UserError(
                 f"data.clips.cut.length={self.train.cut.length} gives training clips of {lengths[0]} to {lengths[-1]} "
@@ -119,8 +119,8 @@ class ClipFeed:
         return len(self.score_names) > 1
 
     def _loss(self, model: Segmenter, index: int, clip: Clip, loss: nn.Module, engine: Engine) -> float | None:
-        place, length = self.val.places[index], self.train.places[0].length
-        apart = max(1, round(self.train.cut.stride_of(self.val.videos[place.video]) / place.stride))
+        span, length = self.val.spans[index], self.train.spans[0].length
+        apart = max(1, round(self.train.cut.stride_of(self.val.videos[span.video]) / span.stride))
         frames = clip["frames"][::apart][:length]
         if len(frames) < length:
             return None

@@ -8,7 +8,7 @@ from command_line import SLOTS, SMALL, call, write_data
 from omegaconf import OmegaConf
 
 from dinoseg.command.own_keys import with_own_keys
-from dinoseg.synthetic.moving_write import render_moving_objects
+from dinoseg.synthetic.moving.write import render_moving_objects
 from dinoseg.training import checkpoint
 
 

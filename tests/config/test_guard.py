@@ -92,7 +92,7 @@ SHELL = [  # targets that reach, or seem to reach, any callable
     "dinoseg.training.checkpoint.write",
     "dinoseg.preparation.sarrarp.prepare",
     "dinoseg.preparation.idd.prepare",
-    "dinoseg.synthetic.write.render_dataset",
+    "dinoseg.synthetic.surgery.write.render_dataset",
     "dinoseg.preparation.archives.shutil.rmtree",
     "dinoseg.data.packed.pack.pack",
     "dinoseg.storage.locks.locked",
@@ -180,7 +180,7 @@ ODD = {  # place, value, what the refusal says
     "a head in an argument": ("head/num_classes", {"_target_": LINEAR, "_partial_": True}, "names it there"),
     "a layout in a mask": (
         "data/reader/masks/ids",
-        {"_target_": "dinoseg.data.formats.folder.Layout"},
+        {"_target_": "dinoseg.data.formats.folder.FolderLayout"},
         "they name none",
     ),
     "an opener in a list": ("adapter/device", [[{"_target_": "dinoseg.data.opened.opened"}]], "they name none"),

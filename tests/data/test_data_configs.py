@@ -9,7 +9,7 @@ import dinoseg
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.values import register_resolvers
 from dinoseg.data.classes.labels import Labels
-from dinoseg.data.frequencies import class_counts
+from dinoseg.data.scan.class_counts import class_counts
 from dinoseg.errors import UserError
 from dinoseg.modes.prepare import prepare
 

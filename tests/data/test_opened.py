@@ -6,8 +6,8 @@ from making import save
 
 from dinoseg import build
 from dinoseg.data.formats.folder import folder_dataset
-from dinoseg.data.frequencies import class_counts
 from dinoseg.data.opened import opened
+from dinoseg.data.scan.class_counts import class_counts
 from dinoseg.errors import UserError
 
 

@@ -12,11 +12,11 @@ from making import DATA, save, write_video
 from PIL import Image
 
 from dinoseg.data.classes.masks import Masks
-from dinoseg.data.formats.folder import Layout
+from dinoseg.data.formats.folder import FolderLayout
 from dinoseg.data.splits import Partition
-from dinoseg.doctor.checks_classes import home_made_files
+from dinoseg.doctor.checks.classes import home_made_files
+from dinoseg.doctor.checks.duplicates import near_pairs
 from dinoseg.doctor.examine import examine, summary
-from dinoseg.doctor.near_duplicates import near_pairs
 from dinoseg.doctor.short import brief
 from dinoseg.doctor.suggestions import class_weights, color_statistics, constant_class
 
@@ -366,7 +366,7 @@ def operation(tmp_path):
 
 
 def test_masks_against_the_video(operation, tmp_path):
-    layout = Layout("video_01/rgb", "video_01/segmentation")
+    layout = FolderLayout("video_01/rgb", "video_01/segmentation")
     options = {"splits": ("train",), "layout": layout, "partition": Partition("lists", {"train": "all.txt"})}
 
     def codes(names):
@@ -444,7 +444,7 @@ def test_summary(root):
 
 real = pytest.mark.data
 absent = pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data in {DATA}: set DINOSEG_DATA")
-LITE = Layout("leftImg8bit/{split}", "gtFine/{split}", "_image", "_label", ["*_inst_label.png"])
+LITE = FolderLayout("leftImg8bit/{split}", "gtFine/{split}", "_image", "_label", ["*_inst_label.png"])
 SEVEN = {"classes": list("abcdefg"), "palette": None, "layout": LITE}
 
 
@@ -501,7 +501,7 @@ def test_every_plant_in_idd_lite_is_found(lite, plant):
 @real
 @absent
 def test_person_has_163_masks_of_another_size():
-    layout = Layout("{split}_images", "{split}_masks", splits={"val": "valid"})
+    layout = FolderLayout("{split}_images", "{split}_masks", splits={"val": "valid"})
     options = {"classes": ["background", "person"], "palette": None, "layout": layout}
     masks = Masks("binary", on_size_mismatch="resize_mask")
     findings = examine(splits_of(DATA / "person", images=False, masks=masks, **options))
@@ -516,9 +516,9 @@ def test_person_has_163_masks_of_another_size():
 def test_other_real_sets_are_examined():
     binary = {"classes": ["background", "object"], "palette": None, "masks": Masks("binary")}
     flat = Partition("fraction", val_fraction=0.5)
-    endovis = splits_of(DATA / "endovis2017", layout=Layout("images", "masks"), partition=flat, **binary)
+    endovis = splits_of(DATA / "endovis2017", layout=FolderLayout("images", "masks"), partition=flat, **binary)
     assert not [f for f in examine(endovis) if f.severity == "error"]
-    davis = Layout("JPEGImages/480p", "Annotations/480p")
+    davis = FolderLayout("JPEGImages/480p", "Annotations/480p")
     by_video = Partition("fraction", val_fraction=0.25, group="^([^/]+)/")
     parts = splits_of(DATA / "davis2016", images=False, layout=davis, partition=by_video, **binary)
     assert not [f for f in examine(parts) if f.severity == "error"]

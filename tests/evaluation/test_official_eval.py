@@ -10,7 +10,7 @@ from command_line import SMALL, call
 from PIL import Image
 
 from dinoseg import scoring
-from dinoseg.data.pairs import Pair
+from dinoseg.data.pairs.dataset import Pair
 from dinoseg.errors import UserError
 from dinoseg.evaluation.official import official_scores, usable
 from dinoseg.images import write_png

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from dinoseg.images import read_ids, read_image, write_png
-from dinoseg.synthetic.moving_write import render_moving_objects
+from dinoseg.synthetic.moving.write import render_moving_objects
 from dinoseg.tracking.video import run as track_run
 
 WAYS = {

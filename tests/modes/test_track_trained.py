@@ -8,7 +8,7 @@ import pytest
 from command_line import SLOTS, SMALL, call, write_data
 
 from dinoseg.images import read_ids, read_image, write_png
-from dinoseg.synthetic.moving_write import render_moving_objects
+from dinoseg.synthetic.moving.write import render_moving_objects
 
 
 def run(where, *arguments):

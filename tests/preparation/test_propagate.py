@@ -14,8 +14,8 @@ from dinoseg import build
 from dinoseg.images import read_ids, write_png
 from dinoseg.preparation import pseudo_labels as propagate
 from dinoseg.storage.locks import locked
-from dinoseg.synthetic.scene import render_clip
-from dinoseg.synthetic.write import render_dataset
+from dinoseg.synthetic.surgery.scene import render_clip
+from dinoseg.synthetic.surgery.write import render_dataset
 
 SEED, SECONDS = 3, 2
 PREPARE = (

@@ -11,13 +11,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dinoseg.data import frequencies
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import MaskReader, Masks
-from dinoseg.data.clips.youtube_vos import YoutubeVos
 from dinoseg.data.formats.sarrarp import _no_pseudo
+from dinoseg.data.formats.youtube_vos import YoutubeVos
 from dinoseg.data.packed.store import INDEX, PIXELS, StoreKey, open_store, write_index
 from dinoseg.data.scan import cache as scan_cache
+from dinoseg.data.scan import class_counts
 from dinoseg.data.scan.record import Record
 from dinoseg.data.video import index as video_index
 from dinoseg.errors import UserError
@@ -55,7 +55,7 @@ def test_no_reader_takes_hostile_json_or_breaks_on_it(tmp_path, caplog, text):
         (tmp_path / name).write_bytes(text)
     (tmp_path / PIXELS).write_bytes(bytes(64))
     assert open_store(tmp_path, StoreKey("f", None), ["a"], verify=True) is None
-    assert frequencies._load(tmp_path / "counts.json", "f", 2) is None
+    assert class_counts._load(tmp_path / "counts.json", "f", 2) is None
     assert _read_split(tmp_path / "split.json") is None
     assert caplog.text.count("is damaged (") == 1 and caplog.text.count("are damaged (") == 1
     with pytest.raises(UserError, match=r"holds no readable tracking\.json \(.*leave mode\.restart out"):
@@ -102,10 +102,10 @@ def test_class_counts_that_are_none_are_counted_anew(tmp_path, caplog, pixels):
     data = SimpleNamespace(classes=["a", "b"], ignore_index=255, fingerprint=lambda: "f" * 64)
     data = type("Data", (), {**vars(data), "__len__": lambda s: 1, "__getitem__": lambda s, i: {"mask": masks[i]}})()
     type(data).fingerprint = lambda self: "f" * 64
-    assert frequencies.class_counts(data, tmp_path).tolist() == [1, 2]
+    assert class_counts.class_counts(data, tmp_path).tolist() == [1, 2]
     path = next(tmp_path.glob("class_counts_*"))
     path.write_text(json.dumps({**json.loads(path.read_text()), "pixels": pixels}))
-    assert frequencies.class_counts(data, tmp_path).tolist() == [1, 2]
+    assert class_counts.class_counts(data, tmp_path).tolist() == [1, 2]
     assert "are damaged (it.pixels" in caplog.text
     assert json.loads(path.read_text())["pixels"] == [1, 2]
 

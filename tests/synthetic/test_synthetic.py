@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from dinoseg.errors import UserError
-from dinoseg.synthetic.scene import render_clip
-from dinoseg.synthetic.write import render_dataset
+from dinoseg.synthetic.surgery.scene import render_clip
+from dinoseg.synthetic.surgery.write import render_dataset
 
 SMALL = {"train_videos": 1, "test_videos": 1, "seconds": 2, "size": (48, 80), "workers": 1}
 

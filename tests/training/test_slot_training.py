@@ -17,7 +17,7 @@ from dinoseg.__main__ import CONFIGS
 from dinoseg.config.values import register_resolvers
 from dinoseg.errors import UserError
 from dinoseg.metrics.clustering import contingency, segment_scores
-from dinoseg.synthetic.moving_write import render_moving_objects
+from dinoseg.synthetic.moving.write import render_moving_objects
 from dinoseg.training.checkpoint import read
 from dinoseg.training.engine import Engine
 
@@ -195,7 +195,7 @@ def test_the_loss_of_a_validation_sees_frames_as_far_apart_as_training(movi):
 def test_clips_too_short_for_the_loss_are_left_out_of_it(movi):
     model, engine, feed, loss = parts(movi, "data.clips.cut.length=10", "head.steps=[0,9]", "head.predictor=carry")
     assert feed.validate(model, loss, engine).scores["loss"] > 0
-    feed.val.places = [place._replace(length=9) for place in feed.val.places]
+    feed.val.spans = [span._replace(length=9) for span in feed.val.spans]
     scores = feed.validate(model, loss, engine).scores
     assert scores["loss"] is None and scores["fg_ari"] is not None
 

@@ -1,7 +1,8 @@
 """Mask files to class ids: stored numbers, colours, or 0 / 255; whatever has no class is an error."""
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,14 @@ class MaskReader:
         if self.masks.format == "binary":
             return _from_binary(numbers, path, described=self.masks.described is not None)
         return self._from_ids(numbers, path)
+
+    def rules(self) -> str:
+        """Return all that class ids depend on beside their file, as one text for equal rules, however written."""
+        labels, masks = self.labels, self.masks
+        options = {option.name: getattr(masks, option.name) or None for option in fields(masks) if option.compare}
+        if masks.others is None:
+            del options["others"]  # caches are older than this key: without it, their text stays as it was
+        return json.dumps([labels.classes, labels.ignore_index, labels.palette, options], sort_keys=True)
 
     def _from_ids(self, numbers: np.ndarray, path: Path) -> np.ndarray:
         inside = numbers.min() >= 0 and numbers.max() <= HIGHEST_ID

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinoseg.data.clips.videos import VOID, Layout, Video, chosen
+from dinoseg.data.clips.videos import VOID, Video, VideoLayout, chosen
 from dinoseg.data.splits import Partition
 from dinoseg.errors import UserError
 from dinoseg.ranges import Count, NotNegative, Positive
@@ -30,7 +30,7 @@ class Clip(TypedDict):
     frame_names: list[str]  # file stems, or the numbers of a video file's frames
 
 
-class Place(NamedTuple):
+class Span(NamedTuple):
     """Where a clip lies."""
 
     video: int
@@ -112,7 +112,7 @@ class Cut:
             )
         return stride
 
-    def places(self, number: int, video: Video) -> Iterator[Place]:
+    def spans(self, number: int, video: Video) -> Iterator[Span]:
         """Yield the clips of a video, `number` in its data set.
 
         Raises:
@@ -125,9 +125,9 @@ class Cut:
         if count >= covered:
             room = count - covered
             starts = range(0, room + 1, step) if self.per_video is None else _spread(room, self.per_video)
-            yield from (Place(number, start, stride, length) for start in starts)
+            yield from (Span(number, start, stride, length) for start in starts)
         elif self.short == "pad":
-            yield Place(number, 0, stride, length)
+            yield Span(number, 0, stride, length)
         elif self.short == "error":
             raise UserError(
                 f"Video {video.name} has {count} frames; {length} at stride {stride} need {covered}. Set "
@@ -145,27 +145,27 @@ class Clips:
 
     def __init__(self, videos: Sequence[Video], cut: Cut) -> None:
         self.videos, self.cut = videos, cut
-        self.places = [place for number, video in enumerate(videos) for place in cut.places(number, video)]
-        used = {place.video for place in self.places}
+        self.spans = [span for number, video in enumerate(videos) for span in cut.spans(number, video)]
+        used = {span.video for span in self.spans}
         self.skipped = [video.name for number, video in enumerate(videos) if number not in used]
-        if not self.places:
+        if not self.spans:
             raise UserError(
                 f"None of {len(videos)} videos is long enough for a clip: {listed(self.skipped)}. Set "
                 "data.clips.cut.short=pad, or a lower data.clips.cut.length."
             )
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.spans)
 
     def frames(self, index: int) -> tuple[np.ndarray, str]:
         """Return the frames (T, H, W, 3) uint8 of a clip without their masks, and a name for it."""
-        video, place, positions = self._find(index)
-        return _read_frames(video, positions, place.length), f"{video.name}/{video.frame_name(place.start)}"
+        video, span, positions = self._find(index)
+        return _read_frames(video, positions, span.length), f"{video.name}/{video.frame_name(span.start)}"
 
     def __getitem__(self, index: int) -> Clip:
-        video, place, positions = self._find(index)
+        video, span, positions = self._find(index)
         masks: list[np.ndarray | None] = [video.mask(position) for position in positions]
-        frames = _read_frames(video, positions, place.length)  # (T, H, W, 3)
+        frames = _read_frames(video, positions, span.length)  # (T, H, W, 3)
         filled = np.full(frames.shape[:3], VOID, dtype=np.uint8)  # (T, H, W)
         for number, (position, mask) in enumerate(zip(positions, masks, strict=True)):
             if mask is None:
@@ -176,7 +176,7 @@ class Clips:
                     f"{video.masks[position]} is {_size(mask)}. Replace the one that is wrong."
                 )
             filled[number] = mask
-        padded = place.length - len(positions)
+        padded = span.length - len(positions)
         names = [video.frame_name(position) for position in positions]
         return Clip(
             frames=torch.from_numpy(frames).permute(0, 3, 1, 2),  # (T, 3, H, W)
@@ -184,21 +184,21 @@ class Clips:
             annotated=torch.tensor([mask is not None for mask in masks] + [False] * padded),
             appears=torch.from_numpy(_first_shown(masks)),
             name=video.name,
-            start=place.start,
-            stride=place.stride,
+            start=span.start,
+            stride=span.stride,
             frame_names=names + names[-1:] * padded,
         )
 
-    def _find(self, index: int) -> tuple[Video, Place, list[int]]:
-        """Return a clip's video, its place there, and the positions that the video has of it."""
-        place = self.places[index]
-        video = self.videos[place.video]
-        wanted = (place.start + number * place.stride for number in range(place.length))
-        return video, place, [position for position in wanted if position < len(video.frames)]
+    def _find(self, index: int) -> tuple[Video, Span, list[int]]:
+        """Return a clip's video, where the clip lies there, and the positions that the video has of it."""
+        span = self.spans[index]
+        video = self.videos[span.video]
+        wanted = (span.start + number * span.stride for number in range(span.length))
+        return video, span, [position for position in wanted if position < len(video.frames)]
 
 
 def open_clips(
-    layout: Layout,
+    layout: VideoLayout,
     split: str,
     *,
     cut: Cut = Cut(),  # noqa: B008 (frozen)

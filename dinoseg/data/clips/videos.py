@@ -7,12 +7,12 @@ from typing import Protocol
 
 import numpy as np
 
-from dinoseg.data.natural_order import natural_order
 from dinoseg.data.splits import Partition, divide
 from dinoseg.data.video.access import VideoFrame
 from dinoseg.errors import UserError
 from dinoseg.images import IMAGE_SUFFIXES, read_ids, read_image
 from dinoseg.storage.files import entries
+from dinoseg.storage.natural_order import natural_order
 from dinoseg.wording import count_of, listed
 
 VOID = 255  # in a mask: no object is known here
@@ -92,7 +92,7 @@ class Video:
         return ids.astype(np.uint8)
 
 
-class Layout(Protocol):
+class VideoLayout(Protocol):
     """Where a data set keeps its videos."""
 
     def videos(self, split: str) -> list[Video]:
@@ -100,7 +100,7 @@ class Layout(Protocol):
         ...
 
 
-def chosen(layout: Layout, split: str, partition: Partition) -> list[Video]:
+def chosen(layout: VideoLayout, split: str, partition: Partition) -> list[Video]:
     """Return the videos of a split: those of the data set's own, or a share of its training videos in their order.
 
     Raises:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import Masks
-from dinoseg.data.pairing import Lacking, gathered, pair_by_name
-from dinoseg.data.pairs import Pair, PairDataset
+from dinoseg.data.pairs.dataset import Pair, PairDataset
+from dinoseg.data.pairs.pairing import Lacking, gathered, pair_by_name
 from dinoseg.data.splits import Partition, divide, read_name_list
 from dinoseg.errors import UserError
 from dinoseg.images import IMAGE_SUFFIXES
@@ -22,7 +22,7 @@ _REMEDY = (
 
 
 @dataclass(frozen=True)
-class Layout:
+class FolderLayout:
     """Where the files lie below the root; subfolders are searched and become part of the name.
 
     Args:
@@ -49,7 +49,7 @@ def folder_dataset(
     classes: Sequence[str],
     palette: Sequence[Sequence[int]] | None = None,
     ignore_index: int = 255,
-    layout: Layout = Layout(),  # noqa: B008 (frozen)
+    layout: FolderLayout = FolderLayout(),  # noqa: B008 (frozen)
     masks: Masks = Masks(),  # noqa: B008 (frozen)
     partition: Partition = Partition(),  # noqa: B008 (frozen)
 ) -> PairDataset:
@@ -74,7 +74,7 @@ def folder_dataset(
     return gathered(found, split, labels, masks)
 
 
-def find_pairs(root: Path, split: str, layout: Layout, partition: Partition) -> list[Pair | Lacking]:
+def find_pairs(root: Path, split: str, layout: FolderLayout, partition: Partition) -> list[Pair | Lacking]:
     """Return what a split names, in the order of the names or of the split's file list."""
     _check_partition(layout, partition)
     if not root.is_dir():
@@ -89,7 +89,7 @@ def find_pairs(root: Path, split: str, layout: Layout, partition: Partition) -> 
     return pairs
 
 
-def _pairs_of(root: Path, split: str, layout: Layout, partition: Partition) -> list[Pair | Lacking]:
+def _pairs_of(root: Path, split: str, layout: FolderLayout, partition: Partition) -> list[Pair | Lacking]:
     """Return what a split's folders or its file list name."""
     folders = _folder(root, split, layout.images, layout), _folder(root, split, layout.masks, layout)
     images = _find(folders[0], layout.image_suffix, layout, is_mask=False)
@@ -108,7 +108,7 @@ def _pairs_of(root: Path, split: str, layout: Layout, partition: Partition) -> l
     return [by_name[name] for name in names]
 
 
-def _find(folder: Path, suffix: str, layout: Layout, *, is_mask: bool) -> dict[str, Path]:
+def _find(folder: Path, suffix: str, layout: FolderLayout, *, is_mask: bool) -> dict[str, Path]:
     """Return name to file for all pictures below a folder whose stem ends with `suffix`."""
     found: dict[str, Path] = {}
     both_here = not is_mask and layout.mask_suffix and layout.images == layout.masks
@@ -127,7 +127,7 @@ def _find(folder: Path, suffix: str, layout: Layout, *, is_mask: bool) -> dict[s
     return found
 
 
-def _folder(root: Path, split: str, pattern: str, layout: Layout) -> Path:
+def _folder(root: Path, split: str, pattern: str, layout: FolderLayout) -> Path:
     folder = root / pattern.replace("{split}", layout.splits.get(split, split))
     if not folder.is_dir():
         there = next(parent for parent in folder.parents if parent.is_dir())
@@ -139,7 +139,7 @@ def _folder(root: Path, split: str, pattern: str, layout: Layout) -> Path:
     return folder
 
 
-def _check_partition(layout: Layout, partition: Partition) -> None:
+def _check_partition(layout: FolderLayout, partition: Partition) -> None:
     named = ["{split}" in pattern for pattern in (layout.images, layout.masks)]
     if partition.by == "folder" and not all(named):
         raise UserError(

@@ -19,8 +19,8 @@ from dinoseg.data.formats.idd_files import (
     label_suffix,
     prepare_command,
 )
-from dinoseg.data.pairing import Lacking, gathered
-from dinoseg.data.pairs import Pair, PairDataset
+from dinoseg.data.pairs.dataset import Pair, PairDataset
+from dinoseg.data.pairs.pairing import Lacking, gathered
 from dinoseg.data.splits import Partition, divide
 from dinoseg.errors import UserError
 from dinoseg.label_tables.read import label_table

@@ -14,7 +14,7 @@ from PIL import Image
 from dinoseg.data.packed.draft import Draft
 from dinoseg.data.packed.read import Packed, paying_workers, read_all, reduced_size
 from dinoseg.data.packed.store import PIXELS, Store, StoreKey, aligned, open_store
-from dinoseg.data.pairs import PairDataset
+from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.errors import DISK_FULL, UserError
 from dinoseg.report.progress import Bar
 from dinoseg.shapes import Sample

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from dinoseg.data.packed.store import checksum
-from dinoseg.data.pairs import PairDataset
+from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.transforms import Augment
 from dinoseg.errors import UserError
 from dinoseg.processes.workers import count_cores, in_processes

@@ -13,9 +13,9 @@ import numpy as np
 
 from dinoseg.data.classes.masks import MaskReader
 from dinoseg.data.scan.record import SMALL, Record
-from dinoseg.data.stamps import rules_of, stamp
 from dinoseg.storage import forms
 from dinoseg.storage.atomic import whole_file
+from dinoseg.storage.stamps import stamp
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class ScanCache:
 
     def __init__(self, folder: str | Path, masks: Sequence[Path], reader: MaskReader) -> None:
         common = os.path.commonpath([os.path.abspath(mask) for mask in masks]) if masks else ""
-        key = hashlib.sha256(repr((_VERSION, common, rules_of(reader))).encode()).hexdigest()
+        key = hashlib.sha256(repr((_VERSION, common, reader.rules())).encode()).hexdigest()
         self.path = Path(folder) / f"scan_{key[:16]}.npz"
         self._known: dict[str, tuple[list[int], Record]] = self._load()
         self._changed = False

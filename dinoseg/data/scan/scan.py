@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +13,9 @@ from dinoseg.data.scan.record import Record, measure
 from dinoseg.errors import UserError
 from dinoseg.processes.workers import in_processes
 from dinoseg.report.progress import Bar
-from dinoseg.wording import listed, one_line
 
 if TYPE_CHECKING:  # its file imports torch, which the scanning processes do without
-    from dinoseg.data.pairs import Pair
+    from dinoseg.data.pairs.dataset import Pair
 
 Job = tuple[str, Any, Path]  # name, image, mask
 _CHUNK = 16  # pairs handed to a process at once
@@ -68,13 +66,6 @@ def scan(
 def unreadable(records: Iterable[Record]) -> dict[str, str]:
     """Return name to reason of the pairs that would stop a run when they are read."""
     return {record.name: "; ".join(record.problems.values()) for record in records if record.problems}
-
-
-def reasons(bad: Mapping[str, str], limit: int = 20) -> str:
-    """Return a line for each of the first names with its reason, then further names."""
-    lines = "".join(f"\n- {one_line(f'{name}: {reason}')}" for name, reason in islice(bad.items(), limit))
-    rest = list(bad)[limit:]
-    return lines + (f"\nand {len(rest)} more: {listed(rest, 5 * limit)}" if rest else "")
 
 
 def _measured(jobs: Sequence[Job], reader: MaskReader, images: bool, workers: int) -> Iterator[Record]:

@@ -1,4 +1,4 @@
-"""Write videos of moving objects as folders of frames and masks, as `dinoseg.data.clips.movi` reads MOVi."""
+"""Write videos of moving objects as folders of frames and masks, as `dinoseg.data.formats.movi` reads MOVi."""
 
 import functools
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 from dinoseg.errors import UserError
 from dinoseg.images import write_png
 from dinoseg.ranges import Count, Natural
-from dinoseg.synthetic.moving_objects import RATE, draw_video
+from dinoseg.synthetic.moving.objects import RATE, draw_video
 from dinoseg.synthetic.rendering import beside, check_least, missing, render_videos
 from dinoseg.wording import listed
 
@@ -24,7 +24,7 @@ _SMALLEST = 32  # pixels, so that the smallest object still has some
 
 
 @dataclass(frozen=True)
-class Video:
+class MovingVideo:
     """What determines one video's content; kept in its folder."""
 
     seed: int
@@ -66,7 +66,7 @@ def render_moving_objects(
     root, counts = Path(root).expanduser(), (train_videos, val_videos, test_videos)
     _check(counts, seconds, size, seed, workers)
     videos = [
-        Video(seed, folder, number, seconds, (size[0], size[1]))
+        MovingVideo(seed, folder, number, seconds, (size[0], size[1]))
         for folder, count in zip(FOLDERS, counts, strict=True)
         for number in range(1, count + 1)
     ]
@@ -88,7 +88,7 @@ def _check(counts: tuple[int, int, int], seconds: int, size: Sequence[int], seed
     check_least(seconds=(seconds, 1), workers=(workers, 1), seed=(seed, 0))
 
 
-def _missing(root: Path, videos: list[Video]) -> list[Video]:
+def _missing(root: Path, videos: list[MovingVideo]) -> list[MovingVideo]:
     """Return the videos still to be written, having made sure that nothing else lies in the way.
 
     One that lacks pictures is removed and counts as missing.
@@ -108,7 +108,7 @@ def _missing(root: Path, videos: list[Video]) -> list[Video]:
     return [*absent, *cut]
 
 
-def _is_whole(video: Video, path: Path) -> bool:
+def _is_whole(video: MovingVideo, path: Path) -> bool:
     return all(len(_shown(path / folder)) >= video.seconds * RATE for folder in PICTURES)
 
 
@@ -124,7 +124,7 @@ def _description(path: Path) -> str:
         return ""
 
 
-def _write_video(video: Video, root: Path) -> Path:
+def _write_video(video: MovingVideo, root: Path) -> Path:
     """Draw one video beside its place and move the finished folder there."""
     path = video.path(root)
     with beside(path) as part:

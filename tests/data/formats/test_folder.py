@@ -8,14 +8,14 @@ import torch
 from making import save
 
 from dinoseg.data.classes.masks import Masks
-from dinoseg.data.formats.folder import Layout, folder_dataset
+from dinoseg.data.formats.folder import FolderLayout, folder_dataset
 from dinoseg.data.splits import Partition, split_table
 from dinoseg.errors import UserError
 from dinoseg.report.palette import default_palette
 from dinoseg.storage.atomic import write_json
 
 CLASSES = ["a", "b"]
-FLAT = Layout("images", "masks")
+FLAT = FolderLayout("images", "masks")
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_drives_suffixes_and_instance_masks(tmp_path):
         save(tmp_path / f"gtFine/val/{drive}/f1_label.png", np.full((2, 2), int(drive == "7")))
         save(tmp_path / f"gtFine/val/{drive}/f1_inst_label.png", np.full((2, 2), 77))
         (tmp_path / f"gtFine/val/{drive}/f1_polygons.json").write_text("{}")
-    layout = Layout("leftImg8bit/{split}", "gtFine/{split}", "_image", "_label", ["*_inst_label.png"])
+    layout = FolderLayout("leftImg8bit/{split}", "gtFine/{split}", "_image", "_label", ["*_inst_label.png"])
     data = folder_dataset(tmp_path, "val", classes=CLASSES, layout=layout)
     assert data.names == ["12/f1", "7/f1"]
     assert [int(data[i]["mask"].max()) for i in range(2)] == [0, 1]
@@ -66,7 +66,9 @@ def test_one_folder_for_images_and_masks(tmp_path):
     for name in ("p.q", "r"):  # a dot inside a name is no ending
         save(tmp_path / "train" / f"{name}.JPG", np.zeros((2, 2, 3)), format="JPEG")
         save(tmp_path / "train" / f"{name}_mask.png", np.ones((2, 2)))
-    data = folder_dataset(tmp_path, "train", classes=CLASSES, layout=Layout("{split}", "{split}", mask_suffix="_mask"))
+    data = folder_dataset(
+        tmp_path, "train", classes=CLASSES, layout=FolderLayout("{split}", "{split}", mask_suffix="_mask")
+    )
     assert data.names == ["p.q", "r"]
 
 
@@ -75,7 +77,7 @@ def test_split_names_on_disk_and_what_a_desktop_leaves(fill):
     fill("valid_images", "valid_masks", ["v"])
     (root / "valid_images/._v.png").write_bytes(b"junk")
     (root / "valid_images/Thumbs.db").write_bytes(b"junk")
-    layout = Layout("{split}_images", "{split}_masks", splits={"val": "valid"})
+    layout = FolderLayout("{split}_images", "{split}_masks", splits={"val": "valid"})
     assert folder_dataset(root, "val", classes=CLASSES, layout=layout).names == ["v"]
     assert len(folder_dataset(root, "train", classes=CLASSES, layout=layout)) == 3
 
@@ -205,12 +207,12 @@ def test_missing_folders(fill, tmp_path):
     with pytest.raises(UserError, match=r"No folder .*val/images for split val .*holds the folders train\."):
         folder_dataset(root, "val", classes=CLASSES)
     with pytest.raises(UserError, match=r"No folder .*train/labels .*holds the folders images, masks"):
-        folder_dataset(root, "train", classes=CLASSES, layout=Layout(masks="{split}/labels"))
+        folder_dataset(root, "train", classes=CLASSES, layout=FolderLayout(masks="{split}/labels"))
 
 
 @pytest.mark.parametrize("partition", [Partition(), Partition("fraction")])
 def test_empty_split(tmp_path, partition):
-    layout = Layout() if partition.by == "folder" else FLAT
+    layout = FolderLayout() if partition.by == "folder" else FLAT
     for folder in ("train/images", "train/masks", "images", "masks"):
         Path(tmp_path, folder).mkdir(parents=True)
     with pytest.raises(UserError, match=r"Split train is empty: .*images holds no image"):

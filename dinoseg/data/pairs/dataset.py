@@ -13,10 +13,10 @@ import torch
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.mask_size import fit
 from dinoseg.data.classes.masks import MaskReader, Masks
-from dinoseg.data.stamps import rules_of, stamp
 from dinoseg.data.video.access import VideoFrame
 from dinoseg.images import read_image
 from dinoseg.shapes import Sample
+from dinoseg.storage.stamps import stamp
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def read_mask(pair: Pair, reader: MaskReader) -> np.ndarray:
 def fingerprint(pairs: Iterable[Pair], reader: MaskReader) -> str:
     """Return a hash that changes with the names, any file, where it lies, the classes and the mask rules."""
     resolved = functools.cache(os.path.realpath)  # of folders: few, and each costs a look at all above it
-    digest = hashlib.sha256(rules_of(reader).encode())
+    digest = hashlib.sha256(reader.rules().encode())
     for pair in pairs:
         image, frame = (pair.image.path, pair.image.index) if isinstance(pair.image, VideoFrame) else (pair.image, None)
         files = [(resolved(path.parent), path.name, stamp(path)) for path in (image, pair.mask)]

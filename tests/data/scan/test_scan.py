@@ -13,12 +13,13 @@ from PIL import Image
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import MaskReader, Masks
 from dinoseg.data.formats.folder import folder_dataset
-from dinoseg.data.pairs import Pair, PairDataset
+from dinoseg.data.pairs.dataset import Pair, PairDataset
 from dinoseg.data.scan import scan as scan_module
 from dinoseg.data.scan.record import perceptual_hash
-from dinoseg.data.scan.scan import reasons, scan, unreadable
+from dinoseg.data.scan.scan import scan, unreadable
 from dinoseg.errors import UserError
 from dinoseg.images import read_image
+from dinoseg.wording import reasons
 
 CLASSES = ("a", "b", "c")
 

@@ -8,7 +8,7 @@ from itertools import combinations
 import numpy as np
 
 from dinoseg.data.scan.record import Record
-from dinoseg.doctor.checks_splits import same_files
+from dinoseg.doctor.checks.splits import same_files
 from dinoseg.doctor.findings import Finding, Scanned
 from dinoseg.wording import count_of
 

@@ -7,10 +7,9 @@ from pathlib import Path
 
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import Masks
-from dinoseg.data.pairs import Pair, PairDataset
-from dinoseg.data.scan.scan import reasons
+from dinoseg.data.pairs.dataset import Pair, PairDataset
 from dinoseg.errors import UserError
-from dinoseg.wording import count_of
+from dinoseg.wording import count_of, reasons
 
 _FEW = 3  # reasons that are told where nothing is whole: they will be alike
 

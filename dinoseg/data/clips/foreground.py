@@ -4,14 +4,14 @@ from collections.abc import Sequence
 
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import Masks
-from dinoseg.data.clips.videos import VOID, Layout, Video, chosen
-from dinoseg.data.pairs import Pair, PairDataset
+from dinoseg.data.clips.videos import VOID, Video, VideoLayout, chosen
+from dinoseg.data.pairs.dataset import Pair, PairDataset
 from dinoseg.data.splits import Partition
 from dinoseg.errors import UserError
 
 
 def foreground(
-    layout: Layout,
+    layout: VideoLayout,
     split: str,
     *,
     classes: Sequence[str],

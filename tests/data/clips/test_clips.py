@@ -11,16 +11,16 @@ from PIL import Image
 
 from dinoseg.config.nodes import instantiate
 from dinoseg.data.clips.cut import Clips, Cut, open_clips
-from dinoseg.data.clips.davis import Davis
-from dinoseg.data.clips.folder import VideoFolder
-from dinoseg.data.clips.movi import Movi
-from dinoseg.data.clips.pairs import foreground, no_masks
+from dinoseg.data.clips.foreground import foreground, no_masks
 from dinoseg.data.clips.videos import Video, VideoFrames, chosen
-from dinoseg.data.clips.youtube_vos import YoutubeVos
-from dinoseg.data.natural_order import natural_order
+from dinoseg.data.formats.davis import Davis
+from dinoseg.data.formats.movi import Movi
+from dinoseg.data.formats.video_folder import VideoFolder
+from dinoseg.data.formats.youtube_vos import YoutubeVos
 from dinoseg.data.splits import Partition
 from dinoseg.data.video.access import VideoFrame, read_frame
 from dinoseg.errors import UserError
+from dinoseg.storage.natural_order import natural_order
 
 CLASSES = ["background", "object"]
 
@@ -269,7 +269,7 @@ def test_youtube_vos_objects_that_appear_late(compose, youtube):
 def test_youtube_vos_all_frames(compose, youtube):
     clips = clips_of(compose, "youtube_vos", youtube, "train", "data.all_frames=true", "data.clips.cut.length=6")
     assert clips.videos[0].fps == 30 and len(clips.videos[1].frames) == 31
-    assert [place.start for place in clips.places] == [0, 6, 0, 6, 12, 18, 24]
+    assert [span.start for span in clips.spans] == [0, 6, 0, 6, 12, 18, 24]
     assert clips[0]["annotated"].tolist() == [True, False, False, False, False, True]
     whole = clips_of(compose, "youtube_vos", youtube, "train", "data.all_frames=true")
     assert appears(whole[1]) == {2: 0, 4: 15}
@@ -381,7 +381,7 @@ def test_videos_and_folders_of_frames(compose, folder):
     keys = ("data.clips.cut.length=4", "data.clips.cut.stride=2")
     clips = clips_of(compose, "videos", folder, "train", *keys)
     assert [video.name for video in clips.videos] == ["two", "x/frames", "x/one"]
-    assert [(place.video, place.start) for place in clips.places] == [(0, 0), (1, 0), (2, 0), (2, 8), (2, 16)]
+    assert [(place.video, place.start) for place in clips.spans] == [(0, 0), (1, 0), (2, 0), (2, 8), (2, 16)]
     clip = clips[3]
     assert clip["name"] == "x/one" and clip["frame_names"] == [f"{index:09d}" for index in (8, 10, 12, 14)]
     for number, index in enumerate((8, 10, 12, 14)):
@@ -400,7 +400,7 @@ def test_frame_rate(compose, folder):
     with pytest.raises(UserError, match=r"frame rate of video x/frames is unknown\. Set data\.folder_fps"):
         clips_of(compose, "videos", folder, "train", *keys)
     clips = clips_of(compose, "videos", folder, "train", *keys, "data.folder_fps=20.4")
-    assert [(place.video, place.start, place.stride) for place in clips.places[:6]] == [
+    assert [(place.video, place.start, place.stride) for place in clips.spans[:6]] == [
         (0, 0, 3), (1, 0, 1), (1, 5, 1), (2, 0, 3), (2, 5, 3), (2, 10, 3),
     ]  # fmt: skip
     with pytest.raises(UserError, match=r"fps=25: video two has 60 .* every n-th gives 60, 30, 20"):
@@ -566,7 +566,7 @@ def test_one_image_set_is_not_trained_and_scored_on(compose, davis):
 )
 def test_cuts(tmp_path, cut, starts):
     clips = open_clips(Still(tmp_path, v=10), "train", cut=cut)
-    assert [place.start for place in clips.places] == starts
+    assert [span.start for span in clips.spans] == starts
     for clip in clips:
         length = cut.length or len(range(0, 10, cut.stride))
         indices = [clip["start"] + number * cut.stride for number in range(length)]

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dinoseg.data.clips.videos import FrameFiles, Video, VideoFrames, picture_files
-from dinoseg.data.natural_order import natural_order
 from dinoseg.data.video.index import index_videos
 from dinoseg.errors import UserError
 from dinoseg.images import IMAGE_SUFFIXES
 from dinoseg.ranges import Positive
 from dinoseg.storage.files import visible_files
+from dinoseg.storage.natural_order import natural_order
 from dinoseg.wording import count_of
 
 VIDEO_SUFFIXES = (".avi", ".mp4", ".mov", ".m4v", ".mkv", ".webm", ".mpg", ".mpeg", ".ts", ".wmv")

@@ -7,9 +7,9 @@ import cv2
 import numpy as np
 
 from dinoseg.synthetic.canvas import Canvas
+from dinoseg.synthetic.moving.outlines import OUTLINES
+from dinoseg.synthetic.moving.patterns import FIGURES, GROUNDS, draw_greys, draw_palette, paint
 from dinoseg.synthetic.noise import Wander, fractal, smoothstep
-from dinoseg.synthetic.outlines import OUTLINES
-from dinoseg.synthetic.patterns import FIGURES, GROUNDS, draw_greys, draw_palette, paint
 from dinoseg.synthetic.relief import Sprite
 
 RATE = 12  # frames per second

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dinoseg.data.clips.videos import FrameFiles, Video, frames_and_masks, video_folders
-from dinoseg.data.natural_order import natural_order
 from dinoseg.errors import UserError
 from dinoseg.storage import forms
+from dinoseg.storage.natural_order import natural_order
 from dinoseg.wording import count_of, listed
 
 ANNOTATED_RATE, VIDEO_RATE = 6, 30  # frames per second: every fifth is annotated

@@ -14,7 +14,7 @@ import numpy as np
 from dinoseg.errors import UserError
 from dinoseg.ranges import Count, Natural
 from dinoseg.synthetic.rendering import beside, check_least, missing, render_videos
-from dinoseg.synthetic.scene import RATE, render_clip
+from dinoseg.synthetic.surgery.scene import RATE, render_clip
 
 FPS = 60
 SPLITS = ("train1", "test")
@@ -22,7 +22,7 @@ FIRST_TEST_VIDEO = 41  # as in SAR-RARP50
 
 
 @dataclass(frozen=True)
-class Video:
+class SurgeryVideo:
     """What determines one video's content; kept as the comment of its zip."""
 
     seed: int
@@ -63,7 +63,7 @@ def render_dataset(
     _check(train_videos, test_videos, seconds, size, seed, workers)
     first_test = max(FIRST_TEST_VIDEO, train_videos + 1)
     numbers = {"train1": range(1, train_videos + 1), "test": range(first_test, first_test + test_videos)}
-    videos = [Video(seed, split, number, seconds, size) for split in SPLITS for number in numbers[split]]
+    videos = [SurgeryVideo(seed, split, number, seconds, size) for split in SPLITS for number in numbers[split]]
     work = functools.partial(_write_video, root=root)
     render_videos(root, functools.partial(_missing, root, videos), work, total=len(videos), workers=workers)
 
@@ -82,7 +82,7 @@ def _check(train_videos: int, test_videos: int, seconds: int, size: tuple[int, i
     check_least(seconds=(seconds, 1), workers=(workers, 1), seed=(seed, 0))
 
 
-def _missing(root: Path, videos: list[Video]) -> list[Video]:
+def _missing(root: Path, videos: list[SurgeryVideo]) -> list[SurgeryVideo]:
     """Return the videos still to be written, having made sure that nothing else lies in the way."""
     for split in SPLITS:
         (root / split).mkdir(parents=True, exist_ok=True)
@@ -98,7 +98,7 @@ def _comment(path: Path) -> bytes:
         return b""
 
 
-def _write_video(video: Video, root: Path) -> Path:
+def _write_video(video: SurgeryVideo, root: Path) -> Path:
     """Render one video beside its place and move the finished zip there."""
     path = video.path(root)
     with beside(path) as part:

@@ -8,8 +8,8 @@ from making import Pictures, save
 
 from dinoseg.data.classes.masks import Masks
 from dinoseg.data.formats.folder import folder_dataset
-from dinoseg.data.frequencies import class_counts
-from dinoseg.data.pairs import PairDataset
+from dinoseg.data.pairs.dataset import PairDataset
+from dinoseg.data.scan.class_counts import class_counts
 from dinoseg.errors import UserError
 
 

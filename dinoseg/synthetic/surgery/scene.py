@@ -6,13 +6,13 @@ import cv2
 import numpy as np
 
 from dinoseg.synthetic.canvas import Canvas
-from dinoseg.synthetic.cords import Catheter, Thread, curve
-from dinoseg.synthetic.lens import Lens
 from dinoseg.synthetic.noise import Wander
-from dinoseg.synthetic.parts import paint_needle
 from dinoseg.synthetic.relief import DETAIL, metal_sphere
-from dinoseg.synthetic.tissue import Tissue
-from dinoseg.synthetic.tools import Clamp, Pose, Reach, Robot, Suction
+from dinoseg.synthetic.surgery.cords import Catheter, Thread, curve
+from dinoseg.synthetic.surgery.lens import Lens
+from dinoseg.synthetic.surgery.parts import paint_needle
+from dinoseg.synthetic.surgery.tissue import Tissue
+from dinoseg.synthetic.surgery.tools import Clamp, Pose, Reach, Robot, Suction
 
 # the thread leads from the needle through these parts (x, y) of the frame, in shares of its sides
 KNOT_ZONES = (((0.5, 0.1), (0.9, 0.3)), ((0.15, 0.15), (0.5, 0.4)), ((0.2, 0.6), (0.6, 0.85)))

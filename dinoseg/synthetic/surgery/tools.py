@@ -7,7 +7,8 @@ import numpy as np
 
 from dinoseg.synthetic.canvas import Canvas
 from dinoseg.synthetic.noise import Wander
-from dinoseg.synthetic.parts import (
+from dinoseg.synthetic.relief import DETAIL, Sprite
+from dinoseg.synthetic.surgery.parts import (
     paint_clamp,
     paint_collar,
     paint_holder_jaw,
@@ -16,7 +17,6 @@ from dinoseg.synthetic.parts import (
     paint_shaft,
     paint_suction,
 )
-from dinoseg.synthetic.relief import DETAIL, Sprite
 
 
 class Reach:

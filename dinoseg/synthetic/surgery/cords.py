@@ -5,7 +5,7 @@ import numpy as np
 
 from dinoseg.synthetic.canvas import Canvas
 from dinoseg.synthetic.noise import Wander, fractal, vary
-from dinoseg.synthetic.parts import CATHETER, THREAD
+from dinoseg.synthetic.surgery.parts import CATHETER, THREAD
 
 THREADS = ((52, 56, 128), (96, 58, 140), (206, 202, 196), (34, 30, 38), (48, 92, 104), (150, 150, 170))
 TUBES = ((206, 164, 112), (190, 122, 92), (216, 194, 168), (188, 108, 96))
