@@ -43,14 +43,16 @@ def _command(arguments: list[str]) -> None:
     from hydra.errors import HydraException
 
     from dinoseg.command.own_keys import with_own_keys
-    from dinoseg.command.words import as_text
+    from dinoseg.command.recipes import with_recipe_files
+    from dinoseg.command.words import as_text, config_folders
     from dinoseg.config.values import register_resolvers
     from dinoseg.errors import UserError, telling_file_errors
 
     register_resolvers()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that an error comes back as it was raised
     try:
-        sys.argv[1:] = with_own_keys(as_text(arguments, Path(CONFIGS)))
+        words = with_recipe_files(as_text(arguments, Path(CONFIGS)), config_folders(arguments, Path(CONFIGS)))
+        sys.argv[1:] = with_own_keys(words)
         with telling_file_errors(Path.cwd()):  # of the run folder itself, which Hydra makes
             hydra.main(version_base="1.3", config_path=CONFIGS, config_name="main")(run)()
     except UserError as error:
@@ -78,14 +80,14 @@ def run(cfg):  # noqa: ANN001, ANN201 - hydra.main wants the bare signature
     from hydra.types import RunMode
     from omegaconf import OmegaConf
 
+    from dinoseg.config.options import chosen_options
     from dinoseg.config.values import plain
     from dinoseg.errors import UserError
     from dinoseg.launch import launch
     from dinoseg.processes.interrupt import Interrupted, raised
 
     hydra_cfg = HydraConfig.get()
-    groups = {key: value for key, value in plain(hydra_cfg.runtime.choices).items() if "/" not in key}
-    composed = OmegaConf.create({**plain(cfg), "choices": groups})
+    composed = OmegaConf.create({**plain(cfg), "choices": chosen_options(hydra_cfg.runtime.choices)})
     words = plain(hydra_cfg.overrides)["task"]  # as typed: asked for one by one, each `${...}` in them is resolved
     try:
         with raised():

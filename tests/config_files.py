@@ -12,7 +12,8 @@ GROUPS = sorted(path.name for path in FOLDER.iterdir() if path.is_dir() and path
 
 
 def options(group):
-    return sorted(path.stem for path in (FOLDER / group).glob("*.yaml") if not path.stem.startswith("_"))
+    paths = [path.relative_to(FOLDER / group) for path in (FOLDER / group).rglob("*.yaml")]
+    return sorted(path.with_suffix("").as_posix() for path in paths if not path.stem.startswith("_"))
 
 
 def read(group, option):
@@ -39,7 +40,7 @@ def written_choices(hparam):
     chosen = {}
     for base in read("hparam", hparam).get("defaults", []):
         if isinstance(base, str):
-            chosen |= {} if base == "_self_" else written_choices(base)
+            chosen |= {} if base == "_self_" else written_choices(base.removeprefix("/hparam/"))
         else:
             chosen |= {key.removeprefix("override /"): value for key, value in base.items()}
     return chosen

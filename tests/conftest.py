@@ -39,17 +39,18 @@ def compose():
     from omegaconf import OmegaConf
 
     from dinoseg.__main__ import CONFIGS
+    from dinoseg.command.recipes import with_recipe_files
+    from dinoseg.config.options import chosen_options
     from dinoseg.config.values import register_resolvers
 
     register_resolvers()
 
     def build(*overrides):
         with initialize_config_dir(CONFIGS, version_base="1.3"):
-            cfg = hydra_compose("main", list(overrides), return_hydra_config=True)
+            cfg = hydra_compose("main", with_recipe_files(overrides, [Path(CONFIGS)]), return_hydra_config=True)
         HydraConfig.instance().set_config(cfg)
-        choices = {k: v for k, v in OmegaConf.to_container(cfg.hydra.runtime.choices).items() if "/" not in k}
         plain = {k: v for k, v in OmegaConf.to_container(cfg).items() if k != "hydra"}
-        return OmegaConf.create({**plain, "choices": choices})
+        return OmegaConf.create({**plain, "choices": chosen_options(cfg.hydra.runtime.choices)})
 
     return build
 

@@ -45,7 +45,7 @@ def small_model(words):
         )
     if any(word.startswith(("hparam=slots", "hparam=dinosavi")) for word in words):
         return (*SMALL, "head.slot_dim=16", "head.decoder_dim=16")
-    if "hparam=idd_lora" in words:  # whose head reads four maps
+    if "hparam=idd/lora" in words:  # whose head reads four maps
         return (*SMALL, "backbone.layers=[0,0,1,1]")
     return (*SMALL, "head.blocks=1") if "head=eomt" in words else SMALL
 

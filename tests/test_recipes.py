@@ -10,21 +10,21 @@ ORIGINALS = {
     | {"optim.optimizer.weight_decay": 1e-4, "data.batch_size": 8, "resolution.crop": [640, 640]}
     | {"data.augment.affine.degrees": 25, "data.augment.flip": 0.5, "data.augment.scale": [1, 1]}
     | {"data.augment.color.brightness": 0.2, "data.augment.color.saturation": 0, "optim.schedule.warmup": 0},
-    "schism_linear": ADAM
+    "schism/linear": ADAM
     | {"resolution.crop": [224, 224], "resolution.scale": 560 / 224, "data.batch_size": 8, "trainer.epochs": 10}
     | {"adapter.rank": 32, "adapter.rslora": True, "adapter.bits": 4, "optim.schedule.warmup": 0}
     | {"data.augment.scale": [1, 1], "trainer.patience": 2, "trainer.val_every": None},
-    "idd_m2f": {"optim.optimizer.lr": 1e-4, "optim.optimizer.weight_decay": 1e-4, "optim.schedule.kind": "cosine"}
+    "idd/m2f": {"optim.optimizer.lr": 1e-4, "optim.optimizer.weight_decay": 1e-4, "optim.schedule.kind": "cosine"}
     | {"optim.schedule.warmup": 0, "trainer.epochs": 20, "trainer.val_every": None, "trainer.patience": 10}
     | {"data.batch_size": 2, "trainer.clip": 1.0, "data.augment.scale": [1, 1]}
     | {f"data.augment.color.{part}": 0.3 for part in ("brightness", "contrast", "saturation")}
     | {"data.augment.color.hue": 0.1},
-    "sarrarp_lora": ADAM
+    "sarrarp/lora": ADAM
     | {"data.batch_size": 6, "trainer.epochs": 20, "trainer.val_every": 500, "trainer.patience": 5}
     | {"adapter.rank": 16, "adapter.targets": "all_linear", "adapter.dropout": 0.1, "optim.schedule.warmup": 0},
-    "dinosavi_control": {"optim.optimizer.lr": 1e-4, "optim.schedule.warmup": 0.1, "data.batch_size": 16},
-    "dinosavi_final": {"optim.optimizer.lr": 2e-4, "optim.schedule.warmup": 0.1, "trainer.clip": 0.05},
-    "eomt_ade20k": {"optim.optimizer.lr": 1e-4, "optim.schedule.warmup": 1500 / 40000, "trainer.steps": 40000},
+    "dinosavi/control": {"optim.optimizer.lr": 1e-4, "optim.schedule.warmup": 0.1, "data.batch_size": 16},
+    "dinosavi/final": {"optim.optimizer.lr": 2e-4, "optim.schedule.warmup": 0.1, "trainer.clip": 0.05},
+    "eomt/ade20k": {"optim.optimizer.lr": 1e-4, "optim.schedule.warmup": 1500 / 40000, "trainer.steps": 40000},
 }
 
 

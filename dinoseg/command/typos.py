@@ -12,7 +12,9 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from dinoseg.command.own_keys import own_configs
-from dinoseg.command.words import assignments, is_sweep, parsed, values_of
+from dinoseg.command.recipes import recipe_files
+from dinoseg.command.words import assignments, config_folders, is_sweep, parsed, values_of
+from dinoseg.config.options import RECIPES, options_of
 from dinoseg.config.values import keys_of, plain
 from dinoseg.wording import nearest
 
@@ -27,8 +29,11 @@ def explain(arguments: Sequence[str], configs: str, error: Exception) -> str:
         configs: folder of the config groups.
         error: what Hydra raised.
     """
+    folders = config_folders(arguments, Path(configs))
+    if moved := _moved_recipe(error, folders):
+        return moved
     several = is_sweep(arguments)
-    chosen: list[str] = []
+    chosen = _search_path(folders[1:])
     overrides: list[Override] = []
     for _, word in assignments(arguments):
         override, mistake = _read(word)
@@ -39,11 +44,11 @@ def explain(arguments: Sequence[str], configs: str, error: Exception) -> str:
                 f"{word} gives several values. For a list use brackets: '{override.key_or_group}=[{_value(word)}]'. "
                 "For a run with each of them, add -m."
             )
-        folder = Path(configs, override.get_key_element().split("@")[0])
+        groups = [folder / override.get_key_element().split("@")[0] for folder in folders]
         if override.is_add() or override.is_delete() or override.key_or_group.startswith("hydra"):
             continue
-        if folder.is_dir():
-            if mistake := _wrong_option(override, folder):
+        if any(group.is_dir() for group in groups):
+            if mistake := _wrong_option(override, groups):
                 return mistake
             chosen.append(f"{override.get_key_element()}={values_of(override)[0]}")
         else:
@@ -109,16 +114,37 @@ def _is_text(value: str) -> bool:
     return closed and not re.search(r"['\"]|^\[.*\]$|^\{.*\}$", value)
 
 
-def _wrong_option(override: Override, folder: Path) -> str:
-    known = sorted(path.stem for path in folder.glob("*.yaml"))
-    options = [option for option in known if not option.startswith("_")]
-    group = override.key_or_group
+def _moved_recipe(error: Exception, folders: Sequence[Path]) -> str:
+    """Return what to write where a config file of the user's names a recipe as it was before there were families."""
+    group, _, name = (getattr(error, "missing_cfg_file", None) or "").rpartition("/")
+    option = recipe_files(folders).get(name, name)
+    if group != RECIPES or option == name:
+        return ""
+    return f"{str(error).splitlines()[0]} It is in a family of recipes now: write /{RECIPES}/{option} there."
+
+
+def _search_path(folders: Sequence[Path]) -> list[str]:
+    """Return the words by which Hydra composes with the user's own folders, too."""
+    sources = ",".join(f'"file://{folder.absolute()}"' for folder in folders)
+    return [f"hydra.searchpath=[{sources}]"] if folders else []
+
+
+def _wrong_option(override: Override, groups: Sequence[Path]) -> str:
+    """Return which option no folder of the group has."""
+    options = sorted({option for group in groups for option in options_of(group)})
+    bases = {path.stem for group in groups for path in group.glob("_*.yaml")}
+    name = override.key_or_group
     for choice in values_of(override):
-        if choice not in known:
-            return (
-                f"{group}={choice} is unknown.{nearest(choice, options, f'{group}=')} There are {', '.join(options)}."
-            )
+        if choice not in bases.union(options):
+            question = nearest(choice, options, f"{name}=")
+            return f"{name}={choice} is unknown.{question} There are {', '.join(_nearby(choice, options))}."
     return ""
+
+
+def _nearby(choice: str, options: Sequence[str]) -> list[str]:
+    """Return the options of the family that a choice names, else all, with a pattern for each family."""
+    family = [option for option in options if option.startswith(f"{choice.partition('/')[0]}/")]
+    return family or list(dict.fromkeys(re.sub("/.*", "/*", option) for option in options))
 
 
 def _wrong_key(

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -32,6 +33,14 @@ def assignments(arguments: Sequence[str]) -> Iterator[tuple[int, str]]:
         if not skip and not word.startswith("-"):
             yield place, word
         skip = word in _TAKES_A_VALUE
+
+
+def config_folders(arguments: Sequence[str], shipped: Path) -> list[Path]:
+    """Return the folders of config groups: the shipped one, and that of the user's own which `--config-dir` names."""
+    flags = ("--config-dir", "-cd")
+    named = [value for flag, value in pairwise(arguments) if flag in flags]
+    named += [word.partition("=")[2] for word in arguments if word.partition("=")[0] in flags and "=" in word]
+    return [shipped, *map(Path, named)]
 
 
 def as_text(arguments: Sequence[str], configs: Path) -> list[str]:

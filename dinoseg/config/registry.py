@@ -11,8 +11,10 @@ from typing import Any
 import yaml
 from hydra.core.hydra_config import HydraConfig
 
+from dinoseg.config.options import RECIPES
+
 GROUPS = ("backbone", "adapter", "head", "loss", "data", "optim", "trainer")  # those that a checkpoint's config fills
-RECIPES = ("hparam", "local")  # whose files write below other groups' keys
+_ACROSS = (RECIPES, "local")  # whose files write below other groups' keys
 LISTED = "*"  # stands for an index of a list
 _SHIPPED = Path(__file__).parents[1] / "cfg"
 _PACKAGE = re.compile(r"^\s*#\s*@package\s+(\S+)", re.MULTILINE)
@@ -54,7 +56,7 @@ def own_registry(config: Mapping[str, Any]) -> Registry:
     runtime = HydraConfig.get().runtime
     found = [_folder(source.schema, source.path) for source in runtime.config_sources]
     folders = tuple(dict.fromkeys([_SHIPPED, *(folder for folder in found if folder is not None)]))
-    chosen = [(group, option) for group, option in runtime.choices.items() if group not in (*GROUPS, *RECIPES)]
+    chosen = [(group, option) for group, option in runtime.choices.items() if group not in (*GROUPS, *_ACROSS)]
     return _joined(_joined(read_registry(folders), read_chosen(folders, chosen)), written)
 
 
@@ -62,8 +64,8 @@ def own_registry(config: Mapping[str, Any]) -> Registry:
 def read_registry(folders: tuple[Path, ...]) -> Registry:
     """Return what config files name, by place.
 
-    Read are the files beside the main one, those of `GROUPS` and `RECIPES`, and what their defaults lists start from,
-    at the place where they put it.
+    Read are the files beside the main one, those of `GROUPS`, `hparam` and `local`, and what they start from by their
+    defaults lists, at the place where these put it.
 
     Args:
         folders: roots of config groups.
@@ -71,10 +73,11 @@ def read_registry(folders: tuple[Path, ...]) -> Registry:
     found: dict[Keys, Place] = {}
     seen: set[_Config] = set()
     for folder in folders:
-        for group in ("", *GROUPS, *RECIPES):
-            for path in sorted((folder / group).glob("*.yaml")):
+        for group in ("", *GROUPS, *_ACROSS):
+            pattern = "**/*.yaml" if group == RECIPES else "*.yaml"  # recipes are in families
+            for path in sorted((folder / group).glob(pattern)):
                 name = path.relative_to(folder).with_suffix("").as_posix()
-                _collect(folders, _Config(name, None, group), found, seen)
+                _collect(folders, _Config(name, None, name.rpartition("/")[0].replace("/", ".")), found, seen)
     return found
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
+from dinoseg.config.options import recipe_name
 from dinoseg.errors import UserError
 from dinoseg.wording import listed
 
@@ -90,13 +91,14 @@ def _said(node: DictConfig, key: Any) -> Any:
 def register_resolvers() -> None:
     """Register the functions that config files may call.
 
-    `${len:${.classes}}` is the length of a list, `${class_file:KEY}` what `classes.yaml` says, and
-    `${cells:${resolution},${backbone.patch_size}}` the rows and columns of cells in a training crop; null where the
-    patch size is null.
+    `${len:${.classes}}` is the length of a list, `${class_file:KEY}` what `classes.yaml` says,
+    `${cells:${resolution},${backbone.patch_size}}` the rows and columns of cells in a training crop (null where the
+    patch size is null), and `${recipe_name:sarrarp/lora}` the name of a recipe.
     """
     OmegaConf.register_new_resolver("len", _length, replace=True)
     OmegaConf.register_new_resolver(CELLS, _cells, replace=True)
     OmegaConf.register_new_resolver(CLASS_FILE, _from_class_file, replace=True)
+    OmegaConf.register_new_resolver("recipe_name", recipe_name, replace=True)
 
 
 def _cells(resolution: DictConfig, patch_size: int | None) -> list[int] | None:

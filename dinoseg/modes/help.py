@@ -5,6 +5,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from dinoseg.config.options import options_of
+
 CONFIGS = Path(str(files("dinoseg"))) / "cfg"
 COMMANDS = """\
 dinoseg turns DINO backbones into segmenters.
@@ -13,20 +15,20 @@ usage: python -m dinoseg mode=MODE [hparam=RECIPE] [GROUP=OPTION ...] [KEY=VALUE
 
   python -m dinoseg mode=prepare data=sarrarp data.root=DIR          unpack a data set as downloaded
   python -m dinoseg mode=doctor data=idd data.root=DIR               look for faults in a data set
-  python -m dinoseg mode=train hparam=sarrarp_lora data.root=DIR     train a recipe
-  python -m dinoseg mode=train hparam=sarrarp_lora resume=auto       go on with its newest run
-  python -m dinoseg -m mode=train hparam=sarrarp_lora head=linear,mlp adapter.rank=8,16
+  python -m dinoseg mode=train hparam=sarrarp/lora data.root=DIR     train a recipe
+  python -m dinoseg mode=train hparam=sarrarp/lora resume=auto       go on with its newest run
+  python -m dinoseg -m mode=train hparam=sarrarp/lora head=linear,mlp adapter.rank=8,16
                                                                      a sweep, with a table at the end
   python -m dinoseg mode=eval resume=RUN                             score a run folder or checkpoint
   python -m dinoseg mode=score protocol=sar_rarp50 reference=DIR prediction=DIR
                                                                      official scores of folders, without a model
   python -m dinoseg mode=predict resume=RUN input=PATH               image, folder, glob or video
   python -m dinoseg mode=track input=VIDEO labels=MASK               follow objects from the first frame's mask
-  python -m dinoseg mode=summary hparam=sarrarp_lora                 parameters by part, no weights needed
+  python -m dinoseg mode=summary hparam=sarrarp/lora                 parameters by part, no weights needed
   python -m dinoseg mode=train --help                                the mode's own keys
-  python -m dinoseg mode=train hparam=sarrarp_lora --cfg job         show the composed config
+  python -m dinoseg mode=train hparam=sarrarp/lora --cfg job         show the composed config
 
-Groups and their options (choose with GROUP=OPTION; RECIPE is an option of hparam):
+Groups and their options (choose with GROUP=OPTION; RECIPE is an option of hparam, in families FAMILY/OPTION):
 """
 # how the lines of a mode's file begin that are no keys to set
 _NO_KEYS = ("_", " ", "resume_from", "keeps_folder", "check", "reads", "#")
@@ -38,13 +40,13 @@ _FURTHER = (
 def overview() -> str:
     """Return the help text: commands, then every config group with its options."""
     groups = sorted(path for path in CONFIGS.iterdir() if path.is_dir() and path.name not in ("hydra", "local"))
-    return COMMANDS + "\n".join(f"  {group.name + ':':10}{_wrapped(_options(group))}" for group in groups)
+    return COMMANDS + "\n".join(f"  {group.name + ':':10}{_wrapped(_by_family(group))}" for group in groups)
 
 
 def help_for(arguments: Sequence[str]) -> str:
     """Return the help text of a command line: that of the mode it names, if it does."""
     modes = [word.removeprefix("mode=") for word in arguments if word.startswith("mode=") and word != "mode=help"]
-    return of_mode(modes[-1]) if modes and modes[-1] in _options(CONFIGS / "mode") else overview()
+    return of_mode(modes[-1]) if modes and modes[-1] in options_of(CONFIGS / "mode") else overview()
 
 
 def of_mode(mode: str) -> str:
@@ -63,14 +65,20 @@ def show(cfg: Any, *, out_dir: Path) -> None:
     print(overview())
 
 
-def _options(group: Path) -> list[str]:
-    return sorted(path.stem for path in group.glob("*.yaml") if not path.stem.startswith("_"))
+def _by_family(group: Path) -> list[list[str]]:
+    """Return the words of a list of a group's options: those of no family, then each family's name and options."""
+    options = options_of(group)
+    families = dict.fromkeys(option.partition("/")[0] for option in options if "/" in option)
+    members = [[f"{family}/", *options_of(group / family)] for family in families]
+    return [[option for option in options if "/" not in option], *members]
 
 
-def _wrapped(options: list[str], width: int = 96) -> str:
-    lines = [""]
-    for option in options:
-        if lines[-1] and len(lines[-1]) + len(option) > width:
-            lines.append("")
-        lines[-1] += f" {option}"
+def _wrapped(lists: list[list[str]], width: int = 96) -> str:
+    lines: list[str] = []
+    for words in lists:
+        lines.append("")
+        for word in words:
+            if lines[-1] and len(lines[-1]) + len(word) > width:
+                lines.append("")
+            lines[-1] += f" {word}"
     return ("\n" + " " * 12).join(line.strip() for line in lines)

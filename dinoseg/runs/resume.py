@@ -58,10 +58,11 @@ def _trusted(cfg: DictConfig) -> list[str]:
 
 def _take_option(override: Override, cfg: DictConfig, merged: DictConfig, path: Path) -> None:
     """Take another data set from the command line; refuse another of what the checkpoint fixes."""
-    group, option, was = override.key_or_group, override.value(), merged.choices[override.key_or_group]
+    group = override.key_or_group
+    option, was = cfg.choices[group], merged.choices[group]
     if group == "data" and option != was:
         merged.data, merged.choices.data = cfg.data, cfg.choices.data
-    elif str(option) != was:
+    elif option != was:
         raise UserError(
             f"{group}={option}: the checkpoint {path} was trained with {group}={was}. Leave {group} out, or "
             f"start a new run without resume."

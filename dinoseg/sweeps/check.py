@@ -8,6 +8,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from dinoseg.config.nodes import instantiate
+from dinoseg.config.options import chosen_options
 from dinoseg.config.values import plain
 from dinoseg.errors import UserError
 
@@ -37,8 +38,7 @@ def _fault(loader: ConfigLoader, config: DictConfig, cell: list[str]) -> str:
     try:
         composed = loader.load_sweep_config(config, cell)
         job: dict[str, Any] = {key: value for key, value in plain(composed).items() if key != "hydra"}
-        groups = {key: value for key, value in plain(composed.hydra.runtime.choices).items() if "/" not in key}
-        cfg = OmegaConf.create({**job, "choices": groups})
+        cfg = OmegaConf.create({**job, "choices": chosen_options(composed.hydra.runtime.choices)})
         if cfg.resume is None and "check" in cfg.mode:
             instantiate(cfg.mode.check)(cfg)
     except UserError as error:

@@ -85,13 +85,13 @@ def test_every_recipe_with_every_mode(compose):
             checked += check(cfg.mode, "mode")
             expected += written_targets("mode", mode)
             combos += 1
-    files = [len([path for path in (FOLDER / name).iterdir() if path.name[0] != "_"]) for name in ("hparam", "mode")]
+    files = [len(list((FOLDER / name).rglob("[!_]*.yaml"))) for name in ("hparam", "mode")]
     assert combos == files[0] * files[1] >= 60
     assert checked == expected >= 14 * files[0] + combos
 
 
 def test_a_mode_put_into_a_recipe_is_what_hydra_composes(compose):
-    for hparam, mode in (("idd_m2f", "eval"), ("sarrarp_lora", "train"), ("slots_rendered", "track")):
+    for hparam, mode in (("idd/m2f", "eval"), ("sarrarp/lora", "train"), ("slots_rendered", "track")):
         given = needed(main_choices() | written_choices(hparam))
         whole, put = compose(f"hparam={hparam}", f"mode={mode}", *given), compose(f"hparam={hparam}", *given)
         put.mode, put.choices.mode = compose(f"mode={mode}", *needed(main_choices())).mode, mode
@@ -127,8 +127,7 @@ def test_every_option_of_every_group(compose):
                 assert composed_value(OmegaConf.to_container(cfg), path) == value, f"{group}={option}: {path} is lost"
                 values += 1
             tried += 1
-    hidden = list(FOLDER.glob("*/_*.yaml"))
-    shown = len([path for path in FOLDER.glob("*/*.yaml") if path.parent.name not in ("hydra", "local")]) - len(hidden)
+    shown = sum(len(list((FOLDER / group).rglob("[!_]*.yaml"))) for group in GROUPS)
     assert tried == shown >= 40
     assert checked == expected >= 14 * tried and values > 4 * tried
 
@@ -211,7 +210,7 @@ def test_every_other_key_is_read(compose, data):
 
 def test_one_fact_is_set_in_one_place(compose):
     cfg = compose(
-        "hparam=sarrarp_lora", "adapter.rank=4", "backbone=dinov2_vits14", "resolution.crop=[30,50]", "data.root=X"
+        "hparam=sarrarp/lora", "adapter.rank=4", "backbone=dinov2_vits14", "resolution.crop=[30,50]", "data.root=X"
     )
     assert cfg.adapter.alpha == 4 and compose("adapter=lora", "adapter.rank=7").adapter.alpha == 7
     assert compose("adapter=lora", "adapter.rank=7", "adapter.alpha=3").adapter.alpha == 3
@@ -238,9 +237,9 @@ def test_groups_give_way_to_recipes_and_those_to_the_command_line(compose):
         compose("hparam=demo").choices.head == "mlp" and compose("hparam=demo", "head=linear").choices.head == "linear"
     )
     assert compose("hparam=demo", "data.batch_size=3").data.batch_size == 3
-    assert compose("hparam=sarrarp_lora_lowres").resolution == {"crop": [1080, 1920], "scale": 0.25, "longest": None}
-    assert compose("hparam=sarrarp_frozen").choices.adapter == "frozen"
-    assert compose("hparam=sarrarp_full").trainer.steps == compose("hparam=sarrarp_lora").trainer.steps
+    assert compose("hparam=sarrarp/lora_lowres").resolution == {"crop": [1080, 1920], "scale": 0.25, "longest": None}
+    assert compose("hparam=sarrarp/frozen").choices.adapter == "frozen"
+    assert compose("hparam=sarrarp/full").trainer.steps == compose("hparam=sarrarp/lora").trainer.steps
 
 
 def test_a_machine_s_own_paths_win_over_recipes_only(tmp_path):

@@ -424,7 +424,7 @@ def test_every_config_of_ours_is_accepted(compose):
         unkept = (choice["data"] in ("sarrarp", "idd")) + (choice["data"] in ("sarrarp", "movi"))  # prepare, render
         accepted += len(list(nodes(kept))) + unkept
         expected += sum(written_targets(group, option) for group, option in choice.items() if group in SAVED)
-    assert accepted == expected >= 10 * len(list((FOLDER / "hparam").glob("*.yaml")))
+    assert accepted == expected >= 10 * len(list((FOLDER / "hparam").rglob("*.yaml")))
 
 
 def test_every_option_of_ours_is_accepted(compose):
