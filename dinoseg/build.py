@@ -11,20 +11,15 @@ from torch.optim import Optimizer
 from dinoseg.adapters import Frozen
 from dinoseg.config.checks import check_given
 from dinoseg.config.nodes import instantiate, not_set
-from dinoseg.config.values import background_of, plain
+from dinoseg.config.values import plain
 from dinoseg.errors import UserError
 from dinoseg.model import Segmenter
 from dinoseg.shapes import SegmentationData
 from dinoseg.storage.tensor_files import check_file
-from dinoseg.tracking.slots.settings import SlotTracking
 from dinoseg.training import loading
-from dinoseg.training.clip_feed import ClipFeed
-from dinoseg.training.engine import Engine
-from dinoseg.training.feed import Feed
 from dinoseg.training.lengths import Lengths, in_steps
 
 SPLITS = ("train", "val", "test")
-FEEDS = ("images", "clips")
 
 
 def model(cfg: DictConfig, *, untrained: bool = False) -> Segmenter:
@@ -35,10 +30,9 @@ def model(cfg: DictConfig, *, untrained: bool = False) -> Segmenter:
     if not untrained:
         _check_head_file(cfg)
     if not untrained and cfg.backbone.get("weights") != "random":
-        with torch.device("meta"):
-            model(cfg, untrained=True)
+        outline(cfg)
     adapter = instantiate(cfg.adapter, without=("lr",))
-    torch.manual_seed(_seed(cfg))
+    torch.manual_seed(seed_of(cfg))
     random = {"weights": "random"} if untrained and "weights" in cfg.backbone else None
     found = instantiate(cfg.backbone, instead=random)
     if next(found.parameters(), None) is None and not isinstance(adapter, Frozen):
@@ -54,6 +48,12 @@ def model(cfg: DictConfig, *, untrained: bool = False) -> Segmenter:
     check_given("dinoseg.model.Segmenter", resolution, {key: f"resolution.{key}" for key in resolution})
     _check_crop(cfg, adapted.patch_size)
     return Segmenter(adapted, head, **resolution)
+
+
+def outline(cfg: DictConfig) -> Segmenter:
+    """Return the segmenter of a config on the meta device: its parts and their shapes, which take no memory."""
+    with torch.device("meta"):
+        return model(cfg, untrained=True)
 
 
 def _check_crop(cfg: DictConfig, patch_size: int) -> None:
@@ -78,8 +78,8 @@ def check_fits(cfg: DictConfig, found: loading.Checkpoint) -> None:
         UserError: naming what differs, or what is too large.
     """
     try:
-        with torch.device("meta"), loading.bounded(f"resume={found.path}"):
-            outline = model(cfg, untrained=True)
+        with loading.bounded(f"resume={found.path}"):
+            empty = outline(cfg)
     except UserError:
         raise
     except Exception as error:  # each part fails on nonsense in its own way
@@ -90,14 +90,14 @@ def check_fits(cfg: DictConfig, found: loading.Checkpoint) -> None:
         ) from error
     for name in ("backbone", "head"):
         if "weights" in cfg[name]:  # by which it is known what training changes
-            setattr(getattr(outline, name), "weights", cfg[name].weights)  # noqa: B010 (a module takes any value)
-    loading.check_fits(outline, found)
-    loading.check_size(outline, f"resume={found.path}")
+            setattr(getattr(empty, name), "weights", cfg[name].weights)  # noqa: B010 (a module takes any value)
+    loading.check_fits(empty, found)
+    loading.check_size(empty, f"resume={found.path}")
 
 
 def backbone(cfg: DictConfig) -> nn.Module:
     """Return a config's backbone as it comes, in eval mode, nothing of it trained."""
-    torch.manual_seed(_seed(cfg))
+    torch.manual_seed(seed_of(cfg))
     return instantiate(cfg.backbone).requires_grad_(False).eval()
 
 
@@ -141,51 +141,6 @@ def clips(cfg: DictConfig, split: str) -> Any:
     return instantiate(cfg.data.clips)(split=_known(split))
 
 
-def feed(cfg: DictConfig, engine: Engine, *, pictures: int = 0) -> Feed | ClipFeed:
-    """Return the batches of a config for one rank: of images, or of clips where `trainer.feed` says so.
-
-    Each validation shows so many pictures.
-    """
-    check_given("dinoseg.training.feed.Feed", {"batch_size": cfg.data.batch_size}, {"batch_size": "data.batch_size"})
-    if not of_clips(cfg):
-        return Feed(
-            train=dataset(cfg, "train", reduced=True),
-            val=dataset(cfg, "val"),
-            augment=instantiate(cfg.data.augment),
-            batch_size=cfg.data.batch_size,
-            seed=_seed(cfg),
-            workers=engine.workers,
-            background=background_of(cfg),
-            rank=engine.rank,
-            world=engine.world,
-            pictures=pictures,
-        )
-    slots = instantiate(cfg.slots)
-    return ClipFeed(
-        train=clips(cfg, "train"),
-        val=clips(cfg, "val"),
-        view=instantiate(cfg.data.view),
-        batch_size=cfg.data.batch_size,
-        seed=_seed(cfg),
-        workers=engine.workers,
-        rank=engine.rank,
-        world=engine.world,
-        pictures=pictures,
-        following=SlotTracking(hold=slots.hold, match=slots.match, temperature=slots.temperature),
-    )
-
-
-def of_clips(cfg: DictConfig) -> bool:
-    """Return whether a config trains on clips.
-
-    Raises:
-        UserError: `trainer.feed` says neither clips nor images.
-    """
-    if cfg.trainer.feed not in FEEDS:
-        raise UserError(f"trainer.feed={cfg.trainer.feed} is unknown. Choose one of {', '.join(FEEDS)}.")
-    return cfg.trainer.feed == "clips"
-
-
 def loss(cfg: DictConfig, train: SegmentationData | None) -> nn.Module:
     """Return the loss of a config, its class weights from the pixels of the training masks; None: it needs no masks."""
     if cfg.loss.class_weights is None:
@@ -220,7 +175,12 @@ def lengths(cfg: DictConfig, samples: int) -> Lengths:
     return in_steps(samples, **given)
 
 
-def _seed(cfg: DictConfig) -> int:
+def seed_of(cfg: DictConfig) -> int:
+    """Return the number that all chance of a run begins with.
+
+    Raises:
+        UserError: it is no number from 0 on.
+    """
     if not isinstance(cfg.seed, int) or cfg.seed < 0:
         raise UserError(f"seed={cfg.seed}: give a whole number that is not negative.")
     return cfg.seed

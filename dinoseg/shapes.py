@@ -6,7 +6,7 @@ B batch, T time, C channels, H W pixels, h w patch grid, K classes, Q queries, S
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypedDict
 
@@ -121,6 +121,7 @@ class SegmentationData(Protocol):
     palette: Palette
     ignore_index: int
     names: Sequence[str]
+    skipped: Mapping[str, str]  # name to reason of what was left out on request
 
     def __len__(self) -> int:
         """Return the number of samples."""

@@ -61,14 +61,13 @@ def evaluate_images(
     return scores
 
 
-def list_skipped(datasets: Mapping[str, Any], out_dir: Path) -> None:
-    """Print which files data.on_error=skip left out, and write all with their reasons to skipped.json."""
-    left_out = {split: dict(getattr(data, "skipped", {})) for split, data in datasets.items()}
-    bad = [f"{split}: {name}: {reason}" for split, reasons in left_out.items() for name, reason in reasons.items()]
-    if bad:
-        write_json(out_dir / "skipped.json", left_out)
-        shown = "".join(f"\n  {one_line(line)}" for line in bad[:20])
-        print(f"left out:     {count_of(bad, 'image')}, all in {out_dir}/skipped.json{shown}")
+def list_skipped(skipped: Mapping[str, Mapping[str, str]], out_dir: Path) -> None:
+    """Print which files data.on_error=skip left out, by split, and write all with their reasons to skipped.json."""
+    lines = [f"{split}: {name}: {reason}" for split, reasons in skipped.items() for name, reason in reasons.items()]
+    if lines:
+        write_json(out_dir / "skipped.json", {split: dict(reasons) for split, reasons in skipped.items()})
+        shown = "".join(f"\n  {one_line(line)}" for line in lines[:20])
+        print(f"left out:     {count_of(lines, 'image')}, all in {out_dir}/skipped.json{shown}")
 
 
 def _write_pictures(stem: Path, data: SegmentationData, image: Tensor, mask: Tensor, ids: Tensor) -> None:

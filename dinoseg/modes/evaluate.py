@@ -71,6 +71,6 @@ def run(
         board = Path(cfg.resume or ".").parent.parent / "tensorboard"
         print(f"TensorBoard:  tensorboard --logdir {board}" if board.is_dir() else "TensorBoard:  none beside it")
         print(f"checkpoint:   {cfg.resume or source}")
-        list_skipped({split: data}, out_dir)
+        list_skipped({split: data.skipped}, out_dir)
     engine.close()
     return {**scores, "run": str(out_dir)}

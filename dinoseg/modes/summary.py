@@ -3,19 +3,17 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig
 from tabulate import tabulate
-from torch import nn
 
 from dinoseg import build
 from dinoseg.storage.atomic import write_json
+from dinoseg.training.cost import count_numbers
 
 
 def summarise(cfg: DictConfig, *, out_dir: Path) -> dict[str, Any]:
     """Print and return total and trainable parameters of backbone, adapter, head and the whole."""
-    with torch.device("meta"):
-        model = build.model(cfg, untrained=True)
+    model = build.outline(cfg)
     adapter = {name for name, _ in model.backbone.named_parameters() if ".lora_" in name}
     parts = {
         "backbone": [p for name, p in model.backbone.named_parameters() if name not in adapter],
@@ -23,16 +21,9 @@ def summarise(cfg: DictConfig, *, out_dir: Path) -> dict[str, Any]:
         "head": list(model.head.parameters()),
     }
     parts["model"] = [parameter for part in parts.values() for parameter in part]
-    counts = {name: _count(parameters) for name, parameters in parts.items()}
+    counts = {name: count_numbers(parameters) for name, parameters in parts.items()}
     rows = [(name, f"{row['total']:,}", f"{row['trainable']:,}") for name, row in counts.items()]
     print(f"backbone={cfg.choices.backbone} adapter={cfg.choices.adapter} head={cfg.choices.head}\n")
     print(tabulate(rows, headers=["part", "parameters", "trainable"], colalign=("left", "right", "right")))
     write_json(out_dir / "summary.json", counts)
     return counts
-
-
-def _count(parameters: list[nn.Parameter]) -> dict[str, int]:
-    return {
-        "total": sum(parameter.numel() for parameter in parameters),
-        "trainable": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
-    }

@@ -1,21 +1,24 @@
 """Training on clips without labels."""
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig
 
 from dinoseg import build
 from dinoseg.config.nodes import instantiate
+from dinoseg.data.classes.labels import Labels
 from dinoseg.errors import UserError
 from dinoseg.evaluation.videos import Options, chosen_supervision, follow_slots
 from dinoseg.images import write_png
 from dinoseg.model import Segmenter
+from dinoseg.regimes.regime import Regime, share_of
 from dinoseg.report.curves import CLIP_PLOTS
 from dinoseg.runs.trained import Trained, labels_of
 from dinoseg.storage.atomic import write_json
+from dinoseg.tracking.slots.settings import SlotTracking
 from dinoseg.training.clip_feed import ClipFeed
 from dinoseg.training.engine import Engine
 from dinoseg.wording import listed
@@ -23,26 +26,32 @@ from dinoseg.wording import listed
 logger = logging.getLogger(__name__)
 
 
-class TrainClips:
-    """What `train` does with clips, before the first step and after the last; attributes as of `TrainImages`."""
+class ClipRegime(Regime):
+    """Training of slots on clips, whose masks, where there are any, only score."""
 
     what = "clips"
-    labelled = None
+    feed: ClipFeed
+    labels: Labels
 
-    def __init__(self, cfg: DictConfig, feed: ClipFeed) -> None:
-        self.cfg, self.feed = cfg, feed
+    def __init__(self, cfg: DictConfig, engine: Engine, *, pictures: int = 0) -> None:
+        share, slots = share_of(cfg, engine, pictures), instantiate(cfg.slots)
+        self.cfg = cfg
+        self.feed = ClipFeed(
+            train=build.clips(cfg, "train"),
+            val=build.clips(cfg, "val"),
+            view=instantiate(cfg.data.view),
+            following=SlotTracking(hold=slots.hold, match=slots.match, temperature=slots.temperature),
+            **share,
+        )
         self.labels = labels_of(cfg)
-        self.plots = [plot for plot in CLIP_PLOTS if plot[0] in feed.score_names]
-        self.split = {
-            side: [video.name for video in clips.videos] for side, clips in (("train", feed.train), ("val", feed.val))
-        }
+        self.plots = [plot for plot in CLIP_PLOTS if plot[0] in self.feed.score_names]
+        sides = {"train": self.feed.train, "val": self.feed.val}
+        self.split = {side: [video.name for video in clips.videos] for side, clips in sides.items()}
 
-    @staticmethod
-    def check_parts(cfg: DictConfig, world: int) -> None:
+    @classmethod
+    def check_parts(cls, cfg: DictConfig, model: Segmenter, world: int) -> None:
         """Refuse a head or a loss that clips cannot be trained with."""
-        with torch.device("meta"):
-            head = build.model(cfg, untrained=True).head
-        if not hasattr(head, "step"):
+        if not hasattr(model.head, "step"):
             raise UserError(
                 f"trainer.feed=clips trains slots, and head={cfg.choices.head} has none. Choose head=slots, or "
                 "trainer=supervised for images and masks."
@@ -61,7 +70,7 @@ class TrainClips:
             )
         if cfg.data.cache is not None:
             raise UserError(f"data.cache={cfg.data.cache} holds images with masks, not clips. Set data.cache=null.")
-        TrainClips._check_following(cfg)
+        cls._check_following(cfg)
 
     @staticmethod
     def _check_following(cfg: DictConfig) -> None:
@@ -74,6 +83,11 @@ class TrainClips:
                 f"slots.lock_on=true needs the first frame's masks, and data={cfg.choices.data} is evaluated "
                 "without: train with slots=free. mode=eval mode.supervision=first_frame slots=lock_on gives them later."
             )
+
+    @classmethod
+    def data_nodes(cls, cfg: DictConfig) -> Iterator[DictConfig]:
+        """Yield how clips are cut and what is seen of them."""
+        yield from (cfg.data.clips, cfg.data.view)
 
     def check_data(self) -> None:
         """Tell of videos on both sides, and of those too short for a clip."""
@@ -103,6 +117,3 @@ class TrainClips:
                 write_png(out_dir / "segments.png", next(iter(pictures.values())))
                 print(f"picture:      {out_dir / 'segments.png'}")
         return scores
-
-    def close(self, out_dir: Path) -> None:
-        """Say nothing more."""

@@ -1,12 +1,12 @@
 """Training on images and their masks."""
 
 import logging
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from torch import nn
 
 from dinoseg import build
 from dinoseg.config.nodes import instantiate
@@ -14,38 +14,41 @@ from dinoseg.config.values import background_of
 from dinoseg.data.splits import split_table
 from dinoseg.doctor.short import check as examine
 from dinoseg.errors import UserError
-from dinoseg.evaluation.images import evaluate_images, list_skipped
+from dinoseg.evaluation.images import evaluate_images
 from dinoseg.inference.trained_sizes import TrainedSizes
 from dinoseg.metrics.confusion import commonest_class
+from dinoseg.model import Segmenter
 from dinoseg.processes.workers import count_cores
+from dinoseg.regimes.regime import Regime, share_of
 from dinoseg.report.curves import IMAGE_PLOTS
 from dinoseg.training.engine import Engine
-from dinoseg.training.feed import Feed
+from dinoseg.training.image_feed import ImageFeed
 
 logger = logging.getLogger(__name__)
 
 
-class TrainImages:
-    """What `train` does with images and masks, before the first step and after the last.
-
-    Attributes:
-        what: is trained on.
-        plots: curves of the run.
-        labels: classes, palette and ignored id, which a checkpoint keeps.
-        labelled: whose masks a loss may count; None: there are none.
-        split: names in train and val.
-    """
+class ImageRegime(Regime):
+    """Training on images whose every pixel has a class."""
 
     what = "images"
     plots = IMAGE_PLOTS
+    feed: ImageFeed
 
-    def __init__(self, cfg: DictConfig, feed: Feed) -> None:
-        self.cfg, self.feed = cfg, feed
-        self.labels = self.labelled = feed.train
-        self.split = split_table({"train": feed.train, "val": feed.val})
+    def __init__(self, cfg: DictConfig, engine: Engine, *, pictures: int = 0) -> None:
+        share = share_of(cfg, engine, pictures)
+        self.cfg = cfg
+        self.feed = ImageFeed(
+            train=build.dataset(cfg, "train", reduced=True),
+            val=build.dataset(cfg, "val"),
+            augment=instantiate(cfg.data.augment),
+            background=background_of(cfg),
+            **share,
+        )
+        self.labels = self.labelled = self.feed.train
+        self.split = split_table({"train": self.feed.train, "val": self.feed.val})
 
-    @staticmethod
-    def check_parts(cfg: DictConfig, world: int) -> None:
+    @classmethod
+    def check_parts(cls, cfg: DictConfig, model: Segmenter, world: int) -> None:
         """Refuse a loss or a batch that the head cannot be trained with."""
         if cfg.loss.class_weights is None:
             raise UserError(
@@ -57,8 +60,8 @@ class TrainImages:
                 f"trainer.score=miou_no_background: data={cfg.choices.data} has no background. Say which class "
                 "it is (data.background=NAME), or choose by another score, such as trainer.score=miou."
             )
+        head = model.head
         with torch.device("meta"):
-            head = build.model(cfg, untrained=True).head
             loss = instantiate(cfg.loss.criterion)(class_weights=torch.ones(len(cfg.data.classes)))
         if hasattr(head, "step"):
             raise UserError(
@@ -77,6 +80,11 @@ class TrainImages:
                 "head=eomt. For other heads choose a loss on pixels, such as loss=cross_entropy or loss=ce_dice."
             )
 
+    @classmethod
+    def data_nodes(cls, cfg: DictConfig) -> Iterator[DictConfig]:
+        """Yield how pairs are found and how they are augmented."""
+        yield from (cfg.data.reader, cfg.data.augment)
+
     def check_data(self) -> TrainedSizes | None:
         """Run the short doctor; return how large the training images are, where they are files."""
         data = self.cfg.data
@@ -87,7 +95,7 @@ class TrainImages:
         longest, enlarged = self.cfg.resolution.longest, data.augment.scale[1]
         return TrainedSizes.of(sizes, longest=longest, enlarged=enlarged) if sizes else None
 
-    def evaluate(self, model: nn.Module, engine: Engine, out_dir: Path, *, metrics_only: bool) -> dict[str, Any]:
+    def evaluate(self, model: Segmenter, engine: Engine, out_dir: Path, *, metrics_only: bool) -> dict[str, Any]:
         """Score by one exact count over the split, and tell of a model that has learnt nothing."""
         data, background = self.feed.val, self.feed.background
         scores = evaluate_images(model, data, engine, out_dir, metrics_only=metrics_only, background=background)
@@ -103,6 +111,7 @@ class TrainImages:
             )
         return scores
 
-    def close(self, out_dir: Path) -> None:
-        """List the files that were left out."""
-        list_skipped({"train": self.feed.train, "val": self.feed.val}, out_dir)
+    @property
+    def skipped(self) -> dict[str, Mapping[str, str]]:
+        """Return the files that were left out."""
+        return {"train": self.feed.train.skipped, "val": self.feed.val.skipped}

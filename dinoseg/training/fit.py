@@ -20,7 +20,7 @@ from dinoseg.report.log import RunLog
 from dinoseg.training import lengths
 from dinoseg.training.checkpoint import Checkpoints, Progress
 from dinoseg.training.engine import Engine
-from dinoseg.training.feed import Source
+from dinoseg.training.feed import Feed
 from dinoseg.training.last_step import LastStep
 from dinoseg.training.optim import MovingAverage, set_learning_rates, tensors_of
 from dinoseg.training.progress import Meter
@@ -37,7 +37,7 @@ class NonFiniteLoss(UserError):
 def fit(
     model: Segmenter,
     loss: nn.Module,
-    feed: Source,
+    feed: Feed,
     optimizer: Optimizer,
     engine: Engine,
     checkpoints: Checkpoints,
@@ -184,7 +184,7 @@ def _step(
 def _validate(
     model: Segmenter,
     loss: nn.Module,
-    feed: Source,
+    feed: Feed,
     engine: Engine,
     checkpoints: Checkpoints,
     log: RunLog,
@@ -222,7 +222,7 @@ def _validate(
     )
 
 
-def _check_score(name: str, feed: Source) -> None:
+def _check_score(name: str, feed: Feed) -> None:
     if name not in feed.score_names:
         raise UserError(f"trainer.score={name} is not a score. Choose one of {', '.join(feed.score_names)}.")
 

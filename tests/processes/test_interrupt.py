@@ -11,12 +11,12 @@ from dinoseg.processes import interrupt
 from dinoseg.processes.interrupt import Interrupted, deferred, passed_on, raised
 from dinoseg.report.log import RunLog
 from dinoseg.training import checkpoint
-from dinoseg.training.feed import Feed
+from dinoseg.training.image_feed import ImageFeed
 
 SIGNALS = pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 
 
-def strike(monkeypatch, at, number, feed=Feed):
+def strike(monkeypatch, at, number, feed=ImageFeed):
     """Send this process a signal just before batch `at` is drawn."""
     whole = feed.train_batches
 
@@ -62,7 +62,7 @@ def test_a_validation_whose_pictures_cannot_be_kept_is_logged_once(tmp_path, mon
 
 def test_a_signal_before_the_first_step_says_that_nothing_is_saved(tmp_path, monkeypatch):
     write_data(tmp_path / "data")
-    monkeypatch.setattr(Feed, "__post_init__", lambda self: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(ImageFeed, "__post_init__", lambda self: signal.raise_signal(signal.SIGTERM))
     done = train(tmp_path)
     assert done.status == 143
     assert done.err.endswith("\ninterrupted: this run has saved nothing\n")

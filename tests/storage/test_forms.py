@@ -22,7 +22,7 @@ from dinoseg.data.scan.record import Record
 from dinoseg.data.video import index as video_index
 from dinoseg.errors import UserError
 from dinoseg.evaluation.restart import RECORD, earlier_run
-from dinoseg.modes.train import _read_split
+from dinoseg.runs.split_record import _read_split
 from dinoseg.storage import forms
 from dinoseg.storage.files import is_name
 from dinoseg.storage.forms import Misshapen, parse_json, read_arrays

@@ -14,12 +14,13 @@ from dinoseg.heads.mlp import MlpHead
 from dinoseg.losses.pixel import CrossEntropy
 from dinoseg.model import Segmenter
 from dinoseg.report.log import RunLog
-from dinoseg.training import feed as feeding
+from dinoseg.training import image_feed as feeding
 from dinoseg.training.checkpoint import Checkpoints, read
 from dinoseg.training.engine import Engine
 from dinoseg.training.evaluate import evaluate
-from dinoseg.training.feed import Feed, spread
+from dinoseg.training.feed import spread
 from dinoseg.training.fit import fit
+from dinoseg.training.image_feed import ImageFeed
 from dinoseg.training.optim import adamw, schedule
 
 
@@ -64,7 +65,7 @@ def run(tiny_backbone, tmp_path):
         for parameter in model.head.parameters():
             nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(parameter.numel()))
         train_set, val_set = Stripes([(32, 40)] * 6), Stripes([(32, 40), (19, 23), (19, 23), (40, 8)])
-        feed = Feed(
+        feed = ImageFeed(
             train_set,
             val_set,
             Augment((24, 32), affine=Affine(degrees=20)),

@@ -20,12 +20,13 @@ from dinoseg.processes.interrupt import Interrupted
 from dinoseg.training import checkpoint
 from dinoseg.training.checkpoint import Checkpoints, read
 from dinoseg.training.engine import Engine
-from dinoseg.training.feed import Feed, Validation
+from dinoseg.training.feed import Validation
 from dinoseg.training.fit import NonFiniteLoss, fit
+from dinoseg.training.image_feed import ImageFeed
 from dinoseg.training.optim import adamw, schedule
 
 
-class Failing(Feed):
+class Failing(ImageFeed):
     """A feed that does something before it draws a batch, or before a validation, of a number each."""
 
     batch = validation = -1
@@ -185,7 +186,7 @@ def test_only_the_rank_that_writes_says_that_a_step_is_saved(train, tmp_path, ca
 
 
 def test_no_best_is_chosen_by_a_score_that_is_no_number(train, tmp_path, monkeypatch):
-    monkeypatch.setattr(Feed, "validate", lambda *_: Validation({"miou": math.nan}, {}))
+    monkeypatch.setattr(ImageFeed, "validate", lambda *_: Validation({"miou": math.nan}, {}))
     error = train(tmp_path).error
     assert isinstance(error, NonFiniteLoss) and str(error).startswith("val/miou is nan at step 3")
     assert not (tmp_path / "best.safetensors").exists()

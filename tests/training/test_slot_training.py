@@ -17,6 +17,7 @@ from dinoseg.__main__ import CONFIGS
 from dinoseg.config.values import register_resolvers
 from dinoseg.errors import UserError
 from dinoseg.metrics.clustering import contingency, segment_scores
+from dinoseg.regimes.clips import ClipRegime
 from dinoseg.synthetic.moving.write import render_moving_objects
 from dinoseg.training.checkpoint import read
 from dinoseg.training.engine import Engine
@@ -178,7 +179,7 @@ def parts(movi, *more):
     with initialize_config_dir(CONFIGS, version_base="1.3"):
         cfg = compose("main", [*SLOTS[1:], f"data.root={movi / 'movi'}", *more])
     engine = Engine("cpu", "fp32", workers=0, eval_batch_size=5)
-    return build.model(cfg).eval(), engine, build.feed(cfg, engine), build.loss(cfg, None)
+    return build.model(cfg).eval(), engine, ClipRegime(cfg, engine).feed, build.loss(cfg, None)
 
 
 def test_the_loss_of_a_validation_sees_frames_as_far_apart_as_training(movi):

@@ -10,7 +10,7 @@ import pytest
 from command_line import SMALL, call
 from PIL import Image
 
-from dinoseg.modes.train import _write_split
+from dinoseg.runs.split_record import write_split
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def write(tmp_path, caplog):
     def run(train, val=("v",)):
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            _write_split(tmp_path, {"train": list(train), "val": list(val)})
+            write_split(tmp_path, {"train": list(train), "val": list(val)})
         assert json.loads((tmp_path / "split.json").read_text()) == {"train": list(train), "val": list(val)}
         return caplog.text
 

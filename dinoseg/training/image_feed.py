@@ -1,0 +1,97 @@
+"""Batches of images and masks: one data set to train on, one to validate on."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import count, islice
+
+import numpy as np
+from torch import Tensor, nn
+
+from dinoseg.data.loader import check_batch_size, train_batches
+from dinoseg.metrics.confusion import ConfusionMatrix
+from dinoseg.model import Segmenter
+from dinoseg.ranges import Count
+from dinoseg.report.overlay import compare
+from dinoseg.shapes import Batch, SegmentationData
+from dinoseg.training.engine import Engine
+from dinoseg.training.evaluate import evaluate
+from dinoseg.training.feed import SHOWN_SIDE, Validation, spread
+from dinoseg.training.tally import Tally
+
+
+@dataclass
+class ImageFeed:
+    """Batches of images and masks for one rank.
+
+    Args:
+        train: data set to draw from.
+        val: data set to score on.
+        augment: joint transform of a training image and its mask.
+        batch_size: images in a batch, over all ranks.
+        seed: decides order and augmentation, with epoch and sample.
+        workers: loading processes.
+        background: id of the class that is no object; None: there is none.
+        rank: this rank.
+        world: number of ranks.
+        pictures: validation images that are shown at each validation, the same ones every time.
+    """
+
+    train: SegmentationData
+    val: SegmentationData
+    augment: Callable
+    batch_size: Count
+    seed: int
+    workers: int
+    background: int | None = None
+    rank: int = 0
+    world: int = 1
+    pictures: int = 0
+    score_names: Sequence[str] = field(init=False)
+    lowest: Sequence[str] = ("loss",)
+
+    def __post_init__(self) -> None:
+        """Refuse a batch size that does not fit, long before the first batch."""
+        check_batch_size(self.batch_size, len(self.train), self.world)
+        empty = ConfusionMatrix(len(self.val.classes), background=self.background).compute()
+        self.score_names = sorted(["loss", *(key for key, value in empty.items() if value is None)])
+
+    @property
+    def epoch(self) -> float:
+        """Batches in which each image is seen once."""
+        return len(self.train) / self.batch_size
+
+    def train_batches(self, start: int) -> Iterator[Batch]:
+        """Yield this rank's share of every batch from number `start` on, without end."""
+        return train_batches(
+            self.train,
+            self.augment,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            start=start,
+            workers=self.workers,
+            rank=self.rank,
+            world=self.world,
+        )
+
+    def tally(self, engine: Engine) -> Tally:
+        """Return what counts how well a training step predicts its batches."""
+        return Tally(self.train, engine)
+
+    def validate(self, model: Segmenter, loss: nn.Module, engine: Engine) -> Validation:
+        """Return the scores of `evaluate`, with `iou/CLASS` for each class, and some images with what was predicted."""
+        pictures: dict[str, np.ndarray] = {}
+        data, shown = self.val, spread(len(self.val), self.pictures, self.world)
+        draw = partial(compare, classes=data.classes, palette=data.palette, ignore_index=data.ignore_index)
+        indices = count(self.rank, self.world)
+
+        def show(batch: Batch, ids: Tensor) -> None:
+            for row, index in enumerate(islice(indices, len(ids))):
+                if index in shown:
+                    frame = batch.image[row].permute(1, 2, 0).cpu().numpy()
+                    masks = ids[row].cpu().numpy(), batch.mask[row].cpu().numpy()
+                    pictures[batch.names[row]] = draw(frame, *masks, longest=SHOWN_SIDE)
+
+        scores = evaluate(model, data, engine, background=self.background, loss=loss, on_batch=show)
+        by_class = {f"iou/{data.classes[row['id']]}": row["iou"] for row in scores["classes"]}
+        return Validation(scores | by_class, pictures)
