@@ -24,13 +24,14 @@ from dinoseg.tracking.slots.tracker import SlotTracker
 from dinoseg.tracking.smoothing import SmoothingTracker
 from dinoseg.tracking.tracker import Tracker
 from dinoseg.tracking.video.labels import TrackLabels, find_labels
+from dinoseg.tracking.video.mask_folder import Look
 from dinoseg.tracking.video.report import write_track_report
-from dinoseg.tracking.video.run import Look, TrackJob, track_video
+from dinoseg.tracking.video.run import TrackJob, track_video
 from dinoseg.tracking.video.state import (
     RESULT,
     STATE,
-    Progress,
     Standing,
+    TrackProgress,
     check_same_settings,
     check_unfinished,
     read_standing,
@@ -178,7 +179,7 @@ def _standing(folder: Path, restart: str | None) -> Iterator[Standing | None]:
         release(folder)
 
 
-def _go_on(tracker: Tracker, standing: Standing, folder: Path) -> Progress:
+def _go_on(tracker: Tracker, standing: Standing, folder: Path) -> TrackProgress:
     """Bring a tracker to where a run stands.
 
     Raises:

@@ -23,8 +23,8 @@ from dinoseg.launch import launch
 from dinoseg.modes import track as mode
 from dinoseg.runs.folder import is_locked
 from dinoseg.tracking.propagation.settings import CRW, DINO, DINOV3
+from dinoseg.tracking.video import mask_folder
 from dinoseg.tracking.video import report as track_report
-from dinoseg.tracking.video import run as track_run
 
 SIZE = (36, 50)
 kept = {}  # the composed config
@@ -146,7 +146,7 @@ def test_the_overlay_has_smooth_outlines_and_the_masks_are_the_protocol_s(track,
 def stopped(track, monkeypatch):
     """Leave the folder `cut` of a run that was killed before its eighth mask."""
     with monkeypatch.context() as patch:
-        fail_after(patch, track_run, "write_indexed_png", 7, KeyboardInterrupt())
+        fail_after(patch, mask_folder, "write_indexed_png", 7, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             track(out="cut")
     assert names("cut") == ["config", "masks", "run.log", "state.safetensors"] and len(names("cut/masks")) == 7
@@ -217,7 +217,7 @@ def test_a_full_disk_says_how_to_go_on(track, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(track_run, "write_indexed_png", full)
+    monkeypatch.setattr(mask_folder, "write_indexed_png", full)
     with pytest.raises(UserError, match=r"Cannot write below .*No space left.*mode\.restart=.*out goes on"):
         track()
 
@@ -292,7 +292,7 @@ def test_memory_does_not_grow_with_the_video(track, monkeypatch):
 
         monkeypatch.setattr(module, name, call)
 
-    watched(track_run, "write_indexed_png")
+    watched(mask_folder, "write_indexed_png")
     watched(track_report, "blend")
     changes = ["tracker.short=64", "tracker.context=2", "backbone.patch_size=32", "mode.batch_size=20"]
     assert track(*changes, source="v.avi", labels="noise.png")["frames"] == 2000

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from dinoseg.images import read_ids, read_image, write_png
 from dinoseg.synthetic.moving.write import render_moving_objects
-from dinoseg.tracking.video import run as track_run
+from dinoseg.tracking.video import mask_folder
 
 WAYS = {
     "segmenter": ("resume=segmenter", "mode.smoothing=0.8", "tracker.context=2"),
@@ -48,7 +48,7 @@ def track(where, out, *more, status=0):
 
 def stop(where, out, *more):
     """Let Ctrl-C come before the sixth mask."""
-    real, written = track_run.write_indexed_png, []
+    real, written = mask_folder.write_indexed_png, []
 
     def write(path, *given):
         if len(written) == 5:
@@ -57,7 +57,7 @@ def stop(where, out, *more):
         real(path, *given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(track_run, "write_indexed_png", write)
+        patch.setattr(mask_folder, "write_indexed_png", write)
         return track(where, out, *more, status=130)
 
 

@@ -16,7 +16,7 @@ from dinoseg.images import read_ids
 from dinoseg.inference.frame_folder import open_frames
 from dinoseg.tracking.propagation.settings import CRW, DINOV3
 from dinoseg.tracking.propagation.tracker import PropagationTracker
-from dinoseg.tracking.video import run as track_run
+from dinoseg.tracking.video import mask_folder
 from dinoseg.tracking.video.labels import find_labels
 from dinoseg.tracking.video.run import TrackJob, track_video
 from dinoseg.tracking.video.state import read_standing
@@ -67,7 +67,7 @@ def test_a_stop_anywhere_in_a_long_context(tmp_path, stop):
     write_clip(tmp_path, 30)
     run(tmp_path, tmp_path / "whole", settings)
     with pytest.MonkeyPatch.context() as patch:
-        fail_after(patch, track_run, "write_indexed_png", stop, Stopped)
+        fail_after(patch, mask_folder, "write_indexed_png", stop, Stopped)
         with pytest.raises(Stopped):
             run(tmp_path, tmp_path / "cut", settings)
     standing = read_standing(tmp_path / "cut")
@@ -92,13 +92,13 @@ def resident():
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read as Linux shows it")
 def test_features_of_passed_frames_are_let_go(tmp_path, monkeypatch):
     write_clip(tmp_path, 400)
-    real, used = track_run.write_indexed_png, []
+    real, used = mask_folder.write_indexed_png, []
 
     def write(*given):
         used.append(resident())
         real(*given)
 
-    monkeypatch.setattr(track_run, "write_indexed_png", write)
+    monkeypatch.setattr(mask_folder, "write_indexed_png", write)
     run(tmp_path, tmp_path / "out", replace(DINOV3, short=None, radius=2, context=3))
     growth = used[-1] - used[60]
     assert len(used) == 400 and growth < 12e6, f"{growth / 1e6:.1f} MB"  # features of 340 frames would be 50 MB

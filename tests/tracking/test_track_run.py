@@ -19,7 +19,7 @@ from dinoseg.images import read_ids
 from dinoseg.inference.frame_folder import open_frames
 from dinoseg.tracking.propagation.settings import PropagationSettings
 from dinoseg.tracking.propagation.tracker import PropagationTracker
-from dinoseg.tracking.video import run as track_run
+from dinoseg.tracking.video import mask_folder
 from dinoseg.tracking.video import state as track_state
 from dinoseg.tracking.video.labels import find_labels
 from dinoseg.tracking.video.run import TrackJob, track_video
@@ -88,7 +88,7 @@ def run(clip, folder, source="in", *, restart=False, **changes):
 def run_until(clip, folder, count, **changes):
     """Let a run die when it has written so many masks."""
     with pytest.MonkeyPatch.context() as patch:
-        fail_after(patch, track_run, "write_indexed_png", count, Stopped)
+        fail_after(patch, mask_folder, "write_indexed_png", count, Stopped)
         with pytest.raises(Stopped):
             run(clip, folder, **changes)
 

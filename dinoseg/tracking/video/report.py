@@ -15,7 +15,7 @@ from dinoseg.inference.media import VideoReader, VideoWriter
 from dinoseg.inference.stream import Throughput, run_pipeline
 from dinoseg.report.overlay import blend, smooth_blocks
 from dinoseg.storage.atomic import whole_file
-from dinoseg.tracking.video.run import Look
+from dinoseg.tracking.video.mask_folder import Look
 from dinoseg.tracking.video.state import MASKS
 
 COLUMNS = ("frame", "name", "id", "area", "centre_x", "centre_y", "left", "top", "right", "bottom")

@@ -25,7 +25,7 @@ _FORM = forms.record(format=forms.whole(1), progress=_PROGRESS_FORM, settings=fo
 
 
 @dataclass(frozen=True)
-class Progress:
+class TrackProgress:
     """How many frames are done, how many at once, and hashes of them (names and pixels) and of their masks."""
 
     done: int
@@ -38,7 +38,7 @@ class Progress:
 class Standing:
     """What an unfinished run has kept."""
 
-    progress: Progress
+    progress: TrackProgress
     settings: Mapping[str, Any]  # of its tracker
     tensors: dict[str, Tensor]  # its tracker's state
 
@@ -93,7 +93,7 @@ def read_standing(folder: Path) -> Standing:
         if type(info.get("format")) is int and info["format"] > _FORMAT:
             raise UserError(f"{path} was written by a newer dinoseg. Update this one, or begin anew.")
         _FORM(info, "its description")
-        return Standing(Progress(**info["progress"]), info["settings"], tensors)
+        return Standing(TrackProgress(**info["progress"]), info["settings"], tensors)
     except (SafetensorError, OSError, forms.Misshapen) as error:
         raise UserError(f"{path} is not readable ({error}). Leave mode.restart out to begin anew.") from error
 

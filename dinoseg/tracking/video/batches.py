@@ -1,0 +1,159 @@
+"""A video's frames and masks in batches, from where a run stands; those that it has seen before must be the same."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import count, islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from dinoseg.errors import UserError
+from dinoseg.inference.frame_folder import FolderReader
+from dinoseg.inference.media import VideoReader
+from dinoseg.tracking.video.labels import TrackLabels
+from dinoseg.tracking.video.state import MASKS, TrackProgress, check_masks
+from dinoseg.wording import count_of, listed
+
+
+@dataclass(frozen=True)
+class FrameBatch:
+    """Frames that are tracked at once, with their names and the masks that are given for them."""
+
+    names: list[str]
+    frames: list[np.ndarray]  # (H, W, 3) uint8
+    labels: list[np.ndarray | None]  # (H, W) uint8
+    before: TrackProgress  # of the run, before these
+    save: bool = False  # where the run stands before these is to be written
+
+
+class _LabelledFrame(NamedTuple):
+    name: str
+    frame: np.ndarray
+    mask: np.ndarray | None
+
+
+class VideoBatches:
+    """The batches of frames that are not done, in order; the last is shorter than the others, and perhaps empty.
+
+    Where the run stands is to be saved every `save_every` frames, rounded up to whole batches, and where the input
+    ends: always before a batch, so that a run that goes on there sees the same batches. An input that ends too early is
+    told of by `check_end` alone: what came before that shall still be tracked.
+
+    Args:
+        frames: read from their start, whatever is done.
+        labels: the masks given.
+        folder: of the run.
+        start: what is done; None for a new run.
+        batch_size: frames in a batch.
+        save_every: frames between two savings.
+
+    Raises:
+        UserError: while iterating: frames or masks are not those that the run has seen, or masks that it has written
+            are lost.
+    """
+
+    def __init__(
+        self,
+        frames: VideoReader | FolderReader,
+        labels: TrackLabels,
+        folder: Path,
+        start: TrackProgress | None,
+        *,
+        batch_size: int,
+        save_every: int,
+    ) -> None:
+        self._frames, self._labels, self._folder, self._start = frames, labels, folder, start
+        self._batch_size, self._save_every = batch_size, save_every
+        self._frames_digest, self._labels_digest = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
+        self._done = start.done if start else 0
+        self._failure: UserError | None = None
+
+    def progress(self) -> TrackProgress:
+        """Return how far the frames are read, with digests of all of them."""
+        digests = (self._frames_digest.hexdigest(), self._labels_digest.hexdigest())
+        return TrackProgress(self._done, *digests, self._batch_size)
+
+    def __iter__(self) -> Iterator[FrameBatch]:
+        """Yield each batch once the next one is read: only then is it known whether the input ends well."""
+        frames = self._labelled_frames()
+        if self._start is not None:
+            self._pass_over(frames, self._start)
+        saved = self._done
+        batch = self._next_batch(frames)
+        while len(batch.frames) == self._batch_size:
+            following = self._next_batch(frames)
+            # frames just before a failure may be damaged: a run that goes on shall read them again
+            save = self._failure is not None or batch.before.done - saved >= self._save_every
+            saved = batch.before.done if save else saved
+            yield replace(batch, save=save)
+            batch = following
+        yield replace(batch, save=self._failure is None)
+
+    def check_end(self) -> None:
+        """Raise what ended the input too early, or refuse masks whose frames never came."""
+        go_on = (
+            f"{count_of(self._done, 'mask')} so far are in {self._folder / MASKS}: the same command with "
+            f"mode.restart={self._folder} goes on there."
+        )
+        if self._failure is not None:
+            raise UserError(f"{self._failure} {go_on}") from self._failure
+        late = [path.name for position, path in self._labels.files.items() if position >= self._done]
+        if late:
+            raise UserError(
+                f"labels has {count_of(late, 'mask')} of no frame: {listed(late)}, and {self._frames.path} has "
+                f"{count_of(self._done, 'frame')}. Remove or rename them. {go_on}"
+            )
+
+    def _labelled_frames(self) -> Iterator[_LabelledFrame]:
+        """Yield every frame with its name and its mask, and add all three to the digests."""
+        frames = iter(self._frames)
+        for position in count():
+            mask = self._labels.read(position)
+            frame = next(frames, None)
+            if frame is None:
+                return
+            name = self._frames.frame_name(position)
+            self._frames_digest.update(f"{name} {frame.shape}".encode(errors="surrogateescape"))
+            self._frames_digest.update(np.ascontiguousarray(frame).data)
+            if mask is not None:
+                self._labels_digest.update(f"{position}".encode())
+                self._labels_digest.update(np.ascontiguousarray(mask).data)
+            yield _LabelledFrame(name, frame, mask)
+
+    def _next_batch(self, frames: Iterator[_LabelledFrame]) -> FrameBatch:
+        batch = FrameBatch([], [], [], self.progress())
+        try:
+            for name, frame, mask in islice(frames, self._batch_size):
+                batch.names.append(name)
+                batch.frames.append(frame)
+                batch.labels.append(mask)
+                self._done += 1
+        except UserError as error:  # what came before it shall still be tracked and kept
+            self._failure = error
+        return batch
+
+    def _pass_over(self, frames: Iterator[_LabelledFrame], start: TrackProgress) -> None:
+        """Read the frames that are done, and refuse others than the run has seen, or lost masks of them."""
+        remedy = (
+            f"Give what it had, unchanged (its command line is in {self._folder / 'config' / 'overrides.txt'}), or "
+            "begin anew without mode.restart."
+        )
+        names = [name for name, _, _ in islice(frames, start.done)]
+        if len(names) < start.done:
+            raise UserError(
+                f"{self._frames.path} has {count_of(names, 'frame')}, and the run in {self._folder} has tracked "
+                f"{start.done}. {remedy}"
+            )
+        now = self.progress()
+        for what, same in (
+            (f"input={self._frames.path}", now.frames == start.frames),
+            (f"labels={self._labels.source or 'null'}", now.labels == start.labels),
+        ):
+            if not same:
+                raise UserError(
+                    f"mode.restart={self._folder}: {what} differs from what that run has seen in its first "
+                    f"{count_of(start.done, 'frame')}. {remedy}"
+                )
+        check_masks(self._folder, names)
