@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_parts import tiny_vit
 
 ROOT = Path(__file__).parents[1]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -58,17 +59,4 @@ def compose():
 @pytest.fixture
 def tiny_backbone():
     """Build a random two-block DINOv3-type transformer with 8 px patches, 24 wide."""
-    from dinoseg.backbones.transformers_vit import TransformersVit
-
-    def build(layers=(-1,), **kwargs):
-        torch.manual_seed(0)
-        arch = {
-            "hidden_size": 24,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 3,
-            "intermediate_size": 48,
-            "num_register_tokens": 4,
-        }
-        return TransformersVit("dinov3_vit", arch, "random", 8, layers, **kwargs)
-
-    return build
+    return tiny_vit

@@ -28,8 +28,8 @@ def test_upsample_agrees_with_the_written_out_formula_on_any_sizes():
     draw = random.Random(0)
     for _ in range(1500):
         patch = draw.choice([8, 14, 16])
-        image = (draw.randint(1, 300), draw.randint(1, 300))
-        size = (draw.randint(1, 600), draw.randint(1, 600))
+        image = (draw.randint(1, 120), draw.randint(1, 120))
+        size = (draw.randint(1, 200), draw.randint(1, 200))
         valid = valid_share(image, patch)
         grid = torch.randn(1, 2, -(-image[0] // patch), -(-image[1] // patch), dtype=torch.float64)
         result = upsample(grid, size, valid)
@@ -46,6 +46,15 @@ def test_upsample_of_an_unpadded_grid_is_interpolate():
 def test_upsample_crops_pixel_outputs_without_touching_them():
     pixels = torch.randn(1, 2, 48, 64)
     assert torch.equal(upsample(pixels, (45, 61), valid_share((45, 61), 16)), pixels[..., :45, :61])
+
+
+@pytest.mark.parametrize("size", [(56, 72), (61, 90), (7, 90)], ids=["whole", "scaled", "one axis"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_left_before_upsampling(size, dtype):
+    grid = torch.randn(1, 2, 7, 9, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = upsample(grid, size, (1.0, 1.0))
+    torch.testing.assert_close(result, upsample(grid.float(), size, (1.0, 1.0)), atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (15, 16), (540, 960), (33, 1)])

@@ -1,9 +1,11 @@
 """Every backbone family in a size that takes milliseconds, from its own config option."""
 
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from dinoseg.__main__ import CONFIGS
+from dinoseg.backbones.transformers_vit import TransformersVit
 from dinoseg.config.values import register_resolvers
 
 VIT = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -33,3 +35,16 @@ def tiny_node(name):
     option, small = (BACKBONES | WEIGHTLESS)[name]
     untrained = {} if name in WEIGHTLESS else {"weights": "random"}
     return OmegaConf.merge(load(f"backbone={option}")["backbone"], small, untrained)
+
+
+def tiny_vit(layers=(-1,), **options):
+    """Return a random two-block DINOv3-type transformer with 8 px patches, 24 wide."""
+    torch.manual_seed(0)
+    arch = {
+        "hidden_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "intermediate_size": 48,
+        "num_register_tokens": 4,
+    }
+    return TransformersVit("dinov3_vit", arch, "random", 8, layers, **options)

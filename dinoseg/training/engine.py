@@ -109,7 +109,8 @@ class Engine:
     def prepare(self, model: nn.Module) -> nn.Module:
         """Move a model to the device; with several ranks, gradients are averaged over them.
 
-        On several CUDA devices, BatchNorm takes its statistics over all of them.
+        On several CUDA devices, BatchNorm takes its statistics over all of them; elsewhere each rank takes those of its
+        own images, and the first one's running means are scored and saved.
         """
         if self.world > 1 and self.device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)

@@ -194,9 +194,9 @@ def _validate(
     meter: Meter,
 ) -> None:
     """Score the model (its moving average where there is one), log it, and keep it where it is the best yet."""
-    engine.align(model)
     engine.seed(feed.seed, checkpoints.progress.step)
     with average.swapped() if average is not None else nullcontext():
+        engine.align(model)  # each rank averages running means of its own
         with stop.at_once(allowed=engine.world == 1):  # a run that goes on begins with the validation it owes
             scores, pictures = feed.validate(model, loss, engine)
         if scores[score] is None:

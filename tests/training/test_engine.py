@@ -59,6 +59,15 @@ def test_dropout_is_a_function_of_the_step():
     assert torch.equal(draw(1), first) and torch.equal(draw(2), second) and not torch.equal(first, second)
 
 
+def test_dropout_differs_between_ranks(monkeypatch):
+    engine, drawn = Engine("cpu"), []
+    for rank in (0, 1):
+        monkeypatch.setattr(Engine, "rank", rank)
+        engine.seed(3, 1)
+        drawn.append(torch.rand(100))
+    assert not torch.equal(*drawn)
+
+
 def test_clipping_and_the_norm_before_it():
     engine, model = Engine("cpu"), nn.Linear(2, 1, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)

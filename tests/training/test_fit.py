@@ -1,3 +1,4 @@
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +15,7 @@ from dinoseg.heads.mlp import MlpHead
 from dinoseg.losses.pixel import CrossEntropy
 from dinoseg.model import Segmenter
 from dinoseg.report.log import RunLog
+from dinoseg.training import fit as fitting
 from dinoseg.training import image_feed as feeding
 from dinoseg.training.checkpoint import Checkpoints, read
 from dinoseg.training.engine import Engine
@@ -22,6 +24,7 @@ from dinoseg.training.feed import spread
 from dinoseg.training.fit import fit
 from dinoseg.training.image_feed import ImageFeed
 from dinoseg.training.optim import adamw, schedule
+from dinoseg.training.progress import Meter
 
 
 class Stripes:
@@ -180,6 +183,32 @@ def test_rows_tell_how_each_logged_step_predicts_its_own_batches(run):
     every = {row["step"]: row for row in run(**{**options, "log_every": 1}).rows if "train/loss" in row}
     for row in rows:  # a function of the step, not of the steps since the last row
         assert row["train/miou"] == every[row["step"]]["train/miou"]
+
+
+def test_a_head_is_told_how_much_of_the_training_is_done(run):
+    class Annealed(LinearHead):
+        def set_progress(self, share):
+            shares.append(share)
+
+    shares = []
+    run(steps=4, head=Annealed(24, 1, 3))
+    assert shares == [0, 0.25, 0.5, 0.75]
+
+
+def test_the_speed_of_training_has_no_validation_in_it(run, monkeypatch):
+    def takes(seconds, whole):
+        def call(*given, **options):
+            now[0] += seconds
+            return whole(*given, **options)
+
+        return call
+
+    now = [0.0]
+    monkeypatch.setattr(fitting, "Meter", partial(Meter, clock=lambda: now[0]))
+    monkeypatch.setattr(fitting, "set_learning_rates", takes(1, fitting.set_learning_rates))
+    monkeypatch.setattr(ImageFeed, "validate", takes(60, ImageFeed.validate))
+    rows = run(steps=4, val_every=1).rows
+    assert [row["train/images_per_s"] for row in rows if "train/images_per_s" in row] == [3, 3, 3, 3]
 
 
 def test_validations_tell_of_each_class(run):

@@ -1,0 +1,105 @@
+"""Two ranks on a CPU train, score and keep what one process would; BatchNorm's statistics are the first rank's."""
+
+import os
+
+import pytest
+import torch
+from checkpoint_files import INFO
+from omegaconf import OmegaConf
+from test_fit import Rows, Stripes
+from tiny_parts import tiny_vit
+
+from dinoseg import ranks
+from dinoseg.adapters import Full
+from dinoseg.data.transforms import Augment
+from dinoseg.heads.linear import LinearHead
+from dinoseg.heads.mlp import MlpHead
+from dinoseg.losses.pixel import CrossEntropy
+from dinoseg.model import Segmenter
+from dinoseg.training.checkpoint import Checkpoints, read
+from dinoseg.training.engine import Engine
+from dinoseg.training.evaluate import evaluate
+from dinoseg.training.fit import fit
+from dinoseg.training.image_feed import ImageFeed
+from dinoseg.training.loading import load_weights
+from dinoseg.training.optim import parameter_groups, schedule
+
+WEIGHTS = torch.tensor([0.2, 1.0, 3.0])
+CASES = {
+    "weighted": {"head": lambda: MlpHead(24, 1, 3, 8)},
+    "normalised": {"head": lambda: LinearHead(24, 1, 3), "accumulate": 2},
+    "averaged": {"head": lambda: LinearHead(24, 1, 3), "ema": 0.5},
+}
+
+
+class Uneven(Stripes):
+    """Stripes that grow darker, with fewer and fewer labels."""
+
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        sample["mask"][:, : 5 * index] = 255
+        return sample | {"image": sample["image"] // (1 + index)}
+
+
+def untrained(head):
+    torch.manual_seed(0)
+    return Segmenter(Full()(tiny_vit()), head())
+
+
+def train(folder, head, **options):
+    """Train with plain SGD, which hides no factor of the gradient, and return what this rank has of it."""
+    model, engine, log = untrained(head), Engine("cpu", "fp32", workers=0), Rows()
+    sets = (Uneven([(24, 32)] * 6), Uneven([(24, 32)] * 5))
+    feed = ImageFeed(*sets, Augment((24, 32)), batch_size=4, seed=0, workers=0, rank=engine.rank, world=engine.world)
+    optimizer = torch.optim.SGD(parameter_groups(model, lr=0.05, weight_decay=0.0))
+    checkpoints = Checkpoints(folder, dict(INFO), writes=engine.is_main)
+    lengths = {"steps": 3, "val_every": 3, "log_every": 1, "clip": None}
+    options = {"schedule": schedule("constant"), "score": "loss", **lengths, **options}
+    fit(model, CrossEntropy(WEIGHTS), feed, optimizer, engine, checkpoints, log, **options)
+    names = ("step", "train/loss", "train/gradient_norm", "train/miou", "val/loss", "val/miou")
+    rows = [{name: row[name] for name in names if name in row} for row in log.rows]
+    return {"rows": rows, "state": model.state_dict(), "best": checkpoints.progress.best}
+
+
+def in_rank(cfg, *, out_dir):
+    """Stand for a mode: train each case, and keep what each rank has of it."""
+    done = {name: train(out_dir / name, **options) for name, options in CASES.items()}
+    torch.save(done, out_dir / f"{os.environ['RANK']}.pt")
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Return a folder of runs and what either rank has of them."""
+    folder = tmp_path_factory.mktemp("ranks")
+    mode = {"_target_": "test_two_ranks.in_rank", "_partial_": True, "keeps_folder": False}
+    ranks.run_ranks(OmegaConf.create({"mode": mode, "choices": {"mode": "test"}}), folder, 2)
+    return folder, [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+
+
+def test_losses_gradients_and_weights_are_those_of_one_process(pair, tmp_path):
+    """Labels are weighted, and the ranks have an unequal number of them."""
+    alone = train(tmp_path, **CASES["weighted"])
+    for rank in pair[1]:
+        both = rank["weighted"]
+        assert len(both["rows"]) == len(alone["rows"]) == 4
+        for one, two in zip(alone["rows"], both["rows"], strict=True):
+            assert two == pytest.approx(one, rel=1e-4)
+        torch.testing.assert_close(both["state"], alone["state"], atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("case", ["normalised", "averaged"])
+def test_what_is_scored_with_batchnorm_is_what_is_kept(pair, case):
+    folder, (first, second) = pair[0], (rank[case] for rank in pair[1])
+    assert first["best"] == second["best"] and first["rows"] == second["rows"]
+    model = untrained(CASES[case]["head"])
+    load_weights(model, read(folder / case / "best.safetensors"))
+    scores = evaluate(model, Uneven([(24, 32)] * 5), Engine("cpu", "fp32"), loss=CrossEntropy(WEIGHTS))
+    assert scores["loss"] == pytest.approx(first["best"], rel=1e-6)
+
+
+def test_running_statistics_are_the_first_rank_s_and_saved_as_such(pair):
+    folder, (first, second) = pair[0], (rank["normalised"]["state"] for rank in pair[1])
+    saved = read(folder / "normalised/last.safetensors").part("model")
+    for name in saved:
+        assert torch.equal(first[name], second[name]) and torch.equal(first[name], saved[name]), name
+    assert not torch.equal(first["head.norm.running_mean"], torch.zeros(24)), "they have been learnt"
