@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dinoseg.contracts import Backbone
 from dinoseg.errors import UserError
 from dinoseg.patterns import Pattern
 from dinoseg.ranges import Count, LowShare
@@ -33,7 +34,7 @@ class Frozen:
         check_bits(bits, device)
         self.bits = bits
 
-    def __call__(self, backbone: nn.Module) -> nn.Module:
+    def __call__(self, backbone: Backbone) -> Backbone:
         """Return the backbone without a trainable parameter."""
         backbone.requires_grad_(False)
         if self.bits is not None:
@@ -51,7 +52,7 @@ class Full:
     def __init__(self, bits: int | None = None) -> None:
         _refuse_bits(bits, "full")
 
-    def __call__(self, backbone: Any) -> nn.Module:
+    def __call__(self, backbone: Backbone) -> Backbone:
         """Return the backbone with all that is used trainable."""
         _refuse_half(backbone, "full")
         for name, parameter in backbone.named_parameters():
@@ -74,13 +75,13 @@ class LastBlocks:
         _refuse_bits(bits, "last_blocks")
         self.blocks = blocks
 
-    def __call__(self, backbone: Any) -> nn.Module:
+    def __call__(self, backbone: Backbone) -> Backbone:
         """Return the backbone with its last blocks trainable."""
         _refuse_half(backbone, "last_blocks")
         backbone.requires_grad_(False)
         for block in last_blocks(backbone, self.blocks):
             block.requires_grad_(True)
-        if getattr(backbone, "norm", None) is not None:
+        if backbone.norm is not None:
             backbone.norm.requires_grad_(True)
         for name, parameter in backbone.named_parameters():
             if name in backbone.unused:
@@ -144,7 +145,7 @@ class Lora:
             "use_dora": dora,
         }
 
-    def __call__(self, backbone: Any) -> nn.Module:
+    def __call__(self, backbone: Backbone) -> Backbone:
         """Return the backbone with LoRA in its linear layers, nothing else of it trainable."""
         _quiet()
         from peft import LoraConfig, inject_adapter_in_model
@@ -158,7 +159,7 @@ class Lora:
                 "adapter=last_blocks or adapter=full."
             )
         names = [name for name in linear if self.pattern.search(f".{name}.")]
-        passed_over = sorted(set(names) & set(getattr(backbone, "uncalled_linears", ())))
+        passed_over = sorted(set(names) & backbone.uncalled_linears)
         if passed_over:
             raise UserError(
                 f"adapter.targets={self.targets}: this backbone multiplies with the weight of {passed_over[0]} itself "
@@ -182,7 +183,7 @@ class Lora:
         return backbone
 
 
-def last_blocks(backbone: Any, count: int) -> list[nn.Module]:
+def last_blocks(backbone: Backbone, count: int) -> list[nn.Module]:
     """Return the last `count` blocks of those that are read.
 
     Raises:
@@ -194,7 +195,7 @@ def last_blocks(backbone: Any, count: int) -> list[nn.Module]:
     return blocks[-count:]
 
 
-def merge(backbone: nn.Module) -> nn.Module:
+def merge(backbone: Backbone) -> Backbone:
     """Add the LoRA updates to the weights they update, and take them away as modules."""
     _quiet()
     from peft.tuners.lora import LoraLayer
@@ -230,18 +231,18 @@ def check_bits(bits: int | None, device: str) -> None:
         )
 
 
-def quantise(backbone: Any, bits: int) -> None:
+def quantise(backbone: Backbone, bits: int) -> None:
     """Replace the linear layers of the blocks by frozen ones of 4 or 8 bits; they shrink when they go to the device.
 
     Raises:
         UserError: 8 bits for a pyramid.
     """
-    if bits == 8 and getattr(backbone, "is_pyramid", False):
+    if bits == 8 and backbone.is_pyramid:
         raise UserError(
             "adapter.bits=8: bitsandbytes multiplies rows of tokens in 8 bits, and the layers of a pyramid take maps. "
             "Choose adapter.bits=4, adapter=lora_all, or a vision transformer."
         )
-    uncalled = {backbone.get_submodule(name) for name in getattr(backbone, "uncalled_linears", ())}
+    uncalled = {backbone.get_submodule(name) for name in backbone.uncalled_linears}
     for block in backbone.blocks:
         for name, part in list(block.named_modules()):
             if isinstance(part, nn.Linear) and part not in uncalled:

@@ -1,17 +1,18 @@
 """Config to models, data, losses and optimizers."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from omegaconf import DictConfig
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dinoseg.adapters import Frozen
 from dinoseg.config.checks import check_given
 from dinoseg.config.nodes import instantiate, not_set
 from dinoseg.config.values import plain
+from dinoseg.contracts import Backbone, Head, Loss
 from dinoseg.errors import UserError
 from dinoseg.model import Segmenter
 from dinoseg.shapes import SegmentationData
@@ -20,6 +21,7 @@ from dinoseg.training import loading
 from dinoseg.training.lengths import Lengths, in_steps
 
 SPLITS = ("train", "val", "test")
+Part = TypeVar("Part", Backbone, Head, Loss)
 
 
 def model(cfg: DictConfig, *, untrained: bool = False) -> Segmenter:
@@ -34,16 +36,16 @@ def model(cfg: DictConfig, *, untrained: bool = False) -> Segmenter:
     adapter = instantiate(cfg.adapter, without=("lr",))
     torch.manual_seed(seed_of(cfg))
     random = {"weights": "random"} if untrained and "weights" in cfg.backbone else None
-    found = instantiate(cfg.backbone, instead=random)
-    if next(found.parameters(), None) is None and not isinstance(adapter, Frozen):
+    bare = _keeping(Backbone, instantiate(cfg.backbone, instead=random), "backbone")
+    if next(bare.parameters(), None) is None and not isinstance(adapter, Frozen):
         raise UserError("This backbone has nothing to train, as backbone=rgb. Choose adapter=frozen.")
-    adapted = adapter(found)
+    adapted = adapter(bare)
     keys = plain(cfg.head)
     late = {"in_dim": adapted.dim, "num_layers": adapted.num_layers}
     if "patch_size" in keys and cfg.head.patch_size is None:  # of a timm model, which alone knows it
         late["patch_size"] = adapted.patch_size
     weightless = {"weights": None} if untrained and "weights" in keys else None
-    head = instantiate(cfg.head, without=("layers", "lr", *late), instead=weightless)(**late)
+    head = _keeping(Head, instantiate(cfg.head, without=("layers", "lr", *late), instead=weightless)(**late), "head")
     resolution = {"scale": cfg.resolution.scale, "longest": cfg.resolution.longest}
     check_given("dinoseg.model.Segmenter", resolution, {key: f"resolution.{key}" for key in resolution})
     _check_crop(cfg, adapted.patch_size)
@@ -88,17 +90,27 @@ def check_fits(cfg: DictConfig, found: loading.Checkpoint) -> None:
             f"resume={found.path}: no model can be made of its config ({type(error).__name__}: {reason}). Correct the "
             "keys given beside it, or choose another checkpoint."
         ) from error
-    for name in ("backbone", "head"):
-        if "weights" in cfg[name]:  # by which it is known what training changes
-            setattr(getattr(empty, name), "weights", cfg[name].weights)  # noqa: B010 (a module takes any value)
+    # by where weights come from it is known what training changes
+    empty.backbone.weights = cfg.backbone.get("weights", empty.backbone.weights)
+    empty.head.weights = cfg.head.get("weights", empty.head.weights)
     loading.check_fits(empty, found)
     loading.check_size(empty, f"resume={found.path}")
 
 
-def backbone(cfg: DictConfig) -> nn.Module:
+def backbone(cfg: DictConfig) -> Backbone:
     """Return a config's backbone as it comes, in eval mode, nothing of it trained."""
     torch.manual_seed(seed_of(cfg))
-    return instantiate(cfg.backbone).requires_grad_(False).eval()
+    return _keeping(Backbone, instantiate(cfg.backbone), "backbone").requires_grad_(False).eval()
+
+
+def _keeping(contract: type[Part], part: object, key: str) -> Part:
+    """Return a part that a config describes; refuse one that does not say what is asked of it."""
+    if not isinstance(part, contract):
+        raise UserError(
+            f"{key}: {type(part).__name__} is no dinoseg.contracts.{contract.__name__}. Let it inherit that class, "
+            "which says what is asked of it and has defaults for the rest."
+        )
+    return part
 
 
 def _check_head_file(cfg: DictConfig) -> None:
@@ -141,12 +153,17 @@ def clips(cfg: DictConfig, split: str) -> Any:
     return instantiate(cfg.data.clips)(split=_known(split))
 
 
-def loss(cfg: DictConfig, train: SegmentationData | None) -> nn.Module:
+def criterion(cfg: DictConfig, **weights: Tensor) -> Loss:
+    """Return the loss that a config describes, with `class_weights` if it is one on labels."""
+    return _keeping(Loss, instantiate(cfg.loss.criterion)(**weights), "loss.criterion")
+
+
+def loss(cfg: DictConfig, train: SegmentationData | None) -> Loss:
     """Return the loss of a config, its class weights from the pixels of the training masks; None: it needs no masks."""
     if cfg.loss.class_weights is None:
         if cfg.loss.weights != "none":
             raise UserError(f"loss.weights={cfg.loss.weights}: loss={cfg.choices.loss} knows no classes. Leave it out.")
-        return instantiate(cfg.loss.criterion)()
+        return criterion(cfg)
     if train is None:
         raise UserError(
             f"loss={cfg.choices.loss} is a loss on labels, which clips have none of. Choose "
@@ -154,7 +171,7 @@ def loss(cfg: DictConfig, train: SegmentationData | None) -> nn.Module:
         )
     weigh = instantiate(cfg.loss.class_weights)
     counts = instantiate(cfg.loss.counts)(train) if cfg.loss.weights != "none" else [1] * len(train.classes)
-    return instantiate(cfg.loss.criterion)(class_weights=weigh(counts))
+    return criterion(cfg, class_weights=weigh(counts))
 
 
 def optimizer(cfg: DictConfig, module: nn.Module) -> Optimizer:

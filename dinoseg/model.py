@@ -2,12 +2,12 @@
 
 import hashlib
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dinoseg.contracts import Backbone, Head
 from dinoseg.errors import UserError
 from dinoseg.geometry import valid_share
 from dinoseg.ranges import Count, Positive
@@ -28,19 +28,16 @@ class Segmenter(nn.Module):
         longest: larger images are reduced until their longer side has this many pixels, before `scale`.
     """
 
-    def __init__(
-        self, backbone: nn.Module, head: nn.Module, *, scale: Positive = 1.0, longest: Count | None = None
-    ) -> None:
+    def __init__(self, backbone: Backbone, head: Head, *, scale: Positive = 1.0, longest: Count | None = None) -> None:
         super().__init__()
         if scale <= 0:
             raise UserError(f"resolution.scale={scale}: give a number above 0, such as 0.5 for half resolution.")
         if longest is not None and longest < 1:
             raise UserError(f"resolution.longest={longest}: give a number of pixels, or null for no limit.")
-        if hasattr(head, "fits"):
-            head.fits(backbone)  # type: ignore[operator]
+        head.fits(backbone)
         self.backbone = backbone
         self.head = head
-        self.patch_size: int = backbone.patch_size  # type: ignore[assignment]
+        self.patch_size = backbone.patch_size
         self.scale = scale
         self.longest = longest
 
@@ -49,10 +46,9 @@ class Segmenter(nn.Module):
         height, width = images.shape[-2:]
         pixels = self.pixels(images)
         size = (pixels.shape[-2], pixels.shape[-1])
-        head: Any = self.head
-        outputs = head.run(self.backbone, pixels) if hasattr(head, "run") else head(self.backbone(pixels))
+        outputs = self.head.run(self.backbone, pixels)
         valid = valid_share(size, self.patch_size)
-        return Prediction(outputs, (height, width), valid, head.predict, getattr(head, "mixture", False))
+        return Prediction(outputs, (height, width), valid, self.head.predict, self.head.mixture)
 
     def train(self, mode: bool = True) -> "Segmenter":
         """Switch mode, but leave every part that is not trained in eval mode: its dropout and running means rest."""
@@ -65,8 +61,7 @@ class Segmenter(nn.Module):
 
     def set_progress(self, share: float) -> None:
         """Tell a head whose training changes with its length how much of it is done, in [0, 1)."""
-        if hasattr(self.head, "set_progress"):
-            self.head.set_progress(share)  # type: ignore[operator]
+        self.head.set_progress(share)
 
     def pixels(self, images: Tensor) -> Tensor:
         """Return images (..., 3, H, W) as floats in 0..1 at the resolution that the backbone sees."""

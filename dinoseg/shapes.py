@@ -1,4 +1,4 @@
-"""What passes between the rooms: axis letters, the batch, the prediction and the protocols.
+"""What passes between the rooms: axis letters, the batch, the outputs, the prediction and data to train on.
 
 Axis glossary used in every comment and docstring:
 B batch, T time, C channels, H W pixels, h w patch grid, K classes, Q queries, S slots, L tapped layers.
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypedDict
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 Palette = Sequence[tuple[int, int, int]]
 
@@ -96,7 +96,7 @@ class Prediction:
     probabilities, as those of mask classification, and no logits.
     """
 
-    outputs: Any
+    outputs: object  # of the head's own kind
     size: tuple[int, int]  # (H, W) of the images that were given
     valid: tuple[float, float]
     to_pixels: Callable[[Any, tuple[int, int], tuple[float, float]], Tensor]
@@ -129,49 +129,4 @@ class SegmentationData(Protocol):
 
     def __getitem__(self, index: int) -> Sample:
         """Return one sample."""
-        ...
-
-
-class Backbone(Protocol):
-    """Images (B, 3, H, W), float in 0..1, to L maps (B, C, h, w) of h = ceil(H / patch_size) rows.
-
-    It normalises inside (mean and std are its buffers) and pads at the bottom and on the right to the
-    patch multiple; the caller crops back. The maps of a pyramid have a width and a grid each, the coarsest
-    h x w; `dim` then lists the widths.
-    """
-
-    dim: int | list[int]
-    patch_size: int
-    num_layers: int
-    depth: int  # blocks (stages of a pyramid) in all
-    unused: Sequence[str]  # parameters that no map depends on
-
-    @property
-    def blocks(self) -> Sequence[nn.Module]:
-        """Return the blocks up to the last one that is read, in order."""
-        ...
-
-    def pixels(self, images: Tensor) -> Tensor:
-        """Return images normalised and padded, as the blocks see them."""
-        ...
-
-    def __call__(self, images: Tensor) -> list[Tensor]:
-        """Return L maps."""
-        ...
-
-
-class Head(Protocol):
-    """Feature maps to outputs of its own kind, and those to pixels.
-
-    A head that needs more than the maps has `run(backbone, images) -> outputs` beside this, which then is called
-    instead; `fits(backbone)` to refuse one that cannot serve it; one whose scores are sums of probabilities sets
-    `mixture = True`; one whose training changes with its length has `set_progress(share)`.
-    """
-
-    def __call__(self, features: list[Tensor]) -> Any:
-        """Return the head's outputs."""
-        ...
-
-    def predict(self, outputs: Any, size: tuple[int, int], valid: tuple[float, float]) -> Tensor:
-        """Return class scores (B, K, H, W) for the image part `valid` of the outputs."""
         ...

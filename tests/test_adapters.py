@@ -7,13 +7,14 @@ from torch import nn
 
 from dinoseg import adapters
 from dinoseg.adapters import Frozen, Full, LastBlocks, Lora, merge
+from dinoseg.contracts import Backbone, Head
 from dinoseg.errors import UserError
 from dinoseg.model import Segmenter, quantised_names
 
 IMAGES = torch.rand(1, 3, 20, 28, generator=torch.Generator().manual_seed(1))
 
 
-class FusedVit(nn.Module):
+class FusedVit(Backbone):
     """Two blocks with names as timm has them: one linear layer makes query, key and value."""
 
     unused = ()
@@ -188,7 +189,7 @@ def test_checkpointing_with_lora_changes_no_gradient(tiny_backbone):
     gradients = []
     for checkpointing in (False, True):
         backbone = train_updates(Lora(rank=2, alpha=2)(tiny_backbone(checkpointing=checkpointing)))
-        Segmenter(backbone, nn.Identity()).train()
+        Segmenter(backbone, Head()).train()
         backbone(IMAGES)[0].square().sum().backward()
         gradients.append({name: p.grad for name, p in backbone.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys() == trainable(backbone)

@@ -16,6 +16,7 @@ LEVELS = (  # a room imports its own level and those below
         "errors",
         "wording",
         "shapes",
+        "contracts",
         "geometry",
         "images",
         "ranges",

@@ -10,14 +10,14 @@ from dinoseg.backbones.arch import configuration
 from dinoseg.backbones.layers import resolve_layers
 from dinoseg.backbones.pixels import register_colours
 from dinoseg.backbones.pretrained import exported_state, load_model
+from dinoseg.contracts import Backbone
 from dinoseg.errors import UserError
-from dinoseg.geometry import pad_to_multiple
 from dinoseg.ranges import Count
 
 STEM = 4  # pixels that a cell of the first stage covers; every later stage doubles it
 
 
-class ConvNext(nn.Module):
+class ConvNext(Backbone):
     """A DINOv3 ConvNeXt that returns what its four stages put out as maps.
 
     Images (B, 3, H, W), float RGB in 0..1, any H and W; returns L maps (B, C, h, w), one for each of `layers`, stage s
@@ -40,8 +40,6 @@ class ConvNext(nn.Module):
     """
 
     is_pyramid = True
-    mean: Tensor
-    std: Tensor
 
     def __init__(
         self,
@@ -77,10 +75,6 @@ class ConvNext(nn.Module):
     def norm(self) -> nn.Module | None:
         """The final LayerNorm, or None if the last stage is not read."""
         return self.model.layer_norm
-
-    def pixels(self, images: Tensor) -> Tensor:
-        """Return images normalised, and padded to the multiple of the coarsest stride."""
-        return pad_to_multiple((images - self.mean) / self.std, self.patch_size)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Return one map (B, C, h, w) for each tapped stage."""

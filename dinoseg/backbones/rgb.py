@@ -3,16 +3,16 @@
 from collections.abc import Sequence
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from dinoseg.backbones.layers import resolve_layers
 from dinoseg.backbones.pixels import register_colours
+from dinoseg.contracts import Backbone
 from dinoseg.errors import UserError
-from dinoseg.geometry import pad_to_multiple
 from dinoseg.ranges import Count
 
 
-class RgbBackbone(nn.Module):
+class RgbBackbone(Backbone):
     """The mean colour of each patch: a baseline that every learnt feature has to beat.
 
     Images (B, 3, H, W), float RGB in 0..1, any H and W; returns maps (B, 3, h, w), h = ceil(H / patch_size), all the
@@ -32,9 +32,6 @@ class RgbBackbone(nn.Module):
 
     dim = 3
     depth = 1
-    has_class_attention = False
-    mean: Tensor
-    std: Tensor
 
     def __init__(
         self,
@@ -48,17 +45,7 @@ class RgbBackbone(nn.Module):
             raise UserError(f"backbone.patch_size={patch_size}: patches are squares of pixels. Give at least 1.")
         self.patch_size = patch_size
         self.num_layers = len(resolve_layers(layers, self.depth))
-        self.unused: list[str] = []
         register_colours(self, mean, std)
-
-    @property
-    def blocks(self) -> list[nn.Module]:
-        """No blocks: nothing is computed but a mean."""
-        return []
-
-    def pixels(self, images: Tensor) -> Tensor:
-        """Return images normalised, and padded to the patch multiple."""
-        return pad_to_multiple((images - self.mean) / self.std, self.patch_size)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Return one map (B, 3, h, w) for each of `layers`."""

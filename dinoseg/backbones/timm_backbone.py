@@ -14,15 +14,15 @@ from dinoseg.backbones.layers import resolve_layers
 from dinoseg.backbones.pixels import register_colours
 from dinoseg.backbones.timm_stages import stages
 from dinoseg.backbones.timm_weights import exported_state, load_exactly, read_state
+from dinoseg.contracts import Backbone
 from dinoseg.errors import UserError
-from dinoseg.geometry import pad_to_multiple
 from dinoseg.ranges import Count
 
 _ANY_SIZE: Any = ({"dynamic_img_size": True}, {"strict_img_size": False})  # a model knows one of them or none
 _UNUSED = "mask_token"  # of masked pre-training, left in some files
 
 
-class TimmBackbone(nn.Module):
+class TimmBackbone(Backbone):
     """A model of timm that returns what its blocks, or the stages of a pyramid, put out as maps.
 
     Images (B, 3, H, W), float RGB in 0..1, any H and W, are normalised here, then padded with zeros (the mean colour)
@@ -46,9 +46,6 @@ class TimmBackbone(nn.Module):
         UserError: a name timm does not know, a model that takes one image size only, another patch size, a layer out
             of range, colours that cannot be, or weights that cannot be had or do not fit.
     """
-
-    mean: Tensor
-    std: Tensor
 
     def __init__(
         self,
@@ -84,6 +81,7 @@ class TimmBackbone(nn.Module):
         if self.num_layers == 1 or not self.is_pyramid:
             self.dim = maps[0].shape[1]
         self.unused = _unreached(self, maps)
+        self.has_class_attention = plain_attention(self.model) is not None
         if checkpointing:
             _enable_checkpointing(self.model, name)
         known = self.model.pretrained_cfg
@@ -98,15 +96,6 @@ class TimmBackbone(nn.Module):
     def norm(self) -> nn.Module | None:
         """The final norm that the maps have passed; of a pyramid there is none."""
         return None if self.is_pyramid else getattr(self.model, "norm", None)
-
-    @property
-    def has_class_attention(self) -> bool:
-        """Whether `with_class_attention` can be had: of plain vision transformers with a class token."""
-        return plain_attention(self.model) is not None
-
-    def pixels(self, images: Tensor) -> Tensor:
-        """Return images normalised, and padded to the patch multiple."""
-        return pad_to_multiple((images - self.mean) / self.std, self.patch_size)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Return one map (B, C, h, w) for each tapped layer."""

@@ -13,15 +13,15 @@ from dinoseg.backbones.layers import resolve_layers
 from dinoseg.backbones.pixels import register_colours
 from dinoseg.backbones.positions import METHODS, interpolate
 from dinoseg.backbones.pretrained import exported_state, load_model
+from dinoseg.contracts import Backbone, BesideTokens
 from dinoseg.errors import UserError
-from dinoseg.geometry import pad_to_multiple
 from dinoseg.ranges import Count
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FAMILIES = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")
 
 
-class TransformersVit(nn.Module):
+class TransformersVit(Backbone):
     """A DINO vision transformer that returns its patch tokens as maps.
 
     Images (B, 3, H, W), float RGB in 0..1, any H and W; returns L maps (B, dim, h, w), h = ceil(H / patch_size),
@@ -51,8 +51,7 @@ class TransformersVit(nn.Module):
     """
 
     has_class_attention = True
-    mean: Tensor
-    std: Tensor
+    takes_queries = True
 
     def __init__(
         self,
@@ -100,11 +99,7 @@ class TransformersVit(nn.Module):
         model: Any = self.model
         return model.norm if hasattr(model, "norm") else model.layernorm
 
-    def pixels(self, images: Tensor) -> Tensor:
-        """Return images normalised, and padded to the patch multiple."""
-        return pad_to_multiple((images - self.mean) / self.std, self.patch_size)
-
-    def embed(self, pixels: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    def embed(self, pixels: Tensor) -> tuple[Tensor, BesideTokens]:
         """Return the tokens (B, num_prefix + h * w, dim) that enter the first block, and what each block takes beside.
 
         Blocks are called as `block(tokens, **beside)`. More tokens may be put in front, and the first Q rows of the

@@ -101,7 +101,8 @@ def follow_slots(cfg: DictConfig, trained: Trained, out_dir: Path, options: Opti
     """
     supervision = chosen_supervision(cfg, options.supervision)
     limit = getattr(protocol_of(cfg, supervision), "max_proposals", None)
-    slots = trained.model.head.num_slots
+    head = trained.model.head.slots
+    slots = 0 if head is None else head.num_slots
     if options.official and limit is not None and slots > limit:
         raise UserError(
             f"The model has {slots} slots, and the unsupervised protocol of data={cfg.choices.data} takes {limit} "

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dinoseg.contracts import Head
 from dinoseg.errors import UserError
 from dinoseg.geometry import upsample
 from dinoseg.heads.pyramid import one_grid_width
@@ -15,7 +16,7 @@ from dinoseg.ranges import Count, LowShare, Natural
 ACTIVATIONS = {"relu": nn.ReLU, "leakyrelu": nn.LeakyReLU, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh}
 
 
-class CnnHead(nn.Module):
+class CnnHead(Head[Tensor]):
     """Residual convolutions between enlargements, after Brondolo and Beaussant (arXiv 2407.18100).
 
     Each block enlarges the grid by 2, the first by what remains to the patch size (1.75 for 14 pixels and four blocks),

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dinoseg.contracts import Head
 from dinoseg.errors import UserError
 from dinoseg.geometry import upsample, widths
 from dinoseg.heads.pyramid import NUM_LEVELS, Reassemble, refuse_unless_four
@@ -13,7 +14,7 @@ from dinoseg.ranges import Count, LowShare
 WIDEST = 1024  # channels of a level by default, at most: those of the published large model
 
 
-class DptHead(nn.Module):
+class DptHead(Head[Tensor]):
     """Four maps reassembled to a pyramid and fused from coarse to fine (Ranftl et al., arXiv 2103.13413).
 
     Earlier blocks enter at finer grids, so thin things survive the patch grid. The class token is not read. Unlike the

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dinoseg.contracts import Backbone, Head
 from dinoseg.errors import UserError
 from dinoseg.heads.precision import at_least_float32
 from dinoseg.heads.semantic import semantic_map
@@ -20,7 +21,7 @@ _POWER = 0.9  # of the annealing's polynomial
 _EVEN = "even"
 
 
-class EomtHead(nn.Module):
+class EomtHead(Head[MaskOutputs]):
     """Mask classification by queries that join the last blocks of a plain ViT (Kerssies et al., arXiv 2503.19108).
 
     Queries are put in front of all tokens. In training the masks are read before each of these blocks too (deep
@@ -81,13 +82,13 @@ class EomtHead(nn.Module):
         )
         self.upscale = nn.Sequential(*(_Doubling(in_dim) for _ in range(doublings)))
 
-    def fits(self, backbone: Any) -> None:
+    def fits(self, backbone: Backbone) -> None:
         """Refuse a backbone whose blocks take no queries, or that has too few blocks.
 
         Raises:
             UserError: naming what fits.
         """
-        if not hasattr(backbone, "embed"):
+        if not backbone.takes_queries:
             raise _needs_another_backbone()
         count = len(backbone.blocks)
         if self.blocks > count:
@@ -97,11 +98,12 @@ class EomtHead(nn.Module):
         """Set how much of the training is done, in [0, 1): what the annealing depends on."""
         self.progress = share
 
-    def run(self, backbone: Any, images: Tensor) -> MaskOutputs:
+    def run(self, backbone: Backbone, images: Tensor) -> MaskOutputs:
         """Return the masks (B, Q, h * 2^n, w * 2^n) and their classes, with those of earlier blocks in training."""
         pixels = backbone.pixels(images)
         grid = (pixels.shape[-2] // backbone.patch_size, pixels.shape[-1] // backbone.patch_size)
         tokens, beside = backbone.embed(pixels)
+        norm = backbone.norm or nn.Identity()
         blocks = list(backbone.blocks)
         for block in blocks[: -self.blocks]:
             tokens = block(tokens, **beside)  # (B, num_prefix + h * w, dim)
@@ -111,11 +113,11 @@ class EomtHead(nn.Module):
         for block, window in zip(blocks[-self.blocks :], self.windows, strict=True):
             mask = None
             if self.training:
-                earlier.append(self._read(backbone.norm(tokens), grid))
+                earlier.append(self._read(norm(tokens), grid))
                 share = masked_share(self.progress, window)
                 mask = attention_mask(earlier[-1].mask_logits, grid, tokens.shape[1], share)
             tokens = _through(block, tokens, attention_mask=mask, **beside)
-        last = self._read(backbone.norm(tokens), grid)
+        last = self._read(norm(tokens), grid)
         return MaskOutputs(last.class_logits, last.mask_logits, earlier)
 
     def predict(self, outputs: MaskOutputs, size: tuple[int, int], valid: tuple[float, float]) -> Tensor:
@@ -144,11 +146,11 @@ class _Doubling(nn.Module):
         return self.norm(mixed.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-def _through(block: nn.Module, tokens: Tensor, **beside: Any) -> Tensor:
+def _through(block: nn.Module, tokens: Tensor, **beside: object) -> Tensor:
     # A block that is asked to recompute does so by itself in train mode only, but the queries' gradients pass through
     # blocks that are not trained, and so are in eval mode, too
     if getattr(block, "gradient_checkpointing", False) and torch.is_grad_enabled() and not block.training:
-        return checkpoint(block, tokens, use_reentrant=False, **beside)
+        return checkpoint(partial(block, **beside), tokens, use_reentrant=False)
     return block(tokens, **beside)
 
 
@@ -196,7 +198,7 @@ def annealing_windows(anneal: str | Sequence[Sequence[float]], blocks: int) -> l
     return [(start, end) for start, end in anneal]
 
 
-def _is_window(window: Any) -> bool:
+def _is_window(window: object) -> bool:
     if not isinstance(window, list | tuple) or not all(isinstance(share, int | float) for share in window):
         return False
     return len(window) == 2 and 0 <= window[0] <= window[1] <= 1

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from dinoseg.contracts import Head
 from dinoseg.geometry import concatenate, upsample, widths
 from dinoseg.ranges import Count
 
 
-class LinearHead(nn.Module):
+class LinearHead(Head[Tensor]):
     """BatchNorm and one 1x1 convolution over the concatenated feature maps (Oquab et al., arXiv 2304.07193)."""
 
     def __init__(self, in_dim: int | Sequence[int], num_layers: int, num_classes: Count) -> None:

@@ -6,12 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dinoseg.contracts import Head
 from dinoseg.geometry import upsample
 from dinoseg.heads.pyramid import one_grid_width
 from dinoseg.ranges import Count
 
 
-class MlpHead(nn.Module):
+class MlpHead(Head[Tensor]):
     """Three linear layers per token, each K * P * P wide; the last is a P x P block of class scores.
 
     No mixing between patches: all context comes from the backbone.

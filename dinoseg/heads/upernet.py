@@ -4,13 +4,14 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from dinoseg.contracts import Head
 from dinoseg.errors import UserError
 from dinoseg.geometry import upsample
 from dinoseg.heads.pyramid import NUM_LEVELS, Reassemble, refuse_unless_four
 from dinoseg.ranges import Count
 
 
-class UperNetHead(nn.Module):
+class UperNetHead(Head[Tensor]):
     """Pooled context on the coarsest of four maps, and a feature pyramid above it (Xiao et al., arXiv 1807.10221).
 
     A transformer's maps are first made a pyramid, at 4, 2, 1 and half of the patch grid; those of a pyramid backbone

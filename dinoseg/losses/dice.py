@@ -1,13 +1,14 @@
 """Dice loss: the soft overlap of prediction and labels, class by class."""
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from dinoseg.contracts import Loss
 from dinoseg.losses.labelled import labelled_images, labelled_pixels
 from dinoseg.losses.tversky import tversky_loss
 from dinoseg.shapes import Batch, Prediction
 
 
-class Dice(nn.Module):
+class Dice(Loss):
     """Soft dice loss (Milletari et al., arXiv 1606.04797, without squares in the denominator, for K classes).
 
     The weighted mean of 1 - 2 sum(p_k g_k) / (sum p_k + sum g_k) over the classes k that occur in the labels, sums over

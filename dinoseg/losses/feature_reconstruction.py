@@ -2,8 +2,9 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from dinoseg.contracts import Loss
 from dinoseg.errors import UserError
 from dinoseg.losses.labelled import full_precision
 from dinoseg.shapes import Batch, Prediction, SlotOutputs
@@ -23,7 +24,7 @@ def slot_outputs(prediction: Prediction) -> SlotOutputs:
     return prediction.outputs
 
 
-class FeatureReconstruction(nn.Module):
+class FeatureReconstruction(Loss):
     """Squared error of the features that slots reconstruct (DINOSAUR: Seitzer et al., arXiv 2209.14860).
 
     On clips, whose slots go from frame to frame, as in SAVi (Kipf et al., arXiv 2111.12594). The mean over all

@@ -1,15 +1,16 @@
 """Focal loss: cross-entropy that looks away from the pixels that are right already."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from dinoseg.contracts import Loss
 from dinoseg.errors import UserError
 from dinoseg.losses.labelled import labelled_pixels, pixel_weights, ratio
 from dinoseg.ranges import NotNegative
 from dinoseg.shapes import Batch, Prediction
 
 
-class Focal(nn.Module):
+class Focal(Loss):
     """Focal loss over pixels (Lin et al., arXiv 1708.02002, equation 5, with a softmax over K classes).
 
     A pixel of class t costs -w_t (1 - p_t)^gamma log p_t, w the class weights in the place of alpha. The normaliser

@@ -1,8 +1,9 @@
 """Lovasz-softmax: a convex stand-in for 1 - IoU."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from dinoseg.contracts import Loss
 from dinoseg.losses.labelled import UNLABELLED, labelled_images, labelled_pixels, ratio
 from dinoseg.shapes import Batch, Prediction
 
@@ -48,7 +49,7 @@ def lovasz_softmax(shares: Tensor, target: Tensor, class_weights: Tensor) -> Ten
     return ratio(total, norm)
 
 
-class Lovasz(nn.Module):
+class Lovasz(Loss):
     """The `lovasz_softmax` loss of all labelled pixels of a batch, or the mean of its images' own.
 
     Args:

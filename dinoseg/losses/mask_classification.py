@@ -7,8 +7,9 @@ from typing import TypedDict
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from dinoseg.contracts import Loss
 from dinoseg.errors import UserError
 from dinoseg.losses.factors import checked_factors
 from dinoseg.losses.labelled import UNLABELLED, full_precision, labels, ratio
@@ -39,7 +40,7 @@ class Targets:
     wanted: Tensor  # (N,) class ids
 
 
-class MaskClassification(nn.Module):
+class MaskClassification(Loss):
     """Mask2Former's loss (Cheng et al., arXiv 2112.01527, sections 3.3 and 4.1) on the classes of semantic masks.
 
     Per layer, the last and each of `aux`: queries are matched with the classes that occur in the image; the matched

@@ -1,15 +1,16 @@
 """Cross-entropy on every labelled pixel, at the labels' own resolution."""
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from dinoseg.contracts import Loss
 from dinoseg.errors import UserError
 from dinoseg.losses.labelled import labelled_pixels, pixel_weights, ratio
 from dinoseg.ranges import LowShare
 from dinoseg.shapes import Batch, Prediction
 
 
-class CrossEntropy(nn.Module):
+class CrossEntropy(Loss):
     """Cross-entropy over pixels, the class scores brought to the masks' size first.
 
     Args:

@@ -4,8 +4,9 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from dinoseg.contracts import Loss
 from dinoseg.errors import UserError
 from dinoseg.losses.feature_reconstruction import slot_outputs
 from dinoseg.losses.labelled import full_precision
@@ -33,7 +34,7 @@ def similarity_targets(here: Tensor, following: Tensor, temperature: float, thre
     return shares.masked_fill_(lost[:, None], 0), ~lost
 
 
-class TemporalSimilarity(nn.Module):
+class TemporalSimilarity(Loss):
     """VideoSAUR's temporal feature similarity loss (Zadaianchuk et al., arXiv 2306.04829).
 
     Targets are the softmax over the cells of frame t + 1 of the cosine similarities with a cell of frame t. The loss

@@ -1,8 +1,9 @@
 """Tversky loss: overlap per class, with false positives and false negatives priced apart."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from dinoseg.contracts import Loss
 from dinoseg.errors import UserError
 from dinoseg.losses.labelled import UNLABELLED, labelled_images, labelled_pixels, ratio
 from dinoseg.ranges import NotNegative
@@ -35,7 +36,7 @@ def tversky_loss(logits: Tensor, target: Tensor, class_weights: Tensor, alpha: f
     return ratio((weights * (1 - index)).sum(), weights.sum())
 
 
-class Tversky(nn.Module):
+class Tversky(Loss):
     """The `tversky_loss` of a batch.
 
     Args:

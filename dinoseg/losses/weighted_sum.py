@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dinoseg.contracts import Loss
 from dinoseg.errors import UserError
 from dinoseg.losses.factors import checked_factors
 from dinoseg.shapes import Batch, Prediction
 
 
-class WeightedSum(nn.Module):
+class WeightedSum(Loss):
     """The sum over terms of factor times loss.
 
     Args:
@@ -24,7 +25,7 @@ class WeightedSum(nn.Module):
 
     def __init__(
         self,
-        terms: Mapping[str, Callable[..., nn.Module]],
+        terms: Mapping[str, Callable[..., Loss]],
         factors: Mapping[str, float],
         class_weights: Tensor | None = None,
     ) -> None:
@@ -36,9 +37,9 @@ class WeightedSum(nn.Module):
             )
         self.factors = checked_factors(factors, terms)
         self.losses = nn.ModuleList(_make(name, make, class_weights) for name, make in terms.items())
-        self.needs_masks = any(getattr(loss, "needs_masks", False) for loss in self.losses)
-        self.needs_slots = any(getattr(loss, "needs_slots", False) for loss in self.losses)
-        self.needs_similarity = any(getattr(loss, "needs_similarity", False) for loss in self.losses)
+        self.needs_masks = any(loss.needs_masks for loss in self.losses)
+        self.needs_slots = any(loss.needs_slots for loss in self.losses)
+        self.needs_similarity = any(loss.needs_similarity for loss in self.losses)
 
     def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the sum; each term's own value under its name; and `weight`, that of the first term.
@@ -58,7 +59,7 @@ class WeightedSum(nn.Module):
         return torch.stack(values).sum(), parts
 
 
-def _make(name: str, make: Callable[..., nn.Module], class_weights: Tensor | None) -> nn.Module:
+def _make(name: str, make: Callable[..., Loss], class_weights: Tensor | None) -> Loss:
     """Return a term, its complaints about keys moved to where the keys stand."""
     weighs = "class_weights" in signature(make).parameters
     if weighs and class_weights is None:

@@ -45,7 +45,7 @@ def run(
     if needs_no_training(cfg):
         return propagate(cfg, out_dir, options)
     trained = load_trained(cfg)
-    if hasattr(trained.model.head, "step"):
+    if trained.model.head.slots is not None:
         return follow_slots(cfg, trained, out_dir, options)
     options.refuse_tracking()
     out_dir = Path(trained.engine.share(str(out_dir)))

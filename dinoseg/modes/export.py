@@ -31,7 +31,7 @@ def export(cfg: DictConfig, *, out_dir: Path, dtype: str = "float32", merge: boo
     if dtype not in DTYPES:
         raise UserError(f"mode.dtype={dtype} is unknown. Choose one of {', '.join(DTYPES)}.")
     model = load_trained(cfg).model
-    backbone: Any = _whole(cfg, model).backbone
+    backbone = _whole(cfg, model).backbone
     if merge:
         backbone = merge_updates(backbone)
     state = {name: value.to(DTYPES[dtype]) for name, value in backbone.export_state().items()}

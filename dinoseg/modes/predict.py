@@ -52,7 +52,7 @@ def predict(
         raise UserError(f"mode.batch_size={batch_size}: give a number of images of at least 1.")
     paths = list_inputs(input)
     trained = load_trained(cfg)
-    if hasattr(trained.model.head, "step"):
+    if trained.model.head.slots is not None:
         raise UserError(
             f"resume={cfg.resume} is a model of slots, which knows no classes. mode=track follows its segments "
             "through a video or a folder of frames."

@@ -139,7 +139,7 @@ def _tracker(
         return _propagation(cfg, batch_size), Look()
     trained = load_trained(cfg)
     options: dict[str, Any] = {"autocast": trained.autocast, "batch_size": batch_size}
-    if hasattr(trained.model.head, "step"):
+    if trained.model.head.slots is not None:
         if smoothing is not None:
             raise UserError(_NO_SMOOTHING.format(smoothing))
         settings = instantiate(cfg.slots)

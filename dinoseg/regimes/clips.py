@@ -51,18 +51,18 @@ class ClipRegime(Regime):
     @classmethod
     def check_parts(cls, cfg: DictConfig, model: Segmenter, world: int) -> None:
         """Refuse a head or a loss that clips cannot be trained with."""
-        if not hasattr(model.head, "step"):
+        if model.head.slots is None:
             raise UserError(
                 f"trainer.feed=clips trains slots, and head={cfg.choices.head} has none. Choose head=slots, or "
                 "trainer=supervised for images and masks."
             )
-        loss = instantiate(cfg.loss.criterion)() if cfg.loss.class_weights is None else None
-        if not getattr(loss, "needs_slots", False):
+        loss = build.criterion(cfg) if cfg.loss.class_weights is None else None
+        if loss is None or not loss.needs_slots:
             raise UserError(
                 f"loss={cfg.choices.loss} is no loss of slots. Choose loss=feature_reconstruction or "
                 "loss=video_similarity."
             )
-        if cfg.head.similarity != getattr(loss, "needs_similarity", False):
+        if cfg.head.similarity != loss.needs_similarity:
             fitting = {True: "loss=video_similarity", False: "loss=feature_reconstruction"}[cfg.head.similarity]
             raise UserError(
                 f"head.similarity={str(cfg.head.similarity).lower()} does not go with loss={cfg.choices.loss}: with it "

@@ -62,19 +62,19 @@ class ImageRegime(Regime):
             )
         head = model.head
         with torch.device("meta"):
-            loss = instantiate(cfg.loss.criterion)(class_weights=torch.ones(len(cfg.data.classes)))
-        if hasattr(head, "step"):
+            loss = build.criterion(cfg, class_weights=torch.ones(len(cfg.data.classes)))
+        if head.slots is not None:
             raise UserError(
                 f"head={cfg.choices.head} is trained on clips. Choose trainer=slots "
                 "loss=feature_reconstruction, or another head."
             )
-        least = getattr(head, "least_batch", 1)
+        least = head.least_batch
         if cfg.data.batch_size < least * world:
             raise UserError(
                 f"data.batch_size={cfg.data.batch_size}: head={cfg.choices.head} is trained on {least} "
                 f"images or more per device. Set data.batch_size={least * world} or choose another head."
             )
-        if getattr(loss, "needs_masks", False) and not getattr(head, "mixture", False):
+        if loss.needs_masks and not head.mixture:
             raise UserError(
                 "loss=mask_classification needs a head that predicts masks: head=mask2former, head=mask2former_meta or "
                 "head=eomt. For other heads choose a loss on pixels, such as loss=cross_entropy or loss=ce_dice."

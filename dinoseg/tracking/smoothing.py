@@ -39,7 +39,7 @@ def with_features(model: Segmenter, images: Tensor) -> tuple[Prediction, Tensor]
     which it read its masks.
     """
     seen: dict[str, Any] = {}
-    parts = {"maps": model.backbone, "tokens": getattr(model.backbone, "norm", None)}
+    parts = {"maps": model.backbone, "tokens": model.backbone.norm}
     hooks = [
         part.register_forward_hook(lambda *call, name=name: seen.update({name: call[2]}))
         for name, part in parts.items()

@@ -508,14 +508,16 @@ def test_words_without_meaning(compose, track, tmp_path):
 
 def test_more_slots_than_proposals_are_refused_before_tracking(compose, tmp_path):
     cfg = compose("data=davis2017", f"data.root={tmp_path}")
-    trained = SimpleNamespace(model=SimpleNamespace(head=SimpleNamespace(num_slots=24)))
+    trained = SimpleNamespace(model=SimpleNamespace(head=SimpleNamespace(slots=SimpleNamespace(num_slots=24))))
     with pytest.raises(UserError, match=r"24 slots.* takes 20 segments. Give head.num_slots=20 or fewer"):
         follow_slots(cfg, trained, tmp_path, Options(supervision="none"))
 
 
 def test_slots_made_for_masks_that_are_not_given_are_refused_before_tracking(compose, tmp_path):
     cfg = compose("data=davis2017", f"data.root={tmp_path}", "slots=lock_on")
-    trained = SimpleNamespace(model=SimpleNamespace(head=SimpleNamespace(num_slots=5)), engine=None)
+    trained = SimpleNamespace(
+        model=SimpleNamespace(head=SimpleNamespace(slots=SimpleNamespace(num_slots=5))), engine=None
+    )
     told = r"slots.lock_on=true .*mode.supervision=none gives none\. Give mode.supervision=first_frame, or slots=free"
     with pytest.raises(UserError, match=told):
         follow_slots(cfg, trained, tmp_path, Options(supervision="none"))

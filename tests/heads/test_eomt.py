@@ -6,6 +6,7 @@ from eomt_making import FAMILIES, pair, spy_on_attention
 from dinoseg import build
 from dinoseg.adapters import Frozen, Full, LastBlocks, Lora
 from dinoseg.backbones.transformers_vit import TransformersVit
+from dinoseg.contracts import Backbone
 from dinoseg.errors import UserError
 from dinoseg.heads import eomt
 from dinoseg.heads.eomt import EomtHead, annealing_windows, attention_mask, masked_share
@@ -237,7 +238,7 @@ def test_too_many_blocks_are_refused_with_the_range():
 def test_a_backbone_whose_blocks_take_no_queries_is_refused():
     _, head = pair()
     with pytest.raises(UserError, match="head=eomt needs a backbone.*dinov2_.*dinov3_vit.*head=mask2former"):
-        head.fits(torch.nn.Conv2d(3, 24, 16))
+        head.fits(Backbone())
     with pytest.raises(UserError, match="head=eomt needs a backbone"):
         EomtHead([96, 192], 2, 4, patch_size=16)
 

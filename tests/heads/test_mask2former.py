@@ -133,7 +133,7 @@ def test_every_parameter_gets_a_gradient():
     for name, parameter in head.named_parameters():
         if name.endswith(("sampling_offsets.weight", "attention_weights.weight")):  # these start at zero
             torch.nn.init.normal_(parameter, std=0.1)
-    objective(head(*made())).backward()
+    objective(head.decode(*made())).backward()
     silent = [
         name
         for name, parameter in head.named_parameters()
@@ -146,7 +146,7 @@ def test_training_gives_finite_gradients_to_all_and_to_the_features():
     head = tiny().train()
     features, pixels = made()
     features = [feature.requires_grad_() for feature in features]
-    outputs = head(features, pixels)
+    outputs = head.decode(features, pixels)
     assert len(outputs.aux) == 9 and outputs.aux[0].class_logits.shape == outputs.class_logits.shape
     objective(outputs).backward()
     assert all(parameter.grad.isfinite().all() for parameter in head.parameters())
@@ -157,19 +157,19 @@ def test_a_batch_is_its_images_one_by_one():
     head = tiny().eval()
     features, pixels = made()
     with torch.no_grad():
-        together = head(features, pixels)
+        together = head.decode(features, pixels)
         for image in range(2):
-            alone = head([feature[image : image + 1] for feature in features], pixels[image : image + 1])
+            alone = head.decode([feature[image : image + 1] for feature in features], pixels[image : image + 1])
             torch.testing.assert_close(together.class_logits[image], alone.class_logits[0], rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(together.mask_logits[image], alone.mask_logits[0], rtol=1e-4, atol=1e-4)
 
 
 def test_bfloat16_autocast_trains_and_stays_near():
     head = tiny(drop_path=0.0)
-    exact = head.eval()(*made()).class_logits
+    exact = head.eval().decode(*made()).class_logits
     with torch.autocast("cpu", torch.bfloat16):
-        near = head(*made())
-        outputs = head.train()(*made())
+        near = head.decode(*made())
+        outputs = head.train().decode(*made())
     objective(outputs).backward()
     assert near.class_logits.isfinite().all() and outputs.mask_logits.isfinite().all()
     assert (near.class_logits.float() - exact).abs().max() < 0.2 * exact.abs().max()
@@ -182,8 +182,8 @@ def test_maps_and_pixels_in_half_precision_are_taken_to_float32():
     features, pixels = made()
     halved = [part.bfloat16() for part in (*features, pixels)]
     with torch.no_grad():
-        outputs = tiny().eval()(halved[:4], halved[4])
-        expected = tiny().eval()([part.float() for part in halved[:4]], halved[4].float())
+        outputs = tiny().eval().decode(halved[:4], halved[4])
+        expected = tiny().eval().decode([part.float() for part in halved[:4]], halved[4].float())
     assert outputs.mask_logits.dtype == torch.float32
     assert torch.equal(outputs.mask_logits, expected.mask_logits)
 
@@ -193,7 +193,7 @@ def test_checkpointing_changes_no_gradient():
     for checkpointing in (False, True):
         head = tiny(drop_path=0.5, checkpointing=checkpointing).train()
         torch.manual_seed(4)  # the same paths are dropped, in the recomputation too
-        objective(head(*made())).backward()
+        objective(head.decode(*made())).backward()
         gradients.append({name: parameter.grad for name, parameter in head.named_parameters()})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-3, msg=name)
@@ -202,8 +202,8 @@ def test_checkpointing_changes_no_gradient():
 def test_paths_are_dropped_in_training_only():
     head = tiny(drop_path=0.5)
     case = made()
-    assert torch.equal(head.eval()(*case).mask_logits, head(*case).mask_logits)
-    assert not torch.equal(head.train()(*case).mask_logits, head(*case).mask_logits)
+    assert torch.equal(head.eval().decode(*case).mask_logits, head.decode(*case).mask_logits)
+    assert not torch.equal(head.train().decode(*case).mask_logits, head.decode(*case).mask_logits)
 
 
 def random_outputs(queries=7, columns=4):
@@ -238,7 +238,7 @@ def test_it_learns_a_mask_and_a_class_for_each_half():
     optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3)
     losses = []
     for _ in range(16):
-        outputs = head(features, pixels)
+        outputs = head.decode(features, pixels)
         loss = sum(
             F.binary_cross_entropy_with_logits(part.mask_logits[:, :2], masks)
             + F.cross_entropy(part.class_logits.transpose(1, 2), classes)

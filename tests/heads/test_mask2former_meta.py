@@ -72,7 +72,7 @@ def test_numbers_are_those_of_metas_computation(tmp_path):
     features = [noise(f"feature {index}", 1, 24, 32).mT.unflatten(2, (4, 6)) * 1.7 for index in range(4)]
     pixels = noise("pixels", 1, 3, 64, 96) * 1.7
     with torch.no_grad():
-        maps, outputs = head.adapter(features, pixels), head(features, pixels)
+        maps, outputs = head.adapter(features, pixels), head.decode(features, pixels)
         semantic = head.predict(outputs, (40, 70), (1.0, 1.0))
     found = {
         f"map {number}": torch.stack([a.abs().mean(), a.std(), a[0, 3, -1, -2], a[0, -1, 0, 1], a[0, 17, 1, 2]])
@@ -156,7 +156,7 @@ def test_a_new_class_layer_takes_the_place_of_the_files(whole, write, no_object)
 
 def test_only_the_class_layer_learns_where_that_is_asked(whole, write):
     head = tiny(weights=write(whole), trainable="class_embed").train()
-    outputs = head([torch.randn(2, 16, 2, 3) for _ in range(4)], torch.randn(2, 3, 32, 48))
+    outputs = head.decode([torch.randn(2, 16, 2, 3) for _ in range(4)], torch.randn(2, 3, 32, 48))
     (outputs.class_logits.square().mean() + outputs.mask_logits.square().mean()).backward()
     learnt = {name for name, parameter in head.named_parameters() if parameter.grad is not None}
     assert learnt == {"predictor.class_embed.weight", "predictor.class_embed.bias"}

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from torch import nn
 
+from dinoseg.contracts import Backbone
 from dinoseg.errors import UserError
 from dinoseg.heads.slots.background import background_mask
 from dinoseg.heads.slots.head import SlotHead
@@ -24,7 +24,7 @@ def clip(frames=4, grid=(3, 4), batch=2):
     return torch.randn(batch, frames, DIM, *grid).double()
 
 
-class Backbone(nn.Module):
+class PixelMaps(Backbone):
     """Maps and class attention that are read off the pixels."""
 
     dim, patch_size, num_layers, has_class_attention = DIM, 8, 1, True
@@ -96,7 +96,7 @@ def test_the_config_gives_the_published_head(compose):
 @pytest.mark.parametrize(("steps", "telling"), [(0, 4), (1, 3), ([1], 3), ([0, 3], 1), ([2, 0], 2)])
 def test_outputs_have_their_shapes(steps, telling):
     head, features = made(steps=steps, time_decoder="linear").train(telling > 1), clip()
-    outputs = head(features)
+    outputs = head.follow(features)
     assert outputs.features is features and outputs.steps == head.steps
     assert outputs.slots.shape == (2, telling, 3, 8) and outputs.attention.shape == (2, telling, 3, 3, 4)
     assert len(outputs.reconstructions) == len(outputs.alphas) == len(head.steps)
@@ -110,9 +110,9 @@ def test_outputs_have_their_shapes(steps, telling):
 def test_a_predictor_that_no_frame_would_train_is_refused():
     for steps, frames in ((0, 1), ([0, 3], 4), ([2], 3)):
         with pytest.raises(UserError, match=rf"clips of {frames} frames leave one.*cut.length={frames + 1} or more"):
-            made(steps=steps)(clip(frames))
-        made(steps=steps).eval()(clip(frames))
-        made(steps=steps, predictor="carry")(clip(frames))
+            made(steps=steps).follow(clip(frames))
+        made(steps=steps).eval().follow(clip(frames))
+        made(steps=steps, predictor="carry").follow(clip(frames))
 
 
 @pytest.mark.parametrize("predictor", ["savi", "carry", "none"])
@@ -123,7 +123,7 @@ def test_frame_by_frame_is_the_same_as_the_clip(predictor, groups, grid):
     head = made(groups=groups, predictor=predictor, steps=[1, 0], iterations=2, first_iterations=3, **keys).eval()
     features = clip(5, grid)
     background = torch.rand(2, 5, *grid) > 0.4 if groups != "off" else None
-    outputs = head(features, background)
+    outputs = head.follow(features, background)
     slots = None
     for time in range(4):
         masked = groups == "always" or (groups == "initial" and time == 0)
@@ -142,11 +142,11 @@ def test_iterations_and_predictor_are_where_they_belong():
     slots, _ = head.slot_attention(tokens[0], head.slot_attention.start(2, [3]), 4)
     for time in (1, 2):
         slots, weights = head.slot_attention(tokens[time], head.predictor(slots), 2)
-    outputs = head(features)
+    outputs = head.follow(features)
     torch.testing.assert_close(outputs.slots[:, 2], slots)
     torch.testing.assert_close(outputs.attention[:, 2].flatten(2), weights)
     drawn = made(predictor="none").eval()
-    together, alone = drawn(features).slots, drawn(features[:, 2:]).slots
+    together, alone = drawn.follow(features).slots, drawn.follow(features[:, 2:]).slots
     torch.testing.assert_close(together[:, 2:], alone)  # frames know nothing of one another
 
 
@@ -154,7 +154,7 @@ def test_reconstructions_are_normed_decodings_of_slots_taken_ahead():
     head, features = made(steps=[0, 2], time_decoder="linear").eval(), clip()
     with torch.no_grad():
         head.norm.weight.uniform_(0.5, 2), head.norm.bias.uniform_(-1, 1)
-    outputs = head(features)
+    outputs = head.follow(features)
     for index in range(2):
         ahead = head.time_decoders[index](outputs.slots[:, 1])
         raw = head.decoder(ahead, (3, 4)).features
@@ -173,12 +173,12 @@ def test_groups_see_only_their_side():
     assert allowed.shape == (2, 5, 3, 4)
     assert all(torch.equal(allowed[:, slot], background[:, 1]) for slot in (0, 1))
     assert all(torch.equal(allowed[:, slot], ~background[:, 1]) for slot in (2, 3, 4))
-    outputs = head(features, background)
+    outputs = head.follow(features, background)
     for time in range(4):
         of_background, of_foreground = outputs.attention[:, time, :2].sum(1), outputs.attention[:, time, 2:].sum(1)
         torch.testing.assert_close(of_background, background[:, time].double())
         torch.testing.assert_close(of_foreground, (~background[:, time]).double())
-    first = made(**GROUPED | {"groups": "initial"})(features, background).attention
+    first = made(**GROUPED | {"groups": "initial"}).follow(features, background).attention
     torch.testing.assert_close(first[:, 0, :2].sum(1), background[:, 0].double())
     assert (first[:, 1:] > 0).all()
     assert all(torch.isfinite(part).all() for part in (outputs.slots, *outputs.reconstructions))
@@ -201,7 +201,7 @@ def test_gradients_reach_everything(keys, checkpointing):
         head, features = made(checkpointing=recompute, **keys).train(), clip()
         background = torch.rand(2, 4, 3, 4) > 0.5 if head.group_sizes else None
         torch.manual_seed(1)
-        outputs = head(features, background)
+        outputs = head.follow(features, background)
         parts = [*outputs.reconstructions, *([outputs.similarity] if keys.get("similarity") else [])]
         sum((part - 1).square().mean() for part in parts).backward()
         for name, parameter in head.named_parameters():
@@ -213,14 +213,14 @@ def test_gradients_reach_everything(keys, checkpointing):
 
 def test_similarity_comes_when_asked_for_the_grid_it_knows():
     head = made(similarity=True, steps=[1, 0]).train()
-    outputs = head(clip())
+    outputs = head.follow(clip())
     assert outputs.similarity.shape == (2, 3, 12, 3, 4)
     expected = head.decoder(outputs.slots[:, 1], (3, 4), similarity=True).similarity
     torch.testing.assert_close(outputs.similarity[:, 1], expected)
     with pytest.raises(UserError, match=r"similarity=true predicts 3 x 4 .* have 5 x 4\. Set resolution\.crop"):
-        head(clip(grid=(5, 4)))
+        head.follow(clip(grid=(5, 4)))
     image = clip(1, (5, 4))
-    assert head.eval()(image).similarity is None  # an image has no next frame
+    assert head.eval().follow(image).similarity is None  # an image has no next frame
     slots, attention = head.step(image[:, 0])
     assert head.masks(slots, attention, (5, 4)).shape == (2, 3, 5, 4)
 
@@ -229,7 +229,7 @@ def test_masks_come_from_where_they_are_asked():
     features = clip()
     for steps, own in ((1, 0), ([1, 0], 1), ([2, 1], 0)):
         head = made(steps=steps, mask_source="alpha", time_decoder="linear").eval()
-        outputs = head(features)
+        outputs = head.follow(features)
         masks = head.masks(outputs.slots[:, 1], outputs.attention[:, 1], (3, 4))
         torch.testing.assert_close(masks, outputs.alphas[own][:, 1])
         torch.testing.assert_close(head.predict(outputs, (3, 4), (1.0, 1.0)), outputs.alphas[own].flatten(0, 1))
@@ -244,17 +244,17 @@ def test_eval_mode_gives_the_same_each_time_and_for_each_clip_alone():
     head, features = made(**GROUPED).eval(), clip()
     background = torch.rand(2, 4, 3, 4) > 0.5
     torch.manual_seed(1)
-    first = head(features, background)
-    second = head(features, background)
-    alone = head(features[1:], background[1:])
+    first = head.follow(features, background)
+    second = head.follow(features, background)
+    alone = head.follow(features[1:], background[1:])
     assert torch.equal(first.attention, second.attention)
     torch.testing.assert_close(first.attention[1:], alone.attention)
     head.train()
-    assert not torch.equal(head(features, background).slots, head(features, background).slots)
+    assert not torch.equal(head.follow(features, background).slots, head.follow(features, background).slots)
 
 
 def test_it_runs_on_clips_and_on_images():
-    backbone = Backbone()
+    backbone = PixelMaps()
     for keys, kind in (({}, "maps"), (GROUPED, "attention")):
         head = SlotHead(DIM, 1, **SMALL | keys).eval()
         head.fits(backbone)
@@ -287,14 +287,14 @@ def test_half_precision():
     head, features = made(steps=1, time_decoder="attention", iterations=2, **GROUPED).float().train(), clip().float()
     background = torch.rand(2, 4, 3, 4) > 0.5
     with torch.autocast("cpu", torch.bfloat16):
-        outputs = head(features, background)
+        outputs = head.follow(features, background)
         sum(part.float().square().mean() for part in outputs.reconstructions).backward()
     assert outputs.slots.dtype == outputs.attention.dtype == outputs.alphas[0].dtype == torch.float32
     assert all(torch.isfinite(parameter.grad).all() for parameter in head.parameters())
     head.eval()
-    exact = head(features, background)
+    exact = head.follow(features, background)
     with torch.autocast("cpu", torch.bfloat16):
-        coarse = head(features, background)
+        coarse = head.follow(features, background)
     torch.testing.assert_close(coarse.attention, exact.attention, atol=0.1, rtol=0.1)
     torch.testing.assert_close(coarse.reconstructions[1].float(), exact.reconstructions[1], atol=0.2, rtol=0.2)
 
@@ -307,13 +307,13 @@ def test_a_few_steps_of_training_tell_two_halves_apart():
     optimizer = torch.optim.Adam(head.parameters(), 1e-2)
     losses = []
     for _ in range(100):
-        loss = (head(features).reconstructions[0] - features).square().mean()
+        loss = (head.follow(features).reconstructions[0] - features).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.05 * losses[0]
-    segments = head(features).attention[:, 0].argmax(1)  # (4, 4, 4)
+    segments = head.follow(features).attention[:, 0].argmax(1)  # (4, 4, 4)
     assert segments.eq(segments[..., :1]).sum() == segments.numel() / 2  # the left half is one, the right the other
 
 
@@ -354,31 +354,31 @@ def test_more_slots_than_cells_are_refused():
     head = made(num_slots=13)
     message = r"head\.num_slots=13 .* 3 x 4 = 12 cells.*num_slots=12 or fewer.*resolution\.crop"
     with pytest.raises(UserError, match=message):
-        head(clip())
+        head.follow(clip())
     with pytest.raises(UserError, match=message):
         head.step(clip()[:, 0])
-    assert made(num_slots=12)(clip()).slots.shape == (2, 4, 12, 8)
+    assert made(num_slots=12).follow(clip()).slots.shape == (2, 4, 12, 8)
 
 
 def test_a_clip_too_short_for_its_steps_is_refused_and_an_image_is_segmented_all_the_same():
     head = made(steps=2)
     with pytest.raises(UserError, match=r"head\.steps=\[0, 1, 2\] .* clips have 2\. Set data\.clips\.cut\.length=3"):
-        head(clip(2))
+        head.follow(clip(2))
     with pytest.raises(UserError, match=r"clips have 1\. Set data\.clips\.cut\.length=3"):
-        head(clip(1))
+        head.follow(clip(1))
     head.eval()
-    assert head(clip(1)).attention.shape == (2, 1, 3, 3, 4)
+    assert head.follow(clip(1)).attention.shape == (2, 1, 3, 3, 4)
     with pytest.raises(UserError, match="clips have 2"):
-        head(clip(2))
+        head.follow(clip(2))
 
 
 def test_groups_need_a_class_token():
-    plain = nn.Conv2d(3, DIM, 8)
+    plain = Backbone()
     made().fits(plain)
-    made(**GROUPED).fits(Backbone())
+    made(**GROUPED).fits(PixelMaps())
     with pytest.raises(UserError, match=r"head\.groups=always needs a backbone with a class token.*head\.groups=off"):
         made(**GROUPED).fits(plain)
-    without = Backbone()
+    without = PixelMaps()
     without.has_class_attention = False
     with pytest.raises(UserError, match="needs a backbone with a class token"):
         made(**GROUPED).fits(without)
@@ -404,7 +404,7 @@ def test_seen_frame_alone_decides_the_slots():
     head, features = made(steps=1).eval(), clip()
     later = features.clone()
     later[:, 2:] += 1
-    first, second = head(features), head(later)
+    first, second = head.follow(features), head.follow(later)
     assert torch.equal(first.slots[:, :2], second.slots[:, :2]) and not torch.equal(
         first.slots[:, 2], second.slots[:, 2]
     )
@@ -412,9 +412,9 @@ def test_seen_frame_alone_decides_the_slots():
 
 def test_tokens_are_told_where_they_are():
     flat = torch.ones(1, 1, DIM, 3, 4).double()
-    assert made().eval()(flat).attention.flatten(3).std(dim=3).max() < 1e-12
+    assert made().eval().follow(flat).attention.flatten(3).std(dim=3).max() < 1e-12
     head = made(token_positions=True).eval()
-    assert head(flat).attention.flatten(3).std(dim=3).max() > 1e-4
+    assert head.follow(flat).attention.flatten(3).std(dim=3).max() > 1e-4
     assert count(head) == count(made()) + 3 * DIM
     rows, columns = torch.meshgrid(torch.linspace(-1, 1, 3), torch.linspace(-1, 1, 4), indexing="ij")
     code = torch.einsum("ck,khw->chw", head.place.weight, torch.stack([rows, columns]).double())
@@ -422,6 +422,6 @@ def test_tokens_are_told_where_they_are():
     plain = made().eval()
     plain.load_state_dict({name: value for name, value in head.state_dict().items() if "place" not in name})
     features = clip(1)
-    outputs = head(features)
-    torch.testing.assert_close(outputs.attention, plain(features + code).attention)
+    outputs = head.follow(features)
+    torch.testing.assert_close(outputs.attention, plain.follow(features + code).attention)
     torch.testing.assert_close(outputs.features, features)  # what is to be reconstructed stays as it is

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dinoseg.config.nodes import instantiate
+from dinoseg.contracts import Loss
 from dinoseg.errors import UserError
 from dinoseg.geometry import upsample, valid_share
 from dinoseg.losses.dice import Dice
@@ -58,7 +59,7 @@ def test_a_term_alone_and_a_factor_of_zero():
 
 
 def test_parts_of_a_term_come_under_its_name():
-    class Inner(torch.nn.Module):
+    class Inner(Loss):
         def __init__(self, class_weights):
             super().__init__()
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from dinoseg.contracts import Head
 from dinoseg.errors import UserError
 from dinoseg.images import read_ids, write_png
 from dinoseg.inference.media import VideoReader
@@ -20,7 +21,7 @@ CLASSES = ["dark", "middle", "bright"]
 class Brightness(torch.nn.Module):
     """Class scores by the pixel's brightness: the answer is known for every image."""
 
-    head = None
+    head = Head()
 
     def __init__(self):
         super().__init__()

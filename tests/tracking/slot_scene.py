@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from dinoseg.contracts import Backbone, Head
 from dinoseg.geometry import pad_to_multiple
 from dinoseg.model import Segmenter
 
@@ -33,7 +34,7 @@ def at_cells(mask):
     return mask[1::PATCH, 1::PATCH]
 
 
-class Colours(nn.Module):
+class Colours(Backbone):
     """The mean colour of each patch."""
 
     dim, patch_size, num_layers = 3, PATCH, 1
@@ -54,7 +55,7 @@ class Colours(nn.Module):
         return maps, torch.stack([strong, torch.full_like(strong, 1e-6)], dim=1)
 
 
-class ColourSlots(nn.Module):
+class ColourSlots(Head):
     """Slots that are colours and take cells of theirs; of a frame they keep the mean colour of what they took."""
 
     def __init__(self, colours, *, predictor="carry", sizes=None, groups="off", scramble=False):
@@ -64,6 +65,10 @@ class ColourSlots(nn.Module):
         self.predictor = nn.Identity() if predictor == "carry" else None
         self.groups, self.scramble = groups, scramble
         self.seen = []
+
+    @property
+    def slots(self):
+        return self
 
     def allowed(self, background):
         parts = zip((background[:, None], ~background[:, None]), self.sizes, strict=True)

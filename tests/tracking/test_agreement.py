@@ -3,6 +3,7 @@ import pytest
 import torch
 from torch import nn
 
+from dinoseg.contracts import Backbone
 from dinoseg.tracking.propagation.agreement import agree, between
 from dinoseg.tracking.propagation.settings import CRW, DINO, DINOV3, PropagationSettings
 from dinoseg.tracking.propagation.tracker import PropagationTracker
@@ -11,7 +12,7 @@ PLAIN = PropagationSettings(short=None, radius=3)
 VOID = 255
 
 
-class Colours(nn.Module):
+class Colours(Backbone):
     """A backbone whose map is the mean colour of each patch, and one constant."""
 
     patch_size, num_layers, dim = 4, 1, 4

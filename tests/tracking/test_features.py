@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
+from dinoseg.contracts import Backbone
 from dinoseg.errors import UserError
 from dinoseg.tracking.propagation.features import last_maps, resize
 from dinoseg.tracking.propagation.settings import DINO, PropagationSettings
@@ -15,7 +15,7 @@ from dinoseg.tracking.tracker import common_size
 CPU = torch.device("cpu")
 
 
-class Patches(nn.Module):
+class Patches(Backbone):
     patch_size = 4
 
     def forward(self, images):

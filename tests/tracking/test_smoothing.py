@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dinoseg.contracts import Backbone, Head
 from dinoseg.errors import UserError
 from dinoseg.geometry import upsample
 from dinoseg.heads.eomt import EomtHead
@@ -21,7 +22,7 @@ from dinoseg.tracking.smoothing import SmoothingTracker, with_features
 NEAR = PropagationSettings(context=3, radius=2)
 
 
-class Strided(nn.Module):
+class Strided(Backbone):
     """A pyramid whose last map is finer than its patch size: some of its cells lie on padding alone."""
 
     dim, patch_size, num_layers, depth, unused = 48, 16, 1, 1, ()
@@ -35,7 +36,7 @@ class Strided(nn.Module):
         return [F.pixel_unshuffle(padded, 4) * self.scale]
 
 
-class Brightness(nn.Module):
+class Brightness(Head):
     """Class 1 where red outweighs green, on the colours as they are."""
 
     def forward(self, features):

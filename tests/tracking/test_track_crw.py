@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from failing import fail_after
 from PIL import Image
-from torch import nn
 
+from dinoseg.contracts import Backbone
 from dinoseg.images import read_ids
 from dinoseg.inference.frame_folder import open_frames
 from dinoseg.tracking.propagation.settings import CRW, DINOV3
@@ -24,7 +24,7 @@ from dinoseg.tracking.video.state import read_standing
 SIZE = (48, 64)
 
 
-class Wide(nn.Module):
+class Wide(Backbone):
     """Many channels of each patch of 4 x 4 pixels: 16 of every pixel in it."""
 
     patch_size = 4

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+from dinoseg.contracts import Backbone
 from dinoseg.errors import UserError
 from dinoseg.tracking.grid.propagator import propagate
 from dinoseg.tracking.propagation.masks import first_labels, to_mask
@@ -25,7 +26,7 @@ TINY = {
 }
 
 
-class Patches(nn.Module):
+class Patches(Backbone):
     """Means of the colours of patches, around zero, and their products; refuses what would have to be padded."""
 
     patch_size = 4

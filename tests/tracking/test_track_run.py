@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from failing import fail_after
 from PIL import Image
-from torch import nn
 
+from dinoseg.contracts import Backbone
 from dinoseg.errors import UserError
 from dinoseg.images import read_ids
 from dinoseg.inference.frame_folder import open_frames
@@ -29,7 +29,7 @@ SETTINGS = PropagationSettings(short=24, context=3, radius=3)
 SIZE = (20, 28)
 
 
-class Patches(nn.Module):
+class Patches(Backbone):
     patch_size = 4
 
     def forward(self, images):

@@ -3,11 +3,11 @@
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from dinoseg.contracts import Backbone, Head
 from dinoseg.errors import UserError
 from dinoseg.geometry import widths
 from dinoseg.heads.mask2former.adapter import VitAdapter
@@ -23,7 +23,7 @@ TRAINABLE = ("all", "class_embed")
 CLASS_LAYERS = ("loaded", "new")
 
 
-class Mask2FormerHead(nn.Module):
+class Mask2FormerHead(Head[MaskOutputs]):
     """Adapter, pixel decoder and masked-attention decoder over four maps of a vision transformer and its pixels.
 
     After Cheng et al. (arXiv 2112.01527) and the segmentor released with DINOv3 (arXiv 2508.10104), with which it
@@ -97,11 +97,11 @@ class Mask2FormerHead(nn.Module):
             self.requires_grad_(False)
             self.predictor.class_embed.requires_grad_(True)
 
-    def run(self, backbone: Any, images: Tensor) -> MaskOutputs:
+    def run(self, backbone: Backbone, images: Tensor) -> MaskOutputs:
         """Return the outputs for images (B, 3, H, W), float RGB in 0..1: this head sees the pixels too."""
-        return self(backbone(images), backbone.pixels(images))
+        return self.decode(backbone(images), backbone.pixels(images))
 
-    def forward(self, features: list[Tensor], pixels: Tensor) -> MaskOutputs:
+    def decode(self, features: list[Tensor], pixels: Tensor) -> MaskOutputs:
         """Return class logits (B, Q, K + 1), or K without the no-object column, and mask logits (B, Q, 4h, 4w).
 
         Args:

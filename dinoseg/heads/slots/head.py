@@ -1,12 +1,12 @@
 """The slot head: segments that explain the backbone's features, frame after frame, without labels."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dinoseg.contracts import Backbone, Head, Slots
 from dinoseg.errors import UserError
 from dinoseg.geometry import upsample
 from dinoseg.heads.slots.attention import SlotAttention
@@ -22,7 +22,7 @@ from dinoseg.heads.slots.checks import (
 from dinoseg.heads.slots.decoder import Decoded, SlotDecoder
 from dinoseg.heads.slots.positions import Positions, linear_positions
 from dinoseg.heads.slots.predictor import make_predictor
-from dinoseg.heads.slots.time import make_time_decoders, resolve_steps
+from dinoseg.heads.slots.time import make_time_decoders, resolve_steps, telling_frames
 from dinoseg.ranges import Count
 from dinoseg.shapes import SlotOutputs
 
@@ -30,7 +30,7 @@ GROUPS = ("off", "initial", "always")
 MASK_SOURCES = ("attention", "alpha")
 
 
-class SlotHead(nn.Module):
+class SlotHead(Head[SlotOutputs]):
     """Slots that gather the features of a frame, and from which those of this and of later frames are reconstructed.
 
     Slot attention with SAVi's predictor between frames (Kipf et al., arXiv 2111.12594) on features of a frozen
@@ -124,30 +124,35 @@ class SlotHead(nn.Module):
         """Return the number of background and of foreground slots, which come in this order; None without groups."""
         return (self.sizes[0], self.sizes[1]) if self.groups != "off" else None
 
-    def fits(self, backbone: Any) -> None:
+    @property
+    def slots(self) -> Slots:
+        """The head itself."""
+        return self
+
+    def fits(self, backbone: Backbone) -> None:
         """Refuse a backbone without a class token where groups need its attention.
 
         Raises:
             UserError: naming what fits.
         """
-        if self.groups != "off" and not getattr(backbone, "has_class_attention", False):
+        if self.groups != "off" and not backbone.has_class_attention:
             raise UserError(
                 f"head.groups={self.groups} needs a backbone with a class token whose attention can be read: "
                 f"dino_*, dinov2_*, dinov3_vit*, tiny, tiny_surgical or a plain vision transformer of timm. Choose "
                 f"one of these, or set head.groups=off and give head.num_slots as one number."
             )
 
-    def run(self, backbone: Any, pixels: Tensor) -> SlotOutputs:
+    def run(self, backbone: Backbone, images: Tensor) -> SlotOutputs:
         """Return the outputs for clips (B, T, 3, H, W), or for images (B, 3, H, W) as clips of one frame each."""
-        clips = pixels if pixels.dim() == 5 else pixels[:, None]
+        clips = images if images.dim() == 5 else images[:, None]
         frames = clips.flatten(0, 1)  # (B * T, 3, H, W)
         if self.groups == "off":
-            return self(backbone(frames)[-1].unflatten(0, clips.shape[:2]))
+            return self.follow(backbone(frames)[-1].unflatten(0, clips.shape[:2]))
         maps, attention = backbone.with_class_attention(frames)
         background = background_mask(attention).unflatten(0, clips.shape[:2])
-        return self(maps[-1].unflatten(0, clips.shape[:2]), background)
+        return self.follow(maps[-1].unflatten(0, clips.shape[:2]), background)
 
-    def forward(self, features: Tensor, background: Tensor | None = None) -> SlotOutputs:
+    def follow(self, features: Tensor, background: Tensor | None = None) -> SlotOutputs:
         """Return slots, masks and reconstructions of clips.
 
         The last max(steps) frames are only targets. In eval mode an image, a clip of one frame, is segmented all the
@@ -166,7 +171,9 @@ class SlotHead(nn.Module):
         similarity = self._asks_similarity(features.shape[1], grid)
         slots: Tensor | None = None
         seen, decoded = [], []
-        for time in range(self._telling(features.shape[1])):
+        learns_onwards = self.predictor is not None and any(True for _ in self.predictor.parameters())
+        frames = telling_frames(features.shape[1], self.steps, training=self.training, learns_onwards=learns_onwards)
+        for time in range(frames):
             allowed = None
             if background is not None and (time == 0 or self.groups == "always"):
                 allowed = self.allowed(background[:, time])
@@ -258,30 +265,6 @@ class SlotHead(nn.Module):
         if self.checkpointing and torch.is_grad_enabled():
             return [checkpoint(self._decode, *one, use_reentrant=False) for one in asked]
         return [self._decode(*one) for one in asked]
-
-    def _telling(self, frames: int) -> int:
-        """Return how many frames of a clip tell of themselves or later ones."""
-        telling = frames - max(self.steps)
-        if (
-            telling == 1
-            and self.training
-            and self.predictor is not None
-            and next(self.predictor.parameters(), None) is not None
-        ):
-            raise UserError(
-                f"head.predictor=savi learns from one frame to the next, and clips of {frames} frames leave one that "
-                f"tells (head.steps={self.steps}). Set data.clips.cut.length={max(self.steps) + 2} or more; or, for "
-                "single frames, head.predictor=none."
-            )
-        if telling >= 1:
-            return telling
-        if frames == 1 and not self.training:
-            return 1
-        least = max(self.steps) + 1
-        raise UserError(
-            f"head.steps={self.steps} reconstructs up to {max(self.steps)} frames ahead, but clips have {frames}. Set "
-            f"data.clips.cut.length={least} or more, or lower head.steps."
-        )
 
     def _asks_similarity(self, frames: int, grid: tuple[int, int]) -> bool:
         if not self.similarity or (frames == 1 and not self.training):  # an image has no next frame

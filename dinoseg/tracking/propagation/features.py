@@ -1,7 +1,6 @@
 """What a backbone sees of frames: its last map, of frames resized so that its grid covers them exactly."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import cv2
 import numpy as np
@@ -9,13 +8,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dinoseg.contracts import Backbone
 from dinoseg.errors import UserError
 from dinoseg.tracking.propagation.settings import PropagationSettings
 from dinoseg.tracking.tracker import Autocast, Size
 
 
 def last_maps(
-    backbone: Any,
+    backbone: Backbone,
     frames: Sequence[np.ndarray],
     settings: PropagationSettings,
     device: torch.device,

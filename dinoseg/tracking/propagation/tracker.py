@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dinoseg.contracts import Backbone
 from dinoseg.data.clips.videos import VOID
 from dinoseg.errors import UserError
 from dinoseg.tracking.grid.propagator import Propagator
@@ -48,7 +49,7 @@ class PropagationTracker(Tracker):
 
     def __init__(
         self,
-        backbone: Any,
+        backbone: Backbone,
         settings: PropagationSettings = DINOV3,
         *,
         device: torch.device | str = "cpu",
@@ -71,7 +72,7 @@ class PropagationTracker(Tracker):
             "backbone": {
                 "weights": weights_of(self._backbone),
                 "patch_size": self._backbone.patch_size,
-                "layers": list(getattr(self._backbone, "layers", [])),
+                "layers": list(self._backbone.layers),
             },
             "precision": precision_of(self.autocast, self.device),
         }

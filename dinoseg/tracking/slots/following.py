@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dinoseg.contracts import Slots
 from dinoseg.data.clips.videos import VOID
 from dinoseg.errors import UserError
 from dinoseg.tracking.grid.cells import area_mean
@@ -63,7 +64,7 @@ class Follower:
         autocast: gives the precision's context for a forward pass.
     """
 
-    def __init__(self, head: Any, settings: SlotTracking, autocast: Autocast = nullcontext) -> None:
+    def __init__(self, head: Slots, settings: SlotTracking, autocast: Autocast = nullcontext) -> None:
         self._head, self._chosen, self._autocast = head, settings, autocast
 
     def asks_background(self, *, first: bool) -> bool:

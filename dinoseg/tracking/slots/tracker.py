@@ -73,13 +73,12 @@ class SlotTracker(Tracker):
     ) -> None:
         super().__init__(device=next(model.parameters()).device, autocast=autocast, batch_size=batch_size)
         self._model, self._chosen = model, settings
-        self._head: Any = model.head
-        self._backbone: Any = model.backbone
-        if not hasattr(self._head, "step"):
+        slots = model.head.slots
+        if slots is None:
             raise UserError("The model has no slots to follow. Give resume=RUN of a model with head=slots.")
-        if not getattr(self._backbone, "has_class_attention", False):
+        if not model.backbone.has_class_attention:
             _refuse_class_attention(settings)
-        self._follower = Follower(model.head, settings, autocast)
+        self._follower = Follower(slots, settings, autocast)
         self._followed: Followed | None = None
 
     @cached_property
@@ -169,8 +168,8 @@ class SlotTracker(Tracker):
         needed = asks(first=False) or (self._followed is None and asks(first=True))
         with self.autocast():
             if not needed:
-                return self._backbone(pixels)[-1], None
-            maps, attention = self._backbone.with_class_attention(pixels)
+                return self._model.backbone(pixels)[-1], None
+            maps, attention = self._model.backbone.with_class_attention(pixels)
         return maps[-1], background_mask(attention)
 
     def _check_labels(self, labels: Sequence[np.ndarray | None]) -> None:

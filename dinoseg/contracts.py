@@ -1,0 +1,169 @@
+"""What backbones, heads and losses promise one another: base classes with defaults, so that nobody has to ask.
+
+A part of your own inherits one of them. Axis letters are those of `shapes.py`.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+
+from torch import Tensor, nn
+
+from dinoseg.errors import UserError
+from dinoseg.geometry import pad_to_multiple
+from dinoseg.shapes import Batch, Prediction
+
+Outputs = TypeVar("Outputs")
+BesideTokens = dict[str, tuple[Tensor, Tensor]]  # what a block takes beside its tokens, by keyword
+
+
+class Backbone(nn.Module):
+    """Images (B, 3, H, W), float in 0..1, to L maps (B, C, h, w) of h = ceil(H / patch_size) rows.
+
+    It normalises inside and pads at the bottom and on the right to the patch multiple; the caller crops back. The maps
+    of a pyramid have a width and a grid each, the coarsest h x w; `dim` then lists the widths.
+    """
+
+    dim: int | list[int]
+    patch_size: int
+    num_layers: int  # L
+    depth: int  # blocks (stages of a pyramid) in all
+    layers: Sequence[int] = ()  # 0-based blocks of the maps
+    is_pyramid: bool = False
+    mean: Tensor  # (3, 1, 1) buffers, see `backbones.pixels.register_colours`
+    std: Tensor
+    weights: str | None = None  # where they came from; None or `random`: a checkpoint has to hold all of them
+    unused: Sequence[str] = ()  # parameters that no map depends on
+    uncalled_linears: frozenset[str] = frozenset()  # linear layers whose weight is read past their `forward`
+    has_class_attention: bool = False  # whether there is `with_class_attention`
+    takes_queries: bool = False  # whether there is `embed`, and blocks take more tokens than it gives
+
+    if TYPE_CHECKING:  # nn.Module's own, of which its types say nothing
+
+        def __call__(self, images: Tensor) -> list[Tensor]:
+            """Run `forward`."""
+            ...
+
+    # A class attribute would hide a module of its name that a backbone assigns to itself, so these two look it up
+    @property
+    def blocks(self) -> nn.ModuleList | nn.Sequential | list[nn.Module]:
+        """The blocks up to the last one that is read, in order; of a pyramid its stages."""
+        blocks = self._modules.get("blocks")
+        return blocks if isinstance(blocks, nn.ModuleList | nn.Sequential) else []
+
+    @property
+    def norm(self) -> nn.Module | None:
+        """The final norm that the maps have passed, if there is one."""
+        return self._modules.get("norm")
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """Return images normalised and padded, as the blocks see them."""
+        return pad_to_multiple((images - self.mean) / self.std, self.patch_size)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Return L maps (B, C, h, w)."""
+        raise NotImplementedError
+
+    def with_class_attention(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Return the maps and, of the same pass, where the class token looks (B, heads, h, w), float32."""
+        raise NotImplementedError
+
+    def embed(self, pixels: Tensor) -> tuple[Tensor, BesideTokens]:
+        """Return the tokens (B, N, C) that enter the first block, and what each block takes beside."""
+        raise NotImplementedError
+
+    def export_state(self) -> dict[str, Tensor]:
+        """Return the weights under the names in which `weights` reads them from a file.
+
+        Raises:
+            UserError: there are none, or it holds LoRA updates, which are no weights of their own.
+        """
+        raise UserError(f"{type(self).__name__} has no weights that could be exported. Choose another backbone.")
+
+
+class Slots(Protocol):
+    """Segments of a head that go from frame to frame."""
+
+    groups: str  # in which frames background slots see the background alone: off, initial or always
+    sizes: list[int]  # slots in each group, all in one without groups
+    num_slots: int
+    predictor: nn.Module | None  # slots to a first guess of those of the next frame; None: drawn anew in each
+
+    def step(
+        self,
+        features: Tensor,
+        slots: Tensor | None = None,
+        allowed: Tensor | None = None,
+        sizes: Sequence[int] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the slots (B, S, D) of one frame (B, C, h, w), and their attention (B, S, h, w)."""
+        ...
+
+    def masks(self, slots: Tensor, attention: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Return the soft masks (B, S, h, w) of one frame."""
+        ...
+
+    def allowed(self, background: Tensor) -> Tensor:
+        """Return which cells each slot may see (B, S, h, w) from where the background is (B, h, w), both bool."""
+        ...
+
+
+class Head(nn.Module, Generic[Outputs]):
+    """Feature maps to outputs of its own kind, and those to pixels.
+
+    It has either `forward`, or `run` if it needs more than the maps: the pixels, clips, or the blocks themselves.
+    """
+
+    mixture: bool = False  # whether its scores are sums of probabilities, as of mask classification, and no logits
+    least_batch: int = 1  # training images per rank at once
+    weights: str | None = None  # the file that its frozen part came from, if any
+
+    if TYPE_CHECKING:
+
+        def __call__(self, features: list[Tensor]) -> Outputs:
+            """Run `forward`."""
+            ...
+
+    @property
+    def slots(self) -> Slots | None:
+        """The head as one of slots, which follows clips without labels; None: it scores classes."""
+        return None
+
+    def fits(self, backbone: Backbone) -> None:
+        """Refuse a backbone that cannot serve it.
+
+        Raises:
+            UserError: naming what fits.
+        """
+
+    def set_progress(self, share: float) -> None:
+        """Take how much of the training is done, in [0, 1): for a head whose training changes with its length."""
+
+    def run(self, backbone: Backbone, images: Tensor) -> Outputs:
+        """Return the outputs for images (B, 3, H, W), float RGB in 0..1."""
+        return self(backbone(images))
+
+    def forward(self, features: list[Tensor]) -> Outputs:
+        """Return the outputs for L maps (B, C, h, w)."""
+        raise NotImplementedError
+
+    def predict(self, outputs: Outputs, size: tuple[int, int], valid: tuple[float, float]) -> Tensor:
+        """Return class scores (B, K, H, W) at `size` for the image part `valid` of the outputs."""
+        raise NotImplementedError
+
+
+class Loss(nn.Module):
+    """What training makes small."""
+
+    needs_masks: bool = False  # whether it wants `MaskOutputs`
+    needs_slots: bool = False  # whether it wants `SlotOutputs`, and asks for no labels
+    needs_similarity: bool = False  # whether it wants those with `similarity`
+
+    if TYPE_CHECKING:
+
+        def __call__(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+            """Run `forward`."""
+            ...
+
+    def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return a mean, and its parts by name; `weight`, if it is among them, is what the mean was divided by."""
+        raise NotImplementedError

@@ -1,0 +1,75 @@
+"""A backbone, a head and a loss that say no more than they must; and what is refused."""
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+
+from dinoseg import build
+from dinoseg.adapters import Frozen, LastBlocks, Lora
+from dinoseg.contracts import Backbone, Head, Loss
+from dinoseg.errors import UserError
+from dinoseg.model import Segmenter, trained_names
+
+
+class Least(Backbone):
+    """Blocks and a norm of its own, under the names of the contract's properties."""
+
+    dim, patch_size, num_layers, depth = 3, 4, 1, 1
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(3, 3))])
+        self.norm = nn.LayerNorm(3)
+        self.register_buffer("mean", torch.full((3, 1, 1), 0.5))
+        self.register_buffer("std", torch.full((3, 1, 1), 0.25))
+
+    def forward(self, images):
+        cells = nn.functional.avg_pool2d(self.pixels(images), self.patch_size).movedim(1, -1)
+        return [self.norm(self.blocks[0](cells)).movedim(-1, 1)]
+
+
+class Scores(Head):
+    def forward(self, features):
+        return features[0]
+
+    def predict(self, outputs, size, valid):
+        return nn.functional.interpolate(outputs, size)
+
+
+def test_parts_that_say_the_least_work():
+    model = Segmenter(LastBlocks(1)(Least()), Scores())
+    model.set_progress(0.5)
+    assert model(torch.rand(2, 3, 6, 9)).scores().shape == (2, 3, 6, 9)
+    assert model.head.slots is None and not model.head.mixture and model.head.least_batch == 1
+    assert all(parameter.requires_grad for parameter in model.parameters())  # the norm's too, which the contract finds
+    assert trained_names(model) == set(model.state_dict())
+    with pytest.raises(UserError, match="Least has no weights that could be exported"):
+        model.backbone.export_state()
+
+
+def test_pixels_are_normalised_and_padded():
+    pixels = Least().pixels(torch.full((1, 3, 5, 4), 0.75))
+    assert pixels.shape == (1, 3, 8, 4) and (pixels[:, :, :5] == 1).all() and (pixels[:, :, 5:] == 0).all()
+
+
+def test_a_backbone_without_blocks_has_none():
+    assert list(Backbone().blocks) == [] and Backbone().norm is None
+    with pytest.raises(UserError, match="no linear layers"):
+        Lora(1, 1)(Frozen()(Backbone()))
+
+
+def test_a_loss_says_what_it_needs():
+    assert (Loss().needs_masks, Loss().needs_slots, Loss().needs_similarity) == (False, False, False)
+
+
+def test_a_part_that_keeps_no_contract_is_refused(compose):
+    plain = {"_target_": "torch.nn.Identity"}
+    remedy = r"Let it inherit that class, which says what is asked of it and has defaults for the rest\."
+    for key in ("backbone", "head"):
+        cfg = OmegaConf.merge(compose("backbone=tiny", "data=camvid", "data.root=x"), {key: plain})
+        with pytest.raises(UserError, match=rf"{key}: Identity is no dinoseg\.contracts\.{key.title()}\. {remedy}"):
+            build.model(cfg, untrained=True)
+    cfg = OmegaConf.merge(compose("data=camvid", "data.root=x"), {"loss": {"criterion": plain}})
+    with pytest.raises(UserError, match=rf"loss\.criterion: Identity is no dinoseg\.contracts\.Loss\. {remedy}"):
+        build.criterion(cfg, class_weights=torch.ones(2))
