@@ -76,7 +76,7 @@ def digest_of(video: Video, given: str) -> str:
 
     Args:
         video: of the data set.
-        given: `none`, `first` or `appearing`, see `dinoseg.tracking.video.benchmark_masks.shown_frames`.
+        given: `none`, `first` or `appearing`, see `dinoseg.tracking.video.benchmark_masks.prompted_frames`.
     """
     digest = hashlib.blake2b(digest_size=16)
     for position, frame in enumerate(video.frames):

@@ -11,7 +11,7 @@ from dinoseg.config.nodes import instantiate
 from dinoseg.config.values import background_of
 from dinoseg.evaluation.images import evaluate_images, list_skipped
 from dinoseg.evaluation.official import usable
-from dinoseg.evaluation.videos import Options, follow_slots, needs_no_training, propagate
+from dinoseg.evaluation.videos import EvalOptions, follow_slots, needs_no_training, propagate
 from dinoseg.inference.trained_sizes import TrainedSizes, keep_scale
 from dinoseg.runs.trained import check_classes, load_trained
 
@@ -38,10 +38,10 @@ def run(
         split: train, val or test.
         metrics_only: write no pictures of single images.
         official: score by the protocol of the data set's benchmark too, where it has one.
-        supervision: of tracking, see `evaluate_videos.Options`.
+        supervision: of tracking, see `EvalOptions`.
         restart: likewise.
     """
-    options = Options(split, metrics_only, official, supervision, restart)
+    options = EvalOptions(split, metrics_only, official, supervision, restart)
     if needs_no_training(cfg):
         return propagate(cfg, out_dir, options)
     trained = load_trained(cfg)

@@ -11,7 +11,8 @@ from dinoseg import build
 from dinoseg.config.nodes import instantiate
 from dinoseg.data.classes.labels import Labels
 from dinoseg.errors import UserError
-from dinoseg.evaluation.videos import Options, chosen_supervision, follow_slots
+from dinoseg.evaluation.supervision import chosen_supervision
+from dinoseg.evaluation.videos import EvalOptions, follow_slots
 from dinoseg.images import write_png
 from dinoseg.model import Segmenter
 from dinoseg.regimes.regime import Regime, share_of
@@ -108,7 +109,7 @@ class ClipRegime(Regime):
             palette = [(red, green, blue) for red, green, blue in self.labels.palette]
             labels = (list(self.labels.classes), palette, self.labels.ignore_index)
             trained = Trained(model.eval(), engine, *labels, info={})
-            return follow_slots(self.cfg, trained, out_dir, Options(metrics_only=metrics_only))
+            return follow_slots(self.cfg, trained, out_dir, EvalOptions(metrics_only=metrics_only))
         scores, pictures = self.feed.validate(model, build.loss(self.cfg, None).to(engine.device), engine)
         if engine.is_main:
             write_json(out_dir / "scores.json", scores)

@@ -17,13 +17,14 @@ from PIL import Image
 
 from dinoseg import scoring
 from dinoseg.errors import UserError
-from dinoseg.evaluation.videos import Options, evaluate_videos, follow_slots, needs_no_training
+from dinoseg.evaluation.videos import EvalOptions, evaluate_videos, follow_slots, needs_no_training
 from dinoseg.heads.slots.head import SlotHead
 from dinoseg.images import read_ids, write_png
 from dinoseg.model import Segmenter
 from dinoseg.modes import score
 from dinoseg.modes.evaluate import run as evaluate
 from dinoseg.report.indexed import voc_palette, write_indexed_png
+from dinoseg.tracking.tracker import Tracker
 from dinoseg.tracking.video import benchmark_masks
 
 
@@ -46,15 +47,25 @@ class Engine:
         raise AssertionError("fakes compute nothing")
 
 
-class Fake:
+class Fake(Tracker):
     """Remembers what it is shown; its masks: `perfect` (the frame's red), `copy` (of what it was given), or an id."""
 
     def __init__(self, kind, log):
-        self.settings = {"kind": str(kind)}
+        super().__init__()
         self.kind, self.log, self.last = kind, log, None
 
-    def track(self, frames, labels):
+    @property
+    def settings(self):
+        return {"kind": str(self.kind)}
+
+    def track_batch(self, frames, labels):
         return [self.mask(*each) for each in zip(frames, labels, strict=True)]
+
+    def state(self):
+        return {}
+
+    def load(self, state):
+        pass
 
     def mask(self, frame, label):
         self.log.append(None if label is None else label.copy())
@@ -124,7 +135,7 @@ def track(compose, tmp_path):
         cfg = OmegaConf.merge(COMPOSED[words], {"data": {"root": str(root)}})
         folder, log = tmp_path / f"run_{len(list(tmp_path.glob('run_*')))}", []
         result = evaluate_videos(
-            cfg, lambda: Fake(kind, log), engine or Engine(), folder, Options(**options), supervision=supervision
+            cfg, lambda: Fake(kind, log), engine or Engine(), folder, EvalOptions(**options), supervision=supervision
         )
         path = folder / "scores.json"
         return SimpleNamespace(
@@ -510,7 +521,7 @@ def test_more_slots_than_proposals_are_refused_before_tracking(compose, tmp_path
     cfg = compose("data=davis2017", f"data.root={tmp_path}")
     trained = SimpleNamespace(model=SimpleNamespace(head=SimpleNamespace(slots=SimpleNamespace(num_slots=24))))
     with pytest.raises(UserError, match=r"24 slots.* takes 20 segments. Give head.num_slots=20 or fewer"):
-        follow_slots(cfg, trained, tmp_path, Options(supervision="none"))
+        follow_slots(cfg, trained, tmp_path, EvalOptions(supervision="none"))
 
 
 def test_slots_made_for_masks_that_are_not_given_are_refused_before_tracking(compose, tmp_path):
@@ -520,7 +531,7 @@ def test_slots_made_for_masks_that_are_not_given_are_refused_before_tracking(com
     )
     told = r"slots.lock_on=true .*mode.supervision=none gives none\. Give mode.supervision=first_frame, or slots=free"
     with pytest.raises(UserError, match=told):
-        follow_slots(cfg, trained, tmp_path, Options(supervision="none"))
+        follow_slots(cfg, trained, tmp_path, EvalOptions(supervision="none"))
 
 
 @pytest.mark.parametrize(
@@ -548,7 +559,7 @@ def test_slots_of_a_trained_model(compose, tiny_backbone, tmp_path, data, superv
             write_png(root / f"validation/{name}/segmentations/{index:05d}.png", mask)
     cfg = compose(f"data={data}", f"data.root={root}")
     cfg = OmegaConf.merge(cfg, {"slots": {"_target_": "dinoseg.tracking.slots.settings.SlotTracking"}})
-    result = follow_slots(cfg, trained, tmp_path / "run", Options(supervision=supervision, metrics_only=True))
+    result = follow_slots(cfg, trained, tmp_path / "run", EvalOptions(supervision=supervision, metrics_only=True))
     scores = json.loads((tmp_path / "run/scores.json").read_text())
     assert scores["protocol"] == protocol and scores["scores"].items() <= result.items()
     files = [tmp_path / f"run/masks/{name}/{index:05d}.png" for name in sequences for index in range(5)]
@@ -569,7 +580,7 @@ def test_who_tracks(compose):
     ):
         assert needs_no_training(OmegaConf.merge(cfg, changes)) == tracks, changes
     with pytest.raises(UserError, match="mode.restart=run is for tracking in videos"):
-        Options(restart="run").refuse_tracking()
+        EvalOptions(restart="run").refuse_tracking()
 
 
 def test_propagation_from_the_command_line(tmp_path):

@@ -21,27 +21,27 @@ _DEPTH = 2  # batches that wait on either side of the tracker
 _JPEG_QUALITY = 90
 
 
-class Shown(NamedTuple):
-    """What a tracker is shown of a video at one frame."""
+class PromptedFrame(NamedTuple):
+    """A frame as a tracker is handed it, with the mask that it is prompted with."""
 
     name: str
     image: np.ndarray  # (H, W, 3) uint8
     labels: np.ndarray | None  # (H, W) uint8 ids, 0 = background or nothing new
 
 
-def shown_frames(video: Video, given: str) -> Iterator[Shown]:
-    """Yield a video's frames, one in memory at a time, with the masks that a tracker is given; void is background.
+def prompted_frames(video: Video, prompts: str) -> Iterator[PromptedFrame]:
+    """Yield a video's frames, one in memory at a time, with the masks that prompt a tracker; void is background.
 
     Args:
         video: read frame by frame.
-        given: `none`: no mask; `first`: frame 0's; `appearing`: of each object the mask of the frame in which it
+        prompts: `none`: no mask; `first`: frame 0's; `appearing`: of each object the mask of the frame in which it
             appears, and of that frame no other object's.
 
     Raises:
         UserError: a frame has another size than the first one, a mask another than its frame, or frame 0 has no mask
             although it alone is given.
     """
-    if given == "first" and 0 not in video.masks:
+    if prompts == "first" and 0 not in video.masks:
         raise UserError(
             f"Video {video.name} has no mask of its first frame, {video.frames[0]}, from which its objects are "
             "followed. Add this mask, or leave the video out."
@@ -57,14 +57,16 @@ def shown_frames(video: Video, given: str) -> Iterator[Shown]:
                 f"Frames of video {video.name} differ in size: {video.frames[0]} is {_size(size)} (width x height), "
                 f"{video.frames[position]} is {_size(image.shape)}. Make them equal."
             )
-        wanted = given == "appearing" or (given == "first" and position == 0)
+        wanted = prompts == "appearing" or (prompts == "first" and position == 0)
         mask = video.mask(position) if wanted else None
         if mask is not None and mask.shape != size[:2]:
             raise UserError(
                 f"{video.frames[position]} is {_size(size)} (width x height), its mask {video.masks[position]} is "
                 f"{_size(mask.shape)}. Replace the one that is wrong."
             )
-        yield Shown(video.frame_name(position), image, None if mask is None else _new_objects(mask, known, position))
+        yield PromptedFrame(
+            video.frame_name(position), image, None if mask is None else _new_objects(mask, known, position)
+        )
 
 
 def write_masks(
@@ -72,7 +74,7 @@ def write_masks(
     tracker: Tracker,
     folder: Path,
     *,
-    given: str,
+    prompts: str,
     blends: Path | None = None,
     written: Collection[str] | None = None,
     batch_size: int = 1,
@@ -85,34 +87,34 @@ def write_masks(
         video: read frame by frame.
         tracker: that has seen nothing yet.
         folder: for the masks.
-        given: see `shown_frames`.
+        prompts: see `prompted_frames`.
         blends: folder for <frame>.jpg, masks and frames in equal parts; None for none.
         written: names of the frames that are written; None for all.
         batch_size: frames that the tracker is handed at once.
 
     Raises:
-        UserError: see `shown_frames`, and what the tracker refuses.
+        UserError: see `prompted_frames`, and what the tracker refuses.
         OSError: the disk is full, or may not be written to.
     """
-    started = given == "none"
+    started = prompts == "none"
 
-    def infer(batch: list[Shown]) -> list[tuple[Shown, np.ndarray]]:
+    def follow(batch: list[PromptedFrame]) -> list[tuple[PromptedFrame, np.ndarray]]:
         nonlocal started
-        early = 0
+        early = 0  # frames before the first mask: a tracker that needs one would refuse them
         while not started and early < len(batch):
             started = batch[early].labels is not None
             early += not started
-        masks = [np.zeros(each.image.shape[:2], np.uint8) for each in batch[:early]]
+        masks = [np.zeros(frame.image.shape[:2], np.uint8) for frame in batch[:early]]
         if rest := batch[early:]:
-            masks += tracker.track([each.image for each in rest], [each.labels for each in rest])
+            masks += tracker.track([frame.image for frame in rest], [frame.labels for frame in rest])
         return list(zip(batch, masks, strict=True))
 
     with ExitStack() as stack:
         for_masks = stack.enter_context(whole_folder(folder))
         for_blends = None if blends is None else stack.enter_context(whole_folder(blends))
 
-        def write(done: list[tuple[Shown, np.ndarray]]) -> None:
-            for frame, ids in done:
+        def write(tracked: list[tuple[PromptedFrame, np.ndarray]]) -> None:
+            for frame, ids in tracked:
                 if written is not None and frame.name not in written:
                     continue
                 write_indexed_png(for_masks / f"{frame.name}.png", ids)
@@ -120,7 +122,7 @@ def write_masks(
                     tinted = blend(frame.image, ids, voc_palette(), opacity=0.5)
                     Image.fromarray(tinted).save(for_blends / f"{frame.name}.jpg", quality=_JPEG_QUALITY)
 
-        return run_pipeline(_batches(shown_frames(video, given), batch_size), infer, write, depth=_DEPTH)
+        return run_pipeline(_batches(prompted_frames(video, prompts), batch_size), follow, write, depth=_DEPTH)
 
 
 def _new_objects(mask: np.ndarray, known: np.ndarray, position: int) -> np.ndarray | None:
@@ -133,7 +135,7 @@ def _new_objects(mask: np.ndarray, known: np.ndarray, position: int) -> np.ndarr
     return np.where(new[mask], mask, 0).astype(np.uint8) if new.any() or position == 0 else None
 
 
-def _batches(frames: Iterator[Shown], size: int) -> Iterator[list[Shown]]:
+def _batches(frames: Iterator[PromptedFrame], size: int) -> Iterator[list[PromptedFrame]]:
     while batch := list(islice(frames, size)):
         yield batch
 

@@ -1,0 +1,51 @@
+"""What a tracker is told of a benchmark's objects, and the protocol by which its masks are then scored."""
+
+from collections.abc import Sequence
+
+from omegaconf import DictConfig
+
+from dinoseg.config.nodes import instantiate
+from dinoseg.data.clips.videos import Video
+from dinoseg.errors import UserError
+from dinoseg.metrics.protocols.contract import ScoreProtocol
+
+SUPERVISION = ("none", "first_frame")
+
+
+def chosen_supervision(cfg: DictConfig, asked: str | None) -> str:
+    """Return what a tracker is told: as `asked`, or as the data set says.
+
+    Raises:
+        UserError: it is unknown, or the data has no masks.
+    """
+    if cfg.data.tracking is None:
+        raise UserError(
+            f"data={cfg.choices.data} has no masks of objects, so mode=eval can neither give nor score any. Choose "
+            "data=davis2016, davis2017, youtube_vos or movi; mode=track follows objects through videos of your own."
+        )
+    supervision = asked or cfg.data.tracking.supervision
+    if supervision not in SUPERVISION:
+        raise UserError(f"mode.supervision={supervision} is unknown. Choose one of {', '.join(SUPERVISION)}, or null.")
+    return supervision
+
+
+def prompts_of(cfg: DictConfig, supervision: str, videos: Sequence[Video], split: str) -> str:
+    """Return which masks a tracker is prompted with, see `prompted_frames`: `none`, `first` or `appearing`.
+
+    Raises:
+        UserError: no video of the split has a mask that it could be prompted with.
+    """
+    if supervision == "none":
+        return "none"
+    if not any(video.masks for video in videos):
+        raise UserError(
+            f"mode.supervision={supervision}: the videos of split {split} have no masks that could be given. "
+            "Add them; or find objects without, by resume=RUN of a model of slots and mode.supervision=none."
+        )
+    return "appearing" if cfg.data.tracking.later else "first"
+
+
+def protocol_of(cfg: DictConfig, supervision: str) -> ScoreProtocol | None:
+    """Return the protocol by which a data set's videos are scored; None where there is none."""
+    node = cfg.data.tracking.protocols[supervision]
+    return None if node is None else instantiate(node)

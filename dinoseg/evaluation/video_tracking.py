@@ -1,0 +1,138 @@
+"""The masks of a split's videos: each tracked by a tracker of its own, or taken over from an evaluation before."""
+
+import logging
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from dinoseg import build
+from dinoseg.config.nodes import instantiate
+from dinoseg.config.values import plain
+from dinoseg.data.clips.videos import Video, chosen
+from dinoseg.errors import UserError
+from dinoseg.evaluation.restart import digest_of, keep_digest, take_over
+from dinoseg.report.progress import Bar
+from dinoseg.tracking.tracker import Tracker
+from dinoseg.tracking.video.benchmark_masks import write_masks
+from dinoseg.wording import count_of
+
+logger = logging.getLogger(__name__)
+
+
+def videos_of(cfg: DictConfig, split: str, changes: Mapping[str, Any]) -> list[Video]:
+    """Return the videos of a split, with other values of some of data's keys.
+
+    Raises:
+        UserError: there is no such split, or no video in it.
+    """
+    if split not in build.SPLITS:
+        raise UserError(f"split={split} is unknown. Choose one of {', '.join(build.SPLITS)}.")
+    merged = OmegaConf.merge(cfg, {"data": changes})
+    return chosen(instantiate(merged.data.clips.layout), split, instantiate(merged.data.clips.partition))
+
+
+def written_frames(cfg: DictConfig, split: str) -> dict[str, set[str]] | None:
+    """Return by video the names of the frames whose masks are written, None for all of them.
+
+    Benchmarks want fewer than are tracked: their server takes masks of the frames that it has annotated alone.
+    """
+    changes = plain(cfg.data.tracking.written)
+    if all(cfg.data[key] == value for key, value in changes.items()):
+        return None
+    return {video.name: set(_frame_names(video)) for video in videos_of(cfg, split, changes)}
+
+
+@dataclass(frozen=True)
+class TrackedVideo:
+    """What became of a video."""
+
+    frames: int  # tracked, none of those taken over
+    problem: tuple[Path, str] | None = None  # where it was left out
+    taken_over: str | None = None  # its name, if its masks are those of an earlier run
+
+
+@dataclass(frozen=True)
+class VideoTracking:
+    """How the videos of a split are tracked, and where their masks go.
+
+    Args:
+        make_tracker: gives one that has seen nothing yet.
+        out_dir: the run folder.
+        masks: folder of folders of masks.
+        blends: the same of blends; None: there are none.
+        prompts: which masks a tracker is prompted with, see `prompted_frames`.
+        written: video to names of the frames whose masks are written; None: all.
+        batch_size: frames that a tracker is handed at once.
+        skip: a video that cannot be tracked is left out.
+        earlier: run folder of masks that are taken over.
+    """
+
+    make_tracker: Callable[[], Tracker]
+    out_dir: Path
+    masks: Path
+    blends: Path | None
+    prompts: str
+    written: Mapping[str, Collection[str]] | None
+    batch_size: int
+    skip: bool
+    earlier: Path | None
+
+    def track(self, videos: Sequence[Video]) -> list[TrackedVideo]:
+        """Write the masks of videos, one after the other, and say how fast.
+
+        Raises:
+            UserError: a video cannot be tracked, or its masks cannot be written.
+        """
+        start = time.perf_counter()
+        try:
+            tracked = [self._track_video(video) for video in Bar(videos, "tracking", unit="video", leave=False)]
+        except OSError as error:
+            raise UserError(
+                f"Cannot write below {self.out_dir} ({error}). Make room, and go on with mode.restart={self.out_dir}."
+            ) from error
+        except KeyboardInterrupt:
+            logger.warning("Stopped: the same command with mode.restart=%s takes over what is whole.", self.out_dir)
+            raise
+        frames, seconds = sum(video.frames for video in tracked), time.perf_counter() - start
+        rate = f"{frames / seconds:.2f} frames/s with reading and writing"
+        logger.info("%s tracked in %.1f s: %s", count_of(frames, "frame"), seconds, rate)
+        return tracked
+
+    def _track_video(self, video: Video) -> TrackedVideo:
+        """Write a video's masks, or take them over."""
+        written = None if self.written is None else self.written.get(video.name, ())
+        digest = digest_of(video, self.prompts)
+        if take_over(self.earlier, self.out_dir, self._files(video, written), video.name, digest):
+            return TrackedVideo(0, taken_over=video.name)
+        try:
+            write_masks(
+                video,
+                self.make_tracker(),
+                self.masks / video.name,
+                prompts=self.prompts,
+                blends=None if self.blends is None else self.blends / video.name,
+                written=written,
+                batch_size=self.batch_size,
+            )
+        except UserError as error:
+            if not self.skip:
+                raise
+            return TrackedVideo(0, (self.masks / video.name, str(error)))
+        keep_digest(self.out_dir, video.name, digest)
+        return TrackedVideo(len(video.frames))
+
+    def _files(self, video: Video, written: Collection[str] | None) -> dict[Path, list[str]]:
+        """Return the names of a video's files in each folder."""
+        frames = [name for name in _frame_names(video) if written is None or name in written]
+        files = {self.masks / video.name: [f"{name}.png" for name in frames]}
+        if self.blends is not None:
+            files[self.blends / video.name] = [f"{name}.jpg" for name in frames]
+        return files
+
+
+def _frame_names(video: Video) -> list[str]:
+    return [video.frame_name(position) for position in range(len(video.frames))]
