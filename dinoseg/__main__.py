@@ -45,7 +45,7 @@ def _command(arguments: list[str]) -> None:
     from dinoseg.command.own_keys import with_own_keys
     from dinoseg.command.recipes import with_recipe_files
     from dinoseg.command.words import as_text, config_folders
-    from dinoseg.config.values import register_resolvers
+    from dinoseg.config.resolvers import register_resolvers
     from dinoseg.errors import UserError, telling_file_errors
 
     register_resolvers()
@@ -62,11 +62,12 @@ def _command(arguments: list[str]) -> None:
 
         _fail(explain(sys.argv[1:], CONFIGS, error))
     except ValueError as error:  # OmegaConf's, of a name below a list; or a job's
-        name = str(error).rpartition("invalid literal for int() with base 10: ")[2].strip("'")
-        word = next((word for word in sys.argv[1:] if word.partition("=")[0].endswith(f".{name}")), None)
-        if word is None:
+        from dinoseg.command.typos import below_a_list
+
+        message = below_a_list(sys.argv[1:], error)
+        if not message:
             raise
-        _fail(f"{word}: a list has no key {name}. Its items are numbered from 0, as in data.classes.0=VALUE.")
+        _fail(message)
 
 
 def _fail(message: str) -> None:
@@ -81,7 +82,7 @@ def run(cfg):  # noqa: ANN001, ANN201 - hydra.main wants the bare signature
     from omegaconf import OmegaConf
 
     from dinoseg.config.options import chosen_options
-    from dinoseg.config.values import plain
+    from dinoseg.config.plain import plain
     from dinoseg.errors import UserError
     from dinoseg.launch import launch
     from dinoseg.processes.interrupt import Interrupted, raised

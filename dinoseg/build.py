@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from dinoseg.adapters import Frozen
 from dinoseg.config.checks import check_given
 from dinoseg.config.nodes import instantiate, not_set
-from dinoseg.config.values import plain
+from dinoseg.config.plain import plain
 from dinoseg.contracts import Backbone, Head, Loss
 from dinoseg.errors import UserError
 from dinoseg.model import Segmenter

@@ -12,7 +12,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from dinoseg.config.values import plain, squared
+from dinoseg.config.plain import plain
+from dinoseg.config.short_forms import squared
 from dinoseg.errors import UserError, telling_file_errors
 from dinoseg.processes.interrupt import Interrupted
 from dinoseg.ranks import LAUNCH_KEYS, is_first_rank, run_mode, run_ranks

@@ -15,7 +15,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from dinoseg.config.values import plain, register_resolvers
+from dinoseg.config.plain import plain
+from dinoseg.config.resolvers import register_resolvers
 from dinoseg.errors import UserError, telling_file_errors
 from dinoseg.processes.interrupt import SIGNALS, Interrupted, passed_on, raised
 from dinoseg.processes.workers import end_with_parent

@@ -42,7 +42,7 @@ def compose():
     from dinoseg.__main__ import CONFIGS
     from dinoseg.command.recipes import with_recipe_files
     from dinoseg.config.options import chosen_options
-    from dinoseg.config.values import register_resolvers
+    from dinoseg.config.resolvers import register_resolvers
 
     register_resolvers()
 

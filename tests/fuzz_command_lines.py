@@ -26,7 +26,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from dinoseg.config.values import register_resolvers
+from dinoseg.config.resolvers import register_resolvers
 
 SECONDS = 60  # a command line that takes longer hangs
 MEMORY = 6 << 30

@@ -6,7 +6,7 @@ from typing import Any
 from hydra.core.override_parser.types import Override, OverrideType
 
 from dinoseg.command.words import assignments, parsed, values_of
-from dinoseg.config.values import has_key
+from dinoseg.config.plain import has_key
 
 
 def with_own_keys(arguments: Sequence[str]) -> list[str]:

@@ -15,7 +15,7 @@ from dinoseg.command.own_keys import own_configs
 from dinoseg.command.recipes import recipe_files
 from dinoseg.command.words import assignments, config_folders, is_sweep, parsed, values_of
 from dinoseg.config.options import RECIPES, options_of
-from dinoseg.config.values import keys_of, plain
+from dinoseg.config.plain import keys_of, plain
 from dinoseg.wording import nearest
 
 _ALL_KEYS = "Add `--cfg job` to see all keys, `--help` alone to see all groups and options."
@@ -87,6 +87,18 @@ def misplaced(words: Sequence[str], configs: str, error: Exception) -> str:
         key = getattr(error, "full_key", None) or "A key"
         return f"{key} has no value that can be used, as {' '.join(words)} leaves it. Take back what was changed there."
     return ""
+
+
+def below_a_list(words: Sequence[str], error: ValueError) -> str:
+    """Return which word of a command line names what lies in a list; "" where another mistake is meant.
+
+    OmegaConf takes the name for the number of an item, and says no more than that it is none.
+    """
+    name = str(error).rpartition("invalid literal for int() with base 10: ")[2].strip("'")
+    word = next((word for word in words if _key(word).endswith(f".{name}")), None)
+    if word is None:
+        return ""
+    return f"{word}: a list has no key {name}. Its items are numbered from 0, as in data.classes.0=VALUE."
 
 
 def _composed(chosen: Sequence[str], configs: str) -> dict[str, Any]:

@@ -1,10 +1,17 @@
-"""Where the parts that older checkpoints name are today."""
+"""Where the parts that older checkpoints and config files name are today.
 
-TARGETS = {  # a full name in older checkpoints to today's, where the name itself is another
+A part that moves gets a line here, and nothing else: checkpoints are read by these names (`runs/recipe.py`), config
+files of the user's are (`registry.py`), and so is whatever is built (`nodes.py`).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+TARGETS = {  # a full name of before to today's, where the name itself is another
     "dinoseg.inference.tracking_settings.Settings": "dinoseg.tracking.propagation.settings.PropagationSettings",
     "dinoseg.data.folder.Layout": "dinoseg.data.formats.folder.FolderLayout",
 }
-MODULES = {  # a module's name in older checkpoints to today's
+MODULES = {  # a module's name of before to today's
     "dinoseg.data.clip_davis": "dinoseg.data.formats.davis",
     "dinoseg.data.clip_folder": "dinoseg.data.formats.video_folder",
     "dinoseg.data.clip_movi": "dinoseg.data.formats.movi",
@@ -28,5 +35,15 @@ MODULES = {  # a module's name in older checkpoints to today's
 
 def today(target: str) -> str:
     """Return a target's name of today; one that has not moved keeps its name."""
-    module, _, name = target.rpartition(".")
-    return TARGETS.get(target, f"{MODULES.get(module, module)}.{name}")
+    module, dot, name = target.rpartition(".")
+    return TARGETS.get(target, f"{MODULES.get(module, module)}{dot}{name}")
+
+
+def renamed(node: Any) -> Any:
+    """Return a plain config with the targets that have moved since it was written under their names of today."""
+    if isinstance(node, Mapping):
+        return {
+            key: today(value) if key == "_target_" and isinstance(value, str) else renamed(value)
+            for key, value in node.items()
+        }
+    return [renamed(value) for value in node] if isinstance(node, list) else node

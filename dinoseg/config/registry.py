@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from hydra.core.hydra_config import HydraConfig
 
+from dinoseg.config.moved import today
 from dinoseg.config.options import RECIPES
 
 GROUPS = ("backbone", "adapter", "head", "loss", "data", "optim", "trainer")  # those that a checkpoint's config fills
@@ -185,7 +186,7 @@ def _add(node: Any, place: Keys, found: dict[Keys, Place]) -> None:
     here = found.setdefault(place, Place())
     for key, value in node.items():
         if key == "_target_":
-            here.targets.add(str(value))
+            here.targets.add(today(str(value)))
         elif key == "_partial_":
             here.partial.add(bool(value))
         else:

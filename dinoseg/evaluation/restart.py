@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from dinoseg.config.values import plain
+from dinoseg.config.plain import plain
 from dinoseg.data.clips.videos import Video
 from dinoseg.errors import UserError
 from dinoseg.storage import forms

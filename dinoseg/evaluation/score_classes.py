@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dinoseg.config.checks import check_given
 from dinoseg.config.nodes import instantiate
-from dinoseg.config.values import plain
+from dinoseg.config.plain import plain
 from dinoseg.data.classes.file import NAME as CLASS_FILE
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.record import NAME, read_class_record, references

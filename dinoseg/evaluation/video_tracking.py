@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dinoseg import build
 from dinoseg.config.nodes import instantiate
-from dinoseg.config.values import plain
+from dinoseg.config.plain import plain
 from dinoseg.data.clips.videos import Video, chosen
 from dinoseg.errors import UserError
 from dinoseg.evaluation.restart import digest_of, keep_digest, take_over

@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 
 from dinoseg import build
 from dinoseg.config.nodes import instantiate
-from dinoseg.config.values import background_of
+from dinoseg.config.short_forms import background_of
 from dinoseg.evaluation.images import evaluate_images, list_skipped
 from dinoseg.evaluation.official import usable
 from dinoseg.evaluation.videos import EvalOptions, follow_slots, needs_no_training, propagate

@@ -7,7 +7,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from dinoseg.config.nodes import instantiate, not_set
-from dinoseg.config.values import plain
+from dinoseg.config.plain import plain
 from dinoseg.errors import UserError
 from dinoseg.ranges import Count, Natural
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dinoseg import build
 from dinoseg.config.nodes import instantiate
-from dinoseg.config.values import plain
+from dinoseg.config.plain import plain
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import MaskReader, Masks
 from dinoseg.data.formats.sarrarp_files import (

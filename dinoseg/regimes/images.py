@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from dinoseg import build
 from dinoseg.config.nodes import instantiate
-from dinoseg.config.values import background_of
+from dinoseg.config.short_forms import background_of
 from dinoseg.data.splits import split_table
 from dinoseg.doctor.short import check as examine
 from dinoseg.errors import UserError

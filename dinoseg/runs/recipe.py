@@ -9,8 +9,10 @@ import torch
 from omegaconf import DictConfig
 
 from dinoseg import __version__
-from dinoseg.config.guard import ACTING, renamed
-from dinoseg.config.values import plain, settled
+from dinoseg.config.guard import ACTING
+from dinoseg.config.moved import renamed
+from dinoseg.config.plain import plain
+from dinoseg.config.resolvers import settled
 from dinoseg.data.classes.labels import Labels
 from dinoseg.shapes import SegmentationData
 from dinoseg.training.description import CHOSEN, GROUPS

@@ -5,7 +5,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from dinoseg.config.values import plain
+from dinoseg.config.plain import plain
 from dinoseg.training.description import CHOSEN, MODEL
 
 

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from dinoseg import build
 from dinoseg.config.nodes import instantiate
-from dinoseg.config.values import plain
+from dinoseg.config.plain import plain
 from dinoseg.data.classes.labels import Labels
 from dinoseg.errors import UserError
 from dinoseg.inference.trained_sizes import TrainedSizes

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.options import chosen_options
-from dinoseg.config.values import plain
+from dinoseg.config.plain import plain
 from dinoseg.errors import UserError
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from dinoseg.config.values import register_resolvers, settled
+from dinoseg.config.resolvers import register_resolvers, settled
 from dinoseg.geometry import pad_to_multiple
 from dinoseg.heads.slots.head import SlotHead
 from dinoseg.model import backbone_size

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from transformers import AutoConfig
 
 from dinoseg.config import checks
-from dinoseg.config.values import register_resolvers
+from dinoseg.config.resolvers import register_resolvers
 from dinoseg.errors import UserError
 from dinoseg.ranks import LAUNCH_KEYS
 

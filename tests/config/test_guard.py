@@ -8,10 +8,10 @@ import pytest
 from config_files import FOLDER, main_choices, needed, nodes, options, written_choices, written_targets
 from omegaconf import OmegaConf
 
-from dinoseg.config.guard import guard, renamed
-from dinoseg.config.moved import MODULES
+from dinoseg.config.guard import guard
+from dinoseg.config.moved import MODULES, renamed
 from dinoseg.config.nodes import instantiate
-from dinoseg.config.values import plain
+from dinoseg.config.plain import plain
 from dinoseg.errors import UserError
 from dinoseg.runs.recipe import SAVED, config_description
 
@@ -126,7 +126,7 @@ def kept(request):
     from hydra import compose, initialize_config_dir
     from hydra.core.hydra_config import HydraConfig
 
-    from dinoseg.config.values import register_resolvers
+    from dinoseg.config.resolvers import register_resolvers
 
     register_resolvers()
     HydraConfig.instance().cfg = None

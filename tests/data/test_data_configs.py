@@ -7,7 +7,7 @@ from making import DATA, save, write_video
 
 import dinoseg
 from dinoseg.config.nodes import instantiate
-from dinoseg.config.values import register_resolvers
+from dinoseg.config.resolvers import register_resolvers
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.scan.class_counts import class_counts
 from dinoseg.errors import UserError

@@ -15,7 +15,7 @@ from making import save
 from PIL import Image
 
 from dinoseg.__main__ import CONFIGS
-from dinoseg.config.values import register_resolvers
+from dinoseg.config.resolvers import register_resolvers
 from dinoseg.data.formats.idd import idd
 from dinoseg.errors import UserError
 from dinoseg.label_tables.read import label_table

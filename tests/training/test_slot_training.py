@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 
 from dinoseg import build
 from dinoseg.__main__ import CONFIGS
-from dinoseg.config.values import register_resolvers
+from dinoseg.config.resolvers import register_resolvers
 from dinoseg.errors import UserError
 from dinoseg.metrics.clustering import contingency, segment_scores
 from dinoseg.regimes.clips import ClipRegime

@@ -13,7 +13,7 @@ from PIL import Image
 
 from dinoseg.config.guard import guard
 from dinoseg.config.nodes import instantiate
-from dinoseg.config.values import settled
+from dinoseg.config.resolvers import settled
 from dinoseg.data.classes.file import NOT_DESCRIBED, read_class_file
 from dinoseg.errors import UserError
 from dinoseg.images import read_ids

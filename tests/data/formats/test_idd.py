@@ -10,7 +10,7 @@ from making import save
 
 import dinoseg
 from dinoseg.config.nodes import instantiate
-from dinoseg.config.values import register_resolvers
+from dinoseg.config.resolvers import register_resolvers
 from dinoseg.data.classes.masks import Masks
 from dinoseg.data.formats.idd import idd
 from dinoseg.data.opened import opened

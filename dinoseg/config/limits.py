@@ -1,0 +1,71 @@
+"""What a plain value of a checkpoint's config may be: no place to write to, and nothing larger than ours need."""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from omegaconf import DictConfig
+
+from dinoseg.config.plain import Steps, resolved
+from dinoseg.errors import UserError
+
+REMEDY = "Do not use this file unless you know who made it"
+LARGEST: Mapping[Steps, float] = {  # what a number below a key may be at most; the longest key that fits counts
+    **{("seed",): 2**63 - 1, ("resolution",): 2**14, ("resolution", "scale"): 16},
+    **{("head", "iterations"): 2**8, ("head", "first_iterations"): 2**8, ("resolution", "longest"): 2**20},
+    **dict.fromkeys([("backbone",), ("adapter",), ("head",)], 2**16),
+    **{("data",): 2**20, ("data", "workers"): 2**8, ("data", "batch_size"): 2**16, ("loss",): 2**20},
+    **{("trainer",): 2**40, ("optim",): 2**40},
+}
+_LARGEST_ELSEWHERE = 2**20
+_MOST_PIXELS = 2**30  # of all images of a training batch
+_LONGEST_TEXT = 4096
+_TRACKED = ("data", "tracking", "folder")  # where masks of tracked videos are written, below the run's own folder
+
+
+def check_text(text: str, steps: Steps, what: str) -> None:
+    """Refuse a text as it stands in the file, an interpolation or not: one too long, or another place for caches.
+
+    Args:
+        text: what the file says.
+        steps: to its place.
+        what: for the message: file, key and value.
+    """
+    if len(text) > _LONGEST_TEXT:
+        raise UserError(f"{what} has {len(text)} letters, above the most, {_LONGEST_TEXT}. {REMEDY}.")
+    if steps[-1:] == ("cache_dir",) and text != "${cache_dir}":
+        raise UserError(
+            f"{what} is refused. A config from a checkpoint may not say where files are written: only cache_dir of "
+            "your own command line does."
+        )
+
+
+def check_value(value: Any, steps: Steps, what: str) -> None:
+    """Refuse a value, none of it an interpolation any more, that writes elsewhere or asks for too much."""
+    if steps == _TRACKED and isinstance(value, str):
+        if not re.fullmatch(r"\w+(/\w+)*", value):
+            raise UserError(f"{what} is refused. A config from a checkpoint may only name folders below the run's own.")
+    elif steps == _TRACKED or (steps[-1:] == ("cache_dir",) and not isinstance(value, str)):
+        raise UserError(f"{what} is refused: it is no name of a folder. {REMEDY}.")
+    if value is None or isinstance(value, bool | str | list | Mapping):
+        return
+    if not isinstance(value, int | float):
+        raise UserError(f"{what} is of type {type(value).__name__}, and a config from a checkpoint holds plain values.")
+    above = (LARGEST[steps[:end]] for end in range(len(steps), 0, -1) if steps[:end] in LARGEST)
+    most = next(above, _LARGEST_ELSEWHERE)
+    if not (abs(value) <= most and math.isfinite(value)):
+        raise UserError(f"{what} is refused: a checkpoint may ask for {most} there at most. {REMEDY}.")
+
+
+def check_batch(whole: DictConfig, where: str) -> None:
+    """Refuse training batches of more pixels than any machine would hold, each number of them small enough alone."""
+    crop, batch = (resolved(whole, steps) for steps in (("resolution", "crop"), ("data", "batch_size")))
+    frames = resolved(whole, ("data", "clips", "cut", "length"))
+    sizes = [*(crop if isinstance(crop, list) else [crop]), batch, frames]
+    pixels = math.prod(abs(size) for size in sizes if isinstance(size, int | float))
+    if pixels > _MOST_PIXELS:
+        raise UserError(
+            f"{where}: resolution.crop={crop} with data.batch_size={batch} is refused: a checkpoint may ask for "
+            f"batches of {_MOST_PIXELS} pixels at most. {REMEDY}."
+        )

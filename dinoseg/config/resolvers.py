@@ -1,0 +1,100 @@
+"""The functions that config files may call, and configs in which what they give to one run alone is written out."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError
+
+from dinoseg.config.nodes import not_set
+from dinoseg.config.options import recipe_name
+from dinoseg.errors import UserError
+
+CLASS_FILE, CELLS = "class_file", "cells"
+RESOLVERS = ("len", CELLS)  # those that a checkpoint's config may use: functions of values beside them
+
+
+class _Unmet(UserError, InterpolationResolutionError):
+    """A mistake found while a value is resolved, which OmegaConf then passes on as it is instead of wrapping it."""
+
+    _initialized = True
+
+
+def register_resolvers() -> None:
+    """Register the functions that config files may call.
+
+    `${len:${.classes}}` is the length of a list, `${class_file:KEY}` what `classes.yaml` says,
+    `${cells:${resolution},${backbone.patch_size}}` the rows and columns of cells in a training crop (null where the
+    patch size is null), and `${recipe_name:sarrarp/lora}` the name of a recipe.
+    """
+    OmegaConf.register_new_resolver("len", _length, replace=True)
+    OmegaConf.register_new_resolver(CELLS, _cells, replace=True)
+    OmegaConf.register_new_resolver(CLASS_FILE, _from_class_file, replace=True)
+    OmegaConf.register_new_resolver("recipe_name", recipe_name, replace=True)
+
+
+def settled(node: DictConfig) -> dict[Any, Any]:
+    """Return a config node as a dict with what only this run knows written out: `classes.yaml`, and grids of cells.
+
+    What cannot be had stands as `???`, as any value that is not set.
+    """
+    values = OmegaConf.to_container(node)
+    assert isinstance(values, dict)
+    for key, value in values.items():
+        if isinstance(value, dict):
+            values[key] = settled(node[key])
+        elif str(value).startswith((f"${{{CLASS_FILE}:", f"${{{CELLS}:")):
+            values[key] = _resolved_or_unset(node, key)
+    return values
+
+
+def _resolved_or_unset(node: DictConfig, key: Any) -> Any:
+    try:
+        value = node[key]
+    except InterpolationResolutionError:
+        return "???"
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
+
+def _length(values: Any) -> int:
+    if not isinstance(values, Sequence):
+        raise _Unmet(f"{values} stands where a list is counted. Write it in brackets: data.classes=[background, leaf].")
+    return len(values)
+
+
+def _cells(resolution: DictConfig, patch_size: int | None) -> list[int] | None:
+    if patch_size is None:
+        return None
+    # sizes as dinoseg.model gives them, which imports torch: mode=score and the help do without
+    longest = max(resolution.crop) if resolution.longest is None else resolution.longest
+    factor = resolution.scale * min(1.0, longest / max(resolution.crop))
+    return [math.ceil(max(1, round(side * factor)) / patch_size) for side in resolution.crop]
+
+
+def _from_class_file(key: str, *, _root_: DictConfig) -> Any:
+    """Return what `classes.yaml` in `data.root` says; where `data.classes` is given, the file is not read."""
+    from dinoseg.data.classes.file import NAME, NOT_DESCRIBED
+
+    data = _root_.get("data")
+    root = None if data is None or OmegaConf.is_missing(data, "root") else data.get("root")
+    if data is None or not OmegaConf.is_interpolation(data, "classes"):
+        return NOT_DESCRIBED.get(key)
+    path = Path(str(root or "")).expanduser() / NAME
+    if root is not None and (described := _read_class_file(path, data.ignore_index)) is not None:
+        return described[key]
+    if key in NOT_DESCRIBED:
+        return NOT_DESCRIBED[key]
+    where = f"into {path}" if root is not None else f"into a file {NAME} in data.root"
+    raise _Unmet(f"{not_set('data.classes')} Or write it {where}: `classes: [background, leaf]`.")
+
+
+def _read_class_file(path: Path, ignore_index: int) -> Mapping[str, Any] | None:
+    """Return what a file of classes says, None where there is none."""
+    from dinoseg.data.classes.file import read_class_file
+
+    try:
+        return read_class_file(path, ignore_index) if path.is_file() else None
+    except UserError as error:
+        raise _Unmet(str(error)) from None
