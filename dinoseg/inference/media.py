@@ -227,7 +227,6 @@ def _is_media(path: Path) -> bool:
 
 def _accepted(paths: list[Path], nothing: str) -> list[Path]:
     media = [path for path in paths if _is_media(path) and not path.is_dir() and path.name[0] != "."]
-    found = sorted(media, key=lambda path: natural_order(path.as_posix()))
-    if not found:
+    if not media:
         raise UserError(f"{nothing} {_ACCEPTED}")
-    return found
+    return sorted(media, key=lambda path: natural_order(path.as_posix()))

@@ -72,7 +72,7 @@ def _apart(names: Sequence[str], longer: Sequence[str]) -> list[str]:
     """Return each name, or its longer form where several are equal but for case, numbered where that is taken."""
     counts = Counter(name.casefold() for name in names)
     taken = {name for name, count in counts.items() if count == 1}
-    found: list[str] = []
+    apart: list[str] = []
     for name, base in zip(names, longer, strict=True):
         if counts[name.casefold()] > 1:
             name, number = base, 2
@@ -80,5 +80,5 @@ def _apart(names: Sequence[str], longer: Sequence[str]) -> list[str]:
                 name = f"{base}_{number}"
                 number += 1
             taken.add(name.casefold())
-        found.append(name)
-    return found
+        apart.append(name)
+    return apart

@@ -5,11 +5,20 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from enum import Enum
+from typing import Generic, TypeVar
 
 Read = TypeVar("Read")
 Done = TypeVar("Done")
-_END = object()
+T = TypeVar("T")
+
+
+class _End(Enum):
+    """What follows the last item in a queue."""
+
+    END = 0
+
+
 _POLL = 0.05  # seconds between two looks at whether another stage has failed
 
 
@@ -31,7 +40,7 @@ def run_pipeline(
     all three and is raised here, after both threads have ended.
     """
     start = time.perf_counter()
-    pipeline = _Pipeline(depth)
+    pipeline: _Pipeline[Read, Done] = _Pipeline(depth)
     reader = threading.Thread(target=pipeline.guard, args=(pipeline.feed, read), name="read", daemon=True)
     writer = threading.Thread(target=pipeline.guard, args=(pipeline.drain, write), name="write", daemon=True)
     reader.start()
@@ -45,16 +54,16 @@ def run_pipeline(
     return Throughput(pipeline.written, time.perf_counter() - start)
 
 
-class _Pipeline:
+class _Pipeline(Generic[Read, Done]):
     def __init__(self, depth: int) -> None:
         self.error: BaseException | None = None
         self.written = 0
         self._stop = threading.Event()
         self._lock = threading.Lock()
-        self._read: queue.Queue[Any] = queue.Queue(depth)
-        self._done: queue.Queue[Any] = queue.Queue(depth)
+        self._read: queue.Queue[Read | _End] = queue.Queue(depth)
+        self._done: queue.Queue[Done | _End] = queue.Queue(depth)
 
-    def guard(self, stage: Callable[[Any], None], argument: Any) -> None:
+    def guard(self, stage: Callable[[T], None], argument: T) -> None:
         try:
             stage(argument)
         except BaseException as error:  # KeyboardInterrupt too must stop the other stages
@@ -62,34 +71,34 @@ class _Pipeline:
                 self.error = self.error or error
             self._stop.set()
 
-    def feed(self, read: Iterable[Any]) -> None:
+    def feed(self, read: Iterable[Read]) -> None:
         for item in read:
             if not self._put(self._read, item):
                 return
-        self._put(self._read, _END)
+        self._put(self._read, _End.END)
 
-    def transform(self, infer: Callable[[Any], Any]) -> None:
+    def transform(self, infer: Callable[[Read], Done]) -> None:
         for item in self._items(self._read):
             if not self._put(self._done, infer(item)):
                 return
-        self._put(self._done, _END)
+        self._put(self._done, _End.END)
 
-    def drain(self, write: Callable[[Any], None]) -> None:
+    def drain(self, write: Callable[[Done], None]) -> None:
         for item in self._items(self._done):
             write(item)
             self.written += 1
 
-    def _items(self, source: queue.Queue[Any]) -> Iterator[Any]:
+    def _items(self, source: queue.Queue[T | _End]) -> Iterator[T]:
         while not self._stop.is_set():
             try:
                 item = source.get(timeout=_POLL)
             except queue.Empty:
                 continue
-            if item is _END:
+            if isinstance(item, _End):
                 return
             yield item
 
-    def _put(self, target: queue.Queue[Any], item: Any) -> bool:
+    def _put(self, target: queue.Queue[T | _End], item: T | _End) -> bool:
         while not self._stop.is_set():
             try:
                 target.put(item, timeout=_POLL)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dinoseg.errors import UserError
+from dinoseg.model import Segmenter
 from dinoseg.storage import forms
 
 logger = logging.getLogger(__name__)
@@ -51,17 +52,17 @@ class TrainedSizes:
         Raises:
             UserError: it is no pair of sizes.
         """
-        found = info.get(KEY)
-        if found is None:
+        sizes = info.get(KEY)
+        if sizes is None:
             return None
         try:
-            _FORM(found, KEY)
+            _FORM(sizes, KEY)
         except forms.Misshapen as error:
             raise UserError(f"The checkpoint's description is damaged: {error}. Choose another one.") from None
-        return cls(**found)
+        return cls(**sizes)
 
 
-def keep_scale(model: Any, sizes: TrainedSizes | None, *, reduces: bool = True) -> None:
+def keep_scale(model: Segmenter, sizes: TrainedSizes | None, *, reduces: bool = True) -> None:
     """Let a segmenter take pictures much larger than any of its training at the typical size, and say so once.
 
     Args:
@@ -71,21 +72,21 @@ def keep_scale(model: Any, sizes: TrainedSizes | None, *, reduces: bool = True) 
     """
     if sizes is None:
         return
-    own = model.longest
+    longest = model.longest  # as the config says, for pictures of the training's scale
     told = False
 
-    def look(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+    def set_longest(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         nonlocal told
-        height, width = given[0].shape[-2:]
-        fed = min(max(height, width), own or max(height, width))
+        height, width = inputs[0].shape[-2:]
+        fed = min(max(height, width), longest or max(height, width))
         large = fed > sizes.largest
         if reduces:
-            model.longest = sizes.typical if large else own
+            model.longest = sizes.typical if large else longest
         if large and not told:
             told = True
             logger.warning("%s", _message((height, width), sizes, reduces))
 
-    model.register_forward_pre_hook(look)
+    model.register_forward_pre_hook(set_longest)
 
 
 def _message(size: Size, sizes: TrainedSizes, reduces: bool) -> str:

@@ -6,29 +6,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from dinoseg import __version__, build
+from dinoseg import build
 from dinoseg.config.nodes import instantiate
 from dinoseg.errors import UserError
 from dinoseg.inference.frame_folder import FolderReader, open_frames
 from dinoseg.inference.media import VideoReader
-from dinoseg.inference.stream import Throughput
 from dinoseg.ranges import Count, Share
 from dinoseg.runs.folder import lock, release
 from dinoseg.runs.trained import is_trained, load_trained, sizes_to_keep
 from dinoseg.runs.unread import warn_unread
-from dinoseg.storage.atomic import write_json
 from dinoseg.tracking.propagation.tracker import PropagationTracker
 from dinoseg.tracking.slots.tracker import SlotTracker
 from dinoseg.tracking.smoothing import SmoothingTracker
 from dinoseg.tracking.tracker import Tracker
 from dinoseg.tracking.video.labels import TrackLabels, find_labels
 from dinoseg.tracking.video.mask_folder import Look
-from dinoseg.tracking.video.report import write_track_report
+from dinoseg.tracking.video.report import write_results
 from dinoseg.tracking.video.run import TrackJob, track_video
 from dinoseg.tracking.video.state import (
-    RESULT,
     STATE,
     Standing,
     TrackProgress,
@@ -79,20 +74,21 @@ def track(
     if smoothing is not None and not is_trained(cfg):
         raise UserError(_NO_SMOOTHING.format(smoothing))
     folder = Path(out_dir if restart is None else restart).expanduser()
-    with _standing(folder, restart) as standing:
-        frames, given = _given(input, labels, needed=not is_trained(cfg))
+    with _unfinished_run(folder, restart) as standing:
+        frames, first_masks = _open_input(input, labels, needs_labels=not is_trained(cfg))
         with frames:
-            tracker, look = _tracker(cfg, batch_size, smoothing, labels, out_dir)
+            tracker, look = _choose_tracker(cfg, batch_size, smoothing, labels, out_dir)
             warn_unread(out_dir, tracker.unread, tracker.unread_because)
             start = None if standing is None else _go_on(tracker, standing, folder)
-            job = TrackJob(tracker, frames, given, folder, start, batch_size, save_every, look)
-            return _run(job, str(input), opacity)
+            job = TrackJob(tracker, frames, first_masks, folder, start, batch_size, save_every, look)
+            with _says_how_to_go_on(folder):
+                return write_results(job, track_video(job), str(input), opacity)
 
 
-def _run(job: TrackJob, input: str, opacity: float) -> dict[str, Any]:
-    folder = job.folder
+@contextmanager
+def _says_how_to_go_on(folder: Path) -> Iterator[None]:
     try:
-        return _finish(job, track_video(job), input, opacity)
+        yield
     except OSError as error:
         raise UserError(
             f"Cannot write below {folder} ({error}). Make room; the same command with mode.restart={folder} goes on."
@@ -102,32 +98,34 @@ def _run(job: TrackJob, input: str, opacity: float) -> dict[str, Any]:
         raise
 
 
-def _given(input: str | None, labels: str | None, *, needed: bool) -> tuple[VideoReader | FolderReader, TrackLabels]:
+def _open_input(
+    input: str | None, labels: str | None, *, needs_labels: bool
+) -> tuple[VideoReader | FolderReader, TrackLabels]:
     """Return frames and masks, those that can be checked in time checked."""
     if not input:
         raise UserError("mode=track needs something to track in: give input=<video or folder of frames>.")
-    if needed and not labels:
+    if needs_labels and not labels:
         raise UserError(
             "mode=track needs to know what to follow: give labels=<mask of the first frame, or folder of masks named "
             "as frames>."
         )
     frames = open_frames(input)
-    given = find_labels(labels, frames)
-    first = given.read(0)
-    if first is not None and len(given.files) == 1 and not first.any():
+    masks = find_labels(labels, frames)
+    first = masks.read(0)
+    if first is not None and len(masks.files) == 1 and not first.any():
         raise UserError(
             f"labels={labels} shows no object: all of it is 0, the background. Draw what is to be followed."
         )
-    if 1 < len(given.files) == frames.count:
+    if 1 < len(masks.files) == frames.count:
         logger.warning(
             "labels=%s has a mask for every frame: each is followed from its own. To follow the first one alone, "
             "give its file.",
             labels,
         )
-    return frames, given
+    return frames, masks
 
 
-def _tracker(
+def _choose_tracker(
     cfg: Any, batch_size: int, smoothing: float | None, labels: str | None, out_dir: Path
 ) -> tuple[Tracker, Look]:
     """Return what follows objects, and how its masks are shown.
@@ -166,7 +164,7 @@ def _propagation(cfg: Any, batch_size: int) -> Tracker:
 
 
 @contextmanager
-def _standing(folder: Path, restart: str | None) -> Iterator[Standing | None]:
+def _unfinished_run(folder: Path, restart: str | None) -> Iterator[Standing | None]:
     """Give what an unfinished run has kept, while no other process writes to its folder; None for a new run."""
     if restart is None:
         yield None
@@ -197,44 +195,3 @@ def _go_on(tracker: Tracker, standing: Standing, folder: Path) -> TrackProgress:
         ) from error
     logger.info("Going on in %s after %s", folder, count_of(done, "frame"))
     return standing.progress
-
-
-def _finish(job: TrackJob, passed: Throughput, input: str, opacity: float) -> dict[str, Any]:
-    """Write what a finished run shows; its standing is not needed any more."""
-    logger.info(
-        "%s in %.1f s: %.2f frames/s with reading and writing",
-        count_of(passed.items, "frame"),
-        passed.seconds,
-        passed.items / passed.seconds,
-    )
-    with open_frames(input) as frames:
-        objects, report = write_track_report(
-            frames, job.folder, opacity=opacity, look=job.look, blocks=job.tracker.blocks(job.frames.size)
-        )
-    result = {
-        "input": input,
-        "labels": {job.frames.frame_name(position): str(path) for position, path in sorted(job.labels.files.items())},
-        "settings": job.tracker.settings,
-        "frames": report.items,
-        "size": list(job.frames.size),
-        "fps": job.frames.fps,
-        "objects": objects,
-        "frames_timed": passed.items,
-        "frames_per_s": passed.items / passed.seconds,
-        "report_frames_per_s": report.items / report.seconds,
-        "flicker": _flicker(job.tracker),
-        "versions": {"dinoseg": __version__, "torch": torch.__version__},
-    }
-    write_json(job.folder / RESULT, result)
-    (job.folder / STATE).unlink()
-    logger.info("Masks, overlay and table are in %s", job.folder)
-    return {key: result[key] for key in ("frames", "objects", "frames_per_s")} | {"run": str(job.folder)}
-
-
-def _flicker(tracker: Tracker) -> dict[str, float] | None:
-    """Print and return how many pixels change their class from frame to frame, where that is counted."""
-    shares = tracker.flicker()
-    if shares is not None:
-        before, after = 100 * shares["before"], 100 * shares["after"]
-        logger.info("Pixels that change class from a frame to the next: %.2f %%, smoothed %.2f %%", before, after)
-    return shares

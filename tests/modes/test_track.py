@@ -238,7 +238,7 @@ def test_a_full_disk_says_how_to_go_on(track, monkeypatch):
     ],
 )
 def test_mistakes_are_named_before_the_backbone_is_loaded(track, monkeypatch, options, message):
-    monkeypatch.setattr(mode, "_tracker", lambda *_: pytest.fail("the backbone was loaded"))
+    monkeypatch.setattr(mode, "_choose_tracker", lambda *_: pytest.fail("the backbone was loaded"))
     Image.fromarray(frame(0)[1] * 0).save("empty.png")
     Image.fromarray(frame(0)[1][1:]).save("small.png")
     with pytest.raises(UserError, match=message):

@@ -34,8 +34,8 @@ def propagate(
     Raises:
         UserError: for labels of another grid, no labels for frame 0, or settings out of range.
     """
-    given = {"context": context, "radius": radius, "window": window, "top_k": top_k, "temperature": temperature}
-    settings = replace(settings, **{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
+    overrides = {"context": context, "radius": radius, "window": window, "top_k": top_k, "temperature": temperature}
+    settings = replace(settings, **{key: value for key, value in overrides.items() if value is not None})  # type: ignore[arg-type]
     if features.ndim != 4 or not len(features):
         raise UserError(f"The features have the shape {tuple(features.shape)}. Give at least one frame: (T, C, h, w).")
     frames = labels if isinstance(labels, Mapping) else {0: labels}
@@ -80,36 +80,36 @@ class Propagator:
             UserError: where the first frame has no labels, or features or labels have another shape than before.
         """
         target = _unit(features)
-        given = None if labels is None else _on_grid(labels, target)
+        seeds = None if labels is None else _on_grid(labels, target)
         if self._first is None:
-            return self._start(target, given)
+            return self._start(target, seeds)
         _check_same(target, self._first[0])
         with torch.autocast(target.device.type, enabled=False):  # half precision would make ties
             soft = match(target, [self._first, *self._recent], self.settings)
-        if given is not None:
-            soft = seed(soft.permute(2, 0, 1), given).permute(1, 2, 0).contiguous()
+        if seeds is not None:
+            soft = seed(soft.permute(2, 0, 1), seeds).permute(1, 2, 0).contiguous()
             self._first = _widened(self._first, soft.shape[2])
             self._recent = deque((_widened(frame, soft.shape[2]) for frame in self._recent), self.settings.context)
         self._recent.append((target, soft))
         return _channels_first(soft)
 
     @torch.no_grad()
-    def blend(self, features: Tensor, own: Tensor, share: float) -> Tensor:
+    def blend(self, features: Tensor, labels: Tensor, share: float) -> Tensor:
         """Return a frame's own soft labels (L, h, w) mixed with those that come from the frames before it.
 
-        That is (1 - share) own + share propagated: `own` for a share of 0. The first frame keeps its own. Later frames
-        read the mixture.
+        That is (1 - share) labels + share propagated: `labels` for a share of 0. The first frame keeps its own. Later
+        frames read the mixture.
 
         Raises:
             UserError: where features or labels have another shape than before.
         """
         if self._first is None:
-            return self.step(features, own)
+            return self.step(features, labels)
         target = _unit(features)
         _check_same(target, self._first[0])
         with torch.autocast(target.device.type, enabled=False):
             soft = match(target, [self._first, *self._recent], self.settings)
-        mixed = torch.lerp(_on_grid(own, target).permute(1, 2, 0), soft, share)  # (h, w, L)
+        mixed = torch.lerp(_on_grid(labels, target).permute(1, 2, 0), soft, share)  # (h, w, L)
         self._recent.append((target, mixed))
         return _channels_first(mixed)
 

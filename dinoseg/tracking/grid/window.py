@@ -73,24 +73,25 @@ def _outside(area: tuple[slice, slice], near: tuple[slice, slice], settings: Mat
 def _mix(similarities: Tensor, labels: Tensor, settings: MatchSettings) -> Tensor:
     """Return the mean (M, L) of labels (N, L), weighted by the best of the similarities (M, N) of each row."""
     count = min(settings.top_k, len(labels))
-    values, places = similarities.topk(min(count + 1, len(labels)))
-    mixed = torch.bmm(_weights(values[:, :count], settings)[:, None], labels[places[:, :count]])[:, 0]
+    values, cells = similarities.topk(min(count + 1, len(labels)))
+    mixed = torch.bmm(_weights(values[:, :count], settings)[:, None], labels[cells[:, :count]])[:, 0]
     if count == len(labels):
         return mixed
     last, next_best = values[:, count - 1], values[:, count]
     tied = ((last == next_best) & last.isfinite()).nonzero()[:, 0]
     if len(tied):  # rare, and dear: a weight for every cell of the surroundings
-        kept = _keep(similarities[tied], last[tied, None], settings)
-        mixed[tied] = _weights(kept, settings) @ labels
+        matches = _matches(similarities[tied], last[tied, None], settings)
+        mixed[tied] = _weights(matches, settings) @ labels
     return mixed
 
 
-def _keep(similarities: Tensor, last: Tensor, settings: MatchSettings) -> Tensor:
-    kept = similarities >= last
+def _matches(similarities: Tensor, last: Tensor, settings: MatchSettings) -> Tensor:
+    """Return the similarities (M, N) of the matches that count where some equal the `last` one, elsewhere -inf."""
+    counts = similarities >= last
     if not settings.ties:
         above, equal = similarities > last, similarities == last
-        kept = above | (equal & (equal.cumsum(1) <= settings.top_k - above.sum(1, keepdim=True)))
-    return similarities.masked_fill(~kept, -torch.inf)
+        counts = above | (equal & (equal.cumsum(1) <= settings.top_k - above.sum(1, keepdim=True)))
+    return similarities.masked_fill(~counts, -torch.inf)
 
 
 def _weights(similarities: Tensor, settings: MatchSettings) -> Tensor:

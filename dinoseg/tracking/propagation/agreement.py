@@ -46,8 +46,8 @@ def between(
         ways.append((ids, _propagated(seen, channels.reshape(size).astype(np.uint8), settings)))
     for number in range(1, len(features) - 1):
         there, back = (
-            ids[to_mask(soft[place], size, settings, patch_size=patch_size).cpu().numpy()]
-            for place, (ids, soft) in zip((number, len(features) - 1 - number), ways, strict=True)
+            ids[to_mask(soft[position], size, settings, patch_size=patch_size).cpu().numpy()]
+            for position, (ids, soft) in zip((number, len(features) - 1 - number), ways, strict=True)
         )
         yield agree(there, back, ignore_index)
 
@@ -56,9 +56,9 @@ def agree(one: np.ndarray, other: np.ndarray, ignore_index: int = 255) -> Agreed
     """Return what two masks (H, W) agree on; a pixel that either ignores is ignored and does not count."""
     known = (one != ignore_index) & (other != ignore_index)
     same = known & (one == other)
-    found = known & ((one != BACKGROUND) | (other != BACKGROUND))
+    objects = known & ((one != BACKGROUND) | (other != BACKGROUND))
     mask = np.where(same, one, ignore_index).astype(np.uint8)
-    return Agreed(mask, float((same & found).sum() / found.sum()) if found.any() else 1.0)
+    return Agreed(mask, float((same & objects).sum() / objects.sum()) if objects.any() else 1.0)
 
 
 def _propagated(features: Tensor, channels: np.ndarray, settings: PropagationSettings) -> Tensor:

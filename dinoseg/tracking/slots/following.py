@@ -38,8 +38,8 @@ class SlotFrame(NamedTuple):
         """
         grid = (self.features.shape[-2], self.features.shape[-1])
         labels = torch.from_numpy(np.asarray(self.labels))
-        each = ((labels == one).float() for one in ids)
-        return torch.cat([area_mean(pixels[None], grid, self.valid) for pixels in each]).to(self.features.device)
+        objects = ((labels == label).float() for label in ids)
+        return torch.cat([area_mean(pixels[None], grid, self.valid) for pixels in objects]).to(self.features.device)
 
 
 @dataclass(frozen=True)

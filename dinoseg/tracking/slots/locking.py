@@ -34,16 +34,20 @@ def lock(shares: Tensor, ids: Sequence[int], settings: SlotTracking, background:
         background: (h, w) bool, True where the class attention sees background; needed for extra slots.
     """
     cells = shares.argmax(0) == torch.arange(len(shares), device=shares.device)[:, None, None]  # (1 + objects, h, w)
-    for own, share in zip(cells, shares, strict=True):
-        if share.any() and not own.any():
-            own.view(-1)[share.argmax()] = True
+    for cells_of_one, share in zip(cells, shares, strict=True):
+        if share.any() and not cells_of_one.any():
+            cells_of_one.view(-1)[share.argmax()] = True
     extra = torch.zeros_like(cells[0]) if background is None else cells[0] & ~background
     num_background = max(1, _at_most(settings.background_slots, cells[0]))
-    wanted = [(0, cells[0], num_background)]
-    wanted += [(one, own, _at_most(settings.slots_per_object, own)) for one, own in zip(ids, cells, strict=True) if one]
-    wanted += [(0, extra, _at_most(settings.extra_slots, extra))]
-    allowed = torch.cat([own.expand(count, -1, -1) for _, own, count in wanted])
-    return Locked(allowed, [one for one, _, count in wanted for _ in range(count)], num_background)
+    groups = [(0, cells[0], num_background)]  # id, cells, slots
+    groups += [
+        (label, visible, _at_most(settings.slots_per_object, visible))
+        for label, visible in zip(ids, cells, strict=True)
+        if label
+    ]
+    groups += [(0, extra, _at_most(settings.extra_slots, extra))]
+    allowed = torch.cat([visible.expand(count, -1, -1) for _, visible, count in groups])
+    return Locked(allowed, [label for label, _, count in groups for _ in range(count)], num_background)
 
 
 def hold(background: Tensor, sizes: Sequence[int], side: str) -> Tensor | None:

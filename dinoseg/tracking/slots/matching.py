@@ -97,19 +97,19 @@ def owners(masks: Tensor, shares: Tensor, ids: Sequence[int]) -> list[int]:
         UserError: there are fewer slots than the objects and the background.
     """
     overlap = soft_iou(masks, shares).cpu().numpy()  # (S, 1 + objects)
-    own = [ids[best] for best in overlap.argmax(1)]
-    give(own, {one: column for one, column in zip(ids, overlap.T, strict=True) if one not in own and one})
-    return own
+    served = [ids[best] for best in overlap.argmax(1)]
+    give(served, {label: column for label, column in zip(ids, overlap.T, strict=True) if label not in served and label})
+    return served
 
 
-def give(own: list[int], overlap: Mapping[int, np.ndarray]) -> None:
-    """Write objects into `own`, the ids of what S slots serve (0 = background): one slot for each object.
+def give(served: list[int], overlap: Mapping[int, np.ndarray]) -> None:
+    """Write objects into `served`, the ids of what S slots serve (0 = background): one slot for each object.
 
     The greatest overlap of all goes first. A slot is taken from the background; from objects only where the background
     has a single one; and the last slot from neither.
 
     Args:
-        own: (S,).
+        served: (S,).
         overlap: by each new object's id, with every slot (S,).
 
     Raises:
@@ -117,19 +117,19 @@ def give(own: list[int], overlap: Mapping[int, np.ndarray]) -> None:
     """
     waiting = set(overlap)
     while waiting:
-        spare = [slot for slot, serves in enumerate(own) if own.count(serves) > 1]
-        free = [slot for slot in spare if own[slot] == 0] or spare
+        spare = [slot for slot, label in enumerate(served) if served.count(label) > 1]
+        free = [slot for slot in spare if served[slot] == 0] or spare
         if not free:
-            objects = count_of(waiting | set(own) - {0}, "object")
+            objects = count_of(waiting | set(served) - {0}, "object")
             raise UserError(
-                f"{count_of(own, 'slot')} cannot follow {objects}: each needs one of its own, and so does the "
+                f"{count_of(served, 'slot')} cannot follow {objects}: each needs one of its own, and so does the "
                 "background. Use slots.lock_on=true, which makes slots for the objects of the first frame and "
                 "slots.background_slots for later ones; or a model of more slots (head.num_slots)."
             )
-        pairs = [(slot, one) for slot in free for one in sorted(waiting)]
-        slot, taker = max(pairs, key=lambda pair: overlap[pair[1]][pair[0]])
-        own[slot] = taker
-        waiting.remove(taker)
+        pairs = [(slot, label) for slot in free for label in sorted(waiting)]
+        slot, label = max(pairs, key=lambda pair: overlap[pair[1]][pair[0]])
+        served[slot] = label
+        waiting.remove(label)
 
 
 def winners(masks: Tensor, size: tuple[int, int], valid: tuple[float, float]) -> Tensor:

@@ -87,20 +87,20 @@ def _in_folder(folder: Path, frames: VideoReader | FolderReader) -> dict[int, Pa
             f"labels={folder} has {count_of(lone, 'mask')} of no frame of {frames.path}: {listed(lone)}. Masks are "
             f"{_NAMES}."
         )
-    found: dict[int, Path] = {}
+    masks: dict[int, Path] = {}
     for name, file in names.items():
         position = frames.position(name)
         assert position is not None
-        if position in found:
-            raise UserError(f"{found[position]} and {folder / file} are masks of one frame: keep one of them.")
-        found[position] = folder / file
-    if 0 not in found:
+        if position in masks:
+            raise UserError(f"{masks[position]} and {folder / file} are masks of one frame: keep one of them.")
+        masks[position] = folder / file
+    if 0 not in masks:
         raise UserError(
             f"labels={folder} has no mask for the first frame, {frames.frame_name(0)}, but for "
-            f"{listed([frames.frame_name(position) for position in sorted(found)])}. Give one for it, or an input that "
+            f"{listed([frames.frame_name(position) for position in sorted(masks)])}. Give one for it, or an input that "
             "begins at the first mask."
         )
-    return found
+    return masks
 
 
 def _ids(path: Path, size: tuple[int, int]) -> np.ndarray:

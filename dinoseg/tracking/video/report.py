@@ -1,25 +1,78 @@
-"""What a finished tracking run shows, made of its frames and masks on the disk: an overlay video and a table."""
+"""What a finished tracking run shows, made of its frames and masks on the disk: overlay video, table and track.json."""
 
 import csv
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from dinoseg import __version__
 from dinoseg.errors import UserError
 from dinoseg.images import read_ids
-from dinoseg.inference.frame_folder import FolderReader
+from dinoseg.inference.frame_folder import FolderReader, open_frames
 from dinoseg.inference.media import VideoReader, VideoWriter
 from dinoseg.inference.stream import Throughput, run_pipeline
 from dinoseg.report.overlay import blend, smooth_blocks
-from dinoseg.storage.atomic import whole_file
+from dinoseg.storage.atomic import whole_file, write_json
 from dinoseg.tracking.video.mask_folder import Look
-from dinoseg.tracking.video.state import MASKS
+from dinoseg.tracking.video.run import TrackJob
+from dinoseg.tracking.video.state import MASKS, RESULT, STATE
+from dinoseg.wording import count_of
 
+logger = logging.getLogger(__name__)
 COLUMNS = ("frame", "name", "id", "area", "centre_x", "centre_y", "left", "top", "right", "bottom")
 _DEPTH = 4  # frames that wait on either side
+
+
+def write_results(job: TrackJob, passed: Throughput, source: str, opacity: float) -> dict[str, Any]:
+    """Write what a run shows whose masks are all there; its standing is not needed any more.
+
+    Args:
+        job: that is done.
+        passed: the frames tracked, and in how long.
+        source: of the frames, which are read once more.
+        opacity: of the masks over the frames.
+
+    Raises:
+        UserError: see `write_track_report`.
+    """
+    frames_per_s = passed.items / passed.seconds
+    logger.info(
+        "%s in %.1f s: %.2f frames/s with reading and writing",
+        count_of(passed.items, "frame"),
+        passed.seconds,
+        frames_per_s,
+    )
+    with open_frames(source) as frames:
+        blocks = job.tracker.blocks(frames.size)
+        objects, report = write_track_report(frames, job.folder, opacity=opacity, look=job.look, blocks=blocks)
+    flicker = job.tracker.flicker()
+    if flicker is not None:
+        before, after = 100 * flicker["before"], 100 * flicker["after"]
+        logger.info("Pixels that change class from a frame to the next: %.2f %%, smoothed %.2f %%", before, after)
+    result = {
+        "input": source,
+        "labels": {job.frames.frame_name(position): str(path) for position, path in sorted(job.labels.files.items())},
+        "settings": job.tracker.settings,
+        "frames": report.items,
+        "size": list(job.frames.size),
+        "fps": job.frames.fps,
+        "objects": objects,
+        "frames_timed": passed.items,
+        "frames_per_s": frames_per_s,
+        "report_frames_per_s": report.items / report.seconds,
+        "flicker": flicker,
+        "versions": {"dinoseg": __version__, "torch": torch.__version__},
+    }
+    # a run with this file is finished, so it comes last; without the state nobody goes on with it
+    write_json(job.folder / RESULT, result)
+    (job.folder / STATE).unlink()
+    logger.info("Masks, overlay and table are in %s", job.folder)
+    return {key: result[key] for key in ("frames", "objects", "frames_per_s")} | {"run": str(job.folder)}
 
 
 def write_track_report(
