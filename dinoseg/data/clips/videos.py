@@ -8,15 +8,14 @@ from typing import Protocol
 import numpy as np
 
 from dinoseg.data.splits import Partition, divide
-from dinoseg.data.video.access import VideoFrame
+from dinoseg.data.video.access import ImageSource, VideoFrame, read_source
 from dinoseg.errors import UserError
-from dinoseg.images import IMAGE_SUFFIXES, read_ids, read_image
+from dinoseg.images import IMAGE_SUFFIXES, read_ids
 from dinoseg.storage.files import entries
 from dinoseg.storage.natural_order import natural_order
 from dinoseg.wording import count_of, listed
 
 VOID = 255  # in a mask: no object is known here
-Frame = Path | VideoFrame
 
 
 class FrameFiles(Sequence[Path]):
@@ -59,7 +58,7 @@ class Video:
     """
 
     name: str
-    frames: Sequence[Frame]
+    frames: Sequence[ImageSource]
     fps: float | None = None
     masks: Mapping[int, Path] = field(default_factory=dict)
     grey: bool = False
@@ -72,8 +71,7 @@ class Video:
 
     def image(self, position: int) -> np.ndarray:
         """Read a frame (H, W, 3) uint8."""
-        frame = self.frames[position]
-        return read_image(frame) if isinstance(frame, Path) else frame.read()
+        return read_source(self.frames[position])
 
     def mask(self, position: int) -> np.ndarray | None:
         """Read a frame's object ids (H, W) uint8, 0 = background, 255 = void; None: it has no mask.

@@ -21,7 +21,7 @@ from dinoseg.data.formats.sarrarp_files import (
 from dinoseg.data.pairs.dataset import Pair, PairDataset
 from dinoseg.data.pairs.pairing import Lacking, gathered
 from dinoseg.data.splits import Partition, divide
-from dinoseg.data.video.access import VideoFrame
+from dinoseg.data.video.access import ImageSource, VideoFrame
 from dinoseg.data.video.index import index_videos
 from dinoseg.errors import UserError
 from dinoseg.storage import forms
@@ -32,7 +32,7 @@ from dinoseg.wording import listed
 BY_OPERATION = Partition(by="fraction", group="^(video_[^_/]+)")
 FOLDERS = {"train": TRAIN_FOLDERS, "val": TRAIN_FOLDERS, "test": TEST_FOLDERS}
 SOURCES = ("frames", "video")
-Frames = Mapping[str, Path | VideoFrame]  # stem to frame
+Frames = Mapping[str, ImageSource]  # stem to frame
 _UNPACK = "Unpack the archives of these videos again, or remove the videos."
 
 

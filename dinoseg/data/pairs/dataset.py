@@ -13,8 +13,7 @@ import torch
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.mask_size import fit
 from dinoseg.data.classes.masks import MaskReader, Masks
-from dinoseg.data.video.access import VideoFrame
-from dinoseg.images import read_image
+from dinoseg.data.video.access import ImageSource, VideoFrame, read_source
 from dinoseg.shapes import Sample
 from dinoseg.storage.stamps import stamp
 
@@ -24,7 +23,7 @@ class Pair:
     """An image, in its own file or in a video, and its mask file; `name` is unique inside the data set."""
 
     name: str
-    image: Path | VideoFrame
+    image: ImageSource
     mask: Path
 
 
@@ -86,7 +85,7 @@ def read_pair(pair: Pair, reader: MaskReader) -> Sample:
     Raises:
         UserError: a file is unreadable, the sizes differ, or the mask holds what is no class.
     """
-    image = pair.image.read() if isinstance(pair.image, VideoFrame) else read_image(pair.image)
+    image = read_source(pair.image)
     size, rule = (image.shape[0], image.shape[1]), reader.masks.on_size_mismatch
     mask = fit(reader.read(pair.mask), size, rule, image=pair.image, path=pair.mask)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, H, W)

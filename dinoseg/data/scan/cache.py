@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 
 from dinoseg.data.classes.masks import MaskReader
-from dinoseg.data.scan.record import SMALL, Record
+from dinoseg.data.scan.likeness import SMALL
+from dinoseg.data.scan.record import Record
+from dinoseg.data.video.access import ImageSource
 from dinoseg.storage import forms
 from dinoseg.storage.atomic import whole_file
 from dinoseg.storage.stamps import stamp
@@ -21,9 +23,7 @@ log = logging.getLogger(__name__)
 
 _VERSION = 3  # of what a record holds
 _SMALL_COPIES = ("edges", "borders")
-_TUPLES = ("image_size", "mask_size", "color_sums", "color_squares")
-
-
+_TUPLES = ("image_size", "mask_size", "color_sums", "color_squares")  # JSON makes lists of them
 _SIZE_FORM = forms.maybe(forms.row(forms.whole(1), forms.whole(1)))
 _COLOR_FORM = forms.listing(forms.whole())
 _FORM = forms.listing(
@@ -62,14 +62,14 @@ class ScanCache:
         self._known: dict[str, tuple[list[int], Record]] = self._load()
         self._changed = False
 
-    def get(self, name: str, image: Any, mask: Path, *, images: bool) -> Record | None:
+    def get(self, name: str, image: ImageSource, mask: Path, *, images: bool) -> Record | None:
         """Return what is known of a pair if neither file has changed; with `images`, of its image too."""
         stamps, record = self._known.get(_key(image, mask), (None, None))
         if record is None or stamps != _stamps(image, mask) or (images and not record.decoded):
             return None
         return replace(record, name=name)
 
-    def put(self, record: Record, image: Any, mask: Path) -> None:
+    def put(self, record: Record, image: ImageSource, mask: Path) -> None:
         """Keep a record, unless one of its files is not there, or could not be read for the machine's sake."""
         stamps = _stamps(image, mask)
         if stamps is not None and not record.passing:
@@ -94,12 +94,11 @@ class ScanCache:
         try:
             arrays = forms.read_arrays(self.path, dict.fromkeys(("records", *_SMALL_COPIES), ("|u1", 1)))
             rows = forms.parse_json(arrays["records"].tobytes(), _FORM)
-            copies = {name: _parted(arrays[name], [row[name] for row in rows]) for name in _SMALL_COPIES}
-            known = {}
-            for index, row in enumerate(rows):
-                own = {name: copies[name][index] for name in _SMALL_COPIES}
-                known[row["key"]] = (row["stamps"], _record(row["record"], own))
-            return known
+            copies = (_parted(arrays[name], [row[name] for row in rows]) for name in _SMALL_COPIES)
+            return {
+                row["key"]: (row["stamps"], _record(row["record"], edges, borders))
+                for row, edges, borders in zip(rows, *copies, strict=True)
+            }
         except FileNotFoundError:
             return {}
         except (OSError, forms.Misshapen) as error:
@@ -107,15 +106,14 @@ class ScanCache:
             return {}
 
 
-def _key(image: Any, mask: Path) -> str:
-    source = os.path.abspath(image) if isinstance(image, str | Path) else str(image)
+def _key(image: ImageSource, mask: Path) -> str:
+    source = os.path.abspath(image) if isinstance(image, Path) else str(image)
     return f"{source}\0{os.path.abspath(mask)}"
 
 
-def _stamps(image: Any, mask: Path) -> list[int] | None:
-    image = Path(image) if isinstance(image, str | Path) else image.path
-    stamps = [stamp(image), stamp(mask)]
-    return None if None in stamps else [number for each in stamps if each for number in each]
+def _stamps(image: ImageSource, mask: Path) -> list[int] | None:
+    of_image, of_mask = stamp(image), stamp(mask)
+    return None if of_image is None or of_mask is None else [*of_image, *of_mask]
 
 
 def _plain(key: str, stamps: list[int], record: Record) -> dict[str, Any]:
@@ -125,10 +123,10 @@ def _plain(key: str, stamps: list[int], record: Record) -> dict[str, Any]:
     }
 
 
-def _record(values: Mapping[str, Any], copies: Mapping[str, bytes]) -> Record:
+def _record(values: Mapping[str, Any], edges: bytes, borders: bytes) -> Record:
     pixels = {int(value): count for value, count in values["pixels"].items()}
     tuples = {name: None if values[name] is None else tuple(values[name]) for name in _TUPLES}
-    return Record(**{**values, **tuples, "pixels": pixels, **copies})
+    return Record(**{**values, **tuples, "pixels": pixels}, edges=edges, borders=borders)
 
 
 def _joined(parts: Sequence[bytes]) -> np.ndarray:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dinoseg.data.classes.masks import MaskReader
 from dinoseg.data.scan.cache import ScanCache
-from dinoseg.data.scan.record import Record, measure
+from dinoseg.data.scan.measure import measure
+from dinoseg.data.scan.record import Record
+from dinoseg.data.video.access import ImageSource
 from dinoseg.errors import UserError
 from dinoseg.processes.workers import in_processes
 from dinoseg.report.progress import Bar
@@ -17,7 +19,7 @@ from dinoseg.report.progress import Bar
 if TYPE_CHECKING:  # its file imports torch, which the scanning processes do without
     from dinoseg.data.pairs.dataset import Pair
 
-Job = tuple[str, Any, Path]  # name, image, mask
+Job = tuple[str, ImageSource, Path]  # name, image, mask
 _CHUNK = 16  # pairs handed to a process at once
 _FEW = 64  # pairs below which starting processes costs more than it saves
 

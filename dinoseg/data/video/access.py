@@ -13,6 +13,7 @@ import numpy as np
 
 from dinoseg.data.video.index import VideoIndex, checksum, find_index, open_capture, stamp
 from dinoseg.errors import UserError
+from dinoseg.images import read_image
 
 _OPEN = 4  # videos kept open by a thread
 _NEAR = 96  # frames that are sooner decoded than jumped over: a jump decodes from the key frame before
@@ -43,6 +44,18 @@ class VideoFrame:
     def read(self) -> np.ndarray:
         """Return the pixels, as `read_frame` does."""
         return read_frame(self)
+
+
+ImageSource = Path | VideoFrame  # an image file, or a frame of a video
+
+
+def read_source(source: ImageSource) -> np.ndarray:
+    """Return an image as (H, W, 3) uint8 RGB.
+
+    Raises:
+        UserError: see `read_image` and `read_frame`.
+    """
+    return source.read() if isinstance(source, VideoFrame) else read_image(source)
 
 
 def read_frame(frame: VideoFrame) -> np.ndarray:

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from dinoseg.data.scan.record import SMALL, Record
+from dinoseg.data.scan.likeness import SMALL
+from dinoseg.data.scan.record import Record
 from dinoseg.doctor.findings import Finding, Scanned
 from dinoseg.wording import count_of
 

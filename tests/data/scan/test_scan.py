@@ -15,8 +15,9 @@ from dinoseg.data.classes.masks import MaskReader, Masks
 from dinoseg.data.formats.folder import folder_dataset
 from dinoseg.data.pairs.dataset import Pair, PairDataset
 from dinoseg.data.scan import scan as scan_module
-from dinoseg.data.scan.record import perceptual_hash
+from dinoseg.data.scan.likeness import perceptual_hash
 from dinoseg.data.scan.scan import scan, unreadable
+from dinoseg.data.video.access import VideoFrame
 from dinoseg.errors import UserError
 from dinoseg.images import read_image
 from dinoseg.wording import reasons
@@ -302,19 +303,13 @@ def test_two_processes_give_what_one_gives(fill, tmp_path, monkeypatch):
         scan(data.pairs, data.reader, workers=0)
 
 
-class Frame:
-    """An image that is in no file of its own."""
-
-    def __init__(self, path, seed):
-        self.path, self.seed = path, seed
-
-    def __str__(self):
-        return f"frame {self.seed} of {self.path}"
+class Frame(VideoFrame):
+    """A frame that is drawn, of a video that is none."""
 
     def read(self):
-        if self.seed == 9:
+        if self.index == 9:
             raise UserError(f"Frame 9 of {self.path} cannot be decoded.")
-        return picture(self.seed)
+        return picture(self.index)
 
 
 def test_frames_of_a_video(tmp_path):
@@ -356,7 +351,7 @@ def test_an_image_cut_behind_its_header_is_found_without_decoding_the_others(tmp
         pairs[3].image.write_bytes(pairs[3].image.read_bytes() + b"a camera's own trailer")
     decoded = []
     monkeypatch.setattr(
-        "dinoseg.data.scan.record.read_image", lambda path, read=read_image: decoded.append(path) or read(path)
+        "dinoseg.data.scan.measure.read_image", lambda path, read=read_image: decoded.append(path) or read(path)
     )
     reader = MaskReader(Labels.of(CLASSES, None, 255), Masks())
     records = scan(pairs, reader, images=False)

@@ -1,0 +1,53 @@
+"""What pictures are compared by: hashes of their pixels and of their look, edges and borders of small copies."""
+
+import hashlib
+
+import cv2
+import numpy as np
+
+SMALL = 64  # rows and columns of the small copies that are kept
+_HASHED, _LOWEST = 32, 8  # the perceptual hash is of the 8 x 8 lowest frequencies of 32 x 32 pixels
+_FLAT = 2.0  # grey levels of standard deviation below which a picture has no hash: it would be noise
+
+
+def digest(pixels: np.ndarray) -> str:
+    """Return a hash of all pixels and of the shape."""
+    whole = hashlib.blake2b(str(pixels.shape).encode(), digest_size=16)
+    whole.update(np.ascontiguousarray(pixels).data)
+    return whole.hexdigest()
+
+
+def perceptual_hash(pixels: np.ndarray) -> int | None:
+    """Return 64 bits that say which low frequencies of a picture (H, W, 3) are above their median; None if flat."""
+    grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
+    small = cv2.resize(grey, (_HASHED, _HASHED), interpolation=cv2.INTER_AREA).astype(np.float32)
+    if small.std() < _FLAT:
+        return None
+    waves = cv2.dct(small)[:_LOWEST, :_LOWEST].ravel()
+    bits = waves > np.median(waves[1:])  # the first is the mean level
+    return int.from_bytes(np.packbits(bits).tobytes(), "big")
+
+
+def edges(pixels: np.ndarray) -> np.ndarray:
+    """Return of a picture (H, W, 3) each small pixel's rank (64 * 64,) uint8 among the gradients.
+
+    A rank survives differing exposure and contrast.
+    """
+    small = cv2.resize(pixels, (SMALL, SMALL), interpolation=cv2.INTER_AREA).astype(np.float32)
+    across, down = cv2.Sobel(small, cv2.CV_32F, 1, 0), cv2.Sobel(small, cv2.CV_32F, 0, 1)
+    steepness = np.hypot(across, down).max(axis=-1).ravel()  # (64 * 64,)
+    ordered = np.sort(steepness)
+    rank = np.searchsorted(ordered, steepness, "left") + np.searchsorted(ordered, steepness, "right")
+    return (rank * (255 / (2 * rank.size))).astype(np.uint8)
+
+
+def borders(ids: np.ndarray) -> np.ndarray:
+    """Return of class ids (H, W) the bits (64 * 64 / 8,) uint8 of the small pixels that lie on a border."""
+    small = cv2.resize(ids, (SMALL, SMALL), interpolation=cv2.INTER_NEAREST_EXACT)
+    on_border = np.zeros((SMALL, SMALL), dtype=bool)
+    across, down = small[:, 1:] != small[:, :-1], small[1:] != small[:-1]
+    on_border[:, 1:] |= across
+    on_border[:, :-1] |= across
+    on_border[1:] |= down
+    on_border[:-1] |= down
+    return np.packbits(on_border)

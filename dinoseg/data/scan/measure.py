@@ -1,0 +1,151 @@
+"""One image and its mask read once, and all that is looked at later written down; imports no torch."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from dinoseg.data.classes.mask_size import fit
+from dinoseg.data.classes.masks import MaskReader
+from dinoseg.data.scan.file_ends import ends_early
+from dinoseg.data.scan.likeness import borders, digest, edges, perceptual_hash
+from dinoseg.data.scan.record import Record
+from dinoseg.data.video.access import ImageSource, read_source
+from dinoseg.errors import UserError
+from dinoseg.images import read_ids, read_image, read_size
+from dinoseg.storage.files import check_regular
+
+_MOST_RAW = 256  # file values that are listed
+_LOSSY = ("JPEG", "MPO")
+
+
+def measure(name: str, image: ImageSource, mask: Path, reader: MaskReader, *, images: bool) -> Record:
+    """Read one pair; a file that cannot be read is a problem in the record, never an error.
+
+    Args:
+        name: of the pair.
+        image: an image file, or a frame of a video.
+        mask: the mask file.
+        reader: how masks are read.
+        images: decode the image too; else only its header and its end are read, by which most cut files are found.
+    """
+    record = Record(name, str(image), str(mask), decoded=images)
+    try:
+        record = _with_pixels(record, image) if images else replace(record, image_size=_header_size(image))
+    except Exception as error:  # a decoder may raise anything on a damaged file
+        record = record.with_problem("unreadable_image", _reason(image, error), passing=_may_pass(error))
+    try:
+        record = _with_mask_header(record, mask)
+        return _with_ids(record, mask, image, reader)
+    except Exception as error:
+        return record.with_problem("unreadable_mask", _reason(mask, error), passing=_may_pass(error))
+
+
+def _with_pixels(record: Record, image: ImageSource) -> Record:
+    pixels = np.ascontiguousarray(read_source(image))
+    levels = np.arange(256, dtype=np.int64)
+    histograms = [np.bincount(pixels[..., channel].ravel(), minlength=256) for channel in range(3)]
+    return replace(
+        record,
+        image_size=(pixels.shape[0], pixels.shape[1]),
+        image_digest=digest(pixels),
+        look=perceptual_hash(pixels),
+        color_sums=tuple(int(histogram @ levels) for histogram in histograms),
+        color_squares=tuple(int(histogram @ levels**2) for histogram in histograms),
+        edges=edges(pixels).tobytes(),
+    )
+
+
+def _header_size(image: ImageSource) -> tuple[int, int] | None:
+    """Return height and width as `read_image` would, without decoding; None of a video's frame.
+
+    Raises:
+        UserError: the file is no picture, or ends too early and cannot be decoded either.
+    """
+    if not isinstance(image, Path):
+        return None
+    check_regular(image)
+    if ends_early(image):
+        read_image(image)  # some writers leave an end mark out: what decodes as a whole is no problem
+    return read_size(image)
+
+
+def _with_mask_header(record: Record, mask: Path) -> Record:
+    check_regular(mask)
+    with Image.open(mask) as file:
+        record = replace(record, mask_size=(file.height, file.width), mask_format=file.format or "")
+    if record.mask_format not in _LOSSY:
+        return record
+    reason = f"{mask} is a JPEG file, which changes the numbers near borders. Save it as PNG."
+    return record.with_problem("mask_is_jpeg", reason)
+
+
+def _with_ids(record: Record, mask: Path, image: ImageSource, reader: MaskReader) -> Record:
+    try:
+        ids = reader.read(mask)
+    except UserError as error:
+        if _may_pass(error):
+            raise
+        return replace(record, raw=_raw(mask, reader)).with_problem("foreign_ids", str(error))
+    record = replace(record, mask_size=(ids.shape[0], ids.shape[1]))
+    try:
+        ids = fit(ids, record.image_size or ids.shape, reader.masks.on_size_mismatch, image=image, path=mask)
+    except UserError as error:
+        record = record.with_problem("size_mismatch", str(error))
+    pixels = dict(_counted(ids))
+    return replace(
+        record,
+        pixels=pixels,
+        mask_digest=digest(ids),
+        raw=_raw_of(mask, reader, pixels),
+        borders=borders(ids).tobytes() if record.decoded else b"",
+    )
+
+
+def _raw_of(path: Path, reader: MaskReader, pixels: Mapping[int, int]) -> dict[str, int]:
+    """Return what the file holds; it is read again only where that differs from the class ids."""
+    masks = reader.masks
+    if masks.format == "palette" or (masks.format == "ids" and (masks.ids or masks.others or masks.reduce_zero_label)):
+        return _raw(path, reader)
+    scale = 255 if masks.format == "binary" else 1
+    return {str(value * scale): count for value, count in pixels.items()}
+
+
+def _raw(path: Path, reader: MaskReader) -> dict[str, int]:
+    numbers = read_image(path) if reader.masks.format == "palette" else read_ids(path)
+    if numbers.ndim == 3 and reader.masks.format != "palette" and (numbers == numbers[..., :1]).all():
+        numbers = numbers[..., 0]
+    if numbers.ndim == 2:
+        return {str(value): count for value, count in _counted(numbers)[:_MOST_RAW]}
+    codes = numbers[..., 0].astype(np.int32) << 16 | numbers[..., 1].astype(np.int32) << 8 | numbers[..., 2]
+    common = sorted(_counted(codes), key=lambda pair: -pair[1])[:_MOST_RAW]
+    return {f"({code >> 16}, {code >> 8 & 255}, {code & 255})": count for code, count in common}
+
+
+def _counted(values: np.ndarray) -> list[tuple[int, int]]:
+    if values.dtype == np.uint8:  # several times as fast as sorting
+        counts = np.bincount(values.ravel(), minlength=256)
+        return [(int(value), int(counts[value])) for value in np.flatnonzero(counts)]
+    return list(zip(*(part.tolist() for part in np.unique(values, return_counts=True)), strict=True))
+
+
+def _reason(file: object, error: Exception) -> str:
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"Cannot read {file} ({error.strerror}). Check the path and its disk."
+    return f"Cannot read {file} as a picture ({error})."
+
+
+def _may_pass(error: BaseException | None) -> bool:
+    """Return whether the machine is to blame, such as a disk or a network that failed, and not the file."""
+    while error is not None:
+        of_the_system = isinstance(error, OSError) and error.errno is not None  # a decoder's own has no number
+        out_of_memory = isinstance(error, cv2.error) and error.code == cv2.Error.StsNoMem
+        if of_the_system or out_of_memory or isinstance(error, MemoryError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
