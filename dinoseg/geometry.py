@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dinoseg.precision import at_least_float32
+
 
 def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
     """Pad (B, C, H, W) with zeros at the bottom and on the right to a multiple of `multiple` pixels."""
@@ -42,8 +44,7 @@ def upsample(logits: Tensor, size: tuple[int, int], valid: tuple[float, float]) 
     (y + 0.5) * h * valid / H - 0.5, so nothing is stretched and padding is cropped to a fraction of a cell.
     Half-precision scores are taken to float32 first.
     """
-    if logits.dtype in (torch.bfloat16, torch.float16):
-        logits = logits.float()  # half precision would tie neighbouring classes, and lose gradients in long sums
+    logits = at_least_float32(logits)  # half would tie neighbouring classes, and lose gradients in long sums
     height, width = size
     grid_h, grid_w = logits.shape[-2:]
     if abs(grid_h * valid[0] - height) < 1e-6 and abs(grid_w * valid[1] - width) < 1e-6:

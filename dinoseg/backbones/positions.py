@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dinoseg.precision import at_least_float32
+
 METHODS = {  # offset, antialias: of Meta's published models, by transformers' model type
     "vit": (0.1, False),
     "dinov2": (0.1, False),
@@ -33,7 +35,7 @@ def interpolate(positions: Tensor, grid: tuple[int, int], *, offset: float, anti
     side = math.isqrt(positions.shape[1] - 1)
     if grid == (side, side):
         return positions
-    precise = positions.float() if positions.dtype in (torch.bfloat16, torch.float16) else positions
+    precise = at_least_float32(positions)
     stored = precise[:, 1:].transpose(1, 2).unflatten(2, (side, side))  # (1, C, M, M)
     if offset:
         scale = ((grid[0] + offset) / side, (grid[1] + offset) / side)

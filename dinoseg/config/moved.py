@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 TARGETS = {  # a full name of before to today's, where the name itself is another
+    "dinoseg.heads.multiscale.multiscale_head": "dinoseg.heads.linear.LinearHead",
     "dinoseg.inference.tracking_settings.Settings": "dinoseg.tracking.propagation.settings.PropagationSettings",
     "dinoseg.data.folder.Layout": "dinoseg.data.formats.folder.FolderLayout",
 }

@@ -11,8 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from dinoseg.contracts import Backbone, Head
 from dinoseg.errors import UserError
-from dinoseg.heads.precision import at_least_float32
 from dinoseg.heads.semantic import semantic_map
+from dinoseg.precision import at_least_float32
 from dinoseg.ranges import Count
 from dinoseg.shapes import MaskOutputs
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from dinoseg.contracts import Loss
 from dinoseg.errors import UserError
-from dinoseg.losses.labelled import full_precision
+from dinoseg.precision import at_least_float32
 from dinoseg.shapes import Batch, Prediction, SlotOutputs
 
 
@@ -48,7 +48,7 @@ class FeatureReconstruction(Loss):
         for step, told in zip(outputs.steps, outputs.reconstructions, strict=True):
             seen = outputs.features[:, step : step + told.shape[1]].detach()  # (B, T', C, h, w)
             assert seen.shape == told.shape  # else one would be spread over the other
-            errors[f"step_{step}"] = F.mse_loss(full_precision(told), full_precision(seen))
+            errors[f"step_{step}"] = F.mse_loss(at_least_float32(told), at_least_float32(seen))
         value = torch.stack(list(errors.values())).mean()
         clips, frames = outputs.slots.shape[:2]
         parts = {name: error.detach() for name, error in errors.items()}

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from dinoseg.precision import at_least_float32
 from dinoseg.shapes import Batch, Prediction
 
 UNLABELLED = -100  # no class id, whatever the data set's ignore value is; torch's cross_entropy skips it by default
@@ -11,18 +12,13 @@ UNLABELLED = -100  # no class id, whatever the data set's ignore value is; torch
 def labelled_pixels(prediction: Prediction, batch: Batch, ignore_index: int) -> tuple[Tensor, Tensor]:
     """Return logits (B, K, H, W) at the masks' size, at least float32, and the `labels` (B, H, W)."""
     height, width = batch.mask.shape[-2:]
-    return full_precision(prediction.logits((height, width))), labels(batch, ignore_index)
+    return at_least_float32(prediction.logits((height, width))), labels(batch, ignore_index)
 
 
 def labels(batch: Batch, ignore_index: int) -> Tensor:
     """Return class ids (B, H, W) int64, UNLABELLED where the mask says `ignore_index`."""
     ids = batch.mask.long()
     return ids.masked_fill(ids == ignore_index, UNLABELLED)
-
-
-def full_precision(values: Tensor) -> Tensor:
-    """Return half precision as float32, everything else as it is."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def pixel_weights(target: Tensor, class_weights: Tensor) -> Tensor:

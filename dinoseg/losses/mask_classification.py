@@ -12,9 +12,10 @@ from torch import Tensor
 from dinoseg.contracts import Loss
 from dinoseg.errors import UserError
 from dinoseg.losses.factors import checked_factors
-from dinoseg.losses.labelled import UNLABELLED, full_precision, labels, ratio
+from dinoseg.losses.labelled import UNLABELLED, labels, ratio
 from dinoseg.losses.matching import match
 from dinoseg.losses.points import sample_labels, sample_logits, uncertain_points
+from dinoseg.precision import at_least_float32
 from dinoseg.ranges import Count, NotNegative, Positive, Share
 from dinoseg.shapes import Batch, MaskOutputs, Prediction
 
@@ -138,8 +139,8 @@ class MaskClassification(Loss):
         self, layer: MaskOutputs, targets: Targets, queries: list[np.ndarray], valid: tuple[float, float]
     ) -> dict[str, Tensor]:
         query = torch.from_numpy(np.concatenate([*queries, np.zeros(0, np.int64)])).to(targets.image)
-        class_term = self._class_term(full_precision(layer.class_logits), targets, query)
-        masks = full_precision(layer.mask_logits[targets.image, query])  # (N, h, w)
+        class_term = self._class_term(at_least_float32(layer.class_logits), targets, query)
+        masks = at_least_float32(layer.mask_logits[targets.image, query])  # (N, h, w)
         if not len(masks):
             return {"class": class_term, "mask": masks.sum(), "dice": masks.sum()}
         points = uncertain_points(masks.detach(), targets.target, targets.image, valid, **self.sampling)

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from dinoseg.losses.labelled import UNLABELLED, full_precision
+from dinoseg.losses.labelled import UNLABELLED
 from dinoseg.losses.points import random_points, sample_labels, sample_logits
+from dinoseg.precision import at_least_float32
 from dinoseg.shapes import MaskOutputs
 
 HOPELESS = 1e8  # stands for a cost that is not finite, so that the loss itself can tell
@@ -68,10 +69,10 @@ def pair_costs(
         points: (B, P, 2).
         valid: share of the masks' height and width that the image covers.
     """
-    logits = sample_logits(full_precision(layer.mask_logits), points, valid)  # (B, Q, P)
+    logits = sample_logits(at_least_float32(layer.mask_logits), points, valid)  # (B, Q, P)
     labelled = (found != UNLABELLED).to(logits.dtype)[..., None]  # (B, P, 1)
     inside = (found[..., None] == classes[:, None]).to(logits.dtype)  # (B, P, M)
-    shares = full_precision(layer.class_logits).softmax(-1)
+    shares = at_least_float32(layer.class_logits).softmax(-1)
     asked = classes.clamp(min=0)[:, None].expand(-1, shares.shape[1], -1)  # (B, Q, M)
     # log(1 + e^x) - x t is the binary cross-entropy of logit x and label t
     entropy = F.softplus(logits) @ labelled - logits @ inside

@@ -9,7 +9,7 @@ from torch import Tensor
 from dinoseg.contracts import Loss
 from dinoseg.errors import UserError
 from dinoseg.losses.feature_reconstruction import slot_outputs
-from dinoseg.losses.labelled import full_precision
+from dinoseg.precision import at_least_float32
 from dinoseg.ranges import Positive
 from dinoseg.shapes import Batch, Prediction
 
@@ -26,7 +26,7 @@ def similarity_targets(here: Tensor, following: Tensor, temperature: float, thre
     Returns:
         Shares (B, M, N), which sum to 1 over M, or to 0 where no cell is similar enough; and whether one is (B, N).
     """
-    here, following = F.normalize(full_precision(here), dim=1), F.normalize(full_precision(following), dim=1)
+    here, following = F.normalize(at_least_float32(here), dim=1), F.normalize(at_least_float32(following), dim=1)
     similarity = following.transpose(1, 2) @ here  # (B, M, N)
     unlike = similarity < threshold
     lost = unlike.all(dim=1)  # a softmax of nothing would be NaN; NaN features are not hidden by this
@@ -96,5 +96,5 @@ class TemporalSimilarity(Loss):
         """
         shares, found = similarity_targets(here, following, self.temperature, self.threshold)
         assert shares.shape == logits.shape
-        logits = full_precision(logits)
+        logits = at_least_float32(logits)
         return (torch.logsumexp(logits, dim=1) * found - (shares * logits).sum(dim=1)).mean()

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dinoseg.heads.mask2former.deformable import DeformableAttention
 from dinoseg.heads.mask2former.levels import Size, cell_centres, size_of, to_maps, to_tokens
-from dinoseg.heads.precision import at_least_float32
+from dinoseg.precision import at_least_float32
 
 TOKEN = 16  # pixels a side that one token stands for
 STEM = 64  # channels of the first convolutions

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinoseg.heads.mask2former.levels import Size
-from dinoseg.heads.precision import at_least_float32
+from dinoseg.precision import at_least_float32
 
 POINTS = 4  # per head and level
 # Sampled numbers held at a time, 256 MiB in float32, but only without gradients: the backward pass needs those of all

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dinoseg.heads.mask2former.deformable import DeformableAttention
 from dinoseg.heads.mask2former.levels import Size, cell_centres, sine_positions, size_of, to_maps, to_tokens
-from dinoseg.heads.precision import at_least_float32
+from dinoseg.precision import at_least_float32
 
 GROUPS = 32  # of the group norms
 LAYERS = 6  # of the encoder

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from dinoseg.heads.precision import at_least_float32
+from dinoseg.precision import at_least_float32
 
 _EPSILON = 1e-6  # against a slot that won no token
 _EVAL_SEED = 0  # of the first slots in eval mode

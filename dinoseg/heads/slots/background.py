@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from dinoseg.heads.precision import at_least_float32
+from dinoseg.precision import at_least_float32
 
 
 def background_mask(attention: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinoseg.heads.precision import at_least_float32
 from dinoseg.heads.slots.positions import Positions
+from dinoseg.precision import at_least_float32
 
 DEPTH = 4  # layers
 
