@@ -79,16 +79,15 @@ def run(cfg):  # noqa: ANN001, ANN201 - hydra.main wants the bare signature
     """Run one job; a mistake that the user can mend is one message, and a sweep goes on after any failure."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
-    from omegaconf import OmegaConf
 
-    from dinoseg.config.options import chosen_options
+    from dinoseg.config.job import job_config
     from dinoseg.config.plain import plain
     from dinoseg.errors import UserError
     from dinoseg.launch import launch
     from dinoseg.processes.interrupt import Interrupted, raised
 
     hydra_cfg = HydraConfig.get()
-    composed = OmegaConf.create({**plain(cfg), "choices": chosen_options(hydra_cfg.runtime.choices)})
+    composed = job_config(cfg, hydra_cfg.runtime.choices)
     words = plain(hydra_cfg.overrides)["task"]  # as typed: asked for one by one, each `${...}` in them is resolved
     try:
         with raised():

@@ -19,6 +19,7 @@ from dinoseg.shapes import SegmentationData
 from dinoseg.storage.tensor_files import check_file
 from dinoseg.training import loading
 from dinoseg.training.lengths import Lengths, in_steps
+from dinoseg.wording import listed
 
 SPLITS = ("train", "val", "test")
 Part = TypeVar("Part", Backbone, Head, Loss)
@@ -151,6 +152,23 @@ def clips(cfg: DictConfig, split: str) -> Any:
             f"data={cfg.choices.data} has no clips. Choose data=davis2016, davis2017, youtube_vos, movi or videos."
         )
     return instantiate(cfg.data.clips)(split=_known(split))
+
+
+def background_of(cfg: DictConfig) -> int | None:
+    """Return the id of the class that is no object, which `data.background` names; None: each is something.
+
+    Raises:
+        UserError: there is no such class.
+    """
+    value, names = cfg.data.background, list(map(str, cfg.data.classes))
+    if value is None or value in names:
+        return None if value is None else names.index(value)
+    if type(value) is int and 0 <= value < len(names):
+        return value
+    raise UserError(
+        f"data.background={value} is no class. Give the name or the id of one (0 to {len(names) - 1}: "
+        f"{listed(names)}), or null where each class is something."
+    )
 
 
 def criterion(cfg: DictConfig, **weights: Tensor) -> Loss:

@@ -12,8 +12,6 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from dinoseg.config.plain import plain
-from dinoseg.config.short_forms import squared
 from dinoseg.errors import UserError, telling_file_errors
 from dinoseg.processes.interrupt import Interrupted
 from dinoseg.ranks import LAUNCH_KEYS, is_first_rank, run_mode, run_ranks
@@ -55,7 +53,6 @@ def launch(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> Any:
         UserError: whatever the user can mend.
     """
     _check_words(cfg, overrides)
-    cfg = squared(cfg)
     devices = cfg.mode.get("devices", 1)
     if not isinstance(devices, int) or devices < 1:
         raise UserError(f"engine.devices={devices}: give a whole number of at least 1.")
@@ -133,7 +130,7 @@ def _settled_length(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
         raise UserError("trainer.steps and trainer.epochs both say how long to train: give one of them.")
     if "trainer.steps" not in given:
         return cfg
-    return OmegaConf.create({**plain(cfg), "trainer": {**plain(cfg.trainer), "epochs": None}})
+    return OmegaConf.merge(cfg, {"trainer": {"epochs": None}})  # type: ignore[return-value]
 
 
 def _left(cfg: DictConfig, folder: Path) -> str:

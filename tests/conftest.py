@@ -37,11 +37,10 @@ def compose():
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.hydra_config import HydraConfig
-    from omegaconf import OmegaConf
 
     from dinoseg.__main__ import CONFIGS
     from dinoseg.command.recipes import with_recipe_files
-    from dinoseg.config.options import chosen_options
+    from dinoseg.config.job import job_config
     from dinoseg.config.resolvers import register_resolvers
 
     register_resolvers()
@@ -50,8 +49,7 @@ def compose():
         with initialize_config_dir(CONFIGS, version_base="1.3"):
             cfg = hydra_compose("main", with_recipe_files(overrides, [Path(CONFIGS)]), return_hydra_config=True)
         HydraConfig.instance().set_config(cfg)
-        plain = {k: v for k, v in OmegaConf.to_container(cfg).items() if k != "hydra"}
-        return OmegaConf.create({**plain, "choices": chosen_options(cfg.hydra.runtime.choices)})
+        return job_config(cfg, cfg.hydra.runtime.choices)
 
     return build
 

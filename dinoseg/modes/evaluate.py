@@ -8,7 +8,6 @@ from omegaconf import DictConfig
 
 from dinoseg import build
 from dinoseg.config.nodes import instantiate
-from dinoseg.config.short_forms import background_of
 from dinoseg.evaluation.images import evaluate_images, list_skipped
 from dinoseg.evaluation.official import usable
 from dinoseg.evaluation.videos import EvalOptions, follow_slots, needs_no_training, propagate
@@ -63,7 +62,7 @@ def run(
         engine,
         out_dir,
         metrics_only=metrics_only,
-        background=background_of(cfg),
+        background=build.background_of(cfg),
         protocol=protocol,
         on_error=on_error,
     )

@@ -46,7 +46,7 @@ def train(cfg: DictConfig, *, out_dir: Path, metrics_only: bool = False, picture
     feed = regime.feed
     length = build.lengths(cfg, len(feed.train))
     fit = instantiate(cfg.trainer, without=("feed", "epochs"), instead=length._asdict())
-    start = _start(cfg, regime.labels)
+    start = _start(cfg, regime.labels) if cfg.resume else None
     regime.check_parts(cfg, build.outline(cfg), engine.world)
     sizes = regime.check_data() if engine.is_main else None
     loss = build.loss(cfg, regime.labelled).to(engine.device)
@@ -84,10 +84,8 @@ def train(cfg: DictConfig, *, out_dir: Path, metrics_only: bool = False, picture
     return {**scores, **cost_of(model, rows), "best_step": run.best_step, "run": str(out_dir)}
 
 
-def _start(cfg: DictConfig, labels: SegmentationData | Labels) -> Checkpoint | None:
-    """Return the checkpoint that `resume` names, once its outline is known to fit; None for a new run."""
-    if not cfg.resume:
-        return None
+def _start(cfg: DictConfig, labels: SegmentationData | Labels) -> Checkpoint:
+    """Return the checkpoint that `resume` names, once its outline is known to fit."""
     outline = checkpoint.outline(Path(cfg.resume))
     check_classes(labels, outline.info, f"resume={outline.path}")
     build.check_fits(cfg, outline)

@@ -10,7 +10,6 @@ from omegaconf import DictConfig
 
 from dinoseg import build
 from dinoseg.config.nodes import instantiate
-from dinoseg.config.short_forms import background_of
 from dinoseg.data.splits import split_table
 from dinoseg.doctor.short import check as examine
 from dinoseg.errors import UserError
@@ -41,7 +40,7 @@ class ImageRegime(Regime):
             train=build.dataset(cfg, "train", reduced=True),
             val=build.dataset(cfg, "val"),
             augment=instantiate(cfg.data.augment),
-            background=background_of(cfg),
+            background=build.background_of(cfg),
             **share,
         )
         self.labels = self.labelled = self.feed.train
@@ -55,7 +54,7 @@ class ImageRegime(Regime):
                 f"loss={cfg.choices.loss} learns from clips, without labels. Choose trainer=slots with "
                 "head=slots, or a loss on labels, such as loss=cross_entropy."
             )
-        if cfg.trainer.score == "miou_no_background" and background_of(cfg) is None:
+        if cfg.trainer.score == "miou_no_background" and build.background_of(cfg) is None:
             raise UserError(
                 f"trainer.score=miou_no_background: data={cfg.choices.data} has no background. Say which class "
                 "it is (data.background=NAME), or choose by another score, such as trainer.score=miou."

@@ -9,8 +9,8 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from dinoseg.config.guard import guard
+from dinoseg.config.job import squared
 from dinoseg.config.plain import has_key, keys_of, plain
-from dinoseg.config.short_forms import squared
 from dinoseg.errors import UserError
 from dinoseg.runs.recipe import SAVED, data_root, saved_config
 from dinoseg.training.description import CHOSEN

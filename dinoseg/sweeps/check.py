@@ -1,15 +1,12 @@
 """The cells of a sweep, put together without weights, data or training: what does not fit is known in seconds."""
 
-from typing import Any
-
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
+from dinoseg.config.job import job_config
 from dinoseg.config.nodes import instantiate
-from dinoseg.config.options import chosen_options
-from dinoseg.config.plain import plain
 from dinoseg.errors import UserError
 
 
@@ -37,8 +34,7 @@ def _fault(loader: ConfigLoader, config: DictConfig, cell: list[str]) -> str:
     """Return what is wrong with a cell; empty where nothing is found."""
     try:
         composed = loader.load_sweep_config(config, cell)
-        job: dict[str, Any] = {key: value for key, value in plain(composed).items() if key != "hydra"}
-        cfg = OmegaConf.create({**job, "choices": chosen_options(composed.hydra.runtime.choices)})
+        cfg = job_config(composed, composed.hydra.runtime.choices)
         if cfg.resume is None and "check" in cfg.mode:
             instantiate(cfg.mode.check)(cfg)
     except UserError as error:

@@ -6,7 +6,7 @@ import pytest
 from command_line import SMALL, call, write_data
 from omegaconf import OmegaConf
 
-from dinoseg.config.short_forms import background_of
+from dinoseg.build import background_of
 from dinoseg.errors import UserError
 from dinoseg.report.log import read_rows
 from dinoseg.training import checkpoint

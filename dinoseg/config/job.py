@@ -1,0 +1,26 @@
+"""The config of a job: what Hydra composed, with the option that each group has, and short forms written out."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from dinoseg.config.options import chosen_options
+from dinoseg.config.plain import plain
+
+
+def job_config(cfg: DictConfig, options: Mapping[str, Any]) -> DictConfig:
+    """Return what Hydra composed as the whole config of a job, with `choices`: an option for each group.
+
+    Args:
+        cfg: composed by Hydra.
+        options: hydra's choices.
+    """
+    job = {key: value for key, value in plain(squared(cfg)).items() if key != "hydra"}
+    return OmegaConf.create({**job, "choices": chosen_options(options)})
+
+
+def squared(cfg: DictConfig) -> DictConfig:
+    """Return `cfg` with a crop that is one number, n, written out as [n, n]."""
+    crop = OmegaConf.select(cfg, "resolution.crop")
+    return OmegaConf.merge(cfg, {"resolution": {"crop": [crop, crop]}}) if type(crop) is int else cfg  # type: ignore[return-value]
