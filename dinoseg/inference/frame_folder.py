@@ -1,4 +1,4 @@
-"""A folder of frames read as a video is, and what `input` of a tracked video may be."""
+"""A folder of frames read as a video is."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,27 +8,8 @@ import numpy as np
 from dinoseg.data.clips.videos import picture_files
 from dinoseg.errors import UserError
 from dinoseg.images import IMAGE_SUFFIXES, read_image, read_size
-from dinoseg.inference.media import VIDEO_SUFFIXES, VideoReader, is_video
 
 _FPS = 25.0  # a folder does not say
-
-
-def open_frames(source: str) -> "VideoReader | FolderReader":
-    """Return the frames of a video file or of a folder of pictures, one after the other.
-
-    Raises:
-        UserError: there is nothing of that name, it is neither, or it holds no frame.
-    """
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return FolderReader(path)
-    if path.is_file() and is_video(path):
-        return VideoReader(path)
-    wrong = f"input={source} is neither a video nor a folder" if path.exists() else f"No such file or folder: {source}"
-    raise UserError(
-        f"{wrong}. Give a video ({' '.join(VIDEO_SUFFIXES)}) or a folder of its frames ({' '.join(IMAGE_SUFFIXES)}), "
-        "one at a time."
-    )
 
 
 class FolderReader:

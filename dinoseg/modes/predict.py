@@ -16,10 +16,11 @@ from dinoseg.data.classes.record import write_class_record
 from dinoseg.errors import UserError
 from dinoseg.evaluation.score_classes import FOLDER, mask_keys
 from dinoseg.images import read_image, write_png
-from dinoseg.inference.media import VideoReader, VideoWriter, is_video, list_inputs
+from dinoseg.inference.inputs import is_video, list_inputs
 from dinoseg.inference.results import mask_names, result_names, write_image_results
 from dinoseg.inference.stream import run_pipeline
 from dinoseg.inference.trained_sizes import keep_scale
+from dinoseg.inference.video_file import VideoReader, VideoWriter
 from dinoseg.ranges import Count, Share
 from dinoseg.report.overlay import blend
 from dinoseg.report.progress import Bar

@@ -9,8 +9,7 @@ from typing import Any
 from dinoseg import build
 from dinoseg.config.nodes import instantiate
 from dinoseg.errors import UserError
-from dinoseg.inference.frame_folder import FolderReader, open_frames
-from dinoseg.inference.media import VideoReader
+from dinoseg.inference.inputs import FrameReader, open_frames
 from dinoseg.ranges import Count, Share
 from dinoseg.runs.folder import lock, release
 from dinoseg.runs.trained import is_trained, load_trained, sizes_to_keep
@@ -98,9 +97,7 @@ def _says_how_to_go_on(folder: Path) -> Iterator[None]:
         raise
 
 
-def _open_input(
-    input: str | None, labels: str | None, *, needs_labels: bool
-) -> tuple[VideoReader | FolderReader, TrackLabels]:
+def _open_input(input: str | None, labels: str | None, *, needs_labels: bool) -> tuple[FrameReader, TrackLabels]:
     """Return frames and masks, those that can be checked in time checked."""
     if not input:
         raise UserError("mode=track needs something to track in: give input=<video or folder of frames>.")

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from dinoseg.contracts import Head
 from dinoseg.errors import UserError
 from dinoseg.images import read_ids, write_png
-from dinoseg.inference.media import VideoReader
+from dinoseg.inference.video_file import VideoReader
 from dinoseg.modes import predict as mode
 from dinoseg.shapes import Prediction
 

@@ -18,7 +18,7 @@ from PIL import Image
 from dinoseg.config.nodes import instantiate
 from dinoseg.errors import UserError
 from dinoseg.images import read_ids
-from dinoseg.inference.media import VideoReader
+from dinoseg.inference.video_file import VideoReader
 from dinoseg.launch import launch
 from dinoseg.modes import track as mode
 from dinoseg.runs.folder import is_locked

@@ -12,7 +12,8 @@ from dinoseg.data.splits import read_name_list
 from dinoseg.data.video.index import open_capture
 from dinoseg.errors import UserError
 from dinoseg.images import has_one_bit, read_ids, read_image, read_size
-from dinoseg.inference.media import VideoReader, list_inputs
+from dinoseg.inference.inputs import list_inputs
+from dinoseg.inference.video_file import VideoReader
 from dinoseg.storage.files import check_regular, entries, visible_files
 
 

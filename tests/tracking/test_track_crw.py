@@ -13,7 +13,7 @@ from PIL import Image
 
 from dinoseg.contracts import Backbone
 from dinoseg.images import read_ids
-from dinoseg.inference.frame_folder import open_frames
+from dinoseg.inference.inputs import open_frames
 from dinoseg.tracking.propagation.settings import CRW, DINOV3
 from dinoseg.tracking.propagation.tracker import PropagationTracker
 from dinoseg.tracking.video import mask_folder

@@ -4,8 +4,9 @@ import pytest
 from PIL import Image
 
 from dinoseg.errors import UserError
-from dinoseg.inference.frame_folder import FolderReader, open_frames
-from dinoseg.inference.media import VideoReader
+from dinoseg.inference.frame_folder import FolderReader
+from dinoseg.inference.inputs import open_frames
+from dinoseg.inference.video_file import VideoReader
 from dinoseg.tracking.video.labels import find_labels
 
 SIZE = (12, 18)

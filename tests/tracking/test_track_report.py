@@ -7,7 +7,7 @@ from PIL import Image
 from dinoseg.errors import UserError
 from dinoseg.images import read_ids
 from dinoseg.inference.frame_folder import FolderReader
-from dinoseg.inference.media import VideoReader
+from dinoseg.inference.video_file import VideoReader
 from dinoseg.report.indexed import voc_palette, write_indexed_png
 from dinoseg.tracking.video.report import COLUMNS, object_rows, write_track_report
 

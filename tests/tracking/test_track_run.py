@@ -16,7 +16,7 @@ from PIL import Image
 from dinoseg.contracts import Backbone
 from dinoseg.errors import UserError
 from dinoseg.images import read_ids
-from dinoseg.inference.frame_folder import open_frames
+from dinoseg.inference.inputs import open_frames
 from dinoseg.tracking.propagation.settings import PropagationSettings
 from dinoseg.tracking.propagation.tracker import PropagationTracker
 from dinoseg.tracking.video import mask_folder

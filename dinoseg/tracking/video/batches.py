@@ -10,8 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dinoseg.errors import UserError
-from dinoseg.inference.frame_folder import FolderReader
-from dinoseg.inference.media import VideoReader
+from dinoseg.inference.inputs import FrameReader
 from dinoseg.tracking.video.labels import TrackLabels
 from dinoseg.tracking.video.state import MASKS, TrackProgress, check_masks
 from dinoseg.wording import count_of, listed
@@ -56,7 +55,7 @@ class VideoBatches:
 
     def __init__(
         self,
-        frames: VideoReader | FolderReader,
+        frames: FrameReader,
         labels: TrackLabels,
         folder: Path,
         start: TrackProgress | None,

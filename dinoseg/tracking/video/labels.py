@@ -9,8 +9,7 @@ from PIL import Image
 from dinoseg.data.clips.videos import VOID, picture_files
 from dinoseg.errors import UserError
 from dinoseg.images import IMAGE_SUFFIXES, read_ids
-from dinoseg.inference.frame_folder import FolderReader
-from dinoseg.inference.media import VideoReader
+from dinoseg.inference.inputs import FrameReader
 from dinoseg.wording import count_of, listed
 
 _LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP")  # Pillow's names; the form of WebP without loss is rare
@@ -50,7 +49,7 @@ class TrackLabels:
         return not ((first != 0) & (first != VOID)).any()
 
 
-def find_labels(source: str | None, frames: VideoReader | FolderReader) -> TrackLabels:
+def find_labels(source: str | None, frames: FrameReader) -> TrackLabels:
     """Return the masks of a file (of the first frame) or of a folder; None: there are none.
 
     Raises:
@@ -74,7 +73,7 @@ def find_labels(source: str | None, frames: VideoReader | FolderReader) -> Track
     return TrackLabels({0: path}, frames.size, source)
 
 
-def _in_folder(folder: Path, frames: VideoReader | FolderReader) -> dict[int, Path]:
+def _in_folder(folder: Path, frames: FrameReader) -> dict[int, Path]:
     names = picture_files(folder)
     if not names:
         raise UserError(
@@ -113,10 +112,6 @@ def _ids(path: Path, size: tuple[int, int]) -> np.ndarray:
             "that were never drawn. Save the mask as a grey or palette PNG where it was drawn; a copy of this file "
             "keeps the wrong ids."
         )
-    return _checked(ids, path, size)
-
-
-def _checked(ids: np.ndarray, path: Path, size: tuple[int, int]) -> np.ndarray:
     if ids.ndim == 3:
         if not (ids == ids[..., :1]).all():
             raise UserError(

@@ -13,9 +13,9 @@ import torch
 from dinoseg import __version__
 from dinoseg.errors import UserError
 from dinoseg.images import read_ids
-from dinoseg.inference.frame_folder import FolderReader, open_frames
-from dinoseg.inference.media import VideoReader, VideoWriter
+from dinoseg.inference.inputs import FrameReader, open_frames
 from dinoseg.inference.stream import Throughput, run_pipeline
+from dinoseg.inference.video_file import VideoWriter
 from dinoseg.report.overlay import blend, smooth_blocks
 from dinoseg.storage.atomic import whole_file, write_json
 from dinoseg.tracking.video.mask_folder import Look
@@ -76,7 +76,7 @@ def write_results(job: TrackJob, passed: Throughput, source: str, opacity: float
 
 
 def write_track_report(
-    frames: VideoReader | FolderReader,
+    frames: FrameReader,
     folder: Path,
     *,
     opacity: float,
@@ -127,7 +127,7 @@ def object_rows(position: int, name: str, mask: np.ndarray, background: int | No
     return rows
 
 
-def _with_masks(frames: VideoReader | FolderReader, masks: Path) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+def _with_masks(frames: FrameReader, masks: Path) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     for position, frame in enumerate(frames):
         path = masks / f"{frames.frame_name(position)}.png"
         mask = read_ids(path)

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from dinoseg.inference.frame_folder import FolderReader
-from dinoseg.inference.media import VideoReader
+from dinoseg.inference.inputs import FrameReader
 from dinoseg.inference.stream import Throughput, run_pipeline
 from dinoseg.report.progress import Bar
 from dinoseg.tracking.tracker import Tracker
@@ -32,7 +31,7 @@ class TrackJob:
     """
 
     tracker: Tracker
-    frames: VideoReader | FolderReader
+    frames: FrameReader
     labels: TrackLabels
     folder: Path
     start: TrackProgress | None = None

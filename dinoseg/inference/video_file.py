@@ -1,6 +1,5 @@
-"""What a user may give as input, and videos read and written frame by frame."""
+"""Video files read and written frame by frame."""
 
-import glob
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,48 +9,14 @@ import cv2
 import numpy as np
 
 from dinoseg.errors import UserError
-from dinoseg.images import IMAGE_SUFFIXES
-from dinoseg.storage.files import check_regular, entries
-from dinoseg.storage.natural_order import natural_order
+from dinoseg.storage.files import check_regular
 
-VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv")
-_ACCEPTED = (
-    f"Accepted are an image ({' '.join(IMAGE_SUFFIXES)}), a video ({' '.join(VIDEO_SUFFIXES)}), a folder of "
-    "them, or a quoted pattern such as 'frames/**/*.png'."
-)
 # H.264 plays everywhere, but OpenCV's PyPI wheels have no encoder for it. Their VP9 encoder plays in
 # browsers and writes 4 frames/s of 480p on one core, where MPEG-4 Part 2 writes 440: speed wins.
 _CODECS = ("avc1", "mp4v")
 _COUNTED_SUFFIXES = (".avi", ".mp4", ".mov", ".m4v")  # their headers hold the number of frames
 # FFmpeg's own lines on stderr, off; OpenCV reads this when it opens its first video
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-
-
-def list_inputs(source: str) -> list[Path]:
-    """Return the images and videos that an image, video, folder or glob pattern stands for: x2 before x10.
-
-    In a folder and among a pattern's matches, files of other kinds and hidden files are passed over;
-    subfolders are not searched.
-
-    Raises:
-        UserError: nothing is there, it cannot be read, or none of it is an image or a video.
-    """
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return _accepted(entries(path), f"The folder {path} holds no image or video directly.")
-    if path.exists():
-        if not _is_media(path):
-            raise UserError(f"{path} is of an unknown kind ({path.suffix or 'no suffix'}). {_ACCEPTED}")
-        return _accepted([path], "")
-    if glob.has_magic(source):
-        matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
-        return _accepted(matches, f"The pattern {source} matches no image or video.")
-    raise UserError(f"No such file or folder: input={source}. Check the path. {_ACCEPTED}")
-
-
-def is_video(path: Path) -> bool:
-    """Say whether the file's suffix is one of a video."""
-    return path.suffix.lower() in VIDEO_SUFFIXES
 
 
 class VideoReader:
@@ -219,14 +184,3 @@ def _silence() -> Iterator[None]:
         yield
     finally:
         cv2.utils.logging.setLogLevel(level)
-
-
-def _is_media(path: Path) -> bool:
-    return path.suffix.lower() in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
-
-
-def _accepted(paths: list[Path], nothing: str) -> list[Path]:
-    media = [path for path in paths if _is_media(path) and not path.is_dir() and path.name[0] != "."]
-    if not media:
-        raise UserError(f"{nothing} {_ACCEPTED}")
-    return sorted(media, key=lambda path: natural_order(path.as_posix()))

@@ -1,14 +1,13 @@
 import resource
 import struct
-from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 
 from dinoseg.errors import UserError
-from dinoseg.inference import media
-from dinoseg.inference.media import VideoReader, VideoWriter, is_video, list_inputs
+from dinoseg.inference import video_file
+from dinoseg.inference.video_file import VideoReader, VideoWriter
 
 
 def make_video(path, frames=12, size=(48, 64), codec="MJPG", fps=20.0):
@@ -20,77 +19,6 @@ def make_video(path, frames=12, size=(48, 64), codec="MJPG", fps=20.0):
         writer.write(np.broadcast_to(ramp[None, :, None], (*size, 3)).copy())
     writer.release()
     return path
-
-
-def touch(folder, *names):
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(b"x")
-
-
-class TestListInputs:
-    def test_a_file_of_either_kind(self, tmp_path):
-        touch(tmp_path, "a.JPG", "b.Mp4")
-        assert list_inputs(str(tmp_path / "a.JPG")) == [tmp_path / "a.JPG"]
-        assert list_inputs(str(tmp_path / "b.Mp4")) == [tmp_path / "b.Mp4"]
-        assert is_video(tmp_path / "b.Mp4") and not is_video(tmp_path / "a.JPG")
-
-    def test_a_folder_gives_its_own_media_sorted(self, tmp_path):
-        touch(tmp_path, "b.png", "a.jpg", "notes.txt", ".hidden.png", "deep/c.png", "v.avi")
-        (tmp_path / "folder.png").mkdir()
-        assert [path.name for path in list_inputs(str(tmp_path))] == ["a.jpg", "b.png", "v.avi"]
-
-    def test_frames_come_as_they_are_counted(self, tmp_path):
-        touch(tmp_path, "frame10.png", "frame2.png", "frame1.png")
-        expected = ["frame1.png", "frame2.png", "frame10.png"]
-        for source in (tmp_path, tmp_path / "*.png"):
-            assert [path.name for path in list_inputs(str(source))] == expected
-
-    def test_patterns(self, tmp_path):
-        touch(tmp_path, "x1.png", "x2.png", "y.png", "deep/x3.png", "x.txt")
-        assert [path.name for path in list_inputs(f"{tmp_path}/x?.png")] == ["x1.png", "x2.png"]
-        assert [path.name for path in list_inputs(f"{tmp_path}/x*")] == ["x1.png", "x2.png"]
-        assert {path.name for path in list_inputs(f"{tmp_path}/**/*.png")} == {
-            "x1.png",
-            "x2.png",
-            "x3.png",
-            "y.png",
-        }
-
-    def test_a_name_that_looks_like_a_pattern_is_a_name_first(self, tmp_path):
-        touch(tmp_path, "frame[1].png", "frame1.png")
-        assert list_inputs(str(tmp_path / "frame[1].png")) == [tmp_path / "frame[1].png"]
-
-    def test_home_is_expanded(self, tmp_path, monkeypatch):
-        monkeypatch.setenv("HOME", str(tmp_path))
-        touch(tmp_path, "a.png")
-        assert list_inputs("~/a.png") == [tmp_path / "a.png"]
-        assert list_inputs("~/*.png") == [tmp_path / "a.png"]
-
-    @pytest.mark.parametrize(
-        ("source", "message"),
-        [
-            ("nowhere.png", r"No such file or folder: input=.*nowhere\.png.*\.jpg.*\.mp4"),
-            ("empty", r"The folder .*empty holds no image or video directly.*Accepted"),
-            ("none*.png", r"The pattern .*none\*\.png matches no image or video.*Accepted"),
-            ("notes.txt", r"notes\.txt is of an unknown kind \(\.txt\).*\.png"),
-            ("bare", r"bare is of an unknown kind \(no suffix\)"),
-            ("*.txt", "matches no image or video"),
-        ],
-    )
-    def test_nothing_to_read_is_named(self, tmp_path, source, message):
-        (tmp_path / "empty").mkdir()
-        touch(tmp_path, "notes.txt", "bare", "empty/deep/a.png")
-        with pytest.raises(UserError, match=message):
-            list_inputs(str(tmp_path / source))
-
-    def test_a_folder_without_permission(self, tmp_path, monkeypatch):
-        def denied(self):
-            raise PermissionError(13, "Permission denied")
-
-        monkeypatch.setattr(Path, "iterdir", denied)
-        with pytest.raises(UserError, match="Permission denied"):
-            list_inputs(str(tmp_path))
 
 
 class TestVideoReader:
@@ -160,7 +88,7 @@ class TestVideoReader:
             def __getattr__(self, name):
                 return getattr(self.capture, name)
 
-        monkeypatch.setattr(media.cv2, "VideoCapture", Odd)
+        monkeypatch.setattr(video_file.cv2, "VideoCapture", Odd)
         with VideoReader(path) as reader:
             assert reader.fps == 25
 
@@ -225,7 +153,7 @@ class TestVideoWriter:
             w.write(np.zeros((8, 10, 3), np.uint8))
 
     def test_no_encoder_is_named(self, tmp_path, monkeypatch, capfd):
-        monkeypatch.setattr(media, "_CODECS", ("av01", "hev1"))
+        monkeypatch.setattr(video_file, "_CODECS", ("av01", "hev1"))
         with pytest.raises(UserError, match=r"OpenCV opens none of av01, hev1"):
             VideoWriter(tmp_path / "out.mp4", 25, (48, 64))
         assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,74 @@
+"""What a user may give as `input`: pictures and videos of one's own, found and opened."""
+
+import glob
+from pathlib import Path
+
+from dinoseg.data.natural_order import natural_order
+from dinoseg.errors import UserError
+from dinoseg.images import IMAGE_SUFFIXES
+from dinoseg.inference.frame_folder import FolderReader
+from dinoseg.inference.video_file import VideoReader
+from dinoseg.storage.files import entries
+
+FrameReader = VideoReader | FolderReader  # frames one after the other, each with a name
+VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv")
+_ACCEPTED = (
+    f"Accepted are an image ({' '.join(IMAGE_SUFFIXES)}), a video ({' '.join(VIDEO_SUFFIXES)}), a folder of "
+    "them, or a quoted pattern such as 'frames/**/*.png'."
+)
+
+
+def list_inputs(source: str) -> list[Path]:
+    """Return the images and videos that an image, video, folder or glob pattern stands for: x2 before x10.
+
+    In a folder and among a pattern's matches, files of other kinds and hidden files are passed over;
+    subfolders are not searched.
+
+    Raises:
+        UserError: nothing is there, it cannot be read, or none of it is an image or a video.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _accepted(entries(path), f"The folder {path} holds no image or video directly.")
+    if path.exists():
+        if not _is_media(path):
+            raise UserError(f"{path} is of an unknown kind ({path.suffix or 'no suffix'}). {_ACCEPTED}")
+        return _accepted([path], "")
+    if glob.has_magic(source):
+        matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
+        return _accepted(matches, f"The pattern {source} matches no image or video.")
+    raise UserError(f"No such file or folder: input={source}. Check the path. {_ACCEPTED}")
+
+
+def is_video(path: Path) -> bool:
+    """Say whether the file's suffix is one of a video."""
+    return path.suffix.lower() in VIDEO_SUFFIXES
+
+
+def open_frames(source: str) -> FrameReader:
+    """Return the frames of a video file or of a folder of pictures, one after the other.
+
+    Raises:
+        UserError: there is nothing of that name, it is neither, or it holds no frame.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return FolderReader(path)
+    if path.is_file() and is_video(path):
+        return VideoReader(path)
+    wrong = f"input={source} is neither a video nor a folder" if path.exists() else f"No such file or folder: {source}"
+    raise UserError(
+        f"{wrong}. Give a video ({' '.join(VIDEO_SUFFIXES)}) or a folder of its frames ({' '.join(IMAGE_SUFFIXES)}), "
+        "one at a time."
+    )
+
+
+def _is_media(path: Path) -> bool:
+    return path.suffix.lower() in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
+
+
+def _accepted(paths: list[Path], nothing: str) -> list[Path]:
+    media = [path for path in paths if _is_media(path) and not path.is_dir() and path.name[0] != "."]
+    if not media:
+        raise UserError(f"{nothing} {_ACCEPTED}")
+    return sorted(media, key=lambda path: natural_order(path.as_posix()))

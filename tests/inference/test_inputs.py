@@ -1,0 +1,77 @@
+from pathlib import Path
+
+import pytest
+
+from dinoseg.errors import UserError
+from dinoseg.inference.inputs import is_video, list_inputs
+
+
+def touch(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"x")
+
+
+class TestListInputs:
+    def test_a_file_of_either_kind(self, tmp_path):
+        touch(tmp_path, "a.JPG", "b.Mp4")
+        assert list_inputs(str(tmp_path / "a.JPG")) == [tmp_path / "a.JPG"]
+        assert list_inputs(str(tmp_path / "b.Mp4")) == [tmp_path / "b.Mp4"]
+        assert is_video(tmp_path / "b.Mp4") and not is_video(tmp_path / "a.JPG")
+
+    def test_a_folder_gives_its_own_media_sorted(self, tmp_path):
+        touch(tmp_path, "b.png", "a.jpg", "notes.txt", ".hidden.png", "deep/c.png", "v.avi")
+        (tmp_path / "folder.png").mkdir()
+        assert [path.name for path in list_inputs(str(tmp_path))] == ["a.jpg", "b.png", "v.avi"]
+
+    def test_frames_come_as_they_are_counted(self, tmp_path):
+        touch(tmp_path, "frame10.png", "frame2.png", "frame1.png")
+        expected = ["frame1.png", "frame2.png", "frame10.png"]
+        for source in (tmp_path, tmp_path / "*.png"):
+            assert [path.name for path in list_inputs(str(source))] == expected
+
+    def test_patterns(self, tmp_path):
+        touch(tmp_path, "x1.png", "x2.png", "y.png", "deep/x3.png", "x.txt")
+        assert [path.name for path in list_inputs(f"{tmp_path}/x?.png")] == ["x1.png", "x2.png"]
+        assert [path.name for path in list_inputs(f"{tmp_path}/x*")] == ["x1.png", "x2.png"]
+        assert {path.name for path in list_inputs(f"{tmp_path}/**/*.png")} == {
+            "x1.png",
+            "x2.png",
+            "x3.png",
+            "y.png",
+        }
+
+    def test_a_name_that_looks_like_a_pattern_is_a_name_first(self, tmp_path):
+        touch(tmp_path, "frame[1].png", "frame1.png")
+        assert list_inputs(str(tmp_path / "frame[1].png")) == [tmp_path / "frame[1].png"]
+
+    def test_home_is_expanded(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        touch(tmp_path, "a.png")
+        assert list_inputs("~/a.png") == [tmp_path / "a.png"]
+        assert list_inputs("~/*.png") == [tmp_path / "a.png"]
+
+    @pytest.mark.parametrize(
+        ("source", "message"),
+        [
+            ("nowhere.png", r"No such file or folder: input=.*nowhere\.png.*\.jpg.*\.mp4"),
+            ("empty", r"The folder .*empty holds no image or video directly.*Accepted"),
+            ("none*.png", r"The pattern .*none\*\.png matches no image or video.*Accepted"),
+            ("notes.txt", r"notes\.txt is of an unknown kind \(\.txt\).*\.png"),
+            ("bare", r"bare is of an unknown kind \(no suffix\)"),
+            ("*.txt", "matches no image or video"),
+        ],
+    )
+    def test_nothing_to_read_is_named(self, tmp_path, source, message):
+        (tmp_path / "empty").mkdir()
+        touch(tmp_path, "notes.txt", "bare", "empty/deep/a.png")
+        with pytest.raises(UserError, match=message):
+            list_inputs(str(tmp_path / source))
+
+    def test_a_folder_without_permission(self, tmp_path, monkeypatch):
+        def denied(self):
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(Path, "iterdir", denied)
+        with pytest.raises(UserError, match="Permission denied"):
+            list_inputs(str(tmp_path))
