@@ -11,7 +11,8 @@ import numpy as np
 from hydra.core.global_hydra import GlobalHydra
 
 from dinoseg import __main__
-from dinoseg.images import write_png
+from dinoseg.images import read_ids, read_image, write_png
+from dinoseg.synthetic.moving.write import render_moving_objects
 
 SMALL = (  # overrides of a run that takes a second
     *("data=folder", "data.classes=[dark,bright]", "data.root=data", "data.batch_size=2", "resolution.crop=[32,48]"),
@@ -78,3 +79,26 @@ def write_data(root, train=4, val=2, size=(32, 48)):
             image = draw.integers(0, 256, (*size, 3)).astype(np.uint8)
             write_png(root / split / "images" / f"{number}.png", image)
             write_png(root / split / "masks" / f"{number}.png", (image.mean(axis=-1) > 127).astype(np.uint8))
+
+
+def train_both(where):
+    """Train a segmenter with head=cnn and a model of slots, and write a clip of 7 frames with its first mask."""
+    write_data(where / "data")
+    render_moving_objects(where / "movi", train_videos=2, val_videos=1, seconds=1, size=(32, 32), workers=1)
+    lengths = ("mode=train", "trainer.steps=4", "trainer.val_every=4", "mode.metrics_only=true")
+    segmenter = (*SMALL, "head=cnn", "head.channels=16")
+    for name, words in (("segmenter", segmenter), ("slots", SLOTS)):
+        done = call(where, *words, *lengths, f"hydra.run.dir={name}")
+        assert done.status == 0, done.err
+    video = where / "movi/validation/validation_0001"
+    for number in range(7):
+        write_png(where / f"clip/{number:05d}.png", read_image(video / f"frames/{number:05d}.png"))
+    write_png(where / "first.png", read_ids(video / "segmentations/00000.png"))
+    return where
+
+
+def linked(source, folder):
+    """Link all that lies in a folder into another, and return that."""
+    for path in source.iterdir():
+        (folder / path.name).symlink_to(path)
+    return folder

@@ -1,6 +1,7 @@
 """What the config files on disk say, read without hydra."""
 
 import re
+from functools import cache
 from pathlib import Path
 
 import yaml
@@ -16,10 +17,12 @@ def options(group):
     return sorted(path.with_suffix("").as_posix() for path in paths if not path.stem.startswith("_"))
 
 
+@cache
 def read(group, option):
     return yaml.safe_load((FOLDER / group / f"{option}.yaml").read_text()) or {}
 
 
+@cache
 def written_targets(group, option):
     """Count the `_target_` lines of an option's file and of those it starts from."""
     entries = [entry for entry in read(group, option).get("defaults", []) if entry != "_self_"]
@@ -46,6 +49,7 @@ def written_choices(hparam):
     return chosen
 
 
+@cache
 def main_choices():
     entries = yaml.safe_load((FOLDER / "main.yaml").read_text())["defaults"]
     pairs = [pair for entry in entries if isinstance(entry, dict) for pair in entry.items()]

@@ -8,6 +8,7 @@ from tiny_parts import tiny_vit
 
 ROOT = Path(__file__).parents[1]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start: sums are then the same to the last bit
 # processes that tests start import this checkout, whichever one is installed
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 torch.set_num_threads(1)
@@ -58,3 +59,19 @@ def compose():
 def tiny_backbone():
     """Build a random two-block DINOv3-type transformer with 8 px patches, 24 wide."""
     return tiny_vit
+
+
+@pytest.fixture(scope="session")
+def trained_once(tmp_path_factory):
+    """Train a segmenter with head=cnn and a model of slots, and write a clip of 7 frames with its first mask."""
+    from command_line import train_both
+
+    return train_both(tmp_path_factory.mktemp("trained_once"))
+
+
+@pytest.fixture(scope="module")
+def trained(trained_once, tmp_path_factory):
+    """Link all of `trained_once` in a folder that a test file writes into."""
+    from command_line import linked
+
+    return linked(trained_once, tmp_path_factory.mktemp("trained"))

@@ -25,8 +25,7 @@ LIGHT = "import sys; from dinoseg.__main__ import main; main(); print('torch' in
 
 
 def process(where, *command):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *command], cwd=where, env=environment, capture_output=True, text=True)
+    return subprocess.run([sys.executable, *command], cwd=where, capture_output=True, text=True)
 
 
 def test_processes_run_the_code_beside_these_tests(tmp_path):

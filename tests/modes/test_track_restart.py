@@ -5,13 +5,12 @@ import shutil
 
 import numpy as np
 import pytest
-from command_line import SLOTS, SMALL, call, write_data
+from command_line import call
 from meta_files import RELEASED, write_released
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from dinoseg.images import read_ids, read_image, write_png
-from dinoseg.synthetic.moving.write import render_moving_objects
+from dinoseg.images import read_ids, write_png
 from dinoseg.tracking.video import mask_folder
 
 WAYS = {
@@ -20,23 +19,6 @@ WAYS = {
     "backbone": ("labels=first.png", "backbone=rgb", "backbone.patch_size=4", "tracker.short=null"),
 }
 CPU = ("engine=cpu", "engine.precision=fp32")
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A segmenter, a model of slots, a clip of 7 frames, and of each way a stopped run and a whole one."""
-    where = tmp_path_factory.mktemp("trained")
-    write_data(where / "data")
-    render_moving_objects(where / "movi", train_videos=2, val_videos=1, seconds=1, size=(32, 32), workers=1)
-    lengths = ("mode=train", "trainer.steps=2", "trainer.val_every=2", "mode.metrics_only=true")
-    for words in ((*SMALL, *lengths, "hydra.run.dir=segmenter"), (*SLOTS, *lengths, "hydra.run.dir=slots")):
-        done = call(where, *words)
-        assert done.status == 0, done.err
-    video = where / "movi/validation/validation_0001"
-    for number in range(7):
-        write_png(where / f"clip/{number:05d}.png", read_image(video / f"frames/{number:05d}.png"))
-    write_png(where / "first.png", read_ids(video / "segmentations/00000.png"))
-    return where
 
 
 def track(where, out, *more, status=0):

@@ -5,32 +5,15 @@ import json
 
 import numpy as np
 import pytest
-from command_line import SLOTS, SMALL, call, write_data
+from command_line import call
 
-from dinoseg.images import read_ids, read_image, write_png
-from dinoseg.synthetic.moving.write import render_moving_objects
+from dinoseg.images import read_ids
 
 
 def run(where, *arguments):
     done = call(where, *arguments)
     assert done.status == 0, done.err
     return done
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A segmenter, a model of slots, and a clip of 6 frames."""
-    where = tmp_path_factory.mktemp("trained")
-    write_data(where / "data")
-    render_moving_objects(where / "movi", train_videos=2, val_videos=1, seconds=1, size=(32, 32), workers=1)
-    lengths = ("mode=train", "trainer.steps=4", "trainer.val_every=4", "mode.metrics_only=true")
-    run(where, *SMALL, *lengths, "hydra.run.dir=segmenter")
-    run(where, *SLOTS, *lengths, "hydra.run.dir=slots")
-    video = where / "movi/validation/validation_0001"
-    for number in range(6):
-        write_png(where / f"clip/{number:05d}.png", read_image(video / f"frames/{number:05d}.png"))
-    write_png(where / "first.png", read_ids(video / "segmentations/00000.png"))
-    return where
 
 
 def track(where, out, *more):
@@ -69,7 +52,7 @@ def test_a_segmenter_is_smoothed(trained):
 def test_slots_are_followed_with_and_without_a_first_mask(trained):
     track(trained, "free", "resume=slots")
     free = masks(trained / "free")
-    assert set(np.unique(free)) <= {1, 2, 3} and free.shape == (6, 32, 32)
+    assert set(np.unique(free)) <= {1, 2, 3} and free.shape == (7, 32, 32)
     track(trained, "given", "resume=slots", "labels=first.png", "slots=lock_on", "slots.background_slots=2")
     given, first = masks(trained / "given"), read_ids(trained / "first.png")
     assert set(np.unique(given)) <= set(np.unique(first)) and len(np.unique(given)) > 1

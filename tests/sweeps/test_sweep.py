@@ -2,9 +2,6 @@
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,25 +12,15 @@ from omegaconf import OmegaConf
 from dinoseg.sweeps.table import SweepTable
 
 
-def sweep(where, *arguments):
-    write_data(where / "data")
-    return subprocess.run(
-        [sys.executable, "-m", "dinoseg", "-m", "mode=train", *SMALL, "mode.metrics_only=true", *arguments],
-        cwd=where,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-
-
 def rows_of(path):
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
 
 
 def test_a_real_sweep_has_a_folder_per_job_and_a_table(tmp_path):
-    done = sweep(tmp_path, "head=linear,mlp")
-    assert done.returncode == 0, done.stderr
+    write_data(tmp_path / "data")
+    done = call(tmp_path, "-m", "mode=train", *SMALL, "mode.metrics_only=true", "head=linear,mlp")
+    assert done.status == 0, done.err
     (folder,) = (tmp_path / "outputs/base").glob("train_*")
     assert sorted(path.name for path in folder.iterdir()) == ["0", "1", "multirun.yaml", "sweep.csv"]
     rows = rows_of(folder / "sweep.csv")
@@ -50,9 +37,9 @@ def test_a_real_sweep_has_a_folder_per_job_and_a_table(tmp_path):
     assert 0 < int(by_head["linear"]["trainable"]) < int(by_head["mlp"]["trainable"])
     assert all(int(row["trainable"]) < int(row["parameters"]) for row in rows)  # the mask token is not trained
     assert all(float(row["images_per_s"]) > 0 and 0.1 < float(row["memory_gib"]) < 20 for row in rows)
-    table = done.stdout[done.stdout.index("\n  job  head") :]
+    table = done.out[done.out.index("\n  job  head") :]
     assert max(map(len, table.splitlines())) <= 140 and "trainer.steps" not in table
-    assert f"written to {folder.relative_to(tmp_path)}/sweep.csv" in done.stdout
+    assert f"written to {folder.relative_to(tmp_path)}/sweep.csv" in done.out
     assert all(row["mIoU %"] in table for row in rows)
 
 

@@ -1,10 +1,7 @@
 """Slots are trained, validated, resumed and evaluated through the command line as everything else is."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -212,10 +209,7 @@ def test_clips_of_unequal_length_are_refused(movi, tmp_path):
 def test_two_ranks_train_and_score_as_one(here):
     lengths = ("trainer.steps=2", "trainer.val_every=2", "data.batch_size=4", "mode.metrics_only=true")
     groups = ("head.num_slots=[2,2]", "head.groups=initial", "head.steps=[0,1]", "head.time_decoder=linear")
-    command = [sys.executable, "-m", "dinoseg", *SLOTS, *lengths, *groups, "engine.devices=2", "hydra.run.dir=run"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run(here, *SLOTS, *lengths, *groups, "engine.devices=2", "hydra.run.dir=run")
     run(here, "mode=eval", "resume=run", "engine=cpu", "engine.precision=fp32", "hydra.run.dir=again")
     one, two = (
         json.loads((here / path).read_text())["scores"] for path in ("again/scores.json", "run/evaluation/scores.json")
