@@ -1,7 +1,6 @@
 """Going on with an evaluation of videos that was stopped: masks of whole videos are taken over from its run folder."""
 
 import hashlib
-import json
 import logging
 import shutil
 from collections.abc import Collection, Mapping, Sequence
@@ -16,8 +15,9 @@ from dinoseg.errors import UserError
 from dinoseg.storage import forms
 from dinoseg.storage.atomic import whole_folder, write_text
 from dinoseg.storage.files import entries
+from dinoseg.storage.forms import as_read_back
 from dinoseg.storage.stamps import stamp
-from dinoseg.tracking.video.state import check_same_settings
+from dinoseg.storage.units import check_same_settings, finished
 from dinoseg.wording import count_of, listed
 
 RECORD = "tracking.json"  # in a run folder: what its masks depend on
@@ -36,10 +36,9 @@ def record_of(cfg: DictConfig, settings: Mapping[str, Any], *, split: str, given
         split: of the data.
         given: which masks the tracker is shown.
     """
-    place = {key: plain(cfg.data.clips[key], resolve=True) for key in ("layout", "partition")}
-    place["layout"]["root"] = str(Path(place["layout"]["root"]).expanduser().resolve())  # the same from any folder
-    record = {"data": {"split": split, **place}, "given": given, "tracker": dict(settings)}
-    return json.loads(json.dumps(record))
+    clips = {key: plain(cfg.data.clips[key], resolve=True) for key in ("layout", "partition")}
+    clips["layout"]["root"] = str(Path(clips["layout"]["root"]).expanduser().resolve())  # the same from any folder
+    return as_read_back({"data": {"split": split, **clips}, "given": given, "tracker": settings})
 
 
 def earlier_run(restart: str | None, record: Mapping[str, Any]) -> Path | None:
@@ -52,13 +51,13 @@ def earlier_run(restart: str | None, record: Mapping[str, Any]) -> Path | None:
         return None
     folder = Path(restart).expanduser()
     try:
-        before = _flat(forms.read_json(folder / RECORD, _FORM))
+        before = forms.read_json(folder / RECORD, _FORM)
     except (OSError, forms.Misshapen) as error:
         raise UserError(
             f"mode.restart={restart} holds no readable {RECORD} ({error}): it is no run folder of mode=eval on videos, "
             "or a damaged one. Give that of the evaluation to go on with, or leave mode.restart out."
         ) from None
-    check_same_settings(folder, before, _flat(record))
+    check_same_settings(folder, _settings_of(before), _settings_of(record))
     return folder
 
 
@@ -105,33 +104,31 @@ def take_over(
         video: its name.
         digest: see `digest_of`; if another was noted, that is said.
     """
-    if earlier is None or not _same_digest(earlier, video, digest):
+    if earlier is None:
         return False
-    places = {earlier / new.relative_to(out_dir): new for new in files}
-    for old, new in places.items():
-        if {path.name for path in entries(old) if path.is_file()} != set(files[new]):
+    changed = (
+        f"Video {video} is tracked anew: its frames, or the masks that are given, are other files than those of "
+        f"{earlier}."
+    )
+    damaged = "%s cannot be read (%s): its video is tracked anew."
+    note = earlier / DIGESTS / f"{video}.txt"
+    if finished(note, _read_digest, lambda noted: noted == digest, damaged=damaged, unfit=changed) is None:
+        return False
+    sources = {folder: earlier / folder.relative_to(out_dir) for folder in files}
+    for folder, source in sources.items():
+        if {path.name for path in entries(source) if path.is_file()} != set(files[folder]):
             return False
-    for old, new in places.items():
-        with whole_folder(new) as part:
-            shutil.copytree(old, part, dirs_exist_ok=True)
+    for folder, source in sources.items():
+        with whole_folder(folder) as part:
+            shutil.copytree(source, part, dirs_exist_ok=True)
     keep_digest(out_dir, video, digest)
     return True
 
 
-def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
+def _settings_of(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return a record with its tracker's settings, which have groups of their own, beside the rest."""
     return {key: value for key, value in record.items() if key != "tracker"} | record["tracker"]
 
 
-def _same_digest(earlier: Path, video: str, digest: str) -> bool:
-    try:
-        before = (earlier / DIGESTS / f"{video}.txt").read_text(encoding="utf-8", errors="replace").strip()
-    except FileNotFoundError:
-        return False  # it was not finished
-    if before != digest:
-        logger.warning(
-            "Video %s is tracked anew: its frames, or the masks that are given, are other files than those of %s.",
-            video,
-            earlier,
-        )
-    return before == digest
+def _read_digest(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace").strip()

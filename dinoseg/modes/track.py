@@ -14,6 +14,7 @@ from dinoseg.ranges import Count, Share
 from dinoseg.runs.folder import lock, release
 from dinoseg.runs.trained import is_trained, load_trained, sizes_to_keep
 from dinoseg.runs.unread import warn_unread
+from dinoseg.storage.units import check_same_settings
 from dinoseg.tracking.propagation.tracker import PropagationTracker
 from dinoseg.tracking.slots.tracker import SlotTracker
 from dinoseg.tracking.smoothing import SmoothingTracker
@@ -26,7 +27,6 @@ from dinoseg.tracking.video.state import (
     STATE,
     Standing,
     TrackProgress,
-    check_same_settings,
     check_unfinished,
     read_standing,
 )

@@ -5,17 +5,18 @@ import functools
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dinoseg.data.formats.idd_files import ENCODINGS, LABELS, POLYGONS, files_of, find_parts, label_suffix
-from dinoseg.errors import DISK_FULL, UserError
+from dinoseg.errors import UserError
 from dinoseg.images import write_png
 from dinoseg.preparation.idd_polygons import draw_label_maps
-from dinoseg.processes.workers import in_processes
+from dinoseg.preparation.jobs import incomplete, run_jobs
 from dinoseg.ranges import Count
 from dinoseg.report.progress import Bar
+from dinoseg.storage.atomic import remove_parts
 from dinoseg.storage.files import check_regular, entries
 from dinoseg.storage.locks import locked
 from dinoseg.wording import listed
@@ -81,25 +82,20 @@ def prepare(
 def _draw_all(
     root: Path, jobs: Sequence[PolygonFile], work: Callable[[PolygonFile], Counter[str]], workers: int
 ) -> dict[str, dict[str, int]]:
-    _remove_parts(jobs)
-    counts: dict[str, Counter[str]] = {job.split: Counter() for job in jobs}
-    failures: dict[Path, str] = {}
-    unknown: dict[str, dict[Path, int]] = {}
-    finished = 0
-    remedy = f"Set data.prepare.workers below {workers} and run again: it goes on."
+    for drive in {job.path.parent for job in jobs}:
+        remove_parts(drive, ".*_gtFine_label*.part")
     with Bar(total=len(jobs), desc="drawing", unit="file") as bar:
-        for job, result in in_processes(work, jobs, workers, catch=(UserError, OSError), in_order=False, remedy=remedy):
-            if isinstance(result, OSError) and result.errno in DISK_FULL:
-                raise _disk_full(root, finished, len(jobs))
-            if isinstance(result, Exception):
-                failures[job.path] = str(result) if isinstance(result, UserError) else f"{job.path}: {result}"
-            else:
-                counts[job.split].update(result)
-                for key in (key for key in result if key.startswith(_UNKNOWN)):
-                    unknown.setdefault(key.removeprefix(_UNKNOWN), {})[job.path] = result[key]
-                finished += 1
-            bar.update()
-    _report(sum(counts.values(), Counter()), unknown, failures, len(jobs))
+        results, failures = run_jobs(work, jobs, bar, workers=workers, root=root, ready="files are drawn")
+    counts: dict[str, Counter[str]] = {job.split: Counter() for job in jobs}
+    for job, result in results.items():
+        counts[job.split].update(result)
+    _report(results)
+    if failures:
+        lines = [
+            str(reason) if isinstance(reason, UserError) else f"{job.path}: {reason}"
+            for job, reason in sorted(failures.items(), key=lambda failure: failure[0].path)
+        ]
+        raise incomplete(lines, f"{len(failures)} of {len(jobs)} files could not be drawn, the others are ready")
     return {split: dict(counts[split]) for split in sorted(counts)}
 
 
@@ -168,35 +164,16 @@ def _is_whole(path: Path) -> bool:
         return start == _PNG_START and opened.read() == _PNG_END
 
 
-def _remove_parts(jobs: Sequence[PolygonFile]) -> None:
-    """Remove what a killed run left half-written."""
-    for drive in {job.path.parent for job in jobs}:
-        for stale in drive.glob(".*_gtFine_label*.part"):
-            stale.unlink(missing_ok=True)
-
-
-def _report(counts: Counter[str], unknown: dict[str, dict[Path, int]], failures: dict[Path, str], total: int) -> None:
-    """Say what was done, warn once of all labels that are not in the table; raise if files failed."""
+def _report(results: Mapping[PolygonFile, Counter[str]]) -> None:
+    """Say what was done, and warn once of all labels that are not in the table."""
+    counts = sum(results.values(), Counter())
     log.info(
         "%d label maps drawn, %d of them again since their polygons have changed, %d kept.",
         *(counts[key] for key in ("written", "redrawn", "kept")),
     )
-    if unknown:
-        labels = [
-            f"\n- {label} ({sum(files.values())}): {listed([str(path) for path in sorted(files)], 3)}"
-            for label, files in sorted(unknown.items())
-        ]
-        log.warning("Objects with labels that IDD does not have were left out:%s", "".join(labels))
-    if failures:
-        lines = "".join(f"\n- {failures[path]}" for path in sorted(failures))
-        raise UserError(
-            f"{len(failures)} of {total} files could not be drawn, the others are ready:{lines}\n"
-            "Running again goes on with these."
-        )
-
-
-def _disk_full(root: Path, finished: int, total: int) -> UserError:
-    return UserError(
-        f"The disk of {root} is full: {finished} of {total} files are drawn and nothing is half-written. Make room and "
-        "run again: it goes on."
-    )
+    lines = []
+    for key in sorted(key for key in counts if key.startswith(_UNKNOWN)):
+        paths = sorted(job.path for job, result in results.items() if key in result)
+        lines.append(f"\n- {key.removeprefix(_UNKNOWN)} ({counts[key]}): {listed([str(path) for path in paths], 3)}")
+    if lines:
+        log.warning("Objects with labels that IDD does not have were left out:%s", "".join(lines))

@@ -1,15 +1,15 @@
 """Pseudo-labels for the frames between the masks of SAR-RARP50's training videos: part of mode=prepare."""
 
+import functools
 import json
-import logging
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from omegaconf import DictConfig
 from torch import Tensor
 
 from dinoseg import build
@@ -28,19 +28,21 @@ from dinoseg.data.formats.sarrarp_files import (
     png_files,
 )
 from dinoseg.data.pairs.dataset import Pair, read_pair
-from dinoseg.errors import DISK_FULL, UserError
+from dinoseg.errors import UserError
 from dinoseg.images import read_image, write_png
+from dinoseg.preparation.jobs import incomplete, run_jobs
 from dinoseg.report.progress import Bar
 from dinoseg.storage import forms
-from dinoseg.storage.atomic import whole_folder
+from dinoseg.storage.atomic import remove_parts, whole_folder
+from dinoseg.storage.forms import as_read_back
 from dinoseg.storage.locks import locked
+from dinoseg.storage.units import finished
 from dinoseg.tracking.propagation.agreement import between
 from dinoseg.tracking.propagation.features import last_maps
 from dinoseg.tracking.propagation.settings import PropagationSettings
 from dinoseg.tracking.provenance import precision_of, weights_of
 from dinoseg.tracking.tracker import Autocast
 
-logger = logging.getLogger(__name__)
 _LOCK = ".propagate.lock"  # in the folder of a video: one run at a time
 _BATCH = 4  # frames that the backbone sees at once
 _MEANING = "Labels propagated from the masks before and after a frame; nobody has drawn or checked them."
@@ -59,7 +61,7 @@ class Propagation:
     made_by: dict[str, Any]  # what the labels depend on beside frames and masks
 
     @classmethod
-    def of(cls, cfg: Any) -> "Propagation":
+    def of(cls, cfg: DictConfig) -> "Propagation":
         """Return what `backbone`, `tracker`, `engine` and `data` say."""
         engine, settings = instantiate(cfg.engine), instantiate(cfg.tracker)
         backbone = build.backbone(cfg).to(engine.device)
@@ -76,62 +78,73 @@ class Propagation:
         return cls(backbone, settings, engine.device, engine.autocast, reader, cfg.data.prepare.min_agreement, made_by)
 
 
-def propagate(propagation: Propagation, videos: Sequence[Path]) -> dict[str, dict[str, int]]:
+def propagate(propagation: Propagation, root: Path, videos: Sequence[str]) -> dict[str, dict[str, int]]:
     """Write `pseudo/` into the folders of videos that are extracted at 10 Hz; return the counts of each video.
 
     A video whose labels are there, made in the same way of the same masks, is left as it is.
 
+    Args:
+        propagation: gives the labels.
+        root: of the data set.
+        videos: names of folders below it, such as `train1/video_01`.
+
     Raises:
         UserError: a full disk, or, when all others are finished, the videos that failed.
     """
-    counts: dict[str, dict[str, int]] = {}
-    failures = {}
-    with Bar(videos, desc="propagating", unit="video") as bar:
-        for video in bar:
-            name = f"{video.parent.name}/{video.name}"
-            bar.set_postfix_str(name)
-            try:
-                counts[name] = _propagate_video(propagation, video)
-            except UserError as error:
-                failures[name] = str(error)
-            except OSError as error:
-                if error.errno not in DISK_FULL:
-                    raise
-                raise UserError(
-                    f"The disk of {video} is full: {len(counts)} of {len(videos)} videos have their pseudo-labels and "
-                    "nothing is half-written. Make room and run again: it goes on."
-                ) from error
+    work = functools.partial(_label_video, propagation, root)
+    with Bar(total=len(videos), desc="propagating", unit="video") as bar:
+        counts, failures = run_jobs(
+            work, videos, bar, workers=1, root=root, ready="videos have their pseudo-labels", show=str
+        )
     if failures:
-        lines = "".join(f"\n- {name}: {reason}" for name, reason in failures.items())
-        raise UserError(
-            f"{len(failures)} of {len(videos)} videos could not be given pseudo-labels, the others have them:{lines}\n"
-            "Running again goes on with these."
+        lines = [f"{name}: {reason}" for name, reason in failures.items()]
+        raise incomplete(
+            lines, f"{len(failures)} of {len(videos)} videos could not be given pseudo-labels, the others have them"
         )
     return counts
 
 
-def _propagate_video(propagation: Propagation, video: Path) -> dict[str, int]:
-    with locked(video / _LOCK):
-        return _labels_of(propagation, video)
+def _label_video(propagation: Propagation, root: Path, name: str) -> dict[str, int]:
+    with locked(root / name / _LOCK):
+        return _labels_of(propagation, root / name)
 
 
 def _labels_of(propagation: Propagation, video: Path) -> dict[str, int]:
+    """Return the counts of a video's labels, which are made unless they are there."""
     folder = video / PSEUDO_FOLDER
     sums = {"masks": mask_sums(video), "frames": frames_sum(video)}
-    made_by = json.loads(json.dumps({**propagation.made_by, **sums}))
-    found = _found_before(folder, made_by)
-    if found is None:
-        for stale in video.glob(f".{PSEUDO_FOLDER}.*"):  # of a run that was killed
-            shutil.rmtree(stale, ignore_errors=True)
-        found = {"what": _MEANING, "made_by": made_by, "kept": {}, "left_out": {}}
-        with whole_folder(folder) as part:
-            for stem, mask, agreement in _labelled(propagation, video):
-                enough = agreement >= propagation.min_agreement
-                found["kept" if enough else "left_out"][stem] = round(agreement, 4)
-                if enough:
-                    write_png(part / f"{stem}.png", mask)
-            (part / PSEUDO_FILE).write_text(json.dumps(found, indent=1), encoding="utf-8")
-    return {"pseudo": len(found["kept"]), "left_out": len(found["left_out"])}
+    made_by = as_read_back({**propagation.made_by, **sums})
+
+    def fits(note: Mapping[str, Any]) -> bool:
+        return note["made_by"] == made_by and note["kept"].keys() == png_files(folder).keys()
+
+    note = finished(
+        folder / PSEUDO_FILE,
+        lambda path: forms.read_json(path, PSEUDO_FORM),
+        fits,
+        damaged="%s is damaged (%s): making it anew.",
+        unfit=f"{folder} was made in another way, or is not whole: making it anew.",
+    )
+    if note is None:
+        remove_parts(video, f".{PSEUDO_FOLDER}.*")
+        note = _write_labels(propagation, video, made_by)
+    return {"pseudo": len(note["kept"]), "left_out": len(note["left_out"])}
+
+
+def _write_labels(propagation: Propagation, video: Path, made_by: dict[str, Any]) -> dict[str, Any]:
+    """Write the labels of enough agreement and then the note beside them, which is returned."""
+    kept: dict[str, float] = {}
+    left_out: dict[str, float] = {}
+    with whole_folder(video / PSEUDO_FOLDER) as part:
+        for stem, mask, agreement in _labelled(propagation, video):
+            if agreement >= propagation.min_agreement:
+                kept[stem] = round(agreement, 4)
+                write_png(part / f"{stem}.png", mask)
+            else:
+                left_out[stem] = round(agreement, 4)
+        note = {"what": _MEANING, "made_by": made_by, "kept": kept, "left_out": left_out}
+        (part / PSEUDO_FILE).write_text(json.dumps(note, indent=1), encoding="utf-8")
+    return note
 
 
 def _labelled(propagation: Propagation, video: Path) -> Iterator[tuple[str, np.ndarray, float]]:
@@ -170,17 +183,3 @@ def _features(propagation: Propagation, images: Sequence[np.ndarray]) -> Tensor:
     seen_as = (propagation.settings, propagation.device, propagation.autocast)
     starts = range(0, len(images), _BATCH)
     return torch.cat([last_maps(propagation.backbone, images[start : start + _BATCH], *seen_as) for start in starts])
-
-
-def _found_before(folder: Path, made_by: dict[str, Any]) -> dict[str, Any] | None:
-    """Return what an earlier run noted, if it did the same and all its files are there."""
-    try:
-        found = forms.read_json(folder / PSEUDO_FILE, PSEUDO_FORM)
-        if found["made_by"] == made_by and found["kept"].keys() == png_files(folder).keys():
-            return found
-    except FileNotFoundError:
-        return None
-    except (OSError, forms.Misshapen) as error:
-        logger.warning("%s is damaged (%s).", folder / PSEUDO_FILE, error)
-    logger.info("%s was made in another way, or is not whole: making it anew.", folder)
-    return None

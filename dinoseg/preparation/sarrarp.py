@@ -20,16 +20,17 @@ from dinoseg.data.formats.sarrarp_files import (
     frame_files,
     png_files,
 )
-from dinoseg.errors import DISK_FULL, UserError
+from dinoseg.errors import UserError
 from dinoseg.preparation.archives import unpack
 from dinoseg.preparation.frames import extract_frames
-from dinoseg.processes.workers import in_processes
+from dinoseg.preparation.jobs import incomplete, run_jobs
 from dinoseg.ranges import Count, Share
 from dinoseg.report.progress import Bar
 from dinoseg.storage import forms
-from dinoseg.storage.atomic import write_text
+from dinoseg.storage.atomic import remove_parts, write_text
 from dinoseg.storage.files import entries
 from dinoseg.storage.locks import locked
+from dinoseg.storage.units import finished
 from dinoseg.wording import count_of, listed
 
 SPLIT_FOLDERS = TRAIN_FOLDERS + TEST_FOLDERS
@@ -93,26 +94,23 @@ def prepare(
 def _prepare_all(
     root: Path, jobs: Sequence[VideoJob], work: Callable[[VideoJob], dict[str, int]], workers: int
 ) -> dict[str, dict[str, int]]:
-    done: dict[str, dict[str, int]] = {}
-    failures: dict[str, str] = {}
-    remedy = f"Set data.prepare.workers below {workers} and run again: it goes on."
     with Bar(total=len(jobs), desc="preparing", unit="video") as bar:
-        for job, result in in_processes(work, jobs, workers, catch=(UserError, OSError), in_order=False, remedy=remedy):
-            if isinstance(result, OSError) and result.errno in DISK_FULL:
-                raise _disk_full(root, len(done), len(jobs))
-            if isinstance(result, Exception):
-                failures[job.name] = str(result)
-            else:
-                done[job.name] = result
-            bar.update()
-            bar.set_postfix_str(job.name)
-    if failures:
-        lines = "".join(f"\n- {name}: {failures[name]}" for name in sorted(failures))
-        raise UserError(
-            f"{len(failures)} of {len(jobs)} videos could not be prepared, the others are ready:{lines}\n"
-            "Running again goes on with these."
+        counts, failures = run_jobs(
+            work,
+            jobs,
+            bar,
+            workers=workers,
+            root=root,
+            ready="videos are ready",
+            make_room="data.prepare.keep_archives=false removes each archive once its video is ready",
+            show=lambda job: job.name,
         )
-    return {name: done[name] for name in sorted(done)}
+    if failures:
+        lines = [
+            f"{name}: {reason}" for name, reason in sorted((job.name, str(error)) for job, error in failures.items())
+        ]
+        raise incomplete(lines, f"{len(failures)} of {len(jobs)} videos could not be prepared, the others are ready")
+    return {job.name: counts[job] for job in sorted(counts, key=lambda job: job.name)}
 
 
 def find_jobs(root: Path) -> list[VideoJob]:
@@ -161,14 +159,12 @@ def prepare_video(job: VideoJob, *, rate: int, keep_archive: bool, propagate: bo
 
 def _done_before(job: VideoJob, rate: int) -> dict[str, int] | None:
     """Return the counts kept by an earlier run if they still hold, else None."""
-    try:
-        counts = forms.read_json(job.folder / PREPARED, PREPARED_FORM)
-        frames = len(png_files(job.folder / FRAME_FOLDERS[0]))
-        masks = len(png_files(job.folder / MASK_FOLDER))
-        valid = counts["rate"] >= rate and counts["frames"] <= frames and counts["masks"] == masks
-        return counts if valid else None
-    except (OSError, forms.Misshapen):
-        return None
+
+    def hold(counts: Mapping[str, int]) -> bool:
+        frames, masks = (len(png_files(job.folder / name)) for name in (FRAME_FOLDERS[0], MASK_FOLDER))
+        return counts["rate"] >= rate and counts["frames"] <= frames and counts["masks"] == masks
+
+    return finished(job.folder / PREPARED, lambda path: forms.read_json(path, PREPARED_FORM), hold)
 
 
 def _extract(folder: Path, rate: int) -> dict[str, int]:
@@ -185,8 +181,7 @@ def _extract(folder: Path, rate: int) -> dict[str, int]:
     step = FRAMES_PER_SECOND // rate
     decoded = extract_frames(video, target, step=step)
     _verify(folder, decoded, step)
-    for stale in target.glob(".*.part"):  # of a run that was killed
-        stale.unlink(missing_ok=True)
+    remove_parts(target, ".*.part")
     counts = {"rate": rate, "decoded": decoded, "frames": len(range(0, decoded, step)), "masks": len(masks)}
     write_text(folder / PREPARED, json.dumps(counts))
     return counts
@@ -233,11 +228,3 @@ def _chosen(jobs: list[VideoJob], videos: Sequence[str] | None) -> list[VideoJob
             f"{listed([job.name for job in jobs], 60)}."
         )
     return [job for job in jobs if job.name in videos or job.folder.name in videos]
-
-
-def _disk_full(root: Path, done: int, total: int) -> UserError:
-    return UserError(
-        f"The disk of {root} is full: {done} of {total} videos are ready and nothing is half-written. Make "
-        "room (data.prepare.keep_archives=false removes each archive once its video is ready) and run again: "
-        "it goes on."
-    )

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dinoseg.errors import UserError
 from dinoseg.storage import locks
+from dinoseg.storage.atomic import remove_parts
 from dinoseg.storage.files import check_regular
 
 LOG = "run.log"
@@ -120,9 +121,4 @@ def command_line(folder: Path) -> list[str]:
 
 def drop_parts(folder: Path) -> None:
     """Remove what a killed process has left half-written in a run folder that is locked, and so nobody else's."""
-    for part in (*folder.glob(".*.part"), *folder.glob("checkpoints/.*.part"), *folder.glob("checkpoints/.tmp??????")):
-        if part.is_dir() and not part.is_symlink():
-            shutil.rmtree(part, ignore_errors=True)
-        else:
-            with suppress(OSError):
-                part.unlink()
+    remove_parts(folder, ".*.part", "checkpoints/.*.part", "checkpoints/.tmp??????")  # .tmp: by safetensors

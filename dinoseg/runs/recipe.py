@@ -1,6 +1,5 @@
 """What a run is made of, as its checkpoints say it; and by what two runs are of the same recipe."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from dinoseg.config.plain import plain
 from dinoseg.config.resolvers import settled
 from dinoseg.data.classes.labels import Labels
 from dinoseg.shapes import SegmentationData
+from dinoseg.storage.forms import as_read_back
 from dinoseg.training.description import CHOSEN, GROUPS
 
 SAVED = ("seed", *GROUPS)  # root keys of a config that a checkpoint keeps
@@ -48,7 +48,7 @@ def recipe_of(info: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         info: a description; where the data lies is part of it, and how long is trained is not.
     """
-    config = json.loads(json.dumps(saved_config(info)))
+    config = as_read_back(saved_config(info))
     trainer = {key: value for key, value in config["trainer"].items() if key not in LENGTHS}
     # by the background alone a score differs, and nothing that is trained
     data = {**config["data"], "root": data_root(config, Path(info["folder"]))[0], "background": None}

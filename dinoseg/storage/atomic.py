@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,21 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             os.replace(old, folder)
         for left in (old, part):
             shutil.rmtree(left, ignore_errors=True)
+
+
+def remove_parts(folder: Path, *patterns: str) -> None:
+    """Remove what killed processes have left half-written in a folder that no other one writes to, as far as it can be.
+
+    Args:
+        folder: searched.
+        patterns: of the hidden names, such as `.*.part`.
+    """
+    for path in [path for pattern in patterns for path in folder.glob(pattern)]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                path.unlink()
 
 
 def write_text(path: str | Path, text: str) -> None:

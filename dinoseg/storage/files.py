@@ -57,17 +57,17 @@ def visible_files(top: Path) -> Iterator[tuple[Path, list[str]]]:
     Raises:
         UserError: a folder may not be read.
     """
-    place = top.resolve()
-    above = {str(top): frozenset(_identity(folder) for folder in (place, *place.parents))}
+    real_top = top.resolve()
+    above = {str(top): frozenset(_identity(folder) for folder in (real_top, *real_top.parents))}
     for parent, folders, files in os.walk(top, onerror=_refuse, followlinks=True):
         trail = above.pop(parent)
-        kept = []
+        followed = []
         for name in sorted(folders):
             path = os.path.join(parent, name)
             if not name.startswith(".") and (identity := _identity(path)) not in trail:
                 above[path] = trail | {identity}
-                kept.append(name)
-        folders[:] = kept
+                followed.append(name)
+        folders[:] = followed  # what os.walk goes into
         yield Path(parent), sorted(name for name in files if not name.startswith("."))
 
 

@@ -50,6 +50,11 @@ def parse_json(text: str | bytes, form: Form) -> Any:
     return value
 
 
+def as_read_back(value: Any) -> Any:
+    """Return a plain value as `parse_json` gives it back: tuples as lists, keys as text."""
+    return json.loads(json.dumps(value))
+
+
 def read_arrays(path: Path, forms: Mapping[str, tuple[str, int]]) -> dict[str, np.ndarray]:
     """Return the arrays of an NPZ file, written without compression.
 
@@ -105,13 +110,22 @@ def flag(value: Any, where: str) -> None:
         _refuse(value, where, "true or false")
 
 
+def nested(most: int) -> Form:
+    """Return the form of anything that is nested so deep at most."""
+
+    def check(value: Any, where: str) -> None:
+        level: list[Any] = [value]  # by levels, since a function that calls itself ends where Python's stack does
+        for _ in range(most):
+            level = [inner for outer in level for inner in _values(outer)]
+        if level:
+            raise Misshapen(f"{where:.99} is nested too deep")
+
+    return check
+
+
 def plain(value: Any, where: str) -> None:
     """Form of anything, a few levels deep."""
-    inside: list[Any] = [value]
-    for _ in range(_DEEPEST):
-        inside = [each for group in inside for each in _held(group)]
-    if inside:
-        raise Misshapen(f"{where:.99} is nested too deep")
+    nested(_DEEPEST)(value, where)
 
 
 def maybe(form: Form) -> Form:
@@ -125,8 +139,8 @@ def listing(form: Form, length: int | None = None) -> Form:
     def check(value: Any, where: str) -> None:
         if not isinstance(value, list) or length not in (None, len(value)):
             _refuse(value, where, "a list" if length is None else f"a list of {length}")
-        for position, each in enumerate(value):
-            form(each, f"{where}[{position}]")
+        for position, item in enumerate(value):
+            form(item, f"{where}[{position}]")
 
     return check
 
@@ -137,8 +151,8 @@ def row(*forms: Form) -> Form:
     def check(value: Any, where: str) -> None:
         if not isinstance(value, list) or len(value) != len(forms):
             _refuse(value, where, f"a list of {len(forms)}")
-        for position, (form, each) in enumerate(zip(forms, value, strict=True)):
-            form(each, f"{where}[{position}]")
+        for position, (form, item) in enumerate(zip(forms, value, strict=True)):
+            form(item, f"{where}[{position}]")
 
     return check
 
@@ -149,10 +163,10 @@ def table(form: Form, names: str = ".*") -> Form:
     def check(value: Any, where: str) -> None:
         if not isinstance(value, dict):
             _refuse(value, where, "an object")
-        for key, each in value.items():
+        for key, entry in value.items():
             if re.fullmatch(names, key, re.DOTALL) is None:
                 raise Misshapen(f"{where:.99} has an entry {key!r:.60}, which is none of its own")
-            form(each, f"{where}.{key}")
+            form(entry, f"{where}.{key}")
 
     return check
 
@@ -163,17 +177,48 @@ def record(**forms: Form) -> Form:
     def check(value: Any, where: str) -> None:
         if not isinstance(value, dict) or value.keys() != forms.keys():
             _refuse(value, where, f"an object of {', '.join(forms)}")
+        holding(**forms)(value, where)
+
+    return check
+
+
+def some_of(**forms: Form) -> Form:
+    """Return the form of an object with some of these names, and no other."""
+
+    def check(value: Any, where: str) -> None:
+        if not isinstance(value, dict) or not value.keys() <= forms.keys():
+            _refuse(value, where, f"an object of some of {', '.join(forms)}")
+        holding(**{key: forms[key] for key in value})(value, where)
+
+    return check
+
+
+def holding(**forms: Form) -> Form:
+    """Return the form of an object with these names, and any other."""
+
+    def check(value: Any, where: str) -> None:
+        if not isinstance(value, dict) or not forms.keys() <= value.keys():
+            _refuse(value, where, f"an object with {', '.join(forms)}")
         for key, form in forms.items():
             form(value[key], f"{where}.{key}")
 
     return check
 
 
+def fits(value: Any, form: Form) -> bool:
+    """Return whether a value has a form, where what is wrong with it is said otherwise."""
+    try:
+        form(value, "it")
+    except Misshapen:
+        return False
+    return True
+
+
 def _refuse(value: Any, where: str, rule: str) -> NoReturn:
     raise Misshapen(f"{where:.99} is {value!r:.60}, and must be {rule}")
 
 
-def _held(value: Any) -> Iterable[Any]:
+def _values(value: Any) -> Iterable[Any]:
     return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
@@ -194,10 +239,10 @@ def _array(archive: zipfile.ZipFile, name: str, kind: str, axes: int) -> np.ndar
 
 
 def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    entries = dict(pairs)
+    if len(entries) < len(pairs):  # readers differ in which of the two counts
         raise Misshapen("a name stands twice in one object")
-    return found
+    return entries
 
 
 def _no_number(name: str) -> NoReturn:

@@ -12,6 +12,7 @@ import cv2
 from dinoseg.errors import UserError
 from dinoseg.processes.workers import in_processes
 from dinoseg.report.progress import Bar
+from dinoseg.storage.atomic import remove_parts
 from dinoseg.storage.locks import locked
 
 
@@ -42,8 +43,7 @@ def render_videos(
     """
     try:
         with locked(root / _LOCK):
-            for stale in root.glob("*/.*.part"):  # of a run that was killed
-                shutil.rmtree(stale, ignore_errors=True)
+            remove_parts(root, "*/.*.part")
             videos = find()
             with Bar(total=total, initial=total - len(videos), desc="render", unit="video") as bar:
                 remedy = f"Set mode.workers below {workers} and run again: it goes on."

@@ -192,7 +192,7 @@ def test_labels_are_mostly_right_and_better_than_a_copied_mask(tmp_path):
 def test_a_second_run_waits_for_the_first(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(propagate, "_labels_of", lambda propagation, video: {"pseudo": 1})
     done = []
-    second = threading.Thread(target=lambda: done.append(propagate.propagate(None, [tmp_path / "train1/video_01"])))
+    second = threading.Thread(target=lambda: done.append(propagate.propagate(None, tmp_path, ["train1/video_01"])))
     with locked(tmp_path / "train1/video_01/.propagate.lock"):
         second.start()
         while "waiting for it" not in caplog.text:

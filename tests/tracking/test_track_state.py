@@ -3,7 +3,8 @@ import torch
 from safetensors.torch import save_file
 
 from dinoseg.errors import UserError
-from dinoseg.tracking.video.state import STATE, check_same_settings, read_standing
+from dinoseg.storage.units import check_same_settings
+from dinoseg.tracking.video.state import STATE, read_standing
 
 
 def test_other_settings_are_named(tmp_path):

@@ -13,6 +13,7 @@ import numpy as np
 
 from dinoseg.errors import UserError
 from dinoseg.storage import forms
+from dinoseg.storage.units import finished
 
 PIXELS, INDEX = "pixels.bin", "index.json"
 VERSION = 1  # of the files' format: a store of another version is packed anew
@@ -121,15 +122,18 @@ class Store:
 
 def open_store(folder: Path, key: StoreKey, names: Sequence[str], *, verify: bool) -> Store | None:
     """Return a finished store, or None where there is none that is whole and of this key."""
-    try:
-        index = forms.read_json(folder / INDEX, _INDEX_FORM)
-        places = [Place(*numbers) for numbers in index["places"]]
+
+    def read(path: Path) -> Store:
+        index = forms.read_json(path, _INDEX_FORM)
+        if index["key"] != asdict(key) or index["names"] != list(names) or len(index["places"]) != len(names):
+            raise forms.Misshapen("it is of another data set")
+        return Store(folder, names, [Place(*numbers) for numbers in index["places"]], verify=verify)
+
+    def is_whole(store: Store) -> bool:
         size = (folder / PIXELS).stat().st_size
-        whole = index["key"] == asdict(key) and index["names"] == list(names) and len(names) == len(places)
-    except (OSError, forms.Misshapen):
-        return None
-    inside = all(place.offset + place.size <= size for place in places)
-    return Store(folder, names, places, verify=verify) if whole and inside else None
+        return all(place.offset + place.size <= size for place in store.places)
+
+    return finished(folder / INDEX, read, is_whole)
 
 
 def write_index(folder: Path, key: StoreKey, names: Sequence[str], places: Sequence[Place]) -> None:

@@ -18,6 +18,7 @@ from dinoseg.data.video.access import ImageSource
 from dinoseg.storage import forms
 from dinoseg.storage.atomic import whole_file
 from dinoseg.storage.stamps import stamp
+from dinoseg.storage.units import finished
 
 log = logging.getLogger(__name__)
 
@@ -91,19 +92,18 @@ class ScanCache:
             log.warning("The scan cannot be kept in %s (%s): the next run scans anew.", self.path, error)
 
     def _load(self) -> dict[str, tuple[list[int], Record]]:
-        try:
-            arrays = forms.read_arrays(self.path, dict.fromkeys(("records", *_SMALL_COPIES), ("|u1", 1)))
-            rows = forms.parse_json(arrays["records"].tobytes(), _FORM)
-            copies = (_parted(arrays[name], [row[name] for row in rows]) for name in _SMALL_COPIES)
-            return {
-                row["key"]: (row["stamps"], _record(row["record"], edges, borders))
-                for row, edges, borders in zip(rows, *copies, strict=True)
-            }
-        except FileNotFoundError:
-            return {}
-        except (OSError, forms.Misshapen) as error:
-            log.warning("The kept scan in %s is damaged (%s): scanning anew.", self.path, error)
-            return {}
+        return finished(self.path, _read, damaged="The kept scan in %s is damaged (%s): scanning anew.") or {}
+
+
+def _read(path: Path) -> dict[str, tuple[list[int], Record]]:
+    """Return stamps and record of each pair."""
+    arrays = forms.read_arrays(path, dict.fromkeys(("records", *_SMALL_COPIES), ("|u1", 1)))
+    rows = forms.parse_json(arrays["records"].tobytes(), _FORM)
+    copies = (_parted(arrays[name], [row[name] for row in rows]) for name in _SMALL_COPIES)
+    return {
+        row["key"]: (row["stamps"], _record(row["record"], edges, borders))
+        for row, edges, borders in zip(rows, *copies, strict=True)
+    }
 
 
 def _key(image: ImageSource, mask: Path) -> str:

@@ -10,6 +10,7 @@ from dinoseg.report.progress import Bar
 from dinoseg.shapes import SegmentationData
 from dinoseg.storage import forms
 from dinoseg.storage.atomic import write_text
+from dinoseg.storage.units import finished
 
 log = logging.getLogger(__name__)
 _FORM = forms.record(fingerprint=forms.text, classes=forms.listing(forms.text), pixels=forms.listing(forms.whole()))
@@ -49,15 +50,13 @@ def _count(dataset: SegmentationData) -> np.ndarray:
 
 
 def _load(path: Path, key: str, num_classes: int) -> np.ndarray | None:
-    try:
-        kept = forms.read_json(path, _FORM)
-        counts = np.array(kept["pixels"], dtype=np.int64)
-        return counts if kept["fingerprint"] == key and counts.shape == (num_classes,) else None
-    except OSError:
-        return None
-    except forms.Misshapen as error:
-        log.warning("The kept class counts in %s are damaged (%s): counting anew.", path, error)
-        return None
+    record = finished(
+        path,
+        lambda path: forms.read_json(path, _FORM),
+        lambda record: record["fingerprint"] == key and len(record["pixels"]) == num_classes,
+        damaged="The kept class counts in %s are damaged (%s): counting anew.",
+    )
+    return None if record is None else np.array(record["pixels"], dtype=np.int64)
 
 
 def _save(path: Path, content: dict) -> None:

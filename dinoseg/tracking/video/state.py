@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -98,25 +98,6 @@ def read_standing(folder: Path) -> Standing:
         raise UserError(f"{path} is not readable ({error}). Leave mode.restart out to begin anew.") from error
 
 
-def check_same_settings(folder: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse to go on with other settings than a run was begun with.
-
-    Raises:
-        UserError: naming each setting that differs.
-    """
-    before, after = dict(_flat(then)), dict(_flat(json.loads(json.dumps(now))))
-    differing = [
-        f"{name} was {before.get(name, 'not set')} and is {after.get(name, 'not set')}"
-        for name in sorted(before.keys() | after.keys())
-        if before.get(name) != after.get(name)
-    ]
-    if differing:
-        raise UserError(
-            f"mode.restart={folder}: other settings than that run's: {'; '.join(differing)}. Give what it had (its "
-            f"command line is in {folder / 'config' / 'overrides.txt'}), or begin anew without mode.restart."
-        )
-
-
 def check_batch_size(folder: Path, then: int, now: int) -> None:
     """Warn of other batches than a run was begun with: they round differently."""
     if then != now:
@@ -159,11 +140,3 @@ def _sync(path: Path) -> None:
         os.fsync(number)
     finally:
         os.close(number)
-
-
-def _flat(settings: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{path}{key}.")
-        else:
-            yield f"{path}{key}", value
