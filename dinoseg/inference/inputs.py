@@ -3,12 +3,12 @@
 import glob
 from pathlib import Path
 
-from dinoseg.data.natural_order import natural_order
 from dinoseg.errors import UserError
 from dinoseg.images import IMAGE_SUFFIXES
 from dinoseg.inference.frame_folder import FolderReader
 from dinoseg.inference.video_file import VideoReader
 from dinoseg.storage.files import entries
+from dinoseg.storage.natural_order import natural_order
 
 FrameReader = VideoReader | FolderReader  # frames one after the other, each with a name
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv")
