@@ -102,10 +102,6 @@ class Slots(Protocol):
         """Return the soft masks (B, S, h, w) of one frame."""
         ...
 
-    def allowed(self, background: Tensor) -> Tensor:
-        """Return which cells each slot may see (B, S, h, w) from where the background is (B, h, w), both bool."""
-        ...
-
 
 class Head(nn.Module, Generic[Outputs]):
     """Feature maps to outputs of its own kind, and those to pixels.

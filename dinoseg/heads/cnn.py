@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dinoseg.contracts import Head
 from dinoseg.errors import UserError
 from dinoseg.geometry import upsample
+from dinoseg.heads.options import check_choice
 from dinoseg.heads.pyramid import one_grid_width
 from dinoseg.ranges import Count, LowShare, Natural
 
@@ -135,7 +136,6 @@ def _check_layers(kernel_size: int, activation: str, dropout: float) -> None:
             f"head.kernel_size={kernel_size}: only an odd kernel has a centre and keeps the grid's size, which the "
             f"residual sum needs. Give an odd number, such as 3."
         )
-    if activation not in ACTIVATIONS:
-        raise UserError(f"head.activation={activation} is unknown. Choose one of {', '.join(ACTIVATIONS)}.")
+    check_choice("activation", activation, ACTIVATIONS)
     if not 0 <= dropout < 1:
         raise UserError(f"head.dropout={dropout}: give a share from 0 up to below 1.")

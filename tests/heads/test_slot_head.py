@@ -6,6 +6,7 @@ import torch
 from dinoseg.contracts import Backbone
 from dinoseg.errors import UserError
 from dinoseg.heads.slots.background import background_mask
+from dinoseg.heads.slots.groups import allowed_cells
 from dinoseg.heads.slots.head import SlotHead
 from dinoseg.model import Segmenter
 
@@ -127,7 +128,9 @@ def test_frame_by_frame_is_the_same_as_the_clip(predictor, groups, grid):
     slots = None
     for time in range(4):
         masked = groups == "always" or (groups == "initial" and time == 0)
-        slots, attention = head.step(features[:, time], slots, head.allowed(background[:, time]) if masked else None)
+        slots, attention = head.step(
+            features[:, time], slots, allowed_cells(background[:, time], head.sizes) if masked else None
+        )
         torch.testing.assert_close(slots, outputs.slots[:, time])
         torch.testing.assert_close(attention, outputs.attention[:, time])
         for index in range(2):
@@ -166,10 +169,10 @@ def test_reconstructions_are_normed_decodings_of_slots_taken_ahead():
 
 def test_groups_see_only_their_side():
     head, features = made(**GROUPED), clip()
-    assert head.group_sizes == (2, 3) and head.num_slots == 5 and made().group_sizes is None
+    assert head.sizes == [2, 3] and head.num_slots == 5
     background = torch.rand(2, 4, 3, 4) > 0.5
     background[0, 0], background[1, 0] = True, False  # one side is empty
-    allowed = head.allowed(background[:, 1])
+    allowed = allowed_cells(background[:, 1], head.sizes)
     assert allowed.shape == (2, 5, 3, 4)
     assert all(torch.equal(allowed[:, slot], background[:, 1]) for slot in (0, 1))
     assert all(torch.equal(allowed[:, slot], ~background[:, 1]) for slot in (2, 3, 4))
@@ -199,7 +202,7 @@ def test_gradients_reach_everything(keys, checkpointing):
     gradients = []
     for recompute in (False, checkpointing):
         head, features = made(checkpointing=recompute, **keys).train(), clip()
-        background = torch.rand(2, 4, 3, 4) > 0.5 if head.group_sizes else None
+        background = torch.rand(2, 4, 3, 4) > 0.5 if head.groups != "off" else None
         torch.manual_seed(1)
         outputs = head.follow(features, background)
         parts = [*outputs.reconstructions, *([outputs.similarity] if keys.get("similarity") else [])]

@@ -14,6 +14,7 @@ from dinoseg.heads.mask2former.adapter import VitAdapter
 from dinoseg.heads.mask2former.meta_file import load_segmentor
 from dinoseg.heads.mask2former.pixel_decoder import GROUPS, PixelDecoder
 from dinoseg.heads.mask2former.predictor import Predictor
+from dinoseg.heads.options import check_choice, check_positive
 from dinoseg.heads.semantic import semantic_map
 from dinoseg.ranges import Count, LowShare
 from dinoseg.shapes import MaskOutputs
@@ -71,12 +72,12 @@ class Mask2FormerHead(Head[MaskOutputs]):
     ) -> None:
         super().__init__()
         dim = _map_width(in_dim, num_layers)
-        _check_positive(num_heads=num_heads, num_queries=num_queries)
+        check_positive(num_heads=num_heads, num_queries=num_queries)
         hidden = _hidden_width(dim, hidden_dim, num_heads)
         feedforward = 4 * hidden if feedforward_dim is None else feedforward_dim
-        _check_positive(feedforward_dim=feedforward)
-        _check_choice("class_layer", class_layer, CLASS_LAYERS)
-        _check_choice("trainable", trainable, TRAINABLE)
+        check_positive(feedforward_dim=feedforward)
+        check_choice("class_layer", class_layer, CLASS_LAYERS)
+        check_choice("trainable", trainable, TRAINABLE)
         if not 0 <= drop_path < 1:
             raise UserError(f"head.drop_path={drop_path}: give a probability of at least 0 and below 1.")
         device = torch.get_default_device()
@@ -134,12 +135,6 @@ def _map_width(in_dim: int | Sequence[int], num_layers: int) -> int:
     return found[0]
 
 
-def _check_positive(**values: int) -> None:
-    for name, value in values.items():
-        if value < 1:
-            raise UserError(f"head.{name}={value}: give a whole number of at least 1.")
-
-
 def _check_without_weights(class_layer: str, trainable: str) -> None:
     if class_layer == "new":
         raise UserError(
@@ -171,8 +166,3 @@ def _hidden_width(dim: int, hidden_dim: int | None, num_heads: int) -> int:
             f"{num_heads}, and at least {2 * GROUPS}. Choose head.hidden_dim={below} or {below + step}."
         )
     return hidden_dim
-
-
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise UserError(f"head.{name}={value} is unknown. Choose one of {', '.join(choices)}.")

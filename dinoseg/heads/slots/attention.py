@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from dinoseg.errors import UserError
 from dinoseg.precision import at_least_float32
 
 _EPSILON = 1e-6  # against a slot that won no token
@@ -115,3 +116,13 @@ def _gaussian_part(groups: int, dim: int) -> nn.Parameter:
     """Return a parameter (1, groups, dim); each group's row as Xavier initialisation draws a (1, 1, dim)."""
     bound = math.sqrt(3 / dim)
     return nn.Parameter(torch.empty(1, groups, dim).uniform_(-bound, bound))
+
+
+def check_enough_cells(num_slots: int, grid: tuple[int, int]) -> None:
+    """Refuse more slots than there are cells to share out."""
+    cells = grid[0] * grid[1]
+    if num_slots > cells:
+        raise UserError(
+            f"head.num_slots={num_slots} are more slots than the {grid[0]} x {grid[1]} = {cells} cells of a frame. Set "
+            f"head.num_slots={cells} or fewer, or enlarge the frames (resolution.crop or resolution.scale)."
+        )

@@ -8,25 +8,19 @@ from torch.utils.checkpoint import checkpoint
 
 from dinoseg.contracts import Backbone, Head, Slots
 from dinoseg.errors import UserError
-from dinoseg.geometry import upsample
-from dinoseg.heads.slots.attention import SlotAttention
+from dinoseg.geometry import upsample, widths
+from dinoseg.heads.options import check_choice, check_positive
+from dinoseg.heads.slots.attention import SlotAttention, check_enough_cells
 from dinoseg.heads.slots.background import background_mask
-from dinoseg.heads.slots.checks import (
-    check_choice,
-    check_enough_cells,
-    check_positive,
-    checked_grid,
-    map_width,
-    slot_sizes,
-)
+from dinoseg.heads.slots.clips import SeenFrame, check_similar_cells, clip_outputs, telling_frames
 from dinoseg.heads.slots.decoder import Decoded, SlotDecoder
-from dinoseg.heads.slots.positions import Positions, linear_positions
+from dinoseg.heads.slots.groups import GROUPS, allowed_cells, slot_sizes
+from dinoseg.heads.slots.positions import Positions, linear_positions, training_grid
 from dinoseg.heads.slots.predictor import make_predictor
-from dinoseg.heads.slots.time import make_time_decoders, resolve_steps, telling_frames
+from dinoseg.heads.slots.time import make_time_decoders, resolve_steps
 from dinoseg.ranges import Count
 from dinoseg.shapes import SlotOutputs
 
-GROUPS = ("off", "initial", "always")
 MASK_SOURCES = ("attention", "alpha")
 
 
@@ -90,7 +84,7 @@ class SlotHead(Head[SlotOutputs]):
         checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        dim = map_width(in_dim, num_layers)
+        dim = _map_width(in_dim, num_layers)
         first_iterations = iterations if first_iterations is None else first_iterations
         check_positive(slot_dim=slot_dim, hidden_dim=hidden_dim, decoder_dim=decoder_dim)
         check_positive(iterations=iterations, first_iterations=first_iterations)
@@ -104,13 +98,11 @@ class SlotHead(Head[SlotOutputs]):
         self.steps = resolve_steps(steps)
         self.similarity = similarity
         self.checkpointing = checkpointing
-        made_for = (
-            "head.similarity=true" if similarity else "" if positions == "linear" else f"head.positions={positions}"
-        )
-        self.grid = checked_grid(positions_grid, made_for)
-        num_groups = len(self.sizes)
+        # the step whose alpha is the mask of a frame: of the frame itself, if that is reconstructed
+        self.mask_step = self.steps.index(0) if 0 in self.steps else 0
+        self.grid = training_grid(positions_grid, positions, similarity)
         self.slot_attention = SlotAttention(
-            dim, slot_dim, hidden_dim, num_groups=num_groups, variance_as_std=variance_as_std
+            dim, slot_dim, hidden_dim, num_groups=len(self.sizes), variance_as_std=variance_as_std
         )
         self.place = nn.Linear(2, dim) if token_positions else None
         self.predictor = make_predictor(predictor, slot_dim)
@@ -118,11 +110,6 @@ class SlotHead(Head[SlotOutputs]):
         num_cells = self.grid[0] * self.grid[1] if similarity else 0
         self.decoder = SlotDecoder(slot_dim, dim, decoder_dim, Positions(positions, self.grid), num_cells)
         self.norm = nn.LayerNorm(dim)
-
-    @property
-    def group_sizes(self) -> tuple[int, int] | None:
-        """Return the number of background and of foreground slots, which come in this order; None without groups."""
-        return (self.sizes[0], self.sizes[1]) if self.groups != "off" else None
 
     @property
     def slots(self) -> Slots:
@@ -167,29 +154,21 @@ class SlotHead(Head[SlotOutputs]):
                 slots.
         """
         assert (background is None) == (self.groups == "off")
-        grid = (features.shape[-2], features.shape[-1])
-        similarity = self._asks_similarity(features.shape[1], grid)
-        slots: Tensor | None = None
-        seen, decoded = [], []
+        num_frames, grid = features.shape[1], (features.shape[-2], features.shape[-1])
+        similarity = self.similarity and (num_frames > 1 or self.training)  # an image has no next frame
+        if similarity:
+            check_similar_cells(grid, self.grid)
         learns_onwards = self.predictor is not None and any(True for _ in self.predictor.parameters())
-        frames = telling_frames(features.shape[1], self.steps, training=self.training, learns_onwards=learns_onwards)
-        for time in range(frames):
+        telling = telling_frames(num_frames, self.steps, training=self.training, learns_onwards=learns_onwards)
+        slots: Tensor | None = None
+        frames: list[SeenFrame] = []
+        for time in range(telling):
             allowed = None
             if background is not None and (time == 0 or self.groups == "always"):
-                allowed = self.allowed(background[:, time])
+                allowed = allowed_cells(background[:, time], self.sizes)
             slots, attention = self.step(features[:, time], slots, allowed)
-            seen.append((slots, attention))
-            decoded.append(self._decode_steps(slots, grid, similarity))
-        each_step = [[frame[index] for frame in decoded] for index in range(len(self.steps))]
-        return SlotOutputs(
-            features=features,
-            reconstructions=[torch.stack([frame.features for frame in frames], dim=1) for frames in each_step],
-            alphas=[torch.stack([frame.alpha for frame in frames], dim=1) for frames in each_step],
-            attention=torch.stack([attention for _, attention in seen], dim=1),
-            slots=torch.stack([own for own, _ in seen], dim=1),
-            steps=self.steps,
-            similarity=_stacked([frame.similarity for frame in each_step[self._own]]),
-        )
+            frames.append(SeenFrame(slots, attention, self._decode_steps(slots, grid, similarity)))
+        return clip_outputs(features, frames, self.steps, self.mask_step)
 
     def step(
         self,
@@ -237,23 +216,12 @@ class SlotHead(Head[SlotOutputs]):
 
     def masks(self, slots: Tensor, attention: Tensor, grid: tuple[int, int]) -> Tensor:
         """Return the soft masks (B, S, h, w) of one frame, by its slots (B, S, D) or its attention (B, S, h, w)."""
-        return attention if self.mask_source == "attention" else self.decode(slots, grid, self._own)[1]
-
-    def allowed(self, background: Tensor) -> Tensor:
-        """Return which cells each slot may see (B, S, h, w) from where the background is (B, h, w), both bool."""
-        first, second = self.sizes
-        cells = background[:, None]
-        return torch.cat([cells.expand(-1, first, -1, -1), ~cells.expand(-1, second, -1, -1)], dim=1)
+        return attention if self.mask_source == "attention" else self.decode(slots, grid, self.mask_step)[1]
 
     def predict(self, outputs: SlotOutputs, size: tuple[int, int], valid: tuple[float, float]) -> Tensor:
         """Return the soft masks of all frames (B * T', S, H, W)."""
-        masks = outputs.attention if self.mask_source == "attention" else outputs.alphas[self._own]
+        masks = outputs.attention if self.mask_source == "attention" else outputs.alphas[self.mask_step]
         return upsample(masks.flatten(0, 1), size, valid)
-
-    @property
-    def _own(self) -> int:
-        """The index of the step whose alpha is the mask: of the frame itself if that is reconstructed."""
-        return self.steps.index(0) if 0 in self.steps else 0
 
     def _decode(self, slots: Tensor, grid: tuple[int, int], step: int, similarity: bool) -> Decoded:
         decoded = self.decoder(self.time_decoders[step](slots), grid, similarity=similarity)
@@ -261,23 +229,17 @@ class SlotHead(Head[SlotOutputs]):
         return decoded._replace(features=normed)
 
     def _decode_steps(self, slots: Tensor, grid: tuple[int, int], similarity: bool) -> list[Decoded]:
-        asked = [(slots, grid, step, similarity and step == self._own) for step in range(len(self.steps))]
+        asked = [(slots, grid, step, similarity and step == self.mask_step) for step in range(len(self.steps))]
         if self.checkpointing and torch.is_grad_enabled():
             return [checkpoint(self._decode, *one, use_reentrant=False) for one in asked]
         return [self._decode(*one) for one in asked]
 
-    def _asks_similarity(self, frames: int, grid: tuple[int, int]) -> bool:
-        if not self.similarity or (frames == 1 and not self.training):  # an image has no next frame
-            return False
-        if grid != self.grid:
-            raise UserError(
-                f"head.similarity=true predicts {self.grid[0]} x {self.grid[1]} cells (head.positions_grid), but these "
-                f"frames have {grid[0]} x {grid[1]}. Set resolution.crop to head.positions_grid times the backbone's "
-                f"patch size, or head.positions_grid=[{grid[0]},{grid[1]}] and train anew."
-            )
-        return True
 
-
-def _stacked(parts: Sequence[Tensor | None]) -> Tensor | None:
-    present = [part for part in parts if part is not None]
-    return torch.stack(present, dim=1) if present else None
+def _map_width(in_dim: int | Sequence[int], num_layers: int) -> int:
+    """Return the width of the one map; refuse several."""
+    if num_layers != 1:
+        raise UserError(
+            f"head=slots gathers from one feature map, but backbone.layers gives {num_layers}. "
+            f"Set backbone.layers=[-1]."
+        )
+    return widths(in_dim, num_layers)[0]

@@ -1,13 +1,39 @@
 """Where a cell lies, as numbers that the decoder reads beside a slot."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinoseg.errors import UserError
+from dinoseg.heads.options import check_choice
 
 KINDS = ("learnt", "sine", "linear")
 _CHANNELS = {"learnt": 4, "sine": 4, "linear": 2}
+
+
+def training_grid(positions_grid: Sequence[int] | None, positions: str, similarity: bool) -> tuple[int, int]:
+    """Return rows and columns of the cells in training, (1, 1) where nothing is made for them.
+
+    Args:
+        positions_grid: these, if they are known.
+        positions: kind of positions.
+        similarity: whether logits over these cells are predicted.
+
+    Raises:
+        UserError: no such pair, or none where one is needed.
+    """
+    if positions_grid is None and (similarity or positions != "linear"):
+        user = "head.similarity=true" if similarity else f"head.positions={positions}"
+        raise UserError(
+            f"{user} is made for the cells of a training crop, and head.positions_grid=null. Give backbone.patch_size, "
+            "from which they follow; or their rows and columns, such as head.positions_grid=[14,14]."
+        )
+    rows_columns = [1, 1] if positions_grid is None else positions_grid
+    if len(rows_columns) != 2 or min(rows_columns) < 1:
+        raise UserError(f"head.positions_grid={list(rows_columns)}: give rows and columns of cells, such as [28,28].")
+    return rows_columns[0], rows_columns[1]
 
 
 def linear_positions(grid: tuple[int, int], like: Tensor) -> Tensor:
@@ -36,8 +62,7 @@ class Positions(nn.Module):
 
     def __init__(self, kind: str, grid: tuple[int, int]) -> None:
         super().__init__()
-        if kind not in KINDS:
-            raise UserError(f"head.positions={kind} is unknown. Choose one of {', '.join(KINDS)}.")
+        check_choice("positions", kind, KINDS)
         self.kind = kind
         self.grid = grid
         self.channels = _CHANNELS[kind]

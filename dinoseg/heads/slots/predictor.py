@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from dinoseg.errors import UserError
+from dinoseg.heads.options import check_choice
 
 HEADS = 4  # of every attention between slots
 PREDICTORS = ("savi", "carry", "none")
@@ -34,8 +35,7 @@ def make_predictor(kind: str, dim: int) -> nn.Module | None:
     Raises:
         UserError: an unknown kind, or a width that the attention cannot split.
     """
-    if kind not in PREDICTORS:
-        raise UserError(f"head.predictor={kind} is unknown. Choose one of {', '.join(PREDICTORS)}.")
+    check_choice("predictor", kind, PREDICTORS)
     if kind == "savi":
         check_heads(dim, f"head.predictor={kind}")
         return SaviPredictor(dim)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from dinoseg.errors import UserError
+from dinoseg.heads.options import check_choice
 from dinoseg.heads.slots.predictor import HEADS, check_heads
 
 TIME_DECODERS = ("none", "linear", "attention")
@@ -25,35 +26,6 @@ def resolve_steps(steps: int | Sequence[int]) -> list[int]:
     return offsets
 
 
-def telling_frames(frames: int, steps: Sequence[int], *, training: bool, learns_onwards: bool) -> int:
-    """Return how many frames of a clip tell of themselves or later ones; the last max(steps) are only told of.
-
-    Args:
-        frames: of the clip.
-        steps: offsets in frames.
-        training: else an image, a clip of one frame, tells of itself whatever the steps.
-        learns_onwards: whether a predictor learns from one such frame to the next, and so needs two.
-
-    Raises:
-        UserError: the clip is too short.
-    """
-    telling = frames - max(steps)
-    if telling == 1 and training and learns_onwards:
-        raise UserError(
-            f"head.predictor=savi learns from one frame to the next, and clips of {frames} frames leave one that "
-            f"tells (head.steps={steps}). Set data.clips.cut.length={max(steps) + 2} or more; or, for "
-            "single frames, head.predictor=none."
-        )
-    if telling >= 1:
-        return telling
-    if frames == 1 and not training:
-        return 1
-    raise UserError(
-        f"head.steps={steps} reconstructs up to {max(steps)} frames ahead, but clips have {frames}. Set "
-        f"data.clips.cut.length={max(steps) + 1} or more, or lower head.steps."
-    )
-
-
 class SlotsToSlots(nn.Module):
     """Attention of slots to one another, and nothing beside it."""
 
@@ -72,8 +44,7 @@ def make_time_decoders(kind: str, dim: int, count: int) -> nn.ModuleList:
     Raises:
         UserError: an unknown kind, or a width that the attention cannot split.
     """
-    if kind not in TIME_DECODERS:
-        raise UserError(f"head.time_decoder={kind} is unknown. Choose one of {', '.join(TIME_DECODERS)}.")
+    check_choice("time_decoder", kind, TIME_DECODERS)
     if kind == "attention":
         check_heads(dim, f"head.time_decoder={kind}")
         return nn.ModuleList(SlotsToSlots(dim) for _ in range(count))
