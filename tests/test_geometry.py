@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dinoseg.geometry import pad_to_multiple, upsample, valid_share
+from dinoseg.geometry import concatenate, pad_to_multiple, upsample, valid_share
 
 
 def reference(grid, size, valid):
@@ -29,7 +29,8 @@ def test_upsample_agrees_with_the_written_out_formula_on_any_sizes():
     for _ in range(1500):
         patch = draw.choice([8, 14, 16])
         image = (draw.randint(1, 120), draw.randint(1, 120))
-        size = (draw.randint(1, 200), draw.randint(1, 200))
+        longest = draw.choice([20, 200])  # the short ones are often as long as the grid
+        size = (draw.randint(1, longest), draw.randint(1, longest))
         valid = valid_share(image, patch)
         grid = torch.randn(1, 2, -(-image[0] // patch), -(-image[1] // patch), dtype=torch.float64)
         result = upsample(grid, size, valid)
@@ -41,6 +42,13 @@ def test_upsample_of_an_unpadded_grid_is_interpolate():
     grid = torch.randn(2, 3, 7, 9)
     expected = F.interpolate(grid, (56, 72), mode="bilinear")
     torch.testing.assert_close(upsample(grid, (56, 72), (1.0, 1.0)), expected)
+
+
+def test_maps_are_joined_on_the_finest_grid():
+    fine, coarse = torch.randn(2, 3, 8, 12), torch.randn(2, 5, 4, 6)
+    joined = concatenate([coarse, fine])
+    assert torch.equal(joined[:, 5:], fine)
+    torch.testing.assert_close(joined[:, :5], upsample(coarse, (8, 12), (1.0, 1.0)))
 
 
 def test_upsample_crops_pixel_outputs_without_touching_them():

@@ -1,11 +1,12 @@
 import pytest
 import torch
+from torch import nn
 
 from dinoseg.adapters import Frozen, Full, Lora
 from dinoseg.errors import UserError
 from dinoseg.heads.linear import LinearHead
 from dinoseg.heads.mlp import MlpHead
-from dinoseg.model import Segmenter, backbone_size, trained_names
+from dinoseg.model import Segmenter, backbone_size, fingerprint, trained_names
 
 HEADS = {"linear": lambda k: LinearHead(24, 1, k), "mlp": lambda k: MlpHead(24, 1, k, 8)}
 
@@ -63,6 +64,22 @@ def test_backbone_size_only_ever_reduces_to_longest(size, scale, longest, expect
     assert backbone_size(size, scale, longest) == expected
 
 
+@pytest.mark.parametrize(
+    ("resolution", "seen"),
+    [({}, (33, 41)), ({"scale": 0.5}, (16, 20)), ({"scale": 2.0}, (66, 82)), ({"longest": 20}, (16, 20))],
+)
+def test_the_backbone_sees_a_resized_image_and_the_head_which_part_of_the_grid_it_fills(
+    tiny_backbone, head, resolution, seen
+):
+    model = Segmenter(tiny_backbone(), head(2), **resolution).eval()
+    images = torch.full((2, 3, 33, 41), 51, dtype=torch.uint8)
+    pixels, prediction = model.pixels(images), model(images)
+    assert pixels.shape == (2, 3, *seen)
+    torch.testing.assert_close(pixels, torch.full_like(pixels, 0.2))
+    assert prediction.size == (33, 41)
+    assert prediction.valid == tuple(side / (8 * -(-side // 8)) for side in seen)
+
+
 def test_resolution_out_of_range_is_refused(tiny_backbone, head):
     with pytest.raises(UserError, match="resolution.scale=0"):
         Segmenter(tiny_backbone(), head(2), scale=0)
@@ -84,3 +101,19 @@ def test_a_checkpoint_holds_what_training_changes(tiny_backbone):
     assert len(names(Full(), "some/hub-id")) > len(adapted)
     whole = names(Frozen(), "random")
     assert "backbone.model.embeddings.cls_token" in whole
+
+
+def test_a_checkpoint_holds_running_means_of_trained_parts_alone(tiny_backbone):
+    for adapter, kept in ((Frozen(), False), (Full(), True)):
+        backbone = tiny_backbone()
+        backbone.extra = nn.BatchNorm2d(3)
+        backbone.weights = "some/hub-id"
+        names = trained_names(Segmenter(adapter(backbone), LinearHead(24, 1, 2)))
+        assert {"backbone.extra.running_mean" in names, "backbone.extra.weight" in names} == {kept}
+
+
+def test_a_fingerprint_tells_names_shapes_and_values_apart():
+    zeros = torch.zeros(2, 3)
+    others = [("b", zeros)], [("a", zeros.T)], [("a", zeros + 1)], [("a", zeros), ("b", zeros)], []
+    assert len({fingerprint(tensors) for tensors in ([("a", zeros)], *others)}) == 6
+    assert fingerprint([("a", zeros)]) == fingerprint([("a", torch.zeros(2, 3))])

@@ -146,6 +146,16 @@ def test_early_stopping_counts_validations_without_a_better_score(run):
     assert done.progress.step == 4 and done.progress.stale == 3 and done.progress.best_step == 1
 
 
+def test_without_patience_the_first_worse_validation_ends_it(run):
+    assert run(steps=40, val_every=1, patience=0, lr=1e-12).progress.step == 2
+
+
+def test_each_validation_is_a_line(run, caplog):
+    with caplog.at_level("INFO"):
+        best = run(steps=4, val_every=4).progress.best
+    assert f"step 4: val/miou {best:.4f} (best {best:.4f} at step 4)" in caplog.messages
+
+
 def test_the_moving_average_is_what_is_scored_and_kept(run, tmp_path):
     done = run(steps=3, val_every=3, ema=0.5)
     best, last = (read(tmp_path / f"{name}.safetensors") for name in ("best", "last"))

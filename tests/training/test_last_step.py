@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from checkpoint_files import INFO
 from test_fit import Rows, Stripes
 
@@ -47,13 +48,20 @@ class Failing(ImageFeed):
         return Validation(scores | {"drawn": torch.rand(()).item()}, pictures)  # as slots draw where they start
 
 
+class Dropping(LinearHead):
+    """A head with random draws in training."""
+
+    def forward(self, features):
+        return super().forward([F.dropout(part, 0.1, self.training) for part in features])
+
+
 @pytest.fixture
 def train(tiny_backbone):
     """Train on stripes with a moving average and two batches a step; return the error, if any, and the rows."""
 
     def run(folder, start=None, **options):
         torch.manual_seed(0)
-        model = Segmenter(Full()(tiny_backbone()), LinearHead(24, 1, 3))
+        model = Segmenter(Full()(tiny_backbone()), Dropping(24, 1, 3))
         augment = Augment((24, 32), affine=Affine(degrees=20))
         feed = Failing(Stripes([(32, 40)] * 6), Stripes([(32, 40), (19, 23)]), augment, 3, seed=0, workers=0)
         for name in ("batch", "validation", "fails"):
