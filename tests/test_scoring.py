@@ -12,14 +12,17 @@ import pytest
 
 from dinoseg import scoring
 from dinoseg.errors import UserError
-from dinoseg.metrics.protocols.contract import BadFile, Case, Found, Measured, pooled
+from dinoseg.metrics.protocols.contract import BadFile, Case, Found, Measured, ScoreProtocol
 from dinoseg.report.scores import difference_table, scores_table
 
 
-class Share:
+class Share(ScoreProtocol):
     """Hits among tries, written in a case's file as `hits-tries`; the mean over units is a second score."""
 
     name, unit, keys, rules = "share", "video", ("share", "mean"), {"version": "1"}
+
+    def find(self, reference, prediction):
+        raise NotImplementedError
 
     def measure(self, case):
         if "bad" in f"{case.name} {case.files[0][0]}":
@@ -28,7 +31,7 @@ class Share:
         return Measured(np.array([hits, tries]), {"tries": tries, "word": "x"})
 
     def join(self, measured):
-        hits, tries = pooled(measured)
+        hits, tries = super().join(measured)
         return np.array([hits, tries, hits / tries, 1.0])
 
     def scores(self, sums):

@@ -49,7 +49,7 @@ def score_masks(
             logger.warning("%s left out, with reasons in %s.", count_of(problems, "video"), path)
         print(f"scores:       none. {_NO_PROTOCOL if known else _NO_REFERENCES}")
         return {}
-    if not hasattr(protocol, "layout"):  # DAVIS scores in the order of its list, the others in that of the names
+    if protocol.annotations is None:  # DAVIS scores in the order of its list, the others in that of the names
         known.sort(key=lambda video: video.name)
     left_out = {path for path, _ in problems}
     found = Found([_case(video, folder) for video in known if folder / video.name not in left_out], list(problems))

@@ -92,7 +92,8 @@ def follow_slots(cfg: DictConfig, trained: Trained, out_dir: Path, options: Eval
             `evaluate_videos`.
     """
     supervision = chosen_supervision(cfg, options.supervision)
-    limit = getattr(protocol_of(cfg, supervision), "max_proposals", None)
+    protocol = protocol_of(cfg, supervision)
+    limit = None if protocol is None else protocol.max_proposals
     slots = trained.model.head.slots
     num_slots = 0 if slots is None else slots.num_slots
     if options.official and limit is not None and num_slots > limit:
@@ -139,8 +140,8 @@ def evaluate_videos(
         UserError: masks that are to be given are missing, files cannot be read or scored, or the disk is full.
     """
     out_dir, protocol = Path(engine.share(str(out_dir))), protocol_of(cfg, supervision)
-    layout = getattr(protocol, "layout", None)  # of DAVIS: its protocol says against which annotations
-    videos = videos_of(cfg, options.split, {} if layout is None else {"annotations": layout.annotations})
+    annotations = None if protocol is None else protocol.annotations
+    videos = videos_of(cfg, options.split, {} if annotations is None else {"annotations": annotations})
     prompts = prompts_of(cfg, supervision, videos, options.split)
     first_tracker = make_tracker()  # for what all of them are: it tracks nothing
     record = record_of(cfg, first_tracker.settings, split=options.split, given=prompts)

@@ -1,6 +1,5 @@
 """ADE20K scene parsing: mean IoU over all classes and pixel accuracy, as its benchmark counts them."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ import numpy as np
 
 from dinoseg.errors import UserError
 from dinoseg.metrics.counts import class_counts, ratio
-from dinoseg.metrics.protocols.contract import Case, Found, Measured, pooled
+from dinoseg.metrics.protocols.contract import Case, DatasetProtocol, Found, Measured
 from dinoseg.metrics.protocols.trees import Tree, match, read_both, refuse_ids, refuse_inside
 from dinoseg.ranges import Count
 
@@ -16,7 +15,7 @@ _TREE = Tree()
 _CLASSES = 150
 
 
-class Ade20k:
+class Ade20k(DatasetProtocol):
     """Scores of the scene parsing benchmark: same-named PNGs of ids 1..150, 0 in the reference is ignored.
 
     Args:
@@ -25,7 +24,6 @@ class Ade20k:
 
     name = "ade20k"
     unit = "image"
-    any_size = False
     keys = ("mIoU", "pixel_accuracy")
 
     def __init__(self, num_classes: Count | None = None) -> None:
@@ -67,10 +65,6 @@ class Ade20k:
         counts = class_counts(reference[labelled], prediction[labelled], self.num_classes + 1)
         return Measured(counts[:, 1:].ravel())
 
-    def join(self, measured: Sequence[Measured]) -> np.ndarray:
-        """Return the counts of an image."""
-        return pooled(measured)
-
     def scores(self, sums: np.ndarray) -> dict[str, np.ndarray]:
         """Return both scores (...)."""
         hits, wrong, missed = self._counts(sums)
@@ -87,14 +81,6 @@ class Ade20k:
             {"id": index, "name": f"class {index}", "IoU": float(value), "accuracy": float(accuracy)}
             for index, (value, accuracy) in enumerate(values, start=1)
         ]
-
-    def target(self, name: str) -> str:
-        """Return where the prediction of an image belongs."""
-        return f"{name}.png"
-
-    def case(self, name: str, reference: Path, prediction: Path) -> Case:
-        """Return the case of one image."""
-        return Case(name, name, ((reference, prediction),))
 
     def file_ids(self, ids: np.ndarray) -> np.ndarray:
         """Return the ids of the files, which start at 1."""

@@ -11,7 +11,7 @@ import numpy as np
 from dinoseg.errors import UserError
 from dinoseg.label_tables.read import label_table
 from dinoseg.metrics.counts import confusion, iou, mean_defined, parts
-from dinoseg.metrics.protocols.contract import BadFile, Case, Found, Measured, pooled
+from dinoseg.metrics.protocols.contract import BadFile, Case, DatasetProtocol, Found, Measured
 from dinoseg.metrics.protocols.trees import Tree, match, pictures_hint, read_both, read_labels, refuse_ids
 
 ENDING = "_gtFine_labelIds.png"
@@ -35,12 +35,12 @@ _NO_INSTANCES = "is missing, and iIoU needs it. It comes with gtFine_trainvaltes
 _LOOKED_AT = 8  # predictions that are searched for train ids
 
 
-class Cityscapes:
+class Cityscapes(DatasetProtocol):
     """Scores of Cityscapes: label ids 0..33 on both sides, `_gtFine_instanceIds.png` beside each reference."""
 
     name = "cityscapes"
     unit = "image"
-    any_size = False
+    ending = ENDING
     keys = ("IoU_classes", "IoU_categories", "iIoU_classes", "iIoU_categories")
 
     def __init__(self) -> None:
@@ -100,10 +100,6 @@ class Cityscapes:
         weighted = _instance_counts(instances, labels, prediction)
         return Measured(np.concatenate([confusion(reference, prediction, _SIZE).ravel(), weighted.ravel()]))
 
-    def join(self, measured: Sequence[Measured]) -> np.ndarray:
-        """Return the sums of an image."""
-        return pooled(measured)
-
     def scores(self, sums: np.ndarray) -> dict[str, np.ndarray]:
         """Return the four means (...)."""
         matrix, weighted = _split(sums)
@@ -132,16 +128,12 @@ class Cityscapes:
             for label, value in zip(_SCORED, values, strict=True)
         ]
 
-    def target(self, name: str) -> str:
-        """Return where the prediction of `city/city_sequence_frame` belongs."""
-        return f"{name}{ENDING}"
-
     def case(self, name: str, reference: Path, prediction: Path) -> Case:
         """Return the case of one image; a reference in train ids stands for the label ids beside it."""
         labels = reference.with_name(reference.name.replace("_labelTrainIds.", "_labelIds."))
         if not (instances := _instance_file(labels)).is_file():
             raise BadFile(instances, _NO_INSTANCES)
-        return Case(name, name, ((labels, prediction),))
+        return super().case(name, labels, prediction)
 
     def file_ids(self, ids: np.ndarray) -> np.ndarray:
         """Return the label ids of train ids 0..18."""

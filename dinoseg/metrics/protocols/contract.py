@@ -1,9 +1,10 @@
 """What a benchmark's official scores are made of: cases to measure, sums over units, scores from sums; no torch."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -65,7 +66,7 @@ class Measured:
     details: dict[str, Any] = field(default_factory=dict)
 
 
-class ScoreProtocol(Protocol):
+class ScoreProtocol(ABC):
     """A benchmark's official way of scoring, as a picklable object whose constructor takes its options.
 
     Every score must be a function of sums over units, so that resampling units gives intervals.
@@ -75,40 +76,48 @@ class ScoreProtocol(Protocol):
     unit: str  # video | sequence | drive | image
     keys: Sequence[str]  # of the scores, in the order of the table
     rules: Mapping[str, Any]  # absent_class, resolution, ignore, version, and where the official script is wrong
+    # of DAVIS, which scores in the order of its list: the folder of the masks that it scores against
+    annotations: str | None = None
+    max_proposals: int | None = None  # segments that a prediction may hold; None: any number
 
+    @abstractmethod
     def find(self, reference: Path, prediction: Path) -> Found:
         """Return the cases of two folders laid out as the official tool expects.
 
         Raises:
             UserError: a folder is missing or holds nothing of the kind.
         """
-        ...
 
+    @abstractmethod
     def measure(self, case: Case) -> Measured:
         """Measure one case, in any process.
 
         Raises:
             BadFile: a file is unreadable, of another size than its reference, or holds ids that have no meaning.
         """
-        ...
 
     def join(self, measured: Sequence[Measured]) -> np.ndarray:
-        """Return a unit's sums (d,) from those of its cases in order."""
-        ...
+        """Return a unit's sums (d,) from those of its cases in order: added up, for one count over the whole data."""
+        return np.sum([one.sums for one in measured], axis=0)
 
+    @abstractmethod
     def scores(self, sums: np.ndarray) -> dict[str, np.ndarray]:
         """Return each key's score (...) from sums (..., d) over units; nan where it is undefined."""
-        ...
 
     def per_class(self, sums: np.ndarray) -> list[dict[str, Any]]:
         """Return a row for each class from sums (d,) over all units, with `id` and `name`; empty without classes."""
-        ...
+        return []
 
 
-class DatasetProtocol(ScoreProtocol, Protocol):
+class DatasetProtocol(ScoreProtocol):
     """A protocol that mode=eval can use too: it knows where a data set's prediction belongs, and its ids."""
 
-    any_size: bool  # a prediction may have another size than its reference
+    any_size: bool = False  # a prediction may have another size than its reference
+    ending: str = ".png"  # of a prediction, after the data set's name of the image
+
+    def unit_of(self, name: str) -> str:
+        """Return what an image of a data set belongs to: by itself, a unit of its own."""
+        return name
 
     def target(self, name: str) -> str:
         """Return the path of a prediction below its folder, for a data set's name of an image.
@@ -116,7 +125,7 @@ class DatasetProtocol(ScoreProtocol, Protocol):
         Raises:
             UserError: the name is none of the benchmark's.
         """
-        ...
+        return f"{name}{self.ending}"
 
     def case(self, name: str, reference: Path, prediction: Path) -> Case:
         """Return the case of one image of a data set, whose prediction need not be there yet.
@@ -124,13 +133,8 @@ class DatasetProtocol(ScoreProtocol, Protocol):
         Raises:
             BadFile: a file that belongs to the reference is missing.
         """
-        ...
+        return Case(name, self.unit_of(name), ((reference, prediction),))
 
     def file_ids(self, ids: np.ndarray) -> np.ndarray:
         """Return predicted class ids 0..K-1 (H, W) uint8 as the ids that the benchmark's files hold."""
-        ...
-
-
-def pooled(measured: Sequence[Measured]) -> np.ndarray:
-    """Return the plain sum of a unit's cases: what protocols with one count over the whole data set join by."""
-    return np.sum([one.sums for one in measured], axis=0)
+        return ids.astype(np.uint8, copy=False)

@@ -1,7 +1,7 @@
 """DAVIS's official scores of video object segmentation: 2017 semi-supervised and unsupervised, and 2016."""
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from dinoseg.errors import UserError
 from dinoseg.images import read_ids
 from dinoseg.metrics.davis import match_proposals, object_scores, pair_scores, statistics
 from dinoseg.metrics.protocols.bad_files import BadFiles
-from dinoseg.metrics.protocols.contract import BadFile, Case, Found, Measured, pooled
+from dinoseg.metrics.protocols.contract import BadFile, Case, Found, Measured, ScoreProtocol
 from dinoseg.metrics.protocols.davis_layout import Layout
 from dinoseg.metrics.protocols.trees import read_labels, refuse_ids
 from dinoseg.ranges import Count
@@ -32,7 +32,32 @@ _UNROUNDED = "nothing is rounded or taken from an earlier run's tables; the offi
 _SHORT = "a sequence of one or two frames has none to score and adds no object; the official script crashes"
 
 
-class Davis2017:
+class Sequences(ScoreProtocol):
+    """Scores of the objects in the sequences of a set of DAVIS: each statistic in sum over objects, and their number.
+
+    Args:
+        layout: where they lie.
+    """
+
+    unit = "sequence"
+    keys = KEYS
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout, self.annotations = layout, layout.annotations
+
+    def find(self, reference: Path, prediction: Path) -> Found:
+        """Return a case for each sequence of the split."""
+        return self.layout.find(reference, prediction)
+
+    def scores(self, sums: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the scores (...) from sums (..., 7); nan without an object."""
+        count = sums[..., -1:]
+        means = np.divide(sums[..., :-1], count, out=np.full(sums[..., :-1].shape, np.nan), where=count > 0)
+        scores = dict(zip(KEYS[1:], np.moveaxis(means, -1, 0), strict=True))
+        return {KEYS[0]: (scores["J-Mean"] + scores["F-Mean"]) / 2, **scores}
+
+
+class Davis2017(Sequences):
     """Semi-supervised DAVIS-2017: objects are known from the first frame, and tracked under their ids.
 
     Args:
@@ -41,11 +66,9 @@ class Davis2017:
     """
 
     name = "davis2017"
-    unit = "sequence"
-    keys = KEYS
 
     def __init__(self, split: str = "val", resolution: str = "480p") -> None:
-        self.layout = Layout("Annotations", ("2017",), split, resolution, skip_ends=True)
+        super().__init__(Layout("Annotations", ("2017",), split, resolution, skip_ends=True))
         self.rules: dict[str, Any] = {
             "absent_class": "an object in neither mask of a frame: J = F = 1; in one of them: 0",
             "resolution": _RESOLUTION,
@@ -63,10 +86,6 @@ class Davis2017:
             ],
         }
 
-    def find(self, reference: Path, prediction: Path) -> Found:
-        """Return a case for each sequence of the split."""
-        return self.layout.find(reference, prediction)
-
     def measure(self, case: Case) -> Measured:
         """Return the objects' statistics in sum, and their number: (7,) float64."""
         bad = BadFiles(self.unit)
@@ -82,20 +101,8 @@ class Davis2017:
             bad.refuse()
         return _measured(scores, count)
 
-    def join(self, measured: Sequence[Measured]) -> np.ndarray:
-        """Return a sequence's sums."""
-        return pooled(measured)
 
-    def scores(self, sums: np.ndarray) -> dict[str, np.ndarray]:
-        """Return the scores (...) from sums (..., 7); nan without an object."""
-        return means_over_objects(sums)
-
-    def per_class(self, sums: np.ndarray) -> list[dict[str, Any]]:
-        """Return nothing: objects belong to no class."""
-        return []
-
-
-class Davis2017Unsupervised:
+class Davis2017Unsupervised(Sequences):
     """Unsupervised DAVIS-2017: proposals under ids of their own, matched to the objects of a sequence.
 
     Args:
@@ -108,14 +115,13 @@ class Davis2017Unsupervised:
     """
 
     name = "davis2017_unsupervised"
-    unit = "sequence"
-    keys = KEYS
+    max_proposals: int
 
     def __init__(self, split: str = "val", resolution: str = "480p", max_proposals: Count = 20) -> None:
         if isinstance(max_proposals, bool) or not 1 <= max_proposals <= 255:
             raise UserError(f"protocol.max_proposals={max_proposals}: give a number from 1 to 255; 20 is official.")
         years = ("2019",) if split in _LATER_SETS else ("2017",)
-        self.layout = Layout("Annotations_unsupervised", years, split, resolution, skip_ends=False)
+        super().__init__(Layout("Annotations_unsupervised", years, split, resolution, skip_ends=False))
         self.max_proposals = max_proposals
         official = "" if max_proposals == 20 else " (not official, which is 20)"
         self.rules: dict[str, Any] = {
@@ -136,10 +142,6 @@ class Davis2017Unsupervised:
                 "without either",
             ],
         }
-
-    def find(self, reference: Path, prediction: Path) -> Found:
-        """Return a case for each sequence of the split."""
-        return self.layout.find(reference, prediction)
 
     def measure(self, case: Case) -> Measured:
         """Return the matched objects' statistics in sum, and their number: (7,) float64."""
@@ -164,20 +166,8 @@ class Davis2017Unsupervised:
         matched = series[:, match, np.arange(objects)]  # (2, G, T)
         return _measured(list(np.moveaxis(matched, -1, 0)), objects, (match + 1).tolist())
 
-    def join(self, measured: Sequence[Measured]) -> np.ndarray:
-        """Return a sequence's sums."""
-        return pooled(measured)
 
-    def scores(self, sums: np.ndarray) -> dict[str, np.ndarray]:
-        """Return the scores (...) from sums (..., 7); nan without an object."""
-        return means_over_objects(sums)
-
-    def per_class(self, sums: np.ndarray) -> list[dict[str, Any]]:
-        """Return nothing: objects belong to no class."""
-        return []
-
-
-class Davis2016:
+class Davis2016(Sequences):
     """DAVIS-2016: one foreground in each sequence, whatever its id.
 
     Args:
@@ -186,11 +176,9 @@ class Davis2016:
     """
 
     name = "davis2016"
-    unit = "sequence"
-    keys = KEYS
 
     def __init__(self, split: str = "val", resolution: str = "480p") -> None:
-        self.layout = Layout("Annotations", ("2016", resolution), split, resolution, skip_ends=True)
+        super().__init__(Layout("Annotations", ("2016", resolution), split, resolution, skip_ends=True))
         self.rules: dict[str, Any] = {
             "absent_class": "no foreground in either mask of a frame: J = F = 1; in one of them only: 0",
             "resolution": _RESOLUTION,
@@ -199,10 +187,6 @@ class Davis2016:
             "version": "DAVIS-2016 (Perazzi et al., CVPR 2016), J and F; T, the temporal stability, is not counted",
             "differs": [_LONG, _MISSING, _SHORT],
         }
-
-    def find(self, reference: Path, prediction: Path) -> Found:
-        """Return a case for each sequence of the split."""
-        return self.layout.find(reference, prediction)
 
     def measure(self, case: Case) -> Measured:
         """Return the sequence's statistics, and 1: (7,) float64."""
@@ -214,26 +198,6 @@ class Davis2016:
         if bad:
             bad.refuse()
         return _measured(scores, 1)
-
-    def join(self, measured: Sequence[Measured]) -> np.ndarray:
-        """Return a sequence's sums."""
-        return pooled(measured)
-
-    def scores(self, sums: np.ndarray) -> dict[str, np.ndarray]:
-        """Return the scores (...) from sums (..., 7); nan without a scored frame."""
-        return means_over_objects(sums)
-
-    def per_class(self, sums: np.ndarray) -> list[dict[str, Any]]:
-        """Return nothing: objects belong to no class."""
-        return []
-
-
-def means_over_objects(sums: np.ndarray) -> dict[str, np.ndarray]:
-    """Return DAVIS's scores (...) from sums (..., 7) of each statistic over objects and their number."""
-    count = sums[..., -1:]
-    means = np.divide(sums[..., :-1], count, out=np.full(sums[..., :-1].shape, np.nan), where=count > 0)
-    scores = dict(zip(KEYS[1:], np.moveaxis(means, -1, 0), strict=True))
-    return {KEYS[0]: (scores["J-Mean"] + scores["F-Mean"]) / 2, **scores}
 
 
 def _num_objects(case: Case, bad: BadFiles) -> int:

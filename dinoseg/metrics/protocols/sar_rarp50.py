@@ -9,7 +9,7 @@ import numpy as np
 
 from dinoseg.errors import UserError
 from dinoseg.images import read_ids
-from dinoseg.metrics.protocols.contract import BadFile, Case, Found, Measured, pooled
+from dinoseg.metrics.protocols.contract import BadFile, Case, DatasetProtocol, Found, Measured
 from dinoseg.metrics.protocols.trees import pictures_hint, refuse_inside
 from dinoseg.metrics.surface import surface_dices
 from dinoseg.ranges import NotNegative
@@ -32,7 +32,32 @@ FOLDER = "segmentation"
 OFFICIAL_TOLERANCE = 10.0
 
 
-class SarRarp50:
+class VideoFrames(DatasetProtocol):
+    """Frames `<video>/segmentation/<stem>.png` on both sides, of which predictions may be missing."""
+
+    unit = "video"
+
+    def find(self, reference: Path, prediction: Path) -> Found:
+        """Return a case for each frame of the reference."""
+        return find_frames(reference, prediction)
+
+    def target(self, name: str) -> str:
+        """Return `video_41/segmentation/000000060.png` for `video_41/000000060`.
+
+        Raises:
+            UserError: the name has no video.
+        """
+        video, _, stem = name.rpartition("/")
+        if not video or not stem:
+            raise UserError(f"{name} names no frame of SAR-RARP50: its names are <video>/<stem>, as of data=sarrarp.")
+        return f"{video}/{FOLDER}/{stem}.png"
+
+    def case(self, name: str, reference: Path, prediction: Path) -> Case:
+        """Return the case of a frame from the files of its masks, also where its prediction is missing."""
+        return Case(name, name.rpartition("/")[0], ((reference, prediction if prediction.is_file() else None),))
+
+
+class SarRarp50(VideoFrames):
     """Scores as `rarptk evaluate` counts them: per frame, then over classes, a video's frames, and videos.
 
     Args:
@@ -43,8 +68,6 @@ class SarRarp50:
     """
 
     name = "sar_rarp50"
-    unit = "video"
-    any_size = False
     keys = ("mIoU", "mNSD", "score")
 
     def __init__(self, tolerance: NotNegative = OFFICIAL_TOLERANCE) -> None:
@@ -72,10 +95,6 @@ class SarRarp50:
             ],
         }
 
-    def find(self, reference: Path, prediction: Path) -> Found:
-        """Return a case for each `<video>/segmentation/<stem>.png` of the reference."""
-        return find_frames(reference, prediction)
-
     def measure(self, case: Case) -> Measured:
         """Return 1, the IoU and the NSD of classes 1 to 9: (19,) float64."""
         reference, prediction = read_frame(case)
@@ -88,7 +107,7 @@ class SarRarp50:
 
     def join(self, measured: Sequence[Measured]) -> np.ndarray:
         """Return 1 and a video's means over its frames, so that videos add up with equal weights."""
-        total = pooled(measured)
+        total = super().join(measured)
         return total / total[0]
 
     def scores(self, sums: np.ndarray) -> dict[str, np.ndarray]:
@@ -104,18 +123,6 @@ class SarRarp50:
             {"id": label, "name": name, "iou": float(iou), "nsd": float(nsd)}
             for label, (name, iou, nsd) in enumerate(rows, start=1)
         ]
-
-    def target(self, name: str) -> str:
-        """Return `video_41/segmentation/000000060.png` for `video_41/000000060`."""
-        return target(name)
-
-    def case(self, name: str, reference: Path, prediction: Path) -> Case:
-        """Return the case of a frame from the files of its masks; a prediction that is not there counts as missing."""
-        return frame_case(name, reference, prediction)
-
-    def file_ids(self, ids: np.ndarray) -> np.ndarray:
-        """Return the ids as they are, as uint8: the files hold class ids."""
-        return ids.astype(np.uint8, copy=False)
 
 
 def find_frames(reference: Path, prediction: Path) -> Found:
@@ -161,23 +168,6 @@ def find_frames(reference: Path, prediction: Path) -> Found:
     if extra := [name for name in _folders_in(prediction) if name not in masks]:
         found.notes.append(f"{prediction}: folders without reference are not scored: {listed(extra)}")
     return found
-
-
-def target(name: str) -> str:
-    """Return where a frame's prediction belongs, `video_41/segmentation/000000060.png` for `video_41/000000060`.
-
-    Raises:
-        UserError: the name has no video.
-    """
-    video, _, stem = name.rpartition("/")
-    if not video or not stem:
-        raise UserError(f"{name} names no frame of SAR-RARP50: its names are <video>/<stem>, as of data=sarrarp.")
-    return f"{video}/{FOLDER}/{stem}.png"
-
-
-def frame_case(name: str, reference: Path, prediction: Path) -> Case:
-    """Return the case of a frame `<video>/<stem>` from the files of its masks."""
-    return Case(name, name.rpartition("/")[0], ((reference, prediction if prediction.is_file() else None),))
 
 
 def frame_details(case: Case) -> dict[str, Any]:

@@ -1,34 +1,22 @@
 """SAR-RARP50 as a public LoRA training code counted it: a mean over images, not the challenge's score."""
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dinoseg.metrics.protocols.contract import Case, Found, Measured, pooled
-from dinoseg.metrics.protocols.sar_rarp50 import (
-    CLASSES,
-    class_counts,
-    find_frames,
-    frame_case,
-    frame_details,
-    read_frame,
-    target,
-)
+from dinoseg.metrics.protocols.contract import Case, Measured
+from dinoseg.metrics.protocols.sar_rarp50 import CLASSES, VideoFrames, class_counts, frame_details, read_frame
 
 _EPSILON = 1e-6  # added to every union, as that code does
 
 
-class SarRarp50Seed:
+class SarRarp50Seed(VideoFrames):
     """Mean over images of the mean IoU over the classes 1 to 9 that an image's reference or prediction holds.
 
     Not comparable with challenge tables: classes absent from both are left out here and count 1 there.
     """
 
     name = "sar_rarp50_seed"
-    unit = "video"
-    any_size = False
     keys = ("mIoU_seed_per_image",)
 
     def __init__(self) -> None:
@@ -43,10 +31,6 @@ class SarRarp50Seed:
             "differs": ["float64 where that code has float32; both add 1e-6 to the union"],
         }
 
-    def find(self, reference: Path, prediction: Path) -> Found:
-        """Return a case for each `<video>/segmentation/<stem>.png` of the reference."""
-        return find_frames(reference, prediction)
-
     def measure(self, case: Case) -> Measured:
         """Return the image's mean and 1, and each class's IoU and 1, with 0 for what is left out: (20,) float64."""
         reference, prediction = read_frame(case)
@@ -55,10 +39,6 @@ class SarRarp50Seed:
         iou = both / (either + _EPSILON)
         mean = [iou[held].mean(), 1.0] if held.any() else [0.0, 0.0]
         return Measured(np.concatenate((mean, iou, held)), frame_details(case))
-
-    def join(self, measured: Sequence[Measured]) -> np.ndarray:
-        """Return the sums over images."""
-        return pooled(measured)
 
     def scores(self, sums: np.ndarray) -> dict[str, np.ndarray]:
         """Return the score (...) from sums (..., 20) over images; nan where all images are left out."""
@@ -72,18 +52,6 @@ class SarRarp50Seed:
             {"id": label, "name": name, "iou": float(value), "images": int(count)}
             for label, (name, value, count) in enumerate(rows, start=1)
         ]
-
-    def target(self, name: str) -> str:
-        """Return `video_41/segmentation/000000060.png` for `video_41/000000060`."""
-        return target(name)
-
-    def case(self, name: str, reference: Path, prediction: Path) -> Case:
-        """Return the case of a frame from the files of its masks; a prediction that is not there counts as empty."""
-        return frame_case(name, reference, prediction)
-
-    def file_ids(self, ids: np.ndarray) -> np.ndarray:
-        """Return the ids as they are, as uint8: the files hold class ids."""
-        return ids.astype(np.uint8, copy=False)
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 
 from dinoseg.errors import UserError
 from dinoseg.metrics.counts import class_counts, dice, iou, mean_defined, ratio
-from dinoseg.metrics.protocols.contract import BadFile, Case, Found, Measured, pooled
+from dinoseg.metrics.protocols.contract import BadFile, Case, DatasetProtocol, Found, Measured
 from dinoseg.metrics.protocols.trees import Tree, match, read_both, read_labels, refuse_ids, refuse_inside
 from dinoseg.metrics.surface import boundary_ious, surface_dices
 from dinoseg.ranges import Count, NotNegative
@@ -18,7 +18,7 @@ _TREE = Tree()
 _BAND = 0.02  # of the image diagonal: the width of Boundary IoU's band
 
 
-class Semantic:
+class Semantic(DatasetProtocol):
     """Pooled scores of two trees of same-named PNGs.
 
     Args:
@@ -36,7 +36,6 @@ class Semantic:
 
     name = "semantic"
     unit = "image"
-    any_size = False
 
     def __init__(
         self,
@@ -196,10 +195,6 @@ class Semantic:
             found.append(values.ravel())
         return found
 
-    def join(self, measured: Sequence[Measured]) -> np.ndarray:
-        """Return the counts of an image."""
-        return pooled(measured)
-
     def scores(self, sums: np.ndarray) -> dict[str, np.ndarray]:
         """Return each score (...)."""
         rows = self._counts(sums)
@@ -230,18 +225,6 @@ class Semantic:
             {"id": index, "name": self.classes[index], **{key: float(each[index]) for key, each in values.items()}}
             for index in range(self.num_classes)
         ]
-
-    def target(self, name: str) -> str:
-        """Return where the prediction of an image belongs."""
-        return f"{name}.png"
-
-    def case(self, name: str, reference: Path, prediction: Path) -> Case:
-        """Return the case of one image."""
-        return Case(name, name, ((reference, prediction),))
-
-    def file_ids(self, ids: np.ndarray) -> np.ndarray:
-        """Return class ids as they are."""
-        return ids.astype(np.uint8)
 
     def _counts(self, sums: np.ndarray) -> np.ndarray:
         """Return rows (R, ..., K): hits, false positives, false negatives, then two for each kind of outline."""

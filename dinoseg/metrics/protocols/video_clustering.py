@@ -1,6 +1,5 @@
 """Scores of object-centric models on video: ARI, FG-ARI and mBO, over whole videos and frame by frame."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import numpy as np
 from dinoseg.errors import UserError
 from dinoseg.metrics.clustering import MATCHINGS, Contingency, contingency, segment_scores
 from dinoseg.metrics.protocols.bad_files import BadFiles
-from dinoseg.metrics.protocols.contract import BadFile, Case, Found, Measured, pooled
+from dinoseg.metrics.protocols.contract import BadFile, Case, Found, Measured, ScoreProtocol
 from dinoseg.metrics.protocols.trees import Tree, extra, read_labels
 
 BACKGROUND = 0
@@ -17,7 +16,7 @@ MAX_SEGMENTS = 2048  # ids in a video: more are no segments, and the table of pa
 _VIDEO_KEYS = ("ARI", "FG-ARI", "mBO")
 
 
-class VideoClustering:
+class VideoClustering(ScoreProtocol):
     """Compare segments whose ids mean nothing across videos; 0 is the reference's background.
 
     Args:
@@ -105,10 +104,6 @@ class VideoClustering:
         details = {"frames": len(case.files), "objects": objects, "segments": len(total.predicted_ids)}
         return Measured(np.concatenate([self._scores(total), frames]), details)
 
-    def join(self, measured: Sequence[Measured]) -> np.ndarray:
-        """Return a video's sums."""
-        return pooled(measured)
-
     def scores(self, sums: np.ndarray) -> dict[str, np.ndarray]:
         """Return the scores (...) from sums (..., 10); mBO is nan where there is no object."""
         halves = (sums[..., :5], sums[..., 5:])
@@ -120,10 +115,6 @@ class VideoClustering:
             for column, count in ((0, 3), (1, 3), (2, 4))
         ]
         return dict(zip(self.keys, means, strict=True))
-
-    def per_class(self, sums: np.ndarray) -> list[dict[str, Any]]:
-        """Return nothing: segments belong to no class."""
-        return []
 
     def _count(self, true: np.ndarray, predicted: np.ndarray) -> Contingency:
         if self.ignore is not None:
