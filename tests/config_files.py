@@ -22,6 +22,13 @@ def read(group, option):
     return yaml.safe_load((FOLDER / group / f"{option}.yaml").read_text()) or {}
 
 
+def read_whole(group, option):
+    """Return what an option's file says, over what those say that it starts from."""
+    entries = [entry for entry in read(group, option).get("defaults", []) if entry != "_self_"]
+    bases = [read_whole(*base) for entry in entries for base in _bases(group, entry)]
+    return {key: value for whole in (*bases, read(group, option)) for key, value in whole.items()}
+
+
 @cache
 def written_targets(group, option):
     """Count the `_target_` lines of an option's file and of those it starts from."""
