@@ -8,7 +8,9 @@ from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
 from PIL.PngImagePlugin import PngInfo
+from PIL.TiffImagePlugin import TiffImageFile
 
 from dinoseg.errors import UserError
 from dinoseg.storage.atomic import whole_file
@@ -18,7 +20,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 _WHITE = 65535  # of 16 bits
-_ORIENTATION = 0x0112  # EXIF tag
+_ORIENTATION = 0x0112  # EXIF tag; 1 is upright
 _TURNED = (5, 6, 7, 8)  # its values that swap height and width
 _SAMPLE_FORMAT, _SIGNED = 339, 2  # TIFF tag, and its value for signed integers
 _KEPT = ("1", "P", "I", "I;16", "I;16L", "I;16B")  # modes whose numbers Pillow gives as they are stored
@@ -61,6 +63,15 @@ def read_size(path: str | Path) -> tuple[int, int]:
         UserError: the file is missing or no picture.
     """
     return _opened(path, _upright_size)
+
+
+def is_turned(path: str | Path) -> bool:
+    """Return whether a picture is turned or mirrored as it is read, by its EXIF orientation.
+
+    Raises:
+        UserError: the file is missing or no picture.
+    """
+    return _opened(path, lambda image: _orientation(image) != 1)
 
 
 def has_one_bit(path: str | Path) -> bool:
@@ -129,13 +140,13 @@ def _packing(image: Image.Image) -> str:
     Raises:
         _Unfit: ids that would be clipped, scaled or inverted.
     """
-    tiles = getattr(image, "tile", None)  # of files alone, and of them not of all
+    tiles = image.tile if isinstance(image, ImageFile) else []
     packed = tiles[0].args if tiles else ""
     name = next(iter(packed), "") if isinstance(packed, tuple) else packed
     mark = str(name).partition(";")[2]
     kept = image.mode in _KEPT or (image.mode in _KEPT_UNMARKED and mark in ("", "R", "L"))
     kept = kept or (image.mode == "L" and mark in _STRETCHED)
-    signed = image.mode == "L" and _SIGNED in getattr(image, "tag_v2", {}).get(_SAMPLE_FORMAT, ())
+    signed = image.mode == "L" and isinstance(image, TiffImageFile) and _SIGNED in image.tag_v2.get(_SAMPLE_FORMAT, ())
     if signed or not kept:
         kind = "signed numbers of 8 bits" if signed else f"{name if mark else image.mode}, by Pillow's name"
         raise _Unfit(f"is of a kind that does not keep ids as they are ({kind}). Save it as a grey PNG of 8 or 16 bits")
@@ -143,9 +154,13 @@ def _packing(image: Image.Image) -> str:
 
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
-    # asked of a PNG without one, Pillow would decode it all to look behind the pixels
-    turned = "exif" in image.info and image.getexif().get(_ORIENTATION) in _TURNED
+    turned = _orientation(image) in _TURNED
     return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def _orientation(image: Image.Image) -> int:
+    # asked of a PNG without one, Pillow would decode it all to look behind the pixels
+    return image.getexif().get(_ORIENTATION, 1) if "exif" in image.info else 1
 
 
 def _decode(path: str | Path, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:

@@ -2,7 +2,6 @@
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pairing import not_whole
@@ -11,9 +10,6 @@ from dinoseg.errors import UserError
 from dinoseg.processes.workers import count_cores
 from dinoseg.ranges import Count
 from dinoseg.wording import reasons
-
-if TYPE_CHECKING:
-    from dinoseg.data.packed.pack import PackedDataset
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +27,7 @@ def opened(
     cache_dir: str | Path = "outputs/.cache",
     longest: Count | None = None,
     workers: Count | None = None,
-) -> "PairDataset | PackedDataset":
+) -> PairDataset:
     """Return the data set as it is to be used.
 
     Args:

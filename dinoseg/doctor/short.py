@@ -3,8 +3,8 @@
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.scan.scan import scan
 from dinoseg.doctor.checks.classes import check_classes
 from dinoseg.doctor.checks.files import check_files
@@ -12,6 +12,7 @@ from dinoseg.doctor.checks.splits import check_groups, check_same_files
 from dinoseg.doctor.examine import scanned
 from dinoseg.doctor.findings import Finding, Scanned, by_severity
 from dinoseg.errors import UserError
+from dinoseg.shapes import SegmentationData
 from dinoseg.wording import listed, one_line, printable
 
 log = logging.getLogger(__name__)
@@ -21,8 +22,8 @@ _SHOWN = 20  # files of an error that are named, each with its reason
 
 
 def check(
-    train: Any,
-    val: Any,
+    train: SegmentationData,
+    val: SegmentationData,
     *,
     cache_dir: str | Path,
     workers: int = 2,
@@ -36,9 +37,9 @@ def check(
     Raises:
         UserError: what would stop the run later, or leave nothing to learn.
     """
-    splits = []
+    splits: list[Scanned] = []
     for split, data in (("train", train), ("val", val)):
-        if not hasattr(data, "pairs") or not hasattr(data, "reader"):
+        if not isinstance(data, PairDataset):
             return []
         records = scan(data.pairs, data.reader, images=False, workers=workers, cache_dir=cache_dir)
         splits.append(scanned(split, data, records))

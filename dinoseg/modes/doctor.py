@@ -11,9 +11,10 @@ from omegaconf import DictConfig
 from tabulate import tabulate
 
 from dinoseg.config.nodes import instantiate
+from dinoseg.data.formats.idd_files import home_made_files
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.scan.scan import scan, unreadable
-from dinoseg.doctor.checks.classes import home_made, home_made_files
+from dinoseg.doctor.checks.classes import home_made
 from dinoseg.doctor.examine import examine, scanned, summary
 from dinoseg.doctor.findings import Finding, Scanned, by_severity
 from dinoseg.doctor.suggestions import IMAGENET, class_weights, color_statistics

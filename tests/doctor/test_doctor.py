@@ -13,8 +13,8 @@ from PIL import Image
 
 from dinoseg.data.classes.masks import Masks
 from dinoseg.data.formats.folder import FolderLayout
+from dinoseg.data.formats.idd_files import home_made_files
 from dinoseg.data.splits import Partition
-from dinoseg.doctor.checks.classes import home_made_files
 from dinoseg.doctor.checks.duplicates import near_pairs
 from dinoseg.doctor.examine import examine, summary
 from dinoseg.doctor.short import brief

@@ -1,9 +1,13 @@
 """How IDD lies on disk: its parts, the names of its files, the encodings of its label maps; imports no torch."""
 
 from collections.abc import Collection
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
+
 from dinoseg.errors import UserError
+from dinoseg.images import read_ids
 from dinoseg.storage.files import entries
 from dinoseg.wording import listed
 
@@ -19,6 +23,7 @@ ENCODINGS = {  # as the official converter names them, to the column of the labe
     "level2Id": "level2",
     "level1Id": "level1",
 }
+_HOME_MADE_NAMES, _MOST_HOME_MADE = "*_gtFine_labelIds.png", 200  # the spelling of Cityscapes; so many are looked at
 _ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".7z")
 _DATA = {"level3Id": "idd", "level2Id": "idd_level2", "level1Id": "idd_level1", "csTrainId": "idd_cityscapes"}
 _DATA |= {"id": "idd_ids"}
@@ -75,6 +80,18 @@ def files_of(folder: Path, suffix: str, endings: Collection[str]) -> dict[str, P
             raise UserError(f"{found[name]} and {path} have one name ({name}): keep one of them.")
         found[name] = path
     return found
+
+
+def home_made_files(root: Path) -> list[str]:
+    """Return the label maps of a faulty conversion below an IDD tree: another name, and neither 0 nor 3 in any."""
+    files = list(islice(sorted(root.rglob(_HOME_MADE_NAMES)), _MOST_HOME_MADE))
+    values: set[int] = set()
+    for path in files:
+        try:
+            values |= set(np.unique(read_ids(path)).tolist())
+        except UserError:
+            continue
+    return [str(path) for path in files] if values and not values & {0, 3} else []
 
 
 def _is_part(folder: Path) -> bool:

@@ -33,6 +33,14 @@ def frame_files(video: Path) -> dict[str, Path]:
     return {}
 
 
+def prepared_frames(video: Path) -> int:
+    """Return how many frames mode=prepare counted in a video, 0 where it has not."""
+    try:
+        return forms.read_json(video / PREPARED, PREPARED_FORM)["decoded"]
+    except (OSError, forms.Misshapen):
+        return 0
+
+
 def gaps(video: Path) -> list[list[Path]]:
     """Return the extracted frames from each mask to the next, both included, where frames lie between them."""
     frames = {int(stem): path for stem, path in frame_files(video).items() if stem.isdigit()}

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 _LISTED = 20
 
 
-class PackedDataset:
+class PackedDataset(PairDataset):
     """A data set of image and mask files, read from a packed store.
 
     An item is what reading the files gives, reduced once to `longest` as `Augment` would. An augmented view
@@ -41,11 +41,15 @@ class PackedDataset:
     def __init__(
         self, source: PairDataset, store: Store, longest: int | None, rows: Collection[int] | None = None
     ) -> None:
-        self.classes, self.palette, self.ignore_index = source.classes, source.palette, source.ignore_index
-        self.names, self.pairs, self.reader = source.names, source.pairs, source.reader
-        self.lacking, self.remedy, self.skipped = source.lacking, source.remedy, source.skipped
-        self.source, self.store, self.longest = source, store, longest
+        super().__init__(source.pairs, source.reader.labels, source.reader.masks, source.lacking, source.remedy)
+        self.reader, self.skipped, self._source = source.reader, source.skipped, source
+        self.store, self.longest = store, longest
         self.rows = list(range(len(source)) if rows is None else rows)
+
+    @property
+    def source(self) -> PairDataset:
+        """The data set of the files that were packed."""
+        return self._source
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -57,6 +57,11 @@ class PairDataset:
         self.skipped: Mapping[str, str] = {}  # name and fault of what was left out on request
         self.reader = MaskReader(labels, masks)
 
+    @property
+    def source(self) -> "PairDataset":
+        """The data set of the files themselves, where this one is made of another."""
+        return self
+
     def __len__(self) -> int:
         return len(self.pairs)
 

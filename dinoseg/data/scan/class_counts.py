@@ -2,10 +2,12 @@
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.report.progress import Bar
 from dinoseg.shapes import SegmentationData
 from dinoseg.storage import forms
@@ -20,31 +22,28 @@ def class_counts(dataset: SegmentationData, cache_dir: str | Path) -> np.ndarray
     """Return how many pixels (K,) int64 each class has; ignored pixels do not count.
 
     The counts are kept in `cache_dir` under the data set's `fingerprint()`, so a changed file, name or class
-    is counted anew; a data set without a fingerprint is counted every time.
+    is counted anew; a data set that is no pairs of files is counted every time.
 
     Raises:
         UserError: a mask is unreadable or holds what is no class.
     """
-    dataset = getattr(dataset, "source", dataset)  # of a packed one, whose masks may be reduced
-    num_classes = len(dataset.classes)
-    fingerprint = getattr(dataset, "fingerprint", None)
-    if fingerprint is None:
-        return _count(dataset)
-    key = fingerprint()
+    if not isinstance(dataset, PairDataset):
+        return _count(dataset, lambda index: dataset[index]["mask"].numpy())
+    files = dataset.source  # the masks of a packed data set may be reduced
+    key = files.fingerprint()
     path = Path(cache_dir) / f"class_counts_{key[:16]}.json"
-    counts = _load(path, key, num_classes)
+    counts = _load(path, key, len(files.classes))
     if counts is None:
-        counts = _count(dataset)
-        _save(path, {"fingerprint": key, "classes": list(dataset.classes), "pixels": counts.tolist()})
+        counts = _count(files, files.mask)
+        _save(path, {"fingerprint": key, "classes": list(files.classes), "pixels": counts.tolist()})
     return counts
 
 
-def _count(dataset: SegmentationData) -> np.ndarray:
-    read = getattr(dataset, "mask", None) or (lambda index: dataset[index]["mask"].numpy())
+def _count(dataset: SegmentationData, read_mask: Callable[[int], np.ndarray]) -> np.ndarray:
     pixels = np.zeros(256, dtype=np.int64)
     bar = Bar(range(len(dataset)), desc="counting classes", unit="mask", delay=2, leave=False)
     for index in bar:
-        pixels += np.bincount(read(index).ravel(), minlength=256)
+        pixels += np.bincount(read_mask(index).ravel(), minlength=256)
     pixels[dataset.ignore_index] = 0
     return pixels[: len(dataset.classes)]
 

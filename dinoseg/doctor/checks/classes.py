@@ -1,20 +1,15 @@
 """Classes against the class table: those never seen, what is ignored, and labels that mean something else."""
 
 from collections.abc import Iterator, Sequence
-from itertools import islice
-from pathlib import Path
 
 import numpy as np
 
 from dinoseg.doctor.findings import Finding, Scanned, share
-from dinoseg.errors import UserError
-from dinoseg.images import read_ids
 from dinoseg.wording import count_of, listed
 
 _BINARY = "data.reader.masks.format=binary"
 _MUCH_VOID = 0.3  # share of ignored pixels above which a split gets a warning
 _IDD_CLASSES = 26  # of level 3
-_HOME_MADE_NAMES, _FILES = "*_gtFine_labelIds.png", 200  # the spelling of Cityscapes; so many are looked at
 _OF_IDD = {"road", "rail track", "autorickshaw", "obs-str-bar-fallback"}
 
 
@@ -75,18 +70,6 @@ def home_made(files: Sequence[str], data_name: str) -> Finding:
         "Make the label maps again from the polygon files: mode=prepare data=idd.",
         stops=data_name != "idd_home_made",
     )
-
-
-def home_made_files(root: Path) -> list[str]:
-    """Return the label maps of a faulty conversion below an IDD tree: another name, and neither 0 nor 3 in any."""
-    files = list(islice(sorted(root.rglob(_HOME_MADE_NAMES)), _FILES))
-    values: set[int] = set()
-    for path in files:
-        try:
-            values |= set(np.unique(read_ids(path)).tolist())
-        except UserError:
-            continue
-    return [str(path) for path in files] if values and not values & {0, 3} else []
 
 
 def _values(part: Scanned) -> set[str]:

@@ -4,8 +4,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from PIL import Image
-
 from dinoseg.data.classes.mask_advice import (
     HIGHEST_ID,
     MOST_IDS,
@@ -17,12 +15,10 @@ from dinoseg.data.classes.mask_advice import (
 )
 from dinoseg.data.scan.record import Record
 from dinoseg.doctor.findings import Finding, Scanned
-from dinoseg.images import IMAGE_SUFFIXES
-from dinoseg.storage.files import check_regular
+from dinoseg.images import IMAGE_SUFFIXES, is_turned
 from dinoseg.wording import listed
 
 _SKIP = "Or leave the pairs out: data.on_error=skip."
-_ORIENTATION = 0x0112  # EXIF tag; 1 is upright
 
 
 def check_files(splits: Sequence[Scanned]) -> Iterator[Finding]:
@@ -52,14 +48,10 @@ def check_orientation(splits: Sequence[Scanned]) -> Iterator[Finding]:
 
 
 def _is_turned(image: str) -> bool:
-    path = Path(image)
-    if path.suffix.lower() not in IMAGE_SUFFIXES:
+    if Path(image).suffix.lower() not in IMAGE_SUFFIXES:  # a video's frame, which has no file of its own
         return False
     try:
-        check_regular(path)
-        with Image.open(path) as file:
-            # asked of a PNG without one, Pillow would decode it all to look behind the pixels
-            return "exif" in file.info and file.getexif().get(_ORIENTATION, 1) != 1
+        return is_turned(image)
     except Exception:  # a decoder may raise anything on a damaged file, which other checks tell
         return False
 

@@ -3,19 +3,16 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import cv2
-
 from dinoseg.data.formats.sarrarp_files import (
     MASK_FOLDER,
     MASK_STEP,
-    PREPARED,
-    PREPARED_FORM,
     VIDEO,
     frame_files,
     png_files,
+    prepared_frames,
 )
+from dinoseg.data.video.length import count_frames, promised_frames
 from dinoseg.doctor.findings import Finding, Scanned
-from dinoseg.storage import forms
 from dinoseg.wording import count_of, listed
 
 
@@ -29,9 +26,9 @@ def check_videos(splits: Sequence[Scanned]) -> Iterator[Finding]:
 
 def _check(folder: Path) -> Iterator[Finding]:
     masks = png_files(folder / MASK_FOLDER)
-    frames = _prepared(folder) or _promised(folder / VIDEO)
+    frames = prepared_frames(folder) or promised_frames(folder / VIDEO)
     if masks.keys() != _due(frames):
-        frames = _counted(folder / VIDEO)  # a header may be off by a frame or two: only counting tells
+        frames = count_frames(folder / VIDEO)  # a header may be off by a frame or two: only counting tells
     due = _due(frames)
     if masks.keys() != due:
         missing, extra = sorted(due - masks.keys()), sorted(masks.keys() - due)
@@ -59,29 +56,3 @@ def _check(folder: Path) -> Iterator[Finding]:
 
 def _due(frames: int) -> set[str]:
     return {f"{index:09d}" for index in range(0, frames, MASK_STEP)}
-
-
-def _prepared(folder: Path) -> int:
-    try:
-        return forms.read_json(folder / PREPARED, PREPARED_FORM)["decoded"]
-    except (OSError, forms.Misshapen):
-        return 0
-
-
-def _promised(video: Path) -> int:
-    capture = cv2.VideoCapture(str(video))
-    try:
-        return max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
-    finally:
-        capture.release()
-
-
-def _counted(video: Path) -> int:
-    capture = cv2.VideoCapture(str(video))
-    frames = 0
-    try:
-        while capture.grab():
-            frames += 1
-    finally:
-        capture.release()
-    return frames
