@@ -17,13 +17,14 @@ from dinoseg.contracts import Backbone
 from dinoseg.errors import UserError
 from dinoseg.images import read_ids
 from dinoseg.inference.inputs import open_frames
+from dinoseg.storage.units import check_same_settings
 from dinoseg.tracking.propagation.settings import PropagationSettings
 from dinoseg.tracking.propagation.tracker import PropagationTracker
 from dinoseg.tracking.video import mask_folder
 from dinoseg.tracking.video import state as track_state
 from dinoseg.tracking.video.labels import find_labels
 from dinoseg.tracking.video.run import TrackJob, track_video
-from dinoseg.tracking.video.state import STATE, check_same_settings, read_standing
+from dinoseg.tracking.video.state import STATE, read_standing
 
 SETTINGS = PropagationSettings(short=24, context=3, radius=3)
 SIZE = (20, 28)
