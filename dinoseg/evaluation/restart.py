@@ -28,18 +28,18 @@ logger = logging.getLogger(__name__)
 _FORM = forms.record(data=forms.table(forms.plain), given=forms.text, tracker=forms.table(forms.plain))
 
 
-def record_of(cfg: DictConfig, settings: Mapping[str, Any], *, split: str, given: str) -> dict[str, Any]:
+def record_of(cfg: DictConfig, settings: Mapping[str, Any], *, split: str, prompts: str) -> dict[str, Any]:
     """Return what the masks of a run depend on, as JSON gives it back.
 
     Args:
         cfg: the whole config.
         settings: of its tracker.
         split: of the data.
-        given: which masks the tracker is shown.
+        prompts: which masks the tracker is shown.
     """
     clips = {key: plain(cfg.data.clips[key], resolve=True) for key in ("layout", "partition")}
     clips["layout"]["root"] = str(Path(clips["layout"]["root"]).expanduser().resolve())  # the same from any folder
-    return as_read_back({"data": {"split": split, **clips}, "given": given, "tracker": settings})
+    return as_read_back({"data": {"split": split, **clips}, "given": prompts, "tracker": settings})
 
 
 def earlier_run(restart: str | None, record: Mapping[str, Any]) -> Path | None:
@@ -69,19 +69,19 @@ def tell_taken(restart: str | None, videos: Sequence[str]) -> None:
         logger.info("mode.restart=%s: %s taken over%s", restart, count_of(videos, "video"), names)
 
 
-def digest_of(video: Video, given: str) -> str:
+def digest_of(video: Video, prompts: str) -> str:
     """Return a hash of what a video's masks are made from: its frames' names and files, and the masks that are given.
 
     Frames are known by size, times and number of their files, so copied ones count as others; masks by what they hold.
 
     Args:
         video: of the data set.
-        given: `none`, `first` or `appearing`, see `dinoseg.tracking.video.benchmark_masks.prompted_frames`.
+        prompts: `none`, `first` or `appearing`, see `dinoseg.tracking.video.benchmark_masks.prompted_frames`.
     """
     digest = hashlib.blake2b(digest_size=16)
     for position, frame in enumerate(video.frames):
         digest.update(f"{video.frame_name(position)} {stamp(frame)}\n".encode(errors="surrogateescape"))
-    shown = {"none": [], "first": [0], "appearing": sorted(video.masks)}[given]
+    shown = {"none": [], "first": [0], "appearing": sorted(video.masks)}[prompts]
     for position in shown:
         if (path := video.masks.get(position)) is not None and path.is_file():
             digest.update(f"{position} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
@@ -122,6 +122,7 @@ def take_over(
     for folder, source in sources.items():
         with whole_folder(folder) as part:
             shutil.copytree(source, part, dirs_exist_ok=True)
+    # last, as where a video is tracked: this run may be stopped and taken over from, too
     keep_digest(out_dir, video, digest)
     return True
 

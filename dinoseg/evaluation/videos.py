@@ -144,7 +144,7 @@ def evaluate_videos(
     videos = videos_of(cfg, options.split, {} if annotations is None else {"annotations": annotations})
     prompts = prompts_of(cfg, supervision, videos, options.split)
     first_tracker = make_tracker()  # for what all of them are: it tracks nothing
-    record = record_of(cfg, first_tracker.settings, split=options.split, given=prompts)
+    record = record_of(cfg, first_tracker.settings, split=options.split, prompts=prompts)
     tracking = VideoTracking(
         make_tracker=make_tracker,
         out_dir=out_dir,

@@ -71,9 +71,9 @@ def prepare(
     jobs = find_polygons(root)
     work = functools.partial(make_label_maps, encodings=tuple(encodings), overwrite=overwrite)
     try:
-        with contextlib.ExitStack() as held:
+        with contextlib.ExitStack() as locks:
             for labels in sorted({job.path.parents[2] for job in jobs}):  # a part may be prepared by itself
-                held.enter_context(locked(labels / _LOCK))
+                locks.enter_context(locked(labels / _LOCK))
             return _draw_all(root, jobs, work, workers)
     except OSError as error:
         raise UserError(f"Cannot write to data.root={root}: {error}. Check its permissions.") from None
@@ -113,10 +113,10 @@ def find_polygons(root: Path) -> list[PolygonFile]:
         for path in files_of(split, POLYGONS, (".json",)).values()
     ]
     if not jobs:
-        places = ", ".join(f"{folder / LABELS}" for folder in parts.values())
+        folders = ", ".join(f"{folder / LABELS}" for folder in parts.values())
         raise UserError(
-            f"Nothing to prepare: no {{split}}/{{drive}}/{{id}}{POLYGONS}.json in {places}. Unpack the archives of IDD "
-            "with their folder gtFine first."
+            f"Nothing to prepare: no {{split}}/{{drive}}/{{id}}{POLYGONS}.json in {folders}. Unpack the archives of "
+            "IDD with their folder gtFine first."
         )
     return jobs
 

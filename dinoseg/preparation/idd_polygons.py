@@ -44,8 +44,8 @@ def _draw(content: Any, encodings: Iterable[str]) -> tuple[dict[str, np.ndarray]
     canvas = Image.new("L", size, ids[_BACKGROUND])
     pen = ImageDraw.Draw(canvas)
     unknown: Counter[str] = Counter()
-    for number, thing in enumerate(_objects(content)):
-        label, points = _shape(thing, f"objects[{number}]")
+    for number, entry in enumerate(_objects(content)):
+        label, points = _shape(entry, f"objects[{number}]")
         if len(points) < 3:
             continue
         known = label if label in ids else label.removesuffix("group")
@@ -57,11 +57,11 @@ def _draw(content: Any, encodings: Iterable[str]) -> tuple[dict[str, np.ndarray]
     return {encoding: _values(encoding)[drawn] for encoding in encodings}, unknown
 
 
-def _shape(thing: Any, where: str) -> tuple[str, list[tuple[float, float]]]:
+def _shape(entry: Any, where: str) -> tuple[str, list[tuple[float, float]]]:
     """Return label and points of an object; a deleted one has no points."""
-    if not isinstance(thing, Mapping):
+    if not isinstance(entry, Mapping):
         raise ValueError(f"{where} is no object")
-    label, points, deleted = thing.get("label"), thing.get("polygon"), thing.get("deleted") or 0
+    label, points, deleted = entry.get("label"), entry.get("polygon"), entry.get("deleted") or 0
     if not isinstance(deleted, int):
         raise ValueError(f"{where}.deleted={deleted!r} is neither 0 nor 1")
     if deleted:

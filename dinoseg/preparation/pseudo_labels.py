@@ -16,7 +16,7 @@ from dinoseg import build
 from dinoseg.config.moved import renamed
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.plain import plain
-from dinoseg.data.classes.labels import Labels
+from dinoseg.contracts import Backbone
 from dinoseg.data.classes.masks import MaskReader, Masks
 from dinoseg.data.formats.sarrarp_files import (
     MASK_FOLDER,
@@ -33,6 +33,7 @@ from dinoseg.errors import UserError
 from dinoseg.images import read_image, write_png
 from dinoseg.preparation.jobs import incomplete, run_jobs
 from dinoseg.report.progress import Bar
+from dinoseg.runs.trained import labels_of
 from dinoseg.storage import forms
 from dinoseg.storage.atomic import remove_parts, whole_folder
 from dinoseg.storage.forms import as_read_back
@@ -53,7 +54,7 @@ _MEANING = "Labels propagated from the masks before and after a frame; nobody ha
 class Propagation:
     """What gives the frames between two masks their labels."""
 
-    backbone: Any
+    backbone: Backbone
     settings: PropagationSettings
     device: torch.device
     autocast: Autocast
@@ -66,7 +67,7 @@ class Propagation:
         """Return what `backbone`, `tracker`, `engine` and `data` say."""
         engine, settings = instantiate(cfg.engine), instantiate(cfg.tracker)
         backbone = build.backbone(cfg).to(engine.device)
-        labels = Labels.of(cfg.data.classes, cfg.data.palette, cfg.data.ignore_index)
+        labels = labels_of(cfg)
         made_by = {
             "backbone": plain(cfg.backbone, resolve=True),
             "weights": weights_of(backbone),
@@ -136,6 +137,7 @@ def _write_labels(propagation: Propagation, video: Path, made_by: dict[str, Any]
     """Write the labels of enough agreement and then the note beside them, which is returned."""
     kept: dict[str, float] = {}
     left_out: dict[str, float] = {}
+    # all of one making or none: training would take half of them for the whole, or mix two kinds
     with whole_folder(video / PSEUDO_FOLDER) as part:
         for stem, mask, agreement in _labelled(propagation, video):
             if agreement >= propagation.min_agreement:

@@ -149,9 +149,11 @@ def prepare_video(job: VideoJob, *, rate: int, keep_archive: bool, propagate: bo
     rate = 10 if propagate and job.folder.parent.name in TRAIN_FOLDERS else rate
     counts = _done_before(job, rate)
     if counts is None:
+        # members that are there whole are left alone, so a killed run's unpacking goes on
         if job.archive is not None:
             unpack(job.archive, job.folder, landmark=VIDEO)
         counts = _extract(job.folder, rate)
+    # not before the frames are verified: the archive is all that there is to make them of
     if job.archive is not None and not keep_archive:
         job.archive.unlink(missing_ok=True)
     return counts
@@ -175,13 +177,14 @@ def _extract(folder: Path, rate: int) -> dict[str, int]:
     if (counts := _extracted_elsewhere(folder, masks, rate)) is not None:
         return counts
     if not video.is_file():
-        held = sorted(path.name for path in folder.iterdir())
-        raise UserError(f"{folder} has no {VIDEO}; it holds {listed(held)}. Unpack the video's archive again.")
+        names = sorted(path.name for path in folder.iterdir())
+        raise UserError(f"{folder} has no {VIDEO}; it holds {listed(names)}. Unpack the video's archive again.")
     target = folder / FRAME_FOLDERS[0]
     step = FRAMES_PER_SECOND // rate
     decoded = extract_frames(video, target, step=step)
     _verify(folder, decoded, step)
     remove_parts(target, ".*.part")
+    # the note last: with it, the video counts as finished
     counts = {"rate": rate, "decoded": decoded, "frames": len(range(0, decoded, step)), "masks": len(masks)}
     write_text(folder / PREPARED, json.dumps(counts))
     return counts

@@ -15,7 +15,8 @@ T = TypeVar("T")
 R = TypeVar("R")
 E = TypeVar("E", bound=Exception)
 _AHEAD = 4  # items per process that are under way or wait to be taken: bounds memory
-_task: tuple[Callable[[Any], Any], Any]  # of a worker process: sent once, not with every item
+ErrorTypes = type[Exception] | tuple[type[Exception], ...]
+_task: tuple[Callable[[Any], Any], ErrorTypes]  # of a worker process: sent once, not with every item
 
 
 def in_processes(
@@ -84,7 +85,7 @@ def _attempt(work: Callable[[T], R], catch: type[E] | tuple[type[E], ...], item:
         return error
 
 
-def _start_worker(work: Callable[[Any], Any], catch: Any, start: Callable[[], None] | None) -> None:
+def _start_worker(work: Callable[[Any], Any], catch: ErrorTypes, start: Callable[[], None] | None) -> None:
     global _task
     _task = work, catch
     threading.Thread(target=end_with_parent, daemon=True).start()

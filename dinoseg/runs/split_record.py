@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dinoseg.storage import forms
 from dinoseg.storage.atomic import write_json
+from dinoseg.storage.units import finished
 from dinoseg.wording import listed
 
 logger = logging.getLogger(__name__)
@@ -18,27 +19,25 @@ def write_split(out_dir: Path, split: Mapping[str, Sequence[str]]) -> None:
     path = out_dir / "split.json"
     before = _read_split(path)
     if before is not None and before != split:
-        kept = next(name for name in map("split_{}.json".format, count(1)) if not (out_dir / name).exists())
-        os.replace(path, out_dir / kept)
+        former = next(name for name in map("split_{}.json".format, count(1)) if not (out_dir / name).exists())
+        os.replace(path, out_dir / former)
         changes = "; ".join(_change(side, before.get(side, []), names) for side, names in split.items())
         logger.warning(
             "The data is no longer what this run began with (%s). From here on it takes others, or in another "
             "order, so it is not the run it would have been, and scores of other validation data do not compare. "
             "The list it had is kept in %s.",
             changes,
-            out_dir / kept,
+            out_dir / former,
         )
     write_json(path, split)
 
 
 def _read_split(path: Path) -> dict[str, list[str]] | None:
-    try:
-        return forms.read_json(path, forms.table(forms.listing(forms.text)))
-    except FileNotFoundError:
-        return None
-    except (OSError, forms.Misshapen) as error:
-        logger.warning("%s is damaged (%s): whether the data is what this run began with is not known.", path, error)
-        return None
+    return finished(
+        path,
+        lambda path: forms.read_json(path, forms.table(forms.listing(forms.text))),
+        damaged="%s is damaged (%s): whether the data is what this run began with is not known.",
+    )
 
 
 def _change(side: str, before: Sequence[str], now: Sequence[str]) -> str:

@@ -577,8 +577,8 @@ def test_a_store_that_is_removed_while_it_is_used_is_told(data, cache):
 
 def test_a_store_that_is_cut_while_it_is_read_ends_no_process(data, cache):
     dataset = make(data(), cache)
-    last = max(range(len(dataset)), key=lambda row: dataset.store.places[row].offset)
-    first = dataset[min(range(len(dataset)), key=lambda row: dataset.store.places[row].offset)]
+    last = max(range(len(dataset)), key=lambda row: dataset.store.extents[row].offset)
+    first = dataset[min(range(len(dataset)), key=lambda row: dataset.store.extents[row].offset)]
     os.truncate(dataset.store.folder / "pixels.bin", first["mask"].numel() * 4)  # a mapped file would be a bus error
     with pytest.raises(UserError, match=r"Cannot read .*pixels\.bin \(it ends too early\).*resume=auto"):
         dataset[last]

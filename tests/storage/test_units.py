@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from dinoseg.data.packed.draft import Draft
-from dinoseg.data.packed.store import Place, StoreKey, open_store
+from dinoseg.data.packed.store import Extent, StoreKey, open_store
 from dinoseg.preparation.pseudo_labels import _labels_of
 from dinoseg.preparation.sarrarp import VideoJob, _done_before
 from dinoseg.storage import forms
@@ -57,7 +57,7 @@ def test_a_draft_of_before_goes_on_at_the_last_whole_item(tmp_path):
     (tmp_path / "journal.jsonl").write_text(f"{KEY}\n[0, 0, 1, 1, {CRC}]\n[1, 64, 1, 1")
     draft = Draft(tmp_path, StoreKey("f", None), ["a", "b"])
     draft.close()
-    assert draft.places == {0: Place(0, 1, 1, CRC)} and (tmp_path / "pixels.bin").read_bytes() == ITEM
+    assert draft.extents == {0: Extent(0, 1, 1, CRC)} and (tmp_path / "pixels.bin").read_bytes() == ITEM
 
 
 def test_a_store_of_before_is_read(tmp_path):

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from dinoseg.data.packed.store import PIXELS, PLACE_FORM, Place, StoreKey, aligned, checksum, write_index
+from dinoseg.data.packed.store import EXTENT_FORM, PIXELS, Extent, StoreKey, aligned, checksum, write_index
 from dinoseg.report.progress import Bar
 from dinoseg.storage import forms
 
 _JOURNAL = "journal.jsonl"
-_LINE_FORM = forms.row(forms.whole(), *PLACE_FORM)
+_LINE_FORM = forms.row(forms.whole(), *EXTENT_FORM)
 _SYNC_EVERY = 256 * 2**20  # bytes that a power cut may cost
 
 
@@ -34,7 +34,7 @@ class Draft:
     def __init__(self, folder: Path, key: StoreKey, names: Sequence[str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.key, self.names = folder, key, names
-        self.places: dict[int, Place] = {}
+        self.extents: dict[int, Extent] = {}
         self._end = self._synced = 0
         with contextlib.ExitStack() as opened:
             # unbuffered: a full disk is met where the write is, and a kill loses no line
@@ -49,22 +49,24 @@ class Draft:
         Raises:
             OSError: writing failed; the item does not count.
         """
-        place = Place(aligned(self._end), mask.shape[0], mask.shape[1], crc)
-        self._pixels.seek(place.offset)
+        extent = Extent(aligned(self._end), mask.shape[0], mask.shape[1], crc)
+        # pixels first: a line of the journal promises bytes that are there
+        self._pixels.seek(extent.offset)
         write_whole(self._pixels, np.ascontiguousarray(image).data.cast("B"))
         write_whole(self._pixels, np.ascontiguousarray(mask).data.cast("B"))
-        line = json.dumps([row, place.offset, place.height, place.width, place.crc]) + "\n"
+        line = json.dumps([row, extent.offset, extent.height, extent.width, extent.crc]) + "\n"
         write_whole(self._journal, memoryview(line.encode()))
-        self.places[row] = place
-        self._end = place.offset + place.size
+        self.extents[row] = extent
+        self._end = extent.offset + extent.size
         if self._end - self._synced >= _SYNC_EVERY:
             self._sync()
 
     def finish(self, folder: Path) -> None:
         """Turn the draft, which has every item, into the store at `folder`, at once."""
         self._sync()
-        write_index(self.folder, self.key, self.names, [self.places[row] for row in range(len(self.names))])
+        write_index(self.folder, self.key, self.names, [self.extents[row] for row in range(len(self.names))])
         os.replace(self.folder, folder)
+        # the journal last: a build that is killed before this line goes on from it
         (folder / _JOURNAL).unlink()
 
     def close(self) -> None:
@@ -82,31 +84,32 @@ class Draft:
         """Keep the items up to the first that is not as its journal line says, and cut the rest off."""
         header = json.dumps(asdict(self.key)).encode() + b"\n"
         first, *lines = self._journal.read().splitlines(keepends=True) or [b""]
-        kept = len(first) if first == header else 0
-        for line in Bar(lines if kept else [], desc="checking", unit="image", delay=2, leave=False):
+        trusted = len(first) if first == header else 0  # bytes; of another data set's journal none
+        for line in Bar(lines if trusted else [], desc="checking", unit="image", delay=2, leave=False):
             try:
                 row, *numbers = forms.parse_json(line, _LINE_FORM)
             except forms.Misshapen:
                 break  # a torn line
-            place = Place(*numbers)
-            if not self._holds(row, place):
+            extent = Extent(*numbers)
+            # after a power cut the journal may be on the disk and the pixels not
+            if not self._holds(row, extent):
                 break
-            self.places[row] = place
-            self._end = place.offset + place.size
-            kept += len(line)
+            self.extents[row] = extent
+            self._end = extent.offset + extent.size
+            trusted += len(line)
         self._pixels.truncate(self._end)
-        self._journal.truncate(kept)
-        self._journal.seek(kept)
-        if not kept:
+        self._journal.truncate(trusted)
+        self._journal.seek(trusted)
+        if not trusted:
             write_whole(self._journal, memoryview(header))
 
-    def _holds(self, row: int, place: Place) -> bool:
-        room = os.fstat(self._pixels.fileno()).st_size - place.offset
-        if place.offset != aligned(self._end) or place.size > room or row >= len(self.names):
+    def _holds(self, row: int, extent: Extent) -> bool:
+        room = os.fstat(self._pixels.fileno()).st_size - extent.offset
+        if extent.offset != aligned(self._end) or extent.size > room or row >= len(self.names):
             return False
-        self._pixels.seek(place.offset)
-        item = np.frombuffer(self._pixels.read(place.size), np.uint8)
-        return checksum(self.names[row], (place.height, place.width), item) == place.crc
+        self._pixels.seek(extent.offset)
+        item = np.frombuffer(self._pixels.read(extent.size), np.uint8)
+        return checksum(self.names[row], (extent.height, extent.width), item) == extent.crc
 
 
 def write_whole(file: RawIOBase, data: memoryview) -> None:

@@ -127,8 +127,8 @@ def _build(dataset: PairDataset, folder: Path, key: StoreKey, workers: int | Non
     part = folder.with_name(f"{folder.name}.part")
     _announce(dataset, folder, part, key.longest)
     with contextlib.closing(Draft(part, key, dataset.names)) as draft:
-        if draft.places:
-            log.info("going on: %d of %d are packed and match their checksums", len(draft.places), len(dataset))
+        if draft.extents:
+            log.info("going on: %d of %d are packed and match their checksums", len(draft.extents), len(dataset))
         failures = _fill(draft, dataset, key.longest, workers)
         if failures:
             raise _unreadable(failures, len(dataset))
@@ -141,9 +141,9 @@ def _build(dataset: PairDataset, folder: Path, key: StoreKey, workers: int | Non
 def _fill(draft: Draft, dataset: PairDataset, longest: int | None, workers: int | None) -> list[str]:
     """Append every item that the draft lacks; return what is wrong with those that cannot be read."""
     failures = []
-    rows = [row for row in range(len(dataset)) if row not in draft.places]
+    rows = [row for row in range(len(dataset)) if row not in draft.extents]
     workers = paying_workers(len(rows)) if workers is None else workers
-    bar = Bar(total=len(dataset), initial=len(draft.places), desc="packing", unit="image")
+    bar = Bar(total=len(dataset), initial=len(draft.extents), desc="packing", unit="image")
     with bar, contextlib.closing(read_all(dataset, rows, longest, workers)) as items:
         for row, item in items:
             if isinstance(item, Packed):

@@ -20,9 +20,9 @@ VERSION = 1  # of the files' format: a store of another version is packed anew
 _ALIGN = 64  # bytes, a cache line
 
 
-PLACE_FORM = (forms.whole(), forms.whole(1), forms.whole(1), forms.whole(0, 2**32 - 1))  # of `Place`, in its order
+EXTENT_FORM = (forms.whole(), forms.whole(1), forms.whole(1), forms.whole(0, 2**32 - 1))  # of `Extent`, in its order
 _INDEX_FORM = forms.record(
-    key=forms.plain, names=forms.listing(forms.text), places=forms.listing(forms.row(*PLACE_FORM))
+    key=forms.plain, names=forms.listing(forms.text), places=forms.listing(forms.row(*EXTENT_FORM))
 )
 
 
@@ -47,7 +47,7 @@ class StoreKey:
 
 
 @dataclass(frozen=True)
-class Place:
+class Extent:
     """Where an item's bytes lie: the image (H, W, 3), then the mask (H, W)."""
 
     offset: int
@@ -67,14 +67,14 @@ class Store:
     Args:
         folder: where the store lies.
         names: of its items.
-        places: of its items.
+        extents: of its items.
         verify: compare an item with its checksum when a process reads it for the first time.
     """
 
-    def __init__(self, folder: Path, names: Sequence[str], places: Sequence[Place], *, verify: bool) -> None:
+    def __init__(self, folder: Path, names: Sequence[str], extents: Sequence[Extent], *, verify: bool) -> None:
         self.folder = folder
         self.names = names
-        self.places = places
+        self.extents = extents
         self.verify = verify
         self._verified: set[int] = set()
         self._pixels: int | None = None  # the open file
@@ -82,7 +82,7 @@ class Store:
     @property
     def size(self) -> int:
         """Bytes of all items."""
-        return sum(place.size for place in self.places)
+        return sum(extent.size for extent in self.extents)
 
     def read(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """Return a copy of an image (H, W, 3) and its mask (H, W), uint8.
@@ -90,29 +90,29 @@ class Store:
         Raises:
             UserError: the file is gone, or the bytes are not those that were packed.
         """
-        place = self.places[row]
-        item = self._item(place)
+        extent = self.extents[row]
+        item = self._item(extent)
         if self.verify and row not in self._verified:
-            if checksum(self.names[row], (place.height, place.width), item) != place.crc:
+            if checksum(self.names[row], (extent.height, extent.width), item) != extent.crc:
                 raise UserError(
                     f"{self.folder / PIXELS} is damaged: item {self.names[row]} is not what was packed. Delete the "
                     f"folder {self.folder}: it is packed anew by the next run. If this comes again, check the disk."
                 )
             self._verified.add(row)
-        colors = 3 * place.height * place.width
-        return item[:colors].reshape(place.height, place.width, 3), item[colors:].reshape(place.height, place.width)
+        colors = 3 * extent.height * extent.width
+        return item[:colors].reshape(extent.height, extent.width, 3), item[colors:].reshape(extent.height, extent.width)
 
-    def _item(self, place: Place) -> np.ndarray:
+    def _item(self, extent: Extent) -> np.ndarray:
         """Return the bytes of an item; not mapped, since reading a map of a file that was cut kills the process."""
-        item = np.empty(place.size, np.uint8)
+        item = np.empty(extent.size, np.uint8)
         try:
             if self._pixels is None:
                 self._pixels = os.open(self.folder / PIXELS, os.O_RDONLY)
                 weakref.finalize(self, os.close, self._pixels)
-            got = os.preadv(self._pixels, [item.data], place.offset)
+            got = os.preadv(self._pixels, [item.data], extent.offset)
         except OSError as error:
             raise UserError(_gone(self.folder / PIXELS, str(error))) from None
-        if got < place.size:
+        if got < extent.size:
             raise UserError(_gone(self.folder / PIXELS, "it ends too early"))
         return item
 
@@ -127,18 +127,18 @@ def open_store(folder: Path, key: StoreKey, names: Sequence[str], *, verify: boo
         index = forms.read_json(path, _INDEX_FORM)
         if index["key"] != asdict(key) or index["names"] != list(names) or len(index["places"]) != len(names):
             raise forms.Misshapen("it is of another data set")
-        return Store(folder, names, [Place(*numbers) for numbers in index["places"]], verify=verify)
+        return Store(folder, names, [Extent(*numbers) for numbers in index["places"]], verify=verify)
 
     def is_whole(store: Store) -> bool:
         size = (folder / PIXELS).stat().st_size
-        return all(place.offset + place.size <= size for place in store.places)
+        return all(extent.offset + extent.size <= size for extent in store.extents)
 
     return finished(folder / INDEX, read, is_whole)
 
 
-def write_index(folder: Path, key: StoreKey, names: Sequence[str], places: Sequence[Place]) -> None:
+def write_index(folder: Path, key: StoreKey, names: Sequence[str], extents: Sequence[Extent]) -> None:
     """Write what `open_store` reads."""
-    numbers = [[place.offset, place.height, place.width, place.crc] for place in places]
+    numbers = [[extent.offset, extent.height, extent.width, extent.crc] for extent in extents]
     content = {"key": asdict(key), "names": list(names), "places": numbers}
     with open(folder / INDEX, "w", encoding="utf-8") as file:
         json.dump(content, file)

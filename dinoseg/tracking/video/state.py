@@ -55,6 +55,7 @@ def save_standing(folder: Path, standing: Standing, masks: Sequence[Path] = ()) 
         UserError: it cannot be written; what was there stays as it was.
         OSError: a mask is not on the disk.
     """
+    # before the state that counts them as done: a run that goes on would not write them again
     _flush(masks)
     info = {"format": _FORMAT, "progress": asdict(standing.progress), "settings": standing.settings}
     write_tensors(folder / STATE, standing.tensors, {"track": json.dumps(info)})
