@@ -7,7 +7,6 @@ import numpy as np
 from PIL import Image
 from tabulate import tabulate
 
-from dinoseg import scoring
 from dinoseg.metrics.protocols.ade20k import Ade20k
 from dinoseg.metrics.protocols.cityscapes import Cityscapes
 from dinoseg.metrics.protocols.davis import Davis2016, Davis2017, Davis2017Unsupervised
@@ -17,6 +16,8 @@ from dinoseg.metrics.protocols.sar_rarp50 import SarRarp50
 from dinoseg.metrics.protocols.sar_rarp50_seed import SarRarp50Seed
 from dinoseg.metrics.protocols.semantic import Semantic
 from dinoseg.metrics.protocols.video_clustering import VideoClustering
+from dinoseg.scoring.folders import score_cases
+from dinoseg.scoring.summary import summary
 
 WIDTH, HEIGHT, FRAMES = 256, 128, 5
 OBJECTS = {"a": (1, 2, 3), "b": (1, 2, 3, 4), "c": (1, 2)}  # classes of each video; 0 is background, 6 is nowhere
@@ -122,8 +123,8 @@ def main():
             (VideoClustering(), "clusters"),
         ):
             found = protocol.find(root / layout / "reference", root / layout / "prediction")
-            scored = scoring.score(protocol, found, where=layout, workers=1)
-            scores = scoring.result(protocol, scored, resamples=0)["scores"]
+            scored = score_cases(protocol, found, where=layout, workers=1)
+            scores = summary(protocol, scored, resamples=0)["scores"]
             rows += [(protocol.name, key, value) for key, value in scores.items()]
     rows += other_ways(data)
     shown = [(rule, key, f"{100 * value:.2f}") for rule, key, value in rows]

@@ -4,13 +4,13 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from dinoseg import scoring
 from dinoseg.data.packed.read import reduced_size
 from dinoseg.data.pairs.dataset import Pair
 from dinoseg.errors import UserError
 from dinoseg.evaluation.score_report import report, write_problems
 from dinoseg.images import read_size
-from dinoseg.metrics.protocols.contract import BadFile, DatasetProtocol, Found
+from dinoseg.metrics.protocols.contract import BadFile, Case, Cases, DatasetProtocol
+from dinoseg.scoring.folders import Unscorable, score_cases
 
 FOLDER = "official"  # of predictions as a benchmark wants them, in the run folder
 
@@ -34,7 +34,7 @@ def usable(protocol: DatasetProtocol, data: Any, out_dir: Path, *, on_error: str
     else:
         enough = len(problems) < len(data.pairs) if on_error == "skip" else not problems
     if tells and not enough:
-        _tell(scoring.Unscorable(problems, "this data set"), out_dir)
+        _tell(Unscorable(problems, "this data set"), out_dir)
     return enough
 
 
@@ -45,14 +45,14 @@ def official_scores(protocol: DatasetProtocol, data: Any, out_dir: Path, on_erro
     """
     folder = out_dir / FOLDER
     remedy = f"Score what was predicted by itself: mode=score prediction={folder} mode.workers=1, with its reference."
-    found = Found([])
+    listing = Cases([])
     for pair in data.pairs:
         try:
-            found.cases.append(_case(protocol, pair, folder))
+            listing.cases.append(_case(protocol, pair, folder))
         except BadFile as error:
-            found.problems.append((error.path, error.reason))
+            listing.problems.append((error.path, error.reason))
     try:
-        scored = scoring.score(protocol, found, where=f"the data set and {folder}", on_error=on_error, remedy=remedy)
+        scored = score_cases(protocol, listing, where=f"the data set and {folder}", on_error=on_error, remedy=remedy)
     except UserError as error:
         _tell(error, out_dir)
         return None
@@ -74,7 +74,7 @@ def _problems(protocol: DatasetProtocol, data: Any, folder: Path) -> list[tuple[
     return problems
 
 
-def _case(protocol: DatasetProtocol, pair: Pair, folder: Path) -> scoring.Case:
+def _case(protocol: DatasetProtocol, pair: Pair, folder: Path) -> Case:
     return protocol.case(pair.name, pair.mask, folder / protocol.target(pair.name))
 
 

@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dinoseg import scoring
 from dinoseg.metrics.protocols.contract import ScoreProtocol
 from dinoseg.report.scores import few_units, scores_table
+from dinoseg.scoring.folders import Scored
+from dinoseg.scoring.summary import summary
 from dinoseg.storage.atomic import write_json
 from dinoseg.wording import count_of
 
@@ -15,7 +16,7 @@ logger = logging.getLogger(__name__)
 _NOTES = 10  # that are printed; the file has all
 
 
-def report(protocol: ScoreProtocol, scored: scoring.Scored, path: Path) -> dict[str, Any]:
+def report(protocol: ScoreProtocol, scored: Scored, path: Path) -> dict[str, Any]:
     """Print and write the scores of predictions that a mode has just made; return them."""
     result = result_of(protocol, scored, path, resamples=1000, seed=0)
     write_json(path, result)
@@ -23,9 +24,7 @@ def report(protocol: ScoreProtocol, scored: scoring.Scored, path: Path) -> dict[
     return result
 
 
-def result_of(
-    protocol: ScoreProtocol, scored: scoring.Scored, path: Path, *, resamples: int, seed: int
-) -> dict[str, Any]:
+def result_of(protocol: ScoreProtocol, scored: Scored, path: Path, *, resamples: int, seed: int) -> dict[str, Any]:
     """Return the scores that are to be written to `path`, and warn of what they hold beside."""
     for note in scored.notes[:_NOTES]:
         logger.warning("%s", note)
@@ -34,18 +33,18 @@ def result_of(
     if scored.problems:
         count = count_of(scored.problems, "file")
         logger.warning("%s left out that could not be scored, with reasons under `problems` in %s.", count, path)
-    found = scoring.result(protocol, scored, resamples=resamples, seed=seed)
-    if few := few_units(found):
+    result = summary(protocol, scored, resamples=resamples, seed=seed)
+    if few := few_units(result):
         logger.warning("%s", few)
-    return found
+    return result
 
 
 def write_problems(out_dir: Path, problems: Mapping[Path, Sequence[tuple[Path, str]]]) -> Path:
     """Write what cannot be scored below each folder of predictions to `problems.json`; return its path."""
     rows = [
         {"prediction": str(folder), "file": str(path), "reason": reason}
-        for folder, found in problems.items()
-        for path, reason in found
+        for folder, faults in problems.items()
+        for path, reason in faults
     ]
     write_json(out_dir / "problems.json", {"problems": rows})
     return out_dir / "problems.json"

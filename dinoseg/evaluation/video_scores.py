@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dinoseg import scoring
 from dinoseg.data.clips.videos import Video
 from dinoseg.errors import UserError
 from dinoseg.evaluation.score_report import report, write_problems
-from dinoseg.metrics.protocols.contract import Case, Found, ScoreProtocol
+from dinoseg.metrics.protocols.contract import Case, Cases, ScoreProtocol
+from dinoseg.scoring.folders import Unscorable, score_cases
 from dinoseg.wording import count_of, listed
 
 logger = logging.getLogger(__name__)
@@ -52,14 +52,14 @@ def score_masks(
     if protocol.annotations is None:  # DAVIS scores in the order of its list, the others in that of the names
         known.sort(key=lambda video: video.name)
     left_out = {path for path, _ in problems}
-    found = Found([_case(video, folder) for video in known if folder / video.name not in left_out], list(problems))
+    listing = Cases([_case(video, folder) for video in known if folder / video.name not in left_out], list(problems))
     if bare := [video.name for video in videos if video not in known]:
-        found.notes.append(f"{count_of(bare, 'video')} without references not scored: {listed(bare)}")
+        listing.notes.append(f"{count_of(bare, 'video')} without references not scored: {listed(bare)}")
     kept = f"The masks are kept: mode.restart={out_dir} takes them over."
     try:
         where, on_error = f"the data set and {folder}", "skip" if skip else "stop"
-        scored = scoring.score(protocol, found, where=where, on_error=on_error, remedy=kept)
-    except scoring.Unscorable as error:
+        scored = score_cases(protocol, listing, where=where, on_error=on_error, remedy=kept)
+    except Unscorable as error:
         write_problems(out_dir, {folder: error.problems})
         raise UserError(f"{error}\n{kept}") from error
     scores = report(protocol, scored, out_dir / "scores.json")["scores"]

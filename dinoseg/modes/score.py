@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dinoseg import scoring
 from dinoseg.data.classes.record import NAME
 from dinoseg.errors import UserError
 from dinoseg.evaluation.score_classes import FOLDER, protocol_of
@@ -12,6 +11,8 @@ from dinoseg.evaluation.score_report import result_of, write_problems
 from dinoseg.metrics.protocols.contract import ScoreProtocol
 from dinoseg.ranges import Count, Natural
 from dinoseg.report.scores import difference_table, scores_table
+from dinoseg.scoring.folders import Scored, Unscorable, score_cases
+from dinoseg.scoring.summary import difference
 from dinoseg.storage.atomic import write_json
 
 
@@ -58,7 +59,7 @@ def run(
         print(f"\n{one['prediction']}\n{scores_table(one)}")
     written = results[0]
     if len(results) == 2:
-        gap = scoring.difference(protocol, *scored, resamples=resamples, seed=seed)
+        gap = difference(protocol, *scored, resamples=resamples, seed=seed)
         written = {**results[0], "second": results[1], "difference": gap}
         print(f"\n{difference_table(gap, protocol.unit)}")
     write_json(out_dir / "scores.json", written)
@@ -74,17 +75,17 @@ def _score_all(
     *,
     workers: int | None,
     on_error: str,
-) -> list[scoring.Scored]:
+) -> list[Scored]:
     """Score each folder; what is wrong with any of them is told when all have been looked at."""
     scored, problems, messages = [], {}, []
     for folder in predictions:
         try:
-            found = protocol.find(reference, folder)
+            listing = protocol.find(reference, folder)
             if folder.resolve() == reference.resolve():
-                found.notes.insert(0, f"prediction={folder} is the reference itself: its scores tell nothing.")
+                listing.notes.insert(0, f"prediction={folder} is the reference itself: its scores tell nothing.")
             where = f"reference={reference} and prediction={folder}"
-            scored.append(scoring.score(protocol, found, where=where, workers=workers, on_error=on_error))
-        except scoring.Unscorable as error:
+            scored.append(score_cases(protocol, listing, where=where, workers=workers, on_error=on_error))
+        except Unscorable as error:
             problems[folder] = error.problems
             messages.append(str(error))
         except UserError as error:

@@ -12,7 +12,7 @@ _FEW = 10  # units: over fewer, the bootstrap of a mean is at least 18 % narrowe
 
 
 def scores_table(result: Mapping[str, Any]) -> str:
-    """Return the scores of `scoring.result` as text, in percent: per class where there are few, then the scores."""
+    """Return the scores of `scoring.summary` as text, in percent: per class where there are few, then the scores."""
     unit = result["unit"]
     parts = []
     if 0 < len(result["per_class"]) <= _MOST_CLASSES:
@@ -33,7 +33,7 @@ def scores_table(result: Mapping[str, Any]) -> str:
 
 
 def few_units(result: Mapping[str, Any]) -> str:
-    """Return what is to be said of intervals of `scoring.result` over few units; empty where there are enough."""
+    """Return what is to be said of intervals of `scoring.summary` over few units; empty where there are enough."""
     held = any(limits is not None for limits in result["ci95"].values())
     if not held or result["n"] >= _FEW:
         return ""

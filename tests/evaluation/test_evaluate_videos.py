@@ -15,7 +15,6 @@ from failing import fail_after
 from omegaconf import OmegaConf
 from PIL import Image
 
-from dinoseg import scoring
 from dinoseg.errors import UserError
 from dinoseg.evaluation.videos import EvalOptions, evaluate_videos, follow_slots, needs_no_training
 from dinoseg.heads.slots.head import SlotHead
@@ -24,6 +23,7 @@ from dinoseg.model import Segmenter
 from dinoseg.modes import score
 from dinoseg.modes.evaluate import run as evaluate
 from dinoseg.report.indexed import voc_palette, write_indexed_png
+from dinoseg.scoring import folders
 from dinoseg.tracking.tracker import Tracker
 from dinoseg.tracking.video import benchmark_masks
 
@@ -95,7 +95,7 @@ def write_frame(path, mask):
 
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch):
-    monkeypatch.setattr(scoring, "count_cores", lambda: 1)
+    monkeypatch.setattr(folders, "count_cores", lambda: 1)
 
 
 def write_davis(root, sequences, *, year="2017", split="val", annotations="Annotations", first_only=False):
@@ -445,8 +445,8 @@ def test_the_unsupervised_test_sets_need_no_masks(track, tmp_path, capsys):
     done = track(1, "davis2017", root, "data.year=2019", split="test", supervision="none")
     assert done.scores is None and len(list((done.folder / "masks").rglob("*.png"))) == 13
     assert "only the benchmark's server scores them" in capsys.readouterr().out
-    for folders in ((), ("bear", "ape", "cow")):  # none, and empty ones
-        for name in folders:
+    for bare in ((), ("bear", "ape", "cow")):  # none, and empty ones
+        for name in bare:
             (root / f"Annotations/480p/{name}").mkdir(parents=True)
         with pytest.raises(UserError, match=r"first_frame: the videos of split test have no masks that could be given"):
             track("copy", "davis2017", root, "data.year=2019", split="test")

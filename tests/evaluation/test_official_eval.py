@@ -9,13 +9,13 @@ import pytest
 from command_line import SMALL, call
 from PIL import Image
 
-from dinoseg import scoring
 from dinoseg.data.pairs.dataset import Pair
 from dinoseg.errors import UserError
 from dinoseg.evaluation.official import official_scores, usable
 from dinoseg.images import write_png
 from dinoseg.metrics.protocols.idd_lite import IddLite
 from dinoseg.metrics.protocols.sar_rarp50 import SarRarp50
+from dinoseg.scoring import folders
 
 
 def write_sarrarp(root):
@@ -190,7 +190,7 @@ def test_a_killed_process_is_answered_with_what_this_mode_has(tmp_path, caplog, 
     def kill(*_, remedy, **__):
         raise UserError(f"A process was killed. {remedy}")
 
-    monkeypatch.setattr(scoring, "in_processes", kill)
+    monkeypatch.setattr(folders, "in_processes", kill)
     assert official_scores(IddLite(), data, tmp_path / "out", "stop") is None
     folder = tmp_path / "out/official"
     assert f"A process was killed. Score what was predicted by itself: mode=score prediction={folder} " in caplog.text

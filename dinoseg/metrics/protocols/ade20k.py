@@ -7,7 +7,7 @@ import numpy as np
 
 from dinoseg.errors import UserError
 from dinoseg.metrics.counts import class_counts, ratio
-from dinoseg.metrics.protocols.contract import Case, DatasetProtocol, Found, Measured
+from dinoseg.metrics.protocols.contract import Case, Cases, DatasetProtocol, Measured
 from dinoseg.metrics.protocols.trees import Tree, match, read_both, refuse_ids, refuse_inside
 from dinoseg.ranges import Count
 
@@ -44,7 +44,7 @@ class Ade20k(DatasetProtocol):
             ],
         }
 
-    def find(self, reference: Path, prediction: Path) -> Found:
+    def find(self, reference: Path, prediction: Path) -> Cases:
         """Return a case for each file of the reference."""
         refuse_inside(reference, prediction)
         return match(

@@ -11,7 +11,7 @@ import numpy as np
 from dinoseg.errors import UserError
 from dinoseg.label_tables.read import label_table
 from dinoseg.metrics.counts import confusion, iou, mean_defined, parts
-from dinoseg.metrics.protocols.contract import BadFile, Case, DatasetProtocol, Found, Measured
+from dinoseg.metrics.protocols.contract import BadFile, Case, Cases, DatasetProtocol, Measured
 from dinoseg.metrics.protocols.trees import Tree, match, pictures_hint, read_both, read_labels, refuse_ids
 
 ENDING = "_gtFine_labelIds.png"
@@ -57,28 +57,28 @@ class Cityscapes(DatasetProtocol):
             ],
         }
 
-    def find(self, reference: Path, prediction: Path) -> Found:
+    def find(self, reference: Path, prediction: Path) -> Cases:
         """Return a case for each image of the reference that has its instances and one prediction."""
         by_image = _by_image(_PREDICTION.files(prediction, "prediction"))
         references = _REFERENCE.files(reference, "reference", lambda name: _image(name) in by_image)
-        own = {name: by_image.pop(_image(name)) for name in references if _image(name) in by_image}
-        firsts = {name: files[0] for name, files in (own | by_image).items()}
+        predictions = {name: by_image.pop(_image(name)) for name in references if _image(name) in by_image}
+        firsts = {name: files[0] for name, files in (predictions | by_image).items()}
         folders = (reference, prediction)
-        found = match(references, firsts, folders=folders, missing=lambda name: prediction / self.target(name))
-        _refuse_train_ids(found.cases, prediction)
+        listing = match(references, firsts, folders=folders, missing=lambda name: prediction / self.target(name))
+        _refuse_train_ids(listing.cases, prediction)
         whole = []
-        for case in found.cases:
-            files, instances = own[case.name], _instance_file(case.files[0][0])
+        for case in listing.cases:
+            files, instances = predictions[case.name], _instance_file(case.files[0][0])
             if len(files) > 1:
-                found.problems.append(
+                listing.problems.append(
                     (files[0], f"is one of {len(files)} predictions of its image, as is {files[1]}: keep one.")
                 )
             elif not instances.is_file():
-                found.problems.append((instances, _NO_INSTANCES))
+                listing.problems.append((instances, _NO_INSTANCES))
             else:
                 whole.append(case)
-        found.cases = whole
-        return found
+        listing.cases = whole
+        return listing
 
     def measure(self, case: Case) -> Measured:
         """Return the matrix (34 * 34,) of an image, then weighted hits and misses of instances (2 * 10,)."""
@@ -155,13 +155,13 @@ def _instance_counts(instances: np.ndarray, labels: np.ndarray, prediction: np.n
     right = np.bincount(numbers[prediction == labels], minlength=length)
     near = np.bincount(numbers[_CATEGORY[prediction] == _CATEGORY[labels]], minlength=length)
     counts = np.zeros((2, len(_THINGS) + len(_THING_CATEGORIES)))
-    for place, label in enumerate(_THINGS):
+    for index, label in enumerate(_THINGS):
         category = len(_THINGS) + _THING_CATEGORIES.index(int(_CATEGORY[label]))
         held = slice(1000 * label, 1000 * (label + 1))
         present = sizes[held] > 0
         size = sizes[held][present]
         weight = AVERAGE_SIZES[_LABELS[label]["name"]] / size
-        for column, hits in ((place, right[held][present]), (category, near[held][present])):
+        for column, hits in ((index, right[held][present]), (category, near[held][present])):
             counts[:, column] += (hits * weight).sum(), ((size - hits) * weight).sum()
     return counts
 
@@ -183,14 +183,16 @@ def _category_parts(
         categories: ids of the C categories.
         columns: predicted labels that stand for their category; iIoU takes ignored ones too.
     """
-    found = []
+    by_category = []
     for category in categories:
-        own = [label for label in _SCORED if _CATEGORY[label] == category]
+        inside = [label for label in _SCORED if _CATEGORY[label] == category]
         others = [label for label in _SCORED if _CATEGORY[label] != category]
         meant = [label for label in columns if _CATEGORY[label] == category]
-        hits = matrix[..., own, :][..., meant].sum((-2, -1))
-        found.append((hits, matrix[..., others, :][..., meant].sum((-2, -1)), matrix[..., own, :].sum((-2, -1)) - hits))
-    hits, wrong, missed = (np.stack(counts, axis=-1) for counts in zip(*found, strict=True))
+        hits = matrix[..., inside, :][..., meant].sum((-2, -1))
+        by_category.append(
+            (hits, matrix[..., others, :][..., meant].sum((-2, -1)), matrix[..., inside, :].sum((-2, -1)) - hits)
+        )
+    hits, wrong, missed = (np.stack(counts, axis=-1) for counts in zip(*by_category, strict=True))
     return hits, wrong, missed
 
 

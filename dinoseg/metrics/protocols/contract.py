@@ -39,7 +39,7 @@ class Case:
 
 
 @dataclass
-class Found:
+class Cases:
     """The cases below two folders, and what does not fit between these.
 
     Args:
@@ -81,7 +81,7 @@ class ScoreProtocol(ABC):
     max_proposals: int | None = None  # segments that a prediction may hold; None: any number
 
     @abstractmethod
-    def find(self, reference: Path, prediction: Path) -> Found:
+    def find(self, reference: Path, prediction: Path) -> Cases:
         """Return the cases of two folders laid out as the official tool expects.
 
         Raises:

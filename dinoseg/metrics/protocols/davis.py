@@ -11,7 +11,7 @@ from dinoseg.errors import UserError
 from dinoseg.images import read_ids
 from dinoseg.metrics.davis import match_proposals, object_scores, pair_scores, statistics
 from dinoseg.metrics.protocols.bad_files import BadFiles
-from dinoseg.metrics.protocols.contract import BadFile, Case, Found, Measured, ScoreProtocol
+from dinoseg.metrics.protocols.contract import BadFile, Case, Cases, Measured, ScoreProtocol
 from dinoseg.metrics.protocols.davis_layout import Layout
 from dinoseg.metrics.protocols.trees import read_labels, refuse_ids
 from dinoseg.ranges import Count
@@ -45,7 +45,7 @@ class Sequences(ScoreProtocol):
     def __init__(self, layout: Layout) -> None:
         self.layout, self.annotations = layout, layout.annotations
 
-    def find(self, reference: Path, prediction: Path) -> Found:
+    def find(self, reference: Path, prediction: Path) -> Cases:
         """Return a case for each sequence of the split."""
         return self.layout.find(reference, prediction)
 

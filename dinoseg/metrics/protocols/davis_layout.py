@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from dinoseg.errors import UserError
-from dinoseg.metrics.protocols.contract import Case, Found
+from dinoseg.metrics.protocols.contract import Case, Cases
 from dinoseg.storage.files import entries, is_name
 from dinoseg.wording import listed
 
@@ -38,7 +38,7 @@ class Layout:
             if not isinstance(value, str) or not is_name(value):
                 raise UserError(f"protocol.{option}={value} is no name. Give one such as {example}.")
 
-    def find(self, reference: Path, prediction: Path) -> Found:
+    def find(self, reference: Path, prediction: Path) -> Cases:
         """Return a case for each sequence of the set: all its annotated frames in order.
 
         Raises:
@@ -52,25 +52,25 @@ class Layout:
                 f"prediction={prediction} holds no folder of a sequence in {self.split}. Give the folder that holds "
                 f"{names[0]}/ and so on, or the right protocol.split."
             )
-        found = Found([])
+        listing = Cases([])
         for name in names:
-            self._add(found, name, masks / name, prediction / name)
+            self._add(listing, name, masks / name, prediction / name)
         if extra := sorted(predicted - set(names)):
-            found.notes.append(f"{prediction}: not in {self.split}, and not scored: {_listed(extra)}")
-        return found
+            listing.notes.append(f"{prediction}: not in {self.split}, and not scored: {_listed(extra)}")
+        return listing
 
-    def _add(self, found: Found, name: str, masks: Path, prediction: Path) -> None:
+    def _add(self, listing: Cases, name: str, masks: Path, prediction: Path) -> None:
         frames = _pngs(masks)
         if not frames:
-            found.problems.append((masks, f"holds no annotation, but {self.split} names {name}. Add its PNG files."))
+            listing.problems.append((masks, f"holds no annotation, but {self.split} names {name}. Add its PNG files."))
             return
         if not prediction.is_dir():
-            found.problems.append((prediction, f"is missing: {name} has no predictions. Add the folder."))
+            listing.problems.append((prediction, f"is missing: {name} has no predictions. Add the folder."))
             return
         predicted = _pngs(prediction)
         scored = list(frames)[1:-1] if self.skip_ends else list(frames)
         missing = [frame for frame in scored if frame not in predicted]
-        found.problems += [
+        listing.problems += [
             (
                 prediction / frame,
                 f"is missing: {frames[frame]} has no prediction, so its sequence is not scored. Add it.",
@@ -78,12 +78,12 @@ class Layout:
             for frame in missing
         ]
         if extra := sorted(predicted.keys() - frames.keys()):
-            found.notes.append(f"{prediction}: frames without annotation are not scored: {_listed(extra)}")
+            listing.notes.append(f"{prediction}: frames without annotation are not scored: {_listed(extra)}")
         if not scored:
-            found.notes.append(f"{masks}: without its first and last frame nothing is left, so it adds no object")
+            listing.notes.append(f"{masks}: without its first and last frame nothing is left, so it adds no object")
         if not missing:
             files = tuple((path, predicted.get(frame)) for frame, path in frames.items())
-            found.cases.append(Case(name, name, files))
+            listing.cases.append(Case(name, name, files))
 
     def _sequences(self, root: Path) -> list[str]:
         """Return the sequences that the list names: one a line, or one line a frame as DAVIS-2016 shipped it."""

@@ -10,7 +10,7 @@ from PIL import Image
 from dinoseg.errors import UserError
 from dinoseg.label_tables.read import label_table
 from dinoseg.metrics.counts import confusion, grouped, iou, mean_defined, parts
-from dinoseg.metrics.protocols.contract import Case, DatasetProtocol, Found, Measured
+from dinoseg.metrics.protocols.contract import Case, Cases, DatasetProtocol, Measured
 from dinoseg.metrics.protocols.trees import Tree, match, read_labels
 from dinoseg.ranges import Count
 
@@ -71,7 +71,7 @@ class Frames(DatasetProtocol):
             ],
         }
 
-    def find(self, reference: Path, prediction: Path) -> Found:
+    def find(self, reference: Path, prediction: Path) -> Cases:
         """Return a case for each frame of the reference."""
         predictions = self.prediction_tree.files(prediction, "prediction")
         return match(

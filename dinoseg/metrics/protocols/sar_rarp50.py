@@ -9,7 +9,7 @@ import numpy as np
 
 from dinoseg.errors import UserError
 from dinoseg.images import read_ids
-from dinoseg.metrics.protocols.contract import BadFile, Case, DatasetProtocol, Found, Measured
+from dinoseg.metrics.protocols.contract import BadFile, Case, Cases, DatasetProtocol, Measured
 from dinoseg.metrics.protocols.trees import pictures_hint, refuse_inside
 from dinoseg.metrics.surface import surface_dices
 from dinoseg.ranges import NotNegative
@@ -37,7 +37,7 @@ class VideoFrames(DatasetProtocol):
 
     unit = "video"
 
-    def find(self, reference: Path, prediction: Path) -> Found:
+    def find(self, reference: Path, prediction: Path) -> Cases:
         """Return a case for each frame of the reference."""
         return find_frames(reference, prediction)
 
@@ -125,7 +125,7 @@ class SarRarp50(VideoFrames):
         ]
 
 
-def find_frames(reference: Path, prediction: Path) -> Found:
+def find_frames(reference: Path, prediction: Path) -> Cases:
     """Return a case for each reference frame, in the layout `<video>/segmentation/<stem>.png` on both sides.
 
     Raises:
@@ -142,7 +142,7 @@ def find_frames(reference: Path, prediction: Path) -> Found:
             f"reference={reference} holds no <video>/{FOLDER}/<stem>.png. Give the folder that holds the videos, "
             f"such as test/ of the data set{f'; it holds {listed(videos)}' if videos else ''}."
         )
-    found = Found([])
+    listing = Cases([])
     labelled = [video for video in videos if masks[video]]
     if not any((prediction / video / FOLDER).is_dir() for video in labelled):
         held = _folders_in(prediction)
@@ -154,9 +154,9 @@ def find_frames(reference: Path, prediction: Path) -> Found:
         )
     for video in videos:
         if not masks[video]:
-            found.problems.append((reference / video, f"holds no {FOLDER}/<stem>.png: add its masks or remove it"))
+            listing.problems.append((reference / video, f"holds no {FOLDER}/<stem>.png: add its masks or remove it"))
         elif not (prediction / video / FOLDER).is_dir():
-            found.problems.append(
+            listing.problems.append(
                 (
                     prediction / video / FOLDER,
                     f"no such folder, for {len(masks[video])} reference frames: put the predictions there, or leave "
@@ -164,10 +164,10 @@ def find_frames(reference: Path, prediction: Path) -> Found:
                 )
             )
         else:
-            _add_video(found, video, masks[video], prediction / video / FOLDER)
+            _add_video(listing, video, masks[video], prediction / video / FOLDER)
     if extra := [name for name in _folders_in(prediction) if name not in masks]:
-        found.notes.append(f"{prediction}: folders without reference are not scored: {listed(extra)}")
-    return found
+        listing.notes.append(f"{prediction}: folders without reference are not scored: {listed(extra)}")
+    return listing
 
 
 def frame_details(case: Case) -> dict[str, Any]:
@@ -234,12 +234,12 @@ def _masks_in(folder: Path) -> dict[str, Path]:
     return {path.name: path for path in entries(folder) if path.suffix == ".png" and not path.is_dir()}
 
 
-def _add_video(found: Found, video: str, masks: dict[str, Path], folder: Path) -> None:
+def _add_video(listing: Cases, video: str, masks: dict[str, Path], folder: Path) -> None:
     """Add a video's cases, and a note of what only one side has."""
     predicted = {path.name for path in entries(folder) if path.is_file()}
     for file, mask in masks.items():
         prediction = folder / file if file in predicted else None
-        found.cases.append(Case(f"{video}/{mask.stem}", video, ((mask, prediction),)))
+        listing.cases.append(Case(f"{video}/{mask.stem}", video, ((mask, prediction),)))
     remarks = []
     if len(predicted) != len(masks):
         remarks.append(f"{len(predicted)} files for {len(masks)} reference frames, which the official script refuses")
@@ -251,4 +251,4 @@ def _add_video(found: Found, video: str, masks: dict[str, Path], folder: Path) -
     if extra:
         remarks.append(f"files without reference, which are not scored, {len(extra)}: {listed(extra)}")
     if remarks:
-        found.notes.append(f"{folder}: {'; '.join(remarks)}")
+        listing.notes.append(f"{folder}: {'; '.join(remarks)}")

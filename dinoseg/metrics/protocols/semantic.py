@@ -8,7 +8,7 @@ import numpy as np
 
 from dinoseg.errors import UserError
 from dinoseg.metrics.counts import class_counts, dice, iou, mean_defined, ratio
-from dinoseg.metrics.protocols.contract import BadFile, Case, DatasetProtocol, Found, Measured
+from dinoseg.metrics.protocols.contract import BadFile, Case, Cases, DatasetProtocol, Measured
 from dinoseg.metrics.protocols.trees import Tree, match, read_both, read_labels, refuse_ids, refuse_inside
 from dinoseg.metrics.surface import boundary_ious, surface_dices
 from dinoseg.ranges import Count, NotNegative
@@ -110,27 +110,27 @@ class Semantic(DatasetProtocol):
             rules["outlines"] = "ignored pixels are no class on both sides, so a class has an outline along them"
         return rules
 
-    def find(self, reference: Path, prediction: Path) -> Found:
+    def find(self, reference: Path, prediction: Path) -> Cases:
         """Return a case for each file of the reference.
 
         Raises:
             UserError: a folder is missing, or none of the files fit.
         """
         refuse_inside(reference, prediction)
-        found = match(
+        listing = match(
             _TREE.files(reference, "reference"),
             _TREE.files(prediction, "prediction"),
             folders=(reference, prediction),
             missing=lambda name: prediction / self.target(name),
         )
         as_ids = not self.binary and self.num_classes > 1 and self.ignore_index == 255 and not self.reduce_zero_label
-        if as_ids and _look_binary((case.files[0][0] for case in found.cases), self.references or read_labels):
-            found.notes.insert(
+        if as_ids and _look_binary((case.files[0][0] for case in listing.cases), self.references or read_labels):
+            listing.notes.insert(
                 0,
                 f"reference={reference} holds 0 and 255 alone, and 255 is ignored: THE SCORE IS OF CLASS 0 ALONE. If "
                 "255 is the object, set protocol.binary=true.",
             )
-        return found
+        return listing
 
     def measure(self, case: Case) -> Measured:
         """Return the counts (3 * K,) of an image, then those of the outlines (2 * K each) that are asked for."""
@@ -183,17 +183,17 @@ class Semantic(DatasetProtocol):
         """Return the counts (2 * K,) of Boundary IoU and of surface dice, those that are asked for."""
         present = np.union1d(reference, prediction)
         present = present[present < self.num_classes]
-        found = []
+        counts = []
         if self.boundary:
             pixels = np.zeros((2, self.num_classes))
             pixels[:, present] = boundary_ious(reference, prediction, present.tolist(), _BAND).T
-            found.append(pixels.ravel())
+            counts.append(pixels.ravel())
         if self.nsd:
             values = np.zeros((2, self.num_classes))
             values[0, present] = surface_dices(reference, prediction, present.tolist(), self.tolerance)
             values[1, present] = 1
-            found.append(values.ravel())
-        return found
+            counts.append(values.ravel())
+        return counts
 
     def scores(self, sums: np.ndarray) -> dict[str, np.ndarray]:
         """Return each score (...)."""

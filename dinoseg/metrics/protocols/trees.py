@@ -10,7 +10,7 @@ import numpy as np
 
 from dinoseg.errors import UserError
 from dinoseg.images import read_ids
-from dinoseg.metrics.protocols.contract import BadFile, Case, Found
+from dinoseg.metrics.protocols.contract import BadFile, Case, Cases
 from dinoseg.storage.files import visible_files
 from dinoseg.wording import count_of, listed
 
@@ -53,10 +53,10 @@ class Tree:
             for path in every
             if path.endswith(self.ending) and not (self.exclude and fnmatch(PurePosixPath(path).name, self.exclude))
         ]
-        found = [path for path in fitting if self.depth is None or path.count("/") == self.depth]
-        if not found:
+        at_depth = [path for path in fitting if self.depth is None or path.count("/") == self.depth]
+        if not at_depth:
             raise UserError(self._nothing(folder, option, every, fitting, wanted or bool))
-        return {path.removesuffix(self.ending): folder / path for path in found}
+        return {path.removesuffix(self.ending): folder / path for path in at_depth}
 
     def _nothing(
         self, folder: Path, option: str, every: list[str], fitting: list[str], wanted: Callable[[str], bool]
@@ -112,7 +112,7 @@ def match(
     folders: tuple[Path, Path],
     missing: Callable[[str], Path],
     unit: Callable[[str], str] = str,
-) -> Found:
+) -> Cases:
     """Return a case for each reference with a prediction of its name, a problem for each other one.
 
     Args:
@@ -140,7 +140,7 @@ def match(
         for name, file in reference.items()
         if name not in prediction
     ]
-    return Found(cases, problems, extra(prediction.keys() - reference.keys(), folders[1]))
+    return Cases(cases, problems, extra(prediction.keys() - reference.keys(), folders[1]))
 
 
 def extra(names: Iterable[str], folder: Path) -> list[str]:

@@ -8,7 +8,7 @@ import numpy as np
 from dinoseg.errors import UserError
 from dinoseg.metrics.clustering import MATCHINGS, Contingency, contingency, segment_scores
 from dinoseg.metrics.protocols.bad_files import BadFiles
-from dinoseg.metrics.protocols.contract import BadFile, Case, Found, Measured, ScoreProtocol
+from dinoseg.metrics.protocols.contract import BadFile, Case, Cases, Measured, ScoreProtocol
 from dinoseg.metrics.protocols.trees import Tree, extra, read_labels
 
 BACKGROUND = 0
@@ -58,17 +58,17 @@ class VideoClustering(ScoreProtocol):
             "differs": ["ARI is counted in whole numbers; SAVi counts in float32"],
         }
 
-    def find(self, reference: Path, prediction: Path) -> Found:
+    def find(self, reference: Path, prediction: Path) -> Cases:
         """Return a case for each folder of the reference, with its frames in the order of their names."""
         frames = _by_video(self._tree.files(reference, "reference"))
         predicted = self._tree.files(prediction, "prediction")
-        found = Found([])
+        listing = Cases([])
         for video, names in frames.items():
             if not any(name in predicted for name in names):
-                found.problems.append((prediction / video, f"holds no prediction of {video}. Add its frames."))
+                listing.problems.append((prediction / video, f"holds no prediction of {video}. Add its frames."))
                 continue
             missing = [name for name in names if name not in predicted]
-            found.problems += [
+            listing.problems += [
                 (
                     prediction / f"{name}.png",
                     f"is missing: {names[name]} has no prediction, so its video is not scored. Add it.",
@@ -77,10 +77,10 @@ class VideoClustering(ScoreProtocol):
             ]
             if not missing:
                 files = tuple((path, predicted[name]) for name, path in names.items())
-                found.cases.append(Case(video, video, files))
+                listing.cases.append(Case(video, video, files))
         known = {name for names in frames.values() for name in names}
-        found.notes += extra(predicted.keys() - known, prediction)
-        return found
+        listing.notes += extra(predicted.keys() - known, prediction)
+        return listing
 
     def measure(self, case: Case) -> Measured:
         """Return the video's scores and the sums of its frames', each with how many there are: (10,) float64."""

@@ -1,4 +1,4 @@
-"""Official scores of whole folders: measured in many processes, summed, and resampled for intervals; no torch."""
+"""Folders of predictions measured against their references, in many processes, and added up by unit; no torch."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dinoseg.errors import UserError
-from dinoseg.metrics.protocols.contract import BadFile, Case, Found, Measured, ScoreProtocol
+from dinoseg.metrics.protocols.contract import BadFile, Case, Cases, Measured, ScoreProtocol
 from dinoseg.processes.workers import count_cores, in_processes
 from dinoseg.report.progress import Bar
 from dinoseg.wording import count_of
@@ -17,7 +17,6 @@ from dinoseg.wording import count_of
 ON_ERROR = ("stop", "skip")
 _LISTED = 20  # problems in a message; the others are in the file
 _FRAMES_PER_PROCESS = 8  # fewer are measured sooner than a process starts
-_DRAWN_AT_ONCE = 2**22  # numbers, 32 MiB
 
 
 @dataclass
@@ -58,9 +57,9 @@ class Unscorable(UserError):
         self.problems = list(problems)
 
 
-def score(
+def score_cases(
     protocol: ScoreProtocol,
-    found: Found,
+    listing: Cases,
     *,
     where: str,
     workers: int | None = None,
@@ -71,7 +70,7 @@ def score(
 
     Args:
         protocol: how a case is measured.
-        found: the cases, and what was wrong with the folders.
+        listing: the cases, and what was wrong with the folders.
         where: names both folders in messages.
         workers: processes; None for one per core, and none beside this one for few frames.
         on_error: `stop` when all files have been looked at, or `skip` what cannot be scored.
@@ -85,9 +84,9 @@ def score(
         raise UserError(f"data.on_error={on_error} is unknown. Choose one of {', '.join(ON_ERROR)}.")
     if workers is not None and workers < 1:
         raise UserError(f"mode.workers={workers}: give the number of processes, 1 or more, or null for one per core.")
-    problems = list(found.problems)
+    problems = list(listing.problems)
     cases: list[tuple[Case, Measured]] = []
-    for case, result in _measure_all(protocol, found.cases, workers, remedy):
+    for case, result in _measure_all(protocol, listing.cases, workers, remedy):
         if isinstance(result, BadFile):
             problems += [(result.path, result.reason), *result.more]
         else:
@@ -97,7 +96,7 @@ def score(
     if not cases:
         first = f", such as {problems[0][0]}: {problems[0][1]}" if problems else "."
         raise UserError(f"Nothing is left to score of {where}: {count_of(problems, 'problem')}{first}")
-    joined = _joined(protocol, cases)
+    joined = sums_by_unit(protocol, cases)
     return Scored(
         units=list(joined),
         sums=np.stack([unit.astype(np.float64) for unit in joined.values()]),
@@ -105,84 +104,9 @@ def score(
         rows=[_row(unit) for unit in _by_unit(cases).values()],
         cases=cases,
         problems=problems,
-        notes=[*found.notes, *_unknown_notes(cases)],
+        notes=[*listing.notes, *_unknown_notes(cases)],
         files=_frames(case for case, _ in cases),
     )
-
-
-def result(protocol: ScoreProtocol, scored: Scored, *, resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
-    """Return the scores with everything that explains them, ready for JSON; None means undefined.
-
-    The intervals are percentile bootstraps over units (B. Efron, 1979): the units are what varies independently, not
-    the frames of one video.
-    """
-    unit_scores = protocol.scores(scored.sums)
-    rows = [
-        {"name": name, **{key: _plain(unit_scores[key][place]) for key in protocol.keys}, **scored.rows[place]}
-        for place, name in enumerate(scored.units)
-    ]
-    values = protocol.scores(scored.total)
-    return {
-        "protocol": protocol.name,
-        "scores": {key: _plain(values[key]) for key in protocol.keys},
-        "per_class": [{key: _plain(value) for key, value in row.items()} for row in protocol.per_class(scored.total)],
-        "per_image" if protocol.unit == "image" else "per_video": rows,
-        "rules": dict(protocol.rules),
-        "n": len(scored.units),
-        "unit": protocol.unit,
-        "files": scored.files,
-        "ci95": _intervals(protocol, _resampled(protocol, scored.sums, resamples, seed)),
-        "bootstrap": {"over": protocol.unit, "n": len(scored.units), "resamples": resamples, "seed": seed},
-        "notes": scored.notes,
-        "problems": [{"file": str(path), "reason": reason} for path, reason in scored.problems],
-    }
-
-
-def difference(
-    protocol: ScoreProtocol, first: Scored, second: Scored, *, resamples: int = 1000, seed: int = 0
-) -> dict[str, dict[str, Any]]:
-    """Return for each key `second` minus `first`, with the interval of this paired difference.
-
-    The same units are drawn for both, so what makes a video hard for both does not widen the interval. A case, which
-    is a frame or a sequence, that only one of them has is left out of both (`left_out`), and the unit with its last
-    case. Where they share no case, all values are None and `n` is 0.
-    """
-    names = [{case.name for case, _ in one.cases} for one in (first, second)]
-    shared, left_out = names[0] & names[1], len(names[0] ^ names[1])
-    if not shared:
-        return {key: {"value": None, "ci95": None, "n": 0, "left_out": left_out} for key in protocol.keys}
-    by_unit = [_joined(protocol, [each for each in one.cases if each[0].name in shared]) for one in (first, second)]
-    pair = [np.stack([unit_sums[unit] for unit in by_unit[0]]).astype(np.float64) for unit_sums in by_unit]
-    values = [protocol.scores(sums.sum(axis=0)) for sums in pair]
-    drawn = [_resampled(protocol, sums, resamples, seed) for sums in pair]
-    intervals = _intervals(protocol, {key: drawn[1][key] - drawn[0][key] for key in protocol.keys})
-    counts = {"n": len(by_unit[0]), "left_out": left_out}
-    return {
-        key: {"value": _plain(values[1][key] - values[0][key]), "ci95": intervals[key], **counts}
-        for key in protocol.keys
-    }
-
-
-def _resampled(protocol: ScoreProtocol, sums: np.ndarray, resamples: int, seed: int) -> dict[str, np.ndarray]:
-    """Return each key's scores (resamples,) of units drawn with replacement; empty for fewer than two units."""
-    count = len(sums)
-    if count < 2 or resamples < 1:
-        return {key: np.empty(0) for key in protocol.keys}
-    generator, chance = np.random.default_rng(seed), [1 / count] * count
-    at_once = max(1, _DRAWN_AT_ONCE // max(sums.shape))
-    parts = []
-    for start in range(0, resamples, at_once):
-        drawn = generator.multinomial(count, chance, size=min(at_once, resamples - start))  # (R, U)
-        parts.append(protocol.scores(drawn.astype(np.float64) @ sums))
-    return {key: np.concatenate([part[key] for part in parts]) for key in protocol.keys}
-
-
-def _intervals(protocol: ScoreProtocol, drawn: dict[str, np.ndarray]) -> dict[str, list[float] | None]:
-    intervals: dict[str, list[float] | None] = {}
-    for key in protocol.keys:
-        defined = drawn[key][np.isfinite(drawn[key])]
-        intervals[key] = [float(limit) for limit in np.percentile(defined, (2.5, 97.5))] if len(defined) else None
-    return intervals
 
 
 def _by_unit(cases: Iterable[tuple[Case, Measured]]) -> dict[str, list[tuple[Case, Measured]]]:
@@ -192,9 +116,9 @@ def _by_unit(cases: Iterable[tuple[Case, Measured]]) -> dict[str, list[tuple[Cas
     return by_unit
 
 
-def _joined(protocol: ScoreProtocol, cases: Iterable[tuple[Case, Measured]]) -> dict[str, np.ndarray]:
+def sums_by_unit(protocol: ScoreProtocol, cases: Iterable[tuple[Case, Measured]]) -> dict[str, np.ndarray]:
     """Return each unit's sums (d,)."""
-    return {unit: protocol.join([measured for _, measured in own]) for unit, own in _by_unit(cases).items()}
+    return {unit: protocol.join([measured for _, measured in parts]) for unit, parts in _by_unit(cases).items()}
 
 
 def _row(cases: Sequence[tuple[Case, Measured]]) -> dict[str, Any]:
@@ -202,22 +126,22 @@ def _row(cases: Sequence[tuple[Case, Measured]]) -> dict[str, Any]:
     details = [measured.details for _, measured in cases]
     if len(details) == 1:
         return details[0]
-    keys = dict.fromkeys(key for one in details for key, value in one.items() if isinstance(value, int))
+    keys = dict.fromkeys(key for row in details for key, value in row.items() if isinstance(value, int))
     files = _frames(case for case, _ in cases)
-    return {"files": files, **{key: sum(one.get(key, 0) for one in details) for key in keys}}
+    return {"files": files, **{key: sum(row.get(key, 0) for row in details) for key in keys}}
 
 
 def _unknown_notes(cases: Sequence[tuple[Case, Measured]]) -> list[str]:
     """Return a note for each side with pixels of no class, which some official scripts count instead of refusing."""
     notes = []
-    for side, place in (("reference", 0), ("prediction", 1)):
+    for column, side in enumerate(("reference", "prediction")):
         key = f"unknown_pixels_{side}"
         held = [(case, measured.details[key]) for case, measured in cases if measured.details.get(key)]
         if held:
             pixels = sum(count for _, count in held)
             notes.append(
                 f"{len(held)} of {count_of(cases, side)} {'holds' if len(held) == 1 else 'hold'} ids of no class, in "
-                f"{count_of(pixels, 'pixel')}, such as {held[0][0].files[0][place]}. The official rule refuses "
+                f"{count_of(pixels, 'pixel')}, such as {held[0][0].files[0][column]}. The official rule refuses "
                 "none: such a pixel is void in a reference, and a miss where it is predicted on a class. Check them."
             )
     return notes
@@ -225,12 +149,6 @@ def _unknown_notes(cases: Sequence[tuple[Case, Measured]]) -> list[str]:
 
 def _frames(cases: Iterable[Case]) -> int:
     return sum(len(case.files) for case in cases)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.generic | np.ndarray):
-        value = value.item()
-    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def _measure_all(

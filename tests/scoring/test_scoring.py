@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dinoseg import scoring
 from dinoseg.errors import UserError
-from dinoseg.metrics.protocols.contract import BadFile, Case, Found, Measured, ScoreProtocol
+from dinoseg.metrics.protocols.contract import BadFile, Case, Cases, Measured, ScoreProtocol
 from dinoseg.report.scores import difference_table, scores_table
+from dinoseg.scoring import folders, intervals
+from dinoseg.scoring.folders import Scored, Unscorable, score_cases
+from dinoseg.scoring.summary import difference, summary
 
 
 class Share(ScoreProtocol):
@@ -44,7 +46,7 @@ class Share(ScoreProtocol):
 
 def cases(*words, frames=1):
     """Return cases of `unit/stem=hits-tries`, or `unit/hits-tries` where nothing else shares the numbers."""
-    found = Found([])
+    found = Cases([])
     for word in words:
         name, _, numbers = word.partition("=")
         file = Path(numbers or name.partition("/")[2])
@@ -53,8 +55,8 @@ def cases(*words, frames=1):
 
 
 def test_sums_over_units_and_rows():
-    scored = scoring.score(Share(), cases("a/1-2", "a/3-8", "b/4-4"), where="P")
-    result = scoring.result(Share(), scored)
+    scored = score_cases(Share(), cases("a/1-2", "a/3-8", "b/4-4"), where="P")
+    result = summary(Share(), scored)
     assert result["scores"] == {"share": 8 / 14, "mean": (0.4 + 1) / 2}
     rows = result["per_video"]
     assert [row["name"] for row in rows] == ["a", "b"] and rows[0]["share"] == 0.4 and rows[1]["tries"] == 4
@@ -66,8 +68,8 @@ def test_sums_over_units_and_rows():
 def test_intervals_are_the_percentiles_of_resampled_units():
     rng = np.random.default_rng(1)
     found = cases(*(f"v{index}/{rng.integers(1, 9)}-{rng.integers(9, 20)}" for index in range(12)))
-    scored = scoring.score(Share(), found, where="P")
-    result = scoring.result(Share(), scored, resamples=2000, seed=3)
+    scored = score_cases(Share(), found, where="P")
+    result = summary(Share(), scored, resamples=2000, seed=3)
     times = np.random.default_rng(3).multinomial(12, [1 / 12] * 12, size=2000)  # the same draws, summed one by one
     drawn = [sum(count * row for count, row in zip(counts, scored.sums, strict=True)) for counts in times]
     for key, values in (("share", [s[0] / s[1] for s in drawn]), ("mean", [s[2] / s[3] for s in drawn])):
@@ -76,8 +78,8 @@ def test_intervals_are_the_percentiles_of_resampled_units():
         values = [s[0] / s[1] if key == "share" else s[2] / s[3] for s in others]
         expected = percentiles(values)
         np.testing.assert_allclose(result["ci95"][key], expected, atol=0.15 * (expected[1] - expected[0]))
-    assert scoring.result(Share(), scored, resamples=2000, seed=3)["ci95"] == result["ci95"]
-    assert scoring.result(Share(), scored, resamples=2000, seed=4)["ci95"] != result["ci95"]
+    assert summary(Share(), scored, resamples=2000, seed=3)["ci95"] == result["ci95"]
+    assert summary(Share(), scored, resamples=2000, seed=4)["ci95"] != result["ci95"]
 
 
 def percentiles(values):
@@ -92,34 +94,34 @@ def percentiles(values):
 
 def test_draws_in_parts_are_those_of_one_go(monkeypatch):
     found = cases(*(f"v{index}/{index + 1}-{30 - index}" for index in range(9)))
-    scored = scoring.score(Share(), found, where="P")
-    whole = scoring.result(Share(), scored, resamples=100, seed=3)["ci95"]
+    scored = score_cases(Share(), found, where="P")
+    whole = summary(Share(), scored, resamples=100, seed=3)["ci95"]
     sizes, scores = [], Share.scores
-    monkeypatch.setattr(scoring, "_DRAWN_AT_ONCE", 63)
+    monkeypatch.setattr(intervals, "_DRAWN_AT_ONCE", 63)
     monkeypatch.setattr(Share, "scores", lambda self, sums: (sizes.append(sums.shape), scores(self, sums))[1])
-    parts = scoring.result(Share(), scored, resamples=100, seed=3)["ci95"]
+    parts = summary(Share(), scored, resamples=100, seed=3)["ci95"]
     assert sizes.count((7, 4)) == 14 and (2, 4) in sizes and (100, 4) not in sizes
     for key in whole:
         assert parts[key] == pytest.approx(whole[key], abs=1e-12)
 
 
 def test_one_unit_or_no_draws_have_no_interval():
-    scored = scoring.score(Share(), cases("a/1-2"), where="P")
-    assert scoring.result(Share(), scored)["ci95"] == {"share": None, "mean": None}
-    scored = scoring.score(Share(), cases("a/1-2", "b/1-2"), where="P")
-    assert scoring.result(Share(), scored, resamples=0)["ci95"]["share"] is None
+    scored = score_cases(Share(), cases("a/1-2"), where="P")
+    assert summary(Share(), scored)["ci95"] == {"share": None, "mean": None}
+    scored = score_cases(Share(), cases("a/1-2", "b/1-2"), where="P")
+    assert summary(Share(), scored, resamples=0)["ci95"]["share"] is None
 
 
 def test_the_paired_difference_draws_the_same_units_for_both():
     names = [f"v{index}/a={index + 1}-40" for index in range(20)]
     better = [f"v{index}/a={index + 5}-40" for index in range(20)]
-    first, second = (scoring.score(Share(), cases(*each), where="P") for each in (names, better))
-    row = scoring.difference(Share(), first, second)["share"]
+    first, second = (score_cases(Share(), cases(*each), where="P") for each in (names, better))
+    row = difference(Share(), first, second)["share"]
     assert row["value"] == pytest.approx(0.1) and row["ci95"] == pytest.approx([0.1, 0.1]) and row["n"] == 20
-    alone = scoring.result(Share(), first)["ci95"]["share"]
+    alone = summary(Share(), first)["ci95"]["share"]
     assert alone[1] - alone[0] > 0.05  # while each by itself varies much
-    fewer = scoring.score(Share(), cases(*better[::-1][:5], "new/a=1-1"), where="P")
-    row = scoring.difference(Share(), first, fewer)["mean"]
+    fewer = score_cases(Share(), cases(*better[::-1][:5], "new/a=1-1"), where="P")
+    row = difference(Share(), first, fewer)["mean"]
     assert row["n"] == 5 and row["value"] == pytest.approx(0.1) and row["left_out"] == 16
 
 
@@ -127,8 +129,8 @@ def test_the_paired_difference_is_of_the_cases_that_both_have():
     hard, easy = "{}/hard={}-10", "{}/easy={}-10"
     first = [hard.format("a", 1), easy.format("a", 9), hard.format("b", 2), easy.format("b", 8), easy.format("c", 5)]
     second = [easy.format("a", 9), hard.format("b", 2), easy.format("b", "bad"), hard.format("c", 1)]
-    scored = [scoring.score(Share(), cases(*each), where="P", on_error="skip") for each in (first, second)]
-    found = scoring.difference(Share(), *scored)
+    scored = [score_cases(Share(), cases(*each), where="P", on_error="skip") for each in (first, second)]
+    found = difference(Share(), *scored)
     assert found["share"] == found["mean"] == {"value": 0, "ci95": [0, 0], "n": 2, "left_out": 4}
     assert scored[0].total[0] / scored[0].total[1] != scored[1].total[0] / scored[1].total[1]
     text = difference_table(found, "video")
@@ -140,10 +142,10 @@ def test_the_paired_difference_is_of_the_cases_that_both_have():
 
 
 def test_nothing_shared_has_no_difference():
-    scored = [scoring.score(Share(), cases(*each), where="P") for each in (["a/1-2", "b/1-2"], ["c/1-2", "a/1-3"])]
+    scored = [score_cases(Share(), cases(*each), where="P") for each in (["a/1-2", "b/1-2"], ["c/1-2", "a/1-3"])]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = scoring.difference(Share(), *scored)
+        found = difference(Share(), *scored)
     assert found["share"] == {"value": None, "ci95": None, "n": 0, "left_out": 4}
     assert "No video could be scored in both folders" in difference_table(found, "video")
     json.dumps(found, allow_nan=False)
@@ -153,9 +155,9 @@ def test_the_paired_difference_of_many_cases_takes_no_square_of_them():
     many = cases(*(f"v{index}/a=1-2" for index in range(30_000)))
     measured = [(case, Share().measure(case)) for case in many.cases]
     sums = np.tile([1.0, 2, 0.5, 1], (len(measured), 1))
-    scored = scoring.Scored([case.name for case in many.cases], sums, sums.sum(axis=0), [], measured)
+    scored = Scored([case.name for case in many.cases], sums, sums.sum(axis=0), [], measured)
     start = time.process_time()
-    assert scoring.difference(Share(), scored, scored, resamples=2)["share"]["n"] == 30_000
+    assert difference(Share(), scored, scored, resamples=2)["share"]["n"] == 30_000
     assert time.process_time() - start < 5  # looking up each in the others took a minute
 
 
@@ -169,30 +171,30 @@ def test_processes_follow_the_frames_or_what_is_asked_for(monkeypatch, frames, w
         given.append(workers)
         return ((item, work(item)) for item in items)
 
-    monkeypatch.setattr(scoring, "in_processes", alone)
-    monkeypatch.setattr(scoring, "count_cores", lambda: 8)
+    monkeypatch.setattr(folders, "in_processes", alone)
+    monkeypatch.setattr(folders, "count_cores", lambda: 8)
     found = cases("a/1-2", "b/1-2", "c/1-4", "d/1-2", frames=frames)
-    scored = scoring.score(Share(), found, where="P", workers=workers)
-    assert given == [processes] and scoring.result(Share(), scored)["files"] == 4 * frames
+    scored = score_cases(Share(), found, where="P", workers=workers)
+    assert given == [processes] and summary(Share(), scored)["files"] == 4 * frames
 
 
 def test_undefined_scores_are_null():
-    scored = scoring.score(Share(), cases("a/0-1", "b/1-1"), where="P")
+    scored = score_cases(Share(), cases("a/0-1", "b/1-1"), where="P")
     scored.total[:] = 0
-    assert scoring.result(Share(), scored)["scores"] == {"share": None, "mean": None}
+    assert summary(Share(), scored)["scores"] == {"share": None, "mean": None}
 
 
 def test_files_that_cannot_be_scored_are_all_named():
     found = cases("a/1-2", "b/bad-1", "c/bad-2", "d/1-1")
     found.problems.append((Path("lost.png"), "it is missing"))
-    with pytest.raises(scoring.Unscorable, match="^3 files of P cannot be scored") as caught:
-        scoring.score(Share(), found, where="P")
+    with pytest.raises(Unscorable, match="^3 files of P cannot be scored") as caught:
+        score_cases(Share(), found, where="P")
     message = str(caught.value)
     assert all(word in message for word in ("lost.png: it is missing", "b/bad-1: it is bad", "data.on_error=skip"))
-    scored = scoring.score(Share(), found, where="P", on_error="skip")
+    scored = score_cases(Share(), found, where="P", on_error="skip")
     assert scored.units == ["a", "d"]
-    assert [row["file"] for row in scoring.result(Share(), scored)["problems"]] == ["lost.png", "b/bad-1", "c/bad-2"]
-    many = scoring.Unscorable([(Path(f"{number}.png"), "bad") for number in range(30)], "P")
+    assert [row["file"] for row in summary(Share(), scored)["problems"]] == ["lost.png", "b/bad-1", "c/bad-2"]
+    many = Unscorable([(Path(f"{number}.png"), "bad") for number in range(30)], "P")
     assert (
         "19.png" in str(many) and "20.png" not in str(many) and "and 10 more" in str(many) and len(many.problems) == 30
     )
@@ -201,7 +203,7 @@ def test_files_that_cannot_be_scored_are_all_named():
 def test_processes_give_what_one_gives():
     names = [f"v{index % 5}/{'bad' if index % 7 == 3 else index}={index}-{index + 9}" for index in range(30)]
     alone, many = (
-        scoring.result(Share(), scoring.score(Share(), cases(*names), where="P", workers=workers, on_error="skip"))
+        summary(Share(), score_cases(Share(), cases(*names), where="P", workers=workers, on_error="skip"))
         for workers in (1, 3)
     )
     assert many == alone and len(many["problems"]) == 4 and many["files"] == 26
@@ -216,9 +218,9 @@ class Deadly(Share):
 
 def test_a_killed_process_is_told():
     with pytest.raises(UserError, match=r"was killed.*Set mode\.workers lower"):
-        scoring.score(Deadly(), cases(*["a/1-2"] * 30), where="P", workers=2)
+        score_cases(Deadly(), cases(*["a/1-2"] * 30), where="P", workers=2)
     with pytest.raises(UserError, match="was killed.* Do another thing") as error:
-        scoring.score(Deadly(), cases(*["a/1-2"] * 30), where="P", workers=2, remedy="Do another thing.")
+        score_cases(Deadly(), cases(*["a/1-2"] * 30), where="P", workers=2, remedy="Do another thing.")
     assert "mode.workers" not in str(error.value)
 
 
@@ -232,31 +234,31 @@ def test_a_killed_process_is_told():
 )
 def test_bad_options(options, message):
     with pytest.raises(UserError, match=message):
-        scoring.score(Share(), cases("a/bad-1"), where="P", **options)
+        score_cases(Share(), cases("a/bad-1"), where="P", **options)
 
 
 def test_tables():
-    scored = scoring.score(Share(), cases("a/1-2", "b/1-4"), where="P")
-    text = scores_table(scoring.result(Share(), scored))
+    scored = score_cases(Share(), cases("a/1-2", "b/1-4"), where="P")
+    text = scores_table(summary(Share(), scored))
     assert "share" in text and "33.33" in text and re.search(r"25\.00 \.\. 50\.00 +2$", text, flags=re.M)
-    text = difference_table(scoring.difference(Share(), scored, scored), "video")
+    text = difference_table(difference(Share(), scored, scored), "video")
     assert re.search(r"\+0\.00 \.\. \+0\.00 +2$", text, flags=re.M)
 
 
 def test_a_table_of_one_unit_says_why_it_has_no_interval():
-    scored = scoring.score(Share(), cases("a/1-2"), where="P")
-    text = scores_table(scoring.result(Share(), scored))
+    scored = score_cases(Share(), cases("a/1-2"), where="P")
+    text = scores_table(summary(Share(), scored))
     assert "over videos\n" in text and len(re.findall(r"- \(needs two videos\) +1$", text, flags=re.M)) == 2
-    gap = difference_table(scoring.difference(Share(), scored, scored), "video")
+    gap = difference_table(difference(Share(), scored, scored), "video")
     assert "over shared videos\n" in gap and "- (needs two videos)" in gap
-    two = scoring.score(Share(), cases("a/1-2", "b/1-2"), where="P")
-    assert "needs two" not in scores_table(scoring.result(Share(), two, resamples=0))
+    two = score_cases(Share(), cases("a/1-2", "b/1-2"), where="P")
+    assert "needs two" not in scores_table(summary(Share(), two, resamples=0))
 
 
 def test_only_shares_are_in_percent():
     rows = [{"id": 1, "name": "a", "iou": 0.5, "images": 3}, {"id": 2, "name": "b", "iou": None, "images": 0}]
-    scored = scoring.score(Share(), cases("a/1-2", "b/1-2"), where="P")
-    text = scores_table({**scoring.result(Share(), scored), "per_class": rows})
+    scored = score_cases(Share(), cases("a/1-2", "b/1-2"), where="P")
+    text = scores_table({**summary(Share(), scored), "per_class": rows})
     first, _, row, none = text.splitlines()[:4]
     assert first.split() == ["id", "name", "iou", "%", "images"]
     assert row.split() == ["1", "a", "50.00", "3"] and none.split() == ["2", "b", "-", "0"]
@@ -273,10 +275,10 @@ class Lenient(Share):
 def test_ids_of_no_class_are_noted_with_a_file():
     found = cases("a/x=0-2", "b/y=3-4", "c/z=2-8")
     found.cases = [Case(case.name, case.unit, ((Path("r"), case.files[0][0]),)) for case in found.cases]
-    scored = scoring.score(Lenient(), found, where="P", workers=1)
+    scored = score_cases(Lenient(), found, where="P", workers=1)
     (note,) = scored.notes
     assert note.startswith("2 of 3 predictions hold ids of no class, in 5 pixels, such as 3-4.")
-    assert scoring.result(Lenient(), scored)["notes"] == [note] and not found.notes
+    assert summary(Lenient(), scored)["notes"] == [note] and not found.notes
     found.cases = found.cases[:2]
-    (note,) = scoring.score(Lenient(), found, where="P", workers=1).notes
+    (note,) = score_cases(Lenient(), found, where="P", workers=1).notes
     assert note.startswith("1 of 2 predictions holds ids of no class, in 3 pixels")
