@@ -144,10 +144,10 @@ def _packing(image: Image.Image) -> str:
     packed = tiles[0].args if tiles else ""
     name = next(iter(packed), "") if isinstance(packed, tuple) else packed
     mark = str(name).partition(";")[2]
-    kept = image.mode in _KEPT or (image.mode in _KEPT_UNMARKED and mark in ("", "R", "L"))
-    kept = kept or (image.mode == "L" and mark in _STRETCHED)
+    unchanged = image.mode in _KEPT or (image.mode in _KEPT_UNMARKED and mark in ("", "R", "L"))
+    unchanged = unchanged or (image.mode == "L" and mark in _STRETCHED)
     signed = image.mode == "L" and isinstance(image, TiffImageFile) and _SIGNED in image.tag_v2.get(_SAMPLE_FORMAT, ())
-    if signed or not kept:
+    if signed or not unchanged:
         kind = "signed numbers of 8 bits" if signed else f"{name if mark else image.mode}, by Pillow's name"
         raise _Unfit(f"is of a kind that does not keep ids as they are ({kind}). Save it as a grey PNG of 8 or 16 bits")
     return mark

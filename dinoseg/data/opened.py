@@ -69,9 +69,9 @@ def _usable(dataset: PairDataset, split: str, cache_dir: Path, workers: int) -> 
     bad = {**dataset.lacking, **bad}
     if not bad:
         return dataset
-    kept = PairDataset(
+    usable = PairDataset(
         [pair for pair in dataset.pairs if pair.name not in bad], dataset.reader.labels, dataset.reader.masks
     )
-    kept.skipped = bad
-    log.warning("data.on_error=skip: split %s has %d images; left out: %d.", split, len(kept), len(bad))
-    return kept
+    usable.skipped = bad
+    log.warning("data.on_error=skip: split %s has %d images; left out: %d.", split, len(usable), len(bad))
+    return usable

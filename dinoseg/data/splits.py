@@ -107,13 +107,13 @@ def _fold_split(names: Sequence[str], partition: Partition) -> dict[str, list[st
             "data.folds, or correct data.group, which says what stays together."
         )
     filled = [0] * folds
-    place: dict[str, int] = {}
+    fold_of: dict[str, int] = {}
     for key in sorted(sizes, key=lambda key: (-sizes[key], _shuffle_key(key, partition.seed))):
-        place[key] = min(range(folds), key=lambda fold: filled[fold])
-        filled[place[key]] += sizes[key]
+        fold_of[key] = min(range(folds), key=lambda fold: filled[fold])
+        filled[fold_of[key]] += sizes[key]
     return {
-        "train": sorted(name for name in names if place[group(name)] != partition.fold),
-        "val": sorted(name for name in names if place[group(name)] == partition.fold),
+        "train": sorted(name for name in names if fold_of[group(name)] != partition.fold),
+        "val": sorted(name for name in names if fold_of[group(name)] == partition.fold),
     }
 
 
@@ -164,10 +164,10 @@ def regex_group(pattern: str | None) -> Callable[[str], str]:
     expression = Pattern(pattern, "data.group")
 
     def group(name: str) -> str:
-        found = expression.search(name)
-        if found is None:
+        match = expression.search(name)
+        if match is None:
             raise UserError(f"data.group={pattern} does not match the name {name}: widen it.")
-        key = found.group(1 if expression.groups else 0)
+        key = match.group(1 if expression.groups else 0)
         if key is None:
             raise UserError(
                 f"data.group={pattern} matches the name {name}, but its first bracket, which gives the group, does "

@@ -39,12 +39,12 @@ def examine(
         mean: by which the backbone normalises.
         std: likewise.
     """
-    found = [*check_files(splits), *check_orientation(splits), *check_classes(splits, data_name)]
-    found += [*check_same_files(splits), *check_groups(splits, group), *check_videos(splits)]
-    found += check_duplicates(splits, near_distance)
+    findings = [*check_files(splits), *check_orientation(splits), *check_classes(splits, data_name)]
+    findings += [*check_same_files(splits), *check_groups(splits, group), *check_videos(splits)]
+    findings += check_duplicates(splits, near_distance)
     for part in splits:
-        found += check_pairing(part)
-    return by_severity([*found, *suggest(splits, mean, std)])
+        findings += check_pairing(part)
+    return by_severity([*findings, *suggest(splits, mean, std)])
 
 
 def summary(part: Scanned) -> dict[str, Any]:

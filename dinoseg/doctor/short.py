@@ -43,12 +43,12 @@ def check(
             return []
         records = scan(data.pairs, data.reader, images=False, workers=workers, cache_dir=cache_dir)
         splits.append(scanned(split, data, records))
-    found = brief(splits, group=group, data_name=data_name)
-    for finding in found:
+    findings = brief(splits, group=group, data_name=data_name)
+    for finding in findings:
         if finding.severity == "warning":
             files = f" ({listed(finding.files, 3)})" if finding.files else ""
             log.warning("data: %s", printable(f"{finding.message}{files} {finding.remedy}".rstrip()))
-    if errors := [finding for finding in found if finding.severity == "error"]:
+    if errors := [finding for finding in findings if finding.severity == "error"]:
         told = "".join(f"\n- {error.message}{_each(error)}\n  {error.remedy}".rstrip() for error in errors)
         raise UserError(printable(f"The data cannot be trained on as they are:{told}\n{_FULL}"))
     return splits
@@ -56,9 +56,9 @@ def check(
 
 def brief(splits: list[Scanned], *, group: str | None = None, data_name: str = "") -> list[Finding]:
     """Return what the quick checks find, errors first; those that training does not stop on are warnings here."""
-    found = [*check_files(splits), *check_classes(splits, data_name), *check_same_files(splits)]
-    found += check_groups(splits, group)
-    return by_severity(each if each.stops else replace(each, severity="warning") for each in found)
+    findings = [*check_files(splits), *check_classes(splits, data_name), *check_same_files(splits)]
+    findings += check_groups(splits, group)
+    return by_severity(finding if finding.stops else replace(finding, severity="warning") for finding in findings)
 
 
 def _each(finding: Finding) -> str:

@@ -70,17 +70,17 @@ def _baseline(part: Scanned) -> Iterator[Finding]:
 
 
 def _colors(splits: Sequence[Scanned], mean: Sequence[float], std: Sequence[float]) -> Iterator[Finding]:
-    found = color_statistics(splits)
-    if found is None:
+    colors = color_statistics(splits)
+    if colors is None:
         return
-    away = [abs(ours - theirs) / unit for ours, theirs, unit in zip(found["mean"], mean, std, strict=True)]
-    ratios = [ours / theirs for ours, theirs in zip(found["std"], std, strict=True)]
+    away = [abs(ours - theirs) / unit for ours, theirs, unit in zip(colors["mean"], mean, std, strict=True)]
+    ratios = [ours / theirs for ours, theirs in zip(colors["std"], std, strict=True)]
     far = max(away) > _FAR or max(ratios) > _SPREAD or min(ratios) < 1 / _SPREAD
     yield Finding(
         "warning" if far else "note",
         "colors",
-        f"Red, green and blue have mean {_numbers(found['mean'])} and standard deviation {_numbers(found['std'])}; the "
-        f"backbone normalises by {_numbers(mean)} and {_numbers(std)}.",
+        f"Red, green and blue have mean {_numbers(colors['mean'])} and standard deviation {_numbers(colors['std'])}; "
+        f"the backbone normalises by {_numbers(mean)} and {_numbers(std)}.",
         remedy=(
             "Check the images: exposure, channel order, more than 8 bits. If they are as they should be, let more of "
             "the backbone learn (adapter=lora or full)."
@@ -91,7 +91,7 @@ def _colors(splits: Sequence[Scanned], mean: Sequence[float], std: Sequence[floa
 
 
 def _weights(splits: Sequence[Scanned]) -> Iterator[Finding]:
-    part: Scanned = next((each for each in splits if each.split == "train"), splits[0])
+    part: Scanned = next((candidate for candidate in splits if candidate.split == "train"), splits[0])
     weights: Mapping[str, list[float]] = class_weights(part.counts)
     if weights:
         lines = [f"{name} {_numbers(values, 2)}" for name, values in weights.items()]

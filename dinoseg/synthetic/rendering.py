@@ -57,22 +57,22 @@ def render_videos(
 
 
 def missing(
-    root: Path, videos: Iterable[Video], found: Iterable[Path], description: Callable[[Path], Any], what: str
+    root: Path, videos: Iterable[Video], existing: Iterable[Path], description: Callable[[Path], Any], what: str
 ) -> list[Video]:
     """Return the videos still to be written.
 
     Args:
         root: below which they lie.
         videos: all.
-        found: what lies where videos do.
+        existing: what lies where videos do.
         description: of a finished one.
         what: a finished one is, `file` or `folder`.
 
     Raises:
-        UserError: one that was found is none of these videos.
+        UserError: one of them is none of these videos.
     """
     wanted = {video.path(root): video for video in videos}
-    for path in found:
+    for path in existing:
         if path not in wanted or description(path) != wanted[path].description:
             raise UserError(
                 f"{path} is not a video of this rendering (other settings, or other data). Rendering does "

@@ -99,27 +99,33 @@ def _described(content: Any, ignore_index: int) -> dict[str, Any]:
     _refuse_idle(classes, ignored, masks)
     colors = [_colors(entry, f"class {name}") for name, entry in classes.items()]
     if any(colors) and not all(colors) or masks == "palette" and not all(colors):
-        bare = ", ".join(name for name, given in zip(classes, colors, strict=True) if not given)
+        bare = ", ".join(name for name, class_colors in zip(classes, colors, strict=True) if not class_colors)
         raise ValueError(f"no color for {bare}: give one to every class{' or to none' * (masks != 'palette')}")
-    found = {**NOT_DESCRIBED, "classes": list(classes), "format": masks, "background": whole.get("background")}
-    if found["background"] not in (None, *classes):
-        raise ValueError(f"background: {found['background']} is no class: name one of {', '.join(classes)}, or none")
-    found["palette"] = [given[0] for given in colors] if any(colors) else None
-    found["others"] = others = whole.get("others")
+    description = {**NOT_DESCRIBED, "classes": list(classes), "format": masks, "background": whole.get("background")}
+    if description["background"] not in (None, *classes):
+        raise ValueError(
+            f"background: {description['background']} is no class: name one of {', '.join(classes)}, or none"
+        )
+    description["palette"] = [class_colors[0] for class_colors in colors] if any(colors) else None
+    description["others"] = others = whole.get("others")
     if others not in (None, *classes):
         raise ValueError(f"others: {others} is no class: name one of {', '.join(classes)}")
     if others is not None and masks != "ids":
         raise ValueError(f"others has no effect with masks: {masks}: remove it, or say `masks: ids`")
     if masks == "ids":
         unnamed = _whole_numbers(ignored.get("ids", []), "ignore")
-        found["ids"] = _ids(classes, unnamed, ignore_index, others) or None
+        description["ids"] = _ids(classes, unnamed, ignore_index, others) or None
     if masks == "palette":
         unseen = _colors(ignored, "ignore")
-        owners = [(tuple(color), name) for name, given in zip(classes, colors, strict=True) for color in given]
+        owners = [
+            (tuple(color), name) for name, class_colors in zip(classes, colors, strict=True) for color in class_colors
+        ]
         _refuse_shared([*owners, *((tuple(color), "ignore") for color in unseen)], "colour")
-        found["colors"] = {index: given[1:] for index, given in enumerate(colors) if given[1:]} or None
-        found["ignore_colors"] = unseen
-    return {**found, "described": {"ids": found["ids"]}}
+        description["colors"] = {
+            index: class_colors[1:] for index, class_colors in enumerate(colors) if class_colors[1:]
+        } or None
+        description["ignore_colors"] = unseen
+    return {**description, "described": {"ids": description["ids"]}}
 
 
 def _classes(node: Any) -> dict[str, dict[str, Any]]:
@@ -157,9 +163,11 @@ def _refuse_idle(classes: Mapping[str, Mapping[str, Any]], ignored: Mapping[str,
     """Refuse what would have no effect with this kind of mask."""
     idle = {"ids": ("colors",), "palette": ("ids",), "binary": ("ids", "colors")}[masks]
     for where, entry in [*((f"class {name}", entry) for name, entry in classes.items()), ("ignore", ignored)]:
-        if found := [key for key in idle if key in entry]:
-            remedy = "remove it, or say `masks: palette`" if found[0] == "colors" else "remove it, or say `masks: ids`"
-            raise ValueError(f"{found[0]} of {where} has no effect with masks: {masks}: {remedy}")
+        if idle_keys := [key for key in idle if key in entry]:
+            remedy = (
+                "remove it, or say `masks: palette`" if idle_keys[0] == "colors" else "remove it, or say `masks: ids`"
+            )
+            raise ValueError(f"{idle_keys[0]} of {where} has no effect with masks: {masks}: {remedy}")
     if masks == "binary" and len(classes) != 2:
         raise ValueError(f"masks: binary needs 2 classes, for 0 and 255, and there are {len(classes)}: correct one")
 
@@ -168,16 +176,20 @@ def _colors(entry: Mapping[str, Any], where: str) -> list[list[int]]:
     """Return the colours of a class; the first one draws it."""
     if "color" in entry and "colors" in entry:
         raise ValueError(f"{where} has color and colors: give one of them")
-    given = [entry["color"]] if "color" in entry else entry.get("colors", [])
-    if not isinstance(given, list) or not all(isinstance(color, list) for color in given):
-        raise ValueError(f"the colours of {where} are {given!r:.60}: give color: [r, g, b] or colors: [[r, g, b], ...]")
-    return [list(as_color(color)) for color in given]
+    colors = [entry["color"]] if "color" in entry else entry.get("colors", [])
+    if not isinstance(colors, list) or not all(isinstance(color, list) for color in colors):
+        raise ValueError(
+            f"the colours of {where} are {colors!r:.60}: give color: [r, g, b] or colors: [[r, g, b], ...]"
+        )
+    return [list(as_color(color)) for color in colors]
 
 
-def _whole_numbers(given: Any, where: str) -> list[int]:
-    if not isinstance(given, list) or not all(type(number) is int and 0 <= number <= HIGHEST_ID for number in given):
-        raise ValueError(f"the ids of {where} are {given!r:.60}: give a list of numbers from 0 to {HIGHEST_ID}")
-    return given
+def _whole_numbers(numbers: Any, where: str) -> list[int]:
+    if not isinstance(numbers, list) or not all(
+        type(number) is int and 0 <= number <= HIGHEST_ID for number in numbers
+    ):
+        raise ValueError(f"the ids of {where} are {numbers!r:.60}: give a list of numbers from 0 to {HIGHEST_ID}")
+    return numbers
 
 
 def _ids(
@@ -190,11 +202,11 @@ def _ids(
     named = [name for name, entry in classes.items() if "ids" in entry]
     if named and (bare := [name for name in classes if name not in (*named, others)]):
         raise ValueError(f"no ids for {', '.join(bare)}: give them to every class, or to none to count by position")
-    own = {
+    file_ids = {
         name: _whole_numbers(entry.get("ids", []), f"class {name}") if named else [position]
         for position, (name, entry) in enumerate(classes.items())
     }
-    owners = [(number, name) for name, numbers in own.items() for number in numbers]
+    owners = [(number, name) for name, numbers in file_ids.items() for number in numbers]
     _refuse_shared([*owners, *((number, "ignore") for number in ignored)], "id")
     table = dict.fromkeys(ignored, ignore_index)
     if named:

@@ -105,6 +105,6 @@ def _listed(colors: Sequence[Sequence[int]]) -> str:
 def _override(key: str, value: str) -> str:
     """Return a word of the command line, as a shell takes it."""
     plain = re.fullmatch(r"[A-Za-z_][\w-]*", value, re.ASCII) and value.lower() not in _WORDS
-    escaped = re.sub(r'(\\*)("|$)', lambda found: 2 * found[1] + ('\\"' if found[2] else ""), value)
+    escaped = re.sub(r'(\\*)("|$)', lambda match: 2 * match[1] + ('\\"' if match[2] else ""), value)
     quoted = value if plain else f'"{escaped}"'
     return shlex.quote(f"{key}={quoted}")

@@ -10,7 +10,7 @@ from dinoseg.errors import UserError
 _PROPORTIONS = 0.05  # a resized mask may differ so much from its image's proportions
 
 
-def fit(mask: np.ndarray, size: tuple[int, int], rule: str, *, image: object, path: Path) -> np.ndarray:
+def fit_mask(mask: np.ndarray, size: tuple[int, int], rule: str, *, image: object, path: Path) -> np.ndarray:
     """Return class ids (H, W) at `size`, the (H, W) of their image.
 
     Args:

@@ -61,8 +61,12 @@ class Masks:
         ):
             if value not in options:
                 raise UserError(f"data.reader.masks.{key}={value} is unknown. Choose one of {', '.join(options)}.")
-        for name, given in (("ids", self.ids), ("others", self.others), ("reduce_zero_label", self.reduce_zero_label)):
-            if given and self.format != "ids":
+        for name, setting in (
+            ("ids", self.ids),
+            ("others", self.others),
+            ("reduce_zero_label", self.reduce_zero_label),
+        ):
+            if setting and self.format != "ids":
                 raise UserError(
                     f"data.reader.masks.{name} has no effect with format={self.format}: remove it, or set format=ids."
                 )
@@ -139,17 +143,17 @@ class MaskReader:
 
     def _from_colors(self, pixels: np.ndarray, path: Path) -> np.ndarray:
         codes = _color_code(pixels.astype(np.int32))  # (H, W)
-        place = np.searchsorted(self._codes, codes).clip(max=len(self._codes) - 1)
-        unknown = self._codes[place] != codes
+        nearest = np.searchsorted(self._codes, codes).clip(max=len(self._codes) - 1)
+        unknown = self._codes[nearest] != codes
         if unknown.any():
-            found, counts = np.unique(codes[unknown], return_counts=True)
-            colors = [(int(c) >> 16, int(c) >> 8 & 255, int(c) & 255) for c in found[np.argsort(-counts)]]
+            foreign, counts = np.unique(codes[unknown], return_counts=True)
+            colors = [(int(c) >> 16, int(c) >> 8 & 255, int(c) & 255) for c in foreign[np.argsort(-counts)]]
             described = self.masks.described is not None
             raise UserError(
                 f"{path} holds colours that are not in {'classes.yaml' if described else 'data.palette'}: "
                 f"{_some(colors)}, on {int(unknown.sum())} pixels. {for_colors(colors, described=described)}"
             )
-        return self._values[place]
+        return self._values[nearest]
 
 
 def _from_binary(numbers: np.ndarray, path: Path, *, described: bool) -> np.ndarray:
@@ -201,7 +205,7 @@ def _id_table(labels: Labels, ids: Mapping[int, int], first: int, rest: int) -> 
                 f"{ignore} to ignore it, or -1 to refuse it."
             )
     moved = {source - first: target for source, target in ids.items() if 0 <= target < count}
-    moved = {own: target for own, target in moved.items() if own != target}
+    moved = {class_id: target for class_id, target in moved.items() if class_id != target}
     if moved.keys() & set(moved.values()):  # it numbers anew: {1: 0, 2: 1} leaves file id 0 out; {2: 1} alone merges
         table[first : first + count] = rest
     table[ignore] = ignore
@@ -218,7 +222,7 @@ def _color_table(
             f"data.reader.masks.colors has colours for {unknown[0]!r}: give class ids from 0 to "
             f"{len(labels.classes) - 1}, such as {{0: [[255, 255, 255]]}}."
         )
-    merged = [(as_color(color), key) for key, given in further.items() for color in given]
+    merged = [(as_color(color), key) for key, class_colors in further.items() for color in class_colors]
     colors = [*labels.palette, *(color for color, _ in merged), *map(as_color, ignored)]
     values = [*range(len(labels.palette)), *(key for _, key in merged), *[labels.ignore_index] * len(ignored)]
     codes = _color_code(np.array(colors, dtype=np.int32))

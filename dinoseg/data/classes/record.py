@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dinoseg.data.classes.labels import Labels
-from dinoseg.data.classes.mask_size import fit
+from dinoseg.data.classes.mask_size import fit_mask
 from dinoseg.data.classes.masks import MaskReader, Masks
 from dinoseg.errors import UserError
 from dinoseg.storage import forms
@@ -36,7 +36,11 @@ class References:
             UserError: the file is unreadable, of another size, or holds what is no class.
         """
         ids = self.reader.read(path)
-        return ids if size is None else fit(ids, size, self.reader.masks.on_size_mismatch, image=prediction, path=path)
+        return (
+            ids
+            if size is None
+            else fit_mask(ids, size, self.reader.masks.on_size_mismatch, image=prediction, path=path)
+        )
 
 
 def write_class_record(
@@ -62,8 +66,8 @@ def read_class_record(folder: Path) -> tuple[Labels, dict[str, Any]] | None:
     if not path.is_file():
         return None
     try:
-        found = forms.read_json(path, _FORM)
-        return Labels.of(found["classes"], found["palette"], found["ignore_index"]), found["masks"]
+        record = forms.read_json(path, _FORM)
+        return Labels.of(record["classes"], record["palette"], record["ignore_index"]), record["masks"]
     except (OSError, forms.Misshapen, UserError) as error:
         raise UserError(
             f"{path} is no record of classes ({error}). Remove it and give num_classes, or predict again."

@@ -111,14 +111,14 @@ def chosen(layout: VideoLayout, split: str, partition: Partition) -> list[Video]
         )
     by_share = partition.by == "fraction"
     divided = split in ("train", "val") and (by_share or partition.fold is not None)
-    found = (
-        divide(split, lambda each: layout.videos("train" if by_share else each), partition)
+    videos = (
+        divide(split, lambda side: layout.videos("train" if by_share else side), partition)
         if split in ("train", "val")
         else layout.videos(split)
     )
-    if not found:
+    if not videos:
         raise UserError(f"Split {split} holds no video. Check data.root.")
-    return sorted(found, key=lambda video: natural_order(video.name)) if divided else found
+    return sorted(videos, key=lambda video: natural_order(video.name)) if divided else videos
 
 
 def video_folders(folder: Path) -> list[Path]:
@@ -132,16 +132,16 @@ def picture_files(folder: Path) -> dict[str, str]:
     Raises:
         UserError: there is no such folder, or two of its files have one stem.
     """
-    found: dict[str, str] = {}
+    names: dict[str, str] = {}
     if not folder.is_dir():
         raise UserError(f"No folder {folder}. Check data.root, and that the whole data set was unpacked.")
     for path in sorted(entries(folder), key=lambda path: (natural_order(path.stem), path.suffix)):
         if path.suffix.lower() not in IMAGE_SUFFIXES:
             continue
-        if path.stem in found:
-            raise UserError(f"{folder / found[path.stem]} and {path} are one frame: keep one of them.")
-        found[path.stem] = path.name
-    return found
+        if path.stem in names:
+            raise UserError(f"{folder / names[path.stem]} and {path} are one frame: keep one of them.")
+        names[path.stem] = path.name
+    return names
 
 
 def frames_and_masks(images: Path, masks: Path) -> tuple[FrameFiles, dict[int, Path]]:

@@ -45,9 +45,9 @@ class Davis:
         images, masks = root / "JPEGImages" / self.size, root / self.annotations / self.size
         for folder in (images,) if self.year == UNSUPERVISED else (images, masks):
             if not folder.is_dir():
-                held = sorted(path.name for path in folder.parent.glob("[!.]*")) or ["nothing"]
+                contents = sorted(path.name for path in folder.parent.glob("[!.]*")) or ["nothing"]
                 raise UserError(
-                    f"No folder {folder}; beside it lies {listed(held)}. Check data.root and data.size, and "
+                    f"No folder {folder}; beside it lies {listed(contents)}. Check data.root and data.size, and "
                     "that DAVIS was unpacked as it comes."
                 )
         names = _read_set(root, (str(self.year), self.size), split, self.sets.get(split, split))
@@ -72,12 +72,14 @@ class Davis:
 
 def _read_set(root: Path, folders: tuple[str, str], split: str, name: str) -> list[str]:
     """Return the sequences of an image set: names, or lines of image and mask path as in the first release."""
-    places = [root / "ImageSets" / folder / f"{name}.txt" for folder in folders]
-    path = next((place for place in places if place.is_file()), None)
+    candidates = [root / "ImageSets" / folder / f"{name}.txt" for folder in folders]
+    path = next((candidate for candidate in candidates if candidate.is_file()), None)
     if path is None:
-        held = sorted(file.relative_to(root).as_posix() for file in (root / "ImageSets").glob("*/[!.]*.txt"))
-        usable = sorted({file.stem for place in places for file in place.parent.glob("[!.]*.txt")})
-        raise UserError(f"No image set {places[0]}; {root} has {listed(held) or 'none'}. {_remedy(split, usable)}")
+        image_sets = sorted(file.relative_to(root).as_posix() for file in (root / "ImageSets").glob("*/[!.]*.txt"))
+        usable = sorted({file.stem for candidate in candidates for file in candidate.parent.glob("[!.]*.txt")})
+        raise UserError(
+            f"No image set {candidates[0]}; {root} has {listed(image_sets) or 'none'}. {_remedy(split, usable)}"
+        )
     lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
     names = list(dict.fromkeys(_sequence(line.strip()) for line in lines if line.strip()))
     if not names:

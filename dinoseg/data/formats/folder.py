@@ -70,8 +70,8 @@ def folder_dataset(
             item is read: an unreadable file, differing sizes, ids without class.
     """
     labels = Labels.of(classes, palette, ignore_index)
-    found = find_pairs(Path(root).expanduser(), split, layout, partition)
-    return gathered(found, split, labels, masks)
+    pairs = find_pairs(Path(root).expanduser(), split, layout, partition)
+    return gathered(pairs, split, labels, masks)
 
 
 def find_pairs(root: Path, split: str, layout: FolderLayout, partition: Partition) -> list[Pair | Lacking]:
@@ -79,7 +79,7 @@ def find_pairs(root: Path, split: str, layout: FolderLayout, partition: Partitio
     _check_partition(layout, partition)
     if not root.is_dir():
         raise UserError(f"data.root={root} is no folder. Give the folder that holds the data set.")
-    pairs = divide(split, lambda each: _pairs_of(root, each, layout, partition), partition)
+    pairs = divide(split, lambda side: _pairs_of(root, side, layout, partition), partition)
     if not pairs:
         images = root / layout.images.replace("{split}", layout.splits.get(split, split))
         raise UserError(
@@ -104,13 +104,13 @@ def _pairs_of(root: Path, split: str, layout: FolderLayout, partition: Partition
         )
     images = {name: images[name] for name in names if name in images}
     masks = {name: masks[name] for name in names if name in masks}
-    by_name = {each.name: each for each in pair_by_name(images, masks, folders, _REMEDY)}
+    by_name = {pair.name: pair for pair in pair_by_name(images, masks, folders, _REMEDY)}
     return [by_name[name] for name in names]
 
 
 def _find(folder: Path, suffix: str, layout: FolderLayout, *, is_mask: bool) -> dict[str, Path]:
     """Return name to file for all pictures below a folder whose stem ends with `suffix`."""
-    found: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
     both_here = not is_mask and layout.mask_suffix and layout.images == layout.masks
     for parent, files in visible_files(folder):
         for file in files:
@@ -121,20 +121,20 @@ def _find(folder: Path, suffix: str, layout: FolderLayout, *, is_mask: bool) -> 
                 continue
             stem = path.stem.removesuffix(suffix) if suffix else path.stem
             name = (path.parent / stem).relative_to(folder).as_posix()
-            if name in found:
-                raise UserError(f"{found[name]} and {path} have one name ({name}): keep one of them.")
-            found[name] = path
-    return found
+            if name in paths:
+                raise UserError(f"{paths[name]} and {path} have one name ({name}): keep one of them.")
+            paths[name] = path
+    return paths
 
 
 def _folder(root: Path, split: str, pattern: str, layout: FolderLayout) -> Path:
     folder = root / pattern.replace("{split}", layout.splits.get(split, split))
     if not folder.is_dir():
         there = next(parent for parent in folder.parents if parent.is_dir())
-        held = sorted(path.name for path in there.iterdir() if path.is_dir())
+        folders = sorted(path.name for path in there.iterdir() if path.is_dir())
         raise UserError(
             f"No folder {folder} for split {split} (pattern {pattern}). {there} holds the folders "
-            f"{listed(held, 10) or 'none'}. Check data.root and data.reader.layout."
+            f"{listed(folders, 10) or 'none'}. Check data.root and data.reader.layout."
         )
     return folder
 

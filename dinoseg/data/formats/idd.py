@@ -77,9 +77,9 @@ def idd(
         masks = replace(masks, ids={**remap, **(masks.ids or {})})
     else:
         _check_encoding(encoding, labels, masks)
-    place = Path(root).expanduser()
-    found = divide(split, lambda each: find_pairs(place, each, encoding), partition)
-    return gathered(found, split, labels, masks)
+    top = Path(root).expanduser()
+    pairs = divide(split, lambda side: find_pairs(top, side, encoding), partition)
+    return gathered(pairs, split, labels, masks)
 
 
 def find_pairs(root: Path, split: str, encoding: str) -> list[Pair | Lacking]:
@@ -91,19 +91,19 @@ def find_pairs(root: Path, split: str, encoding: str) -> list[Pair | Lacking]:
     parts = find_parts(root)
     with_split = {name: part for name, part in parts.items() if (part / IMAGES / split).is_dir()}
     if not with_split:
-        held = sorted({path.name for part in parts.values() for path in entries(part / IMAGES) if path.is_dir()})
-        places = ", ".join(str(part / IMAGES / split) for part in parts.values())
-        raise UserError(f"No folder {places}: the splits there are {listed(held) or 'none'}. Check data.root.")
+        splits = sorted({path.name for part in parts.values() for path in entries(part / IMAGES) if path.is_dir()})
+        folders = ", ".join(str(part / IMAGES / split) for part in parts.values())
+        raise UserError(f"No folder {folders}: the splits there are {listed(splits) or 'none'}. Check data.root.")
     prefixed = _share_a_drive(parts)
-    found = [
-        each
+    pairs = [
+        pair
         for part, folder in with_split.items()
-        for each in _pairs_of(root, folder, split, encoding, f"{part}/" if prefixed else "")
+        for pair in _pairs_of(root, folder, split, encoding, f"{part}/" if prefixed else "")
     ]
-    if not found:
-        places = ", ".join(str(part / IMAGES / split) for part in with_split.values())
-        raise UserError(f"{places} holds no image {{drive}}/{{id}}{IMAGE}.png or .jpg. Unpack the archive again.")
-    return found
+    if not pairs:
+        folders = ", ".join(str(part / IMAGES / split) for part in with_split.values())
+        raise UserError(f"{folders} holds no image {{drive}}/{{id}}{IMAGE}.png or .jpg. Unpack the archive again.")
+    return pairs
 
 
 def _pairs_of(root: Path, part: Path, split: str, encoding: str, prefix: str) -> Iterator[Pair | Lacking]:

@@ -71,15 +71,15 @@ def files_of(folder: Path, suffix: str, endings: Collection[str]) -> dict[str, P
     Raises:
         UserError: two files have one name.
     """
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     for path in (path for drive in entries(folder) for path in entries(drive)):
         if path.suffix.lower() not in endings or not path.stem.endswith(suffix):
             continue
         name = f"{path.parent.name}/{path.stem.removesuffix(suffix)}"
-        if name in found:
-            raise UserError(f"{found[name]} and {path} have one name ({name}): keep one of them.")
-        found[name] = path
-    return found
+        if name in files:
+            raise UserError(f"{files[name]} and {path} have one name ({name}): keep one of them.")
+        files[name] = path
+    return files
 
 
 def home_made_files(root: Path) -> list[str]:

@@ -34,12 +34,14 @@ class Movi:
         """
         folder = Path(self.root).expanduser() / self.splits.get(split, split)
         if not folder.is_dir():
-            held = sorted(path.name for path in folder.parent.glob("[!.]*")) or ["nothing"]
-            raise UserError(f"No folder {folder} for split {split}; beside it lies {listed(held)}. Check data.root.")
+            contents = sorted(path.name for path in folder.parent.glob("[!.]*")) or ["nothing"]
+            raise UserError(
+                f"No folder {folder} for split {split}; beside it lies {listed(contents)}. Check data.root."
+            )
         rgb = folder / "rgb"
         if rgb.is_dir() and not (rgb / "frames").is_dir():  # which would make it a video of that name
-            return [_video(place.name, place, folder / "seg" / place.name) for place in video_folders(rgb)]
-        return [_video(place.name, place / "frames", place / "segmentations") for place in video_folders(folder)]
+            return [_video(video.name, video, folder / "seg" / video.name) for video in video_folders(rgb)]
+        return [_video(video.name, video / "frames", video / "segmentations") for video in video_folders(folder)]
 
 
 def _video(name: str, images: Path, segmentations: Path) -> Video:

@@ -72,19 +72,19 @@ def sar_rarp50(
         raise UserError(f"data.source={source} is unknown. Choose one of {', '.join(SOURCES)}.")
     labels = Labels.of(classes, palette, ignore_index)
     root = Path(root).expanduser()
-    places, packed = find_videos(root, split)
+    video_folders, packed = find_videos(root, split)
     if source == "video":
-        frames, unusable = _decodable(places, Path(cache_dir))
+        frames, unusable = _decodable(video_folders, Path(cache_dir))
     else:
-        frames, unusable = _extracted(root, places)
-    found: list[Pair | Lacking] = [*packed, *unusable]
+        frames, unusable = _extracted(root, video_folders)
+    pairs: list[Pair | Lacking] = [*packed, *unusable]
     for name in frames:
-        found += _video_pairs(root, places[name], frames[name], source)
-    chosen = found if split == "test" else divide(split, lambda _: found, partition)
+        pairs += _video_pairs(root, video_folders[name], frames[name], source)
+    chosen = pairs if split == "test" else divide(split, lambda _: pairs, partition)
     if pseudo and split == "train":
-        held_out = _videos(divide("val", lambda _: found, partition))
+        held_out = _videos(divide("val", lambda _: pairs, partition))
         ours = [name for name in frames if name in _videos(chosen) - held_out]
-        chosen = [*chosen, *(each for name in ours for each in _pseudo_pairs(root, places[name], frames[name]))]
+        chosen = [*chosen, *(pair for name in ours for pair in _pseudo_pairs(root, video_folders[name], frames[name]))]
     return gathered(chosen, split, labels, Masks())
 
 
@@ -102,22 +102,22 @@ def find_videos(root: Path, split: str) -> tuple[dict[str, Path], list[Lacking]]
             f"data.root={root} holds none of the folders {', '.join(FOLDERS[split])} of split {split}. Give "
             "the folder into which SAR-RARP50 was downloaded."
         )
-    places: dict[str, Path] = {}
-    held = [path for folder in folders for path in entries(folder)]
-    for video in (path for path in held if path.name.startswith("video_") and path.is_dir()):
-        if video.name in places:
-            raise UserError(f"{places[video.name]} and {video} are one video: keep one of them.")
-        places[video.name] = video
-    archives = {path.stem: path for path in held if path.suffix == ".zip"}
+    video_folders: dict[str, Path] = {}
+    contents = [path for folder in folders for path in entries(folder)]
+    for video in (path for path in contents if path.name.startswith("video_") and path.is_dir()):
+        if video.name in video_folders:
+            raise UserError(f"{video_folders[video.name]} and {video} are one video: keep one of them.")
+        video_folders[video.name] = video
+    archives = {path.stem: path for path in contents if path.suffix == ".zip"}
     packed = [
         _video_lacking(name, f"{archives[name]} is still packed.", _to_prepare(root))
-        for name in sorted(archives.keys() - places.keys())
+        for name in sorted(archives.keys() - video_folders.keys())
     ]
-    if not places and not packed:
+    if not video_folders and not packed:
         raise UserError(
             f"{', '.join(map(str, folders))}: no folder video_* and no video_*.zip. Check data.root={root}."
         )
-    return {name: places[name] for name in sorted(places)}, packed
+    return {name: video_folders[name] for name in sorted(video_folders)}, packed
 
 
 def prepare_command(root: Path) -> str:
@@ -134,28 +134,30 @@ def _video_lacking(video: str, reason: str, remedy: str) -> Lacking:
     return Lacking(f"{video}/{0:09d}", reason, remedy, title=video)
 
 
-def _extracted(root: Path, places: Mapping[str, Path]) -> tuple[dict[str, Frames], list[Lacking]]:
+def _extracted(root: Path, video_folders: Mapping[str, Path]) -> tuple[dict[str, Frames], list[Lacking]]:
     """Return each video's extracted frames, and the videos that have none."""
-    frames: dict[str, Frames] = {name: dict(frame_files(place)) for name, place in places.items()}
-    bare = [name for name in places if not frames[name]]
-    lacking = [_video_lacking(name, f"{places[name]} has no extracted frames.", _to_prepare(root)) for name in bare]
+    frames: dict[str, Frames] = {name: dict(frame_files(folder)) for name, folder in video_folders.items()}
+    bare = [name for name in video_folders if not frames[name]]
+    lacking = [
+        _video_lacking(name, f"{video_folders[name]} has no extracted frames.", _to_prepare(root)) for name in bare
+    ]
     return {name: files for name, files in frames.items() if files}, lacking
 
 
-def _decodable(places: Mapping[str, Path], cache_dir: Path) -> tuple[dict[str, Frames], list[Lacking]]:
+def _decodable(video_folders: Mapping[str, Path], cache_dir: Path) -> tuple[dict[str, Frames], list[Lacking]]:
     """Return those frames of each video that have a mask or ought to have one, and the videos that cannot be read."""
-    videos = {name: place / VIDEO for name, place in places.items()}
+    videos = {name: folder / VIDEO for name, folder in video_folders.items()}
     indexes, wrong = index_videos([video for video in videos.values() if video.is_file()], cache_dir)
     frames: dict[str, Frames] = {}
     lacking = []
     for name, video in videos.items():
         if video not in indexes:
-            missing = f"{places[name]} has no {VIDEO}, which data.source=video reads."
+            missing = f"{video_folders[name]} has no {VIDEO}, which data.source=video reads."
             remedy = "Unpack the archives of these videos again, or use extracted frames: data.source=frames."
             lacking.append(_video_lacking(name, wrong.get(video, missing), remedy))
             continue
         count = len(indexes[video])
-        folders = (places[name] / MASK_FOLDER, places[name] / PSEUDO_FOLDER)
+        folders = (video_folders[name] / MASK_FOLDER, video_folders[name] / PSEUDO_FOLDER)
         masked = {int(stem) for folder in folders for stem in png_files(folder) if stem.isdigit()}
         due = sorted({*range(0, count, MASK_STEP), *(index for index in masked if index < count)})
         frames[name] = {f"{index:09d}": VideoFrame(video, index, cache_dir) for index in due}

@@ -46,8 +46,8 @@ def gaps(video: Path) -> list[list[Path]]:
     frames = {int(stem): path for stem, path in frame_files(video).items() if stem.isdigit()}
     masks = {int(stem) for stem in png_files(video / MASK_FOLDER) if stem.isdigit()} & frames.keys()
     pairs = [(start, start + MASK_STEP) for start in sorted(masks) if start + MASK_STEP in masks]
-    found = [[frames[index] for index in sorted(frames) if start <= index <= end] for start, end in pairs]
-    return [gap for gap in found if len(gap) > 2]
+    runs = [[frames[index] for index in sorted(frames) if start <= index <= end] for start, end in pairs]
+    return [gap for gap in runs if len(gap) > 2]
 
 
 def mask_sums(video: Path) -> dict[str, int]:

@@ -48,17 +48,17 @@ class VideoFolder:
         top = Path(self.root).expanduser() / self.folder.replace("{split}", split)
         if not top.is_dir():
             raise UserError(f"No folder {top} for split {split}. Check data.root and data.folder.")
-        found = _search(top)
-        if not found:
+        paths = _search(top)
+        if not paths:
             raise UserError(
                 f"{top} holds no video: no file {', '.join(VIDEO_SUFFIXES)} and no folder of frames "
                 f"({', '.join(IMAGE_SUFFIXES)}). Check data.root and data.folder."
             )
         cache_dir = Path(self.cache_dir)
-        indexes, wrong = index_videos([path for path in found.values() if path.is_file()], cache_dir)
-        self._report(wrong, len(found))
+        indexes, wrong = index_videos([path for path in paths.values() if path.is_file()], cache_dir)
+        self._report(wrong, len(paths))
         videos = []
-        for name, path in found.items():
+        for name, path in paths.items():
             if path.is_dir():
                 frames = FrameFiles(path, list(picture_files(path).values()))
                 videos.append(Video(name, frames, self.folder_fps))
@@ -83,15 +83,15 @@ class VideoFolder:
 
 def _search(top: Path) -> dict[str, Path]:
     """Return name to video file or folder of frames, as the names are counted."""
-    found: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
     for here, files in visible_files(top):
         shown = [Path(file) for file in files]
-        entries = [(here / file.stem, here / file) for file in shown if file.suffix.lower() in VIDEO_SUFFIXES]
+        candidates = [(here / file.stem, here / file) for file in shown if file.suffix.lower() in VIDEO_SUFFIXES]
         if any(file.suffix.lower() in IMAGE_SUFFIXES for file in shown):
-            entries.append((here, here))
-        for place, path in entries:
-            name = place.relative_to(top).as_posix() if place != top else top.name
-            if name in found:
-                raise UserError(f"{found[name]} and {path} have one name ({name}): rename or remove one of them.")
-            found[name] = path
-    return {name: found[name] for name in sorted(found, key=natural_order)}
+            candidates.append((here, here))
+        for unended, path in candidates:
+            name = unended.relative_to(top).as_posix() if unended != top else top.name
+            if name in paths:
+                raise UserError(f"{paths[name]} and {path} have one name ({name}): rename or remove one of them.")
+            paths[name] = path
+    return {name: paths[name] for name in sorted(paths, key=natural_order)}

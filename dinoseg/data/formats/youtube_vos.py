@@ -37,11 +37,11 @@ class YoutubeVos:
         root, folder = Path(self.root).expanduser(), self.splits.get(split, split)
         images = root / (f"{folder}_all_frames" if self.all_frames else folder) / "JPEGImages"
         masks = root / folder / "Annotations"
-        for place in (images, masks):
-            if not place.is_dir():
-                held = sorted(path.name for path in root.glob("[!.]*")) or ["nothing"]
+        for required in (images, masks):
+            if not required.is_dir():
+                contents = sorted(path.name for path in root.glob("[!.]*")) or ["nothing"]
                 raise UserError(
-                    f"No folder {place} for split {split}; {root} holds {listed(held)}. Check data.root, "
+                    f"No folder {required} for split {split}; {root} holds {listed(contents)}. Check data.root, "
                     "data.all_frames and data.splits."
                 )
         meta = _read_meta(root / folder / "meta.json")

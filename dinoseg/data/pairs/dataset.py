@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from dinoseg.data.classes.labels import Labels
-from dinoseg.data.classes.mask_size import fit
+from dinoseg.data.classes.mask_size import fit_mask
 from dinoseg.data.classes.masks import MaskReader, Masks
 from dinoseg.data.video.access import ImageSource, VideoFrame, read_source
 from dinoseg.shapes import Sample
@@ -75,9 +75,9 @@ class PairDataset:
     def keep(self, names: Collection[str]) -> "PairDataset":
         """Return the data set of only these names, in the same order; what was no pair before is still told."""
         pairs = [pair for pair in self.pairs if pair.name in names]
-        kept = PairDataset(pairs, self.reader.labels, self.reader.masks, self.lacking, self.remedy)
-        kept.skipped = self.skipped
-        return kept
+        subset = PairDataset(pairs, self.reader.labels, self.reader.masks, self.lacking, self.remedy)
+        subset.skipped = self.skipped
+        return subset
 
     def fingerprint(self) -> str:
         """Return a hash of all that the masks depend on."""
@@ -92,7 +92,7 @@ def read_pair(pair: Pair, reader: MaskReader) -> Sample:
     """
     image = read_source(pair.image)
     size, rule = (image.shape[0], image.shape[1]), reader.masks.on_size_mismatch
-    mask = fit(reader.read(pair.mask), size, rule, image=pair.image, path=pair.mask)
+    mask = fit_mask(reader.read(pair.mask), size, rule, image=pair.image, path=pair.mask)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, H, W)
     return Sample(image=pixels, mask=torch.from_numpy(mask), name=pair.name)
 

@@ -44,7 +44,7 @@ def pair_by_name(
         remedy: what to do about those that are alone.
     """
     sides = ((images, masks, "mask", folders[1]), (masks, images, "image", folders[0]))
-    found: dict[str, Pair | Lacking] = {name: Pair(name, images[name], masks[name]) for name in images.keys() & masks}
+    by_name: dict[str, Pair | Lacking] = {name: Pair(name, images[name], masks[name]) for name in images.keys() & masks}
     for files, others, other, folder in sides:
         twins = {_composed(name): path for name, path in others.items() if name not in files}
         for name in files.keys() - others.keys():
@@ -52,11 +52,11 @@ def pair_by_name(
             if twin := twins.get(_composed(name)):
                 reason += f" {twin} only looks as if it had its name: one has accents as signs of their own (Unicode "
                 reason += "NFD, as macOS writes them), the other has not (NFC). Rename one."
-            found[name] = Lacking(name, reason, remedy)
-    return [found[name] for name in sorted(found)]
+            by_name[name] = Lacking(name, reason, remedy)
+    return [by_name[name] for name in sorted(by_name)]
 
 
-def gathered(found: Iterable[Pair | Lacking], split: str, labels: Labels, masks: Masks) -> PairDataset:
+def gathered(candidates: Iterable[Pair | Lacking], split: str, labels: Labels, masks: Masks) -> PairDataset:
     """Return the data set of the whole pairs, which knows what is none.
 
     Raises:
@@ -65,12 +65,12 @@ def gathered(found: Iterable[Pair | Lacking], split: str, labels: Labels, masks:
     whole: list[Pair] = []
     lacking: dict[str, str] = {}
     remedies: dict[str, None] = {}  # in order, each once
-    for each in found:
-        if isinstance(each, Pair):
-            whole.append(each)
+    for candidate in candidates:
+        if isinstance(candidate, Pair):
+            whole.append(candidate)
         else:
-            lacking[each.title or each.name] = each.reason
-            remedies[each.remedy] = None
+            lacking[candidate.title or candidate.name] = candidate.reason
+            remedies[candidate.remedy] = None
     dataset = PairDataset(whole, labels, masks, lacking, "\n".join(remedies))
     if not whole:
         raise not_whole(dataset, split)

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from dinoseg.data.classes.mask_size import fit
+from dinoseg.data.classes.mask_size import fit_mask
 from dinoseg.data.classes.masks import MaskReader
 from dinoseg.data.scan.file_ends import ends_early
 from dinoseg.data.scan.likeness import borders, digest, edges, perceptual_hash
@@ -92,7 +92,7 @@ def _with_ids(record: Record, mask: Path, image: ImageSource, reader: MaskReader
         return replace(record, raw=_raw(mask, reader)).with_problem("foreign_ids", str(error))
     record = replace(record, mask_size=(ids.shape[0], ids.shape[1]))
     try:
-        ids = fit(ids, record.image_size or ids.shape, reader.masks.on_size_mismatch, image=image, path=mask)
+        ids = fit_mask(ids, record.image_size or ids.shape, reader.masks.on_size_mismatch, image=image, path=mask)
     except UserError as error:
         record = record.with_problem("size_mismatch", str(error))
     pixels = dict(_counted(ids))

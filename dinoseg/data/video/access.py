@@ -11,7 +11,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from dinoseg.data.video.index import VideoIndex, checksum, find_index, open_capture, stamp
+from dinoseg.data.video.index import VideoIndex, checksum, file_key, find_index, open_capture
 from dinoseg.errors import UserError
 from dinoseg.images import read_image
 
@@ -110,8 +110,8 @@ class _Reader:
         if not self._capture.grab():
             return False
         time = self._capture.get(cv2.CAP_PROP_POS_MSEC)
-        place = int(np.searchsorted(times, time))
-        self._at = place if place < len(times) and times[place] == time else len(times)
+        position = int(np.searchsorted(times, time))
+        self._at = position if position < len(times) and times[position] == time else len(times)
         return self._at <= target
 
     def _restart(self) -> bool:
@@ -143,7 +143,7 @@ def _reader(path: Path, index: VideoIndex) -> _Reader:
     if _open.pid != os.getpid():
         _inherited.append(_open.readers)
         _open.pid, _open.readers = os.getpid(), OrderedDict()
-    key = stamp(path)
+    key = file_key(path)
     if key not in _open.readers:
         _open.readers[key] = _Reader(path, index)
         if len(_open.readers) > _OPEN:

@@ -45,14 +45,14 @@ def open_capture(path: Path) -> cv2.VideoCapture:
     Raises:
         UserError: the file is missing or no video.
     """
-    stamp(path)
+    file_key(path)
     capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
     if not capture.isOpened():
         raise UserError(f"Cannot open {path} as a video. It is damaged or no video: replace it.")
     return capture
 
 
-def stamp(path: Path) -> tuple[Path, int, int]:
+def file_key(path: Path) -> tuple[Path, int, int]:
     """Return the path with the file's size and time, by which a changed file is noticed.
 
     Raises:
@@ -77,13 +77,13 @@ def find_index(path: Path, cache_dir: Path | None) -> VideoIndex:
     Raises:
         UserError: the file is missing, no video, damaged or truncated.
     """
-    key = stamp(path)
+    key = file_key(path)
     if key not in _known:
-        kept = _file_of(key, cache_dir)
-        index = _load(kept)
+        index_path = _file_of(key, cache_dir)
+        index = _load(index_path)
         if index is None:
-            with _alone(kept):  # another process may have made it meanwhile
-                index = _load(kept) or _make(path, kept)
+            with _alone(index_path):  # another process may have made it meanwhile
+                index = _load(index_path) or _make(path, index_path)
         _known[key] = index
     return _known[key]
 
@@ -95,17 +95,17 @@ def index_videos(
 
     The work goes to as many processes as there are processors, if it is worth one; a later run finds it done.
     """
-    found: dict[Path, VideoIndex] = {}
+    indexes: dict[Path, VideoIndex] = {}
     wrong: dict[Path, str] = {}
     waiting: dict[Path, int] = {}
     for path in dict.fromkeys(paths):
         try:
-            key = stamp(path)
+            key = file_key(path)
         except UserError as error:
             wrong[path] = str(error)
             continue
         if index := _known.get(key) or _load(_file_of(key, cache_dir)):
-            found[path] = _known[key] = index
+            indexes[path] = _known[key] = index
         else:
             waiting[path] = key[1]
     if workers is None:
@@ -118,15 +118,15 @@ def index_videos(
             if isinstance(made, UserError):
                 wrong[path] = str(made)
             else:
-                found[path] = _known[stamp(path)] = made
+                indexes[path] = _known[file_key(path)] = made
             bar.update()
-    return {path: found[path] for path in paths if path in found}, {p: wrong[p] for p in paths if p in wrong}
+    return {path: indexes[path] for path in paths if path in indexes}, {p: wrong[p] for p in paths if p in wrong}
 
 
-def _make(path: Path, kept: Path | None) -> VideoIndex:
+def _make(path: Path, index_path: Path | None) -> VideoIndex:
     index = _scan(path)
-    if kept is not None:
-        _save(kept, index)
+    if index_path is not None:
+        _save(index_path, index)
     return index
 
 
@@ -159,35 +159,35 @@ def _file_of(key: tuple[Path, int, int], cache_dir: Path | None) -> Path | None:
     return cache_dir / "videos" / f"{path.stem}_{digest[:16]}.npz"
 
 
-def _load(kept: Path | None) -> VideoIndex | None:
-    if kept is None or not kept.is_file():
+def _load(index_path: Path | None) -> VideoIndex | None:
+    if index_path is None or not index_path.is_file():
         return None
     try:
-        held = forms.read_arrays(kept, {"times": ("<f8", 1), "sums": ("<u4", 1), "fps": ("<f8", 0)})
-        index = VideoIndex(held["times"], held["sums"], float(held["fps"]))
+        arrays = forms.read_arrays(index_path, {"times": ("<f8", 1), "sums": ("<u4", 1), "fps": ("<f8", 0)})
+        index = VideoIndex(arrays["times"], arrays["sums"], float(arrays["fps"]))
         if not 0 < len(index.times) == len(index.sums) or not np.isfinite([*index.times, index.fps]).all():
             raise forms.Misshapen(f"{len(index.times)} times and {len(index.sums)} checksums, or no numbers")
         return index
     except (OSError, forms.Misshapen) as error:
-        log.warning("The kept index %s is damaged (%s): making it anew.", kept, error)
+        log.warning("The kept index %s is damaged (%s): making it anew.", index_path, error)
         with contextlib.suppress(OSError):
-            kept.unlink()
+            index_path.unlink()
         return None
 
 
-def _save(kept: Path, index: VideoIndex) -> None:
+def _save(index_path: Path, index: VideoIndex) -> None:
     try:
-        with whole_file(kept) as part, part.open("wb") as file:
+        with whole_file(index_path) as part, part.open("wb") as file:
             np.savez(file, times=index.times, sums=index.sums, fps=index.fps)
     except OSError as error:
-        log.warning("The index cannot be kept in %s (%s): the next run makes it anew.", kept, error)
+        log.warning("The index cannot be kept in %s (%s): the next run makes it anew.", index_path, error)
 
 
 @contextlib.contextmanager
-def _alone(kept: Path | None) -> Iterator[None]:
+def _alone(index_path: Path | None) -> Iterator[None]:
     """Let one process at a time make an index; where nothing can be written beside it, several may."""
     with contextlib.ExitStack() as stack:
-        if kept is not None:
+        if index_path is not None:
             with contextlib.suppress(OSError):
-                stack.enter_context(locked(kept.with_suffix(".lock")))
+                stack.enter_context(locked(index_path.with_suffix(".lock")))
         yield

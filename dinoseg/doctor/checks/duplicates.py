@@ -63,7 +63,7 @@ def near_pairs(
         inside: `second` is `first`: only pairs i < j count.
     """
     ours, theirs = np.zeros(len(first), dtype=bool), np.zeros(len(second), dtype=bool)
-    kept = np.empty((0, 3), dtype=np.int64)
+    nearest = np.empty((0, 3), dtype=np.int64)
     for start in range(0, len(first), _ROWS):
         here = slice(start, start + _ROWS)
         differing = first[here, None] ^ second[None]  # (rows, M)
@@ -73,12 +73,12 @@ def near_pairs(
             near &= np.arange(len(second)) > np.arange(start, start + len(near))[:, None]
         ours[here] |= near.any(axis=1)
         theirs |= near.any(axis=0)
-        places = np.flatnonzero(near)
-        places = places[np.argsort(bits.ravel()[places], kind="stable")[:_MOST]]
-        rows, columns = np.divmod(places, max(1, len(second)))
-        kept = np.concatenate([kept, np.stack([rows + start, columns, bits[rows, columns]], axis=1)])
-        kept = kept[np.argsort(kept[:, 2], kind="stable")[:_MOST]]
-    closest = [(one, two, count) for one, two, count in kept.tolist()]
+        flat = np.flatnonzero(near)
+        flat = flat[np.argsort(bits.ravel()[flat], kind="stable")[:_MOST]]
+        rows, columns = np.divmod(flat, max(1, len(second)))
+        nearest = np.concatenate([nearest, np.stack([rows + start, columns, bits[rows, columns]], axis=1)])
+        nearest = nearest[np.argsort(nearest[:, 2], kind="stable")[:_MOST]]
+    closest = [(one, two, count) for one, two, count in nearest.tolist()]
     either = int((ours | theirs).sum()) if inside else int(ours.sum() + theirs.sum())
     return Near(closest, int(ours.sum()), int(theirs.sum()), either)
 
@@ -162,8 +162,8 @@ def _listing(near: Sequence[tuple[Record, Record, int]]) -> tuple[str, ...]:
 
 
 def _by_digest(part: Scanned) -> dict[str, list[Record]]:
-    found = defaultdict(list)
+    by_digest = defaultdict(list)
     for record in part.records:
         if record.image_digest:
-            found[record.image_digest].append(record)
-    return found
+            by_digest[record.image_digest].append(record)
+    return by_digest

@@ -74,8 +74,8 @@ def _foreign_ids(splits: Sequence[Scanned]) -> Iterator[Finding]:
     bad = [(record, part) for part in splits for record in part.records if "foreign_ids" in record.problems]
     if not bad:
         return
-    own = [[value for value in record.raw if not _is_known(value, part)] for record, part in bad]
-    foreign = Counter(value for values in own for value in values)
+    foreign_values = [[value for value in record.raw if not _is_known(value, part)] for record, part in bad]
+    foreign = Counter(value for values in foreign_values for value in values)
     total, part = sum(len(part.records) for part in splits), bad[0][1]
     yield Finding(
         "error",
@@ -86,7 +86,7 @@ def _foreign_ids(splits: Sequence[Scanned]) -> Iterator[Finding]:
         f"{_advice(part, list(foreign), [record for record, _ in bad])} {_SKIP}",
         reasons=tuple(
             f"{record.mask}: {listed(values, 10) or record.problems['foreign_ids']}"
-            for (record, _), values in zip(bad, own, strict=True)
+            for (record, _), values in zip(bad, foreign_values, strict=True)
         ),
     )
 

@@ -43,24 +43,24 @@ def swapped_pairs(edges: np.ndarray, borders: np.ndarray) -> list[tuple[int, int
         edges: (N, P) float32, rows of mean 0 and length 1.
         borders: (N, P) likewise.
     """
-    own = np.einsum("np,np->n", edges, borders)  # (N,)
-    common = float(np.median(own))
+    own_fit = np.einsum("np,np->n", edges, borders)  # (N,)
+    common = float(np.median(own_fit))
     if common < _LEAST_FIT:
         return []
     least = max(_LEAST_GAIN, _GAIN * common)
-    found = []
-    for start in range(0, len(own), _ROWS):
+    swaps = []
+    for start in range(0, len(own_fit), _ROWS):
         rows, columns = slice(start, start + _ROWS), slice(start, start + _ROWS + _SPAN)
         ahead, back = edges[rows] @ borders[columns].T, borders[rows] @ edges[columns].T
-        mine, other = own[rows, None], own[None, columns]
+        mine, other = own_fit[rows, None], own_fit[None, columns]
         gain = ahead + back - mine - other
         fits = (ahead > mine) & (back > other) & (np.minimum(ahead, back) >= _GOOD_FIT * common)
         for row, column in zip(*np.nonzero((gain >= least) & fits), strict=True):
             if row < column:
-                found.append((float(gain[row, column]), start + int(row), start + int(column)))
+                swaps.append((float(gain[row, column]), start + int(row), start + int(column)))
     taken: set[int] = set()
     pairs = []
-    for _, one, two in sorted(found, reverse=True):
+    for _, one, two in sorted(swaps, reverse=True):
         if not {one, two} & taken:
             taken |= {one, two}
             pairs.append((one, two))
@@ -84,12 +84,12 @@ def _shift(edges: np.ndarray, borders: np.ndarray) -> int:
     """Return by how many places most masks fit better, 0 where they fit best as they are."""
     if len(edges) < _FEWEST:
         return 0
-    own = np.einsum("np,np->n", edges, borders)
+    own_fit = np.einsum("np,np->n", edges, borders)
     for step in _STEPS:
-        here = slice(max(0, -step), len(own) - max(0, step))
-        there = slice(max(0, step), len(own) + min(0, step))
+        here = slice(max(0, -step), len(own_fit) - max(0, step))
+        there = slice(max(0, step), len(own_fit) + min(0, step))
         fit = np.einsum("np,np->n", edges[here], borders[there])
-        if np.mean(fit > own[here] + _CLEARLY) > _MOSTLY and np.median(fit) > np.median(own) + _CLEARLY:
+        if np.mean(fit > own_fit[here] + _CLEARLY) > _MOSTLY and np.median(fit) > np.median(own_fit) + _CLEARLY:
             return step
     return 0
 

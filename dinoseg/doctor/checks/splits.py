@@ -41,11 +41,11 @@ def check_same_files(splits: Sequence[Scanned]) -> Iterator[Finding]:
 def same_files(first: Scanned, second: Scanned) -> list[tuple[Record, Record]]:
     """Return the pairs of the second split that are in the first too, each with its twin there."""
     twins = {key: record for record in reversed(first.records) for key in _identity(record)}
-    found = []
+    both = []
     for record in second.records:
         twin = next((twins[key] for key in _identity(record) if key in twins), None)
-        found += [] if twin is None else [(twin, record)]
-    return found
+        both += [] if twin is None else [(twin, record)]
+    return both
 
 
 def _is_one_file(pair: tuple[Record, Record]) -> bool:

@@ -18,8 +18,8 @@ from dinoseg.wording import count_of, listed
 
 def check_videos(splits: Sequence[Scanned]) -> Iterator[Finding]:
     """Yield the videos of N frames that have other masks than one for every 60th, floor((N - 1) / 60) + 1."""
-    places = {Path(record.mask).parent for part in splits for record in part.records}
-    for folder in sorted(place.parent for place in places if place.name == MASK_FOLDER):
+    mask_folders = {Path(record.mask).parent for part in splits for record in part.records}
+    for folder in sorted(mask_folder.parent for mask_folder in mask_folders if mask_folder.name == MASK_FOLDER):
         if (folder / VIDEO).is_file():
             yield from _check(folder)
 

@@ -15,9 +15,9 @@ def draw_palette(rng: np.random.Generator) -> np.ndarray:
     """Return colours (COLOURS, 3) float32 RGB in 0..255 that differ well, none of them black or white."""
     chosen = _draw_colours(rng, 1)
     while len(chosen) < COLOURS:
-        found = _draw_colours(rng, _CANDIDATES)
-        nearest = np.linalg.norm(found[:, None] - chosen, axis=-1).min(axis=1)
-        chosen = np.vstack([chosen, found[nearest.argmax()]])
+        candidates = _draw_colours(rng, _CANDIDATES)
+        nearest = np.linalg.norm(candidates[:, None] - chosen, axis=-1).min(axis=1)
+        chosen = np.vstack([chosen, candidates[nearest.argmax()]])
     return chosen
 
 

@@ -99,8 +99,8 @@ def _missing(root: Path, videos: list[MovingVideo]) -> list[MovingVideo]:
             f"{root} holds {listed(foreign)}, which this rendering did not write. Choose another root: rendering does "
             "not mix with other data."
         )
-    found = [path for folder in FOLDERS for path in _shown(root / folder)]
-    absent = missing(root, videos, found, _description, "folder")
+    existing = [path for folder in FOLDERS for path in _shown(root / folder)]
+    absent = missing(root, videos, existing, _description, "folder")
     cut = [video for video in videos if video not in absent and not _is_whole(video, video.path(root))]
     for video in cut:
         log.warning("%s lacks pictures: it is drawn anew.", video.path(root))

@@ -86,8 +86,8 @@ def _missing(root: Path, videos: list[SurgeryVideo]) -> list[SurgeryVideo]:
     """Return the videos still to be written, having made sure that nothing else lies in the way."""
     for split in SPLITS:
         (root / split).mkdir(parents=True, exist_ok=True)
-    found = [path for split in SPLITS for path in sorted((root / split).glob("*.zip"))]
-    return missing(root, videos, found, _comment, "file")
+    existing = [path for split in SPLITS for path in sorted((root / split).glob("*.zip"))]
+    return missing(root, videos, existing, _comment, "file")
 
 
 def _comment(path: Path) -> bytes:

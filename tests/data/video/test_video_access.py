@@ -209,7 +209,7 @@ def test_jumps_that_miss_are_made_good(tmp_path, monkeypatch, honest):
 
 def test_pixels_that_changed_under_the_same_stamp(avi):
     read_frame(VideoFrame(avi, 0))
-    index = video_index._known[video_index.stamp(avi)]
+    index = video_index._known[video_index.file_key(avi)]
     index.sums[30] ^= 1
     with pytest.raises(UserError, match=r"Frame 30 of .*a\.avi is not what it was"):
         read_frame(VideoFrame(avi, 30))
