@@ -33,19 +33,22 @@ def warn_not_read(out_dir: Path, mode: str, reads: Collection[str] | None) -> No
         mode: for the message, such as `mode=score`.
         reads: groups and keys that it reads beside its own; None: it does not say.
     """
-    words = {word: _key(word).split("@")[0] for word in command_line(out_dir)}
-    idle = [
-        word
-        for word, key in words.items()
-        if not _within(key, (*_FOR_ALL, *(reads or ()))) and not any(name.startswith(f"{key}.") for name in reads or ())
-    ]
-    if idle and reads is not None:
+    if reads is None:
+        return
+    idle = [word for word in command_line(out_dir) if not _is_read(_key(word).partition("@")[0], (*_FOR_ALL, *reads))]
+    if idle:
         said = f"No effect here: {listed(idle)}. Beside its own keys {mode} reads {', '.join(reads)}."
-        print(printable(f"warning: {said}"), file=sys.stderr)  # in the log it would keep the folder of a run that fails
+        # printed: a line in the log would keep the folder of a run that fails at once
+        print(printable(f"warning: {said}"), file=sys.stderr)
 
 
 def _key(word: str) -> str:
     return word.lstrip("+~").split("=")[0]
+
+
+def _is_read(key: str, names: Collection[str]) -> bool:
+    # a group that is typed is read where one of its keys is
+    return _within(key, names) or any(name.startswith(f"{key}.") for name in names)
 
 
 def _within(key: str, unread: Collection[str]) -> bool:

@@ -1,9 +1,6 @@
 """Rendering many videos below one folder: several at once, those that are there already kept, nothing else mixed in."""
 
-import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -79,17 +76,6 @@ def missing(
                 f"not overwrite or mix: choose another root, or remove that {what}."
             )
     return [video for path, video in wanted.items() if not path.exists()]
-
-
-@contextmanager
-def beside(path: Path) -> Iterator[Path]:
-    """Give a new folder beside the place of a finished video; it is removed at the end, with what was not moved."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # a killed run's process may live on for a moment
-    part.mkdir(parents=True)
-    try:
-        yield part
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def check_least(**settings: tuple[int, int]) -> None:

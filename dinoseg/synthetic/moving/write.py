@@ -3,7 +3,6 @@
 import functools
 import json
 import logging
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -12,8 +11,9 @@ from pathlib import Path
 from dinoseg.errors import UserError
 from dinoseg.images import write_png
 from dinoseg.ranges import Count, Natural
+from dinoseg.storage.atomic import whole_folder
 from dinoseg.synthetic.moving.objects import RATE, draw_video
-from dinoseg.synthetic.rendering import beside, check_least, missing, render_videos
+from dinoseg.synthetic.rendering import check_least, missing, render_videos
 from dinoseg.wording import listed
 
 FOLDERS = ("train", "validation", "test")
@@ -125,13 +125,12 @@ def _description(path: Path) -> str:
 
 
 def _write_video(video: MovingVideo, root: Path) -> Path:
-    """Draw one video beside its place and move the finished folder there."""
+    """Draw one video into its folder, which appears when it is finished."""
     path = video.path(root)
-    with beside(path) as part:
+    with whole_folder(path) as part:
         entropy = (video.seed, FOLDERS.index(video.folder), video.number)
         for index, (rgb, mask) in enumerate(draw_video(entropy, video.seconds * RATE, video.size)):
             for folder, pixels in zip(PICTURES, (rgb, mask), strict=True):
                 write_png(part / folder / f"{index:05d}.png", pixels)
         (part / DESCRIPTION).write_text(video.description, encoding="utf-8")
-        os.replace(part, path)
     return path
