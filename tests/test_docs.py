@@ -50,11 +50,16 @@ def small_model(words):
     return (*SMALL, "head.blocks=1") if "head=eomt" in words else SMALL
 
 
+def joined(block):
+    """Return the lines of a block, those that a backslash continues as one."""
+    return re.sub(r" \\\n +", " ", block).splitlines()
+
+
 def commands():
     """Yield (page, command) for each line of a bash block, continuation lines joined."""
     for page in PAGES:
         for block in re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.S):
-            for line in block.replace("\\\n", " ").splitlines():
+            for line in joined(block):
                 if line.strip() and not line.startswith("#"):
                     yield page.name, line.strip()
 
@@ -227,6 +232,13 @@ def test_command(command, compose, stand_ins, trained, tmp_path, monkeypatch, ca
     assert "No effect here" not in said.err
 
 
+def test_no_line_is_longer_than_those_of_the_code():
+    pages = [page for page in PAGES if page.name != "architecture.md"]
+    files = [*pages, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "dinoseg/cfg").rglob("*.yaml")]
+    lines = [(f"{path.name}:{number}", line) for path in files for number, line in enumerate(path.open(), start=1)]
+    assert [place for place, line in lines if len(line.rstrip("\n")) > 120] == [] and len(lines) > 3000
+
+
 def test_each_promise_names_a_test():
     text = (ROOT / "docs/security.md").read_text().split("## What is promised")[1].split("## What is not")[0]
     promises = text.split("\n- ")[1:]
@@ -238,7 +250,7 @@ def test_each_promise_names_a_test():
 
 def test_five_commands_lead_to_scored_predictions(stand_ins, tmp_path):
     section = (ROOT / "README.md").read_text().split("### Your own images")[1]
-    lines = re.search(r"```bash\n(.*?)```", section, flags=re.S)[1].splitlines()
+    lines = joined(re.search(r"```bash\n(.*?)```", section, flags=re.S)[1])
     assert len(lines) == 5 and lines[0] == "pip install ."
     for line in lines[1:]:
         words = [word.replace("FOLDER", str(stand_ins["FOLDER"])) for word in shlex.split(line)[3:]]
