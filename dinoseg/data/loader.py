@@ -8,7 +8,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Generic, TypeVar
 
 import cv2
 import numpy as np
@@ -21,6 +21,9 @@ from dinoseg.errors import UserError
 from dinoseg.shapes import Batch, ClipBatch, Sample, SegmentationData
 from dinoseg.wording import count_of
 
+K = TypeVar("K")
+V = TypeVar("V")
+Item = TypeVar("Item")
 Transform = Callable[[np.ndarray, np.ndarray, np.random.Generator], tuple[np.ndarray, np.ndarray]]
 _ORDER, _SAMPLE = 0, 1  # what chance is drawn for
 _STOPPING = (signal.SIGINT, signal.SIGTERM)
@@ -126,7 +129,7 @@ def _random(seed: int, epoch: int, sample: int, purpose: int) -> np.random.Gener
     return np.random.Generator(np.random.Philox(key=seed, counter=[0, sample, epoch, purpose]))
 
 
-def _read_batch(read: Callable[[int, int], Any], join: Callable[[list[Any]], Any], share: list[tuple[int, int]]) -> Any:
+def _read_batch(read: Callable[[int, int], Item], join: Callable[[list[Item]], V], share: list[tuple[int, int]]) -> V:
     return join([read(epoch, index) for epoch, index in share])
 
 
@@ -143,27 +146,27 @@ def _read_clip(clips: Clips, view: ClipView, seed: int, epoch: int, index: int) 
     return torch.from_numpy(seen).permute(0, 3, 1, 2), name  # (T, 3, H, W)
 
 
-class _Keyed:
+class _Keyed(Generic[K, V]):
     """A DataLoader's view of a function; a user's mistake comes back as a value, not as a worker's crash."""
 
-    def __init__(self, read: Callable[[Any], Any]) -> None:
+    def __init__(self, read: Callable[[K], V]) -> None:
         self._read = read
 
-    def __getitem__(self, key: Any) -> Any:
+    def __getitem__(self, key: K) -> V | UserError:
         try:
             return self._read(key)
         except UserError as error:
             return error
 
 
-def _load(read: Callable[[Any], Any], keys: Iterable[Any], workers: int) -> Iterator[Any]:
+def _load(read: Callable[[K], V], keys: Iterable[K], workers: int) -> Iterator[V]:
     """Yield `read(key)` for each key in order, read ahead by `workers` processes (0: in this one)."""
     if workers < 0:
         raise UserError(f"workers={workers}: give the number of loading processes, 0 for none.")
     return map(read, keys) if workers == 0 else _load_ahead(read, keys, workers)
 
 
-def _load_ahead(read: Callable[[Any], Any], keys: Iterable[Any], workers: int) -> Iterator[Any]:
+def _load_ahead(read: Callable[[K], V], keys: Iterable[K], workers: int) -> Iterator[V]:
     with warnings.catch_warnings(), _held_signals():
         # more workers than cores is the user's choice, and pays where reading waits for a disk
         warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
@@ -221,5 +224,5 @@ def _end_when_told(parent: int) -> None:
     os._exit(0)
 
 
-def _as_it_is(item: Any) -> Any:
+def _as_it_is(item: V) -> V:
     return item

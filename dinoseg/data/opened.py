@@ -3,6 +3,7 @@
 import logging
 from pathlib import Path
 
+from dinoseg.data.packed.pack import pack
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pairing import not_whole
 from dinoseg.data.scan.scan import scan, unreadable
@@ -55,8 +56,6 @@ def opened(
     elif dataset.lacking:
         raise not_whole(dataset, split)
     if cache == "packed":
-        from dinoseg.data.packed.pack import pack
-
         return pack(dataset, cache_dir=cache_dir, longest=longest if reduced else None, workers=workers)
     return dataset
 

@@ -2,6 +2,8 @@
 
 import re
 
+# natsort's keys, made folder by folder, order ASCII names alike and no faster; whole paths, and digits of other
+# scripts, they order in other ways, and the order of frames must not hang on a library's version
 _NUMBER = re.compile(r"([0-9]+)")
 
 

@@ -31,7 +31,7 @@ class FrameFiles(Sequence[Path]):
         return self.folder / self.files[index]
 
 
-class VideoFrames(Sequence[VideoFrame]):
+class DecodedFrames(Sequence[VideoFrame]):
     """The frames of a video file."""
 
     def __init__(self, path: Path, length: int, cache_dir: Path | None) -> None:

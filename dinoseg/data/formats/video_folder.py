@@ -4,7 +4,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from dinoseg.data.clips.videos import FrameFiles, Video, VideoFrames, picture_files
+from dinoseg.data.clips.videos import DecodedFrames, FrameFiles, Video, picture_files
 from dinoseg.data.video.index import index_videos
 from dinoseg.errors import UserError
 from dinoseg.images import IMAGE_SUFFIXES
@@ -65,7 +65,7 @@ class VideoFolder:
             elif path in indexes:
                 index = indexes[path]
                 videos.append(
-                    Video(name, VideoFrames(path, len(index), cache_dir), index.fps if index.fps > 0 else None)
+                    Video(name, DecodedFrames(path, len(index), cache_dir), index.fps if index.fps > 0 else None)
                 )
         return videos
 

@@ -15,6 +15,8 @@ from dinoseg.data.video.index import VideoIndex, checksum, file_key, find_index,
 from dinoseg.errors import UserError
 from dinoseg.images import read_image
 
+# PyAV and torchcodec decode to the same pixels as OpenCV, and to the wrong frame of a video whose times are odd: theirs
+# would need the index too. torchcodec wants an FFmpeg that the system must bring.
 _OPEN = 4  # videos kept open by a thread
 _NEAR = 96  # frames that are sooner decoded than jumped over: a jump decodes from the key frame before
 _BACK = (0, 32, 256)  # frames before the wanted one at which to look for a key frame, in turn

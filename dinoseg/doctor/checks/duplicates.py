@@ -14,6 +14,7 @@ from dinoseg.wording import count_of
 
 _ROWS = 64  # hashes compared with all others at once
 _MOST = 1000  # pairs that are kept and listed
+# numpy counts bits itself from 2.0 on; imagehash and imagededup compare pair by pair in Python, tens of times as slow
 _BITS = np.array([bin(value).count("1") for value in range(1 << 16)], dtype=np.uint8)
 
 

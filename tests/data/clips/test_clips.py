@@ -12,7 +12,7 @@ from PIL import Image
 from dinoseg.config.nodes import instantiate
 from dinoseg.data.clips.cut import Clips, Cut, open_clips
 from dinoseg.data.clips.foreground import foreground, no_masks
-from dinoseg.data.clips.videos import Video, VideoFrames, chosen
+from dinoseg.data.clips.videos import DecodedFrames, Video, chosen
 from dinoseg.data.formats.davis import Davis
 from dinoseg.data.formats.movi import Movi
 from dinoseg.data.formats.video_folder import VideoFolder
@@ -663,7 +663,7 @@ def test_only_the_clip_that_is_asked_for_is_read(tmp_path):
         (tmp_path / f"v/{index}.png").unlink()
     again = pickle.loads(pickle.dumps(clips))
     assert torch.equal(again[1]["frames"], clips[1]["frames"])
-    frames = VideoFrames(tmp_path / "a.avi", 5, None)
+    frames = DecodedFrames(tmp_path / "a.avi", 5, None)
     assert len(frames) == 5 and frames[-1].index == 4 and [frame.index for frame in frames] == [0, 1, 2, 3, 4]
 
 
