@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import torch
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from dinoseg.adapters import Frozen
@@ -192,9 +192,9 @@ def loss(cfg: DictConfig, train: SegmentationData | None) -> Loss:
     return criterion(cfg, class_weights=weigh(counts))
 
 
-def optimizer(cfg: DictConfig, module: nn.Module) -> Optimizer:
+def optimizer(cfg: DictConfig, model: Segmenter) -> Optimizer:
     """Return the optimizer of a config over a model's trainable parameters."""
-    return instantiate(cfg.optim.optimizer)(module)
+    return instantiate(cfg.optim.optimizer)(model)
 
 
 def lengths(cfg: DictConfig, samples: int) -> Lengths:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dinoseg.errors import UserError
 from dinoseg.geometry import pad_to_multiple
-from dinoseg.shapes import Batch, Prediction
+from dinoseg.shapes import Batch, ClipBatch, Prediction
 
 Outputs = TypeVar("Outputs")
 BesideTokens = dict[str, tuple[Tensor, Tensor]]  # what a block takes beside its tokens, by keyword
@@ -156,8 +156,8 @@ class Loss(nn.Module):
 
     if TYPE_CHECKING:
 
-        def __call__(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-            """Run `forward`."""
+        def __call__(self, prediction: Prediction, batch: Batch | ClipBatch) -> tuple[Tensor, dict[str, Tensor]]:
+            """Run `forward`: on clips where it needs slots, else on images."""
             ...
 
     def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

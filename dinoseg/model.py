@@ -79,7 +79,7 @@ def backbone_size(size: tuple[int, int], scale: float, longest: int | None) -> t
     return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
 
 
-def trained_names(model: nn.Module) -> set[str]:
+def trained_names(model: Segmenter) -> set[str]:
     """Return the names in the state dict that training changes: what a checkpoint has to hold.
 
     Trainable parameters, and the buffers of the head and of trained parts (running means). A backbone of random weights
@@ -93,9 +93,9 @@ def trained_names(model: nn.Module) -> set[str]:
     for where, part in model.named_modules():
         if any(parameter.requires_grad for parameter in part.parameters(recurse=False)):
             names |= {f"{where}.{name}" for name, _ in part.named_buffers(recurse=False)} & state
-    for part in ("backbone", "head"):
-        if getattr(getattr(model, part, None), "weights", None) in (None, "random"):
-            names |= {name for name in state if name.startswith(f"{part}.")}
+    for name, part in (("backbone", model.backbone), ("head", model.head)):
+        if part.weights in (None, "random"):
+            names |= {key for key in state if key.startswith(f"{name}.")}
     return names - quantised_names(model)
 
 

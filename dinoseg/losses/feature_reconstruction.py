@@ -7,7 +7,7 @@ from torch import Tensor
 from dinoseg.contracts import Loss
 from dinoseg.errors import UserError
 from dinoseg.precision import at_least_float32
-from dinoseg.shapes import Batch, Prediction, SlotOutputs
+from dinoseg.shapes import Batch, ClipBatch, Prediction, SlotOutputs
 
 
 def slot_outputs(prediction: Prediction) -> SlotOutputs:
@@ -37,7 +37,7 @@ class FeatureReconstruction(Loss):
     def __init__(self) -> None:  # that of nn.Module takes any key
         super().__init__()
 
-    def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, prediction: Prediction, batch: Batch | ClipBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss; `weight`, the number of frames that tell, over all clips; and `step_<offset>`.
 
         Raises:

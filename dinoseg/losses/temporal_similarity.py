@@ -11,7 +11,7 @@ from dinoseg.errors import UserError
 from dinoseg.losses.feature_reconstruction import slot_outputs
 from dinoseg.precision import at_least_float32
 from dinoseg.ranges import Positive
-from dinoseg.shapes import Batch, Prediction
+from dinoseg.shapes import Batch, ClipBatch, Prediction
 
 
 def similarity_targets(here: Tensor, following: Tensor, temperature: float, threshold: float) -> tuple[Tensor, Tensor]:
@@ -66,7 +66,7 @@ class TemporalSimilarity(Loss):
         self.temperature = temperature
         self.threshold = threshold
 
-    def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, prediction: Prediction, batch: Batch | ClipBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, and `weight`: the number of frames with a next one, over all clips.
 
         Raises:

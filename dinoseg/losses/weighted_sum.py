@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dinoseg.contracts import Loss
 from dinoseg.errors import UserError
 from dinoseg.losses.factors import checked_factors
-from dinoseg.shapes import Batch, Prediction
+from dinoseg.shapes import Batch, ClipBatch, Prediction
 
 
 class WeightedSum(Loss):
@@ -41,7 +41,7 @@ class WeightedSum(Loss):
         self.needs_slots = any(loss.needs_slots for loss in self.losses)
         self.needs_similarity = any(loss.needs_similarity for loss in self.losses)
 
-    def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, prediction: Prediction, batch: Batch | ClipBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the sum; each term's own value under its name; and `weight`, that of the first term.
 
         Further parts of a term are called `<term>_<part>`. A term whose own weight is of another kind is still

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from dinoseg.errors import UserError
-from dinoseg.model import trained_names
+from dinoseg.model import Segmenter, trained_names
 from dinoseg.storage.files import check_regular
 from dinoseg.storage.tensor_files import write_tensors
 from dinoseg.training.description import FORMAT, IDLE, read_description
@@ -156,7 +156,7 @@ class Checkpoints:
     writes: bool = True
     progress: Progress = field(default_factory=Progress)
 
-    def restore(self, model: nn.Module, optimizer: Optimizer, ema: MovingAverage | None) -> Progress:
+    def restore(self, model: Segmenter, optimizer: Optimizer, ema: MovingAverage | None) -> Progress:
         """Load everything a run needs to go on, and return where it stands.
 
         Values of different scores do not compare: where `trainer.score` is another one now, no best is known yet.
@@ -173,7 +173,7 @@ class Checkpoints:
                 self.progress = replace(self.progress, best=None, best_step=0, stale=0)
         return self.progress
 
-    def save(self, model: nn.Module, optimizer: Optimizer, ema: MovingAverage | None) -> None:
+    def save(self, model: Segmenter, optimizer: Optimizer, ema: MovingAverage | None) -> None:
         """Save `last`: weights and all that is needed to go on exactly."""
         tensors = {f"model/{name}": value for name, value in _held(model).items()}
         state = _optimizer_state(optimizer)
@@ -181,7 +181,7 @@ class Checkpoints:
         tensors |= {f"ema/{name}": value for name, value in (ema.average if ema else {}).items()}
         self._write("last", tensors, self.progress, {IDLE: len(without_state(optimizer, state))})
 
-    def judge(self, model: nn.Module, score: float, *, lowest: bool = False) -> Progress:
+    def judge(self, model: Segmenter, score: float, *, lowest: bool = False) -> Progress:
         """Save `best` where `score` beats all before; the model must hold the weights that were scored.
 
         The highest score is the best, or the `lowest`.
@@ -211,7 +211,7 @@ def _chosen_by(info: Mapping[str, Any]) -> Any:
     return info.get("config", {}).get("trainer", {}).get("score")
 
 
-def _held(model: nn.Module) -> dict[str, Tensor]:
+def _held(model: Segmenter) -> dict[str, Tensor]:
     names = trained_names(model)
     return {name: value for name, value in model.state_dict().items() if name in names}
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from dinoseg.contracts import Loss
 from dinoseg.data.clips.cut import Clip, Clips
 from dinoseg.data.clips.videos import VOID
 from dinoseg.data.clips.view import ClipView
@@ -88,7 +89,7 @@ class ClipFeed:
         """Count nothing: clips have no classes."""
 
     @torch.no_grad()
-    def validate(self, model: Segmenter, loss: nn.Module, engine: Engine) -> Validation:
+    def validate(self, model: Segmenter, loss: Loss, engine: Engine) -> Validation:
         """Return the loss and, where there are masks, `ari`, `fg_ari` and `mbo`, means over the clips; and pictures.
 
         The loss is that of each clip's first frames, as many and as far apart as in training, seen in the middle; a
@@ -118,7 +119,7 @@ class ClipFeed:
     def _has_masks(self) -> bool:
         return len(self.score_names) > 1
 
-    def _loss(self, model: Segmenter, index: int, clip: Clip, loss: nn.Module, engine: Engine) -> float | None:
+    def _loss(self, model: Segmenter, index: int, clip: Clip, loss: Loss, engine: Engine) -> float | None:
         span, length = self.val.spans[index], self.train.spans[0].length
         apart = max(1, round(self.train.cut.stride_of(self.val.videos[span.video]) / span.stride))
         frames = clip["frames"][::apart][:length]

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dinoseg.contracts import Loss
 from dinoseg.data.loader import eval_samples, stack_equal
 from dinoseg.metrics.confusion import ConfusionMatrix
 from dinoseg.shapes import Batch, SegmentationData
@@ -19,7 +20,7 @@ def evaluate(
     engine: Engine,
     *,
     background: int | None = None,
-    loss: nn.Module | None = None,
+    loss: Loss | None = None,
     on_batch: Callable[[Batch, Tensor], None] | None = None,
 ) -> dict[str, Any]:
     """Return the scores of `ConfusionMatrix.compute` and, given a loss, `loss`.

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence, Sized
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from torch import nn
 
+from dinoseg.contracts import Loss
 from dinoseg.model import Segmenter
 from dinoseg.training.engine import Engine
 from dinoseg.training.tally import Tally
@@ -53,7 +53,7 @@ class Feed(Protocol):
         """Return what counts how well a training step predicts its batches; None: they have no classes."""
         ...
 
-    def validate(self, model: Segmenter, loss: nn.Module, engine: Engine) -> Validation:
+    def validate(self, model: Segmenter, loss: Loss, engine: Engine) -> Validation:
         """Score the model; with several ranks each scores its share, and all get the scores of the whole."""
         ...
 

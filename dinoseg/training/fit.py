@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dinoseg.contracts import Loss
 from dinoseg.errors import UserError
 from dinoseg.model import Segmenter, trained_names
 from dinoseg.processes.interrupt import Deferral, deferred
@@ -36,7 +37,7 @@ class NonFiniteLoss(UserError):
 
 def fit(
     model: Segmenter,
-    loss: nn.Module,
+    loss: Loss,
     feed: Feed,
     optimizer: Optimizer,
     engine: Engine,
@@ -127,7 +128,7 @@ def fit(
 
 
 def _gradients(
-    net: nn.Module, loss: nn.Module, engine: Engine, batches: Iterable[Any], count: int, tally: Tally | None
+    net: nn.Module, loss: Loss, engine: Engine, batches: Iterable[Any], count: int, tally: Tally | None
 ) -> tuple[list[Tensor], list[str], int, dict[str, Tensor]]:
     """Go backward through each of `count` batches, and let `tally` see what was predicted.
 
@@ -183,7 +184,7 @@ def _step(
 
 def _validate(
     model: Segmenter,
-    loss: nn.Module,
+    loss: Loss,
     feed: Feed,
     engine: Engine,
     checkpoints: Checkpoints,

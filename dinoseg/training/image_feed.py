@@ -6,8 +6,9 @@ from functools import partial
 from itertools import count, islice
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
+from dinoseg.contracts import Loss
 from dinoseg.data.loader import check_batch_size, train_batches
 from dinoseg.metrics.confusion import ConfusionMatrix
 from dinoseg.model import Segmenter
@@ -78,7 +79,7 @@ class ImageFeed:
         """Return what counts how well a training step predicts its batches."""
         return Tally(self.train, engine)
 
-    def validate(self, model: Segmenter, loss: nn.Module, engine: Engine) -> Validation:
+    def validate(self, model: Segmenter, loss: Loss, engine: Engine) -> Validation:
         """Return the scores of `evaluate`, with `iou/CLASS` for each class, and some images with what was predicted."""
         pictures: dict[str, np.ndarray] = {}
         data, shown = self.val, spread(len(self.val), self.pictures, self.world)

@@ -5,10 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
-from torch import nn
 from torch.optim import Optimizer
 
-from dinoseg.model import trained_names
+from dinoseg.model import Segmenter, trained_names
 from dinoseg.processes.interrupt import Interrupted
 from dinoseg.training.checkpoint import Checkpoints
 from dinoseg.training.optim import MovingAverage, tensors_of
@@ -24,7 +23,7 @@ class LastStep:
     """
 
     def __init__(
-        self, checkpoints: Checkpoints, model: nn.Module, optimizer: Optimizer, average: MovingAverage | None
+        self, checkpoints: Checkpoints, model: Segmenter, optimizer: Optimizer, average: MovingAverage | None
     ) -> None:
         self._checkpoints, self._state = checkpoints, (model, optimizer, average)
         parameters = {name for name, _ in model.named_parameters()}

@@ -17,7 +17,7 @@ from torch.nn.modules.module import (
 from torch.optim import AdamW, Optimizer
 
 from dinoseg.errors import UserError
-from dinoseg.model import fingerprint, quantised_names, trained_names
+from dinoseg.model import Segmenter, fingerprint, quantised_names, trained_names
 from dinoseg.training.description import IDLE
 from dinoseg.training.optim import MovingAverage
 from dinoseg.wording import shown
@@ -93,7 +93,7 @@ def _memory() -> float:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else float("inf")
 
 
-def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
+def load_weights(model: Segmenter, checkpoint: Checkpoint) -> None:
     """Load the trained tensors; every one must be there, none may be left over.
 
     Raises:
@@ -110,7 +110,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     model.load_state_dict(checkpoint.part("model"), strict=False)
 
 
-def check_fits(model: nn.Module, checkpoint: Checkpoint) -> None:
+def check_fits(model: Segmenter, checkpoint: Checkpoint) -> None:
     """Refuse a checkpoint whose tensors are not exactly those that training changes in a model; both may be on meta.
 
     Raises:
@@ -143,7 +143,7 @@ def _casts(have: torch.dtype, want: torch.dtype) -> bool:
     return have == want or (have in CASTS and want in CASTS)
 
 
-def frozen_fingerprint(model: nn.Module) -> dict[str, str]:
+def frozen_fingerprint(model: Segmenter) -> dict[str, str]:
     """Return, for backbone and head, a hash of names, shapes and sampled values that a checkpoint does not hold.
 
     Quantised weights are left out: they differ in the last place between devices.

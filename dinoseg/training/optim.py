@@ -5,13 +5,14 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dinoseg.contracts import Backbone
 from dinoseg.errors import UserError
+from dinoseg.model import Segmenter
 from dinoseg.ranges import LowShare, NotNegative, Positive, Share
 
 logger = logging.getLogger(__name__)
@@ -22,7 +23,7 @@ _FULL = 0.999  # of the rate that is set, but for rounding
 
 
 def parameter_groups(
-    model: nn.Module,
+    model: Segmenter,
     *,
     lr: float,
     weight_decay: float,
@@ -55,7 +56,7 @@ def parameter_groups(
         layer_decay is None or 0 < layer_decay <= 1,
         f"optim.optimizer.layer_decay={layer_decay}: give a number above 0 and at most 1, or null.",
     )
-    above = _layers_above(getattr(model, "backbone", None))
+    above = _layers_above(model.backbone)
     embeddings = {id(part.weight) for part in model.modules() if isinstance(part, nn.Embedding)}
     groups: dict[tuple[float, float], dict] = {}
     for name, parameter in model.named_parameters():
@@ -76,7 +77,7 @@ def parameter_groups(
 
 
 def adamw(
-    model: nn.Module,
+    model: Segmenter,
     *,
     lr: Positive | None = None,
     head_lr: Positive | None = None,
@@ -204,16 +205,14 @@ def tensors_of(model: nn.Module, names: set[str]) -> Iterator[tuple[str, Tensor]
     yield from ((name, value) for name, value in model.state_dict(keep_vars=True).items() if name in names)
 
 
-def _layers_above(backbone: Any) -> dict[int, int]:
+def _layers_above(backbone: Backbone) -> dict[int, int]:
     """Return, by a backbone parameter's id, how many layers lie between it and the head: 0 after the last block."""
-    if backbone is None:
-        return {}
     blocks = list(backbone.blocks)
     above = {id(parameter): len(blocks) + 1 for parameter in backbone.parameters()}
     for number, block in enumerate(blocks):
         above |= {id(parameter): len(blocks) - number for parameter in block.parameters()}
-    norm = getattr(backbone, "norm", None)
-    return above | ({id(parameter): 0 for parameter in norm.parameters()} if norm is not None else {})
+    last = [] if backbone.norm is None else backbone.norm.parameters()
+    return above | {id(parameter): 0 for parameter in last}
 
 
 def _check(rule: bool, message: str) -> None:

@@ -9,13 +9,17 @@ from checkpoint_files import INFO
 from safetensors.torch import save_file
 from torch import nn
 
+from dinoseg.backbones.rgb import RgbBackbone
 from dinoseg.data.classes.labels import Labels
 from dinoseg.errors import UserError
+from dinoseg.heads.linear import LinearHead
+from dinoseg.model import Segmenter
 from dinoseg.training.checkpoint import describe, outline, read, write
 from dinoseg.training.description import FORMAT
 from dinoseg.training.loading import bounded, check_fits, check_size, load_average, load_optimizer
-from dinoseg.training.optim import MovingAverage, adamw
+from dinoseg.training.optim import MovingAverage
 
+WEIGHT = "head.classify.weight"
 DEEP = "[" * 100_000 + "]" * 100_000
 HALF_DEEP = json.loads("[" * 60 + "]" * 60)
 ODD = {  # key, value, what the refusal says
@@ -109,14 +113,19 @@ def test_a_run_cannot_begin_with_names_that_its_checkpoint_could_not_hold(name):
         Labels.of(["fine", name], None, 255)
 
 
+def smallest():
+    return Segmenter(RgbBackbone(), LinearHead(3, 1, 2))
+
+
 @pytest.mark.parametrize(
     "dtype",
     [torch.int64, torch.uint8, torch.bool, torch.float64, torch.complex64, torch.float8_e4m3fn, torch.float8_e5m2],
     ids=str,
 )
 def test_tensors_of_another_type_are_refused(tmp_path, dtype):
-    model = nn.Linear(2, 2, bias=False)
-    write(tmp_path / "x.safetensors", {"model/weight": torch.ones(2, 2).to(dtype)}, INFO)
+    model = smallest()
+    tensors = {f"model/{name}": value for name, value in model.state_dict().items()}
+    write(tmp_path / "x.safetensors", tensors | {f"model/{WEIGHT}": tensors[f"model/{WEIGHT}"].to(dtype)}, INFO)
     for look in (outline, read):
         with pytest.raises(UserError, match="1 tensors of another type"):
             check_fits(model, look(tmp_path / "x.safetensors"))
@@ -124,9 +133,11 @@ def test_tensors_of_another_type_are_refused(tmp_path, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_types_that_dinoseg_writes_fit(tmp_path, dtype):
-    write(tmp_path / "x.safetensors", {"model/weight": torch.ones(2, 2, dtype=dtype)}, INFO)
+    model = smallest()
+    tensors = {f"model/{name}": value for name, value in model.state_dict().items()}
+    write(tmp_path / "x.safetensors", tensors | {f"model/{WEIGHT}": tensors[f"model/{WEIGHT}"].to(dtype)}, INFO)
     for look in (outline, read):
-        check_fits(nn.Linear(2, 2, bias=False), look(tmp_path / "x.safetensors"))
+        check_fits(model, look(tmp_path / "x.safetensors"))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -138,9 +149,14 @@ def test_weights_that_are_not_finite_are_refused_unless_asked_for(tmp_path, valu
     assert read(path, finite=False).tensors["model/weight"].shape == (2,)
 
 
+def optimizer_of(module):
+    names, parameters = zip(*module.named_parameters(), strict=True)
+    return torch.optim.AdamW([{"params": list(parameters), "names": list(names)}])
+
+
 def test_state_of_another_shape_type_or_name_is_refused(tmp_path):
     model = nn.Linear(2, 3, bias=False)
-    optimizer, average = adamw(model, lr=1.0), MovingAverage(model.named_parameters(), 0.9)
+    optimizer, average = optimizer_of(model), MovingAverage(model.named_parameters(), 0.9)
     for key, value in (
         ("weight/exp_avg", torch.zeros(3, 3)),
         ("weight/exp_avg", torch.zeros(3, 2, dtype=torch.int64)),
@@ -171,7 +187,7 @@ ODD_STATE = {
 
 @pytest.mark.parametrize("changes", [*ODD_STATE.values(), {}], ids=[*ODD_STATE, "sound"])
 def test_state_that_adamw_has_not_kept_is_refused(tmp_path, changes):
-    optimizer = adamw(nn.Linear(2, 3, bias=False), lr=1.0)
+    optimizer = optimizer_of(nn.Linear(2, 3, bias=False))
     state = {f"optimizer/weight/{key}": value for key, value in (MOMENTS | changes).items() if value is not None}
     write(tmp_path / "x.safetensors", state, INFO)
     with pytest.raises(UserError, match="state of weight is none of AdamW") if changes else nullcontext():
@@ -180,7 +196,7 @@ def test_state_that_adamw_has_not_kept_is_refused(tmp_path, changes):
 
 @pytest.mark.parametrize(("idle", "refused"), [(0, True), (1, False), (None, False)])
 def test_state_that_lacks_a_parameter_is_refused_unless_it_had_none(tmp_path, idle, refused):
-    optimizer = adamw(nn.Linear(2, 3), lr=1.0)
+    optimizer = optimizer_of(nn.Linear(2, 3))
     state = {f"optimizer/weight/{key}": value for key, value in MOMENTS.items()}
     write(tmp_path / "x.safetensors", state, INFO | ({} if idle is None else {"idle": idle}))
     with pytest.raises(UserError, match="lacks parameters .* such as bias") if refused else nullcontext():

@@ -7,6 +7,7 @@ from tiny_parts import BACKBONES, tiny_node
 from torch import nn
 
 from dinoseg.adapters import Full, Lora
+from dinoseg.backbones.rgb import RgbBackbone
 from dinoseg.backbones.transformers_vit import TransformersVit
 from dinoseg.config.nodes import instantiate
 from dinoseg.errors import UserError
@@ -22,6 +23,10 @@ from dinoseg.training.optim import (
     set_learning_rates,
     warn_of_long_warmup,
 )
+
+
+def smallest():
+    return Segmenter(RgbBackbone(), LinearHead(3, 1, 2))
 
 
 def rates(groups):
@@ -155,8 +160,7 @@ def test_head_and_backbone_have_rates_of_their_own_and_one_for_all_wins(tiny_bac
 
 
 def test_set_learning_rates_scales_every_group():
-    model = nn.Linear(2, 2)
-    optimizer = adamw(model, lr=0.5, weight_decay=0.1)
+    optimizer = adamw(smallest(), lr=0.5, weight_decay=0.1)
     assert set_learning_rates(optimizer, 0.1) == pytest.approx(0.05)
     assert {group["lr"] for group in optimizer.param_groups} == {0.05}
     set_learning_rates(optimizer, 1.0)
@@ -196,12 +200,12 @@ def test_moving_average_forgets_the_initial_weights_soon():
 )
 def test_rates_out_of_range_are_refused(values, message):
     with pytest.raises(UserError, match=message):
-        parameter_groups(nn.Linear(1, 1), **{"lr": 1.0, "weight_decay": 0.0, **values})
+        parameter_groups(smallest(), **{"lr": 1.0, "weight_decay": 0.0, **values})
 
 
 def test_other_bad_input():
     with pytest.raises(UserError, match="Nothing is trainable"):
-        parameter_groups(nn.Linear(1, 1).requires_grad_(False), lr=1.0, weight_decay=0.0)
+        parameter_groups(smallest().requires_grad_(False), lr=1.0, weight_decay=0.0)
     with pytest.raises(UserError, match="kind=step is unknown. Choose one of constant, cosine, poly"):
         schedule("step")
     with pytest.raises(UserError, match="warmup=-1"):

@@ -70,10 +70,6 @@ class ColourSlots(Head):
     def slots(self):
         return self
 
-    def allowed(self, background):
-        parts = zip((background[:, None], ~background[:, None]), self.sizes, strict=True)
-        return torch.cat([cells.expand(-1, size, -1, -1) for cells, size in parts], 1)
-
     def step(self, features, slots=None, allowed=None, sizes=None):
         self.seen.append((allowed, sizes))
         if slots is None or self.predictor is None:
