@@ -11,8 +11,8 @@ from dinoseg.config.nodes import instantiate
 from dinoseg.config.plain import plain
 from dinoseg.data.classes.file import NAME as CLASS_FILE
 from dinoseg.data.classes.labels import Labels
-from dinoseg.data.classes.record import NAME, read_class_record, references
 from dinoseg.errors import UserError
+from dinoseg.inference.class_record import NAME, read_class_record, references
 from dinoseg.metrics.protocols.contract import ScoreProtocol
 from dinoseg.runs.folder import command_line
 

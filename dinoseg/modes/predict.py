@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from dinoseg.data.classes.record import write_class_record
 from dinoseg.errors import UserError
 from dinoseg.evaluation.score_classes import FOLDER, mask_keys
 from dinoseg.images import read_image, write_png
+from dinoseg.inference.class_record import write_class_record
 from dinoseg.inference.inputs import is_video, list_inputs
 from dinoseg.inference.results import mask_names, result_names, write_image_results
 from dinoseg.inference.stream import run_pipeline

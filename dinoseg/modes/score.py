@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dinoseg.data.classes.record import NAME
 from dinoseg.errors import UserError
 from dinoseg.evaluation.score_classes import FOLDER, protocol_of
 from dinoseg.evaluation.score_report import result_of, write_problems
+from dinoseg.inference.class_record import NAME
 from dinoseg.metrics.protocols.contract import ScoreProtocol
 from dinoseg.ranges import Count, Natural
 from dinoseg.report.scores import difference_table, scores_table

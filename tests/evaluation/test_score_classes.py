@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from command_line import call
 
-from dinoseg.data.classes.record import write_class_record
 from dinoseg.images import write_png
+from dinoseg.inference.class_record import write_class_record
 
 CLASSES = ["background", "leaf"]
 
