@@ -43,14 +43,10 @@ def predict(
     each frame as <stem>_masks/%09d.png. What cannot be read is left out, and named at the end.
 
     Raises:
-        UserError: an option is out of range, nothing can be read, or some inputs failed.
+        UserError: nothing can be read, or some inputs failed.
     """
     if not input:
         raise UserError("mode=predict needs something to segment: give input=<image, folder, glob or video>.")
-    if not 0 <= opacity <= 1:
-        raise UserError(f"mode.opacity={opacity}: give a number from 0 (frame only) to 1 (colours only).")
-    if batch_size < 1:
-        raise UserError(f"mode.batch_size={batch_size}: give a number of images of at least 1.")
     paths = list_inputs(input)
     trained = load_trained(cfg)
     if trained.model.head.slots is not None:

@@ -43,7 +43,6 @@ def run(
         UserError: an option makes no sense, a folder is missing, or files cannot be scored; `problems.json` in the run
             folder names all of either folder.
     """
-    _check_draws(resamples, seed)
     folders = _folders(reference, prediction)
     protocol = protocol_of(cfg, folders[1:], out_dir)
     scored = _score_all(protocol, folders[0], folders[1:], out_dir, workers=workers, on_error=on_error)
@@ -95,15 +94,6 @@ def _score_all(
     if messages:
         raise UserError("\n".join(dict.fromkeys(messages)))
     return scored
-
-
-def _check_draws(resamples: int, seed: int) -> None:
-    for option, value, rule in (
-        ("resamples", resamples, "the number of draws for the intervals, 0 for none"),
-        ("seed", seed, "the number that these draws start from, 0 or more"),
-    ):
-        if value < 0:
-            raise UserError(f"mode.{option}={value}: give {rule}.")
 
 
 def _folders(reference: str | None, prediction: str | Sequence[str] | None) -> list[Path]:

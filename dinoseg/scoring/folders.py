@@ -78,12 +78,10 @@ def score_cases(
 
     Raises:
         Unscorable: files that cannot be scored.
-        UserError: an unknown `on_error`, no workers, or nothing left to score.
+        UserError: an unknown `on_error`, or nothing left to score.
     """
     if on_error not in ON_ERROR:
         raise UserError(f"data.on_error={on_error} is unknown. Choose one of {', '.join(ON_ERROR)}.")
-    if workers is not None and workers < 1:
-        raise UserError(f"mode.workers={workers}: give the number of processes, 1 or more, or null for one per core.")
     problems = list(listing.problems)
     cases: list[tuple[Case, Measured]] = []
     for case, result in _measure_all(protocol, listing.cases, workers, remedy):

@@ -68,10 +68,6 @@ class Engine:
         chosen = choose_device(device)
         if precision not in ("auto", "bf16", "fp32"):
             raise UserError(f"engine.precision={precision} is unknown. Choose auto, bf16 or fp32.")
-        if workers < 0:
-            raise UserError(f"engine.workers={workers}: give a number of processes of at least 0.")
-        if eval_batch_size < 1:
-            raise UserError(f"engine.eval_batch_size={eval_batch_size}: give a number of images of at least 1.")
         # accelerate keeps these between engines of one process (sweeps, tests): a new engine starts afresh
         AcceleratorState._reset_state(reset_partial_state=False)
         GradientState._reset_state()

@@ -18,7 +18,6 @@ from dinoseg.model import Segmenter, trained_names
 from dinoseg.processes.interrupt import Deferral, deferred
 from dinoseg.ranges import Count, Natural, OpenShare, Positive
 from dinoseg.report.log import RunLog
-from dinoseg.training import lengths
 from dinoseg.training.checkpoint import Checkpoints, Progress
 from dinoseg.training.engine import Engine
 from dinoseg.training.feed import Feed
@@ -80,7 +79,6 @@ def fit(
         NonFiniteLoss: naming the step and the samples; then no step is saved, for the last ones led to it.
         Interrupted: by a signal; a first one waits for the end of the step. Whatever else ends it saves that, too.
     """
-    lengths.check(steps=steps, val_every=val_every, save_every=save_every, log_every=log_every, accumulate=accumulate)
     _check_score(score, feed)
     net = engine.prepare(model)
     average = MovingAverage(tensors_of(model, trained_names(model)), ema) if ema else None

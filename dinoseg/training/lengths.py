@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from dinoseg.errors import UserError
+from dinoseg.ranges import Count, Positive
 
 
 class Lengths(NamedTuple):
@@ -15,11 +16,11 @@ class Lengths(NamedTuple):
 def in_steps(
     samples: int,
     *,
-    batch_size: int,
-    accumulate: int,
-    steps: int | None,
-    epochs: float | None,
-    val_every: int | None,
+    batch_size: Count,
+    accumulate: Count,
+    steps: Count | None,
+    epochs: Positive | None,
+    val_every: Count | None,
 ) -> Lengths:
     """Return a training's lengths in optimizer steps.
 
@@ -35,11 +36,8 @@ def in_steps(
         val_every: steps between validations; None: an epoch.
 
     Raises:
-        UserError: there is no length, or one is out of range.
+        UserError: there is no length.
     """
-    check(accumulate=accumulate, val_every=val_every, steps=steps if epochs is None else None)
-    if epochs is not None and not 0 < epochs < float("inf"):
-        raise UserError(f"trainer.epochs={epochs}: give a number above 0, such as 10, or null to use trainer.steps.")
     if epochs is None and steps is None:
         raise UserError("Neither trainer.steps nor trainer.epochs is set: give one of them.")
     epoch = samples / (batch_size * accumulate)
@@ -47,14 +45,3 @@ def in_steps(
         steps=max(1, round(epochs * epoch)) if epochs is not None else steps or 0,
         val_every=max(1, round(epoch)) if val_every is None else val_every,
     )
-
-
-def check(**lengths: int | None) -> None:
-    """Refuse a length below 1.
-
-    Raises:
-        UserError: naming its key.
-    """
-    for name, length in lengths.items():
-        if length is not None and length < 1:
-            raise UserError(f"trainer.{name}={length}: give a number of at least 1.")

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from dinoseg.contracts import Backbone
 from dinoseg.errors import UserError
 from dinoseg.model import Segmenter
-from dinoseg.ranges import LowShare, NotNegative, Positive, Share
+from dinoseg.ranges import HighShare, LowShare, NotNegative, OpenShare, Positive, Share
 
 logger = logging.getLogger(__name__)
 _EMBEDDING = re.compile(r"(token|tokens|pos_embed|position_embeddings|level_embed|level_encoding|queries)$")
@@ -42,20 +42,9 @@ def parameter_groups(
         Groups with `params`, `names`, `lr`, `base_lr` and `weight_decay`, in the model's order.
 
     Raises:
-        UserError: nothing is trainable, or a rate or decay is out of range.
+        UserError: nothing is trainable.
     """
     backbone_lr = lr if backbone_lr is None else backbone_lr
-    for rate in (lr, backbone_lr):
-        _check(0 < rate < math.inf, f"optim.optimizer.lr={rate}: a learning rate is a number above 0.")
-    _check(weight_decay >= 0, f"optim.optimizer.weight_decay={weight_decay}: give a number of at least 0.")
-    _check(
-        backbone_lr_scale >= 0,
-        f"optim.optimizer.backbone_lr_scale={backbone_lr_scale}: give a number of at least 0.",
-    )
-    _check(
-        layer_decay is None or 0 < layer_decay <= 1,
-        f"optim.optimizer.layer_decay={layer_decay}: give a number above 0 and at most 1, or null.",
-    )
     above = _layers_above(model.backbone)
     embeddings = {id(part.weight) for part in model.modules() if isinstance(part, nn.Embedding)}
     groups: dict[tuple[float, float], dict] = {}
@@ -72,7 +61,8 @@ def parameter_groups(
         )
         group["params"].append(parameter)
         group["names"].append(name)
-    _check(bool(groups), "Nothing is trainable: choose another adapter or head.")
+    if not groups:
+        raise UserError("Nothing is trainable: choose another adapter or head.")
     return list(groups.values())
 
 
@@ -85,7 +75,7 @@ def adamw(
     weight_decay: NotNegative = 0.01,
     betas: Sequence[LowShare] = (0.9, 0.999),
     backbone_lr_scale: NotNegative = 1.0,
-    layer_decay: Positive | None = None,
+    layer_decay: HighShare | None = None,
 ) -> Optimizer:
     """Return AdamW (Loshchilov and Hutter, arXiv 1711.05101) over `parameter_groups`.
 
@@ -102,7 +92,8 @@ def adamw(
         backbone_lr_scale=backbone_lr_scale,
         layer_decay=layer_decay,
     )
-    _check(len(betas) == 2, f"optim.optimizer.betas={list(betas)}: give two numbers, such as [0.9, 0.999].")
+    if len(betas) != 2:
+        raise UserError(f"optim.optimizer.betas={list(betas)}: give two numbers, such as [0.9, 0.999].")
     fused = any(parameter.is_cuda for parameter in model.parameters())
     return torch.optim.AdamW(groups, betas=(betas[0], betas[1]), fused=fused)
 
@@ -119,12 +110,13 @@ def schedule(
     Raises:
         UserError: an unknown kind, or a warm-up that is neither.
     """
-    _check(kind in SCHEDULES, f"optim.schedule.kind={kind} is unknown. Choose one of {', '.join(SCHEDULES)}.")
-    _check(
-        warmup >= 0 and (isinstance(warmup, int) or warmup < 1),
-        f"optim.schedule.warmup={warmup}: give a share of the length from 0 to below 1, such as 0.1, or a whole number "
-        "of steps.",
-    )
+    if kind not in SCHEDULES:
+        raise UserError(f"optim.schedule.kind={kind} is unknown. Choose one of {', '.join(SCHEDULES)}.")
+    if isinstance(warmup, float) and warmup >= 1:
+        raise UserError(
+            f"optim.schedule.warmup={warmup}: give a share of the length from 0 to below 1, such as 0.1, or a whole "
+            "number of steps."
+        )
 
     def factor(step: int, steps: int) -> float:
         rise = warmup if isinstance(warmup, int) else round(warmup * steps)
@@ -164,8 +156,7 @@ def set_learning_rates(optimizer: Optimizer, factor: float) -> float:
 class MovingAverage:
     """An exponential moving average of the trainable weights and of the floating buffers that training changes."""
 
-    def __init__(self, named: Iterable[tuple[str, Tensor]], decay: float) -> None:
-        _check(0 < decay < 1, f"trainer.ema={decay}: give a decay above 0 and below 1, such as 0.999, or null.")
+    def __init__(self, named: Iterable[tuple[str, Tensor]], decay: OpenShare) -> None:
         self.decay = decay
         self.live = dict(named)
         self.average = {name: value.detach().clone() for name, value in self.live.items()}
@@ -195,9 +186,9 @@ class MovingAverage:
     @torch.no_grad()
     def _swap(self) -> None:
         for name, value in self.live.items():
-            kept = value.detach().clone()
+            trained = value.detach().clone()
             value.copy_(self.average[name])
-            self.average[name].copy_(kept)
+            self.average[name].copy_(trained)
 
 
 def tensors_of(model: nn.Module, names: set[str]) -> Iterator[tuple[str, Tensor]]:
@@ -213,8 +204,3 @@ def _layers_above(backbone: Backbone) -> dict[int, int]:
         above |= {id(parameter): len(blocks) - number for parameter in block.parameters()}
     last = [] if backbone.norm is None else backbone.norm.parameters()
     return above | {id(parameter): 0 for parameter in last}
-
-
-def _check(rule: bool, message: str) -> None:
-    if not rule:
-        raise UserError(message)

@@ -211,9 +211,6 @@ def test_a_full_disk_is_one_message(trained, tmp_path, monkeypatch):
     ("changes", "message"),
     [
         ({"source": None}, "give input=<image, folder, glob or video>"),
-        ({"opacity": 1.5}, r"mode\.opacity=1\.5: give a number from 0"),
-        ({"opacity": float("nan")}, r"mode\.opacity=nan"),
-        ({"batch_size": 0}, r"mode\.batch_size=0: give a number of images of at least 1"),
         ({"source": "nowhere.png"}, "No such file or folder: input=nowhere.png"),
     ],
 )

@@ -228,7 +228,6 @@ def test_a_killed_process_is_told():
     ("options", "message"),
     [
         ({"on_error": "ignore"}, "data.on_error=ignore is unknown. Choose one of stop, skip"),
-        ({"workers": 0}, "mode.workers=0: give the number of processes"),
         ({"on_error": "skip"}, "Nothing is left to score of P: 1 problem, such as a/bad-1: it is bad"),
     ],
 )

@@ -25,8 +25,6 @@ def test_a_device_that_is_not_there_is_refused_with_those_that_are():
     [
         ({"device": "tpu"}, "engine.device=tpu is unknown"),
         ({"precision": "fp16"}, "engine.precision=fp16 is unknown. Choose auto, bf16 or fp32"),
-        ({"workers": -1}, "engine.workers=-1"),
-        ({"eval_batch_size": 0}, "engine.eval_batch_size=0"),
         ({"devices": 2}, "engine.devices=2: this mode runs on 1"),
     ],
 )

@@ -2,7 +2,9 @@ import math
 
 import pytest
 from command_line import SMALL, call, write_data
+from omegaconf import OmegaConf
 
+from dinoseg import build
 from dinoseg.errors import UserError
 from dinoseg.training import checkpoint
 from dinoseg.training.lengths import in_steps
@@ -30,18 +32,21 @@ def test_lengths_in_steps(given, steps, val_every):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"epochs": 0}, "trainer.epochs=0: give a number above 0"),
-        ({"epochs": math.nan}, "trainer.epochs=nan"),
-        ({"epochs": math.inf}, "trainer.epochs=inf"),
-        ({"steps": 0}, "trainer.steps=0: give a number of at least 1"),
+        ({"epochs": 0}, "trainer.epochs=0 is out of range. Give a number above 0, or null"),
+        ({"epochs": math.nan}, "trainer.epochs=nan is out of range"),
+        ({"epochs": math.inf}, "trainer.epochs=inf is out of range"),
+        ({"steps": 0}, "trainer.steps=0 is out of range. Give a whole number of at least 1, or null"),
         ({"steps": None}, "Neither trainer.steps nor trainer.epochs is set"),
-        ({"accumulate": 0}, "trainer.accumulate=0: give a number of at least 1"),
-        ({"val_every": 0}, "trainer.val_every=0: give a number of at least 1"),
+        ({"accumulate": 0}, "trainer.accumulate=0 is out of range. Give a whole number of at least 1"),
+        ({"val_every": 0}, "trainer.val_every=0 is out of range. Give a whole number of at least 1, or null"),
+        ({"batch_size": 0}, "data.batch_size=0 is out of range. Give a whole number of at least 1"),
     ],
 )
 def test_what_is_no_length_is_refused(given, message):
+    trainer = GIVEN | given
+    cfg = OmegaConf.create({"data": {"batch_size": trainer.pop("batch_size")}, "trainer": trainer})
     with pytest.raises(UserError, match=message):
-        in_steps(100, **GIVEN | given)
+        build.lengths(cfg, 100)
 
 
 def test_a_run_in_epochs_and_what_the_command_line_says_of_its_length(tmp_path):
