@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig
+
 from dinoseg import build
 from dinoseg.config.nodes import instantiate
 from dinoseg.errors import UserError
@@ -41,7 +43,7 @@ _NO_SMOOTHING = (
 
 
 def track(
-    cfg: Any,
+    cfg: DictConfig,
     *,
     out_dir: Path,
     input: str | None,
@@ -123,7 +125,7 @@ def _open_input(input: str | None, labels: str | None, *, needs_labels: bool) ->
 
 
 def _choose_tracker(
-    cfg: Any, batch_size: int, smoothing: float | None, labels: str | None, out_dir: Path
+    cfg: DictConfig, batch_size: int, smoothing: float | None, labels: str | None, out_dir: Path
 ) -> tuple[Tracker, Look]:
     """Return what follows objects, and how its masks are shown.
 
@@ -131,9 +133,11 @@ def _choose_tracker(
         UserError: it has no use for `smoothing` or `labels`, or cannot be made.
     """
     if not is_trained(cfg):
-        return _propagation(cfg, batch_size), Look()
+        settings, engine = instantiate(cfg.tracker), instantiate(cfg.engine)
+        options = {"device": engine.device, "autocast": engine.autocast, "batch_size": batch_size}
+        return PropagationTracker(build.backbone(cfg).to(engine.device), settings, **options), Look()
     trained = load_trained(cfg)
-    options: dict[str, Any] = {"autocast": trained.autocast, "batch_size": batch_size}
+    options = {"autocast": trained.autocast, "batch_size": batch_size}
     if trained.model.head.slots is not None:
         if smoothing is not None:
             raise UserError(_NO_SMOOTHING.format(smoothing))
@@ -152,12 +156,6 @@ def _choose_tracker(
     share, sizes = _SMOOTHING if smoothing is None else smoothing, sizes_to_keep(trained, out_dir)
     tracker = SmoothingTracker(trained.model, instantiate(cfg.tracker), smoothing=share, sizes=sizes, **options)
     return tracker, Look(palette=tuple(trained.palette), background=None)
-
-
-def _propagation(cfg: Any, batch_size: int) -> Tracker:
-    settings, engine = instantiate(cfg.tracker), instantiate(cfg.engine)
-    backbone = build.backbone(cfg).to(engine.device)
-    return PropagationTracker(backbone, settings, device=engine.device, autocast=engine.autocast, batch_size=batch_size)
 
 
 @contextmanager

@@ -38,23 +38,21 @@ def with_features(model: Segmenter, images: Tensor) -> tuple[Prediction, Tensor]
     A head that runs the blocks itself asks for no maps: then it is the patch tokens that left the final norm last, of
     which it read its masks.
     """
-    seen: dict[str, Any] = {}
-    parts = {"maps": model.backbone, "tokens": model.backbone.norm}
-    hooks = [
-        part.register_forward_hook(lambda *call, name=name: seen.update({name: call[2]}))
-        for name, part in parts.items()
-        if part is not None
-    ]
+    # such a head norms after several blocks: only the last output is kept, which is also what its last masks are of
+    outputs: dict[str, Tensor] = {}
+    hooks = [model.backbone.register_forward_hook(lambda *call: outputs.update(last_map=call[2][-1]))]
+    if model.backbone.norm is not None:
+        hooks.append(model.backbone.norm.register_forward_hook(lambda *call: outputs.update(tokens=call[2])))
     try:
         prediction = model(images)
     finally:
         for hook in hooks:
             hook.remove()
-    if "maps" in seen:
-        return prediction, seen["maps"][-1]
+    if "last_map" in outputs:
+        return prediction, outputs["last_map"]
     size = backbone_size((images.shape[-2], images.shape[-1]), model.scale, model.longest)
     grid = (math.ceil(size[0] / model.patch_size), math.ceil(size[1] / model.patch_size))
-    return prediction, seen["tokens"][:, -grid[0] * grid[1] :].transpose(1, 2).unflatten(2, grid)
+    return prediction, outputs["tokens"][:, -grid[0] * grid[1] :].transpose(1, 2).unflatten(2, grid)
 
 
 class SmoothingTracker(Tracker):

@@ -65,14 +65,14 @@ class Follower:
     """
 
     def __init__(self, head: Slots, settings: SlotTracking, autocast: Autocast = nullcontext) -> None:
-        self._head, self._chosen, self._autocast = head, settings, autocast
+        self._head, self._settings, self._autocast = head, settings, autocast
 
     def asks_background(self, *, first: bool) -> bool:
         """Return whether a video's first frame, or each later one, is to come with its `background`."""
-        holds = self._chosen.hold != "none"
+        holds = self._settings.hold != "none"
         if first:
-            return (holds and self._head.groups != "off") or self._chosen.extra_slots > 0
-        return holds and (self._head.groups == "always" or self._chosen.lock_on)
+            return (holds and self._head.groups != "off") or self._settings.extra_slots > 0
+        return holds and (self._head.groups == "always" or self._settings.lock_on)
 
     def begin(self, frame: SlotFrame) -> Followed:
         """Return what the first frame's slots stand for: as its labels say, or each for itself.
@@ -83,20 +83,20 @@ class Follower:
         sizes, num_background, allowed = list(self._head.sizes), 0, None
         if len(sizes) == 2:
             num_background = sizes[0]
-            allowed = None if frame.background is None else hold(frame.background, sizes, self._chosen.hold)
+            allowed = None if frame.background is None else hold(frame.background, sizes, self._settings.hold)
         if frame.labels is None:
             slots, masks = self._see(frame, None, allowed, sizes)
             numbers = _numbered(len(masks))
             return Followed(slots, masks, Correspondence.start(len(masks)), numbers, False, sizes, num_background)
         ids = [0, *frame.ids()]
         shares = frame.shares(ids)
-        if self._chosen.lock_on:
-            locked = lock(shares, ids, self._chosen, frame.background)
+        if self._settings.lock_on:
+            locked = lock(shares, ids, self._settings, frame.background)
             num_background, count = locked.num_background, len(locked.serves)
             sizes = [num_background, count - num_background] if len(sizes) == 2 else [count]
             allowed = locked.allowed[None]
         slots, masks = self._see(frame, None, allowed, sizes)
-        serves = locked.serves if self._chosen.lock_on else owners(masks, shares, ids)
+        serves = locked.serves if self._settings.lock_on else owners(masks, shares, ids)
         return Followed(slots, masks, Correspondence.start(len(masks)), serves, True, sizes, num_background)
 
     def go_on(self, last: Followed, frame: SlotFrame) -> Followed:
@@ -108,15 +108,15 @@ class Follower:
         allowed = None
         if frame.background is not None and self.asks_background(first=False):
             groups = (last.num_background, len(last.ids) - last.num_background)
-            allowed = hold(frame.background, groups, self._chosen.hold)
+            allowed = hold(frame.background, groups, self._settings.hold)
         slots, masks = self._see(frame, last.slots, allowed, last.sizes)
         correspondence = last.correspondence
-        if self._chosen.match == "similarity":
-            correspondence = correspondence.step(cosine(last.slots[0], slots[0]), self._chosen.temperature)
-        elif self._chosen.match == "soft_iou":
-            correspondence = correspondence.step(soft_iou(last.masks, masks), self._chosen.temperature)
-        elif self._chosen.match == "overlap" or self._head.predictor is None:
-            correspondence = correspondence.step(overlap(last.masks, masks), self._chosen.temperature)
+        if self._settings.match == "similarity":
+            correspondence = correspondence.step(cosine(last.slots[0], slots[0]), self._settings.temperature)
+        elif self._settings.match == "soft_iou":
+            correspondence = correspondence.step(soft_iou(last.masks, masks), self._settings.temperature)
+        elif self._settings.match == "overlap" or self._head.predictor is None:
+            correspondence = correspondence.step(overlap(last.masks, masks), self._settings.temperature)
         ids = list(last.ids)
         new = [one for one in frame.ids() if one not in ids]
         if new:

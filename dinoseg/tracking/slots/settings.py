@@ -40,18 +40,21 @@ class SlotTracking:
     temperature: Positive = 0.05
 
     def __post_init__(self) -> None:
-        for key, least in (("slots_per_object", 1), ("background_slots", 1), ("extra_slots", 0)):
-            value = getattr(self, key)
+        for key, value, least in (
+            ("slots_per_object", self.slots_per_object, 1),
+            ("background_slots", self.background_slots, 1),
+            ("extra_slots", self.extra_slots, 0),
+        ):
             if value < least or value != int(value):
                 raise UserError(f"slots.{key}={value} must be a whole number, {least} or more.")
-        for key, words in (("hold", HOLDS), ("match", MATCHES)):
-            if getattr(self, key) not in words:
-                raise UserError(f"slots.{key}={getattr(self, key)} is unknown. Choose one of: {', '.join(words)}.")
+        for key, word, words in (("hold", self.hold, HOLDS), ("match", self.match, MATCHES)):
+            if word not in words:
+                raise UserError(f"slots.{key}={word} is unknown. Choose one of: {', '.join(words)}.")
         if not 0 < self.temperature < float("inf"):
             raise UserError(f"slots.temperature={self.temperature} must be above 0 and finite, such as 0.05.")
-        for key, least in (("slots_per_object", 1), ("extra_slots", 0)):
-            if not self.lock_on and getattr(self, key) > least:
+        for key, value, least in (("slots_per_object", self.slots_per_object, 1), ("extra_slots", self.extra_slots, 0)):
+            if not self.lock_on and value > least:
                 raise UserError(
-                    f"slots.{key}={getattr(self, key)} has no effect with slots.lock_on=false. Set "
+                    f"slots.{key}={value} has no effect with slots.lock_on=false. Set "
                     f"slots.lock_on=true, or leave it at {least}."
                 )

@@ -72,7 +72,7 @@ class SlotTracker(Tracker):
         autocast: Autocast = nullcontext,
     ) -> None:
         super().__init__(device=next(model.parameters()).device, autocast=autocast, batch_size=batch_size)
-        self._model, self._chosen = model, settings
+        self._model, self._slot_settings = model, settings
         slots = model.head.slots
         if slots is None:
             raise UserError("The model has no slots to follow. Give resume=RUN of a model with head=slots.")
@@ -86,7 +86,7 @@ class SlotTracker(Tracker):
         """What the masks depend on beside frames and labels."""
         return {
             "kind": "slots",
-            "slots": asdict(self._chosen),
+            "slots": asdict(self._slot_settings),
             "model": model_settings(self._model),
             "precision": precision_of(self.autocast, self.device),
         }
@@ -174,7 +174,7 @@ class SlotTracker(Tracker):
 
     def _check_labels(self, labels: Sequence[np.ndarray | None]) -> None:
         labelled = labels[0] is not None if self._followed is None else self._followed.labelled
-        if self._chosen.lock_on and not labelled:
+        if self._slot_settings.lock_on and not labelled:
             raise UserError(
                 "slots.lock_on=true shows slots what the mask of the first frame says, and there is none. Give it, or "
                 "set slots.lock_on=false."

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,8 +24,22 @@ from dinoseg.tracking.video.state import MASKS, RESULT, STATE
 from dinoseg.wording import count_of
 
 logger = logging.getLogger(__name__)
-COLUMNS = ("frame", "name", "id", "area", "centre_x", "centre_y", "left", "top", "right", "bottom")
 _DEPTH = 4  # frames that wait on either side
+
+
+class ObjectRow(NamedTuple):
+    """An object in a frame, as objects.csv has it."""
+
+    frame: int
+    name: str
+    id: int
+    area: int  # pixels
+    centre_x: float
+    centre_y: float
+    left: int
+    top: int
+    right: int
+    bottom: int
 
 
 def write_results(job: TrackJob, passed: Throughput, source: str, opacity: float) -> dict[str, Any]:
@@ -95,26 +109,26 @@ def write_track_report(
     """
     seen: set[int] = set()
 
-    def infer(item: tuple[int, np.ndarray, np.ndarray]) -> tuple[np.ndarray, list[list[Any]]]:
+    def infer(item: tuple[int, np.ndarray, np.ndarray]) -> tuple[np.ndarray, list[ObjectRow]]:
         position, frame, mask = item
         rows = object_rows(position, frames.frame_name(position), mask, look.background)
         shown = mask if blocks is None or position == 0 else smooth_blocks(mask, blocks)
         return blend(frame, shown, look.palette, opacity=opacity), rows
 
-    def write(done: tuple[np.ndarray, list[list[Any]]]) -> None:
-        overlay, rows = done
+    def write(shown: tuple[np.ndarray, list[ObjectRow]]) -> None:
+        overlay, rows = shown
         video.write(overlay)
         table.writerows(rows)
-        seen.update(row[COLUMNS.index("id")] for row in rows)
+        seen.update(row.id for row in rows)
 
     with _table(folder / "objects.csv") as table, VideoWriter(folder / "overlay.mp4", frames.fps, frames.size) as video:
         passed = run_pipeline(_with_masks(frames, folder / MASKS), infer, write, depth=_DEPTH)
     return sorted(seen), passed
 
 
-def object_rows(position: int, name: str, mask: np.ndarray, background: int | None = 0) -> list[list[Any]]:
-    """Return a row of `COLUMNS` for each object of a mask (H, W) of ids; the background is none."""
-    rows: list[list[Any]] = []
+def object_rows(position: int, name: str, mask: np.ndarray, background: int | None = 0) -> list[ObjectRow]:
+    """Return a row for each object of a mask (H, W) of ids; the background is none."""
+    rows: list[ObjectRow] = []
     for label in np.flatnonzero(np.bincount(mask.ravel(), minlength=256)):
         if label == background:
             continue
@@ -122,8 +136,9 @@ def object_rows(position: int, name: str, mask: np.ndarray, background: int | No
         down, across = np.count_nonzero(here, axis=1), np.count_nonzero(here, axis=0)  # (H,), (W,)
         area = int(down.sum())
         ys, xs = np.flatnonzero(down), np.flatnonzero(across)
-        centre = [round(float((counts @ np.arange(len(counts))) / area), 3) for counts in (across, down)]
-        rows.append([position, name, int(label), area, *centre, *map(int, (xs[0], ys[0], xs[-1], ys[-1]))])
+        x, y = (round(float((counts @ np.arange(len(counts))) / area), 3) for counts in (across, down))
+        box = map(int, (xs[0], ys[0], xs[-1], ys[-1]))
+        rows.append(ObjectRow(position, name, int(label), area, x, y, *box))
     return rows
 
 
@@ -141,5 +156,5 @@ def _table(path: Path) -> Iterator[Any]:
     """Give a CSV writer whose file takes its name at the end, or vanishes on an exception."""
     with whole_file(path) as part, open(part, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(COLUMNS)
+        writer.writerow(ObjectRow._fields)
         yield writer

@@ -9,7 +9,7 @@ from dinoseg.images import read_ids
 from dinoseg.inference.frame_folder import FolderReader
 from dinoseg.inference.video_file import VideoReader
 from dinoseg.report.indexed import voc_palette, write_indexed_png
-from dinoseg.tracking.video.report import COLUMNS, object_rows, write_track_report
+from dinoseg.tracking.video.report import ObjectRow, object_rows, write_track_report
 
 
 def test_the_palette_is_pascal_vocs():
@@ -50,7 +50,7 @@ def test_rows_against_counting_by_hand():
     for _ in range(20):
         mask = draw.choice([0, 0, 0, 1, 4, 254], (7, 11)).astype(np.uint8)
         rows = object_rows(3, "x", mask)
-        assert [row[:3] for row in rows] == [[3, "x", label] for label in (1, 4, 254) if (mask == label).any()]
+        assert [row[:3] for row in rows] == [(3, "x", label) for label in (1, 4, 254) if (mask == label).any()]
         for row in rows:
             assert row[3:] == pytest.approx(by_hand(mask, row[2]), abs=6e-4)
             assert all(type(value) in (int, float) for value in row[2:])
@@ -76,7 +76,7 @@ def test_the_overlay_and_the_table(run):
     assert sorted(path.name for path in (run / "out").iterdir()) == ["masks", "objects.csv", "overlay.mp4"]
     with open(run / "out/objects.csv", newline="") as file:
         rows = list(csv.reader(file))
-    assert rows[0] == list(COLUMNS)
+    assert rows[0] == list(ObjectRow._fields)
     assert rows[1:] == [
         ["0", "00000", "2", "400", "14.5", "13.5", "5", "4", "24", "23"],
         ["2", "00002", "2", "400", "16.5", "13.5", "7", "4", "26", "23"],
