@@ -1,4 +1,4 @@
-.PHONY: demo test check format clean
+.PHONY: demo test test-fast check format clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -21,7 +21,10 @@ demo: .venv/installed  ## render, prepare, train, evaluate, predict on a video
 	$(BIN)/python -m dinoseg mode=eval hparam=demo resume=$(DEMO)/train hydra.run.dir=$(DEMO)/eval
 
 test: .venv/installed  ## all tests that need no GPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-fast: .venv/installed  ## what takes no process and no second each: the loop while coding
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not slow" --durations=20 --durations-min=1
 
 check: .venv/installed  ## format, lint, types
 	$(BIN)/ruff format --check .

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_parts import tiny_vit
 
 ROOT = Path(__file__).parents[1]
+PROCESSES = {"subprocess", "multiprocessing", "ranks"}  # what a test file that starts processes imports
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start: sums are then the same to the last bit
 # processes that tests start import this checkout, whichever one is installed
@@ -16,10 +16,18 @@ torch.set_num_threads(1)
 DATA = Path(os.environ.get("DINOSEG_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
+    """Leave out what this machine cannot run, and mark as slow what runs commands, starts processes or composes."""
     for item in items:
+        names = vars(item.module)
+        runs_commands = getattr(names.get("call"), "__module__", None) == "command_line"
+        if runs_commands or PROCESSES & names.keys() or "compose" in item.fixturenames:
+            item.add_marker("slow")
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)  # long files begin first, so that no worker ends alone
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +66,8 @@ def compose():
 @pytest.fixture
 def tiny_backbone():
     """Build a random two-block DINOv3-type transformer with 8 px patches, 24 wide."""
+    from tiny_parts import tiny_vit
+
     return tiny_vit
 
 

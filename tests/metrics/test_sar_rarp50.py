@@ -126,6 +126,7 @@ def test_scores_equal_the_definition(folders, tolerance):
     np.testing.assert_allclose([row["nsd"] for row in rows], expected[:, 1].mean(axis=0), atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the reference's own
 def test_scores_equal_monai(folders):
     metrics, torch = pytest.importorskip("monai.metrics"), pytest.importorskip("torch")

@@ -151,6 +151,7 @@ def test_nothing_shared_has_no_difference():
     json.dumps(found, allow_nan=False)
 
 
+@pytest.mark.slow
 def test_the_paired_difference_of_many_cases_takes_no_square_of_them():
     many = cases(*(f"v{index}/a=1-2" for index in range(30_000)))
     measured = [(case, Share().measure(case)) for case in many.cases]

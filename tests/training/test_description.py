@@ -203,6 +203,7 @@ def test_state_that_lacks_a_parameter_is_refused_unless_it_had_none(tmp_path, id
         load_optimizer(optimizer, read(tmp_path / "x.safetensors"))
 
 
+@pytest.mark.slow
 def test_a_model_larger_than_the_machine_is_not_made():
     with pytest.raises(UserError, match="that this machine cannot hold"), torch.device("meta"), bounded("resume=x"):
         nn.Linear(10**7, 10**7)
