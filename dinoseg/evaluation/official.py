@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dinoseg.data.packed.read import reduced_size
-from dinoseg.data.pairs.dataset import Pair
+from dinoseg.data.pairs.pair import Pair
 from dinoseg.errors import UserError
 from dinoseg.evaluation.score_report import report, write_problems
 from dinoseg.images import read_size

@@ -28,7 +28,8 @@ from dinoseg.data.formats.sarrarp_files import (
     mask_sums,
     png_files,
 )
-from dinoseg.data.pairs.dataset import Pair, read_pair
+from dinoseg.data.pairs.dataset import read_pair
+from dinoseg.data.pairs.pair import Pair
 from dinoseg.errors import UserError
 from dinoseg.images import read_image, write_png
 from dinoseg.preparation.jobs import incomplete, run_jobs

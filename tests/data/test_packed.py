@@ -27,7 +27,8 @@ from dinoseg.data.packed import draft as packed_draft
 from dinoseg.data.packed import pack as packed
 from dinoseg.data.packed.pack import pack
 from dinoseg.data.packed.read import paying_workers, reduced
-from dinoseg.data.pairs.dataset import Pair, PairDataset
+from dinoseg.data.pairs.dataset import PairDataset
+from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.transforms import Affine, Augment, ColorJitter
 from dinoseg.data.video.access import VideoFrame
 from dinoseg.errors import UserError

@@ -9,7 +9,7 @@ import pytest
 from command_line import SMALL, call
 from PIL import Image
 
-from dinoseg.data.pairs.dataset import Pair
+from dinoseg.data.pairs.pair import Pair
 from dinoseg.errors import UserError
 from dinoseg.evaluation.official import official_scores, usable
 from dinoseg.images import write_png

@@ -4,11 +4,11 @@ import json
 import logging
 import os
 import zipfile
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from making import save
 from safetensors.torch import save_file
 
 from dinoseg.data.classes.labels import Labels
@@ -16,6 +16,8 @@ from dinoseg.data.classes.masks import MaskReader, Masks
 from dinoseg.data.formats.sarrarp import _no_pseudo
 from dinoseg.data.formats.youtube_vos import YoutubeVos
 from dinoseg.data.packed.store import INDEX, PIXELS, StoreKey, open_store, write_index
+from dinoseg.data.pairs.dataset import PairDataset
+from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.scan import cache as scan_cache
 from dinoseg.data.scan import class_counts
 from dinoseg.data.scan.record import Record
@@ -98,10 +100,8 @@ def test_places_in_a_packed_store_lie_inside_its_file(tmp_path, place, value):
 
 @pytest.mark.parametrize("pixels", [[1.5, 2], [-1, 2], ["1", 2], [True, 2], [2**63, 2], [[1], [2]], [None, 2]])
 def test_class_counts_that_are_none_are_counted_anew(tmp_path, caplog, pixels):
-    masks = [torch.tensor([[0, 1, 1]])]
-    data = SimpleNamespace(classes=["a", "b"], ignore_index=255, fingerprint=lambda: "f" * 64)
-    data = type("Data", (), {**vars(data), "__len__": lambda s: 1, "__getitem__": lambda s, i: {"mask": masks[i]}})()
-    type(data).fingerprint = lambda self: "f" * 64
+    image, mask = save(tmp_path / "i.png", np.zeros((1, 3, 3))), save(tmp_path / "m.png", [[0, 1, 1]])
+    data = PairDataset([Pair("m", image, mask)], Labels.of(["a", "b"], None, 255), Masks())
     assert class_counts.class_counts(data, tmp_path).tolist() == [1, 2]
     path = next(tmp_path.glob("class_counts_*"))
     path.write_text(json.dumps({**json.loads(path.read_text()), "pixels": pixels}))
@@ -115,7 +115,7 @@ def test_a_scan_that_was_tampered_with_is_made_anew(tmp_path, caplog):
     mask = tmp_path / "m.png"
     mask.write_bytes(b"x")
     cache = scan_cache.ScanCache(tmp_path, [mask], reader)
-    cache.put(Record("m", str(mask), str(mask), (2, 3), (2, 3), pixels={0: 6}, raw={"0": 6}), mask, mask)
+    cache.put(Record("m", str(mask), str(mask), (2, 3), (2, 3), pixels={0: 6}, raw={"0": 6}), Pair("m", mask, mask))
     cache.save()
     assert len(scan_cache.ScanCache(tmp_path, [mask], reader)._known) == 1
     with np.load(cache.path) as file:

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import Masks
 from dinoseg.data.clips.videos import VOID, Video, VideoLayout, chosen
-from dinoseg.data.pairs.dataset import Pair, PairDataset
+from dinoseg.data.pairs.dataset import PairDataset
+from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.splits import Partition
 from dinoseg.errors import UserError
 

@@ -19,7 +19,8 @@ from dinoseg.data.formats.idd_files import (
     label_suffix,
     prepare_command,
 )
-from dinoseg.data.pairs.dataset import Pair, PairDataset
+from dinoseg.data.pairs.dataset import PairDataset
+from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.pairs.pairing import Lacking, gathered
 from dinoseg.data.splits import Partition, divide
 from dinoseg.errors import UserError

@@ -18,7 +18,8 @@ from dinoseg.data.formats.sarrarp_files import (
     mask_sums,
     png_files,
 )
-from dinoseg.data.pairs.dataset import Pair, PairDataset
+from dinoseg.data.pairs.dataset import PairDataset
+from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.pairs.pairing import Lacking, gathered
 from dinoseg.data.splits import Partition, divide
 from dinoseg.data.video.access import ImageSource, VideoFrame

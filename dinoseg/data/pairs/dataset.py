@@ -1,11 +1,6 @@
-"""One image and its mask file: read together, known by a fingerprint."""
+"""A data set of images and masks in pairs of files."""
 
-import functools
-import hashlib
-import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -13,18 +8,9 @@ import torch
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.mask_size import fit_mask
 from dinoseg.data.classes.masks import MaskReader, Masks
-from dinoseg.data.video.access import ImageSource, VideoFrame, read_source
+from dinoseg.data.pairs.pair import Pair, fingerprint
+from dinoseg.data.video.access import read_source
 from dinoseg.shapes import Sample
-from dinoseg.storage.stamps import stamp
-
-
-@dataclass(frozen=True)
-class Pair:
-    """An image, in its own file or in a video, and its mask file; `name` is unique inside the data set."""
-
-    name: str
-    image: ImageSource
-    mask: Path
 
 
 class PairDataset:
@@ -102,14 +88,3 @@ def read_mask(pair: Pair, reader: MaskReader) -> np.ndarray:
     if reader.masks.on_size_mismatch == "resize_mask":
         return read_pair(pair, reader)["mask"].numpy()
     return reader.read(pair.mask)
-
-
-def fingerprint(pairs: Iterable[Pair], reader: MaskReader) -> str:
-    """Return a hash that changes with the names, any file, where it lies, the classes and the mask rules."""
-    resolved = functools.cache(os.path.realpath)  # of folders: few, and each costs a look at all above it
-    digest = hashlib.sha256(reader.rules().encode())
-    for pair in pairs:
-        image, frame = (pair.image.path, pair.image.index) if isinstance(pair.image, VideoFrame) else (pair.image, None)
-        files = [(resolved(path.parent), path.name, stamp(path)) for path in (image, pair.mask)]
-        digest.update(f"{(pair.name, frame, files)!r}\n".encode())  # repr, since not every file name is text
-    return digest.hexdigest()

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import Masks
-from dinoseg.data.pairs.dataset import Pair, PairDataset
+from dinoseg.data.pairs.dataset import PairDataset
+from dinoseg.data.pairs.pair import Pair
 from dinoseg.errors import UserError
 from dinoseg.wording import count_of, reasons
 

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from dinoseg.data.classes.masks import MaskReader
+from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.scan.likeness import SMALL
 from dinoseg.data.scan.record import Record
-from dinoseg.data.video.access import ImageSource
 from dinoseg.storage import forms
 from dinoseg.storage.atomic import whole_file
 from dinoseg.storage.stamps import stamp
@@ -63,18 +63,18 @@ class ScanCache:
         self._known: dict[str, tuple[list[int], Record]] = self._load()
         self._changed = False
 
-    def get(self, name: str, image: ImageSource, mask: Path, *, images: bool) -> Record | None:
+    def get(self, pair: Pair, *, images: bool) -> Record | None:
         """Return what is known of a pair if neither file has changed; with `images`, of its image too."""
-        stamps, record = self._known.get(_key(image, mask), (None, None))
-        if record is None or stamps != _stamps(image, mask) or (images and not record.decoded):
+        stamps, record = self._known.get(_key(pair), (None, None))
+        if record is None or stamps != _stamps(pair) or (images and not record.decoded):
             return None
-        return replace(record, name=name)
+        return replace(record, name=pair.name)
 
-    def put(self, record: Record, image: ImageSource, mask: Path) -> None:
+    def put(self, record: Record, pair: Pair) -> None:
         """Keep a record, unless one of its files is not there, or could not be read for the machine's sake."""
-        stamps = _stamps(image, mask)
+        stamps = _stamps(pair)
         if stamps is not None and not record.passing:
-            self._known[_key(image, mask)] = (stamps, record)
+            self._known[_key(pair)] = (stamps, record)
             self._changed = True
 
     def save(self) -> None:
@@ -106,13 +106,13 @@ def _read(path: Path) -> dict[str, tuple[list[int], Record]]:
     }
 
 
-def _key(image: ImageSource, mask: Path) -> str:
-    source = os.path.abspath(image) if isinstance(image, Path) else str(image)
-    return f"{source}\0{os.path.abspath(mask)}"
+def _key(pair: Pair) -> str:
+    source = os.path.abspath(pair.image) if isinstance(pair.image, Path) else str(pair.image)
+    return f"{source}\0{os.path.abspath(pair.mask)}"
 
 
-def _stamps(image: ImageSource, mask: Path) -> list[int] | None:
-    of_image, of_mask = stamp(image), stamp(mask)
+def _stamps(pair: Pair) -> list[int] | None:
+    of_image, of_mask = stamp(pair.image), stamp(pair.mask)
     return None if of_image is None or of_mask is None else [*of_image, *of_mask]
 
 

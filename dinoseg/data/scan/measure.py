@@ -10,6 +10,7 @@ from PIL import Image
 
 from dinoseg.data.classes.mask_size import fit_mask
 from dinoseg.data.classes.masks import MaskReader
+from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.scan.file_ends import ends_early
 from dinoseg.data.scan.likeness import borders, digest, edges, perceptual_hash
 from dinoseg.data.scan.record import Record
@@ -22,17 +23,15 @@ _MOST_RAW = 256  # file values that are listed
 _LOSSY = ("JPEG", "MPO")
 
 
-def measure(name: str, image: ImageSource, mask: Path, reader: MaskReader, *, images: bool) -> Record:
+def measure(pair: Pair, reader: MaskReader, *, images: bool) -> Record:
     """Read one pair; a file that cannot be read is a problem in the record, never an error.
 
     Args:
-        name: of the pair.
-        image: an image file, or a frame of a video.
-        mask: the mask file.
+        pair: an image file, or a frame of a video, and a mask file.
         reader: how masks are read.
         images: decode the image too; else only its header and its end are read, by which most cut files are found.
     """
-    record = Record(name, str(image), str(mask), decoded=images)
+    record, image, mask = Record(pair.name, str(pair.image), str(pair.mask), decoded=images), pair.image, pair.mask
     try:
         record = _with_pixels(record, image) if images else replace(record, image_size=_header_size(image))
     except Exception as error:  # a decoder may raise anything on a damaged file

@@ -1,25 +1,18 @@
 """Every pair of a data set measured once, by several processes, and kept for the next run."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dinoseg.data.classes.masks import MaskReader
+from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.scan.cache import ScanCache
 from dinoseg.data.scan.measure import measure
 from dinoseg.data.scan.record import Record
-from dinoseg.data.video.access import ImageSource
 from dinoseg.errors import UserError
 from dinoseg.processes.workers import in_processes
 from dinoseg.report.progress import Bar
 
-if TYPE_CHECKING:  # its file imports torch, which the scanning processes do without
-    from dinoseg.data.pairs.dataset import Pair
-
-Job = tuple[str, ImageSource, Path]  # name, image, mask
 _CHUNK = 16  # pairs handed to a process at once
 _FEW = 64  # pairs below which starting processes costs more than it saves
 
@@ -49,16 +42,16 @@ def scan(
     cache = None if cache_dir is None else ScanCache(cache_dir, [pair.mask for pair in pairs], reader)
     known: dict[int, Record] = {}
     for index, pair in enumerate(pairs):
-        record = cache.get(pair.name, pair.image, pair.mask, images=images) if cache else None
+        record = cache.get(pair, images=images) if cache else None
         if record is not None:
             known[index] = record
     missing = [index for index in range(len(pairs)) if index not in known]
-    jobs: list[Job] = [(pairs[index].name, pairs[index].image, pairs[index].mask) for index in missing]
     try:
-        for index, job, record in zip(missing, jobs, _measured(jobs, reader, images, workers), strict=True):
+        records = _measured([pairs[index] for index in missing], reader, images, workers)
+        for index, record in zip(missing, records, strict=True):
             known[index] = record
             if cache is not None:
-                cache.put(record, job[1], job[2])
+                cache.put(record, pairs[index])
     finally:
         if cache is not None:  # after an interruption too: the next run goes on from here
             cache.save()
@@ -70,12 +63,12 @@ def unreadable(records: Iterable[Record]) -> dict[str, str]:
     return {record.name: "; ".join(record.problems.values()) for record in records if record.problems}
 
 
-def _measured(jobs: Sequence[Job], reader: MaskReader, images: bool, workers: int) -> Iterator[Record]:
+def _measured(pairs: Sequence[Pair], reader: MaskReader, images: bool, workers: int) -> Iterator[Record]:
     """Yield the records in order, with a bar."""
     work = functools.partial(_measure_all, reader=reader, images=images)
-    chunks = [jobs[start : start + _CHUNK] for start in range(0, len(jobs), _CHUNK)]
-    with Bar(total=len(jobs), desc="scanning", unit="pair", delay=2, leave=False) as bar:
-        processes = workers if len(jobs) >= _FEW else 1
+    chunks = [pairs[start : start + _CHUNK] for start in range(0, len(pairs), _CHUNK)]
+    with Bar(total=len(pairs), desc="scanning", unit="pair", delay=2, leave=False) as bar:
+        processes = workers if len(pairs) >= _FEW else 1
         for _, records in in_processes(
             work,
             chunks,
@@ -86,5 +79,5 @@ def _measured(jobs: Sequence[Job], reader: MaskReader, images: bool, workers: in
             bar.update(len(records))
 
 
-def _measure_all(jobs: Sequence[Job], *, reader: MaskReader, images: bool) -> list[Record]:
-    return [measure(name, image, mask, reader, images=images) for name, image, mask in jobs]
+def _measure_all(pairs: Sequence[Pair], *, reader: MaskReader, images: bool) -> list[Record]:
+    return [measure(pair, reader, images=images) for pair in pairs]

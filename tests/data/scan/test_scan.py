@@ -13,7 +13,8 @@ from PIL import Image
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import MaskReader, Masks
 from dinoseg.data.formats.folder import folder_dataset
-from dinoseg.data.pairs.dataset import Pair, PairDataset
+from dinoseg.data.pairs.dataset import PairDataset
+from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.scan import scan as scan_module
 from dinoseg.data.scan.likeness import perceptual_hash
 from dinoseg.data.scan.scan import scan, unreadable
@@ -221,9 +222,9 @@ def test_a_jpeg_mask_is_a_problem_though_its_ids_are_right(fill, tmp_path):
 def count_reads(monkeypatch):
     seen, measure = [], scan_module.measure
 
-    def counted(name, *rest, **options):
-        seen.append(name)
-        return measure(name, *rest, **options)
+    def counted(pair, *rest, **options):
+        seen.append(pair.name)
+        return measure(pair, *rest, **options)
 
     monkeypatch.setattr(scan_module, "measure", counted)
     return seen
@@ -279,10 +280,10 @@ def test_what_was_scanned_before_an_interruption_is_kept(fill, tmp_path, monkeyp
     monkeypatch.setattr(scan_module, "_CHUNK", 1)
     measure = scan_module.measure
 
-    def stop(name, *rest, **options):
-        if name == "n3":
+    def stop(pair, *rest, **options):
+        if pair.name == "n3":
             raise KeyboardInterrupt
-        return measure(name, *rest, **options)
+        return measure(pair, *rest, **options)
 
     monkeypatch.setattr(scan_module, "measure", stop)
     with pytest.raises(KeyboardInterrupt):

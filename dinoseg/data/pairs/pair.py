@@ -1,0 +1,32 @@
+"""One image and its mask file, and by what many of them are known again; imports no torch."""
+
+import functools
+import hashlib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from dinoseg.data.classes.masks import MaskReader
+from dinoseg.data.video.access import ImageSource, VideoFrame
+from dinoseg.storage.stamps import stamp
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An image, in its own file or in a video, and its mask file; `name` is unique inside the data set."""
+
+    name: str
+    image: ImageSource
+    mask: Path
+
+
+def fingerprint(pairs: Iterable[Pair], reader: MaskReader) -> str:
+    """Return a hash that changes with the names, any file, where it lies, the classes and the mask rules."""
+    resolved = functools.cache(os.path.realpath)  # of folders: few, and each costs a look at all above it
+    digest = hashlib.sha256(reader.rules().encode())
+    for pair in pairs:
+        image, frame = (pair.image.path, pair.image.index) if isinstance(pair.image, VideoFrame) else (pair.image, None)
+        files = [(resolved(path.parent), path.name, stamp(path)) for path in (image, pair.mask)]
+        digest.update(f"{(pair.name, frame, files)!r}\n".encode())  # repr, since not every file name is text
+    return digest.hexdigest()
