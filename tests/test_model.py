@@ -107,9 +107,11 @@ def test_a_checkpoint_holds_running_means_of_trained_parts_alone(tiny_backbone):
     for adapter, kept in ((Frozen(), False), (Full(), True)):
         backbone = tiny_backbone()
         backbone.extra = nn.BatchNorm2d(3)
+        backbone.register_buffer("constant", torch.ones(1))  # of a part with no parameter of its own
         backbone.weights = "some/hub-id"
         names = trained_names(Segmenter(adapter(backbone), LinearHead(24, 1, 2)))
         assert {"backbone.extra.running_mean" in names, "backbone.extra.weight" in names} == {kept}
+        assert "backbone.constant" not in names
 
 
 def test_a_fingerprint_tells_names_shapes_and_values_apart():
