@@ -47,35 +47,37 @@ def configuration(model_type: str, values: Mapping[str, Any]) -> Any:
 
 def _of_another_type(values: Mapping[str, Any], error: Exception) -> UserError:
     field = re.search(r"field '(\w+)'", str(error))
-    given = _given(field[1], values[field[1]]) if field and field[1] in values else f"backbone.arch={dict(values)}"
-    return UserError(f"{given}: {str(error.__cause__ or error).splitlines()[0]}. Correct the value.")
+    setting = _setting(field[1], values[field[1]]) if field and field[1] in values else f"backbone.arch={dict(values)}"
+    return UserError(f"{setting}: {str(error.__cause__ or error).splitlines()[0]}. Correct the value.")
 
 
 def _check_ranges(config: Any) -> None:
     for key, least in _AT_LEAST.items():
         value = getattr(config, key, least)
         if any(part < least for part in (value if isinstance(value, list | tuple) else [value])):
-            raise UserError(f"{_given(key, value)} is below the least, {least}. Give at least {least}.")
+            raise UserError(f"{_setting(key, value)} is below the least, {least}. Give at least {least}.")
     for key in _RATES:
         value = getattr(config, key, 0)
         if not 0 <= value < 1:
-            raise UserError(f"{_given(key, value)} is no probability. Give at least 0 and less than 1.")
+            raise UserError(f"{_setting(key, value)} is no probability. Give at least 0 and less than 1.")
 
 
 def _check_names(config: Any) -> None:
     from transformers.activations import ACT2FN
 
     if config.hidden_act not in ACT2FN:
-        raise UserError(f"{_given('hidden_act', config.hidden_act)} is unknown. Choose one of {', '.join(ACT2FN)}.")
+        raise UserError(f"{_setting('hidden_act', config.hidden_act)} is unknown. Choose one of {', '.join(ACT2FN)}.")
     if config.num_channels != 3:
-        raise UserError(f"{_given('num_channels', config.num_channels)}: images are RGB. Leave it out, or set it to 3.")
+        raise UserError(
+            f"{_setting('num_channels', config.num_channels)}: images are RGB. Leave it out, or set it to 3."
+        )
 
 
 def _check_stages(config: Any) -> None:
     widths, depths = config.hidden_sizes, config.depths
     if len(widths) != len(depths):
         raise UserError(
-            f"{_given('depths', depths)} has {len(depths)} numbers, backbone.arch.hidden_sizes={widths} has "
+            f"{_setting('depths', depths)} has {len(depths)} numbers, backbone.arch.hidden_sizes={widths} has "
             f"{len(widths)}. Give one of each for every stage."
         )
 
@@ -85,7 +87,7 @@ def _check_heads(config: Any) -> None:
     part = 4 * heads if config.model_type == "dinov3_vit" else heads  # which turns pairs of channels along two axes
     if config.hidden_size % part:
         raise UserError(
-            f"{_given('num_attention_heads', heads)} with backbone.arch.hidden_size={config.hidden_size}: so many "
+            f"{_setting('num_attention_heads', heads)} with backbone.arch.hidden_size={config.hidden_size}: so many "
             f"heads need a width that is a multiple of {part}. Change one of the two."
         )
 
@@ -93,10 +95,10 @@ def _check_heads(config: Any) -> None:
 def _check_positions(config: Any) -> None:
     if config.model_type != "dinov3_vit" and config.image_size < config.patch_size:  # else there are none to learn
         raise UserError(
-            f"{_given('image_size', config.image_size)}: the learnt positions are those of an image of at least one "
+            f"{_setting('image_size', config.image_size)}: the learnt positions are those of an image of at least one "
             f"patch. Give at least backbone.patch_size={config.patch_size}."
         )
 
 
-def _given(key: str, value: Any) -> str:
+def _setting(key: str, value: Any) -> str:
     return f"backbone.{'' if key == 'patch_size' else 'arch.'}{key}={value}"

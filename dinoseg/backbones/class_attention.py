@@ -36,10 +36,10 @@ def watch_transformers(attention: Any) -> Iterator[list[Tensor]]:
 
     It has to attend with the function of `attention.mask_queries_only`, which calls `show`.
     """
-    found: list[Tensor] = []
-    attention.watcher = lambda query, key, scale: found.append(class_weights(query, key, scale))
+    rows: list[Tensor] = []
+    attention.watcher = lambda query, key, scale: rows.append(class_weights(query, key, scale))
     try:
-        yield found
+        yield rows
     finally:
         del attention.watcher
 
@@ -66,16 +66,16 @@ def plain_attention(model: Any) -> Any:
 @contextmanager
 def watch_timm(attention: Any) -> Iterator[list[Tensor]]:
     """Collect `class_weights` from timm's plain attention module at each call within the block."""
-    found: list[Tensor] = []
+    rows: list[Tensor] = []
 
     def watch(_module: nn.Module, _inputs: Any, projected: Tensor) -> None:
         query, key, _ = projected.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, N, C)
         with torch.no_grad():
             query, key = attention.q_norm(query), attention.k_norm(key)
-        found.append(class_weights(query, key, attention.scale))
+        rows.append(class_weights(query, key, attention.scale))
 
     handle = attention.qkv.register_forward_hook(watch)
     try:
-        yield found
+        yield rows
     finally:
         handle.remove()

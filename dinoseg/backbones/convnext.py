@@ -58,8 +58,8 @@ class ConvNext(Backbone):
         self.num_layers = len(self.layers)
         self.patch_size = patch_size
         _check_patch_size(patch_size, STEM * 2 ** max(self.layers))
-        found = [config.hidden_sizes[layer] for layer in self.layers]
-        self.dim: int | list[int] = found if self.num_layers > 1 else found[0]
+        widths = [config.hidden_sizes[layer] for layer in self.layers]
+        self.dim: int | list[int] = widths if self.num_layers > 1 else widths[0]
         self.weights = weights
         self.checkpointing = checkpointing
         self.unused: list[str] = []
@@ -109,9 +109,9 @@ class ConvNext(Backbone):
         return x
 
 
-def _check_patch_size(given: int, own: int) -> None:
-    if given != own:
+def _check_patch_size(patch_size: int, stride: int) -> None:
+    if patch_size != stride:
         raise UserError(
-            f"backbone.patch_size={given}: the coarsest of these layers has a stride of {own} px: set "
-            f"backbone.patch_size={own}."
+            f"backbone.patch_size={patch_size}: the coarsest of these layers has a stride of {stride} px: set "
+            f"backbone.patch_size={stride}."
         )

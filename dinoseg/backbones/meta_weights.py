@@ -73,7 +73,7 @@ _MLP = {  # by family and whether it is gated (SwiGLU)
 
 
 @dataclass(frozen=True)
-class Layout:
+class VitLayout:
     """What the weights of a vision transformer say about it."""
 
     family: str  # transformers' model type
@@ -92,30 +92,30 @@ class Layout:
 
 
 OPTIONS = {  # the published ones: what to choose for `backbone`
-    Layout("vit", 384, 12, 8): "dino_vits8",
-    Layout("vit", 384, 12, 16): "dino_vits16",
-    Layout("vit", 768, 12, 8): "dino_vitb8",
-    Layout("vit", 768, 12, 16): "dino_vitb16",
-    Layout("dinov2", 384, 12, 14): "dinov2_vits14",
-    Layout("dinov2", 768, 12, 14): "dinov2_vitb14",
-    Layout("dinov2", 1024, 24, 14): "dinov2_vitl14",
-    Layout("dinov2", 1536, 40, 14, gated=True): "dinov2_vitg14",
-    Layout("dinov2_with_registers", 384, 12, 14, 4): "dinov2_vits14_reg4",
-    Layout("dinov2_with_registers", 768, 12, 14, 4): "dinov2_vitb14_reg4",
-    Layout("dinov2_with_registers", 1024, 24, 14, 4): "dinov2_vitl14_reg4",
-    Layout("dinov2_with_registers", 1536, 40, 14, 4, gated=True): "dinov2_vitg14_reg4",
-    Layout("dinov3_vit", 384, 12, 16, 4): "dinov3_vits16",
-    Layout("dinov3_vit", 384, 12, 16, 4, gated=True): "dinov3_vits16plus",
-    Layout("dinov3_vit", 768, 12, 16, 4): "dinov3_vitb16",
-    Layout("dinov3_vit", 1024, 24, 16, 4): "dinov3_vitl16",
-    Layout("dinov3_vit", 1280, 32, 16, 4, gated=True): "dinov3_vith16plus",
-    Layout("dinov3_vit", 4096, 40, 16, 4, gated=True): "dinov3_vit7b16",
+    VitLayout("vit", 384, 12, 8): "dino_vits8",
+    VitLayout("vit", 384, 12, 16): "dino_vits16",
+    VitLayout("vit", 768, 12, 8): "dino_vitb8",
+    VitLayout("vit", 768, 12, 16): "dino_vitb16",
+    VitLayout("dinov2", 384, 12, 14): "dinov2_vits14",
+    VitLayout("dinov2", 768, 12, 14): "dinov2_vitb14",
+    VitLayout("dinov2", 1024, 24, 14): "dinov2_vitl14",
+    VitLayout("dinov2", 1536, 40, 14, gated=True): "dinov2_vitg14",
+    VitLayout("dinov2_with_registers", 384, 12, 14, 4): "dinov2_vits14_reg4",
+    VitLayout("dinov2_with_registers", 768, 12, 14, 4): "dinov2_vitb14_reg4",
+    VitLayout("dinov2_with_registers", 1024, 24, 14, 4): "dinov2_vitl14_reg4",
+    VitLayout("dinov2_with_registers", 1536, 40, 14, 4, gated=True): "dinov2_vitg14_reg4",
+    VitLayout("dinov3_vit", 384, 12, 16, 4): "dinov3_vits16",
+    VitLayout("dinov3_vit", 384, 12, 16, 4, gated=True): "dinov3_vits16plus",
+    VitLayout("dinov3_vit", 768, 12, 16, 4): "dinov3_vitb16",
+    VitLayout("dinov3_vit", 1024, 24, 16, 4): "dinov3_vitl16",
+    VitLayout("dinov3_vit", 1280, 32, 16, 4, gated=True): "dinov3_vith16plus",
+    VitLayout("dinov3_vit", 4096, 40, 16, 4, gated=True): "dinov3_vit7b16",
 }
 
 
-def config_layout(config: Any) -> Layout:
+def config_layout(config: Any) -> VitLayout:
     """Return the layout of a transformers configuration."""
-    return Layout(
+    return VitLayout(
         config.model_type,
         config.hidden_size,
         config.num_hidden_layers,
@@ -191,8 +191,8 @@ def _check_shapes(state: Mapping[str, Tensor], source: str) -> None:
             )
 
 
-def _layout(state: Mapping[str, Tensor]) -> Layout:
-    blocks = {int(found[1]) for found in (re.match(r"blocks\.(\d+)\.", name) for name in state) if found}
+def _layout(state: Mapping[str, Tensor]) -> VitLayout:
+    blocks = {int(match[1]) for match in (re.match(r"blocks\.(\d+)\.", name) for name in state) if match}
     registers = next((state[name].shape[-2] for name in ("register_tokens", "storage_tokens") if name in state), 0)
     if "pos_embed" not in state:
         family = "dinov3_vit"
@@ -202,10 +202,10 @@ def _layout(state: Mapping[str, Tensor]) -> Layout:
         family = "vit"
     width, *_, patch_size = state["patch_embed.proj.weight"].shape
     gated = any(".mlp.w3." in name for name in state)
-    return Layout(family, width, max(blocks, default=-1) + 1, patch_size, registers, gated)
+    return VitLayout(family, width, max(blocks, default=-1) + 1, patch_size, registers, gated)
 
 
-def _check_fits(layout: Layout, state: Mapping[str, Tensor], config: Any, source: str) -> None:
+def _check_fits(layout: VitLayout, state: Mapping[str, Tensor], config: Any, source: str) -> None:
     wanted = config_layout(config) if config.model_type in FAMILIES else f"a {config.model_type}"
     if layout != wanted:
         option = OPTIONS.get(layout)
@@ -231,7 +231,7 @@ def _check_fits(layout: Layout, state: Mapping[str, Tensor], config: Any, source
             )
 
 
-def _names(layout: Layout, state: Mapping[str, Tensor]) -> dict[str, str]:
+def _names(layout: VitLayout, state: Mapping[str, Tensor]) -> dict[str, str]:
     """Return the hub's name for each of Meta's, for all tensors that such a model has; {} stands for q, k and v."""
     kind = "dinov2" if layout.family == "dinov2_with_registers" else layout.family
     names = dict(_OUTSIDE[kind])
@@ -240,8 +240,8 @@ def _names(layout: Layout, state: Mapping[str, Tensor]) -> dict[str, str]:
     modules = _BLOCK[kind] | _MLP[kind, layout.gated]
     endings = {name: [""] if name.endswith(".gamma") else [".weight", ".bias"] for name in modules}
     if kind == "dinov3_vit":  # the largest has no bias here, the others a mask on it
-        found = [part for part in ("bias", "bias_mask") if any(name.endswith(f".attn.qkv.{part}") for name in state)]
-        endings["attn.qkv"] = [".weight", *(f".{part}" for part in found)]
+        biases = [part for part in ("bias", "bias_mask") if any(name.endswith(f".attn.qkv.{part}") for name in state)]
+        endings["attn.qkv"] = [".weight", *(f".{part}" for part in biases)]
         if any(name.startswith(LOCAL_CLS_NORM) for name in state):
             names |= {LOCAL_CLS_NORM + part: LOCAL_CLS_NORM + part for part in ("weight", "bias")}
     prefix = "layer" if kind == "dinov3_vit" else "encoder.layer"

@@ -180,10 +180,10 @@ def _from_pretrained(
             f"on the model's hub page and log in with `hf auth login`; or give a downloaded folder or file: "
             f"backbone.weights=PATH; to try things out untrained: backbone.weights=random."
         ) from error
-    found = [key for kind in ("missing", "unexpected", "mismatched") for key in info.get(f"{kind}_keys", ())]
+    misfits = [key for kind in ("missing", "unexpected", "mismatched") for key in info.get(f"{kind}_keys", ())]
     pooler = {f"pooler.dense.{part}" for part in ("weight", "bias") if options["config"].model_type == "vit"}
     # a hub file of DINO may have a pooler, which no map depends on
-    wrong = {key if isinstance(key, str) else key[0] for key in found} - pooler
+    wrong = {key if isinstance(key, str) else key[0] for key in misfits} - pooler
     whole = model.state_dict().keys()
     cut(model)
     removed = whole - model.state_dict().keys()

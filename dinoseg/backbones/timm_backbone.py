@@ -116,9 +116,9 @@ class TimmBackbone(Backbone):
                 f"backbone.name={self.name}: this model has no class token, or attends in a way of its own. Choose a "
                 f"plain vision transformer with one, such as vit_small_patch16_224, or backbone=dino_vits16."
             )
-        with watch_timm(attention) as found:
+        with watch_timm(attention) as rows:
             maps = self(images)
-        return maps, on_patches(found[0], self.model.num_prefix_tokens, maps[0].shape[2:])
+        return maps, on_patches(rows[0], self.model.num_prefix_tokens, maps[0].shape[2:])
 
     def export_state(self) -> dict[str, Tensor]:
         """Return the weights under the names in which `weights` reads them from a file.
@@ -130,10 +130,10 @@ class TimmBackbone(Backbone):
 
     def _maps(self, pixels: Tensor) -> list[Tensor]:
         wanted = sorted(set(self.layers))
-        found = self.model.forward_intermediates(
+        maps = self.model.forward_intermediates(
             pixels, indices=wanted, norm=not self.is_pyramid, output_fmt="NCHW", intermediates_only=True
         )
-        by_layer = dict(zip(wanted, found, strict=True))
+        by_layer = dict(zip(wanted, maps, strict=True))
         return [by_layer[layer] for layer in self.layers]
 
     def _probe(self, name: str, strides: Sequence[int]) -> list[Tensor]:
@@ -208,10 +208,12 @@ def _levels(model: Any, name: str) -> list[dict[str, Any]]:
     return list(notes if isinstance(notes, list) else notes.info)
 
 
-def _check_patch_size(name: str, given: int, own: int, is_pyramid: bool) -> None:
-    if given != own:
-        has = f"has a stride of {own} px at the coarsest of these layers" if is_pyramid else f"has patches of {own} px"
-        raise UserError(f"backbone.patch_size={given}: {name} {has}: set backbone.patch_size={own}.")
+def _check_patch_size(name: str, patch_size: int, stride: int, is_pyramid: bool) -> None:
+    if patch_size != stride:
+        kind = "a stride of {} px at the coarsest of these layers" if is_pyramid else "patches of {} px"
+        raise UserError(
+            f"backbone.patch_size={patch_size}: {name} has {kind.format(stride)}: set backbone.patch_size={stride}."
+        )
 
 
 def _classifier(model: Any) -> list[str]:

@@ -40,24 +40,24 @@ def load_exactly(model: nn.Module, state: Mapping[str, Tensor], *, spare: set[st
     Raises:
         UserError: naming the first tensors that are missing, left over or of another shape.
     """
-    own = model.state_dict()
-    left = [key for key in state if key not in own and not any(f"{key}.".startswith(f"{name}.") for name in spare)]
+    expected = model.state_dict()
+    left = [key for key in state if key not in expected and not any(f"{key}.".startswith(f"{name}.") for name in spare)]
     wrong = {
-        "missing": [key for key in own if key not in state],
+        "missing": [key for key in expected if key not in state],
         "left over": left,
-        "of another shape": [key for key in own if key in state and own[key].shape != state[key].shape],
+        "of another shape": [key for key in expected if key in state and expected[key].shape != state[key].shape],
     }
     if any(wrong.values()):
-        found = [
+        problems = [
             f"{len(keys)} {kind} ({', '.join(keys[:_CALLED])}{', ...' if len(keys) > _CALLED else ''})"
             for kind, keys in wrong.items()
             if keys
         ]
         raise UserError(
-            f"backbone.weights={source}: tensors are {'; '.join(found)}. Choose the backbone.name that these weights "
-            f"were made for."
+            f"backbone.weights={source}: tensors are {'; '.join(problems)}. Choose the backbone.name that these "
+            f"weights were made for."
         )
-    model.load_state_dict({key: state[key] for key in own})
+    model.load_state_dict({key: state[key] for key in expected})
 
 
 def exported_state(model: nn.Module) -> dict[str, Tensor]:

@@ -143,9 +143,9 @@ class TransformersVit(Backbone):
         left out, so that a head's sum to less than 1; no gradient passes through it.
         """
         blocks: Any = self.blocks
-        with watch_transformers(blocks[-1].attention) as found:
+        with watch_transformers(blocks[-1].attention) as rows:
             maps = self(images)
-        return maps, on_patches(found[0], self.num_prefix, maps[0].shape[2:])
+        return maps, on_patches(rows[0], self.num_prefix, maps[0].shape[2:])
 
     def export_state(self) -> dict[str, Tensor]:
         """Return the weights under the names in which `weights` reads them from a file.

@@ -63,7 +63,7 @@ class CnnHead(Head[Tensor]):
         self.enter = _conv(width, channels, kernel_size)
         smooth = [_normed_conv(channels, kernel_size) for _ in range(self.num_smooth)]
         shuffled = [channels // 4 ** (number + 1) for number in range(pixel_shuffle)]
-        self.blocks = nn.ModuleList([*smooth, *(_conv(own, own, kernel_size) for own in shuffled)])
+        self.blocks = nn.ModuleList([*smooth, *(_conv(width, width, kernel_size) for width in shuffled)])
         self.dropout = nn.Dropout(dropout)
         self.activation = ACTIVATIONS[activation]()
         self.classify = _conv(channels // 4**pixel_shuffle, num_classes, kernel_size)
@@ -103,8 +103,8 @@ class CnnHead(Head[Tensor]):
         return F.interpolate(padded, size, mode="bicubic")[..., :rows, :columns]
 
 
-def _conv(given: int, own: int, kernel_size: int) -> nn.Conv2d:
-    return nn.Conv2d(given, own, kernel_size, padding=kernel_size // 2)
+def _conv(in_channels: int, out_channels: int, kernel_size: int) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
 
 
 def _normed_conv(channels: int, kernel_size: int) -> nn.Sequential:

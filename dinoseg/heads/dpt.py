@@ -50,7 +50,7 @@ class DptHead(Head[Tensor]):
         _check_options(features, out_channels, dropout)
         channels = _default_channels(in_dim) if out_channels is None else list(out_channels)
         self.reassemble = Reassemble(in_dim, channels)
-        self.adapt = nn.ModuleList(nn.Conv2d(own, features, 3, padding=1, bias=False) for own in channels)
+        self.adapt = nn.ModuleList(nn.Conv2d(width, features, 3, padding=1, bias=False) for width in channels)
         self.fuse = nn.ModuleList(
             _Fusion(features, batch_norm, coarsest=level == NUM_LEVELS - 1) for level in range(NUM_LEVELS)
         )
@@ -107,8 +107,8 @@ def _conv(features: int, batch_norm: bool) -> list[nn.Module]:
 
 def _default_channels(in_dim: int | Sequence[int]) -> list[int]:
     shares = (8, 4, 2, 1) if isinstance(in_dim, int) else (1, 1, 1, 1)
-    given = zip(widths(in_dim, NUM_LEVELS), shares, strict=True)
-    return [max(1, min(width, WIDEST) // share) for width, share in given]
+    widths_and_shares = zip(widths(in_dim, NUM_LEVELS), shares, strict=True)
+    return [max(1, min(width, WIDEST) // share) for width, share in widths_and_shares]
 
 
 def _check_options(features: int, out_channels: Sequence[int] | None, dropout: float) -> None:
@@ -118,7 +118,7 @@ def _check_options(features: int, out_channels: Sequence[int] | None, dropout: f
         raise UserError(f"head.dropout={dropout}: give a share from 0 up to below 1.")
     if out_channels is None:
         return
-    if len(out_channels) != NUM_LEVELS or not all(type(own) is int and own >= 1 for own in out_channels):
+    if len(out_channels) != NUM_LEVELS or not all(type(width) is int and width >= 1 for width in out_channels):
         raise UserError(
             f"head.out_channels={list(out_channels)}: give four whole numbers of at least 1, the channels of the "
             f"levels from fine to coarse, or null to follow the backbone's width."

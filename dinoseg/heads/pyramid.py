@@ -26,7 +26,7 @@ class Reassemble(nn.Module):
     def __init__(self, in_dim: int | Sequence[int], channels: Sequence[int]) -> None:
         super().__init__()
         pairs = zip(widths(in_dim, NUM_LEVELS), channels, strict=True)
-        self.project = nn.ModuleList(nn.Conv2d(given, own, kernel_size=1) for given, own in pairs)
+        self.project = nn.ModuleList(nn.Conv2d(width, out, kernel_size=1) for width, out in pairs)
         first, second, _, last = channels
         self.rescale = nn.ModuleList(nn.Identity() for _ in channels)
         if isinstance(in_dim, int):

@@ -35,10 +35,10 @@ def semantic_map(
         if torch.is_grad_enabled():
             return torch.stack([_image_map(*image, size, valid) for image in images])
         maps = classes.new_zeros(len(images), classes.shape[2], *size)
-        for own, image in zip(maps, images, strict=True):
+        for scores, image in zip(maps, images, strict=True):
             for part_classes, part_masks in _parts(*image, size):
                 pixels = _pixels(part_masks, size, valid)
-                own.flatten(1).addmm_(part_classes.T, pixels.flatten(1))  # into the result: no second map beside it
+                scores.flatten(1).addmm_(part_classes.T, pixels.flatten(1))  # into the result: no second map beside it
     return maps
 
 

@@ -125,13 +125,13 @@ class MaskClassification(Loss):
         present = torch.zeros(len(ids), num_classes + 1, dtype=torch.bool, device=ids.device)
         present.scatter_(1, ids.where(ids != UNLABELLED, num_classes), True)
         classes = [row[:num_classes].nonzero().flatten().tolist() for row in present.cpu()]
-        for name, own in zip(batch.names, classes, strict=True):
-            if len(own) > num_queries:
+        for name, ids in zip(batch.names, classes, strict=True):
+            if len(ids) > num_queries:
                 raise UserError(
-                    f"head.num_queries={num_queries}: {name} shows {len(own)} classes, and each needs a query of its "
+                    f"head.num_queries={num_queries}: {name} shows {len(ids)} classes, and each needs a query of its "
                     f"own. Set head.num_queries to {num_classes}, the number of classes, or more."
                 )
-        pairs = [(number, k) for number, own in enumerate(classes) for k in own]
+        pairs = [(number, k) for number, present_classes in enumerate(classes) for k in present_classes]
         image, wanted = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).to(target.device).unbind(1)
         return Targets(target, classes, image, wanted)
 
@@ -144,9 +144,9 @@ class MaskClassification(Loss):
         if not len(masks):
             return {"class": class_term, "mask": masks.sum(), "dice": masks.sum()}
         points = uncertain_points(masks.detach(), targets.target, targets.image, valid, **self.sampling)
-        found = sample_labels(targets.target, targets.image, points)
+        at_points = sample_labels(targets.target, targets.image, points)
         logits = sample_logits(masks[:, None], points, valid)[:, 0]
-        entropy, dice = mask_losses(logits, found == targets.wanted[:, None], found != UNLABELLED)
+        entropy, dice = mask_losses(logits, at_points == targets.wanted[:, None], at_points != UNLABELLED)
         return {"class": class_term, "mask": entropy.mean(), "dice": dice.mean()}
 
     def _class_term(self, logits: Tensor, targets: Targets, query: Tensor) -> Tensor:

@@ -48,15 +48,15 @@ def match(
     on_host = torch.stack(costs).nan_to_num(HOPELESS, HOPELESS, -HOPELESS).cpu().numpy()  # (layers, B, Q, M)
     return [
         [
-            linear_sum_assignment(image_costs[:, : len(own)].T)[1]
-            for image_costs, own in zip(layer_costs, classes, strict=True)
+            linear_sum_assignment(image_costs[:, : len(ids)].T)[1]
+            for image_costs, ids in zip(layer_costs, classes, strict=True)
         ]
         for layer_costs in on_host
     ]
 
 
 def pair_costs(
-    layer: MaskOutputs, found: Tensor, classes: Tensor, points: Tensor, valid: tuple[float, float]
+    layer: MaskOutputs, labels: Tensor, classes: Tensor, points: Tensor, valid: tuple[float, float]
 ) -> dict[str, Tensor]:
     """Return the costs (B, Q, M) of each query answering for each class: `class`, `mask` and `dice`.
 
@@ -64,14 +64,14 @@ def pair_costs(
 
     Args:
         layer: class and mask logits.
-        found: class ids (B, P) at the points.
+        labels: class ids (B, P) at the points.
         classes: class ids (B, M), filled up with -1.
         points: (B, P, 2).
         valid: share of the masks' height and width that the image covers.
     """
     logits = sample_logits(at_least_float32(layer.mask_logits), points, valid)  # (B, Q, P)
-    labelled = (found != UNLABELLED).to(logits.dtype)[..., None]  # (B, P, 1)
-    inside = (found[..., None] == classes[:, None]).to(logits.dtype)  # (B, P, M)
+    labelled = (labels != UNLABELLED).to(logits.dtype)[..., None]  # (B, P, 1)
+    inside = (labels[..., None] == classes[:, None]).to(logits.dtype)  # (B, P, M)
     shares = at_least_float32(layer.class_logits).softmax(-1)
     asked = classes.clamp(min=0)[:, None].expand(-1, shares.shape[1], -1)  # (B, Q, M)
     # log(1 + e^x) - x t is the binary cross-entropy of logit x and label t
@@ -86,6 +86,6 @@ def pair_costs(
 
 
 def _padded(classes: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    longest = max((len(own) for own in classes), default=0)
-    rows = [[*own, *[-1] * (longest - len(own))] for own in classes]
+    longest = max((len(ids) for ids in classes), default=0)
+    rows = [[*ids, *[-1] * (longest - len(ids))] for ids in classes]
     return torch.tensor(rows, dtype=torch.int64, device=device).reshape(len(rows), longest)

@@ -94,7 +94,7 @@ class TemporalSimilarity(Loss):
 
         Written out, it keeps only the targets and the logits for the backward pass, and not the log-softmax.
         """
-        shares, found = similarity_targets(here, following, self.temperature, self.threshold)
+        shares, has_target = similarity_targets(here, following, self.temperature, self.threshold)
         assert shares.shape == logits.shape
         logits = at_least_float32(logits)
-        return (torch.logsumexp(logits, dim=1) * found - (shares * logits).sum(dim=1)).mean()
+        return (torch.logsumexp(logits, dim=1) * has_target - (shares * logits).sum(dim=1)).mean()

@@ -26,12 +26,12 @@ def tversky_loss(logits: Tensor, target: Tensor, class_weights: Tensor, alpha: f
     """
     shares = logits.softmax(1)
     is_class = target[:, None] == torch.arange(logits.shape[1], device=target.device)[:, None, None]  # (B, K, H, W)
-    found = torch.where(is_class, shares, 0).sum((0, 2, 3))  # (K,)
+    hits = torch.where(is_class, shares, 0).sum((0, 2, 3))  # (K,)
     claimed = torch.where((target != UNLABELLED)[:, None], shares, 0).sum((0, 2, 3))
     wanted = is_class.sum((0, 2, 3))
     present = wanted > 0
-    denominator = found + alpha * (claimed - found) + beta * (wanted - found)
-    index = found / torch.where(present, denominator, 1)
+    denominator = hits + alpha * (claimed - hits) + beta * (wanted - hits)
+    index = hits / torch.where(present, denominator, 1)
     weights = torch.where(present, class_weights, 0)
     return ratio((weights * (1 - index)).sum(), weights.sum())
 

@@ -51,11 +51,11 @@ class WeightedSum(Loss):
         values: list[Tensor] = []
         parts: dict[str, Tensor] = {}
         for (name, factor), loss in zip(self.factors.items(), self.losses, strict=True):
-            value, own = loss(prediction, batch)
+            value, term_parts = loss(prediction, batch)
             values.append(factor * value)
-            parts.setdefault("weight", own["weight"])
+            parts.setdefault("weight", term_parts["weight"])
             parts[name] = value.detach()
-            parts |= {f"{name}_{key}": part for key, part in own.items() if key != "weight"}
+            parts |= {f"{name}_{key}": part for key, part in term_parts.items() if key != "weight"}
         return torch.stack(values).sum(), parts
 
 
@@ -75,11 +75,11 @@ def _make(name: str, make: Callable[..., Loss], class_weights: Tensor | None) ->
 
 def _scoring_once(prediction: Prediction) -> Prediction:
     """Return the prediction with its scores kept: brought to the masks' size, they are the largest tensor of a step."""
-    kept: dict[tuple[int, int], Tensor] = {}
+    scores: dict[tuple[int, int], Tensor] = {}
 
     def to_pixels(outputs: Any, size: tuple[int, int], valid: tuple[float, float]) -> Tensor:
-        if size not in kept:
-            kept[size] = prediction.to_pixels(outputs, size, valid)
-        return kept[size]
+        if size not in scores:
+            scores[size] = prediction.to_pixels(outputs, size, valid)
+        return scores[size]
 
     return replace(prediction, to_pixels=to_pixels)

@@ -14,7 +14,7 @@ from timm.models import eva, vision_transformer
 from torch import nn
 
 import dinoseg
-from dinoseg.backbones.meta_weights import OPTIONS, Layout, config_layout, from_meta, unwrap
+from dinoseg.backbones.meta_weights import OPTIONS, VitLayout, config_layout, from_meta, unwrap
 from dinoseg.backbones.positions import METHODS
 from dinoseg.backbones.transformers_vit import TransformersVit, _config
 from dinoseg.errors import UserError
@@ -277,7 +277,7 @@ def test_names_of_published_sizes_are_backbone_options(option):
 
 
 def test_the_largest_is_taken_whole():
-    layout = Layout("dinov3_vit", 4096, 40, 16, 4, gated=True)
+    layout = VitLayout("dinov3_vit", 4096, 40, 16, 4, gated=True)
     state = published(layout, hidden=8192, qkv_bias=False, local=True)
     state["rope_embed.periods"] = torch.ones(32)
     converted = from_meta(state, option_config("dinov3_vit7b16"), "f.pth")
@@ -408,6 +408,6 @@ def test_poolers_of_hub_files_are_no_left_overs(tmp_path):
 
 
 def test_layouts_read_as_words():
-    assert str(Layout("dinov2_with_registers", 1536, 40, 14, 4, True)) == (
+    assert str(VitLayout("dinov2_with_registers", 1536, 40, 14, 4, True)) == (
         "a DINOv2 vision transformer (width 1536, 40 blocks, patches of 14 px, 4 registers, SwiGLU)"
     )

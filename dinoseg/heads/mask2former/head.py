@@ -126,13 +126,14 @@ def _map_width(in_dim: int | Sequence[int], num_layers: int) -> int:
             f"backbone.layers gives {num_layers} map{'s' * (num_layers != 1)}, but this Mask2Former head reads exactly "
             f"{MAPS}: set backbone.layers=quarters, or list four blocks, early ones first."
         )
-    found = widths(in_dim, num_layers)
-    if len(set(found)) > 1:
+    map_widths = widths(in_dim, num_layers)
+    if len(set(map_widths)) > 1:
         raise UserError(
-            f"The backbone gives maps of the widths {found}, but this Mask2Former head makes its own pyramid out of "
-            f"four maps of one width. Choose a vision transformer, or a head that reads pyramids, such as head=linear."
+            f"The backbone gives maps of the widths {map_widths}, but this Mask2Former head makes its own pyramid out "
+            f"of four maps of one width. Choose a vision transformer, or a head that reads pyramids, such as "
+            f"head=linear."
         )
-    return found[0]
+    return map_widths[0]
 
 
 def _check_without_weights(class_layer: str, trainable: str) -> None:

@@ -41,18 +41,18 @@ def load_segmentor(head: nn.Module, path: str, *, new_class_layer: bool) -> int:
     Raises:
         UserError: the file cannot be read, keys are missing or left over, or shapes do not fit.
     """
-    found = read_tensors(path)
-    passed_over = [key for key in found if key.startswith(BACKBONE)]
-    found = {key: value for key, value in found.items() if not key.startswith(BACKBONE)}
+    tensors = read_tensors(path)
+    passed_over = [key for key in tensors if key.startswith(BACKBONE)]
+    tensors = {key: value for key, value in tensors.items() if not key.startswith(BACKBONE)}
     wanted = {meta_name(name): tensor for name, tensor in head.state_dict().items()}
-    _check_names(path, found.keys(), wanted.keys())
+    _check_names(path, tensors.keys(), wanted.keys())
     if new_class_layer:
         wanted = {key: tensor for key, tensor in wanted.items() if not key.startswith(CLASS_LAYER)}
-    _check_shapes(path, found, wanted)
+    _check_shapes(path, tensors, wanted)
     with torch.no_grad():
         for key, tensor in wanted.items():
             if not tensor.is_meta:
-                tensor.copy_(found[key])
+                tensor.copy_(tensors[key])
     if passed_over:
         logger.info(
             "head.weights=%s: %d keys of a backbone passed over; it has its own weights", path, len(passed_over)
@@ -78,9 +78,9 @@ def read_tensors(path: str) -> dict[str, Tensor]:
     return dict(tensors)
 
 
-def _check_names(path: str, found: Collection[str], wanted: Collection[str]) -> None:
-    missing = [key for key in wanted if key not in found]
-    left_over = [key for key in found if key not in wanted]
+def _check_names(path: str, in_file: Collection[str], expected: Collection[str]) -> None:
+    missing = [key for key in expected if key not in in_file]
+    left_over = [key for key in in_file if key not in expected]
     problems = [
         f"{len(keys)} {what} ({', '.join(map(str, keys[:3]))}{', ...' * (len(keys) > 3)})"
         for what, keys in (("missing", missing), ("left over", left_over))
@@ -88,20 +88,20 @@ def _check_names(path: str, found: Collection[str], wanted: Collection[str]) -> 
     ]
     if problems:
         raise UserError(
-            f"head.weights={path}: of the {len(wanted)} keys of a Mask2Former segmentor, {'; '.join(problems)}. "
+            f"head.weights={path}: of the {len(expected)} keys of a Mask2Former segmentor, {'; '.join(problems)}. "
             f"Give the whole file of Meta's segmentor, such as dinov3_vit7b16_ade20k_m2f_head-*.pth."
         )
 
 
-def _check_shapes(path: str, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    wrong = [key for key, tensor in wanted.items() if found[key].shape != tensor.shape]
+def _check_shapes(path: str, in_file: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    wrong = [key for key, tensor in expected.items() if in_file[key].shape != tensor.shape]
     if not wrong:
         return
     told = []
     for name, key, axis, divisor, remedy in TELLING:
         if key in wrong:
-            theirs, ours = (tensors[key].shape[axis] // divisor for tensors in (found, wanted))
+            theirs, ours = (tensors[key].shape[axis] // divisor for tensors in (in_file, expected))
             told.append(f"{name} is {theirs} in the file and {ours} here ({remedy.format(theirs)})")
     first = wrong[0]
-    told = told or [f"{first} is {tuple(found[first].shape)} in the file and {tuple(wanted[first].shape)} here"]
+    told = told or [f"{first} is {tuple(in_file[first].shape)} in the file and {tuple(expected[first].shape)} here"]
     raise UserError(f"head.weights={path}: {len(wrong)} tensors have another shape: {'; '.join(told)}.")
