@@ -45,6 +45,7 @@ class Tracker(ABC):
             UserError: frames or labels that do not fit what was seen before.
         """
         masks: list[np.ndarray] = []
+        # callers hand over as many frames as suits their files: what the model sees at once is limited by its memory
         for start in range(0, len(frames), self.batch_size):
             batch = slice(start, start + self.batch_size)
             self.size = common_size(self.size, frames[batch], labels[batch])

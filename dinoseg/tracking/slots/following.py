@@ -93,6 +93,7 @@ class Follower:
         if self._settings.lock_on:
             locked = lock(shares, ids, self._settings, frame.background)
             num_background, count = locked.num_background, len(locked.serves)
+            # extra slots count as background in masks, but see foreground: they are drawn as those of objects are
             sizes = [num_background, count - num_background] if len(sizes) == 2 else [count]
             allowed = locked.allowed[None]
         slots, masks = self._see(frame, None, allowed, sizes)
@@ -115,6 +116,7 @@ class Follower:
             correspondence = correspondence.step(cosine(last.slots[0], slots[0]), self._settings.temperature)
         elif self._settings.match == "soft_iou":
             correspondence = correspondence.step(soft_iou(last.masks, masks), self._settings.temperature)
+        # auto: slots that the head carries over keep their order, those that are drawn anew have none
         elif self._settings.match == "overlap" or self._head.predictor is None:
             correspondence = correspondence.step(overlap(last.masks, masks), self._settings.temperature)
         ids = list(last.ids)

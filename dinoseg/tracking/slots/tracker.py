@@ -133,6 +133,7 @@ class SlotTracker(Tracker):
         }
         counts = {"ids": now.ids, "sizes": now.sizes, "labelled": [int(now.labelled)], "frame": self.size}
         counts["background"] = [now.num_background]
+        # copies: the tracker goes on while another thread writes them
         return {name: value.clone() for name, value in tensors.items()} | {
             name: torch.tensor(value) for name, value in counts.items()
         }

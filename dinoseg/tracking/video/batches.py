@@ -114,6 +114,7 @@ class VideoBatches:
             if frame is None:
                 return
             name = self._frames.frame_name(position)
+            # pixels and not the file's bytes: a run goes on with the whole video in place of a truncated one
             self._frames_digest.update(f"{name} {frame.shape}".encode(errors="surrogateescape"))
             self._frames_digest.update(np.ascontiguousarray(frame).data)
             if mask is not None:
