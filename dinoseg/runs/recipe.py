@@ -52,7 +52,9 @@ def recipe_of(info: Mapping[str, Any]) -> dict[str, Any]:
     trainer = {key: value for key, value in config["trainer"].items() if key not in LENGTHS}
     # by the background alone a score differs, and nothing that is trained
     data = {**config["data"], "root": data_root(config, Path(info["folder"]))[0], "background": None}
-    return {**config, "trainer": trainer, "data": data}
+    # it says what is refused, nothing that is trained, and older checkpoints lack it
+    head = {key: value for key, value in config["head"].items() if key != "least_maps"}
+    return {**config, "trainer": trainer, "data": data, "head": head}
 
 
 def saved_config(info: Mapping[str, Any]) -> dict[str, Any]:
