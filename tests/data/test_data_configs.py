@@ -24,6 +24,7 @@ def load(name, root, *overrides):
         return compose(f"data/{name}", [f"data.root='{root}'", resolution, "+cache_dir=cache", *overrides])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_config_is_whole(tmp_path, name):
     described = "${class_file:classes}" in (CONFIGS / f"data/{name}.yaml").read_text()  # by the data's own classes.yaml
