@@ -137,13 +137,7 @@ class Lora:
             )
         check_bits(bits, device)
         self.bits, self.blocks, self.targets = bits, blocks, targets
-        self.options: dict[str, Any] = {
-            "r": rank,
-            "lora_alpha": alpha,
-            "lora_dropout": dropout,
-            "use_rslora": rslora,
-            "use_dora": dora,
-        }
+        self.rank, self.alpha, self.dropout, self.rslora, self.dora = rank, alpha, dropout, rslora, dora
 
     def __call__(self, backbone: Backbone) -> Backbone:
         """Return the backbone with LoRA in its linear layers, nothing else of it trainable."""
@@ -175,7 +169,15 @@ class Lora:
         backbone.requires_grad_(False)
         if self.bits is not None:
             quantise(backbone, self.bits)
-        config: Any = LoraConfig(bias="none", target_modules=names, **self.options)
+        config = LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            use_rslora=self.rslora,
+            use_dora=self.dora,
+            bias="none",
+            target_modules=names,
+        )
         inject_adapter_in_model(config, backbone)
         for parameter in backbone.parameters():
             if parameter.requires_grad:

@@ -45,7 +45,7 @@ def configuration(model_type: str, values: Mapping[str, Any]) -> Any:
     return config
 
 
-def _of_another_type(values: Mapping[str, Any], error: Exception) -> UserError:
+def _of_another_type(values: Mapping[str, object], error: Exception) -> UserError:
     field = re.search(r"field '(\w+)'", str(error))
     setting = _setting(field[1], values[field[1]]) if field and field[1] in values else f"backbone.arch={dict(values)}"
     return UserError(f"{setting}: {str(error.__cause__ or error).splitlines()[0]}. Correct the value.")
@@ -100,5 +100,5 @@ def _check_positions(config: Any) -> None:
         )
 
 
-def _setting(key: str, value: Any) -> str:
+def _setting(key: str, value: object) -> str:
     return f"backbone.{'' if key == 'patch_size' else 'arch.'}{key}={value}"

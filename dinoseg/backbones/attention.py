@@ -47,7 +47,7 @@ def _attend(
     *,
     scaling: float,
     dropout: float = 0.0,
-    **_: Any,
+    **_: object,
 ) -> tuple[Tensor, None]:
     """Attend, with the signature that transformers calls its attention functions by."""
     show(module, query, key, scaling)

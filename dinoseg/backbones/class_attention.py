@@ -68,7 +68,7 @@ def watch_timm(attention: Any) -> Iterator[list[Tensor]]:
     """Collect `class_weights` from timm's plain attention module at each call within the block."""
     rows: list[Tensor] = []
 
-    def watch(_module: nn.Module, _inputs: Any, projected: Tensor) -> None:
+    def watch(_module: nn.Module, _inputs: object, projected: Tensor) -> None:
         query, key, _ = projected.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, N, C)
         with torch.no_grad():
             query, key = attention.q_norm(query), attention.k_norm(key)

@@ -140,7 +140,7 @@ def unwrap(content: Mapping[str, Any]) -> dict[str, Any]:
     return {re.sub(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1", name): value for name, value in names.items()}
 
 
-def is_meta(state: Mapping[str, Any]) -> bool:
+def is_meta(state: Mapping[str, object]) -> bool:
     """Tell whether weights go by Meta's names for a vision transformer."""
     return "cls_token" in state and "patch_embed.proj.weight" in state
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from inspect import signature
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +76,7 @@ def _scoring_once(prediction: Prediction) -> Prediction:
     """Return the prediction with its scores kept: brought to the masks' size, they are the largest tensor of a step."""
     scores: dict[tuple[int, int], Tensor] = {}
 
-    def to_pixels(outputs: Any, size: tuple[int, int], valid: tuple[float, float]) -> Tensor:
+    def to_pixels(outputs: object, size: tuple[int, int], valid: tuple[float, float]) -> Tensor:
         if size not in scores:
             scores[size] = prediction.to_pixels(outputs, size, valid)
         return scores[size]
