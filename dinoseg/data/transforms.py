@@ -16,7 +16,7 @@ _LUMA = np.array([0.299, 0.587, 0.114])
 _YIQ = np.array([_LUMA, [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
 
 
-def _check(key: str, value: float, most: float) -> None:
+def _check_range(key: str, value: float, most: float) -> None:
     if not 0 <= value <= most:
         raise UserError(f"data.augment: {key}={value} is outside its range: give a number from 0 to {most}.")
 
@@ -37,9 +37,9 @@ class Affine:
 
     def __post_init__(self) -> None:
         """Refuse what would leave nothing visible."""
-        _check("degrees", self.degrees, 180)
-        _check("translate", self.translate, 0.9)
-        _check("shear", self.shear, 60)
+        _check_range("degrees", self.degrees, 180)
+        _check_range("translate", self.translate, 0.9)
+        _check_range("shear", self.shear, 60)
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class ColorJitter:
     def __post_init__(self) -> None:
         """Refuse factors below 0."""
         for key, most in (("brightness", 1), ("contrast", 1), ("saturation", 1), ("hue", 0.5)):
-            _check(key, getattr(self, key), most)
+            _check_range(key, getattr(self, key), most)
 
 
 class Augment:
@@ -103,7 +103,7 @@ class Augment:
                 f"resolution.crop={list(crop)} is larger than resolution.longest={longest}, to which images are "
                 f"reduced: choose a crop of at most {longest} pixels a side."
             )
-        _check("flip", flip, 1)
+        _check_range("flip", flip, 1)
         self.crop = (int(crop[0]), int(crop[1]))
         self.scale = (float(scale[0]), float(scale[1]))
         self.longest = longest

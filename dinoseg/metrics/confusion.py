@@ -47,7 +47,7 @@ class ConfusionMatrix:
             UserError: a mask holds an id that is neither a class nor the ignore index.
             ValueError: the shapes differ, or a tensor is not of an integer type.
         """
-        _check(prediction, mask)
+        _check_class_ids(prediction, mask)
         size = self.num_classes
         prediction, mask = prediction.reshape(-1).long(), mask.reshape(-1).long()
         bins = mask * size + prediction
@@ -126,7 +126,7 @@ def commonest_class(matrix: list[list[int]]) -> tuple[int, float]:
     return commonest, pixels[commonest] / sum(pixels) / present if present else 0.0
 
 
-def _check(prediction: Tensor, mask: Tensor) -> None:
+def _check_class_ids(prediction: Tensor, mask: Tensor) -> None:
     if prediction.shape != mask.shape:
         raise ValueError(f"Prediction {tuple(prediction.shape)} and mask {tuple(mask.shape)} differ.")
     for name, ids in (("prediction", prediction), ("mask", mask)):

@@ -32,7 +32,7 @@ def pair_scores(
     Raises:
         ValueError: the maps differ in size, or more than 255 masks.
     """
-    _check(reference, prediction, max(num_objects, num_proposals))
+    _check_frame(reference, prediction, max(num_objects, num_proposals))
     maps = [(reference, num_objects), (prediction, num_proposals)]
     known = [(_known(ids, count, void), range(1, count + 1)) for ids, count in maps]
     objects, proposals = _frame(reference.shape).masks(known)
@@ -57,7 +57,7 @@ def object_scores(
     Raises:
         ValueError: the maps differ in size, or more than 255 masks.
     """
-    _check(reference, prediction, num_objects)
+    _check_frame(reference, prediction, num_objects)
     frame = _frame(reference.shape)
     maps = [_known(ids, num_objects, void) for ids in (reference, prediction)]
     scores = []
@@ -109,7 +109,7 @@ def _mean(values: np.ndarray) -> np.ndarray:
     return np.divide(total, count, out=np.full(count.shape, np.nan), where=count > 0)
 
 
-def _check(reference: np.ndarray, prediction: np.ndarray, count: int) -> None:
+def _check_frame(reference: np.ndarray, prediction: np.ndarray, count: int) -> None:
     if reference.shape != prediction.shape or reference.ndim != 2:
         raise ValueError(f"The reference is {reference.shape} and the prediction {prediction.shape}; both are (H, W).")
     if count > 255:

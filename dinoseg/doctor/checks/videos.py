@@ -21,10 +21,10 @@ def check_videos(splits: Sequence[Scanned]) -> Iterator[Finding]:
     mask_folders = {Path(record.mask).parent for part in splits for record in part.records}
     for folder in sorted(mask_folder.parent for mask_folder in mask_folders if mask_folder.name == MASK_FOLDER):
         if (folder / VIDEO).is_file():
-            yield from _check(folder)
+            yield from _check_masks_of_frames(folder)
 
 
-def _check(folder: Path) -> Iterator[Finding]:
+def _check_masks_of_frames(folder: Path) -> Iterator[Finding]:
     masks = png_files(folder / MASK_FOLDER)
     frames = prepared_frames(folder) or promised_frames(folder / VIDEO)
     if masks.keys() != _due(frames):

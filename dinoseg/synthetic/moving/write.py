@@ -64,7 +64,7 @@ def render_moving_objects(
         UserError: a setting is out of range, `root` cannot be written or holds other data.
     """
     root, counts = Path(root).expanduser(), (train_videos, val_videos, test_videos)
-    _check(counts, seconds, size, seed, workers)
+    _check_sizes(counts, seconds, size, seed, workers)
     videos = [
         MovingVideo(seed, folder, number, seconds, (size[0], size[1]))
         for folder, count in zip(FOLDERS, counts, strict=True)
@@ -74,7 +74,7 @@ def render_moving_objects(
     render_videos(root, functools.partial(_missing, root, videos), work, total=len(videos), workers=workers)
 
 
-def _check(counts: tuple[int, int, int], seconds: int, size: Sequence[int], seed: int, workers: int) -> None:
+def _check_sizes(counts: tuple[int, int, int], seconds: int, size: Sequence[int], seed: int, workers: int) -> None:
     if min(counts) < 0 or sum(counts) == 0:
         raise UserError(
             f"train_videos={counts[0]}, val_videos={counts[1]} and test_videos={counts[2]} give no videos to render. "

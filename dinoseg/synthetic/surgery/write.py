@@ -62,7 +62,7 @@ def render_dataset(
         UserError: a setting is out of range, `root` cannot be written or holds other videos.
     """
     root, size = Path(root), (int(size[0]), int(size[1]))
-    _check(train_videos, test_videos, seconds, size, seed, workers)
+    _check_sizes(train_videos, test_videos, seconds, size, seed, workers)
     first_test = max(FIRST_TEST_VIDEO, train_videos + 1)
     numbers = {"train1": range(1, train_videos + 1), "test": range(first_test, first_test + test_videos)}
     videos = [SurgeryVideo(seed, split, number, seconds, size) for split in SPLITS for number in numbers[split]]
@@ -70,7 +70,9 @@ def render_dataset(
     render_videos(root, functools.partial(_missing, root, videos), work, total=len(videos), workers=workers)
 
 
-def _check(train_videos: int, test_videos: int, seconds: int, size: tuple[int, int], seed: int, workers: int) -> None:
+def _check_sizes(
+    train_videos: int, test_videos: int, seconds: int, size: tuple[int, int], seed: int, workers: int
+) -> None:
     if train_videos < 0 or test_videos < 0 or train_videos + test_videos == 0:
         raise UserError(
             f"train_videos={train_videos} and test_videos={test_videos} give no videos to render. "
