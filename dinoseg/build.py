@@ -68,34 +68,34 @@ def _check_crop(cfg: DictConfig, patch_size: int) -> None:
         )
 
 
-def check_fits(cfg: DictConfig, found: loading.Checkpoint) -> None:
+def check_fits(cfg: DictConfig, file: loading.Checkpoint) -> None:
     """Refuse a checkpoint that is not of the model that a config describes, before any of it is made.
 
     The model is put together on the meta device, of no more parts and numbers than this machine could hold.
 
     Args:
-        cfg: merged with the checkpoint's own.
-        found: its outline.
+        cfg: merged with that of the checkpoint.
+        file: the checkpoint's outline.
 
     Raises:
         UserError: naming what differs, or what is too large.
     """
     try:
-        with loading.bounded(f"resume={found.path}"):
+        with loading.bounded(f"resume={file.path}"):
             empty = outline(cfg)
     except UserError:
         raise
     except Exception as error:  # each part fails on nonsense in its own way
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(
-            f"resume={found.path}: no model can be made of its config ({type(error).__name__}: {reason}). Correct the "
+            f"resume={file.path}: no model can be made of its config ({type(error).__name__}: {reason}). Correct the "
             "keys given beside it, or choose another checkpoint."
         ) from error
     # by where weights come from it is known what training changes
     empty.backbone.weights = cfg.backbone.get("weights", empty.backbone.weights)
     empty.head.weights = cfg.head.get("weights", empty.head.weights)
-    loading.check_fits(empty, found)
-    loading.check_size(empty, f"resume={found.path}")
+    loading.check_fits(empty, file)
+    loading.check_size(empty, f"resume={file.path}")
 
 
 def backbone(cfg: DictConfig) -> Backbone:
@@ -137,8 +137,8 @@ def dataset(cfg: DictConfig, split: str, *, reduced: bool = False) -> Segmentati
     """
     # what nobody has drawn is no truth to score against
     drawn_alone = {"pseudo": False} if "pseudo" in cfg.data.reader and not reduced else None
-    found = instantiate(cfg.data.reader, instead=drawn_alone)(split=_known(split))
-    return instantiate(cfg.data.opened)(found, split=split, reduced=reduced)
+    pairs = instantiate(cfg.data.reader, instead=drawn_alone)(split=_known(split))
+    return instantiate(cfg.data.opened)(pairs, split=split, reduced=reduced)
 
 
 def clips(cfg: DictConfig, split: str) -> Any:
@@ -203,11 +203,11 @@ def lengths(cfg: DictConfig, samples: int) -> Lengths:
     Raises:
         UserError: there is no length, or one is out of range.
     """
-    given = {key: cfg.trainer.get(key) for key in ("steps", "epochs", "val_every")}
-    given |= {"batch_size": cfg.data.batch_size, "accumulate": cfg.trainer.accumulate}
-    names = {key: f"{'data' if key == 'batch_size' else 'trainer'}.{key}" for key in given}
-    check_given("dinoseg.training.lengths.in_steps", given, names)
-    return in_steps(samples, **given)
+    options = {key: cfg.trainer.get(key) for key in ("steps", "epochs", "val_every")}
+    options |= {"batch_size": cfg.data.batch_size, "accumulate": cfg.trainer.accumulate}
+    names = {key: f"{'data' if key == 'batch_size' else 'trainer'}.{key}" for key in options}
+    check_given("dinoseg.training.lengths.in_steps", options, names)
+    return in_steps(samples, **options)
 
 
 def seed_of(cfg: DictConfig) -> int:

@@ -5,19 +5,21 @@ from pathlib import Path
 from typing import Any
 
 from dinoseg.data.packed.read import reduced_size
+from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.errors import UserError
 from dinoseg.evaluation.score_report import report, write_problems
 from dinoseg.images import read_size
 from dinoseg.metrics.protocols.contract import BadFile, Case, Cases, DatasetProtocol
 from dinoseg.scoring.folders import Unscorable, score_cases
+from dinoseg.shapes import SegmentationData
 
 FOLDER = "official"  # of predictions as a benchmark wants them, in the run folder
 
 logger = logging.getLogger(__name__)
 
 
-def usable(protocol: DatasetProtocol, data: Any, out_dir: Path, *, on_error: str, tells: bool) -> bool:
+def usable(protocol: DatasetProtocol, data: SegmentationData, out_dir: Path, *, on_error: str, tells: bool) -> bool:
     """Return whether a protocol can score a data set's predictions, before any is made; else tell why not.
 
     Args:
@@ -28,17 +30,19 @@ def usable(protocol: DatasetProtocol, data: Any, out_dir: Path, *, on_error: str
         tells: this process is the one that warns and writes `problems.json`.
     """
     try:
-        problems = _problems(protocol, data, out_dir / FOLDER)
+        problems = _problems(protocol, _of_files(data), out_dir / FOLDER)
     except UserError as error:
         problems, enough = [(out_dir / FOLDER, str(error))], False
     else:
-        enough = len(problems) < len(data.pairs) if on_error == "skip" else not problems
+        enough = len(problems) < len(data) if on_error == "skip" else not problems
     if tells and not enough:
         _tell(Unscorable(problems, "this data set"), out_dir)
     return enough
 
 
-def official_scores(protocol: DatasetProtocol, data: Any, out_dir: Path, on_error: str) -> dict[str, Any] | None:
+def official_scores(
+    protocol: DatasetProtocol, data: SegmentationData, out_dir: Path, on_error: str
+) -> dict[str, Any] | None:
     """Score the predictions in `out_dir`/official against the reference files themselves; write official_scores.json.
 
     Returns None where that cannot be done, and tells why: the scores that the model has already are worth keeping.
@@ -46,7 +50,7 @@ def official_scores(protocol: DatasetProtocol, data: Any, out_dir: Path, on_erro
     folder = out_dir / FOLDER
     remedy = f"Score what was predicted by itself: mode=score prediction={folder} mode.workers=1, with its reference."
     listing = Cases([])
-    for pair in data.pairs:
+    for pair in _of_files(data).pairs:
         try:
             listing.cases.append(_case(protocol, pair, folder))
         except BadFile as error:
@@ -61,7 +65,13 @@ def official_scores(protocol: DatasetProtocol, data: Any, out_dir: Path, on_erro
     return result["scores"]
 
 
-def _problems(protocol: DatasetProtocol, data: Any, folder: Path) -> list[tuple[Path, str]]:
+def _of_files(data: SegmentationData) -> PairDataset:
+    """Return a data set as one of files, which each is that has a benchmark."""
+    assert isinstance(data, PairDataset)
+    return data
+
+
+def _problems(protocol: DatasetProtocol, data: PairDataset, folder: Path) -> list[tuple[Path, str]]:
     """Return the file and the reason for each image whose prediction could not be scored."""
     problems = []
     for pair in data.pairs:
@@ -78,28 +88,28 @@ def _case(protocol: DatasetProtocol, pair: Pair, folder: Path) -> Case:
     return protocol.case(pair.name, pair.mask, folder / protocol.target(pair.name))
 
 
-def _check_size(data: Any, pair: Pair) -> None:
+def _check_size(data: PairDataset, pair: Pair) -> None:
     """Refuse a mask file of another size than the image that the data set gives: classes are predicted at that size.
 
     Headers are read where the data set may resize: a mask to its image, or both when they are packed.
     """
-    longest = getattr(data, "longest", None)
+    longest = data.longest
     fits = data.reader.masks.on_size_mismatch == "resize_mask"
     if not fits and longest is None:
         return
-    size = own = read_size(pair.mask)
+    size = stored = read_size(pair.mask)
     if fits:
         size = read_size(pair.image) if isinstance(pair.image, Path) else pair.image.read().shape[:2]
     size = reduced_size(size, longest)
-    if size != own:
+    if size != stored:
         raise BadFile(
             pair.mask,
-            f"is {own[1]} x {own[0]} (width x height), where the benchmark scores, but data.cache=packed or "
+            f"is {stored[1]} x {stored[0]} (width x height), where the benchmark scores, but data.cache=packed or "
             f"data.reader.masks.on_size_mismatch=resize_mask has it predicted at {size[1]} x {size[0]}.",
         )
 
 
 def _tell(error: UserError, out_dir: Path) -> None:
-    problems = getattr(error, "problems", [(out_dir / FOLDER, str(error))])
+    problems = error.problems if isinstance(error, Unscorable) else [(out_dir / FOLDER, str(error))]
     path = write_problems(out_dir, {out_dir / FOLDER: problems})
     logger.warning("No official scores (all reasons in %s; mode.official=false goes without): %s", path, error)

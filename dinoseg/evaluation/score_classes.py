@@ -36,8 +36,8 @@ def protocol_of(cfg: DictConfig, predictions: Sequence[Path], out_dir: Path) -> 
     if labels is None:
         return instantiate(cfg.protocol)
     late: dict[str, Any] = {"classes": list(labels.classes)}
-    own = cfg.protocol
-    if not (own.binary or own.reduce_zero_label or own.ignore_index != 255):
+    rules = cfg.protocol
+    if not (rules.binary or rules.reduce_zero_label or rules.ignore_index != 255):
         check_given("dinoseg.data.classes.masks.Masks", masks)
         late |= {"references": references(labels, masks), "ignore_index": labels.ignore_index}
     return instantiate(cfg.protocol, without=tuple(late), instead={"_partial_": True})(**late)
@@ -45,7 +45,7 @@ def protocol_of(cfg: DictConfig, predictions: Sequence[Path], out_dir: Path) -> 
 
 def _told(cfg: DictConfig, predictions: Sequence[Path], out_dir: Path) -> tuple[Labels | None, Mapping[str, Any]]:
     """Return the classes, and the keys of `Masks` for the references; None where nothing tells."""
-    records = {folder: found for folder in predictions if (found := read_class_record(folder)) is not None}
+    records = {folder: record for folder in predictions if (record := read_class_record(folder)) is not None}
     known = {str(folder / NAME): labels for folder, (labels, _) in records.items()}
     if _says_classes(cfg.data):
         data = cfg.data
@@ -60,15 +60,15 @@ def _told(cfg: DictConfig, predictions: Sequence[Path], out_dir: Path) -> tuple[
     if "data.ignore_index" in words:
         labels = Labels.of(labels.classes, labels.palette, cfg.data.ignore_index)
     typed = {word.removeprefix(_MASKS).split(".")[0] for word in words if word.startswith(_MASKS)}
-    own = mask_keys(cfg.data) if typed else {}
-    return labels, {**masks, **{key: own[key] for key in typed}}
+    said = mask_keys(cfg.data) if typed else {}
+    return labels, {**masks, **{key: said[key] for key in typed}}
 
 
 def mask_keys(data: DictConfig) -> dict[str, Any]:
     """Return how a data set's masks are written, as keys of `Masks`; empty where its format is fixed."""
     node = data.reader.get("masks")
-    found = {} if node is None else plain(node, resolve=True)
-    return {key: value for key, value in found.items() if key not in ("_target_", "described")}
+    keys = {} if node is None else plain(node, resolve=True)
+    return {key: value for key, value in keys.items() if key not in ("_target_", "described")}
 
 
 def _says_classes(data: DictConfig) -> bool:

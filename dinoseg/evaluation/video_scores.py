@@ -55,13 +55,13 @@ def score_masks(
     listing = Cases([_case(video, folder) for video in known if folder / video.name not in left_out], list(problems))
     if bare := [video.name for video in videos if video not in known]:
         listing.notes.append(f"{count_of(bare, 'video')} without references not scored: {listed(bare)}")
-    kept = f"The masks are kept: mode.restart={out_dir} takes them over."
+    advice = f"The masks are kept: mode.restart={out_dir} takes them over."
     try:
         where, on_error = f"the data set and {folder}", "skip" if skip else "stop"
-        scored = score_cases(protocol, listing, where=where, on_error=on_error, remedy=kept)
+        scored = score_cases(protocol, listing, where=where, on_error=on_error, remedy=advice)
     except Unscorable as error:
         write_problems(out_dir, {folder: error.problems})
-        raise UserError(f"{error}\n{kept}") from error
+        raise UserError(f"{error}\n{advice}") from error
     scores = report(protocol, scored, out_dir / "scores.json")["scores"]
     print(f"\nscores:       {out_dir}/scores.json")
     return scores

@@ -107,11 +107,11 @@ class ConfusionMatrix:
         objects = (row["iou"] for row in classes if row["id"] != self.background)
         return {"background": self.background, "miou_no_background": _mean(objects)}
 
-    def _raise_for_outsiders(self, found: str) -> None:
+    def _raise_for_outsiders(self, examples: str) -> None:
         references, predictions = self.counts[-2:].tolist()
         if references:
             raise UserError(
-                f"{references} mask pixels hold ids outside 0..{self.num_classes - 1}{found} that are not "
+                f"{references} mask pixels hold ids outside 0..{self.num_classes - 1}{examples} that are not "
                 f"the ignore index {self.ignore_index}. Correct the masks, data.classes or data.ignore_index."
             )
         if predictions:

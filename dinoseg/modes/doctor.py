@@ -56,7 +56,7 @@ def doctor(
     """
     if not 0 <= near_distance <= 64 or samples < 0:
         raise UserError(f"mode.near_distance={near_distance} must be 0 to 64, mode.samples={samples} not negative.")
-    datasets, found = _open_splits(cfg)
+    datasets, findings = _open_splits(cfg)
     splits = [
         scanned(split, data, scan(data.pairs, data.reader, images=images, workers=workers, cache_dir=cfg.cache_dir))
         for split, data in datasets.items()
@@ -64,13 +64,13 @@ def doctor(
     name = cfg.choices.data
     if splits:
         mean, std = (cfg.backbone.get(key) or default for key, default in zip(("mean", "std"), IMAGENET, strict=True))
-        found += examine(
+        findings += examine(
             splits, data_name=name, group=cfg.data.get("group"), near_distance=near_distance, mean=mean, std=std
         )
-    found = by_severity(found)
-    report = _printable(_report(cfg, splits, found))
+    findings = by_severity(findings)
+    report = _printable(_report(cfg, splits, findings))
     write_json(out_dir / "doctor.json", report)
-    pictures = list(_pictures(datasets, splits, found, samples))
+    pictures = list(_pictures(datasets, splits, findings, samples))
     palette = next(iter(datasets.values())).palette if datasets else ()
     page = doctor_page(f"{name}: {report['root']}", report["findings"], report["splits"], palette, pictures)
     write_text(out_dir / "doctor.html", page)
@@ -80,13 +80,13 @@ def doctor(
         counts = [count_of(report[f"{kind}s"], kind) for kind in ("error", "warning")]
         raise UserError(
             f"{' and '.join(counts)} in data={name} data.root={report['root']}: see {out_dir / 'doctor.html'}. "
-            f"{_what_now(found)}"
+            f"{_what_now(findings)}"
         )
     return {key: report[key] for key in ("errors", "warnings", "notes")} | {"run": str(out_dir)}
 
 
-def _what_now(found: Sequence[Finding]) -> str:
-    errors = [finding for finding in found if finding.severity == "error"]
+def _what_now(findings: Sequence[Finding]) -> str:
+    errors = [finding for finding in findings if finding.severity == "error"]
     stops = [finding for finding in errors if _stops(finding)]
     if not stops:
         return "Training would at most warn of that: judge whether its scores would still mean anything."
@@ -107,27 +107,29 @@ def _open_splits(cfg: DictConfig) -> tuple[dict[str, PairDataset], list[Finding]
     """Return the splits that can be listed, and why others cannot."""
     reader = instantiate(cfg.data.reader)
     datasets: dict[str, PairDataset] = {}
-    found = []
+    findings = []
     for split in _SPLITS:
         try:
             data = reader(split=split)
         except UserError as error:
             if split in _NEEDED:
-                found.append(Finding("error", "split_unreadable", f"Split {split}: {error}"))
+                findings.append(Finding("error", "split_unreadable", f"Split {split}: {error}"))
             else:
-                found.append(Finding("note", "split_left_out", f"Split {split} is left out: {error}"))
+                findings.append(Finding("note", "split_left_out", f"Split {split} is left out: {error}"))
             continue
         if not isinstance(data, PairDataset):
             raise UserError(f"mode=doctor reads images beside masks, which data={cfg.choices.data} does not give.")
         if split not in _NEEDED and (same := _same_files(data, datasets)):
-            found.append(Finding("note", "split_left_out", f"Split {split} is left out: it is {same}, file by file."))
+            findings.append(
+                Finding("note", "split_left_out", f"Split {split} is left out: it is {same}, file by file.")
+            )
             continue
         datasets[split] = data
-        found += [_lacking(split, data)] if data.lacking else []
+        findings += [_lacking(split, data)] if data.lacking else []
     if cfg.choices.data.startswith("idd") and not datasets:
         if files := home_made_files(Path(str(cfg.data.root)).expanduser()):
-            found.append(home_made(files, cfg.choices.data))
-    return datasets, found
+            findings.append(home_made(files, cfg.choices.data))
+    return datasets, findings
 
 
 def _lacking(split: str, data: PairDataset) -> Finding:
@@ -148,16 +150,16 @@ def _same_files(data: PairDataset, others: Mapping[str, PairDataset]) -> str | N
     return next((split for split, other in others.items() if {str(pair.image) for pair in other.pairs} == files), None)
 
 
-def _report(cfg: DictConfig, splits: Sequence[Scanned], found: Sequence[Finding]) -> dict[str, Any]:
+def _report(cfg: DictConfig, splits: Sequence[Scanned], findings: Sequence[Finding]) -> dict[str, Any]:
     train = next((part for part in splits if part.split == "train"), None)
     rows = []
-    for finding in found:
+    for finding in findings:
         row = {key: value for key, value in asdict(finding).items() if key not in ("look", "stops")}
         rows.append(row | {"count": len(finding.files), "stops_training": _stops(finding)})
     return {
         "data": cfg.choices.data,
         "root": str(cfg.data.root),
-        **{f"{kind}s": sum(each.severity == kind for each in found) for kind in ("error", "warning", "note")},
+        **{f"{kind}s": sum(each.severity == kind for each in findings) for kind in ("error", "warning", "note")},
         "findings": rows,
         "splits": {part.split: summary(part) for part in splits},
         "unreadable": {part.split: unreadable(part.records) for part in splits},
@@ -194,11 +196,11 @@ def _size(size: Mapping[str, int] | None) -> str:
 
 
 def _pictures(
-    datasets: Mapping[str, PairDataset], splits: Sequence[Scanned], found: Sequence[Finding], samples: int
+    datasets: Mapping[str, PairDataset], splits: Sequence[Scanned], findings: Sequence[Finding], samples: int
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield caption and picture of pairs that findings are about, then of each class, then of each split."""
     wanted: dict[tuple[str, str], str] = {}
-    for finding in found:
+    for finding in findings:
         for key in finding.look[:4]:
             wanted.setdefault(key, finding.code)
     for key, caption in _of_classes(splits):

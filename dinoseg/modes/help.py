@@ -53,9 +53,9 @@ def of_mode(mode: str) -> str:
     """Return what is said of one mode: commands, and its own keys as its config file explains them."""
     commands = [line for line in COMMANDS.splitlines() if f"mode={mode} " in line]
     text = (CONFIGS / "mode" / f"{mode}.yaml").read_text(encoding="utf-8")
-    own = [line for line in text.splitlines() if not line.startswith(_NO_KEYS)]
+    own_keys = [line for line in text.splitlines() if not line.startswith(_NO_KEYS)]
     reads = text.partition("\nreads: [")[2].partition("]")[0].split()
-    keys = [f"  mode.{line.replace(': ', '=', 1)}" for line in own] or ["  none"]
+    keys = [f"  mode.{line.replace(': ', '=', 1)}" for line in own_keys] or ["  none"]
     title = f"Keys of mode={mode}, and what they are if not given:"
     return "\n".join((*commands, "", title, *keys, "", f"It also reads {' '.join(reads)}", "", _FURTHER))
 

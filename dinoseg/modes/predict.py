@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from omegaconf import DictConfig
 
 from dinoseg.errors import UserError
 from dinoseg.evaluation.score_classes import FOLDER, mask_keys
@@ -34,7 +35,7 @@ _Named = tuple[str, np.ndarray]  # what the results are called, and an image (H,
 
 
 def predict(
-    cfg: Any, *, out_dir: Path, input: str | None, masks: bool | None, opacity: Share, batch_size: Count
+    cfg: DictConfig, *, out_dir: Path, input: str | None, masks: bool | None, opacity: Share, batch_size: Count
 ) -> dict[str, Any]:
     """Segment everything `input` stands for, at its own size, into `out_dir`; return counts and rates.
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from dinoseg.config.nodes import instantiate, not_set
 from dinoseg.config.plain import plain
@@ -15,7 +15,7 @@ VIDEOS = {"train_videos": "training", "val_videos": "validation", "test_videos":
 
 
 def render(
-    cfg: Any,
+    cfg: DictConfig,
     *,
     out_dir: Path,
     train_videos: Natural | None,
@@ -41,16 +41,16 @@ def render(
         )
     wanted: dict[str, Any] = {"train_videos": train_videos, "val_videos": val_videos, "test_videos": test_videos}
     wanted |= {"seconds": seconds, "size": size}
-    given = {key: value for key, value in wanted.items() if value is not None}
-    for key in given.keys() - node.keys():
+    changes = {key: value for key, value in wanted.items() if value is not None}
+    for key in changes.keys() - node.keys():
         known = ", ".join(f"mode.{each}" for each in wanted if each in node)
-        raise UserError(f"mode.{key}={given[key]}: data={data} is rendered without it. Leave it out, or set {known}.")
+        raise UserError(f"mode.{key}={changes[key]}: data={data} is rendered without it. Leave it out, or set {known}.")
     if OmegaConf.is_missing(cfg.data, "root"):
         raise UserError(not_set("data.root"))
     if not cfg.data.root:
         raise UserError("mode=render needs a folder to write to: give data.root=<folder>.")
-    draw = instantiate(node, instead={**given, "seed": seed, "workers": workers})
-    made = plain(node, resolve=True) | given
+    draw = instantiate(node, instead={**changes, "seed": seed, "workers": workers})
+    made = plain(node, resolve=True) | changes
     if len(made["size"]) != 2:
         raise UserError(f"mode.size={made['size']} must be two numbers [height, width], for example [192, 320].")
     draw()

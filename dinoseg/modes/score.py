@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig
+
 from dinoseg.errors import UserError
 from dinoseg.evaluation.score_classes import FOLDER, protocol_of
 from dinoseg.evaluation.score_report import result_of, write_problems
@@ -17,7 +19,7 @@ from dinoseg.storage.atomic import write_json
 
 
 def run(
-    cfg: Any,
+    cfg: DictConfig,
     *,
     out_dir: Path,
     reference: str | None,
@@ -98,13 +100,13 @@ def _score_all(
 
 def _folders(reference: str | None, prediction: str | Sequence[str] | None) -> list[Path]:
     """Return the reference folder and one or two prediction folders."""
-    given = [prediction] if isinstance(prediction, str) else list(prediction or ())
-    if reference is None or not 1 <= len(given) <= 2:
+    predictions = [prediction] if isinstance(prediction, str) else list(prediction or ())
+    if reference is None or not 1 <= len(predictions) <= 2:
         raise UserError(
             f"mode=score with reference={reference} prediction={prediction}: give reference=DIR and prediction=DIR, or "
             "prediction=[DIR,DIR] for the difference of two."
         )
-    folders = [Path(each).expanduser() for each in (reference, *given)]
+    folders = [Path(name).expanduser() for name in (reference, *predictions)]
     for key, folder in zip(("reference", "prediction", "prediction"), folders, strict=False):
         if not folder.is_dir():
             raise UserError(f"{key}={folder} is no folder. Give the folder that holds the {key}s.")

@@ -22,7 +22,7 @@ def clip_strip(
     Ids are told apart by colour; id 0 stays as it is, and 255 (nothing is known) becomes beige. Frames with more than
     `longest` pixels on their longer side are reduced to so many.
     """
-    shown = sorted({round(place) for place in np.linspace(0, len(frames) - 1, _SHOWN)})
+    shown = sorted({round(frame) for frame in np.linspace(0, len(frames) - 1, _SHOWN)})
     palette = default_palette(255)
     small = {number: reduced(frames[number], longest) for number in shown}
     rows = [[(f"frame {number}", frame) for number, frame in small.items()]]

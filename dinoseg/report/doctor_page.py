@@ -107,9 +107,9 @@ def _class_table(splits: Mapping[str, Mapping[str, Any]], palette: Sequence[Sequ
         swatch = f'<span class="swatch" style="background: rgb({", ".join(map(str, palette[index]))})"></span>'
         cells = [f"{swatch}{index} {escape(row['class'])}"]
         for name in names:
-            own = splits[name]["classes"][index]
-            bar = f'<span class="bar" style="width: {6 * own["share"]:.2f}rem"></span>'
-            cells += [f"{bar} {_percent(own['share'])}", f"{own['images']:,}"]
+            pixels = splits[name]["classes"][index]
+            bar = f'<span class="bar" style="width: {6 * pixels["share"]:.2f}rem"></span>'
+            cells += [f"{bar} {_percent(pixels['share'])}", f"{pixels['images']:,}"]
         rows.append(cells)
     heads = ["class"] + [text for name in names for text in (f"{escape(name)}: pixels", "images")]
     return _table(heads, rows)

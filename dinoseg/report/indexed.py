@@ -29,4 +29,4 @@ def write_indexed_png(path: str | Path, ids: np.ndarray, palette: Palette | None
 
 def _channel(bits: int) -> int:
     """Return a colour's level 0..255 from bits 0, 3 and 6, the lowest of which counts most."""
-    return sum((bits >> 3 * place & 1) << 7 - place for place in range(3))
+    return sum((bits >> 3 * level & 1) << 7 - level for level in range(3))

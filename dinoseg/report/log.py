@@ -89,11 +89,11 @@ def write_settings(out_dir: str | Path, settings: Mapping[str, Any], scores: Map
     from torch.utils.tensorboard import SummaryWriter
     from torch.utils.tensorboard.summary import hparams
 
-    kept = {key: value for key, value in settings.items() if isinstance(value, int | float | str)}
+    shown = {key: value for key, value in settings.items() if isinstance(value, int | float | str)}
     final = {f"final/{key}": value for key, value in scores.items() if isinstance(value, float)}
     with SummaryWriter(str(Path(out_dir) / _BOARD)) as board:
         # what add_hparams does, but for its folder of its own, which would be a run beside this one
-        for summary in hparams(kept, final):
+        for summary in hparams(shown, final):
             board.file_writer.add_summary(summary)
         for key, value in final.items():
             board.add_scalar(key, value)
@@ -127,14 +127,14 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _drop_after(path: Path, step: int) -> None:
-    kept = [json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step]
-    write_text(path, "".join(kept))
+    lines = [json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step]
+    write_text(path, "".join(lines))
 
 
 def _drop_pictures_after(folder: Path, step: int) -> None:
     for path in folder.iterdir() if folder.is_dir() else ():
-        found = _STEP.fullmatch(path.name)
-        if found and int(found[1]) > step:
+        numbered = _STEP.fullmatch(path.name)
+        if numbered and int(numbered[1]) > step:
             shutil.rmtree(path)
 
 

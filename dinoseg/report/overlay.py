@@ -45,12 +45,12 @@ def smooth_blocks(mask: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
         for cells, pixels in zip(grid, (height, width), strict=True)
     )
     blocks = mask[np.ix_(rows, columns)]  # (h, w), the ids at the cells' centres
-    found, best = np.zeros_like(mask), np.zeros(mask.shape, np.float32)
+    ids, best = np.zeros_like(mask), np.zeros(mask.shape, np.float32)
     for label in np.unique(blocks):
         share = np.asarray(cv2.resize((blocks == label).astype(np.float32), (width, height)))
         wins = share > best
-        found[wins], best[wins] = label, share[wins]
-    return found
+        ids[wins], best[wins] = label, share[wins]
+    return ids
 
 
 def compare(

@@ -72,14 +72,14 @@ def read(path: Path, *, finite: bool = True) -> Checkpoint:
     Raises:
         UserError: no such file, not a checkpoint of dinoseg, truncated, of a newer format, or not finite.
     """
-    found = _read(path, lambda file, key: file.get_tensor(key))
-    odd = [key for key, value in found.tensors.items() if value.dtype in CASTS and not torch.isfinite(value).all()]
+    file = _read(path, lambda file, key: file.get_tensor(key))
+    odd = [key for key, value in file.tensors.items() if value.dtype in CASTS and not torch.isfinite(value).all()]
     if finite and odd:
         raise UserError(
             f"resume={path}: {len(odd)} of its tensors hold NaN or infinity (such as {shown(odd[0])}), so what it "
             "predicts means nothing. Choose an earlier checkpoint; finite_weights=false uses it all the same."
         )
-    return found
+    return file
 
 
 def outline(path: Path) -> Checkpoint:
@@ -192,13 +192,13 @@ class Checkpoints:
         now = self.progress
         if now.best is not None and (score >= now.best if lowest else score <= now.best):
             return replace(now, stale=now.stale + 1, owed=False)
-        found = replace(now, best=score, best_step=now.step, stale=0, owed=False)
-        self._write("best", {f"model/{name}": value for name, value in _held(model).items()}, found)
-        return found
+        best = replace(now, best=score, best_step=now.step, stale=0, owed=False)
+        self._write("best", {f"model/{name}": value for name, value in _held(model).items()}, best)
+        return best
 
-    def settle(self, found: Progress) -> None:
+    def settle(self, judged: Progress) -> None:
         """Take over what `judge` has returned."""
-        vars(self.progress).update(vars(found))
+        vars(self.progress).update(vars(judged))
 
     def _write(self, name: str, tensors: Mapping[str, Tensor], progress: Progress, more: Any = None) -> None:
         if self.writes:

@@ -60,5 +60,5 @@ class Feed(Protocol):
 
 def spread(samples: int, wanted: int, world: int) -> list[int]:
     """Return the indices of at most `wanted` samples, evenly spread over those that rank 0 validates."""
-    own = range(0, samples, world)
-    return sorted({own[round(place)] for place in np.linspace(0, len(own) - 1, min(wanted, len(own)))})
+    validated = range(0, samples, world)
+    return sorted({validated[round(at)] for at in np.linspace(0, len(validated) - 1, min(wanted, len(validated)))})

@@ -205,11 +205,11 @@ def _validate(
                 f"val/{score} is {scores[score]} at step {checkpoints.progress.step}: no checkpoint can be chosen by "
                 "it. Give a lower optim.optimizer.lr, or look at the validation data."
             )
-        found = checkpoints.judge(model, scores[score], lowest=score in feed.lowest)
+        judged = checkpoints.judge(model, scores[score], lowest=score in feed.lowest)
     row = {f"val/{name}": value for name, value in scores.items() if isinstance(value, float)}
     log.pictures(checkpoints.progress.step, pictures)
     log.scalars(checkpoints.progress.step, row)  # last: where something fails before it, the validation comes again
-    checkpoints.settle(found)
+    checkpoints.settle(judged)
     meter.pause()
     logger.info(
         "step %d: val/%s %.4f (best %.4f at step %d)",

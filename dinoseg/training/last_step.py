@@ -48,8 +48,8 @@ class LastStep:
         step = self._checkpoints.progress.step
         if not (first or isinstance(error, Exception)) or not self._whole or step == self._start:
             return
-        for buffer, kept in zip(self._buffers, self._kept, strict=True):
-            buffer.copy_(kept)
+        for buffer, before in zip(self._buffers, self._before, strict=True):
+            buffer.copy_(before)
         try:
             self._checkpoints.save(*self._state)
         except Exception as second:  # the first error is the one to tell
@@ -59,5 +59,5 @@ class LastStep:
                 logger.warning("Training stopped after step %d, and that step is saved.", step)
 
     def _keep(self) -> None:
-        self._kept = [buffer.clone() for buffer in self._buffers]
+        self._before = [buffer.clone() for buffer in self._buffers]
         self._whole = True

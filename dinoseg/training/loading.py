@@ -149,9 +149,9 @@ def frozen_fingerprint(model: Segmenter) -> dict[str, str]:
     Quantised weights are left out: they differ in the last place between devices.
     """
     skipped = trained_names(model) | quantised_names(model)
-    kept = [(name, value) for name, value in model.state_dict().items() if name not in skipped]
+    frozen = [(name, value) for name, value in model.state_dict().items() if name not in skipped]
     return {
-        part: fingerprint((name, value) for name, value in kept if name.partition(".")[0] == part)
+        part: fingerprint((name, value) for name, value in frozen if name.partition(".")[0] == part)
         for part in ("backbone", "head")
     }
 

@@ -41,6 +41,7 @@ class PairDataset:
         self.lacking: Mapping[str, str] = lacking or {}
         self.remedy = remedy
         self.skipped: Mapping[str, str] = {}  # name and fault of what was left out on request
+        self.longest: int | None = None  # pixels that an image's longer side is reduced to; None: it is as its file
         self.reader = MaskReader(labels, masks)
 
     @property

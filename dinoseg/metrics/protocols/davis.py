@@ -12,7 +12,7 @@ from dinoseg.images import read_ids
 from dinoseg.metrics.davis import match_proposals, object_scores, pair_scores, statistics
 from dinoseg.metrics.protocols.bad_files import BadFiles
 from dinoseg.metrics.protocols.contract import BadFile, Case, Cases, Measured, ScoreProtocol
-from dinoseg.metrics.protocols.davis_layout import Layout
+from dinoseg.metrics.protocols.davis_layout import DavisLayout
 from dinoseg.metrics.protocols.trees import read_labels, refuse_ids
 from dinoseg.ranges import Count
 
@@ -42,7 +42,7 @@ class Sequences(ScoreProtocol):
     unit = "sequence"
     keys = KEYS
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: DavisLayout) -> None:
         self.layout, self.annotations = layout, layout.annotations
 
     def find(self, reference: Path, prediction: Path) -> Cases:
@@ -68,7 +68,7 @@ class Davis2017(Sequences):
     name = "davis2017"
 
     def __init__(self, split: str = "val", resolution: str = "480p") -> None:
-        super().__init__(Layout("Annotations", ("2017",), split, resolution, skip_ends=True))
+        super().__init__(DavisLayout("Annotations", ("2017",), split, resolution, skip_ends=True))
         self.rules: dict[str, Any] = {
             "absent_class": "an object in neither mask of a frame: J = F = 1; in one of them: 0",
             "resolution": _RESOLUTION,
@@ -121,7 +121,7 @@ class Davis2017Unsupervised(Sequences):
         if isinstance(max_proposals, bool) or not 1 <= max_proposals <= 255:
             raise UserError(f"protocol.max_proposals={max_proposals}: give a number from 1 to 255; 20 is official.")
         years = ("2019",) if split in _LATER_SETS else ("2017",)
-        super().__init__(Layout("Annotations_unsupervised", years, split, resolution, skip_ends=False))
+        super().__init__(DavisLayout("Annotations_unsupervised", years, split, resolution, skip_ends=False))
         self.max_proposals = max_proposals
         official = "" if max_proposals == 20 else " (not official, which is 20)"
         self.rules: dict[str, Any] = {
@@ -178,7 +178,7 @@ class Davis2016(Sequences):
     name = "davis2016"
 
     def __init__(self, split: str = "val", resolution: str = "480p") -> None:
-        super().__init__(Layout("Annotations", ("2016", resolution), split, resolution, skip_ends=True))
+        super().__init__(DavisLayout("Annotations", ("2016", resolution), split, resolution, skip_ends=True))
         self.rules: dict[str, Any] = {
             "absent_class": "no foreground in either mask of a frame: J = F = 1; in one of them only: 0",
             "resolution": _RESOLUTION,

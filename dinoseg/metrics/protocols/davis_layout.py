@@ -13,7 +13,7 @@ _SHOWN = 5  # names in a message
 
 
 @dataclass(frozen=True)
-class Layout:
+class DavisLayout:
     """Where the sequences of a task lie below the data set's root.
 
     Args:
