@@ -49,10 +49,10 @@ def _command(arguments: list[str]) -> None:
     from dinoseg.errors import UserError, telling_file_errors
 
     register_resolvers()
+    folders = config_folders(arguments, Path(CONFIGS))
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that an error comes back as it was raised
     try:
-        words = with_recipe_files(as_text(arguments, Path(CONFIGS)), config_folders(arguments, Path(CONFIGS)))
-        sys.argv[1:] = with_own_keys(words)
+        sys.argv[1:] = with_own_keys(with_recipe_files(as_text(arguments, Path(CONFIGS)), folders))
         with telling_file_errors(Path.cwd()):  # of the run folder itself, which Hydra makes
             hydra.main(version_base="1.3", config_path=CONFIGS, config_name="main")(run)()
     except UserError as error:
@@ -60,7 +60,7 @@ def _command(arguments: list[str]) -> None:
     except HydraException as error:
         from dinoseg.command.typos import explain
 
-        _fail(explain(sys.argv[1:], CONFIGS, error))
+        _fail(explain(sys.argv[1:], folders, error))
     except ValueError as error:  # OmegaConf's, of a name below a list; or a job's
         from dinoseg.command.typos import below_a_list
 
@@ -103,8 +103,9 @@ def run(cfg):  # noqa: ANN001, ANN201 - hydra.main wants the bare signature
         sys.exit(stop.status)
     except Exception as error:
         from dinoseg.command.typos import misplaced
+        from dinoseg.command.words import config_folders
 
-        if message := misplaced(words, CONFIGS, error):
+        if message := misplaced(words, config_folders(sys.argv[1:], Path(CONFIGS)), error):
             print(f"error: {message}", file=sys.stderr)
         elif hydra_cfg.mode != RunMode.MULTIRUN:
             raise

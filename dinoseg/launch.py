@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
@@ -59,44 +60,51 @@ def launch(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> Any:
     if not cfg.mode.get("keeps_folder", True):
         drop_empty(out_dir)
         return run_mode(cfg, out_dir)
-    own = out_dir
+    run_folder = out_dir  # which an error before it is entered leaves to be dropped
     try:
         with telling_file_errors(out_dir):
-            cfg, own = _enter_folder(cfg, out_dir, overrides)
+            cfg, run_folder = _enter_folder(cfg, out_dir, overrides)
             if devices == 1 or "WORLD_SIZE" in os.environ:
-                return run_mode(cfg, own)
-            return run_ranks(cfg, own, devices)
+                return run_mode(cfg, run_folder)
+            return run_ranks(cfg, run_folder, devices)
     except UserError:
-        drop_bare(own)
+        drop_bare(run_folder)
         raise
     except KeyboardInterrupt as stop:
         number = stop.number if isinstance(stop, Interrupted) else signal.SIGINT
-        raise Interrupted(number, note=_left(cfg, own) if is_first_rank() else "") from None
+        raise Interrupted(number, note=_left(cfg, run_folder) if is_first_rank() else "") from None
     finally:
-        release(own)
+        release(run_folder)
 
 
 def _enter_folder(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> tuple[DictConfig, Path]:
-    """Find what to go on from, make a folder this run's own, and keep the config in it."""
-    continued, given = None, out_dir
+    """Find what to go on from, make a folder this run's own, and keep the config in it.
+
+    Args:
+        cfg: as composed.
+        out_dir: the folder that Hydra has made for this run; it goes where another is taken.
+        overrides: the words of the command line.
+    """
+    continued, new = None, out_dir
     if cfg.resume is not None and "resume_from" in cfg.mode:
-        typed = cfg.choices.hparam
+        typed_recipe = cfg.choices.hparam
         cfg, continued = _resumed(cfg, out_dir, overrides)
-        out_dir = _below_recipe(out_dir, typed, cfg.choices.hparam)
+        new = _below_recipe(out_dir, typed_recipe, cfg.choices.hparam)
     cfg = _settled_length(cfg, overrides)
+    # other ranks of torchrun's only have to know the name: the first one makes the folder
     if not is_first_rank():
-        return cfg, continued or out_dir
+        return cfg, continued or new
     if continued is None:
-        if out_dir != given:
-            drop_empty(given)
-        out_dir = claim(out_dir)
+        if new != out_dir:
+            drop_empty(out_dir)
+        run_folder = claim(new)
     else:
-        lock(continued)
-        drop_parts(continued)
+        run_folder = continued
+        lock(run_folder)
+        drop_parts(run_folder)
         drop_empty(out_dir)
-        out_dir = continued
-    write_config(cfg, out_dir, overrides)
-    return cfg, out_dir
+    write_config(cfg, run_folder, overrides)
+    return cfg, run_folder
 
 
 def _below_recipe(out_dir: Path, typed: str, recipe: Any) -> Path:
@@ -125,10 +133,10 @@ def _resumed(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> tuple[
 
 def _settled_length(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """Let a `trainer.steps` of the command line win over the `trainer.epochs` of a recipe or a checkpoint."""
-    given = {override.key_or_group for override in _parsed(overrides) if override.value() is not None}
-    if {"trainer.steps", "trainer.epochs"} <= given:
+    typed = {override.key_or_group for override in _parsed(overrides) if override.value() is not None}
+    if {"trainer.steps", "trainer.epochs"} <= typed:
         raise UserError("trainer.steps and trainer.epochs both say how long to train: give one of them.")
-    if "trainer.steps" not in given:
+    if "trainer.steps" not in typed:
         return cfg
     return OmegaConf.merge(cfg, {"trainer": {"epochs": None}})  # type: ignore[return-value]
 
@@ -146,7 +154,7 @@ def _left(cfg: DictConfig, folder: Path) -> str:
     return f"{last} holds step {step}. The same command with resume=auto goes on from it, and so does resume={folder}"
 
 
-def _parsed(overrides: Sequence[str]) -> list[Any]:
+def _parsed(overrides: Sequence[str]) -> list[Override]:
     return OverridesParser.create().parse_overrides(list(overrides))
 
 

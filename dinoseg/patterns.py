@@ -1,7 +1,5 @@
 """Regular expressions that a user or a checkpoint gives: searched for a bounded time."""
 
-from typing import Any
-
 import regex
 
 from dinoseg.errors import UserError
@@ -32,7 +30,7 @@ class Pattern:
             raise UserError(f"{self.named} is no regular expression: {error}.") from None
         self.groups: int = self._compiled.groups
 
-    def search(self, name: str) -> Any:
+    def search(self, name: str) -> regex.Match[str] | None:
         """Return the first match in a name, or None.
 
         Raises:

@@ -20,15 +20,13 @@ def with_own_keys(arguments: Sequence[str]) -> list[str]:
         UserError: `resume` names no checkpoint.
     """
     configs = own_configs(arguments)
-    own = {
-        place
-        for place, override in _overrides(arguments)
-        if override.type is OverrideType.CHANGE
-        and "." in override.key_or_group  # a group is no key
-        and configs
-        and all(has_key(config, override.key_or_group) for config in configs)
-    }
-    return [f"++{word}" if place in own else word for place, word in enumerate(arguments)]
+    words = list(arguments)
+    for position, override in _overrides(arguments) if configs else ():
+        key = override.key_or_group
+        # one without a dot is a group
+        if override.type is OverrideType.CHANGE and "." in key and all(has_key(config, key) for config in configs):
+            words[position] = f"++{words[position]}"
+    return words
 
 
 def own_configs(arguments: Sequence[str]) -> list[Mapping[str, Any]]:
@@ -37,26 +35,26 @@ def own_configs(arguments: Sequence[str]) -> list[Mapping[str, Any]]:
     Raises:
         UserError: there is no such checkpoint.
     """
-    given = {override.key_or_group: values_of(override) for _, override in _overrides(arguments)}
-    targets = [target for target in given.get("resume", ()) if target not in ("auto", "None")]
-    if not targets:
+    typed = {override.key_or_group: values_of(override) for _, override in _overrides(arguments)}
+    checkpoints = [path for path in typed.get("resume", ()) if path not in ("auto", "None")]
+    if not checkpoints:
         return []
     from dinoseg.runs.recipe import SAVED  # imports torch
     from dinoseg.training import checkpoint
 
-    found = [checkpoint.describe(checkpoint.find(target, "last")) for target in targets]
+    descriptions = [checkpoint.describe(checkpoint.find(path, "last")) for path in checkpoints]
     return [
         {
             key: value
             for key, value in info["config"].items()
-            if key in SAVED and (key not in given or given[key] == [info["choices"].get(key)])
+            if key in SAVED and (key not in typed or typed[key] == [info["choices"].get(key)])
         }
-        for info in found
+        for info in descriptions
     ]
 
 
 def _overrides(arguments: Sequence[str]) -> Iterator[tuple[int, Override]]:
-    """Yield place and meaning of the words that Hydra can read."""
-    for place, word in assignments(arguments):
+    """Yield position and meaning of the words that Hydra can read."""
+    for position, word in assignments(arguments):
         if override := parsed(word):
-            yield place, override
+            yield position, override

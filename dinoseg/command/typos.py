@@ -8,32 +8,31 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf.errors import OmegaConfBaseException
 
 from dinoseg.command.own_keys import own_configs
 from dinoseg.command.recipes import recipe_files
-from dinoseg.command.words import assignments, config_folders, is_sweep, parsed, values_of
+from dinoseg.command.words import assignments, is_sweep, parsed, values_of
 from dinoseg.config.options import RECIPES, options_of
-from dinoseg.config.plain import keys_of, plain
+from dinoseg.config.plain import at, keys_of, plain
 from dinoseg.wording import nearest
 
 _ALL_KEYS = "Add `--cfg job` to see all keys, `--help` alone to see all groups and options."
 
 
-def explain(arguments: Sequence[str], configs: str, error: Exception) -> str:
+def explain(arguments: Sequence[str], folders: Sequence[Path], error: Exception) -> str:
     """Return the mistake and its remedy; where none is recognised, what Hydra said.
 
     Args:
         arguments: the command line, without the program's name.
-        configs: folder of the config groups.
+        folders: those of config groups, the shipped one first.
         error: what Hydra raised.
     """
-    folders = config_folders(arguments, Path(configs))
     if moved := _moved_recipe(error, folders):
         return moved
     several = is_sweep(arguments)
-    chosen = _search_path(folders[1:])
+    chosen: list[str] = []
     overrides: list[Override] = []
     for _, word in assignments(arguments):
         override, mistake = _read(word)
@@ -53,29 +52,33 @@ def explain(arguments: Sequence[str], configs: str, error: Exception) -> str:
             chosen.append(f"{override.get_key_element()}={values_of(override)[0]}")
         else:
             overrides.append(override)
-    return _wrong_key(overrides, chosen, configs, own_configs(arguments)) or _hydras_own(error)
+    return _wrong_key(overrides, chosen, folders, own_configs(arguments)) or _hydras_own(error)
 
 
-def misplaced(words: Sequence[str], configs: str, error: Exception) -> str:
+def misplaced(words: Sequence[str], folders: Sequence[Path], error: Exception) -> str:
     """Return which word of a command line that could be composed is to blame for an error; "" where none is.
 
     A group of keys is replaced by a value or taken away, or a value points to what is not there.
+
+    Args:
+        words: the assignments of the command line.
+        folders: those of config groups, the shipped one first.
+        error: what a job raised.
     """
     overrides = [
         override for word in words if (override := parsed(word)) and not override.key_or_group.startswith("hydra")
     ]
-    groups = {override.key_or_group for override in overrides if Path(configs, override.key_or_group).is_dir()}
-    chosen = [each.input_line or "" for each in overrides if each.key_or_group in groups and not each.is_delete()]
-    cfg = _composed(chosen, configs)
+    keys = {override.key_or_group for override in overrides}
+    groups = {key for key in keys if any((folder / key).is_dir() for folder in folders)}
+    chosen = [word.input_line or "" for word in overrides if word.key_or_group in groups and not word.is_delete()]
+    cfg = _composed(chosen, folders)
     for override in overrides:
         key, value = override.key_or_group, override.value()
-        found: Any = cfg
-        for part in key.split("."):
-            found = found.get(part) if isinstance(found, Mapping) else None
+        node = at(cfg, key.split("."))
         if override.is_delete():
             return f"~{key} takes away what is read. Leave it out, or give {key} another value."
-        if isinstance(found, Mapping) and not isinstance(value, Mapping) and key not in groups:
-            several = f"{key}.{'|'.join(map(str, found))}"
+        if isinstance(node, Mapping) and not isinstance(value, Mapping) and key not in groups:
+            several = f"{key}.{'|'.join(map(str, node))}"
             return f"{key}={value} stands where a group of keys is needed. Set one of them: {several}=VALUE."
     for override in overrides:
         if isinstance(error, OmegaConfBaseException) and "${" in str(override.value()):
@@ -84,7 +87,7 @@ def misplaced(words: Sequence[str], configs: str, error: Exception) -> str:
                 "name of another key, such as '${seed}'."
             )
     if isinstance(error, OmegaConfBaseException):
-        key = getattr(error, "full_key", None) or "A key"
+        key = error.full_key or "A key"
         return f"{key} has no value that can be used, as {' '.join(words)} leaves it. Take back what was changed there."
     return ""
 
@@ -101,11 +104,12 @@ def below_a_list(words: Sequence[str], error: ValueError) -> str:
     return f"{word}: a list has no key {name}. Its items are numbered from 0, as in data.classes.0=VALUE."
 
 
-def _composed(chosen: Sequence[str], configs: str) -> dict[str, Any]:
+def _composed(chosen: Sequence[str], folders: Sequence[Path]) -> dict[str, Any]:
     """Return the config with these options, and no other words."""
+    sources = ",".join(f'"file://{folder.absolute()}"' for folder in folders[1:])
     GlobalHydra.instance().clear()
-    with initialize_config_dir(configs, version_base="1.3"):
-        return plain(compose("main", list(chosen)))
+    with initialize_config_dir(str(folders[0]), version_base="1.3"):
+        return plain(compose("main", [f"hydra.searchpath=[{sources}]", *chosen]))
 
 
 def _read(word: str) -> tuple[Override | None, str]:
@@ -128,17 +132,12 @@ def _is_text(value: str) -> bool:
 
 def _moved_recipe(error: Exception, folders: Sequence[Path]) -> str:
     """Return what to write where a config file of the user's names a recipe as it was before there were families."""
-    group, _, name = (getattr(error, "missing_cfg_file", None) or "").rpartition("/")
+    missing = error.missing_cfg_file if isinstance(error, MissingConfigException) else None
+    group, _, name = (missing or "").rpartition("/")
     option = recipe_files(folders).get(name, name)
     if group != RECIPES or option == name:
         return ""
     return f"{str(error).splitlines()[0]} It is in a family of recipes now: write /{RECIPES}/{option} there."
-
-
-def _search_path(folders: Sequence[Path]) -> list[str]:
-    """Return the words by which Hydra composes with the user's own folders, too."""
-    sources = ",".join(f'"file://{folder.absolute()}"' for folder in folders)
-    return [f"hydra.searchpath=[{sources}]"] if folders else []
 
 
 def _wrong_option(override: Override, groups: Sequence[Path]) -> str:
@@ -160,11 +159,11 @@ def _nearby(choice: str, options: Sequence[str]) -> list[str]:
 
 
 def _wrong_key(
-    overrides: Sequence[Override], chosen: Sequence[str], configs: str, own: Sequence[Mapping[str, Any]]
+    overrides: Sequence[Override], chosen: Sequence[str], folders: Sequence[Path], own: Sequence[Mapping[str, Any]]
 ) -> str:
     """Return the mistake of the first key that the config with these choices, or a checkpoint's own, does not have."""
     try:
-        cfg = _composed(chosen, configs)
+        cfg = _composed(chosen, folders)
     except HydraException:
         return ""
     for config in own:
@@ -182,12 +181,11 @@ def _wrong_key(
     return ""
 
 
-def _new_entries(cfg: Any, key: str, value: Any) -> list[str]:
+def _new_entries(cfg: Mapping[str, Any], key: str, value: Any) -> list[str]:
     """Return which names of a table that is given for a key the config does not have there."""
-    for part in key.split("."):
-        cfg = cfg.get(part) if isinstance(cfg, Mapping) else None
-    both = isinstance(cfg, Mapping) and isinstance(value, Mapping)
-    return [str(name) for name in value if name not in cfg] if both else []
+    table = at(cfg, key.split("."))
+    both = isinstance(table, Mapping) and isinstance(value, Mapping)
+    return [str(name) for name in value if name not in table] if both else []
 
 
 def _below_free(cfg: Any, parts: Sequence[str]) -> bool:

@@ -27,11 +27,11 @@ _NESTED = ("[", "{", "'", '"')  # what a value begins with that is more than tex
 
 
 def assignments(arguments: Sequence[str]) -> Iterator[tuple[int, str]]:
-    """Yield place and text of the words that are meant as KEY=VALUE: neither flags nor their values."""
+    """Yield position and text of the words that are meant as KEY=VALUE: neither flags nor their values."""
     skip = False
-    for place, word in enumerate(arguments):
+    for position, word in enumerate(arguments):
         if not skip and not word.startswith("-"):
-            yield place, word
+            yield position, word
         skip = word in _TAKES_A_VALUE
 
 
@@ -68,25 +68,24 @@ def as_text(arguments: Sequence[str], configs: Path) -> list[str]:
         if word.lstrip("+~").startswith("="):
             raise UserError(f"{word} has no key before its sign of equality. Write KEY=VALUE.")
     several = is_sweep(arguments)
-    found = list(arguments)
-    for place, word in assignments(arguments):
+    words = list(arguments)
+    for position, word in assignments(arguments):
         key, sign, value = word.partition("=")
         if not sign or not value or key.startswith("~"):
             continue
         override = parsed(word)
-        names_file = key.lstrip("+") in FILES or (configs / key.lstrip("+").split("@")[0]).is_dir()
-        if names_file and max(map(len, os.fsencode(value).split(b"/"))) > _LONGEST:
+        is_group = (configs / key.lstrip("+").split("@")[0]).is_dir()
+        if (is_group or key.lstrip("+") in FILES) and max(map(len, os.fsencode(value).split(b"/"))) > _LONGEST:
             raise UserError(
                 f"{key}={value[:40]}... is unknown: no file has a name of {len(value)} letters. Give a shorter one."
             )
         if override is None:
             text = not value.startswith(_NESTED)
         else:
-            group = (configs / key.lstrip("+").split("@")[0]).is_dir() and not override.is_sweep_override()
-            text = group and not isinstance(override.value(), str)
+            text = is_group and not override.is_sweep_override() and not isinstance(override.value(), str)
         if text or _names_file(key, value, override, several=several):
-            found[place] = f"{key}={QuotedString(value, Quote.double).with_quotes()}"
-    return found
+            words[position] = f"{key}={QuotedString(value, Quote.double).with_quotes()}"
+    return words
 
 
 def is_sweep(arguments: Sequence[str]) -> bool:

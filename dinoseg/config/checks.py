@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from dinoseg.errors import UserError
 from dinoseg.ranges import Range
@@ -19,29 +19,29 @@ PLAIN: dict[Any, Any] = {  # what an annotated parameter takes from a config
 }
 
 
-def check_given(target: str, given: Mapping[str, Any], names: Mapping[str, str] | None = None) -> None:
+def check_given(target: str, arguments: Mapping[str, Any], names: Mapping[str, str] | None = None) -> None:
     """Refuse keys that a target does not take, and values that its annotations do not allow.
 
     Args:
         target: a dotted path; one outside the trusted packages is not looked at.
-        given: its keyword arguments.
+        arguments: its keyword arguments.
         names: of these arguments as whole keys of the config; one not named here goes by its own name.
 
     Raises:
         UserError: naming the key and what the target takes.
     """
-    found = _locate(target) if _below(target, TRUSTED) else None
-    if found is None:
+    part = _locate(target) if _below(target, TRUSTED) else None
+    if part is None:
         return
-    parameters = inspect.signature(found).parameters
+    parameters = inspect.signature(part).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    unknown = [key for key in given if key not in parameters]
+    unknown = [key for key in arguments if key not in parameters]
     if unknown and not takes_any:
         raise UserError(
             f"{target} does not take {', '.join(unknown)}. It takes: {', '.join(name for name in parameters)}. "
             f"Check the key's spelling."
         )
-    for key, value in given.items():
+    for key, value in arguments.items():
         if key in parameters:
             _check_value((names or {}).get(key, key), value, parameters[key].annotation, target)
 
@@ -75,7 +75,7 @@ def _fits(value: Any, annotation: Any) -> bool:
 
 def _broken(value: Any, annotation: Any) -> list[str]:
     """Return the rules of ranges that a value of the right type is outside of; none where one of several holds."""
-    ranges = [rule for rule in getattr(annotation, "__metadata__", ()) if isinstance(rule, Range)]
+    ranges = [rule for rule in get_args(annotation) if isinstance(rule, Range)]
     annotation = _bare(annotation)
     if get_origin(annotation) in (Union, UnionType):
         broken = [_broken(value, part) for part in get_args(annotation) if _fits(value, part)]
@@ -83,8 +83,8 @@ def _broken(value: Any, annotation: Any) -> list[str]:
     if isinstance(value, int | float) and not isinstance(value, bool):
         finite = [] if math.isfinite(value) else ["a finite number"]
         return [rule.rule for rule in ranges if value not in rule] or finite
-    each = [f"{rule} for each" for item, part in _parts(value, annotation) for rule in _broken(item, part)]
-    return [rule.replace(" for each for each", " for each") for rule in each]
+    of_items = [f"{rule} for each" for item, part in _parts(value, annotation) for rule in _broken(item, part)]
+    return [rule.replace(" for each for each", " for each") for rule in of_items]
 
 
 def _parts(value: Any, annotation: Any) -> list[tuple[Any, Any]]:
@@ -99,7 +99,8 @@ def _parts(value: Any, annotation: Any) -> list[tuple[Any, Any]]:
 
 
 def _bare(annotation: Any) -> Any:
-    return get_args(annotation)[0] if hasattr(annotation, "__metadata__") else annotation
+    """Return an annotation without its ranges."""
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
 
 
 def _said(annotation: Any) -> str:
@@ -123,13 +124,14 @@ def _below(path: str, roots: Iterable[str]) -> bool:
 
 def _locate(path: str) -> Any:
     """Return the object of a dotted path, importing only below the trusted packages."""
-    parts = path.split(".")
-    found: Any = importlib.import_module(parts[0])
-    for end, part in enumerate(parts[1:], start=2):
-        if not hasattr(found, part) and inspect.ismodule(found) and _below(found.__name__, TRUSTED):
+    names = path.split(".")
+    part: Any = importlib.import_module(names[0])
+    for end, name in enumerate(names[1:], start=2):
+        # a module is no attribute of its package before it is imported
+        if inspect.ismodule(part) and name not in vars(part) and _below(part.__name__, TRUSTED):
             try:
-                importlib.import_module(".".join(parts[:end]))
+                importlib.import_module(".".join(names[:end]))
             except ImportError:
                 return None
-        found = getattr(found, part, None)
-    return found
+        part = getattr(part, name, None)
+    return part

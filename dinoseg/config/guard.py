@@ -13,7 +13,7 @@ from typing import Any
 from dinoseg.config.interpolations import check_form, check_interpolations
 from dinoseg.config.limits import REMEDY, check_text, check_value
 from dinoseg.config.plain import Steps, below, dotted, nests
-from dinoseg.config.registry import LISTED, Place, Registry, own_registry
+from dinoseg.config.registry import LISTED, Entry, Registry, own_registry
 from dinoseg.errors import UserError
 from dinoseg.wording import shown
 
@@ -26,10 +26,10 @@ _OWN_WEIGHTS = re.compile(r"random|timm|dinoseg:\w+")
 def guard(
     config: Mapping[str, Any],
     where: str,
-    own: Mapping[str, Any] | None = None,
+    composed: Mapping[str, Any] | None = None,
     *,
     trust: Collection[str] = (),
-    given: Collection[str] = (),
+    typed: Collection[str] = (),
 ) -> None:
     """Refuse a config read from a file that says more than config files of this machine could, but for plain values.
 
@@ -38,32 +38,32 @@ def guard(
     Args:
         config: plain, not resolved.
         where: what an error calls the file.
-        own: the config that the command line composed, plain, not resolved.
+        composed: the config of the command line, plain, not resolved.
         trust: packages whose targets the user allows at any place, and hub ids that weights may come from.
-        given: keys that the command line gives instead of the file.
+        typed: keys that the command line gives instead of the file.
 
     Raises:
         UserError: naming the place, what stands there, and what would be allowed.
     """
-    own = own or {}
-    registry = own_registry(own)
+    composed = composed or {}
+    registry = own_registry(composed)
     for count, (steps, node) in enumerate(below(config, ())):
         if count > _MOST_VALUES:
             raise UserError(f"{where}: its config holds more than {_MOST_VALUES} values. {REMEDY}.")
-        what, is_built = f"{where}: {dotted(steps)}", bool(_place(steps, registry).targets)
+        what, known = f"{where}: {dotted(steps)}", _entry(steps, registry)
         if isinstance(node, Mapping):
             _check_keys(node, steps, what)
-            if "_target_" in node or "_partial_" in node or is_built:
-                _check_target(node, _place(steps, registry), trust, what)
-        elif node is not None and is_built:
+            if "_target_" in node or "_partial_" in node or known.targets:
+                _check_target(node, known, trust, what)
+        elif node is not None and known.targets:
             raise UserError(f"{what}={shown(node)} is refused: config files put a _target_ there. {REMEDY}.")
         elif isinstance(node, str):
             check_text(node, steps, f"{what}={shown(node)}")
             check_form(node, f"{what}={shown(node)}")
         if not (isinstance(node, str) and "${" in node):
             check_value(node, steps, f"{what}={shown(node)}")
-    check_interpolations(config, own, where)
-    if "backbone.weights" not in given:
+    check_interpolations(config, composed, where)
+    if "backbone.weights" not in typed:
         _check_weights(config, registry, trust, where)
 
 
@@ -79,7 +79,7 @@ def _check_keys(node: Mapping[Any, Any], steps: Steps, what: str) -> None:
             raise UserError(f"{what}.{key} is refused: a checkpoint may not act on files. {REMEDY}.")
 
 
-def _check_target(node: Mapping[str, Any], allowed: Place, trust: Collection[str], what: str) -> None:
+def _check_target(node: Mapping[str, Any], allowed: Entry, trust: Collection[str], what: str) -> None:
     target, partial = node.get("_target_"), node.get("_partial_", False)
     if not isinstance(target, str) or not (target in allowed.targets or _trusted(target, trust)):
         listed = f"there they name {', '.join(sorted(allowed.targets))}" if allowed.targets else "there they name none"
@@ -99,9 +99,9 @@ def _check_target(node: Mapping[str, Any], allowed: Place, trust: Collection[str
             raise UserError(f"{what}.{key} is refused: {target} takes no {key}. {REMEDY}.")
 
 
-def _place(steps: Steps, registry: Registry) -> Place:
+def _entry(steps: Steps, registry: Registry) -> Entry:
     """Return what config files write at the end of steps."""
-    return registry.get(tuple(LISTED if isinstance(step, int) else step for step in steps), Place())
+    return registry.get(tuple(LISTED if isinstance(step, int) else step for step in steps), Entry())
 
 
 def _trusted(target: str, trust: Collection[str]) -> bool:
@@ -148,7 +148,7 @@ def _check_weights(config: Mapping[str, Any], registry: Registry, trust: Collect
     """Refuse to fetch weights from a place that only the file names."""
     backbone = config.get("backbone")
     weights = backbone.get("weights") if isinstance(backbone, Mapping) else None
-    known = registry.get(("backbone",), Place()).values.get("weights", set())
+    known = registry.get(("backbone",), Entry()).values.get("weights", set())
     if weights is None or (
         isinstance(weights, str) and (weights in known or weights in trust or _OWN_WEIGHTS.fullmatch(weights))
     ):

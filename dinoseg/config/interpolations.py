@@ -25,16 +25,16 @@ def check_form(text: str, what: str) -> None:
         raise UserError(f"{what}: this interpolation is refused. A config from a checkpoint may only point within it.")
 
 
-def check_interpolations(config: Mapping[str, Any], own: Mapping[str, Any], where: str) -> None:
+def check_interpolations(config: Mapping[str, Any], composed: Mapping[str, Any], where: str) -> None:
     """Refuse interpolations of what is to be built, of so much that it would not end, and of what may not stand there.
 
     Args:
         config: from the file, plain; each text in it has passed `check_form`.
-        own: what the command line composed, plain: what the file lacks is looked up there.
+        composed: the config of the command line, plain: what the file lacks is looked up there.
         where: what an error calls the file.
     """
-    _check_pointers(config, {**own, **config}, where)
-    whole = OmegaConf.create({**own, **config})
+    _check_pointers(config, {**composed, **config}, where)
+    whole = OmegaConf.create({**composed, **config})
     for steps, text in below(config, ()):
         if isinstance(text, str) and "${" in text:
             # what they stand for is held against the rules of the place where they stand: to point is no way round

@@ -37,27 +37,28 @@ def instantiate(node: Any, *, without: Sequence[str] = (), instead: Mapping[str,
     unset = next(_unset(values, where), None)
     if unset:
         raise UserError(not_set(unset))
-    again = next((text for text in _texts(values) if "${" in text), None)
-    if again is not None:  # hydra would resolve it once more, and so run what was meant as text
-        raise UserError(f"{again} reads as an interpolation even after it is resolved. Choose a value without ${{.")
-    for target, given, names in _named(values, node, where):
-        check_given(target, given, names)
+    # hydra would resolve it once more, and so run what was meant as text
+    pointer = next((text for text in _texts(values) if "${" in text), None)
+    if pointer is not None:
+        raise UserError(f"{pointer} reads as an interpolation even after it is resolved. Choose a value without ${{.")
+    for target, arguments, names in _targets(values, node, where):
+        check_given(target, arguments, names)
     try:
         return hydra_instantiate(values, _convert_="all")
     except InstantiationException as error:
         raise (error.__cause__ or error) from None  # what the target itself raised, not hydra's wrapping
 
 
-def _named(values: Any, node: Any, where: str) -> Iterator[tuple[str, dict[str, Any], dict[str, str]]]:
+def _targets(values: Any, node: Any, where: str) -> Iterator[tuple[str, dict[str, Any], dict[str, str]]]:
     """Yield every `_target_` at or below a node with the keys and values beside it, and each key's whole name."""
     items: Any = values.items() if isinstance(values, Mapping) else enumerate(values)
     below = {key: (value, *_typed_at(node, key, where)) for key, value in items}
     if isinstance(values, Mapping) and isinstance(values.get("_target_"), str):
-        own = {key: value for key, value in values.items() if not str(key).startswith("_")}
-        yield values["_target_"], own, {key: below[key][2] for key in own}
+        arguments = {key: value for key, value in values.items() if not str(key).startswith("_")}
+        yield values["_target_"], arguments, {key: below[key][2] for key in arguments}
     for value, inner, name in below.values():
         if isinstance(value, Mapping | list):
-            yield from _named(value, inner, name)
+            yield from _targets(value, inner, name)
 
 
 def _typed_at(node: Any, key: Any, where: str) -> tuple[Any, str]:

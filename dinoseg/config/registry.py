@@ -19,13 +19,13 @@ _ACROSS = (RECIPES, "local")  # whose files write below other groups' keys
 LISTED = "*"  # stands for an index of a list
 _SHIPPED = Path(__file__).parents[1] / "cfg"
 _PACKAGE = re.compile(r"^\s*#\s*@package\s+(\S+)", re.MULTILINE)
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_LOADER = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader  # the one in C is eight times as fast
 
 Keys = tuple[str, ...]  # from the root of the config down
 
 
 @dataclass
-class Place:
+class Entry:
     """What config files write at one place.
 
     Attributes:
@@ -39,7 +39,7 @@ class Place:
     values: dict[str, set[str]] = field(default_factory=dict)
 
 
-Registry = Mapping[Keys, Place]
+Registry = Mapping[Keys, Entry]
 
 
 def own_registry(config: Mapping[str, Any]) -> Registry:
@@ -50,15 +50,15 @@ def own_registry(config: Mapping[str, Any]) -> Registry:
     Args:
         config: what the command line composed, plain, not resolved.
     """
-    written: dict[Keys, Place] = {}
-    _add({group: config[group] for group in GROUPS if group in config}, (), written)
+    composed: dict[Keys, Entry] = {}
+    _add({group: config[group] for group in GROUPS if group in config}, (), composed)
     if not HydraConfig.initialized():
-        return _joined(read_registry((_SHIPPED,)), written)
+        return _joined(read_registry((_SHIPPED,)), composed)
     runtime = HydraConfig.get().runtime
-    found = [_folder(source.schema, source.path) for source in runtime.config_sources]
-    folders = tuple(dict.fromkeys([_SHIPPED, *(folder for folder in found if folder is not None)]))
+    sources = [_folder(source.schema, source.path) for source in runtime.config_sources]
+    folders = tuple(dict.fromkeys([_SHIPPED, *(folder for folder in sources if folder is not None)]))
     chosen = [(group, option) for group, option in runtime.choices.items() if group not in (*GROUPS, *_ACROSS)]
-    return _joined(_joined(read_registry(folders), read_chosen(folders, chosen)), written)
+    return _joined(_joined(read_registry(folders), read_chosen(folders, chosen)), composed)
 
 
 @lru_cache(maxsize=4)
@@ -71,15 +71,15 @@ def read_registry(folders: tuple[Path, ...]) -> Registry:
     Args:
         folders: roots of config groups.
     """
-    found: dict[Keys, Place] = {}
+    registry: dict[Keys, Entry] = {}
     seen: set[_Config] = set()
     for folder in folders:
         for group in ("", *GROUPS, *_ACROSS):
             pattern = "**/*.yaml" if group == RECIPES else "*.yaml"  # recipes are in families
             for path in sorted((folder / group).glob(pattern)):
                 name = path.relative_to(folder).with_suffix("").as_posix()
-                _collect(folders, _Config(name, None, name.rpartition("/")[0].replace("/", ".")), found, seen)
-    return found
+                _collect(folders, _Config(name, None, name.rpartition("/")[0].replace("/", ".")), registry, seen)
+    return registry
 
 
 def read_chosen(folders: Sequence[Path], chosen: Iterable[tuple[str, Any]]) -> Registry:
@@ -89,21 +89,22 @@ def read_chosen(folders: Sequence[Path], chosen: Iterable[tuple[str, Any]]) -> R
         folders: roots of config groups.
         chosen: group (`data/deep`, `protocol@data.official`) and option.
     """
-    found: dict[Keys, Place] = {}
+    registry: dict[Keys, Entry] = {}
     seen: set[_Config] = set()
-    for config in _entries([{group: option} for group, option in chosen], "", ""):
-        _collect(folders, config, found, seen)
-    return found
+    for config in _bases([{group: option} for group, option in chosen], "", ""):
+        _collect(folders, config, registry, seen)
+    return registry
 
 
 def _joined(registry: Registry, more: Registry) -> Registry:
-    found = {**registry, **more}
-    for place in registry.keys() & more.keys():
-        known, new = registry[place], more[place]
-        keys = known.values.keys() | new.values.keys()
-        values = {key: known.values.get(key, set()) | new.values.get(key, set()) for key in keys}
-        found[place] = Place(known.targets | new.targets, known.partial | new.partial, values)
-    return found
+    """Return what either says of each place."""
+    both = {**registry, **more}
+    for keys in registry.keys() & more.keys():
+        first, second = registry[keys], more[keys]
+        names = first.values.keys() | second.values.keys()
+        values = {name: first.values.get(name, set()) | second.values.get(name, set()) for name in names}
+        both[keys] = Entry(first.targets | second.targets, first.partial | second.partial, values)
+    return both
 
 
 def _folder(schema: str, path: str) -> Path | None:
@@ -139,7 +140,7 @@ class _Config:
         return f"{self.parent}.{'' if package == '_here_' else package}".strip(".")
 
 
-def _collect(folders: Sequence[Path], config: _Config, found: dict[Keys, Place], seen: set[_Config]) -> None:
+def _collect(folders: Sequence[Path], config: _Config, registry: dict[Keys, Entry], seen: set[_Config]) -> None:
     """Add what a config writes, and what those write that it starts from."""
     if config in seen:
         return
@@ -153,23 +154,24 @@ def _collect(folders: Sequence[Path], config: _Config, found: dict[Keys, Place],
         if isinstance(content, dict):
             header = _PACKAGE.search(text)
             where = config.place(header[1] if header else None)
-            entries = _entries(content.pop("defaults", None), config.name.rpartition("/")[0], where)
-            _add(content, tuple(where.split(".")) if where else (), found)
-            for entry in entries:
-                _collect(folders, entry, found, seen)
+            bases = _bases(content.pop("defaults", None), config.name.rpartition("/")[0], where)
+            _add(content, tuple(where.split(".")) if where else (), registry)
+            for base in bases:
+                _collect(folders, base, registry, seen)
 
 
-def _entries(defaults: Any, group: str, where: str) -> Iterator[_Config]:
+def _bases(defaults: Any, group: str, where: str) -> Iterator[_Config]:
     """Yield each config that the defaults list of a config of `group`, put at `where`, starts from."""
     for entry in defaults if isinstance(defaults, list) else ():
         for key, options in entry.items() if isinstance(entry, dict) else [("", entry)]:
             word = str(key).split()[-1] if key else ""  # without `override` and `optional`
             for option in options if isinstance(options, list) else [options]:
                 if isinstance(option, str) and option != "_self_" and "${" not in option:
-                    yield _entry(word, option, group, where)
+                    yield _base(word, option, group, where)
 
 
-def _entry(key: str, option: str, group: str, where: str) -> _Config:
+def _base(key: str, option: str, group: str, where: str) -> _Config:
+    """Return what an entry of a defaults list means: `option` alone, or `key: option`, whose key names a group."""
     path, _, package = (key or option).partition("@")
     absolute = path.startswith("/")
     folder = path.strip("/") if key else path.strip("/").rpartition("/")[0] if absolute else ""
@@ -178,17 +180,18 @@ def _entry(key: str, option: str, group: str, where: str) -> _Config:
     return _Config(name.removesuffix(".yaml"), package or None, folder.replace("/", "."), where)
 
 
-def _add(node: Any, place: Keys, found: dict[Keys, Place]) -> None:
+def _add(node: Any, keys: Keys, registry: dict[Keys, Entry]) -> None:
+    """Add what a file writes at and below `keys`."""
     for value in node if isinstance(node, list) else ():
-        _add(value, (*place, LISTED), found)
+        _add(value, (*keys, LISTED), registry)
     if not isinstance(node, dict):
         return
-    here = found.setdefault(place, Place())
+    entry = registry.setdefault(keys, Entry())
     for key, value in node.items():
         if key == "_target_":
-            here.targets.add(today(str(value)))
+            entry.targets.add(today(str(value)))
         elif key == "_partial_":
-            here.partial.add(bool(value))
+            entry.partial.add(bool(value))
         else:
-            here.values.setdefault(str(key), set()).update([value] if isinstance(value, str) else ())
-            _add(value, (*place, str(key)), found)
+            entry.values.setdefault(str(key), set()).update([value] if isinstance(value, str) else ())
+            _add(value, (*keys, str(key)), registry)

@@ -30,7 +30,7 @@ def merge(cfg: DictConfig, overrides: Sequence[Override], path: Path, info: Mapp
         UserError: the checkpoint's config is not to be trusted, or the command line names another model.
     """
     saved, typed = saved_config(info), [override.key_or_group for override in overrides]
-    guard(saved, f"resume={path}", plain(cfg), trust=_trusted(cfg), given=typed)
+    guard(saved, f"resume={path}", plain(cfg), trust=_trusted(cfg), typed=typed)
     choices = {group: option for group, option in info["choices"].items() if group in CHOSEN}
     facts = {**plain(cfg), "resume": str(path), "choices": {**plain(cfg.choices), **choices}}  # of this machine and run
     merged = OmegaConf.create({**facts, **saved})

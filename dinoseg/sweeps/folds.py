@@ -53,6 +53,6 @@ def _pooled(matrices: Sequence[Any], background: int | None) -> Row:
     """Return the scores of the sum of confusion matrices (K, K), rows the reference; `background` is an id or None."""
     counts = np.sum([np.asarray(matrix, dtype=np.int64) for matrix in matrices], axis=0)
     hits = counts.diagonal()
-    each = iou(hits, counts.sum(axis=0) - hits, counts.sum(axis=1) - hits)
-    objects = {} if background is None else {"miou_no_background": float(mean_defined(np.delete(each, background)))}
-    return {"miou": float(mean_defined(each)), **objects, "accuracy": float(ratio(hits.sum(), counts.sum()))}
+    ious = iou(hits, counts.sum(axis=0) - hits, counts.sum(axis=1) - hits)
+    objects = {} if background is None else {"miou_no_background": float(mean_defined(np.delete(ious, background)))}
+    return {"miou": float(mean_defined(ious)), **objects, "accuracy": float(ratio(hits.sum(), counts.sum()))}

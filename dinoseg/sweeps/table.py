@@ -59,34 +59,35 @@ class SweepTable(Callback):
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Print the table, best first; folds of one setting stand together, with what they say as a whole."""
-        held = [key for key in (*SHARES, *OTHERS) if any(row[key] is not None for row in self.rows)]
-        score, sign = next(((key, -1) for key in RANKED if key in held), ("loss", 1))
-        if score not in held and not any(row["note"] for row in self.rows):
+        columns = [key for key in (*SHARES, *OTHERS) if any(row[key] is not None for row in self.rows)]
+        score, sign = next(((key, -1) for key in RANKED if key in columns), ("loss", 1))
+        if score not in columns and not any(row["note"] for row in self.rows):
             return
         swept = _swept([row["words"] for row in self.rows])
         rows = [{**row, **{key: row["words"].get(key, "") for key in swept}} for row in self.rows]
-        means = [key for key in held if key in SHARES or key == "loss"]
+        means = [key for key in columns if key in SHARES or key == "loss"]
         if FOLD in swept:
             groups = with_summaries(rows, [key for key in swept if key != FOLD], means)
         else:
             groups = [[row] for row in rows]
-        said = [next(row[score] for row in reversed(group) if row.get(FOLD) != DEVIATION) for group in groups]
-        order = sorted(range(len(groups)), key=lambda place: (said[place] is None, sign * (said[place] or 0)))
-        rows = [row for place in order for row in groups[place]]
-        _print(rows, swept, held)
+        # the last row of a group that is a score: its pooled one where there are folds, or its mean
+        scores = [next(row[score] for row in reversed(group) if row.get(FOLD) != DEVIATION) for group in groups]
+        order = sorted(range(len(groups)), key=lambda number: (scores[number] is None, sign * (scores[number] or 0)))
+        rows = [row for number in order for row in groups[number]]
+        _print(rows, swept, columns)
         path = Path(config.hydra.sweep.dir) / "sweep.csv"
-        _write(path, rows, swept, held)
+        _write(path, rows, swept, columns)
         print(f"\nwritten to {path}")
 
 
 def _swept(words: Sequence[Mapping[str, str]]) -> list[str]:
     """Return the keys of the command line that are not the same in all jobs."""
-    keys = dict.fromkeys(key for each in words for key in each)
-    return [key for key in keys if len({each.get(key) for each in words}) > 1]
+    keys = dict.fromkeys(key for of_job in words for key in of_job)
+    return [key for key in keys if len({of_job.get(key) for of_job in words}) > 1]
 
 
-def _print(rows: Sequence[Mapping[str, Any]], swept: Sequence[str], held: Sequence[str]) -> None:
-    keys = ["job", *swept, *held, *["note"] * any(row["note"] for row in rows)]
+def _print(rows: Sequence[Mapping[str, Any]], swept: Sequence[str], columns: Sequence[str]) -> None:
+    keys = ["job", *swept, *columns, *["note"] * any(row["note"] for row in rows)]
     shown = [[_text(key, row.get(key)) for key in keys] for row in rows]
     left = {"note", *swept}
     headers = [SHARES.get(key, key) for key in keys]
@@ -95,8 +96,8 @@ def _print(rows: Sequence[Mapping[str, Any]], swept: Sequence[str], held: Sequen
     print(f"\n{tabulate(shown, headers=headers, maxcolwidths=widths, disable_numparse=True, colalign=aligned)}")
 
 
-def _write(path: Path, rows: Sequence[Mapping[str, Any]], swept: Sequence[str], held: Sequence[str]) -> None:
-    keys = ["job", *swept, *held, "run", "note"]
+def _write(path: Path, rows: Sequence[Mapping[str, Any]], swept: Sequence[str], columns: Sequence[str]) -> None:
+    keys = ["job", *swept, *columns, "run", "note"]
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow([SHARES.get(key, key) for key in keys])

@@ -102,3 +102,8 @@ def test_every_recipe_is_in_the_help(tmp_path):
         part for path in Path(FOLDER, "hparam").rglob("[!_]*.yaml") for part in path.relative_to(FOLDER).parts[1:-1]
     }
     assert [word for word in shown if "." in word] == [] and "schism/ cnn linear" in " ".join(shown)
+
+
+def test_what_a_job_of_one_s_own_recipe_fails_with_is_told(own, tmp_path):
+    done = call(tmp_path, "--config-dir", own, "mode=summary", "hparam=mine", "resolution=3")
+    assert done.status == 1 and "error: resolution=3 stands where a group of keys is needed." in done.err, done.err

@@ -359,7 +359,7 @@ def test_the_command_line_may_trust_a_package(kept, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="takes no depth"):
         guard(head("my_package.heads.Head", depth=3), "resume=file", trust=["my_package"])
     guard(planted(kept, "backbone/weights", "my-org/my-dino"), "resume=file", trust=["my-org/my-dino"])
-    guard(planted(kept, "backbone/weights", "my-org/my-dino"), "resume=file", given=["backbone.weights"])
+    guard(planted(kept, "backbone/weights", "my-org/my-dino"), "resume=file", typed=["backbone.weights"])
 
 
 def test_what_the_command_line_composed_is_known(kept):
@@ -420,7 +420,7 @@ def test_every_config_of_ours_is_accepted(compose):
     for hparam in options("hparam"):
         choice = main_choices() | written_choices(hparam)
         kept = as_read(config_description(compose(f"hparam={hparam}", *needed(choice))))
-        guard(kept, "resume=file", given=["backbone.weights"] if choice["backbone"] == "timm" else [])
+        guard(kept, "resume=file", typed=["backbone.weights"] if choice["backbone"] == "timm" else [])
         unkept = (choice["data"] in ("sarrarp", "idd")) + (choice["data"] in ("sarrarp", "movi"))  # prepare, render
         accepted += len(list(nodes(kept))) + unkept
         expected += sum(written_targets(group, option) for group, option in choice.items() if group in SAVED)
