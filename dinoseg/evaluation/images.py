@@ -46,6 +46,7 @@ def evaluate_images(
             if not metrics_only:
                 _write_pictures(out_dir / "predictions" / name, data, image, mask, prediction)
 
+    # without a use for the predictions they are never brought back from the device
     on_batch = None if metrics_only and protocol is None else write
     scores = evaluate(model, data, engine, background=background, on_batch=on_batch)
     if engine.is_main:

@@ -40,6 +40,7 @@ def train(cfg: DictConfig, *, out_dir: Path, metrics_only: bool = False, picture
     """
     engine = instantiate(cfg.engine)
     out_dir = Path(engine.share(str(out_dir)))
+    # under torchrun each rank has looked for itself, and another run may have been saved in between
     if engine.share(cfg.resume) != cfg.resume:
         raise UserError("resume=auto: the ranks found different runs. Name the one to go on with: resume=RUN_FOLDER.")
     regime = regime_of(cfg)(cfg, engine, pictures=pictures)
@@ -48,6 +49,7 @@ def train(cfg: DictConfig, *, out_dir: Path, metrics_only: bool = False, picture
     fit = instantiate(cfg.trainer, without=("feed", "epochs"), instead=length._asdict())
     start = _start(cfg, regime.labels) if cfg.resume else None
     regime.check_parts(cfg, build.outline(cfg), engine.world)
+    # one rank is enough: what it measures is kept in the cache, and what it refuses ends all
     sizes = regime.check_data() if engine.is_main else None
     loss = build.loss(cfg, regime.labelled).to(engine.device)
     model = build.model(cfg).to(engine.device)
@@ -71,6 +73,7 @@ def train(cfg: DictConfig, *, out_dir: Path, metrics_only: bool = False, picture
         raise UserError(f"trainer.steps={length.steps}: this run has done {run.step}, and was never validated.")
     rows = out_dir / "metrics.jsonl"
     curves = draw_curves(read_rows(rows), out_dir, regime.plots) if engine.is_main else []
+    # read back, not kept in memory: what is scored here is what mode=eval will score
     best = checkpoint.find(out_dir, "best")
     checkpoint.load_weights(model, checkpoint.read(best, finite=cfg.finite_weights))
     scores = regime.evaluate(model, engine, out_dir / "evaluation", metrics_only=metrics_only)
@@ -86,6 +89,7 @@ def train(cfg: DictConfig, *, out_dir: Path, metrics_only: bool = False, picture
 
 def _start(cfg: DictConfig, labels: SegmentationData | Labels) -> Checkpoint:
     """Return the checkpoint that `resume` names, once its outline is known to fit."""
+    # its tensors last: a foreign file may describe more than this machine holds
     outline = checkpoint.outline(Path(cfg.resume))
     check_classes(labels, outline.info, f"resume={outline.path}")
     build.check_fits(cfg, outline)

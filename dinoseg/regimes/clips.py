@@ -46,6 +46,7 @@ class ClipRegime(Regime):
         )
         self.labels = labels_of(cfg)
         self.plots = [plot for plot in CLIP_PLOTS if plot[0] in self.feed.score_names]
+        # of whole videos: clips of one video on both sides would be the same data
         sides = {"train": self.feed.train, "val": self.feed.val}
         self.split = {side: [video.name for video in clips.videos] for side, clips in sides.items()}
 

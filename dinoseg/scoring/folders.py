@@ -89,6 +89,7 @@ def score_cases(
             problems += [(result.path, result.reason), *result.more]
         else:
             cases.append((case, result))
+    # only now: a user who mends files wants to hear of all of them at once
     if problems and on_error == "stop":
         raise Unscorable(problems, where)
     if not cases:

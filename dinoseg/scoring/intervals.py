@@ -18,6 +18,7 @@ def resampled(protocol: ScoreProtocol, sums: np.ndarray, resamples: int, seed: i
     if count < 2 or resamples < 1:
         return {key: np.empty(0) for key in protocol.keys}
     generator, chance = np.random.default_rng(seed), [1 / count] * count
+    # in parts: 1,000 draws of 30,000 images at once would take gigabytes
     at_once = max(1, _DRAWN_AT_ONCE // max(sums.shape))
     parts = []
     for start in range(0, resamples, at_once):

@@ -45,6 +45,7 @@ def difference(
     is a frame or a sequence, that only one of them has is left out of both (`left_out`), and the unit with its last
     case. Where they share no case, all values are None and `n` is 0.
     """
+    # by case, not by unit: a video of which one side lacks a frame is still compared on the others
     names = [{case.name for case, _ in scored.cases} for scored in (first, second)]
     shared, left_out = names[0] & names[1], len(names[0] ^ names[1])
     if not shared:

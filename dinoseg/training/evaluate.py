@@ -56,6 +56,7 @@ def evaluate(
         if on_batch is not None:
             on_batch(batch, ids)
     model.train(training)
+    # integers, so that the sum over ranks is exact in any order
     counts.counts = engine.sum(counts.counts.to(engine.device))
     scores = counts.compute()
     if loss is not None:
