@@ -76,12 +76,12 @@ def track(
         raise UserError(_NO_SMOOTHING.format(smoothing))
     folder = Path(out_dir if restart is None else restart).expanduser()
     with _unfinished_run(folder, restart) as standing:
-        frames, first_masks = _open_input(input, labels, needs_labels=not is_trained(cfg))
+        frames, masks = _open_input(input, labels, needs_labels=not is_trained(cfg))
         with frames:
             tracker, look = _choose_tracker(cfg, batch_size, smoothing, labels, out_dir)
             warn_unread(out_dir, tracker.unread, tracker.unread_because)
             start = None if standing is None else _go_on(tracker, standing, folder)
-            job = TrackJob(tracker, frames, first_masks, folder, start, batch_size, save_every, look)
+            job = TrackJob(tracker, frames, masks, folder, start, batch_size, save_every, look)
             with _says_how_to_go_on(folder):
                 return write_results(job, track_video(job), str(input), opacity)
 
