@@ -233,10 +233,19 @@ def test_command(command, compose, stand_ins, trained, tmp_path, monkeypatch, ca
 
 
 def test_no_line_is_longer_than_those_of_the_code():
-    pages = [page for page in PAGES if page.name != "architecture.md"]
-    files = [*pages, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "dinoseg/cfg").rglob("*.yaml")]
+    files = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "dinoseg/cfg").rglob("*.yaml")]
     lines = [(path, number, line) for path in files for number, line in enumerate(path.read_text().split("\n"), 1)]
     assert [f"{path.name}:{number}" for path, number, line in lines if len(line) > 120] == [] and len(lines) > 3000
+
+
+def test_the_architecture_names_every_room_and_files_that_exist():
+    page = (ROOT / "docs/architecture.md").read_text()
+    files = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("*/**/*") if ".venv" not in path.parts}
+    named = re.findall(r"`((?:\w+/)*\w+(?:\.py|/))`", page)
+    missing = [name for name in named if not any(f"/{file}".endswith(f"/{name.rstrip('/')}") for file in files)]
+    assert len(named) > 80 and not missing
+    package = {path.name for path in (ROOT / "dinoseg").iterdir() if not path.name.startswith("__") and path.is_dir()}
+    assert [room for room in package - {"assets"} if f"{room}/" not in page.split("## Inside")[0]] == []
 
 
 def test_each_promise_names_a_test():
