@@ -80,6 +80,7 @@ class CnnHead(Head[Tensor]):
             grid = grid + block(grid)
             if (len(self.blocks) - number) % 2 == 1:
                 grid = self.activation(self.dropout(grid))
+        # the first block's last row and column may reach beyond the last token
         return self.classify(grid)[..., : height * self.patch_size, : width * self.patch_size]
 
     def predict(self, outputs: Tensor, size: tuple[int, int], valid: tuple[float, float]) -> Tensor:

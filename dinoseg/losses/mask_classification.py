@@ -138,6 +138,7 @@ class MaskClassification(Loss):
     def _terms(
         self, layer: MaskOutputs, targets: Targets, queries: list[np.ndarray], valid: tuple[float, float]
     ) -> dict[str, Tensor]:
+        # numpy concatenates no empty list, which a batch without a labelled pixel gives
         query = torch.from_numpy(np.concatenate([*queries, np.zeros(0, np.int64)])).to(targets.image)
         class_term = self._class_term(at_least_float32(layer.class_logits), targets, query)
         masks = at_least_float32(layer.mask_logits[targets.image, query])  # (N, h, w)

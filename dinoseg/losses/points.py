@@ -26,6 +26,7 @@ def sample_logits(maps: Tensor, points: Tensor, valid: tuple[float, float]) -> T
 def sample_labels(target: Tensor, image: Tensor, points: Tensor) -> Tensor:
     """Return (N, P): the class ids in target (B, H, W), of image (N,), of the pixels that points (N, P, 2) lie in."""
     height, width = target.shape[-2:]
+    # a point on the right or the lower edge, a share of 1, is of the last pixel
     x = (points[..., 0] * width).long().clamp(max=width - 1)
     y = (points[..., 1] * height).long().clamp(max=height - 1)
     return target[image[:, None], y, x]

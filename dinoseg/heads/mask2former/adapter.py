@@ -155,8 +155,8 @@ def drop_samples(update: Tensor, share: float) -> Tensor:
     """Set a random share of samples (B, ...) to zero and scale up the others (Huang et al., arXiv 1603.09382)."""
     if share == 0:
         return update
-    kept = torch.rand(update.shape[0], *[1] * (update.ndim - 1), device=update.device) >= share
-    return update * kept / (1 - share)
+    survives = torch.rand(update.shape[0], *[1] * (update.ndim - 1), device=update.device) >= share
+    return update * survives / (1 - share)
 
 
 def _conv(in_dim: int, out_dim: int, stride: int) -> tuple[nn.Module, ...]:
