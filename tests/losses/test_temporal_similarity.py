@@ -218,7 +218,7 @@ def test_the_sum_of_the_command_line(compose):
     cfg = compose("loss=video_similarity", "data.root=.", "data.classes=[a,b]")
     assert cfg.loss.weights == "none" and cfg.loss.class_weights is None and cfg.loss.counts is None
     criterion = instantiate(cfg.loss.criterion)()
-    assert criterion.needs_slots and not criterion.needs_masks
+    assert criterion.needs_slots and criterion.needs_similarity and not criterion.needs_masks
     outputs = outputs_of([0, 2])
     value, parts = run(outputs, criterion)
     reconstruction, similarity = run(outputs, FeatureReconstruction())[0], run(outputs)[0]
@@ -258,7 +258,8 @@ def test_terms_get_class_weights_only_if_they_take_them():
     weights = torch.tensor([1.0, 2.0])
     terms = {"similarity": TemporalSimilarity, "dice": Dice}
     made = WeightedSum(terms, dict.fromkeys(terms, 1.0), weights)
-    assert made.needs_slots and torch.equal(made.losses[1].weight, weights)
-    assert not WeightedSum({"dice": Dice}, {"dice": 1.0}, weights).needs_slots
+    assert made.needs_slots and made.needs_similarity and torch.equal(made.losses[1].weight, weights)
+    dice = WeightedSum({"dice": Dice}, {"dice": 1.0}, weights)
+    assert not dice.needs_slots and not dice.needs_similarity
     with pytest.raises(UserError, match="loss.criterion.terms.dice weighs classes, and this loss has none. Remove the"):
         WeightedSum(terms, dict.fromkeys(terms, 1.0))
