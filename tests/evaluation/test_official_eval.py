@@ -2,13 +2,15 @@
 
 import json
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from command_line import SMALL, call
 from PIL import Image
 
+from dinoseg.data.classes.labels import Labels
+from dinoseg.data.classes.masks import Masks
+from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.errors import UserError
 from dinoseg.evaluation.official import official_scores, usable
@@ -154,11 +156,11 @@ def test_predictions_at_another_size_than_the_reference_are_told_first(evaluate,
 
 
 def data_of(names, folder):
-    """Return a data set of masks 6 x 4 (width x height) as the checks see one."""
+    """Return a data set of masks 6 x 4 (width x height) of one class."""
     for name in names:
         write_png(folder / f"{name}.png", np.zeros((4, 6), np.uint8))
     pairs = [Pair(name, folder / f"{name}.png", folder / f"{name}.png") for name in names]
-    return SimpleNamespace(pairs=pairs, reader=SimpleNamespace(masks=SimpleNamespace(on_size_mismatch="error")))
+    return PairDataset(pairs, Labels.of(["road"], None, 255), Masks())
 
 
 def test_a_benchmark_that_resizes_takes_any_size(tmp_path, caplog):
