@@ -6,7 +6,7 @@ DEMO := outputs/demo
 export OMP_NUM_THREADS ?= 2
 
 .venv/installed: pyproject.toml
-	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info[:2] < (3, 14), "dinoseg needs Python 3.11 to 3.13: make PYTHON=python3.12"'
+	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info[:2] < (3, 15), "dinoseg needs Python 3.11 to 3.14: make PYTHON=python3.12"'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"

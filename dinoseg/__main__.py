@@ -1,5 +1,6 @@
 """`python -m dinoseg`: compose the config, and hand it to launch."""
 
+import argparse
 import os
 import sys
 import traceback
@@ -50,6 +51,8 @@ def _command(arguments: list[str]) -> None:
 
     register_resolvers()
     folders = config_folders(arguments, Path(CONFIGS))
+    # Python 3.14 looks into each help text as it is given; one of Hydra 1.3 is an object, on which it would end
+    argparse.ArgumentParser._check_help = lambda *_: None  # type: ignore[attr-defined]
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that an error comes back as it was raised
     try:
         sys.argv[1:] = with_own_keys(with_recipe_files(as_text(arguments, Path(CONFIGS)), folders))

@@ -269,7 +269,8 @@ def test_the_decay_of_long_sequences_is_the_defined_one(length):
     quarter = round(1 + (length - 1) / 4)
     assert statistics(values)[2] == pytest.approx(values[:quarter].mean() - values[::-1][:quarter].mean(), abs=0.01)
     assert statistics(values) == pytest.approx(official_statistics(values), abs=1e-15)
-    assert not statistics(values)[2] == pytest.approx(official_statistics(values, np.uint8)[2], abs=1e-3)
+    if length > 256:  # there numpy 1, which promotes by value, still gets it right
+        assert not statistics(values)[2] == pytest.approx(official_statistics(values, np.uint8)[2], abs=1e-3)
 
 
 def test_recall_is_above_a_half_and_no_frames_are_nan():
