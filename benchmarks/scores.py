@@ -21,7 +21,7 @@ import scipy
 from scipy import ndimage
 from tabulate import tabulate
 
-from dinoseg.metrics.davis import boundary_radius, object_scores, pair_scores
+from dinoseg.metrics.region_boundary import boundary_radius, object_scores, pair_scores
 from dinoseg.metrics.surface import surface_dices
 
 

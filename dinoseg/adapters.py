@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from dinoseg.bounded_regex import Pattern
 from dinoseg.contracts import Backbone
 from dinoseg.errors import UserError
-from dinoseg.patterns import Pattern
 from dinoseg.ranges import Count, LowShare
 
 TARGETS = {"attention": r"\.(attention|attn)\.", "all_linear": ""}

@@ -21,7 +21,7 @@ LEVELS = (  # a room imports its own level and those below
         "precision",
         "images",
         "ranges",
-        "patterns",
+        "bounded_regex",
         "storage",
         "processes",
         "label_tables",
@@ -53,7 +53,7 @@ DOORS = {  # dependency to the rooms and files that may import it
     "bitsandbytes": ("adapters",),
     "transformers": ("backbones", "heads/upernet"),
     "scipy": ("losses/matching", "metrics"),
-    "tqdm": ("report/progress", "training/progress"),  # one bar, which a pipe can read too
+    "tqdm": ("report/progress", "training/meter"),  # one bar, which a pipe can read too
     "timm": ("backbones",),
     "tensorboard": ("report/log",),
     "torch.utils.tensorboard": ("report/log",),
@@ -210,7 +210,7 @@ def test_every_room_has_its_level():
 @pytest.mark.parametrize(
     ("file", "source", "message"),
     [
-        ("heads/cnn.py", "from dinoseg.losses.pixel import CrossEntropy", "leaves know nothing"),
+        ("heads/cnn.py", "from dinoseg.losses.cross_entropy import CrossEntropy", "leaves know nothing"),
         ("data/voc.py", "import dinoseg.backbones.transformers_vit", "leaves know nothing"),
         ("report/html.py", "from dinoseg.metrics.confusion import Confusion", "report (level 0) imports metrics"),
         ("metrics/iou.py", "from dinoseg.model import Segmenter", "metrics (level 1) imports model"),

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dinoseg.backbones.arch import configuration
 from dinoseg.backbones.layers import resolve_layers
-from dinoseg.backbones.pixels import register_colours
+from dinoseg.backbones.normalisation import register_colours
 from dinoseg.backbones.pretrained import exported_state, load_model
 from dinoseg.contracts import Backbone
 from dinoseg.errors import UserError

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinoseg.backbones.layers import resolve_layers
-from dinoseg.backbones.pixels import register_colours
+from dinoseg.backbones.normalisation import register_colours
 from dinoseg.contracts import Backbone
 from dinoseg.errors import UserError
 from dinoseg.ranges import Count

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dinoseg.backbones.class_attention import on_patches, plain_attention, watch_timm
 from dinoseg.backbones.layers import resolve_layers
-from dinoseg.backbones.pixels import register_colours
+from dinoseg.backbones.normalisation import register_colours
 from dinoseg.backbones.timm_stages import stages
 from dinoseg.backbones.timm_weights import exported_state, load_exactly, read_state
 from dinoseg.contracts import Backbone

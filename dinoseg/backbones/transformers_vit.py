@@ -10,7 +10,7 @@ from dinoseg.backbones.arch import configuration
 from dinoseg.backbones.attention import mask_queries_only
 from dinoseg.backbones.class_attention import on_patches, watch_transformers
 from dinoseg.backbones.layers import resolve_layers
-from dinoseg.backbones.pixels import register_colours
+from dinoseg.backbones.normalisation import register_colours
 from dinoseg.backbones.positions import METHODS, interpolate
 from dinoseg.backbones.pretrained import exported_state, load_model
 from dinoseg.contracts import Backbone, BesideTokens

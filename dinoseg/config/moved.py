@@ -30,6 +30,7 @@ MODULES = {  # a module's name of before to today's
     "dinoseg.data.synthetic.moving_write": "dinoseg.synthetic.moving.write",
     "dinoseg.data.synthetic.write": "dinoseg.synthetic.surgery.write",
     "dinoseg.inference.slot_settings": "dinoseg.tracking.slots.settings",
+    "dinoseg.losses.pixel": "dinoseg.losses.cross_entropy",
     "dinoseg.modes.sweep": "dinoseg.sweeps.table",
 }
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Protocol, TypeVar
 
+from dinoseg.bounded_regex import Pattern
 from dinoseg.errors import UserError
 from dinoseg.images import IMAGE_SUFFIXES
-from dinoseg.patterns import Pattern
 from dinoseg.ranges import Count, Natural, OpenShare
 from dinoseg.shapes import SegmentationData
 from dinoseg.storage.files import check_regular

@@ -16,7 +16,7 @@ from dinoseg.report.table import class_table, write_csv
 from dinoseg.shapes import Batch, SegmentationData
 from dinoseg.storage.atomic import write_json
 from dinoseg.training.engine import Engine
-from dinoseg.training.evaluate import evaluate
+from dinoseg.training.validation import evaluate
 from dinoseg.wording import count_of, one_line
 
 

@@ -22,8 +22,8 @@ from dinoseg.training.checkpoint import Checkpoints, Progress
 from dinoseg.training.engine import Engine
 from dinoseg.training.feed import Feed
 from dinoseg.training.last_step import LastStep
+from dinoseg.training.meter import Meter
 from dinoseg.training.optim import MovingAverage, set_learning_rates, tensors_of
-from dinoseg.training.progress import Meter
 from dinoseg.training.tally import Tally
 
 logger = logging.getLogger(__name__)

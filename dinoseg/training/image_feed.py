@@ -16,9 +16,9 @@ from dinoseg.ranges import Count
 from dinoseg.report.overlay import compare
 from dinoseg.shapes import Batch, SegmentationData
 from dinoseg.training.engine import Engine
-from dinoseg.training.evaluate import evaluate
 from dinoseg.training.feed import SHOWN_SIDE, Validation, spread
 from dinoseg.training.tally import Tally
+from dinoseg.training.validation import evaluate
 
 
 @dataclass

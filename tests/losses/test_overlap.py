@@ -8,10 +8,10 @@ import torch
 
 from dinoseg.errors import UserError
 from dinoseg.geometry import upsample, valid_share
+from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.losses.dice import Dice
 from dinoseg.losses.focal import Focal
 from dinoseg.losses.lovasz import Lovasz, lovasz_softmax
-from dinoseg.losses.pixel import CrossEntropy
 from dinoseg.losses.tversky import Tversky
 from dinoseg.shapes import Batch, MaskOutputs, Prediction
 

@@ -7,11 +7,11 @@ from dinoseg.config.nodes import instantiate
 from dinoseg.contracts import Loss
 from dinoseg.errors import UserError
 from dinoseg.geometry import upsample, valid_share
+from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.losses.dice import Dice
 from dinoseg.losses.focal import Focal
 from dinoseg.losses.lovasz import Lovasz
 from dinoseg.losses.mask_classification import MaskClassification
-from dinoseg.losses.pixel import CrossEntropy
 from dinoseg.losses.tversky import Tversky
 from dinoseg.losses.weighted_sum import WeightedSum
 from dinoseg.shapes import Batch, Prediction

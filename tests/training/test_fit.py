@@ -11,19 +11,19 @@ from dinoseg.data.transforms import Affine, Augment
 from dinoseg.errors import UserError
 from dinoseg.heads.linear import LinearHead
 from dinoseg.heads.mlp import MlpHead
-from dinoseg.losses.pixel import CrossEntropy
+from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.model import Segmenter
 from dinoseg.report.log import RunLog
 from dinoseg.training import fit as fitting
 from dinoseg.training import image_feed as feeding
 from dinoseg.training.checkpoint import Checkpoints, read
 from dinoseg.training.engine import Engine
-from dinoseg.training.evaluate import evaluate
 from dinoseg.training.feed import spread
 from dinoseg.training.fit import fit
 from dinoseg.training.image_feed import ImageFeed
+from dinoseg.training.meter import Meter
 from dinoseg.training.optim import adamw, schedule
-from dinoseg.training.progress import Meter
+from dinoseg.training.validation import evaluate
 
 
 class Stripes:

@@ -15,7 +15,7 @@ from dinoseg.adapters import Full
 from dinoseg.data.transforms import Affine, Augment
 from dinoseg.errors import UserError
 from dinoseg.heads.linear import LinearHead
-from dinoseg.losses.pixel import CrossEntropy
+from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.model import Segmenter
 from dinoseg.processes.interrupt import Interrupted
 from dinoseg.training import checkpoint

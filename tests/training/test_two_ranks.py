@@ -14,15 +14,15 @@ from dinoseg.adapters import Full
 from dinoseg.data.transforms import Augment
 from dinoseg.heads.linear import LinearHead
 from dinoseg.heads.mlp import MlpHead
-from dinoseg.losses.pixel import CrossEntropy
+from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.model import Segmenter
 from dinoseg.training.checkpoint import Checkpoints, read
 from dinoseg.training.engine import Engine
-from dinoseg.training.evaluate import evaluate
 from dinoseg.training.fit import fit
 from dinoseg.training.image_feed import ImageFeed
 from dinoseg.training.loading import load_weights
 from dinoseg.training.optim import parameter_groups, schedule
+from dinoseg.training.validation import evaluate
 
 WEIGHTS = torch.tensor([0.2, 1.0, 3.0])
 CASES = {

@@ -9,11 +9,11 @@ import numpy as np
 
 from dinoseg.errors import UserError
 from dinoseg.images import read_ids
-from dinoseg.metrics.davis import match_proposals, object_scores, pair_scores, statistics
 from dinoseg.metrics.protocols.bad_files import BadFiles
 from dinoseg.metrics.protocols.contract import BadFile, Case, Cases, Measured, ScoreProtocol
 from dinoseg.metrics.protocols.davis_layout import DavisLayout
 from dinoseg.metrics.protocols.trees import read_labels, refuse_ids
+from dinoseg.metrics.region_boundary import match_proposals, object_scores, pair_scores, statistics
 from dinoseg.ranges import Count
 
 KEYS = ("J&F-Mean", "J-Mean", "J-Recall", "J-Decay", "F-Mean", "F-Recall", "F-Decay")

@@ -8,7 +8,7 @@ from official_davis import official_edge, official_pairs, official_statistics
 from scipy.ndimage import distance_transform_edt
 
 from dinoseg.metrics import bit_masks
-from dinoseg.metrics.davis import boundary_radius, match_proposals, object_scores, pair_scores, statistics
+from dinoseg.metrics.region_boundary import boundary_radius, match_proposals, object_scores, pair_scores, statistics
 
 
 def blobs(rng, size, count, least=2):

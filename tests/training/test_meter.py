@@ -5,7 +5,7 @@ from contextlib import closing
 import pytest
 import torch
 
-from dinoseg.training.progress import Meter, peak_memory, reset_peak_memory
+from dinoseg.training.meter import Meter, peak_memory, reset_peak_memory
 
 CPU = torch.device("cpu")
 

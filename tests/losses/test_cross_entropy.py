@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from dinoseg.errors import UserError
 from dinoseg.geometry import upsample, valid_share
-from dinoseg.losses.pixel import CrossEntropy
+from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.shapes import Batch, Prediction
 
 

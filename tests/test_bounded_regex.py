@@ -2,16 +2,16 @@
 
 import pytest
 
-from dinoseg import patterns
+from dinoseg import bounded_regex
 from dinoseg.adapters import Lora
+from dinoseg.bounded_regex import Pattern
 from dinoseg.data.splits import regex_group
 from dinoseg.errors import UserError
-from dinoseg.patterns import Pattern
 
 
 @pytest.mark.parametrize("text", ["^(a|aa)+$"])
 def test_one_that_would_not_end_is_stopped(monkeypatch, text):
-    monkeypatch.setattr(patterns, "_SECONDS", 0.05)
+    monkeypatch.setattr(bounded_regex, "_SECONDS", 0.05)
     with pytest.raises(UserError, match="takes more than 0.05 s on the name aaa"):
         Pattern(text, "data.group").search("a" * 60 + "!")
     with pytest.raises(UserError, match=r"data\.group=.* takes more than"):
