@@ -26,7 +26,9 @@ def test_every_group_and_option_is_listed_and_no_hidden_one():
     for path in sorted(FILES):
         if not path.stem.startswith("_"):
             expected.setdefault(path.parent.name, []).append(path.stem)
-    assert listed() == expected and len(expected) >= 10
+    for family in sorted(path for path in (Path(CONFIGS) / "hparam").iterdir() if path.is_dir()):
+        expected["hparam"] += [f"{family.name}/", *sorted(path.stem for path in family.glob("*.yaml"))]
+    assert listed() == expected and len(expected) >= 10 and "sarrarp/" in expected["hparam"]
     hidden = [path.stem for path in FILES if path.stem.startswith("_")]
     assert hidden and not any(name in mode.overview().split() for name in hidden)
 
@@ -59,4 +61,4 @@ def test_the_mode_prints_it(capsys):
 
 @pytest.mark.parametrize("options", [[], ["one"], ["a" * 60, "b" * 60, "c" * 60]])
 def test_wrapping_keeps_every_option(options):
-    assert mode._wrapped(options).split() == options
+    assert mode._wrapped([options, options]).split() == 2 * options
