@@ -16,6 +16,7 @@ from dinoseg.ranges import Count, Share
 from dinoseg.runs.folder import lock, release
 from dinoseg.runs.trained import is_trained, load_trained, sizes_to_keep
 from dinoseg.runs.unread import warn_unread
+from dinoseg.storage.atomic import remove_parts
 from dinoseg.storage.units import check_same_settings
 from dinoseg.tracking.propagation.tracker import PropagationTracker
 from dinoseg.tracking.slots.tracker import SlotTracker
@@ -26,6 +27,7 @@ from dinoseg.tracking.video.mask_folder import Look
 from dinoseg.tracking.video.report import write_results
 from dinoseg.tracking.video.run import TrackJob, track_video
 from dinoseg.tracking.video.state import (
+    MASKS,
     STATE,
     Standing,
     TrackProgress,
@@ -166,6 +168,7 @@ def _unfinished_run(folder: Path, restart: str | None) -> Iterator[Standing | No
         return
     check_unfinished(folder)
     lock(folder)
+    remove_parts(folder / MASKS, ".*.part")
     try:
         yield read_standing(folder)
     finally:

@@ -184,6 +184,7 @@ def _extract(folder: Path, rate: int) -> dict[str, int]:
     decoded = extract_frames(video, target, step=step)
     _verify(folder, decoded, step)
     remove_parts(target, ".*.part")
+    remove_parts(folder, f"*{PREPARED}*.part")
     # the note last: with it, the video counts as finished
     counts = {"rate": rate, "decoded": decoded, "frames": len(range(0, decoded, step)), "masks": len(masks)}
     write_text(folder / PREPARED, json.dumps(counts))
