@@ -274,6 +274,7 @@ def test_youtube_vos_gives_each_object_where_it_appears(track, tmp_path):
         assert len(done.log) == frames + frames - at[5]  # of b, nothing is shown before its first mask
         assert not read_ids(masks / "b/00000.png").any() and set(np.unique(read_ids(masks / "b/00010.png"))) == {0, 2}
         assert done.scores is None
+        assert not track("copy", "youtube_vos", root, *more, restart=str(done.folder)).log
 
 
 def test_youtube_vos_train_gives_later_objects_once_and_is_scored_without_supervision(track, tmp_path):
@@ -333,6 +334,10 @@ def test_a_stopped_evaluation_goes_on(track, tmp_path, monkeypatch, caplog):
     assert f"mode.restart={stopped}: 1 video taken over: bear" in caplog.text
     files = [sorted(path.relative_to(run.folder) for path in run.folder.rglob("*.*")) for run in (on, whole)]
     assert files[0] == files[1]
+    stray = stopped / "masks/bear/00009.png"  # of no frame: it would be scored with the rest
+    shutil.copy(stopped / "masks/bear/00001.png", stray)
+    assert len(track("copy", "davis2017", root, restart=str(stopped)).log) == 13
+    stray.unlink()
     (stopped / "masks/bear/00001.png").unlink()
     assert len(track("copy", "davis2017", root, restart=str(stopped)).log) == 13
     with pytest.raises(UserError, match=r"other settings than that run's: kind was copy and is perfect\. Give"):

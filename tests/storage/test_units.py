@@ -52,6 +52,12 @@ def test_a_unit_that_lacks_a_file_is_not_finished(tmp_path, caplog):
     assert finished(*whole, damaged="%s %s", unfit="unfit") is None and not caplog.records
 
 
+def test_a_note_that_the_machine_does_not_give_is_told_and_its_unit_made_anew(tmp_path, caplog):
+    (tmp_path / "note").mkdir()
+    assert finished(tmp_path / "note", lambda path: path.read_text(), damaged="%s cannot be read (%s)") is None
+    assert f"{tmp_path / 'note'} cannot be read ([Errno " in caplog.text
+
+
 def test_a_draft_of_before_goes_on_at_the_last_whole_item(tmp_path):
     (tmp_path / "pixels.bin").write_bytes(ITEM + bytes(70))
     (tmp_path / "journal.jsonl").write_text(f"{KEY}\n[0, 0, 1, 1, {CRC}]\n[1, 64, 1, 1")

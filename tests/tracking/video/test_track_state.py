@@ -22,6 +22,15 @@ def test_other_settings_are_named(tmp_path):
     assert "context" not in str(error.value)
     with pytest.raises(UserError, match="kind was propagation and is slots; tracker.radius was not set and is 12"):
         check_same_settings(tmp_path, {"kind": "propagation"}, {"kind": "slots", "tracker": {"radius": 12}})
+    with pytest.raises(UserError, match=r"settings than that run's: tracker\.radius was 12 and is not set\. Give"):
+        check_same_settings(tmp_path, {"kind": "slots", "tracker": {"radius": 12}}, {"kind": "slots"})
+
+
+def test_settings_are_compared_by_their_whole_names_and_as_json_gives_them_back(tmp_path):
+    check_same_settings(tmp_path, {"size": [3, 4], "by_id": {"1": 2}}, {"size": (3, 4), "by_id": {1: 2}})
+    then = {"first": {"view": {"size": 3}}, "second": {"view": {"size": 4}}}
+    with pytest.raises(UserError, match=r"first\.view\.size was 3 and is 5\. Give"):
+        check_same_settings(tmp_path, then, {**then, "first": {"view": {"size": 5}}})
 
 
 def test_folders_that_hold_nothing_to_go_on_with(tmp_path):
