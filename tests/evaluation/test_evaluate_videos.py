@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,6 +27,7 @@ from dinoseg.report.indexed import voc_palette, write_indexed_png
 from dinoseg.scoring import folders
 from dinoseg.tracking.tracker import Tracker
 from dinoseg.tracking.video import benchmark_masks
+from dinoseg.training import engine
 
 
 class Engine:
@@ -536,6 +538,10 @@ def test_more_slots_than_proposals_are_refused_before_tracking(compose, tmp_path
     trained = SimpleNamespace(model=SimpleNamespace(head=SimpleNamespace(slots=SimpleNamespace(num_slots=24))))
     with pytest.raises(UserError, match=r"24 slots.* takes 20 segments. Give head.num_slots=20 or fewer"):
         follow_slots(cfg, trained, tmp_path, EvalOptions(supervision="none"))
+    trained.engine, slots = None, trained.model.head.slots
+    for slots.num_slots, options in ((24, EvalOptions(official=False)), (20, EvalOptions())):
+        with pytest.raises(AttributeError, match="NoneType"):  # on to the engine, of which there is none
+            follow_slots(cfg, trained, tmp_path, replace(options, supervision="none"))
 
 
 def test_slots_made_for_masks_that_are_not_given_are_refused_before_tracking(compose, tmp_path):
@@ -560,8 +566,8 @@ def test_slots_of_a_trained_model(compose, tiny_backbone, tmp_path, data, superv
     torch.manual_seed(0)
     backbone = tiny_backbone()
     head = SlotHead(24, 1, num_slots=5, slot_dim=16, hidden_dim=16, decoder_dim=16, positions_grid=[4, 4])
-    engine = Engine(batch=2)
-    engine.autocast = nullcontext
+    engine, passes = Engine(batch=6), []
+    engine.autocast = lambda: nullcontext(passes.append(1))
     trained = SimpleNamespace(model=Segmenter(backbone, head).eval(), engine=engine)
     sequences = {name: SEQUENCES[name] for name in ("bear", "ape")}
     root = tmp_path / data
@@ -577,6 +583,7 @@ def test_slots_of_a_trained_model(compose, tiny_backbone, tmp_path, data, superv
     scores = json.loads((tmp_path / "run/scores.json").read_text())
     assert scores["protocol"] == protocol and scores["scores"].items() <= result.items()
     files = [tmp_path / f"run/masks/{name}/{index:05d}.png" for name in sequences for index in range(5)]
+    assert len(passes) == 1 + 2 + 5 + 6  # provenance, a video's frames at once to the backbone, each to the slots
     held = {int(each) for path in files for each in np.unique(read_ids(path))}
     assert held <= ids and len(held) > 1
     assert json.loads((tmp_path / "run/tracking.json").read_text())["tracker"]["kind"] == "slots"
@@ -597,11 +604,15 @@ def test_who_tracks(compose):
         EvalOptions(restart="run").refuse_tracking()
 
 
-def test_propagation_from_the_command_line(tmp_path):
+def test_propagation_from_the_command_line(tmp_path, monkeypatch):
     write_davis(tmp_path / "DAVIS", SEQUENCES)
+    passes = []
+    monkeypatch.setattr(engine.Engine, "autocast", lambda _: nullcontext(passes.append(1)))
     words = ["data=davis2017", "data.root=DAVIS", "backbone=rgb", "engine=cpu", "tracker.short=null"]
+    words.append("engine.eval_batch_size=6")
     done = call(tmp_path, "mode=eval", *words, "slots.match=overlap", "hydra.run.dir=run")
     assert done.status == 0 and "J&F-Mean" in done.out, done.err
+    assert len(passes) == 1 + len(SEQUENCES)  # provenance, and each video at once, as the engine says
     assert done.err.count("No effect here: slots.match=overlap. Label propagation has no slots") == 1
     ours = json.loads((tmp_path / "run/scores.json").read_text())
     again = call(

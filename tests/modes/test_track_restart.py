@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 
 from dinoseg.images import read_ids, write_png
 from dinoseg.tracking.video import mask_folder
+from dinoseg.training import engine
 
 WAYS = {
     "segmenter": ("resume=segmenter", "mode.smoothing=0.8", "tracker.context=2"),
@@ -64,6 +66,14 @@ def test_a_stopped_run_goes_on(trained, way):
     if way == "segmenter":
         seen = [read_ids(path) for path in sorted((whole / "masks").glob("*.png"))]
         assert told[0]["flicker"]["after"] == pytest.approx(np.mean(np.diff(np.stack(seen).astype(int), axis=0) != 0))
+
+
+@pytest.mark.parametrize(("way", "count"), [("segmenter", 1), ("slots", 1 + 7), ("backbone", 1)])
+def test_a_model_sees_as_many_frames_as_asked_for_in_the_engine_s_precision(trained, monkeypatch, way, count):
+    passes = []
+    monkeypatch.setattr(engine.Engine, "autocast", lambda _: nullcontext(passes.append(1)))
+    track(trained, f"passes_{way}", *WAYS[way], "mode.batch_size=7")
+    assert len(passes) == 1 + count  # the first for what is kept of the provenance
 
 
 def test_a_run_does_not_go_on_at_another_scale(trained):

@@ -291,6 +291,7 @@ def test_a_broken_frame_and_a_broken_mask_stop_at_their_place(clip):
             r"labels=.*/labels differs from .* first 16 frames",
         ),
         (lambda clip: shutil.copy(clip / "labels/0.png", clip / "labels/2.png"), "labels=.*/labels differs"),
+        (lambda clip: (clip / "labels/10.png").rename(clip / "labels/11.png"), "labels=.*/labels differs"),
         (
             lambda clip: [(clip / f"in/{number}.png").unlink() for number in range(11, 23)],
             r"has 11 frames, and the run in .*overrides\.txt",
