@@ -1,7 +1,7 @@
 """Config to models, data, losses and optimizers."""
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from dinoseg.adapters import Frozen
 from dinoseg.config.checks import check_given
-from dinoseg.config.nodes import instantiate, not_set
+from dinoseg.config.nodes import instantiate, keeping, not_set
 from dinoseg.config.plain import plain
 from dinoseg.contracts import Backbone, Head, Loss
 from dinoseg.errors import UserError
@@ -22,7 +22,6 @@ from dinoseg.training.lengths import Lengths, in_steps
 from dinoseg.wording import listed
 
 SPLITS = ("train", "val", "test")
-Part = TypeVar("Part", Backbone, Head, Loss)
 
 
 def model(cfg: DictConfig, *, untrained: bool = False) -> Segmenter:
@@ -37,7 +36,7 @@ def model(cfg: DictConfig, *, untrained: bool = False) -> Segmenter:
     adapter = instantiate(cfg.adapter, without=("lr",))
     torch.manual_seed(seed_of(cfg))
     random = {"weights": "random"} if untrained and "weights" in cfg.backbone else None
-    bare = _keeping(Backbone, instantiate(cfg.backbone, instead=random), "backbone")
+    bare = keeping(Backbone, instantiate(cfg.backbone, instead=random), "backbone")
     if next(bare.parameters(), None) is None and not isinstance(adapter, Frozen):
         raise UserError("This backbone has nothing to train, as backbone=rgb. Choose adapter=frozen.")
     adapted = adapter(bare)
@@ -46,7 +45,7 @@ def model(cfg: DictConfig, *, untrained: bool = False) -> Segmenter:
     if "patch_size" in keys and cfg.head.patch_size is None:  # of a timm model, which alone knows it
         late["patch_size"] = adapted.patch_size
     weightless = {"weights": None} if untrained and "weights" in keys else None
-    head = _keeping(Head, instantiate(cfg.head, without=("layers", "lr", *late), instead=weightless)(**late), "head")
+    head = keeping(Head, instantiate(cfg.head, without=("layers", "lr", *late), instead=weightless)(**late), "head")
     resolution = {"scale": cfg.resolution.scale, "longest": cfg.resolution.longest}
     check_given("dinoseg.model.Segmenter", resolution, {key: f"resolution.{key}" for key in resolution})
     _check_crop(cfg, adapted.patch_size)
@@ -101,17 +100,7 @@ def check_fits(cfg: DictConfig, file: loading.Checkpoint) -> None:
 def backbone(cfg: DictConfig) -> Backbone:
     """Return a config's backbone as it comes, in eval mode, nothing of it trained."""
     torch.manual_seed(seed_of(cfg))
-    return _keeping(Backbone, instantiate(cfg.backbone), "backbone").requires_grad_(False).eval()
-
-
-def _keeping(contract: type[Part], part: object, key: str) -> Part:
-    """Return a part that a config describes; refuse one that does not say what is asked of it."""
-    if not isinstance(part, contract):
-        raise UserError(
-            f"{key}: {type(part).__name__} is no dinoseg.contracts.{contract.__name__}. Let it inherit that class, "
-            "which says what is asked of it and has defaults for the rest."
-        )
-    return part
+    return keeping(Backbone, instantiate(cfg.backbone), "backbone").requires_grad_(False).eval()
 
 
 def _check_head_file(cfg: DictConfig) -> None:
@@ -173,7 +162,7 @@ def background_of(cfg: DictConfig) -> int | None:
 
 def criterion(cfg: DictConfig, **weights: Tensor) -> Loss:
     """Return the loss that a config describes, with `class_weights` if it is one on labels."""
-    return _keeping(Loss, instantiate(cfg.loss.criterion)(**weights), "loss.criterion")
+    return keeping(Loss, instantiate(cfg.loss.criterion)(**weights), "loss.criterion")
 
 
 def loss(cfg: DictConfig, train: SegmentationData | None) -> Loss:

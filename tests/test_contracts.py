@@ -9,6 +9,7 @@ from dinoseg import build
 from dinoseg.adapters import Frozen, LastBlocks, Lora
 from dinoseg.contracts import Backbone, Head, Loss
 from dinoseg.errors import UserError
+from dinoseg.evaluation.supervision import protocol_of
 from dinoseg.model import Segmenter, trained_names
 
 
@@ -73,3 +74,12 @@ def test_a_part_that_keeps_no_contract_is_refused(compose):
     cfg = OmegaConf.merge(compose("data=camvid", "data.root=x"), {"loss": {"criterion": plain}})
     with pytest.raises(UserError, match=rf"loss\.criterion: Identity is no dinoseg\.contracts\.Loss\. {remedy}"):
         build.criterion(cfg, class_weights=torch.ones(2))
+
+
+def test_a_score_protocol_of_videos_that_keeps_no_contract_is_refused():
+    cfg = OmegaConf.create({"data": {"tracking": {"protocols": {"none": {"_target_": "torch.nn.Identity"}}}}})
+    expected = (
+        r"data\.tracking\.protocols\.none: Identity is no dinoseg\.metrics\.protocols\.contract\.ScoreProtocol\. Let"
+    )
+    with pytest.raises(UserError, match=expected):
+        protocol_of(cfg, "none")

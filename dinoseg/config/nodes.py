@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate as hydra_instantiate
@@ -12,6 +12,8 @@ from omegaconf.errors import OmegaConfBaseException
 from dinoseg.config.checks import check_given
 from dinoseg.config.moved import renamed
 from dinoseg.errors import UserError
+
+Part = TypeVar("Part")
 
 
 def instantiate(node: Any, *, without: Sequence[str] = (), instead: Mapping[str, Any] | None = None) -> Any:
@@ -70,6 +72,16 @@ def _typed_at(node: Any, key: Any, where: str) -> tuple[Any, str]:
     if inner._is_interpolation():
         inner = inner._dereference_node()
     return inner, inner._get_full_key(None) or name
+
+
+def keeping(contract: type[Part], part: object, key: str) -> Part:
+    """Return a part that a config describes; refuse one that does not say what is asked of it."""
+    if not isinstance(part, contract):
+        raise UserError(
+            f"{key}: {type(part).__name__} is no {contract.__module__}.{contract.__name__}. Let it inherit that class, "
+            "which says what is asked of it and has defaults for the rest."
+        )
+    return part
 
 
 def not_set(key: str) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from omegaconf import DictConfig
 
-from dinoseg.config.nodes import instantiate
+from dinoseg.config.nodes import instantiate, keeping
 from dinoseg.data.clips.videos import Video
 from dinoseg.errors import UserError
 from dinoseg.metrics.protocols.contract import ScoreProtocol
@@ -46,6 +46,12 @@ def prompts_of(cfg: DictConfig, supervision: str, videos: Sequence[Video], split
 
 
 def protocol_of(cfg: DictConfig, supervision: str) -> ScoreProtocol | None:
-    """Return the protocol by which a data set's videos are scored; None where there is none."""
+    """Return the protocol by which a data set's videos are scored; None where there is none.
+
+    Raises:
+        UserError: it is no `ScoreProtocol`.
+    """
     node = cfg.data.tracking.protocols[supervision]
-    return None if node is None else instantiate(node)
+    if node is None:
+        return None
+    return keeping(ScoreProtocol, instantiate(node), f"data.tracking.protocols.{supervision}")  # type: ignore[type-abstract]
