@@ -54,8 +54,11 @@ def test_pixels_are_normalised_and_padded():
     assert pixels.shape == (1, 3, 8, 4) and (pixels[:, :, :5] == 1).all() and (pixels[:, :, 5:] == 0).all()
 
 
-def test_a_backbone_without_blocks_has_none():
+def test_blocks_are_those_that_a_backbone_keeps():
     assert list(Backbone().blocks) == [] and Backbone().norm is None
+    model = Backbone()
+    model.blocks = nn.Sequential(nn.Identity())  # as timm keeps them
+    assert isinstance(model.blocks, nn.Sequential) and len(model.blocks) == 1
     with pytest.raises(UserError, match="no linear layers"):
         Lora(1, 1)(Frozen()(Backbone()))
 
@@ -71,6 +74,9 @@ def test_a_part_that_keeps_no_contract_is_refused(compose):
         cfg = OmegaConf.merge(compose("backbone=tiny", "data=camvid", "data.root=x"), {key: plain})
         with pytest.raises(UserError, match=rf"{key}: Identity is no dinoseg\.contracts\.{key.title()}\. {remedy}"):
             build.model(cfg, untrained=True)
+        if key == "backbone":  # alone, as label propagation takes it
+            with pytest.raises(UserError, match=r"backbone: Identity is no"):
+                build.backbone(cfg)
     cfg = OmegaConf.merge(compose("data=camvid", "data.root=x"), {"loss": {"criterion": plain}})
     with pytest.raises(UserError, match=rf"loss\.criterion: Identity is no dinoseg\.contracts\.Loss\. {remedy}"):
         build.criterion(cfg, class_weights=torch.ones(2))

@@ -47,6 +47,10 @@ def test_a_recipe_is_found_in_its_family(typed, word):
     assert with_recipe_files(["-m", typed], [FOLDER]) == ["-m", word]
 
 
+def test_a_pattern_that_is_no_sweep_s_is_left_to_hydra():
+    assert with_recipe_files(["hparam=glob(idd_*)"], [FOLDER]) == ["hparam=glob(idd_*)"]
+
+
 def test_recipes_of_the_user_s_own_are_found_too(own):
     arguments = ["--config-dir", str(own), "-m", "hparam=glob(*),team_first"]
     assert config_folders(arguments, FOLDER) == config_folders([f"-cd={own}"], FOLDER) == [FOLDER, own]

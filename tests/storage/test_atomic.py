@@ -5,14 +5,14 @@ import os
 
 import pytest
 
-from dinoseg.storage.atomic import whole_file, whole_folder, write_json, write_text
+from dinoseg.storage.atomic import remove_parts, whole_file, whole_folder, write_json, write_text
 
 
 def test_a_file_takes_its_name_at_the_end_or_vanishes(tmp_path):
     path = tmp_path / "deep" / "a.bin"
     with whole_file(path) as part:
         part.write_bytes(b"1")
-        assert not path.exists()
+        assert not path.exists() and str(os.getpid()) in part.name  # another process writes to its own
     with pytest.raises(KeyboardInterrupt), whole_file(path) as part:
         part.write_bytes(b"2")
         raise KeyboardInterrupt
@@ -62,3 +62,27 @@ def test_a_temporary_folder_is_private_until_the_end(tmp_path):
         (part / "1.png").write_bytes(b"x")
         assert not (tmp_path / "deep" / "masks").exists()
     assert (tmp_path / "deep" / "masks" / "1.png").exists()
+
+
+def test_a_folder_takes_the_place_of_another_and_holds_nothing_of_a_killed_process(tmp_path):
+    for name in ("a", f".a.{os.getpid()}.part"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "old.txt").touch()
+    with whole_folder(tmp_path / "a") as part:
+        (part / "new.txt").touch()
+    assert [path.name for path in sorted(tmp_path.rglob("*"))] == ["a", "new.txt"]
+
+
+def test_what_is_half_written_goes_and_what_a_link_leads_to_stays(tmp_path):
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target/a").touch()
+    (tmp_path / ".1.part").symlink_to(tmp_path / "target")
+    (tmp_path / ".2.part").mkdir()
+    (tmp_path / ".3.part").touch()
+    remove_parts(tmp_path, ".*.part")
+    assert [path.name for path in sorted(tmp_path.rglob("*"))] == ["target", "a"]
+
+
+def test_a_name_that_is_no_text_is_written_as_escapes(tmp_path):
+    write_text(tmp_path / "a.txt", os.fsdecode(b"caf\xe9"))
+    assert (tmp_path / "a.txt").read_text() == "caf\\udce9"

@@ -83,13 +83,21 @@ def test_a_video_prepared_before_is_not_extracted_again(tmp_path):
     (tmp_path / ".prepared.json").write_text('{"rate": 1, "decoded": 61, "frames": 2, "masks": 2}')
     job = VideoJob(tmp_path, None)
     assert _done_before(job, 1) == {"rate": 1, "decoded": 61, "frames": 2, "masks": 2} and _done_before(job, 10) is None
+    (tmp_path / ".prepared.json").write_text('{"rate": 10, "decoded": 61, "frames": 1, "masks": 2}')
+    (tmp_path / "segmentation/000000120.png").touch()
+    assert _done_before(job, 1) is None
+    (tmp_path / "segmentation/000000120.png").unlink()
+    assert _done_before(job, 1) is not None  # more than is asked for, and a frame of another's beside
+    (tmp_path / ".prepared.json").write_text('{"rate": 1, "decoded": 61, "frames": 2, "masks": 2}')
     (tmp_path / "rgb/000000060.png").unlink()
     assert _done_before(job, 1) is None
 
 
 def test_pseudo_labels_of_before_are_kept(tmp_path):
     made_by = {"backbone": {"_target_": "dinoseg.backbones.rgb.RgbBackbone"}, "min_agreement": 0.5}
-    note = {"what": "labels", "made_by": {**made_by, "masks": {}, "frames": 223132457}}
+    made_by["tracker"] = {"_target_": "dinoseg.tracking.propagation.settings.PropagationSettings"}
+    before = {**made_by, "tracker": {"_target_": "dinoseg.inference.tracking_settings.Settings"}}
+    note = {"what": "labels", "made_by": {**before, "masks": {}, "frames": 223132457}}
     (tmp_path / "pseudo").mkdir()
     (tmp_path / "pseudo/000000006.png").touch()
     kept = {"kept": {"000000006": 0.75}, "left_out": {"000000012": 0.25}}

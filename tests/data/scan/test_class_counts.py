@@ -89,3 +89,11 @@ def test_two_roots_that_look_the_same_are_counted_apart(tmp_path):
         data = folder_dataset(tmp_path / place, "train", classes=["a", "b"])
         counts.append(class_counts(data, tmp_path / "c").tolist())
     assert counts == [[24, 0], [0, 24]]
+
+
+@pytest.mark.parametrize(("key", "value"), [("fingerprint", "of another"), ("pixels", [1])])
+def test_counts_of_something_else_are_not_taken(load, tmp_path, key, value):
+    counts = class_counts(load(), tmp_path / "kept")
+    (path,) = (tmp_path / "kept").iterdir()
+    path.write_text(json.dumps({**json.loads(path.read_text()), "pixels": [7] * len(counts), key: value}))
+    assert class_counts(load(), tmp_path / "kept").tolist() == counts.tolist()
