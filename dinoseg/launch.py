@@ -13,6 +13,7 @@ from hydra.core.override_parser.types import Override
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from dinoseg.config.resolvers import register_resolvers
 from dinoseg.errors import UserError, telling_file_errors
 from dinoseg.processes.interrupt import Interrupted
 from dinoseg.ranks import LAUNCH_KEYS, is_first_rank, run_mode, run_ranks
@@ -29,6 +30,9 @@ from dinoseg.runs.folder import (
 )
 
 _OWN_NAME = re.compile(r"[a-z]+_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")  # as cfg/hydra/run.yaml names a run's folder
+
+# processes of a launcher plug-in (joblib, Slurm) know this module by its callback alone, and name the job's folder
+register_resolvers()
 
 
 class NotedFolders(Callback):

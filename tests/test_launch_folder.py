@@ -1,10 +1,13 @@
 """Where a run that uses a checkpoint puts its results: below the checkpoint's recipe."""
 
+import importlib
 from pathlib import Path
 
 import pytest
 from command_line import SMALL, call, write_data
+from omegaconf import OmegaConf
 
+from dinoseg import launch
 from dinoseg.launch import _below_recipe
 
 NAMED = Path("outputs/base/eval_2026-01-02_03-04-05")
@@ -31,3 +34,10 @@ def test_a_folder_that_the_user_named_stays():
     for folder in (Path("mine"), Path("outputs/base/mine"), NAMED / "0"):
         assert _below_recipe(folder, "base", "person") == folder
     assert _below_recipe(NAMED, "base", "person") == Path("outputs/person") / NAMED.name
+
+
+def test_a_process_that_knows_the_callback_alone_can_name_a_jobs_folder():
+    OmegaConf.clear_resolver("recipe_name")  # as in a process that joblib or Slurm has started
+    importlib.reload(launch)
+    cfg = OmegaConf.create({"dir": "outputs/${recipe_name:${choice}}", "choice": "sarrarp/lora"})
+    assert cfg.dir == "outputs/sarrarp_lora"
