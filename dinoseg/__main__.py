@@ -45,7 +45,8 @@ def _command(arguments: list[str]) -> None:
 
     from dinoseg.command.own_keys import with_own_keys
     from dinoseg.command.recipes import with_recipe_files
-    from dinoseg.command.words import as_text, config_folders
+    from dinoseg.command.typos import check_patterns, explain, explain_value
+    from dinoseg.command.words import as_text, config_folders, flags_last
     from dinoseg.config.resolvers import register_resolvers
     from dinoseg.errors import UserError, telling_file_errors
 
@@ -55,19 +56,17 @@ def _command(arguments: list[str]) -> None:
     argparse.ArgumentParser._check_help = lambda *_: None  # type: ignore[attr-defined]
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that an error comes back as it was raised
     try:
-        sys.argv[1:] = with_own_keys(with_recipe_files(as_text(arguments, Path(CONFIGS)), folders))
+        words = with_recipe_files(as_text(flags_last(arguments), Path(CONFIGS)), folders)
+        check_patterns(words, folders)
+        sys.argv[1:] = with_own_keys(words)
         with telling_file_errors(Path.cwd()):  # of the run folder itself, which Hydra makes
             hydra.main(version_base="1.3", config_path=CONFIGS, config_name="main")(run)()
     except UserError as error:
         _fail(str(error))
     except HydraException as error:
-        from dinoseg.command.typos import explain
-
         _fail(explain(sys.argv[1:], folders, error))
-    except ValueError as error:  # OmegaConf's, of a name below a list; or a job's
-        from dinoseg.command.typos import below_a_list
-
-        message = below_a_list(sys.argv[1:], error)
+    except ValueError as error:  # Hydra's and OmegaConf's, of what a word may not stand for; or a job's
+        message = explain_value(sys.argv[1:], folders, error)
         if not message:
             raise
         _fail(message)

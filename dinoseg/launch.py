@@ -5,6 +5,7 @@ import re
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from dinoseg.config.resolvers import register_resolvers
 from dinoseg.errors import UserError, telling_file_errors
@@ -40,7 +42,8 @@ class NotedFolders(Callback):
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         """Note those of a single run."""
-        will_make(Path(config.hydra.run.dir))
+        with suppress(OmegaConfBaseException):  # of a name that cannot be had Hydra itself says so, next
+            will_make(Path(config.hydra.run.dir))
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Note those of a sweep."""

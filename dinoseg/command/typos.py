@@ -7,7 +7,7 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf.errors import OmegaConfBaseException
 
@@ -16,6 +16,7 @@ from dinoseg.command.recipes import recipe_files
 from dinoseg.command.words import assignments, is_sweep, parsed, values_of
 from dinoseg.config.options import RECIPES, options_of
 from dinoseg.config.plain import at, keys_of, plain
+from dinoseg.errors import UserError
 from dinoseg.wording import nearest
 
 _ALL_KEYS = "Add `--cfg job` to see all keys, `--help` alone to see all groups and options."
@@ -49,10 +50,24 @@ def explain(arguments: Sequence[str], folders: Sequence[Path], error: Exception)
         if any(group.is_dir() for group in groups):
             if mistake := _wrong_option(override, groups):
                 return mistake
-            chosen.append(f"{override.get_key_element()}={values_of(override)[0]}")
+            chosen.append(f"{override.get_key_element()}={_chosen(override, groups)[0]}")
         else:
             overrides.append(override)
     return _wrong_key(overrides, chosen, folders, own_configs(arguments)) or _hydras_own(error)
+
+
+def check_patterns(arguments: Sequence[str], folders: Sequence[Path]) -> None:
+    """Refuse a sweep's pattern that matches no option: Hydra would run nothing, and say nothing of it.
+
+    Raises:
+        UserError: naming the options that there are.
+    """
+    for _, word in assignments(arguments) if is_sweep(arguments) else ():
+        override = parsed(word)
+        if override is not None and isinstance(override.value(), Glob):
+            groups = [folder / override.key_or_group for folder in folders]
+            if mistake := _wrong_option(override, groups):
+                raise UserError(mistake)
 
 
 def misplaced(words: Sequence[str], folders: Sequence[Path], error: Exception) -> str:
@@ -92,11 +107,22 @@ def misplaced(words: Sequence[str], folders: Sequence[Path], error: Exception) -
     return ""
 
 
-def below_a_list(words: Sequence[str], error: ValueError) -> str:
-    """Return which word of a command line names what lies in a list; "" where another mistake is meant.
+def explain_value(arguments: Sequence[str], folders: Sequence[Path], error: ValueError) -> str:
+    """Return which word of a command line an error of values is of, raised by what composes; "" where none is.
 
-    OmegaConf takes the name for the number of an item, and says no more than that it is none.
+    A group's option is a number, an option that names the run's folder is taken away, or a name lies below a list:
+    OmegaConf takes that for the number of an item, and says no more than that it is none.
+
+    Args:
+        arguments: the command line, without the program's name.
+        folders: those of config groups, the shipped one first.
+        error: what was raised.
     """
+    words = [word for _, word in assignments(arguments)]
+    if isinstance(error, OmegaConfBaseException):
+        return misplaced(words, folders, error)
+    if "Config group override must be" in str(error):
+        return explain(arguments, folders, error)
     name = str(error).rpartition("invalid literal for int() with base 10: ")[2].strip("'")
     word = next((word for word in words if _key(word).endswith(f".{name}")), None)
     if word is None:
@@ -142,14 +168,24 @@ def _moved_recipe(error: Exception, folders: Sequence[Path]) -> str:
 
 def _wrong_option(override: Override, groups: Sequence[Path]) -> str:
     """Return which option no folder of the group has."""
-    options = sorted({option for group in groups for option in options_of(group)})
+    options = _options(groups)
     bases = {path.stem for group in groups for path in group.glob("_*.yaml")}
     name = override.key_or_group
-    for choice in values_of(override):
+    for choice in _chosen(override, groups):
         if choice not in bases.union(options):
             question = nearest(choice, options, f"{name}=")
             return f"{name}={choice} is unknown.{question} There are {', '.join(_nearby(choice, options))}."
     return ""
+
+
+def _options(groups: Sequence[Path]) -> list[str]:
+    return sorted({option for group in groups for option in options_of(group)})
+
+
+def _chosen(override: Override, groups: Sequence[Path]) -> list[str]:
+    """Return the options that an assignment names; a pattern itself where it matches none."""
+    pattern = override.value()
+    return (pattern.filter(_options(groups)) if isinstance(pattern, Glob) else []) or values_of(override)
 
 
 def _nearby(choice: str, options: Sequence[str]) -> list[str]:

@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.core.override_parser.types import Glob, Override, Quote, QuotedString
 from hydra.errors import HydraException
 
 from dinoseg.errors import UserError
@@ -33,6 +33,12 @@ def assignments(arguments: Sequence[str]) -> Iterator[tuple[int, str]]:
         if not skip and not word.startswith("-"):
             yield position, word
         skip = word in _TAKES_A_VALUE
+
+
+def flags_last(arguments: Sequence[str]) -> list[str]:
+    """Return a command line with its flags behind the words, in which alone Hydra finds those on either side."""
+    words = dict(assignments(arguments))
+    return [*words.values(), *(word for position, word in enumerate(arguments) if position not in words)]
 
 
 def config_folders(arguments: Sequence[str], shipped: Path) -> list[Path]:
@@ -102,7 +108,9 @@ def parsed(word: str) -> Override | None:
 
 
 def values_of(override: Override) -> list[str]:
-    """Return an assignment's value as text, of a sweep each of them."""
+    """Return an assignment's value as text, of a sweep each of them; a pattern as it is typed."""
+    if isinstance(override.value(), Glob):
+        return [str(override.input_line).partition("=")[2]]
     if not override.is_sweep_override():
         return [str(override.value())]
     return [value.text if isinstance(value, QuotedString) else str(value) for value in override.sweep_iterator()]

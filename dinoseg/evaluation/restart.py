@@ -15,7 +15,7 @@ from dinoseg.data.clips.videos import Video
 from dinoseg.errors import UserError
 from dinoseg.storage import forms
 from dinoseg.storage.atomic import whole_folder, write_text
-from dinoseg.storage.files import entries
+from dinoseg.storage.files import check_regular, entries
 from dinoseg.storage.forms import as_read_back
 from dinoseg.storage.stamps import stamp
 from dinoseg.storage.units import check_same_settings, finished
@@ -133,4 +133,5 @@ def _settings_of(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_digest(path: Path) -> str:
+    check_regular(path)  # a pipe would be waited for without end
     return path.read_text(encoding="utf-8", errors="replace").strip()

@@ -1,0 +1,24 @@
+"""Words that end before a job begins: each in one message, and flags wherever they stand."""
+
+import pytest
+from command_line import call
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("-m", "hparam=glob(nothing*)"), "error: hparam=glob(nothing*) is unknown. There are ade20k_m2f, "),
+        (("-m", "head=glob(/etc/*)"), "error: head=glob(/etc/*) is unknown. There are cnn, "),
+        (("-m", "head=glob(m*)", "head.nonsense=1"), "error: head.nonsense is no key of the config."),
+        (("hparam=base", "-m", "head=1,2"), "error: head=1 is unknown. There are cnn, "),
+        (("~hparam",), "error: ~hparam takes away what is read. Leave it out"),
+    ],
+)
+def test_an_option_that_is_none_is_one_message(tmp_path, words, says):
+    done = call(tmp_path, "mode=summary", *words)
+    assert done.status == 1 and done.err.count("\n") == 1 and done.err.startswith(says), done.err
+
+
+def test_flags_may_stand_between_words(tmp_path):
+    done = call(tmp_path, "mode=summary", "--cfg", "job", "--package", "data", "data.batch_size=3")
+    assert done.status == 0 and "batch_size: 3\n" in done.out, done.err
