@@ -93,12 +93,17 @@ def _says_how_to_go_on(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"Cannot write below {folder} ({error}). Make room; the same command with mode.restart={folder} goes on."
-        ) from error
+        raise UserError(f"Cannot write below {folder} ({error}). Make room; {_next_run(folder)}.") from error
     except KeyboardInterrupt:
-        logger.warning("Stopped: the same command with mode.restart=%s goes on.", folder)
+        logger.warning("Stopped: %s.", _next_run(folder))
         raise
+
+
+def _next_run(folder: Path) -> str:
+    """Return what the same command does next, by what a stopped run has left."""
+    if (folder / STATE).is_file():
+        return f"the same command with mode.restart={folder} goes on"
+    return "the same command begins anew, since no state was saved yet (mode.save_every)"
 
 
 def _open_input(input: str | None, labels: str | None, *, needs_labels: bool) -> tuple[FrameReader, TrackLabels]:

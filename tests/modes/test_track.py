@@ -25,6 +25,7 @@ from dinoseg.runs.folder import is_locked
 from dinoseg.tracking.propagation.settings import CRW, DINO, DINOV3
 from dinoseg.tracking.video import mask_folder
 from dinoseg.tracking.video import report as track_report
+from dinoseg.tracking.video import run as video_run
 
 SIZE = (36, 50)
 kept = {}  # the composed config
@@ -213,12 +214,19 @@ def test_two_processes_do_not_go_on_at_once(track, stopped):
     assert not is_locked(Path("cut"))
 
 
-def test_a_full_disk_says_how_to_go_on(track, monkeypatch):
+@pytest.mark.parametrize(
+    ("module", "write", "said"),
+    [
+        (video_run, "save_standing", "begins anew, since no state was saved yet"),
+        (mask_folder, "write_indexed_png", r"with mode\.restart=.*out goes on"),
+    ],
+)
+def test_a_full_disk_says_how_to_go_on(track, monkeypatch, module, write, said):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(mask_folder, "write_indexed_png", full)
-    with pytest.raises(UserError, match=r"Cannot write below .*No space left.*mode\.restart=.*out goes on"):
+    monkeypatch.setattr(module, write, full)
+    with pytest.raises(UserError, match=rf"Cannot write below .*No space left.*{said}"):
         track()
 
 
