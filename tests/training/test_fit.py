@@ -172,9 +172,6 @@ def test_the_moving_average_is_what_is_scored_and_kept(run, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 0}, "trainer.steps=0"),
-        ({"val_every": 0}, "trainer.val_every=0"),
-        ({"accumulate": 0}, "trainer.accumulate=0"),
         ({"score": "iou"}, "trainer.score=iou is not a score. Choose one of .*miou"),
         ({"score": "matrix"}, "trainer.score=matrix is not a score"),
     ],
