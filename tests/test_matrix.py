@@ -18,6 +18,8 @@ from dinoseg.shapes import Batch
 from dinoseg.training import checkpoint
 from dinoseg.training.checkpoint import Checkpoints, frozen_fingerprint
 
+pytestmark = pytest.mark.slow  # every head on every backbone with every adapter: minutes together
+
 SMALL_ADAPTERS = {
     "lora": {"rank": 2},
     "lora_all": {"rank": 2, "rslora": True, "blocks": 2},

@@ -4,6 +4,8 @@ import pytest
 from command_line import write_data
 from fuzz_command_lines import BASES, fault, lines
 
+pytestmark = pytest.mark.slow  # composes many command lines
+
 QUICK = ("summary", "score", "help", "prepare", "export")  # which need no trained run, or refuse without one at once
 
 

@@ -19,6 +19,8 @@ from dinoseg.backbones.positions import METHODS
 from dinoseg.backbones.transformers_vit import TransformersVit, _config
 from dinoseg.errors import UserError
 
+pytestmark = pytest.mark.slow  # large files of weights
+
 CONFIGS = Path(dinoseg.__file__).parent / "cfg" / "backbone"
 SMALL = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS}
 V1 = {**SMALL, "intermediate_size": HIDDEN, "image_size": SIDE * PATCH, "layer_norm_eps": 1e-6}

@@ -8,6 +8,8 @@ from dinoseg.adapters import Full, LastBlocks, Lora
 from dinoseg.backbones.timm_backbone import TimmBackbone, _unreached
 from dinoseg.errors import UserError
 
+pytestmark = pytest.mark.slow  # makes timm's own models
+
 PLAIN = {  # patch size, blocks, width
     "test_vit": (16, 6, 64),
     "test_vit2": (16, 8, 64),  # a register, no class token; normed only after averaging

@@ -20,6 +20,8 @@ from dinoseg.doctor.examine import examine, summary
 from dinoseg.doctor.short import brief
 from dinoseg.doctor.suggestions import class_weights, color_statistics, constant_class
 
+pytestmark = pytest.mark.slow  # scans a data set in each test
+
 
 @pytest.fixture
 def root(tmp_path):

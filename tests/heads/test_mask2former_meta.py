@@ -13,6 +13,8 @@ from dinoseg.errors import UserError
 from dinoseg.heads.mask2former.head import Mask2FormerHead
 from dinoseg.heads.mask2former.meta_file import meta_name
 
+pytestmark = pytest.mark.slow  # large files of weights
+
 TINY = {"hidden_dim": 64, "num_heads": 4, "feedforward_dim": 8, "num_queries": 3}
 
 

@@ -26,6 +26,8 @@ from dinoseg.training.fit import NonFiniteLoss, fit
 from dinoseg.training.image_feed import ImageFeed
 from dinoseg.training.optim import adamw, schedule
 
+pytestmark = pytest.mark.slow  # trains in each test
+
 
 class Failing(ImageFeed):
     """A feed that does something before it draws a batch, or before a validation, of a number each."""

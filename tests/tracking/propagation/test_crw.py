@@ -21,6 +21,8 @@ from dinoseg.tracking.video.labels import find_labels
 from dinoseg.tracking.video.run import TrackJob, track_video
 from dinoseg.tracking.video.state import read_standing
 
+pytestmark = pytest.mark.slow  # whole videos
+
 SIZE = (48, 64)
 
 

@@ -26,6 +26,8 @@ from dinoseg.tracking.video.labels import find_labels
 from dinoseg.tracking.video.run import TrackJob, track_video
 from dinoseg.tracking.video.state import STATE, read_standing
 
+pytestmark = pytest.mark.slow  # whole videos
+
 SETTINGS = PropagationSettings(short=24, context=3, radius=3)
 SIZE = (20, 28)
 
