@@ -84,7 +84,8 @@ def test_a_folder_that_may_not_be_read_is_an_error(top, monkeypatch):
         names(top)
     assert [path.name for path in entries(top)] == ["a.png", "b.png", "in"]
     assert entries(top / "nowhere") == entries(top / "a.png") == []
-    monkeypatch.setattr(os, "listdir", refuse(top)(os.listdir))
+    for listing in ("listdir", "scandir"):  # pathlib lists folders by the second since Python 3.14
+        monkeypatch.setattr(os, listing, refuse(top)(getattr(os, listing)))
     for list_folder in (entries, picture_files, video_folders, png_files, lambda folder: list_inputs(str(folder))):
         with pytest.raises(UserError, match=r"Cannot read the folder .*set \(Permission denied\)"):
             list_folder(top)
