@@ -33,7 +33,8 @@ LEVELS = (  # a room imports its own level and those below
     ("training",),
     ("build",),
     ("runs",),
-    ("evaluation", "preparation"),
+    ("evaluation", "preparation", "portable"),
+    ("exporting", "serving"),
     ("regimes", "sweeps"),
     ("modes",),
     ("ranks", "command"),
@@ -42,7 +43,19 @@ LEVELS = (  # a room imports its own level and those below
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 LEAVES = LEVELS[1]  # these never import one another, and build names none of them
-ABOVE_BUILD = ("runs", "evaluation", "preparation", "regimes", "sweeps", "modes", "ranks", "launch")
+ABOVE_BUILD = (
+    "runs",
+    "evaluation",
+    "preparation",
+    "portable",
+    "exporting",
+    "serving",
+    "regimes",
+    "sweeps",
+    "modes",
+    "ranks",
+    "launch",
+)
 TRACKERS = ("tracking/propagation", "tracking/slots", "tracking/smoothing")  # siblings: none imports another
 DOORS = {  # dependency to the rooms and files that may import it
     "hydra": ("config", "runs", "sweeps", "modes", "launch", "command", "__main__"),
@@ -57,8 +70,18 @@ DOORS = {  # dependency to the rooms and files that may import it
     "timm": ("backbones",),
     "tensorboard": ("report/log",),
     "torch.utils.tensorboard": ("report/log",),
+    "onnx": ("exporting",),
+    "onnxscript": ("exporting",),
+    "onnxruntime": ("portable",),
+    "huggingface_hub": ("backbones", "portable"),
+    "starlette": ("serving",),
+    "uvicorn": ("serving",),
+    "av": ("data/video", "inference/video_file", "preparation/frames", "synthetic"),
 }
-EXCEPTIONS = {("__main__.py", "dinoseg.modes.help.help_for")}  # printed before hydra and torch are imported
+EXCEPTIONS = {
+    ("__main__.py", "dinoseg.modes.help.help_for"),  # printed before hydra and torch are imported
+    ("__init__.py", "dinoseg.portable.load.load"),  # dinoseg.load, imported when it is called
+}
 LONGEST_FILE, LONGEST_FUNCTION, LONGEST_LOOP = 300, 60, 90
 LARGEST_ROOM = 0.18  # of the lines: above it a room is two
 

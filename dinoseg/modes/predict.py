@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from omegaconf import DictConfig
 
 from dinoseg.errors import UserError
@@ -83,15 +82,6 @@ class _Job:
     failures: list[str] = field(default_factory=list)
     masks_written: int = 0  # of images
 
-    @torch.inference_mode()
-    def segment(self, frames: Sequence[np.ndarray]) -> np.ndarray:
-        """Return the class ids (B, H, W) uint8 of frames (H, W, 3) of one size."""
-        images = torch.from_numpy(np.stack(frames)).to(self.trained.device)
-        with self.trained.autocast():
-            prediction = self.trained.model(images.permute(0, 3, 1, 2).contiguous())
-        # the indices of max are those of argmax, which takes 6 times as long on a CPU
-        return prediction.scores().max(dim=1).indices.to(torch.uint8).cpu().numpy()
-
 
 def _segment_all(job: _Job, paths: Sequence[Path], source: str) -> dict[str, Any]:
     named = list(zip(paths, result_names(paths), strict=True))
@@ -114,7 +104,7 @@ def _segment_all(job: _Job, paths: Sequence[Path], source: str) -> dict[str, Any
 
 def _segment_images(job: _Job, images: Sequence[tuple[Path, str]], targets: Mapping[str, str]) -> dict[str, Any]:
     def infer(batch: list[_Named]) -> tuple[list[_Named], np.ndarray]:
-        return batch, job.segment([image for _, image in batch])
+        return batch, job.trained.predictor.ids([image for _, image in batch])
 
     def write(done: tuple[list[_Named], np.ndarray]) -> None:
         for (name, image), ids in zip(*done, strict=True):
@@ -166,7 +156,7 @@ def _segment_video(job: _Job, path: Path, name: str) -> tuple[int, float]:
         bar = stack.enter_context(Bar(total=reader.count or None, unit="frame", desc=path.name))
 
         def infer(frames: list[np.ndarray]) -> tuple[list[np.ndarray], np.ndarray]:
-            return frames, job.segment(frames)
+            return frames, job.trained.predictor.ids(frames)
 
         def write(done: tuple[list[np.ndarray], np.ndarray]) -> None:
             for frame, ids in zip(*done, strict=True):

@@ -14,6 +14,7 @@ from dinoseg.config.nodes import instantiate
 from dinoseg.config.plain import plain
 from dinoseg.data.classes.labels import Labels
 from dinoseg.errors import UserError
+from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.trained_sizes import TrainedSizes
 from dinoseg.model import Segmenter
 from dinoseg.runs.folder import command_line
@@ -41,6 +42,11 @@ class Trained:
     def autocast(self) -> AbstractContextManager:
         """Return the precision's context for a forward pass."""
         return self.engine.autocast()
+
+    @property
+    def predictor(self) -> Predictor:
+        """The model as one that takes pictures."""
+        return Predictor(self.model, self.device, self.autocast)
 
 
 def load_trained(cfg: DictConfig) -> Trained:

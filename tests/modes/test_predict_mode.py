@@ -13,6 +13,7 @@ from dinoseg.errors import UserError
 from dinoseg.images import read_ids, write_png
 from dinoseg.inference.video_file import VideoReader
 from dinoseg.modes import predict as mode
+from dinoseg.runs.trained import Trained
 from dinoseg.shapes import Prediction
 
 CLASSES = ["dark", "middle", "bright"]
@@ -43,15 +44,9 @@ def expected_ids(frame):
 
 @pytest.fixture
 def trained(monkeypatch):
-    fake = SimpleNamespace(
-        model=Brightness().eval(),
-        device=torch.device("cpu"),
-        classes=CLASSES,
-        palette=[(0, 0, 0), (200, 40, 0), (0, 90, 255)],
-        ignore_index=255,
-        autocast=nullcontext,
-        info={},
-    )
+    palette = [(0, 0, 0), (200, 40, 0), (0, 90, 255)]
+    engine = SimpleNamespace(device=torch.device("cpu"), autocast=nullcontext)
+    fake = Trained(Brightness().eval(), engine, CLASSES, palette, 255, {})
     monkeypatch.setattr(mode, "load_trained", lambda cfg: fake)
     return fake
 

@@ -1,0 +1,33 @@
+"""A real headless Chromium: pages of a test, and what their consoles said."""
+
+import os
+import shutil
+from contextlib import contextmanager
+
+import pytest
+
+QUIET = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking")
+QUIET += ("--disable-component-update", "--disable-sync")
+
+
+@contextmanager
+def opened_page(address, *, width=1280, height=900, dark=False):
+    """Open an address and give the page; `page.complaints` are its console's errors and every request that left it."""
+    program = shutil.which("chromium")
+    if program is None:
+        assert not os.environ.get("CI"), "no chromium: .ci/run installs it"
+        pytest.skip("no chromium on this machine: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=QUIET)
+        page = browser.new_page(viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light")
+        page.complaints = []
+        page.on("console", lambda said: page.complaints.append(said.text) if said.type == "error" else None)
+        page.on("pageerror", lambda error: page.complaints.append(str(error)))
+        page.on("requestfailed", lambda request: page.complaints.append(f"failed: {request.url}"))
+        page.goto(address)
+        try:
+            yield page
+        finally:
+            browser.close()
