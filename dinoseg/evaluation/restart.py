@@ -13,12 +13,13 @@ from dinoseg.config.moved import renamed
 from dinoseg.config.plain import plain
 from dinoseg.data.clips.videos import Video
 from dinoseg.errors import UserError
+from dinoseg.runs.settings import check_same_settings
 from dinoseg.storage import forms
 from dinoseg.storage.atomic import whole_folder, write_text
 from dinoseg.storage.files import check_regular, entries
 from dinoseg.storage.forms import as_read_back
 from dinoseg.storage.stamps import stamp
-from dinoseg.storage.units import check_same_settings, finished
+from dinoseg.storage.units import finished
 from dinoseg.wording import count_of, listed
 
 RECORD = "tracking.json"  # in a run folder: what its masks depend on

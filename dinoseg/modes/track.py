@@ -14,10 +14,10 @@ from dinoseg.errors import UserError
 from dinoseg.inference.inputs import FrameReader, open_frames
 from dinoseg.ranges import Count, Share
 from dinoseg.runs.folder import lock, release
+from dinoseg.runs.settings import check_same_settings
 from dinoseg.runs.trained import is_trained, load_trained, sizes_to_keep
 from dinoseg.runs.unread import warn_unread
 from dinoseg.storage.atomic import remove_parts
-from dinoseg.storage.units import check_same_settings
 from dinoseg.tracking.propagation.tracker import PropagationTracker
 from dinoseg.tracking.slots.tracker import SlotTracker
 from dinoseg.tracking.smoothing import SmoothingTracker

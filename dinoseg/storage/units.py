@@ -5,12 +5,11 @@ results, of which nothing may be mixed with what was made otherwise.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from dinoseg.errors import UserError
-from dinoseg.storage.forms import Misshapen, as_read_back
+from dinoseg.storage.forms import Misshapen
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -48,35 +47,3 @@ def finished(
     if unfit:
         logger.warning("%s", unfit)
     return None
-
-
-def check_same_settings(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse to go on with a run under other settings than it was begun with: its results would be of two kinds.
-
-    Args:
-        folder: of the run.
-        before: its settings, as they were read back.
-        now: those of this run.
-
-    Raises:
-        UserError: naming each setting that differs.
-    """
-    were, are = dict(_flat(before)), dict(_flat(as_read_back(now)))
-    differing = [
-        f"{name} was {were.get(name, 'not set')} and is {are.get(name, 'not set')}"
-        for name in sorted(were.keys() | are.keys())
-        if were.get(name) != are.get(name)
-    ]
-    if differing:
-        raise UserError(
-            f"mode.restart={folder}: other settings than that run's: {'; '.join(differing)}. Give what it had (its "
-            f"command line is in {folder / 'config' / 'overrides.txt'}), or begin anew without mode.restart."
-        )
-
-
-def _flat(settings: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{path}{key}.")
-        else:
-            yield f"{path}{key}", value

@@ -17,7 +17,7 @@ from dinoseg.contracts import Backbone
 from dinoseg.errors import UserError
 from dinoseg.images import read_ids
 from dinoseg.inference.inputs import open_frames
-from dinoseg.storage.units import check_same_settings
+from dinoseg.runs.settings import check_same_settings
 from dinoseg.tracking.propagation.settings import PropagationSettings
 from dinoseg.tracking.propagation.tracker import PropagationTracker
 from dinoseg.tracking.video import mask_folder

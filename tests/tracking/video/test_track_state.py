@@ -3,7 +3,7 @@ import torch
 from safetensors.torch import save_file
 
 from dinoseg.errors import UserError
-from dinoseg.storage.units import check_same_settings
+from dinoseg.runs.settings import check_same_settings
 from dinoseg.tracking.video.state import STATE, read_standing
 
 
