@@ -1,0 +1,32 @@
+"""What the README and the docs hold: their pages, commands and Python, in the order of reading."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+OURS = "python -m dinoseg "
+
+
+def joined(block):
+    """Return the lines of a block, those that a backslash continues as one."""
+    return re.sub(r" \\\n +", " ", block).splitlines()
+
+
+def blocks(page, languages="bash|python"):
+    """Return (language, text) of each block of code of a page, or of a part of one, given as text."""
+    text = page.read_text() if isinstance(page, Path) else page
+    return re.findall(rf"^ *```({languages})\n(.*?)^ *```", text, flags=re.S | re.M)
+
+
+def commands(page):
+    """Return the commands of a page, or of a part of one: each line of its bash blocks, continuation lines joined."""
+    lines = [line.strip() for _, block in blocks(page, "bash") for line in joined(block)]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def numbers_aside(command):
+    """Return what a training is, its numbers, adapter, head and loss aside: tests/test_matrix.py trains those."""
+    words = [re.sub(r"\s", "", word) for word in re.findall(r"(?:'[^']*'|\S)+", command.removeprefix(OURS))]
+    number = re.compile(r"[^=]+=[\[\]\d.,e+-]+$|(adapter|head|loss)=|-m$|hydra\.run\.dir=")
+    return " ".join(sorted(word for word in words if not number.match(word)))
