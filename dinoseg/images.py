@@ -44,6 +44,21 @@ def read_image(path: str | Path) -> np.ndarray:
     return np.asarray(_decode(path, functools.partial(_upright_rgb, path)))
 
 
+def as_rgb(image: Image.Image, name: str) -> np.ndarray:
+    """Return an opened picture as `read_image` gives a file's: (H, W, 3) uint8 RGB, upright, the first of its frames.
+
+    Raises:
+        UserError: it is truncated, or holds other numbers than levels of 8 or 16 bits; `name` begins the message.
+    """
+    try:
+        image.load()
+        return np.asarray(_upright_rgb(name, image))
+    except _Unfit as error:
+        raise UserError(f"{name} {error}.") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"{name} cannot be read as a picture ({error}). Replace or remove it.") from error
+
+
 def read_ids(path: str | Path) -> np.ndarray:
     """Return a mask file's stored numbers: (H, W) for grey and palette files, (H, W, 3) for RGB ones.
 

@@ -103,7 +103,7 @@ def exported_state(model: Any) -> dict[str, Tensor]:
     """
     if any(".lora_" in name for name in model.state_dict()):
         raise UserError(
-            "This backbone holds LoRA updates, which are no weights of their own: export with mode.merge=true."
+            "This backbone holds LoRA updates, which are no weights of their own: export with export.merge=true."
         )
     with tempfile.TemporaryDirectory() as folder, _quiet():
         model.save_pretrained(folder, safe_serialization=True)

@@ -69,6 +69,6 @@ def exported_state(model: nn.Module) -> dict[str, Tensor]:
     state = model.state_dict()
     if any(".lora_" in name for name in state):
         raise UserError(
-            "This backbone holds LoRA updates, which are no weights of their own: export with mode.merge=true."
+            "This backbone holds LoRA updates, which are no weights of their own: export with export.merge=true."
         )
     return {name: value.contiguous() for name, value in state.items()}

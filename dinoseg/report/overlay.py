@@ -1,9 +1,12 @@
 """Pictures that lay classes over a frame, and frames beside one another with captions and a legend."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import cv2
 import matplotlib
@@ -11,7 +14,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from dinoseg.report.palette import IGNORE_COLOUR, lookup_table
-from dinoseg.shapes import Palette
+
+if TYPE_CHECKING:  # it imports torch, and pictures are drawn without
+    from dinoseg.shapes import Palette
 
 Colour = tuple[int, int, int]
 Legend = Sequence[tuple[str, Colour]]  # names and colours

@@ -151,7 +151,7 @@ def test_pickled_weights_are_not_read(tmp_path):
 
 
 def test_lora_updates_are_not_exported():
-    with pytest.raises(UserError, match="mode.merge=true"):
+    with pytest.raises(UserError, match="export.merge=true"):
         Lora(rank=1, alpha=1)(build("dinov3_vit")).export_state()
 
 

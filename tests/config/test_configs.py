@@ -22,6 +22,7 @@ AT_RUN_TIME = {
     "data.clips": {"split"},
     "data.opened": {"dataset", "split", "reduced"},
     "data.reader": {"split"},
+    "export": {"cfg", "out_dir"},
     "head": {"in_dim", "num_layers"},
     "loss.class_weights": {"counts"},
     "loss.counts": {"dataset"},

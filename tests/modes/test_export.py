@@ -22,8 +22,8 @@ def export(where, *words):
 def test_merged_weights_are_the_base_and_its_update(tmp_path):
     train(tmp_path, "adapter=lora", "adapter.rank=2", "adapter.alpha=3")
     done = export(tmp_path)
-    assert done.status == 1 and "holds LoRA updates" in done.err and "mode.merge=true" in done.err
-    done = export(tmp_path, "mode.merge=true")
+    assert done.status == 1 and "holds LoRA updates" in done.err and "export.merge=true" in done.err
+    done = export(tmp_path, "export.merge=true")
     assert done.status == 0, done.err
     exported = load_file(tmp_path / "out/backbone.safetensors")
     held = load_file(tmp_path / "run/checkpoints/best.safetensors")
@@ -40,7 +40,7 @@ def test_merged_weights_are_the_base_and_its_update(tmp_path):
 def test_quantised_backbones_are_exported_whole(tmp_path, adapter):
     words = ["adapter.bits=4"] if adapter == "frozen" else ["adapter.rank=2"]
     train(tmp_path, f"adapter={adapter}", *words)
-    done = export(tmp_path, "mode.merge=true") if adapter != "frozen" else export(tmp_path)
+    done = export(tmp_path, "export.merge=true") if adapter != "frozen" else export(tmp_path)
     assert done.status == 0, done.err
     exported = load_file(tmp_path / "out/backbone.safetensors")
     assert {value.dtype for value in exported.values()} == {torch.float32}

@@ -1,0 +1,102 @@
+"""A trained model to use: pictures of any kind in, segmentations out, whatever runtime computes them."""
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dinoseg.errors import UserError
+from dinoseg.portable.facts import Facts
+from dinoseg.portable.inputs import Picture, is_many_files, is_one, pictures
+from dinoseg.portable.result import Segmentation
+from dinoseg.portable.runtime import Runtime
+
+Segmentations = Segmentation | list[Segmentation] | Iterator[Segmentation]
+
+
+class Model:
+    """A trained model and what it says of itself.
+
+    Args:
+        runtime: what computes.
+        facts: its classes, sizes, scores and sources.
+        save: writes the model to a path, whole or not at all; None: it is in no file.
+    """
+
+    def __init__(self, runtime: Runtime, facts: Facts, *, save: Callable[[Path], None] | None = None) -> None:
+        self.runtime = runtime
+        self.facts = facts
+        self._save = save
+
+    def __repr__(self) -> str:
+        classes = ", ".join(self.facts.classes[:5]) + (", ..." if len(self.facts.classes) > 5 else "")
+        backbone = self.facts.backbone.get("name", "unknown")
+        return f"dinoseg.Model({len(self.facts.classes)} classes: {classes}; backbone {backbone}; {self.runtime.name})"
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """A name for each class id."""
+        return self.facts.classes
+
+    @property
+    def palette(self) -> tuple[tuple[int, int, int], ...]:
+        """The colour of each class, (red, green, blue) in 0..255."""
+        return self.facts.palette
+
+    def predict(self, source: Any, *, batch_size: int = 4, on_error: str = "stop") -> Any:
+        """Segment a picture, or several.
+
+        Args:
+            source: a path, an array (H, W, 3) uint8, uint16 or float in 0..1 (RGB), a torch tensor (3, H, W), a Pillow
+                image; a list or a stack of them; a folder, a pattern or any iterator.
+            batch_size: pictures of one size, next to one another, that the model sees at once.
+            on_error: `stop` at what is no picture, or `skip` it with a warning.
+
+        Returns:
+            A `Segmentation` of one picture, a list of several, and an iterator of a folder, a pattern or an iterator,
+            which holds one batch at a time and gives files in the order of their numbers.
+
+        Raises:
+            UserError: something is no picture; the message says which, and what would be.
+        """
+        if type(batch_size) is not int or batch_size < 1:
+            raise UserError(f"batch_size={batch_size}: give a whole number of at least 1.")
+        results = self._predicted(pictures(source, on_error=on_error), batch_size)
+        if is_one(source):
+            found = list(results)
+            return found[0] if found else None
+        return results if is_many_files(source) or isinstance(source, Iterator) else list(results)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the model to a file, whole or not at all.
+
+        Raises:
+            UserError: it came from no file, or cannot be written.
+        """
+        if self._save is None:
+            raise UserError("This model is in no file. Write one: mode=export export=safetensors resume=RUN.")
+        self._save(Path(path).expanduser())
+
+    def _predicted(self, found: Iterator[Picture], batch_size: int) -> Iterator[Segmentation]:
+        for batch in _batches(found, batch_size):
+            ids = self.runtime.ids([image for _, image in batch])
+            for (path, image), mask in zip(batch, ids, strict=True):
+                yield Segmentation(mask, image, self.facts, path, ask=self._probabilities)
+
+    def _probabilities(self, image: np.ndarray) -> np.ndarray:
+        return self.runtime.probabilities([image])[0]
+
+
+def _batches(found: Iterator[Picture], size: int) -> Iterator[list[Picture]]:
+    """Yield runs of pictures of one size, at most `size` long."""
+    batch: list[Picture] = list(islice(found, 1))
+    for picture in found:
+        if len(batch) == size or batch[0][1].shape != picture[1].shape:
+            yield batch
+            batch = []
+        batch.append(picture)
+    if batch:
+        yield batch
