@@ -1,36 +1,45 @@
 """A trained model asked for pictures: arrays of any size in, class ids or probabilities of that size out."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dinoseg.inference.policy import Autocast, Policy, Size, Whole
 from dinoseg.shapes import Prediction
 
 
 @dataclass(frozen=True)
 class Predictor:
-    """A segmenter in eval mode on its device, and the precision that it computes in."""
+    """A segmenter in eval mode on its device, the precision that it computes in, and how it is asked."""
 
     model: nn.Module  # images (B, 3, H, W) uint8 to a `Prediction`
     device: torch.device
-    autocast: Callable[[], AbstractContextManager]
+    autocast: Autocast
+    policy: Policy = field(default_factory=Whole)
 
     @torch.inference_mode()
     def ids(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """Return the class ids (B, H, W) uint8 of images (H, W, 3) uint8 RGB of one size."""
-        # the indices of max are those of argmax, which takes 6 times as long on a CPU
-        return self._predict(images).scores().max(dim=1).indices.to(torch.uint8).cpu().numpy()
+        return self.class_ids(self._stacked(images)).cpu().numpy()
 
     @torch.inference_mode()
     def probabilities(self, images: Sequence[np.ndarray]) -> Tensor:
         """Return the class probabilities (B, K, H, W) float32, on the device, of images (H, W, 3) of one size."""
-        return self._predict(images).logits().float().softmax(dim=1)
+        bands = self.bands(self._stacked(images))
+        return torch.cat([band.logits().float().softmax(dim=1) for band in bands], dim=2)
 
-    def _predict(self, images: Sequence[np.ndarray]) -> Prediction:
-        batch = torch.from_numpy(np.stack(images)).to(self.device)
-        with self.autocast():
-            return self.model(batch.permute(0, 3, 1, 2).contiguous())
+    def class_ids(self, images: Tensor, size: Size | None = None) -> Tensor:
+        """Return the class ids (B, H, W) uint8 at `size` (default: the images' own) of images (B, 3, H, W) uint8."""
+        # the indices of max are those of argmax, which takes 6 times as long on a CPU
+        ids = [band.scores().max(dim=1).indices.to(torch.uint8) for band in self.bands(images, size)]
+        return torch.cat(ids, dim=1)
+
+    def bands(self, images: Tensor, size: Size | None = None) -> Iterator[Prediction]:
+        """Yield predictions of bands of rows, from the top down, of images (B, 3, H, W) uint8 on the device."""
+        return self.policy.bands(self.model, images, self.autocast, size=size)
+
+    def _stacked(self, images: Sequence[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.stack(images)).to(self.device).permute(0, 3, 1, 2).contiguous()
