@@ -9,6 +9,8 @@ from torch import Tensor
 
 from dinoseg.precision import at_least_float32
 
+LATTICE = 1024  # pixels of an image that stand for it
+
 
 def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
     """Pad (B, C, H, W) with zeros at the bottom and on the right to a multiple of `multiple` pixels."""
@@ -35,6 +37,16 @@ def concatenate(features: Sequence[Tensor]) -> Tensor:
 def widths(dim: int | Sequence[int], num_layers: int) -> list[int]:
     """Return the width of each of `num_layers` maps; `dim` is one for all of them, or a list."""
     return [dim] * num_layers if isinstance(dim, int) else list(dim)
+
+
+def lattice(size: tuple[int, int]) -> tuple[slice, slice]:
+    """Return rows and columns of an (H, W) image that stand for all its pixels: evenly spaced, about `LATTICE` points.
+
+    Only the size decides where they lie, so an image that is predicted piece by piece has the same ones.
+    """
+    step = math.ceil(math.sqrt(math.prod(size) / LATTICE))
+    rows, columns = (slice(min(step, length) // 2, None, step) for length in size)
+    return rows, columns
 
 
 def upsample(logits: Tensor, size: tuple[int, int], valid: tuple[float, float]) -> Tensor:

@@ -108,7 +108,10 @@ class Prediction:
 
     def logits(self, size: tuple[int, int] | None = None) -> Tensor:
         """Return `scores` as logits: their softmax over the classes is the class probability."""
-        scores = self.scores(size)
+        return self.as_logits(self.scores(size))
+
+    def as_logits(self, scores: Tensor) -> Tensor:
+        """Return some of `scores` as `logits`."""
         if not self.mixture:
             return scores
         return scores.float().clamp(min=torch.finfo(torch.float32).tiny).log()

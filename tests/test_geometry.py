@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dinoseg.geometry import concatenate, pad_to_multiple, upsample, valid_share
+from dinoseg.geometry import concatenate, lattice, pad_to_multiple, upsample, valid_share
 
 
 def reference(grid, size, valid):
@@ -74,3 +74,11 @@ def test_padding_keeps_the_image_and_adds_zeros(size):
     assert padded.sum() == pytest.approx(image.sum().item(), rel=1e-5)
     share = valid_share(size, 16)
     assert share == (size[0] / padded.shape[-2], size[1] / padded.shape[-1])
+
+
+@pytest.mark.parametrize("size", [(1, 1), (15, 16), (540, 960), (33, 1), (30000, 20), (20000, 20000)], ids=str)
+def test_a_lattice_is_even_and_of_about_a_thousand_points(size):
+    rows, columns = (range(length)[part] for length, part in zip(size, lattice(size), strict=True))
+    assert min(size[0] * size[1], 700) <= len(rows) * len(columns) <= 1300
+    for places, length in ((rows, size[0]), (columns, size[1])):
+        assert abs(places[0] - (length - 1 - places[-1])) <= places.step  # as far from either end

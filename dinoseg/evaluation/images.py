@@ -38,7 +38,7 @@ def evaluate_images(
     them to `out_dir`/official; where it cannot score them, problems.json says why, and the other scores stand.
     """
 
-    def write(batch: Batch, ids: Tensor) -> None:
+    def write(batch: Batch, ids: Tensor, _: Tensor) -> None:
         for image, mask, prediction, name in zip(batch.image, batch.mask, ids, batch.names, strict=True):
             if protocol is not None:
                 pixels = protocol.file_ids(prediction.cpu().numpy())

@@ -86,7 +86,7 @@ class ImageFeed:
         draw = partial(compare, classes=data.classes, palette=data.palette, ignore_index=data.ignore_index)
         indices = count(self.rank, self.world)
 
-        def show(batch: Batch, ids: Tensor) -> None:
+        def show(batch: Batch, ids: Tensor, _: Tensor) -> None:
             for row, index in enumerate(islice(indices, len(ids))):
                 if index in shown:
                     frame = batch.image[row].permute(1, 2, 0).cpu().numpy()

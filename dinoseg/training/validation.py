@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dinoseg.contracts import Loss
 from dinoseg.data.loader import eval_samples, stack_equal
+from dinoseg.geometry import lattice
 from dinoseg.metrics.confusion import ConfusionMatrix
 from dinoseg.shapes import Batch, SegmentationData
 from dinoseg.training.engine import Engine
@@ -21,7 +22,7 @@ def evaluate(
     *,
     background: int | None = None,
     loss: Loss | None = None,
-    on_batch: Callable[[Batch, Tensor], None] | None = None,
+    on_batch: Callable[[Batch, Tensor, Tensor], None] | None = None,
 ) -> dict[str, Any]:
     """Return the scores of `ConfusionMatrix.compute` and, given a loss, `loss`.
 
@@ -33,7 +34,8 @@ def evaluate(
         engine: device, precision and ranks.
         background: id of the class that is no object; None: there is none.
         loss: averaged over images.
-        on_batch: called with each batch (on the device) and its class ids (B, H, W) uint8.
+        on_batch: called with each batch (on the device), its class ids (B, H, W) uint8, and its logits (B, K, h, w)
+            float32 at the pixels that `geometry.lattice` names.
     """
     counts = ConfusionMatrix(len(data.classes), data.ignore_index, background)
     losses = torch.zeros(2, dtype=torch.float64)  # sum, images
@@ -47,22 +49,21 @@ def evaluate(
         with engine.autocast():
             prediction = model(batch.image)
         height, width = batch.mask.shape[-2:]
-        ids = (
-            prediction.scores((height, width)).max(dim=1).indices.to(torch.uint8)
-        )  # (B, H, W); argmax is 5 x slower on CPU
+        scores = prediction.scores((height, width))
+        ids = scores.max(dim=1).indices.to(torch.uint8)  # (B, H, W); argmax is 5 x slower on CPU
         counts.update(ids, batch.mask)
         if loss is not None:
             losses += torch.tensor([loss(prediction, batch)[0].item() * len(ids), len(ids)], dtype=torch.float64)
         if on_batch is not None:
-            on_batch(batch, ids)
+            on_batch(batch, ids, prediction.as_logits(scores[..., *lattice((height, width))]).float())
     model.train(training)
     # integers, so that the sum over ranks is exact in any order
     counts.counts = engine.sum(counts.counts.to(engine.device))
-    scores = counts.compute()
+    result = counts.compute()
     if loss is not None:
         total, images = engine.sum(losses.float().to(engine.device)).tolist()
-        scores["loss"] = total / max(1.0, images)
-    return scores
+        result["loss"] = total / max(1.0, images)
+    return result
 
 
 def eval_batches(data: SegmentationData, *, batch_size: int, workers: int, rank: int, world: int) -> Iterator[Batch]:

@@ -9,6 +9,7 @@ from torch import nn
 from dinoseg.adapters import Full
 from dinoseg.data.transforms import Affine, Augment
 from dinoseg.errors import UserError
+from dinoseg.geometry import lattice
 from dinoseg.heads.linear import LinearHead
 from dinoseg.heads.mlp import MlpHead
 from dinoseg.losses.cross_entropy import CrossEntropy
@@ -113,6 +114,16 @@ def test_scores_are_those_of_a_loop_over_whole_images(run):
     iou = [matrix[k, k] / (matrix[k].sum() + matrix[:, k].sum() - matrix[k, k]) for k in (0, 1)]
     assert [row["iou"] for row in scores["classes"]][:2] == pytest.approx(iou)
     assert scores["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+
+
+def test_a_batch_is_shown_with_its_classes_and_its_logits_on_the_lattice(run):
+    done, shown = run(steps=2), []
+    evaluate(done.model, done.feed.val, done.engine, on_batch=lambda *batch: shown.append(batch))
+    for batch, ids, logits in shown:
+        whole = done.model.eval()(batch.image).logits().detach()
+        assert torch.equal(whole.argmax(dim=1), ids.long())
+        assert torch.equal(logits, whole[..., *lattice(tuple(batch.mask.shape[-2:]))])
+    assert sum(len(batch.names) for batch, _, _ in shown) == len(done.feed.val)
 
 
 def test_evaluation_leaves_the_model_in_the_mode_it_was(run):
