@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from dinoseg.contracts import Head
 from dinoseg.errors import UserError
 from dinoseg.images import read_ids, write_png
+from dinoseg.inference import image_run
 from dinoseg.inference.video_file import VideoReader
 from dinoseg.modes import predict as mode
 from dinoseg.runs.trained import Trained
@@ -197,7 +198,7 @@ def test_a_full_disk_is_one_message(trained, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(mode, "write_image_results", full)
+    monkeypatch.setattr(image_run, "write_image_results", full)
     with pytest.raises(UserError, match=r"Cannot write below .*No space left.*hydra\.run\.dir"):
         predict(tmp_path / "a.png", tmp_path / "out")
 

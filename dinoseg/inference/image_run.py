@@ -1,0 +1,138 @@
+"""Pictures through a model: decode | predict | write, in batches of one size; what cannot be read is left out."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dinoseg.data.classes.labels import Labels
+from dinoseg.errors import UserError
+from dinoseg.images import read_image, write_png
+from dinoseg.inference.outputs import ImagePrediction, ImageWriter
+from dinoseg.inference.predictor import Predictor
+from dinoseg.inference.results import write_image_results
+from dinoseg.inference.stream import Throughput, run_pipeline
+from dinoseg.report.progress import Bar
+
+DEPTH = 2  # batches that wait on either side of the model
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """What pictures and videos are segmented by, and how the results look.
+
+    Args:
+        predictor: of the trained model.
+        labels: what its class ids mean.
+        opacity: of the class colours over the picture, 0..1.
+        batch_size: pictures predicted at once.
+    """
+
+    predictor: Predictor
+    labels: Labels
+    opacity: float = 0.5
+    batch_size: int = 4
+
+
+@dataclass(frozen=True)
+class ImageInput:
+    """An image to segment: its file, what its folder of results is called, and where its mask belongs."""
+
+    path: Path
+    name: str
+    mask: str
+
+
+@dataclass
+class ImageRun:
+    """Where the results of images go, and what came of them.
+
+    Args:
+        folder: of the run.
+        masks: where class ids go; None: nowhere.
+        writers: what is written of each image beside.
+        failures: a message for each image that could not be read.
+        count: images done.
+    """
+
+    folder: Path
+    masks: Path | None
+    writers: Sequence[ImageWriter] = ()
+    failures: list[str] = field(default_factory=list)
+    count: int = 0
+
+
+@dataclass(frozen=True)
+class _Batch:
+    inputs: list[ImageInput]
+    images: list[np.ndarray]
+
+
+def segment_images(by: Segmentation, images: Sequence[ImageInput], run: ImageRun) -> Throughput:
+    """Write the results of all images that can be read.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    whole = any(writer.needs_probabilities for writer in run.writers)
+
+    def infer(batch: _Batch) -> list[ImagePrediction]:
+        inputs = zip(batch.inputs, batch.images, strict=True)
+        if not whole:
+            ids = by.predictor.ids(batch.images)
+            return [
+                ImagePrediction(of.mask, of.path, image, mask) for (of, image), mask in zip(inputs, ids, strict=True)
+            ]
+        probabilities = by.predictor.probabilities(batch.images)
+        ids = probabilities.max(dim=1).indices.to(torch.uint8).cpu().numpy()
+        seen = zip(inputs, ids, probabilities, strict=True)
+        return [ImagePrediction(of.mask, of.path, image, mask, shares) for (of, image), mask, shares in seen]
+
+    def write(predictions: list[ImagePrediction]) -> None:
+        for prediction in predictions:
+            _write(by, prediction, names[prediction.path], run)
+            bar.update()
+
+    names = {given.path: given.name for given in images}
+    with Bar(total=len(images), unit="image") as bar:
+        passed = run_pipeline(_batches(images, by.batch_size, run.failures), infer, write, depth=DEPTH)
+    for writer in run.writers:
+        writer.finish()
+    return passed
+
+
+def _write(by: Segmentation, prediction: ImagePrediction, name: str, run: ImageRun) -> None:
+    if run.masks is not None:
+        write_png(run.masks / f"{prediction.name}.png", prediction.ids)
+    for writer in run.writers:
+        writer.write(prediction)
+    write_image_results(
+        run.folder / f"{name}_segmentation",
+        prediction.image,
+        prediction.ids,
+        classes=by.labels.classes,
+        palette=by.labels.palette,
+        ignore_index=by.labels.ignore_index,
+        opacity=by.opacity,
+    )
+    run.count += 1
+
+
+def _batches(images: Sequence[ImageInput], size: int, failures: list[str]) -> Iterator[_Batch]:
+    """Yield runs of images of one size, at most `size` long; what cannot be read becomes a failure."""
+    batch = _Batch([], [])
+    for given in images:
+        try:
+            image = read_image(given.path)
+        except UserError as error:
+            failures.append(str(error))
+            continue
+        if batch.images and (len(batch.images) == size or batch.images[0].shape != image.shape):
+            yield batch
+            batch = _Batch([], [])
+        batch.inputs.append(given)
+        batch.images.append(image)
+    if batch.images:
+        yield batch
