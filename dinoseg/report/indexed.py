@@ -19,12 +19,17 @@ def voc_palette() -> tuple[tuple[int, int, int], ...]:
     )
 
 
-def write_indexed_png(path: str | Path, ids: np.ndarray, palette: Palette | None = None) -> None:
-    """Write ids (H, W) uint8 as a picture with a palette, PASCAL VOC's unless given; whole or not at all."""
+def indexed(ids: np.ndarray, palette: Palette | None = None) -> Image.Image:
+    """Return ids (H, W) uint8 as a picture with a palette, PASCAL VOC's unless given."""
     picture = Image.fromarray(ids)
     picture.putpalette([level for colour in palette or voc_palette() for level in colour])
+    return picture
+
+
+def write_indexed_png(path: str | Path, ids: np.ndarray, palette: Palette | None = None) -> None:
+    """Write ids (H, W) uint8 as a picture with a palette, PASCAL VOC's unless given; whole or not at all."""
     with whole_file(Path(path)) as part:
-        picture.save(part, format="PNG", compress_level=1)
+        indexed(ids, palette).save(part, format="PNG", compress_level=1)
 
 
 def _channel(bits: int) -> int:

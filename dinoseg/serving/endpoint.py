@@ -1,0 +1,99 @@
+"""The HTTP endpoint: POST /segment, GET /health, GET /metrics; what is refused is told in JSON."""
+
+import logging
+import time
+from collections.abc import Sequence
+from functools import partial
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from dinoseg.serving.answers import encoder, wanted_format
+from dinoseg.serving.guard import Guard
+from dinoseg.serving.limits import HungUp, Refused
+from dinoseg.serving.service import Service
+
+logger = logging.getLogger(__name__)
+_GONE = 499  # nginx's number for a client that has hung up: nobody reads it, the metrics count it
+
+
+def endpoint(service: Service, hosts: Sequence[str], further: Sequence[BaseRoute] = ()) -> Starlette:
+    """Return the endpoint as an ASGI application.
+
+    Args:
+        service: the model and its limits.
+        hosts: names by which it may be asked; none: by any.
+        further: routes beside it.
+    """
+    routes = [
+        Route("/segment", partial(_counted, service), methods=["POST"]),
+        Route("/health", partial(_health, service)),
+        Route("/metrics", partial(_metrics, service)),
+    ]
+    return Starlette(
+        routes=[*routes, *further],
+        middleware=[Middleware(Guard, hosts=hosts)],
+        exception_handlers={Refused: told, HTTPException: _told_http, Exception: _told_failure},
+    )
+
+
+def told(request: Request, error: Exception) -> Response:
+    """Answer what is refused: the rule's name and a sentence, in JSON."""
+    assert isinstance(error, Refused)
+    headers = {} if error.retry_after is None else {"retry-after": str(error.retry_after)}
+    return JSONResponse({"error": {"rule": error.rule, "message": error.message}}, error.status, headers)
+
+
+async def _counted(service: Service, request: Request) -> Response:
+    start = time.perf_counter()
+    try:
+        answer = await _segment(service, request)
+    except Refused as error:
+        service.metrics.refused(error.rule)
+        answer = told(request, error)
+    except HungUp:
+        service.metrics.refused("hung_up")
+        answer = Response(status_code=_GONE)
+    service.metrics.answered(answer.status_code, time.perf_counter() - start)
+    return answer
+
+
+async def _segment(service: Service, request: Request) -> Response:
+    encode = encoder(wanted_format(request), service.model.facts)
+    try:
+        return await service.segment(request, encode)
+    except (Refused, HungUp, HTTPException):
+        raise
+    except Exception as error:
+        logger.exception("An image could not be segmented")
+        raise Refused(500, "model", "The model has failed on this image; the server's log says why.") from error
+
+
+async def _health(service: Service, request: Request) -> Response:
+    facts = service.model.facts
+    status = "stopping" if service.stopping else "ok"
+    classes = [
+        {"id": label, "name": name, "colour": list(colour)}
+        for label, (name, colour) in enumerate(zip(facts.classes, facts.palette, strict=True))
+    ]
+    return JSONResponse({"status": status, "classes": classes}, 503 if service.stopping else 200)
+
+
+async def _metrics(service: Service, request: Request) -> Response:
+    return PlainTextResponse(service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+
+def _told_http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    refused = Refused(error.status_code, "http", error.detail)
+    answer = told(request, refused)
+    answer.headers.update(error.headers or {})
+    return answer
+
+
+def _told_failure(request: Request, error: Exception) -> Response:
+    return told(request, Refused(500, "server", "The server has failed on this request; its log says why."))

@@ -1,0 +1,41 @@
+"""What one request may cost, and how it is refused: by a rule that has a name."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from dinoseg.ranges import Count, Positive, Range
+
+MIB = 2**20
+Port = Annotated[int, Range("a port from 0 to 65535", 0, 65535)]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a server takes in.
+
+    Args:
+        image_mib: largest request that brings an image, in MiB.
+        max_pixels: of an image, and of all that the model sees at once.
+        queue: requests in hand at once, from their first byte to their answer; one more is told to come back.
+        timeout: seconds for a request to come whole, and again for its answer.
+    """
+
+    image_mib: Positive = 20.0
+    max_pixels: Count = 2**24
+    queue: Count = 64
+    timeout: Positive = 60.0
+
+
+class Refused(Exception):
+    """A request that gets no answer but this: an HTTP status, the rule's name for programs, and a sentence for people.
+
+    `retry_after` are the seconds after which it may be tried again; None: it is of no use.
+    """
+
+    def __init__(self, status: int, rule: str, message: str, *, retry_after: int | None = None) -> None:
+        super().__init__(message)
+        self.status, self.rule, self.message, self.retry_after = status, rule, message, retry_after
+
+
+class HungUp(Exception):
+    """The client has gone: nobody waits for an answer."""

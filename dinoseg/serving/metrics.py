@@ -1,0 +1,101 @@
+"""Counts and times of a server, as Prometheus reads them (text format 0.0.4)."""
+
+import threading
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+
+from dinoseg.wording import count_of
+
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_IMAGES = (1, 2, 4, 8, 16, 32, 64)
+
+
+class Histogram:
+    """How many values are at most as large as each of some bounds."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def add(self, value: float) -> None:
+        """Count one value."""
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def lines(self, name: str) -> Iterator[str]:
+        """Yield its lines of text."""
+        total = 0
+        for bound, count in zip((*self._bounds, "+Inf"), self._counts, strict=True):
+            total += count
+            yield f'{name}_bucket{{le="{bound}"}} {total}'
+        yield f"{name}_sum {self._sum:.6f}"
+        yield f"{name}_count {total}"
+
+
+class Metrics:
+    """What a server counts; each method may be called from any thread.
+
+    Args:
+        waiting: gives how much waits for the model now.
+        in_hand: gives how many requests are in hand now.
+    """
+
+    def __init__(self, waiting: Callable[[], int], in_hand: Callable[[], int]) -> None:
+        self._lock = threading.Lock()
+        self._gauges = {
+            "dinoseg_queue_length": ("Images and clips that wait for the model.", waiting),
+            "dinoseg_requests_in_hand": ("Requests that are taken and not yet answered.", in_hand),
+        }
+        self._requests: Counter[int] = Counter()
+        self._errors: Counter[str] = Counter()
+        self._latency, self._batches, self._model = Histogram(_SECONDS), Histogram(_IMAGES), Histogram(_SECONDS)
+
+    def answered(self, status: int, seconds: float) -> None:
+        """Count a request for a mask by its answer's status, and the seconds that it took."""
+        with self._lock:
+            self._requests[status] += 1
+            self._latency.add(seconds)
+
+    def refused(self, rule: str) -> None:
+        """Count a request that got no mask, by the rule that it broke."""
+        with self._lock:
+            self._errors[rule] += 1
+
+    def batch(self, count: int, seconds: float) -> None:
+        """Count what the model saw at once, and the seconds that it took."""
+        with self._lock:
+            self._batches.add(count)
+            self._model.add(seconds)
+
+    def text(self) -> str:
+        """Return all of it."""
+        with self._lock:
+            return "\n".join(self._lines()) + "\n"
+
+    def summary(self) -> str:
+        """Return in words what was asked and answered."""
+        answers = ", ".join(f"{count} x {status}" for status, count in sorted(self._requests.items()))
+        return count_of(self._requests.total(), "request") + (f" ({answers})" if answers else "")
+
+    def _lines(self) -> Iterator[str]:
+        yield from _head("dinoseg_requests_total", "counter", "Requests for a mask, by the status of their answer.")
+        yield from (f'dinoseg_requests_total{{code="{code}"}} {n}' for code, n in sorted(self._requests.items()))
+        yield from _head("dinoseg_errors_total", "counter", "Requests without a mask, by the rule that they broke.")
+        yield from (f'dinoseg_errors_total{{rule="{rule}"}} {n}' for rule, n in sorted(self._errors.items()))
+        for name, (what, value) in self._gauges.items():
+            yield from _head(name, "gauge", what)
+            yield f"{name} {value()}"
+        for name, what, histogram in (
+            ("dinoseg_request_seconds", "From a request's first byte to its answer.", self._latency),
+            ("dinoseg_batch_images", "Images that the model saw at once.", self._batches),
+            ("dinoseg_model_seconds", "What the model took for a batch.", self._model),
+        ):
+            yield from _head(name, "histogram", what)
+            yield from histogram.lines(name)
+
+
+def _head(name: str, kind: str, what: str) -> Iterator[str]:
+    yield f"# HELP {name} {what}"
+    yield f"# TYPE {name} {kind}"

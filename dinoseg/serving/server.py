@@ -1,0 +1,117 @@
+"""An application on a port until a signal: what is in hand is then finished, and nothing new is taken."""
+
+import asyncio
+import errno
+import logging
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from dinoseg.errors import UserError
+from dinoseg.processes.interrupt import Deferral, Interrupted, deferred
+from dinoseg.serving.guard import is_loopback
+
+logger = logging.getLogger(__name__)
+_NOTICE = "Stopping: no more requests are taken, those in hand are finished. Once more: stop at once."
+_CONNECTIONS = 1000  # at once; a request on a further one is answered 503
+_IDLE = 15  # seconds that a connection may wait between two requests
+_LAST_BYTES = 0.1  # seconds in which requests that had been sent when the signal came are still read
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """Return a socket that listens; port 0 takes a free one.
+
+    Raises:
+        UserError: the port is taken or not allowed, or the host is none of this machine's.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"mode.host={host} mode.port={port}: no such place ({error}). Give a name or address of this machine."
+        ) from error
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(_CONNECTIONS)
+    except OSError as error:
+        listener.close()
+        raise UserError(f"Cannot listen on {host}, port {port}: {error.strerror}. {_remedy(error)}") from error
+    return listener
+
+
+def serve_until_signal(app: ASGIApp, listener: socket.socket, on_stop: Callable[[], None]) -> None:
+    """Answer requests until SIGINT or SIGTERM; return when all in hand are answered.
+
+    Args:
+        app: the application.
+        listener: as `listening` gives it; closed at the end.
+        on_stop: called when the signal has come, before the last requests are finished.
+
+    Raises:
+        Interrupted: by a second signal, at once.
+    """
+    host, port = listener.getsockname()[:2]
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    if not is_loopback(host):
+        logger.warning(
+            "%s can be reached from other machines, and there is no authentication and no TLS: whoever reaches it may "
+            "use it. Leave mode.host out for this machine alone; docs/serving.md tells how to put a proxy before it.",
+            address,
+        )
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=_CONNECTIONS,
+        timeout_keep_alive=_IDLE,
+    )
+    try:
+        with deferred(_NOTICE) as stop:
+            print(f"listening on {address}", flush=True)
+            _Server(config, stop, on_stop).run([listener])
+    except Interrupted as end:
+        if end.again:
+            raise
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, stopped by this program's way with signals."""
+
+    def __init__(self, config: uvicorn.Config, stop: Deferral, on_stop: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._stop, self._on_stop = stop, on_stop
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave them to `deferred`."""
+        yield
+
+    async def on_tick(self, counter: int) -> bool:
+        """Look several times a second whether a signal has come."""
+        self.should_exit = self.should_exit or bool(self._stop.asked)
+        return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop listening, read what was already sent, and finish it."""
+        self._on_stop()
+        for server in self.servers:
+            server.close()
+        # uvicorn closes a connection whose request it has not read yet: that request would be lost
+        await asyncio.sleep(_LAST_BYTES)
+        await super().shutdown(sockets)
+
+
+def _remedy(error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return "Another program listens there: stop it, or choose another mode.port (0: any that is free)."
+    if error.errno == errno.EACCES:
+        return "Ports below 1024 are the administrator's: choose another mode.port."
+    return "Check mode.host and mode.port."

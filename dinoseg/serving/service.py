@@ -1,0 +1,144 @@
+"""What both modes ask: the picture of a request in, its class ids out, within the limits and counted."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
+from typing import TypeVar
+
+import numpy as np
+from starlette.requests import ClientDisconnect, Request
+
+from dinoseg.portable.model import Model
+from dinoseg.serving.batching import ModelWorker
+from dinoseg.serving.limits import HungUp, Limits, Refused
+from dinoseg.serving.metrics import Metrics
+from dinoseg.serving.requests import bounded, decode, measure, read_upload
+
+T = TypeVar("T")
+_CODERS = 4  # threads that decode and encode pictures: Pillow lets others run meanwhile
+_HELD = 16  # largest images whose pixels may be held at once
+
+
+class Service:
+    """A model for many clients at once.
+
+    Args:
+        model: what segments.
+        limits: of a request, and of all together.
+        batch_size: images at most that the model sees at once.
+        wait: seconds that an image waits for others of its size, where the model is idle.
+    """
+
+    def __init__(self, model: Model, limits: Limits, *, batch_size: int, wait: float) -> None:
+        self.model, self.limits = model, limits
+        self.in_hand = 0
+        self.stopping = False
+        self._pixels = 0  # of pictures in hand
+        self._coders = ThreadPoolExecutor(_CODERS, thread_name_prefix="pictures")
+        self.metrics = Metrics(lambda: len(self.worker), lambda: self.in_hand)
+        self.worker = ModelWorker(
+            model.runtime.ids,
+            batch_size=batch_size,
+            wait=wait,
+            max_pixels=limits.max_pixels,
+            observe=self.metrics.batch,
+        )
+
+    async def segment(self, request: Request, encode: Callable[[np.ndarray], T]) -> T:
+        """Return what `encode` makes of the class ids (H, W) uint8 of the picture that a request brings.
+
+        Raises:
+            Refused: by one of the limits, or the picture is of no use.
+            HungUp: the client has gone; what was to be done for it is dropped.
+        """
+        async with self._admitted():
+            async with self._in_time(408, "The request has not come whole within"):
+                data = await self.uploaded(request)
+            async with self._in_time(504, "No answer within"), self._decoded(data) as image:
+                ids = await unless_gone(request, asyncio.wrap_future(self.worker.submit(image)))
+                return await self.code(lambda: encode(ids))
+
+    async def uploaded(self, request: Request) -> bytes:
+        """Return the bytes of the one file that a request brings, within the limit.
+
+        Raises:
+            Refused: they are too many, or none.
+            HungUp: the client has gone.
+        """
+        try:
+            return await read_upload(bounded(request, self.limits.image_mib))
+        except ClientDisconnect as error:
+            raise HungUp from error
+
+    async def code(self, function: Callable[[], T]) -> T:
+        """Return what a function gives that decodes or encodes, called in a thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._coders, function)
+
+    def announce_stop(self) -> None:
+        """Let /health say that the server stops."""
+        self.stopping = True
+
+    def close(self) -> None:
+        """Finish what waits for the model, and end all threads."""
+        self.worker.stop()
+        self._coders.shutdown()
+
+    @asynccontextmanager
+    async def _admitted(self) -> AsyncIterator[None]:
+        if self.in_hand >= self.limits.queue:
+            raise _busy(f"has {self.in_hand} requests in hand (mode.limits.queue)")
+        self.in_hand += 1
+        try:
+            yield
+        finally:
+            self.in_hand -= 1
+
+    @asynccontextmanager
+    async def _in_time(self, status: int, what: str) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout(self.limits.timeout):
+                yield
+        except TimeoutError as error:
+            most = f"{self.limits.timeout:g} s (mode.limits.timeout)"
+            raise Refused(status, "timeout", f"{what} {most}. Try again later, or send less.") from error
+
+    @asynccontextmanager
+    async def _decoded(self, data: bytes) -> AsyncIterator[np.ndarray]:
+        """Give a picture; the pixels of all that are held at once are bounded."""
+        pixels = await self.code(lambda: measure(data, self.limits.max_pixels))
+        if self._pixels and self._pixels + pixels > _HELD * self.limits.max_pixels:
+            raise _busy("holds as many pixels as it may")
+        self._pixels += pixels
+        try:
+            yield await self.code(lambda: decode(data))
+        finally:
+            self._pixels -= pixels
+
+
+async def unless_gone(request: Request, answer: Awaitable[T]) -> T:
+    """Return an answer, or cancel it when the client hangs up, after its request is read.
+
+    Raises:
+        HungUp: it has.
+    """
+    waiting, gone = asyncio.ensure_future(answer), asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait((waiting, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not waiting.done():
+            raise HungUp
+        return waiting.result()
+    finally:
+        waiting.cancel()
+        gone.cancel()
+        with suppress(asyncio.CancelledError):
+            await gone
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _busy(what: str) -> Refused:
+    return Refused(503, "busy", f"The server {what}. Try again later.", retry_after=1)
