@@ -1,8 +1,23 @@
-"""dinoseg: DINO backbones as segmenters, from Hydra configs."""
+"""dinoseg: DINO backbones as segmenters, from Hydra configs; `load` gives a trained one to use without any."""
 
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dinoseg.portable.load import load
+
+__all__ = ["__version__", "load"]
 
 try:
     __version__ = version("dinoseg")
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
+
+
+def __getattr__(name: str) -> Any:
+    """Import `load` when it is first asked for: `import dinoseg` alone stays light."""
+    if name == "load":
+        from dinoseg.portable.load import load
+
+        return load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -99,6 +99,12 @@ def trained_names(model: Segmenter) -> set[str]:
     return names - quantised_names(model)
 
 
+def constants(model: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers that the state dict leaves out: colours, and rotation frequencies, which a file may say."""
+    state = model.state_dict().keys() | quantised_names(model)
+    return {name: buffer for name, buffer in model.named_buffers() if name not in state}
+
+
 def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """Return a hash of tensors: their names, shapes and sampled values, in the order given."""
     digest = hashlib.sha256()

@@ -30,6 +30,7 @@ def guard(
     *,
     trust: Collection[str] = (),
     typed: Collection[str] = (),
+    registry: Registry | None = None,
 ) -> None:
     """Refuse a config read from a file that says more than config files of this machine could, but for plain values.
 
@@ -41,12 +42,13 @@ def guard(
         composed: the config of the command line, plain, not resolved.
         trust: packages whose targets the user allows at any place, and hub ids that weights may come from.
         typed: keys that the command line gives instead of the file.
+        registry: what may stand where, instead of what the running Hydra's config files say.
 
     Raises:
         UserError: naming the place, what stands there, and what would be allowed.
     """
     composed = composed or {}
-    registry = own_registry(composed)
+    registry = own_registry(composed) if registry is None else registry
     for count, (steps, node) in enumerate(below(config, ())):
         if count > _MOST_VALUES:
             raise UserError(f"{where}: its config holds more than {_MOST_VALUES} values. {REMEDY}.")

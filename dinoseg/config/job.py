@@ -1,12 +1,15 @@
 """The config of a job: what Hydra composed, with the option that each group has, and short forms written out."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from dinoseg.config.options import chosen_options
 from dinoseg.config.plain import plain
+
+_SHIPPED = Path(__file__).parents[1] / "cfg"
 
 
 def job_config(cfg: DictConfig, options: Mapping[str, Any]) -> DictConfig:
@@ -18,6 +21,14 @@ def job_config(cfg: DictConfig, options: Mapping[str, Any]) -> DictConfig:
     """
     job = {key: value for key, value in plain(squared(cfg)).items() if key != "hydra"}
     return OmegaConf.create({**job, "choices": chosen_options(options)})
+
+
+def machine_config() -> DictConfig:
+    """Return what a job's config says of the machine alone, by the shipped files: no group of a model, no Hydra."""
+    root = OmegaConf.load(_SHIPPED / "main.yaml")
+    engine = OmegaConf.load(_SHIPPED / "engine" / "auto.yaml")
+    job = {key: value for key, value in plain(root).items() if key != "defaults"}
+    return OmegaConf.create({**job, "engine": engine, "choices": {}})
 
 
 def squared(cfg: DictConfig) -> DictConfig:

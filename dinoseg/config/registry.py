@@ -42,6 +42,11 @@ class Entry:
 Registry = Mapping[Keys, Entry]
 
 
+def shipped_registry() -> Registry:
+    """Return what may stand where by the shipped config files alone, whatever Hydra program this runs in."""
+    return read_registry((_SHIPPED,))
+
+
 def own_registry(config: Mapping[str, Any]) -> Registry:
     """Return what may stand where: what config files say, shipped ones and the user's, and the composed config.
 
@@ -53,7 +58,7 @@ def own_registry(config: Mapping[str, Any]) -> Registry:
     composed: dict[Keys, Entry] = {}
     _add({group: config[group] for group in GROUPS if group in config}, (), composed)
     if not HydraConfig.initialized():
-        return _joined(read_registry((_SHIPPED,)), composed)
+        return _joined(shipped_registry(), composed)
     runtime = HydraConfig.get().runtime
     sources = [_folder(source.schema, source.path) for source in runtime.config_sources]
     folders = tuple(dict.fromkeys([_SHIPPED, *(folder for folder in sources if folder is not None)]))

@@ -1,11 +1,14 @@
 """The functions that config files may call, and configs in which what they give to one run alone is written out."""
 
 import math
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.basecontainer import BaseContainer
 from omegaconf.errors import InterpolationResolutionError
 
 from dinoseg.config.nodes import not_set
@@ -14,6 +17,7 @@ from dinoseg.errors import UserError
 
 CLASS_FILE, CELLS = "class_file", "cells"
 RESOLVERS = ("len", CELLS)  # those that a checkpoint's config may use: functions of values beside them
+_ONE_AT_A_TIME = threading.RLock()  # OmegaConf has one table of functions for all threads
 
 
 class _Unmet(UserError, InterpolationResolutionError):
@@ -33,6 +37,19 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver(CELLS, _cells, replace=True)
     OmegaConf.register_new_resolver(CLASS_FILE, _from_class_file, replace=True)
     OmegaConf.register_new_resolver("recipe_name", recipe_name, replace=True)
+
+
+@contextmanager
+def lent_resolvers() -> Iterator[None]:
+    """Have our functions registered for the block; a program that uses Hydra itself has its own again after it."""
+    with _ONE_AT_A_TIME:
+        before = dict(BaseContainer._resolvers)
+        register_resolvers()
+        try:
+            yield
+        finally:
+            BaseContainer._resolvers.clear()
+            BaseContainer._resolvers.update(before)
 
 
 def settled(node: DictConfig) -> dict[Any, Any]:

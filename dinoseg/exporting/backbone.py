@@ -4,13 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from dinoseg import build
 from dinoseg.adapters import merge as merge_updates
 from dinoseg.errors import UserError
-from dinoseg.model import Segmenter, trained_names
-from dinoseg.runs.trained import load_trained
+from dinoseg.runs.trained import load_trained, with_whole_weights
 from dinoseg.storage.tensor_files import write_tensors
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -31,7 +29,7 @@ def export_backbone(cfg: DictConfig, *, out_dir: Path, dtype: str = "float32", m
     if dtype not in DTYPES:
         raise UserError(f"export.dtype={dtype} is unknown. Choose one of {', '.join(DTYPES)}.")
     model = load_trained(cfg).model
-    backbone = _whole(cfg, model).backbone
+    backbone = with_whole_weights(cfg, model).backbone
     if merge:
         backbone = merge_updates(backbone)
     state = {name: value.to(DTYPES[dtype]) for name, value in backbone.export_state().items()}
@@ -39,18 +37,3 @@ def export_backbone(cfg: DictConfig, *, out_dir: Path, dtype: str = "float32", m
     write_tensors(path, state, {})
     print(f"written to {path}: {len(state)} tensors, {path.stat().st_size / 1e6:.2f} MB. Use: backbone.weights={path}")
     return {"path": str(path)}
-
-
-def _whole(cfg: DictConfig, trained: Segmenter) -> Segmenter:
-    """Return the trained model with float32 weights where it holds shorter ones, which would round the updates."""
-    changes: dict[str, Any] = {}
-    if cfg.adapter.get("bits") is not None:
-        changes["adapter"] = {"bits": None}
-    if cfg.backbone.get("dtype", "float32") != "float32":
-        changes["backbone"] = {"dtype": "float32"}
-    if not changes:
-        return trained
-    model = build.model(OmegaConf.merge(cfg, changes))  # type: ignore[arg-type]
-    held, state = trained_names(trained), trained.state_dict()
-    model.load_state_dict({name: state[name] for name in held}, strict=False)
-    return model

@@ -1,6 +1,7 @@
 """A trained model to use: pictures of any kind in, segmentations out, whatever runtime computes them."""
 
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Iterator
 from itertools import islice
 from os import PathLike
 from pathlib import Path
@@ -8,13 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from dinoseg.errors import UserError
+from dinoseg.errors import UserError, telling_file_errors
 from dinoseg.portable.facts import Facts
 from dinoseg.portable.inputs import Picture, is_many_files, is_one, pictures
 from dinoseg.portable.result import Segmentation
 from dinoseg.portable.runtime import Runtime
-
-Segmentations = Segmentation | list[Segmentation] | Iterator[Segmentation]
+from dinoseg.storage.atomic import whole_file
 
 
 class Model:
@@ -23,13 +23,13 @@ class Model:
     Args:
         runtime: what computes.
         facts: its classes, sizes, scores and sources.
-        save: writes the model to a path, whole or not at all; None: it is in no file.
+        file: what it was loaded from, if that is a model in one file.
     """
 
-    def __init__(self, runtime: Runtime, facts: Facts, *, save: Callable[[Path], None] | None = None) -> None:
+    def __init__(self, runtime: Runtime, facts: Facts, *, file: Path | None = None) -> None:
         self.runtime = runtime
         self.facts = facts
-        self._save = save
+        self.file = None if file is None else file.absolute()
 
     def __repr__(self) -> str:
         classes = ", ".join(self.facts.classes[:5]) + (", ..." if len(self.facts.classes) > 5 else "")
@@ -71,14 +71,18 @@ class Model:
         return results if is_many_files(source) or isinstance(source, Iterator) else list(results)
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the model to a file, whole or not at all.
+        """Copy the model's file to a path, whole or not at all.
 
         Raises:
-            UserError: it came from no file, or cannot be written.
+            UserError: it came from no file of its own, or cannot be written.
         """
-        if self._save is None:
-            raise UserError("This model is in no file. Write one: mode=export export=safetensors resume=RUN.")
-        self._save(Path(path).expanduser())
+        if self.file is None:
+            raise UserError(
+                "This model is in no file of its own. Write one: mode=export export=safetensors resume=RUN."
+            )
+        target = Path(path).expanduser()
+        with telling_file_errors(target.parent), whole_file(target) as part:
+            shutil.copyfile(self.file, part)
 
     def _predicted(self, found: Iterator[Picture], batch_size: int) -> Iterator[Segmentation]:
         for batch in _batches(found, batch_size):

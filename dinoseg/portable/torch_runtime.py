@@ -1,14 +1,25 @@
 """Torch as a model's runtime, and a trained model of this program as one to use."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 
+from dinoseg.config.resolvers import lent_resolvers
+from dinoseg.errors import UserError
 from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.trained_sizes import TrainedSizes, keep_scale
 from dinoseg.portable.facts import Facts
 from dinoseg.portable.model import Model
-from dinoseg.runs.trained import Trained
+from dinoseg.runs.resume import alone
+from dinoseg.runs.trained import Trained, restore
+from dinoseg.training import checkpoint
+from dinoseg.training.engine import choose_device, has_bfloat16
+
+PRECISIONS = ("auto", "bf16", "fp32")
 
 
 class TorchRuntime:
@@ -37,3 +48,40 @@ def model_of(trained: Trained, sizes: TrainedSizes | None) -> Model:
     """
     keep_scale(trained.model, sizes)
     return Model(TorchRuntime(trained.predictor), Facts.of(trained.info, "the checkpoint"))
+
+
+def load_torch(
+    path: Path, *, device: str, precision: str, weights: Mapping[str, str | None], trust: Sequence[str]
+) -> Model:
+    """Return the model of a file, a checkpoint or a run folder; see `portable.load`.
+
+    Args:
+        path: exists.
+        device: as `engine.device`.
+        precision: as `engine.precision`.
+        weights: of `backbone` and `head`: a file, a folder or a hub id in place of what the file names.
+        trust: packages and hub ids that the file may name beside what config files do.
+    """
+    if precision not in PRECISIONS:
+        raise UserError(f"precision={precision} is unknown. Choose one of {', '.join(PRECISIONS)}.")
+    chosen = choose_device(device)
+    file = checkpoint.find(path, "best")
+    changes: dict[str, Any] = {f"{part}.weights": value for part, value in weights.items() if value is not None}
+    # the caller's own functions for its configs, and its own random numbers, are as they were after it
+    with lent_resolvers(), torch.random.fork_rng(_devices(chosen)):
+        cfg = alone(file, checkpoint.describe(file), {"engine.device": device, **changes}, trust)
+        model, info = restore(cfg, file)
+    if model.head.slots is not None:
+        raise UserError(f"{file} is a model of slots, which knows no classes. mode=track follows its segments.")
+    keep_scale(model, TrainedSizes.from_info(info))
+    bf16 = precision == "bf16" or (precision == "auto" and has_bfloat16(chosen))
+    predictor = Predictor(model.to(chosen), chosen, _autocast(chosen) if bf16 else nullcontext)
+    return Model(TorchRuntime(predictor), Facts.of(info, str(file)), file=file if "facts" in info else None)
+
+
+def _autocast(device: torch.device) -> Callable[[], AbstractContextManager]:
+    return lambda: torch.autocast(device.type, torch.bfloat16)
+
+
+def _devices(device: torch.device) -> list[int]:
+    return list(range(torch.cuda.device_count())) if device.type == "cuda" else []

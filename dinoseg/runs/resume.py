@@ -9,8 +9,9 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from dinoseg.config.guard import guard
-from dinoseg.config.job import squared
+from dinoseg.config.job import machine_config, squared
 from dinoseg.config.plain import has_key, keys_of, plain
+from dinoseg.config.registry import shipped_registry
 from dinoseg.errors import UserError
 from dinoseg.runs.recipe import SAVED, data_root, saved_config
 from dinoseg.training.description import CHOSEN
@@ -42,6 +43,28 @@ def merge(cfg: DictConfig, overrides: Sequence[Override], path: Path, info: Mapp
         _take_option(option, cfg, merged, path)
     for value in (override for override in overrides if override.key_or_group not in CHOSEN):
         _take_value(value, cfg, merged, path)
+    return squared(merged)
+
+
+def alone(path: Path, info: Mapping[str, Any], changes: Mapping[str, Any], trust: Sequence[str] = ()) -> DictConfig:
+    """Return the config to use a checkpoint with where there is no command line, held against the shipped config files.
+
+    Nothing of Hydra is set up or read: the caller may be a Hydra program of its own.
+
+    Args:
+        path: the checkpoint file.
+        info: what it says of itself.
+        changes: dotted key to the user's own value, such as `engine.device` or `backbone.weights`.
+        trust: packages and hub ids that the file may name beside what config files do.
+
+    Raises:
+        UserError: the checkpoint's config is not to be trusted.
+    """
+    saved, cfg = saved_config(info), machine_config()
+    guard(saved, f"resume={path}", plain(cfg), trust=trust, typed=[*changes], registry=shipped_registry())
+    merged = OmegaConf.create({**plain(cfg), "resume": str(path), "choices": dict(info["choices"]), **saved})
+    for key, value in changes.items():
+        OmegaConf.update(merged, key, value)
     return squared(merged)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from dinoseg import build
 from dinoseg.config.nodes import instantiate
@@ -16,7 +16,7 @@ from dinoseg.data.classes.labels import Labels
 from dinoseg.errors import UserError
 from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.trained_sizes import TrainedSizes
-from dinoseg.model import Segmenter
+from dinoseg.model import Segmenter, trained_names
 from dinoseg.runs.folder import command_line
 from dinoseg.shapes import Palette, SegmentationData
 from dinoseg.training import checkpoint
@@ -96,18 +96,46 @@ def sizes_to_keep(trained: Trained, out_dir: Path) -> TrainedSizes | None:
     return None if typed else TrainedSizes.from_info(trained.info)
 
 
-def _restored(cfg: DictConfig, path: Path) -> Trained:
+def restore(cfg: DictConfig, path: Path) -> tuple[Segmenter, Mapping[str, Any]]:
+    """Return the model of a checkpoint in eval mode, on the CPU, and what the file says of itself.
+
+    Args:
+        cfg: already merged with the checkpoint's.
+        path: the checkpoint file.
+
+    Raises:
+        UserError: the checkpoint does not fit.
+    """
     # all that needs no tensors is refused first: reading them may take minutes
     outline = checkpoint.outline(path)
     check_classes(labels_of(cfg), outline.info, f"resume={path}")
-    engine = instantiate(cfg.engine)
     build.check_fits(cfg, outline)
     saved = checkpoint.read(path, finite=cfg.finite_weights)
     model = build.model(cfg)
     checkpoint.load_weights(model, saved)
-    palette = [(red, green, blue) for red, green, blue in outline.info["palette"]]
-    classes, ignore_index = outline.info["classes"], outline.info["ignore_index"]
-    return Trained(model.to(engine.device).eval(), engine, classes, palette, ignore_index, outline.info)
+    return model.eval(), outline.info
+
+
+def with_whole_weights(cfg: DictConfig, trained: Segmenter) -> Segmenter:
+    """Return the trained model with float32 weights where it holds shorter ones, which would round the updates."""
+    changes: dict[str, Any] = {}
+    if cfg.adapter.get("bits") is not None:
+        changes["adapter"] = {"bits": None}
+    if cfg.backbone.get("dtype", "float32") != "float32":
+        changes["backbone"] = {"dtype": "float32"}
+    if not changes:
+        return trained
+    model = build.model(OmegaConf.merge(cfg, changes))  # type: ignore[arg-type]
+    held, state = trained_names(trained), trained.state_dict()
+    model.load_state_dict({name: state[name] for name in held}, strict=False)
+    return model
+
+
+def _restored(cfg: DictConfig, path: Path) -> Trained:
+    engine = instantiate(cfg.engine)
+    model, info = restore(cfg, path)
+    palette = [(red, green, blue) for red, green, blue in info["palette"]]
+    return Trained(model.to(engine.device), engine, info["classes"], palette, info["ignore_index"], info)
 
 
 def _released(cfg: DictConfig) -> Trained:

@@ -17,12 +17,13 @@ from torch.nn.modules.module import (
 from torch.optim import AdamW, Optimizer
 
 from dinoseg.errors import UserError
-from dinoseg.model import Segmenter, fingerprint, quantised_names, trained_names
+from dinoseg.model import Segmenter, constants, fingerprint, quantised_names, trained_names
 from dinoseg.training.description import IDLE
 from dinoseg.training.optim import MovingAverage
 from dinoseg.wording import shown
 
 _MOST_PARTS = 50_000  # modules, parameters and buffers; DINOv3's ViT-7B with LoRA has some 5,000
+CONSTANTS = "constants"  # tensors below it are buffers that a state dict leaves out
 CASTS = (torch.float16, torch.bfloat16, torch.float32)  # each may be loaded into each
 
 
@@ -108,6 +109,9 @@ def load_weights(model: Segmenter, checkpoint: Checkpoint) -> None:
             f"{' (or held in another backbone.dtype)' if other[0] == 'backbone' else ''}. Give what it was trained on."
         )
     model.load_state_dict(checkpoint.part("model"), strict=False)
+    own = constants(model)
+    for name, value in checkpoint.part(CONSTANTS).items():
+        own[name].copy_(value)
 
 
 def check_fits(model: Segmenter, checkpoint: Checkpoint) -> None:
@@ -118,6 +122,8 @@ def check_fits(model: Segmenter, checkpoint: Checkpoint) -> None:
     """
     state = model.state_dict()
     parts = _misfits({name: state[name] for name in trained_names(model)}, checkpoint.part("model"))
+    held, own = checkpoint.part(CONSTANTS), constants(model)  # of a file that is a whole model
+    parts = parts or _misfits({name: own[name] for name in own if held}, held)
     if parts:
         raise UserError(
             f"resume={checkpoint.path}: made for another model: {parts}. Use the backbone, adapter, head and classes "

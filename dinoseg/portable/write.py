@@ -1,0 +1,164 @@
+"""A trained model as one file: its weights and all that is needed to use it, described as a checkpoint is."""
+
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from dinoseg import __version__, build
+from dinoseg.config.plain import plain
+from dinoseg.errors import UserError
+from dinoseg.inference.trained_sizes import KEY, TrainedSizes
+from dinoseg.model import Segmenter, constants, trained_names
+from dinoseg.portable.evidence import data_of, scores_of
+from dinoseg.portable.facts import Facts
+from dinoseg.portable.sources import is_hub_id, source_of
+from dinoseg.runs.recipe import config_description
+from dinoseg.runs.trained import Trained, load_trained, with_whole_weights
+from dinoseg.training import checkpoint
+from dinoseg.training.loading import CONSTANTS, frozen_fingerprint
+from dinoseg.wording import count_of
+
+NAME = "model.safetensors"
+_CHOICES = ("hparam", "data", "backbone", "adapter", "head")
+_LIBRARIES = ("torch", "transformers", "timm", "peft", "numpy", "pillow")
+
+
+def export_model(
+    cfg: DictConfig, *, out_dir: Path, delta: bool = False, gated: bool = False, scores: str | None = None
+) -> dict[str, Any]:
+    """Write the model of the checkpoint that `resume` names to `out_dir`/model.safetensors; return its path.
+
+    Args:
+        cfg: the whole config, merged with the checkpoint's.
+        out_dir: the run folder.
+        delta: what was trained alone; the backbone is named, and comes from there again when the file is loaded.
+        gated: write weights into the file whose licence forbids passing them on freely: it goes no further.
+        scores: folder of a mode=eval run of this checkpoint; None: the evaluation at the end of its training.
+
+    Raises:
+        UserError: there is no checkpoint, it is one of slots, or the file would hold gated weights.
+    """
+    if cfg.resume is None:
+        raise UserError("export=safetensors needs a trained model: give resume=<run folder or checkpoint>.")
+    if delta and plain(cfg.backbone).get("weights") in (None, "random"):
+        raise UserError(
+            "export.delta=true: this backbone comes from nowhere else (backbone.weights=random), so a file without it "
+            "could not be used. Leave export.delta out."
+        )
+    trained = load_trained(cfg)
+    if trained.model.head.slots is not None:
+        raise UserError(f"resume={cfg.resume} is a model of slots, which knows no classes, and so no file of them.")
+    facts = facts_of(cfg, trained, delta=delta, scores=scores)
+    held = _held_config(cfg, facts)
+    whole = not delta and cfg.adapter.get("bits") is not None
+    tensors, frozen = _tensors(held, with_whole_weights(cfg, trained.model) if whole else trained.model, delta)
+    if whole:
+        print(f"adapter.bits={cfg.adapter.bits}: the file holds whole weights, so masks may differ at single pixels")
+    if not gated:
+        weights = [name for name in tensors if name.startswith("model/") and ".lora_" not in name]
+        _check_licence(cfg, facts.backbone, weights)
+    description = {**config_description(held), "folder": "."}
+    info = {**trained.info, **description, **facts.description(), "frozen": frozen, "versions": dict(facts.versions)}
+    path = out_dir / NAME
+    checkpoint.write(path, tensors, {key: value for key, value in info.items() if key != "format"})
+    size = f"{count_of(tensors, 'tensor')}, {path.stat().st_size / 1e6:.2f} MB"
+    source = facts.backbone
+    print(f"written to {path}: {size}; backbone {source['name']}, licence {source['licence']}")
+    if delta:
+        print(f"the backbone itself is not in it: {source['weights']}, revision {source['revision'] or 'unknown'}")
+    if facts.scores is None:
+        print("no scores are in it: give export.scores=<run folder of mode=eval> to have them there")
+    print(f'use: import dinoseg; model = dinoseg.load("{path}"); out = model.predict("picture.jpg")')
+    return {"path": str(path)}
+
+
+def facts_of(cfg: DictConfig, trained: Trained, *, delta: bool = False, scores: str | None = None) -> Facts:
+    """Return what a trained model says of itself, for a file of any kind.
+
+    Args:
+        cfg: the whole config, merged with the checkpoint's.
+        trained: its model.
+        delta: whether the file holds what was trained alone.
+        scores: as of `export_model`.
+    """
+    before = Facts.of(trained.info, f"resume={cfg.resume}")  # of a file that was such a file already
+    sizes = TrainedSizes.from_info(trained.info)
+    colours = {name: getattr(trained.model.backbone, name).flatten().tolist() for name in ("mean", "std")}
+    path = Path(cfg.resume)
+    return Facts(
+        before.classes,
+        before.palette,
+        before.ignore_index,
+        normalisation=colours,
+        sizes={**plain(cfg.resolution, resolve=True), **(sizes.as_info()[KEY] if sizes else {})},
+        scores=scores_of(path, before.classes, scores) or before.scores,
+        backbone=before.backbone or source_of(plain(cfg), str(trained.info["frozen"]["backbone"])),
+        data=before.data or data_of(path, str(cfg.choices.data)),
+        versions=_versions(),
+        choices={group: str(option) for group, option in plain(cfg.choices).items() if group in _CHOICES},
+        delta=delta,
+    )
+
+
+def _held_config(cfg: DictConfig, facts: Facts) -> DictConfig:
+    """Return the config that a file holds: nothing of this machine, and no place of weights that are in the file."""
+    held = _without_places(plain(cfg))
+    if "root" in held["data"]:
+        held["data"]["root"] = "???"
+    backbone, head, adapter = held["backbone"], held["head"], held["adapter"]
+    if facts.delta and is_hub_id(backbone["weights"]) and facts.backbone["revision"]:
+        backbone["weights"] = f"{facts.backbone['weights']}@{facts.backbone['revision']}"
+    if not facts.delta:
+        # as a checkpoint of a backbone of random weights, which holds all of it
+        backbone |= {"weights": "random"} if "weights" in backbone else {}
+        adapter |= {"bits": None} if "bits" in adapter else {}
+        in_file = {"weights": None, "class_layer": "loaded", "trainable": "all"}
+        head |= {key: value for key, value in in_file.items() if head.get("weights") is not None and key in head}
+    return OmegaConf.create(held)
+
+
+def _without_places(node: Any) -> Any:
+    """Return a plain config in which a path on this machine is its last part alone."""
+    if isinstance(node, Mapping):
+        return {key: _without_places(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_without_places(value) for value in node]
+    return Path(node).name if isinstance(node, str) and node.startswith(("/", "~", "./", "../")) else node
+
+
+def _tensors(held: DictConfig, model: Segmenter, delta: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors that a file of this config holds, and the hashes of those that it does not."""
+    state = model.state_dict()
+    tensors = {f"{CONSTANTS}/{name}": value for name, value in constants(model).items()}
+    if delta:
+        return tensors | {f"model/{name}": state[name] for name in trained_names(model)}, frozen_fingerprint(model)
+    empty = build.outline(held)
+    empty.backbone.weights, empty.head.weights = "random", None
+    return tensors | {f"model/{name}": state[name] for name in trained_names(empty)}, frozen_fingerprint(empty)
+
+
+def _check_licence(cfg: DictConfig, source: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Refuse to write weights of others that are not to be passed on freely; a segmentor's file is Meta's too."""
+    foreign = {"backbone": source["gated"], "head": plain(cfg.head).get("weights") is not None}
+    part = next((part for part in foreign if foreign[part] and any(f"/{part}." in name for name in names)), None)
+    if part is not None:
+        what = f"{source['weights']} ({source['licence']})" if part == "backbone" else cfg.head.weights
+        raise UserError(
+            f"The file would hold weights of the {part} {what}, whose licence says on which terms they may be passed "
+            "on. Write what was trained alone, which LoRA and frozen backbones allow: export.delta=true. Or, if the "
+            "file stays with you or you keep to those terms: export.gated=true."
+        )
+
+
+def _versions() -> dict[str, str]:
+    found = {"dinoseg": __version__}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found

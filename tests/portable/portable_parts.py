@@ -1,0 +1,40 @@
+"""Checkpoints and one-file models of a second, made without a training."""
+
+import torch
+
+from dinoseg import build
+from dinoseg.portable.write import export_model
+from dinoseg.runs.recipe import run_description
+from dinoseg.runs.resume import alone
+from dinoseg.runs.trained import labels_of
+from dinoseg.training import checkpoint
+from dinoseg.training.loading import frozen_fingerprint
+
+TINY = (  # a transformer of 2 blocks
+    *("backbone=tiny", "backbone.patch_size=8", "backbone.arch.hidden_size=24", "backbone.arch.num_hidden_layers=2"),
+    *("backbone.arch.num_attention_heads=3", "backbone.arch.intermediate_size=48"),
+)
+PROGRESS = {"step": 3, "best": 0.5, "best_step": 3, "stale": 0, "owed": False}
+
+
+def untrained(compose, folder, *words):
+    """Write the checkpoint of a model whose trained weights are random, and return its path."""
+    cfg = compose("data=folder", "data.classes=[dark,bright]", "data.root=/data/of/mine", "engine=cpu", *words)
+    model = build.model(cfg)
+    torch.manual_seed(1)
+    for value in model.parameters():
+        if value.requires_grad:
+            torch.nn.init.normal_(value, std=0.1)
+    names = checkpoint.trained_names(model)
+    tensors = {f"model/{name}": value for name, value in model.state_dict().items() if name in names}
+    info = run_description(cfg, labels_of(cfg)) | {"progress": PROGRESS, "frozen": frozen_fingerprint(model)}
+    path = folder / "run" / "checkpoints" / "best.safetensors"
+    checkpoint.write(path, tensors, info)
+    return path
+
+
+def exported(path, folder, **options):
+    """Write the one-file model of a checkpoint and return its path."""
+    cfg = alone(path, checkpoint.describe(path), {"engine.device": "cpu"})
+    folder.mkdir(exist_ok=True)
+    return folder / export_model(cfg, out_dir=folder, **options)["path"]

@@ -1,0 +1,284 @@
+"""One-file models: written, loaded in a program of its own, and predicting what mode=predict does."""
+
+import json
+import shutil
+import struct
+
+import numpy as np
+import pytest
+import torch
+from command_line import call
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+from portable_parts import TINY, exported, untrained
+from safetensors.torch import load_file
+from test_hostile_checkpoints import CASES, tampered
+
+import dinoseg
+from dinoseg import build
+from dinoseg.errors import UserError
+from dinoseg.images import read_ids
+from dinoseg.runs.resume import alone
+from dinoseg.storage.tensor_files import write_tensors
+from dinoseg.training import checkpoint
+
+draw = np.random.default_rng(0)
+
+
+def picture(height=30, width=41):
+    return draw.integers(0, 256, (height, width, 3)).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def file(trained, tmp_path_factory):
+    """The one-file model of a training, written by mode=export in another folder than it is used from."""
+    done = call(
+        trained, "mode=export", "export=safetensors", "resume=segmenter", "engine=cpu", "hydra.run.dir=exported"
+    )
+    assert done.status == 0, done.err
+    path = tmp_path_factory.mktemp("elsewhere") / "model.safetensors"
+    return shutil.copyfile(trained / "exported/model.safetensors", path)
+
+
+def test_a_file_predicts_what_mode_predict_does(trained, file, tmp_path, monkeypatch):
+    words = ("engine=cpu", "input=clip", "hydra.run.dir=predicted")
+    assert call(trained, "mode=predict", "resume=segmenter", *words).status == 0
+    monkeypatch.chdir(tmp_path)
+    model = dinoseg.load(file, device="cpu")
+    results = list(model.predict(trained / "clip"))
+    assert len(results) == 7
+    for out in results:
+        assert (out.mask == read_ids(trained / "predicted/masks" / out.source.name)).all()
+        assert (out.probabilities.argmax(axis=0) == out.mask).all()
+    again = dinoseg.load(trained / "segmenter", device="cpu").predict(trained / "clip/00000.png")
+    assert (again.probabilities == results[0].probabilities).all()
+
+
+def test_a_file_goes_through_every_mode_as_a_checkpoint(trained, file):
+    words = ("engine=cpu", "data.root=data", f"resume={file}", "mode.metrics_only=true")
+    done = call(trained, "mode=eval", *words, "hydra.run.dir=scored")
+    assert done.status == 0, done.err
+    ours, theirs = (
+        json.loads((trained / name / "scores.json").read_text()) for name in ("scored", "segmenter/evaluation")
+    )
+    assert ours == theirs
+
+
+def test_a_file_says_what_it_is(trained, file):
+    facts = dinoseg.load(file, device="cpu").facts
+    scores = json.loads((trained / "segmenter/evaluation/scores.json").read_text())
+    assert facts.classes == ("dark", "bright") and facts.scores["values"]["miou"] == scores["miou"]
+    assert facts.backbone["licence"] == "its trainer's own" and facts.data["train"]["count"] == 4
+    assert facts.sizes["crop"] == [32, 48] and facts.sizes["typical"] == 48
+    assert facts.versions["torch"] == torch.__version__.partition("+")[0] and not facts.delta
+    assert str(trained).encode() not in file.read_bytes()[: 2**20]
+
+
+def test_nothing_of_hydra_or_chance_is_left_in_the_program(file):
+    OmegaConf.register_new_resolver("len", lambda value: "mine", replace=True)
+    OmegaConf.clear_resolver("cells")
+    state = torch.random.get_rng_state()
+    dinoseg.load(file, device="cpu")
+    assert OmegaConf.create({"x": "${len:1}"}).x == "mine" and not OmegaConf.has_resolver("cells")
+    assert not GlobalHydra.instance().is_initialized() and (torch.random.get_rng_state() == state).all()
+
+
+def test_a_program_of_hydras_own_is_neither_changed_nor_read(file, tmp_path):
+    (tmp_path / "head").mkdir()
+    (tmp_path / "head" / "mine.yaml").write_text("_target_: os.system\n")
+    (tmp_path / "main.yaml").write_text("x: 1\n")
+    evil = tmp_path / "evil.safetensors"
+    info = checkpoint.describe(file) | {
+        "config": {**checkpoint.describe(file)["config"], "head": {"_target_": "os.system"}}
+    }
+    checkpoint.write(evil, load_file(file), {key: value for key, value in info.items() if key != "format"})
+    try:
+        with initialize_config_dir(str(tmp_path), version_base="1.3"):
+            HydraConfig.instance().set_config(hydra_compose("main", return_hydra_config=True))
+            before = HydraConfig.get()
+            dinoseg.load(file, device="cpu")
+            assert HydraConfig.get() is before and GlobalHydra.instance().is_initialized()
+            with pytest.raises(UserError, match="no config file on this machine names it there"):
+                dinoseg.load(evil)
+    finally:
+        HydraConfig.instance().cfg = None
+
+
+FAMILIES = {
+    "packaged, frozen": ("backbone=tiny_surgical", "adapter=frozen", "head=linear"),
+    "packaged, LoRA": ("backbone=tiny_surgical", "adapter=lora", "head=mlp"),
+    "random": (*TINY, "adapter=frozen", "head=linear"),
+    "timm": ("backbone=timm", "backbone.name=resnet10t", "backbone.weights=random", "adapter=frozen", "head=linear"),
+    "no network": ("backbone=rgb", "adapter=frozen", "head=linear"),
+    "masks": (*TINY, "adapter=last_blocks", "adapter.blocks=1", "head=eomt", "head.blocks=1", "head.num_queries=5"),
+}
+
+
+@pytest.mark.parametrize("words", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize("delta", [False, True])
+def test_each_kind_of_model_is_the_same_from_its_file(compose, tmp_path, words, delta):
+    path = untrained(compose, tmp_path, *words)
+    if delta and words[0] != "backbone=tiny_surgical":
+        with pytest.raises(UserError, match="export.delta=true: this backbone comes from nowhere else"):
+            exported(path, tmp_path / "out", delta=True)
+        return
+    file = exported(path, tmp_path / "out", delta=delta)
+    image = picture()
+    ours = dinoseg.load(file, device="cpu").predict(image)
+    theirs = dinoseg.load(path, device="cpu").predict(image)
+    assert (ours.probabilities == theirs.probabilities).all() and (ours.mask == theirs.mask).all()
+    assert len(ours.probabilities.std(axis=(1, 2)).nonzero()[0])
+
+
+def foreign_file(compose, folder):
+    """Write a DINOv3 file whose rotation frequencies are not those of its config, as Meta's are."""
+    backbone = build.backbone(compose("backbone=tiny_surgical", "data.classes=[a]"))
+    backbone.model.rope_embeddings.inv_freq.mul_(1.01)
+    backbone.norm.weight.mul_(1.01)
+    path = folder / "dinov3_file.safetensors"
+    write_tensors(path, backbone.export_state(), {})
+    return path
+
+
+def test_gated_weights_are_not_passed_on_unless_asked(compose, tmp_path):
+    weights = foreign_file(compose, tmp_path)
+    words = ("backbone=tiny_surgical", f"backbone.weights={weights}", "adapter=lora", "head=linear")
+    path = untrained(compose, tmp_path, *words)
+    with pytest.raises(UserError, match="DINOv3 License.*export.delta=true.*export.gated=true"):
+        exported(path, tmp_path / "out")
+    assert not (tmp_path / "out/model.safetensors").exists()
+    image = picture()
+    theirs = dinoseg.load(path, device="cpu").predict(image).probabilities
+    whole = exported(path, tmp_path / "out", gated=True)
+    weights_elsewhere = weights.rename(tmp_path / "moved.safetensors")
+    assert (dinoseg.load(whole, device="cpu").predict(image).probabilities == theirs).all()
+    weights_elsewhere.rename(weights)
+    delta = exported(path, tmp_path / "delta", delta=True)
+    assert delta.stat().st_size < whole.stat().st_size / 4
+    assert not any("lora" not in name for name in load_file(delta) if "model/backbone" in name)
+    weights.rename(weights_elsewhere)
+    with pytest.raises(UserError, match="backbone=dinov3_file.safetensors is refused.*backbone=PATH"):
+        dinoseg.load(delta)
+    assert (dinoseg.load(delta, device="cpu", backbone=weights_elsewhere).predict(image).probabilities == theirs).all()
+    with pytest.raises(UserError, match="other frozen backbone weights"):
+        dinoseg.load(delta, device="cpu", backbone="dinoseg:tiny_surgical")
+
+
+def test_what_is_trained_of_gated_weights_is_gated(compose, tmp_path):
+    words = ("backbone=tiny_surgical", f"backbone.weights={foreign_file(compose, tmp_path)}", "head=linear")
+    path = untrained(compose, tmp_path, *words, "adapter=last_blocks", "adapter.blocks=1")
+    with pytest.raises(UserError, match="export.gated=true"):
+        exported(path, tmp_path / "out", delta=True)
+
+
+def test_a_file_of_a_file_keeps_its_sources(compose, tmp_path):
+    weights = foreign_file(compose, tmp_path)
+    words = ("backbone=tiny_surgical", f"backbone.weights={weights}", "adapter=frozen", "head=linear")
+    first = exported(untrained(compose, tmp_path, *words), tmp_path / "out", gated=True)
+    with pytest.raises(UserError, match="DINOv3 License"):
+        exported(first, tmp_path / "again")
+    again = exported(first, tmp_path / "again", gated=True)
+    assert dinoseg.load(again).facts.backbone["weights"] == weights.name
+
+
+@pytest.fixture(scope="module")
+def sound(file):
+    return checkpoint.read(file)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_a_tampered_file_is_refused(tmp_path, sound, case):
+    path = tampered(tmp_path, sound, case(tmp_path))
+    with pytest.raises(UserError) as refused:
+        dinoseg.load(path, device="cpu")
+    assert str(path) in str(refused.value) and len(str(refused.value)) < 1000
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def change(name, value):
+    return lambda sound: {name: value(sound.tensors[name])}
+
+
+CHANGED = {
+    "NaN": (change("model/head.classify.weight", lambda one: one * float("nan")), "hold NaN or infinity"),
+    "another shape": (change("model/head.classify.weight", lambda one: one[:1].clone()), "of another shape"),
+    "another type": (change("model/head.classify.weight", lambda one: one.to(torch.complex64)), "of another type"),
+    "one more": (lambda sound: {"model/head.more": torch.zeros(1)}, "left over"),
+    "one more constant": (lambda sound: {"constants/backbone.more": torch.zeros(1)}, "left over"),
+    "a long constant": (lambda sound: {"constants/backbone.mean": torch.zeros(9, 9)}, "of another shape"),
+}
+
+
+@pytest.mark.parametrize(("tensors", "message"), CHANGED.values(), ids=CHANGED)
+def test_tensors_that_are_not_the_models_are_refused(tmp_path, sound, tensors, message):
+    with pytest.raises(UserError, match=message):
+        dinoseg.load(tampered(tmp_path, sound, {}, tensors(sound)), device="cpu")
+
+
+def test_facts_that_are_none_are_refused(tmp_path, sound):
+    for place, value in (("facts", 3), ("facts/scores", [1]), ("facts/delta", "no"), ("facts/versions", {"torch": 2})):
+        with pytest.raises(UserError, match="evil.safetensors: .*facts"):
+            dinoseg.load(tampered(tmp_path, sound, {place: value}), device="cpu")
+
+
+def test_what_is_no_file_of_dinoseg_is_refused(tmp_path, file, sound):
+    whole = file.read_bytes()
+    newer = {**sound.info, "format": 99}
+    checkpoint.write(tmp_path / "newer.safetensors", sound.tensors, newer)
+    write_tensors(tmp_path / "foreign.safetensors", {"x": torch.zeros(2)}, {"format": "pt"})
+    contents = {"empty": b"", "cut": whole[: len(whole) // 2], "head": whole[:200], "text": b"hello" * 99}
+    contents["huge header"] = struct.pack("<Q", 2**60) + whole[8:]
+    contents["pickle"] = b"\x80\x04cos\nsystem\n(S'touch ran'\ntR."
+    for name, content in contents.items():
+        (tmp_path / f"{name}.safetensors").write_bytes(content)
+    for path in tmp_path.glob("*.safetensors"):
+        with pytest.raises(UserError, match=path.name) as refused:
+            dinoseg.load(path)
+        assert "resume=" not in str(refused.value) and ("Update dinoseg" in str(refused.value)) == (
+            path.stem == "newer"
+        )
+    for path, message in (
+        (tmp_path / "none", "No such file"),
+        (tmp_path, "neither a checkpoint file nor a run folder"),
+    ):
+        with pytest.raises(UserError, match=message):
+            dinoseg.load(path)
+    for options, message in (
+        ({"runtime": "tpu"}, "runtime=tpu"),
+        ({"device": "tpu"}, "^device=tpu"),
+        ({"precision": "8"}, "precision=8"),
+    ):
+        with pytest.raises(UserError, match=message):
+            dinoseg.load(file, **options)
+
+
+def test_a_model_is_saved_whole_or_not_at_all(file, trained, tmp_path):
+    model = dinoseg.load(file, device="cpu")
+    model.save(tmp_path / "deeper/copy.safetensors")
+    assert (tmp_path / "deeper/copy.safetensors").read_bytes() == file.read_bytes()
+    with pytest.raises(UserError, match="Cannot read or write"):
+        model.save(file / "x")
+    with pytest.raises(UserError, match="export=safetensors"):
+        dinoseg.load(trained / "segmenter", device="cpu").save(tmp_path / "x")
+
+
+def test_scores_of_an_evaluation_come_with_the_file(trained, tmp_path):
+    words = ("mode=export", "export=safetensors", "resume=segmenter", "engine=cpu")
+    done = call(trained, "mode=eval", "resume=segmenter", "data.root=data", "mode.split=train", "engine=cpu",
+                "mode.metrics_only=true", "hydra.run.dir=on_train")  # fmt: skip
+    assert done.status == 0, done.err
+    assert call(trained, *words, "export.scores=on_train", "hydra.run.dir=with").status == 0
+    assert dinoseg.load(trained / "with/model.safetensors").facts.scores["split"] == "train"
+    for folder, message in (("clip", "is no run folder of mode=eval"), ("slots", "is no run folder|are of None")):
+        refused = call(trained, *words, f"export.scores={folder}")
+        assert refused.status == 1 and message.split("|")[0] in refused.err or message.split("|")[1] in refused.err
+    of_slots = call(trained, "mode=export", "export=safetensors", "resume=slots", "engine=cpu")
+    assert of_slots.status == 1 and "model of slots" in of_slots.err
+
+
+def test_a_config_alone_needs_no_command_line(file):
+    cfg = alone(file, checkpoint.describe(file), {"engine.device": "cpu"})
+    assert cfg.engine.device == "cpu" and cfg.backbone.weights == "random"
