@@ -1,4 +1,4 @@
-.PHONY: demo test test-fast test-heavy check format clean
+.PHONY: demo test test-fast test-heavy docs check format clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -28,6 +28,9 @@ test-heavy: .venv/installed  ## browsers (Debian: apt-get install chromium), exp
 
 test-fast: .venv/installed  ## what takes no process and no second each: the loop while coding
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not slow and not heavy" --durations=20 --durations-min=1
+
+docs: .venv/installed  ## the pages of docs/ as a site in outputs/site, which needs no network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 check: .venv/installed  ## format, lint, types
 	$(BIN)/ruff format --check .

@@ -70,6 +70,13 @@ def folder_of_masks(stand_ins, folder):
     return folder
 
 
+@stand_in("BINARY")
+def folder_of_black_and_white_masks(stand_ins, folder):
+    for split in ("train", "val"):
+        pictures(folder, "ab", f"{split}/images/{{}}.png", f"{split}/masks/{{}}.png", [0, 255])
+    return folder
+
+
 @stand_in("IMAGE")
 def image(stand_ins, folder):
     return stand_ins["FOLDER"] / "val/images/a.png"
@@ -180,6 +187,14 @@ def scored_masks(stand_ins, folder):
         pictures(folder, ["000000000", "000000060"], "unused/{}.png", mask, range(10))
     shutil.rmtree(folder / "unused")
     return folder
+
+
+@stand_in("OFFICIAL")
+@stand_in("OTHER")
+def masks_to_hand_in(stand_ins, folder):
+    """Take the references themselves, of SAR-RARP50's test and of IDD's val, for predictions."""
+    shutil.copytree(stand_ins["SARRARP"] / "test", folder, dirs_exist_ok=True)
+    return shutil.copytree(stand_ins["IDD"] / "IDD_Segmentation/gtFine/val", folder, dirs_exist_ok=True)
 
 
 @stand_in("BACKBONE")

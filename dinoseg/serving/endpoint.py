@@ -11,7 +11,6 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
-from starlette.types import Lifespan
 
 from dinoseg.serving.answers import encoder, wanted_format
 from dinoseg.serving.guard import Guard
@@ -22,16 +21,13 @@ logger = logging.getLogger(__name__)
 _GONE = 499  # nginx's number for a client that has hung up: nobody reads it, the metrics count it
 
 
-def endpoint(
-    service: Service, hosts: Sequence[str], further: Sequence[BaseRoute] = (), lifespan: Lifespan | None = None
-) -> Starlette:
+def endpoint(service: Service, hosts: Sequence[str], further: Sequence[BaseRoute] = ()) -> Starlette:
     """Return the endpoint as an ASGI application.
 
     Args:
         service: the model and its limits.
         hosts: names by which it may be asked; none: by any.
         further: routes beside it.
-        lifespan: what goes on beside the requests.
     """
     routes = [
         Route("/segment", partial(_counted, service), methods=["POST"]),
@@ -41,8 +37,7 @@ def endpoint(
     return Starlette(
         routes=[*routes, *further],
         middleware=[Middleware(Guard, hosts=hosts)],
-        exception_handlers={Refused: told, HungUp: _told_nobody, HTTPException: _told_http, Exception: _told_failure},
-        lifespan=lifespan,
+        exception_handlers={Refused: told, HTTPException: _told_http, Exception: _told_failure},
     )
 
 
@@ -60,9 +55,9 @@ async def _counted(service: Service, request: Request) -> Response:
     except Refused as error:
         service.metrics.refused(error.rule)
         answer = told(request, error)
-    except HungUp as error:
+    except HungUp:
         service.metrics.refused("hung_up")
-        answer = _told_nobody(request, error)
+        answer = Response(status_code=_GONE)
     service.metrics.answered(answer.status_code, time.perf_counter() - start)
     return answer
 
@@ -90,10 +85,6 @@ async def _health(service: Service, request: Request) -> Response:
 
 async def _metrics(service: Service, request: Request) -> Response:
     return PlainTextResponse(service.metrics.text(), media_type="text/plain; version=0.0.4")
-
-
-def _told_nobody(request: Request, error: Exception) -> Response:
-    return Response(status_code=_GONE)
 
 
 def _told_http(request: Request, error: Exception) -> Response:

@@ -1,0 +1,53 @@
+"""The docs as a site: built strictly, and opened from the disk in a browser, without any network."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from chromium import opened_page
+from docs_pages import PAGES, ROOT
+
+pytestmark = pytest.mark.heavy
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("site")
+    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", folder]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_nothing_is_fetched_from_elsewhere(site):
+    for page in PAGES[1:]:
+        text = (site / page.relative_to(ROOT / "docs").with_suffix(".html")).read_text()
+        assert not re.findall(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=[\"']?(?:https?:)?//[^>]+>", text), page
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("name", ["index", "results", "first_training"])
+def test_pages_open_on_a_desk_and_a_phone(site, name, width):
+    with opened_page((site / f"{name}.html").as_uri(), width=width) as page:
+        page.wait_for_load_state("load")
+        for picture in page.query_selector_all("article img"):
+            picture.scroll_into_view_if_needed()
+            assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") > 100
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.complaints == []
+
+
+def test_search_finds_without_a_server(site):
+    with opened_page((site / "index.html").as_uri()) as page:
+        page.click(".md-search__input")
+        page.keyboard.type("smoothing")
+        page.wait_for_selector(".md-search-result__link[href*='tracking.html']", timeout=20_000)
+        assert page.complaints == []
+
+
+def test_each_link_of_the_contents_opens(site):
+    with opened_page((site / "index.html").as_uri()) as page:
+        page.click("article a[href='faq.html']")
+        page.wait_for_selector("h1:has-text('Questions')")
+        assert page.complaints == []

@@ -1,0 +1,81 @@
+"""What the docs say of files, targets, tests and one another is so."""
+
+import re
+
+import pytest
+from docs_pages import PAGES, ROOT
+
+LINK = re.compile(r"(?<!`)\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def test_no_line_is_longer_than_those_of_the_code():
+    files = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "dinoseg/cfg").rglob("*.yaml")]
+    lines = [(path, number, line) for path in files for number, line in enumerate(path.read_text().split("\n"), 1)]
+    assert [f"{path.name}:{number}" for path, number, line in lines if len(line) > 120] == [] and len(lines) > 3000
+
+
+def test_the_architecture_names_every_room_and_files_that_exist():
+    page = (ROOT / "docs/architecture.md").read_text()
+    files = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("*/**/*") if ".venv" not in path.parts}
+    named = re.findall(r"`((?:\w+/)*\w+(?:\.py|/))`", page)
+    missing = [name for name in named if not any(f"/{file}".endswith(f"/{name.rstrip('/')}") for file in files)]
+    assert len(named) > 80 and not missing
+    package = {path.name for path in (ROOT / "dinoseg").iterdir() if not path.name.startswith("__") and path.is_dir()}
+    assert [room for room in package - {"assets"} if f"{room}/" not in page.split("## Inside")[0]] == []
+
+
+def test_each_promise_names_a_test():
+    text = (ROOT / "docs/security.md").read_text().split("## What is promised")[1].split("## What is not")[0]
+    promises = text.split("\n- ")[1:]
+    assert len(promises) >= 15
+    for promise in promises:
+        file, name = re.search(r"\(`(tests/\S+)::(\w+)`\)", promise).groups()
+        assert f"def {name}(" in (ROOT / file).read_text(), promise
+
+
+def test_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z]+):", makefile, flags=re.M))
+    named = {word for page in PAGES for word in re.findall(r"`?make ([a-z]+)`", page.read_text())}
+    assert named and named <= targets
+
+
+def without_code(page):
+    return re.sub(r"^ *```.*?^ *```|`[^`\n]*`", "", page.read_text(), flags=re.S | re.M)
+
+
+def anchors(page):
+    """Return the anchors of a page's headings, where GitHub's and those of the site's are the same."""
+    headings = re.findall(
+        r"^#+ +(.+)$", re.sub(r"^ *```.*?^ *```", "", page.read_text(), flags=re.S | re.M), flags=re.M
+    )
+    plain = [re.sub(r"[^\w\s-]", "", heading).strip().lower() for heading in headings]
+    return {re.sub(r"\s", "-", text) for text in plain} & {re.sub(r"[-\s]+", "-", text) for text in plain}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page):
+    for target in LINK.findall(without_code(page)):
+        if re.match(r"https?://", target):
+            continue
+        file, _, anchor = target.partition("#")
+        there = (page.parent / file).resolve() if file else page
+        assert there.is_file(), f"{page.name}: {target}"
+        assert not anchor or anchor in anchors(there), f"{page.name}: {target} names no heading"
+        # the site holds docs/ alone
+        assert page.name == "README.md" or there.is_relative_to(ROOT / "docs"), f"{page.name}: {target}"
+
+
+def test_every_page_is_in_the_navigation_and_the_contents():
+    pages = {path.relative_to(ROOT / "docs").as_posix() for path in PAGES[1:]}
+    navigation = (ROOT / "mkdocs.yml").read_text().split("\nnav:")[1]
+    assert {*re.findall(r"[\w/]+\.md", navigation)} == pages and len(pages) > 10
+    contents = {*LINK.findall((ROOT / "docs/index.md").read_text())}
+    assert pages - contents == {"index.md"}
+
+
+def test_pictures_are_small_and_shown():
+    shown = {link.rpartition("/")[2] for page in PAGES for link in LINK.findall(page.read_text())}
+    for path in (ROOT / "docs/pictures").iterdir():
+        assert path.stat().st_size < 200_000, f"{path.name}: over 200 kB"
+        assert path.name in shown, f"{path.name} is shown nowhere"
