@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dinoseg.portable.load import load
+    from dinoseg.portable.model import Model
 
-__all__ = ["__version__", "load"]
+__all__ = ["Model", "__version__", "load"]
 
 try:
     __version__ = version("dinoseg")
@@ -15,9 +16,13 @@ except PackageNotFoundError:  # a source tree that was never installed
 
 
 def __getattr__(name: str) -> Any:
-    """Import `load` when it is first asked for: `import dinoseg` alone stays light."""
+    """Import `load` and `Model` when they are first asked for: `import dinoseg` alone stays light."""
     if name == "load":
         from dinoseg.portable.load import load
 
         return load
+    if name == "Model":
+        from dinoseg.portable.model import Model
+
+        return Model
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,7 +10,7 @@ from dinoseg.ranges import Count, NotNegative
 from dinoseg.serving.endpoint import endpoint
 from dinoseg.serving.guard import hosts_of
 from dinoseg.serving.limits import Limits, Port
-from dinoseg.serving.server import listening, serve_until_signal
+from dinoseg.serving.server import bound, serve_until_signal
 from dinoseg.serving.service import Service
 from dinoseg.serving.source import load_served
 
@@ -31,7 +31,7 @@ def serve(
     Raises:
         UserError: there is no trained model, or the port is taken.
     """
-    with listening(host, port) as listener:
+    with bound(host, port) as listener:
         service = Service(load_served(cfg, Path(out_dir))[0], limits, batch_size=batch_size, wait=wait_ms / 1000)
         serve_until_signal(endpoint(service, hosts_of(host, hosts)), listener, service.announce_stop)
     service.close()

@@ -49,6 +49,7 @@ def scores_of(path: Path, classes: Sequence[str], evaluation: str | None) -> dic
         "protocol": COUNTED,
         "pixels": scores["pixels"],
         "values": {key: scores.get(key) for key in _MEASURES},
+        "ci95": scores.get("ci95"),
         "per_class": {name: row["iou"] for name, row in zip(classes, scores["classes"], strict=False)},
     }
     if (folder / "official_scores.json").is_file():

@@ -2,12 +2,9 @@
 
 from collections.abc import Sequence
 from os import PathLike
-from pathlib import Path
 
-from dinoseg.errors import UserError
 from dinoseg.portable.model import Model
-
-RUNTIMES = ("torch", "onnx")
+from dinoseg.portable.opening import open_model
 
 
 def load(
@@ -35,30 +32,7 @@ def load(
     Raises:
         UserError: no such file, or it is damaged, foreign, of a newer version, or says what no model of dinoseg does.
     """
-    where = Path(path).expanduser()
-    kind = runtime or ("onnx" if where.suffix == ".onnx" else "torch")
-    if kind not in RUNTIMES:
-        raise UserError(f"runtime={runtime} is unknown. Choose one of {', '.join(RUNTIMES)}.")
-    if not where.exists():
-        raise UserError(f"No such file: {where}. Give a file that mode=export wrote, a run folder or a checkpoint.")
-    if kind == "onnx":
-        raise UserError(f"{where}: ONNX files cannot be read yet.")
-    if where.suffix == ".onnx":
-        raise UserError(f"{where} is an ONNX file, which runs without torch: leave runtime={runtime} out.")
-    from dinoseg.portable.torch_runtime import load_torch
-
-    weights = {"backbone": _text(backbone), "head": _text(head)}
-    try:
-        return load_torch(where, device=device, precision=precision, weights=weights, trust=trust)
-    except UserError as error:
-        # the words of a command line, as a function's arguments
-        words = str(error).replace("resume=", "").replace("finite_weights=false uses it all the same.", "")
-        for part in weights:
-            words = words.replace(f"{part}.weights=", f"{part}=")
-        words = words.replace("engine.device=", "device=")
-        of_call = words.startswith(("device=", "precision=")) or str(where) in words
-        raise UserError(words if of_call else f"{where}: {words}") from error
-
-
-def _text(place: str | PathLike[str] | None) -> str | None:
-    return None if place is None else str(place)
+    opened = open_model(
+        path, device=device, runtime=runtime, precision=precision, backbone=backbone, head=head, trust=trust
+    )
+    return Model(*opened)

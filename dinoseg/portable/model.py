@@ -16,6 +16,8 @@ from dinoseg.portable.result import Segmentation
 from dinoseg.portable.runtime import Runtime
 from dinoseg.storage.atomic import whole_file
 
+_NO_FILE = "This model is in no file of its own. Write one: mode=export export=safetensors resume=RUN."
+
 
 class Model:
     """A trained model and what it says of itself.
@@ -26,7 +28,7 @@ class Model:
         file: what it was loaded from, if that is a model in one file.
     """
 
-    def __init__(self, runtime: Runtime, facts: Facts, *, file: Path | None = None) -> None:
+    def __init__(self, runtime: Runtime, facts: Facts, file: Path | None = None) -> None:
         self.runtime = runtime
         self.facts = facts
         self.file = None if file is None else file.absolute()
@@ -77,12 +79,58 @@ class Model:
             UserError: it came from no file of its own, or cannot be written.
         """
         if self.file is None:
-            raise UserError(
-                "This model is in no file of its own. Write one: mode=export export=safetensors resume=RUN."
-            )
+            raise UserError(_NO_FILE)
         target = Path(path).expanduser()
         with telling_file_errors(target.parent), whole_file(target) as part:
             shutil.copyfile(self.file, part)
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | PathLike[str], *, revision: str | None = None, token: str | None = None, **options: Any
+    ) -> "Model":
+        """Return the model of a hub's repository, or of a folder here that holds `model.safetensors` or `model.onnx`.
+
+        Args:
+            source: `ORG/NAME`, or a folder.
+            revision: branch, tag or commit of the repository.
+            token: of the hub, kept nowhere; None: the one that `hf auth login` has kept.
+            options: as of `dinoseg.load`.
+
+        Raises:
+            UserError: there is none, the hub does not answer, or as `dinoseg.load`.
+        """
+        from dinoseg.portable.hub import fetched
+        from dinoseg.portable.opening import open_model
+
+        file = fetched(source, revision=revision, token=token, runtime=options.get("runtime"))
+        return cls(*open_model(file, **options))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        gated: bool = False,
+    ) -> str:
+        """Upload the model's file and a model card to a repository of the hub; return the commit's address.
+
+        Args:
+            repo_id: `ORG/NAME`, made if need be.
+            private: of a repository that is made; None: as the organisation has it.
+            revision: the branch to write to; None: main.
+            token: of the hub, kept nowhere; None: the one that `hf auth login` has kept.
+            gated: upload weights whose licence sets terms, which you then keep to.
+
+        Raises:
+            UserError: the model is in no file, holds such weights, or the hub does not take it.
+        """
+        from dinoseg.portable.hub import push
+
+        if self.file is None:
+            raise UserError(_NO_FILE)
+        return push(self.file, self.facts, repo_id, private=private, revision=revision, token=token, gated=gated)
 
     def _predicted(self, found: Iterator[Picture], batch_size: int) -> Iterator[Segmentation]:
         for batch in _batches(found, batch_size):

@@ -1,4 +1,4 @@
-"""Torch as a model's runtime, and a trained model of this program as one to use."""
+"""Torch as a model's runtime: a file, a checkpoint or a run folder opened without a command line."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,9 +13,9 @@ from dinoseg.errors import UserError
 from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.trained_sizes import TrainedSizes, keep_scale
 from dinoseg.portable.facts import Facts
-from dinoseg.portable.model import Model
+from dinoseg.portable.runtime import Opened
 from dinoseg.runs.resume import alone
-from dinoseg.runs.trained import Trained, restore
+from dinoseg.runs.trained import restore
 from dinoseg.training import checkpoint
 from dinoseg.training.engine import choose_device, has_bfloat16
 
@@ -39,21 +39,10 @@ class TorchRuntime:
         return self.predictor.probabilities(images).cpu().numpy()
 
 
-def model_of(trained: Trained, sizes: TrainedSizes | None) -> Model:
-    """Return a trained model as one that takes pictures of any kind.
-
-    Args:
-        trained: in eval mode.
-        sizes: those that pictures are brought to, as `runs.trained.sizes_to_keep` gives them.
-    """
-    keep_scale(trained.model, sizes)
-    return Model(TorchRuntime(trained.predictor), Facts.of(trained.info, "the checkpoint"))
-
-
 def load_torch(
     path: Path, *, device: str, precision: str, weights: Mapping[str, str | None], trust: Sequence[str]
-) -> Model:
-    """Return the model of a file, a checkpoint or a run folder; see `portable.load`.
+) -> Opened:
+    """Return the model of a file, a checkpoint or a run folder; see `load`.
 
     Args:
         path: exists.
@@ -76,7 +65,7 @@ def load_torch(
     keep_scale(model, TrainedSizes.from_info(info))
     bf16 = precision == "bf16" or (precision == "auto" and has_bfloat16(chosen))
     predictor = Predictor(model.to(chosen), chosen, _autocast(chosen) if bf16 else nullcontext)
-    return Model(TorchRuntime(predictor), Facts.of(info, str(file)), file=file if "facts" in info else None)
+    return Opened(TorchRuntime(predictor), Facts.of(info, str(file)), file if "facts" in info else None)
 
 
 def _autocast(device: torch.device) -> Callable[[], AbstractContextManager]:

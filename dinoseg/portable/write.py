@@ -1,6 +1,7 @@
 """A trained model as one file: its weights and all that is needed to use it, described as a checkpoint is."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,8 @@ def export_model(
     tensors, frozen = _tensors(held, with_whole_weights(cfg, trained.model) if whole else trained.model, delta)
     if whole:
         print(f"adapter.bits={cfg.adapter.bits}: the file holds whole weights, so masks may differ at single pixels")
+    base = any(name.startswith("model/backbone.") and ".lora_" not in name for name in tensors)
+    facts = replace(facts, backbone={**facts.backbone, "in_file": base})
     if not gated:
         weights = [name for name in tensors if name.startswith("model/") and ".lora_" not in name]
         _check_licence(cfg, facts.backbone, weights)

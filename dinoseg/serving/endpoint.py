@@ -11,6 +11,7 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
+from starlette.types import Lifespan
 
 from dinoseg.serving.answers import encoder, wanted_format
 from dinoseg.serving.guard import Guard
@@ -21,13 +22,16 @@ logger = logging.getLogger(__name__)
 _GONE = 499  # nginx's number for a client that has hung up: nobody reads it, the metrics count it
 
 
-def endpoint(service: Service, hosts: Sequence[str], further: Sequence[BaseRoute] = ()) -> Starlette:
+def endpoint(
+    service: Service, hosts: Sequence[str], further: Sequence[BaseRoute] = (), lifespan: Lifespan | None = None
+) -> Starlette:
     """Return the endpoint as an ASGI application.
 
     Args:
         service: the model and its limits.
         hosts: names by which it may be asked; none: by any.
         further: routes beside it.
+        lifespan: what goes on beside the requests.
     """
     routes = [
         Route("/segment", partial(_counted, service), methods=["POST"]),
@@ -37,7 +41,8 @@ def endpoint(service: Service, hosts: Sequence[str], further: Sequence[BaseRoute
     return Starlette(
         routes=[*routes, *further],
         middleware=[Middleware(Guard, hosts=hosts)],
-        exception_handlers={Refused: told, HTTPException: _told_http, Exception: _told_failure},
+        exception_handlers={Refused: told, HungUp: _told_nobody, HTTPException: _told_http, Exception: _told_failure},
+        lifespan=lifespan,
     )
 
 
@@ -55,9 +60,9 @@ async def _counted(service: Service, request: Request) -> Response:
     except Refused as error:
         service.metrics.refused(error.rule)
         answer = told(request, error)
-    except HungUp:
+    except HungUp as error:
         service.metrics.refused("hung_up")
-        answer = Response(status_code=_GONE)
+        answer = _told_nobody(request, error)
     service.metrics.answered(answer.status_code, time.perf_counter() - start)
     return answer
 
@@ -85,6 +90,10 @@ async def _health(service: Service, request: Request) -> Response:
 
 async def _metrics(service: Service, request: Request) -> Response:
     return PlainTextResponse(service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+
+def _told_nobody(request: Request, error: Exception) -> Response:
+    return Response(status_code=_GONE)
 
 
 def _told_http(request: Request, error: Exception) -> Response:

@@ -39,3 +39,27 @@ class Refused(Exception):
 
 class HungUp(Exception):
     """The client has gone: nobody waits for an answer."""
+
+
+@dataclass(frozen=True)
+class ClipLimits:
+    """What the app takes in of videos, and how long it keeps what it made.
+
+    Args:
+        video_mib: largest video, in MiB.
+        max_seconds: longest video; at 60 frames a second, a faster one has to be shorter.
+        at_once: clips that are worked on at once.
+        held: uploads that are kept at once, with their results; the oldest finished one makes room.
+        keep_minutes: after which what nobody has asked for is removed.
+    """
+
+    video_mib: Positive = 200.0
+    max_seconds: Positive = 60.0
+    at_once: Count = 2
+    held: Count = 32
+    keep_minutes: Positive = 30.0
+
+    @property
+    def max_frames(self) -> int:
+        """The largest number of frames of a video."""
+        return int(60 * self.max_seconds)

@@ -21,8 +21,8 @@ _IDLE = 15  # seconds that a connection may wait between two requests
 _LAST_BYTES = 0.1  # seconds in which requests that had been sent when the signal came are still read
 
 
-def listening(host: str, port: int) -> socket.socket:
-    """Return a socket that listens; port 0 takes a free one.
+def bound(host: str, port: int) -> socket.socket:
+    """Return a socket with a port of its own, which does not listen yet; port 0 takes a free one.
 
     Raises:
         UserError: the port is taken or not allowed, or the host is none of this machine's.
@@ -37,10 +37,9 @@ def listening(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.listen(_CONNECTIONS)
     except OSError as error:
         listener.close()
-        raise UserError(f"Cannot listen on {host}, port {port}: {error.strerror}. {_remedy(error)}") from error
+        raise _not_ours(host, port, error) from error
     return listener
 
 
@@ -49,13 +48,18 @@ def serve_until_signal(app: ASGIApp, listener: socket.socket, on_stop: Callable[
 
     Args:
         app: the application.
-        listener: as `listening` gives it; closed at the end.
+        listener: as `bound` gives it; closed at the end.
         on_stop: called when the signal has come, before the last requests are finished.
 
     Raises:
+        UserError: another program has begun to listen there.
         Interrupted: by a second signal, at once.
     """
     host, port = listener.getsockname()[:2]
+    try:
+        listener.listen(_CONNECTIONS)
+    except OSError as error:
+        raise _not_ours(host, port, error) from error
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     if not is_loopback(host):
         logger.warning(
@@ -107,6 +111,10 @@ class _Server(uvicorn.Server):
         # uvicorn closes a connection whose request it has not read yet: that request would be lost
         await asyncio.sleep(_LAST_BYTES)
         await super().shutdown(sockets)
+
+
+def _not_ours(host: str, port: int, error: OSError) -> UserError:
+    return UserError(f"Cannot listen on {host}, port {port}: {error.strerror}. {_remedy(error)}")
 
 
 def _remedy(error: OSError) -> str:

@@ -6,7 +6,7 @@ from omegaconf import DictConfig
 
 from dinoseg.errors import UserError
 from dinoseg.portable.model import Model
-from dinoseg.portable.torch_runtime import model_of
+from dinoseg.portable.trained_model import model_of
 from dinoseg.runs.trained import Trained, load_trained, sizes_to_keep
 
 

@@ -1,0 +1,100 @@
+"""One-file models on a hub: fetched by name and revision, and uploaded with a model card."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from dinoseg.errors import UserError
+from dinoseg.portable.card import model_card
+from dinoseg.portable.facts import Facts
+
+FILES = {"torch": "model.safetensors", "onnx": "model.onnx"}  # runtime to the name of its file
+
+
+def fetched(
+    source: str | PathLike[str], *, revision: str | None = None, token: str | None = None, runtime: str | None = None
+) -> Path:
+    """Return the file of a model in a folder here or in a hub's repository, of which nothing else is fetched.
+
+    Where the hub does not answer, what was fetched before is taken.
+
+    Raises:
+        UserError: neither holds one, or the hub does not answer.
+    """
+    folder = Path(source).expanduser()
+    names = [FILES[runtime]] if runtime in FILES else list(FILES.values())
+    if not folder.is_dir():
+        if folder.exists():
+            raise UserError(f"{source} is a file: dinoseg.load reads it. Here, give a folder, or ORG/NAME of a hub.")
+        from huggingface_hub import snapshot_download
+
+        with _telling(str(source), token):
+            # an ONNX file may keep its weights beside it
+            patterns = [f"{name}*" for name in names]
+            folder = Path(snapshot_download(str(source), revision=revision, token=token, allow_patterns=patterns))
+    found = next((folder / name for name in names if (folder / name).is_file()), None)
+    if found is None:
+        raise UserError(
+            f"{source} holds no {' and no '.join(names)}. Give a folder or repository that push_to_hub made."
+        )
+    return found
+
+
+def push(
+    file: Path,
+    facts: Facts,
+    repo_id: str,
+    *,
+    private: bool | None,
+    revision: str | None,
+    token: str | None,
+    gated: bool,
+) -> str:
+    """Upload a model's file and a card of its facts to a repository, made if need be; return the commit's address.
+
+    Raises:
+        UserError: it holds weights that are not to be passed on freely, or the hub does not take it.
+    """
+    source = facts.backbone
+    if source.get("gated") and source.get("in_file", True) and not gated:
+        raise UserError(
+            f"{file.name} holds weights of {source.get('weights')} ({source.get('licence')}), whose licence says on "
+            "which terms they may be passed on. Export with export.delta=true, or keep to them and say gated=True."
+        )
+    from huggingface_hub import HfApi
+
+    runtime = next((key for key, name in FILES.items() if Path(name).suffix == file.suffix), "torch")
+    with TemporaryDirectory() as folder, _telling(repo_id, token):
+        for part in (file, *file.parent.glob(f"{file.name}.*")) if runtime == "onnx" else (file,):
+            target = Path(folder) / part.name.replace(file.name, FILES[runtime], 1)
+            try:
+                target.symlink_to(part)  # which may be larger than the disk of temporary files
+            except OSError:
+                shutil.copyfile(part, target)
+        (Path(folder) / "README.md").write_text(model_card(facts, repo_id), encoding="utf-8")
+        api = HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        done = api.upload_folder(
+            repo_id=repo_id, folder_path=folder, revision=revision, commit_message="A segmentation model of dinoseg"
+        )
+    return str(done.commit_url)
+
+
+@contextmanager
+def _telling(repo: str, token: str | None) -> Iterator[None]:
+    """Turn whatever a hub's client raises into one message, in which no token stands."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # of whatever library the hub's client speaks through
+        kind = type(error).__name__
+        reason = (str(error).strip().splitlines() or [kind])[0][:300]
+        hidden = reason.replace(token, "...") if token else reason
+        raise UserError(
+            f"{repo}: the hub does not answer, or not with what was asked for ({kind}: {hidden}). Check the name and "
+            "the network, and log in with `hf auth login`; a file that you have is read by dinoseg.load."
+        ) from None

@@ -1,0 +1,50 @@
+"""A trained model's file opened by the runtime that it is of, before anything of it is believed."""
+
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+
+from dinoseg.errors import UserError
+from dinoseg.portable.runtime import Opened
+
+RUNTIMES = ("torch", "onnx")
+
+
+def open_model(
+    path: str | PathLike[str],
+    *,
+    device: str = "auto",
+    runtime: str | None = None,
+    precision: str = "auto",
+    backbone: str | PathLike[str] | None = None,
+    head: str | PathLike[str] | None = None,
+    trust: Sequence[str] = (),
+) -> Opened:
+    """Return what computes for a trained model and what its file says; arguments and errors are those of `load`."""
+    where = Path(path).expanduser()
+    kind = runtime or ("onnx" if where.suffix == ".onnx" else "torch")
+    if kind not in RUNTIMES:
+        raise UserError(f"runtime={runtime} is unknown. Choose one of {', '.join(RUNTIMES)}.")
+    if not where.exists():
+        raise UserError(f"No such file: {where}. Give a file that mode=export wrote, a run folder or a checkpoint.")
+    if kind == "onnx":
+        raise UserError(f"{where}: ONNX files cannot be read yet.")
+    if where.suffix == ".onnx":
+        raise UserError(f"{where} is an ONNX file, which runs without torch: leave runtime={runtime} out.")
+    from dinoseg.portable.torch_runtime import load_torch
+
+    weights = {"backbone": _text(backbone), "head": _text(head)}
+    try:
+        return load_torch(where, device=device, precision=precision, weights=weights, trust=trust)
+    except UserError as error:
+        # the words of a command line, as a function's arguments
+        words = str(error).replace("resume=", "").replace("finite_weights=false uses it all the same.", "")
+        for part in weights:
+            words = words.replace(f"{part}.weights=", f"{part}=")
+        words = words.replace("engine.device=", "device=")
+        of_call = words.startswith(("device=", "precision=")) or str(where) in words
+        raise UserError(words if of_call else f"{where}: {words}") from error
+
+
+def _text(place: str | PathLike[str] | None) -> str | None:
+    return None if place is None else str(place)

@@ -1,0 +1,229 @@
+"""The app: a page, pictures and short clips that people drop on it, and what is made of them."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.routing import Route
+
+from dinoseg.images import write_png
+from dinoseg.report.palette import default_palette
+from dinoseg.serving.answers import areas, png
+from dinoseg.serving.clips import FRAME, MASKS, OVERLAY, Frames, Look, check_objects, kind_of, look_at, make_overlay
+from dinoseg.serving.endpoint import endpoint
+from dinoseg.serving.jobs import Job, Jobs, State
+from dinoseg.serving.limits import ClipLimits, HungUp, Refused
+from dinoseg.serving.requests import bounded
+from dinoseg.serving.service import Service
+from dinoseg.tracking.tracker import Tracker
+
+_PAGE = Path(__file__).parent / "page"
+_PAGE_FILES = {"": "index.html", "style.css": "style.css", "app.js": "app.js", "paint.js": "paint.js"}
+_IDS, _MASK = "ids.png", "mask.png"
+_RESULTS = (_IDS, _MASK, FRAME, OVERLAY, MASKS)
+_SWEEP = 5.0  # seconds between two looks for what nobody asks for any more
+_UPLOAD = 10  # a clip may take so many times as long to come as a picture
+_OBJECTS = default_palette(255)
+
+
+class App:
+    """The routes of the app beside those of the endpoint.
+
+    Args:
+        service: the model and its limits.
+        clips: limits of clips.
+        folder: this server's own, for uploads.
+        tracker: makes what follows painted objects; None: the model has no backbone to do so with.
+    """
+
+    def __init__(
+        self, service: Service, clips: ClipLimits, folder: Path, tracker: Callable[[], Tracker] | None
+    ) -> None:
+        self._service, self._clips, self._tracker = service, clips, tracker
+        self._jobs = Jobs(folder, clips)
+
+    def application(self, hosts: Sequence[str]) -> Starlette:
+        """Return it, and the endpoint, as an ASGI application."""
+        pages = [Route(f"/{path}", partial(_page, name)) for path, name in _PAGE_FILES.items()]
+        routes = [
+            Route("/app/about", self.about),
+            Route("/app/image", self.image, methods=["POST"]),
+            Route("/app/clip", self.clip, methods=["POST"]),
+            Route("/app/{job}/segment", self.segment, methods=["POST"]),
+            Route("/app/{job}/track", self.track, methods=["POST"]),
+            Route("/app/{job}/cancel", self.cancel, methods=["POST"]),
+            Route("/app/{job}", self.state),
+            Route("/app/{job}", self.remove, methods=["DELETE"]),
+            Route("/app/{job}/{file}", self.result),
+        ]
+        return endpoint(self._service, hosts, [*pages, *routes], self._lifespan)
+
+    async def about(self, request: Request) -> Response:
+        """Tell the page what there is, and its limits."""
+        facts, limits = self._service.model.facts, self._service.limits
+        return JSONResponse(
+            {
+                "classes": list(facts.classes),
+                "palette": [list(colour) for colour in facts.palette],
+                "objects": _OBJECTS[:32],
+                "tracks": self._tracker is not None,
+                "image_mib": limits.image_mib,
+                "video_mib": self._clips.video_mib,
+                "max_seconds": self._clips.max_seconds,
+            }
+        )
+
+    async def image(self, request: Request) -> Response:
+        """Segment a picture; answer its size, areas and the id under which its masks are."""
+        facts = self._service.model.facts
+
+        def keep(ids: np.ndarray) -> dict[str, Any]:
+            (job.folder / _MASK).write_bytes(png(ids, facts.palette))
+            write_png(job.folder / _IDS, ids)
+            height, width = ids.shape
+            return {"id": job.id, "width": width, "height": height, "areas": areas(ids, facts)}
+
+        job = self._jobs.new()
+        try:
+            told = await self._service.segment(request, keep)
+        except BaseException:
+            self._jobs.remove(job)
+            raise
+        job.state = State.DONE
+        return JSONResponse(told)
+
+    async def clip(self, request: Request) -> Response:
+        """Take a clip in; answer its size and length and the id under which its first frame is."""
+        job = self._jobs.new()
+        try:
+            path = await self._received(job, request)
+            await self._service.code(lambda: look_at(job, path, self._clips, self._service.limits.max_pixels))
+        except BaseException:
+            self._jobs.remove(job)
+            raise
+        return self._told(job)
+
+    async def segment(self, request: Request) -> Response:
+        """Begin to segment each frame of a clip."""
+        facts, worker = self._service.model.facts, self._service.worker
+
+        def masks_of(frames: Frames) -> list[np.ndarray]:
+            return [future.result() for future in [worker.submit(frame) for frame in frames]]
+
+        look = Look(facts.classes.__getitem__, facts.palette, facts.ignore_index, _opacity(request))
+        return self._begin(request, look, lambda: masks_of)
+
+    async def track(self, request: Request) -> Response:
+        """Begin to follow the objects of a mask through a clip: its body has a byte a pixel of the first frame."""
+        if self._tracker is None:
+            raise Refused(400, "no_tracker", "This model has no backbone to follow objects with.")
+        job = self._jobs.get(request.path_params["job"])
+        mask = check_objects(await self._service.uploaded(request), job.facts)
+        make, worker = self._tracker, self._service.worker
+
+        def follower() -> Callable[[Frames], list[np.ndarray]]:
+            tracker, labels = make(), [mask]
+
+            def masks_of(frames: Frames) -> list[np.ndarray]:
+                given = [labels.pop() if labels else None for _ in frames]
+                return worker.call(lambda: tracker.track(frames, given)).result()
+
+            return masks_of
+
+        look = Look(lambda label: f"object {label}" if label else "background", _OBJECTS, opacity=_opacity(request))
+        return self._begin(request, look, follower)
+
+    async def state(self, request: Request) -> Response:
+        """Tell where a clip stands."""
+        return self._told(self._jobs.get(request.path_params["job"]))
+
+    async def cancel(self, request: Request) -> Response:
+        """End the work on a clip, which can be begun again."""
+        job = self._jobs.get(request.path_params["job"])
+        job.cancelled.set()
+        return self._told(job)
+
+    async def remove(self, request: Request) -> Response:
+        """Forget an upload, and end the work on it."""
+        self._jobs.remove(self._jobs.get(request.path_params["job"]))
+        return Response(status_code=204)
+
+    async def result(self, request: Request) -> Response:
+        """Give one of an upload's files."""
+        job, name = self._jobs.get(request.path_params["job"]), request.path_params["file"]
+        path = job.folder / name
+        if name not in _RESULTS or not path.is_file():
+            raise Refused(404, "no_result", "There is no such result, or not yet.")
+        return FileResponse(path)
+
+    def _begin(
+        self, request: Request, look: Look, follower: Callable[[], Callable[[Frames], Sequence[np.ndarray]]]
+    ) -> Response:
+        job = self._jobs.get(request.path_params["job"])
+        path = next(job.folder.glob("clip.*"), None)
+        if path is None:
+            raise Refused(400, "no_clip", "This upload is no clip.")
+        self._jobs.start(job, lambda job: make_overlay(job, path, self._clips, look, follower()))
+        return self._told(job)
+
+    def _told(self, job: Job) -> Response:
+        progress = {"state": job.state, "done": job.done, "total": job.total, "ahead": self._jobs.ahead_of(job)}
+        return JSONResponse({"id": job.id, **job.facts, **progress, "error": job.error})
+
+    async def _received(self, job: Job, request: Request) -> Path:
+        """Write a clip to its folder as it comes."""
+        try:
+            async with asyncio.timeout(_UPLOAD * self._service.limits.timeout):
+                return await _written(bounded(request, self._clips.video_mib), job.folder)
+        except TimeoutError as error:
+            raise Refused(408, "timeout", "The clip has not come in time. Send a smaller one.") from error
+        except ClientDisconnect as error:
+            raise HungUp from error
+
+    @asynccontextmanager
+    async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        sweeping = asyncio.create_task(self._sweep())
+        yield
+        sweeping.cancel()
+        self._jobs.close()
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(_SWEEP)
+            self._jobs.sweep()
+
+
+async def _page(name: str, request: Request) -> Response:
+    return FileResponse(_PAGE / name)
+
+
+async def _written(request: Request, folder: Path) -> Path:
+    """Write a request's body to clip.SUFFIX as it comes, by the kind that its first bytes are of."""
+    chunks, start = request.stream(), b""
+    async for chunk in chunks:
+        start += chunk
+        if len(start) >= 16:
+            break
+    path = folder / f"clip{kind_of(start)}"
+    with path.open("wb") as file:
+        file.write(start)
+        async for chunk in chunks:
+            file.write(chunk)
+    return path
+
+
+def _opacity(request: Request) -> float:
+    try:
+        opacity = float(request.query_params.get("opacity", 0.5))
+    except ValueError:
+        opacity = -1.0
+    if not 0 <= opacity <= 1:
+        raise Refused(400, "opacity", "opacity is a number from 0 (frame only) to 1 (colours only).")
+    return opacity

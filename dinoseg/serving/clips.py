@@ -1,0 +1,154 @@
+"""A short video through the model or a tracker: its overlay as a video, its masks, and what areas they have."""
+
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dinoseg.errors import UserError
+from dinoseg.images import write_png
+from dinoseg.inference.stream import run_pipeline
+from dinoseg.inference.video_file import VideoReader, VideoWriter
+from dinoseg.report.overlay import blend
+from dinoseg.serving.answers import png
+from dinoseg.serving.jobs import Job
+from dinoseg.serving.limits import ClipLimits, Refused
+from dinoseg.shapes import Palette
+from dinoseg.storage.atomic import whole_file
+
+FRAME, OVERLAY, MASKS = "frame.png", "overlay.mp4", "masks.zip"
+_BATCH = 4  # frames that the model sees at once
+_DEPTH = 2  # batches that wait on either side of it
+_KINDS = {  # first bytes of video files to their suffix; ... stands for any byte
+    ".mp4": (4, b"ftyp"),
+    ".mkv": (0, b"\x1a\x45\xdf\xa3"),  # WebM too
+    ".avi": (8, b"AVI "),
+}
+
+Frames = list[np.ndarray]
+
+
+@dataclass(frozen=True)
+class Look:
+    """What ids in masks are called and look like."""
+
+    names: Callable[[int], str]
+    palette: Palette
+    ignore_index: int = 255
+    opacity: float = 0.5
+
+
+def kind_of(start: bytes) -> str:
+    """Return the suffix of a video by its file's first bytes.
+
+    A file's content chooses what reads it: a playlist in a video's place could make that read other files.
+
+    Raises:
+        Refused: it is no MP4, MOV, MKV, WebM or AVI.
+    """
+    for suffix, (at, mark) in _KINDS.items():
+        if start[at : at + len(mark)] == mark:
+            return suffix
+    raise Refused(400, "format", "This is no video that is read here. Send MP4, MOV, WebM, MKV or AVI.")
+
+
+def look_at(job: Job, path: Path, limits: ClipLimits, max_pixels: int) -> None:
+    """Keep an uploaded clip's first frame, and note its size and length.
+
+    Raises:
+        Refused: it is no video, or too long or large.
+    """
+    try:
+        with VideoReader(path) as reader:
+            (height, width), count, fps = reader.size, reader.count, reader.fps
+            first = next(iter(reader))
+    except UserError as error:
+        raise Refused(400, "unreadable", str(error).replace(str(path), "the clip")) from error
+    if height * width > max_pixels:
+        raise Refused(400, "max_pixels", f"Its frames have {width} x {height} pixels. At most {max_pixels} are taken.")
+    if count > limits.max_frames or count / fps > limits.max_seconds:
+        raise Refused(400, "max_seconds", f"It has {count} frames, {count / fps:.0f} s. {_shorter(limits)}")
+    write_png(job.folder / FRAME, first)
+    job.total = count
+    job.facts = {"width": width, "height": height, "fps": fps, "frames": count}
+
+
+def check_objects(body: bytes, facts: dict[str, Any]) -> np.ndarray:
+    """Return painted object ids (H, W) uint8 that came as so many bytes.
+
+    Raises:
+        Refused: they are not of the frame's size, or show no object.
+    """
+    height, width = facts["height"], facts["width"]
+    if len(body) != height * width:
+        raise Refused(400, "mask_size", f"A mask of {height * width} bytes is needed, a byte a pixel; got {len(body)}.")
+    ids = np.frombuffer(body, np.uint8).reshape(height, width)
+    if not ids.any() or ids.max() > 254:
+        raise Refused(400, "no_object", "Nothing is painted: paint what is to be followed, as objects 1 to 254.")
+    return ids
+
+
+def make_overlay(
+    job: Job, path: Path, limits: ClipLimits, look: Look, masks_of: Callable[[Frames], Sequence[np.ndarray]]
+) -> None:
+    """Write a clip's overlay and the masks of its frames, and note the areas.
+
+    Raises:
+        Cancelled: nobody wants them any more.
+        UserError: the clip is longer than it said, or cannot be read to its end.
+    """
+    counts = np.zeros(256, np.int64)
+    with (
+        VideoReader(path) as reader,
+        VideoWriter(job.folder / OVERLAY, reader.fps, reader.size) as writer,
+        whole_file(job.folder / MASKS) as part,
+        zipfile.ZipFile(part, "w") as masks,  # PNGs are packed already
+    ):
+
+        def follow(frames: Frames) -> tuple[Frames, Sequence[np.ndarray]]:
+            job.check()
+            return frames, masks_of(frames)
+
+        def write(done: tuple[Frames, Sequence[np.ndarray]]) -> None:
+            nonlocal counts
+            for frame, mask in zip(*done, strict=True):
+                tinted = blend(frame, mask, look.palette, ignore_index=look.ignore_index, opacity=look.opacity)
+                writer.write(tinted)
+                masks.writestr(f"{job.done:09d}.png", png(mask, tuple(look.palette)))
+                counts = counts + np.bincount(mask.ravel(), minlength=256)
+                job.done += 1
+
+        run_pipeline(_batches(reader, limits), follow, write, depth=_DEPTH)
+    job.facts = {**job.facts, "areas": _areas(counts, job.done, look)}
+
+
+def _batches(reader: VideoReader, limits: ClipLimits) -> Iterator[Frames]:
+    frames = iter(reader)
+    while batch := list(islice(frames, _BATCH)):
+        if reader.frames_read > limits.max_frames:
+            raise UserError(f"The clip has more frames than it says. {_shorter(limits)}")
+        yield batch
+
+
+def _areas(counts: np.ndarray, frames: int, look: Look) -> list[dict[str, Any]]:
+    """Return for each id its name, colour, pixels of a frame on average and share of all."""
+    return [
+        {
+            "id": label,
+            "name": look.names(label),
+            "colour": list(look.palette[label]),
+            "pixels": round(int(counts[label]) / frames),
+            "share": int(counts[label]) / int(counts.sum()),
+        }
+        for label in map(int, np.flatnonzero(counts))
+    ]
+
+
+def _shorter(limits: ClipLimits) -> str:
+    return (
+        f"At most {limits.max_frames} frames and {limits.max_seconds:g} s are taken (mode.clips.max_seconds): cut it."
+    )

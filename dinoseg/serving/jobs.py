@@ -1,0 +1,162 @@
+"""Uploads of the app: each in a folder of its own, under a name that nobody guesses, for a time."""
+
+import logging
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from dinoseg.errors import UserError, telling_file_errors
+from dinoseg.serving.limits import ClipLimits, Refused
+
+logger = logging.getLogger(__name__)
+_FORGOTTEN = 60.0  # seconds without a question after which work is given up: its page is closed
+
+
+class State(StrEnum):
+    """Where an upload stands."""
+
+    READY = "ready"
+    WAITING = "waiting"
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+
+
+class Cancelled(Exception):
+    """Nobody wants it any more."""
+
+
+@dataclass
+class Job:
+    """An upload, what is made of it, and how far that is."""
+
+    id: str
+    folder: Path
+    facts: dict[str, Any] = field(default_factory=dict)  # told with its state
+    state: State = State.READY
+    done: int = 0  # frames
+    total: int = 0
+    error: str = ""
+    asked: float = field(default_factory=time.monotonic)  # when somebody last asked for it
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    removed: bool = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is being made of it, or will be."""
+        return self.state in (State.WAITING, State.RUNNING)
+
+    def check(self) -> None:
+        """Raise `Cancelled` where it is."""
+        if self.cancelled.is_set():
+            raise Cancelled
+
+
+class Jobs:
+    """All uploads of a server; to be used from its event loop.
+
+    Args:
+        folder: this server's own; what is below is removed.
+        limits: how many and how long.
+    """
+
+    def __init__(self, folder: Path, limits: ClipLimits) -> None:
+        self._folder, self._limits = folder, limits
+        self._jobs: dict[str, Job] = {}  # in the order in which they came
+        self._pool = ThreadPoolExecutor(limits.at_once, thread_name_prefix="clips")
+
+    def new(self) -> Job:
+        """Make room for an upload.
+
+        Raises:
+            Refused: as many as are held are all being worked on.
+        """
+        while len(self._jobs) >= self._limits.held:
+            finished = next((job for job in self._jobs.values() if not job.busy), None)
+            if finished is None:
+                raise Refused(
+                    503, "busy", f"{len(self._jobs)} clips are being worked on. Try again later.", retry_after=30
+                )
+            self.remove(finished)
+        job = Job(secrets.token_urlsafe(24), self._folder / secrets.token_hex(16))
+        job.folder.mkdir(mode=0o700)
+        self._jobs[job.id] = job
+        return job
+
+    def get(self, name: str) -> Job:
+        """Return an upload by its id.
+
+        Raises:
+            Refused: there is none of that id, or not any more.
+        """
+        job = self._jobs.get(name)
+        if job is None:
+            minutes = f"{self._limits.keep_minutes:g}"
+            raise Refused(
+                404, "gone", f"It is not here any more: uploads are kept for {minutes} minutes. Send it anew."
+            )
+        job.asked = time.monotonic()
+        return job
+
+    def start(self, job: Job, work: Callable[[Job], None]) -> None:
+        """Let a job's work be done when its turn comes.
+
+        Raises:
+            Refused: something is made of it already.
+        """
+        if job.busy:
+            raise Refused(409, "started", "This clip is being worked on. Wait for it, or cancel that first.")
+        job.state, job.done, job.error = State.WAITING, 0, ""
+        job.cancelled.clear()
+        self._pool.submit(self._run, job, work)
+
+    def ahead_of(self, job: Job) -> int:
+        """Return how many wait before a job that waits."""
+        waiting = [other.id for other in self._jobs.values() if other.state is State.WAITING]
+        return waiting.index(job.id) if job.id in waiting else 0
+
+    def remove(self, job: Job) -> None:
+        """Forget an upload, and end the work on it."""
+        job.removed = True
+        job.cancelled.set()
+        self._jobs.pop(job.id, None)
+        if not job.busy:  # else its thread does
+            shutil.rmtree(job.folder, ignore_errors=True)
+
+    def sweep(self) -> None:
+        """Give up what nobody asks for any more."""
+        now = time.monotonic()
+        for job in list(self._jobs.values()):
+            patience = _FORGOTTEN if job.busy else 60 * self._limits.keep_minutes
+            if now - job.asked > patience:
+                self.remove(job)
+
+    def close(self) -> None:
+        """End all work, and remove all uploads."""
+        for job in list(self._jobs.values()):
+            self.remove(job)
+        self._pool.shutdown()
+
+    def _run(self, job: Job, work: Callable[[Job], None]) -> None:
+        try:
+            job.check()
+            job.state = State.RUNNING
+            with telling_file_errors(job.folder):
+                work(job)
+            job.state = State.DONE
+        except Cancelled:
+            job.state = State.READY
+        except UserError as error:
+            job.error, job.state = str(error), State.FAILED
+        except Exception:
+            logger.exception("Work on a clip has failed")
+            job.error, job.state = "The server has failed on this clip; its log says why.", State.FAILED
+        if job.removed:
+            shutil.rmtree(job.folder, ignore_errors=True)

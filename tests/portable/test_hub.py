@@ -1,0 +1,127 @@
+"""Models that go to a hub and come back: a fake one in a folder, and none that answers."""
+
+import shutil
+from types import SimpleNamespace
+
+import huggingface_hub
+import numpy as np
+import pytest
+from portable_parts import TINY, exported, untrained
+
+import dinoseg
+from dinoseg import Model
+from dinoseg.errors import UserError
+from dinoseg.portable.card import model_card
+from dinoseg.portable.facts import Facts
+
+TOKEN = "hf_nobody_may_read_this"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub whose repositories are folders; it notes what it was asked."""
+    asked = []
+
+    class Api:
+        def __init__(self, token=None):
+            asked.append({"token": token})
+
+        def create_repo(self, repo_id, private, exist_ok):
+            assert exist_ok
+            asked.append({"create": repo_id, "private": private})
+
+        def upload_folder(self, repo_id, folder_path, revision, commit_message):
+            shutil.copytree(folder_path, tmp_path / "hub" / repo_id, dirs_exist_ok=True)
+            return SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/{revision}")
+
+    def snapshot(repo_id, revision, token, allow_patterns):
+        asked.append({"fetched": repo_id, "revision": revision, "token": token, "patterns": allow_patterns})
+        return str(tmp_path / "hub" / repo_id)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    return SimpleNamespace(folder=tmp_path / "hub", asked=asked)
+
+
+@pytest.fixture
+def file(compose, tmp_path):
+    return exported(untrained(compose, tmp_path, *TINY, "adapter=full", "head=linear"), tmp_path / "out")
+
+
+def test_a_model_comes_back_from_the_hub(hub, file):
+    model = dinoseg.load(file, device="cpu")
+    address = model.push_to_hub("me/mine", private=True, revision="draft", token=TOKEN)
+    assert address == "https://hub/me/mine/commit/draft" and {"create": "me/mine", "private": True} in hub.asked
+    assert {path.name for path in (hub.folder / "me/mine").iterdir()} == {"README.md", "model.safetensors"}
+    back = Model.from_pretrained("me/mine", revision="draft", token=TOKEN, device="cpu")
+    assert hub.asked[-1]["revision"] == "draft" and hub.asked[-1]["patterns"][0] == "model.safetensors*"
+    image = np.random.default_rng(0).integers(0, 256, (30, 41, 3)).astype(np.uint8)
+    assert (back.predict(image).probabilities == model.predict(image).probabilities).all()
+    assert back.facts == model.facts == Model.from_pretrained(hub.folder / "me/mine", device="cpu").facts
+    assert not any(TOKEN.encode() in path.read_bytes() for path in hub.folder.rglob("*") if path.is_file())
+
+
+def test_gated_weights_are_not_uploaded_unless_asked(hub, file):
+    model = dinoseg.load(file, device="cpu")
+    of_meta = {**model.facts.backbone, "licence": "DINOv3 License", "gated": True}
+    model.facts = Facts(
+        *([getattr(model.facts, key) for key in ("classes", "palette", "ignore_index")]), backbone=of_meta
+    )
+    with pytest.raises(UserError, match="DINOv3 License.*export.delta=true.*gated=True"):
+        model.push_to_hub("me/mine")
+    assert not hub.asked
+    model.push_to_hub("me/mine", gated=True)
+
+
+def test_a_hub_that_does_not_answer_is_one_message_without_the_token(file, monkeypatch):
+    model = dinoseg.load(file, device="cpu")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+
+    class Telling:
+        def __init__(self, token):
+            raise RuntimeError(f"{token} is not valid")
+
+    for ask in (
+        lambda: model.push_to_hub("me/mine", token=TOKEN),
+        lambda: Model.from_pretrained("me/mine", token=TOKEN),
+    ):
+        with pytest.raises(UserError, match="me/mine: the hub does not answer.*hf auth login") as refused:
+            ask()
+        assert TOKEN not in str(refused.value)
+    monkeypatch.setattr(huggingface_hub, "HfApi", Telling)
+    with pytest.raises(UserError, match="RuntimeError: ... is not valid") as refused:
+        model.push_to_hub("me/mine", token=TOKEN)
+    assert TOKEN not in str(refused.value) and refused.value.__cause__ is None
+
+
+def test_a_place_without_a_model_is_refused(tmp_path, file):
+    for source, message in ((tmp_path, "holds no model.safetensors"), (file, "dinoseg.load reads it")):
+        with pytest.raises(UserError, match=message):
+            Model.from_pretrained(source)
+
+
+def test_the_card_holds_scores_intervals_and_licence_and_nothing_that_a_file_makes_up():
+    official = {"protocol": "IDD", "scores": {"miou": 0.5}, "ci95": {"miou": [0.4, 0.6]}, "n": 12, "unit": "image"}
+    scores = {
+        "split": "val",
+        "protocol": "counted",
+        "values": {"miou": 0.25},
+        "per_class": {"a|b": 0.125},
+        "official": official,
+    }
+    evil = "x</script><b>|y\n# head"
+    facts = Facts(
+        ("a|b", evil),
+        ((1, 2, 3), (4, 5, 6)),
+        255,
+        scores=scores,
+        backbone={"name": "dinov3_vits16", "licence": "DINOv3 License\nmodel: evil", "weights": evil},
+        delta=True,
+    )
+    card = model_card(facts, "me/mine")
+    assert "| miou | 25.00 | - |" in card and "| miou | 50.00 | 40.00 .. 60.00 |" in card and "12 images" in card
+    assert "| 0 | a&#124;b | (1, 2, 3) | 12.50 |" in card and "what was trained alone" in card
+    assert "<" not in card and "\n# head" not in card and "\nmodel:" not in card
+    assert card.startswith('---\nlicense: other\nlicense_name: "DINOv3 License\\nmodel: evil"\n')
+    assert "None were recorded" in model_card(Facts(("a",), ((0, 0, 0),), 255), "me/mine")
