@@ -25,6 +25,7 @@ LEVELS = (  # a room imports its own level and those below
         "storage",
         "processes",
         "label_tables",
+        "annotation",
         "report",
     ),
     ("backbones", "heads", "losses", "metrics", "data", "synthetic"),  # leaves

@@ -29,7 +29,8 @@ class _Unmet(UserError, InterpolationResolutionError):
 def register_resolvers() -> None:
     """Register the functions that config files may call.
 
-    `${len:${.classes}}` is the length of a list, `${class_file:KEY}` what `classes.yaml` says,
+    `${len:${.classes}}` is the length of a list, `${class_file:KEY}` what `classes.yaml` says (with
+    `${class_file:KEY,drawn}`, where there is none, what the files of an annotation tool say),
     `${cells:${resolution},${backbone.patch_size}}` the rows and columns of cells in a training crop (null where the
     patch size is null), and `${recipe_name:sarrarp/lora}` the name of a recipe.
     """
@@ -90,21 +91,49 @@ def _cells(resolution: DictConfig, patch_size: int | None) -> list[int] | None:
     return [math.ceil(max(1, round(side * factor)) / patch_size) for side in resolution.crop]
 
 
-def _from_class_file(key: str, *, _root_: DictConfig) -> Any:
-    """Return what `classes.yaml` in `data.root` says; where `data.classes` is given, the file is not read."""
-    from dinoseg.data.classes.file import NAME, NOT_DESCRIBED
+def _from_class_file(key: str, drawn: str = "", *, _root_: DictConfig) -> Any:
+    """Return what `classes.yaml` in `data.root` says; where `data.classes` is given, the file is not read.
+
+    Where there is none and masks are `drawn` from shapes, the labels of these are the classes.
+    """
+    from dinoseg.data.classes.file import LABELS, NAME, NOT_DESCRIBED
 
     data = _root_.get("data")
     root = None if data is None or OmegaConf.is_missing(data, "root") else data.get("root")
     if data is None or not OmegaConf.is_interpolation(data, "classes"):
-        return NOT_DESCRIBED.get(key)
+        given = data is not None and drawn and key == "background" and data.unlabelled in data.classes
+        return data.unlabelled if data is not None and given else NOT_DESCRIBED.get(key)
     path = Path(str(root or "")).expanduser() / NAME
     if root is not None and (described := _read_class_file(path, data.ignore_index)) is not None:
+        if drawn and described["format"] != LABELS:
+            raise _Unmet(f"{path} is of mask files, and data={data.kind} draws its masks: say `masks: labels` in it.")
         return described[key]
+    if drawn and key in ("classes", "background") and root is not None:
+        return _classes_of_labels(data, Path(str(root)).expanduser()) if key == "classes" else _ground(data)
     if key in NOT_DESCRIBED:
         return NOT_DESCRIBED[key]
     where = f"into {path}" if root is not None else f"into a file {NAME} in data.root"
     raise _Unmet(f"{not_set('data.classes')} Or write it {where}: `classes: [background, leaf]`.")
+
+
+def _ground(data: DictConfig) -> str | None:
+    """Return the class of pixels that no shape covers; None where they are ignored."""
+    return None if data.unlabelled == "ignore" else data.unlabelled
+
+
+def _classes_of_labels(data: DictConfig, root: Path) -> list[str]:
+    """Return the class of unlabelled pixels, if any, and the labels that are not said to be another class."""
+    from dinoseg.data.formats.annotation_files import KINDS, AnnotationLayout, labels_below
+
+    values = OmegaConf.to_container(data.reader.layout, resolve=True)
+    assert isinstance(values, dict)
+    layout = AnnotationLayout(**{str(key): value for key, value in values.items() if key != "_target_"})
+    named = data.reader.shapes.labels or {}
+    try:
+        labels = [label for label in labels_below(KINDS[data.kind], root, layout) if label not in named]
+    except UserError as error:
+        raise _Unmet(str(error)) from None
+    return list(dict.fromkeys([*filter(None, [_ground(data)]), *labels]))
 
 
 def _read_class_file(path: Path, ignore_index: int) -> Mapping[str, Any] | None:

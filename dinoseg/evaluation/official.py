@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from dinoseg.annotation.drawing import mask_file
 from dinoseg.data.packed.read import reduced_size
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
@@ -85,7 +86,7 @@ def _problems(protocol: DatasetProtocol, data: PairDataset, folder: Path) -> lis
 
 
 def _case(protocol: DatasetProtocol, pair: Pair, folder: Path) -> Case:
-    return protocol.case(pair.name, pair.mask, folder / protocol.target(pair.name))
+    return protocol.case(pair.name, mask_file(pair.mask), folder / protocol.target(pair.name))
 
 
 def _check_size(data: PairDataset, pair: Pair) -> None:
@@ -97,13 +98,13 @@ def _check_size(data: PairDataset, pair: Pair) -> None:
     fits = data.reader.masks.on_size_mismatch == "resize_mask"
     if not fits and longest is None:
         return
-    size = stored = read_size(pair.mask)
+    size = stored = read_size(mask_file(pair.mask))
     if fits:
         size = read_size(pair.image) if isinstance(pair.image, Path) else pair.image.read().shape[:2]
     size = reduced_size(size, longest)
     if size != stored:
         raise BadFile(
-            pair.mask,
+            mask_file(pair.mask),
             f"is {stored[1]} x {stored[0]} (width x height), where the benchmark scores, but data.cache=packed or "
             f"data.reader.masks.on_size_mismatch=resize_mask has it predicted at {size[1]} x {size[0]}.",
         )

@@ -156,6 +156,7 @@ def test_a_wrong_key_or_a_missing_one_is_found():
 def test_hidden_options_are_bases_and_bases_hold_the_gaps():
     hidden = sorted(FOLDER.glob("*/_*.yaml"))
     assert {path.stem for path in hidden} == {
+        "_annotated",
         "_clips",
         "_common",
         "_davis",

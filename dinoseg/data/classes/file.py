@@ -12,6 +12,8 @@
 class has a `color`, or several `colors` that are merged. With `masks: binary` it holds 0 and 255. `ignore` names the
 `ids` or `colors` that count nowhere, `background` the class that is no object, if any. Under `masks: ids` all numbers
 must be named, but for data.ignore_index; or `others` names the class of all that are not, such as those of instances.
+With `masks: labels` the masks are shapes that an annotation tool has given labels: a class has the `labels` that are
+it, without them its own name, and `ignore` names `labels` too.
 """
 
 from collections import Counter
@@ -36,11 +38,13 @@ NOT_DESCRIBED: dict[str, Any] = {
         "format": "ids",
         "ids": None,
         "others": None,
+        "labels": None,
         "colors": None,
         "ignore_colors": [],
     },
     "described": None,
 }
+LABELS = "labels"  # masks that are shapes with labels, in a file of an annotation tool
 _LARGEST = 65536  # bytes: 255 classes need a fourth of it
 
 
@@ -92,10 +96,10 @@ class _Loader(yaml.SafeLoader):
 def _described(content: Any, ignore_index: int) -> dict[str, Any]:
     whole = _mapping(content, "the file", ("classes", "background", "others", "ignore", "masks"))
     classes = _classes(whole.get("classes"))
-    ignored = _mapping(whole.get("ignore", {}), "ignore", ("ids", "colors"))
+    ignored = _mapping(whole.get("ignore", {}), "ignore", ("ids", "colors", "labels"))
     masks = whole.get("masks", "ids")
-    if masks not in FORMATS:
-        raise ValueError(f"masks: {masks} is unknown: choose one of {', '.join(FORMATS)}")
+    if masks not in (*FORMATS, LABELS):
+        raise ValueError(f"masks: {masks} is unknown: choose one of {', '.join((*FORMATS, LABELS))}")
     _refuse_idle(classes, ignored, masks)
     colors = [_colors(entry, f"class {name}") for name, entry in classes.items()]
     if any(colors) and not all(colors) or masks == "palette" and not all(colors):
@@ -110,8 +114,10 @@ def _described(content: Any, ignore_index: int) -> dict[str, Any]:
     description["others"] = others = whole.get("others")
     if others not in (None, *classes):
         raise ValueError(f"others: {others} is no class: name one of {', '.join(classes)}")
-    if others is not None and masks != "ids":
+    if others is not None and masks not in ("ids", LABELS):
         raise ValueError(f"others has no effect with masks: {masks}: remove it, or say `masks: ids`")
+    if masks == LABELS:
+        description["labels"] = _labels(classes, ignored)
     if masks == "ids":
         unnamed = _whole_numbers(ignored.get("ids", []), "ignore")
         description["ids"] = _ids(classes, unnamed, ignore_index, others) or None
@@ -137,7 +143,7 @@ def _classes(node: Any) -> dict[str, dict[str, Any]]:
         node = dict.fromkeys(map(_name, node))
     if not isinstance(node, dict) or not node:
         raise ValueError(f"classes is {node if node else 'not given'}: {example}")
-    keys = ("ids", "color", "colors")
+    keys = ("ids", "color", "colors", "labels")
     return {
         _name(name): _mapping({} if entry is None else entry, f"class {name}", keys) for name, entry in node.items()
     }
@@ -161,12 +167,16 @@ def _mapping(node: Any, where: str, keys: Sequence[str]) -> dict[str, Any]:
 
 def _refuse_idle(classes: Mapping[str, Mapping[str, Any]], ignored: Mapping[str, Any], masks: str) -> None:
     """Refuse what would have no effect with this kind of mask."""
-    idle = {"ids": ("colors",), "palette": ("ids",), "binary": ("ids", "colors")}[masks]
+    idle = {
+        "ids": ("colors", "labels"),
+        "palette": ("ids", "labels"),
+        "binary": ("ids", "colors", "labels"),
+        LABELS: ("ids", "colors"),
+    }[masks]
+    user = {"colors": "palette", "ids": "ids", "labels": LABELS}
     for where, entry in [*((f"class {name}", entry) for name, entry in classes.items()), ("ignore", ignored)]:
         if idle_keys := [key for key in idle if key in entry]:
-            remedy = (
-                "remove it, or say `masks: palette`" if idle_keys[0] == "colors" else "remove it, or say `masks: ids`"
-            )
+            remedy = f"remove it, or say `masks: {user[idle_keys[0]]}`"
             raise ValueError(f"{idle_keys[0]} of {where} has no effect with masks: {masks}: {remedy}")
     if masks == "binary" and len(classes) != 2:
         raise ValueError(f"masks: binary needs 2 classes, for 0 and 255, and there are {len(classes)}: correct one")
@@ -215,6 +225,21 @@ def _ids(
         rest = -1 if others is None else order[others]
         table |= {number: rest for number in range(len(classes)) if number not in table and number != ignore_index}
     return table
+
+
+def _labels(classes: Mapping[str, Mapping[str, Any]], ignored: Mapping[str, Any]) -> dict[str, str]:
+    """Return label to class, or `ignore`."""
+    texts = {name: _texts(entry.get("labels", [name]), f"class {name}") for name, entry in classes.items()}
+    unseen = _texts(ignored.get("labels", []), "ignore")
+    owners = [(label, name) for name, labels in texts.items() for label in labels]
+    _refuse_shared([*owners, *((label, "ignore") for label in unseen)], "label")
+    return dict(owners) | dict.fromkeys(unseen, "ignore")
+
+
+def _texts(labels: Any, where: str) -> list[str]:
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise ValueError(f"the labels of {where} are {labels!r:.60}: give a list of names")
+    return labels
 
 
 def _refuse_shared(owners: Iterable[tuple[Any, str]], what: str) -> None:

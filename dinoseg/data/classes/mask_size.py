@@ -1,7 +1,5 @@
 """A mask brought to the size of its image, where the rule allows it; imports no torch."""
 
-from pathlib import Path
-
 import cv2
 import numpy as np
 
@@ -10,7 +8,7 @@ from dinoseg.errors import UserError
 _PROPORTIONS = 0.05  # a resized mask may differ so much from its image's proportions
 
 
-def fit_mask(mask: np.ndarray, size: tuple[int, int], rule: str, *, image: object, path: Path) -> np.ndarray:
+def fit_mask(mask: np.ndarray, size: tuple[int, int], rule: str, *, image: object, path: object) -> np.ndarray:
     """Return class ids (H, W) at `size`, the (H, W) of their image.
 
     Args:
@@ -18,7 +16,7 @@ def fit_mask(mask: np.ndarray, size: tuple[int, int], rule: str, *, image: objec
         size: of the image.
         rule: `error`, or `resize_mask`: by nearest neighbour, if the proportions are alike.
         image: what the image is called in a message.
-        path: of the mask.
+        path: what the mask is called, or its path.
 
     Raises:
         UserError: the sizes differ, and the rule does not mend it.

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from dinoseg.annotation.drawing import Drawing, MaskSource
 from dinoseg.data.classes.labels import Labels, as_color
 from dinoseg.data.classes.mask_advice import HIGHEST_ID, for_binary, for_colors, for_ids
 from dinoseg.errors import UserError
@@ -105,12 +106,14 @@ class MaskReader:
         elif len(labels.classes) != 2:
             raise UserError(f"data.reader.masks.format=binary needs 2 classes, data.classes has {len(labels.classes)}.")
 
-    def read(self, path: Path) -> np.ndarray:
-        """Return class ids 0..K-1 and ignore_index as (H, W) uint8.
+    def read(self, path: MaskSource) -> np.ndarray:
+        """Return class ids 0..K-1 and ignore_index as (H, W) uint8; a drawing has them already.
 
         Raises:
             UserError: the file is unreadable, or holds a number or colour that has no class.
         """
+        if isinstance(path, Drawing):
+            return path.read()
         if self.masks.format == "palette":
             return self._from_colors(read_image(path), path)
         numbers = _one_channel(read_ids(path), path)

@@ -1,12 +1,12 @@
-"""One image and its mask file, and by what many of them are known again; imports no torch."""
+"""One image and its mask, and by what many of them are known again; imports no torch."""
 
 import functools
 import hashlib
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
+from dinoseg.annotation.drawing import Drawing, MaskSource, mask_file
 from dinoseg.data.classes.masks import MaskReader
 from dinoseg.data.video.access import ImageSource, VideoFrame
 from dinoseg.storage.stamps import stamp
@@ -14,11 +14,11 @@ from dinoseg.storage.stamps import stamp
 
 @dataclass(frozen=True)
 class Pair:
-    """An image, in its own file or in a video, and its mask file; `name` is unique inside the data set."""
+    """An image, in a file or a video, and its mask, in a file or drawn; `name` is unique inside the data set."""
 
     name: str
     image: ImageSource
-    mask: Path
+    mask: MaskSource
 
 
 def fingerprint(pairs: Iterable[Pair], reader: MaskReader) -> str:
@@ -27,6 +27,7 @@ def fingerprint(pairs: Iterable[Pair], reader: MaskReader) -> str:
     digest = hashlib.sha256(reader.rules().encode())
     for pair in pairs:
         image, frame = (pair.image.path, pair.image.index) if isinstance(pair.image, VideoFrame) else (pair.image, None)
-        files = [(resolved(path.parent), path.name, stamp(path)) for path in (image, pair.mask)]
-        digest.update(f"{(pair.name, frame, files)!r}\n".encode())  # repr, since not every file name is text
+        files = [(resolved(path.parent), path.name, stamp(path)) for path in (image, mask_file(pair.mask))]
+        drawn = (pair.mask.digest(),) if isinstance(pair.mask, Drawing) else ()
+        digest.update(f"{(pair.name, frame, files, *drawn)!r}\n".encode())  # repr, since not every file name is text
     return digest.hexdigest()

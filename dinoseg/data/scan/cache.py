@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from dinoseg.annotation.drawing import MaskSource, mask_file, mask_key
 from dinoseg.data.classes.masks import MaskReader
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.scan.likeness import SMALL
@@ -52,12 +53,12 @@ class ScanCache:
 
     Args:
         folder: where the file is.
-        masks: the mask files, by whose common folder the file is named.
+        masks: the masks, by whose common folder the file is named.
         reader: the mask rules.
     """
 
-    def __init__(self, folder: str | Path, masks: Sequence[Path], reader: MaskReader) -> None:
-        common = os.path.commonpath([os.path.abspath(mask) for mask in masks]) if masks else ""
+    def __init__(self, folder: str | Path, masks: Sequence[MaskSource], reader: MaskReader) -> None:
+        common = os.path.commonpath([os.path.abspath(mask_file(mask)) for mask in masks]) if masks else ""
         key = hashlib.sha256(repr((_VERSION, common, reader.rules())).encode()).hexdigest()
         self.path = Path(folder) / f"scan_{key[:16]}.npz"
         self._known: dict[str, tuple[list[int], Record]] = self._load()
@@ -108,7 +109,7 @@ def _read(path: Path) -> dict[str, tuple[list[int], Record]]:
 
 def _key(pair: Pair) -> str:
     source = os.path.abspath(pair.image) if isinstance(pair.image, Path) else str(pair.image)
-    return f"{source}\0{os.path.abspath(pair.mask)}"
+    return f"{source}\0{mask_key(pair.mask)}"
 
 
 def _stamps(pair: Pair) -> list[int] | None:

@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from dinoseg.annotation.drawing import Drawing, MaskSource
 from dinoseg.data.classes.mask_size import fit_mask
 from dinoseg.data.classes.masks import MaskReader
 from dinoseg.data.pairs.pair import Pair
@@ -37,7 +38,7 @@ def measure(pair: Pair, reader: MaskReader, *, images: bool) -> Record:
     except Exception as error:  # a decoder may raise anything on a damaged file
         record = record.with_problem("unreadable_image", _reason(image, error), passing=_may_pass(error))
     try:
-        record = _with_mask_header(record, mask)
+        record = record if isinstance(mask, Drawing) else _with_mask_header(record, mask)
         return _with_ids(record, mask, image, reader)
     except Exception as error:
         return record.with_problem("unreadable_mask", _reason(mask, error), passing=_may_pass(error))
@@ -82,11 +83,11 @@ def _with_mask_header(record: Record, mask: Path) -> Record:
     return record.with_problem("mask_is_jpeg", reason)
 
 
-def _with_ids(record: Record, mask: Path, image: ImageSource, reader: MaskReader) -> Record:
+def _with_ids(record: Record, mask: MaskSource, image: ImageSource, reader: MaskReader) -> Record:
     try:
         ids = reader.read(mask)
     except UserError as error:
-        if _may_pass(error):
+        if isinstance(mask, Drawing) or _may_pass(error):
             raise
         return replace(record, raw=_raw(mask, reader)).with_problem("foreign_ids", str(error))
     record = replace(record, mask_size=(ids.shape[0], ids.shape[1]))
@@ -104,11 +105,13 @@ def _with_ids(record: Record, mask: Path, image: ImageSource, reader: MaskReader
     )
 
 
-def _raw_of(path: Path, reader: MaskReader, pixels: Mapping[int, int]) -> dict[str, int]:
+def _raw_of(mask: MaskSource, reader: MaskReader, pixels: Mapping[int, int]) -> dict[str, int]:
     """Return what the file holds; it is read again only where that differs from the class ids."""
     masks = reader.masks
+    if isinstance(mask, Drawing):
+        return {str(value): count for value, count in pixels.items()}
     if masks.format == "palette" or (masks.format == "ids" and (masks.ids or masks.others or masks.reduce_zero_label)):
-        return _raw(path, reader)
+        return _raw(mask, reader)
     scale = 255 if masks.format == "binary" else 1
     return {str(value * scale): count for value, count in pixels.items()}
 

@@ -1,0 +1,106 @@
+"""What an annotation file says of one image, before labels are classes; what every format is read into."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dinoseg.annotation.drawing import MOST_PIXELS, Form, Polygons
+from dinoseg.annotation.polygon import check_polygon
+from dinoseg.wording import shown
+
+LARGEST_FILE = 2**30  # bytes of an annotation file
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """A shape with its label; lower depths are drawn first, then as the order of the data set says."""
+
+    label: str
+    form: Form
+    depth: float = 0
+    area: float = 0
+
+
+@dataclass
+class Entry:
+    """One image of an annotation file.
+
+    Args:
+        path: the annotation file.
+        image: the image's file as the annotation file names it.
+        size: height and width.
+        shapes: in the order of the file.
+        wrong: why it cannot be used; empty: it can.
+    """
+
+    path: Path
+    image: str
+    size: tuple[int, int]
+    shapes: list[Labelled] = field(default_factory=list)
+    wrong: str = ""
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """What one annotation file holds: its labels in its own order, and its images."""
+
+    labels: Sequence[str]
+    entries: Sequence[Entry]
+
+
+def size_of(height: Any, width: Any) -> tuple[int, int]:
+    """Return height and width.
+
+    Raises:
+        ValueError: they are no size of a picture.
+    """
+    if not all(type(side) is int and side > 0 for side in (height, width)) or height * width > MOST_PIXELS:
+        raise ValueError(
+            f"height {shown(height, 20)} and width {shown(width, 20)} are no size of a picture: give whole numbers "
+            f"that make {MOST_PIXELS:,} pixels at most"
+        )
+    return height, width
+
+
+def text(value: Any, what: str) -> str:
+    """Return a text that is not empty.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{what} is {shown(value, 40)}, and must be a name")
+    return value
+
+
+def polygons(rings: Sequence[Any]) -> tuple[Polygons, float]:
+    """Return polygons, each a flat list x1, y1, x2, y2, ..., as a form; and the sum of their areas.
+
+    Raises:
+        ValueError: one cannot be drawn.
+    """
+    checked, area = [], 0.0
+    for ring in rings:
+        if not isinstance(ring, list) or len(ring) % 2 or not all(type(value) in (int, float) for value in ring):
+            raise ValueError("its polygon is no list of numbers x1, y1, x2, y2, ...")
+        points = points_of(ring)
+        check_polygon(points)
+        checked.append(points.tobytes())
+        x, y = points.T
+        area += abs(float(x @ np.roll(y, -1) - y @ np.roll(x, -1))) / 2
+    return Polygons(tuple(checked)), area
+
+
+def points_of(values: Sequence[Any]) -> np.ndarray:
+    """Return flat numbers as points (N, 2) float64.
+
+    Raises:
+        ValueError: a number is larger than any.
+    """
+    try:
+        return np.array(values, np.float64).reshape(-1, 2)
+    except OverflowError:
+        raise ValueError("its points hold a number that is larger than any picture") from None

@@ -1,0 +1,100 @@
+"""Polygons and LabelMe's other figures as pixels, each by the rule of the tool that they come from."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+FARTHEST = 1_000_000  # pixels from the origin: beyond it Pillow draws in the wrong place
+_MOST_POINTS = 2**23  # of a border, in fifths of a pixel: a few polygons that wander to and fro would fill the memory
+_FIFTHS = 5  # pycocotools walks along borders in steps of a fifth of a pixel
+LINE_WIDTH, POINT_RADIUS = 10, 5  # pixels, as LabelMe draws them
+
+
+def border_length(points: np.ndarray) -> int:
+    """Return how many steps of a fifth of a pixel the border of a polygon (N, 2) has."""
+    steps = np.abs(np.diff(points, axis=0, append=points[:1])).max(axis=1)
+    return int(_FIFTHS * steps.sum()) + 2 * len(points)
+
+
+def check_polygon(points: np.ndarray) -> None:
+    """Refuse a polygon (N, 2) that cannot be drawn.
+
+    Raises:
+        ValueError: saying why.
+    """
+    if len(points) < 3:
+        raise ValueError(f"its polygon has {len(points)} points, and needs 3 at least")
+    if not (np.abs(points) <= FARTHEST).all():  # also false for NaN
+        raise ValueError(f"its polygon has a point that is more than {FARTHEST} pixels away, or no number")
+    if border_length(points) > _MOST_POINTS:
+        raise ValueError("its polygon wanders to and fro without end")
+
+
+def filled(points: np.ndarray, size: tuple[int, int]) -> tuple[int, np.ndarray]:
+    """Fill a polygon (N, 2) as pycocotools does, to the pixel: return the first column and a mask (H, columns) bool.
+
+    Borders are walked in fifths of a pixel; where one crosses the middle of a column, inside and outside change
+    (rleFrPoly of maskApi.c).
+    """
+    height, width = size
+    along, down = _border(np.trunc(_FIFTHS * points + 0.5).astype(np.int64))  # C's cast cuts towards zero
+    moves = np.flatnonzero(along[1:] != along[:-1]) + 1
+    column = (np.minimum(along[moves], along[moves - 1]) + 0.5) / _FIFTHS - 0.5
+    row = (np.minimum(down[moves], down[moves - 1]) + 0.5) / _FIFTHS - 0.5
+    inside = (np.floor(column) == column) & (column >= 0) & (column <= width - 1)
+    columns = column[inside].astype(np.int64)
+    rows = np.ceil(row[inside].clip(0, height)).astype(np.int64)
+    if not columns.size:
+        return 0, np.zeros((height, 0), bool)
+    first, count = int(columns.min()), int(columns.max() - columns.min()) + 1
+    changes = np.bincount((columns - first) * height + rows, minlength=count * height)[: count * height]
+    return first, (np.cumsum(changes) % 2 == 1).reshape(count, height).T
+
+
+def _border(corners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return x and y of every step along the border of a polygon (N, 2) int64, each edge from end to end."""
+    ends = np.roll(corners, -1, axis=0)
+    moved = (corners != ends).any(axis=1)
+    starts, ends = corners[moved], ends[moved]
+    across, down = np.abs(ends - starts).T
+    flat = across >= down  # these edges are walked by columns, the others by rows
+    if not len(starts):
+        return np.zeros(1, np.int64), np.zeros(1, np.int64)
+    longer = np.where(flat, across, down)
+    main = np.where(flat[:, None], starts, starts[:, ::-1]), np.where(flat[:, None], ends, ends[:, ::-1])
+    back = main[0][:, 0] > main[1][:, 0]
+    low, high = np.where(back[:, None], main[1], main[0]), np.where(back[:, None], main[0], main[1])
+    slope = (high[:, 1] - low[:, 1]) / longer
+    edge = np.repeat(np.arange(len(starts)), longer + 1)
+    step = np.arange(edge.size) - np.repeat(np.cumsum(longer + 1) - longer - 1, longer + 1)
+    step = np.where(back[edge], longer[edge] - step, step)
+    walked = step + low[edge, 0]
+    other = np.trunc(low[edge, 1] + slope[edge] * step + 0.5).astype(np.int64)
+    return np.where(flat[edge], walked, other), np.where(flat[edge], other, walked)
+
+
+def figure(kind: str, points: Sequence[tuple[float, float]], size: tuple[int, int]) -> np.ndarray:
+    """Draw a figure of LabelMe as it does itself, by Pillow and with its outline: return a mask (H, W) bool.
+
+    Args:
+        kind: `polygon`, `rectangle` (two corners), `circle` (its middle and a point on it), `line` and `linestrip`
+            (10 pixels wide) or `point` (a disc of radius 5).
+        points: of its form, as (x, y).
+        size: of the picture.
+    """
+    canvas = Image.new("1", (size[1], size[0]))
+    pen = ImageDraw.Draw(canvas)
+    if kind == "polygon":
+        pen.polygon(points, outline=1, fill=1)
+    elif kind == "rectangle":
+        (left, top), (right, bottom) = points
+        pen.rectangle((min(left, right), min(top, bottom), max(left, right), max(top, bottom)), outline=1, fill=1)
+    elif kind in ("line", "linestrip"):
+        pen.line(points, fill=1, width=LINE_WIDTH)
+    else:
+        x, y = points[0]
+        radius = POINT_RADIUS if kind == "point" else math.dist(points[0], points[1])
+        pen.ellipse((x - radius, y - radius, x + radius, y + radius), outline=1, fill=1)
+    return np.asarray(canvas)

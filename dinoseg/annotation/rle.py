@@ -1,0 +1,98 @@
+"""Run lengths of binary masks as COCO writes them: counts of zeros and ones in turn, column by column.
+
+The compressed form is a text: each count but the first three as its difference to the one before the last, in groups of
+five bits, the lowest first, with a sixth bit where more follow, as the letters from `0` on (pycocotools' maskApi.c).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+_MORE, _SIGN, _BITS, _FIRST = 32, 16, 31, 48
+_DIGITS = 7  # letters of a count: 35 bits, as the differences of 32-bit counts need
+
+
+def encode(mask: np.ndarray) -> np.ndarray:
+    """Return the counts (N,) int64 of a mask (H, W) bool, by columns; the first counts zeros and may be 0."""
+    return counts_of(mask.T.ravel())
+
+
+def counts_of(values: np.ndarray) -> np.ndarray:
+    """Return the run lengths (N,) int64 of flat booleans (M,); the first counts zeros and may be 0."""
+    changes = np.flatnonzero(values[1:] != values[:-1]) + 1
+    start = [0, 0] if values.size and values[0] else [0]
+    return np.diff(np.concatenate([start, changes, [values.size]])).astype(np.int64)
+
+
+def decode(counts: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Return the mask (H, W) bool of counts by columns that `checked` has passed."""
+    return values_of(counts).reshape(size[1], size[0]).T
+
+
+def values_of(counts: np.ndarray) -> np.ndarray:
+    """Return flat booleans (M,) of run lengths, zeros first."""
+    return np.repeat(np.arange(len(counts)) % 2 == 1, counts)
+
+
+def to_text(counts: np.ndarray) -> str:
+    """Return counts in the compressed form."""
+    rest = counts.astype(np.int64).copy()
+    rest[3:] -= counts[1:-2]
+    letters = np.zeros((len(rest), _DIGITS), np.uint8)  # 0: no letter
+    going = np.ones(len(rest), bool)
+    for digit in range(_DIGITS):
+        low = rest & _BITS
+        rest = rest >> 5
+        more = np.where(low & _SIGN, rest != -1, rest != 0) & going
+        letters[going, digit] = (low | np.where(more, _MORE, 0))[going] + _FIRST
+        going = more
+    return letters[letters > 0].tobytes().decode("ascii")
+
+
+def from_text(text: str) -> np.ndarray:
+    """Return the counts (N,) int64 of the compressed form.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        codes = np.frombuffer(text.encode("ascii"), np.uint8).astype(np.int64) - _FIRST
+    except UnicodeEncodeError:
+        raise ValueError("its counts hold letters that stand for no number") from None
+    if codes.size and (codes.min() < 0 or codes.max() > 63):
+        raise ValueError("its counts hold letters that stand for no number")
+    if not codes.size:
+        return codes
+    ends = np.flatnonzero(codes < _MORE)
+    if not ends.size or ends[-1] != codes.size - 1:
+        raise ValueError("its counts break off")
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    lengths = ends - starts + 1
+    if lengths.max() > _DIGITS:
+        raise ValueError("its counts hold a number that is too large")
+    shifts = 5 * (np.arange(codes.size) - np.repeat(starts, lengths))
+    values = np.add.reduceat((codes & _BITS) << shifts, starts)
+    values -= np.where(codes[ends] & _SIGN, np.int64(1) << (5 * lengths), 0)
+    for first in (1, 2):  # each is told as its difference to the one before the last
+        values[first::2] = np.cumsum(values[first::2])
+    return values
+
+
+def checked(counts: Any, pixels: int) -> np.ndarray:
+    """Return counts (N,) int64, given as numbers or in the compressed form, that make up a mask of so many pixels.
+
+    Raises:
+        ValueError: they are no such counts.
+    """
+    if isinstance(counts, str):
+        values = from_text(counts)
+    elif isinstance(counts, Sequence) and all(type(count) is int and abs(count) <= pixels for count in counts):
+        values = np.array(counts, np.int64)
+    else:
+        raise ValueError(f"its counts must be text or whole numbers from 0 to {pixels}")
+    if values.size and not (values.min() >= 0 and values.max() <= pixels):
+        raise ValueError(f"its counts go from {values.min()} to {values.max()}: each must be from 0 to {pixels}")
+    if values.sum() != pixels:
+        raise ValueError(f"its counts sum up to {values.sum()} pixels, and its mask has {pixels}")
+    return values

@@ -1,0 +1,241 @@
+"""Images with shapes of an annotation tool: labels to classes, and masks that are drawn when they are read."""
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from dinoseg.annotation.drawing import Drawing
+from dinoseg.annotation.entry import Entry
+from dinoseg.data.classes.labels import Labels
+from dinoseg.data.classes.masks import Masks
+from dinoseg.data.formats.annotation_files import KINDS, AnnotationLayout, Kind, find_annotations, read_annotations
+from dinoseg.data.pairs.dataset import PairDataset
+from dinoseg.data.pairs.pair import Pair
+from dinoseg.data.pairs.pairing import Lacking, gathered
+from dinoseg.data.splits import Partition, divide, read_name_list
+from dinoseg.errors import UserError
+from dinoseg.images import IMAGE_SUFFIXES
+from dinoseg.wording import count_of, listed, shown
+
+log = logging.getLogger(__name__)
+IGNORE = "ignore"
+ORDERS = ("file", "area")
+WITHOUT_SHAPES = ("keep", "skip")
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """How shapes become a mask.
+
+    Args:
+        labels: label of the tool to class, or to `ignore`; a label not named here is the class of its name.
+        others: the class of labels that are no class, or `ignore`; None: an error.
+        unlabelled: the class of pixels that no shape covers, or `ignore`.
+        order: `file`: as the file has them, of CVAT by z_order first; `area`: the largest first, so that a small
+            object is seen on a large one.
+        without_shapes: `keep`: an image without any shape is all unlabelled; `skip`: it is left out.
+    """
+
+    labels: Mapping[str, str] | None = None
+    others: str | None = None
+    unlabelled: str = "background"
+    order: str = "file"
+    without_shapes: str = "keep"
+
+    def __post_init__(self) -> None:
+        """Refuse what is unknown."""
+        for key, value, options in (
+            ("order", self.order, ORDERS),
+            ("without_shapes", self.without_shapes, WITHOUT_SHAPES),
+        ):
+            if value not in options:
+                raise UserError(f"data.reader.shapes.{key}={value} is unknown. Choose one of {', '.join(options)}.")
+
+
+def annotated_dataset(
+    root: str | Path,
+    split: str,
+    *,
+    kind: str,
+    classes: Sequence[str],
+    palette: Sequence[Sequence[int]] | None = None,
+    ignore_index: int = 255,
+    layout: AnnotationLayout = AnnotationLayout(),  # noqa: B008 (frozen)
+    shapes: Shapes = Shapes(),  # noqa: B008 (frozen)
+    masks: Masks = Masks(),  # noqa: B008 (frozen)
+    partition: Partition = Partition(),  # noqa: B008 (frozen)
+) -> PairDataset:
+    """Return the images that an annotation tool's files name, with the masks that their shapes draw.
+
+    Args:
+        root: folder that the layout starts from.
+        split: `train`, `val` or another name that the layout or the lists know.
+        kind: `coco`, `labelme` or `cvat`.
+        classes: names in id order.
+        palette: a colour per class, or None for default colours.
+        ignore_index: id that is ignored.
+        layout: where the files lie.
+        shapes: how they become a mask.
+        masks: whether a mask of its image's proportions is resized.
+        partition: what decides on which side of the split an image is.
+
+    Raises:
+        UserError: no annotation file or one that cannot be read, labels that are no class, images named twice, or
+            nothing that can be used.
+    """
+    if kind not in KINDS:
+        raise UserError(f"data.reader.kind={kind} is unknown. Choose one of {', '.join(KINDS)}.")
+    labels = Labels.of(classes, palette, ignore_index)
+    maker = _Maker(KINDS[kind], Path(root).expanduser(), layout, shapes, labels)
+    pairs = divide(split, lambda side: maker.pairs(side, partition), partition)
+    return gathered(pairs, split, labels, masks)
+
+
+@dataclass
+class _Maker:
+    """Makes pairs of what an annotation file names."""
+
+    kind: Kind
+    root: Path
+    layout: AnnotationLayout
+    shapes: Shapes
+    labels: Labels
+    values: dict[str, int] = field(init=False)  # of each label that is known
+    others: int | None = field(init=False)
+    ground: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        where = "data.reader.shapes"
+        self.ground = self._value(self.shapes.unlabelled, "data.unlabelled")
+        self.others = None if self.shapes.others is None else self._value(self.shapes.others, f"{where}.others")
+        given = {
+            label: self._value(name, f"{where}.labels of {label}") for label, name in (self.shapes.labels or {}).items()
+        }
+        self.values = {name: index for index, name in enumerate(self.labels.classes)} | given
+
+    def pairs(self, split: str, partition: Partition) -> list[Pair | Lacking]:
+        """Return what a split's annotation file, or its list of names, names; in the order of the names."""
+        place = find_annotations(self.kind, self.root, split, self.layout, by_split=partition.by == "folder")
+        entries = read_annotations(self.kind, place).entries
+        if partition.by == "lists":
+            entries = self._of_list(entries, split, partition)
+        if self.shapes.without_shapes == "skip":
+            entries = [entry for entry in entries if entry.shapes or entry.wrong]
+        if not entries:
+            raise UserError(f"{place} names no image{' with a shape' * (self.shapes.without_shapes == 'skip')}.")
+        self._refuse_unknown(entries, place)
+        self._tell_bare(entries, place)
+        images = self._image_folder(place, split, entries)
+        pairs = sorted((self._pair(entry, images) for entry in entries), key=lambda pair: pair.name)
+        twice = [name for name, count in Counter(pair.name for pair in pairs).items() if count > 1]
+        if twice:
+            raise UserError(
+                f"{place} names {count_of(twice, 'image')} more than once, or with two endings: {listed(twice)}. Keep "
+                "one of each."
+            )
+        return pairs
+
+    def _value(self, name: str, key: str) -> int:
+        if name in self.labels.classes:
+            return self.labels.classes.index(name)
+        if name == IGNORE:
+            return self.labels.ignore_index
+        raise UserError(
+            f"{key}={shown(name)} is no class: data.classes has {', '.join(self.labels.classes)}. Name one of them, "
+            f"add it, or say {IGNORE}."
+        )
+
+    def _of_list(self, entries: Sequence[Entry], split: str, partition: Partition) -> list[Entry]:
+        lists = partition.lists or {}
+        if split not in lists:
+            raise UserError(
+                f"No file list for split {split}: data.reader.partition.lists has {', '.join(lists) or 'none'}. Add "
+                f"`{split}: <file>`."
+            )
+        by_name = {_name(entry.image): entry for entry in entries}
+        names = read_name_list(self.root / lists[split])
+        if absent := [name for name in names if name not in by_name]:
+            raise UserError(
+                f"The file list of split {split} has {count_of(absent, 'name')} that no annotation is of: "
+                f"{listed(absent)}. A name is that of the image in the annotation file, without its ending."
+            )
+        return [by_name[name] for name in names]
+
+    def _refuse_unknown(self, entries: Sequence[Entry], place: Path) -> None:
+        if self.others is not None:
+            return
+        labels = Counter(shape.label for entry in entries for shape in entry.shapes if shape.label not in self.values)
+        if not labels:
+            return
+        found = listed([f"{shown(label)} ({count})" for label, count in labels.most_common()], 20)
+        first = shown(next(iter(labels)))
+        raise UserError(
+            f"{place} has shapes with labels that are no class: {found}. data.classes has "
+            f"{', '.join(self.labels.classes)}. Add them there, say which class they are "
+            f"('++data.reader.shapes.labels={{{first}: {self.labels.classes[-1]}}}', or {IGNORE}), or give all of them "
+            f"one: data.reader.shapes.others={IGNORE}."
+        )
+
+    def _tell_bare(self, entries: Sequence[Entry], place: Path) -> None:
+        if bare := sum(not entry.shapes and not entry.wrong for entry in entries):
+            log.warning(
+                "%s: %d of %d images have no shape, and are all %s. If they are not annotated yet, leave them out: "
+                "data.reader.shapes.without_shapes=skip.",
+                place, bare, len(entries), self.shapes.unlabelled,
+            )  # fmt: skip
+
+    def _image_folder(self, place: Path, split: str, entries: Sequence[Entry]) -> Path:
+        """Return the folder that names of images start from."""
+        names = self.layout.names(split)
+        if self.layout.images is not None:
+            folders = [self.root / self.layout.images.replace("{split}", name) for name in names]
+            found = next((folder for folder in folders if folder.is_dir()), None)
+            if found is None:
+                raise UserError(f"data.reader.layout.images: no folder {folders[0]}. Give the folder of the images.")
+            return found
+        beside = place if self.kind.beside_images else place.parent
+        below = [self.root / pattern.format(name) for pattern in ("images/{}", "{}", "{}/images") for name in names]
+        for folder in (beside, *below, beside / "images", self.root / "images", self.root):
+            if any(_image_file(folder, entry.image) for entry in entries[:3]):
+                return folder
+        return beside
+
+    def _pair(self, entry: Entry, images: Path) -> Pair | Lacking:
+        name = _name(entry.image)
+        if not _stays_below(entry.image):
+            raise UserError(
+                f"{entry.path} names the image {shown(entry.image)}, which would lie outside of its folder. Give names "
+                "that start from data.reader.layout.images."
+            )
+        if entry.wrong:
+            reason = entry.wrong if str(entry.path) in entry.wrong else f"{entry.path}: {entry.wrong}."
+            return Lacking(name, reason, "Correct the shapes in the tool, and export again.")
+        image = _image_file(images, entry.image)
+        if image is None:
+            reason = f"{entry.path} names the image {shown(entry.image)}, which is not in {images}."
+            return Lacking(name, reason, "Put the images there, or say where they are: data.reader.layout.images.")
+        by_area = self.shapes.order == "area"
+        drawn = sorted(entry.shapes, key=lambda shape: (shape.depth, -shape.area if by_area else 0))
+        forms = tuple((self.values.get(shape.label, self.others or 0), shape.form) for shape in drawn)
+        return Pair(name, image, Drawing(entry.path, entry.image, entry.size, self.ground, forms))
+
+
+def _name(image: str) -> str:
+    path = PurePosixPath(image.replace("\\", "/"))
+    return str(path.with_suffix("") if path.suffix.lower() in IMAGE_SUFFIXES else path)
+
+
+def _stays_below(image: str) -> bool:
+    path = PurePosixPath(image.replace("\\", "/"))
+    return not path.is_absolute() and ".." not in path.parts and "\0" not in image and ":" not in path.parts[0]
+
+
+def _image_file(folder: Path, image: str) -> Path | None:
+    """Return the file of an image's name, or that of another ending in its place."""
+    if not _stays_below(image):
+        return None
+    path = folder / image.replace("\\", "/")
+    others: Iterator[Path] = (path.with_suffix(suffix) for suffix in IMAGE_SUFFIXES)
+    return next((each for each in (path, *others) if each.is_file()), None)

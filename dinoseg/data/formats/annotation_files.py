@@ -1,0 +1,173 @@
+"""Where annotation tools leave their files below a folder, and what these hold; imports no torch."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from dinoseg.annotation.coco import read_coco
+from dinoseg.annotation.cvat import read_cvat
+from dinoseg.annotation.entry import LARGEST_FILE, Annotations, Entry
+from dinoseg.annotation.labelme import read_labelme
+from dinoseg.errors import UserError
+from dinoseg.storage.files import check_regular, visible_files
+from dinoseg.wording import listed
+
+_ALIASES = {"train": ("train", "train2017", "training"), "val": ("val", "valid", "validation", "val2017")}
+
+
+@dataclass(frozen=True)
+class AnnotationLayout:
+    """Where the files lie below the root.
+
+    Args:
+        annotations: the annotation file, of LabelMe the folder of files, with `{split}` for the split; None: where the
+            tools and their exports leave it.
+        images: the folder that image names start from, likewise; None: found by the first image.
+        splits: split to what stands for it on disk, such as `{val: valid}`; those of common data sets are known.
+    """
+
+    annotations: str | None = None
+    images: str | None = None
+    splits: Mapping[str, str] = field(default_factory=dict)
+
+    def names(self, split: str) -> Sequence[str]:
+        """Return what may stand for a split on disk."""
+        return (self.splits[split],) if split in self.splits else _ALIASES.get(split, (split,))
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A form of annotation files: how one is read, and where they usually lie, with splits and without."""
+
+    title: str
+    read: Callable[[bytes, Path], Annotations]
+    by_split: Sequence[str]
+    single: Sequence[str]
+    beside_images: bool = False  # a file for each image
+
+
+KINDS = {
+    "coco": Kind(
+        "COCO",
+        read_coco,
+        (
+            *("annotations/instances_{split}.json", "annotations/{split}.json", "{split}/_annotations.coco.json"),
+            *("{split}/annotations.json", "{split}.json", "instances_{split}.json"),
+        ),
+        (
+            *("annotations.json", "_annotations.coco.json", "annotations/instances_default.json", "result.json"),
+            *("annotations/annotations.json", "instances_default.json", "coco.json"),
+        ),
+    ),
+    "cvat": Kind(
+        "CVAT",
+        read_cvat,
+        ("{split}.xml", "{split}/annotations.xml", "annotations/{split}.xml"),
+        ("annotations.xml", "annotations/annotations.xml"),
+    ),
+    "labelme": Kind(
+        "LabelMe", read_labelme, ("{split}", "annotations/{split}"), (".", "annotations"), beside_images=True
+    ),
+}
+
+
+def find_annotations(kind: Kind, root: Path, split: str, layout: AnnotationLayout, *, by_split: bool) -> Path:
+    """Return the annotation file of a split, of LabelMe its folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not root.is_dir():
+        raise UserError(f"data.root={root} is no folder. Give the folder that holds the annotations.")
+    patterns = (kind.by_split if by_split else kind.single) if layout.annotations is None else (layout.annotations,)
+    places = list(dict.fromkeys(root / _filled(pattern, name) for pattern in patterns for name in layout.names(split)))
+    found = [place for place in places if (_holds_json(place) if kind.beside_images else place.is_file())]
+    if found:
+        return found[0]
+    tried = listed([str(place.relative_to(root)) for place in places], 20)
+    single = [pattern for pattern in kind.single if (root / pattern).is_file()] if by_split else []
+    if kind.beside_images and by_split and _holds_json(root):
+        single = [str(root)]
+    remedy = (
+        f"{single[0]} is there, without splits: divide it by data.reader.partition.by=fraction"
+        if single
+        else "Give it by data.reader.layout.annotations (with {split} for the split)"
+    )
+    what = "folder with files of LabelMe" if kind.beside_images else f"file of {kind.title}"
+    of_split = f" for split {split}" if by_split else ""
+    raise UserError(f"No {what}{of_split} in {root}: looked for {tried}. {remedy}.")
+
+
+def read_annotations(kind: Kind, place: Path) -> Annotations:
+    """Return what the annotation file, or LabelMe's files in a folder, hold; image names start from its folder.
+
+    Raises:
+        UserError: a file cannot be read, or is none of this kind; one of an image alone is an entry that says so.
+    """
+    if not kind.beside_images:
+        return _read(kind, place)
+    labels: set[str] = set()
+    entries: list[Entry] = []
+    for folder, files in visible_files(place):
+        for path in (folder / file for file in files if file.lower().endswith(".json")):
+            try:
+                held = _read(kind, path)
+            except UserError as error:
+                entries.append(Entry(path, path.relative_to(place).as_posix(), (1, 1), wrong=str(error)))
+                continue
+            inner = path.parent.relative_to(place)
+            entries += [replace(entry, image=(inner / entry.image).as_posix()) for entry in held.entries]
+            labels.update(held.labels)
+    return Annotations(sorted(labels), entries)
+
+
+def labels_below(kind: Kind, root: Path, layout: AnnotationLayout) -> list[str]:
+    """Return the labels of the files of train and val, else of the one file for both, in their own order.
+
+    Raises:
+        UserError: no file, or one that cannot be read.
+    """
+    places: dict[Path, None] = {}  # in order, each once
+    for by_split in (True, False):
+        for split in ("train", "val"):
+            try:
+                places[find_annotations(kind, root, split, layout, by_split=by_split)] = None
+            except UserError:
+                if split == "val" and not by_split and not places:
+                    raise
+        if places:
+            break
+    return list(dict.fromkeys(label for place in places for label in read_annotations(kind, place).labels))
+
+
+def _filled(pattern: str, name: str) -> str:
+    return pattern.replace("{split}", name)
+
+
+def _holds_json(folder: Path) -> bool:
+    return folder.is_dir() and any(
+        file.lower().endswith(".json") for _, files in visible_files(folder) for file in files
+    )
+
+
+def _read(kind: Kind, path: Path) -> Annotations:
+    try:
+        check_regular(path)
+        status = path.stat()
+        if status.st_size > LARGEST_FILE:
+            raise ValueError(f"it has {status.st_size:,} bytes, and may have {LARGEST_FILE:,}: divide it into several")
+        return _parsed(kind.title, path, status.st_mtime_ns, status.st_size)
+    except OSError as error:
+        raise UserError(f"Cannot read {path} ({error.strerror}). Check the path and its permissions.") from None
+    except ValueError as error:
+        raise UserError(
+            f"{path} is no file of {kind.title} that can be read: {error}. Export it again, or correct it."
+        ) from None
+
+
+@functools.lru_cache(maxsize=2**14)
+def _parsed(title: str, path: Path, changed: int, size: int) -> Annotations:
+    """Read once for each state (time and size) of a file: classes and every split ask for it."""
+    kind = next(kind for kind in KINDS.values() if kind.title == title)
+    return kind.read(path.read_bytes(), path)

@@ -1,0 +1,373 @@
+import base64
+import io
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hydra import compose, initialize_config_dir
+from making import save
+from PIL import Image
+
+import dinoseg
+from dinoseg.annotation.rle import to_text
+from dinoseg.config.nodes import instantiate
+from dinoseg.config.resolvers import register_resolvers
+from dinoseg.data.formats.annotated import Shapes, annotated_dataset
+from dinoseg.data.formats.annotation_files import AnnotationLayout
+from dinoseg.data.packed.pack import pack
+from dinoseg.data.scan.scan import scan
+from dinoseg.data.splits import Partition
+from dinoseg.errors import UserError
+
+CLASSES = ("background", "leaf", "stem")
+CONFIGS = Path(dinoseg.__file__).parent / "cfg"
+SIZE = (8, 10)
+CORNERS = [1, 1, 5, 1, 5, 4, 1, 4]
+
+
+def load(kind, root, *overrides):
+    register_resolvers()
+    resolution = "+resolution={crop: [64, 96], longest: 200}"
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose(f"data/{kind}", [f"data.root='{root}'", resolution, "+cache_dir=cache", *overrides]).data
+
+
+def opened(kind, root, split="train", classes=CLASSES, layout=None, partition=None, **shapes):
+    rules = Shapes(**{"order": "area" if kind == "coco" else "file"} | shapes)
+    places = {"layout": layout or AnnotationLayout(), "partition": partition or Partition()}
+    return annotated_dataset(root, split, kind=kind, classes=classes, shapes=rules, **places)
+
+
+def coco(path, images=("a.png",), annotations=None, categories=("leaf", "stem"), size=SIZE, whole=()):
+    """Write a file of COCO; an annotation is (image's number, category's, segmentation) or a dict."""
+    boxes = [(1, 1, [CORNERS])] if annotations is None else annotations
+    rows = [
+        {"id": number, "image_id": row[0], "category_id": row[1], "segmentation": row[2]} if type(row) is tuple else row
+        for number, row in enumerate(boxes)
+    ]
+    content = {
+        "images": [
+            {"id": n, "file_name": name, "height": size[0], "width": size[1]} for n, name in enumerate(images, 1)
+        ],
+        "categories": [{"id": number, "name": name} for number, name in enumerate(categories, 1)],
+        "annotations": rows,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content | dict(whole)))
+    for name in images:
+        if type(name) is str and ".." not in name:
+            save(path.parent / name, np.zeros((*SIZE, 3)))
+    return path.parent
+
+
+def labelme(path, *shapes, image="a.png", size=SIZE, **changes):
+    """Write a file of LabelMe; a shape is (label, kind, points) or a dict."""
+    rows = [{"label": s[0], "shape_type": s[1], "points": s[2]} if type(s) is tuple else s for s in shapes]
+    content = {"imagePath": f"..\\{image}", "imageHeight": size[0], "imageWidth": size[1], "shapes": rows}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content | {"imageData": "AAAA"} | changes))
+    save(path.parent / image, np.zeros((*SIZE, 3)))
+    return path.parent
+
+
+def cvat(path, shapes, name="a.png", size=SIZE, labels=("leaf", "stem"), head=""):
+    meta = "".join(f"<label><name>{label}</name><color>#ff0000</color></label>" for label in labels)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(
+        f'<?xml version="1.0" encoding="utf-8"?>{head}<annotations><version>1.1</version><meta><task><labels>{meta}'
+        f'</labels></task></meta><image id="0" name="{name}" width="{size[1]}" height="{size[0]}">{shapes}</image>'
+        "</annotations>"
+    )
+    save(path.parent / "a.png", np.zeros((*SIZE, 3)))
+    return path.parent
+
+
+def filled(*boxes):
+    """Return a mask with boxes of (id, top, bottom, left, right)."""
+    ids = np.zeros(SIZE, np.uint8)
+    for value, top, bottom, left, right in boxes:
+        ids[top:bottom, left:right] = value
+    return ids
+
+
+def test_coco_of_polygons_masks_and_crowds(tmp_path):
+    counts = [0, 8, 72]  # the first column
+    rle = {"size": list(SIZE), "counts": counts}
+    crowd = {
+        "id": 9,
+        "image_id": 1,
+        "category_id": 2,
+        "iscrowd": 1,
+        "segmentation": {**rle, "counts": to_text(np.array([0, 80]))},
+    }
+    small = [[2, 2, 4, 2, 4, 3, 2, 3]]
+    root = coco(
+        tmp_path / "train/_annotations.coco.json",
+        annotations=[(1, 2, small), (1, 1, [CORNERS]), (1, 1, rle), crowd],
+        images=("a.png", "b.png"),
+    ).parent
+    data = opened("coco", root)
+    assert data.classes == ("background", "leaf", "stem") and data.names == ["a", "b"]
+    # the small one is seen on the large one, and the crowd of the whole picture below all
+    np.testing.assert_array_equal(
+        data.mask(0), np.where(filled((1, 1, 4, 1, 5), (1, 0, 8, 0, 1), (0, 2, 3, 2, 4)), 1, 2)
+    )
+    assert data[0]["image"].shape == (3, *SIZE) and not data.mask(1).any()
+
+
+def test_order_of_the_file_and_holes_that_cover_each_other(tmp_path):
+    small = [[2, 2, 4, 2, 4, 3, 2, 3]]
+    root = coco(tmp_path / "train.json", annotations=[(1, 2, small), (1, 1, [CORNERS])])
+    by_area, by_file = opened("coco", root), opened("coco", root, order="file")
+    np.testing.assert_array_equal(by_area.mask(0), filled((1, 1, 4, 1, 5), (2, 2, 3, 2, 4)))
+    np.testing.assert_array_equal(by_file.mask(0), filled((1, 1, 4, 1, 5)))
+    assert by_area.fingerprint() != by_file.fingerprint()
+
+
+def test_labelme_draws_as_it_does_itself(tmp_path):
+    picture = io.BytesIO()
+    Image.fromarray(np.array([[1, 0], [1, 1]], bool)).save(picture, "PNG")
+    mask = {"label": "stem", "shape_type": "mask", "points": [[7, 5], [8, 6]]}
+    mask["mask"] = base64.b64encode(picture.getvalue()).decode()
+    root = labelme(
+        tmp_path / "train/a.json",
+        ("leaf", "polygon", [[1, 1], [5, 1], [5, 4], [1, 4]]),
+        ("stem", "rectangle", [[6, 2], [4, 1]]),
+        ("__ignore__", "rectangle", [[0, 7], [0, 7]]),
+        mask,
+    ).parent
+    data = opened("labelme", root, labels={"__ignore__": "ignore"})
+    assert data.classes == ("background", "leaf", "stem")
+    expected = filled((1, 1, 5, 1, 6), (2, 1, 3, 4, 7), (2, 5, 7, 7, 9), (0, 5, 6, 8, 9), (255, 7, 8, 0, 1))
+    np.testing.assert_array_equal(data.mask(0), expected)
+
+
+def test_cvat_by_z_order(tmp_path):
+    shapes = (
+        '<box label="stem" xtl="2" ytl="2" xbr="4" ybr="3" z_order="1"><attribute name="x">1</attribute></box>'
+        '<polygon label="leaf" points="1.00,1.00;5,1;5,4;1,4" z_order="0"/>'
+        '<mask label="leaf" rle="0, 1, 1, 2" left="7" top="5" width="2" height="2" z_order="0"/>'
+    )
+    data = opened("cvat", cvat(tmp_path / "train.xml", shapes))
+    assert data.classes == ("background", "leaf", "stem")
+    expected = filled((1, 1, 4, 1, 5), (2, 2, 3, 2, 4), (1, 5, 7, 7, 9), (0, 5, 6, 8, 9))
+    np.testing.assert_array_equal(data.mask(0), expected)
+
+
+def test_turned_boxes_and_ellipses_of_cvat(tmp_path):
+    turned = '<box label="leaf" xtl="2" ytl="3" xbr="8" ybr="5" rotation="90"/>'
+    np.testing.assert_array_equal(opened("cvat", cvat(tmp_path / "train.xml", turned)).mask(0), filled((1, 1, 7, 4, 6)))
+    round_one = '<ellipse label="leaf" cx="5" cy="4" rx="3" ry="3"/>'
+    assert opened("cvat", cvat(tmp_path / "train.xml", round_one)).mask(0).sum() == pytest.approx(np.pi * 9, abs=4)
+
+
+def test_labels_are_merged_ignored_and_given_to_the_rest(tmp_path):
+    shapes = [(1, 1, [CORNERS]), (1, 2, [[6, 1, 9, 1, 9, 2, 6, 2]]), (1, 3, [[6, 3, 9, 3, 9, 4, 6, 4]])]
+    root = coco(tmp_path / "train.json", annotations=shapes, categories=("leaf", "old leaf", "odd"))
+    with pytest.raises(
+        UserError, match=r"labels that are no class: old leaf \(1\), odd \(1\)\. data\.classes has ground"
+    ):
+        opened("coco", root, classes=["ground", "leaf"], unlabelled="ground")
+    given = {"classes": ["ground", "leaf"], "unlabelled": "ignore", "others": "ignore"}
+    data = opened("coco", root, **given, labels={"old leaf": "leaf"})
+    expected = np.where(filled((1, 1, 4, 1, 5), (1, 1, 2, 6, 9)), 1, 255)
+    np.testing.assert_array_equal(data.mask(0), expected)
+    (root / "classes.yaml").write_text(
+        "classes: {earth: , plant: {labels: [leaf, old leaf]}}\nignore: {labels: [odd]}\nmasks: labels"
+    )
+    cfg = load("coco", root, "data.unlabelled=earth")
+    data = instantiate(cfg.reader)(split="train")
+    assert data.classes == ("earth", "plant") and cfg.num_classes == 2
+    np.testing.assert_array_equal(data.mask(0), filled((1, 1, 4, 1, 5), (1, 1, 2, 6, 9), (255, 3, 4, 6, 9)))
+    with pytest.raises(UserError, match=r"data\.unlabelled=background is no class: data\.classes has earth, plant"):
+        instantiate(load("coco", root).reader)(split="train")
+    (root / "classes.yaml").write_text("classes: [background, leaf]")
+    with pytest.raises(UserError, match=r"data=coco draws its masks: say `masks: labels`"):
+        load("coco", root).classes  # noqa: B018
+
+
+def test_classes_of_a_checkpoint_and_the_background(tmp_path):
+    root = coco(tmp_path / "train.json")
+    assert load("coco", root).background == "background" and load("coco", root).num_classes == 3
+    assert load("coco", root, "data.unlabelled=ignore").background is None
+    assert load("coco", root, "data.unlabelled=ignore").classes == ["leaf", "stem"]
+    assert load("coco", root, "data.classes=[background,leaf]").background == "background"
+    assert load("coco", root, "data.classes=[soil,leaf]").background is None
+
+
+@pytest.mark.parametrize("kind", ["coco", "labelme", "cvat"])
+def test_one_file_is_divided(tmp_path, kind):
+    names = [f"{number}.png" for number in range(5)]
+    if kind == "coco":
+        coco(tmp_path / "annotations.json", images=names)
+    for name in names if kind == "labelme" else ():
+        labelme(tmp_path / name.replace("png", "json"), ("leaf", "rectangle", [[1, 1], [2, 2]]), image=name)
+    if kind == "cvat":
+        cvat(tmp_path / "annotations.xml", "".join(f'</image><image name="{n}" width="10" height="8">' for n in names))
+        for name in names:
+            save(tmp_path / name, np.zeros((*SIZE, 3)))
+    with pytest.raises(UserError, match=r"divide it by data\.reader\.partition\.by=fraction"):
+        opened(kind, tmp_path)
+    parts = [opened(kind, tmp_path, split, partition=Partition("fraction")) for split in ("train", "val")]
+    named = sorted(name for part in parts for name in part.names)
+    assert named == ([*"01234", "a"] if kind == "cvat" else [*"01234"]) and all(len(part) for part in parts)
+    (tmp_path / "chosen.txt").write_text("3.png\n1")
+    lists = Partition("lists", {"train": "chosen.txt"})
+    assert opened(kind, tmp_path, partition=lists).names == ["1", "3"]
+    (tmp_path / "chosen.txt").write_text("nobody")
+    with pytest.raises(UserError, match="has 1 name that no annotation is of: nobody"):
+        opened(kind, tmp_path, partition=lists)
+
+
+def test_what_others_do_with_masks_is_done_with_drawn_ones(tmp_path):
+    root = coco(tmp_path / "train.json", images=("a.png", "b.png"), annotations=[(1, 1, [CORNERS]), (2, 2, [CORNERS])])
+    data = opened("coco", root)
+    records = scan(data.pairs, data.reader, cache_dir=tmp_path / "cache")
+    assert [record.problems for record in records] == [{}, {}] and records[1].pixels == {0: 68, 2: 12}
+    other = opened("coco", root, labels={"stem": "leaf"})
+    assert scan(other.pairs, other.reader, cache_dir=tmp_path / "cache")[1].pixels == {0: 68, 1: 12}
+    packed = pack(data, cache_dir=tmp_path / "cache", workers=1)
+    np.testing.assert_array_equal(packed.mask(1), data.mask(1))
+    coco(tmp_path / "train.json", size=(9, 10), images=("a.png", "b.png"))
+    with pytest.raises(UserError, match=r"a\.png is 10 x 8 .*train\.json, image a\.png is 10 x 9"):
+        opened("coco", root)[0]
+
+
+def test_bare_images_are_told_or_left_out(tmp_path, caplog):
+    root = coco(tmp_path / "train.json", images=("a.png", "b.png"))
+    with caplog.at_level(logging.WARNING):
+        assert len(opened("coco", root)) == 2
+    assert "1 of 2 images have no shape, and are all background" in caplog.text
+    assert opened("coco", root, without_shapes="skip").names == ["a"]
+
+
+def test_images_that_are_missing_or_outside(tmp_path):
+    root = coco(tmp_path / "train.json", images=("a.png", "b.png"))
+    (root / "b.png").unlink()
+    data = opened("coco", root)
+    assert data.names == ["a"] and "names the image b.png, which is not in" in data.lacking["b"]
+    for name in ("../../x.png", "/etc/x.png", "..\\x.png", "C:\\x.png", "a/../../x.png"):
+        content = json.loads((root / "train.json").read_text())
+        content["images"][0]["file_name"] = name
+        (root / "train.json").write_text(json.dumps(content))
+        with pytest.raises(UserError, match="outside of its folder"):
+            opened("coco", root)
+    save(root / "pictures/b.png", np.zeros((*SIZE, 3)))
+    coco(root / "train.json", images=("b.png",))
+    assert opened("coco", root, layout=AnnotationLayout(images="pictures")).names == ["b"]
+    with pytest.raises(UserError, match="no folder .*nowhere"):
+        opened("coco", root, layout=AnnotationLayout(images="nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "wrong"),
+    [
+        ({"whole": {"images": "x"}}, "must be a list"), ({"categories": ()}, "category_id is 1, which is none"),
+        ({"whole": {"annotations": 3}}, "no list named annotations"),
+        ({"annotations": [3]}, r"annotations\[0\] is no object"),
+        ({"annotations": [(7, 1, [CORNERS])]}, "is of image 7, which is not in images"),
+        ({"annotations": [("1", 1, [CORNERS])]}, "ids are whole numbers"),
+        ({"annotations": [(1, 1, [])]}, "no segmentation, only a box"),
+        ({"annotations": [(1, 1, [[1, 2, 3, 4]])]}, "2 points, and needs 3"),
+        ({"annotations": [(1, 1, [[1, 2, 3]])]}, "no list of numbers"),
+        ({"annotations": [(1, 1, [[1, 2, 3, 4, 5, "6"]])]}, "no list of numbers"),
+        ({"annotations": [(1, 1, [[1, 2, 3, 4, 1e30, 6]])]}, "more than 1000000 pixels away"),
+        ({"annotations": [(1, 1, [[1, 2, 3, 4, 10**400, 6]])]}, "larger than any picture"),
+        ({"annotations": [(1, 1, {"size": [9, 9], "counts": [81]})]}, r"size \[9, 9\] and its image of \[8, 10\]"),
+        ({"annotations": [(1, 1, {"size": [8, 10], "counts": [81]})]}, "whole numbers from 0 to 80"),
+        ({"annotations": [(1, 1, {"size": [8, 10], "counts": "oooooooo"})]}, "break off"),
+        ({"size": (10**5, 10**5)}, "no size of a picture"), ({"size": (0, 3)}, "no size of a picture"),
+        ({"size": (1.5, 3)}, "no size of a picture"), ({"categories": ("a", "a")}, "name of 2 categories"),
+        ({"images": ["a.png", "a.png"]}, "names 1 image more than once"),
+        ({"images": ["a.png", "a.jpg"]}, "names 1 image more than once"),
+    ],
+)  # fmt: skip
+def test_files_of_coco_that_are_refused(tmp_path, changes, wrong):
+    root = coco(tmp_path / "train.json", **changes)
+    with pytest.raises(UserError, match=wrong):
+        opened("coco", root)
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("", "no file of COCO"), ("[" * 100_000, "nested too deep|recursion"), ('{"images": NaN}', "NaN is no number"),
+        ('{"images": [], "images": []}', "twice"), (b"\xff\xfe\x00", "no file of COCO"), ("[]", "an object with"),
+    ],
+)  # fmt: skip
+def test_json_that_is_refused(tmp_path, text, wrong):
+    (tmp_path / "train.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=wrong):
+        opened("coco", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("shape", "wrong"),
+    [
+        (("leaf", "polygon", [[1, 1], [2, 2]]), r"shapes\[0\] \(leaf\): it is a polygon of 2 points, and needs 3"),
+        (("leaf", "circle", [[1, 1], [2, 2], [3, 3]]), "a circle of 3 points"),
+        (("leaf", "spiral", [[1, 1]]), "shape_type is spiral"), (("", "point", [[1, 1]]), "must be a name"),
+        ((3, "point", [[1, 1]]), "must be a name"), (("leaf", "point", [[1]]), "no list of pairs"),
+        (("leaf", "circle", [[1, 1], [1e30, 1]]), "away"), (("leaf", "mask", [[1, 1], [2, 2]]), "a picture in base64"),
+        ({"label": "a", "points": [[1, 1], [2, 2]], "shape_type": "mask", "mask": "AAAA"}, "PNG of 2 x 2 pixels"),
+        ({"label": "a", "points": [[1, 1], [99, 2]], "shape_type": "mask", "mask": "AAAA"}, "outside of the picture"),
+    ],
+)  # fmt: skip
+def test_shapes_of_labelme_that_are_refused(tmp_path, shape, wrong):
+    root = labelme(tmp_path / "train/a.json", shape).parent
+    with pytest.raises(UserError, match=wrong):
+        opened("labelme", root)
+    labelme(tmp_path / "train/b.json", ("leaf", "point", [[1, 1]]), image="b.png")
+    assert opened("labelme", root).names == ["b"]
+
+
+def test_old_and_foreign_files_beside_those_of_labelme(tmp_path):
+    root = labelme(tmp_path / "train/a.json", imageHeight=None).parent
+    labelme(tmp_path / "train/b.json", ("leaf", "point", [[1, 1]]), image="b.png")
+    (root / "train/c.json").write_text("{}")
+    data = opened("labelme", root)
+    assert data.names == ["b"] and "save it again" in data.lacking["a"] and "an object with shapes" in str(data.lacking)
+
+
+LAUGHS = '<!DOCTYPE x [<!ENTITY a "ha"><!ENTITY b "&a;&a;&a;">]>'
+OUTSIDE = '<!DOCTYPE x [<!ENTITY a SYSTEM "file:///etc/hostname">]>'
+
+
+@pytest.mark.parametrize(
+    ("shapes", "changes", "wrong"),
+    [
+        ("", {"head": LAUGHS, "labels": ("&b;",)}, "declares a document type"),
+        ("", {"head": OUTSIDE, "labels": ("&a;",)}, "declares a document type"),
+        ("<a>" * 99 + "</a>" * 99, {}, "nested deeper"), ("<a>", {}, "no XML"), ("&b;", {}, "no XML: undefined entity"),
+        ("", {"size": (10**5, 10**5)}, "no size of a picture"), ("", {"size": ("x", 3)}, "no size of a picture"),
+        ("", {"name": "../../x.png"}, "outside of its folder"), ("", {"name": ""}, "must be a name"),
+        ('<polyline label="leaf" points="1,1;2,2"/>', {}, r"polyline 0 \(leaf\): it covers no pixels"),
+        ('<polygon label="leaf" points="1,1;2,2"/>', {}, "needs 3"),
+        ('<polygon label="leaf" points="1,1;2"/>', {}, "no pairs"),
+        ('<polygon label="leaf" points="1,1;2,nan;3,3"/>', {}, "points is nan, which is no number"),
+        ('<polygon label="leaf" points="1,1;2,1e30;3,3"/>', {}, "away"),
+        ('<polygon points="1,1;2,2;3,1"/>', {}, "its label is None"),
+        ('<mask label="leaf" rle="1,2" left="0" top="0" width="2" height="2"/>', {}, "sum up to 3 pixels"),
+        ('<mask label="leaf" rle="-1,5" left="0" top="0" width="2" height="2"/>', {}, "no list of whole numbers"),
+        ('<mask label="leaf" rle="4" left="0" top="0" width="1e9" height="9"/>', {}, "no box of pixels"),
+        ('<mask label="leaf" rle="4" left="1e9" top="0" width="2" height="2"/>', {}, "outside of any picture"),
+        ('<box label="leaf" xtl="1" ytl="1" xbr="2"/>', {}, "ybr is None"),
+    ],
+)  # fmt: skip
+def test_files_of_cvat_that_are_refused(tmp_path, shapes, changes, wrong):
+    with pytest.raises(UserError, match=wrong):
+        opened("cvat", cvat(tmp_path / "train.xml", shapes, **changes))
+
+
+def test_tracks_and_other_xml(tmp_path):
+    (tmp_path / "train.xml").write_text("<annotations><track id='0' label='leaf'></track></annotations>")
+    with pytest.raises(UserError, match='export the task as "CVAT for images 1.1"'):
+        opened("cvat", tmp_path)
+    (tmp_path / "train.xml").write_text("<svg/>")
+    with pytest.raises(UserError, match="no element <annotations>"):
+        opened("cvat", tmp_path)
+    (tmp_path / "train.xml").unlink()
+    with pytest.raises(UserError, match=r"No file of CVAT for split train in .*: looked for train\.xml"):
+        opened("cvat", tmp_path)
