@@ -19,6 +19,7 @@ def serve(
     cfg: DictConfig,
     *,
     out_dir: Path,
+    model: str | None,
     host: str,
     port: Port,
     hosts: Sequence[str],
@@ -29,10 +30,11 @@ def serve(
     """Answer POST /segment, /health and /metrics until SIGINT or SIGTERM; finish what is in hand then.
 
     Raises:
-        UserError: there is no trained model, or the port is taken.
+        UserError: there is no model, or the port is taken.
     """
     with bound(host, port) as listener:
-        service = Service(load_served(cfg, Path(out_dir))[0], limits, batch_size=batch_size, wait=wait_ms / 1000)
+        served = load_served(cfg, Path(out_dir), model)
+        service = Service(served, limits, batch_size=batch_size, wait=wait_ms / 1000)
         serve_until_signal(endpoint(service, hosts_of(host, hosts)), listener, service.announce_stop)
     service.close()
     print(f"stopped: {service.metrics.summary()}")

@@ -30,16 +30,17 @@ def endpoint(
     Args:
         service: the model and its limits.
         hosts: names by which it may be asked; none: by any.
-        further: routes beside it.
+        further: routes beside it, looked at first.
         lifespan: what goes on beside the requests.
     """
     routes = [
         Route("/segment", partial(_counted, service), methods=["POST"]),
         Route("/health", partial(_health, service)),
         Route("/metrics", partial(_metrics, service)),
+        Route("/", _index),
     ]
     return Starlette(
-        routes=[*routes, *further],
+        routes=[*further, *routes],
         middleware=[Middleware(Guard, hosts=hosts)],
         exception_handlers={Refused: told, HungUp: _told_nobody, HTTPException: _told_http, Exception: _told_failure},
         lifespan=lifespan,
@@ -76,6 +77,10 @@ async def _segment(service: Service, request: Request) -> Response:
     except Exception as error:
         logger.exception("An image could not be segmented")
         raise Refused(500, "model", "The model has failed on this image; the server's log says why.") from error
+
+
+async def _index(request: Request) -> Response:
+    return PlainTextResponse("POST /segment an image; GET /health, /metrics. How: docs/serving.md of dinoseg.\n")
 
 
 async def _health(service: Service, request: Request) -> Response:

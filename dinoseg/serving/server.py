@@ -5,7 +5,8 @@ import errno
 import logging
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -18,7 +19,7 @@ logger = logging.getLogger(__name__)
 _NOTICE = "Stopping: no more requests are taken, those in hand are finished. Once more: stop at once."
 _CONNECTIONS = 1000  # at once; a request on a further one is answered 503
 _IDLE = 15  # seconds that a connection may wait between two requests
-_LAST_BYTES = 0.1  # seconds in which requests that had been sent when the signal came are still read
+_LAST_BYTES = 0.5  # seconds in which clients that were connected when the signal came can still send their request
 
 
 def bound(host: str, port: int) -> socket.socket:
@@ -104,13 +105,28 @@ class _Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stop listening, read what was already sent, and finish it."""
+        """Stop listening, and finish every request whose client has connected before."""
         self._on_stop()
+        # what the system has connected and nobody has accepted yet would be cut off when the socket is closed
+        late = [connection for listener in sockets or [] for connection in _accepted(listener)]
         for server in self.servers:
             server.close()
+        for connection in late:
+            await asyncio.get_running_loop().connect_accepted_socket(self._protocol, connection)
         # uvicorn closes a connection whose request it has not read yet: that request would be lost
         await asyncio.sleep(_LAST_BYTES)
         await super().shutdown(sockets)
+
+    def _protocol(self) -> asyncio.Protocol:
+        kind: Any = self.config.http_protocol_class
+        return kind(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
+
+
+def _accepted(listener: socket.socket) -> Iterator[socket.socket]:
+    """Yield the connections that wait at a socket, which does not block."""
+    with suppress(OSError):
+        while True:
+            yield listener.accept()[0]
 
 
 def _not_ours(host: str, port: int, error: OSError) -> UserError:

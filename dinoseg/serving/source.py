@@ -1,25 +1,45 @@
-"""The model that is served: of a run or a checkpoint."""
+"""The model that is served: of a run or a checkpoint, or of one file."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from omegaconf import DictConfig
 
+from dinoseg.config.nodes import instantiate
 from dinoseg.errors import UserError
+from dinoseg.model import Segmenter
+from dinoseg.portable.load import load
 from dinoseg.portable.model import Model
+from dinoseg.portable.torch_runtime import TorchRuntime
 from dinoseg.portable.trained_model import model_of
-from dinoseg.runs.trained import Trained, load_trained, sizes_to_keep
+from dinoseg.runs.trained import load_trained, sizes_to_keep
+from dinoseg.tracking.propagation.tracker import PropagationTracker
+from dinoseg.tracking.tracker import Tracker
 
 
-def load_served(cfg: DictConfig, out_dir: Path) -> tuple[Model, Trained]:
-    """Return the model that `resume` names as one that takes pictures, and as it was trained.
+def load_served(cfg: DictConfig, out_dir: Path, file: str | None) -> Model:
+    """Return the model of a file, or the one that `resume` names.
 
     Raises:
-        UserError: there is none, or it knows no classes.
+        UserError: there is none, or two, or it knows no classes.
     """
+    if file is not None:
+        if cfg.resume is not None:
+            raise UserError(f"mode.model={file} and resume={cfg.resume} both name a model: give one of them.")
+        return load(file, device=cfg.engine.device, precision=cfg.engine.precision, trust=list(cfg.trust))
     trained = load_trained(cfg)
     if trained.model.head.slots is not None:
         raise UserError(
             f"resume={cfg.resume} is a model of slots, which knows no classes to serve. mode=track follows its "
             "segments through a video or a folder of frames."
         )
-    return model_of(trained, sizes_to_keep(trained, out_dir)), trained
+    return model_of(trained, sizes_to_keep(trained, out_dir))
+
+
+def tracker_maker(cfg: DictConfig, model: Model) -> Callable[[], Tracker] | None:
+    """Return what makes trackers on a model's backbone, as `cfg.tracker` says; None where torch does not compute it."""
+    if not isinstance(model.runtime, TorchRuntime) or not isinstance(model.runtime.predictor.model, Segmenter):
+        return None
+    predictor, settings = model.runtime.predictor, instantiate(cfg.tracker)
+    backbone, device = model.runtime.predictor.model.backbone, predictor.device
+    return lambda: PropagationTracker(backbone, settings, device=device, autocast=predictor.autocast)
