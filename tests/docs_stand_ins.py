@@ -119,6 +119,16 @@ def write_polygons(pattern):
         drawn.write_text(json.dumps({"imgHeight": 50, "imgWidth": 66, "objects": [road, sky]}))
 
 
+@stand_in("EXPORTED")
+def exported(stand_ins, folder):
+    return ran(folder, "mode=export", "export=safetensors", f"resume={stand_ins['RUN']}")
+
+
+@stand_in("EVALUATED")
+def evaluated(stand_ins, folder):
+    return ran(folder, "mode=eval", f"resume={stand_ins['RUN']}", "mode.metrics_only=true")
+
+
 @stand_in("SARRARP")
 def operations(stand_ins, folder):
     render_dataset(folder, train_videos=3, test_videos=1, seconds=1, size=(48, 64), workers=1)

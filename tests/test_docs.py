@@ -34,6 +34,7 @@ WRITES = {  # what a mode leaves in its run folder, or "run.log"
     "export": "backbone.safetensors",
     "track": "track.json",
 }
+EXPORTED = {"safetensors": "model.safetensors"}  # what an export writes that is not the usual one
 SERVERS = ("app", "serve")  # run until they say where they listen, asked for their start page, and stopped
 GIVEN = {  # names that the Python of the docs does not make itself
     "mask": torch.nn.functional.pad(torch.ones(24, 24, dtype=torch.uint8), (12, 12, 12, 12)),
@@ -125,6 +126,8 @@ def test_command(command, stand_ins, tmp_path):
     written = {path.name for path in tmp_path.rglob("*")}
     pictures = "video_left_overlay.mp4" if "VIDEO" in command else "a_segmentation"
     expected = pictures if mode_of(command) == "predict" else WRITES.get(mode_of(command), "run.log")
+    if option := re.search(r" export=(\w+)", command):
+        expected = EXPORTED[option[1]]
     expected = "model.safetensors" if "export=safetensors" in command else expected
     assert expected in written, done.out
     assert "No effect here" not in done.err

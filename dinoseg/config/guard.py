@@ -20,6 +20,7 @@ from dinoseg.wording import shown
 ACTING = ("prepare", "render")  # of data: nodes that write files, which a checkpoint leaves out
 _MOST_VALUES = 20_000  # a table of more takes OmegaConf minutes; our largest config holds a thousand
 _KEY = re.compile(r"-?[^\W_][\w -]*")
+_AT_COMMIT = re.compile(r"(.+)@[0-9a-f]{40}")
 _OWN_WEIGHTS = re.compile(r"random|timm|dinoseg:\w+")
 
 
@@ -151,10 +152,13 @@ def _check_weights(config: Mapping[str, Any], registry: Registry, trust: Collect
     backbone = config.get("backbone")
     weights = backbone.get("weights") if isinstance(backbone, Mapping) else None
     known = registry.get(("backbone",), Entry()).values.get("weights", set())
-    if weights is None or (
-        isinstance(weights, str) and (weights in known or weights in trust or _OWN_WEIGHTS.fullmatch(weights))
-    ):
+    if weights is None:
         return
+    if isinstance(weights, str):
+        at_commit = _AT_COMMIT.fullmatch(weights)
+        place = at_commit[1] if at_commit else weights
+        if place in known or place in trust or weights in trust or _OWN_WEIGHTS.fullmatch(weights):
+            return
     if not isinstance(weights, str) or "${" in weights or not _exists(weights):
         raise UserError(
             f"{where}: backbone.weights={shown(weights)} is refused: it is no file or folder here, and no config file "

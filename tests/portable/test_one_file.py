@@ -4,6 +4,7 @@ import json
 import shutil
 import struct
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -165,6 +166,30 @@ def test_gated_weights_are_not_passed_on_unless_asked(compose, tmp_path):
     assert (dinoseg.load(delta, device="cpu", backbone=weights_elsewhere).predict(image).probabilities == theirs).all()
     with pytest.raises(UserError, match="other frozen backbone weights"):
         dinoseg.load(delta, device="cpu", backbone="dinoseg:tiny_surgical")
+
+
+def test_a_delta_names_the_commit_of_its_backbone(compose, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    words = ("backbone=dinov2_vits14", "backbone.arch.hidden_size=24", "backbone.arch.num_hidden_layers=2")
+    words += ("backbone.arch.num_attention_heads=3", "adapter=frozen", "head=linear")
+    fetched, commit = tmp_path / "hub/models--facebook--dinov2-small", "0123456789" * 4
+    (fetched / "refs").mkdir(parents=True)
+    (fetched / "refs/main").write_text(commit)
+    some = build.backbone(compose(*words, "data.classes=[a]", "backbone.weights=random"))
+    write_tensors(fetched / "snapshots" / commit / "model.safetensors", some.export_state(), {})
+    path = untrained(compose, tmp_path, *words)
+    file = exported(path, tmp_path / "out", delta=True)
+    image = picture()
+    theirs = dinoseg.load(path, device="cpu").predict(image).probabilities
+    (fetched / "refs/main").write_text("f" * 40)  # what main is now is another one, which is not here
+    model = dinoseg.load(file, device="cpu")
+    assert (model.predict(image).probabilities == theirs).all()
+    source = model.facts.backbone
+    assert (source["weights"], source["revision"], source["licence"]) == ("facebook/dinov2-small", commit, "Apache-2.0")
+    assert checkpoint.describe(file)["config"]["backbone"]["weights"] == f"facebook/dinov2-small@{commit}"
+    shutil.rmtree(fetched)
+    with pytest.raises(UserError, match="model.safetensors: .*the hub does not answer.*backbone=PATH"):
+        dinoseg.load(file)
 
 
 def test_what_is_trained_of_gated_weights_is_gated(compose, tmp_path):
