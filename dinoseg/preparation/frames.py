@@ -2,11 +2,9 @@
 
 from pathlib import Path
 
-import cv2
-
+from dinoseg.data.video.decoder import Decoder, rgb
 from dinoseg.errors import UserError
 from dinoseg.images import write_png
-from dinoseg.storage.files import check_regular
 
 _UNCOUNTED = 2  # frames by which a sound video may fall short of its header: some writers count dropped ones
 
@@ -20,23 +18,19 @@ def extract_frames(video: Path, folder: Path, *, step: int) -> int:
         UserError: the video cannot be opened or decoded, or ends before the number of frames it promises.
         OSError: writing failed, with what was finished kept.
     """
-    check_regular(video)
-    capture = cv2.VideoCapture(str(video))
     try:
-        if not capture.isOpened():
-            raise UserError(f"Cannot open {video} as a video. It is damaged or no video: replace it.")
-        promised = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
-        frames = 0
-        while capture.grab():
+        decoder = Decoder(video)
+    except UserError as error:
+        raise UserError(f"{error} It is damaged or no video: replace it.") from None
+    frames = 0
+    try:
+        while decoder.advance():
             target = folder / f"{frames:09d}.png"
             if frames % step == 0 and not target.exists():
-                good, image = capture.retrieve()
-                if not good:
-                    raise UserError(f"Frame {frames} of {video} cannot be decoded. The video is damaged: replace it.")
-                write_png(target, cv2.cvtColor(image, cv2.COLOR_BGR2RGB))
+                write_png(target, rgb(decoder.image()))
             frames += 1
     finally:
-        capture.release()
-    if frames == 0 or frames < promised - _UNCOUNTED:
-        raise UserError(f"{video} is truncated: {frames} frames read, {promised} promised. Replace it.")
+        decoder.close()
+    if frames == 0 or frames < decoder.promised - _UNCOUNTED:
+        raise UserError(f"{video} is truncated: {frames} frames read, {decoder.promised} promised. Replace it.")
     return frames

@@ -9,7 +9,7 @@ import pytest
 from dinoseg.data.clips.videos import picture_files, video_folders
 from dinoseg.data.formats.sarrarp_files import png_files
 from dinoseg.data.splits import read_name_list
-from dinoseg.data.video.index import open_capture
+from dinoseg.data.video.index import open_decoder
 from dinoseg.errors import UserError
 from dinoseg.images import has_one_bit, read_ids, read_image, read_size
 from dinoseg.inference.inputs import list_inputs
@@ -100,7 +100,7 @@ def test_what_is_no_file_is_refused_and_never_waited_for(tmp_path):
         bound.bind(str(tmp_path / ".s"))
         with pytest.raises(UserError, match="is a socket"):
             check_regular(tmp_path / ".s")
-    for read in (read_image, read_ids, read_size, read_name_list, VideoReader, open_capture, has_one_bit):
+    for read in (read_image, read_ids, read_size, read_name_list, VideoReader, open_decoder, has_one_bit):
         with pytest.raises(UserError, match=r"pipe\.png is a named pipe\. Put a file there, or remove it"):
             read(pipe)
     with pytest.raises(UserError, match=r"is a device\. Put a file there"):

@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import cv2
 import numpy as np
 
-from dinoseg.data.video.index import VideoIndex, checksum, file_key, find_index, open_capture
+from dinoseg.data.video.decoder import rgb
+from dinoseg.data.video.index import VideoIndex, checksum, file_key, find_index, open_decoder, time_of
 from dinoseg.errors import UserError
 from dinoseg.images import read_image
 
-# PyAV and torchcodec decode to the same pixels as OpenCV, and to the wrong frame of a video whose times are odd: theirs
-# would need the index too. torchcodec wants an FFmpeg that the system must bring.
+# torchcodec and OpenCV decode to the same pixels, and jump to the wrong frame of a video whose times are odd, as PyAV
+# does: each would need the index. torchcodec wants an FFmpeg that the system must bring.
 _OPEN = 4  # videos kept open by a thread
 _NEAR = 96  # frames that are sooner decoded than jumped over: a jump decodes from the key frame before
 _BACK = (0, 32, 256)  # frames before the wanted one at which to look for a key frame, in turn
@@ -63,8 +63,8 @@ def read_source(source: ImageSource) -> np.ndarray:
 def read_frame(frame: VideoFrame) -> np.ndarray:
     """Return a frame as (H, W, 3) uint8 RGB.
 
-    OpenCV's own jumps go by time and miss where frames were dropped or the rate varies. Here each frame is held
-    against the video's index, which decoding the whole file once has made: right place, right pixels, or an error.
+    Jumps go by time and miss where frames were dropped or the rate varies. Here each frame is held against the video's
+    index, which decoding the whole file once has made: right place, right pixels, or an error.
 
     Raises:
         UserError: the video is missing, damaged or truncated, or has no such frame.
@@ -74,7 +74,7 @@ def read_frame(frame: VideoFrame) -> np.ndarray:
         raise UserError(
             f"There is no frame {frame.index} in {frame.path}: it has {len(index)} frames, 0 to {len(index) - 1}."
         )
-    return cv2.cvtColor(_reader(frame.path, index).read(frame.index), cv2.COLOR_BGR2RGB)
+    return rgb(_reader(frame.path, index).read(frame.index))
 
 
 class _Reader:
@@ -83,14 +83,14 @@ class _Reader:
     def __init__(self, path: Path, index: VideoIndex) -> None:
         self._path, self._index = path, index
         self._orderly = bool(np.all(np.diff(index.times) > 0))  # else a frame cannot be told by its time
-        self._capture = open_capture(path)
+        self._decoder = open_decoder(path)
         self._at = -1  # the frame decoded last
 
     def read(self, wanted: int) -> np.ndarray:
         for arrive in self._ways(wanted):
             if arrive() and self._forward(wanted):
-                good, image = self._capture.retrieve()
-                if good and checksum(image) == self._index.sums[wanted]:
+                image = self._decoder.image()
+                if checksum(image) == self._index.sums[wanted]:
                     return image
         raise UserError(
             f"Frame {wanted} of {self._path} is not what it was when the video was indexed: the file is being changed "
@@ -108,25 +108,28 @@ class _Reader:
 
     def _jump(self, target: int) -> bool:
         times, self._at = self._index.times, -1
-        self._capture.set(cv2.CAP_PROP_POS_MSEC, times[target])
-        if not self._capture.grab():
+        try:
+            self._decoder.jump(times[target])
+        except OSError:
             return False
-        time = self._capture.get(cv2.CAP_PROP_POS_MSEC)
+        if not self._decoder.advance():
+            return False
+        time = time_of(self._decoder)
         position = int(np.searchsorted(times, time))
         self._at = position if position < len(times) and times[position] == time else len(times)
         return self._at <= target
 
     def _restart(self) -> bool:
-        self._capture.release()
-        self._capture, self._at = open_capture(self._path), -1
+        self._decoder.close()
+        self._decoder, self._at = open_decoder(self._path), -1
         return True
 
     def _forward(self, wanted: int) -> bool:
         while self._at < wanted:
-            if not self._capture.grab():
+            if not self._decoder.advance():
                 return False
             self._at += 1
-        return self._capture.get(cv2.CAP_PROP_POS_MSEC) == self._index.times[wanted]
+        return time_of(self._decoder) == self._index.times[wanted]
 
 
 class _Open(threading.local):

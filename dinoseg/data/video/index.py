@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 
+from dinoseg.data.video.decoder import VERSION, Decoder
 from dinoseg.errors import UserError
 from dinoseg.processes.workers import count_cores, in_processes
 from dinoseg.report.progress import Bar
@@ -31,7 +31,7 @@ _known: dict[tuple[Path, int, int], "VideoIndex"] = {}
 class VideoIndex:
     """The frames of a video file in the order in which they are decoded from its start."""
 
-    times: np.ndarray  # (N,) float64, milliseconds
+    times: np.ndarray  # (N,) float64, milliseconds on the file's own clock; all 0 where it has none
     sums: np.ndarray  # (N,) uint32, of the decoded pixels
     fps: float  # as the container says
 
@@ -39,17 +39,22 @@ class VideoIndex:
         return len(self.times)
 
 
-def open_capture(path: Path) -> cv2.VideoCapture:
+def open_decoder(path: Path) -> Decoder:
     """Open a video with a decoder of one thread: it neither outlives a fork badly nor fights other processes.
 
     Raises:
         UserError: the file is missing or no video.
     """
     file_key(path)
-    capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
-    if not capture.isOpened():
-        raise UserError(f"Cannot open {path} as a video. It is damaged or no video: replace it.")
-    return capture
+    try:
+        return Decoder(path, threads=1)
+    except UserError as error:
+        raise UserError(f"{error} It is damaged or no video: replace it.") from None
+
+
+def time_of(decoder: Decoder) -> float:
+    """Return the time in milliseconds of the frame that a decoder is at; 0 where the file does not say."""
+    return float((decoder.time or 0) * 1000)
 
 
 def file_key(path: Path) -> tuple[Path, int, int]:
@@ -131,31 +136,27 @@ def _make(path: Path, index_path: Path | None) -> VideoIndex:
 
 
 def _scan(path: Path) -> VideoIndex:
-    capture = open_capture(path)
+    decoder = open_decoder(path)
     try:
-        promised, fps = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), float(capture.get(cv2.CAP_PROP_FPS))
         times: list[float] = []
         sums: list[int] = []
-        while capture.grab():
-            good, image = capture.retrieve()
-            if not good:
-                raise UserError(f"Frame {len(times)} of {path} cannot be decoded. The video is damaged: replace it.")
-            times.append(capture.get(cv2.CAP_PROP_POS_MSEC))
-            sums.append(checksum(image))
+        while decoder.advance():
+            times.append(time_of(decoder))
+            sums.append(checksum(decoder.image()))
     finally:
-        capture.release()
+        decoder.close()
     # some containers know their length in seconds alone, so a video of varying rate may have fewer frames
-    reached = round(times[-1] * fps / 1000) + 1 if times else 0
-    if not times or max(len(times), reached) < promised - _UNCOUNTED:
-        raise UserError(f"{path} is truncated: {len(times)} frames read, {promised} promised. Replace it.")
-    return VideoIndex(np.array(times, dtype=np.float64), np.array(sums, dtype=np.uint32), fps)
+    reached = round((times[-1] - times[0]) * decoder.fps / 1000) + 1 if times else 0
+    if not times or max(len(times), reached) < decoder.promised - _UNCOUNTED:
+        raise UserError(f"{path} is truncated: {len(times)} frames read, {decoder.promised} promised. Replace it.")
+    return VideoIndex(np.array(times, dtype=np.float64), np.array(sums, dtype=np.uint32), decoder.fps)
 
 
 def _file_of(key: tuple[Path, int, int], cache_dir: Path | None) -> Path | None:
     if cache_dir is None:
         return None
     path, *rest = key
-    digest = hashlib.sha256(repr((str(path.resolve()), *rest, cv2.__version__)).encode()).hexdigest()
+    digest = hashlib.sha256(repr((str(path.resolve()), *rest, VERSION)).encode()).hexdigest()
     return cache_dir / "videos" / f"{path.stem}_{digest[:16]}.npz"
 
 

@@ -2,25 +2,26 @@
 
 from pathlib import Path
 
-import cv2
+from dinoseg.data.video.decoder import Decoder
+from dinoseg.errors import UserError
 
 
 def promised_frames(path: Path) -> int:
-    """Return what the header says, which may be off by a frame or two; 0 where it says nothing."""
-    capture = cv2.VideoCapture(str(path))
-    try:
-        return max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
-    finally:
-        capture.release()
+    """Return what the header says, which may be off by a frame or two; 0 where it says nothing, or it is no video."""
+    return _asked(path, count=False)
 
 
 def count_frames(path: Path) -> int:
     """Return how many frames there are, by going through the whole file; 0 where it is no video."""
-    capture = cv2.VideoCapture(str(path))
-    frames = 0
+    return _asked(path, count=True)
+
+
+def _asked(path: Path, *, count: bool) -> int:
     try:
-        while capture.grab():
-            frames += 1
+        decoder = Decoder(path)
+    except (OSError, UserError):
+        return 0
+    try:
+        return sum(1 for _ in iter(decoder.advance, False)) if count else decoder.promised
     finally:
-        capture.release()
-    return frames
+        decoder.close()

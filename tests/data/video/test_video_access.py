@@ -3,6 +3,7 @@ import os
 import pickle
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from multiprocessing import get_context
 
 import cv2
@@ -175,20 +176,21 @@ def test_a_replaced_video_is_noticed(avi):
 
 
 class Lying:
-    """A capture that lands elsewhere than it is told to, and may lie about the time there."""
+    """A decoder that lands elsewhere than it is told to, and may lie about the time there."""
 
-    def __init__(self, capture, honest):
-        self.capture, self.honest, self.shift = capture, honest, 0
+    def __init__(self, decoder, honest):
+        self.decoder, self.honest, self.shift = decoder, honest, 0
 
-    def set(self, key, value):
-        self.shift = 1000 / 60 * 3
-        self.capture.set(key, value + self.shift)
+    def jump(self, time):
+        self.shift = Fraction(100, 60)
+        self.decoder.jump(time + 1000 * float(self.shift))
 
-    def get(self, key):
-        return self.capture.get(key) - (0 if self.honest else self.shift)
+    @property
+    def time(self):
+        return self.decoder.time - (0 if self.honest else self.shift)
 
     def __getattr__(self, name):
-        return getattr(self.capture, name)
+        return getattr(self.decoder, name)
 
 
 @pytest.mark.parametrize("honest", [True, False])
@@ -198,9 +200,9 @@ def test_jumps_that_miss_are_made_good(tmp_path, monkeypatch, honest):
 
     def lying(path):
         opened.append(path)
-        return Lying(video_index.open_capture(path), honest)
+        return Lying(video_index.open_decoder(path), honest)
 
-    monkeypatch.setattr(video_access, "open_capture", lying)
+    monkeypatch.setattr(video_access, "open_decoder", lying)
     truth = sequential(path)
     for index in (250, 3, 299, 120):
         np.testing.assert_array_equal(read_frame(VideoFrame(path, index)), truth[index])

@@ -1,0 +1,149 @@
+"""A video decoded frame after frame, upright, each with its time: the one place that decodes."""
+
+import re
+from collections.abc import Generator
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import cv2
+import numpy as np
+from av.error import FFmpegError
+from av.video.reformatter import Interpolation, VideoReformatter
+
+from dinoseg.errors import UserError
+from dinoseg.storage.files import check_regular
+
+VERSION = av.__version__  # of what decodes: another may give other pixels
+_CLOCK = re.compile(r"(\d{1,4}):(\d\d):(\d\d(?:\.\d+)?)")
+_QUARTERS = {90: cv2.ROTATE_90_COUNTERCLOCKWISE, 180: cv2.ROTATE_180, 270: cv2.ROTATE_90_CLOCKWISE}
+
+
+class Decoder:
+    """An open video. `advance` decodes the next frame, of which the other methods speak.
+
+    Packets that are damaged are passed over, and a file that is cut off ends: whoever counts finds out. `rate` is what
+    the container says, 0 where it says nothing; `promised` how many frames it says there are, 0 likewise: that may be
+    one or two off, and is its length times its rate where no frames are counted. Its clock begins at `start` seconds
+    and ticks every `time_base`.
+
+    Args:
+        path: the file, which no protocol but that of files opens; or, with `device`, what that calls its source.
+        threads: of the codec; 0: as it likes. One alone neither outlives a fork badly nor fights other processes.
+        device: FFmpeg's name of what captures, such as v4l2; None: a file.
+
+    Raises:
+        UserError: it is no file, or no video.
+        OSError: nothing is there, or it may not be looked at.
+    """
+
+    def __init__(self, path: str | Path, *, threads: int = 0, device: str | None = None) -> None:
+        if device is None:
+            check_regular(path)
+        self.path = path
+        only_files = {"protocol_whitelist": "file"}  # a playlist in the guise of a video leads nowhere
+        try:
+            self._container = av.open(
+                str(path) if device else f"file:{path}", format=device, options={} if device else only_files
+            )
+        except FFmpegError as error:
+            raise UserError(f"Cannot open {path} as a video ({error.strerror}).") from None
+        if not self._container.streams.video:
+            self._container.close()
+            raise UserError(f"Cannot open {path} as a video (there is sound, and no picture).")
+        self._stream = self._container.streams.video[0]
+        self._stream.thread_type = "AUTO" if threads == 0 else "NONE"
+        self._stream.codec_context.thread_count = threads
+        self._reformatter, self._threads = VideoReformatter(), threads
+        self._frame: av.VideoFrame
+        self._frames = self._decoded()
+        self.rate = self._stream.guessed_rate or Fraction(0)
+        self.time_base = self._stream.time_base or Fraction(1, 1000)
+        self.start = Fraction(self._container.start_time or 0, av.time_base)
+        self.promised = self._stream.frames or int(self._seconds() * self.fps + 0.5)
+
+    @property
+    def fps(self) -> float:
+        """Frames per second, as the container says; 0 where it says nothing."""
+        return float(self.rate)
+
+    @property
+    def colour_tags(self) -> tuple[int, int, int]:
+        """The file's colour primaries, transfer and matrix, as numbers of H.273."""
+        codec = self._stream.codec_context
+        return codec.color_primaries, codec.color_trc, codec.colorspace
+
+    def advance(self) -> bool:
+        """Decode the next frame; return whether there is one."""
+        frame = next(self._frames, None)
+        if frame is not None:
+            self._frame = frame
+        return frame is not None
+
+    @property
+    def time(self) -> Fraction | None:
+        """When the frame is shown, in seconds on the file's own clock; None where the file does not say."""
+        return None if self._frame.pts is None else self._frame.pts * self.time_base
+
+    def image(self) -> np.ndarray:
+        """Return the frame's pixels (H, W, 3) uint8 BGR, turned by the file's rotation tag to the nearest quarter.
+
+        Raises:
+            UserError: it cannot be converted.
+        """
+        try:
+            # bicubic, to BGR: what OpenCV's reader asks for, so that what was read before is read again to the bit
+            bgr = self._reformatter.reformat(
+                self._frame, format="bgr24", interpolation=Interpolation.BICUBIC, threads=self._threads
+            )
+        except (FFmpegError, ValueError) as error:
+            raise UserError(f"A frame of {self.path} cannot be converted to RGB ({error}).") from None
+        turn = _QUARTERS.get(round(self._frame.rotation / 90) * 90 % 360)
+        pixels = bgr.to_ndarray()
+        return pixels if turn is None else np.asarray(cv2.rotate(pixels, turn))
+
+    def jump(self, time: float) -> None:
+        """Let the next frame be one at this time in milliseconds or before, as near as the container can tell.
+
+        Raises:
+            OSError: it cannot jump.
+        """
+        self._container.seek(round(time / 1000 / self.time_base), stream=self._stream)
+        self._frames = self._decoded()
+
+    def close(self) -> None:
+        """Release the file."""
+        self._frames.close()
+        self._container.close()
+
+    def __enter__(self) -> "Decoder":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _decoded(self) -> Generator[av.VideoFrame]:
+        try:
+            for packet in self._container.demux(self._stream):
+                try:
+                    frames = packet.decode()
+                except FFmpegError:
+                    continue
+                yield from frames
+        except FFmpegError:
+            return
+
+    def _seconds(self) -> float:
+        """Return how long the pictures last, as the header says; sound may last longer, and then only that is told."""
+        if self._stream.duration:
+            return float(self._stream.duration * self.time_base)
+        if told := _CLOCK.fullmatch(self._stream.metadata.get("DURATION", "")):  # of Matroska
+            hours, minutes, seconds = map(float, told.groups())
+            return 3600 * hours + 60 * minutes + seconds - float(self.start)
+        alone = len(self._container.streams) == 1
+        return (self._container.duration or 0) / av.time_base if alone else 0.0
+
+
+def rgb(image: np.ndarray) -> np.ndarray:
+    """Return a decoder's pixels as (H, W, 3) uint8 RGB."""
+    return np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB))
