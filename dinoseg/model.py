@@ -1,7 +1,7 @@
 """The segmenter: a backbone and a head, what of them is trained, and how an image enters."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from dinoseg.geometry import valid_share
 from dinoseg.ranges import Count, Positive
 from dinoseg.shapes import Prediction
 
+Size = tuple[int, int]  # (H, W)
 _SAMPLES = 1024  # values of a tensor that its fingerprint reads
 
 
@@ -40,11 +41,12 @@ class Segmenter(nn.Module):
         self.patch_size = backbone.patch_size
         self.scale = scale
         self.longest = longest
+        self.limit: Callable[[Size], int | None] | None = None  # of pictures of a size, in place of `longest`
 
-    def forward(self, images: Tensor) -> Prediction:
-        """Predict for images of one size."""
+    def forward(self, images: Tensor, *, reduce: bool = True) -> Prediction:
+        """Predict for images of one size; `reduce` false: they are no larger than they should be (parts of one)."""
         height, width = images.shape[-2:]
-        pixels = self.pixels(images)
+        pixels = self.pixels(images, reduce=reduce)
         size = (pixels.shape[-2], pixels.shape[-1])
         outputs = self.head.run(self.backbone, pixels)
         valid = valid_share(size, self.patch_size)
@@ -63,17 +65,30 @@ class Segmenter(nn.Module):
         """Tell a head whose training changes with its length how much of it is done, in [0, 1)."""
         self.head.set_progress(share)
 
-    def pixels(self, images: Tensor) -> Tensor:
+    def longest_of(self, size: Size) -> int | None:
+        """Return the pixels that the longer side of images of `size` (H, W) is reduced to, None for any."""
+        return self.longest if self.limit is None else self.limit(size)
+
+    def reduced_size(self, size: Size) -> Size:
+        """Return the (H, W) that images of `size` are reduced to, before `scale`."""
+        return backbone_size(size, 1.0, self.longest_of(size))
+
+    def seen_size(self, size: Size) -> Size:
+        """Return the (H, W) at which images of `size` enter the backbone."""
+        return backbone_size(size, self.scale, self.longest_of(size))
+
+    def pixels(self, images: Tensor, *, reduce: bool = True) -> Tensor:
         """Return images (..., 3, H, W) as floats in 0..1 at the resolution that the backbone sees."""
         images = images.float() / 255 if images.dtype == torch.uint8 else images
-        size = backbone_size((images.shape[-2], images.shape[-1]), self.scale, self.longest)
+        own = (images.shape[-2], images.shape[-1])
+        size = self.seen_size(own) if reduce else backbone_size(own, self.scale, None)
         if size == tuple(images.shape[-2:]):
             return images
         resized = F.interpolate(images.flatten(0, -4), size, mode="bilinear", antialias=True)
         return resized.unflatten(0, images.shape[:-3])
 
 
-def backbone_size(size: tuple[int, int], scale: float, longest: int | None) -> tuple[int, int]:
+def backbone_size(size: Size, scale: float, longest: int | None) -> Size:
     """Return the (H, W) at which an image of `size` enters the backbone, at least one pixel a side."""
     factor = scale * (min(1.0, longest / max(size)) if longest else 1.0)
     return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))

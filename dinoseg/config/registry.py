@@ -14,7 +14,8 @@ from hydra.core.hydra_config import HydraConfig
 from dinoseg.config.moved import today
 from dinoseg.config.options import RECIPES
 
-GROUPS = ("backbone", "adapter", "head", "loss", "data", "optim", "trainer")  # those that a checkpoint's config fills
+# those that a checkpoint's config fills
+GROUPS = ("backbone", "adapter", "head", "loss", "data", "optim", "trainer", "inference")
 _ACROSS = (RECIPES, "local")  # whose files write below other groups' keys
 LISTED = "*"  # stands for an index of a list
 _SHIPPED = Path(__file__).parents[1] / "cfg"

@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
 from dinoseg.evaluation.official import FOLDER, official_scores
 from dinoseg.images import write_png
+from dinoseg.inference.policy import Policy
 from dinoseg.metrics.protocols.contract import DatasetProtocol
+from dinoseg.model import Segmenter
 from dinoseg.report.confusion import confusion_picture
 from dinoseg.report.overlay import compare
 from dinoseg.report.table import class_table, write_csv
@@ -21,12 +23,13 @@ from dinoseg.wording import count_of, one_line
 
 
 def evaluate_images(
-    model: nn.Module,
+    model: Segmenter,
     data: SegmentationData,
     engine: Engine,
     out_dir: Path,
     *,
     metrics_only: bool,
+    policy: Policy | None = None,
     background: int | None = None,
     protocol: DatasetProtocol | None = None,
     on_error: str = "stop",
@@ -48,7 +51,7 @@ def evaluate_images(
 
     # without a use for the predictions they are never brought back from the device
     on_batch = None if metrics_only and protocol is None else write
-    scores = evaluate(model, data, engine, background=background, on_batch=on_batch)
+    scores = evaluate(model, data, engine, policy=policy, background=background, on_batch=on_batch)
     if engine.is_main:
         write_json(out_dir / "scores.json", scores)
         write_csv(out_dir / "scores.csv", scores, data.classes)

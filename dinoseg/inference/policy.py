@@ -1,42 +1,45 @@
-"""How a trained model is asked for the classes of an image: the contract, and whole images."""
+"""How a trained model is asked for the classes of an image: the contract of what `cfg/inference` chooses from."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from dinoseg.inference.rows import Rows
+from dinoseg.model import Segmenter, Size
 from dinoseg.shapes import Prediction
 
 Autocast = Callable[[], AbstractContextManager]
-Size = tuple[int, int]  # (H, W)
+
+
+class Place(NamedTuple):
+    """Which image of a batch a part is of, and where its first pixel lies."""
+
+    image: int
+    top: int
+    left: int
+
+
+# told of a pass of the model: its prediction, what it saw (n, 3, h, w), where that lies, and in images of which (H, W)
+Seen = Callable[[Prediction, Tensor, Sequence[Place], Size], None]
 
 
 class Policy(Protocol):
     """Which parts of an image a model sees at a time, and how their predictions become one."""
 
     def bands(
-        self, model: nn.Module, images: Tensor, autocast: Autocast, *, size: Size | None = None
+        self, model: Segmenter, rows: Rows, autocast: Autocast, *, size: Size | None = None, seen: Seen | None = None
     ) -> Iterator[Prediction]:
         """Yield predictions of bands of rows, from the top down, that together cover images of one size.
 
+        A band may be overwritten when the next one is asked for.
+
         Args:
-            model: images (B, 3, H, W) uint8 to a `Prediction`.
-            images: (B, 3, H, W) uint8 on the model's device.
+            model: in eval mode.
+            rows: the images, on the model's device.
             autocast: the precision's context.
             size: (H, W) to predict at; None: the images' own.
+            seen: told of passes that together see each pixel of the images, none of it mirrored.
         """
         ...
-
-
-class Whole(Policy):
-    """The whole image at once, padded to the backbone's patches."""
-
-    def bands(
-        self, model: nn.Module, images: Tensor, autocast: Autocast, *, size: Size | None = None
-    ) -> Iterator[Prediction]:
-        """Yield one band, the model's own prediction."""
-        with autocast():
-            prediction = model(images)
-        yield replace(prediction, size=size or prediction.size)

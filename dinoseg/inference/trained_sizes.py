@@ -6,18 +6,14 @@ from dataclasses import asdict, dataclass
 from statistics import median, quantiles
 from typing import Any
 
-from torch import Tensor, nn
-
 from dinoseg.errors import UserError
-from dinoseg.model import Segmenter
+from dinoseg.model import Segmenter, Size
 from dinoseg.storage import forms
 
 logger = logging.getLogger(__name__)
 _MOST = 20  # the largest one in so many images is left out of account: an outlier is no scale that was learnt
 KEY = "sizes"  # of a checkpoint's description
 _FORM = forms.record(typical=forms.whole(1), largest=forms.whole(1))
-
-Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -66,7 +62,7 @@ def keep_scale(model: Segmenter, sizes: TrainedSizes | None, *, reduces: bool = 
     """Let a segmenter take pictures much larger than any of its training at the typical size, and say so once.
 
     Args:
-        model: a segmenter; its `longest` is set for every batch.
+        model: a segmenter; its `limit` is set.
         sizes: of its training; None: nothing is known, nothing done.
         reduces: else it only says so.
     """
@@ -75,18 +71,15 @@ def keep_scale(model: Segmenter, sizes: TrainedSizes | None, *, reduces: bool = 
     longest = model.longest  # as the config says, for pictures of the training's scale
     told = False
 
-    def set_longest(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def limit(size: Size) -> int | None:
         nonlocal told
-        height, width = inputs[0].shape[-2:]
-        fed = min(max(height, width), longest or max(height, width))
-        large = fed > sizes.largest
-        if reduces:
-            model.longest = sizes.typical if large else longest
+        large = min(max(size), longest or max(size)) > sizes.largest
         if large and not told:
             told = True
-            logger.warning("%s", _message((height, width), sizes, reduces))
+            logger.warning("%s", _message(size, sizes, reduces))
+        return sizes.typical if large and reduces else longest
 
-    model.register_forward_pre_hook(set_longest)
+    model.limit = limit
 
 
 def _message(size: Size, sizes: TrainedSizes, reduces: bool) -> str:

@@ -62,6 +62,7 @@ def run(
         engine,
         out_dir,
         metrics_only=metrics_only,
+        policy=trained.policy,
         background=build.background_of(cfg),
         protocol=protocol,
         on_error=on_error,

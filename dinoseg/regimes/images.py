@@ -41,6 +41,7 @@ class ImageRegime(Regime):
             val=build.dataset(cfg, "val"),
             augment=instantiate(cfg.data.augment),
             background=build.background_of(cfg),
+            policy=instantiate(cfg.inference),
             **share,
         )
         self.labels = self.labelled = self.feed.train
@@ -97,7 +98,9 @@ class ImageRegime(Regime):
     def evaluate(self, model: Segmenter, engine: Engine, out_dir: Path, *, metrics_only: bool) -> dict[str, Any]:
         """Score by one exact count over the split, and tell of a model that has learnt nothing."""
         data, background = self.feed.val, self.feed.background
-        scores = evaluate_images(model, data, engine, out_dir, metrics_only=metrics_only, background=background)
+        scores = evaluate_images(
+            model, data, engine, out_dir, metrics_only=metrics_only, policy=self.feed.policy, background=background
+        )
         commonest, constant = commonest_class(scores["matrix"])
         if engine.is_main and 0 < constant < 1 and scores["miou"] <= constant:
             logger.warning(

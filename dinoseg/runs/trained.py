@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,10 @@ from dinoseg.config.nodes import instantiate
 from dinoseg.config.plain import plain
 from dinoseg.data.classes.labels import Labels
 from dinoseg.errors import UserError
+from dinoseg.inference.policy import Policy
 from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.trained_sizes import TrainedSizes
+from dinoseg.inference.whole import Whole
 from dinoseg.model import Segmenter, trained_names
 from dinoseg.runs.folder import command_line
 from dinoseg.shapes import Palette, SegmentationData
@@ -33,6 +35,7 @@ class Trained:
     palette: Palette
     ignore_index: int
     info: Mapping[str, Any]  # what the checkpoint says of itself
+    policy: Policy = field(default_factory=Whole)  # how it is asked
 
     @property
     def device(self) -> torch.device:
@@ -46,7 +49,7 @@ class Trained:
     @property
     def predictor(self) -> Predictor:
         """The model as one that takes pictures."""
-        return Predictor(self.model, self.device, self.autocast)
+        return Predictor(self.model, self.device, self.autocast, self.policy)
 
 
 def load_trained(cfg: DictConfig) -> Trained:
@@ -132,16 +135,16 @@ def with_whole_weights(cfg: DictConfig, trained: Segmenter) -> Segmenter:
 
 
 def _restored(cfg: DictConfig, path: Path) -> Trained:
-    engine = instantiate(cfg.engine)
+    engine, policy = instantiate(cfg.engine), instantiate(cfg.inference)
     model, info = restore(cfg, path)
     palette = [(red, green, blue) for red, green, blue in info["palette"]]
-    return Trained(model.to(engine.device), engine, info["classes"], palette, info["ignore_index"], info)
+    return Trained(model.to(engine.device), engine, info["classes"], palette, info["ignore_index"], info, policy)
 
 
 def _released(cfg: DictConfig) -> Trained:
     labels = labels_of(cfg)
-    engine = instantiate(cfg.engine)
+    engine, policy = instantiate(cfg.engine), instantiate(cfg.inference)
     model = build.model(cfg).to(engine.device).eval()
     # what a checkpoint would say of the classes
     info = {"classes": list(labels.classes), "palette": labels.palette, "ignore_index": labels.ignore_index}
-    return Trained(model, engine, list(labels.classes), list(labels.palette), labels.ignore_index, info)
+    return Trained(model, engine, list(labels.classes), list(labels.palette), labels.ignore_index, info, policy)

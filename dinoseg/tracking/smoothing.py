@@ -14,7 +14,7 @@ from torch import Tensor
 from dinoseg.errors import UserError
 from dinoseg.geometry import upsample
 from dinoseg.inference.trained_sizes import TrainedSizes, keep_scale
-from dinoseg.model import Segmenter, backbone_size
+from dinoseg.model import Segmenter
 from dinoseg.shapes import Prediction
 from dinoseg.tracking.grid.cells import area_mean
 from dinoseg.tracking.grid.propagator import Propagator
@@ -50,7 +50,7 @@ def with_features(model: Segmenter, images: Tensor) -> tuple[Prediction, Tensor]
             hook.remove()
     if "last_map" in outputs:
         return prediction, outputs["last_map"]
-    size = backbone_size((images.shape[-2], images.shape[-1]), model.scale, model.longest)
+    size = model.seen_size((images.shape[-2], images.shape[-1]))
     grid = (math.ceil(size[0] / model.patch_size), math.ceil(size[1] / model.patch_size))
     return prediction, outputs["tokens"][:, -grid[0] * grid[1] :].transpose(1, 2).unflatten(2, grid)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dinoseg.contracts import Loss
 from dinoseg.data.loader import check_batch_size, train_batches
+from dinoseg.inference.policy import Policy
 from dinoseg.metrics.confusion import ConfusionMatrix
 from dinoseg.model import Segmenter
 from dinoseg.ranges import Count
@@ -33,6 +34,7 @@ class ImageFeed:
         seed: decides order and augmentation, with epoch and sample.
         workers: loading processes.
         background: id of the class that is no object; None: there is none.
+        policy: how the model is asked when it is validated; None: whole images.
         rank: this rank.
         world: number of ranks.
         pictures: validation images that are shown at each validation, the same ones every time.
@@ -45,6 +47,7 @@ class ImageFeed:
     seed: int
     workers: int
     background: int | None = None
+    policy: Policy | None = None
     rank: int = 0
     world: int = 1
     pictures: int = 0
@@ -93,6 +96,6 @@ class ImageFeed:
                     masks = ids[row].cpu().numpy(), batch.mask[row].cpu().numpy()
                     pictures[batch.names[row]] = draw(frame, *masks, longest=SHOWN_SIDE)
 
-        scores = evaluate(model, data, engine, background=self.background, loss=loss, on_batch=show)
+        scores = evaluate(model, data, engine, policy=self.policy, background=self.background, loss=loss, on_batch=show)
         by_class = {f"iou/{data.classes[row['id']]}": row["iou"] for row in scores["classes"]}
         return Validation(scores | by_class, pictures)

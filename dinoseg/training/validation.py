@@ -1,25 +1,32 @@
 """Score a model on a data set at the masks' own size: one exact count over all images and ranks."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
 from dinoseg.contracts import Loss
 from dinoseg.data.loader import eval_samples, stack_equal
 from dinoseg.geometry import lattice
+from dinoseg.inference.policy import Place, Policy
+from dinoseg.inference.predictor import Predictor
+from dinoseg.inference.whole import Whole
 from dinoseg.metrics.confusion import ConfusionMatrix
-from dinoseg.shapes import Batch, SegmentationData
+from dinoseg.model import Segmenter, Size
+from dinoseg.shapes import Batch, Prediction, SegmentationData
 from dinoseg.training.engine import Engine
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
+    model: Segmenter,
     data: SegmentationData,
     engine: Engine,
     *,
+    policy: Policy | None = None,
     background: int | None = None,
     loss: Loss | None = None,
     on_batch: Callable[[Batch, Tensor, Tensor], None] | None = None,
@@ -30,15 +37,17 @@ def evaluate(
 
     Args:
         model: a segmenter, unwrapped; put in eval mode, and back as it was.
-        data: images are predicted whole, scores counted at each mask's own size.
+        data: scores are counted at each mask's own size.
         engine: device, precision and ranks.
+        policy: how the model is asked; None: whole images.
         background: id of the class that is no object; None: there is none.
-        loss: averaged over images.
+        loss: averaged over images, or over the windows that they are seen in.
         on_batch: called with each batch (on the device), its class ids (B, H, W) uint8, and its logits (B, K, h, w)
             float32 at the pixels that `geometry.lattice` names.
     """
     counts = ConfusionMatrix(len(data.classes), data.ignore_index, background)
     losses = torch.zeros(2, dtype=torch.float64)  # sum, images
+    predictor = Predictor(model, engine.device, engine.autocast, policy or Whole())
     training = model.training
     model.eval()
     batches = eval_batches(
@@ -46,16 +55,12 @@ def evaluate(
     )
     for batch in batches:
         batch = batch.to(engine.device)
-        with engine.autocast():
-            prediction = model(batch.image)
         height, width = batch.mask.shape[-2:]
-        scores = prediction.scores((height, width))
-        ids = scores.max(dim=1).indices.to(torch.uint8)  # (B, H, W); argmax is 5 x slower on CPU
+        seen = partial(_add_loss, loss, losses, batch) if loss is not None else None
+        ids, logits = _read(predictor.bands(batch.image, (height, width), seen), (height, width))
         counts.update(ids, batch.mask)
-        if loss is not None:
-            losses += torch.tensor([loss(prediction, batch)[0].item() * len(ids), len(ids)], dtype=torch.float64)
         if on_batch is not None:
-            on_batch(batch, ids, prediction.as_logits(scores[..., *lattice((height, width))]).float())
+            on_batch(batch, ids, logits)
     model.train(training)
     # integers, so that the sum over ranks is exact in any order
     counts.counts = engine.sum(counts.counts.to(engine.device))
@@ -64,6 +69,40 @@ def evaluate(
         total, images = engine.sum(losses.float().to(engine.device)).tolist()
         result["loss"] = total / max(1.0, images)
     return result
+
+
+def _read(bands: Iterable[Prediction], size: Size) -> tuple[Tensor, Tensor]:
+    """Return class ids (B, H, W) uint8, and logits (B, K, h, w) float32 at the pixels of the lattice, of all bands."""
+    ids, logits = [], []
+    rows, columns = lattice(size)
+    due, top = rows.start, 0  # the next row of the lattice; the first one of the band
+    for band in bands:
+        scores = band.scores()
+        ids.append(scores.max(dim=1).indices.to(torch.uint8))  # argmax is 5 x slower on CPU
+        chosen = scores[:, :, due - top :: rows.step, columns]
+        logits.append(band.as_logits(chosen).float().clone())  # a band is overwritten by the next
+        due, top = due + rows.step * chosen.shape[2], top + scores.shape[2]
+    return torch.cat(ids, dim=1), torch.cat(logits, dim=2)
+
+
+def _add_loss(
+    loss: Loss, losses: Tensor, batch: Batch, prediction: Prediction, parts: Tensor, places: Sequence[Place], size: Size
+) -> None:
+    """Add the loss of parts (n, 3, h, w) of a batch's images, and how many they are, to `losses`."""
+    masks = _part_masks(batch, (parts.shape[-2], parts.shape[-1]), places, size)
+    value, _ = loss(prediction, Batch(parts, masks, [batch.names[place.image] for place in places]))
+    losses += torch.tensor([value.item() * len(parts), len(parts)], dtype=torch.float64)
+
+
+def _part_masks(batch: Batch, part: Size, places: Sequence[Place], size: Size) -> Tensor:
+    """Return the masks of parts (h, w) of a batch's images, which were brought to `size` before they were cut."""
+    if part == size:
+        return batch.mask[[place.image for place in places]]
+    masks = batch.mask
+    if masks.shape[-2:] != size:
+        masks = F.interpolate(masks[:, None], size, mode="nearest-exact")[:, 0]
+    height, width = part
+    return torch.stack([masks[image, top : top + height, left : left + width] for image, top, left in places])
 
 
 def eval_batches(data: SegmentationData, *, batch_size: int, workers: int, rank: int, world: int) -> Iterator[Batch]:

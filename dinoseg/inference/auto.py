@@ -1,0 +1,103 @@
+"""Whole images where there is memory for them, else windows."""
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from dinoseg.inference.memory import free_bytes, pass_bytes
+from dinoseg.inference.policy import Autocast, Policy, Seen
+from dinoseg.inference.rows import Rows
+from dinoseg.inference.whole import Whole
+from dinoseg.inference.windows import Overlap, Windows
+from dinoseg.model import Segmenter, Size
+from dinoseg.ranges import Count, HighShare, Positive
+from dinoseg.shapes import Prediction
+
+logger = logging.getLogger(__name__)
+_AMPLE = 2**14  # bytes a pixel that the backbone sees; no model here takes half of it, so that far nothing is computed
+
+
+class Auto(Policy):
+    """Whole images, and windows where a pass over the whole would take too much of the memory that is free.
+
+    Both see an image at the same scale, so that windows change what a model predicts as little as they can. What a pass
+    takes is computed, see `pass_bytes`; it is compared once for images of that many pixels, and holds for smaller ones.
+
+    Args:
+        size: height and width of a window, see `Windows`.
+        memory: share of the free memory that a whole image may take.
+        overlap: of windows.
+        weights: of windows.
+        batch_size: windows that the model sees at once.
+        flips: as of `Windows`, for either.
+        scales: likewise.
+    """
+
+    def __init__(
+        self,
+        size: Count | Sequence[Count],
+        *,
+        memory: HighShare = 0.8,
+        overlap: Overlap = 0.25,
+        weights: str = "cosine",
+        batch_size: Count = 4,
+        flips: str = "none",
+        scales: Sequence[Positive] = (1.0,),
+    ) -> None:
+        options = {"overlap": overlap, "weights": weights, "batch_size": batch_size, "flips": flips, "scales": scales}
+        self.whole = Whole(flips=flips, scales=scales)
+        self.windows = Windows(size, **options)  # type: ignore[arg-type]
+        self.memory = memory
+        self._fits, self._too_many = 0.0, math.inf  # pixels of a batch, as the model sees them and as it predicts them
+
+    def bands(
+        self, model: Segmenter, rows: Rows, autocast: Autocast, *, size: Size | None = None, seen: Seen | None = None
+    ) -> Iterator[Prediction]:
+        """Yield what whole images or windows give."""
+        grid = model.reduced_size(rows.size)
+        if self._whole_fits(model, rows, autocast, size or rows.size):
+            return self.whole.bands(model, rows, autocast, size=size, seen=seen)
+        return self.windows.over(model, rows, autocast, grid, size=size, seen=seen)
+
+    def _whole_fits(self, model: Segmenter, rows: Rows, autocast: Autocast, size: Size) -> bool:
+        scale = max(1.0, *self.windows.scales)
+        pixels = rows.count * (math.prod(model.seen_size(rows.size)) * scale**2 + math.prod(size))
+        if self._fits < pixels < self._too_many:
+            free = free_bytes(next(model.parameters(), torch.empty(0)).device) * self.memory
+            need = pixels * _AMPLE
+            if need > free:
+                need = self._need(model, rows, autocast, size) * scale**2
+                logger.info("%s", self._said(rows, need, free))
+            if need > free:
+                self._too_many = pixels
+            else:
+                self._fits = pixels
+        return pixels <= self._fits
+
+    def _need(self, model: Segmenter, rows: Rows, autocast: Autocast, size: Size) -> float:
+        try:
+            return pass_bytes(model, rows.count, rows.size, size, autocast)
+        except Exception as error:  # some kernels cannot be run without numbers, each failing in its own way
+            logger.warning(
+                "inference=auto: what a whole image takes cannot be computed for this model (%s): it is tried. If it "
+                "is too large, give inference=windows.",
+                type(error).__name__,
+            )
+            return 0.0
+
+    def _said(self, rows: Rows, need: float, free: float) -> str:
+        height, width = rows.size
+        images = f"{rows.count} images" if rows.count > 1 else "an image"
+        facts = (
+            f"inference=auto: {images} of {width} x {height} (width x height) would take about {need / 2**30:.1f} GiB "
+            f"whole, of {free / 2**30:.1f} GiB that may be taken"
+        )
+        if need <= free:
+            return f"{facts}: whole images."
+        tall, wide = self.windows.size
+        return (
+            f"{facts}: windows of {wide} x {tall} are put together, and so of larger ones. Give inference=whole or "
+            "inference=windows to choose yourself."
+        )

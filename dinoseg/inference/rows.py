@@ -1,0 +1,107 @@
+"""Images read and written some rows at a time, at any scale, so that none of them need be held whole."""
+
+from collections.abc import Iterable, Iterator
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Size = tuple[int, int]  # (H, W)
+_READ = 256  # rows of a file that are brought to another scale at once
+_PIECE = 2**24  # numbers of a band that is enlarged: a piece at a time, as its enlargement has no bound
+
+
+class Rows(Protocol):
+    """Images of one size, of which any rows can be read."""
+
+    size: Size
+    count: int  # B
+
+    def read(self, top: int, bottom: int) -> Tensor:
+        """Return the rows (B, 3, bottom - top, W), uint8 RGB or floats in 0..1, on the device of the model."""
+        ...
+
+
+class HeldRows(Rows):
+    """Images (B, 3, H, W) in memory."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
+        self.count, self.size = len(images), (images.shape[-2], images.shape[-1])
+
+    def read(self, top: int, bottom: int) -> Tensor:
+        """Return the rows (B, 3, bottom - top, W) as they are."""
+        return self.images[:, :, top:bottom]
+
+
+class ResizedRows(Rows):
+    """Images brought to another size as `F.interpolate(..., mode="bilinear", antialias=True)` does."""
+
+    def __init__(self, rows: Rows, size: Size) -> None:
+        self.rows, self.size, self.count = rows, size, rows.count
+
+    def read(self, top: int, bottom: int) -> Tensor:
+        """Return the rows (B, 3, bottom - top, W) as floats in 0..1."""
+        height, width = self.rows.size[0], self.size[1]
+        scale = height / self.size[0]
+        reach = max(1.0, scale)
+        centres = (torch.arange(top, bottom, dtype=torch.float64) + 0.5) * scale
+        first = max(0, int(centres[0] - reach))
+        last = min(height, int(centres[-1] + reach) + 1)
+        distance = (torch.arange(first, last, dtype=torch.float64) + 0.5 - centres[:, None]).abs() / reach
+        weights = (1 - distance).clamp(min=0)  # (rows out, rows in)
+        weights /= weights.sum(dim=1, keepdim=True)
+        total: Tensor | None = None
+        for start in range(first, last, _READ):
+            end = min(start + _READ, last)
+            part = self.rows.read(start, end)
+            part = part.float() / 255 if part.dtype == torch.uint8 else part
+            part = F.interpolate(part, (end - start, width), mode="bilinear", antialias=True)
+            added = weights[:, start - first : end - first].to(part) @ part
+            total = added if total is None else total.add_(added)
+        assert total is not None
+        return total
+
+
+def at_size(bands: Iterable[Tensor], grid: Size, size: Size) -> Iterator[Tensor]:
+    """Bring bands (B, K, r, w), which together have `grid` (h, w), bilinearly to (H, W), as `F.interpolate` does."""
+    if grid == size:
+        yield from bands
+        return
+    positions = ((torch.arange(size[0], dtype=torch.float64) + 0.5) * grid[0] / size[0] - 0.5).clamp(0, grid[0] - 1)
+    above = positions.long()  # (H,) the row of the grid at or above each row
+    below = (above + 1).clamp(max=grid[0] - 1)
+    held, top, done = None, 0, 0  # rows of the grid from `top` on that are still needed; rows given so far
+    for band in bands:
+        held = band if held is None else torch.cat([held, band], dim=2)
+        known = top + held.shape[2]
+        ready = int((below < known).sum())  # `below` rises
+        step = max(1, _PIECE // (held.shape[0] * held.shape[1] * size[1]))
+        for start in range(done, ready, step):
+            end = min(start + step, ready)
+            share = (positions[start:end] - above[start:end]).to(held)[:, None]
+            upper, lower = ((rows[start:end] - top).to(held.device) for rows in (above, below))
+            piece = torch.lerp(held.index_select(2, upper), held.index_select(2, lower), share)
+            yield F.interpolate(piece, (end - start, size[1]), mode="bilinear")
+        kept = int(above[ready]) if ready < size[0] else known
+        held, top, done = held[:, :, kept - top :].clone(), kept, ready
+
+
+def mean(streams: list[Iterator[Tensor]]) -> Iterator[Tensor]:
+    """Yield the mean of streams of bands (B, K, r, W), whose bands need not end at the same rows."""
+    if len(streams) == 1:
+        yield from streams[0]
+        return
+    held: list[Tensor | None] = [None] * len(streams)
+    while True:
+        for number, stream in enumerate(streams):
+            band = held[number]
+            if band is None or not band.shape[2]:
+                held[number] = next(stream, None)
+        bands = [band for band in held if band is not None]
+        if not bands:
+            return
+        rows = min(band.shape[2] for band in bands)
+        yield torch.stack([band[:, :, :rows] for band in bands]).mean(dim=0)
+        held = [band[:, :, rows:] for band in bands]

@@ -1,0 +1,34 @@
+"""Whole images: each at once, padded to the backbone's patches."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from dinoseg.inference.policy import Autocast, Place, Policy, Seen
+from dinoseg.inference.rows import Rows
+from dinoseg.inference.windows import Windows
+from dinoseg.model import Segmenter, Size
+from dinoseg.ranges import Positive
+from dinoseg.shapes import Prediction
+
+
+class Whole(Policy):
+    """The whole image at once; class probabilities are averaged over `flips` and `scales`, see `Windows`."""
+
+    def __init__(self, *, flips: str = "none", scales: Sequence[Positive] = (1.0,)) -> None:
+        # one window, larger than any image: each is seen as it is
+        self.looks = Windows(2**31, overlap=0.0, weights="uniform", batch_size=2**31, flips=flips, scales=scales)
+
+    def bands(
+        self, model: Segmenter, rows: Rows, autocast: Autocast, *, size: Size | None = None, seen: Seen | None = None
+    ) -> Iterator[Prediction]:
+        """Yield one band, the model's own prediction; several where it is an average."""
+        if len(self.looks.turns) > 1 or list(self.looks.scales) != [1.0]:
+            grid = model.reduced_size(rows.size)
+            yield from self.looks.over(model, rows, autocast, grid, size=size, seen=seen)
+            return
+        images = rows.read(0, rows.size[0])
+        with autocast():
+            prediction = model(images)
+        if seen is not None:
+            seen(prediction, images, [Place(image, 0, 0) for image in range(rows.count)], rows.size)
+        yield replace(prediction, size=size or prediction.size)

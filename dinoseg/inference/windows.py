@@ -1,0 +1,222 @@
+"""Windows over an image: where they lie, how they are weighted, and rows that are done freed as soon as they are."""
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from dinoseg.errors import UserError
+from dinoseg.geometry import upsample
+from dinoseg.inference.policy import Autocast, Place, Policy, Seen
+from dinoseg.inference.rows import ResizedRows, Rows, at_size, mean
+from dinoseg.model import Segmenter, Size, backbone_size
+from dinoseg.ranges import Count, Positive, Range
+from dinoseg.shapes import Prediction
+
+Overlap = Annotated[float, Range("a number from 0 to 0.9", 0, 0.9)]
+Turn = tuple[bool, bool, bool]  # rows and columns exchanged; then upside down; then left and right exchanged
+
+_AS_IT_IS: Turn = (False, False, False)
+TURNS: dict[str, Sequence[Turn]] = {
+    "none": (_AS_IT_IS,),
+    "horizontal": (_AS_IT_IS, (False, False, True)),
+    "all": [
+        (exchanged, down, right) for exchanged in (False, True) for down in (False, True) for right in (False, True)
+    ],
+}
+WEIGHTS = ("cosine", "uniform")
+AVERAGES = ("probabilities", "scores")
+_MOST_PIXELS = 2**26  # of an image that is enlarged
+
+
+class Windows(Policy):
+    """Windows that overlap, batched across images, their predictions averaged; memory is bounded by the width.
+
+    A window that would leave the image is shifted back into it, as mmsegmentation does. What is held at a time is
+    `size` rows of all classes, in float32.
+
+    Args:
+        size: height and width of a window, in pixels of the image; one number for both. A smaller image is one window.
+        overlap: share of a window that the next one shows again.
+        weights: cosine, by which what lies at a window's border counts little, or uniform.
+        average: probabilities, which are comparable between windows, mirrored images and scales; or the head's own
+            scores, as mmsegmentation does with logits and Meta with a mixture of masks.
+        batch_size: windows that the model sees at once.
+        flips: none; horizontal: left and right exchanged, too; all: the eight of a square.
+        scales: at which an image is seen, 1 as it is; the average over all is taken.
+        shortest: the image's shorter side is first brought to so many pixels; None: it is as large as it is.
+
+    Raises:
+        UserError: a word is none of those.
+    """
+
+    def __init__(
+        self,
+        size: Count | Sequence[Count],
+        *,
+        overlap: Overlap = 0.25,
+        weights: str = "cosine",
+        average: str = "probabilities",
+        batch_size: Count = 4,
+        flips: str = "none",
+        scales: Sequence[Positive] = (1.0,),
+        shortest: Count | None = None,
+    ) -> None:
+        self.size = (size, size) if isinstance(size, int) else (size[0], size[-1])
+        if not isinstance(size, int) and len(size) != 2:
+            raise UserError(f"inference.size={list(size)}: give one number of pixels, or [HEIGHT, WIDTH].")
+        for key, word, known in (
+            ("weights", weights, WEIGHTS),
+            ("average", average, AVERAGES),
+            ("flips", flips, TURNS),
+        ):
+            if word not in known:
+                raise UserError(f"inference.{key}={word} is unknown. Choose one of {', '.join(known)}.")
+        if not scales:
+            raise UserError("inference.scales=[] leaves nothing to look at. Give [1.0] for the image as it is.")
+        self.overlap, self.weights, self.average = overlap, weights, average
+        self.batch_size, self.turns, self.scales, self.shortest = batch_size, TURNS[flips], scales, shortest
+
+    def bands(
+        self, model: Segmenter, rows: Rows, autocast: Autocast, *, size: Size | None = None, seen: Seen | None = None
+    ) -> Iterator[Prediction]:
+        """Yield predictions of bands of rows, each of which no later window reaches."""
+        # who asks for windows wants to see what is small: of pictures only resolution.longest limits the scale
+        grid = backbone_size(rows.size, 1.0, model.longest)
+        return self.over(model, rows, autocast, grid, size=size, seen=seen)
+
+    def over(
+        self,
+        model: Segmenter,
+        rows: Rows,
+        autocast: Autocast,
+        grid: Size,
+        *,
+        size: Size | None = None,
+        seen: Seen | None = None,
+    ) -> Iterator[Prediction]:
+        """Yield the same of images that are brought to `grid` (H, W) before windows are cut from them."""
+        if self.shortest is not None:
+            factor = self.shortest / min(grid)
+            factor = min(factor, max(1.0, math.sqrt(_MOST_PIXELS / math.prod(grid))))
+            grid = backbone_size(grid, factor, None)
+        size = size or rows.size
+        passes, streams = [], []
+        for number, scale in enumerate(self.scales):
+            scaled = backbone_size(grid, scale, None)
+            look = _Pass(self, model, autocast, seen if number == 0 else None)
+            at_scale = rows if scaled == rows.size else ResizedRows(rows, scaled)
+            passes.append(look)
+            streams.append(at_size(look.averages(at_scale), scaled, size))
+        for band in mean(streams):
+            yield Prediction(band, (band.shape[2], band.shape[3]), (1.0, 1.0), upsample, passes[0].mixture)
+
+
+@dataclass
+class _Pass:
+    """One look at images of one scale."""
+
+    windows: Windows
+    model: Segmenter
+    autocast: Autocast
+    seen: Seen | None
+    mixture: bool = True  # whether what is averaged are sums of probabilities
+
+    def averages(self, rows: Rows) -> Iterator[Tensor]:
+        """Yield bands (B, K, r, W) of weighted averages, each when no later window reaches it, and only until then."""
+        height, width = (min(side, most) for side, most in zip(self.windows.size, rows.size, strict=True))
+        along = [starts(rows.size[axis], side, self.windows.overlap) for axis, side in enumerate((height, width))]
+        profiles = [profile(side, self.windows.weights) for side in (height, width)]
+        totals = [covered(*given) for given in zip(rows.size, along, profiles, strict=True)]
+        held: Tensor | None = None  # (B, K, height, W), from row `top` on
+        top = 0
+        cut = _cut(rows, along, (height, width))
+        while batch := list(islice(cut, self.windows.batch_size)):
+            places = [place for place, _ in batch]
+            scores = self._scores(torch.stack([crop for _, crop in batch]), places, rows.size)
+            if held is None:
+                shape = (rows.count, scores.shape[1], height, rows.size[1])
+                held = scores.new_zeros(shape)
+                profiles, totals = ([part.to(scores) for part in parts] for parts in (profiles, totals))
+            for (image, first, left), part in zip(places, scores, strict=True):
+                if first > top:
+                    yield _divided(held[:, :, : first - top], totals, top)
+                    rest = held[:, :, first - top :].clone()
+                    held[:, :, : rest.shape[2]] = rest
+                    held[:, :, rest.shape[2] :] = 0
+                    top = first
+                held[image, :, :, left : left + width] += part * (profiles[0][:, None] * profiles[1])
+        assert held is not None
+        yield _divided(held, totals, top)
+
+    def _scores(self, crops: Tensor, places: Sequence[Place], size: Size) -> Tensor:
+        """Return what is averaged (n, K, h, w) of crops (n, 3, h, w), as the mean over how they are turned."""
+        total: Tensor | None = None
+        for turn in self.windows.turns:
+            with self.autocast():
+                prediction = self.model(turned(crops, turn), reduce=False)
+            if self.seen is not None and turn == _AS_IT_IS:
+                self.seen(prediction, crops, places, size)
+            self.mixture = self.windows.average == "probabilities" or prediction.mixture
+            scores = prediction.scores() if self.windows.average == "scores" else _probabilities(prediction)
+            scores = turned_back(scores, turn)
+            total = scores if total is None else total + scores
+        assert total is not None
+        return total if len(self.windows.turns) == 1 else total / len(self.windows.turns)
+
+
+def starts(length: int, window: int, overlap: float) -> list[int]:
+    """Return where windows of `window` pixels begin that together cover `length`, the last one shifted back."""
+    stride = max(1, round(window * (1 - overlap)))
+    count = max(0, math.ceil((length - window) / stride)) + 1
+    return [min(number * stride, max(0, length - window)) for number in range(count)]
+
+
+def profile(length: int, weights: str) -> Tensor:
+    """Return the weight (length,) float64 of each row or column of a window, above 0 everywhere."""
+    if weights == "uniform":
+        return torch.ones(length, dtype=torch.float64)
+    return torch.sin((torch.arange(length, dtype=torch.float64) + 0.5) * (math.pi / length))
+
+
+def covered(length: int, begins: Sequence[int], weights: Tensor) -> Tensor:
+    """Return the sum of weights (length,) of all windows over each row or column."""
+    total = torch.zeros(length, dtype=weights.dtype)
+    for start in begins:
+        total[start : start + len(weights)] += weights
+    return total
+
+
+def turned(images: Tensor, turn: Turn) -> Tensor:
+    """Return images (..., H, W) turned."""
+    images = images.transpose(-1, -2) if turn[0] else images
+    return images.flip([axis for axis, flips in zip((-2, -1), turn[1:], strict=True) if flips])
+
+
+def turned_back(images: Tensor, turn: Turn) -> Tensor:
+    """Undo `turned`."""
+    images = images.flip([axis for axis, flips in zip((-2, -1), turn[1:], strict=True) if flips])
+    return images.transpose(-1, -2) if turn[0] else images
+
+
+def _cut(rows: Rows, begins: Sequence[Sequence[int]], window: Size) -> Iterator[tuple[Place, Tensor]]:
+    """Yield windows with their places from the top down, each row of them through all images."""
+    for top in begins[0]:
+        strip = rows.read(top, top + window[0])  # (B, 3, h, W)
+        for image, left in itertools.product(range(rows.count), begins[1]):
+            yield Place(image, top, left), strip[image, :, :, left : left + window[1]]
+
+
+def _divided(band: Tensor, totals: Sequence[Tensor], top: int) -> Tensor:
+    """Divide weighted sums (B, K, r, W) from row `top` on by their weights, in place."""
+    # weights are products of a row's and a column's, and so are their sums over a grid of windows
+    return band.div_(totals[0][top : top + band.shape[2], None]).div_(totals[1])
+
+
+def _probabilities(prediction: Prediction) -> Tensor:
+    return prediction.logits().softmax(dim=1)
