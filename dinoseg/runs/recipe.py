@@ -17,7 +17,8 @@ from dinoseg.shapes import SegmentationData
 from dinoseg.storage.forms import as_read_back
 from dinoseg.training.description import CHOSEN, GROUPS
 
-SAVED = ("seed", *GROUPS)  # root keys of a config that a checkpoint keeps
+USE = "inference"  # the group that says how a model is asked: what validates with windows is evaluated with them
+SAVED = ("seed", *GROUPS, USE)  # root keys of a config that a checkpoint keeps
 # of a trainer: a run may go on with others
 LENGTHS = ("steps", "epochs", "patience", "val_every", "save_every", "log_every")
 
@@ -39,7 +40,11 @@ def config_description(cfg: DictConfig) -> dict[str, Any]:
     # what acts is the machine's to say, never a file's
     config["data"] = {**settled(cfg.data), **dict.fromkeys(ACTING)}
     config["head"] = settled(cfg.head)  # its grid is what it was trained for, whatever later images are seen at
-    return {"config": config, "choices": {group: cfg.choices[group] for group in CHOSEN}, "folder": str(Path.cwd())}
+    return {
+        "config": config,
+        "choices": {group: cfg.choices[group] for group in (*CHOSEN, USE)},
+        "folder": str(Path.cwd()),
+    }
 
 
 def recipe_of(info: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,7 +53,8 @@ def recipe_of(info: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         info: a description; where the data lies is part of it, and how long is trained is not.
     """
-    config = as_read_back(saved_config(info))
+    # how it is asked changes nothing that is trained
+    config = {key: value for key, value in as_read_back(saved_config(info)).items() if key != USE}
     trainer = {key: value for key, value in config["trainer"].items() if key not in LENGTHS}
     # by the background alone a score differs, and nothing that is trained
     data = {**config["data"], "root": data_root(config, Path(info["folder"]))[0], "background": None}
@@ -58,8 +64,11 @@ def recipe_of(info: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def saved_config(info: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the config of a checkpoint, which may be older than a key: then it stands as what was meant."""
-    config = renamed({key: info["config"][key] for key in SAVED})
+    """Return the config of a checkpoint, which may be older than a key: then it stands as what was meant.
+
+    One that is older than the group `inference` lacks it, and is asked as the command line says.
+    """
+    config = renamed({key: info["config"][key] for key in SAVED if key != USE or info["config"].get(key) is not None})
     trainer = {"feed": "images", "epochs": None, **config["trainer"]}
     data = {"background": _background_of_old(info), **config["data"]}
     return {**config, "trainer": trainer, "data": data}

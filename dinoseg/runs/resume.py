@@ -13,7 +13,7 @@ from dinoseg.config.job import machine_config, squared
 from dinoseg.config.plain import has_key, keys_of, plain
 from dinoseg.config.registry import shipped_registry
 from dinoseg.errors import UserError
-from dinoseg.runs.recipe import SAVED, data_root, saved_config
+from dinoseg.runs.recipe import SAVED, USE, data_root, saved_config
 from dinoseg.training.description import CHOSEN
 from dinoseg.wording import nearest, printable
 
@@ -32,16 +32,16 @@ def merge(cfg: DictConfig, overrides: Sequence[Override], path: Path, info: Mapp
     """
     saved, typed = saved_config(info), [override.key_or_group for override in overrides]
     guard(saved, f"resume={path}", plain(cfg), trust=_trusted(cfg), typed=typed)
-    choices = {group: option for group, option in info["choices"].items() if group in CHOSEN}
+    choices = {group: option for group, option in info["choices"].items() if group in (*CHOSEN, USE)}
     facts = {**plain(cfg), "resume": str(path), "choices": {**plain(cfg.choices), **choices}}  # of this machine and run
     merged = OmegaConf.create({**facts, **saved})
     merged.data.root, remark = data_root(saved, Path(info["folder"]))
     if remark and not {"data", "data.root"} & {*typed}:
         print(printable(f"resume={path}: {remark}"), file=sys.stderr)
     # options first: another data= brings its whole group, in which a key that is typed beside it holds
-    for option in (override for override in overrides if override.key_or_group in CHOSEN):
+    for option in (override for override in overrides if override.key_or_group in (*CHOSEN, USE)):
         _take_option(option, cfg, merged, path)
-    for value in (override for override in overrides if override.key_or_group not in CHOSEN):
+    for value in (override for override in overrides if override.key_or_group not in (*CHOSEN, USE)):
         _take_value(value, cfg, merged, path)
     return squared(merged)
 
@@ -81,11 +81,11 @@ def _trusted(cfg: DictConfig) -> list[str]:
 
 
 def _take_option(override: Override, cfg: DictConfig, merged: DictConfig, path: Path) -> None:
-    """Take another data set from the command line; refuse another of what the checkpoint fixes."""
+    """Take another data set or use from the command line; refuse another of what the checkpoint fixes."""
     group = override.key_or_group
     option, was = cfg.choices[group], merged.choices[group]
-    if group == "data" and option != was:
-        merged.data, merged.choices.data = cfg.data, cfg.choices.data
+    if group in ("data", USE) and option != was:
+        merged[group], merged.choices[group] = cfg[group], option
     elif option != was:
         raise UserError(
             f"{group}={option}: the checkpoint {path} was trained with {group}={was}. Leave {group} out, or "

@@ -1,0 +1,285 @@
+"""Windows held against mmsegmentation's rule, written out in float64, and against the whole image."""
+
+import itertools
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dinoseg.backbones.rgb import RgbBackbone
+from dinoseg.contracts import Head
+from dinoseg.errors import UserError
+from dinoseg.geometry import upsample
+from dinoseg.inference.predictor import Predictor
+from dinoseg.inference.rows import HeldRows, ResizedRows, at_size, mean
+from dinoseg.inference.whole import Whole
+from dinoseg.inference.windows import TURNS, Windows, covered, profile, starts, turned, turned_back
+from dinoseg.model import Segmenter
+
+SIZES = [(1, 1), (1, 37), (30, 2), (17, 23), (24, 24), (25, 24), (61, 40)]
+
+
+class PixelHead(Head):
+    """Class scores of each pixel from its own colour, through `kernel` x `kernel` pixels."""
+
+    def __init__(self, kernel=1, classes=4, mixture=False):
+        super().__init__()
+        self.layer = nn.Conv2d(3, classes, kernel, padding=kernel // 2)
+        self.mixture = mixture
+
+    def forward(self, features):
+        scores = self.layer(features[0])
+        return scores.sigmoid() if self.mixture else scores
+
+    def predict(self, outputs, size, valid):
+        return upsample(outputs, size, valid)
+
+
+def made(scale=1.0, longest=None, **options):
+    torch.manual_seed(0)
+    return Segmenter(RgbBackbone(patch_size=1), PixelHead(**options), scale=scale, longest=longest).double().eval()
+
+
+def pictures(height, width, count=2, seed=0):
+    return torch.from_numpy(np.random.default_rng(seed).random((count, 3, height, width)))
+
+
+def asked(model, images, policy, **options):
+    """Return what is averaged (B, K, H, W), in as few numbers as the policy holds at a time."""
+    predictor = Predictor(model, torch.device("cpu"), nullcontext, policy)
+    with torch.no_grad():
+        return torch.cat([band.scores().clone() for band in predictor.bands(images, **options)], dim=2)
+
+
+def slid(model, image, crop, stride):
+    """Average logits over windows by mmsegmentation's rule (`EncoderDecoder.slide_inference`), written out."""
+    _, height, width = image.shape
+    rows = max(height - crop[0] + stride[0] - 1, 0) // stride[0] + 1
+    columns = max(width - crop[1] + stride[1] - 1, 0) // stride[1] + 1
+    total, counts = 0.0, np.zeros((height, width))
+    for row, column in itertools.product(range(rows), range(columns)):
+        bottom = min(row * stride[0] + crop[0], height)
+        right = min(column * stride[1] + crop[1], width)
+        top, left = max(bottom - crop[0], 0), max(right - crop[1], 0)
+        with torch.no_grad():
+            logits = model(image[None, :, top:bottom, left:right]).scores()[0].numpy()
+        placed = np.zeros((len(logits), height, width))
+        placed[:, top:bottom, left:right] = logits
+        total = total + placed
+        counts[top:bottom, left:right] += 1
+    return total / counts
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("crop", "overlap", "stride"), [((24, 24), 0.334, (16, 16)), ((10, 13), 0.25, (8, 10))])
+def test_published_windows_are_those_of_mmsegmentation(size, crop, overlap, stride):
+    model, images = made(kernel=3), pictures(*size)
+    policy = Windows(crop, overlap=overlap, weights="uniform", average="scores", batch_size=3)
+    expected = np.stack([slid(model, image, crop, stride) for image in images])
+    np.testing.assert_allclose(asked(model, images, policy).numpy(), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize(("side", "overlap", "stride"), [(896, 0.3348, 596), (512, 0.334, 341), (512, 0.0, 512)])
+def test_published_strides_can_be_said(side, overlap, stride):
+    assert starts(10 * side, side, overlap)[1] == stride
+
+
+@pytest.mark.parametrize("weights", ["cosine", "uniform"])
+@pytest.mark.parametrize("overlap", [0.0, 0.3, 0.9])
+@pytest.mark.parametrize("size", SIZES)
+def test_every_pixel_is_covered_and_weights_sum_to_what_they_are_divided_by(size, overlap, weights):
+    for length, window in itertools.product(size, (1, 7, 24)):
+        begins = starts(length, window, overlap)
+        weight = profile(min(window, length), weights)
+        assert (weight > 0).all() and begins == sorted(set(begins)) and begins[0] == 0
+        seen = np.zeros(length)
+        for begin in begins:
+            assert begin == 0 or begin + window <= length
+            seen[begin : begin + window] += weight.numpy()
+        assert (seen > 0).all()
+        np.testing.assert_allclose(covered(length, begins, weight).numpy(), seen)
+
+
+@pytest.mark.parametrize("mixture", [False, True])
+@pytest.mark.parametrize("options", [{}, {"overlap": 0.0}, {"weights": "uniform"}, {"flips": "all"}, {"batch_size": 1}])
+@pytest.mark.parametrize("size", SIZES)
+def test_a_head_without_context_gives_the_same_mask_whole_and_tiled(size, options, mixture):
+    model, images = made(mixture=mixture), pictures(*size)
+    tiled = asked(model, images, Windows((9, 12), **options))
+    with torch.no_grad():
+        prediction = model(images)
+    # logarithms of a mixture are of float32
+    torch.testing.assert_close(
+        tiled.double(), prediction.logits().softmax(dim=1).double(), rtol=0, atol=1e-6 if mixture else 1e-12
+    )
+    assert torch.equal(tiled.argmax(dim=1), prediction.scores().argmax(dim=1))
+
+
+@pytest.mark.parametrize("average", ["probabilities", "scores"])
+def test_freeing_rows_gives_what_keeping_all_gives_bit_for_bit(average):
+    model, images = made(kernel=5), pictures(61, 40)
+    freed = asked(model, images, Windows((16, 11), overlap=0.4, average=average))
+    rows, columns = starts(61, 16, 0.4), starts(40, 11, 0.4)
+    down, across = profile(16, "cosine"), profile(11, "cosine")
+    kept = torch.zeros(2, 4, 61, 40, dtype=torch.float64)
+    for top, image, left in itertools.product(rows, range(2), columns):
+        with torch.no_grad():
+            logits = model(images[image : image + 1, :, top : top + 16, left : left + 11]).logits()[0]
+        part = logits.softmax(dim=0) if average == "probabilities" else logits
+        kept[image, :, top : top + 16, left : left + 11] += part * (down[:, None] * across)
+    kept /= covered(61, rows, down)[:, None]
+    kept /= covered(40, columns, across)
+    assert torch.equal(freed, kept)
+
+
+def test_bands_are_at_most_a_stride_and_the_last_a_window():
+    model, images = made(), pictures(61, 40)
+    bands = Predictor(model, torch.device("cpu"), nullcontext, Windows((16, 16), overlap=0.5)).bands(images)
+    with torch.no_grad():
+        assert [band.scores().shape[2] for band in bands] == [8] * 5 + [5, 16]
+
+
+def test_turns_are_undone_and_all_eight_differ():
+    image = torch.arange(12).reshape(3, 4)
+    assert all(torch.equal(turned_back(turned(image, turn), turn), image) for turn in TURNS["all"])
+    assert len({str(turned(image, turn).tolist()) for turn in TURNS["all"]}) == 8
+    assert torch.equal(turned(image, TURNS["horizontal"][1]), image.flip(1))
+
+
+@pytest.mark.parametrize("flips", ["horizontal", "all"])
+@pytest.mark.parametrize("policy", [Whole, lambda **options: Windows((12, 9), **options)])
+def test_flips_average_probabilities_of_the_turned_images(flips, policy):
+    model, images = made(kernel=3), pictures(17, 23)
+    parts = []
+    for turn in TURNS[flips]:
+        with torch.no_grad():
+            parts.append(turned_back(model(turned(images, turn)).logits().softmax(dim=1), turn))
+    averaged = asked(model, images, Whole(flips=flips))
+    torch.testing.assert_close(averaged, torch.stack(parts).mean(dim=0))
+    # a symmetric model sees no difference
+    with torch.no_grad():
+        model.head.layer.weight.copy_(
+            model.head.layer.weight.mean(dim=(2, 3), keepdim=True).expand_as(model.head.layer.weight)
+        )
+    plain = asked(model, images, policy())
+    plain = plain if policy is not Whole else plain.softmax(dim=1)
+    torch.testing.assert_close(asked(model, images, policy(flips=flips)), plain)
+
+
+@pytest.mark.parametrize(
+    ("size", "to"), [((17, 23), (9, 30)), ((5, 1), (40, 3)), ((30, 8), (30, 16)), ((64, 3), (1, 1))]
+)
+def test_rows_are_resized_as_whole_images_are(size, to):
+    images = pictures(*size)
+    whole = F.interpolate(images, to, mode="bilinear", antialias=True)
+    rows = ResizedRows(HeldRows(images), to)
+    parts = [rows.read(top, min(top + 4, to[0])) for top in range(0, to[0], 4)]
+    torch.testing.assert_close(torch.cat(parts, dim=2), whole, rtol=0, atol=1e-12)
+    for step in (1, 3, 100):
+        bands = (images[:, :, top : top + step] for top in range(0, size[0], step))
+        plain = F.interpolate(images, to, mode="bilinear", align_corners=False)
+        torch.testing.assert_close(torch.cat(list(at_size(bands, size, to)), dim=2), plain, rtol=0, atol=1e-12)
+
+
+def test_streams_of_other_bands_are_averaged_row_by_row():
+    first, second = pictures(10, 4, seed=1), pictures(10, 4, seed=2)
+    streams = [iter(first.split([3, 3, 4], dim=2)), iter(second.split([1, 8, 1], dim=2))]
+    torch.testing.assert_close(torch.cat(list(mean(streams)), dim=2), (first + second) / 2)
+
+
+@pytest.mark.parametrize("policy", [Whole, lambda **options: Windows(500, **options)])
+def test_scales_average_probabilities_brought_to_the_same_size(policy):
+    model, images, scales = made(kernel=3, longest=30), pictures(17, 40), (1.0, 0.5, 1.7)
+    parts = []
+    for scale in scales:
+        small = F.interpolate(images, (13, 30), mode="bilinear", antialias=True) if scale == 1 else None
+        seen = small if scale == 1 else images
+        target = {1.0: (13, 30), 0.5: (6, 15), 1.7: (22, 51)}[scale]
+        if scale != 1:
+            seen = F.interpolate(images, target, mode="bilinear", antialias=True)
+        with torch.no_grad():
+            probabilities = model(seen, reduce=False).logits().softmax(dim=1)
+        parts.append(F.interpolate(probabilities, (17, 40), mode="bilinear"))
+    averaged = asked(model, images, policy(scales=scales))
+    torch.testing.assert_close(averaged, torch.stack(parts).mean(dim=0), rtol=0, atol=1e-12)
+
+
+def test_the_shorter_side_is_brought_to_a_length_and_strips_stay_within_bounds():
+    seen = []
+    model = made()
+    model.backbone.register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape[-2:])))
+    assert asked(model, pictures(20, 35), Windows(40, shortest=30)).shape == (2, 4, 20, 35)
+    assert set(seen) == {(30, 40)}
+    seen.clear()
+    asked(model, pictures(1, 1, count=1), Windows((8, 8), shortest=16))
+    assert set(seen) == {(8, 8)} and len(seen) == 3  # 9 windows, 4 at a time
+
+
+def test_a_size_beside_the_images_own_is_predicted_at():
+    model, images = made(kernel=3), pictures(17, 23)
+    own = asked(model, images, Windows((9, 9)))
+    other = asked(model, images, Windows((9, 9)), size=(34, 40))
+    torch.testing.assert_close(other, F.interpolate(own, (34, 40), mode="bilinear"))
+
+
+def test_ids_and_probabilities_agree_and_batches_of_images_change_nothing():
+    model = made(kernel=3)
+    model = model.float()
+    images = [(image.permute(1, 2, 0) * 255).to(torch.uint8).numpy() for image in pictures(40, 30, count=3)]
+    predictor = Predictor(model, torch.device("cpu"), nullcontext, Windows((16, 16), batch_size=5))
+    ids, probabilities = predictor.ids(images), predictor.probabilities(images)
+    assert (probabilities.argmax(dim=1).numpy() == ids).all() and ids.dtype == np.uint8
+    torch.testing.assert_close(probabilities.sum(dim=1), torch.ones(3, 40, 30))
+    alone = np.concatenate([predictor.ids([image]) for image in images])
+    assert (alone == ids).all()
+
+
+def test_a_picture_of_30_000_x_20_pixels_goes_through():
+    model = made().float()
+    picture = np.zeros((20, 30_000, 3), np.uint8)
+    whole = Predictor(model, torch.device("cpu"), nullcontext).ids([picture])
+    assert (Predictor(model, torch.device("cpu"), nullcontext, Windows(512)).ids([picture]) == whole).all()
+
+
+def test_what_is_held_is_a_window_high_however_high_the_image():
+    def peak(height):
+        model = made(classes=30).float()
+        rows = Rolling((height, 64))
+        held = []
+        with torch.no_grad():
+            for band in Windows((32, 32)).bands(model, rows, nullcontext):
+                held.append(band.outputs.untyped_storage().nbytes())
+        return max(held), rows.most
+
+    assert peak(64) == peak(1024)
+
+
+class Rolling:
+    """Rows made as they are read, and how many at a time."""
+
+    count = 1
+
+    def __init__(self, size):
+        self.size, self.most = size, 0
+
+    def read(self, top, bottom):
+        self.most = max(self.most, bottom - top)
+        return torch.zeros(1, 3, bottom - top, self.size[1], dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weights": "hann"}, r"inference\.weights=hann is unknown. Choose one of cosine, uniform"),
+        ({"flips": "both"}, r"inference\.flips=both is unknown. Choose one of none, horizontal, all"),
+        ({"average": "votes"}, r"inference\.average=votes is unknown"),
+        ({"scales": []}, r"inference\.scales=\[\] leaves nothing"),
+        ({"size": [3, 4, 5]}, r"inference\.size=\[3, 4, 5\]: give one number"),
+    ],
+)
+def test_a_wrong_word_is_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        Windows(**{"size": 8, **options})
