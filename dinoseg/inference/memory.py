@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -59,6 +58,8 @@ def pass_bytes(model: Segmenter, images: int, size: Size, to: Size, autocast: Au
         to: (H, W) of the scores.
         autocast: the precision's context.
     """
+    from torch._subclasses.fake_tensor import FakeTensorMode  # takes seconds, and few runs need it
+
     device = next(model.parameters(), torch.empty(0)).device
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), _Peak() as peak:
         batch = torch.empty(images, 3, *size, dtype=torch.uint8, device=device)

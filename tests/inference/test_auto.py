@@ -1,0 +1,129 @@
+"""What a pass takes, what is free, and what is chosen by them."""
+
+import logging
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from tiny_parts import tiny_vit
+
+from dinoseg.heads.linear import LinearHead
+from dinoseg.inference import auto, memory
+from dinoseg.inference.auto import Auto
+from dinoseg.inference.predictor import Predictor
+from dinoseg.inference.trained_sizes import TrainedSizes, keep_scale
+from dinoseg.model import Segmenter
+
+CPU = torch.device("cpu")
+
+
+def made(**options):
+    torch.manual_seed(0)
+    backbone = tiny_vit()
+    return Segmenter(backbone, LinearHead(backbone.dim, backbone.num_layers, 5), **options).eval()
+
+
+def picture(height, width):
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def test_what_a_pass_takes_grows_with_pixels_and_takes_none():
+    model = made()
+    small, large = (memory.pass_bytes(model, 1, (side, side), (side, side), nullcontext) for side in (64, 6400))
+    scores = 6400**2 * 5 * 4
+    assert scores < large < 10 * scores and large == pytest.approx(small * 100**2, rel=0.1)
+
+
+def test_the_peak_is_that_of_tensors_that_live_at_once():
+    with memory._Peak() as peak:
+        first = torch.ones(1000)
+        second = first + 1
+        del first
+        third = second[:10] * 2
+        del second, third
+        torch.ones(1500)
+    assert peak.most == 8000 and peak.now == 0
+
+
+@pytest.mark.parametrize(
+    ("version", "lines", "files", "expected"),
+    [
+        ("v2", "0::/a/b\n", {"a/b": ("max", "70", "0"), "a": ("1000", "600", "100")}, 500),
+        ("v2", "0::/a\n", {"a": ("100000", "1", "0")}, 4096),
+        ("v1", "3:cpu:/a\n4:memory:/a\n", {"memory/a": ("900", "800", "50")}, 150),
+        ("v2", "0::/gone\n", {}, 4096),
+    ],
+)
+def test_free_memory_is_bounded_by_control_groups(tmp_path, monkeypatch, version, lines, files, expected):
+    names = {"v2": ("memory.max", "memory.current", "inactive_file")}
+    names["v1"] = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    limit, usage, dropped = names[version]
+    (tmp_path / "self").mkdir()
+    (tmp_path / "self/cgroup").write_text(lines)
+    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:       4 kB\n")
+    for folder, values in files.items():
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / limit).write_text(f"{values[0]}\n")
+        (tmp_path / folder / usage).write_text(f"{values[1]}\n")
+        (tmp_path / folder / "memory.stat").write_text(f"anon 5\n{dropped} {values[2]}\n")
+    monkeypatch.setattr(memory, "_PROC", tmp_path)
+    monkeypatch.setattr(memory, "_CGROUPS", tmp_path)
+    assert memory.free_bytes(CPU) == expected
+
+
+@pytest.fixture
+def free(monkeypatch):
+    """Set what is free."""
+    return lambda value: monkeypatch.setattr(auto, "free_bytes", lambda device: value)
+
+
+def test_images_that_fit_are_seen_whole_and_nothing_is_computed(free, monkeypatch, caplog):
+    monkeypatch.setattr(auto, "pass_bytes", None)
+    free(2**40)
+    model = made()
+    first, second = (
+        Predictor(model, CPU, nullcontext, *policy).ids([picture(100, 90)]) for policy in ([Auto((32, 32))], [])
+    )
+    assert (first == second).all() and not caplog.messages
+
+
+def test_images_that_do_not_fit_are_seen_in_windows_and_it_is_said_once(free, caplog):
+    model, policy, seen = made(), Auto((32, 48), memory=0.5), []
+    need = memory.pass_bytes(model, 1, (100, 90), (100, 90), nullcontext)
+    model.backbone.register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape[-2:])))
+    predictor = Predictor(model, CPU, nullcontext, policy)
+    with caplog.at_level(logging.INFO):
+        free(2 * need + 2)
+        predictor.ids([picture(100, 90)])
+        assert set(seen) == {(100, 90)} and caplog.messages[0].endswith("that may be taken: whole images.")
+        caplog.clear()
+        seen.clear()
+        free(need)
+        predictor.ids([picture(100, 90)])  # as decided before
+        assert seen == [(100, 90)] and not caplog.messages
+        predictor.ids([picture(120, 90)])
+        predictor.ids([picture(150, 90)])
+    assert seen[1] == (120, 90) and set(seen[2:]) == {(32, 48)}  # the one to compute by, then windows
+    (message,) = caplog.messages
+    assert message.startswith("inference=auto: an image of 90 x 120 (width x height) would take about 0.0 GiB whole")
+    assert "windows of 48 x 32 are put together" in message
+
+
+def test_windows_of_auto_see_pictures_at_the_scale_that_whole_ones_are_seen_at(free):
+    model, seen = made(), []
+    keep_scale(model, TrainedSizes(typical=64, largest=80))
+    model.backbone.register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape[-2:])))
+    free(0)
+    probabilities = Predictor(model, CPU, nullcontext, Auto((64, 64))).probabilities([picture(200, 100)])
+    assert set(seen) == {(64, 32)} and probabilities.shape == (1, 5, 200, 100)
+
+
+def test_a_model_that_cannot_be_run_without_numbers_is_tried_whole(free, monkeypatch, caplog):
+    def fails(*_):
+        raise NotImplementedError
+
+    monkeypatch.setattr(auto, "pass_bytes", fails)
+    free(0)
+    ids = Predictor(made(), CPU, nullcontext, Auto((32, 32))).ids([picture(40, 40)])
+    assert ids.shape == (1, 40, 40) and "cannot be computed for this model (NotImplementedError)" in caplog.text
