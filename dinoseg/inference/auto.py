@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from dinoseg.inference.memory import free_bytes, pass_bytes
+from dinoseg.inference.memory import PassCost, free_bytes, measure
 from dinoseg.inference.policy import Autocast, Policy, Seen
 from dinoseg.inference.rows import Rows
 from dinoseg.inference.whole import Whole
 from dinoseg.inference.windows import Overlap, Windows
-from dinoseg.model import Segmenter, Size
+from dinoseg.model import Segmenter, Size, backbone_size
 from dinoseg.ranges import Count, HighShare, Positive
 from dinoseg.shapes import Prediction
 
@@ -23,7 +23,7 @@ class Auto(Policy):
     """Whole images, and windows where a pass over the whole would take too much of the memory that is free.
 
     Both see an image at the same scale, so that windows change what a model predicts as little as they can. What a pass
-    takes is computed, see `pass_bytes`; it is compared once for images of that many pixels, and holds for smaller ones.
+    takes is told from small ones, see `measure`; it is compared with what is free once for images of so many pixels.
 
     Args:
         size: height and width of a window, see `Windows`.
@@ -50,6 +50,7 @@ class Auto(Policy):
         self.whole = Whole(flips=flips, scales=scales)
         self.windows = Windows(size, **options)  # type: ignore[arg-type]
         self.memory = memory
+        self._cost: PassCost | None = None  # of the model; there is one to a policy
         self._fits, self._too_many = 0.0, math.inf  # pixels of a batch, as the model sees them and as it predicts them
 
     def bands(
@@ -63,29 +64,20 @@ class Auto(Policy):
 
     def _whole_fits(self, model: Segmenter, rows: Rows, autocast: Autocast, size: Size) -> bool:
         scale = max(1.0, *self.windows.scales)
-        pixels = rows.count * (math.prod(model.seen_size(rows.size)) * scale**2 + math.prod(size))
+        seen = backbone_size(model.seen_size(rows.size), scale, None)
+        pixels = rows.count * (math.prod(seen) + math.prod(size))
         if self._fits < pixels < self._too_many:
             free = free_bytes(next(model.parameters(), torch.empty(0)).device) * self.memory
-            need = pixels * _AMPLE
+            need: float = pixels * _AMPLE
             if need > free:
-                need = self._need(model, rows, autocast, size) * scale**2
+                self._cost = self._cost or measure(model, min(self.windows.size), autocast)
+                need = self._cost.of(rows.count, seen, size)
                 logger.info("%s", self._said(rows, need, free))
             if need > free:
                 self._too_many = pixels
             else:
                 self._fits = pixels
         return pixels <= self._fits
-
-    def _need(self, model: Segmenter, rows: Rows, autocast: Autocast, size: Size) -> float:
-        try:
-            return pass_bytes(model, rows.count, rows.size, size, autocast)
-        except Exception as error:  # some kernels cannot be run without numbers, each failing in its own way
-            logger.warning(
-                "inference=auto: what a whole image takes cannot be computed for this model (%s): it is tried. If it "
-                "is too large, give inference=windows.",
-                type(error).__name__,
-            )
-            return 0.0
 
     def _said(self, rows: Rows, need: float, free: float) -> str:
         height, width = rows.size

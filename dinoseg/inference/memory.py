@@ -1,10 +1,12 @@
-"""How much memory a forward pass needs, without taking it, and how much is free."""
+"""How much memory a pass over an image takes, told from small ones, and how much is free."""
 
+import math
 import os
 import weakref
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dinoseg.inference.policy import Autocast
-from dinoseg.model import Segmenter, Size
+from dinoseg.model import Segmenter, Size, backbone_size
 
+_NOISE = 0.02  # share by which bytes a pixel may differ with the size, where they do not grow with it
 _PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 # (limit, usage, what of it is files that can be dropped) of both versions of control groups
 _FILES = (
@@ -46,27 +49,69 @@ class _Peak(TorchDispatchMode):
         self.now -= size
 
 
-def pass_bytes(model: Segmenter, images: int, size: Size, to: Size, autocast: Autocast) -> int:
-    """Return the bytes that tensors of a forward pass and its class ids take at most, beside the weights.
+@dataclass(frozen=True)
+class PassCost:
+    """What tensors of a pass over one image take beside the weights: by pixels that the backbone sees, and predicted.
 
-    The pass is run on tensors without numbers. What a single operation takes for itself is not seen.
+    Attributes:
+        forward: bytes a pixel seen, at most while the model runs.
+        squared: bytes a pixel seen and pixel seen, where attention is written out.
+        kept: bytes a pixel seen of the head's outputs.
+        scores: bytes a pixel predicted, at most while class ids are made of the outputs.
+    """
+
+    forward: float
+    squared: float
+    kept: float
+    scores: float
+
+    def of(self, images: int, seen: Size, size: Size) -> float:
+        """Return the bytes for images that the backbone sees at (h, w) and that are predicted at (H, W)."""
+        pixels = math.prod(seen)
+        forward = self.forward * pixels + self.squared * pixels**2
+        return images * max(forward, self.kept * pixels + self.scores * math.prod(size))
+
+
+def measure(model: Segmenter, side: int, autocast: Autocast) -> PassCost:
+    """Measure passes over two small black squares.
+
+    What a single operation takes for itself is not seen.
 
     Args:
         model: a segmenter in eval mode.
-        images: in a batch.
-        size: (H, W) of them.
-        to: (H, W) of the scores.
+        side: about that of the larger square, in pixels of the image.
         autocast: the precision's context.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode  # takes seconds, and few runs need it
+    patch = model.patch_size / model.scale
+    cells = max(1, round(side / patch / 2))
+    small, large = (_taken(model, round(number * patch), autocast) for number in (cells, 2 * cells))
+    growth = (large.forward - small.forward) / large.forward
+    squared = (large.forward - small.forward) / (large.pixels - small.pixels) if growth > _NOISE else 0.0
+    forward = large.forward - squared * large.pixels
+    return PassCost(forward, squared, large.kept, large.scores)
 
+
+class _Taken(NamedTuple):
+    """Bytes a pixel."""
+
+    pixels: int
+    forward: float
+    kept: float
+    scores: float
+
+
+@torch.no_grad()
+def _taken(model: Segmenter, side: int, autocast: Autocast) -> _Taken:
     device = next(model.parameters(), torch.empty(0)).device
-    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), _Peak() as peak:
-        batch = torch.empty(images, 3, *size, dtype=torch.uint8, device=device)
+    images = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device)
+    with _Peak() as peak:
         with autocast():
-            prediction = model(batch)
-        prediction.scores(to).max(dim=1).indices.to(torch.uint8)
-    return peak.most
+            prediction = model(images, reduce=False)
+        forward, kept = peak.most, peak.now
+        peak.most = kept
+        prediction.scores().max(dim=1).indices.to(torch.uint8)
+    seen = math.prod(backbone_size((side, side), model.scale, None))
+    return _Taken(seen, forward / seen, kept / seen, (peak.most - kept) / side**2)
 
 
 def free_bytes(device: torch.device) -> float:

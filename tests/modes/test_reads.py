@@ -35,7 +35,10 @@ def roots_of(module, seen):
 def test_a_mode_lists_each_key_that_its_code_reads(mode, compose):
     target, reads = read("mode", mode)["_target_"], read("mode", mode)["reads"]
     found = roots_of(target.rpartition(".")[0], set()) & set(compose()) - {"choices", "mode", "trust", "engine"}
-    idle = {"score": set(), "train": {"protocol", "tracker"}}.get(mode, {"protocol"})  # where functions are shared
+    # where functions are shared
+    idle = {"score": set(), "train": {"protocol", "tracker"}, "track": {"protocol", "inference"}}
+    idle["export"] = idle["track"]
+    idle = idle.get(mode, {"protocol"})
     assert found - idle <= {name.split(".")[0] for name in reads}
     assert ("resume" in reads) == ("finite_weights" in reads)
 
