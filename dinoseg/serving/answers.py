@@ -9,6 +9,7 @@ from PIL import Image
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from dinoseg.annotation.rle import encode, to_text
 from dinoseg.portable.facts import Facts
 from dinoseg.report.indexed import indexed
 from dinoseg.serving.limits import Refused
@@ -62,5 +63,10 @@ def areas(ids: np.ndarray, facts: Facts) -> list[dict[str, Any]]:
 
 
 def as_run_lengths(ids: np.ndarray, facts: Facts) -> dict[str, Any]:
-    """Return a mask as COCO's compressed run lengths, one for each class in it."""
-    return {"size": list(ids.shape), "segments": areas(ids, facts)}
+    """Return a mask as its size and, for each class in it, what `areas` says and COCO's compressed run lengths."""
+    size = list(ids.shape)
+
+    def with_lengths(area: dict[str, Any]) -> dict[str, Any]:
+        return {**area, "rle": {"size": size, "counts": to_text(encode(ids == area["id"]))}}
+
+    return {"size": size, "segments": [with_lengths(area) for area in areas(ids, facts)]}

@@ -1,9 +1,17 @@
+import asyncio
 import io
+import threading
+import time
 
 import numpy as np
 import pytest
 from PIL import Image
-from serving_stand_ins import client, encoded, picture
+from pycocotools import mask as coco
+from serving_stand_ins import client, encoded, picture, service
+
+from dinoseg.images import read_image
+from dinoseg.serving.endpoint import endpoint
+from dinoseg.serving.guard import hosts_of
 
 
 def opened(answer):
@@ -11,34 +19,213 @@ def opened(answer):
     return Image.open(io.BytesIO(answer.content))
 
 
+def refused(answer):
+    error = answer.json()["error"]
+    assert set(error) == {"rule", "message"} and error["message"].endswith(".")
+    return answer.status_code, error["rule"]
+
+
+def counted(ask, name):
+    lines = [line for line in ask.get("/metrics").text.splitlines() if line.startswith(name)]
+    return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines}
+
+
 def test_a_picture_gives_its_mask_with_the_palette_or_as_ids():
     image = picture()
     with client() as ask:
         mask = opened(ask.post("/segment", files={"image": encoded(image)}))
         ids = opened(ask.post("/segment?format=ids", content=encoded(image)))
+        assert refused(ask.post("/segment?format=jpg", content=encoded(image))) == (400, "answer_format")
     expected = image.mean(axis=-1) > 127
     assert mask.mode == "P" and mask.getpalette()[:6] == [0, 0, 0, 255, 0, 0] and ids.mode == "L"
     assert (np.asarray(mask) == expected).all() and (np.asarray(ids) == expected).all() and expected.any()
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools' own
+def test_run_lengths_are_cocos():
+    image = picture(17, 23)
+    with client() as ask:
+        told = ask.post("/segment", files={"image": encoded(image)}, headers={"accept": "application/json"}).json()
+    bright = image.mean(axis=-1) > 127
+    assert told["size"] == [17, 23] and [segment["name"] for segment in told["segments"]] == ["dark", "bright"]
+    for segment, mask in zip(told["segments"], (~bright, bright), strict=True):
+        assert (coco.decode(segment["rle"]) == mask).all() and segment["pixels"] == mask.sum()
+        assert segment["share"] == pytest.approx(mask.mean())
+
+
 @pytest.mark.parametrize(
-    ("name", "data", "rule"),
+    ("data", "rule"),
     [
-        ("nothing", b"", "empty"),
-        ("text", b"GET / HTTP/1.1", "format"),
-        ("gif", encoded(picture(), "GIF"), "format"),
-        (
-            "animated",
-            encoded(Image.fromarray(picture()), save_all=True, append_images=[Image.new("RGB", (6, 4))]),
-            "one_frame",
-        ),
-        ("truncated", encoded(picture(64, 64))[:-2000], "unreadable"),
-        ("many pixels", encoded(np.zeros((101, 100, 3), np.uint8)), "max_pixels"),
-        ("fractions", encoded(Image.fromarray(np.ones((4, 6), np.float32)), "TIFF"), "unreadable"),
+        (b"", "empty"),
+        (b"GET / HTTP/1.1", "format"),
+        (encoded(picture(), "GIF"), "format"),
+        (encoded(Image.fromarray(picture()), save_all=True, append_images=[Image.new("RGB", (6, 4))]), "one_frame"),
+        (encoded(picture(64, 64))[:-2000], "unreadable"),
+        (encoded(picture(64, 64), "JPEG")[:-500], "unreadable"),
+        (encoded(np.zeros((101, 100, 3), np.uint8)), "max_pixels"),
+        (encoded(Image.new("1", (20_000, 20_000))), "max_pixels"),  # a bomb: 50 KB that would be 400 million pixels
+        (encoded(Image.fromarray(np.ones((4, 6), np.float32)), "TIFF"), "unreadable"),
     ],
+    ids=["empty", "text", "gif", "animated", "cut PNG", "cut JPEG", "large", "bomb", "fractions"],
 )
-def test_what_is_no_use_is_refused_by_a_rule_with_a_name(name, data, rule):
+def test_what_is_no_use_is_refused_by_a_rule_with_a_name(data, rule):
     with client(max_pixels=10_000) as ask:
-        answer = ask.post("/segment", files={"image": data})
-        assert answer.status_code == 400 and answer.json()["error"]["rule"] == rule, answer.text
+        assert refused(ask.post("/segment", files={"image": data})) == (400, rule)
         assert ask.post("/segment", files={"image": encoded(picture())}).status_code == 200
+        assert counted(ask, "dinoseg_errors_total") == {f'dinoseg_errors_total{{rule="{rule}"}}': 1}
+
+
+def turned():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a phone held upright
+    return encoded(picture(8, 12), "JPEG", exif=exif)
+
+
+@pytest.mark.parametrize(
+    ("kind", "data"),
+    [
+        ("jpg", encoded(Image.fromarray(picture(8, 12)).convert("CMYK"), "JPEG")),
+        ("png", encoded(Image.fromarray(picture(8, 12)[..., 0].astype(np.uint16) * 257))),
+        ("png", encoded(Image.fromarray(picture(8, 12)).convert("LA"))),
+        ("png", encoded(picture(1, 1))),
+        ("png", encoded(picture(20, 3000))),
+        ("jpg", turned()),
+    ],
+    ids=["CMYK", "16 bits", "alpha", "one pixel", "a strip", "turned"],
+)
+def test_odd_pictures_are_read_as_mode_predict_reads_them(kind, data, tmp_path):
+    (tmp_path / f"a.{kind}").write_bytes(data)
+    expected = read_image(tmp_path / f"a.{kind}").mean(axis=-1) > 127
+    with client() as ask:
+        assert (np.asarray(opened(ask.post("/segment", content=data))) == expected).all()
+
+
+def test_a_form_needs_one_file():
+    with client() as ask:
+        assert refused(ask.post("/segment", files={"a": b"1", "b": b"2"})) == (400, "one_file")
+        assert refused(ask.post("/segment", data={"image": "text"}, files={}))[0] == 400
+        broken = ask.post("/segment", content=b"no form", headers={"content-type": "multipart/form-data; boundary=x"})
+        assert broken.status_code == 400
+
+
+def test_too_many_bytes_are_refused_when_they_are_announced_or_when_they_come():
+    def chunks():
+        for number in range(100):
+            sent.append(number)
+            yield b"x" * 2**14
+
+    sent = []
+    with client(image_mib=0.1) as ask:
+        assert refused(ask.post("/segment", content=b"x" * 2**20)) == (413, "max_bytes")
+        assert refused(ask.post("/segment", content=chunks())) == (413, "max_bytes")
+        assert ask.post("/segment", files={"image": encoded(picture())}).status_code == 200
+
+
+def test_fifty_at_once_are_each_answered_with_their_own():
+    images = [picture(8 + n % 3, 12, seed=n) for n in range(50)]
+    with client(batch_size=8, wait=0.005) as ask:
+        got = {}
+
+        def send(number):
+            got[number] = np.asarray(opened(ask.post("/segment", content=encoded(images[number]))))
+
+        threads = [threading.Thread(target=send, args=(number,)) for number in range(50)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        batches = counted(ask, "dinoseg_batch_images")
+    assert all((got[n] == (image.mean(axis=-1) > 127)).all() for n, image in enumerate(images))
+    assert batches["dinoseg_batch_images_sum"] == 50 > batches["dinoseg_batch_images_count"]
+
+
+def test_more_than_the_queue_holds_are_told_to_come_back():
+    gate, inside = threading.Event(), threading.Event()
+
+    def held(images):
+        inside.set()
+        gate.wait(10)
+
+    with client(held, queue=1) as ask:
+        first = threading.Thread(target=ask.post, args=("/segment",), kwargs={"content": encoded(picture())})
+        first.start()
+        inside.wait(10)
+        answer = ask.post("/segment", content=encoded(picture()))
+        gate.set()
+        first.join()
+        assert refused(answer) == (503, "busy") and answer.headers["retry-after"] == "1"
+        assert ask.post("/segment", content=encoded(picture())).status_code == 200
+
+
+def test_an_answer_that_takes_too_long_is_a_timeout_and_its_work_is_dropped():
+    with client(lambda images: time.sleep(0.1), timeout=0.05) as ask:
+        assert refused(ask.post("/segment", content=encoded(picture()))) == (504, "timeout")
+
+
+def test_a_model_that_fails_is_an_error_of_the_server_alone(caplog):
+    with client(lambda images: 1 / 0) as ask:
+        assert refused(ask.post("/segment", content=encoded(picture()))) == (500, "model")
+        assert ask.get("/health").json()["status"] == "ok"
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_health_tells_the_classes_and_that_it_stops():
+    with service() as made:
+        from starlette.testclient import TestClient
+
+        ask = TestClient(endpoint(made, ()))
+        assert ask.get("/health").json()["classes"][1] == {"id": 1, "name": "bright", "colour": [255, 0, 0]}
+        made.announce_stop()
+        assert ask.get("/health").status_code == 503
+
+
+def test_another_name_or_another_sites_page_is_refused():
+    with client() as ask:
+        assert ask.get("/health").status_code == 200
+        assert ask.get("/health", headers={"host": "127.0.0.1:1234"}).status_code == 200
+        assert ask.get("/health", headers={"host": "[::1]:1234"}).status_code == 200
+        assert refused(ask.get("/health", headers={"host": "rebound.example"})) == (403, "origin")
+        assert refused(ask.get("/health", headers={"host": "localhost@evil.example"})) == (403, "origin")
+        for headers in ({"origin": "http://evil.example"}, {"origin": "null"}, {"sec-fetch-site": "cross-site"}):
+            assert refused(ask.post("/segment", content=encoded(picture()), headers=headers)) == (403, "origin")
+        same = {"origin": "http://localhost", "sec-fetch-site": "same-origin"}
+        assert ask.post("/segment", content=encoded(picture()), headers=same).status_code == 200
+    assert hosts_of("0.0.0.0", []) == [] and "my.example" in hosts_of("0.0.0.0", ["my.example"])
+    assert "evil.example" not in hosts_of("127.0.0.2", [])
+
+
+def test_a_client_that_hangs_up_has_its_work_dropped():
+    gate, seen = threading.Event(), []
+
+    def held(images):
+        seen.append(len(images))
+        gate.wait(10)
+
+    async def hang_up(app, body):
+        """Send a whole request, wait until the model is busy with another one, and go."""
+        messages = [{"type": "http.request", "body": body, "more_body": False}]
+        sent = []
+
+        async def receive():
+            if messages:
+                return messages.pop()
+            await asyncio.sleep(0.05)
+            return {"type": "http.disconnect"}
+
+        async def send(message):
+            sent.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": "/segment", "query_string": b"", "headers": []}
+        await app(scope, receive, send)
+        return sent[0]["status"]
+
+    with service(held) as made:
+        busy = made.worker.submit(picture())
+        while not seen:
+            time.sleep(0.001)
+        status = asyncio.run(hang_up(endpoint(made, ()), encoded(picture())))
+        gate.set()
+        busy.result(10)
+        assert status == 499 and made.in_hand == 0 and len(made.worker) == 0
+        assert 'rule="hung_up"} 1' in made.metrics.text()
+    assert seen == [1]  # of the other one alone
