@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from dinoseg.evaluation.collected import Collector
 from dinoseg.evaluation.official import FOLDER, official_scores
 from dinoseg.images import write_png
 from dinoseg.inference.policy import Policy
@@ -33,15 +34,19 @@ def evaluate_images(
     background: int | None = None,
     protocol: DatasetProtocol | None = None,
     on_error: str = "stop",
+    collector: Collector | None = None,
 ) -> dict[str, Any]:
     """Evaluate, print the table, and write scores.json, scores.csv, confusion.png and the pictures to `out_dir`.
 
     Pictures lie in `out_dir`/predictions/<name>_vis.png (frame | prediction | reference) and <name>_pred.png (class
     ids at full size). A protocol's scores go to official_scores.json, and the predictions as the benchmark wants
     them to `out_dir`/official; where it cannot score them, problems.json says why, and the other scores stand.
+    A collector is handed every batch of this rank.
     """
 
-    def write(batch: Batch, ids: Tensor, _: Tensor) -> None:
+    def write(batch: Batch, ids: Tensor, logits: Tensor) -> None:
+        if collector is not None:
+            collector.add(batch, ids, logits)
         for image, mask, prediction, name in zip(batch.image, batch.mask, ids, batch.names, strict=True):
             if protocol is not None:
                 pixels = protocol.file_ids(prediction.cpu().numpy())
@@ -50,7 +55,7 @@ def evaluate_images(
                 _write_pictures(out_dir / "predictions" / name, data, image, mask, prediction)
 
     # without a use for the predictions they are never brought back from the device
-    on_batch = None if metrics_only and protocol is None else write
+    on_batch = None if metrics_only and protocol is None and collector is None else write
     scores = evaluate(model, data, engine, policy=policy, background=background, on_batch=on_batch)
     if engine.is_main:
         write_json(out_dir / "scores.json", scores)

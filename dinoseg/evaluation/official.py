@@ -16,6 +16,7 @@ from dinoseg.scoring.folders import Unscorable, score_cases
 from dinoseg.shapes import SegmentationData
 
 FOLDER = "official"  # of predictions as a benchmark wants them, in the run folder
+SCORES = "official_scores.json"  # of these, there too
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +62,8 @@ def official_scores(
     except UserError as error:
         _tell(error, out_dir)
         return None
-    result = report(protocol, scored, out_dir / "official_scores.json")
-    print(f"official:     {out_dir}/official_scores.json, predictions for submission in {folder}")
+    result = report(protocol, scored, out_dir / SCORES)
+    print(f"official:     {out_dir}/{SCORES}, predictions for submission in {folder}")
     return result["scores"]
 
 

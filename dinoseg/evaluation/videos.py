@@ -36,6 +36,7 @@ class EvalOptions:
         official: score the masks.
         supervision: `first_frame`, `none`, or None as the data set says.
         restart: run folder whose masks of whole videos are taken over.
+        report: write report.html.
     """
 
     split: str = "val"
@@ -43,6 +44,7 @@ class EvalOptions:
     official: bool = True
     supervision: str | None = None
     restart: str | None = None
+    report: bool = True
 
     def refuse_tracking(self) -> None:
         """Refuse what only tracking reads.

@@ -8,6 +8,8 @@ from omegaconf import DictConfig
 
 from dinoseg import build
 from dinoseg.config.nodes import instantiate
+from dinoseg.evaluation.collected import Collector
+from dinoseg.evaluation.image_report import report_images
 from dinoseg.evaluation.images import evaluate_images, list_skipped
 from dinoseg.evaluation.official import usable
 from dinoseg.evaluation.videos import EvalOptions, follow_slots, needs_no_training, propagate
@@ -26,6 +28,7 @@ def run(
     official: bool = True,
     supervision: str | None = None,
     restart: str | None = None,
+    report: bool = True,
 ) -> dict[str, Any]:
     """Score the checkpoint that `resume` names on a split and return the scores.
 
@@ -39,8 +42,9 @@ def run(
         official: score by the protocol of the data set's benchmark too, where it has one.
         supervision: of tracking, see `EvalOptions`.
         restart: likewise.
+        report: write report.html, and what mode=compare needs.
     """
-    options = EvalOptions(split, metrics_only, official, supervision, restart)
+    options = EvalOptions(split, metrics_only, official, supervision, restart, report)
     if needs_no_training(cfg):
         return propagate(cfg, out_dir, options)
     trained = load_trained(cfg)
@@ -56,6 +60,7 @@ def run(
     protocol = instantiate(cfg.data.official) if official and cfg.data.official is not None else None
     if protocol is not None and not usable(protocol, data, out_dir, on_error=on_error, tells=engine.is_main):
         protocol = None
+    collector = Collector(data, engine.rank, engine.world) if report else None
     scores = evaluate_images(
         trained.model,
         data,
@@ -66,11 +71,18 @@ def run(
         background=build.background_of(cfg),
         protocol=protocol,
         on_error=on_error,
+        collector=collector,
     )
+    if collector is not None:
+        report_images(cfg, collector, scores, data, engine, out_dir, split=split)
     if engine.is_main:
-        board = Path(cfg.resume or ".").parent.parent / "tensorboard"
-        print(f"TensorBoard:  tensorboard --logdir {board}" if board.is_dir() else "TensorBoard:  none beside it")
-        print(f"checkpoint:   {cfg.resume or source}")
+        _tell_model(cfg, source)
         list_skipped({split: data.skipped}, out_dir)
     engine.close()
     return {**scores, "run": str(out_dir)}
+
+
+def _tell_model(cfg: DictConfig, source: str) -> None:
+    board = Path(cfg.resume or ".").parent.parent / "tensorboard"
+    print(f"TensorBoard:  tensorboard --logdir {board}" if board.is_dir() else "TensorBoard:  none beside it")
+    print(f"checkpoint:   {cfg.resume or source}")

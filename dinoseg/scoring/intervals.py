@@ -3,16 +3,28 @@
 The units are what varies independently, not the frames of one video (B. Efron, 1979).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
-
-from dinoseg.metrics.protocols.contract import ScoreProtocol
 
 _DRAWN_AT_ONCE = 2**22  # numbers, 32 MiB
 
 
-def resampled(protocol: ScoreProtocol, sums: np.ndarray, resamples: int, seed: int) -> dict[str, np.ndarray]:
+class Scores(Protocol):
+    """What gives scores of sums over units, as every `ScoreProtocol` does."""
+
+    @property
+    def keys(self) -> Sequence[str]:
+        """Names of the scores."""
+        ...
+
+    def scores(self, sums: np.ndarray) -> dict[str, np.ndarray]:
+        """Return each key's score (...) from sums (..., d); nan where it is undefined."""
+        ...
+
+
+def resampled(protocol: Scores, sums: np.ndarray, resamples: int, seed: int) -> dict[str, np.ndarray]:
     """Return each key's scores (resamples,) of units drawn with replacement; empty for fewer than two units."""
     count = len(sums)
     if count < 2 or resamples < 1:
@@ -27,7 +39,7 @@ def resampled(protocol: ScoreProtocol, sums: np.ndarray, resamples: int, seed: i
     return {key: np.concatenate([part[key] for part in parts]) for key in protocol.keys}
 
 
-def intervals(protocol: ScoreProtocol, drawn: Mapping[str, np.ndarray]) -> dict[str, list[float] | None]:
+def intervals(protocol: Scores, drawn: Mapping[str, np.ndarray]) -> dict[str, list[float] | None]:
     """Return the 95 % interval of each key's drawn scores (resamples,); None where none of them is defined."""
     limits: dict[str, list[float] | None] = {}
     for key in protocol.keys:

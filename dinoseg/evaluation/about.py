@@ -1,0 +1,45 @@
+"""What a report says of how its figures came about."""
+
+import os
+import platform
+import shlex
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from dinoseg import __version__
+from dinoseg.report.html.about import About
+from dinoseg.runs.folder import command_line
+
+_LIBRARIES = ("torch", "transformers", "timm", "numpy", "omegaconf")
+
+
+def about_run(cfg: DictConfig, out_dir: Path, facts: Mapping[str, str], device: torch.device | None = None) -> About:
+    """Return what was run.
+
+    Args:
+        cfg: the whole config.
+        out_dir: the run folder, which keeps its command line.
+        facts: what the mode knows itself, by name.
+        device: that was computed on.
+    """
+    command = f"python -m dinoseg {shlex.join(command_line(out_dir))}"
+    machine = {
+        "dinoseg": __version__,
+        "Python": platform.python_version(),
+        **{name: found for name in _LIBRARIES if (found := _version(name)) is not None},
+        "system": f"{platform.system()} {platform.release()}, {platform.machine()}, {os.cpu_count()} cores",
+    }
+    if device is not None:
+        machine["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return About(command, {**facts, **machine}, OmegaConf.to_yaml(cfg))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,86 @@
+"""Scores of classes as functions of sums over units, so that units drawn anew give their intervals."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dinoseg.evaluation.collected import class_ious
+from dinoseg.scoring.intervals import intervals, resampled
+
+RESAMPLES = 1000
+FEW = 10  # units: intervals over fewer are too narrow
+
+
+@dataclass(frozen=True)
+class ClassScores:
+    """The scores of a confusion matrix by names: `miou`, `dice`, `accuracy`, and `iou/ID` of each class.
+
+    Args:
+        num_classes: K.
+        background: id of the class that is no object; then there is `miou_no_background`.
+    """
+
+    num_classes: int
+    background: int | None = None
+
+    @property
+    def means(self) -> Sequence[str]:
+        """The names of what is one number over all classes."""
+        return ("miou", *(() if self.background is None else ("miou_no_background",)), "dice", "accuracy")
+
+    @property
+    def keys(self) -> Sequence[str]:
+        """All names."""
+        return (*self.means, *(f"iou/{index}" for index in range(self.num_classes)))
+
+    def scores(self, sums: np.ndarray) -> dict[str, np.ndarray]:
+        """Return each score (...) of sums (..., 3 K) of `class_counts`; nan where it is undefined."""
+        counts = sums.reshape(*sums.shape[:-1], 3, self.num_classes).astype(np.float64)
+        ious = class_ious(counts)
+        right, reference, predicted = np.moveaxis(counts, -2, 0)
+        scores = {
+            "miou": _mean(ious),
+            "dice": _mean(_ratio(2 * right, reference + predicted)),
+            "accuracy": _ratio(right.sum(axis=-1), reference.sum(axis=-1)),
+        }
+        if self.background is not None:
+            scores["miou_no_background"] = _mean(np.delete(ious, self.background, axis=-1))
+        return scores | {f"iou/{index}": ious[..., index] for index in range(self.num_classes)}
+
+
+def unit_sums(counts: np.ndarray, units: Sequence[str]) -> np.ndarray:
+    """Return the sums (U, 3 K) of images' counts (N, 3, K) by unit, in the order of their first images."""
+    places = {unit: place for place, unit in enumerate(dict.fromkeys(units))}
+    sums = np.zeros((len(places), *counts.shape[1:]), np.int64)
+    np.add.at(sums, [places[unit] for unit in units], counts)
+    return sums.reshape(len(places), -1)
+
+
+def score_intervals(kind: ClassScores, sums: np.ndarray, seed: int = 0) -> dict[str, list[float] | None]:
+    """Return the 95 % interval of each score over units with sums (U, 3 K)."""
+    return intervals(kind, resampled(kind, sums.astype(np.float64), RESAMPLES, seed))
+
+
+def paired_differences(
+    kind: ClassScores, first: np.ndarray, second: np.ndarray, seed: int = 0
+) -> dict[str, dict[str, Any]]:
+    """Return each score's `value` of the second less that of the first, and the interval `ci95` of this difference.
+
+    Both are sums (U, 3 K) over the same units in the same order, and the same units are drawn for both.
+    """
+    totals = [kind.scores(sums.sum(axis=0)) for sums in (first, second)]
+    drawn = [resampled(kind, sums.astype(np.float64), RESAMPLES, seed) for sums in (first, second)]
+    limits = intervals(kind, {key: drawn[1][key] - drawn[0][key] for key in kind.keys})
+    gaps = {key: float(totals[1][key] - totals[0][key]) for key in kind.keys}
+    return {key: {"value": gap if np.isfinite(gap) else None, "ci95": limits[key]} for key, gap in gaps.items()}
+
+
+def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    return np.divide(part, whole, out=np.full(np.shape(whole), np.nan), where=whole > 0)
+
+
+def _mean(values: np.ndarray) -> np.ndarray:
+    defined = ~np.isnan(values)
+    return _ratio(np.where(defined, values, 0.0).sum(axis=-1), defined.sum(axis=-1).astype(np.float64))

@@ -1,0 +1,115 @@
+"""What an evaluation of images leaves for comparisons: counts of each image, and of what they are, without pickle."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dinoseg.errors import UserError
+from dinoseg.shapes import Palette
+from dinoseg.storage import forms
+from dinoseg.storage.atomic import whole_file, write_json
+
+RECORD, COUNTS = "evaluation.json", "counts.npz"  # in a run folder
+_REMEDY = "Evaluate again: python -m dinoseg mode=eval resume=RUN, with the run folder of the training as RUN."
+_MOST_CLASSES = 256
+_COLOUR = forms.row(*[forms.whole(0, 255)] * 3)
+_FORM = forms.record(
+    classes=forms.listing(forms.text),
+    palette=forms.listing(_COLOUR),
+    ignore_index=forms.whole(0, 255),
+    background=forms.maybe(forms.whole(0, 255)),
+    data=forms.text,
+    root=forms.text,
+    split=forms.text,
+    unit=forms.text,
+    images=forms.listing(forms.text),
+    units=forms.listing(forms.text),
+    source=forms.text,
+)
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    """What was counted, image by image.
+
+    Args:
+        classes: names.
+        palette: a colour for each.
+        ignore_index: id that is not labelled.
+        background: id of the class that is no object; None: there is none.
+        data: the option of the group data.
+        root: the data set's folder, a whole path.
+        split: train, val or test.
+        unit: what is resampled: `image`, or what images are of.
+        images: names, in order.
+        units: the unit of each image.
+        source: where the model came from.
+        counts: (N, 3, K) int64, see `class_counts`.
+    """
+
+    classes: Sequence[str]
+    palette: Palette
+    ignore_index: int
+    background: int | None
+    data: str
+    root: str
+    split: str
+    unit: str
+    images: Sequence[str]
+    units: Sequence[str]
+    source: str
+    counts: np.ndarray
+
+
+def write_record(record: ImageRecord, out_dir: Path) -> None:
+    """Write a record into a run folder: the counts first, so that where the other is, both are."""
+    said: dict[str, Any] = {key: value for key, value in vars(record).items() if key != "counts"}
+    with whole_file(out_dir / COUNTS) as part, part.open("wb") as file:
+        np.savez(file, classes=record.counts.astype("<i8"))
+    said["palette"] = [[int(level) for level in colour] for colour in record.palette]
+    write_json(
+        out_dir / RECORD, {key: list(value) if isinstance(value, tuple) else value for key, value in said.items()}
+    )
+
+
+def read_record(folder: Path) -> ImageRecord:
+    """Return the record of a run folder.
+
+    Raises:
+        UserError: it has none, or a damaged one.
+    """
+    if not folder.is_dir():
+        raise UserError(f"runs: {folder} is no folder. Give run folders of mode=eval.")
+    if not (folder / RECORD).is_file():
+        raise UserError(
+            f"runs: {folder} holds no {RECORD}, so there is nothing to compare: it is no evaluation of images, or one "
+            f"made with mode.report=false or by an older dinoseg. {_REMEDY}"
+        )
+    try:
+        said = forms.read_json(folder / RECORD, _FORM)
+        counts = forms.read_arrays(folder / COUNTS, {"classes": ("<i8", 3)})["classes"]
+        _check(said, counts)
+    except (OSError, forms.Misshapen) as error:
+        raise UserError(f"runs: {folder} holds a damaged {RECORD} or {COUNTS} ({error}). {_REMEDY}") from None
+    return ImageRecord(**{**said, "palette": [tuple(colour) for colour in said["palette"]]}, counts=counts)
+
+
+def _check(said: dict[str, Any], counts: np.ndarray) -> None:
+    """Refuse numbers that do not fit together.
+
+    Raises:
+        Misshapen: naming them.
+    """
+    images, classes = len(said["images"]), len(said["classes"])
+    if not 1 <= classes <= _MOST_CLASSES or len(said["palette"]) != classes:
+        raise forms.Misshapen(f"it has {classes} classes and {len(said['palette'])} colours")
+    if counts.shape != (images, 3, classes) or len(said["units"]) != images or len(set(said["images"])) != images:
+        raise forms.Misshapen(f"{images} images of {classes} classes have counts {list(counts.shape)}")
+    if (said["background"] or 0) >= classes:
+        raise forms.Misshapen(f"background {said['background']} is none of its {classes} classes")
+    right, reference, predicted = np.moveaxis(counts, 1, 0)
+    if counts.size and (counts.min() < 0 or counts.max() > 2**40 or (right > np.minimum(reference, predicted)).any()):
+        raise forms.Misshapen("its counts are of no image")

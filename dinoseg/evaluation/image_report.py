@@ -1,0 +1,166 @@
+"""The report of an evaluation of images, and what comparisons need of it."""
+
+import csv
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig, OmegaConf
+
+from dinoseg import build
+from dinoseg.data.splits import regex_group
+from dinoseg.errors import UserError
+from dinoseg.evaluation.about import about_run
+from dinoseg.evaluation.class_scores import ClassScores, score_intervals, unit_sums
+from dinoseg.evaluation.collected import Collected, Collector, image_mious, join
+from dinoseg.evaluation.image_record import ImageRecord, write_record
+from dinoseg.evaluation.official import SCORES as OFFICIAL_SCORES
+from dinoseg.metrics.boundary_errors import DISTANCES
+from dinoseg.metrics.calibration import fit_temperature, negative_log_likelihood, reliability
+from dinoseg.report.html.evaluation import EvaluationReport, evaluation_page
+from dinoseg.report.log import read_rows
+from dinoseg.shapes import SegmentationData
+from dinoseg.storage.atomic import write_text
+from dinoseg.training.engine import Engine
+
+PAGE, TABLE = "report.html", "images.csv"  # in a run folder
+
+
+def report_images(
+    cfg: DictConfig,
+    collector: Collector,
+    scores: Mapping[str, Any],
+    data: SegmentationData,
+    engine: Engine,
+    out_dir: Path,
+    *,
+    split: str,
+) -> None:
+    """Write report.html, images.csv and what comparisons need to a run folder, and tell so.
+
+    Args:
+        cfg: the whole config.
+        collector: of this rank; the first one writes what all of them have.
+        scores: of the same images, with `official` ones where there are such.
+        data: that was evaluated.
+        engine: device and ranks.
+        out_dir: the run folder.
+        split: the name of the data's split.
+    """
+    parts = engine.gather(collector.parts)
+    if not engine.is_main:
+        return
+    collected = join(parts)
+    official = _official(scores, out_dir)
+    record = _record(cfg, collected, data, split, official)
+    names, groups = record.images, record.units
+    kind = ClassScores(len(data.classes), record.background)
+    write_record(record, out_dir)
+    mious = image_mious(collected.classes)
+    _write_table(out_dir / TABLE, record, mious)
+    report = EvaluationReport(
+        title=f"{cfg.choices.hparam}: {cfg.choices.data}, split {split}",
+        said=f"backbone={cfg.choices.backbone} adapter={cfg.choices.adapter} head={cfg.choices.head}",
+        classes=data.classes,
+        palette=data.palette,
+        ignore_index=data.ignore_index,
+        scores=scores,
+        intervals=score_intervals(kind, unit_sums(collected.classes, groups)),
+        unit=record.unit,
+        names=names,
+        groups=groups,
+        mious=mious,
+        distances=DISTANCES,
+        boundary=collected.boundary.sum(axis=0),
+        calibration=_calibration(collected),
+        best=collected.best,
+        worst=collected.worst,
+        official=official,
+        about=about_run(cfg, out_dir, {"model": record.source, "data": record.root}, engine.device),
+        training=_training(cfg),
+    )
+    write_text(out_dir / PAGE, evaluation_page(report))
+    print(f"report:       {out_dir}/{PAGE}, and {TABLE}")
+
+
+def _record(
+    cfg: DictConfig, collected: Collected, data: SegmentationData, split: str, official: Mapping[str, Any] | None
+) -> ImageRecord:
+    """Return what comparisons need."""
+    names = list(data.names)
+    groups = groups_of(cfg, names)
+    return ImageRecord(
+        classes=list(data.classes),
+        palette=data.palette,
+        ignore_index=data.ignore_index,
+        background=build.background_of(cfg),
+        data=str(cfg.choices.data),
+        root="" if OmegaConf.is_missing(cfg.data, "root") else str(Path(str(cfg.data.root)).expanduser().resolve()),
+        split=split,
+        unit=_unit(groups, official),
+        images=names,
+        units=groups,
+        source=str(cfg.resume or cfg.head.get("weights")),
+        counts=collected.classes,
+    )
+
+
+def groups_of(cfg: DictConfig, names: list[str]) -> list[str]:
+    """Return what each image belongs to by `data.group`, such as its video; itself where that does not say."""
+    try:
+        group = regex_group(cfg.data.get("group"))
+        return [group(name) for name in names]
+    except UserError:  # of another data set's names: the split did not need it, nor does a report
+        return names
+
+
+def _unit(groups: list[str], official: Mapping[str, Any] | None) -> str:
+    """Return what groups are called: as the benchmark calls them, if it has as many."""
+    if official is not None and official["n"] == len(set(groups)):
+        return str(official["unit"])
+    return "image" if len(set(groups)) == len(groups) else "group"
+
+
+def _calibration(collected: Collected) -> dict[str, Any] | None:
+    logits, labels = collected.logits, collected.labels.astype(np.int64)
+    if not len(labels) or logits.shape[1] < 2:
+        return None
+    temperature = fit_temperature(logits, labels)
+
+    def state(factor: float) -> dict[str, Any]:
+        found = reliability(logits, labels, factor)
+        bins = zip(found.pixels.tolist(), found.correct.tolist(), found.confidence.tolist(), strict=True)
+        return {"nll": negative_log_likelihood(logits, labels, factor), "ece": found.ece, "bins": list(bins)}
+
+    sampled = {"pixels": len(labels), "images": len(collected.classes)}
+    return {**sampled, "temperature": temperature, "before": state(1.0), "after": state(temperature)}
+
+
+def _official(scores: Mapping[str, Any], out_dir: Path) -> dict[str, Any] | None:
+    """Return what this run has just written of the benchmark's own scores; None where there are none."""
+    if scores.get("official") is None:
+        return None
+    return json.loads((out_dir / OFFICIAL_SCORES).read_text(encoding="utf-8"))
+
+
+def _training(cfg: DictConfig) -> list[dict[str, Any]] | None:
+    """Return the rows of the log of the training that the checkpoint comes from, if it lies there and can be read."""
+    if cfg.resume is None:
+        return None
+    try:
+        return read_rows(Path(cfg.resume).parent.parent / "metrics.jsonl")
+    except UserError:
+        return None
+
+
+def _write_table(path: Path, record: ImageRecord, mious: list[float | None]) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["image", "unit", "miou", "labelled_pixels", "wrong_pixels"])
+    for name, unit, miou, counts in zip(record.images, record.units, mious, record.counts, strict=True):
+        labelled = int(counts[1].sum())
+        writer.writerow([name, unit, "" if miou is None else miou, labelled, labelled - int(counts[0].sum())])
+    write_text(path, text.getvalue())

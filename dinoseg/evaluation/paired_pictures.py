@@ -1,0 +1,113 @@
+"""Pictures of what two evaluations predict: masks from their run folders, frames and references from the data set."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from dinoseg import build
+from dinoseg.config.guard import ACTING, guard
+from dinoseg.config.moved import renamed
+from dinoseg.config.plain import plain
+from dinoseg.errors import UserError
+from dinoseg.evaluation.image_record import ImageRecord
+from dinoseg.images import read_ids
+from dinoseg.report.html.comparison import PairShot
+from dinoseg.report.overlay import reduced
+from dinoseg.runs.recipe import SAVED
+from dinoseg.shapes import SegmentationData
+from dinoseg.storage.files import check_regular
+
+SHOWN = 4  # images that gain most, and as many that lose most
+_LONGEST = 512  # pixels of a picture's longer side
+_LARGEST = 2**20  # bytes of a config file
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Where pictures of two runs come from.
+
+    Args:
+        cfg: what the command line composed.
+        record: of the first run.
+        folders: of both runs.
+    """
+
+    cfg: DictConfig
+    record: ImageRecord
+    folders: tuple[Path, Path]
+
+    @cached_property
+    def data(self) -> SegmentationData:
+        """The data set of the first run, as its folder describes it: held against the same rules as a checkpoint.
+
+        Raises:
+            UserError: the config is missing or refused, or the data are not there any more.
+        """
+        path = self.folders[0] / "config" / "config.yaml"
+        try:
+            check_regular(path)
+            if path.stat().st_size > _LARGEST:
+                raise UserError(f"{path} is no config: it is larger than a megabyte.")
+            kept = plain(OmegaConf.load(path))
+            saved = renamed({key: kept[key] for key in SAVED})
+            saved["data"] = {**saved["data"], **dict.fromkeys(ACTING), "root": self.record.root}
+            guard(saved, str(path), plain(self.cfg), trust=list(self.cfg.trust))
+            data = build.dataset(OmegaConf.create({**plain(self.cfg), **saved}), self.record.split)
+        except (OSError, KeyError, TypeError, AssertionError, YAMLError, OmegaConfBaseException) as error:
+            raise UserError(f"{path} does not say what the data are ({error}).") from None
+        if list(data.names) != list(self.record.images):
+            raise UserError(f"{self.record.root} holds other images than those that were evaluated.")
+        return data
+
+    def shot(self, index: int, mious: tuple[float, float]) -> PairShot:
+        """Return an image with both predictions.
+
+        Raises:
+            UserError: a file is missing, or of another size.
+        """
+        name = self.record.images[index]
+        sample = self.data[index]
+        reference: np.ndarray = sample["mask"].numpy()
+        predictions = []
+        for folder in self.folders:
+            base, path = folder / "predictions", folder / "predictions" / f"{name}_pred.png"
+            if not path.resolve().is_relative_to(base.resolve()):
+                raise UserError(f"{folder} names an image outside its own folder: {name}.")
+            ids = read_ids(path)
+            if ids.shape != reference.shape:
+                raise UserError(f"{path} is of another size than its reference.")
+            predictions.append(reduced(ids, _LONGEST))
+        frame = reduced(sample["image"].permute(1, 2, 0).numpy(), _LONGEST)
+        return PairShot(name, mious, frame, reduced(reference, _LONGEST), (predictions[0], predictions[1]))
+
+
+def most_different(
+    pictures: Pictures, first: Sequence[float | None], second: Sequence[float | None]
+) -> tuple[list[PairShot], str]:
+    """Return the images whose mIoU gains or loses most, by size of the difference; or none, and why."""
+    pairs: list[Any] = [
+        (theirs - ours, index)
+        for index, (ours, theirs) in enumerate(zip(first, second, strict=True))
+        if ours is not None and theirs is not None and ours != theirs
+    ]
+    pairs.sort()
+    chosen = {index: gap for gap, index in (*pairs[:SHOWN], *pairs[-SHOWN:])}
+    order = sorted(chosen, key=lambda index: -abs(chosen[index]))
+    if not order:
+        return [], "No image is scored differently by the two."
+    if any(not (folder / "predictions").is_dir() for folder in pictures.folders):
+        return [], "No pictures: a run was evaluated with mode.metrics_only=true, so its predictions were not kept."
+    try:
+        return [pictures.shot(index, (first[index] or 0.0, second[index] or 0.0)) for index in order], ""
+    except UserError as error:
+        logger.warning("The page has no pictures: %s", error)
+        return [], f"No pictures: {error}"

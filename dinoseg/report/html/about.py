@@ -1,0 +1,71 @@
+"""What a report says of the run behind it: how it was trained, its command, versions, machine and config."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dinoseg.report.html.charts import Axes, around, line_chart
+from dinoseg.report.html.page import Section, block, paragraph
+from dinoseg.report.html.tables import plain_cell, table
+
+_POINTS = 400  # of a curve
+_CURVES = (
+    ("Loss", {"training": "train/loss", "validation": "val/loss"}, "loss"),
+    ("mIoU", {"training": "train/miou", "validation": "val/miou"}, "mIoU"),
+    ("Pixel accuracy", {"training": "train/accuracy", "validation": "val/accuracy"}, "accuracy"),
+)
+
+
+@dataclass(frozen=True)
+class About:
+    """What was run.
+
+    Args:
+        command: as it can be typed.
+        facts: name and value of versions, the machine, the checkpoint and so on.
+        config: as YAML.
+    """
+
+    command: str
+    facts: Mapping[str, str]
+    config: str
+
+
+def about_sections(about: About) -> list[Section]:
+    """Return what was run, with the whole config shut."""
+    rows = [[plain_cell(name), plain_cell(value)] for name, value in about.facts.items()]
+    command, config = block("Command", about.command, shut=False), block("Config", about.config)
+    facts = table([("what", "plain"), ("value", "text")], rows, "Versions and machine")
+    return [Section("run", "Run", command + facts + config)]
+
+
+def training_section(rows: Sequence[Mapping[str, Any]] | None) -> Section:
+    """Return the curves of the training that the model comes from."""
+    if not rows:
+        return Section("training", "Training", paragraph("No metrics.jsonl of the training beside the checkpoint."))
+    charts = []
+    for title, keys, name in _CURVES:
+        curves = [(label, points) for label, key in keys.items() if (points := _points(rows, key))]
+        if not curves:
+            continue
+        steps = [x for _, points in curves for x, _ in points]
+        values = [y for _, points in curves for _, y in points]
+        axes = Axes(
+            around(steps) if len(set(steps)) > 1 else (steps[0] - 1, steps[0] + 1),
+            around(values, zero=True),
+            "step",
+            name,
+        )
+        charts.append(line_chart(title, curves, axes))
+    note = paragraph(f"From the run's metrics.jsonl; curves of more than {_POINTS} points are means of neighbours.")
+    return Section("training", "Training", note + f'<div class="charts">{"".join(charts)}</div>')
+
+
+def _points(rows: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
+    """Return steps and finite values, at most so many: means of neighbours."""
+    known = {row["step"]: float(row[key]) for row in rows if row.get(key) is not None and math.isfinite(row[key])}
+    points = sorted(known.items())
+    at_once = math.ceil(len(points) / _POINTS) if points else 1
+    parts = [points[start : start + at_once] for start in range(0, len(points), at_once)]
+    return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts]

@@ -1,0 +1,213 @@
+"""The report of two or more evaluations of the same images: what differs, how surely, and where it can be seen."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dinoseg.report.html.about import About, about_sections
+from dinoseg.report.html.charts import Axes, around, line_chart, scatter_chart
+from dinoseg.report.html.evaluation import few_units, interval_note
+from dinoseg.report.html.page import Section, page, paragraph, percent, spanned, text, tiles
+from dinoseg.report.html.pictures import BOTH_WRONG, RIGHT, WRONG, card, marked
+from dinoseg.report.html.tables import Cell, class_cell, number_cell, plain_cell, table, whisker
+from dinoseg.report.overlay import blend, legend_of
+from dinoseg.shapes import Palette
+from dinoseg.wording import count_of
+
+_MEANS = {
+    "miou": "mIoU",
+    "miou_no_background": "mIoU without background",
+    "dice": "mean Dice",
+    "accuracy": "pixel accuracy",
+}
+
+
+@dataclass(frozen=True)
+class PairShot:
+    """An image that two runs predict differently, reduced.
+
+    Args:
+        name: of the image.
+        mious: of both runs.
+        frame: (H, W, 3) uint8.
+        reference: (H, W) uint8.
+        predictions: (H, W) uint8 of both runs.
+    """
+
+    name: str
+    mious: tuple[float, float]
+    frame: np.ndarray
+    reference: np.ndarray
+    predictions: tuple[np.ndarray, np.ndarray]
+
+
+@dataclass(frozen=True)
+class OtherRun:
+    """A run held against the first one.
+
+    Args:
+        name: of the run.
+        scores: by name.
+        differences: `value` and `ci95` by name of a score: this run less the first.
+        mious: of each image.
+        shots: images that gain or lose most.
+        no_pictures: why there are none; empty where there are.
+    """
+
+    name: str
+    scores: Mapping[str, float | None]
+    differences: Mapping[str, Mapping[str, Any]]
+    mious: Sequence[float | None]
+    shots: Sequence[PairShot]
+    no_pictures: str = ""
+
+
+@dataclass(frozen=True)
+class ComparisonReport:
+    """What the page shows.
+
+    Args:
+        said: a line below the title.
+        classes: names.
+        palette: a colour for each.
+        ignore_index: id that is not labelled.
+        images: names.
+        units: how many are resampled.
+        unit: what they are.
+        first: name of the first run.
+        scores: of the first run, by name.
+        mious: of each image, by the first run.
+        others: the runs that are held against it.
+        about: what was run.
+    """
+
+    said: str
+    classes: Sequence[str]
+    palette: Palette
+    ignore_index: int
+    images: Sequence[str]
+    units: int
+    unit: str
+    first: str
+    scores: Mapping[str, float | None]
+    mious: Sequence[float | None]
+    others: Sequence[OtherRun]
+    about: About
+
+
+def comparison_page(report: ComparisonReport) -> str:
+    """Return the page."""
+    sections = [_scores(report), _classes(report)]
+    for number, other in enumerate(report.others):
+        end = f" ({other.name})" if len(report.others) > 1 else ""
+        sections.append(Section(f"images-{number}", f"Image by image{end}", _by_image(report, other)))
+        sections.append(Section(f"pictures-{number}", f"Where they differ most{end}", _pictures(report, other)))
+    sections += about_sections(report.about)
+    title = " against ".join([*(other.name for other in report.others), report.first])
+    return page(title, report.said, sections, few_units(report.units, report.unit))
+
+
+def _scores(report: ComparisonReport) -> Section:
+    shown = [(report.first, f"{percent(report.scores['miou'])} %", "mIoU")]
+    for other in report.others:
+        gap = other.differences["miou"]
+        shown.append((other.name, f"{percent(other.scores['miou'])} %", f"mIoU: {_gap(gap)} points"))
+    keys = [(key, name) for key, name in _MEANS.items() if key in report.scores]
+    rows = [[plain_cell(name), *_cells(report, key)] for key, name in keys]
+    note = paragraph(
+        f"Differences are points: a run less {report.first}, over the same {count_of(report.images, 'image')}; each "
+        f"draw has the same {report.unit}s for both.",
+        interval_note(report.units, report.unit),
+        "An interval that leaves out 0 speaks for a difference on data of this kind by these two trained models; it "
+        "says nothing of other seeds, and of many classes some leave it out by chance.",
+    )
+    return Section("scores", "Scores", tiles(shown) + table(_heads(report, "score"), rows, "Means") + note)
+
+
+def _classes(report: ComparisonReport) -> Section:
+    rows = [
+        [class_cell(name, report.palette[index]), *_cells(report, f"iou/{index}")]
+        for index, name in enumerate(report.classes)
+    ]
+    return Section("classes", "Classes", table(_heads(report, "class"), rows, "IoU by class; a heading sorts"))
+
+
+def _heads(report: ComparisonReport, first: str) -> list[tuple[str, str]]:
+    heads = [(first, "text"), (f"{report.first} %", "number")]
+    for other in report.others:
+        heads += [(f"{other.name} %", "number"), ("difference", "number"), ("95 % interval", "text"), ("", "plain")]
+    return heads
+
+
+def _cells(report: ComparisonReport, key: str) -> list[Cell]:
+    gaps = [other.differences[each] for other in report.others for each in other.differences]
+    reach = max([abs(end) for gap in gaps for end in (gap["ci95"] or [gap["value"] or 0.0])] + [0.01])
+    cells = [number_cell(report.scores[key], percent(report.scores[key]))]
+    for other in report.others:
+        gap = other.differences[key]
+        value, limits = gap["value"], gap["ci95"]
+        sure = "" if limits is None or limits[0] <= 0 <= limits[1] else ("up" if limits[0] > 0 else "down")
+        shown = "-" if value is None else f"{100 * value:+.1f}"
+        cells += [
+            number_cell(other.scores[key], percent(other.scores[key])),
+            Cell(f'<span class="{sure}">{text(shown)}</span>', value),
+            plain_cell(spanned(limits, sign="+")),
+            whisker(value, limits, (-reach, reach)),
+        ]
+    return cells
+
+
+def _gap(gap: Mapping[str, Any]) -> str:
+    if gap["value"] is None:
+        return "-"
+    limits = "" if gap["ci95"] is None else f" ({spanned(gap['ci95'], sign='+')})"
+    return f"{100 * gap['value']:+.1f}{limits}"
+
+
+def _by_image(report: ComparisonReport, other: OtherRun) -> str:
+    pairs = [
+        (100 * ours, 100 * theirs, name)
+        for ours, theirs, name in zip(report.mious, other.mious, report.images, strict=True)
+        if ours is not None and theirs is not None
+    ]
+    if not pairs:
+        return paragraph("No image has a labelled pixel.")
+    gaps = sorted(theirs - ours for ours, theirs, _ in pairs)
+    counted = [sum(gap > 0 for gap in gaps), sum(gap < 0 for gap in gaps)]
+    told = paragraph(
+        f"mIoU of an image, over the classes in its reference or the run's own prediction. {other.name} is better in "
+        f"{counted[0]}, worse in {counted[1]} and equal in {len(gaps) - sum(counted)} of {count_of(gaps, 'image')}; "
+        "all are in images.csv."
+    )
+    ends = around([value for pair in pairs for value in pair[:2]])
+    scatter = scatter_chart("Each image", pairs, Axes(ends, ends, f"{report.first}, %", f"{other.name}, %"))
+    places = [(float(place), gap) for place, gap in enumerate(gaps, start=1)]
+    axes = Axes((1, max(2, len(places))), around(gaps, zero=True), "images, sorted", "points")
+    return told + f'<div class="charts">{scatter}{line_chart("Sorted differences", [(other.name, places)], axes)}</div>'
+
+
+def _pictures(report: ComparisonReport, other: OtherRun) -> str:
+    if other.no_pictures:
+        return paragraph(other.no_pictures)
+    key = paragraph(
+        f"In the last picture, green: only {other.name} is right; red: only {report.first} is; yellow: both are wrong."
+    )
+    return key + "".join(_shot(report, other, shot) for shot in other.shots)
+
+
+def _shot(report: ComparisonReport, other: OtherRun, shot: PairShot) -> str:
+    masks = {"reference": shot.reference, report.first: shot.predictions[0], other.name: shot.predictions[1]}
+    tinted = [
+        (caption, blend(shot.frame, mask, report.palette, ignore_index=report.ignore_index, opacity=0.6))
+        for caption, mask in masks.items()
+    ]
+    labelled = shot.reference != report.ignore_index
+    first, second = ((mask == shot.reference) & labelled for mask in shot.predictions)
+    marks = [(second & ~first, RIGHT), (first & ~second, WRONG), (labelled & ~first & ~second, BOTH_WRONG)]
+    before, after = shot.mious
+    told = f"mIoU {percent(before)} % and {percent(after)} %: {100 * (after - before):+.1f} points"
+    legend = legend_of(list(masks.values()), report.classes, report.palette, ignore_index=report.ignore_index)
+    panels = [("frame", shot.frame), *tinted, ("who is right", marked(shot.frame, marks))]
+    return card(shot.name, told, panels, legend)

@@ -1,0 +1,261 @@
+"""The report of an evaluation of images: what it scored, where it errs, how sure it is, and what it was."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from dinoseg.report.html.about import About, about_sections, training_section
+from dinoseg.report.html.calibration import calibration_section
+from dinoseg.report.html.charts import Axes, bar_chart, line_chart
+from dinoseg.report.html.heat_map import heat_map
+from dinoseg.report.html.page import Section, page, paragraph, percent, spanned, tiles
+from dinoseg.report.html.pictures import Shot, prediction_card
+from dinoseg.report.html.tables import class_cell, number_cell, plain_cell, table, whisker
+from dinoseg.shapes import Palette
+from dinoseg.wording import count_of
+
+FEW = 10  # units: intervals over fewer are too narrow
+_BARS = 20
+_VIDEOS = 24  # whose curves are drawn
+_MEANS = {
+    "miou": ("mIoU", "mean over the classes present"),
+    "miou_no_background": ("mIoU without background", "mean over the other classes present"),
+    "dice": ("mean Dice", "mean over the classes present"),
+    "accuracy": ("pixel accuracy", "share of the labelled pixels"),
+}
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """What the page shows.
+
+    Args:
+        title: plain text.
+        said: a line below it.
+        classes: names.
+        palette: a colour for each.
+        ignore_index: id that is not labelled.
+        scores: of `ConfusionMatrix.compute`.
+        intervals: 95 % interval by name of a score, and `iou/ID` of each class; None where there is none.
+        unit: what is resampled for them: `image`, or what images are of, as `video`.
+        names: of the images.
+        groups: the unit of each image.
+        mious: of each image, None where nothing is labelled.
+        distances: upper ends of the bands around boundaries, in pixels.
+        boundary: (bands, 2) labelled and wrong pixels.
+        calibration: see `calibration_section`; None where there is none.
+        best: best images first.
+        worst: worst ones first.
+        official: what `scoring.summary` gives; None without a protocol.
+        about: what was run.
+        training: rows of its metrics.jsonl; None where there are none.
+    """
+
+    title: str
+    said: str
+    classes: Sequence[str]
+    palette: Palette
+    ignore_index: int
+    scores: Mapping[str, Any]
+    intervals: Mapping[str, list[float] | None]
+    unit: str
+    names: Sequence[str]
+    groups: Sequence[str]
+    mious: Sequence[float | None]
+    distances: Sequence[int]
+    boundary: np.ndarray
+    calibration: Mapping[str, Any] | None
+    best: Sequence[Shot]
+    worst: Sequence[Shot]
+    about: About
+    official: Mapping[str, Any] | None = None
+    training: Sequence[Mapping[str, Any]] | None = field(default=None)
+
+
+def evaluation_page(report: EvaluationReport) -> str:
+    """Return the page."""
+    sections = [
+        _scores(report),
+        _classes(report),
+        Section("confusion", "Confusion", _confusion(report)),
+        _images(report),
+        _pictures(report),
+        _boundary(report),
+        *_videos(report),
+        Section("calibration", "Calibration", calibration_section(report.calibration)),
+        training_section(report.training),
+        *about_sections(report.about),
+    ]
+    return page(report.title, report.said, sections, _warnings(report))
+
+
+def interval_note(units: int, unit: str) -> str:
+    """Return what is to be said of intervals over units."""
+    over = count_of(units, unit)
+    if units < 2:
+        return f"No intervals: they need two {unit}s, and there is {over}."
+    return f"95 % intervals: percentile bootstrap over {over}, drawn anew 1,000 times."
+
+
+def few_units(units: int, unit: str) -> list[str]:
+    """Return the warning that intervals are over few units; none over enough."""
+    if not 2 <= units < FEW:
+        return []
+    return [
+        f"The intervals are over {count_of(units, unit)}. Below {FEW} they are too narrow, for a mean by a fifth and "
+        "more: the scores are less sure than they look."
+    ]
+
+
+def _warnings(report: EvaluationReport) -> list[str]:
+    warnings = few_units(len(set(report.groups)), report.unit)
+    if not report.scores["pixels"]:
+        warnings.append("No pixel of the reference is labelled, so nothing is scored.")
+    return warnings
+
+
+def _scores(report: EvaluationReport) -> Section:
+    shown = [
+        (name, f"{percent(report.scores[key])} %", _between(report.intervals.get(key)) or note)
+        for key, (name, note) in _MEANS.items()
+        if key in report.scores
+    ]
+    present, pixels = report.scores["present_classes"], report.scores["pixels"]
+    body = tiles(shown) + paragraph(
+        f"{present} of {count_of(report.classes, 'class', 'classes')} present, in {pixels:,} labelled pixels of "
+        f"{count_of(report.names, 'image')}.",
+        interval_note(len(set(report.groups)), report.unit),
+    )
+    return Section("scores", "Scores", body + _official(report.official))
+
+
+def _official(official: Mapping[str, Any] | None) -> str:
+    if official is None:
+        return ""
+    rows = [
+        [plain_cell(key), number_cell(value, percent(value, 2)), plain_cell(spanned(official["ci95"][key], 2))]
+        for key, value in official["scores"].items()
+    ]
+    heads = [(official["protocol"], "text"), ("%", "number"), ("95 % interval", "text")]
+    caption = f"The benchmark's own protocol, over {count_of(official['n'], official['unit'])}"
+    return table(heads, rows, caption)
+
+
+def _between(limits: Sequence[float] | None) -> str:
+    return "" if limits is None else f"95 %: {spanned(limits)}"
+
+
+def _classes(report: EvaluationReport) -> Section:
+    heads = [("class", "text"), ("IoU %", "number"), ("95 % interval", "text"), ("", "plain"), ("Dice %", "number")]
+    heads += [("recall %", "number"), ("precision %", "number"), ("pixels", "number"), ("share %", "number")]
+    rows, whole = [], max(report.scores["pixels"], 1)
+    for row in report.scores["classes"]:
+        index, limits = row["id"], report.intervals.get(f"iou/{row['id']}")
+        shares = [number_cell(row[key], percent(row[key])) for key in ("dice", "recall", "precision")]
+        iou = number_cell(row["iou"], "absent" if row["iou"] is None else percent(row["iou"]))
+        pixels = row["pixels"]
+        rows.append(
+            [
+                class_cell(report.classes[index], report.palette[index]),
+                *(iou, plain_cell(spanned(limits)), whisker(row["iou"], limits), *shares),
+                *(number_cell(pixels, f"{pixels:,}"), number_cell(pixels / whole, percent(pixels / whole, 2))),
+            ]
+        )
+    note = paragraph("Absent: neither the reference nor the prediction holds the class; it enters no mean.")
+    return Section("classes", "Classes", table(heads, rows, "Scores by class; a heading sorts") + note)
+
+
+def _confusion(report: EvaluationReport) -> str:
+    note = paragraph(
+        "A row is a class of the reference, a column a predicted one. Numbers are percent of the row; colour grows "
+        "with the root of the share, so that rare confusions can be seen. Grey rows have no pixel."
+    )
+    return note + heat_map(np.asarray(report.scores["matrix"], dtype=np.int64), report.classes)
+
+
+def _images(report: EvaluationReport) -> Section:
+    defined = [score for score in report.mious if score is not None]
+    counts, edges = np.histogram([100 * score for score in defined], bins=_BARS, range=(0, 100))
+    axes = Axes((0, 100), (0, max(1.0, 1.05 * counts.max())), "mIoU of the image, %", "images")
+    missing = len(report.mious) - len(defined)
+    told = ["The mIoU of an image is the mean IoU over the classes in its reference or its prediction."]
+    if missing:
+        told.append(f"{count_of(missing, 'image')} without a labelled pixel have none.")
+    if defined:
+        told.append(f"Median {percent(float(np.median(defined)))} %; all of them are in images.csv.")
+    body = paragraph(*told) + bar_chart("Images by mIoU", edges.tolist(), counts.tolist(), axes)
+    return Section("images", "Images", body)
+
+
+def _pictures(report: EvaluationReport) -> Section:
+    parts = []
+    for name, shots in (("Worst images", report.worst), ("Best images", report.best)):
+        cards = [
+            prediction_card(
+                shot,
+                report.names[shot.index],
+                classes=report.classes,
+                palette=report.palette,
+                ignore_index=report.ignore_index,
+            )
+            for shot in shots
+        ]
+        parts.append((f"<h3>{name}</h3>" if cards else "") + "".join(cards))
+    return Section("pictures", "Worst and best", "".join(parts) or paragraph("None: no image has a labelled pixel."))
+
+
+def _boundary(report: EvaluationReport) -> Section:
+    pixels, wrong = report.boundary.sum(axis=0) if len(report.boundary) else (0, 0)
+    within = np.cumsum(report.boundary, axis=0)
+    names = [f"within {end} px" for end in report.distances] + ["anywhere"]
+    rows = []
+    for name, (near, errors), band in zip(names, within, report.boundary, strict=True):
+        shares = [
+            errors / wrong if wrong else None,
+            near / pixels if pixels else None,
+            band[1] / band[0] if band[0] else None,
+        ]
+        rows.append([plain_cell(name), *(number_cell(share, percent(share)) for share in shares)])
+    heads = [("distance to a reference boundary", "text"), ("of all errors %", "number"), ("of all pixels %", "number")]
+    heads.append(("wrong in this band %", "number"))
+    note = paragraph(
+        "A boundary pixel is a labelled pixel that touches, by an edge, one of another class. Within k pixels lies "
+        "what is less than k pixels (between centres) from one, so boundary pixels themselves are those within 1. The "
+        "last column counts a pixel in its nearest band only. Errors near boundaries are of outlines; those far from "
+        "them are of recognition."
+    )
+    return Section("boundary", "Errors at boundaries", note + table(heads, rows))
+
+
+def _videos(report: EvaluationReport) -> list[Section]:
+    """Return the curve of each video, the worst ones first; none where images stand by themselves."""
+    groups: dict[str, list[float | None]] = {}
+    for group, score in zip(report.groups, report.mious, strict=True):
+        groups.setdefault(group, []).append(score)
+    if len(groups) == len(report.groups):
+        return []
+    return [video_curves(groups, "mIoU %", report.unit)]
+
+
+def video_curves(videos: Mapping[str, Sequence[float | None]], name: str, unit: str) -> Section:
+    """Return a curve over the frames of each video, those with the lowest mean first."""
+    known = {
+        video: [(float(place), 100 * score) for place, score in enumerate(scores, start=1) if score is not None]
+        for video, scores in videos.items()
+    }
+    means = {video: float(np.mean([y for _, y in points])) for video, points in known.items() if points}
+    order = sorted(means, key=lambda video: means[video])
+    told = f"{name} of each frame, in the order of their names; the {unit}s with the lowest mean first."
+    if len(order) > _VIDEOS:
+        told += f" The lowest {_VIDEOS} of {len(order)} are drawn."
+    charts = [
+        line_chart(
+            f"{video}: {means[video]:.1f} over {count_of(len(known[video]), 'frame')}",
+            [(video, known[video])],
+            Axes((1, max(2, len(videos[video]))), (0, 100), "frame", name),
+        )
+        for video in order[:_VIDEOS]
+    ]
+    return Section("videos", f"By {unit}", paragraph(told) + f'<div class="charts small">{"".join(charts)}</div>')

@@ -1,0 +1,100 @@
+"""The frame of every report: one HTML file that needs nothing else and asks the network for nothing."""
+
+import base64
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from dinoseg.wording import printable
+
+_HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page.
+
+    Args:
+        name: its anchor, a word.
+        title: plain text.
+        body: HTML, in which everything from data is escaped.
+    """
+
+    name: str
+    title: str
+    body: str
+
+
+def page(title: str, said: str, sections: Sequence[Section], warnings: Sequence[str] = ()) -> str:
+    """Return the whole page.
+
+    The only script that a browser runs in it is our own, known by its hash, so a name that were left unescaped by
+    mistake would still do nothing.
+
+    Args:
+        title: plain text.
+        said: a line below it, plain text.
+        sections: in order.
+        warnings: plain texts above them.
+    """
+    style, script = (_HERE.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    links = "".join(f'<a href="#{each.name}">{text(each.title)}</a>' for each in sections)
+    parts = "\n".join(
+        f'<section id="{each.name}"><h2>{text(each.title)}</h2>\n{each.body}</section>' for each in sections
+    )
+    warned = "".join(f'<p class="warn">{text(warning)}</p>' for warning in warnings)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<title>{text(title)}</title>\n<link rel="icon" href="data:,">\n<style>{style}</style></head>\n<body>\n'
+        f'<header><h1>{text(title)}</h1><button id="theme" type="button" hidden>light / dark</button></header>\n'
+        f'<p class="dim">{text(said)}</p>\n<nav aria-label="sections">{links}</nav>\n'
+        f"{warned}\n<main>\n{parts}\n</main>\n<script>{script}</script>\n</body></html>\n"
+    )
+
+
+def text(value: object) -> str:
+    """Return plain text as HTML: escaped, and without what would steer a terminal or turn the line around."""
+    return escape(printable(str(value)))
+
+
+def paragraph(*sentences: str, kind: str = "note") -> str:
+    """Return plain text as a paragraph."""
+    return f'<p class="{kind}">{text(" ".join(sentences))}</p>'
+
+
+def block(title: str, content: str, *, shut: bool = True) -> str:
+    """Return plain text of many lines that is opened by its title."""
+    return f"<details{'' if shut else ' open'}><summary>{text(title)}</summary><pre>{text(content)}</pre></details>"
+
+
+def values(name: str, value: Any) -> str:
+    """Return plain values as an element that a script reads by its id and no browser runs."""
+    content = json.dumps(value, ensure_ascii=True).replace("<", "\\u003c")
+    return f'<script type="application/json" id="{name}">{content}</script>'
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """Return a share of 0..1 in percent; a dash where it is undefined."""
+    return "-" if value is None else f"{100 * value:.{digits}f}"
+
+
+def spanned(limits: Sequence[float] | None, digits: int = 1, sign: str = "") -> str:
+    """Return an interval of shares in percent; a dash where there is none."""
+    return "-" if limits is None else " .. ".join(f"{100 * end:{sign}.{digits}f}" for end in limits)
+
+
+def tiles(shown: Sequence[tuple[str, str, str]]) -> str:
+    """Return large values, each with its name and a line below it, plain texts."""
+    cells = (
+        f'<div class="tile">{text(name)}<b>{text(value)}</b><span>{text(note)}</span></div>'
+        for name, value, note in shown
+    )
+    return f'<div class="tiles">{"".join(cells)}</div>'
