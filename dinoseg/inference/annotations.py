@@ -1,0 +1,242 @@
+"""Predictions as files of annotation tools: COCO, LabelMe and CVAT, so that they can be corrected there."""
+
+import base64
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.sax.saxutils import quoteattr
+
+import numpy as np
+from PIL import Image
+
+from dinoseg.annotation.outline import Part, edge_polygons, middle_polygons, parts_of
+from dinoseg.annotation.rle import counts_of, to_text
+from dinoseg.data.classes.labels import Labels
+from dinoseg.errors import UserError
+from dinoseg.inference.outputs import ImagePrediction
+from dinoseg.ranges import Count, NotNegative
+from dinoseg.storage.atomic import whole_file, write_text
+from dinoseg.storage.files import visible_files
+from dinoseg.wording import one_line, printable
+
+FORMATS = ("polygons", "rle")
+OBJECTS = ("component", "class")
+_PIECES = ".pieces"  # of each image; they are joined at the end, and stay for a run that goes on
+
+
+@dataclass(frozen=True)
+class PredictedShapes:
+    """How class ids become shapes.
+
+    Args:
+        format: `polygons`, which can be edited point by point, or `rle`: masks, exact to the pixel.
+        objects: `component`: pixels that hang together are one object; `class`: all of a class in an image are.
+        tolerance: pixels that an edge of a polygon may move where points are left out; 0: exact.
+        least_area: parts of fewer pixels are left out.
+    """
+
+    format: str = "polygons"
+    objects: str = "component"
+    tolerance: NotNegative = 1.0
+    least_area: Count = 1
+
+    def __post_init__(self) -> None:
+        """Refuse what is unknown."""
+        for key, value, options in (("format", self.format, FORMATS), ("objects", self.objects, OBJECTS)):
+            if value not in options:
+                raise UserError(f"mode.shapes.{key}={value} is unknown. Choose one of {', '.join(options)}.")
+        if not 0 <= self.tolerance < 1000 or self.least_area < 1:
+            raise UserError(
+                f"mode.shapes.tolerance={self.tolerance} least_area={self.least_area}: give a tolerance from 0 pixels, "
+                "and an area from 1."
+            )
+
+    def parts(self, ids: np.ndarray, background: int | None) -> Iterator[Part]:
+        """Yield the parts of class ids (H, W) that are objects."""
+        joined = self.objects == "class"
+        yield from parts_of(ids, leave_out=background, joined=joined, least_area=self.least_area)
+
+
+@dataclass(frozen=True)
+class _Annotations:
+    """What the writers below have in common.
+
+    Args:
+        folder: where the files go.
+        labels: the classes.
+        background: the class that is no object, and is not written; None: every class is written.
+        shapes: how class ids become shapes.
+    """
+
+    folder: Path
+    labels: Labels
+    background: int | None
+    shapes: PredictedShapes
+    needs_probabilities = False
+
+    def names(self) -> list[tuple[int, str]]:
+        """Return id and name of the classes that are written."""
+        return [(index, name) for index, name in enumerate(self.labels.classes) if index != self.background]
+
+
+class CocoAnnotations(_Annotations):
+    """Writes `annotations.json` of all images: polygons on the edges of pixels, or compressed run lengths.
+
+    A category has its class id + 1. COCO's polygons have no holes: a part with holes is cut into several, which are
+    one annotation.
+    """
+
+    def write(self, prediction: ImagePrediction) -> None:
+        """Write an image's piece."""
+        height, width = prediction.ids.shape
+        annotations = [
+            self._annotation(part, height, width) for part in self.shapes.parts(prediction.ids, self.background)
+        ]
+        image = {"file_name": _image_name(prediction), "height": height, "width": width}
+        write_text(_piece(self.folder, prediction), json.dumps({"image": image, "annotations": annotations}))
+
+    def finish(self) -> None:
+        """Join the pieces, numbering images and annotations."""
+        categories = [{"id": index + 1, "name": name, "supercategory": ""} for index, name in self.names()]
+        with whole_file(self.folder / "annotations.json") as part, open(part, "w", encoding="utf-8") as file:
+            file.write(f'{{"categories": {json.dumps(categories)},\n"images": [')
+            _join(file.write, ({"id": number, **piece["image"]} for number, piece in _pieces(self.folder)))
+            file.write('],\n"annotations": [')
+            _join(file.write, self._numbered())
+            file.write("]}\n")
+
+    def _numbered(self) -> Iterator[dict[str, Any]]:
+        count = 0
+        for number, piece in _pieces(self.folder):
+            for annotation in piece["annotations"]:
+                count += 1
+                yield {"id": count, "image_id": number, **annotation}
+
+    def _annotation(self, part: Part, height: int, width: int) -> dict[str, Any]:
+        if self.shapes.format == "rle":
+            drawn: Any = {"size": [height, width], "counts": to_text(part.counts(height, width))}
+        else:
+            drawn = [points.ravel().tolist() for points in edge_polygons(part, self.shapes.tolerance)]
+        box = [part.left, part.top, part.mask.shape[1], part.mask.shape[0]]
+        area = int(part.mask.sum())
+        return {"category_id": part.value + 1, "iscrowd": 0, "area": area, "bbox": box, "segmentation": drawn}
+
+
+class CvatAnnotations(_Annotations):
+    """Writes `annotations.xml` of all images, as CVAT's "CVAT for images 1.1": polygons or masks.
+
+    A part with holes is cut into several polygons, which share a group.
+    """
+
+    def write(self, prediction: ImagePrediction) -> None:
+        """Write an image's piece."""
+        height, width = prediction.ids.shape
+        shapes: list[str] = []
+        for number, part in enumerate(self.shapes.parts(prediction.ids, self.background), 1):
+            rest = f'label={quoteattr(self.labels.classes[part.value])} source="auto" occluded="0" z_order="0"'
+            shapes += [f"    <{shape} {rest}/>" for shape in self._drawn(part, number)]
+        name = quoteattr(one_line(printable(_image_name(prediction))))
+        text = "\n".join([f' name={name} width="{width}" height="{height}">', *shapes, "  </image>"])
+        write_text(_piece(self.folder, prediction), json.dumps(text))
+
+    def finish(self) -> None:
+        """Join the pieces, numbering images."""
+        colors = {index: "#{:02x}{:02x}{:02x}".format(*self.labels.palette[index]) for index, _ in self.names()}
+        labels = "".join(
+            f"<label><name>{_escaped(name)}</name><color>{colors[index]}</color></label>"
+            for index, name in self.names()
+        )
+        with whole_file(self.folder / "annotations.xml") as part, open(part, "w", encoding="utf-8") as file:
+            file.write('<?xml version="1.0" encoding="utf-8"?>\n<annotations>\n  <version>1.1</version>\n')
+            file.write(f"  <meta><task><labels>{labels}</labels></task></meta>\n")
+            for number, piece in _pieces(self.folder):
+                file.write(f'  <image id="{number - 1}"{piece}\n')
+            file.write("</annotations>\n")
+
+    def _drawn(self, part: Part, number: int) -> Iterator[str]:
+        if self.shapes.format == "rle":
+            height, width = part.mask.shape
+            counts = ", ".join(map(str, counts_of(part.mask.ravel()).tolist()))
+            yield f'mask rle="{counts}" left="{part.left}" top="{part.top}" width="{width}" height="{height}"'
+            return
+        for points in edge_polygons(part, self.shapes.tolerance):
+            pairs = ";".join(f"{x},{y}" for x, y in points.tolist())
+            yield f'polygon points="{pairs}" group_id="{number}"'
+
+
+class LabelmeAnnotations(_Annotations):
+    """Writes a JSON file of each image, beside the image: polygons through the middles of border pixels, or masks.
+
+    The image is a hard link to the original where the disk can, else a copy. A part with holes is cut into several
+    polygons, which share a group.
+    """
+
+    def write(self, prediction: ImagePrediction) -> None:
+        """Write an image and its file."""
+        height, width = prediction.ids.shape
+        suffix = prediction.path.suffix
+        target = self.folder / f"{prediction.name}{suffix}"
+        with whole_file(target) as part:
+            _link(prediction.path, part)
+        parts = enumerate(self.shapes.parts(prediction.ids, self.background))
+        content = {
+            "version": "5.4.1", "flags": {},
+            "shapes": [shape for number, part in parts for shape in self._drawn(part, number)],
+            "imagePath": target.name, "imageData": None, "imageHeight": height, "imageWidth": width,
+        }  # fmt: skip
+        write_text(self.folder / f"{prediction.name}.json", json.dumps(content, indent=1))
+
+    def finish(self) -> None:
+        """Do nothing more: each image has its file."""
+
+    def _drawn(self, part: Part, number: int) -> Iterator[dict[str, Any]]:
+        shape = {"label": self.labels.classes[part.value], "group_id": number, "description": "", "flags": {}}
+        if self.shapes.format == "rle":
+            height, width = part.mask.shape
+            corners = [[part.left, part.top], [part.left + width - 1, part.top + height - 1]]
+            with io.BytesIO() as picture:
+                Image.fromarray(part.mask).save(picture, "PNG")
+                mask = base64.b64encode(picture.getvalue()).decode("ascii")
+            yield {**shape, "shape_type": "mask", "points": corners, "mask": mask}
+            return
+        for points in middle_polygons(part, self.shapes.tolerance):
+            yield {**shape, "shape_type": "polygon", "points": points.tolist(), "mask": None}
+
+
+def _image_name(prediction: ImagePrediction) -> str:
+    """Return the place of an image below the input, with its ending."""
+    return (Path(prediction.name).parent / prediction.path.name).as_posix()
+
+
+def _piece(folder: Path, prediction: ImagePrediction) -> Path:
+    return folder / _PIECES / f"{prediction.name}.json"
+
+
+def _pieces(folder: Path) -> Iterator[tuple[int, Any]]:
+    """Yield number, from 1, and content of every image's piece, in the order of the names."""
+    top = folder / _PIECES
+    paths = sorted(parent / file for parent, files in visible_files(top) for file in files if file.endswith(".json"))
+    for number, path in enumerate(paths, 1):
+        yield number, json.loads(path.read_bytes())
+
+
+def _join(write: Callable[[str], object], rows: Iterator[dict[str, Any]]) -> None:
+    for number, row in enumerate(rows):
+        write(f"{',' * (number > 0)}\n{json.dumps(row)}")
+
+
+def _escaped(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _link(source: Path, target: Path) -> None:
+    with suppress(OSError):
+        os.link(source.resolve(), target)
+        return
+    shutil.copyfile(source, target)

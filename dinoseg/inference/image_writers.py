@@ -1,0 +1,45 @@
+"""Which further outputs of images there are, by the names that `mode.outputs` takes."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from dinoseg.data.classes.labels import Labels
+from dinoseg.errors import UserError
+from dinoseg.inference.annotations import CocoAnnotations, CvatAnnotations, LabelmeAnnotations, PredictedShapes
+from dinoseg.inference.output_maps import Confidence, PalettePictures, Probabilities
+from dinoseg.inference.outputs import ImageWriter
+from dinoseg.wording import listed, shown
+
+
+def image_writers(
+    outputs: Sequence[str], folder: Path, labels: Labels, background: int | None, shapes: PredictedShapes
+) -> dict[str, ImageWriter]:
+    """Return the writers of further outputs by name; each writes into a folder of its name.
+
+    Args:
+        outputs: some of `coco`, `labelme`, `cvat`, `palette`, `probabilities` and `confidence`.
+        folder: of the run.
+        labels: the classes.
+        background: id of the class that is no object, of which no shapes are made; None: there is none.
+        shapes: how class ids become shapes.
+
+    Raises:
+        UserError: a name that is none, or stands twice.
+    """
+    makers: Mapping[str, Callable[[Path], ImageWriter]] = {
+        "coco": lambda place: CocoAnnotations(place, labels, background, shapes),
+        "labelme": lambda place: LabelmeAnnotations(place, labels, background, shapes),
+        "cvat": lambda place: CvatAnnotations(place, labels, background, shapes),
+        "palette": lambda place: PalettePictures(place, labels),
+        "probabilities": Probabilities,
+        "confidence": Confidence,
+    }
+    if isinstance(outputs, str) or not isinstance(outputs, Sequence):
+        raise UserError(f"mode.outputs={shown(outputs)}: give a list, such as mode.outputs=[coco,palette].")
+    unknown = [shown(name) for name in outputs if name not in makers]
+    if unknown:
+        raise UserError(f"mode.outputs names {listed(unknown)}: choose some of {', '.join(makers)}.")
+    if twice := [name for name, count in Counter(outputs).items() if count > 1]:
+        raise UserError(f"mode.outputs names {listed(twice)} more than once: name each output once.")
+    return {name: makers[name](folder / name) for name in outputs}
