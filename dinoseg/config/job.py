@@ -6,9 +6,11 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from dinoseg.config.options import chosen_options
+from dinoseg.config.options import chosen_options, options_of
 from dinoseg.config.plain import plain
+from dinoseg.errors import UserError
 
+_FILES = ("main", "engine/auto")
 _SHIPPED = Path(__file__).parents[1] / "cfg"
 
 
@@ -23,12 +25,21 @@ def job_config(cfg: DictConfig, options: Mapping[str, Any]) -> DictConfig:
     return OmegaConf.create({**job, "choices": chosen_options(options)})
 
 
-def machine_config() -> DictConfig:
-    """Return what a job's config says of the machine alone, by the shipped files: no group of a model, no Hydra."""
-    root = OmegaConf.load(_SHIPPED / "main.yaml")
-    engine = OmegaConf.load(_SHIPPED / "engine" / "auto.yaml")
+def machine_config(inference: str) -> DictConfig:
+    """Return what a job's config says of the machine and of the use of a model, by the shipped files and no Hydra.
+
+    Args:
+        inference: option of that group.
+
+    Raises:
+        UserError: it is none.
+    """
+    options = options_of(_SHIPPED / "inference")
+    if inference not in options:
+        raise UserError(f"inference={inference} is unknown. Choose one of {', '.join(options)}.")
+    root, engine, use = (OmegaConf.load(_SHIPPED / f"{name}.yaml") for name in _FILES + (f"inference/{inference}",))
     job = {key: value for key, value in plain(root).items() if key != "defaults"}
-    return OmegaConf.create({**job, "engine": engine, "choices": {}})
+    return OmegaConf.create({**job, "engine": engine, "inference": use, "choices": {"inference": inference}})
 
 
 def squared(cfg: DictConfig) -> DictConfig:

@@ -30,9 +30,7 @@ def run(
     restart: str | None = None,
     report: bool = True,
 ) -> dict[str, Any]:
-    """Score the checkpoint that `resume` names on a split and return the scores.
-
-    A model of slots, and on videos a backbone alone, track objects: see `evaluate_videos`.
+    """Score the checkpoint of `resume` on a split; a model of slots, or a backbone alone, tracks: `evaluate_videos`.
 
     Args:
         cfg: the whole config, merged with the checkpoint's.
@@ -76,13 +74,13 @@ def run(
     if collector is not None:
         report_images(cfg, collector, scores, data, engine, out_dir, split=split)
     if engine.is_main:
-        _tell_model(cfg, source)
+        _tell_origin(cfg, source)
         list_skipped({split: data.skipped}, out_dir)
     engine.close()
     return {**scores, "run": str(out_dir)}
 
 
-def _tell_model(cfg: DictConfig, source: str) -> None:
+def _tell_origin(cfg: DictConfig, source: str) -> None:
     board = Path(cfg.resume or ".").parent.parent / "tensorboard"
     print(f"TensorBoard:  tensorboard --logdir {board}" if board.is_dir() else "TensorBoard:  none beside it")
     print(f"checkpoint:   {cfg.resume or source}")

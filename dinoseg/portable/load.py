@@ -15,6 +15,7 @@ def load(
     precision: str = "auto",
     backbone: str | PathLike[str] | None = None,
     head: str | PathLike[str] | None = None,
+    inference: str | None = None,
     trust: Sequence[str] = (),
 ) -> Model:
     """Return the trained model of a file, ready to predict; nothing in the file is executed.
@@ -27,12 +28,20 @@ def load(
         backbone: weights for a file that holds what was trained alone: a file, a folder or a hub id instead of the one
             that it names.
         head: the same of a head whose frozen part comes from a file.
+        inference: whole, windows or auto (whole images where there is memory for them); None: as the file says.
         trust: packages and hub ids that the file may name beside what dinoseg ships.
 
     Raises:
         UserError: no such file, or it is damaged, foreign, of a newer version, or says what no model of dinoseg does.
     """
     opened = open_model(
-        path, device=device, runtime=runtime, precision=precision, backbone=backbone, head=head, trust=trust
+        path,
+        device=device,
+        runtime=runtime,
+        precision=precision,
+        backbone=backbone,
+        head=head,
+        inference=inference,
+        trust=trust,
     )
     return Model(*opened)

@@ -18,6 +18,7 @@ def open_model(
     precision: str = "auto",
     backbone: str | PathLike[str] | None = None,
     head: str | PathLike[str] | None = None,
+    inference: str | None = None,
     trust: Sequence[str] = (),
 ) -> Opened:
     """Return what computes for a trained model and what its file says; arguments and errors are those of `load`."""
@@ -35,14 +36,14 @@ def open_model(
 
     weights = {"backbone": _text(backbone), "head": _text(head)}
     try:
-        return load_torch(where, device=device, precision=precision, weights=weights, trust=trust)
+        return load_torch(where, device=device, precision=precision, weights=weights, inference=inference, trust=trust)
     except UserError as error:
         # the words of a command line, as a function's arguments
         words = str(error).replace("resume=", "").replace("finite_weights=false uses it all the same.", "")
         for part in weights:
             words = words.replace(f"{part}.weights=", f"{part}=")
         words = words.replace("engine.device=", "device=")
-        of_call = words.startswith(("device=", "precision=")) or str(where) in words
+        of_call = words.startswith(("device=", "precision=", "inference=")) or str(where) in words
         raise UserError(words if of_call else f"{where}: {words}") from error
 
 

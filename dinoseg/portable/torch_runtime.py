@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from dinoseg.config.nodes import instantiate
 from dinoseg.config.resolvers import lent_resolvers
 from dinoseg.errors import UserError
+from dinoseg.inference.policy import Policy
 from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.trained_sizes import TrainedSizes, keep_scale
 from dinoseg.portable.facts import Facts
@@ -40,7 +42,13 @@ class TorchRuntime:
 
 
 def load_torch(
-    path: Path, *, device: str, precision: str, weights: Mapping[str, str | None], trust: Sequence[str]
+    path: Path,
+    *,
+    device: str,
+    precision: str,
+    weights: Mapping[str, str | None],
+    inference: str | None,
+    trust: Sequence[str],
 ) -> Opened:
     """Return the model of a file, a checkpoint or a run folder; see `load`.
 
@@ -49,6 +57,7 @@ def load_torch(
         device: as `engine.device`.
         precision: as `engine.precision`.
         weights: of `backbone` and `head`: a file, a folder or a hub id in place of what the file names.
+        inference: how it is asked, as of `load`.
         trust: packages and hub ids that the file may name beside what config files do.
     """
     if precision not in PRECISIONS:
@@ -58,13 +67,15 @@ def load_torch(
     changes: dict[str, Any] = {f"{part}.weights": value for part, value in weights.items() if value is not None}
     # the caller's own functions for its configs, and its own random numbers, are as they were after it
     with lent_resolvers(), torch.random.fork_rng(_devices(chosen)):
-        cfg = alone(file, checkpoint.describe(file), {"engine.device": device, **changes}, trust)
+        said = checkpoint.describe(file)
+        cfg = alone(file, said, {"engine.device": device, **changes}, inference=inference, trust=trust)
+        policy: Policy = instantiate(cfg.inference)
         model, info = restore(cfg, file)
     if model.head.slots is not None:
         raise UserError(f"{file} is a model of slots, which knows no classes. mode=track follows its segments.")
     keep_scale(model, TrainedSizes.from_info(info))
     bf16 = precision == "bf16" or (precision == "auto" and has_bfloat16(chosen))
-    predictor = Predictor(model.to(chosen), chosen, _autocast(chosen) if bf16 else nullcontext)
+    predictor = Predictor(model.to(chosen), chosen, _autocast(chosen) if bf16 else nullcontext, policy)
     return Opened(TorchRuntime(predictor), Facts.of(info, str(file)), file if "facts" in info else None)
 
 

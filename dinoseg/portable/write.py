@@ -17,7 +17,7 @@ from dinoseg.model import Segmenter, constants, trained_names
 from dinoseg.portable.evidence import data_of, scores_of
 from dinoseg.portable.facts import Facts
 from dinoseg.portable.sources import is_hub_id, source_of
-from dinoseg.runs.recipe import config_description
+from dinoseg.runs.recipe import USE, config_description
 from dinoseg.runs.trained import Trained, load_trained, with_whole_weights
 from dinoseg.training import checkpoint
 from dinoseg.training.loading import CONSTANTS, frozen_fingerprint
@@ -97,7 +97,7 @@ def facts_of(cfg: DictConfig, trained: Trained, *, delta: bool = False, scores: 
         before.palette,
         before.ignore_index,
         normalisation=colours,
-        sizes={**plain(cfg.resolution, resolve=True), **(sizes.as_info()[KEY] if sizes else {})},
+        sizes={**plain(cfg.resolution, resolve=True), **(sizes.as_info()[KEY] if sizes else {}), USE: _use(cfg)},
         scores=scores_of(path, before.classes, scores) or before.scores,
         backbone=before.backbone or source_of(plain(cfg), str(trained.info["frozen"]["backbone"])),
         data=before.data or data_of(path, str(cfg.choices.data)),
@@ -155,6 +155,12 @@ def _check_licence(cfg: DictConfig, source: Mapping[str, Any], names: Sequence[s
             "on. Write what was trained alone, which LoRA and frozen backbones allow: export.delta=true. Or, if the "
             "file stays with you or you keep to those terms: export.gated=true."
         )
+
+
+def _use(cfg: DictConfig) -> dict[str, Any]:
+    """Return how the model is asked for pictures of any size, in words: what is used stands in the config."""
+    values = {key: value for key, value in plain(cfg[USE], resolve=True).items() if not key.startswith("_")}
+    return {"option": str(cfg.choices[USE]), **values}
 
 
 def _versions() -> dict[str, str]:

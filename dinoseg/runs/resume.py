@@ -46,7 +46,14 @@ def merge(cfg: DictConfig, overrides: Sequence[Override], path: Path, info: Mapp
     return squared(merged)
 
 
-def alone(path: Path, info: Mapping[str, Any], changes: Mapping[str, Any], trust: Sequence[str] = ()) -> DictConfig:
+def alone(
+    path: Path,
+    info: Mapping[str, Any],
+    changes: Mapping[str, Any],
+    *,
+    inference: str | None = None,
+    trust: Sequence[str] = (),
+) -> DictConfig:
     """Return the config to use a checkpoint with where there is no command line, held against the shipped config files.
 
     Nothing of Hydra is set up or read: the caller may be a Hydra program of its own.
@@ -55,14 +62,17 @@ def alone(path: Path, info: Mapping[str, Any], changes: Mapping[str, Any], trust
         path: the checkpoint file.
         info: what it says of itself.
         changes: dotted key to the user's own value, such as `engine.device` or `backbone.weights`.
+        inference: option of that group, in place of the file's own.
         trust: packages and hub ids that the file may name beside what config files do.
 
     Raises:
         UserError: the checkpoint's config is not to be trusted.
     """
-    saved, cfg = saved_config(info), machine_config()
+    saved, cfg = saved_config(info), machine_config(inference or "auto")
     guard(saved, f"resume={path}", plain(cfg), trust=trust, typed=[*changes], registry=shipped_registry())
-    merged = OmegaConf.create({**plain(cfg), "resume": str(path), "choices": dict(info["choices"]), **saved})
+    own = {key: value for key, value in saved.items() if not (inference and key == USE)}
+    choices = {**info["choices"], **({USE: inference} if inference else {})}
+    merged = OmegaConf.create({**plain(cfg), "resume": str(path), "choices": choices, **own})
     for key, value in changes.items():
         OmegaConf.update(merged, key, value)
     return squared(merged)

@@ -134,6 +134,20 @@ def test_each_kind_of_model_is_the_same_from_its_file(compose, tmp_path, words, 
     assert len(ours.probabilities.std(axis=(1, 2)).nonzero()[0])
 
 
+def test_a_file_is_asked_as_its_training_was_unless_told(compose, tmp_path):
+    words = (*TINY, "adapter=frozen", "head=linear", "inference=windows", "inference.size=16")
+    path = untrained(compose, tmp_path, *words)
+    file, image = exported(path, tmp_path / "out"), picture(40, 56)
+    model, whole = dinoseg.load(file, device="cpu"), dinoseg.load(file, device="cpu", inference="whole")
+    assert model.facts.sizes["inference"]["option"] == "windows" and model.facts.sizes["inference"]["size"] == 16
+    ours, theirs, other = (
+        each.predict(image).probabilities for each in (model, dinoseg.load(path, device="cpu"), whole)
+    )
+    assert (ours == theirs).all() and np.abs(ours - other).max() > 1e-3
+    with pytest.raises(UserError, match="^inference=half is unknown. Choose one of auto, whole, windows"):
+        dinoseg.load(file, inference="half")
+
+
 def foreign_file(compose, folder):
     """Write a DINOv3 file whose rotation frequencies are not those of its config, as Meta's are."""
     backbone = build.backbone(compose("backbone=tiny_surgical", "data.classes=[a]"))

@@ -1,0 +1,153 @@
+"""Rows of files as they are needed, and ids written as they are done."""
+
+import struct
+import zlib
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_parts import tiny_vit
+
+from dinoseg.errors import UserError
+from dinoseg.heads.linear import LinearHead
+from dinoseg.images import read_ids
+from dinoseg.inference.predictor import Predictor
+from dinoseg.inference.strips import ArrayRows, PngRows, TiffRows, open_rows
+from dinoseg.inference.windows import Windows
+from dinoseg.model import Segmenter
+
+CPU = torch.device("cpu")
+SIZE = (301, 97)
+KINDS = {  # what Pillow is asked for, and whether it is read in strips
+    "raw": ({}, True),
+    "deflate": ({"compression": "tiff_adobe_deflate"}, True),
+    "predicted": ({"compression": "tiff_adobe_deflate", "tiffinfo": {317: 2}}, True),
+    "lzw": ({"compression": "tiff_lzw"}, False),
+    "turned": ({"tiffinfo": {274: 3}}, False),
+    "large": ({"big_tiff": True}, True),
+}
+
+
+def picture(channels=3, size=SIZE):
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, channels), dtype=np.uint8)
+    return pixels if channels == 3 else pixels[..., 0]
+
+
+def read_in_parts(rows, step=40):
+    parts = [rows.read(top, min(top + step, rows.size[0])) for top in range(0, rows.size[0], step)]
+    return torch.cat(parts, dim=2)[0].permute(1, 2, 0).numpy()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_tiff_files_are_read_as_pillow_reads_them(tmp_path, kind, channels):
+    options, in_strips = KINDS[kind]
+    pixels = picture(channels)
+    Image.fromarray(pixels).save(tmp_path / "a.tif", **options)
+    rows = open_rows(tmp_path / "a.tif", CPU)
+    assert isinstance(rows, TiffRows) == in_strips and rows.size == SIZE
+    expected = np.broadcast_to(pixels.reshape(*SIZE, channels), (*SIZE, 3))
+    assert (read_in_parts(rows) == (expected[::-1, ::-1] if kind == "turned" else expected)).all()
+
+
+@pytest.mark.parametrize("compression", [1, 8])
+def test_tiles_are_put_together(tmp_path, compression):
+    pixels = picture()
+    write_tiles(tmp_path / "a.tif", pixels, compression)
+    with Image.open(tmp_path / "a.tif") as image:  # the file is what it says
+        assert (np.asarray(image) == pixels).all()
+    rows = open_rows(tmp_path / "a.tif", CPU)
+    assert isinstance(rows, TiffRows) and (read_in_parts(rows) == pixels).all()
+
+
+def write_tiles(path, pixels, compression, side=32):
+
+    height, width, channels = pixels.shape
+    padded = np.zeros((-(-height // side) * side, -(-width // side) * side, channels), np.uint8)
+    padded[:height, :width] = pixels
+    tiles = [
+        padded[top : top + side, left : left + side].tobytes()
+        for top in range(0, padded.shape[0], side)
+        for left in range(0, padded.shape[1], side)
+    ]
+    tiles = [zlib.compress(tile) if compression == 8 else tile for tile in tiles]
+    entries = {256: [width], 257: [height], 258: [8] * 3, 259: [compression], 262: [2], 277: [3], 284: [1]}
+    entries |= {322: [side], 323: [side], 324: [0] * len(tiles), 325: [len(tile) for tile in tiles]}
+    start = 8 + 2 + 12 * len(entries) + 4
+    beyond = {key: values for key, values in entries.items() if len(values) > 1}
+    places, end = {}, start
+    for key, values in beyond.items():
+        places[key], end = end, end + 4 * len(values)
+    for number, tile in enumerate(tiles):
+        entries[324][number], end = end, end + len(tile)
+    directory = b"".join(
+        struct.pack("<HHII", key, 4, len(values), places.get(key, values[0])) for key, values in sorted(entries.items())
+    )
+    header = b"II*\0" + struct.pack("<IH", 8, len(entries)) + directory + b"\0" * 4
+    extra = b"".join(struct.pack(f"<{len(values)}I", *values) for values in beyond.values())
+    path.write_bytes(header + extra + b"".join(tiles))
+
+
+def test_arrays_are_mapped_and_nothing_is_unpickled(tmp_path):
+    np.save(tmp_path / "a.npy", picture())
+    rows = open_rows(tmp_path / "a.npy", CPU)
+    assert isinstance(rows, ArrayRows) and (read_in_parts(rows) == picture()).all()
+    np.save(tmp_path / "b.npy", np.array([{}], dtype=object), allow_pickle=True)
+    np.save(tmp_path / "c.npy", picture().astype(np.float32))
+    for name, message in (("b.npy", "Cannot read .*b.npy as an array"), ("c.npy", "float32, and must hold")):
+        with pytest.raises(UserError, match=message):
+            open_rows(tmp_path / name, CPU)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
+@pytest.mark.parametrize("kind", ["raw", "deflate"])
+def test_cut_files_are_refused(tmp_path, kind, share):
+    path = tmp_path / "a.tif"
+    Image.fromarray(picture()).save(path, **KINDS[kind][0])
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    with pytest.raises(UserError, match=str(path)):
+        read_in_parts(open_rows(path, CPU))
+
+
+def test_a_file_whose_tags_name_what_is_not_there_takes_no_memory(tmp_path):
+    path = tmp_path / "a.tif"
+    Image.fromarray(picture()).save(path, tiffinfo={257: 2**19})
+    data = path.read_bytes().replace((301).to_bytes(4, "little"), (2**30).to_bytes(4, "little"))
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="a.tif"):
+        read_in_parts(open_rows(path, CPU))
+
+
+def test_ids_of_a_file_in_strips_are_those_of_the_image(tmp_path):
+    torch.manual_seed(0)
+    backbone = tiny_vit()
+    model = Segmenter(backbone, LinearHead(backbone.dim, backbone.num_layers, 5)).eval()
+    predictor = Predictor(model, CPU, nullcontext, Windows((64, 64)))
+    Image.fromarray(picture()).save(tmp_path / "a.tif")
+    predictor.write_strips(tmp_path / "a.tif", tmp_path / "masks/a.png")
+    expected = predictor.ids([picture()])[0]
+    assert (read_ids(tmp_path / "masks/a.png") == expected).all() and len(np.unique(expected)) > 1
+    assert (np.concatenate(list(predictor.strips(tmp_path / "a.tif"))) == expected).all()
+
+
+def test_a_png_that_is_not_ended_does_not_appear(tmp_path):
+    torch.manual_seed(0)
+    path = tmp_path / "cut.tif"
+    Image.fromarray(picture()).save(path)
+    path.write_bytes(path.read_bytes()[:-5000])
+    backbone = tiny_vit()
+    model = Segmenter(backbone, LinearHead(backbone.dim, backbone.num_layers, 5)).eval()
+    predictor = Predictor(model, CPU, nullcontext, Windows((64, 64)))
+    with pytest.raises(UserError, match="ends before its last row"):
+        predictor.write_strips(path, tmp_path / "a.png")
+    assert [each.name for each in tmp_path.iterdir()] == ["cut.tif"]
+
+
+def test_rows_of_a_png_are_what_was_written(tmp_path):
+    ids = picture(1)
+    with PngRows(tmp_path / "a.png", SIZE) as file:
+        for part in np.split(ids, [1, 100, 290]):
+            file.write(part)
+    assert (read_ids(tmp_path / "a.png") == ids).all()
