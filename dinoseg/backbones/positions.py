@@ -33,13 +33,52 @@ def interpolate(positions: Tensor, grid: tuple[int, int], *, offset: float, anti
         (1, 1 + h * w, C), the class token's position as it was.
     """
     side = math.isqrt(positions.shape[1] - 1)
-    if grid == (side, side):
+    if not torch.compiler.is_exporting() and grid == (side, side):
         return positions
     precise = at_least_float32(positions)
     stored = precise[:, 1:].transpose(1, 2).unflatten(2, (side, side))  # (1, C, M, M)
-    if offset:
+    if torch.compiler.is_exporting():
+        resized = _interpolate_traced(stored, grid, offset, antialias)
+    elif offset:
         scale = ((grid[0] + offset) / side, (grid[1] + offset) / side)
         resized = F.interpolate(stored, scale_factor=scale, mode="bicubic", antialias=antialias)
     else:
         resized = F.interpolate(stored, grid, mode="bicubic", antialias=antialias)
     return torch.cat([precise[:, :1], resized.flatten(2).transpose(1, 2)], dim=1).to(positions.dtype)
+
+
+def _interpolate_traced(stored: Tensor, grid: tuple[int, int], offset: float, antialias: bool) -> Tensor:
+    """Return the same as two matrix products, (1, C, h, w), in which a graph may leave the grid open.
+
+    Other runtimes round scales otherwise, and their antialiased bicubic kernel is another one.
+    """
+    side = stored.shape[-1]
+    height, width = (torch.full((), cells, dtype=torch.float32) for cells in grid)
+    is_stored = (height == side) & (width == side)
+    more = torch.where(is_stored, 0.0, offset)
+    rows = _bicubic_matrix(torch.arange(grid[0]), side, (height + more) / side, antialias)  # (h, M)
+    columns = _bicubic_matrix(torch.arange(grid[1]), side, (width + more) / side, antialias)  # (w, M)
+    return rows @ stored @ columns.T
+
+
+def _bicubic_matrix(cells: Tensor, side: int, scale: Tensor, antialias: bool) -> Tensor:
+    """Return what each of `cells` reads of `side` stored ones (cells, side); beyond the border the last one counts."""
+    reach = (1 / scale).clamp(min=1) if antialias else torch.ones(())  # the kernel widens where the grid shrinks
+    sharpness = -0.5 if antialias else -0.75  # as torch has them
+    centres = (cells + 0.5) / scale - 0.5
+    if antialias:
+        taps = _bicubic((torch.arange(side) - centres[:, None]) / reach, sharpness)
+        return taps / taps.sum(dim=1, keepdim=True)
+    steps = torch.arange(-1, 3)
+    taps = centres.floor()[:, None] + steps  # (cells, 4)
+    weights = _bicubic(taps - centres[:, None], sharpness)
+    stored = taps.clamp(0, side - 1)[..., None] == torch.arange(side)  # (cells, 4, side)
+    return (weights[..., None] * stored).sum(dim=1)
+
+
+def _bicubic(distance: Tensor, a: float) -> Tensor:
+    """Return Keys' cubic convolution kernel."""
+    x = distance.abs()
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+    return torch.where(x <= 1, near, torch.where(x < 2, far, torch.zeros(())))

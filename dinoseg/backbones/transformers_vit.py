@@ -121,7 +121,7 @@ class TransformersVit(Backbone):
         prefix = [parts.cls_token + positions[:, :1]]
         if hasattr(parts, "register_tokens"):
             prefix.append(parts.register_tokens)  # they have no position
-        tokens = [*(part.expand(len(pixels), -1, -1) for part in prefix), patches]
+        tokens = [*(part.expand(pixels.shape[0], -1, -1) for part in prefix), patches]
         return parts.dropout(torch.cat(tokens, dim=1))
 
     def forward(self, images: Tensor) -> list[Tensor]:

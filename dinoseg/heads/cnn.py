@@ -100,7 +100,7 @@ class CnnHead(Head[Tensor]):
         height, width = grid.shape[-2:]
         padded = F.pad(grid, (0, -width % whole, 0, -height % whole), mode="replicate")
         size = [side * self.patch_size // cells for side in padded.shape[-2:]]
-        rows, columns = -(-height * self.patch_size // cells), -(-width * self.patch_size // cells)
+        rows, columns = ((side * self.patch_size + cells - 1) // cells for side in (height, width))
         return F.interpolate(padded, size, mode="bicubic")[..., :rows, :columns]
 
 

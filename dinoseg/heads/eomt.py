@@ -107,7 +107,7 @@ class EomtHead(Head[MaskOutputs]):
         blocks = list(backbone.blocks)
         for block in blocks[: -self.blocks]:
             tokens = block(tokens, **beside)  # (B, num_prefix + h * w, dim)
-        queries = self.queries.to(tokens.dtype).expand(len(tokens), -1, -1)
+        queries = self.queries.to(tokens.dtype).expand(tokens.shape[0], -1, -1)
         tokens = torch.cat([queries, tokens], dim=1)  # (B, N, dim), N = Q + num_prefix + h * w
         earlier = []
         for block, window in zip(blocks[-self.blocks :], self.windows, strict=True):

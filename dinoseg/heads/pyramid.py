@@ -54,7 +54,7 @@ class _Halve(nn.Module):
 
     def forward(self, part: Tensor) -> Tensor:
         height, width = part.shape[-2:]
-        return F.interpolate(self.conv(part), (-(-height // 2), -(-width // 2)), mode="bilinear")
+        return F.interpolate(self.conv(part), ((height + 1) // 2, (width + 1) // 2), mode="bilinear")
 
 
 def refuse_unless_four(head: str, num_layers: int) -> None:
