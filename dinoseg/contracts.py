@@ -112,6 +112,8 @@ class Head(nn.Module, Generic[Outputs]):
     mixture: bool = False  # whether its scores are sums of probabilities, as of mask classification, and no logits
     least_batch: int = 1  # training images per rank at once
     weights: str | None = None  # the file that its frozen part came from, if any
+    no_object: bool = False  # whether the last column of its class logits says "no object"
+    one_size: str | None = None  # why an exported graph of it takes one size alone; None: it takes any
 
     if TYPE_CHECKING:
 

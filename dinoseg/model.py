@@ -12,8 +12,8 @@ from dinoseg.errors import UserError
 from dinoseg.geometry import valid_share
 from dinoseg.ranges import Count, Positive
 from dinoseg.shapes import Prediction
+from dinoseg.sizes import Size, backbone_size
 
-Size = tuple[int, int]  # (H, W)
 _SAMPLES = 1024  # values of a tensor that its fingerprint reads
 
 
@@ -86,12 +86,6 @@ class Segmenter(nn.Module):
             return images
         resized = F.interpolate(images.flatten(0, -4), size, mode="bilinear", antialias=True)
         return resized.unflatten(0, images.shape[:-3])
-
-
-def backbone_size(size: Size, scale: float, longest: int | None) -> Size:
-    """Return the (H, W) at which an image of `size` enters the backbone, at least one pixel a side."""
-    factor = scale * (min(1.0, longest / max(size)) if longest else 1.0)
-    return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
 
 
 def trained_names(model: Segmenter) -> set[str]:

@@ -28,6 +28,7 @@ class UperNetHead(Head[Tensor]):
     """
 
     least_batch = 2  # training images per rank at once: one alone leaves nothing to normalise its pooled average over
+    one_size = "the windows of its pooling depend on the size (head=upernet)"
 
     def __init__(self, in_dim: int | Sequence[int], num_layers: int, num_classes: Count, channels: Count = 512) -> None:
         from transformers import UperNetConfig

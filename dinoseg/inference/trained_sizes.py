@@ -7,7 +7,8 @@ from statistics import median, quantiles
 from typing import Any
 
 from dinoseg.errors import UserError
-from dinoseg.model import Segmenter, Size
+from dinoseg.model import Segmenter
+from dinoseg.sizes import Size, kept_longest
 from dinoseg.storage import forms
 
 logger = logging.getLogger(__name__)
@@ -73,11 +74,11 @@ def keep_scale(model: Segmenter, sizes: TrainedSizes | None, *, reduces: bool = 
 
     def limit(size: Size) -> int | None:
         nonlocal told
-        large = min(max(size), longest or max(size)) > sizes.largest
-        if large and not told:
+        kept = kept_longest(size, longest, sizes.typical, sizes.largest)
+        if kept != longest and not told:
             told = True
             logger.warning("%s", _message(size, sizes, reduces))
-        return sizes.typical if large and reduces else longest
+        return kept if reduces else longest
 
     model.limit = limit
 

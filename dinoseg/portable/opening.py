@@ -29,7 +29,11 @@ def open_model(
     if not where.exists():
         raise UserError(f"No such file: {where}. Give a file that mode=export wrote, a run folder or a checkpoint.")
     if kind == "onnx":
-        raise UserError(f"{where}: ONNX files cannot be read yet.")
+        from dinoseg.portable.onnx_model import load_onnx
+
+        if inference not in (None, "whole"):
+            raise UserError(f"inference={inference}: an ONNX file takes whole images. Leave it out.")
+        return load_onnx(where, device=device)
     if where.suffix == ".onnx":
         raise UserError(f"{where} is an ONNX file, which runs without torch: leave runtime={runtime} out.")
     from dinoseg.portable.torch_runtime import load_torch

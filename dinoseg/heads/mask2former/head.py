@@ -52,6 +52,7 @@ class Mask2FormerHead(Head[MaskOutputs]):
     """
 
     mixture = True
+    one_size = "its sampling points and places depend on the size (head=mask2former)"
 
     def __init__(
         self,

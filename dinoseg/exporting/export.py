@@ -1,0 +1,169 @@
+"""What every export of a trained model does: made whole, proven on real pictures, and only then put in its place."""
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from dinoseg import __version__
+from dinoseg.adapters import merge
+from dinoseg.config.plain import plain
+from dinoseg.errors import UserError
+from dinoseg.exporting.graph import Wish, record_of
+from dinoseg.exporting.pictures import Picture, pictures
+from dinoseg.exporting.proof import Limits, Reference, compare, exported, passes
+from dinoseg.images import read_size
+from dinoseg.inference.trained_sizes import TrainedSizes, keep_scale
+from dinoseg.portable.facts import Facts
+from dinoseg.portable.onnx_record import PRECISIONS, GraphRecord
+from dinoseg.portable.write import facts_of
+from dinoseg.runs.trained import load_trained, with_whole_weights
+from dinoseg.storage.atomic import write_json
+
+REPORT = "export_report.json"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A trained model ready to be exported, and what it will be compared on."""
+
+    reference: Reference
+    record: GraphRecord
+    reason: str | None  # why its size is fixed; None: it is open
+    facts: Facts
+    pictures: list[Picture]
+    folder: Path  # where files are made, beside their place; it vanishes
+
+
+@contextmanager
+def prepared(
+    cfg: DictConfig,
+    out_dir: Path,
+    wish: Wish,
+    *,
+    images: str,
+    count: int,
+    gated: bool,
+    opset: int | None = None,
+    precision: str = "float32",
+) -> Iterator[Prepared]:
+    """Load the model that `resume` names, with whole weights and LoRA updates merged, and find pictures.
+
+    Raises:
+        UserError: there is no checkpoint, it may not be passed on, there are no pictures, or it cannot be exported.
+    """
+    if precision not in PRECISIONS:
+        raise UserError(f"export.precision={precision} is unknown. Choose one of {', '.join(PRECISIONS)}.")
+    if cfg.resume is None:
+        raise UserError("This export needs a trained model: give resume=<run folder or checkpoint>.")
+    trained = load_trained(cfg)
+    facts = facts_of(cfg, trained)
+    _check_licence(cfg, facts, gated)
+    model = with_whole_weights(cfg, trained.model).to("cpu").eval()
+    merge(model.backbone)
+    sizes = TrainedSizes.from_info(trained.info)
+    with tempfile.TemporaryDirectory(prefix=".export.", suffix=".part", dir=out_dir) as folder:
+        found = pictures(cfg, images, count, Path(folder))
+        first = read_size(found[0].path)
+        record, reason = record_of(model, sizes, wish, first, opset=opset, precision=precision)
+        keep_scale(model, sizes)
+        yield Prepared(Reference(model, record), record, reason, facts, found, Path(folder))
+
+
+def keep_if_proven(
+    ready: Prepared,
+    kind: str,
+    files: Sequence[Path],
+    out_dir: Path,
+    limits: Limits,
+    explain: Callable[[], str],
+) -> dict[str, Any]:
+    """Ask the last of `files`, move all to `out_dir` if it answers as the model does, and return the report.
+
+    Args:
+        ready: what was exported.
+        kind: onnx or program.
+        files: what was written, the file that is asked last.
+        out_dir: the run folder; the report is written there.
+        limits: what has to be kept.
+        explain: returns what differs.
+
+    Raises:
+        UserError: it differs more; nothing is kept but the report, which says so.
+    """
+    path, classes = files[-1], len(ready.facts.classes)
+    with exported(kind, path, ready.record) as ask:
+        result = compare(ready.reference, ask, ready.pictures, classes, ready.facts.ignore_index)
+    proven = passes(result, limits)
+    differs = None if proven else explain()
+    report = {
+        "proven": proven,
+        "differs": differs,
+        "limits": {"agreement": limits.agreement, "miou_points": limits.points},
+        **result,
+        "file": path.name,
+        "bytes": sum(file.stat().st_size for file in files),
+        "size": list(ready.record.size) if ready.record.size else "any",
+        "size_fixed_because": ready.reason,
+        "opset": ready.record.opset,
+        "precision": ready.record.precision,
+        "versions": {**ready.facts.versions, **_libraries(), "dinoseg": __version__},
+        "images": [picture.path.name for picture in ready.pictures],
+    }
+    write_json(out_dir / REPORT, report)
+    if not proven:
+        raise UserError(_refusal(path, report, limits))
+    for file in files:
+        os.replace(file, out_dir / file.name)
+    _print(out_dir / path.name, report)
+    return report
+
+
+def _check_licence(cfg: DictConfig, facts: Facts, gated: bool) -> None:
+    """Refuse to write weights of others that are not to be passed on freely, unless the user says so."""
+    head = plain(cfg.head).get("weights")
+    foreign = f"{facts.backbone['weights']} ({facts.backbone['licence']})" if facts.backbone["gated"] else head
+    if foreign is not None and not gated:
+        raise UserError(
+            f"The file would hold weights of {foreign}, whose licence says on which terms they may be passed on. If "
+            f"the file stays with you or you keep to those terms: export.gated=true."
+        )
+
+
+def _refusal(path: Path, report: dict[str, Any], limits: Limits) -> str:
+    miou = {name: f"{100 * value:.2f}" for name, value in report["miou"].items()}
+    remedy = "Choose export.precision=float32." if report["precision"] != "float32" else "Choose another opset or head."
+    return (
+        f"{path.name} was not kept: on {report['pictures']} pictures {report['agreement']:.4%} of the pixels have the "
+        f"class that the trained model gives (at least {limits.agreement:.2%} must), and the mIoU is "
+        f"{miou['exported']} instead of {miou['torch']} (at most {limits.points} points apart). What differs: "
+        f"{report['differs']}. {remedy} The figures are in {REPORT}."
+    )
+
+
+def _print(path: Path, report: dict[str, Any]) -> None:
+    latency, miou = report["latency_ms"], report["miou"]
+    print(f"written to {path}: {report['bytes'] / 1e6:.2f} MB, {report['precision']}, size {report['size']}")
+    if report["size_fixed_because"]:
+        print(f"its size is fixed: {report['size_fixed_because']}")
+    print(
+        f"proven on {report['pictures']} pictures: {report['agreement']:.4%} of the pixels agree, mIoU "
+        f"{100 * miou['exported']:.2f} (PyTorch {100 * miou['torch']:.2f}; against {report['references']}); "
+        f"{latency['exported']:.1f} ms a picture (PyTorch eager {latency['torch']:.1f} ms)"
+    )
+
+
+def _libraries() -> dict[str, str]:
+    import onnx
+    import onnxscript
+
+    from dinoseg.portable.onnx_model import runtime_version
+
+    found = {"torch": torch.__version__, "onnx": onnx.__version__, "onnxscript": onnxscript.__version__}
+    return {**found, "onnxruntime": runtime_version()}

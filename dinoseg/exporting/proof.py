@@ -1,0 +1,212 @@
+"""The gate: an exported file answers real pictures, in a process without torch, as the trained model does."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from statistics import median
+from typing import IO, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import dinoseg
+from dinoseg.errors import UserError
+from dinoseg.exporting.answers import thinned, timed
+from dinoseg.exporting.pictures import Picture
+from dinoseg.images import read_image
+from dinoseg.metrics.confusion import ConfusionMatrix
+from dinoseg.model import Segmenter
+from dinoseg.portable.onnx_record import GraphRecord
+from dinoseg.shapes import Prediction
+
+TIMES = 5  # a picture's latency is measured so often, the first time left out
+_START = (
+    "import sys; {block}from dinoseg.exporting.answers import answer; "
+    "answer(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4])"
+)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an exported file must keep.
+
+    Attributes:
+        agreement: least share of the pixels that have the same class.
+        points: most that the mIoU may differ, in points of 100.
+    """
+
+    agreement: float = 0.999
+    points: float = 0.1
+
+
+class Reference:
+    """The trained model in PyTorch, asked as mode=predict asks it, and by a graph of one size as that is asked.
+
+    Args:
+        segmenter: on the CPU, in eval mode.
+        record: of the exported graph.
+    """
+
+    name = "torch"
+
+    def __init__(self, segmenter: Segmenter, record: GraphRecord) -> None:
+        self.segmenter = segmenter
+        self.record = record
+
+    @torch.inference_mode()
+    def ids(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        """Return the class ids (B, H, W) uint8 of images (H, W, 3) uint8 RGB of one size."""
+        return self._predict(images).scores().max(dim=1).indices.to(torch.uint8).numpy()
+
+    @torch.inference_mode()
+    def probabilities(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        """Return the class probabilities (B, K, H, W) float32 of images (H, W, 3) uint8 RGB of one size."""
+        return self._predict(images).logits().float().softmax(dim=1).numpy()
+
+    @torch.inference_mode()
+    def scores(self, image: np.ndarray) -> np.ndarray:
+        """Return the class scores (K, H, W) of an image (H, W, 3)."""
+        return self._predict([image]).scores()[0].numpy()
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """Return images (B, 3, H, W) uint8 as the graph takes them."""
+        layout = self.record.layout((images.shape[-2], images.shape[-1]))
+        floats = images.float() / 255
+        if layout.content != tuple(images.shape[-2:]):
+            floats = F.interpolate(floats, layout.content, mode="bilinear", antialias=True)
+        padded = self.segmenter.backbone.mean.repeat(len(floats), 1, *layout.padded)
+        padded[..., : layout.content[0], : layout.content[1]] = floats
+        return padded
+
+    def _predict(self, images: Sequence[np.ndarray]) -> Prediction:
+        batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+        if self.record.size is None:
+            return self.segmenter(batch)
+        size = (batch.shape[-2], batch.shape[-1])
+        head = self.segmenter.head
+        outputs = head.run(self.segmenter.backbone, self.pixels(batch))
+        return Prediction(outputs, size, self.record.layout(size).valid, head.predict, head.mixture)
+
+
+class Exported:
+    """An exported file that answers in a process of its own."""
+
+    def __init__(self, process: subprocess.Popen[bytes], path: Path, log: IO[bytes]) -> None:
+        self._process = process
+        self._path = path
+        self._log = log
+
+    def __call__(self, picture: Path, times: int) -> tuple[np.ndarray, np.ndarray, list[float]]:
+        """Return a picture's class ids, `thinned` probabilities, and the seconds of so many times.
+
+        Raises:
+            UserError: the process ended; the message says what it said last.
+        """
+        into, out = self._process.stdin, self._process.stdout
+        assert into is not None and out is not None
+        try:
+            into.write(json.dumps([str(picture.absolute()), times]).encode() + b"\n")
+            into.flush()
+            arrays = [_read(out) for _ in range(3)]
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self._path.name} gives no answer: {self._last_words()}") from error
+        return arrays[0], arrays[1], arrays[2].tolist()
+
+    def _last_words(self) -> str:
+        self._process.kill()
+        self._process.wait()
+        self._log.seek(0)
+        lines = self._log.read().decode(errors="replace").strip().splitlines()
+        return (lines or ["its process ended without a word"])[-1][-500:]
+
+
+def _read(out: IO[bytes]) -> np.ndarray:
+    length = int.from_bytes(out.read(8), "little")
+    content = out.read(length)
+    if not length or len(content) < length:
+        raise OSError("the answer is cut off")
+    return np.lib.format.read_array(BytesIO(content), allow_pickle=False)
+
+
+@contextmanager
+def exported(kind: str, path: Path, record: GraphRecord) -> Iterator[Exported]:
+    """Start the process of an exported file, of the kind onnx (where torch cannot be imported) or program."""
+    code = _START.format(block="sys.modules['torch'] = None; " if kind == "onnx" else "")
+    package = str(Path(dinoseg.__file__).parent.parent)
+    where = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
+    words = [sys.executable, "-c", code, kind, str(path), str(torch.get_num_threads()), json.dumps(record.plain())]
+    with (
+        tempfile.TemporaryFile() as log,
+        subprocess.Popen(
+            words,
+            env={**os.environ, "PYTHONPATH": where},
+            cwd=tempfile.gettempdir(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+        ) as process,
+    ):
+        try:
+            yield Exported(process, path, log)
+        finally:
+            process.kill()
+
+
+def compare(
+    reference: Reference, ask: Exported, pictures: Sequence[Picture], num_classes: int, ignore_index: int
+) -> dict[str, Any]:
+    """Return how an exported file agrees with the trained model on pictures, and how long each takes.
+
+    Where no picture has a mask, `miou` is 1 for the trained model, and that of the file against it.
+    """
+    ours, theirs = (ConfusionMatrix(num_classes, ignore_index) for _ in range(2))
+    between = ConfusionMatrix(num_classes)  # of class ids alone, none of them ignored
+    equal, largest, seconds = 0, 0.0, ([], [])  # type: ignore[var-annotated]
+    for number, picture in enumerate(pictures):
+        image, times = read_image(picture.path), TIMES + 1 if number < TIMES else 1
+        seconds[0].append([timed(reference, image) for _ in range(times)])
+        wanted, expected = reference.ids([image])[0], thinned(reference.probabilities([image])[0])
+        given, probabilities, measured = ask(picture.path, times)
+        seconds[1].append(measured)
+        equal += int((wanted == given).sum())
+        largest = max(largest, float(np.abs(expected - probabilities).max()))
+        between.update(torch.from_numpy(given), torch.from_numpy(wanted))
+        if picture.mask is not None:
+            ours.update(torch.from_numpy(wanted), torch.from_numpy(picture.mask))
+            theirs.update(torch.from_numpy(given), torch.from_numpy(picture.mask))
+    total = between.compute()
+    scored = ours.compute()["miou"] is not None
+    torch_seconds, file_seconds = (median(value for row in rows[:TIMES] for value in row[1:]) for rows in seconds)
+    return {
+        "pictures": len(pictures),
+        "pixels": total["pixels"],
+        "agreement": equal / total["pixels"],
+        "largest_difference_of_probabilities": largest,
+        "references": "masks of the data set" if scored else "the trained model's own classes",
+        "miou": {
+            "torch": ours.compute()["miou"] if scored else 1.0,
+            "exported": theirs.compute()["miou"] if scored else total["miou"],
+        },
+        "latency_ms": {
+            "torch": 1000 * torch_seconds,
+            "exported": 1000 * file_seconds,
+            "ratio": file_seconds / torch_seconds,
+            "how": f"median of {TIMES} times each of {min(TIMES, len(pictures))} pictures, one at a time, from the "
+            f"array in memory to class ids, on the CPU with {torch.get_num_threads()} threads; PyTorch eager",
+        },
+    }
+
+
+def passes(result: dict[str, Any], limits: Limits) -> bool:
+    """Return whether a comparison keeps the limits."""
+    points = 100 * abs(result["miou"]["torch"] - result["miou"]["exported"])
+    return result["agreement"] >= limits.agreement and points <= limits.points

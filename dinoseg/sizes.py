@@ -1,0 +1,21 @@
+"""At which size a picture enters a backbone: plain arithmetic, for runtimes without torch too."""
+
+Size = tuple[int, int]  # rows, columns
+
+
+def backbone_size(size: Size, scale: float, longest: int | None) -> Size:
+    """Return the (H, W) at which an image of `size` enters the backbone, at least one pixel a side."""
+    factor = scale * (min(1.0, longest / max(size)) if longest else 1.0)
+    return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
+
+
+def kept_longest(size: Size, longest: int | None, typical: int, largest: int) -> int | None:
+    """Return what `longest` becomes for a picture of `size`: the typical one of training where it is far larger.
+
+    Args:
+        size: of the picture.
+        longest: as the config says, for pictures of the training's scale.
+        typical: longer side of the training's pictures.
+        largest: the longer side above which a picture is far larger.
+    """
+    return typical if min(max(size), longest or max(size)) > largest else longest
