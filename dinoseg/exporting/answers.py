@@ -1,6 +1,6 @@
 """What an exported file answers, in a process of its own: started by `proof.Exported`, without torch for ONNX files.
 
-It reads lines of JSON and writes arrays, each after its length: a picture's class ids, some of its probabilities, and the seconds it took.
+It reads lines of JSON and writes arrays, each after its length: class ids, some of the probabilities, and seconds.
 """
 
 import json
