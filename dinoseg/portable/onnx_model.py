@@ -38,7 +38,7 @@ def load_onnx(path: Path, *, device: str = "auto", threads: int | None = None) -
     def compute(pixels: np.ndarray) -> list[np.ndarray]:
         return session.run(None, {_INPUT: pixels})
 
-    return GraphRuntime(compute, record), facts, path
+    return Opened(GraphRuntime(compute, record), facts, path)
 
 
 def open_session(path: Path, *, device: str = "auto", threads: int | None = None) -> Any:

@@ -31,8 +31,6 @@ def open_model(
     if kind == "onnx":
         from dinoseg.portable.onnx_model import load_onnx
 
-        if inference not in (None, "whole"):
-            raise UserError(f"inference={inference}: an ONNX file takes whole images. Leave it out.")
         return load_onnx(where, device=device)
     if where.suffix == ".onnx":
         raise UserError(f"{where} is an ONNX file, which runs without torch: leave runtime={runtime} out.")
