@@ -34,7 +34,7 @@ def differing_layer(file: Path, scopes: Mapping[str, str], reference: Reference,
     record, image = reference.record, read_image(picture)
     layout = record.layout((image.shape[0], image.shape[1]))
     entering = pixels(image, layout, record.fill)[None]
-    wanted = reference.pixels(torch.from_numpy(image).permute(2, 0, 1)[None])
+    wanted = reference.pixels(torch.from_numpy(image[None].copy()).permute(0, 3, 1, 2))
     tolerance = TOLERANCE[record.precision]
     if _difference(entering, wanted.numpy()) > tolerance:
         return "the resizing of pictures before the first layer"
