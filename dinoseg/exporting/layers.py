@@ -66,9 +66,8 @@ def _module_outputs(graph: nn.Module, entering: Tensor, names: Mapping[str, str]
 
     def note(name: str) -> Any:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
-            first = output[0] if isinstance(output, tuple) and output else output
-            if isinstance(first, Tensor):
-                found[name] = first.float().numpy()
+            if isinstance(output, Tensor):  # of several, nothing says which one the graph makes last
+                found[name] = output.float().numpy()
 
         return hook
 
