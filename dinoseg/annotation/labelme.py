@@ -16,8 +16,8 @@ from dinoseg.annotation.polygon import check_polygon
 from dinoseg.storage import forms
 from dinoseg.wording import shown
 
-_FEWEST = {"polygon": 3, "rectangle": 2, "circle": 2, "line": 2, "linestrip": 2, "point": 1}
-_EXACTLY = ("rectangle", "circle", "line", "point")
+_FEWEST = {"polygon": 3, "rectangle": 2, "oriented_rectangle": 4, "circle": 2, "line": 2, "linestrip": 2, "point": 1}
+_EXACTLY = ("rectangle", "oriented_rectangle", "circle", "line", "point")
 _FORM = forms.holding(shapes=forms.listing(forms.holding(label=forms.plain, points=forms.plain)), imagePath=forms.plain)
 
 

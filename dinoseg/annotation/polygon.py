@@ -79,14 +79,14 @@ def figure(kind: str, points: Sequence[tuple[float, float]], size: tuple[int, in
     """Draw a figure of LabelMe as it does itself, by Pillow and with its outline: return a mask (H, W) bool.
 
     Args:
-        kind: `polygon`, `rectangle` (two corners), `circle` (its middle and a point on it), `line` and `linestrip`
+        kind: `polygon`, `rectangle` (two corners), `oriented_rectangle` (four), `circle` (its middle and a point on it), `line` and `linestrip`
             (10 pixels wide) or `point` (a disc of radius 5).
         points: of its form, as (x, y).
         size: of the picture.
     """
     canvas = Image.new("1", (size[1], size[0]))
     pen = ImageDraw.Draw(canvas)
-    if kind == "polygon":
+    if kind in ("polygon", "oriented_rectangle"):
         pen.polygon(points, outline=1, fill=1)
     elif kind == "rectangle":
         (left, top), (right, bottom) = points
