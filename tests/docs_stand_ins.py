@@ -77,6 +77,35 @@ def folder_of_black_and_white_masks(stand_ins, folder):
     return folder
 
 
+@stand_in("PHOTOS")
+def photos(stand_ins, folder):
+    return stand_ins["FOLDER"] / "val/images"
+
+
+@stand_in("COCO")
+def drawn_for_coco(stand_ins, folder):
+    for split in ("train", "valid"):
+        pictures(folder, "ab", f"{split}/{{}}.jpg", "unused/{}.png", [0])
+        rows = [
+            {"id": number, "file_name": f"{name}.jpg", "height": 50, "width": 66} for number, name in enumerate("ab")
+        ]
+        drawn = [[5, 5, 40, 5, 40, 40, 5, 40]]
+        shapes = [{"id": n, "image_id": n, "category_id": 1, "segmentation": drawn, "iscrowd": 0} for n in (0, 1)]
+        content = {"images": rows, "annotations": shapes, "categories": [{"id": 1, "name": "leaf"}]}
+        (folder / split / "_annotations.coco.json").write_text(json.dumps(content))
+    return folder
+
+
+@stand_in("LABELME")
+def drawn_for_labelme(stand_ins, folder):
+    pictures(folder, "abcd", "{}.jpg", "unused/{}.png", [0])
+    shape = {"label": "leaf", "points": [[5, 5], [40, 40]], "shape_type": "rectangle"}
+    for name in "abcd":
+        content = {"imagePath": f"{name}.jpg", "imageHeight": 50, "imageWidth": 66, "shapes": [shape]}
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
 @stand_in("IMAGE")
 def image(stand_ins, folder):
     return stand_ins["FOLDER"] / "val/images/a.png"

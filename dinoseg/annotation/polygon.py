@@ -79,8 +79,8 @@ def figure(kind: str, points: Sequence[tuple[float, float]], size: tuple[int, in
     """Draw a figure of LabelMe as it does itself, by Pillow and with its outline: return a mask (H, W) bool.
 
     Args:
-        kind: `polygon`, `rectangle` (two corners), `oriented_rectangle` (four), `circle` (its middle and a point on it), `line` and `linestrip`
-            (10 pixels wide) or `point` (a disc of radius 5).
+        kind: `polygon`, `rectangle` (two corners), `oriented_rectangle` (four), `circle` (its middle and a point on
+            it), `line` and `linestrip` (10 pixels wide) or `point` (a disc of radius 5).
         points: of its form, as (x, y).
         size: of the picture.
     """
