@@ -20,6 +20,7 @@ from dinoseg.errors import UserError, telling_file_errors
 from dinoseg.processes.interrupt import Interrupted
 from dinoseg.ranks import LAUNCH_KEYS, is_first_rank, run_mode, run_ranks
 from dinoseg.runs.folder import (
+    LOG,
     claim,
     drop_bare,
     drop_empty,
@@ -53,7 +54,8 @@ class NotedFolders(Callback):
 def launch(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> Any:
     """Run the chosen mode and return what it returns: on one device here, else in ranks started from here.
 
-    A mode with `resume_from: last` goes on in the checkpoint's own run folder, one with `best` works in a new one.
+    A mode with `resume_from: last` goes on in the checkpoint's own run folder, one with `best` works in a new one; or,
+    with `goes_on`, in the one of that name where it has left a file of that name before.
     A mode with `devices` above 1 runs in so many ranks; where torchrun has started them (WORLD_SIZE is set), this
     process is one of them and works in the first one's folder.
 
@@ -104,7 +106,11 @@ def _enter_folder(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> t
     if continued is None:
         if new != out_dir:
             drop_empty(out_dir)
-        run_folder = claim(new)
+        goes_on = _goes_on(cfg, new)
+        run_folder = new if goes_on else claim(new)
+        if goes_on:
+            lock(new)
+            drop_parts(new)
     else:
         run_folder = continued
         lock(run_folder)
@@ -112,6 +118,13 @@ def _enter_folder(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> t
         drop_empty(out_dir)
     write_config(cfg, run_folder, overrides)
     return cfg, run_folder
+
+
+def _goes_on(cfg: DictConfig, folder: Path) -> bool:
+    """Return whether a mode that says so goes on in a folder of its own that is there already, instead of beside it."""
+    record = cfg.mode.get("goes_on")
+    claimed = (folder / LOG).exists()
+    return record is not None and claimed and ((folder / record).is_file() or not has_results(folder))
 
 
 def _below_recipe(out_dir: Path, typed: str, recipe: Any) -> Path:

@@ -23,7 +23,14 @@ from dinoseg.processes.workers import end_with_parent
 from dinoseg.runs.log_file import configure_log
 from dinoseg.runs.unread import warn_not_read
 
-LAUNCH_KEYS = ("devices", "resume_from", "keeps_folder", "check", "reads")  # of a mode: the others are its function's
+LAUNCH_KEYS = (
+    "devices",
+    "resume_from",
+    "keeps_folder",
+    "goes_on",
+    "check",
+    "reads",
+)  # of a mode: the others are its function's
 _GRACE = 60.0  # seconds that the others have to save and end when one has failed
 _STOPPED = {status: number for number in SIGNALS for status in (128 + number, -number)}  # exit statuses
 

@@ -1,5 +1,6 @@
 """Pictures through a model: decode | predict | write, in batches of one size; what cannot be read is left out."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,11 +11,15 @@ import torch
 from dinoseg.data.classes.labels import Labels
 from dinoseg.errors import UserError
 from dinoseg.images import read_image, write_png
+from dinoseg.inference.done import DoneInputs
 from dinoseg.inference.outputs import ImagePrediction, ImageWriter
 from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.results import write_image_results
 from dinoseg.inference.stream import Throughput, run_pipeline
 from dinoseg.report.progress import Bar
+from dinoseg.wording import count_of
+
+logger = logging.getLogger(__name__)
 
 DEPTH = 2  # batches that wait on either side of the model
 
@@ -53,12 +58,14 @@ class ImageRun:
         folder: of the run.
         masks: where class ids go; None: nowhere.
         writers: what is written of each image beside.
+        done: what an earlier, stopped run has finished in the same folder.
         failures: a message for each image that could not be read.
-        count: images done.
+        count: images done, also by that.
     """
 
     folder: Path
     masks: Path | None
+    done: DoneInputs
     writers: Sequence[ImageWriter] = ()
     failures: list[str] = field(default_factory=list)
     count: int = 0
@@ -70,8 +77,8 @@ class _Batch:
     images: list[np.ndarray]
 
 
-def segment_images(by: Segmentation, images: Sequence[ImageInput], run: ImageRun) -> Throughput:
-    """Write the results of all images that can be read.
+def segment_images(by: Segmentation, images: Sequence[ImageInput], run: ImageRun) -> tuple[int, Throughput]:
+    """Write the results of all images that can be read and are not done; return how many were, and the rest's times.
 
     Raises:
         OSError: they cannot be written.
@@ -95,12 +102,17 @@ def segment_images(by: Segmentation, images: Sequence[ImageInput], run: ImageRun
             _write(by, prediction, names[prediction.path], run)
             bar.update()
 
-    names = {given.path: given.name for given in images}
-    with Bar(total=len(images), unit="image") as bar:
-        passed = run_pipeline(_batches(images, by.batch_size, run.failures), infer, write, depth=DEPTH)
+    left = [given for given in images if not run.done.holds(given.name, given.path, _results(given, run))]
+    earlier = run.count = len(images) - len(left)
+    if earlier:
+        logger.info("%s of an earlier run taken over", count_of(earlier, "image"))
+    names = {given.path: given.name for given in left}
+    with Bar(total=len(images), initial=earlier, unit="image") as bar:
+        passed = run_pipeline(_batches(left, by.batch_size, run.failures), infer, write, depth=DEPTH)
     for writer in run.writers:
         writer.finish()
-    return passed
+    passed.items = run.count - earlier
+    return earlier, passed
 
 
 def _write(by: Segmentation, prediction: ImagePrediction, name: str, run: ImageRun) -> None:
@@ -117,7 +129,13 @@ def _write(by: Segmentation, prediction: ImagePrediction, name: str, run: ImageR
         ignore_index=by.labels.ignore_index,
         opacity=by.opacity,
     )
+    run.done.note(name, prediction.path)
     run.count += 1
+
+
+def _results(given: ImageInput, run: ImageRun) -> list[Path]:
+    mask = [] if run.masks is None else [run.masks / f"{given.mask}.png"]
+    return [run.folder / f"{given.name}_segmentation", *mask]
 
 
 def _batches(images: Sequence[ImageInput], size: int, failures: list[str]) -> Iterator[_Batch]:

@@ -1,8 +1,10 @@
 """What a user may give as `input`: pictures and videos of one's own, found and opened."""
 
 import glob
+import sys
 from pathlib import Path
 
+from dinoseg.data.video.length import VIDEO_SUFFIXES
 from dinoseg.errors import UserError
 from dinoseg.images import IMAGE_SUFFIXES
 from dinoseg.inference.frame_folder import FolderReader
@@ -11,7 +13,7 @@ from dinoseg.storage.files import entries
 from dinoseg.storage.natural_order import natural_order
 
 FrameReader = VideoReader | FolderReader  # frames one after the other, each with a name
-VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv")
+_CAMERAS = {"linux": ("v4l2", "/dev/video{}"), "darwin": ("avfoundation", "{}")}  # FFmpeg's names
 _ACCEPTED = (
     f"Accepted are an image ({' '.join(IMAGE_SUFFIXES)}), a video ({' '.join(VIDEO_SUFFIXES)}), a folder of "
     "them, or a quoted pattern such as 'frames/**/*.png'."
@@ -43,6 +45,30 @@ def list_inputs(source: str) -> list[Path]:
 def is_video(path: Path) -> bool:
     """Say whether the file's suffix is one of a video."""
     return path.suffix.lower() in VIDEO_SUFFIXES
+
+
+def camera_of(source: str | int) -> int | None:
+    """Return the number of the camera that an input names; None for a path, which may be a number, too."""
+    number = isinstance(source, int) or source.isdecimal()
+    return int(source) if number and not Path(str(source)).exists() else None
+
+
+def open_camera(number: int) -> VideoReader:
+    """Return the frames of a camera, which do not end by themselves.
+
+    Raises:
+        UserError: there is none of that number, or this system's cameras have none.
+    """
+    if sys.platform not in _CAMERAS:
+        raise UserError(f"input={number}: cameras are read on Linux and macOS. Record a video, and give its file.")
+    device, name = _CAMERAS[sys.platform]
+    try:
+        return VideoReader(name.format(number), device=device)
+    except UserError:
+        raise UserError(
+            f"input={number}: no camera answers as {name.format(number)}. Check its number, that it is plugged in, "
+            "that no other program has it, and that your user may read it."
+        ) from None
 
 
 def open_frames(source: str) -> FrameReader:

@@ -4,9 +4,12 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Generic, TypeVar
+
+import numpy as np
 
 Read = TypeVar("Read")
 Done = TypeVar("Done")
@@ -22,12 +25,35 @@ class _End(Enum):
 _POLL = 0.05  # seconds between two looks at whether another stage has failed
 
 
+STAGES = ("read", "model", "write")
+
+
 @dataclass
 class Throughput:
-    """How much went through a pipeline, and the wall time from the first read to the last write."""
+    """How much went through a pipeline, and the wall time from the first read to the last write.
+
+    Args:
+        items: that were written.
+        seconds: of wall time.
+        stages: the seconds that each item took in a stage, without waiting for the others.
+    """
 
     items: int
     seconds: float
+    stages: dict[str, list[float]] = field(default_factory=dict)
+
+    def report(self) -> str:
+        """Return each stage's latency in a line: of an item, which may be a batch; and which stage is the slowest."""
+        busy = {stage: sum(times) for stage, times in self.stages.items() if times}
+        if not busy:
+            return ""
+        parts = []
+        for stage in busy:
+            middle, high = np.percentile(self.stages[stage], (50, 95)) * 1000
+            parts.append(f"{stage} {middle:.1f} ms (p95 {high:.1f})")
+        slowest = max(busy, key=lambda stage: busy[stage])
+        share = min(1, busy[slowest] / self.seconds)
+        return f"{', '.join(parts)}; the slowest stage is {slowest}, at work {share:.0%} of the time"
 
 
 def run_pipeline(
@@ -51,13 +77,14 @@ def run_pipeline(
         thread.join()
     if pipeline.error is not None:
         raise pipeline.error
-    return Throughput(pipeline.written, time.perf_counter() - start)
+    return Throughput(pipeline.written, time.perf_counter() - start, pipeline.times)
 
 
 class _Pipeline(Generic[Read, Done]):
     def __init__(self, depth: int) -> None:
         self.error: BaseException | None = None
         self.written = 0
+        self.times: dict[str, list[float]] = {stage: [] for stage in STAGES}
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._read: queue.Queue[Read | _End] = queue.Queue(depth)
@@ -72,21 +99,41 @@ class _Pipeline(Generic[Read, Done]):
             self._stop.set()
 
     def feed(self, read: Iterable[Read]) -> None:
-        for item in read:
+        for item in self._timed(read):
             if not self._put(self._read, item):
                 return
         self._put(self._read, _End.END)
 
     def transform(self, infer: Callable[[Read], Done]) -> None:
         for item in self._items(self._read):
-            if not self._put(self._done, infer(item)):
+            with self._timing("model"):
+                done = infer(item)
+            if not self._put(self._done, done):
                 return
         self._put(self._done, _End.END)
 
     def drain(self, write: Callable[[Done], None]) -> None:
         for item in self._items(self._done):
-            write(item)
+            with self._timing("write"):
+                write(item)
             self.written += 1
+
+    def _timed(self, read: Iterable[Read]) -> Iterator[Read]:
+        iterator = iter(read)
+        while True:
+            start = time.perf_counter()
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            self.times["read"].append(time.perf_counter() - start)
+            yield item
+
+    @contextmanager
+    def _timing(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.times[stage].append(time.perf_counter() - start)
 
     def _items(self, source: queue.Queue[T | _End]) -> Iterator[T]:
         while not self._stop.is_set():

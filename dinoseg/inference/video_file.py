@@ -153,6 +153,7 @@ class VideoWriter:
         size: (H, W) of the frames.
         tick: what times are whole multiples of, in seconds; None: one frame.
         like: the video whose sound and colour tags are taken over; None: neither.
+        cut: whether the sound ends with the pictures, too.
 
     Raises:
         UserError: no encoder works, or the file came out shorter than what was written (a full disk).
@@ -166,11 +167,12 @@ class VideoWriter:
         *,
         tick: Fraction | None = None,
         like: Path | None = None,
+        cut: bool = False,
     ) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.frames_written = 0
-        self._size = size
+        self._size, self._cut = size, cut
         rate = rate if isinstance(rate, Fraction) else Fraction(rate).limit_denominator(1001)
         self._tick = tick or 1 / rate
         self._step = max(1, round(1 / rate / self._tick))  # ticks of a frame without a time
@@ -217,7 +219,8 @@ class VideoWriter:
         reason = ""
         try:
             self._container.mux(self._stream.encode(None))
-            self._sound.write_until(None)
+            if not self._cut:
+                self._sound.write_until(None)
             self._container.close()
         except FFmpegError as error:
             reason = f"{error.strerror}; "

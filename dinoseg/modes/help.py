@@ -31,7 +31,7 @@ usage: python -m dinoseg mode=MODE [hparam=RECIPE] [GROUP=OPTION ...] [KEY=VALUE
 Groups and their options (choose with GROUP=OPTION; RECIPE is an option of hparam, in families FAMILY/OPTION):
 """
 # how the lines of a mode's file begin that are no keys to set
-_NO_KEYS = ("_", " ", "resume_from", "keeps_folder", "check", "reads", "#")
+_NO_KEYS = ("_", " ", "resume_from", "keeps_folder", "goes_on", "check", "reads", "#")
 _FURTHER = (
     "`--help` alone shows all modes, groups and options; `--cfg job` instead of it all keys of this command line."
 )

@@ -1,39 +1,55 @@
-"""mode=predict: segment an image, a folder, a glob pattern or a video with a trained model."""
+"""mode=predict: segment an image, a folder, a glob pattern, a video or a camera's pictures with a trained model."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
 from dinoseg.build import background_of
+from dinoseg.config.plain import plain
 from dinoseg.data.classes.labels import Labels
 from dinoseg.errors import UserError
 from dinoseg.evaluation.score_classes import FOLDER, mask_keys
 from dinoseg.inference.annotations import PredictedShapes
 from dinoseg.inference.class_record import write_class_record
+from dinoseg.inference.done import DoneInputs
 from dinoseg.inference.image_run import ImageInput, ImageRun, Segmentation, segment_images
 from dinoseg.inference.image_writers import image_writers
-from dinoseg.inference.inputs import is_video, list_inputs
+from dinoseg.inference.inputs import camera_of, is_video, list_inputs, open_camera
 from dinoseg.inference.results import mask_names, result_names
+from dinoseg.inference.stream import Throughput
 from dinoseg.inference.trained_sizes import keep_scale
-from dinoseg.inference.video_run import segment_video
-from dinoseg.ranges import Count, Share
+from dinoseg.inference.video_file import VideoReader
+from dinoseg.inference.video_run import VideoInput, VideoOptions, segment_video
+from dinoseg.ranges import Count, LowShare, Natural, Share
+from dinoseg.runs.settings import check_same_settings
 from dinoseg.runs.trained import load_trained, sizes_to_keep
+from dinoseg.storage import forms
+from dinoseg.storage.atomic import remove_parts, write_json
+from dinoseg.storage.stamps import stamp
 from dinoseg.wording import count_of
 
 logger = logging.getLogger(__name__)
+_RECORD = "predict.json"  # in a run folder: what its results depend on, by which the same command goes on
+_ANY = forms.table(forms.plain)
+_MODEL = ("resolution", "backbone", "adapter", "head", "inference")
 
 
 def predict(
     cfg: DictConfig,
     *,
     out_dir: Path,
-    input: str | None,
+    input: str | Natural | None,
     masks: bool | None,
     opacity: Share,
     batch_size: Count,
+    skip: Count = 1,
+    smooth: LowShare = 0,
+    frames: Count | None = None,
     outputs: Sequence[str] = (),
     shapes: PredictedShapes = PredictedShapes(),  # noqa: B008 (frozen)
 ) -> dict[str, Any]:
@@ -43,27 +59,38 @@ def predict(
     mode=score takes them (`masks` false: none); a video <stem>_overlay.mp4 and, with `masks` true, the class ids of
     each frame as <stem>_masks/%09d.png. `outputs` names what is written of images beside, each in a folder of its
     name; `shapes` says how class ids become shapes for annotation tools. What cannot be read is left out, and named at
-    the end.
+    the end. In a folder of the same model and settings it goes on where it stopped.
 
     Raises:
-        UserError: nothing can be read, or some inputs failed.
+        UserError: nothing can be read, some inputs failed, or the folder's results were made by other settings.
     """
-    if not input:
+    if input is None or input == "":
         raise UserError("mode=predict needs something to segment: give input=<image, folder, glob or video>.")
-    paths, folder = list_inputs(input), Path(out_dir)
+    camera = camera_of(input)
+    paths, folder = list_inputs(str(input)) if camera is None else [], Path(out_dir)
+    options = VideoOptions(masks is True, skip, smooth, frames)
     trained = load_trained(cfg)
     if trained.model.head.slots is not None:
         raise UserError(
             f"resume={cfg.resume} is a model of slots, which knows no classes. mode=track follows its segments "
             "through a video or a folder of frames."
         )
+    beside = {"outputs": list(outputs), "shapes": asdict(shapes)} if outputs else {}
+    settings = _settings(cfg, {"masks": masks, "opacity": opacity, **asdict(options), **beside})
+    _check_earlier(folder, settings)
     keep_scale(trained.model, sizes_to_keep(trained, folder))
     labels = Labels.of(trained.classes, trained.palette, trained.ignore_index)
     by = Segmentation(trained.predictor, labels, opacity, batch_size)
     writers = image_writers(outputs, folder, labels, background_of(cfg) if outputs else None, shapes)
-    run = ImageRun(folder, None if masks is False else folder / FOLDER, list(writers.values()))
+    run = ImageRun(folder, None if masks is False else folder / FOLDER, DoneInputs(folder), list(writers.values()))
     try:
-        totals = _segment_all(by, paths, input, run, masks is True)
+        write_json(folder / _RECORD, settings)
+        remove_parts(folder / FOLDER, "**/.*.part")  # of a run that was killed
+        if camera is None:
+            totals = _segment_all(by, paths, str(input), run, options)
+        else:
+            live = VideoInput(f"camera_{camera}", partial(open_camera, camera))
+            totals = _segment_videos(by, [live], run, options)
         if run.masks is not None and run.count:
             keys = mask_keys(cfg.data)
             write_class_record(run.masks, labels.classes, labels.palette, labels.ignore_index, keys)
@@ -73,33 +100,67 @@ def predict(
         ) from error
     if run.failures:
         named = "".join(f"\n  {message}" for message in run.failures)
-        raise UserError(f"{len(run.failures)} of {len(paths)} inputs failed, the rest is in {out_dir}:{named}")
+        raise UserError(f"{len(run.failures)} of {len(paths) or 1} inputs failed, the rest is in {out_dir}:{named}")
     print("\n".join(_written(run, totals, masks is True, outputs)))
     return {**totals, "run": str(out_dir)}
 
 
-def _segment_all(by: Segmentation, paths: list[Path], source: str, run: ImageRun, video_masks: bool) -> dict[str, Any]:
+def _settings(cfg: DictConfig, options: dict[str, Any]) -> dict[str, Any]:
+    """Return what results depend on beside their inputs."""
+    weights = None if cfg.get("resume") is None else list(stamp(Path(cfg.resume)) or ())
+    model = {key: plain(cfg[key], resolve=True) for key in _MODEL if key in cfg}
+    return {"resume": cfg.get("resume"), "stamp": weights, **model, "mode": options}
+
+
+def _check_earlier(folder: Path, settings: dict[str, Any]) -> None:
+    """Hold the settings against those that the results of an earlier run in this folder were made by."""
+    try:
+        check_same_settings(folder, forms.read_json(folder / _RECORD, _ANY), settings, key="hydra.run.dir")
+    except FileNotFoundError:
+        return
+    except forms.Misshapen as error:
+        raise UserError(f"{folder / _RECORD} is damaged ({error}). Choose another hydra.run.dir.") from None
+
+
+def _segment_all(
+    by: Segmentation, paths: list[Path], source: str, run: ImageRun, options: VideoOptions
+) -> dict[str, Any]:
     named = list(zip(paths, result_names(paths), strict=True))
     images = [entry for entry in named if not is_video(entry[0])]
     targets = mask_names([path for path, _ in images], source)
     totals: dict[str, Any] = {}
     if images:
         given = [ImageInput(path, name, target) for (path, name), target in zip(images, targets, strict=True)]
-        passed = segment_images(by, given, run)
-        logger.info("%s with reading and writing", _rate(run.count, passed.seconds, "image"))
-        totals = {"images": run.count, "images_per_s": run.count / passed.seconds}
-    frames, seconds = 0, 0.0
-    for path, name in named:
-        if not is_video(path):
-            continue
+        earlier, passed = segment_images(by, given, run)
+        totals = {"images": run.count, "images_per_s": (run.count - earlier) / passed.seconds}
+        _log("images", passed, count_of(run.count - earlier, "image"))
+    videos = [VideoInput(name, partial(VideoReader, path), path) for path, name in named if is_video(path)]
+    return totals | _segment_videos(by, videos, run, options)
+
+
+def _segment_videos(by: Segmentation, videos: list[VideoInput], run: ImageRun, options: VideoOptions) -> dict[str, Any]:
+    frames, seconds, earlier = 0, 0.0, 0
+    for video in videos:
         try:
-            count, took = segment_video(by, path, run.folder, name, masks=video_masks)
+            passed = segment_video(by, video, run, options)
         except UserError as error:
             run.failures.append(str(error))
             continue
-        frames, seconds = frames + count, seconds + took
-        logger.info("%s: %s with reading and writing", path.name, _rate(count, took, "frame"))
-    return totals | ({"frames": frames, "frames_per_s": frames / seconds} if frames else {})
+        if passed is None:
+            earlier += 1
+            continue
+        frames, seconds = frames + passed.items, seconds + passed.seconds
+        _log(video.name, passed, count_of(passed.items, "frame"))
+    if earlier:
+        logger.info("%s of an earlier run taken over", count_of(earlier, "video"))
+    return {"frames": frames, "frames_per_s": frames / seconds} if frames else {}
+
+
+def _log(what: str, passed: Throughput, count: str) -> None:
+    rate = passed.items / passed.seconds
+    logger.info("%s: %s in %.1f s with reading and writing: %.2f a second", what, count, passed.seconds, rate)
+    if told := passed.report():
+        logger.info("%s: %s", what, told)
 
 
 def _written(run: ImageRun, totals: Mapping[str, Any], video_masks: bool, outputs: Sequence[str]) -> Iterator[str]:
@@ -114,7 +175,3 @@ def _written(run: ImageRun, totals: Mapping[str, Any], video_masks: bool, output
     if totals.get("frames"):
         ids = " and *_masks" if video_masks else ""
         yield f"videos:       {run.folder}/*_overlay.mp4{ids}, {count_of(totals['frames'], 'frame')}"
-
-
-def _rate(count: int, seconds: float, unit: str) -> str:
-    return f"{count_of(count, unit)} in {seconds:.1f} s: {count / seconds:.2f} {unit}s/s"

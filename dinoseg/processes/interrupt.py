@@ -98,6 +98,14 @@ def deferred(notice: str) -> Iterator[Deferral]:
 
 
 @contextmanager
+def ending_input() -> Iterator[Deferral]:
+    """Let a first signal be the end of an input that has none, and nothing be raised for it; a second ends all."""
+    deferral = Deferral("Stopping: what came so far is being finished.")
+    with _handled(deferral.receive):
+        yield deferral
+
+
+@contextmanager
 def passed_on(processes: Sequence[int]) -> Iterator[None]:
     """Pass a first signal on to processes by their numbers; a second one raises `Interrupted` here."""
     deferral = Deferral("")

@@ -24,13 +24,16 @@ def settings_of(cfg: DictConfig) -> dict[str, Any]:
     }
 
 
-def check_same_settings(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def check_same_settings(
+    folder: Path, before: Mapping[str, Any], now: Mapping[str, Any], *, key: str = "mode.restart"
+) -> None:
     """Refuse to go on with a run under other settings than it was begun with: its results would be of two kinds.
 
     Args:
         folder: of the run.
         before: its settings, as they were read back.
         now: those of this run.
+        key: by which the user has named the folder.
 
     Raises:
         UserError: naming each setting that differs.
@@ -43,8 +46,8 @@ def check_same_settings(folder: Path, before: Mapping[str, Any], now: Mapping[st
     ]
     if differing:
         raise UserError(
-            f"mode.restart={folder}: other settings than that run's: {'; '.join(differing)}. Give what it had (its "
-            f"command line is in {folder / 'config' / 'overrides.txt'}), or begin anew without mode.restart."
+            f"{key}={folder}: other settings than that run's: {'; '.join(differing)}. Give what it had (its "
+            f"command line is in {folder / 'config' / 'overrides.txt'}), or begin anew without {key}."
         )
 
 

@@ -1,5 +1,8 @@
 import json
+import os
+import signal
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import cv2
@@ -11,7 +14,7 @@ from omegaconf import OmegaConf
 from dinoseg.contracts import Head
 from dinoseg.errors import UserError
 from dinoseg.images import read_ids, write_png
-from dinoseg.inference import image_run
+from dinoseg.inference import image_run, inputs
 from dinoseg.inference.video_file import VideoReader
 from dinoseg.modes import predict as mode
 from dinoseg.runs.trained import Trained
@@ -59,7 +62,7 @@ CFG = OmegaConf.create(
 
 def predict(source, out_dir, **changes):
     options = {"masks": False, "opacity": 0.5, "batch_size": 3} | changes
-    return mode.predict(CFG, out_dir=out_dir, input=str(source) if source else source, **options)
+    return mode.predict(CFG, out_dir=out_dir, input=str(source) if isinstance(source, Path) else source, **options)
 
 
 def random_image(path, size=(20, 30), seed=0):
@@ -79,14 +82,14 @@ def random_video(path, frames=10, size=(32, 48)):
 
 
 def names(folder):
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(path.name for path in folder.iterdir() if path.name not in ("predict.json", "predicted"))
 
 
 def test_an_image_is_segmented_at_its_own_size(trained, tmp_path, caplog):
     pixels = random_image(tmp_path / "in" / "a.png", (21, 33))
     with caplog.at_level("INFO"):
         totals = predict(tmp_path / "in" / "a.png", tmp_path / "out")
-    assert "1 image in" in caplog.text and "images/s with reading" in caplog.text
+    assert "images: 1 image in" in caplog.text and "the slowest stage is" in caplog.text
     raw = np.load(tmp_path / "out" / "a_segmentation" / "segmentation_raw.npy")
     assert raw.dtype == np.uint8 and np.array_equal(raw, expected_ids(pixels))
     assert totals["images"] == 1 and totals["images_per_s"] > 0
@@ -118,7 +121,7 @@ def test_a_video_gives_an_overlay_and_masks(trained, tmp_path, masks, caplog):
         totals = predict(video, tmp_path / "out", masks=masks)
     assert names(tmp_path / "out") == (["v_masks", "v_overlay.mp4"] if masks else ["v_overlay.mp4"])
     assert totals["frames"] == 10 and totals["frames_per_s"] > 0
-    assert "v.avi: 10 frames in" in caplog.text and "frames/s with reading and writing" in caplog.text
+    assert "v: 10 frames in" in caplog.text and "with reading and writing" in caplog.text
     with VideoReader(tmp_path / "out" / "v_overlay.mp4") as reader:
         assert reader.size == (32, 48) and reader.fps == pytest.approx(12.5)
         overlay = list(reader)
@@ -201,6 +204,105 @@ def test_a_full_disk_is_one_message(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(image_run, "write_image_results", full)
     with pytest.raises(UserError, match=r"Cannot write below .*No space left.*hydra\.run\.dir"):
         predict(tmp_path / "a.png", tmp_path / "out")
+
+
+def test_the_same_again_goes_on_where_it_stopped(trained, tmp_path, monkeypatch, caplog):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    for number in range(5):
+        random_image(folder / f"{number}.png", seed=number)
+    random_video(folder / "v.avi")
+    write, written = image_run.write_image_results, []
+
+    def stopped(where, *given, **named):
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        written.append(where)
+        write(where, *given, **named)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(image_run, "write_image_results", stopped)
+        predict(folder, out, batch_size=1)
+    assert len(list(out.glob("*_segmentation"))) == 3
+    trained.model.batches.clear()
+    with caplog.at_level("INFO"):
+        totals = predict(folder, out, batch_size=1)
+    assert "3 images of an earlier run taken over" in caplog.text and totals["images"] == 5
+    assert len(trained.model.batches) == 2 + 10  # two images, ten frames
+    whole = tmp_path / "whole"
+    predict(folder, whole, batch_size=1)
+    for path in whole.rglob("*"):
+        if path.is_file() and "predict" not in str(path.relative_to(whole)):
+            assert (out / path.relative_to(whole)).read_bytes() == path.read_bytes(), path
+    trained.model.batches.clear()
+    predict(folder, out, batch_size=1)
+    assert trained.model.batches == []
+    random_image(folder / "2.png", seed=99)
+    (out / "v_overlay.mp4").unlink()
+    predict(folder, out, batch_size=1)
+    assert len(trained.model.batches) == 1 + 10 and "2.png is predicted anew" in caplog.text
+    with pytest.raises(UserError, match=r"other settings.*skip was 1 and is 2.*begin anew without hydra\.run\.dir"):
+        predict(folder, out, skip=2)
+
+
+def test_every_third_frame_is_predicted_and_held(trained, tmp_path):
+    predict(random_video(tmp_path / "v.avi"), tmp_path / "out", masks=True, skip=3)
+    ids = [read_ids(path) for path in sorted((tmp_path / "out/v_masks").iterdir())]
+    assert len(ids) == 10 and sum(batch[0] for batch in trained.model.batches) == 4
+    assert all(np.array_equal(mask, ids[number - number % 3]) for number, mask in enumerate(ids))
+    assert not np.array_equal(ids[0], ids[3])
+
+
+def noise_video(path, *, moving):
+    draw, still = np.random.default_rng(0), np.random.default_rng(1).integers(0, 256, (32, 48, 1))
+    writer = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*"FFV1"), 10, (48, 32))
+    for _ in range(12):
+        noise = draw.integers(-60, 60, (32, 48, 1)) if moving else 0
+        writer.write(np.clip(still + noise, 0, 255).astype(np.uint8).repeat(3, axis=2))
+    writer.release()
+    return path
+
+
+def test_smoothing_lowers_flicker_and_leaves_a_still_scene_as_it_is(trained, tmp_path):
+    def masks(video, smooth):
+        out = tmp_path / f"{video.stem}_{smooth}"
+        predict(video, out, masks=True, smooth=smooth)
+        return np.stack([read_ids(path) for path in sorted((out / f"{video.stem}_masks").iterdir())])
+
+    noisy, still = noise_video(tmp_path / "noisy.avi", moving=True), noise_video(tmp_path / "still.avi", moving=False)
+    flicker = {smooth: np.mean(np.diff(masks(noisy, smooth).astype(int), axis=0) != 0) for smooth in (0, 0.5, 0.9)}
+    assert flicker[0] > 0.1 and flicker[0.9] < 0.7 * flicker[0.5] < 0.7 * 0.9 * flicker[0]
+    assert np.array_equal(masks(still, 0), masks(still, 0.9))
+
+
+@pytest.fixture
+def camera(monkeypatch):
+    monkeypatch.setattr(inputs, "_CAMERAS", {"linux": ("lavfi", "testsrc=size=64x48:rate={}0"), "darwin": ("", "")})
+
+
+def test_a_camera_is_read_for_so_many_frames(trained, tmp_path, camera):
+    totals = predict(1, tmp_path / "out", masks=True, frames=7)
+    assert totals["frames"] == 7 and len(names(tmp_path / "out/camera_1_masks")) == 7
+    with VideoReader(tmp_path / "out/camera_1_overlay.mp4") as reader:
+        assert len(list(reader)) == 7 and reader.rate == 10
+
+
+def test_ctrl_c_ends_a_camera_and_the_file_is_whole(trained, tmp_path, camera):
+    real = trained.model.forward
+
+    def forward(images):
+        if len(trained.model.batches) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(images)
+
+    trained.model.forward = forward
+    totals = predict(1, tmp_path / "out")
+    with VideoReader(tmp_path / "out/camera_1_overlay.mp4") as reader:
+        assert len(list(reader)) == totals["frames"] >= 9
+
+
+def test_a_camera_that_is_not_there_is_named(trained, tmp_path):
+    with pytest.raises(UserError, match=r"input=63: no camera answers as /dev/video63"):
+        predict(63, tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dinoseg.data.clips.videos import DecodedFrames, FrameFiles, Video, picture_files
 from dinoseg.data.video.index import index_videos
+from dinoseg.data.video.length import VIDEO_SUFFIXES
 from dinoseg.errors import UserError
 from dinoseg.images import IMAGE_SUFFIXES
 from dinoseg.ranges import Positive
@@ -13,7 +14,6 @@ from dinoseg.storage.files import visible_files
 from dinoseg.storage.natural_order import natural_order
 from dinoseg.wording import count_of
 
-VIDEO_SUFFIXES = (".avi", ".mp4", ".mov", ".m4v", ".mkv", ".webm", ".mpg", ".mpeg", ".ts", ".wmv")
 log = logging.getLogger(__name__)
 
 

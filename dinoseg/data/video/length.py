@@ -1,9 +1,11 @@
-"""How many frames a video file has: by its header, or by counting."""
+"""Which files are videos by their names, and how many frames they have: by their headers, or by counting."""
 
 from pathlib import Path
 
 from dinoseg.data.video.decoder import Decoder
 from dinoseg.errors import UserError
+
+VIDEO_SUFFIXES = (".avi", ".mp4", ".mov", ".m4v", ".mkv", ".webm", ".mpg", ".mpeg", ".ts", ".wmv")
 
 
 def promised_frames(path: Path) -> int:
