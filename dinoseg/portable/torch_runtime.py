@@ -68,6 +68,7 @@ def load_torch(
     # the caller's own functions for its configs, and its own random numbers, are as they were after it
     with lent_resolvers(), torch.random.fork_rng(_devices(chosen)):
         said = checkpoint.describe(file)
+        facts = Facts.of(said, str(file))
         cfg = alone(file, said, {"engine.device": device, **changes}, inference=inference, trust=trust)
         policy: Policy = instantiate(cfg.inference)
         model, info = restore(cfg, file)
@@ -76,7 +77,7 @@ def load_torch(
     keep_scale(model, TrainedSizes.from_info(info))
     bf16 = precision == "bf16" or (precision == "auto" and has_bfloat16(chosen))
     predictor = Predictor(model.to(chosen), chosen, _autocast(chosen) if bf16 else nullcontext, policy)
-    return Opened(TorchRuntime(predictor), Facts.of(info, str(file)), file if "facts" in info else None)
+    return Opened(TorchRuntime(predictor), facts, file if "facts" in info else None)
 
 
 def _autocast(device: torch.device) -> Callable[[], AbstractContextManager]:

@@ -58,6 +58,7 @@ def test_a_file_predicts_what_mode_predict_does(trained, file, tmp_path, monkeyp
     assert (again.probabilities == results[0].probabilities).all()
 
 
+@pytest.mark.heavy
 def test_a_file_goes_through_every_mode_as_a_checkpoint(trained, file):
     words = ("engine=cpu", "data.root=data", f"resume={file}", "mode.metrics_only=true")
     done = call(trained, "mode=eval", *words, "hydra.run.dir=scored")
@@ -118,7 +119,16 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("words", FAMILIES.values(), ids=FAMILIES)
+QUICK = ("packaged, LoRA",)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param(words, id=name, marks=() if name in QUICK else pytest.mark.heavy)
+        for name, words in FAMILIES.items()
+    ],
+)
 @pytest.mark.parametrize("delta", [False, True])
 def test_each_kind_of_model_is_the_same_from_its_file(compose, tmp_path, words, delta):
     path = untrained(compose, tmp_path, *words)
@@ -182,6 +192,7 @@ def test_gated_weights_are_not_passed_on_unless_asked(compose, tmp_path):
         dinoseg.load(delta, device="cpu", backbone="dinoseg:tiny_surgical")
 
 
+@pytest.mark.heavy
 def test_a_delta_names_the_commit_of_its_backbone(compose, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     words = ("backbone=dinov2_vits14", "backbone.arch.hidden_size=24", "backbone.arch.num_hidden_layers=2")
@@ -206,6 +217,7 @@ def test_a_delta_names_the_commit_of_its_backbone(compose, tmp_path, monkeypatch
         dinoseg.load(file)
 
 
+@pytest.mark.heavy
 def test_what_is_trained_of_gated_weights_is_gated(compose, tmp_path):
     words = ("backbone=tiny_surgical", f"backbone.weights={foreign_file(compose, tmp_path)}", "head=linear")
     path = untrained(compose, tmp_path, *words, "adapter=last_blocks", "adapter.blocks=1")
@@ -213,6 +225,7 @@ def test_what_is_trained_of_gated_weights_is_gated(compose, tmp_path):
         exported(path, tmp_path / "out", delta=True)
 
 
+@pytest.mark.heavy
 def test_a_file_of_a_file_keeps_its_sources(compose, tmp_path):
     weights = foreign_file(compose, tmp_path)
     words = ("backbone=tiny_surgical", f"backbone.weights={weights}", "adapter=frozen", "head=linear")
@@ -304,6 +317,7 @@ def test_a_model_is_saved_whole_or_not_at_all(file, trained, tmp_path):
         dinoseg.load(trained / "segmenter", device="cpu").save(tmp_path / "x")
 
 
+@pytest.mark.heavy
 def test_scores_of_an_evaluation_come_with_the_file(trained, tmp_path):
     words = ("mode=export", "export=safetensors", "resume=segmenter", "engine=cpu")
     done = call(trained, "mode=eval", "resume=segmenter", "data.root=data", "mode.split=train", "engine=cpu",
