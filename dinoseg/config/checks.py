@@ -10,9 +10,11 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from dinoseg.errors import UserError
 from dinoseg.ranges import Range
+from dinoseg.wording import shown
 
 TRUSTED = ("dinoseg", "torch.nn", "torch.optim")  # packages in which targets are looked up
 LIST = (list, tuple)
+_LONGEST = 200  # letters of a value in a message
 PLAIN: dict[Any, Any] = {  # what an annotated parameter takes from a config
     **{int: int, float: (int, float), str: str, bool: bool, NoneType: NoneType},
     **{Path: (str, Path), Sequence: LIST, Iterable: LIST, tuple: LIST, Mapping: Mapping},
@@ -51,10 +53,14 @@ def _check_value(key: str, value: Any, annotation: Any, target: str) -> None:
         wanted = _said(annotation)
         bare = "Sequence" in wanted and not isinstance(value, LIST)
         remedy = f"A list is written in brackets: {key}=[{value}]." if bare else "Correct the value."
-        raise UserError(f"{key}={value} is of type {_type_name(value)}, but {target} takes {wanted}. {remedy}")
+        raise UserError(
+            f"{key}={shown(str(value), _LONGEST)} is of type {_type_name(value)}, but {target} takes {wanted}. {remedy}"
+        )
     if rules := _broken(value, annotation):
         rules += ["null"] * (NoneType in get_args(annotation))
-        raise UserError(f"{key}={value} is out of range. Give {', or '.join(dict.fromkeys(rules))}.")
+        raise UserError(
+            f"{key}={shown(str(value), _LONGEST)} is out of range. Give {', or '.join(dict.fromkeys(rules))}."
+        )
 
 
 def _fits(value: Any, annotation: Any) -> bool:

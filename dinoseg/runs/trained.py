@@ -10,7 +10,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from dinoseg import build
-from dinoseg.config.nodes import instantiate
+from dinoseg.config.nodes import instantiate, not_set
 from dinoseg.config.plain import plain
 from dinoseg.data.classes.labels import Labels
 from dinoseg.errors import UserError
@@ -76,6 +76,9 @@ def is_trained(cfg: DictConfig) -> bool:
 
 def labels_of(cfg: DictConfig) -> Labels:
     """Return the classes of a config's data set, which need no file but `classes.yaml`."""
+    absent = {"classes", "palette", "ignore_index"} - cfg.data.keys()
+    if absent:
+        raise UserError(not_set(f"data.{min(absent)}"))
     return Labels.of(cfg.data.classes, cfg.data.palette, cfg.data.ignore_index)
 
 

@@ -236,12 +236,21 @@ def test_a_file_of_a_file_keeps_its_sources(compose, tmp_path):
     assert dinoseg.load(again).facts.backbone["weights"] == weights.name
 
 
+MORE = {  # of those that a fuzzer of the description has found
+    "no classes": lambda _: {"config/data": {"root": "???"}},
+    "a long value": lambda _: {"config/head/pixel_shuffle": ["a"] * 300},
+    "no way of use": lambda _: {"config/inference": 3},
+    "a window without end": lambda _: {"config/inference/size": 10**30},
+    "a shell in its use": lambda _: {"config/inference/_target_": "os.system"},
+}
+
+
 @pytest.fixture(scope="module")
 def sound(file):
     return checkpoint.read(file)
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("case", (CASES | MORE).values(), ids=CASES | MORE)
 def test_a_tampered_file_is_refused(tmp_path, sound, case):
     path = tampered(tmp_path, sound, case(tmp_path))
     with pytest.raises(UserError) as refused:

@@ -43,7 +43,9 @@ class Labels:
         if twice:
             raise UserError(f"data.classes names {', '.join(twice)} more than once: make each name unique.")
         if not isinstance(ignore_index, int) or not 0 <= ignore_index <= 255:
-            raise UserError(f"data.ignore_index={ignore_index}: give an id from 0 to 255, since masks are 8-bit.")
+            raise UserError(
+                f"data.ignore_index={shown(ignore_index)}: give an id from 0 to 255, since masks are 8-bit."
+            )
         if isinstance(palette, int | float | str):
             raise UserError(f"data.palette={shown(palette)}: give [[r, g, b], ...], one colour per class, or null.")
         colors = tuple(default_palette(len(names)) if palette is None else map(as_color, palette))
