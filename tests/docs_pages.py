@@ -25,8 +25,10 @@ def commands(page):
     return [line for line in lines if line and not line.startswith("#")]
 
 
-def numbers_aside(command):
-    """Return what a training is, its numbers, adapter, head and loss aside: tests/test_matrix.py trains those."""
+def kind_of(command):
+    """Return what a training is beside its numbers and its model: of these tests/test_matrix.py trains all."""
     words = [re.sub(r"\s", "", word) for word in re.findall(r"(?:'[^']*'|\S)+", command.removeprefix(OURS))]
-    number = re.compile(r"[^=]+=[\[\]\d.,e+-]+$|(adapter|head|loss)=|-m$|hydra\.run\.dir=")
-    return " ".join(sorted(word for word in words if not number.match(word)))
+    aside = re.compile(
+        r"[^=]+=[\[\]\d.,e+-]+$|(adapter|head|loss|\+?backbone[.\w]*|loss\.weights)=|-m$|resume=auto$|hydra\.run\.dir="
+    )
+    return " ".join(sorted(word for word in words if not aside.match(word)))
