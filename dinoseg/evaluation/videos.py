@@ -13,6 +13,7 @@ from dinoseg.config.nodes import instantiate
 from dinoseg.errors import UserError
 from dinoseg.evaluation.restart import RECORD, earlier_run, record_of, tell_taken
 from dinoseg.evaluation.supervision import chosen_supervision, prompts_of, protocol_of
+from dinoseg.evaluation.video_report import report_videos
 from dinoseg.evaluation.video_scores import score_masks
 from dinoseg.evaluation.video_tracking import VideoTracking, videos_of, written_frames
 from dinoseg.runs.trained import Trained, is_trained
@@ -170,5 +171,7 @@ def evaluate_videos(
         print(f"blends:       {tracking.blends or 'none'}")
         scored_by = protocol if options.official else None
         result |= score_masks(scored_by, videos, tracking.masks, out_dir, problems=problems, skip=tracking.skip)
+        if options.report:
+            report_videos(cfg, out_dir, tracking.blends, split=options.split)
     engine.close()
     return {**result, "run": str(out_dir)}

@@ -195,11 +195,30 @@ def test_masks_are_indexed_with_the_palette_and_blends_are_halves(track, tmp_pat
 def test_metrics_only_and_no_official_scores(track, tmp_path, capsys):
     root = write_davis(tmp_path / "DAVIS", SEQUENCES)
     done = track("copy", "davis2017", root, metrics_only=True)
-    assert {path.name for path in done.folder.iterdir()} == {"masks", "scores.json", "tracked", "tracking.json"}
+    written = {"masks", "scores.json", "tracked", "tracking.json"}
+    assert {path.name for path in done.folder.iterdir()} == {*written, "report.html"}
+    done = track("copy", "davis2017", root, metrics_only=True, report=False)
+    assert {path.name for path in done.folder.iterdir()} == written
     capsys.readouterr()
     done = track("copy", "davis2017", root, official=False)
     assert done.scores is None and len(list(done.folder.rglob("*.jpg"))) == 13
     assert "mode.official=false" in capsys.readouterr().out
+
+
+def test_the_report_has_each_object_the_curves_and_the_worst_sequences(track, tmp_path):
+    done = track("copy", "davis2017", write_davis(tmp_path / "DAVIS", SEQUENCES))
+    page = (done.folder / "report.html").read_text()
+    assert f"{100 * done.scores['scores']['J&F-Mean']:.1f} %" in page and "below 10" in page.lower()
+    assert "bear: 2" in page and "ape: 3" in page and "cow: 1" not in page  # of two frames none is scored
+    assert "J&amp;F % of each frame" in page and page.count("<img") == 4 + 4
+    per_frame = {row["name"]: row.get("J&F_per_frame", []) for row in done.scores["per_video"]}
+    assert {name: len(values) for name, values in per_frame.items()} == {"bear": 3, "ape": 4, "cow": 0}
+    means = [np.mean([one["J-Mean"] + one["F-Mean"] for one in row["objects"].values()]) / 2 for row in objects(done)]
+    assert means == pytest.approx([np.mean(per_frame[row["name"]]) for row in objects(done)])
+
+
+def objects(done):
+    return [row for row in done.scores["per_video"] if row["objects"]]
 
 
 def test_davis_2016_scores_one_foreground(track, tmp_path):

@@ -250,6 +250,7 @@ def _measured(scores: list[np.ndarray], count: int, proposals: list[int] | None 
     if not scores or not count:
         return Measured(np.zeros(len(KEYS)), details)
     series = np.ascontiguousarray(np.stack(scores, axis=-1))  # (2, G, T)
+    details["J&F_per_frame"] = series.mean(axis=(0, 1)).tolist()  # over the objects
     table = np.concatenate(list(statistics(series)), axis=-1)  # (G, 6)
     for index, row in enumerate(table):
         entry: dict[str, Any] = dict(zip(KEYS[1:], row.tolist(), strict=True))

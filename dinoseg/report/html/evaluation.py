@@ -128,12 +128,11 @@ def _scores(report: EvaluationReport) -> Section:
         f"{count_of(report.names, 'image')}.",
         interval_note(len(set(report.groups)), report.unit),
     )
-    return Section("scores", "Scores", body + _official(report.official))
+    return Section("scores", "Scores", body + (official_table(report.official) if report.official else ""))
 
 
-def _official(official: Mapping[str, Any] | None) -> str:
-    if official is None:
-        return ""
+def official_table(official: Mapping[str, Any]) -> str:
+    """Return the scores of a benchmark's own protocol, as `scoring.summary` gives them."""
     rows = [
         [plain_cell(key), number_cell(value, percent(value, 2)), plain_cell(spanned(official["ci95"][key], 2))]
         for key, value in official["scores"].items()

@@ -1,0 +1,105 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from dinoseg.evaluation.class_scores import ClassScores, paired_differences, score_intervals, unit_sums
+from dinoseg.evaluation.collected import SHOWN, Collector, image_mious, join
+from dinoseg.geometry import lattice
+from dinoseg.metrics.confusion import ConfusionMatrix
+from dinoseg.shapes import Batch
+
+SIZE, CLASSES = (40, 52), 4
+
+
+class Data(SimpleNamespace):
+    def __len__(self):
+        return self.images
+
+
+def samples(count, *, ignored=0.2, seed=0):
+    """Yield an image, its mask, what is predicted of it and logits on its lattice; each image errs another share."""
+    draw = np.random.default_rng(seed)
+    for index in range(count):
+        mask = np.where(draw.random(SIZE) < ignored, 255, draw.integers(0, CLASSES, SIZE))
+        wrong = draw.random(SIZE) < (index + 1) / (count + 1)
+        prediction = np.where(wrong, draw.integers(0, CLASSES, SIZE), mask % CLASSES)
+        image = draw.integers(0, 256, (3, *SIZE))
+        places = torch.zeros(SIZE)[lattice(SIZE)].shape
+        tensors = [torch.from_numpy(each).to(torch.uint8) for each in (image, mask, prediction)]
+        yield *tensors, torch.from_numpy(draw.normal(size=(CLASSES, *places))).float()
+
+
+def collected(images, world=1):
+    data = Data(images=len(images), classes=["a", "b", "c", "d"], ignore_index=255)
+    parts = []
+    for rank in range(world):
+        collector = Collector(data, rank, world)
+        for image, mask, prediction, logits in images[rank::world]:
+            collector.add(Batch(image[None], mask[None], ["x"]), prediction[None], logits[None])
+        parts += collector.parts
+    return join(parts)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_any_number_of_ranks_collects_the_same(world):
+    images = list(samples(17))
+    one, several = collected(images), collected(images, world)
+    for name in ("classes", "boundary", "logits", "labels"):
+        assert np.array_equal(getattr(one, name), getattr(several, name)), name
+    for name in ("best", "worst"):
+        assert [shot.index for shot in getattr(one, name)] == [shot.index for shot in getattr(several, name)]
+    scores = image_mious(one.classes)
+    order = sorted(range(17), key=lambda index: scores[index])
+    assert [shot.index for shot in one.worst] == order[:SHOWN]
+    assert [shot.index for shot in one.best] == order[::-1][:SHOWN]
+
+
+def test_counts_are_those_of_the_confusion_matrix():
+    images = list(samples(5))
+    found, whole = collected(images), ConfusionMatrix(CLASSES)
+    for _, mask, prediction, _ in images:
+        whole.update(prediction, mask)
+    scores, expected = ClassScores(CLASSES, background=1).scores(found.classes.sum(axis=0).reshape(-1)), whole.compute()
+    assert [scores[key] for key in ("miou", "dice", "accuracy")] == pytest.approx(
+        [expected[key] for key in ("miou", "dice", "accuracy")], rel=1e-12
+    )
+    assert [scores[f"iou/{index}"] for index in range(CLASSES)] == pytest.approx(
+        [row["iou"] for row in expected["classes"]], rel=1e-12
+    )
+    assert found.boundary[..., 0].sum() == expected["pixels"]
+    assert found.boundary[..., 1].sum() == round((1 - expected["accuracy"]) * expected["pixels"])
+
+
+def test_kept_logits_are_those_of_labelled_pixels():
+    images = list(samples(3))
+    found = collected(images)
+    masks = [mask[lattice(SIZE)].numpy() for _, mask, _, _ in images]
+    logits = [each.numpy()[:, mask != 255].T for (_, _, _, each), mask in zip(images, masks, strict=True)]
+    assert np.array_equal(found.labels, np.concatenate([mask[mask != 255] for mask in masks]))
+    assert np.array_equal(found.logits, np.concatenate(logits))
+
+
+def test_few_images_stand_once_and_those_without_labels_nowhere():
+    bare, one = list(samples(2, ignored=1.1)), list(samples(1))
+    found = collected([*bare, *one])
+    assert [shot.index for shot in found.best] == [2] and not found.worst
+    assert image_mious(found.classes)[:2] == [None, None]
+    assert len(collected(bare).labels) == 0
+
+
+def test_intervals_are_of_whole_units():
+    counts, kind = collected(list(samples(12))).classes, ClassScores(CLASSES)
+    same = score_intervals(kind, unit_sums(np.repeat(counts[:1], 12, axis=0), [str(n // 3) for n in range(12)]))
+    value = float(kind.scores(counts[0].reshape(-1))["miou"])
+    assert same["miou"] == pytest.approx([value, value])
+    assert all(limits is None for limits in score_intervals(kind, unit_sums(counts, ["one"] * 12)).values())
+    sums = unit_sums(counts, [str(n % 4) for n in range(12)])
+    assert np.array_equal(sums[1].reshape(3, CLASSES), counts[1::4].sum(axis=0))
+
+
+def test_a_run_against_itself_differs_by_nothing():
+    sums, kind = unit_sums(collected(list(samples(6))).classes, list("abcdef")), ClassScores(CLASSES)
+    gaps = paired_differences(kind, sums, sums)
+    assert all(gap == {"value": 0.0, "ci95": [0.0, 0.0]} for gap in gaps.values())

@@ -1,0 +1,121 @@
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+from command_line import call
+
+from dinoseg.errors import UserError
+from dinoseg.evaluation.comparison import run_names
+from dinoseg.evaluation.image_record import COUNTS, RECORD, read_record
+
+EVAL = ("mode=eval", "engine=cpu", "engine.workers=0")
+
+
+@pytest.fixture(scope="module")
+def runs(trained):
+    """Two evaluations of one model, the second with half the resolution."""
+    for name, words in (("first", ()), ("second", ("resolution.scale=0.5",))):
+        done = call(trained, *EVAL, "resume=segmenter", f"hydra.run.dir={name}", *words)
+        assert done.status == 0, done.err
+    return trained
+
+
+def compare(runs, *folders):
+    return call(runs, "mode=compare", f"runs=[{','.join(folders)}]", "hydra.run.dir=compared")
+
+
+def copied(runs, name, change):
+    """Copy the second run, with its record changed."""
+    folder = runs / name
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(runs / "second", folder)
+    record = json.loads((folder / RECORD).read_text())
+    change(record)
+    (folder / RECORD).write_text(json.dumps(record))
+    return folder
+
+
+def test_two_runs_are_compared(runs):
+    shutil.rmtree(runs / "compared", ignore_errors=True)
+    done = compare(runs, "first", "second")
+    assert done.status == 0, done.err
+    scores = [json.loads((runs / name / "scores.json").read_text())["miou"] for name in ("first", "second")]
+    found = json.loads((runs / "compared/compare.json").read_text())
+    assert found["scores"]["miou"] == pytest.approx(scores[0])
+    assert found["others"]["second"]["differences"]["miou"]["value"] == pytest.approx(scores[1] - scores[0])
+    rows = list(csv.DictReader((runs / "compared/compare.csv").read_text().splitlines()))
+    assert [row["score"] for row in rows][-2:] == ["IoU dark", "IoU bright"]
+    assert float(rows[0]["second"]) == pytest.approx(scores[1])
+    page = (runs / "compared/report.html").read_text()
+    assert "second against first" in page and page.count("<img") >= 5 and "IoU bright" in done.out
+
+
+def test_every_evaluation_has_a_report_unless_told(runs):
+    page = (runs / "first/report.html").read_text()
+    scores = json.loads((runs / "first/scores.json").read_text())
+    assert f"<b>{100 * scores['miou']:.1f} %</b>" in page and "<h2>Training</h2>" in page
+    rows = list(csv.DictReader((runs / "first/images.csv").read_text().splitlines()))
+    assert [row["image"] for row in rows] == ["0", "1"]
+    assert sum(int(row["labelled_pixels"]) for row in rows) == scores["pixels"]
+    done = call(runs, *EVAL, "resume=segmenter", "mode.report=false", "hydra.run.dir=bare")
+    assert done.status == 0 and not {"report.html", RECORD, COUNTS, "images.csv"} & {
+        path.name for path in (runs / "bare").iterdir()
+    }
+    done = compare(runs, "first", "bare")
+    assert done.status == 1 and "mode.report=false" in done.err and "mode=eval resume=RUN" in done.err
+
+
+def test_what_is_not_of_the_same_images_is_refused(runs):
+    copied(runs, "other", lambda record: record.update(classes=["dark", "light"], split="test"))
+    done = compare(runs, "first", "other")
+    assert (
+        done.status == 1 and "classes: dark, bright and dark, light" in done.err and "split: val and test" in done.err
+    )
+    copied(runs, "other", lambda record: record.update(images=["0", "7"]))
+    assert "- 1 image only in the first (data=folder, folder): 1\n" in compare(runs, "first", "other").err
+    with np.load(runs / "second" / COUNTS) as file:
+        counts = file["classes"] + 1
+    copied(runs, "other", lambda record: None)
+    np.savez(runs / "other" / COUNTS, classes=counts)
+    assert "the references of 2 images differ: 0, 1" in compare(runs, "first", "other").err
+
+
+@pytest.mark.parametrize("asked", ["null", "[first,first]", "[first,nowhere]"])
+def test_what_are_no_two_runs_is_refused(runs, asked):
+    done = call(runs, "mode=compare", f"runs={asked}", "hydra.run.dir=refused")
+    assert done.status == 1 and "run folders of mode=eval" in done.err and not (runs / "refused").exists()
+
+
+def test_a_damaged_record_is_told(runs):
+    for change in (
+        lambda record: record.pop("split"),
+        lambda record: record.update(background=7),
+        lambda record: record.update(units=["a"]),
+        lambda record: record.update(palette=[[0, 0, 300]] * 2),
+    ):
+        with pytest.raises(UserError, match=r"damaged evaluation\.json or counts\.npz .*Evaluate again"):
+            read_record(copied(runs, "damaged", change))
+    for content in (b"", b"PK\x03\x04 none", np.array([{}], dtype=object).tobytes()):
+        folder = copied(runs, "damaged", lambda record: None)
+        (folder / COUNTS).write_bytes(content)
+        with pytest.raises(UserError, match="damaged"):
+            read_record(folder)
+
+
+def test_a_config_that_is_not_to_be_trusted_costs_the_pictures_alone(runs):
+    folder = runs / "hostile"
+    shutil.copytree(runs / "first", folder)
+    config = folder / "config/config.yaml"
+    config.write_text(config.read_text().replace("dinoseg.data.formats.folder", "os.path"))
+    done = compare(runs, "hostile", "second")
+    assert done.status == 0 and "no pictures" in done.err and "refused" in done.err
+    config.unlink()
+    assert compare(runs, "hostile", "second").status == 0
+
+
+def test_names_tell_runs_apart(tmp_path):
+    folders = [tmp_path / name for name in ("a/eval_1", "b/eval_1", "b/eval_2")]
+    assert run_names(folders) == ["a/eval_1", "b/eval_1", "b/eval_2"]
+    assert run_names(folders[1:]) == ["eval_1", "eval_2"]
