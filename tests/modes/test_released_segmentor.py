@@ -10,8 +10,10 @@ from meta_files import RELEASED, RELEASED_ARCH, write_released
 from safetensors import safe_open
 
 from dinoseg.backbones.transformers_vit import TransformersVit
+from dinoseg.config.nodes import instantiate
 from dinoseg.heads.mask2former.head import Mask2FormerHead
 from dinoseg.images import read_ids, write_png
+from dinoseg.inference.windows import starts
 
 SIZE = (64, 96)
 SMALL = [*RELEASED, "engine=cpu", "engine.workers=0", "engine.precision=fp32"]
@@ -30,21 +32,37 @@ def picture(size=SIZE):
     return np.random.default_rng(0).integers(0, 256, (*size, 3)).astype(np.uint8)
 
 
+# as published, but for sizes: windows of 64 px every 43 over an image whose shorter side is brought to 64
+SMALLER = ["inference.size=64", "inference.overlap=0.334", "inference.shortest=64"]
+
+
 def by_hand(files, image):
-    """Return the semantic map of an image, from the parts alone."""
+    """Return the semantic map of an image by Meta's evaluation (its `slide_inference`), from the parts alone."""
     arch = {**RELEASED_ARCH, "num_register_tokens": 4, "layerscale_value": 1.0}
     backbone = TransformersVit("dinov3_vit", arch, str(files[0]), 16, "quarters").eval()
     head = Mask2FormerHead(64, 4, 150, hidden_dim=64, feedforward_dim=4096, weights=str(files[1])).eval()
-    with torch.inference_mode():
-        outputs = head.run(backbone, torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255)
-    masks = torch.nn.functional.interpolate(outputs.mask_logits, image.shape[:2], mode="bilinear").sigmoid()
-    return torch.einsum("bqk,bqhw->bkhw", outputs.class_logits.softmax(-1)[..., :150], masks)[0]
+    resize = torch.nn.functional.interpolate
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255
+    short = min(image.shape[:2])
+    size = [round(64 * side / short) for side in image.shape[:2]]
+    pixels = resize(pixels, size, mode="bilinear", antialias=True)
+    total, counts = torch.zeros(1, 150, *size), torch.zeros(*size)
+    for row, column in np.ndindex(*(max(side - 64 + 43 - 1, 0) // 43 + 1 for side in size)):
+        bottom, right = min(row * 43 + 64, size[0]), min(column * 43 + 64, size[1])
+        place = (..., slice(bottom - 64, bottom), slice(right - 64, right))
+        with torch.inference_mode():
+            outputs = head.run(backbone, pixels[place])
+        masks = resize(outputs.mask_logits, (64, 64), mode="bilinear").sigmoid()
+        total[place] += torch.einsum("bqk,bqhw->bkhw", outputs.class_logits.softmax(-1)[..., :150], masks)
+        counts[place] += 1
+    return resize(total / counts, image.shape[:2], mode="bilinear")[0]
 
 
 def test_predict_as_released(files, tmp_path):
-    image = picture()
+    image = picture((80, 150))
     write_png(tmp_path / "street.png", image)
-    done = call(tmp_path, "mode=predict", "hparam=ade20k_m2f", *SMALL, *weights(files), "input=street.png")
+    words = ["mode=predict", "hparam=ade20k_m2f", *SMALL, *weights(files), *SMALLER, "input=street.png"]
+    done = call(tmp_path, *words)
     assert done.status == 0, done.err
     found = np.load(next(tmp_path.rglob("segmentation_raw.npy")))
     scores = by_hand(files, image)
@@ -54,6 +72,12 @@ def test_predict_as_released(files, tmp_path):
     np.testing.assert_array_equal(found[sure], best.indices[0].numpy()[sure])
 
 
+def test_the_recipe_has_the_published_windows(compose):
+    policy = instantiate(compose("hparam=ade20k_m2f").inference)
+    assert (policy.size, policy.shortest, policy.average, policy.weights) == ((896, 896), 896, "scores", "uniform")
+    assert starts(1500, 896, policy.overlap) == [0, 596, 604]
+
+
 def test_score_as_released(files, tmp_path):
     image = picture()
     expected = by_hand(files, image).argmax(dim=0).numpy()
@@ -61,7 +85,8 @@ def test_score_as_released(files, tmp_path):
     for name in ("training", "validation"):
         write_png(root / f"images/{name}/a.png", image)
         write_png(root / f"annotations/{name}/a.png", (expected + 1).astype(np.uint8))  # 0 is "other" in these files
-    done = call(tmp_path, "mode=eval", "hparam=ade20k_m2f", *SMALL, *weights(files), "data.root=ade")
+    words = ["mode=eval", "hparam=ade20k_m2f", *SMALL, *weights(files), *SMALLER, "data.root=ade"]
+    done = call(tmp_path, *words)
     assert done.status == 0, done.err
     scores = json.loads(next(tmp_path.rglob("scores.json")).read_text())
     assert scores["accuracy"] > 0.99 and len(scores["classes"]) == 150

@@ -55,10 +55,31 @@ def test_a_run_older_than_a_key_goes_on(where):
     found = checkpoint.read(path)
     config = found.info["config"]
     del config["trainer"]["feed"], config["trainer"]["epochs"], config["head"]["least_maps"]
+    del config["inference"], found.info["choices"]["inference"]
     checkpoint.write(path, found.tensors, {key: value for key, value in found.info.items() if key != "format"})
     done = train(where, "trainer.steps=2", "resume=auto")
     assert done.status == 0, done.err
     assert len(runs(where)) == 1 and last(where)["progress"]["step"] == 2
+
+
+def test_what_validates_with_windows_is_evaluated_with_them_unless_told_otherwise(where):
+    windows = ("inference=windows", "inference.size=16", "trainer.steps=1", "mode.metrics_only=true")
+    assert train(where, *windows, "hydra.run.dir=run").status == 0
+    scored = {}
+    for name, words in {"own": [], "wider": ["inference.size=[16,48]"], "whole": ["inference=whole"]}.items():
+        run = ("mode.metrics_only=true", f"hydra.run.dir={name}", *words)
+        done = call(where, "mode=eval", "resume=run", "engine=cpu", "engine.workers=0", *run)
+        assert done.status == 0, done.err
+        scored[name] = json.loads((where / name / "scores.json").read_text())
+    assert scored["own"] == json.loads((where / "run/evaluation/scores.json").read_text())
+    assert len({json.dumps(scores["matrix"]) for scores in scored.values()}) == 3
+
+
+def test_how_a_model_is_asked_makes_no_other_run(where):
+    assert train(where, "trainer.steps=1", "inference=windows").status == 0
+    assert train(where, "trainer.steps=2", "inference.overlap=0.5", "resume=auto").status == 0
+    assert len(runs(where)) == 1 and last(where)["choices"]["inference"] == "windows"
+    assert last(where)["config"]["inference"]["overlap"] == 0.5
 
 
 def test_a_run_whose_rate_and_warmup_were_numbers_goes_on_as_it_would_have(where):

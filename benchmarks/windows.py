@@ -1,0 +1,147 @@
+"""Print memory and time of windows whose finished rows are freed, against keeping full-size scores, side by side.
+
+`OMP_NUM_THREADS=1 python benchmarks/windows.py [--size 3072 2048] [--classes 19] [--window 512] [--overlap 0.25]`: each
+way in a process of its own, one thread, the same random ViT; the reference keeps scores and counts of the whole image
+and divides at the end, as mmsegmentation does. Exits with 1 where it takes less than its least multiple of our memory.
+
+`... --strips 20000` writes a picture of that side as an uncompressed TIFF file, segments it in strips with the mean
+colour of patches for a backbone, and prints time and peak memory.
+"""
+
+import argparse
+import platform
+import resource
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from tabulate import tabulate
+from torch import Tensor
+
+from dinoseg.backbones.rgb import RgbBackbone
+from dinoseg.backbones.transformers_vit import TransformersVit
+from dinoseg.heads.linear import LinearHead
+from dinoseg.inference.predictor import Predictor
+from dinoseg.inference.windows import Windows, starts
+from dinoseg.model import Segmenter
+
+LEAST = 3.0
+ARCH = {"hidden_size": 192, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 768}
+MIB = 2**20
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", type=int, nargs=2, default=(3072, 2048))
+    parser.add_argument("--classes", type=int, default=19)
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--overlap", type=float, default=0.25)
+    parser.add_argument("--strips", type=int, metavar="SIDE")
+    parser.add_argument("--way", choices=("freed", "kept"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.strips:
+        return strips(args)
+    if args.way:
+        print(*measured(args))
+        return 0
+    found = {way: run(way) for way in ("freed", "kept")}
+    rows = [(way, f"{memory / MIB:.0f}", f"{seconds:.1f}") for way, (memory, seconds, _) in found.items()]
+    ratio = found["kept"][0] / found["freed"][0]
+    print(tabulate(rows, headers=("rows that are done", "MiB above the model's", "s")))
+    print(f"\nkept / freed: memory {ratio:.1f} (at least {LEAST}), time {found['kept'][1] / found['freed'][1]:.2f}")
+    print(f"{args.size[0]} x {args.size[1]}, {args.classes} classes, windows of {args.window}; same mask: ", end="")
+    print(found["kept"][2] == found["freed"][2])
+    print(f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}")
+    return int(ratio < LEAST or found["kept"][2] != found["freed"][2])
+
+
+def run(way: str) -> tuple[float, float, str]:
+    """Return bytes, seconds and the mask's fingerprint of one way, in a process of its own."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--way", way]
+    memory, seconds, mask = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    return float(memory), float(seconds), mask
+
+
+def measured(args: argparse.Namespace) -> tuple[int, float, str]:
+    """Return the bytes above those of a single window, seconds, and a fingerprint of the mask."""
+    torch.manual_seed(0)
+    backbone = TransformersVit("dinov3_vit", ARCH, "random", 16, (-1,))
+    model = Segmenter(backbone, LinearHead(backbone.dim, backbone.num_layers, args.classes)).eval()
+    policy = Windows(args.window, overlap=args.overlap, weights="uniform", average="scores", batch_size=1)
+    predictor = Predictor(model, torch.device("cpu"), nullcontext, policy)
+    image = np.random.default_rng(0).integers(0, 256, (*args.size, 3), dtype=np.uint8)
+    predictor.ids([image[: args.window, : args.window]])
+    before, start = peak(), time.perf_counter()
+    ids = predictor.ids([image])[0] if args.way == "freed" else kept(model, image, args).numpy()
+    return (
+        peak() - before,
+        time.perf_counter() - start,
+        str(np.bincount(ids.ravel(), minlength=args.classes)).replace(" ", ","),
+    )
+
+
+@torch.inference_mode()
+def kept(model: Segmenter, image: np.ndarray, args: argparse.Namespace) -> Tensor:
+    """Return class ids of an image, of full-size sums and counts."""
+    height, width = args.size
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
+    total, counts = torch.zeros(1, args.classes, height, width), torch.zeros(1, 1, height, width)
+    for top in starts(height, args.window, args.overlap):
+        for left in starts(width, args.window, args.overlap):
+            place = (..., slice(top, top + args.window), slice(left, left + args.window))
+            total[place] += model(pixels[place]).scores()
+            counts[place] += 1
+    return (total / counts).argmax(dim=1)[0].to(torch.uint8)
+
+
+def strips(args: argparse.Namespace) -> int:
+    """Segment a large file in strips and print what it took."""
+    torch.manual_seed(0)
+    model = Segmenter(RgbBackbone(patch_size=16), LinearHead(3, 1, args.classes)).eval()
+    policy = Windows(args.window, overlap=args.overlap)
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder) / "large.tif", Path(folder) / "ids.png"
+        write_tiff(source, args.strips)
+        before, start = peak(), time.perf_counter()
+        Predictor(model, torch.device("cpu"), nullcontext, policy).write_strips(source, target)
+        seconds, after = time.perf_counter() - start, peak()
+        print(f"{args.strips} x {args.strips}, {args.classes} classes, windows of {args.window} px: {seconds:.0f} s")
+        print(f"peak memory {after / MIB:.0f} MiB, of which {before / MIB:.0f} before the first row")
+        print(
+            f"image {source.stat().st_size / MIB:.0f} MiB, ids {target.stat().st_size / MIB:.1f} MiB; probabilities of",
+            end=" ",
+        )
+        print(f"the whole image would be {args.strips**2 * args.classes * 4 / MIB:.0f} MiB")
+    return 0
+
+
+def write_tiff(path: Path, side: int) -> None:
+    """Write a square RGB picture of colours that change slowly, a row of it at a time."""
+    bits, pixels = 512, 4096  # where they lie
+    tags = {256: side, 257: side, 258: bits, 259: 1, 262: 2, 273: pixels, 277: 3, 278: side, 279: 3 * side**2, 284: 1}
+    entries = [struct.pack("<HHII", tag, 4, 3 if tag == 258 else 1, value) for tag, value in tags.items()]
+    header = b"II*\0" + struct.pack("<IH", 8, len(entries)) + b"".join(entries) + bytes(4)
+    across = np.linspace(0, 40, side)
+    with path.open("wb") as file:
+        file.write(header.ljust(bits, b"\0") + struct.pack("<3I", 8, 8, 8))
+        file.seek(pixels)
+        for row in range(side):
+            phase = row / 300
+            line = np.stack([np.sin(across + phase), np.cos(across - phase), np.sin(2 * across)], axis=1)
+            file.write((line * 127 + 128).astype(np.uint8).tobytes())
+
+
+def peak() -> int:
+    """Return the most bytes that this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    sys.exit(main())
