@@ -194,11 +194,12 @@ def test_the_page_of_ten_minutes_leads_to_scored_predictions(stand_ins, tmp_path
     for line in WALK:
         # in one folder, as a newcomer does: what one command makes, the next one reads
         words = [word.replace("FOLDER", str(stand_ins["FOLDER"])) for word in shlex.split(line.removeprefix(OURS))]
-        more = {"train": (*SMALL, *SHORT, *CPU), "predict": CPU}.get(mode_of(line), ())
+        more = {"train": (*SMALL, *SHORT, *CPU), "predict": CPU, "eval": CPU}.get(mode_of(line), ())
         done = call(tmp_path, *words, *more)
         assert done.status == 0 or "mode=doctor" in words, done.err  # the stand-ins are few and alike
         if "mode=score" in words:
             assert "leaf" in done.out and "mIoU" in done.out
     assert sorted(path.name for path in (tmp_path / "PREDICTED/masks").iterdir()) == ["a.png", "b.png", "classes.json"]
+    assert list(tmp_path.rglob("report.html"))
     section = (ROOT / "README.md").read_text().split("## Your own images")[1].split("\n## ")[0]
     assert commands(section) == ["pip install .", *WALK[:4]]
