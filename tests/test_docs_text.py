@@ -5,7 +5,7 @@ import re
 import pytest
 from docs_pages import PAGES, ROOT
 
-LINK = re.compile(r"(?<!`)\[[^\]]*\]\(([^)\s]+)\)")
+LINK = re.compile(r"""(?<!`)(?:\[[^\]]*\]\(|<img src=")([^)\s"]+)[)"]""")
 
 
 def test_no_line_is_longer_than_those_of_the_code():
