@@ -41,9 +41,7 @@ def differing_layer(file: Path, scopes: Mapping[str, str], reference: Reference,
     expected = _module_outputs(Graph(reference.segmenter, record), wanted, scopes)
     given = _tensors(file, [scopes[scope] for scope in expected], entering)
     ordered = [name for name in given if name in set(scopes.values())]
-    of_tensor = {
-        scopes[scope]: scope for scope in expected
-    }  # of modules within one another, the innermost completes first
+    of_tensor = {scopes[scope]: scope for scope in reversed(expected)}  # the innermost completes first
     worst = ("", 0.0)
     for name in ordered:
         scope = of_tensor.get(name)

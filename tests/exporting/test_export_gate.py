@@ -56,6 +56,7 @@ def change_weight(model, part):
     tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
 
 
+@pytest.mark.heavy
 def test_an_export_is_proven_and_used_without_torch(cfg, out):
     export_onnx(cfg, out_dir=out)
     report = json.loads((out / REPORT).read_text())
@@ -77,6 +78,7 @@ def test_an_export_is_proven_and_used_without_torch(cfg, out):
     assert done.stdout == "(32, 48)\n", done.stderr
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("part", "layer"), [("classify.weight", "the layer head.classify"), ("std", "the layer backbone.model.embeddings")]
 )
@@ -94,6 +96,7 @@ def test_a_broken_export_is_refused_and_its_layer_named(cfg, out, monkeypatch, p
     assert not json.loads((out / REPORT).read_text())["proven"]
 
 
+@pytest.mark.heavy
 def test_pictures_resized_otherwise_are_refused(cfg, out, monkeypatch):
     finish = onnx_file.finish
     cfg.resolution.scale = 0.5
@@ -104,6 +107,7 @@ def test_pictures_resized_otherwise_are_refused(cfg, out, monkeypatch):
         export_onnx(cfg, out_dir=out)
 
 
+@pytest.mark.heavy
 def test_a_file_that_does_not_run_is_refused_with_its_words(cfg, out, monkeypatch):
     finish = onnx_file.finish
 
@@ -154,6 +158,7 @@ def test_an_engine_is_built_by_what_is_there(tmp_path, monkeypatch):
     assert (tmp_path / "model.engine").read_text() == words  # of before
 
 
+@pytest.mark.heavy
 def test_weights_beside_a_large_file_are_read_from_there(cfg, out, monkeypatch):
     monkeypatch.setattr(onnx_file, "LARGEST", 1000)
     export_onnx(cfg, out_dir=out)
