@@ -2,15 +2,16 @@
 
     python benchmarks/export.py RUN [--images val] [--count 16] [--threads 1]
 
-RUN is a run folder of mode=train or a checkpoint; --images as `export.images`. Each export is proven by its gate (`exporting/`),
-whose report is what is printed: latency is that of one picture from its array to class ids, of PyTorch eager and of the
-exported file in turns, picture by picture; the ratio is below 1 where the file is faster.
+RUN is a run folder of mode=train or a checkpoint; --images as `export.images`. Each export is proven by its gate
+(`exporting/`), whose report is what is printed: latency is that of one picture from its array to class ids, of PyTorch
+eager and of the exported file in turns, picture by picture; the ratio is below 1 where the file is faster.
 """
 
 import argparse
 import contextlib
 import io
 import json
+import sys
 import tempfile
 from pathlib import Path
 
@@ -46,8 +47,11 @@ def main():
     for name, (export, options) in CASES.items():
         with tempfile.TemporaryDirectory() as folder:
             cfg = alone(file, checkpoint.describe(file), {"engine.device": "cpu"})
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(UserError):
-                export(cfg, out_dir=Path(folder), images=words.images, count=words.count, **options)
+            try:
+                with contextlib.redirect_stdout(io.StringIO()):
+                    export(cfg, out_dir=Path(folder), images=words.images, count=words.count, **options)
+            except UserError as refusal:
+                print(f"{name}: {refusal}", file=sys.stderr)
             report = json.loads(Path(folder, REPORT).read_text())
         miou, ms = report["miou"], report["latency_ms"]
         print(

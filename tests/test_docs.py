@@ -35,7 +35,7 @@ WRITES = {  # what a mode leaves in its run folder, or "run.log"
     "export": "backbone.safetensors",
     "track": "track.json",
 }
-EXPORTED = {"safetensors": "model.safetensors"}  # what an export writes that is not the usual one
+EXPORTED = {"safetensors": "model.safetensors", "onnx": "model.onnx"}  # what an export writes that is not the usual one
 SERVERS = ("app", "serve")  # run until they say where they listen, asked for their start page, and stopped
 GIVEN = {  # names that the Python of the docs does not make itself
     "mask": torch.nn.functional.pad(torch.ones(24, 24, dtype=torch.uint8), (12, 12, 12, 12)),
