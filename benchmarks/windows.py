@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -80,11 +81,7 @@ def measured(args: argparse.Namespace) -> tuple[int, float, str]:
     predictor.ids([image[: args.window, : args.window]])
     before, start = peak(), time.perf_counter()
     ids = predictor.ids([image])[0] if args.way == "freed" else kept(model, image, args).numpy()
-    return (
-        peak() - before,
-        time.perf_counter() - start,
-        str(np.bincount(ids.ravel(), minlength=args.classes)).replace(" ", ","),
-    )
+    return peak() - before, time.perf_counter() - start, f"{zlib.crc32(ids.tobytes()):08x}"
 
 
 @torch.inference_mode()

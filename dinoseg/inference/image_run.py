@@ -16,6 +16,7 @@ from dinoseg.inference.outputs import ImagePrediction, ImageWriter
 from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.results import write_image_results
 from dinoseg.inference.stream import Throughput, run_pipeline
+from dinoseg.inference.strips import only_in_strips
 from dinoseg.report.progress import Bar
 from dinoseg.wording import count_of
 
@@ -80,6 +81,8 @@ class _Batch:
 def segment_images(by: Segmentation, images: Sequence[ImageInput], run: ImageRun) -> tuple[int, Throughput]:
     """Write the results of all images that can be read and are not done; return how many were, and the rest's times.
 
+    Of images that are only read in strips, class ids are all that is written.
+
     Raises:
         OSError: they cannot be written.
     """
@@ -108,7 +111,12 @@ def segment_images(by: Segmentation, images: Sequence[ImageInput], run: ImageRun
         logger.info("%s of an earlier run taken over", count_of(earlier, "image"))
     names = {given.path: given.name for given in left}
     with Bar(total=len(images), initial=earlier, unit="image") as bar:
-        passed = run_pipeline(_batches(left, by.batch_size, run.failures), infer, write, depth=DEPTH)
+        large = {given.path for given in left if only_in_strips(given.path)}
+        held = [given for given in left if given.path not in large]
+        passed = run_pipeline(_batches(held, by.batch_size, run.failures), infer, write, depth=DEPTH)
+        for given in (given for given in left if given.path in large):
+            _write_strips(by, given, run)
+            bar.update()
     for writer in run.writers:
         writer.finish()
     passed.items = run.count - earlier
@@ -133,9 +141,24 @@ def _write(by: Segmentation, prediction: ImagePrediction, name: str, run: ImageR
     run.count += 1
 
 
+def _write_strips(by: Segmentation, given: ImageInput, run: ImageRun) -> None:
+    if run.masks is None:
+        run.failures.append(f"{given.path} is too large for pictures, and masks=false leaves nothing else to write.")
+        return
+    logger.info("%s is too large to hold: it is read in strips, and only class ids are written.", given.path)
+    try:
+        by.predictor.write_strips(given.path, run.masks / f"{given.mask}.png")
+    except UserError as error:
+        run.failures.append(str(error))
+        return
+    run.done.note(given.name, given.path)
+    run.count += 1
+
+
 def _results(given: ImageInput, run: ImageRun) -> list[Path]:
     mask = [] if run.masks is None else [run.masks / f"{given.mask}.png"]
-    return [run.folder / f"{given.name}_segmentation", *mask]
+    pictures = [] if only_in_strips(given.path) else [run.folder / f"{given.name}_segmentation"]
+    return [*pictures, *mask]
 
 
 def _batches(images: Sequence[ImageInput], size: int, failures: list[str]) -> Iterator[_Batch]:

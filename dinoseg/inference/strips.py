@@ -10,6 +10,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
+from PIL import Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from torch import Tensor
 
@@ -18,6 +19,8 @@ from dinoseg.images import read_image
 from dinoseg.inference.rows import HeldRows, Rows, Size
 from dinoseg.storage.files import check_regular
 
+MOST_HELD = 2 * (Image.MAX_IMAGE_PIXELS or 2**27)  # pixels from which on Pillow refuses
+_TIFF = (".tif", ".tiff")
 _NONE, _DEFLATE = (1,), (8, 32946)  # compressions
 _GREY, _RGB = 1, 2  # photometric interpretations
 _LARGEST_BLOCK = 2**28  # bytes of a strip or tile once it is decompressed
@@ -38,7 +41,7 @@ def open_rows(path: str | Path, device: torch.device) -> Rows:
     check_regular(path)
     if path.suffix.lower() == ".npy":
         return ArrayRows(path, device)
-    if path.suffix.lower() in (".tif", ".tiff"):
+    if path.suffix.lower() in _TIFF:
         layout = _Tiff.of(path)
         if layout is not None:
             return TiffRows(path, layout, device)
@@ -47,6 +50,17 @@ def open_rows(path: str | Path, device: torch.device) -> Rows:
     except UserError as error:
         raise UserError(f"{error} {_LATER}") from error
     return HeldRows(torch.from_numpy(image.copy()).permute(2, 0, 1)[None].to(device))
+
+
+def only_in_strips(path: Path) -> bool:
+    """Return whether an image file is too large for `read_image`, and of a kind that is read in strips."""
+    if path.suffix.lower() not in _TIFF:
+        return False
+    try:
+        layout = _Tiff.of(path)
+    except UserError:  # reading it says so
+        return False
+    return layout is not None and math.prod(layout.size) > MOST_HELD
 
 
 class ArrayRows(Rows):

@@ -10,9 +10,13 @@ import torch
 from PIL import Image
 from tiny_parts import tiny_vit
 
+from dinoseg.data.classes.labels import Labels
 from dinoseg.errors import UserError
 from dinoseg.heads.linear import LinearHead
 from dinoseg.images import read_ids
+from dinoseg.inference import strips
+from dinoseg.inference.done import DoneInputs
+from dinoseg.inference.image_run import ImageInput, ImageRun, Segmentation, segment_images
 from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.strips import ArrayRows, PngRows, TiffRows, open_rows
 from dinoseg.inference.windows import Windows
@@ -151,3 +155,23 @@ def test_rows_of_a_png_are_what_was_written(tmp_path):
         for part in np.split(ids, [1, 100, 290]):
             file.write(part)
     assert (read_ids(tmp_path / "a.png") == ids).all()
+
+
+def test_an_image_too_large_to_hold_gets_class_ids_and_goes_on(tmp_path, monkeypatch, caplog):
+    torch.manual_seed(0)
+    backbone = tiny_vit()
+    model = Segmenter(backbone, LinearHead(backbone.dim, backbone.num_layers, 2)).eval()
+    predictor = Predictor(model, CPU, nullcontext, Windows((64, 64)))
+    by = Segmentation(predictor, Labels.of(["a", "b"], None, 255))
+    Image.fromarray(picture()).save(tmp_path / "large.tif")
+    Image.fromarray(picture()[:40]).save(tmp_path / "small.tif")
+    monkeypatch.setattr(strips, "MOST_HELD", 20_000)
+    images = [ImageInput(tmp_path / f"{name}.tif", name, name) for name in ("large", "small")]
+    run = ImageRun(tmp_path / "run", tmp_path / "run/masks", DoneInputs(tmp_path / "run"))
+    with caplog.at_level("INFO"):
+        segment_images(by, images, run)
+    assert run.count == 2 and not run.failures and "large.tif is too large to hold" in caplog.text
+    assert (read_ids(tmp_path / "run/masks/large.png") == predictor.ids([picture()])[0]).all()
+    assert [path.name for path in (tmp_path / "run").glob("*_segmentation")] == ["small_segmentation"]
+    again = ImageRun(run.folder, run.masks, DoneInputs(tmp_path / "run"))
+    assert segment_images(by, images, again)[0] == 2
