@@ -13,7 +13,7 @@ from dinoseg.serving.guard import hosts_of
 from dinoseg.serving.limits import ClipLimits, Limits, Port
 from dinoseg.serving.server import bound, serve_until_signal
 from dinoseg.serving.service import Service
-from dinoseg.serving.source import load_served, tracker_maker
+from dinoseg.serving.source import load_served, tracker_maker, usual_batch
 
 
 def app(
@@ -24,7 +24,7 @@ def app(
     host: str,
     port: Port,
     hosts: Sequence[str],
-    batch_size: Count,
+    batch_size: Count | None,
     wait_ms: NotNegative,
     limits: Limits,
     clips: ClipLimits,
@@ -36,7 +36,7 @@ def app(
     """
     with bound(host, port) as listener, TemporaryDirectory(dir=out_dir, prefix="uploads_") as uploads:
         served = load_served(cfg, Path(out_dir), model)
-        service = Service(served, limits, batch_size=batch_size, wait=wait_ms / 1000)
+        service = Service(served, limits, batch_size=batch_size or usual_batch(served), wait=wait_ms / 1000)
         made = App(service, clips, Path(uploads), tracker_maker(cfg, served))
         serve_until_signal(made.application(hosts_of(host, hosts)), listener, service.announce_stop)
         service.close()

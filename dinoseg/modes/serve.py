@@ -12,7 +12,7 @@ from dinoseg.serving.guard import hosts_of
 from dinoseg.serving.limits import Limits, Port
 from dinoseg.serving.server import bound, serve_until_signal
 from dinoseg.serving.service import Service
-from dinoseg.serving.source import load_served
+from dinoseg.serving.source import load_served, usual_batch
 
 
 def serve(
@@ -23,7 +23,7 @@ def serve(
     host: str,
     port: Port,
     hosts: Sequence[str],
-    batch_size: Count,
+    batch_size: Count | None,
     wait_ms: NotNegative,
     limits: Limits,
 ) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def serve(
     """
     with bound(host, port) as listener:
         served = load_served(cfg, Path(out_dir), model)
-        service = Service(served, limits, batch_size=batch_size, wait=wait_ms / 1000)
+        service = Service(served, limits, batch_size=batch_size or usual_batch(served), wait=wait_ms / 1000)
         serve_until_signal(endpoint(service, hosts_of(host, hosts)), listener, service.announce_stop)
     service.close()
     print(f"stopped: {service.metrics.summary()}")

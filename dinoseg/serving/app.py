@@ -118,7 +118,7 @@ class App:
             return [future.result() for future in [worker.submit(frame) for frame in frames]]
 
         look = Look(facts.classes.__getitem__, facts.palette, facts.ignore_index, _opacity(request))
-        return self._begin(request, look, lambda: masks_of)
+        return self._begin(request, look, masks_of)
 
     async def track(self, request: Request) -> Response:
         """Begin to follow the objects of a mask through a clip: its body has a byte a pixel of the first frame."""
@@ -126,19 +126,14 @@ class App:
             raise Refused(400, "no_tracker", "This model has no backbone to follow objects with.")
         job = self._jobs.get(request.path_params["job"])
         mask = check_objects(await self._service.uploaded(request), job.facts)
-        make, worker = self._tracker, self._service.worker
+        tracker, worker, labels = self._tracker(), self._service.worker, [mask]
 
-        def follower() -> Callable[[Frames], list[np.ndarray]]:
-            tracker, labels = make(), [mask]
+        def masks_of(frames: Frames) -> list[np.ndarray]:
+            given = [labels.pop() if labels else None for _ in frames]
+            return worker.call(lambda: tracker.track(frames, given)).result()
 
-            def masks_of(frames: Frames) -> list[np.ndarray]:
-                given = [labels.pop() if labels else None for _ in frames]
-                return worker.call(lambda: tracker.track(frames, given)).result()
-
-            return masks_of
-
-        look = Look(lambda label: f"object {label}" if label else "background", _OBJECTS, opacity=_opacity(request))
-        return self._begin(request, look, follower)
+        blocks = tracker.blocks((mask.shape[0], mask.shape[1]))
+        return self._begin(request, Look(_object_name, _OBJECTS, opacity=_opacity(request), blocks=blocks), masks_of)
 
     async def state(self, request: Request) -> Response:
         """Tell where a clip stands."""
@@ -163,14 +158,12 @@ class App:
             raise Refused(404, "no_result", "There is no such result, or not yet.")
         return FileResponse(path)
 
-    def _begin(
-        self, request: Request, look: Look, follower: Callable[[], Callable[[Frames], Sequence[np.ndarray]]]
-    ) -> Response:
+    def _begin(self, request: Request, look: Look, masks_of: Callable[[Frames], Sequence[np.ndarray]]) -> Response:
         job = self._jobs.get(request.path_params["job"])
         path = next(job.folder.glob("clip.*"), None)
         if path is None:
             raise Refused(400, "no_clip", "This upload is no clip.")
-        self._jobs.start(job, lambda job: make_overlay(job, path, self._clips, look, follower()))
+        self._jobs.start(job, lambda job: make_overlay(job, path, self._clips, look, masks_of))
         return self._told(job)
 
     def _told(self, job: Job) -> Response:
@@ -217,6 +210,10 @@ async def _written(request: Request, folder: Path) -> Path:
         async for chunk in chunks:
             file.write(chunk)
     return path
+
+
+def _object_name(label: int) -> str:
+    return f"object {label}" if label else "background"
 
 
 def _opacity(request: Request) -> float:

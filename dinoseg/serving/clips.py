@@ -13,7 +13,7 @@ from dinoseg.errors import UserError
 from dinoseg.images import write_png
 from dinoseg.inference.stream import run_pipeline
 from dinoseg.inference.video_file import VideoReader, VideoWriter
-from dinoseg.report.overlay import blend
+from dinoseg.report.overlay import blend, smooth_blocks
 from dinoseg.serving.answers import png
 from dinoseg.serving.jobs import Job
 from dinoseg.serving.limits import ClipLimits, Refused
@@ -40,6 +40,7 @@ class Look:
     palette: Palette
     ignore_index: int = 255
     opacity: float = 0.5
+    blocks: tuple[int, int] | None = None  # the grid (h, w) whose cells are blocks in all masks but the first
 
 
 def kind_of(start: bytes) -> str:
@@ -116,7 +117,8 @@ def make_overlay(
         def write(done: tuple[Frames, Sequence[np.ndarray]]) -> None:
             nonlocal counts
             for frame, mask in zip(*done, strict=True):
-                tinted = blend(frame, mask, look.palette, ignore_index=look.ignore_index, opacity=look.opacity)
+                shown = smooth_blocks(mask, look.blocks) if look.blocks and job.done else mask
+                tinted = blend(frame, shown, look.palette, ignore_index=look.ignore_index, opacity=look.opacity)
                 writer.write(tinted)
                 masks.writestr(f"{job.done:09d}.png", png(mask, tuple(look.palette)))
                 counts = counts + np.bincount(mask.ravel(), minlength=256)

@@ -36,6 +36,12 @@ def load_served(cfg: DictConfig, out_dir: Path, file: str | None) -> Model:
     return model_of(trained, sizes_to_keep(trained, out_dir))
 
 
+def usual_batch(model: Model) -> int:
+    """Return how many images a model is best asked for at once: on a CPU one, as docs/serving.md measures."""
+    on_cpu = not isinstance(model.runtime, TorchRuntime) or model.runtime.predictor.device.type == "cpu"
+    return 1 if on_cpu else 8
+
+
 def tracker_maker(cfg: DictConfig, model: Model) -> Callable[[], Tracker] | None:
     """Return what makes trackers on a model's backbone, as `cfg.tracker` says; None where torch does not compute it."""
     if not isinstance(model.runtime, TorchRuntime) or not isinstance(model.runtime.predictor.model, Segmenter):

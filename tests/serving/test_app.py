@@ -1,0 +1,204 @@
+import io
+import time
+import zipfile
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from PIL import Image
+from serving_stand_ins import encoded, picture, service
+from starlette.testclient import TestClient
+
+from dinoseg.inference.video_file import VideoReader, VideoWriter
+from dinoseg.serving import jobs
+from dinoseg.serving.app import App
+from dinoseg.serving.guard import LOOPBACK
+from dinoseg.serving.limits import ClipLimits
+from dinoseg.tracking.tracker import Tracker
+
+FRAMES, SIZE = 6, (32, 48)
+
+
+class Still(Tracker):
+    """Follows nothing: every mask is the first one."""
+
+    settings = {}
+    first = None
+
+    def track_batch(self, frames, labels):
+        self.first = labels[0] if self.first is None else self.first
+        return [self.first for _ in frames]
+
+    def state(self):
+        return {}
+
+    def load(self, state):
+        pass
+
+
+@contextmanager
+def app(folder, before=lambda images: None, tracker=Still, **clips):
+    with service(before, image_mib=0.5, max_pixels=10_000) as made:
+        application = App(made, ClipLimits(**clips), folder, tracker).application(LOOPBACK)
+        with TestClient(application, base_url="http://localhost") as ask:
+            yield ask
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    path = tmp_path_factory.mktemp("clip") / "clip.mp4"
+    with VideoWriter(path, 10.0, SIZE) as writer:
+        for number in range(FRAMES):
+            writer.write(np.full((*SIZE, 3), 40 * number, np.uint8))
+    return path.read_bytes()
+
+
+def finished(ask, job):
+    end = time.monotonic() + 10
+    while (told := ask.get(f"/app/{job}").json())["state"] in ("waiting", "running"):
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    return told
+
+
+def refused(answer):
+    return answer.status_code, answer.json()["error"]["rule"]
+
+
+def test_a_picture_gives_areas_and_both_masks(tmp_path):
+    image = picture(20, 30)
+    bright = image.mean(axis=-1) > 127
+    with app(tmp_path) as ask:
+        told = ask.post("/app/image", content=encoded(image)).json()
+        files = [ask.get(f"/app/{told['id']}/{name}") for name in ("ids.png", "mask.png")]
+        assert (told["width"], told["height"]) == (30, 20)
+        assert [area["pixels"] for area in told["areas"]] == [(~bright).sum(), bright.sum()]
+        assert [area["name"] for area in told["areas"]] == ["dark", "bright"]
+        for file in files:
+            assert (np.asarray(Image.open(io.BytesIO(file.content))) == bright).all()
+        assert refused(ask.post("/app/image", content=b"text")) == (400, "format")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_clip_is_segmented_frame_by_frame(tmp_path, clip):
+    with app(tmp_path) as ask:
+        taken = ask.post("/app/clip", content=clip).json()
+        assert (taken["width"], taken["height"], taken["frames"], taken["state"]) == (48, 32, FRAMES, "ready")
+        assert ask.post(f"/app/{taken['id']}/segment?opacity=1").status_code == 200
+        told = finished(ask, taken["id"])
+        assert (told["state"], told["done"]) == ("done", FRAMES), told
+        masks = zipfile.ZipFile(io.BytesIO(ask.get(f"/app/{taken['id']}/masks.zip").content))
+        shown = [np.unique(np.asarray(Image.open(masks.open(name)))).tolist() for name in sorted(masks.namelist())]
+        assert shown == [[0], [0], [0], [0], [1], [1]]  # levels 0, 40, ..., 200
+        assert [area["share"] for area in told["areas"]] == pytest.approx([4 / 6, 2 / 6])
+        part = ask.get(f"/app/{taken['id']}/overlay.mp4", headers={"range": "bytes=0-9"})
+        assert part.status_code == 206 and len(part.content) == 10
+        (tmp_path / "got.mp4").write_bytes(ask.get(f"/app/{taken['id']}/overlay.mp4").content)
+        with VideoReader(tmp_path / "got.mp4") as reader:
+            last = list(reader)[-1]
+        assert last[..., 0].mean() > 200 > 60 > last[..., 1].mean()  # bright, and red is its colour
+
+
+def test_what_is_painted_is_followed(tmp_path, clip):
+    mask = np.zeros(SIZE, np.uint8)
+    mask[4:8, 4:12], mask[20:24, 4:8] = 1, 3
+    with app(tmp_path) as ask:
+        job = ask.post("/app/clip", content=clip).json()["id"]
+        assert refused(ask.post(f"/app/{job}/track", content=mask.tobytes()[1:])) == (400, "mask_size")
+        assert refused(ask.post(f"/app/{job}/track", content=bytes(mask.size))) == (400, "no_object")
+        assert refused(ask.post(f"/app/{job}/track", content=b"\xff" * mask.size)) == (400, "no_object")
+        assert ask.post(f"/app/{job}/track", content=mask.tobytes()).status_code == 200
+        told = finished(ask, job)
+        areas = {area["name"]: area["pixels"] for area in told["areas"]}
+        assert areas == {"background": mask.size - 48, "object 1": 32, "object 3": 16}
+        assert ask.post(f"/app/{job}/track", content=mask.tobytes()).status_code == 200  # once more, another way
+        assert finished(ask, job)["state"] == "done"
+
+
+def test_a_model_without_a_backbone_follows_nothing(tmp_path, clip):
+    with app(tmp_path, tracker=None) as ask:
+        assert ask.get("/app/about").json()["tracks"] is False
+        job = ask.post("/app/clip", content=clip).json()["id"]
+        assert refused(ask.post(f"/app/{job}/track", content=b"1")) == (400, "no_tracker")
+
+
+@pytest.mark.parametrize(
+    ("data", "rule"),
+    [
+        (b"", "format"),
+        (b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n", "format"),
+        (b"ffconcat version 1.0\nfile /etc/passwd\n", "format"),
+        (encoded(picture()), "format"),
+        (b"\0\0\0\x18ftypisom" + b"\0" * 500, "unreadable"),
+    ],
+    ids=["nothing", "playlist", "list of files", "picture", "cut"],
+)
+def test_what_is_no_video_is_refused_and_leaves_nothing(tmp_path, data, rule):
+    with app(tmp_path) as ask:
+        assert refused(ask.post("/app/clip", content=data)) == (400, rule)
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_clip_over_a_limit_is_refused(tmp_path, clip):
+    with app(tmp_path, max_seconds=0.5) as ask:
+        assert refused(ask.post("/app/clip", content=clip)) == (400, "max_seconds")
+    with app(tmp_path, video_mib=0.0001) as ask:
+        assert refused(ask.post("/app/clip", content=clip)) == (413, "max_bytes")
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_nobody_gets_at_anothers_files(tmp_path, clip):
+    with app(tmp_path) as ask:
+        first, second = (ask.post("/app/clip", content=clip).json()["id"] for _ in range(2))
+        assert first != second and len(first) == 32
+        assert refused(ask.get(f"/app/{first[:-1]}/frame.png")) == (404, "gone")
+        for name in ("clip.mp4", "..%2Fclip.mp4", "overlay.mp4"):
+            assert ask.get(f"/app/{first}/{name}").status_code == 404
+        assert ask.delete(f"/app/{first}").status_code == 204
+        assert refused(ask.get(f"/app/{first}")) == (404, "gone") and ask.get(f"/app/{second}").status_code == 200
+        assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_work_can_be_cancelled_and_begun_again(tmp_path, clip):
+    slow = [0.05]
+    with app(tmp_path, lambda images: time.sleep(slow[0])) as ask:
+        job = ask.post("/app/clip", content=clip).json()["id"]
+        ask.post(f"/app/{job}/segment")
+        assert refused(ask.post(f"/app/{job}/segment")) == (409, "started")
+        ask.post(f"/app/{job}/cancel")
+        assert finished(ask, job)["state"] == "ready" and ask.get(f"/app/{job}/overlay.mp4").status_code == 404
+        slow[0] = 0
+        ask.post(f"/app/{job}/segment")
+        assert finished(ask, job)["state"] == "done"
+
+
+def test_the_oldest_finished_upload_makes_room(tmp_path):
+    with app(tmp_path, held=2) as ask:
+        ids = [ask.post("/app/image", content=encoded(picture(seed=n))).json()["id"] for n in range(3)]
+        assert [ask.get(f"/app/{job}").status_code for job in ids] == [404, 200, 200]
+        assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_what_nobody_asks_for_is_given_up(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(jobs.time, "monotonic", lambda: now[0])
+    held = jobs.Jobs(tmp_path, ClipLimits(keep_minutes=30))
+    done, busy = held.new(), held.new()
+    done.asked = busy.asked = 0.0
+    busy.state = jobs.State.RUNNING
+    now[0] = 61.0
+    held.sweep()
+    assert busy.cancelled.is_set() and held.get(done.id) is done  # which counts as asked for
+    now[0] += 1801
+    held.sweep()
+    assert not done.folder.exists()
+    held.close()
+
+
+def test_every_file_of_the_page_is_there_and_may_only_speak_to_its_own_server(tmp_path):
+    with app(tmp_path) as ask:
+        for name in ("", "style.css", "app.js", "paint.js"):
+            answer = ask.get(f"/{name}")
+            assert answer.status_code == 200
+            assert "connect-src 'self'" in answer.headers["content-security-policy"]
+            assert "http://" not in answer.text and "https://" not in answer.text

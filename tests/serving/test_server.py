@@ -1,0 +1,126 @@
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from http.client import HTTPConnection
+
+import pytest
+from command_line import call
+from serving_stand_ins import encoded, picture
+
+from dinoseg.errors import UserError
+from dinoseg.serving.guard import is_loopback
+from dinoseg.serving.server import bound
+
+
+def test_a_port_that_is_taken_is_one_message():
+    with bound("127.0.0.1", 0) as first:
+        first.listen()
+        port = first.getsockname()[1]
+        with pytest.raises(UserError, match=f"port {port}: Address already in use. .* choose another mode.port"):
+            bound("127.0.0.1", port)
+
+
+def test_a_place_that_is_none_of_ours_is_one_message():
+    with pytest.raises(UserError, match="Cannot listen on 192.0.2.1"):
+        bound("192.0.2.1", 8000)
+    with pytest.raises(UserError, match="no such place"):
+        bound("no such host", 8000)
+
+
+def test_loopback_is_known_by_its_address():
+    assert all(map(is_loopback, ("localhost", "127.0.0.1", "127.8.0.1", "::1")))
+    assert not any(map(is_loopback, ("0.0.0.0", "::", "192.168.0.7", "example.org", "")))
+
+
+@pytest.fixture
+def server(trained_once, tmp_path):
+    """A server in a process of its own, and its port."""
+    words = [f"resume={trained_once}/segmenter", "engine=cpu", "mode.port=0", "mode.limits.timeout=20"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dinoseg", "mode=serve", *words, f"hydra.run.dir={tmp_path}/run"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    try:
+        yield process, next(int(found[1]) for line in process.stdout if (found := re.search(r"http://\S+:(\d+)", line)))
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def answered(port, body):
+    connection = HTTPConnection("127.0.0.1", port, timeout=60)
+    try:
+        connection.connect()
+    except ConnectionRefusedError:
+        return "refused"
+    try:
+        connection.request("POST", "/segment?format=ids", body)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    finally:
+        connection.close()
+
+
+@pytest.mark.heavy
+def test_nothing_is_lost_when_it_is_stopped_under_load(server):
+    process, port = server
+    bodies = [encoded(picture(40 + number % 4, 60, seed=number)) for number in range(20)]
+    wanted = {number: answered(port, body) for number, body in enumerate(bodies)}
+    assert {status for status, _ in wanted.values()} == {200}
+    got, stopped = [], threading.Event()
+
+    def client(first):
+        number = first
+        while not stopped.is_set():
+            answer = answered(port, bodies[number % 20])
+            got.append((number % 20, answer))
+            number += 1
+            if answer == "refused":
+                return
+
+    threads = [threading.Thread(target=client, args=(first,)) for first in range(50)]
+    for thread in threads:
+        thread.start()
+    for _ in range(10):  # clients that send half a request, or go before the answer
+        with socket.create_connection(("127.0.0.1", port)) as gone:
+            gone.sendall(b"POST /segment HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000\r\n\r\nhalf")
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    stopped.set()
+    for thread in threads:
+        thread.join(60)
+    whole = [(number, answer) for number, answer in got if answer != "refused"]
+    assert len(whole) > 50 and len(got) - len(whole) == 50
+    assert all(answer == wanted[number] for number, answer in whole)
+
+
+@pytest.mark.heavy
+def test_a_second_signal_ends_it_at_once(server):
+    process, port = server
+    with socket.create_connection(("127.0.0.1", port)) as slow:  # its request would be waited for
+        slow.sendall(b"POST /segment HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000\r\n\r\nhalf")
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(3)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 143
+    assert "Stopping: no more requests are taken" in process.stdout.read()
+
+
+def test_a_server_without_a_model_says_what_is_missing(tmp_path):
+    done = call(tmp_path, "mode=serve", "engine=cpu", "mode.port=0")
+    assert done.status == 1 and "resume is not set" in done.err and not list(tmp_path.glob("outputs/*/*"))
+    both = call(tmp_path, "mode=serve", "engine=cpu", "mode.port=0", "mode.model=a.onnx", "mode.limits.queue=0")
+    assert both.status == 1 and "mode.limits.queue=0 is out of range" in both.err
