@@ -12,9 +12,13 @@ import torch
 from omegaconf import OmegaConf
 
 from dinoseg.contracts import Head
+from dinoseg.data.formats.annotated import Shapes, annotated_dataset
+from dinoseg.data.formats.annotation_files import AnnotationLayout
+from dinoseg.data.splits import Partition
 from dinoseg.errors import UserError
 from dinoseg.images import read_ids, write_png
 from dinoseg.inference import image_run, inputs
+from dinoseg.inference.annotations import PredictedShapes
 from dinoseg.inference.video_file import VideoReader
 from dinoseg.modes import predict as mode
 from dinoseg.runs.trained import Trained
@@ -319,3 +323,27 @@ def test_mistakes_are_named_before_the_model_is_loaded(monkeypatch, tmp_path, ch
     with pytest.raises(UserError, match=message):
         predict(options.pop("source"), tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_outputs_for_tools_are_whole_when_a_run_goes_on(trained, tmp_path):
+    cfg = OmegaConf.merge(CFG, {"data": {"background": "dark", "classes": CLASSES}})
+    options = {"masks": True, "opacity": 0.5, "batch_size": 3, "outputs": ["coco", "confidence"]}
+    drawn = PredictedShapes("rle")
+    pixels = {name: random_image(tmp_path / f"in/{name}.png", seed=seed) for seed, name in enumerate("abc")}
+    (tmp_path / "in/c.png").rename(tmp_path / "c.png")
+    for names_then in ("ab", "abc"):
+        mode.predict(cfg, out_dir=tmp_path / "out", input=str(tmp_path / "in"), shapes=drawn, **options)
+        content = json.loads((tmp_path / "out/coco/annotations.json").read_text())
+        assert [image["file_name"] for image in content["images"]] == [f"{name}.png" for name in names_then]
+        if names_then == "ab":
+            (tmp_path / "c.png").rename(tmp_path / "in/c.png")
+    assert [row["name"] for row in content["categories"]] == CLASSES[1:]
+    data = annotated_dataset(
+        tmp_path / "out/coco", "train", kind="coco", classes=CLASSES, shapes=Shapes(unlabelled="dark"),
+        layout=AnnotationLayout(images=str(tmp_path / "in")), partition=Partition(val_fraction=0.4, by="fraction"),
+    )  # fmt: skip
+    for index, name in enumerate(data.names):
+        np.testing.assert_array_equal(data.mask(index), expected_ids(pixels[name]))
+        assert np.load(tmp_path / f"out/confidence/{name}.npy").max() <= 1
+    with pytest.raises(UserError, match="mode.outputs names koko"):
+        mode.predict(cfg, out_dir=tmp_path / "x", input=str(tmp_path / "in"), **{**options, "outputs": ["koko"]})
