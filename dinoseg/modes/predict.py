@@ -27,7 +27,7 @@ from dinoseg.inference.video_file import VideoReader
 from dinoseg.inference.video_run import VideoInput, VideoOptions, segment_video
 from dinoseg.ranges import Count, LowShare, Natural, Share
 from dinoseg.runs.settings import check_same_settings
-from dinoseg.runs.trained import load_trained, sizes_to_keep
+from dinoseg.runs.trained import Trained, load_trained, sizes_to_keep
 from dinoseg.storage import forms
 from dinoseg.storage.atomic import remove_parts, write_json
 from dinoseg.storage.stamps import stamp
@@ -70,11 +70,7 @@ def predict(
     paths, folder = list_inputs(str(input)) if camera is None else [], Path(out_dir)
     options = VideoOptions(masks is True, skip, smooth, frames)
     trained = load_trained(cfg)
-    if trained.model.head.slots is not None:
-        raise UserError(
-            f"resume={cfg.resume} is a model of slots, which knows no classes. mode=track follows its segments "
-            "through a video or a folder of frames."
-        )
+    _refuse_slots(trained)
     beside = {"outputs": list(outputs), "shapes": asdict(shapes)} if outputs else {}
     settings = _settings(cfg, {"masks": masks, "opacity": opacity, **asdict(options), **beside})
     _check_earlier(folder, settings)
@@ -103,6 +99,14 @@ def predict(
         raise UserError(f"{len(run.failures)} of {len(paths) or 1} inputs failed, the rest is in {out_dir}:{named}")
     print("\n".join(_written(run, totals, masks is True, outputs)))
     return {**totals, "run": str(out_dir)}
+
+
+def _refuse_slots(trained: Trained) -> None:
+    if trained.model.head.slots is not None:
+        raise UserError(
+            "resume names a model of slots, which knows no classes. mode=track follows its segments through a video or "
+            "a folder of frames."
+        )
 
 
 def _settings(cfg: DictConfig, options: dict[str, Any]) -> dict[str, Any]:
