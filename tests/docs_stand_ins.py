@@ -252,6 +252,11 @@ def segmentor_file(stand_ins, folder):
     return stand_ins["BACKBONE"].with_name("head.pth")
 
 
+@stand_in("EVALUATED_AT_HALF")
+def evaluated_at_half(stand_ins, folder):
+    return ran(folder, "mode=eval", f"resume={stand_ins['RUN']}", "resolution.scale=0.5", "mode.metrics_only=true")
+
+
 @stand_in("RUN")
 def trained_segmenter(stand_ins, folder):
     return ran(folder, "mode=train", "hparam=demo", f"data.root={stand_ins['SARRARP']}", *SMALL, *SHORT)

@@ -33,6 +33,7 @@ WRITES = {  # what a mode leaves in its run folder, or "run.log"
     "score": "scores.json",
     "doctor": "doctor.html",
     "export": "backbone.safetensors",
+    "compare": "compare.csv",
     "track": "track.json",
 }
 EXPORTED = {"safetensors": "model.safetensors", "onnx": "model.onnx"}  # what an export writes that is not the usual one

@@ -105,7 +105,7 @@ def _frame(axes: Axes) -> str:
     for value in ticks(*axes.x):
         x, foot = axes.at(value, axes.y[0])
         parts.append(f'<path class="axis" d="M{x} {foot}v4"/>')
-        parts.append(f'<text x="{x}" y="{foot + 17}" text-anchor="middle">{_number(value)}</text>')
+        parts.append(f'<text class="at" x="{x}" y="{foot + 17}" text-anchor="middle">{_number(value)}</text>')
     (left, foot), (right, top) = axes.at(axes.x[0], axes.y[0]), axes.at(axes.x[1], axes.y[1])
     parts.append(f'<path class="axis" d="M{left} {foot}H{right}"/>')
     middle = (left + right) / 2
