@@ -81,8 +81,13 @@ class Model:
         if self.file is None:
             raise UserError(_NO_FILE)
         target = Path(path).expanduser()
-        with telling_file_errors(target.parent), whole_file(target) as part:
-            shutil.copyfile(self.file, part)
+        beside = self.file.with_name(f"{self.file.name}.data")  # a large ONNX file's weights, which it knows by name
+        if beside.is_file() and target.name != self.file.name:
+            raise UserError(f"{self.file} knows its weights as {beside.name}: keep its name, {self.file.name}.")
+        with telling_file_errors(target.parent):
+            for source in (beside, self.file) if beside.is_file() else (self.file,):
+                with whole_file(target.with_name(source.name) if source == beside else target) as part:
+                    shutil.copyfile(source, part)
 
     @classmethod
     def from_pretrained(

@@ -176,3 +176,15 @@ def test_no_torch_is_imported():
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_weights_beside_a_file_are_saved_with_it_under_its_name(tmp_path):
+    file = tmp_path / "model.onnx"
+    file.write_bytes(b"graph")
+    (tmp_path / "model.onnx.data").write_bytes(b"weights")
+    model = Model(Thresholds(), FACTS, file)
+    model.save(tmp_path / "copy/model.onnx")
+    assert (tmp_path / "copy/model.onnx.data").read_bytes() == b"weights"
+    assert (tmp_path / "copy/model.onnx").read_bytes() == b"graph"
+    with pytest.raises(UserError, match="keep its name, model.onnx"):
+        model.save(tmp_path / "other.onnx")
