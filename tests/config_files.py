@@ -31,10 +31,13 @@ def read_whole(group, option):
 
 @cache
 def written_targets(group, option):
-    """Count the `_target_` lines of an option's file and of those it starts from."""
-    entries = [entry for entry in read(group, option).get("defaults", []) if entry != "_self_"]
+    """Count the `_target_` lines of an option's file and of those it starts from; its own first replaces theirs."""
+    bases = [
+        base for entry in read(group, option).get("defaults", []) if entry != "_self_" for base in _bases(group, entry)
+    ]
     own = len(re.findall(r"^\s*_target_:", (FOLDER / group / f"{option}.yaml").read_text(), re.MULTILINE))
-    return own + sum(written_targets(*base) for entry in entries for base in _bases(group, entry))
+    replaced = sum("_target_" in read(*base) for base in bases) if "_target_" in read(group, option) else 0
+    return own + sum(written_targets(*base) for base in bases) - replaced
 
 
 def _bases(group, entry):
