@@ -161,6 +161,8 @@ def _segment_videos(by: Segmentation, videos: list[VideoInput], run: ImageRun, o
 
 
 def _log(what: str, passed: Throughput, count: str) -> None:
+    if not passed.items:
+        return
     rate = passed.items / passed.seconds
     logger.info("%s: %s in %.1f s with reading and writing: %.2f a second", what, count, passed.seconds, rate)
     if told := passed.report():

@@ -1,0 +1,26 @@
+"""mode=predict given twice with one folder: it goes on there, alone, and only by the same settings."""
+
+import fcntl
+
+from command_line import call
+
+
+def test_the_same_command_goes_on_in_its_folder(trained_once, tmp_path):
+    words = ("mode=predict", f"resume={trained_once}/segmenter", f"input={trained_once}/clip", "engine=cpu")
+    words += ("hydra.run.dir=out",)
+    first = call(tmp_path, *words)
+    assert first.status == 0, first.err
+    (tmp_path / "out/.00000_segmentation.1.part").mkdir()
+    (tmp_path / "out/masks/.00000.png.1.part").touch()
+    (tmp_path / "out/predicted/00003.json").unlink()
+    again = call(tmp_path, *words)
+    assert again.status == 0 and "6 images of an earlier run taken over" in again.err + again.out, again.err
+    assert "images: 1 image in" in again.err + again.out
+    assert not list((tmp_path / "out").rglob(".*.part")) and not (tmp_path / "out_2").exists()
+    other = call(tmp_path, *words, "mode.opacity=0.25")
+    assert other.status == 1 and "mode.opacity was 0.5 and is 0.25" in other.err
+    with open(tmp_path / "out/run.log", "a") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        busy = call(tmp_path, *words)
+    assert busy.status == 1 and "Another process is writing to" in busy.err
+    assert not (tmp_path / "out_2").exists()
