@@ -64,7 +64,7 @@ def small_model(words):
     if any(word.startswith("resume=") and word != "resume=auto" for word in words):
         return ()
     if "hparam=ade20k_m2f" in words:
-        return RELEASED
+        return (*RELEASED, "inference.size=64", "inference.shortest=64")
     if "backbone=rgb" in words:
         return ()
     if "backbone=timm" in words:
