@@ -41,7 +41,7 @@ class StandIns:
     def __getitem__(self, word):
         if word not in self.made:
             folder = self.root / word.lower()
-            folder.mkdir()
+            folder.mkdir(exist_ok=True)  # one that could not be made is tried again
             self.made[word] = _MAKERS[word](self, folder)
         return self.made[word]
 
