@@ -166,10 +166,12 @@ def test_a_server_answers_and_stops(command, stand_ins, tmp_path):
     )
     try:
         said = next(found[0] for line in server.stdout if (found := re.search(r"http://[\w.:\[\]]+", line)))
-        assert urllib.request.urlopen(said, timeout=60).status == 200
+        with urllib.request.urlopen(said, timeout=60) as answer:
+            assert answer.status == 200
     finally:
         server.send_signal(signal.SIGTERM)
-    assert server.wait(60) == 0
+        server.communicate(timeout=60)
+    assert server.returncode == 0
 
 
 @pytest.mark.heavy
