@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from command_line import write_data
 from onnx import numpy_helper
 from portable_parts import TINY, untrained
@@ -19,6 +20,7 @@ from dinoseg.errors import UserError
 from dinoseg.exporting import onnx_export, onnx_file, tensorrt
 from dinoseg.exporting.export import REPORT
 from dinoseg.exporting.onnx_export import export_onnx
+from dinoseg.exporting.program import export_program
 from dinoseg.runs.resume import alone
 from dinoseg.training import checkpoint
 
@@ -164,3 +166,15 @@ def test_weights_beside_a_large_file_are_read_from_there(cfg, out, monkeypatch):
     export_onnx(cfg, out_dir=out)
     assert sorted(path.name for path in out.iterdir()) == [REPORT, "model.onnx", "model.onnx.data"]
     assert dinoseg.load(out / "model.onnx").predict(out.parent / "data/val/images/0.png").mask.shape == (32, 48)
+
+
+@pytest.mark.heavy
+def test_lora_updates_are_merged_and_a_program_is_proven_too(compose, tmp_path):
+    write_data(tmp_path / "data")
+    path = untrained(compose, tmp_path, *TINY, "head=linear", "adapter=lora", "adapter.rank=2")
+    cfg = alone(path, checkpoint.describe(path), {"engine.device": "cpu"})
+    (tmp_path / "out").mkdir()
+    export_program(cfg, out_dir=tmp_path / "out", images=str(tmp_path / "data/val/images"))
+    report = json.loads((tmp_path / "out" / REPORT).read_text())
+    assert report["proven"] and report["references"] == "the trained model's own classes"
+    assert not [name for name in torch.export.load(tmp_path / "out/model.pt2").state_dict if "lora" in name]
