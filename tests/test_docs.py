@@ -130,7 +130,11 @@ def test_the_docs_hold_commands_that_are_run():
     assert [command for command in ALL if command not in [*RUN, *RANKS] and not NOT_RUN.match(command)] == []
 
 
-@pytest.mark.parametrize("command", [one for one in RUN if mode_of(one) not in SERVERS and one not in [*ALIKE, *WALK]])
+ALONE = [one for one in RUN if mode_of(one) not in SERVERS and one not in [*ALIKE, *WALK]]
+LONG = {one: pytest.param(one, marks=pytest.mark.heavy) for one in ALONE if "export=onnx" in one}
+
+
+@pytest.mark.parametrize("command", [LONG.get(one, one) for one in ALONE])
 def test_command(command, stand_ins, tmp_path, plain_pictures):
     done = call(tmp_path, *as_run(command, stand_ins))
     # the stand-ins are as alike and as few as no data set is: whether the doctor finds that is not at issue
