@@ -60,7 +60,7 @@ def test_a_file_answers_as_the_model_does(tmp_path, backbone, head, wish):
         # masks that became pixels of the graph before they come to another size are not those of that size
         near = 0.02 if wish.pixels and size != SIZES[0] else 1e-4
         np.testing.assert_allclose(runtime.probabilities(images), wanted, atol=near)
-        assert (runtime.ids(images) == reference.ids(images)).mean() >= 0.999
+        assert (runtime.ids(images) == reference.ids(images)).mean() >= (0.999 if near < 0.02 else 0.98)
 
 
 @pytest.mark.parametrize("precision", ["float16", "int8"])
