@@ -68,9 +68,10 @@ def main_choices():
 
 def needed(choice):
     """Return what only the user can know: here stands a value for it."""
+    own_classes = choice.get("data", main_choices()["data"]) in ("folder", "coco", "labelme", "cvat")
     return [
         "data.root=.",
-        *(["data.classes=[dark,bright]"] if choice.get("data", main_choices()["data"]) == "folder" else []),
+        *(["data.classes=[dark,bright]"] if own_classes else []),
         *(["backbone.name=test_vit"] if choice.get("backbone") == "timm" else []),
         *(["head.weights=FILE"] if choice.get("head") == "mask2former_meta" else []),
     ]

@@ -14,6 +14,7 @@ from omegaconf.errors import InterpolationResolutionError
 from dinoseg.config.nodes import not_set
 from dinoseg.config.options import recipe_name
 from dinoseg.errors import UserError
+from dinoseg.sizes import backbone_size
 
 CLASS_FILE, CELLS = "class_file", "cells"
 RESOLVERS = ("len", CELLS)  # those that a checkpoint's config may use: functions of values beside them
@@ -85,10 +86,9 @@ def _length(values: Any) -> int:
 def _cells(resolution: DictConfig, patch_size: int | None) -> list[int] | None:
     if patch_size is None:
         return None
-    # sizes as dinoseg.model gives them, which imports torch: mode=score and the help do without
-    longest = max(resolution.crop) if resolution.longest is None else resolution.longest
-    factor = resolution.scale * min(1.0, longest / max(resolution.crop))
-    return [math.ceil(max(1, round(side * factor)) / patch_size) for side in resolution.crop]
+    height, width = resolution.crop
+    size = backbone_size((height, width), resolution.scale, resolution.longest)
+    return [math.ceil(side / patch_size) for side in size]
 
 
 def _from_class_file(key: str, drawn: str = "", *, _root_: DictConfig) -> Any:
