@@ -23,6 +23,10 @@ usage: python -m dinoseg mode=MODE [hparam=RECIPE] [GROUP=OPTION ...] [KEY=VALUE
   python -m dinoseg mode=score protocol=sar_rarp50 reference=DIR prediction=DIR
                                                                      official scores of folders, without a model
   python -m dinoseg mode=predict resume=RUN input=PATH               image, folder, glob or video
+  python -m dinoseg mode=compare runs=[EVALUATION,EVALUATION]        what two evaluations differ in, as a page
+  python -m dinoseg mode=export export=safetensors resume=RUN        one file, for dinoseg.load(FILE) in Python
+  python -m dinoseg mode=app resume=RUN                              try it in the browser
+  python -m dinoseg mode=serve resume=RUN                            an HTTP endpoint
   python -m dinoseg mode=track input=VIDEO labels=MASK               follow objects from the first frame's mask
   python -m dinoseg mode=summary hparam=sarrarp/lora                 parameters by part, no weights needed
   python -m dinoseg mode=train --help                                the mode's own keys
@@ -30,6 +34,7 @@ usage: python -m dinoseg mode=MODE [hparam=RECIPE] [GROUP=OPTION ...] [KEY=VALUE
 
 Groups and their options (choose with GROUP=OPTION; RECIPE is an option of hparam, in families FAMILY/OPTION):
 """
+_COLUMN = 11  # letters of a group's name, its colon and a blank
 # how the lines of a mode's file begin that are no keys to set
 _NO_KEYS = ("_", " ", "resume_from", "keeps_folder", "goes_on", "check", "reads", "#")
 _FURTHER = (
@@ -40,7 +45,7 @@ _FURTHER = (
 def overview() -> str:
     """Return the help text: commands, then every config group with its options."""
     groups = sorted(path for path in CONFIGS.iterdir() if path.is_dir() and path.name not in ("hydra", "local"))
-    return COMMANDS + "\n".join(f"  {group.name + ':':10}{_wrapped(_by_family(group))}" for group in groups)
+    return COMMANDS + "\n".join(f"  {group.name + ':':{_COLUMN}}{_wrapped(_by_family(group))}" for group in groups)
 
 
 def help_for(arguments: Sequence[str]) -> str:
@@ -81,4 +86,4 @@ def _wrapped(lists: list[list[str]], width: int = 96) -> str:
             if lines[-1] and len(lines[-1]) + len(word) > width:
                 lines.append("")
             lines[-1] += f" {word}"
-    return ("\n" + " " * 12).join(line.strip() for line in lines)
+    return ("\n" + " " * (2 + _COLUMN)).join(line.strip() for line in lines)
