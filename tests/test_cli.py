@@ -70,10 +70,14 @@ def test_help_is_the_overview(arguments, tmp_path):
 def test_help_of_a_mode_is_of_its_own_keys(mode, tmp_path):
     done = call(tmp_path, f"mode={mode}", "--help")
     assert done.status == 0 and not done.err and f"Keys of mode={mode}" in done.out
-    keys = yaml.safe_load(Path(CONFIGS, "mode", f"{mode}.yaml").read_text()).keys()
+    own = yaml.safe_load(Path(CONFIGS, "mode", f"{mode}.yaml").read_text())
+    if mode == "app":
+        own = yaml.safe_load(Path(CONFIGS, "mode", "serve.yaml").read_text()) | own
+    keys = [key for key in own if not key.startswith("_") and key not in ("defaults", *LAUNCH_KEYS[1:])]
+    tables = {key: [f"{key}.{name}" for name in own[key] if name[0] != "_"] for key in keys if type(own[key]) is dict}
     shown = [line.split("=")[0].strip() for line in done.out.splitlines() if line.startswith("  mode.")]
-    assert shown == [f"mode.{key}" for key in keys if not key.startswith("_") and key not in LAUNCH_KEYS[1:]]
-    assert "mode.mode" not in done.out and "hparam:" not in done.out
+    assert shown == [f"mode.{name}" for key in keys for name in tables.get(key, [key])]
+    assert "mode.mode=" not in done.out and "hparam:" not in done.out
 
 
 @pytest.mark.parametrize("arguments", [("--help",), ("mode=train", "--help"), ("mode=summary", *SMALL[:-1])])

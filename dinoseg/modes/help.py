@@ -1,5 +1,6 @@
 """mode=help and --help: every group, every option, and the commands to start with."""
 
+import re
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -36,7 +37,7 @@ Groups and their options (choose with GROUP=OPTION; RECIPE is an option of hpara
 """
 _COLUMN = 11  # letters of a group's name, its colon and a blank
 # how the lines of a mode's file begin that are no keys to set
-_NO_KEYS = ("_", " ", "resume_from", "keeps_folder", "goes_on", "check", "reads", "#")
+_NO_KEYS = ("_", " ", "defaults", "resume_from", "keeps_folder", "goes_on", "check", "reads", "#")
 _FURTHER = (
     "`--help` alone shows all modes, groups and options; `--cfg job` instead of it all keys of this command line."
 )
@@ -57,12 +58,36 @@ def help_for(arguments: Sequence[str]) -> str:
 def of_mode(mode: str) -> str:
     """Return what is said of one mode: commands, and its own keys as its config file explains them."""
     commands = [line for line in COMMANDS.splitlines() if f"mode={mode} " in line]
-    text = (CONFIGS / "mode" / f"{mode}.yaml").read_text(encoding="utf-8")
-    own_keys = [line for line in text.splitlines() if not line.startswith(_NO_KEYS)]
-    reads = text.partition("\nreads: [")[2].partition("]")[0].split()
-    keys = [f"  mode.{line.replace(': ', '=', 1)}" for line in own_keys] or ["  none"]
+    text = _text_of(mode)
+    reads = text.rpartition("\nreads: [")[2].partition("]")[0].split() if "\nreads: [" in text else []
+    keys = [f"  mode.{line.replace(': ', '=', 1)}" for line in _own_keys(text)] or ["  none"]
     title = f"Keys of mode={mode}, and what they are if not given:"
     return "\n".join((*commands, "", title, *keys, "", f"It also reads {' '.join(reads)}", "", _FURTHER))
+
+
+def _text_of(mode: str) -> str:
+    """Return a mode's file, after those that it stands on."""
+    text = (CONFIGS / "mode" / f"{mode}.yaml").read_text(encoding="utf-8")
+    first = text.splitlines()[0] if text else ""
+    below = (
+        re.findall(r"\w+", first.partition("#")[0].removeprefix("defaults:")) if first.startswith("defaults:") else []
+    )
+    return "".join(_text_of(name) for name in below if name != "_self_") + text
+
+
+def _own_keys(text: str) -> list[str]:
+    """Return the lines of keys to set, those of a table under its name."""
+    lines, table = [], ""
+    for line in text.splitlines():
+        if line.startswith("  ") and table and not line.startswith("  _"):
+            lines.append(f"{table}.{line.strip()}")
+        elif not line.startswith(_NO_KEYS) and line.strip():
+            key, _, value = line.partition(":")
+            table = "" if value.partition("#")[0].strip() else key
+            lines += [] if table else [line]
+        elif not line.startswith(" "):
+            table = ""
+    return lines
 
 
 def show(cfg: Any, *, out_dir: Path) -> None:
