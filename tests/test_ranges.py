@@ -20,7 +20,8 @@ from dinoseg.ranks import LAUNCH_KEYS
 OWN_CHECK = {  # numbers whose rule is no range
     **dict.fromkeys(("Frozen", "Full", "LastBlocks", "Lora"), {"bits"}),  # 4 or 8
     **dict.fromkeys(("CrossEntropy", "Dice", "Focal", "Lovasz", "MaskClassification", "Tversky"), {"ignore_index"}),
-    **dict.fromkeys(("folder_dataset", "sar_rarp50", "idd", "foreground", "Semantic"), {"ignore_index"}),  # of Labels
+    **dict.fromkeys(("folder_dataset", "annotated_dataset", "sar_rarp50", "idd"), {"ignore_index"}),  # of Labels
+    **dict.fromkeys(("foreground", "Semantic"), {"ignore_index"}),  # likewise
     **{"Augment": {"ignore_index"}, "VideoClustering": {"ignore"}},
     **{"SlotHead": {"num_slots", "steps"}, "TemporalSimilarity": {"threshold"}},
 }
