@@ -1,6 +1,9 @@
 """Exported graphs without torch: their pictures as torch makes them, what they say checked, hostile files refused."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -102,6 +105,25 @@ def test_a_file_is_a_model_to_use(tmp_path):
         assert (out[1].mask == (image[..., 0] > 0)).all() and (out[2].mask == (image[..., 0] == 0)).all()
         assert out[0].probabilities.shape == (2, 20, 30)
         np.testing.assert_allclose(out[0].probabilities.sum(axis=0), 1, atol=1e-6)
+
+
+def test_numpy_pillow_and_onnxruntime_are_enough(tmp_path):
+    written(tmp_path, model())
+    code = """if True:
+        import sys
+        for name in ("torch", "hydra", "omegaconf", "safetensors", "onnx", "cv2", "matplotlib", "scipy"):
+            sys.modules[name] = None
+        import dinoseg
+        import numpy as np
+        image = np.zeros((20, 32, 3), np.uint8)
+        image[:, 16:] = 255
+        out = dinoseg.load("model.onnx").predict(image)
+        out.save("mask.png")
+        print(out.mask.sum(), out.areas, out.overlay(0.5)[0, ::20, 0], out.overlay(1)[0, ::20, 0])
+    """
+    where = {"PYTHONPATH": str(Path(dinoseg.__file__).parent.parent), "PATH": ""}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=where, capture_output=True, text=True)
+    assert done.stdout == "320 {'dark': 320, 'bright': 320} [  0 255] [  0 255]\n", done.stderr
 
 
 def test_a_device_that_is_not_there_is_refused(tmp_path):
