@@ -71,7 +71,8 @@ def alone(
     saved, cfg = saved_config(info), machine_config(inference or "auto")
     guard(saved, f"resume={path}", plain(cfg), trust=trust, typed=[*changes], registry=shipped_registry())
     own = {key: value for key, value in saved.items() if not (inference and key == USE)}
-    choices = {**info["choices"], **({USE: inference} if inference else {})}
+    # of a checkpoint that is older than a group, the choice is the one above
+    choices = {**plain(cfg.choices), **info["choices"], **({USE: inference} if inference else {})}
     merged = OmegaConf.create({**plain(cfg), "resume": str(path), "choices": choices, **own})
     for key, value in changes.items():
         OmegaConf.update(merged, key, value)

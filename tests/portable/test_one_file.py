@@ -341,6 +341,16 @@ def test_scores_of_an_evaluation_come_with_the_file(trained, tmp_path):
     assert of_slots.status == 1 and "model of slots" in of_slots.err
 
 
+def test_a_checkpoint_older_than_a_group_becomes_a_file(compose, tmp_path):
+    path = untrained(compose, tmp_path, *TINY)
+    kept = checkpoint.read(path)
+    for part in ("config", "choices"):
+        del kept.info[part]["inference"]
+    checkpoint.write(path, kept.tensors, {key: value for key, value in kept.info.items() if key != "format"})
+    model = dinoseg.load(exported(path, tmp_path / "out"))
+    assert model.facts.sizes["inference"]["option"] == "auto"
+
+
 def test_a_config_alone_needs_no_command_line(file):
     cfg = alone(file, checkpoint.describe(file), {"engine.device": "cpu"})
     assert cfg.engine.device == "cpu" and cfg.backbone.weights == "random"
