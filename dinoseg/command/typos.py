@@ -92,9 +92,8 @@ def misplaced(words: Sequence[str], folders: Sequence[Path], error: Exception) -
         node = at(cfg, key.split("."))
         if override.is_delete():
             return f"~{key} takes away what is read. Leave it out, or give {key} another value."
-        if isinstance(node, Mapping) and not isinstance(value, Mapping) and key not in groups:
-            several = f"{key}.{'|'.join(map(str, node))}"
-            return f"{key}={value} stands where a group of keys is needed. Set one of them: {several}=VALUE."
+        if key not in groups and (mistake := _other_shape(key, value, node)):
+            return mistake
     for override in overrides:
         if isinstance(error, OmegaConfBaseException) and "${" in str(override.value()):
             return (
@@ -209,11 +208,24 @@ def _wrong_key(
         key = override.key_or_group
         if key not in keys and not _below_free(cfg, key.split(".")):
             return f"{key} is no key of the config.{nearest(key, keys)} {_ALL_KEYS}"
+        if mistake := _other_shape(key, override.value(), at(cfg, key.split("."))):
+            return mistake
         if (value := override.value()) and (new := _new_entries(cfg, key, value)):
             return (
                 f"{key} has no {' or '.join(new)} so far. Is that meant, put ++ before the word, in quotes: "
                 f"'++{override.input_line}'."
             )
+    return ""
+
+
+def _other_shape(key: str, value: Any, node: Any) -> str:
+    """Return the mistake where a value stands for a group of keys, or a group of keys for a list."""
+    if isinstance(node, Mapping) and not isinstance(value, Mapping):
+        several = f"{key}.{'|'.join(str(name) for name in node if not str(name).startswith('_'))}"
+        shown = "null" if value is None else value
+        return f"{key}={shown} stands where a group of keys is needed. Set one of them: {several}=VALUE."
+    if isinstance(node, list) and isinstance(value, Mapping):
+        return f"{key} is a list, which is written in brackets: {key}=[...]."
     return ""
 
 

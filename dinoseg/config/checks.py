@@ -19,6 +19,7 @@ PLAIN: dict[Any, Any] = {  # what an annotated parameter takes from a config
     **{int: int, float: (int, float), str: str, bool: bool, NoneType: NoneType},
     **{Path: (str, Path), Sequence: LIST, Iterable: LIST, tuple: LIST, Mapping: Mapping},
 }
+_PLAIN_VALUES = (NoneType, bool, int, float, str, *LIST, Mapping)
 
 
 def check_given(target: str, arguments: Mapping[str, Any], names: Mapping[str, str] | None = None) -> None:
@@ -50,11 +51,14 @@ def check_given(target: str, arguments: Mapping[str, Any], names: Mapping[str, s
 
 def _check_value(key: str, value: Any, annotation: Any, target: str) -> None:
     if not _fits(value, annotation):
-        wanted = _said(annotation)
-        bare = "Sequence" in wanted and not isinstance(value, LIST)
-        remedy = f"A list is written in brackets: {key}=[{value}]." if bare else "Correct the value."
+        remedy = "Correct the value."
+        if not isinstance(value, LIST) and _fits([value], annotation):
+            remedy = f"A list is written in brackets: {key}=[{value}]."
+        elif _is_part(_bare(annotation)):
+            remedy = f"It is a group of keys: set one of them, as {key}.KEY=VALUE."
+        text = "null" if value is None else shown(str(value), _LONGEST)
         raise UserError(
-            f"{key}={shown(str(value), _LONGEST)} is of type {_type_name(value)}, but {target} takes {wanted}. {remedy}"
+            f"{key}={text} is of type {_type_name(value)}, but {target} takes {_said(annotation)}. {remedy}"
         )
     if rules := _broken(value, annotation):
         rules += ["null"] * (NoneType in get_args(annotation))
@@ -73,6 +77,8 @@ def _fits(value: Any, annotation: Any) -> bool:
         return any(_fits(value, part) for part in get_args(annotation))
     if isinstance(value, bool) and kind in (int, float):
         return False
+    if _is_part(kind) and isinstance(value, _PLAIN_VALUES):
+        return isinstance(value, kind)
     if isinstance(value, LIST) and kind is tuple and get_args(annotation)[1:] != (...,):
         return len(value) == len(get_args(annotation)) and all(map(_fits, value, get_args(annotation)))
     parts = _parts(value, annotation)
@@ -91,6 +97,11 @@ def _broken(value: Any, annotation: Any) -> list[str]:
         return [rule.rule for rule in ranges if value not in rule] or finite
     of_items = [f"{rule} for each" for item, part in _parts(value, annotation) for rule in _broken(item, part)]
     return [rule.replace(" for each for each", " for each") for rule in of_items]
+
+
+def _is_part(kind: Any) -> bool:
+    """Return whether a parameter takes an object of this package, which a config describes by a `_target_`."""
+    return inspect.isclass(kind) and _below(kind.__module__, TRUSTED[:1])
 
 
 def _parts(value: Any, annotation: Any) -> list[tuple[Any, Any]]:

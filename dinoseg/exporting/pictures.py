@@ -39,7 +39,7 @@ def pictures(cfg: DictConfig, images: str, count: int, folder: Path) -> list[Pic
         UserError: there are none: an export is not written unproven.
     """
     if images not in _SPLITS:
-        files = [path for path in list_inputs(images) if not is_video(path)]
+        files = [path for path in list_inputs(images, "export.images") if not is_video(path)]
         if not files:
             raise UserError(f"export.images={images}: holds no pictures. {_REMEDY}")
         return [Picture(path) for path in _spread(files, count)]

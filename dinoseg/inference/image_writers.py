@@ -11,6 +11,15 @@ from dinoseg.inference.output_maps import Confidence, PalettePictures, Probabili
 from dinoseg.inference.outputs import ImageWriter
 from dinoseg.wording import listed, shown
 
+_MAKERS: Mapping[str, Callable[[Path, Labels, int | None, PredictedShapes], ImageWriter]] = {
+    "coco": CocoAnnotations,
+    "labelme": LabelmeAnnotations,
+    "cvat": CvatAnnotations,
+    "palette": lambda place, labels, *_: PalettePictures(place, labels),
+    "probabilities": lambda place, *_: Probabilities(place),
+    "confidence": lambda place, *_: Confidence(place),
+}
+
 
 def image_writers(
     outputs: Sequence[str], folder: Path, labels: Labels, background: int | None, shapes: PredictedShapes
@@ -18,28 +27,25 @@ def image_writers(
     """Return the writers of further outputs by name; each writes into a folder of its name.
 
     Args:
-        outputs: some of `coco`, `labelme`, `cvat`, `palette`, `probabilities` and `confidence`.
+        outputs: some of `coco`, `labelme`, `cvat`, `palette`, `probabilities`, `confidence`: as `check_outputs` wants.
         folder: of the run.
         labels: the classes.
         background: id of the class that is no object, of which no shapes are made; None: there is none.
         shapes: how class ids become shapes.
+    """
+    return {name: _MAKERS[name](folder / name, labels, background, shapes) for name in outputs}
+
+
+def check_outputs(outputs: Sequence[str]) -> None:
+    """Refuse names that are no output, or stand twice.
 
     Raises:
-        UserError: a name that is none, or stands twice.
+        UserError: naming them.
     """
-    makers: Mapping[str, Callable[[Path], ImageWriter]] = {
-        "coco": lambda place: CocoAnnotations(place, labels, background, shapes),
-        "labelme": lambda place: LabelmeAnnotations(place, labels, background, shapes),
-        "cvat": lambda place: CvatAnnotations(place, labels, background, shapes),
-        "palette": lambda place: PalettePictures(place, labels),
-        "probabilities": Probabilities,
-        "confidence": Confidence,
-    }
     if isinstance(outputs, str) or not isinstance(outputs, Sequence):
         raise UserError(f"mode.outputs={shown(outputs)}: give a list, such as mode.outputs=[coco,palette].")
-    unknown = [shown(name) for name in outputs if name not in makers]
+    unknown = [shown(name) for name in outputs if name not in _MAKERS]
     if unknown:
-        raise UserError(f"mode.outputs names {listed(unknown)}: choose some of {', '.join(makers)}.")
+        raise UserError(f"mode.outputs names {listed(unknown)}: choose some of {', '.join(_MAKERS)}.")
     if twice := [name for name, count in Counter(outputs).items() if count > 1]:
         raise UserError(f"mode.outputs names {listed(twice)} more than once: name each output once.")
-    return {name: makers[name](folder / name) for name in outputs}

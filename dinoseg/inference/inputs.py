@@ -20,11 +20,11 @@ _ACCEPTED = (
 )
 
 
-def list_inputs(source: str) -> list[Path]:
+def list_inputs(source: str, key: str = "input") -> list[Path]:
     """Return the images and videos that an image, video, folder or glob pattern stands for: x2 before x10.
 
     In a folder and among a pattern's matches, files of other kinds and hidden files are passed over;
-    subfolders are not searched.
+    subfolders are not searched. `key` is what messages call it.
 
     Raises:
         UserError: nothing is there, it cannot be read, or none of it is an image or a video.
@@ -39,7 +39,7 @@ def list_inputs(source: str) -> list[Path]:
     if glob.has_magic(source):
         matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
         return _accepted(matches, f"The pattern {source} matches no image or video.")
-    raise UserError(f"No such file or folder: input={source}. Check the path. {_ACCEPTED}")
+    raise UserError(f"No such file or folder: {key}={source}. Check the path. {_ACCEPTED}")
 
 
 def is_video(path: Path) -> bool:

@@ -34,6 +34,7 @@ def app(
     Raises:
         UserError: there is no model, or the port is taken.
     """
+    limits.check_wait(wait_ms)
     with bound(host, port) as listener, TemporaryDirectory(dir=out_dir, prefix="uploads_") as uploads:
         served = load_served(cfg, Path(out_dir), model)
         service = Service(served, limits, batch_size=batch_size or usual_batch(served), wait=wait_ms / 1000)

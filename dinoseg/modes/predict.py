@@ -18,7 +18,7 @@ from dinoseg.inference.annotations import PredictedShapes
 from dinoseg.inference.class_record import write_class_record
 from dinoseg.inference.done import DoneInputs
 from dinoseg.inference.image_run import ImageInput, ImageRun, Segmentation, segment_images
-from dinoseg.inference.image_writers import image_writers
+from dinoseg.inference.image_writers import check_outputs, image_writers
 from dinoseg.inference.inputs import camera_of, is_video, list_inputs, open_camera
 from dinoseg.inference.results import mask_names, result_names
 from dinoseg.inference.stream import Throughput
@@ -66,6 +66,7 @@ def predict(
     """
     if input is None or input == "":
         raise UserError("mode=predict needs something to segment: give input=<image, folder, glob or video>.")
+    check_outputs(outputs)
     camera = camera_of(input)
     paths, folder = list_inputs(str(input)) if camera is None else [], Path(out_dir)
     options = VideoOptions(masks is True, skip, smooth, frames)

@@ -32,6 +32,7 @@ def serve(
     Raises:
         UserError: there is no model, or the port is taken.
     """
+    limits.check_wait(wait_ms)
     with bound(host, port) as listener:
         served = load_served(cfg, Path(out_dir), model)
         service = Service(served, limits, batch_size=batch_size or usual_batch(served), wait=wait_ms / 1000)

@@ -84,7 +84,9 @@ def _split_of(folder: Path, path: Path) -> str:
         config: Any = OmegaConf.load(folder / "config" / "config.yaml")
         resumed, split = str(config.resume), str(config.mode.split)
     except (OSError, YAMLError, OmegaConfBaseException, AttributeError) as error:
-        raise UserError(f"export.scores={folder} is no run folder of mode=eval ({error}). Give one.") from None
+        raise UserError(
+            f"export.scores={folder} is no run folder of mode=eval ({str(error).splitlines()[0]}). Give one."
+        ) from None
     if Path(resumed).resolve() != path.resolve():
         raise UserError(f"export.scores={folder}: those scores are of {resumed}, not of {path}. Evaluate this one.")
     return split

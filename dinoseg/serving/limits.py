@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated
 
+from dinoseg.errors import UserError
 from dinoseg.ranges import Count, Positive, Range
 
 MIB = 2**20
@@ -24,6 +25,18 @@ class Limits:
     max_pixels: Count = 2**24
     queue: Count = 64
     timeout: Positive = 60.0
+
+    def check_wait(self, wait_ms: float) -> None:
+        """Refuse a wait for other images in which every request would run out of time.
+
+        Raises:
+            UserError: naming both.
+        """
+        if wait_ms >= 1000 * self.timeout:
+            raise UserError(
+                f"mode.wait_ms={wait_ms:g} is as long as an answer may take (mode.limits.timeout={self.timeout:g} "
+                "seconds): no request would get one. Give fewer milliseconds."
+            )
 
 
 class Refused(Exception):

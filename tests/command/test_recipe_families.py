@@ -111,3 +111,18 @@ def test_every_recipe_is_in_the_help(tmp_path):
 def test_what_a_job_of_one_s_own_recipe_fails_with_is_told(own, tmp_path):
     done = call(tmp_path, "--config-dir", own, "mode=summary", "hparam=mine", "resolution=3")
     assert done.status == 1 and "error: resolution=3 stands where a group of keys is needed." in done.err, done.err
+
+
+@pytest.mark.parametrize(
+    ("word", "wrong"),
+    [
+        (
+            "mode.shapes=[1]",
+            "mode.shapes=[1] stands where a group of keys is needed. Set one of them: mode.shapes.format|",
+        ),
+        ("mode.outputs={a:1}", "mode.outputs is a list, which is written in brackets: mode.outputs=[...]."),
+        ("mode.outputs=[coko]", "mode.outputs names coko: choose some of coco, "),
+    ],
+)
+def test_what_is_of_another_shape_is_told_before_anything_is_looked_for(tmp_path, word, wrong):
+    assert wrong in call(tmp_path, "mode=predict", "input=nothing", word).err

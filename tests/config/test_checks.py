@@ -42,3 +42,16 @@ def test_elements_that_fit_are_accepted():
         check_given(VIT, given)
     check_given(TIMM, {"mean": None, "std": (1, 2, 3)})
     check_given(EOMT, {"anneal": [[0, 0.5], [0.2, 1]]})
+
+
+@pytest.mark.parametrize("value", [None, 5, "x", [1], {"a": 1}])
+def test_what_a_group_of_keys_describes_is_no_plain_value(value):
+    with pytest.raises(
+        UserError, match=r"mode\.shapes=.* It is a group of keys: set one of them, as mode\.shapes\.KEY="
+    ):
+        check_given("dinoseg.modes.predict.predict", {"shapes": value}, {"shapes": "mode.shapes"})
+
+
+def test_brackets_are_no_remedy_for_what_they_do_not_make_fit():
+    with pytest.raises(UserError, match=r"outputs=null is of type NoneType, .*\. Correct the value\.$"):
+        check_given("dinoseg.modes.predict.predict", {"outputs": None})

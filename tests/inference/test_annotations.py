@@ -13,7 +13,7 @@ from dinoseg.data.splits import Partition
 from dinoseg.errors import UserError
 from dinoseg.images import read_ids
 from dinoseg.inference.annotations import PredictedShapes
-from dinoseg.inference.image_writers import image_writers
+from dinoseg.inference.image_writers import check_outputs, image_writers
 from dinoseg.inference.outputs import ImagePrediction
 
 CLASSES = ["background", 'leaf <&> "stem"', "ähre"]
@@ -121,9 +121,9 @@ def test_palette_probabilities_and_confidence(tmp_path):
 @pytest.mark.parametrize(
     ("make", "wrong"),
     [
-        (lambda p: image_writers(["coko"], p, LABELS, 0, PredictedShapes()), "mode.outputs names coko: choose some of"),
-        (lambda p: image_writers(["coco", "coco"], p, LABELS, 0, PredictedShapes()), "coco more than once"),
-        (lambda p: image_writers("coco", p, LABELS, 0, PredictedShapes()), r"give a list, such as mode\.outputs="),
+        (lambda p: check_outputs(["coko"]), "mode.outputs names coko: choose some of"),
+        (lambda p: check_outputs(["coco", "coco"]), "coco more than once"),
+        (lambda p: check_outputs("coco"), r"give a list, such as mode\.outputs="),
         (lambda p: PredictedShapes("mask"), "mode.shapes.format=mask is unknown. Choose one of polygons, rle"),
         (lambda p: PredictedShapes(objects="x"), "mode.shapes.objects=x is unknown"),
         (lambda p: PredictedShapes(tolerance=float("nan")), "give a tolerance from 0 pixels"),
