@@ -86,8 +86,7 @@ def predict(
         if camera is None:
             totals = _segment_all(by, paths, str(input), run, options)
         else:
-            live = VideoInput(f"camera_{camera}", partial(open_camera, camera))
-            totals = _segment_videos(by, [live], run, options)
+            totals = _segment_videos(by, [VideoInput(f"camera_{camera}", partial(open_camera, camera))], run, options)
         if run.masks is not None and run.count:
             keys = mask_keys(cfg.data)
             write_class_record(run.masks, labels.classes, labels.palette, labels.ignore_index, keys)

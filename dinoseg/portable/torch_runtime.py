@@ -69,6 +69,8 @@ def load_torch(
     with lent_resolvers(), torch.random.fork_rng(_devices(chosen)):
         said = checkpoint.describe(file)
         facts = Facts.of(said, str(file))
+        if weights["backbone"] is not None and facts.backbone.get("in_file"):
+            raise UserError(f"backbone={weights['backbone']}: {file} holds its own backbone. Leave backbone out.")
         cfg = alone(file, said, {"engine.device": device, **changes}, inference=inference, trust=trust)
         policy: Policy = instantiate(cfg.inference)
         model, info = restore(cfg, file)

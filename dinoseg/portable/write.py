@@ -75,7 +75,8 @@ def export_model(
         print(f"the backbone itself is not in it: {source['weights']}, revision {source['revision'] or 'unknown'}")
     if facts.scores is None:
         print("no scores are in it: give export.scores=<run folder of mode=eval> to have them there")
-    print(f'use: import dinoseg; model = dinoseg.load("{path}"); out = model.predict("picture.jpg")')
+    given = ', backbone="FILE"' if delta and Path(str(source["weights"])).suffix else ""
+    print(f'use: import dinoseg; model = dinoseg.load("{path}"{given}); out = model.predict("picture.jpg")')
     return {"path": str(path)}
 
 
