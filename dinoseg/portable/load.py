@@ -21,7 +21,7 @@ def load(
     """Return the trained model of a file, ready to predict; nothing in the file is executed.
 
     Args:
-        path: what `mode=export` wrote (`model.safetensors`, `model.onnx`), a run folder, or a checkpoint.
+        path: what `mode=export` wrote (`model.safetensors`, `model.onnx`) or its folder, a run folder, a checkpoint.
         device: auto (CUDA, then MPS, then CPU), cuda, mps or cpu.
         runtime: torch or onnx; None: by the file.
         precision: auto (bf16 where the device has it), bf16 or fp32.

@@ -5,6 +5,7 @@ from os import PathLike
 from pathlib import Path
 
 from dinoseg.errors import UserError
+from dinoseg.portable.hub import FILES
 from dinoseg.portable.runtime import Opened
 
 RUNTIMES = ("torch", "onnx")
@@ -23,6 +24,8 @@ def open_model(
 ) -> Opened:
     """Return what computes for a trained model and what its file says; arguments and errors are those of `load`."""
     where = Path(path).expanduser()
+    if where.is_dir() and not (where / "checkpoints").is_dir():  # what mode=export, or push_to_hub, has left there
+        where = next((where / name for name in FILES.values() if (where / name).is_file()), where)
     kind = runtime or ("onnx" if where.suffix == ".onnx" else "torch")
     if kind not in RUNTIMES:
         raise UserError(f"runtime={runtime} is unknown. Choose one of {', '.join(RUNTIMES)}.")

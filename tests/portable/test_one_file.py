@@ -178,6 +178,9 @@ def test_gated_weights_are_not_passed_on_unless_asked(compose, tmp_path):
     image = picture()
     theirs = dinoseg.load(path, device="cpu").predict(image).probabilities
     whole = exported(path, tmp_path / "out", gated=True)
+    assert dinoseg.load(whole.parent, device="cpu").file == whole
+    with pytest.raises(UserError, match="holds its own backbone. Leave backbone out"):
+        dinoseg.load(whole, backbone=weights)
     weights_elsewhere = weights.rename(tmp_path / "moved.safetensors")
     assert (dinoseg.load(whole, device="cpu").predict(image).probabilities == theirs).all()
     weights_elsewhere.rename(weights)
