@@ -167,6 +167,9 @@ def compare(
     """Return how an exported file agrees with the trained model on pictures, and how long each takes.
 
     Where no picture has a mask, `miou` is 1 for the trained model, and that of the file against it.
+
+    Raises:
+        UserError: the trained model answers a picture with NaN, which agrees with anything.
     """
     ours, theirs = (ConfusionMatrix(num_classes, ignore_index) for _ in range(2))
     between = ConfusionMatrix(num_classes)  # of class ids alone, none of them ignored
@@ -175,6 +178,11 @@ def compare(
         image, times = read_image(picture.path), TIMES + 1 if number < TIMES else 1
         seconds[0].append([timed(reference, image) for _ in range(times)])
         wanted, expected = reference.ids([image])[0], thinned(reference.probabilities([image])[0])
+        if not np.isfinite(expected).all():
+            raise UserError(
+                f"{picture.path.name}: the trained model's own probabilities are NaN, so nothing would be proven. "
+                "Choose an earlier checkpoint."
+            )
         given, probabilities, measured = ask(picture.path, times)
         seconds[1].append(measured)
         equal += int((wanted == given).sum())

@@ -17,9 +17,10 @@ from portable_parts import TINY, untrained
 
 import dinoseg
 from dinoseg.errors import UserError
-from dinoseg.exporting import onnx_export, onnx_file, tensorrt
+from dinoseg.exporting import onnx_export, onnx_file, proof, tensorrt
 from dinoseg.exporting.export import REPORT
 from dinoseg.exporting.onnx_export import export_onnx
+from dinoseg.exporting.pictures import Picture
 from dinoseg.exporting.program import export_program
 from dinoseg.runs.resume import alone
 from dinoseg.training import checkpoint
@@ -142,6 +143,16 @@ def test_what_cannot_be_is_refused_before_anything_is_traced(cfg, out, monkeypat
     with pytest.raises(UserError, match=reason):
         export_onnx(cfg, out_dir=out, **words)
     assert not list(out.iterdir())
+
+
+def test_nan_which_agrees_with_anything_proves_nothing(tmp_path):
+    write_data(tmp_path / "data")
+    path = tmp_path / "data/val/images/0.png"
+    nothing = SimpleNamespace(
+        ids=lambda images: np.zeros((1, 32, 48), np.uint8), probabilities=lambda images: np.full((1, 2, 32, 48), np.nan)
+    )
+    with pytest.raises(UserError, match=r"0.png: the trained model's own probabilities are NaN"):
+        proof.compare(nothing, lambda *_: pytest.fail("it was asked"), [Picture(path, None)], 2, 255)
 
 
 def test_an_engine_is_built_by_what_is_there(tmp_path, monkeypatch):
