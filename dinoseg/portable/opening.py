@@ -37,7 +37,13 @@ def open_model(
         return load_onnx(where, device=device)
     if where.suffix == ".onnx":
         raise UserError(f"{where} is an ONNX file, which runs without torch: leave runtime={runtime} out.")
-    from dinoseg.portable.torch_runtime import load_torch
+    try:
+        from dinoseg.portable.torch_runtime import load_torch
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{where}: needs {error.name}, which is not installed: pip install dinoseg with all that it depends on, or "
+            "give the ONNX file that mode=export export=onnx writes of the model."
+        ) from error
 
     weights = {"backbone": _text(backbone), "head": _text(head)}
     try:

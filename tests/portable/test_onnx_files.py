@@ -120,10 +120,15 @@ def test_numpy_pillow_and_onnxruntime_are_enough(tmp_path):
         out = dinoseg.load("model.onnx").predict(image)
         out.save("mask.png")
         print(out.mask.sum(), out.areas, out.overlay(0.5)[0, ::20, 0], out.overlay(1)[0, ::20, 0])
+        try:
+            dinoseg.load("mask.png")
+        except dinoseg.errors.UserError as error:
+            print(error)
     """
     where = {"PYTHONPATH": str(Path(dinoseg.__file__).parent.parent), "PATH": ""}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=where, capture_output=True, text=True)
-    assert done.stdout == "320 {'dark': 320, 'bright': 320} [  0 255] [  0 255]\n", done.stderr
+    assert done.stdout.startswith("320 {'dark': 320, 'bright': 320} [  0 255] [  0 255]\n"), done.stderr
+    assert "mask.png: needs " in done.stdout and "is not installed: pip install" in done.stdout
 
 
 def test_a_device_that_is_not_there_is_refused(tmp_path):
