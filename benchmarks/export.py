@@ -42,7 +42,7 @@ def main():
         miou, ms = report["miou"], report["latency_ms"]
         print(
             f"| {name} | {'yes' if report['proven'] else 'no'} | {report['agreement']:.3%} | {100 * miou['torch']:.2f} "
-            f"/ {100 * miou['exported']:.2f} | {report['bytes'] / 1e6:.2f} | {ms['torch']:.0f} / {ms['exported']:.0f} "
+            f"/ {100 * miou['exported']:.2f} | {report['bytes'] / 1e6:.2f} | {ms['torch']:.1f} / {ms['exported']:.1f} "
             f"| {ms['ratio']:.2f} |",
             flush=True,
         )
