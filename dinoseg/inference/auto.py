@@ -12,7 +12,7 @@ from dinoseg.inference.rows import Rows
 from dinoseg.inference.whole import Whole
 from dinoseg.inference.windows import Overlap, Windows
 from dinoseg.model import Segmenter, Size, backbone_size
-from dinoseg.ranges import Count, HighShare, Positive
+from dinoseg.ranges import Count, HighShare, Scale
 from dinoseg.shapes import Prediction
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class Auto(Policy):
         weights: str = "cosine",
         batch_size: Count = 4,
         flips: str = "none",
-        scales: Sequence[Positive] = (1.0,),
+        scales: Sequence[Scale] = (1.0,),
     ) -> None:
         options = {"overlap": overlap, "weights": weights, "batch_size": batch_size, "flips": flips, "scales": scales}
         self.whole = Whole(flips=flips, scales=scales)

@@ -7,14 +7,14 @@ from dinoseg.inference.policy import Autocast, Place, Policy, Seen
 from dinoseg.inference.rows import Rows
 from dinoseg.inference.windows import Windows
 from dinoseg.model import Segmenter, Size
-from dinoseg.ranges import Positive
+from dinoseg.ranges import Scale
 from dinoseg.shapes import Prediction
 
 
 class Whole(Policy):
     """The whole image at once; class probabilities are averaged over `flips` and `scales`, see `Windows`."""
 
-    def __init__(self, *, flips: str = "none", scales: Sequence[Positive] = (1.0,)) -> None:
+    def __init__(self, *, flips: str = "none", scales: Sequence[Scale] = (1.0,)) -> None:
         # one window, larger than any image: each is seen as it is
         self.looks = Windows(2**31, overlap=0.0, weights="uniform", batch_size=2**31, flips=flips, scales=scales)
 

@@ -15,7 +15,7 @@ from dinoseg.geometry import upsample
 from dinoseg.inference.policy import Autocast, Place, Policy, Seen
 from dinoseg.inference.rows import ResizedRows, Rows, at_size, mean
 from dinoseg.model import Segmenter, Size, backbone_size
-from dinoseg.ranges import Count, Positive, Range
+from dinoseg.ranges import Count, Range, Scale
 from dinoseg.shapes import Prediction
 
 Overlap = Annotated[float, Range("a number from 0 to 0.9", 0, 0.9)]
@@ -64,7 +64,7 @@ class Windows(Policy):
         average: str = "probabilities",
         batch_size: Count = 4,
         flips: str = "none",
-        scales: Sequence[Positive] = (1.0,),
+        scales: Sequence[Scale] = (1.0,),
         shortest: Count | None = None,
     ) -> None:
         self.size = (size, size) if isinstance(size, int) else (size[0], size[-1])

@@ -55,3 +55,9 @@ def test_what_a_group_of_keys_describes_is_no_plain_value(value):
 def test_brackets_are_no_remedy_for_what_they_do_not_make_fit():
     with pytest.raises(UserError, match=r"outputs=null is of type NoneType, .*\. Correct the value\.$"):
         check_given("dinoseg.modes.predict.predict", {"outputs": None})
+
+
+@pytest.mark.parametrize("scale", [0, 17, float("nan")])
+def test_a_picture_is_not_seen_at_a_scale_that_takes_hours(scale):
+    with pytest.raises(UserError, match="scales=.* is out of range. Give a number above 0 and at most 16 for each"):
+        check_given("dinoseg.inference.windows.Windows", {"scales": [1.0, scale]})
