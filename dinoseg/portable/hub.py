@@ -29,9 +29,9 @@ def fetched(
     if not folder.is_dir():
         if folder.exists():
             raise UserError(f"{source} is a file: dinoseg.load reads it. Here, give a folder, or ORG/NAME of a hub.")
-        from huggingface_hub import snapshot_download
-
         with _telling(str(source), token):
+            from huggingface_hub import snapshot_download
+
             # an ONNX file may keep its weights beside it
             patterns = [f"{name}*" for name in names]
             folder = Path(snapshot_download(str(source), revision=revision, token=token, allow_patterns=patterns))
@@ -64,10 +64,10 @@ def push(
             f"{file.name} holds weights of {source.get('weights')} ({source.get('licence')}), whose licence says on "
             "which terms they may be passed on. Export with export.delta=true, or keep to them and say gated=True."
         )
-    from huggingface_hub import HfApi
-
     runtime = next((key for key, name in FILES.items() if Path(name).suffix == file.suffix), "torch")
     with TemporaryDirectory() as folder, _telling(repo_id, token):
+        from huggingface_hub import HfApi
+
         for part in (file, *file.parent.glob(f"{file.name}.*")) if runtime == "onnx" else (file,):
             target = Path(folder) / part.name.replace(file.name, FILES[runtime], 1)
             try:
@@ -90,6 +90,10 @@ def _telling(repo: str, token: str | None) -> Iterator[None]:
         yield
     except UserError:
         raise
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{repo}: a hub needs {error.name}, which is not installed: pip install {error.name}"
+        ) from error
     except Exception as error:  # of whatever library the hub's client speaks through
         kind = type(error).__name__
         reason = (str(error).strip().splitlines() or [kind])[0][:300]

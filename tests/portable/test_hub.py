@@ -1,6 +1,7 @@
 """Models that go to a hub and come back: a fake one in a folder, and none that answers."""
 
 import shutil
+import sys
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -13,6 +14,7 @@ from dinoseg import Model
 from dinoseg.errors import UserError
 from dinoseg.portable.card import model_card
 from dinoseg.portable.facts import Facts
+from dinoseg.portable.hub import push
 
 TOKEN = "hf_nobody_may_read_this"
 
@@ -125,3 +127,15 @@ def test_the_card_holds_scores_intervals_and_licence_and_nothing_that_a_file_mak
     assert "<" not in card and "\n# head" not in card and "\nmodel:" not in card
     assert card.startswith('---\nlicense: other\nlicense_name: "DINOv3 License\\nmodel: evil"\n')
     assert "None were recorded" in model_card(Facts(("a",), ((0, 0, 0),), 255), "me/mine")
+
+
+def test_without_the_hubs_client_it_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    facts = Facts(("a", "b"), ((0, 0, 0), (1, 2, 3)), 255)
+    (tmp_path / "model.onnx").touch()
+    for ask in (
+        lambda: Model.from_pretrained("org/name"),
+        lambda: push(tmp_path / "model.onnx", facts, "org/name", private=None, revision=None, token=None, gated=False),
+    ):
+        with pytest.raises(UserError, match="org/name: a hub needs huggingface_hub, .* pip install huggingface_hub"):
+            ask()
