@@ -71,7 +71,7 @@ def predict(
     paths, folder = list_inputs(str(input)) if camera is None else [], Path(out_dir)
     options = VideoOptions(masks is True, skip, smooth, frames)
     trained = load_trained(cfg)
-    _refuse_slots(trained, cfg.resume)
+    _refuse_slots(trained, cfg.get("resume"))
     beside = {"outputs": list(outputs), "shapes": asdict(shapes)} if outputs else {}
     settings = _settings(cfg, {"masks": masks, "opacity": opacity, **asdict(options), **beside})
     _check_earlier(folder, settings)
@@ -101,7 +101,7 @@ def predict(
     return {**totals, "run": str(out_dir)}
 
 
-def _refuse_slots(trained: Trained, resume: str) -> None:
+def _refuse_slots(trained: Trained, resume: str | None) -> None:
     if trained.model.head.slots is not None:
         raise UserError(
             f"resume={resume} is a model of slots, which knows no classes. mode=track follows its segments through a "
