@@ -16,6 +16,7 @@ def root(tmp_path_factory):
     return root
 
 
+@pytest.mark.heavy
 def test_drawn_command_lines(root):
     drawn = [words for words in lines(110, seed=1) if words[0][5:] in QUICK]
     assert len(drawn) >= 50 and len(set(drawn)) == len(drawn)

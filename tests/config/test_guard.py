@@ -427,6 +427,7 @@ def test_every_config_of_ours_is_accepted(compose):
     assert accepted == expected >= 10 * len(list((FOLDER / "hparam").rglob("*.yaml")))
 
 
+@pytest.mark.heavy
 def test_every_option_of_ours_is_accepted(compose):
     tried = 0
     for group in set(SAVED) & {path.name for path in FOLDER.iterdir()}:
