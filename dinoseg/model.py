@@ -4,12 +4,11 @@ import hashlib
 from collections.abc import Callable, Iterable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinoseg.contracts import Backbone, Head
 from dinoseg.errors import UserError
-from dinoseg.geometry import valid_share
+from dinoseg.geometry import resize, valid_share
 from dinoseg.ranges import Count, Positive
 from dinoseg.shapes import Prediction
 from dinoseg.sizes import Size, backbone_size
@@ -84,8 +83,7 @@ class Segmenter(nn.Module):
         size = self.seen_size(own) if reduce else backbone_size(own, self.scale, None)
         if size == tuple(images.shape[-2:]):
             return images
-        resized = F.interpolate(images.flatten(0, -4), size, mode="bilinear", antialias=True)
-        return resized.unflatten(0, images.shape[:-3])
+        return resize(images.flatten(0, -4), size).unflatten(0, images.shape[:-3])
 
 
 def trained_names(model: Segmenter) -> set[str]:

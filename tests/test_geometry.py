@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dinoseg.geometry import concatenate, lattice, pad_to_multiple, upsample, valid_share
+from dinoseg.geometry import concatenate, lattice, pad_to_multiple, resize, upsample, valid_share
 
 
 def reference(grid, size, valid):
@@ -82,3 +82,19 @@ def test_a_lattice_is_even_and_of_about_a_thousand_points(size):
     assert min(size[0] * size[1], 700) <= len(rows) * len(columns) <= 1300
     for places, length in ((rows, size[0]), (columns, size[1])):
         assert abs(places[0] - (length - 1 - places[-1])) <= places.step  # as far from either end
+
+
+@pytest.mark.parametrize("size", [(30, 1), (1, 30), (30, 2), (90, 1), (1, 1)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_resize_keeps_a_single_column_apart_from_its_rows(size, channels):
+    images = torch.rand(2, channels, 60, 20, dtype=torch.float64)
+    wanted = rows_of(60, size[0]) @ images @ rows_of(20, size[1]).T
+    torch.testing.assert_close(resize(images, size), wanted, atol=1e-9, rtol=0)
+
+
+def rows_of(length, wanted):
+    """Return what each of `wanted` pixels reads of `length`: a triangle, widened where they become fewer."""
+    scale = max(1.0, length / wanted)
+    centres = (torch.arange(wanted, dtype=torch.float64) + 0.5) * length / wanted
+    weights = (1 - (torch.arange(length) + 0.5 - centres[:, None]).abs() / scale).clamp(min=0)
+    return weights / weights.sum(dim=1, keepdim=True)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dinoseg.geometry import resize
 from dinoseg.precision import at_least_float32
 
 METHODS = {  # offset, antialias: of Meta's published models, by transformers' model type
@@ -42,8 +43,10 @@ def interpolate(positions: Tensor, grid: tuple[int, int], *, offset: float, anti
     elif offset:
         scale = ((grid[0] + offset) / side, (grid[1] + offset) / side)
         resized = F.interpolate(stored, scale_factor=scale, mode="bicubic", antialias=antialias)
+    elif antialias:
+        resized = resize(stored, grid, "bicubic")
     else:
-        resized = F.interpolate(stored, grid, mode="bicubic", antialias=antialias)
+        resized = F.interpolate(stored, grid, mode="bicubic")
     return torch.cat([precise[:, :1], resized.flatten(2).transpose(1, 2)], dim=1).to(positions.dtype)
 
 

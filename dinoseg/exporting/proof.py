@@ -15,13 +15,13 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import dinoseg
 from dinoseg.errors import UserError
 from dinoseg.exporting.answers import thinned, timed
 from dinoseg.exporting.pictures import Picture
+from dinoseg.geometry import resize
 from dinoseg.images import read_image
 from dinoseg.metrics.confusion import ConfusionMatrix
 from dinoseg.model import Segmenter
@@ -82,7 +82,7 @@ class Reference:
         layout = self.record.layout((images.shape[-2], images.shape[-1]))
         floats = images.float() / 255
         if layout.content != tuple(images.shape[-2:]):
-            floats = F.interpolate(floats, layout.content, mode="bilinear", antialias=True)
+            floats = resize(floats, layout.content)
         padded = self.segmenter.backbone.mean.repeat(len(floats), 1, *layout.padded)
         padded[..., : layout.content[0], : layout.content[1]] = floats
         return padded

@@ -44,7 +44,7 @@ def by_hand(positions, grid, offset, antialias):
 
 
 @pytest.mark.parametrize("family", METHODS)
-@pytest.mark.parametrize("grid", [(1, 1), (2, 9), (5, 4), (4, 6), (13, 3), (7, 7), (1, 10)])
+@pytest.mark.parametrize("grid", [(1, 1), (2, 9), (5, 4), (4, 6), (13, 3), (7, 7), (1, 10), (7, 1)])
 def test_positions_are_those_of_a_plain_loop(family, grid):
     torch.manual_seed(0)
     offset, antialias = METHODS[family]
