@@ -1,5 +1,6 @@
 import logging
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start: sums are t
 # processes that tests start import this checkout, whichever one is installed
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 DATA = Path(os.environ.get("DINOSEG_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
