@@ -1,7 +1,6 @@
 """What every export of a trained model does: made whole, proven on real pictures, and only then put in its place."""
 
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from dinoseg.portable.facts import Facts
 from dinoseg.portable.onnx_record import PRECISIONS, GraphRecord
 from dinoseg.portable.write import facts_of
 from dinoseg.runs.trained import load_trained, with_whole_weights
-from dinoseg.storage.atomic import write_json
+from dinoseg.storage.atomic import scratch_folder, write_json
 
 REPORT = "export_report.json"
 
@@ -68,12 +67,12 @@ def prepared(
     model = with_whole_weights(cfg, trained.model).to("cpu").eval()
     merge(model.backbone)
     sizes = TrainedSizes.from_info(trained.info)
-    with tempfile.TemporaryDirectory(prefix=".export.", suffix=".part", dir=out_dir) as folder:
-        found = pictures(cfg, images, count, Path(folder))
+    with scratch_folder(out_dir, "export") as folder:
+        found = pictures(cfg, images, count, folder)
         first = read_size(found[0].path)
         record, reason = record_of(model, sizes, wish, first, opset=opset, precision=precision)
         keep_scale(model, sizes)
-        yield Prepared(Reference(model, record), record, reason, facts, found, Path(folder))
+        yield Prepared(Reference(model, record), record, reason, facts, found, folder)
 
 
 def keep_if_proven(

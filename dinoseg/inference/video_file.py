@@ -17,6 +17,7 @@ from av.video.reformatter import VideoReformatter
 from dinoseg.data.video.decoder import Decoder, rgb
 from dinoseg.errors import UserError
 from dinoseg.inference.sound import Sound
+from dinoseg.storage.atomic import part_of
 from dinoseg.storage.files import check_regular
 
 # H.264 plays everywhere; builds of PyAV without x264 have one of the others
@@ -178,7 +179,7 @@ class VideoWriter:
         self._step = max(1, round(1 / rate / self._tick))  # ticks of a frame without a time
         self._last = -self._step  # when the frame before was shown, in ticks
         self._reformatter = VideoReformatter()
-        self._part = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
+        self._part = part_of(self.path)
         codec = next((name for name in _CODECS if name in av.codecs_available), None)
         if codec is None:
             raise UserError(

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from omegaconf import DictConfig
@@ -14,6 +13,7 @@ from dinoseg.serving.limits import ClipLimits, Limits, Port
 from dinoseg.serving.server import bound, serve_until_signal
 from dinoseg.serving.service import Service
 from dinoseg.serving.source import load_served, tracker_maker, usual_batch
+from dinoseg.storage.atomic import scratch_folder
 
 
 def app(
@@ -35,10 +35,10 @@ def app(
         UserError: there is no model, or the port is taken.
     """
     limits.check_wait(wait_ms)
-    with bound(host, port) as listener, TemporaryDirectory(dir=out_dir, prefix="uploads_") as uploads:
+    with bound(host, port) as listener, scratch_folder(out_dir, "uploads") as uploads:
         served = load_served(cfg, Path(out_dir), model)
         service = Service(served, limits, batch_size=batch_size or usual_batch(served), wait=wait_ms / 1000)
-        made = App(service, clips, Path(uploads), tracker_maker(cfg, served))
+        made = App(service, clips, uploads, tracker_maker(cfg, served))
         serve_until_signal(made.application(hosts_of(host, hosts)), listener, service.announce_stop)
         service.close()
     print("stopped: all uploads are removed")

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dinoseg.errors import UserError
 from dinoseg.storage import locks
-from dinoseg.storage.atomic import remove_parts
+from dinoseg.storage.atomic import remove_dead, remove_parts
 from dinoseg.storage.files import check_regular
 
 LOG = "run.log"
@@ -34,6 +34,7 @@ def claim(out_dir: Path) -> Path:
         try:
             (folder / LOG).touch(exist_ok=False)
         except FileExistsError:
+            remove_dead(folder)  # which may be as large as the model that a killed export was writing
             continue
         _made_paths.add((folder / LOG).absolute())
         lock(folder)

@@ -1,15 +1,23 @@
 """Files and folders that appear whole or not at all: written beside their place under a hidden name, then renamed.
 
-What a killed process leaves behind under such a name ends in `.part` (of a folder that was being replaced, `.old`).
+The name tells the process: `.NAME.PROCESS-MACHINE.part`, and `.old` of a folder that is being replaced. What a killed
+process leaves so is removed by the next one that writes to the same folder; what a living one writes stays.
 """
 
+import functools
+import hashlib
 import json
 import os
+import platform
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+_HIDDEN = re.compile(r"\.(?P<name>.+)\.(?P<process>\d+)-(?P<machine>[0-9a-f]{6})\.(?P<kind>part|old)", re.DOTALL)
+_looked_at: set[Path] = set()  # folders that this process has written to
 
 
 @contextmanager
@@ -22,8 +30,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         OSError: it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # of this process alone: a killed run's process may live on for a moment, and write to its own
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = part_of(path)
     try:
         yield part
         os.replace(part, path)
@@ -34,20 +41,60 @@ def whole_file(path: Path) -> Iterator[Path]:
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """Give a temporary folder that takes the name `folder` at the end, or vanishes on an exception."""
-    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    with scratch_folder(folder.parent, folder.name) as part:
+        old = part.with_suffix(".old")
+        try:
+            yield part
+            if folder.exists():
+                os.replace(folder, old)  # a folder that holds something cannot be replaced at once
+            os.replace(part, folder)
+        finally:
+            if old.exists() and not folder.exists():  # something came between
+                os.replace(old, folder)
+            shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
+    """Give an empty hidden folder of this process's own in `parent`, made if need be; it is removed at the end.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    part = part_of(parent / name)
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     try:
         yield part
-        if folder.exists():
-            os.replace(folder, old)  # a folder that holds something cannot be replaced at once
-        os.replace(part, folder)
     finally:
-        if old.exists() and not folder.exists():  # something came between
-            os.replace(old, folder)
-        for left in (old, part):
-            shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def part_of(path: Path) -> Path:
+    """Return the hidden name beside `path` under which this process, and no other one, writes it.
+
+    The first time in a folder, what killed processes have left there is removed.
+    """
+    folder = path.parent.absolute()
+    if folder not in _looked_at:
+        _looked_at.add(folder)
+        remove_dead(folder)
+    return path.with_name(f".{path.name}.{os.getpid()}-{_machine()}.part")
+
+
+def remove_dead(folder: Path) -> None:
+    """Remove what killed processes of this machine have left half-written in a folder, as far as it can be.
+
+    A folder that one had put aside to replace it gets its name back where nothing has that.
+    """
+    with suppress(OSError):
+        for name in os.listdir(folder):
+            found = _HIDDEN.fullmatch(name)
+            if found and found["machine"] == _machine() and not _is_alive(int(found["process"])):
+                if found["kind"] == "old" and not os.path.lexists(folder / found["name"]):
+                    os.rename(folder / name, folder / found["name"])
+                else:
+                    _remove(folder / name)
 
 
 def remove_parts(folder: Path, *patterns: str) -> None:
@@ -58,11 +105,7 @@ def remove_parts(folder: Path, *patterns: str) -> None:
         patterns: of the hidden names, such as `.*.part`.
     """
     for path in [path for pattern in patterns for path in folder.glob(pattern)]:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            with suppress(OSError):
-                path.unlink()
+        _remove(path)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -78,3 +121,31 @@ def write_json(path: str | Path, value: Any) -> None:
         ValueError: a number is not finite, which JSON cannot say.
     """
     write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+def _is_alive(process: int) -> bool:
+    """Return whether a process of this machine runs; where that cannot be asked, it counts as running."""
+    if os.name == "posix":
+        with suppress(PermissionError, OverflowError):
+            try:
+                os.kill(process, 0)
+            except ProcessLookupError:
+                return False
+    return True
+
+
+@functools.cache
+def _machine() -> str:
+    """Return a word for where a process's number means what it means here: the host, and Linux's space of numbers."""
+    space = ""
+    with suppress(OSError):
+        space = os.readlink("/proc/self/ns/pid")  # of a container another one
+    return hashlib.sha256(f"{platform.node()} {space}".encode()).hexdigest()[:6]

@@ -3,7 +3,6 @@
 import argparse
 import os
 import re
-import shutil
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dinoseg.errors import UserError, free_space
+from dinoseg.storage.atomic import scratch_folder
 
 PICKLED = (".pth", ".pt", ".bin")  # PyTorch's own format; other files are taken for safetensors
 
@@ -42,22 +42,19 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: dict[str, s
     Raises:
         UserError: it cannot be written (a full disk, no permission); an older file of that name stays as it was.
     """
-    folder = path.with_name(f".{path.name}.part")  # of its own: safetensors gives its file a name by chance
-    part = folder / path.name
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, part, header)
-        part.chmod(0o644)  # safetensors leaves it to the owner alone: a run folder is for the group to read
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        with scratch_folder(path.parent, path.name) as folder:  # safetensors gives its file a name by chance
+            part = folder / path.name
+            save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, part, header)
+            part.chmod(0o644)  # safetensors leaves it to the owner alone: a run folder is for the group to read
+            with open(part, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(part, path)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{path} could not be written ({error}); {free_space(path)} there. Make room and run it again, with "
             f"resume= for a training run and mode.restart= for mode=track: what was saved before is untouched."
         ) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_file(path: Path, key: str) -> None:

@@ -15,6 +15,7 @@ from dinoseg.runs import folder as run_folder
 from dinoseg.runs.folder import claim, drop_bare, drop_empty, release, write_config
 from dinoseg.runs.log_file import LogFile
 from dinoseg.runs.unread import warn_not_read
+from dinoseg.storage.atomic import part_of
 
 WRONG = ("mode=score", "protocol=davis2017")  # ends before it does anything: no folders are named
 
@@ -54,6 +55,17 @@ def test_dropping_never_fails(tmp_path):
     drop_bare(folder)
     release(folder)
     assert tmp_path.is_dir() and not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_export_left_goes_with_the_next_one_that_is_asked_for_that_folder(tmp_path):
+    half = part_of(tmp_path / "run/export")
+    half = half.with_name(half.name.replace(str(os.getpid()), "999999999"))
+    half.mkdir(parents=True)
+    (half / "model.onnx").write_bytes(b"half")
+    (tmp_path / "run/run.log").touch()
+    folder = claim(tmp_path / "run")
+    release(folder)
+    assert folder == tmp_path / "run_2" and [path.name for path in (tmp_path / "run").iterdir()] == ["run.log"]
 
 
 def test_configs_of_continuations_take_the_next_free_name(tmp_path):

@@ -54,7 +54,7 @@ def running(folder, trained_once):
         server.send_signal(signal.SIGTERM)
         server.communicate(timeout=60)
     assert server.returncode == 0
-    assert not list((folder / "app").glob("uploads_*"))
+    assert not list((folder / "app").glob("*uploads*"))
 
 
 def pixels(page):

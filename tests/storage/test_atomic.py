@@ -2,10 +2,20 @@
 
 import json
 import os
+import re
+import subprocess
+import sys
 
 import pytest
 
-from dinoseg.storage.atomic import remove_parts, whole_file, whole_folder, write_json, write_text
+from dinoseg.storage.atomic import (
+    part_of,
+    remove_parts,
+    whole_file,
+    whole_folder,
+    write_json,
+    write_text,
+)
 
 
 def test_a_file_takes_its_name_at_the_end_or_vanishes(tmp_path):
@@ -65,7 +75,7 @@ def test_a_temporary_folder_is_private_until_the_end(tmp_path):
 
 
 def test_a_folder_takes_the_place_of_another_and_holds_nothing_of_a_killed_process(tmp_path):
-    for name in ("a", f".a.{os.getpid()}.part"):
+    for name in ("a", part_of(tmp_path / "a").name):
         (tmp_path / name).mkdir()
         (tmp_path / name / "old.txt").touch()
     with whole_folder(tmp_path / "a") as part:
@@ -86,3 +96,35 @@ def test_what_is_half_written_goes_and_what_a_link_leads_to_stays(tmp_path):
 def test_a_name_that_is_no_text_is_written_as_escapes(tmp_path):
     write_text(tmp_path / "a.txt", os.fsdecode(b"caf\xe9"))
     assert (tmp_path / "a.txt").read_text() == "caf\\udce9"
+
+
+KILLED = """if True:
+    import os, signal, sys
+    from pathlib import Path
+    from dinoseg.storage.atomic import scratch_folder, whole_file, whole_folder
+    here, replace = Path(sys.argv[1]), os.replace
+    def die(source, target):
+        replace(source, target)
+        os.kill(os.getpid(), signal.SIGKILL)
+    with scratch_folder(here, "export") as folder, whole_file(here / "a.bin") as part, whole_folder(here / "b") as new:
+        (folder / "model.onnx").write_bytes(b"half")
+        part.write_bytes(b"half")
+        (new / "new.txt").touch()
+        os.replace = die  # once the older folder is put aside
+"""
+
+
+def test_the_next_process_clears_what_a_killed_one_has_left_and_nothing_of_a_living_one(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/old.txt").touch()
+    done = subprocess.run([sys.executable, "-c", KILLED, tmp_path], env={"PYTHONPATH": os.pathsep.join(sys.path)})
+    left = sorted(re.sub(r"\d+-\w{6}", "MARK", found.name) for found in tmp_path.iterdir())
+    assert done.returncode == -9 and left == [".a.bin.MARK.part", ".b.MARK.old", ".b.MARK.part", ".export.MARK.part"]
+    machine = part_of(tmp_path / "elsewhere/x").name[-11:-5]
+    elsewhere = ("0" if machine[0] != "0" else "1") + machine[1:]
+    theirs = (f".c.{os.getppid()}-{machine}.part", f".d.999999999-{elsewhere}.part", ".e.999999999.part", ".f.part")
+    for name in theirs:
+        (tmp_path / name).touch()
+    write_text(tmp_path / "new.txt", "")
+    assert {found.name for found in tmp_path.iterdir()} == {"b", "new.txt", *theirs}
+    assert (tmp_path / "b/old.txt").exists()

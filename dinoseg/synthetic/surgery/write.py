@@ -3,10 +3,8 @@
 import functools
 import json
 import os
-import shutil
 import zipfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import numpy as np
 
 from dinoseg.errors import UserError
 from dinoseg.ranges import Count, Natural
+from dinoseg.storage.atomic import scratch_folder
 from dinoseg.synthetic.rendering import check_least, missing, render_videos
 from dinoseg.synthetic.surgery.scene import RATE, render_clip
 
@@ -105,24 +104,13 @@ def _comment(path: Path) -> bytes:
 def _write_video(video: SurgeryVideo, root: Path) -> Path:
     """Render one video beside its place and move the finished zip there."""
     path = video.path(root)
-    with _scratch_folder(path) as part:
+    with scratch_folder(path.parent, path.name) as part:
         entropy = (video.seed, SPLITS.index(video.split), video.number)
         clip = render_clip(entropy, video.seconds * RATE, video.size)
         masks = _encode(part / "video_left.avi", clip, video.size)
         _pack(part / path.name, part / "video_left.avi", masks, video.description)
         os.replace(part / path.name, path)
     return path
-
-
-@contextmanager
-def _scratch_folder(path: Path) -> Iterator[Path]:
-    """Give a new folder beside the place of a finished video; it is removed at the end, with what was not moved."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # a killed run's process may live on for a moment
-    part.mkdir(parents=True)
-    try:
-        yield part
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def _encode(path: Path, clip: Iterable[tuple[np.ndarray, np.ndarray]], size: tuple[int, int]) -> dict[str, np.ndarray]:
