@@ -67,12 +67,15 @@ def test_links_lead_somewhere(page):
         assert page.name == "README.md" or there.is_relative_to(ROOT / "docs"), f"{page.name}: {target}"
 
 
-def test_every_page_is_in_the_navigation_and_the_contents():
+def test_every_page_is_once_in_the_navigation_the_contents_and_the_readme():
     pages = {path.relative_to(ROOT / "docs").as_posix() for path in PAGES[1:]}
     navigation = (ROOT / "mkdocs.yml").read_text().split("\nnav:")[1]
-    assert {*re.findall(r"[\w/]+\.md", navigation)} == pages and len(pages) > 10
-    contents = {*LINK.findall((ROOT / "docs/index.md").read_text())}
-    assert pages - contents == {"index.md"}
+    assert sorted(re.findall(r"[\w/]+\.md", navigation)) == sorted(pages) and len(pages) > 10
+    links = [link for link in LINK.findall((ROOT / "docs/index.md").read_text()) if link.endswith(".md")]
+    assert sorted(["index.md", *links]) == sorted(pages)
+    table = (ROOT / "README.md").read_text().split("## Learn more")[1].partition("|")[2]
+    listed = [link.removeprefix("docs/") for link in LINK.findall(table) if link.startswith("docs/")]
+    assert sorted(["index.md", *listed]) == sorted(pages)
 
 
 def test_pictures_are_small_and_shown():

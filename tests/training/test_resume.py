@@ -138,7 +138,7 @@ def test_two_ranks_score_as_one_in_one_folder(trained, tmp_path):
 
 
 def test_ranks_of_torchrun_are_joined(trained, tmp_path):
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29517")
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     command = [*launcher, "-m", "dinoseg", *evaluate(trained), "mode.metrics_only=true"]
     evaluated = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert evaluated.returncode == 0, evaluated.stderr
