@@ -188,7 +188,7 @@ def _decode(path: str | Path, convert: Callable[[Image.Image], Image.Image]) -> 
 
 def _opened(path: str | Path, take: Callable[[Image.Image], T]) -> T:
     path = Path(path)
-    cause: OSError | None = None  # the system's, by which a caller knows that the file itself may be good
+    cause: Exception | None = None  # the system's, by which a caller knows that the file itself may be good
     try:
         check_regular(path)
         with Image.open(path) as image:
@@ -198,6 +198,9 @@ def _opened(path: str | Path, take: Callable[[Image.Image], T]) -> T:
     except PermissionError as error:
         cause = error
         message = f"Cannot read {path} for want of permission. Let your user read it."
+    except MemoryError as error:
+        cause = error
+        message = f"There is not enough memory to read {path} as a picture. Free some, make it smaller or cut it up."
     except Image.DecompressionBombError as error:
         message = f"Cannot read {path} as a picture: it is too large ({error}). Make it smaller or cut it up."
     except _Unfit as error:

@@ -109,7 +109,7 @@ def _enter_folder(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> t
         goes_on = _goes_on(cfg, new)
         run_folder = new if goes_on else claim(new)
         if goes_on:
-            lock(new)
+            lock(new, instead="choose another hydra.run.dir")
             drop_parts(new)
     else:
         run_folder = continued

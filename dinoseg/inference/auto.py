@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from dinoseg.inference.memory import PassCost, free_bytes, measure
+from dinoseg.inference.memory import PassCost, described, free_bytes, measure
 from dinoseg.inference.policy import Autocast, Policy, Seen
 from dinoseg.inference.rows import Rows
 from dinoseg.inference.whole import Whole
@@ -62,31 +62,44 @@ class Auto(Policy):
             return self.whole.bands(model, rows, autocast, size=size, seen=seen)
         return self.windows.over(model, rows, autocast, grid, size=size, seen=seen)
 
+    def spare(self, model: Segmenter, rows: Rows, *, size: Size | None = None) -> bool:
+        """See such images, and larger ones, in windows from now on."""
+        pixels = self._pixels(model, rows, size or rows.size)
+        if pixels > self._fits:
+            return False
+        self._fits, self._too_many = 0.0, pixels
+        facts = f"inference=auto: memory did not suffice for {described(rows)} whole"
+        logger.warning("%s", self._said(facts, whole=False))
+        return True
+
     def _whole_fits(self, model: Segmenter, rows: Rows, autocast: Autocast, size: Size) -> bool:
-        scale = max(1.0, *self.windows.scales)
-        seen = backbone_size(model.seen_size(rows.size), scale, None)
-        pixels = rows.count * (math.prod(seen) + math.prod(size))
+        pixels = self._pixels(model, rows, size)
         if self._fits < pixels < self._too_many:
             free = free_bytes(next(model.parameters(), torch.empty(0)).device) * self.memory
             need: float = pixels * _AMPLE
             if need > free:
                 self._cost = self._cost or measure(model, min(self.windows.size), autocast)
-                need = self._cost.of(rows.count, seen, size)
-                logger.info("%s", self._said(rows, need, free))
+                need = self._cost.of(rows.count, self._seen(model, rows), size)
+                facts = (
+                    f"inference=auto: {described(rows)} would take about {need / 2**30:.1f} GiB whole, of "
+                    f"{free / 2**30:.1f} GiB that may be taken"
+                )
+                logger.info("%s", self._said(facts, whole=need <= free))
             if need > free:
                 self._too_many = pixels
             else:
                 self._fits = pixels
         return pixels <= self._fits
 
-    def _said(self, rows: Rows, need: float, free: float) -> str:
-        height, width = rows.size
-        images = f"{rows.count} images" if rows.count > 1 else "an image"
-        facts = (
-            f"inference=auto: {images} of {width} x {height} (width x height) would take about {need / 2**30:.1f} GiB "
-            f"whole, of {free / 2**30:.1f} GiB that may be taken"
-        )
-        if need <= free:
+    def _pixels(self, model: Segmenter, rows: Rows, size: Size) -> int:
+        return rows.count * (math.prod(self._seen(model, rows)) + math.prod(size))
+
+    def _seen(self, model: Segmenter, rows: Rows) -> Size:
+        """Return the (h, w) at which the backbone sees whole images, at the largest scale."""
+        return backbone_size(model.seen_size(rows.size), max(1.0, *self.windows.scales), None)
+
+    def _said(self, facts: str, *, whole: bool) -> str:
+        if whole:
             return f"{facts}: whole images."
         tall, wide = self.windows.size
         return (

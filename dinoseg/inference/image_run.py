@@ -12,6 +12,7 @@ from dinoseg.data.classes.labels import Labels
 from dinoseg.errors import UserError
 from dinoseg.images import read_image, write_png
 from dinoseg.inference.done import DoneInputs
+from dinoseg.inference.memory import OutOfMemory
 from dinoseg.inference.outputs import ImagePrediction, ImageWriter
 from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.results import write_image_results
@@ -89,6 +90,16 @@ def segment_images(by: Segmentation, images: Sequence[ImageInput], run: ImageRun
     whole = any(writer.needs_probabilities for writer in run.writers)
 
     def infer(batch: _Batch) -> list[ImagePrediction]:
+        try:
+            return predicted(batch)
+        except OutOfMemory as error:
+            if len(batch.inputs) == 1:
+                run.failures.append(f"{batch.inputs[0].path}: {error}")
+                return []
+        alone = (_Batch([given], [image]) for given, image in zip(batch.inputs, batch.images, strict=True))
+        return [prediction for single in alone for prediction in infer(single)]
+
+    def predicted(batch: _Batch) -> list[ImagePrediction]:
         inputs = zip(batch.inputs, batch.images, strict=True)
         if not whole:
             ids = by.predictor.ids(batch.images)
@@ -102,7 +113,10 @@ def segment_images(by: Segmentation, images: Sequence[ImageInput], run: ImageRun
 
     def write(predictions: list[ImagePrediction]) -> None:
         for prediction in predictions:
-            _write(by, prediction, names[prediction.path], run)
+            try:
+                _write(by, prediction, names[prediction.path], run)
+            except MemoryError:
+                run.failures.append(f"{prediction.path}: there is not enough memory to draw its results. Free some.")
             bar.update()
 
     left = [given for given in images if not run.done.holds(given.name, given.path, _results(given, run))]

@@ -3,7 +3,8 @@
 import math
 import os
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from dinoseg.errors import UserError
 from dinoseg.inference.policy import Autocast
+from dinoseg.inference.rows import Rows
 from dinoseg.model import Segmenter, Size, backbone_size
 
 _NOISE = 0.02  # share by which bytes a pixel may differ with the size, where they do not grow with it
@@ -23,6 +26,39 @@ _FILES = (
     ("memory.max", "memory.current", "inactive_file"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
+
+
+# what libraries say, as a RuntimeError, where memory cannot be had
+_SHORT = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "ALLOC_FAILED")
+
+
+class OutOfMemory(UserError):
+    """Images take more memory than there is."""
+
+
+@contextmanager
+def telling_shortage(rows: Rows) -> Iterator[None]:
+    """Turn what libraries say where memory cannot be had into a message; other errors pass as they are.
+
+    Raises:
+        OutOfMemory: naming the images that are predicted.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in _SHORT):
+            raise
+        raise OutOfMemory(
+            f"There is not enough memory to predict {described(rows)} ({(str(error) or 'none left').splitlines()[0]}). "
+            "Free some; or give inference=windows, of a smaller inference.size or with inference.batch_size=1; or "
+            "fewer images at once; or resolution.longest=N, by which the model sees them smaller."
+        ) from None
+
+
+def described(rows: Rows) -> str:
+    """Return how many images of which size there are, in words."""
+    images = f"{rows.count} images" if rows.count > 1 else "an image"
+    return f"{images} of {rows.size[1]} x {rows.size[0]} (width x height)"
 
 
 class _Peak(TorchDispatchMode):
@@ -121,7 +157,7 @@ def free_bytes(device: torch.device) -> float:
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
-    return min(_available(), *(limit - used for limit, used in _group_limits()), float("inf"))
+    return min(_available(), _addresses(), *(limit - used for limit, used in _group_limits()))
 
 
 def _available() -> float:
@@ -132,6 +168,17 @@ def _available() -> float:
     names: Mapping[str, int] = getattr(os, "sysconf_names", {})
     known = {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= names.keys()
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else float("inf")
+
+
+def _addresses() -> float:
+    """Return what a limit of this process's address space (`ulimit -v`) leaves, without end where there is none."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.inf
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    pages = _text(_PROC / "self/statm").split()
+    return limit - int(pages[0]) * resource.getpagesize() if limit != resource.RLIM_INFINITY and pages else math.inf
 
 
 def _group_limits() -> list[tuple[float, float]]:

@@ -43,3 +43,7 @@ class Policy(Protocol):
             seen: told of passes that together see each pixel of the images, none of it mirrored.
         """
         ...
+
+    def spare(self, model: Segmenter, rows: Rows, *, size: Size | None = None) -> bool:
+        """Hear that memory did not suffice for `bands` of such images; return whether it takes less from now on."""
+        return False

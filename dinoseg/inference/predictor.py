@@ -1,13 +1,15 @@
 """A trained model asked for pictures: arrays of any size in, class ids or probabilities of that size out."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dinoseg.inference.memory import OutOfMemory, telling_shortage
 from dinoseg.inference.policy import Autocast, Policy, Seen
 from dinoseg.inference.rows import HeldRows
 from dinoseg.inference.strips import PngRows, open_rows
@@ -15,6 +17,8 @@ from dinoseg.inference.whole import Whole
 from dinoseg.model import Segmenter, Size
 from dinoseg.shapes import Prediction
 from dinoseg.storage.atomic import whole_file
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -28,14 +32,24 @@ class Predictor:
 
     @torch.inference_mode()
     def ids(self, images: Sequence[np.ndarray]) -> np.ndarray:
-        """Return the class ids (B, H, W) uint8 of images (H, W, 3) uint8 RGB of one size."""
-        return self.class_ids(self._stacked(images)).cpu().numpy()
+        """Return the class ids (B, H, W) uint8 of images (H, W, 3) uint8 RGB of one size.
+
+        Raises:
+            OutOfMemory: they take more memory than there is.
+        """
+        return self.asked(self._stacked(images), lambda bands: torch.cat([*map(_ids, bands)], dim=1)).cpu().numpy()
 
     @torch.inference_mode()
     def probabilities(self, images: Sequence[np.ndarray]) -> Tensor:
-        """Return the class probabilities (B, K, H, W) float32, on the device, of images (H, W, 3) of one size."""
-        bands = self.bands(self._stacked(images))
-        return torch.cat([band.logits().float().softmax(dim=1) for band in bands], dim=2)
+        """Return the class probabilities (B, K, H, W) float32, on the device, of images (H, W, 3) of one size.
+
+        Raises:
+            OutOfMemory: they take more memory than there is.
+        """
+        return self.asked(
+            self._stacked(images),
+            lambda bands: torch.cat([band.logits().float().softmax(dim=1) for band in bands], dim=2),
+        )
 
     @torch.inference_mode()
     def strips(self, source: str | Path) -> Iterator[np.ndarray]:
@@ -47,8 +61,10 @@ class Predictor:
         Raises:
             UserError: the file cannot be read.
         """
-        for band in self.policy.bands(self.model, open_rows(source, self.device), self.autocast):
-            yield band.scores().max(dim=1).indices.to(torch.uint8)[0].cpu().numpy()
+        rows = open_rows(source, self.device)
+        with telling_shortage(rows):
+            for band in self.policy.bands(self.model, rows, self.autocast):
+                yield _ids(band)[0].cpu().numpy()
 
     def write_strips(self, source: str | Path, target: str | Path) -> None:
         """Write the class ids of `strips` as a PNG file, rows as they are done; it appears whole or not at all.
@@ -62,21 +78,41 @@ class Predictor:
             for ids in self.strips(source):
                 file.write(ids)
 
-    def class_ids(self, images: Tensor, size: Size | None = None, seen: Seen | None = None) -> Tensor:
-        """Return the class ids (B, H, W) uint8 of images (B, 3, H, W) uint8 on the device.
+    def asked(
+        self,
+        images: Tensor,
+        take: Callable[[Iterator[Prediction]], T],
+        *,
+        size: Size | None = None,
+        seen: Seen | None = None,
+    ) -> T:
+        """Return what `take` makes of the predictions of bands of rows, each gone when the next is asked for.
+
+        It is called again where memory did not suffice and the policy has a way that takes less.
 
         Args:
-            images: of one size.
-            size: (H, W) of the ids; None: the images' own.
+            images: (B, 3, H, W) on the device, of one size.
+            take: is given the bands, from the top down.
+            size: (H, W) to predict at; None: the images' own.
             seen: told of each pass of the model, see `Policy`.
-        """
-        # the indices of max are those of argmax, which takes 6 times as long on a CPU
-        ids = [band.scores().max(dim=1).indices.to(torch.uint8) for band in self.bands(images, size, seen)]
-        return torch.cat(ids, dim=1)
 
-    def bands(self, images: Tensor, size: Size | None = None, seen: Seen | None = None) -> Iterator[Prediction]:
-        """Yield predictions of bands of rows, from the top down, each gone when the next is asked for."""
-        return self.policy.bands(self.model, HeldRows(images), self.autocast, size=size, seen=seen)
+        Raises:
+            OutOfMemory: they take more memory than there is.
+        """
+        rows = HeldRows(images)
+        while True:
+            try:
+                with telling_shortage(rows):
+                    return take(self.policy.bands(self.model, rows, self.autocast, size=size, seen=seen))
+            except OutOfMemory:
+                if not self.policy.spare(self.model, rows, size=size):
+                    raise
 
     def _stacked(self, images: Sequence[np.ndarray]) -> Tensor:
         return torch.from_numpy(np.stack(images)).to(self.device).permute(0, 3, 1, 2).contiguous()
+
+
+def _ids(band: Prediction) -> Tensor:
+    """Return class ids (B, r, W) uint8."""
+    # the indices of max are those of argmax, which takes 6 times as long on a CPU
+    return band.scores().max(dim=1).indices.to(torch.uint8)

@@ -36,7 +36,8 @@ from dinoseg.wording import count_of
 logger = logging.getLogger(__name__)
 _RECORD = "predict.json"  # in a run folder: what its results depend on, by which the same command goes on
 _ANY = forms.table(forms.plain)
-_MODEL = ("resolution", "backbone", "adapter", "head", "inference")
+_SETTINGS = ("resolution", "backbone", "adapter", "head", "inference")
+_MODEL = ("resume", "stamp")  # in that file: the model's, which is one fact
 
 
 def predict(
@@ -82,7 +83,7 @@ def predict(
     run = ImageRun(folder, None if masks is False else folder / FOLDER, DoneInputs(folder), list(writers.values()))
     try:
         write_json(folder / _RECORD, settings)
-        remove_parts(folder / FOLDER, "**/.*.part")  # of a run that was killed
+        remove_parts(folder, "**/.*.[0-9]*.part", "**/.*.[0-9]*.old")  # of a run that was killed
         if camera is None:
             totals = _segment_all(by, paths, str(input), run, options)
         else:
@@ -112,18 +113,29 @@ def _refuse_slots(trained: Trained, resume: str | None) -> None:
 def _settings(cfg: DictConfig, options: dict[str, Any]) -> dict[str, Any]:
     """Return what results depend on beside their inputs."""
     weights = None if cfg.get("resume") is None else list(stamp(Path(cfg.resume)) or ())
-    model = {key: plain(cfg[key], resolve=True) for key in _MODEL if key in cfg}
+    model = {key: plain(cfg[key], resolve=True) for key in _SETTINGS if key in cfg}
     return {"resume": cfg.get("resume"), "stamp": weights, **model, "mode": options}
 
 
 def _check_earlier(folder: Path, settings: dict[str, Any]) -> None:
     """Hold the settings against those that the results of an earlier run in this folder were made by."""
     try:
-        check_same_settings(folder, forms.read_json(folder / _RECORD, _ANY), settings, key="hydra.run.dir")
+        before = forms.read_json(folder / _RECORD, _ANY)
     except FileNotFoundError:
         return
     except forms.Misshapen as error:
         raise UserError(f"{folder / _RECORD} is damaged ({error}). Choose another hydra.run.dir.") from None
+    if before.get("stamp") != settings["stamp"]:  # one file may be named in several ways
+        was, now = before.get("resume"), settings["resume"]
+        change = f"{now} is another file than it was" if was == now else f"it was {was}, and is {now}"
+        raise UserError(
+            f"hydra.run.dir={folder} holds predictions of another model: {change}. Give that model again to go on "
+            "there, or another hydra.run.dir to predict with this one."
+        )
+    check_same_settings(
+        folder, *({key: value for key, value in each.items() if key not in _MODEL} for each in (before, settings)),
+        key="hydra.run.dir",
+    )  # fmt: skip
 
 
 def _segment_all(

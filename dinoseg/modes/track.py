@@ -172,7 +172,7 @@ def _unfinished_run(folder: Path, restart: str | None) -> Iterator[Standing | No
         yield None
         return
     check_unfinished(folder)
-    lock(folder)
+    lock(folder, instead="begin anew without mode.restart")
     remove_parts(folder / MASKS, ".*.part")
     try:
         yield read_standing(folder)

@@ -42,8 +42,12 @@ def claim(out_dir: Path) -> Path:
     raise UserError(f"{out_dir} and 998 folders beside it are taken. Remove old runs.")
 
 
-def lock(folder: Path) -> None:
+def lock(folder: Path, *, instead: str = "start a run of its own without resume") -> None:
     """Make this process the only one that writes to a run folder, until it ends.
+
+    Args:
+        folder: of the run.
+        instead: what its user can do beside waiting.
 
     Raises:
         UserError: another process does.
@@ -55,9 +59,7 @@ def lock(folder: Path) -> None:
         check_regular(folder / LOG)
     file = locks.acquire(folder / LOG)
     if file is None:
-        raise UserError(
-            f"Another process is writing to {folder}. Wait for it, or start a run of its own without resume."
-        )
+        raise UserError(f"Another process is writing to {folder}. Wait for it, or {instead}.")
     _run_locks[folder] = file
 
 

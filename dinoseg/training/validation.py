@@ -55,9 +55,8 @@ def evaluate(
     )
     for batch in batches:
         batch = batch.to(engine.device)
-        height, width = batch.mask.shape[-2:]
-        seen = partial(_add_loss, loss, losses, batch) if loss is not None else None
-        ids, logits = _read(predictor.bands(batch.image, (height, width), seen), (height, width))
+        ids, logits, added = _asked(predictor, batch, loss, (batch.mask.shape[-2], batch.mask.shape[-1]))
+        losses += added
         counts.update(ids, batch.mask)
         if on_batch is not None:
             on_batch(batch, ids, logits)
@@ -69,6 +68,18 @@ def evaluate(
         total, images = engine.sum(losses.float().to(engine.device)).tolist()
         result["loss"] = total / max(1.0, images)
     return result
+
+
+def _asked(predictor: Predictor, batch: Batch, loss: Loss | None, size: Size) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `_read` does of a batch, and the sum of losses and how many they are, (2,) float64."""
+    losses = torch.zeros(2, dtype=torch.float64)
+    seen = partial(_add_loss, loss, losses, batch) if loss is not None else None
+
+    def take(bands: Iterable[Prediction]) -> tuple[Tensor, Tensor]:
+        losses.zero_()  # of a try before, for which memory did not suffice
+        return _read(bands, size)
+
+    return *predictor.asked(batch.image, take, size=size, seen=seen), losses
 
 
 def _read(bands: Iterable[Prediction], size: Size) -> tuple[Tensor, Tensor]:

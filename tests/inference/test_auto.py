@@ -14,6 +14,7 @@ from dinoseg.inference import auto, memory
 from dinoseg.inference.auto import Auto
 from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.trained_sizes import TrainedSizes, keep_scale
+from dinoseg.inference.whole import Whole
 from dinoseg.model import Segmenter
 from dinoseg.shapes import Prediction
 
@@ -138,3 +139,56 @@ def test_windows_of_auto_see_pictures_at_the_scale_that_whole_ones_are_seen_at(f
     free(0)
     probabilities = Predictor(model, CPU, nullcontext, Auto((64, 64))).probabilities([picture(200, 100)])
     assert seen[2:] == [(64, 32)] and probabilities.shape == (1, 5, 200, 100)
+
+
+def small_memory(model, pixels):
+    """Let passes over more pixels fail as torch's do."""
+
+    def hook(_, given):
+        if given[0].shape[-2:].numel() * len(given[0]) > pixels:
+            raise RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory"
+            )
+
+    model.backbone.register_forward_pre_hook(hook)
+    return model
+
+
+def test_where_memory_does_not_suffice_auto_goes_on_with_windows_and_says_so(free, caplog):
+    free(2**40)
+    policy = Auto((32, 48))
+    predictor = Predictor(small_memory(made(), 4 * 32 * 48), CPU, nullcontext, policy)
+    windows = Predictor(made(), CPU, nullcontext, policy.windows)
+    assert (predictor.ids([picture(100, 90)]) == windows.ids([picture(100, 90)])).all()
+    (message,) = caplog.messages
+    assert message.startswith(
+        "inference=auto: memory did not suffice for an image of 90 x 100 (width x height) whole: "
+    )
+    assert (predictor.ids([picture(120, 90)]) == windows.ids([picture(120, 90)])).all() and len(caplog.messages) == 1
+    whole = Predictor(made(), CPU, nullcontext)
+    assert (predictor.ids([picture(40, 50)]) == whole.ids([picture(40, 50)])).all()
+
+
+def test_where_nothing_suffices_it_is_one_message(free):
+    free(2**40)
+    for policy in (Auto((32, 48)), Whole(), Auto((32, 48)).windows):
+        predictor = Predictor(small_memory(made(), 10), CPU, nullcontext, policy)
+        for ask in (predictor.ids, predictor.probabilities):
+            with pytest.raises(
+                memory.OutOfMemory, match=r"predict 2 images of 90 x 100 .*can't alloc.*inference=windows"
+            ):
+                ask([picture(100, 90)] * 2)
+    broken = made()
+    broken.backbone.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("broken")))
+    with pytest.raises(RuntimeError, match="broken"):
+        Predictor(broken, CPU, nullcontext, Auto((32, 48))).ids([picture(100, 90)])
+
+
+def test_a_limit_of_addresses_bounds_what_is_free(tmp_path, monkeypatch):
+    resource = pytest.importorskip("resource")
+    (tmp_path / "self").mkdir()
+    (tmp_path / "self/statm").write_text("3 2 1 1 0 1 0\n")
+    monkeypatch.setattr(memory, "_PROC", tmp_path)
+    monkeypatch.setattr(memory, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (10 * resource.getpagesize(), -1))
+    assert memory.free_bytes(CPU) == 7 * resource.getpagesize()

@@ -49,9 +49,9 @@ def pictures(height, width, count=2, seed=0):
 
 def asked(model, images, policy, **options):
     """Return what is averaged (B, K, H, W), in as few numbers as the policy holds at a time."""
-    predictor = Predictor(model, torch.device("cpu"), nullcontext, policy)
     with torch.no_grad():
-        return torch.cat([band.scores().clone() for band in predictor.bands(images, **options)], dim=2)
+        bands = policy.bands(model, HeldRows(images), nullcontext, **options)
+        return torch.cat([band.scores().clone() for band in bands], dim=2)
 
 
 def slid(model, image, crop, stride):
@@ -137,7 +137,7 @@ def test_freeing_rows_gives_what_keeping_all_gives_bit_for_bit(average):
 
 def test_bands_are_at_most_a_stride_and_the_last_a_window():
     model, images = made(), pictures(61, 40)
-    bands = Predictor(model, torch.device("cpu"), nullcontext, Windows((16, 16), overlap=0.5)).bands(images)
+    bands = Windows((16, 16), overlap=0.5).bands(model, HeldRows(images), nullcontext)
     with torch.no_grad():
         assert [band.scores().shape[2] for band in bands] == [8] * 5 + [5, 16]
 

@@ -16,7 +16,7 @@ from dinoseg.data.formats.annotated import Shapes, annotated_dataset
 from dinoseg.data.formats.annotation_files import AnnotationLayout
 from dinoseg.data.splits import Partition
 from dinoseg.errors import UserError
-from dinoseg.images import read_ids, write_png
+from dinoseg.images import read_ids, read_image, write_png
 from dinoseg.inference import image_run, inputs
 from dinoseg.inference.annotations import PredictedShapes
 from dinoseg.inference.video_file import VideoReader
@@ -190,13 +190,40 @@ def test_a_model_that_fails_leaves_nothing_half_written(trained, tmp_path):
 
     def forward(images):
         if not next(batches):
-            raise RuntimeError("out of memory")
+            raise RuntimeError("broken")
         return real(images)
 
     trained.model.forward = forward
-    with pytest.raises(RuntimeError, match="out of memory"):
+    with pytest.raises(RuntimeError, match="broken"):
         predict(video, tmp_path / "out", masks=True)
     assert names(tmp_path / "out") == []
+
+
+def test_an_image_that_memory_does_not_suffice_for_is_named_and_the_rest_is_done(trained, tmp_path, monkeypatch):
+    for name in "abc":
+        random_image(tmp_path / f"in/{name}.png", seed=ord(name))
+    bad = torch.tensor(read_image(tmp_path / "in/b.png")).permute(2, 0, 1)
+    real, draw = trained.model.forward, image_run.write_image_results
+
+    def forward(images):
+        if any(torch.equal(image, bad) for image in images):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return real(images)
+
+    def written(folder, *given, **named):
+        if folder.name.startswith("c"):
+            raise MemoryError
+        draw(folder, *given, **named)
+
+    trained.model.forward = forward
+    monkeypatch.setattr(image_run, "write_image_results", written)
+    with pytest.raises(UserError, match="2 of 3 inputs failed") as error:
+        predict(tmp_path / "in", tmp_path / "out")
+    assert "in/b.png: There is not enough memory to predict an image of 30 x 20 (width x height) (CUDA" in str(
+        error.value
+    )
+    assert "in/c.png: there is not enough memory to draw" in str(error.value)
+    assert names(tmp_path / "out") == ["a_segmentation"] and [*(tmp_path / "out/predicted").iterdir()][0].stem == "a"
 
 
 def test_a_full_disk_is_one_message(trained, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """mode=predict given twice with one folder: it goes on there, alone, and only by the same settings."""
 
 import fcntl
+import shutil
 
 from command_line import call
 
@@ -23,4 +24,17 @@ def test_the_same_command_goes_on_in_its_folder(trained_once, tmp_path):
         fcntl.flock(log, fcntl.LOCK_EX)
         busy = call(tmp_path, *words)
     assert busy.status == 1 and "Another process is writing to" in busy.err
-    assert not (tmp_path / "out_2").exists()
+    assert "Wait for it, or choose another hydra.run.dir." in busy.err and not (tmp_path / "out_2").exists()
+
+
+def test_another_model_is_told_in_a_sentence(trained_once, tmp_path):
+    (tmp_path / "one").symlink_to(trained_once / "segmenter")
+    shutil.copytree(trained_once / "segmenter/checkpoints", tmp_path / "two/checkpoints")
+    words = ("mode=predict", f"input={trained_once}/clip/00000.png", "engine=cpu", "hydra.run.dir=out")
+    assert call(tmp_path, *words, "resume=one/checkpoints/best.safetensors").status == 0
+    same = call(tmp_path, *words, f"resume={trained_once}/segmenter/checkpoints/best.safetensors")
+    assert same.status == 0 and "1 image of an earlier run taken over" in same.err + same.out
+    other = call(tmp_path, *words, "resume=two/checkpoints/best.safetensors")
+    assert other.status == 1 and "/out holds predictions of another model: it was /" in other.err
+    assert "best.safetensors, and is two/checkpoints/best.safetensors. Give that model again to go on" in other.err
+    assert other.err.count("\n") == 1 and "stamp" not in other.err

@@ -128,3 +128,8 @@ def test_letters_grow_with_the_frames():
     large = compare(random_frame(1080, 1920), np.zeros((1080, 1920), np.uint8), classes=["x"], palette=PALETTE)
     small_text, large_text = small.shape[0] - 192, large.shape[0] - 1080
     assert large_text > 3 * small_text
+
+
+def test_letters_are_no_higher_than_a_tenth_of_a_frame_that_is_wide():
+    frame = np.zeros((20, 5000, 3), np.uint8)
+    assert side_by_side([("a", frame), ("b", frame)], [("name", (1, 2, 3))]).shape[0] < 100
