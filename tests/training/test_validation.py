@@ -1,0 +1,85 @@
+"""Scores and losses of a data set, whole and in windows, and when memory did not suffice for a first try."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_parts import tiny_vit
+
+from dinoseg.heads.linear import LinearHead
+from dinoseg.inference import auto
+from dinoseg.inference.auto import Auto
+from dinoseg.inference.windows import Windows, starts
+from dinoseg.losses.cross_entropy import CrossEntropy
+from dinoseg.model import Segmenter
+from dinoseg.training.engine import Engine
+from dinoseg.training.validation import evaluate
+
+SIZE = (24, 40)
+
+
+class Data:
+    """Two noise images whose masks are noise."""
+
+    classes, palette, ignore_index, names, skipped = ("a", "b", "c"), None, 255, ("0", "1"), {}
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        draw = torch.Generator().manual_seed(index)
+        image = torch.randint(0, 256, (3, *SIZE), generator=draw, dtype=torch.uint8)
+        mask = torch.randint(0, 3, SIZE, generator=draw, dtype=torch.uint8)
+        return {"image": image, "mask": mask, "name": self.names[index]}
+
+
+def made():
+    torch.manual_seed(0)
+    backbone = tiny_vit()
+    return Segmenter(backbone, LinearHead(backbone.dim, backbone.num_layers, 3)).eval()
+
+
+def scored(model, policy):
+    seen = []
+    engine = Engine("cpu", precision="fp32", workers=0, eval_batch_size=2)
+    scores = evaluate(
+        model,
+        Data(),
+        engine,
+        policy=policy,
+        loss=CrossEntropy(torch.ones(3)),
+        on_batch=lambda *given: seen.append(given),
+    )
+    return scores, seen
+
+
+def test_the_loss_of_windows_is_the_mean_over_windows():
+    scores, [(batch, ids, logits)] = scored(model := made(), Windows((16, 24), overlap=0.5, weights="uniform"))
+    losses = []
+    for top in starts(24, 16, 0.5):
+        for left in starts(40, 24, 0.5):
+            place = (..., slice(top, top + 16), slice(left, left + 24))
+            with torch.no_grad():
+                parts = model(batch.image[place]).logits()
+            losses += [F.cross_entropy(parts[n : n + 1], batch.mask[place][n : n + 1].long()) for n in range(2)]
+    assert scores["loss"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
+    assert sum(map(sum, scores["matrix"])) == 2 * 24 * 40 and ids.shape == (2, *SIZE) and logits.shape == (2, 3, 24, 40)
+    assert sum(scores["matrix"][index][index] for index in range(3)) == (ids == batch.mask).sum().item()
+
+
+def test_a_try_for_which_memory_did_not_suffice_counts_for_nothing(monkeypatch):
+    monkeypatch.setattr(auto, "free_bytes", lambda device: 2**40)
+    policy, model, real = Auto((16, 24)), made(), LinearHead.predict
+
+    def predict(head, outputs, size, valid):
+        if size == SIZE and torch.is_tensor(outputs) and tried:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        tried.append(size)
+        return real(head, outputs, size, valid)
+
+    tried = []
+    monkeypatch.setattr(LinearHead, "predict", predict)
+    scores, [(_, ids, _)] = scored(model, policy)
+    assert tried[0] == SIZE and tried[-1] == (16, 24)
+    monkeypatch.undo()
+    expected, [(_, wanted, _)] = scored(made(), policy.windows)
+    assert scores["loss"] == expected["loss"] and torch.equal(ids, wanted)
