@@ -26,8 +26,9 @@ from dinoseg.heads.linear import LinearHead
 from dinoseg.inference.done import DoneInputs
 from dinoseg.inference.image_run import ImageRun, Segmentation
 from dinoseg.inference.predictor import Predictor
-from dinoseg.inference.video_file import VideoReader, VideoWriter
+from dinoseg.inference.video_file import VideoReader
 from dinoseg.inference.video_run import VideoInput, VideoOptions, segment_video
+from dinoseg.inference.video_writer import VideoWriter
 from dinoseg.model import Segmenter
 from dinoseg.report.overlay import blend
 

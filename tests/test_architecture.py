@@ -78,7 +78,7 @@ DOORS = {  # dependency to the rooms and files that may import it
     "huggingface_hub": ("backbones", "portable"),
     "starlette": ("serving",),
     "uvicorn": ("serving",),
-    "av": ("data/video/decoder", "inference/video_file", "inference/sound"),
+    "av": ("data/video/decoder", "inference/video_writer", "inference/sound"),
 }
 EXCEPTIONS = {
     ("__main__.py", "dinoseg.modes.help.help_for"),  # printed before hydra and torch are imported

@@ -19,11 +19,15 @@ class DoneInputs:
 
     def __init__(self, run_folder: Path) -> None:
         self._folder = run_folder / FOLDER
+        self._found: dict[str, dict[str, Any]] = {}  # the inputs as they were before they were read
 
     def holds(self, name: str, path: Path, results: Sequence[Path]) -> bool:
-        """Return whether an input is done: its note is of this very file, and its results are there."""
+        """Return whether an input is done: its note is of this very file, and its results are there.
+
+        This comes before the file is read: what replaces it later is not what its results are noted to be made from.
+        """
         unfit = f"{path} is predicted anew: it is another file than before, or its results are gone."
-        made_from = self._made_from(path)
+        made_from = self._found[name] = self._made_from(path)
         return (
             finished(
                 self._folder / f"{name}.json",
@@ -35,9 +39,9 @@ class DoneInputs:
             is not None
         )
 
-    def note(self, name: str, path: Path) -> None:
-        """Note that all results of an input are written."""
-        write_json(self._folder / f"{name}.json", self._made_from(path))
+    def note(self, name: str) -> None:
+        """Note that all results of an input are written, of which `holds` was asked."""
+        write_json(self._folder / f"{name}.json", self._found[name])
 
     def _made_from(self, path: Path) -> dict[str, Any]:
         absolute = str(path.absolute()).encode(errors="backslashreplace").decode()

@@ -1,6 +1,7 @@
 """A folder of frames read as a video is."""
 
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from dinoseg.data.clips.videos import picture_files
 from dinoseg.errors import UserError
 from dinoseg.images import IMAGE_SUFFIXES, read_image, read_size
 
-_FPS = 25.0  # a folder does not say
+_RATE = Fraction(25)  # a folder does not say
 
 
 class FolderReader:
@@ -21,7 +22,9 @@ class FolderReader:
         UserError: there is no picture, two have one name, their sizes differ; while reading: a broken picture.
     """
 
-    fps = _FPS
+    rate = _RATE
+    fps = float(_RATE)
+    traits = None  # nothing but frames
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -48,6 +51,10 @@ class FolderReader:
     def __iter__(self) -> Iterator[np.ndarray]:
         """Yield each frame."""
         return (read_image(self.path / file) for file in self._files)
+
+    def timed(self) -> Iterator[tuple[np.ndarray, None]]:
+        """Yield each frame, and that nothing is known of when it is shown."""
+        return ((frame, None) for frame in self)
 
     def __enter__(self) -> "FolderReader":
         return self

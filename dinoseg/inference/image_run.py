@@ -151,7 +151,7 @@ def _write(by: Segmentation, prediction: ImagePrediction, name: str, run: ImageR
         ignore_index=by.labels.ignore_index,
         opacity=by.opacity,
     )
-    run.done.note(name, prediction.path)
+    run.done.note(name)
     run.count += 1
 
 
@@ -165,7 +165,7 @@ def _write_strips(by: Segmentation, given: ImageInput, run: ImageRun) -> None:
     except UserError as error:
         run.failures.append(str(error))
         return
-    run.done.note(given.name, given.path)
+    run.done.note(given.name)
     run.count += 1
 
 

@@ -13,7 +13,8 @@ from dinoseg.images import write_png
 from dinoseg.inference.frame_classes import FrameClasses
 from dinoseg.inference.image_run import DEPTH, ImageRun, Segmentation
 from dinoseg.inference.stream import Throughput, run_pipeline
-from dinoseg.inference.video_file import VideoReader, VideoWriter
+from dinoseg.inference.video_file import VideoReader
+from dinoseg.inference.video_writer import VideoWriter
 from dinoseg.processes.interrupt import ending_input
 from dinoseg.report.overlay import blend
 from dinoseg.report.progress import Bar
@@ -72,8 +73,7 @@ def segment_video(by: Segmentation, video: VideoInput, run: ImageRun, options: V
         reader = stack.enter_context(video.open())
         folder = stack.enter_context(whole_folder(masks)) if options.masks else None
         cut = options.frames is not None
-        writer = VideoWriter(target, reader.rate, reader.size, tick=reader.tick, like=video.path, cut=cut)
-        stack.enter_context(writer)
+        writer = stack.enter_context(VideoWriter(target, reader.rate, reader.size, like=reader.traits, cut=cut))
         total = min(filter(None, (reader.count, options.frames)), default=None)
         bar = stack.enter_context(Bar(total=total, unit="frame", desc=reader.path.name))
         frames: Iterable[_Frame] = islice(reader.timed(), options.frames)
@@ -94,7 +94,7 @@ def segment_video(by: Segmentation, video: VideoInput, run: ImageRun, options: V
 
         passed = run_pipeline(_batches(frames, by.batch_size), infer, write, depth=DEPTH)
     if video.path is not None:
-        run.done.note(video.name, video.path)
+        run.done.note(video.name)
     passed.items = writer.frames_written
     return passed
 

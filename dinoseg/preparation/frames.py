@@ -18,19 +18,13 @@ def extract_frames(video: Path, folder: Path, *, step: int) -> int:
         UserError: the video cannot be opened or decoded, or ends before the number of frames it promises.
         OSError: writing failed, with what was finished kept.
     """
-    try:
-        decoder = Decoder(video)
-    except UserError as error:
-        raise UserError(f"{error} It is damaged or no video: replace it.") from None
     frames = 0
-    try:
+    with Decoder(video) as decoder:
         while decoder.advance():
             target = folder / f"{frames:09d}.png"
             if frames % step == 0 and not target.exists():
                 write_png(target, rgb(decoder.image()))
             frames += 1
-    finally:
-        decoder.close()
     if frames == 0 or frames < decoder.promised - _UNCOUNTED:
         raise UserError(f"{video} is truncated: {frames} frames read, {decoder.promised} promised. Replace it.")
     return frames

@@ -3,6 +3,7 @@
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import numpy as np
 from dinoseg.errors import UserError
 from dinoseg.images import write_png
 from dinoseg.inference.stream import run_pipeline
-from dinoseg.inference.video_file import VideoReader, VideoWriter
+from dinoseg.inference.video_file import VideoReader
+from dinoseg.inference.video_writer import VideoWriter
 from dinoseg.report.overlay import blend, smooth_blocks
 from dinoseg.serving.answers import png
 from dinoseg.serving.jobs import Job
@@ -30,6 +32,7 @@ _KINDS = {  # first bytes of video files to their suffix; ... stands for any byt
 }
 
 Frames = list[np.ndarray]
+_Timed = list[tuple[np.ndarray, Fraction | None]]  # frames, and when they are shown
 
 
 @dataclass(frozen=True)
@@ -105,21 +108,21 @@ def make_overlay(
     counts = np.zeros(256, np.int64)
     with (
         VideoReader(path) as reader,
-        VideoWriter(job.folder / OVERLAY, reader.fps, reader.size) as writer,
+        VideoWriter(job.folder / OVERLAY, reader.rate, reader.size, like=reader.traits) as writer,
         whole_file(job.folder / MASKS) as part,
         zipfile.ZipFile(part, "w") as masks,  # PNGs are packed already
     ):
 
-        def follow(frames: Frames) -> tuple[Frames, Sequence[np.ndarray]]:
+        def follow(frames: _Timed) -> tuple[_Timed, Sequence[np.ndarray]]:
             job.check()
-            return frames, masks_of(frames)
+            return frames, masks_of([frame for frame, _ in frames])
 
-        def write(done: tuple[Frames, Sequence[np.ndarray]]) -> None:
+        def write(done: tuple[_Timed, Sequence[np.ndarray]]) -> None:
             nonlocal counts
-            for frame, mask in zip(*done, strict=True):
+            for (frame, time), mask in zip(*done, strict=True):
                 shown = smooth_blocks(mask, look.blocks) if look.blocks and job.done else mask
                 tinted = blend(frame, shown, look.palette, ignore_index=look.ignore_index, opacity=look.opacity)
-                writer.write(tinted)
+                writer.write(tinted, time)
                 masks.writestr(f"{job.done:09d}.png", png(mask, tuple(look.palette)))
                 counts = counts + np.bincount(mask.ravel(), minlength=256)
                 job.done += 1
@@ -128,8 +131,8 @@ def make_overlay(
     job.facts = {**job.facts, "areas": _areas(counts, job.done, look)}
 
 
-def _batches(reader: VideoReader, limits: ClipLimits) -> Iterator[Frames]:
-    frames = iter(reader)
+def _batches(reader: VideoReader, limits: ClipLimits) -> Iterator[_Timed]:
+    frames = reader.timed()
     while batch := list(islice(frames, _BATCH)):
         if reader.frames_read > limits.max_frames:
             raise UserError(f"The clip has more frames than it says. {_shorter(limits)}")

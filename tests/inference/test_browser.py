@@ -8,7 +8,8 @@ import pytest
 from chromium import opened_page
 from films import write_film
 
-from dinoseg.inference.video_file import VideoReader, VideoWriter
+from dinoseg.inference.video_file import VideoReader
+from dinoseg.inference.video_writer import VideoWriter
 
 pytestmark = pytest.mark.heavy
 
@@ -34,7 +35,7 @@ def test_an_overlay_plays(served, tmp_path, sound):
     source = write_film(tmp_path / "in.mkv", frames=48, sound=sound, seconds_of_sound=2)
     with (
         VideoReader(source) as reader,
-        VideoWriter(tmp_path / "out.mp4", reader.rate, reader.size, tick=reader.tick, like=source) as writer,
+        VideoWriter(tmp_path / "out.mp4", reader.rate, reader.size, like=reader.traits) as writer,
     ):
         for frame, time in reader.timed():
             writer.write(frame, time)

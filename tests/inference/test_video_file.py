@@ -6,11 +6,13 @@ import av
 import cv2
 import numpy as np
 import pytest
+from av.stream import Disposition
 from films import write_film
 
 from dinoseg.errors import UserError
-from dinoseg.inference import video_file
-from dinoseg.inference.video_file import VideoReader, VideoWriter
+from dinoseg.inference import video_file, video_writer
+from dinoseg.inference.video_file import VideoReader, VideoTraits
+from dinoseg.inference.video_writer import VideoWriter
 
 
 def make_video(path, frames=12, size=(48, 64), codec="MJPG", fps=20.0):
@@ -44,6 +46,45 @@ class TestVideoReader:
         with VideoReader(path) as reader:
             red, green, blue = next(iter(reader)).reshape(-1, 3).mean(axis=0)
         assert red > 240 and green < 15 and blue < 15
+
+    @pytest.mark.parametrize("matrix", [(a, 0, 0, d) for a in (1, -1) for d in (1, -1)]
+                             + [(0, b, c, 0) for b in (1, -1) for c in (1, -1)])  # fmt: skip
+    def test_all_eight_ways_to_turn_and_mirror(self, tmp_path, matrix):
+        draw = np.random.default_rng(0)
+        stored = np.repeat(np.repeat(draw.integers(0, 256, (3, 4, 1)), 16, 0), 16, 1).repeat(3, axis=2).astype(np.uint8)
+        with av.open(str(tmp_path / "v.mp4"), "w") as file:
+            stream = file.add_stream("libx264", rate=10, options={"crf": "0"})
+            stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv444p"
+            a, b, c, d = (65536 * number for number in matrix)
+            stream.set_display_matrix([a, b, 0, c, d, 0, 0, 0, 1 << 30])
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(stored, format="rgb24")))
+            file.mux(stream.encode(None))
+        a, b, c, d = matrix
+        shown = np.zeros((64, 48, 3) if b else (48, 64, 3), np.uint8)
+        for y in range(48):
+            for x in range(64):
+                column, row = a * x + c * y, b * x + d * y  # negative ones count from the other end
+                shown[row - (b + d < 0), column - (a + c < 0)] = stored[y, x]
+        with VideoReader(tmp_path / "v.mp4") as reader:
+            (frame,) = reader
+        assert frame.shape == shown.shape and np.abs(frame.astype(int) - shown).max() < 6
+
+    def test_the_cover_of_a_song_is_no_video(self, tmp_path):
+        for suffix, disposition in (("mp4", Disposition.attached_pic), ("mp4", Disposition.default)):
+            path = tmp_path / f"{disposition.name}.{suffix}"
+            with av.open(str(path), "w") as file:
+                song, cover = file.add_stream("aac", rate=8000), file.add_stream("mjpeg", rate=1)
+                cover.width, cover.height, cover.pix_fmt, cover.disposition = 32, 16, "yuvj420p", disposition
+                file.mux(cover.encode(av.VideoFrame(32, 16, "yuvj420p")))
+                heard = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+                heard.rate = 8000
+                for stream, last in ((song, heard), (song, None), (cover, None)):
+                    file.mux(stream.encode(last))
+            if disposition == Disposition.default:
+                assert VideoReader(path).size == (16, 32)
+            else:
+                with pytest.raises(UserError, match="attached_pic.mp4 has no moving pictures"):
+                    VideoReader(path)
 
     def test_a_rotation_tag_is_obeyed(self, tmp_path):
         data = bytearray(make_video(tmp_path / "flat.mp4", codec="mp4v").read_bytes())
@@ -111,7 +152,7 @@ class TestVideoReader:
 def copy_film(source, target):
     with (
         VideoReader(source) as reader,
-        VideoWriter(target, reader.rate, reader.size, tick=reader.tick, like=source) as writer,
+        VideoWriter(target, reader.rate, reader.size, like=reader.traits) as writer,
     ):
         for frame, time in reader.timed():
             writer.write(frame, time)
@@ -147,6 +188,32 @@ class TestFilms:
         with copy_film(source, tmp_path / "out.mp4") as copy, av.open(str(source)) as original:
             times = times_of(copy)
             assert times == times_of(original) == [Fraction(tick, 90000) for tick in ticks]
+
+    @pytest.mark.parametrize("matrix", [1, 5, 9, 0])  # BT.709, BT.601, BT.2020; RGB, which H.264's three planes are not
+    def test_colours_look_as_they_did(self, tmp_path, matrix):
+        tags = (matrix or 1, 1, matrix)
+        traits = VideoTraits(Fraction(1, 10), Fraction(1), tags, None)
+        colours = [(200, 40, 40), (30, 180, 60), (40, 60, 220)]
+        with VideoWriter(tmp_path / "out.mp4", 10, (16, 16), like=traits) as writer:
+            for colour in colours:
+                writer.write(np.full((16, 16, 3), colour, np.uint8))
+        with VideoReader(tmp_path / "out.mp4") as reader:
+            assert reader.traits.colours == (*tags[:2], matrix or 2)
+            seen = [frame.reshape(-1, 3).mean(axis=0) for frame in reader]
+        assert np.abs(np.array(seen) - colours).max() < 4
+
+    @pytest.mark.parametrize("turned", [False, True])
+    def test_pixels_that_are_no_squares(self, tmp_path, turned):
+        with av.open(str(tmp_path / "in.mp4"), "w") as file:
+            stream = file.add_stream("libx264", rate=10)
+            stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+            stream.codec_context.sample_aspect_ratio = Fraction(4, 3)
+            if turned:
+                stream.set_display_rotation(90)
+            file.mux(stream.encode(av.VideoFrame(64, 48, "yuv420p")))
+            file.mux(stream.encode(None))
+        with copy_film(tmp_path / "in.mp4", tmp_path / "out.mp4") as copy:
+            assert copy.streams.video[0].sample_aspect_ratio == (Fraction(3, 4) if turned else Fraction(4, 3))
 
     def test_the_index_stands_in_front(self, tmp_path):
         copy_film(write_film(tmp_path / "in.mp4"), tmp_path / "out.mp4").close()
@@ -214,7 +281,7 @@ class TestVideoWriter:
             w.write(np.zeros((8, 10, 3), np.uint8))
 
     def test_no_encoder_is_named(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(video_file, "_CODECS", {"none": {}, "either": {}})
+        monkeypatch.setattr(video_writer, "_CODECS", {"none": {}, "either": {}})
         with pytest.raises(UserError, match=r"PyAV has none of the encoders none, either"):
             VideoWriter(tmp_path / "out.mp4", 25, (48, 64))
         assert list(tmp_path.iterdir()) == []

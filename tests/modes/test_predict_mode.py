@@ -275,6 +275,25 @@ def test_the_same_again_goes_on_where_it_stopped(trained, tmp_path, monkeypatch,
         predict(folder, out, skip=2)
 
 
+def test_what_replaces_an_input_while_it_is_read_is_predicted_by_the_next_run(trained, tmp_path, caplog):
+    folder, real = tmp_path / "in", trained.model.forward
+    random_image(folder / "a.png")
+    random_video(folder / "v.avi")
+
+    def forward(images):
+        if images.shape[-2:] == (20, 30):
+            random_image(folder / "a.png", seed=1)
+        else:
+            random_video(folder / "new.avi", frames=4).replace(folder / "v.avi")
+        return real(images)
+
+    trained.model.forward = forward
+    assert predict(folder, tmp_path / "out")["frames"] == 10
+    trained.model.forward = real
+    assert predict(folder, tmp_path / "out")["frames"] == 4
+    assert "a.png is predicted anew" in caplog.text and "v.avi is predicted anew" in caplog.text
+
+
 def test_every_third_frame_is_predicted_and_held(trained, tmp_path):
     predict(random_video(tmp_path / "v.avi"), tmp_path / "out", masks=True, skip=3)
     ids = [read_ids(path) for path in sorted((tmp_path / "out/v_masks").iterdir())]

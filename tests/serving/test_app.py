@@ -9,7 +9,8 @@ from PIL import Image
 from serving_stand_ins import encoded, picture, service
 from starlette.testclient import TestClient
 
-from dinoseg.inference.video_file import VideoReader, VideoWriter
+from dinoseg.inference.video_file import VideoReader
+from dinoseg.inference.video_writer import VideoWriter
 from dinoseg.serving import jobs
 from dinoseg.serving.app import App
 from dinoseg.serving.guard import LOOPBACK

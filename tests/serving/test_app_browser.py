@@ -13,7 +13,7 @@ from chromium import opened_page
 from command_line import call
 
 from dinoseg.images import read_ids, read_image, write_png
-from dinoseg.inference.video_file import VideoWriter
+from dinoseg.inference.video_writer import VideoWriter
 
 pytestmark = pytest.mark.heavy
 VIEW = """() => {

@@ -1,22 +1,28 @@
 """A video decoded frame after frame, upright, each with its time: the one place that decodes."""
 
 import re
-from collections.abc import Generator
+import struct
+from collections.abc import Generator, Mapping
 from fractions import Fraction
 from pathlib import Path
+from typing import Any, cast
 
 import av
 import cv2
 import numpy as np
+from av.buffer import Buffer
 from av.error import FFmpegError
+from av.stream import Disposition
 from av.video.reformatter import Interpolation, VideoReformatter
 
 from dinoseg.errors import UserError
 from dinoseg.storage.files import check_regular
 
 VERSION = av.__version__  # of what decodes: another may give other pixels
+_COVERS = Disposition.attached_pic | Disposition.timed_thumbnails
 _CLOCK = re.compile(r"(\d{1,4}):(\d\d):(\d\d(?:\.\d+)?)")
-_QUARTERS = {90: cv2.ROTATE_90_COUNTERCLOCKWISE, 180: cv2.ROTATE_180, 270: cv2.ROTATE_90_CLOCKWISE}
+_MOST_PIXELS = 2**27  # of a frame; 16384 x 8192, more than any camera has: a file of a kilobyte may claim what it likes
+REMEDY = "It is truncated, damaged or no video: replace it, or re-encode it (ffmpeg -i IN OUT.mp4)."
 
 
 class Decoder:
@@ -33,7 +39,7 @@ class Decoder:
         device: FFmpeg's name of what captures, such as v4l2; None: a file.
 
     Raises:
-        UserError: it is no file, or no video.
+        UserError: it is no file, no video, or one of more pixels than memory is taken for.
         OSError: nothing is there, or it may not be looked at.
     """
 
@@ -47,11 +53,12 @@ class Decoder:
                 str(path) if device else f"file:{path}", format=device, options={} if device else only_files
             )
         except FFmpegError as error:
-            raise UserError(f"Cannot open {path} as a video ({error.strerror}).") from None
-        if not self._container.streams.video:
+            raise self.unreadable(str(error.strerror)) from None
+        try:
+            self._stream = self._pictures()
+        except UserError:
             self._container.close()
-            raise UserError(f"Cannot open {path} as a video (there is sound, and no picture).")
-        self._stream = self._container.streams.video[0]
+            raise
         self._stream.thread_type = "AUTO" if threads == 0 else "NONE"
         self._stream.codec_context.thread_count = threads
         self._reformatter, self._threads = VideoReformatter(), threads
@@ -66,6 +73,12 @@ class Decoder:
     def fps(self) -> float:
         """Frames per second, as the container says; 0 where it says nothing."""
         return float(self.rate)
+
+    @property
+    def pixel_aspect(self) -> Fraction:
+        """Width of a pixel by its height, of the frame as it is turned; 1 where the file does not say."""
+        aspect = self._stream.sample_aspect_ratio or Fraction(1)
+        return 1 / aspect if _orientation(self._frame)[0] else aspect
 
     @property
     def colour_tags(self) -> tuple[int, int, int]:
@@ -86,7 +99,7 @@ class Decoder:
         return None if self._frame.pts is None else self._frame.pts * self.time_base
 
     def image(self) -> np.ndarray:
-        """Return the frame's pixels (H, W, 3) uint8 BGR, turned by the file's rotation tag to the nearest quarter.
+        """Return the frame's pixels (H, W, 3) uint8 BGR, turned and mirrored as the file says, to the nearest quarter.
 
         Raises:
             UserError: it cannot be converted.
@@ -98,9 +111,11 @@ class Decoder:
             )
         except (FFmpegError, ValueError) as error:
             raise UserError(f"A frame of {self.path} cannot be converted to RGB ({error}).") from None
-        turn = _QUARTERS.get(round(self._frame.rotation / 90) * 90 % 360)
-        pixels = bgr.to_ndarray()
-        return pixels if turn is None else np.asarray(cv2.rotate(pixels, turn))
+        pixels = cast(np.ndarray[Any, np.dtype[np.uint8]], bgr.to_ndarray())
+        swapped, flips = _orientation(self._frame)
+        if swapped:
+            pixels = np.ascontiguousarray(pixels.swapaxes(0, 1))
+        return pixels if flips is None else np.asarray(cv2.flip(pixels, flips))
 
     def jump(self, time: float) -> None:
         """Let the next frame be one at this time in milliseconds or before, as near as the container can tell.
@@ -122,6 +137,26 @@ class Decoder:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    def unreadable(self, reason: str) -> UserError:
+        """Return what says that no frame can be read."""
+        return UserError(f"Cannot read {self.path} as a video: 0 frames read ({reason}). {REMEDY}")
+
+    def _pictures(self) -> av.VideoStream:
+        """Return the first stream of moving pictures: a song's cover is none."""
+        moving = [stream for stream in self._container.streams.video if not stream.disposition & _COVERS]
+        if not moving:
+            raise UserError(f"{self.path} has no moving pictures, sound alone perhaps. Give a file that has some.")
+        codec = moving[0].codec_context
+        if codec is None:
+            raise self.unreadable("no decoder knows what its pictures are compressed by")
+        if codec.width * codec.height > _MOST_PIXELS:
+            raise UserError(
+                f"{self.path} claims frames of {codec.width} x {codec.height} pixels; at most {_MOST_PIXELS:,} are "
+                "read. Make it smaller (ffmpeg -i IN -vf scale=4096:-2 OUT.mp4)."
+            )
+        codec.options = {"max_pixels": str(_MOST_PIXELS)}
+        return moving[0]
+
     def _decoded(self) -> Generator[av.VideoFrame]:
         try:
             for packet in self._container.demux(self._stream):
@@ -142,6 +177,18 @@ class Decoder:
             return 3600 * hours + 60 * minutes + seconds - float(self.start)
         alone = len(self._container.streams) == 1
         return (self._container.duration or 0) / av.time_base if alone else 0.0
+
+
+def _orientation(frame: av.VideoFrame) -> tuple[bool, int | None]:
+    """Return whether a frame's rows are shown as columns, and what OpenCV's flip then does; None: nothing."""
+    tag = cast(Mapping[str, Buffer], frame.side_data).get("DISPLAYMATRIX")
+    if tag is None:
+        return False, None
+    # ISO 14496-12, 8.3.2: (x, y) is shown at (a x + c y, b x + d y)
+    a, b, _, c, d = struct.unpack("=5i", bytes(tag)[:20])
+    swapped = abs(b) + abs(c) > abs(a) + abs(d)
+    across, down = (c < 0, b < 0) if swapped else (a < 0, d < 0)
+    return swapped, {(True, False): 1, (False, True): 0, (True, True): -1}.get((across, down))
 
 
 def rgb(image: np.ndarray) -> np.ndarray:

@@ -46,10 +46,7 @@ def open_decoder(path: Path) -> Decoder:
         UserError: the file is missing or no video.
     """
     file_key(path)
-    try:
-        return Decoder(path, threads=1)
-    except UserError as error:
-        raise UserError(f"{error} It is damaged or no video: replace it.") from None
+    return Decoder(path, threads=1)
 
 
 def time_of(decoder: Decoder) -> float:

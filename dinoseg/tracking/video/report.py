@@ -4,6 +4,7 @@ import csv
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from dinoseg.errors import UserError
 from dinoseg.images import read_ids
 from dinoseg.inference.inputs import FrameReader, open_frames
 from dinoseg.inference.stream import Throughput, run_pipeline
-from dinoseg.inference.video_file import VideoWriter
+from dinoseg.inference.video_writer import VideoWriter
 from dinoseg.report.overlay import blend, smooth_blocks
 from dinoseg.storage.atomic import whole_file, write_json
 from dinoseg.tracking.video.mask_folder import Look
@@ -40,6 +41,15 @@ class ObjectRow(NamedTuple):
     top: int
     right: int
     bottom: int
+
+
+class _Masked(NamedTuple):
+    """A frame (H, W, 3), when it is shown, and its mask (H, W)."""
+
+    position: int
+    frame: np.ndarray
+    time: Fraction | None
+    mask: np.ndarray
 
 
 def write_results(job: TrackJob, passed: Throughput, source: str, opacity: float) -> dict[str, Any]:
@@ -99,6 +109,8 @@ def write_track_report(
 ) -> tuple[list[int], Throughput]:
     """Write overlay.mp4 and objects.csv beside a run's masks; return all ids in them, and the frames and seconds.
 
+    The overlay has the times, sound and colours of a video, as those of mode=predict.
+
     objects.csv has a row for each object in each frame that shows it, and none where it is absent. Pixels are counted
     from 0; left, top, right and bottom are the outermost ones of the object, and its centre the mean of all.
 
@@ -109,19 +121,21 @@ def write_track_report(
     """
     seen: set[int] = set()
 
-    def infer(item: tuple[int, np.ndarray, np.ndarray]) -> tuple[np.ndarray, list[ObjectRow]]:
-        position, frame, mask = item
-        rows = object_rows(position, frames.frame_name(position), mask, look.background)
-        shown = mask if blocks is None or position == 0 else smooth_blocks(mask, blocks)
-        return blend(frame, shown, look.palette, opacity=opacity), rows
+    def infer(item: _Masked) -> tuple[np.ndarray, Fraction | None, list[ObjectRow]]:
+        rows = object_rows(item.position, frames.frame_name(item.position), item.mask, look.background)
+        shown = item.mask if blocks is None or item.position == 0 else smooth_blocks(item.mask, blocks)
+        return blend(item.frame, shown, look.palette, opacity=opacity), item.time, rows
 
-    def write(shown: tuple[np.ndarray, list[ObjectRow]]) -> None:
-        overlay, rows = shown
-        video.write(overlay)
+    def write(shown: tuple[np.ndarray, Fraction | None, list[ObjectRow]]) -> None:
+        overlay, time, rows = shown
+        video.write(overlay, time)
         table.writerows(rows)
         seen.update(row.id for row in rows)
 
-    with _table(folder / "objects.csv") as table, VideoWriter(folder / "overlay.mp4", frames.fps, frames.size) as video:
+    with (
+        _table(folder / "objects.csv") as table,
+        VideoWriter(folder / "overlay.mp4", frames.rate, frames.size, like=frames.traits) as video,
+    ):
         passed = run_pipeline(_with_masks(frames, folder / MASKS), infer, write, depth=_DEPTH)
     return sorted(seen), passed
 
@@ -142,13 +156,13 @@ def object_rows(position: int, name: str, mask: np.ndarray, background: int | No
     return rows
 
 
-def _with_masks(frames: FrameReader, masks: Path) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    for position, frame in enumerate(frames):
+def _with_masks(frames: FrameReader, masks: Path) -> Iterator[_Masked]:
+    for position, (frame, time) in enumerate(frames.timed()):
         path = masks / f"{frames.frame_name(position)}.png"
         mask = read_ids(path)
         if mask.shape != frame.shape[:2]:
             raise UserError(f"{path} is of another size than its frame: was it replaced? Track again.")
-        yield position, frame, mask
+        yield _Masked(position, frame, time, mask)
 
 
 @contextmanager

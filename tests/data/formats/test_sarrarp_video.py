@@ -146,7 +146,7 @@ def test_videos_that_are_missing_damaged_or_packed(root):
         load(root, "train", "avi")
     for name in ("train1/video_01", "train2/video_02_1"):
         (root / name / "video_left.avi").write_text("no video")
-    with pytest.raises(UserError, match=r"(?s)has no image with its mask:.*Cannot open .* as a video"):
+    with pytest.raises(UserError, match=r"(?s)has no image with its mask:.*Cannot read .* as a video"):
         load(root, "train", val_fraction=0.3)
 
 

@@ -255,10 +255,10 @@ def test_files_that_are_no_whole_video(avi, tmp_path, capfd):
     with pytest.raises(UserError, match=r"Cannot read the video .*gone\.avi: No such file"):
         read_frame(VideoFrame(tmp_path / "gone.avi", 0))
     (tmp_path / "text.avi").write_text("no video")
-    with pytest.raises(UserError, match=r"Cannot open .*text\.avi as a video"):
+    with pytest.raises(UserError, match=r"Cannot read .*text\.avi as a video"):
         read_frame(VideoFrame(tmp_path / "text.avi", 0))
     (tmp_path / "empty.avi").write_bytes(b"")
-    with pytest.raises(UserError, match=r"Cannot open .*empty\.avi as a video"):
+    with pytest.raises(UserError, match=r"Cannot read .*empty\.avi as a video"):
         read_frame(VideoFrame(tmp_path / "empty.avi", 0))
     (tmp_path / "cut.avi").write_bytes(avi.read_bytes()[: avi.stat().st_size // 2])
     with pytest.raises(UserError, match=r"cut\.avi is truncated: \d+ frames read, 61 promised"):
@@ -279,5 +279,5 @@ def test_many_videos_at_once(tmp_path, workers):
     assert list(found) == paths and [len(found[path]) for path in paths] == [1, 2, 3, 4]
     assert all(index.fps == 60 for index in found.values())
     assert [path.name for path in wrong] == ["bad.avi", "gone.avi"]
-    assert "Cannot open" in wrong[tmp_path / "bad.avi"] and "No such file" in wrong[tmp_path / "gone.avi"]
+    assert "Cannot read" in wrong[tmp_path / "bad.avi"] and "No such file" in wrong[tmp_path / "gone.avi"]
     assert len(list((tmp_path / "cache/videos").iterdir())) == 4, "no lock and no part is left"

@@ -1,0 +1,159 @@
+"""Videos written frame by frame, as any browser plays them."""
+
+import os
+from contextlib import suppress
+from fractions import Fraction
+from pathlib import Path
+from typing import cast
+
+import av
+import numpy as np
+from av.error import FFmpegError
+from av.video.codeccontext import VideoCodecContext
+from av.video.reformatter import VideoReformatter
+
+from dinoseg.errors import UserError
+from dinoseg.inference.sound import Sound
+from dinoseg.inference.video_file import VideoTraits
+from dinoseg.storage.atomic import part_of
+
+# H.264 plays everywhere; builds of PyAV without x264 have one of the others
+# (x264 by its trees of macroblocks gives other bytes for the second video of a process than for the first)
+_CODECS = {
+    "libx264": {"preset": "veryfast", "crf": "20", "x264-params": "mbtree=0"},
+    "libopenh264": {},
+    "libvpx-vp9": {"cpu-used": "8"},
+}
+_MATRICES = (1, 4, 5, 6, 7, 9)  # from RGB to what H.264 holds, by numbers of H.273; PyAV's are the same
+_UNTOLD = 2
+
+
+class VideoWriter:
+    """Writes RGB frames to an mp4 that plays in browsers, and appears under its name only when complete.
+
+    H.264 (yuv420p, its index in front). That needs even sides: an odd frame's last row or column is repeated once.
+    Leaving the `with` block by an exception leaves no file.
+
+    Args:
+        path: the file.
+        rate: frames per second, for frames without a time of their own.
+        size: (H, W) of the frames.
+        like: of the video whose frames these are: what is taken over; None: of frames alone.
+        cut: whether the sound ends with the pictures, too.
+
+    Raises:
+        UserError: no encoder works, or the file came out shorter than what was written (a full disk).
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        rate: float | Fraction,
+        size: tuple[int, int],
+        *,
+        like: VideoTraits | None = None,
+        cut: bool = False,
+    ) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.frames_written = 0
+        self._size, self._cut = size, cut
+        rate = rate if isinstance(rate, Fraction) else Fraction(rate).limit_denominator(1001)
+        self._tick = 1 / rate if like is None else like.tick
+        self._step = max(1, round(1 / rate / self._tick))  # ticks of a frame without a time
+        self._last = -self._step  # when the frame before was shown, in ticks
+        self._reformatter = VideoReformatter()
+        self._part = part_of(self.path)
+        codec = next((name for name in _CODECS if name in av.codecs_available), None)
+        if codec is None:
+            raise UserError(
+                f"Cannot write {path}: PyAV has none of the encoders {', '.join(_CODECS)}. Install av anew."
+            )
+        matrix = None if like is None else like.colours[2]
+        self._matrix = matrix if matrix in _MATRICES else None
+        try:
+            self._container = av.open(f"file:{self._part}", "w", format="mp4", options={"movflags": "+faststart"})
+            self._stream = cast(av.VideoStream, self._container.add_stream(codec, rate=rate, options=_CODECS[codec]))
+            self._describe(self._stream.codec_context, like)
+            self._sound = Sound(None if like is None else like.sound, self._container)
+        except FFmpegError as error:
+            self._part.unlink(missing_ok=True)
+            raise self._unwritable(str(error.strerror)) from error
+
+    def write(self, frame: np.ndarray, time: Fraction | None = None) -> None:
+        """Append one frame (H, W, 3) uint8 RGB, shown `time` seconds after the start; None: a frame after the last one.
+
+        Times that do not rise are moved by as little as they must.
+        """
+        if frame.shape[:2] != self._size:
+            raise ValueError(f"A frame {frame.shape[:2]} does not fit a video of {self._size} (H, W).")
+        height, width = self._size
+        if height % 2 or width % 2:
+            frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+        picture = self._reformatter.reformat(picture, format="yuv420p", dst_colorspace=self._matrix)
+        self._last = self._last + self._step if time is None else max(self._last + 1, round(time / self._tick))
+        picture.pts, picture.time_base, picture.duration = self._last, self._tick, self._step
+        try:
+            self._container.mux(self._stream.encode(picture))
+            self._sound.write_until((self._last + self._step) * self._tick)
+        except FFmpegError as error:
+            raise self._unwritable(str(error.strerror)) from error
+        self.frames_written += 1
+
+    def close(self) -> None:
+        """Finish the file, check that it holds every frame, and give it its name."""
+        reason = ""
+        try:
+            try:
+                self._container.mux(self._stream.encode(None))
+                if not self._cut:
+                    self._sound.write_until(None)
+                self._container.close()
+            except FFmpegError as error:
+                reason = f"{error.strerror}; "
+            stored = self._stored()
+            if reason or self.frames_written == 0 or stored < self.frames_written:
+                raise self._unwritable(f"{reason}{stored} of {self.frames_written} frames arrived")
+            self._sound.close()
+            os.replace(self._part, self.path)
+        except BaseException:  # a signal too
+            self.discard()
+            raise
+
+    def discard(self) -> None:
+        """Drop what was written."""
+        self._sound.close()
+        with suppress(FFmpegError):
+            self._container.close()
+        self._part.unlink(missing_ok=True)
+
+    def __enter__(self) -> "VideoWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.discard()
+
+    def _describe(self, codec: VideoCodecContext, like: VideoTraits | None) -> None:
+        height, width = (side + side % 2 for side in self._size)
+        codec.width, codec.height, codec.pix_fmt, codec.time_base = width, height, "yuv420p", self._tick
+        if like is not None:
+            codec.sample_aspect_ratio = like.aspect
+            codec.color_primaries, codec.color_trc, _ = like.colours
+            codec.colorspace = self._matrix or _UNTOLD
+
+    def _stored(self) -> int:
+        try:
+            with av.open(f"file:{self._part}") as written:
+                return written.streams.video[0].frames
+        except (FFmpegError, IndexError):
+            return 0
+
+    def _unwritable(self, reason: str) -> UserError:
+        return UserError(
+            f"Cannot write {self.path}: {reason}. Free some disk space, or choose another output folder with "
+            "hydra.run.dir."
+        )
