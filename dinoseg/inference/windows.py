@@ -1,6 +1,7 @@
 """Windows over an image: where they lie, how they are weighted, and rows that are done freed as soon as they are."""
 
 import itertools
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,9 @@ from dinoseg.model import Segmenter, Size, backbone_size
 from dinoseg.ranges import Count, Range, Scale
 from dinoseg.shapes import Prediction
 
+logger = logging.getLogger(__name__)
 Overlap = Annotated[float, Range("a number from 0 to 0.9", 0, 0.9)]
+Shortest = Annotated[int, Range("a whole number from 1 to 16384", 1, 2**14)]
 Turn = tuple[bool, bool, bool]  # rows and columns exchanged; then upside down; then left and right exchanged
 
 _AS_IT_IS: Turn = (False, False, False)
@@ -44,8 +47,9 @@ class Windows(Policy):
         size: height and width of a window, in pixels of the image; one number for both. A smaller image is one window.
         overlap: share of a window that the next one shows again.
         weights: cosine, by which what lies at a window's border counts little, or uniform.
-        average: probabilities, which are comparable between windows, mirrored images and scales; or the head's own
-            scores, as mmsegmentation does with logits and Meta with a mixture of masks.
+        average: probabilities, which are comparable between windows, mirrored images and scales; or scores, as
+            mmsegmentation and Meta do: windows of the head's own scores, and then images of other scales or mirrored,
+            from each of which windows are cut anew, of the softmax of these.
         batch_size: windows that the model sees at once.
         flips: none; horizontal: left and right exchanged, too; all: the eight of a square.
         scales: at which an image is seen, 1 as it is; the average over all is taken.
@@ -65,7 +69,7 @@ class Windows(Policy):
         batch_size: Count = 4,
         flips: str = "none",
         scales: Sequence[Scale] = (1.0,),
-        shortest: Count | None = None,
+        shortest: Shortest | None = None,
     ) -> None:
         self.size = (size, size) if isinstance(size, int) else (size[0], size[-1])
         if not isinstance(size, int) and len(size) != 2:
@@ -81,6 +85,7 @@ class Windows(Policy):
             raise UserError("inference.scales=[] leaves nothing to look at. Give [1.0] for the image as it is.")
         self.overlap, self.weights, self.average = overlap, weights, average
         self.batch_size, self.turns, self.scales, self.shortest = batch_size, TURNS[flips], scales, shortest
+        self._told = False  # that an image is not enlarged as far as `shortest` says
 
     def bands(
         self, model: Segmenter, rows: Rows, autocast: Autocast, *, size: Size | None = None, seen: Seen | None = None
@@ -101,36 +106,60 @@ class Windows(Policy):
         seen: Seen | None = None,
     ) -> Iterator[Prediction]:
         """Yield the same of images that are brought to `grid` (H, W) before windows are cut from them."""
-        if self.shortest is not None:
-            factor = self.shortest / min(grid)
-            factor = min(factor, max(1.0, math.sqrt(_MOST_PIXELS / math.prod(grid))))
-            grid = backbone_size(grid, factor, None)
-        size = size or rows.size
-        passes, streams = [], []
-        for number, scale in enumerate(self.scales):
+        grid, size = self._enlarged(grid), size or rows.size
+        views = [self.turns] if self.average == "probabilities" else [(turn,) for turn in self.turns]
+        passes: list[_Pass] = []
+        streams: list[Iterator[Tensor]] = []
+        for scale, turns in itertools.product(self.scales, views):
             scaled = backbone_size(grid, scale, None)
-            look = _Pass(self, model, autocast, seen if number == 0 else None)
+            look = _Pass(self, model, autocast, turns, seen if not passes else None)
             at_scale = rows if scaled == rows.size else ResizedRows(rows, scaled)
             passes.append(look)
             streams.append(at_size(look.averages(at_scale), scaled, size))
+        of_views = self.average == "scores" and len(streams) > 1
+        if of_views:
+            streams = [(band.softmax(dim=1) for band in stream) for stream in streams]
         for band in mean(streams):
-            yield Prediction(band, (band.shape[2], band.shape[3]), (1.0, 1.0), upsample, passes[0].mixture)
+            mixture = of_views or passes[0].mixture
+            yield Prediction(band, (band.shape[2], band.shape[3]), (1.0, 1.0), upsample, mixture)
+
+    def _enlarged(self, grid: Size) -> Size:
+        """Return `grid` (H, W) with its shorter side as `shortest` says, within bounds."""
+        if self.shortest is None:
+            return grid
+        wanted = self.shortest / min(grid)
+        factor = min(wanted, max(1.0, math.sqrt(_MOST_PIXELS / math.prod(grid))))
+        enlarged = backbone_size(grid, factor, None)
+        if factor < wanted and not self._told:
+            self._told = True
+            logger.warning(
+                "inference.shortest=%d would make an image of %d x %d (width x height) larger than %d megapixels: it "
+                "becomes %d x %d, and others of such a shape likewise. Give a smaller number, or null.",
+                self.shortest, grid[1], grid[0], _MOST_PIXELS >> 20, enlarged[1], enlarged[0],
+            )  # fmt: skip
+        return enlarged
 
 
 @dataclass
 class _Pass:
-    """One look at images of one scale."""
+    """One look at images of one scale, turned in some ways; windows are cut as of images in the first of these."""
 
     windows: Windows
     model: Segmenter
     autocast: Autocast
+    turns: Sequence[Turn]
     seen: Seen | None
     mixture: bool = True  # whether what is averaged are sums of probabilities
 
     def averages(self, rows: Rows) -> Iterator[Tensor]:
         """Yield bands (B, K, r, W) of weighted averages, each when no later window reaches it, and only until then."""
-        height, width = (min(side, most) for side, most in zip(self.windows.size, rows.size, strict=True))
+        exchanged, *flipped = self.turns[0]
+        sides, mirrored = (pair[::-1] if exchanged else pair for pair in (self.windows.size, flipped))
+        height, width = (min(side, most) for side, most in zip(sides, rows.size, strict=True))
         along = [starts(rows.size[axis], side, self.windows.overlap) for axis, side in enumerate((height, width))]
+        for axis, side in enumerate((height, width)):
+            if mirrored[axis]:
+                along[axis] = [rows.size[axis] - side - start for start in reversed(along[axis])]
         profiles = [profile(side, self.windows.weights) for side in (height, width)]
         totals = [covered(*given) for given in zip(rows.size, along, profiles, strict=True)]
         held: Tensor | None = None  # (B, K, height, W), from row `top` on
@@ -157,7 +186,7 @@ class _Pass:
     def _scores(self, crops: Tensor, places: Sequence[Place], size: Size) -> Tensor:
         """Return what is averaged (n, K, h, w) of crops (n, 3, h, w), as the mean over how they are turned."""
         total: Tensor | None = None
-        for turn in self.windows.turns:
+        for turn in self.turns:
             with self.autocast():
                 prediction = self.model(turned(crops, turn), reduce=False)
             if self.seen is not None and turn == _AS_IT_IS:
@@ -167,7 +196,7 @@ class _Pass:
             scores = turned_back(scores, turn)
             total = scores if total is None else total + scores
         assert total is not None
-        return total if len(self.windows.turns) == 1 else total / len(self.windows.turns)
+        return total if len(self.turns) == 1 else total / len(self.turns)
 
 
 def starts(length: int, window: int, overlap: float) -> list[int]:

@@ -2,6 +2,7 @@
 
 import itertools
 from contextlib import nullcontext
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dinoseg.backbones.rgb import RgbBackbone
+from dinoseg.config.checks import check_given
 from dinoseg.contracts import Head
 from dinoseg.errors import UserError
 from dinoseg.geometry import upsample
@@ -80,6 +82,38 @@ def test_published_windows_are_those_of_mmsegmentation(size, crop, overlap, stri
     policy = Windows(crop, overlap=overlap, weights="uniform", average="scores", batch_size=3)
     expected = np.stack([slid(model, image, crop, stride) for image in images])
     np.testing.assert_allclose(asked(model, images, policy).numpy(), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("mixture", [False, True])
+@pytest.mark.parametrize(("flips", "scales"), [("horizontal", (1.0, 0.7)), ("all", (1.0,))])
+def test_views_are_averaged_as_mmsegmentation_and_meta_do(flips, scales, mixture):
+    model, images = made(kernel=3, mixture=mixture), pictures(37, 29, count=1)
+    policy = Windows((13, 10), overlap=0.3, weights="uniform", average="scores", flips=flips, scales=scales)
+    views = []
+    for scale, turn in itertools.product(scales, TURNS[flips]):
+        size = [max(1, round(side * scale)) for side in (37, 29)]
+        scaled = images if scale == 1 else F.interpolate(images, size, mode="bilinear", antialias=True)
+        scores = torch.from_numpy(slid(model, turned(scaled, turn)[0], (13, 10), (9, 7)))[None]
+        views.append(F.interpolate(turned_back(scores, turn), (37, 29), mode="bilinear").softmax(dim=1))
+    averaged = asked(model, images, policy)
+    torch.testing.assert_close(averaged, torch.stack(views).mean(dim=0), rtol=0, atol=1e-12)
+    (band,) = islice(policy.bands(model, HeldRows(images), nullcontext), 1)
+    assert band.mixture  # sums of probabilities, which is what a softmax of logits is of
+
+
+def test_what_shortest_is_not_kept_to_is_said_once(caplog):
+    policy, model, seen = Windows(8, shortest=16384), made(), []
+    model.backbone.register_forward_pre_hook(lambda *_: seen.append(1) or (_ for _ in ()).throw(InterruptedError))
+    for _ in range(2):
+        with pytest.raises(InterruptedError):
+            asked(model, pictures(1, 2, count=1), policy)
+    (message,) = caplog.messages
+    assert message.startswith(
+        "inference.shortest=16384 would make an image of 2 x 1 (width x height) larger than 64 megapixels: it becomes "
+        "11585 x 5793, "
+    )
+    with pytest.raises(UserError, match="shortest=16385 is out of range. Give a whole number from 1"):
+        check_given("dinoseg.inference.windows.Windows", {"size": 8, "shortest": 16385})
 
 
 @pytest.mark.parametrize(("side", "overlap", "stride"), [(896, 0.3348, 596), (512, 0.334, 341), (512, 0.0, 512)])
