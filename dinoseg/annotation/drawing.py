@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dinoseg.annotation.between import Outline, between
 from dinoseg.annotation.polygon import figure, filled
 from dinoseg.annotation.rle import decode, values_of
 
@@ -26,6 +27,20 @@ class Polygons:
             points = np.frombuffer(ring).reshape(-1, 2)
             left, mask = filled(points, (canvas.shape[0], canvas.shape[1]))
             canvas[:, left : left + mask.shape[1]][mask] = value
+
+
+@dataclass(frozen=True, slots=True)
+class Between:
+    """A shape of a track at a share of the way from one keyframe to the next; drawn as a polygon."""
+
+    left: Outline
+    right: Outline
+    share: float
+
+    def paint(self, canvas: np.ndarray, value: int) -> None:
+        """Set the pixels of a canvas (H, W) that it covers."""
+        points = between(self.left, self.right, self.share).points()
+        Polygons((points.tobytes(),)).paint(canvas, value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +83,7 @@ class Figure:
         canvas[figure(self.kind, points, (canvas.shape[0], canvas.shape[1]))] = value
 
 
-Form = Polygons | Columns | Box | Figure
+Form = Polygons | Between | Columns | Box | Figure
 
 
 @dataclass(frozen=True)

@@ -24,23 +24,44 @@ class Labelled:
     area: float = 0
 
 
+@dataclass(frozen=True)
+class Clip:
+    """A video, or pictures in order, of which an annotation file names frames by their numbers.
+
+    Args:
+        source: the video's file, by its name alone; empty: not known.
+        subset: the part of a project that it belongs to.
+        frames: the numbers of those that are annotated, from 0.
+    """
+
+    source: str
+    subset: str
+    frames: range
+
+
 @dataclass
 class Entry:
     """One image of an annotation file.
 
     Args:
         path: the annotation file.
-        image: the image's file as the annotation file names it.
-        size: height and width.
+        image: the image's file as the annotation file names it; of a frame a name that is made for it.
+        size: height and width; None: the file does not say, and they are the image's own.
         shapes: in the order of the file.
         wrong: why it cannot be used; empty: it can.
+        subset: the part of a project that it belongs to, such as `Train`; empty: the file does not say.
+        clip: what it is a frame of; None: an image.
+        frame: its number there.
     """
 
     path: Path
     image: str
-    size: tuple[int, int]
+    size: tuple[int, int] | None
     shapes: list[Labelled] = field(default_factory=list)
     wrong: str = ""
+    subset: str = ""
+    clip: Clip | None = None
+    frame: int = 0
 
 
 @dataclass(frozen=True)

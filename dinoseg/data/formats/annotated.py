@@ -2,21 +2,28 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from dinoseg.annotation.drawing import Drawing
 from dinoseg.annotation.entry import Entry
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import Masks
-from dinoseg.data.formats.annotation_files import KINDS, AnnotationLayout, Kind, find_annotations, read_annotations
+from dinoseg.data.formats.annotated_images import Images, NotThere, name_of, size_of_image
+from dinoseg.data.formats.annotation_files import (
+    KINDS,
+    AnnotationLayout,
+    Kind,
+    find_annotations,
+    of_subset,
+    read_annotations,
+)
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.pairs.pairing import Lacking, gathered
 from dinoseg.data.splits import Partition, divide, read_name_list
 from dinoseg.errors import UserError
-from dinoseg.images import IMAGE_SUFFIXES
 from dinoseg.wording import count_of, listed, shown
 
 log = logging.getLogger(__name__)
@@ -66,6 +73,7 @@ def annotated_dataset(
     shapes: Shapes = Shapes(),  # noqa: B008 (frozen)
     masks: Masks = Masks(),  # noqa: B008 (frozen)
     partition: Partition = Partition(),  # noqa: B008 (frozen)
+    cache_dir: str | Path = "outputs/.cache",
 ) -> PairDataset:
     """Return the images that an annotation tool's files name, with the masks that their shapes draw.
 
@@ -80,6 +88,7 @@ def annotated_dataset(
         shapes: how they become a mask.
         masks: whether a mask of its image's proportions is resized.
         partition: what decides on which side of the split an image is.
+        cache_dir: where the videos' indexes are kept, for tracks.
 
     Raises:
         UserError: no annotation file or one that cannot be read, labels that are no class, images named twice, or
@@ -88,7 +97,9 @@ def annotated_dataset(
     if kind not in KINDS:
         raise UserError(f"data.reader.kind={kind} is unknown. Choose one of {', '.join(KINDS)}.")
     labels = Labels.of(classes, palette, ignore_index)
-    maker = _Maker(KINDS[kind], Path(root).expanduser(), layout, shapes, labels)
+    top = Path(root).expanduser()
+    images = Images(KINDS[kind], top, layout, Path(cache_dir))
+    maker = _Maker(KINDS[kind], top, layout, shapes, labels, images)
     pairs = divide(split, lambda side: maker.pairs(side, partition), partition)
     return gathered(pairs, split, labels, masks)
 
@@ -102,6 +113,7 @@ class _Maker:
     layout: AnnotationLayout
     shapes: Shapes
     labels: Labels
+    images: Images
     values: dict[str, int] = field(init=False)  # of each label that is known
     others: int | None = field(init=False)
     ground: int = field(init=False)
@@ -117,8 +129,11 @@ class _Maker:
 
     def pairs(self, split: str, partition: Partition) -> list[Pair | Lacking]:
         """Return what a split's annotation file, or its list of names, names; in the order of the names."""
-        place = find_annotations(self.kind, self.root, split, self.layout, by_split=partition.by == "folder")
+        by_split = partition.by == "folder"
+        place = find_annotations(self.kind, self.root, split, self.layout, by_split=by_split)
         entries = read_annotations(self.kind, place).entries
+        if by_split:
+            entries = of_subset(entries, self.layout.names(split)) or entries
         if partition.by == "lists":
             entries = self._of_list(entries, split, partition)
         if self.shapes.without_shapes == "skip":
@@ -127,8 +142,8 @@ class _Maker:
             raise UserError(f"{place} names no image{' with a shape' * (self.shapes.without_shapes == 'skip')}.")
         self._refuse_unknown(entries, place)
         self._tell_bare(entries, place)
-        images = self._image_folder(place, split, entries)
-        pairs = sorted((self._pair(entry, images) for entry in entries), key=lambda pair: pair.name)
+        folder = self.images.folder(place, split, entries)
+        pairs = sorted((self._pair(entry, folder) for entry in entries), key=lambda pair: pair.name)
         twice = [name for name, count in Counter(pair.name for pair in pairs).items() if count > 1]
         if twice:
             raise UserError(
@@ -154,7 +169,7 @@ class _Maker:
                 f"No file list for split {split}: data.reader.partition.lists has {', '.join(lists) or 'none'}. Add "
                 f"`{split}: <file>`."
             )
-        by_name = {_name(entry.image): entry for entry in entries}
+        by_name = {name_of(entry): entry for entry in entries}
         names = read_name_list(self.root / lists[split])
         if absent := [name for name in names if name not in by_name]:
             raise UserError(
@@ -186,56 +201,17 @@ class _Maker:
                 place, bare, len(entries), self.shapes.unlabelled,
             )  # fmt: skip
 
-    def _image_folder(self, place: Path, split: str, entries: Sequence[Entry]) -> Path:
-        """Return the folder that names of images start from."""
-        names = self.layout.names(split)
-        if self.layout.images is not None:
-            folders = [self.root / self.layout.images.replace("{split}", name) for name in names]
-            found = next((folder for folder in folders if folder.is_dir()), None)
-            if found is None:
-                raise UserError(f"data.reader.layout.images: no folder {folders[0]}. Give the folder of the images.")
-            return found
-        beside = place if self.kind.beside_images else place.parent
-        below = [self.root / pattern.format(name) for pattern in ("images/{}", "{}", "{}/images") for name in names]
-        for folder in (beside, *below, beside / "images", self.root / "images", self.root):
-            if any(_image_file(folder, entry.image) for entry in entries[:3]):
-                return folder
-        return beside
-
-    def _pair(self, entry: Entry, images: Path) -> Pair | Lacking:
-        name = _name(entry.image)
-        if not _stays_below(entry.image):
-            raise UserError(
-                f"{entry.path} names the image {shown(entry.image)}, which would lie outside of its folder. Give names "
-                "that start from data.reader.layout.images."
-            )
-        if entry.wrong:
-            reason = entry.wrong if str(entry.path) in entry.wrong else f"{entry.path}: {entry.wrong}."
-            return Lacking(name, reason, "Correct the shapes in the tool, and export again.")
-        image = _image_file(images, entry.image)
-        if image is None:
-            reason = f"{entry.path} names the image {shown(entry.image)}, which is not in {images}."
-            return Lacking(name, reason, "Put the images there, or say where they are: data.reader.layout.images.")
+    def _pair(self, entry: Entry, folder: Path) -> Pair | Lacking:
+        name = name_of(entry)
+        try:
+            image = self.images.of(entry, folder)
+            if entry.wrong:
+                reason = entry.wrong if str(entry.path) in entry.wrong else f"{entry.path}: {entry.wrong}."
+                return Lacking(name, reason, "Correct the shapes in the tool, and export again.")
+            size = size_of_image(entry, image)
+        except NotThere as error:
+            return Lacking(name, str(error), "Put the images there, or say where they are: data.reader.layout.images.")
         by_area = self.shapes.order == "area"
         drawn = sorted(entry.shapes, key=lambda shape: (shape.depth, -shape.area if by_area else 0))
         forms = tuple((self.values.get(shape.label, self.others or 0), shape.form) for shape in drawn)
-        return Pair(name, image, Drawing(entry.path, entry.image, entry.size, self.ground, forms))
-
-
-def _name(image: str) -> str:
-    path = PurePosixPath(image.replace("\\", "/"))
-    return str(path.with_suffix("") if path.suffix.lower() in IMAGE_SUFFIXES else path)
-
-
-def _stays_below(image: str) -> bool:
-    path = PurePosixPath(image.replace("\\", "/"))
-    return not path.is_absolute() and ".." not in path.parts and "\0" not in image and ":" not in path.parts[0]
-
-
-def _image_file(folder: Path, image: str) -> Path | None:
-    """Return the file of an image's name, or that of another ending in its place."""
-    if not _stays_below(image):
-        return None
-    path = folder / image.replace("\\", "/")
-    others: Iterator[Path] = (path.with_suffix(suffix) for suffix in IMAGE_SUFFIXES)
-    return next((each for each in (path, *others) if each.is_file()), None)
+        return Pair(name, image, Drawing(entry.path, entry.image, size, self.ground, forms))

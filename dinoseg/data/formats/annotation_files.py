@@ -13,7 +13,11 @@ from dinoseg.errors import UserError
 from dinoseg.storage.files import check_regular, visible_files
 from dinoseg.wording import listed
 
-_ALIASES = {"train": ("train", "train2017", "training"), "val": ("val", "valid", "validation", "val2017")}
+_ALIASES = {
+    "train": ("train", "train2017", "training", "Train"),
+    "val": ("val", "valid", "validation", "val2017", "Val", "Validation"),
+    "test": ("test", "test2017", "Test"),
+}
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class Kind:
     by_split: Sequence[str]
     single: Sequence[str]
     beside_images: bool = False  # a file for each image
+    subsets: bool = False  # one file may say which split each image is of
 
 
 KINDS = {
@@ -65,6 +70,7 @@ KINDS = {
         read_cvat,
         ("{split}.xml", "{split}/annotations.xml", "annotations/{split}.xml"),
         ("annotations.xml", "annotations/annotations.xml"),
+        subsets=True,
     ),
     "labelme": Kind(
         "LabelMe", read_labelme, ("{split}", "annotations/{split}"), (".", "annotations"), beside_images=True
@@ -85,6 +91,10 @@ def find_annotations(kind: Kind, root: Path, split: str, layout: AnnotationLayou
     found = [place for place in places if (_holds_json(place) if kind.beside_images else place.is_file())]
     if found:
         return found[0]
+    if by_split and kind.subsets:
+        for place in (root / pattern for pattern in kind.single):
+            if place.is_file() and of_subset(read_annotations(kind, place).entries, layout.names(split)):
+                return place
     tried = listed([str(place.relative_to(root)) for place in places], 20)
     single = [pattern for pattern in kind.single if (root / pattern).is_file()] if by_split else []
     if kind.beside_images and by_split and _holds_json(root):
@@ -120,6 +130,12 @@ def read_annotations(kind: Kind, place: Path) -> Annotations:
             entries += [replace(entry, image=(inner / entry.image).as_posix()) for entry in held.entries]
             labels.update(held.labels)
     return Annotations(sorted(labels), entries)
+
+
+def of_subset(entries: Sequence[Entry], names: Sequence[str]) -> list[Entry]:
+    """Return what is of the part of a project that has one of these names, in capitals or not."""
+    wanted = {name.lower() for name in names}
+    return [entry for entry in entries if entry.subset.lower() in wanted]
 
 
 def labels_below(kind: Kind, root: Path, layout: AnnotationLayout) -> list[str]:

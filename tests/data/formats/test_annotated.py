@@ -361,10 +361,7 @@ def test_files_of_cvat_that_are_refused(tmp_path, shapes, changes, wrong):
         opened("cvat", cvat(tmp_path / "train.xml", shapes, **changes))
 
 
-def test_tracks_and_other_xml(tmp_path):
-    (tmp_path / "train.xml").write_text("<annotations><track id='0' label='leaf'></track></annotations>")
-    with pytest.raises(UserError, match='export the task as "CVAT for images 1.1"'):
-        opened("cvat", tmp_path)
+def test_other_xml_and_none(tmp_path):
     (tmp_path / "train.xml").write_text("<svg/>")
     with pytest.raises(UserError, match="no element <annotations>"):
         opened("cvat", tmp_path)

@@ -1,0 +1,111 @@
+"""Polygons, boxes and ellipses of CVAT, and what lies between two of them in a track: CVAT's own interpolation."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+_CORNERS = 720  # of an ellipse
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """A shape as CVAT says it.
+
+    Args:
+        kind: `polygon`, `box` or `ellipse`.
+        numbers: float64 in bytes: x, y of each corner; left, top, right, bottom; or middle x, y and the two radii.
+        turned: degrees clockwise, about the middle.
+    """
+
+    kind: str
+    numbers: bytes
+    turned: float = 0
+
+    def points(self) -> np.ndarray:
+        """Return its corners (N, 2)."""
+        values = np.frombuffer(self.numbers)
+        if self.kind == "polygon":
+            points = values.reshape(-1, 2)
+        elif self.kind == "box":
+            points = values[[0, 1, 2, 1, 2, 3, 0, 3]].reshape(4, 2)
+        else:
+            turns = np.arange(_CORNERS) * (2 * math.pi / _CORNERS)
+            points = np.stack([np.cos(turns), np.sin(turns)], axis=1) * values[2:] + values[:2]
+        if not self.turned:
+            return points
+        cos, sin = math.cos(math.radians(self.turned)), math.sin(math.radians(self.turned))
+        centre = (points.min(axis=0) + points.max(axis=0)) / 2
+        return (points - centre) @ np.array([[cos, sin], [-sin, cos]]) + centre
+
+
+def between(left: Outline, right: Outline, share: float) -> Outline:
+    """Return the shape of a track at a share, 0 to 1, of the way from one keyframe to the next, both of one kind.
+
+    The numbers of boxes and ellipses, and the angle the shorter way round, move in proportion. Corners of polygons are
+    matched by how far along the border they lie, and so do theirs (get_interpolated_shapes of CVAT's annotation.py).
+    """
+    starts, ends = np.frombuffer(left.numbers), np.frombuffer(right.numbers)
+    if left.kind == "polygon":
+        points = _between_polygons(starts.reshape(-1, 2), ends.reshape(-1, 2), share)
+        return Outline("polygon", points.tobytes(), left.turned)
+    angle = (right.turned - left.turned + 180) % 360 - 180
+    angle = 1 if angle == -180 else angle  # so it is in CVAT: half a turn leaves both shapes as they are
+    return Outline(left.kind, (starts + (ends - starts) * share).tobytes(), (left.turned + angle * share) % 360)
+
+
+def _between_polygons(left: np.ndarray, right: np.ndarray, share: float) -> np.ndarray:
+    left, right = np.concatenate([left, left[:1]]), np.concatenate([right, right[:1]])
+    matches = _matches(_along(left), _along(right))
+    pairs = [(number, other) for number, others in enumerate(matches) for other in others]
+    starts, ends = (points[list(which)] for points, which in zip((left, right), zip(*pairs, strict=True), strict=True))
+    moved = starts + (ends - starts) * share
+    first = np.cumsum([0, *map(len, matches)])  # where the points that a corner becomes stand in them
+    kept: list[np.ndarray] = []
+    start = 0
+    while start < len(matches):
+        stop = start + 1
+        if len(matches[start]) > 1:  # one corner becomes several
+            kept += _thinned(moved[first[start] : first[stop]], right[matches[start][0] : matches[start][-1] + 1])
+        else:
+            while stop < len(matches) and matches[stop] == matches[start]:
+                stop += 1
+            kept += _thinned(moved[first[start] : first[stop]], left[start:stop])
+        start = stop
+    return np.stack(kept[:-1])
+
+
+def _along(points: np.ndarray) -> np.ndarray:
+    """Return for each point of a line (N, 2) which share of its length lies before it."""
+    lengths = np.cumsum(np.sqrt((np.diff(points, axis=0) ** 2).sum(axis=1)))
+    return np.concatenate([[0], lengths / (lengths[-1] or 1)])
+
+
+def _matches(left: np.ndarray, right: np.ndarray) -> list[list[int]]:
+    """Return for each point of the left which of the right it becomes: the nearest, and all that have none else."""
+    nearest = _nearest(left, right)
+    matches = [[other] for other in nearest.tolist()]
+    alone = np.setdiff1d(np.arange(len(right)), nearest)
+    for other, number in zip(alone.tolist(), _nearest(right[alone], left).tolist(), strict=True):
+        matches[number].append(other)
+    return [sorted(others) for others in matches]
+
+
+def _nearest(values: np.ndarray, line: np.ndarray) -> np.ndarray:
+    """Return the position in a rising line of what is nearest to each value; of equally near ones the first."""
+    above = np.searchsorted(line, values).clip(1, len(line) - 1)
+    nearer = np.where(np.abs(values - line[above - 1]) <= np.abs(values - line[above]), above - 1, above)
+    return np.searchsorted(line, line[nearer])
+
+
+def _thinned(points: np.ndarray, border: np.ndarray) -> list[np.ndarray]:
+    """Leave out points that lie nearer to the last one kept than half a mean edge of the border they come from."""
+    least = np.sqrt((np.diff(border, axis=0) ** 2).sum(axis=1)).sum() / (2 * len(border))
+    kept = [points[0]]
+    if len(points) == 1:
+        return kept
+    for point in points[1:-1]:
+        if math.dist(point, kept[-1]) >= least:
+            kept.append(point)
+    kept.append(points[-1])
+    return [(points[0] + points[-1]) / 2] if len(kept) == 2 and math.dist(*kept) < least else kept

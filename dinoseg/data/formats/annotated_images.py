@@ -1,0 +1,190 @@
+"""Where the images that annotation files name lie: files below a folder, and frames of videos."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from dinoseg.annotation.entry import Clip, Entry, size_of
+from dinoseg.data.formats.annotation_files import AnnotationLayout, Kind
+from dinoseg.data.video.access import ImageSource, VideoFrame
+from dinoseg.data.video.index import index_videos
+from dinoseg.data.video.length import VIDEO_SUFFIXES
+from dinoseg.errors import UserError
+from dinoseg.images import IMAGE_SUFFIXES, read_size
+from dinoseg.storage.files import entries as files_in
+from dinoseg.storage.natural_order import natural_order
+from dinoseg.wording import count_of, shown
+
+
+class NotThere(ValueError):
+    """An image is not where it is looked for; says so."""
+
+
+@dataclass
+class Images:
+    """Finds the images of entries.
+
+    Args:
+        kind: of the annotation files.
+        root: folder that the layout starts from.
+        layout: where the files lie.
+        cache_dir: where the videos' indexes are kept.
+    """
+
+    kind: Kind
+    root: Path
+    layout: AnnotationLayout
+    cache_dir: Path
+    _clips: dict[tuple[Path, Clip], "Path | Sequence[Path]"] = field(default_factory=dict)
+
+    def folder(self, place: Path, split: str, entries: Sequence[Entry]) -> Path:
+        """Return the folder that names of images start from, or the one video.
+
+        Args:
+            place: the annotation file, of LabelMe the folder of files.
+            split: whose entries they are.
+            entries: of which the first are looked for.
+
+        Raises:
+            UserError: the layout names a folder that is not there.
+        """
+        names = self.layout.names(split)
+        if self.layout.images is not None:
+            folders = [self.root / self.layout.images.replace("{split}", name) for name in names]
+            if found := next((folder for folder in folders if folder.is_dir() or _is_video(folder)), None):
+                return found
+            raise UserError(
+                f"data.reader.layout.images: no folder {folders[0]}. Give the folder of the images (of a video its "
+                "frames' folder, or its file)."
+            )
+        beside = place if self.kind.beside_images else place.parent
+        below = [self.root / pattern.format(name) for pattern in ("images/{}", "{}", "{}/images") for name in names]
+        for folder in (beside, *below, beside / "images", self.root / "images", self.root):
+            if any(self._is_there(folder, entry) for entry in entries[:3]):
+                return folder
+        return beside
+
+    def of(self, entry: Entry, folder: Path) -> ImageSource:
+        """Return the image of an entry, which is that of another ending where there is none of its own.
+
+        Raises:
+            UserError: its name leads out of the folder.
+            NotThere: it cannot be found.
+        """
+        for name in (entry.image, entry.subset, entry.clip.source if entry.clip else ""):
+            if name and not stays_below(name):
+                raise UserError(
+                    f"{entry.path} names the image {shown(name)}, which would lie outside of its folder. Give names "
+                    "that start from data.reader.layout.images."
+                )
+        if entry.clip is not None:
+            return self._frame(entry, entry.clip, folder)
+        found = _image_file(folder, entry)
+        if found is None:
+            raise NotThere(f"{entry.path} names the image {shown(entry.image)}, which is not in {folder}.")
+        return found
+
+    def _is_there(self, folder: Path, entry: Entry) -> bool:
+        try:
+            return bool(self.of(entry, folder))
+        except (NotThere, UserError):
+            return False
+
+    def _frame(self, entry: Entry, clip: Clip, folder: Path) -> ImageSource:
+        if (folder, clip) not in self._clips:
+            self._clips[folder, clip] = self._clip(clip, folder)
+        found = self._clips[folder, clip]
+        if isinstance(found, Path):
+            return VideoFrame(found, entry.frame, self.cache_dir)
+        position = entry.frame if len(found) == clip.frames[-1] + 1 else clip.frames.index(entry.frame)
+        return found[position]
+
+    def _clip(self, clip: Clip, folder: Path) -> "Path | Sequence[Path]":
+        """Return a video, or pictures of which the frames' numbers, or positions among them, are the places."""
+        if _is_video(folder):
+            return self._video(folder, clip)
+        for base in (folder, folder / clip.subset):
+            if clip.source and _is_video(base / clip.source):
+                return self._video(base / clip.source, clip)
+            if _named(base, f"frame_{clip.frames[0]:06d}"):
+                return [_named(base, name := f"frame_{frame:06d}") or base / f"{name}.png" for frame in clip.frames]
+        pictures = [path for path in files_in(folder) if path.suffix.lower() in IMAGE_SUFFIXES]
+        last = clip.frames[-1]
+        if len(pictures) not in (len(clip.frames), last + 1):
+            what = f"the video {clip.source} " if clip.source else "its video "
+            raise NotThere(
+                f"Frames {clip.frames[0]} to {last} are not in {folder}: there are neither {what}nor pictures "
+                f"frame_{clip.frames[0]:06d} and so on, nor {last + 1} pictures (but {len(pictures)})."
+            )
+        if pictures != sorted(pictures, key=lambda path: natural_order(path.name)):
+            raise NotThere(
+                f"Frames {clip.frames[0]} to {last} are pictures of {folder} whose order is not sure: by letters, as "
+                f'CVAT has them, it is another than by numbers. Export the task as "CVAT for images 1.1".'
+            )
+        return pictures
+
+    def _video(self, path: Path, clip: Clip) -> Path:
+        indexes, wrong = index_videos([path], self.cache_dir)
+        if path not in indexes:
+            raise NotThere(wrong[path])
+        if len(indexes[path]) <= clip.frames[-1]:
+            raise NotThere(
+                f"{path} has {count_of(range(len(indexes[path])), 'frame')}, and the annotations are of frames "
+                f"{clip.frames[0]} to {clip.frames[-1]}: it is another video."
+            )
+        return path
+
+
+def size_of_image(entry: Entry, image: ImageSource) -> tuple[int, int]:
+    """Return height and width of an entry's image, as its file says where the annotations do not.
+
+    Raises:
+        NotThere: it cannot be read, or is too large.
+    """
+    if entry.size is not None:
+        return entry.size
+    if isinstance(image, VideoFrame):
+        raise NotThere(f"{entry.path} does not say how large the frames of {image.path} are (original_size).")
+    try:
+        return size_of(*read_size(image))
+    except (UserError, ValueError) as error:
+        raise NotThere(f"{image}: {error}") from None
+
+
+def name_of(entry: Entry) -> str:
+    """Return an entry's name: that of its image without a picture's ending, below its part of a project."""
+    return f"{entry.subset}/{_unended(entry.image)}" if entry.subset else _unended(entry.image)
+
+
+def stays_below(image: str) -> bool:
+    """Return whether a name leads to nothing outside of its folder."""
+    path = PurePosixPath(image.replace("\\", "/"))
+    return not path.is_absolute() and ".." not in path.parts and "\0" not in image and ":" not in path.parts[0]
+
+
+def _unended(image: str) -> str:
+    path = PurePosixPath(image.replace("\\", "/"))
+    return str(path.with_suffix("") if path.suffix.lower() in IMAGE_SUFFIXES else path)
+
+
+def _is_video(path: Path) -> bool:
+    return path.suffix.lower() in VIDEO_SUFFIXES and path.is_file()
+
+
+def _named(folder: Path, name: str) -> Path | None:
+    return next((path for path in (folder / f"{name}{end}" for end in _endings()) if path.is_file()), None)
+
+
+def _endings() -> Iterator[str]:
+    return (case for suffix in IMAGE_SUFFIXES for case in (suffix, suffix.upper()))
+
+
+def _image_file(folder: Path, entry: Entry) -> Path | None:
+    """Return the file of an image's name, or that of another ending in its place."""
+    image = entry.image.replace("\\", "/")
+    for base in dict.fromkeys((folder, folder / entry.subset)):
+        if (path := base / image).is_file():
+            return path
+        if other := _named(base, _unended(image)):
+            return other
+    return None
