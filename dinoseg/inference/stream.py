@@ -11,6 +11,8 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
+from dinoseg.report.progress import awaited
+
 Read = TypeVar("Read")
 Done = TypeVar("Done")
 T = TypeVar("T")
@@ -99,7 +101,7 @@ class _Pipeline(Generic[Read, Done]):
             self._stop.set()
 
     def feed(self, read: Iterable[Read]) -> None:
-        for item in self._timed(read):
+        for item in awaited(read, self.times["read"].append):
             if not self._put(self._read, item):
                 return
         self._put(self._read, _End.END)
@@ -117,17 +119,6 @@ class _Pipeline(Generic[Read, Done]):
             with self._timing("write"):
                 write(item)
             self.written += 1
-
-    def _timed(self, read: Iterable[Read]) -> Iterator[Read]:
-        iterator = iter(read)
-        while True:
-            start = time.perf_counter()
-            try:
-                item = next(iterator)
-            except StopIteration:
-                return
-            self.times["read"].append(time.perf_counter() - start)
-            yield item
 
     @contextmanager
     def _timing(self, stage: str) -> Iterator[None]:

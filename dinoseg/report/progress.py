@@ -1,13 +1,31 @@
 """Progress that can be read anywhere: a bar on a terminal; in a pipe or a file, one line every few seconds."""
 
 import sys
-from typing import Any
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from dinoseg.wording import printable
 
+T = TypeVar("T")
 _EVERY = 5.0  # seconds between two lines
+
+
+def awaited(
+    items: Iterable[T], tell: Callable[[float], None], clock: Callable[[], float] = time.perf_counter
+) -> Iterator[T]:
+    """Yield from `items`, and tell the seconds that each took to come."""
+    iterator = iter(items)
+    while True:
+        asked = clock()
+        try:
+            item = next(iterator)
+        except StopIteration:
+            return
+        tell(clock() - asked)
+        yield item
 
 
 class Bar(tqdm):

@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 from tqdm import tqdm
 
+from dinoseg.report.progress import awaited
 from dinoseg.wording import count_of
 
 logger = logging.getLogger(__name__)
@@ -77,16 +78,12 @@ class Meter:
 
     def waiting(self, batches: Iterable[T]) -> Iterator[T]:
         """Yield from `batches`, counting the time until each comes."""
-        iterator = iter(batches)
-        while True:
-            asked = self._clock()
-            try:
-                batch = next(iterator)
-            except StopIteration:
-                return
+
+        def count(seconds: float) -> None:
             for window in (self._row, self._status):
-                window.waited += self._clock() - asked
-            yield batch
+                window.waited += seconds
+
+        return awaited(batches, count, self._clock)
 
     def step(self, images: int, loss: float, rate: float) -> None:
         """Count one optimizer step of so many images."""
