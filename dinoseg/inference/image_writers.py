@@ -1,4 +1,4 @@
-"""Which further outputs of images there are, by the names that `mode.outputs` takes."""
+"""Which further outputs of images and frames there are, by the names that `mode.outputs` takes."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +19,7 @@ _MAKERS: Mapping[str, Callable[[Path, Labels, int | None, PredictedShapes], Imag
     "probabilities": lambda place, *_: Probabilities(place),
     "confidence": lambda place, *_: Confidence(place),
 }
+_OF_FRAMES = ("palette", "probabilities", "confidence")  # the others name picture files, which frames are not
 
 
 def image_writers(
@@ -36,8 +37,13 @@ def image_writers(
     return {name: _MAKERS[name](folder / name, labels, background, shapes) for name in outputs}
 
 
-def check_outputs(outputs: Sequence[str]) -> None:
-    """Refuse names that are no output, or stand twice.
+def frame_writer(name: str, folder: Path, labels: Labels) -> ImageWriter:
+    """Return the writer into `folder` of a further output of a video's frames, as `check_outputs` wants it."""
+    return _MAKERS[name](folder, labels, None, PredictedShapes())
+
+
+def check_outputs(outputs: Sequence[str], *, video: str | None = None) -> None:
+    """Refuse names that are no output, or none of frames where there is a `video`, or that stand twice.
 
     Raises:
         UserError: naming them.
@@ -49,3 +55,9 @@ def check_outputs(outputs: Sequence[str]) -> None:
         raise UserError(f"mode.outputs names {listed(unknown)}: choose some of {', '.join(_MAKERS)}.")
     if twice := [name for name, count in Counter(outputs).items() if count > 1]:
         raise UserError(f"mode.outputs names {listed(twice)} more than once: name each output once.")
+    tools = [name for name in outputs if name not in _OF_FRAMES]
+    if video is not None and tools:
+        raise UserError(
+            f"mode.outputs names {listed(tools)}, files of picture files, and {video} is a video: of its frames there "
+            f"are {', '.join(_OF_FRAMES)}. Leave videos out, or give a folder of frames (ffmpeg -i IN FRAMES/%09d.png)."
+        )

@@ -20,6 +20,7 @@ from dinoseg.inference.rows import Rows
 from dinoseg.model import Segmenter, Size, backbone_size
 
 _NOISE = 0.02  # share by which bytes a pixel may differ with the size, where they do not grow with it
+_FRAME_BYTES = 4  # of a pixel: colours and class id
 _PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 # (limit, usage, what of it is files that can be dropped) of both versions of control groups
 _FILES = (
@@ -148,6 +149,21 @@ def _taken(model: Segmenter, side: int, autocast: Autocast) -> _Taken:
         prediction.scores().max(dim=1).indices.to(torch.uint8)
     seen = math.prod(backbone_size((side, side), model.scale, None))
     return _Taken(seen, forward / seen, kept / seen, (peak.most - kept) / side**2)
+
+
+def check_frames(path: Path, size: Size, count: int) -> None:
+    """Refuse a video of which so many frames (H, W), with what is made of them, do not go into the free memory.
+
+    Raises:
+        UserError: naming its size, and what helps.
+    """
+    needed, free = _FRAME_BYTES * count * math.prod(size), free_bytes(torch.device("cpu"))
+    if needed > free:
+        raise UserError(
+            f"{path} has frames of {size[1]} x {size[0]} pixels; up to {count} of them at a time take "
+            f"{needed / 2**30:.1f} GiB, and {free / 2**30:.1f} are free. Lower mode.batch_size, or make it smaller "
+            "(ffmpeg -i IN -vf scale=1920:-2 OUT.mp4)."
+        )
 
 
 def free_bytes(device: torch.device) -> float:

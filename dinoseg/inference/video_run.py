@@ -1,6 +1,6 @@
 """A video through a model: decode | predict | write its overlay and masks."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fractions import Fraction
@@ -9,9 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
+from dinoseg.errors import UserError
 from dinoseg.images import write_png
-from dinoseg.inference.frame_classes import FrameClasses
+from dinoseg.inference.frame_classes import FrameClasses, SeenFrame
 from dinoseg.inference.image_run import DEPTH, ImageRun, Segmentation
+from dinoseg.inference.image_writers import frame_writer
+from dinoseg.inference.memory import check_frames
+from dinoseg.inference.outputs import ImagePrediction
 from dinoseg.inference.stream import Throughput, run_pipeline
 from dinoseg.inference.video_file import VideoReader
 from dinoseg.inference.video_writer import VideoWriter
@@ -32,12 +36,14 @@ class VideoOptions:
         skip: every so manieth frame is predicted.
         smooth: share of the frames before in a frame's class probabilities, below 1.
         frames: at most so many; None: all.
+        outputs: what else is written of each frame, as `check_outputs` wants it of videos.
     """
 
     masks: bool = False
     skip: int = 1
     smooth: float = 0.0
     frames: int | None = None
+    outputs: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -55,23 +61,43 @@ class VideoInput:
     path: Path | None = None
 
 
-def segment_video(by: Segmentation, video: VideoInput, run: ImageRun, options: VideoOptions) -> Throughput | None:
-    """Write NAME_overlay.mp4 and, if asked for, NAME_masks/%09d.png into a run's folder; None where both are done.
+def check_any(videos: Sequence[VideoInput], batch_size: int) -> None:
+    """Refuse videos of which none can be segmented: that is known before there is a model.
 
-    The result counts frames. What a camera gives ends with a first signal, and is whole then.
+    Raises:
+        UserError: naming them.
+    """
+    failures: list[str] = []
+    for video in videos:
+        try:
+            _open(video, batch_size).close()
+            return
+        except UserError as error:
+            failures.append(str(error))
+    raise UserError("\n".join(failures))
+
+
+def segment_video(by: Segmentation, video: VideoInput, run: ImageRun, options: VideoOptions) -> Throughput | None:
+    """Write NAME_overlay.mp4, and what else of each frame is asked for, into a run's folder; None where all is done.
+
+    Class ids are NAME_masks/%09d.png, further outputs files in NAME_palette and so on. The result counts frames. What a
+    camera gives ends with a first signal, and is whole then.
 
     Raises:
         UserError: the video cannot be read to its end, or the disk is full; nothing of it is left then.
         OSError: a mask cannot be written.
     """
-    target, masks = run.folder / f"{video.name}_overlay.mp4", run.folder / f"{video.name}_masks"
-    results = [target, masks] if options.masks else [target]
-    if video.path is not None and run.done.holds(video.name, video.path, results):
+    target = run.folder / f"{video.name}_overlay.mp4"
+    folders = {name: run.folder / f"{video.name}_{name}" for name in (*["masks"] * options.masks, *options.outputs)}
+    if video.path is not None and run.done.holds(video.name, video.path, [target, *folders.values()]):
         return None
-    classes = FrameClasses(by.predictor, skip=options.skip, smooth=options.smooth)
     with ExitStack() as stack:
-        reader = stack.enter_context(video.open())
-        folder = stack.enter_context(whole_folder(masks)) if options.masks else None
+        reader = stack.enter_context(_open(video, by.batch_size))
+        parts = {name: stack.enter_context(whole_folder(folder)) for name, folder in folders.items()}
+        masks = parts.pop("masks", None)
+        writers = [frame_writer(name, part, by.labels) for name, part in parts.items()]
+        kept = any(writer.needs_probabilities for writer in writers)
+        classes = FrameClasses(by.predictor, skip=options.skip, smooth=options.smooth, probabilities=kept)
         cut = options.frames is not None
         writer = stack.enter_context(VideoWriter(target, reader.rate, reader.size, like=reader.traits, cut=cut))
         total = min(filter(None, (reader.count, options.frames)), default=None)
@@ -81,15 +107,18 @@ def segment_video(by: Segmentation, video: VideoInput, run: ImageRun, options: V
             stop = stack.enter_context(ending_input())
             frames = takewhile(lambda _: not stop.asked, frames)
 
-        def infer(batch: list[_Frame]) -> list[tuple[_Frame, np.ndarray]]:
-            return list(zip(batch, classes.ids([frame for frame, _ in batch]), strict=True))
+        def infer(batch: list[_Frame]) -> list[tuple[_Frame, SeenFrame]]:
+            return list(zip(batch, classes.of([frame for frame, _ in batch]), strict=True))
 
-        def write(done: list[tuple[_Frame, np.ndarray]]) -> None:
+        def write(done: list[tuple[_Frame, SeenFrame]]) -> None:
             palette, ignored = by.labels.palette, by.labels.ignore_index
-            for (frame, time), ids in done:
-                if folder is not None:
-                    write_png(folder / f"{writer.frames_written:09d}.png", ids)
-                writer.write(blend(frame, ids, palette, ignore_index=ignored, opacity=by.opacity), time)
+            for (frame, time), seen in done:
+                shown = ImagePrediction(f"{writer.frames_written:09d}", reader.path, frame, *seen)
+                if masks is not None:
+                    write_png(masks / f"{shown.name}.png", seen.ids)
+                for further in writers:
+                    further.write(shown)
+                writer.write(blend(frame, seen.ids, palette, ignore_index=ignored, opacity=by.opacity), time)
             bar.update(len(done))
 
         passed = run_pipeline(_batches(frames, by.batch_size), infer, write, depth=DEPTH)
@@ -97,6 +126,16 @@ def segment_video(by: Segmentation, video: VideoInput, run: ImageRun, options: V
         run.done.note(video.name)
     passed.items = writer.frames_written
     return passed
+
+
+def _open(video: VideoInput, batch_size: int) -> VideoReader:
+    reader = video.open()
+    try:
+        check_frames(reader.path, reader.size, (2 * DEPTH + 3) * batch_size)  # in both queues, and in three hands
+    except UserError:
+        reader.close()
+        raise
+    return reader
 
 
 def _batches(frames: Iterable[_Frame], size: int) -> Iterator[list[_Frame]]:

@@ -24,7 +24,7 @@ from dinoseg.inference.results import mask_names, result_names
 from dinoseg.inference.stream import Throughput
 from dinoseg.inference.trained_sizes import keep_scale
 from dinoseg.inference.video_file import VideoReader
-from dinoseg.inference.video_run import VideoInput, VideoOptions, segment_video
+from dinoseg.inference.video_run import VideoInput, VideoOptions, check_any, segment_video
 from dinoseg.ranges import Count, LowShare, Natural, Share
 from dinoseg.runs.settings import check_same_settings
 from dinoseg.runs.trained import Trained, load_trained, sizes_to_keep
@@ -59,35 +59,35 @@ def predict(
     An image gives the folder <stem>_segmentation and its class ids as masks/<name>.png, with masks/classes.json as
     mode=score takes them (`masks` false: none); a video <stem>_overlay.mp4 and, with `masks` true, the class ids of
     each frame as <stem>_masks/%09d.png. `outputs` names what is written of images beside, each in a folder of its
-    name; `shapes` says how class ids become shapes for annotation tools. What cannot be read is left out, and named at
-    the end. In a folder of the same model and settings it goes on where it stopped.
+    name, and of a video's frames as <stem>_palette and so on; `shapes` says how class ids become shapes for annotation
+    tools. What cannot be read is left out, and named at the end. In a folder of the same model and settings it goes on
+    where it stopped.
 
     Raises:
         UserError: nothing can be read, some inputs failed, or the folder's results were made by other settings.
     """
     if input is None or input == "":
         raise UserError("mode=predict needs something to segment: give input=<image, folder, glob or video>.")
-    check_outputs(outputs)
-    camera = camera_of(input)
-    paths, folder = list_inputs(str(input)) if camera is None else [], Path(out_dir)
-    options = VideoOptions(masks is True, skip, smooth, frames)
+    images, videos = _found(input)
+    check_outputs(outputs, video=str(videos[0].path or input) if videos else None)
+    if not images:
+        check_any(videos, batch_size)
+    folder, options = Path(out_dir), VideoOptions(masks is True, skip, smooth, frames, tuple(outputs))
     trained = load_trained(cfg)
     _refuse_slots(trained, cfg.get("resume"))
     beside = {"outputs": list(outputs), "shapes": asdict(shapes)} if outputs else {}
-    settings = _settings(cfg, {"masks": masks, "opacity": opacity, **asdict(options), **beside})
+    shown = {"masks": options.masks, "opacity": opacity, "skip": skip, "smooth": smooth, "frames": frames}
+    settings = _settings(cfg, {**shown, **beside})
     _check_earlier(folder, settings)
     keep_scale(trained.model, sizes_to_keep(trained, folder))
     labels = Labels.of(trained.classes, trained.palette, trained.ignore_index)
     by = Segmentation(trained.predictor, labels, opacity, batch_size)
-    writers = image_writers(outputs, folder, labels, background_of(cfg) if outputs else None, shapes)
+    writers = image_writers(outputs, folder, labels, background_of(cfg) if outputs and images else None, shapes)
     run = ImageRun(folder, None if masks is False else folder / FOLDER, DoneInputs(folder), list(writers.values()))
     try:
         write_json(folder / _RECORD, settings)
         remove_parts(folder, "**/.*.[0-9]*.part", "**/.*.[0-9]*.old")  # of a run that was killed
-        if camera is None:
-            totals = _segment_all(by, paths, str(input), run, options)
-        else:
-            totals = _segment_videos(by, [VideoInput(f"camera_{camera}", partial(open_camera, camera))], run, options)
+        totals = _segment_images(by, images, str(input), run) | _segment_videos(by, videos, run, options)
         if run.masks is not None and run.count:
             keys = mask_keys(cfg.data)
             write_class_record(run.masks, labels.classes, labels.palette, labels.ignore_index, keys)
@@ -95,11 +95,26 @@ def predict(
         raise UserError(
             f"Cannot write below {out_dir} ({error}). Free some disk space, or choose another hydra.run.dir."
         ) from error
-    if run.failures:
-        named = "".join(f"\n  {message}" for message in run.failures)
-        raise UserError(f"{len(run.failures)} of {len(paths) or 1} inputs failed, the rest is in {out_dir}:{named}")
+    _check_failures(run, len(images) + len(videos))
     print("\n".join(_written(run, totals, masks is True, outputs)))
     return {**totals, "run": str(out_dir)}
+
+
+def _found(source: str | int) -> tuple[list[tuple[Path, str]], list[VideoInput]]:
+    """Return the images, and what their results are called, and the videos that an input stands for."""
+    camera = camera_of(source)
+    if camera is not None:
+        return [], [VideoInput(f"camera_{camera}", partial(open_camera, camera))]
+    paths = list_inputs(str(source))
+    named = list(zip(paths, result_names(paths), strict=True))
+    videos = [VideoInput(name, partial(VideoReader, path), path) for path, name in named if is_video(path)]
+    return [entry for entry in named if not is_video(entry[0])], videos
+
+
+def _check_failures(run: ImageRun, count: int) -> None:
+    if run.failures:
+        named = "".join(f"\n  {message}" for message in run.failures)
+        raise UserError(f"{len(run.failures)} of {count} inputs failed, the rest is in {run.folder}:{named}")
 
 
 def _refuse_slots(trained: Trained, resume: str | None) -> None:
@@ -138,20 +153,14 @@ def _check_earlier(folder: Path, settings: dict[str, Any]) -> None:
     )  # fmt: skip
 
 
-def _segment_all(
-    by: Segmentation, paths: list[Path], source: str, run: ImageRun, options: VideoOptions
-) -> dict[str, Any]:
-    named = list(zip(paths, result_names(paths), strict=True))
-    images = [entry for entry in named if not is_video(entry[0])]
+def _segment_images(by: Segmentation, images: Sequence[tuple[Path, str]], source: str, run: ImageRun) -> dict[str, Any]:
+    if not images:
+        return {}
     targets = mask_names([path for path, _ in images], source)
-    totals: dict[str, Any] = {}
-    if images:
-        given = [ImageInput(path, name, target) for (path, name), target in zip(images, targets, strict=True)]
-        earlier, passed = segment_images(by, given, run)
-        totals = {"images": run.count, "images_per_s": (run.count - earlier) / passed.seconds}
-        _log("images", passed, count_of(run.count - earlier, "image"))
-    videos = [VideoInput(name, partial(VideoReader, path), path) for path, name in named if is_video(path)]
-    return totals | _segment_videos(by, videos, run, options)
+    given = [ImageInput(path, name, target) for (path, name), target in zip(images, targets, strict=True)]
+    earlier, passed = segment_images(by, given, run)
+    _log("images", passed, count_of(run.count - earlier, "image"))
+    return {"images": run.count, "images_per_s": (run.count - earlier) / passed.seconds}
 
 
 def _segment_videos(by: Segmentation, videos: list[VideoInput], run: ImageRun, options: VideoOptions) -> dict[str, Any]:
@@ -191,5 +200,5 @@ def _written(run: ImageRun, totals: Mapping[str, Any], video_masks: bool, output
     if run.count and outputs:
         yield f"beside:       {', '.join(str(run.folder / name) for name in outputs)}"
     if totals.get("frames"):
-        ids = " and *_masks" if video_masks else ""
-        yield f"videos:       {run.folder}/*_overlay.mp4{ids}, {count_of(totals['frames'], 'frame')}"
+        further = "".join(f", *_{name}" for name in (*["masks"] * video_masks, *outputs))
+        yield f"videos:       {run.folder}/*_overlay.mp4{further}, {count_of(totals['frames'], 'frame')}"

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,7 +18,7 @@ from dinoseg.data.formats.annotation_files import AnnotationLayout
 from dinoseg.data.splits import Partition
 from dinoseg.errors import UserError
 from dinoseg.images import read_ids, read_image, write_png
-from dinoseg.inference import image_run, inputs
+from dinoseg.inference import image_run, inputs, memory
 from dinoseg.inference.annotations import PredictedShapes
 from dinoseg.inference.video_file import VideoReader
 from dinoseg.modes import predict as mode
@@ -57,6 +58,11 @@ def trained(monkeypatch):
     fake = Trained(Brightness().eval(), engine, CLASSES, palette, 255, {})
     monkeypatch.setattr(mode, "load_trained", lambda cfg: fake)
     return fake
+
+
+@pytest.fixture
+def camera(monkeypatch):
+    monkeypatch.setattr(inputs, "_CAMERAS", {"linux": ("lavfi", "testsrc=size=64x48:rate={}0"), "darwin": ("", "")})
 
 
 CFG = OmegaConf.create(
@@ -302,6 +308,56 @@ def test_every_third_frame_is_predicted_and_held(trained, tmp_path):
     assert not np.array_equal(ids[0], ids[3])
 
 
+def test_further_outputs_of_a_video_are_of_each_frame(trained, tmp_path, capsys):
+    out, outputs = tmp_path / "out", ["palette", "probabilities", "confidence"]
+    video = random_video(tmp_path / "v.avi")
+    predict(video, out, masks=True, outputs=outputs, skip=2, smooth=0.5)
+    assert names(out) == ["v_confidence", "v_masks", "v_overlay.mp4", "v_palette", "v_probabilities"]
+    assert "v_overlay.mp4" not in capsys.readouterr().out.replace("*_overlay.mp4, *_masks, *_palette, *_prob", "")
+    mean = None
+    with VideoReader(video) as reader:
+        frames = list(reader)
+    for number, frame in enumerate(frames):
+        name = f"{number:09d}"
+        if number % 2 == 0:
+            scores = -np.abs(frame.astype(float).mean(axis=-1) - np.array([0, 128, 255])[:, None, None])
+            shares = np.exp(scores - scores.max(axis=0))
+            shares /= shares.sum(axis=0)
+            mean = shares if mean is None else 0.5 * mean + 0.5 * shares
+        np.testing.assert_allclose(np.load(out / f"v_probabilities/{name}.npy"), mean, atol=1e-3)
+        np.testing.assert_allclose(np.load(out / f"v_confidence/{name}.npy"), mean.max(axis=0), atol=1e-3)
+        for folder in ("v_masks", "v_palette"):
+            assert np.array_equal(read_ids(out / folder / f"{name}.png"), mean.argmax(axis=0))
+    trained.model.batches.clear()
+    predict(video, out, masks=True, outputs=outputs, skip=2, smooth=0.5)
+    assert trained.model.batches == []
+    shutil.rmtree(out / "v_palette")
+    predict(video, out, masks=True, outputs=outputs, skip=2, smooth=0.5)
+    assert len(names(out / "v_palette")) == 10
+
+
+def test_shapes_for_tools_are_refused_for_videos_before_the_model_is_loaded(monkeypatch, tmp_path, camera):
+    monkeypatch.setattr(mode, "load_trained", lambda cfg: pytest.fail("the model was loaded"))
+    random_image(tmp_path / "in/a.png")
+    random_video(tmp_path / "in/v.avi")
+    for source, named in ((tmp_path / "in", "in/v.avi"), (1, "1")):
+        with pytest.raises(UserError, match=rf"outputs names coco, cvat, files.*{named} is a video: .*palette, prob"):
+            predict(source, tmp_path / "out", outputs=["palette", "coco", "cvat"])
+
+
+def test_videos_of_which_none_can_be_read_are_named_before_the_model_is_loaded(monkeypatch, tmp_path):
+    monkeypatch.setattr(mode, "load_trained", lambda cfg: pytest.fail("the model was loaded"))
+    (tmp_path / "in").mkdir()
+    for name in ("a.mp4", "b.mkv"):
+        (tmp_path / "in" / name).write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"(?s)Cannot read .*a\.mp4 as a video.*\n.*Cannot read .*b\.mkv"):
+        predict(tmp_path / "in", tmp_path / "out")
+    random_video(tmp_path / "in/c.avi")
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 7 * 3 * 4 * 32 * 48 - 1)
+    with pytest.raises(UserError, match=r"c\.avi has frames of 48 x 32 pixels; up to 21 .*Lower mode\.batch_size"):
+        predict(tmp_path / "in/c.avi", tmp_path / "out")
+
+
 def noise_video(path, *, moving):
     draw, still = np.random.default_rng(0), np.random.default_rng(1).integers(0, 256, (32, 48, 1))
     writer = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*"FFV1"), 10, (48, 32))
@@ -322,11 +378,6 @@ def test_smoothing_lowers_flicker_and_leaves_a_still_scene_as_it_is(trained, tmp
     flicker = {smooth: np.mean(np.diff(masks(noisy, smooth).astype(int), axis=0) != 0) for smooth in (0, 0.5, 0.9)}
     assert flicker[0] > 0.1 and flicker[0.9] < 0.7 * flicker[0.5] < 0.7 * 0.9 * flicker[0]
     assert np.array_equal(masks(still, 0), masks(still, 0.9))
-
-
-@pytest.fixture
-def camera(monkeypatch):
-    monkeypatch.setattr(inputs, "_CAMERAS", {"linux": ("lavfi", "testsrc=size=64x48:rate={}0"), "darwin": ("", "")})
 
 
 def test_a_camera_is_read_for_so_many_frames(trained, tmp_path, camera):
