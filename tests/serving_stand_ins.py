@@ -10,7 +10,7 @@ from starlette.testclient import TestClient
 from dinoseg.portable.facts import Facts
 from dinoseg.portable.model import Model
 from dinoseg.serving.endpoint import endpoint
-from dinoseg.serving.guard import LOOPBACK
+from dinoseg.serving.guard import Hosts
 from dinoseg.serving.limits import Limits
 from dinoseg.serving.service import Service
 
@@ -50,7 +50,7 @@ def service(before=lambda images: None, *, batch_size=4, wait=0.0, **limits):
 
 
 @contextmanager
-def client(before=lambda images: None, hosts=LOOPBACK, **options):
+def client(before=lambda images: None, **options):
     with service(before, **options) as made:
-        with TestClient(endpoint(made, hosts), base_url="http://localhost") as asked:
+        with TestClient(endpoint(made, Hosts.of("127.0.0.1")), base_url="http://localhost") as asked:
             yield asked

@@ -6,14 +6,15 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from dinoseg.config.nodes import instantiate
 from dinoseg.ranges import Count, NotNegative
 from dinoseg.serving.app import App
-from dinoseg.serving.guard import hosts_of
+from dinoseg.serving.guard import Hosts
+from dinoseg.serving.jobs import uploads_folder
 from dinoseg.serving.limits import ClipLimits, Limits, Port
-from dinoseg.serving.server import bound, serve_until_signal
-from dinoseg.serving.service import Service
-from dinoseg.serving.source import load_served, tracker_maker, usual_batch
-from dinoseg.storage.atomic import scratch_folder
+from dinoseg.serving.server import serve_until_signal
+from dinoseg.serving.source import tracker_maker
+from dinoseg.serving.start import started
 
 
 def app(
@@ -32,14 +33,17 @@ def app(
     """Serve the app, and the endpoint of mode=serve beside it, until SIGINT or SIGTERM.
 
     Raises:
-        UserError: there is no model, or the port is taken.
+        UserError: there is no model, or the port is taken, or `hosts` or `cfg.tracker` say what cannot be.
     """
-    limits.check_wait(wait_ms)
-    with bound(host, port) as listener, scratch_folder(out_dir, "uploads") as uploads:
-        served = load_served(cfg, Path(out_dir), model)
-        service = Service(served, limits, batch_size=batch_size or usual_batch(served), wait=wait_ms / 1000)
-        made = App(service, clips, uploads, tracker_maker(cfg, served))
-        serve_until_signal(made.application(hosts_of(host, hosts)), listener, service.announce_stop)
-        service.close()
+    known, settings, run = Hosts.of(host, hosts), instantiate(cfg.tracker), Path(out_dir)
+    with (
+        uploads_folder(run) as uploads,
+        started(cfg, run, model=model, host=host, port=port, batch_size=batch_size, wait_ms=wait_ms, limits=limits) as (
+            listener,
+            service,
+        ),
+    ):
+        made = App(service, clips, uploads, tracker_maker(settings, service.model))
+        serve_until_signal(made.application(known), listener, service.announce_stop)
     print("stopped: all uploads are removed")
     return {"run": str(out_dir)}

@@ -8,11 +8,10 @@ from omegaconf import DictConfig
 
 from dinoseg.ranges import Count, NotNegative
 from dinoseg.serving.endpoint import endpoint
-from dinoseg.serving.guard import hosts_of
+from dinoseg.serving.guard import Hosts
 from dinoseg.serving.limits import Limits, Port
-from dinoseg.serving.server import bound, serve_until_signal
-from dinoseg.serving.service import Service
-from dinoseg.serving.source import load_served, usual_batch
+from dinoseg.serving.server import serve_until_signal
+from dinoseg.serving.start import started
 
 
 def serve(
@@ -30,13 +29,12 @@ def serve(
     """Answer POST /segment, /health and /metrics until SIGINT or SIGTERM; finish what is in hand then.
 
     Raises:
-        UserError: there is no model, or the port is taken.
+        UserError: there is no model, or the port is taken, or `hosts` are no names.
     """
-    limits.check_wait(wait_ms)
-    with bound(host, port) as listener:
-        served = load_served(cfg, Path(out_dir), model)
-        service = Service(served, limits, batch_size=batch_size or usual_batch(served), wait=wait_ms / 1000)
-        serve_until_signal(endpoint(service, hosts_of(host, hosts)), listener, service.announce_stop)
-    service.close()
+    known = Hosts.of(host, hosts)
+    with started(
+        cfg, Path(out_dir), model=model, host=host, port=port, batch_size=batch_size, wait_ms=wait_ms, limits=limits
+    ) as (listener, service):
+        serve_until_signal(endpoint(service, known), listener, service.announce_stop)
     print(f"stopped: {service.metrics.summary()}")
     return {"run": str(out_dir)}

@@ -1,7 +1,8 @@
-"""What a mask is sent as: a picture with a palette, plain ids, or run lengths."""
+"""What a mask is sent as: a picture with a palette, plain ids, run lengths, or colours over a frame."""
 
 import io
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,41 @@ from starlette.responses import JSONResponse, Response
 from dinoseg.annotation.rle import encode, to_text
 from dinoseg.portable.facts import Facts
 from dinoseg.report.indexed import indexed
+from dinoseg.report.overlay import blend, smooth_blocks
 from dinoseg.serving.limits import Refused
+from dinoseg.shapes import Palette
 
 FORMATS = ("palette", "ids", "rle")
+
+
+@dataclass(frozen=True)
+class Look:
+    """What ids in the masks of a clip are called and look like.
+
+    Args:
+        names: of an id.
+        palette: a colour for each.
+        ignore_index: shown as ignored.
+        opacity: 0..1, 1 = colours only.
+        hidden: ids that leave the frame as it is.
+        blocks: the grid (h, w) whose cells are blocks in all masks but the first.
+    """
+
+    names: Callable[[int], str]
+    palette: Palette
+    ignore_index: int = 255
+    opacity: float = 0.5
+    hidden: frozenset[int] = frozenset()
+    blocks: tuple[int, int] | None = None
+
+    def over(self, frame: np.ndarray, mask: np.ndarray, *, first: bool) -> np.ndarray:
+        """Return a frame (H, W, 3) uint8 with its mask (H, W) uint8 over it."""
+        shown = smooth_blocks(mask, self.blocks) if self.blocks and not first else mask
+        tinted = blend(frame, shown, self.palette, ignore_index=self.ignore_index, opacity=self.opacity)
+        if self.hidden:
+            plain = np.isin(shown, list(self.hidden))
+            tinted[plain] = frame[plain]
+        return tinted
 
 
 def wanted_format(request: Request) -> str:

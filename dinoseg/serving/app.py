@@ -1,11 +1,13 @@
 """The app: a page, pictures and short clips that people drop on it, and what is made of them."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+import base64
+import re
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from starlette.applications import Starlette
@@ -13,12 +15,12 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from dinoseg.images import write_png
 from dinoseg.report.palette import default_palette
-from dinoseg.serving.answers import areas, png
-from dinoseg.serving.clips import FRAME, MASKS, OVERLAY, Frames, Look, check_objects, kind_of, look_at, make_overlay
-from dinoseg.serving.endpoint import endpoint
-from dinoseg.serving.jobs import Job, Jobs, State
+from dinoseg.serving.answers import Look, areas, png
+from dinoseg.serving.clips import FRAME, MASKS, OVERLAY, Frames, check_objects, kind_of, look_at, make_overlay, redraw
+from dinoseg.serving.endpoint import counted, endpoint
+from dinoseg.serving.guard import Hosts
+from dinoseg.serving.jobs import Job, Jobs, not_kept
 from dinoseg.serving.limits import ClipLimits, HungUp, Refused
 from dinoseg.serving.requests import bounded
 from dinoseg.serving.service import Service
@@ -26,8 +28,7 @@ from dinoseg.tracking.tracker import Tracker
 
 _PAGE = Path(__file__).parent / "page"
 _PAGE_FILES = {"": "index.html", "style.css": "style.css", "app.js": "app.js", "paint.js": "paint.js"}
-_IDS, _MASK = "ids.png", "mask.png"
-_RESULTS = (_IDS, _MASK, FRAME, OVERLAY, MASKS)
+_RESULTS = (FRAME, OVERLAY, MASKS)
 _SWEEP = 5.0  # seconds between two looks for what nobody asks for any more
 _UPLOAD = 10  # a clip may take so many times as long to come as a picture
 _OBJECTS = default_palette(255)
@@ -49,15 +50,16 @@ class App:
         self._service, self._clips, self._tracker = service, clips, tracker
         self._jobs = Jobs(folder, clips)
 
-    def application(self, hosts: Sequence[str]) -> Starlette:
+    def application(self, hosts: Hosts) -> Starlette:
         """Return it, and the endpoint, as an ASGI application."""
         pages = [Route(f"/{path}", partial(_page, name)) for path, name in _PAGE_FILES.items()]
         routes = [
             Route("/app/about", self.about),
-            Route("/app/image", self.image, methods=["POST"]),
+            Route("/app/image", counted(self._service, self.image), methods=["POST"]),
             Route("/app/clip", self.clip, methods=["POST"]),
             Route("/app/{job}/segment", self.segment, methods=["POST"]),
             Route("/app/{job}/track", self.track, methods=["POST"]),
+            Route("/app/{job}/redraw", self.redraw, methods=["POST"]),
             Route("/app/{job}/cancel", self.cancel, methods=["POST"]),
             Route("/app/{job}", self.state),
             Route("/app/{job}", self.remove, methods=["DELETE"]),
@@ -81,23 +83,16 @@ class App:
         )
 
     async def image(self, request: Request) -> Response:
-        """Segment a picture; answer its size, areas and the id under which its masks are."""
+        """Segment a picture; answer its size, areas and mask, with the classes' colours and as grey ids."""
         facts = self._service.model.facts
 
-        def keep(ids: np.ndarray) -> dict[str, Any]:
-            (job.folder / _MASK).write_bytes(png(ids, facts.palette))
-            write_png(job.folder / _IDS, ids)
+        def encode(ids: np.ndarray) -> Response:
             height, width = ids.shape
-            return {"id": job.id, "width": width, "height": height, "areas": areas(ids, facts)}
+            pictures = {"mask": png(ids, facts.palette), "ids": png(ids, None)}
+            texts = {name: base64.b64encode(data).decode() for name, data in pictures.items()}
+            return JSONResponse({"width": width, "height": height, "areas": areas(ids, facts), **texts})
 
-        job = self._jobs.new()
-        try:
-            told = await self._service.segment(request, keep)
-        except BaseException:
-            self._jobs.remove(job)
-            raise
-        job.state = State.DONE
-        return JSONResponse(told)
+        return await self._service.segment(request, encode)
 
     async def clip(self, request: Request) -> Response:
         """Take a clip in; answer its size and length and the id under which its first frame is."""
@@ -105,9 +100,12 @@ class App:
         try:
             path = await self._received(job, request)
             await self._service.code(lambda: look_at(job, path, self._clips, self._service.limits.max_pixels))
-        except BaseException:
+        except BaseException as error:
             self._jobs.remove(job)
+            if isinstance(error, OSError):
+                raise not_kept(error) from error
             raise
+        self._jobs.arrived(job)
         return self._told(job)
 
     async def segment(self, request: Request) -> Response:
@@ -117,8 +115,8 @@ class App:
         def masks_of(frames: Frames) -> list[np.ndarray]:
             return [future.result() for future in [worker.submit(frame) for frame in frames]]
 
-        look = Look(facts.classes.__getitem__, facts.palette, facts.ignore_index, _opacity(request))
-        return self._begin(request, look, masks_of)
+        look = Look(facts.classes.__getitem__, facts.palette, facts.ignore_index)
+        return self._begin(request, look, partial(make_overlay, masks_of=masks_of))
 
     async def track(self, request: Request) -> Response:
         """Begin to follow the objects of a mask through a clip: its body has a byte a pixel of the first frame."""
@@ -133,7 +131,16 @@ class App:
             return worker.call(lambda: tracker.track(frames, given)).result()
 
         blocks = tracker.blocks((mask.shape[0], mask.shape[1]))
-        return self._begin(request, Look(_object_name, _OBJECTS, opacity=_opacity(request), blocks=blocks), masks_of)
+        return self._begin(
+            request, Look(_object_name, _OBJECTS, blocks=blocks), partial(make_overlay, masks_of=masks_of)
+        )
+
+    async def redraw(self, request: Request) -> Response:
+        """Begin to draw the overlay of the masks that a clip has once more: `hidden` are ids that are not shown."""
+        look = self._jobs.get(request.path_params["job"]).look
+        if look is None:
+            raise Refused(400, "no_masks", "Nothing was made of this clip yet: segment it first.")
+        return self._begin(request, replace(look, hidden=_hidden(request)), redraw)
 
     async def state(self, request: Request) -> Response:
         """Tell where a clip stands."""
@@ -142,7 +149,7 @@ class App:
     async def cancel(self, request: Request) -> Response:
         """End the work on a clip, which can be begun again."""
         job = self._jobs.get(request.path_params["job"])
-        job.cancelled.set()
+        self._jobs.cancel(job)
         return self._told(job)
 
     async def remove(self, request: Request) -> Response:
@@ -158,12 +165,11 @@ class App:
             raise Refused(404, "no_result", "There is no such result, or not yet.")
         return FileResponse(path)
 
-    def _begin(self, request: Request, look: Look, masks_of: Callable[[Frames], Sequence[np.ndarray]]) -> Response:
-        job = self._jobs.get(request.path_params["job"])
-        path = next(job.folder.glob("clip.*"), None)
-        if path is None:
-            raise Refused(400, "no_clip", "This upload is no clip.")
-        self._jobs.start(job, lambda job: make_overlay(job, path, self._clips, look, masks_of))
+    def _begin(self, request: Request, look: Look, make: Callable[[Job, Path, ClipLimits, Look], None]) -> Response:
+        """Begin to make a clip's overlay, as opaque as is asked for."""
+        job, look = self._jobs.get(request.path_params["job"]), replace(look, opacity=_opacity(request))
+        path = next(job.folder.glob("clip.*"))
+        self._jobs.start(job, lambda job: make(job, path, self._clips, look))
         return self._told(job)
 
     def _told(self, job: Job) -> Response:
@@ -224,3 +230,11 @@ def _opacity(request: Request) -> float:
     if not 0 <= opacity <= 1:
         raise Refused(400, "opacity", "opacity is a number from 0 (frame only) to 1 (colours only).")
     return opacity
+
+
+def _hidden(request: Request) -> frozenset[int]:
+    given = request.query_params.get("hidden", "")
+    words = given.split(",") if given else []
+    if not all(re.fullmatch("[0-9]{1,3}", word) and int(word) < 256 for word in words):
+        raise Refused(400, "hidden", "hidden are ids from 0 to 255 with commas between them, such as 0,3.")
+    return frozenset(map(int, words))

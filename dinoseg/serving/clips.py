@@ -2,24 +2,22 @@
 
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from dinoseg.errors import UserError
 from dinoseg.images import write_png
 from dinoseg.inference.stream import run_pipeline
 from dinoseg.inference.video_file import VideoReader
 from dinoseg.inference.video_writer import VideoWriter
-from dinoseg.report.overlay import blend, smooth_blocks
-from dinoseg.serving.answers import png
+from dinoseg.serving.answers import Look, png
 from dinoseg.serving.jobs import Job
 from dinoseg.serving.limits import ClipLimits, Refused
-from dinoseg.shapes import Palette
 from dinoseg.storage.atomic import whole_file
 
 FRAME, OVERLAY, MASKS = "frame.png", "overlay.mp4", "masks.zip"
@@ -33,17 +31,6 @@ _KINDS = {  # first bytes of video files to their suffix; ... stands for any byt
 
 Frames = list[np.ndarray]
 _Timed = list[tuple[np.ndarray, Fraction | None]]  # frames, and when they are shown
-
-
-@dataclass(frozen=True)
-class Look:
-    """What ids in masks are called and look like."""
-
-    names: Callable[[int], str]
-    palette: Palette
-    ignore_index: int = 255
-    opacity: float = 0.5
-    blocks: tuple[int, int] | None = None  # the grid (h, w) whose cells are blocks in all masks but the first
 
 
 def kind_of(start: bytes) -> str:
@@ -120,15 +107,24 @@ def make_overlay(
         def write(done: tuple[_Timed, Sequence[np.ndarray]]) -> None:
             nonlocal counts
             for (frame, time), mask in zip(*done, strict=True):
-                shown = smooth_blocks(mask, look.blocks) if look.blocks and job.done else mask
-                tinted = blend(frame, shown, look.palette, ignore_index=look.ignore_index, opacity=look.opacity)
-                writer.write(tinted, time)
+                writer.write(look.over(frame, mask, first=job.done == 0), time)
                 masks.writestr(f"{job.done:09d}.png", png(mask, tuple(look.palette)))
                 counts = counts + np.bincount(mask.ravel(), minlength=256)
                 job.done += 1
 
         run_pipeline(_batches(reader, limits), follow, write, depth=_DEPTH)
-    job.facts = {**job.facts, "areas": _areas(counts, job.done, look)}
+    job.facts, job.look = {**job.facts, "areas": _areas(counts, job.done, look)}, look
+
+
+def redraw(job: Job, path: Path, limits: ClipLimits, look: Look) -> None:
+    """Write a clip's overlay anew, of the masks that it has; raise what `make_overlay` does."""
+    with zipfile.ZipFile(job.folder / MASKS) as masks:
+        names = iter(masks.namelist())
+
+        def masks_of(frames: Frames) -> Sequence[np.ndarray]:
+            return [np.asarray(Image.open(masks.open(next(names)))) for _ in frames]
+
+        make_overlay(job, path, limits, look, masks_of)
 
 
 def _batches(reader: VideoReader, limits: ClipLimits) -> Iterator[_Timed]:

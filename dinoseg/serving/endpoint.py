@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 
 from starlette.applications import Starlette
@@ -14,27 +14,28 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import Lifespan
 
 from dinoseg.serving.answers import encoder, wanted_format
-from dinoseg.serving.guard import Guard
+from dinoseg.serving.guard import Guard, Hosts
 from dinoseg.serving.limits import HungUp, Refused
 from dinoseg.serving.service import Service
 
 logger = logging.getLogger(__name__)
+Answer = Callable[[Request], Awaitable[Response]]
 _GONE = 499  # nginx's number for a client that has hung up: nobody reads it, the metrics count it
 
 
 def endpoint(
-    service: Service, hosts: Sequence[str], further: Sequence[BaseRoute] = (), lifespan: Lifespan | None = None
+    service: Service, hosts: Hosts, further: Sequence[BaseRoute] = (), lifespan: Lifespan | None = None
 ) -> Starlette:
     """Return the endpoint as an ASGI application.
 
     Args:
         service: the model and its limits.
-        hosts: names by which it may be asked; none: by any.
+        hosts: by which it may be asked.
         further: routes beside it, looked at first.
         lifespan: what goes on beside the requests.
     """
     routes = [
-        Route("/segment", partial(_counted, service), methods=["POST"]),
+        Route("/segment", counted(service, partial(_segment, service)), methods=["POST"]),
         Route("/health", partial(_health, service)),
         Route("/metrics", partial(_metrics, service)),
         Route("/", _index),
@@ -54,29 +55,40 @@ def told(request: Request, error: Exception) -> Response:
     return JSONResponse({"error": {"rule": error.rule, "message": error.message}}, error.status, headers)
 
 
-async def _counted(service: Service, request: Request) -> Response:
-    start = time.perf_counter()
-    try:
-        answer = await _segment(service, request)
-    except Refused as error:
-        service.metrics.refused(error.rule)
-        answer = told(request, error)
-    except HungUp as error:
-        service.metrics.refused("hung_up")
-        answer = _told_nobody(request, error)
-    service.metrics.answered(answer.status_code, time.perf_counter() - start)
-    return answer
+def counted(service: Service, answer: Answer) -> Answer:
+    """Return what answers a request for a mask as one that the metrics count, whatever becomes of it."""
+
+    async def counting(request: Request) -> Response:
+        start = time.perf_counter()
+        try:
+            answered = await _mask_or_why(answer, request)
+        except Refused as error:
+            service.metrics.refused(error.rule)
+            answered = told(request, error)
+        except HungUp as error:
+            service.metrics.refused("hung_up")
+            answered = _told_nobody(request, error)
+        service.metrics.answered(answered.status_code, time.perf_counter() - start)
+        return answered
+
+    return counting
 
 
-async def _segment(service: Service, request: Request) -> Response:
-    encode = encoder(wanted_format(request), service.model.facts)
+async def _mask_or_why(answer: Answer, request: Request) -> Response:
+    """Return an answer; what goes wrong is `Refused` or `HungUp`."""
     try:
-        return await service.segment(request, encode)
-    except (Refused, HungUp, HTTPException):
+        return await answer(request)
+    except (Refused, HungUp):
         raise
+    except HTTPException as error:  # of a form that is none
+        raise Refused(error.status_code, "http", error.detail) from error
     except Exception as error:
         logger.exception("An image could not be segmented")
         raise Refused(500, "model", "The model has failed on this image; the server's log says why.") from error
+
+
+async def _segment(service: Service, request: Request) -> Response:
+    return await service.segment(request, encoder(wanted_format(request), service.model.facts))
 
 
 async def _index(request: Request) -> Response:

@@ -1,6 +1,10 @@
 """Who may ask: no page of another site through somebody's browser, and no name that was made to point here."""
 
+import logging
+import re
+import socket
 from collections.abc import Sequence
+from dataclasses import dataclass
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
@@ -8,7 +12,10 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
+from dinoseg.errors import UserError
+
+logger = logging.getLogger(__name__)
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
@@ -22,16 +29,68 @@ _HEADERS = (
 )
 
 
+@dataclass(frozen=True)
+class Hosts:
+    """Names by which a server may be asked: a browser sends the one in its address bar, whoever made it point here.
+
+    Args:
+        names: in lower case; `*` is any.
+        addresses: whether any IP address is one: nobody can make an address point elsewhere.
+    """
+
+    names: frozenset[str]
+    addresses: bool = False
+
+    @classmethod
+    def of(cls, host: str, further: Sequence[str] = ()) -> "Hosts":
+        """Return those of a server that listens on `host`, which is told where other machines reach it.
+
+        On loopback they are its names and `further`; elsewhere this machine's name and all addresses are, too.
+
+        Raises:
+            UserError: one of `further` is no name, such as an address with a scheme or a port.
+        """
+        for name in further:
+            if not (re.fullmatch(r"[A-Za-z0-9_.-]+|\*", name) or _is_address(name)):
+                raise UserError(
+                    f"mode.hosts: {name!r} is no name of a host. Give what stands between http:// and the port, such "
+                    "as segment.example.org, or * for any."
+                )
+        names = frozenset(name.lower() for name in (*_LOOPBACK, host, *further))
+        if is_loopback(host):
+            return cls(names)
+        hosts = cls(names | {socket.gethostname().lower()}, addresses=True)
+        logger.warning(
+            "mode.host=%s can be reached from other machines, and there is no authentication and no TLS: whoever "
+            "reaches it may use it, %s. Leave mode.host out for this machine alone; docs/serving.md tells how to put "
+            "a proxy before it.",
+            host,
+            f"asking it as {hosts}",
+        )
+        return hosts
+
+    def __contains__(self, header: str) -> bool:
+        """Return whether a Host header holds one of them."""
+        name = _name(header)
+        return "*" in self.names or name in self.names or (self.addresses and _is_address(name))
+
+    def __str__(self) -> str:
+        """Return them in words."""
+        if "*" in self.names:
+            return "any name"
+        return ", ".join(sorted(self.names)) + (" or any IP address" if self.addresses else "")
+
+
 class Guard:
     """Refuse what a browser was led to send from elsewhere, and give every answer headers that bind it to this site.
 
     Args:
         app: what is guarded.
-        hosts: names by which it may be asked; none: by any, as where nobody can know them beforehand.
+        hosts: by which it may be asked.
     """
 
-    def __init__(self, app: ASGIApp, hosts: Sequence[str]) -> None:
-        self._app, self._hosts = app, {host.lower() for host in hosts}
+    def __init__(self, app: ASGIApp, hosts: Hosts) -> None:
+        self._app, self._hosts = app, hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer 403 where the host is none of ours, or the request comes from another site's page."""
@@ -44,35 +103,35 @@ class Guard:
                 message["headers"] = [*message["headers"], *_HEADERS]
             await send(message)
 
-        message = self._wrong(Headers(scope=scope))
+        message = self._wrong(scope["method"], Headers(scope=scope))
         answer = JSONResponse({"error": {"rule": "origin", "message": message}}, 403) if message else self._app
         await answer(scope, receive, with_headers)
 
-    def _wrong(self, headers: Headers) -> str:
+    def _wrong(self, method: str, headers: Headers) -> str:
         host = headers.get("host", "")
-        if self._hosts and _name(host) not in self._hosts:
-            known = ", ".join(sorted(self._hosts))
-            return f"This server is not called {host!r}. Ask it as {known}, or name it in mode.hosts."
+        if host not in self._hosts:
+            return f"This server is not called {host!r}. Ask it by its IP address, or name that in mode.hosts."
         origin = headers.get("origin")
-        other = origin is not None and urlsplit(origin).netloc.lower() != host.lower()
-        if other or headers.get("sec-fetch-site") in ("cross-site", "same-site"):
+        other = origin is not None and origin.lower().partition("://")[2] != host.lower()
+        sent = headers.get("sec-fetch-site") in ("cross-site", "same-site")
+        # who follows a link from elsewhere sees the page: it is in no frame, and a GET changes nothing
+        followed = method == "GET" and headers.get("sec-fetch-mode") == "navigate"
+        if other or (sent and not (followed and headers.get("sec-fetch-dest") == "document")):
             return "A page of another site may not ask this server."
         return ""
 
 
-def hosts_of(host: str, further: Sequence[str]) -> list[str]:
-    """Return the names by which a server may be asked that listens on `host`: on loopback, those of loopback alone."""
-    if not is_loopback(host):
-        return [host, *LOOPBACK, *further] if further else []
-    return [*LOOPBACK, host, *further]
-
-
 def is_loopback(host: str) -> bool:
     """Return whether nobody but this machine reaches a server that listens on a name or address."""
+    return host == "localhost" or (_is_address(host) and ip_address(host).is_loopback)
+
+
+def _is_address(name: str) -> bool:
     try:
-        return host == "localhost" or ip_address(host).is_loopback
+        ip_address(name)
     except ValueError:
         return False
+    return True
 
 
 def _name(host: str) -> str:

@@ -5,23 +5,28 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from dinoseg.errors import UserError, telling_file_errors
+from dinoseg.errors import UserError
+from dinoseg.serving.answers import Look
 from dinoseg.serving.limits import ClipLimits, Refused
+from dinoseg.storage.atomic import remove_dead, scratch_folder
 
 logger = logging.getLogger(__name__)
+_UPLOADS = "uploads"
 _FORGOTTEN = 60.0  # seconds without a question after which work is given up: its page is closed
 
 
 class State(StrEnum):
     """Where an upload stands."""
 
+    COMING = "coming"
     READY = "ready"
     WAITING = "waiting"
     RUNNING = "running"
@@ -40,13 +45,15 @@ class Job:
     id: str
     folder: Path
     facts: dict[str, Any] = field(default_factory=dict)  # told with its state
-    state: State = State.READY
+    state: State = State.COMING
+    look: Look | None = None  # of its results, where there are any
     done: int = 0  # frames
     total: int = 0
     error: str = ""
     asked: float = field(default_factory=time.monotonic)  # when somebody last asked for it
     cancelled: threading.Event = field(default_factory=threading.Event)
     removed: bool = False
+    work: Future | None = None  # what is made of it now
 
     @property
     def busy(self) -> bool:
@@ -76,10 +83,10 @@ class Jobs:
         """Make room for an upload.
 
         Raises:
-            Refused: as many as are held are all being worked on.
+            Refused: as many as are held are all on their way or being worked on.
         """
         while len(self._jobs) >= self._limits.held:
-            finished = next((job for job in self._jobs.values() if not job.busy), None)
+            finished = next((job for job in self._jobs.values() if not job.busy and job.state != State.COMING), None)
             if finished is None:
                 raise Refused(
                     503, "busy", f"{len(self._jobs)} clips are being worked on. Try again later.", retry_after=30
@@ -89,6 +96,10 @@ class Jobs:
         job.folder.mkdir(mode=0o700)
         self._jobs[job.id] = job
         return job
+
+    def arrived(self, job: Job) -> None:
+        """Note that an upload is whole, from when on it is kept as long as others."""
+        job.state, job.asked = State.READY, time.monotonic()
 
     def get(self, name: str) -> Job:
         """Return an upload by its id.
@@ -113,27 +124,35 @@ class Jobs:
         """
         if job.busy:
             raise Refused(409, "started", "This clip is being worked on. Wait for it, or cancel that first.")
-        job.state, job.done, job.error = State.WAITING, 0, ""
+        before, job.state, job.done, job.error = job.state, State.WAITING, 0, ""
         job.cancelled.clear()
-        self._pool.submit(self._run, job, work)
+        job.work = self._pool.submit(self._run, job, work, before)
+        # what is cancelled before its turn has no other end
+        job.work.add_done_callback(lambda work: self._cancelled(job, before) if work.cancelled() else None)
 
     def ahead_of(self, job: Job) -> int:
         """Return how many wait before a job that waits."""
         waiting = [other.id for other in self._jobs.values() if other.state is State.WAITING]
         return waiting.index(job.id) if job.id in waiting else 0
 
+    def cancel(self, job: Job) -> None:
+        """End the work on an upload: what was made of it before is there as it was."""
+        job.cancelled.set()
+        if job.work is not None:
+            job.work.cancel()
+
     def remove(self, job: Job) -> None:
         """Forget an upload, and end the work on it."""
         job.removed = True
-        job.cancelled.set()
         self._jobs.pop(job.id, None)
+        self.cancel(job)
         if not job.busy:  # else its thread does
             shutil.rmtree(job.folder, ignore_errors=True)
 
     def sweep(self) -> None:
         """Give up what nobody asks for any more."""
         now = time.monotonic()
-        for job in list(self._jobs.values()):
+        for job in [job for job in self._jobs.values() if job.state != State.COMING]:
             patience = _FORGOTTEN if job.busy else 60 * self._limits.keep_minutes
             if now - job.asked > patience:
                 self.remove(job)
@@ -144,19 +163,46 @@ class Jobs:
             self.remove(job)
         self._pool.shutdown()
 
-    def _run(self, job: Job, work: Callable[[Job], None]) -> None:
+    def _run(self, job: Job, work: Callable[[Job], None], before: State) -> None:
         try:
             job.check()
             job.state = State.RUNNING
-            with telling_file_errors(job.folder):
-                work(job)
-            job.state = State.DONE
+            work(job)
+            self._end(job, State.DONE)
         except Cancelled:
-            job.state = State.READY
+            self._cancelled(job, before)
+        except OSError as error:
+            job.error = not_kept(error).message
+            self._end(job, State.FAILED)
         except UserError as error:
-            job.error, job.state = str(error), State.FAILED
+            logger.warning("Work on a clip has failed: %s", error)
+            job.error = str(error).replace(f"{job.folder}/", "").replace(str(job.folder), "its folder")
+            self._end(job, State.FAILED)
         except Exception:
             logger.exception("Work on a clip has failed")
-            job.error, job.state = "The server has failed on this clip; its log says why.", State.FAILED
+            job.error = "The server has failed on this clip; its log says why."
+            self._end(job, State.FAILED)
+
+    def _cancelled(self, job: Job, before: State) -> None:
+        job.error = "Cancelled."
+        self._end(job, before)
+
+    def _end(self, job: Job, state: State) -> None:
+        job.state = state
         if job.removed:
             shutil.rmtree(job.folder, ignore_errors=True)
+
+
+def not_kept(error: OSError) -> Refused:
+    """Log what the system says of a file, and return what its client is told."""
+    logger.error("An upload or what is made of it cannot be kept: %s", error)
+    return Refused(507, "disk", f"The server cannot keep it ({error.strerror}). Try again later.")
+
+
+@contextmanager
+def uploads_folder(run: Path) -> Iterator[Path]:
+    """Give a folder for uploads in a run folder, removed at the end; remove what killed runs beside it have left."""
+    for left in run.absolute().parent.glob(f"*/.{_UPLOADS}.*"):
+        remove_dead(left.parent)
+    with scratch_folder(run, _UPLOADS) as folder:
+        yield folder

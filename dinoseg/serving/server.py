@@ -2,7 +2,6 @@
 
 import asyncio
 import errno
-import logging
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -13,9 +12,7 @@ from starlette.types import ASGIApp
 
 from dinoseg.errors import UserError
 from dinoseg.processes.interrupt import Deferral, Interrupted, deferred
-from dinoseg.serving.guard import is_loopback
 
-logger = logging.getLogger(__name__)
 _NOTICE = "Stopping: no more requests are taken, those in hand are finished. Once more: stop at once."
 _CONNECTIONS = 1000  # at once; a request on a further one is answered 503
 _IDLE = 15  # seconds that a connection may wait between two requests
@@ -62,12 +59,6 @@ def serve_until_signal(app: ASGIApp, listener: socket.socket, on_stop: Callable[
     except OSError as error:
         raise _not_ours(host, port, error) from error
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    if not is_loopback(host):
-        logger.warning(
-            "%s can be reached from other machines, and there is no authentication and no TLS: whoever reaches it may "
-            "use it. Leave mode.host out for this machine alone; docs/serving.md tells how to put a proxy before it.",
-            address,
-        )
     config = uvicorn.Config(
         app,
         log_config=None,

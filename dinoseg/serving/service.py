@@ -53,21 +53,21 @@ class Service:
             HungUp: the client has gone; what was to be done for it is dropped.
         """
         async with self._admitted():
-            async with self._in_time(408, "The request has not come whole within"):
-                data = await self.uploaded(request)
+            data = await self.uploaded(request)
             async with self._in_time(504, "No answer within"), self._decoded(data) as image:
                 ids = await unless_gone(request, asyncio.wrap_future(self.worker.submit(image)))
                 return await self.code(lambda: encode(ids))
 
     async def uploaded(self, request: Request) -> bytes:
-        """Return the bytes of the one file that a request brings, within the limit.
+        """Return the bytes of the one file that a request brings, within the limits.
 
         Raises:
-            Refused: they are too many, or none.
+            Refused: they are too many, or none, or take too long.
             HungUp: the client has gone.
         """
         try:
-            return await read_upload(bounded(request, self.limits.image_mib))
+            async with self._in_time(408, "The request has not come whole within"):
+                return await read_upload(bounded(request, self.limits.image_mib))
         except ClientDisconnect as error:
             raise HungUp from error
 

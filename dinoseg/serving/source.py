@@ -5,7 +5,6 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from dinoseg.config.nodes import instantiate
 from dinoseg.errors import UserError
 from dinoseg.model import Segmenter
 from dinoseg.portable.load import load
@@ -13,6 +12,7 @@ from dinoseg.portable.model import Model
 from dinoseg.portable.torch_runtime import TorchRuntime
 from dinoseg.portable.trained_model import model_of
 from dinoseg.runs.trained import load_trained, sizes_to_keep
+from dinoseg.tracking.propagation.settings import PropagationSettings
 from dinoseg.tracking.propagation.tracker import PropagationTracker
 from dinoseg.tracking.tracker import Tracker
 
@@ -42,10 +42,10 @@ def usual_batch(model: Model) -> int:
     return 1 if on_cpu else 8
 
 
-def tracker_maker(cfg: DictConfig, model: Model) -> Callable[[], Tracker] | None:
-    """Return what makes trackers on a model's backbone, as `cfg.tracker` says; None where torch does not compute it."""
+def tracker_maker(settings: PropagationSettings, model: Model) -> Callable[[], Tracker] | None:
+    """Return what makes trackers of such settings on a model's backbone; None where torch does not compute it."""
     if not isinstance(model.runtime, TorchRuntime) or not isinstance(model.runtime.predictor.model, Segmenter):
         return None
-    predictor, settings = model.runtime.predictor, instantiate(cfg.tracker)
-    backbone, device = model.runtime.predictor.model.backbone, predictor.device
-    return lambda: PropagationTracker(backbone, settings, device=device, autocast=predictor.autocast)
+    predictor = model.runtime.predictor
+    backbone = model.runtime.predictor.model.backbone
+    return lambda: PropagationTracker(backbone, settings, device=predictor.device, autocast=predictor.autocast)

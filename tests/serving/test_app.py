@@ -1,7 +1,13 @@
+import base64
+import errno
 import io
+import subprocess
+import sys
+import threading
 import time
 import zipfile
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +19,8 @@ from dinoseg.inference.video_file import VideoReader
 from dinoseg.inference.video_writer import VideoWriter
 from dinoseg.serving import jobs
 from dinoseg.serving.app import App
-from dinoseg.serving.guard import LOOPBACK
-from dinoseg.serving.limits import ClipLimits
+from dinoseg.serving.guard import Hosts
+from dinoseg.serving.limits import ClipLimits, Refused
 from dinoseg.tracking.tracker import Tracker
 
 FRAMES, SIZE = 6, (32, 48)
@@ -40,7 +46,7 @@ class Still(Tracker):
 @contextmanager
 def app(folder, before=lambda images: None, tracker=Still, **clips):
     with service(before, image_mib=0.5, max_pixels=10_000) as made:
-        application = App(made, ClipLimits(**clips), folder, tracker).application(LOOPBACK)
+        application = App(made, ClipLimits(**clips), folder, tracker).application(Hosts.of("127.0.0.1"))
         with TestClient(application, base_url="http://localhost") as ask:
             yield ask
 
@@ -66,19 +72,22 @@ def refused(answer):
     return answer.status_code, answer.json()["error"]["rule"]
 
 
-def test_a_picture_gives_areas_and_both_masks(tmp_path):
+def test_a_picture_gives_areas_and_both_masks_and_is_counted(tmp_path):
     image = picture(20, 30)
     bright = image.mean(axis=-1) > 127
     with app(tmp_path) as ask:
         told = ask.post("/app/image", content=encoded(image)).json()
-        files = [ask.get(f"/app/{told['id']}/{name}") for name in ("ids.png", "mask.png")]
         assert (told["width"], told["height"]) == (30, 20)
         assert [area["pixels"] for area in told["areas"]] == [(~bright).sum(), bright.sum()]
         assert [area["name"] for area in told["areas"]] == ["dark", "bright"]
-        for file in files:
-            assert (np.asarray(Image.open(io.BytesIO(file.content))) == bright).all()
+        for name, mode in (("mask", "P"), ("ids", "L")):
+            mask = Image.open(io.BytesIO(base64.b64decode(told[name])))
+            assert mask.mode == mode and (np.asarray(mask) == bright).all()
         assert refused(ask.post("/app/image", content=b"text")) == (400, "format")
-    assert list(tmp_path.iterdir()) == []
+        metrics = ask.get("/metrics").text.splitlines()
+        assert {'dinoseg_requests_total{code="200"} 1', 'dinoseg_errors_total{rule="format"} 1'} <= set(metrics)
+        assert "dinoseg_request_seconds_count 2" in metrics
+        assert list(tmp_path.iterdir()) == []  # nothing is kept
 
 
 def test_a_clip_is_segmented_frame_by_frame(tmp_path, clip):
@@ -160,6 +169,30 @@ def test_nobody_gets_at_anothers_files(tmp_path, clip):
         assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_classes_of_a_clip_can_be_switched_off_without_the_model(tmp_path, clip):
+    seen = []
+    with app(tmp_path, lambda images: seen.append(len(images))) as ask:
+        job = ask.post("/app/clip", content=clip).json()["id"]
+        assert refused(ask.post(f"/app/{job}/redraw")) == (400, "no_masks")
+        ask.post(f"/app/{job}/segment?opacity=1")
+        first = finished(ask, job)
+        masks, frames = ask.get(f"/app/{job}/masks.zip").content, sum(seen)
+        for hidden in ("256", "1,", "-1", "a", "1,,0"):
+            assert refused(ask.post(f"/app/{job}/redraw?hidden={hidden}")) == (400, "hidden")
+
+        def last_frame(hidden):
+            ask.post(f"/app/{job}/redraw?opacity=1&hidden={hidden}")
+            assert finished(ask, job)["areas"] == first["areas"]
+            (tmp_path / "got.mp4").write_bytes(ask.get(f"/app/{job}/overlay.mp4").content)
+            with VideoReader(tmp_path / "got.mp4") as reader:
+                return list(reader)[-1].mean(axis=(0, 1))
+
+        assert np.abs(last_frame("0,1") - 200).max() < 5  # the clip's own grey
+        assert np.abs(last_frame("0") - (255, 0, 0)).max() < 5
+        again = ask.get(f"/app/{job}/masks.zip").content
+        assert len(masks) == len(again) and sum(seen) == frames == FRAMES
+
+
 def test_work_can_be_cancelled_and_begun_again(tmp_path, clip):
     slow = [0.05]
     with app(tmp_path, lambda images: time.sleep(slow[0])) as ask:
@@ -167,17 +200,92 @@ def test_work_can_be_cancelled_and_begun_again(tmp_path, clip):
         ask.post(f"/app/{job}/segment")
         assert refused(ask.post(f"/app/{job}/segment")) == (409, "started")
         ask.post(f"/app/{job}/cancel")
-        assert finished(ask, job)["state"] == "ready" and ask.get(f"/app/{job}/overlay.mp4").status_code == 404
+        told = finished(ask, job)
+        assert (told["state"], told["error"]) == ("ready", "Cancelled.")
+        assert ask.get(f"/app/{job}/overlay.mp4").status_code == 404
         slow[0] = 0
         ask.post(f"/app/{job}/segment")
         assert finished(ask, job)["state"] == "done"
+        slow[0] = 0.05
+        ask.post(f"/app/{job}/segment")
+        ask.post(f"/app/{job}/cancel")
+        told = finished(ask, job)
+        assert (told["state"], told["error"]) == ("done", "Cancelled.")  # what was made before is there
+        assert ask.get(f"/app/{job}/overlay.mp4").status_code == 200
 
 
-def test_the_oldest_finished_upload_makes_room(tmp_path):
+def test_who_is_cancelled_while_he_waits_does_not_wait_for_his_turn(tmp_path, clip):
+    gate = threading.Event()
+    with app(tmp_path, lambda images: gate.wait(10), at_once=1) as ask:
+        first, second, third = (ask.post("/app/clip", content=clip).json()["id"] for _ in range(3))
+        for job in (first, second, third):
+            ask.post(f"/app/{job}/segment")
+        assert [ask.get(f"/app/{job}").json()["ahead"] for job in (second, third)] == [0, 1]
+        assert ask.post(f"/app/{second}/cancel").json()["state"] == "ready"
+        assert ask.get(f"/app/{third}").json()["ahead"] == 0
+        assert ask.delete(f"/app/{third}").status_code == 204 and len(list(tmp_path.iterdir())) == 2
+        gate.set()
+        assert finished(ask, first)["state"] == "done"
+
+
+def test_what_is_on_its_way_makes_no_room_for_others_and_is_not_given_up(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(jobs.time, "monotonic", lambda: now[0])
+    held = jobs.Jobs(tmp_path, ClipLimits(held=2))
+    coming, ready = held.new(), held.new()
+    coming.asked = 0.0
+    held.arrived(ready)
+    now[0] = 1801.0
+    held.sweep()
+    assert coming.folder.exists() and not ready.folder.exists()
+    held.arrived(coming)
+    held.sweep()
+    assert held.get(coming.id) is coming  # it was not slow to be asked for, but to come
+    coming.state = jobs.State.COMING
+    assert held.new().folder.exists()
+    with pytest.raises(Refused, match="2 clips are being worked on"):
+        held.new()
+    held.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_oldest_finished_upload_makes_room(tmp_path, clip):
     with app(tmp_path, held=2) as ask:
-        ids = [ask.post("/app/image", content=encoded(picture(seed=n))).json()["id"] for n in range(3)]
+        ids = [ask.post("/app/clip", content=clip).json()["id"] for _ in range(3)]
         assert [ask.get(f"/app/{job}").status_code for job in ids] == [404, 200, 200]
         assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_disk_that_takes_nothing_more_is_told_without_a_path(tmp_path, clip, monkeypatch, caplog):
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "file"))
+
+    with app(tmp_path) as ask:
+        job = ask.post("/app/clip", content=clip).json()["id"]
+        monkeypatch.setattr("dinoseg.serving.clips.zipfile.ZipFile.writestr", full)
+        ask.post(f"/app/{job}/segment")
+        told = finished(ask, job)
+        assert told["state"] == "failed" and "No space left on device" in told["error"]
+        monkeypatch.setattr("dinoseg.serving.clips.write_png", full)
+        answer = ask.post("/app/clip", content=clip)
+        assert refused(answer) == (507, "disk") and str(tmp_path) not in told["error"] + answer.text
+        assert str(tmp_path) in caplog.text and len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_a_killed_server_has_left_goes_at_the_next_start_and_a_living_ones_stays(tmp_path):
+    words = "import sys; from pathlib import Path; from dinoseg.storage.atomic import scratch_folder\n"
+    words += "with scratch_folder(Path(sys.argv[1]), 'uploads') as folder: print(folder, flush=True); input()"
+    servers = [
+        subprocess.Popen([sys.executable, "-c", words, tmp_path / name], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        for name in ("dead", "living")
+    ]
+    dead, living = (Path(server.stdout.readline().decode().strip()) for server in servers)
+    servers[0].kill()
+    servers[0].communicate()
+    with jobs.uploads_folder(tmp_path / "new") as mine:
+        assert (dead.exists(), living.exists(), mine.exists()) == (False, True, True)
+    servers[1].communicate(b"\n")
+    assert not mine.exists() and not living.exists()
 
 
 def test_what_nobody_asks_for_is_given_up(tmp_path, monkeypatch):
@@ -185,6 +293,7 @@ def test_what_nobody_asks_for_is_given_up(tmp_path, monkeypatch):
     monkeypatch.setattr(jobs.time, "monotonic", lambda: now[0])
     held = jobs.Jobs(tmp_path, ClipLimits(keep_minutes=30))
     done, busy = held.new(), held.new()
+    done.state = jobs.State.DONE
     done.asked = busy.asked = 0.0
     busy.state = jobs.State.RUNNING
     now[0] = 61.0

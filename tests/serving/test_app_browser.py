@@ -21,6 +21,15 @@ VIEW = """() => {
     return Array.from(view.getContext('2d').getImageData(0, 0, view.width, view.height).data);
 }"""
 
+FRAME = """async () => {
+    video.pause();
+    video.currentTime = 0;
+    await new Promise((resolve) => (video.onseeked = resolve));
+    const pen = new OffscreenCanvas(video.videoWidth, video.videoHeight).getContext('2d');
+    pen.drawImage(video, 0, 0);
+    return Array.from(pen.getImageData(0, 0, video.videoWidth, video.videoHeight).data);
+}"""
+
 
 @pytest.fixture(scope="module")
 def scene(trained_once, tmp_path_factory):
@@ -150,6 +159,28 @@ def test_a_painted_object_is_followed_through_a_clip(scene):
         assert download.value.suggested_filename == "clip_masks.zip"
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         assert page.complaints == []
+
+
+def test_a_class_of_a_clip_can_be_switched_off(scene):
+    folder, address = scene
+    with opened_page(address) as page:
+        drop(page, folder / "clip.mp4")
+        page.click("#every")
+        page.wait_for_selector("#areas tr", timeout=60_000)
+        assert page.is_disabled("#redraw")
+        slide(page, "opacity", 100)
+        for wanted in ("none", "all"):
+            page.click(f"#{wanted}")
+            page.click("#redraw")
+            page.locator("#said", has_text="Done: 8 frames.").wait_for()
+            page.wait_for_function("video.readyState >= 2")
+            shown = page.evaluate(FRAME)
+            first = np.full((48, 64, 3), 30, np.uint8)
+            first[16:32, 8:24] = (250, 200, 60)
+            error = np.abs(np.array(shown, float).reshape(48, 64, 4)[..., :3] - first).mean()
+            assert error < 8 if wanted == "none" else error > 20
+            assert [box.is_checked() for box in page.locator("#areas input").all()].count(wanted == "all") > 0
+        assert page.inner_text("#said") == "Done: 8 frames." and page.complaints == []
 
 
 def test_two_pages_at_once_do_not_mix(scene):

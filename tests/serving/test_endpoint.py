@@ -1,5 +1,6 @@
 import asyncio
 import io
+import socket
 import threading
 import time
 
@@ -9,9 +10,10 @@ from PIL import Image
 from pycocotools import mask as coco
 from serving_stand_ins import client, encoded, picture, service
 
+from dinoseg.errors import UserError
 from dinoseg.images import read_image
 from dinoseg.serving.endpoint import endpoint
-from dinoseg.serving.guard import hosts_of
+from dinoseg.serving.guard import Hosts
 
 
 def opened(answer):
@@ -173,7 +175,7 @@ def test_health_tells_the_classes_and_that_it_stops():
     with service() as made:
         from starlette.testclient import TestClient
 
-        ask = TestClient(endpoint(made, ()))
+        ask = TestClient(endpoint(made, Hosts.of("127.0.0.1", ["*"])))
         assert ask.get("/health").json()["classes"][1] == {"id": 1, "name": "bright", "colour": [255, 0, 0]}
         made.announce_stop()
         assert ask.get("/health").status_code == 503
@@ -190,8 +192,35 @@ def test_another_name_or_another_sites_page_is_refused():
             assert refused(ask.post("/segment", content=encoded(picture()), headers=headers)) == (403, "origin")
         same = {"origin": "http://localhost", "sec-fetch-site": "same-origin"}
         assert ask.post("/segment", content=encoded(picture()), headers=same).status_code == 200
-    assert hosts_of("0.0.0.0", []) == [] and "my.example" in hosts_of("0.0.0.0", ["my.example"])
-    assert "evil.example" not in hosts_of("127.0.0.2", [])
+
+
+def test_a_link_from_elsewhere_is_followed_and_nothing_else_comes_from_there():
+    link = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate", "sec-fetch-dest": "document"}
+    with client() as ask:
+        assert ask.get("/health", headers=link).status_code == 200
+        for other in ({"sec-fetch-dest": "iframe"}, {"sec-fetch-mode": "no-cors"}, {"origin": "http://["}):
+            assert refused(ask.get("/health", headers=link | other)) == (403, "origin")
+        assert refused(ask.post("/segment", content=encoded(picture()), headers=link)) == (403, "origin")
+
+
+def test_where_other_machines_reach_it_names_that_nobody_gave_are_refused(caplog):
+    here, there = Hosts.of("127.0.0.2", ["My.example"]), Hosts.of("0.0.0.0", ["my.example"])
+    assert "mode.host=0.0.0.0 can be reached from other machines" in caplog.text and len(caplog.records) == 1
+    for known in ("localhost:8000", "127.0.0.2", "[::1]:80", "MY.example:1"):
+        assert known in here and known in there
+    for address in ("192.168.0.7:8000", "[fe80::1]"):
+        assert address in there and address not in here
+    for name in ("rebound.example", "192.168.0.7.evil.example", "", "evil.example#192.168.0.7", "0x7f.1", "[::1"):
+        assert name not in here and name not in there
+    assert f"{socket.gethostname()}:8000" in there
+    assert "rebound.example" in Hosts.of("0.0.0.0", ["*"])
+
+
+@pytest.mark.parametrize("name", ["http://my.example", "my.example:8000", "", "a b", "[::1]", "user@my.example"])
+def test_what_is_no_name_of_a_host_is_told(name):
+    with pytest.raises(UserError, match="mode.hosts: .* is no name of a host"):
+        Hosts.of("127.0.0.1", [name])
+    assert "[2001:db8::1]" in Hosts.of("127.0.0.1", ["2001:db8::1"])
 
 
 def test_a_client_that_hangs_up_has_its_work_dropped():
@@ -223,7 +252,7 @@ def test_a_client_that_hangs_up_has_its_work_dropped():
         busy = made.worker.submit(picture())
         while not seen:
             time.sleep(0.001)
-        status = asyncio.run(hang_up(endpoint(made, ()), encoded(picture())))
+        status = asyncio.run(hang_up(endpoint(made, Hosts.of("127.0.0.1", ["*"])), encoded(picture())))
         gate.set()
         busy.result(10)
         assert status == 499 and made.in_hand == 0 and len(made.worker) == 0

@@ -4,7 +4,7 @@ import { Painter, opaque } from "./paint.js";
 
 const $ = (id) => document.getElementById(id);
 const POLL = 400; // milliseconds between two questions how far a clip is
-const shown = { picture: null, ids: null, areas: [], hidden: new Set() };
+const shown = { picture: null, ids: null, hidden: new Set(), changed: null };
 let about, painter, layer;
 let clip = null; // what the server says of the clip in hand
 let turn = 0; // counts uploads: answers to an older one are dropped
@@ -26,11 +26,10 @@ function ask(method, path, body, onProgress) {
   });
 }
 
-async function bitmap(path) {
-  const answer = await fetch(path);
-  if (!answer.ok) throw new Error("The result is not there any more: upload it again.");
-  return createImageBitmap(await answer.blob(), { colorSpaceConversion: "none", premultiplyAlpha: "none" });
-}
+const bitmap = (blob) => createImageBitmap(blob, { colorSpaceConversion: "none", premultiplyAlpha: "none" });
+
+// a PNG that came as text
+const png = (text) => new Blob([Uint8Array.from(atob(text), (it) => it.charCodeAt(0))], { type: "image/png" });
 
 function say(text, bad = false) {
   $("said").textContent = text;
@@ -64,18 +63,18 @@ async function openImage(file) {
     $("cancel").hidden = true;
     const limit = about.image_mib * 2 ** 20;
     if (file.size > limit) throw new Error(`${file.name} is larger than ${about.image_mib} MiB.`);
-    const [found, picture] = await Promise.all([
+    const [found, drawn] = await Promise.all([
       ask("POST", "app/image", file, progress),
       createImageBitmap(file).catch(() => null), // TIFF: no browser draws it
     ]);
-    const mask = await bitmap(`app/${found.id}/ids.png`);
+    const ids = await bitmap(png(found.ids));
     if (!current()) return;
-    const fits = picture?.width === found.width && picture?.height === found.height;
-    showImage(fits ? picture : null, mask, found);
+    const fits = drawn?.width === found.width && drawn?.height === found.height;
+    showImage(fits ? drawn : null, ids, found);
     say(`${file.name}: ${found.width} x ${found.height} pixels, ${found.areas.length} classes found.`);
     if (!fits) say("Your browser cannot draw this kind of file: the classes are shown alone.");
     const stem = file.name.replace(/\.[^.]*$/, "");
-    offer([[`app/${found.id}/mask.png`, `${stem}_mask.png`, "Download mask"]]);
+    offer([[URL.createObjectURL(png(found.mask)), `${stem}_mask.png`, "Download mask"]]);
   });
 }
 
@@ -90,7 +89,7 @@ function showImage(picture, mask, found) {
   shown.picture = picture;
   shown.hidden.clear();
   show("view");
-  listAreas(found.areas, true);
+  listAreas(found.areas, tint);
   $("look").hidden = false;
   tint();
 }
@@ -130,7 +129,9 @@ async function openClip(file) {
     $("cancel").hidden = true;
     if (file.size > about.video_mib * 2 ** 20) throw new Error(`${file.name} is larger than ${about.video_mib} MiB.`);
     const taken = await ask("POST", "app/clip", file, progress);
-    const first = await bitmap(`app/${taken.id}/frame.png`);
+    const answer = await fetch(`app/${taken.id}/frame.png`);
+    if (!answer.ok) throw new Error("The clip is not there any more: send it again.");
+    const first = await bitmap(await answer.blob());
     if (!current()) return;
     clip = { ...taken, first, stem: file.name.replace(/\.[^.]*$/, "") };
     resize(first.width, first.height);
@@ -144,10 +145,12 @@ async function openClip(file) {
 
 async function run(what, body) {
   const mine = clip;
+  let made = false;
   await work("Waiting for its turn ...", async (current) => {
     $("cancel").hidden = false;
-    $("clip").hidden = $("tools").hidden = true;
-    let at = await ask("POST", `app/${mine.id}/${what}?opacity=${opacity()}`, body);
+    $("clip").hidden = $("tools").hidden = $("redraw").disabled = true;
+    const hidden = what === "redraw" ? [...shown.hidden] : [];
+    let at = await ask("POST", `app/${mine.id}/${what}?opacity=${opacity()}&hidden=${hidden}`, body);
     while (at.state === "waiting" || at.state === "running") {
       await new Promise((wake) => setTimeout(wake, POLL));
       at = await ask("GET", `app/${mine.id}`);
@@ -156,20 +159,26 @@ async function run(what, body) {
       else say(`Frame ${at.done}${at.total ? ` of ${at.total}` : ""}`);
       if (at.total) progress(Math.min(at.done / at.total, 0.999));
     }
-    $("clip").hidden = false;
     if (at.state === "failed") throw new Error(at.error);
-    if (at.state === "ready") return say("Cancelled.");
+    if (at.error) return say(at.error); // cancelled
+    made = true;
+    if (what !== "redraw") shown.hidden.clear();
     showClip(mine, at);
   });
-  if (clip === mine) $("clip").hidden = false;
+  if (clip !== mine) return;
+  $("clip").hidden = false;
+  if (!made) $("redraw").disabled = false;
 }
 
 function showClip(of, found) {
   painter.end();
+  const at = $("video").hidden ? 0 : $("video").currentTime;
   const version = Date.now(); // a second result has the same name
   $("video").src = `app/${of.id}/overlay.mp4?${version}`;
+  $("video").currentTime = at;
   show("video", "clip");
-  listAreas(found.areas, false);
+  listAreas(found.areas, () => ($("redraw").disabled = false));
+  $("look").hidden = $("redraw").hidden = false;
   say(`Done: ${found.done} frames.`);
   offer([
     [`app/${of.id}/overlay.mp4`, `${of.stem}_overlay.mp4`, "Download video"],
@@ -242,29 +251,28 @@ function show(stage, panel) {
   if (panel !== "tools") painter.end();
 }
 
-function listAreas(areas, toggles) {
-  shown.areas = areas;
+// `changed` is called when a class is switched on or off
+function listAreas(areas, changed) {
+  shown.changed = changed;
   $("areas").replaceChildren(
     ...areas.map(({ id, name, colour, pixels, share }) => {
-      const label = make("label", {}, swatch(colour), name);
-      if (toggles) {
-        const box = make("input", { type: "checkbox", checked: true });
-        box.dataset.id = id;
-        box.onchange = () => {
-          shown.hidden[box.checked ? "delete" : "add"](id);
-          tint();
-        };
-        label.prepend(box);
-      }
+      const box = make("input", { type: "checkbox", checked: !shown.hidden.has(id) });
+      box.dataset.id = id;
+      box.onchange = () => {
+        shown.hidden[box.checked ? "delete" : "add"](id);
+        changed();
+      };
+      const label = make("label", {}, box, swatch(colour), name);
       const cells = [label, pixels.toLocaleString("en"), (100 * share).toFixed(2)].map((what) => make("td", {}, what));
       return make("tr", {}, ...cells);
     }),
   );
-  $("toggles").hidden = !toggles;
+  $("redraw").hidden = $("redraw").disabled = true;
   $("result").hidden = false;
 }
 
 function offer(files) {
+  for (const link of $("downloads").children) URL.revokeObjectURL(link.href);
   $("downloads").replaceChildren(
     ...files.map(([href, download, text]) => make("a", { href, download, className: "button" }, text)),
   );
@@ -347,8 +355,8 @@ async function begin() {
   $("view").addEventListener("pointermove", pointed);
   $("opacity").oninput = () => {
     $("opacity_now").value = `${$("opacity").value} %`;
-    if (shown.ids && !painter.on) tint();
-    else draw();
+    if (painter.on) draw();
+    else shown.changed?.();
   };
   $("opacity_now").value = "50 %";
   $("all").onclick = () => setAll(true);
@@ -356,6 +364,7 @@ async function begin() {
   $("every").onclick = () => run("segment");
   $("paint").onclick = beginPainting;
   $("follow").onclick = () => run("track", painter.ids);
+  $("redraw").onclick = () => run("redraw");
   $("cancel").onclick = () => ask("POST", `app/${clip.id}/cancel`).catch((error) => say(error.message, true));
   $("add").onclick = () => choose(++painter.count);
   $("erase").onclick = () => {
@@ -371,7 +380,7 @@ function setAll(on) {
     box.checked = on;
     shown.hidden[on ? "delete" : "add"](Number(box.dataset.id));
   }
-  tint();
+  shown.changed();
 }
 
 begin().catch((error) => say(error.message, true));

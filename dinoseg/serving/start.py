@@ -1,0 +1,39 @@
+"""What mode=serve and mode=app begin with: a port of their own, then the model, then what asks it for many clients."""
+
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from dinoseg.ranges import Count, NotNegative
+from dinoseg.serving.limits import Limits, Port
+from dinoseg.serving.server import bound
+from dinoseg.serving.service import Service
+from dinoseg.serving.source import load_served, usual_batch
+
+
+@contextmanager
+def started(
+    cfg: DictConfig,
+    out_dir: Path,
+    *,
+    model: str | None,
+    host: str,
+    port: Port,
+    batch_size: Count | None,
+    wait_ms: NotNegative,
+    limits: Limits,
+) -> Iterator[tuple[socket.socket, Service]]:
+    """Give a socket of its own and the service of the model; at the end, all that waits is finished.
+
+    Raises:
+        UserError: the wait is too long, the port is taken, or there is no model; in this order, the slow one last.
+    """
+    limits.check_wait(wait_ms)
+    with bound(host, port) as listener:
+        served = load_served(cfg, out_dir, model)
+        service = Service(served, limits, batch_size=batch_size or usual_batch(served), wait=wait_ms / 1000)
+        yield listener, service
+        service.close()
