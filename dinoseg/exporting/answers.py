@@ -4,6 +4,7 @@ It reads lines of JSON and writes arrays, each after its length: class ids, some
 """
 
 import json
+import os
 import sys
 import time
 from io import BytesIO
@@ -29,9 +30,9 @@ def answer(kind: str, path: str, threads: int, record: str) -> None:
         threads: that compute.
         record: of a program's graph, as JSON.
     """
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints is no array
     runtime = _onnx(path, threads) if kind == "onnx" else _program(path, threads, record)
-    out = sys.stdout.buffer
-    sys.stdout = sys.stderr  # what a library prints is no array
     for line in sys.stdin:
         picture, times = json.loads(line)
         image = read_image(picture)

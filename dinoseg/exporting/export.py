@@ -14,13 +14,13 @@ from dinoseg import __version__
 from dinoseg.adapters import merge
 from dinoseg.config.plain import plain
 from dinoseg.errors import UserError
-from dinoseg.exporting.graph import Wish, record_of
+from dinoseg.exporting.graph import record_of
+from dinoseg.exporting.options import GraphOptions
 from dinoseg.exporting.pictures import Picture, pictures
-from dinoseg.exporting.proof import Limits, Reference, compare, exported, passes
-from dinoseg.images import read_size
+from dinoseg.exporting.proof import Reference, compare, exported, passes
 from dinoseg.inference.trained_sizes import TrainedSizes, keep_scale
 from dinoseg.portable.facts import Facts
-from dinoseg.portable.onnx_record import PRECISIONS, GraphRecord
+from dinoseg.portable.onnx_record import GraphRecord
 from dinoseg.portable.write import facts_of
 from dinoseg.runs.trained import load_trained, with_whole_weights
 from dinoseg.storage.atomic import scratch_folder, write_json
@@ -42,35 +42,24 @@ class Prepared:
 
 @contextmanager
 def prepared(
-    cfg: DictConfig,
-    out_dir: Path,
-    wish: Wish,
-    *,
-    images: str,
-    count: int,
-    gated: bool,
-    opset: int | None = None,
-    precision: str = "float32",
+    cfg: DictConfig, out_dir: Path, options: GraphOptions, *, opset: int | None = None, precision: str = "float32"
 ) -> Iterator[Prepared]:
-    """Load the model that `resume` names, with whole weights and LoRA updates merged, and find pictures.
+    """Find pictures, and load the model that `resume` names, with whole weights and LoRA updates merged.
 
     Raises:
-        UserError: there is no checkpoint, it may not be passed on, there are no pictures, or it cannot be exported.
+        UserError: there is no checkpoint, there are no pictures, it may not be passed on, or it cannot be exported.
     """
-    if precision not in PRECISIONS:
-        raise UserError(f"export.precision={precision} is unknown. Choose one of {', '.join(PRECISIONS)}.")
     if cfg.resume is None:
         raise UserError("This export needs a trained model: give resume=<run folder or checkpoint>.")
-    trained = load_trained(cfg)
-    facts = facts_of(cfg, trained)
-    _check_licence(cfg, facts, gated)
-    model = with_whole_weights(cfg, trained.model).to("cpu").eval()
-    merge(model.backbone)
-    sizes = TrainedSizes.from_info(trained.info)
     with scratch_folder(out_dir, "export") as folder:
-        found = pictures(cfg, images, count, folder)
-        first = read_size(found[0].path)
-        record, reason = record_of(model, sizes, wish, first, opset=opset, precision=precision)
+        found = pictures(cfg, options.images, options.count, folder)
+        trained = load_trained(cfg)
+        facts = facts_of(cfg, trained)
+        _check_licence(cfg, facts, options.gated)
+        model = with_whole_weights(cfg, trained.model).to("cpu").eval()
+        merge(model.backbone)
+        sizes = TrainedSizes.from_info(trained.info)
+        record, reason = record_of(model, sizes, options, found[0].size, opset=opset, precision=precision)
         keep_scale(model, sizes)
         yield Prepared(Reference(model, record), record, reason, facts, found, folder)
 
@@ -80,7 +69,7 @@ def keep_if_proven(
     kind: str,
     files: Sequence[Path],
     out_dir: Path,
-    limits: Limits,
+    options: GraphOptions,
     explain: Callable[[], str],
 ) -> dict[str, Any]:
     """Ask the last of `files`, move all to `out_dir` if it answers as the model does, and return the report.
@@ -90,7 +79,7 @@ def keep_if_proven(
         kind: onnx or program.
         files: what was written, the file that is asked last.
         out_dir: the run folder; the report is written there.
-        limits: what has to be kept.
+        options: what agreement is asked for.
         explain: returns what differs.
 
     Raises:
@@ -99,12 +88,12 @@ def keep_if_proven(
     path, classes = files[-1], len(ready.facts.classes)
     with exported(kind, path, ready.record) as ask:
         result = compare(ready.reference, ask, ready.pictures, classes, ready.facts.ignore_index)
-    proven = passes(result, limits)
+    proven = passes(result, options)
     differs = None if proven else explain()
     report = {
         "proven": proven,
         "differs": differs,
-        "limits": {"agreement": limits.agreement, "miou_points": limits.points},
+        "limits": {"agreement": options.least_agreement, "miou_points": options.most_points},
         **result,
         "file": path.name,
         "bytes": sum(file.stat().st_size for file in files),
@@ -117,7 +106,7 @@ def keep_if_proven(
     }
     write_json(out_dir / REPORT, report)
     if not proven:
-        raise UserError(_refusal(path, report, limits))
+        raise UserError(_refusal(path, report))
     for file in files:
         os.replace(file, out_dir / file.name)
     _print(out_dir / path.name, report)
@@ -135,14 +124,15 @@ def _check_licence(cfg: DictConfig, facts: Facts, gated: bool) -> None:
         )
 
 
-def _refusal(path: Path, report: dict[str, Any], limits: Limits) -> str:
-    miou = {name: f"{100 * value:.2f}" for name, value in report["miou"].items()}
+def _refusal(path: Path, report: dict[str, Any]) -> str:
+    miou, limits = {name: f"{100 * value:.2f}" for name, value in report["miou"].items()}, report["limits"]
     remedy = "Choose export.precision=float32." if report["precision"] != "float32" else "Choose another opset or head."
+    nan = "" if report["finite"] else ", and some of its probabilities are NaN"
     return (
         f"{path.name} was not kept: on {report['pictures']} pictures {report['agreement']:.4%} of the pixels have the "
-        f"class that the trained model gives (at least {limits.agreement:.2%} must), and the mIoU is "
-        f"{miou['exported']} instead of {miou['torch']} (at most {limits.points} points apart). What differs: "
-        f"{report['differs']}. {remedy} The figures are in {REPORT}."
+        f"class that the trained model gives (at least {limits['agreement']:.2%} must), and the mIoU is "
+        f"{miou['exported']} instead of {miou['torch']} (at most {limits['miou_points']} points apart){nan}. What "
+        f"differs: {report['differs']}. {remedy} The figures are in {REPORT}."
     )
 
 
@@ -151,6 +141,10 @@ def _print(path: Path, report: dict[str, Any]) -> None:
     print(f"written to {path}: {report['bytes'] / 1e6:.2f} MB, {report['precision']}, size {report['size']}")
     if report["size_fixed_because"]:
         print(f"its size is fixed: {report['size_fixed_because']}")
+    if "agreement_with_predict" in report:
+        print(
+            f"at that size {report['agreement_with_predict']:.2%} of the pixels have the class that mode=predict gives"
+        )
     print(
         f"proven on {report['pictures']} pictures: {report['agreement']:.4%} of the pixels agree, mIoU "
         f"{100 * miou['exported']:.2f} (PyTorch {100 * miou['torch']:.2f}; against {report['references']}); "

@@ -1,11 +1,13 @@
 """A trained model as the graph that is exported: pixels in, what its head gives out, and how it is to be asked."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from dinoseg.errors import UserError
+from dinoseg.exporting.options import LARGEST_SIDE, MOST_PIXELS, GraphOptions
 from dinoseg.geometry import upsample
 from dinoseg.inference.trained_sizes import TrainedSizes
 from dinoseg.model import Segmenter
@@ -42,43 +44,34 @@ class Graph(nn.Module):
         return (torch.einsum("bqk,bqhw->bkhw", classes, pixels),)
 
 
-@dataclass(frozen=True)
-class Wish:
-    """What is asked of a graph.
-
-    Attributes:
-        dynamic: leave batch and size open: True, False, or None where backbone and head can.
-        size: the only (H, W) that it takes, in its own pixels; None: any, or that of the pictures where it cannot.
-        pixels: let it give class scores of each pixel itself.
-    """
-
-    dynamic: bool | None = None
-    size: Size | None = None
-    pixels: bool = False
-
-
 def record_of(
-    segmenter: Segmenter, sizes: TrainedSizes | None, wish: Wish, picture: Size, *, opset: int | None, precision: str
+    segmenter: Segmenter,
+    sizes: TrainedSizes | None,
+    options: GraphOptions,
+    picture: Size,
+    *,
+    opset: int | None = None,
+    precision: str = "float32",
 ) -> tuple[GraphRecord, str | None]:
     """Return how the graph of a model is to be asked, and why its size is fixed (None: it is open).
 
     Args:
         segmenter: in eval mode.
         sizes: of its training's pictures.
-        wish: what is asked for.
+        options: what is asked for.
         picture: (H, W) of a picture, whose size a graph that cannot be open has.
-        opset: of the file.
+        opset: of an ONNX file.
         precision: of its weights.
 
     Raises:
-        UserError: a model of slots, a size that is no multiple of the patches, or what cannot be.
+        UserError: a model of slots, a size that is no multiple of the patches, or what its head cannot be.
     """
     head = segmenter.head
     if head.slots is not None:
         raise UserError("A model of slots cannot be exported: its segments go from frame to frame. Use mode=track.")
-    reason = _reason(segmenter, wish)
+    reason = _reason(segmenter, options)
     fill = [float(value) for value in segmenter.backbone.mean.flatten()]
-    kind = "pixels" if wish.pixels else "masks" if head.mixture else "scores"
+    kind = "pixels" if options.pixels else "masks" if head.mixture else "scores"
     record = GraphRecord(
         multiple=segmenter.patch_size,
         scale=float(segmenter.scale),
@@ -96,13 +89,17 @@ def record_of(
     )
     if reason is None:
         return record, None
-    fixed = wish.size or record.layout(picture).padded
-    wrong = [side for side in fixed if side < 1 or side % segmenter.patch_size]
-    if wrong:
-        multiple = segmenter.patch_size
+    fixed = options.one_size or record.layout(picture).padded
+    multiple = segmenter.patch_size
+    if any(side % multiple for side in fixed):
         near = [max(1, round(side / multiple)) * multiple for side in fixed]
         raise UserError(f"export.size={list(fixed)}: give multiples of the patches' {multiple} px, such as {near}.")
-    return GraphRecord(**{**record.plain(), "size": fixed, "batch": 1, "fill": record.fill}), reason
+    if max(fixed) > LARGEST_SIDE or math.prod(fixed) > MOST_PIXELS:
+        raise UserError(
+            f"The graph would take the size of the first picture, {list(fixed)} ({reason}), which is too large. Give "
+            "export.size=[H,W], or smaller pictures by export.images."
+        )
+    return replace(record, size=fixed, batch=1), reason
 
 
 def trace(segmenter: Segmenter, record: GraphRecord) -> torch.export.ExportedProgram:
@@ -138,24 +135,11 @@ def _opening(record: GraphRecord) -> str:
     return "an open size" if record.size is None else f"the size {list(record.size)}"
 
 
-def _reason(segmenter: Segmenter, wish: Wish) -> str | None:
-    if wish.pixels and wish.dynamic:
+def _reason(segmenter: Segmenter, options: GraphOptions) -> str | None:
+    one_size = segmenter.head.one_size
+    if options.dynamic and one_size is not None:
         raise UserError(
-            "export.pixels=true gives scores of each pixel, which takes one size: set export.dynamic=false."
+            f"export.dynamic=true: {one_size}. Set export.dynamic=null, and export.size=[H,W] if it is not to be that "
+            "of the pictures."
         )
-    if wish.size is not None and wish.dynamic:
-        raise UserError(f"export.size={list(wish.size)} is one size: leave it out, or export.dynamic=true.")
-    if wish.pixels:
-        return "it gives scores of each pixel (export.pixels)"
-    if wish.size is not None:
-        return "export.size says so"
-    if wish.dynamic is False:
-        return "export.dynamic says so"
-    if segmenter.head.one_size is None:
-        return None
-    if wish.dynamic:
-        raise UserError(
-            f"export.dynamic=true: {segmenter.head.one_size}. Set export.dynamic=null, and export.size=[H,W] if it is "
-            f"not to be that of the pictures."
-        )
-    return segmenter.head.one_size
+    return options.why_fixed or one_size

@@ -1,16 +1,18 @@
 """The gate: an exported file answers real pictures, in a process without torch, as the trained model does."""
 
 import json
+import math
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 from statistics import median
+from threading import Timer
 from typing import IO, Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from torch import Tensor
 import dinoseg
 from dinoseg.errors import UserError
 from dinoseg.exporting.answers import thinned, timed
+from dinoseg.exporting.options import GraphOptions
 from dinoseg.exporting.pictures import Picture
 from dinoseg.geometry import resize
 from dinoseg.images import read_image
@@ -28,24 +31,15 @@ from dinoseg.model import Segmenter
 from dinoseg.portable.onnx_record import GraphRecord
 from dinoseg.shapes import Prediction
 
+LEAST_LIMIT, LIMIT_TIMES = 300.0, 50  # seconds an answer may take, and more by what PyTorch takes
 TIMES = 5  # a picture's latency is measured so often, the first time left out
+_LAST_WORDS = 5  # seconds
+_OURS = "dinoseg.errors.UserError: "
+_LONGEST = 2**31  # bytes of an array
 _START = (
     "import sys; {block}from dinoseg.exporting.answers import answer; "
     "answer(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4])"
 )
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What an exported file must keep.
-
-    Attributes:
-        agreement: least share of the pixels that have the same class.
-        points: most that the mIoU may differ, in points of 100.
-    """
-
-    agreement: float = 0.999
-    points: float = 0.1
 
 
 class Reference:
@@ -66,6 +60,12 @@ class Reference:
     def ids(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """Return the class ids (B, H, W) uint8 of images (H, W, 3) uint8 RGB of one size."""
         return self._predict(images).scores().max(dim=1).indices.to(torch.uint8).numpy()
+
+    @torch.inference_mode()
+    def predicted(self, image: np.ndarray) -> np.ndarray:
+        """Return the class ids (H, W) that mode=predict gives an image (H, W, 3), whatever size the graph has."""
+        whole = self.segmenter(torch.from_numpy(image[None].copy()).permute(0, 3, 1, 2))
+        return whole.scores().max(dim=1).indices[0].to(torch.uint8).numpy()
 
     @torch.inference_mode()
     def probabilities(self, images: Sequence[np.ndarray]) -> np.ndarray:
@@ -105,35 +105,59 @@ class Exported:
         self._path = path
         self._log = log
 
-    def __call__(self, picture: Path, times: int) -> tuple[np.ndarray, np.ndarray, list[float]]:
+    def __call__(self, picture: Path, times: int, usual: float) -> tuple[np.ndarray, np.ndarray, list[float]]:
         """Return a picture's class ids, `thinned` probabilities, and the seconds of so many times.
 
+        Args:
+            picture: its file.
+            times: that it is computed to be timed.
+            usual: seconds that PyTorch takes for all of it: far later, its process is ended.
+
         Raises:
-            UserError: the process ended; the message says what it said last.
+            UserError: the process ended or was ended; the message says what it said last.
         """
         into, out = self._process.stdin, self._process.stdout
         assert into is not None and out is not None
+        limit = LEAST_LIMIT + LIMIT_TIMES * usual
+        timer = Timer(limit, self._process.kill)
+        timer.start()
         try:
             into.write(json.dumps([str(picture.absolute()), times]).encode() + b"\n")
             into.flush()
             arrays = [_read(out) for _ in range(3)]
         except (OSError, ValueError) as error:
-            raise UserError(f"{self._path.name} gives no answer: {self._last_words()}") from error
+            with suppress(OSError):  # what was not taken would be tried again, and fail, when the pipe is left
+                into.close()
+            late = f"not within {limit:.0f} s, and PyTorch took {usual:.1f} s" if timer.finished.is_set() else ""
+            raise UserError(
+                f"{self._path.name} gives no answer for {picture.name}: {(late or self._last_words()).rstrip('. ')}. "
+                "Choose another export.opset or precision, or smaller export.images."
+            ) from error
+        finally:
+            timer.cancel()
         return arrays[0], arrays[1], arrays[2].tolist()
 
     def _last_words(self) -> str:
-        self._process.kill()
-        self._process.wait()
+        try:
+            code = self._process.wait(timeout=_LAST_WORDS)
+        except subprocess.TimeoutExpired:  # it lives, and answers nonsense
+            self._process.kill()
+            code = 0
         self._log.seek(0)
         lines = self._log.read().decode(errors="replace").strip().splitlines()
-        return (lines or ["its process ended without a word"])[-1][-500:]
+        killed = (
+            f"its process was ended by signal {-code} ({signal.strsignal(-code)}), as where memory runs out; "
+            if code < 0
+            else ""
+        )
+        return killed + (lines or ["it ended without a word"])[-1].removeprefix(_OURS)[-500:]
 
 
 def _read(out: IO[bytes]) -> np.ndarray:
     length = int.from_bytes(out.read(8), "little")
-    content = out.read(length)
-    if not length or len(content) < length:
-        raise OSError("the answer is cut off")
+    content = out.read(length) if 0 < length <= _LONGEST else b""
+    if not content or len(content) < length:
+        raise OSError("it is no answer")
     return np.lib.format.read_array(BytesIO(content), allow_pickle=False)
 
 
@@ -141,15 +165,17 @@ def _read(out: IO[bytes]) -> np.ndarray:
 def exported(kind: str, path: Path, record: GraphRecord) -> Iterator[Exported]:
     """Start the process of an exported file, of the kind onnx (where torch cannot be imported) or program."""
     code = _START.format(block="sys.modules['torch'] = None; " if kind == "onnx" else "")
-    package = str(Path(dinoseg.__file__).parent.parent)
+    package = str(Path(dinoseg.__file__).absolute().parent.parent)
     where = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
-    words = [sys.executable, "-c", code, kind, str(path), str(torch.get_num_threads()), json.dumps(record.plain())]
+    record_text = json.dumps(record.plain())
+    # -P: no module of a folder that others may write to comes before the installed ones
+    words = [sys.executable, "-P", "-c", code, kind, str(path.absolute()), str(torch.get_num_threads()), record_text]
     with (
         tempfile.TemporaryFile() as log,
         subprocess.Popen(
             words,
             env={**os.environ, "PYTHONPATH": where},
-            cwd=tempfile.gettempdir(),
+            cwd=path.parent,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -173,7 +199,8 @@ def compare(
     """
     ours, theirs = (ConfusionMatrix(num_classes, ignore_index) for _ in range(2))
     between = ConfusionMatrix(num_classes)  # of class ids alone, none of them ignored
-    equal, largest, seconds = 0, 0.0, ([], [])  # type: ignore[var-annotated]
+    equal, as_predicted, largest, seconds = 0, 0, 0.0, ([], [])  # type: ignore[var-annotated]
+    one_size = reference.record.size is not None
     for number, picture in enumerate(pictures):
         image, times = read_image(picture.path), TIMES + 1 if number < TIMES else 1
         seconds[0].append([timed(reference, image) for _ in range(times)])
@@ -183,11 +210,13 @@ def compare(
                 f"{picture.path.name}: the trained model's own probabilities are NaN, so nothing would be proven. "
                 "Choose an earlier checkpoint."
             )
-        given, probabilities, measured = ask(picture.path, times)
+        given, probabilities, measured = ask(picture.path, times, sum(seconds[0][-1]))
         seconds[1].append(measured)
         equal += int((wanted == given).sum())
-        largest = max(largest, float(np.abs(expected - probabilities).max()))
+        largest = float(np.maximum(largest, np.abs(expected - probabilities).max()))  # NaN stays NaN
         between.update(torch.from_numpy(given), torch.from_numpy(wanted))
+        if one_size:
+            as_predicted += int((reference.predicted(image) == given).sum())
         if picture.mask is not None:
             ours.update(torch.from_numpy(wanted), torch.from_numpy(picture.mask))
             theirs.update(torch.from_numpy(given), torch.from_numpy(picture.mask))
@@ -198,7 +227,9 @@ def compare(
         "pictures": len(pictures),
         "pixels": total["pixels"],
         "agreement": equal / total["pixels"],
-        "largest_difference_of_probabilities": largest,
+        **({"agreement_with_predict": as_predicted / total["pixels"]} if one_size else {}),
+        "finite": math.isfinite(largest),
+        "largest_difference_of_probabilities": largest if math.isfinite(largest) else None,
         "references": "masks of the data set" if scored else "the trained model's own classes",
         "miou": {
             "torch": ours.compute()["miou"] if scored else 1.0,
@@ -214,7 +245,7 @@ def compare(
     }
 
 
-def passes(result: dict[str, Any], limits: Limits) -> bool:
-    """Return whether a comparison keeps the limits."""
+def passes(result: dict[str, Any], options: GraphOptions) -> bool:
+    """Return whether a comparison keeps what is asked for; NaN, which agrees with anything, keeps nothing."""
     points = 100 * abs(result["miou"]["torch"] - result["miou"]["exported"])
-    return result["agreement"] >= limits.agreement and points <= limits.points
+    return result["finite"] and result["agreement"] >= options.least_agreement and points <= options.most_points

@@ -6,22 +6,23 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from command_line import write_data
+from omegaconf import OmegaConf
 from onnx import numpy_helper
 from portable_parts import TINY, untrained
 
 import dinoseg
 from dinoseg.errors import UserError
-from dinoseg.exporting import onnx_export, onnx_file, proof, tensorrt
+from dinoseg.exporting import export, onnx_export, onnx_file
 from dinoseg.exporting.export import REPORT
-from dinoseg.exporting.onnx_export import export_onnx
-from dinoseg.exporting.pictures import Picture
-from dinoseg.exporting.program import export_program
+from dinoseg.exporting.onnx_export import OnnxExport
+from dinoseg.exporting.program import ProgramExport
+from dinoseg.images import write_png
+from dinoseg.portable import write
 from dinoseg.runs.resume import alone
 from dinoseg.training import checkpoint
 
@@ -61,7 +62,7 @@ def change_weight(model, part):
 
 @pytest.mark.heavy
 def test_an_export_is_proven_and_used_without_torch(cfg, out):
-    export_onnx(cfg, out_dir=out)
+    OnnxExport()(cfg, out_dir=out)
     report = json.loads((out / REPORT).read_text())
     assert report["proven"] and report["agreement"] == 1 and report["pictures"] == 2
     assert report["miou"]["torch"] == report["miou"]["exported"] and report["references"] == "masks of the data set"
@@ -94,7 +95,7 @@ def test_a_broken_export_is_refused_and_its_layer_named(cfg, out, monkeypatch, p
 
     monkeypatch.setattr(onnx_file, "finish", break_and_finish)
     with pytest.raises(UserError, match=f"model.onnx was not kept.*What differs: {layer}"):
-        export_onnx(cfg, out_dir=out)
+        OnnxExport()(cfg, out_dir=out)
     assert [path.name for path in out.iterdir()] == [REPORT]
     assert not json.loads((out / REPORT).read_text())["proven"]
 
@@ -107,7 +108,7 @@ def test_pictures_resized_otherwise_are_refused(cfg, out, monkeypatch):
     monkeypatch.setattr(onnx_file, "finish", other)
     monkeypatch.setattr("dinoseg.exporting.layers.pixels", lambda image, layout, fill: np.zeros((3, *layout.padded)))
     with pytest.raises(UserError, match="What differs: the resizing of pictures before the first layer"):
-        export_onnx(cfg, out_dir=out)
+        OnnxExport()(cfg, out_dir=out)
 
 
 @pytest.mark.heavy
@@ -119,62 +120,81 @@ def test_a_file_that_does_not_run_is_refused_with_its_words(cfg, out, monkeypatc
         del model.graph.initializer[:]
 
     monkeypatch.setattr(onnx_file, "finish", drop)
-    with pytest.raises(UserError, match="gives no answer: .*onnxruntime cannot run it"):
-        export_onnx(cfg, out_dir=out)
+    with pytest.raises(UserError, match="gives no answer for 0.png: /.*onnxruntime cannot run it"):
+        OnnxExport()(cfg, out_dir=out)
     assert not list(out.iterdir())
 
 
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        ({"images": "none"}, "No such file or folder"),
-        ({"images": "test"}, "cannot be proven on the data set's split test.*export.images"),
-        ({"opset": 17}, "export.opset=17: give 18"),
-        ({"precision": "int4"}, "export.precision=int4 is unknown"),
-        ({"size": [500, 500]}, r"export.size=\[500, 500\]: give multiples of the patches' 8 px, such as \[496, 496\]"),
+        ({"size": [1000000, 1000000]}, r"at most 32768 px a side, and no more pixels than \[8192,8192\]"),
+        ({"size": [16384, 8192]}, "no more pixels than"),
+        ({"size": [65536, 8]}, "at most 32768 px a side"),
         ({"size": [512]}, r"give \[H,W\]"),
         ({"size": [64, 64], "dynamic": True}, "is one size: leave it out"),
         ({"pixels": True, "dynamic": True}, "which takes one size"),
+        ({"opset": 17}, "export.opset=17: give 18"),
+        ({"opset": 99}, "export.opset=99: give 18"),
+        ({"precision": "int4"}, "export.precision=int4 is unknown"),
         ({"tensorrt": True}, "neither trtexec nor the Python package"),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_is_traced(cfg, out, monkeypatch, words, reason):
-    monkeypatch.setattr(onnx_export, "trace", lambda *_: pytest.fail("it was traced"))
+def test_what_contradicts_itself_is_refused_before_anything_is_read(words, reason):
     with pytest.raises(UserError, match=reason):
-        export_onnx(cfg, out_dir=out, **words)
+        OnnxExport(**words)
+
+
+def test_what_the_data_set_or_the_model_cannot_be_is_refused_before_anything_is_traced(cfg, out, monkeypatch):
+    monkeypatch.setattr(onnx_export, "trace", lambda *_: pytest.fail("it was traced"))
+    with pytest.raises(
+        UserError, match=r"size=\[500, 500\]: give multiples of the patches' 8 px, such as \[496, 496\]"
+    ):
+        OnnxExport(size=[500, 500])(cfg, out_dir=out)
+    monkeypatch.setattr(export, "load_trained", lambda *_: pytest.fail("a model was made"))
+    with pytest.raises(UserError, match="cannot be proven on the data set's split test.*export.images"):
+        OnnxExport(images="test")(cfg, out_dir=out)
     assert not list(out.iterdir())
 
 
-def test_nan_which_agrees_with_anything_proves_nothing(tmp_path):
-    write_data(tmp_path / "data")
-    path = tmp_path / "data/val/images/0.png"
-    nothing = SimpleNamespace(
-        ids=lambda images: np.zeros((1, 32, 48), np.uint8), probabilities=lambda images: np.full((1, 2, 32, 48), np.nan)
-    )
-    with pytest.raises(UserError, match=r"0.png: the trained model's own probabilities are NaN"):
-        proof.compare(nothing, lambda *_: pytest.fail("it was asked"), [Picture(path, None)], 2, 255)
+@pytest.mark.parametrize(
+    ("images", "reason"),
+    [
+        ("none", "No such file or folder"),
+        ("drawn", r"chart.png is in .*drawn, a folder that dinoseg wrote: its pictures are charts"),
+        ("drawn/masks/*.png", "a folder that dinoseg wrote"),
+        ("masks", "a folder that dinoseg wrote"),
+        ("cut", "cut.png as a picture.*truncated"),
+        ("film", "holds no pictures"),
+        ("large", r"0.png \(300 x 400\) takes 0.0 GiB to be compared class by class"),
+    ],
+)
+def test_pictures_that_prove_nothing_are_refused_before_a_model_is_made(tmp_path, monkeypatch, images, reason):
+    out, cfg = tmp_path, OmegaConf.create({"resume": "run", "data": {"classes": ["dark", "bright"]}})
+    (out / "film").mkdir()
+    (out / "film/a.mp4").touch()
+    for name in ("drawn/chart.png", "drawn/masks/0.png", "masks/0.png", "cut/cut.png", "large/0.png"):
+        write_png(out / name, np.zeros((300, 400, 3), np.uint8))
+    (out / "cut/cut.png").write_bytes((out / "cut/cut.png").read_bytes()[:500])
+    (out / "drawn/run.log").touch()
+    (out / "drawn/config").mkdir()
+    (out / "masks/classes.json").touch()
+    monkeypatch.setattr("dinoseg.exporting.pictures.free_bytes", lambda _: 3.8e6 if images == "large" else 4e6)
+    monkeypatch.setattr(export, "load_trained", lambda *_: pytest.fail("a model was made"))
+    with pytest.raises(UserError, match=reason):
+        ProgramExport(images=str(out / images))(cfg, out_dir=out)
 
 
-def test_an_engine_is_built_by_what_is_there(tmp_path, monkeypatch):
-    record = SimpleNamespace(size=None, batch=None, multiple=16)
-    path = tmp_path / "model.onnx"
-    path.write_bytes(b"onnx")
-    command = tmp_path / "trtexec"
-    command.write_text('#!/bin/sh\nfor word; do case $word in --saveEngine=*) echo "$@" > "${word#*=}";; esac; done\n')
-    command.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    words = tensorrt.build_engine(path, record).read_text()
-    assert f"--onnx={path}" in words and "--maxShapes=image:8x3x1024x1024" in words
-    command.write_text("#!/bin/sh\necho no GPU here >&2\nexit 1\n")
-    with pytest.raises(UserError, match="it says: no GPU here"):
-        tensorrt.build_engine(path, record)
-    assert (tmp_path / "model.engine").read_text() == words  # of before
+def test_scores_that_are_not_there_are_told_of_before_a_model_is_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(write, "load_trained", lambda *_: pytest.fail("a model was made"))
+    with pytest.raises(UserError, match="export.scores=.*none is no run folder of mode=eval"):
+        write.export_model(OmegaConf.create({"resume": "run"}), out_dir=tmp_path, scores=str(tmp_path / "none"))
 
 
 @pytest.mark.heavy
 def test_weights_beside_a_large_file_are_read_from_there(cfg, out, monkeypatch):
     monkeypatch.setattr(onnx_file, "LARGEST", 1000)
-    export_onnx(cfg, out_dir=out)
+    OnnxExport()(cfg, out_dir=out)
     assert sorted(path.name for path in out.iterdir()) == [REPORT, "model.onnx", "model.onnx.data"]
     assert dinoseg.load(out / "model.onnx").predict(out.parent / "data/val/images/0.png").mask.shape == (32, 48)
 
@@ -185,7 +205,7 @@ def test_lora_updates_are_merged_and_a_program_is_proven_too(compose, tmp_path):
     path = untrained(compose, tmp_path, *TINY, "head=linear", "adapter=lora", "adapter.rank=2")
     cfg = alone(path, checkpoint.describe(path), {"engine.device": "cpu"})
     (tmp_path / "out").mkdir()
-    export_program(cfg, out_dir=tmp_path / "out", images=str(tmp_path / "data/val/images"))
+    ProgramExport(images=str(tmp_path / "data/val/images"))(cfg, out_dir=tmp_path / "out")
     report = json.loads((tmp_path / "out" / REPORT).read_text())
     assert report["proven"] and report["references"] == "the trained model's own classes"
     assert not [name for name in torch.export.load(tmp_path / "out/model.pt2").state_dict if "lora" in name]

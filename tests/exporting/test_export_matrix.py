@@ -10,7 +10,8 @@ from tiny_parts import BACKBONES, load, tiny_node
 from dinoseg import build
 from dinoseg.errors import UserError
 from dinoseg.exporting import onnx_file
-from dinoseg.exporting.graph import Wish, record_of, trace
+from dinoseg.exporting.graph import record_of, trace
+from dinoseg.exporting.options import GraphOptions
 from dinoseg.exporting.proof import Reference
 from dinoseg.portable.onnx_model import load_onnx
 
@@ -18,14 +19,14 @@ pytestmark = pytest.mark.heavy
 
 HEADS = ("mlp", "cnn", "multiscale", "dpt", "upernet", "eomt")
 CELLS = [
-    *((backbone, "linear", Wish()) for backbone in BACKBONES),
-    *(("dinov3", head, Wish()) for head in HEADS),
-    ("dinov2", "cnn", Wish()),
-    ("convnext", "dpt", Wish()),
-    ("timm_pyramid", "upernet", Wish()),
-    ("dinov3", "mask2former", Wish()),
-    ("dinov2_registers", "eomt", Wish(pixels=True)),
-    ("dino", "dpt", Wish(size=(48, 64))),
+    *((backbone, "linear", GraphOptions()) for backbone in BACKBONES),
+    *(("dinov3", head, GraphOptions()) for head in HEADS),
+    ("dinov2", "cnn", GraphOptions()),
+    ("convnext", "dpt", GraphOptions()),
+    ("timm_pyramid", "upernet", GraphOptions()),
+    ("dinov3", "mask2former", GraphOptions()),
+    ("dinov2_registers", "eomt", GraphOptions(pixels=True)),
+    ("dino", "dpt", GraphOptions(size=(48, 64))),
 ]
 ONE_SIZE = ("upernet", "mask2former")
 SIZES = ((37, 50), (64, 33), (20, 90))
@@ -51,7 +52,7 @@ def answering(folder, model, wish, precision="float32"):
 @pytest.mark.parametrize(("backbone", "head", "wish"), CELLS)
 def test_a_file_answers_as_the_model_does(tmp_path, backbone, head, wish):
     reference, runtime, reason = answering(tmp_path, tiny(backbone, head), wish)
-    fixed = head in ONE_SIZE or wish != Wish()
+    fixed = head in ONE_SIZE or wish != GraphOptions()
     assert (reason is not None) == fixed == (reference.record.size is not None)
     draw = np.random.default_rng(0)
     for size in SIZES:
@@ -67,8 +68,8 @@ def test_a_file_answers_as_the_model_does(tmp_path, backbone, head, wish):
 def test_shorter_weights_give_smaller_files_and_nearly_the_same(tmp_path, precision):
     (tmp_path / "whole").mkdir()
     model = tiny("dinov3", "linear")
-    answering(tmp_path / "whole", model, Wish())
-    reference, runtime, _ = answering(tmp_path, model, Wish(), precision)
+    answering(tmp_path / "whole", model, GraphOptions())
+    reference, runtime, _ = answering(tmp_path, model, GraphOptions(), precision)
     share = (tmp_path / "model.onnx").stat().st_size / (tmp_path / "whole/model.onnx").stat().st_size
     assert share < {"float16": 0.75, "int8": 0.65}[precision]
     image = np.random.default_rng(0).integers(0, 256, (40, 60, 3)).astype(np.uint8)
@@ -78,4 +79,4 @@ def test_shorter_weights_give_smaller_files_and_nearly_the_same(tmp_path, precis
 @pytest.mark.parametrize("head", ONE_SIZE)
 def test_heads_of_one_size_say_why(head):
     with pytest.raises(UserError, match="depend on the size.*Set export.dynamic=null"):
-        record_of(tiny("dinov3", head), None, Wish(dynamic=True), (32, 32), opset=18, precision="float32")
+        record_of(tiny("dinov3", head), None, GraphOptions(dynamic=True), (32, 32), opset=18, precision="float32")
