@@ -1,6 +1,7 @@
 """Keys on a command line that only the checkpoint named there has."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.types import Override, OverrideType
@@ -30,19 +31,22 @@ def with_own_keys(arguments: Sequence[str]) -> list[str]:
 
 
 def own_configs(arguments: Sequence[str]) -> list[Mapping[str, Any]]:
-    """Return what goes on of the config of each checkpoint that `resume` names: not a group that is chosen anew.
+    """Return what goes on of the config of each checkpoint that `resume`, or mode.model, names, but groups chosen anew.
 
     Raises:
         UserError: there is no such checkpoint.
     """
     typed = {override.key_or_group: values_of(override) for _, override in _overrides(arguments)}
     checkpoints = [path for path in typed.get("resume", ()) if path not in ("auto", "None")]
-    if not checkpoints:
+    files = [
+        path for path in typed.get("mode.model", ()) if Path(path).suffix == ".safetensors" and Path(path).is_file()
+    ]
+    if not checkpoints + files:
         return []
     from dinoseg.runs.recipe import SAVED  # imports torch
     from dinoseg.training import checkpoint
 
-    descriptions = [checkpoint.describe(checkpoint.find(path, "last")) for path in checkpoints]
+    descriptions = [checkpoint.describe(checkpoint.find(path, "last")) for path in checkpoints + files]
     return [
         {
             key: value

@@ -10,8 +10,7 @@ from tempfile import TemporaryDirectory
 from dinoseg.errors import UserError
 from dinoseg.portable.card import model_card
 from dinoseg.portable.facts import Facts
-
-FILES = {"torch": "model.safetensors", "onnx": "model.onnx"}  # runtime to the name of its file
+from dinoseg.portable.runtime import FILES, file_in
 
 
 def fetched(
@@ -35,7 +34,7 @@ def fetched(
             # an ONNX file may keep its weights beside it
             patterns = [f"{name}*" for name in names]
             folder = Path(snapshot_download(str(source), revision=revision, token=token, allow_patterns=patterns))
-    found = next((folder / name for name in names if (folder / name).is_file()), None)
+    found = file_in(folder, runtime)
     if found is None:
         raise UserError(
             f"{source} holds no {' and no '.join(names)}. Give a folder or repository that push_to_hub made."

@@ -5,6 +5,7 @@ from os import PathLike
 
 from dinoseg.portable.model import Model
 from dinoseg.portable.opening import open_model
+from dinoseg.portable.runtime import Options
 
 
 def load(
@@ -31,11 +32,13 @@ def load(
         inference: whole, windows or auto (whole images where there is memory for them); None: as the file says.
         trust: packages and hub ids that the file may name beside what dinoseg ships.
 
+    An ONNX file takes pictures whole, computes in float32 and holds all of its weights.
+
     Raises:
-        UserError: no such file, or it is damaged, foreign, of a newer version, or says what no model of dinoseg does.
+        UserError: no such file, or it is damaged, foreign, of a newer version, or says what no model of dinoseg does;
+            or an argument is none that it takes.
     """
-    opened = open_model(
-        path,
+    options = Options(
         device=device,
         runtime=runtime,
         precision=precision,
@@ -44,4 +47,4 @@ def load(
         inference=inference,
         trust=trust,
     )
-    return Model(*opened)
+    return Model(*open_model(path, options))

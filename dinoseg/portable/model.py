@@ -13,7 +13,7 @@ from dinoseg.errors import UserError, telling_file_errors
 from dinoseg.portable.facts import Facts
 from dinoseg.portable.inputs import Picture, is_many_files, is_one, pictures
 from dinoseg.portable.result import Segmentation
-from dinoseg.portable.runtime import Runtime
+from dinoseg.portable.runtime import Options, Runtime
 from dinoseg.storage.atomic import whole_file
 
 _NO_FILE = "This model is in no file of its own. Write one: mode=export export=safetensors resume=RUN."
@@ -107,8 +107,8 @@ class Model:
         from dinoseg.portable.hub import fetched
         from dinoseg.portable.opening import open_model
 
-        file = fetched(source, revision=revision, token=token, runtime=options.get("runtime"))
-        return cls(*open_model(file, **options))
+        opening = Options(**options)
+        return cls(*open_model(fetched(source, revision=revision, token=token, runtime=opening.runtime), opening))
 
     def push_to_hub(
         self,

@@ -54,8 +54,8 @@ def open_session(path: Path, *, device: str = "auto", threads: int | None = None
     there = onnxruntime.get_available_providers()
     if device not in ("auto", *_PROVIDERS) or (device != "auto" and _PROVIDERS[device] not in there):
         raise UserError(
-            f"device={device}: this onnxruntime computes on {', '.join(_names(there))}. Choose one of them or auto; "
-            f"for CUDA install onnxruntime-gpu."
+            f"engine.device={device}: this onnxruntime computes on {', '.join(_names(there))}. Choose one of them or "
+            "auto; for CUDA install onnxruntime-gpu."
         )
     wanted = [_PROVIDERS["cuda"], _PROVIDERS["cpu"]] if device == "auto" else [_PROVIDERS[device], _PROVIDERS["cpu"]]
     options = onnxruntime.SessionOptions()

@@ -1,12 +1,16 @@
 """What computes for a model in one file: torch, or another runtime where torch is not installed."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from dinoseg.portable.facts import Facts
+
+FILES = {"torch": "model.safetensors", "onnx": "model.onnx"}  # runtime to the name of its file
 
 
 class Runtime(Protocol):
@@ -29,3 +33,22 @@ class Opened(NamedTuple):
     runtime: Runtime
     facts: Facts
     file: Path | None = None
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the file of a trained model is opened: the arguments of `dinoseg.load`, which says what they mean."""
+
+    device: str = "auto"
+    runtime: str | None = None
+    precision: str = "auto"
+    backbone: str | PathLike[str] | None = None
+    head: str | PathLike[str] | None = None
+    inference: str | None = None
+    trust: Sequence[str] = ()
+
+
+def file_in(folder: Path, runtime: str | None) -> Path | None:
+    """Return the model in one file that a folder holds, for a runtime or any; None where there is none."""
+    names = [FILES[runtime]] if runtime in FILES else FILES.values()
+    return next((folder / name for name in names if (folder / name).is_file()), None)

@@ -15,13 +15,14 @@ from dinoseg.inference.policy import Policy
 from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.trained_sizes import TrainedSizes, keep_scale
 from dinoseg.portable.facts import Facts
-from dinoseg.portable.runtime import Opened
+from dinoseg.portable.runtime import Opened, Options
 from dinoseg.runs.resume import alone
 from dinoseg.runs.trained import restore
 from dinoseg.training import checkpoint
 from dinoseg.training.engine import choose_device, has_bfloat16
 
 PRECISIONS = ("auto", "bf16", "fp32")
+_HELD = (None, "random")  # what a config says of weights that a checkpoint holds
 
 
 class TorchRuntime:
@@ -41,45 +42,46 @@ class TorchRuntime:
         return self.predictor.probabilities(images).cpu().numpy()
 
 
-def load_torch(
-    path: Path,
-    *,
-    device: str,
-    precision: str,
-    weights: Mapping[str, str | None],
-    inference: str | None,
-    trust: Sequence[str],
-) -> Opened:
-    """Return the model of a file, a checkpoint or a run folder; see `load`.
+def load_torch(path: Path, options: Options) -> Opened:
+    """Return the model of a file, a checkpoint or a run folder, which exists.
 
-    Args:
-        path: exists.
-        device: as `engine.device`.
-        precision: as `engine.precision`.
-        weights: of `backbone` and `head`: a file, a folder or a hub id in place of what the file names.
-        inference: how it is asked, as of `load`.
-        trust: packages and hub ids that the file may name beside what config files do.
+    Raises:
+        UserError: in the words of a command line, whose `resume` the file is.
     """
-    if precision not in PRECISIONS:
-        raise UserError(f"precision={precision} is unknown. Choose one of {', '.join(PRECISIONS)}.")
-    chosen = choose_device(device)
+    if options.precision not in PRECISIONS:
+        raise UserError(f"engine.precision={options.precision} is unknown. Choose one of {', '.join(PRECISIONS)}.")
+    chosen = choose_device(options.device)
     file = checkpoint.find(path, "best")
-    changes: dict[str, Any] = {f"{part}.weights": value for part, value in weights.items() if value is not None}
     # the caller's own functions for its configs, and its own random numbers, are as they were after it
     with lent_resolvers(), torch.random.fork_rng(_devices(chosen)):
         said = checkpoint.describe(file)
         facts = Facts.of(said, str(file))
-        if weights["backbone"] is not None and facts.backbone.get("in_file"):
-            raise UserError(f"backbone={weights['backbone']}: {file} holds its own backbone. Leave backbone out.")
-        cfg = alone(file, said, {"engine.device": device, **changes}, inference=inference, trust=trust)
+        changes = {"engine.device": options.device, **_weights(file, said, options)}
+        cfg = alone(file, said, changes, inference=options.inference, trust=options.trust)
         policy: Policy = instantiate(cfg.inference)
         model, info = restore(cfg, file)
     if model.head.slots is not None:
         raise UserError(f"{file} is a model of slots, which knows no classes. mode=track follows its segments.")
     keep_scale(model, TrainedSizes.from_info(info))
-    bf16 = precision == "bf16" or (precision == "auto" and has_bfloat16(chosen))
+    bf16 = options.precision == "bf16" or (options.precision == "auto" and has_bfloat16(chosen))
     predictor = Predictor(model.to(chosen), chosen, _autocast(chosen) if bf16 else nullcontext, policy)
     return Opened(TorchRuntime(predictor), facts, file if "facts" in info else None)
+
+
+def _weights(file: Path, said: Mapping[str, Any], options: Options) -> dict[str, str]:
+    """Return the weights that are given in place of those that a file names, as keys of its config.
+
+    Raises:
+        UserError: the file names none, since it holds them.
+    """
+    changes = {}
+    for part, place in (("backbone", options.backbone), ("head", options.head)):
+        if place is None:
+            continue
+        if said["config"][part].get("weights") in _HELD:
+            raise UserError(f"{part}.weights={place}: {file} holds its own {part}. Leave it out.")
+        changes[f"{part}.weights"] = str(place)
+    return changes
 
 
 def _autocast(device: torch.device) -> Callable[[], AbstractContextManager]:

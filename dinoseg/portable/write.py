@@ -16,6 +16,7 @@ from dinoseg.inference.trained_sizes import KEY, TrainedSizes
 from dinoseg.model import Segmenter, constants, trained_names
 from dinoseg.portable.evidence import data_of, scores_of
 from dinoseg.portable.facts import Facts
+from dinoseg.portable.runtime import FILES
 from dinoseg.portable.sources import is_hub_id, source_of
 from dinoseg.runs.recipe import USE, config_description
 from dinoseg.runs.trained import Trained, load_trained, with_whole_weights
@@ -23,7 +24,6 @@ from dinoseg.training import checkpoint
 from dinoseg.training.loading import CONSTANTS, frozen_fingerprint
 from dinoseg.wording import count_of
 
-NAME = "model.safetensors"
 _CHOICES = ("hparam", "data", "backbone", "adapter", "head")
 _LIBRARIES = ("torch", "transformers", "timm", "peft", "numpy", "pillow")
 
@@ -67,7 +67,7 @@ def export_model(
         _check_licence(cfg, facts.backbone, weights)
     description = {**config_description(held), "folder": "."}
     info = {**trained.info, **description, **facts.description(), "frozen": frozen, "versions": dict(facts.versions)}
-    path = out_dir / NAME
+    path = out_dir / FILES["torch"]
     checkpoint.write(path, tensors, {key: value for key, value in info.items() if key != "format"})
     size = f"{count_of(tensors, 'tensor')}, {path.stat().st_size / 1e6:.2f} MB"
     source = facts.backbone

@@ -7,14 +7,19 @@ from omegaconf import DictConfig
 
 from dinoseg.errors import UserError
 from dinoseg.model import Segmenter
-from dinoseg.portable.load import load
 from dinoseg.portable.model import Model
+from dinoseg.portable.opening import open_file
+from dinoseg.portable.runtime import Opened, Options
 from dinoseg.portable.torch_runtime import TorchRuntime
 from dinoseg.portable.trained_model import model_of
+from dinoseg.runs.folder import command_line
 from dinoseg.runs.trained import load_trained, sizes_to_keep
+from dinoseg.runs.unread import warn_unread
 from dinoseg.tracking.propagation.settings import PropagationSettings
 from dinoseg.tracking.propagation.tracker import PropagationTracker
 from dinoseg.tracking.tracker import Tracker
+
+_OF_THE_FILE = ("finite_weights", "resolution", "backbone", "adapter", "head", "inference", "data")  # groups and keys
 
 
 def load_served(cfg: DictConfig, out_dir: Path, file: str | None) -> Model:
@@ -26,7 +31,7 @@ def load_served(cfg: DictConfig, out_dir: Path, file: str | None) -> Model:
     if file is not None:
         if cfg.resume is not None:
             raise UserError(f"mode.model={file} and resume={cfg.resume} both name a model: give one of them.")
-        return load(file, device=cfg.engine.device, precision=cfg.engine.precision, trust=list(cfg.trust))
+        return Model(*_opened(cfg, out_dir, file))
     trained = load_trained(cfg)
     if trained.model.head.slots is not None:
         raise UserError(
@@ -49,3 +54,16 @@ def tracker_maker(settings: PropagationSettings, model: Model) -> Callable[[], T
     predictor = model.runtime.predictor
     backbone = model.runtime.predictor.model.backbone
     return lambda: PropagationTracker(backbone, settings, device=predictor.device, autocast=predictor.autocast)
+
+
+def _opened(cfg: DictConfig, out_dir: Path, file: str) -> Opened:
+    """Return what computes for a file, which says itself how it is asked; a delta's weights may be typed."""
+    typed = {word.lstrip("+").partition("=")[0] for word in command_line(out_dir)}
+    weights = {part: cfg[part].weights for part in ("backbone", "head") if f"{part}.weights" in typed}
+    unread = {key for key in typed if key.partition(".")[0] in _OF_THE_FILE} - {f"{part}.weights" for part in weights}
+    warn_unread(out_dir, unread, f"A mode.model is asked as it says itself; give resume={file} to change that.")
+    machine = {"device": cfg.engine.device, "precision": cfg.engine.precision, "trust": list(cfg.trust)}
+    try:
+        return open_file(Path(file).expanduser(), Options(**machine, **weights))
+    except UserError as error:
+        raise UserError(str(error).replace("resume=", "mode.model=")) from error

@@ -36,6 +36,7 @@ from dinoseg.wording import shown
 
 logger = logging.getLogger(__name__)
 FOLDER = "checkpoints"
+ONE_FILE = "model"  # the stem of what mode=export leaves in its folder
 _TYPES = {  # of a safetensors header
     **{"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "BOOL": torch.bool},
     **{"I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "U8": torch.uint8},
@@ -120,7 +121,11 @@ def _read(path: Path, value_of: Callable[[Any, str], Tensor] | None) -> Checkpoi
 
 
 def find(target: str | Path, prefer: str) -> Path:
-    """Return the checkpoint file that a run folder or a file path names; `prefer` is best or last.
+    """Return the checkpoint file that a run folder, that of an export too, or a file path names.
+
+    Args:
+        target: the folder or file.
+        prefer: best or last, which the other one stands in for.
 
     Raises:
         UserError: there is none.
@@ -129,13 +134,13 @@ def find(target: str | Path, prefer: str) -> Path:
     if path.is_file():
         return path
     other = {"best": "last", "last": "best"}[prefer]
-    for name in (prefer, other):
+    for name in (prefer, other, ONE_FILE):
         for folder in (path / FOLDER, path):
             if (folder / f"{name}.safetensors").is_file():
                 return folder / f"{name}.safetensors"
     raise UserError(
-        f"resume={target}: neither a checkpoint file nor a run folder with {FOLDER}/{prefer}.safetensors. "
-        f"Give one of your folders under outputs/."
+        f"resume={target}: neither a checkpoint file nor a run folder with {FOLDER}/{prefer}.safetensors or "
+        f"{ONE_FILE}.safetensors. Give one of your folders under outputs/."
     )
 
 

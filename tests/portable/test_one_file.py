@@ -69,6 +69,18 @@ def test_a_file_goes_through_every_mode_as_a_checkpoint(trained, file):
     assert ours == theirs
 
 
+def test_a_folder_of_an_export_is_taken_for_its_file_by_the_runtime_that_is_asked_for(trained, file, tmp_path):
+    folder = shutil.copyfile(file, tmp_path / "model.safetensors").parent
+    (folder / "model.onnx").touch()
+    assert dinoseg.load(folder, device="cpu").file == dinoseg.Model.from_pretrained(folder).file == folder / file.name
+    for load in (dinoseg.load, dinoseg.Model.from_pretrained):
+        with pytest.raises(UserError, match="model.onnx: no ONNX file"):
+            load(folder, runtime="onnx")
+    words = ("engine=cpu", f"resume={folder}", "input=clip/00000.png", "hydra.run.dir=of_a_folder")
+    done = call(trained, "mode=predict", *words)
+    assert done.status == 0, done.err
+
+
 def test_a_file_says_what_it_is(trained, file):
     facts = dinoseg.load(file, device="cpu").facts
     scores = json.loads((trained / "segmenter/evaluation/scores.json").read_text())
@@ -179,7 +191,7 @@ def test_gated_weights_are_not_passed_on_unless_asked(compose, tmp_path):
     theirs = dinoseg.load(path, device="cpu").predict(image).probabilities
     whole = exported(path, tmp_path / "out", gated=True)
     assert dinoseg.load(whole.parent, device="cpu").file == whole
-    with pytest.raises(UserError, match="holds its own backbone. Leave backbone out"):
+    with pytest.raises(UserError, match="^backbone=.* holds its own backbone. Leave it out"):
         dinoseg.load(whole, backbone=weights)
     weights_elsewhere = weights.rename(tmp_path / "moved.safetensors")
     assert (dinoseg.load(whole, device="cpu").predict(image).probabilities == theirs).all()
@@ -220,12 +232,18 @@ def test_a_delta_names_the_commit_of_its_backbone(compose, tmp_path, monkeypatch
         dinoseg.load(file)
 
 
-@pytest.mark.heavy
-def test_what_is_trained_of_gated_weights_is_gated(compose, tmp_path):
-    words = ("backbone=tiny_surgical", f"backbone.weights={foreign_file(compose, tmp_path)}", "head=linear")
+def test_what_is_trained_of_gated_weights_is_gated_and_takes_the_rest_from_elsewhere(compose, tmp_path):
+    weights = foreign_file(compose, tmp_path)
+    words = ("backbone=tiny_surgical", f"backbone.weights={weights}", "head=linear")
     path = untrained(compose, tmp_path, *words, "adapter=last_blocks", "adapter.blocks=1")
     with pytest.raises(UserError, match="export.gated=true"):
         exported(path, tmp_path / "out", delta=True)
+    delta, image = exported(path, tmp_path / "out", delta=True, gated=True), picture()
+    theirs = dinoseg.load(path, device="cpu").predict(image).probabilities
+    moved = weights.rename(tmp_path / "moved.safetensors")
+    assert (dinoseg.load(delta, device="cpu", backbone=moved).predict(image).probabilities == theirs).all()
+    with pytest.raises(UserError, match=f"^head={moved}: .* holds its own head. Leave it out."):
+        dinoseg.load(delta, device="cpu", backbone=moved, head=moved)
 
 
 @pytest.mark.heavy

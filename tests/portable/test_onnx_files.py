@@ -131,8 +131,20 @@ def test_numpy_pillow_and_onnxruntime_are_enough(tmp_path):
     assert "mask.png: needs " in done.stdout and "is not installed: pip install" in done.stdout
 
 
+@pytest.mark.parametrize(
+    "given", [{"inference": "windows"}, {"precision": "bf16"}, {"backbone": "b.pth"}, {"head": "h.pth"}]
+)
+def test_what_cannot_be_asked_of_a_graph_is_refused(tmp_path, given):
+    (key, value), path = *given.items(), written(tmp_path, model())
+    with pytest.raises(UserError, match=f"^{key}={value}: .*model.onnx is an ONNX file, which takes pictures whole"):
+        dinoseg.load(path, **given)
+    assert (
+        dinoseg.load(path, inference="whole", precision="fp32").predict(np.zeros((9, 9, 3), np.uint8)).mask.any() == 0
+    )
+
+
 def test_a_device_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(UserError, match="device=cuda: this onnxruntime computes on cpu"):
+    with pytest.raises(UserError, match="engine.device=cuda: this onnxruntime computes on cpu"):
         load_onnx(written(tmp_path, model()), device="cuda")
 
 

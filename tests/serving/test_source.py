@@ -1,0 +1,42 @@
+"""A model in one file is served as it says; a delta is given its backbone from the command line."""
+
+import pytest
+from command_line import call
+from portable_parts import exported, untrained
+
+from dinoseg import build
+from dinoseg.storage.tensor_files import write_tensors
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """Return a function that starts and stops a mode, and says what it wrote."""
+    for mode in ("serve", "app"):
+        monkeypatch.setattr(f"dinoseg.modes.{mode}.serve_until_signal", lambda *_: None)
+    return lambda where, mode, *words: call(where, f"mode={mode}", "engine=cpu", "mode.port=0", *words)
+
+
+def test_a_delta_is_given_its_backbone_from_the_command_line(compose, tmp_path, served):
+    weights, moved = tmp_path / "backbone.safetensors", tmp_path / "moved.safetensors"
+    backbone = build.backbone(compose("backbone=tiny_surgical", "data.classes=[a]"))
+    write_tensors(weights, backbone.export_state(), {})
+    words = ("backbone=tiny_surgical", f"backbone.weights={weights}", "adapter=frozen", "head=linear")
+    delta = exported(untrained(compose, tmp_path, *words), tmp_path / "out", delta=True, gated=True)
+    weights.rename(moved)
+    for mode in ("serve", "app"):
+        done = served(tmp_path, mode, f"mode.model={delta}")
+        assert done.status == 1 and "resume=" not in done.err
+        assert f"mode.model={delta}: " in done.err and "Give the weights yourself, backbone.weights=PATH" in done.err
+        done = served(tmp_path, mode, f"mode.model={delta}", f"backbone.weights={moved}")
+        assert done.status == 0 and "stopped" in done.out, done.err
+    done = served(tmp_path, "serve", f"resume={delta}", f"backbone.weights={moved}")
+    assert done.status == 0, done.err
+    done = served(tmp_path, "serve", f"mode.model={delta}", f"backbone.weights={moved}", "inference=windows")
+    assert done.status == 0 and "No effect here: inference=windows. A mode.model is asked as" in done.err, done.err
+
+
+def test_what_an_onnx_file_cannot_do_is_refused_before_it_is_read(tmp_path, served):
+    (tmp_path / "model.onnx").touch()
+    for word in ("engine.precision=bf16", "backbone.weights=x"):
+        done = served(tmp_path, "serve", "mode.model=model.onnx", word)
+        assert done.status == 1 and f"{word}: model.onnx is an ONNX file" in done.err, done.err
