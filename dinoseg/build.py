@@ -97,6 +97,16 @@ def check_fits(cfg: DictConfig, file: loading.Checkpoint) -> None:
     loading.check_size(empty, f"resume={file.path}")
 
 
+def check_split(split: str) -> None:
+    """Refuse what names no split of a data set.
+
+    Raises:
+        UserError: it is another name.
+    """
+    if split not in SPLITS:
+        raise UserError(f"split={split} is unknown. Choose one of {', '.join(SPLITS)}.")
+
+
 def backbone(cfg: DictConfig) -> Backbone:
     """Return a config's backbone as it comes, in eval mode, nothing of it trained."""
     torch.manual_seed(seed_of(cfg))
@@ -124,9 +134,10 @@ def dataset(cfg: DictConfig, split: str, *, reduced: bool = False) -> Segmentati
     Raises:
         UserError: an unknown split, or whatever the data set finds wrong.
     """
+    check_split(split)
     # what nobody has drawn is no truth to score against
     drawn_alone = {"pseudo": False} if "pseudo" in cfg.data.reader and not reduced else None
-    pairs = instantiate(cfg.data.reader, instead=drawn_alone)(split=_known(split))
+    pairs = instantiate(cfg.data.reader, instead=drawn_alone)(split=split)
     return instantiate(cfg.data.opened)(pairs, split=split, reduced=reduced)
 
 
@@ -136,11 +147,12 @@ def clips(cfg: DictConfig, split: str) -> Any:
     Raises:
         UserError: an unknown split, data that is no video, or whatever the data set finds wrong.
     """
+    check_split(split)
     if cfg.data.clips is None:
         raise UserError(
             f"data={cfg.choices.data} has no clips. Choose data=davis2016, davis2017, youtube_vos, movi or videos."
         )
-    return instantiate(cfg.data.clips)(split=_known(split))
+    return instantiate(cfg.data.clips)(split=split)
 
 
 def background_of(cfg: DictConfig) -> int | None:
@@ -208,9 +220,3 @@ def seed_of(cfg: DictConfig) -> int:
     if not isinstance(cfg.seed, int) or cfg.seed < 0:
         raise UserError(f"seed={cfg.seed}: give a whole number that is not negative.")
     return cfg.seed
-
-
-def _known(split: str) -> str:
-    if split not in SPLITS:
-        raise UserError(f"split={split} is unknown. Choose one of {', '.join(SPLITS)}.")
-    return split

@@ -4,6 +4,7 @@ import os
 import platform
 import shlex
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -11,10 +12,37 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from dinoseg import __version__
+from dinoseg.config.plain import plain
 from dinoseg.report.html.about import About
 from dinoseg.runs.folder import command_line
 
+EVALUATION = "evaluation"  # in a run folder of mode=train: what its best checkpoint scores
 _LIBRARIES = ("torch", "transformers", "timm", "numpy", "omegaconf")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where an evaluated model comes from.
+
+    Args:
+        model: its checkpoint, or its released weights.
+        folder: the run folder that keeps the command.
+        training: the run folder of its training; None where that is not known.
+    """
+
+    model: str
+    folder: Path
+    training: Path | None
+
+    @classmethod
+    def of(cls, cfg: DictConfig, out_dir: Path, best: Path | None = None) -> "Origin":
+        """Return that of an evaluation into `out_dir`, or of a training that ends with one of its `best` checkpoint."""
+        if best is not None:
+            run = best.parent.parent
+            return cls(str(best), run, run)
+        if cfg.resume is not None:
+            return cls(str(cfg.resume), out_dir, Path(cfg.resume).parent.parent)
+        return cls(str(plain(cfg.head).get("weights")), out_dir, None)
 
 
 def about_run(cfg: DictConfig, out_dir: Path, facts: Mapping[str, str], device: torch.device | None = None) -> About:

@@ -10,7 +10,6 @@ from dinoseg.evaluation.collected import class_ious
 from dinoseg.scoring.intervals import intervals, resampled
 
 RESAMPLES = 1000
-FEW = 10  # units: intervals over fewer are too narrow
 
 
 @dataclass(frozen=True)

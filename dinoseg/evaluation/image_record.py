@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 from dinoseg.errors import UserError
+from dinoseg.evaluation.about import EVALUATION
+from dinoseg.evaluation.restart import RECORD as TRACKED
 from dinoseg.shapes import Palette
 from dinoseg.storage import forms
 from dinoseg.storage.atomic import whole_file, write_json
@@ -15,6 +17,8 @@ from dinoseg.storage.atomic import whole_file, write_json
 RECORD, COUNTS = "evaluation.json", "counts.npz"  # in a run folder
 _REMEDY = "Evaluate again: python -m dinoseg mode=eval resume=RUN, with the run folder of the training as RUN."
 _MOST_CLASSES = 256
+_LARGEST = 2**27  # bytes of the JSON file: names of half a million images
+_FRAMING = 4096  # bytes of an NPZ file of one array beside its numbers
 _COLOUR = forms.row(*[forms.whole(0, 255)] * 3)
 _FORM = forms.record(
     classes=forms.listing(forms.text),
@@ -75,26 +79,55 @@ def write_record(record: ImageRecord, out_dir: Path) -> None:
     )
 
 
-def read_record(folder: Path) -> ImageRecord:
-    """Return the record of a run folder.
+def evaluated(folder: Path) -> Path:
+    """Return where the record of a run folder lies: in it or, of a training, in that of the evaluation at its end.
 
     Raises:
-        UserError: it has none, or a damaged one.
+        UserError: there is none.
     """
     if not folder.is_dir():
-        raise UserError(f"runs: {folder} is no folder. Give run folders of mode=eval.")
-    if not (folder / RECORD).is_file():
-        raise UserError(
-            f"runs: {folder} holds no {RECORD}, so there is nothing to compare: it is no evaluation of images, or one "
-            f"made with mode.report=false or by an older dinoseg. {_REMEDY}"
-        )
+        raise UserError(f"runs: {folder} is no folder. Give run folders of mode=eval or mode=train.")
+    for place in (folder, folder / EVALUATION):
+        if (place / RECORD).is_file():
+            return place
+        if (place / TRACKED).is_file():
+            raise UserError(
+                f"runs: {place} is an evaluation of videos, which mode=compare does not compare. The difference of "
+                "two, paired by video, with its interval: python -m dinoseg mode=score protocol=NAME reference=ROOT "
+                f"prediction=[{place}/masks,OTHER/masks], with NAME as `protocol` of {place / 'scores.json'} says."
+            )
+    raise UserError(
+        f"runs: {folder} holds no {RECORD}, so there is nothing to compare: it is no evaluation of images, or one made "
+        f"with mode.report=false or by an older dinoseg. {_REMEDY}"
+    )
+
+
+def read_record(folder: Path) -> ImageRecord:
+    """Return the record that lies in a folder.
+
+    Raises:
+        UserError: it is damaged.
+    """
     try:
+        _check_size(folder / RECORD, _LARGEST)
         said = forms.read_json(folder / RECORD, _FORM)
+        _check_size(folder / COUNTS, 24 * len(said["images"]) * len(said["classes"]) + _FRAMING)
         counts = forms.read_arrays(folder / COUNTS, {"classes": ("<i8", 3)})["classes"]
         _check(said, counts)
     except (OSError, forms.Misshapen) as error:
         raise UserError(f"runs: {folder} holds a damaged {RECORD} or {COUNTS} ({error}). {_REMEDY}") from None
     return ImageRecord(**{**said, "palette": [tuple(colour) for colour in said["palette"]]}, counts=counts)
+
+
+def _check_size(path: Path, most: int) -> None:
+    """Refuse a file that is larger than it can be, before it is read.
+
+    Raises:
+        OSError: it is not there.
+        Misshapen: naming both sizes.
+    """
+    if (size := path.stat().st_size) > most:
+        raise forms.Misshapen(f"{path.name} has {size} bytes, and {most} at most where it is whole")
 
 
 def _check(said: dict[str, Any], counts: np.ndarray) -> None:

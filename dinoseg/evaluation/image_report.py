@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from dinoseg import build
 from dinoseg.data.splits import regex_group
 from dinoseg.errors import UserError
-from dinoseg.evaluation.about import about_run
+from dinoseg.evaluation.about import Origin, about_run
 from dinoseg.evaluation.class_scores import ClassScores, score_intervals, unit_sums
 from dinoseg.evaluation.collected import Collected, Collector, image_mious, join
 from dinoseg.evaluation.image_record import ImageRecord, write_record
@@ -38,8 +38,9 @@ def report_images(
     out_dir: Path,
     *,
     split: str,
+    best: Path | None = None,
 ) -> None:
-    """Write report.html, images.csv and what comparisons need to a run folder, and tell so.
+    """Write report.html, images.csv and what comparisons need to a folder, and tell so.
 
     Args:
         cfg: the whole config.
@@ -47,15 +48,16 @@ def report_images(
         scores: of the same images, with `official` ones where there are such.
         data: that was evaluated.
         engine: device and ranks.
-        out_dir: the run folder.
+        out_dir: where the scores are.
         split: the name of the data's split.
+        best: of a training that ends with this evaluation: its best checkpoint.
     """
     parts = engine.gather(collector.parts)
     if not engine.is_main:
         return
-    collected = join(parts)
+    collected, origin = join(parts), Origin.of(cfg, out_dir, best)
     official = _official(scores, out_dir)
-    record = _record(cfg, collected, data, split, official)
+    record = _record(cfg, collected, data, split, official, origin.model)
     names, groups = record.images, record.units
     kind = ClassScores(len(data.classes), record.background)
     write_record(record, out_dir)
@@ -79,15 +81,20 @@ def report_images(
         best=collected.best,
         worst=collected.worst,
         official=official,
-        about=about_run(cfg, out_dir, {"model": record.source, "data": record.root}, engine.device),
-        training=_training(cfg),
+        about=about_run(cfg, origin.folder, {"model": record.source, "data": record.root}, engine.device),
+        training=_training(origin),
     )
     write_text(out_dir / PAGE, evaluation_page(report))
     print(f"report:       {out_dir}/{PAGE}, and {TABLE}")
 
 
 def _record(
-    cfg: DictConfig, collected: Collected, data: SegmentationData, split: str, official: Mapping[str, Any] | None
+    cfg: DictConfig,
+    collected: Collected,
+    data: SegmentationData,
+    split: str,
+    official: Mapping[str, Any] | None,
+    source: str,
 ) -> ImageRecord:
     """Return what comparisons need."""
     names = list(data.names)
@@ -103,7 +110,7 @@ def _record(
         unit=_unit(groups, official),
         images=names,
         units=groups,
-        source=str(cfg.resume or cfg.head.get("weights")),
+        source=source,
         counts=collected.classes,
     )
 
@@ -146,12 +153,12 @@ def _official(scores: Mapping[str, Any], out_dir: Path) -> dict[str, Any] | None
     return json.loads((out_dir / OFFICIAL_SCORES).read_text(encoding="utf-8"))
 
 
-def _training(cfg: DictConfig) -> list[dict[str, Any]] | None:
-    """Return the rows of the log of the training that the checkpoint comes from, if it lies there and can be read."""
-    if cfg.resume is None:
+def _training(origin: Origin) -> list[dict[str, Any]] | None:
+    """Return the rows of the log of the training that the model comes from, if it lies there and can be read."""
+    if origin.training is None:
         return None
     try:
-        return read_rows(Path(cfg.resume).parent.parent / "metrics.jsonl")
+        return read_rows(origin.training / "metrics.jsonl")
     except UserError:
         return None
 

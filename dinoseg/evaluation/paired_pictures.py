@@ -18,7 +18,7 @@ from dinoseg.config.moved import renamed
 from dinoseg.config.plain import plain
 from dinoseg.errors import UserError
 from dinoseg.evaluation.image_record import ImageRecord
-from dinoseg.images import read_ids
+from dinoseg.images import read_ids, read_size
 from dinoseg.report.html.comparison import PairShot
 from dinoseg.report.overlay import reduced
 from dinoseg.runs.recipe import SAVED
@@ -38,7 +38,7 @@ class Pictures:
     Args:
         cfg: what the command line composed.
         record: of the first run.
-        folders: of both runs.
+        folders: where the records of both runs lie.
     """
 
     cfg: DictConfig
@@ -52,7 +52,9 @@ class Pictures:
         Raises:
             UserError: the config is missing or refused, or the data are not there any more.
         """
-        path = self.folders[0] / "config" / "config.yaml"
+        # the evaluation at the end of a training lies in the folder of that run
+        places = [folder / "config" / "config.yaml" for folder in (self.folders[0], self.folders[0].parent)]
+        path = next((place for place in places if place.is_file()), places[0])
         try:
             check_regular(path)
             if path.stat().st_size > _LARGEST:
@@ -82,9 +84,11 @@ class Pictures:
             base, path = folder / "predictions", folder / "predictions" / f"{name}_pred.png"
             if not path.resolve().is_relative_to(base.resolve()):
                 raise UserError(f"{folder} names an image outside its own folder: {name}.")
-            ids = read_ids(path)
-            if ids.shape != reference.shape:
+            if read_size(path) != reference.shape:
                 raise UserError(f"{path} is of another size than its reference.")
+            ids = read_ids(path)
+            if ids.ndim != 2 or ids.max() >= len(self.record.classes):
+                raise UserError(f"{path} is no mask of the {len(self.record.classes)} classes.")
             predictions.append(reduced(ids, _LONGEST))
         frame = reduced(sample["image"].permute(1, 2, 0).numpy(), _LONGEST)
         return PairShot(name, mious, frame, reduced(reference, _LONGEST), (predictions[0], predictions[1]))

@@ -34,7 +34,8 @@ def result_of(protocol: ScoreProtocol, scored: Scored, path: Path, *, resamples:
         count = count_of(scored.problems, "file")
         logger.warning("%s left out that could not be scored, with reasons under `problems` in %s.", count, path)
     result = summary(protocol, scored, resamples=resamples, seed=seed)
-    if few := few_units(result):
+    held = any(limits is not None for limits in result["ci95"].values())
+    if held and (few := few_units(result["n"], result["unit"])):
         logger.warning("%s", few)
     return result
 

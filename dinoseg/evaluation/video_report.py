@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from omegaconf import DictConfig
 
-from dinoseg.evaluation.about import about_run
+from dinoseg.evaluation.about import Origin, about_run
 from dinoseg.images import IMAGE_SUFFIXES, read_image
 from dinoseg.report.html.tracking import TrackingReport, tracking_page
 from dinoseg.report.overlay import reduced
@@ -21,7 +21,7 @@ _LONGEST = 480  # pixels of a picture's longer side
 _SERIES = "J&F_per_frame"  # of protocols that score each frame
 
 
-def report_videos(cfg: DictConfig, out_dir: Path, blends: Path | None, *, split: str) -> None:
+def report_videos(cfg: DictConfig, out_dir: Path, blends: Path | None, *, split: str, best: Path | None = None) -> None:
     """Write report.html from scores.json and some blended frames; nothing where there are no scores.
 
     Args:
@@ -29,6 +29,7 @@ def report_videos(cfg: DictConfig, out_dir: Path, blends: Path | None, *, split:
         out_dir: the run folder.
         blends: folder of folders of blended frames; None: there are none.
         split: of the data.
+        best: of a training that ends with this evaluation: its best checkpoint.
     """
     scores = out_dir / "scores.json"
     if not scores.is_file():
@@ -38,13 +39,15 @@ def report_videos(cfg: DictConfig, out_dir: Path, blends: Path | None, *, split:
     rows = [row for row in result["per_video"] if row[key] is not None]
     worst = [row["name"] for row in sorted(rows, key=lambda row: row[key])[:_SHOWN]]
     curves = {row["name"]: row[_SERIES] for row in rows if _SERIES in row}
+    origin = Origin.of(cfg, out_dir, best)
+    model = "labels propagated without training" if origin.training is None else origin.model
     report = TrackingReport(
         title=f"{cfg.choices.data}, split {split}: {result['protocol']}",
-        said=f"backbone={cfg.choices.backbone}, {cfg.resume or 'labels propagated without training'}",
+        said=f"backbone={cfg.choices.backbone}, {model}",
         result=result,
         per_frame=(_SERIES.partition("_")[0], curves),
         shown=[] if blends is None else [(name, _frames(blends / name)) for name in worst],
-        about=about_run(cfg, out_dir, {"model": str(cfg.resume)}),
+        about=about_run(cfg, origin.folder, {"model": model}),
     )
     write_text(out_dir / PAGE, tracking_page(report))
     print(f"report:       {out_dir}/{PAGE}")

@@ -29,8 +29,7 @@ def videos_of(cfg: DictConfig, split: str, changes: Mapping[str, Any]) -> list[V
     Raises:
         UserError: there is no such split, or no video in it.
     """
-    if split not in build.SPLITS:
-        raise UserError(f"split={split} is unknown. Choose one of {', '.join(build.SPLITS)}.")
+    build.check_split(split)
     merged = OmegaConf.merge(cfg, {"data": changes})
     return chosen(instantiate(merged.data.clips.layout), split, instantiate(merged.data.clips.partition))
 

@@ -37,7 +37,8 @@ class EvalOptions:
         official: score the masks.
         supervision: `first_frame`, `none`, or None as the data set says.
         restart: run folder whose masks of whole videos are taken over.
-        report: write report.html.
+        report: write report.html, and what mode=compare needs.
+        best: of a training that ends with this evaluation: its best checkpoint.
     """
 
     split: str = "val"
@@ -46,6 +47,7 @@ class EvalOptions:
     supervision: str | None = None
     restart: str | None = None
     report: bool = True
+    best: Path | None = None
 
     def refuse_tracking(self) -> None:
         """Refuse what only tracking reads.
@@ -172,6 +174,6 @@ def evaluate_videos(
         scored_by = protocol if options.official else None
         result |= score_masks(scored_by, videos, tracking.masks, out_dir, problems=problems, skip=tracking.skip)
         if options.report:
-            report_videos(cfg, out_dir, tracking.blends, split=options.split)
+            report_videos(cfg, out_dir, tracking.blends, split=options.split, best=options.best)
     engine.close()
     return {**result, "run": str(out_dir)}

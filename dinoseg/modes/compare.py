@@ -10,7 +10,7 @@ from dinoseg.errors import UserError
 from dinoseg.evaluation.about import about_run
 from dinoseg.evaluation.collected import image_mious
 from dinoseg.evaluation.comparison import against, aligned, comparison_table, run_names, scores_of, write_tables
-from dinoseg.evaluation.image_record import read_record
+from dinoseg.evaluation.image_record import evaluated, read_record
 from dinoseg.evaluation.image_report import PAGE
 from dinoseg.report.html.comparison import ComparisonReport, comparison_page
 from dinoseg.storage.atomic import write_json, write_text
@@ -25,15 +25,16 @@ def run(cfg: DictConfig, *, out_dir: Path, runs: Sequence[str] | None) -> dict[s
     Args:
         cfg: the whole config.
         out_dir: the run folder.
-        runs: run folders of mode=eval on the same images.
+        runs: run folders of mode=eval on the same images, or of trainings, for the evaluation at their end.
 
     Raises:
         UserError: fewer than two, or runs that do not compare.
     """
     folders = _folders(runs)
-    records = aligned({folder: read_record(folder) for folder in folders})
+    places = [evaluated(folder) for folder in folders]
+    records = aligned({folder: read_record(place) for folder, place in zip(folders, places, strict=True)})
     names, first = run_names(folders), records[0]
-    others = against(cfg, folders, records, names)
+    others = against(cfg, places, records, names)
     told = zip(names, folders, records, strict=True)
     facts = {f"run {name}": f"{folder.resolve()}, model {record.source}" for name, folder, record in told}
     report = ComparisonReport(
@@ -72,7 +73,7 @@ def _folders(runs: Sequence[str] | None) -> list[Path]:
     folders = [Path(str(name)).expanduser() for name in names]
     if not 2 <= len(folders) <= _MOST or len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError(
-            f"mode=compare with runs={runs}: give two to {_MOST} different run folders of mode=eval, such as "
-            "runs=[outputs/a/eval_1,outputs/b/eval_1]."
+            f"mode=compare with runs={runs}: give two to {_MOST} different run folders of mode=eval or mode=train, "
+            "such as runs=[outputs/a/eval_1,outputs/b/eval_1]."
         )
     return folders

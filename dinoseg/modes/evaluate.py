@@ -42,6 +42,7 @@ def run(
         restart: likewise.
         report: write report.html, and what mode=compare needs.
     """
+    build.check_split(split)
     options = EvalOptions(split, metrics_only, official, supervision, restart, report)
     if needs_no_training(cfg):
         return propagate(cfg, out_dir, options)

@@ -29,7 +29,9 @@ from dinoseg.training.optim import warn_of_long_warmup
 logger = logging.getLogger(__name__)
 
 
-def train(cfg: DictConfig, *, out_dir: Path, metrics_only: bool = False, pictures: Natural = 4) -> dict[str, Any]:
+def train(
+    cfg: DictConfig, *, out_dir: Path, metrics_only: bool = False, pictures: Natural = 4, report: bool = True
+) -> dict[str, Any]:
     """Train, then evaluate the best checkpoint on the validation split; return its scores.
 
     Args:
@@ -37,6 +39,7 @@ def train(cfg: DictConfig, *, out_dir: Path, metrics_only: bool = False, picture
         out_dir: the run folder.
         metrics_only: write no pictures of the final evaluation.
         pictures: validation samples of which each validation keeps a picture, the same ones every time.
+        report: write report.html of the final evaluation, and what mode=compare needs.
     """
     engine = instantiate(cfg.engine)
     out_dir = Path(engine.share(str(out_dir)))
@@ -76,7 +79,7 @@ def train(cfg: DictConfig, *, out_dir: Path, metrics_only: bool = False, picture
     # read back, not kept in memory: what is scored here is what mode=eval will score
     best = checkpoint.find(out_dir, "best")
     checkpoint.load_weights(model, checkpoint.read(best, finite=cfg.finite_weights))
-    scores = regime.evaluate(model, engine, out_dir / "evaluation", metrics_only=metrics_only)
+    scores = regime.evaluate(model, engine, best, metrics_only=metrics_only, report=report)
     if engine.is_main:
         print(f"curves:       {out_dir}/{', '.join(path.name for path in curves)}")
         write_settings(out_dir, settings_of(cfg), scores)

@@ -11,6 +11,7 @@ from dinoseg import build
 from dinoseg.config.nodes import instantiate
 from dinoseg.data.classes.labels import Labels
 from dinoseg.errors import UserError
+from dinoseg.evaluation.about import EVALUATION
 from dinoseg.evaluation.supervision import chosen_supervision
 from dinoseg.evaluation.videos import EvalOptions, follow_slots
 from dinoseg.images import write_png
@@ -104,13 +105,17 @@ class ClipRegime(Regime):
             if clips.skipped:
                 logger.warning("%s: too short for a clip and left out: %s", side, listed(clips.skipped))
 
-    def evaluate(self, model: Segmenter, engine: Engine, out_dir: Path, *, metrics_only: bool) -> dict[str, Any]:
-        """Score as mode=eval does; of data without masks there is the loss alone."""
+    def evaluate(
+        self, model: Segmenter, engine: Engine, best: Path, *, metrics_only: bool, report: bool
+    ) -> dict[str, Any]:
+        """Score as mode=eval does; of data without masks there is the loss alone, and no report."""
+        out_dir = best.parent.parent / EVALUATION
         if self.cfg.data.tracking is not None:
             palette = [(red, green, blue) for red, green, blue in self.labels.palette]
             labels = (list(self.labels.classes), palette, self.labels.ignore_index)
             trained = Trained(model.eval(), engine, *labels, info={})
-            return follow_slots(self.cfg, trained, out_dir, EvalOptions(metrics_only=metrics_only))
+            options = EvalOptions(metrics_only=metrics_only, report=report, best=best)
+            return follow_slots(self.cfg, trained, out_dir, options)
         scores, pictures = self.feed.validate(model, build.loss(self.cfg, None).to(engine.device), engine)
         if engine.is_main:
             write_json(out_dir / "scores.json", scores)

@@ -13,6 +13,9 @@ from dinoseg.config.nodes import instantiate
 from dinoseg.data.splits import split_table
 from dinoseg.doctor.short import check as examine
 from dinoseg.errors import UserError
+from dinoseg.evaluation.about import EVALUATION
+from dinoseg.evaluation.collected import Collector
+from dinoseg.evaluation.image_report import report_images
 from dinoseg.evaluation.images import evaluate_images
 from dinoseg.inference.trained_sizes import TrainedSizes
 from dinoseg.metrics.confusion import commonest_class
@@ -95,12 +98,24 @@ class ImageRegime(Regime):
         longest, enlarged = self.cfg.resolution.longest, data.augment.scale[1]
         return TrainedSizes.of(sizes, longest=longest, enlarged=enlarged) if sizes else None
 
-    def evaluate(self, model: Segmenter, engine: Engine, out_dir: Path, *, metrics_only: bool) -> dict[str, Any]:
+    def evaluate(
+        self, model: Segmenter, engine: Engine, best: Path, *, metrics_only: bool, report: bool
+    ) -> dict[str, Any]:
         """Score by one exact count over the split, and tell of a model that has learnt nothing."""
-        data, background = self.feed.val, self.feed.background
+        data, out_dir = self.feed.val, best.parent.parent / EVALUATION
+        collector = Collector(data, engine.rank, engine.world) if report else None
         scores = evaluate_images(
-            model, data, engine, out_dir, metrics_only=metrics_only, policy=self.feed.policy, background=background
+            model,
+            data,
+            engine,
+            out_dir,
+            metrics_only=metrics_only,
+            policy=self.feed.policy,
+            background=self.feed.background,
+            collector=collector,
         )
+        if collector is not None:
+            report_images(self.cfg, collector, scores, data, engine, out_dir, split="val", best=best)
         commonest, constant = commonest_class(scores["matrix"])
         if engine.is_main and 0 < constant < 1 and scores["miou"] <= constant:
             logger.warning(

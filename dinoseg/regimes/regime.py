@@ -60,8 +60,13 @@ class Regime(ABC):
         return None
 
     @abstractmethod
-    def evaluate(self, model: Segmenter, engine: Engine, out_dir: Path, *, metrics_only: bool) -> dict[str, Any]:
-        """Score the best checkpoint into a folder, as mode=eval does; return the scores."""
+    def evaluate(
+        self, model: Segmenter, engine: Engine, best: Path, *, metrics_only: bool, report: bool
+    ) -> dict[str, Any]:
+        """Score the model of a run's best checkpoint into `evaluation` in the run folder, as mode=eval does.
+
+        Returns the scores; `report` writes report.html too, where there are any to tell of.
+        """
 
     @property
     def skipped(self) -> Mapping[str, Mapping[str, str]]:

@@ -8,7 +8,7 @@ from tabulate import tabulate
 from dinoseg.wording import count_of
 
 _MOST_CLASSES = 40  # a longer table is left to the file
-_FEW = 10  # units: over fewer, the bootstrap of a mean is at least 18 % narrower than Student's interval
+FEW = 10  # units: over fewer, the bootstrap of a mean is at least 18 % narrower than Student's interval
 
 
 def scores_table(result: Mapping[str, Any]) -> str:
@@ -32,14 +32,13 @@ def scores_table(result: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def few_units(result: Mapping[str, Any]) -> str:
-    """Return what is to be said of intervals of `scoring.summary` over few units; empty where there are enough."""
-    held = any(limits is not None for limits in result["ci95"].values())
-    if not held or result["n"] >= _FEW:
+def few_units(units: int, unit: str) -> str:
+    """Return what is to be said of intervals over few units; empty where there are enough, or too few for any."""
+    if not 2 <= units < FEW:
         return ""
     return (
-        f"The 95 % intervals are over {count_of(result['n'], result['unit'])}: percentile bootstraps over fewer than "
-        f"{_FEW} are too narrow, for a mean by a fifth and more, so the scores are less sure than they look."
+        f"The 95 % intervals are over {count_of(units, unit)}: percentile bootstraps over fewer than {FEW} are too "
+        "narrow, for a mean by a fifth and more, so the scores are less sure than they look."
     )
 
 

@@ -1,6 +1,7 @@
 import csv
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,9 @@ from command_line import call
 
 from dinoseg.errors import UserError
 from dinoseg.evaluation.comparison import run_names
-from dinoseg.evaluation.image_record import COUNTS, RECORD, read_record
+from dinoseg.evaluation.image_record import COUNTS, RECORD, evaluated, read_record
+from dinoseg.images import write_png
+from dinoseg.modes import evaluate
 
 EVAL = ("mode=eval", "engine=cpu", "engine.workers=0")
 
@@ -85,7 +88,7 @@ def test_what_is_not_of_the_same_images_is_refused(runs):
 @pytest.mark.parametrize("asked", ["null", "[first,first]", "[first,nowhere]"])
 def test_what_are_no_two_runs_is_refused(runs, asked):
     done = call(runs, "mode=compare", f"runs={asked}", "hydra.run.dir=refused")
-    assert done.status == 1 and "run folders of mode=eval" in done.err and not (runs / "refused").exists()
+    assert done.status == 1 and "run folders of mode=eval or mode=train" in done.err and not (runs / "refused").exists()
 
 
 def test_a_damaged_record_is_told(runs):
@@ -102,6 +105,50 @@ def test_a_damaged_record_is_told(runs):
         (folder / COUNTS).write_bytes(content)
         with pytest.raises(UserError, match="damaged"):
             read_record(folder)
+
+
+def test_the_evaluation_at_the_end_of_a_training_is_one(runs):
+    folder = runs / "segmenter/evaluation"
+    page = (folder / "report.html").read_text()
+    assert "mode=train" in page and "segmenter/checkpoints/best.safetensors" in page and "<h2>Training</h2>" in page
+    shutil.rmtree(runs / "compared", ignore_errors=True)
+    done = compare(runs, "segmenter", "first")
+    assert done.status == 0, done.err
+    differences = json.loads((runs / "compared/compare.json").read_text())["others"]["first"]["differences"]
+    assert differences["miou"] == {"value": 0.0, "ci95": [0.0, 0.0]}
+    again = json.loads((runs / "first" / RECORD).read_text())
+    kept = json.loads((folder / RECORD).read_text())
+    assert Path(kept.pop("source")).resolve() == (runs / again.pop("source")).resolve() and kept == again
+
+
+def test_a_split_that_is_none_is_told_before_a_model_is_made(runs, monkeypatch):
+    monkeypatch.setattr(evaluate, "load_trained", None)
+    done = call(runs, *EVAL, "resume=segmenter", "mode.split=nope", "hydra.run.dir=refused")
+    assert done.status == 1 and "split=nope is unknown. Choose one of train, val, test." in done.err
+
+
+def test_an_evaluation_of_videos_is_told_from_one_of_images(tmp_path):
+    (tmp_path / "tracked").mkdir()
+    (tmp_path / "tracked/tracking.json").write_text("{}")
+    with pytest.raises(UserError, match=r"evaluation of videos.*mode=score protocol=NAME .*tracked/masks,OTHER/masks"):
+        evaluated(tmp_path / "tracked")
+
+
+@pytest.mark.parametrize("name", [RECORD, COUNTS])
+def test_what_is_larger_than_it_can_be_is_not_read(runs, name):
+    folder = copied(runs, "damaged", lambda record: None)
+    with open(folder / name, "r+b") as file:
+        file.truncate(2**40)
+    with pytest.raises(UserError, match=f"damaged .*{name} has 1099511627776 bytes"):
+        read_record(folder)
+
+
+def test_predictions_of_classes_that_are_none_cost_the_pictures_alone(runs):
+    folder = copied(runs, "other", lambda record: None)
+    for path in (folder / "predictions").glob("*_pred.png"):
+        write_png(path, np.full((32, 48), 7, np.uint8))
+    done = compare(runs, "first", "other")
+    assert done.status == 0 and "no mask of the 2 classes" in done.err
 
 
 def test_a_config_that_is_not_to_be_trusted_costs_the_pictures_alone(runs):

@@ -5,11 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dinoseg.report.html.charts import Axes, around, line_chart
+from dinoseg.report.html.charts import MOST, Axes, Points, around, line_chart, thinned
 from dinoseg.report.html.page import Section, block, paragraph
 from dinoseg.report.html.tables import plain_cell, table
 
-_POINTS = 400  # of a curve
 _CURVES = (
     ("Loss", {"training": "train/loss", "validation": "val/loss"}, "loss"),
     ("mIoU", {"training": "train/miou", "validation": "val/miou"}, "mIoU"),
@@ -58,14 +57,11 @@ def training_section(rows: Sequence[Mapping[str, Any]] | None) -> Section:
             name,
         )
         charts.append(line_chart(title, curves, axes))
-    note = paragraph(f"From the run's metrics.jsonl; curves of more than {_POINTS} points are means of neighbours.")
+    note = paragraph(f"From the run's metrics.jsonl; curves of more than {MOST} points are means of neighbours.")
     return Section("training", "Training", note + f'<div class="charts">{"".join(charts)}</div>')
 
 
-def _points(rows: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
-    """Return steps and finite values, at most so many: means of neighbours."""
+def _points(rows: Sequence[Mapping[str, Any]], key: str) -> Points:
+    """Return steps and finite values of a curve."""
     known = {row["step"]: float(row[key]) for row in rows if row.get(key) is not None and math.isfinite(row[key])}
-    points = sorted(known.items())
-    at_once = math.ceil(len(points) / _POINTS) if points else 1
-    parts = [points[start : start + at_once] for start in range(0, len(points), at_once)]
-    return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts]
+    return thinned(sorted(known.items()))

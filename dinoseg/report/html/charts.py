@@ -11,6 +11,7 @@ _WIDTH, _HEIGHT = 460, 260
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 10, 40  # room around the plot
 _STYLES = 4  # colours of the style sheet
 _TICKS = 5
+MOST = 400  # points of a curve
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,13 @@ def around(values: Sequence[float], *, zero: bool = False) -> tuple[float, float
     low, high = min(ends), max(ends)
     room = 0.05 * (high - low) or abs(high) * 0.05 or 0.5
     return (low if zero and low == 0 else low - room), high + room
+
+
+def thinned(points: Points) -> Points:
+    """Return a curve of at most `MOST` points: means of neighbours where it has more."""
+    at_once = math.ceil(len(points) / MOST) or 1
+    parts = [points[start : start + at_once] for start in range(0, len(points), at_once)]
+    return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts]
 
 
 def line_chart(title: str, curves: Sequence[tuple[str, Points]], axes: Axes, *, ideal: bool = False) -> str:

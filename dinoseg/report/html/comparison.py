@@ -7,15 +7,17 @@ from typing import Any
 import numpy as np
 
 from dinoseg.report.html.about import About, about_sections
-from dinoseg.report.html.charts import Axes, around, line_chart, scatter_chart
-from dinoseg.report.html.evaluation import few_units, interval_note
+from dinoseg.report.html.charts import Axes, around, line_chart, scatter_chart, thinned
+from dinoseg.report.html.evaluation import interval_head, interval_note
 from dinoseg.report.html.page import Section, page, paragraph, percent, spanned, text, tiles
 from dinoseg.report.html.pictures import BOTH_WRONG, RIGHT, WRONG, card, marked
 from dinoseg.report.html.tables import Cell, class_cell, number_cell, plain_cell, table, whisker
 from dinoseg.report.overlay import blend, legend_of
+from dinoseg.report.scores import few_units
 from dinoseg.shapes import Palette
 from dinoseg.wording import count_of
 
+_DOTS = 2000  # of a chart: a page of more takes seconds to open
 _MEANS = {
     "miou": "mIoU",
     "miou_no_background": "mIoU without background",
@@ -106,7 +108,7 @@ def comparison_page(report: ComparisonReport) -> str:
         sections.append(Section(f"pictures-{number}", f"Where they differ most{end}", _pictures(report, other)))
     sections += about_sections(report.about)
     title = " against ".join([*(other.name for other in report.others), report.first])
-    return page(title, report.said, sections, few_units(report.units, report.unit))
+    return page(title, report.said, sections, [few_units(report.units, report.unit)])
 
 
 def _scores(report: ComparisonReport) -> Section:
@@ -120,8 +122,8 @@ def _scores(report: ComparisonReport) -> Section:
         f"Differences are points: a run less {report.first}, over the same {count_of(report.images, 'image')}; each "
         f"draw has the same {report.unit}s for both.",
         interval_note(report.units, report.unit),
-        "An interval that leaves out 0 speaks for a difference on data of this kind by these two trained models; it "
-        "says nothing of other seeds, and of many classes some leave it out by chance.",
+        "An interval that leaves out 0, marked \u25b2 or \u25bc, speaks for a difference on data of this kind by these "
+        "two trained models; it says nothing of other seeds, and of many classes some leave it out by chance.",
     )
     return Section("scores", "Scores", tiles(shown) + table(_heads(report, "score"), rows, "Means") + note)
 
@@ -135,9 +137,9 @@ def _classes(report: ComparisonReport) -> Section:
 
 
 def _heads(report: ComparisonReport, first: str) -> list[tuple[str, str]]:
-    heads = [(first, "text"), (f"{report.first} %", "number")]
+    heads, over = [(first, "text"), (f"{report.first} %", "number")], interval_head(report.units, report.unit)
     for other in report.others:
-        heads += [(f"{other.name} %", "number"), ("difference", "number"), ("95 % interval", "text"), ("", "plain")]
+        heads += [(f"{other.name} %", "number"), ("difference", "number"), (over, "text"), ("", "plain")]
     return heads
 
 
@@ -149,7 +151,8 @@ def _cells(report: ComparisonReport, key: str) -> list[Cell]:
         gap = other.differences[key]
         value, limits = gap["value"], gap["ci95"]
         sure = "" if limits is None or limits[0] <= 0 <= limits[1] else ("up" if limits[0] > 0 else "down")
-        shown = "-" if value is None else f"{100 * value:+.1f}"
+        mark = {"up": "\u25b2 ", "down": "\u25bc ", "": ""}[sure]
+        shown = "-" if value is None else f"{mark}{100 * value:+.1f}"
         cells += [
             number_cell(other.scores[key], percent(other.scores[key])),
             Cell(f'<span class="{sure}">{text(shown)}</span>', value),
@@ -182,9 +185,13 @@ def _by_image(report: ComparisonReport, other: OtherRun) -> str:
         "all are in images.csv."
     )
     ends = around([value for pair in pairs for value in pair[:2]])
-    scatter = scatter_chart("Each image", pairs, Axes(ends, ends, f"{report.first}, %", f"{other.name}, %"))
-    places = [(float(place), gap) for place, gap in enumerate(gaps, start=1)]
-    axes = Axes((1, max(2, len(places))), around(gaps, zero=True), "images, sorted", "points")
+    pairs.sort(key=lambda pair: pair[1] - pair[0])
+    drawn = np.unique(np.linspace(0, len(pairs) - 1, min(_DOTS, len(pairs))).round().astype(int)).tolist()
+    title = "Each image" if len(drawn) == len(pairs) else f"{_DOTS} of the images, evenly chosen by difference"
+    axes = Axes(ends, ends, f"{report.first}, %", f"{other.name}, %")
+    scatter = scatter_chart(title, [pairs[place] for place in drawn], axes)
+    places = thinned([(float(place), gap) for place, gap in enumerate(gaps, start=1)])
+    axes = Axes((1, max(2, len(gaps))), around(gaps, zero=True), "images, sorted", "points")
     return told + f'<div class="charts">{scatter}{line_chart("Sorted differences", [(other.name, places)], axes)}</div>'
 
 
@@ -192,7 +199,7 @@ def _pictures(report: ComparisonReport, other: OtherRun) -> str:
     if other.no_pictures:
         return paragraph(other.no_pictures)
     key = paragraph(
-        f"In the last picture, green: only {other.name} is right; red: only {report.first} is; yellow: both are wrong."
+        f"In the last picture, blue: only {other.name} is right; red: only {report.first} is; yellow: both are wrong."
     )
     return key + "".join(_shot(report, other, shot) for shot in other.shots)
 

@@ -8,15 +8,15 @@ import numpy as np
 
 from dinoseg.report.html.about import About, about_sections, training_section
 from dinoseg.report.html.calibration import calibration_section
-from dinoseg.report.html.charts import Axes, bar_chart, line_chart
+from dinoseg.report.html.charts import Axes, bar_chart, line_chart, thinned
 from dinoseg.report.html.heat_map import heat_map
 from dinoseg.report.html.page import Section, page, paragraph, percent, spanned, tiles
 from dinoseg.report.html.pictures import Shot, prediction_card
 from dinoseg.report.html.tables import class_cell, number_cell, plain_cell, table, whisker
+from dinoseg.report.scores import few_units
 from dinoseg.shapes import Palette
 from dinoseg.wording import count_of
 
-FEW = 10  # units: intervals over fewer are too narrow
 _BARS = 20
 _VIDEOS = 24  # whose curves are drawn
 _MEANS = {
@@ -91,6 +91,11 @@ def evaluation_page(report: EvaluationReport) -> str:
     return page(report.title, report.said, sections, _warnings(report))
 
 
+def interval_head(units: int, unit: str) -> str:
+    """Return the heading of a column of intervals over units."""
+    return f"95 % interval over {count_of(units, unit)}"
+
+
 def interval_note(units: int, unit: str) -> str:
     """Return what is to be said of intervals over units."""
     over = count_of(units, unit)
@@ -99,21 +104,9 @@ def interval_note(units: int, unit: str) -> str:
     return f"95 % intervals: percentile bootstrap over {over}, drawn anew 1,000 times."
 
 
-def few_units(units: int, unit: str) -> list[str]:
-    """Return the warning that intervals are over few units; none over enough."""
-    if not 2 <= units < FEW:
-        return []
-    return [
-        f"The intervals are over {count_of(units, unit)}. Below {FEW} they are too narrow, for a mean by a fifth and "
-        "more: the scores are less sure than they look."
-    ]
-
-
 def _warnings(report: EvaluationReport) -> list[str]:
-    warnings = few_units(len(set(report.groups)), report.unit)
-    if not report.scores["pixels"]:
-        warnings.append("No pixel of the reference is labelled, so nothing is scored.")
-    return warnings
+    unscored = "" if report.scores["pixels"] else "No pixel of the reference is labelled, so nothing is scored."
+    return [few_units(len(set(report.groups)), report.unit), unscored]
 
 
 def _scores(report: EvaluationReport) -> Section:
@@ -137,9 +130,10 @@ def official_table(official: Mapping[str, Any]) -> str:
         [plain_cell(key), number_cell(value, percent(value, 2)), plain_cell(spanned(official["ci95"][key], 2))]
         for key, value in official["scores"].items()
     ]
-    heads = [(official["protocol"], "text"), ("%", "number"), ("95 % interval", "text")]
-    caption = f"The benchmark's own protocol, over {count_of(official['n'], official['unit'])}"
-    return table(heads, rows, caption)
+    over = interval_head(official["n"], official["unit"])
+    return table(
+        [(official["protocol"], "text"), ("%", "number"), (over, "text")], rows, "The benchmark's own protocol"
+    )
 
 
 def _between(limits: Sequence[float] | None) -> str:
@@ -147,7 +141,8 @@ def _between(limits: Sequence[float] | None) -> str:
 
 
 def _classes(report: EvaluationReport) -> Section:
-    heads = [("class", "text"), ("IoU %", "number"), ("95 % interval", "text"), ("", "plain"), ("Dice %", "number")]
+    over = interval_head(len(set(report.groups)), report.unit)
+    heads = [("class", "text"), ("IoU %", "number"), (over, "text"), ("", "plain"), ("Dice %", "number")]
     heads += [("recall %", "number"), ("precision %", "number"), ("pixels", "number"), ("share %", "number")]
     rows, whole = [], max(report.scores["pixels"], 1)
     for row in report.scores["classes"]:
@@ -252,7 +247,7 @@ def video_curves(videos: Mapping[str, Sequence[float | None]], name: str, unit: 
     charts = [
         line_chart(
             f"{video}: {means[video]:.1f} over {count_of(len(known[video]), 'frame')}",
-            [(video, known[video])],
+            [(video, thinned(known[video]))],
             Axes((1, max(2, len(videos[video]))), (0, 100), "frame", name),
         )
         for video in order[:_VIDEOS]

@@ -7,6 +7,10 @@ theme.addEventListener("click", () => {
   root.dataset.theme = dark ? "light" : "dark";
 });
 
+addEventListener("beforeprint", () => {
+  for (const each of document.querySelectorAll("details")) each.open = true;
+});
+
 function sortBy(head) {
   const body = head.closest("table").tBodies[0];
   const down = head.getAttribute("aria-sort") !== "descending";

@@ -39,7 +39,7 @@ def page(title: str, said: str, sections: Sequence[Section], warnings: Sequence[
         title: plain text.
         said: a line below it, plain text.
         sections: in order.
-        warnings: plain texts above them.
+        warnings: plain texts above them; empty ones are none.
     """
     style, script = (_HERE.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -48,7 +48,7 @@ def page(title: str, said: str, sections: Sequence[Section], warnings: Sequence[
     parts = "\n".join(
         f'<section id="{each.name}"><h2>{text(each.title)}</h2>\n{each.body}</section>' for each in sections
     )
-    warned = "".join(f'<p class="warn">{text(warning)}</p>' for warning in warnings)
+    warned = "".join(f'<p class="warn">{text(warning)}</p>' for warning in warnings if warning)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'

@@ -13,7 +13,7 @@ from dinoseg.report.html.page import percent, text
 from dinoseg.report.overlay import Legend, blend, legend_of
 from dinoseg.shapes import Palette
 
-WRONG, RIGHT, BOTH_WRONG = (224, 46, 34), (64, 176, 108), (240, 196, 60)
+WRONG, RIGHT, BOTH_WRONG = (224, 46, 34), (70, 150, 255), (240, 196, 60)  # told apart by who sees no green, too
 _QUALITY = 82
 _DARKEST = 0.45  # of a frame below an error map
 

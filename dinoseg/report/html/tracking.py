@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 
 from dinoseg.report.html.about import About, about_sections
-from dinoseg.report.html.evaluation import few_units, interval_note, official_table, video_curves
+from dinoseg.report.html.evaluation import interval_note, official_table, video_curves
 from dinoseg.report.html.page import Section, page, paragraph, percent, spanned, tiles
 from dinoseg.report.html.pictures import card
 from dinoseg.report.html.tables import number_cell, plain_cell, table
+from dinoseg.report.scores import few_units
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def tracking_page(report: TrackingReport) -> str:
         sections.append(video_curves(curves, f"{name} %", result["unit"]))
     sections.append(_pictures(report))
     sections += about_sections(report.about)
-    return page(report.title, report.said, sections, few_units(result["n"], result["unit"]))
+    return page(report.title, report.said, sections, [few_units(result["n"], result["unit"])])
 
 
 def _scores(result: Mapping[str, Any]) -> Section:
