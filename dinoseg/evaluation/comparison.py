@@ -2,7 +2,9 @@
 
 import csv
 import io
+import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from dinoseg.report.html.comparison import OtherRun
 from dinoseg.storage.atomic import write_text
 from dinoseg.wording import count_of, listed
 
+logger = logging.getLogger(__name__)
+
 
 def aligned(records: dict[Path, ImageRecord]) -> list[ImageRecord]:
     """Return records whose images have one order, that of the first.
@@ -33,9 +37,14 @@ def aligned(records: dict[Path, ImageRecord]) -> list[ImageRecord]:
         if not differences:
             place = {name: index for index, name in enumerate(other.images)}
             order = [place[name] for name in first.images]
-            other = ImageRecord(
-                **{**vars(other), "images": first.images, "units": first.units, "counts": other.counts[order]}
-            )
+            if [other.units[index] for index in order] != [*first.units]:
+                logger.warning(
+                    "%s says otherwise than %s what images belong to (data.group): intervals are over %s of the first.",
+                    where,
+                    folder,
+                    count_of(len({*first.units}), first.unit),
+                )
+            other = replace(other, images=first.images, units=first.units, counts=other.counts[order])
             if not np.array_equal(other.counts[:, 1], first.counts[:, 1]):
                 changed = np.flatnonzero((other.counts[:, 1] != first.counts[:, 1]).any(axis=1))
                 names = listed([first.images[index] for index in changed.tolist()])

@@ -1,5 +1,6 @@
 """mode=compare: evaluations of the same images held against one another; reads what mode=eval has left of them."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from dinoseg.evaluation.comparison import against, aligned, comparison_table, ru
 from dinoseg.evaluation.image_record import evaluated, read_record
 from dinoseg.evaluation.image_report import PAGE
 from dinoseg.report.html.comparison import ComparisonReport, comparison_page
+from dinoseg.report.scores import few_units
 from dinoseg.storage.atomic import write_json, write_text
 from dinoseg.wording import count_of
 
 _MOST = 8  # runs: a page of more is no comparison but a table, which a sweep writes
+logger = logging.getLogger(__name__)
 
 
 def run(cfg: DictConfig, *, out_dir: Path, runs: Sequence[str] | None) -> dict[str, Any]:
@@ -54,6 +57,8 @@ def run(cfg: DictConfig, *, out_dir: Path, runs: Sequence[str] | None) -> dict[s
     print(comparison_table(names[0], first, others))
     units = count_of(report.units, report.unit)
     print(f"\npoints:       less {names[0]}; intervals over {units}" + ("" if report.units > 1 else ", which has none"))
+    if few := few_units(report.units, report.unit):
+        logger.warning("%s", few)
     write_tables(out_dir, names[0], first, others)
     results = {other.name: {"scores": other.scores, "differences": other.differences} for other in others}
     result = {

@@ -75,7 +75,7 @@ def read_arrays(path: Path, forms: Mapping[str, tuple[str, int]]) -> dict[str, n
         except Misshapen:
             raise
         except Exception as error:  # a damaged archive raises whatever its bytes happen to mean
-            raise Misshapen(str(error) or type(error).__name__) from None
+            raise Misshapen(str(error)[:200] or type(error).__name__) from None  # it may quote the whole file
 
 
 def whole(least: int = 0, most: int = _LARGEST) -> Form:

@@ -51,6 +51,7 @@ def test_two_runs_are_compared(runs):
     rows = list(csv.DictReader((runs / "compared/compare.csv").read_text().splitlines()))
     assert [row["score"] for row in rows][-2:] == ["IoU dark", "IoU bright"]
     assert float(rows[0]["second"]) == pytest.approx(scores[1])
+    assert "intervals are over 2 images: percentile bootstraps over fewer than 10 are too narrow" in done.err
     page = (runs / "compared/report.html").read_text()
     assert "second against first" in page and page.count("<img") >= 5 and "IoU bright" in done.out
 
@@ -76,6 +77,8 @@ def test_what_is_not_of_the_same_images_is_refused(runs):
     assert (
         done.status == 1 and "classes: dark, bright and dark, light" in done.err and "split: val and test" in done.err
     )
+    copied(runs, "other", lambda record: record.update(units=["0", "0"]))
+    assert "other says otherwise than first what images belong to (data.group)" in compare(runs, "first", "other").err
     copied(runs, "other", lambda record: record.update(images=["0", "7"]))
     assert "- 1 image only in the first (data=folder, folder): 1\n" in compare(runs, "first", "other").err
     with np.load(runs / "second" / COUNTS) as file:
