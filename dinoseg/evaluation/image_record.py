@@ -139,7 +139,12 @@ def _check(said: dict[str, Any], counts: np.ndarray) -> None:
     images, classes = len(said["images"]), len(said["classes"])
     if not 1 <= classes <= _MOST_CLASSES or len(said["palette"]) != classes:
         raise forms.Misshapen(f"it has {classes} classes and {len(said['palette'])} colours")
-    if counts.shape != (images, 3, classes) or len(said["units"]) != images or len(set(said["images"])) != images:
+    if (
+        not images
+        or counts.shape != (images, 3, classes)
+        or len(said["units"]) != images
+        or len(set(said["images"])) != images
+    ):
         raise forms.Misshapen(f"{images} images of {classes} classes have counts {list(counts.shape)}")
     if (said["background"] or 0) >= classes:
         raise forms.Misshapen(f"background {said['background']} is none of its {classes} classes")

@@ -229,9 +229,9 @@ def _array(archive: zipfile.ZipFile, name: str, kind: str, axes: int) -> np.ndar
     with archive.open(info) as file:
         if np.lib.format.read_magic(file) != (1, 0):
             raise Misshapen(f"{name} is of another version of the format")
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
         content = file.read()
-    if dtype.str != kind or len(shape) != axes or math.prod(shape) * dtype.itemsize != len(content):
+    if by_columns or dtype.str != kind or len(shape) != axes or math.prod(shape) * dtype.itemsize != len(content):
         raise Misshapen(
             f"{name} is {dtype.str}{list(shape)} in {len(content)} bytes, and must be {kind} of {axes} axes"
         )

@@ -1,4 +1,5 @@
 import csv
+import io
 import json
 import shutil
 from pathlib import Path
@@ -99,15 +100,20 @@ def test_a_damaged_record_is_told(runs):
         lambda record: record.pop("split"),
         lambda record: record.update(background=7),
         lambda record: record.update(units=["a"]),
+        lambda record: record.update(images=[], units=[]),
         lambda record: record.update(palette=[[0, 0, 300]] * 2),
     ):
         with pytest.raises(UserError, match=r"damaged evaluation\.json or counts\.npz .*Evaluate again"):
             read_record(copied(runs, "damaged", change))
-    for content in (b"", b"PK\x03\x04 none", np.array([{}], dtype=object).tobytes()):
+    by_columns, framed = io.BytesIO(), (runs / "second" / COUNTS).read_bytes()
+    np.savez(by_columns, classes=np.asfortranarray(np.zeros((2, 3, 2), "<i8")))
+    garbled = framed[:40] + b"x" + framed[41:]  # the archive's own message would quote all of it
+    for content in (by_columns.getvalue(), garbled, b"", b"PK\x03\x04 none", np.array([{}], dtype=object).tobytes()):
         folder = copied(runs, "damaged", lambda record: None)
         (folder / COUNTS).write_bytes(content)
-        with pytest.raises(UserError, match="damaged"):
+        with pytest.raises(UserError, match="damaged") as refused:
             read_record(folder)
+        assert len(str(refused.value)) < 700 + len(str(folder))
 
 
 def test_the_evaluation_at_the_end_of_a_training_is_one(runs):
