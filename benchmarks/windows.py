@@ -4,11 +4,12 @@
 way in a process of its own, one thread, the same random ViT; the reference keeps scores and counts of the whole image
 and divides at the end, as mmsegmentation does. Exits with 1 where it takes less than its least multiple of our memory.
 
-`... --strips 20000` writes a picture of that side as an uncompressed TIFF file, segments it in strips with the mean
-colour of patches for a backbone, and prints time and peak memory.
+`... --strips 20000 [--kind png]` writes a picture of that side as a file (tif: uncompressed; png; jpg), segments it in
+strips with the mean colour of patches for a backbone, and prints time and peak memory.
 """
 
 import argparse
+import multiprocessing
 import platform
 import resource
 import struct
@@ -17,11 +18,13 @@ import sys
 import tempfile
 import time
 import zlib
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from tabulate import tabulate
 from torch import Tensor
 
@@ -44,6 +47,7 @@ def main() -> int:
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--overlap", type=float, default=0.25)
     parser.add_argument("--strips", type=int, metavar="SIDE")
+    parser.add_argument("--kind", choices=("tif", "png", "jpg"), default="tif")
     parser.add_argument("--way", choices=("freed", "kept"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -104,8 +108,11 @@ def strips(args: argparse.Namespace) -> int:
     model = Segmenter(RgbBackbone(patch_size=16), LinearHead(3, 1, args.classes)).eval()
     policy = Windows(args.window, overlap=args.overlap)
     with tempfile.TemporaryDirectory() as folder:
-        source, target = Path(folder) / "large.tif", Path(folder) / "ids.png"
-        write_tiff(source, args.strips)
+        source, target = Path(folder) / f"large.{args.kind}", Path(folder) / "ids.png"
+        # in a process of its own: a peak is not forgotten
+        writer = multiprocessing.get_context("spawn").Process(target=WRITERS[args.kind], args=(source, args.strips))
+        writer.start()
+        writer.join()
         before, start = peak(), time.perf_counter()
         Predictor(model, torch.device("cpu"), nullcontext, policy).write_strips(source, target)
         seconds, after = time.perf_counter() - start, peak()
@@ -120,19 +127,53 @@ def strips(args: argparse.Namespace) -> int:
 
 
 def write_tiff(path: Path, side: int) -> None:
-    """Write a square RGB picture of colours that change slowly, a row of it at a time."""
+    """Write the picture of `lines` as an uncompressed TIFF file, a row of it at a time."""
     bits, pixels = 512, 4096  # where they lie
     tags = {256: side, 257: side, 258: bits, 259: 1, 262: 2, 273: pixels, 277: 3, 278: side, 279: 3 * side**2, 284: 1}
     entries = [struct.pack("<HHII", tag, 4, 3 if tag == 258 else 1, value) for tag, value in tags.items()]
     header = b"II*\0" + struct.pack("<IH", 8, len(entries)) + b"".join(entries) + bytes(4)
-    across = np.linspace(0, 40, side)
     with path.open("wb") as file:
         file.write(header.ljust(bits, b"\0") + struct.pack("<3I", 8, 8, 8))
         file.seek(pixels)
-        for row in range(side):
-            phase = row / 300
-            line = np.stack([np.sin(across + phase), np.cos(across - phase), np.sin(2 * across)], axis=1)
-            file.write((line * 127 + 128).astype(np.uint8).tobytes())
+        for line in lines(side):
+            file.write(line.tobytes())
+
+
+def write_png(path: Path, side: int) -> None:
+    """Write the same as a PNG file, of each row what differs from the row above."""
+    packer, above = zlib.compressobj(1), np.zeros((side, 3), np.uint8)
+    with path.open("wb") as file:
+
+        def write(name: bytes, content: bytes) -> None:
+            file.write(struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content)))
+
+        file.write(b"\x89PNG\r\n\x1a\n")
+        write(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+        for line in lines(side):
+            write(b"IDAT", packer.compress(b"\2" + (line - above).tobytes()))
+            above = line
+        write(b"IDAT", packer.flush())
+        write(b"IEND", b"")
+
+
+def write_jpeg(path: Path, side: int) -> None:
+    """Write the same as a JPEG file."""
+    image = Image.new("RGB", (side, side))
+    for row, line in enumerate(lines(side)):
+        image.paste(Image.fromarray(line[None]), (0, row))
+    image.save(path)
+
+
+def lines(side: int) -> Iterator[np.ndarray]:
+    """Yield the rows (side, 3) of a square RGB picture of colours that change slowly."""
+    across = np.linspace(0, 40, side)
+    for row in range(side):
+        phase = row / 300
+        line = np.stack([np.sin(across + phase), np.cos(across - phase), np.sin(2 * across)], axis=1)
+        yield (line * 127 + 128).astype(np.uint8)
+
+
+WRITERS = {"tif": write_tiff, "png": write_png, "jpg": write_jpeg}
 
 
 def peak() -> int:

@@ -159,7 +159,7 @@ def _write_strips(by: Segmentation, given: ImageInput, run: ImageRun) -> None:
     if run.masks is None:
         run.failures.append(f"{given.path} is too large for pictures, and masks=false leaves nothing else to write.")
         return
-    logger.info("%s is too large to hold: it is read in strips, and only class ids are written.", given.path)
+    logger.info("%s is too large for pictures: of it only class ids are written.", given.path)
     try:
         by.predictor.write_strips(given.path, run.masks / f"{given.mask}.png")
     except UserError as error:

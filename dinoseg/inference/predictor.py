@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from dinoseg.inference.memory import OutOfMemory, telling_shortage
+from dinoseg.inference.png_rows import PngWriter
 from dinoseg.inference.policy import Autocast, Policy, Seen
-from dinoseg.inference.rows import HeldRows
-from dinoseg.inference.strips import PngRows, open_rows
+from dinoseg.inference.rows import HeldRows, Rows
+from dinoseg.inference.strips import open_rows
 from dinoseg.inference.whole import Whole
 from dinoseg.model import Segmenter, Size
 from dinoseg.shapes import Prediction
@@ -51,7 +52,6 @@ class Predictor:
             lambda bands: torch.cat([band.logits().float().softmax(dim=1) for band in bands], dim=2),
         )
 
-    @torch.inference_mode()
     def strips(self, source: str | Path) -> Iterator[np.ndarray]:
         """Yield the class ids (r, W) uint8 of bands of rows, from the top down, of an image file that is never held.
 
@@ -59,23 +59,20 @@ class Predictor:
         windows' height x width x classes float32 numbers. Which files can be read so: see `open_rows`.
 
         Raises:
-            UserError: the file cannot be read.
+            UserError: the file cannot be read, or memory does not suffice.
         """
-        rows = open_rows(source, self.device)
-        with telling_shortage(rows):
-            for band in self.policy.bands(self.model, rows, self.autocast):
-                yield _ids(band)[0].cpu().numpy()
+        return self._strips(open_rows(source, self.device))
 
     def write_strips(self, source: str | Path, target: str | Path) -> None:
         """Write the class ids of `strips` as a PNG file, rows as they are done; it appears whole or not at all.
 
         Raises:
-            UserError: the source cannot be read.
+            UserError: the source cannot be read, or memory does not suffice.
             OSError: the target cannot be written.
         """
-        size = open_rows(source, torch.device("cpu")).size
-        with whole_file(Path(target)) as part, PngRows(part, size) as file:
-            for ids in self.strips(source):
+        rows = open_rows(source, self.device)
+        with whole_file(Path(target)) as part, PngWriter(part, rows.size) as file:
+            for ids in self._strips(rows):
                 file.write(ids)
 
     def asked(
@@ -107,6 +104,12 @@ class Predictor:
             except OutOfMemory:
                 if not self.policy.spare(self.model, rows, size=size):
                     raise
+
+    @torch.inference_mode()
+    def _strips(self, rows: Rows) -> Iterator[np.ndarray]:
+        with telling_shortage(rows):
+            for band in self.policy.bands(self.model, rows, self.autocast):
+                yield _ids(band)[0].cpu().numpy()
 
     def _stacked(self, images: Sequence[np.ndarray]) -> Tensor:
         return torch.from_numpy(np.stack(images)).to(self.device).permute(0, 3, 1, 2).contiguous()

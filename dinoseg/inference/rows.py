@@ -3,11 +3,13 @@
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Size = tuple[int, int]  # (H, W)
+LONGEST = 2**20  # pixels of a side of a file that is read by rows
 _READ = 256  # rows of a file that are brought to another scale at once
 _PIECE = 2**24  # numbers of a band that is enlarged: a piece at a time, as its enlargement has no bound
 
@@ -105,3 +107,9 @@ def mean(streams: list[Iterator[Tensor]]) -> Iterator[Tensor]:
         rows = min(band.shape[2] for band in bands)
         yield torch.stack([band[:, :, :rows] for band in bands]).mean(dim=0)
         held = [band[:, :, rows:] for band in bands]
+
+
+def as_rows(pixels: np.ndarray, device: torch.device) -> Tensor:
+    """Return rows (r, W, 1 or 3) as (1, 3, r, W) on a device."""
+    rows = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(device)
+    return rows.expand(1, 3, -1, -1) if rows.shape[1] == 1 else rows

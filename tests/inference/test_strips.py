@@ -13,12 +13,14 @@ from tiny_parts import tiny_vit
 from dinoseg.data.classes.labels import Labels
 from dinoseg.errors import UserError
 from dinoseg.heads.linear import LinearHead
-from dinoseg.images import read_ids
-from dinoseg.inference import strips
+from dinoseg.images import read_ids, read_image
+from dinoseg.inference import png_rows, strips
 from dinoseg.inference.done import DoneInputs
 from dinoseg.inference.image_run import ImageInput, ImageRun, Segmentation, segment_images
+from dinoseg.inference.png_rows import PngFileRows, PngWriter
 from dinoseg.inference.predictor import Predictor
-from dinoseg.inference.strips import ArrayRows, PngRows, TiffRows, open_rows
+from dinoseg.inference.strips import ArrayRows, JpegRows, only_in_strips, open_rows
+from dinoseg.inference.tiff_rows import TiffRows
 from dinoseg.inference.windows import Windows
 from dinoseg.model import Segmenter
 
@@ -28,7 +30,11 @@ KINDS = {  # what Pillow is asked for, and whether it is read in strips
     "raw": ({}, True),
     "deflate": ({"compression": "tiff_adobe_deflate"}, True),
     "predicted": ({"compression": "tiff_adobe_deflate", "tiffinfo": {317: 2}}, True),
-    "lzw": ({"compression": "tiff_lzw"}, False),
+    "lzw": ({"compression": "tiff_lzw"}, True),
+    "lzw predicted": ({"compression": "tiff_lzw", "tiffinfo": {317: 2}}, True),
+    "packbits": ({"compression": "packbits"}, True),
+    "jpeg": ({"compression": "jpeg"}, True),
+    "zstd": ({"compression": "zstd"}, True),
     "turned": ({"tiffinfo": {274: 3}}, False),
     "large": ({"big_tiff": True}, True),
 }
@@ -52,8 +58,9 @@ def test_tiff_files_are_read_as_pillow_reads_them(tmp_path, kind, channels):
     Image.fromarray(pixels).save(tmp_path / "a.tif", **options)
     rows = open_rows(tmp_path / "a.tif", CPU)
     assert isinstance(rows, TiffRows) == in_strips and rows.size == SIZE
-    expected = np.broadcast_to(pixels.reshape(*SIZE, channels), (*SIZE, 3))
-    assert (read_in_parts(rows) == (expected[::-1, ::-1] if kind == "turned" else expected)).all()
+    assert (read_in_parts(rows) == read_image(tmp_path / "a.tif")).all()
+    if kind not in ("jpeg", "turned"):
+        assert (read_in_parts(rows) == pixels.reshape(*SIZE, channels)).all()
 
 
 @pytest.mark.parametrize("compression", [1, 8])
@@ -92,6 +99,114 @@ def write_tiles(path, pixels, compression, side=32):
     header = b"II*\0" + struct.pack("<IH", 8, len(entries)) + directory + b"\0" * 4
     extra = b"".join(struct.pack(f"<{len(values)}I", *values) for values in beyond.values())
     path.write_bytes(header + extra + b"".join(tiles))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "LA", "P", "1", "I;16", "turned", "interlaced"])
+def test_png_files_are_read_as_pillow_reads_them(tmp_path, mode, monkeypatch):
+    monkeypatch.setattr(png_rows, "_BAND", 5000)
+    image = Image.fromarray(np.cumsum(picture(), axis=0, dtype=np.uint8))  # smooth: filters of every kind are used
+    path, options = tmp_path / "a.png", {}
+    if mode in ("L", "RGB", "RGBA", "LA", "P", "1"):
+        image = image.convert(mode)
+    elif mode == "I;16":
+        image = Image.fromarray(picture(1).astype(np.uint16) * 257)
+    elif mode == "turned":
+        options["exif"] = Image.Exif()
+        options["exif"][274] = 6
+    image.save(path, **options)
+    if mode == "interlaced":
+        path.write_bytes(interlaced(np.asarray(image)))
+    rows = open_rows(path, CPU)
+    assert isinstance(rows, PngFileRows) == (mode in ("L", "RGB", "RGBA", "LA", "P"))
+    expected = read_image(path)
+    assert rows.size == expected.shape[:2] and (read_in_parts(rows) == expected).all()
+
+
+def interlaced(pixels):
+    """Return a PNG of Adam7's seven passes."""
+    lines = b""
+    passes = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
+    for top, left, down, across in passes:
+        for row in pixels[top::down, left::across]:
+            lines += b"\0" + row.tobytes()
+    height, width, _ = pixels.shape
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 1)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b""))
+    return png_rows._SIGNATURE + b"".join(png_rows._chunk(*chunk) for chunk in chunks)
+
+
+def test_png_rows_above_those_kept_are_read_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(png_rows, "_BAND", 5000)
+    monkeypatch.setattr(png_rows, "_KEPT", 20_000)
+    Image.fromarray(picture()).save(tmp_path / "a.png")
+    rows, begun = open_rows(tmp_path / "a.png", CPU), []
+    begin = PngFileRows._begin
+    monkeypatch.setattr(PngFileRows, "_begin", lambda self: begun.append(1) or begin(self))
+    places = [(0, 100), (70, 170), (150, 301), (200, 300), (10, 40), (290, 301)]
+    for top, bottom in places:
+        assert (rows.read(top, bottom)[0].permute(1, 2, 0).numpy() == picture()[top:bottom]).all()
+        assert sum(band.nbytes for _, band in rows._kept) <= 20_000 + 3 * 97 * (bottom - top) + 2 * 5000
+    assert len(begun) == 1
+
+
+def test_damaged_png_files_are_refused(tmp_path):
+    Image.fromarray(picture()).save(tmp_path / "a.png")
+    whole = (tmp_path / "a.png").read_bytes()
+    start = whole.index(b"IDAT")
+    changed = bytearray(whole)
+    changed[start + 5000] ^= 1
+    short, long = (
+        whole[:12] + png_rows._chunk(b"IHDR", struct.pack(">II", *size) + whole[24:29])[4:] + whole[33:]
+        for size in ((97, 400), (2**31 - 1, 9))
+    )
+    beyond = whole[: start - 4] + struct.pack(">I", 2**31 - 1) + whole[start:]
+    unknown = whole[: start - 4] + struct.pack(">I", 2**32 - 1) + b"tEXt" + whole[start - 4 :]
+    lower = whole[:23] + b"\0" + whole[24:]
+    for damaged in (
+        changed,
+        short,
+        lower,
+        long,
+        beyond,
+        unknown,
+        *(whole[:end] for end in (9, 20, 33, start + 99, -600)),
+    ):
+        (tmp_path / "b.png").write_bytes(damaged)
+        with pytest.raises(UserError, match="b.png"):
+            read_in_parts(open_rows(tmp_path / "b.png", CPU))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "turned", "progressive"])
+def test_a_jpeg_file_that_is_too_large_is_decoded_where_memory_suffices(tmp_path, mode, monkeypatch):
+    path, options = tmp_path / "a.jpg", {"progressive": mode == "progressive"}
+    if mode == "turned":
+        options["exif"] = Image.Exif()
+        options["exif"][274] = 8
+    image = Image.fromarray(picture())
+    (image.convert(mode) if mode in ("L", "CMYK") else image).save(path, **options)
+    expected = read_image(path)
+    monkeypatch.setattr(strips, "MOST_HELD", 20_000)
+    assert only_in_strips(path)
+    rows = open_rows(path, CPU)
+    assert isinstance(rows, JpegRows) and (read_in_parts(rows) == expected).all()
+    need = 301 * 97 * {"L": 1, "turned": 8, "progressive": 10}.get(mode, 4)
+    monkeypatch.setattr(strips, "free_bytes", lambda device: need)
+    open_rows(path, CPU)
+    monkeypatch.setattr(strips, "free_bytes", lambda device: need - 1)
+    with pytest.raises(UserError, match=r"has to be decoded whole, which takes about 0.0 GiB.*vips copy"):
+        open_rows(path, CPU)
+    path.write_bytes(path.read_bytes()[:-300])
+    monkeypatch.setattr(strips, "free_bytes", lambda device: need)
+    with pytest.raises(UserError, match="Cannot read .*a.jpg as a picture"):
+        open_rows(path, CPU)
+
+
+def test_blocks_of_jpeg_in_tiff_are_pillows(tmp_path):
+    smooth = np.cumsum(picture(), axis=1, dtype=np.uint8)
+    Image.fromarray(smooth).convert("YCbCr").save(tmp_path / "a.tif", compression="jpeg", tiffinfo={278: 64})
+    rows = open_rows(tmp_path / "a.tif", CPU)
+    assert isinstance(rows, TiffRows) and rows.layout.block == (64, 97)
+    assert (read_in_parts(rows) == read_image(tmp_path / "a.tif")).all()
 
 
 def test_arrays_are_mapped_and_nothing_is_unpickled(tmp_path):
@@ -151,7 +266,7 @@ def test_a_png_that_is_not_ended_does_not_appear(tmp_path):
 
 def test_rows_of_a_png_are_what_was_written(tmp_path):
     ids = picture(1)
-    with PngRows(tmp_path / "a.png", SIZE) as file:
+    with PngWriter(tmp_path / "a.png", SIZE) as file:
         for part in np.split(ids, [1, 100, 290]):
             file.write(part)
     assert (read_ids(tmp_path / "a.png") == ids).all()
@@ -170,7 +285,7 @@ def test_an_image_too_large_to_hold_gets_class_ids_and_goes_on(tmp_path, monkeyp
     run = ImageRun(tmp_path / "run", tmp_path / "run/masks", DoneInputs(tmp_path / "run"))
     with caplog.at_level("INFO"):
         segment_images(by, images, run)
-    assert run.count == 2 and not run.failures and "large.tif is too large to hold" in caplog.text
+    assert run.count == 2 and not run.failures and "large.tif is too large for pictures" in caplog.text
     assert (read_ids(tmp_path / "run/masks/large.png") == predictor.ids([picture()])[0]).all()
     assert [path.name for path in (tmp_path / "run").glob("*_segmentation")] == ["small_segmentation"]
     again = ImageRun(run.folder, run.masks, DoneInputs(tmp_path / "run"))

@@ -1,0 +1,144 @@
+"""TIFF files too large to hold: rows of their strips or tiles, read when they are asked for."""
+
+import io
+import math
+import struct
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from PIL.TiffImagePlugin import ImageFileDirectory_v2, TiffImageFile
+from torch import Tensor
+
+from dinoseg.errors import UserError
+from dinoseg.inference.rows import LONGEST, Rows, Size, as_rows
+
+_GREY, _RGB, _YCBCR = 1, 2, 6  # photometric interpretations
+_NONE, _JPEG = 1, 7  # compressions
+_DECODED = (5, _JPEG, 8, 32773, 32946, 50000)  # and LZW, deflate, PackBits, Zstandard
+_KEPT = (258, 259, 262, 277, 317, 347, 530)  # tags: bits, compression, colours, channels, predictor, tables of JPEG
+_LARGEST_BLOCK = 2**28  # bytes of a strip or tile once it is decoded
+
+
+class TiffLayout:
+    """Where the blocks of a TIFF file of 8 bits, grey or RGB, lie: tiles, or strips as wide as the image."""
+
+    def __init__(self, tags: ImageFileDirectory_v2) -> None:
+        self.size: Size = (int(tags[257]), int(tags[256]))
+        self.channels = int(tags.get(277, 1))
+        self.tiled = tiled = 324 in tags
+        self.block: Size = (
+            (int(tags[323]), int(tags[322])) if tiled else (min(int(tags.get(278, 2**32)), self.size[0]), self.size[1])
+        )
+        self.offsets, self.lengths = (tuple(map(int, tags[key])) for key in ((324, 325) if tiled else (273, 279)))
+        self.compression, self.predictor = int(tags.get(259, 1)), int(tags.get(317, 1))
+        self.across = math.ceil(self.size[1] / self.block[1])
+        self.kept = {key: tags[key] for key in _KEPT if key in tags}  # what a block is decoded by
+
+    @classmethod
+    def of(cls, path: Path) -> "TiffLayout | None":
+        """Read the first image's tags; None: it is of a kind that is not read in blocks.
+
+        Raises:
+            UserError: it is no TIFF file.
+        """
+        try:
+            with path.open("rb") as file, warnings.catch_warnings():
+                warnings.simplefilter("error")  # of tags that end too early, Pillow only warns
+                header = file.read(8)
+                header += file.read(8) if header[2:3] == b"\x2b" or header[3:4] == b"\x2b" else b""
+                tags = ImageFileDirectory_v2(header)
+                file.seek(tags.next)
+                tags.load(file)
+                bits, kind, format_ = (tags.get(key, usual) for key, usual in ((258, (1,)), (262, None), (339, (1,))))
+                plain = {*bits} == {8} and {*format_} == {1}
+                plain = plain and all(tags.get(key, 1) == 1 for key in (266, 274, 284))  # bits and rows in usual order
+                kinds = ((_GREY, 1), (_RGB, 3), *([(_YCBCR, 3)] if tags.get(259) == _JPEG else []))
+                if not plain or (kind, int(tags.get(277, 1))) not in kinds:
+                    return None
+                layout = cls(tags)
+        except (OSError, SyntaxError, KeyError, ValueError, TypeError, struct.error, Warning) as error:
+            raise UserError(f"Cannot read {path} as a TIFF file ({error}). It is truncated or no picture.") from error
+        return layout._usable(path)
+
+    def _usable(self, path: Path) -> "TiffLayout | None":
+        whole = 0 < min(*self.size, *self.block) and max(self.size) <= LONGEST
+        blocks = self.across * math.ceil(self.size[0] / self.block[0]) if whole else 0
+        if not whole or min(len(self.offsets), len(self.lengths)) < blocks:
+            raise UserError(f"{path}: its tags name {self.size} pixels in too few blocks. It is damaged: replace it.")
+        block = math.prod(self.block) * self.channels  # bytes
+        known = self.is_raw or (self.compression in _DECODED and block <= _LARGEST_BLOCK)
+        return self if known and self.predictor in (1, 2) and not (self.predictor == 2 and self.is_raw) else None
+
+    @property
+    def is_raw(self) -> bool:
+        """Whether blocks are not compressed."""
+        return self.compression == _NONE
+
+
+class TiffRows(Rows):
+    """Rows of a TIFF file of 8 bits, read a strip or a row of tiles at a time; blocks are decoded by Pillow."""
+
+    count = 1
+
+    def __init__(self, path: Path, layout: TiffLayout, device: torch.device) -> None:
+        self.path, self.layout, self.size, self.device = path, layout, layout.size, device
+        self._number, self._decoded = -1, np.empty(0)  # the row of blocks that was decoded last
+
+    def read(self, top: int, bottom: int) -> Tensor:
+        """Return the rows (1, 3, bottom - top, W) uint8.
+
+        Raises:
+            UserError: the file ends before, or a block cannot be decoded.
+        """
+        height = self.layout.block[0]
+        parts = []
+        for number in range(top // height, (bottom - 1) // height + 1):
+            first, last = max(top - number * height, 0), min(bottom - number * height, height)
+            if self.layout.is_raw:
+                parts.append(self._blocks(number, lambda *where, rows=(first, last): self._stored(*where, *rows)))
+                continue
+            if number != self._number:
+                self._number, self._decoded = number, self._blocks(number, self._unpacked)
+            parts.append(self._decoded[first:last])
+        return as_rows(np.concatenate(parts), self.device)
+
+    def _blocks(self, number: int, read: Callable[[BinaryIO, int], np.ndarray]) -> np.ndarray:
+        """Return a row of blocks (r, W, channels) put together, without what lies beyond the image on the right."""
+        across = self.layout.across
+        with self.path.open("rb") as file:
+            blocks = [read(file, number * across + column) for column in range(across)]
+        return np.concatenate(blocks, axis=1)[:, : self.size[1]]
+
+    def _stored(self, file: BinaryIO, number: int, first: int, last: int) -> np.ndarray:
+        """Return some rows of a block that is not compressed (last - first, width, channels)."""
+        layout = self.layout
+        line = layout.block[1] * layout.channels
+        file.seek(layout.offsets[number] + first * line)
+        found = file.read((last - first) * line)
+        if len(found) < (last - first) * line:
+            raise UserError(f"{self.path} ends before its last row. It is truncated: replace it.")
+        return np.frombuffer(found, np.uint8).reshape(last - first, layout.block[1], layout.channels)
+
+    def _unpacked(self, file: BinaryIO, number: int) -> np.ndarray:
+        """Return a block (height, width, channels): Pillow decodes a TIFF file that holds it alone."""
+        layout = self.layout
+        height, width = layout.block
+        if not layout.tiled:  # the last strip ends with the image
+            height = min(height, self.size[0] - number * height)
+        file.seek(layout.offsets[number])
+        packed = file.read(layout.lengths[number])
+        tags = ImageFileDirectory_v2(b"II*\0" + bytes(4))
+        # one strip, at 0 behind the tags, as Pillow writes offsets
+        for key, value in {**layout.kept, 256: width, 257: height, 273: 0, 278: height, 279: len(packed)}.items():
+            tags[key] = value
+        alone = b"II*\0" + struct.pack("<I", 8) + tags.tobytes(8) + packed
+        try:
+            with TiffImageFile(io.BytesIO(alone)) as image:
+                pixels = np.asarray(image.convert("RGB") if layout.channels == 3 else image)
+        except (OSError, SyntaxError, KeyError, ValueError, TypeError, struct.error) as error:
+            raise UserError(f"{self.path}: a block cannot be decoded ({error}). It is damaged: replace it.") from error
+        return pixels.reshape(height, width, layout.channels)
