@@ -26,7 +26,7 @@ def read_coco(content: bytes, path: Path) -> Annotations:
     Raises:
         ValueError: it is no such file, or an id stands twice or nowhere.
     """
-    whole = forms.parse_json(content, _FORM)
+    whole = forms.parse_json(content, _FORM, finite=False)  # polygons are held to bounds
     if not isinstance(whole.get("annotations"), list):
         raise ValueError("it has no list named annotations: export the annotations, not the images alone")
     images = {_id(image["id"], "an image"): image for image in whole["images"]}
@@ -41,6 +41,11 @@ def read_coco(content: bytes, path: Path) -> Annotations:
     for position, annotation in enumerate(whole["annotations"]):
         if not isinstance(annotation, dict):
             raise ValueError(f"annotations[{position}] is no object")
+        if "segments_info" in annotation:
+            raise ValueError(
+                "it is of COCO's panoptic form, whose masks are PNG files: turn these into class ids by "
+                "panopticapi's converter to semantic segmentation, and read them with data=folder"
+            )
         entry = entries.get(_id(annotation.get("image_id"), f"annotations[{position}], image_id,"))
         if entry is None:
             raise ValueError(f"annotations[{position}] is of image {annotation['image_id']}, which is not in images")
@@ -50,14 +55,16 @@ def read_coco(content: bytes, path: Path) -> Annotations:
             entry.shapes.append(_shape(annotation, categories, entry.size))
         except ValueError as error:
             entry.wrong = f"annotation {shown(annotation.get('id', position), 40)} of {entry.image}: {error}"
-    return Annotations([categories[key] for key in sorted(categories)], list(entries.values()))
+    groups = {entry["name"]: entry.get("supercategory") for entry in whole["categories"]}
+    given = {name: text(group, f"the supercategory of {shown(name)}") for name, group in groups.items() if group}
+    return Annotations([categories[key] for key in sorted(categories)], list(entries.values()), given)
 
 
 def _entry(image: Mapping[str, Any], path: Path) -> Entry:
     try:
         return Entry(path, image["file_name"], size_of(image["height"], image["width"]))
     except ValueError as error:
-        return Entry(path, image["file_name"], (1, 1), wrong=f"image {image['id']}: {error}")
+        return Entry(path, image["file_name"], None, wrong=f"image {image['id']}: {error}")
 
 
 def _id(value: Any, what: str) -> int:
@@ -70,13 +77,14 @@ def _shape(annotation: Mapping[str, Any], categories: Mapping[int, str], size: t
     category = annotation.get("category_id")
     if type(category) is not int or category not in categories:
         raise ValueError(f"its category_id is {shown(category, 40)}, which is none of its categories")
-    drawn, depth = annotation.get("segmentation"), _CROWD if annotation.get("iscrowd") == 1 else 0
+    drawn, crowd = annotation.get("segmentation"), annotation.get("iscrowd") == 1
+    depth = _CROWD if crowd else 0
     if isinstance(drawn, list) and drawn:
         form, area = polygons(drawn)
-        return Labelled(categories[category], form, depth, area)
+        return Labelled(categories[category], form, depth, area, crowd)
     if not isinstance(drawn, dict):
         raise ValueError("it has no segmentation, only a box: export polygons or masks")
     if drawn.get("size") != list(size):
         raise ValueError(f"its mask is of size {shown(drawn.get('size'), 40)} and its image of {list(size)}")
     counts = rle.checked(drawn.get("counts"), size[0] * size[1])
-    return Labelled(categories[category], Columns(counts.tobytes()), depth, float(counts[1::2].sum()))
+    return Labelled(categories[category], Columns(counts.tobytes()), depth, float(counts[1::2].sum()), crowd)

@@ -39,7 +39,7 @@ def read_cvat(content: bytes, path: Path) -> Annotations:
     parser.buffer_text = True
     try:
         parser.Parse(content, True)
-    except expat.ExpatError as error:
+    except (expat.ExpatError, LookupError) as error:  # LookupError: an encoding that nobody knows
         raise ValueError(f"it is no XML: {error}") from None
     if not document.is_cvat:
         raise ValueError("it has no element <annotations>, as files of CVAT have")

@@ -1,7 +1,7 @@
 """What an annotation file says of one image, before labels are classes; what every format is read into."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,16 @@ LARGEST_FILE = 2**30  # bytes of an annotation file
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """A shape with its label; lower depths are drawn first, then as the order of the data set says."""
+    """A shape with its label; lower depths are drawn first, then as the order of the data set says.
+
+    A crowd is an area of objects that were not drawn one by one.
+    """
 
     label: str
     form: Form
     depth: float = 0
     area: float = 0
+    crowd: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,10 +70,25 @@ class Entry:
 
 @dataclass(frozen=True)
 class Annotations:
-    """What one annotation file holds: its labels in its own order, and its images."""
+    """What one annotation file holds: its labels in its own order, its images, and what labels belong to."""
 
     labels: Sequence[str]
     entries: Sequence[Entry]
+    groups: Mapping[str, str] = field(default_factory=dict)
+
+    def grouped(self) -> "Annotations":
+        """Return the same with groups for labels; a label of no group stays what it is.
+
+        Raises:
+            ValueError: no label has a group.
+        """
+        if not self.groups:
+            raise ValueError("its labels have no groups (supercategory), which data.reader.shapes.grouped asks for")
+        entries = [
+            replace(entry, shapes=[replace(s, label=self.groups.get(s.label, s.label)) for s in entry.shapes])
+            for entry in self.entries
+        ]
+        return Annotations(list(dict.fromkeys(self.groups.get(label, label) for label in self.labels)), entries)
 
 
 def size_of(height: Any, width: Any) -> tuple[int, int]:
@@ -105,13 +124,13 @@ def polygons(rings: Sequence[Any]) -> tuple[Polygons, float]:
     """
     checked, area = [], 0.0
     for ring in rings:
-        if not isinstance(ring, list) or len(ring) % 2 or not all(type(value) in (int, float) for value in ring):
+        if not isinstance(ring, list) or len(ring) % 2 or not {*map(type, ring)} <= {int, float}:
             raise ValueError("its polygon is no list of numbers x1, y1, x2, y2, ...")
         points = points_of(ring)
         check_polygon(points)
         checked.append(points.tobytes())
         x, y = points.T
-        area += abs(float(x @ np.roll(y, -1) - y @ np.roll(x, -1))) / 2
+        area += abs(float(x[:-1] @ y[1:] - y[:-1] @ x[1:] + x[-1] * y[0] - y[-1] * x[0])) / 2
     return Polygons(tuple(checked)), area
 
 

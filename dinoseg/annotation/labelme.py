@@ -12,11 +12,12 @@ from PIL import Image
 from dinoseg.annotation import rle
 from dinoseg.annotation.drawing import Box, Figure, Form
 from dinoseg.annotation.entry import Annotations, Entry, Labelled, points_of, size_of, text
-from dinoseg.annotation.polygon import check_polygon
+from dinoseg.annotation.polygon import FARTHEST, check_polygon
 from dinoseg.storage import forms
 from dinoseg.wording import shown
 
 _FEWEST = {"polygon": 3, "rectangle": 2, "oriented_rectangle": 4, "circle": 2, "line": 2, "linestrip": 2, "point": 1}
+_JOINED = 7  # the version from which on corners of a linestrip are round
 _EXACTLY = ("rectangle", "oriented_rectangle", "circle", "line", "point")
 _FORM = forms.holding(shapes=forms.listing(forms.holding(label=forms.plain, points=forms.plain)), imagePath=forms.plain)
 
@@ -29,19 +30,21 @@ def read_labelme(content: bytes, path: Path) -> Annotations:
     """
     whole = forms.parse_json(content, _FORM)
     image = PureWindowsPath(text(whole["imagePath"], "imagePath")).name  # takes / and \\ alike
-    entry = Entry(path, image, (1, 1))
+    entry = Entry(path, image, None)
+    major = str(whole.get("version")).partition(".")[0]
+    joined = major.isdecimal() and len(major) < 4 and int(major) >= _JOINED
     try:
-        if whole.get("imageHeight") is None or whole.get("imageWidth") is None:
-            raise ValueError("it has no imageHeight and imageWidth: open it in LabelMe and save it again")
-        entry.size = size_of(whole["imageHeight"], whole["imageWidth"])
+        sides = whole.get("imageHeight"), whole.get("imageWidth")
+        if sides != (None, None):  # the first versions say nothing of it
+            entry.size = size_of(*sides)
         for position, shape in enumerate(whole["shapes"]):
-            entry.shapes.append(_shape(shape, position, entry.size))
+            entry.shapes.append(_shape(shape, position, joined))
     except ValueError as error:
         entry.wrong = str(error)
     return Annotations(sorted({shape.label for shape in entry.shapes}), [entry])
 
 
-def _shape(shape: Mapping[str, Any], position: int, size: tuple[int, int]) -> Labelled:
+def _shape(shape: Mapping[str, Any], position: int, joined: bool) -> Labelled:
     try:
         label = text(shape["label"], "its label")
         points = shape["points"]
@@ -49,8 +52,8 @@ def _shape(shape: Mapping[str, Any], position: int, size: tuple[int, int]) -> La
             raise ValueError("its points are no list of pairs of numbers")
         kind = shape.get("shape_type") or "polygon"
         if kind == "mask":
-            return Labelled(label, _mask(shape.get("mask"), points, size))
-        return Labelled(label, _figure(kind, points))
+            return Labelled(label, _mask(shape.get("mask"), points))
+        return Labelled(label, _figure(kind, points, joined))
     except ValueError as error:
         raise ValueError(f"shapes[{position}] ({shown(shape['label'], 40)}): {error}") from None
 
@@ -59,7 +62,7 @@ def _is_point(point: Any) -> bool:
     return isinstance(point, list) and len(point) == 2 and all(type(value) in (int, float) for value in point)
 
 
-def _figure(kind: Any, points: list[list[float]]) -> Form:
+def _figure(kind: Any, points: list[list[float]], joined: bool) -> Form:
     if not isinstance(kind, str) or kind not in _FEWEST:
         raise ValueError(f"its shape_type is {shown(kind, 40)}: it must be one of {', '.join((*_FEWEST, 'mask'))}")
     if len(points) < _FEWEST[kind] or (kind in _EXACTLY and len(points) > _FEWEST[kind]):
@@ -67,22 +70,27 @@ def _figure(kind: Any, points: list[list[float]]) -> Form:
     values = points_of([value for point in points for value in point])
     # a figure of fewer points is held to the same bounds
     check_polygon(values if len(values) >= 3 else np.concatenate([values, values, values]))
-    return Figure(kind, values.tobytes())
+    return Figure("joined" if joined and kind == "linestrip" else kind, values.tobytes())
 
 
-def _mask(mask: Any, points: list[list[float]], size: tuple[int, int]) -> Form:
-    """Return the mask in a box of two corners, both inside."""
+def _mask(mask: Any, points: list[list[float]]) -> Form:
+    """Return the mask in a box of two corners, both inside; of corners between pixels the mask's own size counts."""
     if len(points) != 2 or not isinstance(mask, str):
         raise ValueError("it is a mask, and needs two points and a picture in base64")
-    if not all(0 <= value < side for point in points for value, side in zip(point, size[::-1], strict=True)):
-        raise ValueError(f"its mask lies at {shown(points, 60)}, outside of the picture")
-    (left, top), (right, bottom) = ((int(x), int(y)) for x, y in points)
+    corners = points_of([value for point in points for value in point])
+    if not (np.abs(corners) <= FARTHEST).all():
+        raise ValueError(f"its mask lies at {shown(points, 60)}, outside of any picture")
+    (left, top), (right, bottom) = corners.round().astype(int).tolist()
+    width, height = right - left + 1, bottom - top + 1
     try:
         with Image.open(io.BytesIO(base64.b64decode(mask, validate=True)), formats=("PNG",)) as picture:
-            if picture.size != (right - left + 1, bottom - top + 1):
+            if (corners != np.trunc(corners)).any():
+                width, height = picture.size
+            if width < 1 or height < 1 or picture.width < width or picture.height < height:
                 raise ValueError(f"its picture is {picture.width} x {picture.height}")
-            inside = np.asarray(picture.convert("L")) > 0
+            inside = np.asarray(picture.convert("L"))[:height, :width] > 0
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        box = f"{right - left + 1} x {bottom - top + 1}"
-        raise ValueError(f"its mask must be a PNG of {box} pixels in base64 ({shown(str(error))})") from None
-    return Box((left, top, right - left + 1, bottom - top + 1), rle.counts_of(inside.ravel()).tobytes())
+        raise ValueError(
+            f"its mask must be a PNG of {width} x {height} pixels in base64 ({shown(str(error))})"
+        ) from None
+    return Box((left, top, width, height), rle.counts_of(inside.ravel()).tobytes())

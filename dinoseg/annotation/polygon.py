@@ -14,7 +14,7 @@ LINE_WIDTH, POINT_RADIUS = 10, 5  # pixels, as LabelMe draws them
 
 def border_length(points: np.ndarray) -> int:
     """Return how many steps of a fifth of a pixel the border of a polygon (N, 2) has."""
-    steps = np.abs(np.diff(points, axis=0, append=points[:1])).max(axis=1)
+    steps = np.abs(points - np.concatenate([points[1:], points[:1]])).max(axis=1)
     return int(_FIFTHS * steps.sum()) + 2 * len(points)
 
 
@@ -29,7 +29,7 @@ def check_polygon(points: np.ndarray) -> None:
     if not (np.abs(points) <= FARTHEST).all():  # also false for NaN
         raise ValueError(f"its polygon has a point that is more than {FARTHEST} pixels away, or no number")
     if border_length(points) > _MOST_POINTS:
-        raise ValueError("its polygon wanders to and fro without end")
+        raise ValueError("its border is too long: it goes to and fro, or far beyond any picture")
 
 
 def filled(points: np.ndarray, size: tuple[int, int]) -> tuple[int, np.ndarray]:
@@ -49,8 +49,10 @@ def filled(points: np.ndarray, size: tuple[int, int]) -> tuple[int, np.ndarray]:
     if not columns.size:
         return 0, np.zeros((height, 0), bool)
     first, count = int(columns.min()), int(columns.max() - columns.min()) + 1
-    changes = np.bincount((columns - first) * height + rows, minlength=count * height)[: count * height]
-    return first, (np.cumsum(changes) % 2 == 1).reshape(count, height).T
+    changes = np.sort((columns - first) * height + rows)  # between inside and outside, column by column
+    runs = np.diff(changes, prepend=0, append=max(count * height, changes[-1]))
+    inside = np.repeat(np.arange(len(runs)) % 2 == 1, runs)[: count * height]
+    return first, inside.reshape(count, height).T
 
 
 def _border(corners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -80,7 +82,8 @@ def figure(kind: str, points: Sequence[tuple[float, float]], size: tuple[int, in
 
     Args:
         kind: `polygon`, `rectangle` (two corners), `oriented_rectangle` (four), `circle` (its middle and a point on
-            it), `line` and `linestrip` (10 pixels wide) or `point` (a disc of radius 5).
+            it), `line`, `linestrip` (10 pixels wide) and `joined` (the same with round corners) or `point` (a disc of
+            radius 5).
         points: of its form, as (x, y).
         size: of the picture.
     """
@@ -91,8 +94,8 @@ def figure(kind: str, points: Sequence[tuple[float, float]], size: tuple[int, in
     elif kind == "rectangle":
         (left, top), (right, bottom) = points
         pen.rectangle((min(left, right), min(top, bottom), max(left, right), max(top, bottom)), outline=1, fill=1)
-    elif kind in ("line", "linestrip"):
-        pen.line(points, fill=1, width=LINE_WIDTH)
+    elif kind in ("line", "linestrip", "joined"):
+        pen.line(points, fill=1, width=LINE_WIDTH, joint="curve" if kind == "joined" else None)
     else:
         x, y = points[0]
         radius = POINT_RADIUS if kind == "point" else math.dist(points[0], points[1])

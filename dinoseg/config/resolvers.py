@@ -128,9 +128,11 @@ def _classes_of_labels(data: DictConfig, root: Path) -> list[str]:
     values = OmegaConf.to_container(data.reader.layout, resolve=True)
     assert isinstance(values, dict)
     layout = AnnotationLayout(**{str(key): value for key, value in values.items() if key != "_target_"})
-    named = data.reader.shapes.labels or {}
+    named, grouped = data.reader.shapes.labels or {}, bool(data.reader.shapes.get("grouped"))
     try:
-        labels = [label for label in labels_below(KINDS[data.kind], root, layout) if label not in named]
+        labels = [
+            label for label in labels_below(KINDS[data.kind], root, layout, grouped=grouped) if label not in named
+        ]
     except UserError as error:
         raise _Unmet(str(error)) from None
     return list(dict.fromkeys([*filter(None, [_ground(data)]), *labels]))

@@ -36,14 +36,23 @@ def read_json(path: Path, form: Form) -> Any:
     return parse_json(path.read_bytes(), form)
 
 
-def parse_json(text: str | bytes, form: Form) -> Any:
+def parse_json(text: str | bytes, form: Form, *, finite: bool = True) -> Any:
     """Return what JSON text holds: finite numbers, each key once, all of this form.
+
+    Args:
+        text: of JSON.
+        form: that it must have.
+        finite: refuse numbers beyond any float here; else who uses them has to (much is read twice as fast).
 
     Raises:
         Misshapen: as above.
     """
     try:
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number, parse_float=_finite)
+        value = json.loads(
+            text, object_pairs_hook=_unique, parse_constant=_no_number, parse_float=_finite if finite else None
+        )
+    except UnicodeDecodeError as error:
+        raise Misshapen(f"its byte {error.start} is no text in {error.encoding}: save it as UTF-8") from None
     except (ValueError, RecursionError) as error:
         raise Misshapen(str(error) or "it is nested too deep") from None
     form(value, "it")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dinoseg.annotation.drawing import Drawing
-from dinoseg.annotation.entry import Entry
+from dinoseg.annotation.entry import Entry, Labelled
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import Masks
 from dinoseg.data.formats.annotated_images import Images, NotThere, name_of, size_of_image
@@ -29,6 +29,7 @@ from dinoseg.wording import count_of, listed, shown
 log = logging.getLogger(__name__)
 IGNORE = "ignore"
 ORDERS = ("file", "area")
+CROWDS = ("class", "ignore")
 WITHOUT_SHAPES = ("keep", "skip")
 
 
@@ -43,6 +44,8 @@ class Shapes:
         order: `file`: as the file has them, of CVAT by z_order first; `area`: the largest first, so that a small
             object is seen on a large one.
         without_shapes: `keep`: an image without any shape is all unlabelled; `skip`: it is left out.
+        crowds: of COCO, `class`: a crowd is of its class, below all objects; `ignore`: it is ignored there.
+        grouped: of COCO, the supercategories are the labels.
     """
 
     labels: Mapping[str, str] | None = None
@@ -50,12 +53,15 @@ class Shapes:
     unlabelled: str = "background"
     order: str = "file"
     without_shapes: str = "keep"
+    crowds: str = "class"
+    grouped: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what is unknown."""
         for key, value, options in (
             ("order", self.order, ORDERS),
             ("without_shapes", self.without_shapes, WITHOUT_SHAPES),
+            ("crowds", self.crowds, CROWDS),
         ):
             if value not in options:
                 raise UserError(f"data.reader.shapes.{key}={value} is unknown. Choose one of {', '.join(options)}.")
@@ -131,7 +137,7 @@ class _Maker:
         """Return what a split's annotation file, or its list of names, names; in the order of the names."""
         by_split = partition.by == "folder"
         place = find_annotations(self.kind, self.root, split, self.layout, by_split=by_split)
-        entries = read_annotations(self.kind, place).entries
+        entries = read_annotations(self.kind, place, grouped=self.shapes.grouped).entries
         if by_split:
             entries = of_subset(entries, self.layout.names(split)) or entries
         if partition.by == "lists":
@@ -213,5 +219,10 @@ class _Maker:
             return Lacking(name, str(error), "Put the images there, or say where they are: data.reader.layout.images.")
         by_area = self.shapes.order == "area"
         drawn = sorted(entry.shapes, key=lambda shape: (shape.depth, -shape.area if by_area else 0))
-        forms = tuple((self.values.get(shape.label, self.others or 0), shape.form) for shape in drawn)
+        forms = tuple((self._id(shape), shape.form) for shape in drawn)
         return Pair(name, image, Drawing(entry.path, entry.image, size, self.ground, forms))
+
+    def _id(self, shape: Labelled) -> int:
+        if shape.crowd and self.shapes.crowds == IGNORE:
+            return self.labels.ignore_index
+        return self.values.get(shape.label, self.others or 0)

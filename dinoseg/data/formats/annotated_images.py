@@ -71,8 +71,8 @@ class Images:
             UserError: its name leads out of the folder.
             NotThere: it cannot be found.
         """
-        for name in (entry.image, entry.subset, entry.clip.source if entry.clip else ""):
-            if name and not stays_below(name):
+        for name in (entry.image, *filter(None, (entry.subset, entry.clip.source if entry.clip else ""))):
+            if not _stays_below(name):
                 raise UserError(
                     f"{entry.path} names the image {shown(name)}, which would lie outside of its folder. Give names "
                     "that start from data.reader.layout.images."
@@ -156,10 +156,11 @@ def name_of(entry: Entry) -> str:
     return f"{entry.subset}/{_unended(entry.image)}" if entry.subset else _unended(entry.image)
 
 
-def stays_below(image: str) -> bool:
+def _stays_below(image: str) -> bool:
     """Return whether a name leads to nothing outside of its folder."""
     path = PurePosixPath(image.replace("\\", "/"))
-    return not path.is_absolute() and ".." not in path.parts and "\0" not in image and ":" not in path.parts[0]
+    inside = bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+    return inside and "\0" not in image and ":" not in path.parts[0]
 
 
 def _unended(image: str) -> str:
@@ -168,11 +169,18 @@ def _unended(image: str) -> str:
 
 
 def _is_video(path: Path) -> bool:
-    return path.suffix.lower() in VIDEO_SUFFIXES and path.is_file()
+    return path.suffix.lower() in VIDEO_SUFFIXES and _is_file(path)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is longer than any, or a folder that may not be read
+        return False
 
 
 def _named(folder: Path, name: str) -> Path | None:
-    return next((path for path in (folder / f"{name}{end}" for end in _endings()) if path.is_file()), None)
+    return next((path for path in (folder / f"{name}{end}" for end in _endings()) if _is_file(path)), None)
 
 
 def _endings() -> Iterator[str]:
@@ -183,7 +191,7 @@ def _image_file(folder: Path, entry: Entry) -> Path | None:
     """Return the file of an image's name, or that of another ending in its place."""
     image = entry.image.replace("\\", "/")
     for base in dict.fromkeys((folder, folder / entry.subset)):
-        if (path := base / image).is_file():
+        if _is_file(path := base / image):
             return path
         if other := _named(base, _unended(image)):
             return other

@@ -10,9 +10,10 @@ from dinoseg.annotation.cvat import read_cvat
 from dinoseg.annotation.entry import LARGEST_FILE, Annotations, Entry
 from dinoseg.annotation.labelme import read_labelme
 from dinoseg.errors import UserError
-from dinoseg.storage.files import check_regular, visible_files
+from dinoseg.storage.files import check_regular, entries, visible_files
 from dinoseg.wording import listed
 
+_ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
 _ALIASES = {
     "train": ("train", "train2017", "training", "Train"),
     "val": ("val", "valid", "validation", "val2017", "Val", "Validation"),
@@ -85,7 +86,8 @@ def find_annotations(kind: Kind, root: Path, split: str, layout: AnnotationLayou
         UserError: there is none.
     """
     if not root.is_dir():
-        raise UserError(f"data.root={root} is no folder. Give the folder that holds the annotations.")
+        unpack = "Archives are not read: unpack it, and give" if root.suffix.lower() in _ARCHIVES else "Give"
+        raise UserError(f"data.root={root} is no folder. {unpack} the folder that holds the annotations.")
     patterns = (kind.by_split if by_split else kind.single) if layout.annotations is None else (layout.annotations,)
     places = list(dict.fromkeys(root / _filled(pattern, name) for pattern in patterns for name in layout.names(split)))
     found = [place for place in places if (_holds_json(place) if kind.beside_images else place.is_file())]
@@ -99,47 +101,58 @@ def find_annotations(kind: Kind, root: Path, split: str, layout: AnnotationLayou
     single = [pattern for pattern in kind.single if (root / pattern).is_file()] if by_split else []
     if kind.beside_images and by_split and _holds_json(root):
         single = [str(root)]
-    remedy = (
-        f"{single[0]} is there, without splits: divide it by data.reader.partition.by=fraction"
-        if single
-        else "Give it by data.reader.layout.annotations (with {split} for the split)"
-    )
+    remedy = "Give it by data.reader.layout.annotations (with {split} for the split)"
+    if single:
+        remedy = f"{single[0]} is there, without splits: divide it by data.reader.partition.by=fraction"
+    elif packed := [path.name for path in entries(root) if path.suffix.lower() in _ARCHIVES]:
+        remedy = f"{packed[0]} is there, and archives are not read: unpack it"
     what = "folder with files of LabelMe" if kind.beside_images else f"file of {kind.title}"
     of_split = f" for split {split}" if by_split else ""
     raise UserError(f"No {what}{of_split} in {root}: looked for {tried}. {remedy}.")
 
 
-def read_annotations(kind: Kind, place: Path) -> Annotations:
+def read_annotations(kind: Kind, place: Path, *, grouped: bool = False) -> Annotations:
     """Return what the annotation file, or LabelMe's files in a folder, hold; image names start from its folder.
+
+    Args:
+        kind: of the files.
+        place: the file, of LabelMe the folder.
+        grouped: groups of labels stand for them.
 
     Raises:
         UserError: a file cannot be read, or is none of this kind; one of an image alone is an entry that says so.
     """
-    if not kind.beside_images:
-        return _read(kind, place)
+    held = _read(kind, place) if not kind.beside_images else _of_folder(kind, place)
+    try:
+        return held.grouped() if grouped else held
+    except ValueError as error:
+        raise UserError(f"{place}: {error}. Say data.reader.shapes.grouped=false.") from None
+
+
+def _of_folder(kind: Kind, place: Path) -> Annotations:
     labels: set[str] = set()
-    entries: list[Entry] = []
+    found: list[Entry] = []
     for folder, files in visible_files(place):
         for path in (folder / file for file in files if file.lower().endswith(".json")):
             try:
                 held = _read(kind, path)
             except UserError as error:
-                entries.append(Entry(path, path.relative_to(place).as_posix(), (1, 1), wrong=str(error)))
+                found.append(Entry(path, path.relative_to(place).as_posix(), None, wrong=str(error)))
                 continue
             inner = path.parent.relative_to(place)
-            entries += [replace(entry, image=(inner / entry.image).as_posix()) for entry in held.entries]
+            found += [replace(entry, image=(inner / entry.image).as_posix()) for entry in held.entries]
             labels.update(held.labels)
-    return Annotations(sorted(labels), entries)
+    return Annotations(sorted(labels), found)
 
 
-def of_subset(entries: Sequence[Entry], names: Sequence[str]) -> list[Entry]:
+def of_subset(held: Sequence[Entry], names: Sequence[str]) -> list[Entry]:
     """Return what is of the part of a project that has one of these names, in capitals or not."""
     wanted = {name.lower() for name in names}
-    return [entry for entry in entries if entry.subset.lower() in wanted]
+    return [entry for entry in held if entry.subset.lower() in wanted]
 
 
-def labels_below(kind: Kind, root: Path, layout: AnnotationLayout) -> list[str]:
-    """Return the labels of the files of train and val, else of the one file for both, in their own order.
+def labels_below(kind: Kind, root: Path, layout: AnnotationLayout, *, grouped: bool = False) -> list[str]:
+    """Return the labels (or groups) of the files of train and val, else of the one for both, in their own order.
 
     Raises:
         UserError: no file, or one that cannot be read.
@@ -154,7 +167,8 @@ def labels_below(kind: Kind, root: Path, layout: AnnotationLayout) -> list[str]:
                     raise
         if places:
             break
-    return list(dict.fromkeys(label for place in places for label in read_annotations(kind, place).labels))
+    held = (read_annotations(kind, place, grouped=grouped) for place in places)
+    return list(dict.fromkeys(label for annotations in held for label in annotations.labels))
 
 
 def _filled(pattern: str, name: str) -> str:

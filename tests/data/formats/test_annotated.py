@@ -72,13 +72,13 @@ def labelme(path, *shapes, image="a.png", size=SIZE, **changes):
     return path.parent
 
 
-def cvat(path, shapes, name="a.png", size=SIZE, labels=("leaf", "stem"), head=""):
+def cvat(path, shapes, name="a.png", size=SIZE, labels=("leaf", "stem"), head="", encoding="utf-8"):
     meta = "".join(f"<label><name>{label}</name><color>#ff0000</color></label>" for label in labels)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
-        f'<?xml version="1.0" encoding="utf-8"?>{head}<annotations><version>1.1</version><meta><task><labels>{meta}'
-        f'</labels></task></meta><image id="0" name="{name}" width="{size[1]}" height="{size[0]}">{shapes}</image>'
-        "</annotations>"
+        f'<?xml version="1.0" encoding="{encoding}"?>{head}<annotations><version>1.1</version><meta><task><labels>'
+        f'{meta}</labels></task></meta><image id="0" name="{name}" width="{size[1]}" height="{size[0]}">'
+        f"{shapes}</image></annotations>"
     )
     save(path.parent / "a.png", np.zeros((*SIZE, 3)))
     return path.parent
@@ -142,6 +142,32 @@ def test_labelme_draws_as_it_does_itself(tmp_path):
     assert data.classes == ("background", "leaf", "stem")
     expected = filled((1, 1, 5, 1, 6), (2, 1, 3, 4, 7), (2, 5, 7, 7, 9), (0, 5, 6, 8, 9), (255, 7, 8, 0, 1))
     np.testing.assert_array_equal(data.mask(0), expected)
+
+
+def test_first_and_latest_versions_of_labelme(tmp_path):
+    first = {"label": "leaf", "line_color": None, "points": [[1, 1], [4, 1], [4, 3], [1, 3]]}
+    root = labelme(tmp_path / "train/a.json", first, imageHeight=None, imageWidth=None).parent
+    np.testing.assert_array_equal(opened("labelme", root).mask(0), filled((1, 1, 4, 1, 5)))
+    strip, drawn = ("leaf", "linestrip", [[1, 30], [30, 1], [59, 30]]), []
+    for version in ("6.3.1", "7.0.0", "odd"):
+        labelme(tmp_path / "train/a.json", strip, size=(60, 60), version=version)
+        drawn.append(opened("labelme", root).mask(0))
+    assert (drawn[1] != drawn[0]).any() and (drawn[1] >= drawn[0]).all()  # corners are round from version 7 on
+    np.testing.assert_array_equal(drawn[2], drawn[0])
+
+
+@pytest.mark.parametrize(
+    ("corners", "box"),
+    [
+        ([[-1, 6], [1, 8]], (6, 8, 0, 2)), ([[1, 1], [2, 2]], (1, 3, 1, 3)), ([[0.6, 0.6], [2.4, 2.4]], (1, 4, 1, 4)),
+    ],
+)  # fmt: skip
+def test_masks_of_labelme_are_cut_at_edges_and_lie_at_whole_pixels(tmp_path, corners, box):
+    picture = io.BytesIO()
+    Image.fromarray(np.ones((3, 3), bool)).save(picture, "PNG")
+    mask = {"label": "leaf", "shape_type": "mask", "points": corners, "mask": base64.b64encode(picture.getvalue())}
+    root = labelme(tmp_path / "train/a.json", mask | {"mask": mask["mask"].decode()}).parent
+    np.testing.assert_array_equal(opened("labelme", root).mask(0), filled((1, *box)))
 
 
 def test_cvat_by_z_order(tmp_path):
@@ -235,6 +261,60 @@ def test_what_others_do_with_masks_is_done_with_drawn_ones(tmp_path):
         opened("coco", root)[0]
 
 
+def test_names_that_no_disk_can_have_and_names_with_dots(tmp_path):
+    root = coco(tmp_path / "train.json", images=("a.v2.png", "b.png", "a.png"))
+    content = json.loads((root / "train.json").read_text())
+    content["images"] = content["images"][:2]
+    content["images"][0]["file_name"] = "a.v2"
+    (root / "train.json").write_text(json.dumps(content))
+    assert opened("coco", root).pairs[0].image == root / "a.v2.png"
+    content["images"][0]["file_name"] = "a" * 5000
+    (root / "train.json").write_text(json.dumps(content))
+    assert opened("coco", root).names == ["b"]
+
+
+def test_archives_are_named_and_not_read(tmp_path):
+    (tmp_path / "export.zip").write_bytes(b"PK")
+    with pytest.raises(UserError, match=r"export\.zip is there, and archives are not read: unpack it"):
+        opened("cvat", tmp_path)
+    with pytest.raises(UserError, match="Archives are not read: unpack it, and give the folder"):
+        opened("cvat", tmp_path / "export.zip")
+
+
+def test_crowds_may_be_ignored(tmp_path):
+    crowd = {"image_id": 1, "category_id": 2, "iscrowd": 1, "segmentation": {"size": list(SIZE), "counts": [0, 80]}}
+    root = coco(tmp_path / "train.json", annotations=[(1, 1, [CORNERS]), crowd])
+    expected = np.where(filled((1, 1, 4, 1, 5)), 1, 255)
+    np.testing.assert_array_equal(opened("coco", root, crowds="ignore").mask(0), expected)
+    assert opened("coco", root).mask(0).max() == 2
+    with pytest.raises(UserError, match=r"shapes\.crowds=x is unknown"):
+        opened("coco", root, crowds="x")
+
+
+def test_supercategories_may_be_the_classes(tmp_path):
+    categories = [
+        {"id": 7, "name": "oak", "supercategory": "tree"}, {"id": 3, "name": "car", "supercategory": "vehicle"},
+        {"id": 90, "name": "elm", "supercategory": "tree"}, {"id": 91, "name": "sky", "supercategory": ""},
+    ]  # fmt: skip
+    shapes = [(1, 90, [CORNERS]), (1, 7, [[6, 1, 9, 1, 9, 2, 6, 2]]), (1, 91, [[6, 3, 9, 3, 9, 4, 6, 4]])]
+    root = coco(tmp_path / "train.json", annotations=shapes, whole={"categories": categories})
+    assert load("coco", root).classes == ["background", "car", "oak", "elm", "sky"]
+    cfg = load("coco", root, "data.reader.shapes.grouped=true")
+    assert cfg.classes == ["background", "vehicle", "tree", "sky"]
+    expected = filled((2, 1, 4, 1, 5), (2, 1, 2, 6, 9), (3, 3, 4, 6, 9))
+    np.testing.assert_array_equal(instantiate(cfg.reader)(split="train").mask(0), expected)
+    coco(tmp_path / "train.json")
+    with pytest.raises(UserError, match=r"no groups \(supercategory\).*Say data\.reader\.shapes\.grouped=false"):
+        opened("coco", root, grouped=True)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig", "utf-32"])
+def test_json_in_other_encodings(tmp_path, encoding):
+    root = coco(tmp_path / "train.json")
+    (root / "train.json").write_text((root / "train.json").read_text(), encoding=encoding)
+    assert opened("coco", root).mask(0).sum() == 12
+
+
 def test_bare_images_are_told_or_left_out(tmp_path, caplog):
     root = coco(tmp_path / "train.json", images=("a.png", "b.png"))
     with caplog.at_level(logging.WARNING):
@@ -248,7 +328,7 @@ def test_images_that_are_missing_or_outside(tmp_path):
     (root / "b.png").unlink()
     data = opened("coco", root)
     assert data.names == ["a"] and "names the image b.png, which is not in" in data.lacking["b"]
-    for name in ("../../x.png", "/etc/x.png", "..\\x.png", "C:\\x.png", "a/../../x.png"):
+    for name in ("../../x.png", "/etc/x.png", "..\\x.png", "C:\\x.png", "a/../../x.png", ".", "", "a\0.png"):
         content = json.loads((root / "train.json").read_text())
         content["images"][0]["file_name"] = name
         (root / "train.json").write_text(json.dumps(content))
@@ -267,6 +347,7 @@ def test_images_that_are_missing_or_outside(tmp_path):
         ({"whole": {"images": "x"}}, "must be a list"), ({"categories": ()}, "category_id is 1, which is none"),
         ({"whole": {"annotations": 3}}, "no list named annotations"),
         ({"annotations": [3]}, r"annotations\[0\] is no object"),
+        ({"annotations": [{"image_id": 1, "segments_info": []}]}, "panoptic form, whose masks are PNG"),
         ({"annotations": [(7, 1, [CORNERS])]}, "is of image 7, which is not in images"),
         ({"annotations": [("1", 1, [CORNERS])]}, "ids are whole numbers"),
         ({"annotations": [(1, 1, [])]}, "no segmentation, only a box"),
@@ -293,7 +374,8 @@ def test_files_of_coco_that_are_refused(tmp_path, changes, wrong):
 @pytest.mark.parametrize(
     ("text", "wrong"),
     [
-        ("", "no file of COCO"), ("[" * 100_000, "nested too deep|recursion"), ('{"images": NaN}', "NaN is no number"),
+        ("", "no file of COCO"), ("[" * 100_000, "nested too deep|recursion"), (b'{"\xe4": 3}', "save it as UTF-8"),
+        ('{"images": NaN}', "NaN is no number"),
         ('{"images": [], "images": []}', "twice"), (b"\xff\xfe\x00", "no file of COCO"), ("[]", "an object with"),
     ],
 )  # fmt: skip
@@ -312,7 +394,8 @@ def test_json_that_is_refused(tmp_path, text, wrong):
         ((3, "point", [[1, 1]]), "must be a name"), (("leaf", "point", [[1]]), "no list of pairs"),
         (("leaf", "circle", [[1, 1], [1e30, 1]]), "away"), (("leaf", "mask", [[1, 1], [2, 2]]), "a picture in base64"),
         ({"label": "a", "points": [[1, 1], [2, 2]], "shape_type": "mask", "mask": "AAAA"}, "PNG of 2 x 2 pixels"),
-        ({"label": "a", "points": [[1, 1], [99, 2]], "shape_type": "mask", "mask": "AAAA"}, "outside of the picture"),
+        ({"label": "a", "points": [[1, 1], [1e7, 2]], "shape_type": "mask", "mask": "AAAA"}, "outside of any picture"),
+        ({"label": "a", "points": [[1, 1], [0, 1]], "shape_type": "mask", "mask": "AAAA"}, "PNG of 0 x 1 pixels"),
     ],
 )  # fmt: skip
 def test_shapes_of_labelme_that_are_refused(tmp_path, shape, wrong):
@@ -324,11 +407,12 @@ def test_shapes_of_labelme_that_are_refused(tmp_path, shape, wrong):
 
 
 def test_old_and_foreign_files_beside_those_of_labelme(tmp_path):
-    root = labelme(tmp_path / "train/a.json", imageHeight=None).parent
+    root = labelme(tmp_path / "train/a.json", imageHeight=None).parent  # the width alone
     labelme(tmp_path / "train/b.json", ("leaf", "point", [[1, 1]]), image="b.png")
     (root / "train/c.json").write_text("{}")
     data = opened("labelme", root)
-    assert data.names == ["b"] and "save it again" in data.lacking["a"] and "an object with shapes" in str(data.lacking)
+    assert data.names == ["b"] and "no size of a picture" in data.lacking["a"]
+    assert "an object with shapes" in str(data.lacking)
 
 
 LAUGHS = '<!DOCTYPE x [<!ENTITY a "ha"><!ENTITY b "&a;&a;&a;">]>'
@@ -342,6 +426,7 @@ OUTSIDE = '<!DOCTYPE x [<!ENTITY a SYSTEM "file:///etc/hostname">]>'
         ("", {"head": OUTSIDE, "labels": ("&a;",)}, "declares a document type"),
         ("<a>" * 99 + "</a>" * 99, {}, "nested deeper"), ("<a>", {}, "no XML"), ("&b;", {}, "no XML: undefined entity"),
         ("", {"size": (10**5, 10**5)}, "no size of a picture"), ("", {"size": ("x", 3)}, "no size of a picture"),
+        ("", {"encoding": "x-mine"}, "unknown encoding"),
         ("", {"name": "../../x.png"}, "outside of its folder"), ("", {"name": ""}, "must be a name"),
         ('<polyline label="leaf" points="1,1;2,2"/>', {}, r"polyline 0 \(leaf\): it covers no pixels"),
         ('<polygon label="leaf" points="1,1;2,2"/>', {}, "needs 3"),
