@@ -17,7 +17,6 @@ from dinoseg.sizes import Size
 
 MOST_CELLS = 4096  # rows and columns of the patch grid that an open graph takes, and pictures at once
 _EXAMPLE = (2, 3, 5)  # pictures, and rows and columns of patches: none of them equal, so that none is taken for another
-OUTPUTS = {"scores": ["scores"], "pixels": ["scores"], "masks": ["class_logits", "mask_logits"]}
 
 
 class Graph(nn.Module):

@@ -10,11 +10,12 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from dinoseg.exporting.graph import OUTPUTS, Graph
+from dinoseg.exporting.graph import Graph
 from dinoseg.exporting.proof import Reference
 from dinoseg.images import read_image
 from dinoseg.portable.onnx_model import open_session
 from dinoseg.portable.onnx_pictures import bands, pixels
+from dinoseg.portable.onnx_record import OUTPUTS
 
 # largest difference over the largest number of the trained model's, from which on a layer is another one
 TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "int8": 5e-2}

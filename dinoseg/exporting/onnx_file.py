@@ -14,9 +14,9 @@ import onnx
 import torch
 
 from dinoseg.errors import UserError
-from dinoseg.exporting.graph import OUTPUTS, cannot
+from dinoseg.exporting.graph import cannot
 from dinoseg.exporting.weights import shorten
-from dinoseg.portable.onnx_record import KEY, GraphRecord
+from dinoseg.portable.onnx_record import KEY, OUTPUTS, GraphRecord
 
 LARGEST = 2**31 - 2**20  # bytes in one protobuf message; the weights of a larger model lie in a file beside it
 _SCOPES = "pkg.torch.onnx.name_scopes"
@@ -40,7 +40,7 @@ def to_onnx(program: torch.export.ExportedProgram, record: GraphRecord) -> onnx.
                 dynamo=True,
                 opset_version=record.opset,
                 input_names=["image"],
-                output_names=OUTPUTS[record.kind],
+                output_names=list(OUTPUTS[record.kind]),
                 verbose=False,
             )
         if exported is None:
@@ -69,6 +69,8 @@ def finish(model: onnx.ModelProto, record: GraphRecord, description: Mapping[str
     if record.precision != "float32":
         shorten(model, record.precision)
     strip(model)
+    # of which torch takes a newer one than its operators need, and older runtimes refuse that
+    model.ir_version = onnx.helper.find_min_ir_version_for(list(model.opset_import))
     del model.metadata_props[:]
     entry = model.metadata_props.add()
     entry.key, entry.value = KEY, json.dumps({"graph": record.plain(), **description}, allow_nan=False)

@@ -14,11 +14,13 @@ from dinoseg.errors import UserError
 
 STANDARD = ("", "ai.onnx")  # operator sets that let nothing run but ONNX's own operators
 LARGEST_FILE = 2**31 - 1  # of a protobuf message
-_MOST_NODES, _MOST_SIDE, _DEEPEST_NAME = 200_000, 2**20, 255
+_MOST_NODES, _MOST_SIDE, _LONGEST_NAME = 200_000, 2**20, 255
+_MOST_FIELDS, _MOST_AXES, _LONGEST_TEXT = 2**22, 64, 2**23  # of all messages together; of a tensor; bytes
 _BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 16: 16, 21: 4, 22: 4}
 _EXTERNAL = 1  # of data_location
+_EXTERNAL_KEYS = ("location", "offset", "length", "checksum")
 _LENGTH_DELIMITED, _VARINT = 2, 0
-Field = tuple[int, int, int | memoryview]  # number, wire type, value
+Field = tuple[int, int | memoryview]  # number, value
 
 
 class _Damaged(ValueError):
@@ -30,146 +32,167 @@ def read_metadata(path: Path, key: str) -> str:
 
     Raises:
         UserError: it is damaged or no ONNX file, has no such text, names data outside its folder, operators that are
-            no standard ones, graphs inside graphs, or tensors that are not in it in full.
+            no standard ones, graphs inside graphs, or tensors that are not in it in full; or it cannot be read.
     """
     try:
         size = os.path.getsize(path)
         if not path.is_file() or not 0 < size <= LARGEST_FILE:
             raise _Damaged(f"{size} bytes are no such file")
         with open(path, "rb") as file:
-            return _model(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)), path, key)
-    except (_Damaged, ValueError, OverflowError) as error:
+            return _Reading(path).model(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)), key)
+    except (ValueError, OverflowError) as error:
         raise UserError(f"{path}: no ONNX file that dinoseg would run: {error}. Export the model again.") from None
+    except OSError as error:
+        raise UserError(f"Cannot read {path} ({error.strerror}). Check the path, its disk and that you may.") from error
 
 
-def _model(view: memoryview, path: Path, key: str) -> str:
-    found, graphs = [], 0
-    for number, _, value in _fields(view):
-        if number == 7:
-            graphs += 1
-            _graph(_message(value), path)
-        elif number == 8:
-            _refuse_set(_text(_message(value), 1))
-        elif number == 14:
-            entry = _message(value)
-            found += [_text(entry, 2)] if _text(entry, 1) == key else []
-        elif number in (20, 25):
-            raise _Damaged("it holds functions or training code of its own")
-    if graphs != 1:
-        raise _Damaged(f"it holds {graphs} graphs")
-    if len(found) != 1:
-        raise _Damaged("it was not written by dinoseg (mode=export export=onnx)")
-    return found[0]
+class _Reading:
+    """What is read of one file: so many fields at most, since each costs time, however short it is.
 
+    Args:
+        path: of the file; external data lies beside it.
+    """
 
-def _graph(view: memoryview, path: Path) -> None:
-    nodes = 0
-    for number, _, value in _fields(view):
-        if number == 1:
-            nodes += 1
-            _node(_message(value), path)
-        elif number == 5:
-            _tensor(_message(value), path)
-        elif number == 11:
-            _input(_message(value))
-        elif number == 15:
-            raise _Damaged("it holds sparse tensors")
-    if nodes > _MOST_NODES:
-        raise _Damaged(f"it has {nodes} nodes, and {_MOST_NODES} are the most")
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.left = _MOST_FIELDS
 
+    def model(self, view: memoryview, key: str) -> str:
+        """Look at a ModelProto and return what its metadata says under `key`."""
+        found, graphs = [], 0
+        for number, value in self.fields(view):
+            if number == 7:
+                graphs += 1
+                self.graph(_message(value))
+            elif number == 8:
+                _refuse_set(self.text(_message(value), 1))
+            elif number == 14:
+                entry = _message(value)
+                found += [self.text(entry, 2)] if self.text(entry, 1) == key else []
+            elif number in (20, 25):
+                raise _Damaged("it holds functions or training code of its own")
+        if graphs != 1:
+            raise _Damaged(f"it holds {graphs} graphs")
+        if len(found) != 1:
+            raise _Damaged("it was not written by dinoseg (mode=export export=onnx)")
+        return found[0]
 
-def _node(view: memoryview, path: Path) -> None:
-    for number, _, value in _fields(view):
-        if number == 7:
-            _refuse_set(str(bytes(_message(value)), "utf-8"))
-        elif number == 5:
-            for attribute, _, inner in _fields(_message(value)):
-                if attribute in (6, 11):
-                    raise _Damaged("it holds graphs inside graphs, which may loop for ever")
-                if attribute in (5, 10):
-                    _tensor(_message(inner), path)
-                if attribute in (22, 23):
-                    raise _Damaged("it holds sparse tensors")
+    def graph(self, view: memoryview) -> None:
+        """Look at a GraphProto."""
+        nodes = 0
+        for number, value in self.fields(view):
+            if number == 1:
+                nodes += 1
+                self.node(_message(value))
+            elif number == 5:
+                self.tensor(_message(value))
+            elif number == 11:
+                self.input(_message(value))
+            elif number == 15:
+                raise _Damaged("it holds sparse tensors")
+            if nodes > _MOST_NODES:
+                raise _Damaged(f"it has more than {_MOST_NODES} nodes")
+
+    def node(self, view: memoryview) -> None:
+        """Look at a NodeProto and its attributes."""
+        for number, value in self.fields(view):
+            if number == 7:
+                _refuse_set(_decoded(_message(value)))
+            elif number == 5:
+                for attribute, inner in self.fields(_message(value)):
+                    if attribute in (6, 11):
+                        raise _Damaged("it holds graphs inside graphs, which may loop for ever")
+                    if attribute in (5, 10):
+                        self.tensor(_message(inner))
+                    if attribute in (22, 23):
+                        raise _Damaged("it holds sparse tensors")
+
+    def input(self, view: memoryview) -> None:
+        """Look at the sizes of an input (ValueInfoProto: type 2, tensor 1, shape 2, dimensions 1, of a value 1)."""
+        levels = [view]
+        for number in (2, 1, 2, 1):
+            levels = [_message(value) for level in levels for field, value in self.fields(level) if field == number]
+        sides = [value for level in levels for field, value in self.fields(level) if field == 1]
+        if any(not isinstance(side, int) or not 0 <= side <= _MOST_SIDE for side in sides):
+            raise _Damaged("an input has a size that no picture has")
+
+    def tensor(self, view: memoryview) -> None:
+        """Look at a TensorProto: all of its numbers are there."""
+        dims: list[int] = []
+        kind = location = held = 0
+        external: dict[str, str] = {}
+        for number, value in self.fields(view):
+            if number == 1:
+                dims += [value] if isinstance(value, int) else _packed(value)
+            elif number == 2:
+                kind = _number(value)
+            elif number == 14:
+                location = _number(value)
+            elif number == 13:
+                name = self.text(_message(value), 1)
+                if name in external or name not in _EXTERNAL_KEYS:
+                    raise _Damaged(f"it says {name!r:.60} of its data, which is unknown or stands there twice")
+                external[name] = self.text(_message(value), 2)
+            elif number == 6:
+                raise _Damaged("it holds text")
+            elif number in (4, 5, 7, 9, 10, 11):  # packed numbers, or one for each field
+                held += len(value) if isinstance(value, memoryview) else 1
+        if kind not in _BITS or len(dims) > _MOST_AXES or not all(0 <= side < 2**40 for side in dims):
+            raise _Damaged(f"a tensor is of type {kind} and shape {dims!r:.60}")
+        needed = -(-math.prod(dims) * _BITS[kind] // 8)
+        if location == _EXTERNAL or external:
+            held = self.external(external)
+        # numbers of few bits are kept as varints, of which each takes at least a byte
+        if needed and held < (needed if location == _EXTERNAL else min(needed, math.prod(dims))):
+            raise _Damaged(f"a tensor of {needed} bytes has {held}")
+
+    def external(self, entries: dict[str, str]) -> int:
+        """Return how many bytes of a tensor lie in the file beside; refuse any place but a plain file there."""
+        name = entries.get("location", "")
+        plain = PurePosixPath(name).name == name == PureWindowsPath(name).name and name not in ("", ".", "..")
+        if not plain or len(name) > _LONGEST_NAME or "\0" in name:
+            raise _Damaged(f"it names data at {name!r:.60}, outside its folder")
+        data = self.path.parent / name
+        if data.is_symlink() or not data.is_file():
+            raise _Damaged(f"its data, the file {name!r:.60} beside it, is missing or no plain file")
+        offset, length = int(entries.get("offset", "0")), int(entries.get("length", "0"))
+        if offset < 0 or length < 0 or offset + length > data.stat().st_size:
+            raise _Damaged(f"its data, the file {name!r:.60}, is cut off")
+        return length
+
+    def fields(self, view: memoryview) -> Iterator[Field]:
+        """Yield the fields of a message."""
+        position, end = 0, len(view)
+        while position < end:
+            self.left -= 1
+            if self.left < 0:
+                raise _Damaged(f"it has more than {_MOST_FIELDS} fields")
+            tag, position = _varint(view, position)
+            number, wire = tag >> 3, tag & 7
+            if wire == _VARINT:
+                value, position = _varint(view, position)
+                yield number, value
+                continue
+            if wire == _LENGTH_DELIMITED:
+                length, position = _varint(view, position)
+            elif wire in (1, 5):
+                length = 8 if wire == 1 else 4
+            else:
+                raise _Damaged("it is no protobuf message")
+            if position + length > end:
+                raise _Damaged("it is cut off")
+            yield number, view[position : position + length]
+            position += length
+
+    def text(self, view: memoryview, wanted: int) -> str:
+        """Return the text of a field, of several the last; empty where there is none."""
+        values = [_message(value) for number, value in self.fields(view) if number == wanted]
+        return _decoded(values[-1]) if values else ""
 
 
 def _refuse_set(domain: str) -> None:
     if domain not in STANDARD:
         raise _Damaged(f"it names operators of {domain!r:.60}, which are no standard ones")
-
-
-def _input(view: memoryview) -> None:
-    """Look at the sizes of an input (ValueInfoProto: type 2, tensor 1, shape 2, dimensions 1, of a value 1)."""
-    levels = [view]
-    for number in (2, 1, 2, 1):
-        levels = [_message(value) for level in levels for field, _, value in _fields(level) if field == number]
-    sides = [value for level in levels for field, _, value in _fields(level) if field == 1]
-    if any(not isinstance(side, int) or not 0 <= side <= _MOST_SIDE for side in sides):
-        raise _Damaged("an input has a size that no picture has")
-
-
-def _tensor(view: memoryview, path: Path) -> None:
-    dims: list[int] = []
-    kind = location = held = 0
-    external = {}
-    for number, _, value in _fields(view):
-        if number == 1:
-            dims += [value] if isinstance(value, int) else _packed(value)
-        elif number == 2:
-            kind = _number(value)
-        elif number == 14:
-            location = _number(value)
-        elif number == 13:
-            entry = _message(value)
-            external[_text(entry, 1)] = _text(entry, 2)
-        elif number == 6:
-            raise _Damaged("it holds text")
-        elif number in (4, 5, 7, 9, 10, 11):  # packed numbers, or one for each field
-            held += len(value) if isinstance(value, memoryview) else 1
-    if kind not in _BITS or not all(0 <= side < 2**40 for side in dims):
-        raise _Damaged(f"a tensor is of type {kind} and shape {dims!r:.60}")
-    needed = -(-math.prod(dims) * _BITS[kind] // 8)
-    if location == _EXTERNAL or external:
-        held = _external(external, path)
-    # numbers of few bits are kept as varints, of which each takes at least a byte
-    if needed and held < (needed if location == _EXTERNAL else min(needed, math.prod(dims))):
-        raise _Damaged(f"a tensor of {needed} bytes has {held}")
-
-
-def _external(entries: dict[str, str], path: Path) -> int:
-    """Return how many bytes of a tensor lie in the file beside; refuse any place but a plain file there."""
-    name = entries.get("location", "")
-    plain = PurePosixPath(name).name == name == PureWindowsPath(name).name and name not in ("", ".", "..")
-    if not plain or len(name) > _DEEPEST_NAME or "\0" in name:
-        raise _Damaged(f"it names data at {name!r:.60}, outside its folder")
-    data = path.parent / name
-    if data.is_symlink() or not data.is_file():
-        raise _Damaged(f"its data, the file {name!r:.60} beside it, is missing or no plain file")
-    offset, length = int(entries.get("offset", "0")), int(entries.get("length", "0"))
-    if offset < 0 or length < 0 or offset + length > data.stat().st_size:
-        raise _Damaged(f"its data, the file {name!r:.60}, is cut off")
-    return length
-
-
-def _fields(view: memoryview) -> Iterator[Field]:
-    """Yield the fields of a message."""
-    position, end = 0, len(view)
-    while position < end:
-        tag, position = _varint(view, position)
-        number, wire = tag >> 3, tag & 7
-        if wire == _VARINT:
-            value, position = _varint(view, position)
-            yield number, wire, value
-            continue
-        if wire == _LENGTH_DELIMITED:
-            length, position = _varint(view, position)
-        elif wire in (1, 5):
-            length = 8 if wire == 1 else 4
-        else:
-            raise _Damaged("it is no protobuf message")
-        if position + length > end:
-            raise _Damaged("it is cut off")
-        yield number, wire, view[position : position + length]
-        position += length
 
 
 def _varint(view: memoryview, position: int) -> tuple[int, int]:
@@ -190,8 +213,8 @@ def _packed(view: memoryview) -> list[int]:
     while position < len(view):
         number, position = _varint(view, position)
         numbers.append(number)
-        if len(numbers) > 64:
-            raise _Damaged("a tensor has more than 64 axes")
+        if len(numbers) > _MOST_AXES:
+            raise _Damaged(f"a tensor has more than {_MOST_AXES} axes")
     return numbers
 
 
@@ -207,6 +230,7 @@ def _number(value: int | memoryview) -> int:
     return value
 
 
-def _text(view: memoryview, wanted: int) -> str:
-    values = [str(bytes(_message(value)), "utf-8") for number, _, value in _fields(view) if number == wanted]
-    return values[-1] if values else ""
+def _decoded(view: memoryview) -> str:
+    if len(view) > _LONGEST_TEXT:
+        raise _Damaged(f"a text in it has {len(view)} bytes")
+    return str(view, "utf-8")

@@ -9,7 +9,7 @@ from dinoseg.errors import UserError
 from dinoseg.portable.facts import Facts
 from dinoseg.portable.onnx_check import read_metadata
 from dinoseg.portable.onnx_pictures import GraphRuntime
-from dinoseg.portable.onnx_record import KEY, GraphRecord, parse
+from dinoseg.portable.onnx_record import KEY, OUTPUTS, GraphRecord, parse
 from dinoseg.portable.runtime import Opened
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -32,13 +32,38 @@ def load_onnx(path: Path, *, device: str = "auto", threads: int | None = None) -
     record = GraphRecord.of(description["graph"], str(path))
     facts = Facts.of(description, str(path))
     session = open_session(path, device=device, threads=threads)
-    if [entry.name for entry in session.get_inputs()] != [_INPUT]:
-        raise UserError(f"{path}: takes something else than one batch of pictures. Export the model again.")
+    inputs = [(entry.name, entry.type, len(entry.shape)) for entry in session.get_inputs()]
+    names = [entry.name for entry in session.get_outputs()]
+    if inputs != [(_INPUT, "tensor(float)", 4)] or names != list(OUTPUTS[record.kind]):
+        raise UserError(f"{path}: takes or gives something else than its description says. Export the model again.")
 
     def compute(pixels: np.ndarray) -> list[np.ndarray]:
-        return session.run(None, {_INPUT: pixels})
+        try:
+            outputs = session.run(names, {_INPUT: pixels})
+        except Exception as error:  # its errors share no class but this one
+            raise UserError(
+                f"{path}: onnxruntime cannot compute pictures {list(pixels.shape)} with it ({_reason(error)}). Give "
+                "smaller ones, or export the model again."
+            ) from error
+        _check_outputs(outputs, record, len(facts.classes), len(pixels), str(path))
+        return outputs
 
     return Opened(GraphRuntime(compute, record), facts, path)
+
+
+def _check_outputs(outputs: list[np.ndarray], record: GraphRecord, num_classes: int, batch: int, where: str) -> None:
+    """Refuse what is no answer for so many pictures and classes, whatever the file says of itself."""
+    maps = outputs[-1]
+    columns = outputs[0].shape[1] if outputs[0].ndim > 1 else 0  # classes, or queries
+    shapes = [(batch, columns, num_classes + record.no_object)] if record.kind == "masks" else []
+    wanted = [*shapes, (batch, columns if shapes else num_classes, *maps.shape[2:])]
+    fits = [part.shape for part in outputs] == wanted and maps.ndim == 4 and maps.size > 0
+    if not fits or any(part.dtype.kind != "f" for part in outputs):
+        given = ", ".join(f"{part.dtype} {list(part.shape)}" for part in outputs)
+        raise UserError(
+            f"{where}: gives {given} for {batch} pictures, which are no scores of its {num_classes} classes. Export "
+            "the model again."
+        )
 
 
 def open_session(path: Path, *, device: str = "auto", threads: int | None = None) -> Any:
@@ -60,13 +85,16 @@ def open_session(path: Path, *, device: str = "auto", threads: int | None = None
     wanted = [_PROVIDERS["cuda"], _PROVIDERS["cpu"]] if device == "auto" else [_PROVIDERS[device], _PROVIDERS["cpu"]]
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _SILENT
+    options.add_session_config_entry("session.load_model_format", "ONNX")  # what was looked at, whatever its name
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
         return onnxruntime.InferenceSession(path, options, [name for name in dict.fromkeys(wanted) if name in there])
     except Exception as error:  # its errors share no class but this one
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-        raise UserError(f"{path}: onnxruntime cannot run it ({reason}). Export the model again.") from error
+        raise UserError(
+            f"{path}: onnxruntime {runtime_version()} cannot run it ({_reason(error)}). Install a newer one, or export "
+            "the model again, with a lower export.opset."
+        ) from error
 
 
 def runtime_version() -> str:
@@ -74,6 +102,10 @@ def runtime_version() -> str:
     import onnxruntime
 
     return onnxruntime.__version__
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def _names(providers: list[str]) -> list[str]:

@@ -1,14 +1,17 @@
 """Before and after an exported graph, in numpy: pictures resized and padded as in training, classes of each pixel."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from PIL import Image
 
+from dinoseg.errors import UserError
 from dinoseg.portable.onnx_record import GraphRecord, Layout
 from dinoseg.sizes import Size
 
 Compute = Callable[[np.ndarray], Sequence[np.ndarray]]  # pixels (B, 3, H, W) to the graph's outputs
+_MOST_PIXELS = 2**28  # of a picture in the graph's input
 _AT_ONCE = 2**23  # numbers of the upsampled scores or masks held at a time: 32 MiB
 
 
@@ -44,6 +47,11 @@ class GraphRuntime:
         """Yield, of each picture, bands (K, rows, W) of its class scores from the top down."""
         size = (images[0].shape[0], images[0].shape[1])
         layout = self.record.layout(size)
+        if math.prod(layout.padded) > _MOST_PIXELS:
+            raise UserError(
+                f"A picture of {size[0]} x {size[1]} would enter the model at {layout.padded[0]} x {layout.padded[1]}, "
+                f"and {_MOST_PIXELS} pixels are the most. Make it smaller."
+            )
         step = self.record.batch or len(images)
         for start in range(0, len(images), step):
             batch = np.stack([pixels(image, layout, self.record.fill) for image in images[start : start + step]])

@@ -11,7 +11,11 @@ from dinoseg.storage import forms
 
 KEY = "dinoseg"  # of the file's metadata: JSON of `graph` and of `portable.facts.Facts.description`
 LARGEST_TEXT = 2**20  # bytes of that JSON
-KINDS = ("scores", "masks", "pixels")
+OUTPUTS = {  # names of what a graph of each kind gives
+    "scores": ("scores",),
+    "masks": ("class_logits", "mask_logits"),
+    "pixels": ("scores",),
+}
 PRECISIONS = ("float32", "float16", "int8")
 _SIDE = forms.whole(1, 2**15)
 
@@ -34,7 +38,7 @@ _FORM = forms.record(
     size=forms.maybe(forms.listing(_SIDE, 2)),
     batch=forms.maybe(forms.whole(1, 1024)),
     fill=forms.listing(forms.number(-1e6, 1e6), 3),
-    kind=_one_of(*KINDS),
+    kind=_one_of(*OUTPUTS),
     mixture=forms.flag,
     no_object=forms.flag,
     opset=forms.maybe(forms.whole(1, 1000)),

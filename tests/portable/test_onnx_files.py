@@ -1,5 +1,6 @@
 """Exported graphs without torch: their pictures as torch makes them, what they say checked, hostile files refused."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -148,9 +149,9 @@ def test_a_device_that_is_not_there_is_refused(tmp_path):
         load_onnx(written(tmp_path, model()), device="cuda")
 
 
-def external(location, length=4096):
+def external(location, length=4096, more=()):
     tensor = TensorProto(name="far", data_type=TensorProto.FLOAT, dims=[1024], data_location=TensorProto.EXTERNAL)
-    for key, value in (("location", location), ("offset", "0"), ("length", str(length))):
+    for key, value in (("location", location), ("offset", "0"), ("length", str(length)), *more):
         entry = tensor.external_data.add()
         entry.key, entry.value = key, value
     return tensor
@@ -172,6 +173,9 @@ HOSTILE = {
     "missing or no plain file": lambda: model(initializers=[external("nothing.data")]),
     "missing or no plain file ": lambda: model(initializers=[external("link.data")]),
     "is cut off": lambda: model(initializers=[external("short.data")]),
+    "unknown or stands there twice": lambda: model(initializers=[external("link.data", more=[("location", "/")])]),
+    "unknown or stands there twice ": lambda: model(initializers=[external("link.data", more=[("basepath", "/")])]),
+    "of type 1 and shape": lambda: model(initializers=[TensorProto(name="deep", data_type=1, dims=[1] * 65)]),
     "a tensor of 4398046511104 bytes has 4": lambda: model(initializers=[huge()]),
     "operators of 'evil'": lambda: model(nodes=[helper.make_node("Run", ["image"], ["scores"], domain="evil")]),
     "operators of 'evil' ": lambda: model(opsets=("", "evil")),
@@ -230,3 +234,91 @@ def test_what_a_file_says_is_checked(tmp_path, change, reason):
 def test_a_description_of_no_end_is_refused(tmp_path):
     with pytest.raises(UserError, match="its description is damaged"):
         dinoseg.load(written(tmp_path, model(labels={**LABELS, "classes": ["x" * 2**20]})))
+
+
+def lying(nodes=None, **changes):
+    """Return a model whose description says something else than its graph does."""
+    made = model(
+        record=changed(**changes.pop("record", {})), labels={**LABELS, **changes.pop("labels", {})}, nodes=nodes
+    )
+    for part, value in changes.items():
+        getattr(made.graph, part)[0].CopyFrom(value)
+    return made
+
+
+SCORES = [helper.make_node("AveragePool", ["image"], ["grid"], kernel_shape=[8, 8], strides=[8, 8])]
+WHOLE = helper.make_tensor_value_info("scores", TensorProto.INT64, ["batch", 3, "h", "w"])
+LIES = {
+    "takes or gives something else": lambda: lying(record={"kind": "masks", "mixture": True}),
+    "takes or gives something else ": lambda: lying(
+        input=helper.make_tensor_value_info("picture", TensorProto.FLOAT, ["batch", 3, "height", "width"]),
+        nodes=[
+            helper.make_node("AveragePool", ["picture"], ["grid"], kernel_shape=[8, 8], strides=[8, 8]),
+            helper.make_node("Conv", ["grid", "weight", "bias"], ["scores"]),
+        ],
+    ),
+    r"gives float32 \[1, 2, 3, 4\] for 1 pictures, which are no scores of its 3 classes": lambda: lying(
+        labels={"classes": ["a", "b", "c"], "palette": [[0, 0, 0]] * 3}
+    ),
+    r"gives int64 \[1, 3, 3, 4\] for 1 pictures": lambda: lying(
+        labels={"classes": ["a", "b", "c"], "palette": [[0, 0, 0]] * 3},
+        nodes=[*SCORES, helper.make_node("Cast", ["grid"], ["scores"], to=TensorProto.INT64)],
+        output=WHOLE,
+    ),
+    r"gives float32 \[1, 2, 1, 1, 3, 4\] for 1 pictures": lambda: lying(
+        nodes=[
+            *SCORES,
+            helper.make_node("Conv", ["grid", "weight", "bias"], ["flat"]),
+            helper.make_node("Constant", [], ["axes"], value_ints=[2, 3]),
+            helper.make_node("Unsqueeze", ["flat", "axes"], ["scores"]),
+        ],
+        output=helper.make_tensor_value_info("scores", TensorProto.FLOAT, None),
+    ),
+    r"onnxruntime cannot compute pictures \[1, 3, 24, 32\] with it": lambda: lying(
+        input=helper.make_tensor_value_info("image", TensorProto.FLOAT, [1, 3, 8, 8])
+    ),
+    "20 x 30 would enter the model at .* and 1000 pixels are the most": lambda: lying(record={"scale": 64.0}),
+}
+
+
+@pytest.mark.parametrize("reason", LIES)
+def test_files_that_do_something_else_than_they_say_end_in_an_error(tmp_path, monkeypatch, reason):
+    monkeypatch.setattr("dinoseg.portable.onnx_pictures._MOST_PIXELS", 1000)
+    with pytest.raises(UserError, match=reason.strip()):
+        dinoseg.load(written(tmp_path, LIES[reason]())).predict(np.zeros((20, 30, 3), np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("bound", "reason"), [("_MOST_FIELDS", "it has more than 9 fields"), ("_LONGEST_TEXT", "a text in it has .* bytes")]
+)
+def test_what_is_read_of_a_file_is_bounded(tmp_path, monkeypatch, bound, reason):
+    monkeypatch.setattr(f"dinoseg.portable.onnx_check.{bound}", 9)
+    with pytest.raises(UserError, match=reason):
+        read_metadata(written(tmp_path, model()), KEY)
+
+
+def test_a_file_is_run_as_what_it_was_looked_at_whatever_its_name(tmp_path):
+    path = written(tmp_path, model()).rename(tmp_path / "model.ort")  # which onnxruntime has a format of its own for
+    assert dinoseg.load(path, runtime="onnx").predict(np.zeros((20, 30, 3), np.uint8)).mask.sum() == 0
+
+
+def test_what_the_system_or_an_older_onnxruntime_refuses_is_one_message(tmp_path, monkeypatch):
+    path = written(tmp_path, model())
+    path.chmod(0o400)  # to read is enough
+    assert dinoseg.load(path).classes == ("dark", "bright")
+    newer = model(opsets=("", "ai.onnx"))
+    newer.ir_version = 99
+    with pytest.raises(UserError, match=r"onnxruntime \d.* cannot run it .*Install a newer one, or export the model"):
+        load_onnx(written_new(tmp_path, newer))
+    monkeypatch.setattr("dinoseg.portable.onnx_check.mmap.mmap", _no_disk)
+    with pytest.raises(UserError, match="Cannot read .*model.onnx .Input/output error.. Check the path"):
+        load_onnx(path)
+
+
+def written_new(folder, made):
+    (folder / "newer").mkdir()
+    return written(folder / "newer", made)
+
+
+def _no_disk(*_, **__):
+    raise OSError(errno.EIO, "Input/output error")
