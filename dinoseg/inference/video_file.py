@@ -12,7 +12,7 @@ from dinoseg.data.video.decoder import REMEDY, Decoder, rgb
 from dinoseg.errors import UserError
 
 _COUNTED_SUFFIXES = (".avi", ".mp4", ".mov", ".m4v")  # their headers hold the number of frames
-_SHORTEST_TICK = Fraction(1, 2**24)  # seconds; mp4 counts in 32 bits
+_SHORTEST_TICK = Fraction(1, 2**19)  # seconds; a frame of an mp4 may last 2**29 of them: a quarter of an hour
 _RATE = Fraction(25)  # where a file does not say, or talks nonsense
 
 

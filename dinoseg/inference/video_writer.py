@@ -26,6 +26,8 @@ _CODECS = {
 }
 _MATRICES = (1, 4, 5, 6, 7, 9)  # from RGB to what H.264 holds, by numbers of H.273; PyAV's are the same
 _UNTOLD = 2
+# mp4 counts in 31 bits how much later a frame is shown than decoded: up to four frames; fewer ticks a second it doubles
+_MOST_TICKS, _LEAST_TICKS = 2**29, 20_000
 
 
 class VideoWriter:
@@ -60,6 +62,7 @@ class VideoWriter:
         self._size, self._cut = size, cut
         rate = rate if isinstance(rate, Fraction) else Fraction(rate).limit_denominator(1001)
         self._tick = 1 / rate if like is None else like.tick
+        self._longest = _MOST_TICKS // max(_LEAST_TICKS, self._tick.denominator)  # seconds that a frame may last
         self._step = max(1, round(1 / rate / self._tick))  # ticks of a frame without a time
         self._last = -self._step  # when the frame before was shown, in ticks
         self._reformatter = VideoReformatter()
@@ -92,7 +95,14 @@ class VideoWriter:
             frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
         picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
         picture = self._reformatter.reformat(picture, format="yuv420p", dst_colorspace=self._matrix)
-        self._last = self._last + self._step if time is None else max(self._last + 1, round(time / self._tick))
+        before = self._last
+        self._last = before + self._step if time is None else max(before + 1, round(time / self._tick))
+        if (self._last - before) * self._tick > self._longest:
+            raise UserError(
+                f"Cannot write {self.path}: its frame {self.frames_written} comes {float(time or 0):.1f} s after the "
+                f"start, more than {self._longest} s after the frame before, which no mp4 holds. Give the input even "
+                "times first (ffmpeg -i IN -vf setpts=N/FRAME_RATE/TB -an OUT.mp4)."
+            )
         picture.pts, picture.time_base, picture.duration = self._last, self._tick, self._step
         try:
             self._container.mux(self._stream.encode(picture))

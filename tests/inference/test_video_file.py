@@ -118,6 +118,12 @@ class TestVideoReader:
             VideoReader(path)
         assert capfd.readouterr().err == ""
 
+    def test_a_playlist_in_the_guise_of_a_video_leads_nowhere(self, tmp_path):
+        make_video(tmp_path / "secret.mp4", codec="mp4v")
+        (tmp_path / "v.mp4").write_text("ffconcat version 1.0\nfile secret.mp4\n")
+        with pytest.raises(UserError, match="Cannot read .*v.mp4 as a video"):
+            VideoReader(tmp_path / "v.mp4")
+
     def test_a_frame_rate_that_is_nonsense_becomes_25(self, tmp_path, monkeypatch):
         path = make_video(tmp_path / "v.avi")
 
@@ -214,6 +220,21 @@ class TestFilms:
             file.mux(stream.encode(None))
         with copy_film(tmp_path / "in.mp4", tmp_path / "out.mp4") as copy:
             assert copy.streams.video[0].sample_aspect_ratio == (Fraction(3, 4) if turned else Fraction(4, 3))
+
+    def test_gaps_of_a_quarter_of_an_hour_and_of_years(self, tmp_path):
+        traits = VideoTraits(Fraction(1, 2**19), Fraction(1), (2, 2, 2), None)
+        with VideoWriter(tmp_path / "out.mp4", 10, (16, 16), like=traits) as writer:
+            for time in (0, 900, 1800, 2700):
+                writer.write(np.zeros((16, 16, 3), np.uint8), Fraction(time))
+        with av.open(str(tmp_path / "out.mp4")) as file:
+            assert times_of(file) == [0, 900, 1800, 2700]
+        with (
+            pytest.raises(UserError, match=r"frame 1 comes 99999999\.0 s after the start, more than 1024 s.*setpts"),
+            VideoWriter(tmp_path / "far.mp4", 10, (16, 16), like=traits) as writer,
+        ):
+            for time in (0, 99999999):
+                writer.write(np.zeros((16, 16, 3), np.uint8), Fraction(time))
+        assert [path.name for path in tmp_path.iterdir()] == ["out.mp4"]
 
     def test_the_index_stands_in_front(self, tmp_path):
         copy_film(write_film(tmp_path / "in.mp4"), tmp_path / "out.mp4").close()

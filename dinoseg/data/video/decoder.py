@@ -19,6 +19,10 @@ from dinoseg.errors import UserError
 from dinoseg.storage.files import check_regular
 
 VERSION = av.__version__  # of what decodes: another may give other pixels
+# FFmpeg's names: what holds pictures itself, unlike playlists, which in the guise of a video would lead to other files
+_FORMATS = (
+    "mov,matroska,avi,mpegts,mpeg,mpegvideo,asf,flv,ogg,mxf,nut,dv,ivf,gif,apng,h264,hevc,m4v,mjpeg,yuv4mpegpipe,obu"
+)
 _COVERS = Disposition.attached_pic | Disposition.timed_thumbnails
 _CLOCK = re.compile(r"(\d{1,4}):(\d\d):(\d\d(?:\.\d+)?)")
 _MOST_PIXELS = 2**27  # of a frame; 16384 x 8192, more than any camera has: a file of a kilobyte may claim what it likes
@@ -47,7 +51,7 @@ class Decoder:
         if device is None:
             check_regular(path)
         self.path = path
-        only_files = {"protocol_whitelist": "file"}  # a playlist in the guise of a video leads nowhere
+        only_files = {"protocol_whitelist": "file", "format_whitelist": _FORMATS}
         try:
             self._container = av.open(
                 str(path) if device else f"file:{path}", format=device, options={} if device else only_files
