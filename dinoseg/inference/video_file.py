@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dinoseg.data.video.decoder import REMEDY, Decoder, rgb
+from dinoseg.data.video.decoder import REMEDY, Decoder
 from dinoseg.errors import UserError
 
 _COUNTED_SUFFIXES = (".avi", ".mp4", ".mov", ".m4v")  # their headers hold the number of frames
@@ -85,7 +85,7 @@ class VideoReader:
         end = Fraction(0)  # seconds from the file's start
         while self._waiting or self._decoder.advance():
             self._waiting = False
-            frame, shown = self._decoder.image(), self._shown()
+            frame, shown = self._decoder.rgb_image(), self._shown()
             if frame.shape[:2] != self.size:
                 raise UserError(
                     f"{self.path} changes its frame size from {self.size} to {frame.shape[:2]} (H, W) after "
@@ -93,7 +93,7 @@ class VideoReader:
                 )
             end = (end if shown is None else shown) + 1 / self.rate
             self.frames_read += 1
-            yield rgb(frame), shown
+            yield frame, shown
         if self._ended_early(end):
             raise UserError(f"{self.path} ends early: {self.frames_read} of {self.count} frames read. {REMEDY}")
 

@@ -93,7 +93,7 @@ class VideoWriter:
         height, width = self._size
         if height % 2 or width % 2:
             frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-        picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+        picture = av.VideoFrame.from_numpy_buffer(np.ascontiguousarray(frame), format="rgb24")
         picture = self._reformatter.reformat(picture, format="yuv420p", dst_colorspace=self._matrix)
         before = self._last
         self._last = before + self._step if time is None else max(before + 1, round(time / self._tick))

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from dinoseg.data.video.decoder import Decoder, rgb
+from dinoseg.data.video.decoder import Decoder
 from dinoseg.errors import UserError
 from dinoseg.images import write_png
 
@@ -23,7 +23,7 @@ def extract_frames(video: Path, folder: Path, *, step: int) -> int:
         while decoder.advance():
             target = folder / f"{frames:09d}.png"
             if frames % step == 0 and not target.exists():
-                write_png(target, rgb(decoder.image()))
+                write_png(target, decoder.rgb_image())
             frames += 1
     if frames == 0 or frames < decoder.promised - _UNCOUNTED:
         raise UserError(f"{video} is truncated: {frames} frames read, {decoder.promised} promised. Replace it.")

@@ -9,6 +9,7 @@ import pytest
 from av.stream import Disposition
 from films import write_film
 
+from dinoseg.data.video.access import VideoFrame, read_frame
 from dinoseg.errors import UserError
 from dinoseg.inference import video_file, video_writer
 from dinoseg.inference.video_file import VideoReader, VideoTraits
@@ -46,6 +47,21 @@ class TestVideoReader:
         with VideoReader(path) as reader:
             red, green, blue = next(iter(reader)).reshape(-1, 3).mean(axis=0)
         assert red > 240 and green < 15 and blue < 15
+
+    @pytest.mark.parametrize(("layout", "matrix"), [("yuv420p", 1), ("yuv444p", 5), ("yuv420p10le", 9), ("gray", 2)])
+    def test_frames_are_to_the_bit_those_that_data_sets_read(self, tmp_path, layout, matrix):
+        draw = np.random.default_rng(0)
+        with av.open(str(tmp_path / "v.mkv"), "w") as file:
+            stream = file.add_stream("ffv1", rate=10)
+            stream.width, stream.height, stream.pix_fmt, stream.codec_context.colorspace = 66, 50, layout, matrix
+            for _ in range(3):
+                noise = draw.integers(0, 256, (50, 66, 3)).astype(np.uint8)
+                file.mux(stream.encode(av.VideoFrame.from_ndarray(noise, format="rgb24").reformat(format=layout)))
+            file.mux(stream.encode(None))
+        with VideoReader(tmp_path / "v.mkv") as reader:
+            for index, frame in enumerate(reader):
+                assert np.array_equal(frame, read_frame(VideoFrame(tmp_path / "v.mkv", index)))
+        assert reader.frames_read == 3
 
     @pytest.mark.parametrize("matrix", [(a, 0, 0, d) for a in (1, -1) for d in (1, -1)]
                              + [(0, b, c, 0) for b in (1, -1) for c in (1, -1)])  # fmt: skip
