@@ -1,11 +1,12 @@
-"""Load on mode=serve over loopback: batching against none, and a soak with memory and a graceful stop.
+"""Load on mode=serve over loopback: batching against none and a plain endpoint; a soak with memory and a graceful stop.
 
 Usage: python benchmarks/serve.py RUN_FOLDER [--soak MINUTES] [--requests N] [--rounds N]
 
-Without --soak: requests/s and p95 latency of batch_size=8 against the reference, the same server with batch_size=1,
-for several numbers of clients, in turns; every answer is held against the first one of its picture.
-With --soak: eight clients for so many minutes, with pictures of several sizes, damaged ones and clients that hang up;
-the server's resident memory is sampled, and at the end it is stopped with requests in hand: none may be lost.
+Without --soak: requests/s and p95 latency of batch_size=8 and of plain_endpoint.py against the reference, mode=serve
+with batch_size=1, for several numbers of clients, in turns; every answer is held against the reference's.
+With --soak: eight clients for so many minutes at the default batch size, with pictures of several sizes, damaged ones
+and clients that hang up; the server's resident memory is sampled, and at the end it is stopped with requests in hand:
+none may be lost.
 """
 
 import argparse
@@ -22,13 +23,14 @@ import sys
 import threading
 import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from tempfile import TemporaryDirectory
 
 import numpy as np
 from PIL import Image
 
-CLIENTS = (1, 8, 32)
+HERE = os.path.dirname(os.path.abspath(__file__))
+CLIENTS = (1, 8, 32, 50)
 SIZES = ((192, 320), (240, 320), (96, 128))
 
 
@@ -43,14 +45,36 @@ def picture(size, seed=0):
 @contextmanager
 def server(run, batch_size):
     """Start mode=serve, and give its process and port; stop it at the end."""
-    with TemporaryDirectory() as folder:
-        words = [f"resume={os.path.abspath(run)}", "engine=cpu", "mode.port=0", f"mode.batch_size={batch_size}"]
-        command = [sys.executable, "-m", "dinoseg", "mode=serve", *words, f"hydra.run.dir={folder}/run"]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=folder, env=environment)
+    words = [f"resume={os.path.abspath(run)}", "engine=cpu", "mode.port=0", f"mode.batch_size={batch_size}"]
+    with started("-m", "dinoseg", "mode=serve", *words, "hydra.run.dir=run") as process:
         line = next(line for line in process.stdout if line.startswith("listening"))
+        yield process, int(re.search(r":(\d+)$", line.strip())[1])
+
+
+@contextmanager
+def plain(run):
+    """Start the plain endpoint, and give its port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with started(os.path.join(HERE, "plain_endpoint.py"), os.path.abspath(run), str(port)) as process:
+        while process.poll() is None:
+            with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                break
+            time.sleep(0.2)
+        yield port
+
+
+@contextmanager
+def started(*words):
+    """Run Python in a folder of its own; stop it at the end."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([os.path.dirname(HERE), *sys.path])}
+    with TemporaryDirectory() as folder:
+        process = subprocess.Popen(
+            [sys.executable, *words], stdout=subprocess.PIPE, text=True, cwd=folder, env=environment
+        )
         try:
-            yield process, int(re.search(r":(\d+)$", line.strip())[1])
+            yield process
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait()
@@ -62,15 +86,19 @@ def post(connection, body):
     return answer.status, answer.read()
 
 
-def alike(mask, other):
-    """Return whether two masks are of one picture: where precision is low, another batch rounds otherwise."""
+def differing(mask, other):
+    """Return the share of pixels in which two masks of a picture differ: another batch is rounded otherwise."""
     first, second = (np.asarray(Image.open(io.BytesIO(data))) for data in (mask, other))
-    return first.shape == second.shape and (first == second).mean() > 0.95
+    return float((first != second).mean()) if first.shape == second.shape else 1.0
 
 
 def loaded(port, clients, requests, wanted):
-    """Send requests from so many clients, each the next one when it has its answer; return seconds and latencies."""
-    latencies, left, lock = [], list(range(requests)), threading.Lock()
+    """Send requests from so many clients, each the next one when it has its answer.
+
+    Returns:
+        The seconds of all, each one's, and the largest share of pixels in which an answer differs from what is wanted.
+    """
+    latencies, answers, left, lock = [], [], list(range(requests)), threading.Lock()
 
     def client():
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
@@ -83,7 +111,8 @@ def loaded(port, clients, requests, wanted):
             start = time.perf_counter()
             status, got = post(connection, body)
             latencies.append(time.perf_counter() - start)
-            assert status == 200 and alike(got, answer), f"request {number}: {status}"
+            assert status == 200, f"request {number}: {status}"
+            answers.append((got, answer))
 
     threads = [threading.Thread(target=client) for _ in range(clients)]
     start = time.perf_counter()
@@ -91,30 +120,37 @@ def loaded(port, clients, requests, wanted):
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(latencies) == requests
-    return time.perf_counter() - start, latencies
+    seconds = time.perf_counter() - start
+    assert len(answers) == requests
+    return seconds, latencies, max(differing(*pair) for pair in answers)
 
 
 def compare(run, requests, rounds):
-    """Print requests/s and p95 with and without batching."""
-    with server(run, 1) as (_, alone), server(run, 8) as (_, batched):
+    """Print requests/s and p95 with and without batching, and of the plain endpoint."""
+    with server(run, 1) as (_, alone), server(run, 8) as (_, batched), plain(run) as naive:
+        ports = {"batch_size=1 (reference)": alone, "batch_size=8": batched, "plain endpoint": naive}
         connection = http.client.HTTPConnection("127.0.0.1", alone)
         bodies = [picture(SIZES[0], seed) for seed in range(16)]
         wanted = [(body, post(connection, body)[1]) for body in bodies]
-        loaded(batched, 8, 64, wanted)
-        print(f"{'clients':>8} {'batch_size':>11} {'requests/s':>11} {'p50 ms':>8} {'p95 ms':>8} {'ratio':>6}")
+        for port in ports.values():
+            loaded(port, 8, 64, wanted)
+        head = f"{'clients':>8} {'server':<26} {'requests/s':>11} {'p50 ms':>8} {'p95 ms':>8} {'ratio':>6}"
+        print(f"load {os.getloadavg()[0]:.1f}\n{head} {'pixels that differ, at most':>28}")
         for clients in CLIENTS:
-            rates, times = {alone: [], batched: []}, {alone: [], batched: []}
+            rates, times, differ = ({port: [] for port in ports.values()} for _ in range(3))
             for _ in range(rounds):
-                for port in (alone, batched):
-                    seconds, latencies = loaded(port, clients, requests, wanted)
-                    rates[port].append(requests / seconds)
+                for port in ports.values():
+                    seconds, latencies, share = loaded(port, clients, max(requests, clients), wanted)
+                    rates[port].append(len(latencies) / seconds)
                     times[port] += latencies
-            for port, size in ((alone, 1), (batched, 8)):
+                    differ[port].append(share)
+            for name, port in ports.items():
                 rate = statistics.median(rates[port])
                 p50, p95 = (1000 * np.percentile(times[port], share) for share in (50, 95))
-                ratio = rate / statistics.median(rates[alone])
-                print(f"{clients:>8} {size:>11} {rate:>11.1f} {p50:>8.0f} {p95:>8.0f} {ratio:>6.2f}", flush=True)
+                ratio, most = rate / statistics.median(rates[alone]), max(differ[port])
+                row = f"{clients:>8} {name:<26} {rate:>11.1f} {p50:>8.0f} {p95:>8.0f} {ratio:>6.2f}"
+                print(f"{row} {100 * most:>26.3f} %", flush=True)
+        print(f"load {os.getloadavg()[0]:.1f}")
 
 
 def resident(process):
@@ -151,7 +187,7 @@ def soak(run, minutes):
                 lost.append(f"{kind}: {error!r}")
             connection.close()
 
-    with server(run, 8) as (process, port):
+    with server(run, "null") as (process, port):
         threads = [threading.Thread(target=client, args=(port, seed)) for seed in range(8)]
         for thread in threads:
             thread.start()

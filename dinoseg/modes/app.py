@@ -44,6 +44,6 @@ def app(
         ),
     ):
         made = App(service, clips, uploads, tracker_maker(settings, service.model))
-        serve_until_signal(made.application(known), listener, service.announce_stop)
+        serve_until_signal(made.application(known), listener, service.announce_stop, patience=limits.patience)
     print("stopped: all uploads are removed")
     return {"run": str(out_dir)}

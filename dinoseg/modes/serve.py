@@ -35,6 +35,6 @@ def serve(
     with started(
         cfg, Path(out_dir), model=model, host=host, port=port, batch_size=batch_size, wait_ms=wait_ms, limits=limits
     ) as (listener, service):
-        serve_until_signal(endpoint(service, known), listener, service.announce_stop)
+        serve_until_signal(endpoint(service, known), listener, service.announce_stop, patience=limits.patience)
     print(f"stopped: {service.metrics.summary()}")
     return {"run": str(out_dir)}

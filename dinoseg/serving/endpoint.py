@@ -80,8 +80,6 @@ async def _mask_or_why(answer: Answer, request: Request) -> Response:
         return await answer(request)
     except (Refused, HungUp):
         raise
-    except HTTPException as error:  # of a form that is none
-        raise Refused(error.status_code, "http", error.detail) from error
     except Exception as error:
         logger.exception("An image could not be segmented")
         raise Refused(500, "model", "The model has failed on this image; the server's log says why.") from error

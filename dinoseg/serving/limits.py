@@ -26,6 +26,11 @@ class Limits:
     queue: Count = 64
     timeout: Positive = 60.0
 
+    @property
+    def patience(self) -> float:
+        """The seconds within which every request in hand has its answer."""
+        return 2 * self.timeout
+
     def check_wait(self, wait_ms: float) -> None:
         """Refuse a wait for other images in which every request would run out of time.
 

@@ -6,6 +6,7 @@ import struct
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import Message, Receive
 
@@ -34,19 +35,18 @@ async def read_upload(request: Request) -> bytes:
     """Return the one file of a multipart form, or else the whole body.
 
     Raises:
-        Refused: a form without a file, or with several.
+        Refused: a form without a file, with several, or that cannot be read.
     """
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         return await request.body()
-    async with request.form(max_files=2, max_fields=8) as form:
-        files = [value for value in form.values() if isinstance(value, UploadFile)]
-        if len(files) != 1:
-            raise Refused(
-                400,
-                "one_file",
-                f"The form has {len(files)} files, and an answer is of one. Send one: curl -F image=@FILE.",
-            )
-        return await files[0].read()
+    try:
+        async with request.form(max_files=2, max_fields=8) as form:
+            files = [value for value in form.values() if isinstance(value, UploadFile)]
+            if len(files) != 1:
+                raise _not_one_file(f"has {len(files)} files")
+            return await files[0].read()
+    except HTTPException as error:
+        raise _not_one_file(f"cannot be read ({error.detail.rstrip('.')})") from error
 
 
 def measure(data: bytes, max_pixels: int) -> int:
@@ -102,6 +102,10 @@ def _unreadable(error: Exception) -> Refused:
 
 def _smaller(max_pixels: int) -> str:
     return f"At most {max_pixels} are taken (mode.limits.max_pixels): reduce it or cut it up."
+
+
+def _not_one_file(what: str) -> Refused:
+    return Refused(400, "one_file", f"The form {what}, and an answer is of one file. Send one: curl -F image=@FILE.")
 
 
 def _too_long(mib: float) -> Refused:

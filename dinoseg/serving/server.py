@@ -3,9 +3,11 @@
 import asyncio
 import errno
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from math import ceil
+from typing import Any, cast
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -41,13 +43,14 @@ def bound(host: str, port: int) -> socket.socket:
     return listener
 
 
-def serve_until_signal(app: ASGIApp, listener: socket.socket, on_stop: Callable[[], None]) -> None:
+def serve_until_signal(app: ASGIApp, listener: socket.socket, on_stop: Callable[[], None], *, patience: float) -> None:
     """Answer requests until SIGINT or SIGTERM; return when all in hand are answered.
 
     Args:
         app: the application.
         listener: as `bound` gives it; closed at the end.
         on_stop: called when the signal has come, before the last requests are finished.
+        patience: seconds for that; a client that does not read its answer is cut off then.
 
     Raises:
         UserError: another program has begun to listen there.
@@ -66,8 +69,10 @@ def serve_until_signal(app: ASGIApp, listener: socket.socket, on_stop: Callable[
         access_log=False,
         server_header=False,
         proxy_headers=False,
+        ws="none",
         limit_concurrency=_CONNECTIONS,
         timeout_keep_alive=_IDLE,
+        timeout_graceful_shutdown=ceil(patience),
     )
     try:
         with deferred(_NOTICE) as stop:
@@ -84,6 +89,7 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, stop: Deferral, on_stop: Callable[[], None]) -> None:
         super().__init__(config)
         self._stop, self._on_stop = stop, on_stop
+        self._idle: dict[Any, tuple[Any, float]] = {}  # connections without a request: the last one, and since when
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -93,7 +99,19 @@ class _Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Look several times a second whether a signal has come."""
         self.should_exit = self.should_exit or bool(self._stop.asked)
+        self._close_idle()
         return await super().on_tick(counter)
+
+    def _close_idle(self) -> None:
+        """Close connections on which no request is whole up to its body for too long; uvicorn lets the first one be."""
+        now, connections = time.monotonic(), cast(Any, self.server_state.connections)
+        idle = [it for it in connections if it.cycle is None or it.cycle.response_complete]
+        before, self._idle = self._idle, {}
+        for connection in idle:
+            request, since = before.get(connection, (None, now))
+            self._idle[connection] = connection.cycle, since if request is connection.cycle else now
+            if now - self._idle[connection][1] > _IDLE:
+                connection.transport.close()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop listening, and finish every request whose client has connected before."""
@@ -107,6 +125,9 @@ class _Server(uvicorn.Server):
         # uvicorn closes a connection whose request it has not read yet: that request would be lost
         await asyncio.sleep(_LAST_BYTES)
         await super().shutdown(sockets)
+        for connection in cast(Any, self.server_state.connections).copy():
+            connection.transport.abort()  # of a client that does not read
+        await asyncio.sleep(0)
 
     def _protocol(self) -> asyncio.Protocol:
         kind: Any = self.config.http_protocol_class

@@ -106,8 +106,14 @@ def test_a_form_needs_one_file():
     with client() as ask:
         assert refused(ask.post("/segment", files={"a": b"1", "b": b"2"})) == (400, "one_file")
         assert refused(ask.post("/segment", data={"image": "text"}, files={}))[0] == 400
-        broken = ask.post("/segment", content=b"no form", headers={"content-type": "multipart/form-data; boundary=x"})
-        assert broken.status_code == 400
+        form = {"content-type": "multipart/form-data; boundary=x"}
+        assert refused(ask.post("/segment", content=b"no form", headers=form)) == (400, "one_file")
+        many = ask.post("/segment", files=[("image", encoded(picture()))] * 10_000)
+        assert refused(many) == (400, "one_file") and "Too many files" in many.text
+        assert counted(ask, "dinoseg_errors_total") == {
+            'dinoseg_errors_total{rule="format"}': 1,
+            'dinoseg_errors_total{rule="one_file"}': 3,
+        }
 
 
 def test_too_many_bytes_are_refused_when_they_are_announced_or_when_they_come():

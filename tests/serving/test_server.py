@@ -6,13 +6,17 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from http.client import HTTPConnection
 
 import pytest
+import uvicorn
 from command_line import call
 from serving_stand_ins import encoded, picture
 
 from dinoseg.errors import UserError
+from dinoseg.processes.interrupt import Deferral
+from dinoseg.serving import server as server_module
 from dinoseg.serving.guard import is_loopback
 from dinoseg.serving.server import bound
 
@@ -35,6 +39,61 @@ def test_a_place_that_is_none_of_ours_is_one_message():
 def test_loopback_is_known_by_its_address():
     assert all(map(is_loopback, ("localhost", "127.0.0.1", "127.8.0.1", "::1")))
     assert not any(map(is_loopback, ("0.0.0.0", "::", "192.168.0.7", "example.org", "")))
+
+
+@contextmanager
+def serving(app, **options):
+    """Serve an application in a thread; give its port, and what ends it as a signal would."""
+    stop = Deferral("")
+    config = uvicorn.Config(app, log_config=None, lifespan="off", **options)
+    with bound("127.0.0.1", 0) as listener:
+        listener.listen()
+        thread = threading.Thread(target=server_module._Server(config, stop, lambda: None).run, args=([listener],))
+        thread.start()
+
+        def end():
+            stop.asked = signal.SIGTERM
+            thread.join(10)
+            return not thread.is_alive()
+
+        yield listener.getsockname()[1], end
+        assert end()
+
+
+async def hello(scope, receive, send):
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"5")]})
+    await send({"type": "http.response.body", "body": b"hello"})
+
+
+async def endless(scope, receive, send):
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    while True:
+        await send({"type": "http.response.body", "body": bytes(2**20), "more_body": True})
+
+
+def test_who_never_finishes_a_request_is_cut_off_and_who_asks_again_is_not(monkeypatch):
+    monkeypatch.setattr(server_module, "_IDLE", 0.25)
+    with serving(hello) as (port, _):
+        with socket.create_connection(("127.0.0.1", port), timeout=5) as slow:
+            slow.sendall(b"GET / HTTP/1.1\r\nhost: localhost\r\na")
+            often = HTTPConnection("127.0.0.1", port, timeout=5)
+            often.auto_open = False
+            often.connect()
+            for _ in range(8):
+                often.request("GET", "/")
+                assert often.getresponse().read() == b"hello"
+                time.sleep(0.05)
+            assert slow.recv(1) == b""
+            often.close()
+
+
+def test_who_does_not_read_his_answer_does_not_hold_up_a_stop(monkeypatch):
+    monkeypatch.setattr(server_module, "_LAST_BYTES", 0)
+    with serving(endless, timeout_graceful_shutdown=0.1) as (port, end):
+        with socket.create_connection(("127.0.0.1", port)) as deaf:
+            deaf.sendall(b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n")
+            deaf.recv(1)
+            assert end()
 
 
 @pytest.fixture
