@@ -1,6 +1,5 @@
 """What a user may give as `input`: pictures and videos of one's own, found and opened."""
 
-import glob
 import sys
 from pathlib import Path
 
@@ -9,11 +8,11 @@ from dinoseg.errors import UserError
 from dinoseg.images import IMAGE_SUFFIXES
 from dinoseg.inference.frame_folder import FolderReader
 from dinoseg.inference.video_file import VideoReader
-from dinoseg.storage.files import entries
-from dinoseg.storage.natural_order import natural_order
+from dinoseg.storage.files import found, is_pattern
 
 FrameReader = VideoReader | FolderReader  # frames one after the other, each with a name
 _CAMERAS = {"linux": ("v4l2", "/dev/video{}"), "darwin": ("avfoundation", "{}")}  # FFmpeg's names
+_KINDS = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
 _ACCEPTED = (
     f"Accepted are an image ({' '.join(IMAGE_SUFFIXES)}), a video ({' '.join(VIDEO_SUFFIXES)}), a folder of "
     "them, or a quoted pattern such as 'frames/**/*.png'."
@@ -31,15 +30,19 @@ def list_inputs(source: str, key: str = "input") -> list[Path]:
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        return _accepted(entries(path), f"The folder {path} holds no image or video directly.")
-    if path.exists():
-        if not _is_media(path):
+        nothing = f"The folder {path} holds no image or video directly."
+    elif path.exists():
+        if path.suffix.lower() not in _KINDS:
             raise UserError(f"{path} is of an unknown kind ({path.suffix or 'no suffix'}). {_ACCEPTED}")
-        return _accepted([path], "")
-    if glob.has_magic(source):
-        matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
-        return _accepted(matches, f"The pattern {source} matches no image or video.")
-    raise UserError(f"No such file or folder: {key}={source}. Check the path. {_ACCEPTED}")
+        return [path]
+    elif is_pattern(source):
+        nothing = f"The pattern {source} matches no image or video."
+    else:
+        raise UserError(f"No such file or folder: {key}={source}. Check the path. {_ACCEPTED}")
+    media = found(source, _KINDS)
+    if not media:
+        raise UserError(f"{nothing} {_ACCEPTED}")
+    return media
 
 
 def is_video(path: Path) -> bool:
@@ -87,14 +90,3 @@ def open_frames(source: str) -> FrameReader:
         f"{wrong}. Give a video ({' '.join(VIDEO_SUFFIXES)}) or a folder of its frames ({' '.join(IMAGE_SUFFIXES)}), "
         "one at a time."
     )
-
-
-def _is_media(path: Path) -> bool:
-    return path.suffix.lower() in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
-
-
-def _accepted(paths: list[Path], nothing: str) -> list[Path]:
-    media = [path for path in paths if _is_media(path) and not path.is_dir() and path.name[0] != "."]
-    if not media:
-        raise UserError(f"{nothing} {_ACCEPTED}")
-    return sorted(media, key=lambda path: natural_order(path.as_posix()))

@@ -1,6 +1,5 @@
 """Whatever a user has as a picture (a path, an array, a tensor, Pillow's) as (H, W, 3) uint8 RGB; no torch."""
 
-import glob
 import logging
 from collections.abc import Iterable, Iterator
 from os import PathLike, fspath
@@ -12,8 +11,7 @@ from PIL import Image
 
 from dinoseg.errors import UserError
 from dinoseg.images import IMAGE_SUFFIXES, as_rgb, read_image
-from dinoseg.storage.files import entries
-from dinoseg.storage.natural_order import natural_order
+from dinoseg.storage.files import found, is_pattern
 
 logger = logging.getLogger(__name__)
 ON_ERROR = ("stop", "skip")
@@ -26,7 +24,7 @@ Picture = tuple[Path | None, np.ndarray]  # the file it is of, and (H, W, 3) uin
 def is_one(source: Any) -> bool:
     """Return whether a source is one picture, and no folder, pattern, stack or list of them."""
     if isinstance(source, str | PathLike):
-        return not (_is_folder(source) or _is_pattern(source))
+        return not (_is_folder(source) or is_pattern(source))
     return isinstance(source, Image.Image) or (_is_array(source) and len(source.shape) <= 3)
 
 
@@ -61,21 +59,6 @@ def _read(ones: Iterable[Any], on_error: str) -> Iterator[Picture]:
             logger.warning("left out: %s", error)
             continue
         yield picture
-
-
-def files_of(source: str | PathLike[str]) -> list[Path]:
-    """Return the pictures of a folder or of a pattern, in the order of their numbers.
-
-    Raises:
-        UserError: there is none, or the folder may not be read.
-    """
-    folder = Path(source).expanduser()
-    found = entries(folder) if folder.is_dir() else [Path(match) for match in glob.glob(str(folder), recursive=True)]
-    files = [path for path in found if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
-    if not files:
-        where = f"The folder {folder} holds no picture directly" if folder.is_dir() else f"{folder} matches no picture"
-        raise UserError(f"{where}. Pictures end in {' '.join(IMAGE_SUFFIXES)}.")
-    return sorted(files, key=lambda path: natural_order(path.as_posix()))
 
 
 def as_pixels(array: np.ndarray, name: str, *, channels_first: bool = False) -> np.ndarray:
@@ -130,10 +113,21 @@ def _ones(source: Any) -> Iterable[Any]:
     if is_one(source):
         return [source]
     if is_many_files(source):
-        return files_of(source)
+        return _files(source)
     if isinstance(source, Iterable) or _is_array(source):
         return source
     raise UserError(f"{type(source).__name__} is no picture. {_ACCEPTED}")
+
+
+def _files(source: str | PathLike[str]) -> list[Path]:
+    """Return the pictures of a folder or of a pattern, of which there is one at least."""
+    files = found(source, IMAGE_SUFFIXES)
+    if not files:
+        where = (
+            f"The folder {source} holds no picture directly" if _is_folder(source) else f"{source} matches no picture"
+        )
+        raise UserError(f"{where}. Pictures end in {' '.join(IMAGE_SUFFIXES)}.")
+    return files
 
 
 def _picture(one: Any, name: str) -> Picture:
@@ -163,7 +157,3 @@ def _from_tensor(tensor: Any) -> np.ndarray:
 
 def _is_folder(source: str | PathLike[str]) -> bool:
     return Path(source).expanduser().is_dir()
-
-
-def _is_pattern(source: str | PathLike[str]) -> bool:
-    return isinstance(source, str) and glob.has_magic(source) and not Path(source).expanduser().exists()

@@ -1,12 +1,15 @@
 """Folders searched for files: nothing that may not be read is left out; imports the standard library alone."""
 
+import glob
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from os import PathLike
 from pathlib import Path
 from typing import NoReturn
 
 from dinoseg.errors import UserError
+from dinoseg.storage.natural_order import natural_order
 
 _KINDS = {
     stat.S_IFDIR: "folder",
@@ -29,6 +32,29 @@ def entries(folder: Path) -> list[Path]:
         return []
     except OSError as error:
         _refuse(error)
+
+
+def found(source: str | PathLike[str], kinds: Collection[str]) -> list[Path]:
+    """Return the files of some kinds directly in a folder, or those that a pattern matches: x2 before x10.
+
+    What is hidden is left out.
+
+    Args:
+        source: a folder, or a pattern such as `a/**/*.png`; `~` is the user's home.
+        kinds: suffixes in lower case, with their dot.
+
+    Raises:
+        UserError: the folder may not be read.
+    """
+    path = Path(source).expanduser()
+    paths = entries(path) if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
+    files = [each for each in paths if each.suffix.lower() in kinds and each.name[0] != "." and not each.is_dir()]
+    return sorted(files, key=lambda each: natural_order(each.as_posix()))
+
+
+def is_pattern(source: str | PathLike[str]) -> bool:
+    """Return whether a text is a pattern of names, and not the very name of what is there."""
+    return isinstance(source, str) and glob.has_magic(source) and not Path(source).expanduser().exists()
 
 
 def is_name(text: str) -> bool:
