@@ -11,12 +11,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-def install(folder, *, without=()):
+def install(folder, *, only=None):
     """Build the wheel, install it alone below `folder`, and return that environment's Python.
 
     Args:
         folder: empty.
-        without: packages that the environment shall not have.
+        only: packages that the environment shall have, by the names of their folders; None: all that are here.
     """
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, ROOT]
     done = subprocess.run(build, capture_output=True, text=True, cwd=folder)
@@ -32,7 +32,8 @@ def install(folder, *, without=()):
     subprocess.run(into, check=True, capture_output=True)
     # linked one by one: a whole folder of them would bring packages that are not to be there, and this checkout
     for name in os.listdir(sysconfig.get_path("purelib")):
-        hidden = name.partition("-")[0].lower() in ("dinoseg", *without) or name.endswith(".pth")
+        package = name.partition("-")[0].partition(".")[0].lower()
+        hidden = package == "dinoseg" or name.endswith(".pth") or not (only is None or package in only)
         if not hidden and not (packages / name).exists():
             (packages / name).symlink_to(Path(sysconfig.get_path("purelib")) / name)
     return python

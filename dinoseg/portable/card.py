@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dinoseg.portable.facts import UNKNOWN, Facts
+from dinoseg.wording import printable
 
 _HUB_LICENCES = {"Apache-2.0": "apache-2.0", "MIT": "mit"}  # ours to the hub's names; others are "other"
 _UNSAFE = re.compile(r"[\\`*{}\[\]<>|#]")  # of Markdown and HTML
@@ -57,9 +58,9 @@ def _classes(facts: Facts) -> Iterator[str]:
     yield ""
     yield "| id | name | colour | IoU |"
     yield "|---|---|---|---|"
-    per_class = (facts.scores or {}).get("per_class") or {}
+    per_class = (facts.scores or {}).get("per_class")
     for number, (name, colour) in enumerate(zip(facts.classes, facts.palette, strict=True)):
-        yield f"| {number} | {_text(name)} | {tuple(colour)} | {_percent(per_class.get(name))} |"
+        yield f"| {number} | {_text(name)} | {tuple(colour)} | {_percent(_at(per_class, name))} |"
     yield ""
 
 
@@ -110,16 +111,20 @@ def _table(values: Any, intervals: Any) -> Iterator[str]:
     yield "| score | % | 95 % interval |"
     yield "|---|---|---|"
     for key, value in values.items():
-        limits = intervals.get(key) if isinstance(intervals, Mapping) else None
+        limits = _at(intervals, key)
         interval = " .. ".join(map(_percent, limits)) if isinstance(limits, list) else "-"
         yield f"| {_text(key)} | {_percent(value)} | {interval} |"
     yield ""
 
 
+def _at(values: Any, key: str) -> Any:
+    return values.get(key) if isinstance(values, Mapping) else None
+
+
 def _percent(value: Any) -> str:
-    return f"{100 * value:.2f}" if type(value) in (int, float) else "-"
+    return f"{100 * value:.2f}" if type(value) in (int, float) and 0 <= value <= 1 else "-"
 
 
 def _text(value: Any) -> str:
-    """Return a value as one line that Markdown and HTML take for text."""
-    return _UNSAFE.sub(lambda letter: f"&#{ord(letter[0])};", " ".join(str(value).split()))
+    """Return a value as one line that Markdown, HTML and terminals take for text."""
+    return _UNSAFE.sub(lambda letter: f"&#{ord(letter[0])};", printable(" ".join(str(value).split())))

@@ -11,11 +11,16 @@ from dinoseg.storage import forms
 UNKNOWN = "unknown"
 _COLOURS = forms.listing(forms.listing(forms.whole(0, 255), 3))
 _LABELS = forms.holding(classes=forms.listing(forms.text), palette=_COLOURS, ignore_index=forms.whole(0, 255))
+_SOURCE = forms.holding(
+    **dict.fromkeys(("name", "hash", "licence"), forms.text),
+    **dict.fromkeys(("weights", "revision"), forms.maybe(forms.text)),
+    gated=forms.flag,
+)
 _PART: Mapping[str, forms.Form] = {  # key under `facts` to the form of its value
     "normalisation": forms.table(forms.listing(forms.number(-1e6, 1e6), 3)),
     "sizes": forms.table(forms.plain),
     "scores": forms.maybe(forms.table(forms.plain)),
-    "backbone": forms.table(forms.plain),
+    "backbone": lambda value, where: None if value == {} else _SOURCE(value, where),
     "data": forms.table(forms.plain),
     "versions": forms.table(forms.text),
     "choices": forms.table(forms.text),

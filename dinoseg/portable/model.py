@@ -15,6 +15,7 @@ from dinoseg.portable.inputs import Picture, is_many_files, is_one, pictures
 from dinoseg.portable.result import Segmentation
 from dinoseg.portable.runtime import Options, Runtime
 from dinoseg.storage.atomic import whole_file
+from dinoseg.wording import shown
 
 _NO_FILE = "This model is in no file of its own. Write one: mode=export export=safetensors resume=RUN."
 
@@ -36,7 +37,8 @@ class Model:
     def __repr__(self) -> str:
         classes = ", ".join(self.facts.classes[:5]) + (", ..." if len(self.facts.classes) > 5 else "")
         backbone = self.facts.backbone.get("name", "unknown")
-        return f"dinoseg.Model({len(self.facts.classes)} classes: {classes}; backbone {backbone}; {self.runtime.name})"
+        said = f"{len(self.facts.classes)} classes: {classes}; backbone {shown(backbone)}; {self.runtime.name}"
+        return f"dinoseg.Model({said})"
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dinoseg.errors import telling_file_errors
 from dinoseg.images import write_png
 from dinoseg.portable.facts import Facts
 
@@ -49,5 +50,11 @@ class Segmentation:
         return blend(self.image, self.mask, colours, ignore_index=self.facts.ignore_index, opacity=opacity)
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the class ids as a PNG without loss; the file appears whole or not at all."""
-        write_png(Path(path), self.mask)
+        """Write the class ids as a PNG without loss; the file appears whole or not at all.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        target = Path(path).expanduser()
+        with telling_file_errors(target.parent):
+            write_png(target, self.mask)

@@ -25,6 +25,7 @@ from dinoseg.training.loading import CONSTANTS, frozen_fingerprint
 from dinoseg.wording import count_of
 
 _CHOICES = ("hparam", "data", "backbone", "adapter", "head")
+_NO_PLACES = ("classes", "group")  # keys of names and of regular expressions, which may begin as a path does
 _LIBRARIES = ("torch", "transformers", "timm", "peft", "numpy", "pillow")
 
 
@@ -58,6 +59,8 @@ def export_model(
     held = _held_config(cfg, facts)
     whole = not delta and cfg.adapter.get("bits") is not None
     tensors, frozen = _tensors(held, with_whole_weights(cfg, trained.model) if whole else trained.model, delta)
+    if cfg.finite_weights:  # those of the backbone come from elsewhere than the checkpoint, which was looked at
+        checkpoint.check_finite(tensors, f"resume={cfg.resume}")
     if whole:
         print(f"adapter.bits={cfg.adapter.bits}: the file holds whole weights, so masks may differ at single pixels")
     base = any(name.startswith("model/backbone.") and ".lora_" not in name for name in tensors)
@@ -76,7 +79,7 @@ def export_model(
         print(f"the backbone itself is not in it: {source['weights']}, revision {source['revision'] or 'unknown'}")
     if facts.scores is None:
         print("no scores are in it: give export.scores=<run folder of mode=eval> to have them there")
-    given = ', backbone="FILE"' if delta and Path(str(source["weights"])).suffix else ""
+    given = ', backbone="FILE"' if delta and Path(str(cfg.backbone.weights)).expanduser().exists() else ""
     print(f'use: import dinoseg; model = dinoseg.load("{path}"{given}); out = model.predict("picture.jpg")')
     return {"path": str(path)}
 
@@ -129,7 +132,7 @@ def _held_config(cfg: DictConfig, facts: Facts) -> DictConfig:
 def _without_places(node: Any) -> Any:
     """Return a plain config in which a path on this machine is its last part alone."""
     if isinstance(node, Mapping):
-        return {key: _without_places(value) for key, value in node.items()}
+        return {key: value if key in _NO_PLACES else _without_places(value) for key, value in node.items()}
     if isinstance(node, list):
         return [_without_places(value) for value in node]
     return Path(node).name if isinstance(node, str) and node.startswith(("/", "~", "./", "../")) else node

@@ -74,13 +74,27 @@ def read(path: Path, *, finite: bool = True) -> Checkpoint:
         UserError: no such file, not a checkpoint of dinoseg, truncated, of a newer format, or not finite.
     """
     file = _read(path, lambda file, key: file.get_tensor(key))
-    odd = [key for key, value in file.tensors.items() if value.dtype in CASTS and not torch.isfinite(value).all()]
-    if finite and odd:
+    if finite:
+        check_finite(file.tensors, f"resume={path}")
+    return file
+
+
+def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Refuse weights that hold NaN or infinity.
+
+    Args:
+        tensors: by name.
+        where: begins the message.
+
+    Raises:
+        UserError: some do; `finite_weights=false` is the remedy that is named.
+    """
+    odd = [key for key, value in tensors.items() if value.dtype in CASTS and not torch.isfinite(value).all()]
+    if odd:
         raise UserError(
-            f"resume={path}: {len(odd)} of its tensors hold NaN or infinity (such as {shown(odd[0])}), so what it "
+            f"{where}: {len(odd)} of its tensors hold NaN or infinity (such as {shown(odd[0])}), so what it "
             "predicts means nothing. Choose an earlier checkpoint; finite_weights=false uses it all the same."
         )
-    return file
 
 
 def outline(path: Path) -> Checkpoint:

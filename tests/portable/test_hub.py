@@ -139,3 +139,11 @@ def test_without_the_hubs_client_it_says_what_to_install(tmp_path, monkeypatch):
     ):
         with pytest.raises(UserError, match="org/name: a hub needs huggingface_hub, .* pip install huggingface_hub"):
             ask()
+
+
+def test_odd_numbers_and_codes_of_a_file_are_harmless_in_the_card_and_on_a_terminal():
+    scores = {"values": {"miou": 10**400, "dice": float("nan")}, "per_class": [1]}
+    facts = Facts(("a",), ((0, 0, 0),), 255, scores=scores, backbone={"name": "\x1b[2J"})
+    card = model_card(facts, "me/mine")
+    assert "| miou | - | - |" in card and "| dice | - | - |" in card and "| 0 | a | (0, 0, 0) | - |" in card
+    assert "\x1b" not in card + repr(Model(SimpleNamespace(name="onnx"), facts))

@@ -180,7 +180,7 @@ def foreign_file(compose, folder):
     return path
 
 
-def test_gated_weights_are_not_passed_on_unless_asked(compose, tmp_path):
+def test_gated_weights_are_not_passed_on_unless_asked(compose, tmp_path, capsys):
     weights = foreign_file(compose, tmp_path)
     words = ("backbone=tiny_surgical", f"backbone.weights={weights}", "adapter=lora", "head=linear")
     path = untrained(compose, tmp_path, *words)
@@ -197,6 +197,7 @@ def test_gated_weights_are_not_passed_on_unless_asked(compose, tmp_path):
     assert (dinoseg.load(whole, device="cpu").predict(image).probabilities == theirs).all()
     weights_elsewhere.rename(weights)
     delta = exported(path, tmp_path / "delta", delta=True)
+    assert 'backbone="FILE"' in capsys.readouterr().out
     assert delta.stat().st_size < whole.stat().st_size / 4
     assert not any("lora" not in name for name in load_file(delta) if "model/backbone" in name)
     weights.rename(weights_elsewhere)
@@ -205,6 +206,26 @@ def test_gated_weights_are_not_passed_on_unless_asked(compose, tmp_path):
     assert (dinoseg.load(delta, device="cpu", backbone=weights_elsewhere).predict(image).probabilities == theirs).all()
     with pytest.raises(UserError, match="other frozen backbone weights"):
         dinoseg.load(delta, device="cpu", backbone="dinoseg:tiny_surgical")
+
+
+def test_weights_that_are_not_finite_become_no_file(compose, tmp_path):
+    weights = foreign_file(compose, tmp_path)
+    words = ("backbone=tiny_surgical", f"backbone.weights={weights}", "adapter=frozen", "head=linear")
+    state = load_file(weights)
+    state["norm.weight"][3] = float("inf")
+    write_tensors(weights, state, {})
+    path = untrained(compose, tmp_path, *words)  # the checkpoint itself is sound: it holds the head alone
+    with pytest.raises(
+        UserError, match=r"1 of its tensors hold NaN or infinity \(such as model/backbone.model.norm.weight\)"
+    ):
+        exported(path, tmp_path / "out", gated=True)
+    assert not list((tmp_path / "out").iterdir())
+    held = checkpoint.read(path)
+    held.tensors["model/head.classify.weight"][0] = float("nan")
+    checkpoint.write(path, held.tensors, {key: value for key, value in held.info.items() if key != "format"})
+    for delta in (True, False):
+        with pytest.raises(UserError, match="best.safetensors: 1 of its tensors hold NaN"):
+            exported(path, tmp_path / "out", gated=True, delta=delta)
 
 
 @pytest.mark.heavy
@@ -370,6 +391,13 @@ def test_a_checkpoint_older_than_a_group_becomes_a_file(compose, tmp_path):
     checkpoint.write(path, kept.tensors, {key: value for key, value in kept.info.items() if key != "format"})
     model = dinoseg.load(exported(path, tmp_path / "out"))
     assert model.facts.sizes["inference"]["option"] == "auto"
+
+
+def test_names_that_begin_like_a_path_are_kept(compose, tmp_path):
+    path = untrained(compose, tmp_path, *TINY, "data.classes=['/road',b]", "data.group='/video'")
+    file = exported(path, tmp_path / "out")
+    said = checkpoint.describe(file)["config"]["data"]
+    assert dinoseg.load(file).classes == ("/road", "b") and said["group"] == "/video" and said["root"] == "???"
 
 
 def test_a_config_alone_needs_no_command_line(file):

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from dinoseg.errors import UserError
-from dinoseg.images import write_png
+from dinoseg.images import read_ids, write_png
 from dinoseg.portable.facts import Facts
 from dinoseg.portable.model import Model
 
@@ -72,6 +72,14 @@ def test_one_picture_gives_all_that_is_asked(model):
 def test_a_picture_of_any_kind_is_the_same_picture(model, given):
     rgb = picture()
     assert (model.predict(given(rgb)).image == rgb).all()
+
+
+def test_a_mask_is_saved_whole_or_told_what_is_wrong(model, tmp_path):
+    out = model.predict(picture())
+    out.save(tmp_path / "deeper/mask.png")
+    assert (read_ids(tmp_path / "deeper/mask.png") == out.mask).all()
+    with pytest.raises(UserError, match="Cannot read or write"):
+        out.save(tmp_path / "deeper/mask.png/x.png")
 
 
 def test_grey_has_three_channels_and_a_tensor_is_read_channels_first(model):
@@ -163,7 +171,8 @@ def test_facts_come_back_and_what_is_none_is_refused():
     assert Facts.of(facts.description(), "x") == facts
     description = facts.description()
     assert Facts.of({**description, "facts": {**description["facts"], "newer": 1}}, "x") == facts
-    for key, value in (("facts", 3), ("facts", {"scores": []}), ("classes", []), ("classes", "ab"), ("palette", [[1]])):
+    odd = (("facts", 3), ("facts", {"scores": []}), ("facts", {"backbone": {"name": "a"}}), ("classes", []))
+    for key, value in (*odd, ("classes", "ab"), ("palette", [[1]])):
         with pytest.raises(UserError, match="^x: "):
             Facts.of({**description, key: value}, "x")
 
