@@ -22,7 +22,7 @@ def open_model(path: str | PathLike[str], options: Options) -> Opened:
         words = str(error)
         for typed, given in _OF_A_CALL.items():
             words = words.replace(typed, given)
-        of_call = words.partition("=")[0] in Options.__dataclass_fields__ or str(where) in words
+        of_call = getattr(options, words.partition("=")[0], None) is not None or str(where) in words
         raise UserError(words if of_call else f"{where}: {words}") from error
 
 

@@ -4,7 +4,7 @@ import shutil
 import sys
 from types import SimpleNamespace
 
-import huggingface_hub
+import huggingface_hub.constants
 import numpy as np
 import pytest
 from portable_parts import TINY, exported, untrained

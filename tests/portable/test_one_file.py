@@ -4,7 +4,7 @@ import json
 import shutil
 import struct
 
-import huggingface_hub
+import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
