@@ -15,6 +15,10 @@ from dinoseg.portable.runtime import Opened
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _INPUT = "image"
 _SILENT = 3  # errors alone
+_SETTINGS = {
+    "session.load_model_format": "ONNX",  # what was looked at, whatever its name
+    "session.qdq_matmulnbits_accuracy_level": "1",  # float32: products with int8 weights round what enters to int8, too
+}
 
 
 def load_onnx(path: Path, *, device: str = "auto", threads: int | None = None) -> Opened:
@@ -85,7 +89,8 @@ def open_session(path: Path, *, device: str = "auto", threads: int | None = None
     wanted = [_PROVIDERS["cuda"], _PROVIDERS["cpu"]] if device == "auto" else [_PROVIDERS[device], _PROVIDERS["cpu"]]
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _SILENT
-    options.add_session_config_entry("session.load_model_format", "ONNX")  # what was looked at, whatever its name
+    for key, value in _SETTINGS.items():
+        options.add_session_config_entry(key, value)
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
