@@ -19,13 +19,15 @@ from dinoseg.storage.files import check_regular
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 T = TypeVar("T")
 log = logging.getLogger(__name__)
-_WHITE = 65535  # of 16 bits
 _ORIENTATION = 0x0112  # EXIF tag; 1 is upright
 _TURNED = (5, 6, 7, 8)  # its values that swap height and width
+_BITS = 258  # TIFF tag: of each sample
 _SAMPLE_FORMAT, _SIGNED = 339, 2  # TIFF tag, and its value for signed integers
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how such files begin
 _KEPT = ("1", "P", "I", "I;16", "I;16L", "I;16B")  # modes whose numbers Pillow gives as they are stored
 _KEPT_UNMARKED = ("L", "LA", "RGB", "RGBA", "RGBX")  # so they are with whole bytes
 _said: list[str | Path] = []  # the file of which it was said that it is scaled
+_NO_PICTURE = "is truncated or no picture: replace or remove it"
 _STRETCHED = {"2": 85, "4": 17}  # bits a pixel of grey files to what Pillow multiplies their numbers by
 
 
@@ -36,7 +38,7 @@ class _Unfit(Exception):
 def read_image(path: str | Path) -> np.ndarray:
     """Return a picture as (H, W, 3) uint8 RGB, turned upright by its EXIF orientation.
 
-    Grey ones of 16 bits are scaled from 0..65535 to 0..255, which is said once.
+    Grey ones of 16 bits are scaled from 0..65535 to 0..255, which is said once; those of 12 bits from 0..4095.
 
     Raises:
         UserError: the file is missing, truncated, no picture, or holds other numbers than levels of 8 or 16 bits.
@@ -114,15 +116,26 @@ def _upright_rgb(path: str | Path, image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise _Unfit("holds fractions, of which only you know which is white. Convert it to 8 bits")
     upright = ImageOps.exif_transpose(image)
-    return (_eight_bits(path, upright) if image.mode.startswith("I") else upright).convert("RGB")
+    if image.mode.startswith("I"):
+        upright = _eight_bits(path, upright, bits=12 if _bits(image) == (12,) else 16)
+    upright.info.pop("transparency", None)  # is left out; of a palette Pillow would warn
+    return upright.convert("RGB")
 
 
-def _eight_bits(path: str | Path, image: Image.Image) -> Image.Image:
-    levels = np.asarray(image).astype(np.int64)
-    if levels.min() < 0 or levels.max() > _WHITE:
-        raise _Unfit(f"holds the numbers {levels.min()} to {levels.max()}, not levels of 16 bits. Convert it to 8 bits")
-    _say_scaled(path)
-    return Image.fromarray(np.round(levels * (255 / _WHITE)).astype(np.uint8))
+def _eight_bits(path: str | Path, image: Image.Image, bits: int) -> Image.Image:
+    levels, white = np.asarray(image).astype(np.int64), 2**bits - 1
+    if levels.min() < 0 or levels.max() > white:
+        raise _Unfit(
+            f"holds the numbers {levels.min()} to {levels.max()}, not levels of {bits} bits. Convert it to 8 bits"
+        )
+    if bits == 16:  # fewer are rarely used in part
+        _say_scaled(path)
+    return Image.fromarray(np.round(levels * (255 / white)).astype(np.uint8))
+
+
+def _bits(image: Image.Image) -> tuple[int, ...]:
+    """Return the bits of each of a TIFF file's samples."""
+    return image.tag_v2.get(_BITS, ()) if isinstance(image, TiffImageFile) else ()
 
 
 def _say_scaled(path: str | Path) -> None:
@@ -205,10 +218,15 @@ def _opened(path: str | Path, take: Callable[[Image.Image], T]) -> T:
         message = f"Cannot read {path} as a picture: it is too large ({error}). Make it smaller or cut it up."
     except _Unfit as error:
         message = f"{path} {error}."
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except UnidentifiedImageError as error:
+        with path.open("rb") as file:
+            is_tiff = file.read(4) in _TIFF
+        kind = "is cut short, or holds what is not read, such as fractions: replace it, or convert it to 8 bits"
+        message = f"Cannot read {path} as a picture ({error}). It {kind if is_tiff else _NO_PICTURE}."
+    except (OSError, SyntaxError, ValueError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             cause = error
             message = f"Cannot read {path} ({error.strerror}). Check the path and its disk."
         else:
-            message = f"Cannot read {path} as a picture ({error}). It is truncated or no picture: replace or remove it."
+            message = f"Cannot read {path} as a picture ({error}). It {_NO_PICTURE}."
     raise UserError(message) from cause

@@ -136,3 +136,24 @@ def test_a_file_that_may_not_be_read_is_told(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="a.png for want of permission. Let your user read it") as error:
         read_ids(tmp_path / "a.png")
     assert "truncated" not in str(error.value)
+
+
+def test_grey_pictures_of_12_bits_are_scaled_by_what_is_white_there(tmp_path, caplog):
+    levels = np.arange(0, 4096, 273)  # 0..4095
+    pairs = levels.reshape(-1, 2)
+    packed = np.stack([pairs[:, 0] >> 4, (pairs[:, 0] & 15) << 4 | pairs[:, 1] >> 8, pairs[:, 1] & 255], axis=1)
+    write_tiff(tmp_path / "a.tif", 12, 1, packed.astype(np.uint8).tobytes())
+    assert (read_image(tmp_path / "a.tif")[0, :, 0] == np.round(levels * 255 / 4095)).all() and not caplog.messages
+
+
+def test_fractions_that_pillow_does_not_know_are_no_damage(tmp_path):
+    write_tiff(tmp_path / "a.tif", 64, 3, np.ones(4).tobytes())
+    with pytest.raises(UserError, match="holds what is not read, such as fractions: replace it, or convert it"):
+        read_image(tmp_path / "a.tif")
+
+
+def test_a_palette_with_shades_of_transparency_gives_its_colours(tmp_path):
+    image = Image.fromarray(np.arange(16, dtype=np.uint8).reshape(4, 4))
+    image.putpalette([level for index in range(16) for level in (index, 2 * index, 255)])
+    image.save(tmp_path / "a.png", transparency=bytes(range(16)))
+    assert (read_image(tmp_path / "a.png")[1, 2] == (6, 12, 255)).all()  # and no warning

@@ -23,7 +23,7 @@ _GREY, _PALETTE = 0, 3
 _CHANNELS = {_GREY: 1, 2: 3, _PALETTE: 1, 4: 2, 6: 4}  # kinds of colour, of 8 bits: bytes a pixel
 _PIECE = 2**16  # bytes that are read or decompressed at once
 _BAND = 2**22  # bytes that are unfiltered at once, or a row
-_KEPT = 2**28  # bytes of rows that are kept for windows that overlap, and for other scales
+_KEPT = 2**27  # bytes of rows that are kept for windows that overlap, and for other scales
 _ORIENTATION = 0x0112
 
 
