@@ -15,8 +15,10 @@ from xml.sax.saxutils import quoteattr
 import numpy as np
 from PIL import Image
 
+import dinoseg
 from dinoseg.annotation.outline import Part, edge_polygons, middle_polygons, parts_of
 from dinoseg.annotation.rle import counts_of, to_text
+from dinoseg.data.classes.file import NAME
 from dinoseg.data.classes.labels import Labels
 from dinoseg.errors import UserError
 from dinoseg.inference.outputs import ImagePrediction
@@ -84,6 +86,14 @@ class _Annotations:
         """Return id and name of the classes that are written."""
         return [(index, name) for index, name in enumerate(self.labels.classes) if index != self.background]
 
+    def finish(self) -> None:
+        """Write `classes.yaml` beside, so that what was corrected is read with the same classes and colours."""
+        colors = zip(self.labels.classes, self.labels.palette, strict=True)
+        classes = json.dumps({name: {"color": list(color)} for name, color in colors}, ensure_ascii=False)
+        ground = None if self.background is None else self.labels.classes[self.background]
+        text = f"classes: {classes}\nbackground: {json.dumps(ground, ensure_ascii=False)}\nmasks: labels\n"
+        write_text(self.folder / NAME, text)
+
 
 class CocoAnnotations(_Annotations):
     """Writes `annotations.json` of all images: polygons on the edges of pixels, or compressed run lengths.
@@ -103,9 +113,16 @@ class CocoAnnotations(_Annotations):
 
     def finish(self) -> None:
         """Join the pieces, numbering images and annotations."""
+        super().finish()
         categories = [{"id": index + 1, "name": name, "supercategory": ""} for index, name in self.names()]
         with whole_file(self.folder / "annotations.json") as part, open(part, "w", encoding="utf-8") as file:
-            file.write(f'{{"categories": {json.dumps(categories)},\n"images": [')
+            info = {"description": "predictions of dinoseg", "version": dinoseg.__version__}
+            head = {
+                "info": info,
+                "licenses": [],
+                "categories": categories,
+            }  # other tools do not do without the first two
+            file.write(f'{json.dumps(head)[:-1]},\n"images": [')
             _join(file.write, ({"id": number, **piece["image"]} for number, piece in _pieces(self.folder)))
             file.write('],\n"annotations": [')
             _join(file.write, self._numbered())
@@ -147,6 +164,7 @@ class CvatAnnotations(_Annotations):
 
     def finish(self) -> None:
         """Join the pieces, numbering images."""
+        super().finish()
         colors = {index: "#{:02x}{:02x}{:02x}".format(*self.labels.palette[index]) for index, _ in self.names()}
         labels = "".join(
             f"<label><name>{_escaped(name)}</name><color>{colors[index]}</color></label>"
@@ -191,9 +209,6 @@ class LabelmeAnnotations(_Annotations):
             "imagePath": target.name, "imageData": None, "imageHeight": height, "imageWidth": width,
         }  # fmt: skip
         write_text(self.folder / f"{prediction.name}.json", json.dumps(content, indent=1))
-
-    def finish(self) -> None:
-        """Do nothing more: each image has its file."""
 
     def _drawn(self, part: Part, number: int) -> Iterator[dict[str, Any]]:
         shape = {"label": self.labels.classes[part.value], "group_id": number, "description": "", "flags": {}}

@@ -79,7 +79,8 @@ def test_figures_are_those_of_labelme():
     ("counts", "wrong"),
     [
         ("0\x7f", "no number"), ("0é", "no number"), ("P", "break off"), ("o" * 8 + "0", "too large"),
-        ("oooooo0", "each must be from 0 to 30"), ("N", "each must be"), ([30, 1], "sum up to 31"), ([], "sum up to 0"),
+        ("oooooo0", "each must be from 0 to 30"),
+        ([10, -1, 21], "each must be"), ("N", "each must be"), ([30, 1], "sum up to 31"), ([], "sum up to 0"),
         ([10**30, -(10**30)], "whole numbers"), ([True, 29], "whole numbers"), (None, "whole numbers"), ("", "sum up"),
     ],
 )  # fmt: skip
@@ -92,7 +93,7 @@ def test_counts_that_are_none(counts, wrong):
     ("points", "wrong"),
     [
         ([[0, 0], [1, 1]], "needs 3"), ([[0, 0], [1, 1], [np.nan, 2]], "no number"),
-        ([[0, 0], [1, 1], [1e30, 2]], "away"),
+        ([[0, 0], [1, 1], [1e30, 2]], "away"), ([[0, 0], [1, 1], [1_000_001, 2]], "away"),
         ([[0, 0], [1e6, 1e6]] * 10, "to and fro"),
     ],
 )  # fmt: skip

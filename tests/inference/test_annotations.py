@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 from making import save
+from pycocotools.coco import COCO
 
+from dinoseg.data.classes.file import read_class_file
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.formats.annotated import Shapes, annotated_dataset
 from dinoseg.data.formats.annotation_files import AnnotationLayout
@@ -66,6 +68,34 @@ def test_what_is_written_is_read_back_to_the_pixel(tmp_path, form, objects):
         assert data.names == ["a", "b/c", "d"]
         for index in range(3):
             np.testing.assert_array_equal(data[index]["mask"], blobs(index), err_msg=tool)
+
+
+def test_classes_and_colours_come_back_with_what_was_corrected(tmp_path):
+    out = write(tmp_path, TOOLS, PredictedShapes("rle"))
+    for tool in TOOLS:
+        said = read_class_file(out / tool / "classes.yaml", 255)
+        assert said["classes"] == CLASSES and said["background"] == "background" and said["format"] == "labels"
+        assert [list(color) for color in said["palette"]] == [list(color) for color in LABELS.palette]
+    write(tmp_path, ["labelme"], PredictedShapes(), background=None)
+    assert read_class_file(out / "labelme/classes.yaml", 255)["background"] is None
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools' own
+@pytest.mark.parametrize("form", ["rle", "polygons"])
+def test_cocos_own_reader_takes_what_is_written(tmp_path, form):
+    out = write(tmp_path, ["coco"], PredictedShapes(form, tolerance=0))
+    theirs = COCO(str(out / "coco/annotations.json"))
+    assert theirs.dataset["info"]["description"] and theirs.dataset["licenses"] == []
+    for number in theirs.getImgIds():
+        again = np.zeros((50, 70), np.uint8)
+        for row in theirs.loadAnns(theirs.getAnnIds(number)):
+            mask = theirs.annToMask(row).astype(bool)
+            again[mask] = row["category_id"] - 1
+            left, top, width, height = row["bbox"]
+            rows, columns = np.nonzero(mask)
+            assert row["area"] == mask.sum() and [width, height] == [np.ptp(columns) + 1, np.ptp(rows) + 1]
+            assert mask[top : top + height, left : left + width].sum() == row["area"]
+        np.testing.assert_array_equal(again, blobs(number - 1))
 
 
 def test_simpler_polygons_differ_by_little(tmp_path):
