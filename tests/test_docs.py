@@ -8,7 +8,6 @@ import sys
 import urllib.request
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from command_line import call
@@ -117,14 +116,6 @@ def stand_ins(tmp_path_factory):
     return StandIns(tmp_path_factory.mktemp("docs"))
 
 
-@pytest.fixture
-def plain_pictures(monkeypatch):
-    """Draw no curves and matrices, which tests/report looks at: they take a fifth of the time of a short run."""
-    grey = np.full((8, 8, 3), 128, np.uint8)
-    monkeypatch.setattr("dinoseg.report.curves._picture", lambda *_, **__: grey)
-    monkeypatch.setattr("dinoseg.evaluation.images.confusion_picture", lambda *_, **__: grey)
-
-
 def test_the_docs_hold_commands_that_are_run():
     assert len(RUN) >= 40 and len(ALIKE) < len(RUN) / 3
     assert [command for command in ALL if command not in [*RUN, *RANKS] and not NOT_RUN.match(command)] == []
@@ -135,7 +126,7 @@ LONG = {one: pytest.param(one, marks=pytest.mark.heavy) for one in ALONE if "exp
 
 
 @pytest.mark.parametrize("command", [LONG.get(one, one) for one in ALONE])
-def test_command(command, stand_ins, tmp_path, plain_pictures):
+def test_command(command, stand_ins, tmp_path):
     done = call(tmp_path, *as_run(command, stand_ins))
     # the stand-ins are as alike and as few as no data set is: whether the doctor finds that is not at issue
     assert done.status == 0 or mode_of(command) == "doctor", done.err

@@ -233,6 +233,7 @@ def test_one_fact_is_set_in_one_place(compose):
     assert ignoring.loss.criterion.ignore_index == 77
     assert compose("loss.weights=inverse").loss.class_weights.scheme == "inverse"
     assert compose("engine.devices=3", "mode=train").mode.devices == 3
+    assert compose("engine.devices=3", "mode=eval").mode.devices == 3
     assert compose("mode=predict", "input=a.png").mode.input == "a.png"
     assert compose("cache_dir=C").loss.counts.cache_dir == "C"
 

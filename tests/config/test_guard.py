@@ -223,6 +223,7 @@ ODD = {  # place, value, what the refusal says
     "one in another": ("data/root", "${data.${data.group}}", "interpolation is refused"),
     "one that never ends": ("data/root", "${data.root", "interpolation is refused"),
     "escaped": ("data/root", "\\${oc.env:HOME}", "interpolation is refused"),
+    "an escaped pointer": ("data/root", "\\${data.on_error}", "interpolation is refused"),
     "put together by an escape": ("data/root", "\\${oc.env${data.on_error}HOME}", "interpolation is refused"),
     "put together by a sign": ("data/root", "$${data.on_error}", "interpolation is refused"),
     "at itself": ("data/root", "${data.root}", "from one interpolation to the next"),

@@ -125,6 +125,8 @@ def test_too_many_bytes_are_refused_when_they_are_announced_or_when_they_come():
     sent = []
     with client(image_mib=0.1) as ask:
         assert refused(ask.post("/segment", content=b"x" * 2**20)) == (413, "max_bytes")
+        announced = ask.post("/segment", content=b"x", headers={"content-length": str(2**20)})
+        assert refused(announced) == (413, "max_bytes"), "before any of it has come"
         assert refused(ask.post("/segment", content=chunks())) == (413, "max_bytes")
         assert ask.post("/segment", files={"image": encoded(picture())}).status_code == 200
 

@@ -131,12 +131,6 @@ def test_evaluation_after_training_is_mode_eval_on_its_checkpoint(trained, tmp_p
     assert pictures == sorted(f"{n}_{kind}.png" for n in range(3) for kind in ("pred", "vis"))
 
 
-def test_two_ranks_score_as_one_in_one_folder(trained, tmp_path):
-    succeed(tmp_path, *evaluate(trained), "engine.devices=2", "mode.metrics_only=true")
-    runs = list((tmp_path / "outputs/base").glob("eval_*"))
-    assert len(runs) == 1 and (runs[0] / "scores.json").read_text() == scores(trained)
-
-
 def test_ranks_of_torchrun_are_joined(trained, tmp_path):
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     command = [*launcher, "-m", "dinoseg", *evaluate(trained), "mode.metrics_only=true"]
@@ -146,16 +140,21 @@ def test_ranks_of_torchrun_are_joined(trained, tmp_path):
     assert len(written) == 1 and written[0].read_text() == scores(trained)
 
 
-def test_two_ranks_train_in_one_folder_and_resume(data, tmp_path):
-    arguments = ("engine.devices=2", "data.batch_size=4", "trainer.save_every=2")
-    succeed(tmp_path, *train(data, *arguments, "trainer.steps=4"))
-    runs = list((tmp_path / "outputs/base").glob("train_*"))
-    assert len(runs) == 1 and (runs[0] / "checkpoints/best.safetensors").is_file()
-    lines = (runs[0] / "metrics.jsonl").read_text().splitlines()
-    rates = [row["train/lr"] for row in map(json.loads, lines) if "train/lr" in row]
-    assert rates == pytest.approx([1e-3 * schedule()(step, 4) for step in range(4)]), "two ranks, one schedule"
-    succeed(tmp_path, *train(data, *arguments, "trainer.steps=6", f"resume={runs[0]}"))
-    assert checkpoint.read(runs[0] / "checkpoints/last.safetensors").info["progress"]["step"] == 6
+def test_two_ranks_go_on_in_the_folder_of_one_and_score_as_one(data, tmp_path):
+    arguments = ("data.batch_size=4", "trainer.save_every=2", "optim.schedule.warmup=0")
+    succeed(tmp_path, *train(data, *arguments, "trainer.steps=2"))
+    run = newest(tmp_path)
+    first = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    succeed(tmp_path, *train(data, *arguments, "trainer.steps=6", f"resume={run}", "engine.devices=2"))
+    assert list((tmp_path / "outputs/base").glob("train_*")) == [run]
+    assert checkpoint.read(run / "checkpoints/last.safetensors").info["progress"]["step"] == 6
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines[: len(first)]] == first
+    rates = [row["train/lr"] for row in map(json.loads, lines[len(first) :]) if "train/lr" in row]
+    expected = [1e-3 * schedule(warmup=0)(step, 6) for step in range(2, 6)]
+    assert rates == pytest.approx(expected), "two ranks, one schedule"
+    succeed(tmp_path, *evaluate(run), "mode.metrics_only=true")
+    assert (newest(tmp_path, "eval") / "scores.json").read_text() == scores(run)
 
 
 @contextmanager
