@@ -94,10 +94,11 @@ def join(parts: Iterable[tuple[list, list[Shot]]]) -> Collected:
     shots = list({shot.index: shot for _, shots in parts for shot in shots}.values())
     best = sorted(shots, key=lambda shot: (-shot.score, shot.index))[:SHOWN]
     worst = sorted(shots, key=lambda shot: (shot.score, shot.index))[:SHOWN]
-    # of few images each is shown once: the better half as best ones
-    few = len({shot.index for shot in (*best, *worst)})
-    if few < 2 * SHOWN:
-        best, worst = best[: (few + 1) // 2], worst[: few // 2]
+    # of few images, or few that differ, each is shown once: the better half as best ones
+    shown = {shot.index: shot for shot in (*best, *worst)}
+    if len(shown) < 2 * SHOWN:
+        order, half = sorted(shown.values(), key=lambda shot: (-shot.score, shot.index)), (len(shown) + 1) // 2
+        best, worst = order[:half], sorted(order[half:], key=lambda shot: (shot.score, shot.index))
     return Collected(
         classes=np.stack([row[1] for row in rows]),
         boundary=np.stack([row[2] for row in rows]),

@@ -21,7 +21,7 @@ from dinoseg.evaluation.image_record import ImageRecord
 from dinoseg.images import read_ids, read_size
 from dinoseg.report.html.comparison import PairShot
 from dinoseg.report.overlay import reduced
-from dinoseg.runs.recipe import SAVED
+from dinoseg.runs.recipe import SAVED, USE
 from dinoseg.shapes import SegmentationData
 from dinoseg.storage.files import check_regular
 
@@ -60,7 +60,8 @@ class Pictures:
             if path.stat().st_size > _LARGEST:
                 raise UserError(f"{path} is no config: it is larger than a megabyte.")
             kept = plain(OmegaConf.load(path))
-            saved = renamed({key: kept[key] for key in SAVED})
+            # of a run that is older than the group, it says nothing of it
+            saved = renamed({key: kept[key] for key in SAVED if key != USE or key in kept})
             saved["data"] = {**saved["data"], **dict.fromkeys(ACTING), "root": self.record.root}
             guard(saved, str(path), plain(self.cfg), trust=list(self.cfg.trust))
             data = build.dataset(OmegaConf.create({**plain(self.cfg), **saved}), self.record.split)
@@ -104,7 +105,8 @@ def most_different(
         if ours is not None and theirs is not None and ours != theirs
     ]
     pairs.sort()
-    chosen = {index: gap for gap, index in (*pairs[:SHOWN], *pairs[-SHOWN:])}
+    lost, gained = [pair for pair in pairs if pair[0] < 0], [pair for pair in pairs if pair[0] > 0]
+    chosen = {index: gap for gap, index in (*lost[:SHOWN], *gained[-SHOWN:])}
     order = sorted(chosen, key=lambda index: -abs(chosen[index]))
     if not order:
         return [], "No image is scored differently by the two."

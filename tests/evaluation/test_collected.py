@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from dinoseg.evaluation import collected as collected_module
 from dinoseg.evaluation.class_scores import ClassScores, paired_differences, score_intervals, unit_sums
 from dinoseg.evaluation.collected import SHOWN, Collector, image_mious, join
 from dinoseg.geometry import lattice
@@ -58,13 +59,14 @@ def test_any_number_of_ranks_collects_the_same(world):
 
 def test_counts_are_those_of_the_confusion_matrix():
     images = list(samples(5))
-    found, whole = collected(images), ConfusionMatrix(CLASSES)
+    found, whole = collected(images), ConfusionMatrix(CLASSES, background=1)
     for _, mask, prediction, _ in images:
         whole.update(prediction, mask)
     scores, expected = ClassScores(CLASSES, background=1).scores(found.classes.sum(axis=0).reshape(-1)), whole.compute()
-    assert [scores[key] for key in ("miou", "dice", "accuracy")] == pytest.approx(
-        [expected[key] for key in ("miou", "dice", "accuracy")], rel=1e-12
-    )
+    means = ("miou", "miou_no_background", "dice", "accuracy")
+    assert [scores[key] for key in means] == pytest.approx([expected[key] for key in means], rel=1e-12)
+    for place, key in ((1, "pixels"), (2, "predicted_pixels")):
+        assert found.classes.sum(axis=0)[place].tolist() == [row[key] for row in expected["classes"]]
     assert [scores[f"iou/{index}"] for index in range(CLASSES)] == pytest.approx(
         [row["iou"] for row in expected["classes"]], rel=1e-12
     )
@@ -87,6 +89,32 @@ def test_few_images_stand_once_and_those_without_labels_nowhere():
     assert [shot.index for shot in found.best] == [2] and not found.worst
     assert image_mious(found.classes)[:2] == [None, None]
     assert len(collected(bare).labels) == 0
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_images_that_score_the_same_stand_once_the_earlier_ones(world):
+    found = collected(list(samples(1)) * 17, world)
+    assert [shot.index for shot in found.best] == [0, 1, 2] and [shot.index for shot in found.worst] == [3, 4, 5]
+
+
+def test_logits_of_many_images_take_no_more_memory(monkeypatch):
+    monkeypatch.setattr(collected_module, "_LOGITS", 6 * CLASSES * 3)
+    found = collected(list(samples(3)))
+    assert len(found.labels) == 18 and found.logits.shape == (18, CLASSES)
+
+
+def test_paired_intervals_are_percentiles_of_the_same_draws_for_both():
+    first, second = (unit_sums(collected(list(samples(9, seed=seed))).classes, list("aabbccdde")) for seed in (0, 1))
+    second[:, :CLASSES] //= 2  # right pixels: worse in every unit
+    gaps, shares = paired_differences(ClassScores(CLASSES), first, second), []
+    for drawn in np.random.default_rng(0).multinomial(5, [1 / 5] * 5, size=1000):
+        right, held = (
+            [sum(n * float(unit[part].sum()) for n, unit in zip(drawn, sums, strict=True)) for sums in (first, second)]
+            for part in (slice(0, CLASSES), slice(CLASSES, 2 * CLASSES))
+        )
+        shares.append(right[1] / held[1] - right[0] / held[0])
+    assert gaps["accuracy"]["ci95"] == pytest.approx(np.percentile(shares, (2.5, 97.5)), abs=1e-12)
+    assert gaps["miou"]["ci95"][0] <= gaps["miou"]["value"] <= gaps["miou"]["ci95"][1] < 0
 
 
 def test_intervals_are_of_whole_units():

@@ -1,17 +1,23 @@
 """Reports in a real headless Chromium: they load by themselves, sort, fit a phone, and run nothing that data says."""
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from chromium import opened_page
 
+from dinoseg.report.html import comparison
 from dinoseg.report.html.about import About
-from dinoseg.report.html.charts import Axes, around, line_chart, ticks
+from dinoseg.report.html.calibration import calibration_section
+from dinoseg.report.html.charts import MOST, Axes, around, line_chart, thinned, ticks
 from dinoseg.report.html.comparison import ComparisonReport, OtherRun, PairShot, comparison_page
 from dinoseg.report.html.evaluation import EvaluationReport, evaluation_page
-from dinoseg.report.html.pictures import Shot
+from dinoseg.report.html.heat_map import heat_map
+from dinoseg.report.html.page import values
+from dinoseg.report.html.pictures import BOTH_WRONG, RIGHT, WRONG, Shot, prediction_card
+from dinoseg.report.html.tables import number_cell, table, whisker
 from dinoseg.report.palette import default_palette
 
 HOSTILE = '<img src=x onerror="window.ran=1">\'"</script><script>window.ran=1</script>\x1b[31m\u202e&amp;${1}'
@@ -127,6 +133,110 @@ def test_a_page_is_whole_and_names_nothing_outside_itself(name):
         assert tag != "img" or attributes["alt"]
     assert "\x1b" not in PAGES[name] and "\u202e" not in PAGES[name] and "nan" not in re.sub(r"<pre.*", "", PAGES[name])
     assert len(PAGES[name]) < 2_000_000
+
+
+def cells(page, section):
+    """Return the rows of a section's tables as the plain texts of their cells."""
+    part = re.search(f'<section id="{section}">(.*?)</section>', page, re.DOTALL)[1]
+    rows = re.findall(r"<tr>(.*?)</tr>", part, re.DOTALL)
+    return [[re.sub(r"<[^>]*>", "", cell) for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row)] for row in rows]
+
+
+def test_bands_add_up_outwards_and_each_is_wrong_by_itself():
+    bands = np.array([[10, 5], [10, 3], [20, 1], [20, 1], [20, 0], [20, 0]])
+    rows = cells(evaluation_page(replace(report(), boundary=bands)), "boundary")[1:]
+    assert [row[0] for row in rows] == [*(f"within {end} px" for end in (1, 2, 4, 8, 16)), "anywhere"]
+    assert [row[1] for row in rows] == ["50.0", "80.0", "90.0", "100.0", "100.0", "100.0"]
+    assert [row[2] for row in rows] == ["10.0", "20.0", "40.0", "60.0", "80.0", "100.0"]
+    assert [row[3] for row in rows] == ["50.0", "30.0", "5.0", "5.0", "0.0", "0.0"]
+
+
+def test_the_lowest_videos_come_first_and_the_histogram_goes_from_0_to_100():
+    mious = [0.9, 0.9, 0.1, 0.1, 0.5, None]
+    shown = replace(report(images=6), groups=list("aabbcc"), mious=mious, unit="video")
+    page = evaluation_page(shown)
+    assert re.findall(r"<figcaption>(\w): ([\d.]+) over", page) == [("b", "10.0"), ("c", "50.0"), ("a", "90.0")]
+    bars = re.findall(r"<title>([\d.]+) to ([\d.]+): (\d+)</title>", page)[:20]
+    assert [(bars[0][0], bars[-1][1])] == [("0", "100")]
+    assert [bar for bar in bars if bar[2] != "0"] == [("10", "15", "2"), ("50", "55", "1"), ("90", "95", "2")]
+    assert "1 image without a labelled pixel have none. Median 50.0 %" in page
+
+
+def test_reliability_is_accuracy_over_confidence_where_a_bin_holds_enough():
+    bins = [(0, 0, 0.0)] * 13 + [(19, 1, 17.0), (100, 60, 95.0)]
+    state = {"nll": 1.0, "ece": 0.3, "bins": bins}
+    section = calibration_section({"pixels": 119, "images": 2, "temperature": 2.0, "before": state, "after": state})
+    assert section.count("as it is: 0.95, 0.6<") == 1 and "0.8947" not in section
+
+
+def test_the_matrix_shows_the_commonest_classes_in_shares_of_their_rows():
+    matrix = np.diag(np.arange(1, 161))
+    shown = heat_map(matrix, [f"class {index}" for index in range(160)])
+    assert "class 10</text>" in shown and "class 9</text>" not in shown and "The 150 of 160 classes" in shown
+    drawn = heat_map(np.array([[3, 1], [0, 8]]), ["a", "b"])
+    assert re.findall(r'class="cell[^>]*>(\d+)<', drawn) == ["75", "25", "100"]
+
+
+def test_errors_are_where_a_labelled_pixel_differs():
+    masks = {"prediction": np.array([[0, 1, 1]], np.uint8), "reference": np.array([[0, 0, 255]], np.uint8)}
+    shown = prediction_card(
+        Shot(0, 0.5, np.full((1, 3, 3), 200, np.uint8), **masks),
+        "name",
+        classes=["a", "b"],
+        palette=default_palette(2),
+        ignore_index=255,
+    )
+    assert "errors: 50.0 % of the labelled pixels" in shown and "ignored" in shown
+
+
+def test_what_differs_surely_is_marked_by_more_than_a_colour():
+    base = compared()
+    limits = dict.fromkeys(base.scores) | {"miou": [0.1, 0.2], "dice": [-0.3, -0.2], "accuracy": [-0.1, 0.1]}
+    gaps = {key: {"value": sum(ends) / 2 if ends else None, "ci95": ends} for key, ends in limits.items()}
+    other = replace(base.others[1], differences=gaps, mious=[0.9] * 3 + [0.0] * 2 + [None] + list(base.mious[6:]))
+    page = comparison_page(replace(base, others=[other]))
+    rows = {row[0]: row[3] for row in cells(page, "scores")[1:]}
+    assert rows == {"mIoU": "▲ +15.0", "mean Dice": "▼ -25.0", "pixel accuracy": "+0.0"}
+    assert "better in 3, worse in 2 and equal in 6 of 11 images" in page
+    assert "95\xa0%\xa0interval over\xa012\xa0images" in page
+
+
+def test_the_last_picture_tells_who_is_right(monkeypatch):
+    seen = []
+    monkeypatch.setattr(comparison, "marked", lambda frame, marks: seen.append(marks) or frame)
+    first, second, reference = (
+        np.array([ids], np.uint8) for ids in ([0, 1, 1, 1, 0], [0, 0, 1, 0, 1], [0, 0, 0, 1, 255])
+    )
+    shot = PairShot("a", (0.1, 0.2), np.zeros((1, 5, 3), np.uint8), reference, (first, second))
+    base = compared()
+    comparison_page(replace(base, others=[replace(base.others[1], shots=[shot])]))
+    assert {colour: mask[0].tolist() for mask, colour in seen[0]} == {
+        RIGHT: [False, True, False, False, False],
+        WRONG: [False, False, False, True, False],
+        BOTH_WRONG: [False, False, True, False, False],
+    }
+
+
+def test_a_page_grows_no_further_with_its_images():
+    base, draw = compared(), np.random.default_rng(0)
+    sizes = []
+    for images in (3_000, 30_000):
+        mious = draw.random(images).tolist()
+        other = replace(base.others[1], mious=mious[::-1])
+        names = [f"{index:05}" for index in range(images)]
+        sizes.append(len(comparison_page(replace(base, images=names, mious=mious, others=[other]))))
+    assert max(sizes) < 1.02 * min(sizes)
+    assert len(thinned([(float(x), float(x)) for x in range(3999)])) <= MOST
+    assert [x for x, _ in thinned([(0.0, 1.0), (1.0, 1.0)])] == [0.0, 1.0]
+
+
+def test_whiskers_begin_at_zero_and_values_that_a_script_reads_close_no_element():
+    drawn = whisker(0.1, [0.05, 0.15], (-0.2, 0.2)).html
+    assert '<rect x="50.0" y="4" width="25.00"' in drawn and "M62.5 8H87.5" in drawn
+    assert "</script><" not in values("name", {"a": "</script><b>"})[:-9]
+    assert number_cell(None, "-").value is None and 'data-value=""' in table(
+        [("a", "number")], [[number_cell(None, "-")]]
+    )
 
 
 @pytest.mark.parametrize(

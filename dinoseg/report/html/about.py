@@ -35,7 +35,7 @@ def about_sections(about: About) -> list[Section]:
     """Return what was run, with the whole config shut."""
     rows = [[plain_cell(name), plain_cell(value)] for name, value in about.facts.items()]
     command, config = block("Command", about.command, shut=False), block("Config", about.config)
-    facts = table([("what", "plain"), ("value", "text")], rows, "Versions and machine")
+    facts = table([("what", "text"), ("value", "long")], rows, "Versions and machine")
     return [Section("run", "Run", command + facts + config)]
 
 

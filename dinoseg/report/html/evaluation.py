@@ -93,7 +93,8 @@ def evaluation_page(report: EvaluationReport) -> str:
 
 def interval_head(units: int, unit: str) -> str:
     """Return the heading of a column of intervals over units."""
-    return f"95 % interval over {count_of(units, unit)}"
+    halves = ("95 % interval", f"over {count_of(units, unit)}")
+    return " ".join(half.replace(" ", "\u00a0") for half in halves)  # wraps between them alone
 
 
 def interval_note(units: int, unit: str) -> str:

@@ -23,7 +23,8 @@ def table(heads: Sequence[tuple[str, str]], rows: Sequence[Sequence[Cell]], capt
     """Return a table of which the first cell of a row names it.
 
     Args:
-        heads: name and kind (`number`, `text`) of each column, plain text; `plain` ones do not sort.
+        heads: name and kind (`number`, `text`, or `long` text that wraps) of each column, plain text; `plain` ones do
+            not sort.
         rows: a cell for each column.
         caption: plain text.
     """

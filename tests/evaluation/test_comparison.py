@@ -1,0 +1,94 @@
+"""Records of evaluations held against one another, without a model."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from dinoseg.errors import UserError
+from dinoseg.evaluation.comparison import against, aligned, scores_of
+from dinoseg.evaluation.image_record import ImageRecord, read_record, write_record
+from dinoseg.evaluation.paired_pictures import SHOWN, Pictures, most_different
+from dinoseg.images import write_png
+
+IMAGES, CLASSES = 12, 3
+
+
+def record(seed=0, **changes):
+    """Return a record of the same references for every seed, and other predictions."""
+    held = np.random.default_rng(7).integers(50, 99, (IMAGES, CLASSES))
+    right = np.random.default_rng(seed).integers(1, 50, (IMAGES, CLASSES))
+    counts = np.stack([right, held, held + 3], axis=1).astype(np.int64)
+    names = [f"{index:02}" for index in range(IMAGES)]
+    said = {"classes": ["a", "b", "c"], "palette": [(0, 0, 0)] * 3, "ignore_index": 255, "background": 0, "data": "x"}
+    said |= {"root": "", "split": "val", "unit": "video", "images": names, "units": [name[0] for name in names]}
+    return ImageRecord(**{**said, "source": "", "counts": counts, **changes})
+
+
+def test_images_in_another_order_are_the_same_images(tmp_path):
+    first, second, order = record(), record(1), np.random.default_rng(0).permutation(IMAGES)
+    names = [second.images[index] for index in order]
+    units = [second.units[index] for index in order]
+    mixed = replace(second, images=names, units=units, counts=second.counts[order])
+    folders = [tmp_path / "a", tmp_path / "b"]
+    given = aligned(dict(zip(folders, (first, mixed), strict=True)))
+    assert np.array_equal(given[1].counts, second.counts)
+    other = against(None, folders, given, ["a", "b"])[0]
+    assert other.scores == scores_of(second) and other.mious[0] != pytest.approx(scores_of(first)["miou"])
+    right, held, predicted = second.counts[0].astype(float)
+    assert other.mious[0] == pytest.approx((right / (held + predicted - right)).mean())
+    assert other.no_pictures.startswith("No pictures: a run was evaluated with mode.metrics_only=true")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"background": None}, "background: 0 and None"),
+        ({"ignore_index": 250}, "ignore_index: 255 and 250"),
+        ({"images": [*record().images[1:], "x"]}, "1 image only in the first (data=x, x): 00"),
+    ],
+)
+def test_records_that_do_not_compare_are_told_apart(tmp_path, change, told):
+    with pytest.raises(UserError, match="are not of the same images") as refused:
+        aligned({tmp_path / "a": record(), tmp_path / "b": record(1, **change)})
+    assert f"- {told}\n" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"background": 3}, "background 3 is none of its 3 classes"),
+        ({"images": ["00"] * IMAGES}, "12 images of 3 classes have counts"),
+        ({"counts": record().counts[:, ::-1]}, "its counts are of no image"),
+        ({"counts": -record().counts}, "its counts are of no image"),
+    ],
+)
+def test_a_record_that_contradicts_itself_is_damaged(tmp_path, change, told):
+    write_record(record(**change), tmp_path)
+    with pytest.raises(UserError, match=f"damaged .*{told}"):
+        read_record(tmp_path)
+
+
+def test_the_images_that_gain_and_lose_most_are_shown_by_the_size_of_the_difference(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name / "predictions").mkdir(parents=True)
+    stub = SimpleNamespace(folders=(tmp_path / "a", tmp_path / "b"), shot=lambda index, mious: (index, mious))
+    gaps = [0.0, 0.1, -0.2, 0.3, None, -0.5, 0.02, 0.01, -0.01, 0.45, -0.03, 0.0, 0.04, -0.3]
+    first = [None if gap is None else 0.5 for gap in gaps]
+    shots, reason = most_different(stub, first, [None if gap is None else 0.5 + gap for gap in gaps])
+    gained = sorted([gap for gap in gaps if gap and gap > 0])[-SHOWN:]
+    lost = sorted([gap for gap in gaps if gap and gap < 0])[:SHOWN]
+    assert [gaps[index] for index, _ in shots] == sorted([*gained, *lost], key=abs, reverse=True) and not reason
+    assert len(most_different(stub, [0.1] * 9, [0.2 + 0.01 * index for index in range(9)])[0]) == SHOWN
+    assert all(after - before == pytest.approx(gaps[index]) for index, (before, after) in shots)
+
+
+def test_no_name_leads_out_of_a_run_folder(tmp_path):
+    write_png(tmp_path / "outside_pred.png", np.zeros((4, 6), np.uint8))
+    (tmp_path / "a/predictions").mkdir(parents=True)
+    pictures = Pictures(None, record(images=["../../outside"]), (tmp_path / "a", tmp_path / "a"))
+    sample = {"mask": SimpleNamespace(numpy=lambda: np.zeros((4, 6), np.uint8))}
+    vars(pictures)["data"] = [sample]  # as a cached property keeps it
+    with pytest.raises(UserError, match="names an image outside its own folder"):
+        pictures.shot(0, (0.0, 1.0))
