@@ -95,6 +95,9 @@ def test_few_images_stand_once_and_those_without_labels_nowhere():
 def test_images_that_score_the_same_stand_once_the_earlier_ones(world):
     found = collected(list(samples(1)) * 17, world)
     assert [shot.index for shot in found.best] == [0, 1, 2] and [shot.index for shot in found.worst] == [3, 4, 5]
+    image, mask, _, logits = next(samples(1))
+    found = collected([*samples(8), *[(image, mask, mask, logits)] * 8], world)
+    assert [shot.index for shot in found.best] == [8, 9, 10, 11, 12, 13]
 
 
 def test_logits_of_many_images_take_no_more_memory(monkeypatch):

@@ -292,3 +292,20 @@ def test_tables_sort_by_mouse_and_keys_and_the_matrix_tells_its_counts(tmp_path)
         page.keyboard.press("ArrowLeft")
         assert page.inner_text("output").startswith("reference class 0, predicted class 0: ")
         assert not page.complaints
+
+
+@pytest.mark.heavy
+def test_the_table_of_classes_is_whole_at_880_pixels_and_on_paper_and_keeps_its_names_on_a_phone(tmp_path):
+    path = tmp_path / "report.html"
+    path.write_text(PAGES["150 classes"])
+    cut = "[...document.querySelectorAll('.wide')].filter(each => each.scrollWidth > each.clientWidth).length"
+    with opened_page(path.as_uri(), width=880, dark=True) as page:
+        assert page.evaluate(cut) == 0
+        page.set_viewport_size({"width": 360, "height": 700})
+        page.evaluate("document.querySelector('#classes .wide').scrollLeft = 200")
+        assert page.locator("#classes tbody th").first.bounding_box()["x"] >= 0
+        page.emulate_media(media="print")
+        assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+        page.evaluate("dispatchEvent(new Event('beforeprint'))")
+        assert page.evaluate("[...document.querySelectorAll('details')].every(each => each.open)")
+        assert not page.complaints
