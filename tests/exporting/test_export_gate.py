@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,10 @@ import dinoseg
 from dinoseg.errors import UserError
 from dinoseg.exporting import export, onnx_export, onnx_file
 from dinoseg.exporting.export import REPORT
+from dinoseg.exporting.graph import record_of
 from dinoseg.exporting.onnx_export import OnnxExport
+from dinoseg.exporting.options import GraphOptions
+from dinoseg.exporting.pictures import pictures
 from dinoseg.exporting.program import ProgramExport
 from dinoseg.images import write_png
 from dinoseg.portable import write
@@ -143,6 +147,39 @@ def test_a_file_that_does_not_run_is_refused_with_its_words(cfg, out, monkeypatc
 def test_what_contradicts_itself_is_refused_before_anything_is_read(words, reason):
     with pytest.raises(UserError, match=reason):
         OnnxExport(**words)
+
+
+def test_a_size_is_fixed_only_where_something_says_so():
+    assert GraphOptions().why_fixed is None and GraphOptions(dynamic=True).why_fixed is None
+    assert "export.dynamic" in GraphOptions(dynamic=False).why_fixed
+    assert "export.pixels" in GraphOptions(pixels=True).why_fixed
+    assert GraphOptions(size=[32768, 2048]).one_size == (32768, 2048)  # as large as any
+
+
+def test_a_size_that_pictures_make_too_large_is_refused():
+    head = SimpleNamespace(slots=None, one_size="it pools", mixture=False, no_object=False)
+    mean = torch.zeros(1, 3, 1, 1)
+    model = SimpleNamespace(head=head, patch_size=16, scale=1.0, longest=None, backbone=SimpleNamespace(mean=mean))
+    record, reason = record_of(model, None, GraphOptions(), (8192, 8170))
+    assert record.size == (8192, 8176) and record.batch == 1 and reason == "it pools"
+    for picture in ((8192, 8193), (8, 32769)):
+        with pytest.raises(UserError, match=r"size of the first picture, \[.*it pools.*too large. Give export.size"):
+            record_of(model, None, GraphOptions(), picture)
+
+
+def test_pictures_are_spread_over_a_folder(tmp_path):
+    for number in range(10):
+        write_png(tmp_path / f"{number}.png", np.zeros((number + 1, 4, 3), np.uint8))
+    (tmp_path / "run.log").touch()  # of something else: a run's folder holds its config, too
+    (tmp_path / "classes.json").mkdir()
+    cfg = OmegaConf.create({"data": {"classes": ["a", "b"]}})
+    found = pictures(cfg, str(tmp_path), 3, tmp_path)
+    assert [(picture.path.name, picture.size) for picture in found] == [
+        ("0.png", (1, 4)),
+        ("3.png", (4, 4)),
+        ("6.png", (7, 4)),
+    ]
+    assert len(pictures(cfg, str(tmp_path), 99, tmp_path)) == 10
 
 
 def test_what_the_data_set_or_the_model_cannot_be_is_refused_before_anything_is_traced(cfg, out, monkeypatch):

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from threading import Timer
 from types import SimpleNamespace
 
 import numpy as np
@@ -52,7 +53,11 @@ def test_pixels_points_and_what_predict_gives_are_counted(picture):
     predicted = given.copy()
     predicted[:8] = 1 - predicted[:8]  # 384 of them
     moved = half + np.float32([0.25, 0])[:, None, None]
-    answer = lambda path, times, usual: (given, moved, [9.0, *[0.5] * (times - 1)])  # noqa: E731
+
+    def answer(path, times, usual):
+        assert path == picture.path and times == proof.TIMES + 1 and usual > 0
+        return given, moved, [9.0, *[0.5] * (times - 1)]
+
     result = proof.compare(Fixed(ids, half, SIZE, predicted), answer, [picture], 2, 255)
     assert result["agreement"] == 1 - 24 / 1536 and result["agreement_with_predict"] == 0.75
     assert result["miou"]["torch"] == 1 and 0.9 < result["miou"]["exported"] < 1 and result["pixels"] == 1536
@@ -66,6 +71,7 @@ def test_pixels_points_and_what_predict_gives_are_counted(picture):
 def test_limits_are_what_is_asked_for():
     result = {"finite": True, "agreement": 0.999, "miou": {"torch": 0.5, "exported": 0.4990625}}
     assert proof.passes(result, GraphOptions())
+    assert proof.passes(result, GraphOptions(most_points=100 * (0.5 - 0.4990625)))
     assert not proof.passes(result, GraphOptions(least_agreement=0.9991))
     assert not proof.passes(result, GraphOptions(most_points=0.09))
     assert not proof.passes({**result, "finite": False}, GraphOptions())
@@ -107,6 +113,18 @@ def test_a_process_that_hangs_dies_or_talks_nonsense_is_told_of(picture, tmp_pat
         with pytest.raises(UserError, match=reason):
             ask(picture.path, 1, 0.0)
         process.kill()
+
+
+def test_the_limit_grows_with_what_pytorch_takes(picture, tmp_path, monkeypatch):
+    limits = []
+    monkeypatch.setattr(proof, "Timer", lambda limit, end: limits.append(limit) or Timer(limit, end))
+    with (
+        open(tmp_path / "log", "w+b") as log,
+        subprocess.Popen(["/bin/false"], stderr=log, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process,
+        pytest.raises(UserError, match="it ended without a word"),
+    ):
+        proof.Exported(process, tmp_path / "model.onnx", log)(picture.path, 1, 7.0)
+    assert limits == [300 + 50 * 7]
 
 
 def test_modules_of_the_working_folder_are_not_those_that_answer(tmp_path, monkeypatch):

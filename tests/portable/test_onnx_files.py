@@ -289,12 +289,36 @@ def test_files_that_do_something_else_than_they_say_end_in_an_error(tmp_path, mo
 
 
 @pytest.mark.parametrize(
-    ("bound", "reason"), [("_MOST_FIELDS", "it has more than 9 fields"), ("_LONGEST_TEXT", "a text in it has .* bytes")]
+    ("bound", "most", "reason"),
+    [
+        ("_MOST_FIELDS", 9, "it has more than 9 fields"),
+        ("_LONGEST_TEXT", 9, "a text in it has .* bytes"),
+        ("_MOST_NODES", 1, "it has more than 1 nodes"),
+    ],
 )
-def test_what_is_read_of_a_file_is_bounded(tmp_path, monkeypatch, bound, reason):
-    monkeypatch.setattr(f"dinoseg.portable.onnx_check.{bound}", 9)
+def test_what_is_read_of_a_file_is_bounded(tmp_path, monkeypatch, bound, most, reason):
+    monkeypatch.setattr(f"dinoseg.portable.onnx_check.{bound}", most)
     with pytest.raises(UserError, match=reason):
         read_metadata(written(tmp_path, model()), KEY)
+
+
+@pytest.mark.parametrize("no_object", [True, False])
+def test_masks_and_their_classes_are_asked_as_they_are_said_to_be(tmp_path, no_object):
+    record = changed(kind="masks", mixture=True, no_object=no_object)
+    made = model(record)
+    del made.graph.output[:]
+    queries = np.float32([[[9, 0, 0], [0, 9, 0]]])[..., : 2 + no_object]  # one of each class
+    made.graph.initializer.append(numpy_helper.from_array(queries, "class_logits"))
+    made.graph.node[1].output[0] = "mask_logits"
+    for name in ("class_logits", "mask_logits"):
+        made.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
+    image = np.zeros((16, 24, 3), np.uint8)
+    image[:, 12:] = 255
+    assert (dinoseg.load(written(tmp_path, made)).predict(image).mask == (image[..., 0] > 0)).all()
+    wrong = json.loads(json.dumps({"graph": {**record.plain(), "no_object": not no_object}, **LABELS}))
+    made.metadata_props[0].value = json.dumps(wrong)
+    with pytest.raises(UserError, match="which are no scores of its 2 classes"):
+        dinoseg.load(written(tmp_path, made)).predict(image)
 
 
 def test_a_file_is_run_as_what_it_was_looked_at_whatever_its_name(tmp_path):
