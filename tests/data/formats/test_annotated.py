@@ -126,6 +126,12 @@ def test_order_of_the_file_and_holes_that_cover_each_other(tmp_path):
     assert by_area.fingerprint() != by_file.fingerprint()
 
 
+def test_a_small_mask_is_seen_on_a_large_polygon(tmp_path):
+    one = {"size": list(SIZE), "counts": [8 + 2, 1, 69]}  # the pixel of column 1 and row 2
+    root = coco(tmp_path / "train.json", annotations=[(1, 2, one), (1, 1, [CORNERS])])
+    np.testing.assert_array_equal(opened("coco", root).mask(0), filled((1, 1, 4, 1, 5), (2, 2, 3, 1, 2)))
+
+
 def test_labelme_draws_as_it_does_itself(tmp_path):
     picture = io.BytesIO()
     Image.fromarray(np.array([[1, 0], [1, 1]], bool)).save(picture, "PNG")
@@ -287,6 +293,8 @@ def test_crowds_may_be_ignored(tmp_path):
     expected = np.where(filled((1, 1, 4, 1, 5)), 1, 255)
     np.testing.assert_array_equal(opened("coco", root, crowds="ignore").mask(0), expected)
     np.testing.assert_array_equal(opened("coco", root, order="file").mask(0), np.where(expected == 1, 1, 2))  # below
+    coco(tmp_path / "train.json", annotations=[crowd | {"segmentation": [CORNERS]}])
+    np.testing.assert_array_equal(opened("coco", root, crowds="ignore").mask(0), filled((255, 1, 4, 1, 5)))
     with pytest.raises(UserError, match=r"shapes\.crowds=x is unknown"):
         opened("coco", root, crowds="x")
 
@@ -438,6 +446,7 @@ OUTSIDE = '<!DOCTYPE x [<!ENTITY a SYSTEM "file:///etc/hostname">]>'
         ('<mask label="leaf" rle="-1,5" left="0" top="0" width="2" height="2"/>', {}, "no list of whole numbers"),
         ('<mask label="leaf" rle="4" left="0" top="0" width="1e9" height="9"/>', {}, "no box of pixels"),
         ('<mask label="leaf" rle="4" left="1e9" top="0" width="2" height="2"/>', {}, "outside of any picture"),
+        ('<mask label="leaf" rle="4" left="0" top="-1e9" width="2" height="2"/>', {}, "outside of any picture"),
         ('<box label="leaf" xtl="1" ytl="1" xbr="2"/>', {}, "ybr is None"),
     ],
 )  # fmt: skip

@@ -72,6 +72,13 @@ def test_what_is_outside_is_not_seen_and_what_the_file_says_of_a_frame_stands(tm
     assert lefts(opened(write(tmp_path / "train.xml", track(*keys)))) == [(4, 4), (20, 2), (7, 6), None, None, (30, 10)]
 
 
+def test_tracks_lie_above_each_other_by_their_depth(tmp_path):
+    frames(tmp_path)
+    above = box(0, 4, 8).replace('z_order="0"', 'z_order="1"')
+    root = write(tmp_path / "train.xml", track(above, label="stem"), track(box(0, 4, 12)))
+    assert np.unique(opened(root).mask(0)[5]).tolist() == [0, 1, 2]
+
+
 def test_masks_are_seen_on_their_own_frame_alone(tmp_path):
     frames(tmp_path)
     mask = '<mask frame="{}" keyframe="1" outside="{}" rle="0, 4" left="3" top="2" width="2" height="2"/>'
