@@ -87,5 +87,6 @@ class Facts:
             for key, value in known.items():
                 _PART[key](value, f"facts.{key}")
         except (forms.Misshapen, UserError) as error:
-            raise UserError(f"{where}: {error}. Choose another file, or export the model again.") from None
+            reason = str(error).removesuffix(".")
+            raise UserError(f"{where}: {reason}. Choose another file, or export the model again.") from None
         return cls(labels.classes, labels.palette, labels.ignore_index, **known)

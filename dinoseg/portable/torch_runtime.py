@@ -59,13 +59,14 @@ def load_torch(path: Path, options: Options) -> Opened:
         changes = {"engine.device": options.device, **_weights(file, said, options)}
         cfg = alone(file, said, changes, inference=options.inference, trust=options.trust)
         policy: Policy = instantiate(cfg.inference)
-        model, info = restore(cfg, file)
+        sizes = TrainedSizes.from_info(said)
+        model, _ = restore(cfg, file)
     if model.head.slots is not None:
         raise UserError(f"{file} is a model of slots, which knows no classes. mode=track follows its segments.")
-    keep_scale(model, TrainedSizes.from_info(info))
+    keep_scale(model, sizes)
     bf16 = options.precision == "bf16" or (options.precision == "auto" and has_bfloat16(chosen))
     predictor = Predictor(model.to(chosen), chosen, _autocast(chosen) if bf16 else nullcontext, policy)
-    return Opened(TorchRuntime(predictor), facts, file if "facts" in info else None)
+    return Opened(TorchRuntime(predictor), facts, file if "facts" in said else None)
 
 
 def _weights(file: Path, said: Mapping[str, Any], options: Options) -> dict[str, str]:

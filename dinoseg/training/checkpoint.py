@@ -7,7 +7,7 @@ from, `best` what it is remembered by.
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from dinoseg.storage.tensor_files import write_tensors
 from dinoseg.training.description import FORMAT, IDLE, read_description
 from dinoseg.training.loading import (
     CASTS,
+    CONSTANTS,
     Checkpoint,
     frozen_fingerprint,
     load_average,
@@ -37,6 +38,8 @@ from dinoseg.wording import shown
 logger = logging.getLogger(__name__)
 FOLDER = "checkpoints"
 ONE_FILE = "model"  # the stem of what mode=export leaves in its folder
+_PARTS = ("model", "optimizer", "ema", CONSTANTS)  # what stands before the slash of a tensor's name
+_MOST_TENSORS = 50_000  # the largest backbone with all of its training's state has a tenth of it
 _TYPES = {  # of a safetensors header
     **{"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "BOOL": torch.bool},
     **{"I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "U8": torch.uint8},
@@ -126,12 +129,21 @@ def _read(path: Path, value_of: Callable[[Any, str], Tensor] | None) -> Checkpoi
         check_regular(path)
         with safe_open(path, framework="pt") as file:
             info = read_description((file.metadata() or {}).get("dinoseg"), path)
-            names = file.keys() if value_of else ()
+            names = _known(file.keys(), path) if value_of else ()
             return Checkpoint(path, {key: value_of(file, key) for key in names if value_of}, info)
     except FileNotFoundError:
         raise UserError(f"resume={path}: no such file. Give a run folder or a checkpoint in it.") from None
     except (SafetensorError, OSError, RuntimeError) as error:
         raise UserError(f"resume={path}: not a readable checkpoint ({error}). Choose another one.") from error
+
+
+def _known(names: Sequence[str], path: Path) -> Sequence[str]:
+    """Return names of tensors, each of which is of a part that a checkpoint has."""
+    odd = next((name for name in names if name.partition("/")[0] not in _PARTS), None)
+    if odd is not None or len(names) > _MOST_TENSORS:
+        wrong = f"{len(names)} tensors, above the most, {_MOST_TENSORS}" if odd is None else f"a tensor {shown(odd)}"
+        raise UserError(f"resume={path}: it holds {wrong}, which dinoseg does not write. Choose another checkpoint.")
+    return names
 
 
 def find(target: str | Path, prefer: str) -> Path:

@@ -310,6 +310,7 @@ CHANGED = {
     "another shape": (change("model/head.classify.weight", lambda one: one[:1].clone()), "of another shape"),
     "another type": (change("model/head.classify.weight", lambda one: one.to(torch.complex64)), "of another type"),
     "one more": (lambda sound: {"model/head.more": torch.zeros(1)}, "left over"),
+    "one of no part": (lambda sound: {"x": torch.zeros(1)}, "a tensor x, which dinoseg does not write"),
     "one more constant": (lambda sound: {"constants/backbone.more": torch.zeros(1)}, "left over"),
     "a long constant": (lambda sound: {"constants/backbone.mean": torch.zeros(9, 9)}, "of another shape"),
 }
@@ -319,6 +320,12 @@ CHANGED = {
 def test_tensors_that_are_not_the_models_are_refused(tmp_path, sound, tensors, message):
     with pytest.raises(UserError, match=message):
         dinoseg.load(tampered(tmp_path, sound, {}, tensors(sound)), device="cpu")
+
+
+def test_a_file_of_more_tensors_than_any_model_has_is_refused(file, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_MOST_TENSORS", 20)
+    with pytest.raises(UserError, match="tensors, above the most, 20, which dinoseg does not write"):
+        dinoseg.load(file, device="cpu")
 
 
 def test_facts_that_are_none_are_refused(tmp_path, sound):
