@@ -66,6 +66,13 @@ class Printable:
         return getattr(self._stream, name)
 
 
+def typed(value: Any) -> str:
+    """Return a plain value as a command line has it, such as `null`, `true` or `[a,b]`."""
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(typed, value))}]"
+    return str(value).lower() if isinstance(value, bool) else "null" if value is None else shown(str(value), 200)
+
+
 def shown(value: Any, limit: int = 80) -> str:
     """Return a value that a file says, for a message: one line, nothing that a terminal obeys, and not long."""
     text = value if isinstance(value, str) and value.isprintable() else ascii(value)

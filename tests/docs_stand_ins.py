@@ -41,7 +41,8 @@ class StandIns:
     def __getitem__(self, word):
         if word not in self.made:
             folder = self.root / word.lower()
-            folder.mkdir(exist_ok=True)  # one that could not be made is tried again
+            shutil.rmtree(folder, ignore_errors=True)  # of one that could not be made nothing is left to go on with
+            folder.mkdir()
             self.made[word] = _MAKERS[word](self, folder)
         return self.made[word]
 

@@ -16,7 +16,7 @@ from dinoseg.evaluation.image_report import PAGE
 from dinoseg.report.html.comparison import ComparisonReport, comparison_page
 from dinoseg.report.scores import few_units
 from dinoseg.storage.atomic import write_json, write_text
-from dinoseg.wording import count_of
+from dinoseg.wording import count_of, typed
 
 _MOST = 8  # runs: a page of more is no comparison but a table, which a sweep writes
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def _folders(runs: Sequence[str] | None) -> list[Path]:
     folders = [Path(str(name)).expanduser() for name in names]
     if not 2 <= len(folders) <= _MOST or len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError(
-            f"mode=compare with runs={runs}: give two to {_MOST} different run folders of mode=eval or mode=train, "
+            f"runs={typed(runs)}: give 2 to {_MOST} different run folders of mode=eval or mode=train, "
             "such as runs=[outputs/a/eval_1,outputs/b/eval_1]."
         )
     return folders

@@ -10,6 +10,7 @@ from dinoseg.config.plain import plain
 from dinoseg.errors import UserError
 from dinoseg.storage.forms import as_read_back
 from dinoseg.training.description import CHOSEN, MODEL
+from dinoseg.wording import typed
 
 
 def settings_of(cfg: DictConfig) -> dict[str, Any]:
@@ -40,7 +41,7 @@ def check_same_settings(
     """
     were, are = dict(_flat(before)), dict(_flat(as_read_back(now)))
     differing = [
-        f"{name} was {were.get(name, 'not set')} and is {are.get(name, 'not set')}"
+        f"{name} was {_told(were, name)} and is {_told(are, name)}"
         for name in sorted(were.keys() | are.keys())
         if were.get(name) != are.get(name)
     ]
@@ -49,6 +50,10 @@ def check_same_settings(
             f"{key}={folder}: other settings than that run's: {'; '.join(differing)}. Give what it had (its "
             f"command line is in {folder / 'config' / 'overrides.txt'}), or begin anew without {key}."
         )
+
+
+def _told(settings: Mapping[str, Any], name: str) -> str:
+    return typed(settings[name]) if name in settings else "not set"
 
 
 def _flat(settings: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:

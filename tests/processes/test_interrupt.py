@@ -78,7 +78,7 @@ def test_other_modes_say_what_is_finished(tmp_path, monkeypatch, number, status)
         signal.raise_signal(number)
 
     monkeypatch.setattr(score, "run", stop)
-    for name, said in (("none", ""), ("some", ": what is finished is in ")):
+    for name, said in (("none", "\n"), ("some", ": what is finished is in ")):
         done = call(tmp_path, "mode=score", f"hydra.run.dir={name}")
         assert done.status == status and done.err.startswith(f"\ninterrupted{said}"), done.err
 

@@ -12,7 +12,7 @@ from dinoseg.errors import UserError, telling_file_errors
 from dinoseg.modes import score
 from dinoseg.report.log import RunLog
 from dinoseg.runs import folder as run_folder
-from dinoseg.runs.folder import claim, drop_bare, drop_empty, release, write_config
+from dinoseg.runs.folder import claim, drop_bare, drop_empty, has_results, release, write_config
 from dinoseg.runs.log_file import LogFile
 from dinoseg.runs.unread import warn_not_read
 from dinoseg.storage.atomic import part_of
@@ -66,6 +66,16 @@ def test_what_a_killed_export_left_goes_with_the_next_one_that_is_asked_for_that
     folder = claim(tmp_path / "run")
     release(folder)
     assert folder == tmp_path / "run_2" and [path.name for path in (tmp_path / "run").iterdir()] == ["run.log"]
+
+
+def test_a_log_that_says_something_is_kept_and_is_no_result(tmp_path):
+    folder = claim(tmp_path / "run")
+    write_config({}, folder, [])
+    (folder / "run.log").write_text("what was left out, and why")
+    assert not has_results(folder)
+    drop_bare(folder)
+    release(folder)
+    assert (folder / "run.log").exists() and (folder / "config").exists()
 
 
 def test_configs_of_continuations_take_the_next_free_name(tmp_path):

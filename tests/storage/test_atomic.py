@@ -35,6 +35,8 @@ def test_json_refuses_what_json_cannot_say_and_leaves_the_old_file(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         write_json(path, {"a": float("nan")})
     assert json.loads(path.read_text()) == {"a": 1}
+    write_json(path, {"é": "漢"})
+    assert '"é": "漢"' in path.read_text(encoding="utf-8"), "names stay as people read them"
 
 
 def test_a_failing_write_leaves_the_old_file_and_no_part(tmp_path, monkeypatch):
