@@ -1,6 +1,7 @@
 import base64
 import errno
 import io
+import stat
 import subprocess
 import sys
 import threading
@@ -44,8 +45,8 @@ class Still(Tracker):
 
 
 @contextmanager
-def app(folder, before=lambda images: None, tracker=Still, **clips):
-    with service(before, image_mib=0.5, max_pixels=10_000) as made:
+def app(folder, before=lambda images: None, tracker=Still, max_pixels=10_000, **clips):
+    with service(before, image_mib=0.5, max_pixels=max_pixels) as made:
         application = App(made, ClipLimits(**clips), folder, tracker).application(Hosts.of("127.0.0.1"))
         with TestClient(application, base_url="http://localhost") as ask:
             yield ask
@@ -57,6 +58,13 @@ def clip(tmp_path_factory):
     with VideoWriter(path, 10.0, SIZE) as writer:
         for number in range(FRAMES):
             writer.write(np.full((*SIZE, 3), 40 * number, np.uint8))
+    return path.read_bytes()
+
+
+def fast(path, frames):
+    with VideoWriter(path, 100.0, SIZE) as writer:
+        for _ in range(frames):
+            writer.write(np.zeros((*SIZE, 3), np.uint8))
     return path.read_bytes()
 
 
@@ -152,15 +160,22 @@ def test_what_is_no_video_is_refused_and_leaves_nothing(tmp_path, data, rule):
 def test_a_clip_over_a_limit_is_refused(tmp_path, clip):
     with app(tmp_path, max_seconds=0.5) as ask:
         assert refused(ask.post("/app/clip", content=clip)) == (400, "max_seconds")
-    with app(tmp_path, video_mib=0.0001) as ask:
+    with app(tmp_path, max_pixels=SIZE[0] * SIZE[1] - 1) as ask:
+        assert refused(ask.post("/app/clip", content=clip)) == (400, "max_pixels")
+    with app(tmp_path, max_seconds=0.5) as ask:  # 31 frames in half a second are one too many
+        assert refused(ask.post("/app/clip", content=fast(tmp_path / "fast.mp4", 31))) == (400, "max_seconds")
+        assert ask.post("/app/clip", content=fast(tmp_path / "fast.mp4", 30)).status_code == 200
+    (tmp_path / "small").mkdir()
+    with app(tmp_path / "small", video_mib=0.0001) as ask:
         assert refused(ask.post("/app/clip", content=clip)) == (413, "max_bytes")
-        assert list(tmp_path.iterdir()) == []
+        assert list((tmp_path / "small").iterdir()) == []
 
 
 def test_nobody_gets_at_anothers_files(tmp_path, clip):
     with app(tmp_path) as ask:
         first, second = (ask.post("/app/clip", content=clip).json()["id"] for _ in range(2))
         assert first != second and len(first) == 32
+        assert {stat.S_IMODE(folder.stat().st_mode) for folder in tmp_path.iterdir()} == {0o700}
         assert refused(ask.get(f"/app/{first[:-1]}/frame.png")) == (404, "gone")
         for name in ("clip.mp4", "..%2Fclip.mp4", "overlay.mp4"):
             assert ask.get(f"/app/{first}/{name}").status_code == 404
@@ -299,7 +314,10 @@ def test_what_nobody_asks_for_is_given_up(tmp_path, monkeypatch):
     now[0] = 61.0
     held.sweep()
     assert busy.cancelled.is_set() and held.get(done.id) is done  # which counts as asked for
-    now[0] += 1801
+    now[0] += 1799
+    held.sweep()
+    assert done.folder.exists()
+    now[0] += 2
     held.sweep()
     assert not done.folder.exists()
     held.close()

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco
 from serving_stand_ins import client, encoded, picture, service
+from starlette.testclient import TestClient
 
 from dinoseg.errors import UserError
 from dinoseg.images import read_image
@@ -167,6 +168,31 @@ def test_more_than_the_queue_holds_are_told_to_come_back():
         assert ask.post("/segment", content=encoded(picture())).status_code == 200
 
 
+def test_pixels_that_are_held_are_bounded_and_let_go():
+    gate, inside = threading.Event(), threading.Semaphore(0)
+
+    def held(images):
+        inside.release()
+        gate.wait(10)
+
+    with service(held, max_pixels=24, batch_size=1) as made:
+        with TestClient(endpoint(made, Hosts.of("127.0.0.1")), base_url="http://localhost") as ask:
+            threads = [
+                threading.Thread(target=ask.post, args=("/segment",), kwargs={"content": encoded(picture())})
+                for _ in range(16)
+            ]
+            for thread in threads:
+                thread.start()
+            while len(made.worker) < 15:
+                time.sleep(0.001)
+            assert refused(ask.post("/segment", content=encoded(picture(1, 1)))) == (503, "busy")
+            gate.set()
+            for thread in threads:
+                thread.join()
+            for _ in range(17):
+                assert ask.post("/segment", content=encoded(picture())).status_code == 200
+
+
 def test_an_answer_that_takes_too_long_is_a_timeout_and_its_work_is_dropped():
     with client(lambda images: time.sleep(0.1), timeout=0.05) as ask:
         assert refused(ask.post("/segment", content=encoded(picture()))) == (504, "timeout")
@@ -181,12 +207,13 @@ def test_a_model_that_fails_is_an_error_of_the_server_alone(caplog):
 
 def test_health_tells_the_classes_and_that_it_stops():
     with service() as made:
-        from starlette.testclient import TestClient
-
         ask = TestClient(endpoint(made, Hosts.of("127.0.0.1", ["*"])))
         assert ask.get("/health").json()["classes"][1] == {"id": 1, "name": "bright", "colour": [255, 0, 0]}
         made.announce_stop()
         assert ask.get("/health").status_code == 503
+
+
+SAME_SITE = {"sec-fetch-site": "same-site"}  # another port of this machine
 
 
 def test_another_name_or_another_sites_page_is_refused():
@@ -196,7 +223,12 @@ def test_another_name_or_another_sites_page_is_refused():
         assert ask.get("/health", headers={"host": "[::1]:1234"}).status_code == 200
         assert refused(ask.get("/health", headers={"host": "rebound.example"})) == (403, "origin")
         assert refused(ask.get("/health", headers={"host": "localhost@evil.example"})) == (403, "origin")
-        for headers in ({"origin": "http://evil.example"}, {"origin": "null"}, {"sec-fetch-site": "cross-site"}):
+        for headers in (
+            {"origin": "http://evil.example"},
+            {"origin": "null"},
+            {"sec-fetch-site": "cross-site"},
+            SAME_SITE,
+        ):
             assert refused(ask.post("/segment", content=encoded(picture()), headers=headers)) == (403, "origin")
         same = {"origin": "http://localhost", "sec-fetch-site": "same-origin"}
         assert ask.post("/segment", content=encoded(picture()), headers=same).status_code == 200
