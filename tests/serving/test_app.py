@@ -131,6 +131,7 @@ def test_what_is_painted_is_followed(tmp_path, clip):
         assert areas == {"background": mask.size - 48, "object 1": 32, "object 3": 16}
         assert ask.post(f"/app/{job}/track", content=mask.tobytes()).status_code == 200  # once more, another way
         assert finished(ask, job)["state"] == "done"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_model_without_a_backbone_follows_nothing(tmp_path, clip):

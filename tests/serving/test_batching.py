@@ -1,4 +1,5 @@
 import threading
+import time
 from concurrent.futures import wait
 
 import numpy as np
@@ -104,3 +105,10 @@ def test_an_idle_model_waits_for_more_as_long_as_it_is_told():
     futures = [worker.submit(SMALL), worker.submit(SMALL)]  # a full batch does not wait
     assert wait(futures, timeout=4).not_done == set() and seen == [2, 2]
     worker.stop()
+
+
+def test_a_stop_waits_for_no_more_images():
+    worker = ModelWorker(lambda images: np.stack(images)[..., 0], batch_size=2, wait=20.0, max_pixels=100)
+    future, start = worker.submit(SMALL), time.monotonic()
+    worker.stop()
+    assert future.done() and time.monotonic() - start < 10

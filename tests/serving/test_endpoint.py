@@ -15,6 +15,7 @@ from dinoseg.errors import UserError
 from dinoseg.images import read_image
 from dinoseg.serving.endpoint import endpoint
 from dinoseg.serving.guard import Hosts
+from dinoseg.serving.limits import Limits
 
 
 def opened(answer):
@@ -191,6 +192,24 @@ def test_pixels_that_are_held_are_bounded_and_let_go():
                 thread.join()
             for _ in range(17):
                 assert ask.post("/segment", content=encoded(picture())).status_code == 200
+
+
+def test_the_model_sees_no_more_pixels_at_once_than_an_image_may_have():
+    gate, seen = threading.Event(), []
+
+    def held(images):
+        gate.wait(10)
+        seen.append(len(images))
+
+    with service(held, max_pixels=48) as made:
+        futures = [made.worker.submit(picture()) for _ in range(9)]
+        gate.set()
+        assert [future.result(10).shape for future in futures] == [(4, 6)] * 9
+    assert max(seen) == 2 and sum(seen) == 9
+
+
+def test_every_request_in_hand_may_come_and_be_answered_before_a_stop():
+    assert Limits(timeout=5.0).patience == 10
 
 
 def test_an_answer_that_takes_too_long_is_a_timeout_and_its_work_is_dropped():

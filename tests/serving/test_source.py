@@ -12,7 +12,7 @@ from dinoseg.storage.tensor_files import write_tensors
 def served(monkeypatch):
     """Return a function that starts and stops a mode, and says what it wrote."""
     for mode in ("serve", "app"):
-        monkeypatch.setattr(f"dinoseg.modes.{mode}.serve_until_signal", lambda *_: None)
+        monkeypatch.setattr(f"dinoseg.modes.{mode}.serve_until_signal", lambda *_, **__: None)
     return lambda where, mode, *words: call(where, f"mode={mode}", "engine=cpu", "mode.port=0", *words)
 
 
