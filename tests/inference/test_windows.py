@@ -271,6 +271,17 @@ def test_ids_and_probabilities_agree_and_batches_of_images_change_nothing():
     assert (alone == ids).all()
 
 
+@pytest.mark.parametrize("average", ["probabilities", "scores"])
+@pytest.mark.parametrize("mixture", [False, True])
+def test_probabilities_of_windows_are_those_of_the_whole_image(mixture, average):
+    model, image = made(mixture=mixture).float(), np.random.default_rng(0).integers(0, 256, (17, 23, 3), dtype=np.uint8)
+    whole, tiled = (
+        Predictor(model, torch.device("cpu"), nullcontext, policy).probabilities([image])
+        for policy in (Whole(), Windows(9, average=average))
+    )
+    torch.testing.assert_close(tiled, whole, rtol=0, atol=1e-5)
+
+
 def test_a_picture_of_30_000_x_20_pixels_goes_through():
     model = made().float()
     picture = np.zeros((20, 30_000, 3), np.uint8)

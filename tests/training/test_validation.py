@@ -66,6 +66,15 @@ def test_the_loss_of_windows_is_the_mean_over_windows():
     assert sum(scores["matrix"][index][index] for index in range(3)) == (ids == batch.mask).sum().item()
 
 
+def test_mirrored_and_scaled_images_have_no_loss():
+    for average in ("probabilities", "scores"):
+        options = {"size": (16, 24), "overlap": 0.5, "weights": "uniform", "average": average}
+        (plain, _), (all_, [(_, ids, _)]) = (
+            scored(made(), Windows(**options, **more)) for more in ({}, {"flips": "all", "scales": (1.0, 0.5)})
+        )
+        assert all_["loss"] == plain["loss"] and ids.shape == (2, *SIZE)
+
+
 def test_a_try_for_which_memory_did_not_suffice_counts_for_nothing(monkeypatch):
     monkeypatch.setattr(auto, "free_bytes", lambda device: 2**40)
     policy, model, real = Auto((16, 24)), made(), LinearHead.predict
