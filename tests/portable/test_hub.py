@@ -14,7 +14,7 @@ from dinoseg import Model
 from dinoseg.errors import UserError
 from dinoseg.portable.card import model_card
 from dinoseg.portable.facts import Facts
-from dinoseg.portable.hub import push
+from dinoseg.portable.hub import fetched, push
 
 TOKEN = "hf_nobody_may_read_this"
 
@@ -56,6 +56,7 @@ def test_a_model_comes_back_from_the_hub(hub, file):
     assert address == "https://hub/me/mine/commit/draft" and {"create": "me/mine", "private": True} in hub.asked
     assert {path.name for path in (hub.folder / "me/mine").iterdir()} == {"README.md", "model.safetensors"}
     back = Model.from_pretrained("me/mine", revision="draft", token=TOKEN, device="cpu")
+    assert {"token": TOKEN} in hub.asked and hub.asked[-1]["token"] == TOKEN
     assert hub.asked[-1]["revision"] == "draft" and hub.asked[-1]["patterns"][0] == "model.safetensors*"
     image = np.random.default_rng(0).integers(0, 256, (30, 41, 3)).astype(np.uint8)
     assert (back.predict(image).probabilities == model.predict(image).probabilities).all()
@@ -147,3 +148,23 @@ def test_odd_numbers_and_codes_of_a_file_are_harmless_in_the_card_and_on_a_termi
     card = model_card(facts, "me/mine")
     assert "| miou | - | - |" in card and "| dice | - | - |" in card and "| 0 | a | (0, 0, 0) | - |" in card
     assert "\x1b" not in card + repr(Model(SimpleNamespace(name="onnx"), facts))
+
+
+def test_weights_beside_a_graph_go_with_it_under_the_name_that_is_looked_for(hub, tmp_path):
+    facts = Facts(("a", "b"), ((0, 0, 0), (1, 2, 3)), 255)
+    for name in ("mine.onnx", "mine.onnx.data", "mine.txt"):
+        (tmp_path / name).write_text(name)
+    push(tmp_path / "mine.onnx", facts, "me/mine", private=None, revision=None, token=None, gated=False)
+    there = {path.name: path.read_text() for path in (hub.folder / "me/mine").glob("model*")}
+    assert there == {"model.onnx": "mine.onnx", "model.onnx.data": "mine.onnx.data"}
+    assert fetched("me/mine", runtime="onnx").name == "model.onnx"
+    assert hub.asked[-1]["patterns"] == ["model.onnx*"]
+
+
+def test_gated_weights_that_say_nothing_of_where_they_are_count_as_in_the_file(hub, tmp_path):
+    facts = Facts(("a",), ((0, 0, 0),), 255, backbone={"gated": True})
+    (tmp_path / "model.onnx").touch()
+    with pytest.raises(UserError, match="gated=True"):
+        push(tmp_path / "model.onnx", facts, "me/mine", private=None, revision=None, token=None, gated=False)
+    held = Facts(("a",), ((0, 0, 0),), 255, backbone={"gated": True, "in_file": False})
+    push(tmp_path / "model.onnx", held, "me/mine", private=None, revision=None, token=None, gated=False)

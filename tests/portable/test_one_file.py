@@ -328,6 +328,24 @@ def test_a_file_of_more_tensors_than_any_model_has_is_refused(file, monkeypatch)
         dinoseg.load(file, device="cpu")
 
 
+def test_large_pictures_are_brought_to_the_scale_of_the_training(tmp_path, sound):
+    said = sound.info["sizes"]
+    image = picture(200, 300)
+    as_trained, as_they_are = (
+        dinoseg.load(tampered(tmp_path, sound, {"sizes": sizes}), device="cpu").predict(image).probabilities
+        for sizes in (said, {**said, "largest": 10**6})
+    )
+    assert as_trained.shape == as_they_are.shape and np.abs(as_trained - as_they_are).max() > 1e-3
+
+
+def test_a_place_that_the_caller_trusts_is_asked(tmp_path, sound):
+    path = tampered(tmp_path, sound, {"config/backbone/weights": "evil/weights"})
+    with pytest.raises(UserError, match="trust=.evil/weights."):
+        dinoseg.load(path, device="cpu")
+    with pytest.raises(UserError, match="made for another model"):  # it is believed that the backbone comes from there
+        dinoseg.load(path, device="cpu", trust=["evil/weights"])
+
+
 def test_facts_that_are_none_are_refused(tmp_path, sound):
     for place, value in (("facts", 3), ("facts/scores", [1]), ("facts/delta", "no"), ("facts/versions", {"torch": 2})):
         with pytest.raises(UserError, match="evil.safetensors: .*facts"):
