@@ -11,8 +11,8 @@ from dinoseg.annotation.drawing import Between, Form
 from dinoseg.annotation.entry import Clip, Entry, Labelled, size_of
 from dinoseg.wording import shown
 
-_MOST_FRAMES = 2**20  # of a task: ten hours at 29 a second
-_MOST_BETWEEN = 2**22  # shapes of a file that stand in none of its lines: two keyframes could stand for any number
+_MOST_FRAMES = 2**18  # of a task: two hours at 30 a second
+_MOST_BETWEEN = 2**21  # shapes of a file that stand in none of its lines: two keyframes could stand for any number
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +63,15 @@ def frames_of(path: Path, tasks: Sequence[Mapping[str, str]], tracks: Sequence[T
     """
     last = max((key.frame for track in tracks for key in track.keys), default=0)
     entries: list[Entry] = []
-    made = 0
+    left = _MOST_BETWEEN + sum(len(track.keys) for track in tracks)
     for task in tasks or ({"stop_frame": str(last)},):
         frames = _frames(path, task, alone=len(tasks) < 2)
         for track in tracks:
             if len(tasks) > 1 and track.task != task.get("id", ""):
                 continue
             for frame, key in _seen(track, frames):
-                made += isinstance(key.form, Between)
-                if made > _MOST_BETWEEN:
+                left -= 1
+                if left < 0:
                     raise ValueError(f"its tracks stand for more than {_MOST_BETWEEN:,} shapes: export fewer frames")
                 _add(frames[frame], track.label, key)
         entries += frames.values()
