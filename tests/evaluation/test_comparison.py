@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from dinoseg.errors import UserError
+from dinoseg.evaluation import comparison
 from dinoseg.evaluation.comparison import against, aligned, scores_of
 from dinoseg.evaluation.image_record import ImageRecord, read_record, write_record
 from dinoseg.evaluation.paired_pictures import SHOWN, Pictures, most_different
@@ -82,6 +83,22 @@ def test_the_images_that_gain_and_lose_most_are_shown_by_the_size_of_the_differe
     assert [gaps[index] for index, _ in shots] == sorted([*gained, *lost], key=abs, reverse=True) and not reason
     assert len(most_different(stub, [0.1] * 9, [0.2 + 0.01 * index for index in range(9)])[0]) == SHOWN
     assert all(after - before == pytest.approx(gaps[index]) for index, (before, after) in shots)
+
+
+def test_pictures_are_of_the_first_run_and_of_the_other(tmp_path, monkeypatch):
+    asked, folders = [], [tmp_path / name for name in "abc"]
+    monkeypatch.setattr(
+        comparison, "most_different", lambda pictures, *mious: asked.append(pictures.folders) or ([], "")
+    )
+    against(None, folders, [record(), record(1), record(2)], ["a", "b", "c"])
+    assert asked == [(folders[0], folders[1]), (folders[0], folders[2])]
+
+
+def test_a_config_larger_than_any_is_not_read(tmp_path):
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config/config.yaml").write_bytes(b"#" * (2**20 + 1))
+    with pytest.raises(UserError, match="larger than a megabyte"):
+        Pictures(None, record(), (tmp_path, tmp_path)).data  # noqa: B018
 
 
 def test_no_name_leads_out_of_a_run_folder(tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import call
+from command_line import call, write_data
 
 from dinoseg.errors import UserError
 from dinoseg.evaluation.comparison import run_names
@@ -120,6 +120,10 @@ def test_the_evaluation_at_the_end_of_a_training_is_one(runs):
     folder = runs / "segmenter/evaluation"
     page = (folder / "report.html").read_text()
     assert "mode=train" in page and "segmenter/checkpoints/best.safetensors" in page and "<h2>Training</h2>" in page
+    tracked = (runs / "slots/evaluation/report.html").read_text()
+    assert "mode=train" in tracked and "slots/checkpoints/best.safetensors" in tracked
+    with pytest.raises(UserError, match=r"slots/evaluation is an evaluation of videos"):
+        evaluated(runs / "slots")
     shutil.rmtree(runs / "compared", ignore_errors=True)
     done = compare(runs, "segmenter", "first")
     assert done.status == 0, done.err
@@ -158,6 +162,10 @@ def test_predictions_of_classes_that_are_none_cost_the_pictures_alone(runs):
         write_png(path, np.full((32, 48), 7, np.uint8))
     done = compare(runs, "first", "other")
     assert done.status == 0 and "no mask of the 2 classes" in done.err
+    write_data(runs / "grown", val=3)
+    copied(runs, "other", lambda record: record.update(root=str(runs / "grown")))
+    done = compare(runs, "other", "first")
+    assert done.status == 0 and "grown holds other images than those that were evaluated" in done.err
 
 
 def test_a_config_that_is_not_to_be_trusted_costs_the_pictures_alone(runs):
