@@ -16,10 +16,13 @@ from PIL import Image
 from serving_stand_ins import encoded, picture, service
 from starlette.testclient import TestClient
 
+from dinoseg.errors import UserError
 from dinoseg.inference.video_file import VideoReader
 from dinoseg.inference.video_writer import VideoWriter
 from dinoseg.serving import jobs
+from dinoseg.serving.answers import Look
 from dinoseg.serving.app import App
+from dinoseg.serving.clips import make_overlay
 from dinoseg.serving.guard import Hosts
 from dinoseg.serving.limits import ClipLimits, Refused
 from dinoseg.tracking.tracker import Tracker
@@ -170,6 +173,34 @@ def test_a_clip_over_a_limit_is_refused(tmp_path, clip):
     with app(tmp_path / "small", video_mib=0.0001) as ask:
         assert refused(ask.post("/app/clip", content=clip)) == (413, "max_bytes")
         assert list((tmp_path / "small").iterdir()) == []
+
+
+def test_a_clip_that_has_more_frames_than_it_says_is_left(tmp_path, clip):
+    (tmp_path / "clip.mp4").write_bytes(clip)
+    look = Look(str, ((0, 0, 0),))
+    with pytest.raises(UserError, match="more frames than it says"):
+        make_overlay(
+            jobs.Job("id", tmp_path), tmp_path / "clip.mp4", ClipLimits(max_seconds=0.05), look,
+            lambda frames: [np.zeros(SIZE, np.uint8) for _ in frames],
+        )  # fmt: skip
+    assert [path.name for path in tmp_path.iterdir()] == ["clip.mp4"]
+
+
+def test_what_was_painted_is_shown_as_it_was_and_what_follows_without_blocks():
+    frame, mask = np.zeros((8, 8, 3), np.uint8), np.eye(8, dtype=np.uint8)
+    look = Look(str, ((0, 0, 0), (255, 0, 0)), opacity=1.0, blocks=(1, 1))
+    assert (look.over(frame, mask, first=True)[..., 0] == 255 * mask).all()
+    assert look.over(frame, mask, first=False)[..., 0].all()  # one cell, whose centre is painted
+
+
+def test_the_app_looks_for_what_nobody_asks_for(tmp_path, clip, monkeypatch):
+    monkeypatch.setattr("dinoseg.serving.app._SWEEP", 0.01)
+    with app(tmp_path, keep_minutes=1e-4) as ask:
+        assert ask.post("/app/clip", content=clip).status_code == 200
+        end = time.monotonic() + 10
+        while list(tmp_path.iterdir()):
+            assert time.monotonic() < end
+            time.sleep(0.01)
 
 
 def test_nobody_gets_at_anothers_files(tmp_path, clip):

@@ -75,6 +75,15 @@ def test_a_batch_that_fails_costs_no_other_request(gate, worker):
     assert results([good, other]) == [1, 2]
     with pytest.raises(ValueError, match="thirteen"):
         bad.result(10)
+    two = [worker.submit(SMALL + np.uint8(n)) for n in (13, 3)]
+    assert results(two[1:]) == [3]
+
+
+def test_images_of_one_height_and_another_width_go_alone(gate, worker):
+    wide = worker.submit(np.full((2, 4, 3), 2, np.uint8))
+    small = worker.submit(SMALL + np.uint8(1))
+    gate.open.set()
+    assert results([wide, small]) == [2, 1] and gate.seen == [[0], [2], [1]]
 
 
 def test_calls_have_their_turn_between_images(gate, worker):
@@ -102,7 +111,9 @@ def test_an_idle_model_waits_for_more_as_long_as_it_is_told():
         wait=5.0,
         max_pixels=100,
     )
-    futures = [worker.submit(SMALL), worker.submit(SMALL)]  # a full batch does not wait
+    first = worker.submit(SMALL)
+    time.sleep(0.03)
+    futures = [first, worker.submit(SMALL)]  # a full batch does not wait
     assert wait(futures, timeout=4).not_done == set() and seen == [2, 2]
     worker.stop()
 

@@ -9,13 +9,16 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco
 from serving_stand_ins import client, encoded, picture, service
+from starlette.requests import Request
 from starlette.testclient import TestClient
 
 from dinoseg.errors import UserError
 from dinoseg.images import read_image
 from dinoseg.serving.endpoint import endpoint
 from dinoseg.serving.guard import Hosts
-from dinoseg.serving.limits import Limits
+from dinoseg.serving.limits import Limits, Refused
+from dinoseg.serving.metrics import Metrics
+from dinoseg.serving.requests import bounded
 
 
 def opened(answer):
@@ -79,6 +82,12 @@ def test_what_is_no_use_is_refused_by_a_rule_with_a_name(data, rule):
         assert counted(ask, "dinoseg_errors_total") == {f'dinoseg_errors_total{{rule="{rule}"}}': 1}
 
 
+def phone():
+    file = io.BytesIO()
+    Image.fromarray(picture(8, 12)).save(file, "MPO", save_all=True, append_images=[Image.new("RGB", (6, 4))])
+    return file.getvalue()
+
+
 def turned():
     exif = Image.Exif()
     exif[0x0112] = 6  # a phone held upright
@@ -94,8 +103,9 @@ def turned():
         ("png", encoded(picture(1, 1))),
         ("png", encoded(picture(20, 3000))),
         ("jpg", turned()),
+        ("jpg", phone()),
     ],
-    ids=["CMYK", "16 bits", "alpha", "one pixel", "a strip", "turned"],
+    ids=["CMYK", "16 bits", "alpha", "one pixel", "a strip", "turned", "a phone's with a preview"],
 )
 def test_odd_pictures_are_read_as_mode_predict_reads_them(kind, data, tmp_path):
     (tmp_path / f"a.{kind}").write_bytes(data)
@@ -110,7 +120,7 @@ def test_a_form_needs_one_file():
         assert refused(ask.post("/segment", data={"image": "text"}, files={}))[0] == 400
         form = {"content-type": "multipart/form-data; boundary=x"}
         assert refused(ask.post("/segment", content=b"no form", headers=form)) == (400, "one_file")
-        many = ask.post("/segment", files=[("image", encoded(picture()))] * 10_000)
+        many = ask.post("/segment", files=[("image", encoded(picture()))] * 3)
         assert refused(many) == (400, "one_file") and "Too many files" in many.text
         assert counted(ask, "dinoseg_errors_total") == {
             'dinoseg_errors_total{rule="format"}': 1,
@@ -131,6 +141,37 @@ def test_too_many_bytes_are_refused_when_they_are_announced_or_when_they_come():
         assert refused(announced) == (413, "max_bytes"), "before any of it has come"
         assert refused(ask.post("/segment", content=chunks())) == (413, "max_bytes")
         assert ask.post("/segment", files={"image": encoded(picture())}).status_code == 200
+
+
+def test_the_limit_of_bytes_is_the_largest_that_is_taken_however_they_come():
+    with client(image_mib=2**-10) as ask:
+        assert refused(ask.post("/segment", content=b"x" * 1024)) == (400, "format")
+        assert refused(ask.post("/segment", content=b"x" * 1025)) == (413, "max_bytes")
+
+    async def some():
+        return {"type": "http.request", "body": b"x" * 400, "more_body": True}
+
+    async def read():
+        await bounded(Request({"type": "http", "headers": []}, some), 2**-10).body()
+
+    with pytest.raises(Refused, match="longer than"):
+        asyncio.run(read())
+
+
+def test_who_takes_pictures_too_gets_a_picture():
+    with client() as ask:
+        for accept, kind in (("application/json, image/png", "image/png"), ("*/*", "image/png")):
+            answer = ask.post("/segment", content=encoded(picture()), headers={"accept": accept})
+            assert answer.headers["content-type"] == kind
+
+
+def test_metrics_tell_images_and_seconds_apart():
+    metrics = Metrics(lambda: 1, lambda: 2)
+    metrics.batch(3, 0.5)
+    lines = set(metrics.text().splitlines())
+    assert {"dinoseg_model_seconds_sum 0.500000", "dinoseg_batch_images_sum 3.000000"} <= lines
+    assert {'dinoseg_model_seconds_bucket{le="0.25"} 0', 'dinoseg_model_seconds_bucket{le="0.5"} 1'} <= lines
+    assert {"dinoseg_queue_length 1", "dinoseg_requests_in_hand 2"} <= lines
 
 
 def test_fifty_at_once_are_each_answered_with_their_own():

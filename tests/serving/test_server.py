@@ -8,16 +8,20 @@ import threading
 import time
 from contextlib import contextmanager
 from http.client import HTTPConnection
+from unittest.mock import MagicMock
 
 import pytest
 import uvicorn
 from command_line import call
-from serving_stand_ins import encoded, picture
+from serving_stand_ins import FACTS, Bright, encoded, picture
 
 from dinoseg.errors import UserError
+from dinoseg.portable.model import Model
 from dinoseg.processes.interrupt import Deferral
 from dinoseg.serving import server as server_module
+from dinoseg.serving import start
 from dinoseg.serving.guard import is_loopback
+from dinoseg.serving.limits import Limits
 from dinoseg.serving.server import bound
 
 
@@ -79,12 +83,43 @@ def test_who_never_finishes_a_request_is_cut_off_and_who_asks_again_is_not(monke
             often = HTTPConnection("127.0.0.1", port, timeout=5)
             often.auto_open = False
             often.connect()
-            for _ in range(8):
+            for _ in range(12):
                 often.request("GET", "/")
                 assert often.getresponse().read() == b"hello"
                 time.sleep(0.05)
             assert slow.recv(1) == b""
             often.close()
+
+
+def test_a_server_is_bounded_and_says_nothing_of_itself(monkeypatch):
+    made = []
+
+    class Made:
+        def __init__(self, config, stop, on_stop):
+            made.append(config)
+
+        def run(self, sockets):
+            pass
+
+    monkeypatch.setattr(server_module, "_Server", Made)
+    with bound("127.0.0.1", 0) as listener:
+        server_module.serve_until_signal(hello, listener, lambda: None, patience=2.5)
+    config = made[0]
+    assert (config.timeout_graceful_shutdown, config.limit_concurrency, config.timeout_keep_alive) == (3, 1000, 15)
+    assert not (config.proxy_headers or config.server_header or config.access_log) and config.ws == "none"
+
+
+def test_both_modes_begin_with_what_the_command_line_says(monkeypatch, tmp_path):
+    limits, given = Limits(timeout=2.0), dict(model=None, host="127.0.0.1", port=0)
+    monkeypatch.setattr(start, "load_served", lambda cfg, out_dir, file: Model(Bright(), FACTS))
+    monkeypatch.setattr(start, "Service", lambda model, limits, **options: MagicMock(options=options))
+    for asked, expected in ((None, 1), (5, 5)):
+        with start.started({}, tmp_path, **given, batch_size=asked, wait_ms=50, limits=limits) as (_, service):
+            assert service.options == {"batch_size": expected, "wait": 0.05}
+        service.close.assert_called_once()
+    with pytest.raises(UserError, match="wait_ms=2000 is as long"):
+        with start.started({}, tmp_path, **given, batch_size=1, wait_ms=2000, limits=limits):
+            pass
 
 
 def test_who_does_not_read_his_answer_does_not_hold_up_a_stop(monkeypatch):
