@@ -6,10 +6,12 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
+import av
 import cv2
 import numpy as np
 import pytest
 import torch
+from films import write_film
 from omegaconf import OmegaConf
 
 from dinoseg.contracts import Head
@@ -58,6 +60,15 @@ def trained(monkeypatch):
     fake = Trained(Brightness().eval(), engine, CLASSES, palette, 255, {})
     monkeypatch.setattr(mode, "load_trained", lambda cfg: fake)
     return fake
+
+
+@pytest.mark.parametrize(("frames", "shortest", "longest"), [(6, 0.1, 0.4), (None, 1.9, 2.1)])
+def test_sound_is_whole_or_ends_with_the_frames_that_were_asked_for(trained, tmp_path, frames, shortest, longest):
+    predict(write_film(tmp_path / "v.mp4", seconds_of_sound=2), tmp_path / "out", frames=frames)
+    with av.open(str(tmp_path / "out/v_overlay.mp4")) as overlay:
+        assert overlay.streams.video[0].frames == (frames or 24)
+        sound = overlay.streams.audio[0]
+        assert shortest < sound.duration * sound.time_base < longest
 
 
 @pytest.fixture
