@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from dinoseg import launch
 from dinoseg.launch import _below_recipe
+from dinoseg.processes.interrupt import Interrupted
 
 NAMED = Path("outputs/base/eval_2026-01-02_03-04-05")
 
@@ -34,6 +35,36 @@ def test_a_folder_that_the_user_named_stays():
     for folder in (Path("mine"), Path("outputs/base/mine"), NAMED / "0"):
         assert _below_recipe(folder, "base", "person") == folder
     assert _below_recipe(NAMED, "base", "person") == Path("outputs/person") / NAMED.name
+
+
+@pytest.fixture
+def second_rank(monkeypatch):
+    """Be the second of two ranks that torchrun has started, of a mode that returns its folder."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(launch, "run_ranks", lambda *_: pytest.fail("a rank starts ranks"))
+    monkeypatch.setattr(launch, "run_mode", lambda cfg, folder: folder)
+    return OmegaConf.create({"mode": {"devices": 2, "resume_from": "last"}, "resume": None, "choices": {"hparam": "a"}})
+
+
+def test_a_rank_of_torchrun_starts_none_and_makes_no_folder(second_rank, tmp_path, monkeypatch):
+    new, old = tmp_path / "new", tmp_path / "old"
+    assert launch.launch(second_rank, new, []) == new
+    monkeypatch.setattr(launch, "_resumed", lambda cfg, *_: (cfg, old))
+    second_rank.resume = "auto"
+    assert launch.launch(second_rank, new, []) == old and not list(tmp_path.iterdir())
+
+
+def test_the_first_rank_alone_says_what_is_left(second_rank, tmp_path, monkeypatch):
+    def stop(cfg, folder):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launch, "run_mode", stop)
+    for rank, said in (("1", ""), ("0", "this run has saved nothing")):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(Interrupted) as stopped:
+            launch.launch(second_rank, tmp_path / "run", [])
+        assert (stopped.value.note, stopped.value.status) == (said, 130)
 
 
 def test_a_process_that_knows_the_callback_alone_can_name_a_jobs_folder():

@@ -56,6 +56,9 @@ def check_binds(path, node):
     )
     given = {key for key in node if not key.startswith("_")} - FOR_OTHERS.get(path, set())
     later = {name for name in AT_RUN_TIME.get(path, set()) if name in parameters or name != "class_weights"}
+    if path == "export" and inspect.isclass(target):  # made at once, and called with what the others take
+        assert set(inspect.signature(target.__call__).parameters) >= later
+        later = set()
     assert not given & later, f"{path} sets what comes at run time: {given & later}"
     assert bool(later) <= bool(node.get("_partial_")), f"{path} waits for {later}, but is not _partial_"
     assert {key for key in node if key.startswith("_")} <= {"_target_", "_partial_"}, path
@@ -98,6 +101,18 @@ def test_a_mode_put_into_a_recipe_is_what_hydra_composes(compose):
         whole, put = compose(f"hparam={hparam}", f"mode={mode}", *given), compose(f"hparam={hparam}", *given)
         put.mode, put.choices.mode = compose(f"mode={mode}", *needed(main_choices())).mode, mode
         assert OmegaConf.to_container(put) == OmegaConf.to_container(whole)
+
+
+def test_what_launch_reads_of_each_mode():
+    said = {mode: read("mode", mode) for mode in options("mode")}
+    best = dict.fromkeys(("eval", "export", "predict", "serve", "track"), "best")
+    assert {mode: keys["resume_from"] for mode, keys in said.items() if "resume_from" in keys} == best | {
+        "train": "last"
+    }
+    assert {mode for mode, keys in said.items() if keys.get("devices") == "${engine.devices}"} == {"eval", "train"}
+    assert {mode: keys["goes_on"] for mode, keys in said.items() if "goes_on" in keys} == {"predict": "predict.json"}
+    assert {mode for mode, keys in said.items() if "reads" not in keys} == {"help"}
+    assert {mode for mode, keys in said.items() if "check" in keys} == {"train"}
 
 
 def written_values(node, path=()):

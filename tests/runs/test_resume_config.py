@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from dinoseg.errors import UserError
 from dinoseg.runs import lookup
 from dinoseg.runs.folder import drop_parts, is_locked, lock, release
-from dinoseg.runs.recipe import config_description, data_root
+from dinoseg.runs.recipe import config_description, data_root, recipe_of
 from dinoseg.runs.resume import merge
 from dinoseg.storage.tensor_files import write_tensors
 from dinoseg.training import checkpoint, loading
@@ -80,6 +80,8 @@ def test_how_a_model_is_asked_makes_no_other_run(where):
     assert train(where, "trainer.steps=2", "inference.overlap=0.5", "resume=auto").status == 0
     assert len(runs(where)) == 1 and last(where)["choices"]["inference"] == "windows"
     assert last(where)["config"]["inference"]["overlap"] == 0.5
+    done = call(where, "mode=eval", *SMALL, "resume=auto", "mode.metrics_only=true", "mode.report=false")
+    assert f"checkpoint:   {runs(where)[0]}/checkpoints/best.safetensors" in done.out, done.err
 
 
 def test_a_run_whose_rate_and_warmup_were_numbers_goes_on_as_it_would_have(where):
@@ -108,6 +110,25 @@ def test_auto_goes_on_only_with_the_same_recipe(where, override, same):
     assert train(where, "trainer.steps=1").status == 0
     assert train(where, "trainer.steps=2", override, "resume=auto").status == 0
     assert len(runs(where)) == (1 if same else 2)
+
+
+def test_a_recipe_is_what_is_trained_and_nothing_beside(compose):
+    def recipe(*words):
+        return recipe_of(config_description(compose("data.root=.", "data.classes=[a,b]", *words)))
+
+    lengths = ("trainer.patience=3", "trainer.save_every=7", "trainer.log_every=3", "trainer.epochs=2")
+    assert recipe() == recipe(*lengths, "data.background=b") != recipe("data.ignore_index=7")
+
+
+def test_auto_in_a_sweep_looks_through_the_whole_folder_of_its_recipe(tmp_path, monkeypatch):
+    for name in ("config_description", "recipe_of"):
+        monkeypatch.setattr(lookup, name, lambda _: None)
+    monkeypatch.setattr(checkpoint, "describe", lambda _: None)
+    path = tmp_path / "outputs/base/train_1/checkpoints/last.safetensors"
+    path.parent.mkdir(parents=True)
+    path.touch()
+    cfg = OmegaConf.create({"resume": "auto", "choices": {"hparam": "base"}})
+    assert lookup.resumed_checkpoint(cfg, tmp_path / "outputs/base/train_2/0", "last") == path
 
 
 def test_auto_does_not_go_on_with_other_data(where):
