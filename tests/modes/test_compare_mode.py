@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -9,11 +10,13 @@ import pytest
 from command_line import call, write_data
 
 from dinoseg.errors import UserError
+from dinoseg.evaluation.collected import image_mious
 from dinoseg.evaluation.comparison import run_names
 from dinoseg.evaluation.image_record import COUNTS, RECORD, evaluated, read_record
 from dinoseg.images import write_png
 from dinoseg.modes import evaluate
 
+STATES = ("as it is", "at temperature")
 EVAL = ("mode=eval", "engine=cpu", "engine.workers=0")
 
 
@@ -64,6 +67,12 @@ def test_every_evaluation_has_a_report_unless_told(runs):
     rows = list(csv.DictReader((runs / "first/images.csv").read_text().splitlines()))
     assert [row["image"] for row in rows] == ["0", "1"]
     assert sum(int(row["labelled_pixels"]) for row in rows) == scores["pixels"]
+    wrong = sum(int(row["wrong_pixels"]) for row in rows)
+    assert wrong == round((1 - scores["accuracy"]) * scores["pixels"])
+    counts, record = read_record(runs / "first").counts, json.loads((runs / "first" / RECORD).read_text())
+    assert [float(row["miou"]) for row in rows] == pytest.approx(image_mious(counts)) and record["unit"] == "image"
+    plain, scaled = (re.search(rf">{name}[^<]*</th><td[^>]*data-value=.([\d.e-]+)", page)[1] for name in STATES)
+    assert float(scaled) < float(plain)  # negative log-likelihood, before and after the temperature
     done = call(runs, *EVAL, "resume=segmenter", "mode.report=false", "hydra.run.dir=bare")
     assert done.status == 0 and not {"report.html", RECORD, COUNTS, "images.csv"} & {
         path.name for path in (runs / "bare").iterdir()

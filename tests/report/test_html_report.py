@@ -230,6 +230,13 @@ def test_a_page_grows_no_further_with_its_images():
     assert [x for x, _ in thinned([(0.0, 1.0), (1.0, 1.0)])] == [0.0, 1.0]
 
 
+def test_each_axis_has_its_own_ends():
+    axes = Axes((0, 10), (0, 1), "x", "y")
+    (left, foot), (right, top), (middle, half) = axes.at(0, 0), axes.at(10, 1), axes.at(5, 0.5)
+    assert left < right and top < foot and (middle, half) == ((left + right) / 2, (top + foot) / 2)
+    assert axes.at(-5, 9) == (left, top)
+
+
 def test_whiskers_begin_at_zero_and_values_that_a_script_reads_close_no_element():
     drawn = whisker(0.1, [0.05, 0.15], (-0.2, 0.2)).html
     assert '<rect x="50.0" y="4" width="25.00"' in drawn and "M62.5 8H87.5" in drawn
