@@ -97,6 +97,8 @@ class Images:
         if isinstance(found, Path):
             return VideoFrame(found, entry.frame, self.cache_dir)
         position = entry.frame if len(found) == clip.frames[-1] + 1 else clip.frames.index(entry.frame)
+        if not _is_file(found[position]):
+            raise NotThere(f"{entry.path} has frame {entry.frame}, and {found[position]} is not there.")
         return found[position]
 
     def _clip(self, clip: Clip, folder: Path) -> "Path | Sequence[Path]":

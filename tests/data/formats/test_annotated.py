@@ -170,7 +170,7 @@ def test_first_and_latest_versions_of_labelme(tmp_path):
 )  # fmt: skip
 def test_masks_of_labelme_are_cut_at_edges_and_lie_at_whole_pixels(tmp_path, corners, box):
     picture = io.BytesIO()
-    Image.fromarray(np.ones((3, 3), bool)).save(picture, "PNG")
+    Image.fromarray(np.ones((3, 3), np.uint8)).save(picture, "PNG")  # 0 and 1 in bytes, as the latest versions write
     mask = {"label": "leaf", "shape_type": "mask", "points": corners, "mask": base64.b64encode(picture.getvalue())}
     root = labelme(tmp_path / "train/a.json", mask | {"mask": mask["mask"].decode()}).parent
     np.testing.assert_array_equal(opened("labelme", root).mask(0), filled((1, *box)))
@@ -293,6 +293,9 @@ def test_crowds_may_be_ignored(tmp_path):
     expected = np.where(filled((1, 1, 4, 1, 5)), 1, 255)
     np.testing.assert_array_equal(opened("coco", root, crowds="ignore").mask(0), expected)
     np.testing.assert_array_equal(opened("coco", root, order="file").mask(0), np.where(expected == 1, 1, 2))  # below
+    small = crowd | {"segmentation": [[2, 2, 4, 2, 4, 3, 2, 3]]}
+    coco(tmp_path / "train.json", annotations=[small, (1, 1, [CORNERS])])
+    np.testing.assert_array_equal(opened("coco", root).mask(0), filled((1, 1, 4, 1, 5)))  # however small
     coco(tmp_path / "train.json", annotations=[crowd | {"segmentation": [CORNERS]}])
     np.testing.assert_array_equal(opened("coco", root, crowds="ignore").mask(0), filled((255, 1, 4, 1, 5)))
     with pytest.raises(UserError, match=r"shapes\.crowds=x is unknown"):
@@ -329,6 +332,8 @@ def test_bare_images_are_told_or_left_out(tmp_path, caplog):
         assert len(opened("coco", root)) == 2
     assert "1 of 2 images have no shape, and are all background" in caplog.text
     assert opened("coco", root, without_shapes="skip").names == ["a"]
+    coco(tmp_path / "train.json", images=("a.png", "b.png"), annotations=[(1, 1, [CORNERS]), (2, 1, [[1, 2, 3]])])
+    assert "b" in opened("coco", root, without_shapes="skip").lacking  # what is wrong is told, and not left out unsaid
 
 
 def test_images_that_are_missing_or_outside(tmp_path):
@@ -398,6 +403,7 @@ def test_json_that_is_refused(tmp_path, text, wrong):
     [
         (("leaf", "polygon", [[1, 1], [2, 2]]), r"shapes\[0\] \(leaf\): it is a polygon of 2 points, and needs 3"),
         (("leaf", "circle", [[1, 1], [2, 2], [3, 3]]), "a circle of 3 points"),
+        (("leaf", "point", [[1, 1], [2, 2]]), "a point of 2 points"),
         (("leaf", "spiral", [[1, 1]]), "shape_type is spiral"), (("", "point", [[1, 1]]), "must be a name"),
         ((3, "point", [[1, 1]]), "must be a name"), (("leaf", "point", [[1]]), "no list of pairs"),
         (("leaf", "circle", [[1, 1], [1e30, 1]]), "away"), (("leaf", "mask", [[1, 1], [2, 2]]), "a picture in base64"),
