@@ -211,7 +211,7 @@ class TestFilms:
             times = times_of(copy)
             assert times == times_of(original) == [Fraction(tick, 90000) for tick in ticks]
 
-    @pytest.mark.parametrize("matrix", [1, 5, 9, 0])  # BT.709, BT.601, BT.2020; RGB, which H.264's three planes are not
+    @pytest.mark.parametrize("matrix", [1, 5, 9, 0, 8])  # BT.709, BT.601, BT.2020; RGB and YCgCo, which are not written
     def test_colours_look_as_they_did(self, tmp_path, matrix):
         tags = (matrix or 1, 1, matrix)
         traits = VideoTraits(Fraction(1, 10), Fraction(1), tags, None)
@@ -220,7 +220,7 @@ class TestFilms:
             for colour in colours:
                 writer.write(np.full((16, 16, 3), colour, np.uint8))
         with VideoReader(tmp_path / "out.mp4") as reader:
-            assert reader.traits.colours == (*tags[:2], matrix or 2)
+            assert reader.traits.colours == (*tags[:2], 2 if matrix in (0, 8) else matrix)
             seen = [frame.reshape(-1, 3).mean(axis=0) for frame in reader]
         assert np.abs(np.array(seen) - colours).max() < 4
 
@@ -293,6 +293,11 @@ class TestVideoWriter:
         writer.frames_written = 9
         with pytest.raises(UserError, match=r"Cannot write .*out\.mp4: 1 of 9 frames arrived.*disk space"):
             writer.close()
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_video_of_no_frame_is_none(self, tmp_path):
+        with pytest.raises(UserError, match="0 of 0 frames arrived"), VideoWriter(tmp_path / "out.mp4", 25, (48, 64)):
+            pass
         assert list(tmp_path.iterdir()) == []
 
     def test_a_full_disk_is_told_once(self, tmp_path, capfd):

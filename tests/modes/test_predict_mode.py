@@ -157,6 +157,13 @@ def test_a_video_gives_an_overlay_and_masks(trained, tmp_path, masks, caplog):
     assert {batch[0] for batch in trained.model.batches} == {3, 1}
 
 
+def test_an_opaque_overlay_shows_the_classes_colours(trained, tmp_path):
+    predict(random_video(tmp_path / "v.avi"), tmp_path / "out", opacity=1.0)
+    with VideoReader(tmp_path / "out/v_overlay.mp4") as reader:
+        last = list(reader)[-1]
+    assert np.abs(last[10:20, 4:30].reshape(-1, 3).mean(axis=0) - (0, 90, 255)).max() < 12
+
+
 def test_class_ids_lie_as_mode_score_takes_them(trained, tmp_path, capsys):
     folder = tmp_path / "in"
     images = {name: random_image(folder / f"{name}.png", seed=len(name)) for name in ("a", "deep/a", "deep/frame10")}
