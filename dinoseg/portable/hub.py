@@ -55,7 +55,8 @@ def push(
     """Upload a model's file and a card of its facts to a repository, made if need be; return the commit's address.
 
     Raises:
-        UserError: it holds weights that are not to be passed on freely, or the hub does not take it.
+        UserError: it holds weights that are not to be passed on freely, it is renamed and has its weights beside it, or
+            the hub does not take it.
     """
     source = facts.backbone
     if source.get("gated") and source.get("in_file", True) and not gated:
@@ -64,10 +65,16 @@ def push(
             "which terms they may be passed on. Export with export.delta=true, or keep to them and say gated=True."
         )
     runtime = next((key for key, name in FILES.items() if Path(name).suffix == file.suffix), "torch")
+    beside = file.with_name(f"{file.name}.data")  # a large ONNX file's weights, which it knows by name
+    parts = (file, beside) if runtime == "onnx" and beside.is_file() else (file,)
+    if len(parts) > 1 and file.name != FILES[runtime]:
+        raise UserError(
+            f"{file} knows its weights as {beside.name}, and would be {FILES[runtime]} on the hub: export it again."
+        )
     with TemporaryDirectory() as folder, _telling(repo_id, token):
         from huggingface_hub import HfApi
 
-        for part in (file, *file.parent.glob(f"{file.name}.*")) if runtime == "onnx" else (file,):
+        for part in parts:
             target = Path(folder) / part.name.replace(file.name, FILES[runtime], 1)
             try:
                 target.symlink_to(part)  # which may be larger than the disk of temporary files

@@ -150,15 +150,23 @@ def test_odd_numbers_and_codes_of_a_file_are_harmless_in_the_card_and_on_a_termi
     assert "\x1b" not in card + repr(Model(SimpleNamespace(name="onnx"), facts))
 
 
-def test_weights_beside_a_graph_go_with_it_under_the_name_that_is_looked_for(hub, tmp_path):
+def test_weights_beside_a_graph_go_with_it_unless_it_was_renamed(hub, tmp_path):
     facts = Facts(("a", "b"), ((0, 0, 0), (1, 2, 3)), 255)
-    for name in ("mine.onnx", "mine.onnx.data", "mine.txt"):
+    for name in ("model.onnx", "model.onnx.data", "model.onnx.txt", "mine.onnx", "mine.onnx.data", "bare.onnx"):
         (tmp_path / name).write_text(name)
-    push(tmp_path / "mine.onnx", facts, "me/mine", private=None, revision=None, token=None, gated=False)
-    there = {path.name: path.read_text() for path in (hub.folder / "me/mine").glob("model*")}
-    assert there == {"model.onnx": "mine.onnx", "model.onnx.data": "mine.onnx.data"}
-    assert fetched("me/mine", runtime="onnx").name == "model.onnx"
-    assert hub.asked[-1]["patterns"] == ["model.onnx*"]
+    with pytest.raises(UserError, match="knows its weights as mine.onnx.data"):
+        push(tmp_path / "mine.onnx", facts, "me/mine", private=None, revision=None, token=None, gated=False)
+    assert not hub.asked
+    for file, there in (
+        ("model.onnx", {"model.onnx", "model.onnx.data", "README.md"}),
+        ("bare.onnx", {"model.onnx", "README.md"}),
+    ):
+        push(tmp_path / file, facts, f"me/{file}", private=None, revision=None, token=None, gated=False)
+        assert {path.name for path in (hub.folder / "me" / file).iterdir()} == there
+        assert (hub.folder / "me" / file / "model.onnx").read_text() == file
+    assert fetched("me/model.onnx", runtime="onnx").name == "model.onnx" and hub.asked[-1]["patterns"] == [
+        "model.onnx*"
+    ]
 
 
 def test_gated_weights_that_say_nothing_of_where_they_are_count_as_in_the_file(hub, tmp_path):
