@@ -37,6 +37,20 @@ def test_a_folder_that_the_user_named_stays():
     assert _below_recipe(NAMED, "base", "person") == Path("outputs/person") / NAMED.name
 
 
+def test_a_mode_goes_on_in_a_folder_of_its_own_alone(tmp_path):
+    cfg = OmegaConf.create({"mode": {"goes_on": "predict.json"}})
+
+    def goes_on(*names):
+        folder = tmp_path / "-".join(names or ["none"])
+        for name in names:
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).touch()
+        return launch._goes_on(cfg, folder)
+
+    assert goes_on("run.log", "predict.json", "a.png") and goes_on("run.log")
+    assert not (goes_on() or goes_on("predict.json") or goes_on("run.log", "a.png"))
+
+
 @pytest.fixture
 def second_rank(monkeypatch):
     """Be the second of two ranks that torchrun has started, of a mode that returns its folder."""

@@ -11,6 +11,7 @@ import torch
 from command_line import SMALL, call, write_data
 from omegaconf import OmegaConf
 
+from dinoseg.command.words import parsed
 from dinoseg.errors import UserError
 from dinoseg.runs import lookup
 from dinoseg.runs.folder import drop_parts, is_locked, lock, release
@@ -166,6 +167,22 @@ def test_a_relative_root_is_that_of_the_run(where):
     (where / "moved").rename(there)
     done = call(where, "mode=eval", f"resume={runs(where)[0]}", "engine=cpu")
     assert done.status == 0 and "where the run ha" not in done.err
+
+
+def test_a_root_that_is_with_the_run_alone_needs_no_word(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run/data").mkdir(parents=True)
+    assert data_root({"data": {"root": "data"}}, tmp_path / "run") == (str(tmp_path / "run/data"), "")
+
+
+def test_a_key_that_a_checkpoint_lacks_is_added_where_that_is_said(compose, tmp_path):
+    cfg = compose("mode=eval", "resume=x", "data.root=.", "data.classes=[a,b]")
+    info = json.loads(json.dumps(config_description(cfg)))
+    assert merge(cfg, [parsed("++head.more=1")], tmp_path / "x", info).head.more == 1
+    with pytest.raises(
+        UserError, match=r"head\.more is no key of .* To add it all the same, give \+\+head\.more=VALUE"
+    ):
+        merge(cfg, [parsed("head.more=1")], tmp_path / "x", info)
 
 
 def test_auto_finds_a_run_that_was_moved_with_its_data(where, monkeypatch):
