@@ -279,6 +279,13 @@ def test_names_that_no_disk_can_have_and_names_with_dots(tmp_path):
     assert opened("coco", root).names == ["b"]
 
 
+def test_a_file_that_is_larger_than_any_is_not_read(tmp_path, monkeypatch):
+    root = coco(tmp_path / "train.json")
+    monkeypatch.setattr("dinoseg.data.formats.annotation_files.LARGEST_FILE", 100)
+    with pytest.raises(UserError, match="bytes, and may have 100: divide it into several"):
+        opened("coco", root)
+
+
 def test_archives_are_named_and_not_read(tmp_path):
     (tmp_path / "export.zip").write_bytes(b"PK")
     with pytest.raises(UserError, match=r"export\.zip is there, and archives are not read: unpack it"):

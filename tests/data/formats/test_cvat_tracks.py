@@ -117,6 +117,10 @@ def test_pictures_of_a_task_of_images_are_counted(tmp_path):
     root = write(tmp_path / "train.xml", track(box(1, 4, 8), box(3, 8, 16)), meta=task(size=None))
     data = opened(root)
     assert data[3]["image"].unique().tolist() == [3] and data.mask(0).shape == SIZE
+    meta = task(start=1, more="<frame_filter>step=2</frame_filter>", size=None)
+    write(tmp_path / "train.xml", track(box(1, 4, 8)), meta=meta)
+    assert [opened(root)[index]["image"].unique().item() for index in range(3)] == [1, 3, 5]
+    write(tmp_path / "train.xml", track(box(1, 4, 8), box(3, 8, 16)), meta=task(size=None))
     frames(tmp_path / "images", 12, name="p{}.png")
     with pytest.raises(UserError, match=r"nor 6 pictures \(but 12\)"):
         opened(root, images="images")
