@@ -1,5 +1,6 @@
 import resource
 import struct
+from contextlib import nullcontext
 from fractions import Fraction
 
 import av
@@ -164,6 +165,14 @@ class TestVideoReader:
             frames = list(reader)
         assert len(frames) == 3 and np.abs(frames[1].astype(int) - frame).max() < 8
 
+    @pytest.mark.parametrize(("missing", "said"), [(0, False), (1, False), (2, True), (6, True)])
+    def test_one_frame_less_than_promised_is_none_lost(self, tmp_path, missing, said):
+        with VideoReader(make_video(tmp_path / "v.avi")) as reader:
+            reader.count = 12 + missing
+            with pytest.raises(UserError, match="ends early") if said else nullcontext():
+                list(reader)
+            assert reader.position(str(reader.count)) == reader.count and reader.position("99") is None
+
     def test_sound_that_lasts_longer_than_the_pictures_is_no_cut_video(self, tmp_path):
         for suffix in ("mkv", "ts", "webm"):
             path = write_film(tmp_path / f"v.{suffix}", seconds_of_sound=2)
@@ -203,6 +212,13 @@ class TestFilms:
         assert 46000 < len(samples) < 51000 and 0.3 < np.abs(samples.astype(float)).max() / np.abs(samples).max() <= 1
         tone = np.abs(np.fft.rfft(samples[8192 : 8192 + 16384].astype(float)))
         assert abs(int(tone.argmax()) - 0.05 / (2 * np.pi) * 16384) < 2  # the same note
+
+    @pytest.mark.parametrize("sound", ["mp2", "aac"])  # made anew, and copied; a transport stream begins at 1.4 s
+    def test_sound_begins_with_the_pictures(self, tmp_path, sound):
+        source = write_film(tmp_path / "in.ts", sound=sound)
+        with copy_film(source, tmp_path / "out.mp4") as copy:
+            first = next(copy.decode(audio=0))
+            assert abs(first.pts * first.time_base) < 0.15
 
     def test_uneven_times(self, tmp_path):
         ticks = [0, 3000, 6000, 21000, 24000, 30000, 90000, 93000]
