@@ -3,7 +3,7 @@ import time
 
 import pytest
 
-from dinoseg.inference.stream import run_pipeline
+from dinoseg.inference.stream import Throughput, run_pipeline
 
 
 @pytest.fixture(autouse=True)
@@ -107,3 +107,12 @@ def test_an_interrupt_stops_everything():
 
     with pytest.raises(KeyboardInterrupt):
         run_pipeline(range(1000), infer, lambda item: None, depth=1)
+
+
+def test_the_report_names_the_stage_that_is_at_work_the_longest():
+    times = [number / 1000 for number in range(1, 101)]
+    passed = Throughput(100, 10.1, {"read": times, "model": [0.001] * 100, "write": []})
+    assert passed.report() == (
+        "read 50.5 ms (p95 95.0), model 1.0 ms (p95 1.0); the slowest stage is read, at work 50% of the time"
+    )
+    assert Throughput(0, 0.1, {}).report() == ""
