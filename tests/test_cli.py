@@ -124,6 +124,7 @@ def test_an_unknown_option_lists_those_there_are(place, group):
         (["head=liner"], "head=liner is unknown. Did you mean head=linear? There are cnn, dpt,"),
         (["-m", "head=linear,mlpp"], "head=mlpp is unknown. Did you mean head=mlp?"),
         (["mode=predict", "mode.reads._target_=os.system"], "mode.reads._target_"),
+        (["mode=eval", "mode.resume_from=last"], "mode.resume_from: resume_from is set in files alone."),
         (["resolution.crop.height=3"], "resolution.crop.height"),
         (["train"], "train is no KEY=VALUE. Did you mean mode=train?"),
         (["--cfg", "job", "+nonsense"], "+nonsense is no KEY=VALUE."),

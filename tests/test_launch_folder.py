@@ -32,7 +32,7 @@ def test_a_name_that_is_none_moves_nothing(recipe):
 
 
 def test_a_folder_that_the_user_named_stays():
-    for folder in (Path("mine"), Path("outputs/base/mine"), NAMED / "0"):
+    for folder in (Path("mine"), Path("outputs/base/mine"), NAMED / "0", NAMED.with_name(f"{NAMED.name}_mine")):
         assert _below_recipe(folder, "base", "person") == folder
     assert _below_recipe(NAMED, "base", "person") == Path("outputs/person") / NAMED.name
 

@@ -11,7 +11,8 @@ def test_the_same_command_goes_on_in_its_folder(trained_once, tmp_path):
     words += ("hydra.run.dir=out",)
     first = call(tmp_path, *words)
     assert first.status == 0, first.err
-    (tmp_path / "out/.00000_segmentation.1.part").mkdir()
+    for name in ("00000_segmentation", "of_nobody"):
+        (tmp_path / f"out/.{name}.1.part").mkdir()
     (tmp_path / "out/masks/.00000.png.1.part").touch()
     (tmp_path / "out/predicted/00003.json").unlink()
     again = call(tmp_path, *words)
