@@ -141,6 +141,17 @@ def test_windows_of_auto_see_pictures_at_the_scale_that_whole_ones_are_seen_at(f
     assert seen[2:] == [(64, 32)] and probabilities.shape == (1, 5, 200, 100)
 
 
+def test_the_largest_scale_is_what_has_to_fit(free):
+    model, seen = made(), []
+    cost = memory.measure(model, 32, nullcontext)
+    free((cost.of(1, (100, 90), (100, 90)) + cost.of(1, (600, 540), (100, 90))) / 2)
+    model.backbone.register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape[-2:])))
+    for scales, first in (((1.0,), (100, 90)), ((1.0, 6.0), (32, 48))):
+        seen.clear()
+        Predictor(model, CPU, nullcontext, Auto((32, 48), memory=1.0, scales=scales)).ids([picture(100, 90)])
+        assert [size for size in seen if size[0] != size[1]][0] == first  # squares are those that are measured
+
+
 def small_memory(model, pixels):
     """Let passes over more pixels fail as torch's do."""
 
