@@ -1,4 +1,5 @@
 import json
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -110,6 +111,15 @@ def test_without_a_background_every_class_is_written(tmp_path):
     write(tmp_path, TOOLS, PredictedShapes("rle"), background=None)
     for tool in TOOLS:
         np.testing.assert_array_equal(read_back(tmp_path, tool, unlabelled="ignore").mask(0), blobs(0))
+
+
+def test_pieces_of_a_part_share_a_group_and_cvat_counts_images_from_0(tmp_path):
+    out = write(tmp_path, ["labelme", "cvat"], PredictedShapes(objects="class"), names=("a", "b/c"))
+    shapes = json.loads((out / "labelme/a.json").read_text())["shapes"]
+    assert {(shape["label"], shape["group_id"]) for shape in shapes} == {(CLASSES[1], 0), (CLASSES[2], 1)}
+    images = ElementTree.parse(out / "cvat/annotations.xml").findall("image")
+    assert [image.get("id") for image in images] == ["0", "1"]
+    assert {shape.get("group_id") for shape in images[0]} == {"1", "2"} and len(images[0]) > 2
 
 
 def test_small_parts_are_left_out(tmp_path):
