@@ -50,6 +50,7 @@ def test_one_picture_gives_all_that_is_asked(model):
     out = model.predict(image)
     assert out.mask.dtype == np.uint8 and (out.mask == (image[..., 0] > 127)).all()
     assert out.areas == {"dark": int((out.mask == 0).sum()), "bright": int(out.mask.sum())}
+    assert model.predict(np.zeros((5, 7, 3), np.uint8)).areas == {"dark": 35, "bright": 0}
     assert out.probabilities.shape == (2, 5, 7) and out.probabilities is out.probabilities
     assert (out.overlay(1.0)[out.mask == 1] == (255, 0, 0)).all() and (out.overlay(0.0) == image).all()
 
