@@ -38,12 +38,12 @@ def image_writers(
 
 
 def frame_writer(name: str, folder: Path, labels: Labels) -> ImageWriter:
-    """Return the writer into `folder` of a further output of a video's frames, as `check_outputs` wants it."""
+    """Return the writer into `folder` of a further output of a video's frames, as `check_frame_outputs` wants it."""
     return _MAKERS[name](folder, labels, None, PredictedShapes())
 
 
-def check_outputs(outputs: Sequence[str], *, video: str | None = None) -> None:
-    """Refuse names that are no output, or none of frames where there is a `video`, or that stand twice.
+def check_outputs(outputs: Sequence[str]) -> None:
+    """Refuse names that are no output, or that stand twice.
 
     Raises:
         UserError: naming them.
@@ -55,8 +55,15 @@ def check_outputs(outputs: Sequence[str], *, video: str | None = None) -> None:
         raise UserError(f"mode.outputs names {listed(unknown)}: choose some of {', '.join(_MAKERS)}.")
     if twice := [name for name, count in Counter(outputs).items() if count > 1]:
         raise UserError(f"mode.outputs names {listed(twice)} more than once: name each output once.")
-    tools = [name for name in outputs if name not in _OF_FRAMES]
-    if video is not None and tools:
+
+
+def check_frame_outputs(outputs: Sequence[str], video: str) -> None:
+    """Refuse outputs that a video's frames do not have.
+
+    Raises:
+        UserError: naming them, and the video.
+    """
+    if tools := [name for name in outputs if name not in _OF_FRAMES]:
         raise UserError(
             f"mode.outputs names {listed(tools)}, files of picture files, and {video} is a video: of its frames there "
             f"are {', '.join(_OF_FRAMES)}. Leave videos out, or give a folder of frames (ffmpeg -i IN FRAMES/%09d.png)."

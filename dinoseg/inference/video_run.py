@@ -36,7 +36,7 @@ class VideoOptions:
         skip: every so manieth frame is predicted.
         smooth: share of the frames before in a frame's class probabilities, below 1.
         frames: at most so many; None: all.
-        outputs: what else is written of each frame, as `check_outputs` wants it of videos.
+        outputs: what else is written of each frame, as `check_frame_outputs` wants it.
     """
 
     masks: bool = False

@@ -18,7 +18,7 @@ from dinoseg.inference.annotations import PredictedShapes
 from dinoseg.inference.class_record import write_class_record
 from dinoseg.inference.done import DoneInputs
 from dinoseg.inference.image_run import ImageInput, ImageRun, Segmentation, segment_images
-from dinoseg.inference.image_writers import check_outputs, image_writers
+from dinoseg.inference.image_writers import check_frame_outputs, check_outputs, image_writers
 from dinoseg.inference.inputs import camera_of, is_video, list_inputs, open_camera
 from dinoseg.inference.results import mask_names, result_names
 from dinoseg.inference.stream import Throughput
@@ -68,8 +68,10 @@ def predict(
     """
     if input is None or input == "":
         raise UserError("mode=predict needs something to segment: give input=<image, folder, glob or video>.")
+    check_outputs(outputs)
     images, videos = _found(input)
-    check_outputs(outputs, video=str(videos[0].path or input) if videos else None)
+    if videos:
+        check_frame_outputs(outputs, str(videos[0].path or input))
     if not images:
         check_any(videos, batch_size)
     folder, options = Path(out_dir), VideoOptions(masks is True, skip, smooth, frames, tuple(outputs))

@@ -142,7 +142,7 @@ def test_a_truncated_video_fails_alone(add, workers):
         prepare(root, workers=workers)
     message = str(caught.value)
     assert message.startswith("2 of 3 videos could not be prepared, the others are ready:")
-    assert "- train1/video_03: Cannot open" in message
+    assert "- train1/video_03: Cannot read" in message
     line = next(line for line in message.splitlines() if line.startswith("- train1/video_01"))
     assert "is truncated: " in line and ", 400 promised" in line
     assert frames(root, "train1/video_02") == ["000000000", "000000060", "000000120"]

@@ -409,7 +409,7 @@ def test_frame_rate(compose, folder):
 
 def test_videos_that_cannot_be_read(compose, folder, caplog):
     (folder / "bad.mp4").write_text("no video")
-    with pytest.raises(UserError, match=r"1 video of 4 cannot be read:\n- Cannot open .*bad\.mp4.*\n.*on_error=skip"):
+    with pytest.raises(UserError, match=r"1 video of 4 cannot be read:\n- Cannot read .*bad\.mp4.*\n.*on_error=skip"):
         clips_of(compose, "videos", folder, "train")
     with caplog.at_level(logging.WARNING):
         clips = clips_of(compose, "videos", folder, "train", "data.on_error=skip")
