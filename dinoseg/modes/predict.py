@@ -27,7 +27,7 @@ from dinoseg.inference.video_file import VideoReader
 from dinoseg.inference.video_run import VideoInput, VideoOptions, check_any, segment_video
 from dinoseg.ranges import Count, LowShare, Natural, Share
 from dinoseg.runs.settings import check_same_settings
-from dinoseg.runs.trained import Trained, load_trained, sizes_to_keep
+from dinoseg.runs.trained import Trained, load_trained, longest_is_typed, sizes_to_keep
 from dinoseg.storage import forms
 from dinoseg.storage.atomic import remove_parts, write_json
 from dinoseg.storage.stamps import stamp
@@ -79,7 +79,7 @@ def predict(
     _refuse_slots(trained, cfg.get("resume"))
     beside = {"outputs": list(outputs), "shapes": asdict(shapes)} if outputs else {}
     shown = {"masks": options.masks, "opacity": opacity, "skip": skip, "smooth": smooth, "frames": frames}
-    settings = _settings(cfg, {**shown, **beside})
+    settings = _settings(cfg, {**shown, **beside}, folder)
     _check_earlier(folder, settings)
     keep_scale(trained.model, sizes_to_keep(trained, folder))
     labels = Labels.of(trained.classes, trained.palette, trained.ignore_index)
@@ -127,11 +127,13 @@ def _refuse_slots(trained: Trained, resume: str | None) -> None:
         )
 
 
-def _settings(cfg: DictConfig, options: dict[str, Any]) -> dict[str, Any]:
+def _settings(cfg: DictConfig, options: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Return what results depend on beside their inputs."""
     weights = None if cfg.get("resume") is None else list(stamp(Path(cfg.resume)) or ())
     model = {key: plain(cfg[key], resolve=True) for key in _SETTINGS if key in cfg}
-    return {"resume": cfg.get("resume"), "stamp": weights, **model, "mode": options}
+    # typed, a size holds for large pictures too, were it the very one that the checkpoint says
+    typed = {"resolution.longest on the command line": True} if longest_is_typed(folder) else {}
+    return {"resume": cfg.get("resume"), "stamp": weights, **model, **typed, "mode": options}
 
 
 def _check_earlier(folder: Path, settings: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from dinoseg.storage.atomic import remove_dead, remove_parts
 from dinoseg.storage.files import check_regular
 
 LOG = "run.log"
+_TYPED = "overrides.txt"
 _run_locks: dict[Path, IO[str]] = {}  # locks last as long as the process
 _made_paths: set[Path] = set()  # folders and logs that this process has made, and so may remove again
 
@@ -113,13 +114,22 @@ def write_config(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> No
     folder.mkdir()
     _made_paths.add(folder)
     OmegaConf.save(cfg, folder / "config.yaml")
-    (folder / "overrides.txt").write_text("\n".join(overrides) + "\n")
+    (folder / _TYPED).write_text("\n".join(overrides) + "\n")
 
 
 def command_line(folder: Path) -> list[str]:
     """Return the words of the command that began a run; none where the folder keeps no config."""
-    path = folder / "config" / "overrides.txt"
-    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    return _words(folder / "config" / _TYPED)
+
+
+def last_command_line(folder: Path) -> list[str]:
+    """Return the words of the command that is at work in a folder: the first one's, or those by which it goes on."""
+    return _words(max(folder.glob(f"config*/{_TYPED}"), key=lambda path: path.stat().st_mtime_ns, default=None))
+
+
+def _words(path: Path | None) -> list[str]:
+    there = path is not None and path.is_file()
+    return path.read_text(encoding="utf-8", errors="replace").splitlines() if there else []
 
 
 def drop_parts(folder: Path) -> None:

@@ -19,7 +19,7 @@ from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.trained_sizes import TrainedSizes
 from dinoseg.inference.whole import Whole
 from dinoseg.model import Segmenter, trained_names
-from dinoseg.runs.folder import command_line
+from dinoseg.runs.folder import last_command_line
 from dinoseg.shapes import Palette, SegmentationData
 from dinoseg.training import checkpoint
 from dinoseg.training.engine import Engine
@@ -98,8 +98,12 @@ def check_classes(data: SegmentationData | Labels, info: Mapping[str, Any], wher
 
 def sizes_to_keep(trained: Trained, out_dir: Path) -> TrainedSizes | None:
     """Return the sizes that pictures are brought to; None where `resolution.longest` on the command line says it."""
-    typed = any(word.lstrip("+").startswith("resolution.longest=") for word in command_line(out_dir))
-    return None if typed else TrainedSizes.from_info(trained.info)
+    return None if longest_is_typed(out_dir) else TrainedSizes.from_info(trained.info)
+
+
+def longest_is_typed(out_dir: Path) -> bool:
+    """Return whether the command that is at work in a run folder names `resolution.longest`."""
+    return any(word.lstrip("+").startswith("resolution.longest=") for word in last_command_line(out_dir))
 
 
 def restore(cfg: DictConfig, path: Path) -> tuple[Segmenter, Mapping[str, Any]]:

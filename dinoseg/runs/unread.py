@@ -5,7 +5,7 @@ import sys
 from collections.abc import Collection
 from pathlib import Path
 
-from dinoseg.runs.folder import command_line
+from dinoseg.runs.folder import last_command_line
 from dinoseg.wording import listed, printable
 
 logger = logging.getLogger(__name__)
@@ -20,7 +20,7 @@ def warn_unread(out_dir: Path, unread: Collection[str], reason: str) -> None:
         unread: groups such as `slots`, which stand for all of their keys, and keys such as `tracker.short`.
         reason: who does not read them.
     """
-    idle = [word for word in command_line(out_dir) if _within(_key(word), unread)]
+    idle = [word for word in last_command_line(out_dir) if _within(_key(word), unread)]
     if idle:
         logger.warning("No effect here: %s. %s", listed(idle), reason)
 
@@ -35,7 +35,9 @@ def warn_not_read(out_dir: Path, mode: str, reads: Collection[str] | None) -> No
     """
     if reads is None:
         return
-    idle = [word for word in command_line(out_dir) if not _is_read(_key(word).partition("@")[0], (*_FOR_ALL, *reads))]
+    idle = [
+        word for word in last_command_line(out_dir) if not _is_read(_key(word).partition("@")[0], (*_FOR_ALL, *reads))
+    ]
     if idle:
         said = f"No effect here: {listed(idle)}. Beside its own keys {mode} reads {', '.join(reads)}."
         # printed: a line in the log would keep the folder of a run that fails at once

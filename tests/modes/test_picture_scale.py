@@ -1,5 +1,7 @@
 """From training to prediction: the checkpoint knows the sizes that it saw."""
 
+import re
+
 import numpy as np
 import pytest
 from command_line import SMALL, call, write_data
@@ -39,3 +41,14 @@ def test_what_is_much_larger_is_reduced_unless_the_user_says_a_size(run, source,
     assert done.status == 0 and ("are much larger than those of the training" in done.err) == warns
     mask = run / out / "masks" / source
     assert read_ids(mask).shape == ((100, 160) if source == "large.png" else (64, 70))
+
+
+def test_a_size_that_is_typed_when_a_folder_goes_on_is_another_setting(run):
+    words = ("mode=predict", "resume=run", "input=large.png", "engine=cpu", "hydra.run.dir=goes_on")
+    said = "hydra.run.dir=.*: other settings than that run's: resolution.longest on the command line was "
+    assert call(run, *words).status == 0
+    typed = call(run, *words, "resolution.longest=null", "trainer.steps=3")
+    assert typed.status == 1 and re.search(f"{said}not set and is true.", typed.err), typed.err
+    assert "trainer.steps=3. Beside its own keys" in typed.err
+    again = call(run, *words)
+    assert again.status == 0 and "1 image of an earlier run taken over" in again.err
