@@ -1,8 +1,10 @@
 """Checkpoints and one-file models of a second, made without a training."""
 
+import onnx
 import torch
 
 from dinoseg import build
+from dinoseg.portable.onnx_record import KEY
 from dinoseg.portable.write import export_model
 from dinoseg.runs.recipe import run_description
 from dinoseg.runs.resume import alone
@@ -38,3 +40,20 @@ def exported(path, folder, **options):
     cfg = alone(path, checkpoint.describe(path), {"engine.device": "cpu"})
     folder.mkdir(exist_ok=True)
     return folder / export_model(cfg, out_dir=folder, **options)["path"]
+
+
+def graph_with_weights(folder, data, *, name="model.onnx"):
+    """Write a graph of one tensor, which lies in a file `data` beside it or, where that is None, in it."""
+    tensor = onnx.TensorProto(name="far", data_type=onnx.TensorProto.FLOAT, dims=[2])
+    if data is None:
+        tensor.raw_data = b"weights."
+    else:
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        for key, value in (("location", data), ("length", "8")):
+            tensor.external_data.add(key=key, value=value)
+        (folder / data).write_bytes(b"weights.")
+    model = onnx.helper.make_model(onnx.helper.make_graph([], "graph", [], [], [tensor]))
+    model.metadata_props.add(key=KEY, value="{}")
+    path = folder / name
+    path.write_bytes(model.SerializeToString())
+    return path

@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from dinoseg.errors import UserError
 from dinoseg.portable.card import model_card
 from dinoseg.portable.facts import Facts
+from dinoseg.portable.onnx_model import parts_of
 from dinoseg.portable.runtime import FILES, file_in
 
 
@@ -55,7 +56,7 @@ def push(
     """Upload a model's file and a card of its facts to a repository, made if need be; return the commit's address.
 
     Raises:
-        UserError: it holds weights that are not to be passed on freely, it is renamed and has its weights beside it, or
+        UserError: it holds weights that are not to be passed on freely, it knows its weights by another name, or
             the hub does not take it.
     """
     source = facts.backbone
@@ -65,17 +66,12 @@ def push(
             "which terms they may be passed on. Export with export.delta=true, or keep to them and say gated=True."
         )
     runtime = next((key for key, name in FILES.items() if Path(name).suffix == file.suffix), "torch")
-    beside = file.with_name(f"{file.name}.data")  # a large ONNX file's weights, which it knows by name
-    parts = (file, beside) if runtime == "onnx" and beside.is_file() else (file,)
-    if len(parts) > 1 and file.name != FILES[runtime]:
-        raise UserError(
-            f"{file} knows its weights as {beside.name}, and would be {FILES[runtime]} on the hub: export it again."
-        )
+    parts = parts_of(file, FILES[runtime])  # of a large ONNX file, with its weights, which it knows by name
     with TemporaryDirectory() as folder, _telling(repo_id, token):
         from huggingface_hub import HfApi
 
         for part in parts:
-            target = Path(folder) / part.name.replace(file.name, FILES[runtime], 1)
+            target = Path(folder) / (FILES[runtime] if part == file else part.name)
             try:
                 target.symlink_to(part)  # which may be larger than the disk of temporary files
             except OSError:

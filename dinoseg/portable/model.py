@@ -12,6 +12,7 @@ import numpy as np
 from dinoseg.errors import UserError, telling_file_errors
 from dinoseg.portable.facts import Facts
 from dinoseg.portable.inputs import Picture, is_many_files, is_one, pictures
+from dinoseg.portable.onnx_model import parts_of
 from dinoseg.portable.result import Segmentation
 from dinoseg.portable.runtime import Options, Runtime
 from dinoseg.storage.atomic import whole_file
@@ -83,12 +84,10 @@ class Model:
         if self.file is None:
             raise UserError(_NO_FILE)
         target = Path(path).expanduser()
-        beside = self.file.with_name(f"{self.file.name}.data")  # a large ONNX file's weights, which it knows by name
-        if beside.is_file() and target.name != self.file.name:
-            raise UserError(f"{self.file} knows its weights as {beside.name}: keep its name, {self.file.name}.")
+        parts = parts_of(self.file, target.name)  # of a large ONNX file, with its weights, which it knows by name
         with telling_file_errors(target.parent):
-            for source in (beside, self.file) if beside.is_file() else (self.file,):
-                with whole_file(target.with_name(source.name) if source == beside else target) as part:
+            for source in parts:
+                with whole_file(target if source == self.file else target.with_name(source.name)) as part:
                     shutil.copyfile(source, part)
 
     @classmethod

@@ -34,12 +34,23 @@ def read_metadata(path: Path, key: str) -> str:
         UserError: it is damaged or no ONNX file, has no such text, names data outside its folder, operators that are
             no standard ones, graphs inside graphs, or tensors that are not in it in full; or it cannot be read.
     """
+    return _read(path, key)[0]
+
+
+def data_beside(path: Path, key: str) -> list[str]:
+    """Return the names of the files beside a model in which tensors of it lie; arguments and errors as above."""
+    return sorted(_read(path, key)[1])
+
+
+def _read(path: Path, key: str) -> tuple[str, set[str]]:
     try:
         size = os.path.getsize(path)
         if not path.is_file() or not 0 < size <= LARGEST_FILE:
             raise _Damaged(f"{size} bytes are no such file")
         with open(path, "rb") as file:
-            return _Reading(path).model(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)), key)
+            reading = _Reading(path)
+            text = reading.model(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)), key)
+            return text, reading.beside
     except (ValueError, OverflowError) as error:
         raise UserError(f"{path}: no ONNX file that dinoseg would run: {error}. Export the model again.") from None
     except OSError as error:
@@ -56,6 +67,7 @@ class _Reading:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.left = _MOST_FIELDS
+        self.beside: set[str] = set()  # names of the files that external data lies in
 
     def model(self, view: memoryview, key: str) -> str:
         """Look at a ModelProto and return what its metadata says under `key`."""
@@ -158,6 +170,7 @@ class _Reading:
         offset, length = int(entries.get("offset", "0")), int(entries.get("length", "0"))
         if offset < 0 or length < 0 or offset + length > data.stat().st_size:
             raise _Damaged(f"its data, the file {name!r:.60}, is cut off")
+        self.beside.add(name)
         return length
 
     def fields(self, view: memoryview) -> Iterator[Field]:

@@ -7,10 +7,11 @@ import numpy as np
 
 from dinoseg.errors import UserError
 from dinoseg.portable.facts import Facts
-from dinoseg.portable.onnx_check import read_metadata
+from dinoseg.portable.onnx_check import data_beside, read_metadata
 from dinoseg.portable.onnx_pictures import GraphRuntime
 from dinoseg.portable.onnx_record import KEY, OUTPUTS, GraphRecord, parse
 from dinoseg.portable.runtime import Opened
+from dinoseg.wording import shown
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _INPUT = "image"
@@ -53,6 +54,22 @@ def load_onnx(path: Path, *, device: str = "auto", threads: int | None = None) -
         return outputs
 
     return Opened(GraphRuntime(compute, record), facts, path)
+
+
+def parts_of(path: Path, name: str) -> list[Path]:
+    """Return the files of a model that is to be called `name` elsewhere: those that its weights lie in, and itself.
+
+    Raises:
+        UserError: it knows its weights by a name that does not go with that one; or it is damaged.
+    """
+    beside = data_beside(path, KEY) if path.suffix == ".onnx" else []
+    other = next((data for data in beside if data != f"{name}.data"), None)
+    if other is not None:
+        raise UserError(
+            f"{path} knows its weights as {shown(other)}, and so cannot be called {name}. Keep its name, "
+            f"{shown(other.removesuffix('.data'))}, or export it again."
+        )
+    return [*map(path.with_name, beside), path]
 
 
 def _check_outputs(outputs: list[np.ndarray], record: GraphRecord, num_classes: int, batch: int, where: str) -> None:

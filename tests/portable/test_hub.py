@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import huggingface_hub.constants
 import numpy as np
 import pytest
-from portable_parts import TINY, exported, untrained
+from portable_parts import TINY, exported, graph_with_weights, untrained
 
 import dinoseg
 from dinoseg import Model
@@ -150,20 +150,24 @@ def test_odd_numbers_and_codes_of_a_file_are_harmless_in_the_card_and_on_a_termi
     assert "\x1b" not in card + repr(Model(SimpleNamespace(name="onnx"), facts))
 
 
-def test_weights_beside_a_graph_go_with_it_unless_it_was_renamed(hub, tmp_path):
+def test_weights_beside_a_graph_go_with_it_if_it_knows_them_by_the_hubs_name(hub, tmp_path):
     facts = Facts(("a", "b"), ((0, 0, 0), (1, 2, 3)), 255)
-    for name in ("model.onnx", "model.onnx.data", "model.onnx.txt", "mine.onnx", "mine.onnx.data", "bare.onnx"):
-        (tmp_path / name).write_text(name)
+    graph_with_weights(tmp_path, "mine.onnx.data").rename(tmp_path / "mine.onnx")
+    graph_with_weights(tmp_path, "model.onnx.data")
+    for file, source in (("bare.onnx", None), ("renamed.onnx", "model.onnx.data")):
+        graph_with_weights(tmp_path, source, name=file)
+    (tmp_path / "model.onnx.txt").touch()
     with pytest.raises(UserError, match="knows its weights as mine.onnx.data"):
         push(tmp_path / "mine.onnx", facts, "me/mine", private=None, revision=None, token=None, gated=False)
     assert not hub.asked
     for file, there in (
         ("model.onnx", {"model.onnx", "model.onnx.data", "README.md"}),
+        ("renamed.onnx", {"model.onnx", "model.onnx.data", "README.md"}),
         ("bare.onnx", {"model.onnx", "README.md"}),
     ):
         push(tmp_path / file, facts, f"me/{file}", private=None, revision=None, token=None, gated=False)
         assert {path.name for path in (hub.folder / "me" / file).iterdir()} == there
-        assert (hub.folder / "me" / file / "model.onnx").read_text() == file
+        assert (hub.folder / "me" / file / "model.onnx").read_bytes() == (tmp_path / file).read_bytes()
     assert fetched("me/model.onnx", runtime="onnx").name == "model.onnx" and hub.asked[-1]["patterns"] == [
         "model.onnx*"
     ]
@@ -171,7 +175,7 @@ def test_weights_beside_a_graph_go_with_it_unless_it_was_renamed(hub, tmp_path):
 
 def test_gated_weights_that_say_nothing_of_where_they_are_count_as_in_the_file(hub, tmp_path):
     facts = Facts(("a",), ((0, 0, 0),), 255, backbone={"gated": True})
-    (tmp_path / "model.onnx").touch()
+    graph_with_weights(tmp_path, None)
     with pytest.raises(UserError, match="gated=True"):
         push(tmp_path / "model.onnx", facts, "me/mine", private=None, revision=None, token=None, gated=False)
     held = Facts(("a",), ((0, 0, 0),), 255, backbone={"gated": True, "in_file": False})

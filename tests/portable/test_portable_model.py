@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from portable_parts import graph_with_weights
 
 from dinoseg.errors import UserError
 from dinoseg.images import read_ids, write_png
@@ -188,13 +189,15 @@ def test_no_torch_is_imported():
     assert done.stdout.strip() == "[]"
 
 
-def test_weights_beside_a_file_are_saved_with_it_under_its_name(tmp_path):
-    file = tmp_path / "model.onnx"
-    file.write_bytes(b"graph")
-    (tmp_path / "model.onnx.data").write_bytes(b"weights")
+@pytest.mark.parametrize("name", ["model.onnx", "renamed.onnx"])
+def test_weights_beside_a_file_are_saved_with_it_under_the_name_that_it_knows(tmp_path, name):
+    file = graph_with_weights(tmp_path, "model.onnx.data").rename(tmp_path / name)
+    (tmp_path / f"{name}.data").touch()  # which a renamed one does not know
+    (tmp_path / "model.onnx.data").write_bytes(b"weights.")
     model = Model(Thresholds(), FACTS, file)
     model.save(tmp_path / "copy/model.onnx")
-    assert (tmp_path / "copy/model.onnx.data").read_bytes() == b"weights"
-    assert (tmp_path / "copy/model.onnx").read_bytes() == b"graph"
-    with pytest.raises(UserError, match="keep its name, model.onnx"):
+    assert (tmp_path / "copy/model.onnx.data").read_bytes() == b"weights."
+    assert (tmp_path / "copy/model.onnx").read_bytes() == file.read_bytes()
+    assert len([*(tmp_path / "copy").iterdir()]) == 2
+    with pytest.raises(UserError, match="cannot be called other.onnx. Keep its name, model.onnx"):
         model.save(tmp_path / "other.onnx")
