@@ -119,17 +119,14 @@ def write_config(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> No
 
 def command_line(folder: Path) -> list[str]:
     """Return the words of the command that began a run; none where the folder keeps no config."""
-    return _words(folder / "config" / _TYPED)
+    path = folder / "config" / _TYPED
+    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
 
 
 def last_command_line(folder: Path) -> list[str]:
     """Return the words of the command that is at work in a folder: the first one's, or those by which it goes on."""
-    return _words(max(folder.glob(f"config*/{_TYPED}"), key=lambda path: path.stat().st_mtime_ns, default=None))
-
-
-def _words(path: Path | None) -> list[str]:
-    there = path is not None and path.is_file()
-    return path.read_text(encoding="utf-8", errors="replace").splitlines() if there else []
+    newest = max(folder.glob(f"config*/{_TYPED}"), key=lambda path: path.stat().st_mtime_ns, default=None)
+    return [] if newest is None else newest.read_text(encoding="utf-8", errors="replace").splitlines()
 
 
 def drop_parts(folder: Path) -> None:
