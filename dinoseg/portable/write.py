@@ -51,7 +51,8 @@ def export_model(
             "export.delta=true: this backbone comes from nowhere else (backbone.weights=random), so a file without it "
             "could not be used. Leave export.delta out."
         )
-    scores_of(Path(cfg.resume), (), scores)  # told before the model is made
+    if scores is not None:
+        scores_of(Path(cfg.resume), (), scores)  # what was typed wrong is told before the model is made
     trained = load_trained(cfg)
     if trained.model.head.slots is not None:
         raise UserError(f"resume={cfg.resume} is a model of slots, which knows no classes, and so no file of them.")
