@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 from torch import Tensor, nn
 
 from dinoseg.errors import UserError
-from dinoseg.geometry import pad_to_multiple
+from dinoseg.geometry import pad_to_multiple, upsample
 from dinoseg.shapes import Batch, ClipBatch, Prediction
 
 Outputs = TypeVar("Outputs")
@@ -144,9 +144,19 @@ class Head(nn.Module, Generic[Outputs]):
         """Return the outputs for L maps (B, C, h, w)."""
         raise NotImplementedError
 
+    def grid_scores(self, outputs: Outputs) -> Tensor | None:
+        """Return the class scores (B, K, h, w) of which `predict` is `geometry.upsample` and no more, else None.
+
+        Losses then take them to pixels a tile at a time.
+        """
+        return None
+
     def predict(self, outputs: Outputs, size: tuple[int, int], valid: tuple[float, float]) -> Tensor:
         """Return class scores (B, K, H, W) at `size` for the image part `valid` of the outputs."""
-        raise NotImplementedError
+        grid = self.grid_scores(outputs)
+        if grid is None:
+            raise NotImplementedError
+        return upsample(grid, size, valid)
 
 
 class Loss(nn.Module):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +70,7 @@ def upsample(logits: Tensor, size: tuple[int, int], valid: tuple[float, float]) 
     logits = at_least_float32(logits)  # half would tie neighbouring classes, and lose gradients in long sums
     height, width = size
     grid_h, grid_w = logits.shape[-2:]
-    if abs(grid_h * valid[0] - height) < 1e-6 and abs(grid_w * valid[1] - width) < 1e-6:
+    if _stays(height, grid_h, valid[0]) and _stays(width, grid_w, valid[1]):
         return logits[..., :height, :width]
     # The whole grid at the image's own scale, then the crop. F.interpolate takes the floor of grid * scale:
     # the nudge keeps an exact integer from falling one short.
@@ -77,16 +78,55 @@ def upsample(logits: Tensor, size: tuple[int, int], valid: tuple[float, float]) 
     scale = (nudge * height / (grid_h * valid[0]), nudge * width / (grid_w * valid[1]))
     if int(grid_h * scale[0]) == grid_h or int(grid_w * scale[1]) == grid_w:
         # F.interpolate copies an axis whose length stays, whatever its scale: two small matrix products instead
-        rows = _bilinear_matrix(height, grid_h, valid[0]).to(logits)  # (H, h)
-        columns = _bilinear_matrix(width, grid_w, valid[1]).to(logits)  # (W, w)
+        rows = _weights(_positions(height, grid_h, valid[0]), grid_h).to(logits)  # (H, h)
+        columns = _weights(_positions(width, grid_w, valid[1]), grid_w).to(logits)  # (W, w)
         with torch.autocast(logits.device.type, enabled=False):  # which would multiply in half precision
             return rows @ logits @ columns.T
     resized = F.interpolate(logits, scale_factor=scale, mode="bilinear", recompute_scale_factor=False)
     return resized[..., :height, :width]
 
 
-def _bilinear_matrix(length: int, cells: int, share: float) -> Tensor:
+class Span(NamedTuple):
+    """A run of pixels along an axis, and the grid cells that they read when these are upsampled."""
+
+    pixels: slice
+    cells: slice
+    weights: Tensor | None  # (pixels, cells): what each pixel reads; None: each pixel is its cell
+
+
+def spans(length: int, cells: int, share: float, at_once: int, like: Tensor) -> list[Span]:
+    """Return an axis of `length` pixels in runs of at most `at_once`, which read `cells` as `upsample` does.
+
+    Args:
+        length: pixels, H or W.
+        cells: of the grid along this axis, h or w.
+        share: of the cells that the pixels cover, counted from the first one.
+        at_once: pixels.
+        like: of the type and on the device that the weights are wanted of and on.
+    """
+    runs = [slice(start, min(start + at_once, length)) for start in range(0, length, at_once)]
+    if _stays(length, cells, share):
+        return [Span(run, run, None) for run in runs]
+    positions = _positions(length, cells, share)
+    found = []
+    for run in runs:
+        first, last = int(positions[run.start]), min(int(positions[run.stop - 1]) + 2, cells)
+        found.append(Span(run, slice(first, last), _weights(positions[run] - first, last - first).to(like)))
+    return found
+
+
+def _stays(length: int, cells: int, share: float) -> bool:
+    """Return whether each of `length` pixels is a cell of the grid."""
+    return abs(cells * share - length) < 1e-6
+
+
+def _positions(length: int, cells: int, share: float) -> Tensor:
+    """Return where on the grid each of `length` pixels lies, in cells from the centre of the first, float64."""
     positions = (torch.arange(length, dtype=torch.float64) + 0.5) * cells * share / length - 0.5
-    positions = positions.clamp(0, cells - 1)
+    return positions.clamp(0, cells - 1)
+
+
+def _weights(positions: Tensor, cells: int) -> Tensor:
+    """Return what a pixel at each position reads of each cell (pixels, cells), float64."""
     distance = (positions[:, None] - torch.arange(cells, dtype=torch.float64)).abs()
     return (1 - distance).clamp(min=0)

@@ -49,7 +49,8 @@ class Segmenter(nn.Module):
         size = (pixels.shape[-2], pixels.shape[-1])
         outputs = self.head.run(self.backbone, pixels)
         valid = valid_share(size, self.patch_size)
-        return Prediction(outputs, (height, width), valid, self.head.predict, self.head.mixture)
+        head = self.head
+        return Prediction(outputs, (height, width), valid, head.predict, head.mixture, head.grid_scores(outputs))
 
     def train(self, mode: bool = True) -> "Segmenter":
         """Switch mode, but leave every part that is not trained in eval mode: its dropout and running means rest."""

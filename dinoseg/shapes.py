@@ -101,6 +101,7 @@ class Prediction:
     valid: tuple[float, float]
     to_pixels: Callable[[Any, tuple[int, int], tuple[float, float]], Tensor]
     mixture: bool = False
+    grid: Tensor | None = None  # (B, K, h, w), where the scores are these as `geometry.upsample` brings them to a size
 
     def scores(self, size: tuple[int, int] | None = None) -> Tensor:
         """Return per-pixel class scores (B, K, H, W) at `size` (default: the images' own): the highest is the class."""

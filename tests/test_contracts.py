@@ -10,6 +10,7 @@ from dinoseg.adapters import Frozen, LastBlocks, Lora
 from dinoseg.contracts import Backbone, Head, Loss
 from dinoseg.errors import UserError
 from dinoseg.evaluation.supervision import protocol_of
+from dinoseg.geometry import upsample
 from dinoseg.model import Segmenter, trained_names
 
 
@@ -47,6 +48,23 @@ def test_parts_that_say_the_least_work():
     assert trained_names(model) == set(model.state_dict())
     with pytest.raises(UserError, match="Least has no weights that could be exported"):
         model.backbone.export_state()
+
+
+class GridScores(Head):
+    def forward(self, features):
+        return {"scores": features[0]}
+
+    def grid_scores(self, outputs):
+        return outputs["scores"]
+
+
+def test_a_head_on_a_grid_says_its_scores_once():
+    prediction = Segmenter(Least(), GridScores())(torch.rand(2, 3, 6, 9))
+    assert prediction.grid is prediction.outputs["scores"] and prediction.grid.shape == (2, 3, 2, 3)
+    assert torch.equal(prediction.scores(), upsample(prediction.grid, (6, 9), (6 / 8, 9 / 12)))
+    assert Segmenter(Least(), Scores())(torch.rand(2, 3, 6, 9)).grid is None
+    with pytest.raises(NotImplementedError):
+        Head().predict(torch.zeros(1), (1, 1), (1.0, 1.0))
 
 
 def test_pixels_are_normalised_and_padded():

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dinoseg.geometry import concatenate, lattice, pad_to_multiple, resize, upsample, valid_share
+from dinoseg.geometry import concatenate, lattice, pad_to_multiple, resize, spans, upsample, valid_share
 
 
 def reference(grid, size, valid):
@@ -36,6 +36,22 @@ def test_upsample_agrees_with_the_written_out_formula_on_any_sizes():
         result = upsample(grid, size, valid)
         assert result.shape[-2:] == size, (image, size, patch)
         torch.testing.assert_close(result, reference(grid, size, valid), atol=1e-6, rtol=0)
+
+
+def test_spans_are_the_rows_of_upsample_in_runs():
+    draw = random.Random(1)
+    for _ in range(300):
+        image, length, at_once = draw.randint(1, 60), draw.randint(1, 90), draw.randint(1, 40)
+        cells, (share, _) = -(-image // 8), valid_share((image, 1), 8)
+        grid = torch.randn(1, 1, cells, 1, dtype=torch.float64)
+        expected, done = reference(grid, (length, 1), (share, 1.0))[0, 0], 0
+        for span in spans(length, cells, share, at_once, grid):
+            read = grid[0, 0, span.cells]
+            result = read if span.weights is None else span.weights @ read
+            torch.testing.assert_close(result, expected[span.pixels], atol=1e-12, rtol=0)
+            assert span.pixels.start == done and len(result) <= at_once
+            done = span.pixels.stop
+        assert done == length
 
 
 def test_upsample_of_an_unpadded_grid_is_interpolate():

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from dinoseg.contracts import Head
 from dinoseg.errors import UserError
-from dinoseg.geometry import upsample
 from dinoseg.heads.options import check_choice
 from dinoseg.heads.pyramid import one_grid_width
 from dinoseg.ranges import Count, LowShare, Natural
@@ -83,9 +82,9 @@ class CnnHead(Head[Tensor]):
         # the first block's last row and column may reach beyond the last token
         return self.classify(grid)[..., : height * self.patch_size, : width * self.patch_size]
 
-    def predict(self, outputs: Tensor, size: tuple[int, int], valid: tuple[float, float]) -> Tensor:
-        """Return class scores (B, K, H, W): the pixels themselves, or bilinear between them."""
-        return upsample(outputs, size, valid)
+    def grid_scores(self, outputs: Tensor) -> Tensor:
+        """Return the outputs: `predict` is bilinear between them."""
+        return outputs
 
     def _enlarge_first(self, grid: Tensor) -> Tensor:
         """Enlarge to the first block's grid; its last row and column may reach beyond the last token.

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from dinoseg.contracts import Head
 from dinoseg.errors import UserError
-from dinoseg.geometry import upsample, widths
+from dinoseg.geometry import widths
 from dinoseg.heads.pyramid import NUM_LEVELS, Reassemble, refuse_unless_four
 from dinoseg.ranges import Count, LowShare
 
@@ -69,9 +69,9 @@ class DptHead(Head[Tensor]):
             path = fuse(level, path)
         return self.classify(path)
 
-    def predict(self, outputs: Tensor, size: tuple[int, int], valid: tuple[float, float]) -> Tensor:
-        """Return class scores (B, K, H, W), bilinear between cell centres."""
-        return upsample(outputs, size, valid)
+    def grid_scores(self, outputs: Tensor) -> Tensor:
+        """Return the outputs: `predict` is bilinear between them."""
+        return outputs
 
 
 class _Fusion(nn.Module):

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from dinoseg.contracts import Head
 from dinoseg.errors import UserError
-from dinoseg.geometry import concatenate, upsample, widths
+from dinoseg.geometry import concatenate, widths
 from dinoseg.ranges import Count
 
 
@@ -39,6 +39,6 @@ class LinearHead(Head[Tensor]):
         """Return class scores on the patch grid (B, K, h, w)."""
         return self.classify(self.norm(concatenate(features)))
 
-    def predict(self, outputs: Tensor, size: tuple[int, int], valid: tuple[float, float]) -> Tensor:
-        """Return class scores (B, K, H, W), bilinear between patch centres."""
-        return upsample(outputs, size, valid)
+    def grid_scores(self, outputs: Tensor) -> Tensor:
+        """Return the outputs: `predict` is bilinear between them."""
+        return outputs

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinoseg.contracts import Head
-from dinoseg.geometry import upsample
 from dinoseg.heads.pyramid import one_grid_width
 from dinoseg.ranges import Count
 
@@ -39,6 +38,6 @@ class MlpHead(Head[Tensor]):
         blocks = self.layers(tokens).permute(0, 3, 1, 2)  # (B, K * P * P, h, w)
         return F.pixel_shuffle(blocks, self.patch_size)
 
-    def predict(self, outputs: Tensor, size: tuple[int, int], valid: tuple[float, float]) -> Tensor:
-        """Return class scores (B, K, H, W): the pixels themselves, or bilinear between them."""
-        return upsample(outputs, size, valid)
+    def grid_scores(self, outputs: Tensor) -> Tensor:
+        """Return the outputs: `predict` is bilinear between them."""
+        return outputs

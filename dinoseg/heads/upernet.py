@@ -6,7 +6,6 @@ from torch import Tensor, nn
 
 from dinoseg.contracts import Head
 from dinoseg.errors import UserError
-from dinoseg.geometry import upsample
 from dinoseg.heads.pyramid import NUM_LEVELS, Reassemble, refuse_unless_four
 from dinoseg.ranges import Count
 
@@ -53,6 +52,6 @@ class UperNetHead(Head[Tensor]):
             )
         return self.decoder(self.reassemble(features))
 
-    def predict(self, outputs: Tensor, size: tuple[int, int], valid: tuple[float, float]) -> Tensor:
-        """Return class scores (B, K, H, W), bilinear between cell centres."""
-        return upsample(outputs, size, valid)
+    def grid_scores(self, outputs: Tensor) -> Tensor:
+        """Return the outputs: `predict` is bilinear between them."""
+        return outputs

@@ -1,17 +1,18 @@
 """Cross-entropy on every labelled pixel, at the labels' own resolution."""
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
 from dinoseg.contracts import Loss
 from dinoseg.errors import UserError
-from dinoseg.losses.labelled import labelled_pixels, pixel_weights, ratio
+from dinoseg.losses.full_resolution import Pull, pixel_sums
+from dinoseg.losses.labelled import UNLABELLED, pixel_weights, ratio
 from dinoseg.ranges import LowShare
 from dinoseg.shapes import Batch, Prediction
 
 
 class CrossEntropy(Loss):
-    """Cross-entropy over pixels, the class scores brought to the masks' size first.
+    """Cross-entropy over pixels, the class scores brought to the masks' size tile by tile (`full_resolution.py`).
 
     Args:
         class_weights: one weight (K,) per class; the mean is over the summed weights, as in
@@ -35,10 +36,29 @@ class CrossEntropy(Loss):
 
         A batch without a labelled pixel gives 0 and a weight of 0.
         """
-        logits, target = labelled_pixels(prediction, batch, self.ignore_index)
-        class_weights = self.weight.to(logits.dtype)
-        total = F.cross_entropy(
-            logits, target, class_weights, reduction="sum", label_smoothing=self.label_smoothing
-        )  # skips what is UNLABELLED
-        weight = pixel_weights(target, class_weights).sum()
-        return ratio(total, weight), {"weight": weight}
+        total, weight = pixel_sums(prediction, batch, self.ignore_index, self._sums, first_alone=True)
+        return ratio(total, weight.detach()), {"weight": weight.detach()}
+
+    def _sums(self, scores: Tensor, target: Tensor) -> tuple[Tensor, Pull]:
+        """Return the total and the summed weights of a tile's pixels: a `full_resolution.Term`.
+
+        With q = (1 - s) w_t on the label t and s w_k / K beside, a pixel costs the sum over k of -q_k log p_k.
+        """
+        weights = self.weight.to(scores.dtype)
+        place = target.clamp(min=0)[None]
+        weight = pixel_weights(target, weights)
+        own = (1 - self.label_smoothing) * weight  # (N,)
+        even = (target != UNLABELLED).to(scores.dtype) * (self.label_smoothing / len(scores))
+        scores.sub_(scores.amax(0))
+        expected = own * scores.gather(0, place)[0]
+        if self.label_smoothing:
+            expected += even * (weights @ scores)
+        norm = scores.exp_().sum(0)
+        mass = own + even * weights.sum()
+        total = (mass * norm.log() - expected).sum()
+
+        def pull(upstream: Tensor) -> Tensor:  # q_k summed times p, less q
+            scores.mul_(mass * upstream[0] / norm).scatter_add_(0, place, (-upstream[0] * own)[None])
+            return scores.addr_(weights, even * upstream[0], alpha=-1) if self.label_smoothing else scores
+
+        return torch.stack([total, weight.sum()]), pull

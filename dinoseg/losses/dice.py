@@ -3,8 +3,9 @@
 from torch import Tensor
 
 from dinoseg.contracts import Loss
-from dinoseg.losses.labelled import labelled_images, labelled_pixels
-from dinoseg.losses.tversky import tversky_loss
+from dinoseg.losses.full_resolution import pixel_sums
+from dinoseg.losses.labelled import labelled_images
+from dinoseg.losses.tversky import overlap_sums, tversky_loss
 from dinoseg.shapes import Batch, Prediction
 
 
@@ -29,6 +30,6 @@ class Dice(Loss):
 
     def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, and `weight`: the number of images with a labelled pixel."""
-        logits, target = labelled_pixels(prediction, batch, self.ignore_index)
-        value = tversky_loss(logits, target, self.weight.to(logits.dtype), alpha=0.5, beta=0.5)
-        return value, {"weight": labelled_images(target).sum().to(value.dtype)}
+        sums = pixel_sums(prediction, batch, self.ignore_index, overlap_sums)
+        value = tversky_loss(sums, self.weight, alpha=0.5, beta=0.5)
+        return value, {"weight": labelled_images(batch, self.ignore_index).to(value.dtype)}

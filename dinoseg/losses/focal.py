@@ -5,7 +5,8 @@ from torch import Tensor
 
 from dinoseg.contracts import Loss
 from dinoseg.errors import UserError
-from dinoseg.losses.labelled import labelled_pixels, pixel_weights, ratio
+from dinoseg.losses.full_resolution import Pull, pixel_sums
+from dinoseg.losses.labelled import pixel_weights, ratio
 from dinoseg.ranges import NotNegative
 from dinoseg.shapes import Batch, Prediction
 
@@ -35,12 +36,24 @@ class Focal(Loss):
 
     def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, and `weight`: the summed class weights that it is a mean over."""
-        logits, target = labelled_pixels(prediction, batch, self.ignore_index)
-        weights = pixel_weights(target, self.weight.to(logits.dtype))
-        log_share = logits.log_softmax(1).gather(1, target.clamp(min=0)[:, None])[:, 0]  # log p_t, (B, H, W)
+        total, weight = pixel_sums(prediction, batch, self.ignore_index, self._sums, first_alone=True)
+        return ratio(total, weight.detach()), {"weight": weight.detach()}
+
+    def _sums(self, scores: Tensor, target: Tensor) -> tuple[Tensor, Pull]:
+        """Return the total and the summed weights of a tile's pixels: a `full_resolution.Term`."""
+        place = target.clamp(min=0)[None]
+        weight = pixel_weights(target, self.weight.to(scores.dtype))  # (N,)
+        scores.sub_(scores.amax(0))
+        own = scores.gather(0, place)[0]
+        norm = scores.exp_().sum(0)
+        log_share = own - norm.log()  # log p_t
         # at p_t = 1 the slope of a power below 1 is infinite, and infinity times the 0 after it is not a number
-        missing = -torch.expm1(log_share)  # 1 - p_t
-        missing = missing.clamp(min=torch.finfo(logits.dtype).tiny)
-        total = -(weights * missing**self.gamma * log_share).sum()
-        weight = weights.sum()
-        return ratio(total, weight), {"weight": weight}
+        missing = (-torch.expm1(log_share)).clamp(min=torch.finfo(scores.dtype).tiny)  # 1 - p_t
+        faded = weight * missing**self.gamma
+
+        def pull(upstream: Tensor) -> Tensor:
+            rise = self.gamma * weight * missing ** (self.gamma - 1) * log_share.exp() * log_share
+            slope = upstream[0] * (rise - faded)  # by log p_t
+            return scores.mul_(-slope / norm).scatter_add_(0, place, slope[None])
+
+        return torch.stack([-(faded * log_share).sum(), weight.sum()]), pull

@@ -12,23 +12,23 @@ UNLABELLED = -100  # no class id, whatever the data set's ignore value is; torch
 def labelled_pixels(prediction: Prediction, batch: Batch, ignore_index: int) -> tuple[Tensor, Tensor]:
     """Return logits (B, K, H, W) at the masks' size, at least float32, and the `labels` (B, H, W)."""
     height, width = batch.mask.shape[-2:]
-    return at_least_float32(prediction.logits((height, width))), labels(batch, ignore_index)
+    return at_least_float32(prediction.logits((height, width))), labels(batch.mask, ignore_index)
 
 
-def labels(batch: Batch, ignore_index: int) -> Tensor:
-    """Return class ids (B, H, W) int64, UNLABELLED where the mask says `ignore_index`."""
-    ids = batch.mask.long()
+def labels(mask: Tensor, ignore_index: int) -> Tensor:
+    """Return the class ids of a mask as int64, UNLABELLED where it says `ignore_index`."""
+    ids = mask.long()
     return ids.masked_fill(ids == ignore_index, UNLABELLED)
 
 
 def pixel_weights(target: Tensor, class_weights: Tensor) -> Tensor:
-    """Return the weight of every pixel's class (B, H, W), 0 where it is unlabelled."""
+    """Return the weight of every pixel's class, 0 where it is unlabelled."""
     return torch.where(target == UNLABELLED, 0, class_weights[target.clamp(min=0)])
 
 
-def labelled_images(target: Tensor) -> Tensor:
-    """Return which of the images (B,) have a labelled pixel."""
-    return (target != UNLABELLED).flatten(1).any(dim=1)
+def labelled_images(batch: Batch, ignore_index: int) -> Tensor:
+    """Return how many images have a labelled pixel."""
+    return (batch.mask != ignore_index).flatten(1).any(dim=1).sum()
 
 
 def ratio(total: Tensor, norm: Tensor) -> Tensor:

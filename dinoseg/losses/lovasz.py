@@ -75,6 +75,6 @@ class Lovasz(Loss):
         values = [
             lovasz_softmax(part[ids != UNLABELLED], ids[ids != UNLABELLED], class_weights) for part, ids in groups
         ]
-        images = labelled_images(target).sum().to(logits.dtype)
+        images = labelled_images(batch, self.ignore_index).to(logits.dtype)
         value = ratio(torch.stack(values).sum(), images) if self.per_image else values[0]
         return value, {"weight": images}

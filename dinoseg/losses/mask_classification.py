@@ -119,7 +119,7 @@ class MaskClassification(Loss):
         return value, {"weight": value.new_tensor(len(targets.image)), **last}
 
     def _targets(self, batch: Batch, num_queries: int) -> Targets:
-        target = labels(batch, self.ignore_index)
+        target = labels(batch.mask, self.ignore_index)
         num_classes = len(self.weight)
         ids = target.flatten(1)
         present = torch.zeros(len(ids), num_classes + 1, dtype=torch.bool, device=ids.device)

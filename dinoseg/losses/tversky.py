@@ -5,12 +5,35 @@ from torch import Tensor
 
 from dinoseg.contracts import Loss
 from dinoseg.errors import UserError
-from dinoseg.losses.labelled import UNLABELLED, labelled_images, labelled_pixels, ratio
+from dinoseg.losses.full_resolution import Pull, pixel_sums
+from dinoseg.losses.labelled import UNLABELLED, labelled_images, ratio
 from dinoseg.ranges import NotNegative
 from dinoseg.shapes import Batch, Prediction
 
 
-def tversky_loss(logits: Tensor, target: Tensor, class_weights: Tensor, alpha: float, beta: float) -> Tensor:
+def overlap_sums(scores: Tensor, target: Tensor) -> tuple[Tensor, Pull]:
+    """Return sums (3 K,) of a tile's pixels: a `full_resolution.Term`.
+
+    For each class the soft hits sum p_k g_k, what was claimed sum p_k, and what was wanted sum g_k, over labelled
+    pixels, p the softmax and g the labels.
+    """
+    labelled = (target != UNLABELLED).to(scores.dtype)
+    place = target.clamp(min=0)
+    shares = scores.sub_(scores.amax(0)).exp_()
+    shares.mul_(labelled / shares.sum(0))
+    own = shares.gather(0, place[None])[0]  # (N,)
+    sums = scores.new_zeros(2, len(scores)).index_add_(1, place, torch.stack([own, labelled]))
+
+    def pull(upstream: Tensor) -> Tensor:  # p times what each share adds, less its mean by p
+        of_hits, of_claims = upstream.view(3, -1)[:2]
+        hit = of_hits[place] * own
+        shares.mul_(of_claims[:, None] - (of_claims @ shares + hit))
+        return shares.scatter_add_(0, place[None], hit[None])
+
+    return torch.cat([sums[0], shares.sum(1), sums[1]]), pull
+
+
+def tversky_loss(sums: Tensor, class_weights: Tensor, alpha: float, beta: float) -> Tensor:
     """Return the weighted mean of 1 - T_k over the classes k that occur in the labels of the batch.
 
     T_k = TP / (TP + alpha FP + beta FN), with the soft counts TP = sum p_k g_k, FP = sum p_k (1 - g_k) and
@@ -18,21 +41,16 @@ def tversky_loss(logits: Tensor, target: Tensor, class_weights: Tensor, alpha: f
     arXiv 1706.05721, for K classes).
 
     Args:
-        logits: (B, K, H, W).
-        target: (B, H, W), UNLABELLED where nothing counts.
+        sums: (3 K,) of `overlap_sums`.
         class_weights: (K,).
         alpha: price of a false positive.
         beta: price of a false negative.
     """
-    shares = logits.softmax(1)
-    is_class = target[:, None] == torch.arange(logits.shape[1], device=target.device)[:, None, None]  # (B, K, H, W)
-    hits = torch.where(is_class, shares, 0).sum((0, 2, 3))  # (K,)
-    claimed = torch.where((target != UNLABELLED)[:, None], shares, 0).sum((0, 2, 3))
-    wanted = is_class.sum((0, 2, 3))
+    hits, claimed, wanted = sums.view(3, -1)
     present = wanted > 0
     denominator = hits + alpha * (claimed - hits) + beta * (wanted - hits)
     index = hits / torch.where(present, denominator, 1)
-    weights = torch.where(present, class_weights, 0)
+    weights = torch.where(present, class_weights.to(sums.dtype), 0)
     return ratio((weights * (1 - index)).sum(), weights.sum())
 
 
@@ -63,6 +81,6 @@ class Tversky(Loss):
 
     def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, and `weight`: the number of images with a labelled pixel."""
-        logits, target = labelled_pixels(prediction, batch, self.ignore_index)
-        value = tversky_loss(logits, target, self.weight.to(logits.dtype), self.alpha, self.beta)
-        return value, {"weight": labelled_images(target).sum().to(value.dtype)}
+        sums = pixel_sums(prediction, batch, self.ignore_index, overlap_sums)
+        value = tversky_loss(sums, self.weight, self.alpha, self.beta)
+        return value, {"weight": labelled_images(batch, self.ignore_index).to(value.dtype)}

@@ -1,0 +1,187 @@
+"""Losses on tiles against the same of all logits at once, bilinear by `F.grid_sample`, in float64."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dinoseg.geometry import valid_share
+from dinoseg.losses import full_resolution
+from dinoseg.losses.cross_entropy import CrossEntropy
+from dinoseg.losses.dice import Dice
+from dinoseg.losses.focal import Focal
+from dinoseg.losses.tversky import Tversky
+from dinoseg.losses.weighted_sum import WeightedSum
+from dinoseg.shapes import Batch, Prediction
+
+WEIGHTS = torch.tensor([0.25, 1.0, 3.0, 0.0, 0.5])
+
+
+def cross_entropy(logits, ids, smoothing=0.0):
+    weights = WEIGHTS.to(logits)
+    total = F.cross_entropy(logits, ids, weights, ignore_index=255, reduction="sum", label_smoothing=smoothing)
+    norm = weights[ids[ids != 255]].sum()
+    return total / norm if norm > 0 else total
+
+
+def focal(logits, ids, gamma):
+    shares, weights = logits.softmax(1).movedim(1, -1)[ids != 255], WEIGHTS.to(logits)[ids[ids != 255]]
+    share = shares.gather(1, ids[ids != 255][:, None])[:, 0]
+    total = -(weights * (1 - share) ** gamma * share.log()).sum()
+    return total / weights.sum() if weights.sum() > 0 else total
+
+
+def tversky(logits, ids, alpha, beta):
+    shares, own = logits.softmax(1).movedim(1, -1)[ids != 255], F.one_hot(ids[ids != 255], 5).to(logits)
+    present = own.sum(0) > 0
+    shares, own, weights = shares[:, present], own[:, present], WEIGHTS.to(logits)[present]
+    hits = (shares * own).sum(0)
+    index = hits / (hits + alpha * (shares * (1 - own)).sum(0) + beta * ((1 - shares) * own).sum(0))
+    return (weights * (1 - index)).sum() / (weights.sum() if weights.sum() > 0 else 1)
+
+
+LOSSES = {
+    "cross-entropy": (CrossEntropy(WEIGHTS), cross_entropy),
+    "smoothed": (CrossEntropy(WEIGHTS, label_smoothing=0.2), lambda *of: cross_entropy(*of, smoothing=0.2)),
+    "focal": (Focal(WEIGHTS), lambda *of: focal(*of, gamma=2.0)),
+    "focal 0.5": (Focal(WEIGHTS, gamma=0.5), lambda *of: focal(*of, gamma=0.5)),
+    "dice": (Dice(WEIGHTS), lambda *of: tversky(*of, alpha=0.5, beta=0.5)),
+    "tversky": (Tversky(WEIGHTS), lambda *of: tversky(*of, alpha=0.3, beta=0.7)),
+}
+CASES = [  # image, patch, the masks' size, the share that is ignored
+    ((32, 48), 8, (32, 48), 0.2),
+    ((29, 41), 8, (29, 41), 0.2),  # padded
+    ((29, 41), 8, (75, 131), 0.2),  # masks larger than images
+    ((40, 56), 8, (13, 9), 0.2),  # and smaller
+    ((16, 24), 8, (2, 30), 0.2),  # rows stay
+    ((15, 21), 1, (15, 21), 0.2),  # pixels
+    ((13, 21), 16, (13, 70), 0.0),
+    ((1, 1), 8, (1, 1), 0.0),
+    ((7, 90), 8, (1, 90), 0.5),
+    ((20, 20), 8, (20, 20), 2.0),  # nothing labelled
+]
+
+
+def all_logits(grid, size, valid):
+    """Return (B, K, H, W) float64."""
+    along = [
+        2 * share * (torch.arange(length, dtype=torch.float64) + 0.5) / length - 1
+        for length, share in zip(size, valid, strict=True)
+    ]
+    places = torch.stack(torch.meshgrid(*along, indexing="ij")[::-1], dim=-1).expand(len(grid), -1, -1, -1)
+    return F.grid_sample(grid.double(), places, padding_mode="border", align_corners=False)
+
+
+def drawn(image, patch, size, ignored, seed, dtype=torch.float64, absent=2):
+    draw = torch.Generator().manual_seed(seed)
+    grid = 3 * torch.randn(2, 5, -(-image[0] // patch), -(-image[1] // patch), dtype=torch.float64, generator=draw)
+    mask = torch.randint(0, 5, (2, *size), generator=draw)
+    mask[mask == absent] = 3
+    mask[torch.rand(mask.shape, generator=draw) < ignored] = 255
+    batch = Batch(torch.zeros(2, 3, 1, 1), mask.to(torch.uint8), ["", ""])
+    grid = grid.to(dtype).requires_grad_()
+    return Prediction(grid, image, valid_share(image, patch), refused, grid=grid), batch
+
+
+def refused(outputs, size, valid):
+    raise AssertionError("scores were asked for at full size")
+
+
+def gradient(value, grid):
+    return torch.autograd.grad(value, grid)[0]
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Several tiles in each direction."""
+    monkeypatch.setattr(full_resolution, "ROWS", 8)
+    monkeypatch.setattr(full_resolution, "CACHED", 8 * 5 * 17)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_value_and_gradient_are_those_of_all_logits_at_once(name, case):
+    loss, reference = LOSSES[name]
+    for seed, (dtype, within) in itertools.product(range(3), ((torch.float64, 1e-12), (torch.float32, 1e-6))):
+        prediction, batch = drawn(*case, seed, dtype)
+        value, _ = loss(prediction, batch)
+        found = gradient(value, prediction.grid)
+        assert value.dtype == found.dtype == dtype
+        exact = prediction.grid.detach().double().requires_grad_()
+        expected = reference(all_logits(exact, case[2], prediction.valid), batch.mask.long())
+        wanted = gradient(expected, exact)
+        assert value.item() == pytest.approx(expected.item(), rel=within, abs=within)
+        assert (found - wanted).abs().max() <= within * max(wanted.abs().max(), 1e-3)
+
+
+def test_another_gradient_of_the_value_scales_that_of_the_grid():
+    for loss, _ in LOSSES.values():
+        prediction, batch = drawn(*CASES[1], 0)
+        value, parts = loss(prediction, batch)
+        once, twice = gradient(value, prediction.grid), gradient(2 * loss(prediction, batch)[0], prediction.grid)
+        torch.testing.assert_close(twice, 2 * once, rtol=1e-12, atol=0)
+        assert not parts["weight"].requires_grad
+        value = loss(prediction, batch)[0]
+        assert torch.equal(torch.autograd.grad(value, prediction.grid, retain_graph=True)[0], once)
+        assert torch.equal(gradient(value, prediction.grid), once)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_any_number_of_threads_gives_the_same_bits(name):
+    loss, found, threads = LOSSES[name][0], [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            prediction, batch = drawn(*CASES[2], 0, torch.float32)
+            value, parts = loss(prediction, batch)
+            found.append((value.detach(), parts["weight"], gradient(value, prediction.grid)))
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(*pair) for other in found[1:] for pair in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_left_before_upsampling(dtype):
+    for loss, _ in LOSSES.values():
+        prediction, batch = drawn(*CASES[1], 0, dtype)
+        with torch.autocast("cpu", torch.bfloat16):
+            value, _ = loss(prediction, batch)
+        found = gradient(value, prediction.grid)
+        single = prediction.grid.detach().float().requires_grad_()
+        expected, _ = loss(Prediction(single, prediction.size, prediction.valid, refused, grid=single), batch)
+        assert torch.equal(value, expected) and found.dtype == dtype
+        assert torch.equal(found, gradient(expected, single).to(dtype))
+
+
+def test_nothing_is_differentiated_twice():
+    for loss, _ in LOSSES.values():
+        prediction, batch = drawn(*CASES[0], 0)
+        with pytest.raises(NotImplementedError, match="cannot be differentiated twice: leave out create_graph"):
+            torch.autograd.grad(loss(prediction, batch)[0], prediction.grid, create_graph=True)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_validation_has_the_value_alone(mode):
+    for loss, _ in LOSSES.values():
+        prediction, batch = drawn(*CASES[1], 0)
+        expected = loss(prediction, batch)[0]
+        with mode():
+            outputs = prediction.grid * 1
+            found, _ = loss(Prediction(outputs, prediction.size, prediction.valid, refused, grid=outputs), batch)
+        assert torch.equal(found, expected) and not found.requires_grad
+
+
+def test_a_sum_of_losses_asks_for_no_scores():
+    prediction, batch = drawn(*CASES[1], 0)
+    value, _ = WeightedSum({"ce": CrossEntropy, "dice": Dice}, {"ce": 1.0, "dice": 1.0}, WEIGHTS)(prediction, batch)
+    torch.testing.assert_close(value, sum(LOSSES[name][0](prediction, batch)[0] for name in ("cross-entropy", "dice")))
+
+
+def test_a_label_that_is_no_class_is_an_error():
+    for loss, _ in LOSSES.values():
+        prediction, batch = drawn(*CASES[0], 0)
+        batch.mask[0, 0, 0] = 5
+        with pytest.raises((IndexError, RuntimeError), match="out of (bounds|range)"):
+            loss(prediction, batch)
