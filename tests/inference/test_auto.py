@@ -53,7 +53,7 @@ def test_attention_that_is_written_out_is_seen_to_grow():
             return Prediction(squares[:1, :1, None, None], images.shape[-2:], (1.0, 1.0), upsample)
 
     cost = memory.measure(Grows(), 32, nullcontext)
-    assert cost.squared == pytest.approx(4, rel=0.05)
+    assert cost.squared == pytest.approx(4, rel=0.05) and cost.scores < 50
     assert cost.of(1, (100, 100), (1, 1)) == pytest.approx(4e8, rel=0.05)
 
 
@@ -203,3 +203,55 @@ def test_a_limit_of_addresses_bounds_what_is_free(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "_CGROUPS", tmp_path)
     monkeypatch.setattr(resource, "getrlimit", lambda which: (10 * resource.getpagesize(), -1))
     assert memory.free_bytes(CPU) == 7 * resource.getpagesize()
+
+
+def test_whole_images_are_seen_at_the_scales_and_turned_as_auto_is_told(free):
+    free(2**40)
+    ours, theirs, plain = (
+        Predictor(made(), CPU, nullcontext, policy).probabilities([picture(40, 50)])
+        for policy in (
+            Auto((32, 48), flips="horizontal", scales=(1.0, 2.0)),
+            Whole(flips="horizontal", scales=(1.0, 2.0)),
+            Whole(flips="horizontal"),
+        )
+    )
+    assert torch.equal(ours, theirs) and not torch.equal(ours, plain)
+
+
+def test_a_size_that_is_asked_for_counts_where_memory_did_not_suffice(free):
+    free(2**40)
+    predictor = Predictor(small_memory(made(), 4 * 32 * 48), CPU, nullcontext, Auto((32, 48)))
+    images = torch.from_numpy(picture(100, 90)).permute(2, 0, 1)[None]
+    scores = predictor.asked(images, lambda bands: torch.cat([band.scores() for band in bands], dim=2), size=(50, 45))
+    assert scores.shape[-2:] == (50, 45)
+
+
+def test_images_at_once_and_the_size_that_is_asked_for_have_to_fit(free):
+    model, seen = made(), []
+    model.backbone.register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape[-2:])))
+    free(1.5 * memory.measure(model, 32, nullcontext).of(1, (100, 90), (100, 90)))
+    images = torch.from_numpy(picture(100, 90)).permute(2, 0, 1)[None]
+    for count, size, whole in ((1, None, True), (2, None, False), (1, (1000, 900), False)):
+        seen.clear()
+        predictor = Predictor(model, CPU, nullcontext, Auto((32, 48), memory=1.0))
+        predictor.asked(images.expand(count, -1, -1, -1), lambda bands: [band.size for band in bands], size=size)
+        assert ((100, 90) in seen) == whole
+
+
+def test_what_is_free_on_a_gpu_counts_what_torch_holds_unused(monkeypatch):
+    for name, value in (("mem_get_info", (10, 99)), ("memory_reserved", 5), ("memory_allocated", 2)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert memory.free_bytes(torch.device("cuda")) == 13
+
+
+def test_memory_that_python_lacks_is_told_too(tmp_path):
+    np.save(tmp_path / "a.npy", picture(100, 90))
+    broken = made()
+    broken.backbone.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(memory.OutOfMemory, match=r"of 90 x 100 .*none left"):
+        list(Predictor(broken, CPU, nullcontext).strips(tmp_path / "a.npy"))
+
+
+def test_probabilities_are_float32_whatever_the_model_computes_in():
+    predictor = Predictor(made(), CPU, lambda: torch.autocast("cpu", torch.bfloat16))
+    assert predictor.probabilities([picture(16, 16)]).dtype == torch.float32

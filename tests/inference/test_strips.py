@@ -289,4 +289,8 @@ def test_an_image_too_large_to_hold_gets_class_ids_and_goes_on(tmp_path, monkeyp
     assert (read_ids(tmp_path / "run/masks/large.png") == predictor.ids([picture()])[0]).all()
     assert [path.name for path in (tmp_path / "run").glob("*_segmentation")] == ["small_segmentation"]
     again = ImageRun(run.folder, run.masks, DoneInputs(tmp_path / "run"))
-    assert segment_images(by, images, again)[0] == 2
+    earlier, passed = segment_images(by, images, again)
+    assert earlier == 2 and passed.items == 0
+    bare = ImageRun(tmp_path / "bare", None, DoneInputs(tmp_path / "bare"))
+    segment_images(by, images, bare)
+    assert bare.count == 1 and "large.tif is too large for pictures, and masks=false" in bare.failures[0]

@@ -1,6 +1,7 @@
 """Pictures much larger than any of the training: seen at its scale, and said."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from dinoseg.errors import UserError
 from dinoseg.heads.linear import LinearHead
 from dinoseg.inference.trained_sizes import TrainedSizes, keep_scale
 from dinoseg.model import Segmenter
+from dinoseg.portable.trained_model import model_of
 
 SIZES = TrainedSizes(typical=32, largest=64)
 
@@ -34,6 +36,8 @@ def test_sizes_are_those_that_the_model_was_fed():
     assert TrainedSizes.of([(30, 40)] * 100, longest=None, enlarged=1.5) == TrainedSizes(40, 60)
     assert TrainedSizes.of([(30, 40)], longest=20, enlarged=0.5) == TrainedSizes(20, 20)
     assert TrainedSizes.of([(30, 40)] * 99 + [(3000, 4)], longest=None, enlarged=1.0) == TrainedSizes(40, 40)
+    sides = [(side, 1) for side in range(1, 22)]
+    assert TrainedSizes.of(sides, longest=None, enlarged=1.0) == TrainedSizes(11, 20)
     info = TrainedSizes(40, 60).as_info()
     assert TrainedSizes.from_info(info) == TrainedSizes(40, 60) and TrainedSizes.from_info({}) is None
 
@@ -68,3 +72,9 @@ def test_nothing_is_said_without_sizes_or_where_the_model_reduces_anyway(model, 
     with caplog.at_level(logging.INFO):
         model(images(40, 80))
     assert seen == [(40, 80), (24, 48)] and not caplog.messages
+
+
+def test_a_model_that_is_served_keeps_the_scale(model):
+    info = {"classes": ["a"], "palette": [[0, 0, 0]], "ignore_index": 255}
+    model_of(SimpleNamespace(model=model, predictor=None, info=info), SIZES)
+    assert model.limit((40, 80)) == 32

@@ -13,7 +13,8 @@ def test_the_same_command_goes_on_in_its_folder(trained_once, tmp_path):
     assert first.status == 0, first.err
     for name in ("00000_segmentation", "of_nobody"):
         (tmp_path / f"out/.{name}.1.part").mkdir()
-    (tmp_path / "out/masks/.00000.png.1.part").touch()
+    for folder in ("masks", "predicted"):
+        (tmp_path / f"out/{folder}/.00000.png.1.part").touch()
     (tmp_path / "out/predicted/00003.json").unlink()
     again = call(tmp_path, *words)
     assert again.status == 0 and "6 images of an earlier run taken over" in again.err + again.out, again.err

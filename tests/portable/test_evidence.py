@@ -3,13 +3,17 @@
 import hashlib
 import json
 import os
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
 from dinoseg.errors import UserError
+from dinoseg.portable import write
 from dinoseg.portable.evidence import COUNTED, data_of, scores_of
+from dinoseg.portable.runtime import Options
 from dinoseg.portable.sources import source_of
+from dinoseg.portable.torch_runtime import _weights
 
 SCORES = {"miou": 0.5, "dice": None, "pixels": 9, "ci95": {"miou": [0.4, 0.6]}}
 SCORES["classes"] = [{"iou": 0.25}, {"iou": None}]
@@ -93,3 +97,29 @@ def test_a_folder_of_a_hub_ids_name_is_a_folder(tmp_path, monkeypatch):
     (tmp_path / "facebook/dinov2-small@main").mkdir(parents=True)
     found = source_of({"backbone": {"weights": "facebook/dinov2-small@main"}, "choices": {"backbone": "x"}}, "")
     assert found["weights"] == "dinov2-small@main" and found["revision"] is None
+
+
+def test_scores_that_are_not_there_are_told_before_the_model_is_made(best, tmp_path, monkeypatch):
+    monkeypatch.setattr(write, "load_trained", lambda cfg: pytest.fail("the model was made"))
+    cfg = OmegaConf.create({"resume": str(best), "backbone": {"weights": "random"}})
+    with pytest.raises(UserError, match="export.scores=.*nowhere is no run folder"):
+        write.export_model(cfg, out_dir=tmp_path, scores=str(tmp_path / "nowhere"))
+
+
+def test_no_place_of_this_machine_is_kept():
+    config = {"a": "~/x/y.pth", "b": ["./z", "../q/r", "plain/z"], "classes": ["/road"], "c": "/home/me/w"}
+    kept = {"a": "y.pth", "b": ["z", "r", "plain/z"], "classes": ["/road"], "c": "w"}
+    assert write._without_places(config) == kept
+
+
+def test_a_head_of_others_is_not_passed_on_unless_asked():
+    cfg = OmegaConf.create({"head": {"weights": "head.pth"}})
+    with pytest.raises(UserError, match="weights of the head head.pth"):
+        write._check_licence(cfg, {"gated": False}, ["model/head.classify.weight"])
+    write._check_licence(cfg, {"gated": False}, ["model/backbone.norm.weight"])
+
+
+def test_weights_that_are_given_are_those_of_their_part():
+    said = {"config": {"backbone": {"weights": "a"}, "head": {"weights": "b"}}}
+    assert _weights(Path("f"), said, Options(head="h")) == {"head.weights": "h"}
+    assert _weights(Path("f"), said, Options(backbone="b", head="h")) == {"backbone.weights": "b", "head.weights": "h"}

@@ -81,14 +81,17 @@ def test_a_folder_of_an_export_is_taken_for_its_file_by_the_runtime_that_is_aske
     assert done.status == 0, done.err
 
 
-def test_a_file_says_what_it_is(trained, file):
+def test_a_file_says_what_it_is(trained, file, tmp_path):
     facts = dinoseg.load(file, device="cpu").facts
     scores = json.loads((trained / "segmenter/evaluation/scores.json").read_text())
     assert facts.classes == ("dark", "bright") and facts.scores["values"]["miou"] == scores["miou"]
     assert facts.backbone["licence"] == "its trainer's own" and facts.data["train"]["count"] == 4
     assert facts.sizes["crop"] == [32, 48] and facts.sizes["typical"] == 48
     assert facts.versions["torch"] == torch.__version__.partition("+")[0] and not facts.delta
+    assert facts.normalisation["mean"] != facts.normalisation["std"] and "_target_" not in facts.sizes["inference"]
     assert str(trained).encode() not in file.read_bytes()[: 2**20]
+    again = dinoseg.load(exported(file, tmp_path / "again"), device="cpu").facts
+    assert again.scores == facts.scores and again.data == facts.data
 
 
 def test_nothing_of_hydra_or_chance_is_left_in_the_program(file):
@@ -197,13 +200,15 @@ def test_gated_weights_are_not_passed_on_unless_asked(compose, tmp_path, capsys)
     assert (dinoseg.load(whole, device="cpu").predict(image).probabilities == theirs).all()
     weights_elsewhere.rename(weights)
     delta = exported(path, tmp_path / "delta", delta=True)
-    assert 'backbone="FILE"' in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert 'backbone="FILE"' in printed and "no scores are in it" in printed
     assert delta.stat().st_size < whole.stat().st_size / 4
     assert not any("lora" not in name for name in load_file(delta) if "model/backbone" in name)
     weights.rename(weights_elsewhere)
     with pytest.raises(UserError, match="backbone=dinov3_file.safetensors is refused.*backbone=PATH"):
         dinoseg.load(delta)
-    assert (dinoseg.load(delta, device="cpu", backbone=weights_elsewhere).predict(image).probabilities == theirs).all()
+    model = dinoseg.load(delta, device="cpu", backbone=weights_elsewhere)
+    assert (model.predict(image).probabilities == theirs).all() and not model.facts.backbone["in_file"]
     with pytest.raises(UserError, match="other frozen backbone weights"):
         dinoseg.load(delta, device="cpu", backbone="dinoseg:tiny_surgical")
 
@@ -352,7 +357,7 @@ def test_facts_that_are_none_are_refused(tmp_path, sound):
             dinoseg.load(tampered(tmp_path, sound, {place: value}), device="cpu")
 
 
-def test_what_is_no_file_of_dinoseg_is_refused(tmp_path, file, sound):
+def test_what_is_no_file_of_dinoseg_is_refused(tmp_path, trained, file, sound):
     whole = file.read_bytes()
     newer = {**sound.info, "format": 99}
     checkpoint.write(tmp_path / "newer.safetensors", sound.tensors, newer)
@@ -371,6 +376,7 @@ def test_what_is_no_file_of_dinoseg_is_refused(tmp_path, file, sound):
     for path, message in (
         (tmp_path / "none", "No such file"),
         (tmp_path, "neither a checkpoint file nor a run folder"),
+        (trained / "slots", "slots/checkpoints/.*is a model of slots"),
     ):
         with pytest.raises(UserError, match=message):
             dinoseg.load(path)
@@ -415,6 +421,8 @@ def test_a_checkpoint_older_than_a_group_becomes_a_file(compose, tmp_path):
         del kept.info[part]["inference"]
     checkpoint.write(path, kept.tensors, {key: value for key, value in kept.info.items() if key != "format"})
     model = dinoseg.load(exported(path, tmp_path / "out"))
+    (tmp_path / "run/model.safetensors").touch()  # a run folder it is all the same, of which the best is taken
+    assert dinoseg.load(tmp_path / "run", device="cpu").file is None
     assert model.facts.sizes["inference"]["option"] == "auto"
 
 

@@ -173,7 +173,14 @@ def test_facts_come_back_and_what_is_none_is_refused():
     assert Facts.of(facts.description(), "x") == facts
     description = facts.description()
     assert Facts.of({**description, "facts": {**description["facts"], "newer": 1}}, "x") == facts
-    odd = (("facts", 3), ("facts", {"scores": []}), ("facts", {"backbone": {"name": "a"}}), ("classes", []))
+    source = {**dict.fromkeys(("name", "hash", "licence"), "a"), "weights": None, "revision": None, "gated": "no"}
+    odd = (
+        ("facts", 3),
+        ("facts", {"backbone": source}),
+        ("facts", {"scores": []}),
+        ("facts", {"backbone": {"name": "a"}}),
+        ("classes", []),
+    )
     for key, value in (*odd, ("classes", "ab"), ("palette", [[1]])):
         with pytest.raises(UserError, match="^x: "):
             Facts.of({**description, key: value}, "x")
