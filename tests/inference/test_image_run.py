@@ -1,0 +1,29 @@
+"""Images through a model whose answer is known: how their results look."""
+
+from types import SimpleNamespace
+
+import numpy as np
+
+from dinoseg.data.classes.labels import Labels
+from dinoseg.images import write_png
+from dinoseg.inference import image_run
+from dinoseg.inference.class_record import read_class_record, write_class_record
+from dinoseg.inference.done import DoneInputs
+from dinoseg.inference.image_run import ImageInput, ImageRun, Segmentation, segment_images
+
+
+def test_results_are_drawn_as_they_are_asked_for(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(image_run, "write_image_results", lambda *_, **named: drawn.append(named))
+    write_png(tmp_path / "a.png", np.zeros((4, 6, 3), np.uint8))
+    predictor = SimpleNamespace(ids=lambda images: np.zeros((len(images), 4, 6), np.uint8))
+    labels = Labels.of(["a", "b"], [[1, 2, 3], [4, 5, 6]], 250)
+    run = ImageRun(tmp_path, None, DoneInputs(tmp_path))
+    segment_images(Segmentation(predictor, labels, 0.25), [ImageInput(tmp_path / "a.png", "a", "a")], run)
+    (named,) = drawn
+    assert named["opacity"] == 0.25 and named["ignore_index"] == 250 and named["palette"] == labels.palette
+
+
+def test_a_record_of_classes_comes_back(tmp_path):
+    write_class_record(tmp_path, ["a", "b"], [(1, 2, 3), (4, 5, 6)], 250, {"format": "ids"})
+    assert read_class_record(tmp_path) == (Labels.of(["a", "b"], [[1, 2, 3], [4, 5, 6]], 250), {"format": "ids"})
