@@ -138,13 +138,18 @@ class Meter:
         speed, waited = self._status.rates(now)
         self._status, self._shown = _Window(now), now
         figures = (
-            f"epoch {self._step / self._epoch:.1f}, loss {loss:.4f}, rate {rate:.1e}, {speed:.1f} images/s, "
+            f"epoch {self._step / self._epoch:.1f}, loss {loss:.4f}, rate {rate:.1e}, {_told(speed)} images/s, "
             f"waiting for data {waited:.0%}, memory {peak_memory(self.device) / 2**30:.1f} GiB, {self.left()}"
         )
         if self._has_bar:
             self.bar.set_postfix_str(figures, refresh=False)
         else:
             logger.info("step %d of %d: %s", self._step, self._steps, figures)
+
+
+def _told(speed: float) -> str:
+    """Return images a second as they are told: below one, what says how slow they are."""
+    return f"{speed:.1f}" if speed >= 1 else f"{speed:.2g}"
 
 
 def reset_peak_memory(device: torch.device) -> None:

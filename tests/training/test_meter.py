@@ -83,6 +83,13 @@ def test_a_pipe_gets_a_line_every_ten_seconds(caplog, capsys):
     assert "4.0 images/s, waiting for data 25%, memory " in caplog.messages[2] and last.endswith(" left")
 
 
+def test_slow_steps_are_told_by_digits_that_say_something(caplog):
+    clock = Clock()
+    with caplog.at_level(logging.INFO), closing(meter(clock)) as running:
+        train(running, clock, 3, seconds=100.0, waited=0.0)
+    assert "0.04 images/s" in caplog.messages[-1]
+
+
 @pytest.mark.parametrize(("terminal", "visible"), [(True, True), (True, False), (False, False)])
 def test_a_terminal_gets_a_bar_and_other_ranks_nothing(caplog, capsys, terminal, visible):
     clock = Clock()
