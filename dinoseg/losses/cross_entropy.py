@@ -6,7 +6,7 @@ from torch import Tensor
 from dinoseg.contracts import Loss
 from dinoseg.errors import UserError
 from dinoseg.losses.full_resolution import Pull, pixel_sums
-from dinoseg.losses.labelled import UNLABELLED, pixel_weights, ratio
+from dinoseg.losses.labelled import UNLABELLED, pixel_weights, ratio, weights_of
 from dinoseg.ranges import LowShare
 from dinoseg.shapes import Batch, Prediction
 
@@ -44,7 +44,7 @@ class CrossEntropy(Loss):
 
         With q = (1 - s) w_t on the label t and s w_k / K beside, a pixel costs the sum over k of -q_k log p_k.
         """
-        weights = self.weight.to(scores.dtype)
+        weights = weights_of(self.weight, scores)
         place = target.clamp(min=0)[None]
         weight = pixel_weights(target, weights)
         own = (1 - self.label_smoothing) * weight  # (N,)

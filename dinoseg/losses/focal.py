@@ -6,7 +6,7 @@ from torch import Tensor
 from dinoseg.contracts import Loss
 from dinoseg.errors import UserError
 from dinoseg.losses.full_resolution import Pull, pixel_sums
-from dinoseg.losses.labelled import pixel_weights, ratio
+from dinoseg.losses.labelled import pixel_weights, ratio, weights_of
 from dinoseg.ranges import NotNegative
 from dinoseg.shapes import Batch, Prediction
 
@@ -42,7 +42,7 @@ class Focal(Loss):
     def _sums(self, scores: Tensor, target: Tensor) -> tuple[Tensor, Pull]:
         """Return the total and the summed weights of a tile's pixels: a `full_resolution.Term`."""
         place = target.clamp(min=0)[None]
-        weight = pixel_weights(target, self.weight.to(scores.dtype))  # (N,)
+        weight = pixel_weights(target, weights_of(self.weight, scores))  # (N,)
         scores.sub_(scores.amax(0))
         own = scores.gather(0, place)[0]
         norm = scores.exp_().sum(0)

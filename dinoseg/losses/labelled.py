@@ -26,6 +26,20 @@ def pixel_weights(target: Tensor, class_weights: Tensor) -> Tensor:
     return torch.where(target == UNLABELLED, 0, class_weights[target.clamp(min=0)])
 
 
+def weights_of(class_weights: Tensor, scores: Tensor) -> Tensor:
+    """Return class weights (K,) as numbers of the kind of scores (K, N).
+
+    Raises:
+        RuntimeError: these are scores of another number of classes.
+    """
+    if len(class_weights) != len(scores):
+        raise RuntimeError(
+            f"The loss has a weight tensor of {len(class_weights)} classes, and the head scores {len(scores)}: set "
+            "head.num_classes to the number of data.classes, or leave it out."
+        )
+    return class_weights.to(scores.dtype)
+
+
 def labelled_images(batch: Batch, ignore_index: int) -> Tensor:
     """Return how many images have a labelled pixel."""
     return (batch.mask != ignore_index).flatten(1).any(dim=1).sum()

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from dinoseg.errors import UserError
 from dinoseg.geometry import upsample, valid_share
 from dinoseg.losses.cross_entropy import CrossEntropy
+from dinoseg.losses.focal import Focal
 from dinoseg.shapes import Batch, Prediction
 
 
@@ -82,3 +83,10 @@ def test_another_ignore_value():
 def test_label_smoothing_out_of_range_is_refused():
     with pytest.raises(UserError, match="loss.criterion.label_smoothing=1"):
         CrossEntropy(torch.ones(3), label_smoothing=1.0)
+
+
+@pytest.mark.parametrize("loss", [CrossEntropy, Focal])
+def test_weights_of_another_number_of_classes_are_refused(loss):
+    prediction, batch = make(torch.zeros(1, 20, 30, dtype=torch.uint8), classes=3)
+    with pytest.raises(RuntimeError, match=r"weight tensor of 2 classes, and the head scores 3: set head\.num_classes"):
+        loss(torch.ones(2))(prediction, batch)

@@ -133,10 +133,12 @@ def test_the_card_holds_scores_intervals_and_licence_and_nothing_that_a_file_mak
 def test_without_the_hubs_client_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     facts = Facts(("a", "b"), ((0, 0, 0), (1, 2, 3)), 255)
-    (tmp_path / "model.onnx").touch()
+    (tmp_path / "model.safetensors").touch()
     for ask in (
         lambda: Model.from_pretrained("org/name"),
-        lambda: push(tmp_path / "model.onnx", facts, "org/name", private=None, revision=None, token=None, gated=False),
+        lambda: push(
+            tmp_path / "model.safetensors", facts, "org/name", private=None, revision=None, token=None, gated=False
+        ),
     ):
         with pytest.raises(UserError, match="org/name: a hub needs huggingface_hub, .* pip install huggingface_hub"):
             ask()
