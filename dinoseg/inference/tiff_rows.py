@@ -35,7 +35,6 @@ class TiffLayout:
         )
         self.offsets, self.lengths = (tuple(map(int, tags[key])) for key in ((324, 325) if tiled else (273, 279)))
         self.compression, self.predictor = int(tags.get(259, 1)), int(tags.get(317, 1))
-        self.across = math.ceil(self.size[1] / self.block[1])
         self.kept = {key: tags[key] for key in _KEPT if key in tags}  # what a block is decoded by
 
     @classmethod
@@ -72,6 +71,11 @@ class TiffLayout:
         block = math.prod(self.block) * self.channels  # bytes
         known = self.is_raw or (self.compression in _DECODED and block <= _LARGEST_BLOCK)
         return self if known and self.predictor in (1, 2) and not (self.predictor == 2 and self.is_raw) else None
+
+    @property
+    def across(self) -> int:
+        """How many blocks lie side by side."""
+        return math.ceil(self.size[1] / self.block[1])
 
     @property
     def is_raw(self) -> bool:

@@ -1,5 +1,6 @@
 """Rows of files as they are needed, and ids written as they are done."""
 
+import os
 import struct
 import zlib
 from contextlib import nullcontext
@@ -17,10 +18,11 @@ from dinoseg.images import read_ids, read_image
 from dinoseg.inference import png_rows, strips
 from dinoseg.inference.done import DoneInputs
 from dinoseg.inference.image_run import ImageInput, ImageRun, Segmentation, segment_images
-from dinoseg.inference.png_rows import PngFileRows, PngWriter
+from dinoseg.inference.png_rows import PngFileRows, PngLayout, PngWriter
+from dinoseg.inference.rows import LONGEST
 from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.strips import ArrayRows, JpegRows, only_in_strips, open_rows
-from dinoseg.inference.tiff_rows import TiffRows
+from dinoseg.inference.tiff_rows import _LARGEST_BLOCK, TiffLayout, TiffRows
 from dinoseg.inference.windows import Windows
 from dinoseg.model import Segmenter
 
@@ -176,6 +178,65 @@ def test_damaged_png_files_are_refused(tmp_path):
             read_in_parts(open_rows(tmp_path / "b.png", CPU))
 
 
+def png(*chunks):
+    return png_rows._SIGNATURE + b"".join(png_rows._chunk(*chunk) for chunk in chunks)
+
+
+def png_header(width=4, height=3, kind=2):
+    return b"IHDR", struct.pack(">IIBBBBB", width, height, 8, kind, 0, 0, 0)
+
+
+PIXELS = (b"IDAT", zlib.compress(bytes(3 * 13)))  # of 4 x 3, RGB
+
+
+def test_a_png_has_as_long_a_side_as_may_be_read_by_rows(tmp_path):
+    for sides, is_read in (((LONGEST, 1), True), ((LONGEST + 1, 1), False), ((1, LONGEST + 1), False)):
+        (tmp_path / "a.png").write_bytes(png(png_header(*sides), PIXELS))
+        assert (PngLayout.of(tmp_path / "a.png") is not None) == is_read
+
+
+@pytest.mark.parametrize("sides", [(0, 3), (4, 0)])
+def test_a_png_without_a_pixel_is_refused(tmp_path, sides):
+    (tmp_path / "a.png").write_bytes(png(png_header(*sides), PIXELS))
+    with pytest.raises(UserError, match="says no size or palette"):
+        PngLayout.of(tmp_path / "a.png")
+
+
+def test_a_png_of_numbers_of_colours_needs_the_colours(tmp_path):
+    ids, palette = (b"IDAT", zlib.compress(b"\0\0\1\2\3" * 3)), (b"PLTE", bytes(range(9)))
+    (tmp_path / "a.png").write_bytes(png(png_header(kind=3), ids))
+    with pytest.raises(UserError, match="says no size or palette"):
+        PngLayout.of(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes(png(png_header(kind=3), palette, ids))
+    rows = read_in_parts(open_rows(tmp_path / "a.png", CPU))
+    assert rows[0].tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [0, 0, 0]]  # the last one has no colour: black
+
+
+def test_pixels_of_a_png_are_held_against_their_checksum(tmp_path):
+    whole = png(png_header(), PIXELS, (b"IEND", b""))
+    (tmp_path / "a.png").write_bytes(whole)
+    assert not read_in_parts(open_rows(tmp_path / "a.png", CPU)).any()
+    at = whole.index(b"IEND") - 5  # the last byte of that checksum
+    (tmp_path / "a.png").write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    layout = PngLayout.of(tmp_path / "a.png")
+    with pytest.raises(UserError, match="does not hold what its checksums say"):
+        list(PngFileRows(tmp_path / "a.png", layout, CPU)._pieces())
+
+
+def test_long_chunks_before_a_png_s_pixels_are_passed_over_unread(tmp_path, monkeypatch):
+    monkeypatch.setattr(png_rows, "_PIECE", 64)
+    note = (b"eXIf", bytes(64))  # as long as what is no longer read
+    (tmp_path / "a.png").write_bytes(png(png_header(), note, (b"tEXt", bytes(500)), PIXELS, (b"IEND", b"")))
+    assert not read_in_parts(open_rows(tmp_path / "a.png", CPU)).any()
+
+
+def test_a_png_writer_that_fails_leaves_a_file_without_an_end(tmp_path):
+    with pytest.raises(ZeroDivisionError), PngWriter(tmp_path / "a.png", (2, 2)) as file:
+        file.write(np.zeros((1, 2), np.uint8))
+        raise ZeroDivisionError
+    assert b"IEND" not in (tmp_path / "a.png").read_bytes()
+
+
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "turned", "progressive"])
 def test_a_jpeg_file_that_is_too_large_is_decoded_where_memory_suffices(tmp_path, mode, monkeypatch):
     path, options = tmp_path / "a.jpg", {"progressive": mode == "progressive"}
@@ -237,6 +298,54 @@ def test_a_file_whose_tags_name_what_is_not_there_takes_no_memory(tmp_path):
     path.write_bytes(data)
     with pytest.raises(UserError, match="a.tif"):
         read_in_parts(open_rows(path, CPU))
+
+
+def tiff(path, **changed):
+    """Write a grey TIFF of 4 x 3 in one strip, with tags of other values: `t257=9`."""
+    tags = {256: 4, 257: 3, 258: 8, 259: 1, 262: 1, 273: 300, 277: 1, 278: 3, 279: 12}
+    tags |= {int(name[1:]): value for name, value in changed.items()}
+    entries = b"".join(struct.pack("<HHII", key, 4, 1, value) for key, value in sorted(tags.items()))
+    header = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + b"\0" * 4
+    path.write_bytes(header.ljust(300, b"\0") + bytes(range(12)))
+    return path
+
+
+def test_a_tiff_is_read_as_its_tags_say(tmp_path):
+    path = tiff(tmp_path / "a.tif")
+    assert (read_in_parts(open_rows(path, CPU))[..., 0] == np.arange(12).reshape(3, 4)).all()
+
+
+@pytest.mark.parametrize(
+    "changed", [{"t339": 3}, {"t266": 2}, {"t284": 2}, {"t274": 3}, {"t258": 16}, {"t317": 2}, {"t317": 3, "t259": 8}]
+)
+def test_a_tiff_of_other_numbers_or_order_is_left_to_pillow(tmp_path, changed):
+    assert TiffLayout.of(tiff(tmp_path / "a.tif", **changed)) is None
+
+
+def test_a_tiff_has_sides_and_blocks_in_bounds(tmp_path):
+    wide = {"t257": 1, "t278": 1}
+    assert TiffLayout.of(tiff(tmp_path / "a.tif", t256=LONGEST, **wide)) is not None
+    for sides in ({"t256": LONGEST + 1, **wide}, {"t256": 0}, {"t257": 0}, {"t278": 0}):
+        with pytest.raises(UserError, match="pixels in too few blocks"):
+            TiffLayout.of(tiff(tmp_path / "a.tif", **sides))
+    with pytest.raises(UserError, match="pixels in too few blocks"):  # three rows in strips of one, of which one lies
+        TiffLayout.of(tiff(tmp_path / "a.tif", t278=1))
+    for rows, is_read in ((_LARGEST_BLOCK // LONGEST, True), (_LARGEST_BLOCK // LONGEST + 1, False)):
+        packed = {"t256": LONGEST, "t257": rows, "t278": rows, "t259": 8}
+        assert (TiffLayout.of(tiff(tmp_path / "a.tif", **packed)) is not None) == is_read
+
+
+def test_what_is_no_file_is_refused_before_it_is_opened(tmp_path):
+    os.mkfifo(tmp_path / "a.png")  # reading it would wait for ever
+    with pytest.raises(UserError, match="a.png"):
+        open_rows(tmp_path / "a.png", CPU)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (3, 4, 4), (0, 4, 3), (3, 0, 3), (1, 3, 4, 3)])
+def test_arrays_of_another_shape_are_refused(tmp_path, shape):
+    np.save(tmp_path / "a.npy", np.zeros(shape, np.uint8))
+    with pytest.raises(UserError, match="must hold"):
+        open_rows(tmp_path / "a.npy", CPU)
 
 
 def test_ids_of_a_file_in_strips_are_those_of_the_image(tmp_path):
