@@ -19,8 +19,8 @@ from dinoseg.inference import png_rows, strips
 from dinoseg.inference.done import DoneInputs
 from dinoseg.inference.image_run import ImageInput, ImageRun, Segmentation, segment_images
 from dinoseg.inference.png_rows import PngFileRows, PngLayout, PngWriter
-from dinoseg.inference.rows import LONGEST
 from dinoseg.inference.predictor import Predictor
+from dinoseg.inference.rows import LONGEST
 from dinoseg.inference.strips import ArrayRows, JpegRows, only_in_strips, open_rows
 from dinoseg.inference.tiff_rows import _LARGEST_BLOCK, TiffLayout, TiffRows
 from dinoseg.inference.windows import Windows
