@@ -22,6 +22,7 @@ _MOST_VALUES = 20_000  # a table of more takes OmegaConf minutes; our largest co
 _KEY = re.compile(r"-?[^\W_][\w -]*")
 _AT_COMMIT = re.compile(r"(.+)@[0-9a-f]{40}")
 _OWN_WEIGHTS = re.compile(r"random|timm|dinoseg:\w+")
+_PATH = re.compile(r"[/~.].*|.*\\.*|.*\.(safetensors|pth|pt|bin)")
 
 
 def guard(
@@ -160,10 +161,12 @@ def _check_weights(config: Mapping[str, Any], registry: Registry, trust: Collect
         if place in known or place in trust or weights in trust or _OWN_WEIGHTS.fullmatch(weights):
             return
     if not isinstance(weights, str) or "${" in weights or not _exists(weights):
+        said = f"{where}: its config says backbone.weights={shown(weights)}, which is no file or folder here"
+        if isinstance(weights, str) and _PATH.fullmatch(weights):
+            raise UserError(f"{said}. Give the file where it is now: backbone.weights=PATH.")
         raise UserError(
-            f"{where}: backbone.weights={shown(weights)} is refused: it is no file or folder here, and no config file "
-            f"on this machine names it. Give the weights yourself, backbone.weights=PATH, or let the file name this "
-            f"place: trust=[{shown(weights)}]."
+            f"{said}, and no config file on this machine names it, so nothing is fetched. Give the weights yourself, "
+            f"backbone.weights=PATH, or let the file name this place: trust=[{shown(weights)}]."
         )
 
 
