@@ -299,6 +299,34 @@ def test_the_same_again_goes_on_where_it_stopped(trained, tmp_path, monkeypatch,
         predict(folder, out, skip=2)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"masks": True}, "mode.masks was false and is true"),
+        ({"opacity": 0.25}, "mode.opacity was 0.5 and is 0.25"),
+        ({"smooth": 0.5}, "mode.smooth was 0 and is 0.5"),
+        ({"frames": 2}, "mode.frames was null and is 2"),
+        ({"outputs": ["palette"]}, "mode.outputs"),
+        ({"cfg": {"resolution": {"scale": 0.5}}}, "resolution.scale"),
+        ({"cfg": {"inference": {"flip": True}}}, "inference.flip"),
+        ({"cfg": {"backbone": {"dtype": "bfloat16"}}}, "backbone.dtype"),
+        ({"cfg": {"adapter": {"alpha": 2}}}, "adapter.alpha"),
+        ({"cfg": {"head": {"layers": [1]}}}, "head.layers"),
+    ],
+)
+def test_results_of_other_settings_are_not_mixed(trained, tmp_path, changes, message):
+    parts = {"resolution": {"scale": 1.0}, "inference": {"flip": False}, "backbone": {"dtype": "float32"}}
+    cfg = OmegaConf.merge(CFG, parts, {"adapter": {"alpha": 1}, "head": {"layers": [0]}})
+    random_image(tmp_path / "in/a.png")
+    words = {"out_dir": tmp_path / "out", "input": str(tmp_path / "in"), "masks": None, "opacity": 0.5, "batch_size": 1}
+    assert mode.predict(cfg, **words)["images_per_s"] > 0
+    again = mode.predict(cfg, **words)
+    assert again["images"] == 1 and again["images_per_s"] == 0  # a rate of what this run did
+    changed = OmegaConf.merge(cfg, changes.pop("cfg", {}))
+    with pytest.raises(UserError, match=message):
+        mode.predict(changed, **words | changes)
+
+
 def test_what_replaces_an_input_while_it_is_read_is_predicted_by_the_next_run(trained, tmp_path, caplog):
     folder, real = tmp_path / "in", trained.model.forward
     random_image(folder / "a.png")
@@ -428,6 +456,7 @@ def test_a_camera_that_is_not_there_is_named(trained, tmp_path):
     ("changes", "message"),
     [
         ({"source": None}, "give input=<image, folder, glob or video>"),
+        ({"source": ""}, "give input=<image, folder, glob or video>"),
         ({"source": "nowhere.png"}, "No such file or folder: input=nowhere.png"),
     ],
 )
