@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Protocol, TypedDict
 
 import torch
@@ -43,6 +44,11 @@ class Batch:
         """Copy to `device`."""
         return Batch(self.image.to(device, non_blocking=True), self.mask.to(device, non_blocking=True), self.names)
 
+    def split(self, parts: int) -> list[Batch]:
+        """Return so many batches of the samples in their order, of equal sizes but for one sample."""
+        images, masks = self.image.tensor_split(parts), self.mask.tensor_split(parts)
+        return [Batch(*part) for part in zip(images, masks, _split(self.names, images), strict=True)]
+
 
 @dataclass
 class ClipBatch:
@@ -59,6 +65,16 @@ class ClipBatch:
     def to(self, device: torch.device) -> ClipBatch:
         """Copy to `device`."""
         return ClipBatch(self.image.to(device, non_blocking=True), self.names)
+
+    def split(self, parts: int) -> list[ClipBatch]:
+        """Return so many batches of the clips in their order, of equal sizes but for one clip."""
+        images = self.image.tensor_split(parts)
+        return [ClipBatch(*part) for part in zip(images, _split(self.names, images), strict=True)]
+
+
+def _split(names: list[str], parts: Sequence[Tensor]) -> list[list[str]]:
+    rest = iter(names)
+    return [list(islice(rest, len(part))) for part in parts]
 
 
 @dataclass

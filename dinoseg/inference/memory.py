@@ -37,6 +37,16 @@ class OutOfMemory(UserError):
     """Images take more memory than there is."""
 
 
+def tells_shortage(error: Exception) -> bool:
+    """Return whether an error says that memory could not be had."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in _SHORT)
+
+
+def reason_of(shortage: Exception) -> str:
+    """Return what a library says of memory that could not be had, in a line."""
+    return (str(shortage) or "none left").splitlines()[0]
+
+
 @contextmanager
 def telling_shortage(rows: Rows) -> Iterator[None]:
     """Turn what libraries say where memory cannot be had into a message; other errors pass as they are.
@@ -47,10 +57,10 @@ def telling_shortage(rows: Rows) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not any(words in str(error) for words in _SHORT):
+        if not tells_shortage(error):
             raise
         raise OutOfMemory(
-            f"There is not enough memory to predict {described(rows)} ({(str(error) or 'none left').splitlines()[0]}). "
+            f"There is not enough memory to predict {described(rows)} ({reason_of(error)}). "
             "Free some; or give inference=windows, of a smaller inference.size or with inference.batch_size=1; or "
             "fewer images at once; or resolution.longest=N, by which the model sees them smaller."
         ) from None

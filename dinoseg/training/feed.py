@@ -45,7 +45,7 @@ class Feed(Protocol):
     def train_batches(self, start: int) -> Iterator[Any]:
         """Yield this rank's share of every batch from number `start` on, without end.
 
-        A batch has `image`, what the model takes; `names`, of its samples; and `to(device)`.
+        A batch has `image`, what the model takes; `names`, of its samples; `to(device)`; and `split(parts)`.
         """
         ...
 

@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable, Iterable
 from contextlib import closing, nullcontext
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from dinoseg.training.engine import Engine
 from dinoseg.training.feed import Feed
 from dinoseg.training.last_step import LastStep
 from dinoseg.training.meter import Meter
+from dinoseg.training.micro_batches import MicroBatches
 from dinoseg.training.optim import MovingAverage, set_learning_rates, tensors_of
 from dinoseg.training.tally import Tally
 
@@ -94,7 +94,7 @@ def fit(
         if run.owed:
             validate()
             checkpoints.save(model, optimizer, average)
-        batches = meter.waiting(stream)
+        batches, micro = meter.waiting(stream), MicroBatches(engine, accumulate, model.head.least_batch, last.undo)
         for step in range(run.step, steps):
             if patience is not None and run.stale > patience:
                 logger.info("No better score in %d validations: stopped at step %d.", run.stale, step)
@@ -102,8 +102,8 @@ def fit(
             engine.seed(feed.seed, step)
             rate = set_learning_rates(optimizer, schedule(step, steps))
             model.set_progress(step / steps)
-            tally = feed.tally(engine) if _due(step + 1, log_every, steps) else None
-            sums, names, images, parts = _gradients(net, loss, engine, islice(batches, accumulate), accumulate, tally)
+            count = feed.tally if _due(step + 1, log_every, steps) else _uncounted
+            sums, names, images, parts, tally = micro.through(partial(_gradients, net, loss, engine, count), batches)
             # ranks learn of a stop at the same step, and lose none when one of them is lost here: no update has begun
             total, weight, asked = engine.total(*sums, torch.tensor(float(stop.asked)))
             with last.update():
@@ -126,13 +126,20 @@ def fit(
 
 
 def _gradients(
-    net: nn.Module, loss: Loss, engine: Engine, batches: Iterable[Any], count: int, tally: Tally | None
-) -> tuple[list[Tensor], list[str], int, dict[str, Tensor]]:
-    """Go backward through each of `count` batches, and let `tally` see what was predicted.
+    net: nn.Module,
+    loss: Loss,
+    engine: Engine,
+    tallied: Callable[[Engine], Tally | None],
+    batches: Iterable[Any],
+    count: int,
+) -> tuple[list[Tensor], list[str], int, dict[str, Tensor], Tally | None]:
+    """Go backward through each of `count` batches, and count what was predicted.
 
     Returns:
-        The sums of loss times weight and of weights, the samples' names, how many images, the last batch's parts.
+        The sums of loss times weight and of weights, the samples' names, how many images, the last batch's parts, and
+        what was counted.
     """
+    tally = tallied(engine)
     sums = [torch.zeros((), device=engine.device)] * 2
     names, images = [], 0
     for number, drawn in enumerate(batches, start=1):
@@ -140,14 +147,18 @@ def _gradients(
         with engine.accumulating(net, last=number == count):
             prediction = net(batch.image)
             value, parts = loss(prediction, batch)
-            weight = parts.get("weight", torch.ones_like(value))
+            weight = parts.get("weight", torch.full_like(value, len(batch.names)))
             engine.backward(value * weight)
         if tally is not None:
             tally.add(prediction, batch)
         sums = [sums[0] + value.detach() * weight, sums[1] + weight]
         names += batch.names
         images += batch.image.shape[:-3].numel()
-    return sums, names, images, parts
+    return sums, names, images, parts, tally
+
+
+def _uncounted(engine: Engine) -> None:
+    """Count nothing, in a step that no row of the log tells of."""
 
 
 def _terms(parts: dict[str, Tensor], tally: Tally | None) -> dict[str, float | None]:

@@ -38,6 +38,12 @@ class LastStep:
         yield
         self._keep()
 
+    def undo(self) -> None:
+        """Take back what a step has changed before its update: gradients, and buffers."""
+        self._state[1].zero_grad(set_to_none=True)
+        for buffer, before in zip(self._buffers, self._before, strict=True):
+            buffer.copy_(before)
+
     def __enter__(self) -> "LastStep":
         return self
 
@@ -48,8 +54,7 @@ class LastStep:
         step = self._checkpoints.progress.step
         if not (first or isinstance(error, Exception)) or not self._whole or step == self._start:
             return
-        for buffer, before in zip(self._buffers, self._before, strict=True):
-            buffer.copy_(before)
+        self.undo()
         try:
             self._checkpoints.save(*self._state)
         except Exception as second:  # the first error is the one to tell

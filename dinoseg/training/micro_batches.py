@@ -1,0 +1,86 @@
+"""A training step's batches in parts: halved where memory does not suffice for a whole one, and gone on with."""
+
+import gc
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice, tee
+from typing import Any, TypeVar
+
+import torch
+
+from dinoseg.inference.memory import OutOfMemory, reason_of, tells_shortage
+from dinoseg.training.engine import Engine
+from dinoseg.wording import count_of
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class MicroBatches:
+    """Takes each batch of a step in parts: in one at first, in twice as many from a step on that memory is short in.
+
+    The update stays one over the same samples. With several ranks nothing is halved: one would wait for the others.
+
+    Args:
+        engine: device and ranks.
+        accumulate: batches of a step.
+        least: samples of a part at least.
+        undo: takes back what a step has changed when it ends before its update.
+    """
+
+    def __init__(self, engine: Engine, accumulate: int, least: int, undo: Callable[[], None]) -> None:
+        self.parts = 1
+        self._engine, self._accumulate, self._least, self._undo = engine, accumulate, least, undo
+        self._samples = 0  # of the batch that was taken last
+
+    def through(self, work: Callable[[Iterator[Any], int], T], batches: Iterator[Any]) -> T:
+        """Return what `work` makes of the next step's batches, given in parts, and of how many parts there are.
+
+        Where memory does not suffice it is asked again from the step's start, with its random draws.
+
+        Raises:
+            OutOfMemory: parts cannot be smaller.
+        """
+        taken: Iterator[Any] = islice(batches, self._accumulate)
+        while True:
+            taken, again = tee(taken)
+            try:
+                return work(self._in_parts(taken), self._accumulate * self.parts)
+            except (MemoryError, RuntimeError) as error:
+                if not tells_shortage(error):
+                    raise
+                self._halve(reason_of(error))
+            # out of `except`, whose traceback holds what the step has made
+            self._undo()
+            self._free()
+            torch.manual_seed(torch.initial_seed())
+            taken = again
+
+    def _in_parts(self, batches: Iterable[Any]) -> Iterator[Any]:
+        for batch in batches:
+            self._samples = len(batch.names)
+            yield from batch.split(self.parts) if self.parts > 1 else [batch]
+
+    def _halve(self, reason: str) -> None:
+        parts = min(2 * self.parts, self._samples // self._least)
+        size = -(-self._samples // self.parts)
+        if parts <= self.parts or self._engine.world > 1:
+            accumulate = "data.batch_size with as much more trainer.accumulate, " if self._engine.world > 1 else ""
+            raise OutOfMemory(
+                f"There is not enough memory to train on {count_of(size, 'sample')} at once ({reason}). Give less "
+                f"{accumulate}backbone.checkpointing=true, or a smaller resolution.crop; mode=plan in place of "
+                "mode=train says what fits."
+            )
+        logger.warning(
+            "Memory does not suffice to train on %s at once (%s). From here on a batch goes through in %d parts; each "
+            "update is over the same samples. BatchNorm takes its statistics over a part.",
+            count_of(size, "sample"),
+            reason,
+            parts,
+        )
+        self.parts = parts
+
+    def _free(self) -> None:
+        gc.collect()
+        if self._engine.device.type == "cuda":
+            torch.cuda.empty_cache()

@@ -1,0 +1,199 @@
+import logging
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from checkpoint_files import INFO
+
+from dinoseg.adapters import Full
+from dinoseg.data.transforms import Augment
+from dinoseg.heads.linear import LinearHead
+from dinoseg.heads.mlp import MlpHead
+from dinoseg.inference.memory import OutOfMemory
+from dinoseg.losses.cross_entropy import CrossEntropy
+from dinoseg.model import Segmenter
+from dinoseg.report.log import RunLog
+from dinoseg.shapes import Batch, ClipBatch
+from dinoseg.training.checkpoint import Checkpoints
+from dinoseg.training.engine import Engine
+from dinoseg.training.fit import fit
+from dinoseg.training.image_feed import ImageFeed
+from dinoseg.training.micro_batches import MicroBatches
+from dinoseg.training.optim import adamw, schedule
+
+SHORT = "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+
+
+class Noise:
+    """Images of noise, labelled by chance; of some only a few pixels are labelled, or none."""
+
+    classes, palette, ignore_index = ("a", "b", "c"), ((0, 0, 0), (255, 0, 0), (0, 255, 0)), 255
+    names = [str(number) for number in range(7)]
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, index):
+        draw = np.random.default_rng(index)
+        mask = draw.integers(0, 3, (17, 23)).astype(np.uint8)
+        mask[draw.random(mask.shape) < index / 6] = 255
+        image = draw.integers(0, 256, (3, 17, 23)).astype(np.uint8)
+        return {"image": torch.from_numpy(image), "mask": torch.from_numpy(mask), "name": self.names[index]}
+
+
+class Small(CrossEntropy):
+    """A machine that holds `most` images, and fails in the forward pass, or in the backward pass behind the head."""
+
+    def __init__(self, weights, most, late):
+        super().__init__(weights)
+        self.most, self.late, self.seen, self.each_alike = most, late, [], False
+
+    def forward(self, prediction, batch):
+        self.seen.append(list(batch.names))
+        value, parts = super().forward(prediction, batch)
+        if self.each_alike:
+            value, parts = prediction.grid.square().mean(), {}
+        if len(batch.names) <= self.most or not torch.is_grad_enabled():
+            return value, parts
+        if not self.late:
+            raise RuntimeError(SHORT)
+        value.register_hook(lambda gradient: self._fail() if self.late == 1 else gradient)
+        prediction.grid.register_hook(lambda gradient: self._fail())
+        return value, parts
+
+    def _fail(self):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore lines")
+
+
+class Rows(RunLog):
+    def __init__(self):
+        super().__init__("", visible=False)
+        self.rows = []
+
+    def scalars(self, step, values):
+        self.rows.append({"step": step, **values})
+
+
+@pytest.fixture
+def train(tiny_backbone, tmp_path):
+    """Train; return the gradients of the last step, the log, the loss and the model."""
+
+    def run(most=99, late=0, head=None, batch_size=5, accumulate=2, each_alike=False, **options):
+        torch.manual_seed(0)
+        model = Segmenter(Full()(tiny_backbone()), head or MlpHead(24, 1, 3, 8))
+        loss, gradients = Small(torch.tensor([1.0, 0.3, 2.0]), most, late), {}
+        loss.each_alike = each_alike
+        feed = ImageFeed(Noise(), Noise(), Augment((16, 16)), batch_size=batch_size, seed=0, workers=0)
+
+        class Noting(Engine):
+            def step(self, optimizer, **given):
+                gradients.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+                return super().step(optimizer, **given)
+
+        log, engine = Rows(), Noting("cpu", "fp32", workers=0)
+        settings = {"schedule": schedule(), "steps": 1, "val_every": 9, "log_every": 1, **options}
+        checkpoints = Checkpoints(tmp_path, dict(INFO))
+        fit(model, loss, feed, adamw(model, lr=1e-3), engine, checkpoints, log, accumulate=accumulate, **settings)
+        return SimpleNamespace(gradients=gradients, rows=log.rows, loss=loss, model=model)
+
+    return run
+
+
+def distance(first, second):
+    """Return the largest difference of gradients, relative to the largest of all."""
+    assert first.keys() == second.keys()
+    scale = max(value.abs().max() for value in first.values())
+    return max((first[name] - second[name]).abs().max() for name in first) / scale
+
+
+@pytest.mark.parametrize(("most", "late"), [(3, 0), (2, 1), (1, 2)], ids=["forward", "loss", "backward"])
+def test_a_step_is_over_the_same_images_in_parts_that_fit(train, most, late, caplog):
+    whole, parted = train(), train(most, late)
+    assert distance(whole.gradients, parted.gradients) < 1e-6
+    taken = parted.loss.seen[-len(Noise()) :]  # of the validation
+    step = [names for names in parted.loss.seen[: -len(taken)] if len(names) <= most]
+    assert [name for names in step[-{3: 4, 2: 8, 1: 10}[most] :] for name in names] == sum(whole.loss.seen[:2], [])
+    for key in ("train/loss", "train/gradient_norm", "train/miou", "train/accuracy"):
+        assert parted.rows[0][key] == pytest.approx(whole.rows[0][key], rel=1e-5), key
+    assert "5 samples at once" in caplog.text and "in 2 parts" in caplog.text and "\n" not in caplog.messages[0]
+
+
+def test_later_steps_go_on_in_the_parts_that_were_found(train, caplog):
+    whole, parted = train(steps=3), train(2, steps=3)
+    assert distance(whole.gradients, parted.gradients) < 1e-4  # Adam divides by small numbers
+    assert sum(record.levelno == logging.WARNING for record in caplog.records) == 2
+    assert [len(names) for names in parted.loss.seen if len(names) > 2] == [5, 3]
+
+
+def test_what_does_not_fit_by_itself_ends_with_what_helps(train):
+    with pytest.raises(OutOfMemory, match=r"train on 1 sample at once \(\[enforce fail.*backbone.checkpointing=true"):
+        train(0)
+
+
+def test_a_head_that_normalises_over_images_keeps_as_many_as_it_needs(train):
+    class Two(MlpHead):
+        least_batch = 2
+
+    train(2, head=Two(24, 1, 3, 8), batch_size=4)
+    with pytest.raises(OutOfMemory, match="on 3 samples at once"):
+        train(2, head=Two(24, 1, 3, 8), batch_size=5)
+
+
+def test_running_means_are_those_of_the_step_that_came_to_its_end(train):
+    short = train(4, late=2, accumulate=1, head=LinearHead(24, 1, 3)).model.head.state_dict()
+    name = next(name for name in short if name.endswith("num_batches_tracked"))
+    assert short[name] == 2
+
+
+def test_other_errors_pass_and_several_ranks_are_told_what_to_give():
+    engine = SimpleNamespace(world=2, device=torch.device("cpu"))
+    micro = MicroBatches(engine, 1, 1, lambda: None)
+
+    def fail(error):
+        def work(batches, count):
+            list(batches)
+            raise error
+
+        return work
+
+    batch = ClipBatch(torch.zeros(4, 2, 3, 8, 8), list("abcd"))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        micro.through(fail(RuntimeError("size mismatch")), iter([batch]))
+    with pytest.raises(OutOfMemory, match="Give less data.batch_size with as much more trainer.accumulate"):
+        micro.through(fail(MemoryError()), iter([batch]))
+
+
+def test_random_draws_are_those_of_a_step_that_began_in_parts():
+    engine, drawn, undone = SimpleNamespace(world=1, device=torch.device("cpu")), [], []
+    micro = MicroBatches(engine, 1, 1, lambda: undone.append(len(drawn)))
+
+    def work(batches, count):
+        for batch in batches:
+            drawn.append(torch.rand(3))
+            if len(batch.names) > 1:
+                raise MemoryError
+        return count
+
+    torch.manual_seed(7)
+    assert micro.through(work, iter([Batch(torch.zeros(2, 3, 4, 4), torch.zeros(2, 4, 4), ["a", "b"])])) == 2
+    torch.manual_seed(7)
+    assert torch.equal(drawn[1], torch.rand(3)) and undone == [1]
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 5])
+def test_batches_split_in_order_and_evenly(parts):
+    batch = Batch(torch.arange(15).view(5, 3, 1, 1), torch.arange(5).view(5, 1, 1), list("abcde"))
+    clips = ClipBatch(torch.arange(30).view(5, 2, 3, 1, 1), list("abcde"))
+    for whole in (batch, clips):
+        split = whole.split(parts)
+        assert torch.equal(torch.cat([part.image for part in split]), whole.image)
+        assert sum([part.names for part in split], []) == whole.names
+        sizes = [len(part.image) for part in split]
+        assert len(split) == parts and max(sizes) - min(sizes) <= 1 and sizes == [len(part.names) for part in split]
+    assert torch.equal(torch.cat([part.mask for part in batch.split(parts)]), batch.mask)
+
+
+def test_a_loss_without_weights_counts_each_sample_alike(train):
+    whole, parted = train(accumulate=1, each_alike=True), train(3, accumulate=1, each_alike=True)
+    assert distance(whole.gradients, parted.gradients) < 1e-6
