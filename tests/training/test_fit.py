@@ -17,6 +17,7 @@ from dinoseg.model import Segmenter
 from dinoseg.report.log import RunLog
 from dinoseg.training import fit as fitting
 from dinoseg.training import image_feed as feeding
+from dinoseg.training import trainee as training
 from dinoseg.training.checkpoint import Checkpoints, read
 from dinoseg.training.engine import Engine
 from dinoseg.training.feed import spread
@@ -226,7 +227,7 @@ def test_the_speed_of_training_has_no_validation_in_it(run, monkeypatch):
 
     now = [0.0]
     monkeypatch.setattr(fitting, "Meter", meter)
-    monkeypatch.setattr(fitting, "set_learning_rates", takes(1, fitting.set_learning_rates))
+    monkeypatch.setattr(training, "set_learning_rates", takes(1, training.set_learning_rates))
     monkeypatch.setattr(ImageFeed, "validate", takes(60, ImageFeed.validate))
     rows = run(steps=4, val_every=1, accumulate=2).rows
     assert [row["train/images_per_s"] for row in rows if "train/images_per_s" in row] == [6, 6, 6, 6]

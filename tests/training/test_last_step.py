@@ -22,9 +22,10 @@ from dinoseg.training import checkpoint
 from dinoseg.training.checkpoint import Checkpoints, read
 from dinoseg.training.engine import Engine
 from dinoseg.training.feed import Validation
-from dinoseg.training.fit import NonFiniteLoss, fit
+from dinoseg.training.fit import fit
 from dinoseg.training.image_feed import ImageFeed
 from dinoseg.training.optim import adamw, schedule
+from dinoseg.training.trainee import NonFiniteLoss
 
 pytestmark = pytest.mark.slow  # trains in each test
 

@@ -1,0 +1,235 @@
+"""A model in training: what a step and a validation do to it, and what is kept of it."""
+
+import logging
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dinoseg.contracts import Loss
+from dinoseg.errors import UserError
+from dinoseg.model import Segmenter, trained_names
+from dinoseg.processes.interrupt import Deferral
+from dinoseg.report.log import RunLog
+from dinoseg.training.checkpoint import Checkpoints, Progress
+from dinoseg.training.engine import Engine
+from dinoseg.training.feed import Feed, Validation
+from dinoseg.training.last_step import LastStep
+from dinoseg.training.micro_batches import MicroBatches
+from dinoseg.training.optim import MovingAverage, set_learning_rates, tensors_of
+from dinoseg.training.tally import Tally
+
+logger = logging.getLogger(__name__)
+
+
+class NonFiniteLoss(UserError):
+    """The loss became infinite or not a number."""
+
+
+@dataclass
+class Learnt:
+    """What the batches of a step came to on this rank; `mean` and `norm` are of all ranks, once it has updated."""
+
+    rate: float
+    sums: list[Tensor]  # of loss times weight, and of weights
+    names: list[str]  # of the samples
+    images: int
+    parts: dict[str, Tensor]  # of the last batch's loss
+    tally: Tally | None
+    mean: float = math.nan
+    norm: float = math.nan
+
+
+class Trainee:
+    """A model in training, from where its checkpoint stands, with all that is its own.
+
+    Args:
+        model: a segmenter on the engine's device.
+        loss: `loss(prediction, batch) -> (scalar, dict of scalars)`.
+        feed: how it is validated, and the seed of its draws.
+        optimizer: its groups carry `base_lr` and `names`.
+        engine: device, precision and ranks.
+        checkpoints: where the run stands, and where it is kept.
+        log: scalars and pictures.
+        accumulate: batches of a step.
+        ema: decay of a moving average of the weights, which then is what gets scored and kept as best; or None.
+        score: the score of a validation that decides which checkpoint is best.
+
+    Attributes:
+        run: where the run stands.
+        last: saves the last whole step when its block ends early.
+
+    Raises:
+        UserError: no validation has such a score, or the checkpoint does not fit.
+    """
+
+    def __init__(
+        self,
+        model: Segmenter,
+        loss: Loss,
+        feed: Feed,
+        optimizer: Optimizer,
+        engine: Engine,
+        checkpoints: Checkpoints,
+        log: RunLog,
+        *,
+        accumulate: int,
+        ema: float | None,
+        score: str,
+    ) -> None:
+        if score not in feed.score_names:
+            raise UserError(f"trainer.score={score} is not a score. Choose one of {', '.join(feed.score_names)}.")
+        self.model, self.loss, self.feed, self.optimizer = model, loss, feed, optimizer
+        self.engine, self.checkpoints, self.log, self.score = engine, checkpoints, log, score
+        self.net = engine.prepare(model)
+        self.average = MovingAverage(tensors_of(model, trained_names(model)), ema) if ema else None
+        self.run: Progress = checkpoints.restore(model, optimizer, self.average)
+        self.last = LastStep(checkpoints, model, optimizer, self.average)
+        self._micro = MicroBatches(engine, accumulate, model.head.least_batch, self.last.undo)
+        model.train()
+
+    def has_stalled(self, patience: int | None) -> bool:
+        """Return whether more validations than `patience` have brought no better score."""
+        return patience is not None and self.run.stale > patience
+
+    def learn(self, batches: Iterator[Any], factor: float, share: float, *, counted: bool) -> Learnt:
+        """Go backward through each batch of the next step.
+
+        Args:
+            batches: of this rank, from that step's first on.
+            factor: what the base rates are multiplied by.
+            share: how much of the training is done, in [0, 1).
+            counted: whether to tally what is predicted.
+
+        Raises:
+            OutOfMemory: there is too little for a single image.
+        """
+        self.engine.seed(self.feed.seed, self.run.step)
+        rate = set_learning_rates(self.optimizer, factor)
+        self.model.set_progress(share)
+        return self._micro.through(partial(self._gradients, rate, counted), batches)
+
+    def _gradients(self, rate: float, counted: bool, batches: Iterable[Any], count: int) -> Learnt:
+        """Go backward through each of `count` batches, and count what was predicted."""
+        tally = self.feed.tally(self.engine) if counted else None
+        sums = [torch.zeros((), device=self.engine.device)] * 2
+        names, images = [], 0
+        for number, drawn in enumerate(batches, start=1):
+            batch = drawn.to(self.engine.device)
+            with self.engine.accumulating(self.net, last=number == count):
+                prediction = self.net(batch.image)
+                value, parts = self.loss(prediction, batch)
+                weight = parts.get("weight", torch.full_like(value, len(batch.names)))
+                self.engine.backward(value * weight)
+            if tally is not None:
+                tally.add(prediction, batch)
+            sums = [sums[0] + value.detach() * weight, sums[1] + weight]
+            names += batch.names
+            images += batch.image.shape[:-3].numel()
+        return Learnt(rate, sums, names, images, parts, tally)
+
+    def update(self, learnt: Learnt, *, clip: float | None, owed: bool, asked: int) -> bool:
+        """Update with the mean over all labels of the step, however they lay in batches and ranks.
+
+        Args:
+            learnt: of this step.
+            clip: highest norm of the gradient, or None.
+            owed: whether a validation is due after it.
+            asked: not 0 if this rank is to stop.
+
+        Returns:
+            Whether any rank is to stop.
+
+        Raises:
+            NonFiniteLoss: before the update.
+        """
+        # ranks learn of a stop at the same step, and lose none when one of them is lost here: no update has begun
+        total, weight, stop = self.engine.total(*learnt.sums, torch.tensor(float(asked)))
+        with self.last.update():
+            learnt.mean = total / weight if weight else 0.0
+            if math.isfinite(learnt.mean):
+                scale = self.engine.world / weight if weight else 0.0
+                learnt.norm = self.engine.step(self.optimizer, scale=scale, clip=clip)
+            if not math.isfinite(learnt.norm):
+                raise self._diverged(learnt)
+            if self.average is not None:
+                self.average.update(self.run.step)
+            self.run.step, self.run.owed = self.run.step + 1, owed
+        return bool(stop)
+
+    def tell(self, learnt: Learnt, speed: dict[str, float]) -> None:
+        """Log a step: its loss, rate and gradient, how fast it went, what was tallied, and the terms of the loss."""
+        row: dict[str, float | None] = {"train/loss": learnt.mean, "train/lr": learnt.rate}
+        row |= {"train/gradient_norm": learnt.norm, **speed}
+        row |= {} if learnt.tally is None else learnt.tally.read()
+        # of this rank's last batch
+        row |= {f"train/{name}": value.item() for name, value in learnt.parts.items() if name != "weight"}
+        self.log.scalars(self.run.step, row)
+
+    def validate(self, stop: Deferral) -> None:
+        """Score the model, log it, and keep it where it is the best yet."""
+        self.engine.seed(self.feed.seed, self.run.step)
+        with self.as_scored():
+            with stop.at_once(allowed=self.engine.world == 1):  # a run that goes on begins with the validation it owes
+                validation = self.feed.validate(self.model, self.loss, self.engine)
+            judged = self.judge(validation)
+        self.settle(validation, judged)
+
+    @contextmanager
+    def as_scored(self) -> Iterator[None]:
+        """Let the model hold what is scored: its moving average, where there is one, and the first rank's buffers."""
+        with self.average.swapped() if self.average is not None else nullcontext():
+            self.engine.align(self.model)  # each rank averages running means of its own
+            yield
+
+    def judge(self, validation: Validation) -> Progress:
+        """Keep the model `as_scored` if it is the best yet; return where the run stands with that.
+
+        Raises:
+            UserError: the score is undefined; NonFiniteLoss: it is no number.
+        """
+        value = validation.scores[self.score]
+        if value is None:
+            raise UserError(
+                f"trainer.score={self.score} is undefined: the validation data has nothing to count for it."
+            )
+        if not math.isfinite(value):
+            raise NonFiniteLoss(
+                f"val/{self.score} is {value} at step {self.run.step}: no checkpoint can be chosen by it. Give a lower "
+                "optim.optimizer.lr, or look at the validation data."
+            )
+        return self.checkpoints.judge(self.model, value, lowest=self.score in self.feed.lowest)
+
+    def settle(self, validation: Validation, judged: Progress) -> None:
+        """Log a validation, and take over what `judge` has returned of it."""
+        step, scores = self.run.step, validation.scores
+        self.log.pictures(step, validation.pictures)
+        # last: where something fails before it, the validation comes again
+        self.log.scalars(step, {f"val/{name}": value for name, value in scores.items() if isinstance(value, float)})
+        self.checkpoints.settle(judged)
+        logger.info(
+            "step %d: val/%s %.4f (best %.4f at step %d)",
+            step,
+            self.score,
+            scores[self.score],
+            self.run.best,
+            self.run.best_step,
+        )
+
+    def save(self) -> None:
+        """Save `last`."""
+        self.checkpoints.save(self.model, self.optimizer, self.average)
+
+    def _diverged(self, learnt: Learnt) -> NonFiniteLoss:
+        everywhere = self.engine.gather(learnt.names)
+        return NonFiniteLoss(
+            f"Step {self.run.step}: the loss is {learnt.mean:g} and the gradient norm {learnt.norm:g}, so training "
+            f"stops before the update. The samples were {', '.join(everywhere)}. What was saved before is untouched: "
+            "give a lower optim.optimizer.lr, set trainer.clip, or look at these samples."
+        )
