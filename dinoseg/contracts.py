@@ -63,6 +63,37 @@ class Backbone(nn.Module):
         """Return L maps (B, C, h, w)."""
         raise NotImplementedError
 
+    @property
+    def first_trained(self) -> int | None:
+        """The number of the first block of which something is trained; 0: of what comes before; None: nothing is.
+
+        A norm after the blocks counts as one more block.
+        """
+        trained = {parameter for parameter in self.parameters() if parameter.requires_grad}
+        if not trained:
+            return None
+        parts = [*self.blocks, self.norm or nn.Identity()]
+        firsts = [number for number, part in enumerate(parts) if not trained.isdisjoint(part.parameters())]
+        within = {parameter for part in parts for parameter in part.parameters()}
+        return firsts[0] if trained <= within else 0
+
+    def until(self, images: Tensor) -> list[Tensor]:
+        """Return tensors (B, ..., C) that the frozen part gives for images, from which `onwards` goes on to the maps.
+
+        Raises:
+            UserError: something is trained, and this backbone can be cut behind all of it alone.
+        """
+        if self.first_trained is not None:
+            raise UserError(
+                "This backbone is cut behind its last block alone, and some of it is trained. Choose adapter=frozen, "
+                "a vision transformer, or engine.cache=off."
+            )
+        return [part.permute(0, 2, 3, 1).contiguous() for part in self(images)]
+
+    def onwards(self, frozen: list[Tensor], size: tuple[int, int]) -> list[Tensor]:
+        """Return the L maps (B, C, h, w) for what `until` gave of images of `size` (H, W)."""
+        return [part.permute(0, 3, 1, 2).contiguous() for part in frozen]
+
     def with_class_attention(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         """Return the maps and, of the same pass, where the class token looks (B, heads, h, w), float32."""
         raise NotImplementedError
@@ -139,6 +170,28 @@ class Head(nn.Module, Generic[Outputs]):
     def run(self, backbone: Backbone, images: Tensor) -> Outputs:
         """Return the outputs for images (B, 3, H, W), float RGB in 0..1."""
         return self(backbone(images))
+
+    def until(self, backbone: Backbone, images: Tensor) -> list[Tensor]:
+        """Return tensors (B, ..., C) that all before anything trained gives for images: `onwards` goes on as `run`.
+
+        Raises:
+            UserError: nothing comes before; or this head has a `run` of its own, and not this.
+        """
+        if type(self).run is not Head.run:
+            raise UserError(
+                f"{type(self).__name__} runs the backbone in a way of its own, and cannot be cut from what is frozen. "
+                "Choose engine.cache=off, or a head that reads maps, such as head=linear or head=dpt."
+            )
+        if backbone.first_trained == 0:
+            raise UserError(
+                "Nothing of this backbone comes before its first trained block. Choose adapter=frozen, "
+                "adapter=last_blocks, LoRA in the last blocks alone (adapter.blocks=4), or engine.cache=off."
+            )
+        return backbone.until(images)
+
+    def onwards(self, backbone: Backbone, frozen: list[Tensor], size: tuple[int, int]) -> Outputs:
+        """Return the outputs for what `until` gave of images that entered the backbone at `size` (H, W)."""
+        return self(backbone.onwards(frozen, size))
 
     def forward(self, features: list[Tensor]) -> Outputs:
         """Return the outputs for L maps (B, C, h, w)."""

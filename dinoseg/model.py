@@ -10,7 +10,7 @@ from dinoseg.contracts import Backbone, Head
 from dinoseg.errors import UserError
 from dinoseg.geometry import resize, valid_share
 from dinoseg.ranges import Count, Positive
-from dinoseg.shapes import Prediction
+from dinoseg.shapes import FrozenFeatures, Prediction
 from dinoseg.sizes import Size, backbone_size
 
 _SAMPLES = 1024  # values of a tensor that its fingerprint reads
@@ -42,15 +42,31 @@ class Segmenter(nn.Module):
         self.longest = longest
         self.limit: Callable[[Size], int | None] | None = None  # of pictures of a size, in place of `longest`
 
-    def forward(self, images: Tensor, *, reduce: bool = True) -> Prediction:
-        """Predict for images of one size; `reduce` false: they are no larger than they should be (parts of one)."""
-        height, width = images.shape[-2:]
-        pixels = self.pixels(images, reduce=reduce)
-        size = (pixels.shape[-2], pixels.shape[-1])
-        outputs = self.head.run(self.backbone, pixels)
-        valid = valid_share(size, self.patch_size)
+    def forward(self, images: Tensor | FrozenFeatures, *, reduce: bool = True) -> Prediction:
+        """Predict for images of one size, or for what `frozen` gave of them.
+
+        `reduce` false: they are no larger than they should be (parts of one).
+        """
         head = self.head
-        return Prediction(outputs, (height, width), valid, head.predict, head.mixture, head.grid_scores(outputs))
+        if isinstance(images, FrozenFeatures):
+            size, seen = images.size, images.seen
+            outputs = head.onwards(self.backbone, images.tensors, seen)
+        else:
+            pixels = self.pixels(images, reduce=reduce)
+            size, seen = _size(images), _size(pixels)
+            outputs = head.run(self.backbone, pixels)
+        valid = valid_share(seen, self.patch_size)
+        return Prediction(outputs, size, valid, head.predict, head.mixture, head.grid_scores(outputs))
+
+    @torch.no_grad()
+    def frozen(self, images: Tensor) -> FrozenFeatures:
+        """Return what comes of images (B, 3, H, W) before anything that is trained, at the deepest cut.
+
+        Raises:
+            UserError: nothing comes before it, or the model cannot be cut there.
+        """
+        pixels = self.pixels(images)
+        return FrozenFeatures(self.head.until(self.backbone, pixels), _size(images), _size(pixels))
 
     def train(self, mode: bool = True) -> "Segmenter":
         """Switch mode, but leave every part that is not trained in eval mode: its dropout and running means rest."""
@@ -80,11 +96,15 @@ class Segmenter(nn.Module):
     def pixels(self, images: Tensor, *, reduce: bool = True) -> Tensor:
         """Return images (..., 3, H, W) as floats in 0..1 at the resolution that the backbone sees."""
         images = images.float() / 255 if images.dtype == torch.uint8 else images
-        own = (images.shape[-2], images.shape[-1])
+        own = _size(images)
         size = self.seen_size(own) if reduce else backbone_size(own, self.scale, None)
         if size == tuple(images.shape[-2:]):
             return images
         return resize(images.flatten(0, -4), size).unflatten(0, images.shape[:-3])
+
+
+def _size(images: Tensor) -> Size:
+    return images.shape[-2], images.shape[-1]
 
 
 def trained_names(model: Segmenter) -> set[str]:

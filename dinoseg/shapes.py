@@ -78,6 +78,15 @@ def _split(names: list[str], parts: Sequence[Tensor]) -> list[list[str]]:
 
 
 @dataclass
+class FrozenFeatures:
+    """What the part of a model before all that is trained gives for images: the model goes on from it as from these."""
+
+    tensors: list[Tensor]  # (B, ..., C) each: tokens, or maps with their channels last
+    size: tuple[int, int]  # (H, W) of the images
+    seen: tuple[int, int]  # (H, W) at which they entered the backbone
+
+
+@dataclass
 class MaskOutputs:
     """What a mask-classification head predicts for an image: Q masks, and what class each is of."""
 

@@ -85,7 +85,7 @@ class ConvNext(Backbone):
             maps[number] = x
         if self.norm is not None:
             maps[self.depth - 1] = self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # over the channels
-        return [maps[layer] for layer in self.layers]
+        return [maps[layer].contiguous() for layer in self.layers]  # whose layout decides how heads round
 
     def export_state(self) -> dict[str, Tensor]:
         """Return the weights under the names in which `weights` reads them from a file.

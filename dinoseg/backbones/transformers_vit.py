@@ -105,11 +105,24 @@ class TransformersVit(Backbone):
         Blocks are called as `block(tokens, **beside)`. More tokens may be put in front, and the first Q rows of the
         attention masked with `attention_mask` (B, 1, Q, N), bool, True = attend.
         """
+        return self._tokens(pixels), self._beside((pixels.shape[-2], pixels.shape[-1]))
+
+    def _tokens(self, pixels: Tensor) -> Tensor:
+        parts: Any = self.model.embeddings
+        pixels = pixels.to(parts.cls_token.dtype)
+        return parts(pixels) if self._turns_positions else self._embed_with_learned_positions(pixels)
+
+    def _beside(self, size: tuple[int, int]) -> BesideTokens:
+        """Return what each block takes beside the tokens of padded pixels of `size` (H, W)."""
         model: Any = self.model
-        pixels = pixels.to(model.embeddings.cls_token.dtype)
-        if hasattr(model, "rope_embeddings"):
-            return model.embeddings(pixels), {"position_embeddings": model.rope_embeddings(pixels)}
-        return self._embed_with_learned_positions(pixels), {}
+        if not self._turns_positions:
+            return {}
+        pixels = model.embeddings.cls_token.new_empty(()).expand(1, 3, *size)  # of which only size and type are read
+        return {"position_embeddings": model.rope_embeddings(pixels)}
+
+    @property
+    def _turns_positions(self) -> bool:
+        return hasattr(self.model, "rope_embeddings")
 
     def _embed_with_learned_positions(self, pixels: Tensor) -> Tensor:
         # transformers resamples the positions in another way than the weights were trained with
@@ -126,15 +139,48 @@ class TransformersVit(Backbone):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Return one map (B, dim, h, w) for each tapped layer."""
+        return self.onwards(self.until(images), (images.shape[-2], images.shape[-1]))
+
+    @property
+    def first_trained(self) -> int | None:
+        """As of `Backbone`; 0 as well where training draws positions at random, which all blocks have to share."""
+        first, model = super().first_trained, self.model.config
+        drawn = [getattr(model, f"pos_embed_{how}", None) for how in ("shift", "jitter", "rescale")]
+        return 0 if first and any(drawn) else first
+
+    def until(self, images: Tensor) -> list[Tensor]:
+        """Return the patch tokens (B, h * w, dim) of each tapped block before the first one that is trained.
+
+        If nothing is trained, they have passed the final norm. Else the tokens (B, num_prefix + h * w, dim) that enter
+        the first trained block come last.
+        """
         pixels = self.pixels(images)
-        grid = (pixels.shape[-2] // self.patch_size, pixels.shape[-1] // self.patch_size)
-        tokens, beside = self.embed(pixels)
-        maps = {}
-        for number, block in enumerate(self.blocks):
+        first, tokens = self.first_trained, self._tokens(pixels)
+        count = len(self.blocks) if first is None else first
+        beside = self._beside((pixels.shape[-2], pixels.shape[-1])) if count else {}
+        given = []
+        for number, block in enumerate(self.blocks[:count]):
             tokens = block(tokens, **beside)  # (B, num_prefix + h * w, dim)
             if number in self.layers:
-                maps[number] = self.norm(tokens)[:, self.num_prefix :].transpose(1, 2).unflatten(2, grid).float()
-        return [maps[layer] for layer in self.layers]
+                patches = tokens[:, self.num_prefix :]
+                given.append(self.norm(patches) if first is None else patches.contiguous())
+        return given if count == len(self.blocks) else [*given, tokens]
+
+    def onwards(self, frozen: list[Tensor], size: tuple[int, int]) -> list[Tensor]:
+        """Return the L maps (B, dim, h, w) for what `until` gave of images of `size` (H, W)."""
+        rows, columns = (-(-side // self.patch_size) for side in size)
+        first, tapped = self.first_trained, sorted(set(self.layers))
+        count = len(self.blocks) if first is None else first
+        patches = dict(zip(tapped, frozen, strict=False))  # of blocks below the cut
+        if count < len(self.blocks):
+            tokens, beside = frozen[-1], self._beside((rows * self.patch_size, columns * self.patch_size))
+            for number, block in enumerate(self.blocks[count:], start=count):
+                tokens = block(tokens, **beside)
+                if number in tapped:
+                    patches[number] = tokens[:, self.num_prefix :]
+        if first is not None:
+            patches = {number: self.norm(part) for number, part in patches.items()}
+        return [patches[layer].transpose(1, 2).unflatten(2, (rows, columns)).float() for layer in self.layers]
 
     def with_class_attention(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         """Return the maps, and what the class token attends to in the last block that is read, from one pass.

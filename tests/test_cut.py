@@ -1,0 +1,123 @@
+"""A model cut behind its frozen part: predictions and gradients are those of the whole, bit for bit."""
+
+import copy
+
+import pytest
+import torch
+from tiny_parts import tiny_vit
+
+from dinoseg.adapters import Frozen, Full, LastBlocks, Lora
+from dinoseg.backbones.convnext import ConvNext
+from dinoseg.backbones.rgb import RgbBackbone
+from dinoseg.backbones.timm_backbone import TimmBackbone
+from dinoseg.backbones.transformers_vit import TransformersVit
+from dinoseg.contracts import Head
+from dinoseg.errors import UserError
+from dinoseg.heads.cnn import CnnHead
+from dinoseg.heads.dpt import DptHead
+from dinoseg.heads.eomt import EomtHead
+from dinoseg.heads.linear import LinearHead
+from dinoseg.heads.mlp import MlpHead
+from dinoseg.heads.upernet import UperNetHead
+from dinoseg.model import Segmenter
+
+CONVNEXT = {"hidden_sizes": [8, 16, 16, 24], "depths": [1, 1, 1, 1]}
+VIT = {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 24}
+HEADS = {
+    "linear": lambda dim, maps: LinearHead(dim, maps, 3),
+    "mlp": lambda dim, maps: MlpHead(dim, maps, 3, 8),
+    "cnn": lambda dim, maps: CnnHead(dim, maps, 3, 8, num_blocks=2, channels=16, pixel_shuffle=1),
+    "dpt": lambda dim, maps: DptHead(dim, maps, 3, features=8),
+    "upernet": lambda dim, maps: UperNetHead(dim, maps, 3, channels=8),
+}
+BACKBONES = {
+    "dino": lambda layers: TransformersVit("vit", {**VIT, "image_size": 32}, "random", 8, layers),
+    "dinov3": lambda layers: deep_vit(layers),
+    "timm": lambda layers: TimmBackbone("test_vit", "random", None, layers),
+    "convnext": lambda layers: ConvNext(CONVNEXT, "random", 32, layers),
+    "rgb": lambda layers: RgbBackbone(8, [-1] * len(layers)),
+}
+
+
+def deep_vit(layers=(-1,), **arch):
+    torch.manual_seed(0)
+    return TransformersVit("dinov3_vit", {**VIT, **arch}, "random", 8, layers)
+
+
+def model_of(backbone, head="linear", **options):
+    torch.manual_seed(1)
+    return Segmenter(backbone, HEADS[head](backbone.dim, backbone.num_layers), **options).train()
+
+
+def check_cut(model, size=(37, 51)):
+    """Compare a step on images with one on what is frozen of them, taken apart by sample in between."""
+    images = torch.randint(0, 256, (3, 3, *size), dtype=torch.uint8)
+    other = copy.deepcopy(model)
+    frozen = model.frozen(images)
+    frozen.tensors = [torch.stack([row.clone() for row in part]) for part in frozen.tensors]
+    results = []
+    for net, given in ((model, images), (other, frozen)):
+        torch.manual_seed(2)  # dropout
+        scores = net(given).scores()
+        scores.square().mean().backward()
+        results.append((scores, [parameter.grad for parameter in net.parameters()]))
+    assert results[0][0].shape == (3, 3, *size) and torch.equal(results[0][0], results[1][0])
+    assert sum(gradient is not None for gradient in results[0][1]) > 0
+    for live, cached in zip(results[0][1], results[1][1], strict=True):
+        assert (live is None and cached is None) or torch.equal(live, cached)
+    return frozen
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_maps_of_a_frozen_backbone_go_on_to_any_head(name):
+    layers = [0, 1, 2, 3] if name in ("dpt", "upernet") else [1, 3]
+    frozen = check_cut(model_of(Frozen()(deep_vit(layers)), name))
+    assert [part.shape for part in frozen.tensors] == [(3, 5 * 7, 24)] * len(layers)
+    assert not any(part.requires_grad for part in frozen.tensors)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_maps_of_every_kind_of_backbone(name):
+    check_cut(model_of(Frozen()(BACKBONES[name]([-2, -1]))))
+
+
+@pytest.mark.parametrize(("size", "scale", "longest"), [((64, 1), 1.0, None), ((61, 90), 0.5, None), ((61, 90), 1, 40)])
+def test_sizes_are_those_of_images_and_of_what_the_backbone_saw(size, scale, longest):
+    model = model_of(Frozen()(deep_vit()), scale=scale, longest=longest)
+    frozen = check_cut(model, size)
+    assert frozen.size == size and frozen.seen == model.seen_size(size)
+
+
+@pytest.mark.parametrize("layers", [[-1], [0, 2, 3], [3, 1], [2, 2]])
+@pytest.mark.parametrize("adapter", [LastBlocks(1), LastBlocks(2), Lora(2, 4, blocks=1, dropout=0.5)])
+@pytest.mark.parametrize("name", ["dino", "dinov3"])
+def test_tokens_enter_the_first_trained_block(name, adapter, layers):
+    backbone = adapter(BACKBONES[name](layers))
+    first = len(backbone.blocks) - (adapter.blocks or 0)
+    frozen = check_cut(model_of(backbone))
+    assert len(frozen.tensors) == 1 + len({layer % 4 for layer in layers if layer % 4 < first})
+    assert frozen.tensors[-1].shape == (3, backbone.num_prefix + 35, 24)
+
+
+@pytest.mark.parametrize(("adapter", "told"), [(Full(), "first trained block"), (Lora(2, 4), "adapter.blocks=4")])
+def test_a_backbone_trained_from_its_first_block_on_is_refused(adapter, told):
+    with pytest.raises(UserError, match=told):
+        model_of(adapter(deep_vit())).frozen(torch.zeros(1, 3, 16, 16))
+
+
+def test_a_pyramid_is_cut_as_a_whole_alone():
+    with pytest.raises(UserError, match="cut behind its last block alone"):
+        model_of(LastBlocks(1)(BACKBONES["convnext"]([-1]))).frozen(torch.zeros(1, 3, 64, 64))
+
+
+def test_positions_drawn_at_random_are_not_drawn_twice():
+    backbone = LastBlocks(1)(deep_vit(pos_embed_rescale=2.0))
+    assert backbone.first_trained == 0
+    assert Frozen()(backbone).first_trained is None
+
+
+def test_a_head_with_a_run_of_its_own_and_no_door_is_refused():
+    head = EomtHead(24, 1, 3, patch_size=8, num_queries=2, blocks=1)
+    with pytest.raises(UserError, match=r"EomtHead runs the backbone in a way of its own.*engine.cache=off"):
+        Segmenter(Frozen()(tiny_vit()), head).frozen(torch.zeros(1, 3, 16, 16))
+    assert EomtHead.until is Head.until
