@@ -31,6 +31,11 @@ def count_of(things: Collection | int, noun: str, plural: str | None = None) -> 
     return f"{count} {noun}" if count == 1 else f"{count} {plural or noun + 's'}"
 
 
+def in_bytes(size: int) -> str:
+    """Return `2.50 GiB` or `3.1 MiB`."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
 def nearest(word: str, known: Sequence[str], before: str = "") -> str:
     """Return the question whether the nearest of the known words was meant, the same last part first; "" for none."""
     last = word.rsplit(".", 1)[-1]

@@ -13,6 +13,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,12 @@ def remove_parts(folder: Path, *patterns: str) -> None:
     """
     for path in [path for pattern in patterns for path in folder.glob(pattern)]:
         _remove(path)
+
+
+def write_whole(file: RawIOBase, data: memoryview) -> None:
+    """Write all bytes; a disk that fills up takes the first of them before it refuses."""
+    while data:
+        data = data[file.write(data) :]
 
 
 def write_text(path: str | Path, text: str) -> None:

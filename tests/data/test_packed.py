@@ -220,7 +220,7 @@ def test_too_little_room_is_said_before(data, cache, monkeypatch):
     make(data(), cache)
     room = shutil.disk_usage(cache)._replace(free=5000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: room)
-    monkeypatch.setattr(packed, "_bytes", lambda size: f"{size} bytes")
+    monkeypatch.setattr(packed, "in_bytes", lambda size: f"{size} bytes")
     with pytest.raises(UserError, match=r"takes \d{5} bytes, and .*cache has 5000 bytes free\. Other packed data"):
         make(data(masks=Masks(ids={2: 1})), cache)
     assert len(list(cache.glob("packed_*"))) == 1
@@ -327,7 +327,7 @@ def test_a_killed_build_goes_on(data, cache, tmp_path):
             from dinoseg.data.formats.folder import folder_dataset
             from dinoseg.data.packed.pack import pack
             from dinoseg.data.packed import draft as packed_draft
-            from dinoseg.data.packed.draft import write_whole
+            from dinoseg.storage.atomic import write_whole
             if __name__ == "__main__":
                 packed_draft.write_whole = lambda *args: (time.sleep(0.03), write_whole(*args))
                 source = folder_dataset({str(tmp_path / "data")!r}, "train", classes=["a", "b", "c"])

@@ -13,6 +13,7 @@ import numpy as np
 from dinoseg.data.packed.store import EXTENT_FORM, PIXELS, Extent, StoreKey, aligned, checksum, write_index
 from dinoseg.report.progress import Bar
 from dinoseg.storage import forms
+from dinoseg.storage.atomic import write_whole
 
 _JOURNAL = "journal.jsonl"
 _LINE_FORM = forms.row(forms.whole(), *EXTENT_FORM)
@@ -110,12 +111,6 @@ class Draft:
         self._pixels.seek(extent.offset)
         item = np.frombuffer(self._pixels.read(extent.size), np.uint8)
         return checksum(self.names[row], (extent.height, extent.width), item) == extent.crc
-
-
-def write_whole(file: RawIOBase, data: memoryview) -> None:
-    """Write all bytes; a disk that fills up takes the first of them before it refuses."""
-    while data:
-        data = data[file.write(data) :]
 
 
 def _open(path: Path) -> RawIOBase:

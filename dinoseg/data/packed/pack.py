@@ -20,6 +20,7 @@ from dinoseg.report.progress import Bar
 from dinoseg.shapes import Sample
 from dinoseg.storage.files import check_regular
 from dinoseg.storage.locks import locked
+from dinoseg.wording import in_bytes
 
 log = logging.getLogger(__name__)
 _LISTED = 20
@@ -45,6 +46,7 @@ class PackedDataset(PairDataset):
         self.reader, self.skipped, self._source = source.reader, source.skipped, source
         self.store, self.longest = store, longest
         self.rows = list(range(len(source)) if rows is None else rows)
+        self._hashes: dict[int, str] = {}  # of rows' images
 
     @property
     def source(self) -> PairDataset:
@@ -62,6 +64,14 @@ class PackedDataset(PairDataset):
     def mask(self, index: int) -> np.ndarray:
         """Return the mask (H, W) uint8 of an item."""
         return self.store.read(self.rows[index])[1]
+
+    def image_hash(self, index: int) -> str:
+        """Return a hash of the packed pixels of an image."""
+        row = self.rows[index]
+        if row not in self._hashes:
+            image, _ = self.store.read(row)
+            self._hashes[row] = hashlib.sha256(repr(image.shape).encode() + image.tobytes()).hexdigest()
+        return self._hashes[row]
 
     def keep(self, names: Collection[str]) -> "PackedDataset":
         """Return the data set of only these names, in the same order, out of the same store."""
@@ -116,7 +126,7 @@ def pack(
         store = open_store(folder, key, dataset.names, verify=verify)
     if store is None:
         raise UserError(f"{folder} was removed or changed by another process as soon as it was packed. Run again.")
-    log.info("reading %d packed images and masks (%s) from %s", len(store.names), _bytes(store.size), folder)
+    log.info("reading %d packed images and masks (%s) from %s", len(store.names), in_bytes(store.size), folder)
     return PackedDataset(dataset, store, longest)
 
 
@@ -162,12 +172,17 @@ def _announce(dataset: PairDataset, folder: Path, part: Path, longest: int | Non
     free = shutil.disk_usage(folder.parent).free
     limit = f"reduced to at most {longest} pixels a side" if longest else "at full size"
     log.info(
-        "packing %d images and masks %s: %s in %s (%s free)", len(dataset), limit, _bytes(size), folder, _bytes(free)
+        "packing %d images and masks %s: %s in %s (%s free)",
+        len(dataset),
+        limit,
+        in_bytes(size),
+        folder,
+        in_bytes(free),
     )
     if size > free:
         raise UserError(
-            f"Packing {len(dataset)} images and masks {limit} takes {_bytes(size)}, and {folder.parent} has "
-            f"{_bytes(free)} free.{_others(folder)} Make room, give another cache_dir, lower resolution.longest, "
+            f"Packing {len(dataset)} images and masks {limit} takes {in_bytes(size)}, and {folder.parent} has "
+            f"{in_bytes(free)} free.{_others(folder)} Make room, give another cache_dir, lower resolution.longest, "
             "or set data.cache=null."
         )
 
@@ -215,8 +230,4 @@ def _others(folder: Path) -> str:
     """Return how much room other stores take, as a sentence."""
     stores = folder.parent.glob(f"packed_*/{PIXELS}")
     size = sum(path.stat().st_size for path in stores if not path.parent.name.startswith(folder.name))
-    return f" Other packed data there takes {_bytes(size)} (packed_*): remove what no run uses." if size else ""
-
-
-def _bytes(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+    return f" Other packed data there takes {in_bytes(size)} (packed_*): remove what no run uses." if size else ""

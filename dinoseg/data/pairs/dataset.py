@@ -8,7 +8,7 @@ import torch
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.mask_size import fit_mask
 from dinoseg.data.classes.masks import MaskReader, Masks
-from dinoseg.data.pairs.pair import Pair, fingerprint
+from dinoseg.data.pairs.pair import Pair, fingerprint, image_hash
 from dinoseg.data.video.access import read_source
 from dinoseg.shapes import Sample
 
@@ -58,6 +58,14 @@ class PairDataset:
     def mask(self, index: int) -> np.ndarray:
         """Read a mask (H, W) uint8 alone."""
         return read_mask(self.pairs[index], self.reader)
+
+    def image_hash(self, index: int) -> str:
+        """Return a hash of the bytes that an image is read from.
+
+        Raises:
+            UserError: they cannot be read.
+        """
+        return image_hash(self.pairs[index].image)
 
     def keep(self, names: Collection[str]) -> "PairDataset":
         """Return the data set of only these names, in the same order; what was no pair before is still told."""

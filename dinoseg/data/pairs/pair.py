@@ -5,11 +5,14 @@ import hashlib
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from dinoseg.annotation.drawing import Drawing, MaskSource, mask_file
 from dinoseg.data.classes.masks import MaskReader
 from dinoseg.data.video.access import ImageSource, VideoFrame
-from dinoseg.storage.stamps import stamp
+from dinoseg.errors import UserError
+from dinoseg.storage.files import check_regular
+from dinoseg.storage.stamps import Stamp, stamp
 
 
 @dataclass(frozen=True)
@@ -31,3 +34,23 @@ def fingerprint(pairs: Iterable[Pair], reader: MaskReader) -> str:
         drawn = (pair.mask.digest(),) if isinstance(pair.mask, Drawing) else ()
         digest.update(f"{(pair.name, frame, files, *drawn)!r}\n".encode())  # repr, since not every file name is text
     return digest.hexdigest()
+
+
+def image_hash(source: ImageSource) -> str:
+    """Return a hash of a file's bytes, and of which frame of it: read once by a process while the file stays the same.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    path, frame = (source.path, source.index) if isinstance(source, VideoFrame) else (source, None)
+    try:
+        return hashlib.sha256(f"{_file_hash(path, stamp(path))} {frame}".encode()).hexdigest()
+    except OSError as error:
+        raise UserError(f"Cannot read {path} ({error.strerror}). Check that file, or leave it out.") from error
+
+
+@functools.lru_cache(2**17)
+def _file_hash(path: Path, stamped: Stamp | None) -> str:
+    check_regular(path)
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,170 @@
+"""How the tensors of a sample are kept: rounded to a type, and as bytes behind a header that is held to a form."""
+
+import json
+import math
+import zlib
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dinoseg.errors import UserError
+from dinoseg.storage import forms
+
+Stored = Literal["float32", "float16", "bfloat16", "int8"]
+TYPES: tuple[Stored, ...] = get_args(Stored)
+KEY_LENGTH = 32
+MOST_BYTES = 2**30  # of a sample's file: a larger one is not read
+
+_MAGIC = b"dinoseg features 1\n"
+_START = len(_MAGIC) + 4  # a checksum of all that follows stands between
+_ALIGN = 64  # bytes, a cache line
+_LONGEST_HEADER = 2**16
+_DTYPES: dict[Stored, torch.dtype] = {name: getattr(torch, name) for name in TYPES}
+_FORM = forms.record(key=forms.text, stored=forms.text, shapes=forms.listing(forms.listing(forms.whole(1, MOST_BYTES))))
+
+
+def rounded(tensors: Sequence[Tensor], stored: Stored) -> list[Tensor]:
+    """Return tensors in the type that they are kept in; with int8 each has its scales behind it.
+
+    A scale is of a token, so over the channels: C of a map (C, h, w) and of tokens (N, C).
+
+    Raises:
+        UserError: a number is not finite, or none as it would be kept.
+    """
+    kept: list[Tensor] = []
+    for tensor in (tensor.detach().cpu() for tensor in tensors):
+        if not _is_finite(tensor):
+            raise UserError(
+                "The frozen part of the model gives features that are no finite numbers, which nothing can be trained "
+                "on. Check its weights and the images, or compute with engine.precision=fp32."
+            )
+        kept += _quantised(tensor.float()) if stored == "int8" else [tensor.to(_DTYPES[stored]).contiguous()]
+        if not _is_finite(kept[-1]):
+            raise UserError(
+                f"Features as large as {tensor.float().abs().max():.3g} are no numbers in {stored}, as they would "
+                "be kept. Keep them as bfloat16 or float32."
+            )
+    return kept
+
+
+def restored(kept: Sequence[Tensor], stored: Stored) -> list[Tensor]:
+    """Return the tensors that are used: as they are kept, those of int8 in float32."""
+    if stored != "int8":
+        return list(kept)
+    pairs = zip(kept[::2], kept[1::2], strict=True)
+    return [values.float() * scales.unsqueeze(_channels(values.ndim)) for values, scales in pairs]
+
+
+def size_of(shapes: Sequence[Sequence[int]], stored: Stored) -> int:
+    """Return the bytes of the file of a sample whose tensors have these shapes."""
+    return _places(_aligned(len(_header("0" * KEY_LENGTH, shapes, stored))), shapes, stored)[1]
+
+
+def to_bytes(key: str, kept: Sequence[Tensor], stored: Stored) -> bytes:
+    """Return the file of a sample, of what `rounded` gives.
+
+    Raises:
+        UserError: it is larger than what is read back.
+    """
+    values = kept[::2] if stored == "int8" else kept
+    parts = [_padded(_header(key, [tensor.shape for tensor in values], stored))]
+    parts += [_padded(tensor.reshape(-1).view(torch.uint8).numpy().tobytes()) for tensor in kept]
+    content = b"".join(parts)
+    if len(content) > MOST_BYTES:
+        raise UserError(
+            f"The features of one image take {len(content) / 2**20:.0f} MiB, and {MOST_BYTES / 2**20:.0f} are kept at "
+            "most. Set engine.cache=off, or reduce the images: resolution.longest."
+        )
+    return _MAGIC + _checksum(memoryview(content)[_START:]) + content[_START:]
+
+
+def from_bytes(key: str, data: np.ndarray, stored: Stored, *, verify: bool) -> list[Tensor]:
+    """Return what `to_bytes` was given; the tensors share the memory of the file.
+
+    Args:
+        key: that it must say.
+        data: the whole file, uint8.
+        stored: the type that it must be kept in.
+        verify: hold it against its checksum, and its numbers against what is finite.
+
+    Raises:
+        Misshapen: it is no such file, or damaged.
+    """
+    start = data[: _START + _LONGEST_HEADER].tobytes()
+    if not start.startswith(_MAGIC):
+        raise forms.Misshapen("it is no file of features")
+    if verify and _checksum(data[_START:].data) != start[len(_MAGIC) : _START]:
+        raise forms.Misshapen("its checksum differs")
+    text, newline, _ = start[_START:].partition(b"\n")
+    header = forms.parse_json(text, _FORM)
+    if not newline or (header["key"], header["stored"]) != (key, stored) or not all(header["shapes"]):
+        raise forms.Misshapen("it is of other features")
+    places, end = _places(_aligned(_START + len(text) + 1), header["shapes"], stored)
+    if end != len(data):
+        raise forms.Misshapen(f"it has {len(data)} bytes, of {end}")
+    kept = [
+        torch.from_numpy(data[place : place + size]).view(dtype).view(shape) for place, size, dtype, shape in places
+    ]
+    if verify and not all(map(_is_finite, kept)):
+        raise forms.Misshapen("it holds what is no finite number")
+    return kept
+
+
+def _header(key: str, shapes: Sequence[Sequence[int]], stored: Stored) -> bytes:
+    """Return the beginning of a file, its checksum left empty."""
+    content = {"key": key, "stored": stored, "shapes": [list(shape) for shape in shapes]}
+    return _MAGIC + bytes(_START - len(_MAGIC)) + json.dumps(content).encode() + b"\n"
+
+
+def _places(
+    place: int, shapes: Sequence[Sequence[int]], stored: Stored
+) -> tuple[list[tuple[int, int, torch.dtype, Sequence[int]]], int]:
+    """Return offset, bytes, type and shape of all that is kept from a place on, and where it ends."""
+    parts = [(_DTYPES[stored], shape) for shape in shapes]
+    if stored == "int8":
+        scales = [(torch.float32, _of_tokens(shape)) for shape in shapes]
+        parts = [part for pair in zip(parts, scales, strict=True) for part in pair]
+    places = []
+    for dtype, shape in parts:
+        size = math.prod(shape) * dtype.itemsize
+        places.append((place, size, dtype, shape))
+        place = _aligned(place + size)
+    return places, place
+
+
+def _quantised(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Return whole numbers from -127 to 127, and the scale of each token."""
+    axis = _channels(tensor.ndim)
+    scales = tensor.abs().amax(axis) / 127
+    divisor = torch.where(scales > 0, scales, 1).unsqueeze(axis)
+    return (tensor / divisor).round().to(torch.int8).contiguous(), scales
+
+
+def _channels(axes: int) -> int:
+    """Return the axis of the channels of a tensor of so many axes, from its end."""
+    return -3 if axes >= 3 else -1
+
+
+def _of_tokens(shape: Sequence[int]) -> Sequence[int]:
+    """Return a shape without its channels."""
+    axis = len(shape) + _channels(len(shape))
+    return [*shape[:axis], *shape[axis + 1 :]]
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or math.isfinite(tensor.abs().amax())
+
+
+def _checksum(content: memoryview) -> bytes:
+    return zlib.crc32(content).to_bytes(4, "little")
+
+
+def _padded(content: bytes) -> bytes:
+    return content + bytes(_aligned(len(content)) - len(content))
+
+
+def _aligned(place: int) -> int:
+    return -(-place // _ALIGN) * _ALIGN

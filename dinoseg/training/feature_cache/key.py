@@ -1,0 +1,113 @@
+"""What stored features depend on, as hashes: where any of it differs, there are none."""
+
+import hashlib
+import importlib.metadata
+import inspect
+import logging
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import dinoseg
+from dinoseg.data.pairs.dataset import PairDataset
+from dinoseg.processes.workers import count_cores
+from dinoseg.shapes import SegmentationData
+from dinoseg.storage import forms
+from dinoseg.storage.atomic import write_json
+from dinoseg.storage.units import finished
+from dinoseg.training.feature_cache.form import KEY_LENGTH
+from dinoseg.wording import listed
+
+log = logging.getLogger(__name__)
+
+_NOTE = "origin.json"
+_LIBRARIES = ("torch", "transformers", "timm", "peft", "bitsandbytes", "pillow", "av", "opencv-python-headless")
+_OWN = (  # what lies between a file and its features: rooms and files of the package
+    *("backbones", "heads", "adapters.py", "contracts.py", "model.py", "geometry.py", "sizes.py", "shapes.py"),
+    *("images.py", "data/loader.py", "data/transforms.py", "data/video", "data/packed/read.py"),
+)
+
+
+def origin(root: Path, parts: Mapping[str, str]) -> str:
+    """Return the name of the folder for what is computed in one way, and say where `root` has only other ways.
+
+    Args:
+        root: the folder of all features.
+        parts: all that the features of every image depend on, by what a user calls it.
+    """
+    name = hash_of(*sorted(parts.items()))
+    if finished(root / name / _NOTE, _read) != parts:
+        others = [kept for path in root.glob(f"*/{_NOTE}") if (kept := finished(path, _read)) is not None]
+        if others:
+            differing = min(([part for part in parts if kept.get(part) != parts[part]] for kept in others), key=len)
+            log.info(
+                "The features kept in %s are of other %s than now: they are not used, and features are computed anew.",
+                root,
+                listed(differing),
+            )
+        with suppress(OSError):  # told by the first features that cannot be written
+            write_json(root / name / _NOTE, dict(parts))
+    return name
+
+
+def hash_of(*parts: object) -> str:
+    """Return a hash of numbers, texts, and tuples of them."""
+    return hashlib.sha256(repr(parts).encode(errors="surrogateescape")).hexdigest()[:KEY_LENGTH]
+
+
+def weights_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Return a hash of tensors: names, shapes, types and every value, in the order given."""
+    named = list(tensors)
+    with ThreadPoolExecutor(min(count_cores(), len(named) or 1)) as threads:  # hashing lets go of the interpreter
+        hashes = threads.map(_tensor_hash, (tensor for _, tensor in named))
+        return hash_of(*((name, each) for (name, _), each in zip(named, hashes, strict=True)))
+
+
+def code_hash(parts: Iterable[nn.Module]) -> str:
+    """Return a hash of the code that computes: the modules' source, our own, and the versions of the libraries."""
+    kinds = {kind for part in parts for module in part.modules() for kind in type(module).__mro__[:-1]}
+    files = {Path(file) for kind in kinds if (file := _source(kind)) is not None}
+    package = Path(dinoseg.__file__).parent
+    for place in _OWN:
+        files |= {*(package / place).rglob("*.py")} if not place.endswith(".py") else {package / place}
+    contents = sorted((path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files)
+    return hash_of(*contents, *((library, _version(library)) for library in _LIBRARIES))
+
+
+def image_hash(data: SegmentationData, index: int) -> str:
+    """Return a hash of an image's bytes: of its file, or of the pixels where it has none of its own."""
+    if isinstance(data, PairDataset):
+        return data.image_hash(index)
+    pixels = data[index]["image"].numpy()
+    return hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
+
+
+def _tensor_hash(tensor: Tensor) -> str:
+    plain = tensor.detach().cpu().contiguous()
+    digest = hashlib.sha256(repr((tuple(plain.shape), plain.dtype)).encode())
+    digest.update(plain.view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _source(kind: type) -> str | None:
+    try:
+        return inspect.getsourcefile(kind)
+    except (TypeError, OSError):  # it is built in, or was typed
+        return None
+
+
+def _version(library: str) -> str | None:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _read(path: Path) -> dict[str, str]:
+    if path.exists() and not path.is_file():
+        raise forms.Misshapen("it is no file")
+    return forms.read_json(path, forms.table(forms.text))

@@ -1,0 +1,229 @@
+"""Features of images under their keys, on the disk or in memory: what is not there is computed again, and no more."""
+
+import logging
+import os
+import shutil
+import stat
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+from dinoseg.errors import DISK_FULL, free_space
+from dinoseg.storage.atomic import whole_file, write_whole
+from dinoseg.storage.forms import Misshapen
+from dinoseg.training.feature_cache.form import MOST_BYTES, Stored, from_bytes, restored, rounded, to_bytes
+from dinoseg.wording import in_bytes
+
+log = logging.getLogger(__name__)
+
+_SUFFIX = ".features"
+_RESERVE = 2**30  # bytes of the disk that stay free, for checkpoints
+_STEP = 2**28  # bytes that are removed at once, and after which it is counted again what others have written
+_CLOCKS = 10**10  # nanoseconds that those of a file server and of this machine may differ
+
+
+class FeatureStore(Protocol):
+    """What the frozen part of a model gives for an image, by a key that is a hash of all it depends on."""
+
+    stored: Stored
+
+    def get(self, key: str) -> list[Tensor] | None:
+        """Return the tensors of a key, None where they are not there or not whole."""
+        ...
+
+    def put(self, key: str, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Keep tensors where there is room, and return them as `get` gives them: rounded, on the CPU.
+
+        Raises:
+            UserError: a number is not finite, or none in the type that is kept.
+        """
+        ...
+
+    def __contains__(self, key: str) -> bool:
+        """Return whether there is something under a key, whole or not."""
+        ...
+
+    def room(self) -> int:
+        """Return the bytes that may still be kept."""
+        ...
+
+
+class MemoryStore:
+    """Features in the memory of this process.
+
+    Args:
+        stored: the type that numbers are kept in.
+        cap: bytes at most.
+    """
+
+    def __init__(self, stored: Stored, cap: int) -> None:
+        self.stored, self.cap = stored, cap
+        self._kept: dict[str, list[Tensor]] = {}
+        self._used = 0
+        self._closed = False  # nothing more is kept
+
+    def get(self, key: str) -> list[Tensor] | None:
+        """Return the tensors of a key, None where they are not there."""
+        kept = self._kept.get(key)
+        return None if kept is None else restored(kept, self.stored)
+
+    def put(self, key: str, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Keep tensors where there is room, and return them as `get` gives them."""
+        kept = rounded(tensors, self.stored)
+        if key not in self._kept and not self._closed:
+            size = sum(tensor.nbytes for tensor in kept)
+            if size <= self.room():
+                self._kept[key] = [tensor.clone() for tensor in kept]  # a slice would hold its whole batch
+                self._used += size
+            else:
+                self._closed = True
+                _tell_end(f"The {in_bytes(self.cap)} of memory for features are used up")
+        return restored(kept, self.stored)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._kept
+
+    def room(self) -> int:
+        """Return the bytes that may still be kept."""
+        return self.cap - self._used
+
+
+class DiskStore:
+    """Features in files, one for each key: written aside and renamed, checked when a process first reads them.
+
+    What is damaged, or somebody else's, counts as not there. Several processes may use one folder. What no run
+    has read for longest is removed for new features, but nothing that was written or read since this store was
+    opened: in a run that draws each image once an epoch, that would be what is needed next.
+
+    Args:
+        root: the folder of all features of this machine.
+        origin: name of the folder in it for what this run computes.
+        stored: the type that numbers are kept in.
+        cap: bytes at most in `root`; None: as many as leave 1 GiB of the disk free.
+    """
+
+    def __init__(self, root: Path, origin: str, stored: Stored, cap: int | None = None) -> None:
+        self.root, self.folder, self.stored, self.cap = root, root / origin, stored, cap
+        self._opened = time.time_ns() - _CLOCKS
+        self._used = self._written = 0  # bytes in `root`, and of them those written since that was counted
+        self._seen: set[str] = set()  # keys that this process has checked
+        self._told = False  # of a file that cannot be used
+        self._closed = False  # nothing more is kept
+        self._count()
+
+    def get(self, key: str) -> list[Tensor] | None:
+        """Return the tensors of a key, None where they are not there or not whole."""
+        path, first = self._path(key), key not in self._seen
+        try:
+            kept = from_bytes(key, _read(path, touch=first), self.stored, verify=first)
+        except FileNotFoundError:
+            return None
+        except (OSError, Misshapen) as error:
+            if not self._told:
+                log.warning("%s cannot be used (%s). Such features are computed anew.", path, error)
+            self._told = True
+            return None
+        self._seen.add(key)
+        return restored(kept, self.stored)
+
+    def put(self, key: str, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Keep tensors where there is room, and return them as `get` gives them."""
+        kept = rounded(tensors, self.stored)
+        if not self._closed:
+            try:
+                self._write(self._path(key), to_bytes(key, kept, self.stored))
+            except IsADirectoryError:
+                log.warning("%s is a folder: the features of one image are not kept. Remove it.", self._path(key))
+            except OSError as error:
+                self._closed = True
+                full = f"the disk is full, {free_space(self.root)}" if error.errno in DISK_FULL else error
+                _tell_end(f"No features can be written to {self.folder} ({full})")
+        return restored(kept, self.stored)
+
+    def __contains__(self, key: str) -> bool:
+        return self._path(key).is_file()
+
+    def room(self) -> int:
+        """Return the bytes that may still be kept, where what is old is removed for them."""
+        return max(0, self._free() + sum(size for _, _, size in self._old()))
+
+    def _path(self, key: str) -> Path:
+        return self.folder / f"{key}{_SUFFIX}"
+
+    def _write(self, path: Path, content: bytes) -> None:
+        if self._written > _STEP:
+            self._count()
+        if len(content) > (free := self._free()):
+            self._remove_old(len(content) - free)
+        if len(content) > (free := self._free()):
+            self._closed = True
+            cap = "" if self.cap is None else f", {in_bytes(self.cap)} at most"
+            _tell_end(f"There is room for {in_bytes(max(0, free))} more in {self.root}{cap}")
+            return
+        with whole_file(path) as part, open(part, "wb", buffering=0) as file:
+            write_whole(file, memoryview(content))
+        self._used += len(content)
+        self._written += len(content)
+
+    def _free(self) -> int:
+        """Return the bytes that may be written as things stand."""
+        there = next(folder for folder in (self.root, *self.root.absolute().parents) if folder.exists())
+        on_disk = shutil.disk_usage(there).free - _RESERVE
+        return on_disk if self.cap is None else min(on_disk, self.cap - self._used)
+
+    def _count(self) -> None:
+        self._used, self._written = sum(status.st_size for _, status in self._files()), 0
+
+    def _remove_old(self, needed: int) -> None:
+        """Remove what was not used for longest, some more than needed now; of this run's own folder last."""
+        self._count()
+        enough, removed = needed + min(_STEP, (self.cap or sys.maxsize) // 16), 0
+        for _, path, size in sorted(self._old()):
+            if removed >= enough:
+                break
+            with suppress(OSError):
+                path.unlink()
+                removed += size
+        self._used -= removed
+
+    def _old(self) -> Iterator[tuple[tuple[bool, int], Path, int]]:
+        """Yield an order of removal, path and bytes of each file that was not used since this store was opened."""
+        for path, status in self._files():
+            if status.st_mtime_ns < self._opened:
+                yield (path.parent == self.folder, status.st_mtime_ns), path, status.st_size
+
+    def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
+        for path in self.root.glob(f"*/*{_SUFFIX}"):
+            with suppress(OSError):  # another process has just removed it
+                status = path.lstat()
+                if stat.S_ISREG(status.st_mode):
+                    yield path, status
+
+
+def _read(path: Path, *, touch: bool) -> np.ndarray:
+    """Return the bytes of a file, read by one call: mapped, a file that is cut meanwhile would kill the process."""
+    status = path.lstat()
+    if not stat.S_ISREG(status.st_mode) or status.st_size > MOST_BYTES:
+        raise Misshapen("it is a folder, a link or the like" if status.st_size <= MOST_BYTES else "it is too large")
+    content = np.empty(status.st_size, np.uint8)
+    with open(path, "rb", buffering=0) as file:
+        if file.readinto(content.data) != len(content):
+            raise Misshapen("it ends too early")
+    if touch:
+        with suppress(OSError):  # a cache that may only be read
+            os.utime(path)
+    return content
+
+
+def _tell_end(reason: str) -> None:
+    log.warning(
+        "%s: no more features are kept. Those that are kept are used, and those of other images are computed in each "
+        "epoch. Make room, and the next run goes on from here.",
+        reason,
+    )

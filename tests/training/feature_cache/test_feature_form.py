@@ -1,0 +1,134 @@
+import numpy as np
+import pytest
+import torch
+
+from dinoseg.errors import UserError
+from dinoseg.storage.forms import Misshapen
+from dinoseg.training.feature_cache.form import TYPES, from_bytes, restored, rounded, size_of, to_bytes
+
+KEY = "0123456789abcdef" * 2
+SHAPES = [[(1, 1, 1)], [(5, 3, 7), (8, 1, 2)], [(9, 4)], [(6,), (2, 3, 4, 5)]]
+
+
+def tensors(shapes, seed=0):
+    made = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=made) * 10 ** (number - 1) for number, shape in enumerate(shapes)]
+
+
+def written(given, stored):
+    return np.frombuffer(bytearray(to_bytes(KEY, rounded(given, stored), stored)), np.uint8)
+
+
+def read_back(given, stored):
+    return from_bytes(KEY, written(given, stored), stored, verify=True)
+
+
+@pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("shapes", SHAPES)
+def test_what_is_read_is_what_was_given_in_that_type(stored, shapes):
+    given = tensors(shapes)
+    for before, after in zip(given, restored(read_back(given, stored), stored), strict=True):
+        assert torch.equal(before.to(getattr(torch, stored)), after)
+
+
+@pytest.mark.parametrize("shapes", SHAPES)
+def test_int8_is_within_half_a_step_of_its_token(shapes):
+    given = tensors(shapes, seed=1)
+    given[0].flatten()[0] = 0
+    for before, after in zip(given, restored(read_back(given, "int8"), "int8"), strict=True):
+        step = before.double().abs().amax(-3 if before.ndim >= 3 else -1, keepdim=True) / 127
+        assert (
+            after.dtype == torch.float32 and ((before.double() - after.double()).abs() <= step * 0.5 * (1 + 1e-5)).all()
+        )
+        again = restored(rounded([after], "int8"), "int8")[0]
+        assert torch.allclose(again, after, rtol=1e-6, atol=0)
+
+
+def test_a_token_of_zeros_and_one_of_tiny_numbers_come_back():
+    given = torch.stack([torch.zeros(3), torch.tensor([0, 3e-38, -1e-38]), torch.tensor([1e30, -1e30, 0])])
+    after = restored(rounded([given], "int8"), "int8")[0]
+    assert torch.allclose(after, given, rtol=0.01) and not after[0].any()
+
+
+@pytest.mark.parametrize("stored", TYPES)
+@pytest.mark.parametrize("shapes", SHAPES)
+def test_the_size_that_is_told_is_that_of_the_file(stored, shapes):
+    assert size_of(shapes, stored) == len(to_bytes(KEY, rounded(tensors(shapes), stored), stored))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_no_finite_number_is_refused(bad):
+    with pytest.raises(UserError, match="no finite numbers"):
+        rounded([torch.zeros(2), torch.tensor([1, bad])], "float32")
+
+
+def test_numbers_that_float16_does_not_have_are_refused_with_those_that_do():
+    assert rounded([torch.tensor([-65504.0])], "float16")[0] == -65504
+    with pytest.raises(UserError, match=r"7e\+04 are no numbers in float16.*bfloat16"):
+        rounded([torch.tensor([7e4])], "float16")
+    assert rounded([torch.tensor([7e4])], "bfloat16")[0].isfinite()
+
+
+@pytest.mark.parametrize("stored", TYPES)
+def test_any_byte_that_is_another_is_seen(stored):
+    content = bytearray(to_bytes(KEY, rounded(tensors([(3, 2, 2), (2, 3)]), stored), stored))
+    for place in range(len(content)):
+        content[place] ^= 0x10
+        with pytest.raises(Misshapen):
+            from_bytes(KEY, np.frombuffer(content, np.uint8), stored, verify=True)
+        content[place] ^= 0x10
+    from_bytes(KEY, np.frombuffer(content, np.uint8), stored, verify=True)
+
+
+def test_a_file_that_is_cut_or_longer_is_seen_without_its_checksum_too():
+    content = to_bytes(KEY, rounded(tensors([(40, 3, 7)]), "float16"), "float16")
+    for wrong in (b"", content[:10], content[:40], content[:-64], content[:-1], content + bytes(64)):
+        with pytest.raises(Misshapen):
+            from_bytes(KEY, np.frombuffer(wrong, np.uint8), "float16", verify=False)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        '{"key": "KEY", "stored": "float16", "shapes": [[1073741824, 1073741824, 1073741824]]}',
+        '{"key": "KEY", "stored": "float16", "shapes": [[1, 1, -3]]}',
+        '{"key": "KEY", "stored": "float16", "shapes": [[1, 1, true]]}',
+        '{"key": "KEY", "stored": "float16", "shapes": [[]]}',
+        '{"key": "KEY", "stored": "float16", "shapes": "111"}',
+        '{"key": "KEY", "stored": "float32", "shapes": [[2, 2, 2]]}',
+        '{"key": "KEY", "stored": "complex64", "shapes": [[1, 2, 2]]}',
+        '{"key": "other", "stored": "float16", "shapes": [[4, 2, 2]]}',
+        '{"key": "KEY", "stored": "float16"}',
+        '{"key": "KEY", "key": "KEY", "stored": "float16", "shapes": [[4, 2, 2]]}',
+        "[" * 60_000,
+        "{}",
+        "",
+        "\xff\xfe",
+    ],
+)
+def test_headers_that_lie_are_refused_before_memory_is_taken(header):
+    content = to_bytes(KEY, rounded(tensors([(4, 2, 2)]), "float16"), "float16")
+    start = len(b"dinoseg features 1\n") + 4
+    text = header.replace("KEY", KEY).encode("latin-1") + b"\n"
+    forged = content[:start] + text + bytes(-(start + len(text)) % 64) + content[-64:]
+    with pytest.raises(Misshapen):
+        from_bytes(KEY, np.frombuffer(forged, np.uint8), "float16", verify=False)
+
+
+def test_features_of_another_type_or_key_are_none():
+    content = written(tensors([(4, 2, 2)]), "float16")
+    for key, stored in ((KEY[::-1], "float16"), (KEY, "bfloat16"), (KEY, "int8")):
+        with pytest.raises(Misshapen, match="other features"):
+            from_bytes(key, content, stored, verify=True)
+
+
+def test_numbers_that_somebody_has_made_infinite_are_seen():
+    content = bytearray(to_bytes(KEY, [torch.tensor([[float("inf"), 1.0]])], "float32"))
+    with pytest.raises(Misshapen, match="finite"):
+        from_bytes(KEY, np.frombuffer(content, np.uint8), "float32", verify=True)
+
+
+def test_one_image_of_more_than_is_read_back_is_refused(monkeypatch):
+    monkeypatch.setattr("dinoseg.training.feature_cache.form.MOST_BYTES", 2**10)
+    with pytest.raises(UserError, match=r"resolution\.longest"):
+        to_bytes(KEY, rounded([torch.zeros(300, 1, 1)], "float32"), "float32")

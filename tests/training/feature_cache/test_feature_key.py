@@ -1,0 +1,179 @@
+import os
+import shutil
+import types
+
+import numpy as np
+import pytest
+import torch
+from making import save
+from torch import nn
+
+from dinoseg.data.classes.labels import Labels
+from dinoseg.data.classes.masks import Masks
+from dinoseg.data.packed.pack import pack
+from dinoseg.data.pairs import pair as pairs
+from dinoseg.data.pairs.dataset import PairDataset
+from dinoseg.data.pairs.pair import Pair
+from dinoseg.data.video.access import VideoFrame
+from dinoseg.errors import UserError
+from dinoseg.training.feature_cache import key
+from dinoseg.training.feature_cache.key import code_hash, hash_of, image_hash, origin, weights_hash
+from dinoseg.training.feature_cache.store import DiskStore
+
+PARTS = {"weights": "w1", "code": "c1", "type": "float16", "cut": "maps of blocks 2, 5"}
+
+
+def weights():
+    made = torch.Generator().manual_seed(0)
+    return {
+        "large": torch.randn(30, 500, generator=made),
+        "half": torch.randn(7, 3, generator=made).bfloat16(),
+        "count": torch.tensor(3),
+        "none": torch.empty(0, 4),
+        "strided": torch.randn(6, 5, generator=made).T,
+    }
+
+
+def test_every_single_value_name_shape_and_type_of_the_weights_counts():
+    first = weights_hash(weights().items())
+    assert first == weights_hash(weights().items())
+    others = []
+    for name, value in weights().items():
+        for place in {0, value.numel() // 2, value.numel() - 1} if value.numel() else ():
+            changed = weights()
+            changed[name] = changed[name].contiguous()
+            changed[name].view(-1)[place] += 1
+            others.append(changed)
+        others.append({f"{each}x" if each == name else each: tensor for each, tensor in weights().items()})
+        others.append({**weights(), name: value.reshape(*value.shape, 1)})
+        others.append({**weights(), name: value.double()})
+    others += [dict(list(weights().items())[1:]), {}]
+    hashes = {weights_hash(each.items()) for each in others}
+    assert len(hashes | {first}) == len(others) + 1
+
+
+def test_layout_in_memory_does_not_count():
+    assert weights_hash([("a", torch.arange(6).view(2, 3).T)]) == weights_hash(
+        [("a", torch.tensor([[0, 3], [1, 4], [2, 5]]))]
+    )
+
+
+def test_code_counts_with_what_a_module_inherits_and_libraries(tmp_path, monkeypatch):
+    def model(text):
+        (tmp_path / "mine.py").write_text(text)
+        module = types.ModuleType("mine")
+        module.__file__ = str(tmp_path / "mine.py")
+        monkeypatch.setitem(__import__("sys").modules, "mine", module)
+        exec(compile(text, module.__file__, "exec"), module.__dict__)
+        return nn.Sequential(nn.Linear(1, 1), module.Mine())
+
+    text = "from torch import nn\nclass Base(nn.Module): pass\nclass Mine(Base): pass\n"
+    first = code_hash([model(text)])
+    assert first == code_hash([model(text)]) != code_hash([model(text + "# changed\n")])
+    assert first != code_hash([nn.Linear(1, 1)]) == code_hash([nn.Linear(2, 2)])
+    monkeypatch.setattr(key, "_version", lambda library: "0")
+    assert first != code_hash([model(text)])
+
+
+def test_own_rooms_that_count_are_there():
+    package = key.Path(key.dinoseg.__file__).parent
+    assert all((package / place).exists() for place in key._OWN)
+    assert all(list((package / place).rglob("*.py")) for place in key._OWN if not place.endswith(".py"))
+
+
+@pytest.mark.parametrize("other", [{part: "other"} for part in PARTS])
+def test_what_was_computed_otherwise_is_not_used_and_it_is_said_what_differs(other, tmp_path, caplog):
+    caplog.set_level("INFO")
+    name = origin(tmp_path, PARTS)
+    store = DiskStore(tmp_path, name, "float16")
+    store.put(hash_of(1), [torch.ones(2, 2)])
+    assert origin(tmp_path, dict(reversed(PARTS.items()))) == name and not caplog.records
+    changed = origin(tmp_path, {**PARTS, **other})
+    assert changed != name and DiskStore(tmp_path, changed, "float16").get(hash_of(1)) is None
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert f"of other {next(iter(other))} than now" in told and str(tmp_path) in told
+    assert origin(tmp_path, {**PARTS, **other}) == changed and len(caplog.records) == 1
+
+
+def test_the_nearest_of_others_is_told(tmp_path, caplog):
+    caplog.set_level("INFO")
+    for number in range(3):
+        origin(tmp_path, {name: f"{number}{name}" for name in PARTS})
+    caplog.clear()
+    origin(tmp_path, {**{name: f"1{name}" for name in PARTS}, "code": "other"})
+    assert "of other code than now" in caplog.text
+
+
+@pytest.mark.parametrize("note", ["", "{}", "[]", '{"weights": 1}', "{" * 10_000, None])
+def test_a_damaged_note_of_an_origin_is_written_anew(note, tmp_path, caplog):
+    path = tmp_path / origin(tmp_path, PARTS) / "origin.json"
+    before = path.read_text()
+    path.unlink()
+    path.mkdir() if note is None else path.write_text(note)
+    assert origin(tmp_path, PARTS) == path.parent.name
+    assert note is None or path.read_text() == before
+
+
+def test_a_root_that_cannot_be_written_is_left_to_the_store(tmp_path):
+    (tmp_path / "root").write_text("no folder")
+    assert origin(tmp_path / "root", PARTS)
+
+
+@pytest.fixture
+def data(tmp_path):
+    rng = np.random.default_rng(0)
+    made = []
+    for number in range(3):
+        image, mask = tmp_path / f"{number}.png", tmp_path / f"{number}_mask.png"
+        save(image, rng.integers(0, 256, (5, 6 + number, 3)))
+        save(mask, rng.integers(0, 2, (5, 6 + number)))
+        made.append(Pair(str(number), image, mask))
+    return PairDataset(made, Labels(["a", "b"], [(0, 0, 0), (9, 9, 9)], 255), Masks())
+
+
+def test_an_image_is_known_by_its_bytes_and_not_by_its_name_or_place(data, tmp_path):
+    hashes = [image_hash(data, index) for index in range(3)]
+    assert len(set(hashes)) == 3
+    shutil.copy(tmp_path / "0.png", tmp_path / "copy.png")
+    assert pairs.image_hash(tmp_path / "copy.png") == hashes[0]
+    time = os.stat(tmp_path / "0.png").st_mtime_ns
+    shutil.copy(tmp_path / "1.png", tmp_path / "0.png")
+    os.utime(tmp_path / "0.png", ns=(time, time))
+    assert image_hash(data, 0) == hashes[1]
+
+
+def test_a_file_is_read_once(data, monkeypatch):
+    first, opened = image_hash(data, 0), []
+    monkeypatch.setattr(pairs, "check_regular", opened.append)
+    assert image_hash(data, 0) == first and not opened
+
+
+def test_frames_of_a_video_differ(tmp_path):
+    (tmp_path / "film.mp4").write_bytes(b"not looked into")
+    frames = [VideoFrame(tmp_path / "film.mp4", index) for index in (0, 1, 0)]
+    first, second, again = map(pairs.image_hash, frames)
+    assert first == again != second
+
+
+def test_packed_images_are_known_by_their_pixels(data, tmp_path):
+    packed = pack(data, cache_dir=tmp_path / "cache", workers=1)
+    hashes = [image_hash(packed, index) for index in range(3)]
+    assert len(set(hashes)) == 3 and [image_hash(packed, index) for index in range(3)] == hashes
+    kept = packed.keep(["1", "2"])
+    assert [image_hash(kept, index) for index in range(2)] == hashes[1:]
+    smaller = pack(data, cache_dir=tmp_path / "cache", workers=1, longest=4)
+    assert not {image_hash(smaller, index) for index in range(3)} & set(hashes)
+
+
+def test_images_without_files_are_known_by_their_pixels():
+    class Drawn:
+        def __getitem__(self, index):
+            return {"image": torch.full((3, 2 + index // 2, 4 - index // 2), index % 2, dtype=torch.uint8)}
+
+    assert len({image_hash(Drawn(), index) for index in range(4)}) == 4
+
+
+def test_a_missing_image_is_told(data, tmp_path):
+    (tmp_path / "2.png").unlink()
+    with pytest.raises(UserError, match="2.png"):
+        image_hash(data, 2)

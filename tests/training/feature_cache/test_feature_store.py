@@ -1,0 +1,252 @@
+import errno
+import logging
+import os
+import pickle
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import pytest
+import torch
+
+from dinoseg.storage import atomic
+from dinoseg.training.feature_cache import store as stores
+from dinoseg.training.feature_cache.form import size_of
+from dinoseg.training.feature_cache.store import DiskStore, MemoryStore
+
+SHAPE = (8, 3, 4)
+SIZE = size_of([SHAPE], "float16")
+KEYS = [f"{number:032x}" for number in range(20)]
+
+
+def features(number=0):
+    return [torch.randn(SHAPE, generator=torch.Generator().manual_seed(number))]
+
+
+def fill(store, numbers):
+    for number in numbers:
+        store.put(KEYS[number], features(number))
+
+
+def age(folder, seconds):
+    """Make the files of a folder as old as if a run had read them so long ago; the first the oldest."""
+    for later, path in enumerate(sorted(folder.glob("*.features"))):
+        then = time.time() - seconds + later
+        os.utime(path, (then, then))
+
+
+def kept(store):
+    return [number for number, key in enumerate(KEYS) if key in store]
+
+
+@pytest.fixture(params=["disk", "memory"])
+def store(request, tmp_path):
+    return DiskStore(tmp_path, "a", "float16") if request.param == "disk" else MemoryStore("float16", 2**20)
+
+
+def test_what_is_kept_is_given_back_as_put_has_said(store):
+    assert store.get(KEYS[0]) is None and KEYS[0] not in store
+    said = store.put(KEYS[0], features())
+    assert KEYS[0] in store and KEYS[1] not in store
+    for _ in range(2):
+        (found,) = store.get(KEYS[0])
+        assert torch.equal(found, said[0]) and torch.equal(found, features()[0].half())
+
+
+@pytest.mark.parametrize("kind", ["disk", "memory"])
+def test_int8_is_given_back_as_put_has_said(kind, tmp_path):
+    store = DiskStore(tmp_path, "a", "int8") if kind == "disk" else MemoryStore("int8", 2**20)
+    said = store.put(KEYS[0], [*features(), torch.ones(5, 2)])
+    found = store.get(KEYS[0])
+    assert [tensor.dtype for tensor in found] == 2 * [torch.float32]
+    assert all(map(torch.equal, found, said)) and torch.allclose(found[0], features()[0], atol=0.02)
+
+
+def test_memory_holds_no_more_than_what_is_kept():
+    store, batch = MemoryStore("float32", 2**20), torch.randn(16, *SHAPE)
+    store.put(KEYS[0], [batch[0]])
+    batch.zero_()
+    (found,) = store.get(KEYS[0])
+    assert found.any() and found.untyped_storage().nbytes() == found.nbytes
+
+
+def test_features_of_one_origin_are_none_of_another(tmp_path):
+    fill(DiskStore(tmp_path, "a", "float16"), [0])
+    assert DiskStore(tmp_path, "b", "float16").get(KEYS[0]) is None
+    assert DiskStore(tmp_path, "a", "float16").get(KEYS[0]) is not None
+
+
+def test_a_store_is_sent_to_another_process(tmp_path):
+    store = DiskStore(tmp_path, "a", "float16")
+    fill(store, [3])
+    assert torch.equal(pickle.loads(pickle.dumps(store)).get(KEYS[3])[0], features(3)[0].half())
+
+
+def damage_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+def damage_link(path):
+    path.rename(path.with_name("elsewhere"))
+    path.symlink_to("elsewhere")
+
+
+def damage_pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def damage_size(path):
+    os.truncate(path, 2**40)  # takes no room, but for who reads it
+
+
+def damage_name(path):
+    path.write_bytes(path.with_name(f"{KEYS[1]}.features").read_bytes())
+
+
+DAMAGE = {
+    "folder": damage_folder,
+    "link": damage_link,
+    "pipe": damage_pipe,
+    "size": damage_size,
+    "name": damage_name,
+    "empty": lambda path: path.write_bytes(b""),
+    "cut": lambda path: os.truncate(path, SIZE - 64),
+    "bit": lambda path: path.write_bytes(path.read_bytes()[:-100] + b"?" + path.read_bytes()[-99:]),
+    "text": lambda path: path.write_text("features\n" * 100),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_or_foreign_file_counts_as_not_there_is_told_and_written_anew(kind, tmp_path, caplog):
+    fill(DiskStore(tmp_path, "a", "float16"), [0, 1])
+    path = tmp_path / "a" / f"{KEYS[0]}.features"
+    DAMAGE[kind](path)
+    store = DiskStore(tmp_path, "a", "float16")
+    assert store.get(KEYS[0]) is None and store.get(KEYS[0]) is None and store.get(KEYS[1]) is not None
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert str(path) in told and "cannot be used" in told
+    fill(store, [0, 2])
+    assert kept(store) == ([1, 2] if kind == "folder" else [0, 1, 2])
+    if kind == "folder":
+        assert "is a folder" in caplog.text and "Remove it" in caplog.text
+    else:
+        assert torch.equal(store.get(KEYS[0])[0], features(0)[0].half()) and not path.is_symlink()
+
+
+def test_a_file_that_is_cut_after_it_was_checked_kills_nothing(tmp_path):
+    store = DiskStore(tmp_path, "a", "float16")
+    fill(store, [0])
+    (found,) = store.get(KEYS[0])
+    os.truncate(tmp_path / "a" / f"{KEYS[0]}.features", 128)
+    assert torch.equal(found, features(0)[0].half()) and store.get(KEYS[0]) is None
+
+
+def test_what_other_runs_have_not_used_for_longest_makes_room_and_own_files_never(tmp_path, caplog):
+    fill(DiskStore(tmp_path, "old", "float16"), range(4))
+    fill(DiskStore(tmp_path, "a", "float16"), [10, 11])
+    age(tmp_path / "old", 1000)
+    age(tmp_path / "a", 5000)
+    store = DiskStore(tmp_path, "a", "float16", cap=7 * SIZE)
+    old = DiskStore(tmp_path, "old", "float16")
+    assert store.get(KEYS[10]) is not None  # used now, so no longer old
+    assert store.room() == 6 * SIZE
+    fill(store, [12])
+    assert kept(old) == [0, 1, 2, 3] and kept(store) == [10, 11, 12]
+    fill(store, [13])
+    assert kept(old) == [2, 3]  # some more than needed, so that the next one need not look
+    fill(store, range(14, 17))
+    assert kept(old) == [] and kept(store) == [10, 11, 12, 13, 14, 15, 16]
+    assert not caplog.records
+    fill(store, [17])
+    assert kept(store) == [10, 12, 13, 14, 15, 16, 17]
+    fill(store, [18, 19])
+    assert kept(store) == [10, 12, 13, 14, 15, 16, 17] and store.room() == 0
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert "0.0 MiB at most: no more features are kept" in told and "the next run goes on" in told
+    assert sum(path.stat().st_size for path in tmp_path.glob("*/*")) <= store.cap
+
+
+def test_memory_takes_no_more_than_its_cap_and_says_so_once(caplog):
+    store = MemoryStore("float16", cap=2 * 2 * torch.zeros(SHAPE).numel() + 1)
+    fill(store, range(5))
+    assert kept(store) == [0, 1] and store.room() == 1
+    assert len(caplog.records) == 1 and "used up" in caplog.text
+    assert torch.equal(store.put(KEYS[9], features(9))[0], features(9)[0].half())
+
+
+def test_some_room_is_left_on_the_disk(tmp_path, monkeypatch, caplog):
+    free = [stores._RESERVE + 2 * SIZE + 5]
+    monkeypatch.setattr(stores.shutil, "disk_usage", lambda path: Usage(free[0]))
+    store = DiskStore(tmp_path, "a", "float16")
+    assert store.room() == 2 * SIZE + 5
+    for number in range(3):
+        fill(store, [number])
+        free[0] -= SIZE
+    assert kept(store) == [0, 1] and "0.0 MiB more" in caplog.text
+
+
+class Usage:
+    def __init__(self, free):
+        self.free = free
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_a_full_disk_ends_the_keeping_and_not_the_run_and_the_next_one_goes_on(number, tmp_path, monkeypatch, caplog):
+    real, left = atomic.write_whole, [2]
+
+    def write(file, data):
+        left[0] -= 1
+        if left[0] < 0:
+            real(file, data[: len(data) // 2])
+            raise OSError(number, os.strerror(number))
+        real(file, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stores, "write_whole", write)
+        store = DiskStore(tmp_path, "a", "float16")
+        for each in range(4):
+            assert torch.equal(store.put(KEYS[each], features(each))[0], features(each)[0].half())
+        assert left == [-1]  # it was tried once
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [f"{key}.features" for key in KEYS[:2]]
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert ("the disk is full" in told) == (number != errno.EIO) and str(tmp_path) in told
+    again = DiskStore(tmp_path, "a", "float16")
+    fill(again, [2, 3])
+    assert kept(again) == [0, 1, 2, 3] and all(again.get(KEYS[each]) is not None for each in range(4))
+
+
+def test_a_folder_that_cannot_be_written_is_told_and_ends_nothing(tmp_path, caplog):
+    (tmp_path / "root").write_text("no folder")
+    store = DiskStore(tmp_path / "root", "a", "float16")
+    assert store.room() > 0 and store.get(KEYS[0]) is None
+    fill(store, [0, 1])
+    assert len([record for record in caplog.records if "No features can be written" in record.getMessage()]) == 1
+
+
+def test_what_a_killed_process_left_half_written_goes(tmp_path):
+    fill(DiskStore(tmp_path, "a", "float16"), [0])
+    part = tmp_path / "a" / f".{KEYS[1]}.features.999999999-{atomic._machine()}.part"
+    part.write_bytes(b"half")
+    atomic._looked_at.clear()
+    fill(DiskStore(tmp_path, "a", "float16"), [2])
+    assert not part.exists()
+
+
+def write_and_read(root, seed):
+    store, wrong = DiskStore(root, "a", "float16", cap=12 * SIZE), 0
+    order = torch.randperm(len(KEYS), generator=torch.Generator().manual_seed(seed)).tolist()
+    for _ in range(10):
+        for number in order:
+            found = store.get(KEYS[number]) or store.put(KEYS[number], features(number))
+            wrong += not torch.equal(found[0], features(number)[0].half())
+    return wrong
+
+
+@pytest.mark.slow
+def test_runs_that_share_a_folder_give_each_other_nothing_wrong(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING), ProcessPoolExecutor(3, get_context("fork")) as processes:
+        assert list(processes.map(write_and_read, 3 * [tmp_path], range(3))) == [0, 0, 0]
+    names = [path.name for path in (tmp_path / "a").iterdir()]
+    assert names and all(name.endswith(".features") and not name.startswith(".") for name in names)
