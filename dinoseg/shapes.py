@@ -14,6 +14,8 @@ from typing import Any, Protocol, TypedDict
 import torch
 from torch import Tensor
 
+from dinoseg.transfer import sent
+
 Palette = Sequence[tuple[int, int, int]]
 
 
@@ -42,7 +44,7 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Copy to `device`."""
-        return Batch(self.image.to(device, non_blocking=True), self.mask.to(device, non_blocking=True), self.names)
+        return Batch(sent(self.image, device), sent(self.mask, device), self.names)
 
     def split(self, parts: int) -> list[Batch]:
         """Return so many batches of the samples in their order, of equal sizes but for one sample."""
@@ -64,7 +66,7 @@ class ClipBatch:
 
     def to(self, device: torch.device) -> ClipBatch:
         """Copy to `device`."""
-        return ClipBatch(self.image.to(device, non_blocking=True), self.names)
+        return ClipBatch(sent(self.image, device), self.names)
 
     def split(self, parts: int) -> list[ClipBatch]:
         """Return so many batches of the clips in their order, of equal sizes but for one clip."""

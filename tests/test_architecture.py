@@ -20,6 +20,7 @@ LEVELS = (  # a room imports its own level and those below
         "geometry",
         "sizes",
         "precision",
+        "transfer",
         "images",
         "ranges",
         "bounded_regex",

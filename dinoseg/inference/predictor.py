@@ -18,6 +18,7 @@ from dinoseg.inference.whole import Whole
 from dinoseg.model import Segmenter, Size
 from dinoseg.shapes import Prediction
 from dinoseg.storage.atomic import whole_file
+from dinoseg.transfer import sent
 
 T = TypeVar("T")
 
@@ -112,7 +113,7 @@ class Predictor:
                 yield _ids(band)[0].cpu().numpy()
 
     def _stacked(self, images: Sequence[np.ndarray]) -> Tensor:
-        return torch.from_numpy(np.stack(images)).to(self.device).permute(0, 3, 1, 2).contiguous()
+        return sent(torch.from_numpy(np.stack(images)), self.device).permute(0, 3, 1, 2).contiguous()
 
 
 def _ids(band: Prediction) -> Tensor:

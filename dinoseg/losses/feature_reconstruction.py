@@ -52,4 +52,4 @@ class FeatureReconstruction(Loss):
         value = torch.stack(list(errors.values())).mean()
         clips, frames = outputs.slots.shape[:2]
         parts = {name: error.detach() for name, error in errors.items()}
-        return value, {"weight": value.new_tensor(clips * frames), **parts}
+        return value, {"weight": value.new_full((), clips * frames), **parts}

@@ -1,10 +1,8 @@
 """Mask classification: every class of an image is claimed by one query, with its mask."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TypedDict
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,7 +11,7 @@ from dinoseg.contracts import Loss
 from dinoseg.errors import UserError
 from dinoseg.losses.factors import checked_factors
 from dinoseg.losses.labelled import UNLABELLED, labels, ratio
-from dinoseg.losses.matching import match
+from dinoseg.losses.matching import Matched, match
 from dinoseg.losses.points import sample_labels, sample_logits, uncertain_points
 from dinoseg.precision import at_least_float32
 from dinoseg.ranges import Count, NotNegative, Positive, Share
@@ -29,16 +27,6 @@ class Sampling(TypedDict):
     num_points: int
     oversample: float
     importance: float
-
-
-@dataclass
-class Targets:
-    """What is to be found in a batch: N masks, one per class and image."""
-
-    target: Tensor  # (B, H, W) class ids, UNLABELLED where nothing counts
-    classes: list[list[int]]  # of each image
-    image: Tensor  # (N,)
-    wanted: Tensor  # (N,) class ids
 
 
 class MaskClassification(Loss):
@@ -105,62 +93,41 @@ class MaskClassification(Loss):
                 "loss=mask_classification needs a head that predicts masks: "
                 "head=mask2former, mask2former_meta or eomt. Or choose loss=cross_entropy, which fits every head."
             )
-        targets = self._targets(batch, outputs.class_logits.shape[1])
-        layers = [outputs, *outputs.aux]
-        matched = match(
-            layers, targets.target, targets.classes, self.factors, self.sampling["num_points"], prediction.valid
-        )
+        layers, target = [outputs, *outputs.aux], labels(batch.mask, self.ignore_index)
+        points = self.sampling["num_points"]
+        matched = match(layers, target, batch.names, len(self.weight), self.factors, points, prediction.valid)
         terms = [
-            self._terms(layer, targets, queries, prediction.valid)
-            for layer, queries in zip(layers, matched, strict=True)
+            self._terms(layer, target, matched, query, prediction.valid)
+            for layer, query in zip(layers, matched.queries, strict=True)
         ]
         value = torch.stack([self.factors[name] * term[name] for term in terms for name in TERMS]).sum()
         last = {name: term.detach() for name, term in terms[0].items()}
-        return value, {"weight": value.new_tensor(len(targets.image)), **last}
-
-    def _targets(self, batch: Batch, num_queries: int) -> Targets:
-        target = labels(batch.mask, self.ignore_index)
-        num_classes = len(self.weight)
-        ids = target.flatten(1)
-        present = torch.zeros(len(ids), num_classes + 1, dtype=torch.bool, device=ids.device)
-        present.scatter_(1, ids.where(ids != UNLABELLED, num_classes), True)
-        classes = [row[:num_classes].nonzero().flatten().tolist() for row in present.cpu()]
-        for name, ids in zip(batch.names, classes, strict=True):
-            if len(ids) > num_queries:
-                raise UserError(
-                    f"head.num_queries={num_queries}: {name} shows {len(ids)} classes, and each needs a query of its "
-                    f"own. Set head.num_queries to {num_classes}, the number of classes, or more."
-                )
-        pairs = [(number, k) for number, present_classes in enumerate(classes) for k in present_classes]
-        image, wanted = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).to(target.device).unbind(1)
-        return Targets(target, classes, image, wanted)
+        return value, {"weight": value.new_full((), len(matched.image)), **last}
 
     def _terms(
-        self, layer: MaskOutputs, targets: Targets, queries: list[np.ndarray], valid: tuple[float, float]
+        self, layer: MaskOutputs, target: Tensor, matched: Matched, query: Tensor, valid: tuple[float, float]
     ) -> dict[str, Tensor]:
-        # numpy concatenates no empty list, which a batch without a labelled pixel gives
-        query = torch.from_numpy(np.concatenate([*queries, np.zeros(0, np.int64)])).to(targets.image)
-        class_term = self._class_term(at_least_float32(layer.class_logits), targets, query)
-        masks = at_least_float32(layer.mask_logits[targets.image, query])  # (N, h, w)
+        class_term = self._class_term(at_least_float32(layer.class_logits), matched, query)
+        masks = at_least_float32(layer.mask_logits[matched.image, query])  # (N, h, w)
         if not len(masks):
             return {"class": class_term, "mask": masks.sum(), "dice": masks.sum()}
-        points = uncertain_points(masks.detach(), targets.target, targets.image, valid, **self.sampling)
-        at_points = sample_labels(targets.target, targets.image, points)
+        points = uncertain_points(masks.detach(), target, matched.image, valid, **self.sampling)
+        at_points = sample_labels(target, matched.image, points)
         logits = sample_logits(masks[:, None], points, valid)[:, 0]
-        entropy, dice = mask_losses(logits, at_points == targets.wanted[:, None], at_points != UNLABELLED)
+        entropy, dice = mask_losses(logits, at_points == matched.wanted[:, None], at_points != UNLABELLED)
         return {"class": class_term, "mask": entropy.mean(), "dice": dice.mean()}
 
-    def _class_term(self, logits: Tensor, targets: Targets, query: Tensor) -> Tensor:
+    def _class_term(self, logits: Tensor, matched: Matched, query: Tensor) -> Tensor:
         """Return the mean over the queries (B, Q) of images with labels, by the weight of the class each should say."""
         num_classes = len(self.weight)
         weights = self.weight.to(logits.dtype)
         unmatched = UNLABELLED
         if logits.shape[-1] == num_classes + 1:
-            weights = torch.cat([weights, weights.new_tensor([self.no_object])])
+            weights = torch.cat([weights, weights.new_full((1,), self.no_object)])
             unmatched = num_classes
         wanted = torch.full(logits.shape[:2], UNLABELLED, device=logits.device)
-        wanted[targets.image] = unmatched
-        wanted[targets.image, query] = targets.wanted
+        wanted[matched.image] = unmatched
+        wanted[matched.image, query] = matched.wanted
         total = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), weights, reduction="sum")
         norm = torch.where(wanted == UNLABELLED, 0, weights[wanted.clamp(min=0)]).sum()
         return ratio(total, norm)

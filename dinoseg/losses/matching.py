@@ -1,6 +1,7 @@
 """Which query answers for which class of an image: the cheapest assignment of one to the other."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -8,51 +9,72 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from dinoseg.errors import UserError
 from dinoseg.losses.labelled import UNLABELLED
 from dinoseg.losses.points import random_points, sample_labels, sample_logits
 from dinoseg.precision import at_least_float32
 from dinoseg.shapes import MaskOutputs
+from dinoseg.transfer import sent
 
 HOPELESS = 1e8  # stands for a cost that is not finite, so that the loss itself can tell
+
+
+@dataclass
+class Matched:
+    """Which query answers for which class: N pairs of an image and a class that occurs in it."""
+
+    image: Tensor  # (N,) ascending
+    wanted: Tensor  # (N,) class ids, ascending in an image
+    queries: Sequence[Tensor]  # (N,) of each layer
 
 
 @torch.no_grad()
 def match(
     layers: Sequence[MaskOutputs],
     target: Tensor,
-    classes: Sequence[Sequence[int]],
+    names: Sequence[str],
+    num_classes: int,
     factors: Mapping[str, float],
     num_points: int,
     valid: tuple[float, float],
-) -> list[list[np.ndarray]]:
-    """Return, for each layer and image, the query of each of the image's classes.
+) -> Matched:
+    """Return the query, in each layer, of each class that occurs in an image.
 
     The assignment is the one of least summed cost (as in Cheng et al., arXiv 2112.01527). Every image and layer
-    draws its own uniform points; all costs go to the host in one transfer.
+    draws its own uniform points. The device is waited for once: all costs go to the host in one transfer, together with
+    the classes they are of.
 
     Args:
-        layers: of one set of images, each with at least as many queries as an image has classes.
+        layers: of one set of images.
         target: class ids (B, H, W), UNLABELLED where nothing counts.
-        classes: the classes of each image.
+        names: of the images.
+        num_classes: K.
         factors: of the costs `class`, `mask` and `dice`.
         num_points: points at which masks are compared.
         valid: share of the masks' height and width that the image covers.
+
+    Raises:
+        UserError: an image has more classes than there are queries.
     """
-    padded = _padded(classes, target.device)
+    asked = _present(target, num_classes)  # (B, M)
     image = torch.arange(len(target), device=target.device)
     costs = []
     for layer in layers:
         points = random_points(len(target), num_points, target.device)
-        parts = pair_costs(layer, sample_labels(target, image, points), padded, points, valid)
+        parts = pair_costs(layer, sample_labels(target, image, points), asked, points, valid)
         costs.append(torch.stack([factors[name] * part for name, part in parts.items()]).sum(0))
-    on_host = torch.stack(costs).nan_to_num(HOPELESS, HOPELESS, -HOPELESS).cpu().numpy()  # (layers, B, Q, M)
-    return [
-        [
-            linear_sum_assignment(image_costs[:, : len(ids)].T)[1]
-            for image_costs, ids in zip(layer_costs, classes, strict=True)
-        ]
-        for layer_costs in on_host
-    ]
+    all_costs = torch.stack(costs).nan_to_num(HOPELESS, HOPELESS, -HOPELESS)  # (layers, B, Q, M)
+    on_host = torch.cat([asked.flatten().to(all_costs), all_costs.flatten()]).cpu().numpy()
+    classes = on_host[: asked.numel()].reshape(asked.shape)
+    _check_queries(classes, names, all_costs.shape[2], num_classes)
+    image_ids, columns = np.nonzero(classes >= 0)
+    rows = [image_ids, classes[image_ids, columns]]
+    for layer_costs in on_host[asked.numel() :].reshape(all_costs.shape):
+        pairs = zip(layer_costs, classes, strict=True)
+        queries = [linear_sum_assignment(each[:, ids >= 0].T)[1] for each, ids in pairs]
+        rows.append(np.concatenate([np.zeros(0), *queries]))  # numpy concatenates no empty list
+    image, wanted, *of_layers = sent(torch.from_numpy(np.array(rows, np.int64)), target.device)
+    return Matched(image, wanted, of_layers)
 
 
 def pair_costs(
@@ -85,7 +107,25 @@ def pair_costs(
     }
 
 
-def _padded(classes: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    longest = max((len(ids) for ids in classes), default=0)
-    rows = [[*ids, *[-1] * (longest - len(ids))] for ids in classes]
-    return torch.tensor(rows, dtype=torch.int64, device=device).reshape(len(rows), longest)
+def _present(target: Tensor, num_classes: int) -> Tensor:
+    """Return the classes that occur in each image (B, M), ascending, and -1 where there is none.
+
+    On a CPU M is the most that any image has; elsewhere it is all K, since a count would be waited for.
+    """
+    ids = target.flatten(1)
+    present = torch.zeros(len(ids), num_classes + 1, dtype=torch.bool, device=ids.device)
+    present.scatter_(1, ids.where(ids != UNLABELLED, num_classes), True)
+    classes = torch.arange(num_classes, device=ids.device).where(present[:, :num_classes], num_classes)
+    if classes.device.type == "cpu":
+        longest = int((classes < num_classes).sum(1).amax()) if len(classes) else 0
+        classes = classes.sort(1).values[:, :longest]
+    return classes.where(classes < num_classes, -1)
+
+
+def _check_queries(classes: np.ndarray, names: Sequence[str], num_queries: int, num_classes: int) -> None:
+    for name, count in zip(names, (classes >= 0).sum(1), strict=True):
+        if count > num_queries:
+            raise UserError(
+                f"head.num_queries={num_queries}: {name} shows {count} classes, and each needs a query of its own. Set "
+                f"head.num_queries to {num_classes}, the number of classes, or more."
+            )

@@ -87,7 +87,7 @@ class TemporalSimilarity(Loss):
         logits = outputs.similarity.flatten(3).unbind(1)  # T' of (B, N of the next frame, N)
         pairs = list(zip(logits, features, features[1:], strict=False))  # a last frame without a next one is not asked
         value = torch.stack([self._frame(*pair) for pair in pairs]).mean()
-        return value, {"weight": value.new_tensor(len(outputs.features) * len(pairs))}
+        return value, {"weight": value.new_full((), len(outputs.features) * len(pairs))}
 
     def _frame(self, logits: Tensor, here: Tensor, following: Tensor) -> Tensor:
         """Return the mean cross-entropy of one frame's cells.

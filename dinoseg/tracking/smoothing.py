@@ -22,6 +22,7 @@ from dinoseg.tracking.grid.settings import MatchSettings
 from dinoseg.tracking.provenance import model_settings, precision_of
 from dinoseg.tracking.state_form import TensorForm, check_state
 from dinoseg.tracking.tracker import Autocast, Tracker
+from dinoseg.transfer import sent
 
 _COUNTED = {"masks": TensorForm(torch.uint8, "2 H W"), "counts": TensorForm(torch.int64, "3", 0)}
 _PROPAGATED = {
@@ -127,7 +128,7 @@ class SmoothingTracker(Tracker):
                 "labels are given, but a trained segmenter finds its classes by itself. Leave labels out; or leave "
                 "resume out to follow the objects of a mask."
             )
-        images = torch.from_numpy(np.stack(frames)).to(self.device).permute(0, 3, 1, 2).contiguous()  # (B, 3, H, W)
+        images = sent(torch.from_numpy(np.stack(frames)), self.device).permute(0, 3, 1, 2).contiguous()  # (B, 3, H, W)
         with self.autocast():
             prediction, features = with_features(self._model, images)
         scores = prediction.scores()  # (B, K, H, W)

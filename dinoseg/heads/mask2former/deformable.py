@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dinoseg.heads.mask2former.levels import Size
 from dinoseg.precision import at_least_float32
+from dinoseg.transfer import sent
 
 POINTS = 4  # per head and level
 # Sampled numbers held at a time, 256 MiB in float32, but only without gradients: the backward pass needs those of all
@@ -69,8 +70,8 @@ class DeformableAttention(nn.Module):
         with torch.autocast(queries.device.type, enabled=False):
             offsets, weights, values = (at_least_float32(part) for part in (offsets, weights, values))
             weights = weights.flatten(3).softmax(-1).view_as(weights)
-            scale = offsets.new_tensor([(columns, rows) for rows, columns in sizes])  # (L, 2)
-            points = centres[:, None, None, None].to(offsets) + offsets / scale[:, None]
+            scale = torch.tensor([(columns, rows) for rows, columns in sizes], dtype=offsets.dtype)  # (L, 2)
+            points = centres[:, None, None, None].to(offsets) + offsets / sent(scale, offsets.device)[:, None]
             read = sample(values, sizes, points, weights)
         return self.output_proj(read)
 

@@ -12,6 +12,7 @@ from dinoseg.contracts import Backbone
 from dinoseg.errors import UserError
 from dinoseg.tracking.propagation.settings import PropagationSettings
 from dinoseg.tracking.tracker import Autocast, Size
+from dinoseg.transfer import sent
 
 
 def last_maps(
@@ -32,7 +33,7 @@ def last_maps(
     """
     size = input_size((frames[0].shape[0], frames[0].shape[1]), settings, backbone.patch_size)
     resized = np.stack([resize(frame, size, settings.resample) for frame in frames])
-    images = torch.from_numpy(resized).to(device).permute(0, 3, 1, 2).float() / 255  # (B, 3, H, W)
+    images = sent(torch.from_numpy(resized), device).permute(0, 3, 1, 2).float() / 255  # (B, 3, H, W)
     with autocast():
         return backbone(images)[-1]  # (B, C, h, w)
 

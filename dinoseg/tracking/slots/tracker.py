@@ -21,6 +21,7 @@ from dinoseg.tracking.slots.matching import Correspondence, winners
 from dinoseg.tracking.slots.settings import SlotTracking
 from dinoseg.tracking.state_form import TensorForm, check_state
 from dinoseg.tracking.tracker import Autocast, Tracker
+from dinoseg.transfer import sent
 
 _FORMS = {
     "slots": TensorForm(None, "1 S D"),
@@ -101,7 +102,7 @@ class SlotTracker(Tracker):
         """
         assert self.size is not None
         self._check_labels(labels)
-        images = torch.from_numpy(np.stack(frames)).to(self.device).permute(0, 3, 1, 2)  # (B, 3, H, W)
+        images = sent(torch.from_numpy(np.stack(frames)), self.device).permute(0, 3, 1, 2)  # (B, 3, H, W)
         pixels = self._model.pixels(images)
         valid = valid_share((pixels.shape[-2], pixels.shape[-1]), self._model.patch_size)
         features, background = self._features(pixels)
