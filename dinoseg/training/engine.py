@@ -136,23 +136,50 @@ class Engine:
             return nullcontext()
         return self.accelerator.no_sync(model)
 
-    def total(self, *values: Tensor) -> list[float]:
-        """Return the sums of scalars over the ranks."""
-        return self.sum(torch.stack([value.detach().float().to(self.device) for value in values])).tolist()
+    def total(self, *values: Tensor | float) -> Tensor:
+        """Return the sums of n scalars over the ranks, (n,) float32 on the device."""
+        there = [v if isinstance(v, Tensor) else torch.full((), v, device=self.device) for v in values]
+        return self.sum(torch.stack([value.detach().float().to(self.device) for value in there]))
 
-    def step(self, optimizer: Optimizer, *, scale: float, clip: float | None) -> float:
-        """Scale and clip the gradients, update, clear; return the gradient norm before clipping.
+    def updates_without_waiting(self, optimizer: Optimizer) -> bool:
+        """Return whether `step` leaves it to the device whether it updates, so that its outcome can be read later."""
+        return self.device.type == "cuda" and getattr(optimizer, "_step_supports_amp_scaling", False)
 
-        Where the norm is not finite, nothing is updated.
+    def step(
+        self, optimizer: Optimizer, total: Tensor, weight: Tensor, *, clip: float | None, before: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Go on by the mean of a step's losses: scale and clip the gradients, update, clear.
+
+        Nothing is updated where the mean, the norm of the gradient or `before` is not finite.
+
+        Args:
+            optimizer: whose gradients are those of `total`, as a mean over the ranks.
+            total: sum of losses over all ranks, ().
+            weight: what to divide it by, (); 0: there is nothing to learn.
+            clip: highest norm of the gradient, or None.
+            before: the norm of the last step, if it may not be known yet.
+
+        Returns:
+            The mean, and the norm of the gradient before clipping, NaN where the mean is not finite: () float64.
         """
+        late = self.updates_without_waiting(optimizer)
+        if not late:
+            total, weight = total.cpu(), weight.cpu()
+        total, weight = total.double(), weight.double()
+        mean, scale = (torch.where(weight != 0, value / weight, 0.0) for value in (total, self.world))
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         for parameter in parameters:
-            parameter.grad.mul_(scale)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, clip or float("inf")).item()
-        if math.isfinite(norm):
+            parameter.grad.mul_(scale.float())
+        norm = torch.nn.utils.clip_grad_norm_(parameters, clip or float("inf")).to(mean)
+        finite = mean.isfinite() & norm.isfinite()
+        if before is not None:
+            finite &= before.isfinite()
+        if late:
+            vars(optimizer).update(grad_scale=None, found_inf=(~finite).float())  # as torch's GradScaler tells it
+        if late or finite:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return norm
+        return mean, norm.where(mean.isfinite(), math.nan)
 
     def gather(self, values: list[Any]) -> list[Any]:
         """Return the values of all ranks, one list after the other."""

@@ -84,9 +84,10 @@ def fit(
                 logger.info("No better score in %d validations: stopped at step %d.", run.stale, step)
                 break
             logged, owed = is_due(step + 1, log_every, steps), is_due(step + 1, val_every, steps)
+            kept = owed or is_due(step + 1, save_every, steps)
             learnt = one.learn(batches, schedule(step, steps), step / steps, counted=logged)
-            asked = one.update(learnt, clip=clip, owed=owed, asked=stop.asked)
-            meter.step(learnt.images * engine.world, learnt.mean, learnt.rate)
+            asked = one.update(learnt, clip=clip, owed=owed, asked=stop.asked, told=logged or kept)
+            meter.step(learnt.images * engine.world, one.mean, learnt.rate)
             if logged:
                 one.tell(learnt, meter.read())
             if asked:
@@ -94,7 +95,7 @@ def fit(
             if owed:
                 one.validate(stop)
                 meter.pause()
-            if owed or is_due(step + 1, save_every, steps):
+            if kept:
                 one.save()
     engine.wait()
     return run

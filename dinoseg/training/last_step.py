@@ -1,7 +1,7 @@
 """What was trained is not lost when training ends early: the last whole step is saved, exactly as it was."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
@@ -19,13 +19,19 @@ class LastStep:
     """Saves `last` when an error or a signal ends its block, as it stood after the newest update.
 
     Of what a checkpoint holds, a step changes buffers alone (running means) before its update, so these are kept. What
-    fails within `update` leaves no whole step, and a loss that is not finite is among it: nothing is saved then.
+    fails within `update` leaves no whole step, and a loss that is not finite is among it: nothing is saved then. On
+    CUDA that may not have been read yet, so `updated` is asked whether all updates were made.
     """
 
     def __init__(
-        self, checkpoints: Checkpoints, model: Segmenter, optimizer: Optimizer, average: MovingAverage | None
+        self,
+        checkpoints: Checkpoints,
+        model: Segmenter,
+        optimizer: Optimizer,
+        average: MovingAverage | None,
+        updated: Callable[[], bool],
     ) -> None:
-        self._checkpoints, self._state = checkpoints, (model, optimizer, average)
+        self._checkpoints, self._state, self._updated = checkpoints, (model, optimizer, average), updated
         parameters = {name for name, _ in model.named_parameters()}
         self._buffers = [buffer for _, buffer in tensors_of(model, trained_names(model) - parameters)]
         self._start = checkpoints.progress.step
@@ -53,6 +59,8 @@ class LastStep:
         first = isinstance(error, Interrupted) and not error.again
         step = self._checkpoints.progress.step
         if not (first or isinstance(error, Exception)) or not self._whole or step == self._start:
+            return
+        if not self._updated():
             return
         self.undo()
         try:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from dinoseg.training.feed import Feed, Validation
 from dinoseg.training.last_step import LastStep
 from dinoseg.training.micro_batches import MicroBatches
 from dinoseg.training.optim import MovingAverage, set_learning_rates, tensors_of
+from dinoseg.training.outcome import Outcome
 from dinoseg.training.tally import Tally
 
 logger = logging.getLogger(__name__)
@@ -34,7 +36,7 @@ class NonFiniteLoss(UserError):
 
 @dataclass
 class Learnt:
-    """What the batches of a step came to on this rank; `mean` and `norm` are of all ranks, once it has updated."""
+    """What the batches of a step came to on this rank; `mean` and `norm` are of all ranks, once they are read."""
 
     rate: float
     sums: list[Tensor]  # of loss times weight, and of weights
@@ -64,6 +66,7 @@ class Trainee:
     Attributes:
         run: where the run stands.
         last: saves the last whole step when its block ends early.
+        mean: the loss of the newest step whose outcome was read.
 
     Raises:
         UserError: no validation has such a score, or the checkpoint does not fit.
@@ -90,7 +93,9 @@ class Trainee:
         self.net = engine.prepare(model)
         self.average = MovingAverage(tensors_of(model, trained_names(model)), ema) if ema else None
         self.run: Progress = checkpoints.restore(model, optimizer, self.average)
-        self.last = LastStep(checkpoints, model, optimizer, self.average)
+        self.last = LastStep(checkpoints, model, optimizer, self.average, self._whole)
+        self._unread: deque[tuple[int, Learnt, Outcome]] = deque()  # what steps came to, in the order of the steps
+        self.mean = math.nan
         self._micro = MicroBatches(engine, accumulate, model.head.least_batch, self.last.undo)
         model.train()
 
@@ -134,34 +139,37 @@ class Trainee:
             images += batch.image.shape[:-3].numel()
         return Learnt(rate, sums, names, images, parts, tally)
 
-    def update(self, learnt: Learnt, *, clip: float | None, owed: bool, asked: int) -> bool:
+    def update(self, learnt: Learnt, *, clip: float | None, owed: bool, asked: int, told: bool = True) -> bool:
         """Update with the mean over all labels of the step, however they lay in batches and ranks.
+
+        On CUDA, a step that is not `told` is read with the next one, so that nobody waits for the device. One that is
+        not finite updates nothing there either, nor does the one after it.
 
         Args:
             learnt: of this step.
             clip: highest norm of the gradient, or None.
             owed: whether a validation is due after it.
             asked: not 0 if this rank is to stop.
+            told: whether its loss and norm are to be known now; needed where anything is kept or logged after it.
 
         Returns:
             Whether any rank is to stop.
 
         Raises:
-            NonFiniteLoss: before the update.
+            NonFiniteLoss: of this step or the one before, before its update.
         """
         # ranks learn of a stop at the same step, and lose none when one of them is lost here: no update has begun
-        total, weight, stop = self.engine.total(*learnt.sums, torch.tensor(float(asked)))
+        total, weight, stop = self.engine.total(*learnt.sums, asked)
         with self.last.update():
-            learnt.mean = total / weight if weight else 0.0
-            if math.isfinite(learnt.mean):
-                scale = self.engine.world / weight if weight else 0.0
-                learnt.norm = self.engine.step(self.optimizer, scale=scale, clip=clip)
-            if not math.isfinite(learnt.norm):
-                raise self._diverged(learnt)
+            before = self._unread[-1][2].norm if self._unread else None
+            mean, norm = self.engine.step(self.optimizer, total, weight, clip=clip, before=before)
+            self._unread.append((self.run.step, learnt, Outcome(mean, norm, stop)))
+            told = told or not self.engine.updates_without_waiting(self.optimizer)
+            stops = self._read(later=0 if told or (asked and self.engine.world == 1) else 1)
             if self.average is not None:
                 self.average.update(self.run.step)
             self.run.step, self.run.owed = self.run.step + 1, owed
-        return bool(stop)
+        return stops
 
     def tell(self, learnt: Learnt, speed: dict[str, float]) -> None:
         """Log a step: its loss, rate and gradient, how fast it went, what was tallied, and the terms of the loss."""
@@ -226,10 +234,30 @@ class Trainee:
         """Save `last`."""
         self.checkpoints.save(self.model, self.optimizer, self.average)
 
-    def _diverged(self, learnt: Learnt) -> NonFiniteLoss:
+    def _read(self, later: int = 0) -> bool:
+        """Take in what the steps came to, but for the newest `later` of them; return whether any rank is to stop."""
+        stops = False
+        while len(self._unread) > later:
+            step, learnt, outcome = self._unread[0]  # where it is not finite it stays, so that nothing is saved
+            learnt.mean, learnt.norm, asked = outcome.read()
+            if not math.isfinite(learnt.norm):
+                raise self._diverged(step, learnt)
+            self._unread.popleft()
+            self.mean, stops = learnt.mean, stops or asked > 0
+        return stops
+
+    def _whole(self) -> bool:
+        """Return whether each update so far was one, for when training ends early: other ranks are not asked."""
+        for step, _, outcome in self._unread:
+            if not math.isfinite(outcome.read()[1]):
+                logger.error("The loss of step %d was not finite: nothing is saved.", step)
+                return False
+        return True
+
+    def _diverged(self, step: int, learnt: Learnt) -> NonFiniteLoss:
         everywhere = self.engine.gather(learnt.names)
         return NonFiniteLoss(
-            f"Step {self.run.step}: the loss is {learnt.mean:g} and the gradient norm {learnt.norm:g}, so training "
+            f"Step {step}: the loss is {learnt.mean:g} and the gradient norm {learnt.norm:g}, so training "
             f"stops before the update. The samples were {', '.join(everywhere)}. What was saved before is untouched: "
             "give a lower optim.optimizer.lr, set trainer.clip, or look at these samples."
         )

@@ -150,7 +150,7 @@ def test_a_rank_that_is_lost_before_the_update_costs_no_step(train, tmp_path, mo
 @pytest.mark.parametrize("at", [1, 2])
 def test_a_loss_that_is_not_finite_leaves_what_was_saved_before(train, tmp_path, monkeypatch, at):
     """The steps that led to it are of no use: going on from them would end there again."""
-    monkeypatch.setattr(Engine, "total", failing_at(at, Engine.total, lambda: [math.nan, 1.0, 0.0]))
+    monkeypatch.setattr(Engine, "total", failing_at(at, Engine.total, lambda: torch.tensor([math.nan, 1.0, 0.0])))
     assert isinstance(train(tmp_path).error, NonFiniteLoss) and not list(tmp_path.iterdir())
 
 

@@ -87,9 +87,9 @@ def train(tiny_backbone, tmp_path):
         feed = ImageFeed(Noise(), Noise(), Augment((16, 16)), batch_size=batch_size, seed=0, workers=0)
 
         class Noting(Engine):
-            def step(self, optimizer, **given):
+            def step(self, optimizer, total, weight, **given):
                 gradients.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
-                return super().step(optimizer, **given)
+                return super().step(optimizer, total, weight, **given)
 
         log, engine = Rows(), Noting("cpu", "fp32", workers=0)
         settings = {"schedule": schedule(), "steps": 1, "val_every": 9, "log_every": 1, **options}
