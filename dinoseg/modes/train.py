@@ -55,7 +55,7 @@ def train(
     # one rank is enough: what it measures is kept in the cache, and what it refuses ends all
     sizes = regime.check_data() if engine.is_main else None
     loss = build.loss(cfg, regime.labelled).to(engine.device)
-    model = build.model(cfg).to(engine.device)
+    model = engine.place(build.model(cfg))
     optimizer = build.optimizer(cfg, model)
     schedule = instantiate(cfg.optim.schedule)
     if engine.is_main:

@@ -145,13 +145,13 @@ def _restored(cfg: DictConfig, path: Path) -> Trained:
     engine, policy = instantiate(cfg.engine), instantiate(cfg.inference)
     model, info = restore(cfg, path)
     palette = [(red, green, blue) for red, green, blue in info["palette"]]
-    return Trained(model.to(engine.device), engine, info["classes"], palette, info["ignore_index"], info, policy)
+    return Trained(engine.place(model), engine, info["classes"], palette, info["ignore_index"], info, policy)
 
 
 def _released(cfg: DictConfig) -> Trained:
     labels = labels_of(cfg)
     engine, policy = instantiate(cfg.engine), instantiate(cfg.inference)
-    model = build.model(cfg).to(engine.device).eval()
+    model = engine.place(build.model(cfg)).eval()
     # what a checkpoint would say of the classes
     info = {"classes": list(labels.classes), "palette": labels.palette, "ignore_index": labels.ignore_index}
     return Trained(model, engine, list(labels.classes), list(labels.palette), labels.ignore_index, info, policy)

@@ -33,6 +33,7 @@ from dinoseg.training.loading import (
     without_state,
 )
 from dinoseg.training.optim import MovingAverage
+from dinoseg.training.sharding import gathered
 from dinoseg.wording import shown
 
 logger = logging.getLogger(__name__)
@@ -232,9 +233,10 @@ class Checkpoints:
         vars(self.progress).update(vars(judged))
 
     def _write(self, name: str, tensors: Mapping[str, Tensor], progress: Progress, more: Any = None) -> None:
+        held = gathered(tensors.items(), keep=self.writes)
         if self.writes:
             info = {**self.info, "progress": asdict(progress), **(more or {})}
-            write(self.folder / f"{name}.safetensors", tensors, info)
+            write(self.folder / f"{name}.safetensors", held, info)
 
 
 def _chosen_by(info: Mapping[str, Any]) -> Any:

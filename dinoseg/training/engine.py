@@ -9,7 +9,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dinoseg.errors import UserError
+from dinoseg.model import Segmenter
 from dinoseg.ranges import Count, Natural
+from dinoseg.training.sharding import Lockstep, shard, whole
+
+SHARDINGS = ("none", "fsdp")
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -52,6 +56,7 @@ class Engine:
         workers: processes that load data, per rank.
         eval_batch_size: images of one size predicted at once when scoring, per rank.
         devices: the number of ranks that were to be started from here.
+        sharding: none, each rank has all weights; or fsdp, each has a part of each (several ranks).
     """
 
     def __init__(
@@ -61,6 +66,7 @@ class Engine:
         workers: Natural = 2,
         eval_batch_size: Count = 1,
         devices: Count = 1,
+        sharding: str = "none",
     ) -> None:
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -68,6 +74,8 @@ class Engine:
         chosen = choose_device(device)
         if precision not in ("auto", "bf16", "fp32"):
             raise UserError(f"engine.precision={precision} is unknown. Choose auto, bf16 or fp32.")
+        if sharding not in SHARDINGS:
+            raise UserError(f"engine.sharding={sharding} is unknown. Choose {' or '.join(SHARDINGS)}.")
         # accelerate keeps these between engines of one process (sweeps, tests): a new engine starts afresh
         AcceleratorState._reset_state(reset_partial_state=False)
         GradientState._reset_state()
@@ -79,6 +87,13 @@ class Engine:
         )
         if devices not in (1, self.world):
             raise UserError(f"engine.devices={devices}: this mode runs on {self.world}. Leave engine.devices out.")
+        if sharding != "none" and self.world == 1:
+            raise UserError(
+                f"engine.sharding={sharding}: weights are shared out over several ranks, and this is the only one. "
+                "Give engine.devices=N, or leave engine.sharding out."
+            )
+        self.sharded = sharding != "none"
+        self._lockstep: Lockstep | None = None  # of the model that was placed, if its weights are shared out
         self.workers = workers
         self.eval_batch_size = eval_batch_size
 
@@ -102,15 +117,31 @@ class Engine:
         """Whether this rank writes files and prints."""
         return self.rank == 0
 
+    def place(self, model: Segmenter) -> Segmenter:
+        """Bring a model to the device, or this rank's part of it; an optimizer is made after that.
+
+        Raises:
+            UserError: its weights cannot be shared out.
+        """
+        if not self.sharded:
+            return model.to(self.device)
+        model = shard(self._synchronised(model), self.device, self.world)
+        self._lockstep = Lockstep(model, self.device)
+        return model
+
     def prepare(self, model: nn.Module) -> nn.Module:
-        """Move a model to the device; with several ranks, gradients are averaged over them.
+        """Make a model that was placed ready to train: with several ranks, gradients are averaged over them.
 
         On several CUDA devices, BatchNorm takes its statistics over all of them; elsewhere each rank takes those of its
         own images, and the first one's running means are scored and saved.
         """
-        if self.world > 1 and self.device.type == "cuda":
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        return self.accelerator.prepare(model)
+        if self.sharded:
+            return self.accelerator.prepare_model(model, evaluation_mode=True)  # it averages its gradients itself
+        return self.accelerator.prepare(self._synchronised(model))
+
+    def _synchronised(self, model: Any) -> Any:
+        several = self.world > 1 and self.device.type == "cuda"
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model) if several else model
 
     def align(self, model: nn.Module) -> None:
         """Give every rank the first one's buffers (running means), as they are saved."""
@@ -131,8 +162,8 @@ class Engine:
         self.accelerator.backward(loss)
 
     def accumulating(self, model: nn.Module, last: bool) -> AbstractContextManager:
-        """Keep gradients on their rank until the last micro-batch of a step."""
-        if last or self.world == 1:
+        """Keep gradients on their rank until the last micro-batch of a step; of shared weights, each keeps its part."""
+        if last or self.world == 1 or self.sharded:
             return nullcontext()
         return self.accelerator.no_sync(model)
 
@@ -143,7 +174,8 @@ class Engine:
 
     def updates_without_waiting(self, optimizer: Optimizer) -> bool:
         """Return whether `step` leaves it to the device whether it updates, so that its outcome can be read later."""
-        return self.device.type == "cuda" and getattr(optimizer, "_step_supports_amp_scaling", False)
+        late = self.device.type == "cuda" and getattr(optimizer, "_step_supports_amp_scaling", False)
+        return late and not self.sharded  # never tried with parts of weights
 
     def step(
         self, optimizer: Optimizer, total: Tensor, weight: Tensor, *, clip: float | None, before: Tensor | None = None
@@ -170,7 +202,7 @@ class Engine:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         for parameter in parameters:
             parameter.grad.mul_(scale.float())
-        norm = torch.nn.utils.clip_grad_norm_(parameters, clip or float("inf")).to(mean)
+        norm = whole(torch.nn.utils.clip_grad_norm_(parameters, clip or float("inf"))).to(mean)
         finite = mean.isfinite() & norm.isfinite()
         if before is not None:
             finite &= before.isfinite()
@@ -185,21 +217,29 @@ class Engine:
         """Return the values of all ranks, one list after the other."""
         from accelerate.utils import gather_object
 
+        self._join()
         return gather_object(values)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Return the exact sum over ranks (integers stay integers)."""
+        self._join()
         return self.accelerator.reduce(tensor, reduction="sum")
 
     def share(self, value: Any) -> Any:
         """Return rank 0's value on every rank."""
         from accelerate.utils import broadcast_object_list
 
+        self._join()
         return broadcast_object_list([value])[0]
 
     def wait(self) -> None:
         """Return when every rank has come here."""
+        self._join()
         self.accelerator.wait_for_everyone()
+
+    def _join(self) -> None:
+        if self._lockstep is not None:
+            self._lockstep.join()
 
     def close(self) -> None:
         """Leave the process group, where this engine is in one."""

@@ -11,6 +11,7 @@ from dinoseg.model import Segmenter, trained_names
 from dinoseg.processes.interrupt import Interrupted
 from dinoseg.training.checkpoint import Checkpoints
 from dinoseg.training.optim import MovingAverage, tensors_of
+from dinoseg.training.sharding import is_shared
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +21,8 @@ class LastStep:
 
     Of what a checkpoint holds, a step changes buffers alone (running means) before its update, so these are kept. What
     fails within `update` leaves no whole step, and a loss that is not finite is among it: nothing is saved then. On
-    CUDA that may not have been read yet, so `updated` is asked whether all updates were made.
+    CUDA that may not have been read yet, so `updated` is asked whether all updates were made. Nor is anything saved
+    where weights are shared out and one rank fails: what it held is gone.
     """
 
     def __init__(
@@ -61,6 +63,9 @@ class LastStep:
         if not (first or isinstance(error, Exception)) or not self._whole or step == self._start:
             return
         if not self._updated():
+            return
+        if is_shared(self._state[0]) and not first:  # by a signal all ranks leave at the same step
+            logger.error("Training stopped after step %d, which is not saved: a rank has failed with its part.", step)
             return
         self.undo()
         try:

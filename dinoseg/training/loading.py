@@ -20,6 +20,7 @@ from dinoseg.errors import UserError
 from dinoseg.model import Segmenter, constants, fingerprint, quantised_names, trained_names
 from dinoseg.training.description import IDLE
 from dinoseg.training.optim import MovingAverage
+from dinoseg.training.sharding import parted, whole
 from dinoseg.wording import shown
 
 _MOST_PARTS = 50_000  # modules, parameters and buffers; DINOv3's ViT-7B with LoRA has some 5,000
@@ -108,7 +109,9 @@ def load_weights(model: Segmenter, checkpoint: Checkpoint) -> None:
             f"resume={checkpoint.path}: trained on other frozen {other[0]} weights than {other[0]}.weights gives now"
             f"{' (or held in another backbone.dtype)' if other[0] == 'backbone' else ''}. Give what it was trained on."
         )
-    model.load_state_dict(checkpoint.part("model"), strict=False)
+    state = model.state_dict()
+    parts = {name: parted(value, state[name]) for name, value in checkpoint.part("model").items()}
+    model.load_state_dict(parts, strict=False)
     own = constants(model)
     for name, value in checkpoint.part(CONSTANTS).items():
         own[name].copy_(value)
@@ -157,7 +160,7 @@ def frozen_fingerprint(model: Segmenter) -> dict[str, str]:
     skipped = trained_names(model) | quantised_names(model)
     frozen = [(name, value) for name, value in model.state_dict().items() if name not in skipped]
     return {
-        part: fingerprint((name, value) for name, value in frozen if name.partition(".")[0] == part)
+        part: fingerprint((name, whole(value)) for name, value in frozen if name.partition(".")[0] == part)
         for part in ("backbone", "head")
     }
 
@@ -186,7 +189,8 @@ def load_optimizer(optimizer: Optimizer, checkpoint: Checkpoint) -> None:
             state = {key.rpartition("/")[2]: saved[key] for key in saved if key.rpartition("/")[0] == name}
             stays = set() if group.get("fused") else {"step"}  # a fused optimizer counts on the device
             optimizer.state[parameter] = {
-                key: value.clone() if key in stays else value.to(parameter.device) for key, value in state.items()
+                key: value.clone() if key in stays else parted(value.to(parameter.device), parameter)
+                for key, value in state.items()
             }
 
 
@@ -244,4 +248,4 @@ def load_average(ema: MovingAverage | None, checkpoint: Checkpoint) -> None:
         if parts := _misfits(ema.average, saved):
             raise UserError(f"resume={checkpoint.path}: of its moving average {parts}. Go on from another checkpoint.")
         for name, value in ema.average.items():
-            value.copy_(saved[name])
+            value.copy_(parted(saved[name], value))

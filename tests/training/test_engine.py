@@ -24,6 +24,8 @@ def test_a_device_that_is_not_there_is_refused_with_those_that_are():
         ({"device": "tpu"}, "engine.device=tpu is unknown"),
         ({"precision": "fp16"}, "engine.precision=fp16 is unknown. Choose auto, bf16 or fp32"),
         ({"devices": 2}, "engine.devices=2: this mode runs on 1"),
+        ({"sharding": "zero"}, "engine.sharding=zero is unknown. Choose none or fsdp"),
+        ({"sharding": "fsdp"}, "engine.sharding=fsdp: .* this is the only one. Give engine.devices=N, or leave"),
     ],
 )
 def test_settings_out_of_range_are_refused(values, message):

@@ -10,7 +10,7 @@ from test_fit import Rows, Stripes
 from tiny_parts import tiny_vit
 
 from dinoseg import ranks
-from dinoseg.adapters import Full
+from dinoseg.adapters import Full, Lora
 from dinoseg.data.transforms import Augment
 from dinoseg.heads.linear import LinearHead
 from dinoseg.heads.mlp import MlpHead
@@ -22,6 +22,7 @@ from dinoseg.training.fit import fit
 from dinoseg.training.image_feed import ImageFeed
 from dinoseg.training.loading import load_weights
 from dinoseg.training.optim import parameter_groups, schedule
+from dinoseg.training.sharding import gathered
 from dinoseg.training.validation import evaluate
 
 WEIGHTS = torch.tensor([0.2, 1.0, 3.0])
@@ -29,7 +30,17 @@ CASES = {
     "weighted": {"head": lambda: MlpHead(24, 1, 3, 8)},
     "normalised": {"head": lambda: LinearHead(24, 1, 3), "accumulate": 2},
     "averaged": {"head": lambda: LinearHead(24, 1, 3), "ema": 0.5},
+    "shared": {"head": lambda: MlpHead(24, 1, 3, 8), "sharding": "fsdp", "accumulate": 2, "clip": 0.1, "ema": 0.5},
+    "shared_lora": {
+        "head": lambda: MlpHead(24, 1, 3, 8),
+        "sharding": "fsdp",
+        "adapter": lambda: Lora(rank=2, alpha=2, targets="attention"),
+        "dtype": "bfloat16",
+    },
+    # one image to validate: the second rank has none
+    "stopped": {"head": lambda: MlpHead(24, 1, 3, 8), "sharding": "fsdp", "adamw": True, "ema": 0.5, "val": 1},
 }
+ALONE = {"sharding": "none"}
 
 
 class Uneven(Stripes):
@@ -41,29 +52,34 @@ class Uneven(Stripes):
         return sample | {"image": sample["image"] // (1 + index)}
 
 
-def untrained(head):
+def untrained(head, adapter=Full, dtype="float32"):
     torch.manual_seed(0)
-    return Segmenter(Full()(tiny_vit()), head())
+    return Segmenter(adapter()(tiny_vit(dtype=dtype)), head())
 
 
-def train(folder, head, **options):
+def train(folder, head, sharding="none", adapter=Full, dtype="float32", val=5, adamw=False, start=None, **options):
     """Train with plain SGD, which hides no factor of the gradient, and return what this rank has of it."""
-    model, engine, log = untrained(head), Engine("cpu", "fp32", workers=0), Rows()
-    sets = (Uneven([(24, 32)] * 6), Uneven([(24, 32)] * 5))
+    engine, log = Engine("cpu", "fp32", workers=0, sharding=sharding), Rows()
+    model = engine.place(untrained(head, adapter, dtype))
+    sets = (Uneven([(24, 32)] * 6), Uneven([(24, 32)] * val))
     feed = ImageFeed(*sets, Augment((24, 32)), batch_size=4, seed=0, workers=0, rank=engine.rank, world=engine.world)
-    optimizer = torch.optim.SGD(parameter_groups(model, lr=0.05, weight_decay=0.0))
-    checkpoints = Checkpoints(folder, dict(INFO), writes=engine.is_main)
+    groups = parameter_groups(model, lr=0.01 if adamw else 0.05, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(groups) if adamw else torch.optim.SGD(groups)
+    checkpoints = Checkpoints(folder, dict(INFO), start and read(start), writes=engine.is_main)
     lengths = {"steps": 3, "val_every": 3, "log_every": 1, "clip": None}
     options = {"schedule": schedule("constant"), "score": "loss", **lengths, **options}
     fit(model, CrossEntropy(WEIGHTS), feed, optimizer, engine, checkpoints, log, **options)
     names = ("step", "train/loss", "train/gradient_norm", "train/miou", "val/loss", "val/miou")
     rows = [{name: row[name] for name in names if name in row} for row in log.rows]
-    return {"rows": rows, "state": model.state_dict(), "best": checkpoints.progress.best}
+    state = gathered(model.state_dict().items(), keep=True)
+    return {"rows": rows, "state": state, "best": checkpoints.progress.best}
 
 
 def in_rank(cfg, *, out_dir):
     """Stand for a mode: train each case, and keep what each rank has of it."""
     done = {name: train(out_dir / name, **options) for name, options in CASES.items()}
+    start = out_dir / "stopped/last.safetensors"
+    done["gone on"] = train(out_dir / "gone_on", **CASES["stopped"], start=start, steps=5)
     torch.save(done, out_dir / f"{os.environ['RANK']}.pt")
 
 
@@ -76,15 +92,31 @@ def pair(tmp_path_factory):
     return folder, [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 
-def test_losses_gradients_and_weights_are_those_of_one_process(pair, tmp_path):
+@pytest.mark.parametrize("case", ["weighted", "shared", "shared_lora"])
+def test_losses_gradients_and_weights_are_those_of_one_process(pair, tmp_path, case):
     """Labels are weighted, and the ranks have an unequal number of them."""
-    alone = train(tmp_path, **CASES["weighted"])
+    alone = train(tmp_path, **CASES[case] | ALONE)
     for rank in pair[1]:
-        both = rank["weighted"]
+        both = rank[case]
         assert len(both["rows"]) == len(alone["rows"]) == 4
         for one, two in zip(alone["rows"], both["rows"], strict=True):
-            assert two == pytest.approx(one, rel=1e-4)
+            assert two == pytest.approx(one, rel=1e-5)
         torch.testing.assert_close(both["state"], alone["state"], atol=1e-6, rtol=1e-4)
+
+
+def test_shared_weights_are_kept_as_one_process_keeps_them_and_gone_on_with_by_any_number(pair, tmp_path):
+    folder, ranks_of = pair[0], [rank["gone on"] for rank in pair[1]]
+    file = folder / "stopped/last.safetensors"
+    train(tmp_path / "stopped", **CASES["stopped"] | ALONE)
+    kept, own = read(file).tensors, read(tmp_path / "stopped/last.safetensors").tensors
+    assert kept.keys() == own.keys() and any(name.startswith("ema/") for name in kept)
+    torch.testing.assert_close(kept, own, atol=1e-5, rtol=1e-3)
+    alone = train(tmp_path / "gone_on", **CASES["stopped"] | ALONE, start=file, steps=5)
+    for rank in ranks_of:
+        assert len(rank["rows"]) == len(alone["rows"]) == 3
+        for one, two in zip(alone["rows"], rank["rows"], strict=True):
+            assert two == pytest.approx(one, rel=1e-5)
+        torch.testing.assert_close(rank["state"], alone["state"], atol=1e-5, rtol=1e-3)
 
 
 @pytest.mark.parametrize("case", ["normalised", "averaged"])
