@@ -24,14 +24,19 @@ from dinoseg.wording import listed
 SPLITS = ("train", "val", "test")
 
 
-def model(cfg: DictConfig, *, untrained: bool = False) -> Segmenter:
-    """Return the segmenter of a config; `untrained` reads no weights.
+def model(cfg: DictConfig, *, untrained: bool = False, outlined: bool = False) -> Segmenter:
+    """Return the segmenter of a config.
 
     What does not fit together is refused before any weights are read.
+
+    Args:
+        cfg: the whole config.
+        untrained: read no weights.
+        outlined: the same config's `outline` was made before, which has refused what does not fit.
     """
     if not untrained:
         _check_head_file(cfg)
-    if not untrained and cfg.backbone.get("weights") != "random":
+    if not untrained and not outlined and cfg.backbone.get("weights") != "random":
         outline(cfg)
     adapter = instantiate(cfg.adapter, without=("lr",))
     torch.manual_seed(seed_of(cfg))
@@ -67,8 +72,8 @@ def _check_crop(cfg: DictConfig, patch_size: int) -> None:
         )
 
 
-def check_fits(cfg: DictConfig, file: loading.Checkpoint) -> None:
-    """Refuse a checkpoint that is not of the model that a config describes, before any of it is made.
+def check_fits(cfg: DictConfig, file: loading.Checkpoint) -> Segmenter:
+    """Refuse a checkpoint that is not of the model that a config describes, before any of it is made; return `outline`.
 
     The model is put together on the meta device, of no more parts and numbers than this machine could hold.
 
@@ -95,6 +100,7 @@ def check_fits(cfg: DictConfig, file: loading.Checkpoint) -> None:
     empty.head.weights = cfg.head.get("weights", empty.head.weights)
     loading.check_fits(empty, file)
     loading.check_size(empty, f"resume={file.path}")
+    return empty
 
 
 def check_split(split: str) -> None:

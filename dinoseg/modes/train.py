@@ -12,6 +12,7 @@ from dinoseg.config.nodes import instantiate
 from dinoseg.data.classes.labels import Labels
 from dinoseg.errors import UserError
 from dinoseg.evaluation.images import list_skipped
+from dinoseg.model import Segmenter
 from dinoseg.ranges import Natural
 from dinoseg.regimes.choice import regime_of
 from dinoseg.report.curves import draw_curves
@@ -50,12 +51,13 @@ def train(
     feed = regime.feed
     length = build.lengths(cfg, len(feed.train))
     fit = instantiate(cfg.trainer, without=("feed", "epochs"), instead=length._asdict())
-    start = _start(cfg, regime.labels) if cfg.resume else None
-    regime.check_parts(cfg, build.outline(cfg), engine.world)
+    start, outline = _start(cfg, regime.labels) if cfg.resume else (None, build.outline(cfg))
+    regime.check_parts(cfg, outline, engine.world)
     # one rank is enough: what it measures is kept in the cache, and what it refuses ends all
     sizes = regime.check_data() if engine.is_main else None
+    engine.wait()
     loss = build.loss(cfg, regime.labelled).to(engine.device)
-    model = engine.place(build.model(cfg))
+    model = engine.place(build.model(cfg, outlined=True))
     optimizer = build.optimizer(cfg, model)
     schedule = instantiate(cfg.optim.schedule)
     if engine.is_main:
@@ -90,13 +92,13 @@ def train(
     return {**scores, **cost_of(model, rows), "best_step": run.best_step, "run": str(out_dir)}
 
 
-def _start(cfg: DictConfig, labels: SegmentationData | Labels) -> Checkpoint:
-    """Return the checkpoint that `resume` names, once its outline is known to fit."""
+def _start(cfg: DictConfig, labels: SegmentationData | Labels) -> tuple[Checkpoint, Segmenter]:
+    """Return the checkpoint that `resume` names, and the outline of the model, which it is known to fit."""
     # its tensors last: a foreign file may describe more than this machine holds
-    outline = checkpoint.outline(Path(cfg.resume))
-    check_classes(labels, outline.info, f"resume={outline.path}")
-    build.check_fits(cfg, outline)
-    return checkpoint.read(outline.path, finite=cfg.finite_weights)
+    file = checkpoint.outline(Path(cfg.resume))
+    check_classes(labels, file.info, f"resume={file.path}")
+    outline = build.check_fits(cfg, file)
+    return checkpoint.read(file.path, finite=cfg.finite_weights), outline
 
 
 def check(cfg: DictConfig) -> None:

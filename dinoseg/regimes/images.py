@@ -10,6 +10,8 @@ from omegaconf import DictConfig
 
 from dinoseg import build
 from dinoseg.config.nodes import instantiate
+from dinoseg.data.pairs.dataset import PairDataset
+from dinoseg.data.scan.class_counts import keep_counts
 from dinoseg.data.splits import split_table
 from dinoseg.doctor.short import check as examine
 from dinoseg.errors import UserError
@@ -90,10 +92,14 @@ class ImageRegime(Regime):
 
     def check_data(self) -> TrainedSizes | None:
         """Run the short doctor; return how large the training images are, where they are files."""
-        data = self.cfg.data
+        data, train, cache_dir = self.cfg.data, self.feed.train, self.cfg.cache_dir
+        files = train.source if isinstance(train, PairDataset) and self.cfg.loss.weights != "none" else None
+        key = files.fingerprint() if files else ""
         options = {"group": data.group, "data_name": self.cfg.choices.data, "workers": data.workers or count_cores()}
-        splits = examine(self.feed.train, self.feed.val, cache_dir=self.cfg.cache_dir, **options)
+        splits = examine(train, self.feed.val, cache_dir=cache_dir, **options)
         records = splits[0].records if splits else ()
+        if files and records:
+            keep_counts(files, records, key, cache_dir)  # for the loss, which would read all masks once more
         sizes = [size for record in records if (size := record.image_size or record.mask_size)]
         longest, enlarged = self.cfg.resolution.longest, data.augment.scale[1]
         return TrainedSizes.of(sizes, longest=longest, enlarged=enlarged) if sizes else None

@@ -121,7 +121,7 @@ def restore(cfg: DictConfig, path: Path) -> tuple[Segmenter, Mapping[str, Any]]:
     check_classes(labels_of(cfg), outline.info, f"resume={path}")
     build.check_fits(cfg, outline)
     saved = checkpoint.read(path, finite=cfg.finite_weights)
-    model = build.model(cfg)
+    model = build.model(cfg, outlined=True)
     checkpoint.load_weights(model, saved)
     return model.eval(), outline.info
 

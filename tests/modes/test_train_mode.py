@@ -4,6 +4,8 @@ import pytest
 from command_line import SMALL, call, write_data
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from dinoseg import build
+from dinoseg.data.classes.masks import MaskReader
 from dinoseg.images import read_image
 from dinoseg.regimes import images
 from dinoseg.report.log import read_rows
@@ -52,3 +54,15 @@ def test_a_run_that_is_not_better_than_a_constant_is_told_so(where, monkeypatch,
     done = train(where, "trainer.steps=1", "mode.report=false")
     warned = "mIoU 0.4500 is not better than the 0.4500 of always predicting dark, the commonest class" in done.err
     assert warned == told and done.err.count("not better than") == told
+
+
+def test_a_start_reads_each_mask_once_and_puts_the_untrained_model_together_once(where, monkeypatch):
+    read, outlined = [], []
+    real_read, real_outline = MaskReader.read, build.outline
+    monkeypatch.setattr(MaskReader, "read", lambda self, source: read.append(source) or real_read(self, source))
+    monkeypatch.setattr(build, "outline", lambda cfg: outlined.append(cfg) or real_outline(cfg))
+    gone = ("backbone.weights=gone.safetensors", "loss.weights=median", "data.workers=1", f"cache_dir={where}/c")
+    refused = call(where, "mode=train", *SMALL, *gone)
+    assert refused.status == 1 and "gone.safetensors" in refused.err and list(where.rglob("class_counts_*"))
+    masks = where.glob("data/*/masks/*.png")
+    assert len(outlined) == 1 and sorted(where / path for path in read) == sorted(masks)

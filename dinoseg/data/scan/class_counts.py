@@ -2,12 +2,15 @@
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from dinoseg.data.pairs.dataset import PairDataset
+from dinoseg.data.scan.record import Record
+from dinoseg.data.scan.scan import scan
+from dinoseg.errors import UserError
 from dinoseg.report.progress import Bar
 from dinoseg.shapes import SegmentationData
 from dinoseg.storage import forms
@@ -28,24 +31,51 @@ def class_counts(dataset: SegmentationData, cache_dir: str | Path) -> np.ndarray
         UserError: a mask is unreadable or holds what is no class.
     """
     if not isinstance(dataset, PairDataset):
-        return _count(dataset, lambda index: dataset[index]["mask"].numpy())
+        return _count(dataset)
     files = dataset.source  # the masks of a packed data set may be reduced
     key = files.fingerprint()
-    path = Path(cache_dir) / f"class_counts_{key[:16]}.json"
-    counts = _load(path, key, len(files.classes))
+    counts = _load(_path(key, cache_dir), key, len(files.classes))
     if counts is None:
-        counts = _count(files, files.mask)
-        _save(path, {"fingerprint": key, "classes": list(files.classes), "pixels": counts.tolist()})
+        counts = keep_counts(files, scan(files.pairs, files.reader, images=False, cache_dir=cache_dir), key, cache_dir)
     return counts
 
 
-def _count(dataset: SegmentationData, read_mask: Callable[[int], np.ndarray]) -> np.ndarray:
+def keep_counts(files: PairDataset, records: Sequence[Record], key: str, cache_dir: str | Path) -> np.ndarray:
+    """Return the counts (K,) by the records of a scan of all masks, and keep them for `class_counts`.
+
+    Args:
+        files: the data set of the files.
+        records: of its pairs.
+        key: its fingerprint from before they were read.
+        cache_dir: where the counts are kept.
+
+    Raises:
+        UserError: a mask is unreadable or holds what is no class.
+    """
+    for record in records:
+        if record.problems and not record.pixels:
+            raise UserError("; ".join(record.problems.values()))
+    pixels = sum((record.counts for record in records), np.zeros(256, dtype=np.int64))
+    counts = _of_classes(pixels, len(files.classes), files.ignore_index)
+    _save(_path(key, cache_dir), {"fingerprint": key, "classes": list(files.classes), "pixels": counts.tolist()})
+    return counts
+
+
+def _count(dataset: SegmentationData) -> np.ndarray:
     pixels = np.zeros(256, dtype=np.int64)
-    bar = Bar(range(len(dataset)), desc="counting classes", unit="mask", delay=2, leave=False)
-    for index in bar:
-        pixels += np.bincount(read_mask(index).ravel(), minlength=256)
-    pixels[dataset.ignore_index] = 0
-    return pixels[: len(dataset.classes)]
+    for index in Bar(range(len(dataset)), desc="counting classes", unit="mask", delay=2, leave=False):
+        pixels += np.bincount(dataset[index]["mask"].numpy().ravel(), minlength=256)
+    return _of_classes(pixels, len(dataset.classes), dataset.ignore_index)
+
+
+def _of_classes(pixels: np.ndarray, num_classes: int, ignore_index: int) -> np.ndarray:
+    """Return the pixels (K,) of the classes, of which an ignored one has none."""
+    pixels[ignore_index] = 0
+    return pixels[:num_classes]
+
+
+def _path(key: str, cache_dir: str | Path) -> Path:
+    return Path(cache_dir) / f"class_counts_{key[:16]}.json"
 
 
 def _load(path: Path, key: str, num_classes: int) -> np.ndarray | None:

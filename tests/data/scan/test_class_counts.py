@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from making import Pictures, save
 
-from dinoseg.data.classes.masks import Masks
+from dinoseg.data.classes.masks import MaskReader, Masks
 from dinoseg.data.formats.folder import folder_dataset
-from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.scan.class_counts import class_counts
+from dinoseg.data.scan.scan import scan
 from dinoseg.errors import UserError
 
 
@@ -29,10 +29,17 @@ def test_counts_are_exact_and_kept(load, tmp_path, monkeypatch):
     cache = tmp_path / "new/cache"
     counts = class_counts(load(), cache)
     assert counts.dtype == np.int64 and counts.tolist() == [5, 3, 0, 2]
-    (kept,) = cache.iterdir()
+    (kept,) = cache.glob("class_counts_*")
     assert json.loads(kept.read_text())["pixels"] == [5, 3, 0, 2]
-    monkeypatch.setattr(PairDataset, "mask", lambda *_: pytest.fail("counted twice"))
+    monkeypatch.setattr(MaskReader, "read", lambda *_: pytest.fail("read twice"))
     assert class_counts(load(), cache).tolist() == [5, 3, 0, 2]
+
+
+def test_masks_that_were_scanned_are_not_read_again(load, tmp_path, monkeypatch):
+    data = load()
+    scan(data.pairs, data.reader, images=False, cache_dir=tmp_path / "c")
+    monkeypatch.setattr(MaskReader, "read", lambda *_: pytest.fail("read twice"))
+    assert class_counts(data, tmp_path / "c").tolist() == [5, 3, 0, 2]
 
 
 def test_a_changed_file_or_rule_is_counted_anew(load, tmp_path):
@@ -51,7 +58,7 @@ def test_an_ignored_class_does_not_count(load, tmp_path):
 @pytest.mark.parametrize("junk", ["", "{", "[]", '{"pixels": [1]}', "null"])
 def test_a_spoilt_cache_is_counted_anew(load, tmp_path, caplog, junk):
     class_counts(load(), tmp_path / "c")
-    (kept,) = (tmp_path / "c").iterdir()
+    (kept,) = (tmp_path / "c").glob("class_counts_*")
     kept.write_text(junk)
     with caplog.at_level(logging.WARNING):
         assert class_counts(load(), tmp_path / "c").tolist() == [5, 3, 0, 2]
@@ -77,7 +84,7 @@ def test_bad_ids_are_reported(load, tmp_path):
     save(tmp_path / "train/masks/y.png", [[9, 0, 0], [0, 0, 0]])
     with pytest.raises(UserError, match=r"y\.png holds the ids 9"):
         class_counts(load(), tmp_path / "c")
-    assert not (tmp_path / "c").exists()
+    assert not list((tmp_path / "c").glob("class_counts_*"))
 
 
 def test_two_roots_that_look_the_same_are_counted_apart(tmp_path):
@@ -94,6 +101,6 @@ def test_two_roots_that_look_the_same_are_counted_apart(tmp_path):
 @pytest.mark.parametrize(("key", "value"), [("fingerprint", "of another"), ("pixels", [1])])
 def test_counts_of_something_else_are_not_taken(load, tmp_path, key, value):
     counts = class_counts(load(), tmp_path / "kept")
-    (path,) = (tmp_path / "kept").iterdir()
+    (path,) = (tmp_path / "kept").glob("class_counts_*")
     path.write_text(json.dumps({**json.loads(path.read_text()), "pixels": [7] * len(counts), key: value}))
     assert class_counts(load(), tmp_path / "kept").tolist() == counts.tolist()
