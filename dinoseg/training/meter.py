@@ -21,6 +21,7 @@ T = TypeVar("T")
 _STATUS = Path("/proc/self/status")  # of Linux: its peak can be reset
 _BAR = "{percentage:3.0f}%|{bar:16}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 _ON_TERMINAL, _IN_FILE = 0.5, 10.0  # seconds between two figures of a bar, or two lines
+_MUCH = 0.05  # of the time waiting for data, above which something is to be done about it
 
 
 @dataclass
@@ -72,6 +73,7 @@ class Meter:
         reset_peak_memory(device)
         self.bar = tqdm(total=steps, initial=done, disable=not self._has_bar, dynamic_ncols=True, bar_format=_BAR)
         self._first = self._trained = 0.0  # seconds of the first step, and of all later ones
+        self._later = _Window(0.0)  # what the later steps have trained and waited
         self._validated: list[float] = []  # seconds of each validation
         self._mark = self._shown = clock()
         self._row, self._status = _Window(self._mark), _Window(self._mark)
@@ -80,7 +82,7 @@ class Meter:
         """Yield from `batches`, counting the time until each comes."""
 
         def count(seconds: float) -> None:
-            for window in (self._row, self._status):
+            for window in self._windows():
                 window.waited += seconds
 
         return awaited(batches, count, self._clock)
@@ -88,14 +90,14 @@ class Meter:
     def step(self, images: int, loss: float, rate: float) -> None:
         """Count one optimizer step of so many images."""
         now = self._clock()
+        for window in self._windows():
+            window.images += images
         if self._step == self._start:
-            self._first = now - self._mark
+            self._first, self._later = now - self._mark, _Window(0.0)
         else:
             self._trained += now - self._mark
         self._mark = now
         self._step += 1
-        for window in (self._row, self._status):
-            window.images += images
         if self._visible and now - self._shown >= (_ON_TERMINAL if self._has_bar else _IN_FILE):
             self._show(now, loss, rate)
         self.bar.update()
@@ -116,8 +118,18 @@ class Meter:
         self._row, self._status = _Window(now), _Window(now)
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
+        """Leave the bar as it stands, and tell how fast the training was and what it waited for."""
         self.bar.close()
+        if not self._visible or self._step - self._start < 2:
+            return
+        speed, waited = self._later.rates(self._trained)
+        logger.info("trained %s images/s, waiting for data %.1f%% of that time", _told(speed), 100 * waited)
+        if waited > _MUCH and self._trained > _IN_FILE:
+            logger.warning(
+                "The training waited for data %.0f%% of its time. Raise engine.workers where there are idle cores, "
+                "or let images be decoded once: data.cache=packed.",
+                100 * waited,
+            )
 
     def left(self) -> str:
         """Return the time left, with that of the validations; before the first of them they are named, not guessed."""
@@ -128,6 +140,9 @@ class Meter:
             return f"{tqdm.format_interval(seconds)} and {count_of(validations, 'validation')} left"
         seconds += validations * sum(self._validated) / max(1, len(self._validated))
         return f"{tqdm.format_interval(seconds)} left"
+
+    def _windows(self) -> tuple[_Window, ...]:
+        return self._row, self._status, self._later
 
     def _seconds_a_step(self) -> float:
         """Return the mean so far, without the first step, which starts everything up, once there are others."""

@@ -77,17 +77,18 @@ def test_a_pipe_gets_a_line_every_ten_seconds(caplog, capsys):
         train(running, clock, 41)
         validate(running, clock, 5)
         train(running, clock, 20)
-    assert len(caplog.messages) == 6 and capsys.readouterr().err == ""
-    first, last = caplog.messages[0], caplog.messages[-1]
+    lines = [line for line in caplog.messages if line.startswith("step ")]
+    assert len(lines) == 6 and capsys.readouterr().err == ""
+    first, last = lines[0], lines[-1]
     assert first.startswith("step 10 of 100: epoch 1.2, loss 0.5000, rate 1.0e-04, ") and "validations left" in first
-    assert "4.0 images/s, waiting for data 25%, memory " in caplog.messages[2] and last.endswith(" left")
+    assert "4.0 images/s, waiting for data 25%, memory " in lines[2] and last.endswith(" left")
 
 
 def test_slow_steps_are_told_by_digits_that_say_something(caplog):
     clock = Clock()
     with caplog.at_level(logging.INFO), closing(meter(clock)) as running:
         train(running, clock, 3, seconds=100.0, waited=0.0)
-    assert "0.04 images/s" in caplog.messages[-1]
+    assert all("0.04 images/s" in line for line in caplog.messages)
 
 
 @pytest.mark.parametrize(("terminal", "visible"), [(True, True), (True, False), (False, False)])
@@ -96,7 +97,7 @@ def test_a_terminal_gets_a_bar_and_other_ranks_nothing(caplog, capsys, terminal,
     with caplog.at_level(logging.INFO), closing(meter(clock, terminal=terminal, visible=visible)) as running:
         train(running, clock, 100)
     shown = capsys.readouterr().err
-    assert not caplog.messages and bool(shown) == visible
+    assert not any(line.startswith("step ") for line in caplog.messages) and bool(shown) == visible
     if visible:
         assert "100/100" in shown and "epoch 12.5, loss 0.5000, rate 1.0e-04, 4.0 images/s" in shown
 
@@ -111,3 +112,30 @@ def test_rows_tell_of_the_time_since_the_last_row_without_validations():
         train(running, clock, 2, seconds=0.5)
         row = running.read()
     assert row["train/images_per_s"] == pytest.approx(8) and row["train/data_wait"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("waited", "warned"), [(0.02, False), (0.25, True)])
+def test_the_end_tells_the_share_of_waiting_and_what_to_do_about_much_of_it(caplog, waited, warned):
+    clock = Clock()
+    with caplog.at_level(logging.INFO), closing(meter(clock, terminal=True)) as running:
+        train(running, clock, 11, waited=waited, first=50)
+        validate(running, clock, 300)
+        train(running, clock, 10, waited=waited)
+    assert caplog.messages[0] == f"trained 4.0 images/s, waiting for data {100 * waited:.1f}% of that time"
+    told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(told) == warned
+    if warned:
+        assert "waited for data 25% of its time" in told[0]
+        assert "engine.workers" in told[0] and "data.cache=packed" in told[0]
+
+
+def test_ranks_that_show_nothing_and_runs_of_a_step_tell_no_end(caplog):
+    for visible, steps in ((False, 90), (True, 1), (True, 0)):
+        clock = Clock()
+        with caplog.at_level(logging.INFO), closing(meter(clock, terminal=True, visible=visible)) as running:
+            train(running, clock, steps)
+    assert not caplog.records
+    clock = Clock()
+    with caplog.at_level(logging.WARNING), closing(meter(clock, terminal=True)) as running:
+        train(running, clock, 9)  # too short to tell
+    assert not caplog.records
