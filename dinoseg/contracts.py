@@ -144,6 +144,7 @@ class Head(nn.Module, Generic[Outputs]):
     least_batch: int = 1  # training images per rank at once
     weights: str | None = None  # the file that its frozen part came from, if any
     no_object: bool = False  # whether the last column of its class logits says "no object"
+    init: str | None = None  # `probe`: a new training begins with what `start` is given; None: at random
     one_size: str | None = None  # why an exported graph of it takes one size alone; None: it takes any
 
     if TYPE_CHECKING:
@@ -163,6 +164,10 @@ class Head(nn.Module, Generic[Outputs]):
         Raises:
             UserError: naming what fits.
         """
+
+    def start(self, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor) -> None:
+        """Score features x (D,) as `weight` (K, D) x + `bias` (K,); they have this mean and variance (D,)."""
+        raise NotImplementedError
 
     def set_progress(self, share: float) -> None:
         """Take how much of the training is done, in [0, 1): for a head whose training changes with its length."""

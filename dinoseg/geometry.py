@@ -50,12 +50,12 @@ def widths(dim: int | Sequence[int], num_layers: int) -> list[int]:
     return [dim] * num_layers if isinstance(dim, int) else list(dim)
 
 
-def lattice(size: tuple[int, int]) -> tuple[slice, slice]:
-    """Return rows and columns of an (H, W) image that stand for all its pixels: evenly spaced, about `LATTICE` points.
+def lattice(size: tuple[int, int], points: int = LATTICE) -> tuple[slice, slice]:
+    """Return rows and columns of an (H, W) image that stand for all its pixels: evenly spaced, about so many points.
 
     Only the size decides where they lie, so an image that is predicted piece by piece has the same ones.
     """
-    step = math.ceil(math.sqrt(math.prod(size) / LATTICE))
+    step = math.ceil(math.sqrt(math.prod(size) / points))
     rows, columns = (slice(min(step, length) // 2, None, step) for length in size)
     return rows, columns
 

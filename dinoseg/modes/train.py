@@ -57,7 +57,7 @@ def train(
     sizes = regime.check_data() if engine.is_main else None
     engine.wait()
     loss = build.loss(cfg, regime.labelled).to(engine.device)
-    model = engine.place(build.model(cfg, outlined=True))
+    model = regime.started(engine.place(build.model(cfg, outlined=True)), engine, new=start is None)
     optimizer = build.optimizer(cfg, model)
     schedule = instantiate(cfg.optim.schedule)
     if engine.is_main:

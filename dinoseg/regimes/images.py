@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from dinoseg import build
 from dinoseg.config.nodes import instantiate
 from dinoseg.data.pairs.dataset import PairDataset
-from dinoseg.data.scan.class_counts import keep_counts
+from dinoseg.data.scan.class_counts import class_counts, keep_counts
 from dinoseg.data.splits import split_table
 from dinoseg.doctor.short import check as examine
 from dinoseg.errors import UserError
@@ -22,6 +22,7 @@ from dinoseg.evaluation.images import evaluate_images
 from dinoseg.inference.trained_sizes import TrainedSizes
 from dinoseg.metrics.confusion import commonest_class
 from dinoseg.model import Segmenter
+from dinoseg.probing.probe import Grid, Probe
 from dinoseg.processes.workers import count_cores
 from dinoseg.regimes.regime import Regime, share_of
 from dinoseg.report.curves import IMAGE_PLOTS
@@ -103,6 +104,34 @@ class ImageRegime(Regime):
         sizes = [size for record in records if (size := record.image_size or record.mask_size)]
         longest, enlarged = self.cfg.resolution.longest, data.augment.scale[1]
         return TrainedSizes.of(sizes, longest=longest, enlarged=enlarged) if sizes else None
+
+    def started(self, model: Segmenter, engine: Engine, *, new: bool) -> Segmenter:
+        """Return the model; in a new training, a head that is to begin with the closed form scores as that does."""
+        if model.head.init is None or not new:
+            return model
+        if engine.sharded:
+            raise UserError(
+                f"head.init={model.head.init} is solved with whole weights on each rank, and engine.sharding shares them "
+                "out. Leave one of the two out."
+            )
+        data, cfg = self.feed.train, self.cfg
+        counts = class_counts(data, cfg.cache_dir).tolist()
+        places = list(range(model.backbone.num_layers))
+        grid = Grid(group=cfg.data.group, seed=self.feed.seed)
+        probe = Probe(model, data, counts, engine, {"head": places}, grid)
+        probe.fit()
+        (found,) = probe.choose()
+        found.start(model.head, sharpened=True)
+        logger.info(
+            "head.init=%s: mIoU %.4f on %d of %d training images, held out (ridge %g, balance %g)",
+            model.head.init,
+            found.choice.miou,
+            len(probe.held_out),
+            len(data),
+            found.strength,
+            found.balance,
+        )
+        return model
 
     def evaluate(
         self, model: Segmenter, engine: Engine, best: Path, *, metrics_only: bool, report: bool

@@ -59,6 +59,10 @@ class Regime(ABC):
         """Tell what is wrong with the data; return how large the training images are, where that is known."""
         return None
 
+    def started(self, model: Segmenter, engine: Engine, *, new: bool) -> Segmenter:
+        """Return the model; of a `new` training, with what `head.init` says that it begins with."""
+        return model
+
     @abstractmethod
     def evaluate(
         self, model: Segmenter, engine: Engine, best: Path, *, metrics_only: bool, report: bool

@@ -58,8 +58,10 @@ def recipe_of(info: Mapping[str, Any]) -> dict[str, Any]:
     trainer = {key: value for key, value in config["trainer"].items() if key not in LENGTHS}
     # by the background alone a score differs, and nothing that is trained
     data = {**config["data"], "root": data_root(config, Path(info["folder"]))[0], "background": None}
-    # it says what is refused, nothing that is trained, and older checkpoints lack it
-    head = {key: value for key, value in config["head"].items() if key != "least_maps"}
+    # the first says what is refused, nothing that is trained; older checkpoints lack both
+    head = {
+        key: value for key, value in config["head"].items() if key != "least_maps" and (key, value) != ("init", None)
+    }
     return {**config, "trainer": trainer, "data": data, "head": head}
 
 

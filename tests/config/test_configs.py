@@ -109,8 +109,12 @@ def test_what_launch_reads_of_each_mode():
     assert {mode: keys["resume_from"] for mode, keys in said.items() if "resume_from" in keys} == best | {
         "train": "last"
     }
-    assert {mode for mode, keys in said.items() if keys.get("devices") == "${engine.devices}"} == {"eval", "train"}
-    assert {mode: keys["goes_on"] for mode, keys in said.items() if "goes_on" in keys} == {"predict": "predict.json"}
+    assert {mode for mode, keys in said.items() if keys.get("devices") == "${engine.devices}"} == {
+        *("eval", "probe", "train")
+    }
+    assert {mode: keys["goes_on"] for mode, keys in said.items() if "goes_on" in keys} == {
+        **{"predict": "predict.json", "probe": "probing.json"}
+    }
     assert {mode for mode, keys in said.items() if "reads" not in keys} == {"help"}
     assert {mode for mode, keys in said.items() if "check" in keys} == {"train"}
 

@@ -1,0 +1,133 @@
+"""mode=probe: the linear head that needs no training, solved for each block of a backbone in one pass."""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from dinoseg import build
+from dinoseg.backbones.layers import resolve_layers
+from dinoseg.config.nodes import instantiate
+from dinoseg.config.plain import plain
+from dinoseg.data.scan.class_counts import class_counts
+from dinoseg.heads.linear import LinearHead
+from dinoseg.images import write_png
+from dinoseg.model import Segmenter, fingerprint
+from dinoseg.probing.probe import Grid, Probe, Readings, Solution
+from dinoseg.probing.standing import Standing
+from dinoseg.ranges import NotNegative, OpenShare, Positive
+from dinoseg.report.probe import probe_picture, probe_table, write_probe_csv
+from dinoseg.report.table import class_table
+from dinoseg.storage.atomic import write_json
+from dinoseg.wording import count_of
+
+logger = logging.getLogger(__name__)
+_RECORD = "probing.json"  # in a run folder: what its sums depend on, by which the same command goes on
+_FLOOR = (
+    "This is a floor for a trained linear head, and what head.init=probe begins one from. It does not say which "
+    "backbone is best to fine-tune."
+)
+
+
+def probe(
+    cfg: DictConfig,
+    *,
+    out_dir: Path,
+    layers: Sequence[int] | None = None,
+    strengths: Sequence[Positive] = Grid.strengths,
+    balances: Sequence[NotNegative] = Grid.balances,
+    held_out: OpenShare = Grid.held_out,
+) -> dict[str, Any]:
+    """Solve a linear head for each block alone, and for those that the head reads, and score them on val.
+
+    Args:
+        cfg: the whole config.
+        out_dir: the run folder; probe.json, probe.csv and probe.png go there.
+        layers: blocks to probe, as `head.layers`; None: all.
+        strengths: see `Grid`.
+        balances: likewise.
+        held_out: likewise.
+    """
+    engine = instantiate(cfg.engine)
+    out_dir = Path(engine.share(str(out_dir)))
+    grid = Grid(tuple(strengths), tuple(balances), held_out, cfg.data.group, build.seed_of(cfg))
+    train, val = build.dataset(cfg, "train", reduced=True), build.dataset(cfg, "val")
+    counts = class_counts(train, cfg.cache_dir)
+    model, readings = _model(cfg, layers)
+    found = Probe(model.to(engine.device), train, counts.tolist(), engine, readings, grid)
+    standing = Standing(out_dir, _RECORD, _settings(cfg, found, engine.bf16), writes=engine.is_main)
+    logger.info(
+        "%d training images, %d of them held out to choose by; sums of %.2f GB",
+        len(train),
+        len(found.held_out),
+        sum(part.numel() * part.element_size() for sums in found.sums.values() for part in sums.tensors().values())
+        / 1e9,
+    )
+    if not found.rest:
+        logger.warning("There is one training image: what is chosen is chosen by the image that it was solved from.")
+    found.fit(standing)
+    solutions = found.choose()
+    found.score(solutions, val)
+    best = max(solutions, key=lambda solution: solution.choice.miou)
+    if engine.is_main:
+        _write(out_dir, solutions, best, val.classes)
+        standing.drop()
+    engine.close()
+    return {"miou": best.scores["miou"], "best": best.name, "run": str(out_dir)}
+
+
+def _model(cfg: DictConfig, layers: Sequence[int] | None) -> tuple[Segmenter, Readings]:
+    """Return a segmenter whose backbone gives all maps that are probed, and which of them are read together."""
+    depth = build.outline(cfg).backbone.depth
+    alone = resolve_layers(list(range(depth)) if layers is None else list(layers), depth)
+    together = resolve_layers(plain(cfg.head, resolve=True)["layers"], depth)
+    blocks = sorted({*alone, *together})
+    sets = dict.fromkeys([*((block,) for block in sorted(alone)), tuple(together)])
+    readings = {"+".join(map(str, each)): [blocks.index(block) for block in each] for each in sets}
+    backbone = build.backbone(OmegaConf.merge(cfg, {"backbone": {"layers": blocks}}))  # type: ignore[arg-type]
+    head = LinearHead(backbone.dim, backbone.num_layers, cfg.data.num_classes)
+    return Segmenter(backbone, head, scale=cfg.resolution.scale, longest=cfg.resolution.longest), readings
+
+
+def _settings(cfg: DictConfig, found: Probe, bf16: bool) -> dict[str, Any]:
+    """Return what the sums depend on."""
+    names = hashlib.sha256("\n".join(found.data.names).encode(errors="surrogateescape")).hexdigest()[:16]
+    return {
+        "backbone": fingerprint(found.model.backbone.state_dict().items()),
+        "resolution": plain(cfg.resolution, resolve=True),
+        "readings": {name: list(places) for name, places in found.readings.items()},
+        "data": {"classes": list(map(str, found.data.classes)), "names": names, "counts": found.counts},
+        "grid": {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(found.grid).items()},
+        "bf16": bf16,
+    }
+
+
+def _write(out_dir: Path, solutions: Sequence[Solution], best: Solution, classes: Sequence[str]) -> None:
+    rows = [
+        {
+            "blocks": each.name,
+            "val_miou": each.scores["miou"],
+            "held_out_miou": each.choice.miou,
+            "val_accuracy": each.scores["accuracy"],
+            "strength": each.strength,
+            "balance": each.balance,
+            "scores": each.scores,
+        }
+        for each in solutions
+    ]
+    write_json(out_dir / "probe.json", {"best": best.name, "classes": list(classes), "readings": rows})
+    write_probe_csv(out_dir / "probe.csv", rows)
+    write_png(out_dir / "probe.png", probe_picture(rows, best.name))
+    print(f"{class_table(best.scores, classes)}\n\n{probe_table(rows, best.name)}\n")
+    blocks = best.name.replace("+", ",")
+    print(f"best:         {best.name}, by the images held out; head.layers=[{blocks}] reads {_them(best.name)}")
+    print(f"written:      {out_dir}/probe.json, probe.csv, probe.png, of {count_of(rows, 'reading')}")
+    print(_FLOOR)
+
+
+def _them(name: str) -> str:
+    return "them" if "+" in name else "it"

@@ -1,0 +1,64 @@
+"""What a probe found, as a table, as CSV and as a picture."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from tabulate import tabulate
+
+from dinoseg.storage.atomic import write_text
+
+COLUMNS = ("blocks", "val_miou", "held_out_miou", "val_accuracy", "strength", "balance")
+
+
+def probe_table(rows: Sequence[Mapping[str, Any]], best: str) -> str:
+    """Return rows with `COLUMNS` as text, scores in percent, `best` marked."""
+    shown = [
+        (
+            f"{row['blocks']}{' *' if row['blocks'] == best else ''}",
+            *(_percent(row[key]) for key in COLUMNS[1:4]),
+            f"{row['strength']:g}",
+            f"{row['balance']:g}",
+        )
+        for row in rows
+    ]
+    headers = ["blocks", "val mIoU %", "held-out mIoU %", "val accuracy %", "ridge", "balance"]
+    return tabulate(shown, headers=headers, disable_numparse=True, colalign=("left", *["right"] * 5))
+
+
+def write_probe_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write one line per row, scores in 0..1; an undefined score is an empty cell."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def probe_picture(rows: Sequence[Mapping[str, Any]], best: str) -> np.ndarray:
+    """Draw the scores of rows in their order as RGB, the best one's name in bold."""
+    figure = Figure(figsize=(max(4.0, 1.5 + 0.5 * len(rows)), 3.6), dpi=110, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for key, colour, name in (("val_miou", "#0072B2", "val"), ("held_out_miou", "#D55E00", "held out of train")):
+        axes.plot([np.nan if row[key] is None else row[key] for row in rows], "o-", color=colour, label=name)
+    axes.set_xticks(range(len(rows)), [row["blocks"] for row in rows], rotation=30 if len(rows) > 6 else 0)
+    for label, row in zip(axes.get_xticklabels(), rows, strict=True):
+        label.set_fontweight("bold" if row["blocks"] == best else "normal")
+    axes.set_xlabel("blocks read")
+    axes.set_ylabel("mIoU of the closed form")
+    axes.set_ylim(bottom=0)
+    axes.grid(color="#e3e3e3", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower right")
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _percent(score: float | None) -> str:
+    return "-" if score is None else f"{100 * score:.1f}"

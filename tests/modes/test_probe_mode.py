@@ -1,0 +1,97 @@
+import csv
+import json
+
+import pytest
+import torch
+from command_line import SMALL, call, write_data
+from omegaconf import OmegaConf
+
+from dinoseg.images import read_image, write_png
+from dinoseg.runs.recipe import recipe_of
+from dinoseg.training import checkpoint
+
+STRONG = "mode.strengths=[0.01,0.1]"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    where = tmp_path_factory.mktemp("probe")
+    write_data(where / "data", train=5)
+    return where
+
+
+def test_every_block_and_what_the_head_reads_is_probed(folder):
+    words = ("head=multiscale", "head.layers=[0,1]", "adapter=frozen", "mode=probe", STRONG, "hydra.run.dir=P")
+    done = call(folder, *SMALL, *words)
+    assert done.status == 0, done.err
+    assert "5 training images, 1 of them held out" in done.err
+    assert "does not say which backbone is best to fine-tune" in done.out
+    found = json.loads((folder / "P/probe.json").read_text())
+    assert [row["blocks"] for row in found["readings"]] == ["0", "1", "0+1"]
+    held = {row["blocks"]: row["held_out_miou"] for row in found["readings"]}
+    assert held[found["best"]] == max(held.values())
+    assert f"head.layers=[{found['best'].replace('+', ',')}]" in done.out
+    rows = list(csv.DictReader((folder / "P/probe.csv").read_text().splitlines()))
+    assert [float(row["val_miou"]) for row in rows] == [row["val_miou"] for row in found["readings"]]
+    assert read_image(folder / "P/probe.png").std() > 0 and not (folder / "P/sums.safetensors").exists()
+    again = call(folder, *SMALL, *words, "mode.held_out=0.5")
+    assert again.status == 1 and "grid.held_out was 0.1 and is 0.5" in again.err
+
+
+def test_training_begins_with_what_was_solved_and_goes_on_without(folder, monkeypatch):
+    shown = {}
+
+    def watch(checkpoints, model, *others):
+        shown["before"] = {name: value.clone() for name, value in model.head.state_dict().items()}
+        return restore(checkpoints, model, *others)
+
+    restore = checkpoint.Checkpoints.restore
+    monkeypatch.setattr(checkpoint.Checkpoints, "restore", watch)
+    words = ("mode=train", "mode.report=false", "mode.metrics_only=true", "head=linear", "hydra.run.dir=T")
+    done = call(folder, *SMALL, *words, "head.init=probe")
+    assert done.status == 0 and "head.init=probe: mIoU" in done.err, done.err
+    assert shown["before"]["norm.running_mean"].abs().max() > 0
+    again = call(folder, *SMALL, *words, "head.init=probe", "resume=T", "trainer.steps=3")
+    assert again.status == 0 and "head.init" not in again.err, again.err
+    info = checkpoint.describe(folder / "T/checkpoints/last.safetensors")
+    older = OmegaConf.to_container(OmegaConf.create(info))
+    older["config"]["head"]["init"] = None
+    newer = recipe_of(older)
+    del older["config"]["head"]["init"]
+    assert recipe_of(older) == newer != recipe_of(info)
+
+
+def test_a_checkpoint_without_the_key_goes_on(folder):
+    words = ("mode=train", "mode.report=false", "mode.metrics_only=true", "head=linear", "hydra.run.dir=O")
+    assert call(folder, *SMALL, *words).status == 0
+    for name in ("last", "best"):
+        path = folder / f"O/checkpoints/{name}.safetensors"
+        saved = checkpoint.read(path)
+        del saved.info["config"]["head"]["init"]
+        checkpoint.write(path, saved.tensors, saved.info)
+    done = call(folder, *SMALL, *words, "resume=auto", "trainer.steps=3")
+    assert done.status == 0 and "going on with" in done.err, done.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("mode=train", "head.init=zeros"), "head.init=zeros is unknown. Choose probe, or null"),
+        (("mode=train", "head=mlp", "+head.init=probe"), "does not take init"),
+        (("mode=probe", "mode.layers=[5]"), "this backbone has 2 blocks"),
+        (("mode=probe", "mode.strengths=[]"), "there is nothing to try"),
+        (("mode=probe", "mode.strengths=[0]"), "out of range. Give a number above 0"),
+        (("mode=probe", "mode.held_out=1"), "out of range"),
+    ],
+)
+def test_what_cannot_be_done_is_said(folder, words, message):
+    done = call(folder, *SMALL, *words)
+    assert done.status == 1 and message in done.err.replace("\n", " "), done.err
+
+
+def test_masks_without_a_label_are_refused(tmp_path):
+    write_data(tmp_path / "data")
+    for path in (tmp_path / "data/train/masks").iterdir():
+        write_png(path, torch.full((32, 48), 255, dtype=torch.uint8).numpy())
+    done = call(tmp_path, *SMALL, "mode=probe")
+    assert done.status == 1 and "No pixel of the training masks is labelled" in done.err
