@@ -111,8 +111,8 @@ class ImageRegime(Regime):
             return model
         if engine.sharded:
             raise UserError(
-                f"head.init={model.head.init} is solved with whole weights on each rank, and engine.sharding shares them "
-                "out. Leave one of the two out."
+                f"head.init={model.head.init} is solved with whole weights on each rank, and engine.sharding shares "
+                "them out. Leave one of the two out."
             )
         data, cfg = self.feed.train, self.cfg
         counts = class_counts(data, cfg.cache_dir).tolist()
