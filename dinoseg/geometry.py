@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinoseg.precision import at_least_float32
+from dinoseg.transfer import sent
 
 LATTICE = 1024  # pixels of an image that stand for it
 
@@ -78,8 +79,8 @@ def upsample(logits: Tensor, size: tuple[int, int], valid: tuple[float, float]) 
     scale = (nudge * height / (grid_h * valid[0]), nudge * width / (grid_w * valid[1]))
     if int(grid_h * scale[0]) == grid_h or int(grid_w * scale[1]) == grid_w:
         # F.interpolate copies an axis whose length stays, whatever its scale: two small matrix products instead
-        rows = _weights(_positions(height, grid_h, valid[0]), grid_h).to(logits)  # (H, h)
-        columns = _weights(_positions(width, grid_w, valid[1]), grid_w).to(logits)  # (W, w)
+        rows = sent(_weights(_positions(height, grid_h, valid[0]), grid_h).to(logits.dtype), logits.device)  # (H, h)
+        columns = sent(_weights(_positions(width, grid_w, valid[1]), grid_w).to(logits.dtype), logits.device)  # (W, w)
         with torch.autocast(logits.device.type, enabled=False):  # which would multiply in half precision
             return rows @ logits @ columns.T
     resized = F.interpolate(logits, scale_factor=scale, mode="bilinear", recompute_scale_factor=False)
@@ -111,7 +112,8 @@ def spans(length: int, cells: int, share: float, at_once: int, like: Tensor) -> 
     found = []
     for run in runs:
         first, last = int(positions[run.start]), min(int(positions[run.stop - 1]) + 2, cells)
-        found.append(Span(run, slice(first, last), _weights(positions[run] - first, last - first).to(like)))
+        weights = _weights(positions[run] - first, last - first).to(like.dtype)
+        found.append(Span(run, slice(first, last), sent(weights, like.device)))
     return found
 
 

@@ -201,7 +201,7 @@ class Engine:
         mean, scale = (torch.where(weight != 0, value / weight, 0.0) for value in (total, self.world))
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         for parameter in parameters:
-            parameter.grad.mul_(scale.float())
+            parameter.grad.mul_(scale.to(parameter.grad.dtype))
         norm = whole(torch.nn.utils.clip_grad_norm_(parameters, clip or float("inf"))).to(mean)
         finite = mean.isfinite() & norm.isfinite()
         if before is not None:

@@ -21,7 +21,7 @@ class Tally:
     def __init__(self, data: SegmentationData, engine: Engine) -> None:
         self._engine = engine
         self._counts = ConfusionMatrix(len(data.classes), data.ignore_index)
-        self._counts.counts = self._counts.counts.to(engine.device)
+        self._counts.counts = torch.zeros_like(self._counts.counts, device=engine.device)
 
     @torch.no_grad()
     def add(self, prediction: Prediction, batch: Batch) -> None:

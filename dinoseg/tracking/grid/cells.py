@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from dinoseg.errors import UserError
+from dinoseg.transfer import sent
 
 
 def one_hot(ids: Tensor, num_labels: int | None = None) -> Tensor:
@@ -38,11 +39,11 @@ def area_mean(pixels: Tensor, grid: tuple[int, int], valid: tuple[float, float])
     Only the top left `valid` share of the grid lies on the pixels. A cell that reaches beyond has the mean of its part
     on them, one that lies wholly beyond is 0.
     """
-    rows = _overlaps(pixels.shape[-2], grid[0], valid[0]).to(pixels)  # (h, H)
-    columns = _overlaps(pixels.shape[-1], grid[1], valid[1]).to(pixels)  # (w, W)
+    rows = _overlaps(pixels.shape[-2], grid[0], valid[0]).to(pixels.dtype)  # (h, H)
+    columns = _overlaps(pixels.shape[-1], grid[1], valid[1]).to(pixels.dtype)  # (w, W)
     # half precision would round each mean to 3 digits, and the change of a frame is a small difference of two
     with torch.autocast(pixels.device.type, enabled=False):
-        return rows @ pixels @ columns.T
+        return sent(rows, pixels.device) @ pixels @ sent(columns, pixels.device).T
 
 
 def _overlaps(length: int, cells: int, valid: float) -> Tensor:

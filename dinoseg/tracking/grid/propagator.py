@@ -79,13 +79,15 @@ class Propagator:
         Raises:
             UserError: where the first frame has no labels, or features or labels have another shape than before.
         """
-        target = _unit(features)
+        target, lengths = _unit(features)
         seeds = None if labels is None else _on_grid(labels, target)
         if self._first is None:
+            _check_finite(lengths)
             return self._start(target, seeds)
         _check_same(target, self._first[0])
         with torch.autocast(target.device.type, enabled=False):  # half precision would make ties
             soft = match(target, [self._first, *self._recent], self.settings)
+        _check_finite(lengths)
         if seeds is not None:
             soft = seed(soft.permute(2, 0, 1), seeds).permute(1, 2, 0).contiguous()
             self._first = _widened(self._first, soft.shape[2])
@@ -105,10 +107,11 @@ class Propagator:
         """
         if self._first is None:
             return self.step(features, labels)
-        target = _unit(features)
+        target, lengths = _unit(features)
         _check_same(target, self._first[0])
         with torch.autocast(target.device.type, enabled=False):
             soft = match(target, [self._first, *self._recent], self.settings)
+        _check_finite(lengths)
         mixed = torch.lerp(_on_grid(labels, target).permute(1, 2, 0), soft, share)  # (h, w, L)
         self._recent.append((target, mixed))
         return _channels_first(mixed)
@@ -148,19 +151,23 @@ class Propagator:
         return _channels_first(self._first[1])
 
 
-def _unit(features: Tensor) -> Tensor:
-    """Return (C, h, w) as (h, w, C) of unit length, in memory of its own; zero vectors stay zero."""
+def _unit(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (C, h, w) as (h, w, C) of unit length, in memory of its own, and the lengths; zero vectors stay zero."""
     if features.ndim != 3:
         raise UserError(f"A frame's features have the shape {tuple(features.shape)}. Give (C, h, w).")
     wide = features if features.dtype == torch.float64 else features.float()
     lengths = torch.linalg.vector_norm(wide, dim=0)
+    target = wide.new_empty(*wide.shape[1:], len(wide))
+    return torch.div(wide.permute(1, 2, 0), lengths.clamp(min=1e-12)[..., None], out=target), lengths
+
+
+def _check_finite(lengths: Tensor) -> None:
+    """Refuse features of such lengths; asked after the frame is matched, when a device has been waited for."""
     if not lengths.isfinite().all():
         raise UserError(
             "A frame's features hold values that are not finite, and would spread to all frames after it. Run the "
             "backbone in float32 (engine.precision=fp32)."
         )
-    target = wide.new_empty(*wide.shape[1:], len(wide))
-    return torch.div(wide.permute(1, 2, 0), lengths.clamp(min=1e-12)[..., None], out=target)
 
 
 def _on_grid(labels: Tensor, target: Tensor) -> Tensor:

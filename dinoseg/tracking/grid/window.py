@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Sequence
+from itertools import compress
 
 import torch
 from torch import Tensor
 
 from dinoseg.tracking.grid.settings import MatchSettings
+from dinoseg.transfer import sent
 
 # Cells on a tile's side. Small tiles compare little outside of their windows, large ones need fewer calls: these were
 # the fastest with 60 x 107 cells and radius 12 on a CPU; a GPU has much to do at once.
@@ -22,16 +24,24 @@ def match(target: Tensor, frames: Sequence[ContextFrame], settings: MatchSetting
     height, width = target.shape[:2]
     tile = _TILE_CPU if target.device.type == "cpu" else _TILE_GPU
     labels = target.new_empty(height, width, frames[0][1].shape[2])
-    for top in range(0, height, tile):
-        for left in range(0, width, tile):
-            area = (slice(top, min(top + tile, height)), slice(left, min(left + tile, width)))
-            labels[area] = _match_tile(target[area], area, frames, settings)
+    corners = [(top, left) for top in range(0, height, tile) for left in range(0, width, tile)]
+    areas = [(slice(top, min(top + tile, height)), slice(left, min(left + tile, width))) for top, left in corners]
+    waits = target.device.type != "cpu"  # for an answer: whether there are ties is asked once, of all tiles
+    tied = []
+    for area in areas:
+        labels[area], ties = _match_tile(target[area], area, frames, settings, untie=not waits)
+        tied.append(ties)
+    if waits:
+        anywhere = torch.stack([ties.any() for ties in tied]).tolist()
+        for area in compress(areas, anywhere):
+            labels[area], _ = _match_tile(target[area], area, frames, settings, untie=True)
     return labels
 
 
 def _match_tile(
-    target: Tensor, area: tuple[slice, slice], frames: Sequence[ContextFrame], settings: MatchSettings
-) -> Tensor:
+    target: Tensor, area: tuple[slice, slice], frames: Sequence[ContextFrame], settings: MatchSettings, *, untie: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the labels of a tile, and which of its cells have ties (M,), that count only if it is to `untie` them."""
     grid = (frames[0][0].shape[0], frames[0][0].shape[1])
     whole = (slice(0, grid[0]), slice(0, grid[1]))
     near = (_around(area[0], grid[0], settings), _around(area[1], grid[1], settings))
@@ -39,13 +49,14 @@ def _match_tile(
     sizes = [(rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns in regions]
     queries = target.flatten(0, 1)  # (M, C)
     similarities = queries.new_empty(len(queries), sum(sizes))
-    outside = _outside(area, near, settings).to(queries.device)  # (M, cells around)
+    outside = sent(_outside(area, near, settings), queries.device)  # (M, cells around)
     for part, region, (features, _) in zip(similarities.split(sizes, dim=1), regions, frames, strict=True):
         torch.mm(queries, features[region].flatten(0, 1).T, out=part)
         if region is near:
             part.masked_fill_(outside, -torch.inf)
     labels = torch.cat([labels[region].flatten(0, 1) for region, (_, labels) in zip(regions, frames, strict=True)])
-    return _mix(similarities, labels, settings).unflatten(0, target.shape[:2])
+    mixed, tied = _mix(similarities, labels, settings, untie)
+    return mixed.unflatten(0, target.shape[:2]), tied
 
 
 def _around(cells: slice, length: int, settings: MatchSettings) -> slice:
@@ -70,19 +81,23 @@ def _outside(area: tuple[slice, slice], near: tuple[slice, slice], settings: Mat
     return outside.flatten(0, 1).flatten(1)
 
 
-def _mix(similarities: Tensor, labels: Tensor, settings: MatchSettings) -> Tensor:
-    """Return the mean (M, L) of labels (N, L), weighted by the best of the similarities (M, N) of each row."""
+def _mix(similarities: Tensor, labels: Tensor, settings: MatchSettings, untie: bool) -> tuple[Tensor, Tensor]:
+    """Return the mean (M, L) of labels (N, L), weighted by the best of the similarities (M, N) of each row; and ties.
+
+    Without `untie`, of matches that equal the last that counts any one does.
+    """
     count = min(settings.top_k, len(labels))
     values, cells = similarities.topk(min(count + 1, len(labels)))
     mixed = torch.bmm(_weights(values[:, :count], settings)[:, None], labels[cells[:, :count]])[:, 0]
     if count == len(labels):
-        return mixed
+        return mixed, torch.zeros_like(values[:, 0], dtype=torch.bool)
     last, next_best = values[:, count - 1], values[:, count]
-    tied = ((last == next_best) & last.isfinite()).nonzero()[:, 0]
-    if len(tied):  # rare, and dear: a weight for every cell of the surroundings
-        matches = _matches(similarities[tied], last[tied, None], settings)
-        mixed[tied] = _weights(matches, settings) @ labels
-    return mixed
+    tied = (last == next_best) & last.isfinite()
+    rows = tied.nonzero()[:, 0] if untie else ()
+    if len(rows):  # rare, and dear: a weight for every cell of the surroundings
+        matches = _matches(similarities[rows], last[rows, None], settings)
+        mixed[rows] = _weights(matches, settings) @ labels
+    return mixed, tied
 
 
 def _matches(similarities: Tensor, last: Tensor, settings: MatchSettings) -> Tensor:

@@ -52,9 +52,12 @@ class ObjectChannels:
             )
         return labels
 
-    def mask(self, soft: Tensor, size: tuple[int, int]) -> np.ndarray:
-        """Return the mask (H, W) uint8 of the objects that win in soft labels (L, h, w)."""
-        channels = to_mask(soft, size, self._settings, patch_size=self._patch_size)
+    def winners(self, soft: Tensor, size: tuple[int, int]) -> Tensor:
+        """Return the channels (H, W) uint8 that win in soft labels (L, h, w), still on their device."""
+        return to_mask(soft, size, self._settings, patch_size=self._patch_size)
+
+    def mask(self, channels: Tensor) -> np.ndarray:
+        """Return the mask (H, W) uint8 of the objects that channels (H, W) are of."""
         return np.array(self.ids, np.uint8)[channels.cpu().numpy()]
 
 
@@ -102,8 +105,8 @@ def to_mask(
     for label, channel in enumerate(soft):
         scores = _stretched(F.interpolate(channel[None, None], decided, mode=mode)[0, 0], settings.min_max)
         wins = scores > best
-        best[wins] = scores[wins]
-        ids[wins] = label
+        best = torch.where(wins, scores, best)
+        ids.masked_fill_(wins, label)
     return ids if decided == tuple(size) else _nearest_by_pillow(ids, size)
 
 
@@ -126,9 +129,9 @@ def _decision_size(
 
 
 def _stretched(scores: Tensor, min_max: str) -> Tensor:
-    low, high = scores.amin(), scores.amax()
-    if min_max == "none" or (min_max == "positive" and high <= 0):
+    if min_max == "none":
         return scores
-    if high - low <= _FLAT * torch.maximum(high.abs(), low.abs()):
-        return torch.full_like(scores, torch.inf if min_max == "positive" else 0.0)
-    return (scores - low) / (high - low)
+    low, high = scores.amin(), scores.amax()
+    flat = high - low <= _FLAT * torch.maximum(high.abs(), low.abs())
+    stretched = ((scores - low) / (high - low)).masked_fill_(flat, torch.inf if min_max == "positive" else 0.0)
+    return torch.where(high <= 0, scores, stretched) if min_max == "positive" else stretched

@@ -93,7 +93,7 @@ class PropagationTracker(Tracker):
         """
         assert self.size is not None
         maps = last_maps(self._backbone, frames, self._protocol, self.device, self.autocast)
-        masks = []
+        masks: list[np.ndarray | Tensor] = []  # those on the device are read at the end: nothing waits for them
         for features, mask in zip(maps, labels, strict=True):
             grid = (features.shape[1], features.shape[2])
             first = self._frames_seen == 0
@@ -102,9 +102,11 @@ class PropagationTracker(Tracker):
             seeds = None if mask is None else self._objects.labels(mask, grid, self._frames_seen).to(self.device)
             soft = self._propagator.step(features, seeds)  # (L, h, w)
             self._frames_seen += 1
-            # the first mask is what the user says: propagation would only give it back through the coarse grid
-            masks.append(without_void(mask) if mask is not None and first else self._objects.mask(soft, self.size))
-        return masks
+            if mask is not None and first:  # what the user says: propagation would only give it back, coarsely
+                masks.append(without_void(mask))
+            else:
+                masks.append(self._objects.winners(soft, self.size))
+        return [each if isinstance(each, np.ndarray) else self._objects.mask(each) for each in masks]
 
     def state(self) -> dict[str, Tensor]:
         """Return all that the next frame depends on; empty before the first."""

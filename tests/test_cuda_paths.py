@@ -1,0 +1,259 @@
+"""What is done on CUDA, tried without it: nothing mixes devices, and each place that waits for the device is known."""
+
+import logging
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from checkpoint_files import INFO
+from pretended_cuda import MixedDevices, Pretended, Waits, on_cuda, pretended_cuda, pretended_engine
+from test_matrix import make_batch
+from tiny_parts import tiny_vit
+
+from dinoseg.adapters import Full
+from dinoseg.errors import UserError
+from dinoseg.heads.linear import LinearHead
+from dinoseg.losses.cross_entropy import CrossEntropy
+from dinoseg.losses.mask_classification import MaskClassification
+from dinoseg.model import Segmenter
+from dinoseg.report.log import RunLog
+from dinoseg.shapes import MaskOutputs, Prediction
+from dinoseg.tracking.propagation.settings import PropagationSettings
+from dinoseg.tracking.propagation.tracker import PropagationTracker
+from dinoseg.training.checkpoint import Checkpoints
+from dinoseg.training.engine import Engine
+from dinoseg.training.fit import fit
+from dinoseg.training.image_feed import ImageFeed
+from dinoseg.training.optim import adamw, schedule
+from dinoseg.training.trainee import NonFiniteLoss
+
+VALIDATION = {  # of one image
+    "metrics/confusion.py _raise_for_outsiders: read": 1,
+    "metrics/confusion.py compute: read": 2,
+    "metrics/confusion.py update: copy to the device": 1,
+    "training/validation.py _add_loss: read": 1,
+    "training/validation.py _part_masks: index from the host": 1,
+    "training/validation.py evaluate: copy to the device": 1,
+    "training/validation.py evaluate: read": 1,
+}
+LOGGED = {
+    "metrics/confusion.py _raise_for_outsiders: read": 1,
+    "metrics/confusion.py compute: read": 2,
+    "training/outcome.py read: work just launched": 1,
+}
+MATCHING = {"losses/matching.py match: copy to the host": 1}
+
+
+class Rows(RunLog):
+    def __init__(self):
+        super().__init__("", visible=False)
+        self.rows = []
+
+    def scalars(self, step, values):
+        self.rows.append({"step": step, **values})
+
+
+class Noise:
+    classes, palette, ignore_index, skipped = ("a", "b", "c"), ((0, 0, 0),) * 3, 255, {}
+
+    def __init__(self, count):
+        self.names = [str(number) for number in range(count)]
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, index):
+        draw = np.random.default_rng(index)
+        image, mask = draw.integers(0, 256, (3, 16, 24), np.uint8), draw.integers(0, 3, (16, 24), np.uint8)
+        mask[:, :2] = 255
+        return {"image": torch.from_numpy(image), "mask": torch.from_numpy(mask), "name": self.names[index]}
+
+
+class Watched(ImageFeed):
+    """A feed that takes down what was waited for in each step, and in validations, and may fail at a batch."""
+
+    def begin(self, waits=None, at=None, fails=None):
+        self.steps, self.validations, self.waits, self.at, self.fails = [], [], waits or Waits(), at, fails
+        return self
+
+    def train_batches(self, start):
+        for number, batch in enumerate(super().train_batches(start), start=start):
+            if number:
+                self.steps.append(self.waits.take())
+            if number == self.at:
+                self.fails(batch)
+            self.waits.take()
+            yield batch
+
+    def validate(self, *given):
+        self.steps.append(self.waits.take())
+        found = super().validate(*given)
+        self.validations.append(self.waits.take())
+        return found
+
+
+def train(folder, model, loss, *, cuda=True, bf16=False, plain=False, **options):
+    """Train with or without the pretended device; return the feed, the rows, the model's state and the error."""
+    watch = {key: options.pop(key) for key in ("at", "fails") if key in options}
+    settings = {"steps": 3, "val_every": 3, "log_every": 3, **options}
+    log, error = Rows(), None
+    with pretended_cuda() as waits:
+        feed = Watched(Noise(4), Noise(1), lambda image, mask, _: (image, mask), 2, seed=0, workers=0)
+        feed.begin(waits if cuda else None, **watch)
+        engine = pretended_engine(bf16=bf16) if cuda else Engine("cpu", "bf16" if bf16 else "fp32", workers=0)
+        model, loss = (on_cuda(model), on_cuda(loss)) if cuda else (model, loss)
+        optimizer = adamw(model, lr=1e-2)
+        assert optimizer.defaults["fused"] == cuda
+        optimizer = torch.optim.SGD(optimizer.param_groups, fused=True) if plain else optimizer
+        checkpoints = Checkpoints(folder, dict(INFO))
+        try:
+            fit(model, loss, feed, optimizer, engine, checkpoints, log, schedule=schedule("constant"), **settings)
+        except UserError as caught:
+            error = caught
+    state = {name: getattr(value, "memory", value) for name, value in model.state_dict().items()}
+    return SimpleNamespace(feed=feed, rows=log.rows, state=state, error=error, step=checkpoints.progress.step)
+
+
+def tiny():
+    torch.manual_seed(0)
+    return Segmenter(Full()(tiny_vit()), LinearHead(24, 1, 3)), CrossEntropy(torch.tensor([1.0, 0.5, 2.0]))
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_step_waits_for_nothing_and_learns_what_a_cpu_does(tmp_path, bf16):
+    there, here = (train(tmp_path, *tiny(), cuda=cuda, bf16=bf16, plain=True, clip=0.5) for cuda in (True, False))
+    assert there.feed.steps == [{}, {}, LOGGED] and there.feed.validations == [VALIDATION]
+    for name, value in here.state.items():
+        torch.testing.assert_close(there.state[name], value, rtol=1e-4, atol=2e-3 if bf16 else 1e-6)  # other tiles
+    for key in ("train/loss", "val/loss"):
+        one, other = ([row[key] for row in each.rows if key in row] for each in (there, here))
+        assert len(one) == 1 and one == pytest.approx(other, rel=1e-4)
+
+
+def spoil(batch):
+    batch.image = batch.image.float() * math.inf
+
+
+def drop(batch):
+    raise UserError("a file is gone")
+
+
+@pytest.mark.parametrize("logged", [1, 9])
+def test_a_loss_that_is_not_finite_updates_nothing_and_is_told_by_its_step_and_samples(tmp_path, logged):
+    whole = train(tmp_path / "whole", *tiny(), steps=2, val_every=9, log_every=9)
+    ended = train(tmp_path / "cut", *tiny(), steps=5, val_every=9, log_every=logged, at=2, fails=spoil)
+    plain = train(tmp_path / "plain", *tiny(), cuda=False, steps=5, val_every=9, log_every=1, at=2, fails=spoil)
+    assert isinstance(ended.error, NonFiniteLoss) and str(ended.error) == str(plain.error)
+    assert str(ended.error).startswith("Step 2: the loss is nan")
+    learnt = {name for name, value in whole.state.items() if value.is_floating_point() and "running" not in name}
+    assert all(ended.state[name].equal(whole.state[name]) for name in learnt)
+    assert not (tmp_path / "cut").exists() or not list((tmp_path / "cut").iterdir())
+
+
+@pytest.mark.parametrize(("at", "saved"), [(2, True), (3, False)])
+def test_what_ends_a_training_between_a_step_and_its_reading_keeps_only_whole_steps(tmp_path, at, saved, caplog):
+    """The file is gone in the step after the one that nobody has read."""
+
+    def fails(batch):
+        spoil(batch) if feed_at == 2 and not seen else drop(batch)
+
+    seen: list[int] = []
+    feed_at = at
+    model, loss = tiny()
+    bad = at == 3
+    if bad:  # the loss of step 2 is no number, and step 3 has no file
+
+        class Spoiling(CrossEntropy):
+            def forward(self, prediction, batch):
+                value, parts = super().forward(prediction, batch)
+                seen.append(1)
+                return (value * math.nan if len(seen) == 3 else value), parts
+
+        loss = Spoiling(torch.ones(3))
+    else:
+        seen.append(1)
+    with caplog.at_level(logging.WARNING):
+        ended = train(tmp_path, model, loss, steps=9, val_every=9, log_every=9, at=at, fails=fails)
+    assert str(ended.error) == "a file is gone"
+    assert bool(list(tmp_path.glob("last*"))) == saved
+    assert ("Training stopped after step 2, and that step is saved." in caplog.text) == saved
+    assert ("The loss of step 2 was not finite: nothing is saved." in caplog.text) != saved
+
+
+def test_costs_of_masks_go_to_the_host_in_one_transfer():
+    torch.manual_seed(0)
+    outputs = MaskOutputs(torch.randn(2, 6, 4), torch.randn(2, 6, 5, 7))
+    loss, batch = MaskClassification(torch.rand(3), num_points=64), make_batch()
+    batch.mask[0][batch.mask[0] == 1] = 0  # a class that one image lacks
+    expected, found = [], []
+    for cuda in (False, True):
+        with pretended_cuda() as waits:
+            torch.manual_seed(1)
+            outs = MaskOutputs(*(Pretended(part) if cuda else part for part in vars(outputs).values() if part != []))
+            prediction = Prediction(outs, (37, 50), (0.9, 1.0), lambda *_: torch.zeros(()), True)
+            asked = on_cuda(loss) if cuda else loss
+            placed = batch.to(torch.device("cuda")) if cuda else batch
+            value, parts = asked(prediction, placed)
+            (found if cuda else expected).extend([value, *parts.values()])
+            assert waits.take() == (MATCHING if cuda else {})
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.memory, other)
+
+
+def test_a_tracked_batch_waits_once_for_its_masks_and_twice_for_each_frame():
+    def track(cuda):
+        torch.manual_seed(0)
+        backbone = tiny_vit()
+        draw = np.random.default_rng(0)
+        frames = [draw.integers(0, 256, (48, 64, 3), np.uint8) for _ in range(4)]
+        mask = np.zeros((48, 64), np.uint8)
+        mask[8:40, 8:40] = 3
+        with pretended_cuda() as waits:
+            device = torch.device("cuda" if cuda else "cpu")
+            settings = PropagationSettings(short=48, radius=2)
+            tracker = PropagationTracker(on_cuda(backbone) if cuda else backbone, settings, device=device)
+            tracked = tracker.track(frames[:2], [mask, None])
+            waits.take()
+            tracked += tracker.track(frames[2:], [None, None])
+            return tracked, waits.take()
+
+    (here, _), (there, found) = track(False), track(True)
+    assert all(np.array_equal(one, other) for one, other in zip(here, there, strict=True))
+    assert found == {
+        "tracking/grid/propagator.py _check_finite: read": 2,
+        "tracking/grid/window.py match: read": 2,
+        "tracking/propagation/masks.py mask: copy to the host": 2,
+    }
+
+
+def test_the_pretended_device_refuses_and_counts():
+    with pretended_cuda() as waits:
+        one = torch.ones(3, device="cuda")
+        with pytest.raises(MixedDevices):
+            one + torch.ones(3)
+        with pytest.raises(MixedDevices):
+            torch.stack([one[0], torch.ones(())])
+        with pytest.raises(TypeError, match="can't convert cuda"):
+            one.numpy()
+        assert (one + 1).device.type == "cuda" and one.cpu().tolist() == [1.0, 1.0, 1.0]
+        waits.take()
+        for waiting in (
+            lambda: one.sum().item(),
+            lambda: bool(one.any()),
+            lambda: one.tolist(),
+            lambda: one[one > 0],
+            lambda: one[[0, 1]],
+            lambda: torch.tensor([1.0], device="cuda"),
+            lambda: one.new_tensor([1.0]),
+            lambda: torch.ones(2).to("cuda", non_blocking=True),
+            lambda: torch.ones(2).pin_memory().to("cuda"),
+        ):
+            waiting()
+            assert sum(waits.take().values()) == 1
+        torch.ones(2).pin_memory().to("cuda", non_blocking=True)
+        one.masked_fill_(one > 0, 2.0)
+        one[one > 3] = 1.0
+        torch.zeros(2, device="cuda") + torch.ones(()) + one.new_full((), 3)
+        assert sum(waits.take().values()) == 0
