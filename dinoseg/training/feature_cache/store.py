@@ -1,6 +1,7 @@
 """Features of images under their keys, on the disk or in memory: what is not there is computed again, and no more."""
 
 import logging
+import mmap
 import os
 import shutil
 import stat
@@ -207,14 +208,14 @@ class DiskStore:
 
 
 def _read(path: Path, *, touch: bool) -> np.ndarray:
-    """Return the bytes of a file, read by one call: mapped, a file that is cut meanwhile would kill the process."""
+    """Return the bytes of a file, mapped: files are replaced and removed, never changed, so a map stays as it is."""
     status = path.lstat()
-    if not stat.S_ISREG(status.st_mode) or status.st_size > MOST_BYTES:
-        raise Misshapen("it is a folder, a link or the like" if status.st_size <= MOST_BYTES else "it is too large")
-    content = np.empty(status.st_size, np.uint8)
-    with open(path, "rb", buffering=0) as file:
-        if file.readinto(content.data) != len(content):
-            raise Misshapen("it ends too early")
+    if not stat.S_ISREG(status.st_mode):
+        raise Misshapen("it is a folder, a link or the like")
+    if not 0 < status.st_size <= MOST_BYTES:
+        raise Misshapen(f"it has {status.st_size} bytes")
+    with open(path, "rb") as file:
+        content = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)
     if touch:
         with suppress(OSError):  # a cache that may only be read
             os.utime(path)

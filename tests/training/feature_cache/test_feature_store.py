@@ -135,12 +135,26 @@ def test_a_damaged_or_foreign_file_counts_as_not_there_is_told_and_written_anew(
         assert torch.equal(store.get(KEYS[0])[0], features(0)[0].half()) and not path.is_symlink()
 
 
-def test_a_file_that_is_cut_after_it_was_checked_kills_nothing(tmp_path):
+def test_a_file_that_was_checked_is_still_held_against_its_size(tmp_path):
+    store = DiskStore(tmp_path, "a", "float16")
+    fill(store, [0])
+    assert store.get(KEYS[0]) is not None
+    for size in (SIZE - 64, 128, 20, 1, 0):
+        os.truncate(tmp_path / "a" / f"{KEYS[0]}.features", size)
+        assert store.get(KEYS[0]) is None
+
+
+def test_features_that_are_held_outlive_their_file_and_nobody_writes_to_it(tmp_path):
     store = DiskStore(tmp_path, "a", "float16")
     fill(store, [0])
     (found,) = store.get(KEYS[0])
-    os.truncate(tmp_path / "a" / f"{KEYS[0]}.features", 128)
-    assert torch.equal(found, features(0)[0].half()) and store.get(KEYS[0]) is None
+    found.zero_()
+    assert torch.equal(store.get(KEYS[0])[0], features(0)[0].half())
+    (found,) = store.get(KEYS[0])
+    store.put(KEYS[0], features(1))
+    assert torch.equal(found, features(0)[0].half()) and torch.equal(store.get(KEYS[0])[0], features(1)[0].half())
+    (tmp_path / "a" / f"{KEYS[0]}.features").unlink()
+    assert torch.equal(found, features(0)[0].half())
 
 
 def test_what_other_runs_have_not_used_for_longest_makes_room_and_own_files_never(tmp_path, caplog):
