@@ -129,7 +129,7 @@ def test_a_step_waits_for_nothing_and_learns_what_a_cpu_does(tmp_path, bf16):
         torch.testing.assert_close(there.state[name], value, rtol=1e-4, atol=2e-3 if bf16 else 1e-6)  # other tiles
     for key in ("train/loss", "val/loss"):
         one, other = ([row[key] for row in each.rows if key in row] for each in (there, here))
-        assert len(one) == 1 and one == pytest.approx(other, rel=1e-4)
+        assert len(one) == 1 and one == pytest.approx(other, rel=1e-2 if bf16 else 1e-4)
 
 
 def spoil(batch):
