@@ -78,7 +78,7 @@ class Backbone(nn.Module):
         return firsts[0] if trained <= within else 0
 
     def until(self, images: Tensor) -> list[Tensor]:
-        """Return tensors (B, ..., C) that the frozen part gives for images, from which `onwards` goes on to the maps.
+        """Return tokens (B, N, C) or maps (B, C, h, w) that the frozen part gives for images, for `onwards`.
 
         Raises:
             UserError: something is trained, and this backbone can be cut behind all of it alone.
@@ -88,11 +88,11 @@ class Backbone(nn.Module):
                 "This backbone is cut behind its last block alone, and some of it is trained. Choose adapter=frozen, "
                 "a vision transformer, or engine.cache=off."
             )
-        return [part.permute(0, 2, 3, 1).contiguous() for part in self(images)]
+        return self(images)
 
     def onwards(self, frozen: list[Tensor], size: tuple[int, int]) -> list[Tensor]:
         """Return the L maps (B, C, h, w) for what `until` gave of images of `size` (H, W)."""
-        return [part.permute(0, 3, 1, 2).contiguous() for part in frozen]
+        return frozen
 
     def with_class_attention(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         """Return the maps and, of the same pass, where the class token looks (B, heads, h, w), float32."""
@@ -177,7 +177,7 @@ class Head(nn.Module, Generic[Outputs]):
         return self(backbone(images))
 
     def until(self, backbone: Backbone, images: Tensor) -> list[Tensor]:
-        """Return tensors (B, ..., C) that all before anything trained gives for images: `onwards` goes on as `run`.
+        """Return tokens (B, N, C) or maps (B, C, h, w) of all before anything trained: `onwards` goes on as `run`.
 
         Raises:
             UserError: nothing comes before; or this head has a `run` of its own, and not this.

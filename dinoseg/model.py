@@ -1,7 +1,7 @@
 """The segmenter: a backbone and a head, what of them is trained, and how an image enters."""
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -125,6 +125,14 @@ def trained_names(model: Segmenter) -> set[str]:
         if part.weights in (None, "random"):
             names |= {key for key in state if key.startswith(f"{name}.")}
     return names - quantised_names(model)
+
+
+def frozen_tensors(model: Segmenter) -> Iterator[tuple[str, Tensor]]:
+    """Yield parameters and buffers, with their names, of the modules that hold no trained parameter of their own."""
+    for where, part in model.named_modules():
+        own = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
+        if not any(tensor.requires_grad for _, tensor in own):
+            yield from ((f"{where}.{name}", tensor) for name, tensor in own)
 
 
 def constants(model: nn.Module) -> dict[str, Tensor]:

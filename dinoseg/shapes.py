@@ -35,6 +35,11 @@ class Batch:
     mask: Tensor  # (B, H, W) uint8
     names: list[str]
 
+    @property
+    def count(self) -> int:
+        """The number of images."""
+        return len(self.names)
+
     @classmethod
     def stack(cls, samples: Sequence[Sample]) -> Batch:
         """Stack samples of equal size."""
@@ -58,6 +63,11 @@ class ClipBatch:
 
     image: Tensor  # (B, T, 3, H, W) uint8
     names: list[str]
+
+    @property
+    def count(self) -> int:
+        """The number of images: of all frames."""
+        return self.image.shape[:2].numel()
 
     @classmethod
     def stack(cls, clips: Sequence[tuple[Tensor, str]]) -> ClipBatch:
@@ -83,9 +93,16 @@ def _split(names: list[str], parts: Sequence[Tensor]) -> list[list[str]]:
 class FrozenFeatures:
     """What the part of a model before all that is trained gives for images: the model goes on from it as from these."""
 
-    tensors: list[Tensor]  # (B, ..., C) each: tokens, or maps with their channels last
+    tensors: list[Tensor]  # tokens (B, N, C) or maps (B, C, h, w)
     size: tuple[int, int]  # (H, W) of the images
     seen: tuple[int, int]  # (H, W) at which they entered the backbone
+
+
+@dataclass
+class FeatureBatch(Batch):
+    """A batch of which the model takes what is frozen of its images, in place of these."""
+
+    image: FrozenFeatures  # type: ignore[assignment]
 
 
 @dataclass

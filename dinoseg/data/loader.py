@@ -39,21 +39,47 @@ def train_batches(
     workers: int = 0,
     rank: int = 0,
     world: int = 1,
+    views: int | None = None,
 ) -> Iterator[Batch]:
-    """Yield this rank's share of each training batch from number `start` on, without end.
+    """Yield this rank's share of each training batch from number `start` on, without end, as `drawn_batches` does.
+
+    Each epoch has views of its own, or draws view number epoch mod `views` of an image anew.
+    """
+    read = functools.partial(_read_augmented, dataset, augment, seed, views)
+    options = {"batch_size": batch_size, "seed": seed, "start": start, "workers": workers, "rank": rank, "world": world}
+    return drawn_batches(read, Batch.stack, len(dataset), **options)
+
+
+def drawn_batches(
+    read: Callable[[int, int], Item],
+    join: Callable[[list[Item]], V],
+    samples: int,
+    *,
+    batch_size: int,
+    seed: int,
+    start: int = 0,
+    workers: int = 0,
+    rank: int = 0,
+    world: int = 1,
+) -> Iterator[V]:
+    """Yield what `join` makes of what `read(epoch, sample)` gives, for this rank's share of each batch, without end.
 
     Every epoch is a new permutation, and the epochs follow one another without a gap: a batch may hold the
     end of one and the beginning of the next. Ranks take contiguous shares of a batch.
 
     Raises:
         UserError: the batch is larger than the data set, or not to be shared evenly by the ranks; while
-            iterating: whatever the data set finds wrong.
+            iterating: whatever reading finds wrong.
     """
-    check_batch_size(batch_size, len(dataset), world)
+    check_batch_size(batch_size, samples, world)
     _check_seed(seed)
-    read = functools.partial(_read_augmented, dataset, augment, seed)
-    shares = _shares(len(dataset), batch_size, seed, start=start, rank=rank, world=world)
-    return _load(functools.partial(_read_batch, read, Batch.stack), shares, workers)
+    shares = _shares(samples, batch_size, seed, start=start, rank=rank, world=world)
+    return load_in_order(functools.partial(_read_batch, read, join), shares, workers)
+
+
+def view_chance(seed: int, views: int | None, epoch: int, index: int) -> np.random.Generator:
+    """Return the chance that the view of a sample in an epoch is drawn with."""
+    return _random(seed, epoch if views is None else epoch % views, index, _SAMPLE)
 
 
 def clip_batches(
@@ -76,7 +102,7 @@ def clip_batches(
     _check_seed(seed)
     read = functools.partial(_read_clip, clips, view, seed)
     shares = _shares(len(clips), batch_size, seed, start=start, rank=rank, world=world)
-    return _load(functools.partial(_read_batch, read, ClipBatch.stack), shares, workers)
+    return load_in_order(functools.partial(_read_batch, read, ClipBatch.stack), shares, workers)
 
 
 def check_batch_size(batch_size: int, samples: int, world: int, what: str = "image") -> None:
@@ -97,7 +123,7 @@ def _check_seed(seed: int) -> None:
 
 def eval_samples(dataset: SegmentationData, *, workers: int = 0, rank: int = 0, world: int = 1) -> Iterator[Sample]:
     """Yield this rank's samples once and in order, as they are: number rank, rank + world, ..."""
-    return _load(dataset.__getitem__, range(rank, len(dataset), world), workers)
+    return load_in_order(dataset.__getitem__, range(rank, len(dataset), world), workers)
 
 
 def stack_equal(samples: Iterable[Sample], batch_size: int) -> Iterator[Batch]:
@@ -133,10 +159,17 @@ def _read_batch(read: Callable[[int, int], Item], join: Callable[[list[Item]], V
     return join([read(epoch, index) for epoch, index in share])
 
 
-def _read_augmented(dataset: SegmentationData, augment: Transform, seed: int, epoch: int, index: int) -> Sample:
+def _read_augmented(
+    dataset: SegmentationData, augment: Transform, seed: int, views: int | None, epoch: int, index: int
+) -> Sample:
+    return read_view(dataset, augment, index, view_chance(seed, views, epoch, index))
+
+
+def read_view(dataset: SegmentationData, augment: Transform, index: int, chance: np.random.Generator) -> Sample:
+    """Return the view of a sample that `augment` draws."""
     sample = dataset[index]
     pixels = np.ascontiguousarray(sample["image"].permute(1, 2, 0).numpy())  # (H, W, 3)
-    image, mask = augment(pixels, sample["mask"].numpy(), _random(seed, epoch, index, _SAMPLE))
+    image, mask = augment(pixels, sample["mask"].numpy(), chance)
     return Sample(image=torch.from_numpy(image).permute(2, 0, 1), mask=torch.from_numpy(mask), name=sample["name"])
 
 
@@ -159,7 +192,7 @@ class _Keyed(Generic[K, V]):
             return error
 
 
-def _load(read: Callable[[K], V], keys: Iterable[K], workers: int) -> Iterator[V]:
+def load_in_order(read: Callable[[K], V], keys: Iterable[K], workers: int) -> Iterator[V]:
     """Yield `read(key)` for each key in order, read ahead by `workers` processes (0: in this one)."""
     if workers < 0:
         raise UserError(f"workers={workers}: give the number of loading processes, 0 for none.")

@@ -11,6 +11,7 @@ from dinoseg.errors import UserError
 from dinoseg.ranges import Count, NotNegative, Share
 
 _OUTSIDE = (128, 128, 128)  # grey beyond the image's border; the mask says ignore there
+_DRAWS = 12  # numbers of a view
 _AREA_BELOW = 0.8  # bilinear reads 2 x 2 pixels: shrinking further skips some, so average them first
 _LUMA = np.array([0.299, 0.587, 0.114])
 _YIQ = np.array([_LUMA, [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
@@ -117,12 +118,22 @@ class Augment:
 
         The number of draws from `rng` is always the same, so one setting does not change another's chance.
         """
-        chance = rng.random(12)
-        height, width = mask.shape
-        zoom = self._zoom((height, width), chance[0])
-        matrix = self._matrix((height, width), zoom, chance[1:8])
+        chance = rng.random(_DRAWS)
+        zoom, matrix = self._geometry(mask.shape, chance)
         seen = _warp_image(image, matrix, zoom, self.crop)
-        ids = cv2.warpAffine(
+        return _recolor(seen, self.color, chance[8:]), self._warp_mask(mask, matrix)
+
+    def mask(self, mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Return the view of a mask (H, W) alone, which a call with its image gives of it."""
+        return self._warp_mask(mask, self._geometry(mask.shape, rng.random(_DRAWS))[1])
+
+    def _geometry(self, size: tuple[int, ...], chance: np.ndarray) -> tuple[tuple[float, float], np.ndarray]:
+        height, width = size
+        zoom = self._zoom((height, width), chance[0])
+        return zoom, self._matrix((height, width), zoom, chance[1:8])
+
+    def _warp_mask(self, mask: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+        return cv2.warpAffine(
             mask,
             matrix[:2],
             self.crop[::-1],
@@ -130,7 +141,6 @@ class Augment:
             borderMode=cv2.BORDER_CONSTANT,
             borderValue=(self.ignore_index,),
         )
-        return _recolor(seen, self.color, chance[8:]), ids
 
     def _zoom(self, size: tuple[int, int], chance: float) -> tuple[float, float]:
         """Return output pixels per image pixel, vertically and horizontally."""

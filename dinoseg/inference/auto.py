@@ -8,7 +8,7 @@ import torch
 
 from dinoseg.inference.memory import PassCost, described, free_bytes, measure
 from dinoseg.inference.policy import Autocast, Policy, Seen
-from dinoseg.inference.rows import Rows
+from dinoseg.inference.rows import HeldRows, Rows
 from dinoseg.inference.whole import Whole
 from dinoseg.inference.windows import Overlap, Windows
 from dinoseg.model import Segmenter, Size, backbone_size
@@ -61,6 +61,11 @@ class Auto(Policy):
         if self._whole_fits(model, rows, autocast, size or rows.size):
             return self.whole.bands(model, rows, autocast, size=size, seen=seen)
         return self.windows.over(model, rows, autocast, grid, size=size, seen=seen)
+
+    def sees_whole(self, model: Segmenter, size: Size, autocast: Autocast) -> bool:
+        """Return whether there is one pass, of a whole image."""
+        rows = HeldRows(torch.empty(1, 3, *size, device="meta"))
+        return self.whole.sees_whole(model, size, autocast) and self._whole_fits(model, rows, autocast, size)
 
     def spare(self, model: Segmenter, rows: Rows, *, size: Size | None = None) -> bool:
         """See such images, and larger ones, in windows from now on."""

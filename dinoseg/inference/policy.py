@@ -44,6 +44,10 @@ class Policy(Protocol):
         """
         ...
 
+    def sees_whole(self, model: Segmenter, size: Size, autocast: Autocast) -> bool:
+        """Return whether one pass sees all of an image of `size`, and nothing else does: then this is its answer."""
+        return False
+
     def spare(self, model: Segmenter, rows: Rows, *, size: Size | None = None) -> bool:
         """Hear that memory did not suffice for `bands` of such images; return whether it takes less from now on."""
         return False

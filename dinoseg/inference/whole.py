@@ -22,7 +22,7 @@ class Whole(Policy):
         self, model: Segmenter, rows: Rows, autocast: Autocast, *, size: Size | None = None, seen: Seen | None = None
     ) -> Iterator[Prediction]:
         """Yield one band, the model's own prediction; several where it is an average."""
-        if len(self.looks.turns) > 1 or list(self.looks.scales) != [1.0]:
+        if not self.sees_whole(model, rows.size, autocast):
             grid = model.reduced_size(rows.size)
             yield from self.looks.over(model, rows, autocast, grid, size=size, seen=seen)
             return
@@ -32,3 +32,7 @@ class Whole(Policy):
         if seen is not None:
             seen(prediction, images, [Place(image, 0, 0) for image in range(rows.count)], rows.size)
         yield replace(prediction, size=size or prediction.size)
+
+    def sees_whole(self, model: Segmenter, size: Size, autocast: Autocast) -> bool:
+        """Return whether there is one pass."""
+        return len(self.looks.turns) == 1 and list(self.looks.scales) == [1.0]

@@ -60,16 +60,16 @@ def train(
     model = regime.started(engine.place(build.model(cfg, outlined=True)), engine, new=start is None)
     optimizer = build.optimizer(cfg, model)
     schedule = instantiate(cfg.optim.schedule)
-    if engine.is_main:
-        warn_of_long_warmup(schedule, length.steps)
     info = run_description(cfg, regime.labels) | (sizes.as_info() if sizes else {})
     checkpoints = checkpoint.Checkpoints(out_dir / checkpoint.FOLDER, info, start, writes=engine.is_main)
     if engine.is_main:
+        warn_of_long_warmup(schedule, length.steps)
         write_split(out_dir, regime.split)
     logger.info("%d training and %d validation %s; run folder %s", len(feed.train), len(feed.val), regime.what, out_dir)
     first_step = start.info["progress"]["step"] if start else 0
     if start is not None:
         logger.info("going on with %s at step %d of %d", start.path, first_step, length.steps)
+    regime.keep_features(model, loss, engine, length.steps * cfg.trainer.accumulate / feed.epoch)
     with RunLog(out_dir, start_step=first_step, visible=engine.is_main) as log:
         run = fit(model, loss, feed, optimizer, engine, checkpoints, log, schedule=schedule)
     if first_step >= length.steps:

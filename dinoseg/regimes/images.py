@@ -9,7 +9,10 @@ import torch
 from omegaconf import DictConfig
 
 from dinoseg import build
+from dinoseg.config.checks import check_given
 from dinoseg.config.nodes import instantiate
+from dinoseg.config.plain import plain
+from dinoseg.contracts import Loss
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.scan.class_counts import class_counts, keep_counts
 from dinoseg.data.splits import split_table
@@ -27,6 +30,8 @@ from dinoseg.processes.workers import count_cores
 from dinoseg.regimes.regime import Regime, share_of
 from dinoseg.report.curves import IMAGE_PLOTS
 from dinoseg.training.engine import Engine
+from dinoseg.training.feature_cache.key import hash_of
+from dinoseg.training.feature_choice import Plan, feature_cache
 from dinoseg.training.image_feed import ImageFeed
 
 logger = logging.getLogger(__name__)
@@ -40,7 +45,9 @@ class ImageRegime(Regime):
     feed: ImageFeed
 
     def __init__(self, cfg: DictConfig, engine: Engine, *, pictures: int = 0) -> None:
-        share = share_of(cfg, engine, pictures)
+        views = cfg.data.views if "views" in cfg.data else None  # the data of older checkpoints has no such key
+        share = share_of(cfg, engine, pictures) | {"views": views}
+        check_given("dinoseg.training.image_feed.ImageFeed", {"views": views}, {"views": "data.views"})
         self.cfg = cfg
         self.feed = ImageFeed(
             train=build.dataset(cfg, "train", reduced=True),
@@ -90,6 +97,20 @@ class ImageRegime(Regime):
     def data_nodes(cls, cfg: DictConfig) -> Iterator[DictConfig]:
         """Yield how pairs are found and how they are augmented."""
         yield from (cfg.data.reader, cfg.data.augment)
+
+    def keep_features(self, model: Segmenter, loss: Loss, engine: Engine, epochs: float) -> None:
+        """Let the feed give what is kept of the frozen part of a model, where that pays or is asked for."""
+        cfg = self.cfg
+        options = {"dtype": cfg.features.dtype, "gib": cfg.features.gib}
+        options["noise"] = cfg.data.feature_noise if "feature_noise" in cfg.data else 0.0
+        names = {"noise": "data.feature_noise", "dtype": "features.dtype", "gib": "features.gib"}
+        check_given("dinoseg.training.feature_choice.Plan", options, names)
+        groups = plain(cfg, resolve=True)
+        settings = {"backbone": groups["backbone"], "adapter": {**groups["adapter"], "lr": None}}
+        parts = {name: hash_of(repr(node)) for name, node in settings.items()}
+        drawing = hash_of(repr(groups["data"]["augment"]))
+        plan = Plan(Path(cfg.cache_dir).expanduser(), epochs, drawing, parts, **options)
+        self.feed.cache = feature_cache(self.feed, model, loss, engine, plan)
 
     def check_data(self) -> TrainedSizes | None:
         """Run the short doctor; return how large the training images are, where they are files."""

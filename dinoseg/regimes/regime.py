@@ -9,7 +9,9 @@ from omegaconf import DictConfig
 
 from dinoseg import build
 from dinoseg.config.checks import check_given
+from dinoseg.contracts import Loss
 from dinoseg.data.classes.labels import Labels
+from dinoseg.errors import UserError
 from dinoseg.inference.trained_sizes import TrainedSizes
 from dinoseg.model import Segmenter
 from dinoseg.report.curves import Plot
@@ -62,6 +64,15 @@ class Regime(ABC):
     def started(self, model: Segmenter, engine: Engine, *, new: bool) -> Segmenter:
         """Return the model; of a `new` training, with what `head.init` says that it begins with."""
         return model
+
+    def keep_features(self, model: Segmenter, loss: Loss, engine: Engine, epochs: float) -> None:
+        """Let the feed give what is kept of the frozen part of a model, where `engine.cache` has it so.
+
+        Raises:
+            UserError: it is to be kept, and cannot be.
+        """
+        if engine.cache in ("disk", "memory"):
+            raise UserError(f"engine.cache={engine.cache}: no features of {self.what} are kept. Leave it out.")
 
     @abstractmethod
     def evaluate(

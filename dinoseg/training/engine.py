@@ -14,6 +14,7 @@ from dinoseg.ranges import Count, Natural
 from dinoseg.training.sharding import Lockstep, shard, whole
 
 SHARDINGS = ("none", "fsdp")
+CACHES = ("auto", "off", "disk", "memory")
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -57,6 +58,8 @@ class Engine:
         eval_batch_size: images of one size predicted at once when scoring, per rank.
         devices: the number of ranks that were to be started from here.
         sharding: none, each rank has all weights; or fsdp, each has a part of each (several ranks).
+        cache: whether a training keeps what the frozen part of its model gives: auto (where that pays), off, disk or
+            memory.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class Engine:
         eval_batch_size: Count = 1,
         devices: Count = 1,
         sharding: str = "none",
+        cache: str = "auto",
     ) -> None:
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -87,6 +91,9 @@ class Engine:
         )
         if devices not in (1, self.world):
             raise UserError(f"engine.devices={devices}: this mode runs on {self.world}. Leave engine.devices out.")
+        if cache not in CACHES:
+            raise UserError(f"engine.cache={cache} is unknown. Choose one of {', '.join(CACHES)}.")
+        self.cache = cache
         if sharding != "none" and self.world == 1:
             raise UserError(
                 f"engine.sharding={sharding}: weights are shared out over several ranks, and this is the only one. "

@@ -11,12 +11,14 @@ from torch import Tensor
 from dinoseg.contracts import Loss
 from dinoseg.data.loader import check_batch_size, train_batches
 from dinoseg.inference.policy import Policy
+from dinoseg.inference.whole import Whole
 from dinoseg.metrics.confusion import ConfusionMatrix
 from dinoseg.model import Segmenter
 from dinoseg.ranges import Count
 from dinoseg.report.overlay import compare
 from dinoseg.shapes import Batch, SegmentationData
 from dinoseg.training.engine import Engine
+from dinoseg.training.feature_cache.cache import FeatureCache, Views
 from dinoseg.training.feed import SHOWN_SIDE, Validation, spread
 from dinoseg.training.tally import Tally
 from dinoseg.training.validation import evaluate
@@ -38,6 +40,8 @@ class ImageFeed:
         rank: this rank.
         world: number of ranks.
         pictures: validation images that are shown at each validation, the same ones every time.
+        views: of each training image, drawn in turn; None: new ones in each epoch.
+        cache: what the frozen part of the model gives for them; None: batches are of images.
     """
 
     train: SegmentationData
@@ -51,6 +55,8 @@ class ImageFeed:
     rank: int = 0
     world: int = 1
     pictures: int = 0
+    views: Count | None = None
+    cache: FeatureCache | None = None
     score_names: Sequence[str] = field(init=False)
     lowest: Sequence[str] = ("loss",)
 
@@ -65,18 +71,13 @@ class ImageFeed:
         """Batches in which each image is seen once."""
         return len(self.train) / self.batch_size
 
-    def train_batches(self, start: int) -> Iterator[Batch]:
+    def train_batches(self, start: int) -> Iterator[Batch | Views]:
         """Yield this rank's share of every batch from number `start` on, without end."""
-        return train_batches(
-            self.train,
-            self.augment,
-            batch_size=self.batch_size,
-            seed=self.seed,
-            start=start,
-            workers=self.workers,
-            rank=self.rank,
-            world=self.world,
-        )
+        order = {"batch_size": self.batch_size, "seed": self.seed, "start": start}
+        order |= {"workers": self.workers, "rank": self.rank, "world": self.world}
+        if self.cache is not None:
+            return self.cache.train_batches(self.train, self.augment, **order)
+        return train_batches(self.train, self.augment, **order, views=self.views)
 
     def tally(self, engine: Engine) -> Tally:
         """Return what counts how well a training step predicts its batches."""
@@ -92,10 +93,28 @@ class ImageFeed:
         def show(batch: Batch, ids: Tensor, _: Tensor) -> None:
             for row, index in enumerate(islice(indices, len(ids))):
                 if index in shown:
-                    frame = batch.image[row].permute(1, 2, 0).cpu().numpy()
+                    frame = data[index]["image"].permute(1, 2, 0).numpy()
                     masks = ids[row].cpu().numpy(), batch.mask[row].cpu().numpy()
                     pictures[batch.names[row]] = draw(frame, *masks, longest=SHOWN_SIDE)
 
-        scores = evaluate(model, data, engine, policy=self.policy, background=self.background, loss=loss, on_batch=show)
+        batches = None if self.cache is None else self._kept(self.cache, model, engine)
+        scores = evaluate(
+            model,
+            data,
+            engine,
+            policy=self.policy,
+            background=self.background,
+            loss=loss,
+            on_batch=show,
+            batches=batches,
+        )
         by_class = {f"iou/{data.classes[row['id']]}": row["iou"] for row in scores["classes"]}
         return Validation(scores | by_class, pictures)
+
+    def _kept(self, cache: FeatureCache, model: Segmenter, engine: Engine) -> Iterator[Batch | Views]:
+        """Yield validation images as what is kept of them, or as they are where they are not seen whole."""
+        policy = self.policy or Whole()
+        samples = cache.eval_batches(self.val, workers=self.workers, rank=self.rank, world=self.world)
+        for index, views in zip(count(self.rank, self.world), samples, strict=False):
+            whole = policy.sees_whole(model, views.size, engine.autocast)
+            yield views if whole else Batch.stack([self.val[index]])

@@ -136,7 +136,7 @@ class Trainee:
                 tally.add(prediction, batch)
             sums = [sums[0] + value.detach() * weight, sums[1] + weight]
             names += batch.names
-            images += batch.image.shape[:-3].numel()
+            images += batch.count
         return Learnt(rate, sums, names, images, parts, tally)
 
     def update(self, learnt: Learnt, *, clip: float | None, owed: bool, asked: int, told: bool = True) -> bool:

@@ -16,7 +16,7 @@ from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.whole import Whole
 from dinoseg.metrics.confusion import ConfusionMatrix
 from dinoseg.model import Segmenter, Size
-from dinoseg.shapes import Batch, Prediction, SegmentationData
+from dinoseg.shapes import Batch, FeatureBatch, Prediction, SegmentationData
 from dinoseg.training.engine import Engine
 
 
@@ -30,6 +30,7 @@ def evaluate(
     background: int | None = None,
     loss: Loss | None = None,
     on_batch: Callable[[Batch, Tensor, Tensor], None] | None = None,
+    batches: Iterable[Any] | None = None,
 ) -> dict[str, Any]:
     """Return the scores of `ConfusionMatrix.compute` and, given a loss, `loss`.
 
@@ -44,17 +45,20 @@ def evaluate(
         loss: averaged over images, or over the windows that they are seen in.
         on_batch: called with each batch (on the device), its class ids (B, H, W) uint8, and its logits (B, K, h, w)
             float32 at the pixels that `geometry.lattice` names.
+        batches: this rank's images once and in order, where they are not read here: with what is kept of an image, the
+            policy is not asked.
     """
     counts = ConfusionMatrix(len(data.classes), data.ignore_index, background)
     losses = torch.zeros(2, dtype=torch.float64)  # sum, images
     predictor = Predictor(model, engine.device, engine.autocast, policy or Whole())
     training = model.training
     model.eval()
-    batches = eval_batches(
-        data, batch_size=engine.eval_batch_size, workers=engine.workers, rank=engine.rank, world=engine.world
-    )
-    for batch in batches:
-        batch = batch.to(engine.device)
+    if batches is None:
+        batches = eval_batches(
+            data, batch_size=engine.eval_batch_size, workers=engine.workers, rank=engine.rank, world=engine.world
+        )
+    for drawn in batches:
+        batch = drawn.to(engine.device)
         ids, logits, added = _asked(predictor, batch, loss, (batch.mask.shape[-2], batch.mask.shape[-1]))
         losses += added
         counts.update(ids, batch.mask)
@@ -73,6 +77,12 @@ def evaluate(
 def _asked(predictor: Predictor, batch: Batch, loss: Loss | None, size: Size) -> tuple[Tensor, Tensor, Tensor]:
     """Return what `_read` does of a batch, and the sum of losses and how many they are, (2,) float64."""
     losses = torch.zeros(2, dtype=torch.float64)
+    if isinstance(batch, FeatureBatch):
+        with predictor.autocast():
+            prediction = predictor.model(batch.image)
+        if loss is not None:
+            losses += _of_images(loss, prediction, batch)
+        return *_read([prediction], size), losses
     seen = partial(_add_loss, loss, losses, batch) if loss is not None else None
 
     def take(bands: Iterable[Prediction]) -> tuple[Tensor, Tensor]:
@@ -101,8 +111,12 @@ def _add_loss(
 ) -> None:
     """Add the loss of parts (n, 3, h, w) of a batch's images, and how many they are, to `losses`."""
     masks = _part_masks(batch, (parts.shape[-2], parts.shape[-1]), places, size)
-    value, _ = loss(prediction, Batch(parts, masks, [batch.names[place.image] for place in places]))
-    losses += torch.tensor([value.item() * len(parts), len(parts)], dtype=torch.float64)
+    losses += _of_images(loss, prediction, Batch(parts, masks, [batch.names[place.image] for place in places]))
+
+
+def _of_images(loss: Loss, prediction: Prediction, batch: Batch) -> Tensor:
+    value, _ = loss(prediction, batch)
+    return torch.tensor([value.item() * batch.count, batch.count], dtype=torch.float64)
 
 
 def _part_masks(batch: Batch, part: Size, places: Sequence[Place], size: Size) -> Tensor:

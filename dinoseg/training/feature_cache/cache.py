@@ -1,0 +1,160 @@
+"""Batches of what the frozen part of a model gives for images: read where it is kept, else computed and kept."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from dinoseg.data.loader import Transform, drawn_batches, load_in_order, read_view, view_chance
+from dinoseg.data.pairs.dataset import PairDataset
+from dinoseg.data.transforms import Augment
+from dinoseg.inference.policy import Autocast
+from dinoseg.model import Segmenter
+from dinoseg.ranges import NotNegative
+from dinoseg.shapes import FeatureBatch, FrozenFeatures, SegmentationData
+from dinoseg.training.feature_cache.key import hash_of, image_hash
+from dinoseg.training.feature_cache.store import FeatureStore, MemoryStore
+
+
+@dataclass
+class View:
+    """A sample as it is read: with its features where they are kept, else with its image."""
+
+    key: str
+    mask: Tensor  # (H, W) uint8
+    name: str
+    features: list[Tensor] | None
+    image: Tensor | None  # (3, H, W) uint8
+
+
+@dataclass
+class Views:
+    """Samples of one size, whose features are completed on their way to the device."""
+
+    cache: "FeatureCache"
+    views: list[View]
+
+    @property
+    def names(self) -> list[str]:
+        """Return the samples' names."""
+        return [view.name for view in self.views]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Return the (H, W) of the images."""
+        height, width = self.views[0].mask.shape
+        return height, width
+
+    def to(self, device: torch.device) -> FeatureBatch:
+        """Return the samples' features and masks on `device`."""
+        return self.cache.completed(self.views, device)
+
+    def split(self, parts: int) -> list["Views"]:
+        """Return so many batches of the samples in their order, of equal sizes but for one sample."""
+        whole, more = divmod(len(self.views), parts)
+        ends = [number * whole + min(number, more) for number in range(parts + 1)]
+        return [Views(self.cache, self.views[first:last]) for first, last in zip(ends, ends[1:], strict=False)]
+
+
+@dataclass
+class FeatureCache:
+    """What the frozen part of a model gives for views of images, kept.
+
+    Each image goes through the frozen part by itself, so that its features do not depend on its batch.
+
+    Args:
+        model: whose part that is, on its device; put in train mode or eval mode by its user.
+        autocast: the precision's context.
+        open_store: gives the place where features of the model as it then is are kept.
+        drawing: what decides, beside its draw, how a view of an image is made.
+        views: of each image.
+        noise: added to features in training, as a share of the deviation of all numbers of a tensor.
+    """
+
+    model: Segmenter
+    autocast: Autocast
+    open_store: Callable[[], FeatureStore]
+    drawing: str
+    views: int
+    noise: NotNegative = 0.0
+    _store: FeatureStore | None = None
+
+    @property
+    def store(self) -> FeatureStore:
+        """Where features are kept: opened when it is first asked for, since a checkpoint may bring other weights."""
+        self._store = self._store or self.open_store()
+        return self._store
+
+    def train_batches(
+        self, data: SegmentationData, augment: Transform, *, seed: int, workers: int, **order: int
+    ) -> Iterator[Views]:
+        """Yield this rank's share of each training batch, as `loader.train_batches` does of the same views."""
+        read = partial(_read_drawn, data, augment, seed, self.views, self.store, self.drawing)
+        batches = drawn_batches(read, list, len(data), seed=seed, workers=self._workers(workers), **order)
+        return map(partial(Views, self), batches)
+
+    def eval_batches(self, data: SegmentationData, *, workers: int, rank: int, world: int) -> Iterator[Views]:
+        """Yield this rank's samples once and in order, each by itself and as it is."""
+        read = partial(_read_whole, data, self.store)
+        samples = load_in_order(read, range(rank, len(data), world), self._workers(workers))
+        return (Views(self, [sample]) for sample in samples)
+
+    def completed(self, views: list[View], device: torch.device) -> FeatureBatch:
+        """Return features and masks of views on `device`; what is not kept is computed and kept."""
+        rows = [self._features(view, device) for view in views]
+        tensors = [torch.stack(part).to(device, non_blocking=True).float() for part in zip(*rows, strict=True)]
+        if self.noise and self.model.training:
+            tensors = [part + self.noise * part.std() * torch.randn_like(part) for part in tensors]
+        masks = torch.stack([view.mask for view in views])
+        size = (masks.shape[-2], masks.shape[-1])
+        frozen = FrozenFeatures(tensors, size, self.model.seen_size(size))
+        return FeatureBatch(frozen, masks.to(device, non_blocking=True), [view.name for view in views])
+
+    def _features(self, view: View, device: torch.device) -> list[Tensor]:
+        # another rank or batch may have put it there since the view was read
+        kept = self.store.get(view.key) if view.features is None else view.features
+        if kept is not None:
+            return kept
+        assert view.image is not None
+        with self.autocast():
+            frozen = self.model.frozen(view.image[None].to(device, non_blocking=True))
+        return self.store.put(view.key, [part[0] for part in frozen.tensors])
+
+    def _workers(self, workers: int) -> int:
+        return 0 if isinstance(self.store, MemoryStore) else workers  # other processes would not see what is kept
+
+
+def view_key(data: SegmentationData, index: int, *draw: object) -> str:
+    """Return the key of a view of an image, which `draw` decides; without it, of the image as it is."""
+    return hash_of(image_hash(data, index), *draw)
+
+
+def _read_drawn(
+    data: SegmentationData,
+    augment: Transform,
+    seed: int,
+    views: int,
+    store: FeatureStore,
+    drawing: str,
+    epoch: int,
+    index: int,
+) -> View:
+    key = view_key(data, index, drawing, seed, epoch % views, index)
+    chance = view_chance(seed, views, epoch, index)
+    features = store.get(key)
+    if features is not None and isinstance(data, PairDataset) and isinstance(augment, Augment):
+        mask = torch.from_numpy(augment.mask(data.mask(index), chance))
+        return View(key, mask, data.names[index], features, None)
+    sample = read_view(data, augment, index, chance)
+    return View(key, sample["mask"], sample["name"], features, sample["image"])
+
+
+def _read_whole(data: SegmentationData, store: FeatureStore, index: int) -> View:
+    key = view_key(data, index)
+    features = store.get(key)
+    if features is not None and isinstance(data, PairDataset):
+        return View(key, torch.from_numpy(data.mask(index)), data.names[index], features, None)
+    sample = data[index]
+    return View(key, sample["mask"], sample["name"], features, sample["image"])

@@ -1,0 +1,277 @@
+"""Whether what the frozen part of a model gives is kept, and where: asked once before training, and told."""
+
+import logging
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from dinoseg.contracts import Head, Loss
+from dinoseg.data.loader import read_view, view_chance
+from dinoseg.errors import UserError
+from dinoseg.inference.memory import free_bytes
+from dinoseg.model import Segmenter, frozen_tensors
+from dinoseg.ranges import NotNegative, Positive
+from dinoseg.shapes import Batch, FeatureBatch
+from dinoseg.training.engine import Engine
+from dinoseg.training.feature_cache.cache import FeatureCache
+from dinoseg.training.feature_cache.form import KEY_LENGTH, TYPES, Stored, size_of
+from dinoseg.training.feature_cache.key import code_hash, hash_of, origin, weights_hash
+from dinoseg.training.feature_cache.store import DiskStore, FeatureStore, MemoryStore
+from dinoseg.training.image_feed import ImageFeed
+from dinoseg.wording import count_of, in_bytes
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+_FOLDER = "features"
+_LEAST_GAIN = 1.2  # times faster, below which estimates of seconds decide nothing
+_BACKWARD = 2  # times as long as the forward pass
+_OF_MEMORY = 0.5  # share of what is free
+
+
+class Cost(NamedTuple):
+    """Seconds and bytes of one view of an image."""
+
+    frozen: float  # seconds of the frozen part
+    rest: float  # of a step without it
+    write: float
+    read: float
+    bytes: int
+    pixels: int  # that the backbone saw
+
+    def gain(self, epochs: float, views: int, *, disk: bool) -> float:
+        """Return how many times faster so many epochs train with features that are kept."""
+        computed = min(epochs, views)
+        kept = computed * (self.frozen + self.write * disk) + (epochs - computed) * self.read * disk
+        return epochs * (self.frozen + self.rest) / (kept + epochs * self.rest)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be decided on.
+
+    Args:
+        cache_dir: where features are kept.
+        epochs: of the whole training.
+        drawing: settings that decide, beside its draw, how a view of an image is made.
+        parts: settings that features depend on beside weights and code, by what a user calls them.
+        noise: see `FeatureCache`.
+        dtype: the type that features are kept in.
+        gib: GiB that are kept at most; None: what leaves 1 GiB of the disk, or half of the free memory.
+
+    Raises:
+        UserError: another type.
+    """
+
+    cache_dir: Path
+    epochs: float
+    drawing: str
+    parts: Mapping[str, str]
+    noise: NotNegative = 0.0
+    dtype: Stored = "float16"
+    gib: Positive | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse another type."""
+        if self.dtype not in TYPES:
+            raise UserError(f"features.dtype={self.dtype} is unknown. Choose one of {', '.join(TYPES)}.")
+
+
+class _Live(UserError):
+    """Why no features can be kept, or why that does not pay."""
+
+
+def feature_cache(feed: ImageFeed, model: Segmenter, loss: Loss, engine: Engine, plan: Plan) -> FeatureCache | None:
+    """Return where features of a training are kept, as `engine.cache` says; None: it is trained on images.
+
+    Raises:
+        UserError: they are to be kept and cannot be, or are to be changed by noise and are not kept.
+    """
+    chosen, reason = None, "it is off."
+    if engine.cache != "off":
+        if engine.is_main:
+            try:
+                chosen = _chosen(feed, model, loss, engine, plan)
+            except _Live as error:
+                reason = str(error)
+        chosen, reason = engine.share((chosen, reason))
+    if chosen is None:
+        if engine.cache in ("disk", "memory"):
+            raise UserError(f"engine.cache={engine.cache}: {reason}")
+        if plan.noise:
+            raise UserError(f"data.feature_noise={plan.noise} changes features that are kept, and none are: {reason}")
+        if engine.cache == "auto" and engine.is_main:
+            logger.info("engine.cache=auto: no features are kept. %s", reason)
+        return None
+    assert feed.views is not None
+    opened = partial(_opened, chosen == "memory", model, engine, plan)
+    return FeatureCache(model, engine.autocast, opened, plan.drawing, feed.views, plan.noise)
+
+
+def _chosen(feed: ImageFeed, model: Segmenter, loss: Loss, engine: Engine, plan: Plan) -> str:
+    """Return `disk` or `memory`, and tell what is to be kept there.
+
+    Raises:
+        _Live: neither is possible, or `auto` finds that neither pays.
+    """
+    forced = engine.cache if engine.cache in ("disk", "memory") else None
+    if feed.views is None:
+        raise _Live(
+            "Each epoch draws new views of the images, so that no features come twice. data.views=4 draws each image "
+            "in 4 views, again and again."
+        )
+    if engine.sharded:
+        raise _Live("The weights are shared out over the ranks (engine.sharding=fsdp).")
+    try:
+        cost = _measured(feed, model, loss, engine, plan)
+    except UserError as error:  # it cannot be cut
+        raise _Live(str(error)) from None
+    count = len(feed.train) * min(feed.views, math.ceil(plan.epochs))
+    size = cost.bytes * count + _val_bytes(feed, model, cost)
+    rooms = {"disk": _disk_room(plan), "memory": _memory_room(plan, engine)}
+    gains = {kind: cost.gain(plan.epochs, feed.views, disk=kind == "disk") for kind in rooms}
+    paying = [kind for kind in rooms if size <= rooms[kind] and gains[kind] >= _LEAST_GAIN]
+    facts = (
+        f"The features of {count_of(len(feed.train), 'image')} in {count_of(feed.views, 'view')} and of "
+        f"{count_of(len(feed.val), 'validation image')} take about {in_bytes(size)} as {plan.dtype}; an "
+        f"image takes {cost.frozen:.2g} s to compute, {cost.read:.2g} s to read back, and the rest of its step "
+        f"{cost.rest:.2g} s"
+    )
+    if not (forced or paying):
+        raise _Live(f"{facts}. {_why_not(plan, feed.views, size, rooms, gains)}")
+    kind = forced or paying[0]
+    logger.info(
+        "engine.cache=%s: features are kept %s. %s: estimated %.1f times as fast over %.1f epochs.",
+        engine.cache,
+        f"in {_root(plan)}" if kind == "disk" else "in memory",
+        facts,
+        gains[kind],
+        plan.epochs,
+    )
+    if size > rooms[kind]:
+        logger.warning("There is room for %s: what does not fit is computed in each epoch.", in_bytes(rooms[kind]))
+    return kind
+
+
+def _why_not(plan: Plan, views: int, size: int, rooms: Mapping[str, int], gains: Mapping[str, float]) -> str:
+    if plan.epochs <= views:
+        return (
+            f"{plan.epochs:.1f} epochs of data.views={views} draw hardly a view twice. Give fewer views, or "
+            "engine.cache=disk where another run uses the same."
+        )
+    if max(gains.values()) < _LEAST_GAIN:
+        return f"Training would be {max(gains.values()):.2f} times as fast, which does not pay."
+    if size > max(rooms.values()):
+        room = " and ".join(
+            f"{in_bytes(there)} in {'memory' if kind == 'memory' else 'files'}" for kind, there in rooms.items()
+        )
+        return f"There is room for {room}. Make room, give fewer data.views, features.dtype=int8, or another cache_dir."
+    return f"This disk is too slow: training would be {gains['disk']:.2f} times as fast; and they do not fit in memory."
+
+
+def _measured(feed: ImageFeed, model: Segmenter, loss: Loss, engine: Engine, plan: Plan) -> Cost:
+    """Return what the first view of the first image costs; the model stays as it is."""
+    training = model.training
+    sample = read_view(feed.train, feed.augment, 0, view_chance(feed.seed, feed.views, 0, 0))
+    batch = Batch.stack([sample]).to(engine.device)
+    model.eval()
+    try:
+        with torch.no_grad(), engine.autocast():
+            frozen, seconds = _timed(lambda: model.frozen(batch.image), engine)
+            given = FeatureBatch(frozen, batch.mask, batch.names)
+            _, rest = _timed(lambda: loss(model(frozen), given), engine)
+    finally:
+        model.train(training)
+    rows = [part[0] for part in frozen.tensors]
+    write, read = _disk_seconds(plan, rows)
+    return Cost(
+        seconds,
+        (1 + _BACKWARD) * rest,
+        write,
+        read,
+        size_of([row.shape for row in rows], plan.dtype),
+        math.prod(frozen.seen),
+    )
+
+
+def _timed(work: Callable[[], T], engine: Engine) -> tuple[T, float]:
+    """Return what `work` gives, and the seconds of the quicker of two calls."""
+    least = math.inf
+    for _ in range(2):
+        start = time.perf_counter()
+        result = work()
+        if engine.device.type == "cuda":
+            torch.cuda.synchronize(engine.device)
+        least = min(least, time.perf_counter() - start)
+    return result, least
+
+
+def _disk_seconds(plan: Plan, rows: list[Tensor]) -> tuple[float, float]:
+    """Return the seconds that the features of an image take to be written, and to be read from the disk itself."""
+    store = DiskStore(_root(plan), f"measured-{os.getpid()}", plan.dtype)
+    try:
+        start = time.perf_counter()
+        store.put("0" * KEY_LENGTH, rows)
+        path = next(store.folder.iterdir(), None)
+        if path is None:
+            return math.inf, math.inf
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            written = time.perf_counter() - start
+            store.get(path.stem)  # which checks the file for once
+            if hasattr(os, "posix_fadvise"):  # the system forgets what it holds of the file
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        start = time.perf_counter()
+        store.get(path.stem)
+        return written, time.perf_counter() - start
+    finally:
+        shutil.rmtree(store.folder, ignore_errors=True)
+
+
+def _val_bytes(feed: ImageFeed, model: Segmenter, cost: Cost) -> int:
+    """Return about how many bytes features of the validation images take, if they are as large as the first."""
+    height, width = feed.val[0]["mask"].shape
+    return round(cost.bytes * math.prod(model.seen_size((height, width))) / cost.pixels) * len(feed.val)
+
+
+def _root(plan: Plan) -> Path:
+    return plan.cache_dir / _FOLDER
+
+
+def _disk_room(plan: Plan) -> int:
+    return DiskStore(_root(plan), "", plan.dtype, _cap(plan)).room()
+
+
+def _memory_room(plan: Plan, engine: Engine) -> int:
+    room = int(free_bytes(torch.device("cpu")) * _OF_MEMORY / engine.world)
+    cap = _cap(plan)
+    return room if cap is None else min(room, cap)
+
+
+def _cap(plan: Plan) -> int | None:
+    return None if plan.gib is None else int(plan.gib * 2**30)
+
+
+def _opened(memory: bool, model: Segmenter, engine: Engine, plan: Plan) -> FeatureStore:
+    """Return the store of the features of a model as it is."""
+    if memory:
+        return MemoryStore(plan.dtype, _memory_room(plan, engine))
+    cut_by = "maps" if type(model.head).until is Head.until else type(model.head).__name__
+    parts = {
+        **plan.parts,
+        "weights": weights_hash(frozen_tensors(model)),
+        "code": code_hash([model.backbone, model.head]),
+        "sizes": hash_of(model.scale, model.longest),
+        "cut": hash_of(model.backbone.first_trained, cut_by),
+        "precision": hash_of(engine.bf16, engine.device.type, plan.dtype),
+    }
+    return DiskStore(_root(plan), origin(_root(plan), parts), plan.dtype, _cap(plan))

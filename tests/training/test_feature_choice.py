@@ -1,0 +1,253 @@
+"""Training on features that are kept: as on the images themselves, without asking the frozen part again."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from checkpoint_files import INFO
+from torch import nn
+
+from dinoseg.adapters import Frozen, LastBlocks, Lora
+from dinoseg.data.classes.labels import Labels
+from dinoseg.data.classes.masks import Masks
+from dinoseg.data.loader import train_batches
+from dinoseg.data.pairs import dataset as pairs
+from dinoseg.data.pairs.dataset import PairDataset
+from dinoseg.data.pairs.pair import Pair
+from dinoseg.data.transforms import Affine, Augment, ColorJitter
+from dinoseg.errors import UserError
+from dinoseg.heads.linear import LinearHead
+from dinoseg.images import write_png
+from dinoseg.inference.whole import Whole
+from dinoseg.inference.windows import Windows
+from dinoseg.losses.cross_entropy import CrossEntropy
+from dinoseg.model import Segmenter
+from dinoseg.report.log import RunLog
+from dinoseg.training import feature_choice as choice
+from dinoseg.training.checkpoint import Checkpoints, read
+from dinoseg.training.engine import Engine
+from dinoseg.training.feature_choice import Cost, Plan, feature_cache
+from dinoseg.training.fit import fit
+from dinoseg.training.image_feed import ImageFeed
+from dinoseg.training.optim import adamw, schedule
+
+AUGMENT = Augment((24, 33), scale=(0.5, 1.5), affine=Affine(20), flip=0.5, color=ColorJitter(0.2, 0.2))
+FROZEN = Frozen()
+
+
+class Rows(RunLog):
+    def __init__(self):
+        super().__init__("", visible=False)
+        self.rows = []
+
+    def scalars(self, step, values):
+        told = {key: value for key, value in values.items() if key.startswith(("train/loss", "train/grad", "val/"))}
+        self.rows.append({"step": step, **told})
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Write five pictures of differing sizes with their masks, and open them."""
+    found = []
+    for number, size in enumerate([(32, 40), (19, 23), (32, 40), (1, 9), (40, 8)]):
+        draw = np.random.default_rng(number)
+        paths = [tmp_path / "data" / f"{kind}_{number}.png" for kind in ("image", "mask")]
+        paths[0].parent.mkdir(exist_ok=True)
+        write_png(paths[0], draw.integers(0, 256, (*size, 3)).astype(np.uint8))
+        write_png(paths[1], draw.integers(0, 3, size).astype(np.uint8))
+        found.append(Pair(str(number), *paths))
+    return PairDataset(found, Labels(["a", "b", "c"], [(0, 0, 0)] * 3, 255), Masks())
+
+
+@pytest.fixture
+def train(data, tiny_backbone, tmp_path):
+    """Return a function that trains for some steps and returns its rows, its feed and its model."""
+
+    def run(
+        cache="off", *, adapter=FROZEN, dtype="float32", views=2, steps=6, epochs=None, start=None, seed=0, **options
+    ):
+        torch.manual_seed(seed)
+        model = Segmenter(adapter(tiny_backbone()), LinearHead(24, 1, 3))
+        for parameter in model.head.parameters():
+            nn.init.normal_(parameter, std=0.1)
+        if seed:
+            nn.init.normal_(next(model.backbone.parameters()))
+        engine = Engine("cpu", "fp32", workers=0, cache=cache)
+        policy = options.pop("policy", None)
+        share = {"batch_size": 2, "seed": 5, "workers": options.pop("workers", 0), "policy": policy}
+        feed = ImageFeed(data, data, AUGMENT, pictures=1, views=views, **share)
+        plan = Plan(tmp_path / "cache", epochs or steps * 2 / 5, "drawing", {}, dtype=dtype, **options)
+        loss = CrossEntropy(torch.ones(3))
+        feed.cache = feature_cache(feed, model, loss, engine, plan)
+        if epochs:
+            return [], feed, model
+        points = Checkpoints(tmp_path / f"run_{cache}_{steps}_{start}", INFO, start and read(start))
+        log = Rows()
+        optimizer = adamw(model, lr=0.05, weight_decay=0.0)
+        fit(
+            *(model, loss, feed, optimizer, engine, points, log),
+            schedule=schedule("constant"),
+            steps=steps,
+            val_every=3,
+            log_every=1,
+        )
+        return log.rows, feed, model
+
+    return run
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """Count the images that pass the frozen part."""
+    passed, frozen = [], Segmenter.frozen
+    monkeypatch.setattr(Segmenter, "frozen", lambda model, images: passed.append(len(images)) or frozen(model, images))
+    return passed
+
+
+@pytest.mark.parametrize("adapter", [Frozen(), LastBlocks(1), Lora(2, 4, blocks=1, dropout=0.3)])
+def test_training_on_features_is_training_on_images(train, adapter, monkeypatch, tmp_path):
+    live = train(adapter=adapter)[0]
+    assert train("memory", adapter=adapter)[0] == live and train("disk", adapter=adapter)[0] == live
+    assert len(list((tmp_path / "cache/features").iterdir())) == 1  # nothing of what was measured
+    opened, read_pair = [], pairs.read_pair
+    monkeypatch.setattr(pairs, "read_pair", lambda pair, reader: opened.append(pair.name) or read_pair(pair, reader))
+    assert train("disk", adapter=adapter)[0] == live
+    assert opened == ["0"] * 4  # what is measured, the size of the validation images, and the picture of each of two
+
+
+def test_what_is_kept_is_computed_once(train, computed):
+    train("disk", steps=9)
+    measured = 2
+    assert sum(computed) == measured + 10 + 5  # two views of each of five images, and these as they are
+    computed.clear()
+    train("disk", steps=9)
+    assert sum(computed) == measured
+    computed.clear()
+    train("disk", steps=9, views=3)
+    assert sum(computed) == measured + 5  # the third view of each
+
+
+def test_features_in_other_processes_are_the_same(train):
+    assert train("disk", workers=2)[0] == train("disk", workers=1)[0] == train()[0]
+
+
+def test_a_run_that_goes_on_is_as_one_without_a_stop(train, tmp_path):
+    whole, _, model = train("disk")
+    first = train("disk", steps=3)[0]
+    later, _, resumed = train("disk", start=tmp_path / "run_disk_3_None/last.safetensors")
+    assert first + later == whole or later == whole[-len(later) :]
+    for one, other in zip(model.state_dict().values(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_features_of_other_weights_are_not_used(train, computed, caplog):
+    train("disk")
+    computed.clear()
+    with caplog.at_level(logging.INFO):
+        rows = train("disk", seed=1)[0]
+    assert sum(computed) == 2 + 10 + 5 and "of other weights than now" in caplog.text
+    assert rows == train(seed=1)[0]
+
+
+@pytest.mark.parametrize(("dtype", "error"), [("float16", 1e-3), ("bfloat16", 1e-2), ("int8", 2e-2)])
+def test_rounded_features_train_nearly_the_same(train, dtype, error):
+    live, kept = (train(*options)[0][0]["train/loss"] for options in ((), ("memory",)))
+    assert live == kept
+    assert train("memory", dtype=dtype)[0][0]["train/loss"] == pytest.approx(live, rel=error)
+
+
+def test_noise_is_in_training_alone_and_drawn_anew_in_each_step(train, data):
+    live, _ = train()[:2]
+    noisy, feed, model = train("memory", noise=0.5)
+    assert noisy[0]["train/loss"] != live[0]["train/loss"] and noisy == train("memory", noise=0.5)[0]
+    views = next(feed.train_batches(0))
+    torch.manual_seed(0)
+    plain = [model.eval() and views.to(torch.device("cpu")).image.tensors[0] for _ in range(2)]
+    drawn = [model.train() and views.to(torch.device("cpu")).image.tensors[0] for _ in range(2)]
+    assert torch.equal(*plain) and not torch.equal(*drawn)
+    assert float((drawn[0] - plain[0]).std()) == pytest.approx(0.5 * float(plain[0].std()), rel=0.1)
+
+
+def test_images_that_are_not_seen_whole_are_not_validated_by_features(train, computed):
+    windows = {"policy": Windows(16)}
+    assert train("memory", **windows)[0] == train(**windows)[0]
+    computed.clear()
+    train("memory", **windows)
+    assert sum(computed) == 2 + 10
+    assert not Whole(flips="horizontal").sees_whole(None, (1, 1), None) and Whole().sees_whole(None, (1, 1), None)
+
+
+def test_batches_are_halved_where_memory_is_short(train):
+    _, feed, _ = train("memory")
+    views = next(feed.train_batches(0))
+    views.views.append(views.views[0])
+    parts = [part.names for part in views.split(2)]
+    assert [len(part) for part in parts] == [2, 1] and sum(parts, []) == views.names
+
+
+@pytest.mark.parametrize("views", [1, 3])
+def test_views_come_again(data, views):
+    options = {"batch_size": 5, "seed": 0, "views": views}
+    batches = train_batches(data, AUGMENT, **options)
+    epochs = [next(batches) for _ in range(views + 1)]
+    drawn = [dict(zip(batch.names, batch.image, strict=True)) for batch in epochs]
+    assert all(torch.equal(drawn[0][name], drawn[views][name]) for name in drawn[0])
+    assert views == 1 or not torch.equal(drawn[0]["0"], drawn[1]["0"])
+
+
+def test_the_view_of_a_mask_alone_is_that_with_its_image(data):
+    for index in range(len(data)):
+        sample = data[index]
+        image, mask = sample["image"].permute(1, 2, 0).numpy().copy(), sample["mask"].numpy()
+        _, seen = AUGMENT(image, mask, np.random.default_rng(index))
+        assert np.array_equal(seen, AUGMENT.mask(mask, np.random.default_rng(index)))
+
+
+def test_auto_says_why_it_trains_on_images(train, caplog, monkeypatch):
+    def told(**options):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            assert train("auto", **options)[1].cache is None
+        return caplog.text
+
+    assert "data.views=4 draws each image in 4 views" in told(views=None, epochs=9)
+    assert "adapter.blocks=4" in told(adapter=Lora(2, 4), epochs=9)
+    assert "draw hardly a view twice" in told(epochs=1.6)
+    costs = {"write": 0.01, "read": 0.01, "bytes": 100, "pixels": 100}
+    monkeypatch.setattr(choice, "_measured", lambda *_: Cost(frozen=0.1, rest=1.0, **costs))
+    assert "which does not pay" in told(epochs=20)
+    monkeypatch.setattr(choice, "_measured", lambda *_: Cost(frozen=0.1, rest=0.01, **costs | {"bytes": 2**60}))
+    assert "There is room for" in told(epochs=20)
+    monkeypatch.setattr(choice, "_memory_room", lambda *_: 0)
+    monkeypatch.setattr(choice, "_measured", lambda *_: Cost(frozen=0.1, rest=0.01, **costs | {"read": 1.0}))
+    assert "This disk is too slow" in told(epochs=20)
+
+
+def test_auto_keeps_features_where_that_pays(train, monkeypatch, caplog):
+    cost = Cost(frozen=0.1, rest=0.01, write=0.01, read=0.01, bytes=100, pixels=100)
+    monkeypatch.setattr(choice, "_measured", lambda *_: cost)
+    with caplog.at_level(logging.INFO):
+        _, feed, _ = train("auto", epochs=20)
+    assert feed.cache is not None and "estimated 3.7 times as fast over 20.0 epochs" in caplog.text
+    assert cost.gain(20, 2, disk=True) == pytest.approx(20 * 0.11 / (2 * 0.11 + 18 * 0.01 + 20 * 0.01))
+    assert cost.gain(1, 4, disk=False) == 1
+    monkeypatch.setattr(choice, "_disk_room", lambda *_: 10)
+    with caplog.at_level(logging.INFO):
+        train("auto", epochs=20)
+    assert "engine.cache=auto: features are kept in memory" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"cache": "disk", "views": None}, "engine.cache=disk: Each epoch draws new views"),
+        ({"cache": "memory", "adapter": Lora(2, 4)}, "engine.cache=memory: Nothing of this backbone"),
+        ({"cache": "off", "noise": 0.1}, r"data.feature_noise=0.1 .* it is off"),
+        ({"cache": "ssd"}, "engine.cache=ssd is unknown. Choose one of auto, off, disk, memory"),
+        ({"cache": "disk", "dtype": "int4"}, "features.dtype=int4 is unknown"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused(train, options, told):
+    with pytest.raises(UserError, match=told):
+        train(**options)
