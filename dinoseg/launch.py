@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dinoseg.config.resolvers import register_resolvers
 from dinoseg.errors import UserError, telling_file_errors
 from dinoseg.processes.interrupt import Interrupted
-from dinoseg.ranks import LAUNCH_KEYS, is_first_rank, run_mode, run_ranks
+from dinoseg.ranks import LAUNCH_KEYS, is_first_rank, join_slurm, run_mode, run_ranks
 from dinoseg.runs.folder import (
     LOG,
     claim,
@@ -56,13 +56,15 @@ def launch(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> Any:
 
     A mode with `resume_from: last` goes on in the checkpoint's own run folder, one with `best` works in a new one; or,
     with `goes_on`, in the one of that name where it has left a file of that name before.
-    A mode with `devices` above 1 runs in so many ranks; where torchrun has started them (WORLD_SIZE is set), this
-    process is one of them and works in the first one's folder.
+    A mode with `devices` above 1 runs in so many ranks; where torchrun (WORLD_SIZE is set) or Slurm has started them,
+    this process is one of them and works in the first one's folder.
 
     Raises:
         UserError: whatever the user can mend.
     """
     _check_words(cfg, overrides)
+    if "devices" in cfg.mode:
+        join_slurm()
     devices = cfg.mode.get("devices", 1)
     if not isinstance(devices, int) or devices < 1:
         raise UserError(f"engine.devices={devices}: give a whole number of at least 1.")

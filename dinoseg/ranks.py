@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import re
+import signal
 import socket
 import sys
 import threading
@@ -32,6 +34,7 @@ LAUNCH_KEYS = (
     "reads",
 )  # of a mode: the others are its function's
 _GRACE = 60.0  # seconds that the others have to save and end when one has failed
+_SLURM_PORTS = range(20_000, 40_000)
 _STOPPED = {status: number for number in SIGNALS for status in (128 + number, -number)}  # exit statuses
 
 
@@ -59,6 +62,27 @@ def _leave_group() -> None:
 def is_first_rank() -> bool:
     """Return whether this process writes the run's files: alone, or the first of those torchrun started."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def join_slurm() -> None:
+    """Tell of Slurm's tasks as torchrun would, where `srun` has started several; the first one is MASTER_ADDR.
+
+    In an sbatch script's own shell there are no tasks: the variables of a step are srun's.
+    """
+    own = os.environ
+    if "WORLD_SIZE" in own or int(own.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
+        return
+    # each bracket of a list such as gpu[03-04,7],n1 stands for its first number
+    first = re.match(r"(?:[^,\[]|\[[^]]*\])*", own["SLURM_STEP_NODELIST"])
+    host = re.sub(r"\[([^],-]*)[^]]*\]", r"\1", first[0] if first else "")
+    number = int(own["SLURM_JOB_ID"]) * 7 + int(own["SLURM_STEP_ID"])  # steps of a job may run at once
+    own.setdefault("MASTER_ADDR", host)
+    own.setdefault("MASTER_PORT", str(_SLURM_PORTS[number % len(_SLURM_PORTS)]))
+    own |= {
+        "RANK": own["SLURM_PROCID"],
+        "LOCAL_RANK": own["SLURM_LOCALID"],
+        "WORLD_SIZE": own["SLURM_STEP_NUM_TASKS"],
+    }
 
 
 def run_ranks(cfg: DictConfig, out_dir: Path, devices: int) -> Any:
@@ -115,6 +139,9 @@ def _watch(ranks: Sequence[BaseProcess], receiving: connection.Connection) -> An
     status = ranks[failed].exitcode
     if status in _STOPPED:
         raise Interrupted(_STOPPED[status])
+    if status is not None and status < 0:
+        killed = f"Rank {failed} was killed by {signal.Signals(-status).name}"
+        raise UserError(f"{killed}, by the system where memory has run out. resume=auto goes on from what was saved.")
     raise UserError(f"Rank {failed} ended with status {status}: see its message above.")
 
 

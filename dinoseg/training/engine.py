@@ -10,7 +10,8 @@ from torch.optim import Optimizer
 
 from dinoseg.errors import UserError
 from dinoseg.model import Segmenter
-from dinoseg.ranges import Count, Natural
+from dinoseg.ranges import Count, Natural, Positive
+from dinoseg.training.rendezvous import meet
 from dinoseg.training.sharding import Lockstep, shard, whole
 
 SHARDINGS = ("none", "fsdp")
@@ -60,6 +61,7 @@ class Engine:
         sharding: none, each rank has all weights; or fsdp, each has a part of each (several ranks).
         cache: whether a training keeps what the frozen part of its model gives: auto (where that pays), off, disk or
             memory.
+        rendezvous_timeout: seconds that ranks wait for one another before they begin.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Engine:
         devices: Count = 1,
         sharding: str = "none",
         cache: str = "auto",
+        rendezvous_timeout: Positive = 300.0,
     ) -> None:
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -86,6 +89,7 @@ class Engine:
         if not torch.distributed.is_initialized():
             PartialState._reset_state()
         self.bf16 = precision == "bf16" or (precision == "auto" and has_bfloat16(chosen))
+        meet(chosen, rendezvous_timeout)
         self.accelerator = Accelerator(
             cpu=chosen.type == "cpu", mixed_precision="bf16" if self.bf16 else "no", device_placement=True
         )

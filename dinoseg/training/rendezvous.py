@@ -1,0 +1,39 @@
+"""Where ranks that were started apart, on several machines too, find one another."""
+
+import os
+from datetime import timedelta
+
+import torch
+from torch.distributed.constants import default_pg_timeout
+
+from dinoseg.errors import UserError
+
+
+def meet(device: torch.device, seconds: float) -> None:
+    """Join the group of ranks that the environment names (`WORLD_SIZE`, `MASTER_ADDR` ...), if it names any.
+
+    Args:
+        device: what the ranks compute on, which decides how they talk.
+        seconds: that they wait for one another; later, at work, they wait as long as torch's default is.
+
+    Raises:
+        UserError: the first one cannot be reached, or some of the others do not come.
+    """
+    distributed, world = torch.distributed, os.environ.get("WORLD_SIZE", "1")
+    if world == "1" or distributed.is_initialized():
+        return
+    place, rank = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}", os.environ.get("RANK")
+    try:
+        store, number, ranks = next(distributed.rendezvous("env://", timeout=timedelta(seconds=seconds)))
+        store.set_timeout(default_pg_timeout)
+        # torchrun keeps its store when it starts ranks again, and with it addresses of those that are dead
+        store = distributed.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        distributed.init_process_group(backend, store=store, rank=number, world_size=ranks)
+    except (distributed.DistError, ValueError) as error:  # ValueError: a variable that is missing or no number
+        said = next((line for line in str(error).splitlines() if line), type(error).__name__)
+        raise UserError(
+            f"Rank {rank} of {world} did not meet the others at {place} within {seconds:g} s ({said}). Look whether "
+            "all ranks were started, and whether MASTER_ADDR is the first one's machine, reached by that name and port "
+            "from all others; slow starts get more time by engine.rendezvous_timeout."
+        ) from error

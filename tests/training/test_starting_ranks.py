@@ -1,0 +1,122 @@
+"""Ranks that others start: Slurm's tasks, torchrun that starts them again; and those that never meet."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_resume import data, newest, train  # noqa: F401 - data is a fixture
+
+from dinoseg import ranks
+from dinoseg.errors import UserError
+from dinoseg.training import checkpoint
+from dinoseg.training.rendezvous import meet
+
+STEP = {"SLURM_JOB_ID": "12", "SLURM_STEP_ID": "3", "SLURM_STEP_NUM_TASKS": "4"}
+TASK = {**STEP, "SLURM_PROCID": "2", "SLURM_LOCALID": "0", "SLURM_STEP_NODELIST": "gpu[03-04,7],n1"}
+OWN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Return an environment of its own, without ranks."""
+    monkeypatch.setattr(os, "environ", own := {k: v for k, v in os.environ.items() if k not in OWN})
+    return own
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("gpu[03-04,7],n1", "gpu03"), ("n1,n2", "n1"), ("n1", "n1"), ("a[7,9]-b[2-3].site,c", "a7-b2.site")],
+)
+def test_a_task_of_slurm_is_a_rank(environment, nodes, first):
+    environment |= TASK | {"SLURM_STEP_NODELIST": nodes}
+    ranks.join_slurm()
+    assert {name: environment[name] for name in OWN[:4]} == {
+        "RANK": "2",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "4",
+        "MASTER_ADDR": first,
+    }
+    assert environment["MASTER_PORT"] == "20087" and not ranks.is_first_rank()
+
+
+@pytest.mark.parametrize("own", [{"WORLD_SIZE": "2"}, {"SLURM_STEP_NUM_TASKS": "1"}, {"SLURM_STEP_NUM_TASKS": None}])
+def test_what_is_no_task_among_several_stays_as_it_is(environment, own):
+    """torchrun below srun, a single task, and the shell of an sbatch script, which is no step."""
+    environment |= TASK | {name: value for name, value in own.items() if value}
+    for name in (name for name, value in own.items() if value is None):
+        del environment[name]
+    before = dict(environment)
+    ranks.join_slurm()
+    assert environment == before
+
+
+@pytest.mark.parametrize(
+    ("rank", "changes", "said"),
+    [
+        ("1", {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}, "Rank 1 of 2 did not meet .* at 127.0.0.1:9 within"),
+        ("0", {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}, "1/2 clients joined.*engine.rendezvous_timeout"),
+        ("1", {"MASTER_PORT": "9"}, "MASTER_ADDR expected, but not set"),
+        ("x", {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}, "Rank x of 2"),
+    ],
+)
+def test_ranks_that_do_not_meet_say_where_and_for_how_long(environment, rank, changes, said):
+    environment |= {"RANK": rank, "WORLD_SIZE": "2", **changes}
+    with pytest.raises(UserError, match=said):
+        meet(torch.device("cpu"), 0.05)
+
+
+def test_tasks_of_slurm_train_together(data, tmp_path):  # noqa: F811
+    """Two processes as srun starts them; weights shared out, a validation set of one image more than ranks."""
+    words = train(data, "data.batch_size=4", "trainer.steps=2", "engine.sharding=fsdp", "hydra.run.dir=run")
+    step = STEP | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost"}
+    tasks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "dinoseg", *words],
+            cwd=tmp_path,
+            env=os.environ | step | {"SLURM_JOB_ID": str(os.getpid()), "SLURM_PROCID": rank, "SLURM_LOCALID": rank},
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    errors = [task.communicate(timeout=120)[1] for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], errors
+    assert [path.name for path in tmp_path.iterdir() if path.name != "outputs"] == ["run"]
+    assert checkpoint.describe(tmp_path / "run/checkpoints/last.safetensors")["progress"]["step"] == 2
+
+
+def rank_processes(parent: int, number: int) -> list[int]:
+    """Return the processes below `parent` that are rank `number`."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            names = (path / "environ").read_text().split("\0")
+            below = int((path / "stat").read_text().rpartition(")")[2].split()[1]) == parent
+        except (OSError, IndexError):
+            continue
+        found += [int(path.name)] * (below and f"RANK={number}" in names)
+    return found
+
+
+def test_torchrun_starts_killed_ranks_again_and_they_go_on(data, tmp_path):  # noqa: F811
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1")
+    words = train(data, "data.batch_size=4", "trainer.steps=60", "trainer.save_every=1", "resume=auto")
+    with subprocess.Popen(
+        [*launcher, "-m", "dinoseg", *words], cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    ) as agent:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not list(tmp_path.glob("outputs/base/train_*/checkpoints/last.*")):
+            time.sleep(0.01)
+        for process in rank_processes(agent.pid, 1):
+            os.kill(process, signal.SIGKILL)
+        errors = agent.communicate(timeout=200)[1]
+    assert agent.returncode == 0, errors
+    assert "going on with" in errors and len(list(tmp_path.glob("outputs/base/train_*"))) == 1, errors
+    last = newest(tmp_path) / "checkpoints/last.safetensors"
+    assert checkpoint.describe(last)["progress"]["step"] == 60
