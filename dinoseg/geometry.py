@@ -87,6 +87,19 @@ def upsample(logits: Tensor, size: tuple[int, int], valid: tuple[float, float]) 
     return resized[..., :height, :width]
 
 
+def upsample_at(
+    logits: Tensor, size: tuple[int, int], valid: tuple[float, float], places: tuple[slice, slice]
+) -> Tensor:
+    """Return some rows and columns of what `upsample` returns, but for rounding."""
+    logits = at_least_float32(logits)
+    rows, columns = (
+        _weights(_positions(length, cells, share)[chosen], cells).to(logits)
+        for length, cells, share, chosen in zip(size, logits.shape[-2:], valid, places, strict=True)
+    )
+    with torch.autocast(logits.device.type, enabled=False):
+        return rows @ logits @ columns.T
+
+
 class Span(NamedTuple):
     """A run of pixels along an axis, and the grid cells that they read when these are upsampled."""
 

@@ -14,6 +14,8 @@ from typing import Any, Protocol, TypedDict
 import torch
 from torch import Tensor
 
+from dinoseg.class_ids import class_ids, highest
+from dinoseg.geometry import upsample_at
 from dinoseg.transfer import sent
 
 Palette = Sequence[tuple[int, int, int]]
@@ -150,6 +152,20 @@ class Prediction:
     def scores(self, size: tuple[int, int] | None = None) -> Tensor:
         """Return per-pixel class scores (B, K, H, W) at `size` (default: the images' own): the highest is the class."""
         return self.to_pixels(self.outputs, size or self.size, self.valid)
+
+    def class_ids(self, size: tuple[int, int] | None = None) -> Tensor:
+        """Return the ids (B, H, W) uint8 of the classes that `scores` are highest of, of equal ones the first."""
+        if self.grid is not None:
+            return class_ids(self.grid, size or self.size, self.valid)
+        return highest(self.scores(size))
+
+    def class_ids_and_logits(self, places: tuple[slice, slice]) -> tuple[Tensor, Tensor]:
+        """Return `class_ids`, and `logits` (B, K, r, c) float32 at some rows and columns, of the images' own size."""
+        if self.grid is not None:
+            return self.class_ids(), upsample_at(self.grid, self.size, self.valid, places).float()
+        scores = self.scores()
+        chosen = self.as_logits(scores[:, :, places[0], places[1]]).float().clone()  # a band is overwritten by the next
+        return highest(scores), chosen
 
     def logits(self, size: tuple[int, int] | None = None) -> Tensor:
         """Return `scores` as logits: their softmax over the classes is the class probability."""

@@ -18,6 +18,7 @@ LEVELS = (  # a room imports its own level and those below
         "shapes",
         "contracts",
         "geometry",
+        "class_ids",
         "sizes",
         "precision",
         "transfer",

@@ -59,13 +59,13 @@ class Reference:
     @torch.inference_mode()
     def ids(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """Return the class ids (B, H, W) uint8 of images (H, W, 3) uint8 RGB of one size."""
-        return self._predict(images).scores().max(dim=1).indices.to(torch.uint8).numpy()
+        return self._predict(images).class_ids().numpy()
 
     @torch.inference_mode()
     def predicted(self, image: np.ndarray) -> np.ndarray:
         """Return the class ids (H, W) that mode=predict gives an image (H, W, 3), whatever size the graph has."""
         whole = self.segmenter(torch.from_numpy(image[None].copy()).permute(0, 3, 1, 2))
-        return whole.scores().max(dim=1).indices[0].to(torch.uint8).numpy()
+        return whole.class_ids()[0].numpy()
 
     @torch.inference_mode()
     def probabilities(self, images: Sequence[np.ndarray]) -> np.ndarray:

@@ -156,7 +156,7 @@ def _taken(model: Segmenter, side: int, autocast: Autocast) -> _Taken:
             prediction = model(images, reduce=False)
         forward, kept = peak.most, peak.now
         peak.most = kept
-        prediction.scores().max(dim=1).indices.to(torch.uint8)
+        prediction.class_ids()
     seen = math.prod(backbone_size((side, side), model.scale, None))
     return _Taken(seen, forward / seen, kept / seen, (peak.most - kept) / side**2)
 

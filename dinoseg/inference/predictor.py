@@ -39,7 +39,11 @@ class Predictor:
         Raises:
             OutOfMemory: they take more memory than there is.
         """
-        return self.asked(self._stacked(images), lambda bands: torch.cat([*map(_ids, bands)], dim=1)).cpu().numpy()
+        return (
+            self.asked(self._stacked(images), lambda bands: torch.cat([band.class_ids() for band in bands], dim=1))
+            .cpu()
+            .numpy()
+        )
 
     @torch.inference_mode()
     def probabilities(self, images: Sequence[np.ndarray]) -> Tensor:
@@ -110,13 +114,7 @@ class Predictor:
     def _strips(self, rows: Rows) -> Iterator[np.ndarray]:
         with telling_shortage(rows):
             for band in self.policy.bands(self.model, rows, self.autocast):
-                yield _ids(band)[0].cpu().numpy()
+                yield band.class_ids()[0].cpu().numpy()
 
     def _stacked(self, images: Sequence[np.ndarray]) -> Tensor:
         return sent(torch.from_numpy(np.stack(images)), self.device).permute(0, 3, 1, 2).contiguous()
-
-
-def _ids(band: Prediction) -> Tensor:
-    """Return class ids (B, r, W) uint8."""
-    # the indices of max are those of argmax, which takes 6 times as long on a CPU
-    return band.scores().max(dim=1).indices.to(torch.uint8)

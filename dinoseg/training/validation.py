@@ -98,11 +98,10 @@ def _read(bands: Iterable[Prediction], size: Size) -> tuple[Tensor, Tensor]:
     rows, columns = lattice(size)
     due, top = rows.start, 0  # the next row of the lattice; the first one of the band
     for band in bands:
-        scores = band.scores()
-        ids.append(scores.max(dim=1).indices.to(torch.uint8))  # argmax is 5 x slower on CPU
-        chosen = scores[:, :, due - top :: rows.step, columns]
-        logits.append(band.as_logits(chosen).float().clone())  # a band is overwritten by the next
-        due, top = due + rows.step * chosen.shape[2], top + scores.shape[2]
+        some, chosen = band.class_ids_and_logits((slice(due - top, None, rows.step), columns))
+        ids.append(some)
+        logits.append(chosen)
+        due, top = due + rows.step * chosen.shape[2], top + some.shape[1]
     return torch.cat(ids, dim=1), torch.cat(logits, dim=2)
 
 

@@ -38,7 +38,7 @@ def test_what_a_pass_takes_is_told_from_small_ones(options):
     for size in ((160, 96), (320, 320)):
         batch = torch.zeros(1, 3, *size, dtype=torch.uint8)
         with torch.no_grad(), memory._Peak() as peak:
-            model(batch).scores().max(dim=1).indices.to(torch.uint8)
+            model(batch).class_ids()
         assert cost.of(1, model.seen_size(size), size) == pytest.approx(peak.most, rel=0.25)
         assert cost.of(3, model.seen_size(size), size) == 3 * cost.of(1, model.seen_size(size), size)
 
