@@ -1,20 +1,24 @@
 """Class ids of a grid of scores: what it scores highest at each pixel, without the scores of all pixels."""
 
+import functools
 import math
-from collections.abc import Iterable
-from functools import lru_cache
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from dinoseg.geometry import upsample
+from dinoseg.geometry import cell_weights, upsample
 from dinoseg.precision import at_least_float32
+from dinoseg.processes.threads import threads
 
-_TILE = (32, 128)  # pixels: what a few classes score there stays in a core's cache
-_LEAST_CELL = 6  # pixels along a cell of the grid; between smaller ones too many tiles hold many classes
-_AT_ONCE = 2**26  # upsampled numbers held at a time on an accelerator, where an operation takes its time to start
+_BAND = 2**17  # scores of a grid looked at together
+_AT_ONCE = 2**17  # upsampled numbers held at a time: what stays in a core's cache
+_LAUNCHED = 2**26  # the same on an accelerator, where an operation takes its time to start
+# what things take beside an upsampled number of some classes, measured: a class that can win in a cell, any other, and
+# a number of all pixels, class by class
+_PAIR, _LOOK, _PIXEL = 25, 5, 0.65
+_SAMPLE = 48  # rows and columns of cells by which it is chosen
 _ROUNDING = 10  # times the type's epsilon and the largest score: 8 by which two sums of four cells can differ, and room
 
 
@@ -26,116 +30,117 @@ def highest(scores: Tensor) -> Tensor:
 
 @torch.no_grad()
 def class_ids(scores: Tensor, size: tuple[int, int], valid: tuple[float, float]) -> Tensor:
-    """Return the ids (B, H, W) uint8 of the classes that `upsample` of finite (B, K, h, w) scores highest, to the bit.
+    """Return the ids (B, H, W) uint8 of the classes that `upsample` of finite (B, K, h, w) scores highest.
 
-    Of classes that score the same, it is the first. It takes a few numbers a pixel, however many classes there are.
-    A score between four cells lies between theirs: on a CPU only classes are upsampled, a tile at a time, that can win
-    between some of its cells, and where two are as close as rounding, `upsample` itself decides.
+    Of classes that score the same, it is the first; of those that differ by no more than rounding, any. It takes a few
+    numbers a pixel, however many classes there are. A score between four cells lies between theirs: on a CPU, a class
+    is upsampled only where it can win, and nothing is where one class alone can, if that takes less time.
     """
-    scores = at_least_float32(scores).contiguous()  # of another layout `upsample` rounds otherwise
-    on_cpu = scores.device.type == "cpu"
-    if not on_cpu and scores.shape[0] * scores.shape[1] * math.prod(size) <= _AT_ONCE:
-        return highest(upsample(scores, size, valid))
-    cell = min(pixels / (cells * share) for pixels, cells, share in zip(size, scores.shape[2:], valid, strict=True))
-    if not on_cpu or cell < _LEAST_CELL:
-        return _compared(scores, range(scores.shape[1]), size, valid)
-    with torch.autocast("cpu", enabled=False):  # which would multiply in half precision
-        return torch.stack([_by_tiles(grid, size, valid) for grid in scores])
+    scores = at_least_float32(scores)
+    if scores.device.type != "cpu":
+        small = scores.shape[0] * scores.shape[1] * math.prod(size) <= _LAUNCHED
+        return highest(upsample(scores, size, valid)) if small else _one_by_one(scores, size, valid)
+    return torch.cat([_of_image(grid[None], size, valid) for grid in scores])
 
 
-def _compared(
-    scores: Tensor,
-    classes: Iterable[int],
-    size: tuple[int, int],
-    valid: tuple[float, float],
-    where: Tensor | None = None,
-) -> Tensor:
-    """Return the best ids of some classes, ascending, which are upsampled one by one: (B, H, W), or some of them.
+def _of_image(scores: Tensor, size: tuple[int, int], valid: tuple[float, float]) -> Tensor:
+    """Return the ids (1, H, W) of one image's scores (1, K, h, w) on a CPU, the way that takes less time."""
+    grid = scores[0]
+    slack = _ROUNDING * torch.finfo(grid.dtype).eps * max(map(abs, map(float, grid.aminmax())))
+    rows, columns = (
+        _cells(length, cells, share, grid.dtype)
+        for length, cells, share in zip(size, grid.shape[1:], valid, strict=True)
+    )
+    if not math.isfinite(slack) or not _pays(grid, rows, columns, slack):
+        return _one_by_one(scores, size, valid)
+    at_once = max(1, _BAND // (len(grid) * len(columns.low)))
+    bands = [slice(start, start + at_once) for start in range(0, len(rows.low), at_once)]
+    with torch.autocast("cpu", enabled=False), threads(grid.device) as each:
+        return torch.cat(list(each(functools.partial(_band_ids, grid, rows, columns, slack), bands)))[None]
 
-    Args:
-        scores: (B, K, h, w).
-        classes: that are compared.
-        size: (H, W).
-        valid: share of the grid.
-        where: (P,) which pixels of all (B * H * W); None: all.
-    """
-    best = ids = torch.empty(0)
-    for number, label in enumerate(classes):
+
+def _one_by_one(scores: Tensor, size: tuple[int, int], valid: tuple[float, float]) -> Tensor:
+    """Return the best ids (B, H, W) of classes that are upsampled one by one."""
+    best = upsample(scores[:, :1], size, valid)[:, 0].clone()
+    ids = torch.zeros_like(best, dtype=torch.uint8)
+    for label in range(1, scores.shape[1]):
         pixels = upsample(scores[:, label : label + 1], size, valid)[:, 0]
-        pixels = pixels if where is None else pixels.flatten()[where]
-        if number == 0:
-            best, ids = pixels.clone(), torch.full(pixels.shape, label, dtype=torch.uint8, device=pixels.device)
-            continue
         better = (pixels > best).to(torch.uint8)
         torch.maximum(ids, better.mul_(label), out=ids)  # ascending: each is greater than all before
         torch.maximum(best, pixels, out=best)
     return ids
 
 
-def _by_tiles(grid: Tensor, size: tuple[int, int], valid: tuple[float, float]) -> Tensor:
-    """Return the ids (H, W) of one image's scores (K, h, w)."""
-    slack = _ROUNDING * torch.finfo(grid.dtype).eps * float(grid.abs().max())
-    if not math.isfinite(slack):
-        return _compared(grid[None], range(len(grid)), size, valid)[0]
-    wins = _can_win(grid, slack)
-    ids = torch.empty(size, dtype=torch.uint8)
-    near, tied = torch.zeros(size, dtype=torch.bool), set[int]()
-    columns = _runs(size[1], grid.shape[2], valid[1], _TILE[1], grid.dtype)
-    for row in _runs(size[0], grid.shape[1], valid[0], _TILE[0], grid.dtype):
-        band, below = grid[:, row.cells], np.any(wins[:, row.between], axis=1)
-        for column in columns:
-            tile = (row.pixels, column.pixels)
-            able = np.flatnonzero(np.any(below[:, column.between], axis=1))
-            if len(able) == 1:
-                ids[tile] = int(able[0])
-                continue
-            labels = torch.from_numpy(able)
-            pixels = row.weights @ (band[labels, :, column.cells] @ column.weights.T)  # (k, r, c)
-            best, first = pixels.max(dim=0)
-            ids[tile] = labels.to(torch.uint8)[first]
-            close = pixels >= best - slack
-            if torch.count_nonzero(close) > best.numel():
-                near[tile] = several = close.sum(dim=0) > 1
-                tied.update(able[close[:, several].any(dim=1).numpy()].tolist())
-    if tied:
-        where = near.flatten().nonzero()[:, 0]
-        ids.view(-1)[where] = _compared(grid[None], sorted(tied), size, valid, where)
+class _Cells(NamedTuple):
+    """The spaces between neighbours on an axis of a grid: N that hold a pixel, none more than P."""
+
+    low: Tensor  # (N,) where on the grid each begins
+    high: Tensor  # (N,) and where it ends
+    owner: Tensor  # (pixels,) in which of them each pixel lies
+    pixels: Tensor  # (N, P) which pixels lie in each, the last of them again where they are fewer than P
+    weights: Tensor  # (2, N, P) what these read of where it begins, and where it ends
+
+
+@functools.lru_cache(maxsize=16)
+def _cells(length: int, cells: int, share: float, dtype: torch.dtype) -> _Cells:
+    """Return the cells between `length` pixels' neighbours."""
+    low, weights = cell_weights(length, cells, share, dtype)
+    begins, owner, counts = low.unique_consecutive(return_inverse=True, return_counts=True)
+    offsets = torch.arange(int(counts.max())).minimum(counts[:, None] - 1)  # (N, P)
+    pixels = (counts.cumsum(0) - counts)[:, None] + offsets
+    return _Cells(begins.clamp(min=0), (begins + 1).clamp(max=cells - 1), owner, pixels, weights[:, pixels])
+
+
+def _pays(grid: Tensor, rows: _Cells, columns: _Cells, slack: float) -> bool:
+    """Return whether to look at cells, of which some are sampled, takes less than to upsample all classes."""
+    cells, pixels = len(rows.low) * len(columns.low), len(rows.owner) * len(columns.owner)
+    if _LOOK * cells >= _PIXEL * pixels:
+        return False
+    down, along = ([end[:: -(-len(axis.low) // _SAMPLE)] for end in (axis.low, axis.high)] for axis in (rows, columns))
+    able = _able(grid, down, along, slack)[0]
+    counts = able.sum(1)
+    pairs = float(counts[counts > 1].sum()) / len(able)  # of a cell
+    side = rows.pixels.shape[1] * columns.pixels.shape[1]
+    return cells * (pairs * (_PAIR + side) + len(grid) * _LOOK) < _PIXEL * len(grid) * pixels
+
+
+def _able(grid: Tensor, down: Sequence[Tensor], along: Sequence[Tensor], slack: float) -> tuple[Tensor, Tensor]:
+    """Return which classes can win in cells (N, K), and what is the most that they score there (K, N)."""
+    most, least = (
+        pick(*(pick(*(grid.index_select(1, end) for end in down)).index_select(2, end) for end in along)).flatten(1)
+        for pick in (torch.maximum, torch.minimum)
+    )
+    return (most >= least.amax(0) - slack).T.contiguous(), most
+
+
+@torch.no_grad()  # a thread has a mode of its own
+def _band_ids(grid: Tensor, rows: _Cells, columns: _Cells, slack: float, band: slice) -> Tensor:
+    """Return the ids (r, W) of some rows of cells of a grid (K, h, w)."""
+    able, most = _able(grid, [end[band] for end in rows[:2]], columns[:2], slack)
+    winners = most.max(0).indices.to(torch.uint8).view(-1, len(columns.low))
+    owner = rows.owner[(rows.owner >= band.start) & (rows.owner < band.stop)]
+    pixels = rows.pixels - rows.pixels[band.start, 0]
+    ids = winners.index_select(1, columns.owner).index_select(0, owner - band.start)
+    counts, side = able.sum(1), rows.pixels.shape[1] * columns.pixels.shape[1]
+    for count in counts.unique().tolist():
+        if count == 1:
+            continue
+        for places in (counts == count).nonzero()[:, 0].split(max(1, _AT_ONCE // (count * side))):
+            labels = able[places].nonzero()[:, 1].view(-1, count)  # ascending
+            row, column = places // len(columns.low) + band.start, places % len(columns.low)
+            ends = [low[row] * grid.shape[2] + along[column] for low in rows[:2] for along in columns[:2]]
+            read = (labels * grid[0].numel())[:, :, None] + torch.stack(ends, dim=1)[:, None]
+            corners = grid.flatten().index_select(0, read.flatten()).view(read.shape)  # (n, count, 4)
+            best = _best(corners, rows.weights[:, row], columns.weights[:, column])
+            found = labels.to(torch.uint8).gather(1, best.flatten(1)).view_as(best)
+            ids[pixels[row][:, :, None], columns.pixels[column][:, None]] = found
     return ids
 
 
-def _can_win(grid: Tensor, slack: float) -> np.ndarray:
-    """Return which classes (K, h, w) may score highest between a cell of (K, h, w), the next, and those below both."""
-    highest = lowest = grid
-    for axis in (1, 2):
-        highest, lowest = (
-            pick(part, torch.cat([part.narrow(axis, 1, part.shape[axis] - 1), part.narrow(axis, -1, 1)], dim=axis))
-            for pick, part in ((torch.maximum, highest), (torch.minimum, lowest))
-        )
-    return (highest >= lowest.amax(dim=0) - slack).numpy()
-
-
-class _Run(NamedTuple):
-    """Pixels along an axis, and the cells that they lie between."""
-
-    pixels: slice
-    cells: slice
-    weights: Tensor  # (pixels, cells)
-
-    @property
-    def between(self) -> slice:
-        """The cells after which the pixels lie, or at which."""
-        return slice(self.cells.start, max(self.cells.start + 1, self.cells.stop - 1))
-
-
-@lru_cache(maxsize=16)
-def _runs(length: int, cells: int, share: float, at_once: int, dtype: torch.dtype) -> list[_Run]:
-    """Return an axis in runs of at most `at_once` pixels, with the weights that `upsample` itself has, to the bit."""
-    units = torch.eye(cells, dtype=dtype)[None, :, :, None]  # (1, cells, cells, 1)
-    weights = upsample(units, (length, 2), (share, 1.0))[0, :, :, 0].T.contiguous()  # (length, cells)
-    found = []
-    for start in range(0, length, at_once):
-        run = weights[start : start + at_once]
-        read = run.any(dim=0).nonzero()
-        first, last = int(read[0]), int(read[-1]) + 1
-        found.append(_Run(slice(start, start + len(run)), slice(first, last), run[:, first:last].contiguous()))
-    return found
+def _best(corners: Tensor, down: Tensor, along: Tensor) -> Tensor:
+    """Return which of a few classes scores highest (n, p, q) between corners (n, k, 4)."""
+    sides = corners.view(*corners.shape[:2], 2, 2, 1)  # of both rows, of both columns
+    edges = sides[:, :, 0] * down[0][:, None, None] + sides[:, :, 1] * down[1][:, None, None]  # (n, k, 2, p)
+    pixels = edges[:, :, 0, :, None] * along[0][:, None, None]
+    pixels.addcmul_(edges[:, :, 1, :, None], along[1][:, None, None])  # (n, k, p, q)
+    return pixels.max(1).indices

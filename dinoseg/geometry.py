@@ -100,6 +100,24 @@ def upsample_at(
         return rows @ logits @ columns.T
 
 
+def cell_weights(length: int, cells: int, share: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return between which cells of a grid each of `length` pixels lies, and what `upsample` makes it read of these.
+
+    Returns:
+        The one before it (length,), -1 above the first one, ascending; what it reads of that one and of the next
+        (2, length), where past the ends those are the outermost cell.
+    """
+    thirds = F.one_hot(torch.arange(cells) % 3, 3).T.to(dtype)  # any two neighbours differ
+    read = upsample(thirds[None, :, :, None], (length, 2), (share, 1.0))[0, :, :, 0]  # (3, length)
+    positions = (torch.arange(length, dtype=torch.float64) + 0.5) * cells * share / length - 0.5
+    low = positions.floor().long()
+    astray = read.gather(0, (low + 2)[None] % 3)[0] > 0  # rounded past a cell: it reads neither low nor the one after
+    low += torch.where(astray & (low >= 0) & (low + 1 < cells), torch.where(positions - low < 0.5, -1, 1), 0)
+    weights = torch.stack([read.gather(0, (low + side)[None] % 3)[0] for side in (0, 1)])
+    weights[:, (low < 0) | (low + 1 >= cells)] = weights.new_tensor([[1.0], [0.0]])
+    return low, weights
+
+
 class Span(NamedTuple):
     """A run of pixels along an axis, and the grid cells that they read when these are upsampled."""
 

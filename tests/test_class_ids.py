@@ -4,20 +4,17 @@ import random
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from dinoseg import class_ids as rooms
-from dinoseg.class_ids import class_ids
+from dinoseg.class_ids import class_ids, highest
 from dinoseg.geometry import lattice, upsample, upsample_at, valid_share
 from dinoseg.shapes import Prediction
 
 
-def expected(scores, size, valid):
-    return upsample(scores, size, valid).max(dim=1).indices.to(torch.uint8)
-
-
 def smooth(draw, classes, grid):
     coarse = torch.randn(1, classes, 3, 4, generator=draw) * 4
-    scores = torch.nn.functional.interpolate(coarse, grid, mode="bicubic")
+    scores = F.interpolate(coarse, grid, mode="bicubic")
     return scores + 0.1 * torch.randn(1, classes, *grid, generator=draw)
 
 
@@ -30,7 +27,7 @@ def test_ids_are_those_of_all_scores_at_any_size_and_share():
         grid, classes = (-(-image[0] // patch), -(-image[1] // patch)), choose.choice([1, 2, 5, 40])
         scores = smooth(draw, classes, grid) if number % 2 else torch.randn(2, classes, *grid, generator=draw)
         given = (scores, size, valid_share(image, patch))
-        assert torch.equal(class_ids(*given), expected(*given)), (image, size, patch, classes)
+        assert torch.equal(class_ids(*given), highest(upsample(*given))), (image, size, patch, classes)
 
 
 @pytest.mark.parametrize("size", [(154, 224), (160, 231), (11, 224), (200, 16)], ids=str)
@@ -54,11 +51,30 @@ def test_ties_go_to_the_first_class_as_rounding_has_it(size, kind):
         scores = scores.bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         result = class_ids(scores, size, (1.0, 1.0))
+    pixels = upsample(scores.contiguous(), size, (1.0, 1.0))
     if kind == "infinite":  # beside it, 0 * infinity is no number
-        known = ~upsample(scores, size, (1.0, 1.0)).isnan().any(dim=1)
-        assert torch.equal(result[known], expected(scores, size, (1.0, 1.0))[known])
+        known = ~pixels.isnan().any(dim=1)
+        assert torch.equal(result[known], highest(pixels)[known])
+    elif kind in ("zeros", "twins"):
+        assert torch.equal(result, highest(pixels))
     else:
-        assert torch.equal(result, expected(scores.contiguous(), size, (1.0, 1.0)))
+        lost = pixels.amax(1) - pixels.gather(1, result[:, None].long())[:, 0]
+        assert lost.max() <= 4 * torch.finfo(torch.float32).eps * scores.abs().max()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_any_number_of_threads_and_bands_gives_the_same(mode, monkeypatch):
+    scores = smooth(torch.Generator().manual_seed(0), 12, (11, 16))
+    threads = torch.get_num_threads()
+    try:
+        with mode():
+            wanted = class_ids(scores, (154, 224), (0.95, 1.0))
+            for count, band in ((1, 1), (2, 1), (3, 500)):
+                torch.set_num_threads(count)
+                monkeypatch.setattr(rooms, "_BAND", band)
+                assert torch.equal(class_ids(scores, (154, 224), (0.95, 1.0)), wanted)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_scores_that_are_no_numbers_give_some_class():
@@ -70,17 +86,39 @@ def test_scores_that_are_no_numbers_give_some_class():
 def test_scores_of_all_pixels_are_never_held(monkeypatch):
     held = []
 
-    def counted(scores, *given):
-        pixels = upsample(scores, *given)
-        held.append(pixels.numel())
-        return pixels
+    def counted(function):
+        def counting(*given):
+            made = function(*given)
+            held.append(made.numel() * given[0].shape[1])
+            return made
 
-    monkeypatch.setattr(rooms, "upsample", counted)
-    scores = smooth(torch.Generator().manual_seed(0), 50, (20, 30))
-    for size in ((320, 480), (60, 90)):  # tiles; cells that are small, class by class
-        held.clear()
-        assert torch.equal(class_ids(scores, size, (1.0, 1.0)), expected(scores, size, (1.0, 1.0)))
-        assert max(held) <= size[0] * size[1]
+        return counting
+
+    scores, size = smooth(torch.Generator().manual_seed(0), 50, (20, 30)), (384, 576)
+    wanted = highest(upsample(scores, size, (1.0, 1.0)))
+    monkeypatch.setattr(rooms, "_best", counted(rooms._best))
+    assert torch.equal(class_ids(scores, size, (1.0, 1.0)), wanted)
+    assert max(held) <= rooms._AT_ONCE and sum(held) < size[0] * size[1] * 50 / 10
+    held.clear()
+    monkeypatch.setattr(rooms, "upsample", counted(upsample))
+    monkeypatch.setattr(rooms, "_LOOK", 1e9)
+    assert torch.equal(class_ids(scores, size, (1.0, 1.0)), wanted)
+    assert len(held) == 50 and max(held) == size[0] * size[1]
+
+
+def test_cells_are_looked_at_only_where_that_takes_less(monkeypatch):
+    def refused(*_):
+        raise AssertionError("all classes were upsampled")
+
+    draw = torch.Generator().manual_seed(0)
+    monkeypatch.setattr(rooms, "_one_by_one", refused)
+    class_ids(smooth(draw, 12, (20, 30)), (320, 480), (1.0, 1.0))
+    for scores, size in (
+        (torch.randn(1, 12, 20, 30, generator=draw), (320, 480)),
+        (smooth(draw, 12, (20, 30)), (40, 60)),
+    ):
+        with pytest.raises(AssertionError, match="all classes"):
+            class_ids(scores, size, (1.0, 1.0))
 
 
 def test_a_prediction_of_a_grid_reads_it_and_one_without_its_scores():

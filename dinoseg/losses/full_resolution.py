@@ -5,9 +5,7 @@ their gradient, what a tile needs stays in a processor's cache.
 """
 
 import functools
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +15,7 @@ from torch import Tensor
 from dinoseg.geometry import Span, spans
 from dinoseg.losses.labelled import labels
 from dinoseg.precision import at_least_float32
+from dinoseg.processes.threads import threads
 from dinoseg.shapes import Batch, Prediction
 
 ROWS = 32  # of a tile
@@ -83,7 +82,7 @@ class _Tiled:
         """
         gradient = None if upstream is None else torch.zeros_like(grid)
         found = []
-        with torch.autocast(grid.device.type, enabled=False), _threads(grid.device) as each:
+        with torch.autocast(grid.device.type, enabled=False), threads(grid.device) as each:
             for (image, rows), (sums, part) in zip(
                 self.bands, each(functools.partial(self._band, grid, upstream), self.bands), strict=True
             ):
@@ -141,21 +140,3 @@ def _reduced(tile: Tensor, down: Tensor | None, along: Tensor | None) -> Tensor:
     """Return the gradient of the cells (K, h, w) from that of a tile (K, H, W)."""
     cells = tile if down is None else down.T @ tile
     return cells if along is None else cells @ along
-
-
-@contextmanager
-def _threads(device: torch.device) -> Iterator[Callable[..., Iterator[Any]]]:
-    """Give a `map` whose calls share the CPU's threads, each of which works alone.
-
-    A tile's operations are too short to be shared themselves: on a loaded machine threads wait for one another at the
-    end of each.
-    """
-    threads = torch.get_num_threads()
-    if device.type != "cpu" or threads == 1:
-        yield map
-        return
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield pool.map
-    finally:
-        torch.set_num_threads(threads)  # to threads to come, the last call in any thread counts
