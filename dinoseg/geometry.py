@@ -79,10 +79,7 @@ def upsample(logits: Tensor, size: tuple[int, int], valid: tuple[float, float]) 
     scale = (nudge * height / (grid_h * valid[0]), nudge * width / (grid_w * valid[1]))
     if int(grid_h * scale[0]) == grid_h or int(grid_w * scale[1]) == grid_w:
         # F.interpolate copies an axis whose length stays, whatever its scale: two small matrix products instead
-        rows = sent(_weights(_positions(height, grid_h, valid[0]), grid_h).to(logits.dtype), logits.device)  # (H, h)
-        columns = sent(_weights(_positions(width, grid_w, valid[1]), grid_w).to(logits.dtype), logits.device)  # (W, w)
-        with torch.autocast(logits.device.type, enabled=False):  # which would multiply in half precision
-            return rows @ logits @ columns.T
+        return upsample_at(logits, size, valid, (slice(None), slice(None)))
     resized = F.interpolate(logits, scale_factor=scale, mode="bilinear", recompute_scale_factor=False)
     return resized[..., :height, :width]
 
@@ -93,10 +90,10 @@ def upsample_at(
     """Return some rows and columns of what `upsample` returns, but for rounding."""
     logits = at_least_float32(logits)
     rows, columns = (
-        _weights(_positions(length, cells, share)[chosen], cells).to(logits)
+        sent(_weights(_positions(length, cells, share)[chosen], cells).to(logits.dtype), logits.device)
         for length, cells, share, chosen in zip(size, logits.shape[-2:], valid, places, strict=True)
     )
-    with torch.autocast(logits.device.type, enabled=False):
+    with torch.autocast(logits.device.type, enabled=False):  # which would multiply in half precision
         return rows @ logits @ columns.T
 
 

@@ -33,7 +33,7 @@ VALIDATION = {  # of one image
     "metrics/confusion.py _raise_for_outsiders: read": 1,
     "metrics/confusion.py compute: read": 2,
     "metrics/confusion.py update: copy to the device": 1,
-    "training/validation.py _add_loss: read": 1,
+    "training/validation.py _of_images: read": 1,
     "training/validation.py _part_masks: index from the host": 1,
     "training/validation.py evaluate: copy to the device": 1,
     "training/validation.py evaluate: read": 1,
