@@ -29,7 +29,7 @@ _FORM = forms.record(key=forms.text, stored=forms.text, shapes=forms.listing(for
 def rounded(tensors: Sequence[Tensor], stored: Stored) -> list[Tensor]:
     """Return tensors in the type that they are kept in; with int8 each has its scales behind it.
 
-    A scale is of a token, so over the channels: C of a map (C, h, w) and of tokens (N, C).
+    A scale is of a token, so over the channels, which come last.
 
     Raises:
         UserError: a number is not finite, or none as it would be kept.
@@ -55,7 +55,7 @@ def restored(kept: Sequence[Tensor], stored: Stored) -> list[Tensor]:
     if stored != "int8":
         return list(kept)
     pairs = zip(kept[::2], kept[1::2], strict=True)
-    return [values.float() * scales.unsqueeze(_channels(values.ndim)) for values, scales in pairs]
+    return [values.float() * scales[..., None] for values, scales in pairs]
 
 
 def size_of(shapes: Sequence[Sequence[int]], stored: Stored) -> int:
@@ -125,7 +125,7 @@ def _places(
     """Return offset, bytes, type and shape of all that is kept from a place on, and where it ends."""
     parts = [(_DTYPES[stored], shape) for shape in shapes]
     if stored == "int8":
-        scales = [(torch.float32, _of_tokens(shape)) for shape in shapes]
+        scales = [(torch.float32, shape[:-1]) for shape in shapes]
         parts = [part for pair in zip(parts, scales, strict=True) for part in pair]
     places = []
     for dtype, shape in parts:
@@ -137,21 +137,9 @@ def _places(
 
 def _quantised(tensor: Tensor) -> tuple[Tensor, Tensor]:
     """Return whole numbers from -127 to 127, and the scale of each token."""
-    axis = _channels(tensor.ndim)
-    scales = tensor.abs().amax(axis) / 127
-    divisor = torch.where(scales > 0, scales, 1).unsqueeze(axis)
+    scales = tensor.abs().amax(-1) / 127
+    divisor = torch.where(scales > 0, scales, 1)[..., None]
     return (tensor / divisor).round().to(torch.int8).contiguous(), scales
-
-
-def _channels(axes: int) -> int:
-    """Return the axis of the channels of a tensor of so many axes, from its end."""
-    return -3 if axes >= 3 else -1
-
-
-def _of_tokens(shape: Sequence[int]) -> Sequence[int]:
-    """Return a shape without its channels."""
-    axis = len(shape) + _channels(len(shape))
-    return [*shape[:axis], *shape[axis + 1 :]]
 
 
 def _is_finite(tensor: Tensor) -> bool:
