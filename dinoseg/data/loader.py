@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Generic, TypeVar
 
@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from dinoseg.data.clips.cut import Clips
 from dinoseg.data.clips.view import ClipView
+from dinoseg.data.enough_workers import Workers, with_enough_workers
 from dinoseg.errors import UserError
 from dinoseg.shapes import Batch, ClipBatch, Sample, SegmentationData
 from dinoseg.wording import count_of
@@ -36,7 +37,7 @@ def train_batches(
     batch_size: int,
     seed: int,
     start: int = 0,
-    workers: int = 0,
+    workers: Workers = 0,
     rank: int = 0,
     world: int = 1,
     views: int | None = None,
@@ -46,8 +47,8 @@ def train_batches(
     Each epoch has views of its own, or draws view number epoch mod `views` of an image anew.
     """
     read = functools.partial(_read_augmented, dataset, augment, seed, views)
-    options = {"batch_size": batch_size, "seed": seed, "start": start, "workers": workers, "rank": rank, "world": world}
-    return drawn_batches(read, Batch.stack, len(dataset), **options)
+    options = {"batch_size": batch_size, "seed": seed, "start": start, "rank": rank, "world": world}
+    return drawn_batches(read, Batch.stack, len(dataset), workers=workers, **options)
 
 
 def drawn_batches(
@@ -58,7 +59,7 @@ def drawn_batches(
     batch_size: int,
     seed: int,
     start: int = 0,
-    workers: int = 0,
+    workers: Workers = 0,
     rank: int = 0,
     world: int = 1,
 ) -> Iterator[V]:
@@ -89,7 +90,7 @@ def clip_batches(
     batch_size: int,
     seed: int,
     start: int = 0,
-    workers: int = 0,
+    workers: Workers = 0,
     rank: int = 0,
     world: int = 1,
 ) -> Iterator[ClipBatch]:
@@ -121,7 +122,7 @@ def _check_seed(seed: int) -> None:
         raise UserError(f"seed={seed}: give a whole number that is not negative.")
 
 
-def eval_samples(dataset: SegmentationData, *, workers: int = 0, rank: int = 0, world: int = 1) -> Iterator[Sample]:
+def eval_samples(dataset: SegmentationData, *, workers: Workers = 0, rank: int = 0, world: int = 1) -> Iterator[Sample]:
     """Yield this rank's samples once and in order, as they are: number rank, rank + world, ..."""
     return load_in_order(dataset.__getitem__, range(rank, len(dataset), world), workers)
 
@@ -192,14 +193,16 @@ class _Keyed(Generic[K, V]):
             return error
 
 
-def load_in_order(read: Callable[[K], V], keys: Iterable[K], workers: int) -> Iterator[V]:
+def load_in_order(read: Callable[[K], V], keys: Iterable[K], workers: Workers) -> Iterator[V]:
     """Yield `read(key)` for each key in order, read ahead by `workers` processes (0: in this one)."""
+    if isinstance(workers, str):
+        return with_enough_workers(functools.partial(_load_ahead, read), keys)
     if workers < 0:
         raise UserError(f"workers={workers}: give the number of loading processes, 0 for none.")
     return map(read, keys) if workers == 0 else _load_ahead(read, keys, workers)
 
 
-def _load_ahead(read: Callable[[K], V], keys: Iterable[K], workers: int) -> Iterator[V]:
+def _load_ahead(read: Callable[[K], V], keys: Iterable[K], workers: int) -> Generator[V, None, None]:
     with warnings.catch_warnings(), _held_signals():
         # more workers than cores is the user's choice, and pays where reading waits for a disk
         warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)

@@ -11,6 +11,7 @@ from dinoseg.contracts import Loss
 from dinoseg.data.clips.cut import Clip, Clips
 from dinoseg.data.clips.videos import VOID
 from dinoseg.data.clips.view import ClipView
+from dinoseg.data.enough_workers import Workers
 from dinoseg.data.loader import check_batch_size, clip_batches
 from dinoseg.errors import UserError
 from dinoseg.metrics.clustering import contingency, segment_scores
@@ -48,7 +49,7 @@ class ClipFeed:
     view: ClipView
     batch_size: Count
     seed: int
-    workers: int
+    workers: Workers
     rank: int = 0
     world: int = 1
     pictures: int = 0

@@ -55,7 +55,7 @@ class Engine:
         device: auto, cuda, mps or cpu.
         precision: auto (bf16 where the device has it), bf16 or fp32. bf16 is autocast; weights stay float32, and
             no gradient scaler is needed.
-        workers: processes that load data, per rank.
+        workers: processes that load data, per rank; auto: two, and more where they are waited for and bring more.
         eval_batch_size: images of one size predicted at once when scoring, per rank.
         devices: the number of ranks that were to be started from here.
         sharding: none, each rank has all weights; or fsdp, each has a part of each (several ranks).
@@ -68,7 +68,7 @@ class Engine:
         self,
         device: str = "auto",
         precision: str = "auto",
-        workers: Natural = 2,
+        workers: Natural | str = "auto",
         eval_batch_size: Count = 1,
         devices: Count = 1,
         sharding: str = "none",
@@ -81,6 +81,8 @@ class Engine:
         chosen = choose_device(device)
         if precision not in ("auto", "bf16", "fp32"):
             raise UserError(f"engine.precision={precision} is unknown. Choose auto, bf16 or fp32.")
+        if isinstance(workers, str) and workers != "auto":
+            raise UserError(f"engine.workers={workers} is unknown. Choose auto, or a number of processes.")
         if sharding not in SHARDINGS:
             raise UserError(f"engine.sharding={sharding} is unknown. Choose {' or '.join(SHARDINGS)}.")
         # accelerate keeps these between engines of one process (sweeps, tests): a new engine starts afresh

@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from dinoseg.contracts import Loss
+from dinoseg.data.enough_workers import Workers
 from dinoseg.data.loader import check_batch_size, train_batches
 from dinoseg.inference.policy import Policy
 from dinoseg.inference.whole import Whole
@@ -49,7 +50,7 @@ class ImageFeed:
     augment: Callable
     batch_size: Count
     seed: int
-    workers: int
+    workers: Workers
     background: int | None = None
     policy: Policy | None = None
     rank: int = 0
@@ -74,10 +75,10 @@ class ImageFeed:
     def train_batches(self, start: int) -> Iterator[Batch | Views]:
         """Yield this rank's share of every batch from number `start` on, without end."""
         order = {"batch_size": self.batch_size, "seed": self.seed, "start": start}
-        order |= {"workers": self.workers, "rank": self.rank, "world": self.world}
+        order |= {"rank": self.rank, "world": self.world}
         if self.cache is not None:
-            return self.cache.train_batches(self.train, self.augment, **order)
-        return train_batches(self.train, self.augment, **order, views=self.views)
+            return self.cache.train_batches(self.train, self.augment, workers=self.workers, **order)
+        return train_batches(self.train, self.augment, workers=self.workers, **order, views=self.views)
 
     def tally(self, engine: Engine) -> Tally:
         """Return what counts how well a training step predicts its batches."""

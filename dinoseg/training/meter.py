@@ -126,8 +126,8 @@ class Meter:
         logger.info("trained %s images/s, waiting for data %.1f%% of that time", _told(speed), 100 * waited)
         if waited > _MUCH and self._trained > _IN_FILE:
             logger.warning(
-                "The training waited for data %.0f%% of its time. Raise engine.workers where there are idle cores, "
-                "or let images be decoded once: data.cache=packed.",
+                "The training waited for data %.0f%% of its time. Let images be decoded once (data.cache=packed), or, "
+                "where cores are idle, be loaded by more processes (engine.workers=auto finds how many).",
                 100 * waited,
             )
 

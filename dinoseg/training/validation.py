@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinoseg.contracts import Loss
+from dinoseg.data.enough_workers import Workers
 from dinoseg.data.loader import eval_samples, stack_equal
 from dinoseg.geometry import lattice
 from dinoseg.inference.policy import Place, Policy
@@ -129,6 +130,8 @@ def _part_masks(batch: Batch, part: Size, places: Sequence[Place], size: Size) -
     return torch.stack([masks[image, top : top + height, left : left + width] for image, top, left in places])
 
 
-def eval_batches(data: SegmentationData, *, batch_size: int, workers: int, rank: int, world: int) -> Iterator[Batch]:
+def eval_batches(
+    data: SegmentationData, *, batch_size: int, workers: Workers, rank: int, world: int
+) -> Iterator[Batch]:
     """Yield a rank's share of a data set once, in order, in batches of one size."""
     return stack_equal(eval_samples(data, workers=workers, rank=rank, world=world), batch_size)

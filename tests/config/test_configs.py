@@ -280,7 +280,7 @@ def test_a_machine_s_own_paths_win_over_recipes_only(tmp_path):
             cfg = hydra_compose("main", list(overrides))
         return cfg.data.root, cfg.engine.workers
 
-    assert root_and_workers("hparam=demo") == ("outputs/demo/data", 2)
+    assert root_and_workers("hparam=demo") == ("outputs/demo/data", "auto")
     (copy / "local").mkdir()
     (copy / "local/default.yaml").write_text("# @package _global_\ndata: {root: mine}\nengine: {workers: 5}\n")
     assert root_and_workers("hparam=demo") == ("mine", 5)

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from dinoseg.data.enough_workers import Workers
 from dinoseg.data.loader import Transform, drawn_batches, load_in_order, read_view, view_chance
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.transforms import Augment
@@ -88,14 +89,14 @@ class FeatureCache:
         return self._store
 
     def train_batches(
-        self, data: SegmentationData, augment: Transform, *, seed: int, workers: int, **order: int
+        self, data: SegmentationData, augment: Transform, *, seed: int, workers: Workers, **order: int
     ) -> Iterator[Views]:
         """Yield this rank's share of each training batch, as `loader.train_batches` does of the same views."""
         read = partial(_read_drawn, data, augment, seed, self.views, self.store, self.drawing)
         batches = drawn_batches(read, list, len(data), seed=seed, workers=self._workers(workers), **order)
         return map(partial(Views, self), batches)
 
-    def eval_batches(self, data: SegmentationData, *, workers: int, rank: int, world: int) -> Iterator[Views]:
+    def eval_batches(self, data: SegmentationData, *, workers: Workers, rank: int, world: int) -> Iterator[Views]:
         """Yield this rank's samples once and in order, each by itself and as it is."""
         read = partial(_read_whole, data, self.store)
         samples = load_in_order(read, range(rank, len(data), world), self._workers(workers))
@@ -122,7 +123,7 @@ class FeatureCache:
             frozen = self.model.frozen(view.image[None].to(device, non_blocking=True))
         return self.store.put(view.key, [part[0] for part in frozen.tensors])
 
-    def _workers(self, workers: int) -> int:
+    def _workers(self, workers: Workers) -> Workers:
         return 0 if isinstance(self.store, MemoryStore) else workers  # other processes would not see what is kept
 
 
