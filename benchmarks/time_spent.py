@@ -65,7 +65,7 @@ ROOMS = {  # by the doors, of functions and of generators, whose every item is a
     "saving": "training.checkpoint:Checkpoints.save training.checkpoint:Checkpoints.judge "
     "training.checkpoint:Checkpoints.settle",
     "scores of segments": "training.clip_feed:segment_scores training.clip_feed:contingency",
-    "curves": "modes.train:draw_curves",
+    "curves": "regimes.job:draw_curves",
     "collecting for the report": "evaluation.collected:Collector.add",
     "report": "regimes.images:report_images modes.evaluate:report_images",
     "pictures": "evaluation.images:compare evaluation.images:write_png evaluation.images:confusion_picture",

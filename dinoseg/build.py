@@ -1,5 +1,6 @@
 """Config to models, data, losses and optimizers."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from dinoseg.shapes import SegmentationData
 from dinoseg.storage.tensor_files import check_file
 from dinoseg.training import loading
 from dinoseg.training.lengths import Lengths, in_steps
+from dinoseg.training.shared_features import SharedFeatures, SharingSegmenter
 from dinoseg.wording import listed
 
 SPLITS = ("train", "val", "test")
@@ -38,23 +40,80 @@ def model(cfg: DictConfig, *, untrained: bool = False, outlined: bool = False) -
         _check_head_file(cfg)
     if not untrained and not outlined and cfg.backbone.get("weights") != "random":
         outline(cfg)
+    adapted = _adapted(cfg, untrained=untrained)
+    return Segmenter(adapted, _head(cfg, adapted, untrained=untrained), **_resolution(cfg, adapted))
+
+
+def sharing(cfgs: Sequence[DictConfig], device: torch.device) -> list[SharingSegmenter]:
+    """Return the segmenters of configs that differ in the head alone, on a device, of one frozen backbone.
+
+    Each is what `model` returns of its config, random weights included, but that the tensors of the backbone, and its
+    features, are there once for all.
+
+    Raises:
+        UserError: something of the backbone is trained, or a part does not fit.
+    """
+    for cfg in cfgs:
+        _check_head_file(cfg)
+    own = [outline(cfg).backbone for cfg in cfgs]
+    if trained := next((cfg for cfg, part in zip(cfgs, own, strict=True) if part.first_trained is not None), None):
+        raise UserError(
+            f"adapter={trained.choices.adapter}: trainer=many_heads trains heads on one backbone, of which nothing may "
+            "change. Choose adapter=frozen; or train each head with a backbone of its own, in a sweep: -m "
+            "trainer=supervised head=linear,mlp."
+        )
+    layers = sorted({layer for part in own for layer in part.layers})
+    whole = _adapted(cfgs[0], layers=layers).to(device)
+    drawn = torch.get_rng_state()  # from which each head draws its weights, as it does by itself
+    shared = SharedFeatures(Segmenter(whole, Head(), **_resolution(cfgs[0], whole)).eval())
+    models = []
+    for cfg, part in zip(cfgs, own, strict=True):
+        _lend_tensors(whole, part)
+        torch.set_rng_state(drawn)
+        head = _head(cfg, part)
+        models.append(SharingSegmenter(part, head, shared, **_resolution(cfg, part)).to(device))
+    return models
+
+
+def _lend_tensors(whole: Backbone, part: Backbone) -> None:
+    """Let a backbone on the meta device that reads fewer blocks have the tensors of another."""
+    part.weights = whole.weights
+    modules = dict(whole.named_modules())
+    for name, own in part.named_modules():
+        for key in own._parameters:
+            own._parameters[key] = modules[name]._parameters[key]
+        for key in own._buffers:
+            own._buffers[key] = modules[name]._buffers[key]
+
+
+def _adapted(cfg: DictConfig, *, untrained: bool = False, layers: Sequence[int] | None = None) -> Backbone:
+    """Return a config's backbone as its adapter leaves it, which may read other `layers`."""
     adapter = instantiate(cfg.adapter, without=("lr",))
     torch.manual_seed(seed_of(cfg))
-    random = {"weights": "random"} if untrained and "weights" in cfg.backbone else None
-    bare = keeping(Backbone, instantiate(cfg.backbone, instead=random), "backbone")
+    instead: dict[str, Any] = {} if layers is None else {"layers": list(layers)}
+    if untrained and "weights" in cfg.backbone:
+        instead["weights"] = "random"
+    bare = keeping(Backbone, instantiate(cfg.backbone, instead=instead), "backbone")
     if next(bare.parameters(), None) is None and not isinstance(adapter, Frozen):
         raise UserError("This backbone has nothing to train, as backbone=rgb. Choose adapter=frozen.")
-    adapted = adapter(bare)
+    return adapter(bare)
+
+
+def _head(cfg: DictConfig, adapted: Backbone, *, untrained: bool = False) -> Head:
     keys = plain(cfg.head)
     late = {"in_dim": adapted.dim, "num_layers": adapted.num_layers}
     if "patch_size" in keys and cfg.head.patch_size is None:  # of a timm model, which alone knows it
         late["patch_size"] = adapted.patch_size
     weightless = {"weights": None} if untrained and "weights" in keys else None
-    head = keeping(Head, instantiate(cfg.head, without=("layers", "lr", *late), instead=weightless)(**late), "head")
+    return keeping(Head, instantiate(cfg.head, without=("layers", "lr", *late), instead=weightless)(**late), "head")
+
+
+def _resolution(cfg: DictConfig, adapted: Backbone) -> dict[str, Any]:
+    """Return what a segmenter takes of `resolution`, checked."""
     resolution = {"scale": cfg.resolution.scale, "longest": cfg.resolution.longest}
     check_given("dinoseg.model.Segmenter", resolution, {key: f"resolution.{key}" for key in resolution})
     _check_crop(cfg, adapted.patch_size)
-    return Segmenter(adapted, head, **resolution)
+    return resolution
 
 
 def outline(cfg: DictConfig) -> Segmenter:

@@ -80,6 +80,9 @@ class Backbone(nn.Module):
     def until(self, images: Tensor) -> list[Tensor]:
         """Return tokens (B, N, C) or maps (B, C, h, w) that the frozen part gives for images, for `onwards`.
 
+        One for each block that is read, in their order; if something is trained, and more than the blocks before the
+        first of it are read, what enters that block comes last.
+
         Raises:
             UserError: something is trained, and this backbone can be cut behind all of it alone.
         """
@@ -88,11 +91,17 @@ class Backbone(nn.Module):
                 "This backbone is cut behind its last block alone, and some of it is trained. Choose adapter=frozen, "
                 "a vision transformer, or engine.cache=off."
             )
-        return self(images)
+        maps = dict(zip(self._read, self(images), strict=True))
+        return [maps[layer] for layer in sorted(maps)]
 
     def onwards(self, frozen: list[Tensor], size: tuple[int, int]) -> list[Tensor]:
         """Return the L maps (B, C, h, w) for what `until` gave of images of `size` (H, W)."""
-        return frozen
+        maps = dict(zip(sorted({*self._read}), frozen, strict=True))
+        return [maps[layer] for layer in self._read]
+
+    @property
+    def _read(self) -> Sequence[int]:
+        return self.layers or range(self.num_layers)
 
     def with_class_attention(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         """Return the maps and, of the same pass, where the class token looks (B, heads, h, w), float32."""

@@ -15,6 +15,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dinoseg.config.plain import plain
 from dinoseg.config.resolvers import register_resolvers
 from dinoseg.errors import UserError, telling_file_errors
 from dinoseg.processes.interrupt import Interrupted
@@ -25,6 +26,7 @@ from dinoseg.runs.folder import (
     drop_bare,
     drop_empty,
     drop_parts,
+    enter_within,
     has_results,
     lock,
     release,
@@ -102,6 +104,7 @@ def _enter_folder(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> t
         cfg, continued = _resumed(cfg, out_dir, overrides)
         new = _below_recipe(out_dir, typed_recipe, cfg.choices.hparam)
     cfg = _settled_length(cfg, overrides)
+    cfg, own_runs = _with_heads(cfg, overrides, continued)
     # other ranks of torchrun's only have to know the name: the first one makes the folder
     if not is_first_rank():
         return cfg, continued or new
@@ -119,7 +122,24 @@ def _enter_folder(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> t
         drop_parts(run_folder)
         drop_empty(out_dir)
     write_config(cfg, run_folder, overrides)
+    for name, own in own_runs.items():
+        folder = run_folder / "heads" / name
+        enter_within(folder)
+        write_config(own.cfg, folder, own.words)
     return cfg, run_folder
+
+
+def _with_heads(cfg: DictConfig, overrides: Sequence[str], run: Path | None) -> tuple[DictConfig, dict[str, Any]]:
+    """Return the config of a job of several heads with that of each head's own run, and these runs."""
+    if "heads" not in cfg.trainer and cfg.get("heads") is None and cfg.get("lrs") is None:
+        return cfg, {}
+    from dinoseg.runs.heads import SOLO, own_runs
+
+    runs = {
+        name: own._replace(cfg=_settled_length(own.cfg, overrides))
+        for name, own in own_runs(cfg, overrides, run).items()
+    }
+    return OmegaConf.merge(cfg, {SOLO: {name: plain(own.cfg) for name, own in runs.items()}}), runs  # type: ignore[return-value]
 
 
 def _goes_on(cfg: DictConfig, folder: Path) -> bool:

@@ -59,13 +59,15 @@ class Segmenter(nn.Module):
         return Prediction(outputs, size, valid, head.predict, head.mixture, head.grid_scores(outputs))
 
     @torch.no_grad()
-    def frozen(self, images: Tensor) -> FrozenFeatures:
+    def frozen(self, images: Tensor, *, reduce: bool = True) -> FrozenFeatures:
         """Return what comes of images (B, 3, H, W) before anything that is trained, at the deepest cut.
+
+        `reduce`: as of `forward`.
 
         Raises:
             UserError: nothing comes before it, or the model cannot be cut there.
         """
-        pixels = self.pixels(images)
+        pixels = self.pixels(images, reduce=reduce)
         return FrozenFeatures(self.head.until(self.backbone, pixels), _size(images), _size(pixels))
 
     def train(self, mode: bool = True) -> "Segmenter":

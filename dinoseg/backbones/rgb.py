@@ -44,7 +44,8 @@ class RgbBackbone(Backbone):
         if patch_size < 1:
             raise UserError(f"backbone.patch_size={patch_size}: patches are squares of pixels. Give at least 1.")
         self.patch_size = patch_size
-        self.num_layers = len(resolve_layers(layers, self.depth))
+        self.layers = resolve_layers(layers, self.depth)
+        self.num_layers = len(self.layers)
         register_colours(self, mean, std)
 
     def forward(self, images: Tensor) -> list[Tensor]:

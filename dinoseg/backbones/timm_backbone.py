@@ -134,7 +134,7 @@ class TimmBackbone(Backbone):
             pixels, indices=wanted, norm=not self.is_pyramid, output_fmt="NCHW", intermediates_only=True
         )
         by_layer = dict(zip(wanted, maps, strict=True))
-        return [by_layer[layer] for layer in self.layers]
+        return [by_layer[layer].contiguous() for layer in self.layers]  # whose layout decides how heads round
 
     def _probe(self, name: str, strides: Sequence[int]) -> list[Tensor]:
         """Return the maps of a small image that is not square, which shows whether any size will do."""

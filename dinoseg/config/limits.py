@@ -16,7 +16,7 @@ LARGEST: Mapping[Steps, float] = {  # what a number below a key may be at most; 
     **{("head", "iterations"): 2**8, ("head", "first_iterations"): 2**8, ("resolution", "longest"): 2**20},
     **dict.fromkeys([("backbone",), ("adapter",), ("head",)], 2**16),
     **{("data",): 2**20, ("data", "workers"): 2**8, ("data", "batch_size"): 2**16, ("loss",): 2**20},
-    **{("trainer",): 2**40, ("optim",): 2**40},
+    **{("trainer",): 2**40, ("optim",): 2**40, ("heads",): 2**40, ("lrs",): 2**40},
     **{("inference",): 2**14, ("inference", "scales"): 16, ("inference", "batch_size"): 2**10},
 }
 _LARGEST_ELSEWHERE = 2**20

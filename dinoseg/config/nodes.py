@@ -66,7 +66,8 @@ def _targets(values: Any, node: Any, where: str) -> Iterator[tuple[str, dict[str
 def _typed_at(node: Any, key: Any, where: str) -> tuple[Any, str]:
     """Return the node below a key and the whole key at which its value is typed, which may be where it points to."""
     name = f"{where}.{key}".lstrip(".")
-    inner = node._get_node(key) if OmegaConf.is_config(node) else None
+    has_more = OmegaConf.is_list(node) and key >= len(node)  # a longer list stands in its place
+    inner = node._get_node(key) if OmegaConf.is_config(node) and not has_more else None
     if inner is None:
         return None, name
     if inner._is_interpolation():

@@ -106,20 +106,20 @@ class ClipRegime(Regime):
                 logger.warning("%s: too short for a clip and left out: %s", side, listed(clips.skipped))
 
     def evaluate(
-        self, model: Segmenter, engine: Engine, best: Path, *, metrics_only: bool, report: bool
+        self, cfg: DictConfig, model: Segmenter, engine: Engine, best: Path, *, metrics_only: bool, report: bool
     ) -> dict[str, Any]:
         """Score as mode=eval does; of data without masks there is the loss alone, and no report."""
         out_dir = best.parent.parent / EVALUATION
-        if self.cfg.data.tracking is not None:
+        if cfg.data.tracking is not None:
             palette = [(red, green, blue) for red, green, blue in self.labels.palette]
             labels = (list(self.labels.classes), palette, self.labels.ignore_index)
             trained = Trained(model.eval(), engine, *labels, info={})
             options = EvalOptions(metrics_only=metrics_only, report=report, best=best)
-            return follow_slots(self.cfg, trained, out_dir, options)
-        scores, pictures = self.feed.validate(model, build.loss(self.cfg, None).to(engine.device), engine)
+            return follow_slots(cfg, trained, out_dir, options)
+        scores, pictures = self.feed.validate(model, build.loss(cfg, None).to(engine.device), engine)
         if engine.is_main:
             write_json(out_dir / "scores.json", scores)
-            print(f"val/loss:     {scores['loss']:.4f}, and no other score: data={self.cfg.choices.data} has no masks")
+            print(f"val/loss:     {scores['loss']:.4f}, and no other score: data={cfg.choices.data} has no masks")
             if pictures and not metrics_only:
                 write_png(out_dir / "segments.png", next(iter(pictures.values())))
                 print(f"picture:      {out_dir / 'segments.png'}")

@@ -155,7 +155,7 @@ class ImageRegime(Regime):
         return model
 
     def evaluate(
-        self, model: Segmenter, engine: Engine, best: Path, *, metrics_only: bool, report: bool
+        self, cfg: DictConfig, model: Segmenter, engine: Engine, best: Path, *, metrics_only: bool, report: bool
     ) -> dict[str, Any]:
         """Score by one exact count over the split, and tell of a model that has learnt nothing."""
         data, out_dir = self.feed.val, best.parent.parent / EVALUATION
@@ -171,7 +171,7 @@ class ImageRegime(Regime):
             collector=collector,
         )
         if collector is not None:
-            report_images(self.cfg, collector, scores, data, engine, out_dir, split="val", best=best)
+            report_images(cfg, collector, scores, data, engine, out_dir, split="val", best=best)
         commonest, constant = commonest_class(scores["matrix"])
         if engine.is_main and 0 < constant < 1 and scores["miou"] <= constant:
             logger.warning(

@@ -76,7 +76,7 @@ class Regime(ABC):
 
     @abstractmethod
     def evaluate(
-        self, model: Segmenter, engine: Engine, best: Path, *, metrics_only: bool, report: bool
+        self, cfg: DictConfig, model: Segmenter, engine: Engine, best: Path, *, metrics_only: bool, report: bool
     ) -> dict[str, Any]:
         """Score the model of a run's best checkpoint into `evaluation` in the run folder, as mode=eval does.
 

@@ -43,6 +43,15 @@ def claim(out_dir: Path) -> Path:
     raise UserError(f"{out_dir} and 998 folders beside it are taken. Remove old runs.")
 
 
+def enter_within(folder: Path) -> None:
+    """Make a folder within a run folder a run folder of its own, or take it as it is, and lock it."""
+    will_make(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / LOG).touch()
+    lock(folder, instead="go on with the other heads by themselves")
+    drop_parts(folder)
+
+
 def lock(folder: Path, *, instead: str = "start a run of its own without resume") -> None:
     """Make this process the only one that writes to a run folder, until it ends.
 
@@ -65,10 +74,9 @@ def lock(folder: Path, *, instead: str = "start a run of its own without resume"
 
 
 def release(folder: Path) -> None:
-    """Let others write to a run folder again."""
-    file = _run_locks.pop(folder.resolve(), None)
-    if file is not None:
-        locks.release(file)
+    """Let others write again to a run folder, and to those within it."""
+    for held in [path for path in _run_locks if path.is_relative_to(folder.resolve())]:
+        locks.release(_run_locks.pop(held))
 
 
 def is_locked(folder: Path) -> bool:

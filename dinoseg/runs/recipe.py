@@ -18,7 +18,9 @@ from dinoseg.storage.forms import as_read_back
 from dinoseg.training.description import CHOSEN, GROUPS
 
 USE = "inference"  # the group that says how a model is asked: what validates with windows is evaluated with them
-SAVED = ("seed", *GROUPS, USE)  # root keys of a config that a checkpoint keeps
+HEADS, RATES = "heads", "lrs"  # what a run of several heads trains
+OPTIONAL = (USE, HEADS, RATES)  # root keys that older checkpoints, or those of one head, lack
+SAVED = ("seed", *GROUPS, *OPTIONAL)  # root keys of a config that a checkpoint keeps
 # of a trainer: a run may go on with others
 LENGTHS = ("steps", "epochs", "patience", "val_every", "save_every", "log_every")
 
@@ -36,7 +38,7 @@ def run_description(cfg: DictConfig, data: SegmentationData | Labels) -> dict[st
 
 def config_description(cfg: DictConfig) -> dict[str, Any]:
     """Return the part of the description that the config alone decides."""
-    config = {key: value for key, value in plain(cfg).items() if key in SAVED}
+    config = {key: value for key, value in plain(cfg).items() if key in SAVED and value is not None}
     # what acts is the machine's to say, never a file's
     config["data"] = {**settled(cfg.data), **dict.fromkeys(ACTING)}
     config["head"] = settled(cfg.head)  # its grid is what it was trained for, whatever later images are seen at
@@ -70,7 +72,8 @@ def saved_config(info: Mapping[str, Any]) -> dict[str, Any]:
 
     One that is older than the group `inference` lacks it, and is asked as the command line says.
     """
-    config = renamed({key: info["config"][key] for key in SAVED if key != USE or info["config"].get(key) is not None})
+    given = info["config"]
+    config = renamed({key: given[key] for key in SAVED if key not in OPTIONAL or given.get(key) is not None})
     trainer = {"feed": "images", "epochs": None, **config["trainer"]}
     data = {"background": _background_of_old(info), **config["data"]}
     return {**config, "trainer": trainer, "data": data}

@@ -34,10 +34,11 @@ from dinoseg.training.loading import (
 )
 from dinoseg.training.optim import MovingAverage
 from dinoseg.training.sharding import gathered
-from dinoseg.wording import shown
+from dinoseg.wording import listed, shown
 
 logger = logging.getLogger(__name__)
 FOLDER = "checkpoints"
+HEADS = "heads"  # in the folder of a run of several heads: a run folder of each
 ONE_FILE = "model"  # the stem of what mode=export leaves in its folder
 _PARTS = ("model", "optimizer", "ema", CONSTANTS)  # what stands before the slash of a tensor's name
 _MOST_TENSORS = 50_000  # the largest backbone with all of its training's state has a tenth of it
@@ -155,11 +156,17 @@ def find(target: str | Path, prefer: str) -> Path:
         prefer: best or last, which the other one stands in for.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or it is one of several.
     """
     path = Path(target).expanduser()
     if path.is_file():
         return path
+    if prefer == "best" and (path / HEADS).is_dir():
+        names = sorted(folder.parent.name for folder in (path / HEADS).glob(f"*/{FOLDER}"))
+        raise UserError(
+            f"resume={target}: this run is one of several heads ({listed(names, 20)}). Give one of them: "
+            f"resume={path / HEADS / (names or ['NAME'])[0]}."
+        )
     other = {"best": "last", "last": "best"}[prefer]
     for name in (prefer, other, ONE_FILE):
         for folder in (path / FOLDER, path):

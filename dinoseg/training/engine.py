@@ -1,7 +1,8 @@
 """Devices, precision and ranks: the only importer of accelerate."""
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -258,3 +259,24 @@ class Engine:
         """Leave the process group, where this engine is in one."""
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+class Draws:
+    """The random draws of one of several models that take turns: each draws as if it were alone."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device if device.type == "cuda" else None
+        self._state = self._now()
+
+    @contextmanager
+    def going_on(self) -> Iterator[None]:
+        """Draw in here from where this model stood."""
+        torch.set_rng_state(self._state[0])
+        if self._cuda is not None:
+            torch.cuda.set_rng_state(self._state[1], self._cuda)
+        yield
+        self._state = self._now()
+
+    def _now(self) -> list[Tensor]:
+        on_device = [] if self._cuda is None else [torch.cuda.get_rng_state(self._cuda)]
+        return [torch.get_rng_state(), *on_device]

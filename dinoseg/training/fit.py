@@ -1,6 +1,5 @@
 """The training loop."""
 
-import logging
 from collections.abc import Callable
 from contextlib import closing
 
@@ -17,7 +16,6 @@ from dinoseg.training.feed import Feed
 from dinoseg.training.meter import Meter
 from dinoseg.training.trainee import Trainee
 
-logger = logging.getLogger(__name__)
 NOTICE = "stopping: `last` is saved after this step (a second signal ends it at once, unsaved)"
 
 
@@ -81,7 +79,6 @@ def fit(
         batches = meter.waiting(stream)
         for step in range(run.step, steps):
             if one.has_stalled(patience):
-                logger.info("No better score in %d validations: stopped at step %d.", run.stale, step)
                 break
             logged, owed = is_due(step + 1, log_every, steps), is_due(step + 1, val_every, steps)
             kept = owed or is_due(step + 1, save_every, steps)

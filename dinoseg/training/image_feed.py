@@ -1,9 +1,11 @@
 """Batches of images and masks: one data set to train on, one to validate on."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count, islice
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -22,7 +24,7 @@ from dinoseg.training.engine import Engine
 from dinoseg.training.feature_cache.cache import FeatureCache, Views
 from dinoseg.training.feed import SHOWN_SIDE, Validation, spread
 from dinoseg.training.tally import Tally
-from dinoseg.training.validation import evaluate
+from dinoseg.training.validation import Scored, evaluate_each
 
 
 @dataclass
@@ -86,31 +88,23 @@ class ImageFeed:
 
     def validate(self, model: Segmenter, loss: Loss, engine: Engine) -> Validation:
         """Return the scores of `evaluate`, with `iou/CLASS` for each class, and some images with what was predicted."""
-        pictures: dict[str, np.ndarray] = {}
-        data, shown = self.val, spread(len(self.val), self.pictures, self.world)
-        draw = partial(compare, classes=data.classes, palette=data.palette, ignore_index=data.ignore_index)
-        indices = count(self.rank, self.world)
+        return self.validate_each([self.scored(model, loss, engine)], engine)[0]
 
-        def show(batch: Batch, ids: Tensor, _: Tensor) -> None:
-            for row, index in enumerate(islice(indices, len(ids))):
-                if index in shown:
-                    frame = data[index]["image"].permute(1, 2, 0).numpy()
-                    masks = ids[row].cpu().numpy(), batch.mask[row].cpu().numpy()
-                    pictures[batch.names[row]] = draw(frame, *masks, longest=SHOWN_SIDE)
+    def scored(self, model: Segmenter, loss: Loss, engine: Engine) -> "Shown":
+        """Return a model as `validate_each` takes it; what it draws at random begins here."""
+        return Shown(self, model, loss, engine)
 
-        batches = None if self.cache is None else self._kept(self.cache, model, engine)
-        scores = evaluate(
-            model,
-            data,
-            engine,
-            policy=self.policy,
-            background=self.background,
-            loss=loss,
-            on_batch=show,
-            batches=batches,
-        )
-        by_class = {f"iou/{data.classes[row['id']]}": row["iou"] for row in scores["classes"]}
-        return Validation(scores | by_class, pictures)
+    def validate_each(
+        self,
+        models: Sequence["Shown"],
+        engine: Engine,
+        *,
+        sharing: Callable[[], AbstractContextManager] = nullcontext,
+    ) -> list[Validation]:
+        """Return what `validate` does of each of several models, by one pass over the data, see `evaluate_each`."""
+        batches = None if self.cache is None else self._kept(self.cache, models[0].model, engine)
+        found = evaluate_each([shown.scored for shown in models], self.val, engine, batches=batches, sharing=sharing)
+        return [shown.validation(scores) for shown, scores in zip(models, found, strict=True)]
 
     def _kept(self, cache: FeatureCache, model: Segmenter, engine: Engine) -> Iterator[Batch | Views]:
         """Yield validation images as what is kept of them, or as they are where they are not seen whole."""
@@ -119,3 +113,30 @@ class ImageFeed:
         for index, views in zip(count(self.rank, self.world), samples, strict=False):
             whole = policy.sees_whole(model, views.size, engine.autocast)
             yield views if whole else Batch.stack([self.val[index]])
+
+
+class Shown:
+    """A model that is validated, and pictures of some images with what it predicts."""
+
+    def __init__(self, feed: ImageFeed, model: Segmenter, loss: Loss, engine: Engine) -> None:
+        self.model, data = model, feed.val
+        self._data = data
+        self.scored = Scored(
+            model, data, engine, policy=feed.policy, background=feed.background, loss=loss, on_batch=self._show
+        )
+        self._shown = spread(len(data), feed.pictures, feed.world)
+        self._indices = count(feed.rank, feed.world)
+        self._draw = partial(compare, classes=data.classes, palette=data.palette, ignore_index=data.ignore_index)
+        self._pictures: dict[str, np.ndarray] = {}
+
+    def validation(self, scores: dict[str, Any]) -> Validation:
+        """Return scores with `iou/CLASS` for each class, and the pictures."""
+        by_class = {f"iou/{self._data.classes[row['id']]}": row["iou"] for row in scores["classes"]}
+        return Validation(scores | by_class, self._pictures)
+
+    def _show(self, batch: Batch, ids: Tensor, _: Tensor) -> None:
+        for row, index in enumerate(islice(self._indices, len(ids))):
+            if index in self._shown:
+                frame = self._data[index]["image"].permute(1, 2, 0).numpy()
+                masks = ids[row].cpu().numpy(), batch.mask[row].cpu().numpy()
+                self._pictures[batch.names[row]] = self._draw(frame, *masks, longest=SHOWN_SIDE)

@@ -62,6 +62,7 @@ class Trainee:
         accumulate: batches of a step.
         ema: decay of a moving average of the weights, which then is what gets scored and kept as best; or None.
         score: the score of a validation that decides which checkpoint is best.
+        name: by which the log tells it from others.
 
     Attributes:
         run: where the run stands.
@@ -85,11 +86,13 @@ class Trainee:
         accumulate: int,
         ema: float | None,
         score: str,
+        name: str = "",
     ) -> None:
         if score not in feed.score_names:
             raise UserError(f"trainer.score={score} is not a score. Choose one of {', '.join(feed.score_names)}.")
         self.model, self.loss, self.feed, self.optimizer = model, loss, feed, optimizer
         self.engine, self.checkpoints, self.log, self.score = engine, checkpoints, log, score
+        self._named = name and f"{name}: "
         self.net = engine.prepare(model)
         self.average = MovingAverage(tensors_of(model, trained_names(model)), ema) if ema else None
         self.run: Progress = checkpoints.restore(model, optimizer, self.average)
@@ -100,8 +103,16 @@ class Trainee:
         model.train()
 
     def has_stalled(self, patience: int | None) -> bool:
-        """Return whether more validations than `patience` have brought no better score."""
-        return patience is not None and self.run.stale > patience
+        """Return whether more validations than `patience` have brought no better score; say so."""
+        stalled = patience is not None and self.run.stale > patience
+        if stalled:
+            named = self._named, self.run.stale, self.run.step
+            logger.info("%sNo better score in %d validations: stopped at step %d.", *named)
+        return stalled
+
+    def seed_draws(self) -> None:
+        """Let what is drawn at random from here on depend on the step alone."""
+        self.engine.seed(self.feed.seed, self.run.step)
 
     def learn(self, batches: Iterator[Any], factor: float, share: float, *, counted: bool) -> Learnt:
         """Go backward through each batch of the next step.
@@ -115,7 +126,7 @@ class Trainee:
         Raises:
             OutOfMemory: there is too little for a single image.
         """
-        self.engine.seed(self.feed.seed, self.run.step)
+        self.seed_draws()
         rate = set_learning_rates(self.optimizer, factor)
         self.model.set_progress(share)
         return self._micro.through(partial(self._gradients, rate, counted), batches)
@@ -182,7 +193,7 @@ class Trainee:
 
     def validate(self, stop: Deferral) -> None:
         """Score the model, log it, and keep it where it is the best yet."""
-        self.engine.seed(self.feed.seed, self.run.step)
+        self.seed_draws()
         with self.as_scored():
             with stop.at_once(allowed=self.engine.world == 1):  # a run that goes on begins with the validation it owes
                 validation = self.feed.validate(self.model, self.loss, self.engine)
@@ -222,7 +233,8 @@ class Trainee:
         self.log.scalars(step, {f"val/{name}": value for name, value in scores.items() if isinstance(value, float)})
         self.checkpoints.settle(judged)
         logger.info(
-            "step %d: val/%s %.4f (best %.4f at step %d)",
+            "%sstep %d: val/%s %.4f (best %.4f at step %d)",
+            self._named,
             step,
             self.score,
             scores[self.score],

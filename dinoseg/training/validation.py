@@ -1,6 +1,7 @@
 """Score a model on a data set at the masks' own size: one exact count over all images and ranks."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,9 @@ from dinoseg.inference.whole import Whole
 from dinoseg.metrics.confusion import ConfusionMatrix
 from dinoseg.model import Segmenter, Size
 from dinoseg.shapes import Batch, FeatureBatch, Prediction, SegmentationData
-from dinoseg.training.engine import Engine
+from dinoseg.training.engine import Draws, Engine
+
+OnBatch = Callable[[Batch, Tensor, Tensor], None]
 
 
 @torch.no_grad()
@@ -30,7 +33,7 @@ def evaluate(
     policy: Policy | None = None,
     background: int | None = None,
     loss: Loss | None = None,
-    on_batch: Callable[[Batch, Tensor, Tensor], None] | None = None,
+    on_batch: OnBatch | None = None,
     batches: Iterable[Any] | None = None,
 ) -> dict[str, Any]:
     """Return the scores of `ConfusionMatrix.compute` and, given a loss, `loss`.
@@ -49,30 +52,93 @@ def evaluate(
         batches: this rank's images once and in order, where they are not read here: with what is kept of an image, the
             policy is not asked.
     """
-    counts = ConfusionMatrix(len(data.classes), data.ignore_index, background)
-    losses = torch.zeros(2, dtype=torch.float64)  # sum, images
-    predictor = Predictor(model, engine.device, engine.autocast, policy or Whole())
-    training = model.training
-    model.eval()
+    scored = Scored(model, data, engine, policy=policy, background=background, loss=loss, on_batch=on_batch)
+    return evaluate_each([scored], data, engine, batches=batches)[0]
+
+
+@torch.no_grad()
+def evaluate_each(
+    models: Sequence["Scored"],
+    data: SegmentationData,
+    engine: Engine,
+    *,
+    batches: Iterable[Any] | None = None,
+    sharing: Callable[[], AbstractContextManager] = nullcontext,
+) -> list[dict[str, Any]]:
+    """Return the scores of several models, as `evaluate` does of each, which see the data in one pass.
+
+    Args:
+        models: each with its own counts.
+        data: that they are scored on.
+        engine: device, precision and ranks.
+        batches: as of `evaluate`.
+        sharing: what is done within its context, by one model after the other, is of the same images.
+    """
     if batches is None:
         batches = eval_batches(
             data, batch_size=engine.eval_batch_size, workers=engine.workers, rank=engine.rank, world=engine.world
         )
-    for drawn in batches:
-        batch = drawn.to(engine.device)
-        ids, logits, added = _asked(predictor, batch, loss, (batch.mask.shape[-2], batch.mask.shape[-1]))
-        losses += added
-        counts.update(ids, batch.mask)
-        if on_batch is not None:
-            on_batch(batch, ids, logits)
-    model.train(training)
-    # integers, so that the sum over ranks is exact in any order
-    counts.counts = engine.sum(counts.counts.to(engine.device))
-    result = counts.compute()
-    if loss is not None:
-        total, images = engine.sum(losses.float().to(engine.device)).tolist()
-        result["loss"] = total / max(1.0, images)
-    return result
+    with ExitStack() as stack:
+        for scored in models:
+            stack.enter_context(scored.in_eval_mode())
+        for drawn in batches:
+            batch = drawn.to(engine.device)
+            with sharing():
+                for scored in models:
+                    scored.add(batch)
+    return [scored.scores() for scored in models]
+
+
+class Scored:
+    """A model and what is counted of it, batch by batch.
+
+    The arguments are those of `evaluate`; what the loss draws at random it draws as if the model were alone.
+    """
+
+    def __init__(
+        self,
+        model: Segmenter,
+        data: SegmentationData,
+        engine: Engine,
+        *,
+        policy: Policy | None = None,
+        background: int | None = None,
+        loss: Loss | None = None,
+        on_batch: OnBatch | None = None,
+    ) -> None:
+        self._model, self._engine, self._loss, self._on_batch = model, engine, loss, on_batch
+        self._counts = ConfusionMatrix(len(data.classes), data.ignore_index, background)
+        self._losses = torch.zeros(2, dtype=torch.float64)  # sum, images
+        self._predictor = Predictor(model, engine.device, engine.autocast, policy or Whole())
+        self._draws = Draws(engine.device)
+
+    @contextmanager
+    def in_eval_mode(self) -> Iterator[None]:
+        """Put the model in eval mode, and back as it was once all is done."""
+        training = self._model.training
+        self._model.eval()
+        yield
+        self._model.train(training)
+
+    def add(self, batch: Batch) -> None:
+        """Count what the model predicts for a batch on the device."""
+        size = (batch.mask.shape[-2], batch.mask.shape[-1])
+        with self._draws.going_on():
+            ids, logits, added = _asked(self._predictor, batch, self._loss, size)
+        self._losses += added
+        self._counts.update(ids, batch.mask)
+        if self._on_batch is not None:
+            self._on_batch(batch, ids, logits)
+
+    def scores(self) -> dict[str, Any]:
+        """Return the scores over all ranks."""
+        # integers, so that the sum over ranks is exact in any order
+        self._counts.counts = self._engine.sum(self._counts.counts.to(self._engine.device))
+        result = self._counts.compute()
+        if self._loss is not None:
+            total, images = self._engine.sum(self._losses.float().to(self._engine.device)).tolist()
+            result["loss"] = total / max(1.0, images)
+        return result
 
 
 def _asked(predictor: Predictor, batch: Batch, loss: Loss | None, size: Size) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,277 @@
+"""The training loop of several heads on one frozen backbone: each goes as it would by itself."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from torch.optim import Optimizer
+
+from dinoseg.contracts import Loss
+from dinoseg.errors import UserError
+from dinoseg.inference.memory import tells_shortage
+from dinoseg.processes.interrupt import Deferral, deferred
+from dinoseg.ranges import Count, Natural, OpenShare, Positive
+from dinoseg.report.log import RunLog
+from dinoseg.storage.atomic import write_json
+from dinoseg.training import checkpoint
+from dinoseg.training.checkpoint import Checkpoints, Progress
+from dinoseg.training.engine import Engine
+from dinoseg.training.feed import Validation
+from dinoseg.training.fit import NOTICE, is_due
+from dinoseg.training.image_feed import ImageFeed
+from dinoseg.training.meter import Meter
+from dinoseg.training.shared_features import SharingSegmenter
+from dinoseg.training.stopwatch import Stopwatch
+from dinoseg.training.trainee import Learnt, NonFiniteLoss, Trainee
+
+logger = logging.getLogger(__name__)
+DROPPED = "dropped.json"  # in the folder of a head that is no longer trained: why
+
+
+class HeadParts(NamedTuple):
+    """What `fit` takes of a model, and the name and folder of its run."""
+
+    name: str
+    folder: Path
+    model: SharingSegmenter
+    loss: Loss
+    optimizer: Optimizer
+    checkpoints: Checkpoints
+    log: RunLog
+
+
+@dataclass
+class Outcome:
+    """How the training of a head has ended; `share` is its part of the time that training steps took, if any did."""
+
+    run: Progress
+    share: float | None
+    dropped: str | None
+
+
+def fit_heads(
+    parts: Sequence[HeadParts],
+    feed: ImageFeed,
+    engine: Engine,
+    keep: Callable[[int], None],
+    *,
+    schedule: Callable[[int, int], float],
+    steps: Count,
+    val_every: Count,
+    save_every: Count | None = None,
+    log_every: Count = 10,
+    accumulate: Count = 1,
+    clip: Positive | None = 1.0,
+    patience: Natural | None = None,
+    ema: OpenShare | None = None,
+    score: str = "miou",
+) -> list[Outcome]:
+    """Train heads as `fit` would train each by itself, from where each stands, but read and look at each batch once.
+
+    Heads may stand at different steps, as after a kill between two saves: those that are ahead wait. One whose loss is
+    not finite drops out, and the others go on.
+
+    Args:
+        parts: of each head; their models share their features.
+        feed: batches, and how models are validated.
+        engine: device, precision and ranks.
+        keep: called with a step when all heads have been saved: what has been learnt up to there can be gone on from.
+        schedule: this and the following: see `fit`, each head for itself.
+        steps: likewise.
+        val_every: likewise.
+        save_every: likewise.
+        log_every: likewise.
+        accumulate: likewise.
+        clip: likewise.
+        patience: likewise.
+        ema: likewise.
+        score: likewise.
+
+    Returns:
+        How each has ended.
+
+    Raises:
+        Interrupted: by a signal; a first one waits for the end of the step. Whatever else ends it saves that, too.
+    """
+    own = {"accumulate": accumulate, "ema": ema, "score": score}
+    heads = [_Head(part, feed, engine, own) for part in parts]
+    going = [head for head in heads if head.goes_on(steps, patience)]
+    first = min((head.run.step for head in going), default=steps)
+    stream = feed.train_batches(start=first * accumulate)
+    clock, every = Stopwatch(engine.device), feed.epoch / accumulate
+    with (
+        deferred(NOTICE) as stop,
+        _Together(heads, feed, engine, keep, stop) as together,
+        closing(Meter(first, steps, val_every, every, engine.device, engine.is_main)) as meter,
+    ):
+        together.validate([head for head in heads if head.run.owed])
+        meter.pause()
+        batches = meter.waiting(stream)
+        for step in range(first, steps):
+            going = [head for head in going if head.goes_on(steps, patience)]
+            if not going:
+                break
+            logged, owed = is_due(step + 1, log_every, steps), is_due(step + 1, val_every, steps)
+            kept = owed or is_due(step + 1, save_every, steps)
+            learning = [head for head in going if head.run.step == step]
+            with clock.running():
+                rates = {"factor": schedule(step, steps), "share": step / steps}
+                drawn = list(islice(batches, accumulate))
+                together.learn(learning, drawn, clip=clip, logged=logged, owed=owed, kept=kept, **rates)
+            done = [head for head in learning if head.dropped is None]
+            if done:
+                mean, rate = fmean(head.one.mean for head in done), max(head.learnt.rate for head in done)
+                meter.step(done[0].learnt.images * engine.world, mean, rate)
+            if logged:
+                together.tell(meter.read())
+            if any(head.asked for head in learning):
+                stop.leave()
+            if owed:
+                together.validate(learning)
+                meter.pause()
+            elif kept:
+                together.save(learning)
+    engine.wait()
+    return [head.outcome(clock.read()) for head in heads]
+
+
+class _Head:
+    """A head in training, how long its own part of the steps takes, and whether it has dropped out."""
+
+    learnt: Learnt
+    asked = False  # whether a rank was to stop when it last updated
+    dropped: str | None = None  # why
+
+    def __init__(self, parts: HeadParts, feed: ImageFeed, engine: Engine, own: Mapping[str, Any]) -> None:
+        model, optimizer, log = parts.model, parts.optimizer, parts.log
+        self.name, self.folder, self.shared, self.clock = (
+            parts.name,
+            parts.folder,
+            model.shared,
+            Stopwatch(engine.device),
+        )
+        self.one = Trainee(model, parts.loss, feed, optimizer, engine, parts.checkpoints, log, name=self.name, **own)
+        self.run = self.one.run
+
+    def goes_on(self, steps: int, patience: int | None) -> bool:
+        """Return whether there is more to learn."""
+        ended = self.dropped is not None or self.run.step >= steps
+        return not ended and (self.run.owed or not self.one.has_stalled(patience))
+
+    def drop(self, error: NonFiniteLoss) -> None:
+        """Train it no more, and note why."""
+        self.dropped = str(error)
+        logger.warning("%s drops out, and the others go on. %s", self.name, error)
+        if self.one.engine.is_main:
+            write_json(self.folder / DROPPED, {"step": self.run.step, "reason": self.dropped})
+
+    def is_saved(self) -> bool:
+        """Return whether a run can go on with it, or without."""
+        return self.dropped is not None or (self.folder / checkpoint.FOLDER / "last.safetensors").exists()
+
+    def outcome(self, seconds: float) -> Outcome:
+        """Return how it has ended; `seconds` is what all steps took."""
+        return Outcome(self.run, self.clock.read() / seconds if seconds else None, self.dropped)
+
+
+class _Together:
+    """What is done with several heads at once; what they had learnt is saved however its block ends."""
+
+    def __init__(
+        self, heads: Sequence[_Head], feed: ImageFeed, engine: Engine, keep: Callable[[int], None], stop: Deferral
+    ) -> None:
+        self._heads, self._feed, self._engine, self._keep, self._stop = heads, feed, engine, keep, stop
+        self._shared = heads[0].shared
+        self._lasts = ExitStack()
+        self._untold: list[tuple[_Head, Learnt]] = []
+
+    def __enter__(self) -> "_Together":
+        for head in self._heads:
+            self._lasts.enter_context(head.one.last)
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self._lasts.__exit__(kind, error, trace)
+        if error is not None:
+            with suppress(UserError, OSError):  # the first error is the one to tell
+                self.tell({})
+                self._note()
+
+    def learn(self, heads: Sequence[_Head], drawn: Sequence[Any], **how: Any) -> None:
+        """Let each take a step on the same batches, whose features are computed once."""
+        with self._shared.held():
+            batches = [batch.to(self._engine.device) for batch in drawn]
+            self._look(batches)  # here, so that no head is charged for it
+            for head in heads:
+                with head.clock.running():
+                    self._step(head, iter(batches), **how)
+
+    def _look(self, batches: Sequence[Any]) -> None:
+        try:
+            with self._engine.autocast():
+                for batch in batches:
+                    self._shared.of(batch.image)
+        except (MemoryError, RuntimeError) as error:
+            if not tells_shortage(error):  # else each head takes its batches in parts
+                raise
+
+    def _step(
+        self, head: _Head, batches: Iterator[Any], *, factor: float, share: float, clip: float | None, **due: bool
+    ) -> None:
+        try:
+            head.learnt = head.one.learn(batches, factor, share, counted=due["logged"])
+            told, owed, asked = due["logged"] or due["kept"], due["owed"], self._stop.asked
+            head.asked = head.one.update(head.learnt, clip=clip, owed=owed, asked=asked, told=told)
+            if due["logged"]:
+                self._untold.append((head, head.learnt))
+        except NonFiniteLoss as error:
+            head.drop(error)
+
+    def tell(self, speed: dict[str, float]) -> None:
+        """Log the last step of each that has taken it."""
+        for head, learnt in self._untold:
+            head.one.tell(learnt, speed)
+        self._untold.clear()
+
+    def validate(self, heads: Sequence[_Head]) -> None:
+        """Score heads by one pass over the data, and save them."""
+        heads = [head for head in heads if head.dropped is None]
+        with ExitStack() as stack:
+            scored = []
+            for head in heads:
+                stack.enter_context(head.one.as_scored())
+                head.one.seed_draws()
+                scored.append(self._feed.scored(head.one.model, head.one.loss, self._engine))
+            # a run that goes on begins with the validation it owes
+            with self._stop.at_once(allowed=self._engine.world == 1):
+                found = self._feed.validate_each(scored, self._engine, sharing=self._shared.held) if scored else []
+            judged = [self._judge(head, validation) for head, validation in zip(heads, found, strict=True)]
+        for head, validation, progress in zip(heads, found, judged, strict=True):
+            if progress is not None:
+                head.one.settle(validation, progress)
+        self.save(heads)
+
+    def _judge(self, head: _Head, validation: Validation) -> Progress | None:
+        try:
+            return head.one.judge(validation)
+        except NonFiniteLoss as error:
+            head.drop(error)
+            return None
+
+    def save(self, heads: Sequence[_Head]) -> None:
+        """Save heads, and that all of them are."""
+        for head in heads:
+            if head.dropped is None:
+                head.one.save()
+        self._note()
+
+    def _note(self) -> None:
+        """Say from which step all can go on, once each can."""
+        standing = [head.run.step for head in self._heads if head.dropped is None]
+        if standing and all(head.is_saved() for head in self._heads):
+            self._keep(min(standing))

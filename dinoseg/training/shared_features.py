@@ -1,0 +1,97 @@
+"""What a frozen backbone gives for images, computed once for all of the models that share it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+from torch import Tensor
+
+from dinoseg.contracts import Backbone, Head
+from dinoseg.errors import UserError
+from dinoseg.model import Segmenter
+from dinoseg.shapes import FrozenFeatures, Prediction
+
+
+class SharedFeatures:
+    """The features of every block that any of several heads reads.
+
+    Args:
+        model: its backbone reads all of these blocks, in order; its head is none.
+    """
+
+    def __init__(self, model: Segmenter) -> None:
+        self.model = model
+        self._holding = False
+        self._held: dict[tuple, tuple[Tensor, FrozenFeatures, list[int]]] = {}
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep what is computed in here for whoever asks for the same images again, until the end of the block."""
+        self._holding = True
+        try:
+            yield
+        finally:
+            self._holding = False
+            self._held.clear()
+
+    def of(self, images: Tensor, *, reduce: bool = True) -> FrozenFeatures:
+        """Return the features of images (B, 3, H, W), as `Segmenter.frozen` does.
+
+        Raises:
+            UserError: one who was given them has changed them.
+        """
+        # the images are kept, so that no others lie where these lie
+        key = (images.data_ptr(), images.shape, images.stride(), images.dtype, images._version, reduce)
+        if key not in self._held:
+            features = self.model.frozen(images, reduce=reduce)
+            if not self._holding:
+                return features
+            self._held[key] = images, features, _versions(features)
+        _, features, versions = self._held[key]
+        if _versions(features) != versions:
+            raise UserError(
+                "A head has changed the features it was given in place, and others of trainer=many_heads are given the "
+                "same ones. Let it work on a copy, or train it by itself: head=NAME trainer=supervised."
+            )
+        return features
+
+
+class SharingSegmenter(Segmenter):
+    """A segmenter whose backbone's tensors and features are those of others too.
+
+    Args:
+        backbone: as the head alone would have it, its tensors those of the shared one.
+        head: one that cuts the model in its own way runs the backbone by itself.
+        shared: computes the features.
+        scale: see `Segmenter`.
+        longest: likewise.
+
+    Raises:
+        UserError: the shared backbone sees images padded to other multiples.
+    """
+
+    def __init__(
+        self, backbone: Backbone, head: Head, shared: SharedFeatures, *, scale: float, longest: int | None
+    ) -> None:
+        super().__init__(backbone, head, scale=scale, longest=longest)
+        whole = shared.model.backbone
+        if whole.patch_size != backbone.patch_size:
+            raise UserError(
+                f"head.layers={list(backbone.layers)}: the coarsest of these maps has a stride of "
+                f"{backbone.patch_size} px, and that of all that the heads read together, {list(whole.layers)}, of "
+                f"{whole.patch_size}. Let each head read the coarsest stage too, or train them apart, in a sweep."
+            )
+        self.shared = shared
+        self._at = [whole.layers.index(layer) for layer in sorted({*backbone.layers})]
+        self._takes_maps = type(head).run is Head.run and type(head).until is Head.until
+
+    def forward(self, images: Tensor | FrozenFeatures, *, reduce: bool = True) -> Prediction:
+        """Predict for images of one size, or for the shared features of them."""
+        if not self._takes_maps:
+            return super().forward(images, reduce=reduce)
+        features = images if isinstance(images, FrozenFeatures) else self.shared.of(images, reduce=reduce)
+        return super().forward(replace(features, tensors=[features.tensors[at] for at in self._at]))
+
+
+def _versions(features: FrozenFeatures) -> list[int]:
+    return [tensor._version for tensor in features.tensors]
