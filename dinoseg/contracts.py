@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dinoseg.errors import UserError
 from dinoseg.geometry import pad_to_multiple, upsample
-from dinoseg.shapes import Batch, ClipBatch, Prediction
+from dinoseg.shapes import Batch, ClipBatch, Prediction, WeightedMasks
 
 Outputs = TypeVar("Outputs")
 BesideTokens = dict[str, tuple[Tensor, Tensor]]  # what a block takes beside its tokens, by keyword
@@ -215,6 +215,13 @@ class Head(nn.Module, Generic[Outputs]):
         """Return the class scores (B, K, h, w) of which `predict` is `geometry.upsample` and no more, else None.
 
         Losses then take them to pixels a tile at a time.
+        """
+        return None
+
+    def weighted_masks(self, outputs: Outputs) -> WeightedMasks | None:
+        """Return the masks that `predict` mixes, at least float32, if it is such a mixture and no more, else None.
+
+        Losses then mix them a tile at a time.
         """
         return None
 

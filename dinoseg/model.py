@@ -56,7 +56,8 @@ class Segmenter(nn.Module):
             size, seen = _size(images), _size(pixels)
             outputs = head.run(self.backbone, pixels)
         valid = valid_share(seen, self.patch_size)
-        return Prediction(outputs, size, valid, head.predict, head.mixture, head.grid_scores(outputs))
+        grid, masks = head.grid_scores(outputs), head.weighted_masks(outputs)
+        return Prediction(outputs, size, valid, head.predict, head.mixture, grid, masks)
 
     @torch.no_grad()
     def frozen(self, images: Tensor, *, reduce: bool = True) -> FrozenFeatures:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Protocol, TypedDict
+from typing import Any, NamedTuple, Protocol, TypedDict
 
 import torch
 from torch import Tensor
@@ -116,6 +116,16 @@ class MaskOutputs:
     aux: list[MaskOutputs] = field(default_factory=list)  # of earlier layers, for deep supervision; empty in eval mode
 
 
+class WeightedMasks(NamedTuple):
+    """Masks that are mixed: a class scores the sum of each one's share of it times the sigmoid of its upsampled logits.
+
+    Both are of at least float32.
+    """
+
+    logits: Tensor  # (B, Q, h, w)
+    shares: Tensor  # (B, Q, K), at least 0
+
+
 @dataclass
 class SlotOutputs:
     """What a slot head makes of clips: S segments a frame, and from them the features of this frame and later ones.
@@ -148,6 +158,7 @@ class Prediction:
     to_pixels: Callable[[Any, tuple[int, int], tuple[float, float]], Tensor]
     mixture: bool = False
     grid: Tensor | None = None  # (B, K, h, w), where the scores are these as `geometry.upsample` brings them to a size
+    masks: WeightedMasks | None = None  # whose mixture the scores are, if they are one of masks
 
     def scores(self, size: tuple[int, int] | None = None) -> Tensor:
         """Return per-pixel class scores (B, K, H, W) at `size` (default: the images' own): the highest is the class."""

@@ -11,10 +11,10 @@ from torch.utils.checkpoint import checkpoint
 
 from dinoseg.contracts import Backbone, Head
 from dinoseg.errors import UserError
-from dinoseg.heads.semantic import semantic_map
+from dinoseg.heads.semantic import semantic_map, weighted_masks
 from dinoseg.precision import at_least_float32
 from dinoseg.ranges import Count
-from dinoseg.shapes import MaskOutputs
+from dinoseg.shapes import MaskOutputs, WeightedMasks
 
 _STRIDE = 4  # pixels between mask cells that the upscaling aims at
 _POWER = 0.9  # of the annealing's polynomial
@@ -119,6 +119,10 @@ class EomtHead(Head[MaskOutputs]):
             tokens = _through(block, tokens, attention_mask=mask, **beside)
         last = self._read(norm(tokens), grid)
         return MaskOutputs(last.class_logits, last.mask_logits, earlier)
+
+    def weighted_masks(self, outputs: MaskOutputs) -> WeightedMasks:
+        """Return the masks that `predict` mixes."""
+        return weighted_masks(outputs, self.no_object)
 
     def predict(self, outputs: MaskOutputs, size: tuple[int, int], valid: tuple[float, float]) -> Tensor:
         """Return class scores (B, K, H, W): the sum over the queries of class times mask probability."""

@@ -7,9 +7,17 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from dinoseg.geometry import upsample
-from dinoseg.shapes import MaskOutputs
+from dinoseg.precision import at_least_float32
+from dinoseg.shapes import MaskOutputs, WeightedMasks
 
 _AT_ONCE = 2**25  # numbers of the upsampled masks held at a time: 128 MiB, and as much for their sigmoid
+
+
+def weighted_masks(outputs: MaskOutputs, no_object: bool = True) -> WeightedMasks:
+    """Return what `semantic_map` mixes, of at least float32."""
+    masks = at_least_float32(outputs.mask_logits)
+    shares = outputs.class_logits.to(masks.dtype).softmax(dim=-1)  # (B, Q, K + 1)
+    return WeightedMasks(masks, shares[..., :-1] if no_object else shares)
 
 
 def semantic_map(
@@ -29,9 +37,8 @@ def semantic_map(
         no_object: whether the last column of the class logits says "no object".
     """
     with torch.autocast(outputs.mask_logits.device.type, enabled=False):
-        classes = outputs.class_logits.float().softmax(dim=-1)  # (B, Q, K + 1)
-        classes = classes[..., :-1] if no_object else classes
-        images = list(zip(classes, outputs.mask_logits.float(), strict=True))
+        masks, classes = weighted_masks(outputs, no_object)
+        images = list(zip(classes, masks, strict=True))
         if torch.is_grad_enabled():
             return torch.stack([_image_map(*image, size, valid) for image in images])
         maps = classes.new_zeros(len(images), classes.shape[2], *size)

@@ -5,7 +5,7 @@ their gradient, what a tile needs stays in a processor's cache.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,23 +37,29 @@ def pixel_sums(
     pass; else the scores are upsampled once more in the backward pass.
 
     Args:
-        prediction: one that says its `grid` needs no scores at full size.
+        prediction: one that says its `grid` or its `masks` needs no scores at full size.
         batch: whose masks (B, H, W) give the size, at which the scores are taken.
         ignore_index: mask value that is UNLABELLED to the term.
         term: of the pixels of a tile.
         first_alone: whether all sums but the first depend on the labels alone.
     """
     height, width = batch.mask.shape[-2:]
-    grid, valid = prediction.grid, prediction.valid
-    if grid is None:
-        grid, valid = prediction.logits((height, width)), (1.0, 1.0)
-    grid = at_least_float32(grid)
-    return _Sums.apply(grid, _Tiled.over(grid, batch.mask, valid, ignore_index, term), first_alone)
+    valid, parts = prediction.valid, list(prediction.masks or ())
+    if prediction.grid is not None:
+        parts = [prediction.grid]
+    elif not parts:
+        valid, parts = (1.0, 1.0), [prediction.logits((height, width))]
+    parts = list(map(at_least_float32, parts))
+    return _Sums.apply(_Tiled.over(parts, batch.mask, valid, ignore_index, term), first_alone, *parts)
 
 
 @dataclass(frozen=True)
 class _Tiled:
-    """A term over the pixels of masks (B, H, W), in bands of rows, each in tiles of columns."""
+    """A term over the pixels of masks (B, H, W), in bands of rows, each in tiles of columns.
+
+    What it is asked of has `parts`, the first a grid (B, K, h, w): of scores, or of masks with the shares (B, Q, K)
+    that classes have of these.
+    """
 
     mask: Tensor
     ignore_index: int
@@ -62,72 +68,99 @@ class _Tiled:
     columns: list[Span]
 
     @classmethod
-    def over(cls, grid: Tensor, mask: Tensor, valid: tuple[float, float], ignore_index: int, term: Term) -> "_Tiled":
-        """Lay tiles over masks for a grid (B, K, h, w)."""
-        images, height, width = mask.shape
-        num_classes, grid_h, grid_w = grid.shape[1:]
+    def over(
+        cls, parts: Sequence[Tensor], mask: Tensor, valid: tuple[float, float], ignore_index: int, term: Term
+    ) -> "_Tiled":
+        """Lay tiles over masks for some parts."""
+        (images, height, width), grid = mask.shape, parts[0]
+        numbers = grid.shape[1] + sum(part.shape[2] for part in parts[1:])  # of a pixel
         if mask.device.type == "cpu":
-            rows, across = ROWS, max(1, CACHED // (ROWS * num_classes))
+            rows, across = ROWS, max(1, CACHED // (ROWS * numbers))
         else:
-            rows, across = max(1, LAUNCHED // (num_classes * width)), width
-        bands = spans(height, grid_h, valid[0], rows, grid)
-        columns = spans(width, grid_w, valid[1], across, grid)
+            rows, across = max(1, LAUNCHED // (numbers * width)), width
+        bands = spans(height, grid.shape[2], valid[0], rows, grid)
+        columns = spans(width, grid.shape[3], valid[1], across, grid)
         return cls(mask, ignore_index, term, [(image, band) for image in range(images) for band in bands], columns)
 
     @torch.no_grad()
-    def sums(self, grid: Tensor, upstream: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return the sums (S,) and, given the gradient of these (S,), that of the grid.
+    def sums(self, parts: Sequence[Tensor], upstream: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        """Return the sums (S,) and, given the gradient of these (S,), those of the parts.
 
         Bands are added up in their order, whichever thread they come from.
         """
-        gradient = None if upstream is None else torch.zeros_like(grid)
-        found = []
-        with torch.autocast(grid.device.type, enabled=False), threads(grid.device) as each:
-            for (image, rows), (sums, part) in zip(
-                self.bands, each(functools.partial(self._band, grid, upstream), self.bands), strict=True
+        gradients = [] if upstream is None else [torch.zeros_like(part) for part in parts]
+        found, device = [], parts[0].device
+        with torch.autocast(device.type, enabled=False), threads(device) as each:
+            for (image, rows), (sums, added) in zip(
+                self.bands, each(functools.partial(self._band, parts, upstream), self.bands), strict=True
             ):
                 found.append(sums)
-                if gradient is not None:
-                    gradient[image, :, rows.cells] += part
-        return torch.stack(found).sum(0), gradient
+                for number, more in enumerate(added):
+                    gradient = gradients[number][image]
+                    gradient = gradient if number else gradient[:, rows.cells]
+                    gradient += more
+        return torch.stack(found).sum(0), gradients
 
     @torch.no_grad()  # a thread has a mode of its own
-    def _band(self, grid: Tensor, upstream: Tensor | None, band: tuple[int, Span]) -> tuple[Tensor, Tensor | None]:
-        """Return the sums of a band of an image's rows, and the gradient (K, h', w) of the cells that it reads."""
+    def _band(
+        self, parts: Sequence[Tensor], upstream: Tensor | None, band: tuple[int, Span]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return the sums of a band of an image's rows, and the gradients of the parts that it reads."""
         image, rows = band
-        cells = grid[image, :, rows.cells]
-        gradient = None if upstream is None else torch.zeros_like(cells)
+        cells, *shares = parts[0][image, :, rows.cells], *(part[image] for part in parts[1:])
+        gradients = [] if upstream is None else [torch.zeros_like(part) for part in (cells, *shares)]
         found = []
         for columns in self.columns:
-            scores = _upsampled(cells[..., columns.cells], rows.weights, columns.weights)  # (K, rows, columns)
+            pixels = _upsampled(cells[..., columns.cells], rows.weights, columns.weights)  # (K, rows, columns)
+            scores, back = _mixed(pixels.flatten(1), *shares) if shares else (pixels.flatten(1), _as_it_is)
             target = labels(self.mask[image, rows.pixels, columns.pixels], self.ignore_index)
-            sums, pull = self.term(scores.flatten(1), target.flatten())
+            sums, pull = self.term(scores, target.flatten())
             found.append(sums)
-            if gradient is not None and upstream is not None:
-                pulled = pull(upstream).view_as(scores)
-                gradient[..., columns.cells] += _reduced(pulled, rows.weights, columns.weights)
-        return torch.stack(found).sum(0), gradient
+            if upstream is not None:
+                pulled, *of_shares = back(pull(upstream))
+                gradients[0][..., columns.cells] += _reduced(pulled.view_as(pixels), rows.weights, columns.weights)
+                for gradient, more in zip(gradients[1:], of_shares, strict=True):
+                    gradient += more
+        return torch.stack(found).sum(0), gradients
 
 
 class _Sums(torch.autograd.Function):
-    """The sums of a `_Tiled` term, and the gradient of a grid through them."""
+    """The sums of a `_Tiled` term, and the gradients of parts through them."""
 
     @staticmethod
-    def forward(ctx: Any, grid: Tensor, tiled: _Tiled, first_alone: bool) -> Tensor:
+    def forward(ctx: Any, tiled: _Tiled, first_alone: bool, *parts: Tensor) -> Tensor:
         ctx.first_alone, ctx.tiled = first_alone, tiled
-        one = grid.new_ones(1) if first_alone and ctx.needs_input_grad[0] else None
-        sums, gradient = tiled.sums(grid, one)
-        ctx.save_for_backward(grid if gradient is None else gradient)
+        one = parts[0].new_ones(1) if first_alone and any(ctx.needs_input_grad) else None
+        sums, gradients = tiled.sums(parts, one)
+        ctx.save_for_backward(*(gradients or parts))
         return sums
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # what it returns would pass for a constant
             raise NotImplementedError("A sum over tiles cannot be differentiated twice: leave out create_graph.")
-        (saved,) = ctx.saved_tensors
+        saved = ctx.saved_tensors
         if ctx.first_alone:
-            return saved * upstream[0], None, None
-        return ctx.tiled.sums(saved, upstream)[1], None, None
+            return None, None, *(gradient * upstream[0] for gradient in saved)
+        return None, None, *ctx.tiled.sums(saved, upstream)[1]
+
+
+def _as_it_is(pulled: Tensor) -> tuple[Tensor, ...]:
+    return (pulled,)
+
+
+def _mixed(masks: Tensor, shares: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]:
+    """Return the logits (K, N) of masks (Q, N), which are overwritten, and how their gradient becomes that of both."""
+    masks.sigmoid_()
+    scores = shares.T @ masks
+    least = torch.finfo(torch.float32).tiny  # that of `Prediction.as_logits`
+    kept = scores.clamp(min=least)
+
+    def back(pulled: Tensor) -> tuple[Tensor, ...]:
+        slope = (pulled / kept).masked_fill_(scores < least, 0)
+        return (shares @ slope).mul_(masks).mul_(1 - masks), masks @ slope.T
+
+    return kept.log(), back
 
 
 def _upsampled(cells: Tensor, down: Tensor | None, along: Tensor | None) -> Tensor:

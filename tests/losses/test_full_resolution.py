@@ -13,7 +13,7 @@ from dinoseg.losses.dice import Dice
 from dinoseg.losses.focal import Focal
 from dinoseg.losses.tversky import Tversky
 from dinoseg.losses.weighted_sum import WeightedSum
-from dinoseg.shapes import Batch, Prediction
+from dinoseg.shapes import Batch, Prediction, WeightedMasks
 
 WEIGHTS = torch.tensor([0.25, 1.0, 3.0, 0.0, 0.5])
 
@@ -113,6 +113,42 @@ def test_value_and_gradient_are_those_of_all_logits_at_once(name, case):
         wanted = gradient(expected, exact)
         assert value.item() == pytest.approx(expected.item(), rel=within, abs=within)
         assert (found - wanted).abs().max() <= within * max(wanted.abs().max(), 1e-3)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("case", [CASES[1], CASES[3], CASES[7], CASES[9]], ids=str)
+def test_masks_are_mixed_tile_by_tile(name, case):
+    loss, reference = LOSSES[name]
+    for dtype, within in ((torch.float64, 1e-12), (torch.float32, 1e-6)):
+        prediction, batch, exact = mixed(case, dtype)
+        value, _ = loss(prediction, batch)
+        found = torch.autograd.grad(value, prediction.masks)
+        masks, shares = exact
+        scores = torch.einsum("bqk,bqhw->bkhw", shares, all_logits(masks, case[2], prediction.valid).sigmoid())
+        expected = reference(scores.log(), batch.mask.long())
+        assert value.item() == pytest.approx(expected.item(), rel=within, abs=within)
+        for part, wanted in zip(found, torch.autograd.grad(expected, exact), strict=True):
+            assert (part - wanted).abs().max() <= within * max(wanted.abs().max(), 1e-3)
+
+
+def mixed(case, dtype):
+    """Return a prediction of 7 masks, a batch, and logits and shares of these in float64."""
+    grid, batch = drawn(*case, 0)
+    draw = torch.Generator().manual_seed(1)
+    masks = torch.cat([grid.grid.detach(), torch.randn(grid.grid[:, :2].shape, generator=draw).double()], dim=1)
+    shares = torch.randn(2, 7, 6, generator=draw).double().softmax(-1)[..., :5]
+    rounded = [part.to(dtype) for part in (masks, shares)]
+    parts = WeightedMasks(*(part.clone().requires_grad_() for part in rounded))
+    prediction = Prediction(None, grid.size, grid.valid, refused, mixture=True, masks=parts)
+    return prediction, batch, [part.double().requires_grad_() for part in rounded]
+
+
+def test_a_score_of_zero_is_held_above_it():
+    prediction, batch, _ = mixed(CASES[1], torch.float32)
+    with torch.no_grad():
+        prediction.masks.shares[:, :, 3] = 0
+    value, _ = CrossEntropy(torch.ones(5))(prediction, batch)
+    assert value.isfinite() and all(part.isfinite().all() for part in torch.autograd.grad(value, prediction.masks))
 
 
 def test_another_gradient_of_the_value_scales_that_of_the_grid():

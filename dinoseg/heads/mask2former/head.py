@@ -15,9 +15,9 @@ from dinoseg.heads.mask2former.meta_file import load_segmentor
 from dinoseg.heads.mask2former.pixel_decoder import GROUPS, PixelDecoder
 from dinoseg.heads.mask2former.predictor import Predictor
 from dinoseg.heads.options import check_choice, check_positive
-from dinoseg.heads.semantic import semantic_map
+from dinoseg.heads.semantic import semantic_map, weighted_masks
 from dinoseg.ranges import Count, LowShare
-from dinoseg.shapes import MaskOutputs
+from dinoseg.shapes import MaskOutputs, WeightedMasks
 
 MAPS = 4
 TRAINABLE = ("all", "class_embed")
@@ -112,6 +112,10 @@ class Mask2FormerHead(Head[MaskOutputs]):
         """
         levels, mask_features = self.pixel_decoder(self.adapter(features, pixels))
         return self.predictor(levels, mask_features)
+
+    def weighted_masks(self, outputs: MaskOutputs) -> WeightedMasks:
+        """Return the masks that `predict` mixes."""
+        return weighted_masks(outputs, self.no_object)
 
     def predict(self, outputs: MaskOutputs, size: tuple[int, int], valid: tuple[float, float]) -> Tensor:
         """Return class scores (B, K, H, W): over all queries the sum of class probability times mask probability.
