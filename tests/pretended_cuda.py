@@ -84,7 +84,8 @@ class Waits:
     def add(self, kind: str) -> None:
         """Count a wait of the innermost function of the package that is running, or of the tests."""
         frame: Any = sys._getframe(1)
-        while frame is not None and not frame.f_code.co_filename.startswith(_PACKAGE):
+        # a comprehension has a frame of its own in some versions of Python
+        while frame and (not frame.f_code.co_filename.startswith(_PACKAGE) or frame.f_code.co_name.startswith("<")):
             frame = frame.f_back
         place = "tests"
         if frame is not None:

@@ -97,6 +97,7 @@ class Watched(ImageFeed):
 def train(folder, model, loss, *, cuda=True, bf16=False, plain=False, **options):
     """Train with or without the pretended device; return the feed, the rows, the model's state and the error."""
     watch = {key: options.pop(key) for key in ("at", "fails") if key in options}
+    start = options.pop("start", None)
     settings = {"steps": 3, "val_every": 3, "log_every": 3, **options}
     log, error = Rows(), None
     with pretended_cuda() as waits:
@@ -107,7 +108,7 @@ def train(folder, model, loss, *, cuda=True, bf16=False, plain=False, **options)
         optimizer = adamw(model, lr=1e-2)
         assert optimizer.defaults["fused"] == cuda
         optimizer = torch.optim.SGD(optimizer.param_groups, fused=True) if plain else optimizer
-        checkpoints = Checkpoints(folder, dict(INFO))
+        checkpoints = Checkpoints(folder, dict(INFO), start)
         try:
             fit(model, loss, feed, optimizer, engine, checkpoints, log, schedule=schedule("constant"), **settings)
         except UserError as caught:

@@ -1,0 +1,110 @@
+"""Every head, loss and adapter in training and validation on a pretended CUDA device: what each of them waits for."""
+
+import pytest
+import torch
+from config_files import options
+from omegaconf import OmegaConf
+from pretended_cuda import on_cuda, pretended_cuda
+from test_cuda_paths import LOGGED, MATCHING, VALIDATION, tiny, train
+from test_matrix import FILES, HEADS, SMALL_ADAPTERS, SMALL_HEADS
+from tiny_parts import load, tiny_node
+
+from dinoseg import build
+from dinoseg.contracts import Loss
+from dinoseg.shapes import ClipBatch
+from dinoseg.training.checkpoint import read
+
+pytestmark = pytest.mark.slow
+
+LOVASZ = {  # of one that takes the batch as one image: which classes there are decides what is sorted
+    "losses/lovasz.py forward: size of a mask's choice": 2,
+    "losses/lovasz.py lovasz_softmax: read": 1,
+    "losses/lovasz.py lovasz_softmax: size of _unique2": 1,
+    "training/engine.py backward: size of a mask's choice": 1,
+}
+WAITS = {"mask_classification": MATCHING, "lovasz": LOVASZ, "ce_lovasz": LOVASZ}
+QUANTISED = ("qlora", "lora_8bit")  # whose kernels bitsandbytes calls by addresses of the device's memory
+
+
+def cell(head="linear", adapter="frozen", loss="cross_entropy", backbone="dinov3"):
+    words = (f"head={head}", f"adapter={adapter}", f"loss={loss}", "resolution.crop=[32,32]")
+    cfg = OmegaConf.create(load(*words))
+    cfg.backbone = OmegaConf.merge(tiny_node(backbone), {"layers": cfg.head.get("layers", [-1])})
+    for group, small in (("head", SMALL_HEADS.get(head, {})), ("adapter", SMALL_ADAPTERS.get(adapter, {}))):
+        cfg[group] = OmegaConf.merge(cfg[group], small)
+    torch.manual_seed(0)
+    return build.model(cfg), build.criterion(cfg, class_weights=torch.ones(3))
+
+
+def losses():
+    found = {option: load(f"loss={option}")["loss"] for option in options("loss")}
+    return [option for option, node in found.items() if node["class_weights"] is not None]
+
+
+def check(folder, model, loss, waits, **given):
+    done = train(folder, model, loss, steps=3, val_every=3, log_every=3, **given)
+    assert done.error is None
+    first, second, logged = done.feed.steps
+    assert first == second == waits
+    terms = "training/trainee.py tell: read"  # of a loss that has several
+    assert {name: count for name, count in logged.items() if name != terms} == {**waits, **LOGGED}
+    in_validation = {name: count for name, count in waits.items() if "backward" not in name}
+    assert done.feed.validations == [VALIDATION | in_validation]
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("head", HEADS)
+def test_each_head(tmp_path, head, bf16):
+    loss = "mask_classification" if "num_queries" in SMALL_HEADS.get(head, {}) else "cross_entropy"
+    check(tmp_path, *cell(head, loss=loss), WAITS.get(loss, {}), bf16=bf16)
+
+
+@pytest.mark.parametrize("loss", losses())
+def test_each_loss(tmp_path, loss):
+    check(tmp_path, *cell("mask2former" if loss == "mask_classification" else "linear", loss=loss), WAITS.get(loss, {}))
+
+
+@pytest.mark.parametrize("adapter", [each for each in FILES["adapter"] if each not in QUANTISED])
+def test_each_adapter(tmp_path, adapter):
+    check(tmp_path, *cell(adapter=adapter), {}, ema=0.5)
+
+
+@pytest.mark.parametrize("backbone", ["dino", "dinov2", "dinov2_registers", "convnext", "timm_vit", "timm_pyramid"])
+def test_each_backbone(tmp_path, backbone):
+    check(tmp_path, *cell(adapter="full", backbone=backbone), {})
+
+
+@pytest.mark.parametrize("then", [True, False])
+def test_a_training_goes_on_from_its_checkpoint(tmp_path, then):
+    """With the state of a fused optimizer, also where the next part of the run is on a CPU."""
+    whole = train(tmp_path / "whole", *tiny(), steps=4, val_every=2, log_every=2)
+    train(tmp_path / "cut", *tiny(), steps=2, val_every=2, log_every=2)
+    start = read(tmp_path / "cut" / "last.safetensors")
+    rest = train(tmp_path / "cut", *tiny(), steps=4, val_every=2, log_every=2, start=start, cuda=then)
+    assert rest.error is None and rest.step == 4
+    if then:
+        assert all(value.equal(rest.state[name]) for name, value in whole.state.items())
+
+
+def test_a_loss_that_waits_is_seen(tmp_path):
+    class Reading(Loss):
+        def forward(self, prediction, batch):
+            value = prediction.logits((16, 24)).square().mean()
+            return value, {"weight": value.new_tensor(2.0)}
+
+    model, _ = tiny()
+    done = train(tmp_path, model, Reading(), steps=2, val_every=2, log_every=2)
+    assert done.feed.steps[0] == {"training/trainee.py _gradients: copy to the device": 1}
+
+
+def test_slots():
+    words = ("hparam=slots_rendered", "backbone=tiny_surgical", "data.root=none", "backbone.weights=random")
+    cfg = OmegaConf.create(load(*words))
+    torch.manual_seed(0)
+    with pretended_cuda() as waits:
+        model, loss = on_cuda(build.model(cfg)), on_cuda(build.criterion(cfg))
+        model.train()
+        batch = ClipBatch(torch.zeros(1, 3, 3, 32, 32, dtype=torch.uint8), ["a"]).to(torch.device("cuda"))
+        value, _ = loss(model(batch.image), batch)
+        value.backward()
+        assert waits.take() == {}
