@@ -302,6 +302,8 @@ def pretended_cuda() -> Iterator[Waits]:
         "reset_peak_memory_stats": lambda *_: None,
         "max_memory_allocated": lambda *_: 0,
         "empty_cache": lambda: None,
+        "get_rng_state": lambda *_: torch.zeros(0),  # a seed and an offset, which the host keeps
+        "set_rng_state": lambda *_: None,
     }
     with ExitStack() as stack:
         for name, stand_in in patches.items():

@@ -48,7 +48,7 @@ def check(folder, model, loss, waits, **given):
     assert first == second == waits
     terms = "training/trainee.py tell: read"  # of a loss that has several
     assert {name: count for name, count in logged.items() if name != terms} == {**waits, **LOGGED}
-    in_validation = {name: count for name, count in waits.items() if "backward" not in name}
+    in_validation = {name: 2 * count for name, count in waits.items() if "backward" not in name}  # of two images
     assert done.feed.validations == [VALIDATION | in_validation]
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
+from operator import mul
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from dinoseg.shapes import Batch, FeatureBatch, Prediction, SegmentationData
 from dinoseg.training.engine import Draws, Engine
 
 OnBatch = Callable[[Batch, Tensor, Tensor], None]
+_Loss = tuple[Tensor, int]  # a mean, and of how many images
 
 
 @torch.no_grad()
@@ -108,7 +110,7 @@ class Scored:
     ) -> None:
         self._model, self._engine, self._loss, self._on_batch = model, engine, loss, on_batch
         self._counts = ConfusionMatrix(len(data.classes), data.ignore_index, background)
-        self._losses = torch.zeros(2, dtype=torch.float64)  # sum, images
+        self._losses: list[_Loss] = []  # read at the end: no batch is waited for
         self._predictor = Predictor(model, engine.device, engine.autocast, policy or Whole())
         self._draws = Draws(engine.device)
 
@@ -136,24 +138,26 @@ class Scored:
         self._counts.counts = self._engine.sum(self._counts.counts.to(self._engine.device))
         result = self._counts.compute()
         if self._loss is not None:
-            total, images = self._engine.sum(self._losses.float().to(self._engine.device)).tolist()
+            values = torch.stack([value for value, _ in self._losses]).tolist() if self._losses else []
+            counted = [count for _, count in self._losses]
+            total, images = self._engine.total(sum(map(mul, values, counted)), sum(counted)).tolist()
             result["loss"] = total / max(1.0, images)
         return result
 
 
-def _asked(predictor: Predictor, batch: Batch, loss: Loss | None, size: Size) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what `_read` does of a batch, and the sum of losses and how many they are, (2,) float64."""
-    losses = torch.zeros(2, dtype=torch.float64)
+def _asked(predictor: Predictor, batch: Batch, loss: Loss | None, size: Size) -> tuple[Tensor, Tensor, list[_Loss]]:
+    """Return what `_read` does of a batch, and its losses."""
+    losses: list[_Loss] = []
     if isinstance(batch, FeatureBatch):
         with predictor.autocast():
             prediction = predictor.model(batch.image)
         if loss is not None:
-            losses += _of_images(loss, prediction, batch)
+            losses.append(_of_images(loss, prediction, batch))
         return *_read([prediction], size), losses
     seen = partial(_add_loss, loss, losses, batch) if loss is not None else None
 
     def take(bands: Iterable[Prediction]) -> tuple[Tensor, Tensor]:
-        losses.zero_()  # of a try before, for which memory did not suffice
+        losses.clear()  # of a try before, for which memory did not suffice
         return _read(bands, size)
 
     return *predictor.asked(batch.image, take, size=size, seen=seen), losses
@@ -173,22 +177,28 @@ def _read(bands: Iterable[Prediction], size: Size) -> tuple[Tensor, Tensor]:
 
 
 def _add_loss(
-    loss: Loss, losses: Tensor, batch: Batch, prediction: Prediction, parts: Tensor, places: Sequence[Place], size: Size
+    loss: Loss,
+    losses: list[_Loss],
+    batch: Batch,
+    prediction: Prediction,
+    parts: Tensor,
+    places: Sequence[Place],
+    size: Size,
 ) -> None:
-    """Add the loss of parts (n, 3, h, w) of a batch's images, and how many they are, to `losses`."""
+    """Add the loss of parts (n, 3, h, w) of a batch's images to `losses`."""
     masks = _part_masks(batch, (parts.shape[-2], parts.shape[-1]), places, size)
-    losses += _of_images(loss, prediction, Batch(parts, masks, [batch.names[place.image] for place in places]))
+    losses.append(_of_images(loss, prediction, Batch(parts, masks, [batch.names[place.image] for place in places])))
 
 
-def _of_images(loss: Loss, prediction: Prediction, batch: Batch) -> Tensor:
+def _of_images(loss: Loss, prediction: Prediction, batch: Batch) -> _Loss:
     value, _ = loss(prediction, batch)
-    return torch.tensor([value.item() * batch.count, batch.count], dtype=torch.float64)
+    return value, batch.count
 
 
 def _part_masks(batch: Batch, part: Size, places: Sequence[Place], size: Size) -> Tensor:
     """Return the masks of parts (h, w) of a batch's images, which were brought to `size` before they were cut."""
     if part == size:
-        return batch.mask[[place.image for place in places]]
+        return torch.stack([batch.mask[place.image] for place in places])
     masks = batch.mask
     if masks.shape[-2:] != size:
         masks = F.interpolate(masks[:, None], size, mode="nearest-exact")[:, 0]
