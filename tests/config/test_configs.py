@@ -34,6 +34,7 @@ AT_RUN_TIME = {
     "mode.check": {"cfg"},
     "optim.optimizer": {"model"},
     "trainer": {"model", "loss", "feed", "optimizer", "engine", "checkpoints", "log", "schedule", "steps", "val_every"},
+    "dinoseg.training.many_heads.fit_heads": {"parts", "feed", "engine", "keep", "schedule", "steps", "val_every"},
 }
 
 
@@ -41,7 +42,7 @@ AT_RUN_TIME = {
 FOR_OTHERS = {
     "mode": set(LAUNCH_KEYS),
     "head": {"layers", "lr"},
-    "trainer": {"feed", "epochs", "steps", "val_every"},
+    "trainer": {"feed", "epochs", "steps", "val_every", "heads", "lrs"},
     "adapter": {"lr"},
 }
 
@@ -55,7 +56,8 @@ def check_binds(path, node):
         parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL) for parameter in parameters.values()
     )
     given = {key for key in node if not key.startswith("_")} - FOR_OTHERS.get(path, set())
-    later = {name for name in AT_RUN_TIME.get(path, set()) if name in parameters or name != "class_weights"}
+    handed = AT_RUN_TIME.get(node["_target_"], AT_RUN_TIME.get(path, set()))
+    later = {name for name in handed if name in parameters or name != "class_weights"}
     if path == "export" and inspect.isclass(target):  # made at once, and called with what the others take
         assert set(inspect.signature(target.__call__).parameters) >= later
         later = set()

@@ -205,7 +205,10 @@ def test_gated_weights_are_not_passed_on_unless_asked(compose, tmp_path, capsys)
     assert delta.stat().st_size < whole.stat().st_size / 4
     assert not any("lora" not in name for name in load_file(delta) if "model/backbone" in name)
     weights.rename(weights_elsewhere)
-    with pytest.raises(UserError, match="backbone=dinov3_file.safetensors is refused.*backbone=PATH"):
+    with pytest.raises(
+        UserError,
+        match="backbone=dinov3_file.safetensors, which is no file.*Give the file where it is now: backbone=PATH",
+    ):
         dinoseg.load(delta)
     model = dinoseg.load(delta, device="cpu", backbone=weights_elsewhere)
     assert (model.predict(image).probabilities == theirs).all() and not model.facts.backbone["in_file"]

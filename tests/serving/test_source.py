@@ -26,7 +26,9 @@ def test_a_delta_is_given_its_backbone_from_the_command_line(compose, tmp_path, 
     for mode in ("serve", "app"):
         done = served(tmp_path, mode, f"mode.model={delta}")
         assert done.status == 1 and "resume=" not in done.err
-        assert f"mode.model={delta}: " in done.err and "Give the weights yourself, backbone.weights=PATH" in done.err
+        assert (
+            f"mode.model={delta}: " in done.err and "Give the file where it is now: backbone.weights=PATH." in done.err
+        )
         done = served(tmp_path, mode, f"mode.model={delta}", f"backbone.weights={moved}")
         assert done.status == 0 and "stopped" in done.out, done.err
     done = served(tmp_path, "serve", f"resume={delta}", f"backbone.weights={moved}")
