@@ -189,17 +189,12 @@ class Head(nn.Module, Generic[Outputs]):
         """Return tokens (B, N, C) or maps (B, C, h, w) of all before anything trained: `onwards` goes on as `run`.
 
         Raises:
-            UserError: nothing comes before; or this head has a `run` of its own, and not this.
+            UserError: this head has a `run` of its own, and not this.
         """
         if type(self).run is not Head.run:
             raise UserError(
                 f"{type(self).__name__} runs the backbone in a way of its own, and cannot be cut from what is frozen. "
                 "Choose engine.cache=off, or a head that reads maps, such as head=linear or head=dpt."
-            )
-        if backbone.first_trained == 0:
-            raise UserError(
-                "Nothing of this backbone comes before its first trained block. Choose adapter=frozen, "
-                "adapter=last_blocks, LoRA in the last blocks alone (adapter.blocks=4), or engine.cache=off."
             )
         return backbone.until(images)
 

@@ -17,12 +17,14 @@ from dinoseg.heads.cnn import CnnHead
 from dinoseg.heads.dpt import DptHead
 from dinoseg.heads.eomt import EomtHead
 from dinoseg.heads.linear import LinearHead
+from dinoseg.heads.mask2former.head import Mask2FormerHead
 from dinoseg.heads.mlp import MlpHead
 from dinoseg.heads.upernet import UperNetHead
 from dinoseg.model import Segmenter
 
 CONVNEXT = {"hidden_sizes": [8, 16, 16, 24], "depths": [1, 1, 1, 1]}
 VIT = {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 24}
+IMAGES = torch.randint(0, 256, (2, 3, 37, 51), dtype=torch.uint8)
 HEADS = {
     "linear": lambda dim, maps: LinearHead(dim, maps, 3),
     "mlp": lambda dim, maps: MlpHead(dim, maps, 3, 8),
@@ -97,6 +99,31 @@ def test_tokens_enter_the_first_trained_block(name, adapter, layers):
     frozen = check_cut(model_of(backbone))
     assert len(frozen.tensors) == 1 + len({layer % 4 for layer in layers if layer % 4 < first})
     assert frozen.tensors[-1].shape == (3, backbone.num_prefix + 35, 24)
+
+
+@pytest.mark.parametrize("layers", [[-1], [0, 1, 3], [5, 1]])
+def test_tokens_enter_the_first_trained_block_of_timm(layers):
+    backbone = LastBlocks(2)(TimmBackbone("test_vit", "random", None, layers))
+    count = len(backbone.blocks)
+    frozen = check_cut(model_of(backbone))
+    assert len(frozen.tensors) == 1 + len([layer for layer in backbone.layers if layer < count - 2])
+
+
+@pytest.mark.parametrize("deep", [True, False])
+@pytest.mark.parametrize("trained", ["all", "class_embed"])
+def test_mask2former_goes_on_from_maps_and_pixels_or_from_its_queries_and_masks(trained, deep):
+    torch.manual_seed(1)
+    head = Mask2FormerHead(
+        24, 4, 3, num_heads=4, hidden_dim=64, feedforward_dim=8, num_queries=3, drop_path=0.3, deep_supervision=deep
+    )
+    if trained == "class_embed":  # which the head itself does with a file of weights
+        head.requires_grad_(False).predictor.class_embed.requires_grad_(True)
+    model = Segmenter(Frozen()(deep_vit([0, 1, 2, 3])), head).train()
+    frozen = check_cut(model)
+    assert len(frozen.tensors) == {"all": 5, "class_embed": 20 if deep else 2}[trained]
+    assert len(model(frozen).outputs.aux) == 9 * deep
+    live, kept = (model.eval()(given).scores() for given in (IMAGES, model.frozen(IMAGES)))
+    assert torch.equal(live, kept)
 
 
 @pytest.mark.parametrize(("adapter", "told"), [(Full(), "first trained block"), (Lora(2, 4), "adapter.blocks=4")])

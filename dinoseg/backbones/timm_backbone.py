@@ -3,13 +3,16 @@
 import contextlib
 import difflib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dinoseg.backbones.class_attention import on_patches, plain_attention, watch_timm
+from dinoseg.backbones.cut import Block, onwards, until
 from dinoseg.backbones.layers import resolve_layers
 from dinoseg.backbones.normalisation import register_colours
 from dinoseg.backbones.timm_stages import stages
@@ -100,6 +103,34 @@ class TimmBackbone(Backbone):
     def forward(self, images: Tensor) -> list[Tensor]:
         """Return one map (B, C, h, w) for each tapped layer."""
         return self._maps(self.pixels(images))
+
+    def until(self, images: Tensor) -> list[Tensor]:
+        """Return the maps if nothing is trained; else what `cut.until` gives, of a plain vision transformer."""
+        first, model = self.first_trained, self.model
+        if first is None or not self._is_plain:
+            return super().until(images)
+        tokens = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(self.pixels(images)))))
+        return until(self.blocks, first, self.layers, tokens, model.num_prefix_tokens, {})
+
+    def onwards(self, frozen: list[Tensor], size: tuple[int, int]) -> list[Tensor]:
+        """Return the L maps for what `until` gave of images of `size` (H, W)."""
+        first, model, blocks = self.first_trained, self.model, cast(Sequence[Block], self.blocks)
+        if first is None:
+            return frozen
+        if model.grad_checkpointing:
+            blocks = [partial(checkpoint, block, use_reentrant=False) for block in blocks]
+        grid = [-(-side // self.patch_size) for side in size]
+        patches = onwards(blocks, first, set(self.layers), frozen, model.num_prefix_tokens, dict)
+        normed = {number: model.norm(part) for number, part in patches.items()}
+        return [normed[layer].transpose(1, 2).unflatten(2, grid).contiguous() for layer in self.layers]
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether blocks follow one another and take tokens alone."""
+        from timm.models.vision_transformer import VisionTransformer
+
+        own = getattr(type(self.model), "forward_intermediates", None)
+        return not self.is_pyramid and own is VisionTransformer.forward_intermediates
 
     def with_class_attention(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         """Return the maps, and what the class token attends to in the last block that is read, from one pass.

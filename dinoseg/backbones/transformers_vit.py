@@ -1,6 +1,7 @@
 """DINO, DINOv2 and DINOv3 vision transformers, on Hugging Face transformers' models."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from dinoseg.backbones.arch import configuration
 from dinoseg.backbones.attention import mask_queries_only
 from dinoseg.backbones.class_attention import on_patches, watch_transformers
+from dinoseg.backbones.cut import onwards, until
 from dinoseg.backbones.layers import resolve_layers
 from dinoseg.backbones.normalisation import register_colours
 from dinoseg.backbones.positions import METHODS, interpolate
@@ -156,28 +158,19 @@ class TransformersVit(Backbone):
         """
         pixels = self.pixels(images)
         first, tokens = self.first_trained, self._tokens(pixels)
-        count = len(self.blocks) if first is None else first
-        beside = self._beside((pixels.shape[-2], pixels.shape[-1])) if count else {}
-        given = []
-        for number, block in enumerate(self.blocks[:count]):
-            tokens = block(tokens, **beside)  # (B, num_prefix + h * w, dim)
-            if number in self.layers:
-                patches = tokens[:, self.num_prefix :]
-                given.append(self.norm(patches) if first is None else patches.contiguous())
-        return given if count == len(self.blocks) else [*given, tokens]
+        cut = len(self.blocks) if first is None else first
+        beside = self._beside((pixels.shape[-2], pixels.shape[-1])) if cut else {}
+        given = until(list(self.blocks), cut, self.layers, tokens, self.num_prefix, beside)
+        return [self.norm(patches) for patches in given] if first is None else given
 
     def onwards(self, frozen: list[Tensor], size: tuple[int, int]) -> list[Tensor]:
         """Return the L maps (B, dim, h, w) for what `until` gave of images of `size` (H, W)."""
         rows, columns = (-(-side // self.patch_size) for side in size)
-        first, tapped = self.first_trained, sorted(set(self.layers))
-        count = len(self.blocks) if first is None else first
-        patches = dict(zip(tapped, frozen, strict=False))  # of blocks below the cut
-        if count < len(self.blocks):
-            tokens, beside = frozen[-1], self._beside((rows * self.patch_size, columns * self.patch_size))
-            for number, block in enumerate(self.blocks[count:], start=count):
-                tokens = block(tokens, **beside)
-                if number in tapped:
-                    patches[number] = tokens[:, self.num_prefix :]
+        first, tapped = self.first_trained, set(self.layers)
+        cut = len(self.blocks) if first is None else first
+        beside = partial(self._beside, (rows * self.patch_size, columns * self.patch_size))
+        frozen = [part.to(next(self.norm.parameters()).dtype) for part in frozen]  # kept ones are float32
+        patches = onwards(list(self.blocks), cut, tapped, frozen, self.num_prefix, beside)
         if first is not None:
             patches = {number: self.norm(part) for number, part in patches.items()}
         return [patches[layer].transpose(1, 2).unflatten(2, (rows, columns)).float() for layer in self.layers]

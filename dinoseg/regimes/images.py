@@ -106,7 +106,7 @@ class ImageRegime(Regime):
         names = {"noise": "data.feature_noise", "dtype": "features.dtype", "gib": "features.gib"}
         check_given("dinoseg.training.feature_choice.Plan", options, names)
         groups = plain(cfg, resolve=True)
-        settings = {"backbone": groups["backbone"], "adapter": {**groups["adapter"], "lr": None}}
+        settings = {group: {**groups[group], "lr": None} for group in ("backbone", "adapter", "head")}
         parts = {name: hash_of(repr(node)) for name, node in settings.items()}
         drawing = hash_of(repr(groups["data"]["augment"]))
         plan = Plan(Path(cfg.cache_dir).expanduser(), epochs, drawing, parts, **options)

@@ -63,7 +63,8 @@ class Plan:
         cache_dir: where features are kept.
         epochs: of the whole training.
         drawing: settings that decide, beside its draw, how a view of an image is made.
-        parts: settings that features depend on beside weights and code, by what a user calls them.
+        parts: settings that features depend on beside weights and code, by what a user calls them; those of `head`
+            count where features are of its own making.
         noise: see `FeatureCache`.
         dtype: the type that features are kept in.
         gib: GiB that are kept at most; None: what leaves 1 GiB of the disk, or half of the free memory.
@@ -183,10 +184,11 @@ def _measured(feed: ImageFeed, model: Segmenter, loss: Loss, engine: Engine, pla
     training = model.training
     sample = read_view(feed.train, feed.augment, 0, view_chance(feed.seed, feed.views, 0, 0))
     batch = Batch.stack([sample]).to(engine.device)
-    model.eval()
     try:
         with torch.no_grad(), engine.autocast():
+            model.train()  # which a head may give more in; what is frozen stays in eval mode
             frozen, seconds = _timed(lambda: model.frozen(batch.image), engine)
+            model.eval()  # no running means change
             given = FeatureBatch(frozen, batch.mask, batch.names)
             _, rest = _timed(lambda: loss(model(frozen), given), engine)
     finally:
@@ -265,13 +267,13 @@ def _opened(memory: bool, model: Segmenter, engine: Engine, plan: Plan) -> Featu
     """Return the store of the features of a model as it is."""
     if memory:
         return MemoryStore(plan.dtype, _memory_room(plan, engine))
-    cut_by = "maps" if type(model.head).until is Head.until else type(model.head).__name__
+    maps_alone = type(model.head).until is Head.until  # which all such heads share
     parts = {
-        **plan.parts,
+        **{name: part for name, part in plan.parts.items() if name != "head" or not maps_alone},
         "weights": weights_hash(frozen_tensors(model)),
         "code": code_hash([model.backbone, model.head]),
         "sizes": hash_of(model.scale, model.longest),
-        "cut": hash_of(model.backbone.first_trained, cut_by),
+        "cut": hash_of(model.backbone.first_trained, maps_alone),
         "precision": hash_of(engine.bf16, engine.device.type, plan.dtype),
     }
     return DiskStore(_root(plan), origin(_root(plan), parts), plan.dtype, _cap(plan))

@@ -43,6 +43,7 @@ class Mask2FormerHead(Head[MaskOutputs]):
         weights: Meta's segmentor checkpoint (.pth), or a safetensors file with the same names; None = at random.
         class_layer: with `weights`, whether the file's class layer is `loaded`, or `new` for other classes.
         trainable: `all`, or, with `weights`, the `class_embed` layer alone.
+        deep_supervision: give training the outputs of earlier layers too, which loss=mask_classification learns from.
         drop_path: share of samples for which an extractor's feed-forward part is left out in training.
         checkpointing: recompute the deformable layers in the backward pass: less memory, more time.
 
@@ -68,6 +69,7 @@ class Mask2FormerHead(Head[MaskOutputs]):
         weights: str | None = None,
         class_layer: str = "loaded",
         trainable: str = "all",
+        deep_supervision: bool = True,
         drop_path: LowShare = 0.3,
         checkpointing: bool = False,
     ) -> None:
@@ -84,7 +86,7 @@ class Mask2FormerHead(Head[MaskOutputs]):
         device = torch.get_default_device()
         if not weights and device.type != "meta":  # there, sizes are counted without the file
             _check_without_weights(class_layer, trainable)
-        self.no_object = no_object
+        self.no_object, self.deep_supervision = no_object, deep_supervision
         self.weights = weights
         with torch.device("meta") if weights else nullcontext():  # what a file fills need not be drawn first
             self.adapter = VitAdapter(dim, num_heads, drop_path, checkpointing)
@@ -103,6 +105,29 @@ class Mask2FormerHead(Head[MaskOutputs]):
         """Return the outputs for images (B, 3, H, W), float RGB in 0..1: this head sees the pixels too."""
         return self.decode(backbone(images), backbone.pixels(images))
 
+    def until(self, backbone: Backbone, images: Tensor) -> list[Tensor]:
+        """Return what the backbone gives, and its pixels; queries and masks in turn if the class layer alone learns."""
+        given, pixels = backbone.until(images), backbone.pixels(images)
+        if not self._learns_classes_alone(backbone):
+            return [*given, pixels]
+        size = (images.shape[-2], images.shape[-1])
+        levels, mask_features = self.pixel_decoder(self.adapter(backbone.onwards(given, size), pixels))
+        return [part for read in self.predictor.read(levels, mask_features, deep=self._deep) for part in read]
+
+    def onwards(self, backbone: Backbone, frozen: list[Tensor], size: tuple[int, int]) -> MaskOutputs:
+        """Return the outputs for what `until` gave of images that entered the backbone at `size` (H, W)."""
+        if not self._learns_classes_alone(backbone):
+            return self.decode(backbone.onwards(frozen[:-1], size), frozen[-1])
+        return self.predictor.classed(list(zip(frozen[::2], frozen[1::2], strict=True)))
+
+    def _learns_classes_alone(self, backbone: Backbone) -> bool:
+        learning = {parameter for parameter in self.parameters() if parameter.requires_grad}
+        return backbone.first_trained is None and learning <= set(self.predictor.class_embed.parameters())
+
+    @property
+    def _deep(self) -> bool:
+        return self.deep_supervision and self.training
+
     def decode(self, features: list[Tensor], pixels: Tensor) -> MaskOutputs:
         """Return class logits (B, Q, K + 1), or K without the no-object column, and mask logits (B, Q, 4h, 4w).
 
@@ -111,7 +136,7 @@ class Mask2FormerHead(Head[MaskOutputs]):
             pixels: the padded, normalised image (B, 3, P * h, P * w).
         """
         levels, mask_features = self.pixel_decoder(self.adapter(features, pixels))
-        return self.predictor(levels, mask_features)
+        return self.predictor(levels, mask_features, deep=self._deep)
 
     def weighted_masks(self, outputs: MaskOutputs) -> WeightedMasks:
         """Return the masks that `predict` mixes."""

@@ -47,13 +47,23 @@ class Predictor(nn.Module):
         nn.init.xavier_uniform_(self.class_embed.weight)
         nn.init.zeros_(self.class_embed.bias)
 
-    def forward(self, levels: Sequence[Tensor], mask_features: Tensor) -> MaskOutputs:
-        """Return class and mask logits of the last layer and, in train mode, those of the queries before each layer.
+    def forward(self, levels: Sequence[Tensor], mask_features: Tensor, *, deep: bool) -> MaskOutputs:
+        """Return class and mask logits of the last layer and, if `deep`, those of the queries before each layer.
 
         Args:
             levels: maps (B, dim, ., .) of strides 32, 16 and 8.
             mask_features: (B, dim, h, w), of stride 4.
+            deep: whether outputs of earlier layers are wanted.
         """
+        return self.classed(self.read(levels, mask_features, deep=deep))
+
+    def classed(self, read: Sequence[tuple[Tensor, Tensor]]) -> MaskOutputs:
+        """Return the outputs for what `read` gives."""
+        *aux, last = (MaskOutputs(self.class_embed(queries), masks) for queries, masks in read)
+        return MaskOutputs(last.class_logits, last.mask_logits, aux)
+
+    def read(self, levels: Sequence[Tensor], mask_features: Tensor, *, deep: bool) -> list[tuple[Tensor, Tensor]]:
+        """Return queries (B, Q, dim) and their mask logits (B, Q, h, w): the last ones and, if `deep`, earlier ones."""
         batch = mask_features.shape[0]
         sizes = [size_of(level) for level in levels]
         cells = [
@@ -62,7 +72,7 @@ class Predictor(nn.Module):
         keys = [part + sine_positions(size, part.shape[-1], like=part) for part, size in zip(cells, sizes, strict=True)]
         places = self.query_embed.weight
         queries = self.query_feat.weight.expand(batch, -1, -1)  # (B, Q, dim)
-        aux = []
+        read_so_far = []
         stack = zip(
             self.transformer_cross_attention_layers,
             self.transformer_self_attention_layers,
@@ -71,21 +81,19 @@ class Predictor(nn.Module):
         )
         for index, (read, mix, feed_forward) in enumerate(stack):
             level = index % LEVELS
-            outputs = self._predict(queries, mask_features, classes=self.training)
-            if self.training:
-                aux.append(outputs)
-            blocked = self._blocked(outputs.mask_logits, sizes[level])
+            seen = self._masks(queries, mask_features)
+            if deep:
+                read_so_far.append(seen)
+            blocked = self._blocked(seen[1], sizes[level])
             queries = feed_forward(mix(read(queries, places, keys[level], cells[level], blocked), places))
-        outputs = self._predict(queries, mask_features, classes=True)
-        return MaskOutputs(outputs.class_logits, outputs.mask_logits, aux)
+        return [*read_so_far, self._masks(queries, mask_features)]
 
-    def _predict(self, queries: Tensor, mask_features: Tensor, *, classes: bool) -> MaskOutputs:
+    def _masks(self, queries: Tensor, mask_features: Tensor) -> tuple[Tensor, Tensor]:
         queries = self.post_norm(queries)
         vectors = queries
         for index, layer in enumerate(self.mask_embed["layers"].children()):
             vectors = layer(vectors.relu() if index else vectors)
-        masks = torch.einsum("bqc,bchw->bqhw", vectors, mask_features)
-        return MaskOutputs(self.class_embed(queries) if classes else queries[..., :0], masks)
+        return queries, torch.einsum("bqc,bchw->bqhw", vectors, mask_features)
 
     @staticmethod
     def _blocked(mask_logits: Tensor, size: Size) -> Tensor:
