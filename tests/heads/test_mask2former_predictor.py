@@ -91,7 +91,7 @@ def decoder_case():
 
 def test_masked_decoder_equals_one_query_at_a_time(decoder_case):
     module, levels, mask_features = decoder_case
-    outputs = module.train()(levels, mask_features)
+    outputs = module.train()(levels, mask_features, deep=True)
     shares = torch.stack([(aux.mask_logits < 0).double().mean((-2, -1)) for aux in outputs.aux])
     assert shares.min() == 0 and shares.max() == 1  # the case holds full and empty masks
     for image, expected in enumerate(decode_slowly(module, levels, mask_features)):
@@ -102,7 +102,10 @@ def test_masked_decoder_equals_one_query_at_a_time(decoder_case):
 
 def test_decoder_gives_earlier_layers_in_training_only(decoder_case):
     module, levels, mask_features = decoder_case
-    trained, evaluated = module.train()(levels, mask_features), module.eval()(levels, mask_features)
+    trained, evaluated = (
+        module.train()(levels, mask_features, deep=True),
+        module.eval()(levels, mask_features, deep=False),
+    )
     assert len(trained.aux) == 9 and not evaluated.aux
     assert torch.equal(trained.class_logits, evaluated.class_logits)
     assert torch.equal(trained.mask_logits, evaluated.mask_logits)

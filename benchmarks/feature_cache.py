@@ -1,0 +1,128 @@
+"""Print how much faster an epoch on kept features is than one on images, side by side.
+
+`python benchmarks/feature_cache.py [--cases vits vitb m2f] [--images 8] [--size 512] [--classes 26] [--threads 2]
+[--dtype float16]`: an epoch of training (reading, model, loss at full resolution, gradient, update) on images of one
+size, live and after the first epoch has kept what the frozen part gives; batches of 2. `vits` and `vitb` are DINOv3's
+shapes with random weights under a linear head; `m2f` is ViT-S under a Mask2Former head whose class layer alone learns,
+as in hparam=idd/m2f. Epochs of both kinds in turns, of each the quickest counts. Exits with 1 where a ratio is below
+`WANTED`.
+"""
+
+import argparse
+import os
+import platform
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tabulate import tabulate
+
+from dinoseg.adapters import Frozen
+from dinoseg.backbones.transformers_vit import TransformersVit
+from dinoseg.contracts import Head
+from dinoseg.data.classes.labels import Labels
+from dinoseg.data.classes.masks import Masks
+from dinoseg.data.pairs.dataset import PairDataset
+from dinoseg.data.pairs.pair import Pair
+from dinoseg.data.transforms import Augment, ColorJitter
+from dinoseg.heads.linear import LinearHead
+from dinoseg.heads.mask2former.head import Mask2FormerHead
+from dinoseg.images import write_png
+from dinoseg.losses.cross_entropy import CrossEntropy
+from dinoseg.model import Segmenter
+from dinoseg.training.engine import Engine
+from dinoseg.training.feature_choice import Plan, feature_cache
+from dinoseg.training.image_feed import ImageFeed
+from dinoseg.training.optim import adamw
+
+WANTED = {"vits": 10, "vitb": 30}
+SHAPES = {"vits": (384, 6), "m2f": (384, 6), "vitb": (768, 12)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--images", type=int, default=8)
+    parser.add_argument("--size", type=int, default=512)
+    parser.add_argument("--classes", type=int, default=26)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--dtype", default="float16")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    rows, failed = [], False
+    for case in args.cases:
+        with tempfile.TemporaryDirectory() as folder:
+            live, first, kept, size = epochs(case, args, Path(folder))
+        wanted = WANTED.get(case)
+        failed |= wanted is not None and live < wanted * kept
+        rows.append([case, live, first, kept, live / kept, wanted, size / args.images / 2**20])
+    headers = ("case", "live: s an epoch", "first, kept", "later", "live / later", "wanted", "MiB an image")
+    print(tabulate(rows, headers=headers, floatfmt=".3g"))
+    print(f"\n{args.images} images of {args.size} x {args.size}, {args.classes} classes, float32, kept as {args.dtype}")
+    print(f"{args.threads} threads, load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores; ", end="")
+    print(f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}")
+    return int(failed)
+
+
+def epochs(case: str, args: argparse.Namespace, folder: Path) -> tuple[float, float, float, int]:
+    """Return the seconds of an epoch on images, of the first one that keeps features and of a later one, and bytes."""
+    data = drawn(folder, args)
+    engine = Engine("cpu", "fp32", workers=0, cache="disk")
+    model, loss = made(case, args.classes), CrossEntropy(torch.ones(args.classes))
+    optimizer = adamw(model, lr=1e-3, weight_decay=0.0)
+    augment = Augment((args.size, args.size), scale=(0.75, 1.5), flip=0.5, color=ColorJitter(0.2, 0.2, 0.2, 0.05))
+    share = {"batch_size": 2, "seed": 0, "workers": 0, "views": 1}
+    live, kept = (ImageFeed(data, data, augment, **share) for _ in range(2))
+    plan = Plan(folder / "cache", 10.0, "benchmark", {}, dtype=args.dtype)
+    kept.cache = feature_cache(kept, model, loss, engine, plan)
+    model.train()
+
+    def epoch(feed: ImageFeed) -> float:
+        batches, start = feed.train_batches(0), time.perf_counter()
+        for _ in range(args.images // 2):
+            batch = next(batches).to(engine.device)
+            value, _ = loss(model(batch.image), batch)
+            engine.backward(value)
+            engine.step(optimizer, value.detach(), torch.ones(()), clip=1.0)
+        return time.perf_counter() - start
+
+    first = epoch(kept)
+    found = [(epoch(live), epoch(kept)) for _ in range(args.rounds)]
+    size = sum(path.stat().st_size for path in (folder / "cache").rglob("*.features"))
+    return min(seconds for seconds, _ in found), first, min(seconds for _, seconds in found), size
+
+
+def made(case: str, classes: int) -> Segmenter:
+    dim, heads = SHAPES[case]
+    arch = {"hidden_size": dim, "num_hidden_layers": 12, "num_attention_heads": heads, "intermediate_size": 4 * dim}
+    layers = "quarters" if case == "m2f" else [-1]
+    torch.manual_seed(0)
+    backbone = Frozen()(TransformersVit("dinov3_vit", {**arch, "num_register_tokens": 4}, "random", 16, layers))
+    head: Head = LinearHead(dim, 1, classes)
+    if case == "m2f":
+        head = Mask2FormerHead(dim, 4, classes, no_object=False, deep_supervision=False)
+        head.requires_grad_(False).predictor.class_embed.requires_grad_(True)
+    return Segmenter(backbone, head)
+
+
+def drawn(folder: Path, args: argparse.Namespace) -> PairDataset:
+    """Write smooth pictures as JPEG files, with masks of blocks."""
+    pairs, chance = [], np.random.default_rng(0)
+    for number in range(args.images):
+        image, mask = folder / f"{number}.jpg", folder / f"{number}.png"
+        small = Image.fromarray(chance.integers(0, 256, (32, 32, 3)).astype(np.uint8))
+        small.resize((args.size, args.size), Image.Resampling.BICUBIC).save(image)
+        blocks = chance.integers(0, args.classes, (16, 16)).astype(np.uint8)
+        write_png(mask, np.kron(blocks, np.ones((args.size // 16, args.size // 16), np.uint8)))
+        pairs.append(Pair(str(number), image, mask))
+    labels = Labels([str(number) for number in range(args.classes)], [(0, 0, 0)] * args.classes, 255)
+    return PairDataset(pairs, labels, Masks())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
