@@ -21,6 +21,11 @@ USE = "inference"  # the group that says how a model is asked: what validates wi
 HEADS, RATES = "heads", "lrs"  # what a run of several heads trains
 OPTIONAL = (USE, HEADS, RATES)  # root keys that older checkpoints, or those of one head, lack
 SAVED = ("seed", *GROUPS, *OPTIONAL)  # root keys of a config that a checkpoint keeps
+# keys that older checkpoints lack, and what was so before them
+_LATER: Mapping[str, Mapping[str, Any]] = {
+    "data": {"views": None, "feature_noise": 0.0},
+    "head": {"init": None, "deep_supervision": True},
+}
 # of a trainer: a run may go on with others
 LENGTHS = ("steps", "epochs", "patience", "val_every", "save_every", "log_every")
 
@@ -60,10 +65,11 @@ def recipe_of(info: Mapping[str, Any]) -> dict[str, Any]:
     trainer = {key: value for key, value in config["trainer"].items() if key not in LENGTHS}
     # by the background alone a score differs, and nothing that is trained
     data = {**config["data"], "root": data_root(config, Path(info["folder"]))[0], "background": None}
-    # the first says what is refused, nothing that is trained; older checkpoints lack both
-    head = {
-        key: value for key, value in config["head"].items() if key != "least_maps" and (key, value) != ("init", None)
-    }
+    unread = {"least_maps"}  # which says what is refused, nothing that is trained
+    if "mask_classification" not in repr(config["loss"]):
+        unread.add("deep_supervision")  # which no other loss reads
+    head = {key: value for key, value in config["head"].items() if key not in unread}
+    data, head = (_without_later(node, group) for node, group in ((data, "data"), (head, "head")))
     return {**config, "trainer": trainer, "data": data, "head": head}
 
 
@@ -77,6 +83,12 @@ def saved_config(info: Mapping[str, Any]) -> dict[str, Any]:
     trainer = {"feed": "images", "epochs": None, **config["trainer"]}
     data = {"background": _background_of_old(info), **config["data"]}
     return {**config, "trainer": trainer, "data": data}
+
+
+def _without_later(node: Mapping[str, Any], group: str) -> dict[str, Any]:
+    """Return a group's keys without those that older checkpoints lack, where they say what was so before them."""
+    later = _LATER[group]
+    return {key: value for key, value in node.items() if key not in later or value != later[key]}
 
 
 def data_root(config: Mapping[str, Any], folder: Path) -> tuple[str, str]:

@@ -56,6 +56,7 @@ def test_a_run_older_than_a_key_goes_on(where):
     found = checkpoint.read(path)
     config = found.info["config"]
     del config["trainer"]["feed"], config["trainer"]["epochs"], config["head"]["least_maps"]
+    del config["data"]["views"], config["data"]["feature_noise"]
     del config["inference"], found.info["choices"]["inference"]
     checkpoint.write(path, found.tensors, {key: value for key, value in found.info.items() if key != "format"})
     done = train(where, "trainer.steps=2", "resume=auto")
@@ -119,6 +120,23 @@ def test_a_recipe_is_what_is_trained_and_nothing_beside(compose):
 
     lengths = ("trainer.patience=3", "trainer.save_every=7", "trainer.log_every=3", "trainer.epochs=2")
     assert recipe() == recipe(*lengths, "data.background=b") != recipe("data.ignore_index=7")
+
+
+def test_a_recipe_is_that_of_a_checkpoint_older_than_its_keys(compose):
+    def recipe(*words, **removed):
+        info = config_description(compose("data.root=.", "data.classes=[a,b]", *words))
+        for group, keys in removed.items():
+            for key in keys:
+                del info["config"][group][key]
+        return recipe_of(info)
+
+    late = {"data": ["views", "feature_noise"]}
+    assert recipe(**late) == recipe() != recipe("data.views=3") != recipe("data.views=3", "data.feature_noise=0.1")
+    masks, late = ("head=mask2former",), {**late, "head": ["deep_supervision"]}
+    without = "head.deep_supervision=false"
+    assert recipe(*masks, **late) == recipe(*masks) == recipe(*masks, without)  # of a loss on pixels
+    masks = (*masks, "loss=mask_classification")
+    assert recipe(*masks, **late) == recipe(*masks) != recipe(*masks, without)
 
 
 def test_auto_in_a_sweep_looks_through_the_whole_folder_of_its_recipe(tmp_path, monkeypatch):
