@@ -107,6 +107,8 @@ def _enter_folder(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> t
     cfg, own_runs = _with_heads(cfg, overrides, continued)
     # other ranks of torchrun's only have to know the name: the first one makes the folder
     if not is_first_rank():
+        if continued or new != out_dir:
+            drop_empty(out_dir)
         return cfg, continued or new
     if continued is None:
         if new != out_dir:

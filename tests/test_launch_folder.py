@@ -58,7 +58,8 @@ def second_rank(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(launch, "run_ranks", lambda *_: pytest.fail("a rank starts ranks"))
     monkeypatch.setattr(launch, "run_mode", lambda cfg, folder: folder)
-    return OmegaConf.create({"mode": {"devices": 2, "resume_from": "last"}, "resume": None, "choices": {"hparam": "a"}})
+    mode = {"devices": 2, "resume_from": "last"}
+    return OmegaConf.create({"mode": mode, "trainer": {}, "resume": None, "choices": {"hparam": "a"}})
 
 
 def test_a_rank_of_torchrun_starts_none_and_makes_no_folder(second_rank, tmp_path, monkeypatch):
@@ -66,6 +67,8 @@ def test_a_rank_of_torchrun_starts_none_and_makes_no_folder(second_rank, tmp_pat
     assert launch.launch(second_rank, new, []) == new
     monkeypatch.setattr(launch, "_resumed", lambda cfg, *_: (cfg, old))
     second_rank.resume = "auto"
+    launch.will_make(new)
+    new.mkdir()  # Hydra has
     assert launch.launch(second_rank, new, []) == old and not list(tmp_path.iterdir())
 
 

@@ -16,6 +16,7 @@ from dinoseg.evaluation.supervision import chosen_supervision, prompts_of, proto
 from dinoseg.evaluation.video_report import report_videos
 from dinoseg.evaluation.video_scores import score_masks
 from dinoseg.evaluation.video_tracking import VideoTracking, videos_of, written_frames
+from dinoseg.runs.folder import first_ranks
 from dinoseg.runs.trained import Trained, is_trained
 from dinoseg.runs.unread import warn_unread
 from dinoseg.storage.atomic import write_json
@@ -144,7 +145,7 @@ def evaluate_videos(
     Raises:
         UserError: masks that are to be given are missing, files cannot be read or scored, or the disk is full.
     """
-    out_dir, protocol = Path(engine.share(str(out_dir))), protocol_of(cfg, supervision)
+    out_dir, protocol = first_ranks(out_dir, engine.share), protocol_of(cfg, supervision)
     annotations = None if protocol is None else protocol.annotations
     videos = videos_of(cfg, options.split, {} if annotations is None else {"annotations": annotations})
     prompts = prompts_of(cfg, supervision, videos, options.split)

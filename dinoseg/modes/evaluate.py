@@ -14,6 +14,7 @@ from dinoseg.evaluation.images import evaluate_images, list_skipped
 from dinoseg.evaluation.official import usable
 from dinoseg.evaluation.videos import EvalOptions, follow_slots, needs_no_training, propagate
 from dinoseg.inference.trained_sizes import TrainedSizes, keep_scale
+from dinoseg.runs.folder import first_ranks
 from dinoseg.runs.trained import check_classes, load_trained
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ def run(
     if trained.model.head.slots is not None:
         return follow_slots(cfg, trained, out_dir, options)
     options.refuse_tracking()
-    out_dir = Path(trained.engine.share(str(out_dir)))
+    out_dir = first_ranks(out_dir, trained.engine.share)
     data = build.dataset(cfg, split)
     source = f"resume={cfg.resume}" if cfg.resume else f"head.weights={cfg.head.weights}"
     check_classes(data, trained.info, source)

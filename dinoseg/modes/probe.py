@@ -22,6 +22,7 @@ from dinoseg.probing.standing import Standing
 from dinoseg.ranges import NotNegative, OpenShare, Positive
 from dinoseg.report.probe import probe_picture, probe_table, write_probe_csv
 from dinoseg.report.table import class_table
+from dinoseg.runs.folder import first_ranks
 from dinoseg.storage.atomic import write_json
 from dinoseg.wording import count_of
 
@@ -53,7 +54,7 @@ def probe(
         held_out: likewise.
     """
     engine = instantiate(cfg.engine)
-    out_dir = Path(engine.share(str(out_dir)))
+    out_dir = first_ranks(out_dir, engine.share)
     grid = Grid(tuple(strengths), tuple(balances), held_out, cfg.data.group, build.seed_of(cfg))
     train, val = build.dataset(cfg, "train", reduced=True), build.dataset(cfg, "val")
     counts = class_counts(train, cfg.cache_dir)

@@ -13,6 +13,7 @@ from dinoseg.ranges import Natural
 from dinoseg.regimes.choice import regime_of
 from dinoseg.regimes.job import Job, begin, looked_at
 from dinoseg.regimes.many_heads import train_heads
+from dinoseg.runs.folder import first_ranks
 from dinoseg.runs.heads import SOLO
 
 _NOT_FIT_S = ("feed", "epochs", "heads", "lrs")  # keys of a trainer that its function does not take
@@ -31,7 +32,7 @@ def train(
         report: write report.html of the final evaluation, and what mode=compare needs.
     """
     engine = instantiate(cfg.engine)
-    out_dir = Path(engine.share(str(out_dir)))
+    out_dir = first_ranks(out_dir, engine.share)
     # under torchrun each rank has looked for itself, and another run may have been saved in between
     if engine.share(cfg.resume) != cfg.resume:
         raise UserError("resume=auto: the ranks found different runs. Name the one to go on with: resume=RUN_FOLDER.")

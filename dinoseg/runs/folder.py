@@ -1,7 +1,7 @@
 """A run's own folder: claimed, locked while it is written to, with its config; and removed where it stayed empty."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
@@ -97,6 +97,21 @@ def drop_empty(folder: Path) -> None:
             if _made_paths.isdisjoint((path, *path.parents)):
                 return
             path.rmdir()
+
+
+def first_ranks(folder: Path, share: Callable[[str], str]) -> Path:
+    """Return the run folder of the first rank, in which all work, and drop this rank's own, if it is another.
+
+    Hydra names and makes one for each rank that others have started, by the second in which it starts.
+
+    Args:
+        folder: as this rank knows it.
+        share: returns what the first rank gives it.
+    """
+    first = Path(share(str(folder)))
+    if first != folder:
+        drop_empty(folder)
+    return first
 
 
 def drop_bare(folder: Path) -> None:

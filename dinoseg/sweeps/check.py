@@ -8,7 +8,6 @@ from omegaconf import DictConfig
 from dinoseg.config.job import job_config
 from dinoseg.config.nodes import instantiate
 from dinoseg.errors import UserError
-from dinoseg.runs.heads import own_runs
 
 
 def impossible_cells(config: DictConfig) -> tuple[list[tuple[str, str]], int]:
@@ -37,6 +36,8 @@ def _fault(loader: ConfigLoader, config: DictConfig, cell: list[str]) -> str:
         composed = loader.load_sweep_config(config, cell)
         cfg = job_config(composed, composed.hydra.runtime.choices)
         if cfg.resume is None and "check" in cfg.mode:
+            from dinoseg.runs.heads import own_runs  # imports torch: mode=score does without
+
             alone = [own.cfg for own in own_runs(cfg, cell, None).values()]
             for job in alone or [cfg]:
                 instantiate(cfg.mode.check)(job)

@@ -71,8 +71,10 @@ def test_ranks_that_do_not_meet_say_where_and_for_how_long(environment, rank, ch
 
 
 def test_tasks_of_slurm_train_together(data, tmp_path):  # noqa: F811
-    """Two processes as srun starts them; weights shared out, a validation set of one image more than ranks."""
-    words = train(data, "data.batch_size=4", "trainer.steps=2", "engine.sharding=fsdp", "hydra.run.dir=run")
+    """As srun starts them, each with a name of its own for the folder; weights shared out, 3 images to validate."""
+    words = train(
+        data, "data.batch_size=4", "trainer.steps=2", "engine.sharding=fsdp", "hydra.run.dir=run_${oc.env:SLURM_PROCID}"
+    )
     step = STEP | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost"}
     tasks = [
         subprocess.Popen(
@@ -87,8 +89,8 @@ def test_tasks_of_slurm_train_together(data, tmp_path):  # noqa: F811
     ]
     errors = [task.communicate(timeout=120)[1] for task in tasks]
     assert [task.returncode for task in tasks] == [0, 0], errors
-    assert [path.name for path in tmp_path.iterdir() if path.name != "outputs"] == ["run"]
-    assert checkpoint.describe(tmp_path / "run/checkpoints/last.safetensors")["progress"]["step"] == 2
+    assert [path.name for path in tmp_path.iterdir() if path.name != "outputs"] == ["run_0"]
+    assert checkpoint.describe(tmp_path / "run_0/checkpoints/last.safetensors")["progress"]["step"] == 2
 
 
 def rank_processes(parent: int, number: int) -> list[int]:
