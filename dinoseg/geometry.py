@@ -145,6 +145,12 @@ def spans(length: int, cells: int, share: float, at_once: int, like: Tensor) -> 
     return found
 
 
+def upsample_tile(cells: Tensor, down: Tensor | None, along: Tensor | None) -> Tensor:
+    """Return a tile (K, H, W) of its own memory from its cells (K, h, w)."""
+    tile = cells.clone(memory_format=torch.contiguous_format) if along is None else cells @ along.T
+    return tile if down is None else down @ tile
+
+
 def _stays(length: int, cells: int, share: float) -> bool:
     """Return whether each of `length` pixels is a cell of the grid."""
     return abs(cells * share - length) < 1e-6

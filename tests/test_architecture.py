@@ -19,6 +19,7 @@ LEVELS = (  # a room imports its own level and those below
         "contracts",
         "geometry",
         "class_ids",
+        "mixed_class_ids",
         "sizes",
         "precision",
         "transfer",

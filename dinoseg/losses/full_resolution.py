@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinoseg.geometry import Span, spans
+from dinoseg.geometry import Span, spans, upsample_tile
 from dinoseg.losses.labelled import labels
 from dinoseg.precision import at_least_float32
 from dinoseg.processes.threads import threads
@@ -111,7 +111,7 @@ class _Tiled:
         gradients = [] if upstream is None else [torch.zeros_like(part) for part in (cells, *shares)]
         found = []
         for columns in self.columns:
-            pixels = _upsampled(cells[..., columns.cells], rows.weights, columns.weights)  # (K, rows, columns)
+            pixels = upsample_tile(cells[..., columns.cells], rows.weights, columns.weights)  # (K, rows, columns)
             scores, back = _mixed(pixels.flatten(1), *shares) if shares else (pixels.flatten(1), _as_it_is)
             target = labels(self.mask[image, rows.pixels, columns.pixels], self.ignore_index)
             sums, pull = self.term(scores, target.flatten())
@@ -161,12 +161,6 @@ def _mixed(masks: Tensor, shares: Tensor) -> tuple[Tensor, Callable[[Tensor], tu
         return (shares @ slope).mul_(masks).mul_(1 - masks), masks @ slope.T
 
     return kept.log(), back
-
-
-def _upsampled(cells: Tensor, down: Tensor | None, along: Tensor | None) -> Tensor:
-    """Return a tile (K, H, W) of its own memory from its cells (K, h, w)."""
-    tile = cells.clone(memory_format=torch.contiguous_format) if along is None else cells @ along.T
-    return tile if down is None else down @ tile
 
 
 def _reduced(tile: Tensor, down: Tensor | None, along: Tensor | None) -> Tensor:
