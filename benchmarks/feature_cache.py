@@ -4,8 +4,8 @@
 [--dtype float16]`: an epoch of training (reading, model, loss at full resolution, gradient, update) on images of one
 size, live and after the first epoch has kept what the frozen part gives; batches of 2. `vits` and `vitb` are DINOv3's
 shapes with random weights under a linear head; `m2f` is ViT-S under a Mask2Former head whose class layer alone learns,
-as in hparam=idd/m2f. Epochs of both kinds in turns, of each the quickest counts. Exits with 1 where a ratio is below
-`WANTED`.
+as in hparam=idd/m2f. Epochs of both kinds in turns, of each the quickest counts, by the clock and by the processor's
+time, which other programs lengthen less. Exits with 1 where both ratios are below `WANTED`.
 """
 
 import argparse
@@ -57,11 +57,12 @@ def main() -> int:
     rows, failed = [], False
     for case in args.cases:
         with tempfile.TemporaryDirectory() as folder:
-            live, first, kept, size = epochs(case, args, Path(folder))
-        wanted = WANTED.get(case)
-        failed |= wanted is not None and live < wanted * kept
-        rows.append([case, live, first, kept, live / kept, wanted, size / args.images / 2**20])
-    headers = ("case", "live: s an epoch", "first, kept", "later", "live / later", "wanted", "MiB an image")
+            live, kept, first, size = epochs(case, args, Path(folder))
+        wanted, (ratio, of_processor) = WANTED.get(case), live / kept
+        failed |= wanted is not None and max(ratio, of_processor) < wanted
+        rows.append([case, live[0], first[0], kept[0], ratio, of_processor, wanted, size / args.images / 2**20])
+    headers = ("case", "live: s an epoch", "first, kept", "later", "live / later", "of processor time", "wanted")
+    headers = (*headers, "MiB an image")
     print(tabulate(rows, headers=headers, floatfmt=".3g"))
     print(f"\n{args.images} images of {args.size} x {args.size}, {args.classes} classes, float32, kept as {args.dtype}")
     print(f"{args.threads} threads, load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores; ", end="")
@@ -69,8 +70,8 @@ def main() -> int:
     return int(failed)
 
 
-def epochs(case: str, args: argparse.Namespace, folder: Path) -> tuple[float, float, float, int]:
-    """Return the seconds of an epoch on images, of the first one that keeps features and of a later one, and bytes."""
+def epochs(case: str, args: argparse.Namespace, folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """Return the `clocks` of an epoch on images, on kept features and of the first one that keeps them; their bytes."""
     data = drawn(folder, args)
     engine = Engine("cpu", "fp32", workers=0, cache="disk")
     model, loss = made(case, args.classes), CrossEntropy(torch.ones(args.classes))
@@ -82,19 +83,23 @@ def epochs(case: str, args: argparse.Namespace, folder: Path) -> tuple[float, fl
     kept.cache = feature_cache(kept, model, loss, engine, plan)
     model.train()
 
-    def epoch(feed: ImageFeed) -> float:
-        batches, start = feed.train_batches(0), time.perf_counter()
+    def epoch(feed: ImageFeed) -> np.ndarray:
+        batches, start = feed.train_batches(0), clocks()
         for _ in range(args.images // 2):
             batch = next(batches).to(engine.device)
             value, _ = loss(model(batch.image), batch)
             engine.backward(value)
             engine.step(optimizer, value.detach(), torch.ones(()), clip=1.0)
-        return time.perf_counter() - start
+        return np.subtract(clocks(), start)
 
     first = epoch(kept)
-    found = [(epoch(live), epoch(kept)) for _ in range(args.rounds)]
+    found = np.array([(epoch(live), epoch(kept)) for _ in range(args.rounds)])
     size = sum(path.stat().st_size for path in (folder / "cache").rglob("*.features"))
-    return min(seconds for seconds, _ in found), first, min(seconds for _, seconds in found), size
+    return *found.min(0), first, size
+
+
+def clocks() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
 
 
 def made(case: str, classes: int) -> Segmenter:

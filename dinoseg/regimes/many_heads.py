@@ -54,7 +54,7 @@ def train_heads(
     Raises:
         UserError: no head has come as far as a validation.
     """
-    _check_feed(regime, engine)
+    _check_feed(cfg, regime, engine)
     folder = out_dir / checkpoint.HEADS
     jobs = {name: Job(own, folder / name, regime, engine) for name, own in solo_configs(cfg).items()}
     sizes = looked_at(regime, engine)
@@ -87,12 +87,17 @@ def train_heads(
     return {**scores[first], "head": first}
 
 
-def _check_feed(regime: Regime, engine: Engine) -> None:
+def _check_feed(cfg: DictConfig, regime: Regime, engine: Engine) -> None:
     if not isinstance(regime.feed, ImageFeed):
         raise UserError("trainer=many_heads trains on images and masks: leave trainer.feed out.")
     if engine.sharded or engine.cache in ("disk", "memory"):
         key = "sharding=fsdp" if engine.sharded else f"cache={engine.cache}"
         raise UserError(f"engine.{key} is for one head at a time. Leave it out with trainer=many_heads.")
+    if cfg.data.get("feature_noise"):  # the data of older checkpoints has no such key
+        raise UserError(
+            f"data.feature_noise={cfg.data.feature_noise} is for one head at a time. Set data.feature_noise=0 with "
+            "trainer=many_heads."
+        )
 
 
 def _dropped(folder: Path) -> dict[str, str]:

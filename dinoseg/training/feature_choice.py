@@ -25,7 +25,7 @@ from dinoseg.training.engine import Engine
 from dinoseg.training.feature_cache.cache import FeatureCache
 from dinoseg.training.feature_cache.form import KEY_LENGTH, TYPES, Stored, size_of
 from dinoseg.training.feature_cache.key import code_hash, hash_of, origin, weights_hash
-from dinoseg.training.feature_cache.store import DiskStore, FeatureStore, MemoryStore
+from dinoseg.training.feature_cache.store import DiskStore, FeatureStore, MemoryStore, NoStore
 from dinoseg.training.image_feed import ImageFeed
 from dinoseg.wording import count_of, in_bytes
 
@@ -95,7 +95,7 @@ def feature_cache(feed: ImageFeed, model: Segmenter, loss: Loss, engine: Engine,
     """Return where features of a training are kept, as `engine.cache` says; None: it is trained on images.
 
     Raises:
-        UserError: they are to be kept and cannot be, or are to be changed by noise and are not kept.
+        UserError: they are to be kept and cannot be, or are to be changed by noise and are not to be had apart.
     """
     chosen, reason = None, "it is off."
     if engine.cache != "off":
@@ -108,14 +108,31 @@ def feature_cache(feed: ImageFeed, model: Segmenter, loss: Loss, engine: Engine,
     if chosen is None:
         if engine.cache in ("disk", "memory"):
             raise UserError(f"engine.cache={engine.cache}: {reason}")
-        if plan.noise:
-            raise UserError(f"data.feature_noise={plan.noise} changes features that are kept, and none are: {reason}")
         if engine.cache == "auto" and engine.is_main:
             logger.info("engine.cache=auto: no features are kept. %s", reason)
-        return None
-    assert feed.views is not None
+        if not plan.noise:
+            return None
+        _check_cut(feed, model, engine, plan.noise)
+        return FeatureCache(model, engine.autocast, NoStore, plan.drawing, feed.views, plan.noise)
     opened = partial(_opened, chosen == "memory", model, engine, plan)
     return FeatureCache(model, engine.autocast, opened, plan.drawing, feed.views, plan.noise)
+
+
+def _check_cut(feed: ImageFeed, model: Segmenter, engine: Engine, noise: float) -> None:
+    """Refuse noise where what is frozen cannot be had apart."""
+    sample = feed.val[0]["image"][None].to(engine.device)
+    try:
+        if not engine.sharded:
+            with engine.autocast():
+                model.frozen(sample)
+            return
+    except UserError:  # whose remedy is that of a cache
+        pass
+    raise UserError(
+        f"data.feature_noise={noise} is added to what the frozen part of a model gives, and of this one that cannot be "
+        "had apart. Choose adapter=frozen or adapter=last_blocks with a head that reads maps, such as head=linear, "
+        "engine.sharding=none, or data.feature_noise=0."
+    )
 
 
 def _chosen(feed: ImageFeed, model: Segmenter, loss: Loss, engine: Engine, plan: Plan) -> str:

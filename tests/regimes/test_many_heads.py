@@ -211,6 +211,7 @@ def test_where_all_have_diverged_the_run_has_failed(folder, monkeypatch):
         (("trainer=many_heads", "heads=[linear,slots]"), "head=slots is trained on clips"),
         (("trainer=many_heads", "heads=[linear]", "lrs=0.1"), "lrs=0.1: give a list"),
         (("trainer=many_heads", "heads=[linear,dpt]"), "quarters"),
+        (("trainer=many_heads", "heads=[linear]", "data.feature_noise=0.1"), "data.feature_noise=0.1 is for one head"),
     ],
 )
 def test_what_cannot_be_is_refused_and_leaves_nothing(folder, words, message):

@@ -157,16 +157,30 @@ def test_rounded_features_train_nearly_the_same(train, dtype, error):
     assert train("memory", dtype=dtype)[0][0]["train/loss"] == pytest.approx(live, rel=error)
 
 
-def test_noise_is_in_training_alone_and_drawn_anew_in_each_step(train, data):
-    live, _ = train()[:2]
-    noisy, feed, model = train("memory", noise=0.5)
-    assert noisy[0]["train/loss"] != live[0]["train/loss"] and noisy == train("memory", noise=0.5)[0]
-    views = next(feed.train_batches(0))
-    torch.manual_seed(0)
-    plain = [model.eval() and views.to(torch.device("cpu")).image.tensors[0] for _ in range(2)]
-    drawn = [model.train() and views.to(torch.device("cpu")).image.tensors[0] for _ in range(2)]
-    assert torch.equal(*plain) and not torch.equal(*drawn)
-    assert float((drawn[0] - plain[0]).std()) == pytest.approx(0.5 * float(plain[0].std()), rel=0.1)
+def test_noise_is_in_training_alone_and_drawn_anew_for_a_view_in_each_epoch(train):
+    _, feed, _ = train("memory", noise=0.5, epochs=4)
+    device, batches = torch.device("cpu"), feed.train_batches(0)
+    drawn = [next(batches) for _ in range(11)]  # four epochs of five images
+    seen = {}
+    for views in drawn:
+        for view, noisy in zip(views.views, views.to(device).image.tensors[0], strict=True):
+            seen.setdefault(view.key, []).append((noisy, feed.cache.store.get(view.key)[0]))
+    assert len(seen) == 10 and max(map(len, seen.values())) > 1
+    for (first, plain), *later in seen.values():
+        assert float((first - plain).std()) == pytest.approx(0.5 * float(plain.std()), rel=0.2)
+        assert not any(torch.equal(first, again) for again, _ in later)
+    alone = torch.cat([part.to(device).image.tensors[0] for part in drawn[0].split(2)])
+    assert torch.equal(alone, drawn[0].to(device).image.tensors[0])  # whatever lies beside it
+    for index, views in enumerate(feed.cache.eval_batches(feed.val, workers=0, rank=0, world=1)):
+        assert torch.equal(views.to(device).image.tensors[0][0], feed.cache.store.get(views.views[0].key)[0]), index
+
+
+def test_noise_is_the_same_where_features_are_kept_and_where_none_are(train, computed):
+    options = {"adapter": LastBlocks(1), "noise": 0.5, "steps": 4, "views": 1}
+    live = train(**options)[0]
+    assert sum(computed) == 1 + 4 * 2 + 2 * 5  # to see that it can be, each step, and two validations
+    assert train("memory", **options)[0] == live
+    assert train(**options | {"views": None})[0][-1] != live[-1]  # the second epoch has views of its own
 
 
 def test_images_that_are_not_seen_whole_are_not_validated_by_features(train, computed):
@@ -243,7 +257,8 @@ def test_auto_keeps_features_where_that_pays(train, monkeypatch, caplog):
     [
         ({"cache": "disk", "views": None}, "engine.cache=disk: Each epoch draws new views"),
         ({"cache": "memory", "adapter": Lora(2, 4)}, "engine.cache=memory: Nothing of this backbone"),
-        ({"cache": "off", "noise": 0.1}, r"data.feature_noise=0.1 .* it is off"),
+        ({"adapter": Lora(2, 4), "noise": 0.1}, "data.feature_noise=0.1 is added to what the frozen part"),
+        ({"cache": "auto", "views": None, "adapter": Lora(2, 4), "noise": 0.1}, "data.feature_noise=0.1 is added"),
         ({"cache": "ssd"}, "engine.cache=ssd is unknown. Choose one of auto, off, disk, memory"),
         ({"cache": "disk", "dtype": "int4"}, "features.dtype=int4 is unknown"),
     ],

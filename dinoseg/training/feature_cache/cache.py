@@ -18,6 +18,8 @@ from dinoseg.shapes import FeatureBatch, FrozenFeatures, SegmentationData
 from dinoseg.training.feature_cache.key import hash_of, image_hash
 from dinoseg.training.feature_cache.store import FeatureStore, MemoryStore
 
+_DRAW_DIGITS = 15  # of a hash, as a number that every device's generator takes
+
 
 @dataclass
 class View:
@@ -28,6 +30,7 @@ class View:
     name: str
     features: list[Tensor] | None
     image: Tensor | None  # (3, H, W) uint8
+    draw: int | None = None  # what its noise in an epoch is drawn with; None: it has none
 
 
 @dataclass
@@ -70,15 +73,16 @@ class FeatureCache:
         autocast: the precision's context.
         open_store: gives the place where features of the model as it then is are kept.
         drawing: what decides, beside its draw, how a view of an image is made.
-        views: of each image.
-        noise: added to features in training, as a share of the deviation of all numbers of a tensor.
+        views: of each image, drawn in turn; None: new ones in each epoch.
+        noise: added to features of training, as a share of the deviation of all numbers of an image's tensor; drawn
+            anew for a view in each epoch.
     """
 
     model: Segmenter
     autocast: Autocast
     open_store: Callable[[], FeatureStore]
     drawing: str
-    views: int
+    views: int | None
     noise: NotNegative = 0.0
     _store: FeatureStore | None = None
 
@@ -106,12 +110,22 @@ class FeatureCache:
         """Return features and masks of views on `device`; what is not kept is computed and kept."""
         rows = [self._features(view, device) for view in views]
         tensors = [torch.stack(part).to(device, non_blocking=True).float() for part in zip(*rows, strict=True)]
-        if self.noise and self.model.training:
-            tensors = [part + self.noise * part.std() * torch.randn_like(part) for part in tensors]
+        if self.noise:
+            for row, view in enumerate(views):
+                self._disturb([part[row] for part in tensors], view.draw)
         masks = torch.stack([view.mask for view in views])
         size = (masks.shape[-2], masks.shape[-1])
         frozen = FrozenFeatures(tensors, size, self.model.seen_size(size))
         return FeatureBatch(frozen, masks.to(device, non_blocking=True), [view.name for view in views])
+
+    def _disturb(self, features: list[Tensor], draw: int | None) -> None:
+        """Add noise to features of one image, in place."""
+        if draw is None:
+            return
+        chance = torch.Generator(features[0].device).manual_seed(draw)
+        for part in features:
+            drawn = torch.randn(part.shape, generator=chance, device=part.device)
+            part += self.noise * part.std(correction=0) * drawn
 
     def _features(self, view: View, device: torch.device) -> list[Tensor]:
         # another rank or batch may have put it there since the view was read
@@ -136,20 +150,21 @@ def _read_drawn(
     data: SegmentationData,
     augment: Transform,
     seed: int,
-    views: int,
+    views: int | None,
     store: FeatureStore,
     drawing: str,
     epoch: int,
     index: int,
 ) -> View:
-    key = view_key(data, index, drawing, seed, epoch % views, index)
+    key = view_key(data, index, drawing, seed, epoch if views is None else epoch % views, index)
+    draw = int(hash_of(key, epoch)[:_DRAW_DIGITS], 16)
     chance = view_chance(seed, views, epoch, index)
     features = store.get(key)
     if features is not None and isinstance(data, PairDataset) and isinstance(augment, Augment):
         mask = torch.from_numpy(augment.mask(data.mask(index), chance))
-        return View(key, mask, data.names[index], features, None)
+        return View(key, mask, data.names[index], features, None, draw)
     sample = read_view(data, augment, index, chance)
-    return View(key, sample["mask"], sample["name"], features, sample["image"])
+    return View(key, sample["mask"], sample["name"], features, sample["image"], draw)
 
 
 def _read_whole(data: SegmentationData, store: FeatureStore, index: int) -> View:

@@ -95,6 +95,27 @@ class MemoryStore:
         return self.cap - self._used
 
 
+class NoStore:
+    """Keeps nothing: features are computed each time, and given as they are."""
+
+    stored: Stored = "float32"
+
+    def get(self, key: str) -> list[Tensor] | None:
+        """Return None."""
+        return None
+
+    def put(self, key: str, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return the tensors."""
+        return list(tensors)
+
+    def __contains__(self, key: str) -> bool:
+        return False
+
+    def room(self) -> int:
+        """Return 0."""
+        return 0
+
+
 class DiskStore:
     """Features in files, one for each key: written aside and renamed, checked when a process first reads them.
 
