@@ -6,6 +6,7 @@ from torch import Tensor
 from dinoseg.contracts import Loss
 from dinoseg.errors import UserError
 from dinoseg.losses.full_resolution import Pull, pixel_sums
+from dinoseg.losses.fused import Form
 from dinoseg.losses.labelled import UNLABELLED, pixel_weights, ratio, weights_of
 from dinoseg.ranges import LowShare
 from dinoseg.shapes import Batch, Prediction
@@ -36,7 +37,8 @@ class CrossEntropy(Loss):
 
         A batch without a labelled pixel gives 0 and a weight of 0.
         """
-        total, weight = pixel_sums(prediction, batch, self.ignore_index, self._sums, first_alone=True)
+        form = Form(self.weight, self.label_smoothing)
+        total, weight = pixel_sums(prediction, batch, self.ignore_index, self._sums, first_alone=True, form=form)
         return ratio(total, weight.detach()), {"weight": weight.detach()}
 
     def _sums(self, scores: Tensor, target: Tensor) -> tuple[Tensor, Pull]:

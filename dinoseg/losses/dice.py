@@ -4,6 +4,7 @@ from torch import Tensor
 
 from dinoseg.contracts import Loss
 from dinoseg.losses.full_resolution import pixel_sums
+from dinoseg.losses.fused import Form
 from dinoseg.losses.labelled import labelled_images
 from dinoseg.losses.tversky import overlap_sums, tversky_loss
 from dinoseg.shapes import Batch, Prediction
@@ -30,6 +31,6 @@ class Dice(Loss):
 
     def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, and `weight`: the number of images with a labelled pixel."""
-        sums = pixel_sums(prediction, batch, self.ignore_index, overlap_sums)
+        sums = pixel_sums(prediction, batch, self.ignore_index, overlap_sums, form=Form())
         value = tversky_loss(sums, self.weight, alpha=0.5, beta=0.5)
         return value, {"weight": labelled_images(batch, self.ignore_index).to(value.dtype)}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dinoseg.geometry import Span, spans, upsample_tile
+from dinoseg.losses.fused import Form, Fused, Sums, better
 from dinoseg.losses.labelled import labels
 from dinoseg.precision import at_least_float32
 from dinoseg.processes.threads import threads
@@ -29,7 +30,13 @@ Term = Callable[[Tensor, Tensor], tuple[Tensor, Pull]]
 
 
 def pixel_sums(
-    prediction: Prediction, batch: Batch, ignore_index: int, term: Term, *, first_alone: bool = False
+    prediction: Prediction,
+    batch: Batch,
+    ignore_index: int,
+    term: Term,
+    *,
+    first_alone: bool = False,
+    form: Form | None = None,
 ) -> Tensor:
     """Return the sums (S,) of a term over all pixels of the masks, of logits of at least float32.
 
@@ -42,6 +49,7 @@ def pixel_sums(
         ignore_index: mask value that is UNLABELLED to the term.
         term: of the pixels of a tile.
         first_alone: whether all sums but the first depend on the labels alone.
+        form: the term as a kernel of CUDA knows it, if one does.
     """
     height, width = batch.mask.shape[-2:]
     valid, parts = prediction.valid, list(prediction.masks or ())
@@ -50,7 +58,11 @@ def pixel_sums(
     elif not parts:
         valid, parts = (1.0, 1.0), [prediction.logits((height, width))]
     parts = list(map(at_least_float32, parts))
-    return _Sums.apply(_Tiled.over(parts, batch.mask, valid, ignore_index, term), first_alone, *parts)
+    way: Sums = _Tiled.over(parts, batch.mask, valid, ignore_index, term)
+    if form is not None and prediction.grid is not None:
+        fused = Fused(batch.mask, valid, ignore_index, form)
+        way = better(fused, way, parts[0]) if fused.takes(parts[0]) else way
+    return _Sums.apply(way, first_alone, *parts)
 
 
 @dataclass(frozen=True)
@@ -125,13 +137,13 @@ class _Tiled:
 
 
 class _Sums(torch.autograd.Function):
-    """The sums of a `_Tiled` term, and the gradients of parts through them."""
+    """The sums of a way to add up, and the gradients of parts through them."""
 
     @staticmethod
-    def forward(ctx: Any, tiled: _Tiled, first_alone: bool, *parts: Tensor) -> Tensor:
-        ctx.first_alone, ctx.tiled = first_alone, tiled
+    def forward(ctx: Any, way: Sums, first_alone: bool, *parts: Tensor) -> Tensor:
+        ctx.first_alone, ctx.way = first_alone, way
         one = parts[0].new_ones(1) if first_alone and any(ctx.needs_input_grad) else None
-        sums, gradients = tiled.sums(parts, one)
+        sums, gradients = way.sums(parts, one)
         ctx.save_for_backward(*(gradients or parts))
         return sums
 
@@ -142,7 +154,7 @@ class _Sums(torch.autograd.Function):
         saved = ctx.saved_tensors
         if ctx.first_alone:
             return None, None, *(gradient * upstream[0] for gradient in saved)
-        return None, None, *ctx.tiled.sums(saved, upstream)[1]
+        return None, None, *ctx.way.sums(saved, upstream)[1]
 
 
 def _as_it_is(pulled: Tensor) -> tuple[Tensor, ...]:

@@ -6,6 +6,7 @@ from torch import Tensor
 from dinoseg.contracts import Loss
 from dinoseg.errors import UserError
 from dinoseg.losses.full_resolution import Pull, pixel_sums
+from dinoseg.losses.fused import Form
 from dinoseg.losses.labelled import UNLABELLED, labelled_images, ratio
 from dinoseg.ranges import NotNegative
 from dinoseg.shapes import Batch, Prediction
@@ -81,6 +82,6 @@ class Tversky(Loss):
 
     def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, and `weight`: the number of images with a labelled pixel."""
-        sums = pixel_sums(prediction, batch, self.ignore_index, overlap_sums)
+        sums = pixel_sums(prediction, batch, self.ignore_index, overlap_sums, form=Form())
         value = tversky_loss(sums, self.weight, self.alpha, self.beta)
         return value, {"weight": labelled_images(batch, self.ignore_index).to(value.dtype)}

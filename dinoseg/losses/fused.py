@@ -1,0 +1,179 @@
+"""The sums of `full_resolution.py` by one kernel on CUDA, where that is proven to be right and faster there."""
+
+import functools
+import importlib.util
+import logging
+import time
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from dinoseg.geometry import cell_weights
+from dinoseg.transfer import sent
+
+ENLARGED = 16  # pixels that a cell of the grid has at least: gradients are kept by the four corners of each cell
+_TILE, _PIXELS = 2048, 64  # scores in registers, and pixels, at once
+_MOST = 1024  # classes
+
+log = logging.getLogger(__name__)
+_chosen: dict[tuple[object, ...], bool] = {}  # by device, classes and form: whether the kernel is taken
+
+
+class Form(NamedTuple):
+    """What the kernel adds up of a softmax: weighted cross-entropy as (cost, weight), else overlap as (3 K,) sums."""
+
+    weights: Tensor | None = None  # (K,)
+    smoothing: float = 0.0
+
+
+class Sums(Protocol):
+    """A way to add up what pixels cost."""
+
+    def sums(self, parts: list[Tensor] | tuple[Tensor, ...], upstream: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        """Return sums (S,) and, given the gradient of these (S,), those of the parts."""
+        ...
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A form over the pixels of masks (B, H, W), all of it by one launch; the same bits each time."""
+
+    mask: Tensor
+    valid: tuple[float, float]
+    ignore_index: int
+    form: Form
+
+    def takes(self, grid: Tensor) -> bool:
+        """Return whether a grid (B, K, h, w) is such that the kernel can pay: on CUDA, and much smaller than masks."""
+        if grid.device.type != "cuda" or not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+            return False
+        enlarged = self.mask.numel() * grid.shape[1] >= ENLARGED * grid.numel()
+        return enlarged and grid.dtype == torch.float32 and grid.shape[1] <= _MOST
+
+    @torch.no_grad()
+    def sums(self, parts: list[Tensor] | tuple[Tensor, ...], upstream: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        """Return the sums (S,) and, given the gradient of these (S,), that of the one part (B, K, h, w).
+
+        Of entropy that depends on the gradient of the cost alone.
+        """
+        from dinoseg.losses.fused_kernel import add_up
+
+        (grid,), (images, height, width) = parts, self.mask.shape
+        classes, rows, columns = grid.shape[1:]
+        cells, padded = images * (rows + 1) * (columns + 1), 1 << (classes - 1).bit_length()
+        found, slopes = grid.new_empty(cells, 3, classes), grid.new_empty(0)
+        if upstream is not None:
+            slopes = grid.new_empty(cells, 4, classes)
+        add_up[(cells,)](
+            grid.permute(0, 2, 3, 1).contiguous(),
+            self.mask.contiguous(),
+            *_tables((height, width), (rows, columns), self.valid, grid.device),
+            self._of_classes(grid, upstream),
+            found,
+            slopes,
+            (classes, rows, columns, height, width, self.ignore_index),
+            self.form.smoothing,
+            CLASSES=padded,
+            PIXELS=min(_PIXELS, max(1, _TILE // padded)),
+            ENTROPY=self.form.weights is not None,
+            GRADIENT=upstream is not None,
+        )
+        sums = found.sum(0)
+        sums = sums.flatten() if self.form.weights is None else sums[:2].sum(1)
+        if upstream is None:
+            return sums, []
+        gradient = _of_cells(slopes.view(images, rows + 1, columns + 1, 2, 2, classes))
+        return sums, [gradient if self.form.weights is None else gradient * upstream[0]]
+
+    def _of_classes(self, grid: Tensor, upstream: Tensor | None) -> Tensor:
+        """Return the two numbers of each class (2, K) that the kernel reads."""
+        if self.form.weights is not None:
+            return self.form.weights.to(grid).expand(2, -1).contiguous()
+        return grid.new_zeros(2, grid.shape[1]) if upstream is None else upstream.view(3, -1)[:2].contiguous()
+
+
+@functools.lru_cache(maxsize=16)
+def _tables(
+    size: tuple[int, int], grid: tuple[int, int], valid: tuple[float, float], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return where the pixels between neighbours of the grid begin, and what pixels read of these, for the kernel."""
+    starts, reads = [], []
+    for length, cells, share in zip(size, grid, valid, strict=True):
+        low, weights = cell_weights(length, cells, share, torch.float32)
+        starts.append(torch.searchsorted(low, torch.arange(-1, cells + 1)))
+        reads.append(weights.flatten())
+    return sent(torch.cat(starts).int(), device), sent(torch.cat(reads), device)
+
+
+def _of_cells(corners: Tensor) -> Tensor:
+    """Return (B, K, h, w) of the corners (B, h + 1, w + 1, 2, 2, K) of cells: beyond the edge, they are the edge's."""
+    images, rows, columns, _, _, classes = corners.shape
+    summed = corners.new_zeros(images, rows + 1, columns + 1, classes)
+    for down, along in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        summed[:, down : down + rows, along : along + columns] += corners[:, :, :, down, along]
+    for axis in (1, 2):
+        summed.select(axis, 1).add_(summed.select(axis, 0))
+        summed.select(axis, -2).add_(summed.select(axis, -1))
+    return summed[:, 1:-1, 1:-1].permute(0, 3, 1, 2).contiguous()
+
+
+def better(fused: Fused, tiled: Sums, grid: Tensor) -> Sums:
+    """Return which of two ways to add up is taken for a grid (B, K, h, w).
+
+    The first time on a device, for so many classes, both are tried on what is given: the kernel has to run, to agree,
+    and to be faster. What is found is told.
+    """
+    key = (grid.device, grid.shape[1], fused.form.weights is None, fused.form.smoothing > 0)
+    if key not in _chosen:
+        _chosen[key] = _proven(fused, tiled, grid.detach())
+    return fused if _chosen[key] else tiled
+
+
+def _proven(fused: Fused, tiled: Sums, grid: Tensor) -> bool:
+    """Return whether the kernel runs, agrees, and is faster, and tell it."""
+    by_tiles = _Trial.of(tiled, grid)
+    try:
+        _Trial.of(fused, grid)  # compiles
+        by_kernel = _Trial.of(fused, grid)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of a compiler, a driver, a device: whatever it is, the other way is there
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        log.warning("losses: the Triton kernel does not run here (%s); tiles are added up by torch instead.", reason[-1])
+        return False
+    if not by_kernel.agrees(by_tiles):
+        log.warning("losses: the Triton kernel's sums are not those of torch here; tiles are added up by torch instead.")
+        return False
+    log.info("losses: Triton kernel %.2f ms, torch %.2f ms", by_kernel.seconds * 1e3, by_tiles.seconds * 1e3)
+    return by_kernel.seconds < by_tiles.seconds
+
+
+class _Trial(NamedTuple):
+    """What a way gave, and the seconds that it took."""
+
+    sums: Tensor
+    gradient: Tensor
+    seconds: float
+
+    @classmethod
+    def of(cls, way: Sums, grid: Tensor) -> "_Trial":
+        count = len(way.sums([grid], None)[0])
+        _wait(grid.device)
+        start = time.perf_counter()
+        sums, (gradient,) = way.sums([grid], grid.new_ones(count))
+        _wait(grid.device)
+        return cls(sums, gradient, time.perf_counter() - start)
+
+    def agrees(self, other: "_Trial") -> bool:
+        """Return whether sums and gradient are another's but for rounding."""
+        return all(
+            torch.allclose(mine, others, rtol=1e-4, atol=1e-4 * float(others.abs().max()), equal_nan=True)
+            for mine, others in ((self.sums, other.sums), (self.gradient, other.gradient))
+        )
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
