@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import dinoseg
+from dinoseg.losses.fused import Fused
 from dinoseg.training.engine import Engine
 
 aten = torch.ops.aten
@@ -318,6 +319,7 @@ def pretended_cuda() -> Iterator[Waits]:
             return {(place, kind): found for (_, kind), found in group(lists, *args).items()}
 
         stack.enter_context(mock.patch.object(torch._C, "_group_tensors_by_device_and_dtype", by_device))
+        stack.enter_context(mock.patch.object(Fused, "takes", lambda *_: False))  # there is nothing to launch it on
         stack.enter_context(_Placing())
         _waits.take()
         yield _waits

@@ -79,6 +79,7 @@ class Fused:
             PIXELS=min(_PIXELS, max(1, _TILE // padded)),
             ENTROPY=self.form.weights is not None,
             GRADIENT=upstream is not None,
+            enable_fp_fusion=True,
         )
         sums = found.sum(0)
         sums = sums.flatten() if self.form.weights is None else sums[:2].sum(1)
@@ -141,10 +142,14 @@ def _proven(fused: Fused, tiled: Sums, grid: Tensor) -> bool:
         raise
     except Exception as error:  # of a compiler, a driver, a device: whatever it is, the other way is there
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        log.warning("losses: the Triton kernel does not run here (%s); tiles are added up by torch instead.", reason[-1])
+        log.warning(
+            "losses: the Triton kernel does not run here (%s); tiles are added up by torch instead.", reason[-1]
+        )
         return False
     if not by_kernel.agrees(by_tiles):
-        log.warning("losses: the Triton kernel's sums are not those of torch here; tiles are added up by torch instead.")
+        log.warning(
+            "losses: the Triton kernel's sums are not those of torch here; tiles are added up by torch instead."
+        )
         return False
     log.info("losses: Triton kernel %.2f ms, torch %.2f ms", by_kernel.seconds * 1e3, by_tiles.seconds * 1e3)
     return by_kernel.seconds < by_tiles.seconds

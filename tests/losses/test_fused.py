@@ -1,0 +1,159 @@
+"""The kernel of CUDA: in Triton's interpreter against float64, compiled without a device, and when it is taken."""
+
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from pretended_cuda import Pretended
+from test_full_resolution import LOSSES, WEIGHTS, all_logits, drawn, gradient
+
+from dinoseg.losses import full_resolution, fused
+from dinoseg.losses.fused import Form, Fused
+
+CASES = [  # as of test_full_resolution: padded, masks smaller than the grid, one pixel, nothing labelled
+    ((5, 9), 4, (11, 10), 0.2),
+    ((12, 12), 4, (2, 5), 0.0),
+    ((1, 1), 8, (1, 1), 0.0),
+    ((4, 4), 4, (4, 4), 2.0),
+]
+KERNELS = ("cross-entropy", "smoothed", "dice", "tversky")
+
+
+def interpreted():
+    """Hold losses that go by the kernel to all logits at once in float64, and print how far they are apart at most."""
+    Fused.takes = lambda self, grid: True
+    full_resolution.better = lambda way, tiled, grid: way
+    apart = 0.0
+    for name in KERNELS:
+        loss, reference = LOSSES[name]
+        for case in CASES:
+            prediction, batch = drawn(*case, seed=3, dtype=torch.float32)
+            value = loss(prediction, batch)[0]
+            wanted = reference(all_logits(prediction.grid, case[2], prediction.valid), batch.mask.long())
+            pairs = ((value, wanted), (gradient(3 * value, prediction.grid), 3 * gradient(wanted, prediction.grid)))
+            for mine, other in pairs:
+                apart = max(apart, float((mine - other).abs().max() / other.abs().max().clamp(min=1e-30)))
+    prediction, batch = drawn(*CASES[0], seed=3, dtype=torch.float32)
+    batch.mask[0, 0, 0] = 9
+    print(apart, *(float(LOSSES[name][0](prediction, batch)[0].detach()) for name in KERNELS[:3:2]))
+
+
+def compiled():
+    """Compile the kernel to machine code for A100 and H100."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from dinoseg.losses.fused_kernel import add_up
+
+    numbers = dict.fromkeys(("scores", "reads", "of_classes", "sums", "slopes"), "*fp32")
+    constants = ("CLASSES", "PIXELS", "ENTROPY", "GRADIENT")
+    signature = numbers | {"mask": "*u8", "starts": "*i32", "shape": ("i32",) * 6, "smoothing": "fp32"}
+    signature = {name: "constexpr" if name in constants else signature[name] for name in add_up.arg_names}
+    for architecture, entropy in ((80, True), (90, False)):
+        source = ASTSource(add_up, signature, dict(zip(constants, (32, 64, entropy, True), strict=True)))
+        options = {"enable_fp_fusion": True}
+        print(len(compile(source, target=GPUTarget("cuda", architecture, 32), options=options).asm["cubin"]))
+
+
+def said_by(function, tmp_path, **environment):
+    pytest.importorskip("triton", reason="Triton has no wheels for this system")
+    paths = os.pathsep.join(path for path in sys.path if path)
+    done = subprocess.run(
+        [sys.executable, "-c", f"import test_fused; test_fused.{function}()"],
+        env={**os.environ, "PYTHONPATH": paths, "TRITON_CACHE_DIR": str(tmp_path), **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return [float(number) for number in done.stdout.split()]
+
+
+@pytest.mark.slow
+def test_the_kernel_gives_what_all_logits_at_once_do_and_nan_for_a_label_that_is_no_class(tmp_path):
+    apart, *outsiders = said_by("interpreted", tmp_path, TRITON_INTERPRET="1")
+    assert 0 < apart < 1e-6
+    assert all(value != value for value in outsiders)
+
+
+@pytest.mark.slow
+def test_the_kernel_compiles_for_devices_that_are_not_here(tmp_path):
+    assert min(said_by("compiled", tmp_path)) > 10_000
+
+
+class Way:
+    """A way of sums, which may add something, take long or fail."""
+
+    def __init__(self, more=0.0, fails=None):
+        self.more, self.fails, self.form, self.asked = more, fails, Form(), 0
+
+    def sums(self, parts, upstream):
+        self.asked += 1
+        if self.fails:
+            raise self.fails
+        return parts[0].sum((0, 2, 3)) + self.more, [] if upstream is None else [parts[0] * upstream[0]]
+
+
+@pytest.fixture
+def better(monkeypatch):
+    """Give the choice with nothing chosen before, and seconds that a kernel and tiles take."""
+    monkeypatch.setattr(fused, "_chosen", {})
+    clock = iter(())
+
+    def chosen(kernel, seconds=(2.0, 1.0, 1.0)):  # tiles, the kernel compiled, the kernel
+        nonlocal clock
+        clock = iter([moment for took in seconds for moment in (0.0, took)])
+        monkeypatch.setattr(fused.time, "perf_counter", lambda: next(clock))
+        tiles = Way()
+        grid = torch.randn(1, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+        return [fused.better(kernel, tiles, grid) is kernel for _ in range(2)], tiles
+
+    return chosen
+
+
+def test_a_kernel_that_agrees_and_is_faster_is_taken(better):
+    kernel = Way()
+    taken, tiles = better(kernel)
+    assert taken == [True, True]
+    assert tiles.asked == 2 and kernel.asked == 4  # the second choice tries nothing
+
+
+@pytest.mark.parametrize(
+    ("kernel", "message"),
+    [
+        (Way(more=0.01), "not those of torch"),
+        (Way(more=float("nan")), "not those of torch"),
+        (Way(fails=RuntimeError("long\nptxas: no such file")), "does not run here (ptxas: no such file)"),
+        (Way(fails=ImportError()), "does not run here (ImportError)"),
+    ],
+)
+def test_a_kernel_that_fails_or_errs_is_not_taken_which_is_told_once(better, kernel, message, caplog):
+    with caplog.at_level(logging.WARNING):
+        taken, _ = better(kernel)
+    assert taken == [False, False]
+    assert len(caplog.messages) == 1 and message in caplog.text
+
+
+def test_a_slower_kernel_is_not_taken(better, caplog):
+    assert better(Way(), seconds=(2.0, 1.0, 2.5))[0] == [False, False]
+    assert not caplog.messages
+
+
+def test_memory_that_does_not_suffice_is_for_others_to_mend(better):
+    with pytest.raises(torch.OutOfMemoryError):
+        better(Way(fails=torch.OutOfMemoryError("none")))
+
+
+def test_the_kernel_is_for_cuda_and_grids_much_smaller_than_masks(monkeypatch):
+    pytest.importorskip("triton", reason="Triton has no wheels for this system")
+    way = Fused(torch.zeros(1, 32, 32, dtype=torch.uint8), (1.0, 1.0), 255, Form(WEIGHTS))
+    grid = torch.zeros(1, 5, 8, 8)
+    assert not way.takes(Pretended(grid))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert not way.takes(grid)
+    assert way.takes(Pretended(grid))
+    assert not way.takes(Pretended(torch.zeros(1, 5, 8, 9)))
+    assert not way.takes(Pretended(grid.double()))
+    assert not way.takes(Pretended(torch.zeros(1, 1025, 8, 8)))
