@@ -29,12 +29,7 @@ def add_up(
     row, column, image = cell // (columns + 1) % (rows + 1), cell % (columns + 1), cell // ((rows + 1) * (columns + 1))
     known, ids = k < num_classes, mask + image * height * width
     grid = scores + image * rows * columns * num_classes + k
-    above, below = tl.maximum(row - 1, 0) * columns, tl.minimum(row, rows - 1) * columns
-    before, after = tl.maximum(column - 1, 0), tl.minimum(column, columns - 1)
-    north_west = tl.load(grid + (above + before) * num_classes, mask=known, other=0.0)[None, :]
-    north_east = tl.load(grid + (above + after) * num_classes, mask=known, other=0.0)[None, :]
-    south_west = tl.load(grid + (below + before) * num_classes, mask=known, other=0.0)[None, :]
-    south_east = tl.load(grid + (below + after) * num_classes, mask=known, other=0.0)[None, :]
+    north_west, north_east, south_west, south_east = _corners(grid, row, column, rows, columns, num_classes, known)
     first = tl.load(of_classes + k, mask=known, other=0.0)[None, :]
     second = tl.load(of_classes + num_classes + k, mask=known, other=0.0)[None, :]
     top, left = tl.load(starts + row), tl.load(starts + rows + 2 + column)
@@ -68,6 +63,18 @@ def add_up(
     if GRADIENT:
         corners = (by_north_west, by_north_east, by_south_west, by_south_east)
         _store(slopes + 4 * num_classes * cell + k, num_classes, known, corners)
+
+
+@triton.jit
+def _corners(grid, row, column, rows, columns, num_classes, known):
+    """Return the scores (1, K) of the four corners of a cell, beyond the edge those of the edge."""
+    above, below = tl.maximum(row - 1, 0) * columns, tl.minimum(row, rows - 1) * columns
+    before, after = tl.maximum(column - 1, 0), tl.minimum(column, columns - 1)
+    north_west = tl.load(grid + (above + before) * num_classes, mask=known, other=0.0)[None, :]
+    north_east = tl.load(grid + (above + after) * num_classes, mask=known, other=0.0)[None, :]
+    south_west = tl.load(grid + (below + before) * num_classes, mask=known, other=0.0)[None, :]
+    south_east = tl.load(grid + (below + after) * num_classes, mask=known, other=0.0)[None, :]
+    return north_west, north_east, south_west, south_east
 
 
 @triton.jit
