@@ -19,6 +19,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from rows import Row, tell
 from tabulate import tabulate
 from torch import Tensor
 
@@ -54,6 +55,7 @@ def main() -> int:
             for way in args.ways:
                 found[way].append(run(way, classes))
         best = {way: tuple(map(min, zip(*values, strict=True))) for way, values in found.items()}
+        tell(*told(args.loss, classes, best))
         rows += [row(way, classes, best) for way in args.ways]
         if args.loss == "cross_entropy" and classes in MOST and {"tiles", "usual"} <= best.keys():
             failed |= best["tiles"][0] > MOST[classes][0] * best["usual"][0] or best["tiles"][1] > MOST[classes][1]
@@ -63,6 +65,24 @@ def main() -> int:
     print(f"{args.threads} threads, load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
     print(f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}")
     return int(failed)
+
+
+def told(loss: str, classes: int, best: dict[str, tuple[float, ...]]) -> list[Row]:
+    """Return the ratios of the tiles against each reference that ran."""
+    if "tiles" not in best:
+        return []
+    needed = {"usual": 1 / MOST[classes][0]} if loss == "cross_entropy" and classes in MOST else {}
+    seconds, memory, _ = best["tiles"]
+    what = f"loss at full resolution, {loss}, {classes} classes"
+    return [
+        row
+        for way in REFERENCES
+        if way in best
+        for row in (
+            Row(f"{what}, time", f"all logits upsampled, {way}", best[way][0] / seconds, needed.get(way)),
+            Row(f"{what}, peak memory", f"all logits upsampled, {way}", best[way][1] / max(memory, 1e-3)),
+        )
+    ]
 
 
 def row(way: str, classes: int, best: dict[str, tuple[float, ...]]) -> list[object]:

@@ -6,7 +6,6 @@ process, one thread, both in turn, files in the page cache; exits with 1 where t
 
 import argparse
 import itertools
-import platform
 import statistics
 import sys
 import tempfile
@@ -16,8 +15,8 @@ from typing import Any
 
 import cv2
 import numpy as np
-import PIL
 import torch
+from rows import Row, machine, tell
 from tabulate import tabulate
 
 from dinoseg.data.formats.folder import folder_dataset
@@ -73,7 +72,11 @@ def main() -> int:
     ratio = rates[f"packed, longest={args.longest}"] / reference
     print(f"packing took {packing / args.frames * 1000:.0f} ms an image; needed: {LEAST:.1f}, reached: {ratio:.1f}")
     print(
-        f"{args.frames} frames of {SIZE[1]} x {SIZE[0]}, crop {args.crop}, median of {args.repeats} passes; {machine()}"
+        f"{args.frames} frames of {SIZE[1]} x {SIZE[0]}, crop {args.crop}, median of {args.repeats} passes; "
+        f"{machine(('torch', 'numpy', 'opencv-python-headless', 'Pillow'))}; one process, one thread"
+    )
+    tell(
+        Row(f"packed data, longest={args.longest}, samples/s", "PNG files of 1080p, same order and views", ratio, LEAST)
     )
     return int(ratio < LEAST)
 
@@ -90,17 +93,6 @@ def measure(ways: dict[str, Any], augment: Augment, repeats: int) -> dict[str, f
             if turn:
                 rates[name].append(count // 2 * 2 / (time.perf_counter() - start))
     return {name: statistics.median(values) for name, values in rates.items()}
-
-
-def machine() -> str:
-    """Return processor and versions."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return (
-        f"{names[0] if names else platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, "
-        f"numpy {np.__version__}, OpenCV {cv2.__version__}, Pillow {PIL.__version__}; one process, one thread"
-    )
 
 
 def write_frames(root: Path, count: int) -> None:

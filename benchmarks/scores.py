@@ -5,19 +5,18 @@ exits with 1 where the results differ or a ratio is below its least.
 """
 
 import argparse
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
-import scipy
+from rows import Row as Told
+from rows import machine, tell
 from scipy import ndimage
 from tabulate import tabulate
 
@@ -274,24 +273,14 @@ def compare(row: Row, repeats: int) -> dict[str, Any]:
     }
 
 
-def machine() -> str:
-    """Return processor and versions."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return (
-        f"{names[0] if names else platform.machine()}, Python {platform.python_version()}, numpy {np.__version__}, "
-        f"scipy {scipy.__version__}, OpenCV {cv2.__version__}; one process, one thread"
-    )
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5, help="passes over the inputs; their median counts")
     repeats = parser.parse_args().repeats
     cv2.setNumThreads(1)
     results = [compare(make(), repeats) for make in ROWS]
-    print(machine())
+    tell(*(Told(f"{one['score']}, time", one["reference"], one["ratio"], one["least"]) for one in results))
+    print(f"{machine(('numpy', 'scipy', 'opencv-python-headless'))}; one process, one thread")
     print(tabulate(results, headers="keys", floatfmt=("", "", ".2f", ".2f", ".1f", ".1f")))
     return 0 if all(one["equal"] == "yes" and one["ratio"] >= one["least"] for one in results) else 1
 

@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from rows import Row, tell
 from tabulate import tabulate
 from torch import Tensor
 
@@ -64,6 +65,7 @@ def main() -> int:
     print(f"{args.size[0]} x {args.size[1]}, {args.classes} classes, windows of {args.window}; same mask: ", end="")
     print(found["kept"][2] == found["freed"][2])
     print(f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}")
+    tell(Row("windows, memory above the model's", "scores of the whole image kept", ratio, LEAST))
     return int(ratio < LEAST or found["kept"][2] != found["freed"][2])
 
 
