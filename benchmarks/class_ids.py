@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from rows import Row, tell
 from tabulate import tabulate
 from torch import Tensor
 
@@ -32,6 +33,7 @@ def main() -> int:
     parser.add_argument("--size", type=int, nargs=2, default=(1088, 1920))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--classes", type=int, nargs="+", default=CLASSES)
     parser.add_argument("--scores", nargs="+", default=[])
     parser.add_argument("--memory", nargs=4, help=argparse.SUPPRESS)  # WAY CLASSES ROWS COLUMNS
     args = parser.parse_args()
@@ -41,18 +43,22 @@ def main() -> int:
         print(extra_bytes(args.memory[0], *map(int, args.memory[1:]), size))
         return 0
     rows, differing = [], 0
-    given = [(f"smooth, {classes}", smooth(classes, *grid)) for classes in CLASSES for grid in GRIDS]
+    given = [(f"smooth, {classes}", smooth(classes, *grid)) for classes in args.classes for grid in GRIDS]
     trained = [torch.load(file, weights_only=True) for file in args.scores]
     given += [(f"trained, {scores.shape[1]}", scores) for scores in trained]
     for name, scores in given:
         seconds, ids = timed(scores, size, args.repeats)
         differing += apart(ids["usual"], ids["ours"], scores, size)
         best = min(seconds["usual"], seconds["channels last"])
+        what, upsampled = f"class ids and their confusion, {name} classes", "all classes upsampled, the better layout"
+        tell(Row(f"{what}, {scores.shape[2]} x {scores.shape[3]}, time", upsampled, best / seconds["ours"]))
         row = [name, f"{scores.shape[2]} x {scores.shape[3]}", *(f"{seconds[way] * 1e3:.0f}" for way in WAYS)]
         row.append(f"{best / seconds['ours']:.1f}")
         if name.startswith("smooth"):
             memory = {way: measured(way, scores, args) / MIB for way in ("usual", "ours")}
-            row += [*(f"{taken:.0f}" for taken in memory.values()), f"{memory['usual'] / max(1, memory['ours']):.0f}"]
+            smaller = memory["usual"] / max(1, memory["ours"])
+            tell(Row(f"{what}, {scores.shape[2]} x {scores.shape[3]}, peak memory", "all classes upsampled", smaller))
+            row += [*(f"{taken:.0f}" for taken in memory.values()), f"{smaller:.0f}"]
         rows.append(row)
     headers = ("scores, classes", "grid", *(f"{way} ms" for way in WAYS), "ratio", "usual MiB", "ours MiB", "ratio")
     print(tabulate(rows, headers=headers))

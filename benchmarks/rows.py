@@ -18,14 +18,24 @@ class Row:
     Args:
         what: is done, and what of it is compared: time, memory or a rate.
         reference: by what other way.
-        ratio: above 1 where we are better.
+        ratio: above 1 where we are better; None: it was not measured.
         needed: the least that is promised; None: nothing is.
+        skipped: why it was not measured, and what to do about that.
     """
 
     what: str
     reference: str
-    ratio: float
+    ratio: float | None
     needed: float | None = None
+    skipped: str = ""
+
+    def __post_init__(self) -> None:
+        assert (self.ratio is None) == bool(self.skipped)
+
+    @property
+    def missed(self) -> bool:
+        """Whether less is reached than is promised."""
+        return self.ratio is not None and self.needed is not None and not self.ratio >= self.needed
 
 
 def tell(*rows: Row) -> None:
