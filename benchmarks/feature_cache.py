@@ -62,7 +62,9 @@ def main() -> int:
         wanted, (ratio, of_processor) = WANTED.get(case), live / kept
         failed |= wanted is not None and max(ratio, of_processor) < wanted
         what, reference = f"epoch on kept features, {case}, {args.size} x {args.size}", "the same on images, live"
-        tell(Row(f"{what}, wall time", reference, ratio), Row(f"{what}, processor time", reference, of_processor, wanted))
+        tell(
+            Row(f"{what}, wall time", reference, ratio), Row(f"{what}, processor time", reference, of_processor, wanted)
+        )
         rows.append([case, live[0], first[0], kept[0], ratio, of_processor, wanted, size / args.images / 2**20])
     headers = ("case", "live: s an epoch", "first, kept", "later", "live / later", "of processor time", "wanted")
     headers = (*headers, "MiB an image")
