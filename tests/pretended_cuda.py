@@ -276,7 +276,7 @@ def on_cuda(model: nn.Module) -> nn.Module:
     return model
 
 
-def pretended_engine(*, bf16: bool = False, eval_batch_size: int = 1) -> Engine:
+def pretended_engine(*, bf16: bool = False, eval_batch_size: int | str = 1) -> Engine:
     """Return an engine on the pretended device, alone."""
     engine = Engine.__new__(Engine)
     engine.accelerator = _Accelerator(bf16)

@@ -127,10 +127,10 @@ def eval_samples(dataset: SegmentationData, *, workers: Workers = 0, rank: int =
     return load_in_order(dataset.__getitem__, range(rank, len(dataset), world), workers)
 
 
-def stack_equal(samples: Iterable[Sample], batch_size: int) -> Iterator[Batch]:
-    """Join consecutive samples of one size to batches of at most `batch_size`."""
-    for _, same in itertools.groupby(samples, key=lambda sample: sample["image"].shape):
-        while group := list(itertools.islice(same, batch_size)):
+def stack_equal(samples: Iterable[Sample], batch_size: Callable[[tuple[int, int]], int]) -> Iterator[Batch]:
+    """Join consecutive samples of one size (H, W) to batches of at most as many as `batch_size` says of it."""
+    for size, same in itertools.groupby(samples, key=lambda sample: tuple(sample["image"].shape[1:])):
+        while group := list(itertools.islice(same, batch_size(size))):
             yield Batch.stack(group)
 
 

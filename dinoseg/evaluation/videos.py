@@ -85,7 +85,7 @@ def propagate(cfg: DictConfig, out_dir: Path, options: EvalOptions) -> dict[str,
         settings,
         device=engine.device,
         autocast=engine.autocast,
-        batch_size=engine.eval_batch_size,
+        batch_size=engine.images_at_once(),
     )
     return evaluate_videos(cfg, make_tracker, engine, out_dir, options, supervision=supervision)
 
@@ -115,7 +115,7 @@ def follow_slots(cfg: DictConfig, trained: Trained, out_dir: Path, options: Eval
             "none. Give mode.supervision=first_frame, or slots=free."
         )
     make_tracker = partial(
-        SlotTracker, trained.model, settings, autocast=engine.autocast, batch_size=engine.eval_batch_size
+        SlotTracker, trained.model, settings, autocast=engine.autocast, batch_size=engine.images_at_once()
     )
     return evaluate_videos(cfg, make_tracker, engine, out_dir, options, supervision=supervision)
 
@@ -158,7 +158,7 @@ def evaluate_videos(
         blends=None if options.metrics_only else out_dir / BLENDS,
         prompts=prompts,
         written=written_frames(cfg, options.split),
-        batch_size=engine.eval_batch_size,
+        batch_size=engine.images_at_once(),
         skip=cfg.data.on_error == "skip",
         earlier=earlier_run(options.restart, record),
     )

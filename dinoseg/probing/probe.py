@@ -185,7 +185,7 @@ class Probe:
     def _batches(self, data: SegmentationData, indices: Sequence[int], bar: Bar) -> Iterator[Batch]:
         """Yield this rank's share of some images, on the device."""
         engine = self.engine
-        size, workers = engine.eval_batch_size, engine.workers
+        size, workers = engine.images_at_once, engine.workers
         part: Any = Subset(data, indices)  # type: ignore[arg-type]
         for batch in eval_batches(part, batch_size=size, workers=workers, rank=engine.rank, world=engine.world):
             yield batch.to(engine.device)

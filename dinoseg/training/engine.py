@@ -1,8 +1,7 @@
 """Devices, precision and ranks: the only importer of accelerate."""
 
 import math
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,11 +11,14 @@ from torch.optim import Optimizer
 from dinoseg.errors import UserError
 from dinoseg.model import Segmenter
 from dinoseg.ranges import Count, Natural, Positive
+from dinoseg.sizes import Size
+from dinoseg.training.compiled import compile_blocks
 from dinoseg.training.rendezvous import meet
 from dinoseg.training.sharding import Lockstep, shard, whole
 
 SHARDINGS = ("none", "fsdp")
 CACHES = ("auto", "off", "disk", "memory")
+_PIXELS, _IMAGES, _FRAMES = 2**21, 16, 4  # predicted at once on an accelerator: of images, images, frames of a video
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -57,12 +59,13 @@ class Engine:
         precision: auto (bf16 where the device has it), bf16 or fp32. bf16 is autocast; weights stay float32, and
             no gradient scaler is needed.
         workers: processes that load data, per rank; auto: two, and more where they are waited for and bring more.
-        eval_batch_size: images of one size predicted at once when scoring, per rank.
+        eval_batch_size: images of one size predicted at once when scoring, per rank; auto: see `images_at_once`.
         devices: the number of ranks that were to be started from here.
         sharding: none, each rank has all weights; or fsdp, each has a part of each (several ranks).
         cache: whether a training keeps what the frozen part of its model gives: auto (where that pays), off, disk or
             memory.
         rendezvous_timeout: seconds that ranks wait for one another before they begin.
+        compile: whether torch compiles the backbone's blocks, see `compile_blocks`.
     """
 
     def __init__(
@@ -70,11 +73,12 @@ class Engine:
         device: str = "auto",
         precision: str = "auto",
         workers: Natural | str = "auto",
-        eval_batch_size: Count = 1,
+        eval_batch_size: Count | str = "auto",
         devices: Count = 1,
         sharding: str = "none",
         cache: str = "auto",
         rendezvous_timeout: Positive = 300.0,
+        compile: bool = False,
     ) -> None:
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -84,6 +88,8 @@ class Engine:
             raise UserError(f"engine.precision={precision} is unknown. Choose auto, bf16 or fp32.")
         if isinstance(workers, str) and workers != "auto":
             raise UserError(f"engine.workers={workers} is unknown. Choose auto, or a number of processes.")
+        if isinstance(eval_batch_size, str) and eval_batch_size != "auto":
+            raise UserError(f"engine.eval_batch_size={eval_batch_size} is unknown. Choose auto, or a number of images.")
         if sharding not in SHARDINGS:
             raise UserError(f"engine.sharding={sharding} is unknown. Choose {' or '.join(SHARDINGS)}.")
         # accelerate keeps these between engines of one process (sweeps, tests): a new engine starts afresh
@@ -107,6 +113,9 @@ class Engine:
                 "Give engine.devices=N, or leave engine.sharding out."
             )
         self.sharded = sharding != "none"
+        if compile and self.sharded:
+            raise UserError(f"engine.compile=true with engine.sharding={sharding}: leave one of them out.")
+        self.compile = compile
         self._lockstep: Lockstep | None = None  # of the model that was placed, if its weights are shared out
         self.workers = workers
         self.eval_batch_size = eval_batch_size
@@ -138,7 +147,10 @@ class Engine:
             UserError: its weights cannot be shared out.
         """
         if not self.sharded:
-            return model.to(self.device)
+            model = model.to(self.device)
+            if self.compile:
+                compile_blocks(model.backbone)
+            return model
         model = shard(self._synchronised(model), self.device, self.world)
         self._lockstep = Lockstep(model, self.device)
         return model
@@ -162,6 +174,18 @@ class Engine:
         if self.world > 1:
             for buffer in model.buffers():
                 torch.distributed.broadcast(buffer, src=0)
+
+    def images_at_once(self, size: Size | None = None) -> int:
+        """Return how many images of `size` (H, W), or frames of a video, are predicted at once when scoring.
+
+        By itself it is one on a CPU, where more are no faster; elsewhere so many as together are of the pixels of an
+        image of full HD, at most 16, and 4 frames. A larger image is one, so that none is cut for being of a batch.
+        """
+        if not isinstance(self.eval_batch_size, str):
+            return self.eval_batch_size
+        if self.device.type == "cpu":
+            return 1
+        return _FRAMES if size is None else max(1, min(_IMAGES, _PIXELS // math.prod(size)))
 
     def seed(self, seed: int, step: int) -> None:
         """Make the random draws of a step (dropout) a function of seed, step and rank, not of what came before."""
@@ -259,24 +283,3 @@ class Engine:
         """Leave the process group, where this engine is in one."""
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-
-
-class Draws:
-    """The random draws of one of several models that take turns: each draws as if it were alone."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device if device.type == "cuda" else None
-        self._state = self._now()
-
-    @contextmanager
-    def going_on(self) -> Iterator[None]:
-        """Draw in here from where this model stood."""
-        torch.set_rng_state(self._state[0])
-        if self._cuda is not None:
-            torch.cuda.set_rng_state(self._state[1], self._cuda)
-        yield
-        self._state = self._now()
-
-    def _now(self) -> list[Tensor]:
-        on_device = [] if self._cuda is None else [torch.cuda.get_rng_state(self._cuda)]
-        return [torch.get_rng_state(), *on_device]

@@ -20,7 +20,8 @@ from dinoseg.inference.whole import Whole
 from dinoseg.metrics.confusion import ConfusionMatrix
 from dinoseg.model import Segmenter, Size
 from dinoseg.shapes import Batch, FeatureBatch, Prediction, SegmentationData
-from dinoseg.training.engine import Draws, Engine
+from dinoseg.training.draws import Draws
+from dinoseg.training.engine import Engine
 
 OnBatch = Callable[[Batch, Tensor, Tensor], None]
 _Loss = tuple[Tensor, int]  # a mean, and of how many images
@@ -78,7 +79,7 @@ def evaluate_each(
     """
     if batches is None:
         batches = eval_batches(
-            data, batch_size=engine.eval_batch_size, workers=engine.workers, rank=engine.rank, world=engine.world
+            data, batch_size=engine.images_at_once, workers=engine.workers, rank=engine.rank, world=engine.world
         )
     with ExitStack() as stack:
         for scored in models:
@@ -207,7 +208,7 @@ def _part_masks(batch: Batch, part: Size, places: Sequence[Place], size: Size) -
 
 
 def eval_batches(
-    data: SegmentationData, *, batch_size: int, workers: Workers, rank: int, world: int
+    data: SegmentationData, *, batch_size: Callable[[Size], int], workers: Workers, rank: int, world: int
 ) -> Iterator[Batch]:
-    """Yield a rank's share of a data set once, in order, in batches of one size."""
+    """Yield a rank's share of a data set once, in order, in batches of one size (H, W), which decides of how many."""
     return stack_equal(eval_samples(data, workers=workers, rank=rank, world=world), batch_size)

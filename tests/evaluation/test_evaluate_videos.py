@@ -34,7 +34,10 @@ class Engine:
     """One rank of two or one, whose gathered values are its own."""
 
     def __init__(self, batch=1, rank=0, world=1):
-        self.eval_batch_size, self.rank, self.world, self.is_main = batch, rank, world, rank == 0
+        self._batch, self.rank, self.world, self.is_main = batch, rank, world, rank == 0
+
+    def images_at_once(self):
+        return self._batch
 
     def share(self, value):
         return value

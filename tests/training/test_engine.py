@@ -1,5 +1,6 @@
 import pytest
 import torch
+from pretended_cuda import pretended_engine
 from torch import nn
 
 from dinoseg.errors import UserError
@@ -23,6 +24,7 @@ def test_a_device_that_is_not_there_is_refused_with_those_that_are():
     [
         ({"device": "tpu"}, "engine.device=tpu is unknown"),
         ({"precision": "fp16"}, "engine.precision=fp16 is unknown. Choose auto, bf16 or fp32"),
+        ({"eval_batch_size": "many"}, "engine.eval_batch_size=many is unknown. Choose auto, or a number of images"),
         ({"devices": 2}, "engine.devices=2: this mode runs on 1"),
         ({"sharding": "zero"}, "engine.sharding=zero is unknown. Choose none or fsdp"),
         ({"sharding": "fsdp"}, "engine.sharding=fsdp: .* this is the only one. Give engine.devices=N, or leave"),
@@ -85,3 +87,11 @@ def test_a_non_finite_gradient_changes_nothing():
     engine.backward(model(torch.full((1, 1), float("inf"))).sum())
     assert not engine.step(optimizer, torch.tensor(1.0), torch.tensor(1.0), clip=1.0)[1].isfinite()
     assert torch.equal(model.weight, before)
+
+
+def test_images_of_one_size_are_scored_at_once_by_their_size():
+    assert Engine("cpu", "fp32").images_at_once((64, 64)) == Engine("cpu", "fp32").images_at_once() == 1
+    assert Engine("cpu", "fp32", eval_batch_size=3).images_at_once((64, 64)) == 3
+    engine = pretended_engine(eval_batch_size="auto")
+    found = [engine.images_at_once(size) for size in ((1, 1), (512, 512), (1080, 1920), (1081, 1941), (9000, 9000))]
+    assert found == [16, 8, 1, 1, 1] and engine.images_at_once() == 4

@@ -17,6 +17,7 @@ from dinoseg.ranges import NotNegative
 from dinoseg.shapes import FeatureBatch, FrozenFeatures, SegmentationData
 from dinoseg.training.feature_cache.key import hash_of, image_hash
 from dinoseg.training.feature_cache.store import FeatureStore, MemoryStore
+from dinoseg.transfer import sent
 
 _DRAW_DIGITS = 15  # of a hash, as a number that every device's generator takes
 
@@ -109,14 +110,14 @@ class FeatureCache:
     def completed(self, views: list[View], device: torch.device) -> FeatureBatch:
         """Return features and masks of views on `device`; what is not kept is computed and kept."""
         rows = [self._features(view, device) for view in views]
-        tensors = [torch.stack(part).to(device, non_blocking=True).float() for part in zip(*rows, strict=True)]
+        tensors = [sent(torch.stack(part), device).float() for part in zip(*rows, strict=True)]
         if self.noise:
             for row, view in enumerate(views):
                 self._disturb([part[row] for part in tensors], view.draw)
         masks = torch.stack([view.mask for view in views])
         size = (masks.shape[-2], masks.shape[-1])
         frozen = FrozenFeatures(tensors, size, self.model.seen_size(size))
-        return FeatureBatch(frozen, masks.to(device, non_blocking=True), [view.name for view in views])
+        return FeatureBatch(frozen, sent(masks, device), [view.name for view in views])
 
     def _disturb(self, features: list[Tensor], draw: int | None) -> None:
         """Add noise to features of one image, in place."""
@@ -134,7 +135,7 @@ class FeatureCache:
             return kept
         assert view.image is not None
         with self.autocast():
-            frozen = self.model.frozen(view.image[None].to(device, non_blocking=True))
+            frozen = self.model.frozen(sent(view.image[None], device))
         return self.store.put(view.key, [part[0] for part in frozen.tensors])
 
     def _workers(self, workers: Workers) -> Workers:

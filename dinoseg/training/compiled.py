@@ -1,0 +1,60 @@
+"""A backbone's blocks, compiled for the first size that comes twice running."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dinoseg.contracts import Backbone
+from dinoseg.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def compile_blocks(backbone: Backbone) -> None:
+    """Let torch compile each block for the first shape of tokens that comes twice running; others run as ever.
+
+    Nothing is compiled twice: other sizes, of a validation or of a last batch, are not worth the wait. Where torch
+    cannot compile here, blocks run as ever, which is said once.
+
+    Raises:
+        UserError: it is a pyramid, whose stages are no blocks.
+    """
+    if backbone.is_pyramid:
+        raise UserError("engine.compile=true: blocks of a vision transformer are compiled. Leave it out for a pyramid.")
+    state = _State()
+    for block in backbone.blocks:
+        vars(block)["forward"] = _Once(block.forward, state)
+
+
+class _State:
+    """What the blocks of a backbone share."""
+
+    failed = False
+
+
+class _Once:
+    """A block's `forward`, compiled for one shape and type of tokens, with or without gradients and mask."""
+
+    def __init__(self, plain: Callable[..., Any], state: _State) -> None:
+        self._plain, self._state = plain, state
+        self._compiled = torch.compile(plain, dynamic=False)
+        self._last: tuple[Any, ...] = ()
+        self._chosen: tuple[Any, ...] = ()
+
+    def __call__(self, tokens: Tensor, *args: Any, **beside: Any) -> Any:
+        seen = (tokens.shape, tokens.dtype, torch.is_grad_enabled(), beside.get("attention_mask") is None)
+        if seen == self._last:
+            self._chosen = self._chosen or seen
+        self._last = seen
+        if seen != self._chosen or self._state.failed or torch.compiler.is_exporting():
+            return self._plain(tokens, *args, **beside)
+        try:
+            return self._compiled(tokens, *args, **beside)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            logger.warning("engine.compile=true: torch cannot compile here (%s), so it goes on without.", reason)
+            self._state.failed = True
+            return self._plain(tokens, *args, **beside)

@@ -1,0 +1,85 @@
+import logging
+
+import pytest
+import torch
+from tiny_parts import tiny_vit
+
+from dinoseg.adapters import Lora
+from dinoseg.errors import UserError
+from dinoseg.training import compiled
+from dinoseg.training.compiled import compile_blocks
+from dinoseg.training.engine import Engine
+
+
+@pytest.fixture
+def shapes(monkeypatch):
+    """Note the shapes that compiled code is given, which is none here."""
+    noted = []
+
+    def stand_in(plain, *, dynamic):
+        assert dynamic is False
+        return lambda tokens, **beside: (noted.append(tuple(tokens.shape)), plain(tokens, **beside))[1]
+
+    monkeypatch.setattr(compiled.torch, "compile", stand_in)
+    return noted
+
+
+def test_blocks_are_compiled_for_the_first_size_that_comes_twice_and_no_other(shapes):
+    backbone = tiny_vit().eval()
+    names, blocks = set(backbone.state_dict()), len(backbone.blocks)
+    sizes = [(16, 16), (32, 24), (32, 24), (16, 16), (16, 16), (32, 24)]
+    images = [torch.rand(2, 3, *size) for size in sizes]
+    with torch.no_grad():
+        plain = [backbone(each) for each in images]
+        compile_blocks(backbone)
+        ours = [backbone(each) for each in images]
+    assert len(shapes) == 2 * blocks and len(set(shapes)) == 1
+    assert all(
+        torch.equal(a, b) for one, other in zip(plain, ours, strict=True) for a, b in zip(one, other, strict=True)
+    )
+    backbone(images[1])  # with gradients
+    assert len(shapes) == 2 * blocks
+    assert set(backbone.state_dict()) == names
+
+
+def test_where_torch_cannot_compile_blocks_run_as_ever_and_it_is_said_once(monkeypatch, caplog):
+    def fails(plain, **_):
+        def run(*_, **__):
+            raise torch._dynamo.exc.TorchDynamoException("no compiler\nand a long story")
+
+        return run
+
+    monkeypatch.setattr(compiled.torch, "compile", fails)
+    backbone, image = tiny_vit().eval(), torch.rand(1, 3, 32, 24)
+    plain = backbone(image)
+    compile_blocks(backbone)
+    with caplog.at_level(logging.WARNING):
+        assert all(torch.equal(*each) for _ in range(3) for each in zip(plain, backbone(image), strict=True))
+    said = "engine.compile=true: torch cannot compile here (no compiler), so it goes on without."
+    assert [record.getMessage() for record in caplog.records] == [said]
+
+
+def test_a_pyramid_and_shared_weights_are_refused(monkeypatch):
+    backbone = tiny_vit()
+    backbone.is_pyramid = True
+    with pytest.raises(UserError, match="Leave it out for a pyramid"):
+        compile_blocks(backbone)
+    monkeypatch.setattr(Engine, "world", 2)
+    with pytest.raises(UserError, match="engine.compile=true with engine.sharding=fsdp: leave one of them out"):
+        Engine("cpu", "fp32", devices=2, sharding="fsdp", compile=True)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_the_same_maps_and_gradients():
+    backbone = Lora(2, 4)(tiny_vit())
+    image = torch.rand(1, 3, 32, 24)
+
+    def step():
+        value = sum(part.square().mean() for part in backbone(image))
+        parameters = [p for p in backbone.parameters() if p.requires_grad]
+        return [value.detach(), *torch.autograd.grad(value, parameters)]
+
+    plain = step()
+    compile_blocks(backbone)
+    step()
+    torch.testing.assert_close(step(), plain, rtol=1e-4, atol=1e-6)
