@@ -14,6 +14,7 @@ from dinoseg.processes.threads import threads
 
 _BAND = 2**17  # scores of a grid looked at together
 _AT_ONCE = 2**17  # upsampled numbers held at a time: what stays in a core's cache
+_SMALL = 2**19  # of an image: less is upsampled as a whole before the other ways have begun
 _LAUNCHED = 2**26  # the same on an accelerator, where an operation takes its time to start
 # what things take beside an upsampled number of some classes, measured: a class that can win in a cell, any other, and
 # a number of all pixels, class by class
@@ -46,6 +47,8 @@ def class_ids(scores: Tensor, size: tuple[int, int], valid: tuple[float, float])
 def _of_image(scores: Tensor, size: tuple[int, int], valid: tuple[float, float]) -> Tensor:
     """Return the ids (1, H, W) of one image's scores (1, K, h, w) on a CPU, the way that takes less time."""
     grid = scores[0]
+    if len(grid) * math.prod(size) <= _SMALL:
+        return highest(upsample(scores, size, valid))
     slack = _ROUNDING * torch.finfo(grid.dtype).eps * max(map(abs, map(float, grid.aminmax())))
     rows, columns = (
         _cells(length, cells, share, grid.dtype)

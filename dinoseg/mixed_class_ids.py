@@ -10,18 +10,20 @@ from dinoseg.processes.threads import threads
 
 _ROWS = 32  # of a tile
 _CACHED = 2**18  # numbers of a tile
+_LAUNCHED = 2**25  # on an accelerator, where an operation takes its time to start
 _LEFT_OUT = 2**-5  # of a class's score, what the masks that are left out of a tile may add up to
 _SINGLE = 12  # what a mask at a single pixel takes, against one at a pixel of a whole tile
 
 
 @torch.no_grad()
 def mixed_class_ids(masks: Tensor, shares: Tensor, size: tuple[int, int], valid: tuple[float, float]) -> Tensor:
-    """Return the ids (B, H, W) uint8 of the classes that a mixture of masks scores highest, on a CPU.
+    """Return the ids (B, H, W) uint8 of the classes that a mixture of masks scores highest.
 
     A class scores the sum of each mask's share of it times the sigmoid of its upsampled logits. Of classes that score
     the same it is the first; of those that differ by no more than rounding, any. Upsampled logits lie between those of
     the cells around, so what a mask adds within a tile is bounded: of masks that together add less than a bound, only
-    pixels whose best two classes are closer than these masks could bring them are asked.
+    pixels whose best two classes are closer than these masks could bring them are asked (on a CPU: elsewhere it would
+    have to be waited for).
 
     Args:
         masks: logits (B, Q, h, w) of at least float32.
@@ -30,9 +32,12 @@ def mixed_class_ids(masks: Tensor, shares: Tensor, size: tuple[int, int], valid:
         valid: share of the grid's height and width that lies on the image.
     """
     (height, width), numbers = size, masks.shape[1] + shares.shape[2]
-    rows = spans(height, masks.shape[2], valid[0], _ROWS, masks)
-    columns = spans(width, masks.shape[3], valid[1], max(1, _CACHED // (_ROWS * numbers)), masks)
-    with torch.autocast("cpu", enabled=False), threads(masks.device) as each:
+    on_cpu = masks.device.type == "cpu"
+    high = _ROWS if on_cpu else max(1, _LAUNCHED // (numbers * width))
+    wide = max(1, _CACHED // (_ROWS * numbers)) if on_cpu else width
+    rows = spans(height, masks.shape[2], valid[0], high, masks)
+    columns = spans(width, masks.shape[3], valid[1], wide, masks)
+    with torch.autocast(masks.device.type, enabled=False), threads(masks.device) as each:
         images = [
             torch.cat(list(each(functools.partial(_band_ids, *image, columns), rows)))
             for image in zip(masks, shares, strict=True)
@@ -48,6 +53,9 @@ def _band_ids(masks: Tensor, shares: Tensor, columns: list[Span], rows: Span) ->
 
 def _tile_ids(cells: Tensor, shares: Tensor, rows: Span, columns: Span) -> Tensor:
     """Return the ids (r, c) of a tile of the masks' cells (Q, h, w)."""
+    if cells.device.type != "cpu":
+        scores = _scores(upsample_tile(cells, rows.weights, columns.weights), shares)
+        return scores.max(0).indices.to(torch.uint8)
     most = cells.flatten(1).amax(1).sigmoid()[:, None] * shares  # (Q, K) that a mask adds
     least_first = most.amax(1).argsort()
     few = int((most[least_first].cumsum(0).amax(1) < _LEFT_OUT).sum())

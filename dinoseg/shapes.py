@@ -169,7 +169,7 @@ class Prediction:
         """Return the ids (B, H, W) uint8 of the classes that `scores` are highest of, of equal ones the first."""
         if self.grid is not None:
             return class_ids(self.grid, size or self.size, self.valid)
-        if self.masks is not None and self.masks.logits.device.type == "cpu":
+        if self.masks is not None:
             return mixed_class_ids(*self.masks, size or self.size, self.valid)
         return highest(self.scores(size))
 
@@ -177,9 +177,9 @@ class Prediction:
         """Return `class_ids`, and `logits` (B, K, r, c) float32 at some rows and columns, of the images' own size."""
         if self.grid is not None:
             return self.class_ids(), upsample_at(self.grid, self.size, self.valid, places).float()
-        if self.masks is not None and self.masks.logits.device.type == "cpu":
+        if self.masks is not None:
             pixels = upsample_at(self.masks.logits, self.size, self.valid, places).sigmoid()
-            with torch.autocast("cpu", enabled=False):
+            with torch.autocast(pixels.device.type, enabled=False):
                 return self.class_ids(), self.as_logits(torch.einsum("bqk,bqhw->bkhw", self.masks.shares, pixels))
         scores = self.scores()
         chosen = self.as_logits(scores[:, :, places[0], places[1]]).float().clone()  # a band is overwritten by the next

@@ -12,6 +12,12 @@ from dinoseg.geometry import lattice, upsample, upsample_at, valid_share
 from dinoseg.shapes import Prediction
 
 
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Let small images go the ways of large ones."""
+    monkeypatch.setattr(rooms, "_SMALL", 0)
+
+
 def smooth(draw, classes, grid):
     coarse = torch.randn(1, classes, 3, 4, generator=draw) * 4
     scores = F.interpolate(coarse, grid, mode="bicubic")
@@ -136,3 +142,12 @@ def test_a_prediction_of_a_grid_reads_it_and_one_without_its_scores():
         torch.testing.assert_close(part, wanted, atol=1e-4, rtol=0)
     exact = upsample(scores.double(), size, valid)[..., places[0], places[1]]
     torch.testing.assert_close(upsample_at(scores.double(), size, valid, places), exact, atol=1e-4, rtol=0)
+
+
+def test_small_images_are_upsampled_as_a_whole(monkeypatch):
+    scores = smooth(torch.Generator().manual_seed(0), 4, (11, 16))
+    monkeypatch.setattr(rooms, "_SMALL", 4 * 40 * 50)
+    monkeypatch.setattr(rooms, "_pays", None)
+    assert torch.equal(class_ids(scores, (40, 50), (1.0, 1.0)), highest(upsample(scores, (40, 50), (1.0, 1.0))))
+    with pytest.raises(TypeError):
+        class_ids(scores, (40, 51), (1.0, 1.0))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pretended_cuda import Pretended, pretended_cuda
 
 from dinoseg import mixed_class_ids as module
 from dinoseg.geometry import upsample
@@ -92,3 +93,13 @@ def test_a_prediction_reads_ids_and_logits_of_masks_without_scores_of_all_pixels
     assert torch.equal(ids, whole.class_ids()) and torch.equal(ids, ours.class_ids())
     torch.testing.assert_close(logits, whole.class_ids_and_logits(places)[1], rtol=1e-4, atol=1e-5)
     assert torch.equal(ours.class_ids((9, 8)), whole.class_ids((9, 8)))
+
+
+def test_an_accelerator_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(module, "_LAUNCHED", 14 * 61 * 10)  # several bands
+    logits, shares = mixture(2, 9, 5, (6, 7), 4, 0.5)
+    size, valid = (45, 61), (0.9, 0.95)
+    with pretended_cuda() as waits:
+        ids = mixed_class_ids(Pretended(logits), Pretended(shares), size, valid)
+        assert waits.take() == {}
+    assert torch.equal(ids.memory, mixed_class_ids(logits, shares, size, valid))

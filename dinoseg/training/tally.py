@@ -27,8 +27,7 @@ class Tally:
     def add(self, prediction: Prediction, batch: Batch) -> None:
         """Count a batch by what was predicted for its loss."""
         mask = _thinned(batch.mask)
-        ids = prediction.scores((mask.shape[-2], mask.shape[-1])).max(dim=1).indices
-        self._counts.update(ids, mask)
+        self._counts.update(prediction.class_ids((mask.shape[-2], mask.shape[-1])), mask)
 
     def read(self) -> dict[str, float | None]:
         """Return `train/accuracy` and `train/miou`, of the crops as they were augmented; None where no pixel counts."""
