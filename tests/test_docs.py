@@ -22,6 +22,7 @@ SMALLER = {  # what a mode is given beside the words of its command
     "train": (*SHORT, *CPU),
     "eval": CPU,
     "probe": CPU,
+    "plan": (*SHORT, *CPU, "mode.dry_step=false"),
     "predict": CPU,
     "track": CPU,
     "render": ("mode.train_videos=1", "mode.test_videos=1", "mode.seconds=1", "mode.size=[32,48]", "mode.workers=1"),
@@ -31,6 +32,7 @@ WRITES = {  # what a mode leaves in its run folder, or "run.log"
     "eval": "scores.json",
     "summary": "summary.json",
     "probe": "probe.csv",
+    "plan": "plan.json",
     "score": "scores.json",
     "doctor": "doctor.html",
     "export": "backbone.safetensors",
@@ -105,7 +107,9 @@ def as_run(command, stand_ins):
         words = [re.sub(r"=([^\[,]*),.*", r"=\1", word) for word in words if word != "-m"]
     mode = mode_of(command)
     words = with_stand_ins(words, stand_ins)
-    if mode in ("train", "probe", "predict", "track") or (mode in ("eval", "summary") and "resume=" not in command):
+    if mode in ("train", "probe", "plan", "predict", "track") or (
+        mode in ("eval", "summary") and "resume=" not in command
+    ):
         words += small_model(words)
     if mode in ("track", "eval") and "resume=" not in command:
         words += ["tracker.short=48"]

@@ -72,7 +72,7 @@ def described(rows: Rows) -> str:
     return f"{images} of {rows.size[1]} x {rows.size[0]} (width x height)"
 
 
-class _Peak(TorchDispatchMode):
+class PeakBytes(TorchDispatchMode):
     """Count the bytes of the tensors that operations make, and their most at a time."""
 
     def __init__(self) -> None:
@@ -151,7 +151,7 @@ class _Taken(NamedTuple):
 def _taken(model: Segmenter, side: int, autocast: Autocast) -> _Taken:
     device = next(model.parameters(), torch.empty(0)).device
     images = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device)
-    with _Peak() as peak:
+    with PeakBytes() as peak:
         with autocast():
             prediction = model(images, reduce=False)
         forward, kept = peak.most, peak.now

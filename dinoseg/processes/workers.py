@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
+from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
 from dinoseg.errors import UserError
@@ -71,6 +72,43 @@ def in_processes(
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def in_own_process(work: Callable[[T], R], item: T) -> R | None:
+    """Return what `work` makes of an item in a new process, whose memory is its own; None: that was killed.
+
+    The process ends when this is interrupted, and when this process is killed.
+
+    Raises:
+        UserError: of `work`. Of any other error it tells the traceback before this raises a RuntimeError.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiving, sending = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(work, item, sending))
+    process.start()
+    sending.close()
+    try:
+        result = receiving.recv()
+    except EOFError:
+        process.join()
+        if process.exitcode == 1:
+            raise RuntimeError("A process of this job failed: its traceback stands above.") from None
+        return None
+    finally:
+        process.kill()
+        process.join()
+        receiving.close()
+    if isinstance(result, UserError):
+        raise result
+    return result
+
+
+def _answer(work: Callable[[Any], Any], item: Any, sending: Connection) -> None:
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    try:
+        sending.send(work(item))
+    except UserError as error:
+        sending.send(error)
 
 
 def count_cores() -> int:

@@ -181,8 +181,21 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if _STATUS.exists():
-        return 1024 * int(
-            next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM")).split()[1]
-        )
+        return _status("VmHWM")
+    return _highest_resident()
+
+
+def held_memory(device: torch.device) -> int:
+    """Return the memory that is held now, as `peak_memory` counts it; without Linux or CUDA the highest so far."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return _status("VmRSS") if _STATUS.exists() else _highest_resident()
+
+
+def _status(name: str) -> int:
+    return 1024 * int(next(line for line in _STATUS.read_text().splitlines() if line.startswith(name)).split()[1])
+
+
+def _highest_resident() -> int:
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -37,7 +37,7 @@ def test_what_a_pass_takes_is_told_from_small_ones(options):
     cost = memory.measure(model, 256, nullcontext)
     for size in ((160, 96), (320, 320)):
         batch = torch.zeros(1, 3, *size, dtype=torch.uint8)
-        with torch.no_grad(), memory._Peak() as peak:
+        with torch.no_grad(), memory.PeakBytes() as peak:
             model(batch).class_ids()
         assert cost.of(1, model.seen_size(size), size) == pytest.approx(peak.most, rel=0.25)
         assert cost.of(3, model.seen_size(size), size) == 3 * cost.of(1, model.seen_size(size), size)
@@ -58,7 +58,7 @@ def test_attention_that_is_written_out_is_seen_to_grow():
 
 
 def test_the_peak_is_that_of_tensors_that_live_at_once():
-    with memory._Peak() as peak:
+    with memory.PeakBytes() as peak:
         first = torch.ones(1000)
         second = first + 1
         del first

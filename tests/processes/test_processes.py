@@ -13,7 +13,7 @@ import time
 import pytest
 
 from dinoseg.errors import UserError
-from dinoseg.processes.workers import count_cores, in_processes
+from dinoseg.processes.workers import count_cores, in_own_process, in_processes
 
 run = functools.partial(in_processes, remedy="Do less.")
 started_with = []  # filled in processes by `note_start`
@@ -241,3 +241,24 @@ def living(group):
         if int(of) == group and state != "Z":
             found.append(process)
     return found
+
+
+def answers(item):
+    if item == "refused":
+        raise UserError("no such item")
+    if item == "broken":
+        raise ValueError("not foreseen")
+    if item == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return item, os.getpid()
+
+
+def test_a_process_of_its_own_answers_or_tells_how_it_ended(capfd):
+    item, process = in_own_process(answers, "asked")
+    assert item == "asked" and process != os.getpid()
+    assert in_own_process(answers, "killed") is None
+    with pytest.raises(UserError, match="no such item"):
+        in_own_process(answers, "refused")
+    with pytest.raises(RuntimeError, match="its traceback stands above"):
+        in_own_process(answers, "broken")
+    assert "ValueError: not foreseen" in capfd.readouterr().err

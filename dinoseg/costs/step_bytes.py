@@ -1,0 +1,239 @@
+"""What a training step takes of memory: its tensors are counted on a walk through the model that computes nothing."""
+
+import dataclasses
+import functools
+import gc
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim import Optimizer
+
+from dinoseg import build
+from dinoseg.costs.stand_in import drawn_batch, image_shape
+from dinoseg.inference.memory import PeakBytes
+from dinoseg.losses.full_resolution import LAUNCHED
+from dinoseg.model import Segmenter, trained_names
+from dinoseg.shapes import Prediction
+from dinoseg.training.optim import tensors_of
+
+_BITS = {4: 0.516, 8: 1.002}  # bytes of a quantised weight, with the scales of its blocks or rows
+_HALF = 2  # bytes of a bfloat16 number
+_TILE = 4 * 4 * LAUNCHED  # bytes of the loss's tiles on an accelerator: four of float32 at a time
+
+
+@dataclass(frozen=True)
+class StepBytes:
+    """Bytes of the tensors of a training step on one device.
+
+    Attributes:
+        weights: of the whole model.
+        gradients: of what is trained.
+        optimizer: what it keeps.
+        average: moving average of what is trained.
+        ranks: copies of the gradients that ranks send one another.
+        activations: images, and what the forward pass keeps for the backward pass.
+        loss: what it takes at most beside these.
+        peak: the most of all at a time.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    average: int
+    ranks: int
+    activations: int
+    loss: int
+    peak: int
+
+
+class LossBytes:
+    """What the loss of a config takes beside a model's outputs, told from real losses of a few samples.
+
+    `learns` are the places of the outputs from which it learns.
+
+    Args:
+        cfg: the whole config; its classes and crop count.
+        bf16: whether the model computes in bfloat16.
+        accelerator: whether it is for one, whose tiles are larger.
+    """
+
+    def __init__(self, cfg: DictConfig, *, bf16: bool, accelerator: bool) -> None:
+        model, _ = _outline(cfg)
+        least = model.head.least_batch
+        (few, _), (more, self.learns) = (_real_loss(cfg, samples, bf16) for samples in (least, least + 1))
+        self._each = more - few
+        self._fixed = few - least * self._each
+        height, width = image_shape(cfg)[-2:]
+        if accelerator and cfg.trainer.feed == "images":
+            self._fixed += min(_TILE, 4 * 4 * len(cfg.data.classes) * height * width)
+
+    def of(self, samples: int) -> int:
+        """Return the bytes for so many samples."""
+        return max(0, self._fixed + samples * self._each)
+
+
+def step_bytes(
+    cfg: DictConfig, loss: LossBytes, *, samples: int, accumulate: int, bf16: bool, world: int = 1
+) -> StepBytes:
+    """Return what a step takes on one of `world` devices that takes `samples` at once, `accumulate` times.
+
+    Left out are what single operations and the libraries take for themselves, and all of validation.
+
+    Raises:
+        UserError: the parts of the config do not go together.
+    """
+    model, saved = _outline(cfg)
+    with _walking() as peak:
+        model.to_empty(device="cpu")
+        weights = peak.now - saved
+        state = _optimizer_bytes(cfg, model)
+        average = sum(value.nbytes for _, value in tensors_of(model, trained_names(model))) if cfg.trainer.ema else 0
+        activations = most = 0
+        for _ in range(min(2, accumulate)):  # the second time beside the gradients of the first
+            before = peak.now
+            ends = _ends(_predict(model, cfg, samples, bf16))
+            activations, most = peak.now - before, max(most, peak.now + loss.of(samples))
+            _Learnt.apply(*(ends[place] for place in loss.learns)).backward()
+            del ends
+        gradients = sum(parameter.grad.nbytes for parameter in model.parameters() if parameter.grad is not None)
+    ranks = gradients if world > 1 else 0
+    constant = state + average + ranks - saved
+    return StepBytes(
+        weights, gradients, state, average, ranks, activations, loss.of(samples), max(most, peak.most) + constant
+    )
+
+
+@contextmanager
+def _walking() -> Iterator[PeakBytes]:
+    """Make tensors without numbers within the block, and count their bytes."""
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), PeakBytes() as peak:
+            yield peak
+    finally:  # of functions that keep what they return (transformers': positions), as if these were numbers
+        for kept in gc.get_objects():
+            # by type: some objects warn where they are asked for their class
+            if type(kept) is functools._lru_cache_wrapper and not kept.__module__.startswith("torch."):
+                kept.cache_clear()
+
+
+def _outline(cfg: DictConfig) -> tuple[Segmenter, int]:
+    """Return a config's model, ready to train, and how many bytes less it is than its tensors, for quantised weights.
+
+    These stand as bfloat16, in which they are multiplied.
+    """
+    bits = cfg.adapter.get("bits")
+    if bits in _BITS:
+        cfg = OmegaConf.merge(cfg, {"adapter": {"bits": None}})  # type: ignore[assignment]
+    model = build.outline(cfg)
+    saved = 0.0
+    if bits in _BITS:
+        for block in model.backbone.blocks:
+            for name, part in block.named_modules():
+                if isinstance(part, nn.Linear) and "lora_" not in name:
+                    part.weight.data = part.weight.data.to(torch.bfloat16)
+                    saved += part.weight.numel() * (_HALF - _BITS[bits])
+    # by where weights come from it is known what training changes
+    model.backbone.weights = cfg.backbone.get("weights", model.backbone.weights)
+    model.head.weights = cfg.head.get("weights", model.head.weights)
+    return model.train(), math.floor(saved)
+
+
+def _predict(model: Segmenter, cfg: DictConfig, samples: int, bf16: bool) -> Prediction:
+    images = torch.empty(samples, *image_shape(cfg), dtype=torch.uint8)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16 or cfg.adapter.get("bits") in _BITS):
+        return model(images)
+
+
+def _ends(prediction: Prediction) -> list[Tensor]:
+    """Return the tensors of a prediction, through some of which a loss reaches the model."""
+    ends = _tensors([prediction.outputs, prediction.grid, prediction.masks])
+    return list({id(tensor): tensor for tensor in ends}.values())
+
+
+def _tensors(outputs: Any) -> Iterator[Tensor]:
+    if isinstance(outputs, Tensor):
+        yield outputs
+    elif isinstance(outputs, list | tuple):
+        for item in outputs:
+            yield from _tensors(item)
+    elif dataclasses.is_dataclass(outputs):
+        for field in dataclasses.fields(outputs):
+            yield from _tensors(getattr(outputs, field.name))
+
+
+class _Learnt(torch.autograd.Function):
+    """A loss that keeps nothing, and gives gradients of its inputs' own size."""
+
+    @staticmethod
+    def forward(ctx: Any, *outputs: Tensor) -> Tensor:
+        ctx.kinds = [(output.shape, output.dtype) for output in outputs]
+        return outputs[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        return tuple(upstream.new_empty(shape, dtype=dtype) for shape, dtype in ctx.kinds)
+
+
+def _optimizer_bytes(cfg: DictConfig, model: Segmenter) -> int:
+    """Return what an optimizer keeps of a model's weights, by what one of its kind keeps of a few real numbers."""
+    optimizer: Optimizer = build.optimizer(cfg, model)
+    trained = sum(parameter.numel() for group in optimizer.param_groups for parameter in group["params"])
+    side = 64
+    with torch._subclasses.fake_tensor.unset_fake_temporarily():
+        few = nn.Parameter(torch.zeros(side, side))
+        few.grad = torch.zeros_like(few)
+        optimizer.param_groups = [{**optimizer.param_groups[0], "params": [few]}]
+        optimizer.step()
+        kept = sum(value.nbytes for value in optimizer.state[few].values() if isinstance(value, Tensor) and value.ndim)
+    return trained * kept // side**2
+
+
+def _real_loss(cfg: DictConfig, samples: int, bf16: bool) -> tuple[int, list[int]]:
+    """Return what a real loss takes at most beside a model's outputs for so many samples, and from which it learns."""
+    model, _ = _outline(cfg)
+    with _walking():
+        prediction = _predict(model.to_empty(device="cpu"), cfg, samples, bf16)
+    batch = drawn_batch(cfg, samples)
+    loss = build.criterion(cfg, **_class_weights(cfg))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # what is made in other threads is not counted
+    try:
+        with PeakBytes() as peak:
+            drawn: dict[int, Tensor] = {}
+
+            def real(tensor: Tensor) -> Tensor:
+                if id(tensor) not in drawn:
+                    value = torch.rand(tensor.shape).to(tensor.dtype)
+                    drawn[id(tensor)] = value.requires_grad_(tensor.requires_grad)
+                return drawn[id(tensor)]
+
+            outputs, grid, masks = _mapped([prediction.outputs, prediction.grid, prediction.masks], real)
+            peak.most = before = peak.now
+            made = dataclasses.replace(prediction, outputs=outputs, grid=grid, masks=masks)
+            loss(made, batch)[0].backward()
+            return peak.most - before, [place for place, end in enumerate(_ends(made)) if end.grad is not None]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _mapped(outputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(outputs, Tensor):
+        return change(outputs)
+    if isinstance(outputs, list | tuple):
+        items = [_mapped(item, change) for item in outputs]
+        return type(outputs)(*items) if hasattr(outputs, "_fields") else type(outputs)(items)
+    if dataclasses.is_dataclass(outputs) and not isinstance(outputs, type):
+        values = {field.name: _mapped(getattr(outputs, field.name), change) for field in dataclasses.fields(outputs)}
+        return dataclasses.replace(outputs, **values)
+    return outputs
+
+
+def _class_weights(cfg: DictConfig) -> dict[str, Tensor]:
+    return {} if cfg.loss.class_weights is None else {"class_weights": torch.ones(len(cfg.data.classes))}

@@ -1,0 +1,164 @@
+"""Some steps of a recipe's own training, for what they take: nothing is learnt that is kept, and nothing written."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sized
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from dinoseg import build
+from dinoseg.config.nodes import instantiate
+from dinoseg.config.resolvers import register_resolvers
+from dinoseg.contracts import Loss
+from dinoseg.costs.stand_in import drawn_batch
+from dinoseg.model import Segmenter
+from dinoseg.report.log import RunLog
+from dinoseg.training.checkpoint import Checkpoints
+from dinoseg.training.engine import Engine
+from dinoseg.training.feed import Validation
+from dinoseg.training.meter import held_memory, peak_memory, reset_peak_memory
+from dinoseg.training.tally import Tally
+
+_NEVER = 10**9  # steps
+
+
+class _Enough(Exception):  # noqa: N818 - an end, not an error
+    """All steps are done."""
+
+
+@dataclass
+class Trial:
+    """What steps of a training took.
+
+    Attributes:
+        seconds: of each step that was timed.
+        waited: seconds of it until its batches were there.
+        peak: bytes at most of these and the steps before them, beside `before`.
+        before: bytes that the process or the device held without the model.
+    """
+
+    seconds: list[float] = field(default_factory=list)
+    waited: list[float] = field(default_factory=list)
+    peak: int = 0
+    before: int = 0
+
+
+@dataclass
+class _TimedFeed:
+    """A feed that takes the time at each batch, and ends the training after so many steps."""
+
+    batches: Iterator[Any]
+    device: torch.device
+    accumulate: int
+    warmup: int
+    steps: int
+    trial: Trial
+    seed: int
+    score_names: tuple[str, ...]
+    train: Sized = ()
+    val: Sized = ()
+    lowest: tuple[str, ...] = ()
+    epoch: float = 1.0
+
+    def train_batches(self, start: int) -> Iterator[Any]:
+        """Yield the batches of all steps; what is asked for one more ends the training."""
+        began = None
+        for _ in range(self.warmup + self.steps):
+            began = self._note(began)
+            self.trial.waited.append(0.0)
+            for _ in range(self.accumulate):
+                asked = time.perf_counter()
+                batch = next(self.batches)
+                self.trial.waited[-1] += time.perf_counter() - asked
+                yield batch
+        self._note(began)
+        for noted in (self.trial.seconds, self.trial.waited):
+            del noted[: self.warmup]
+        raise _Enough
+
+    def _note(self, began: float | None) -> float:
+        """Note the seconds since a step began, once it is done, and return when the next one begins."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        if began is not None:
+            self.trial.seconds.append(now - began)
+        return now
+
+    def tally(self, engine: Engine) -> Tally | None:
+        """Count nothing."""
+
+    def validate(self, model: Segmenter, loss: Loss, engine: Engine) -> Validation:
+        """Validate nothing: no step is the last one."""
+        raise NotImplementedError
+
+
+def drawn_steps(values: Mapping[str, Any], samples: int, steps: int = 2) -> Trial:
+    """Try a config's steps on so many samples of noise each, in a process that holds nothing else.
+
+    Args:
+        values: the whole config, plain.
+        samples: at once.
+        steps: to try.
+
+    Raises:
+        OutOfMemory: there is too little.
+    """
+    register_resolvers()
+    cfg = OmegaConf.create(dict(values))
+    engine = instantiate(cfg.engine, instead={"devices": 1})
+    return try_steps(
+        cfg, partial(build.model, cfg, untrained=True), engine, repeat(drawn_batch(cfg, samples)), steps=steps
+    )
+
+
+def try_steps(
+    cfg: DictConfig,
+    make: Callable[[], Segmenter],
+    engine: Engine,
+    batches: Iterator[Any],
+    *,
+    steps: int,
+    warmup: int = 0,
+) -> Trial:
+    """Train a model for some steps by its config's own trainer.
+
+    Args:
+        cfg: the whole config.
+        make: gives the model.
+        engine: of one rank.
+        batches: as many as the steps take, or more.
+        steps: optimizer steps that are timed.
+        warmup: steps before them.
+    """
+    reset_peak_memory(engine.device)
+    trial = Trial(before=held_memory(engine.device))
+    model = make().to(engine.device)
+    classes = {} if cfg.loss.class_weights is None else {"class_weights": torch.ones(len(cfg.data.classes))}
+    loss, optimizer = build.criterion(cfg, **classes).to(engine.device), build.optimizer(cfg, model)
+    # the feed ends it in place of the last step, after which it would validate
+    lengths = {"steps": warmup + steps + 1, "val_every": _NEVER, "save_every": None, "patience": None}
+    fit = instantiate(cfg.trainer, without=("feed", "epochs"), instead=lengths)
+    feed = _TimedFeed(
+        batches,
+        engine.device,
+        cfg.trainer.accumulate,
+        warmup,
+        steps,
+        trial,
+        seed=build.seed_of(cfg),
+        score_names=(cfg.trainer.score,),
+    )
+    checkpoints = Checkpoints(Path(), {}, writes=False)
+    try:
+        with RunLog("", visible=False) as log:
+            fit(model, loss, feed, optimizer, engine, checkpoints, log, schedule=instantiate(cfg.optim.schedule))
+    except _Enough:
+        pass
+    trial.peak = peak_memory(engine.device) - trial.before
+    return trial

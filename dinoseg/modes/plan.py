@@ -1,0 +1,195 @@
+"""mode=plan: what memory a recipe takes to train, and what of it to change so that it fits."""
+
+import dataclasses
+import math
+import shlex
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from tabulate import tabulate
+
+from dinoseg import build
+from dinoseg.config.nodes import instantiate
+from dinoseg.config.plain import plain
+from dinoseg.costs.fitting import Fit, Fitting, Words
+from dinoseg.costs.step_bytes import StepBytes
+from dinoseg.costs.target import KINDS, Target, memory_of
+from dinoseg.costs.trial import drawn_steps
+from dinoseg.errors import UserError
+from dinoseg.inference.memory import OutOfMemory, free_bytes
+from dinoseg.processes.workers import in_own_process
+from dinoseg.regimes.choice import regime_of
+from dinoseg.runs.folder import last_command_line
+from dinoseg.storage.atomic import write_json
+from dinoseg.training.engine import Engine
+from dinoseg.wording import count_of, typed
+
+_GIB = 2**30
+_MORE = 1.25  # times what was foretold, where a dry step did not end
+_TRIES = 3  # plans that a dry step may find too large
+
+
+def plan(
+    cfg: DictConfig,
+    *,
+    out_dir: Path,
+    memory: str | int | float | None = None,
+    device: str | None = None,
+    dry_step: bool = True,
+    change_model: bool = True,
+) -> dict[str, Any]:
+    """Foretell the memory of a recipe's training step, find what makes it fit, and print how to start it so.
+
+    Args:
+        cfg: the whole config.
+        out_dir: the run folder.
+        memory: what there is, such as 24GiB; None: what is free on this device.
+        device: cuda or cpu: what is planned for; None: the engine's.
+        dry_step: try what is found with two real steps, where this device is the one and has room.
+        change_model: train fewer blocks where nothing else helps.
+
+    Raises:
+        UserError: nothing that is known here fits, or a value is none.
+    """
+    target, engine = _target(cfg, memory, device)
+    regime_of(cfg).check_parts(cfg, build.outline(cfg), target.world)
+    if cfg.data.batch_size % target.world:
+        raise UserError(
+            f"data.batch_size={cfg.data.batch_size} cannot be shared by {target.world} devices: use a multiple of "
+            f"{target.world}."
+        )
+    fitting = Fitting(cfg, target, may_change_model=change_model)
+    _print_step(fitting.as_it_is, target)
+    found = _found(fitting)
+    measured = None
+    for _ in range(_TRIES):
+        measured = _measured(found.cfg, engine, found, target) if dry_step and engine is not None else None
+        if measured is None or measured <= target.memory:
+            break
+        seen = (measured - target.beside) / (found.need - target.beside)
+        target = dataclasses.replace(target, seen=target.seen * seen)
+        found = _found(Fitting(cfg, target, may_change_model=change_model))
+    words = {key: value for change in found.changes for key, value in change.words.items()}
+    command = _command(out_dir, words)
+    _print_changes(found, target, command)
+    result = {
+        "device": target.kind,
+        "memory": target.memory,
+        "as_it_is": {"step": dataclasses.asdict(fitting.as_it_is.step), "need": fitting.as_it_is.need},
+        "planned": {"step": dataclasses.asdict(found.step), "need": found.need, "measured": measured},
+        "changes": [{"words": dict(change.words), "reason": change.reason} for change in found.changes],
+        "command": command,
+    }
+    write_json(out_dir / "plan.json", result)
+    return result
+
+
+def _target(cfg: DictConfig, memory: str | float | None, device: str | None) -> tuple[Target, Engine | None]:
+    """Return what is planned for, and the engine to try it on; None: it is another device than this machine's."""
+    if device not in (None, *KINDS):
+        raise UserError(f"mode.device={device} is unknown. Choose {' or '.join(KINDS)}, or leave it out.")
+    amount = None if memory is None else memory_of(memory)
+    world = cfg.engine.devices
+    if cfg.engine.sharding != "none":
+        raise UserError(
+            f"engine.sharding={cfg.engine.sharding}: mode=plan counts all weights on each device, and knows nothing of "
+            "parts of them. Leave it out: what fits without it fits with it."
+        )
+    engine = instantiate(cfg.engine, instead={"devices": 1})
+    kind = device or engine.device.type
+    if kind not in KINDS:
+        raise UserError(
+            f"mode=plan knows {' and '.join(KINDS)}, not {kind}. Give mode.device=cpu, or engine.device=cpu."
+        )
+    if kind != engine.device.type:
+        if amount is None:
+            raise UserError(f"mode.device={kind} is not this machine's: say what it has with mode.memory, as 24GiB.")
+        return Target(kind, amount, bf16=cfg.engine.precision != "fp32", world=world), None
+    free = free_bytes(engine.device) if amount is None else amount
+    if math.isinf(free):
+        raise UserError("This system does not say how much memory is free. Give mode.memory, as 24GiB.")
+    return Target(kind, round(free), bf16=engine.bf16, world=world), engine
+
+
+def _found(fitting: Fitting) -> Fit:
+    found = fitting.found()
+    if found is None:
+        least, target = fitting.least, fitting.target
+        with_all = " ".join(map(str, least.changes)) or "as it is"
+        raise UserError(
+            f"Nothing that is tried fits {_told(target.memory)}: what takes least, {with_all}, takes about "
+            f"{_told(least.need)}. Give a smaller resolution.crop or resolution.scale, a smaller backbone, adapter="
+            "qlora, or adapter=frozen."
+        )
+    return found
+
+
+def _measured(cfg: DictConfig, engine: Engine, found: Fit, target: Target) -> int | None:
+    """Return what two real steps take, with what lies beside tensors; None: there is no room to try."""
+    free = free_bytes(engine.device)
+    if found.need > free:
+        print(f"No dry step: it would take about {_told(found.need)}, and {_told(free)} are free on this device.\n")
+        return None
+    samples = cfg.data.batch_size // target.world
+    try:
+        trial = in_own_process(partial(drawn_steps, samples=samples), plain(cfg))
+    except OutOfMemory as error:
+        print(f"A dry step ended for want of memory: {error}\n")
+        return round(_MORE * found.need)
+    if trial is None:
+        print("The process of a dry step was killed, most likely for want of memory.\n")
+        return round(_MORE * found.need)
+    # on a CPU the process is measured with all that lies beside its tensors
+    measured = trial.peak + (target.beside if target.kind == "cuda" else 0)
+    print(
+        f"Two real steps took {_told(measured)}; foretold were {_told(found.need)}, of which tensors "
+        f"{_told(found.step.peak)}.\n"
+    )
+    return measured
+
+
+def _print_step(fit: Fit, target: Target) -> None:
+    step, cfg = fit.step, fit.cfg
+    rows = [(name.replace("_", " "), _told(value)) for name, value in _parts(step).items() if value]
+    rows += [("most of these at a time", _told(step.peak)), ("with holes and libraries", _told(fit.need))]
+    each = count_of(cfg.data.batch_size // target.world, "sample")
+    print(
+        f"A training step of {each} of {' x '.join(map(str, cfg.resolution.crop))} at once on a {target.kind} device "
+        f"({'bfloat16' if target.bf16 else 'float32'}), estimated:\n"
+    )
+    print(tabulate(rows, tablefmt="plain", colalign=("left", "right")), end="\n\n")
+
+
+def _parts(step: StepBytes) -> Mapping[str, int]:
+    parts = dataclasses.asdict(step)
+    del parts["peak"]
+    return parts
+
+
+def _print_changes(found: Fit, target: Target, command: str) -> None:
+    if not found.changes:
+        print(f"It fits {_told(target.memory)} as it is:\n\n  {command}")
+        return
+    print(f"To fit {_told(target.memory)} (then about {_told(found.need)}):\n")
+    for change in found.changes:
+        print(f"- {change}: {change.reason}.")
+    print(f"\n  {command}")
+
+
+def _command(out_dir: Path, words: Words) -> str:
+    """Return the command that trains what was typed, with other words in place of those that change."""
+    gone = ("mode", "hydra.run.dir", *words)
+    kept = [word for word in last_command_line(out_dir) if not _is_of(word.lstrip("+~").partition("=")[0], gone)]
+    new = [f"{key}={typed(value)}" for key, value in words.items()]
+    return shlex.join(["python", "-m", "dinoseg", "mode=train", *kept, *new])
+
+
+def _is_of(key: str, gone: tuple[str, ...]) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in gone)
+
+
+def _told(amount: float) -> str:
+    return f"{amount / _GIB:.2f} GiB" if amount >= _GIB / 10 else f"{amount / _GIB * 1024:.1f} MiB"

@@ -1,0 +1,113 @@
+"""What is changed for a memory, with steps that take what a formula says."""
+
+from types import SimpleNamespace
+
+import pytest
+from command_line import SMALL
+
+from dinoseg.costs import fitting
+from dinoseg.costs.fitting import Fitting, changed
+from dinoseg.costs.step_bytes import StepBytes
+from dinoseg.costs.target import Target, memory_of
+from dinoseg.errors import UserError
+
+BASE = [*SMALL, "data.batch_size=8", "head=mlp"]  # no BatchNorm
+UNIT = 2**20
+
+
+@pytest.fixture
+def fit(compose, monkeypatch):
+    """Fit a recipe to a memory on a CPU: a sample takes 10 units, 4 where it is computed again, a trained block 20."""
+
+    def take(cfg, loss, *, samples, accumulate, bf16, world):
+        each = 4 if cfg.backbone.checkpointing else 10
+        blocks = 0 if cfg.choices.adapter == "frozen" else cfg.adapter.get("blocks") or 2
+        weights = 100 if cfg.choices.adapter == "full" else 0
+        return StepBytes(*[0] * 7, peak=(samples * each + 20 * blocks + weights) * UNIT)
+
+    monkeypatch.setattr(fitting, "step_bytes", take)
+    monkeypatch.setattr(fitting, "LossBytes", lambda *_, **__: None)
+
+    def run(memory, *words, world=1, **options):
+        target = SimpleNamespace(kind="cpu", memory=memory * UNIT, bf16=False, world=world, need=lambda step: step.peak)
+        found = Fitting(compose(*BASE, *words), target, **options).found()
+        return None if found is None else " ".join(map(str, found.changes))
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("memory", "words"),
+    [
+        (120, ""),
+        (119, "data.batch_size=4 trainer.accumulate=2"),
+        (79, "data.batch_size=2 trainer.accumulate=4"),
+        (50, "data.batch_size=1 trainer.accumulate=8"),
+        (49, "backbone.checkpointing=true data.batch_size=2 trainer.accumulate=4"),
+        (44, "backbone.checkpointing=true data.batch_size=1 trainer.accumulate=8"),
+        (43, "adapter.blocks=1 data.batch_size=2 trainer.accumulate=4"),
+        (29, "adapter.blocks=1 backbone.checkpointing=true data.batch_size=2 trainer.accumulate=4"),
+        (23, None),
+    ],
+)
+def test_what_costs_least_comes_first(fit, memory, words):
+    assert fit(memory, "adapter=lora") == words
+
+
+def test_the_model_is_changed_only_where_it_may_be(fit):
+    assert fit(43, "adapter=lora", may_change_model=False) is None
+    assert fit(150, "adapter=full") == "data.batch_size=1 trainer.accumulate=8"
+    assert fit(143, "adapter=full") == "adapter=lora"
+
+
+def test_batch_norm_is_spared_by_computing_again(fit):
+    assert fit(79, "adapter=lora", "head=linear") == "backbone.checkpointing=true"
+    assert (
+        fit(60, "adapter=lora", "head=linear") == "backbone.checkpointing=true data.batch_size=4 trainer.accumulate=2"
+    )
+    assert fit(79, "adapter=lora", "head=linear", "data.batch_size=2", "trainer.accumulate=4") == ""
+
+
+def test_more_go_through_at_once_where_there_is_room(fit):
+    words = ("adapter=frozen", "data.batch_size=2", "trainer.accumulate=3")
+    assert fit(60, *words) == "data.batch_size=6 trainer.accumulate=1"
+    assert fit(59, *words) == "data.batch_size=3 trainer.accumulate=2"
+
+
+def test_a_frozen_backbone_has_nothing_to_compute_again(fit):
+    assert fit(9, "adapter=frozen") is None
+
+
+def test_each_device_gets_as_many(fit):
+    assert fit(60, "adapter=lora", world=4) == ""
+    assert fit(59, "adapter=lora", world=4) == "data.batch_size=4 trainer.accumulate=2"
+    assert fit(49, "adapter=lora", world=4) == "backbone.checkpointing=true"
+
+
+@pytest.mark.parametrize(
+    ("text", "amount"),
+    [("24GiB", 24 * 2**30), ("24GB", 24 * 10**9), ("1.5 GiB", 3 * 2**29), ("800MiB", 800 * 2**20), ("2tb", 2 * 10**12)],
+)
+def test_amounts_are_read_with_their_units(text, amount):
+    assert memory_of(text) == amount
+
+
+@pytest.mark.parametrize("text", ["24", "24G", "GiB", "-1GiB", "0GB", "nan GB", "1e3GiB", "24 GiB free", "", "True"])
+def test_other_amounts_are_refused(text):
+    with pytest.raises(UserError, match="give an amount with its unit, such as 24GiB"):
+        memory_of(text)
+
+
+def test_what_lies_beside_tensors_counts():
+    step = StepBytes(*[0] * 7, peak=10**9)
+    assert Target("cuda", 0, bf16=True).need(step) == 1_080_000_000 + 2**30
+    assert Target("cpu", 0, bf16=True, seen=0.5).need(step) == 875_000_000 + 2**28
+
+
+def test_a_changed_config_is_one_of_its_own(compose):
+    cfg = compose(*BASE)
+    change = fitting.Change({"adapter": "lora", "adapter.blocks": 1, "data.batch_size": 2}, "")
+    new = changed(cfg, (change,))
+    assert (new.choices.adapter, new.adapter.blocks, new.adapter.rank, new.data.batch_size) == ("lora", 1, 16, 2)
+    assert (cfg.choices.adapter, cfg.data.batch_size) == ("full", 8)
+    assert new.adapter.device == "cpu" and str(change) == "adapter=lora adapter.blocks=1 data.batch_size=2"

@@ -1,0 +1,125 @@
+"""A step's bytes are those that a real training makes, and sums that can be done by hand."""
+
+from functools import partial
+from itertools import repeat
+
+import pytest
+import torch
+from command_line import SMALL
+
+from dinoseg import build
+from dinoseg.config.nodes import instantiate
+from dinoseg.costs.stand_in import drawn_batch, image_shape
+from dinoseg.costs.step_bytes import LossBytes, step_bytes
+from dinoseg.costs.trial import try_steps
+from dinoseg.errors import UserError
+from dinoseg.inference.memory import PeakBytes
+from dinoseg.shapes import ClipBatch
+
+BASE = [*SMALL, "engine.precision=fp32", "data.classes=[a,b,c]", "data.batch_size=3", "resolution.crop=[64,48]"]
+FOUR = [*BASE, "adapter=frozen", "backbone.arch.num_hidden_layers=4"]
+MASKS = ["head=mask2former", "head.num_heads=1", "head.num_queries=5"]
+SLOTS = [
+    *("hparam=dinosavi/control", "data=movi", *SMALL[4:9], "adapter=frozen", "resolution.crop=[64,64]"),
+    *("engine=cpu", "engine.precision=fp32"),
+    *("head.slot_dim=16", "head.hidden_dim=16", "head.decoder_dim=16", "data.batch_size=2", "data.clips.cut.length=3"),
+]
+
+
+def foretold(cfg, **given):
+    given = {"samples": cfg.data.batch_size, "accumulate": cfg.trainer.accumulate, "bf16": False, **given}
+    return step_bytes(cfg, LossBytes(cfg, bf16=False, accelerator=False), **given)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [*BASE, "adapter=full", "trainer.ema=0.9"],
+        [*BASE, "adapter=full", "backbone.checkpointing=true", "loss=lovasz"],
+        [*BASE, "adapter=lora", "adapter.rank=2", "head=cnn", "head.channels=16", "trainer.accumulate=3"],
+        [*FOUR, *MASKS, "loss=mask_classification"],
+        [*FOUR, *MASKS, "loss=cross_entropy"],
+        SLOTS,
+    ],
+    ids=["full", "checkpointing", "accumulate", "masks", "mixture", "clips"],
+)
+def test_the_peak_is_that_of_a_real_training(compose, words):
+    cfg = compose(*words)
+    step, engine = foretold(cfg), instantiate(cfg.engine)
+    with PeakBytes() as peak:
+        batches = repeat(drawn_batch(cfg, cfg.data.batch_size))
+        try_steps(cfg, partial(build.model, cfg, untrained=True), engine, batches, steps=2)
+    assert step.peak == pytest.approx(peak.most, rel=0.06)
+
+
+def test_parts_are_what_a_model_and_its_graph_hold(compose):
+    """By hooks on what autograd keeps, which know nothing of how storages are counted."""
+    cfg = compose(*BASE, "adapter=lora", "adapter.rank=2", "adapter.dropout=0.0", "head=mlp", "trainer.ema=0.9")
+    step, model = foretold(cfg, world=2), build.model(cfg, untrained=True).train()
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    own = {t.untyped_storage().data_ptr(): t.nbytes for t in [*model.parameters(), *model.buffers()]}
+    assert step.weights == sum(own.values())
+    assert (step.gradients, step.optimizer, step.ranks) == (trained, 2 * trained, trained)
+    assert step.average == sum(t.nbytes for t in model.state_dict().values())  # a random backbone is held whole
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        prediction = model(drawn_batch(cfg, 3).image)
+    keep(prediction.outputs)
+    by_hand = sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in own)
+    assert step.activations == pytest.approx(by_hand, rel=0.02)
+
+
+def test_more_samples_and_less_that_is_kept_show(compose):
+    cfg = compose(*BASE, "adapter=full")
+    one, four = foretold(cfg, samples=1), foretold(cfg, samples=4)
+    assert four.weights == one.weights and 3.8 < four.activations / one.activations < 4.05
+    again = foretold(compose(*BASE, "adapter=full", "backbone.checkpointing=true"), samples=4)
+    assert again.activations < 0.6 * four.activations and again.weights == four.weights
+    frozen = foretold(compose(*BASE, "adapter=frozen"), samples=4)
+    assert frozen.activations < 0.2 * four.activations and frozen.optimizer < 0.2 * four.optimizer
+    half = foretold(cfg, samples=4, bf16=True)
+    assert 0.5 < half.activations / four.activations < 0.9
+
+
+def test_quantised_weights_take_their_bits(compose):
+    words = [*BASE, "adapter=lora", "adapter.rank=2"]
+    whole, four = foretold(compose(*words)), foretold(compose(*words, "adapter.bits=4"))
+    linear = 2 * (4 * 24 * 24 + 2 * 24 * 48)  # of two blocks
+    assert whole.weights - four.weights == pytest.approx((4 - 0.516) * linear, abs=8)
+    assert four.optimizer == whole.optimizer
+
+
+def test_larger_tiles_of_an_accelerator_are_counted(compose):
+    cfg = compose(*BASE, "adapter=frozen")
+    here, there = (LossBytes(cfg, bf16=False, accelerator=there) for there in (False, True))
+    assert there.of(1) - here.of(1) == 4 * 4 * 3 * 64 * 48
+
+
+def test_nothing_that_was_walked_is_left_behind(compose):
+    """Transformers keeps the positions of DINOv3 by their size: those without numbers would be used in training."""
+    cfg = compose(*BASE, "adapter=frozen")
+    foretold(cfg)
+    model = build.model(cfg, untrained=True)
+    assert torch.isfinite(model(drawn_batch(cfg, 1).image).scores()).all()
+
+
+def test_drawn_batches_have_the_recipe_s_sizes_and_classes(compose):
+    cfg = compose(*BASE, "resolution.crop=[33,7]")
+    batch = drawn_batch(cfg, 5)
+    assert batch.image.shape == (5, 3, 33, 7) and batch.mask.shape == (5, 33, 7) and len(batch.names) == 5
+    assert batch.image.dtype == batch.mask.dtype == torch.uint8 and set(batch.mask.unique().tolist()) <= {0, 1, 2}
+    assert torch.equal(drawn_batch(cfg, 5).image, batch.image) and batch.image.float().std() > 60
+    clips = drawn_batch(compose(*SLOTS), 2)
+    assert isinstance(clips, ClipBatch) and clips.image.shape == (2, 3, 3, 64, 64)
+
+
+def test_clips_as_long_as_their_videos_have_no_size(compose):
+    with pytest.raises(UserError, match="data.clips.cut.length=None: how many frames"):
+        image_shape(compose(*SLOTS, "data.clips.cut.length=null"))
+    with pytest.raises(UserError, match="data=camvid has no clips"):
+        image_shape(compose("data=camvid", "data.root=x", "trainer.feed=clips"))

@@ -1,0 +1,78 @@
+"""mode=plan foretells a training step and prints a command line that can be used as it is."""
+
+import json
+import re
+import shlex
+
+import pytest
+from command_line import SMALL, call
+
+from dinoseg.modes import plan as planning
+
+WORDS = [*SMALL[:2], *SMALL[3:], "data.root=my data", "engine.precision=fp32"]
+
+
+def planned(where, *words):
+    done = call(where, "mode=plan", *WORDS, "hydra.run.dir=run", *words)
+    assert done.status == 0, done.err
+    return json.loads((where / "run/plan.json").read_text()), done.out
+
+
+def test_what_fits_is_tried_and_started_as_it_is(tmp_path):
+    found, out = planned(tmp_path)
+    step = found["planned"]["step"]
+    assert found["changes"] == [] and found["device"] == "cpu"
+    assert found["as_it_is"]["need"] == found["planned"]["need"] >= step["peak"] > step["weights"] > 10_000
+    assert 0 < found["planned"]["measured"] and "Two real steps took" in out and "It fits" in out
+    assert [*shlex.split(found["command"])[:4], *WORDS] == shlex.split(found["command"])
+    assert found["command"] in out and not (tmp_path / "my data").exists()
+
+
+def test_what_does_not_fit_is_changed_by_a_command_that_trains_so(tmp_path):
+    words = ("data.batch_size=8", "resolution.crop=[320,320]", "mode.device=cuda", "mode.memory=1.03GiB")
+    words = (*words, "backbone.checkpointing=true")
+    found, out = planned(tmp_path, *words)
+    (change,) = found["changes"]
+    size, times = change["words"]["data.batch_size"], change["words"]["trainer.accumulate"]
+    assert size * times == 8 and size < 8 and found["planned"]["measured"] is None
+    assert found["planned"]["need"] <= found["memory"] < found["as_it_is"]["need"]
+    typed = shlex.split(found["command"])[4:]
+    assert typed[-2:] == [f"data.batch_size={size}", f"trainer.accumulate={times}"]
+    assert not [word for word in typed if word.startswith(("mode.", "hydra."))] and typed.count("mode=train") == 0
+    assert f"{size} sample" in out and "the same 8" in out and "BatchNorm takes its statistics" in out
+
+
+def test_a_dry_step_that_takes_more_than_was_foretold_makes_another_plan(tmp_path, monkeypatch):
+    tried = []
+
+    def measured(cfg, engine, found, target):
+        tried.append(cfg.data.batch_size)
+        return 2 * target.memory if len(tried) == 1 else target.memory // 2
+
+    monkeypatch.setattr(planning, "_measured", measured)
+    found, _ = planned(tmp_path, "head=mlp", "data.batch_size=8", "resolution.crop=[160,160]", "mode.memory=356MiB")
+    assert len(tried) == 2 and tried[0] > tried[1] == found["changes"][0]["words"]["data.batch_size"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["mode.memory=24"], "mode.memory=24: give an amount with its unit, such as 24GiB"),
+        (["mode.memory=1MiB", "resolution.crop=[512,512]"], r"fits 1\.0 MiB: what takes least, .*takes about .* GiB"),
+        (["mode.device=tpu"], "mode.device=tpu is unknown. Choose cpu or cuda"),
+        (["mode.device=cuda"], "mode.device=cuda is not this machine's: say what it has with mode.memory"),
+        (["mode.dry_step=3"], "mode.dry_step=3"),
+        (["data.batch_size=0"], "data.batch_size=0"),
+        (["data.batch_size=3", "engine.devices=2"], "data.batch_size=3 cannot be shared by 2 devices"),
+        (["engine.sharding=fsdp", "engine.devices=2"], "engine.sharding=fsdp: mode=plan counts all weights"),
+        (["mode.memory=0"], "mode.memory=0: give an amount"),
+        (["mode.memory=-1GiB"], "mode.memory=-1GiB: give an amount"),
+        (["resolution.crop=[0,8]"], "resolution.crop"),
+        (["trainer.accumulate=0"], "trainer.accumulate=0"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_values_that_are_none_are_refused(tmp_path, words, message):
+    done = call(tmp_path, "mode=plan", *WORDS, "hydra.run.dir=run", *words)
+    assert done.status == 1 and re.search(message, done.err), done.err
+    assert "Traceback" not in done.err
