@@ -11,12 +11,14 @@ from typing import TypeVar
 
 from dinoseg.processes.workers import count_cores
 
-Workers = int | str  # loading processes: a number, or auto
+Workers = int | str  # loading processes: a number, AUTO, or FROM_NONE
+AUTO = "auto"  # as many as bring more, two at least
+FROM_NONE = "auto, from none"  # the same, but only this process where loading takes little of the time
 K = TypeVar("K")
 V = TypeVar("V")
 log = logging.getLogger(__name__)
 
-_FIRST = 2  # processes to begin with
+FIRST = 2  # processes to begin with
 _ITEMS, _SECONDS = 30, 3.0  # that a measurement takes at least
 _MUCH = 0.05  # of the time waiting, above which more processes are tried
 _GAIN = 1.05  # times as many items a second, below which more processes are not kept
@@ -27,16 +29,19 @@ def with_enough_workers(
     keys: Iterable[K],
     most: int | None = None,
     clock: Callable[[], float] = time.perf_counter,
+    first: int = FIRST,
 ) -> Generator[V, None, None]:
     """Yield what `load(keys, workers)` gives, in order, however many workers that are.
 
-    Their number doubles while items are waited for, and as long as that brings more items a second.
+    Their number doubles while items are waited for, and as long as that brings more items a second; after none come
+    two.
 
     Args:
         load: gives an item for each key, in order; it is closed and called anew, with the keys that are left.
         keys: what to load.
         most: workers at most; None: this rank's share of the machine's cores, but two at least.
         clock: gives seconds.
+        first: workers to begin with; 0: this process loads by itself.
     """
     source, under_way = iter(keys), deque[K]()  # and the keys that were taken, of items that have not come
 
@@ -45,8 +50,8 @@ def with_enough_workers(
             under_way.append(key)
             yield key
 
-    most = most or max(_FIRST, count_cores() // _ranks_here())
-    search = _Search(min(_FIRST, most), most, clock)
+    most = most or max(FIRST, count_cores() // _ranks_here())
+    search = _Search(min(first, most), most, clock)
     while True:
         again = list(under_way)
         under_way.clear()
@@ -76,7 +81,7 @@ class _Search:
 
     def start(self) -> None:
         """Begin to measure with the present number of workers; the first items are those that they start with."""
-        self._skipped = 2 * self.workers
+        self._skipped = max(1, 2 * self.workers)
         self._waited: list[float] = []  # seconds until an item came, and after it until the next was asked for
         self._held: list[float] = []
         self._mark = self._begin = self._clock()
@@ -103,14 +108,17 @@ class _Search:
             self.workers, self._settled = self._fewer[0], True
             log.info("engine.workers=auto: more processes bring no more: back to %d.", self.workers)
             return True
-        if share <= _MUCH or self.workers == self._most:
+        if self.workers == self._most:
             self._settled = True
             return False
-        self._fewer, self.workers = (self.workers, pace), min(2 * self.workers, self._most)
+        if share <= _MUCH:  # which changes when features are kept from the second epoch on
+            self._fewer, self._waited, self._held, self._begin = None, [], [], self._mark
+            return False
+        self._fewer, self.workers = (self.workers, pace), min(max(FIRST, 2 * self.workers), self._most)
         log.info(
-            "engine.workers=auto: %.0f%% of the time goes into waiting for %d loading processes: trying %d.",
+            "engine.workers=auto: %.0f%% of the time goes into waiting for %s: trying %d.",
             100 * share,
-            self._fewer[0],
+            f"{self._fewer[0]} loading processes" if self._fewer[0] else "this process, which loads by itself",
             self.workers,
         )
         return True

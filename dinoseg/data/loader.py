@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from dinoseg.data.clips.cut import Clips
 from dinoseg.data.clips.view import ClipView
-from dinoseg.data.enough_workers import Workers, with_enough_workers
+from dinoseg.data.enough_workers import FIRST, FROM_NONE, Workers, with_enough_workers
 from dinoseg.errors import UserError
 from dinoseg.shapes import Batch, ClipBatch, Sample, SegmentationData
 from dinoseg.wording import count_of
@@ -196,7 +196,8 @@ class _Keyed(Generic[K, V]):
 def load_in_order(read: Callable[[K], V], keys: Iterable[K], workers: Workers) -> Iterator[V]:
     """Yield `read(key)` for each key in order, read ahead by `workers` processes (0: in this one)."""
     if isinstance(workers, str):
-        return with_enough_workers(functools.partial(_load_ahead, read), keys)
+        first = 0 if workers == FROM_NONE else FIRST
+        return with_enough_workers(functools.partial(_load_ahead, read), keys, first=first)
     if workers < 0:
         raise UserError(f"workers={workers}: give the number of loading processes, 0 for none.")
     return map(read, keys) if workers == 0 else _load_ahead(read, keys, workers)

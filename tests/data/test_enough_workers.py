@@ -7,7 +7,7 @@ import torch
 from making import Pictures
 
 from dinoseg.data import enough_workers
-from dinoseg.data.enough_workers import with_enough_workers
+from dinoseg.data.enough_workers import FROM_NONE, with_enough_workers
 from dinoseg.data.loader import train_batches
 from dinoseg.data.transforms import Augment
 
@@ -15,27 +15,29 @@ from dinoseg.data.transforms import Augment
 class Machine:
     """Loads an item in `read` seconds by each of the workers that run at once, and uses one in `use` seconds."""
 
-    def __init__(self, read, use, cores=99, slower=1.0):
+    def __init__(self, read, use, cores=99, slower=1.0, later=None):
+        self.later = later or read  # seconds, from some item on
         self.now, self.read, self.use, self.cores, self.slower = 0.0, read, use, cores, slower
         self.opened, self.closed = [], 0
 
     def load(self, keys, workers):
         self.opened.append(workers)
         try:
-            ahead = list(itertools.islice(keys := iter(keys), 2 * workers))  # as a DataLoader takes them
+            ahead = list(itertools.islice(keys := iter(keys), 2 * workers or 1))  # as a DataLoader takes them
             while ahead:
                 item = ahead.pop(0)
                 ahead += itertools.islice(keys, 1)
-                every = self.read / min(workers, self.cores)
-                self.now += max(every - self.use, 1e-6)
+                every = self.read / (min(workers, self.cores) or 1)
+                self.now += max(every - self.use, 1e-6) if workers else every
                 yield item
         finally:
             self.closed += 1
 
-    def run(self, most=16, items=400, pauses=()):
+    def run(self, most=16, items=400, pauses=(), **options):
         given = []
-        for item in with_enough_workers(self.load, range(items), most, lambda: self.now):
+        for item in with_enough_workers(self.load, range(items), most, lambda: self.now, **options):
             given.append(item)
+            self.read = self.later if item == 200 else self.read
             self.now += self.use * self.slower ** len(self.opened) + (500 if item in pauses else 0)
         assert given == list(range(items)) and self.closed == len(self.opened)
         return self.opened
@@ -56,6 +58,21 @@ class Machine:
 )
 def test_workers_become_as_many_as_bring_more_and_every_item_comes_once_and_in_order(machine, most, opened):
     assert machine.run(most) == opened
+
+
+@pytest.mark.parametrize(
+    ("machine", "opened"),
+    [
+        (Machine(read=0.01, use=0.2), [0]),
+        (Machine(read=0.1, use=0.2), [0, 2]),
+        (Machine(read=0.5, use=0.2), [0, 2, 4]),
+        (Machine(read=0.1, use=0.2, slower=1.5), [0, 2, 0]),  # what a process costs is more than it brings
+        (Machine(read=0.01, use=0.2, later=0.5), [0, 2, 4]),  # found while it goes on
+        (Machine(read=0.5, use=0.2, later=0.01), [0, 2, 4]),
+    ],
+)
+def test_the_process_itself_loads_where_that_takes_little_time(machine, opened):
+    assert machine.run(first=0) == opened
 
 
 def test_validations_are_no_reason_for_fewer():
@@ -118,5 +135,11 @@ def test_batches_are_the_same_when_their_processes_change_in_between(monkeypatch
     with caplog.at_level(logging.INFO), closing(train_batches(data, augment, **options, workers="auto")) as batches:
         found = list(itertools.islice(batches, 25))
     assert len(caplog.messages) == 1 and "trying 3" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.INFO), closing(train_batches(data, augment, **options, workers=FROM_NONE)) as batches:
+        from_none = list(itertools.islice(batches, 25))
+    assert "trying 2" in caplog.text and "trying 3" in caplog.text
+    for one, other in zip(expected, from_none, strict=True):
+        assert one.names == other.names and torch.equal(one.image, other.image) and torch.equal(one.mask, other.mask)
     for one, other in zip(expected, found, strict=True):
         assert one.names == other.names and torch.equal(one.image, other.image) and torch.equal(one.mask, other.mask)

@@ -9,6 +9,7 @@ from checkpoint_files import INFO
 from torch import nn
 
 from dinoseg.adapters import Frozen, LastBlocks, Lora
+from dinoseg.data import enough_workers, loader
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import Masks
 from dinoseg.data.loader import train_batches
@@ -128,8 +129,28 @@ def test_what_is_kept_is_computed_once(train, computed):
     assert sum(computed) == measured + 5  # the third view of each
 
 
+def test_each_view_of_a_mask_is_decoded_once(train, monkeypatch):
+    train("disk", steps=9)  # two views of each of five, and these as they are
+    opened, mask = [], PairDataset.mask
+    monkeypatch.setattr(PairDataset, "mask", lambda data, index: opened.append(index) or mask(data, index))
+    train("disk", steps=12)
+    assert sorted(opened) == sorted([*range(5)] * 3)
+
+
 def test_features_in_other_processes_are_the_same(train):
     assert train("disk", workers=2)[0] == train("disk", workers=1)[0] == train()[0]
+
+
+def test_each_view_is_read_by_the_training_s_own_process_once_it_was_read_by_any(train, monkeypatch):
+    loaded, load = [], loader._load_ahead
+    monkeypatch.setattr(loader, "_load_ahead", lambda read, keys, n: loaded.append(n) or load(read, keys, n))
+    monkeypatch.setattr(enough_workers, "count_cores", lambda: 2)
+    rows, feed, _ = train("disk", workers="auto", steps=9)
+    assert rows == train(steps=9)[0]
+    assert loaded == [2, 2, 0, 0, 0]  # 6 batches hold both views of all, with a validation; then 3, with two more
+    monkeypatch.setattr(PairDataset, "mask", lambda *_: pytest.fail("a mask is decoded once more"))
+    batches = feed.train_batches(0)
+    assert [next(batches).names for _ in range(3)]
 
 
 def test_a_run_that_goes_on_is_as_one_without_a_stop(train, tmp_path):

@@ -10,7 +10,7 @@ from test_fit import Rows, Stripes
 from tiny_parts import tiny_vit
 
 from dinoseg import ranks
-from dinoseg.adapters import Full, Lora
+from dinoseg.adapters import Frozen, Full, Lora
 from dinoseg.data.transforms import Augment
 from dinoseg.heads.linear import LinearHead
 from dinoseg.heads.mlp import MlpHead
@@ -18,6 +18,7 @@ from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.model import Segmenter
 from dinoseg.training.checkpoint import Checkpoints, read
 from dinoseg.training.engine import Engine
+from dinoseg.training.feature_choice import Plan, feature_cache
 from dinoseg.training.fit import fit
 from dinoseg.training.image_feed import ImageFeed
 from dinoseg.training.loading import load_weights
@@ -37,6 +38,7 @@ CASES = {
         "adapter": lambda: Lora(rank=2, alpha=2, targets="attention"),
         "dtype": "bfloat16",
     },
+    "kept": {"head": lambda: MlpHead(24, 1, 3, 8), "adapter": Frozen, "cache": "disk"},
     # one image to validate: the second rank has none
     "stopped": {"head": lambda: MlpHead(24, 1, 3, 8), "sharding": "fsdp", "adamw": True, "ema": 0.5, "val": 1},
 }
@@ -57,18 +59,23 @@ def untrained(head, adapter=Full, dtype="float32"):
     return Segmenter(adapter()(tiny_vit(dtype=dtype)), head())
 
 
-def train(folder, head, sharding="none", adapter=Full, dtype="float32", val=5, adamw=False, start=None, **options):
+def train(
+    folder, head, sharding="none", adapter=Full, dtype="float32", val=5, adamw=False, start=None, cache="off", **options
+):
     """Train with plain SGD, which hides no factor of the gradient, and return what this rank has of it."""
-    engine, log = Engine("cpu", "fp32", workers=0, sharding=sharding), Rows()
+    engine, log = Engine("cpu", "fp32", workers=0, sharding=sharding, cache=cache), Rows()
     model = engine.place(untrained(head, adapter, dtype))
     sets = (Uneven([(24, 32)] * 6), Uneven([(24, 32)] * val))
-    feed = ImageFeed(*sets, Augment((24, 32)), batch_size=4, seed=0, workers=0, rank=engine.rank, world=engine.world)
+    order = {"batch_size": 4, "seed": 0, "workers": 0, "rank": engine.rank, "world": engine.world}
+    feed = ImageFeed(*sets, Augment((24, 32)), **order, views=None if cache == "off" else 1)
+    loss, plan = CrossEntropy(WEIGHTS), Plan(folder / "cache", 3.0, "", {}, dtype="float32")
+    feed.cache = feature_cache(feed, model, loss, engine, plan)
     groups = parameter_groups(model, lr=0.01 if adamw else 0.05, weight_decay=0.0)
     optimizer = torch.optim.AdamW(groups) if adamw else torch.optim.SGD(groups)
     checkpoints = Checkpoints(folder, dict(INFO), start and read(start), writes=engine.is_main)
     lengths = {"steps": 3, "val_every": 3, "log_every": 1, "clip": None}
     options = {"schedule": schedule("constant"), "score": "loss", **lengths, **options}
-    fit(model, CrossEntropy(WEIGHTS), feed, optimizer, engine, checkpoints, log, **options)
+    fit(model, loss, feed, optimizer, engine, checkpoints, log, **options)
     names = ("step", "train/loss", "train/gradient_norm", "train/miou", "val/loss", "val/miou")
     rows = [{name: row[name] for name in names if name in row} for row in log.rows]
     state = gathered(model.state_dict().items(), keep=True)
@@ -92,7 +99,7 @@ def pair(tmp_path_factory):
     return folder, [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 
-@pytest.mark.parametrize("case", ["weighted", "shared", "shared_lora"])
+@pytest.mark.parametrize("case", ["weighted", "shared", "shared_lora", "kept"])
 def test_losses_gradients_and_weights_are_those_of_one_process(pair, tmp_path, case):
     """Labels are weighted, and the ranks have an unequal number of them."""
     alone = train(tmp_path, **CASES[case] | ALONE)
@@ -102,6 +109,11 @@ def test_losses_gradients_and_weights_are_those_of_one_process(pair, tmp_path, c
         for one, two in zip(alone["rows"], both["rows"], strict=True):
             assert two == pytest.approx(one, rel=1e-5)
         torch.testing.assert_close(both["state"], alone["state"], atol=1e-6, rtol=1e-4)
+
+
+def test_ranks_keep_features_in_one_place(pair):
+    files = list((pair[0] / "kept/cache").rglob("*.features"))
+    assert len(files) == 6 + 5 and len({path.parent for path in files}) == 1
 
 
 def test_shared_weights_are_kept_as_one_process_keeps_them_and_gone_on_with_by_any_number(pair, tmp_path):

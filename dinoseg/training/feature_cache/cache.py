@@ -1,13 +1,14 @@
 """Batches of what the frozen part of a model gives for images: read where it is kept, else computed and kept."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor
 
-from dinoseg.data.enough_workers import Workers
+from dinoseg.data.enough_workers import AUTO, FROM_NONE, Workers
 from dinoseg.data.loader import Transform, drawn_batches, load_in_order, read_view, view_chance
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.transforms import Augment
@@ -16,7 +17,8 @@ from dinoseg.model import Segmenter
 from dinoseg.ranges import NotNegative
 from dinoseg.shapes import FeatureBatch, FrozenFeatures, SegmentationData
 from dinoseg.training.feature_cache.key import hash_of, image_hash
-from dinoseg.training.feature_cache.store import FeatureStore, MemoryStore
+from dinoseg.training.feature_cache.masks import KeptMasks
+from dinoseg.training.feature_cache.store import FeatureStore, MemoryStore, NoStore
 from dinoseg.transfer import sent
 
 _DRAW_DIGITS = 15  # of a hash, as a number that every device's generator takes
@@ -86,6 +88,8 @@ class FeatureCache:
     views: int | None
     noise: NotNegative = 0.0
     _store: FeatureStore | None = None
+    _masks: KeptMasks = field(default_factory=KeptMasks)
+    _validated: bool = False
 
     @property
     def store(self) -> FeatureStore:
@@ -94,18 +98,40 @@ class FeatureCache:
         return self._store
 
     def train_batches(
-        self, data: SegmentationData, augment: Transform, *, seed: int, workers: Workers, **order: int
+        self,
+        data: SegmentationData,
+        augment: Transform,
+        *,
+        seed: int,
+        workers: Workers,
+        batch_size: int,
+        start: int,
+        **order: int,
     ) -> Iterator[Views]:
-        """Yield this rank's share of each training batch, as `loader.train_batches` does of the same views."""
-        read = partial(_read_drawn, data, augment, seed, self.views, self.store, self.drawing)
-        batches = drawn_batches(read, list, len(data), seed=seed, workers=self._workers(workers), **order)
-        return map(partial(Views, self), batches)
+        """Yield this rank's share of each training batch, as `loader.train_batches` does of the same views.
+
+        Once each view was read, AUTO begins anew with this process alone: a view from another costs more to receive
+        than it costs to read here.
+        """
+        read = partial(_read_drawn, data, augment, seed, self.views, self.store, self.drawing, self._masks)
+        batches = partial(drawn_batches, read, list, len(data), batch_size=batch_size, seed=seed, **order)
+        first = self._workers(workers)
+        stream = batches(start=start, workers=first)
+        if self.views is None or isinstance(self.store, NoStore):  # none comes again
+            return map(partial(Views, self), stream)
+        if first == AUTO:
+            seen = self.views * -(-len(data) // batch_size)
+            stream = _followed(stream, seen, partial(batches, start=start + seen, workers=FROM_NONE))
+        return map(self._arrived, stream)
 
     def eval_batches(self, data: SegmentationData, *, workers: Workers, rank: int, world: int) -> Iterator[Views]:
         """Yield this rank's samples once and in order, each by itself and as it is."""
-        read = partial(_read_whole, data, self.store)
-        samples = load_in_order(read, range(rank, len(data), world), self._workers(workers))
-        return (Views(self, [sample]) for sample in samples)
+        read = partial(_read_whole, data, self.store, self._masks)
+        workers = self._workers(workers)
+        workers = FROM_NONE if workers == AUTO and self._validated else workers
+        samples = load_in_order(read, range(rank, len(data), world), workers)
+        self._validated = not isinstance(self.store, NoStore)
+        return (self._arrived([sample]) for sample in samples)
 
     def completed(self, views: list[View], device: torch.device) -> FeatureBatch:
         """Return features and masks of views on `device`; what is not kept is computed and kept."""
@@ -141,6 +167,22 @@ class FeatureCache:
     def _workers(self, workers: Workers) -> Workers:
         return 0 if isinstance(self.store, MemoryStore) else workers  # other processes would not see what is kept
 
+    def _arrived(self, views: list[View]) -> Views:
+        """Return views that were read, here or in another process, and know next time what that took."""
+        for view in views:
+            self._masks.keep((view.key, view.name), view.mask)
+            if view.features is not None:
+                self.store.trust(view.key)
+        return Views(self, views)
+
+
+def _followed(
+    first: Iterator[list[View]], count: int, then: Callable[[], Iterator[list[View]]]
+) -> Iterator[list[View]]:
+    yield from islice(first, count)
+    del first  # the last reference: its processes end
+    yield from then()
+
 
 def view_key(data: SegmentationData, index: int, *draw: object) -> str:
     """Return the key of a view of an image, which `draw` decides; without it, of the image as it is."""
@@ -154,24 +196,26 @@ def _read_drawn(
     views: int | None,
     store: FeatureStore,
     drawing: str,
+    masks: KeptMasks,
     epoch: int,
     index: int,
 ) -> View:
     key = view_key(data, index, drawing, seed, epoch if views is None else epoch % views, index)
     draw = int(hash_of(key, epoch)[:_DRAW_DIGITS], 16)
-    chance = view_chance(seed, views, epoch, index)
+    chance = partial(view_chance, seed, views, epoch, index)
     features = store.get(key)
     if features is not None and isinstance(data, PairDataset) and isinstance(augment, Augment):
-        mask = torch.from_numpy(augment.mask(data.mask(index), chance))
+        mask = masks.get((key, data.names[index]), lambda: augment.mask(data.mask(index), chance()))
         return View(key, mask, data.names[index], features, None, draw)
-    sample = read_view(data, augment, index, chance)
+    sample = read_view(data, augment, index, chance())
     return View(key, sample["mask"], sample["name"], features, sample["image"], draw)
 
 
-def _read_whole(data: SegmentationData, store: FeatureStore, index: int) -> View:
+def _read_whole(data: SegmentationData, store: FeatureStore, masks: KeptMasks, index: int) -> View:
     key = view_key(data, index)
     features = store.get(key)
     if features is not None and isinstance(data, PairDataset):
-        return View(key, torch.from_numpy(data.mask(index)), data.names[index], features, None)
+        mask = masks.get((key, data.names[index]), lambda: data.mask(index))
+        return View(key, mask, data.names[index], features, None)
     sample = data[index]
     return View(key, sample["mask"], sample["name"], features, sample["image"])

@@ -1,7 +1,6 @@
 """Features of images under their keys, on the disk or in memory: what is not there is computed again, and no more."""
 
 import logging
-import mmap
 import os
 import shutil
 import stat
@@ -46,6 +45,10 @@ class FeatureStore(Protocol):
         """
         ...
 
+    def trust(self, key: str) -> None:
+        """Take a key for whole: a process of this one's has read it."""
+        ...
+
     def __contains__(self, key: str) -> bool:
         """Return whether there is something under a key, whole or not."""
         ...
@@ -87,6 +90,9 @@ class MemoryStore:
                 _tell_end(f"The {in_bytes(self.cap)} of memory for features are used up")
         return restored(kept, self.stored)
 
+    def trust(self, key: str) -> None:
+        """Do nothing: nothing that is in memory is checked."""
+
     def __contains__(self, key: str) -> bool:
         return key in self._kept
 
@@ -107,6 +113,9 @@ class NoStore:
     def put(self, key: str, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return the tensors."""
         return list(tensors)
+
+    def trust(self, key: str) -> None:
+        """Do nothing."""
 
     def __contains__(self, key: str) -> bool:
         return False
@@ -168,6 +177,10 @@ class DiskStore:
                 _tell_end(f"No features can be written to {self.folder} ({full})")
         return restored(kept, self.stored)
 
+    def trust(self, key: str) -> None:
+        """Take a key for whole: a process of this one's has read it."""
+        self._seen.add(key)
+
     def __contains__(self, key: str) -> bool:
         return self._path(key).is_file()
 
@@ -192,6 +205,7 @@ class DiskStore:
             write_whole(file, memoryview(content))
         self._used += len(content)
         self._written += len(content)
+        self._seen.add(path.stem)
 
     def _free(self) -> int:
         """Return the bytes that may be written as things stand."""
@@ -229,14 +243,16 @@ class DiskStore:
 
 
 def _read(path: Path, *, touch: bool) -> np.ndarray:
-    """Return the bytes of a file, mapped: files are replaced and removed, never changed, so a map stays as it is."""
+    """Return the bytes of a file; not mapped, since reading a map of a file that was cut kills the process."""
     status = path.lstat()
     if not stat.S_ISREG(status.st_mode):
         raise Misshapen("it is a folder, a link or the like")
     if not 0 < status.st_size <= MOST_BYTES:
         raise Misshapen(f"it has {status.st_size} bytes")
+    content = np.empty(status.st_size, np.uint8)
     with open(path, "rb") as file:
-        content = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)
+        if file.readinto(content.data) < len(content):
+            raise Misshapen("it ends too early")
     if touch:
         with suppress(OSError):  # a cache that may only be read
             os.utime(path)

@@ -144,6 +144,14 @@ def test_a_file_that_was_checked_is_still_held_against_its_size(tmp_path):
         assert store.get(KEYS[0]) is None
 
 
+def test_features_stay_where_their_file_is_cut_while_they_are_used(tmp_path):
+    store = DiskStore(tmp_path, "a", "float16")
+    fill(store, [0])
+    (found,) = store.get(KEYS[0])
+    os.truncate(tmp_path / "a" / f"{KEYS[0]}.features", 0)  # of a mapped file, nothing could be read any more
+    assert torch.equal(found, features()[0].half())
+
+
 def test_features_that_are_held_outlive_their_file_and_nobody_writes_to_it(tmp_path):
     store = DiskStore(tmp_path, "a", "float16")
     fill(store, [0])
