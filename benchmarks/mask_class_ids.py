@@ -7,14 +7,13 @@ ids differ whose scores do not tie.
 """
 
 import argparse
-import os
-import platform
 import sys
 import time
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from rows import Row, machine, tell
 from tabulate import tabulate
 from torch import Tensor
 
@@ -43,15 +42,14 @@ def main() -> int:
         seconds, mebibytes, ids = measured(outputs, size, args.repeats)
         differing += apart(outputs, ids["usual"], ids["ours"], size)
         row = [f"{regions} regions, {classes} classes" if regions else f"noise, {classes} classes"]
-        for numbers, form in ((seconds, ".2f"), (mebibytes, ".0f")):
-            row += [*(f"{numbers[way]:{form}}" for way in WAYS), f"{numbers['usual'] / numbers['ours']:.1f}"]
+        for what, numbers, form in (("time", seconds, ".2f"), ("memory", mebibytes, ".0f")):
+            ratio = numbers["usual"] / numbers["ours"]
+            row += [*(f"{numbers[way]:{form}}" for way in WAYS), f"{ratio:.1f}"]
+            tell(Row(f"class ids of {row[0]}, {what}", "all masks at all pixels", ratio))
         rows.append(row)
     print(tabulate(rows, headers=("masks", "usual s", "ours s", "ratio", "usual MiB", "ours MiB", "ratio")))
-    print(
-        f"\nids of {size[0]} x {size[1]}; {differing} ids differ that do not tie; usual: all masks upsampled and mixed"
-    )
-    print(f"at all pixels, then the highest class; torch {torch.__version__}, {platform.machine()}, ", end="")
-    print(f"{args.threads} threads, load {os.getloadavg()[0]:.1f}")
+    print(f"\nids of {size[0]} x {size[1]}; {differing} ids differ that do not tie; usual: all masks upsampled and")
+    print(f"mixed at all pixels, then the highest class; {args.threads} threads; {machine()}")
     return int(differing > 0)
 
 

@@ -56,6 +56,8 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "tracking": Benchmark("tracking.py", "", "--grid 12 16 --channels 16 --repeats 1"),
     "windows": Benchmark("windows.py", "", "--size 256 192 --classes 3 --window 64"),
     "video": Benchmark("predict_video.py", "", "--frames 8 --repeats 1"),
+    "masks": Benchmark("mask_class_ids.py", "", "--size 64 96 --repeats 1"),
+    "gpu": Benchmark("gpu.py", "", "--tiny"),
 }
 
 
