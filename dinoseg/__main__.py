@@ -43,6 +43,7 @@ def _command(arguments: list[str]) -> None:
     import hydra
     from hydra.errors import HydraException
 
+    from dinoseg.command.extras import missing_extra
     from dinoseg.command.own_keys import with_own_keys
     from dinoseg.command.recipes import with_recipe_files
     from dinoseg.command.typos import check_patterns, explain, explain_value
@@ -65,6 +66,11 @@ def _command(arguments: list[str]) -> None:
         _fail(str(error))
     except HydraException as error:
         _fail(explain(sys.argv[1:], folders, error))
+    except ImportError as error:
+        message = missing_extra(sys.argv[1:], error)
+        if not message:
+            raise
+        _fail(message)
     except ValueError as error:  # Hydra's and OmegaConf's, of what a word may not stand for; or a job's
         message = explain_value(sys.argv[1:], folders, error)
         if not message:

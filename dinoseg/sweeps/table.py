@@ -1,6 +1,9 @@
 """Sweeps: cells that cannot work are refused before the first job, and a table of all jobs stands at the end."""
 
 import csv
+import json
+import os
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,9 +11,11 @@ from typing import Any
 
 from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from tabulate import tabulate
 
+from dinoseg.storage.atomic import write_json
 from dinoseg.sweeps.check import impossible_cells
 from dinoseg.sweeps.folds import DEVIATION, FOLD, with_summaries
 from dinoseg.wording import count_of
@@ -25,17 +30,16 @@ SHARES = {  # keys of a job's scores in 0..1 to their columns, which are in perc
 }
 OTHERS = {"loss": ".4f", "parameters": ",", "trainable": ",", "images_per_s": ".1f", "memory_gib": ".2f"}
 RANKED = ("miou", "J&F-Mean", "FG-ARI")  # the first that any job has decides the order; else the lowest loss
+_TOLD = ".jobs"  # folder in a sweep's, in which jobs tell of themselves: a launcher may run them on other machines
 _SHOWN = 10  # impossible cells in a message
 
 
 class SweepTable(Callback):
     """Checks the cells of a multirun, collects what each job returned, prints a table and writes sweep.csv."""
 
-    def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
-
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """End the process where a cell cannot work; what only running shows is left to its job."""
+        shutil.rmtree(_told(config), ignore_errors=True)  # of a sweep in this folder that was killed
         bad, cells = impossible_cells(config)
         if not bad:
             return
@@ -49,22 +53,27 @@ class SweepTable(Callback):
         sys.exit(1)  # hydra passes over any other exception of a callback
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
-        """Keep a finished job's overrides and scores."""
+        """Keep a finished job's overrides and scores, in the process that ran it."""
+        if config.hydra.mode != RunMode.MULTIRUN:
+            return
         scores = job_return._return_value if isinstance(job_return._return_value, dict) else {}
         # ++ is of a checkpoint's own keys
         words = [word.removeprefix("++").partition("=") for word in job_return.overrides or []]
-        row: dict[str, Any] = {"job": len(self.rows), "words": {key: value for key, _, value in words if key != "mode"}}
+        number = config.hydra.job.num
+        row: dict[str, Any] = {"words": {key: value for key, _, value in words if key != "mode"}}
+        row |= {"job": number, "process": os.getpid()}
         row |= {name: scores.get(name) for name in (*SHARES, *OTHERS, "matrix", "background", "run")}
-        self.rows.append(row | {"note": scores.get("error", "")})
+        write_json(_told(config) / f"{number}.json", row | {"note": scores.get("error", "")})
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Print the table, best first; folds of one setting stand together, with what they say as a whole."""
-        columns = [key for key in (*SHARES, *OTHERS) if any(row[key] is not None for row in self.rows)]
+        jobs = _jobs(_told(config))
+        columns = [key for key in (*SHARES, *OTHERS) if any(row[key] is not None for row in jobs)]
         score, sign = next(((key, -1) for key in RANKED if key in columns), ("loss", 1))
-        if score not in columns and not any(row["note"] for row in self.rows):
+        if score not in columns and not any(row["note"] for row in jobs):
             return
-        swept = _swept([row["words"] for row in self.rows])
-        rows = [{**row, **{key: row["words"].get(key, "") for key in swept}} for row in self.rows]
+        swept = _swept([row["words"] for row in jobs])
+        rows = [{**row, **{key: row["words"].get(key, "") for key in swept}} for row in jobs]
         means = [key for key in columns if key in SHARES or key == "loss"]
         if FOLD in swept:
             groups = with_summaries(rows, [key for key in swept if key != FOLD], means)
@@ -78,6 +87,19 @@ class SweepTable(Callback):
         path = Path(config.hydra.sweep.dir) / "sweep.csv"
         _write(path, rows, swept, columns)
         print(f"\nwritten to {path}")
+        if any(row["note"] and row["process"] != os.getpid() for row in jobs):
+            sys.exit(1)  # of a job that failed here, the command line knows
+
+
+def _told(config: DictConfig) -> Path:
+    return Path(config.hydra.sweep.dir) / _TOLD
+
+
+def _jobs(folder: Path) -> list[dict[str, Any]]:
+    """Take the rows that jobs have left in a folder, by their numbers."""
+    rows = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")]
+    shutil.rmtree(folder, ignore_errors=True)
+    return sorted(rows, key=lambda row: row["job"])
 
 
 def _swept(words: Sequence[Mapping[str, str]]) -> list[str]:

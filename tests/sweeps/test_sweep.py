@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from command_line import SMALL, call, write_data
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from dinoseg.sweeps.table import SweepTable
@@ -105,16 +106,21 @@ def test_a_crash_costs_one_job_and_not_the_table(tmp_path):
         call(tmp_path, "mode=train", *SMALL, "head.num_classes=1")
 
 
+def of_job(folder, number=0):
+    """Return what Hydra's config says to a job of a sweep."""
+    hydra = {"sweep": {"dir": str(folder)}, "mode": RunMode.MULTIRUN, "job": {"num": number}}
+    return OmegaConf.create({"hydra": hydra})
+
+
 @pytest.fixture
 def table(tmp_path):
-    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
     callback = SweepTable()
 
     def end(*values):
         for number, value in enumerate(values):
             job = SimpleNamespace(_return_value=value, overrides=["mode=train", f"seed={number}"])
-            callback.on_job_end(config, job)
-        callback.on_multirun_end(config)
+            callback.on_job_end(of_job(tmp_path, number), job)
+        SweepTable().on_multirun_end(of_job(tmp_path))  # jobs may have run elsewhere
         return tmp_path / "sweep.csv"
 
     return end
@@ -137,6 +143,13 @@ def test_the_best_job_comes_first_and_failures_last(table, capsys):
     assert shown.index("75.00") < shown.index("25.00") < shown.index("ValueError: broken")
 
 
+def test_a_job_that_failed_in_another_process_ends_the_command_with_status_1(table, tmp_path, monkeypatch):
+    monkeypatch.setattr("dinoseg.sweeps.table.os.getpid", iter(range(9)).__next__)
+    with pytest.raises(SystemExit) as ended:
+        table({"miou": 0.5}, {"error": "no"})
+    assert ended.value.code == 1 and len(rows_of(tmp_path / "sweep.csv")) == 2
+
+
 @pytest.mark.parametrize("values", [[], [None, None], [{"frames": 3}]])
 def test_jobs_without_scores_make_no_table(table, values, capsys):
     assert not table(*values).exists() and capsys.readouterr().out == ""
@@ -144,15 +157,15 @@ def test_jobs_without_scores_make_no_table(table, values, capsys):
 
 def test_settings_of_folds_are_ranked_by_their_pooled_score(tmp_path):
     matrices = {"a": [[[1, 1], [1, 1]], [[9, 1], [0, 0]]], "b": [[[5, 0], [0, 5]], [[4, 1], [0, 5]]]}
-    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
     callback = SweepTable()
     for fold in (0, 1):
-        for head, counts in matrices.items():
+        for number, (head, counts) in enumerate(matrices.items()):
             words = ["mode=train", f"head={head}", f"data.fold={fold}"]
             shares = dict.fromkeys(("miou", "miou_no_background", "accuracy"), 0.5)
             value = {**shares, "matrix": counts[fold], "background": 1}
-            callback.on_job_end(config, SimpleNamespace(_return_value=value, overrides=words))
-    callback.on_multirun_end(config)
+            job = SimpleNamespace(_return_value=value, overrides=words)
+            callback.on_job_end(of_job(tmp_path, 2 * fold + number), job)
+    callback.on_multirun_end(of_job(tmp_path))
     rows = rows_of(tmp_path / "sweep.csv")
     assert [row["head"] for row in rows] == ["b"] * 5 + ["a"] * 5
     assert [row["data.fold"] for row in rows[:5]] == ["0", "1", "mean", "deviation", "pooled"]

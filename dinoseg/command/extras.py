@@ -1,0 +1,29 @@
+"""Launchers and sweepers that are installed only where they are asked for."""
+
+from collections.abc import Sequence
+
+from dinoseg.command.words import assignments
+
+_EXTRAS = {
+    "hydra/launcher": {
+        "joblib": "joblib",
+        "submitit_local": "submitit",
+        "submitit_slurm": "submitit",
+        "ray": "ray",
+    }
+}
+
+
+def missing_extra(arguments: Sequence[str], error: ImportError) -> str:
+    """Return which extra a command line needs that could not be imported; "" where it names none.
+
+    Args:
+        arguments: the command line, without the program's name.
+        error: what Hydra raised when it made its launcher.
+    """
+    for _, word in assignments(arguments):
+        group, _, option = word.partition("=")
+        if extra := _EXTRAS.get(group, {}).get(option):
+            said = str(error).split("\n")[0]
+            return f"{word} needs what is not installed here: pip install 'dinoseg[{extra}]' ({said})"
+    return ""
