@@ -66,7 +66,7 @@ def _command(arguments: list[str]) -> None:
         _fail(str(error))
     except HydraException as error:
         _fail(explain(sys.argv[1:], folders, error))
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:
         message = missing_extra(sys.argv[1:], error)
         if not message:
             raise

@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -38,6 +39,8 @@ _OWN_NAME = re.compile(r"[a-z]+_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")  # as cfg/hydra
 
 # processes of a launcher plug-in (joblib, Slurm) know this module by its callback alone, and name the job's folder
 register_resolvers()
+# our config files of launchers have their plug-ins' names, so that the same word works without the plug-in's
+warnings.filterwarnings("ignore", "(?s).* is validated against ConfigStore schema")
 
 
 class NotedFolders(Callback):

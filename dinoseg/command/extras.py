@@ -10,17 +10,20 @@ _EXTRAS = {
         "submitit_local": "submitit",
         "submitit_slurm": "submitit",
         "ray": "ray",
-    }
+    },
+    "hydra/sweeper": {"optuna": "optuna"},
 }
 
 
-def missing_extra(arguments: Sequence[str], error: ImportError) -> str:
+def missing_extra(arguments: Sequence[str], error: Exception) -> str:
     """Return which extra a command line needs that could not be imported; "" where it names none.
 
     Args:
         arguments: the command line, without the program's name.
-        error: what Hydra raised when it made its launcher.
+        error: what Hydra raised when it made its launcher or sweeper.
     """
+    if isinstance(error, RuntimeError) and "Unknown plugin class" not in str(error):
+        return ""
     for _, word in assignments(arguments):
         group, _, option = word.partition("=")
         if extra := _EXTRAS.get(group, {}).get(option):

@@ -39,6 +39,9 @@ class SweepTable(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """End the process where a cell cannot work; what only running shows is left to its job."""
+        if _searches(config):
+            _told(config).mkdir(parents=True, exist_ok=True)
+            return
         shutil.rmtree(_told(config), ignore_errors=True)  # of a sweep in this folder that was killed
         bad, cells = impossible_cells(config)
         if not bad:
@@ -67,7 +70,7 @@ class SweepTable(Callback):
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Print the table, best first; folds of one setting stand together, with what they say as a whole."""
-        jobs = _jobs(_told(config))
+        jobs = _jobs(_told(config), keep=_searches(config))
         columns = [key for key in (*SHARES, *OTHERS) if any(row[key] is not None for row in jobs)]
         score, sign = next(((key, -1) for key in RANKED if key in columns), ("loss", 1))
         if score not in columns and not any(row["note"] for row in jobs):
@@ -95,10 +98,16 @@ def _told(config: DictConfig) -> Path:
     return Path(config.hydra.sweep.dir) / _TOLD
 
 
-def _jobs(folder: Path) -> list[dict[str, Any]]:
-    """Take the rows that jobs have left in a folder, by their numbers."""
+def _searches(config: DictConfig) -> bool:
+    """Return whether a sweeper chooses the cells as it goes, and may go on with earlier ones."""
+    return "storage" in config.hydra.sweeper
+
+
+def _jobs(folder: Path, *, keep: bool) -> list[dict[str, Any]]:
+    """Return the rows that jobs have left in a folder, by their numbers, and remove it, unless it is kept."""
     rows = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")]
-    shutil.rmtree(folder, ignore_errors=True)
+    if not keep:
+        shutil.rmtree(folder, ignore_errors=True)
     return sorted(rows, key=lambda row: row["job"])
 
 
