@@ -43,7 +43,7 @@ def _command(arguments: list[str]) -> None:
     import hydra
     from hydra.errors import HydraException
 
-    from dinoseg.command.extras import missing_extra
+    from dinoseg.command.extras import hush_schemas, missing_extra
     from dinoseg.command.own_keys import with_own_keys
     from dinoseg.command.recipes import with_recipe_files
     from dinoseg.command.typos import check_patterns, explain, explain_value
@@ -52,6 +52,7 @@ def _command(arguments: list[str]) -> None:
     from dinoseg.errors import UserError, telling_file_errors
 
     register_resolvers()
+    hush_schemas()
     folders = config_folders(arguments, Path(CONFIGS))
     # Python 3.14 looks into each help text as it is given; one of Hydra 1.3 is an object, on which it would end
     argparse.ArgumentParser._check_help = lambda *_: None  # type: ignore[attr-defined]

@@ -4,7 +4,6 @@ import os
 import re
 import signal
 import sys
-import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +15,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dinoseg.command.extras import hush_schemas
 from dinoseg.config.plain import plain
 from dinoseg.config.resolvers import register_resolvers
 from dinoseg.errors import UserError, telling_file_errors
@@ -39,8 +39,7 @@ _OWN_NAME = re.compile(r"[a-z]+_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")  # as cfg/hydra
 
 # processes of a launcher plug-in (joblib, Slurm) know this module by its callback alone, and name the job's folder
 register_resolvers()
-# our config files of launchers have their plug-ins' names, so that the same word works without the plug-in's
-warnings.filterwarnings("ignore", "(?s).* is validated against ConfigStore schema")
+hush_schemas()
 
 
 class NotedFolders(Callback):

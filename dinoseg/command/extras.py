@@ -1,5 +1,6 @@
 """Launchers and sweepers that are installed only where they are asked for."""
 
+import warnings
 from collections.abc import Sequence
 
 from dinoseg.command.words import assignments
@@ -13,6 +14,11 @@ _EXTRAS = {
     },
     "hydra/sweeper": {"optuna": "optuna"},
 }
+
+
+def hush_schemas() -> None:
+    """Say nothing of our files for launchers having the names of their plug-ins, which Hydra 1.3 means for schemas."""
+    warnings.filterwarnings("ignore", "(?s).* is validated against ConfigStore schema")
 
 
 def missing_extra(arguments: Sequence[str], error: Exception) -> str:

@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, Override, Quote, QuotedString
+from hydra.core.override_parser.types import Glob, IntervalSweep, Override, Quote, QuotedString
 from hydra.errors import HydraException
 
 from dinoseg.errors import UserError
@@ -108,8 +108,8 @@ def parsed(word: str) -> Override | None:
 
 
 def values_of(override: Override) -> list[str]:
-    """Return an assignment's value as text, of a sweep each of them; a pattern as it is typed."""
-    if isinstance(override.value(), Glob):
+    """Return an assignment's value as text, of a sweep each of them; a pattern or an interval as it is typed."""
+    if isinstance(override.value(), Glob | IntervalSweep):
         return [str(override.input_line).partition("=")[2]]
     if not override.is_sweep_override():
         return [str(override.value())]

@@ -13,6 +13,9 @@ from dinoseg.evaluation.collected import image_mious
 from dinoseg.evaluation.comparison import against, aligned, comparison_table, run_names, scores_of, write_tables
 from dinoseg.evaluation.image_record import evaluated, read_record
 from dinoseg.evaluation.image_report import PAGE
+from dinoseg.evaluation.run_costs import run_rows
+from dinoseg.images import write_png
+from dinoseg.report.costs import costs_picture, costs_table, write_costs
 from dinoseg.report.html.comparison import ComparisonReport, comparison_page
 from dinoseg.report.scores import few_units
 from dinoseg.storage.atomic import write_json, write_text
@@ -23,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 def run(cfg: DictConfig, *, out_dir: Path, runs: Sequence[str] | None) -> dict[str, Any]:
-    """Hold runs of mode=eval against the first of them; print a table, write report.html, compare.csv and compare.json.
+    """Hold runs of mode=eval against the first of them, and show what each scores and costs, best first.
 
     Args:
         cfg: the whole config.
@@ -54,12 +57,17 @@ def run(cfg: DictConfig, *, out_dir: Path, runs: Sequence[str] | None) -> dict[s
         others=others,
         about=about_run(cfg, out_dir, facts),
     )
-    print(comparison_table(names[0], first, others))
+    rows = run_rows(names, folders, records)
+    print(f"{costs_table(rows)}\n\n{comparison_table(names[0], first, others)}")
     units = count_of(report.units, report.unit)
     print(f"\npoints:       less {names[0]}; intervals over {units}" + ("" if report.units > 1 else ", which has none"))
     if few := few_units(report.units, report.unit):
         logger.warning("%s", few)
     write_tables(out_dir, names[0], first, others)
+    write_costs(out_dir / "runs.csv", rows)
+    picture = costs_picture(rows)
+    if picture is not None:
+        write_png(out_dir / "runs.png", picture)
     results = {other.name: {"scores": other.scores, "differences": other.differences} for other in others}
     result = {
         "runs": [str(folder) for folder in folders],
@@ -70,6 +78,7 @@ def run(cfg: DictConfig, *, out_dir: Path, runs: Sequence[str] | None) -> dict[s
     write_json(out_dir / "compare.json", {**result, "units": report.units, "unit": report.unit})
     write_text(out_dir / PAGE, comparison_page(report))
     print(f"report:       {out_dir}/{PAGE}, compare.csv, compare.json, images.csv")
+    print(f"runs:         {out_dir}/runs.csv{', runs.png' * (picture is not None)}")
     return {"miou_difference": others[-1].differences["miou"]["value"], "run": str(out_dir)}
 
 

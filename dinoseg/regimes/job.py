@@ -23,9 +23,10 @@ from dinoseg.runs.settings import settings_of
 from dinoseg.runs.split_record import write_split
 from dinoseg.runs.trained import check_classes
 from dinoseg.shapes import SegmentationData
+from dinoseg.storage.atomic import write_json
 from dinoseg.training import checkpoint
 from dinoseg.training.checkpoint import Checkpoints, Progress
-from dinoseg.training.cost import cost_of
+from dinoseg.training.cost import COST, cost_of
 from dinoseg.training.engine import Engine
 from dinoseg.training.loading import Checkpoint
 from dinoseg.training.optim import warn_of_long_warmup
@@ -103,14 +104,16 @@ class Job:
         # read back, not kept in memory: what is scored here is what mode=eval will score
         best = checkpoint.find(self.out_dir, "best")
         checkpoint.load_weights(model, checkpoint.read(best, finite=self.cfg.finite_weights))
+        cost = cost_of(model, rows)
         scores = self.regime.evaluate(self.cfg, model, self.engine, best, metrics_only=metrics_only, report=report)
         if self.engine.is_main:
             print(f"curves:       {self.out_dir}/{', '.join(path.name for path in curves)}")
             write_settings(self.out_dir, settings_of(self.cfg), scores)
+            write_json(self.out_dir / COST, cost)
             print(f"TensorBoard:  tensorboard --logdir {self.out_dir / 'tensorboard'}")
             print(f"checkpoint:   {best} (step {run.best_step})")
             list_skipped(self.regime.skipped, self.out_dir)
-        return {**scores, **cost_of(model, rows), "best_step": run.best_step, "run": str(self.out_dir)}
+        return {**scores, **cost, "best_step": run.best_step, "run": str(self.out_dir)}
 
 
 def begin(cfg: DictConfig, regime: Regime, engine: Engine, out_dir: Path, steps: int) -> Callable[[int, int], float]:

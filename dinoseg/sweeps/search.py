@@ -99,7 +99,7 @@ class Search(Sweeper):
         study = optuna.create_study(
             storage=JournalStorage(JournalFileBackend(str(self.storage))),
             study_name="search",
-            direction=self.direction,
+            direction=self.direction,  # type: ignore[arg-type, unused-ignore]
             load_if_exists=True,
         )
         words = [self.score, self.direction, *(str(override.input_line) for override in swept)]
@@ -188,10 +188,10 @@ def _values(override: Override) -> Any:
         if low is None or high is None or low > high or (log and low <= 0):
             positive = " of numbers above 0" if log else ""
             raise UserError(f"{override.input_line}: give an interval{positive}, from the lower to the higher end.")
-        whole = isinstance(low, int) and isinstance(high, int)
-        kind = distributions.IntDistribution if whole else distributions.FloatDistribution
-        return kind(low, high, log=log)
-    choices = list(override.sweep_iterator(transformer=Transformer.encode))
+        if isinstance(low, int) and isinstance(high, int):
+            return distributions.IntDistribution(low, high, log=log)
+        return distributions.FloatDistribution(low, high, log=log)
+    choices: list[Any] = list(override.sweep_iterator(transformer=Transformer.encode))
     numbers = [choice for choice in choices if isinstance(choice, int)]
     if isinstance(value, RangeSweep) and not value.shuffle and len(numbers) == len(choices):
         return distributions.IntDistribution(min(numbers), max(numbers), step=abs(int(value.step)))

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from dinoseg.report.log import read_rows
 
+COST = "cost.json"  # in the run folder of a training
+
 
 def count_numbers(parameters: Iterable[Tensor]) -> dict[str, int]:
     """Return how many numbers parameters hold, `total` and `trainable`."""

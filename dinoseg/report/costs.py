@@ -1,0 +1,77 @@
+"""What runs score and cost beside one another: as a table, as CSV and as a picture."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from tabulate import tabulate
+
+from dinoseg.storage.atomic import write_text
+
+COLUMNS = {  # keys of a row to how they are headed and shown
+    "miou": ("mIoU %", lambda value: f"{100 * value:.2f}"),
+    "accuracy": ("pixel accuracy %", lambda value: f"{100 * value:.2f}"),
+    "parameters": ("parameters", "{:,}".format),
+    "trainable": ("trained", "{:,}".format),
+    "seconds": ("s per trained image", "{:.3g}".format),
+    "memory_gib": ("peak GiB of training", "{:.2f}".format),
+}
+_COSTS = ("parameters", "seconds", "memory_gib")  # that a score is drawn against
+_BLUE = "#0072B2"
+
+
+def costs_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return rows of `run` and `COLUMNS`, in their order, as text; what no run has is left out."""
+    kept = {key: column for key, column in COLUMNS.items() if any(row[key] is not None for row in rows)}
+    shown = [[row["run"], *("-" if row[key] is None else kept[key][1](row[key]) for key in kept)] for row in rows]
+    heads = ["run", *(head for head, _ in kept.values())]
+    return tabulate(shown, headers=heads, disable_numparse=True, colalign=("left", *["right"] * len(kept)))
+
+
+def write_costs(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a line per row, scores in 0..1; what is not known is an empty cell."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ["run", *COLUMNS], restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: "" if value is None else value for key, value in row.items()} for row in rows)
+    write_text(path, text.getvalue())
+
+
+def costs_picture(rows: Sequence[Mapping[str, Any]]) -> np.ndarray | None:
+    """Draw mIoU against each cost that two runs or more are known by, as RGB; None where there is none."""
+    panels = []
+    for key in _COSTS:
+        points = [row for row in rows if row["miou"] is not None and row[key]]
+        if len(points) > 1:
+            panels.append((key, points))
+    if not panels:
+        return None
+    figure = Figure(figsize=(1 + 4 * len(panels), 4), dpi=110, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    for axes, (key, points) in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True):
+        _draw(axes, key, points)
+    figure.axes[0].set_ylabel("mIoU %")
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _draw(axes: Axes, key: str, points: Sequence[Mapping[str, Any]]) -> None:
+    costs, scores = [row[key] for row in points], [100 * row["miou"] for row in points]
+    axes.plot(costs, scores, "o", color=_BLUE)
+    if max(costs) > 10 * min(costs):
+        axes.set_xscale("log")
+    middle = (min(costs) * max(costs)) ** 0.5 if axes.get_xscale() == "log" else (min(costs) + max(costs)) / 2
+    for row, cost, score in zip(points, costs, scores, strict=True):
+        right = cost > middle  # names stay within the picture
+        place, side = ((-7, 4), "right") if right else ((7, 4), "left")
+        axes.annotate(row["run"], (cost, score), place, textcoords="offset points", ha=side, fontsize=8)
+    axes.margins(0.12)
+    axes.set_xlabel(COLUMNS[key][0])
+    axes.grid(color="#e3e3e3", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
