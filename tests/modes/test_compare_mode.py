@@ -17,6 +17,7 @@ from dinoseg.images import write_png
 from dinoseg.modes import evaluate
 
 STATES = ("as it is", "at temperature")
+LARGE = {"parameters": 7_000_000, "trainable": 10, "images_per_s": 4.0}
 EVAL = ("mode=eval", "engine=cpu", "engine.workers=0")
 
 
@@ -56,8 +57,32 @@ def test_two_runs_are_compared(runs):
     assert [row["score"] for row in rows][-2:] == ["IoU dark", "IoU bright"]
     assert float(rows[0]["second"]) == pytest.approx(scores[1])
     assert "intervals are over 2 images: percentile bootstraps over fewer than 10 are too narrow" in done.err
+    ranked = list(csv.DictReader((runs / "compared/runs.csv").read_text().splitlines()))
+    assert [float(row["miou"]) for row in ranked] == pytest.approx(sorted(scores, reverse=True))
+    cost = json.loads((runs / "segmenter/cost.json").read_text())
+    sizes = {(int(row["parameters"]), int(row["trainable"])) for row in ranked}
+    assert sizes == {(cost["parameters"], cost["trainable"])}
+        (str(cost["parameters"]), str(cost["trainable"]))
+    }
+    assert [float(row["seconds"]) for row in ranked] == pytest.approx([1 / cost["images_per_s"]] * 2)
+    assert (runs / "compared/runs.png").is_file() and f"{cost['parameters']:,}" in done.out
     page = (runs / "compared/report.html").read_text()
     assert "second against first" in page and page.count("<img") >= 5 and "IoU bright" in done.out
+
+
+def test_what_runs_cost_is_told_where_it_is_known(runs):
+    cost = runs / "second" / "cost.json"  # as of a training: its own comes before its checkpoint's
+    for text, status in (('{"parameters": 1', 1), ("[]", 1), (json.dumps({**LARGE, "memory_gib": None}), 0)):
+        cost.write_text(text)
+        done = compare(runs, "first", "second")
+        assert done.status == status and (not status or "cost.json is damaged" in done.err)
+    cost.unlink()
+    row = next(row for row in csv.DictReader(newest_of(runs, "runs.csv").splitlines()) if row["run"] == "second")
+    assert (row["parameters"], row["memory_gib"], row["seconds"]) == ("7000000", "", "0.25")
+
+
+def newest_of(runs, name):
+    return max(runs.glob(f"compared*/{name}"), key=lambda path: path.stat().st_mtime_ns).read_text()
 
 
 def test_every_evaluation_has_a_report_unless_told(runs):

@@ -1,0 +1,45 @@
+"""Launchers and sweepers that are not installed: which extra brings them."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from command_line import SMALL, call, write_data
+
+from dinoseg.command.extras import missing_extra
+
+NO_LAUNCHER = RuntimeError("Unknown plugin class : 'hydra_plugins.hydra_ray_launcher.ray_launcher.RayLauncher'")
+NO_MODULE = ModuleNotFoundError("No module named 'optuna'\nmore")
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "extra"),
+    [
+        (["-m", "hydra/launcher=ray"], NO_LAUNCHER, "ray"),
+        (["hydra/launcher=submitit_slurm"], NO_LAUNCHER, "submitit"),
+        (["mode=train", "hydra/sweeper=optuna", "a=1"], NO_MODULE, "optuna"),
+        (["hydra/launcher=ray"], RuntimeError("out of memory"), None),
+        (["hydra/launcher=basic"], NO_LAUNCHER, None),
+        (["mode=train", "data.root=hydra/launcher=ray"], NO_MODULE, None),
+    ],
+)
+def test_the_extra_is_that_of_the_words(words, error, extra):
+    said = missing_extra(words, error)
+    assert (f"pip install 'dinoseg[{extra}]'" in said and "\n" not in said) if extra else said == ""
+
+
+def test_every_option_that_is_shipped_says_its_extra_in_its_file():
+    folder = Path(__file__).parents[2] / "dinoseg/cfg/hydra"
+    options = [path for group in ("launcher", "sweeper") for path in (folder / group).glob("*.yaml")]
+    assert len(options) == 5
+    for path in options:
+        said = missing_extra([f"hydra/{path.parent.name}={path.stem}"], NO_MODULE)
+        assert said.split("pip install ")[1].split(" (")[0] in path.read_text()
+
+
+@pytest.mark.skipif(find_spec("ray") is not None, reason="ray is installed here")
+def test_a_launcher_that_is_not_installed_is_named(tmp_path):
+    write_data(tmp_path / "data")
+    done = call(tmp_path, "-m", "mode=train", *SMALL, "head=linear,mlp", "hydra/launcher=ray")
+    assert done.status == 1 and "Traceback" not in done.err
+    assert done.err.startswith("error: hydra/launcher=ray needs what is not installed here: pip install 'dinoseg[ray]'")

@@ -1,0 +1,147 @@
+"""hydra/sweeper=optuna: values are searched for, and a search that was ended goes on."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from dinoseg.errors import UserError
+from dinoseg.storage import locks
+
+pytest.importorskip("optuna")
+from hydra.core.override_parser.overrides_parser import OverridesParser  # noqa: E402
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution  # noqa: E402
+
+from dinoseg.sweeps.search import Search, _values  # noqa: E402
+
+WORDS = ["mode=train", "lr=tag(log,interval(1e-4,1e-1))", "head=linear,mlp"]
+
+
+class Jobs:
+    """A launcher whose jobs score by their learning rate."""
+
+    def __init__(self, does=None):
+        self.done, self.does = {}, does or (lambda number, rate: {"miou": rate, "loss": -rate})
+
+    def launch(self, jobs, initial_job_idx):
+        returned = []
+        for number, words in enumerate(jobs, start=initial_job_idx):
+            assert words[0] == "mode=train"
+            self.done[number] = dict(word.split("=") for word in words)
+            returned.append(SimpleNamespace(return_value=self.does(number, float(self.done[number]["lr"]))))
+        return returned
+
+
+def search(folder, jobs, words=WORDS, **options):
+    defaults = dict(trials=4, at_once=1, score="miou", direction="maximize", sampler="tpe", seed=0)
+    made = Search(str(folder / "search.log"), **{**defaults, **options})
+    made.hydra_context, made.launcher = SimpleNamespace(config_loader=None), jobs
+    made.sweep(list(words))
+
+
+def test_what_was_good_is_tried_more_and_the_same_seed_chooses_the_same(tmp_path):
+    first, second, other = Jobs(), Jobs(), Jobs()
+    search(tmp_path / "a", first, trials=40)
+    search(tmp_path / "b", second, trials=40)
+    search(tmp_path / "c", other, trials=4, seed=1)
+    rates = [float(job["lr"]) for job in first.done.values()]
+    assert first.done == second.done and [*first.done] == list(range(40))
+    assert all(1e-4 <= rate <= 1e-1 for rate in rates)
+    assert {job["head"] for job in first.done.values()} == {"linear", "mlp"}
+    later, sooner = (sum(rate > 0.02 for rate in part) / len(part) for part in (rates[20:], rates[:10]))
+    assert later > 2 * sooner and other.done[0] != first.done[0]
+    lowest = Jobs()
+    search(tmp_path / "d", lowest, trials=40, score="loss", direction="maximize")
+    assert sum(float(job["lr"]) < 1e-3 for job in [*lowest.done.values()][20:]) > 10
+
+
+def test_a_killed_search_runs_again_what_was_running_and_comes_to_its_number(tmp_path):
+    def killed(number, rate):
+        if number == 3:
+            raise KeyboardInterrupt
+        return {"miou": rate}
+
+    whole, begun, rest = Jobs(), Jobs(killed), Jobs()
+    search(tmp_path / "whole", whole, trials=6)
+    with pytest.raises(KeyboardInterrupt):
+        search(tmp_path / "cut", begun, trials=6)
+    with open(tmp_path / "cut/search.log", "a") as file:
+        file.write('{"op_code":6,"worker')  # cut off by the kill
+    search(tmp_path / "cut", rest, trials=6)
+    assert [*begun.done] == [0, 1, 2, 3] and [*rest.done] == [4, 5, 6]
+    assert rest.done[4] == begun.done[3] == whole.done[3]
+    none, more = Jobs(), Jobs()
+    search(tmp_path / "cut", none, trials=6)
+    search(tmp_path / "cut", more, trials=7)
+    assert not none.done and [*more.done] == [7]
+
+
+def test_jobs_that_are_chosen_together_are_launched_together_and_no_more_than_asked(tmp_path):
+    jobs, batches = Jobs(), []
+    launch = jobs.launch
+    jobs.launch = lambda several, initial_job_idx: (batches.append(len(several)), launch(several, initial_job_idx))[1]
+    search(tmp_path, jobs, trials=5, at_once=2, sampler="random")
+    assert batches == [2, 2, 1] and len({job["lr"] for job in jobs.done.values()}) == 5
+
+
+@pytest.mark.parametrize("fault", [{"error": "no"}, {"loss": 1.0}, {"miou": float("nan")}, {"miou": None}, None])
+def test_jobs_without_a_score_count_and_three_of_them_with_no_other_end_it(tmp_path, fault, capsys):
+    hopeless, once = Jobs(lambda number, rate: fault), Jobs(lambda number, rate: {"miou": 0.5} if number else fault)
+    search(tmp_path / "a", hopeless, trials=9)
+    search(tmp_path / "b", once, trials=5)
+    assert [*hopeless.done] == [0, 1, 2] and [*once.done] == [0, 1, 2, 3, 4]
+    assert "None of 3 jobs has a score" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"trials": 0}, "hydra.sweeper.trials=0: give a whole number"),
+        ({"at_once": "2"}, "hydra.sweeper.at_once=2: give a whole number"),
+        ({"direction": "up"}, "Choose maximize or minimize"),
+        ({"sampler": "grid"}, "Choose tpe or random"),
+        ({"words": ["mode=train", "lr=0.1"]}, "no key has several values"),
+        ({"words": ["mode=train", "lr=tag(log,interval(0,1))"]}, "of numbers above 0"),
+        ({"words": ["mode=train", "lr=interval(2,1)"]}, "from the lower to the higher end"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused(tmp_path, options, said):
+    jobs = Jobs()
+    with pytest.raises(UserError, match=said):
+        search(tmp_path, jobs, **options)
+    assert not jobs.done
+
+
+def test_a_storage_is_of_one_search_and_one_process(tmp_path):
+    search(tmp_path, Jobs(), trials=1)
+    with pytest.raises(UserError, match="holds another search"):
+        search(tmp_path, Jobs(), words=[*WORDS[:2], "head=linear"])
+    with pytest.raises(UserError, match="holds another search"):
+        search(tmp_path, Jobs(), score="loss")
+    held = locks.acquire(tmp_path / "search.log.own")
+    try:
+        with pytest.raises(UserError, match="Another process searches with"):
+            search(tmp_path, Jobs())
+    finally:
+        locks.release(held)
+
+
+@pytest.mark.parametrize(
+    ("word", "space"),
+    [
+        ("a=interval(0.5,2)", FloatDistribution(0.5, 2)),
+        ("a=interval(1,8)", FloatDistribution(1, 8)),
+        ("a=int(interval(1,8))", IntDistribution(1, 8)),
+        ("a=tag(log,int(interval(1,8)))", IntDistribution(1, 8, log=True)),
+        ("a=range(1,8,3)", IntDistribution(1, 7, step=3)),
+        ("a=range(0.5,1.5,0.5)", CategoricalDistribution(["0.5", "1.0"])),
+        ("a=shuffle(range(1,3))", CategoricalDistribution(["1", "2"])),
+        ("a=x,'y z',[1,2]", CategoricalDistribution(["x", "'y z'", "[1,2]"])),
+    ],
+)
+def test_words_of_hydra_are_spaces_of_optuna(word, space):
+    found = _values(OverridesParser.create().parse_override(word))
+    assert type(found) is type(space)
+    if isinstance(space, CategoricalDistribution):
+        assert sorted(map(str, found.choices)) == sorted(space.choices)
+    else:
+        assert found == space
