@@ -62,8 +62,6 @@ def test_two_runs_are_compared(runs):
     cost = json.loads((runs / "segmenter/cost.json").read_text())
     sizes = {(int(row["parameters"]), int(row["trainable"])) for row in ranked}
     assert sizes == {(cost["parameters"], cost["trainable"])}
-        (str(cost["parameters"]), str(cost["trainable"]))
-    }
     assert [float(row["seconds"]) for row in ranked] == pytest.approx([1 / cost["images_per_s"]] * 2)
     assert (runs / "compared/runs.png").is_file() and f"{cost['parameters']:,}" in done.out
     page = (runs / "compared/report.html").read_text()
