@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from tabulate import tabulate
 
 from dinoseg.storage.atomic import write_text
@@ -66,6 +67,9 @@ def _draw(axes: Axes, key: str, points: Sequence[Mapping[str, Any]]) -> None:
     axes.plot(costs, scores, "o", color=_BLUE)
     if max(costs) > 10 * min(costs):
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=7))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_formatter(EngFormatter(sep="") if key == "parameters" else "{x:g}")
     middle = (min(costs) * max(costs)) ** 0.5 if axes.get_xscale() == "log" else (min(costs) + max(costs)) / 2
     for row, cost, score in zip(points, costs, scores, strict=True):
         right = cost > middle  # names stay within the picture

@@ -108,7 +108,7 @@ def test_a_crash_costs_one_job_and_not_the_table(tmp_path):
 
 def of_job(folder, number=0):
     """Return what Hydra's config says to a job of a sweep."""
-    hydra = {"sweep": {"dir": str(folder)}, "mode": RunMode.MULTIRUN, "job": {"num": number}}
+    hydra = {"sweep": {"dir": str(folder)}, "sweeper": {}, "mode": RunMode.MULTIRUN, "job": {"num": number}}
     return OmegaConf.create({"hydra": hydra})
 
 
