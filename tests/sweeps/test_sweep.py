@@ -106,9 +106,9 @@ def test_a_crash_costs_one_job_and_not_the_table(tmp_path):
         call(tmp_path, "mode=train", *SMALL, "head.num_classes=1")
 
 
-def of_job(folder, number=0):
+def of_job(folder, number=0, sweeper=None):
     """Return what Hydra's config says to a job of a sweep."""
-    hydra = {"sweep": {"dir": str(folder)}, "sweeper": {}, "mode": RunMode.MULTIRUN, "job": {"num": number}}
+    hydra = {"sweep": {"dir": str(folder)}, "sweeper": sweeper or {}, "mode": RunMode.MULTIRUN, "job": {"num": number}}
     return OmegaConf.create({"hydra": hydra})
 
 
@@ -153,6 +153,15 @@ def test_a_job_that_failed_in_another_process_ends_the_command_with_status_1(tab
 @pytest.mark.parametrize("values", [[], [None, None], [{"frames": 3}]])
 def test_jobs_without_scores_make_no_table(table, values, capsys):
     assert not table(*values).exists() and capsys.readouterr().out == ""
+
+
+def test_rows_of_a_search_that_goes_on_are_kept(tmp_path):
+    for number in (0, 2):  # the second after a kill, or with more trials
+        SweepTable().on_multirun_start(search := of_job(tmp_path, number, {"storage": "search.log"}))
+        job = SimpleNamespace(_return_value={"miou": 0.5}, overrides=["mode=train", f"seed={number}"])
+        SweepTable().on_job_end(search, job)
+        SweepTable().on_multirun_end(search)
+    assert [row["job"] for row in rows_of(tmp_path / "sweep.csv")] == ["0", "2"]
 
 
 def test_settings_of_folds_are_ranked_by_their_pooled_score(tmp_path):
