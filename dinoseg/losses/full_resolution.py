@@ -78,6 +78,7 @@ class _Tiled:
     term: Term
     bands: list[tuple[int, Span]]  # image, rows
     columns: list[Span]
+    fixed: bool  # masks that nobody asks the gradient of, only that of their shares
 
     @classmethod
     def over(
@@ -92,7 +93,8 @@ class _Tiled:
             rows, across = max(1, LAUNCHED // (numbers * width)), width
         bands = spans(height, grid.shape[2], valid[0], rows, grid)
         columns = spans(width, grid.shape[3], valid[1], across, grid)
-        return cls(mask, ignore_index, term, [(image, band) for image in range(images) for band in bands], columns)
+        of_images = [(image, band) for image in range(images) for band in bands]
+        return cls(mask, ignore_index, term, of_images, columns, len(parts) > 1 and not grid.requires_grad)
 
     @torch.no_grad()
     def sums(self, parts: Sequence[Tensor], upstream: Tensor | None) -> tuple[Tensor, list[Tensor]]:
@@ -124,13 +126,15 @@ class _Tiled:
         found = []
         for columns in self.columns:
             pixels = upsample_tile(cells[..., columns.cells], rows.weights, columns.weights)  # (K, rows, columns)
-            scores, back = _mixed(pixels.flatten(1), *shares) if shares else (pixels.flatten(1), _as_it_is)
+            scores = pixels.flatten(1)
+            scores, back = _mixed(scores, *shares, fixed=self.fixed) if shares else (scores, _as_it_is)
             target = labels(self.mask[image, rows.pixels, columns.pixels], self.ignore_index)
             sums, pull = self.term(scores, target.flatten())
             found.append(sums)
             if upstream is not None:
                 pulled, *of_shares = back(pull(upstream))
-                gradients[0][..., columns.cells] += _reduced(pulled.view_as(pixels), rows.weights, columns.weights)
+                if not self.fixed:
+                    gradients[0][..., columns.cells] += _reduced(pulled.view_as(pixels), rows.weights, columns.weights)
                 for gradient, more in zip(gradients[1:], of_shares, strict=True):
                     gradient += more
         return torch.stack(found).sum(0), gradients
@@ -161,8 +165,11 @@ def _as_it_is(pulled: Tensor) -> tuple[Tensor, ...]:
     return (pulled,)
 
 
-def _mixed(masks: Tensor, shares: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]:
-    """Return the logits (K, N) of masks (Q, N), which are overwritten, and how their gradient becomes that of both."""
+def _mixed(masks: Tensor, shares: Tensor, *, fixed: bool) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]:
+    """Return the logits (K, N) of masks (Q, N), which are overwritten, and how their gradient becomes that of both.
+
+    The first gradient is no such of `fixed` masks.
+    """
     masks.sigmoid_()
     scores = shares.T @ masks
     least = torch.finfo(torch.float32).tiny  # that of `Prediction.as_logits`
@@ -170,7 +177,8 @@ def _mixed(masks: Tensor, shares: Tensor) -> tuple[Tensor, Callable[[Tensor], tu
 
     def back(pulled: Tensor) -> tuple[Tensor, ...]:
         slope = (pulled / kept).masked_fill_(scores < least, 0)
-        return (shares @ slope).mul_(masks).mul_(1 - masks), masks @ slope.T
+        of_masks = slope if fixed else (shares @ slope).mul_(masks).mul_(1 - masks)
+        return of_masks, masks @ slope.T
 
     return kept.log(), back
 

@@ -129,6 +129,9 @@ def test_masks_are_mixed_tile_by_tile(name, case):
         assert value.item() == pytest.approx(expected.item(), rel=within, abs=within)
         for part, wanted in zip(found, torch.autograd.grad(expected, exact), strict=True):
             assert (part - wanted).abs().max() <= within * max(wanted.abs().max(), 1e-3)
+        prediction.masks.logits.requires_grad_(False)  # as of a frozen head
+        again, _ = loss(prediction, batch)
+        assert torch.equal(torch.autograd.grad(again, prediction.masks.shares)[0], found[1]) and again == value
 
 
 def mixed(case, dtype):
