@@ -49,15 +49,25 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         "full_resolution_loss.py", "--rounds 1", "--classes 5 --size 64 96 --grid 4 6 --rounds 1 --ways usual tiles"
     ),
     "ids": Benchmark("class_ids.py", "", "--size 64 96 --classes 10 --repeats 1"),
+    "masks": Benchmark("mask_class_ids.py", "", "--size 64 96 --repeats 1"),
     "cache": Benchmark("feature_cache.py", "", "--cases vits --images 2 --size 64 --rounds 1"),
     "heads": Benchmark("many_heads.py", "", "--heads 2 --steps 2 --backbone tiny --repeats 1"),
     "packed": Benchmark("packed.py", "", "--frames 2 --repeats 1"),
     "scores": Benchmark("scores.py", "", "--repeats 1"),
+    "vos": Benchmark("vos_scores.py", "", "--videos 2 --frames 4 --processes 1 --repeats 1"),
     "tracking": Benchmark("tracking.py", "", "--grid 12 16 --channels 16 --repeats 1"),
+    "track": Benchmark("track_video.py", "", "--frames 3 --size 96 128 --short 96 --width 64"),
     "windows": Benchmark("windows.py", "", "--size 256 192 --classes 3 --window 64"),
     "video": Benchmark("predict_video.py", "", "--frames 8 --repeats 1"),
     "masks": Benchmark("mask_class_ids.py", "", "--size 64 96 --repeats 1"),
     "gpu": Benchmark("gpu.py", "", "--tiny"),
+    "end": Benchmark(
+        "end_to_end.py",
+        "--live 3",
+        "--epochs 2 --images 4 --batch 2 --size 28 42 --only 'LightlyTrain, head, fp32' "
+        "'timm, head, fp32' 'dinoseg, head, fp32' 'dinoseg from its cache, head, fp32'",
+        camvid=True,
+    ),
 }
 
 
