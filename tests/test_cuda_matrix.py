@@ -6,7 +6,7 @@ from config_files import options
 from omegaconf import OmegaConf
 from pretended_cuda import on_cuda, pretended_cuda
 from test_cuda_paths import LOGGED, MATCHING, VALIDATION, tiny, train
-from test_matrix import FILES, HEADS, SMALL_ADAPTERS, SMALL_HEADS
+from test_matrix import FILES, HEADS, SMALL_ADAPTERS, SMALL_HEADS, make_batch
 from tiny_parts import load, tiny_node
 
 from dinoseg import build
@@ -23,6 +23,7 @@ LOVASZ = {  # of one that takes the batch as one image: which classes there are 
     "training/engine.py backward: size of a mask's choice": 1,
 }
 WAITS = {"mask_classification": MATCHING, "lovasz": LOVASZ, "ce_lovasz": LOVASZ}
+BACKBONES = ("dino", "dinov2", "dinov2_registers", "convnext", "timm_vit", "timm_pyramid")
 QUANTISED = ("qlora", "lora_8bit")  # whose kernels bitsandbytes calls by addresses of the device's memory
 
 
@@ -69,21 +70,36 @@ def test_each_adapter(tmp_path, adapter):
     check(tmp_path, *cell(adapter=adapter), {}, ema=0.5)
 
 
-@pytest.mark.parametrize("backbone", ["dino", "dinov2", "dinov2_registers", "convnext", "timm_vit", "timm_pyramid"])
+@pytest.mark.parametrize("backbone", BACKBONES)
 def test_each_backbone(tmp_path, backbone):
     check(tmp_path, *cell(adapter="full", backbone=backbone), {})
 
 
-@pytest.mark.parametrize("then", [True, False])
-def test_a_training_goes_on_from_its_checkpoint(tmp_path, then):
-    """With the state of a fused optimizer, also where the next part of the run is on a CPU."""
+@pytest.mark.parametrize(("first", "then"), [(True, True), (True, False), (False, True)])
+def test_a_training_goes_on_from_its_checkpoint(tmp_path, first, then):
+    """With the state of a fused optimizer, also where the part before or after it is on a CPU."""
     whole = train(tmp_path / "whole", *tiny(), steps=4, val_every=2, log_every=2)
-    train(tmp_path / "cut", *tiny(), steps=2, val_every=2, log_every=2)
+    train(tmp_path / "cut", *tiny(), steps=2, val_every=2, log_every=2, cuda=first)
     start = read(tmp_path / "cut" / "last.safetensors")
     rest = train(tmp_path / "cut", *tiny(), steps=4, val_every=2, log_every=2, start=start, cuda=then)
     assert rest.error is None and rest.step == 4
-    if then:
+    if first and then:
         assert all(value.equal(rest.state[name]) for name, value in whole.state.items())
+
+
+def test_every_trained_parameter_has_a_gradient():
+    """DDP, which is told of no unused ones, would wait for it."""
+    cells = [{"head": head} for head in HEADS]
+    cells += [{"adapter": each} for each in FILES["adapter"] if each not in QUANTISED]
+    cells += [{"adapter": "full", "backbone": each} for each in BACKBONES]
+    for given in cells:
+        masks = "num_queries" in SMALL_HEADS.get(given.get("head"), {})
+        model, loss = cell(**given, loss="mask_classification" if masks else "cross_entropy")
+        model.train()
+        batch = make_batch()
+        loss(model(batch.image), batch)[0].backward()
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert trained and not [name for name, parameter in trained.items() if parameter.grad is None], given
 
 
 def test_a_loss_that_waits_is_seen(tmp_path):
