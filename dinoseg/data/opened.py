@@ -3,7 +3,8 @@
 import logging
 from pathlib import Path
 
-from dinoseg.data.packed.pack import pack
+from dinoseg.data.packed.choice import pays
+from dinoseg.data.packed.pack import is_packed, pack
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pairing import not_whole
 from dinoseg.data.scan.scan import scan, unreadable
@@ -15,7 +16,7 @@ from dinoseg.wording import reasons
 log = logging.getLogger(__name__)
 
 ON_ERROR = ("stop", "skip")
-CACHES = (None, "packed")
+CACHES = (None, "packed", "auto")
 
 
 def opened(
@@ -37,7 +38,8 @@ def opened(
         reduced: it is trained on: packed at `longest`. Else at full size, since it is scored there.
         on_error: `stop`: what is no whole pair is an error now, and a file that cannot be read when it is read.
             `skip`: all files are read once, and what cannot be used is left out; `skipped` of the data set names it.
-        cache: `packed`: images and masks come from one file of raw pixels, which is made first.
+        cache: `packed`: images and masks come from one file of raw pixels, which is made first. `auto`: so they do as
+            they are, at full size, if the data set is trained on, it fits the disk, and reading it so is much faster.
         cache_dir: folder of the packed files and of what is known of the files.
         longest: see `pack`.
         workers: processes that read all files once, for `skip` and `packed`; None: one per core.
@@ -48,13 +50,16 @@ def opened(
     if on_error not in ON_ERROR:
         raise UserError(f"data.on_error={on_error} is unknown. Choose one of {', '.join(ON_ERROR)}.")
     if cache not in CACHES:
-        raise UserError(f"data.cache={cache} is unknown. Choose packed, or null for none.")
+        raise UserError(f"data.cache={cache} is unknown. Choose packed or auto, or null for none.")
     if workers is not None and workers < 1:
         raise UserError(f"data.workers={workers}: give the number of processes, 1 or more, or null for one per core.")
     if on_error == "skip":
         dataset = _usable(dataset, split, Path(cache_dir), workers or count_cores())
     elif dataset.lacking:
         raise not_whole(dataset, split)
+    folder = Path(cache_dir).expanduser()
+    if cache == "auto" and reduced and (is_packed(dataset, folder) or pays(dataset, split, folder)):
+        return pack(dataset, cache_dir=cache_dir, workers=workers)
     if cache == "packed":
         return pack(dataset, cache_dir=cache_dir, longest=longest if reduced else None, workers=workers)
     return dataset

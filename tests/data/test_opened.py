@@ -5,8 +5,11 @@ import pytest
 from making import save
 
 from dinoseg import build
+from dinoseg.data import opened as opening
 from dinoseg.data.formats.folder import folder_dataset
 from dinoseg.data.opened import opened
+from dinoseg.data.packed import choice
+from dinoseg.data.packed.pack import PackedDataset
 from dinoseg.data.scan.class_counts import class_counts
 from dinoseg.errors import UserError
 
@@ -48,6 +51,59 @@ def test_nothing_left_is_an_error(data, tmp_path):
         opened(data(), split="train", on_error="skip", cache_dir=tmp_path / "cache")
 
 
+@pytest.fixture
+def automatic(data, tmp_path, caplog):
+    """Return a function that opens the data with data.cache=auto, and what it has said of that."""
+
+    def run(**options):
+        caplog.clear()
+        found = data()
+        with caplog.at_level("INFO"):
+            opened_as = opened(
+                found,
+                **{"split": "train", "reduced": True, "longest": 15, "workers": 1, "cache": "auto"}
+                | {"cache_dir": tmp_path / "cache"}
+                | options,
+            )
+        return found, opened_as, [line for line in caplog.messages if line.startswith("data.cache=auto: split train ")]
+
+    return run
+
+
+def test_what_pays_is_packed_by_itself_and_no_pixel_changes(automatic, tmp_path, monkeypatch):
+    monkeypatch.setattr(choice, "_LEAST_GAIN", 0.0)
+    files, packed, (told,) = automatic()
+    assert isinstance(packed, PackedDataset) and packed.longest is None and packed.names == files.names
+    for one, other in zip(files, packed, strict=True):
+        assert (one["image"] == other["image"]).all() and (one["mask"] == other["mask"]).all()
+    assert "is packed as it is" in told and "all 6 would take about 0.0 MiB" in told
+    assert [path.name.rpartition("_")[0] for path in (tmp_path / "cache").glob("packed*")] == ["packed_full"]
+    monkeypatch.setattr(opening, "pays", lambda *_: pytest.fail("what is packed is measured"))
+    assert isinstance(automatic()[1], PackedDataset)
+
+
+def test_what_does_not_pay_does_not_fit_or_is_not_trained_on_stays(automatic, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(choice, "_LEAST_GAIN", 1e9)
+    files, kept, (told,) = automatic()
+    assert kept is files and "read from its files: packing pays from 1e+09 times as fast on" in told
+    monkeypatch.setattr(choice, "_LEAST_GAIN", 0.0)
+    monkeypatch.setattr(choice, "_OF_FREE", 0.0)
+    files, kept, (told,) = automatic()
+    assert kept is files and "at most 0% of the disk's free" in told
+    assert not list((tmp_path / "cache").iterdir())  # nor is anything left of what was tried
+    files, kept, said = automatic(reduced=False)
+    assert kept is files and not said
+    (tmp_path / "file").write_text("")
+    files, kept, (told,) = automatic(cache_dir=tmp_path / "file/cache")
+    assert kept is files and "since nothing can be written to" in told and "file/cache" in told
+
+
+def test_what_cannot_be_read_is_no_reason_against_packing(automatic, tmp_path):
+    (tmp_path / "data/train/images/n0.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match="n0.png"):
+        automatic()
+
+
 def test_packed_and_skipped_together(data, tmp_path):
     (tmp_path / "data/train/images/n1.png").write_bytes(b"no picture")
     whole = data()
@@ -65,7 +121,7 @@ def test_packed_and_skipped_together(data, tmp_path):
     ("options", "message"),
     [
         ({"on_error": "ignore"}, "data.on_error=ignore is unknown. Choose one of stop, skip"),
-        ({"cache": "disk"}, "data.cache=disk is unknown. Choose packed, or null for none"),
+        ({"cache": "disk"}, "data.cache=disk is unknown. Choose packed or auto, or null for none"),
         ({"workers": 0}, "data.workers=0: give the number of processes, 1 or more, or null"),
     ],
 )

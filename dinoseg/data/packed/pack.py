@@ -130,6 +130,12 @@ def pack(
     return PackedDataset(dataset, store, longest)
 
 
+def is_packed(dataset: PairDataset, cache_dir: Path) -> bool:
+    """Return whether there is a finished store of a data set as it is."""
+    key = StoreKey(dataset.fingerprint(), None)
+    return open_store(cache_dir / key.folder, key, dataset.names, verify=False) is not None
+
+
 def _build(dataset: PairDataset, folder: Path, key: StoreKey, workers: int | None) -> None:
     if folder.exists():
         log.warning("%s is incomplete or damaged: packing anew.", folder)
