@@ -1,11 +1,10 @@
 """Print time and memory of losses at full resolution, tile by tile, against upsampling all logits, side by side.
 
 `python benchmarks/full_resolution_loss.py [--loss dice] [--classes 26 150] [--size 1088 1920] [--grid 68 120]
-[--threads 2] [--device cuda]`: loss and gradient of two images. The references are `F.interpolate` and
-`F.cross_entropy` (or dice written out), eagerly and under torch.compile. Each way is in processes of its own, in turns;
-of times the least counts, of memory what the first full-size call adds to the process's peak after a small one. On CUDA
-our way is the Triton kernel, where `losses/fused.py` takes it. Exits with 1 where the tiles take more than `MOST`
-allows.
+[--threads 2]`: loss and gradient of two images. The references are `F.interpolate` and `F.cross_entropy` (or dice
+written out), eagerly and under torch.compile.
+Each way is in processes of its own, in turns; of times the least counts, of memory what the first full-size call adds
+to the process's peak after a small one. Exits with 1 where the tiles take more than `MOST` allows.
 """
 
 import argparse
@@ -31,9 +30,7 @@ from dinoseg.losses.dice import Dice
 from dinoseg.shapes import Batch, Prediction
 
 MOST = {26: (1.0, 0.2), 150: (1.2, 0.4)}  # classes to: times the eager reference's time, GiB
-MOST_ON_CUDA = (0.5, float("inf"))
 REFERENCES = ("usual", "compiled")
-REFERENCE = "all logits upsampled"
 Way = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -46,16 +43,10 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.way:
         print(*measured(args))
-        return 0
-    if args.device == "cuda" and not torch.cuda.is_available():
-        skipped = "torch sees no CUDA device: run it where there is one"
-        tell(Row(f"loss at full resolution on CUDA, {args.loss}, time", REFERENCE, None, skipped=skipped))
-        print(skipped)
         return 0
     rows, failed = [], False
     for classes in args.classes:
@@ -64,11 +55,10 @@ def main() -> int:
             for way in args.ways:
                 found[way].append(run(way, classes))
         best = {way: tuple(map(min, zip(*values, strict=True))) for way, values in found.items()}
-        most = promised(args, classes)
-        tell(*told(f"{args.loss} on {args.device}, {classes} classes", most, best))
+        tell(*told(args.loss, classes, best))
         rows += [row(way, classes, best) for way in args.ways]
-        if most and {"tiles", "usual"} <= best.keys():
-            failed |= best["tiles"][0] > most[0] * best["usual"][0] or best["tiles"][1] > most[1]
+        if args.loss == "cross_entropy" and classes in MOST and {"tiles", "usual"} <= best.keys():
+            failed |= best["tiles"][0] > MOST[classes][0] * best["usual"][0] or best["tiles"][1] > MOST[classes][1]
     headers = ("classes", "way", "s", "GiB more", "time / usual", "time / compiled", "memory / usual", "loss")
     print(tabulate(rows, headers=headers, floatfmt=".3g"))
     print(f"\n{args.loss}, 2 x {args.size[0]} x {args.size[1]} from {args.grid[0]} x {args.grid[1]}, ", end="")
@@ -77,27 +67,20 @@ def main() -> int:
     return int(failed)
 
 
-def promised(args: argparse.Namespace, classes: int) -> tuple[float, float] | None:
-    """Return the most of the eager reference's time, and the most GiB."""
-    if args.device == "cuda":
-        return MOST_ON_CUDA
-    return MOST.get(classes) if args.loss == "cross_entropy" else None
-
-
-def told(loss: str, most: tuple[float, float] | None, best: dict[str, tuple[float, ...]]) -> list[Row]:
+def told(loss: str, classes: int, best: dict[str, tuple[float, ...]]) -> list[Row]:
     """Return the ratios of the tiles against each reference that ran."""
     if "tiles" not in best:
         return []
-    needed = {"usual": 1 / most[0]} if most else {}
+    needed = {"usual": 1 / MOST[classes][0]} if loss == "cross_entropy" and classes in MOST else {}
     seconds, memory, _ = best["tiles"]
-    what = f"loss at full resolution, {loss}"
+    what = f"loss at full resolution, {loss}, {classes} classes"
     return [
         row
         for way in REFERENCES
         if way in best
         for row in (
-            Row(f"{what}, time", f"{REFERENCE}, {way}", best[way][0] / seconds, needed.get(way)),
-            Row(f"{what}, peak memory", f"{REFERENCE}, {way}", best[way][1] / max(memory, 1e-3)),
+            Row(f"{what}, time", f"all logits upsampled, {way}", best[way][0] / seconds, needed.get(way)),
+            Row(f"{what}, peak memory", f"all logits upsampled, {way}", best[way][1] / max(memory, 1e-3)),
         )
     ]
 
@@ -118,17 +101,16 @@ def measured(args: argparse.Namespace) -> tuple[float, float, float]:
     """Return the least seconds of two calls, the GiB that the first adds to a small one's peak, and the loss."""
     torch.set_num_threads(args.threads)
     classes = args.classes[0]
-    weights = (torch.rand(classes, generator=torch.Generator().manual_seed(0)) + 0.5).to(args.device)
+    weights = torch.rand(classes, generator=torch.Generator().manual_seed(0)) + 0.5
     way, seconds = made(args.loss, args.way), []
-    given = drawn(classes, args.grid, args.size, args.device)
-    # on CUDA the kernel is tried beside the tiles, and chosen by what it takes
-    called(way, *(drawn(classes, (4, 6), (64, 96), "cpu") if args.device == "cpu" else given), weights)
-    before = held(args.device)
+    called(way, *drawn(classes, (4, 6), (64, 96)), weights)
+    given = drawn(classes, args.grid, args.size)
+    before = peak()
     called(way, *given, weights)  # compiles
-    memory = (peak(args.device) - before) / 2**30
-    for _ in range(2 if args.device == "cpu" else 20):
+    memory = (peak() - before) / 2**30
+    for _ in range(2):
         start = time.perf_counter()
-        value = called(way, *given, weights)  # read: the device is waited for
+        value = called(way, *given, weights)
         seconds.append(time.perf_counter() - start)
     return min(seconds), memory, value
 
@@ -140,14 +122,13 @@ def called(way: Way, grid: Tensor, mask: Tensor, weights: Tensor) -> float:
     return value.item()
 
 
-def drawn(classes: int, grid: tuple[int, int], size: tuple[int, int], device: str) -> tuple[Tensor, Tensor]:
+def drawn(classes: int, grid: tuple[int, int], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Return scores of a grid, and masks in blocks of 8 pixels, a tenth of them ignored."""
     draw = torch.Generator().manual_seed(0)
     scores = 3 * torch.randn(2, classes, *grid, generator=draw)
     blocks = torch.randint(0, classes, (2, size[0] // 8, size[1] // 8), generator=draw)
     blocks[torch.rand(blocks.shape, generator=draw) < 0.1] = 255
-    mask = blocks.to(torch.uint8).repeat_interleave(8, 1).repeat_interleave(8, 2)
-    return scores.to(device).requires_grad_(), mask.to(device)
+    return scores.requires_grad_(), blocks.to(torch.uint8).repeat_interleave(8, 1).repeat_interleave(8, 2)
 
 
 def made(loss: str, way: str) -> Way:
@@ -169,7 +150,7 @@ def cross_entropy(grid: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
 
 def dice(grid: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
     shares = F.interpolate(grid, mask.shape[-2:], mode="bilinear").softmax(1)
-    own = mask[:, None] == torch.arange(len(weights), device=mask.device)[:, None, None]
+    own = mask[:, None] == torch.arange(len(weights))[:, None, None]
     hits = torch.where(own, shares, 0).sum((0, 2, 3))
     claimed = torch.where((mask != 255)[:, None], shares, 0).sum((0, 2, 3))
     return (weights * (1 - 2 * hits / (claimed + own.sum((0, 2, 3))))).sum() / weights.sum()
@@ -182,18 +163,8 @@ LOSSES: dict[str, tuple[Callable[[Tensor], Loss], Way]] = {
 }
 
 
-def held(device: str) -> int:
-    """Return the bytes beyond which `peak` rises."""
-    if device == "cpu":
-        return peak(device)
-    torch.cuda.reset_peak_memory_stats()
-    return torch.cuda.memory_allocated()
-
-
-def peak(device: str) -> int:
+def peak() -> int:
     """Return the most bytes that this process has held."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
