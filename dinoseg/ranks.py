@@ -34,6 +34,8 @@ LAUNCH_KEYS = (
     "reads",
 )  # of a mode: the others are its function's
 _GRACE = 60.0  # seconds that the others have to save and end when one has failed
+_LOST = 75  # exit status of a rank that has lost another one, which is the one that has failed
+_GONE = re.compile("by peer|remote process exited")  # gloo's and NCCL's words for that
 _SLURM_PORTS = range(20_000, 40_000)
 _STOPPED = {status: number for number in SIGNALS for status in (128 + number, -number)}  # exit statuses
 
@@ -134,6 +136,8 @@ def _watch(ranks: Sequence[BaseProcess], receiving: connection.Connection) -> An
             ranks[number].join()
             if ranks[number].exitcode and failed is None:
                 failed, deadline = number, time.monotonic() + _GRACE
+            elif ranks[number].exitcode and ranks[failed or 0].exitcode == _LOST:
+                failed = number  # whose connections go before it has ended
     if failed is None:
         return result[0]
     status = ranks[failed].exitcode
@@ -173,6 +177,11 @@ def _run_rank(
     except UserError as error:
         print(f"error (rank {rank}): {error}", file=sys.stderr)
         sys.exit(1)
+    except RuntimeError as error:
+        if not _GONE.search(str(error)):
+            raise
+        print(f"error (rank {rank}): the connection to another rank is lost ({error}).", file=sys.stderr)
+        sys.exit(_LOST)
     except Interrupted as stop:  # the parent says what was saved
         sys.exit(stop.status)
     if rank == 0:

@@ -21,6 +21,14 @@ def mode(cfg, *, out_dir, does):
         raise UserError("a mask is missing")
     if does == f"rank {rank} dies":
         os._exit(7)
+    if does == f"rank {rank} is killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if does == "rank 1 breaks and 0 sees it":
+        while rank and not (out_dir / "seen").exists():
+            time.sleep(0.01)
+        (out_dir / "seen").touch()
+        time.sleep(rank)  # the other one has ended
+        raise RuntimeError("broken" if rank else "Read error [127.0.0.1]:1: Connection reset by peer")
     if does.startswith("rank") or does == "waits":
         (out_dir / f"ready{rank}").touch()
         time.sleep(60)
@@ -55,12 +63,24 @@ def test_the_group_is_left_however_a_mode_ends(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("does", "message"),
-    [("rank 1 fails", "Rank 1 ended with status 1: see its message above."), ("rank 0 dies", "Rank 0 .* status 7")],
+    [
+        ("rank 1 fails", "Rank 1 ended with status 1: see its message above."),
+        ("rank 0 dies", "Rank 0 .* status 7"),
+        ("rank 1 is killed", "Rank 1 was killed by SIGKILL.*resume=auto goes on"),
+    ],
 )
 def test_one_that_fails_ends_all(tmp_path, monkeypatch, does, message):
     monkeypatch.setattr(ranks, "_GRACE", 0.1)
     with pytest.raises(UserError, match=message):
         run(tmp_path, does)
+
+
+def test_the_traceback_is_that_of_the_rank_that_broke_though_another_ends_first(tmp_path, capfd):
+    with pytest.raises(UserError, match="Rank 1 ended with status 1: see its message above"):
+        run(tmp_path, "rank 1 breaks and 0 sees it")
+    said = capfd.readouterr().err
+    assert said.count("Traceback") == 1 and "RuntimeError: broken" in said
+    assert "error (rank 0): the connection to another rank is lost (Read error" in said
 
 
 def test_a_signal_to_the_first_process_reaches_all(tmp_path):
