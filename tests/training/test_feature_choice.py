@@ -1,5 +1,7 @@
 """Training on features that are kept: as on the images themselves, without asking the frozen part again."""
 
+import errno
+import itertools
 import logging
 
 import numpy as np
@@ -28,6 +30,7 @@ from dinoseg.report.log import RunLog
 from dinoseg.training import feature_choice as choice
 from dinoseg.training.checkpoint import Checkpoints, read
 from dinoseg.training.engine import Engine
+from dinoseg.training.feature_cache import store
 from dinoseg.training.feature_choice import Cost, Plan, feature_cache
 from dinoseg.training.fit import fit
 from dinoseg.training.image_feed import ImageFeed
@@ -69,7 +72,8 @@ def train(data, tiny_backbone, tmp_path):
         cache="off", *, adapter=FROZEN, dtype="float32", views=2, steps=6, epochs=None, start=None, seed=0, **options
     ):
         torch.manual_seed(seed)
-        model = Segmenter(adapter(tiny_backbone()), LinearHead(24, 1, 3))
+        scale = options.pop("scale", 1.0)
+        model = Segmenter(adapter(tiny_backbone()), LinearHead(24, 1, 3), scale=scale)
         for parameter in model.head.parameters():
             nn.init.normal_(parameter, std=0.1)
         if seed:
@@ -162,13 +166,44 @@ def test_a_run_that_goes_on_is_as_one_without_a_stop(train, tmp_path):
         assert torch.equal(one, other)
 
 
-def test_features_of_other_weights_are_not_used(train, computed, caplog):
-    train("disk")
+@pytest.mark.parametrize(("other", "told"), [({"seed": 1}, "weights"), ({"scale": 2.0}, "sizes")])
+def test_features_of_other_weights_or_preprocessing_are_not_used(train, computed, caplog, other, told):
+    train("disk", steps=3)
     computed.clear()
     with caplog.at_level(logging.INFO):
-        rows = train("disk", seed=1)[0]
-    assert sum(computed) == 2 + 10 + 5 and "of other weights than now" in caplog.text
-    assert rows == train(seed=1)[0]
+        rows = train("disk", steps=3, **other)[0]
+    assert sum(computed) == 2 + 6 + 5 and f"of other {told} than now" in caplog.text
+    assert rows == train(steps=3, **other)[0]
+
+
+def test_a_training_goes_on_where_the_disk_is_full_and_the_next_one_keeps_the_rest(
+    train, computed, caplog, monkeypatch
+):
+    live, real, left = train(steps=3)[0], store.write_whole, [1 + 4]  # what is measured, and four more
+
+    def write(file, data):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(file, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "write_whole", write)
+        assert train("disk", steps=3)[0] == live and "the disk is full" in caplog.text
+    computed.clear()
+    assert train("disk", steps=3)[0] == live and sum(computed) == 2 + (6 + 5 - 4)
+    computed.clear()
+    assert train("disk", steps=3)[0] == live and sum(computed) == 2
+
+
+def test_trainings_that_go_on_at_once_share_what_is_kept(train, computed):
+    feeds = [train("disk", epochs=9)[1] for _ in range(2)]
+    computed.clear()
+    for ours, theirs in itertools.islice(zip(*(feed.train_batches(0) for feed in feeds), strict=True), 5):
+        pairs_of = [views.to(torch.device("cpu")).image.tensors[0] for views in (ours, theirs)]
+        assert torch.equal(*pairs_of)
+    assert sum(computed) == 10  # by one of the two
+    assert not any(view.features is None for view in next(feeds[0].train_batches(0)).views)
 
 
 @pytest.mark.parametrize(("dtype", "error"), [("float16", 1e-3), ("bfloat16", 1e-2), ("int8", 2e-2)])

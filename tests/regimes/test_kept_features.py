@@ -1,0 +1,39 @@
+"""What of a config kept features depend on: a change of it is told, or makes other views; a learning rate is neither."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from dinoseg.regimes import images
+from dinoseg.regimes.images import ImageRegime
+
+
+@pytest.fixture
+def plan(compose, monkeypatch):
+    """Return a function that gives the plan of a config."""
+    monkeypatch.setattr(images, "feature_cache", lambda feed, model, loss, engine, plan: plan)
+
+    def planned(*words):
+        cfg = compose("data.root=.", "data.classes=[a,b]", "backbone=tiny", "data.views=2", *words)
+        regime = SimpleNamespace(cfg=cfg, feed=SimpleNamespace())
+        ImageRegime.keep_features(regime, None, None, None, 3.0)
+        return regime.feed.cache
+
+    return planned
+
+
+def test_settings_that_features_depend_on_are_told_apart(plan):
+    first = plan()
+    rates = plan("head.lr=1", "adapter.lr=1", "optim.optimizer.lr=1")
+    assert (rates.parts, rates.drawing) == (first.parts, first.drawing)
+    for word, part in (("backbone.patch_size=8", "backbone"), ("adapter=last_blocks", "adapter"), ("head=mlp", "head")):
+        other = plan(word)
+        assert [name for name in first.parts if other.parts[name] != first.parts[name]] == [part]
+        assert other.drawing == first.drawing
+    for word in ("data.augment.flip=0.1", "resolution.crop=[32,32]", "resolution.longest=999"):
+        assert plan(word).drawing != first.drawing
+
+
+def test_keys_of_features_reach_them(plan):
+    found = plan("features.dtype=int8", "features.gib=3", "data.feature_noise=0.2")
+    assert (found.dtype, found.gib, found.noise, found.epochs) == ("int8", 3, 0.2, 3.0)
