@@ -1,4 +1,4 @@
-"""What of a config kept features depend on: a change of it is told, or makes other views; a learning rate is neither."""
+"""What of a config kept features depend on: a change is told, or makes other views; a learning rate is neither."""
 
 from types import SimpleNamespace
 
