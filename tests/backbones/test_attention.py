@@ -122,3 +122,35 @@ def test_without_a_mask_a_block_is_transformers_own(family):
     found = backbone.blocks[0](tokens, **beside)
     backbone.model.config._attn_implementation = "eager"
     torch.testing.assert_close(found, backbone.blocks[0](tokens, **beside), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("tokens", "held"), [(1, 2**22), (40, 2**22), (40, 500), (41, 1)])
+def test_products_of_bfloat16_equal_attention_of_one_call(monkeypatch, tokens, held):
+    monkeypatch.setattr(attention, "_HELD", held)
+    query, key, value, _ = (part.bfloat16() for part in draw(1, tokens))
+    expected = written_out(query, key, value, torch.ones(2, tokens, tokens, dtype=torch.bool), 0.1)
+    found = attention._by_products(query, key, value, 0.1)
+    torch.testing.assert_close(found.double(), expected, atol=0.05, rtol=0.02)
+    assert torch.equal(found[1:], attention._by_products(query[1:], key[1:], value[1:], 0.1))
+
+
+@pytest.mark.parametrize(
+    ("faster", "dtype", "learns", "taken"),
+    [
+        (True, torch.bfloat16, False, True),
+        (True, torch.bfloat16, True, False),
+        (True, torch.float32, False, False),
+        (False, torch.bfloat16, False, False),
+    ],
+)
+def test_products_are_taken_where_they_are_faster_and_nothing_learns(monkeypatch, faster, dtype, learns, taken):
+    calls = []
+    monkeypatch.setattr(attention, "_products_are_faster", lambda: faster)
+    monkeypatch.setattr(attention, "_by_products", lambda *given: calls.append(1) or torch.zeros_like(given[0]))
+    query, key, value, _ = (part.to(dtype) for part in draw(1, 130))
+    for rows in (130, 5):  # those of many rows alone
+        attend(query[:, :, :rows], key.requires_grad_(learns), value, None, dropout=0.0, scale=1.0)
+    assert len(calls) == taken
+    with torch.no_grad():
+        attend(query, key, value, None, dropout=0.0, scale=1.0)
+    assert len(calls) == taken + (taken or (learns and faster))
