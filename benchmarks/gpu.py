@@ -8,7 +8,8 @@ in float32.
 Then the most memory of a LoRA step of ViT-L on one image of 544 x 960 and of 1088 x 1920, with and without recomputed
 blocks, and time and memory of cross-entropy at full size against `F.interpolate` and `F.cross_entropy`.
 
-Without CUDA it says so and measures nothing; `--tiny` runs all of it on the CPU at sizes that mean nothing.
+Without CUDA it says so and measures nothing; `--tiny` runs all of it on the CPU at sizes that mean nothing, and
+`--device cpu --parts speeds --backbones vits16 --sizes 352 480 --batch 1` the same table for a CPU.
 """
 
 import argparse
@@ -36,6 +37,7 @@ from dinoseg.training.engine import Engine
 CLASSES = 26
 WAYS = ("bfloat16", "compiled", "float32")
 TASKS = ("inference", "frozen", "lora", "full")
+PARTS = ("speeds", "memory", "losses")
 TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 WHY = "no CUDA device is here: run it where there is one, or with --tiny to see that everything runs"
 NEEDED = {"usual": 2.0, "compiled": 1.0}  # times as fast as these the loss is to be
@@ -50,21 +52,26 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="on the CPU, at sizes that mean nothing")
     args = parser.parse_args()
-    if not args.tiny and not torch.cuda.is_available():
+    device = "cpu" if args.tiny else args.device
+    if device == "cuda" and not torch.cuda.is_available():
         print(f"Not measured: {WHY}.")
         tell(Row("training and inference on an accelerator", "its matrix products", None, skipped=WHY))
         return
     if args.tiny:
         args.backbones, args.sizes, args.batch, args.repeats = ["vits16"], [32, 48], 2, 1
         args.ways = [way for way in args.ways if way != "compiled"]  # half a minute
-    device = "cpu" if args.tiny else "cuda"
     sizes = list(zip(args.sizes[::2], args.sizes[1::2], strict=True))
-    peak = matrix_peak(device, 128 if args.tiny else 8192)
-    speeds(args, device, sizes, peak)
-    memory(device, args.tiny)
-    losses(device, args.tiny, args.repeats)
+    peak = matrix_peak(device, 128 if args.tiny else 8192 if device == "cuda" else 1024)
+    if "speeds" in args.parts:
+        speeds(args, device, sizes, peak)
+    if "memory" in args.parts:
+        memory(device, args.tiny)
+    if "losses" in args.parts:
+        losses(device, args.tiny, args.repeats)
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     print(f"\n{name}, {peak / 1e12:.3g} TFLOP/s of matrix products in bfloat16; {machine()}")
 

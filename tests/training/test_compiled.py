@@ -4,8 +4,10 @@ import pytest
 import torch
 from tiny_parts import tiny_vit
 
-from dinoseg.adapters import Lora
+from dinoseg.adapters import Frozen, Lora
 from dinoseg.errors import UserError
+from dinoseg.heads.linear import LinearHead
+from dinoseg.model import Segmenter
 from dinoseg.training import compiled
 from dinoseg.training.compiled import compile_blocks
 from dinoseg.training.engine import Engine
@@ -67,6 +69,15 @@ def test_a_pyramid_and_shared_weights_are_refused(monkeypatch):
     monkeypatch.setattr(Engine, "world", 2)
     with pytest.raises(UserError, match="engine.compile=true with engine.sharding=fsdp: leave one of them out"):
         Engine("cpu", "fp32", devices=2, sharding="fsdp", compile=True)
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_an_engine_compiles_the_blocks_of_what_it_places_if_it_is_told(shapes, wanted):
+    model = Segmenter(Frozen()(tiny_vit()), LinearHead(24, 1, 3)).eval()
+    placed = Engine("cpu", "fp32", compile=wanted).place(model)
+    for _ in range(2):
+        placed(torch.rand(1, 3, 32, 24))
+    assert len(shapes) == wanted * len(model.backbone.blocks)
 
 
 @pytest.mark.slow
