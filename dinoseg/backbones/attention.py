@@ -58,7 +58,7 @@ def _products_are_faster() -> bool:
 
 
 def _by_products(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Return unmasked attention by matrix products, some rows at a time: half the time of torch's in bfloat16.
+    """Return unmasked attention by matrix products, some rows at a time: about half the time of torch's in bfloat16.
 
     Scores are rounded to bfloat16 before the softmax, as any attention written out in bfloat16 rounds them.
     """
