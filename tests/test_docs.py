@@ -22,6 +22,7 @@ SMALLER = {  # what a mode is given beside the words of its command
     "train": (*SHORT, *CPU),
     "eval": CPU,
     "probe": CPU,
+    "bench": (*SHORT, *CPU, "mode.steps=2", "mode.images=2", "mode.warmup=0", "mode.drawn=true"),
     "plan": (*SHORT, *CPU, "mode.dry_step=false"),
     "predict": CPU,
     "track": CPU,
@@ -33,6 +34,7 @@ WRITES = {  # what a mode leaves in its run folder, or "run.log"
     "summary": "summary.json",
     "probe": "probe.csv",
     "plan": "plan.json",
+    "bench": "bench.json",
     "score": "scores.json",
     "doctor": "doctor.html",
     "export": "backbone.safetensors",
@@ -107,7 +109,7 @@ def as_run(command, stand_ins):
         words = [re.sub(r"=([^\[,]*),.*", r"=\1", word) for word in words if word != "-m"]
     mode = mode_of(command)
     words = with_stand_ins(words, stand_ins)
-    if mode in ("train", "probe", "plan", "predict", "track") or (
+    if mode in ("train", "probe", "plan", "bench", "predict", "track") or (
         mode in ("eval", "summary") and "resume=" not in command
     ):
         words += small_model(words)

@@ -65,7 +65,7 @@ class LossBytes:
     """
 
     def __init__(self, cfg: DictConfig, *, bf16: bool, accelerator: bool) -> None:
-        model, _ = _outline(cfg)
+        model, _ = outline(cfg)
         least = model.head.least_batch
         (few, _), (more, self.learns) = (_real_loss(cfg, samples, bf16) for samples in (least, least + 1))
         self._each = more - few
@@ -89,8 +89,8 @@ def step_bytes(
     Raises:
         UserError: the parts of the config do not go together.
     """
-    model, saved = _outline(cfg)
-    with _walking() as peak:
+    model, saved = outline(cfg)
+    with walking() as peak:
         model.to_empty(device="cpu")
         weights = peak.now - saved
         state = _optimizer_bytes(cfg, model)
@@ -98,9 +98,9 @@ def step_bytes(
         activations = most = 0
         for _ in range(min(2, accumulate)):  # the second time beside the gradients of the first
             before = peak.now
-            ends = _ends(_predict(model, cfg, samples, bf16))
+            ends = ends_of(predict(model, cfg, samples, bf16))
             activations, most = peak.now - before, max(most, peak.now + loss.of(samples))
-            _Learnt.apply(*(ends[place] for place in loss.learns)).backward()
+            Learnt.apply(*(ends[place] for place in loss.learns)).backward()
             del ends
         gradients = sum(parameter.grad.nbytes for parameter in model.parameters() if parameter.grad is not None)
     ranks = gradients if world > 1 else 0
@@ -111,7 +111,7 @@ def step_bytes(
 
 
 @contextmanager
-def _walking() -> Iterator[PeakBytes]:
+def walking() -> Iterator[PeakBytes]:
     """Make tensors without numbers within the block, and count their bytes."""
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), PeakBytes() as peak:
@@ -123,7 +123,7 @@ def _walking() -> Iterator[PeakBytes]:
                 kept.cache_clear()
 
 
-def _outline(cfg: DictConfig) -> tuple[Segmenter, int]:
+def outline(cfg: DictConfig) -> tuple[Segmenter, int]:
     """Return a config's model, ready to train, and how many bytes less it is than its tensors, for quantised weights.
 
     These stand as bfloat16, in which they are multiplied.
@@ -145,13 +145,14 @@ def _outline(cfg: DictConfig) -> tuple[Segmenter, int]:
     return model.train(), math.floor(saved)
 
 
-def _predict(model: Segmenter, cfg: DictConfig, samples: int, bf16: bool) -> Prediction:
+def predict(model: Segmenter, cfg: DictConfig, samples: int, bf16: bool) -> Prediction:
+    """Return what a model makes of so many training samples; within `walking`, without numbers."""
     images = torch.empty(samples, *image_shape(cfg), dtype=torch.uint8)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16 or cfg.adapter.get("bits") in _BITS):
         return model(images)
 
 
-def _ends(prediction: Prediction) -> list[Tensor]:
+def ends_of(prediction: Prediction) -> list[Tensor]:
     """Return the tensors of a prediction, through some of which a loss reaches the model."""
     ends = _tensors([prediction.outputs, prediction.grid, prediction.masks])
     return list({id(tensor): tensor for tensor in ends}.values())
@@ -168,16 +169,18 @@ def _tensors(outputs: Any) -> Iterator[Tensor]:
             yield from _tensors(getattr(outputs, field.name))
 
 
-class _Learnt(torch.autograd.Function):
+class Learnt(torch.autograd.Function):
     """A loss that keeps nothing, and gives gradients of its inputs' own size."""
 
     @staticmethod
     def forward(ctx: Any, *outputs: Tensor) -> Tensor:
+        """Return a scalar."""
         ctx.kinds = [(output.shape, output.dtype) for output in outputs]
         return outputs[0].new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
+        """Return gradients, which no numbers are written to."""
         return tuple(upstream.new_empty(shape, dtype=dtype) for shape, dtype in ctx.kinds)
 
 
@@ -197,9 +200,9 @@ def _optimizer_bytes(cfg: DictConfig, model: Segmenter) -> int:
 
 def _real_loss(cfg: DictConfig, samples: int, bf16: bool) -> tuple[int, list[int]]:
     """Return what a real loss takes at most beside a model's outputs for so many samples, and from which it learns."""
-    model, _ = _outline(cfg)
-    with _walking():
-        prediction = _predict(model.to_empty(device="cpu"), cfg, samples, bf16)
+    model, _ = outline(cfg)
+    with walking():
+        prediction = predict(model.to_empty(device="cpu"), cfg, samples, bf16)
     batch = drawn_batch(cfg, samples)
     loss = build.criterion(cfg, **_class_weights(cfg))
     threads = torch.get_num_threads()
@@ -218,7 +221,7 @@ def _real_loss(cfg: DictConfig, samples: int, bf16: bool) -> tuple[int, list[int
             peak.most = before = peak.now
             made = dataclasses.replace(prediction, outputs=outputs, grid=grid, masks=masks)
             loss(made, batch)[0].backward()
-            return peak.most - before, [place for place, end in enumerate(_ends(made)) if end.grad is not None]
+            return peak.most - before, [place for place, end in enumerate(ends_of(made)) if end.grad is not None]
     finally:
         torch.set_num_threads(threads)
 

@@ -16,6 +16,7 @@ from dinoseg.config.nodes import instantiate
 from dinoseg.config.resolvers import register_resolvers
 from dinoseg.contracts import Loss
 from dinoseg.costs.stand_in import drawn_batch
+from dinoseg.errors import UserError
 from dinoseg.model import Segmenter
 from dinoseg.report.log import RunLog
 from dinoseg.training.checkpoint import Checkpoints
@@ -109,12 +110,29 @@ def drawn_steps(values: Mapping[str, Any], samples: int, steps: int = 2) -> Tria
     Raises:
         OutOfMemory: there is too little.
     """
+    cfg, engine = settled(values, instead={"devices": 1})
+    batches = repeat(drawn_batch(cfg, samples))
+    return try_steps(cfg, partial(build.model, cfg, untrained=True), engine, batches, steps=steps)
+
+
+def settled(values: Mapping[str, Any], instead: Mapping[str, Any] | None = None) -> tuple[DictConfig, Engine]:
+    """Return a plain config as one, in a process that has read none, and its engine."""
     register_resolvers()
     cfg = OmegaConf.create(dict(values))
-    engine = instantiate(cfg.engine, instead={"devices": 1})
-    return try_steps(
-        cfg, partial(build.model, cfg, untrained=True), engine, repeat(drawn_batch(cfg, samples)), steps=steps
-    )
+    return cfg, instantiate(cfg.engine, instead=instead)
+
+
+def check_alone(cfg: DictConfig) -> None:
+    """Refuse a trainer of several models: what a step takes is asked of one.
+
+    Raises:
+        UserError: naming what to give.
+    """
+    if "heads" in cfg.trainer:
+        raise UserError(
+            f"trainer={cfg.choices.trainer} trains several heads: what one takes is told here. Give head=NAME, without "
+            "heads and trainer."
+        )
 
 
 def try_steps(

@@ -17,7 +17,7 @@ from dinoseg.config.plain import plain
 from dinoseg.costs.fitting import Fit, Fitting, Words
 from dinoseg.costs.step_bytes import StepBytes
 from dinoseg.costs.target import KINDS, Target, memory_of
-from dinoseg.costs.trial import drawn_steps
+from dinoseg.costs.trial import check_alone, drawn_steps
 from dinoseg.errors import UserError
 from dinoseg.inference.memory import OutOfMemory, free_bytes
 from dinoseg.processes.workers import in_own_process
@@ -54,6 +54,7 @@ def plan(
     Raises:
         UserError: nothing that is known here fits, or a value is none.
     """
+    check_alone(cfg)
     target, engine = _target(cfg, memory, device)
     regime_of(cfg).check_parts(cfg, build.outline(cfg), target.world)
     if cfg.data.batch_size % target.world:

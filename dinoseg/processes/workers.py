@@ -15,6 +15,7 @@ from dinoseg.errors import UserError
 T = TypeVar("T")
 R = TypeVar("R")
 E = TypeVar("E", bound=Exception)
+_ENDING = 10.0  # seconds
 _AHEAD = 4  # items per process that are under way or wait to be taken: bounds memory
 ErrorTypes = type[Exception] | tuple[type[Exception], ...]
 _task: tuple[Callable[[Any], Any], ErrorTypes]  # of a worker process: sent once, not with every item
@@ -89,6 +90,7 @@ def in_own_process(work: Callable[[T], R], item: T) -> R | None:
     sending.close()
     try:
         result = receiving.recv()
+        process.join(_ENDING)  # it ends its own processes
     except EOFError:
         process.join()
         if process.exitcode == 1:

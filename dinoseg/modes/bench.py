@@ -1,0 +1,96 @@
+"""mode=bench: how fast a recipe trains and predicts on this device, with which memory and share of its arithmetic."""
+
+import platform
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from tabulate import tabulate
+
+from dinoseg import build
+from dinoseg.config.nodes import instantiate
+from dinoseg.config.plain import plain
+from dinoseg.costs.speed import Timed, time_prediction, time_training
+from dinoseg.costs.trial import check_alone
+from dinoseg.inference.memory import OutOfMemory
+from dinoseg.processes.workers import in_own_process
+from dinoseg.ranges import Count, Natural
+from dinoseg.regimes.choice import regime_of
+from dinoseg.storage.atomic import write_json
+from dinoseg.wording import count_of
+
+
+def bench(
+    cfg: DictConfig, *, out_dir: Path, steps: Count = 10, images: Count = 20, warmup: Natural = 3, drawn: bool = False
+) -> dict[str, Any]:
+    """Time a recipe's training steps and predictions with random weights; print and return the figures.
+
+    Args:
+        cfg: the whole config.
+        out_dir: the run folder; `bench.json` in it holds the figures.
+        steps: of training that are timed.
+        images: predicted one by one.
+        warmup: steps, and images, before those that are timed.
+        drawn: use noise in place of the data, of which none is read then.
+
+    Raises:
+        UserError: the recipe cannot be trained here, or memory does not suffice.
+    """
+    check_alone(cfg)
+    instantiate(cfg.engine)  # refuses a device that is not here before anything is made
+    regime_of(cfg).check_parts(cfg, build.outline(cfg), 1)
+    values = plain(cfg)
+    training = _alone(partial(time_training, steps=steps, warmup=warmup, drawn=drawn), values)
+    prediction = _alone(partial(time_prediction, images=images, warmup=warmup, drawn=drawn), values)
+    peak = max(training.peak_flops, prediction.peak_flops)
+    result = {
+        "device": training.device,
+        "name": torch.cuda.get_device_name() if training.device == "cuda" else platform.machine(),
+        "precision": training.precision,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "data": "drawn" if drawn else str(cfg.choices.data),
+        "matrix_peak_flops_per_s": peak,
+        "train": training.figures(peak),
+        "inference": prediction.figures(peak),
+    }
+    write_json(out_dir / "bench.json", result)
+    _print(result)
+    return result
+
+
+def _alone(work: partial[Timed], values: dict[str, Any]) -> Timed:
+    found = in_own_process(work, values)
+    if found is None:
+        raise OutOfMemory(
+            "The process that was timed was killed, most likely for want of memory. mode=plan in place of mode=bench "
+            "says what fits."
+        )
+    return found
+
+
+def _print(result: dict[str, Any]) -> None:
+    peak = result["matrix_peak_flops_per_s"]
+    print(
+        f"{result['device']} ({result['name']}), {result['precision']}, {count_of(result['threads'], 'thread')}, torch "
+        f"{result['torch']}; products of large matrices: {peak / 1e12:.3g} TFLOP/s\n"
+    )
+    columns = [_column(result[name]) for name in ("train", "inference")]
+    rows = [(name, *(column[name] for column in columns)) for name in columns[0]]
+    print(tabulate(rows, headers=["", "training step", "inference"], colalign=("left", "right", "right")))
+
+
+def _column(figures: dict[str, Any]) -> dict[str, str]:
+    waited = figures["data_wait"]
+    return {
+        "images": f"{figures['images']} of {figures['size'][0]} x {figures['size'][1]}",
+        "images/s": f"{figures['images_per_s']:.3g}",
+        "latency, p50": f"{1000 * figures['latency_p50_s']:.3g} ms",
+        "latency, p95": f"{1000 * figures['latency_p95_s']:.3g} ms",
+        "waiting for data": "none read" if waited is None else f"{waited:.1%}",
+        "peak memory": f"{figures['peak_bytes'] / 2**30:.2f} GiB",
+        "model FLOPs": f"{figures['model_flops'] / 1e9:.4g} G",
+        "of the matrix peak": f"{figures['share_of_matrix_peak']:.1%}",
+    }

@@ -1,0 +1,77 @@
+"""mode=bench tells how fast a recipe is, in figures that fit one another."""
+
+import json
+
+import pytest
+from command_line import SLOTS, SMALL, call, write_data
+
+from dinoseg.modes import bench as benching
+
+WORDS = ("mode=bench", *SMALL, "engine.precision=fp32", "hydra.run.dir=run")
+QUICK = ("mode.steps=3", "mode.images=4", "mode.warmup=1")
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Time in this process: what a process of its own does is tested beside it."""
+    monkeypatch.setattr(benching, "in_own_process", lambda work, item: work(item))
+
+
+def told(where, *words):
+    done = call(where, *WORDS, *QUICK, *words)
+    assert done.status == 0, done.err
+    return json.loads((where / "run/bench.json").read_text()), done.out
+
+
+def test_figures_of_drawn_images_need_no_data(tmp_path, here):
+    found, out = told(tmp_path, "mode.drawn=true", "trainer.accumulate=2")
+    assert found["data"] == "drawn" and found["device"] == "cpu" and found["precision"] == "fp32"
+    assert found["train"]["images"] == 4 and found["train"]["size"] == [32, 48] and found["inference"]["images"] == 1
+    for figures in (found["train"], found["inference"]):
+        assert 0 < figures["latency_p50_s"] <= figures["latency_p95_s"] and figures["data_wait"] is None
+        assert isinstance(figures["peak_bytes"], int) and figures["model_flops"] > 10_000
+        rate = figures["images_per_s"] * figures["model_flops"] / figures["images"]
+        assert figures["model_flops_per_s"] == pytest.approx(rate)
+        assert figures["share_of_matrix_peak"] == pytest.approx(rate / found["matrix_peak_flops_per_s"])
+        assert f"{figures['images_per_s']:.3g}" in out
+    assert found["train"]["model_flops"] > 5 * found["inference"]["model_flops"]
+
+
+def test_data_that_is_read_is_waited_for(tmp_path, here):
+    write_data(tmp_path / "data", size=(40, 56))
+    found, _ = told(tmp_path)
+    assert found["data"] == "folder" and 0 < found["train"]["data_wait"] < 1
+    assert found["train"]["size"] == [32, 48] and found["inference"]["size"] == [40, 56]
+
+
+def test_slots_of_clips_are_timed(tmp_path, here):
+    words = (*SLOTS[1:], "mode=bench", "mode.drawn=true", "hydra.run.dir=run", *QUICK)
+    done = call(tmp_path, *words)
+    assert done.status == 0, done.err
+    found = json.loads((tmp_path / "run/bench.json").read_text())
+    assert found["train"]["model_flops"] > 4 * found["inference"]["model_flops"] > 10_000  # clips of four frames
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["engine.device=cuda"], "engine.device=cuda"),
+        (["engine.devices=2"], "engine.devices=2: this mode runs on 1"),
+        (["mode.steps=0"], "mode.steps=0"),
+        (["mode.images=-1"], "mode.images=-1"),
+        (["mode.warmup=-1"], "mode.warmup=-1"),
+        (["data.root=nowhere"], "nowhere"),
+        (["trainer=many_heads", "heads=[linear,mlp]", "adapter=frozen"], "trainer=many_heads trains several heads"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_be_timed_is_refused(tmp_path, here, words, message):
+    done = call(tmp_path, *WORDS, *words)
+    assert done.status == 1 and message in done.err, done.err
+    assert "Traceback" not in done.err
+
+
+def test_a_killed_process_is_told_as_want_of_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(benching, "in_own_process", lambda work, item: None)
+    done = call(tmp_path, *WORDS, "mode.drawn=true")
+    assert done.status == 1 and "killed, most likely for want of memory. mode=plan" in done.err
