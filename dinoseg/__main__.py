@@ -43,7 +43,7 @@ def _command(arguments: list[str]) -> None:
     import hydra
     from hydra.errors import HydraException
 
-    from dinoseg.command.extras import hush_schemas, missing_extra
+    from dinoseg.command.extras import check_intervals, hush_schemas, missing_extra
     from dinoseg.command.own_keys import with_own_keys
     from dinoseg.command.recipes import with_recipe_files
     from dinoseg.command.typos import check_patterns, explain, explain_value
@@ -60,6 +60,7 @@ def _command(arguments: list[str]) -> None:
     try:
         words = with_recipe_files(as_text(flags_last(arguments), Path(CONFIGS)), folders)
         check_patterns(words, folders)
+        check_intervals(words)
         sys.argv[1:] = with_own_keys(words)
         with telling_file_errors(Path.cwd()):  # of the run folder itself, which Hydra makes
             hydra.main(version_base="1.3", config_path=CONFIGS, config_name="main")(run)()

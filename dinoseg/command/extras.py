@@ -3,7 +3,10 @@
 import warnings
 from collections.abc import Sequence
 
-from dinoseg.command.words import assignments
+from hydra.core.override_parser.types import IntervalSweep
+
+from dinoseg.command.words import assignments, is_sweep, parsed
+from dinoseg.errors import UserError
 
 _EXTRAS = {
     "hydra/launcher": {
@@ -19,6 +22,21 @@ _EXTRAS = {
 def hush_schemas() -> None:
     """Say nothing of our files for launchers having the names of their plug-ins, which Hydra 1.3 means for schemas."""
     warnings.filterwarnings("ignore", "(?s).* is validated against ConfigStore schema")
+
+
+def check_intervals(arguments: Sequence[str]) -> None:
+    """Refuse an interval where nothing searches in it.
+
+    Raises:
+        UserError: naming the sweeper that does.
+    """
+    words = [word for _, word in assignments(arguments)]
+    if is_sweep(arguments) and any(word.startswith("hydra/sweeper=") for word in words):
+        return
+    for word in words:
+        override = parsed(word)
+        if override is not None and isinstance(override.value(), IntervalSweep):
+            raise UserError(f"{word} is an interval, to be searched in: add -m hydra/sweeper=optuna, or give values.")
 
 
 def missing_extra(arguments: Sequence[str], error: Exception) -> str:

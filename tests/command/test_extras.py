@@ -37,6 +37,13 @@ def test_every_option_that_is_shipped_says_its_extra_in_its_file():
         assert said.split("pip install ")[1].split(" (")[0] in path.read_text()
 
 
+@pytest.mark.parametrize("sweep", [(), ("-m",), ("hydra/sweeper=optuna",)])
+def test_an_interval_that_nothing_searches_is_refused(tmp_path, sweep):
+    done = call(tmp_path, *sweep, "mode=train", *SMALL, "optim.optimizer.lr=interval(1e-4,1e-2)")
+    assert done.status == 1 and done.err.startswith("error: optim.optimizer.lr=interval(1e-4,1e-2) is an interval")
+    assert "-m hydra/sweeper=optuna" in done.err and not list(tmp_path.iterdir())
+
+
 @pytest.mark.skipif(find_spec("ray") is not None, reason="ray is installed here")
 def test_a_launcher_that_is_not_installed_is_named(tmp_path):
     write_data(tmp_path / "data")
