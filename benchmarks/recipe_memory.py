@@ -23,7 +23,7 @@ from dinoseg.costs.target import Target
 
 GIB = 2**30
 CARDS = (24, 48, 80)  # GB
-LARGE: frozenset[str] = frozenset()
+LARGE = {"ade20k_m2f", "dpt/sarrarp", "eomt/ade20k", "idd/m2f_vitb", "idd/m2f_vitl", "sarrarp/lora"}
 CONFIGS = Path(dinoseg.__file__).parent / "cfg"
 GIVEN = {  # what a recipe leaves to the user
     "schism/cnn": ("data.classes=[a,b]",),
