@@ -1,4 +1,4 @@
-"""Print how many more training samples a second packed data gives than 1080p PNG files, side by side.
+"""Print how many more training samples a second packed data gives than 1080p PNG and JPEG files, side by side.
 
 `OMP_NUM_THREADS=1 python benchmarks/packed.py [--frames 12] [--longest 960] [--crop 512 512] [--repeats 5]`: one
 process, one thread, both in turn, files in the page cache; exits with 1 where the ratio is below its least.
@@ -6,6 +6,7 @@ process, one thread, both in turn, files in the page cache; exits with 1 where t
 
 import argparse
 import itertools
+import shutil
 import statistics
 import sys
 import tempfile
@@ -16,6 +17,7 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
+from PIL import Image
 from rows import Row, machine, tell
 from tabulate import tabulate
 
@@ -54,13 +56,15 @@ def main() -> int:
         start = time.perf_counter()
         ways: dict[str, Any] = {
             "PNG files": files,
+            "JPEG files": folder_dataset(as_jpeg(root), "train", classes=files.classes),
             f"packed, longest={args.longest}": pack(files, cache_dir=root, longest=args.longest, workers=1),
         }
         packing = time.perf_counter() - start
         ways["packed, full size"] = pack(files, cache_dir=root, longest=None, workers=1)
         rates = measure(ways, augment, args.repeats)
         bytes_each = {
-            "PNG files": sum(path.stat().st_size for path in root.rglob("*.png")) / args.frames,
+            "PNG files": sum(path.stat().st_size for path in (root / "train").rglob("*.png")) / args.frames,
+            "JPEG files": sum(path.stat().st_size for path in (root / "jpeg").rglob("*.*g")) / args.frames,
             **{name: way.store.size / args.frames for name, way in ways.items() if hasattr(way, "store")},
         }
     reference = rates["PNG files"]
@@ -102,6 +106,16 @@ def write_frames(root: Path, count: int) -> None:
         write_png(root / f"train/images/{number}.png", texture(rng, 3).clip(0, 255).astype(np.uint8))
         patches = np.floor(texture(rng, 1)[..., 0] / 256 * CLASSES).clip(0, CLASSES - 1)
         write_png(root / f"train/masks/{number}.png", cv2.medianBlur(patches.astype(np.uint8), 5))
+
+
+def as_jpeg(root: Path) -> Path:
+    """Write the frames below `root` as JPEG too, beside their masks, and return the folder."""
+    (root / "jpeg/train/images").mkdir(parents=True)
+    shutil.copytree(root / "train/masks", root / "jpeg/train/masks")
+    for path in (root / "train/images").iterdir():
+        with Image.open(path) as image:
+            image.save(root / f"jpeg/train/images/{path.stem}.jpg", quality=90)
+    return root / "jpeg"
 
 
 def texture(rng: np.random.Generator, channels: int) -> np.ndarray:
