@@ -1,6 +1,6 @@
 """Config to models, data, losses and optimizers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,8 @@ def model(cfg: DictConfig, *, untrained: bool = False, outlined: bool = False) -
     return Segmenter(adapted, _head(cfg, adapted, untrained=untrained), **_resolution(cfg, adapted))
 
 
-def sharing(cfgs: Sequence[DictConfig], device: torch.device) -> list[SharingSegmenter]:
-    """Return the segmenters of configs that differ in the head alone, on a device, of one frozen backbone.
+def sharing(cfgs: Sequence[DictConfig], place: Callable[[Segmenter], Any]) -> list[SharingSegmenter]:
+    """Return the segmenters of configs that differ in the head alone, of one frozen backbone; `place` places each.
 
     Each is what `model` returns of its config, random weights included, but that the tensors of the backbone, and its
     features, are there once for all.
@@ -63,15 +63,17 @@ def sharing(cfgs: Sequence[DictConfig], device: torch.device) -> list[SharingSeg
             "trainer=supervised head=linear,mlp."
         )
     layers = sorted({layer for part in own for layer in part.layers})
-    whole = _adapted(cfgs[0], layers=layers).to(device)
+    whole = _adapted(cfgs[0], layers=layers)
     drawn = torch.get_rng_state()  # from which each head draws its weights, as it does by itself
     shared = SharedFeatures(Segmenter(whole, Head(), **_resolution(cfgs[0], whole)).eval())
+    place(shared.model)
     models = []
     for cfg, part in zip(cfgs, own, strict=True):
         _lend_tensors(whole, part)
         torch.set_rng_state(drawn)
         head = _head(cfg, part)
-        models.append(SharingSegmenter(part, head, shared, **_resolution(cfg, part)).to(device))
+        models.append(SharingSegmenter(part, head, shared, **_resolution(cfg, part)))
+        place(models[-1])
     return models
 
 

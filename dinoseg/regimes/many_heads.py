@@ -58,7 +58,7 @@ def train_heads(
     folder = out_dir / checkpoint.HEADS
     jobs = {name: Job(own, folder / name, regime, engine) for name, own in solo_configs(cfg).items()}
     sizes = looked_at(regime, engine)
-    models = dict(zip(jobs, build.sharing([job.cfg for job in jobs.values()], engine.device), strict=True))
+    models = dict(zip(jobs, build.sharing([job.cfg for job in jobs.values()], engine.place), strict=True))
     dropped = _dropped(folder)
     with ExitStack() as stack:
         parts = []

@@ -22,6 +22,7 @@ from dinoseg.training.many_heads import DROPPED
 from dinoseg.wording import listed, nearest
 
 SOLO = "solo"  # in a job's config: the config of each head's own run, by name
+_CACHE = "engine.cache"  # of several heads nothing is kept, and what is kept is rounded
 _OWN = ("head", "name", "lr")  # keys of an entry of `heads` that are no head's
 _NAME = re.compile(r"\w[\w.+-]*")
 _LONGEST_NAME = 100
@@ -68,11 +69,11 @@ def named_heads(heads: Any, rates: Any) -> list[HeadRun]:
             name = f"{base}_{rate:g}" if len(grid) > 1 else base
             runs.append(HeadRun(name, option, keys, rate))
     names = [run.name for run in runs]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    if twice := [run for run in runs if names.count(run.name) > 1]:
         raise UserError(
-            f"heads: {listed(twice)} stands there more than once. Give each a name: "
-            f"'heads=[{{head:{twice[0]},name:first}},{{head:{twice[0]},name:second}}]'; or several lrs, which are part "
-            "of the names."
+            f"heads: {listed(sorted({run.name for run in twice}))} stands there more than once. Give each a name, and "
+            f"each of several lrs, which are part of the names, once: 'heads=[{{head:{twice[0].option},name:first}},"
+            f"{{head:{twice[1].option},name:second}}]'."
         )
     return runs
 
@@ -133,10 +134,10 @@ def own_runs(cfg: DictConfig, words: Sequence[str], run: Path | None) -> dict[st
 
 def _own_words(head: HeadRun, overrides: Sequence[Override]) -> list[str]:
     """Return the command line of a head's own run, but for its own settings."""
-    left_out = (HEADS, RATES, "trainer", "resume")
+    left_out = (HEADS, RATES, "trainer", "resume", _CACHE)
     kept = [str(word.input_line) for word in overrides if word.key_or_group not in left_out]
     rate = [] if head.rate is None else [f"optim.optimizer.lr={head.rate!r}"]
-    return [*kept, "trainer=supervised", f"head={head.option}", *rate]
+    return [*kept, "trainer=supervised", f"head={head.option}", *rate, f"{_CACHE}=off"]
 
 
 def _composed(heads: Sequence[HeadRun], overrides: Sequence[Override]) -> dict[str, OwnRun]:

@@ -99,7 +99,7 @@ class ImageFeed:
         models: Sequence["Shown"],
         engine: Engine,
         *,
-        sharing: Callable[[], AbstractContextManager] = nullcontext,
+        sharing: Callable[[Tensor], AbstractContextManager] = nullcontext,
     ) -> list[Validation]:
         """Return what `validate` does of each of several models, by one pass over the data, see `evaluate_each`."""
         batches = None if self.cache is None else self._kept(self.cache, models[0].model, engine)

@@ -204,8 +204,8 @@ class _Together:
 
     def learn(self, heads: Sequence[_Head], drawn: Sequence[Any], **how: Any) -> None:
         """Let each take a step on the same batches, whose features are computed once."""
-        with self._shared.held():
-            batches = [batch.to(self._engine.device) for batch in drawn]
+        batches = [batch.to(self._engine.device) for batch in drawn]
+        with self._shared.held(*(batch.image for batch in batches)):
             self._look(batches)  # here, so that no head is charged for it
             for head in heads:
                 with head.clock.running():

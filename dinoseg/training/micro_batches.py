@@ -73,7 +73,8 @@ class MicroBatches:
             )
         logger.warning(
             "Memory does not suffice to train on %s at once (%s). From here on a batch goes through in %d parts; each "
-            "update is over the same samples. BatchNorm takes its statistics over a part.",
+            "update is over the same samples. BatchNorm takes its statistics over a part, and dice, Tversky and Lovasz "
+            "their sums.",
             count_of(size, "sample"),
             reason,
             parts,

@@ -21,17 +21,20 @@ class SharedFeatures:
 
     def __init__(self, model: Segmenter) -> None:
         self.model = model
-        self._holding = False
+        self._storages: set[int] = set()  # in which the images lie whose features are kept
         self._held: dict[tuple, tuple[Tensor, FrozenFeatures, list[int]]] = {}
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Keep what is computed in here for whoever asks for the same images again, until the end of the block."""
-        self._holding = True
+    def held(self, *images: Tensor) -> Iterator[None]:
+        """Keep what is computed in here of these images (B, 3, H, W), or of some of a batch, for whoever asks again.
+
+        Of others nothing is kept: windows are cut from an image by each who asks, and come never again.
+        """
+        self._storages = {batch.untyped_storage().data_ptr() for batch in images}
         try:
             yield
         finally:
-            self._holding = False
+            self._storages = set()
             self._held.clear()
 
     def of(self, images: Tensor, *, reduce: bool = True) -> FrozenFeatures:
@@ -40,12 +43,12 @@ class SharedFeatures:
         Raises:
             UserError: one who was given them has changed them.
         """
+        if images.untyped_storage().data_ptr() not in self._storages:
+            return self.model.frozen(images, reduce=reduce)
         # the images are kept, so that no others lie where these lie
         key = (images.data_ptr(), images.shape, images.stride(), images.dtype, images._version, reduce)
         if key not in self._held:
             features = self.model.frozen(images, reduce=reduce)
-            if not self._holding:
-                return features
             self._held[key] = images, features, _versions(features)
         _, features, versions = self._held[key]
         if _versions(features) != versions:

@@ -66,7 +66,7 @@ def evaluate_each(
     engine: Engine,
     *,
     batches: Iterable[Any] | None = None,
-    sharing: Callable[[], AbstractContextManager] = nullcontext,
+    sharing: Callable[[Tensor], AbstractContextManager] = nullcontext,
 ) -> list[dict[str, Any]]:
     """Return the scores of several models, as `evaluate` does of each, which see the data in one pass.
 
@@ -75,7 +75,7 @@ def evaluate_each(
         data: that they are scored on.
         engine: device, precision and ranks.
         batches: as of `evaluate`.
-        sharing: what is done within its context, by one model after the other, is of the same images.
+        sharing: what is done within the context that it gives for images, by one model after the other, is of them.
     """
     if batches is None:
         batches = eval_batches(
@@ -86,7 +86,7 @@ def evaluate_each(
             stack.enter_context(scored.in_eval_mode())
         for drawn in batches:
             batch = drawn.to(engine.device)
-            with sharing():
+            with sharing(batch.image):
                 for scored in models:
                     scored.add(batch)
     return [scored.scores() for scored in models]

@@ -1,3 +1,6 @@
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
 import numpy as np
 import pytest
 import torch
@@ -149,6 +152,55 @@ def test_a_pass_that_is_stopped_goes_on_with_its_sums(tmp_path, monkeypatch, cap
         assert torch.equal(value, expected), name
     with pytest.raises(UserError, match="blocks was 0\\+1 and is 1"):
         Standing(tmp_path, "probing.json", {"blocks": "1"})
+
+
+class Ranked(Engine):
+    """One of two ranks, each in a thread of this process."""
+
+    rank, world, met, given = 0, 2, Barrier(2, timeout=60), [None, None]
+
+    def __init__(self, rank):
+        super().__init__("cpu", "fp32", workers=0)
+        self.rank = rank
+
+    def each(self, value):
+        self.given[self.rank] = value
+        self.met.wait()
+        values = list(self.given)
+        self.met.wait()
+        return values
+
+    def sum(self, tensor):
+        return sum(self.each(tensor.clone()))
+
+    def share(self, value):
+        return self.each(value)[0]
+
+
+def test_two_ranks_find_what_one_does_from_the_start_or_on_the_way(tmp_path, monkeypatch):
+    monkeypatch.setattr("dinoseg.probing.probe._TOGETHER", 4)
+    monkeypatch.setattr("dinoseg.probing.standing._EVERY", 0.0)
+    train, val, begun = Drawn(9), Drawn(5, seed=1), Standing(tmp_path, "probing.json", {})
+
+    def run(probe, standing):
+        probe.fit(standing)
+        found = probe.choose()
+        probe.score(found, val)
+        return probe, found
+
+    alone, expected = run(probed(train), None)
+    for _ in range(2):  # the second time from what the first one has kept
+        probes = [probed(train) for _ in range(2)]
+        for rank, probe in enumerate(probes):
+            probe.engine = Ranked(rank)
+        with ThreadPoolExecutor(2) as threads:
+            standings = [Standing(tmp_path, "probing.json", {}, writes=not rank) for rank in range(2)]
+            results = list(threads.map(run, probes, standings))
+        assert begun.load(dict(probed(train)._parts())) == 8
+        for probe, found in results:
+            for (name, value), (_, whole) in zip(probe._parts(), alone._parts(), strict=True):
+                torch.testing.assert_close(value, whole, rtol=1e-9, atol=1e-9, msg=name)
+            assert [(each.choice, each.scores) for each in found] == [(each.choice, each.scores) for each in expected]
 
 
 def test_sums_that_are_damaged_or_of_another_form_begin_anew(tmp_path, caplog):

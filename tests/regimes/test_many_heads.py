@@ -76,6 +76,7 @@ def step_of(path):
 @pytest.mark.parametrize("name", NAMES)
 def test_each_is_its_own_run_to_the_bit(folder, run, name):
     words = (run.path / "heads" / name / "config/overrides.txt").read_text().split("\n")
+    assert "engine.cache=off" in words, "what is kept is rounded"
     done = call(folder, *filter(None, words), f"hydra.run.dir=alone_{name}")
     assert done.status == 0, done.err
     assert_same(run.path / "heads" / name, folder / f"alone_{name}")
@@ -210,6 +211,11 @@ def test_where_all_have_diverged_the_run_has_failed(folder, monkeypatch):
         (("trainer=many_heads", "heads=[linear,mlp]", "adapter=lora"), "adapter=lora: trainer=many_heads trains heads"),
         (("trainer=many_heads", "heads=[linear,slots]"), "head=slots is trained on clips"),
         (("trainer=many_heads", "heads=[linear]", "lrs=0.1"), "lrs=0.1: give a list"),
+        (("trainer=many_heads", "heads=[linear]", "lrs=[0.1,1e-1]"), "linear_0.1 stands there more than once"),
+        (
+            ("trainer=many_heads", "heads=[cnn,{head: mlp, name: cnn}]"),
+            "[{head:cnn,name:first},{head:mlp,name:second}]",
+        ),
         (("trainer=many_heads", "heads=[linear,dpt]"), "quarters"),
         (("trainer=many_heads", "heads=[linear]", "data.feature_noise=0.1"), "data.feature_noise=0.1 is for one head"),
     ],
@@ -218,6 +224,21 @@ def test_what_cannot_be_is_refused_and_leaves_nothing(folder, words, message):
     done = call(folder, *WORDS, *words, "hydra.run.dir=refused")
     assert done.status == 1 and message in done.err.replace("\n", " "), done.err
     assert not (folder / "refused").exists()
+
+
+def test_the_backbone_that_is_shared_is_compiled_where_that_is_asked_for(folder, monkeypatch):
+    compiled = []
+    monkeypatch.setattr("dinoseg.training.engine.compile_blocks", compiled.append)
+    words = (
+        "trainer=many_heads",
+        "heads=[linear]",
+        "engine.compile=true",
+        "trainer.steps=1",
+        "trainer.save_every=null",
+    )
+    done = call(folder, *WORDS, *words, "hydra.run.dir=compiled")
+    assert done.status == 0 and len(compiled) == 2, done.err
+    assert compiled[0].layers == compiled[1].layers
 
 
 def test_other_heads_are_a_run_of_their_own(folder, run):

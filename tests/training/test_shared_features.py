@@ -36,7 +36,7 @@ def test_each_gets_its_own_blocks(made, tiny_backbone, layers):
 def test_the_same_images_are_looked_at_once_within_the_block(made):
     shared, model, passes = made
     one, other = model((1,), LinearHead(24, 1, 3)), model((0, 1), LinearHead(24, 2, 3))
-    with shared.held():
+    with shared.held(IMAGES):
         one(IMAGES), other(IMAGES), other(IMAGES[:])
         assert len(passes) == 2, "a norm for each of two blocks"
         one(IMAGES.clone())
@@ -48,6 +48,16 @@ def test_the_same_images_are_looked_at_once_within_the_block(made):
     assert len(passes) == 10
 
 
+def test_of_windows_that_each_cuts_for_itself_nothing_is_kept(made):
+    shared, model, passes = made
+    one = model((1,), LinearHead(24, 1, 3))
+    with shared.held(IMAGES):
+        one(torch.stack([IMAGES[0, :, :8, :8], IMAGES[1, :, :8, :8]]))
+        assert len(passes) == 2 and not shared._held
+        one(IMAGES[:1]), one(IMAGES[:1])
+        assert len(passes) == 4, "a part of a batch is of it"
+
+
 def test_a_head_that_changes_its_features_is_told_so(made):
     class Rough(LinearHead):
         def forward(self, features):
@@ -55,7 +65,7 @@ def test_a_head_that_changes_its_features_is_told_so(made):
 
     shared, model, _ = made
     rough, other = model((1,), Rough(24, 1, 3)), model((1,), LinearHead(24, 1, 3))
-    with shared.held(), pytest.raises(UserError, match="A head has changed the features it was given in place"):
+    with shared.held(IMAGES), pytest.raises(UserError, match="A head has changed the features it was given in place"):
         rough(IMAGES), other(IMAGES)
 
 
@@ -66,7 +76,7 @@ def test_a_head_with_a_way_of_its_own_runs_the_backbone(made):
 
     shared, model, passes = made
     head = Own(24, 1, 3)
-    with shared.held():
+    with shared.held(IMAGES):
         assert torch.equal(
             model((1,), head)(IMAGES).scores(), Segmenter(model((1,), head).backbone, head)(IMAGES).scores()
         )
