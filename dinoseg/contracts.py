@@ -146,6 +146,8 @@ class Slots(Protocol):
 class Head(nn.Module, Generic[Outputs]):
     """Feature maps to outputs of its own kind, and those to pixels.
 
+    Outputs are tensors (B, ...), alone or in lists, tables or dataclasses: a validation asks the loss of each image.
+
     It has either `forward`, or `run` if it needs more than the maps: the pixels, clips, or the blocks themselves.
     """
 

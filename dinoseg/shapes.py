@@ -7,7 +7,7 @@ B batch, T time, C channels, H W pixels, h w patch grid, K classes, Q queries, S
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from itertools import islice
 from typing import Any, NamedTuple, Protocol, TypedDict
 
@@ -185,6 +185,11 @@ class Prediction:
         chosen = self.as_logits(scores[:, :, places[0], places[1]]).float().clone()  # a band is overwritten by the next
         return highest(scores), chosen
 
+    def of_image(self, row: int) -> Prediction:
+        """Return the prediction of one of the images alone."""
+        parts = {name: _of_image(getattr(self, name), row) for name in ("outputs", "grid", "masks")}
+        return replace(self, **parts)
+
     def logits(self, size: tuple[int, int] | None = None) -> Tensor:
         """Return `scores` as logits: their softmax over the classes is the class probability."""
         return self.as_logits(self.scores(size))
@@ -194,6 +199,20 @@ class Prediction:
         if not self.mixture:
             return scores
         return scores.float().clamp(min=torch.finfo(torch.float32).tiny).log()
+
+
+def _of_image(outputs: Any, row: int) -> Any:
+    """Return what tensors (B, ...), alone or in lists, tables and dataclasses, hold of one image."""
+    if isinstance(outputs, Tensor):
+        return outputs[row : row + 1]
+    if isinstance(outputs, list | tuple):
+        parts = [_of_image(part, row) for part in outputs]
+        return type(outputs)(*parts) if hasattr(outputs, "_fields") else type(outputs)(parts)
+    if isinstance(outputs, dict):
+        return {key: _of_image(part, row) for key, part in outputs.items()}
+    if is_dataclass(outputs) and not isinstance(outputs, type):
+        return replace(outputs, **{part.name: _of_image(getattr(outputs, part.name), row) for part in fields(outputs)})
+    return outputs
 
 
 class SegmentationData(Protocol):

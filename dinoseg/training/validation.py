@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
-from operator import mul
 from typing import Any
 
 import torch
@@ -24,7 +23,6 @@ from dinoseg.training.draws import Draws
 from dinoseg.training.engine import Engine
 
 OnBatch = Callable[[Batch, Tensor, Tensor], None]
-_Loss = tuple[Tensor, int]  # a mean, and of how many images
 
 
 @torch.no_grad()
@@ -111,7 +109,7 @@ class Scored:
     ) -> None:
         self._model, self._engine, self._loss, self._on_batch = model, engine, loss, on_batch
         self._counts = ConfusionMatrix(len(data.classes), data.ignore_index, background)
-        self._losses: list[_Loss] = []  # read at the end: no batch is waited for
+        self._losses: list[Tensor] = []  # read at the end: no batch is waited for
         self._predictor = Predictor(model, engine.device, engine.autocast, policy or Whole())
         self._draws = Draws(engine.device)
 
@@ -139,21 +137,20 @@ class Scored:
         self._counts.counts = self._engine.sum(self._counts.counts.to(self._engine.device))
         result = self._counts.compute()
         if self._loss is not None:
-            values = torch.stack([value for value, _ in self._losses]).tolist() if self._losses else []
-            counted = [count for _, count in self._losses]
-            total, images = self._engine.total(sum(map(mul, values, counted)), sum(counted)).tolist()
+            values = torch.stack(self._losses).tolist() if self._losses else []
+            total, images = self._engine.total(sum(values), len(values)).tolist()
             result["loss"] = total / max(1.0, images)
         return result
 
 
-def _asked(predictor: Predictor, batch: Batch, loss: Loss | None, size: Size) -> tuple[Tensor, Tensor, list[_Loss]]:
+def _asked(predictor: Predictor, batch: Batch, loss: Loss | None, size: Size) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Return what `_read` does of a batch, and its losses."""
-    losses: list[_Loss] = []
+    losses: list[Tensor] = []
     if isinstance(batch, FeatureBatch):
         with predictor.autocast():
             prediction = predictor.model(batch.image)
         if loss is not None:
-            losses.append(_of_images(loss, prediction, batch))
+            losses += _of_images(loss, prediction, batch)
         return *_read([prediction], size), losses
     seen = partial(_add_loss, loss, losses, batch) if loss is not None else None
 
@@ -179,7 +176,7 @@ def _read(bands: Iterable[Prediction], size: Size) -> tuple[Tensor, Tensor]:
 
 def _add_loss(
     loss: Loss,
-    losses: list[_Loss],
+    losses: list[Tensor],
     batch: Batch,
     prediction: Prediction,
     parts: Tensor,
@@ -188,12 +185,14 @@ def _add_loss(
 ) -> None:
     """Add the loss of parts (n, 3, h, w) of a batch's images to `losses`."""
     masks = _part_masks(batch, (parts.shape[-2], parts.shape[-1]), places, size)
-    losses.append(_of_images(loss, prediction, Batch(parts, masks, [batch.names[place.image] for place in places])))
+    losses += _of_images(loss, prediction, Batch(parts, masks, [batch.names[place.image] for place in places]))
 
 
-def _of_images(loss: Loss, prediction: Prediction, batch: Batch) -> _Loss:
-    value, _ = loss(prediction, batch)
-    return value, batch.count
+def _of_images(loss: Loss, prediction: Prediction, batch: Batch) -> list[Tensor]:
+    """Return the loss of each image by itself, so that it is the same in batches of any size."""
+    if batch.count == 1:
+        return [loss(prediction, batch)[0]]
+    return [loss(prediction.of_image(row), one)[0] for row, one in enumerate(batch.split(batch.count))]
 
 
 def _part_masks(batch: Batch, part: Size, places: Sequence[Place], size: Size) -> Tensor:

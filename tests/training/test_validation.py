@@ -6,12 +6,15 @@ import torch.nn.functional as F
 from tiny_parts import tiny_vit
 
 from dinoseg import shapes
+from dinoseg.geometry import upsample
 from dinoseg.heads.linear import LinearHead
 from dinoseg.inference import auto
 from dinoseg.inference.auto import Auto
 from dinoseg.inference.windows import Windows, starts
 from dinoseg.losses.cross_entropy import CrossEntropy
+from dinoseg.losses.dice import Dice
 from dinoseg.model import Segmenter
+from dinoseg.shapes import MaskOutputs, Prediction, WeightedMasks
 from dinoseg.training.engine import Engine
 from dinoseg.training.validation import evaluate
 
@@ -65,6 +68,37 @@ def test_the_loss_of_windows_is_the_mean_over_windows():
     assert scores["loss"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
     assert sum(map(sum, scores["matrix"])) == 2 * 24 * 40 and ids.shape == (2, *SIZE) and logits.shape == (2, 3, 24, 40)
     assert sum(scores["matrix"][index][index] for index in range(3)) == (ids == batch.mask).sum().item()
+
+
+class Unlike(Data):
+    """Of the first image most is not labelled, and classes lie elsewhere than in the second."""
+
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        sample["mask"][2 * index :, 5 * index :] = (255, 1)[index]
+        return sample
+
+
+@pytest.mark.parametrize("loss", [CrossEntropy(torch.tensor([1.0, 0.1, 3.0])), Dice(torch.ones(3))], ids=["", "dice"])
+@pytest.mark.parametrize("policy", [None, Windows((16, 24), overlap=0.5, weights="uniform")], ids=["", "windows"])
+def test_the_loss_is_the_mean_over_images_in_batches_of_any_size(loss, policy):
+    found = [
+        evaluate(made(), Unlike(), Engine("cpu", "fp32", workers=0, eval_batch_size=count), policy=policy, loss=loss)
+        for count in (1, 2)
+    ]
+    assert found[0].pop("loss") == pytest.approx(found[1].pop("loss"), rel=1e-5)
+    assert found[0] == found[1]
+
+
+def test_a_prediction_of_one_image_holds_what_the_head_returned_of_it():
+    masks = WeightedMasks(torch.rand(3, 4, 2, 2), torch.rand(3, 4, 5))
+    outputs = MaskOutputs(torch.rand(3, 4, 6), masks.logits, aux=[MaskOutputs(torch.rand(3, 4, 6), masks.logits)])
+    one = Prediction(outputs, (8, 8), (1.0, 1.0), upsample, masks=masks).of_image(1)
+    assert one.masks is not None and isinstance(one.outputs, MaskOutputs)
+    pairs = [(one.masks.shares, masks.shares), (one.outputs.aux[0].class_logits, outputs.aux[0].class_logits)]
+    assert all(torch.equal(mine, others[1:2]) for mine, others in pairs)
+    told = Prediction({"maps": [torch.arange(3)], "steps": 2}, (8, 8), (1.0, 1.0), upsample).of_image(2)
+    assert told.outputs == {"maps": [torch.tensor([2])], "steps": 2}
 
 
 def test_mirrored_and_scaled_images_have_no_loss():
