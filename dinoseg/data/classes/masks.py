@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 
 from dinoseg.annotation.drawing import Drawing, MaskSource
@@ -130,8 +131,11 @@ class MaskReader:
         return json.dumps([labels.classes, labels.ignore_index, labels.palette, options], sort_keys=True)
 
     def _from_ids(self, numbers: np.ndarray, path: Path) -> np.ndarray:
-        inside = numbers.min() >= 0 and numbers.max() <= HIGHEST_ID
-        ids = self._table[numbers] if inside else None  # (H, W) int16
+        ids: np.ndarray | None = None  # (H, W) int16
+        if numbers.dtype == np.uint8:
+            ids = cv2.LUT(numbers, self._table[:256])  # in less than half the time of indexing
+        elif numbers.min() >= 0 and numbers.max() <= HIGHEST_ID:
+            ids = self._table[numbers]
         if ids is None or ids.min() < 0:
             last, ignore = len(self.labels.classes) - 1, self.labels.ignore_index
             foreign = [v for v in np.unique(numbers) if not 0 <= v <= HIGHEST_ID or self._table[v] < 0]

@@ -30,6 +30,24 @@ def test_grey_palette_and_equal_channels_give_the_stored_ids(tmp_path):
         np.testing.assert_array_equal(ids, IDS)
 
 
+@pytest.mark.parametrize("rules", [{}, {"ids": {7: 2, 255: 1, 9: 255}}, {"others": "c"}, {"reduce_zero_label": True}])
+def test_bytes_and_wide_numbers_are_looked_up_alike(tmp_path, rules):
+    reader = MaskReader(LABELS, Masks(**rules))
+    rng = np.random.default_rng(0)
+    known = np.flatnonzero(reader._table[:256] >= 0)
+    for size in ((1, 1), (1, 7), (13, 1), (37, 53)):
+        numbers = rng.choice(known, size)
+        ids = [reader.read(save(tmp_path / f"{kind}.png", numbers, dtype=kind)) for kind in ("uint8", "uint16")]
+        rgb = reader.read(save(tmp_path / "rgb.png", np.dstack([numbers] * 3)))
+        expected = np.vectorize(lambda number: reader._table[number])(numbers)
+        assert all(found.dtype == np.uint8 and found.flags.writeable for found in (*ids, rgb))
+        assert all(np.array_equal(found, expected) for found in (*ids, rgb))
+    for number in rng.permutation(np.flatnonzero(reader._table[:256] < 0))[:3]:
+        for kind in ("uint8", "uint16"):
+            with pytest.raises(UserError, match=rf"holds the ids {number}, which are no classes"):
+                reader.read(save(tmp_path / "foreign.png", [[known[0], number]], dtype=kind))
+
+
 def test_zero_can_mean_nothing(tmp_path):
     reader = MaskReader(LABELS, Masks(reduce_zero_label=True))
     np.testing.assert_array_equal(reader.read(save(tmp_path / "z.png", [[0, 1, 3, 255]])), [[255, 0, 2, 255]])
