@@ -186,6 +186,17 @@ def test_batches_are_those_of_the_files(data, cache, workers):
         assert torch.equal(mine.image, theirs.image) and torch.equal(mine.mask, theirs.mask)
 
 
+def test_a_mask_alone_is_read_without_its_image_once_both_were_checked(data, cache, monkeypatch):
+    dataset, plain, read = make(data(), cache), data(), []
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda file, parts, at: read.append(len(parts[0])) or preadv(file, parts, at))
+    for _ in range(2):
+        for index in range(len(plain)):
+            assert np.array_equal(dataset.mask(index), plain.mask(index))
+    areas = [SIZES[name][0] * SIZES[name][1] for name in NAMES]
+    assert read == [4 * area for area in areas] + areas
+
+
 def test_it_is_small_to_send_and_opened_by_each_process(data, cache):
     dataset = make(data(), cache)
     unread = len(pickle.dumps(dataset))

@@ -91,7 +91,7 @@ class Store:
             UserError: the file is gone, or the bytes are not those that were packed.
         """
         extent = self.extents[row]
-        item = self._item(extent)
+        item = self._bytes(extent.offset, extent.size)
         if self.verify and row not in self._verified:
             if checksum(self.names[row], (extent.height, extent.width), item) != extent.crc:
                 raise UserError(
@@ -102,17 +102,29 @@ class Store:
         colors = 3 * extent.height * extent.width
         return item[:colors].reshape(extent.height, extent.width, 3), item[colors:].reshape(extent.height, extent.width)
 
-    def _item(self, extent: Extent) -> np.ndarray:
-        """Return the bytes of an item; not mapped, since reading a map of a file that was cut kills the process."""
-        item = np.empty(extent.size, np.uint8)
+    def mask(self, row: int) -> np.ndarray:
+        """Return a copy of a mask (H, W) uint8, without its image where that has been compared with its checksum.
+
+        Raises:
+            UserError: as `read`.
+        """
+        if self.verify and row not in self._verified:
+            return self.read(row)[1]
+        extent = self.extents[row]
+        pixels = extent.height * extent.width
+        return self._bytes(extent.offset + 3 * pixels, pixels).reshape(extent.height, extent.width)
+
+    def _bytes(self, offset: int, size: int) -> np.ndarray:
+        """Return bytes of the file; not mapped, since reading a map of a file that was cut kills the process."""
+        item = np.empty(size, np.uint8)
         try:
             if self._pixels is None:
                 self._pixels = os.open(self.folder / PIXELS, os.O_RDONLY)
                 weakref.finalize(self, os.close, self._pixels)
-            got = os.preadv(self._pixels, [item.data], extent.offset)
+            got = os.preadv(self._pixels, [item.data], offset)
         except OSError as error:
             raise UserError(_gone(self.folder / PIXELS, str(error))) from None
-        if got < extent.size:
+        if got < size:
             raise UserError(_gone(self.folder / PIXELS, "it ends too early"))
         return item
 
