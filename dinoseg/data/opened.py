@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 from dinoseg.data.packed.choice import pays
-from dinoseg.data.packed.pack import is_packed, pack
+from dinoseg.data.packed.pack import Unwritable, drop_draft, is_begun, pack
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pairing import not_whole
 from dinoseg.data.scan.scan import scan, unreadable
@@ -58,8 +58,17 @@ def opened(
     elif dataset.lacking:
         raise not_whole(dataset, split)
     folder = Path(cache_dir).expanduser()
-    if cache == "auto" and reduced and (is_packed(dataset, folder) or pays(dataset, split, folder)):
-        return pack(dataset, cache_dir=cache_dir, workers=workers)
+    if cache == "auto" and reduced and (is_begun(dataset, folder) or pays(dataset, split, folder)):
+        try:
+            return pack(dataset, cache_dir=cache_dir, workers=workers)
+        except Unwritable as error:  # the room that there was is gone
+            drop_draft(dataset, folder)
+            log.warning(
+                "data.cache=auto: split %s is read from its files, since it cannot be packed to %s (%s). What was "
+                "packed so far is removed.",
+                *(split, folder, error.__cause__ or "there is too little room"),
+            )
+            return dataset
     if cache == "packed":
         return pack(dataset, cache_dir=cache_dir, longest=longest if reduced else None, workers=workers)
     return dataset

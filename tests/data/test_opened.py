@@ -1,5 +1,7 @@
 """A data set without what cannot be read, and from its packed file."""
 
+import errno
+
 import numpy as np
 import pytest
 from making import save
@@ -8,7 +10,7 @@ from dinoseg import build
 from dinoseg.data import opened as opening
 from dinoseg.data.formats.folder import folder_dataset
 from dinoseg.data.opened import opened
-from dinoseg.data.packed import choice
+from dinoseg.data.packed import choice, draft, pack
 from dinoseg.data.packed.pack import PackedDataset
 from dinoseg.data.scan.class_counts import class_counts
 from dinoseg.errors import UserError
@@ -96,6 +98,48 @@ def test_what_does_not_pay_does_not_fit_or_is_not_trained_on_stays(automatic, tm
     (tmp_path / "file").write_text("")
     files, kept, (told,) = automatic(cache_dir=tmp_path / "file/cache")
     assert kept is files and "since nothing can be written to" in told and "file/cache" in told
+
+
+@pytest.fixture
+def after(monkeypatch):
+    """Make writing to a draft raise after so many writes."""
+
+    def plant(count, error):
+        write_whole, left = draft.write_whole, iter([None] * count)
+
+        def counted(file, content):
+            if next(left, error) is error:
+                raise error
+            write_whole(file, content)
+
+        monkeypatch.setattr(draft, "write_whole", counted)
+
+    return plant
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "no room"), OSError(errno.EFBIG, "too large"), None])
+def test_a_disk_that_fills_meanwhile_stops_no_training_and_is_given_back(
+    automatic, after, error, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(choice, "_LEAST_GAIN", 0.0)
+    if error is None:  # others have filled it since it was measured
+        monkeypatch.setattr(pack, "aligned", lambda size: 2**60)
+    else:
+        after(8, error)
+    files, kept, said = automatic()
+    assert kept is files and len(said) == 2 and "read from its files, since it cannot be packed" in said[1]
+    assert (error.strerror if error else "too little room") in said[1]
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+
+
+def test_what_was_begun_is_not_judged_by_the_room_that_it_takes(automatic, after, monkeypatch):
+    monkeypatch.setattr(choice, "_LEAST_GAIN", 0.0)
+    after(8, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        automatic()
+    monkeypatch.undo()
+    monkeypatch.setattr(opening, "pays", lambda *_: False)
+    assert isinstance(automatic()[1], PackedDataset)
 
 
 def test_what_cannot_be_read_is_no_reason_against_packing(automatic, tmp_path):

@@ -19,11 +19,15 @@ from dinoseg.errors import DISK_FULL, UserError
 from dinoseg.report.progress import Bar
 from dinoseg.shapes import Sample
 from dinoseg.storage.files import check_regular
-from dinoseg.storage.locks import locked
+from dinoseg.storage.locks import acquire, locked, release
 from dinoseg.wording import in_bytes
 
 log = logging.getLogger(__name__)
 _LISTED = 20
+
+
+class Unwritable(UserError):
+    """A store cannot be written: there is no room for it, or no right to."""
 
 
 class PackedDataset(PairDataset):
@@ -63,7 +67,7 @@ class PackedDataset(PairDataset):
 
     def mask(self, index: int) -> np.ndarray:
         """Return the mask (H, W) uint8 of an item."""
-        return self.store.read(self.rows[index])[1]
+        return self.store.mask(self.rows[index])
 
     def image_hash(self, index: int) -> str:
         """Return a hash of the packed pixels of an image."""
@@ -105,8 +109,8 @@ def pack(
         verify: compare an item with its checksum when a process reads it for the first time.
 
     Raises:
-        UserError: files that cannot be read, a folder that cannot be written to, too little room, files that
-            change meanwhile; when an item is read: a damaged store.
+        Unwritable: a folder that cannot be written to, or too little room.
+        UserError: files that cannot be read, or that change meanwhile; when an item is read: a damaged store.
     """
     if longest is not None and longest < 1:
         raise UserError(f"resolution.longest={longest}: give a number of pixels, or null for no limit.")
@@ -117,7 +121,7 @@ def pack(
     store = open_store(folder, key, dataset.names, verify=verify)
     if store is None:
         try:
-            with locked(folder.with_name(f".{folder.name}.lock")):
+            with locked(_lock(folder)):
                 # another process may have finished it while this one waited
                 if open_store(folder, key, dataset.names, verify=verify) is None:
                     _build(dataset, folder, key, workers)
@@ -130,17 +134,28 @@ def pack(
     return PackedDataset(dataset, store, longest)
 
 
-def is_packed(dataset: PairDataset, cache_dir: Path) -> bool:
-    """Return whether there is a finished store of a data set as it is."""
+def is_begun(dataset: PairDataset, cache_dir: Path) -> bool:
+    """Return whether a data set was packed as it is, or a run was stopped while it did that."""
     key = StoreKey(dataset.fingerprint(), None)
-    return open_store(cache_dir / key.folder, key, dataset.names, verify=False) is not None
+    folder = cache_dir / key.folder
+    return _draft(folder).is_dir() or open_store(folder, key, dataset.names, verify=False) is not None
+
+
+def drop_draft(dataset: PairDataset, cache_dir: Path) -> None:
+    """Remove what was packed of a data set, as it is, that was not finished, unless another process goes on with it."""
+    folder = cache_dir / StoreKey(dataset.fingerprint(), None).folder
+    with contextlib.suppress(OSError):
+        if (lock := acquire(_lock(folder))) is not None:
+            shutil.rmtree(_draft(folder), ignore_errors=True)
+            _lock(folder).unlink()
+            release(lock)
 
 
 def _build(dataset: PairDataset, folder: Path, key: StoreKey, workers: int | None) -> None:
     if folder.exists():
         log.warning("%s is incomplete or damaged: packing anew.", folder)
         shutil.rmtree(folder)
-    part = folder.with_name(f"{folder.name}.part")
+    part = _draft(folder)
     _announce(dataset, folder, part, key.longest)
     with contextlib.closing(Draft(part, key, dataset.names)) as draft:
         if draft.extents:
@@ -170,6 +185,14 @@ def _fill(draft: Draft, dataset: PairDataset, longest: int | None, workers: int 
     return failures
 
 
+def _draft(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.part")
+
+
+def _lock(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.lock")
+
+
 def _announce(dataset: PairDataset, folder: Path, part: Path, longest: int | None) -> None:
     """Say how large the store will be; refuse what the disk has no room for."""
     size = sum(aligned(4 * height * width) for height, width in _sizes(dataset, longest))
@@ -186,7 +209,7 @@ def _announce(dataset: PairDataset, folder: Path, part: Path, longest: int | Non
         in_bytes(free),
     )
     if size > free:
-        raise UserError(
+        raise Unwritable(
             f"Packing {len(dataset)} images and masks {limit} takes {in_bytes(size)}, and {folder.parent} has "
             f"{in_bytes(free)} free.{_others(folder)} Make room, give another cache_dir, lower resolution.longest, "
             "or set data.cache=null."
@@ -211,13 +234,13 @@ def _sizes(dataset: PairDataset, longest: int | None) -> Iterator[tuple[int, int
         yield reduced_size(size, longest) if min(size) else size
 
 
-def _unwritable(folder: Path, error: OSError) -> UserError:
+def _unwritable(folder: Path, error: OSError) -> Unwritable:
     if error.errno in DISK_FULL:
-        return UserError(
+        return Unwritable(
             f"The disk of {folder.parent} is full. What is packed so far is kept.{_others(folder)} Make room and run "
             "again: it goes on."
         )
-    return UserError(
+    return Unwritable(
         f"Cannot pack to {folder} ({error}). Give a folder that can be written to: cache_dir=FOLDER, or read the files "
         "themselves: data.cache=null."
     )
