@@ -21,7 +21,7 @@ from dinoseg.config.plain import plain
 from dinoseg.config.resolvers import register_resolvers
 from dinoseg.errors import UserError, telling_file_errors
 from dinoseg.processes.interrupt import SIGNALS, Interrupted, passed_on, raised
-from dinoseg.processes.workers import end_with_parent
+from dinoseg.processes.workers import end_with_parent, telling_killed_loaders
 from dinoseg.runs.log_file import configure_log
 from dinoseg.runs.unread import warn_not_read
 
@@ -49,7 +49,8 @@ def run_mode(cfg: DictConfig, out_dir: Path) -> Any:
     from dinoseg.config.nodes import instantiate
 
     try:
-        return instantiate(cfg.mode, without=LAUNCH_KEYS)(cfg, out_dir=out_dir)
+        with telling_killed_loaders():
+            return instantiate(cfg.mode, without=LAUNCH_KEYS)(cfg, out_dir=out_dir)
     finally:
         _leave_group()
 

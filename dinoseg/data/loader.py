@@ -19,6 +19,7 @@ from dinoseg.data.clips.cut import Clips
 from dinoseg.data.clips.view import ClipView
 from dinoseg.data.enough_workers import FIRST, FROM_NONE, Workers, with_enough_workers
 from dinoseg.errors import UserError
+from dinoseg.processes.workers import killed_loader
 from dinoseg.shapes import Batch, ClipBatch, Sample, SegmentationData
 from dinoseg.wording import count_of
 
@@ -226,6 +227,8 @@ def _load_ahead(read: Callable[[K], V], keys: Iterable[K], workers: int) -> Gene
             if isinstance(item, UserError):
                 raise item
             yield item
+    except (ConnectionError, EOFError) as error:  # an item was on its way
+        raise killed_loader(error) from error
     finally:
         del iterator  # the last reference: the workers end now, also when the caller stops early
 

@@ -3,9 +3,10 @@
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from itertools import islice
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
@@ -111,6 +112,29 @@ def _answer(work: Callable[[Any], Any], item: Any, sending: Connection) -> None:
         sending.send(work(item))
     except UserError as error:
         sending.send(error)
+
+
+@contextmanager
+def telling_killed_loaders() -> Iterator[None]:
+    """Turn what torch says, wherever that is, when a loading process was killed into a message; other errors pass.
+
+    Raises:
+        UserError: naming the process.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise killed_loader(error) from error
+
+
+def killed_loader(error: Exception) -> UserError:
+    """Return the message that a loading process was killed, as an error says."""
+    return UserError(
+        f"A process that loads data was killed, most likely for want of memory ({error}). Free some, or let fewer "
+        "load (engine.workers=1; 0: none beside this one), and run it again: a training goes on with resume=auto."
+    )
 
 
 def count_cores() -> int:

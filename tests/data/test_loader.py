@@ -1,6 +1,7 @@
 import gc
 import itertools
 import multiprocessing
+import os
 import signal
 import subprocess
 import time
@@ -12,9 +13,10 @@ import torch
 from making import Pictures
 
 from dinoseg.data.clips.view import ClipView
-from dinoseg.data.loader import clip_batches, eval_samples, stack_equal, train_batches
+from dinoseg.data.loader import clip_batches, eval_samples, load_in_order, stack_equal, train_batches
 from dinoseg.data.transforms import Affine, Augment, ColorJitter
 from dinoseg.errors import UserError
+from dinoseg.processes.workers import telling_killed_loaders
 
 AUGMENT = Augment((12, 10), scale=(0.7, 1.4), affine=Affine(15, 0.1, 5), flip=0.5, color=ColorJitter(0.2))
 SIZES = [(20 + i, 30 - i) for i in range(11)]
@@ -104,6 +106,26 @@ def test_a_signal_to_all_processes_leaves_the_workers_to_the_first(number):
         worker.terminate()
         worker.join(20)
         assert worker.exitcode == 0
+
+
+def resetting(_):
+    raise ConnectionResetError("reset by peer")
+
+
+def test_a_worker_that_is_killed_while_it_sends_is_told():
+    with pytest.raises(UserError, match=r"(?s)A process that loads data was killed.*reset by peer"):
+        list(load_in_order(resetting, range(2), 1))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # torch raises wherever the signal finds
+def test_a_killed_worker_is_told():
+    batches = train_batches(Pictures(SIZES), AUGMENT, batch_size=2, seed=0, workers=1)
+    next(batches)
+    with pytest.raises(UserError, match="A process that loads data was killed"), telling_killed_loaders():
+        (worker,) = multiprocessing.active_children()
+        os.kill(worker.pid, signal.SIGKILL)
+        take(batches, 20)
 
 
 def test_workers_end_with_the_iterator():

@@ -13,7 +13,7 @@ import time
 import pytest
 
 from dinoseg.errors import UserError
-from dinoseg.processes.workers import count_cores, in_own_process, in_processes
+from dinoseg.processes.workers import count_cores, in_own_process, in_processes, telling_killed_loaders
 
 run = functools.partial(in_processes, remedy="Do less.")
 started_with = []  # filled in processes by `note_start`
@@ -262,3 +262,14 @@ def test_a_process_of_its_own_answers_or_tells_how_it_ended(capfd):
     with pytest.raises(RuntimeError, match="its traceback stands above"):
         in_own_process(answers, "broken")
     assert "ValueError: not foreseen" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("words", ["(pid 7) is killed by signal: Killed.", "(pid(s) 7) exited unexpectedly"])
+def test_a_killed_loader_is_told_with_its_remedy_and_other_errors_pass(words):
+    with (
+        pytest.raises(UserError, match=r"most likely for want of memory.* 7.*engine\.workers=1.*resume=auto"),
+        telling_killed_loaders(),
+    ):
+        raise RuntimeError(f"DataLoader worker {words}")
+    with pytest.raises(RuntimeError, match="another"), telling_killed_loaders():
+        raise RuntimeError("another")
