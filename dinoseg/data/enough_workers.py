@@ -128,6 +128,13 @@ class _Search:
         return self._mark - before
 
 
+def more_workers(workers: Workers) -> str:
+    """Return what can be done about the number of loading processes where items are waited for, as a sentence."""
+    if isinstance(workers, str):
+        return "engine.workers=auto has tried more processes: what is left takes more cores or a faster disk."
+    return "Where cores are idle, let more processes load (engine.workers=auto finds how many)."
+
+
 def _ranks_here() -> int:
     """Return how many ranks share this machine's cores; where nobody says it, all of them."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)

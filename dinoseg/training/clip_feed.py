@@ -11,7 +11,7 @@ from dinoseg.contracts import Loss
 from dinoseg.data.clips.cut import Clip, Clips
 from dinoseg.data.clips.videos import VOID
 from dinoseg.data.clips.view import ClipView
-from dinoseg.data.enough_workers import Workers
+from dinoseg.data.enough_workers import Workers, more_workers
 from dinoseg.data.loader import check_batch_size, clip_batches
 from dinoseg.errors import UserError
 from dinoseg.metrics.clustering import contingency, segment_scores
@@ -67,6 +67,11 @@ class ClipFeed:
                 f"frames, which do not stack. Set data.clips.cut.length={lengths[0]} or less."
             )
         self.score_names = ("loss", *(SCORES if any(video.masks for video in self.val.videos) else ()))
+
+    @property
+    def remedy(self) -> str:
+        """Return what lets batches come sooner, in a sentence."""
+        return more_workers(self.workers)
 
     def train_batches(self, start: int) -> Iterator[ClipBatch]:
         """Yield this rank's share of every batch from number `start` on, without end."""

@@ -42,6 +42,11 @@ class Feed(Protocol):
         """Return what is validated on."""
         ...
 
+    @property
+    def remedy(self) -> str:
+        """Return what lets batches come sooner, in a sentence or two."""
+        ...
+
     def train_batches(self, start: int) -> Iterator[Any]:
         """Yield this rank's share of every batch from number `start` on, without end.
 

@@ -76,7 +76,7 @@ def fit(
             one.validate(stop)
             meter.pause()
             one.save()
-        batches = meter.waiting(stream)
+        batches = meter.waiting(stream, feed.remedy)
         for step in range(run.step, steps):
             if one.has_stalled(patience):
                 break

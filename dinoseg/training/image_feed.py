@@ -11,8 +11,9 @@ import numpy as np
 from torch import Tensor
 
 from dinoseg.contracts import Loss
-from dinoseg.data.enough_workers import Workers
+from dinoseg.data.enough_workers import Workers, more_workers
 from dinoseg.data.loader import check_batch_size, train_batches
+from dinoseg.data.packed.pack import PackedDataset
 from dinoseg.inference.policy import Policy
 from dinoseg.inference.whole import Whole
 from dinoseg.metrics.confusion import ConfusionMatrix
@@ -73,6 +74,19 @@ class ImageFeed:
     def epoch(self) -> float:
         """Batches in which each image is seen once."""
         return len(self.train) / self.batch_size
+
+    @property
+    def remedy(self) -> str:
+        """Return what lets batches come sooner, in a sentence or two."""
+        if self.cache is not None and self.cache.keeps:
+            own = (
+                "Features are kept: a cache_dir on a faster disk helps, or features.dtype=int8, which is less to read."
+            )
+        elif isinstance(self.train, PackedDataset):
+            own = "Images are packed: with data.cache=packed and a lower resolution.longest, less is read of each."
+        else:
+            own = "Let images be decoded once (data.cache=packed)."
+        return f"{own} {more_workers(self.workers)}"
 
     def train_batches(self, start: int) -> Iterator[Batch | Views]:
         """Yield this rank's share of every batch from number `start` on, without end."""

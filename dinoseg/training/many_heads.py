@@ -111,7 +111,7 @@ def fit_heads(
     ):
         together.validate([head for head in heads if head.run.owed])
         meter.pause()
-        batches = meter.waiting(stream)
+        batches = meter.waiting(stream, feed.remedy)
         for step in range(first, steps):
             going = [head for head in going if head.goes_on(steps, patience)]
             if not going:

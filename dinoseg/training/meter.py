@@ -72,14 +72,16 @@ class Meter:
         self._has_bar = visible and (sys.stderr.isatty() if terminal is None else terminal)
         reset_peak_memory(device)
         self.bar = tqdm(total=steps, initial=done, disable=not self._has_bar, dynamic_ncols=True, bar_format=_BAR)
+        self._remedy = ""
         self._first = self._trained = 0.0  # seconds of the first step, and of all later ones
         self._later = _Window(0.0)  # what the later steps have trained and waited
         self._validated: list[float] = []  # seconds of each validation
         self._mark = self._shown = clock()
         self._row, self._status = _Window(self._mark), _Window(self._mark)
 
-    def waiting(self, batches: Iterable[T]) -> Iterator[T]:
-        """Yield from `batches`, counting the time until each comes."""
+    def waiting(self, batches: Iterable[T], remedy: str) -> Iterator[T]:
+        """Yield from `batches`, counting the time until each comes; `remedy` is told at the end if that is much."""
+        self._remedy = remedy
 
         def count(seconds: float) -> None:
             for window in self._windows():
@@ -125,11 +127,7 @@ class Meter:
         speed, waited = self._later.rates(self._trained)
         logger.info("trained %s images/s, waiting for data %.1f%% of that time", _told(speed), 100 * waited)
         if waited > _MUCH and self._trained > _IN_FILE:
-            logger.warning(
-                "The training waited for data %.0f%% of its time. Let images be decoded once (data.cache=packed), or, "
-                "where cores are idle, be loaded by more processes (engine.workers=auto finds how many).",
-                100 * waited,
-            )
+            logger.warning("The training waited for data %.0f%% of its time. %s", 100 * waited, self._remedy)
 
     def left(self) -> str:
         """Return the time left, with that of the validations; before the first of them they are named, not guessed."""

@@ -15,6 +15,7 @@ from dinoseg.data import enough_workers, loader
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import Masks
 from dinoseg.data.loader import train_batches
+from dinoseg.data.packed.pack import pack
 from dinoseg.data.pairs import dataset as pairs
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
@@ -204,6 +205,18 @@ def test_trainings_that_go_on_at_once_share_what_is_kept(train, computed):
         assert torch.equal(*pairs_of)
     assert sum(computed) == 10  # by one of the two
     assert not any(view.features is None for view in next(feeds[0].train_batches(0)).views)
+
+
+def test_what_lets_batches_come_sooner_depends_on_what_is_read(train, data, tmp_path):
+    _, live, _ = train(epochs=2, workers="auto")
+    assert live.remedy.startswith("Let images be decoded once (data.cache=packed). engine.workers=auto has tried")
+    _, kept, _ = train("disk", epochs=2, workers=2)
+    assert kept.remedy.startswith("Features are kept: ") and "packed" not in kept.remedy
+    assert kept.remedy.endswith("let more processes load (engine.workers=auto finds how many).")
+    _, disturbed, _ = train(epochs=2, noise=0.1)
+    assert "data.cache=packed" in disturbed.remedy and "Features" not in disturbed.remedy
+    live.train = pack(data, cache_dir=tmp_path, workers=1)
+    assert "Images are packed: " in live.remedy and "resolution.longest" in live.remedy
 
 
 @pytest.mark.parametrize(("dtype", "error"), [("float16", 1e-3), ("bfloat16", 1e-2), ("int8", 2e-2)])

@@ -97,6 +97,11 @@ class FeatureCache:
         self._store = self._store or self.open_store()
         return self._store
 
+    @property
+    def keeps(self) -> bool:
+        """Whether features are kept, and not only computed apart."""
+        return not isinstance(self.store, NoStore)
+
     def train_batches(
         self,
         data: SegmentationData,
@@ -117,7 +122,7 @@ class FeatureCache:
         batches = partial(drawn_batches, read, list, len(data), batch_size=batch_size, seed=seed, **order)
         first = self._workers(workers)
         stream = batches(start=start, workers=first)
-        if self.views is None or isinstance(self.store, NoStore):  # none comes again
+        if self.views is None or not self.keeps:  # none comes again
             return map(partial(Views, self), stream)
         if first == AUTO:
             seen = self.views * -(-len(data) // batch_size)
@@ -130,7 +135,7 @@ class FeatureCache:
         workers = self._workers(workers)
         workers = FROM_NONE if workers == AUTO and self._validated else workers
         samples = load_in_order(read, range(rank, len(data), world), workers)
-        self._validated = not isinstance(self.store, NoStore)
+        self._validated = self.keeps
         return (self._arrived([sample]) for sample in samples)
 
     def completed(self, views: list[View], device: torch.device) -> FeatureBatch:
