@@ -84,7 +84,7 @@ DOORS = {  # dependency to the rooms and files that may import it
     "huggingface_hub": ("backbones", "portable"),
     "starlette": ("serving",),
     "uvicorn": ("serving",),
-    "optuna": ("sweeps/search",),
+    "optuna": ("sweeps/search", "sweeps/study"),
     "av": ("data/video/decoder", "inference/video_writer", "inference/sound"),
 }
 EXCEPTIONS = {

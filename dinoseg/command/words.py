@@ -15,7 +15,7 @@ from dinoseg.errors import UserError
 FILES = {  # keys whose value names a file or a folder
     *("resume", "input", "labels", "reference", "prediction", "cache_dir", "data.root"),
     *("mode.input", "mode.labels", "mode.reference", "mode.prediction", "mode.restart"),
-    *("backbone.weights", "head.weights", "hydra.run.dir", "hydra.sweep.dir"),
+    *("backbone.weights", "head.weights", "hydra.run.dir", "hydra.sweep.dir", "hydra.sweeper.storage"),
 }
 _FLAGS = ("-m", "--multirun", "--resolve", "--run", "-r", "--version", "--hydra-help", "--shell-completion", "-sc")
 _TAKES_A_VALUE = (

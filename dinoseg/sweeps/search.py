@@ -1,7 +1,6 @@
 """A sweep that searches: optuna chooses the values of each job by what earlier ones have scored."""
 
 import math
-import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -19,10 +18,13 @@ from omegaconf import DictConfig
 
 from dinoseg.errors import UserError
 from dinoseg.storage import locks
+from dinoseg.sweeps.study import open_study
+from dinoseg.sweeps.told import Told
 
 SAMPLERS = ("tpe", "random")
 DIRECTIONS = ("maximize", "minimize")
-_WORDS, _ERROR = "words", "error"  # what a study is told of itself, and a trial that its job has failed
+_ERROR = "error"  # what a trial is told: that its job has failed
+_LARGEST_SEED = 2**31
 _HOPELESS = 3  # jobs that have failed, and none that has not: the next would, too
 
 
@@ -37,32 +39,49 @@ class Search(Sweeper):
         direction: maximize or minimize.
         sampler: tpe or random.
         seed: with the number of a job it says what is drawn for it.
-
-    Raises:
-        UserError: a value is none of these.
     """
 
     hydra_context: HydraContext
     launcher: Launcher
+    _told: Told
 
     def __init__(
         self, storage: str, trials: int, at_once: int, score: str, direction: str, sampler: str, seed: int
     ) -> None:
-        for name, number in (("trials", trials), ("at_once", at_once)):
-            if not isinstance(number, int) or number < 1:
-                raise UserError(f"hydra.sweeper.{name}={number}: give a whole number of at least 1.")
-        for name, value, allowed in (("direction", direction, DIRECTIONS), ("sampler", sampler, SAMPLERS)):
-            if value not in allowed:
-                raise UserError(f"hydra.sweeper.{name}={value} is unknown. Choose {' or '.join(allowed)}.")
-        self.storage, self.trials, self.at_once = Path(storage), trials, at_once
+        self.storage, self.trials, self.at_once = storage, trials, at_once
         self.score, self.direction, self.sampler, self.seed = score, direction, sampler, seed
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Take what Hydra gives, and make the launcher."""
+        """Take what Hydra gives, and make the launcher.
+
+        Raises:
+            UserError: a value of the search is none that it takes.
+        """
+        self._check_values()  # not when this is made: Hydra would bury the message in its own
         self.hydra_context, self.config = hydra_context, config
+        self._told = Told(config.hydra.sweep.dir)
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
+
+    def _check_values(self) -> None:
+        for name, number, least, most in (
+            ("trials", self.trials, 1, math.inf),
+            ("at_once", self.at_once, 1, math.inf),
+            ("seed", self.seed, 0, _LARGEST_SEED),
+        ):
+            if type(number) is not int or not least <= number <= most:
+                bound = f" and at most {most}" if most < math.inf else ""
+                raise UserError(f"hydra.sweeper.{name}={number}: give a whole number of at least {least}{bound}.")
+        for name, value, allowed in (
+            ("direction", self.direction, DIRECTIONS),
+            ("sampler", self.sampler, SAMPLERS),
+        ):
+            if value not in allowed:
+                raise UserError(f"hydra.sweeper.{name}={value} is unknown. Choose {' or '.join(allowed)}.")
+        for name, value, example in (("storage", self.storage, "outputs/search.log"), ("score", self.score, "miou")):
+            if not isinstance(value, str) or not value:
+                raise UserError(f"hydra.sweeper.{name}={value}: give text, such as {example}.")
 
     def sweep(self, arguments: list[str]) -> None:
         """Run jobs until there are as many as asked for.
@@ -79,40 +98,37 @@ class Search(Sweeper):
                 "hydra/sweeper=optuna: no key has several values. Give one an interval, such as "
                 "'optim.optimizer.lr=tag(log,interval(1e-5,1e-2))', or values: head=linear,mlp."
             )
-        held = locks.acquire(self.storage.with_name(f"{self.storage.name}.own"))
+        space = {word.get_key_element(): _values(word) for word in swept}
+        path = Path(self.storage).expanduser()
+        held = locks.acquire(path.parent / f"{path.name}.own")
         if held is None:
             raise UserError(
                 f"Another process searches with {self.storage}. Wait for it, or choose another hydra.sweeper.storage."
             )
         try:
-            self._search(self._study(swept), {word.get_key_element(): _values(word) for word in swept}, fixed)
+            words = [self.score, self.direction, *(str(override.input_line) for override in swept)]
+            study = open_study(path, self.direction, space, words, fixed)
+            self._settle(study)
+            self._search(study, space, fixed)
         finally:
             locks.release(held)
 
-    def _study(self, swept: Sequence[Override]) -> Any:
-        """Return the search that the storage holds, or a new one; jobs that were killed wait to be run again."""
-        import optuna
-        from optuna.storages.journal import JournalFileBackend, JournalStorage
+    def _settle(self, study: Any) -> None:
+        """Take what jobs have told that nobody waited for any more; those that were killed are to be run again."""
+        from optuna.trial import TrialState
 
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        _drop_cut_line(self.storage)
-        study = optuna.create_study(
-            storage=JournalStorage(JournalFileBackend(str(self.storage))),
-            study_name="search",
-            direction=self.direction,  # type: ignore[arg-type, unused-ignore]
-            load_if_exists=True,
-        )
-        words = [self.score, self.direction, *(str(override.input_line) for override in swept)]
-        if (known := study.user_attrs.get(_WORDS, words)) != words:
-            raise UserError(
-                f"{self.storage} holds another search ({', '.join(known)}) than this one ({', '.join(words)}). "
-                "Choose another hydra.sweeper.storage, or remove the file."
-            )
-        study.set_user_attr(_WORDS, words)
-        for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
-            study.enqueue_trial(trial.params)
-            study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-        return study
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            found = self._told.returned(trial.number)
+            if found is None:
+                study.enqueue_trial(trial.params)
+                study.tell(trial.number, state=TrialState.FAIL)
+            else:
+                self._tell(study, trial, *self._scored(found))
+
+    def _tell(self, study: Any, trial: Any, value: float | None, error: str) -> None:
+        if error:
+            study._storage.set_trial_user_attr(trial._trial_id, _ERROR, error)
+        study.tell(trial.number, value, _state(value))
 
     def _search(self, study: Any, space: dict[str, Any], fixed: Sequence[str]) -> None:
         """Run jobs and tell the study of their scores."""
@@ -129,10 +145,7 @@ class Search(Sweeper):
             jobs = [[*fixed, *(f"{key}={value}" for key, value in trial.params.items())] for trial in asked]
             returned = self.launcher.launch(jobs, initial_job_idx=asked[0].number)
             for trial, job in zip(asked, returned, strict=True):
-                value, error = self._scored(job)
-                if error:
-                    trial.set_user_attr(_ERROR, error)
-                study.tell(trial, value, _state(value))
+                self._tell(study, trial, *self._result(job))
 
     def _sampler(self, number: int) -> Any:
         """Return what chooses for the jobs from a number on, the same ones however the search came so far."""
@@ -145,12 +158,15 @@ class Search(Sweeper):
             # constant_liar: those that are chosen together lie apart
             return optuna.samplers.TPESampler(seed=self.seed + number, constant_liar=self.at_once > 1)
 
-    def _scored(self, job: JobReturn) -> tuple[float | None, str]:
+    def _result(self, job: JobReturn) -> tuple[float | None, str]:
         """Return a job's score, or None and why it has none."""
         try:
-            scores = job.return_value  # raises what the job has raised
+            returned = job.return_value  # raises what the job has raised
         except Exception as error:  # noqa: BLE001 - whatever it was, the other jobs go on
             return None, f"{type(error).__name__}: {error}"
+        return self._scored(returned)
+
+    def _scored(self, scores: Any) -> tuple[float | None, str]:
         found = scores if isinstance(scores, dict) else {}
         if "error" in found:
             return None, found["error"]
@@ -160,12 +176,6 @@ class Search(Sweeper):
             print(f"hydra.sweeper.score={self.score} is {value}, no number. Of this job: {numbers}.", file=sys.stderr)
             return None, f"{self.score} is {value}"
         return float(value), ""
-
-
-def _drop_cut_line(path: Path) -> None:
-    """Remove what a process that was killed, or a full disk, has left of a line: optuna would refuse the file."""
-    if path.exists() and not (text := path.read_bytes()).endswith(b"\n"):
-        os.truncate(path, text.rfind(b"\n") + 1)
 
 
 def _state(value: float | None) -> Any:
@@ -192,6 +202,8 @@ def _values(override: Override) -> Any:
             return distributions.IntDistribution(low, high, log=log)
         return distributions.FloatDistribution(low, high, log=log)
     choices: list[Any] = list(override.sweep_iterator(transformer=Transformer.encode))
+    if not choices:
+        raise UserError(f"{override.input_line} holds no value. Give one or more.")
     numbers = [choice for choice in choices if isinstance(choice, int)]
     if isinstance(value, RangeSweep) and not value.shuffle and len(numbers) == len(choices):
         return distributions.IntDistribution(min(numbers), max(numbers), step=abs(int(value.step)))

@@ -1,11 +1,10 @@
 """Sweeps: cells that cannot work are refused before the first job, and a table of all jobs stands at the end."""
 
 import csv
-import json
 import os
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from tabulate import tabulate
 
-from dinoseg.storage.atomic import write_json
 from dinoseg.sweeps.check import impossible_cells
 from dinoseg.sweeps.folds import DEVIATION, FOLD, with_summaries
+from dinoseg.sweeps.told import Told
 from dinoseg.wording import count_of
 
 SHARES = {  # keys of a job's scores in 0..1 to their columns, which are in percent, as in the score tables
@@ -30,7 +29,6 @@ SHARES = {  # keys of a job's scores in 0..1 to their columns, which are in perc
 }
 OTHERS = {"loss": ".4f", "parameters": ",", "trainable": ",", "images_per_s": ".1f", "memory_gib": ".2f"}
 RANKED = ("miou", "J&F-Mean", "FG-ARI")  # the first that any job has decides the order; else the lowest loss
-_TOLD = ".jobs"  # folder in a sweep's, in which jobs tell of themselves: a launcher may run them on other machines
 _SHOWN = 10  # impossible cells in a message
 
 
@@ -39,12 +37,17 @@ class SweepTable(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """End the process where a cell cannot work; what only running shows is left to its job."""
-        if _searches(config):
-            _told(config).mkdir(parents=True, exist_ok=True)
+        if not _is_first():
             return
-        shutil.rmtree(_told(config), ignore_errors=True)  # of a sweep in this folder that was killed
-        bad, cells = impossible_cells(config)
+        bad, cells = ([], 0) if _searches(config) else impossible_cells(config)
         if not bad:
+            if not _told(config).take(takes_over=_searches(config)):
+                print(
+                    f"error: another sweep is at work in {config.hydra.sweep.dir}, or jobs of an earlier one are. Wait "
+                    "for it, or choose another hydra.sweep.dir.",
+                    file=sys.stderr,
+                )
+                sys.exit(1)
             return
         named = "".join(f"\n- {cell}: {reason}" for cell, reason in bad[:_SHOWN])
         more = f"\n- and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
@@ -55,9 +58,14 @@ class SweepTable(Callback):
         )
         sys.exit(1)  # hydra passes over any other exception of a callback
 
+    def on_job_start(self, config: DictConfig, **_: Any) -> None:
+        """Say that a job is at work, in the process that runs it."""
+        if config.hydra.mode == RunMode.MULTIRUN and _is_first():
+            _told(config).begin(config.hydra.job.num)
+
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         """Keep a finished job's overrides and scores, in the process that ran it."""
-        if config.hydra.mode != RunMode.MULTIRUN:
+        if config.hydra.mode != RunMode.MULTIRUN or not _is_first():
             return
         scores = job_return._return_value if isinstance(job_return._return_value, dict) else {}
         # ++ is of a checkpoint's own keys
@@ -65,12 +73,18 @@ class SweepTable(Callback):
         number = config.hydra.job.num
         row: dict[str, Any] = {"words": {key: value for key, _, value in words if key != "mode"}}
         row |= {"job": number, "process": os.getpid()}
-        row |= {name: scores.get(name) for name in (*SHARES, *OTHERS, "matrix", "background", "run")}
-        write_json(_told(config) / f"{number}.json", row | {"note": scores.get("error", "")})
+        numbers = {name: value for name, value in scores.items() if type(value) in (int, float) and isfinite(value)}
+        row |= {name: numbers.get(name) for name in (*SHARES, *OTHERS, "background")}
+        row |= {name: scores.get(name) for name in ("matrix", "run")}
+        _told(config).tell(number, row | {"returned": numbers, "note": scores.get("error", "")})
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Print the table, best first; folds of one setting stand together, with what they say as a whole."""
-        jobs = _jobs(_told(config), keep=_searches(config))
+        if not _is_first():
+            return
+        told = _told(config)
+        jobs = told.rows()
+        told.leave(keep=_searches(config))
         columns = [key for key in (*SHARES, *OTHERS) if any(row[key] is not None for row in jobs)]
         score, sign = next(((key, -1) for key in RANKED if key in columns), ("loss", 1))
         if score not in columns and not any(row["note"] for row in jobs):
@@ -94,21 +108,18 @@ class SweepTable(Callback):
             sys.exit(1)  # of a job that failed here, the command line knows
 
 
-def _told(config: DictConfig) -> Path:
-    return Path(config.hydra.sweep.dir) / _TOLD
+def _told(config: DictConfig) -> Told:
+    return Told(config.hydra.sweep.dir)
+
+
+def _is_first() -> bool:
+    """Return whether this is the first of the ranks that torchrun or Slurm has started: one tells of all."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 def _searches(config: DictConfig) -> bool:
     """Return whether a sweeper chooses the cells as it goes, and may go on with earlier ones."""
     return "storage" in config.hydra.sweeper
-
-
-def _jobs(folder: Path, *, keep: bool) -> list[dict[str, Any]]:
-    """Return the rows that jobs have left in a folder, by their numbers, and remove it, unless it is kept."""
-    rows = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")]
-    if not keep:
-        shutil.rmtree(folder, ignore_errors=True)
-    return sorted(rows, key=lambda row: row["job"])
 
 
 def _swept(words: Sequence[Mapping[str, str]]) -> list[str]:

@@ -1,11 +1,16 @@
 """hydra/sweeper=optuna: values are searched for, and a search that was ended goes on."""
 
+import json
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
+from hydra.core.plugins import Plugins
+from omegaconf import OmegaConf
 
 from dinoseg.errors import UserError
 from dinoseg.storage import locks
+from dinoseg.sweeps.told import Told
 
 pytest.importorskip("optuna")
 from hydra.core.override_parser.overrides_parser import OverridesParser  # noqa: E402
@@ -33,8 +38,10 @@ class Jobs:
 
 def search(folder, jobs, words=WORDS, **options):
     defaults = dict(trials=4, at_once=1, score="miou", direction="maximize", sampler="tpe", seed=0)
-    made = Search(str(folder / "search.log"), **{**defaults, **options})
-    made.hydra_context, made.launcher = SimpleNamespace(config_loader=None), jobs
+    made = Search(**{"storage": str(folder / "search.log"), **defaults, **options})
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(folder)}}})
+    with patch.object(Plugins, "instantiate_launcher", lambda *_, **__: jobs):
+        made.setup(hydra_context=SimpleNamespace(config_loader=None), task_function=None, config=config)
     made.sweep(list(words))
 
 
@@ -96,7 +103,13 @@ def test_jobs_without_a_score_count_and_three_of_them_with_no_other_end_it(tmp_p
     ("options", "said"),
     [
         ({"trials": 0}, "hydra.sweeper.trials=0: give a whole number"),
+        ({"trials": True}, "hydra.sweeper.trials=True: give a whole number"),
         ({"at_once": "2"}, "hydra.sweeper.at_once=2: give a whole number"),
+        ({"seed": None}, "hydra.sweeper.seed=None: give a whole number of at least 0 and at most 2147483648"),
+        ({"seed": -1}, "hydra.sweeper.seed=-1: give a whole number"),
+        ({"score": None}, "hydra.sweeper.score=None: give text, such as miou"),
+        ({"storage": ""}, "hydra.sweeper.storage=: give text"),
+        ({"words": ["mode=train", "lr=range(5,1)"]}, "holds no value"),
         ({"direction": "up"}, "Choose maximize or minimize"),
         ({"sampler": "grid"}, "Choose tpe or random"),
         ({"words": ["mode=train", "lr=0.1"]}, "no key has several values"),
@@ -123,6 +136,98 @@ def test_a_storage_is_of_one_search_and_one_process(tmp_path):
             search(tmp_path, Jobs())
     finally:
         locks.release(held)
+
+
+def ended(number, rate):
+    raise KeyboardInterrupt
+
+
+def begun(folder, words=WORDS):
+    """Leave a search whose first job is at work, and return that job's rate."""
+    jobs = Jobs(ended)
+    with pytest.raises(KeyboardInterrupt):
+        search(folder, jobs, words)
+    return jobs.done[0]["lr"]
+
+
+@pytest.mark.parametrize(("note", "numbers"), [("", {"miou": 0.5}), ("broken", {})])
+def test_a_job_that_outlived_its_search_is_not_run_again(tmp_path, note, numbers):
+    begun(tmp_path)
+    row = {"words": {}, "job": 0, "process": 1, "note": note, "returned": numbers}
+    Told(tmp_path).begin(0)  # as a launcher's process does
+    Told(tmp_path).tell(0, row)
+    rest = Jobs()
+    search(tmp_path, rest)
+    assert [*rest.done] == [1, 2, 3]
+
+
+def test_a_job_that_is_run_again_does_not_begin_any_more(tmp_path, capsys):
+    rate, rest = begun(tmp_path), Jobs()
+    Told(tmp_path).take(takes_over=True)
+    search(tmp_path, rest)
+    assert [*rest.done] == [1, 2, 3, 4] and rest.done[1]["lr"] == rate
+    with pytest.raises(SystemExit) as end:
+        Told(tmp_path).begin(0)
+    assert end.value.code == 0 and "another job of the search has taken the place" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", [b"notes", b"\x80weights\n\n", b"[]\n", b'{"op_code":6,"w":1}\n'])
+def test_a_file_that_is_no_search_is_left_as_it_is(tmp_path, text):
+    (tmp_path / "search.log").write_bytes(text)
+    with pytest.raises(UserError, match="search.log holds something else than a search"):
+        search(tmp_path, Jobs())
+    assert (tmp_path / "search.log").read_bytes() == text
+
+
+def change(entry):
+    """Return a change of the storage: each line that has all of an entry's keys gets its values."""
+
+    def changed(lines):
+        return [line | entry if entry.keys() <= line.keys() else line for line in lines]
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        change({"op_code": 99}),
+        change({"directions": [1, 2]}),
+        change({"user_attr": {"words": 5}}),
+        change({"values": ["1"]}),
+        change({"values": [float("inf")]}),
+        change({"values": [1.0, 2.0]}),
+        change({"param_value_internal": 7.0}),
+        change({"distribution": '{"name": "IntDistribution", "attributes": {"low": 1, "high": 9}}'}),
+        lambda lines: [line for line in lines if "user_attr" not in line],
+        lambda lines: [*lines, 5],
+        lambda lines: [*lines, {}],
+    ],
+)
+def test_a_damaged_storage_is_refused(tmp_path, damage):
+    search(tmp_path, Jobs(), trials=1)
+    path = tmp_path / "search.log"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in damage(lines)))
+    jobs = Jobs()
+    with pytest.raises(UserError, match="search.log (is damaged|holds another search|holds something else)"):
+        search(tmp_path, jobs)
+    assert not jobs.done
+
+
+def test_a_lock_of_a_killed_process_is_not_waited_for(tmp_path):
+    (tmp_path / "search.log.lock").symlink_to("somewhere/search.log")
+    search(tmp_path, jobs := Jobs(), trials=1)
+    assert [*jobs.done] == [0]
+
+
+def test_a_wrong_interval_can_be_mended_and_other_fixed_words_are_told(tmp_path, capsys):
+    with pytest.raises(UserError, match="from the lower"):
+        search(tmp_path, Jobs(), words=["mode=train", "lr=interval(2,1)"])
+    search(tmp_path, Jobs(), words=["mode=train", "lr=interval(1,2)"], trials=1)
+    assert not capsys.readouterr().err
+    search(tmp_path, Jobs(), words=["mode=train", "lr=interval(1,2)", "a=1"], trials=2)
+    assert "Earlier jobs of this search differ in a=1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +13,8 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from dinoseg.sweeps.table import SweepTable
+
+HOLDS = "import fcntl, sys, time; fcntl.flock(file := open(sys.argv[1], 'a'), 2); print(flush=True); time.sleep(60)"
 
 
 def rows_of(path):
@@ -180,3 +184,36 @@ def test_settings_of_folds_are_ranked_by_their_pooled_score(tmp_path):
     assert [row["data.fold"] for row in rows[:5]] == ["0", "1", "mean", "deviation", "pooled"]
     assert rows[4]["pixel accuracy %"] == "95.00" and rows[3]["mIoU %"] == "0.00"
     assert rows[4]["mIoU without background %"] == "90.00"  # 9 of 10: class 0 alone
+
+
+def test_a_folder_is_of_one_sweep_and_its_jobs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("dinoseg.sweeps.table.impossible_cells", lambda _: ([], 1))
+    SweepTable().on_multirun_start(of_job(tmp_path))
+    with subprocess.Popen([sys.executable, "-c", HOLDS, tmp_path / ".jobs/3.own"], stdout=subprocess.PIPE) as job:
+        job.stdout.read(1)
+        with pytest.raises(SystemExit):  # a job of an earlier sweep is at work
+            SweepTable().on_multirun_start(of_job(tmp_path))
+        assert "jobs of an earlier one are" in capsys.readouterr().err
+        job.kill()
+    (tmp_path / ".jobs/7.json").write_text("{}")
+    SweepTable().on_multirun_start(of_job(tmp_path))
+    assert {path.name for path in (tmp_path / ".jobs").iterdir()} == {"sweep.own"}
+    SweepTable().on_multirun_end(of_job(tmp_path))
+    (tmp_path / ".jobs").mkdir()
+    with subprocess.Popen([sys.executable, "-c", HOLDS, tmp_path / ".jobs/sweep.own"], stdout=subprocess.PIPE) as other:
+        other.stdout.read(1)
+        for sweeper in ({}, {"storage": "search.log"}):
+            with pytest.raises(SystemExit):
+                SweepTable().on_multirun_start(of_job(tmp_path, sweeper=sweeper))
+        monkeypatch.setenv("RANK", "1")
+        SweepTable().on_multirun_start(of_job(tmp_path))
+        other.kill()
+
+
+def test_a_damaged_row_costs_no_table(table, tmp_path, capsys):
+    (tmp_path / ".jobs").mkdir()
+    for number, text in enumerate(("", "[]", '{"job": 1}')):
+        (tmp_path / f".jobs/{90 + number}.json").write_text(text)
+    rows = rows_of(table({"miou": 0.5}, {"miou": 0.25, "loss": float("nan")}))
+    assert [row["mIoU %"] for row in rows] == ["50.00", "25.00"]
+    assert capsys.readouterr().err.count("is damaged") == 3
