@@ -30,7 +30,7 @@ def test_without_an_accelerator_it_says_so(told, monkeypatch):
     assert said.startswith("Not measured: no CUDA device is here")
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_all_of_it_runs_on_a_processor_at_tiny_sizes(told):
     rows, said = told("--tiny")
     assert len(rows) == 6 and all(row["ratio"] > 0 for row in rows)

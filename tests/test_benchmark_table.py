@@ -70,7 +70,7 @@ def test_every_script_of_the_table_is_there_and_names_its_words(table):
         assert "tell(" in text and all(f'"{word}"' in text for word in given), name
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_a_script_runs_at_tiny_sizes(tmp_path):
     done = subprocess.run(
         [sys.executable, FOLDER / "run.py", "--quick", "--only", "loss"],

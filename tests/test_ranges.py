@@ -24,6 +24,7 @@ OWN_CHECK = {  # numbers whose rule is no range
     **dict.fromkeys(("foreground", "Semantic"), {"ignore_index"}),  # likewise
     **{"Augment": {"ignore_index"}, "VideoClustering": {"ignore"}},
     **{"SlotHead": {"num_slots", "steps"}, "TemporalSimilarity": {"threshold"}},
+    "plan": {"memory"},  # bytes, with or without a unit
 }
 OF_OTHERS = {"trainer": ("feed", "epochs"), "adapter": ("lr",), "mode": LAUNCH_KEYS}  # keys beside a target's own
 AT_RUN_TIME = {"in_dim", "num_layers"}

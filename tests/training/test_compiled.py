@@ -80,7 +80,7 @@ def test_an_engine_compiles_the_blocks_of_what_it_places_if_it_is_told(shapes, w
     assert len(shapes) == wanted * len(model.backbone.blocks)
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_compiled_blocks_give_the_same_maps_and_gradients():
     backbone = Lora(2, 4)(tiny_vit())
     image = torch.rand(1, 3, 32, 24)
