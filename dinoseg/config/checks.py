@@ -54,6 +54,8 @@ def _check_value(key: str, value: Any, annotation: Any, target: str) -> None:
         remedy = "Correct the value."
         if not isinstance(value, LIST) and _fits([value], annotation):
             remedy = f"A list is written in brackets: {key}=[{value}]."
+        elif isinstance(value, bool) and _fits("off", annotation):
+            remedy = 'In a YAML file, off, on, yes and no mean false and true: write such a word in quotes ("off").'
         elif _is_part(_bare(annotation)):
             remedy = f"It is a group of keys: set one of them, as {key}.KEY=VALUE."
         text = "null" if value is None else shown(str(value), _LONGEST)

@@ -1,6 +1,7 @@
 """Keys and values beside a target, held against its signature."""
 
 import pytest
+from omegaconf import OmegaConf
 
 from dinoseg.config.checks import check_given
 from dinoseg.errors import UserError
@@ -55,6 +56,12 @@ def test_what_a_group_of_keys_describes_is_no_plain_value(value):
 def test_brackets_are_no_remedy_for_what_they_do_not_make_fit():
     with pytest.raises(UserError, match=r"outputs=null is of type NoneType, .*\. Correct the value\.$"):
         check_given("dinoseg.modes.predict.predict", {"outputs": None})
+
+
+@pytest.mark.parametrize("key", ["cache", "workers"])
+def test_a_word_that_yaml_reads_as_false_is_to_be_quoted(key):
+    with pytest.raises(UserError, match=rf'{key}=False is of type bool.* write such a word in quotes \("off"\)\.$'):
+        check_given("dinoseg.training.engine.Engine", {key: OmegaConf.create("word: off").word})
 
 
 @pytest.mark.parametrize("scale", [0, 17, float("nan")])
