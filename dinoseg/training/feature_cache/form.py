@@ -45,7 +45,7 @@ def rounded(tensors: Sequence[Tensor], stored: Stored) -> list[Tensor]:
         if not _is_finite(kept[-1]):
             raise UserError(
                 f"Features as large as {tensor.float().abs().max():.3g} are no numbers in {stored}, as they would "
-                "be kept. Keep them as bfloat16 or float32."
+                "be kept. Set features.dtype=bfloat16 or float32, or engine.cache=off."
             )
     return kept
 
