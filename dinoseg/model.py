@@ -136,9 +136,15 @@ def trained_names(model: Segmenter) -> set[str]:
 
 
 def frozen_tensors(model: Segmenter) -> Iterator[tuple[str, Tensor]]:
-    """Yield parameters and buffers, with their names, of the modules that hold no trained parameter of their own."""
+    """Yield parameters and buffers, with their names, of the modules that hold no trained parameter of their own.
+
+    Of quantised layers, scales too, which are neither.
+    """
     for where, part in model.named_modules():
         own = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
+        if _is_quantised(part):
+            rounding = getattr(part, "compute_dtype", None)  # of 4 bits: what its first use makes of the bias
+            own = [(name, value.to(rounding) if name == "bias" else value) for name, value in part.state_dict().items()]
         if not any(tensor.requires_grad for _, tensor in own):
             yield from ((f"{where}.{name}", tensor) for name, tensor in own)
 
@@ -164,6 +170,10 @@ def quantised_names(model: nn.Module) -> set[str]:
     """Return the names in the state dict of quantised layers: weights, scales, and biases, which change their type."""
     names = set()
     for where, part in model.named_modules():
-        if type(part).__module__.startswith("bitsandbytes."):
+        if _is_quantised(part):
             names |= {f"{where}.{name}" for name in part.state_dict()}
     return names
+
+
+def _is_quantised(part: nn.Module) -> bool:
+    return type(part).__module__.startswith("bitsandbytes.")

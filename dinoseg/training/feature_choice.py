@@ -51,7 +51,8 @@ class Cost(NamedTuple):
     def gain(self, epochs: float, views: int, *, disk: bool) -> float:
         """Return how many times faster so many epochs train with features that are kept."""
         computed = min(epochs, views)
-        kept = computed * (self.frozen + self.write * disk) + (epochs - computed) * self.read * disk
+        write, read = (self.write, self.read) if disk else (0.0, 0.0)
+        kept = computed * (self.frozen + write) + (epochs - computed) * read
         return epochs * (self.frozen + self.rest) / (kept + epochs * self.rest)
 
 
@@ -114,7 +115,7 @@ def feature_cache(feed: ImageFeed, model: Segmenter, loss: Loss, engine: Engine,
             return None
         _check_cut(feed, model, engine, plan.noise)
         return FeatureCache(model, engine.autocast, NoStore, plan.drawing, feed.views, plan.noise)
-    opened = partial(_opened, chosen == "memory", model, engine, plan)
+    opened = partial(_opened, chosen == "memory", feed, model, engine, plan)
     return FeatureCache(model, engine.autocast, opened, plan.drawing, feed.views, plan.noise)
 
 
@@ -158,11 +159,11 @@ def _chosen(feed: ImageFeed, model: Segmenter, loss: Loss, engine: Engine, plan:
     rooms = {"disk": _disk_room(plan), "memory": _memory_room(plan, engine)}
     gains = {kind: cost.gain(plan.epochs, feed.views, disk=kind == "disk") for kind in rooms}
     paying = [kind for kind in rooms if size <= rooms[kind] and gains[kind] >= _LEAST_GAIN]
+    read = f"{cost.read:.2g} s to read back, " if math.isfinite(cost.read) else ""  # else no file could be written
     facts = (
         f"The features of {count_of(len(feed.train), 'image')} in {count_of(feed.views, 'view')} and of "
         f"{count_of(len(feed.val), 'validation image')} take about {in_bytes(size)} as {plan.dtype}; an "
-        f"image takes {cost.frozen:.2g} s to compute, {cost.read:.2g} s to read back, and the rest of its step "
-        f"{cost.rest:.2g} s"
+        f"image takes {cost.frozen:.2g} s to compute, {read}and the rest of its step {cost.rest:.2g} s"
     )
     if not (forced or paying):
         raise _Live(f"{facts}. {_why_not(plan, feed.views, size, rooms, gains)}")
@@ -240,7 +241,7 @@ def _disk_seconds(plan: Plan, rows: list[Tensor]) -> tuple[float, float]:
     try:
         start = time.perf_counter()
         store.put("0" * KEY_LENGTH, rows)
-        path = next(store.folder.iterdir(), None)
+        path = next(store.folder.glob("*"), None)  # of a folder that could not be made, none
         if path is None:
             return math.inf, math.inf
         with open(path, "rb") as file:
@@ -280,7 +281,7 @@ def _cap(plan: Plan) -> int | None:
     return None if plan.gib is None else int(plan.gib * 2**30)
 
 
-def _opened(memory: bool, model: Segmenter, engine: Engine, plan: Plan) -> FeatureStore:
+def _opened(memory: bool, feed: ImageFeed, model: Segmenter, engine: Engine, plan: Plan) -> FeatureStore:
     """Return the store of the features of a model as it is."""
     if memory:
         return MemoryStore(plan.dtype, _memory_room(plan, engine))
@@ -288,9 +289,9 @@ def _opened(memory: bool, model: Segmenter, engine: Engine, plan: Plan) -> Featu
     parts = {
         **{name: part for name, part in plan.parts.items() if name != "head" or not maps_alone},
         "weights": weights_hash(frozen_tensors(model)),
-        "code": code_hash([model.backbone, model.head]),
+        "code": code_hash([model.backbone, model.head], feed.augment),
         "sizes": hash_of(model.scale, model.longest),
         "cut": hash_of(model.backbone.first_trained, maps_alone),
-        "precision": hash_of(engine.bf16, engine.device.type, plan.dtype),
+        "precision": hash_of(engine.bf16, engine.device.type, plan.dtype, engine.compile),
     }
     return DiskStore(_root(plan), origin(_root(plan), parts), plan.dtype, _cap(plan))

@@ -3,6 +3,8 @@
 import errno
 import itertools
 import logging
+import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -51,6 +53,17 @@ class Rows(RunLog):
         self.rows.append({"step": step, **told})
 
 
+class Upside(Augment):
+    def __call__(self, image, mask, rng):
+        return tuple(part[::-1].copy() for part in super().__call__(image, mask, rng))
+
+
+class Inverted(PairDataset):
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        return sample | {"image": 255 - sample["image"], "mask": 2 - sample["mask"]}
+
+
 @pytest.fixture
 def data(tmp_path):
     """Write five pictures of differing sizes with their masks, and open them."""
@@ -73,7 +86,9 @@ def train(data, tiny_backbone, tmp_path):
         cache="off", *, adapter=FROZEN, dtype="float32", views=2, steps=6, epochs=None, start=None, seed=0, **options
     ):
         torch.manual_seed(seed)
-        scale = options.pop("scale", 1.0)
+        scale, augment, data_set = (
+            options.pop(*each) for each in (("scale", 1.0), ("augment", AUGMENT), ("data", data))
+        )
         model = Segmenter(adapter(tiny_backbone()), LinearHead(24, 1, 3), scale=scale)
         for parameter in model.head.parameters():
             nn.init.normal_(parameter, std=0.1)
@@ -82,7 +97,7 @@ def train(data, tiny_backbone, tmp_path):
         engine = Engine("cpu", "fp32", workers=0, cache=cache)
         policy = options.pop("policy", None)
         share = {"batch_size": 2, "seed": 5, "workers": options.pop("workers", 0), "policy": policy}
-        feed = ImageFeed(data, data, AUGMENT, pictures=1, views=views, **share)
+        feed = ImageFeed(data_set, data_set, augment, pictures=1, views=views, **share)
         plan = Plan(tmp_path / "cache", epochs or steps * 2 / 5, "drawing", {}, dtype=dtype, **options)
         loss = CrossEntropy(torch.ones(3))
         feed.cache = feature_cache(feed, model, loss, engine, plan)
@@ -175,6 +190,28 @@ def test_features_of_other_weights_or_preprocessing_are_not_used(train, computed
         rows = train("disk", steps=3, **other)[0]
     assert sum(computed) == 2 + 6 + 5 and f"of other {told} than now" in caplog.text
     assert rows == train(steps=3, **other)[0]
+
+
+@pytest.mark.parametrize(
+    "change", [{"compile": True}, {"bf16": True}, {"augment": Upside((24, 33))}, {"longest": 9}, {"blocks": 1}]
+)
+def test_features_that_another_setting_would_change_are_kept_apart(change, tiny_backbone, tmp_path):
+    def folder(*, compile=False, bf16=False, augment=AUGMENT, longest=None, blocks=0):
+        torch.manual_seed(0)
+        backbone = (LastBlocks(blocks) if blocks else FROZEN)(tiny_backbone())
+        engine = SimpleNamespace(compile=compile, bf16=bf16, device=torch.device("cpu"))
+        model, plan = Segmenter(backbone, LinearHead(24, 1, 3), longest=longest), Plan(tmp_path, 1.0, "", {})
+        return choice._opened(False, SimpleNamespace(augment=augment), model, engine, plan).folder
+
+    assert folder() == folder() != folder(**change)
+
+
+def test_masks_go_with_images_that_a_class_of_ones_own_changes(train, data):
+    inverted = Inverted(data.pairs, data.reader.labels, data.reader.masks)
+    train("disk", views=1, steps=5)
+    for options in ({"augment": Upside((24, 33), flip=0.5)}, {"data": inverted}):
+        live = train(views=1, steps=5, **options)[0]
+        assert train("disk", views=1, steps=5, **options)[0] == live
 
 
 def test_a_training_goes_on_where_the_disk_is_full_and_the_next_one_keeps_the_rest(
@@ -307,6 +344,14 @@ def test_auto_says_why_it_trains_on_images(train, caplog, monkeypatch):
     assert "This disk is too slow" in told(epochs=20)
 
 
+def test_a_disk_that_takes_nothing_leaves_memory(train, monkeypatch, tmp_path, caplog):
+    (tmp_path / "cache").write_text("no folder")
+    monkeypatch.setattr(choice, "_LEAST_GAIN", 0.1)
+    with caplog.at_level(logging.INFO):
+        train("auto", epochs=20)
+    assert "auto: features are kept in memory" in caplog.text and " inf" not in caplog.text
+
+
 def test_auto_keeps_features_where_that_pays(train, monkeypatch, caplog):
     cost = Cost(frozen=0.1, rest=0.01, write=0.01, read=0.01, bytes=100, pixels=100)
     monkeypatch.setattr(choice, "_measured", lambda *_: cost)
@@ -315,6 +360,8 @@ def test_auto_keeps_features_where_that_pays(train, monkeypatch, caplog):
     assert feed.cache is not None and "estimated 3.7 times as fast over 20.0 epochs" in caplog.text
     assert cost.gain(20, 2, disk=True) == pytest.approx(20 * 0.11 / (2 * 0.11 + 18 * 0.01 + 20 * 0.01))
     assert cost.gain(1, 4, disk=False) == 1
+    unwritable = cost._replace(write=math.inf, read=math.inf)
+    assert unwritable.gain(20, 2, disk=False) == cost.gain(20, 2, disk=False) and unwritable.gain(9, 2, disk=True) == 0
     monkeypatch.setattr(choice, "_disk_room", lambda *_: 10)
     with caplog.at_level(logging.INFO):
         train("auto", epochs=20)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from dinoseg.inference.policy import Autocast
 from dinoseg.model import Segmenter
 from dinoseg.ranges import NotNegative
 from dinoseg.shapes import FeatureBatch, FrozenFeatures, SegmentationData
-from dinoseg.training.feature_cache.key import hash_of, image_hash
+from dinoseg.training.feature_cache.key import goes_with, hash_of, image_hash
 from dinoseg.training.feature_cache.masks import KeptMasks
 from dinoseg.training.feature_cache.store import FeatureStore, MemoryStore, NoStore
 from dinoseg.transfer import sent
@@ -209,17 +210,25 @@ def _read_drawn(
     draw = int(hash_of(key, epoch)[:_DRAW_DIGITS], 16)
     chance = partial(view_chance, seed, views, epoch, index)
     features = store.get(key)
-    if features is not None and isinstance(data, PairDataset) and isinstance(augment, Augment):
+    if features is not None and _has_masks_alone(data) and _draws_masks_alone(augment):
         mask = masks.get((key, data.names[index]), lambda: augment.mask(data.mask(index), chance()))
         return View(key, mask, data.names[index], features, None, draw)
     sample = read_view(data, augment, index, chance())
     return View(key, sample["mask"], sample["name"], features, sample["image"], draw)
 
 
+def _has_masks_alone(data: SegmentationData) -> TypeGuard[PairDataset]:
+    return isinstance(data, PairDataset) and goes_with(type(data), "mask", "__getitem__")
+
+
+def _draws_masks_alone(augment: Transform) -> TypeGuard[Augment]:
+    return isinstance(augment, Augment) and goes_with(type(augment), "mask", "__call__")
+
+
 def _read_whole(data: SegmentationData, store: FeatureStore, masks: KeptMasks, index: int) -> View:
     key = view_key(data, index)
     features = store.get(key)
-    if features is not None and isinstance(data, PairDataset):
+    if features is not None and _has_masks_alone(data):
         mask = masks.get((key, data.names[index]), lambda: data.mask(index))
         return View(key, mask, data.names[index], features, None)
     sample = data[index]

@@ -7,7 +7,9 @@ import logging
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +31,7 @@ _LIBRARIES = ("torch", "transformers", "timm", "peft", "bitsandbytes", "pillow",
 _OWN = (  # what lies between a file and its features: rooms and files of the package
     *("backbones", "heads", "adapters.py", "contracts.py", "model.py", "geometry.py", "sizes.py", "shapes.py"),
     *("images.py", "data/loader.py", "data/transforms.py", "data/video", "data/packed/read.py"),
+    *("precision.py", "transfer.py", "training/feature_cache"),
 )
 
 
@@ -67,9 +70,17 @@ def weights_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
         return hash_of(*((name, each) for (name, _), each in zip(named, hashes, strict=True)))
 
 
-def code_hash(parts: Iterable[nn.Module]) -> str:
-    """Return a hash of the code that computes: the modules' source, our own, and the versions of the libraries."""
-    kinds = {kind for part in parts for module in part.modules() for kind in type(module).__mro__[:-1]}
+def code_hash(parts: Iterable[nn.Module], augment: Any = None) -> str:
+    """Return a hash of the code that computes: the modules' source, our own, and the versions of the libraries.
+
+    Args:
+        parts: of the model.
+        augment: what draws the views, of any kind; `data.augment` may name somebody's own.
+    """
+    while isinstance(augment, partial):
+        augment = augment.func
+    kinds: set[Any] = {kind for part in parts for module in part.modules() for kind in type(module).__mro__[:-1]}
+    kinds |= {augment} if inspect.isroutine(augment) else {*type(augment).__mro__[:-1]}
     files = {Path(file) for kind in kinds if (file := _source(kind)) is not None}
     package = Path(dinoseg.__file__).parent
     for place in _OWN:
@@ -80,10 +91,16 @@ def code_hash(parts: Iterable[nn.Module]) -> str:
 
 def image_hash(data: SegmentationData, index: int) -> str:
     """Return a hash of an image's bytes: of its file, or of the pixels where it has none of its own."""
-    if isinstance(data, PairDataset):
+    if isinstance(data, PairDataset) and goes_with(type(data), "image_hash", "__getitem__"):
         return data.image_hash(index)
     pixels = data[index]["image"].numpy()
     return hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
+
+
+def goes_with(kind: type, name: str, other: str) -> bool:
+    """Return whether what overrides the method `other` of a class, or of one before it, overrides `name` too."""
+    owner = next(base for base in kind.__mro__ if other in vars(base))
+    return any(name in vars(base) for base in kind.__mro__[: kind.__mro__.index(owner) + 1])
 
 
 def _tensor_hash(tensor: Tensor) -> str:
@@ -93,7 +110,7 @@ def _tensor_hash(tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
-def _source(kind: type) -> str | None:
+def _source(kind: Any) -> str | None:
     try:
         return inspect.getsourcefile(kind)
     except (TypeError, OSError):  # it is built in, or was typed

@@ -1,3 +1,5 @@
+import ast
+import functools
 import os
 import shutil
 import types
@@ -8,6 +10,7 @@ import torch
 from making import save
 from torch import nn
 
+from dinoseg.adapters import Frozen
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import Masks
 from dinoseg.data.packed.pack import pack
@@ -16,6 +19,8 @@ from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.video.access import VideoFrame
 from dinoseg.errors import UserError
+from dinoseg.heads.linear import LinearHead
+from dinoseg.model import Segmenter, frozen_tensors
 from dinoseg.training.feature_cache import key
 from dinoseg.training.feature_cache.key import code_hash, hash_of, image_hash, origin, weights_hash
 from dinoseg.training.feature_cache.store import DiskStore
@@ -52,6 +57,22 @@ def test_every_single_value_name_shape_and_type_of_the_weights_counts():
     assert len(hashes | {first}) == len(others) + 1
 
 
+@pytest.mark.slow  # bitsandbytes is imported
+@pytest.mark.parametrize("bits", [4, 8])
+def test_scales_of_quantised_weights_count(bits, tiny_backbone):
+    def hashed(factor):
+        backbone = tiny_backbone()
+        for block in backbone.blocks:
+            block.mlp.up_proj.weight.data *= factor  # the same whole numbers, of another scale
+        model = Segmenter(Frozen(bits=bits, device="cpu")(backbone).to("cpu"), LinearHead(24, 1, 3))
+        first = weights_hash(frozen_tensors(model))
+        model(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
+        assert weights_hash(frozen_tensors(model)) == first
+        return first
+
+    assert hashed(1) == hashed(1) != hashed(2)
+
+
 def test_layout_in_memory_does_not_count():
     assert weights_hash([("a", torch.arange(6).view(2, 3).T)]) == weights_hash(
         [("a", torch.tensor([[0, 3], [1, 4], [2, 5]]))]
@@ -73,6 +94,41 @@ def test_code_counts_with_what_a_module_inherits_and_libraries(tmp_path, monkeyp
     assert first != code_hash([nn.Linear(1, 1)]) == code_hash([nn.Linear(2, 2)])
     monkeypatch.setattr(key, "_version", lambda library: "0")
     assert first != code_hash([model(text)])
+
+
+def test_code_that_draws_views_counts(tmp_path, monkeypatch):
+    def drawn(text):
+        (tmp_path / "views.py").write_text(text)
+        module = types.ModuleType("views")
+        module.__file__ = str(tmp_path / "views.py")
+        monkeypatch.setitem(__import__("sys").modules, "views", module)
+        exec(compile(text, module.__file__, "exec"), module.__dict__)
+        return [code_hash([], each) for each in (module.Draw(), module.draw, functools.partial(module.draw, 1))]
+
+    text = "class Base: pass\nclass Draw(Base): pass\ndef draw(*given): return given\n"
+    first, later = drawn(text), drawn(text + "# changed\n")
+    assert first == drawn(text) and not {*first, code_hash([])} & {*later} and code_hash([]) not in first
+
+
+def test_own_code_that_computes_counts():
+    computes_nothing = (  # of the values of features: messages, checks, files, processes, and what comes behind them
+        *("bounded_regex.py", "errors.py", "ranges.py", "wording.py", "storage", "processes", "report"),
+        *("class_ids.py", "mixed_class_ids.py", "data/clips", "data/enough_workers.py"),
+        *("data/packed/store.py", "data/pairs/dataset.py"),  # images are known by their bytes
+    )
+    package = key.Path(key.dinoseg.__file__).parent
+
+    def below(places):
+        return {path for place in places for path in [package / place, *(package / place).rglob("*.py")]}
+
+    counts, rest = below(key._OWN), below(computes_nothing)
+    for path in (path for path in counts if path.suffix == ".py" and "feature_cache" not in path.parts):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dinoseg."):
+                own = package.joinpath(*node.module.split(".")[1:])
+                named = [own / f"{name.name}.py" for name in node.names]
+                for found in [each for each in (own.with_suffix(".py"), *named) if each.exists()]:
+                    assert found in counts | rest, f"{path.name} imports {found}"
 
 
 def test_own_rooms_that_count_are_there():
