@@ -240,4 +240,10 @@ def _weightings(counts: Sequence[int], balances: Sequence[float]) -> Tensor:
     if share.sum() <= 0:
         raise UserError("No pixel of the training masks is labelled, so there is nothing to solve. Check the masks.")
     share = share / share.sum()
-    return torch.stack([torch.where(share > 0, share.clamp(min=1e-300) ** -balance, 0.0) for balance in balances])
+    weights = torch.stack([torch.where(share > 0, share.clamp(min=1e-300) ** -balance, 0.0) for balance in balances])
+    if not weights.sum(dim=1).isfinite().all():
+        raise UserError(
+            f"balances={list(balances)}: by such a balance the rarest class weighs more than a number can say. Give 0 "
+            "to 1, from each pixel alike to each class alike."
+        )
+    return weights

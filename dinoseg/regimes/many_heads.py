@@ -101,8 +101,21 @@ def _check_feed(cfg: DictConfig, regime: Regime, engine: Engine) -> None:
 
 
 def _dropped(folder: Path) -> dict[str, str]:
-    """Return, by name, why heads had dropped out before this run was gone on with."""
-    return {path.parent.name: forms.read_json(path, _NOTE)["reason"] for path in sorted(folder.glob(f"*/{DROPPED}"))}
+    """Return, by name, why heads had dropped out before this run was gone on with.
+
+    Raises:
+        UserError: a note of it is damaged.
+    """
+    return {path.parent.name: _reason(path) for path in sorted(folder.glob(f"*/{DROPPED}"))}
+
+
+def _reason(path: Path) -> str:
+    try:
+        return forms.read_json(path, _NOTE)["reason"]
+    except forms.Misshapen as error:
+        raise UserError(
+            f"{path} is damaged ({error}). It says that this head has dropped out: remove it, and the head goes on."
+        ) from None
 
 
 def _progress(job: Job) -> Progress:

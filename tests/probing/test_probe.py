@@ -221,6 +221,8 @@ def test_sums_that_are_damaged_or_of_another_form_begin_anew(tmp_path, caplog):
 def test_a_grid_without_a_point_is_refused():
     with pytest.raises(UserError, match="strengths=\\[\\]: there is nothing to try"):
         Grid(strengths=())
+    model = Segmenter(tiny_vit((1,)), LinearHead(24, 1, 4))
     with pytest.raises(UserError, match="No pixel of the training masks is labelled"):
-        model = Segmenter(tiny_vit((1,)), LinearHead(24, 1, 4))
         Probe(model, Drawn(2), [0] * 4, engine(), {"1": [0]})
+    with pytest.raises(UserError, match="balances=\\[0.0, 5000.0\\]: by such a balance the rarest class"):
+        Probe(model, Drawn(2), [9, 90, 9, 0], engine(), {"1": [0]}, Grid(balances=(0.0, 5000.0)))

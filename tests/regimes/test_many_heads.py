@@ -188,6 +188,9 @@ def test_a_head_that_diverges_drops_out_alone(folder, run, monkeypatch):
     assert done.status == 0, done.err
     assert (step_of(path / "linear"), step_of(path / "cnn")) == (9, 4) and "drops out" not in done.err
     assert "the loss is nan" in (folder / "dropped/leaderboard.csv").read_text()
+    (path / "cnn/dropped.json").write_text("{")
+    done = call(folder, "mode=train", "resume=dropped")
+    assert done.status == 1 and "cnn/dropped.json is damaged" in done.err and "the head goes on" in done.err
 
 
 def test_where_all_have_diverged_the_run_has_failed(folder, monkeypatch):
@@ -211,6 +214,7 @@ def test_where_all_have_diverged_the_run_has_failed(folder, monkeypatch):
         (("trainer=many_heads", "heads=[linear,mlp]", "adapter=lora"), "adapter=lora: trainer=many_heads trains heads"),
         (("trainer=many_heads", "heads=[linear,slots]"), "head=slots is trained on clips"),
         (("trainer=many_heads", "heads=[linear]", "lrs=0.1"), "lrs=0.1: give a list"),
+        (("trainer=many_heads", "heads=[linear]", f"lrs=[1{400 * '0'},1]"), "give a list of learning rates above 0"),
         (("trainer=many_heads", "heads=[linear]", "lrs=[0.1,1e-1]"), "linear_0.1 stands there more than once"),
         (
             ("trainer=many_heads", "heads=[cnn,{head: mlp, name: cnn}]"),

@@ -56,6 +56,9 @@ def test_of_windows_that_each_cuts_for_itself_nothing_is_kept(made):
         assert len(passes) == 2 and not shared._held
         one(IMAGES[:1]), one(IMAGES[:1])
         assert len(passes) == 4, "a part of a batch is of it"
+        one(IMAGES[:1], reduce=False)
+        assert len(passes) == 6, "seen at another size, it may be"
+    assert not shared._held, "nothing is kept for later"
 
 
 def test_a_head_that_changes_its_features_is_told_so(made):
