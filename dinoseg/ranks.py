@@ -42,6 +42,8 @@ _STOPPED = {status: number for number in SIGNALS for status in (128 + number, -n
 
 def run_mode(cfg: DictConfig, out_dir: Path) -> Any:
     """Call the mode's function in this process."""
+    # a spawned process would spawn its own, too: seconds for each loader's workers; joblib's would start none at all
+    set_start_method(None, force=True)
     if cfg.mode.get("keeps_folder", True):
         configure_log(out_dir if is_first_rank() else None)
     if is_first_rank():
@@ -161,7 +163,6 @@ def _run_rank(
     rank: int, world: int, port: int, cfg: dict[str, Any], out_dir: Path, sending: connection.Connection
 ) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
-    set_start_method(None, force=True)  # a spawned process would spawn its own, too: seconds for each loader's workers
     if rank:
         sending.close()  # so that the parent sees the end of the only one that writes
     os.environ |= {

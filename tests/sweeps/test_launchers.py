@@ -21,8 +21,14 @@ def test_jobs_in_other_processes_are_in_the_table(tmp_path, launcher):
     if searches:
         pytest.importorskip("optuna")
     write_data(tmp_path / "data")
-    words = [word for word in SMALL if not word.startswith("data.root")]
-    words += ["mode.metrics_only=true", "mode.report=false", "hydra.sweep.dir=sweep", f"hydra/launcher={launcher}"]
+    words = [word for word in SMALL if not word.startswith(("data.root", "engine.workers"))]
+    words += [
+        "engine.workers=1",
+        "mode.metrics_only=true",
+        "mode.report=false",
+        "hydra.sweep.dir=sweep",
+        f"hydra/launcher={launcher}",
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "dinoseg", "-m", "mode=train", *words, "data.root=data,nowhere", *SEARCH * searches],
         cwd=tmp_path,
