@@ -21,7 +21,7 @@ from dinoseg.evaluation.image_record import ImageRecord
 from dinoseg.images import read_ids, read_size
 from dinoseg.report.html.comparison import PairShot
 from dinoseg.report.overlay import reduced
-from dinoseg.runs.recipe import SAVED, USE
+from dinoseg.runs.recipe import OPTIONAL, SAVED
 from dinoseg.shapes import SegmentationData
 from dinoseg.storage.files import check_regular
 
@@ -60,8 +60,8 @@ class Pictures:
             if path.stat().st_size > _LARGEST:
                 raise UserError(f"{path} is no config: it is larger than a megabyte.")
             kept = plain(OmegaConf.load(path))
-            # of a run that is older than the group, it says nothing of it
-            saved = renamed({key: kept[key] for key in SAVED if key != USE or key in kept})
+            # of a run that is older than a key, it says nothing of it
+            saved = renamed({key: kept[key] for key in SAVED if key not in OPTIONAL or key in kept})
             saved["data"] = {**saved["data"], **dict.fromkeys(ACTING), "root": self.record.root}
             guard(saved, str(path), plain(self.cfg), trust=list(self.cfg.trust))
             data = build.dataset(OmegaConf.create({**plain(self.cfg), **saved}), self.record.split)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command_line import call, write_data
+from omegaconf import OmegaConf
 
 from dinoseg.errors import UserError
 from dinoseg.evaluation.collected import image_mious
@@ -15,6 +16,7 @@ from dinoseg.evaluation.comparison import run_names
 from dinoseg.evaluation.image_record import COUNTS, RECORD, evaluated, read_record
 from dinoseg.images import write_png
 from dinoseg.modes import evaluate
+from dinoseg.runs.recipe import OPTIONAL
 
 STATES = ("as it is", "at temperature")
 LARGE = {"parameters": 7_000_000, "trainable": 10, "images_per_s": 4.0}
@@ -209,6 +211,17 @@ def test_a_config_that_is_not_to_be_trusted_costs_the_pictures_alone(runs):
     assert done.status == 0 and "no pictures" in done.err and "refused" in done.err
     config.unlink()
     assert compare(runs, "hostile", "second").status == 0
+
+
+def test_a_config_that_is_older_than_keys_costs_no_pictures(runs):
+    folder = runs / "older"
+    shutil.copytree(runs / "first", folder)
+    config = OmegaConf.load(folder / "config/config.yaml")
+    for key in (*OPTIONAL, *(f"data.{key}" for key in ("views", "feature_noise", "background"))):
+        (config.data if key.startswith("data.") else config).pop(key.removeprefix("data."))
+    OmegaConf.save(config, folder / "config/config.yaml")
+    done = compare(runs, "older", "second")
+    assert done.status == 0 and "no pictures" not in done.err, done.err
 
 
 def test_names_tell_runs_apart(tmp_path):
