@@ -19,8 +19,10 @@ def shard(model: Segmenter, device: torch.device, world: int) -> Segmenter:
     Parameters become tensors of another kind, so this comes before an optimizer is made.
 
     Raises:
-        UserError: its layers are quantised.
+        UserError: its layers are quantised, or its head is one of slots.
     """
+    if model.head.slots is not None:  # parts of it are asked frame by frame, beside the model's own pass
+        raise UserError("engine.sharding=fsdp: the weights of slots cannot be shared out. Leave engine.sharding out.")
     if quantised_names(model):
         raise UserError(
             "engine.sharding=fsdp: the weights of 4-bit and 8-bit layers cannot be shared out. Take adapter=lora with "

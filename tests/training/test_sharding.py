@@ -1,0 +1,24 @@
+"""What cannot be shared out over ranks is refused before they meet for it."""
+
+import pytest
+import torch
+from tiny_parts import tiny_vit
+
+from dinoseg.adapters import Full
+from dinoseg.errors import UserError
+from dinoseg.heads.linear import LinearHead
+from dinoseg.model import Segmenter
+from dinoseg.training import sharding
+
+
+class SlotHead(LinearHead):
+    slots = "not None"
+
+
+@pytest.mark.parametrize(
+    ("head", "quantised", "said"), [(SlotHead, [], "weights of slots"), (LinearHead, ["a"], "4-bit and 8-bit layers")]
+)
+def test_what_cannot_be_shared_out_is_refused(monkeypatch, head, quantised, said):
+    monkeypatch.setattr(sharding, "quantised_names", lambda _: quantised)
+    with pytest.raises(UserError, match=said):
+        sharding.shard(Segmenter(Full()(tiny_vit()), head(24, 1, 3)), torch.device("cpu"), 2)
