@@ -192,18 +192,40 @@ def test_features_of_other_weights_or_preprocessing_are_not_used(train, computed
     assert rows == train(steps=3, **other)[0]
 
 
-@pytest.mark.parametrize(
-    "change", [{"compile": True}, {"bf16": True}, {"augment": Upside((24, 33))}, {"longest": 9}, {"blocks": 1}]
-)
-def test_features_that_another_setting_would_change_are_kept_apart(change, tiny_backbone, tmp_path):
-    def folder(*, compile=False, bf16=False, augment=AUGMENT, longest=None, blocks=0):
+@pytest.fixture
+def folder(tiny_backbone, tmp_path):
+    """Return a function that gives the folder for the features of a model and its settings."""
+
+    def named(*, augment=AUGMENT, head=LinearHead, longest=None, blocks=0, parts=(), dtype="float16", **other):
         torch.manual_seed(0)
         backbone = (LastBlocks(blocks) if blocks else FROZEN)(tiny_backbone())
-        engine = SimpleNamespace(compile=compile, bf16=bf16, device=torch.device("cpu"))
-        model, plan = Segmenter(backbone, LinearHead(24, 1, 3), longest=longest), Plan(tmp_path, 1.0, "", {})
+        engine = SimpleNamespace(**{"compile": False, "bf16": False, "device": torch.device("cpu"), **other})
+        model = Segmenter(backbone, head(24, 1, 3), longest=longest)
+        plan = Plan(tmp_path, 1.0, "", {"backbone": "b", "head": "h", **dict(parts)}, dtype=dtype)
         return choice._opened(False, SimpleNamespace(augment=augment), model, engine, plan).folder
 
+    return named
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"compile": True}, {"bf16": True}, {"device": torch.device("meta")}, {"dtype": "int8"}, {"longest": 9}),
+        *({"augment": Upside((24, 33))}, {"blocks": 1}, {"parts": {"backbone": "other"}}),
+    ],
+)
+def test_features_that_another_setting_would_change_are_kept_apart(change, folder):
     assert folder() == folder() != folder(**change)
+
+
+def test_settings_of_a_head_count_where_features_are_of_its_own_making(folder):
+    class Cut(LinearHead):
+        def until(self, backbone, images):
+            return super().until(backbone, images)
+
+    other = {"parts": {"head": "other"}}
+    assert folder() == folder(**other)
+    assert len({folder(), folder(head=Cut), folder(head=Cut, **other)}) == 3
 
 
 def test_masks_go_with_images_that_a_class_of_ones_own_changes(train, data):
