@@ -45,12 +45,12 @@ def origin(root: Path, parts: Mapping[str, str]) -> str:
     name = hash_of(*sorted(parts.items()))
     if finished(root / name / _NOTE, _read) != parts:
         others = [kept for path in root.glob(f"*/{_NOTE}") if (kept := finished(path, _read)) is not None]
-        if others:
-            differing = min(([part for part in parts if kept.get(part) != parts[part]] for kept in others), key=len)
+        differing = [[part for part in parts if kept.get(part) != parts[part]] for kept in others]
+        if all(differing) and others:
             log.info(
                 "The features kept in %s are of other %s than now: they are not used, and features are computed anew.",
                 root,
-                listed(differing),
+                listed(min(differing, key=len)),
             )
         with suppress(OSError):  # told by the first features that cannot be written
             write_json(root / name / _NOTE, dict(parts))

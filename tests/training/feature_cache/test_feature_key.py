@@ -160,6 +160,13 @@ def test_the_nearest_of_others_is_told(tmp_path, caplog):
     assert "of other code than now" in caplog.text
 
 
+def test_a_copied_folder_is_no_other_origin(tmp_path, caplog):
+    caplog.set_level("INFO")
+    name = origin(tmp_path, PARTS)
+    (tmp_path / name).rename(tmp_path / "copy")
+    assert origin(tmp_path, PARTS) == name and not caplog.records
+
+
 @pytest.mark.parametrize("note", ["", "{}", "[]", '{"weights": 1}', "{" * 10_000, None])
 def test_a_damaged_note_of_an_origin_is_written_anew(note, tmp_path, caplog):
     path = tmp_path / origin(tmp_path, PARTS) / "origin.json"
