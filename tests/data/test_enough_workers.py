@@ -79,6 +79,19 @@ def test_validations_are_no_reason_for_fewer():
     assert Machine(read=2.9, use=0.2).run(pauses=range(0, 400, 40)) == [2, 4, 8, 16]
 
 
+def test_what_processes_start_with_is_not_measured():
+    machine = Machine(read=0.1, use=0.2)
+
+    def load(keys, workers):
+        for number, item in enumerate(machine.load(keys, workers)):
+            machine.now += 500 * (number == 3)  # the last of what two processes read first
+            yield item
+
+    for _ in with_enough_workers(load, range(200), 16, lambda: machine.now):
+        machine.now += machine.use
+    assert machine.opened == [2]
+
+
 def test_short_runs_are_not_measured():
     assert Machine(read=2.9, use=0.2).run(items=30) == [2]
     assert Machine(read=0.0029, use=0.0002).run(items=400) == [2]
@@ -111,7 +124,12 @@ def test_an_early_end_and_an_error_close_the_processes():
 
 @pytest.mark.parametrize(
     ("environment", "opened"),
-    [({}, [2, 4, 8, 12]), ({"WORLD_SIZE": "3"}, [2, 4]), ({"LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "16"}, [2, 4, 6])],
+    [
+        ({}, [2, 4, 8, 12]),
+        ({"WORLD_SIZE": "3"}, [2, 4]),
+        ({"WORLD_SIZE": "16"}, [2]),
+        ({"LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "16"}, [2, 4, 6]),
+    ],
 )
 def test_ranks_share_the_cores(environment, opened, monkeypatch):
     monkeypatch.setattr(enough_workers, "count_cores", lambda: 12)
