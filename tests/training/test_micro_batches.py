@@ -162,6 +162,7 @@ def test_other_errors_pass_and_several_ranks_are_told_what_to_give():
         micro.through(fail(RuntimeError("size mismatch")), iter([batch]))
     with pytest.raises(OutOfMemory, match="Give less data.batch_size with as much more trainer.accumulate"):
         micro.through(fail(MemoryError()), iter([batch]))
+    assert micro.parts == 1, "no rank goes on in parts while others wait"
 
 
 def test_random_draws_are_those_of_a_step_that_began_in_parts():
