@@ -27,7 +27,7 @@ from dinoseg.training.engine import Engine
 from dinoseg.training.fit import fit
 from dinoseg.training.image_feed import ImageFeed
 from dinoseg.training.optim import adamw, schedule
-from dinoseg.training.trainee import NonFiniteLoss
+from dinoseg.training.trainee import NonFiniteLoss, Trainee
 
 VALIDATION = {  # at its end
     "metrics/confusion.py _raise_for_outsiders: read": 1,
@@ -178,6 +178,27 @@ def test_what_ends_a_training_between_a_step_and_its_reading_keeps_only_whole_st
     assert bool(list(tmp_path.glob("last*"))) == saved
     assert ("Training stopped after step 2, and that step is saved." in caplog.text) == saved
     assert ("The loss of step 2 was not finite: nothing is saved." in caplog.text) != saved
+
+
+@pytest.mark.parametrize(("ranks", "stops"), [(1, [True]), (2, [False, True])])
+def test_ranks_learn_of_a_stop_at_the_same_step(tmp_path, monkeypatch, ranks, stops):
+    """Each reads it with the next step, also the one that was asked: alone it would leave the others waiting."""
+    with pretended_cuda():
+        feed = Watched(Noise(4), Noise(2), lambda image, mask, _: (image, mask), 2, seed=0, workers=0).begin()
+        model, loss = map(on_cuda, tiny())
+        engine, optimizer = pretended_engine(), adamw(model, lr=1e-2)
+        checkpoints = Checkpoints(tmp_path, dict(INFO), None)
+        options = {"accumulate": 1, "ema": None, "score": "miou"}
+        one = Trainee(model, loss, feed, optimizer, engine, checkpoints, Rows(), **options)
+        monkeypatch.setattr(type(engine.accelerator), "num_processes", ranks)
+        batches = feed.train_batches(0)
+        found = []
+        for _ in stops:
+            learnt = one.learn(batches, 1.0, 0.0, counted=False)
+            found.append(one.update(learnt, clip=None, owed=False, asked=1, told=False))
+        assert found == stops
+        engine.sharded = True
+        assert not engine.updates_without_waiting(optimizer)  # never tried with parts of weights
 
 
 def test_costs_of_masks_go_to_the_host_in_one_transfer():
