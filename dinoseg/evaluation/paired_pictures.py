@@ -1,6 +1,7 @@
 """Pictures of what two evaluations predict: masks from their run folders, frames and references from the data set."""
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +17,7 @@ from dinoseg import build
 from dinoseg.config.guard import ACTING, guard
 from dinoseg.config.moved import renamed
 from dinoseg.config.plain import plain
+from dinoseg.config.resolvers import CLASS_FILE, settled
 from dinoseg.errors import UserError
 from dinoseg.evaluation.image_record import ImageRecord
 from dinoseg.images import read_ids, read_size
@@ -28,6 +30,7 @@ from dinoseg.storage.files import check_regular
 SHOWN = 4  # images that gain most, and as many that lose most
 _LONGEST = 512  # pixels of a picture's longer side
 _LARGEST = 2**20  # bytes of a config file
+_OF_CLASS_FILE = re.compile(rf"\$\{{{CLASS_FILE}:\w+(,drawn)?\}}")
 logger = logging.getLogger(__name__)
 
 
@@ -59,17 +62,26 @@ class Pictures:
             check_regular(path)
             if path.stat().st_size > _LARGEST:
                 raise UserError(f"{path} is no config: it is larger than a megabyte.")
-            kept = plain(OmegaConf.load(path))
-            # of a run that is older than a key, it says nothing of it
-            saved = renamed({key: kept[key] for key in SAVED if key not in OPTIONAL or key in kept})
-            saved["data"] = {**saved["data"], **dict.fromkeys(ACTING), "root": self.record.root}
-            guard(saved, str(path), plain(self.cfg), trust=list(self.cfg.trust))
-            data = build.dataset(OmegaConf.create({**plain(self.cfg), **saved}), self.record.split)
-        except (OSError, KeyError, TypeError, AssertionError, YAMLError, OmegaConfBaseException) as error:
+            text, mine = path.read_text(encoding="utf-8"), plain(self.cfg)
+            # a training's config leaves to `classes.yaml` what that says: the rest is judged before it is asked
+            guard(self._saved(_OF_CLASS_FILE.sub("''", text)), str(path), mine, trust=list(self.cfg.trust))
+            saved = self._saved(text)
+            saved["data"] = settled(OmegaConf.create(saved).data)
+            guard(saved, str(path), mine, trust=list(self.cfg.trust))
+            data = build.dataset(OmegaConf.create({**mine, **saved}), self.record.split)
+        except (OSError, UnicodeError, KeyError, TypeError, AssertionError, YAMLError, OmegaConfBaseException) as error:
             raise UserError(f"{path} does not say what the data are ({error}).") from None
         if list(data.names) != list(self.record.images):
             raise UserError(f"{self.record.root} holds other images than those that were evaluated.")
         return data
+
+    def _saved(self, text: str) -> dict[str, Any]:
+        """Return what a checkpoint would keep of a config file, with the data where they were evaluated."""
+        kept = plain(OmegaConf.create(text))
+        # of a run that is older than a key, it says nothing of it
+        saved = renamed({key: kept[key] for key in SAVED if key not in OPTIONAL or key in kept})
+        saved["data"] = {**saved["data"], **dict.fromkeys(ACTING), "root": self.record.root}
+        return saved
 
     def shot(self, index: int, mious: tuple[float, float]) -> PairShot:
         """Return an image with both predictions.

@@ -224,6 +224,17 @@ def test_a_config_that_is_older_than_keys_costs_no_pictures(runs):
     assert done.status == 0 and "no pictures" not in done.err, done.err
 
 
+def test_a_config_that_leaves_classes_to_their_file_costs_no_pictures(runs):
+    shutil.copytree(runs / "first", runs / "typed")
+    config = (runs / "segmenter/config/config.yaml").read_text()
+    (runs / "typed/config/config.yaml").write_text(config)
+    done = compare(runs, "typed", "second")
+    assert "${class_file:palette}" in config and done.status == 0 and "no pictures" not in done.err, done.err
+    hidden = config.replace("${class_file:palette}", "${class_file:${oc.env:HOME}}")
+    (runs / "typed/config/config.yaml").write_text(hidden)
+    assert "this interpolation is refused" in compare(runs, "typed", "second").err
+
+
 def test_names_tell_runs_apart(tmp_path):
     folders = [tmp_path / name for name in ("a/eval_1", "b/eval_1", "b/eval_2")]
     assert run_names(folders) == ["a/eval_1", "b/eval_1", "b/eval_2"]
