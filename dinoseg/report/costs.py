@@ -2,6 +2,7 @@
 
 import csv
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from tabulate import tabulate
 
 from dinoseg.storage.atomic import write_text
+from dinoseg.wording import printable
 
 COLUMNS = {  # keys of a row to how they are headed and shown
     "miou": ("mIoU %", lambda value: f"{100 * value:.2f}"),
@@ -25,6 +27,7 @@ COLUMNS = {  # keys of a row to how they are headed and shown
 }
 _COSTS = ("parameters", "seconds", "memory_gib")  # that a score is drawn against
 _BLUE = "#0072B2"
+_LONGEST = 30  # letters of a run's name that are drawn
 
 
 def costs_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -58,7 +61,9 @@ def costs_picture(rows: Sequence[Mapping[str, Any]]) -> np.ndarray | None:
     for axes, (key, points) in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True):
         _draw(axes, key, points)
     figure.axes[0].set_ylabel("mIoU %")
-    canvas.draw()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # letters that the font lacks are drawn as boxes
+        canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
@@ -74,7 +79,9 @@ def _draw(axes: Axes, key: str, points: Sequence[Mapping[str, Any]]) -> None:
     for row, cost, score in zip(points, costs, scores, strict=True):
         right = cost > middle  # names stay within the picture
         place, side = ((-7, 4), "right") if right else ((7, 4), "left")
-        axes.annotate(row["run"], (cost, score), place, textcoords="offset points", ha=side, fontsize=8)
+        name = row["run"] if len(row["run"]) <= _LONGEST else f"...{row['run'][3 - _LONGEST :]}"
+        named: dict[str, Any] = {"ha": side, "fontsize": 8, "parse_math": False}  # $ is a letter
+        axes.annotate(printable(name), (cost, score), place, textcoords="offset points", **named)
     axes.margins(0.12)
     axes.set_xlabel(COLUMNS[key][0])
     axes.grid(color="#e3e3e3", linewidth=0.8)

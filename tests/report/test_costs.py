@@ -32,3 +32,8 @@ def test_a_score_is_drawn_against_costs_that_two_runs_are_known_by(rows, panels)
     assert (height, width) == (440, 110 * (1 + 4 * panels)) and picture.dtype == np.uint8
     blue = (picture == (0x00, 0x72, 0xB2)).all(axis=2)
     assert all(part.any() for part in np.array_split(blue, panels, axis=1))
+
+
+@pytest.mark.parametrize("name", ["a$x_{$b", "lr_1e-3_" * 30, "\x1b[31m", "\u65e5"])
+def test_a_run_is_drawn_whatever_its_name(name):
+    assert costs_picture([{**ROWS[0], "run": name}, ROWS[1]]).shape[0] == 440

@@ -151,14 +151,14 @@ def begun(folder, words=WORDS):
 
 
 @pytest.mark.parametrize(("note", "numbers"), [("", {"miou": 0.5}), ("broken", {})])
-def test_a_job_that_outlived_its_search_is_not_run_again(tmp_path, note, numbers):
+def test_a_job_that_outlived_its_search_is_not_run_again(tmp_path, capsys, note, numbers):
     begun(tmp_path)
     row = {"words": {}, "job": 0, "process": 1, "note": note, "returned": numbers}
     Told(tmp_path).begin(0)  # as a launcher's process does
     Told(tmp_path).tell(0, row)
     rest = Jobs()
     search(tmp_path, rest)
-    assert [*rest.done] == [1, 2, 3]
+    assert [*rest.done] == [1, 2, 3] and not capsys.readouterr().err  # that failed: it says itself why
 
 
 def test_a_job_that_is_run_again_does_not_begin_any_more(tmp_path, capsys):
