@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -50,6 +51,8 @@ class Cost(NamedTuple):
 
     def gain(self, epochs: float, views: int, *, disk: bool) -> float:
         """Return how many times faster so many epochs train with features that are kept."""
+        if disk and math.isinf(self.write):
+            return 0.0
         computed = min(epochs, views)
         write, read = (self.write, self.read) if disk else (0.0, 0.0)
         kept = computed * (self.frozen + write) + (epochs - computed) * read
@@ -278,7 +281,7 @@ def _memory_room(plan: Plan, engine: Engine) -> int:
 
 
 def _cap(plan: Plan) -> int | None:
-    return None if plan.gib is None else int(plan.gib * 2**30)
+    return None if plan.gib is None else int(min(plan.gib * 2**30, sys.maxsize))
 
 
 def _opened(memory: bool, feed: ImageFeed, model: Segmenter, engine: Engine, plan: Plan) -> FeatureStore:
