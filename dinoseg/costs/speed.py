@@ -73,13 +73,14 @@ def time_training(values: Mapping[str, Any], *, steps: int, warmup: int, drawn: 
     """Time steps of a plain config's training, after some that are not timed, on its data or on `drawn` noise."""
     cfg, engine = settled(values)
     batch, accumulate = cfg.data.batch_size, cfg.trainer.accumulate
-    flops = accumulate * step_flops(cfg, batch, bf16=engine.bf16)
     batches: Iterator[Any] = (
         itertools.repeat(drawn_batch(cfg, batch)) if drawn else regime_of(cfg)(cfg, engine).feed.train_batches(start=0)
     )
     make = partial(build.model, cfg, untrained=True)
     trial = try_steps(cfg, make, engine, batches, steps=steps, warmup=warmup)
     waited = None if drawn else sum(trial.waited) / sum(trial.seconds)
+    # after what is measured: what it frees is still the process's, and would be taken again unseen
+    flops = accumulate * step_flops(cfg, batch, bf16=engine.bf16)
     return _timed(engine, batch * accumulate, tuple(cfg.resolution.crop), trial.seconds, waited, trial.peak, flops)
 
 

@@ -72,7 +72,7 @@ def plan(
             break
         seen = (measured - target.beside) / (found.need - target.beside)
         target = dataclasses.replace(target, seen=target.seen * seen)
-        found = _found(Fitting(cfg, target, may_change_model=change_model))
+        found, measured = _found(Fitting(cfg, target, may_change_model=change_model)), None
     words = {key: value for change in found.changes for key, value in change.words.items()}
     command = _command(out_dir, words)
     _print_changes(found, target, command)
@@ -97,7 +97,7 @@ def _target(cfg: DictConfig, memory: str | float | None, device: str | None) -> 
     if cfg.engine.sharding != "none":
         raise UserError(
             f"engine.sharding={cfg.engine.sharding}: mode=plan counts all weights on each device, and knows nothing of "
-            "parts of them. Leave it out: what fits without it fits with it."
+            "parts of them. Leave it out: with it, a device takes less than is told then where the backbone is large."
         )
     engine = instantiate(cfg.engine, instead={"devices": 1})
     kind = device or engine.device.type
