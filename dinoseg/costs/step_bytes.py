@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 
 from dinoseg import build
+from dinoseg.costs.heap import HeapBytes
 from dinoseg.costs.stand_in import drawn_batch, image_shape
 from dinoseg.inference.memory import PeakBytes
 from dinoseg.losses.full_resolution import LAUNCHED
@@ -41,6 +42,7 @@ class StepBytes:
         activations: images, and what the forward pass keeps for the backward pass.
         loss: what it takes at most beside these.
         peak: the most of all at a time.
+        heap: what the C library of a CPU takes for these, holes included; 0: it does not tell, or it is no CPU.
     """
 
     weights: int
@@ -51,6 +53,7 @@ class StepBytes:
     activations: int
     loss: int
     peak: int
+    heap: int = 0
 
 
 class LossBytes:
@@ -66,6 +69,7 @@ class LossBytes:
 
     def __init__(self, cfg: DictConfig, *, bf16: bool, accelerator: bool) -> None:
         model, _ = outline(cfg)
+        self.accelerator = accelerator
         least = model.head.least_batch
         (few, _), (more, self.learns) = (_real_loss(cfg, samples, bf16) for samples in (least, least + 1))
         self._each = more - few
@@ -90,7 +94,7 @@ def step_bytes(
         UserError: the parts of the config do not go together.
     """
     model, saved = outline(cfg)
-    with walking() as peak:
+    with walking(PeakBytes() if loss.accelerator else HeapBytes()) as peak:
         model.to_empty(device="cpu")
         weights = peak.now - saved
         state = _optimizer_bytes(cfg, model)
@@ -105,16 +109,19 @@ def step_bytes(
         gradients = sum(parameter.grad.nbytes for parameter in model.parameters() if parameter.grad is not None)
     ranks = gradients if world > 1 else 0
     constant = state + average + ranks - saved
+    taken = loss.of(samples)
+    grown = peak.grown if isinstance(peak, HeapBytes) else 0
+    heap = grown + taken + constant if grown else 0
     return StepBytes(
-        weights, gradients, state, average, ranks, activations, loss.of(samples), max(most, peak.most) + constant
+        weights, gradients, state, average, ranks, activations, taken, max(most, peak.most) + constant, heap
     )
 
 
 @contextmanager
-def walking() -> Iterator[PeakBytes]:
-    """Make tensors without numbers within the block, and count their bytes."""
+def walking(count: PeakBytes | None = None) -> Iterator[PeakBytes]:
+    """Make tensors without numbers within the block, and count their bytes, by another count than the plain one."""
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), PeakBytes() as peak:
+        with FakeTensorMode(allow_non_fake_inputs=True), count or PeakBytes() as peak:
             yield peak
     finally:  # of functions that keep what they return (transformers': positions), as if these were numbers
         for kept in gc.get_objects():

@@ -9,9 +9,10 @@ from dinoseg.errors import UserError
 KINDS = ("cpu", "cuda")
 _AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([MGT])(i?)B", re.IGNORECASE)
 # of CUDA: its context and the workspaces of its libraries; blocks of the allocator that are of no use to one another.
-# Of a CPU: code that is read when it is first run; the C library's heap keeps holes, see benchmarks/step_memory.py
-_BESIDE = {"cuda": 2**30, "cpu": 2**28}
+# Of a CPU: code that is read when it is first run; holes of the C library's heap, see benchmarks/step_memory.py
+_BESIDE = {"cuda": 2**30, "cpu": 3 * 2**27}
 _HOLES = {"cuda": 1.08, "cpu": 1.75}
+_HEAP = 1.2  # times the heap that tensors alone take: operations take memory for themselves among these
 
 
 def memory_of(text: str | float) -> int:
@@ -55,4 +56,5 @@ class Target:
 
     def need(self, step: StepBytes) -> int:
         """Return the bytes that a training with such steps takes of it, holes and libraries included."""
-        return round(step.peak * _HOLES[self.kind] * self.seen) + self.beside
+        taken = max(step.peak * _HOLES[self.kind], step.heap * _HEAP)
+        return round(taken * self.seen) + self.beside

@@ -87,13 +87,16 @@ class PeakBytes(TorchDispatchMode):
                 storage = tensor.untyped_storage()
                 size = storage.nbytes()
                 self._known[storage] = size
-                self.now += size
-                self.most = max(self.most, self.now)
-                weakref.finalize(storage, self._free, size)
+                weakref.finalize(storage, self._free, self._take(size))
         return made
 
-    def _free(self, size: int) -> None:
-        self.now -= size
+    def _take(self, size: int) -> Any:
+        self.now += size
+        self.most = max(self.most, self.now)
+        return size
+
+    def _free(self, taken: Any) -> None:
+        self.now -= taken
 
 
 @dataclass(frozen=True)

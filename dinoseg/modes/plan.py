@@ -166,7 +166,7 @@ def _print_step(fit: Fit, target: Target) -> None:
 
 def _parts(step: StepBytes) -> Mapping[str, int]:
     parts = dataclasses.asdict(step)
-    del parts["peak"]
+    del parts["peak"], parts["heap"]
     return parts
 
 

@@ -101,7 +101,9 @@ def test_other_amounts_are_refused(text):
 def test_what_lies_beside_tensors_counts():
     step = StepBytes(*[0] * 7, peak=10**9)
     assert Target("cuda", 0, bf16=True).need(step) == 1_080_000_000 + 2**30
-    assert Target("cpu", 0, bf16=True, seen=0.5).need(step) == 875_000_000 + 2**28
+    assert Target("cpu", 0, bf16=True, seen=0.5).need(step) == 875_000_000 + 3 * 2**27
+    holes = StepBytes(*[0] * 7, peak=10**9, heap=2 * 10**9)
+    assert Target("cpu", 0, bf16=True).need(holes) == 2_400_000_000 + 3 * 2**27
 
 
 def test_a_changed_config_is_one_of_its_own(compose):

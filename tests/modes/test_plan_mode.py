@@ -50,14 +50,14 @@ def test_a_dry_step_that_takes_more_than_was_foretold_makes_another_plan(tmp_pat
         return 2 * target.memory if len(tried) == 1 else target.memory // 2
 
     monkeypatch.setattr(planning, "_measured", measured)
-    found, _ = planned(tmp_path, "head=mlp", "data.batch_size=8", "resolution.crop=[160,160]", "mode.memory=356MiB")
+    found, _ = planned(tmp_path, "head=mlp", "data.batch_size=8", "resolution.crop=[160,160]", "mode.memory=484MiB")
     assert len(tried) == 2 and tried[0] > tried[1] == found["changes"][0]["words"]["data.batch_size"]
 
 
 def test_what_was_measured_is_told_of_the_plan_that_was_tried_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(planning, "_TRIES", 1)
     monkeypatch.setattr(planning, "_measured", lambda cfg, engine, found, target: 2 * target.memory)
-    found, _ = planned(tmp_path, "head=mlp", "data.batch_size=8", "resolution.crop=[160,160]", "mode.memory=356MiB")
+    found, _ = planned(tmp_path, "head=mlp", "data.batch_size=8", "resolution.crop=[160,160]", "mode.memory=484MiB")
     assert found["changes"] and found["planned"]["measured"] is None
 
 
