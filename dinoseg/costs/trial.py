@@ -64,6 +64,7 @@ class _TimedFeed:
     train: Sized = ()
     val: Sized = ()
     lowest: tuple[str, ...] = ()
+    remedy: str = ""
     epoch: float = 1.0
 
     def train_batches(self, start: int) -> Iterator[Any]:
