@@ -9,7 +9,6 @@ from command_line import SMALL
 
 from dinoseg import build
 from dinoseg.config.nodes import instantiate
-from dinoseg.costs import heap
 from dinoseg.costs.stand_in import drawn_batch, image_shape
 from dinoseg.costs.step_bytes import LossBytes, step_bytes
 from dinoseg.costs.trial import try_steps
@@ -85,9 +84,6 @@ def test_more_samples_and_less_that_is_kept_show(compose):
     assert frozen.activations < 0.2 * four.activations and frozen.optimizer < 0.2 * four.optimizer
     half = foretold(cfg, samples=4, bf16=True)
     assert 0.5 < half.activations / four.activations < 0.9
-    assert (four.heap > one.heap) == (heap._glibc() is not None)
-    there = LossBytes(compose(*BASE, "adapter=full"), bf16=False, accelerator=True)
-    assert step_bytes(compose(*BASE, "adapter=full"), there, samples=1, accumulate=1, bf16=False).heap == 0
 
 
 def test_quantised_weights_take_their_bits(compose):
