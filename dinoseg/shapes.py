@@ -166,7 +166,10 @@ class Prediction:
         return self.to_pixels(self.outputs, size or self.size, self.valid)
 
     def class_ids(self, size: tuple[int, int] | None = None) -> Tensor:
-        """Return the ids (B, H, W) uint8 of the classes that `scores` are highest of, of equal ones the first."""
+        """Return the ids (B, H, W) uint8 of the classes that `scores` are highest of.
+
+        Of classes that score the same it is the first, but for rounding: see `class_ids.py`.
+        """
         if self.grid is not None:
             return class_ids(self.grid, size or self.size, self.valid)
         if self.masks is not None:
