@@ -8,14 +8,14 @@ from hydra.core.override_parser.types import IntervalSweep
 from dinoseg.command.words import assignments, is_sweep, parsed
 from dinoseg.errors import UserError
 
-_EXTRAS = {
+_INSTALLED_BY = {
     "hydra/launcher": {
-        "joblib": "joblib",
-        "submitit_local": "submitit",
-        "submitit_slurm": "submitit",
-        "ray": "ray",
+        "joblib": "dinoseg[joblib]",
+        "submitit_local": "dinoseg[submitit]",
+        "submitit_slurm": "dinoseg[submitit]",
+        "ray": "hydra-ray-launcher",  # no extra: its cloudpickle below 3 would be everybody's in one lock file
     },
-    "hydra/sweeper": {"optuna": "optuna"},
+    "hydra/sweeper": {"optuna": "dinoseg[optuna]"},
 }
 
 
@@ -40,7 +40,7 @@ def check_intervals(arguments: Sequence[str]) -> None:
 
 
 def missing_extra(arguments: Sequence[str], error: Exception) -> str:
-    """Return which extra a command line needs that could not be imported; "" where it names none.
+    """Return what a command line needs that could not be imported, and how to get it; "" where it names none.
 
     Args:
         arguments: the command line, without the program's name.
@@ -50,7 +50,7 @@ def missing_extra(arguments: Sequence[str], error: Exception) -> str:
         return ""
     for _, word in assignments(arguments):
         group, _, option = word.partition("=")
-        if extra := _EXTRAS.get(group, {}).get(option):
+        if package := _INSTALLED_BY.get(group, {}).get(option):
             said = str(error).split("\n")[0]
-            return f"{word} needs what is not installed here: pip install 'dinoseg[{extra}]' ({said})"
+            return f"{word} needs what is not installed here: pip install '{package}' ({said})"
     return ""

@@ -86,13 +86,13 @@ def test_global_chance_is_left_alone(workers):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def children_after_a_moment():
+def children_after_a_moment(before):
     gc.collect()
     for _ in range(100):
-        if not multiprocessing.active_children():
+        if not (left := [each for each in multiprocessing.active_children() if each not in before]):
             return 0
         time.sleep(0.05)
-    return len(multiprocessing.active_children())
+    return len(left)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -121,25 +121,28 @@ def test_a_worker_that_is_killed_while_it_sends_is_told():
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # torch raises wherever the signal finds
 def test_a_killed_worker_is_told():
     batches = train_batches(Pictures(SIZES), AUGMENT, batch_size=2, seed=0, workers=1)
+    before = multiprocessing.active_children()  # of other tests
     next(batches)
     with pytest.raises(UserError, match="A process that loads data was killed"), telling_killed_loaders():
-        (worker,) = multiprocessing.active_children()
+        (worker,) = (each for each in multiprocessing.active_children() if each not in before)
         os.kill(worker.pid, signal.SIGKILL)
         take(batches, 20)
 
 
 def test_workers_end_with_the_iterator():
+    before = multiprocessing.active_children()  # of other tests
     batches = train_batches(Pictures(SIZES), AUGMENT, batch_size=2, seed=0, workers=2)
     next(batches)
-    assert len(multiprocessing.active_children()) == 2
+    assert len([each for each in multiprocessing.active_children() if each not in before]) == 2
     del batches
-    assert children_after_a_moment() == 0
+    assert children_after_a_moment(before) == 0
     assert len(list(eval_samples(Pictures(SIZES), workers=2))) == 11
-    assert children_after_a_moment() == 0
+    assert children_after_a_moment(before) == 0
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_users_mistake_comes_out_as_it_is(workers):
+    before = multiprocessing.active_children()  # of other tests
     spoilt = Pictures(SIZES, error_at=4)
     for items in (
         train_batches(spoilt, AUGMENT, batch_size=3, seed=0, workers=workers),
@@ -148,7 +151,7 @@ def test_a_users_mistake_comes_out_as_it_is(workers):
         with pytest.raises(UserError) as caught:
             take(items, 20)
         assert str(caught.value) == "bad.png number 4 is spoilt: replace it."
-        assert children_after_a_moment() == 0  # although the exception is still held
+        assert children_after_a_moment(before) == 0  # although the exception is still held
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -13,7 +13,7 @@ PLUGINS = {"joblib": "hydra_plugins.hydra_joblib_launcher", "submitit_local": "h
 SEARCH = ("hydra/sweeper=optuna", "hydra.sweeper.trials=2", "hydra.sweeper.at_once=2")
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.parametrize("launcher", PLUGINS)
 def test_jobs_in_other_processes_are_in_the_table(tmp_path, launcher):
     pytest.importorskip(PLUGINS[launcher])

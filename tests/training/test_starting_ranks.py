@@ -70,6 +70,7 @@ def test_ranks_that_do_not_meet_say_where_and_for_how_long(environment, rank, ch
         meet(torch.device("cpu"), 0.05)
 
 
+@pytest.mark.heavy
 def test_tasks_of_slurm_train_together(data, tmp_path):  # noqa: F811
     """As srun starts them, each with a name of its own for the folder; weights shared out, 3 images to validate."""
     words = train(
@@ -106,6 +107,7 @@ def rank_processes(parent: int, number: int) -> list[int]:
     return found
 
 
+@pytest.mark.heavy
 def test_torchrun_starts_killed_ranks_again_and_they_go_on(data, tmp_path):  # noqa: F811
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1")
     words = train(data, "data.batch_size=4", "trainer.steps=60", "trainer.save_every=1", "resume=auto")
