@@ -2,6 +2,7 @@ import ast
 import functools
 import os
 import shutil
+import sys
 import types
 
 import numpy as np
@@ -79,14 +80,25 @@ def test_layout_in_memory_does_not_count():
     )
 
 
-def test_code_counts_with_what_a_module_inherits_and_libraries(tmp_path, monkeypatch):
-    def model(text):
-        (tmp_path / "mine.py").write_text(text)
-        module = types.ModuleType("mine")
-        module.__file__ = str(tmp_path / "mine.py")
-        monkeypatch.setitem(__import__("sys").modules, "mine", module)
+@pytest.fixture
+def written(tmp_path, monkeypatch):
+    """Return what makes a module of a name, whose file holds a text."""
+
+    def make(name, text):
+        path = tmp_path / f"{name}.py"
+        path.write_text(text)
+        module = types.ModuleType(name)
+        module.__file__ = str(path)
+        monkeypatch.setitem(sys.modules, name, module)
         exec(compile(text, module.__file__, "exec"), module.__dict__)
-        return nn.Sequential(nn.Linear(1, 1), module.Mine())
+        return module
+
+    return make
+
+
+def test_code_counts_with_what_a_module_inherits_and_libraries(written, monkeypatch):
+    def model(text):
+        return nn.Sequential(nn.Linear(1, 1), written("mine", text).Mine())
 
     text = "from torch import nn\nclass Base(nn.Module): pass\nclass Mine(Base): pass\n"
     first = code_hash([model(text)])
@@ -96,13 +108,9 @@ def test_code_counts_with_what_a_module_inherits_and_libraries(tmp_path, monkeyp
     assert first != code_hash([model(text)])
 
 
-def test_code_that_draws_views_counts(tmp_path, monkeypatch):
+def test_code_that_draws_views_counts(written):
     def drawn(text):
-        (tmp_path / "views.py").write_text(text)
-        module = types.ModuleType("views")
-        module.__file__ = str(tmp_path / "views.py")
-        monkeypatch.setitem(__import__("sys").modules, "views", module)
-        exec(compile(text, module.__file__, "exec"), module.__dict__)
+        module = written("views", text)
         return [code_hash([], each) for each in (module.Draw(), module.draw, functools.partial(module.draw, 1))]
 
     text = "class Base: pass\nclass Draw(Base): pass\ndef draw(*given): return given\n"
