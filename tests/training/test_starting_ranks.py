@@ -56,6 +56,37 @@ def test_what_is_no_task_among_several_stays_as_it_is(environment, own):
 
 
 @pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("SLURM_STEP_NUM_TASKS", "two", "SLURM_STEP_NUM_TASKS=two must be a whole number from 1 to"),
+        ("SLURM_STEP_NUM_TASKS", "0", "SLURM_STEP_NUM_TASKS=0 must be"),
+        ("SLURM_PROCID", "4", "SLURM_PROCID=4 must be a whole number from 0 to 3"),
+        ("SLURM_PROCID", None, "SLURM_PROCID is missing: it must be"),
+        ("SLURM_LOCALID", "-1", "SLURM_LOCALID=-1 must be"),
+        ("SLURM_JOB_ID", "12_3", "SLURM_JOB_ID=12_3 must be"),
+        ("SLURM_STEP_ID", "9" * 5000, "SLURM_STEP_ID=9999.* must be"),
+        ("SLURM_STEP_NODELIST", None, "SLURM_STEP_NODELIST is missing: it must name the machines of the step"),
+        ("SLURM_STEP_NODELIST", "[", "SLURM_STEP_NODELIST=\\[ must name"),
+    ],
+)
+def test_a_variable_of_slurm_that_is_none_of_a_task_is_named(environment, name, value, said):
+    environment |= TASK
+    del environment[name]
+    if value is not None:
+        environment[name] = value
+    before = dict(environment)
+    with pytest.raises(UserError, match=f"{said}.*Start the ranks by `srun"):
+        ranks.join_slurm()
+    assert environment.keys() <= before.keys() | {"MASTER_ADDR"} and "WORLD_SIZE" not in environment
+
+
+def test_where_ranks_meet_may_be_said_beside_slurm(environment):
+    environment |= TASK | {"MASTER_ADDR": "n7", "MASTER_PORT": "9", "SLURM_STEP_NODELIST": "", "SLURM_JOB_ID": ""}
+    ranks.join_slurm()
+    assert (environment["MASTER_ADDR"], environment["MASTER_PORT"], environment["RANK"]) == ("n7", "9", "2")
+
+
+@pytest.mark.parametrize(
     ("rank", "changes", "said"),
     [
         ("1", {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}, "Rank 1 of 2 did not meet .* at 127.0.0.1:9 within"),
