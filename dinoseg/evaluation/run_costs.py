@@ -1,49 +1,48 @@
 """What compared runs score and cost: one row each, best first."""
 
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dinoseg.errors import UserError
 from dinoseg.evaluation.comparison import scores_of
 from dinoseg.evaluation.image_record import ImageRecord
 from dinoseg.storage import forms
 from dinoseg.training.cost import COST
 
+logger = logging.getLogger(__name__)
 _KEYS = {
     "parameters": forms.whole(),
     "trainable": forms.whole(),
-    "images_per_s": forms.maybe(forms.number(0)),
-    "memory_gib": forms.maybe(forms.number(0)),
+    "images_per_s": forms.maybe(forms.number(1e-9, 1e9)),  # its inverse, too, is a number
+    "memory_gib": forms.maybe(forms.number(0, 1e9)),
 }
 
 
 def run_rows(names: Sequence[str], folders: Sequence[Path], records: Sequence[ImageRecord]) -> list[dict[str, Any]]:
-    """Return a row for each run, by mIoU; what is not known of a run is None.
+    """Return a row for each run, by mIoU; what is not known of a run is None, and a damaged record of costs is told.
 
     Args:
         names: of the runs.
         folders: of the runs.
         records: what was evaluated of each.
-
-    Raises:
-        UserError: what a run has kept of its costs is damaged.
     """
     rows = []
     for name, folder, record in zip(names, folders, records, strict=True):
         scores = scores_of(record)
         trained = [folder, Path(record.source).parent.parent]  # mode=train; of mode=eval its checkpoint's run
         found = next((path for run in trained if (path := run / COST).is_file()), None)
-        cost = dict.fromkeys(_KEYS) if found is None else _read(found)
+        cost = (None if found is None else _read(found)) or dict.fromkeys(_KEYS)
         speed = cost.pop("images_per_s")
         seconds = 1 / speed if speed else None
         rows.append({"run": name, "miou": scores["miou"], "accuracy": scores["accuracy"], **cost, "seconds": seconds})
     return sorted(rows, key=lambda row: math.inf if row["miou"] is None else -row["miou"])
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Any] | None:
     try:
         return forms.read_json(path, forms.record(**_KEYS))
     except (OSError, forms.Misshapen) as error:
-        raise UserError(f"runs: {path} is damaged ({error}). Remove it: the run's costs are then left out.") from None
+        logger.warning("%s is damaged (%s): the run's costs are left out. Remove it, or train again.", path, error)
+        return None

@@ -6,6 +6,7 @@ A form is a function from a value, and the place where it stands, to nothing: it
 import json
 import math
 import re
+import sys
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from dinoseg.storage.files import check_regular
 Form = Callable[[Any, str], None]
 _DEEPEST = 16  # of what is plain, whatever it means
 _LARGEST = 2**63 - 1
+_GREATEST = sys.float_info.max  # beyond it a whole number of JSON becomes no float
 
 
 class Misshapen(ValueError):
@@ -97,7 +99,7 @@ def whole(least: int = 0, most: int = _LARGEST) -> Form:
     return check
 
 
-def number(least: float = -math.inf, most: float = math.inf) -> Form:
+def number(least: float = -_GREATEST, most: float = _GREATEST) -> Form:
     """Return the form of a number in a range."""
 
     def check(value: Any, where: str) -> None:

@@ -1,7 +1,6 @@
 """What a checkpoint says of itself, checked where it is read: each thing of its type, nothing deep, nothing huge."""
 
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -89,7 +88,7 @@ def _folder(value: Any, where: str) -> None:
         raise forms.Misshapen(f"{where} is no folder")
 
 
-_FINITE = forms.number(-sys.float_info.max, sys.float_info.max)
+_FINITE = forms.number()
 RULES: Mapping[str, tuple[forms.Form, str]] = {  # key to the form of its value, and that form in words
     "format": (_COUNT, "a whole number"),
     "progress": (

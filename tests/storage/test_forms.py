@@ -215,6 +215,8 @@ def test_forms_say_where_and_what(caplog):
             parse_json(text, form)
     with pytest.raises(Misshapen, match="is 2, and must be a number from 0 to 1"):
         parse_json("[0, 0.5, 2]", forms.listing(forms.number(0, 1)))
+    with pytest.raises(Misshapen, match="must be a number"):
+        parse_json("1" + "0" * 400, forms.number())  # no float holds it
     with pytest.raises(Misshapen, match="must be true or false"):
         parse_json("1", forms.flag)
 
