@@ -5,7 +5,7 @@ images, in a process of its own. The reference is the peak of resident memory ab
 model was made, once where the C library returns what is freed (MALLOC_MMAP_THRESHOLD_=65536) and the code that a step
 runs has been read, which is what tensors take, and once as it comes, in a new process whose heap keeps holes: against
 this stands all that is foretold, holes and libraries included. Exits with 1 where the foretold tensors are off the
-first by more than MOST, or all that is foretold is below LEAST of the second.
+first by more than MOST and SLACK, or all that is foretold is below LEAST of the second.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from dinoseg.costs.target import Target
 from dinoseg.costs.trial import try_steps
 
 MOST = 0.1  # share
+SLACK = 16 * 2**20  # bytes that Python and its libraries take by chance, of which tiny models have no more
 LEAST = 0.8
 MIB = 2**20
 BASE = ("engine=cpu", "engine.precision=fp32", "data.classes=[a,b,c,d,e,f,g]", "data.batch_size=4")
@@ -78,7 +79,7 @@ def main() -> int:
         tensors, _, tight = run(name, MALLOC_MMAP_THRESHOLD_="65536")
         (loose,) = run(name, "--measured")
         _, need = run(name, "--foretold")
-        failed |= abs(tensors / tight - 1) > MOST or need < LEAST * loose
+        failed |= abs(tensors - tight) > max(MOST * tight, SLACK) or need < LEAST * loose
         rows.append((name, tensors / MIB, tight / MIB, tensors / tight, need / MIB, loose / MIB, need / loose))
     headers = ("model", "tensors MiB", "measured", "ratio", "all MiB", "measured", "ratio")
     print(tabulate(rows, headers=headers, floatfmt=("", ".0f", ".0f", ".3f", ".0f", ".0f", ".3f")))
