@@ -26,10 +26,14 @@ class MicroBatches:
         accumulate: batches of a step.
         least: samples of a part at least.
         undo: takes back what a step has changed when it ends before its update.
+        several: whether other heads are trained beside, on the same features.
     """
 
-    def __init__(self, engine: Engine, accumulate: int, least: int, undo: Callable[[], None]) -> None:
+    def __init__(
+        self, engine: Engine, accumulate: int, least: int, undo: Callable[[], None], *, several: bool = False
+    ) -> None:
         self.parts = 1
+        self._several = several
         self._engine, self._accumulate, self._least, self._undo = engine, accumulate, least, undo
         self._samples = 0  # of the batch that was taken last
 
@@ -65,11 +69,8 @@ class MicroBatches:
         parts = min(2 * self.parts, self._samples // self._least)
         size = -(-self._samples // self.parts)
         if parts <= self.parts or self._engine.world > 1:
-            accumulate = "data.batch_size with as much more trainer.accumulate, " if self._engine.world > 1 else ""
             raise OutOfMemory(
-                f"There is not enough memory to train on {count_of(size, 'sample')} at once ({reason}). Give less "
-                f"{accumulate}backbone.checkpointing=true, or a smaller resolution.crop; mode=plan in place of "
-                "mode=train says what fits."
+                f"There is not enough memory to train on {count_of(size, 'sample')} at once ({reason}). {self._remedy}"
             )
         logger.warning(
             "Memory does not suffice to train on %s at once (%s). From here on a batch goes through in %d parts; each "
@@ -80,6 +81,19 @@ class MicroBatches:
             parts,
         )
         self.parts = parts
+
+    @property
+    def _remedy(self) -> str:
+        if self._several:
+            return (
+                "Give fewer heads, less data.batch_size, or a smaller resolution.crop; mode=plan with head=NAME, "
+                "without heads and trainer, says what one takes."
+            )
+        accumulate = "less data.batch_size with as much more trainer.accumulate, " if self._engine.world > 1 else ""
+        return (
+            f"Give {accumulate}backbone.checkpointing=true, or a smaller resolution.crop; mode=plan in place of "
+            "mode=train says what fits."
+        )
 
     def _free(self) -> None:
         gc.collect()

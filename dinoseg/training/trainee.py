@@ -99,7 +99,7 @@ class Trainee:
         self.last = LastStep(checkpoints, model, optimizer, self.average, self._whole)
         self._unread: deque[tuple[int, Learnt, Outcome]] = deque()  # what steps came to, in the order of the steps
         self.mean = math.nan
-        self._micro = MicroBatches(engine, accumulate, model.head.least_batch, self.last.undo)
+        self._micro = MicroBatches(engine, accumulate, model.head.least_batch, self.last.undo, several=bool(name))
         model.train()
 
     def has_stalled(self, patience: int | None) -> bool:

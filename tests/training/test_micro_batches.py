@@ -146,7 +146,7 @@ def test_running_means_are_those_of_the_step_that_came_to_its_end(train):
     assert short[name] == 2
 
 
-def test_other_errors_pass_and_several_ranks_are_told_what_to_give():
+def test_other_errors_pass_and_several_ranks_and_heads_are_told_what_to_give():
     engine = SimpleNamespace(world=2, device=torch.device("cpu"))
     micro = MicroBatches(engine, 1, 1, lambda: None)
 
@@ -163,6 +163,9 @@ def test_other_errors_pass_and_several_ranks_are_told_what_to_give():
     with pytest.raises(OutOfMemory, match="Give less data.batch_size with as much more trainer.accumulate"):
         micro.through(fail(MemoryError()), iter([batch]))
     assert micro.parts == 1, "no rank goes on in parts while others wait"
+    micro = MicroBatches(SimpleNamespace(world=1), 1, 4, lambda: None, several=True)
+    with pytest.raises(OutOfMemory, match="Give fewer heads, .*; mode=plan with head=NAME, without heads and trainer"):
+        micro.through(fail(MemoryError()), iter([batch]))
 
 
 def test_random_draws_are_those_of_a_step_that_began_in_parts():
