@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dinoseg import build
+from dinoseg.costs.stand_in import unweighted_loss
 from dinoseg.costs.step_bytes import LossBytes, StepBytes, step_bytes
 from dinoseg.costs.target import Target
 from dinoseg.errors import UserError
@@ -67,8 +68,8 @@ class Fitting:
         for smaller in self._adapters():
             fits = [fit for again in self._recomputing() if (fit := self._largest((*smaller, *again)))]
             if fits:
-                # BatchNorm sees what goes through at once: where there is any, time is given for larger parts
-                return max(fits, key=lambda fit: fit.cfg.data.batch_size) if self.normalises else fits[0]
+                # where what goes through at once counts, time is given for larger parts
+                return max(fits, key=lambda fit: fit.cfg.data.batch_size) if self._bound else fits[0]
         return None
 
     @property
@@ -77,10 +78,12 @@ class Fitting:
         return min(self._tried.values(), key=lambda fit: fit.need)
 
     @cached_property
-    def normalises(self) -> bool:
-        """Whether a trained part takes statistics over what goes through the model at once."""
+    def _bound(self) -> str:
+        """What depends on how many samples go through the model at once, in words; "": nothing does."""
         parts = (part for part in self._model.modules() if isinstance(part, _BatchNorm))
-        return any(part.training for part in parts)
+        norms = ["BatchNorm takes its statistics"] if any(part.training for part in parts) else []
+        sums = [f"loss={self.cfg.choices.loss} takes its sums"] if unweighted_loss(self.cfg).sums_over_batch else []
+        return " and ".join(norms + sums)
 
     def _adapters(self) -> Iterator[tuple[Change, ...]]:
         """Yield the adapter as it is, then ones that train ever fewer of the last blocks."""
@@ -125,7 +128,7 @@ class Fitting:
 
     def _sizes(self) -> list[int]:
         """Return the batches of which some make a step's samples, the largest first."""
-        world, most = self.target.world, self._batch if self.normalises else self._effective
+        world, most = self.target.world, self._batch if self._bound else self._effective
         least = world * self._model.head.least_batch
         sizes = [size for size in range(most, 0, -1) if self._effective % size == 0 and size % world == 0]
         return [size for size in sizes if size >= least] or [self._batch]
@@ -138,8 +141,12 @@ class Fitting:
             f"{count_of(size, 'sample')} at once, {count_of(times, 'time')} before each update, which is over the same "
             f"{self._effective}"
         )
-        if self.normalises:
-            reason += ". BatchNorm takes its statistics over the fewer samples: not the same training to the last digit"
+        if self._bound:
+            reason += f". {self._bound} over the fewer samples: not the same training to the last digit"
+        if self._loss.draws:
+            reason += (
+                ". What is drawn at random (dropout, points of masks) is drawn anew for each part, as likely as ever"
+            )
         return (Change({"data.batch_size": size, "trainer.accumulate": times}, reason),)
 
     @cached_property

@@ -14,10 +14,11 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dinoseg import build
 from dinoseg.costs.heap import HeapBytes
-from dinoseg.costs.stand_in import drawn_batch, image_shape
+from dinoseg.costs.stand_in import drawn_batch, image_shape, unweighted_loss
 from dinoseg.inference.memory import PeakBytes
 from dinoseg.losses.full_resolution import LAUNCHED
 from dinoseg.model import Segmenter, trained_names
@@ -59,7 +60,7 @@ class StepBytes:
 class LossBytes:
     """What the loss of a config takes beside a model's outputs, told from real losses of a few samples.
 
-    `learns` are the places of the outputs from which it learns.
+    `learns` are the places of the outputs from which it learns, `draws` says whether it or the model draws at random.
 
     Args:
         cfg: the whole config; its classes and crop count.
@@ -71,7 +72,9 @@ class LossBytes:
         model, _ = outline(cfg)
         self.accelerator = accelerator
         least = model.head.least_batch
-        (few, _), (more, self.learns) = (_real_loss(cfg, samples, bf16) for samples in (least, least + 1))
+        draws = _Draws()
+        (few, _), (more, self.learns) = (_real_loss(cfg, samples, bf16, draws) for samples in (least, least + 1))
+        self.draws = draws.seen
         self._each = more - few
         self._fixed = few - least * self._each
         height, width = image_shape(cfg)[-2:]
@@ -115,6 +118,20 @@ def step_bytes(
     return StepBytes(
         weights, gradients, state, average, ranks, activations, taken, max(most, peak.most) + constant, heap
     )
+
+
+class _Draws(TorchDispatchMode):
+    """Notes in `seen` whether an operation draws at random; attention that drops nothing out is none."""
+
+    seen = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            known = func._schema.arguments
+            given = dict(zip((argument.name for argument in known), args, strict=False)) | (kwargs or {})
+            default = next((argument.default_value for argument in known if argument.name == "dropout_p"), 1.0)
+            self.seen |= given.get("dropout_p", default) > 0
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager
@@ -205,13 +222,15 @@ def _optimizer_bytes(cfg: DictConfig, model: Segmenter) -> int:
     return trained * kept // side**2
 
 
-def _real_loss(cfg: DictConfig, samples: int, bf16: bool) -> tuple[int, list[int]]:
+def _real_loss(cfg: DictConfig, samples: int, bf16: bool, draws: _Draws) -> tuple[int, list[int]]:
     """Return what a real loss takes at most beside a model's outputs for so many samples, and from which it learns."""
     model, _ = outline(cfg)
     with walking():
-        prediction = predict(model.to_empty(device="cpu"), cfg, samples, bf16)
+        model.to_empty(device="cpu")
+        with draws:
+            prediction = predict(model, cfg, samples, bf16)
     batch = drawn_batch(cfg, samples)
-    loss = build.criterion(cfg, **_class_weights(cfg))
+    loss = unweighted_loss(cfg)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # what is made in other threads is not counted
     try:
@@ -227,7 +246,8 @@ def _real_loss(cfg: DictConfig, samples: int, bf16: bool) -> tuple[int, list[int
             outputs, grid, masks = _mapped([prediction.outputs, prediction.grid, prediction.masks], real)
             peak.most = before = peak.now
             made = dataclasses.replace(prediction, outputs=outputs, grid=grid, masks=masks)
-            loss(made, batch)[0].backward()
+            with draws:
+                loss(made, batch)[0].backward()
             return peak.most - before, [place for place, end in enumerate(ends_of(made)) if end.grad is not None]
     finally:
         torch.set_num_threads(threads)
@@ -243,7 +263,3 @@ def _mapped(outputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
         values = {field.name: _mapped(getattr(outputs, field.name), change) for field in dataclasses.fields(outputs)}
         return dataclasses.replace(outputs, **values)
     return outputs
-
-
-def _class_weights(cfg: DictConfig) -> dict[str, Tensor]:
-    return {} if cfg.loss.class_weights is None else {"class_weights": torch.ones(len(cfg.data.classes))}

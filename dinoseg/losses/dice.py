@@ -23,6 +23,7 @@ class Dice(Loss):
     """
 
     weight: Tensor
+    sums_over_batch = True
 
     def __init__(self, class_weights: Tensor, ignore_index: int = 255) -> None:
         super().__init__()

@@ -65,6 +65,7 @@ class Lovasz(Loss):
         self.register_buffer("weight", class_weights, persistent=False)
         self.ignore_index = ignore_index
         self.per_image = per_image
+        self.sums_over_batch = not per_image
 
     def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, and `weight`: the number of images with a labelled pixel."""

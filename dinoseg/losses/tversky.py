@@ -67,6 +67,7 @@ class Tversky(Loss):
     """
 
     weight: Tensor
+    sums_over_batch = True
 
     def __init__(
         self, class_weights: Tensor, ignore_index: int = 255, alpha: NotNegative = 0.3, beta: NotNegative = 0.7

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from tabulate import tabulate
 
@@ -63,7 +64,8 @@ def plan(
             f"{target.world}."
         )
     fitting = Fitting(cfg, target, may_change_model=change_model)
-    _print_step(fitting.as_it_is, target)
+    whole = fitting.as_it_is
+    _print_step(whole, target)
     found = _found(fitting)
     measured = None
     for _ in range(_TRIES):
@@ -72,14 +74,15 @@ def plan(
             break
         seen = (measured - target.beside) / (found.need - target.beside)
         target = dataclasses.replace(target, seen=target.seen * seen)
-        found, measured = _found(Fitting(cfg, target, may_change_model=change_model)), None
+        fitting = Fitting(cfg, target, may_change_model=change_model)
+        found, measured = _found(fitting), None
     words = {key: value for change in found.changes for key, value in change.words.items()}
     command = _command(out_dir, words)
-    _print_changes(found, target, command)
+    _print_changes(found, target, command, fits=fitting.as_it_is.need <= target.memory)
     result = {
         "device": target.kind,
         "memory": target.memory,
-        "as_it_is": {"step": dataclasses.asdict(fitting.as_it_is.step), "need": fitting.as_it_is.need},
+        "as_it_is": {"step": dataclasses.asdict(whole.step), "need": whole.need},
         "planned": {"step": dataclasses.asdict(found.step), "need": found.need, "measured": measured},
         "changes": [{"words": dict(change.words), "reason": change.reason} for change in found.changes],
         "command": command,
@@ -170,11 +173,13 @@ def _parts(step: StepBytes) -> Mapping[str, int]:
     return parts
 
 
-def _print_changes(found: Fit, target: Target, command: str) -> None:
+def _print_changes(found: Fit, target: Target, command: str, *, fits: bool) -> None:
+    memory = _told(target.memory)
     if not found.changes:
-        print(f"It fits {_told(target.memory)} as it is:\n\n  {command}")
+        print(f"It fits {memory} as it is:\n\n  {command}")
         return
-    print(f"To fit {_told(target.memory)} (then about {_told(found.need)}):\n")
+    why = f"It fits {memory} as it is, and so with more at once" if fits else f"To fit {memory}"
+    print(f"{why} (then about {_told(found.need)}):\n")
     for change in found.changes:
         print(f"- {change}: {change.reason}.")
     print(f"\n  {command}")
@@ -185,7 +190,9 @@ def _command(out_dir: Path, words: Words) -> str:
     gone = ("mode", "hydra.run.dir", *words)
     kept = [word for word in last_command_line(out_dir) if not _is_of(word.lstrip("+~").partition("=")[0], gone)]
     new = [f"{key}={typed(value)}" for key, value in words.items()]
-    return shlex.join(["python", "-m", "dinoseg", "mode=train", *kept, *new])
+    sources = HydraConfig.get().runtime.config_sources
+    flags = [flag for source in sources if source.provider == "command-line" for flag in ("--config-dir", source.path)]
+    return shlex.join(["python", "-m", "dinoseg", "mode=train", *kept, *new, *flags])
 
 
 def _is_of(key: str, gone: tuple[str, ...]) -> bool:

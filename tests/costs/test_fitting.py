@@ -16,7 +16,7 @@ UNIT = 2**20
 
 
 @pytest.fixture
-def fit(compose, monkeypatch):
+def changes(compose, monkeypatch):
     """Fit a recipe to a memory on a CPU: a sample takes 10 units, 4 where it is computed again, a trained block 20."""
 
     def take(cfg, loss, *, samples, accumulate, bf16, world):
@@ -26,12 +26,23 @@ def fit(compose, monkeypatch):
         return StepBytes(*[0] * 7, peak=(samples * each + 20 * blocks + weights) * UNIT)
 
     monkeypatch.setattr(fitting, "step_bytes", take)
-    monkeypatch.setattr(fitting, "LossBytes", lambda *_, **__: None)
+    monkeypatch.setattr(fitting, "LossBytes", lambda *_, **__: SimpleNamespace(draws=False))
 
     def run(memory, *words, world=1, **options):
         target = SimpleNamespace(kind="cpu", memory=memory * UNIT, bf16=False, world=world, need=lambda step: step.peak)
         found = Fitting(compose(*BASE, *words), target, **options).found()
-        return None if found is None else " ".join(map(str, found.changes))
+        return None if found is None else found.changes
+
+    return run
+
+
+@pytest.fixture
+def fit(changes):
+    """Return the words that fit a recipe to a memory."""
+
+    def run(*args, **options):
+        found = changes(*args, **options)
+        return None if found is None else " ".join(map(str, found))
 
     return run
 
@@ -66,6 +77,17 @@ def test_batch_norm_is_spared_by_computing_again(fit):
         fit(60, "adapter=lora", "head=linear") == "backbone.checkpointing=true data.batch_size=4 trainer.accumulate=2"
     )
     assert fit(79, "adapter=lora", "head=linear", "data.batch_size=2", "trainer.accumulate=4") == ""
+
+
+def test_a_loss_that_takes_sums_over_a_batch_is_spared_and_named(fit, changes):
+    words = ("adapter=lora", "loss=ce_dice")
+    assert fit(79, *words) == "backbone.checkpointing=true"
+    assert fit(79, *words, "data.batch_size=2", "trainer.accumulate=4") == ""
+    (_, parts) = changes(60, *words, "head=linear")
+    named = (
+        "BatchNorm takes its statistics and loss=ce_dice takes its sums over the fewer samples: not the same training"
+    )
+    assert named in parts.reason and "at random" not in parts.reason
 
 
 def test_more_go_through_at_once_where_there_is_room(fit):

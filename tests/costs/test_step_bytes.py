@@ -123,3 +123,16 @@ def test_clips_as_long_as_their_videos_have_no_size(compose):
         image_shape(compose(*SLOTS, "data.clips.cut.length=null"))
     with pytest.raises(UserError, match="data=camvid has no clips"):
         image_shape(compose("data=camvid", "data.root=x", "trainer.feed=clips"))
+
+
+@pytest.mark.parametrize(
+    ("words", "draws"),
+    [
+        ([*BASE, "adapter=lora", "adapter.rank=2", "adapter.dropout=0", "head=mlp"], False),
+        ([*BASE, "adapter=frozen", "head=cnn", "head.channels=16"], True),
+        ([*FOUR, *MASKS, "head.drop_path=0", "loss=mask_classification"], True),
+    ],
+    ids=["nothing", "dropout", "points"],
+)
+def test_what_draws_at_random_is_known(compose, words, draws):
+    assert LossBytes(compose(*words), bf16=False, accelerator=False).draws is draws

@@ -1,5 +1,6 @@
 """Focal, dice, Tversky and Lovasz against loops over pixels in float64, written from their definitions."""
 
+import functools
 import itertools
 import math
 
@@ -320,3 +321,15 @@ def test_mask_heads_too(loss):
 def test_bad_options_are_refused(make_loss, said):
     with pytest.raises(UserError, match=said):
         make_loss()
+
+
+@pytest.mark.parametrize("loss", [*EVERY, functools.partial(Lovasz, per_image=True)])
+def test_a_loss_of_sums_over_a_batch_says_so_and_any_other_is_a_mean_of_its_parts(loss):
+    loss = loss(WEIGHTS)
+    mask = random_mask((2, 8, 9), 5)
+    mask[1, :5] = 255
+    prediction, batch = on_the_grid(mask)
+    whole, parts = loss(prediction, batch)
+    alone = [loss(prediction.of_image(place), part) for place, part in enumerate(batch.split(2))]
+    mean = sum(value * part["weight"] for value, part in alone) / parts["weight"]
+    assert loss.sums_over_batch == (abs(mean - whole) > 1e-6 * whole)

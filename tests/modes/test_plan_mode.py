@@ -3,10 +3,14 @@
 import json
 import re
 import shlex
+import shutil
+from types import SimpleNamespace
 
 import pytest
-from command_line import SMALL, call
+from command_line import SMALL, call, write_data
 
+from dinoseg.costs import fitting
+from dinoseg.costs.step_bytes import StepBytes
 from dinoseg.modes import plan as planning
 
 WORDS = [*SMALL[:2], *SMALL[3:], "data.root=my data", "engine.precision=fp32"]
@@ -40,6 +44,35 @@ def test_what_does_not_fit_is_changed_by_a_command_that_trains_so(tmp_path):
     assert typed[-2:] == [f"data.batch_size={size}", f"trainer.accumulate={times}"]
     assert not [word for word in typed if word.startswith(("mode.", "hydra."))] and typed.count("mode=train") == 0
     assert f"{size} sample" in out and "the same 8" in out and "BatchNorm takes its statistics" in out
+
+
+def losses(where, *words):
+    done = call(where, *words, "hydra.run.dir=trained")
+    assert done.status == 0, done.err
+    rows = list(map(json.loads, (where / "trained/metrics.jsonl").read_text().splitlines()))
+    shutil.rmtree(where / "trained")
+    return [row["train/loss"] for row in rows if "train/loss" in row]
+
+
+def test_the_printed_command_trains_as_the_recipe_would(tmp_path, monkeypatch):
+    """A recipe of the user's own, with more samples at once, and with fewer; each takes 1.75 MiB."""
+    monkeypatch.setattr(fitting, "step_bytes", lambda *_, samples, **__: StepBytes(*[0] * 7, peak=samples * 2**20))
+    monkeypatch.setattr(fitting, "LossBytes", lambda *_, **__: SimpleNamespace(draws=True))
+    write_data(tmp_path / "my data", train=8)
+    (tmp_path / "own/hparam").mkdir(parents=True)
+    recipe = "# @package _global_\ntrainer: {accumulate: 4, log_every: 1}\n"
+    (tmp_path / "own/hparam/mine.yaml").write_text(recipe)
+    words = ("--config-dir", str(tmp_path / "own"), "hparam=mine", "head=mlp", "mode.dry_step=false")
+    own = losses(tmp_path, "mode=train", *WORDS, *words[:-1])
+    assert len(own) == 2
+    for memory, sizes in (("64GiB", (8, 1)), ("386MiB", (1, 8))):
+        done = call(tmp_path, "mode=plan", *WORDS, *words, f"mode.memory={memory}", f"hydra.run.dir={memory}")
+        assert done.status == 0, done.err
+        (command,) = (line for line in done.out.splitlines() if line.startswith("  python"))
+        assert "data.batch_size={} trainer.accumulate={}".format(*sizes) in command
+        assert losses(tmp_path, *shlex.split(command)[3:]) == pytest.approx(own, rel=1e-5)
+        assert ("It fits 64.00 GiB as it is, and so with more at once" in done.out) == (memory == "64GiB")
+        assert "drawn at random (dropout, points of masks) is drawn anew for each part" in done.out
 
 
 def test_a_dry_step_that_takes_more_than_was_foretold_makes_another_plan(tmp_path, monkeypatch):
