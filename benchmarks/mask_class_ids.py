@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dinoseg.class_ids import highest
 from dinoseg.heads.semantic import semantic_map, weighted_masks
-from dinoseg.inference.memory import _Peak
+from dinoseg.inference.memory import PeakBytes
 from dinoseg.mixed_class_ids import mixed_class_ids
 from dinoseg.shapes import MaskOutputs
 
@@ -95,7 +95,7 @@ def measured(
                 ids[way] = function(outputs, size)
                 seconds[way] = min(seconds[way], time.perf_counter() - start)
         for way, function in WAYS.items():
-            with _Peak() as peak:
+            with PeakBytes() as peak:
                 function(outputs, size)
             mebibytes[way] = peak.most / 2**20
     return seconds, mebibytes, ids

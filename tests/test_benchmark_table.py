@@ -1,3 +1,4 @@
+import ast
 import json
 import subprocess
 import sys
@@ -79,3 +80,10 @@ def test_a_script_runs_at_tiny_sizes(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((tmp_path / "ratios.json").read_text())["rows"]
     assert {row["name"] for row in rows} == {"loss"} and all(row["ratio"] >= 0 for row in rows)
+
+
+@pytest.mark.parametrize("script", sorted(FOLDER.glob("*.py")), ids=lambda script: script.stem)
+def test_scripts_name_what_there_is(script):
+    for node in ast.walk(ast.parse(script.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "dinoseg":
+            exec(ast.unparse(node))

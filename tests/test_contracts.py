@@ -72,6 +72,21 @@ def test_pixels_are_normalised_and_padded():
     assert pixels.shape == (1, 3, 8, 4) and (pixels[:, :, :5] == 1).all() and (pixels[:, :, 5:] == 0).all()
 
 
+@pytest.mark.parametrize(("adapt", "calls"), [(Frozen(), [4, 4, 4]), (LastBlocks(1), [12])])
+def test_what_does_not_learn_sees_a_few_images_at_a_time(adapt, calls):
+    model, seen = Segmenter(adapt(Least()), Scores()), []
+    model.backbone.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    images = torch.rand(12, 3, 6, 9)
+    outputs = model(images).outputs
+    assert seen == calls
+    assert torch.equal(outputs, model.backbone(images)[0])
+    seen.clear()
+    model(images[:7])
+    assert seen == ([1] * 7 if len(calls) > 1 else [7])  # compiled blocks want one size
+    seen.clear()
+    assert model(images[:0]).outputs.shape == (0, 3, 2, 3) and seen == [0]
+
+
 def test_blocks_are_those_that_a_backbone_keeps():
     assert list(Backbone().blocks) == [] and Backbone().norm is None
     model = Backbone()
