@@ -10,6 +10,7 @@ from dinoseg.costs.fitting import Fitting, changed
 from dinoseg.costs.step_bytes import StepBytes
 from dinoseg.costs.target import Target, memory_of
 from dinoseg.errors import UserError
+from dinoseg.heads.mlp import MlpHead
 
 BASE = [*SMALL, "data.batch_size=8", "head=mlp"]  # no BatchNorm
 UNIT = 2**20
@@ -76,7 +77,18 @@ def test_batch_norm_is_spared_by_computing_again(fit):
     assert (
         fit(60, "adapter=lora", "head=linear") == "backbone.checkpointing=true data.batch_size=4 trainer.accumulate=2"
     )
-    assert fit(79, "adapter=lora", "head=linear", "data.batch_size=2", "trainer.accumulate=4") == ""
+    assert fit(120, "adapter=lora", "head=linear", "data.batch_size=2", "trainer.accumulate=4") == ""
+
+
+def test_statistics_that_stand_still_are_not_spared(compose):
+    fits = Fitting(compose(*BASE, "head=linear"), Target("cpu", UNIT, bf16=False))
+    fits._model.eval()
+    assert not fits._bound
+
+
+def test_fewer_of_the_blocks_that_are_trained_are_tried_from_the_most_on(fit):
+    words = ("adapter=lora", "adapter.blocks=4", "backbone.arch.num_hidden_layers=8")
+    assert fit(70, *words) == "adapter.blocks=3 data.batch_size=1 trainer.accumulate=8"
 
 
 def test_a_loss_that_takes_sums_over_a_batch_is_spared_and_named(fit, changes):
@@ -104,6 +116,43 @@ def test_each_device_gets_as_many(fit):
     assert fit(60, "adapter=lora", world=4) == ""
     assert fit(59, "adapter=lora", world=4) == "data.batch_size=4 trainer.accumulate=2"
     assert fit(49, "adapter=lora", world=4) == "backbone.checkpointing=true"
+    words = ("adapter=lora", "data.batch_size=12")
+    assert fit(69, *words, world=4) == "data.batch_size=4 trainer.accumulate=3"  # not 6, which 4 do not share
+
+
+def test_each_device_gets_as_many_as_the_head_needs(fit, monkeypatch):
+    monkeypatch.setattr(MlpHead, "least_batch", 2)
+    assert fit(50, "adapter=lora") == "backbone.checkpointing=true data.batch_size=2 trainer.accumulate=4"
+    assert fit(45, "adapter=lora", world=2) == "adapter.blocks=1 data.batch_size=4 trainer.accumulate=2"
+
+
+def test_a_step_is_asked_for_as_the_device_takes_it(compose, monkeypatch):
+    asked = []
+    monkeypatch.setattr(fitting, "LossBytes", lambda cfg, **how: asked.append(how))
+    monkeypatch.setattr(fitting, "step_bytes", lambda cfg, loss, **how: asked.append(how) or StepBytes(*[0] * 8))
+    words = (*BASE, "trainer.accumulate=3")
+    assert Fitting(compose(*words), Target("cuda", UNIT, bf16=True, world=2)).as_it_is.need == 2**30
+    first, second = {"bf16": True, "accelerator": True}, {"samples": 4, "accumulate": 3, "bf16": True, "world": 2}
+    assert asked == [first, second]
+
+
+def test_what_a_part_cannot_do_is_left_out_and_what_the_recipe_cannot_is_told(compose, monkeypatch):
+    refused = []
+
+    def take(cfg, loss, *, samples, **_):
+        if cfg.backbone.checkpointing or refused:
+            raise UserError("it cannot")
+        return StepBytes(*[0] * 7, peak=samples * UNIT)
+
+    monkeypatch.setattr(fitting, "step_bytes", take)
+    monkeypatch.setattr(fitting, "LossBytes", lambda *_, **__: SimpleNamespace(draws=False))
+    cfg, target = compose(*BASE, "adapter=lora"), Target("cpu", UNIT, bf16=False)
+    fits = Fitting(cfg, target, may_change_model=False)
+    assert fits.as_it_is.need > fits.target.memory and fits.found() is None
+    assert fits.least.cfg.data.batch_size == 1
+    refused.append(True)
+    with pytest.raises(UserError, match="it cannot"):
+        Fitting(cfg, target, may_change_model=False).found()
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,13 @@
 """Operations of a step are those that can be counted by hand, whatever is computed again."""
 
+from itertools import count
+from types import SimpleNamespace
+
 import pytest
 import torch
 from command_line import SMALL
 
+from dinoseg.costs import flops
 from dinoseg.costs.flops import matrix_peak, step_flops
 
 BASE = [*SMALL, "engine.precision=fp32", "resolution.crop=[64,48]"]
@@ -25,5 +29,8 @@ def test_a_step_is_what_is_counted_by_hand(compose):
     assert step_flops(compose(*words), 2 * samples, bf16=False) == 2 * whole
 
 
-def test_a_device_multiplies_at_some_rate():
+def test_a_device_multiplies_at_some_rate(monkeypatch):
     assert 1e8 < matrix_peak(torch.device("cpu"), bf16=False) < 1e15
+    monkeypatch.setattr(flops, "_SIDES", {"cpu": 8})
+    monkeypatch.setattr(flops, "time", SimpleNamespace(perf_counter=count().__next__))  # a second for each product
+    assert matrix_peak(torch.device("cpu"), bf16=True) == 2 * 8**3

@@ -1,6 +1,5 @@
 """A heap's size is what the C library makes of what is taken and freed, though nothing is written there."""
 
-import ctypes
 import gc
 from types import SimpleNamespace
 
@@ -44,11 +43,14 @@ def test_the_c_library_tells_that_its_heap_has_grown():
 
 
 def test_where_no_more_is_given_nothing_is_told(monkeypatch):
-    given = SimpleNamespace(mallinfo2=lambda: heap._Info(), aligned_alloc=lambda *_: None, free=ctypes.CDLL(None).free)
+    asked = []
+    given = SimpleNamespace(
+        mallinfo2=lambda: heap._Info(arena=len(asked)), aligned_alloc=lambda *each: asked.append(each)
+    )
     monkeypatch.setattr(heap, "_glibc", lambda: given)
     with HeapBytes() as count:
         torch.empty(8, device="meta")
-    assert count.grown == 0 and count.most == 32
+    assert count.grown == 0 and count.most == 32 and asked == [(64, 64)]  # of a whole cache line, as torch does
 
 
 def test_without_such_a_library_tensors_count_all_the_same(monkeypatch):

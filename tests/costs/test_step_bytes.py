@@ -9,11 +9,13 @@ from command_line import SMALL
 
 from dinoseg import build
 from dinoseg.config.nodes import instantiate
+from dinoseg.costs.heap import HeapBytes
 from dinoseg.costs.stand_in import drawn_batch, image_shape
-from dinoseg.costs.step_bytes import LossBytes, step_bytes
+from dinoseg.costs.step_bytes import LossBytes, outline, step_bytes
 from dinoseg.costs.trial import try_steps
 from dinoseg.errors import UserError
 from dinoseg.inference.memory import PeakBytes
+from dinoseg.model import trained_names
 from dinoseg.shapes import ClipBatch
 
 BASE = [*SMALL, "engine.precision=fp32", "data.classes=[a,b,c]", "data.batch_size=3", "resolution.crop=[64,48]"]
@@ -61,6 +63,8 @@ def test_parts_are_what_a_model_and_its_graph_hold(compose):
     assert step.weights == sum(own.values())
     assert (step.gradients, step.optimizer, step.ranks) == (trained, 2 * trained, trained)
     assert step.average == sum(t.nbytes for t in model.state_dict().values())  # a random backbone is held whole
+    cfg.backbone.weights = "given"
+    assert not [name for name in trained_names(outline(cfg)[0]) if name.startswith("backbone.") and "lora" not in name]
     kept = {}
 
     def keep(tensor):
@@ -94,10 +98,15 @@ def test_quantised_weights_take_their_bits(compose):
     assert four.optimizer == whole.optimizer
 
 
-def test_larger_tiles_of_an_accelerator_are_counted(compose):
-    cfg = compose(*BASE, "adapter=frozen")
+def test_larger_tiles_of_an_accelerator_are_counted_and_holes_of_a_heap(compose, monkeypatch):
+    cfg, threads = compose(*BASE, "adapter=frozen"), []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
     here, there = (LossBytes(cfg, bf16=False, accelerator=there) for there in (False, True))
     assert there.of(1) - here.of(1) == 4 * 4 * 3 * 64 * 48
+    assert threads == 4 * [1, torch.get_num_threads()]  # of two losses each, and given back
+    monkeypatch.setattr(HeapBytes, "grown", property(lambda _: 10**6, lambda *_: None), raising=False)
+    step = step_bytes(cfg, here, samples=1, accumulate=1, bf16=False)
+    assert step.heap == 10**6 + step.loss + step.optimizer + step.average + step.ranks
 
 
 def test_nothing_that_was_walked_is_left_behind(compose):

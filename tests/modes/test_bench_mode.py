@@ -5,6 +5,8 @@ import json
 import pytest
 from command_line import SLOTS, SMALL, call, write_data
 
+from dinoseg.costs.speed import Timed
+from dinoseg.errors import UserError
 from dinoseg.modes import bench as benching
 
 WORDS = ("mode=bench", *SMALL, "engine.precision=fp32", "hydra.run.dir=run")
@@ -69,6 +71,20 @@ def test_what_cannot_be_timed_is_refused(tmp_path, here, words, message):
     done = call(tmp_path, *WORDS, *words)
     assert done.status == 1 and message in done.err, done.err
     assert "Traceback" not in done.err
+
+
+def test_shares_are_of_the_best_rate_and_nothing_is_started_that_cannot_be_trained(compose, tmp_path, monkeypatch):
+    timed = iter([Timed("cpu", "fp32", 1, (8, 8), [1.0], None, 0, 5, peak) for peak in (10.0, 20.0)])
+    monkeypatch.setattr(benching, "in_own_process", lambda work, item: next(timed))
+    cfg = compose(*SMALL)
+    found = benching.bench(cfg, out_dir=tmp_path)
+    assert found["matrix_peak_flops_per_s"] == 20 and found["train"]["share_of_matrix_peak"] == 0.25
+    cfg.trainer.score = "miou_no_background"
+    with pytest.raises(UserError, match="data=folder has no background"):
+        benching.bench(cfg, out_dir=tmp_path)
+    cfg.engine.device = "cuda"
+    with pytest.raises(UserError, match="engine.device=cuda"):
+        benching.bench(cfg, out_dir=tmp_path)
 
 
 def test_a_killed_process_is_told_as_want_of_memory(tmp_path, monkeypatch):

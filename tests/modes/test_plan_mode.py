@@ -1,6 +1,7 @@
 """mode=plan foretells a training step and prints a command line that can be used as it is."""
 
 import json
+import math
 import re
 import shlex
 import shutil
@@ -8,9 +9,15 @@ from types import SimpleNamespace
 
 import pytest
 from command_line import SMALL, call, write_data
+from omegaconf import OmegaConf
 
 from dinoseg.costs import fitting
+from dinoseg.costs.fitting import Fit
 from dinoseg.costs.step_bytes import StepBytes
+from dinoseg.costs.target import Target
+from dinoseg.costs.trial import Trial
+from dinoseg.errors import UserError
+from dinoseg.inference.memory import OutOfMemory
 from dinoseg.modes import plan as planning
 
 WORDS = [*SMALL[:2], *SMALL[3:], "data.root=my data", "engine.precision=fp32"]
@@ -92,6 +99,80 @@ def test_what_was_measured_is_told_of_the_plan_that_was_tried_alone(tmp_path, mo
     monkeypatch.setattr(planning, "_measured", lambda cfg, engine, found, target: 2 * target.memory)
     found, _ = planned(tmp_path, "head=mlp", "data.batch_size=8", "resolution.crop=[160,160]", "mode.memory=484MiB")
     assert found["changes"] and found["planned"]["measured"] is None
+
+
+def test_each_plan_takes_what_all_dry_steps_have_shown(compose, monkeypatch, tmp_path):
+    """The tensors of a step are foretold as 100 bytes, and twice it takes too much."""
+    cfg, targets, measured = compose(*WORDS), [], iter([10**9, 2 * 10**9, 50])
+
+    class Found:
+        def __init__(self, cfg, target, *, may_change_model):
+            assert may_change_model is False
+            targets.append(target)
+            self.as_it_is = Fit(cfg, (), StepBytes(*[0] * 8), target.beside + 100)
+
+        def found(self):
+            return self.as_it_is
+
+    monkeypatch.setattr(planning, "Fitting", Found)
+    monkeypatch.setattr(planning, "_measured", lambda cfg, engine, found, target: target.beside + next(measured))
+    monkeypatch.setattr(planning, "_command", lambda *_: "")
+    given = {"out_dir": tmp_path, "memory": "1GiB", "change_model": False}
+    result = planning.plan(cfg, **given)
+    assert [target.seen for target in targets] == pytest.approx([1, 10**7, 2 * 10**14])
+    assert result["planned"]["measured"] == targets[0].beside + 50
+    assert planning.plan(cfg, **given, dry_step=False)["planned"]["measured"] is None and len(targets) == 4
+    cfg.trainer.score = "miou_no_background"
+    with pytest.raises(UserError, match="data=folder has no background"):
+        planning.plan(cfg, **given)
+    OmegaConf.update(cfg, "trainer.heads", ["linear", "mlp"], force_add=True)
+    with pytest.raises(UserError, match="trains several heads"):
+        planning.plan(cfg, **given)
+    assert len(targets) == 4  # nothing is foretold of these
+
+
+def shortage(*_):
+    raise OutOfMemory("there is too little")
+
+
+@pytest.mark.parametrize(
+    ("kind", "tried", "free", "measured"),
+    [
+        ("cpu", lambda *_: Trial(peak=70), 1000, 70),
+        ("cuda", lambda *_: Trial(peak=70), 1000, 70 + 2**30),
+        ("cpu", lambda *_: None, 1000, 1250),
+        ("cpu", shortage, 1000, 1250),
+        ("cpu", lambda *_: pytest.fail("it is tried"), 999, None),
+    ],
+    ids=["cpu", "cuda", "killed", "short", "no room"],
+)
+def test_a_dry_step_tells_what_it_took_or_that_it_is_more(monkeypatch, kind, tried, free, measured):
+    samples = []
+    monkeypatch.setattr(planning, "free_bytes", lambda device: free)
+    monkeypatch.setattr(planning, "in_own_process", lambda work, cfg: samples.append(work.keywords) or tried())
+    cfg, target = OmegaConf.create({"data": {"batch_size": 6}}), Target(kind, 0, bf16=False, world=2)
+    found = Fit(cfg, (), StepBytes(*[0] * 8), 1000)
+    assert planning._measured(cfg, SimpleNamespace(device=None), found, target) == measured
+    assert samples == ([] if measured is None else [{"samples": 3}])
+
+
+def test_a_device_that_is_not_here_computes_as_the_config_says(compose, monkeypatch):
+    target, engine = planning._target(compose(*WORDS, "engine.precision=bf16"), "24GB", "cuda")
+    assert (target.kind, target.memory, target.bf16, engine) == ("cuda", 24 * 10**9, True, None)
+    monkeypatch.setattr(planning, "free_bytes", lambda device: math.inf)
+    with pytest.raises(UserError, match="This system does not say how much memory is free. Give mode.memory"):
+        planning._target(compose(*WORDS), None, None)
+
+
+def test_a_command_keeps_what_was_typed_but_for_what_changes(monkeypatch, tmp_path):
+    typed = ["mode=plan", "+mode.memory=1GiB", "adapter=full", "++adapter.rank=2", "adapters=x", "data.root=a b"]
+    monkeypatch.setattr(planning, "last_command_line", lambda folder: [*typed, "hydra.run.dir=run"])
+    sources = [SimpleNamespace(provider=name, path=name) for name in ("main", "command-line")]
+    hydra = SimpleNamespace(runtime=SimpleNamespace(config_sources=sources))
+    monkeypatch.setattr(planning, "HydraConfig", SimpleNamespace(get=lambda: hydra))
+    command = planning._command(tmp_path, {"adapter": "lora", "data.batch_size": 2})
+    kept = ["mode=train", "adapters=x", "data.root=a b", "adapter=lora", "data.batch_size=2"]
+    assert shlex.split(command) == ["python", "-m", "dinoseg", *kept, "--config-dir", "command-line"]
 
 
 @pytest.mark.parametrize(

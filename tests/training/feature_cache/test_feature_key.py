@@ -97,11 +97,13 @@ def written(tmp_path, monkeypatch):
 
 
 def test_code_counts_with_what_a_module_inherits_and_libraries(written, monkeypatch):
-    def model(text):
+    def model(text, base="from torch import nn\nclass Base(nn.Module): pass\n"):
+        written("base", base)
         return nn.Sequential(nn.Linear(1, 1), written("mine", text).Mine())
 
-    text = "from torch import nn\nclass Base(nn.Module): pass\nclass Mine(Base): pass\n"
+    text = "from base import Base\nclass Mine(Base): pass\n"
     first = code_hash([model(text)])
+    assert first != code_hash([model(text, "from torch import nn\nclass Base(nn.Module): 'changed'\n")])
     assert first == code_hash([model(text)]) != code_hash([model(text + "# changed\n")])
     assert first != code_hash([nn.Linear(1, 1)]) == code_hash([nn.Linear(2, 2)])
     monkeypatch.setattr(key, "_version", lambda library: "0")
@@ -139,8 +141,11 @@ def test_own_code_that_computes_counts():
                     assert found in counts | rest, f"{path.name} imports {found}"
 
 
-def test_own_rooms_that_count_are_there():
-    package = key.Path(key.dinoseg.__file__).parent
+def test_own_rooms_that_count_are_there(monkeypatch):
+    package, first = key.Path(key.dinoseg.__file__).parent, code_hash([])
+    with monkeypatch.context() as patched:
+        patched.setattr(key, "_OWN", ("geometry.py",))
+        assert code_hash([]) != first
     assert all((package / place).exists() for place in key._OWN)
     assert all(list((package / place).rglob("*.py")) for place in key._OWN if not place.endswith(".py"))
 
@@ -188,6 +193,11 @@ def test_a_damaged_note_of_an_origin_is_written_anew(note, tmp_path, caplog):
 def test_a_root_that_cannot_be_written_is_left_to_the_store(tmp_path):
     (tmp_path / "root").write_text("no folder")
     assert origin(tmp_path / "root", PARTS)
+
+
+def test_pixels_that_are_no_file_s_count_with_their_shape():
+    data = [{"image": torch.zeros(shape, dtype=torch.uint8)} for shape in ((3, 2, 6), (3, 6, 2), (3, 2, 6))]
+    assert image_hash(data, 0) == image_hash(data, 2) != image_hash(data, 1)
 
 
 @pytest.fixture
