@@ -2,12 +2,14 @@
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from itertools import islice
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
@@ -79,7 +81,8 @@ def in_processes(
 def in_own_process(work: Callable[[T], R], item: T) -> R | None:
     """Return what `work` makes of an item in a new process, whose memory is its own; None: that was killed.
 
-    The process ends when this is interrupted, and when this process is killed.
+    The process ends when this is interrupted, and when this process is killed; Ctrl-C reaches this one alone, which
+    else would find what the other one says of it beside its own message.
 
     Raises:
         UserError: of `work`. Of any other error it tells the traceback before this raises a RuntimeError.
@@ -87,9 +90,10 @@ def in_own_process(work: Callable[[T], R], item: T) -> R | None:
     context = multiprocessing.get_context("spawn")
     receiving, sending = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(work, item, sending))
-    process.start()
-    sending.close()
     try:
+        with _holding_interrupts():
+            process.start()
+        sending.close()
         result = receiving.recv()
         process.join(_ENDING)  # it ends its own processes
     except EOFError:
@@ -98,12 +102,27 @@ def in_own_process(work: Callable[[T], R], item: T) -> R | None:
             raise RuntimeError("A process of this job failed: its traceback stands above.") from None
         return None
     finally:
-        process.kill()
-        process.join()
+        if process.pid is not None:
+            process.kill()
+            process.join()
         receiving.close()
     if isinstance(result, UserError):
         raise result
     return result
+
+
+@contextmanager
+def _holding_interrupts() -> Iterator[None]:
+    """Let SIGINT wait until the block's end; to processes that are started in it, it never comes."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    resource_tracker.ensure_running()  # which lets signals through when it begins
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _answer(work: Callable[[Any], Any], item: Any, sending: Connection) -> None:

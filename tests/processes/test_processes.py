@@ -250,12 +250,27 @@ def answers(item):
         raise ValueError("not foreseen")
     if item == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
-    return item, os.getpid()
+    return item, os.getpid(), held()
+
+
+def held():
+    return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+class Struck:
+    """Work during whose sending Ctrl-C is pressed."""
+
+    def __getstate__(self):
+        signal.raise_signal(signal.SIGINT)
+        return {}
 
 
 def test_a_process_of_its_own_answers_or_tells_how_it_ended(capfd):
-    item, process = in_own_process(answers, "asked")
-    assert item == "asked" and process != os.getpid()
+    item, process, deaf = in_own_process(answers, "asked")
+    assert item == "asked" and process != os.getpid() and deaf and not held()
+    with pytest.raises(KeyboardInterrupt):
+        in_own_process(Struck(), "never")
+    assert nobody_is_left() and not held() and not capfd.readouterr().err
     assert in_own_process(answers, "killed") is None
     with pytest.raises(UserError, match="no such item"):
         in_own_process(answers, "refused")
