@@ -10,12 +10,12 @@ def backbone_size(size: Size, scale: float, longest: int | None) -> Size:
 
 
 def kept_longest(size: Size, longest: int | None, typical: int, largest: int) -> int | None:
-    """Return what `longest` becomes for a picture of `size`: the typical one of training where it is far larger.
+    """Return what `longest` becomes for a picture of `size`: the typical one of training where it is larger than any.
 
     Args:
         size: of the picture.
         longest: as the config says, for pictures of the training's scale.
         typical: longer side of the training's pictures.
-        largest: the longer side above which a picture is far larger.
+        largest: the longer side above which it is larger than any that was trained or validated on.
     """
     return typical if min(max(size), longest or max(size)) > largest else longest

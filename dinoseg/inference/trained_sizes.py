@@ -1,9 +1,9 @@
-"""How large the pictures were that a model was trained on: much larger ones show it things at a scale it never saw."""
+"""How large the pictures were that a model was trained on: larger ones show it things at a scale it never saw."""
 
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
 from dinoseg.errors import UserError
@@ -12,7 +12,6 @@ from dinoseg.sizes import Size, kept_longest
 from dinoseg.storage import forms
 
 logger = logging.getLogger(__name__)
-_MOST = 20  # the largest one in so many images is left out of account: an outlier is no scale that was learnt
 KEY = "sizes"  # of a checkpoint's description
 _FORM = forms.record(typical=forms.whole(1), largest=forms.whole(1))
 
@@ -25,18 +24,20 @@ class TrainedSizes:
 
     Args:
         typical: the median.
-        largest: what 95 % do not exceed, enlarged as far as the augmentation does.
+        largest: no picture of the training, enlarged as far as the augmentation does, or of its validation is larger,
+            so that mode=predict never changes what mode=eval has scored. Of older checkpoints: of 95 % of the training.
     """
 
     typical: int
     largest: int
 
     @classmethod
-    def of(cls, sizes: Sequence[Size], *, longest: int | None, enlarged: float) -> "TrainedSizes":
-        """Measure images of these sizes (H, W), reduced to `longest` and then enlarged by up to a factor."""
-        sides = [min(max(size), longest or max(size)) for size in sizes]
-        most = quantiles(sides, n=_MOST, method="inclusive")[-1] if len(sides) > 1 else sides[0]
-        return cls(round(median(sides)), round(most * max(1.0, enlarged)))
+    def of(
+        cls, trained: Sequence[Size], scored: Sequence[Size], *, longest: int | None, enlarged: float
+    ) -> "TrainedSizes":
+        """Measure images (H, W), all reduced to `longest`; those that are trained on are enlarged by up to a factor."""
+        sides, others = ([min(max(size), longest or max(size)) for size in sizes] for sizes in (trained, scored))
+        return cls(round(median(sides)), max([round(max(sides) * max(1.0, enlarged)), *others]))
 
     def as_info(self) -> dict[str, Any]:
         """Return what a checkpoint says of it."""
@@ -60,7 +61,7 @@ class TrainedSizes:
 
 
 def keep_scale(model: Segmenter, sizes: TrainedSizes | None, *, reduces: bool = True) -> None:
-    """Let a segmenter take pictures much larger than any of its training at the typical size, and say so once.
+    """Let a segmenter take pictures larger than any of its training at the typical size, and say so once.
 
     Args:
         model: a segmenter; its `limit` is set.
@@ -85,12 +86,15 @@ def keep_scale(model: Segmenter, sizes: TrainedSizes | None, *, reduces: bool = 
 
 def _message(size: Size, sizes: TrainedSizes, reduces: bool) -> str:
     what = (
-        f"Pictures of {size[1]} x {size[0]} (width x height) are much larger than those of the training, whose longer "
+        f"Pictures of {size[1]} x {size[0]} (width x height) are larger than those of the training, whose longer "
         f"sides were about {sizes.typical} pixels and enlarged at most {sizes.largest}. "
     )
     if not reduces:
-        return f"{what}They are scored as they are; with resolution.longest={sizes.typical} at the scale trained at."
+        return (
+            f"{what}They are scored as they are; mode=predict and mode=track reduce them to {sizes.typical}, unless "
+            f"given resolution.longest=null. To score what these give, set resolution.longest={sizes.typical}."
+        )
     return (
         f"{what}The model sees them reduced to a longer side of {sizes.typical}; masks keep the pictures' own size. "
-        "Give resolution.longest for another size, or null for none."
+        "Give resolution.longest for another size, or null for none, as mode=eval scores them."
     )

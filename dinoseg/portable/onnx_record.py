@@ -71,8 +71,8 @@ class GraphRecord:
         multiple: H and W are multiples of it.
         scale: pixels of the input per pixel of the picture.
         longest: larger pictures are reduced until their longer side has so many pixels, before `scale`.
-        typical: pictures far larger than those of training are reduced to this; None: unknown.
-        largest: the longer side above which they are far larger.
+        typical: pictures larger than any of training are reduced to this; None: unknown.
+        largest: the longer side above which they are.
         size: the only H and W that the graph takes; None: any.
         batch: the only B that it takes; None: any.
         fill: colour of the padding, which normalises to 0.

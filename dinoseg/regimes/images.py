@@ -122,9 +122,11 @@ class ImageRegime(Regime):
         records = splits[0].records if splits else ()
         if files and records:
             keep_counts(files, records, key, cache_dir)  # for the loss, which would read all masks once more
-        sizes = [size for record in records if (size := record.image_size or record.mask_size)]
+        sizes = [
+            [size for record in split.records if (size := record.image_size or record.mask_size)] for split in splits
+        ]
         longest, enlarged = self.cfg.resolution.longest, data.augment.scale[1]
-        return TrainedSizes.of(sizes, longest=longest, enlarged=enlarged) if sizes else None
+        return TrainedSizes.of(*sizes, longest=longest, enlarged=enlarged) if any(sizes[:1]) else None
 
     def started(self, model: Segmenter, engine: Engine, *, new: bool) -> Segmenter:
         """Return the model; in a new training, a head that is to begin with the closed form scores as that does."""

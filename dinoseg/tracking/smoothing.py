@@ -67,7 +67,7 @@ class SmoothingTracker(Tracker):
         model: in eval mode, on its device.
         settings: of the matches by which the frames before say what a cell is.
         smoothing: share of a frame's probabilities that comes from the frames before it, 0 to 1.
-        sizes: of its training, to which much larger frames are reduced; None: they are not.
+        sizes: of its training, to which larger frames are reduced; None: they are not.
         autocast: gives the precision's context for a forward pass.
         batch_size: frames that the model sees at once.
 

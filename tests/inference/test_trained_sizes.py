@@ -1,16 +1,18 @@
-"""Pictures much larger than any of the training: seen at its scale, and said."""
+"""Pictures larger than any of the training: seen at its scale, and said."""
 
 import logging
 from types import SimpleNamespace
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from dinoseg.errors import UserError
 from dinoseg.heads.linear import LinearHead
 from dinoseg.inference.trained_sizes import TrainedSizes, keep_scale
 from dinoseg.model import Segmenter
 from dinoseg.portable.trained_model import model_of
+from dinoseg.regimes import images as images_regime
 
 SIZES = TrainedSizes(typical=32, largest=64)
 
@@ -33,13 +35,33 @@ def images(height, width):
 
 
 def test_sizes_are_those_that_the_model_was_fed():
-    assert TrainedSizes.of([(30, 40)] * 100, longest=None, enlarged=1.5) == TrainedSizes(40, 60)
-    assert TrainedSizes.of([(30, 40)], longest=20, enlarged=0.5) == TrainedSizes(20, 20)
-    assert TrainedSizes.of([(30, 40)] * 99 + [(3000, 4)], longest=None, enlarged=1.0) == TrainedSizes(40, 40)
-    sides = [(side, 1) for side in range(1, 22)]
-    assert TrainedSizes.of(sides, longest=None, enlarged=1.0) == TrainedSizes(11, 20)
+    assert TrainedSizes.of([(30, 40)] * 100, [], longest=None, enlarged=1.5) == TrainedSizes(40, 60)
+    assert TrainedSizes.of([(30, 40)], [(9, 99)], longest=20, enlarged=0.5) == TrainedSizes(20, 20)
     info = TrainedSizes(40, 60).as_info()
     assert TrainedSizes.from_info(info) == TrainedSizes(40, 60) and TrainedSizes.from_info({}) is None
+
+
+@pytest.mark.parametrize("enlarged", [0.8, 1.0, 1.5])
+def test_no_picture_of_the_training_or_its_validation_is_reduced(enlarged, model):
+    trained, scored = [(30, 40)] * 99 + [(300, 4)], [(20, 40), (7, 470)]
+    sizes = TrainedSizes.of(trained, scored, longest=None, enlarged=enlarged)
+    assert sizes == TrainedSizes(40, 470)
+    keep_scale(model, sizes)
+    assert all(model.seen_size(size) == size for size in (*trained, *scored))
+    assert model.seen_size((471, 471)) == (40, 40)
+
+
+def test_images_to_be_scored_count_as_they_are(monkeypatch):
+    records = [[SimpleNamespace(image_size=size, mask_size=(9, 9)) for size in sizes] for sizes in ([(6, 8)], [(5, 7)])]
+    data = {"group": None, "workers": 1, "augment": {"scale": [0.5, 0.75]}}
+    groups = {"data": data, "loss": {"weights": "none"}, "resolution": {"longest": None}}
+    cfg = OmegaConf.create({**groups, "cache_dir": "", "choices": {"data": "folder"}})
+    regime = SimpleNamespace(cfg=cfg, feed=SimpleNamespace(train=None, val=None))
+    for (trained, scored), largest in ((records, 8), (records[::-1], 8), (([], []), None)):
+        splits = [SimpleNamespace(records=trained), SimpleNamespace(records=scored)]
+        monkeypatch.setattr(images_regime, "examine", lambda *_, splits=splits, **__: splits)
+        found = images_regime.ImageRegime.check_data(regime)
+        assert (found and found.largest) == largest
 
 
 @pytest.mark.parametrize("found", [3, {}, {"typical": 3}, {"typical": "3", "largest": 9}, {"typical": 0, "largest": 1}])
@@ -48,20 +70,20 @@ def test_a_damaged_description_is_refused(found):
         TrainedSizes.from_info({"sizes": found})
 
 
-def test_only_much_larger_pictures_are_reduced_and_masks_keep_their_size(model, seen, caplog):
+def test_only_larger_pictures_are_reduced_and_masks_keep_their_size(model, seen, caplog):
     keep_scale(model, SIZES)
     for size in ((60, 64), (40, 80), (160, 120), (20, 60)):
         assert model(images(*size)).scores().shape[-2:] == size
     assert seen == [(60, 64), (16, 32), (32, 24), (20, 60)]
     (message,) = caplog.messages
-    assert "Pictures of 80 x 40 (width x height) are much larger" in message and "resolution.longest" in message
+    assert "Pictures of 80 x 40 (width x height) are larger than those" in message and "resolution.longest" in message
     assert "about 32 pixels and enlarged at most 64" in message
 
 
 def test_an_evaluation_says_it_and_changes_nothing(model, seen, caplog):
     keep_scale(model, SIZES, reduces=False)
     model(images(40, 80))
-    assert seen == [(40, 80)] and "scored as they are; with resolution.longest=32" in caplog.text
+    assert seen == [(40, 80)] and "scored as they are; mode=predict and mode=track reduce them to 32" in caplog.text
 
 
 def test_nothing_is_said_without_sizes_or_where_the_model_reduces_anyway(model, seen, caplog):
