@@ -190,7 +190,8 @@ class Prediction:
 
     def of_image(self, row: int) -> Prediction:
         """Return the prediction of one of the images alone."""
-        parts = {name: _of_image(getattr(self, name), row) for name in ("outputs", "grid", "masks")}
+        own = slice(row, row + 1)
+        parts = {name: mapped(getattr(self, name), lambda part: part[own]) for name in ("outputs", "grid", "masks")}
         return replace(self, **parts)
 
     def logits(self, size: tuple[int, int] | None = None) -> Tensor:
@@ -204,17 +205,17 @@ class Prediction:
         return scores.float().clamp(min=torch.finfo(torch.float32).tiny).log()
 
 
-def _of_image(outputs: Any, row: int) -> Any:
-    """Return what tensors (B, ...), alone or in lists, tables and dataclasses, hold of one image."""
+def mapped(outputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return a head's outputs with each tensor changed, alone or in lists, tables and dataclasses."""
     if isinstance(outputs, Tensor):
-        return outputs[row : row + 1]
+        return change(outputs)
     if isinstance(outputs, list | tuple):
-        parts = [_of_image(part, row) for part in outputs]
+        parts = [mapped(part, change) for part in outputs]
         return type(outputs)(*parts) if hasattr(outputs, "_fields") else type(outputs)(parts)
     if isinstance(outputs, dict):
-        return {key: _of_image(part, row) for key, part in outputs.items()}
+        return {key: mapped(part, change) for key, part in outputs.items()}
     if is_dataclass(outputs) and not isinstance(outputs, type):
-        return replace(outputs, **{part.name: _of_image(getattr(outputs, part.name), row) for part in fields(outputs)})
+        return replace(outputs, **{part.name: mapped(getattr(outputs, part.name), change) for part in fields(outputs)})
     return outputs
 
 

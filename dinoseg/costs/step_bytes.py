@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import gc
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,7 @@ from dinoseg.costs.stand_in import drawn_batch, image_shape, unweighted_loss
 from dinoseg.inference.memory import PeakBytes
 from dinoseg.losses.full_resolution import LAUNCHED
 from dinoseg.model import Segmenter, trained_names
-from dinoseg.shapes import Prediction
+from dinoseg.shapes import Prediction, mapped
 from dinoseg.training.optim import tensors_of
 
 _BITS = {4: 0.516, 8: 1.002}  # bytes of a quantised weight, with the scales of its blocks or rows
@@ -178,19 +178,9 @@ def predict(model: Segmenter, cfg: DictConfig, samples: int, bf16: bool) -> Pred
 
 def ends_of(prediction: Prediction) -> list[Tensor]:
     """Return the tensors of a prediction, through some of which a loss reaches the model."""
-    ends = _tensors([prediction.outputs, prediction.grid, prediction.masks])
-    return list({id(tensor): tensor for tensor in ends}.values())
-
-
-def _tensors(outputs: Any) -> Iterator[Tensor]:
-    if isinstance(outputs, Tensor):
-        yield outputs
-    elif isinstance(outputs, list | tuple):
-        for item in outputs:
-            yield from _tensors(item)
-    elif dataclasses.is_dataclass(outputs):
-        for field in dataclasses.fields(outputs):
-            yield from _tensors(getattr(outputs, field.name))
+    ends: dict[int, Tensor] = {}
+    mapped([prediction.outputs, prediction.grid, prediction.masks], lambda end: ends.setdefault(id(end), end))
+    return list(ends.values())
 
 
 class Learnt(torch.autograd.Function):
@@ -243,7 +233,7 @@ def _real_loss(cfg: DictConfig, samples: int, bf16: bool, draws: _Draws) -> tupl
                     drawn[id(tensor)] = value.requires_grad_(tensor.requires_grad)
                 return drawn[id(tensor)]
 
-            outputs, grid, masks = _mapped([prediction.outputs, prediction.grid, prediction.masks], real)
+            outputs, grid, masks = mapped([prediction.outputs, prediction.grid, prediction.masks], real)
             peak.most = before = peak.now
             made = dataclasses.replace(prediction, outputs=outputs, grid=grid, masks=masks)
             with draws:
@@ -251,15 +241,3 @@ def _real_loss(cfg: DictConfig, samples: int, bf16: bool, draws: _Draws) -> tupl
             return peak.most - before, [place for place, end in enumerate(ends_of(made)) if end.grad is not None]
     finally:
         torch.set_num_threads(threads)
-
-
-def _mapped(outputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(outputs, Tensor):
-        return change(outputs)
-    if isinstance(outputs, list | tuple):
-        items = [_mapped(item, change) for item in outputs]
-        return type(outputs)(*items) if hasattr(outputs, "_fields") else type(outputs)(items)
-    if dataclasses.is_dataclass(outputs) and not isinstance(outputs, type):
-        values = {field.name: _mapped(getattr(outputs, field.name), change) for field in dataclasses.fields(outputs)}
-        return dataclasses.replace(outputs, **values)
-    return outputs

@@ -1,17 +1,18 @@
 """Whether data is packed by itself: measured on a few of its images and on the disk, and told."""
 
 import logging
-import os
 import shutil
 import statistics
-import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from dinoseg.data.packed.store import aligned
 from dinoseg.data.pairs.dataset import PairDataset
+from dinoseg.storage.atomic import scratch_folder
+from dinoseg.storage.disk_speed import seconds_on_disk
 from dinoseg.wording import in_bytes
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,10 @@ def pays(dataset: PairDataset, split: str, cache_dir: Path) -> bool:
             files.append(time.perf_counter() - start)
             item = np.concatenate([sample["image"].numpy().reshape(-1), sample["mask"].numpy().reshape(-1)])
             sizes.append(item.nbytes)
-            packed.append(_seconds_on_disk(item, cache_dir))
+            with scratch_folder(cache_dir, "measured") as folder:
+                path = folder / "item"
+                write, read = partial(path.write_bytes, item.data), partial(np.fromfile, path, np.uint8)
+                packed.append(seconds_on_disk(path, write, read)[1])
         free = shutil.disk_usage(cache_dir).free
     except OSError as error:
         reason = f"nothing can be written to {cache_dir} ({error.strerror})"
@@ -55,22 +59,3 @@ def pays(dataset: PairDataset, split: str, cache_dir: Path) -> bool:
         *(split, chosen, 1e3 * each, 1e3 * each / gain, gain, len(dataset), in_bytes(size)),
     )
     return gain >= _LEAST_GAIN and size <= _OF_FREE * free
-
-
-def _seconds_on_disk(item: np.ndarray, folder: Path) -> float:
-    """Return the seconds that bytes take to be read, in one call, from the disk itself.
-
-    Raises:
-        OSError: the folder cannot be written to, or the disk is full.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder) as file:
-        file.write(item.data)
-        file.flush()
-        os.fsync(file.fileno())
-        if hasattr(os, "posix_fadvise"):  # the system forgets what it holds of the file
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        file.seek(0)
-        start = time.perf_counter()
-        file.readinto(np.empty_like(item).data)
-        return time.perf_counter() - start

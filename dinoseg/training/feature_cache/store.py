@@ -150,7 +150,7 @@ class DiskStore:
 
     def get(self, key: str) -> list[Tensor] | None:
         """Return the tensors of a key, None where they are not there or not whole."""
-        path, first = self._path(key), key not in self._seen
+        path, first = self.path(key), key not in self._seen
         try:
             kept = from_bytes(key, _read(path, touch=first), self.stored, verify=first)
         except FileNotFoundError:
@@ -168,9 +168,9 @@ class DiskStore:
         kept = rounded(tensors, self.stored)
         if not self._closed:
             try:
-                self._write(self._path(key), to_bytes(key, kept, self.stored))
+                self._write(self.path(key), to_bytes(key, kept, self.stored))
             except IsADirectoryError:
-                log.warning("%s is a folder: the features of one image are not kept. Remove it.", self._path(key))
+                log.warning("%s is a folder: the features of one image are not kept. Remove it.", self.path(key))
             except OSError as error:
                 self._closed = True
                 full = f"the disk is full, {free_space(self.root)}" if error.errno in DISK_FULL else error
@@ -182,13 +182,14 @@ class DiskStore:
         self._seen.add(key)
 
     def __contains__(self, key: str) -> bool:
-        return self._path(key).is_file()
+        return self.path(key).is_file()
 
     def room(self) -> int:
         """Return the bytes that may still be kept, where what is old is removed for them."""
         return max(0, self._free() + sum(size for _, _, size in self._old()))
 
-    def _path(self, key: str) -> Path:
+    def path(self, key: str) -> Path:
+        """Return the file of a key, which need not be there."""
         return self.folder / f"{key}{_SUFFIX}"
 
     def _write(self, path: Path, content: bytes) -> None:
