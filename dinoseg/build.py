@@ -189,7 +189,9 @@ def _check_head_file(cfg: DictConfig) -> None:
         check_file(Path(str(weights)).expanduser(), "head.weights")
 
 
-def dataset(cfg: DictConfig, split: str, *, reduced: bool = False) -> SegmentationData:
+def dataset(
+    cfg: DictConfig, split: str, *, reduced: bool = False, decided: Callable[[Callable[[], bool]], bool] | None = None
+) -> SegmentationData:
     """Return one split of a config's data set.
 
     Args:
@@ -197,6 +199,7 @@ def dataset(cfg: DictConfig, split: str, *, reduced: bool = False) -> Segmentati
         split: train, val or test.
         reduced: to train on: a packed image need not be larger than the model sees it, and labels that nobody has
             drawn (`data.reader.pseudo`) are there.
+        decided: gives what one of several ranks finds, to all; None: this one is alone.
 
     Raises:
         UserError: an unknown split, or whatever the data set finds wrong.
@@ -205,7 +208,8 @@ def dataset(cfg: DictConfig, split: str, *, reduced: bool = False) -> Segmentati
     # what nobody has drawn is no truth to score against
     drawn_alone = {"pseudo": False} if "pseudo" in cfg.data.reader and not reduced else None
     pairs = instantiate(cfg.data.reader, instead=drawn_alone)(split=split)
-    return instantiate(cfg.data.opened)(pairs, split=split, reduced=reduced)
+    ranks = {} if decided is None else {"decided": decided}
+    return instantiate(cfg.data.opened)(pairs, split=split, reduced=reduced, **ranks)
 
 
 def clips(cfg: DictConfig, split: str) -> Any:

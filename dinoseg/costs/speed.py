@@ -126,6 +126,7 @@ def _timed(
     peak: int,
     flops: int,
 ) -> Timed:
-    device, precision = engine.device, "bf16" if engine.bf16 else "fp32"
-    fastest = matrix_peak(device, bf16=engine.bf16)
-    return Timed(device.type, precision, images, (size[0], size[1]), seconds, waited, peak, flops, fastest)
+    fastest = matrix_peak(engine.device, bf16=engine.bf16)
+    return Timed(
+        engine.device.type, engine.precision, images, (size[0], size[1]), seconds, waited, peak, flops, fastest
+    )

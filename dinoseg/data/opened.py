@@ -1,6 +1,7 @@
 """A data set as the config wants it opened: without what cannot be used, and from one packed file."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 from dinoseg.data.packed.choice import pays
@@ -29,6 +30,7 @@ def opened(
     cache_dir: str | Path = "outputs/.cache",
     longest: Count | None = None,
     workers: Count | None = None,
+    decided: Callable[[Callable[[], bool]], bool] = lambda find: find(),
 ) -> PairDataset:
     """Return the data set as it is to be used.
 
@@ -43,6 +45,8 @@ def opened(
         cache_dir: folder of the packed files and of what is known of the files.
         longest: see `pack`.
         workers: processes that read all files once, for `skip` and `packed`; None: one per core.
+        decided: gives what is found, on several ranks what the first one finds: each would measure another speed. All
+            of them pack then, and all but one wait for it.
 
     Raises:
         UserError: an unknown option, an image without mask or a mask without image, or nothing that can be used.
@@ -58,7 +62,7 @@ def opened(
     elif dataset.lacking:
         raise not_whole(dataset, split)
     folder = Path(cache_dir).expanduser()
-    if cache == "auto" and reduced and (is_begun(dataset, folder) or pays(dataset, split, folder)):
+    if cache == "auto" and reduced and decided(lambda: is_begun(dataset, folder) or pays(dataset, split, folder)):
         try:
             return pack(dataset, cache_dir=cache_dir, workers=workers)
         except Unwritable as error:  # the room that there was is gone

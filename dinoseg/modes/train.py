@@ -49,7 +49,9 @@ def train(
             engine.place(build.model(cfg, outlined=True)), sizes, length.steps
         )
         schedule = begin(cfg, regime, engine, out_dir, length.steps)
-        regime.keep_features(model, loss, engine, length.steps * cfg.trainer.accumulate / regime.feed.epoch)
+        epochs, before = length.steps * cfg.trainer.accumulate / regime.feed.epoch, job.chosen_before
+        kept = regime.keep_features(model, loss, engine, epochs, before=before.get("engine.cache"))
+        job.note(checkpoints, kept)
         with job.log() as log:
             run = fit(model, loss, regime.feed, optimizer, engine, checkpoints, log, schedule=schedule)
         if run.best is None:

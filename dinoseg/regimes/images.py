@@ -50,7 +50,7 @@ class ImageRegime(Regime):
         check_given("dinoseg.training.image_feed.ImageFeed", {"views": views}, {"views": "data.views"})
         self.cfg = cfg
         self.feed = ImageFeed(
-            train=build.dataset(cfg, "train", reduced=True),
+            train=build.dataset(cfg, "train", reduced=True, decided=engine.decided),
             val=build.dataset(cfg, "val"),
             augment=instantiate(cfg.data.augment),
             background=build.background_of(cfg),
@@ -98,7 +98,9 @@ class ImageRegime(Regime):
         """Yield how pairs are found and how they are augmented."""
         yield from (cfg.data.reader, cfg.data.augment)
 
-    def keep_features(self, model: Segmenter, loss: Loss, engine: Engine, epochs: float) -> None:
+    def keep_features(
+        self, model: Segmenter, loss: Loss, engine: Engine, epochs: float, *, before: str | None = None
+    ) -> dict[str, str]:
         """Let the feed give what is kept of the frozen part of a model, where that pays or is asked for."""
         cfg = self.cfg
         options = {"dtype": cfg.features.dtype, "gib": cfg.features.gib}
@@ -109,8 +111,11 @@ class ImageRegime(Regime):
         settings = {group: {**groups[group], "lr": None} for group in ("backbone", "adapter", "head")}
         parts = {name: hash_of(repr(node)) for name, node in settings.items()}
         drawing = hash_of(repr(groups["data"]["augment"]))
-        plan = Plan(Path(cfg.cache_dir).expanduser(), epochs, drawing, parts, **options)
-        self.feed.cache = feature_cache(self.feed, model, loss, engine, plan)
+        plan = Plan(Path(cfg.cache_dir).expanduser(), epochs, drawing, parts, **options, before=before)
+        cache = self.feed.cache = feature_cache(self.feed, model, loss, engine, plan)
+        if cache is None or cache.place is None:
+            return {}
+        return {"engine.cache": cache.place, "features.dtype": plan.dtype}
 
     def check_data(self) -> TrainedSizes | None:
         """Run the short doctor; return how large the training images are, where they are files."""

@@ -1,7 +1,7 @@
 """One model's training, from its config to its scores: what the loop is given, and what is made of where it ends."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from dinoseg import build
 from dinoseg.config.nodes import instantiate
 from dinoseg.contracts import Loss
 from dinoseg.data.classes.labels import Labels
+from dinoseg.errors import UserError
 from dinoseg.evaluation.images import list_skipped
 from dinoseg.inference.trained_sizes import TrainedSizes
 from dinoseg.model import Segmenter
@@ -23,6 +24,7 @@ from dinoseg.runs.settings import settings_of
 from dinoseg.runs.split_record import write_split
 from dinoseg.runs.trained import check_classes
 from dinoseg.shapes import SegmentationData
+from dinoseg.storage import forms
 from dinoseg.storage.atomic import write_json
 from dinoseg.training import checkpoint
 from dinoseg.training.checkpoint import Checkpoints, Progress
@@ -30,8 +32,11 @@ from dinoseg.training.cost import COST, cost_of
 from dinoseg.training.engine import Engine
 from dinoseg.training.loading import Checkpoint
 from dinoseg.training.optim import warn_of_long_warmup
+from dinoseg.wording import shown, typed
 
 logger = logging.getLogger(__name__)
+CHOSEN = "engine"  # of a checkpoint's description: what the machine had it computed by, which decides numbers too
+_FORM = forms.table(forms.maybe(forms.text))
 
 
 class Job:
@@ -60,6 +65,43 @@ class Job:
     def first_step(self) -> int:
         """Steps that were done before."""
         return self.start.info["progress"]["step"] if self.start else 0
+
+    @property
+    def chosen_before(self) -> Mapping[str, str | None]:
+        """What the run's engine chose before, by key; nothing of a new run or an older checkpoint.
+
+        Raises:
+            UserError: the checkpoint says something else of it.
+        """
+        chosen = self.start.info.get(CHOSEN, {}) if self.start else {}
+        if not forms.fits(chosen, _FORM):
+            raise UserError(
+                f"resume={self.cfg.resume}: its {CHOSEN} is {shown(chosen)}, and must be texts. Choose another "
+                "checkpoint."
+            )
+        return chosen
+
+    def note(self, checkpoints: Checkpoints, kept: Mapping[str, str], *, tells: bool = True) -> None:
+        """Let the run's checkpoints say what it is computed by, and tell where a run goes on otherwise.
+
+        Args:
+            checkpoints: of the run.
+            kept: where what is frozen is kept and as what, as `Regime.keep_features` gives it.
+            tells: of what differs.
+        """
+        then = self.chosen_before
+        now = {"engine.precision": self.engine.precision, "engine.cache": "off", "features.dtype": None, **kept}
+        checkpoints.info[CHOSEN] = now
+        other = [
+            f"{key} was {typed(then[key])} and is {typed(now[key])}"
+            for key in ("engine.precision", "features.dtype")  # where features are kept changes no number
+            if key in then and then[key] != now[key]
+        ]
+        if other and tells:
+            logger.warning(
+                "This run goes on with other numbers than before: %s. Give what was, for the same as without a stop.",
+                "; ".join(other),
+            )
 
     def parts(
         self, model: Segmenter, sizes: TrainedSizes | None, steps: int

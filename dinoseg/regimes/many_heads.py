@@ -61,9 +61,10 @@ def train_heads(
     models = dict(zip(jobs, build.sharing([job.cfg for job in jobs.values()], engine.place), strict=True))
     dropped = _dropped(folder)
     with ExitStack() as stack:
-        parts = []
+        parts: list[HeadParts] = []
         for name, job in jobs.items():
             _, loss, optimizer, checkpoints = job.parts(models[name], sizes, steps)
+            job.note(checkpoints, {}, tells=not parts)
             log = stack.enter_context(job.log())
             parts.append(HeadParts(name, job.out_dir, models[name], loss, optimizer, checkpoints, log))
         keep = partial(_keep, cfg, regime, engine, out_dir, parts[0].model)

@@ -65,14 +65,27 @@ class Regime(ABC):
         """Return the model; of a `new` training, with what `head.init` says that it begins with."""
         return model
 
-    def keep_features(self, model: Segmenter, loss: Loss, engine: Engine, epochs: float) -> None:
+    def keep_features(
+        self, model: Segmenter, loss: Loss, engine: Engine, epochs: float, *, before: str | None = None
+    ) -> dict[str, str]:
         """Let the feed give what is kept of the frozen part of a model, where `engine.cache` has it so.
+
+        Args:
+            model: on the device.
+            loss: that it is trained by.
+            engine: device and ranks.
+            epochs: of the whole training.
+            before: what a run that goes on has chosen.
+
+        Returns:
+            Where it is kept (engine.cache), and as what (features.dtype); nothing where none is.
 
         Raises:
             UserError: it is to be kept, and cannot be.
         """
         if engine.cache in ("disk", "memory"):
             raise UserError(f"engine.cache={engine.cache}: no features of {self.what} are kept. Leave it out.")
+        return {}
 
     @abstractmethod
     def evaluate(

@@ -1,8 +1,9 @@
 """Devices, precision and ranks: the only importer of accelerate."""
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from dinoseg.training.compiled import compile_blocks
 from dinoseg.training.rendezvous import meet
 from dinoseg.training.sharding import Lockstep, shard, whole
 
+T = TypeVar("T")
 SHARDINGS = ("none", "fsdp")
 CACHES = ("auto", "off", "disk", "memory")
 _PIXELS, _IMAGES, _FRAMES = 2**21, 16, 4  # predicted at once on an accelerator: of images, images, frames of a video
@@ -119,6 +121,11 @@ class Engine:
         self._lockstep: Lockstep | None = None  # of the model that was placed, if its weights are shared out
         self.workers = workers
         self.eval_batch_size = eval_batch_size
+
+    @property
+    def precision(self) -> str:
+        """What is computed in: bf16 or fp32."""
+        return "bf16" if self.bf16 else "fp32"
 
     @property
     def device(self) -> torch.device:
@@ -269,6 +276,10 @@ class Engine:
 
         self._join()
         return broadcast_object_list([value])[0]
+
+    def decided(self, by: Callable[[], T]) -> T:
+        """Return what rank 0 alone finds, on every rank."""
+        return self.share(by() if self.is_main else None)
 
     def wait(self) -> None:
         """Return when every rank has come here."""

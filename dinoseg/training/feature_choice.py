@@ -2,61 +2,34 @@
 
 import logging
 import math
-import os
-import shutil
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from dinoseg.contracts import Head, Loss
-from dinoseg.data.loader import read_view, view_chance
 from dinoseg.errors import UserError
 from dinoseg.inference.memory import free_bytes
 from dinoseg.model import Segmenter, frozen_tensors
 from dinoseg.ranges import NotNegative, Positive
-from dinoseg.shapes import Batch, FeatureBatch
-from dinoseg.training.engine import Engine
+from dinoseg.training.engine import CACHES, Engine
 from dinoseg.training.feature_cache.cache import FeatureCache
-from dinoseg.training.feature_cache.form import KEY_LENGTH, TYPES, Stored, size_of
+from dinoseg.training.feature_cache.form import TYPES, Stored
 from dinoseg.training.feature_cache.key import code_hash, hash_of, origin, weights_hash
 from dinoseg.training.feature_cache.store import DiskStore, FeatureStore, MemoryStore, NoStore
+from dinoseg.training.feature_cost import Cost, measured
 from dinoseg.training.image_feed import ImageFeed
 from dinoseg.wording import count_of, in_bytes
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
 _FOLDER = "features"
 _LEAST_GAIN = 1.2  # times faster, below which estimates of seconds decide nothing
-_BACKWARD = 2  # times as long as the forward pass
 _OF_MEMORY = 0.5  # share of what is free
-
-
-class Cost(NamedTuple):
-    """Seconds and bytes of one view of an image."""
-
-    frozen: float  # seconds of the frozen part
-    rest: float  # of a step without it
-    write: float
-    read: float
-    bytes: int
-    pixels: int  # that the backbone saw
-
-    def gain(self, epochs: float, views: int, *, disk: bool) -> float:
-        """Return how many times faster so many epochs train with features that are kept."""
-        if disk and math.isinf(self.write):
-            return 0.0
-        computed = min(epochs, views)
-        write, read = (self.write, self.read) if disk else (0.0, 0.0)
-        kept = computed * (self.frozen + write) + (epochs - computed) * read
-        return epochs * (self.frozen + self.rest) / (kept + epochs * self.rest)
 
 
 @dataclass(frozen=True)
@@ -72,6 +45,7 @@ class Plan:
         noise: see `FeatureCache`.
         dtype: the type that features are kept in.
         gib: GiB that are kept at most; None: what leaves 1 GiB of the disk, or half of the free memory.
+        before: what a run that goes on has chosen, which `auto` chooses again: off, disk or memory; None: unknown.
 
     Raises:
         UserError: another type.
@@ -84,6 +58,7 @@ class Plan:
     noise: NotNegative = 0.0
     dtype: Stored = "float16"
     gib: Positive | None = None
+    before: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse another type."""
@@ -101,14 +76,10 @@ def feature_cache(feed: ImageFeed, model: Segmenter, loss: Loss, engine: Engine,
     Raises:
         UserError: they are to be kept and cannot be, or are to be changed by noise and are not to be had apart.
     """
-    chosen, reason = None, "it is off."
-    if engine.cache != "off":
-        if engine.is_main:
-            try:
-                chosen = _chosen(feed, model, loss, engine, plan)
-            except _Live as error:
-                reason = str(error)
-        chosen, reason = engine.share((chosen, reason))
+    wanted = plan.before if engine.cache == "auto" and plan.before in CACHES else engine.cache
+    chosen, reason = None, "This run was begun without: name disk or memory for another choice."
+    if wanted != "off":
+        chosen, reason = engine.decided(lambda: _chosen_or_why_not(wanted, feed, model, loss, engine, plan))
     if chosen is None:
         if engine.cache in ("disk", "memory"):
             raise UserError(f"engine.cache={engine.cache}: {reason}")
@@ -119,7 +90,7 @@ def feature_cache(feed: ImageFeed, model: Segmenter, loss: Loss, engine: Engine,
         _check_cut(feed, model, engine, plan.noise)
         return FeatureCache(model, engine.autocast, NoStore, plan.drawing, feed.views, plan.noise)
     opened = partial(_opened, chosen == "memory", feed, model, engine, plan)
-    return FeatureCache(model, engine.autocast, opened, plan.drawing, feed.views, plan.noise)
+    return FeatureCache(model, engine.autocast, opened, plan.drawing, feed.views, plan.noise, chosen)
 
 
 def _check_cut(feed: ImageFeed, model: Segmenter, engine: Engine, noise: float) -> None:
@@ -139,13 +110,21 @@ def _check_cut(feed: ImageFeed, model: Segmenter, engine: Engine, noise: float) 
     )
 
 
-def _chosen(feed: ImageFeed, model: Segmenter, loss: Loss, engine: Engine, plan: Plan) -> str:
-    """Return `disk` or `memory`, and tell what is to be kept there.
+def _chosen_or_why_not(wanted: str, *parts: Any) -> tuple[str | None, str]:
+    """Return `disk` or `memory`; or None, and the reason."""
+    try:
+        return _chosen(wanted, *parts), ""
+    except _Live as error:
+        return None, str(error)
+
+
+def _chosen(wanted: str, feed: ImageFeed, model: Segmenter, loss: Loss, engine: Engine, plan: Plan) -> str:
+    """Return `disk` or `memory`, whichever is `wanted`, and tell what is to be kept there.
 
     Raises:
         _Live: neither is possible, or `auto` finds that neither pays.
     """
-    forced = engine.cache if engine.cache in ("disk", "memory") else None
+    forced = wanted if wanted in ("disk", "memory") else None
     if feed.views is None:
         raise _Live(
             "Each epoch draws new views of the images, so that no features come twice. data.views=4 draws each image "
@@ -154,7 +133,7 @@ def _chosen(feed: ImageFeed, model: Segmenter, loss: Loss, engine: Engine, plan:
     if engine.sharded:
         raise _Live("The weights are shared out over the ranks (engine.sharding=fsdp).")
     try:
-        cost = _measured(feed, model, loss, engine, plan)
+        cost = measured(feed, model, loss, engine, _root(plan), plan.dtype)
     except UserError as error:  # it cannot be cut
         raise _Live(str(error)) from None
     count = len(feed.train) * min(feed.views, math.ceil(plan.epochs))
@@ -172,9 +151,10 @@ def _chosen(feed: ImageFeed, model: Segmenter, loss: Loss, engine: Engine, plan:
         raise _Live(f"{facts}. {_why_not(plan, feed.views, size, rooms, gains)}")
     kind = forced or paying[0]
     logger.info(
-        "engine.cache=%s: features are kept %s. %s: estimated %.1f times as fast over %.1f epochs.",
+        "engine.cache=%s: features are kept %s%s. %s: estimated %.1f times as fast over %.1f epochs.",
         engine.cache,
         f"in {_root(plan)}" if kind == "disk" else "in memory",
+        ", as this run was begun" if wanted != engine.cache else "",
         facts,
         gains[kind],
         plan.epochs,
@@ -198,66 +178,6 @@ def _why_not(plan: Plan, views: int, size: int, rooms: Mapping[str, int], gains:
         )
         return f"There is room for {room}. Make room, give fewer data.views, features.dtype=int8, or another cache_dir."
     return f"This disk is too slow: training would be {gains['disk']:.2f} times as fast; and they do not fit in memory."
-
-
-def _measured(feed: ImageFeed, model: Segmenter, loss: Loss, engine: Engine, plan: Plan) -> Cost:
-    """Return what the first view of the first image costs; the model stays as it is."""
-    training = model.training
-    sample = read_view(feed.train, feed.augment, 0, view_chance(feed.seed, feed.views, 0, 0))
-    batch = Batch.stack([sample]).to(engine.device)
-    try:
-        with torch.no_grad(), engine.autocast():
-            model.train()  # which a head may give more in; what is frozen stays in eval mode
-            frozen, seconds = _timed(lambda: model.frozen(batch.image), engine)
-            model.eval()  # no running means change
-            given = FeatureBatch(frozen, batch.mask, batch.names)
-            _, rest = _timed(lambda: loss(model(frozen), given), engine)
-    finally:
-        model.train(training)
-    rows = [part[0] for part in frozen.tensors]
-    write, read = _disk_seconds(plan, rows)
-    return Cost(
-        seconds,
-        (1 + _BACKWARD) * rest,
-        write,
-        read,
-        size_of([row.shape for row in rows], plan.dtype),
-        math.prod(frozen.seen),
-    )
-
-
-def _timed(work: Callable[[], T], engine: Engine) -> tuple[T, float]:
-    """Return what `work` gives, and the seconds of the quicker of two calls."""
-    least = math.inf
-    for _ in range(2):
-        start = time.perf_counter()
-        result = work()
-        if engine.device.type == "cuda":
-            torch.cuda.synchronize(engine.device)
-        least = min(least, time.perf_counter() - start)
-    return result, least
-
-
-def _disk_seconds(plan: Plan, rows: list[Tensor]) -> tuple[float, float]:
-    """Return the seconds that the features of an image take to be written, and to be read from the disk itself."""
-    store = DiskStore(_root(plan), f"measured-{os.getpid()}", plan.dtype)
-    try:
-        start = time.perf_counter()
-        store.put("0" * KEY_LENGTH, rows)
-        path = next(store.folder.glob("*"), None)  # of a folder that could not be made, none
-        if path is None:
-            return math.inf, math.inf
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-            written = time.perf_counter() - start
-            store.get(path.stem)  # which checks the file for once
-            if hasattr(os, "posix_fadvise"):  # the system forgets what it holds of the file
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        start = time.perf_counter()
-        store.get(path.stem)
-        return written, time.perf_counter() - start
-    finally:
-        shutil.rmtree(store.folder, ignore_errors=True)
 
 
 def _val_bytes(feed: ImageFeed, model: Segmenter, cost: Cost) -> int:

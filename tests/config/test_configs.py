@@ -20,7 +20,7 @@ from dinoseg.ranks import LAUNCH_KEYS
 # What build, launch and fit hand over; every other argument stands in a config or has a default
 AT_RUN_TIME = {
     "data.clips": {"split"},
-    "data.opened": {"dataset", "split", "reduced"},
+    "data.opened": {"dataset", "split", "reduced", "decided"},
     "data.reader": {"split"},
     "export": {"cfg", "out_dir"},
     "head": {"in_dim", "num_layers"},

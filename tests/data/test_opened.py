@@ -84,6 +84,12 @@ def test_what_pays_is_packed_by_itself_and_no_pixel_changes(automatic, tmp_path,
     assert isinstance(automatic()[1], PackedDataset)
 
 
+def test_of_several_ranks_one_measures_and_all_do_as_it_says(automatic, monkeypatch):
+    monkeypatch.setattr(opening, "pays", lambda *_: pytest.fail("this rank measures"))
+    files, kept, _ = automatic(decided=lambda find: False)
+    assert kept is files and isinstance(automatic(decided=lambda find: True)[1], PackedDataset)
+
+
 def test_what_does_not_pay_does_not_fit_or_is_not_trained_on_stays(automatic, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(choice, "_LEAST_GAIN", 1e9)
     files, kept, (told,) = automatic()

@@ -4,10 +4,12 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from command_line import SMALL, call, write_data
 
 from dinoseg.images import read_ids, write_png
 from dinoseg.training import checkpoint
+from dinoseg.training.engine import has_bfloat16
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +26,8 @@ def run(tmp_path_factory):
 def test_a_checkpoint_knows_the_sizes(run):
     info = checkpoint.describe(run / "run/checkpoints/best.safetensors")
     assert info["sizes"] == {"typical": 48, "largest": 72}  # 48 pixels, enlarged by up to 1.5
+    precision = {"engine.precision": "bf16" if has_bfloat16(torch.device("cpu")) else "fp32"}
+    assert info["engine"] == {**precision, "engine.cache": "off", "features.dtype": None}
 
 
 @pytest.mark.parametrize(

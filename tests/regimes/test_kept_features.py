@@ -11,13 +11,15 @@ from dinoseg.regimes.images import ImageRegime
 @pytest.fixture
 def plan(compose, monkeypatch):
     """Return a function that gives the plan of a config."""
-    monkeypatch.setattr(images, "feature_cache", lambda feed, model, loss, engine, plan: plan)
+    monkeypatch.setattr(
+        images, "feature_cache", lambda feed, model, loss, engine, plan: SimpleNamespace(plan=plan, place=None)
+    )
 
     def planned(*words):
         cfg = compose("data.root=.", "data.classes=[a,b]", "backbone=tiny", "data.views=2", *words)
         regime = SimpleNamespace(cfg=cfg, feed=SimpleNamespace())
         ImageRegime.keep_features(regime, None, None, None, 3.0)
-        return regime.feed.cache
+        return regime.feed.cache.plan
 
     return planned
 

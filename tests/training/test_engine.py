@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from pretended_cuda import pretended_engine
@@ -95,3 +97,9 @@ def test_images_of_one_size_are_scored_at_once_by_their_size():
     engine = pretended_engine(eval_batch_size="auto")
     found = [engine.images_at_once(size) for size in ((1, 1), (512, 512), (1080, 1920), (1081, 1941), (9000, 9000))]
     assert found == [16, 8, 1, 1, 1] and engine.images_at_once() == 4
+
+
+def test_what_one_rank_decides_the_others_do_not_look_at():
+    ranks = [SimpleNamespace(is_main=main, share=lambda found: found or "shared") for main in (True, False)]
+    assert Engine.decided(ranks[0], lambda: "found") == "found"
+    assert Engine.decided(ranks[1], lambda: pytest.fail("it is looked at twice")) == "shared"

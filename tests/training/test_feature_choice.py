@@ -36,7 +36,8 @@ from dinoseg.training import feature_choice as choice
 from dinoseg.training.checkpoint import Checkpoints, read
 from dinoseg.training.engine import Engine
 from dinoseg.training.feature_cache import store
-from dinoseg.training.feature_choice import Cost, Plan, feature_cache
+from dinoseg.training.feature_choice import Plan, feature_cache
+from dinoseg.training.feature_cost import Cost
 from dinoseg.training.fit import fit
 from dinoseg.training.image_feed import ImageFeed
 from dinoseg.training.optim import adamw, schedule
@@ -359,13 +360,29 @@ def test_auto_says_why_it_trains_on_images(train, caplog, monkeypatch):
     assert "adapter.blocks=4" in told(adapter=Lora(2, 4), epochs=9)
     assert "draw hardly a view twice" in told(epochs=1.6)
     costs = {"write": 0.01, "read": 0.01, "bytes": 100, "pixels": 100}
-    monkeypatch.setattr(choice, "_measured", lambda *_: Cost(frozen=0.1, rest=1.0, **costs))
+    monkeypatch.setattr(choice, "measured", lambda *_: Cost(frozen=0.1, rest=1.0, **costs))
     assert "which does not pay" in told(epochs=20)
-    monkeypatch.setattr(choice, "_measured", lambda *_: Cost(frozen=0.1, rest=0.01, **costs | {"bytes": 2**60}))
+    monkeypatch.setattr(choice, "measured", lambda *_: Cost(frozen=0.1, rest=0.01, **costs | {"bytes": 2**60}))
     assert "There is room for" in told(epochs=20)
     monkeypatch.setattr(choice, "_memory_room", lambda *_: 0)
-    monkeypatch.setattr(choice, "_measured", lambda *_: Cost(frozen=0.1, rest=0.01, **costs | {"read": 1.0}))
+    monkeypatch.setattr(choice, "measured", lambda *_: Cost(frozen=0.1, rest=0.01, **costs | {"read": 1.0}))
     assert "This disk is too slow" in told(epochs=20)
+
+
+def test_a_run_that_goes_on_keeps_to_what_it_has_chosen_unless_told_otherwise(train, monkeypatch, caplog):
+    monkeypatch.setattr(choice, "_LEAST_GAIN", 1e9)
+    caplog.set_level(logging.INFO)
+    for before in ("disk", "memory"):
+        assert train("auto", epochs=20, before=before)[1].cache.place == before
+        assert "engine.cache=auto: features are kept in" in caplog.text and "as this run was begun" in caplog.text
+        caplog.clear()
+    assert train("disk", epochs=20, before="off")[1].cache.place == "disk" and "begun" not in caplog.text
+    for before in (None, "elsewhere"):  # unknown, or of a file that somebody has written: it is measured
+        assert train("auto", epochs=20, before=before)[1].cache is None and "does not pay" in caplog.text
+        caplog.clear()
+    monkeypatch.setattr(choice, "measured", lambda *_: pytest.fail("what is known is measured"))
+    assert train("auto", epochs=20, before="off")[1].cache is None
+    assert "This run was begun without: name disk or memory for another choice." in caplog.text
 
 
 def test_a_disk_that_takes_nothing_leaves_memory(train, monkeypatch, tmp_path, caplog):
@@ -378,7 +395,7 @@ def test_a_disk_that_takes_nothing_leaves_memory(train, monkeypatch, tmp_path, c
 
 def test_auto_keeps_features_where_that_pays(train, monkeypatch, caplog):
     cost = Cost(frozen=0.1, rest=0.01, write=0.01, read=0.01, bytes=100, pixels=100)
-    monkeypatch.setattr(choice, "_measured", lambda *_: cost)
+    monkeypatch.setattr(choice, "measured", lambda *_: cost)
     with caplog.at_level(logging.INFO):
         _, feed, _ = train("auto", epochs=20)
     assert feed.cache is not None and "estimated 3.7 times as fast over 20.0 epochs" in caplog.text

@@ -19,7 +19,7 @@ from dinoseg.ranges import NotNegative
 from dinoseg.shapes import FeatureBatch, FrozenFeatures, SegmentationData
 from dinoseg.training.feature_cache.key import goes_with, hash_of, image_hash
 from dinoseg.training.feature_cache.masks import KeptMasks
-from dinoseg.training.feature_cache.store import FeatureStore, MemoryStore, NoStore
+from dinoseg.training.feature_cache.store import FeatureStore
 from dinoseg.transfer import sent
 
 _DRAW_DIGITS = 15  # of a hash, as a number that every device's generator takes
@@ -80,6 +80,7 @@ class FeatureCache:
         views: of each image, drawn in turn; None: new ones in each epoch.
         noise: added to features of training, as a share of the deviation of all numbers of an image's tensor; drawn
             anew for a view in each epoch.
+        place: what that is: disk or memory; None: nothing is kept, features are only computed apart.
     """
 
     model: Segmenter
@@ -88,6 +89,7 @@ class FeatureCache:
     drawing: str
     views: int | None
     noise: NotNegative = 0.0
+    place: str | None = None
     _store: FeatureStore | None = None
     _masks: KeptMasks = field(default_factory=KeptMasks)
     _validated: bool = False
@@ -101,7 +103,7 @@ class FeatureCache:
     @property
     def keeps(self) -> bool:
         """Whether features are kept, and not only computed apart."""
-        return not isinstance(self.store, NoStore)
+        return self.place is not None
 
     def train_batches(
         self,
@@ -171,7 +173,7 @@ class FeatureCache:
         return self.store.put(view.key, [part[0] for part in frozen.tensors])
 
     def _workers(self, workers: Workers) -> Workers:
-        return 0 if isinstance(self.store, MemoryStore) else workers  # other processes would not see what is kept
+        return 0 if self.place == "memory" else workers  # other processes would not see what is kept
 
     def _arrived(self, views: list[View]) -> Views:
         """Return views that were read, here or in another process, and know next time what that took."""
