@@ -1,5 +1,6 @@
 """Several processes for one job: started here, watched, and ended together."""
 
+import faulthandler
 import json
 import math
 import os
@@ -9,7 +10,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing import connection, get_context, set_start_method
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -33,11 +35,18 @@ LAUNCH_KEYS = (
     "check",
     "reads",
 )  # of a mode: the others are its function's
+_LAST_WORDS = 1.0  # seconds to tell where it stands
 _GRACE = 60.0  # seconds that the others have to save and end when one has failed
 _LOST = 75  # exit status of a rank that has lost another one, which is the one that has failed
 _GONE = re.compile("by peer|remote process exited")  # gloo's and NCCL's words for that
+_STUCK = re.compile("[Tt]imed out|[Ww]ait timeout")  # gloo's, NCCL's and the store's, of one that does not come
+_TELL = getattr(signal, "SIGUSR1", None)  # a rank that gets it tells where it stands
 _SLURM_PORTS = range(20_000, 40_000)
 _STOPPED = {status: number for number in SIGNALS for status in (128 + number, -number)}  # exit statuses
+
+
+class LostRank(UserError):
+    """Another rank has gone or is stuck: that one has failed, not this one."""
 
 
 def run_mode(cfg: DictConfig, out_dir: Path) -> Any:
@@ -51,10 +60,31 @@ def run_mode(cfg: DictConfig, out_dir: Path) -> Any:
     from dinoseg.config.nodes import instantiate
 
     try:
-        with telling_killed_loaders():
+        with telling_killed_loaders(), _telling_lost_ranks():
             return instantiate(cfg.mode, without=LAUNCH_KEYS)(cfg, out_dir=out_dir)
     finally:
         _leave_group()
+
+
+@contextmanager
+def _telling_lost_ranks() -> Iterator[None]:
+    """Turn what torch says of other ranks that are gone or stuck into a message; other errors pass.
+
+    Raises:
+        LostRank: saying which of both.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        said = next((line for line in str(error).splitlines() if line), "")
+        if "WORLD_SIZE" not in os.environ or not (_GONE.search(said) or _STUCK.search(said)):
+            raise
+        if _GONE.search(said):
+            raise LostRank(f"The connection to another rank is lost ({said}): see what that one says.") from error
+        raise LostRank(
+            f"Another rank has not come to where this one waits ({said}). It may be stuck: `py-spy dump --pid` shows "
+            "where. If it only has more to do, raise engine.rank_timeout. resume=auto goes on from what was saved."
+        ) from error
 
 
 def _leave_group() -> None:
@@ -172,12 +202,31 @@ def _watch(ranks: Sequence[BaseProcess], receiving: connection.Connection) -> An
     if failed is None:
         return result[0]
     status = ranks[failed].exitcode
+    stuck = [number for sentinel, number in ending.items() if sentinel in waiting]
+    if stuck and status == _LOST:
+        raise _hung([ranks[number] for number in stuck], stuck)
     if status in _STOPPED:
         raise Interrupted(_STOPPED[status])
-    if status is not None and status < 0:
-        killed = f"Rank {failed} was killed by {signal.Signals(-status).name}"
-        raise UserError(f"{killed}, by the system where memory has run out. resume=auto goes on from what was saved.")
-    raise UserError(f"Rank {failed} ended with status {status}: see its message above.")
+    if status == -signal.SIGKILL:
+        raise UserError(
+            f"Rank {failed} was killed by SIGKILL, by the system where memory has run out. resume=auto goes on from "
+            "what was saved."
+        )
+    ended = f"status {status}" if status is None or status >= 0 else signal.Signals(-status).name
+    raise UserError(f"Rank {failed} ended with {ended}: see its message above.")
+
+
+def _hung(ranks: Sequence[BaseProcess], numbers: Sequence[int]) -> UserError:
+    """Let ranks that others have waited for in vain tell where they stand, and return the message."""
+    for rank in ranks:
+        if rank.pid and _TELL:
+            os.kill(rank.pid, _TELL)
+            rank.join(_LAST_WORDS)
+    named = ", ".join(str(number) for number in numbers)
+    return UserError(
+        f"Rank {named} hung: the others waited for engine.rank_timeout seconds, and have ended. Where it stood is "
+        "above, if it could tell. If it only had more to do, raise that key. resume=auto goes on from what was saved."
+    )
 
 
 def _received(receiving: connection.Connection) -> list[Any]:
@@ -191,6 +240,8 @@ def _run_rank(
     rank: int, world: int, port: int, cfg: dict[str, Any], out_dir: Path, sending: connection.Connection
 ) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
+    if _TELL:
+        faulthandler.register(_TELL)
     if rank:
         sending.close()  # so that the parent sees the end of the only one that writes
     os.environ |= {
@@ -206,12 +257,7 @@ def _run_rank(
             result = run_mode(OmegaConf.create(cfg), out_dir)
     except UserError as error:
         print(f"error (rank {rank}): {error}", file=sys.stderr)
-        sys.exit(1)
-    except RuntimeError as error:
-        if not _GONE.search(str(error)):
-            raise
-        print(f"error (rank {rank}): the connection to another rank is lost ({error}).", file=sys.stderr)
-        sys.exit(_LOST)
+        sys.exit(_LOST if isinstance(error, LostRank) else 1)
     except Interrupted as stop:  # the parent says what was saved
         sys.exit(stop.status)
     if rank == 0:

@@ -29,6 +29,10 @@ def mode(cfg, *, out_dir, does):
         (out_dir / "seen").touch()
         time.sleep(rank)  # the other one has ended
         raise RuntimeError("broken" if rank else "Read error [127.0.0.1]:1: Connection reset by peer")
+    if does == "rank 1 hangs" and not rank:
+        while not (out_dir / "ready1").exists():
+            time.sleep(0.01)
+        raise RuntimeError("[unbound_buffer.cc:78] Timed out waiting 1800000ms for recv operation to complete")
     if does.startswith("rank") or does == "waits":
         (out_dir / f"ready{rank}").touch()
         time.sleep(60)
@@ -80,7 +84,16 @@ def test_the_traceback_is_that_of_the_rank_that_broke_though_another_ends_first(
         run(tmp_path, "rank 1 breaks and 0 sees it")
     said = capfd.readouterr().err
     assert said.count("Traceback") == 1 and "RuntimeError: broken" in said
-    assert "error (rank 0): the connection to another rank is lost (Read error" in said
+    assert "error (rank 0): The connection to another rank is lost (Read error" in said
+
+
+def test_a_rank_that_hangs_is_named_and_tells_where_it_stands(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(ranks, "_GRACE", 0.1)
+    with pytest.raises(UserError, match="Rank 1 hung: the others waited.*engine.rank_timeout.*resume=auto goes on"):
+        run(tmp_path, "rank 1 hangs")
+    said = capfd.readouterr().err
+    assert "error (rank 0): Another rank has not come to where this one waits" in said
+    assert "Traceback" not in said and 'test_ranks.py", line' in said and "in mode" in said
 
 
 def test_a_signal_to_the_first_process_reaches_all(tmp_path):

@@ -67,6 +67,7 @@ class Engine:
         cache: whether a training keeps what the frozen part of its model gives: auto (where that pays), off, disk or
             memory.
         rendezvous_timeout: seconds that ranks wait for one another before they begin.
+        rank_timeout: seconds that a rank waits for the others at work, before it takes them for stuck.
         compile: whether torch compiles the backbone's blocks, see `compile_blocks`.
     """
 
@@ -80,6 +81,7 @@ class Engine:
         sharding: str = "none",
         cache: str = "auto",
         rendezvous_timeout: Positive = 300.0,
+        rank_timeout: Positive = 1800.0,
         compile: bool = False,
     ) -> None:
         from accelerate import Accelerator
@@ -100,7 +102,7 @@ class Engine:
         if not torch.distributed.is_initialized():
             PartialState._reset_state()
         self.bf16 = precision == "bf16" or (precision == "auto" and has_bfloat16(chosen))
-        meet(chosen, rendezvous_timeout)
+        meet(chosen, rendezvous_timeout, rank_timeout)
         self.accelerator = Accelerator(
             cpu=chosen.type == "cpu", mixed_precision="bf16" if self.bf16 else "no", device_placement=True
         )

@@ -1,20 +1,20 @@
-"""Where ranks that were started apart, on several machines too, find one another."""
+"""Where ranks that were started apart, on several machines too, find one another, and how long they wait at work."""
 
 import os
 from datetime import timedelta
 
 import torch
-from torch.distributed.constants import default_pg_timeout
 
 from dinoseg.errors import UserError
 
 
-def meet(device: torch.device, seconds: float) -> None:
+def meet(device: torch.device, seconds: float, at_work: float) -> None:
     """Join the group of ranks that the environment names (`WORLD_SIZE`, `MASTER_ADDR` ...), if it names any.
 
     Args:
         device: what the ranks compute on, which decides how they talk.
-        seconds: that they wait for one another; later, at work, they wait as long as torch's default is.
+        seconds: that they wait for one another.
+        at_work: seconds that they wait for one another later; then torch ends those that wait.
 
     Raises:
         UserError: the first one cannot be reached, or some of the others do not come.
@@ -25,11 +25,12 @@ def meet(device: torch.device, seconds: float) -> None:
     place, rank = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}", os.environ.get("RANK")
     try:
         store, number, ranks = next(distributed.rendezvous("env://", timeout=timedelta(seconds=seconds)))
-        store.set_timeout(default_pg_timeout)
+        patience = timedelta(seconds=at_work)
+        store.set_timeout(patience)
         # torchrun keeps its store when it starts ranks again, and with it addresses of those that are dead
         store = distributed.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
         backend = "nccl" if device.type == "cuda" else "gloo"
-        distributed.init_process_group(backend, store=store, rank=number, world_size=ranks)
+        distributed.init_process_group(backend, store=store, rank=number, world_size=ranks, timeout=patience)
     except (distributed.DistError, ValueError) as error:  # ValueError: a variable that is missing or no number
         said = next((line for line in str(error).splitlines() if line), type(error).__name__)
         raise UserError(

@@ -98,7 +98,16 @@ def test_where_ranks_meet_may_be_said_beside_slurm(environment):
 def test_ranks_that_do_not_meet_say_where_and_for_how_long(environment, rank, changes, said):
     environment |= {"RANK": rank, "WORLD_SIZE": "2", **changes}
     with pytest.raises(UserError, match=said):
-        meet(torch.device("cpu"), 0.05)
+        meet(torch.device("cpu"), 0.05, 60.0)
+
+
+def test_ranks_at_work_wait_for_one_another_as_long_as_is_set(environment, monkeypatch):
+    environment |= {"RANK": "1", "WORLD_SIZE": "2"}
+    told = {}
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter([(torch.distributed.HashStore(), 1, 2)]))
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **given: told.update(given))
+    meet(torch.device("cpu"), 5.0, 7.5)
+    assert told["timeout"].total_seconds() == 7.5 == told["store"].timeout.total_seconds()
 
 
 @pytest.mark.heavy
