@@ -62,7 +62,7 @@ def _tile_ids(cells: Tensor, shares: Tensor, rows: Span, columns: Span) -> Tenso
     out, kept = least_first[:few], least_first[few:]
     scores = _scores(upsample_tile(cells[kept], rows.weights, columns.weights), shares[kept])  # (K, r, c)
     best = scores.max(0)
-    if few and len(scores) > 1:
+    if few:
         rivals = scores + most[out].sum(0)[:, None, None]
         rivals.scatter_(0, best.indices[None], -torch.inf)
         y, x = (rivals.amax(0) >= best.values).nonzero(as_tuple=True)

@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
+from pretended_cuda import Pretended, pretended_cuda
 
 from dinoseg import class_ids as rooms
 from dinoseg.class_ids import class_ids, highest
@@ -125,6 +126,17 @@ def test_cells_are_looked_at_only_where_that_takes_less(monkeypatch):
     ):
         with pytest.raises(AssertionError, match="all classes"):
             class_ids(scores, size, (1.0, 1.0))
+
+
+def test_on_an_accelerator_few_numbers_are_upsampled_as_a_whole(monkeypatch):
+    scores, size = smooth(torch.Generator().manual_seed(0), 4, (11, 16)), (40, 50)
+    passed, one_by_one = [], rooms._one_by_one
+    monkeypatch.setattr(rooms, "_one_by_one", lambda *given: passed.append(1) or one_by_one(*given))
+    for most, parts in ((4 * 40 * 50, 0), (4 * 40 * 50 - 1, 1)):
+        monkeypatch.setattr(rooms, "_LAUNCHED", most)
+        with pretended_cuda():
+            ids = class_ids(Pretended(scores), size, (1.0, 1.0))
+        assert torch.equal(ids.memory, highest(upsample(scores, size, (1.0, 1.0)))) and len(passed) == parts
 
 
 def test_a_prediction_of_a_grid_reads_it_and_one_without_its_scores():

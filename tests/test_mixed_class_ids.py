@@ -56,8 +56,18 @@ def test_masks_that_are_left_out_decide_where_classes_are_close(monkeypatch):
         assert mixed_class_ids(logits, shares.flip(2), (40, 60), (1.0, 1.0)).eq(0).all()
 
 
-def test_of_equal_scores_it_is_the_first():
+def test_all_masks_that_are_left_out_count_together():
+    """Three of a thousandth each outweigh two of them."""
+    logits, shares = torch.full((1, 5, 4, 4), 9.0), torch.tensor([[[0.5, 0.0], [0.0, 0.502], *[[0.001, 0.0]] * 3]])
+    assert mixed_class_ids(logits, shares, (40, 60), (1.0, 1.0)).eq(0).all()
+
+
+def test_of_equal_scores_it_is_the_first(monkeypatch):
+    monkeypatch.setattr(module, "_CACHED", 1)  # tiles of a column
     assert mixed_class_ids(torch.zeros(1, 2, 3, 3), torch.eye(2)[None], (9, 9), (1.0, 1.0)).eq(0).all()
+    more = 2**-7  # by a mask that is left out, the first is no less; a logit of 40 is all of a share
+    shares = torch.tensor([[[0.5, 0.0], [0.0, 0.5 + more], [more, 0.0]]])
+    assert mixed_class_ids(torch.full((1, 3, 3, 3), 40.0), shares, (9, 9), (1.0, 1.0)).eq(0).all()
 
 
 def test_fewer_numbers_are_upsampled_where_few_masks_matter(monkeypatch):
@@ -96,10 +106,11 @@ def test_a_prediction_reads_ids_and_logits_of_masks_without_scores_of_all_pixels
 
 
 def test_an_accelerator_is_not_waited_for(monkeypatch):
-    monkeypatch.setattr(module, "_LAUNCHED", 14 * 61 * 10)  # several bands
     logits, shares = mixture(2, 9, 5, (6, 7), 4, 0.5)
     size, valid = (45, 61), (0.9, 0.95)
-    with pretended_cuda() as waits:
-        ids = mixed_class_ids(Pretended(logits), Pretended(shares), size, valid)
-        assert waits.take() == {}
-    assert torch.equal(ids.memory, mixed_class_ids(logits, shares, size, valid))
+    for numbers in (14 * 61 * 10, 1):  # several bands, and one for each row
+        monkeypatch.setattr(module, "_LAUNCHED", numbers)
+        with pretended_cuda() as waits:
+            ids = mixed_class_ids(Pretended(logits), Pretended(shares), size, valid)
+            assert waits.take() == {}
+        assert torch.equal(ids.memory, mixed_class_ids(logits, shares, size, valid))

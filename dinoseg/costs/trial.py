@@ -160,7 +160,7 @@ def try_steps(
     model = make().to(engine.device)
     loss, optimizer = unweighted_loss(cfg).to(engine.device), build.optimizer(cfg, model)
     # the feed ends it in place of the last step, after which it would validate
-    lengths = {"steps": warmup + steps + 1, "val_every": _NEVER, "save_every": None, "patience": None}
+    lengths = {"steps": warmup + steps + 1, "val_every": _NEVER, "save_every": None}
     fit = instantiate(cfg.trainer, without=("feed", "epochs"), instead=lengths)
     feed = _TimedFeed(
         batches,

@@ -172,11 +172,15 @@ class _Trial(NamedTuple):
         return cls(sums, gradient, time.perf_counter() - start)
 
     def agrees(self, other: "_Trial") -> bool:
-        """Return whether sums and gradient are another's but for rounding."""
+        """Return whether sums and gradient are another's but for rounding; what is no number, both have to be."""
         return all(
-            torch.allclose(mine, others, rtol=1e-4, atol=1e-4 * float(others.abs().max()), equal_nan=True)
+            torch.allclose(mine, others, rtol=1e-4, atol=1e-4 * _largest(others), equal_nan=True)
             for mine, others in ((self.sums, other.sums), (self.gradient, other.gradient))
         )
+
+
+def _largest(tensor: Tensor) -> float:
+    return float(tensor.nan_to_num(0.0, 0.0, 0.0).abs().max())
 
 
 def _wait(device: torch.device) -> None:

@@ -224,3 +224,12 @@ def test_a_label_that_is_no_class_is_an_error():
         batch.mask[0, 0, 0] = 5
         with pytest.raises((IndexError, RuntimeError), match="out of (bounds|range)"):
             loss(prediction, batch)
+
+
+@pytest.mark.parametrize(("device", "tiles"), [("cpu", (1, 9)), ("meta", (7, 1))])
+def test_a_tile_is_a_pixel_wide_or_high_at_least(device, tiles, monkeypatch):
+    monkeypatch.setattr(full_resolution, "CACHED", 1)
+    monkeypatch.setattr(full_resolution, "LAUNCHED", 1)
+    grid, mask = torch.zeros(1, 5, 2, 3, device=device), torch.zeros(1, 7, 9, device=device)
+    way = full_resolution._Tiled.over([grid], mask, (1.0, 1.0), 255, lambda *_: None)
+    assert (len(way.bands), len(way.columns)) == tiles

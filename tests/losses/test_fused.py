@@ -147,6 +147,27 @@ def test_a_slower_kernel_is_not_taken(better, caplog):
     assert not caplog.messages
 
 
+def test_each_form_and_number_of_classes_is_tried_for_itself(monkeypatch):
+    tried = []
+    monkeypatch.setattr(fused, "_chosen", {})
+    monkeypatch.setattr(fused, "_proven", lambda *_: tried.append(1) or True)
+    for form in (Form(), Form(WEIGHTS), Form(WEIGHTS, 0.2)):
+        for classes in (3, 4, 3):
+            way = Way()
+            way.form = form
+            assert fused.better(way, Way(), torch.zeros(1, classes, 2, 2)) is way
+    assert len(tried) == 3 * 2
+
+
+def test_a_way_agrees_in_sums_and_gradient_and_in_what_is_no_number():
+    one, other, none = torch.ones(3), torch.zeros(3), torch.full((3,), torch.nan)
+    found = fused._Trial(one, one, 1.0)
+    assert found.agrees(found) and not found.agrees(fused._Trial(one, other, 1.0))
+    for ends in (none, torch.full((3,), torch.inf)):  # of a first step whose loss is none: the training tells it
+        assert fused._Trial(ends, one, 1.0).agrees(fused._Trial(ends, one, 2.0))
+        assert not fused._Trial(one, ends, 1.0).agrees(fused._Trial(one, one, 2.0))
+
+
 def test_memory_that_does_not_suffice_is_for_others_to_mend(better):
     with pytest.raises(torch.OutOfMemoryError):
         better(Way(fails=torch.OutOfMemoryError("none")))

@@ -32,6 +32,8 @@ def test_settings_that_features_depend_on_are_told_apart(plan):
         other = plan(word)
         assert [name for name in first.parts if other.parts[name] != first.parts[name]] == [part]
         assert other.drawing == first.drawing
+    deeper = plan("head.layers=[0]")  # which are what the backbone gives
+    assert deeper.parts["backbone"] != first.parts["backbone"]
     for word in ("data.augment.flip=0.1", "resolution.crop=[32,32]", "resolution.longest=999"):
         assert plan(word).drawing != first.drawing
 

@@ -44,6 +44,18 @@ def test_blocks_are_compiled_for_the_first_size_that_comes_twice_and_no_other(sh
     assert set(backbone.state_dict()) == names
 
 
+def test_what_is_compiled_is_for_one_type_and_mask_and_no_export(shapes, monkeypatch):
+    once, tokens = compiled._Once(lambda tokens, **_: tokens, compiled._State()), torch.zeros(1, 2, 3)
+    for _ in range(3):
+        once(tokens, attention_mask=None)
+    assert len(shapes) == 2
+    once(tokens.double(), attention_mask=None)
+    once(tokens, attention_mask=torch.zeros(1))
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    once(tokens, attention_mask=None)
+    assert len(shapes) == 2
+
+
 def test_where_torch_cannot_compile_blocks_run_as_ever_and_it_is_said_once(monkeypatch, caplog):
     def fails(plain, **_):
         def run(*_, **__):

@@ -4,6 +4,7 @@ import errno
 import itertools
 import logging
 import math
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from checkpoint_files import INFO
 from torch import nn
 
 from dinoseg.adapters import Frozen, LastBlocks, Lora
+from dinoseg.backbones.transformers_vit import TransformersVit
 from dinoseg.data import enough_workers, loader
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import Masks
@@ -219,6 +221,27 @@ def folder(tiny_backbone, tmp_path):
 )
 def test_features_that_another_setting_would_change_are_kept_apart(change, folder):
     assert folder() == folder() != folder(**change)
+
+
+def test_where_a_backbone_is_cut_counts(folder, monkeypatch):
+    whole = folder()
+    monkeypatch.setattr(TransformersVit, "first_trained", 1)
+    assert folder() != whole
+
+
+def test_views_that_a_short_training_never_draws_take_no_room_and_measuring_leaves_nothing(train, caplog, tmp_path):
+    caplog.set_level(logging.INFO)
+    for epochs in (0.5, 3.5):
+        assert train("disk", views=4, epochs=epochs)[2].training
+    assert not list((tmp_path / "cache/features").iterdir())
+    told = [float(re.search(r"take about ([\d.]+) \w+ as", message)[1]) for message in caplog.messages]
+    assert told[1] == pytest.approx(told[0] * (5 * 4 + 5) / (5 + 5), rel=0.1)  # with five validation images
+
+
+def test_ranks_of_a_machine_share_its_memory(monkeypatch, tmp_path):
+    monkeypatch.setattr(choice, "free_bytes", lambda device: 1200)
+    plan = Plan(tmp_path, 1.0, "", {})
+    assert [choice._memory_room(plan, SimpleNamespace(world=world)) for world in (1, 3)] == [600, 200]
 
 
 def test_settings_of_a_head_count_where_features_are_of_its_own_making(folder):

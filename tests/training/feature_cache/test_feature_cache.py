@@ -1,0 +1,85 @@
+"""Views are known by all that draws them, and completed as they are kept."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from making import save
+
+from dinoseg.data.classes.labels import Labels
+from dinoseg.data.classes.masks import Masks
+from dinoseg.data.pairs.dataset import PairDataset
+from dinoseg.data.pairs.pair import Pair
+from dinoseg.data.transforms import Augment
+from dinoseg.shapes import FrozenFeatures
+from dinoseg.training.feature_cache import cache
+from dinoseg.training.feature_cache.cache import FeatureCache, View
+from dinoseg.training.feature_cache.masks import KeptMasks
+from dinoseg.training.feature_cache.store import MemoryStore, NoStore
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def read(tmp_path):
+    """Return a function that reads a view of one of three images, of which two are the same."""
+    paths = [(tmp_path / f"{number}.png", tmp_path / f"{number}_mask.png") for number in range(3)]
+    for number, (image, mask) in enumerate(paths):
+        save(image, np.full((6, 7, 3), 9 * (number // 2)))
+        save(mask, np.zeros((6, 7)))
+    pairs = [Pair(str(number), *each) for number, each in enumerate(paths)]
+    data = PairDataset(pairs, Labels(["a"], [(0, 0, 0)], 255), Masks())
+
+    def view(drawing="drawing", seed=5, views=2, epoch=0, index=0):
+        return cache._read_drawn(data, Augment((4, 4)), seed, views, NoStore(), drawing, KeptMasks(), epoch, index)
+
+    return view
+
+
+def test_a_view_is_known_by_its_image_and_all_that_draws_it(read):
+    first = read()
+    others = [{"drawing": "other"}, {"seed": 6}, {"epoch": 1}, {"index": 1}, {"index": 2}, {"views": None, "epoch": 2}]
+    assert len({first.key, *(read(**other).key for other in others)}) == 1 + len(others)
+    again = read(epoch=2)
+    assert again.key == first.key and torch.equal(again.image, first.image)
+
+
+def test_noise_of_a_view_is_drawn_anew_in_each_epoch(read):
+    views = [read(epoch=epoch, index=index) for epoch in (0, 2) for index in (0, 1)]
+    assert len({view.draw for view in views}) == 4
+
+
+@pytest.fixture
+def given():
+    """Return a cache over a frozen part that gives thirds, in float16 and under an autocast to bfloat16, and a view."""
+
+    def frozen(images):
+        passed.append(torch.is_autocast_enabled("cpu"))
+        return FrozenFeatures([torch.full((1, 2, 3), 1 / 3)], (4, 4), (8, 8))
+
+    def opened():
+        return MemoryStore("float16", 2**20)
+
+    passed = []
+    model = SimpleNamespace(frozen=frozen, seen_size=lambda size: tuple(2 * side for side in size))
+    kept = FeatureCache(model, lambda: torch.autocast("cpu", torch.bfloat16), opened, "drawing", 2)
+    image, mask = torch.zeros(3, 4, 4, dtype=torch.uint8), torch.zeros(4, 4, dtype=torch.uint8)
+    return kept, View("0" * 32, mask, "a", None, image), passed
+
+
+def test_features_are_the_same_when_they_are_computed_and_when_they_are_kept(given):
+    kept, view, passed = given
+    first, second = (kept.completed([view], CPU).image for _ in range(2))
+    assert torch.equal(first.tensors[0], second.tensors[0]) and first.tensors[0].dtype == torch.float32
+    assert (first.size, first.seen) == ((4, 4), (8, 8)) == (second.size, second.seen)
+    assert passed == [True]  # another batch, or rank, has put it there since the view was read
+
+
+def test_what_another_process_has_read_whole_is_trusted(given):
+    kept, view, _ = given
+    trusted = []
+    kept._store = SimpleNamespace(trust=trusted.append)
+    view.features = [torch.ones(2, 3)]
+    kept._arrived([view])
+    assert trusted == [view.key]
