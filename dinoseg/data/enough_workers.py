@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 FIRST = 2  # processes to begin with
 _ITEMS, _SECONDS = 30, 3.0  # that a measurement takes at least
 _MUCH = 0.05  # of the time waiting, above which more processes are tried
+_MANY, _LEAST_MANY = 4, 16  # processes for each core, and in all, above which they are too many
 _GAIN = 1.05  # times as many items a second, below which more processes are not kept
 
 
@@ -126,6 +127,17 @@ class _Search:
     def _lap(self) -> float:
         before, self._mark = self._mark, self._clock()
         return self._mark - before
+
+
+def warn_of_many(workers: Workers) -> None:
+    """Tell of more loading processes than this machine's processors can do with, whatever they wait for."""
+    ranks, cores = _ranks_here(), count_cores()
+    if not isinstance(workers, str) and workers * ranks > max(_LEAST_MANY, _MANY * cores):
+        log.warning(
+            "engine.workers=%d starts %d loading processes on %d processors, each with memory of its own and batches "
+            "ahead. engine.workers=auto finds how many bring more.",
+            *(workers, workers * ranks, cores),
+        )
 
 
 def more_workers(workers: Workers) -> str:

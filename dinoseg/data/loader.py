@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from dinoseg.data.awaited import POLL, awaited
 from dinoseg.data.clips.cut import Clips
 from dinoseg.data.clips.view import ClipView
 from dinoseg.data.enough_workers import FIRST, FROM_NONE, Workers, with_enough_workers
@@ -218,12 +219,17 @@ def _load_ahead(read: Callable[[K], V], keys: Iterable[K], workers: int) -> Gene
                 batch_size=None,
                 num_workers=workers,
                 collate_fn=_as_it_is,
+                timeout=POLL if workers else 0,  # see `awaited`
                 worker_init_fn=_start_worker,
                 generator=torch.Generator(),  # without it the global generator would be drawn from
             )
         )
     try:
-        for item in iterator:
+        for number in itertools.count():
+            try:
+                item = awaited(iterator, number, workers)
+            except StopIteration:
+                return
             if isinstance(item, UserError):
                 raise item
             yield item

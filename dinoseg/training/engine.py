@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dinoseg.data.enough_workers import warn_of_many
 from dinoseg.errors import UserError
 from dinoseg.model import Segmenter
 from dinoseg.ranges import Count, Natural, Positive
@@ -122,6 +123,8 @@ class Engine:
         self.compile = compile
         self._lockstep: Lockstep | None = None  # of the model that was placed, if its weights are shared out
         self.workers = workers
+        if self.is_main:
+            warn_of_many(workers)
         self.eval_batch_size = eval_batch_size
 
     @property

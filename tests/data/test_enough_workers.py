@@ -161,3 +161,14 @@ def test_batches_are_the_same_when_their_processes_change_in_between(monkeypatch
         assert one.names == other.names and torch.equal(one.image, other.image) and torch.equal(one.mask, other.mask)
     for one, other in zip(expected, found, strict=True):
         assert one.names == other.names and torch.equal(one.image, other.image) and torch.equal(one.mask, other.mask)
+
+
+@pytest.mark.parametrize(("workers", "cores", "told"), [(16, 1, 0), (17, 1, 1), (32, 8, 0), (33, 8, 1), ("auto", 1, 0)])
+def test_more_processes_than_processors_can_do_with_are_told(workers, cores, told, monkeypatch, caplog):
+    monkeypatch.setattr(enough_workers, "count_cores", lambda: cores)
+    enough_workers.warn_of_many(workers)
+    assert len(caplog.messages) == told
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    if workers == 32:
+        enough_workers.warn_of_many(workers)
+        assert "engine.workers=32 starts 128 loading processes on 8 processors" in caplog.text

@@ -1,0 +1,50 @@
+"""A loading process that gives nothing for long is told of, once and then rarely."""
+
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from dinoseg.data import awaited, loader
+from dinoseg.data.loader import load_in_order
+
+
+class Slow:
+    """An iterator that comes to nothing for so many polls, before each of its items."""
+
+    _workers = (SimpleNamespace(pid=77), SimpleNamespace(pid=88))
+
+    def __init__(self, polls, error="DataLoader timed out after 5.0 seconds"):
+        self.polls, self.left, self.error = polls, polls, error
+
+    def __next__(self):
+        if not self.left:
+            self.left = self.polls
+            return "item"
+        self.left -= 1
+        raise RuntimeError(self.error)
+
+
+def test_it_is_told_once_and_then_rarely(monkeypatch, caplog):
+    seconds = iter(range(0, 10_000, 5))
+    monkeypatch.setattr(awaited, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    assert awaited.awaited(Slow(11), 0, 2) == "item" and not caplog.messages
+    assert awaited.awaited(Slow(400), 6, 2) == "item"
+    assert [message[:29] for message in caplog.messages] == [
+        *("Nothing is loaded since 60 s:", "Nothing is loaded since 300 s", "Nothing is loaded since 1500 ")
+    ]
+    assert "item 7 of this pass is to come from loading process 1 of 2 (id 77)" in caplog.text
+    assert "py-spy dump --pid 77" in caplog.text and "engine.workers=0" in caplog.text
+
+
+def test_what_else_goes_wrong_is_no_wait():
+    with pytest.raises(RuntimeError, match="killed"):
+        awaited.awaited(Slow(1, "DataLoader worker (pid 3) is killed"), 0, 2)
+
+
+def test_what_comes_late_comes_all_the_same(monkeypatch, caplog):
+    monkeypatch.setattr(loader, "POLL", 0.02)
+    monkeypatch.setattr(awaited, "_PATIENCE", 0.05)
+    items = load_in_order(lambda key: time.sleep(0.2 * (key == 2)) or key, range(4), 2)
+    assert list(items) == [0, 1, 2, 3]
+    assert "item 3 of this pass is to come from loading process 1 of 2" in caplog.text
