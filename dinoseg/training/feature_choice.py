@@ -89,8 +89,10 @@ def feature_cache(feed: ImageFeed, model: Segmenter, loss: Loss, engine: Engine,
             return None
         _check_cut(feed, model, engine, plan.noise)
         return FeatureCache(model, engine.autocast, NoStore, plan.drawing, feed.views, plan.noise)
-    opened = partial(_opened, chosen == "memory", feed, model, engine, plan)
-    return FeatureCache(model, engine.autocast, opened, plan.drawing, feed.views, plan.noise, chosen)
+    place, cost = chosen
+    opened = partial(_opened, place == "memory", feed, model, engine, plan)
+    shapes = {(cost.size, True): [*cost.shapes]} if cost.shapes else {}
+    return FeatureCache(model, engine.autocast, opened, plan.drawing, feed.views, plan.noise, place, shapes)
 
 
 def _check_cut(feed: ImageFeed, model: Segmenter, engine: Engine, noise: float) -> None:
@@ -110,16 +112,16 @@ def _check_cut(feed: ImageFeed, model: Segmenter, engine: Engine, noise: float) 
     )
 
 
-def _chosen_or_why_not(wanted: str, *parts: Any) -> tuple[str | None, str]:
-    """Return `disk` or `memory`; or None, and the reason."""
+def _chosen_or_why_not(wanted: str, *parts: Any) -> tuple[tuple[str, Cost] | None, str]:
+    """Return what `_chosen` does; or None, and the reason."""
     try:
         return _chosen(wanted, *parts), ""
     except _Live as error:
         return None, str(error)
 
 
-def _chosen(wanted: str, feed: ImageFeed, model: Segmenter, loss: Loss, engine: Engine, plan: Plan) -> str:
-    """Return `disk` or `memory`, whichever is `wanted`, and tell what is to be kept there.
+def _chosen(wanted: str, feed: ImageFeed, model: Segmenter, loss: Loss, engine: Engine, plan: Plan) -> tuple[str, Cost]:
+    """Return `disk` or `memory`, whichever is `wanted`, and what an image costs; tell what is to be kept there.
 
     Raises:
         _Live: neither is possible, or `auto` finds that neither pays.
@@ -161,7 +163,7 @@ def _chosen(wanted: str, feed: ImageFeed, model: Segmenter, loss: Loss, engine: 
     )
     if size > rooms[kind]:
         logger.warning("There is room for %s: what does not fit is computed in each epoch.", in_bytes(rooms[kind]))
-    return kind
+    return kind, cost
 
 
 def _why_not(plan: Plan, views: int, size: int, rooms: Mapping[str, int], gains: Mapping[str, float]) -> str:

@@ -4,7 +4,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -16,6 +16,7 @@ from dinoseg.contracts import Loss
 from dinoseg.data.loader import read_view, view_chance
 from dinoseg.model import Segmenter
 from dinoseg.shapes import Batch, FeatureBatch
+from dinoseg.sizes import Size
 from dinoseg.storage.disk_speed import seconds_on_disk
 from dinoseg.training.engine import Engine
 from dinoseg.training.feature_cache.form import KEY_LENGTH, Stored, size_of
@@ -35,6 +36,8 @@ class Cost(NamedTuple):
     read: float
     bytes: int
     pixels: int  # that the backbone saw
+    shapes: Sequence[torch.Size] = ()  # of its features
+    size: Size = (0, 0)  # (H, W) of the view
 
     def gain(self, epochs: float, views: int, *, disk: bool) -> float:
         """Return how many times faster so many epochs train with features that are kept."""
@@ -74,8 +77,9 @@ def measured(feed: ImageFeed, model: Segmenter, loss: Loss, engine: Engine, root
         model.train(training)
     rows = [part[0] for part in frozen.tensors]
     write, read = _disk_seconds(root, stored, rows)
-    size = size_of([row.shape for row in rows], stored)
-    return Cost(seconds, (1 + _BACKWARD) * rest, write, read, size, math.prod(frozen.seen))
+    shapes = [row.shape for row in rows]
+    pixels = math.prod(frozen.seen)
+    return Cost(seconds, (1 + _BACKWARD) * rest, write, read, size_of(shapes, stored), pixels, shapes, frozen.size)
 
 
 def _timed(work: Callable[[], T], engine: Engine) -> tuple[T, float]:

@@ -38,8 +38,10 @@ from dinoseg.training import feature_choice as choice
 from dinoseg.training.checkpoint import Checkpoints, read
 from dinoseg.training.engine import Engine
 from dinoseg.training.feature_cache import store
+from dinoseg.training.feature_cache.form import to_bytes
+from dinoseg.training.feature_cache.masks import KeptMasks
 from dinoseg.training.feature_choice import Plan, feature_cache
-from dinoseg.training.feature_cost import Cost
+from dinoseg.training.feature_cost import Cost, measured
 from dinoseg.training.fit import fit
 from dinoseg.training.image_feed import ImageFeed
 from dinoseg.training.optim import adamw, schedule
@@ -280,6 +282,50 @@ def test_a_training_goes_on_where_the_disk_is_full_and_the_next_one_keeps_the_re
     assert train("disk", steps=3)[0] == live and sum(computed) == 2 + (6 + 5 - 4)
     computed.clear()
     assert train("disk", steps=3)[0] == live and sum(computed) == 2
+
+
+def test_an_image_that_float16_does_not_hold_is_trained_on_beside_others(train, monkeypatch):
+    frozen = Segmenter.frozen
+
+    def large(model, images):
+        found = frozen(model, images)
+        found.tensors = [1e5 * part if images.float().mean() > 127 else part for part in found.tensors]
+        return found
+
+    monkeypatch.setattr(Segmenter, "frozen", large)
+    _, feed, _ = train("memory", epochs=20, dtype="float16")
+    batches, kinds = feed.train_batches(0), set()
+    for views in itertools.islice(batches, 5):
+        tensors = views.to(torch.device("cpu")).image.tensors
+        assert all(part.dtype == torch.float32 and part.isfinite().all() for part in tensors)
+        kinds |= {feed.cache.store.get(view.key)[0].dtype for view in views.views}
+    assert kinds == {torch.float16, torch.bfloat16}
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_features_of_other_shapes_are_none_and_mended(train, computed, tmp_path, caplog, monkeypatch, known):
+    live = train(steps=3)[0]
+    assert train("disk", steps=3)[0] == live
+    if not known:  # but of what lies beside them
+        monkeypatch.setattr(choice, "measured", lambda *given: measured(*given)._replace(shapes=()))
+    view = next(train("disk", epochs=9)[1].train_batches(0)).views[1]
+    (path,) = (tmp_path / "cache/features").rglob(f"{view.key}.features")
+    path.write_bytes(to_bytes(view.key, [view.features[0][:, :2]], "float32"))
+    computed.clear()
+    caplog.clear()
+    assert train("disk", steps=3)[0] == live and sum(computed) == 2 + 2  # what is measured, and its batch
+    assert len(caplog.messages) == 1 and "of 33 x 24 have the shapes [(15, 2)], and others [(15, 24)]" in caplog.text
+    caplog.clear()
+    assert train("disk", steps=3)[0] == live and not caplog.messages
+
+
+def test_masks_that_only_other_processes_would_read_are_not_kept(train, monkeypatch):
+    monkeypatch.setattr(loader, "_load_ahead", lambda read, keys, _: map(read, keys))
+    kept, keep = [], KeptMasks.keep
+    monkeypatch.setattr(KeptMasks, "keep", lambda masks, *view: kept.append(view) or keep(masks, *view))
+    for workers, count in ((2, 0), (0, 2)):
+        next(train("disk", epochs=9, workers=workers)[1].train_batches(0))
+        assert len(kept) == count
 
 
 def test_trainings_that_go_on_at_once_share_what_is_kept(train, computed):

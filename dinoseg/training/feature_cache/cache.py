@@ -1,7 +1,8 @@
 """Batches of what the frozen part of a model gives for images: read where it is kept, else computed and kept."""
 
+import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from typing import TypeGuard
@@ -17,11 +18,14 @@ from dinoseg.inference.policy import Autocast
 from dinoseg.model import Segmenter
 from dinoseg.ranges import NotNegative
 from dinoseg.shapes import FeatureBatch, FrozenFeatures, SegmentationData
+from dinoseg.sizes import Size
 from dinoseg.training.feature_cache.key import goes_with, hash_of, image_hash
 from dinoseg.training.feature_cache.masks import KeptMasks
-from dinoseg.training.feature_cache.store import FeatureStore
+from dinoseg.training.feature_cache.store import FeatureStore, NoStore
 from dinoseg.transfer import sent
 
+log = logging.getLogger(__name__)
+Kind = tuple[Size, bool]
 _DRAW_DIGITS = 15  # of a hash, as a number that every device's generator takes
 
 
@@ -34,7 +38,14 @@ class View:
     name: str
     features: list[Tensor] | None
     image: Tensor | None  # (3, H, W) uint8
+    source: tuple[int, ...]  # what it is read by
     draw: int | None = None  # what its noise in an epoch is drawn with; None: it has none
+    anew: bool = False  # what is kept of it cannot be used
+
+    @property
+    def kind(self) -> Kind:
+        """What all have features of the same shapes: (H, W), and whether it is drawn (heads give more in training)."""
+        return _size(self.mask), self.draw is not None
 
 
 @dataclass
@@ -52,8 +63,7 @@ class Views:
     @property
     def size(self) -> tuple[int, int]:
         """Return the (H, W) of the images."""
-        height, width = self.views[0].mask.shape
-        return height, width
+        return _size(self.views[0].mask)
 
     def to(self, device: torch.device) -> FeatureBatch:
         """Return the samples' features and masks on `device`."""
@@ -81,6 +91,7 @@ class FeatureCache:
         noise: added to features of training, as a share of the deviation of all numbers of an image's tensor; drawn
             anew for a view in each epoch.
         place: what that is: disk or memory; None: nothing is kept, features are only computed apart.
+        shapes: of the features of views of a kind, as far as they are known.
     """
 
     model: Segmenter
@@ -90,9 +101,11 @@ class FeatureCache:
     views: int | None
     noise: NotNegative = 0.0
     place: str | None = None
+    shapes: dict[Kind, list[torch.Size]] = field(default_factory=dict)
     _store: FeatureStore | None = None
     _masks: KeptMasks = field(default_factory=KeptMasks)
     _validated: bool = False
+    _told: bool = False  # of features that cannot be used
 
     @property
     def store(self) -> FeatureStore:
@@ -124,13 +137,15 @@ class FeatureCache:
         read = partial(_read_drawn, data, augment, seed, self.views, self.store, self.drawing, self._masks)
         batches = partial(drawn_batches, read, list, len(data), batch_size=batch_size, seed=seed, **order)
         first = self._workers(workers)
+        here = isinstance(first, str) or first == 0  # views are read by this process, now or later
+        again = partial(_read_drawn, data, augment, seed, self.views, NoStore(), self.drawing, self._masks)
         stream = batches(start=start, workers=first)
         if self.views is None or not self.keeps:  # none comes again
             return map(partial(Views, self), stream)
         if first == AUTO:
             seen = self.views * -(-len(data) // batch_size)
             stream = _followed(stream, seen, partial(batches, start=start + seen, workers=FROM_NONE))
-        return map(self._arrived, stream)
+        return map(partial(self._arrived, again, masks=here), stream)
 
     def eval_batches(self, data: SegmentationData, *, workers: Workers, rank: int, world: int) -> Iterator[Views]:
         """Yield this rank's samples once and in order, each by itself and as it is."""
@@ -139,7 +154,8 @@ class FeatureCache:
         workers = FROM_NONE if workers == AUTO and self._validated else workers
         samples = load_in_order(read, range(rank, len(data), world), workers)
         self._validated = self.keeps
-        return (self._arrived([sample]) for sample in samples)
+        again = partial(_read_whole, data, NoStore(), self._masks)
+        return (self._arrived(again, [sample]) for sample in samples)
 
     def completed(self, views: list[View], device: torch.device) -> FeatureBatch:
         """Return features and masks of views on `device`; what is not kept is computed and kept."""
@@ -149,7 +165,7 @@ class FeatureCache:
             for row, view in enumerate(views):
                 self._disturb([part[row] for part in tensors], view.draw)
         masks = torch.stack([view.mask for view in views])
-        size = (masks.shape[-2], masks.shape[-1])
+        size = _size(masks)
         frozen = FrozenFeatures(tensors, size, self.model.seen_size(size))
         return FeatureBatch(frozen, sent(masks, device), [view.name for view in views])
 
@@ -164,24 +180,52 @@ class FeatureCache:
 
     def _features(self, view: View, device: torch.device) -> list[Tensor]:
         # another rank or batch may have put it there since the view was read
-        kept = self.store.get(view.key) if view.features is None else view.features
+        kept = self.store.get(view.key) if view.features is None and not view.anew else view.features
         if kept is not None:
             return kept
         assert view.image is not None
         with self.autocast():
             frozen = self.model.frozen(sent(view.image[None], device))
-        return self.store.put(view.key, [part[0] for part in frozen.tensors])
+        computed = self.store.put(view.key, [part[0] for part in frozen.tensors])
+        self.shapes[view.kind] = [part.shape for part in computed]
+        return computed
 
     def _workers(self, workers: Workers) -> Workers:
         return 0 if self.place == "memory" else workers  # other processes would not see what is kept
 
-    def _arrived(self, views: list[View]) -> Views:
-        """Return views that were read, here or in another process, and know next time what that took."""
+    def _arrived(self, again: Callable[..., View], views: list[View], *, masks: bool = True) -> Views:
+        """Return views that were read, here or in another process, and know next time what that took.
+
+        Args:
+            again: reads one from its image.
+            views: of one size.
+            masks: keep them, for views that are read from here on.
+        """
+        if not all(view.features is None or self._fits(view.features, view.kind) for view in views):
+            views = [replace(again(*view.source), anew=True) for view in views]
         for view in views:
-            self._masks.keep((view.key, view.name), view.mask)
+            if masks:
+                self._masks.keep((view.key, view.name), view.mask)
             if view.features is not None:
                 self.store.trust(view.key)
         return Views(self, views)
+
+    def _fits(self, features: list[Tensor], kind: Kind) -> bool:
+        """Return whether features of a view have the shapes of those of others of its kind; tell it once."""
+        found, size = [part.shape for part in features], kind[0]
+        expected = self.shapes.setdefault(kind, found)
+        if found != expected and not self._told:
+            self._told = True
+            log.warning(
+                "Features that are kept of an image of %d x %d have the shapes %s, and others %s. Such features are "
+                "computed anew.",
+                *(size[1], size[0], [*map(tuple, found)], [*map(tuple, expected)]),
+            )
+        return found == expected
+
+
+def _size(mask: Tensor) -> Size:
+    return mask.shape[-2], mask.shape[-1]
 
 
 def _followed(
@@ -214,9 +258,9 @@ def _read_drawn(
     features = store.get(key)
     if features is not None and _has_masks_alone(data) and _draws_masks_alone(augment):
         mask = masks.get((key, data.names[index]), lambda: augment.mask(data.mask(index), chance()))
-        return View(key, mask, data.names[index], features, None, draw)
+        return View(key, mask, data.names[index], features, None, (epoch, index), draw)
     sample = read_view(data, augment, index, chance())
-    return View(key, sample["mask"], sample["name"], features, sample["image"], draw)
+    return View(key, sample["mask"], sample["name"], features, sample["image"], (epoch, index), draw)
 
 
 def _has_masks_alone(data: SegmentationData) -> TypeGuard[PairDataset]:
@@ -232,6 +276,6 @@ def _read_whole(data: SegmentationData, store: FeatureStore, masks: KeptMasks, i
     features = store.get(key)
     if features is not None and _has_masks_alone(data):
         mask = masks.get((key, data.names[index]), lambda: data.mask(index))
-        return View(key, mask, data.names[index], features, None)
+        return View(key, mask, data.names[index], features, None, (index,))
     sample = data[index]
-    return View(key, sample["mask"], sample["name"], features, sample["image"])
+    return View(key, sample["mask"], sample["name"], features, sample["image"], (index,))

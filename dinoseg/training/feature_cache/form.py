@@ -29,7 +29,8 @@ _FORM = forms.record(key=forms.text, stored=forms.text, shapes=forms.listing(for
 def rounded(tensors: Sequence[Tensor], stored: Stored) -> list[Tensor]:
     """Return tensors in the type that they are kept in; with int8 each has its scales behind it.
 
-    A scale is of a token, so over the channels, which come last.
+    A scale is of a token, so over the channels, which come last. Of a sample with numbers that float16 does not have,
+    all are bfloat16, which takes as much room.
 
     Raises:
         UserError: a number is not finite, or none as it would be kept.
@@ -43,11 +44,18 @@ def rounded(tensors: Sequence[Tensor], stored: Stored) -> list[Tensor]:
             )
         kept += _quantised(tensor.float()) if stored == "int8" else [tensor.to(_DTYPES[stored]).contiguous()]
         if not _is_finite(kept[-1]):
+            if stored == "float16":
+                return rounded(tensors, "bfloat16")
             raise UserError(
                 f"Features as large as {tensor.float().abs().max():.3g} are no numbers in {stored}, as they would "
-                "be kept. Set features.dtype=bfloat16 or float32, or engine.cache=off."
+                "be kept. Set features.dtype=float32, or engine.cache=off."
             )
     return kept
+
+
+def type_of(kept: Sequence[Tensor], stored: Stored) -> Stored:
+    """Return the type in which `rounded` gives a sample that is to be kept in `stored`."""
+    return "bfloat16" if stored == "float16" and kept[0].dtype == torch.bfloat16 else stored
 
 
 def restored(kept: Sequence[Tensor], stored: Stored) -> list[Tensor]:
@@ -70,7 +78,7 @@ def to_bytes(key: str, kept: Sequence[Tensor], stored: Stored) -> bytes:
         UserError: it is larger than what is read back.
     """
     values = kept[::2] if stored == "int8" else kept
-    parts = [_padded(_header(key, [tensor.shape for tensor in values], stored))]
+    parts = [_padded(_header(key, [tensor.shape for tensor in values], type_of(kept, stored)))]
     parts += [_padded(tensor.reshape(-1).view(torch.uint8).numpy().tobytes()) for tensor in kept]
     content = b"".join(parts)
     if len(content) > MOST_BYTES:
@@ -87,7 +95,7 @@ def from_bytes(key: str, data: np.ndarray, stored: Stored, *, verify: bool) -> l
     Args:
         key: that it must say.
         data: the whole file, uint8.
-        stored: the type that it must be kept in.
+        stored: the type that it must be kept in, see `rounded`.
         verify: hold it against its checksum, and its numbers against what is finite.
 
     Raises:
@@ -100,9 +108,10 @@ def from_bytes(key: str, data: np.ndarray, stored: Stored, *, verify: bool) -> l
         raise forms.Misshapen("its checksum differs")
     text, newline, _ = start[_START:].partition(b"\n")
     header = forms.parse_json(text, _FORM)
-    if not newline or (header["key"], header["stored"]) != (key, stored) or not all(header["shapes"]):
+    held = "bfloat16" if (stored, header["stored"]) == ("float16", "bfloat16") else stored
+    if not newline or (header["key"], header["stored"]) != (key, held) or not all(header["shapes"]):
         raise forms.Misshapen("it is of other features")
-    places, end = _places(_aligned(_START + len(text) + 1), header["shapes"], stored)
+    places, end = _places(_aligned(_START + len(text) + 1), header["shapes"], held)
     if end != len(data):
         raise forms.Misshapen(f"it has {len(data)} bytes, of {end}")
     kept = [

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from dinoseg.errors import DISK_FULL, free_space
 from dinoseg.storage.atomic import whole_file, write_whole
 from dinoseg.storage.forms import Misshapen
-from dinoseg.training.feature_cache.form import MOST_BYTES, Stored, from_bytes, restored, rounded, to_bytes
+from dinoseg.training.feature_cache.form import MOST_BYTES, Stored, from_bytes, restored, rounded, to_bytes, type_of
 from dinoseg.wording import in_bytes
 
 log = logging.getLogger(__name__)
@@ -79,7 +80,7 @@ class MemoryStore:
 
     def put(self, key: str, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Keep tensors where there is room, and return them as `get` gives them."""
-        kept = rounded(tensors, self.stored)
+        kept = _rounded(tensors, self.stored)
         if key not in self._kept and not self._closed:
             size = sum(tensor.nbytes for tensor in kept)
             if size <= self.room():
@@ -165,7 +166,7 @@ class DiskStore:
 
     def put(self, key: str, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Keep tensors where there is room, and return them as `get` gives them."""
-        kept = rounded(tensors, self.stored)
+        kept = _rounded(tensors, self.stored)
         if not self._closed:
             try:
                 self._write(self.path(key), to_bytes(key, kept, self.stored))
@@ -258,6 +259,22 @@ def _read(path: Path, *, touch: bool) -> np.ndarray:
         with suppress(OSError):  # a cache that may only be read
             os.utime(path)
     return content
+
+
+def _rounded(tensors: Sequence[Tensor], stored: Stored) -> list[Tensor]:
+    kept = rounded(tensors, stored)
+    if type_of(kept, stored) != stored:
+        _tell_wider()
+    return kept
+
+
+@cache
+def _tell_wider() -> None:
+    """Tell it once in a process."""
+    log.warning(
+        "Features of an image are larger than the numbers of float16: those of such images are kept in bfloat16, which "
+        "is coarser. features.dtype=float32 keeps all as they are."
+    )
 
 
 def _tell_end(reason: str) -> None:

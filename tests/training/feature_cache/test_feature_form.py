@@ -62,11 +62,18 @@ def test_what_is_no_finite_number_is_refused(bad):
         rounded([torch.zeros(2), torch.tensor([1, bad])], "float32")
 
 
-def test_numbers_that_float16_does_not_have_are_refused_with_those_that_do():
+def test_a_sample_of_numbers_that_float16_does_not_have_is_bfloat16_and_one_beyond_these_refused():
     assert rounded([torch.tensor([-65504.0])], "float16")[0] == -65504
-    with pytest.raises(UserError, match=r"7e\+04 are no numbers in float16.*bfloat16"):
-        rounded([torch.tensor([7e4])], "float16")
-    assert rounded([torch.tensor([7e4])], "bfloat16")[0].isfinite()
+    given = [torch.tensor([[1.0, 2.0]]), torch.tensor([[7e4, 3.0]])]
+    assert [part.dtype for part in rounded(given, "float16")] == [torch.bfloat16] * 2
+    for before, after in zip(given, read_back(given, "float16"), strict=True):
+        assert torch.equal(before.bfloat16(), after)
+    assert len(written(given, "float16")) == size_of([(1, 2)] * 2, "float16")
+    with pytest.raises(Misshapen, match="other features"):
+        from_bytes(KEY, written(given, "bfloat16"), "float32", verify=True)
+    for stored in ("float16", "bfloat16"):
+        with pytest.raises(UserError, match=r"3\.4e\+38 are no numbers in bfloat16.*features\.dtype=float32"):
+            rounded([torch.tensor([3.4e38])], stored)
 
 
 @pytest.mark.parametrize("stored", TYPES)

@@ -272,3 +272,13 @@ def test_runs_that_share_a_folder_give_each_other_nothing_wrong(tmp_path, caplog
         assert list(processes.map(write_and_read, 3 * [tmp_path], range(3))) == [0, 0, 0]
     names = [path.name for path in (tmp_path / "a").iterdir()]
     assert names and all(name.endswith(".features") and not name.startswith(".") for name in names)
+
+
+def test_features_that_float16_does_not_hold_are_kept_and_told_once(tmp_path, caplog):
+    stores._tell_wider.cache_clear()
+    large = [7e4 * part for part in features()]
+    for store in (DiskStore(tmp_path, "a", "float16"), MemoryStore("float16", 2**20)):
+        for key in KEYS[:2]:
+            (put,), (got,) = store.put(key, large), store.get(key)
+            assert torch.equal(put, large[0].bfloat16()) and torch.equal(got, put)
+    assert len(caplog.messages) == 1 and "kept in bfloat16" in caplog.text and "features.dtype=float32" in caplog.text
