@@ -3,6 +3,7 @@
 A job holds a lock from its start until it has told, so that one which outlives its sweep is known.
 """
 
+import atexit
 import shutil
 import sys
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from dinoseg.storage.atomic import write_json
 
 _NOTE = {"words": forms.table(forms.text), "job": forms.whole(), "process": forms.whole(), "note": forms.text}
 _ROW = forms.holding(**_NOTE, returned=forms.table(forms.number()))
+_SWEEP = "sweep.own"
 _held: dict[Path, IO[str]] = {}
 
 
@@ -33,7 +35,7 @@ class Told:
         Args:
             takes_over: whether what earlier jobs have told is kept, and they may still be at work.
         """
-        if not _hold(self.folder / "sweep.own"):
+        if not _hold(self.folder / _SWEEP):
             return False
         jobs = [] if takes_over else [path for path in self.folder.iterdir() if path not in _held]
         if not all(_hold(path) for path in jobs if path.suffix == ".own"):
@@ -47,7 +49,7 @@ class Told:
         """Let others sweep there."""
         if not keep:
             shutil.rmtree(self.folder, ignore_errors=True)
-        _let_go(self.folder / "sweep.own")
+        _let_go(self.folder / _SWEEP)
 
     def begin(self, number: int) -> None:
         """Say that a job is at work; one that another has taken the place of ends here."""
@@ -111,3 +113,13 @@ def _hold(path: Path) -> bool:
 def _let_go(path: Path) -> None:
     if file := _held.pop(path, None):
         locks.release(file)
+
+
+@atexit.register
+def _end() -> None:
+    """Let go of what this process has when it ends; a sweep that came to no job leaves no folder."""
+    for path, file in [*_held.items()]:
+        empty = path.name == _SWEEP and not file.closed and [*path.parent.iterdir()] == [path]
+        if empty:  # of a process that was forked it is closed
+            shutil.rmtree(path.parent, ignore_errors=True)
+        _let_go(path)

@@ -1,6 +1,8 @@
 """hydra/sweeper=optuna: values are searched for, and a search that was ended goes on."""
 
 import json
+import os
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -17,8 +19,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser  # noqa:
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution  # noqa: E402
 
 from dinoseg.sweeps.search import Search, _values  # noqa: E402
+from dinoseg.sweeps.study import open_study  # noqa: E402
 
 WORDS = ["mode=train", "lr=tag(log,interval(1e-4,1e-1))", "head=linear,mlp"]
+SPACE = {"lr": FloatDistribution(1e-4, 1e-1, log=True), "head": CategoricalDistribution(["linear", "mlp"])}
+SAID = ["miou", "maximize", *WORDS[1:]]
 
 
 class Jobs:
@@ -193,10 +198,12 @@ def change(entry):
     [
         change({"op_code": 99}),
         change({"directions": [1, 2]}),
+        change({"directions": [1]}),
         change({"user_attr": {"words": 5}}),
         change({"values": ["1"]}),
         change({"values": [float("inf")]}),
         change({"values": [1.0, 2.0]}),
+        change({"values": None}),
         change({"param_value_internal": 7.0}),
         change({"distribution": '{"name": "IntDistribution", "attributes": {"low": 1, "high": 9}}'}),
         lambda lines: [line for line in lines if "user_attr" not in line],
@@ -215,6 +222,36 @@ def test_a_damaged_storage_is_refused(tmp_path, damage):
     assert not jobs.done
 
 
+def test_a_job_that_waits_is_held_to_what_is_searched_too(tmp_path):
+    begun(tmp_path)
+    study = open_study(tmp_path / "search.log", "maximize", SPACE, SAID, ["mode=train"])
+    study.enqueue_trial({"lr": 7.0, "head": "mlp"})
+    with pytest.raises(UserError, match="search.log is damaged .*job 1 has lr=7.0"):
+        search(tmp_path, jobs := Jobs())
+    assert not jobs.done
+
+
+def test_a_job_drawn_from_other_values_is_refused_though_its_own_are_allowed(tmp_path):
+    search(tmp_path, Jobs(), trials=1)
+    narrow = SPACE | {"lr": FloatDistribution(1e-4, 0.1 + 1e-9, log=True)}
+    with pytest.raises(UserError, match="lr of job 0 was drawn from other values"):
+        open_study(tmp_path / "search.log", "maximize", narrow, SAID, ["mode=train"])
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+def test_a_storage_that_is_no_file_is_refused(tmp_path, make):
+    make(tmp_path / "search.log")
+    with pytest.raises(UserError, match="search.log is a (folder|named pipe). Put a file there"):
+        search(tmp_path, Jobs())
+
+
+@pytest.mark.parametrize("left", [b"", b'{"op_co', b'{"op_code":0,"worker'])
+def test_what_a_kill_has_left_of_the_first_line_begins_anew(tmp_path, left):
+    (tmp_path / "search.log").write_bytes(left)
+    search(tmp_path, jobs := Jobs(), trials=1)
+    assert [*jobs.done] == [0]
+
+
 def test_a_lock_of_a_killed_process_is_not_waited_for(tmp_path):
     (tmp_path / "search.log.lock").symlink_to("somewhere/search.log")
     search(tmp_path, jobs := Jobs(), trials=1)
@@ -228,6 +265,8 @@ def test_a_wrong_interval_can_be_mended_and_other_fixed_words_are_told(tmp_path,
     assert not capsys.readouterr().err
     search(tmp_path, Jobs(), words=["mode=train", "lr=interval(1,2)", "a=1"], trials=2)
     assert "Earlier jobs of this search differ in a=1" in capsys.readouterr().err
+    search(tmp_path, Jobs(), words=["mode=train", "lr=interval(1,2)", "a=1"], trials=3)
+    assert not capsys.readouterr().err  # it has been said
 
 
 @pytest.mark.parametrize(
