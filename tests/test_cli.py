@@ -141,6 +141,7 @@ def test_an_unknown_option_lists_those_there_are(place, group):
             "has no val so far. Is that meant, put ++ before the word",
         ),
         (["head=mlp", "head.hiden=3"], "head.hiden is no key of the config."),
+        (["head=mlp", "head.init=probe"], "head.init is no key of the config. Of this group, head=linear, head=multis"),
         (["head=segformer"], "error: head=segformer is unknown. There are cnn,"),
         (["loss=null"], "loss=null is unknown. There are ce_dice"),
         (["backbone=[0]"], "backbone=[0] is unknown. There are dino_vitb16"),

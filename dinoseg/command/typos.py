@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException, MissingConfigException
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from dinoseg.command.own_keys import own_configs
 from dinoseg.command.recipes import recipe_files
@@ -17,7 +20,7 @@ from dinoseg.command.words import assignments, is_sweep, parsed, values_of
 from dinoseg.config.options import RECIPES, options_of
 from dinoseg.config.plain import at, keys_of, plain
 from dinoseg.errors import UserError
-from dinoseg.wording import nearest
+from dinoseg.wording import listed, nearest
 
 _ALL_KEYS = "Add `--cfg job` to see all keys, `--help` alone to see all groups and options."
 
@@ -207,7 +210,7 @@ def _wrong_key(
     for override in overrides:
         key = override.key_or_group
         if key not in keys and not _below_free(cfg, key.split(".")):
-            return f"{key} is no key of the config.{nearest(key, keys)} {_ALL_KEYS}"
+            return f"{key} is no key of the config.{_elsewhere(key, folders) or nearest(key, keys)} {_ALL_KEYS}"
         if mistake := _other_shape(key, override.value(), at(cfg, key.split("."))):
             return mistake
         if (value := override.value()) and (new := _new_entries(cfg, key, value)):
@@ -216,6 +219,18 @@ def _wrong_key(
                 f"'++{override.input_line}'."
             )
     return ""
+
+
+def _elsewhere(key: str, folders: Sequence[Path]) -> str:
+    """Return which other options of its group have a key, as their own files say."""
+    group, _, inner = key.partition(".")
+    having = []
+    for folder in folders:
+        for option in options_of(folder / group) if inner else []:
+            with suppress(OSError, YAMLError):  # a file that is no config is told of where it is chosen
+                if inner in keys_of(plain(OmegaConf.load(folder / group / f"{option}.yaml"))):
+                    having.append(f"{group}={option}")
+    return f" Of this group, {listed(having)} {'has' if len(having) == 1 else 'have'} it." if having else ""
 
 
 def _other_shape(key: str, value: Any, node: Any) -> str:

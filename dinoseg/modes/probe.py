@@ -21,6 +21,7 @@ from dinoseg.probing.probe import Grid, Probe, Readings, Solution
 from dinoseg.probing.standing import Standing
 from dinoseg.ranges import NotNegative, OpenShare, Positive
 from dinoseg.report.probe import probe_picture, probe_table, write_probe_csv
+from dinoseg.report.scores import FEW
 from dinoseg.report.table import class_table
 from dinoseg.runs.folder import first_ranks
 from dinoseg.storage.atomic import write_json
@@ -71,6 +72,13 @@ def probe(
     )
     if not found.rest:
         logger.warning("There is one training image: what is chosen is chosen by the image that it was solved from.")
+    elif len(found.held_out) < FEW:
+        logger.warning(
+            "Strength, balance and best blocks are chosen by %s held out: by so few, chance has a say. More are held "
+            "out by mode.held_out above %g.",
+            count_of(found.held_out, "image"),
+            held_out,
+        )
     found.fit(standing)
     solutions = found.choose()
     found.score(solutions, val)

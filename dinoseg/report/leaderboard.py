@@ -43,11 +43,20 @@ def leaderboard(rows: Sequence[Row], out_dir: Path, score: str, lowest: Collecti
     sign = 1 if score in lowest else -1
     ordered = sorted(rows, key=lambda row: (row.best is None, sign * (row.best or 0.0)))
     if visible:
+        share = score not in lowest  # a loss is none
         headers = [
-            *("head", "learning rate", f"best val/{score}", "at step", "mIoU %", "pixel accuracy %", "parameters"),
+            *(
+                "head",
+                "learning rate",
+                f"best val/{score}{' %' * share}",
+                "at step",
+                "mIoU %",
+                "pixel accuracy %",
+                "parameters",
+            ),
             *("time share %", "note"),
         ]
-        shown = [_shown(row) for row in ordered]
+        shown = [_shown(row, share) for row in ordered]
         aligned = ("left", *["right"] * 7, "left")
         print(f"\n{tabulate(shown, headers=headers, disable_numparse=True, colalign=aligned)}")
         write_text(out_dir / TABLE, _as_csv(ordered, f"val_{score}"))
@@ -55,16 +64,17 @@ def leaderboard(rows: Sequence[Row], out_dir: Path, score: str, lowest: Collecti
     return ordered[0].name
 
 
-def _shown(row: Row) -> list[str]:
+def _shown(row: Row, share: bool) -> list[str]:
     note = row.note if len(row.note) <= _SHOWN_NOTE else f"{row.note[: _SHOWN_NOTE - 4]} ..."
     percent = ["" if value is None else f"{100 * value:.2f}" for value in (row.miou, row.accuracy)]
-    share = "" if row.share is None else f"{100 * row.share:.1f}"
+    time = "" if row.share is None else f"{100 * row.share:.1f}"
+    best = row.best if row.best is None or not share else 100 * row.best
     rate, best, parameters = (
         "" if value is None else format(value, form)
-        for value, form in ((row.rate, "g"), (row.best, ".4f"), (row.parameters, ","))
+        for value, form in ((row.rate, "g"), (best, ".2f" if share else ".4f"), (row.parameters, ","))
     )
     step = "" if row.best_step is None else str(row.best_step)
-    return [row.name, rate, best, step, *percent, parameters, share, note]
+    return [row.name, rate, best, step, *percent, parameters, time, note]
 
 
 def _as_csv(rows: Sequence[Row], score: str) -> str:

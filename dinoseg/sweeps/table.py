@@ -29,6 +29,7 @@ SHARES = {  # keys of a job's scores in 0..1 to their columns, which are in perc
 }
 OTHERS = {"loss": ".4f", "parameters": ",", "trainable": ",", "images_per_s": ".1f", "memory_gib": ".2f"}
 RANKED = ("miou", "J&F-Mean", "FG-ARI")  # the first that any job has decides the order; else the lowest loss
+_LONGEST_NUMBER = 10  # letters
 _SHOWN = 10  # impossible cells in a message
 
 
@@ -130,7 +131,7 @@ def _swept(words: Sequence[Mapping[str, str]]) -> list[str]:
 
 def _print(rows: Sequence[Mapping[str, Any]], swept: Sequence[str], columns: Sequence[str]) -> None:
     keys = ["job", *swept, *columns, *["note"] * any(row["note"] for row in rows)]
-    shown = [[_text(key, row.get(key)) for key in keys] for row in rows]
+    shown = [[_short(row[key]) if key in swept else _text(key, row.get(key)) for key in keys] for row in rows]
     left = {"note", *swept}
     headers = [SHARES.get(key, key) for key in keys]
     widths = [60 if key == "note" else 30 if key in swept else None for key in keys]
@@ -145,6 +146,14 @@ def _write(path: Path, rows: Sequence[Mapping[str, Any]], swept: Sequence[str], 
         writer.writerow([SHARES.get(key, key) for key in keys])
         for row in rows:
             writer.writerow([_text(key, row.get(key)) if key in SHARES else row.get(key) for key in keys])
+
+
+def _short(word: str) -> str:
+    """Return a swept value as it was typed; of a number with many digits, as a search draws it, six."""
+    try:
+        return f"{float(word):.6g}" if "." in word and len(word) > _LONGEST_NUMBER else word
+    except ValueError:
+        return word
 
 
 def _text(key: str, value: Any) -> str:

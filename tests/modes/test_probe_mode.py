@@ -25,6 +25,9 @@ def test_every_block_and_what_the_head_reads_is_probed(folder):
     done = call(folder, *SMALL, *words)
     assert done.status == 0, done.err
     assert "5 training images, 1 of them held out" in done.err
+    assert (
+        "chosen by 1 image held out: by so few, chance has a say" in done.err and "mode.held_out above 0.1" in done.err
+    )
     assert "does not say which backbone is best to fine-tune" in done.out
     found = json.loads((folder / "P/probe.json").read_text())
     assert [row["blocks"] for row in found["readings"]] == ["0", "1", "0+1"]

@@ -13,7 +13,8 @@ def test_the_best_stands_first_and_those_without_a_score_last(tmp_path, capsys):
     assert leaderboard(ROWS, tmp_path, "miou", ["loss"], visible=True) == "good"
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.split()]
     assert [line[0] for line in lines[2:5]] == ["good", "slow", "lost"]
-    assert lines[2] == ["good", "1e-05", "0.7500", "20", "74.99", "90.00", "2,000,000", "25.0"]
+    assert "val/miou %" in " ".join(lines[0])
+    assert lines[2] == ["good", "1e-05", "75.00", "20", "74.99", "90.00", "2,000,000", "25.0"]
     with open(tmp_path / "leaderboard.csv", newline="") as file:
         table = list(csv.DictReader(file))
     assert [row["head"] for row in table] == ["good", "slow", "lost"]
@@ -24,3 +25,9 @@ def test_the_best_stands_first_and_those_without_a_score_last(tmp_path, capsys):
 def test_of_losses_the_lowest_is_best_and_other_ranks_write_nothing(tmp_path, capsys):
     assert leaderboard(ROWS, tmp_path, "loss", ["loss"], visible=False) == "slow"
     assert not capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
+def test_a_loss_is_no_share(tmp_path, capsys):
+    leaderboard(ROWS, tmp_path, "loss", ["loss"], visible=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert "val/loss  " in lines[1] and " 0.2500 " in lines[3]
