@@ -5,6 +5,11 @@ of 480 x 854 with ragged outlines, and the same moved by some pixels as predicti
 DAVIS-2017. Each way from the folders to the scores, in turns, the least of the repeats, by the clock; Python and its
 libraries are there before. Exits with 1 where J or F differ by more than 1e-6. vos-benchmark is needed for this script
 alone (`pip install vos-benchmark scikit-image`), which says so where it is missing.
+
+No object is hidden here, since both would differ: by DAVIS's definition the objects are those of the first frame, each
+scored in all frames but the first and the last, where one that neither mask has is right (J = F = 1). vos-benchmark
+knows an object from the first scored frame that shows it on, in either mask, and leaves out one that no scored
+reference shows.
 """
 
 import argparse

@@ -68,10 +68,10 @@ def _shown(row: Row, share: bool) -> list[str]:
     note = row.note if len(row.note) <= _SHOWN_NOTE else f"{row.note[: _SHOWN_NOTE - 4]} ..."
     percent = ["" if value is None else f"{100 * value:.2f}" for value in (row.miou, row.accuracy)]
     time = "" if row.share is None else f"{100 * row.share:.1f}"
-    best = row.best if row.best is None or not share else 100 * row.best
+    score = row.best if row.best is None or not share else 100 * row.best
     rate, best, parameters = (
         "" if value is None else format(value, form)
-        for value, form in ((row.rate, "g"), (best, ".2f" if share else ".4f"), (row.parameters, ","))
+        for value, form in ((row.rate, "g"), (score, ".2f" if share else ".4f"), (row.parameters, ","))
     )
     step = "" if row.best_step is None else str(row.best_step)
     return [row.name, rate, best, step, *percent, parameters, time, note]
