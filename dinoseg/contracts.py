@@ -117,7 +117,7 @@ class Backbone(nn.Module):
         return self.layers or range(self.num_layers)
 
     def with_class_attention(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Return the maps and, of the same pass, where the class token looks (B, heads, h, w), float32."""
+        """Return the maps and where the class token looks in the last block, (B, heads, h, w) float32, of one pass."""
         raise NotImplementedError
 
     def embed(self, pixels: Tensor) -> tuple[Tensor, BesideTokens]:

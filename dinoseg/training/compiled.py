@@ -2,7 +2,8 @@
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,22 +12,26 @@ from dinoseg.contracts import Backbone
 from dinoseg.errors import UserError
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 def compile_blocks(backbone: Backbone) -> None:
     """Let torch compile each block for the first shape of tokens that comes twice running; others run as ever.
 
     Nothing is compiled twice: other sizes, of a validation or of a last batch, are not worth the wait. Where torch
-    cannot compile here, blocks run as ever, which is said once.
+    cannot compile here, blocks run as ever, which is said once. So does the last one where its attention is asked for,
+    which compiled code does not show.
 
     Raises:
         UserError: it is a pyramid, whose stages are no blocks.
     """
     if backbone.is_pyramid:
         raise UserError("engine.compile=true: blocks of a vision transformer are compiled. Leave it out for a pyramid.")
-    state = _State()
+    state, once = _State(), None
     for block in backbone.blocks:
-        vars(block)["forward"] = _Once(block.forward, state)
+        vars(block)["forward"] = once = _Once(block.forward, state)
+    if once is not None:
+        vars(backbone)["with_class_attention"] = partial(once.resting, backbone.with_class_attention)
 
 
 class _State:
@@ -43,13 +48,22 @@ class _Once:
         self._compiled = torch.compile(plain, dynamic=False)
         self._last: tuple[Any, ...] = ()
         self._chosen: tuple[Any, ...] = ()
+        self._rests = False
+
+    def resting(self, call: Callable[[Tensor], T], images: Tensor) -> T:
+        """Return what a call makes of images, the block within it as ever."""
+        self._rests = True
+        try:
+            return call(images)
+        finally:
+            self._rests = False
 
     def __call__(self, tokens: Tensor, *args: Any, **beside: Any) -> Any:
         seen = (tokens.shape, tokens.dtype, torch.is_grad_enabled(), beside.get("attention_mask") is None)
         if seen == self._last:
             self._chosen = self._chosen or seen
         self._last = seen
-        if seen != self._chosen or self._state.failed or torch.compiler.is_exporting():
+        if seen != self._chosen or self._rests or self._state.failed or torch.compiler.is_exporting():
             return self._plain(tokens, *args, **beside)
         try:
             return self._compiled(tokens, *args, **beside)

@@ -5,6 +5,7 @@ import torch
 from tiny_parts import tiny_vit
 
 from dinoseg.adapters import Frozen, Lora
+from dinoseg.backbones.timm_backbone import TimmBackbone
 from dinoseg.errors import UserError
 from dinoseg.heads.linear import LinearHead
 from dinoseg.model import Segmenter
@@ -54,6 +55,18 @@ def test_what_is_compiled_is_for_one_type_and_mask_and_no_export(shapes, monkeyp
     monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
     once(tokens, attention_mask=None)
     assert len(shapes) == 2
+
+
+def test_the_last_block_rests_where_its_attention_is_asked_for(shapes):
+    backbone, image = TimmBackbone("test_vit", "random", None).eval(), torch.rand(1, 3, 32, 48)
+    plain = backbone.with_class_attention(image)
+    compile_blocks(backbone)
+    backbone(image)
+    for ran in (backbone.with_class_attention, backbone, backbone.with_class_attention):
+        shapes.clear()
+        found = ran(image)
+        assert len(shapes) == len(backbone.blocks) - (ran is not backbone)
+    torch.testing.assert_close(found, plain)
 
 
 def test_where_torch_cannot_compile_blocks_run_as_ever_and_it_is_said_once(monkeypatch, caplog):
@@ -106,3 +119,13 @@ def test_compiled_blocks_give_the_same_maps_and_gradients():
     compile_blocks(backbone)
     step()
     torch.testing.assert_close(step(), plain, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.heavy
+def test_the_attention_of_compiled_blocks_is_seen():
+    backbone, image = TimmBackbone("test_vit", "random", None).eval(), torch.rand(1, 3, 32, 48)
+    plain = backbone.with_class_attention(image)
+    compile_blocks(backbone)
+    for _ in range(3):
+        backbone(image)
+    torch.testing.assert_close(backbone.with_class_attention(image), plain, rtol=1e-4, atol=1e-6)
