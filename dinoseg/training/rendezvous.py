@@ -1,11 +1,14 @@
 """Where ranks that were started apart, on several machines too, find one another, and how long they wait at work."""
 
 import os
+import warnings
 from datetime import timedelta
 
 import torch
 
 from dinoseg.errors import UserError
+
+_ONE_ROW = r"(?s)Grad strides do not match bucket view strides.*grad\.sizes\(\) = \[1,"
 
 
 def meet(device: torch.device, seconds: float, at_work: float) -> None:
@@ -22,6 +25,8 @@ def meet(device: torch.device, seconds: float, at_work: float) -> None:
     distributed, world = torch.distributed, os.environ.get("WORLD_SIZE", "1")
     if world == "1" or distributed.is_initialized():
         return
+    # DDP's, of tokens (1, N, C) before a rank's only sample: to be part of a larger gradient costs nothing
+    warnings.filterwarnings("ignore", _ONE_ROW)
     place, rank = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}", os.environ.get("RANK")
     try:
         store, number, ranks = next(distributed.rendezvous("env://", timeout=timedelta(seconds=seconds)))
