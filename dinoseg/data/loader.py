@@ -7,7 +7,6 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
 from typing import Generic, TypeVar
 
 import cv2
@@ -20,6 +19,7 @@ from dinoseg.data.clips.cut import Clips
 from dinoseg.data.clips.view import ClipView
 from dinoseg.data.enough_workers import FIRST, FROM_NONE, Workers, with_enough_workers
 from dinoseg.errors import UserError
+from dinoseg.processes.interrupt import SIGNALS, held
 from dinoseg.processes.workers import killed_loader
 from dinoseg.shapes import Batch, ClipBatch, Sample, SegmentationData
 from dinoseg.wording import count_of
@@ -29,7 +29,6 @@ V = TypeVar("V")
 Item = TypeVar("Item")
 Transform = Callable[[np.ndarray, np.ndarray, np.random.Generator], tuple[np.ndarray, np.ndarray]]
 _ORDER, _SAMPLE = 0, 1  # what chance is drawn for
-_STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 def train_batches(
@@ -206,7 +205,7 @@ def load_in_order(read: Callable[[K], V], keys: Iterable[K], workers: Workers) -
 
 
 def _load_ahead(read: Callable[[K], V], keys: Iterable[K], workers: int) -> Generator[V, None, None]:
-    with warnings.catch_warnings(), _held_signals():
+    with warnings.catch_warnings(), held(*SIGNALS):
         # more workers than cores is the user's choice, and pays where reading waits for a disk
         warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
         # Workers are forked where that is the default: they share the parent's memory and start in
@@ -239,26 +238,13 @@ def _load_ahead(read: Callable[[K], V], keys: Iterable[K], workers: int) -> Gene
         del iterator  # the last reference: the workers end now, also when the caller stops early
 
 
-@contextmanager
-def _held_signals() -> Iterator[None]:
-    """Hold Ctrl-C and SIGTERM back, here and in workers that start meanwhile, until these know what to do with them."""
-    if not hasattr(signal, "pthread_sigmask"):  # on Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def _start_worker(_: int) -> None:
     # Ctrl-C, and Slurm's SIGTERM, reach all processes: the parent finishes its step, and needs this one
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS; SIGTERM stays blocked, as the parent left it
         threading.Thread(target=_end_when_told, args=(os.getppid(),), daemon=True).start()
     elif hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
 

@@ -122,6 +122,19 @@ def passed_on(processes: Sequence[int]) -> Iterator[None]:
 
 
 @contextmanager
+def held(*numbers: int) -> Iterator[None]:
+    """Hold signals back until the block's end, here and in processes that start in it, until these let them through."""
+    if not hasattr(signal, "pthread_sigmask"):  # on Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
 def _handled(receive: Callable[[int], None]) -> Iterator[None]:
     def handler(number: int, frame: FrameType | None) -> None:
         receive(number)

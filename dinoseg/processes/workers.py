@@ -14,6 +14,7 @@ from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
 from dinoseg.errors import UserError
+from dinoseg.processes.interrupt import held
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -90,8 +91,9 @@ def in_own_process(work: Callable[[T], R], item: T) -> R | None:
     context = multiprocessing.get_context("spawn")
     receiving, sending = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(work, item, sending))
+    resource_tracker.ensure_running()  # its start would let signals through
     try:
-        with _holding_interrupts():
+        with held(signal.SIGINT):
             process.start()
         sending.close()
         result = receiving.recv()
@@ -109,20 +111,6 @@ def in_own_process(work: Callable[[T], R], item: T) -> R | None:
     if isinstance(result, UserError):
         raise result
     return result
-
-
-@contextmanager
-def _holding_interrupts() -> Iterator[None]:
-    """Let SIGINT wait until the block's end; to processes that are started in it, it never comes."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    resource_tracker.ensure_running()  # which lets signals through when it begins
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _answer(work: Callable[[Any], Any], item: Any, sending: Connection) -> None:
