@@ -231,13 +231,14 @@ def test_where_a_backbone_is_cut_counts(folder, monkeypatch):
     assert folder() != whole
 
 
-def test_views_that_a_short_training_never_draws_take_no_room_and_measuring_leaves_nothing(train, caplog, tmp_path):
+def test_views_that_are_never_drawn_take_no_room_and_measuring_leaves_nothing(train, caplog, monkeypatch, tmp_path):
     caplog.set_level(logging.INFO)
+    monkeypatch.setattr(choice, "in_bytes", str)
     for epochs in (0.5, 3.5):
         assert train("disk", views=4, epochs=epochs)[2].training
     assert not list((tmp_path / "cache/features").iterdir())
-    told = [float(re.search(r"take about ([\d.]+) \w+ as", message)[1]) for message in caplog.messages]
-    assert told[1] == pytest.approx(told[0] * (5 * 4 + 5) / (5 + 5), rel=0.1)  # with five validation images
+    told = [int(re.search(r"take about (\d+) as", message)[1]) for message in caplog.messages]
+    assert told[0] < told[1]  # one view of each, and all four
 
 
 def test_ranks_of_a_machine_share_its_memory(monkeypatch, tmp_path):

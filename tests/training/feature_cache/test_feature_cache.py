@@ -76,6 +76,17 @@ def test_features_are_the_same_when_they_are_computed_and_when_they_are_kept(giv
     assert passed == [True]  # another batch, or rank, has put it there since the view was read
 
 
+def test_noise_is_a_share_of_how_far_numbers_lie_apart(given):
+    kept, view, _ = given
+    kept.noise, view.draw = 0.5, 3
+    view.features = [torch.full((2, 3), 7.0), torch.tensor([0.0, 4.0])]
+    same, apart = kept.completed([view], CPU).image.tensors
+    drawn = torch.Generator().manual_seed(3)
+    torch.randn(2, 3, generator=drawn)
+    assert torch.equal(same[0], view.features[0])
+    torch.testing.assert_close(apart[0], view.features[1] + 0.5 * 2 * torch.randn(2, generator=drawn))
+
+
 def test_what_another_process_has_read_whole_is_trusted(given):
     kept, view, _ = given
     trusted = []
