@@ -15,7 +15,7 @@ from dinoseg.command.words import parsed
 from dinoseg.errors import UserError
 from dinoseg.runs import lookup
 from dinoseg.runs.folder import drop_parts, is_locked, lock, release
-from dinoseg.runs.recipe import config_description, data_root, recipe_of
+from dinoseg.runs.recipe import _without_later, config_description, data_root, recipe_of
 from dinoseg.runs.resume import merge
 from dinoseg.storage.tensor_files import write_tensors
 from dinoseg.training import checkpoint, loading
@@ -373,3 +373,11 @@ def test_the_newest_run_comes_first_and_one_that_is_gone_not_at_all(tmp_path):
         path.touch()
         os.utime(path, (time, time))
     assert lookup._newest_first([*paths[1:], tmp_path / "gone", paths[0]]) == paths[::-1]
+
+
+def test_keys_that_older_checkpoints_lack_count_where_they_say_something_else():
+    old = {"root": "data"}
+    assert _without_later({**old, "views": None, "feature_noise": 0.0}, "data") == old
+    assert _without_later({**old, "init": None, "deep_supervision": True}, "head") == old
+    new = {**old, "views": 4, "feature_noise": 0.1}
+    assert _without_later(new, "data") == new

@@ -241,6 +241,15 @@ def test_views_that_are_never_drawn_take_no_room_and_measuring_leaves_nothing(tr
     assert told[0] < told[1]  # one view of each, and all four
 
 
+def test_what_is_not_seen_whole_is_read_by_its_own_number(data):
+    policy = SimpleNamespace(sees_whole=lambda model, size, autocast: size != (1, 9))
+    share = {"batch_size": 2, "seed": 0, "workers": 0, "policy": policy, "rank": 1, "world": 2}
+    views = [SimpleNamespace(size=size) for size in ((19, 23), (1, 9))]
+    cache = SimpleNamespace(eval_batches=lambda *_, **__: iter(views))
+    whole, read = ImageFeed(data, data, AUGMENT, **share)._kept(cache, None, SimpleNamespace(autocast=None))
+    assert whole is views[0] and read.names == ["3"]
+
+
 def test_ranks_of_a_machine_share_its_memory(monkeypatch, tmp_path):
     monkeypatch.setattr(choice, "free_bytes", lambda device: 1200)
     plan = Plan(tmp_path, 1.0, "", {})

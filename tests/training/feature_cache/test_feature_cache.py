@@ -1,5 +1,6 @@
 """Views are known by all that draws them, and completed as they are kept."""
 
+from itertools import islice
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +10,7 @@ from making import save
 
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import Masks
+from dinoseg.data.enough_workers import AUTO, FROM_NONE
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.transforms import Augment
@@ -85,6 +87,23 @@ def test_noise_is_a_share_of_how_far_numbers_lie_apart(given):
     torch.randn(2, 3, generator=drawn)
     assert torch.equal(same[0], view.features[0])
     torch.testing.assert_close(apart[0], view.features[1] + 0.5 * 2 * torch.randn(2, generator=drawn))
+
+
+def test_once_each_view_was_read_the_next_batch_comes_from_this_process(given, monkeypatch):
+    asked, kept = [], given[0]
+    kept.place = "disk"
+
+    def batches(*_, start, workers, **__):
+        asked.append((start, workers))
+        return iter([[]] * 9)
+
+    monkeypatch.setattr(cache, "drawn_batches", batches)
+    stream = kept.train_batches([0] * 3, None, seed=0, workers=AUTO, batch_size=2, start=1)
+    assert len(list(islice(stream, 5))) == 5
+    assert asked == [(1, AUTO), (1 + 2 * 2, FROM_NONE)]  # two views of three images, in batches of two
+    kept.place = "memory"  # another process would see nothing of it
+    assert next(kept.train_batches([0] * 3, None, seed=0, workers=3, batch_size=2, start=1)).views == []
+    assert asked[2:] == [(1, 0)]
 
 
 def test_what_another_process_has_read_whole_is_trusted(given):

@@ -74,6 +74,13 @@ def test_scales_of_quantised_weights_count(bits, tiny_backbone):
     assert hashed(1) == hashed(1) != hashed(2)
 
 
+def test_running_means_of_what_is_frozen_count_and_nothing_that_learns():
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2).requires_grad_(False), nn.BatchNorm1d(2))
+    model[0].requires_grad_(False)
+    means = {f"1.{name}" for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")}
+    assert {name for name, _ in frozen_tensors(model)} == {"0.weight", "0.bias", *means}
+
+
 def test_layout_in_memory_does_not_count():
     assert weights_hash([("a", torch.arange(6).view(2, 3).T)]) == weights_hash(
         [("a", torch.tensor([[0, 3], [1, 4], [2, 5]]))]
