@@ -16,7 +16,7 @@ from dinoseg.wording import count_of
 
 ON_ERROR = ("stop", "skip")
 _LISTED = 20  # problems in a message; the others are in the file
-_FRAMES_PER_PROCESS = 8  # fewer are measured sooner than a process starts
+_FRAMES_PER_PROCESS = 24  # fewer, of 10 ms each, are measured sooner than a process starts (0.25 s)
 
 
 @dataclass

@@ -163,7 +163,8 @@ def test_the_paired_difference_of_many_cases_takes_no_square_of_them():
 
 
 @pytest.mark.parametrize(
-    ("frames", "workers", "processes"), [(1, None, 1), (20, None, 8), (20, 3, 3), (1, 5, 5), (3, None, 2)]
+    ("frames", "workers", "processes"),
+    [(1, None, 1), (60, None, 8), (20, 3, 3), (1, 5, 5), (6, None, 1), (10, None, 2)],
 )
 def test_processes_follow_the_frames_or_what_is_asked_for(monkeypatch, frames, workers, processes):
     given = []
