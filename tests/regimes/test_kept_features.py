@@ -15,10 +15,10 @@ def plan(compose, monkeypatch):
         images, "feature_cache", lambda feed, model, loss, engine, plan: SimpleNamespace(plan=plan, place=None)
     )
 
-    def planned(*words):
+    def planned(*words, **options):
         cfg = compose("data.root=.", "data.classes=[a,b]", "backbone=tiny", "data.views=2", *words)
         regime = SimpleNamespace(cfg=cfg, feed=SimpleNamespace())
-        ImageRegime.keep_features(regime, None, None, None, 3.0)
+        ImageRegime.keep_features(regime, None, None, None, 3.0, **options)
         return regime.feed.cache.plan
 
     return planned
@@ -39,5 +39,5 @@ def test_settings_that_features_depend_on_are_told_apart(plan):
 
 
 def test_keys_of_features_reach_them(plan):
-    found = plan("features.dtype=int8", "features.gib=3", "data.feature_noise=0.2")
-    assert (found.dtype, found.gib, found.noise, found.epochs) == ("int8", 3, 0.2, 3.0)
+    found = plan("features.dtype=int8", "features.gib=3", "data.feature_noise=0.2", before="disk")
+    assert (found.dtype, found.gib, found.noise, found.epochs, found.before) == ("int8", 3, 0.2, 3.0, "disk")

@@ -103,3 +103,8 @@ def test_what_one_rank_decides_the_others_do_not_look_at():
     ranks = [SimpleNamespace(is_main=main, share=lambda found: found or "shared") for main in (True, False)]
     assert Engine.decided(ranks[0], lambda: "found") == "found"
     assert Engine.decided(ranks[1], lambda: pytest.fail("it is looked at twice")) == "shared"
+
+
+def test_too_many_loading_processes_are_told_where_an_engine_begins(caplog):
+    Engine("cpu", "fp32", workers=10_000)
+    assert [message[:40] for message in caplog.messages] == ["engine.workers=10000 starts 10000 loadin"]
