@@ -190,6 +190,13 @@ def test_what_other_runs_have_not_used_for_longest_makes_room_and_own_files_neve
     assert sum(path.stat().st_size for path in tmp_path.glob("*/*")) <= store.cap
 
 
+def test_a_file_server_s_clock_may_differ_by_some_seconds(tmp_path):
+    fill(DiskStore(tmp_path, "other", "float16"), range(2))
+    for seconds, room in ((5, SIZE), (15, 3 * SIZE)):
+        age(tmp_path / "other", seconds)
+        assert DiskStore(tmp_path, "a", "float16", cap=3 * SIZE).room() == room
+
+
 def test_memory_takes_no_more_than_its_cap_and_says_so_once(caplog):
     store = MemoryStore("float16", cap=2 * 2 * torch.zeros(SHAPE).numel() + 1)
     fill(store, range(5))
