@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dinoseg.geometry import cell_weights
+from dinoseg.losses.labelled import weights_of
 from dinoseg.transfer import sent
 
 ENLARGED = 16  # pixels that a cell of the grid has at least: gradients are kept by the four corners of each cell
@@ -89,9 +90,13 @@ class Fused:
         return sums, [gradient if self.form.weights is None else gradient * upstream[0]]
 
     def _of_classes(self, grid: Tensor, upstream: Tensor | None) -> Tensor:
-        """Return the two numbers of each class (2, K) that the kernel reads."""
+        """Return the two numbers of each class (2, K) that the kernel reads.
+
+        Raises:
+            RuntimeError: the weights are those of another number of classes, beyond which it would read.
+        """
         if self.form.weights is not None:
-            return self.form.weights.to(grid).expand(2, -1).contiguous()
+            return weights_of(self.form.weights, grid[0]).to(grid).expand(2, -1).contiguous()
         return grid.new_zeros(2, grid.shape[1]) if upstream is None else upstream.view(3, -1)[:2].contiguous()
 
 
@@ -124,7 +129,8 @@ def better(fused: Fused, tiled: Sums, grid: Tensor) -> Sums:
     """Return which of two ways to add up is taken for a grid (B, K, h, w).
 
     The first time on a device, for so many classes, both are tried on what is given: the kernel has to run, to agree,
-    and to be faster. What is found is told.
+    and to be faster. What is found is told. Each rank finds for itself: ways that agree differ by rounding alone, and
+    none waits for what another one takes.
     """
     key = (grid.device, grid.shape[1], fused.form.weights is None, fused.form.smoothing > 0)
     if key not in _chosen:

@@ -186,6 +186,13 @@ def test_the_kernel_is_for_cuda_and_grids_much_smaller_than_masks(monkeypatch):
     assert not way.takes(Pretended(torch.zeros(1, 1025, 8, 8)))
 
 
+def test_weights_of_another_number_of_classes_are_refused_before_the_kernel_reads_beyond_them():
+    pytest.importorskip("triton", reason="Triton has no wheels for this system")
+    way = Fused(torch.zeros(1, 32, 32, dtype=torch.uint8), (1.0, 1.0), 255, Form(WEIGHTS[:3]))
+    with pytest.raises(RuntimeError, match=r"weight tensor of 3 classes, and the head scores 5: set head\.num_classes"):
+        way.sums([torch.zeros(1, 5, 8, 8)], None)
+
+
 def test_losses_ask_for_the_kernel_with_what_they_add_up(monkeypatch):
     forms = []
     monkeypatch.setattr(Fused, "takes", lambda self, grid: True)
