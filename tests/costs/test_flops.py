@@ -6,9 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from command_line import SMALL
+from torch.utils.flop_counter import FlopCounterMode
 
+from dinoseg import build
 from dinoseg.costs import flops
 from dinoseg.costs.flops import matrix_peak, step_flops
+from dinoseg.costs.stand_in import drawn_batch, unweighted_loss
 
 BASE = [*SMALL, "engine.precision=fp32", "resolution.crop=[64,48]"]
 
@@ -27,6 +30,17 @@ def test_a_step_is_what_is_counted_by_hand(compose):
     assert whole == pytest.approx(3 * forward, rel=0.1)  # attention goes backward in five products for two
     assert step_flops(compose(*words, "backbone.checkpointing=true"), samples, bf16=False) == whole
     assert step_flops(compose(*words), 2 * samples, bf16=False) == 2 * whole
+
+
+def test_a_step_is_what_is_counted_over_a_real_one(compose):
+    cfg = compose(*BASE, "adapter=lora", "head=eomt", "head.blocks=1", "loss=mask_classification")
+    model, batch, loss = build.model(cfg, untrained=True).train(), drawn_batch(cfg, 2), unweighted_loss(cfg)
+    with FlopCounterMode(display=False) as forward:
+        prediction = model(batch.image)
+    value, _ = loss(prediction, batch)
+    with FlopCounterMode(display=False) as backward:
+        value.backward()
+    assert step_flops(cfg, 2, bf16=False) == forward.get_total_flops() + backward.get_total_flops() > 1_000_000
 
 
 def test_a_device_multiplies_at_some_rate(monkeypatch):
