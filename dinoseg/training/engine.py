@@ -65,8 +65,7 @@ class Engine:
         eval_batch_size: images of one size predicted at once when scoring, per rank; auto: see `images_at_once`.
         devices: the number of ranks that were to be started from here.
         sharding: none, each rank has all weights; or fsdp, each has a part of each (several ranks).
-        cache: whether a training keeps what the frozen part of its model gives: auto (where that pays), off, disk or
-            memory.
+        cache: whether what the frozen part of a model gives is kept: auto (where that pays), off, disk or memory.
         rendezvous_timeout: seconds that ranks wait for one another before they begin.
         rank_timeout: seconds that a rank waits for the others at work, before it takes them for stuck.
         compile: whether torch compiles the backbone's blocks, see `compile_blocks`.
