@@ -84,7 +84,7 @@ def test_a_killed_search_runs_again_what_was_running_and_comes_to_its_number(tmp
     none, more = Jobs(), Jobs()
     search(tmp_path / "cut", none, trials=6)
     search(tmp_path / "cut", more, trials=7)
-    assert not none.done and [*more.done] == [7]
+    assert not none.done and [*more.done] == [7] and more.done[7]["lr"] != begun.done[3]["lr"]
 
 
 def test_jobs_that_are_chosen_together_are_launched_together_and_no_more_than_asked(tmp_path):
@@ -95,12 +95,24 @@ def test_jobs_that_are_chosen_together_are_launched_together_and_no_more_than_as
     assert batches == [2, 2, 1] and len({job["lr"] for job in jobs.done.values()}) == 5
 
 
+@pytest.mark.parametrize(("at_once", "apart"), [(1, False), (2, True)])
+def test_jobs_that_are_chosen_together_lie_apart(tmp_path, monkeypatch, at_once, apart):
+    import optuna
+
+    given = {}
+    monkeypatch.setattr(optuna.samplers, "TPESampler", lambda **options: given.update(options))
+    Search("search.log", 4, at_once, "miou", "maximize", "tpe", 7)._sampler(3)
+    assert given == {"seed": 10, "constant_liar": apart}
+
+
 @pytest.mark.parametrize("fault", [{"error": "no"}, {"loss": 1.0}, {"miou": float("nan")}, {"miou": None}, None])
 def test_jobs_without_a_score_count_and_three_of_them_with_no_other_end_it(tmp_path, fault, capsys):
     hopeless, once = Jobs(lambda number, rate: fault), Jobs(lambda number, rate: {"miou": 0.5} if number else fault)
+    later = Jobs(lambda number, rate: fault if number else {"miou": 0.5})
     search(tmp_path / "a", hopeless, trials=9)
     search(tmp_path / "b", once, trials=5)
-    assert [*hopeless.done] == [0, 1, 2] and [*once.done] == [0, 1, 2, 3, 4]
+    search(tmp_path / "c", later, trials=5)
+    assert [*hopeless.done] == [0, 1, 2] and [*once.done] == [*later.done] == [0, 1, 2, 3, 4]
     assert "None of 3 jobs has a score" in capsys.readouterr().err
 
 
