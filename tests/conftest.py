@@ -43,7 +43,7 @@ def no_stray_log_handlers():
             handler.close()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def compose():
     """Compose the config as the command line does."""
     from hydra import compose as hydra_compose
@@ -55,9 +55,8 @@ def compose():
     from dinoseg.config.job import job_config
     from dinoseg.config.resolvers import register_resolvers
 
-    register_resolvers()
-
     def build(*overrides):
+        register_resolvers()
         with initialize_config_dir(CONFIGS, version_base="1.3"):
             cfg = hydra_compose("main", with_recipe_files(overrides, [Path(CONFIGS)]), return_hydra_config=True)
         HydraConfig.instance().set_config(cfg)

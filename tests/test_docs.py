@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import call
+from command_line import call, in_this_process
 from docs_pages import OURS, PAGES, ROOT, blocks, commands, kind_of
 from docs_stand_ins import CPU, SHORT, SMALL, StandIns
 from meta_files import RELEASED
 
 from dinoseg.command.own_keys import with_own_keys
 from dinoseg.config.nodes import instantiate
+from dinoseg.modes import bench as benching
 
 SMALLER = {  # what a mode is given beside the words of its command
     "train": (*SHORT, *CPU),
@@ -134,7 +135,8 @@ LONG = {one: pytest.param(one, marks=pytest.mark.heavy) for one in ALONE if "exp
 
 
 @pytest.mark.parametrize("command", [LONG.get(one, one) for one in ALONE])
-def test_command(command, stand_ins, tmp_path):
+def test_command(command, stand_ins, tmp_path, monkeypatch):
+    monkeypatch.setattr(benching, "in_own_process", in_this_process)
     done = call(tmp_path, *as_run(command, stand_ins))
     # the stand-ins are as alike and as few as no data set is: whether the doctor finds that is not at issue
     assert done.status == 0 or mode_of(command) == "doctor", done.err

@@ -4,10 +4,12 @@ import dataclasses
 import functools
 import gc
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -141,10 +143,16 @@ def walking(count: PeakBytes | None = None) -> Iterator[PeakBytes]:
         with FakeTensorMode(allow_non_fake_inputs=True), count or PeakBytes() as peak:
             yield peak
     finally:  # of functions that keep what they return (transformers': positions), as if these were numbers
-        for kept in gc.get_objects():
-            # by type: some objects warn where they are asked for their class
-            if type(kept) is functools._lru_cache_wrapper and not kept.__module__.startswith("torch."):
-                kept.cache_clear()
+        for function in _keepers(len(sys.modules)):
+            function.cache_clear()
+
+
+@functools.lru_cache(maxsize=1)
+def _keepers(modules: int) -> WeakSet[Any]:
+    """Return the functions that keep what they return, of so many imported modules: to look for them takes long."""
+    # by type: some objects warn where they are asked for their class
+    found = (each for each in gc.get_objects() if type(each) is functools._lru_cache_wrapper)
+    return WeakSet(each for each in found if each is not _keepers and not each.__module__.startswith("torch."))
 
 
 def outline(cfg: DictConfig) -> tuple[Segmenter, int]:

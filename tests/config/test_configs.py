@@ -1,8 +1,10 @@
 """Every config composes, and names only what exists, with the keys that it takes."""
 
 import inspect
+import json
 import re
 import shutil
+from itertools import zip_longest
 
 import pytest
 from config_files import FOLDER, GROUPS, main_choices, needed, nodes, options, read, written_choices, written_targets
@@ -13,9 +15,11 @@ from omegaconf import OmegaConf
 from transformers import AutoConfig
 
 from dinoseg.config import checks
+from dinoseg.config.guard import guard
 from dinoseg.config.resolvers import register_resolvers
 from dinoseg.errors import UserError
 from dinoseg.ranks import LAUNCH_KEYS
+from dinoseg.runs.recipe import SAVED, config_description
 
 # What build, launch and fit hand over; every other argument stands in a config or has a default
 AT_RUN_TIME = {
@@ -76,13 +80,18 @@ def check(node, path=""):
     return len(found)
 
 
-def test_every_recipe_with_every_mode(compose):
+@pytest.fixture(scope="module")
+def recipes(compose):
+    """Return the options that each recipe chooses, and its config."""
+    chosen = {hparam: main_choices() | written_choices(hparam) for hparam in options("hparam")}
+    return {hparam: (choice, compose(f"hparam={hparam}", *needed(choice))) for hparam, choice in chosen.items()}
+
+
+def test_every_recipe_with_every_mode(compose, recipes):
     """A recipe writes no key of a mode, so each is composed once, and each mode's node put into it."""
     composed = {mode: compose(f"mode={mode}", *needed(main_choices())).mode for mode in options("mode")}
     combos, checked, expected = 0, 0, 0
-    for hparam in options("hparam"):
-        choice = main_choices() | written_choices(hparam)
-        cfg = compose(f"hparam={hparam}", *needed(choice))
+    for hparam, (choice, cfg) in recipes.items():
         assert "mode" not in read("hparam", hparam), f"hparam={hparam} writes keys of a mode: compose it with each"
         check_written(cfg, read("hparam", hparam), f"hparam={hparam}")
         checked += check(cfg) - check(cfg.mode, "mode")
@@ -95,6 +104,17 @@ def test_every_recipe_with_every_mode(compose):
     files = [len(list((FOLDER / name).rglob("[!_]*.yaml"))) for name in ("hparam", "mode")]
     assert combos == files[0] * files[1] >= 60
     assert checked == expected >= 14 * files[0] + combos
+
+
+def test_every_recipe_is_accepted_from_a_checkpoint(recipes):
+    accepted, expected = 0, 0
+    for choice, cfg in recipes.values():
+        kept = json.loads(json.dumps(config_description(cfg)["config"]))  # as a file gives it back
+        guard(kept, "resume=file", typed=["backbone.weights"] if choice["backbone"] == "timm" else [])
+        unkept = (choice["data"] in ("sarrarp", "idd")) + (choice["data"] in ("sarrarp", "movi"))  # prepare, render
+        accepted += len(list(nodes(kept))) + unkept
+        expected += sum(written_targets(group, option) for group, option in choice.items() if group in SAVED)
+    assert accepted == expected >= 10 * len(recipes)
 
 
 def test_a_mode_put_into_a_recipe_is_what_hydra_composes(compose):
@@ -145,19 +165,28 @@ def check_written(cfg, own, option):
     return len(written)
 
 
-def test_every_option_of_every_other_group(compose):
+@pytest.fixture(scope="module")
+def rows(compose):
+    """Return configs, each with an option of every group, and these: as many as the largest group has options."""
+    groups = {group: options(group) for group in GROUPS if group != "hparam"}
+    found = []
+    for row in zip_longest(*groups.values()):
+        chosen = {group: option for group, option in zip(groups, row, strict=True) if option is not None}
+        words = (f"{group}={option}" for group, option in chosen.items())
+        found.append((chosen, compose(*words, *needed(main_choices() | chosen))))
+    return found
+
+
+def test_every_option_of_every_other_group(rows):
     tried, checked, expected, values = 0, 0, 0, 0
-    for group in GROUPS:
-        for option in options(group) if group != "hparam" else ():
-            choice = main_choices() | {group: option}
-            cfg = compose(f"{group}={option}", *needed(choice))
-            checked += check(cfg)
-            expected += sum(written_targets(*pair) for pair in choice.items())
-            values += check_written(cfg, {group: read(group, option)}, f"{group}={option}")
-            tried += 1
+    for chosen, cfg in rows:
+        checked += check(cfg)
+        expected += sum(written_targets(*pair) for pair in (main_choices() | chosen).items())
+        values += sum(check_written(cfg, {pair[0]: read(*pair)}, "=".join(pair)) for pair in chosen.items())
+        tried += len(chosen)
     files = [path for path in FOLDER.glob("*/*.yaml") if path.parent.name not in ("hydra", "local", "hparam")]
     assert tried == len([path for path in files if path.stem[0] != "_"]) >= 40
-    assert checked == expected >= 14 * tried and values > 4 * tried
+    assert checked == expected >= 14 * len(rows) and values > 4 * tried
 
 
 def test_a_wrong_key_or_a_missing_one_is_found():
@@ -198,18 +227,17 @@ def test_hidden_options_are_bases_and_bases_hold_the_gaps():
         assert users, f"nothing starts from {path}"
 
 
-def test_every_backbone_sets_only_what_its_family_knows(compose):
-    seen = 0
-    for option in options("backbone"):
-        seen += 1
-        backbone = OmegaConf.to_container(compose(f"backbone={option}", *needed({"backbone": option})).backbone)
+def test_every_backbone_sets_only_what_its_family_knows(rows):
+    found = {chosen["backbone"]: cfg.backbone for chosen, cfg in rows if "backbone" in chosen}
+    for option, node in found.items():
+        backbone = OmegaConf.to_container(node)
         if "arch" not in backbone:  # timm knows its own models
             continue
         known = AutoConfig.for_model(backbone.get("family", "dinov3_convnext")).to_dict()
         assert not set(backbone["arch"]) - set(known), option
         heads = backbone["arch"].get("num_attention_heads", 1)
         assert backbone["weights"] and backbone["arch"].get("hidden_size", 1) % heads == 0
-    assert seen == len(list((FOLDER / "backbone").glob("[!_]*.yaml")))
+    assert len(found) == len(list((FOLDER / "backbone").glob("[!_]*.yaml")))
 
 
 def leaves(node, path=""):

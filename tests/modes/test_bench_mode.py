@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from command_line import SLOTS, SMALL, call, write_data
+from command_line import SLOTS, SMALL, call, in_this_process, write_data
 
 from dinoseg.costs.speed import Timed
 from dinoseg.errors import UserError
@@ -16,7 +16,7 @@ QUICK = ("mode.steps=3", "mode.images=4", "mode.warmup=1")
 @pytest.fixture
 def here(monkeypatch):
     """Time in this process: what a process of its own does is tested beside it."""
-    monkeypatch.setattr(benching, "in_own_process", lambda work, item: work(item))
+    monkeypatch.setattr(benching, "in_own_process", in_this_process)
 
 
 def told(where, *words):

@@ -131,6 +131,7 @@ def test_evaluation_after_training_is_mode_eval_on_its_checkpoint(trained, tmp_p
     assert pictures == sorted(f"{n}_{kind}.png" for n in range(3) for kind in ("pred", "vis"))
 
 
+@pytest.mark.heavy
 def test_ranks_of_torchrun_are_joined(trained, tmp_path):
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     command = [*launcher, "-m", "dinoseg", *evaluate(trained), "mode.metrics_only=true"]
