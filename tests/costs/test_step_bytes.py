@@ -1,6 +1,7 @@
 """A step's bytes are those that a real training makes, and sums that can be done by hand."""
 
 from functools import partial
+from importlib import import_module
 from itertools import repeat
 
 import pytest
@@ -11,7 +12,7 @@ from dinoseg import build
 from dinoseg.config.nodes import instantiate
 from dinoseg.costs.heap import HeapBytes
 from dinoseg.costs.stand_in import drawn_batch, image_shape
-from dinoseg.costs.step_bytes import LossBytes, outline, step_bytes
+from dinoseg.costs.step_bytes import LossBytes, outline, step_bytes, walking
 from dinoseg.costs.trial import try_steps
 from dinoseg.errors import UserError
 from dinoseg.inference.memory import PeakBytes
@@ -115,6 +116,17 @@ def test_nothing_that_was_walked_is_left_behind(compose):
     foretold(cfg)
     model = build.model(cfg, untrained=True)
     assert torch.isfinite(model(drawn_batch(cfg, 1).image).scores()).all()
+
+
+def test_what_a_module_keeps_that_a_walk_has_imported_is_forgotten(tmp_path, monkeypatch):
+    (tmp_path / "keeping.py").write_text("import functools\n\n\n@functools.cache\ndef kept():\n    return 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with walking():
+        pass
+    with walking():
+        keeping = import_module("keeping")
+        keeping.kept()
+    assert keeping.kept.cache_info().currsize == 0
 
 
 def test_drawn_batches_have_the_recipe_s_sizes_and_classes(compose):
