@@ -48,6 +48,15 @@ def test_the_same_images_are_looked_at_once_within_the_block(made):
     assert len(passes) == 10
 
 
+def test_nothing_is_kept_after_the_block_nor_for_images_that_may_not_be_reduced(made):
+    shared, _, passes = made
+    for _ in range(2):
+        with shared.held(IMAGES):
+            for reduce in (True, False, True):
+                shared.of(IMAGES, reduce=reduce)
+    assert len(passes) == 2 * 2 * 2, "a norm for each of two blocks"
+
+
 def test_of_windows_that_each_cuts_for_itself_nothing_is_kept(made):
     shared, model, passes = made
     one = model((1,), LinearHead(24, 1, 3))
