@@ -67,7 +67,7 @@ def given():
     model = SimpleNamespace(frozen=frozen, seen_size=lambda size: tuple(2 * side for side in size))
     kept = FeatureCache(model, lambda: torch.autocast("cpu", torch.bfloat16), opened, "drawing", 2)
     image, mask = torch.zeros(3, 4, 4, dtype=torch.uint8), torch.zeros(4, 4, dtype=torch.uint8)
-    return kept, View("0" * 32, mask, "a", None, image), passed
+    return kept, View("0" * 32, mask, "a", None, image, (0,)), passed
 
 
 def test_features_are_the_same_when_they_are_computed_and_when_they_are_kept(given):
@@ -111,5 +111,5 @@ def test_what_another_process_has_read_whole_is_trusted(given):
     trusted = []
     kept._store = SimpleNamespace(trust=trusted.append)
     view.features = [torch.ones(2, 3)]
-    kept._arrived([view])
+    kept._arrived(lambda *_: view, [view])
     assert trusted == [view.key]
