@@ -4,6 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := outputs/demo
 export OMP_NUM_THREADS ?= 2
+export PYTHONDONTWRITEBYTECODE =  # tests start many processes, each of which would compile the package anew
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info[:2] < (3, 15), "dinoseg needs Python 3.11 to 3.14: make PYTHON=python3.12"'
