@@ -70,8 +70,9 @@ class Backbone(nn.Module):
 
         The tokens of few stay in the processor's caches.
         """
-        whole = images.device.type != "cpu" or torch.compiler.is_compiling() or self.first_trained is not None
-        few = len(images) if whole else next(few for few in _FEW if len(images) % few == 0)
+        if images.device.type != "cpu" or torch.compiler.is_compiling() or self.first_trained is not None:
+            return self(images)
+        few = next(few for few in _FEW if len(images) % few == 0)
         if few == len(images):
             return self(images)
         return [torch.cat(parts) for parts in zip(*map(self, images.split(few)), strict=True)]

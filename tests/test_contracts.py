@@ -87,6 +87,20 @@ def test_what_does_not_learn_sees_a_few_images_at_a_time(adapt, calls):
     assert model(images[:0]).outputs.shape == (0, 3, 2, 3) and seen == [0]
 
 
+def test_an_exported_graph_takes_any_number_of_images():
+    class Maps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone = Frozen()(Least())
+
+        def forward(self, images):
+            return self.backbone.maps(images)
+
+    maps, images = Maps(), torch.rand(12, 3, 8, 8)
+    graph = torch.export.export(maps, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},))
+    torch.testing.assert_close(graph.module()(images[:7]), maps(images[:7]))
+
+
 def test_blocks_are_those_that_a_backbone_keeps():
     assert list(Backbone().blocks) == [] and Backbone().norm is None
     model = Backbone()
