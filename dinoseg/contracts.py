@@ -37,7 +37,8 @@ class Backbone(nn.Module):
     unused: Sequence[str] = ()  # parameters that no map depends on
     uncalled_linears: frozenset[str] = frozenset()  # linear layers whose weight is read past their `forward`
     has_class_attention: bool = False  # whether there is `with_class_attention`
-    takes_queries: bool = False  # whether there is `embed`, and blocks take more tokens than it gives
+    takes_tokens: bool = False  # whether there is `embed`: its tokens go through one block after another
+    takes_queries: bool = False  # whether blocks then take more tokens than it gives
 
     if TYPE_CHECKING:  # nn.Module's own, of which its types say nothing
 
@@ -125,6 +126,10 @@ class Backbone(nn.Module):
         """Return the tokens (B, N, C) that enter the first block, and what each block takes beside."""
         raise NotImplementedError
 
+    def beside(self, size: tuple[int, int]) -> BesideTokens:
+        """Return what each block takes beside the tokens of padded pixels of `size` (H, W)."""
+        return {}
+
     def export_state(self) -> dict[str, Tensor]:
         """Return the weights under the names in which `weights` reads them from a file.
 
@@ -183,11 +188,23 @@ class Head(nn.Module, Generic[Outputs]):
         """The head as one of slots, which follows clips without labels; None: it scores classes."""
         return None
 
+    @property
+    def own_blocks(self) -> Sequence[nn.Module]:
+        """Copies of a backbone's last blocks, in order, which it trains: all that is said of blocks holds for them."""
+        return ()
+
     def fits(self, backbone: Backbone) -> None:
         """Refuse a backbone that cannot serve it.
 
         Raises:
             UserError: naming what fits.
+        """
+
+    def copy_from(self, backbone: Backbone) -> None:
+        """Take copies of what it begins with of a backbone that fits, when a model is put together of both.
+
+        Raises:
+            UserError: no copy can be made of it.
         """
 
     def start(self, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor) -> None:

@@ -35,6 +35,7 @@ class Segmenter(nn.Module):
         if longest is not None and longest < 1:
             raise UserError(f"resolution.longest={longest}: give a number of pixels, or null for no limit.")
         head.fits(backbone)
+        head.copy_from(backbone)
         self.backbone = backbone
         self.head = head
         self.patch_size = backbone.patch_size

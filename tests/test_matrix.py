@@ -33,6 +33,7 @@ SMALL_HEADS = {
     "upernet": {"channels": 16},
     "mask2former": {"num_queries": 6, "hidden_dim": 64, "feedforward_dim": 32, "drop_path": 0.0},
     "eomt": {"num_queries": 6, "blocks": 2},
+    "split": {"blocks": 2},
 }
 FILES = {group: {option: read_whole(group, option) for option in options(group)} for group in ("adapter", "head")}
 # every head in cfg/head that scores classes and needs no file: slots are tried in tests/training/test_slot_training.py
@@ -51,6 +52,10 @@ def refusal(backbone, adapter, head):
         return "adapter.bits=8.*the layers of a pyramid take maps"
     if head == "eomt" and (backbone in PYRAMIDS or backbone == "timm_vit"):
         return "head=eomt needs a backbone whose blocks take queries"
+    if head == "split" and backbone in PYRAMIDS:
+        return "head=split needs a backbone whose blocks take tokens"
+    if head == "split" and adapter != "frozen":
+        return "head=split trains copies of the last blocks and leaves the backbone as it is.*Choose adapter=frozen"
     if head == "mask2former" and backbone in PYRAMIDS:
         return "this Mask2Former head makes its own pyramid.*Choose a vision transformer"
     return None

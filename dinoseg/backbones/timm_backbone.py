@@ -17,7 +17,7 @@ from dinoseg.backbones.layers import resolve_layers
 from dinoseg.backbones.normalisation import register_colours
 from dinoseg.backbones.timm_stages import stages
 from dinoseg.backbones.timm_weights import exported_state, load_exactly, read_state
-from dinoseg.contracts import Backbone
+from dinoseg.contracts import Backbone, BesideTokens
 from dinoseg.errors import UserError
 from dinoseg.ranges import Count
 
@@ -85,6 +85,7 @@ class TimmBackbone(Backbone):
             self.dim = maps[0].shape[1]
         self.unused = _unreached(self, maps)
         self.has_class_attention = plain_attention(self.model) is not None
+        self.takes_tokens = not self.is_pyramid and _is_plain(self.model)
         if checkpointing:
             _enable_checkpointing(self.model, name)
         known = self.model.pretrained_cfg
@@ -107,10 +108,10 @@ class TimmBackbone(Backbone):
     def until(self, images: Tensor) -> list[Tensor]:
         """Return the maps if nothing is trained; else what `cut.until` gives, of a plain vision transformer."""
         first, model = self.first_trained, self.model
-        if first is None or not self._is_plain:
+        if first is None or not self.takes_tokens:
             return super().until(images)
-        tokens = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(self.pixels(images)))))
-        return until(self.blocks, first, self.layers, tokens, model.num_prefix_tokens, {})
+        tokens, beside = self.embed(self.pixels(images))
+        return until(self.blocks, first, self.layers, tokens, model.num_prefix_tokens, beside)
 
     def onwards(self, frozen: list[Tensor], size: tuple[int, int]) -> list[Tensor]:
         """Return the L maps for what `until` gave of images of `size` (H, W)."""
@@ -124,13 +125,10 @@ class TimmBackbone(Backbone):
         normed = {number: model.norm(part) for number, part in patches.items()}
         return [normed[layer].transpose(1, 2).unflatten(2, grid).contiguous() for layer in self.layers]
 
-    @property
-    def _is_plain(self) -> bool:
-        """Whether blocks follow one another and take tokens alone."""
-        from timm.models.vision_transformer import VisionTransformer
-
-        own = getattr(type(self.model), "forward_intermediates", None)
-        return not self.is_pyramid and own is VisionTransformer.forward_intermediates
+    def embed(self, pixels: Tensor) -> tuple[Tensor, BesideTokens]:
+        """Return the tokens (B, N, dim) that enter the first block of a plain vision transformer, and nothing beside."""
+        model = self.model
+        return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(pixels)))), {}
 
     def with_class_attention(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         """Return the maps, and what the class token attends to in the last block that is read, from one pass.
@@ -245,6 +243,14 @@ def _check_patch_size(name: str, patch_size: int, stride: int, is_pyramid: bool)
         raise UserError(
             f"backbone.patch_size={patch_size}: {name} has {kind.format(stride)}: set backbone.patch_size={stride}."
         )
+
+
+def _is_plain(model: Any) -> bool:
+    """Return whether blocks follow one another and take tokens alone."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    own = getattr(type(model), "forward_intermediates", None)
+    return own is VisionTransformer.forward_intermediates
 
 
 def _classifier(model: Any) -> list[str]:

@@ -53,6 +53,7 @@ class TransformersVit(Backbone):
     """
 
     has_class_attention = True
+    takes_tokens = True
     takes_queries = True
 
     def __init__(
@@ -107,15 +108,15 @@ class TransformersVit(Backbone):
         Blocks are called as `block(tokens, **beside)`. More tokens may be put in front, and the first Q rows of the
         attention masked with `attention_mask` (B, 1, Q, N), bool, True = attend.
         """
-        return self._tokens(pixels), self._beside((pixels.shape[-2], pixels.shape[-1]))
+        return self._tokens(pixels), self.beside((pixels.shape[-2], pixels.shape[-1]))
 
     def _tokens(self, pixels: Tensor) -> Tensor:
         parts: Any = self.model.embeddings
         pixels = pixels.to(parts.cls_token.dtype)
         return parts(pixels) if self._turns_positions else self._embed_with_learned_positions(pixels)
 
-    def _beside(self, size: tuple[int, int]) -> BesideTokens:
-        """Return what each block takes beside the tokens of padded pixels of `size` (H, W)."""
+    def beside(self, size: tuple[int, int]) -> BesideTokens:
+        """Return the rotary positions for padded pixels of `size` (H, W), where the model has such."""
         model: Any = self.model
         if not self._turns_positions:
             return {}
@@ -159,7 +160,7 @@ class TransformersVit(Backbone):
         pixels = self.pixels(images)
         first, tokens = self.first_trained, self._tokens(pixels)
         cut = len(self.blocks) if first is None else first
-        beside = self._beside((pixels.shape[-2], pixels.shape[-1])) if cut else {}
+        beside = self.beside((pixels.shape[-2], pixels.shape[-1])) if cut else {}
         given = until(list(self.blocks), cut, self.layers, tokens, self.num_prefix, beside)
         return [self.norm(patches) for patches in given] if first is None else given
 
@@ -168,7 +169,7 @@ class TransformersVit(Backbone):
         rows, columns = (-(-side // self.patch_size) for side in size)
         first, tapped = self.first_trained, set(self.layers)
         cut = len(self.blocks) if first is None else first
-        beside = partial(self._beside, (rows * self.patch_size, columns * self.patch_size))
+        beside = partial(self.beside, (rows * self.patch_size, columns * self.patch_size))
         frozen = [part.to(next(self.norm.parameters()).dtype) for part in frozen]  # kept ones are float32
         patches = onwards(list(self.blocks), cut, tapped, frozen, self.num_prefix, beside)
         if first is not None:

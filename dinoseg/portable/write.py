@@ -64,11 +64,12 @@ def export_model(
         checkpoint.check_finite(tensors, f"resume={cfg.resume}")
     if whole:
         print(f"adapter.bits={cfg.adapter.bits}: the file holds whole weights, so masks may differ at single pixels")
-    base = any(name.startswith("model/backbone.") and ".lora_" not in name for name in tensors)
+    copies = bool(trained.model.head.own_blocks)
+    base = copies or any(name.startswith("model/backbone.") and ".lora_" not in name for name in tensors)
     facts = replace(facts, backbone={**facts.backbone, "in_file": base})
     if not gated:
         weights = [name for name in tensors if name.startswith("model/") and ".lora_" not in name]
-        _check_licence(cfg, facts.backbone, weights)
+        _check_licence(cfg, facts.backbone, weights, copies=copies)
     description = {**config_description(held), "folder": "."}
     info = {**trained.info, **description, **facts.description(), "frozen": frozen, "versions": dict(facts.versions)}
     path = out_dir / FILES["torch"]
@@ -150,16 +151,21 @@ def _tensors(held: DictConfig, model: Segmenter, delta: bool) -> tuple[dict[str,
     return tensors | {f"model/{name}": state[name] for name in trained_names(empty)}, frozen_fingerprint(empty)
 
 
-def _check_licence(cfg: DictConfig, source: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Refuse to write weights of others that are not to be passed on freely; a segmentor's file is Meta's too."""
+def _check_licence(cfg: DictConfig, source: Mapping[str, Any], names: Sequence[str], *, copies: bool = False) -> None:
+    """Refuse to write weights of others that are not to be passed on freely; a segmentor's file is Meta's too.
+
+    `copies`: the head has some of the backbone's blocks.
+    """
     foreign = {"backbone": source["gated"], "head": plain(cfg.head).get("weights") is not None}
-    part = next((part for part in foreign if foreign[part] and any(f"/{part}." in name for name in names)), None)
+    held = {part: any(f"/{part}." in name for name in names) for part in foreign}
+    held["backbone"] |= copies
+    part = next((part for part in foreign if foreign[part] and held[part]), None)
     if part is not None:
         what = f"{source['weights']} ({source['licence']})" if part == "backbone" else cfg.head.weights
         raise UserError(
             f"The file would hold weights of the {part} {what}, whose licence says on which terms they may be passed "
-            "on. Write what was trained alone, which LoRA and frozen backbones allow: export.delta=true. Or, if the "
-            "file stays with you or you keep to those terms: export.gated=true."
+            "on. Write what was trained alone, which LoRA and frozen backbones allow, but for head=split: export.delta="
+            "true. Or, if the file stays with you or you keep to those terms: export.gated=true."
         )
 
 

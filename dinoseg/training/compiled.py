@@ -1,12 +1,12 @@
-"""A backbone's blocks, compiled for the first size that comes twice running."""
+"""A backbone's blocks, and a head's copies of them, compiled for the first size that comes twice running."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dinoseg.contracts import Backbone
 from dinoseg.errors import UserError
@@ -15,8 +15,10 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def compile_blocks(backbone: Backbone) -> None:
+def compile_blocks(backbone: Backbone, copies: Sequence[nn.Module] = ()) -> None:
     """Let torch compile each block for the first shape of tokens that comes twice running; others run as ever.
+
+    So it does with `copies` of blocks that a head has.
 
     Nothing is compiled twice: other sizes, of a validation or of a last batch, are not worth the wait. Where torch
     cannot compile here, blocks run as ever, which is said once. So does the last one where its attention is asked for,
@@ -28,7 +30,7 @@ def compile_blocks(backbone: Backbone) -> None:
     if backbone.is_pyramid:
         raise UserError("engine.compile=true: blocks of a vision transformer are compiled. Leave it out for a pyramid.")
     state, once = _State(), None
-    for block in backbone.blocks:
+    for block in (*copies, *backbone.blocks):
         vars(block)["forward"] = once = _Once(block.forward, state)
     if once is not None:
         vars(backbone)["with_class_attention"] = partial(once.resting, backbone.with_class_attention)

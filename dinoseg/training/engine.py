@@ -68,7 +68,7 @@ class Engine:
         cache: whether what the frozen part of a model gives is kept: auto (where that pays), off, disk or memory.
         rendezvous_timeout: seconds that ranks wait for one another before they begin.
         rank_timeout: seconds that a rank waits for the others at work, before it takes them for stuck.
-        compile: whether torch compiles the backbone's blocks, see `compile_blocks`.
+        compile: whether torch compiles the backbone's blocks and copies of them, see `compile_blocks`.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class Engine:
         if not self.sharded:
             model = model.to(self.device)
             if self.compile:
-                compile_blocks(model.backbone)
+                compile_blocks(model.backbone, model.head.own_blocks)
             return model
         model = shard(self._synchronised(model), self.device, self.world)
         self._lockstep = Lockstep(model, self.device)

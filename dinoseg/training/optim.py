@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dinoseg.contracts import Backbone
 from dinoseg.errors import UserError
 from dinoseg.model import Segmenter
 from dinoseg.ranges import HighShare, LowShare, NotNegative, OpenShare, Positive, Share
@@ -34,9 +33,10 @@ def parameter_groups(
     """Put every trainable parameter into exactly one group.
 
     Biases, norms and other vectors are not decayed, nor are tokens, positions, queries and other embeddings. Backbone
-    parameters learn at `backbone_lr` (`lr` where it is None) times `backbone_lr_scale`, all others at `lr`; with
-    `layer_decay` d, block i of the n that are read (of a pyramid: stage i) at a further d^(n - i), what comes before
-    the blocks at d^(n + 1) (BEiT, arXiv 2106.08254).
+    parameters, and a head's copies of its blocks, learn at `backbone_lr` (`lr` where it is None) times
+    `backbone_lr_scale`, all others at `lr`; with `layer_decay` d, block i of the n that are read (of a pyramid: stage
+    i; of copies: the n of them) at a further d^(n - i), what comes before the blocks at d^(n + 1) (BEiT, arXiv
+    2106.08254).
 
     Returns:
         Groups with `params`, `names`, `lr`, `base_lr` and `weight_decay`, in the model's order.
@@ -45,14 +45,14 @@ def parameter_groups(
         UserError: nothing is trainable.
     """
     backbone_lr = lr if backbone_lr is None else backbone_lr
-    above = _layers_above(model.backbone)
+    above = _layers_above(model)
     embeddings = {id(part.weight) for part in model.modules() if isinstance(part, nn.Embedding)}
     groups: dict[tuple[float, float], dict] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         rate = lr
-        if name.startswith("backbone."):
+        if id(parameter) in above:
             rate = backbone_lr * backbone_lr_scale * (layer_decay or 1.0) ** above[id(parameter)]
         exempt = parameter.ndim < 2 or id(parameter) in embeddings or _EMBEDDING.search(name)
         decay = 0.0 if exempt else weight_decay
@@ -196,11 +196,15 @@ def tensors_of(model: nn.Module, names: set[str]) -> Iterator[tuple[str, Tensor]
     yield from ((name, value) for name, value in model.state_dict(keep_vars=True).items() if name in names)
 
 
-def _layers_above(backbone: Backbone) -> dict[int, int]:
-    """Return, by a backbone parameter's id, how many layers lie between it and the head: 0 after the last block."""
-    blocks = list(backbone.blocks)
-    above = {id(parameter): len(blocks) + 1 for parameter in backbone.parameters()}
-    for number, block in enumerate(blocks):
-        above |= {id(parameter): len(blocks) - number for parameter in block.parameters()}
+def _layers_above(model: Segmenter) -> dict[int, int]:
+    """Return how many layers lie between parameters of a backbone, by their ids, and the head: 0 after the last block.
+
+    A head's copies of blocks count as the blocks of which they are.
+    """
+    backbone = model.backbone
+    above = {id(parameter): len(backbone.blocks) + 1 for parameter in backbone.parameters()}
+    for blocks in (backbone.blocks, model.head.own_blocks):
+        for number, block in enumerate(blocks):
+            above |= {id(parameter): len(blocks) - number for parameter in block.parameters()}
     last = [] if backbone.norm is None else backbone.norm.parameters()
     return above | {id(parameter): 0 for parameter in last}

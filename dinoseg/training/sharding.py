@@ -29,7 +29,8 @@ def shard(model: Segmenter, device: torch.device, world: int) -> Segmenter:
             "backbone.dtype=bfloat16, or leave engine.sharding out."
         )
     options: dict[str, Any] = {"mesh": init_device_mesh(device.type, (world,)), "reshard_after_forward": True}
-    for block in model.backbone.blocks if not model.backbone.is_pyramid else ():  # stages that nothing calls as such
+    blocks = model.backbone.blocks if not model.backbone.is_pyramid else ()  # stages that nothing calls as such
+    for block in (*blocks, *model.head.own_blocks):
         fully_shard(block, **options)
     # one of all else, the head too, parts of which run past its `forward`; lent for one pass as the others are, or what
     # is written to the parts (a moving average) would not be seen

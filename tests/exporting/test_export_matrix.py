@@ -35,6 +35,7 @@ CELLS = [  # every family with a linear head, every other head on a transformer 
     ("dinov3", "eomt", GraphOptions()),
     ("dinov2_registers", "eomt", GraphOptions(pixels=True)),
     ("dinov3", "mask2former", GraphOptions()),
+    *((backbone, "split", GraphOptions()) for backbone in ("dino", "dinov2_registers", "dinov3", "timm_vit")),
 ]
 ONE_SIZE = ("upernet", "mask2former")
 SIZES = ((37, 50), (64, 33), (20, 90), (90, 9))  # the last one patch wide

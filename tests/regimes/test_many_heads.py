@@ -232,7 +232,7 @@ def test_what_cannot_be_is_refused_and_leaves_nothing(folder, words, message):
 
 def test_the_backbone_that_is_shared_is_compiled_where_that_is_asked_for(folder, monkeypatch):
     compiled = []
-    monkeypatch.setattr("dinoseg.training.engine.compile_blocks", compiled.append)
+    monkeypatch.setattr("dinoseg.training.engine.compile_blocks", lambda each, copies: compiled.append(each))
     words = (
         "trainer=many_heads",
         "heads=[linear]",

@@ -14,6 +14,7 @@ from dinoseg.adapters import Frozen, Full, Lora
 from dinoseg.data.transforms import Augment
 from dinoseg.heads.linear import LinearHead
 from dinoseg.heads.mlp import MlpHead
+from dinoseg.heads.split import SplitHead
 from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.model import Segmenter
 from dinoseg.training.checkpoint import Checkpoints, read
@@ -37,6 +38,13 @@ CASES = {
         "sharding": "fsdp",
         "adapter": lambda: Lora(rank=2, alpha=2, targets="attention"),
         "dtype": "bfloat16",
+    },
+    "copies": {"head": lambda: SplitHead(24, 1, 3, blocks=1), "adapter": Frozen, "ema": 0.5},
+    "shared_copies": {
+        "head": lambda: SplitHead(24, 1, 3, blocks=1),
+        "adapter": Frozen,
+        "ema": 0.5,
+        "sharding": "fsdp",
     },
     "kept": {"head": lambda: MlpHead(24, 1, 3, 8), "adapter": Frozen, "cache": "disk"},
     # one image to validate: the second rank has none
@@ -109,6 +117,18 @@ def test_losses_gradients_and_weights_are_those_of_one_process(pair, tmp_path, c
         for one, two in zip(alone["rows"], both["rows"], strict=True):
             assert two == pytest.approx(one, rel=1e-5)
         torch.testing.assert_close(both["state"], alone["state"], atol=1e-6, rtol=1e-4)
+
+
+def test_copies_of_blocks_learn_shared_out_what_they_learn_whole(pair):
+    start = untrained(CASES["copies"]["head"], Frozen).state_dict()
+    for rank in pair[1]:
+        ours, theirs = rank["shared_copies"], rank["copies"]
+        for one, two in zip(ours["rows"], theirs["rows"], strict=True):
+            assert one == pytest.approx(two, rel=1e-5)
+        torch.testing.assert_close(ours["state"], theirs["state"], atol=1e-6, rtol=1e-4)
+        moved = {name for name, value in start.items() if not torch.equal(value, ours["state"][name])}
+        assert any(name.startswith("head.copies.0.") for name in moved)
+        assert all(name.startswith("head.") for name in moved)
 
 
 def test_ranks_keep_features_in_one_place(pair):
