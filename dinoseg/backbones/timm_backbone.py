@@ -126,7 +126,7 @@ class TimmBackbone(Backbone):
         return [normed[layer].transpose(1, 2).unflatten(2, grid).contiguous() for layer in self.layers]
 
     def embed(self, pixels: Tensor) -> tuple[Tensor, BesideTokens]:
-        """Return the tokens (B, N, dim) that enter the first block of a plain vision transformer, and nothing beside."""
+        """Return the tokens (B, N, dim) that enter the first block of a plain vision transformer; nothing is beside."""
         model = self.model
         return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(pixels)))), {}
 

@@ -103,7 +103,7 @@ class SplitHead(Head[Tensor]):
                 setattr(copies.get_submodule(parent), child, _plain(part))
         for part in copies.modules():
             if getattr(part, "gradient_checkpointing", False):  # it would recompute what `checkpointing` does
-                part.gradient_checkpointing = False
+                vars(part)["gradient_checkpointing"] = False
         self.copies = copies.float().requires_grad_(True)
         self.norm = copy.deepcopy(backbone.norm or nn.Identity()).float().requires_grad_(False)
 
@@ -112,7 +112,7 @@ class SplitHead(Head[Tensor]):
         return self.onwards(backbone, self.until(backbone, images), (images.shape[-2], images.shape[-1]))
 
     def until(self, backbone: Backbone, images: Tensor) -> list[Tensor]:
-        """Return the normed patch tokens (B, h * w, C) of each block that is read, in order, and what enters the copies.
+        """Return normed patch tokens (B, h * w, C) of each block that is read, in order, then what enters the copies.
 
         The latter are tokens (B, N, C), with those of class and registers.
         """

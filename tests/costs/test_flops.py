@@ -32,8 +32,15 @@ def test_a_step_is_what_is_counted_by_hand(compose):
     assert step_flops(compose(*words), 2 * samples, bf16=False) == 2 * whole
 
 
-def test_a_step_is_what_is_counted_over_a_real_one(compose):
-    cfg = compose(*BASE, "adapter=lora", "head=eomt", "head.blocks=1", "loss=mask_classification")
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("adapter=lora", "head=eomt", "head.blocks=1", "loss=mask_classification"),
+        ("adapter=frozen", "head=split", "head.blocks=1", "head.layers=[-1]"),
+    ],
+)
+def test_a_step_is_what_is_counted_over_a_real_one(compose, words):
+    cfg = compose(*BASE, *words)
     model, batch, loss = build.model(cfg, untrained=True).train(), drawn_batch(cfg, 2), unweighted_loss(cfg)
     with FlopCounterMode(display=False) as forward:
         prediction = model(batch.image)

@@ -140,9 +140,8 @@ def test_a_head_that_has_its_copies_keeps_them():
 
 def test_copies_learn_at_the_rate_of_blocks():
     model = model_of()
-    groups = parameter_groups(
-        model, lr=1.0, backbone_lr=0.1, weight_decay=0.1, layer_decay=0.5, backbone_lr_scale=0.5
-    )
+    rates = {"lr": 1.0, "backbone_lr": 0.1, "backbone_lr_scale": 0.5, "layer_decay": 0.5}
+    groups = parameter_groups(model, weight_decay=0.1, **rates)
     found = {name: (group["lr"], group["weight_decay"]) for group in groups for name in group["names"]}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -195,6 +194,7 @@ def test_half_precision(family, training):
         torch.testing.assert_close(scores, model(image).scores(), atol=0.1, rtol=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
 @pytest.mark.parametrize("bits", [4, 8])
 def test_copies_of_quantised_blocks_are_whole_ones(bits):
@@ -227,7 +227,8 @@ def test_adapters_that_change_the_backbone_are_refused(adapter):
 
 
 @pytest.mark.parametrize(
-    "backbone", [RgbBackbone(8), TimmBackbone("test_vit", "random", None), TimmBackbone("test_convnext", "random", None)]
+    "backbone",
+    [RgbBackbone(8), TimmBackbone("test_vit", "random", None), TimmBackbone("test_convnext", "random", None)],
 )
 def test_backbones_without_blocks_that_take_tokens_are_refused(backbone):
     backbone.takes_tokens &= "test_vit" not in getattr(backbone, "name", "")  # as timm's rotary ones have it
