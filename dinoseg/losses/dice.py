@@ -3,10 +3,12 @@
 from torch import Tensor
 
 from dinoseg.contracts import Loss
+from dinoseg.losses.border import Border
 from dinoseg.losses.full_resolution import pixel_sums
 from dinoseg.losses.fused import Form
 from dinoseg.losses.labelled import labelled_images
 from dinoseg.losses.tversky import overlap_sums, tversky_loss
+from dinoseg.ranges import Count, NotNegative
 from dinoseg.shapes import Batch, Prediction
 
 
@@ -20,18 +22,28 @@ class Dice(Loss):
     Args:
         class_weights: one weight (K,) per class, in the mean over the classes that occur.
         ignore_index: mask value that counts for nothing.
+        border_weight: what a pixel near a border between classes counts in the sums, beside the 1 of others.
+        border_width: pixels to each side that are near one.
     """
 
     weight: Tensor
     sums_over_batch = True
 
-    def __init__(self, class_weights: Tensor, ignore_index: int = 255) -> None:
+    def __init__(
+        self,
+        class_weights: Tensor,
+        ignore_index: int = 255,
+        border_weight: NotNegative = 1.0,
+        border_width: Count = 3,
+    ) -> None:
         super().__init__()
         self.register_buffer("weight", class_weights, persistent=False)
         self.ignore_index = ignore_index
+        self.border = Border(border_weight, border_width)
 
     def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, and `weight`: the number of images with a labelled pixel."""
-        sums = pixel_sums(prediction, batch, self.ignore_index, overlap_sums, form=Form())
+        weights = self.border.weights(batch.mask, self.ignore_index)
+        sums = pixel_sums(prediction, batch, self.ignore_index, overlap_sums, weights=weights, form=Form())
         value = tversky_loss(sums, self.weight, alpha=0.5, beta=0.5)
         return value, {"weight": labelled_images(batch, self.ignore_index).to(value.dtype)}

@@ -5,9 +5,11 @@ from torch import Tensor
 
 from dinoseg.contracts import Loss
 from dinoseg.errors import UserError
-from dinoseg.losses.full_resolution import Pull, pixel_sums
-from dinoseg.losses.labelled import pixel_weights, ratio, weights_of
-from dinoseg.ranges import NotNegative
+from dinoseg.losses.border import Border
+from dinoseg.losses.full_resolution import Pull
+from dinoseg.losses.labelled import weights_of
+from dinoseg.losses.pixel_mean import Hardest, pixel_mean
+from dinoseg.ranges import Count, HighShare, NotNegative
 from dinoseg.shapes import Batch, Prediction
 
 
@@ -22,27 +24,39 @@ class Focal(Loss):
         class_weights: one weight (K,) per class.
         ignore_index: mask value that counts for nothing.
         gamma: how much easy pixels fade, at least 0.
+        hardest: share of the labelled pixels of each image over which the mean is: those that cost most.
+        border_weight: what a pixel near a border between classes counts, beside the 1 of others.
+        border_width: pixels to each side that are near one.
     """
 
     weight: Tensor
 
-    def __init__(self, class_weights: Tensor, ignore_index: int = 255, gamma: NotNegative = 2.0) -> None:
+    def __init__(
+        self,
+        class_weights: Tensor,
+        ignore_index: int = 255,
+        gamma: NotNegative = 2.0,
+        hardest: HighShare = 1.0,
+        border_weight: NotNegative = 1.0,
+        border_width: Count = 3,
+    ) -> None:
         super().__init__()
         if not gamma >= 0:
             raise UserError(f"loss.criterion.gamma={gamma}: give a number of at least 0; 0 is cross-entropy.")
         self.register_buffer("weight", class_weights, persistent=False)
         self.ignore_index = ignore_index
         self.gamma = gamma
+        self.border, self.hardest = Border(border_weight, border_width), Hardest(hardest)
 
     def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, and `weight`: the summed class weights that it is a mean over."""
-        total, weight = pixel_sums(prediction, batch, self.ignore_index, self._sums, first_alone=True)
-        return ratio(total, weight.detach()), {"weight": weight.detach()}
+        ignored = self.ignore_index
+        return pixel_mean(prediction, batch, ignored, self._cost, border=self.border, hardest=self.hardest)
 
-    def _sums(self, scores: Tensor, target: Tensor) -> tuple[Tensor, Pull]:
-        """Return the total and the summed weights of a tile's pixels: a `full_resolution.Term`."""
+    def _cost(self, scores: Tensor, target: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Pull]:
+        """Return what each of a tile's pixels costs, and its weight: a `full_resolution.Cost`."""
         place = target.clamp(min=0)[None]
-        weight = pixel_weights(target, weights_of(self.weight, scores))  # (N,)
+        weight = weights_of(self.weight, scores)[place[0]] * counted  # (N,)
         scores.sub_(scores.amax(0))
         own = scores.gather(0, place)[0]
         norm = scores.exp_().sum(0)
@@ -56,4 +70,4 @@ class Focal(Loss):
             slope = upstream[0] * (rise - faded)  # by log p_t
             return scores.mul_(-slope / norm).scatter_add_(0, place, slope[None])
 
-        return torch.stack([-(faded * log_share).sum(), weight.sum()]), pull
+        return -(faded * log_share), weight, pull

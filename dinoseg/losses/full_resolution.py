@@ -7,14 +7,14 @@ their gradient, what a tile needs stays in a processor's cache.
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dinoseg.geometry import Span, spans, upsample_tile
 from dinoseg.losses.fused import Form, Fused, Sums, better
-from dinoseg.losses.labelled import labels
+from dinoseg.losses.labelled import UNLABELLED, labels
 from dinoseg.precision import at_least_float32
 from dinoseg.processes.threads import threads
 from dinoseg.shapes import Batch, Prediction
@@ -24,9 +24,15 @@ CACHED = 2**18  # numbers of a tile on a CPU: 1 MiB of float32
 LAUNCHED = 2**25  # on an accelerator, where each operation has to be worth its launch: 128 MiB
 
 Pull = Callable[[Tensor], Tensor]
-Term = Callable[[Tensor, Tensor], tuple[Tensor, Pull]]
-"""What a loss adds up: from scores (K, N), which it may overwrite, and labels (N,), to sums (S,) and how their gradient
-(S,) becomes that of the scores (K, N), which is asked once at most."""
+Term = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Pull]]
+"""What a loss adds up: from scores (K, N), which it may overwrite, labels (N,), and what each pixel counts (N,), which
+is 0 where it is unlabelled, to sums (S,) and how their gradient (S,) becomes that of the scores (K, N), which is asked
+once at most."""
+Cost = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Pull]]
+"""What a loss has of each pixel, from the same: its cost (N,), its weight (N,) in a mean, and how the gradient of both
+sums (2,) becomes that of the scores."""
+Value = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""What is asked of each pixel, from the same: (N,)."""
 
 
 def pixel_sums(
@@ -35,6 +41,7 @@ def pixel_sums(
     ignore_index: int,
     term: Term,
     *,
+    weights: Tensor | None = None,
     first_alone: bool = False,
     form: Form | None = None,
 ) -> Tensor:
@@ -48,42 +55,81 @@ def pixel_sums(
         batch: whose masks (B, H, W) give the size, at which the scores are taken.
         ignore_index: mask value that is UNLABELLED to the term.
         term: of the pixels of a tile.
+        weights: what pixels (B, H, W) count; None: 1 each. Unlabelled ones count nothing.
         first_alone: whether all sums but the first depend on the labels alone.
-        form: the term as a kernel of CUDA knows it, if one does.
+        form: the term as a kernel of CUDA knows it, if one does; it takes no weights.
     """
-    height, width = batch.mask.shape[-2:]
-    valid, parts = prediction.valid, list(prediction.masks or ())
-    if prediction.grid is not None:
-        parts = [prediction.grid]
-    elif not parts:
-        valid, parts = (1.0, 1.0), [prediction.logits((height, width))]
-    parts = list(map(at_least_float32, parts))
-    way: Sums = _Tiled.over(parts, batch.mask, valid, ignore_index, term)
-    if form is not None and prediction.grid is not None:
+    parts, valid = _parts(prediction, batch)
+    way: Sums = _Tiled(_Tiles.over(parts, batch.mask, valid, ignore_index, weights), term)
+    if form is not None and prediction.grid is not None and weights is None:
         fused = Fused(batch.mask, valid, ignore_index, form)
         way = better(fused, way, parts[0]) if fused.takes(parts[0]) else way
     return _Sums.apply(way, first_alone, *parts)
 
 
-@dataclass(frozen=True)
-class _Tiled:
-    """A term over the pixels of masks (B, H, W), in bands of rows, each in tiles of columns.
+@torch.no_grad()
+def pixel_values(
+    prediction: Prediction, batch: Batch, ignore_index: int, value: Value, *, weights: Tensor | None = None
+) -> Tensor:
+    """Return what a function gives of each pixel of the masks, (B, H, W), of the logits that `pixel_sums` takes."""
+    parts, valid = _parts(prediction, batch)
+    tiles = _Tiles.over(parts, batch.mask, valid, ignore_index, weights)
+    device = parts[0].device
 
-    What it is asked of has `parts`, the first a grid (B, K, h, w): of scores, or of masks with the shares (B, Q, K)
+    @torch.no_grad()  # a thread has a mode of its own
+    def of_band(band: tuple[int, Span]) -> Tensor:
+        row = (tiles.tile(parts, band, columns) for columns in tiles.columns)
+        found = [value(tile.scores, tile.target, tile.counted).view(tile.pixels.shape[1:]) for tile in row]
+        return torch.cat(found, dim=1)  # (rows, W)
+
+    with torch.autocast(device.type, enabled=False), threads(device) as each:
+        return torch.cat(list(each(of_band, tiles.bands))).view(batch.mask.shape)
+
+
+def _parts(prediction: Prediction, batch: Batch) -> tuple[list[Tensor], tuple[float, float]]:
+    """Return what the scores are made of, and the share of it that the images cover."""
+    valid, parts = prediction.valid, list(prediction.masks or ())
+    if prediction.grid is not None:
+        parts = [prediction.grid]
+    elif not parts:
+        valid, parts = (1.0, 1.0), [prediction.logits((batch.mask.shape[-2], batch.mask.shape[-1]))]
+    return list(map(at_least_float32, parts)), valid
+
+
+class _Tile(NamedTuple):
+    """Some pixels of an image: what they read, upsampled; their scores, labels and weights; and the way back."""
+
+    pixels: Tensor  # (K, rows, columns), or (Q, rows, columns) of masks
+    scores: Tensor  # (K, N)
+    target: Tensor  # (N,)
+    counted: Tensor  # (N,)
+    back: Callable[[Tensor], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    """The pixels of masks (B, H, W) in bands of rows, each in tiles of columns.
+
+    What they are read of has `parts`, the first a grid (B, K, h, w): of scores, or of masks with the shares (B, Q, K)
     that classes have of these.
     """
 
     mask: Tensor
+    weights: Tensor | None  # (B, H, W)
     ignore_index: int
-    term: Term
     bands: list[tuple[int, Span]]  # image, rows
     columns: list[Span]
     fixed: bool  # masks that nobody asks the gradient of, only that of their shares
 
     @classmethod
     def over(
-        cls, parts: Sequence[Tensor], mask: Tensor, valid: tuple[float, float], ignore_index: int, term: Term
-    ) -> "_Tiled":
+        cls,
+        parts: Sequence[Tensor],
+        mask: Tensor,
+        valid: tuple[float, float],
+        ignore_index: int,
+        weights: Tensor | None = None,
+    ) -> "_Tiles":
         """Lay tiles over masks for some parts."""
         (images, height, width), grid = mask.shape, parts[0]
         numbers = grid.shape[1] + sum(part.shape[2] for part in parts[1:])  # of a pixel
@@ -94,7 +140,31 @@ class _Tiled:
         bands = spans(height, grid.shape[2], valid[0], rows, grid)
         columns = spans(width, grid.shape[3], valid[1], across, grid)
         of_images = [(image, band) for image in range(images) for band in bands]
-        return cls(mask, ignore_index, term, of_images, columns, len(parts) > 1 and not grid.requires_grad)
+        return cls(mask, weights, ignore_index, of_images, columns, len(parts) > 1 and not grid.requires_grad)
+
+    def tile(self, parts: Sequence[Tensor], band: tuple[int, Span], columns: Span) -> _Tile:
+        """Return the pixels of some columns of a band."""
+        image, rows = band
+        cells = parts[0][image, :, rows.cells]
+        pixels = upsample_tile(cells[..., columns.cells], rows.weights, columns.weights)
+        scores = pixels.flatten(1)
+        back: Callable[[Tensor], tuple[Tensor, ...]] = _as_it_is
+        if len(parts) > 1:
+            scores, back = _mixed(scores, *(part[image] for part in parts[1:]), fixed=self.fixed)
+        place = image, rows.pixels, columns.pixels
+        target = labels(self.mask[place], self.ignore_index).flatten()
+        counted = (target != UNLABELLED).to(scores.dtype)
+        if self.weights is not None:
+            counted *= self.weights[place].flatten()
+        return _Tile(pixels, scores, target, counted, back)
+
+
+@dataclass(frozen=True)
+class _Tiled:
+    """A term over the pixels of tiles."""
+
+    tiles: _Tiles
+    term: Term
 
     @torch.no_grad()
     def sums(self, parts: Sequence[Tensor], upstream: Tensor | None) -> tuple[Tensor, list[Tensor]]:
@@ -105,8 +175,9 @@ class _Tiled:
         gradients = [] if upstream is None else [torch.zeros_like(part) for part in parts]
         found, device = [], parts[0].device
         with torch.autocast(device.type, enabled=False), threads(device) as each:
+            bands = self.tiles.bands
             for (image, rows), (sums, added) in zip(
-                self.bands, each(functools.partial(self._band, parts, upstream), self.bands), strict=True
+                bands, each(functools.partial(self._band, parts, upstream), bands), strict=True
             ):
                 found.append(sums)
                 for number, more in enumerate(added):
@@ -121,20 +192,18 @@ class _Tiled:
     ) -> tuple[Tensor, list[Tensor]]:
         """Return the sums of a band of an image's rows, and the gradients of the parts that it reads."""
         image, rows = band
-        cells, *shares = parts[0][image, :, rows.cells], *(part[image] for part in parts[1:])
-        gradients = [] if upstream is None else [torch.zeros_like(part) for part in (cells, *shares)]
+        read = parts[0][image, :, rows.cells], *(part[image] for part in parts[1:])
+        gradients = [] if upstream is None else [torch.zeros_like(part) for part in read]
         found = []
-        for columns in self.columns:
-            pixels = upsample_tile(cells[..., columns.cells], rows.weights, columns.weights)  # (K, rows, columns)
-            scores = pixels.flatten(1)
-            scores, back = _mixed(scores, *shares, fixed=self.fixed) if shares else (scores, _as_it_is)
-            target = labels(self.mask[image, rows.pixels, columns.pixels], self.ignore_index)
-            sums, pull = self.term(scores, target.flatten())
+        for columns in self.tiles.columns:
+            tile = self.tiles.tile(parts, band, columns)
+            sums, pull = self.term(tile.scores, tile.target, tile.counted)
             found.append(sums)
             if upstream is not None:
-                pulled, *of_shares = back(pull(upstream))
-                if not self.fixed:
-                    gradients[0][..., columns.cells] += _reduced(pulled.view_as(pixels), rows.weights, columns.weights)
+                pulled, *of_shares = tile.back(pull(upstream))
+                if not self.tiles.fixed:
+                    pulled = _reduced(pulled.view_as(tile.pixels), rows.weights, columns.weights)
+                    gradients[0][..., columns.cells] += pulled
                 for gradient, more in zip(gradients[1:], of_shares, strict=True):
                     gradient += more
         return torch.stack(found).sum(0), gradients

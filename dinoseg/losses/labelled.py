@@ -21,11 +21,6 @@ def labels(mask: Tensor, ignore_index: int) -> Tensor:
     return ids.masked_fill(ids == ignore_index, UNLABELLED)
 
 
-def pixel_weights(target: Tensor, class_weights: Tensor) -> Tensor:
-    """Return the weight of every pixel's class, 0 where it is unlabelled."""
-    return torch.where(target == UNLABELLED, 0, class_weights[target.clamp(min=0)])
-
-
 def weights_of(class_weights: Tensor, scores: Tensor) -> Tensor:
     """Return class weights (K,) as numbers of the kind of scores (K, N).
 

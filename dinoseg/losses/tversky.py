@@ -5,30 +5,31 @@ from torch import Tensor
 
 from dinoseg.contracts import Loss
 from dinoseg.errors import UserError
+from dinoseg.losses.border import Border
 from dinoseg.losses.full_resolution import Pull, pixel_sums
 from dinoseg.losses.fused import Form
-from dinoseg.losses.labelled import UNLABELLED, labelled_images, ratio
-from dinoseg.ranges import NotNegative
+from dinoseg.losses.labelled import labelled_images, ratio
+from dinoseg.ranges import Count, NotNegative
 from dinoseg.shapes import Batch, Prediction
 
 
-def overlap_sums(scores: Tensor, target: Tensor) -> tuple[Tensor, Pull]:
+def overlap_sums(scores: Tensor, target: Tensor, counted: Tensor) -> tuple[Tensor, Pull]:
     """Return sums (3 K,) of a tile's pixels: a `full_resolution.Term`.
 
     For each class the soft hits sum p_k g_k, what was claimed sum p_k, and what was wanted sum g_k, over labelled
-    pixels, p the softmax and g the labels.
+    pixels as often as each counts, p the softmax and g the labels.
     """
-    labelled = (target != UNLABELLED).to(scores.dtype)
     place = target.clamp(min=0)
     shares = scores.sub_(scores.amax(0)).exp_()
-    shares.mul_(labelled / shares.sum(0))
+    shares.mul_(counted / shares.sum(0))
     own = shares.gather(0, place[None])[0]  # (N,)
-    sums = scores.new_zeros(2, len(scores)).index_add_(1, place, torch.stack([own, labelled]))
+    sums = scores.new_zeros(2, len(scores)).index_add_(1, place, torch.stack([own, counted]))
 
     def pull(upstream: Tensor) -> Tensor:  # p times what each share adds, less its mean by p
         of_hits, of_claims = upstream.view(3, -1)[:2]
         hit = of_hits[place] * own
-        shares.mul_(of_claims[:, None] - (of_claims @ shares + hit))
+        mean = of_claims @ shares + hit  # as often as it counts, which `shares` has once more
+        shares.mul_(of_claims[:, None] - mean / torch.where(counted > 0, counted, 1))
         return shares.scatter_add_(0, place[None], hit[None])
 
     return torch.cat([sums[0], shares.sum(1), sums[1]]), pull
@@ -64,13 +65,21 @@ class Tversky(Loss):
         alpha: price of a false positive, at least 0.
         beta: price of a false negative, above 0; more than alpha favours recall. Both 0.5: the dice loss; both 1:
             the soft Jaccard loss.
+        border_weight: what a pixel near a border between classes counts in the sums, beside the 1 of others.
+        border_width: pixels to each side that are near one.
     """
 
     weight: Tensor
     sums_over_batch = True
 
     def __init__(
-        self, class_weights: Tensor, ignore_index: int = 255, alpha: NotNegative = 0.3, beta: NotNegative = 0.7
+        self,
+        class_weights: Tensor,
+        ignore_index: int = 255,
+        alpha: NotNegative = 0.3,
+        beta: NotNegative = 0.7,
+        border_weight: NotNegative = 1.0,
+        border_width: Count = 3,
     ) -> None:
         super().__init__()
         if not alpha >= 0:
@@ -80,9 +89,11 @@ class Tversky(Loss):
         self.register_buffer("weight", class_weights, persistent=False)
         self.ignore_index = ignore_index
         self.alpha, self.beta = alpha, beta
+        self.border = Border(border_weight, border_width)
 
     def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, and `weight`: the number of images with a labelled pixel."""
-        sums = pixel_sums(prediction, batch, self.ignore_index, overlap_sums, form=Form())
+        weights = self.border.weights(batch.mask, self.ignore_index)
+        sums = pixel_sums(prediction, batch, self.ignore_index, overlap_sums, weights=weights, form=Form())
         value = tversky_loss(sums, self.weight, self.alpha, self.beta)
         return value, {"weight": labelled_images(batch, self.ignore_index).to(value.dtype)}

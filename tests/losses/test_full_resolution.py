@@ -1,6 +1,7 @@
 """Losses on tiles against the same of all logits at once, bilinear by `F.grid_sample`, in float64."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -41,11 +42,24 @@ def tversky(logits, ids, alpha, beta):
     return (weights * (1 - index)).sum() / (weights.sum() if weights.sum() > 0 else 1)
 
 
+def hardest(logits, ids, share):
+    """Each image's pixels by what they cost, sorted; those alike with the last one, as at a rim, count too."""
+    costs = F.cross_entropy(logits, ids, WEIGHTS.to(logits), ignore_index=255, reduction="none")
+    total, norm = costs.sum() * 0, 0.0
+    for cost, of in zip(costs, ids, strict=True):
+        cost, of = cost[of != 255], of[of != 255]
+        if len(cost):
+            kept = cost >= sorted(cost.tolist())[-math.ceil(share * len(cost))] - 1e-9
+            total, norm = total + cost[kept].sum(), norm + WEIGHTS[of[kept]].sum()
+    return total / norm if norm else total
+
+
 LOSSES = {
     "cross-entropy": (CrossEntropy(WEIGHTS), cross_entropy),
     "smoothed": (CrossEntropy(WEIGHTS, label_smoothing=0.2), lambda *of: cross_entropy(*of, smoothing=0.2)),
     "focal": (Focal(WEIGHTS), lambda *of: focal(*of, gamma=2.0)),
     "focal 0.5": (Focal(WEIGHTS, gamma=0.5), lambda *of: focal(*of, gamma=0.5)),
+    "hardest": (CrossEntropy(WEIGHTS, hardest=0.3), lambda *of: hardest(*of, share=0.3)),
     "dice": (Dice(WEIGHTS), lambda *of: tversky(*of, alpha=0.5, beta=0.5)),
     "tversky": (Tversky(WEIGHTS), lambda *of: tversky(*of, alpha=0.3, beta=0.7)),
 }
@@ -231,5 +245,5 @@ def test_a_tile_is_a_pixel_wide_or_high_at_least(device, tiles, monkeypatch):
     monkeypatch.setattr(full_resolution, "CACHED", 1)
     monkeypatch.setattr(full_resolution, "LAUNCHED", 1)
     grid, mask = torch.zeros(1, 5, 2, 3, device=device), torch.zeros(1, 7, 9, device=device)
-    way = full_resolution._Tiled.over([grid], mask, (1.0, 1.0), 255, lambda *_: None)
+    way = full_resolution._Tiles.over([grid], mask, (1.0, 1.0), 255)
     assert (len(way.bands), len(way.columns)) == tiles

@@ -1,0 +1,206 @@
+"""Pixels near borders and the hardest ones, against all logits at once in float64, written from their definitions."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_full_resolution import WEIGHTS, all_logits, gradient, refused
+
+from dinoseg.errors import UserError
+from dinoseg.geometry import valid_share
+from dinoseg.losses import full_resolution
+from dinoseg.losses.border import near_borders
+from dinoseg.losses.cross_entropy import CrossEntropy
+from dinoseg.losses.dice import Dice
+from dinoseg.losses.focal import Focal
+from dinoseg.losses.pixel_mean import Hardest
+from dinoseg.losses.tversky import Tversky
+from dinoseg.losses.weighted_sum import WeightedSum
+from dinoseg.shapes import Batch, Prediction
+
+SIZES = [(21, 34), (40, 7), (1, 1), (1, 60), (33, 33)]
+WIDTH = 2
+
+
+def near(ids, width=WIDTH):
+    """Return (..., H, W) bool: where more than one class is found around a pixel."""
+    height, width_of = ids.shape[-2:]
+    padded = F.pad(ids.byte(), (width,) * 4, value=255)
+    found = torch.zeros(ids.shape, dtype=torch.int64)
+    for k in range(255):
+        if (ids == k).any():
+            shifted = itertools.product(range(2 * width + 1), repeat=2)
+            found += sum((padded[..., y : y + height, x : x + width_of] == k).int() for y, x in shifted) > 0
+    return found > 1
+
+
+def drawn(size, seed, dtype=torch.float64):
+    """Return a prediction, and masks of blocks: void between some, an image of one class, one all void."""
+    draw = torch.Generator().manual_seed(seed)
+    blocks = torch.tensor([0, 1, 3, 4])[torch.randint(0, 4, (4, -(-size[0] // 9), -(-size[1] // 9)), generator=draw)]
+    mask = blocks.repeat_interleave(9, 1).repeat_interleave(9, 2)[:, : size[0], : size[1]].contiguous()
+    mask[0, :, 4:6] = 255
+    mask[0][torch.rand(size, generator=draw) < 0.1] = 255
+    mask[2], mask[3] = 1, 255
+    grid = 3 * torch.randn(4, 5, -(-size[0] // 8), -(-size[1] // 8), dtype=torch.float64, generator=draw)
+    grid = grid.to(dtype).requires_grad_()
+    batch = Batch(torch.zeros(4, 3, 1, 1), mask.to(torch.uint8), [""] * 4)
+    return Prediction(grid, size, valid_share(size, 8), refused, grid=grid), batch
+
+
+def entropy(log_shares, target, smoothing=0.0):
+    """Return what pixels (N,) cost by log shares (K, N) and targets (N,)."""
+    own = -WEIGHTS.double()[target] * log_shares.gather(0, target[None])[0]
+    return (1 - smoothing) * own + smoothing / 5 * sum(-log_shares[k] * WEIGHTS[k].double() for k in range(5))
+
+
+def faded(log_shares, target):
+    own = log_shares.gather(0, target[None])[0]
+    return -WEIGHTS.double()[target] * (1 - own.exp()) ** 2 * own
+
+
+def mean(cost, logits, mask, share, border_weight):
+    """Return the mean over the hardest of each image, sorted, of pixels weighed near borders."""
+    total, norm = logits.sum() * 0, 0.0
+    for scores, ids in zip(logits.log_softmax(1), mask.long(), strict=True):
+        known = ids != 255
+        if known.any():
+            weights = torch.where(near(ids), border_weight, 1.0).double()[known]
+            costs = weights * cost(scores[:, known], ids[known])
+            # pixels alike with the last one, as at an image's rim, count too
+            kept = costs >= sorted(costs.tolist())[-math.ceil(share * len(costs))] - 1e-9
+            total, norm = total + costs[kept].sum(), norm + (weights * WEIGHTS[ids[known]])[kept].sum()
+    return total / norm if norm else total
+
+
+def overlap(logits, mask, alpha, beta, border_weight):
+    counted = torch.where(near(mask), border_weight, 1.0).double() * (mask != 255)
+    shares, total, norm = logits.softmax(1), logits.sum() * 0, 0.0
+    for k in range(5):
+        own = (mask == k).double()
+        if (counted * own).sum() > 0:
+            hits = (counted * own * shares[:, k]).sum()
+            wrong, missed = (counted * (1 - own) * shares[:, k]).sum(), (counted * own * (1 - shares[:, k])).sum()
+            total = total + WEIGHTS[k] * (1 - hits / (hits + alpha * wrong + beta * missed))
+            norm += float(WEIGHTS[k])
+    return total / norm if norm else total
+
+
+def by_mean(cost, share, border_weight):
+    return lambda logits, mask: mean(cost, logits, mask, share, border_weight)
+
+
+BORDER = {"border_weight": 4.0, "border_width": WIDTH}
+LOSSES = {
+    "near borders": (CrossEntropy(WEIGHTS, **BORDER), by_mean(entropy, 1.0, 4.0)),
+    "no borders": (CrossEntropy(WEIGHTS, border_weight=0.0, border_width=WIDTH), by_mean(entropy, 1.0, 0.0)),
+    "both": (CrossEntropy(WEIGHTS, hardest=0.4, **BORDER), by_mean(entropy, 0.4, 4.0)),
+    "smoothed": (
+        CrossEntropy(WEIGHTS, label_smoothing=0.2, hardest=0.1, **BORDER),
+        by_mean(lambda *of: entropy(*of, smoothing=0.2), 0.1, 4.0),
+    ),
+    "focal": (Focal(WEIGHTS, hardest=0.25, **BORDER), by_mean(faded, 0.25, 4.0)),
+    "dice": (Dice(WEIGHTS, **BORDER), lambda *of: overlap(*of, 0.5, 0.5, 4.0)),
+    "tversky": (Tversky(WEIGHTS, **BORDER), lambda *of: overlap(*of, 0.3, 0.7, 4.0)),
+    "tversky without borders": (
+        Tversky(WEIGHTS, border_weight=0.0, border_width=WIDTH),
+        lambda *of: overlap(*of, 0.3, 0.7, 0.0),
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Several tiles in each direction."""
+    monkeypatch.setattr(full_resolution, "ROWS", 8)
+    monkeypatch.setattr(full_resolution, "CACHED", 8 * 5 * 17)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("seed", range(2))
+def test_value_and_gradient_are_those_of_all_pixels_at_once(name, seed):
+    loss, reference = LOSSES[name]
+    for size in SIZES[seed::2]:
+        for dtype, within in ((torch.float64, 1e-11), (torch.float32, 2e-6)):
+            prediction, batch = drawn(size, seed, dtype)
+            value, parts = loss(prediction, batch)
+            found = gradient(value, prediction.grid)
+            exact = prediction.grid.detach().double().requires_grad_()
+            expected = reference(all_logits(exact, size, prediction.valid), batch.mask)
+            wanted = gradient(expected, exact)
+            assert value.dtype == found.dtype == dtype and not parts["weight"].requires_grad
+            assert value.item() == pytest.approx(expected.item(), rel=within, abs=within)
+            assert (found - wanted).abs().max() <= within * max(wanted.abs().max(), 1e-2)
+
+
+@pytest.mark.parametrize("width", [1, 3, 12])
+def test_borders_are_between_labelled_pixels(width):
+    for size in SIZES:
+        mask = drawn(size, 3)[1].mask
+        found = near_borders(mask, 255, width)
+        assert torch.equal(found, near(mask, width))
+        assert not found[2:].any()  # one class; none
+    mask = torch.tensor([[[0, 0, 255, 255, 1, 1, 1]]], dtype=torch.uint8)  # a border that is drawn as void
+    assert near_borders(mask, 255, 3).tolist() == [[[False, True, True, True, True, False, False]]]
+    assert near_borders(mask, 7, 1).tolist() == [[[False, True, True, True, True, False, False]]]  # 255 is a class here
+
+
+def test_the_hardest_are_chosen_in_each_image_by_itself():
+    costs = torch.tensor([[[0.0, 5.0, 1.0, 9.0, 3.0]], [[7.0, 7.0, 7.0, 1.0, 8.0]], [[1.0, 2.0, 3.0, 4.0, 5.0]]])
+    labelled = torch.tensor([[[1, 1, 1, 0, 1]], [[1, 1, 1, 1, 1]], [[0, 0, 0, 0, 0]]]).bool()
+
+    def kept(share):
+        return [row.nonzero()[:, 1].tolist() for row in Hardest(share).kept(costs, labelled)]
+
+    assert kept(0.5) == [[1, 4], [0, 1, 2, 4], []]  # three cost as much as the third
+    assert kept(0.01) == [[1], [4], []]  # one at least
+    assert kept(0.51) == [[1, 2, 4], [0, 1, 2, 4], []]
+    costs[0, 0, 2] = torch.nan
+    assert Hardest(0.01).kept(costs, labelled)[0, 0, 2]  # so that the loss is no number, and training stops
+
+
+def test_an_image_costs_the_same_beside_others():
+    prediction, batch = drawn(SIZES[0], 1)
+    loss = CrossEntropy(WEIGHTS, hardest=0.3, **BORDER)
+    whole, parts = loss(prediction, batch)
+    total = norm = 0.0
+    for row in range(4):
+        alone = Batch(batch.image[row : row + 1], batch.mask[row : row + 1], [""])
+        value, own = loss(prediction.of_image(row), alone)
+        total, norm = total + float(value.detach() * own["weight"]), norm + float(own["weight"])
+    assert norm == pytest.approx(float(parts["weight"])) and total / norm == pytest.approx(whole.item())
+
+
+def test_weights_of_pixels_take_no_kernel(monkeypatch):
+    """The kernel of CUDA takes all pixels alike."""
+    asked = []
+    monkeypatch.setattr(full_resolution.Fused, "takes", lambda fused, grid: asked.append(fused.form) or False)
+    prediction, batch = drawn(SIZES[0], 0)
+    for loss in (CrossEntropy(WEIGHTS, hardest=0.5), CrossEntropy(WEIGHTS, **BORDER), Dice(WEIGHTS, **BORDER)):
+        loss(prediction, batch)
+    assert not asked
+    Dice(WEIGHTS, border_weight=1.0)(prediction, batch)
+    assert len(asked) == 1
+
+
+def too_hard(class_weights):
+    return CrossEntropy(class_weights, hardest=2)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: CrossEntropy(WEIGHTS, hardest=0), "loss.criterion.hardest=0: give a share"),
+        (lambda: Focal(WEIGHTS, hardest=1.5), "loss.criterion.hardest=1.5: give a share"),
+        (lambda: CrossEntropy(WEIGHTS, hardest=math.nan), "loss.criterion.hardest=nan"),
+        (lambda: Dice(WEIGHTS, border_weight=-1), "loss.criterion.border_weight=-1: give a number of at least 0"),
+        (lambda: Dice(WEIGHTS, border_weight=math.inf), "loss.criterion.border_weight=inf"),
+        (lambda: Tversky(WEIGHTS, border_width=0), "loss.criterion.border_width=0: give a number of pixels"),
+        (lambda: WeightedSum({"ce": too_hard}, {"ce": 1.0}, WEIGHTS), "loss.criterion.terms.ce.hardest=2: give"),
+    ],
+)
+def test_what_is_out_of_range_is_refused(make, message):
+    with pytest.raises(UserError, match=message):
+        make()
