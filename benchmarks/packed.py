@@ -24,6 +24,7 @@ from tabulate import tabulate
 from dinoseg.data.formats.folder import folder_dataset
 from dinoseg.data.loader import train_batches
 from dinoseg.data.packed.pack import pack
+from dinoseg.data.train_views import TrainViews
 from dinoseg.data.transforms import Affine, Augment, ColorJitter
 from dinoseg.images import write_png
 
@@ -92,7 +93,7 @@ def measure(ways: dict[str, Any], augment: Augment, repeats: int) -> dict[str, f
         for name, data in ways.items():
             count = len(data)
             start = time.perf_counter()
-            for batch in itertools.islice(train_batches(data, augment, batch_size=2, seed=turn), count // 2):
+            for batch in itertools.islice(train_batches(TrainViews(data, augment, turn), batch_size=2), count // 2):
                 assert batch.image.shape[-2:] == augment.crop
             if turn:
                 rates[name].append(count // 2 * 2 / (time.perf_counter() - start))

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from dinoseg.data import loader
+from dinoseg.data.train_views import TrainViews
 from dinoseg.errors import UserError
 from dinoseg.shapes import Sample
 
@@ -29,6 +31,11 @@ def write_video(path, frames, size=(48, 32)):
     for index in range(frames):
         writer.write(np.full((size[1], size[0], 3), index % 200 + 20, np.uint8))
     writer.release()
+
+
+def train_batches(data, augment, *, seed, views=None, uniform=None, **options):
+    """Return the loader's batches of the views of a data set."""
+    return loader.train_batches(TrainViews(data, augment, seed, views, uniform), **options)
 
 
 class Pictures:

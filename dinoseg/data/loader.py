@@ -18,6 +18,7 @@ from dinoseg.data.awaited import POLL, awaited
 from dinoseg.data.clips.cut import Clips
 from dinoseg.data.clips.view import ClipView
 from dinoseg.data.enough_workers import FIRST, FROM_NONE, Workers, with_enough_workers
+from dinoseg.data.train_views import ORDER, VIEW, TrainViews, chance_of
 from dinoseg.errors import UserError
 from dinoseg.processes.interrupt import SIGNALS, held
 from dinoseg.processes.workers import killed_loader
@@ -27,29 +28,14 @@ from dinoseg.wording import count_of
 K = TypeVar("K")
 V = TypeVar("V")
 Item = TypeVar("Item")
-Transform = Callable[[np.ndarray, np.ndarray, np.random.Generator], tuple[np.ndarray, np.ndarray]]
-_ORDER, _SAMPLE = 0, 1  # what chance is drawn for
 
 
 def train_batches(
-    dataset: SegmentationData,
-    augment: Transform,
-    *,
-    batch_size: int,
-    seed: int,
-    start: int = 0,
-    workers: Workers = 0,
-    rank: int = 0,
-    world: int = 1,
-    views: int | None = None,
+    drawn: TrainViews, *, batch_size: int, start: int = 0, workers: Workers = 0, rank: int = 0, world: int = 1
 ) -> Iterator[Batch]:
-    """Yield this rank's share of each training batch from number `start` on, without end, as `drawn_batches` does.
-
-    Each epoch has views of its own, or draws view number epoch mod `views` of an image anew.
-    """
-    read = functools.partial(_read_augmented, dataset, augment, seed, views)
-    options = {"batch_size": batch_size, "seed": seed, "start": start, "rank": rank, "world": world}
-    return drawn_batches(read, Batch.stack, len(dataset), workers=workers, **options)
+    """Yield this rank's share of each training batch from number `start` on, without end, as `drawn_batches` does."""
+    options = {"batch_size": batch_size, "seed": drawn.seed, "start": start, "rank": rank, "world": world}
+    return drawn_batches(drawn.read, Batch.stack, len(drawn.data), workers=workers, **options)
 
 
 def drawn_batches(
@@ -77,11 +63,6 @@ def drawn_batches(
     _check_seed(seed)
     shares = _shares(samples, batch_size, seed, start=start, rank=rank, world=world)
     return load_in_order(functools.partial(_read_batch, read, join), shares, workers)
-
-
-def view_chance(seed: int, views: int | None, epoch: int, index: int) -> np.random.Generator:
-    """Return the chance that the view of a sample in an epoch is drawn with."""
-    return _random(seed, epoch if views is None else epoch % views, index, _SAMPLE)
 
 
 def clip_batches(
@@ -147,37 +128,18 @@ def _shares(
         for position in range(first, first + size):
             if position // count != epoch:
                 epoch = position // count
-                order = _random(seed, epoch, 0, _ORDER).permutation(count)
+                order = chance_of(seed, epoch, 0, ORDER).permutation(count)
             share.append((epoch, int(order[position % count])))
         yield share
-
-
-def _random(seed: int, epoch: int, sample: int, purpose: int) -> np.random.Generator:
-    # Philox has an independent stream for every key and counter; drawing moves only the lowest counter word
-    return np.random.Generator(np.random.Philox(key=seed, counter=[0, sample, epoch, purpose]))
 
 
 def _read_batch(read: Callable[[int, int], Item], join: Callable[[list[Item]], V], share: list[tuple[int, int]]) -> V:
     return join([read(epoch, index) for epoch, index in share])
 
 
-def _read_augmented(
-    dataset: SegmentationData, augment: Transform, seed: int, views: int | None, epoch: int, index: int
-) -> Sample:
-    return read_view(dataset, augment, index, view_chance(seed, views, epoch, index))
-
-
-def read_view(dataset: SegmentationData, augment: Transform, index: int, chance: np.random.Generator) -> Sample:
-    """Return the view of a sample that `augment` draws."""
-    sample = dataset[index]
-    pixels = np.ascontiguousarray(sample["image"].permute(1, 2, 0).numpy())  # (H, W, 3)
-    image, mask = augment(pixels, sample["mask"].numpy(), chance)
-    return Sample(image=torch.from_numpy(image).permute(2, 0, 1), mask=torch.from_numpy(mask), name=sample["name"])
-
-
 def _read_clip(clips: Clips, view: ClipView, seed: int, epoch: int, index: int) -> tuple[torch.Tensor, str]:
     frames, name = clips.frames(index)
-    seen = view(frames, _random(seed, epoch, index, _SAMPLE))
+    seen = view(frames, chance_of(seed, epoch, index, VIEW))
     return torch.from_numpy(seen).permute(0, 3, 1, 2), name  # (T, 3, H, W)
 
 

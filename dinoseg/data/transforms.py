@@ -113,24 +113,35 @@ class Augment:
         self.color = color
         self.ignore_index = ignore_index
 
-    def __call__(self, image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(
+        self, image: np.ndarray, mask: np.ndarray, rng: np.random.Generator, shown: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Return a view of image (H, W, 3) and mask (H, W), both uint8.
 
         The number of draws from `rng` is always the same, so one setting does not change another's chance.
+
+        Args:
+            image: pixels.
+            mask: class ids.
+            rng: chance.
+            shown: a class of which the view shows a pixel, drawn evenly among those of the mask, if it has any.
         """
-        chance = rng.random(_DRAWS)
-        zoom, matrix = self._geometry(mask.shape, chance)
+        zoom, matrix, chance = self._geometry(mask, rng, shown)
         seen = _warp_image(image, matrix, zoom, self.crop)
         return _recolor(seen, self.color, chance[8:]), self._warp_mask(mask, matrix)
 
-    def mask(self, mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def mask(self, mask: np.ndarray, rng: np.random.Generator, shown: int | None = None) -> np.ndarray:
         """Return the view of a mask (H, W) alone, which a call with its image gives of it."""
-        return self._warp_mask(mask, self._geometry(mask.shape, rng.random(_DRAWS))[1])
+        return self._warp_mask(mask, self._geometry(mask, rng, shown)[1])
 
-    def _geometry(self, size: tuple[int, ...], chance: np.ndarray) -> tuple[tuple[float, float], np.ndarray]:
-        height, width = size
+    def _geometry(
+        self, mask: np.ndarray, rng: np.random.Generator, shown: int | None
+    ) -> tuple[tuple[float, float], np.ndarray, np.ndarray]:
+        """Return the zoom, the matrix and the numbers of a view."""
+        chance, (height, width) = rng.random(_DRAWS), mask.shape
         zoom = self._zoom((height, width), chance[0])
-        return zoom, self._matrix((height, width), zoom, chance[1:8])
+        pixel = None if shown is None else _any_pixel(mask, shown, rng)
+        return zoom, self._matrix((height, width), zoom, chance[1:8], pixel), chance
 
     def _warp_mask(self, mask: np.ndarray, matrix: np.ndarray) -> np.ndarray:
         return cv2.warpAffine(
@@ -150,8 +161,10 @@ class Augment:
         vertical, horizontal = (factor * max(1, round(side * limit)) / side for side in size)
         return vertical, horizontal
 
-    def _matrix(self, size: tuple[int, int], zoom: tuple[float, float], chance: np.ndarray) -> np.ndarray:
-        """Return (3, 3): image pixel centre (x, y, 1) to its place in the crop."""
+    def _matrix(
+        self, size: tuple[int, int], zoom: tuple[float, float], chance: np.ndarray, pixel: np.ndarray | None
+    ) -> np.ndarray:
+        """Return (3, 3): image pixel centre (x, y, 1) to its place in the crop, which has `pixel` in it if given."""
         height, width = size[0] * zoom[0], size[1] * zoom[1]
         crop_height, crop_width = self.crop
         signed = 2 * chance - 1
@@ -159,22 +172,42 @@ class Augment:
         shift_x = self.affine.translate * signed[2] * min(width, crop_width)
         shift_y = self.affine.translate * signed[3] * min(height, crop_height)
         centre_x, centre_y = (width - 1) / 2, (height - 1) / 2
-        matrix = (
-            _move(
-                shift_x - _place(width - crop_width, chance[4]),
-                shift_y - _place(height - crop_height, chance[5]),
-            )
-            @ (_move(centre_x, centre_y) @ turn @ _move(-centre_x, -centre_y))
-            @ _resize(zoom)
-        )
+        turn = _move(centre_x, centre_y) @ turn @ _move(-centre_x, -centre_y)
+        if pixel is None:
+            left, top = _place(width - crop_width, chance[4]), _place(height - crop_height, chance[5])
+        else:
+            x, y, _ = _move(shift_x, shift_y) @ turn @ _resize(zoom) @ pixel
+            left = _place_at(x, width, crop_width, chance[4])
+            top = _place_at(y, height, crop_height, chance[5])
+        matrix = _move(shift_x - left, shift_y - top) @ turn @ _resize(zoom)
         if chance[6] < self.flip:
             matrix = np.array([[-1.0, 0, crop_width - 1], [0, 1, 0], [0, 0, 1]]) @ matrix
         return matrix
 
 
-def _place(room: float, chance: float) -> int:
+def _place(room: float, chance: float) -> float:
     """Return where a crop starts, in whole pixels; `room` is negative where the image is smaller."""
     return round(min(0.0, room) + abs(room) * chance)
+
+
+def _place_at(at: float, length: float, crop: int, chance: float) -> float:
+    """Return where a crop starts, so that `at` is the centre of a pixel in it: one that nearest mapping then takes.
+
+    Where that can be, it lies as `_place` would lay it, but for half a pixel; what was turned or shifted out of the
+    image's bounds is followed there.
+    """
+    room = length - crop
+    first, last = (min(max(round(at - start), 0), crop - 1) for start in (max(0.0, room), min(0.0, room)))
+    return at - (first + int(chance * (last + 1 - first)))
+
+
+def _any_pixel(mask: np.ndarray, shown: int, rng: np.random.Generator) -> np.ndarray | None:
+    """Return the centre (x, y, 1) of one of a class's pixels; None: it has none."""
+    places = np.flatnonzero(mask == shown)
+    if not len(places):
+        return None
+    y, x = divmod(int(places[rng.integers(len(places))]), mask.shape[1])
+    return np.array([x, y, 1.0])
 
 
 def _warp_image(image: np.ndarray, matrix: np.ndarray, zoom: tuple[float, float], crop: tuple[int, int]) -> np.ndarray:

@@ -13,9 +13,11 @@ from dinoseg.config.checks import check_given
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.plain import plain
 from dinoseg.contracts import Loss
+from dinoseg.data.class_uniform import class_uniform
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.scan.class_counts import class_counts, keep_counts
 from dinoseg.data.splits import split_table
+from dinoseg.data.train_views import ClassUniform
 from dinoseg.doctor.short import check as examine
 from dinoseg.errors import UserError
 from dinoseg.evaluation.about import EVALUATION
@@ -29,6 +31,7 @@ from dinoseg.probing.probe import Grid, Probe
 from dinoseg.processes.workers import count_cores
 from dinoseg.regimes.regime import Regime, share_of
 from dinoseg.report.curves import IMAGE_PLOTS
+from dinoseg.shapes import SegmentationData
 from dinoseg.training.engine import Engine
 from dinoseg.training.feature_cache.key import hash_of
 from dinoseg.training.feature_choice import Plan, feature_cache
@@ -45,16 +48,20 @@ class ImageRegime(Regime):
     feed: ImageFeed
 
     def __init__(self, cfg: DictConfig, engine: Engine, *, pictures: int = 0) -> None:
-        views = cfg.data.views if "views" in cfg.data else None  # the data of older checkpoints has no such key
-        share = share_of(cfg, engine, pictures) | {"views": views}
-        check_given("dinoseg.training.image_feed.ImageFeed", {"views": views}, {"views": "data.views"})
+        # the data of older checkpoints has no such keys
+        drawn = {"views": cfg.data.views if "views" in cfg.data else None}
+        drawn["class_mix"] = cfg.data.class_mix if "class_mix" in cfg.data else 0.0
+        share = share_of(cfg, engine, pictures) | drawn
+        check_given("dinoseg.training.image_feed.ImageFeed", drawn, {key: f"data.{key}" for key in drawn})
         self.cfg = cfg
+        train = build.dataset(cfg, "train", reduced=True, decided=engine.decided)
         self.feed = ImageFeed(
-            train=build.dataset(cfg, "train", reduced=True, decided=engine.decided),
+            train=train,
             val=build.dataset(cfg, "val"),
             augment=instantiate(cfg.data.augment),
             background=build.background_of(cfg),
             policy=instantiate(cfg.inference),
+            uniform=_uniform(cfg, train, engine),
             **share,
         )
         self.labels = self.labelled = self.feed.train
@@ -195,3 +202,13 @@ class ImageRegime(Regime):
     def skipped(self) -> dict[str, Mapping[str, str]]:
         """Return the files that were left out."""
         return {"train": self.feed.train.skipped, "val": self.feed.val.skipped}
+
+
+def _uniform(cfg: DictConfig, train: SegmentationData, engine: Engine) -> ClassUniform | None:
+    """Return which samples are drawn for a class, as `data.class_uniform` says; the first rank looks for them."""
+    share = cfg.data.class_uniform if "class_uniform" in cfg.data else 0.0
+    if share == 0 and not isinstance(share, bool):
+        return None
+    check_given("dinoseg.data.class_uniform.class_uniform", {"share": share}, {"share": "data.class_uniform"})
+    workers = cfg.data.workers or count_cores()
+    return engine.decided(lambda: class_uniform(train, share, cache_dir=cfg.cache_dir, workers=workers))

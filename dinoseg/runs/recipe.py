@@ -23,8 +23,9 @@ OPTIONAL = (USE, HEADS, RATES)  # root keys that older checkpoints, or those of 
 SAVED = ("seed", *GROUPS, *OPTIONAL)  # root keys of a config that a checkpoint keeps
 # keys that older checkpoints lack, and what was so before them
 _LATER: Mapping[str, Mapping[str, Any]] = {
-    "data": {"views": None, "feature_noise": 0.0},
+    "data": {"views": None, "feature_noise": 0.0, "class_uniform": 0.0, "class_mix": 0.0},
     "head": {"init": None, "deep_supervision": True},
+    "loss": {"hardest": 1.0, "border_weight": 1.0, "border_width": 3},
 }
 # of a trainer: a run may go on with others
 LENGTHS = ("steps", "epochs", "patience", "val_every", "save_every", "log_every")
@@ -69,8 +70,8 @@ def recipe_of(info: Mapping[str, Any]) -> dict[str, Any]:
     if "mask_classification" not in repr(config["loss"]):
         unread.add("deep_supervision")  # which no other loss reads
     head = {key: value for key, value in config["head"].items() if key not in unread}
-    data, head = (_without_later(node, group) for node, group in ((data, "data"), (head, "head")))
-    return {**config, "trainer": trainer, "data": data, "head": head}
+    groups = {"data": data, "head": head, "loss": config["loss"]}
+    return {**config, "trainer": trainer, **{group: _without_later(node, group) for group, node in groups.items()}}
 
 
 def saved_config(info: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,7 +89,11 @@ def saved_config(info: Mapping[str, Any]) -> dict[str, Any]:
 def _without_later(node: Mapping[str, Any], group: str) -> dict[str, Any]:
     """Return a group's keys without those that older checkpoints lack, where they say what was so before them."""
     later = _LATER[group]
-    return {key: value for key, value in node.items() if key not in later or value != later[key]}
+    return {
+        key: _without_later(value, group) if isinstance(value, Mapping) else value
+        for key, value in node.items()
+        if key not in later or value != later[key]
+    }
 
 
 def data_root(config: Mapping[str, Any], folder: Path) -> tuple[str, str]:

@@ -87,6 +87,11 @@ def feature_cache(feed: ImageFeed, model: Segmenter, loss: Loss, engine: Engine,
             logger.info("engine.cache=auto: no features are kept. %s", reason)
         if not plan.noise:
             return None
+        if feed.class_mix:
+            raise UserError(
+                f"data.feature_noise={plan.noise} with data.class_mix={feed.class_mix}: noise is added to features of "
+                "an image as it is drawn, without classes of another. Set one of them to 0."
+            )
         _check_cut(feed, model, engine, plan.noise)
         return FeatureCache(model, engine.autocast, NoStore, plan.drawing, feed.views, plan.noise)
     place, cost = chosen
@@ -131,6 +136,11 @@ def _chosen(wanted: str, feed: ImageFeed, model: Segmenter, loss: Loss, engine: 
         raise _Live(
             "Each epoch draws new views of the images, so that no features come twice. data.views=4 draws each image "
             "in 4 views, again and again."
+        )
+    if feed.class_mix:
+        raise _Live(
+            f"With data.class_mix={feed.class_mix} classes are pasted on images anew in each epoch, so that no "
+            "features come twice, and features cannot be pasted. Set data.class_mix=0."
         )
     if engine.sharded:
         raise _Live("The weights are shared out over the ranks (engine.sharding=fsdp).")

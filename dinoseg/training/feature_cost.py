@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from dinoseg.contracts import Loss
-from dinoseg.data.loader import read_view, view_chance
 from dinoseg.model import Segmenter
 from dinoseg.shapes import Batch, FeatureBatch
 from dinoseg.sizes import Size
@@ -64,8 +63,7 @@ def measured(feed: ImageFeed, model: Segmenter, loss: Loss, engine: Engine, root
         UserError: the model cannot be cut, or its features cannot be kept.
     """
     training = model.training
-    sample = read_view(feed.train, feed.augment, 0, view_chance(feed.seed, feed.views, 0, 0))
-    batch = Batch.stack([sample]).to(engine.device)
+    batch = Batch.stack([feed.drawn.read(0, 0)]).to(engine.device)
     try:
         with torch.no_grad(), engine.autocast():
             model.train()  # which a head may give more in; what is frozen stays in eval mode

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from inspect import signature
 from itertools import count, islice
 from typing import Any
 
@@ -14,11 +15,13 @@ from dinoseg.contracts import Loss
 from dinoseg.data.enough_workers import Workers, more_workers
 from dinoseg.data.loader import check_batch_size, train_batches
 from dinoseg.data.packed.pack import PackedDataset
+from dinoseg.data.train_views import ClassUniform, TrainViews
+from dinoseg.errors import UserError
 from dinoseg.inference.policy import Policy
 from dinoseg.inference.whole import Whole
 from dinoseg.metrics.confusion import ConfusionMatrix
 from dinoseg.model import Segmenter
-from dinoseg.ranges import Count
+from dinoseg.ranges import Count, Share
 from dinoseg.report.overlay import compare
 from dinoseg.shapes import Batch, SegmentationData
 from dinoseg.training.engine import Engine
@@ -45,6 +48,8 @@ class ImageFeed:
         world: number of ranks.
         pictures: validation images that are shown at each validation, the same ones every time.
         views: of each training image, drawn in turn; None: new ones in each epoch.
+        uniform: which training samples are drawn for a class; None: none.
+        class_mix: share of the training samples that classes of another are pasted on.
         cache: what the frozen part of the model gives for them; None: batches are of images.
     """
 
@@ -60,6 +65,8 @@ class ImageFeed:
     world: int = 1
     pictures: int = 0
     views: Count | None = None
+    uniform: ClassUniform | None = None
+    class_mix: Share = 0.0
     cache: FeatureCache | None = None
     score_names: Sequence[str] = field(init=False)
     lowest: Sequence[str] = ("loss",)
@@ -67,8 +74,23 @@ class ImageFeed:
     def __post_init__(self) -> None:
         """Refuse a batch size that does not fit, long before the first batch."""
         check_batch_size(self.batch_size, len(self.train), self.world)
+        if self.uniform is not None and "shown" not in signature(self.augment).parameters:
+            raise UserError(
+                f"data.class_uniform={self.uniform.share}: data.augment lays no crop on a class, since it takes no "
+                "`shown`, as dinoseg.data.transforms.Augment does. Let it take that, or set data.class_uniform=0."
+            )
+        if self.class_mix and len(self.train) < 2:
+            raise UserError(
+                f"data.class_mix={self.class_mix} with one training image: there is no other to paste classes of. Set "
+                "data.class_mix=0, or add images."
+            )
         empty = ConfusionMatrix(len(self.val.classes), background=self.background).compute()
         self.score_names = sorted(["loss", *(key for key, value in empty.items() if value is None)])
+
+    @property
+    def drawn(self) -> TrainViews:
+        """What is seen of the training images."""
+        return TrainViews(self.train, self.augment, self.seed, self.views, self.uniform, self.class_mix)
 
     @property
     def epoch(self) -> float:
@@ -90,11 +112,10 @@ class ImageFeed:
 
     def train_batches(self, start: int) -> Iterator[Batch | Views]:
         """Yield this rank's share of every batch from number `start` on, without end."""
-        order = {"batch_size": self.batch_size, "seed": self.seed, "start": start}
-        order |= {"rank": self.rank, "world": self.world}
+        order = {"batch_size": self.batch_size, "start": start, "rank": self.rank, "world": self.world}
         if self.cache is not None:
-            return self.cache.train_batches(self.train, self.augment, workers=self.workers, **order)
-        return train_batches(self.train, self.augment, workers=self.workers, **order, views=self.views)
+            return self.cache.train_batches(self.drawn, workers=self.workers, **order)
+        return train_batches(self.drawn, workers=self.workers, **order)
 
     def tally(self, engine: Engine) -> Tally:
         """Return what counts how well a training step predicts its batches."""

@@ -4,11 +4,10 @@ from contextlib import closing
 
 import pytest
 import torch
-from making import Pictures
+from making import Pictures, train_batches
 
 from dinoseg.data import enough_workers
 from dinoseg.data.enough_workers import FROM_NONE, with_enough_workers
-from dinoseg.data.loader import train_batches
 from dinoseg.data.transforms import Augment
 
 

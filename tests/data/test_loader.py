@@ -10,10 +10,10 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from making import Pictures
+from making import Pictures, train_batches
 
 from dinoseg.data.clips.view import ClipView
-from dinoseg.data.loader import clip_batches, eval_samples, load_in_order, stack_equal, train_batches
+from dinoseg.data.loader import clip_batches, eval_samples, load_in_order, stack_equal
 from dinoseg.data.transforms import Affine, Augment, ColorJitter
 from dinoseg.errors import UserError
 from dinoseg.processes.workers import telling_killed_loaders

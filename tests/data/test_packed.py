@@ -16,13 +16,12 @@ import time
 import numpy as np
 import pytest
 import torch
-from making import save, write_video
+from making import save, train_batches, write_video
 from PIL import Image
 
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import Masks
 from dinoseg.data.formats.folder import folder_dataset
-from dinoseg.data.loader import train_batches
 from dinoseg.data.packed import draft as packed_draft
 from dinoseg.data.packed import pack as packed
 from dinoseg.data.packed.pack import pack

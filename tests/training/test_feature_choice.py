@@ -6,6 +6,7 @@ import logging
 import math
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,18 +14,20 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_files import INFO
+from making import train_batches
 from torch import nn
 
 from dinoseg.adapters import Frozen, LastBlocks, Lora
 from dinoseg.backbones.transformers_vit import TransformersVit
 from dinoseg.data import enough_workers, loader
+from dinoseg.data.class_uniform import class_uniform
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import Masks
-from dinoseg.data.loader import train_batches
 from dinoseg.data.packed.pack import pack
 from dinoseg.data.pairs import dataset as pairs
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
+from dinoseg.data.train_views import ClassUniform
 from dinoseg.data.transforms import Affine, Augment, ColorJitter
 from dinoseg.errors import UserError
 from dinoseg.heads.linear import LinearHead
@@ -104,6 +107,7 @@ def train(data, tiny_backbone, tmp_path):
         engine = Engine("cpu", "fp32", workers=0, cache=cache)
         policy = options.pop("policy", None)
         share = {"batch_size": 2, "seed": 5, "workers": options.pop("workers", 0), "policy": policy}
+        share["uniform"] = options.pop("uniform", None)
         feed = ImageFeed(data_set, data_set, augment, pictures=1, views=views, **share)
         plan = Plan(tmp_path / "cache", epochs or steps * 2 / 5, "drawing", {}, dtype=dtype, **options)
         loss = CrossEntropy(torch.ones(3))
@@ -142,6 +146,18 @@ def test_training_on_features_is_training_on_images(train, adapter, monkeypatch,
     monkeypatch.setattr(pairs, "read_pair", lambda pair, reader: opened.append(pair.name) or read_pair(pair, reader))
     assert train("disk", adapter=adapter)[0] == live
     assert opened == ["0"] * 4  # what is measured, the size of the validation images, and the picture of each of two
+
+
+def test_views_for_a_class_are_kept_as_they_are_and_known_by_their_masks(train, data, computed, tmp_path):
+    uniform = class_uniform(data, 0.6, cache_dir=tmp_path)
+    live = train(uniform=uniform)[0]
+    assert live != train()[0]
+    computed.clear()
+    assert train("disk", uniform=uniform)[0] == live
+    first, once = sum(computed), computed.clear()
+    assert train("disk", uniform=uniform)[0] == live and sum(computed) == 2 and once is None  # what is measured
+    train("disk", uniform=replace(uniform, digests=["other"] * 5))  # crops may lie elsewhere
+    assert 2 + 2 < sum(computed) < first + 2
 
 
 def test_what_is_kept_is_computed_once(train, computed):
@@ -497,6 +513,7 @@ def test_auto_keeps_features_where_that_pays(train, monkeypatch, caplog):
         ({"cache": "memory", "adapter": Lora(2, 4)}, "engine.cache=memory: Nothing of this backbone"),
         ({"adapter": Lora(2, 4), "noise": 0.1}, "data.feature_noise=0.1 is added to what the frozen part"),
         ({"cache": "auto", "views": None, "adapter": Lora(2, 4), "noise": 0.1}, "data.feature_noise=0.1 is added"),
+        ({"uniform": ClassUniform(0.5, {}, []), "augment": lambda image, mask, rng: (image, mask)}, "takes no `shown`"),
         ({"cache": "ssd"}, "engine.cache=ssd is unknown. Choose one of auto, off, disk, memory"),
         ({"cache": "disk", "dtype": "int4"}, "features.dtype=int4 is unknown"),
     ],

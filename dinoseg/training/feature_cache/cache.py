@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from dinoseg.data.enough_workers import AUTO, FROM_NONE, Workers
-from dinoseg.data.loader import Transform, drawn_batches, load_in_order, read_view, view_chance
+from dinoseg.data.loader import drawn_batches, load_in_order
 from dinoseg.data.pairs.dataset import PairDataset
+from dinoseg.data.train_views import Draw, TrainViews, Transform
 from dinoseg.data.transforms import Augment
 from dinoseg.inference.policy import Autocast
 from dinoseg.model import Segmenter
@@ -119,31 +120,24 @@ class FeatureCache:
         return self.place is not None
 
     def train_batches(
-        self,
-        data: SegmentationData,
-        augment: Transform,
-        *,
-        seed: int,
-        workers: Workers,
-        batch_size: int,
-        start: int,
-        **order: int,
+        self, drawn: TrainViews, *, workers: Workers, batch_size: int, start: int, **order: int
     ) -> Iterator[Views]:
         """Yield this rank's share of each training batch, as `loader.train_batches` does of the same views.
 
         Once each view was read, AUTO begins anew with this process alone: a view from another costs more to receive
         than it costs to read here.
         """
-        read = partial(_read_drawn, data, augment, seed, self.views, self.store, self.drawing, self._masks)
-        batches = partial(drawn_batches, read, list, len(data), batch_size=batch_size, seed=seed, **order)
+        samples = len(drawn.data)
+        read = partial(_read_drawn, drawn, self.store, self.drawing, self._masks)
+        batches = partial(drawn_batches, read, list, samples, batch_size=batch_size, seed=drawn.seed, **order)
         first = self._workers(workers)
         here = isinstance(first, str) or first == 0  # views are read by this process, now or later
-        again = partial(_read_drawn, data, augment, seed, self.views, NoStore(), self.drawing, self._masks)
+        again = partial(_read_drawn, drawn, NoStore(), self.drawing, self._masks)
         stream = batches(start=start, workers=first)
         if self.views is None or not self.keeps:  # none comes again
             return map(partial(Views, self), stream)
         if first == AUTO:
-            seen = self.views * -(-len(data) // batch_size)
+            seen = self.views * -(-samples // batch_size)
             stream = _followed(stream, seen, partial(batches, start=start + seen, workers=FROM_NONE))
         return map(partial(self._arrived, again, masks=here), stream)
 
@@ -241,26 +235,23 @@ def view_key(data: SegmentationData, index: int, *draw: object) -> str:
     return hash_of(image_hash(data, index), *draw)
 
 
-def _read_drawn(
-    data: SegmentationData,
-    augment: Transform,
-    seed: int,
-    views: int | None,
-    store: FeatureStore,
-    drawing: str,
-    masks: KeptMasks,
-    epoch: int,
-    index: int,
-) -> View:
-    key = view_key(data, index, drawing, seed, epoch if views is None else epoch % views, index)
-    draw = int(hash_of(key, epoch)[:_DRAW_DIGITS], 16)
-    chance = partial(view_chance, seed, views, epoch, index)
+def _read_drawn(drawn: TrainViews, store: FeatureStore, drawing: str, masks: KeptMasks, epoch: int, index: int) -> View:
+    data, augment, draw = drawn.data, drawn.augment, drawn.draw(epoch, index)
+    key = view_key(data, draw.image, drawing, drawn.seed, draw.number, index, *_aim(drawn, draw))
+    name, noise = data.names[draw.image], int(hash_of(key, epoch)[:_DRAW_DIGITS], 16)
     features = store.get(key)
     if features is not None and _has_masks_alone(data) and _draws_masks_alone(augment):
-        mask = masks.get((key, data.names[index]), lambda: augment.mask(data.mask(index), chance()))
-        return View(key, mask, data.names[index], features, None, (epoch, index), draw)
-    sample = read_view(data, augment, index, chance())
-    return View(key, sample["mask"], sample["name"], features, sample["image"], (epoch, index), draw)
+        mask = masks.get((key, name), lambda: augment.mask(data.mask(draw.image), draw.chance, *draw.shown))
+        return View(key, mask, name, features, None, (epoch, index), noise)
+    sample = drawn.seen(draw)
+    return View(key, sample["mask"], sample["name"], features, sample["image"], (epoch, index), noise)
+
+
+def _aim(drawn: TrainViews, draw: Draw) -> tuple[object, ...]:
+    """Return what decides where a view for a class lies: the class, and the mask that has its pixels."""
+    if drawn.uniform is None or not draw.shown:
+        return ()
+    return *draw.shown, drawn.uniform.digests[draw.image]
 
 
 def _has_masks_alone(data: SegmentationData) -> TypeGuard[PairDataset]:

@@ -30,7 +30,8 @@ _NOTE = "origin.json"
 _LIBRARIES = ("torch", "transformers", "timm", "peft", "bitsandbytes", "pillow", "av", "opencv-python-headless")
 _OWN = (  # what lies between a file and its features: rooms and files of the package
     *("backbones", "heads", "adapters.py", "contracts.py", "model.py", "geometry.py", "sizes.py", "shapes.py"),
-    *("images.py", "data/loader.py", "data/transforms.py", "data/video", "data/packed/read.py"),
+    *("images.py", "data/loader.py", "data/train_views.py", "data/class_mix.py", "data/transforms.py"),
+    *("data/video", "data/packed/read.py"),
     *("precision.py", "transfer.py", "training/feature_cache"),
 )
 

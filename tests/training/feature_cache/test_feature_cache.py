@@ -13,6 +13,7 @@ from dinoseg.data.classes.masks import Masks
 from dinoseg.data.enough_workers import AUTO, FROM_NONE
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
+from dinoseg.data.train_views import TrainViews
 from dinoseg.data.transforms import Augment
 from dinoseg.shapes import FrozenFeatures
 from dinoseg.training.feature_cache import cache
@@ -34,7 +35,8 @@ def read(tmp_path):
     data = PairDataset(pairs, Labels(["a"], [(0, 0, 0)], 255), Masks())
 
     def view(drawing="drawing", seed=5, views=2, epoch=0, index=0):
-        return cache._read_drawn(data, Augment((4, 4)), seed, views, NoStore(), drawing, KeptMasks(), epoch, index)
+        drawn = TrainViews(data, Augment((4, 4)), seed, views)
+        return cache._read_drawn(drawn, NoStore(), drawing, KeptMasks(), epoch, index)
 
     return view
 
@@ -98,11 +100,12 @@ def test_once_each_view_was_read_the_next_batch_comes_from_this_process(given, m
         return iter([[]] * 9)
 
     monkeypatch.setattr(cache, "drawn_batches", batches)
-    stream = kept.train_batches([0] * 3, None, seed=0, workers=AUTO, batch_size=2, start=1)
+    drawn = TrainViews([0] * 3, None, seed=0)
+    stream = kept.train_batches(drawn, workers=AUTO, batch_size=2, start=1)
     assert len(list(islice(stream, 5))) == 5
     assert asked == [(1, AUTO), (1 + 2 * 2, FROM_NONE)]  # two views of three images, in batches of two
     kept.place = "memory"  # another process would see nothing of it
-    assert next(kept.train_batches([0] * 3, None, seed=0, workers=3, batch_size=2, start=1)).views == []
+    assert next(kept.train_batches(drawn, workers=3, batch_size=2, start=1)).views == []
     assert asked[2:] == [(1, 0)]
 
 

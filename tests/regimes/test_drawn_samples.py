@@ -1,0 +1,101 @@
+"""What is drawn to train on and what counts, by the keys of a config: trained, gone on with, and refused."""
+
+import pytest
+import torch
+from command_line import SMALL, call, write_data
+
+from dinoseg.training import checkpoint
+
+DRAWN = ("data.class_uniform=0.5", "data.class_mix=0.5", "loss=ce_dice", "loss.criterion.terms.ce.hardest=0.3")
+DRAWN += ("loss.criterion.terms.ce.border_weight=3", "loss.criterion.terms.dice.border_weight=2")
+
+
+@pytest.fixture(scope="module")
+def where(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("drawn_samples")
+    write_data(folder / "data")
+    return folder
+
+
+def train(where, name, *words):
+    return call(where, "mode=train", *SMALL, f"hydra.run.dir={name}", "mode.metrics_only=true", *words)
+
+
+def weights(where, name):
+    return checkpoint.read(where / name / "checkpoints/last.safetensors").tensors
+
+
+def test_a_stopped_run_goes_on_to_the_bit(where):
+    rate = "optim.schedule.kind=constant", "optim.schedule.warmup=0"
+    for name, words in (("whole", ["trainer.steps=4"]), ("parts", []), ("parts", ["resume=parts", "trainer.steps=4"])):
+        done = train(where, name, *DRAWN, *rate, *words)
+        assert done.status == 0, done.err
+    ours, theirs = weights(where, "parts"), weights(where, "whole")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_each_key_changes_what_is_learnt(where):
+    borders = [
+        f"loss.criterion.terms.{term}.border_weight=0" for term in ("ce", "dice")
+    ]  # in noise, each pixel is near
+    found = []
+    for number, words in enumerate([(), *zip((*DRAWN[:2], DRAWN[3], *borders), strict=True)]):
+        done = train(where, f"key_{number}", "loss=ce_dice", *words)
+        assert done.status == 0, done.err
+        found.append(b"".join(part.numpy().tobytes() for part in weights(where, f"key_{number}").values()))
+    assert len({*found}) == len(found) == 6
+
+
+def test_a_run_older_than_the_keys_goes_on_without(where):
+    assert train(where, "older", "loss=ce_dice", "trainer.steps=1").status == 0
+    path = where / "older/checkpoints/last.safetensors"
+    found = checkpoint.read(path)
+    config = found.info["config"]
+    del config["data"]["class_uniform"], config["data"]["class_mix"]
+    for term in config["loss"]["criterion"]["terms"].values():
+        for key in ("hardest", "border_weight", "border_width"):
+            term.pop(key, None)
+    checkpoint.write(path, found.tensors, {key: value for key, value in found.info.items() if key != "format"})
+    words = ("resume=older", "trainer.steps=2", "engine=cpu", "engine.workers=0")
+    done = call(where, "mode=train", *words)
+    assert done.status == 0, done.err
+    assert weights(where, "older")
+
+
+def test_features_are_kept_of_crops_for_a_class(where):
+    words = ("adapter=frozen", "data.views=2", "data.class_uniform=0.7", "features.dtype=float32", "trainer.steps=6")
+    for name in ("off", "disk"):
+        done = train(where, name, *words, f"engine.cache={name}")
+        assert done.status == 0, done.err
+    ours, theirs = weights(where, "off"), weights(where, "disk")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("data.class_uniform=1.5",), "data.class_uniform=1.5 is out of range. Give a number above 0 and at most 1."),
+        (("data.class_uniform=-1",), "data.class_uniform=-1 is out of range"),
+        (("data.class_uniform=true",), "data.class_uniform=True is of type bool"),
+        (("data.class_uniform=null",), "data.class_uniform=null is of type NoneType"),
+        (("data.class_mix=2",), "data.class_mix=2 is out of range. Give a number from 0 to 1."),
+        (("data.class_mix=half",), "data.class_mix=half is of type str"),
+        (("data.class_mix=0.5", "data.views=2", "engine.cache=disk"), "engine.cache=disk: With data.class_mix=0.5"),
+        (
+            ("data.class_mix=0.5", "data.feature_noise=0.1", "adapter=frozen"),
+            "data.feature_noise=0.1 with data.class_mix=0.5: noise is added",
+        ),
+        (("loss.criterion.hardest=0",), "hardest=0 is out of range. Give a number above 0 and at most 1."),
+        (("loss.criterion.border_weight=-2",), "border_weight=-2 is out of range. Give a number of at least 0."),
+        (("loss.criterion.border_width=0",), "border_width=0 is out of range. Give a whole number of at least 1."),
+        (("loss=lovasz", "+loss.criterion.border_weight=2"), "does not take border_weight"),
+    ],
+)
+def test_what_cannot_be_is_refused_and_leaves_nothing(where, words, message):
+    done = train(where, "refused", *words)
+    assert done.status == 1 and message in done.err.replace("\n", " "), done.err
+
+
+def test_a_class_that_no_mask_has_is_told(where):
+    done = train(where, "absent", "data.classes=[dark,bright,green]", "data.class_uniform=1")
+    assert done.status == 0 and "data.class_uniform=1: no training mask has a pixel of green" in done.err
