@@ -73,7 +73,7 @@ DOORS = {  # dependency to the rooms and files that may import it
     "peft": ("adapters",),
     "bitsandbytes": ("adapters",),
     "transformers": ("backbones", "heads/upernet"),
-    "scipy": ("losses/matching", "metrics"),
+    "scipy": ("losses/matching", "metrics", "scoring/intervals"),
     "tqdm": ("report/progress", "training/meter"),  # one bar, which a pipe can read too
     "timm": ("backbones",),
     "tensorboard": ("report/log",),

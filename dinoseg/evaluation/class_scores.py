@@ -1,15 +1,12 @@
-"""Scores of classes as functions of sums over units, so that units drawn anew give their intervals."""
+"""Scores of classes as functions of sums over units, so that leaving units out gives their intervals."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
 
 from dinoseg.evaluation.collected import class_ious
-from dinoseg.scoring.intervals import intervals, resampled
-
-RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
@@ -23,6 +20,7 @@ class ClassScores:
 
     num_classes: int
     background: int | None = None
+    signed: ClassVar[Collection[str]] = ()
 
     @property
     def means(self) -> Sequence[str]:
@@ -55,25 +53,6 @@ def unit_sums(counts: np.ndarray, units: Sequence[str]) -> np.ndarray:
     sums = np.zeros((len(places), *counts.shape[1:]), np.int64)
     np.add.at(sums, [places[unit] for unit in units], counts)
     return sums.reshape(len(places), -1)
-
-
-def score_intervals(kind: ClassScores, sums: np.ndarray, seed: int = 0) -> dict[str, list[float] | None]:
-    """Return the 95 % interval of each score over units with sums (U, 3 K)."""
-    return intervals(kind, resampled(kind, sums.astype(np.float64), RESAMPLES, seed))
-
-
-def paired_differences(
-    kind: ClassScores, first: np.ndarray, second: np.ndarray, seed: int = 0
-) -> dict[str, dict[str, Any]]:
-    """Return each score's `value` of the second less that of the first, and the interval `ci95` of this difference.
-
-    Both are sums (U, 3 K) over the same units in the same order, and the same units are drawn for both.
-    """
-    totals = [kind.scores(sums.sum(axis=0)) for sums in (first, second)]
-    drawn = [resampled(kind, sums.astype(np.float64), RESAMPLES, seed) for sums in (first, second)]
-    limits = intervals(kind, {key: drawn[1][key] - drawn[0][key] for key in kind.keys})
-    gaps = {key: float(totals[1][key] - totals[0][key]) for key in kind.keys}
-    return {key: {"value": gap if np.isfinite(gap) else None, "ci95": limits[key]} for key, gap in gaps.items()}
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from dinoseg import build
 from dinoseg.data.splits import regex_group
 from dinoseg.errors import UserError
 from dinoseg.evaluation.about import Origin, about_run
-from dinoseg.evaluation.class_scores import ClassScores, score_intervals, unit_sums
+from dinoseg.evaluation.class_scores import ClassScores, unit_sums
 from dinoseg.evaluation.collected import Collected, Collector, image_mious, join
 from dinoseg.evaluation.image_record import ImageRecord, write_record
 from dinoseg.evaluation.official import SCORES as OFFICIAL_SCORES
@@ -22,6 +22,7 @@ from dinoseg.metrics.boundary_errors import DISTANCES
 from dinoseg.metrics.calibration import fit_temperature, negative_log_likelihood, reliability
 from dinoseg.report.html.evaluation import EvaluationReport, evaluation_page
 from dinoseg.report.log import read_rows
+from dinoseg.scoring.intervals import jackknife
 from dinoseg.shapes import SegmentationData
 from dinoseg.storage.atomic import write_text
 from dinoseg.training.engine import Engine
@@ -59,7 +60,7 @@ def report_images(
     official = _official(scores, out_dir)
     record = _record(cfg, collected, data, split, official, origin.model)
     names, groups = record.images, record.units
-    kind = ClassScores(len(data.classes), record.background)
+    kind, sums = ClassScores(len(data.classes), record.background), unit_sums(collected.classes, groups)
     write_record(record, out_dir)
     mious = image_mious(collected.classes)
     _write_table(out_dir / TABLE, record, mious)
@@ -70,7 +71,7 @@ def report_images(
         palette=data.palette,
         ignore_index=data.ignore_index,
         scores=scores,
-        intervals=score_intervals(kind, unit_sums(collected.classes, groups)),
+        intervals={key: estimate.ci95 for key, estimate in jackknife(kind, sums).items()},
         unit=record.unit,
         names=names,
         groups=groups,

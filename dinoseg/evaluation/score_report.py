@@ -18,13 +18,13 @@ _NOTES = 10  # that are printed; the file has all
 
 def report(protocol: ScoreProtocol, scored: Scored, path: Path) -> dict[str, Any]:
     """Print and write the scores of predictions that a mode has just made; return them."""
-    result = result_of(protocol, scored, path, resamples=1000, seed=0)
+    result = result_of(protocol, scored, path)
     write_json(path, result)
     print(f"\n{scores_table(result)}")
     return result
 
 
-def result_of(protocol: ScoreProtocol, scored: Scored, path: Path, *, resamples: int, seed: int) -> dict[str, Any]:
+def result_of(protocol: ScoreProtocol, scored: Scored, path: Path) -> dict[str, Any]:
     """Return the scores that are to be written to `path`, and warn of what they hold beside."""
     for note in scored.notes[:_NOTES]:
         logger.warning("%s", note)
@@ -33,7 +33,7 @@ def result_of(protocol: ScoreProtocol, scored: Scored, path: Path, *, resamples:
     if scored.problems:
         count = count_of(scored.problems, "file")
         logger.warning("%s left out that could not be scored, with reasons under `problems` in %s.", count, path)
-    result = summary(protocol, scored, resamples=resamples, seed=seed)
+    result = summary(protocol, scored)
     held = any(limits is not None for limits in result["ci95"].values())
     if held and (few := few_units(result["n"], result["unit"])):
         logger.warning("%s", few)

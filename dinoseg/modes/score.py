@@ -11,7 +11,7 @@ from dinoseg.evaluation.score_classes import FOLDER, protocol_of
 from dinoseg.evaluation.score_report import result_of, write_problems
 from dinoseg.inference.class_record import NAME
 from dinoseg.metrics.protocols.contract import ScoreProtocol
-from dinoseg.ranges import Count, Natural
+from dinoseg.ranges import Count
 from dinoseg.report.scores import difference_table, scores_table
 from dinoseg.scoring.folders import Scored, Unscorable, score_cases
 from dinoseg.scoring.summary import difference
@@ -26,8 +26,6 @@ def run(
     prediction: str | Sequence[str] | None,
     workers: Count | None = None,
     on_error: str = "stop",
-    resamples: Natural = 1000,
-    seed: Natural = 0,
 ) -> dict[str, Any]:
     """Score one folder of predictions, or two and their paired difference; print tables and write `scores.json`.
 
@@ -38,8 +36,6 @@ def run(
         prediction: folder of predictions, such as a run folder of mode=predict, or two of them.
         workers: processes, null for one per core.
         on_error: `stop` where files cannot be scored, or `skip` them.
-        resamples: draws for the intervals; 0 for none.
-        seed: of these draws.
 
     Raises:
         UserError: an option makes no sense, a folder is missing, or files cannot be scored; `problems.json` in the run
@@ -52,7 +48,7 @@ def run(
         {
             "reference": str(folders[0]),
             "prediction": str(folder),
-            **result_of(protocol, one, out_dir / "scores.json", resamples=resamples, seed=seed),
+            **result_of(protocol, one, out_dir / "scores.json"),
         }
         for folder, one in zip(folders[1:], scored, strict=True)
     ]
@@ -60,7 +56,7 @@ def run(
         print(f"\n{one['prediction']}\n{scores_table(one)}")
     written = results[0]
     if len(results) == 2:
-        gap = difference(protocol, *scored, resamples=resamples, seed=seed)
+        gap = difference(protocol, *scored)
         written = {**results[0], "second": results[1], "difference": gap}
         print(f"\n{difference_table(gap, protocol.unit)}")
     write_json(out_dir / "scores.json", written)

@@ -8,7 +8,7 @@ from tabulate import tabulate
 from dinoseg.wording import count_of
 
 _MOST_CLASSES = 40  # a longer table is left to the file
-FEW = 10  # units: over fewer, the bootstrap of a mean is at least 18 % narrower than Student's interval
+FEW = 10  # units: over fewer, intervals hold the truth less often than they say (benchmarks/interval_coverage.py)
 
 
 def scores_table(result: Mapping[str, Any]) -> str:
@@ -37,8 +37,8 @@ def few_units(units: int, unit: str) -> str:
     if not 2 <= units < FEW:
         return ""
     return (
-        f"The 95 % intervals are over {count_of(units, unit)}: percentile bootstraps over fewer than {FEW} are too "
-        "narrow, for a mean by a fifth and more, so the scores are less sure than they look."
+        f"The 95 % intervals are over {count_of(units, unit)}: over fewer than {FEW} they hold the truth less often "
+        "than they say, of rare classes much less often."
     )
 
 

@@ -1,14 +1,21 @@
-"""Intervals of scores: units drawn anew, with replacement, as often as is asked for; no torch.
+"""Intervals of scores over units: Student's t with the standard error of the jackknife; no torch.
 
-The units are what varies independently, not the frames of one video (B. Efron, 1979).
+The units are what varies independently, not the frames of one video. Each is left out once: how much the score moves
+gives the error of whatever is a function of sums over units (J. W. Tukey, 1958; R. G. Miller, 1974). Why not a
+bootstrap: benchmarks/interval_coverage.py.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from math import exp, isfinite, nan, sqrt
+from statistics import fmean, stdev
 from typing import Protocol
 
 import numpy as np
 
-_DRAWN_AT_ONCE = 2**22  # numbers, 32 MiB
+METHOD = "Student's t, jackknife over units"  # as results say it
+_MOST_LOGITS = 500.0
+_AT_ONCE = 2**22  # numbers, 32 MiB
 
 
 class Scores(Protocol):
@@ -19,30 +26,142 @@ class Scores(Protocol):
         """Names of the scores."""
         ...
 
+    @property
+    def signed(self) -> Collection[str]:
+        """Names of those that may lie outside 0..1."""
+        ...
+
     def scores(self, sums: np.ndarray) -> dict[str, np.ndarray]:
         """Return each key's score (...) from sums (..., d); nan where it is undefined."""
         ...
 
 
-def resampled(protocol: Scores, sums: np.ndarray, resamples: int, seed: int) -> dict[str, np.ndarray]:
-    """Return each key's scores (resamples,) of units drawn with replacement; empty for fewer than two units."""
+@dataclass(frozen=True)
+class Difference:
+    """Scores of a second side less those of a first, each side one run or more, whose scores are averaged.
+
+    Args:
+        protocol: of the scores; the sums (..., runs * d) hold those of all runs side by side.
+        first: runs of the first side, which come first.
+        second: runs of the second side.
+    """
+
+    protocol: Scores
+    first: int = 1
+    second: int = 1
+
+    @property
+    def keys(self) -> Sequence[str]:
+        """Names of the scores."""
+        return self.protocol.keys
+
+    @property
+    def signed(self) -> Collection[str]:
+        """All of them."""
+        return self.keys
+
+    def scores(self, sums: np.ndarray) -> dict[str, np.ndarray]:
+        """Return each key's difference (...)."""
+        found = self.protocol.scores(sums.reshape(*sums.shape[:-1], self.first + self.second, -1))
+        parts = {key: np.split(values, [self.first], axis=-1) for key, values in found.items()}
+        return {key: second.mean(axis=-1) - first.mean(axis=-1) for key, (first, second) in parts.items()}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A score or a difference, and how far it may be off.
+
+    Args:
+        value: nan where it is undefined.
+        error: its standard error; nan where there are too few units for one.
+        freedom: degrees of freedom of the error.
+        share: it lies in 0..1, and so does its interval, which is that of its logit.
+    """
+
+    value: float
+    error: float = nan
+    freedom: float = nan
+    share: bool = False
+
+    @property
+    def ci95(self) -> list[float] | None:
+        """The 95 % interval; None where there is no error."""
+        if not isfinite(self.value) or not isfinite(self.error):
+            return None
+        from scipy.special import stdtrit  # not before it is asked for: each start of the program would wait for it
+
+        if not self.error:
+            return [self.value, self.value]
+        reach = self.error * float(stdtrit(self.freedom, 0.975))
+        if not (self.share and 0 < self.value < 1):
+            return [self.value - reach, self.value + reach]
+        odds, factor = self.value / (1 - self.value), exp(min(reach / (self.value * (1 - self.value)), _MOST_LOGITS))
+        return [odds / (odds + factor), odds * factor / (1 + odds * factor)]
+
+    @property
+    def p(self) -> float | None:
+        """The chance of a value this far from 0 if the truth were 0; below 0.05 where `ci95` leaves 0 out."""
+        if self.ci95 is None:
+            return None
+        if not self.error:
+            return 0.0 if self.value else 1.0
+        from scipy.special import stdtr
+
+        return float(2 * stdtr(self.freedom, -abs(self.value) / self.error))
+
+
+def jackknife(protocol: Scores, sums: np.ndarray) -> dict[str, Estimate]:
+    """Return each key's score of all units with its error, from sums (U, d) over each.
+
+    A score that is undefined without one of the units rests on that unit alone, and has no error.
+    """
+    values = {key: float(value) for key, value in protocol.scores(sums.sum(axis=0)).items()}
     count = len(sums)
-    if count < 2 or resamples < 1:
-        return {key: np.empty(0) for key in protocol.keys}
-    generator, chance = np.random.default_rng(seed), [1 / count] * count
-    # in parts: 1,000 draws of 30,000 images at once would take gigabytes
-    at_once = max(1, _DRAWN_AT_ONCE // max(sums.shape))
-    parts = []
-    for start in range(0, resamples, at_once):
-        drawn = generator.multinomial(count, chance, size=min(at_once, resamples - start))  # (R, U)
-        parts.append(protocol.scores(drawn.astype(np.float64) @ sums))
+    if count < 2:
+        return {key: Estimate(values[key]) for key in protocol.keys}
+    left_out = without_each(protocol, sums)
+    found = {}
+    for key in protocol.keys:
+        gaps = left_out[key] - left_out[key].mean()
+        error = sqrt((count - 1) / count * float((gaps**2).sum()))
+        found[key] = Estimate(values[key], error, count - 1, share=key not in protocol.signed)
+    return found
+
+
+def without_each(protocol: Scores, sums: np.ndarray) -> dict[str, np.ndarray]:
+    """Return each key's scores (U,) of all units but one, from sums (U, d) over each."""
+    # sums before a unit and after it: to take it from the sum of all would leave what rounding makes of nothing
+    before, after = np.zeros_like(sums), np.zeros_like(sums)
+    np.cumsum(sums[:-1], axis=0, out=before[1:])
+    np.cumsum(sums[:0:-1], axis=0, out=after[-2::-1])
+    at_once = max(1, _AT_ONCE // sums.shape[1])
+    starts = range(0, len(sums), at_once)
+    parts = [protocol.scores(before[start : start + at_once] + after[start : start + at_once]) for start in starts]
     return {key: np.concatenate([part[key] for part in parts]) for key in protocol.keys}
 
 
-def intervals(protocol: Scores, drawn: Mapping[str, np.ndarray]) -> dict[str, list[float] | None]:
-    """Return the 95 % interval of each key's drawn scores (resamples,); None where none of them is defined."""
-    limits: dict[str, list[float] | None] = {}
-    for key in protocol.keys:
-        defined = drawn[key][np.isfinite(drawn[key])]
-        limits[key] = [float(end) for end in np.percentile(defined, (2.5, 97.5))] if len(defined) else None
-    return limits
+def mean_of(values: Sequence[float]) -> Estimate:
+    """Return the mean of independent values, such as scores of several seeds, with its error (Student, 1908)."""
+    if len(values) < 2:
+        return Estimate(fmean(values) if values else nan)
+    return Estimate(fmean(values), stdev(values) / sqrt(len(values)), len(values) - 1)
+
+
+def widened(estimate: Estimate, others: Sequence[Estimate]) -> Estimate:
+    """Return an estimate whose error has those of others beside its own (F. E. Satterthwaite, 1946)."""
+    parts = [(each.error**2, each.freedom) for each in (estimate, *others)]
+    whole = sum(variance for variance, _ in parts)
+    if not whole > 0:
+        return replace(estimate, error=sqrt(whole) if whole == 0 else nan)
+    freedom = whole**2 / sum(variance**2 / each for variance, each in parts)
+    return replace(estimate, error=sqrt(whole), freedom=freedom)
+
+
+def holm(chances: Sequence[float | None]) -> list[float | None]:
+    """Return p-values that hold for all of them together (S. Holm, 1979); None stays, and counts for nothing."""
+    order = sorted((chance, place) for place, chance in enumerate(chances) if chance is not None)
+    adjusted: list[float | None] = [None] * len(chances)
+    least = 0.0
+    for rank, (chance, place) in enumerate(order):
+        adjusted[place] = least = min(1.0, max(least, (len(order) - rank) * chance))
+    return adjusted

@@ -6,14 +6,11 @@ import numpy as np
 
 from dinoseg.metrics.protocols.contract import ScoreProtocol
 from dinoseg.scoring.folders import Scored, sums_by_unit
-from dinoseg.scoring.intervals import intervals, resampled
+from dinoseg.scoring.intervals import METHOD, Difference, jackknife
 
 
-def summary(protocol: ScoreProtocol, scored: Scored, *, resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
-    """Return the scores with everything that explains them, ready for JSON; None means undefined.
-
-    The intervals are percentile bootstraps over units.
-    """
+def summary(protocol: ScoreProtocol, scored: Scored) -> dict[str, Any]:
+    """Return the scores with everything that explains them, ready for JSON; None means undefined."""
     unit_scores = protocol.scores(scored.sums)
     rows = [
         {"name": name, **{key: _plain(unit_scores[key][index]) for key in protocol.keys}, **scored.rows[index]}
@@ -29,39 +26,33 @@ def summary(protocol: ScoreProtocol, scored: Scored, *, resamples: int = 1000, s
         "n": len(scored.units),
         "unit": protocol.unit,
         "files": scored.files,
-        "ci95": intervals(protocol, resampled(protocol, scored.sums, resamples, seed)),
-        "bootstrap": {"over": protocol.unit, "n": len(scored.units), "resamples": resamples, "seed": seed},
+        "ci95": {key: estimate.ci95 for key, estimate in jackknife(protocol, scored.sums).items()},
+        "interval": METHOD,
         "notes": scored.notes,
         "problems": [{"file": str(path), "reason": reason} for path, reason in scored.problems],
     }
 
 
-def difference(
-    protocol: ScoreProtocol, first: Scored, second: Scored, *, resamples: int = 1000, seed: int = 0
-) -> dict[str, dict[str, Any]]:
-    """Return for each key `second` minus `first`, with the interval of this paired difference.
+def difference(protocol: ScoreProtocol, first: Scored, second: Scored) -> dict[str, dict[str, Any]]:
+    """Return for each key `second` minus `first`, with the interval of this paired difference, and its p-value.
 
-    The same units are drawn for both, so what makes a video hard for both does not widen the interval. A case, which
-    is a frame or a sequence, that only one of them has is left out of both (`left_out`), and the unit with its last
-    case. Where they share no case, all values are None and `n` is 0.
+    Each unit is left out of both at once, so what makes a video hard for both does not widen the interval. A case,
+    which is a frame or a sequence, that only one of them has is left out of both (`left_out`), and the unit with its
+    last case. Where they share no case, all values are None and `n` is 0.
     """
     # by case, not by unit: a video of which one side lacks a frame is still compared on the others
     names = [{case.name for case, _ in scored.cases} for scored in (first, second)]
     shared, left_out = names[0] & names[1], len(names[0] ^ names[1])
     if not shared:
-        return {key: {"value": None, "ci95": None, "n": 0, "left_out": left_out} for key in protocol.keys}
+        return {key: {"value": None, "ci95": None, "p": None, "n": 0, "left_out": left_out} for key in protocol.keys}
     by_unit = [
         sums_by_unit(protocol, [(case, sums) for case, sums in scored.cases if case.name in shared])
         for scored in (first, second)
     ]
     pair = [np.stack([unit_sums[unit] for unit in by_unit[0]]).astype(np.float64) for unit_sums in by_unit]
-    values = [protocol.scores(sums.sum(axis=0)) for sums in pair]
-    drawn = [resampled(protocol, sums, resamples, seed) for sums in pair]
-    limits = intervals(protocol, {key: drawn[1][key] - drawn[0][key] for key in protocol.keys})
+    found = jackknife(Difference(protocol), np.concatenate(pair, axis=1))
     counts = {"n": len(by_unit[0]), "left_out": left_out}
-    return {
-        key: {"value": _plain(values[1][key] - values[0][key]), "ci95": limits[key], **counts} for key in protocol.keys
-    }
+    return {key: {"value": _plain(gap.value), "ci95": gap.ci95, "p": gap.p, **counts} for key, gap in found.items()}
 
 
 def _plain(value: Any) -> Any:

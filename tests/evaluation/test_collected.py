@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from dinoseg.evaluation import collected as collected_module
-from dinoseg.evaluation.class_scores import ClassScores, paired_differences, score_intervals, unit_sums
+from dinoseg.evaluation.class_scores import ClassScores, unit_sums
 from dinoseg.evaluation.collected import SHOWN, Collector, image_mious, join
 from dinoseg.geometry import lattice
 from dinoseg.metrics.confusion import ConfusionMatrix
+from dinoseg.scoring.intervals import Difference, jackknife
 from dinoseg.shapes import Batch
 
 SIZE, CLASSES = (40, 52), 4
@@ -106,31 +107,36 @@ def test_logits_of_many_images_take_no_more_memory(monkeypatch):
     assert len(found.labels) == 18 and found.logits.shape == (18, CLASSES)
 
 
-def test_paired_intervals_are_percentiles_of_the_same_draws_for_both():
+def test_paired_intervals_leave_the_same_units_out_of_both():
     first, second = (unit_sums(collected(list(samples(9, seed=seed))).classes, list("aabbccdde")) for seed in (0, 1))
     second[:, :CLASSES] //= 2  # right pixels: worse in every unit
-    gaps, shares = paired_differences(ClassScores(CLASSES), first, second), []
-    for drawn in np.random.default_rng(0).multinomial(5, [1 / 5] * 5, size=1000):
+    gaps = jackknife(Difference(ClassScores(CLASSES)), np.concatenate([first, second], axis=1))
+
+    def gap(units):
         right, held = (
-            [sum(n * float(unit[part].sum()) for n, unit in zip(drawn, sums, strict=True)) for sums in (first, second)]
+            [sum(int(sums[unit, part].sum()) for unit in units) for sums in (first, second)]
             for part in (slice(0, CLASSES), slice(CLASSES, 2 * CLASSES))
         )
-        shares.append(right[1] / held[1] - right[0] / held[0])
-    assert gaps["accuracy"]["ci95"] == pytest.approx(np.percentile(shares, (2.5, 97.5)), abs=1e-12)
-    assert gaps["miou"]["ci95"][0] <= gaps["miou"]["value"] <= gaps["miou"]["ci95"][1] < 0
+        return right[1] / held[1] - right[0] / held[0]
+
+    without = [gap({*range(5)} - {unit}) for unit in range(5)]
+    reach = 2.776445105 * (0.8 * sum((each - sum(without) / 5) ** 2 for each in without)) ** 0.5  # t of 4, 0.975
+    value = gap(range(5))
+    assert gaps["accuracy"].ci95 == pytest.approx([value - reach, value + reach], abs=1e-9)
+    assert gaps["miou"].ci95[0] <= gaps["miou"].value <= gaps["miou"].ci95[1] < 0
 
 
 def test_intervals_are_of_whole_units():
     counts, kind = collected(list(samples(12))).classes, ClassScores(CLASSES)
-    same = score_intervals(kind, unit_sums(np.repeat(counts[:1], 12, axis=0), [str(n // 3) for n in range(12)]))
+    same = jackknife(kind, unit_sums(np.repeat(counts[:1], 12, axis=0), [str(n // 3) for n in range(12)]))
     value = float(kind.scores(counts[0].reshape(-1))["miou"])
-    assert same["miou"] == pytest.approx([value, value])
-    assert all(limits is None for limits in score_intervals(kind, unit_sums(counts, ["one"] * 12)).values())
+    assert same["miou"].ci95 == pytest.approx([value, value])
+    assert all(estimate.ci95 is None for estimate in jackknife(kind, unit_sums(counts, ["one"] * 12)).values())
     sums = unit_sums(counts, [str(n % 4) for n in range(12)])
     assert np.array_equal(sums[1].reshape(3, CLASSES), counts[1::4].sum(axis=0))
 
 
 def test_a_run_against_itself_differs_by_nothing():
     sums, kind = unit_sums(collected(list(samples(6))).classes, list("abcdef")), ClassScores(CLASSES)
-    gaps = paired_differences(kind, sums, sums)
-    assert all(gap == {"value": 0.0, "ci95": [0.0, 0.0]} for gap in gaps.values())
+    gaps = jackknife(Difference(kind), np.concatenate([sums, sums], axis=1))
+    assert all((gap.value, gap.ci95, gap.p) == (0.0, [0.0, 0.0], 1.0) for gap in gaps.values())

@@ -55,7 +55,7 @@ def test_scores_of_an_evaluation_are_of_this_checkpoint_and_say_their_split(best
     assert scores_of(best, (), folder)["split"] == "test"
     (tmp_path / "scored/official_scores.json").write_text(json.dumps(OFFICIAL))
     official = scores_of(best, (), folder)["official"]
-    assert official == {"unit": None, "bootstrap": None, "rules": None} | OFFICIAL
+    assert official == {"unit": None, "rules": None, "interval": None} | OFFICIAL
     other = evaluated(tmp_path / "other", best.with_stem("last"))
     with pytest.raises(UserError, match="those scores are of .*last.safetensors, not of .*best.safetensors"):
         scores_of(best, (), other)

@@ -5,16 +5,20 @@ import os
 import re
 import time
 import warnings
+from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import special, stats
 
 from dinoseg.errors import UserError
 from dinoseg.metrics.protocols.contract import BadFile, Case, Cases, Measured, ScoreProtocol
 from dinoseg.report.scores import difference_table, scores_table
 from dinoseg.scoring import folders, intervals
 from dinoseg.scoring.folders import Scored, Unscorable, score_cases
+from dinoseg.scoring.intervals import Difference, Estimate, holm, jackknife, mean_of, widened
 from dinoseg.scoring.summary import difference, summary
 
 
@@ -22,6 +26,7 @@ class Share(ScoreProtocol):
     """Hits among tries, written in a case's file as `hits-tries`; the mean over units is a second score."""
 
     name, unit, keys, rules = "share", "video", ("share", "mean"), {"version": "1"}
+    signed = ("mean",)
 
     def find(self, reference, prediction):
         raise NotImplementedError
@@ -65,54 +70,57 @@ def test_sums_over_units_and_rows():
     assert result["per_class"] == [{"id": 0, "name": "hit", "hits": 8.0}] and result["protocol"] == "share"
 
 
-def test_intervals_are_the_percentiles_of_resampled_units():
+def test_intervals_are_of_the_units_left_out_one_at_a_time():
     rng = np.random.default_rng(1)
     found = cases(*(f"v{index}/{rng.integers(1, 9)}-{rng.integers(9, 20)}" for index in range(12)))
     scored = score_cases(Share(), found, where="P")
-    result = summary(Share(), scored, resamples=2000, seed=3)
-    times = np.random.default_rng(3).multinomial(12, [1 / 12] * 12, size=2000)  # the same draws, summed one by one
-    drawn = [sum(count * row for count, row in zip(counts, scored.sums, strict=True)) for counts in times]
-    for key, values in (("share", [s[0] / s[1] for s in drawn]), ("mean", [s[2] / s[3] for s in drawn])):
-        assert result["ci95"][key] == pytest.approx(percentiles(values), abs=1e-12)
-        others = [scored.sums[rng.integers(0, 12, 12)].sum(axis=0) for _ in range(4000)]  # drawn by unit
-        values = [s[0] / s[1] if key == "share" else s[2] / s[3] for s in others]
-        expected = percentiles(values)
-        np.testing.assert_allclose(result["ci95"][key], expected, atol=0.15 * (expected[1] - expected[0]))
-    assert summary(Share(), scored, resamples=2000, seed=3)["ci95"] == result["ci95"]
-    assert summary(Share(), scored, resamples=2000, seed=4)["ci95"] != result["ci95"]
+    result = summary(Share(), scored)
+    means = stats.ttest_1samp([row["mean"] for row in result["per_video"]], 0).confidence_interval()
+    assert result["ci95"]["mean"] == pytest.approx([means.low, means.high], abs=1e-12)
+    hits, tries = scored.sums[:, :2].T.tolist()
+    without = [(sum(hits) - hit) / (sum(tries) - tried) for hit, tried in zip(hits, tries, strict=True)]
+    error = (11 / 12 * sum((each - sum(without) / 12) ** 2 for each in without)) ** 0.5
+    share = sum(hits) / sum(tries)
+    ends = stats.t.interval(0.95, 11, loc=special.logit(share), scale=error / (share * (1 - share)))
+    assert result["ci95"]["share"] == pytest.approx(special.expit(ends), abs=1e-12)
 
 
-def percentiles(values):
-    """Return the 2.5th and 97.5th percentile, linear between ranks."""
-    ranked, found = sorted(values), []
-    for share in (0.025, 0.975):
-        place = share * (len(ranked) - 1)
-        low = int(place)
-        found.append(ranked[low] + (place - low) * (ranked[low + 1] - ranked[low]))
-    return found
-
-
-def test_draws_in_parts_are_those_of_one_go(monkeypatch):
+def test_units_left_out_in_parts_are_those_of_one_go(monkeypatch):
     found = cases(*(f"v{index}/{index + 1}-{30 - index}" for index in range(9)))
     scored = score_cases(Share(), found, where="P")
-    whole = summary(Share(), scored, resamples=100, seed=3)["ci95"]
+    whole = summary(Share(), scored)["ci95"]
     sizes, scores = [], Share.scores
-    monkeypatch.setattr(intervals, "_DRAWN_AT_ONCE", 63)
+    monkeypatch.setattr(intervals, "_AT_ONCE", 10)
     monkeypatch.setattr(Share, "scores", lambda self, sums: (sizes.append(sums.shape), scores(self, sums))[1])
-    parts = summary(Share(), scored, resamples=100, seed=3)["ci95"]
-    assert sizes.count((7, 4)) == 14 and (2, 4) in sizes and (100, 4) not in sizes
-    for key in whole:
-        assert parts[key] == pytest.approx(whole[key], abs=1e-12)
+    assert summary(Share(), scored)["ci95"] == whole
+    assert sizes.count((2, 4)) == 4 and (1, 4) in sizes and sizes.count((9, 4)) == 1  # the rows by themselves
 
 
-def test_one_unit_or_no_draws_have_no_interval():
+def test_an_interval_of_a_share_is_within_what_it_can_be():
+    shares = [Estimate(value, error, 1, share=True) for value in (1e-9, 0.02, 0.5, 1 - 1e-9) for error in (1e-9, 0.3)]
+    for each in shares:
+        low, high = each.ci95
+        assert 0 <= low <= each.value <= high <= 1
+    assert Estimate(0.0, 0.0, 1, share=True).ci95 == [0.0, 0.0] and Estimate(1.0, 0.0, 1, share=True).ci95 == [1.0, 1.0]
+    assert Estimate(0.02, 0.3, 1).ci95[0] < 0
+
+
+def test_one_unit_or_a_score_that_rests_on_one_has_no_interval():
     scored = score_cases(Share(), cases("a/1-2"), where="P")
     assert summary(Share(), scored)["ci95"] == {"share": None, "mean": None}
-    scored = score_cases(Share(), cases("a/1-2", "b/1-2"), where="P")
-    assert summary(Share(), scored, resamples=0)["ci95"]["share"] is None
+    sums = np.array([[0.3, 0.7, 1, 1], [0.0, 0.0, 1, 1], [0.0, 0.0, 0, 1]])  # none of it is left by rounding
+    found = jackknife(Share(), sums)
+    assert found["share"].value == pytest.approx(3 / 7) and found["share"].ci95 is found["share"].p is None
+    assert found["mean"].ci95 is not None
 
 
-def test_the_paired_difference_draws_the_same_units_for_both():
+def test_units_that_are_alike_have_an_interval_of_no_width():
+    found = jackknife(Share(), np.tile([1.0, 2, 0.5, 1], (7, 1)))
+    assert found["share"].ci95 == [0.5, 0.5] and found["share"].p == 0
+    assert jackknife(Difference(Share()), np.tile([1.0, 2, 0.5, 1], (7, 2)))["share"].p == 1
+
+
+def test_the_paired_difference_leaves_the_same_units_out_of_both():
     names = [f"v{index}/a={index + 1}-40" for index in range(20)]
     better = [f"v{index}/a={index + 5}-40" for index in range(20)]
     first, second = (score_cases(Share(), cases(*each), where="P") for each in (names, better))
@@ -125,13 +133,42 @@ def test_the_paired_difference_draws_the_same_units_for_both():
     assert row["n"] == 5 and row["value"] == pytest.approx(0.1) and row["left_out"] == 16
 
 
+def test_a_paired_difference_of_means_is_that_of_the_paired_t_test():
+    sides = np.random.default_rng(2).uniform(0, 1, (2, 13))
+    sums = np.concatenate([np.stack([side, side, side, np.ones(13)], axis=1) for side in sides], axis=1)
+    found, expected = jackknife(Difference(Share()), sums)["mean"], stats.ttest_rel(sides[1], sides[0])
+    assert found.p == pytest.approx(expected.pvalue)
+    assert found.ci95 == pytest.approx([*expected.confidence_interval()])
+
+
+def test_errors_of_independent_parts_are_added_as_welch_does():
+    first, second = np.random.default_rng(3).normal(0.5, 0.1, 4), np.random.default_rng(4).normal(0.3, 0.3, 6)
+    expected = stats.ttest_ind(first, second, equal_var=False)
+    found = widened(replace(mean_of(first), value=first.mean() - second.mean()), [mean_of(second)])
+    assert found.p == pytest.approx(expected.pvalue)
+    assert found.ci95 == pytest.approx([*expected.confidence_interval()])
+    assert mean_of([0.4]).ci95 is None and mean_of([]).ci95 is None
+
+
+def test_holms_values_are_those_of_closed_testing():
+    draw = np.random.default_rng(5)
+    for count in (1, 2, 5):
+        for _ in range(20):
+            chances = (draw.random(count) ** 3).round(2).tolist()
+            sets = [each for size in range(1, count + 1) for each in combinations(range(count), size)]
+            least = {each: min(1.0, len(each) * min(chances[place] for place in each)) for each in sets}
+            expected = [max(value for each, value in least.items() if place in each) for place in range(count)]
+            assert holm(chances) == pytest.approx(expected)
+    assert holm([0.04, None, 0.02]) == pytest.approx([0.04, None, 0.04]) and holm([]) == []
+
+
 def test_the_paired_difference_is_of_the_cases_that_both_have():
     hard, easy = "{}/hard={}-10", "{}/easy={}-10"
     first = [hard.format("a", 1), easy.format("a", 9), hard.format("b", 2), easy.format("b", 8), easy.format("c", 5)]
     second = [easy.format("a", 9), hard.format("b", 2), easy.format("b", "bad"), hard.format("c", 1)]
     scored = [score_cases(Share(), cases(*each), where="P", on_error="skip") for each in (first, second)]
     found = difference(Share(), *scored)
-    assert found["share"] == found["mean"] == {"value": 0, "ci95": [0, 0], "n": 2, "left_out": 4}
+    assert found["share"] == found["mean"] == {"value": 0, "ci95": [0, 0], "p": 1, "n": 2, "left_out": 4}
     assert scored[0].total[0] / scored[0].total[1] != scored[1].total[0] / scored[1].total[1]
     text = difference_table(found, "video")
     assert (
@@ -146,7 +183,7 @@ def test_nothing_shared_has_no_difference():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = difference(Share(), *scored)
-    assert found["share"] == {"value": None, "ci95": None, "n": 0, "left_out": 4}
+    assert found["share"] == {"value": None, "ci95": None, "p": None, "n": 0, "left_out": 4}
     assert "No video could be scored in both folders" in difference_table(found, "video")
     json.dumps(found, allow_nan=False)
 
@@ -158,7 +195,7 @@ def test_the_paired_difference_of_many_cases_takes_no_square_of_them():
     sums = np.tile([1.0, 2, 0.5, 1], (len(measured), 1))
     scored = Scored([case.name for case in many.cases], sums, sums.sum(axis=0), [], measured)
     start = time.process_time()
-    assert difference(Share(), scored, scored, resamples=2)["share"]["n"] == 30_000
+    assert difference(Share(), scored, scored)["share"]["n"] == 30_000
     assert time.process_time() - start < 5  # looking up each in the others took a minute
 
 
@@ -241,7 +278,8 @@ def test_bad_options(options, message):
 def test_tables():
     scored = score_cases(Share(), cases("a/1-2", "b/1-4"), where="P")
     text = scores_table(summary(Share(), scored))
-    assert "share" in text and "33.33" in text and re.search(r"25\.00 \.\. 50\.00 +2$", text, flags=re.M)
+    assert "share" in text and "33.33" in text and re.search(r"-121\.33 \.\. 196\.33 +2$", text, flags=re.M)
+    assert re.search(r"33\.33 +0\.\d\d \.\. 99\.\d\d +2$", text, flags=re.M)
     text = difference_table(difference(Share(), scored, scored), "video")
     assert re.search(r"\+0\.00 \.\. \+0\.00 +2$", text, flags=re.M)
 
@@ -252,8 +290,8 @@ def test_a_table_of_one_unit_says_why_it_has_no_interval():
     assert "over videos\n" in text and len(re.findall(r"- \(needs two videos\) +1$", text, flags=re.M)) == 2
     gap = difference_table(difference(Share(), scored, scored), "video")
     assert "over shared videos\n" in gap and "- (needs two videos)" in gap
-    two = score_cases(Share(), cases("a/1-2", "b/1-2"), where="P")
-    assert "needs two" not in scores_table(summary(Share(), two, resamples=0))
+    one_of_two = {**summary(Share(), scored), "n": 2}
+    assert "needs two" not in scores_table(one_of_two)
 
 
 def test_only_shares_are_in_percent():

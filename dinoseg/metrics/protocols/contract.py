@@ -1,7 +1,7 @@
 """What a benchmark's official scores are made of: cases to measure, sums over units, scores from sums; no torch."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,7 @@ class ScoreProtocol(ABC):
     name: str
     unit: str  # video | sequence | drive | image
     keys: Sequence[str]  # of the scores, in the order of the table
+    signed: Collection[str] = ()  # of the scores those that may lie outside 0..1
     rules: Mapping[str, Any]  # absent_class, resolution, ignore, version, and where the official script is wrong
     # of DAVIS, which scores in the order of its list: the folder of the masks that it scores against
     annotations: str | None = None

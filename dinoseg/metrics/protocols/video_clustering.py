@@ -30,6 +30,7 @@ class VideoClustering(ScoreProtocol):
     name = "video_clustering"
     unit = "video"
     keys = (*_VIDEO_KEYS, *(f"{key}_per_frame" for key in _VIDEO_KEYS))
+    signed = tuple(key for key in keys if "ARI" in key)  # worse than chance is below 0
 
     def __init__(self, ignore: int | None = None, matching: str = "overlap") -> None:
         if ignore is not None and (isinstance(ignore, bool) or not isinstance(ignore, int) or ignore < 1):

@@ -102,7 +102,7 @@ def interval_note(units: int, unit: str) -> str:
     over = count_of(units, unit)
     if units < 2:
         return f"No intervals: they need two {unit}s, and there is {over}."
-    return f"95 % intervals: percentile bootstrap over {over}, drawn anew 1,000 times."
+    return f"95 % intervals: Student's t over {over}, each of which is left out once (jackknife)."
 
 
 def _warnings(report: EvaluationReport) -> list[str]:
