@@ -24,10 +24,15 @@ def with_summaries(rows: Sequence[Row], settings: Sequence[str], scores: Sequenc
         settings: the keys swept beside the fold.
         scores: keys to summarise.
     """
+    return [_summarised(sorted(group, key=_fold), settings, scores) for group in grouped(rows, settings)]
+
+
+def grouped(rows: Sequence[Row], settings: Sequence[str]) -> list[list[Row]]:
+    """Return the rows of each setting, in the order of their first ones."""
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
         groups.setdefault(tuple(row[key] for key in settings), []).append(row)
-    return [_summarised(sorted(group, key=_fold), settings, scores) for group in groups.values()]
+    return [*groups.values()]
 
 
 def _fold(row: Mapping[str, Any]) -> tuple[int, str]:

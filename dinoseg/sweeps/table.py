@@ -15,7 +15,8 @@ from omegaconf import DictConfig
 from tabulate import tabulate
 
 from dinoseg.sweeps.check import impossible_cells
-from dinoseg.sweeps.folds import DEVIATION, FOLD, with_summaries
+from dinoseg.sweeps.folds import DEVIATION, FOLD, Row, with_summaries
+from dinoseg.sweeps.seeds import HIGH, LOW, SEED, over_seeds
 from dinoseg.sweeps.told import Told
 from dinoseg.wording import count_of
 
@@ -27,6 +28,7 @@ SHARES = {  # keys of a job's scores in 0..1 to their columns, which are in perc
     "FG-ARI": "FG-ARI %",
     "mBO": "mBO %",
 }
+INTERVAL, JOBS = "95 % interval", "jobs.csv"
 OTHERS = {"loss": ".4f", "parameters": ",", "trainable": ",", "images_per_s": ".1f", "memory_gib": ".2f"}
 RANKED = ("miou", "J&F-Mean", "FG-ARI")  # the first that any job has decides the order; else the lowest loss
 _LONGEST_NUMBER = 10  # letters
@@ -80,7 +82,7 @@ class SweepTable(Callback):
         _told(config).tell(number, row | {"returned": numbers, "note": scores.get("error", "")})
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        """Print the table, best first; folds of one setting stand together, with what they say as a whole."""
+        """Print the table, best first; folds and seeds of one setting stand together, with what they say as a whole."""
         if not _is_first():
             return
         told = _told(config)
@@ -97,16 +99,49 @@ class SweepTable(Callback):
             groups = with_summaries(rows, [key for key in swept if key != FOLD], means)
         else:
             groups = [[row] for row in rows]
-        # the last row of a group that is a score: its pooled one where there are folds, or its mean
-        scores = [next(row[score] for row in reversed(group) if row.get(FOLD) != DEVIATION) for group in groups]
-        order = sorted(range(len(groups)), key=lambda number: (scores[number] is None, sign * (scores[number] or 0)))
-        rows = [row for number in order for row in groups[number]]
-        _print(rows, swept, columns)
-        path = Path(config.hydra.sweep.dir) / "sweep.csv"
-        _write(path, rows, swept, columns)
-        print(f"\nwritten to {path}")
+        path, rows = Path(config.hydra.sweep.dir) / "sweep.csv", _ordered(groups, score, sign)
+        if SEED in swept and not _searches(config):
+            _write(path.with_name(JOBS), rows, swept, columns)
+            swept, others = [key for key in swept if key not in (SEED, FOLD)], [*{*columns} - {*means}]
+            rows = over_seeds([_whole(group) for group in groups], swept, means, others)
+            rows = _ordered([[row] for row in rows], score, sign)
+            _print([_with_interval(row, score) for row in rows], swept, _seed_columns(columns, score))
+            _write(path, rows, swept, ["seeds", *(part for key in columns for part in _parts(key, means))])
+            print(f"\nmeans over seeds written to {path}, each job to {path.with_name(JOBS)}")
+        else:
+            _print(rows, swept, columns)
+            _write(path, rows, swept, columns)
+            print(f"\nwritten to {path}")
         if any(row["note"] and row["process"] != os.getpid() for row in jobs):
             sys.exit(1)  # of a job that failed here, the command line knows
+
+
+def _whole(group: Sequence[Row]) -> Row:
+    """Return the last row of a group that is a score: its pooled one where there are folds, or its mean."""
+    return next(row for row in reversed(group) if row.get(FOLD) != DEVIATION)
+
+
+def _ordered(groups: Sequence[Sequence[Row]], score: str, sign: int) -> list[Row]:
+    """Return the rows of groups, the best group first, those without a score last."""
+    scores = [_whole(group).get(score) for group in groups]
+    order = sorted(range(len(groups)), key=lambda number: (scores[number] is None, sign * (scores[number] or 0)))
+    return [row for number in order for row in groups[number]]
+
+
+def _parts(key: str, means: Sequence[str]) -> list[str]:
+    """Return the columns of a key of which seeds have a mean: itself, and how far it scatters."""
+    return [key, *(f"{key} {part}" for part in (DEVIATION, LOW, HIGH) if key in means)]
+
+
+def _seed_columns(columns: Sequence[str], score: str) -> list[str]:
+    """Return the columns that are printed: how far seeds scatter of the score that decides alone."""
+    place = columns.index(score) if score in columns else 0
+    return ["seeds", *columns[:place], score, f"{score} {DEVIATION}", INTERVAL, *columns[place + 1 :]]
+
+
+def _with_interval(row: Row, score: str) -> Row:
+    ends = [_text(score, row.get(f"{score} {end}")) for end in (LOW, HIGH)]
+    return {**row, INTERVAL: " .. ".join(ends) if all(ends) else "-"}
 
 
 def _told(config: DictConfig) -> Told:
@@ -133,7 +168,7 @@ def _print(rows: Sequence[Mapping[str, Any]], swept: Sequence[str], columns: Seq
     keys = ["job", *swept, *columns, *["note"] * any(row["note"] for row in rows)]
     shown = [[_short(row[key]) if key in swept else _text(key, row.get(key)) for key in keys] for row in rows]
     left = {"note", *swept}
-    headers = [SHARES.get(key, key) for key in keys]
+    headers = [_head(key).rpartition("% ")[2] if DEVIATION in key else _head(key) for key in keys]
     widths = [60 if key == "note" else 30 if key in swept else None for key in keys]
     aligned = ["left" if key in left else "right" for key in keys]
     print(f"\n{tabulate(shown, headers=headers, maxcolwidths=widths, disable_numparse=True, colalign=aligned)}")
@@ -143,9 +178,10 @@ def _write(path: Path, rows: Sequence[Mapping[str, Any]], swept: Sequence[str], 
     keys = ["job", *swept, *columns, "run", "note"]
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow([SHARES.get(key, key) for key in keys])
+        writer.writerow([_head(key) for key in keys])
         for row in rows:
-            writer.writerow([_text(key, row.get(key)) if key in SHARES else row.get(key) for key in keys])
+            shares = {key: key.partition(" ")[0] in SHARES for key in keys}
+            writer.writerow([_text(key, row.get(key)) if shares[key] else row.get(key) for key in keys])
 
 
 def _short(word: str) -> str:
@@ -156,7 +192,14 @@ def _short(word: str) -> str:
         return word
 
 
+def _head(key: str) -> str:
+    """Return how a column is headed: a score's, or that of how far it scatters."""
+    name, _, part = key.partition(" ")
+    return f"{SHARES.get(name, name)} {part}".strip()
+
+
 def _text(key: str, value: Any) -> str:
+    key = key.partition(" ")[0]
     if value is None:
         return ""
     return f"{100 * value:.2f}" if key in SHARES else format(value, OTHERS[key]) if key in OTHERS else str(value)

@@ -11,6 +11,7 @@ import pytest
 from command_line import SMALL, call, write_data
 from hydra.types import RunMode
 from omegaconf import OmegaConf
+from scipy import stats
 
 from dinoseg.sweeps.table import SweepTable
 
@@ -122,7 +123,7 @@ def table(tmp_path):
 
     def end(*values):
         for number, value in enumerate(values):
-            job = SimpleNamespace(_return_value=value, overrides=["mode=train", f"seed={number}"])
+            job = SimpleNamespace(_return_value=value, overrides=["mode=train", f"head=h{number}"])
             callback.on_job_end(of_job(tmp_path, number), job)
         SweepTable().on_multirun_end(of_job(tmp_path))  # jobs may have run elsewhere
         return tmp_path / "sweep.csv"
@@ -142,7 +143,7 @@ def test_the_best_job_comes_first_and_failures_last(table, capsys):
     assert "mIoU without background %" not in rows[0]  # which no job has
     assert [row["job"] for row in rows] == ["2", "0", "4", "1", "3"]
     assert [row["note"] for row in rows] == ["", "", "", "no", "ValueError: broken"]
-    assert rows[0]["seed"] == "2" and rows[0]["run"] == "r" and rows[0]["pixel accuracy %"] == "50.00"
+    assert rows[0]["head"] == "h2" and rows[0]["run"] == "r" and rows[0]["pixel accuracy %"] == "50.00"
     shown = capsys.readouterr().out
     assert shown.index("75.00") < shown.index("25.00") < shown.index("ValueError: broken")
 
@@ -217,3 +218,61 @@ def test_a_damaged_row_costs_no_table(table, tmp_path, capsys):
     rows = rows_of(table({"miou": 0.5}, {"miou": 0.25, "loss": float("nan")}))
     assert [row["mIoU %"] for row in rows] == ["50.00", "25.00"]
     assert capsys.readouterr().err.count("is damaged") == 3
+
+
+def end_sweep(folder, jobs):
+    """End a sweep of jobs, each words and what it returned, and return the rows of its table."""
+    for number, (words, value) in enumerate(jobs):
+        job = SimpleNamespace(_return_value=value, overrides=["mode=train", *words])
+        SweepTable().on_job_end(of_job(folder, number), job)
+    SweepTable().on_multirun_end(of_job(folder))
+    return rows_of(folder / "sweep.csv")
+
+
+def test_seeds_are_summed_up_with_an_interval(tmp_path, capsys):
+    mious = {"a": (0.5, 0.52, 0.57), "b": (0.7, 0.6, 0.62), "c": (0.4, None, None)}
+    costs = {"parameters": 30, "trainable": 10, "images_per_s": 2.0, "run": "r"}
+    jobs = [
+        ([f"seed={seed}", f"head={head}"], {"error": "it broke"} if miou is None else {"miou": miou, **costs})
+        for seed in range(3)
+        for head, miou in ((head, mious[head][seed]) for head in mious)
+    ]
+    rows = end_sweep(tmp_path, jobs)
+    assert [(row["head"], row["seeds"], row["job"]) for row in rows] == [
+        *(("b", "3", "1,4,7"), ("a", "3", "0,3,6"), ("c", "1", "2,5,8"))
+    ]
+    for row, head in zip(rows, "ba", strict=False):
+        values = 100 * np.array(mious[head])
+        low, high = stats.t.interval(0.95, 2, loc=values.mean(), scale=stats.sem(values))
+        expected = [values.mean(), values.std(ddof=1), low, high]
+        found = [float(row[f"mIoU %{part}"]) for part in ("", " deviation", " low", " high")]
+        assert found == pytest.approx(expected, abs=0.0051) and row["parameters"] == "30" and row["note"] == ""
+    assert rows[2]["mIoU %"] == "40.00" and rows[2]["mIoU % low"] == rows[2]["mIoU % deviation"] == ""
+    assert rows[2]["note"] == "1 of 3 seeds: it broke"
+    assert [row["seed"] for row in rows_of(tmp_path / "jobs.csv")] == [*"021210012"]
+    shown = capsys.readouterr().out
+    assert f"{rows[0]['mIoU % low']} .. {rows[0]['mIoU % high']}" in shown and "deviation" in shown
+    assert "each job to" in shown and max(map(len, shown.splitlines()[:6])) <= 140
+
+
+def test_a_sweep_over_seeds_alone_is_one_row(tmp_path):
+    (row,) = end_sweep(tmp_path, [([f"seed={seed}"], {"J&F-Mean": 0.1 * seed, "loss": 1.0}) for seed in range(4)])
+    assert row["seeds"] == "4" and row["J&F %"] == "15.00" and row["loss deviation"] == "0.0" and "seed" not in row
+
+
+def test_seeds_that_all_failed_are_told(tmp_path, capsys):
+    (row,) = end_sweep(tmp_path, [([f"seed={seed}"], {"error": "no"}) for seed in range(2)])
+    assert row["note"] == "0 of 2 seeds: no" and row["seeds"] == "0" and "0 of 2 seeds: no" in capsys.readouterr().out
+
+
+def test_folds_of_a_seed_are_one_score_of_it(tmp_path):
+    counts = {(0, 0): [[1, 1], [1, 1]], (0, 1): [[9, 1], [0, 0]], (1, 0): [[5, 0], [0, 5]], (1, 1): [[4, 1], [0, 5]]}
+    jobs = [
+        ([f"seed={seed}", f"data.fold={fold}"], {"miou": 0.5, "accuracy": 0.5, "matrix": matrix})
+        for (seed, fold), matrix in counts.items()
+    ]
+    (row,) = end_sweep(tmp_path, jobs)
+    accuracies = np.array([11 / 14, 19 / 20])  # of all pixels of a seed's folds
+    assert float(row["pixel accuracy %"]) == pytest.approx(100 * accuracies.mean(), abs=0.01)
+    assert float(row["pixel accuracy % deviation"]) == pytest.approx(100 * accuracies.std(ddof=1), abs=0.01)
+    assert "data.fold" not in row and len(rows_of(tmp_path / "jobs.csv")) == 10
