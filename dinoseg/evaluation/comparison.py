@@ -1,10 +1,8 @@
-"""Evaluations of the same images held against the first of them: by class, by image, and with pictures."""
+"""Sides of a comparison held against the first of them: by class, by image, and with pictures."""
 
 import csv
 import io
-import logging
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,96 +10,41 @@ import numpy as np
 from omegaconf import DictConfig
 from tabulate import tabulate
 
-from dinoseg.errors import UserError
-from dinoseg.evaluation.class_scores import ClassScores, paired_differences, unit_sums
+from dinoseg.evaluation.class_scores import ClassScores, unit_sums
 from dinoseg.evaluation.collected import image_mious
 from dinoseg.evaluation.image_record import ImageRecord
 from dinoseg.evaluation.paired_pictures import Pictures, most_different
+from dinoseg.evaluation.sides import Side
+from dinoseg.evaluation.verdicts import deciding, differences, mean_scores
 from dinoseg.report.html.comparison import OtherRun
 from dinoseg.storage.atomic import write_text
-from dinoseg.wording import count_of, listed
 
-logger = logging.getLogger(__name__)
-
-
-def aligned(records: dict[Path, ImageRecord]) -> list[ImageRecord]:
-    """Return records whose images have one order, that of the first.
-
-    Raises:
-        UserError: they are of other images, classes or splits, naming what differs.
-    """
-    (folder, first), *others = records.items()
-    found = [first]
-    for where, other in others:
-        differences = _differences(first, other)
-        if not differences:
-            place = {name: index for index, name in enumerate(other.images)}
-            order = [place[name] for name in first.images]
-            if [other.units[index] for index in order] != [*first.units]:
-                logger.warning(
-                    "%s says otherwise than %s what images belong to (data.group): intervals are over %s of the first.",
-                    where,
-                    folder,
-                    count_of(len({*first.units}), first.unit),
-                )
-            other = replace(other, images=first.images, units=first.units, counts=other.counts[order])
-            if not np.array_equal(other.counts[:, 1], first.counts[:, 1]):
-                changed = np.flatnonzero((other.counts[:, 1] != first.counts[:, 1]).any(axis=1))
-                names = listed([first.images[index] for index in changed.tolist()])
-                differences = [f"the references of {count_of(len(changed), 'image')} differ: {names}"]
-        if differences:
-            said = "".join(f"\n- {line}" for line in differences)
-            raise UserError(
-                f"runs: {folder} and {where} are not of the same images, so they do not compare:{said}\n"
-                "Evaluate both on the same data and split, with the same classes and sizes."
-            )
-        found.append(other)
-    return found
+_TOLD = 3  # images that decide, of each direction
 
 
-def _differences(first: ImageRecord, other: ImageRecord) -> list[str]:
-    """Return what keeps two records from being compared, a line each."""
-    lines = []
-    for name in ("classes", "ignore_index", "background", "split"):
-        ours, theirs = getattr(first, name), getattr(other, name)
-        if ours != theirs:
-            shown = [listed(each) if isinstance(each, list) else str(each) for each in (ours, theirs)]
-            lines.append(f"{name}: {shown[0]} and {shown[1]}")
-    missing = [
-        sorted({*ours} - {*theirs}) for ours, theirs in ((first.images, other.images), (other.images, first.images))
-    ]
-    for names, where in zip(missing, ("first", "second"), strict=True):
-        if names:
-            lines.append(
-                f"{count_of(names, 'image')} only in the {where} (data={first.data}, {other.data}): {listed(names)}"
-            )
-    return lines
+def scores_of(records: Sequence[ImageRecord]) -> dict[str, float | None]:
+    """Return all scores of a side's records by name, averaged over them; None where one is undefined."""
+    return mean_scores(_kind(records[0]), [record.counts for record in records])
 
 
-def scores_of(record: ImageRecord) -> dict[str, float | None]:
-    """Return all scores of a record by name; None where one is undefined."""
-    kind = ClassScores(len(record.classes), record.background)
-    found = kind.scores(record.counts.sum(axis=0).reshape(-1))
-    return {key: float(value) if np.isfinite(value) else None for key, value in found.items()}
-
-
-def against(
-    cfg: DictConfig, folders: Sequence[Path], records: Sequence[ImageRecord], names: Sequence[str]
-) -> list[OtherRun]:
-    """Return each run but the first, held against that."""
-    kind, first = ClassScores(len(records[0].classes), records[0].background), records[0]
-    sums = [unit_sums(record.counts, first.units) for record in records]
-    mious = [image_mious(record.counts) for record in records]
+def against(cfg: DictConfig, sides: Sequence[Side]) -> list[OtherRun]:
+    """Return each side but the first, held against that."""
+    kind, first = _kind(sides[0].records[0]), sides[0]
+    counts = [[record.counts for record in side.records] for side in sides]
+    sums = [[unit_sums(each, first.records[0].units) for each in side] for side in counts]
+    mious = [mean_mious(side) for side in sides]
     found = []
-    for number in range(1, len(records)):
-        pictures = Pictures(cfg, first, (folders[0], folders[number]))
+    for number, gaps in enumerate(differences(kind, sums), start=1):
+        other = sides[number]
+        pictures = Pictures(cfg, first.records[0], (first.places[0], other.places[0]))
         shots, reason = most_different(pictures, mious[0], mious[number])
         found.append(
             OtherRun(
-                name=names[number],
-                scores=scores_of(records[number]),
-                differences=paired_differences(kind, sums[0], sums[number]),
+                name=other.name,
+                scores=scores_of(other.records),
+                differences=gaps,
                 mious=mious[number],
+                decides=deciding(kind, counts[0], counts[number]),
                 shots=shots,
                 no_pictures=reason,
             )
@@ -109,50 +52,76 @@ def against(
     return found
 
 
-def run_names(folders: Sequence[Path]) -> list[str]:
-    """Return short names of run folders that tell them apart: their last parts, as many as it takes."""
-    whole = [folder.resolve().parts for folder in folders]
-    for count in range(1, max(map(len, whole)) + 1):
-        names = ["/".join(parts[-count:]) for parts in whole]
-        if len(set(names)) == len(names):
-            break
-    return names
+def mean_mious(side: Side) -> list[float | None]:
+    """Return the mIoU of each image, averaged over a side's runs that have one."""
+    by_image = zip(*(image_mious(record.counts) for record in side.records), strict=True)
+    defined = [[miou for miou in of_image if miou is not None] for of_image in by_image]
+    return [float(np.mean(each)) if each else None for each in defined]
 
 
-def comparison_table(first: str, record: ImageRecord, others: Sequence[OtherRun]) -> str:
+def _kind(record: ImageRecord) -> ClassScores:
+    return ClassScores(len(record.classes), record.background)
+
+
+def verdict_lines(first: str, others: Sequence[OtherRun]) -> list[str]:
+    """Return a sentence for each other side: whether its mIoU is another, how surely, and which images decide."""
+    lines = []
+    for other in others:
+        gap = other.differences["miou"]
+        limits = "no interval" if gap["ci95"] is None else f"95 % {_span(gap['ci95'])}, p {gap['p']:.2g}"
+        lines.append(f"{other.name}: {gap['verdict']}, against {first}: mIoU {_shown(gap['value'], '+')} ({limits})")
+    return lines
+
+
+def deciding_lines(images: Sequence[str], others: Sequence[OtherRun]) -> list[str]:
+    """Return for each other side the images without which the difference of mIoU would change most."""
+    lines = []
+    for other in others:
+        pairs = [(share, name) for share, name in zip(other.decides, images, strict=True) if share]
+        pairs.sort(key=lambda pair: -abs(pair[0]))
+        if pairs:
+            told = ", ".join(f"{name} {_shown(share, '+')}" for share, name in pairs[: 2 * _TOLD])
+            lines.append(
+                f"decided by:   {told} (points that an image adds to the mIoU of {other.name}, less the first's)"
+            )
+    return lines
+
+
+def comparison_table(first: Side, others: Sequence[OtherRun]) -> str:
     """Return scores and differences as text, in percent and points."""
-    rows = []
-    scores = scores_of(record)
-    for key, value in scores.items():
-        row = [_label(key, record), _shown(value)]
+    rows, labels = [], score_labels(first)
+    for key, value in scores_of(first.records).items():
+        row = [labels[key], _shown(value)]
         for other in others:
             gap = other.differences[key]
-            limits = "-" if gap["ci95"] is None else " .. ".join(_shown(end, "+") for end in gap["ci95"])
-            row += [_shown(other.scores[key]), _shown(gap["value"], "+"), limits]
+            limits = "-" if gap["ci95"] is None else _span(gap["ci95"])
+            row += [_shown(other.scores[key]), _shown(gap["value"], "+"), limits, gap["verdict"]]
         rows.append(row)
-    heads = ["", f"{first} %"]
+    heads, align = ["", f"{first.name} %"], ["left", "right"]
     for other in others:
-        heads += [f"{other.name} %", "points", "95 % interval"]
-    align = ("left", *["right"] * (len(heads) - 1))
+        heads += [f"{other.name} %", "points", "95 % interval", "verdict"]
+        align += ["right", "right", "right", "left"]
     return tabulate(rows, headers=heads, disable_numparse=True, colalign=align)
 
 
-def write_tables(out_dir: Path, first: str, record: ImageRecord, others: Sequence[OtherRun]) -> None:
+def write_tables(out_dir: Path, first: Side, others: Sequence[OtherRun]) -> None:
     """Write compare.csv, a line for each score, and images.csv, one for each image; scores in 0..1."""
-    scores, mious = scores_of(record), image_mious(record.counts)
-    heads: list[Any] = ["score", first]
+    record, labels = first.records[0], score_labels(first)
+    heads: list[Any] = ["score", first.name]
     for other in others:
-        heads += [other.name, "difference", "low", "high"]
+        heads += [other.name, "difference", "low", "high", "p", "verdict"]
     lines = [heads]
-    for key, value in scores.items():
-        line = [_label(key, record), value]
+    for key, value in scores_of(first.records).items():
+        line = [labels[key], value]
         for other in others:
             gap = other.differences[key]
-            line += [other.scores[key], gap["value"], *(gap["ci95"] or (None, None))]
+            line += [other.scores[key], gap["value"], *(gap["ci95"] or (None, None)), gap["p"], gap["verdict"]]
         lines.append(line)
     _write_csv(out_dir / "compare.csv", lines)
-    per_image = zip(record.images, record.units, mious, *(other.mious for other in others), strict=True)
-    _write_csv(out_dir / "images.csv", [["image", "unit", first, *(other.name for other in others)], *per_image])
+    columns = [part for other in others for part in (other.mious, other.decides)]
+    names = [name for other in others for name in (other.name, f"{other.name} adds")]
+    per_image = zip(record.images, record.units, mean_mious(first), *columns, strict=True)
+    _write_csv(out_dir / "images.csv", [["image", "unit", first.name, *names], *per_image])
 
 
 def _write_csv(path: Path, lines: Sequence[Sequence[Any]]) -> None:
@@ -163,9 +132,15 @@ def _write_csv(path: Path, lines: Sequence[Sequence[Any]]) -> None:
     write_text(path, text.getvalue())
 
 
-def _label(key: str, record: ImageRecord) -> str:
-    kind, _, index = key.partition("/")
-    return f"IoU {record.classes[int(index)]}" if index else kind
+def score_labels(side: Side) -> Mapping[str, str]:
+    """Return how each score is called, by its name."""
+    record = side.records[0]
+    parted = {key: key.partition("/") for key in _kind(record).keys}
+    return {key: f"IoU {record.classes[int(index)]}" if index else kind for key, (kind, _, index) in parted.items()}
+
+
+def _span(limits: Sequence[float]) -> str:
+    return " .. ".join(_shown(end, "+") for end in limits)
 
 
 def _shown(value: float | None, sign: str = "") -> str:

@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from dinoseg import build
 from dinoseg.config.guard import ACTING, guard
@@ -20,16 +18,15 @@ from dinoseg.config.plain import plain
 from dinoseg.config.resolvers import CLASS_FILE, settled
 from dinoseg.errors import UserError
 from dinoseg.evaluation.image_record import ImageRecord
+from dinoseg.evaluation.run_config import BROKEN, config_file, config_text
 from dinoseg.images import read_ids, read_size
 from dinoseg.report.html.comparison import PairShot
 from dinoseg.report.overlay import reduced
 from dinoseg.runs.recipe import OPTIONAL, SAVED
 from dinoseg.shapes import SegmentationData
-from dinoseg.storage.files import check_regular
 
 SHOWN = 4  # images that gain most, and as many that lose most
 _LONGEST = 512  # pixels of a picture's longer side
-_LARGEST = 2**20  # bytes of a config file
 _OF_CLASS_FILE = re.compile(rf"\$\{{{CLASS_FILE}:\w+(,drawn)?\}}")
 logger = logging.getLogger(__name__)
 
@@ -55,21 +52,16 @@ class Pictures:
         Raises:
             UserError: the config is missing or refused, or the data are not there any more.
         """
-        # the evaluation at the end of a training lies in the folder of that run
-        places = [folder / "config" / "config.yaml" for folder in (self.folders[0], self.folders[0].parent)]
-        path = next((place for place in places if place.is_file()), places[0])
+        path = config_file(self.folders[0])
         try:
-            check_regular(path)
-            if path.stat().st_size > _LARGEST:
-                raise UserError(f"{path} is no config: it is larger than a megabyte.")
-            text, mine = path.read_text(encoding="utf-8"), plain(self.cfg)
+            text, mine = config_text(path), plain(self.cfg)
             # a training's config leaves to `classes.yaml` what that says: the rest is judged before it is asked
             guard(self._saved(_OF_CLASS_FILE.sub("''", text)), str(path), mine, trust=list(self.cfg.trust))
             saved = self._saved(text)
             saved["data"] = settled(OmegaConf.create(saved).data)
             guard(saved, str(path), mine, trust=list(self.cfg.trust))
             data = build.dataset(OmegaConf.create({**mine, **saved}), self.record.split)
-        except (OSError, UnicodeError, KeyError, TypeError, AssertionError, YAMLError, OmegaConfBaseException) as error:
+        except BROKEN as error:
             raise UserError(f"{path} does not say what the data are ({error}).") from None
         if list(data.names) != list(self.record.images):
             raise UserError(f"{self.record.root} holds other images than those that were evaluated.")

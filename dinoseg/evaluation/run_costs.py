@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dinoseg.evaluation.comparison import scores_of
-from dinoseg.evaluation.image_record import ImageRecord
+from dinoseg.evaluation.sides import Side
 from dinoseg.storage import forms
 from dinoseg.training.cost import COST
 
@@ -20,17 +20,12 @@ _KEYS = {
 }
 
 
-def run_rows(names: Sequence[str], folders: Sequence[Path], records: Sequence[ImageRecord]) -> list[dict[str, Any]]:
-    """Return a row for each run, by mIoU; what is not known of a run is None, and a damaged record of costs is told.
-
-    Args:
-        names: of the runs.
-        folders: of the runs.
-        records: what was evaluated of each.
-    """
+def run_rows(sides: Sequence[Side]) -> list[dict[str, Any]]:
+    """Return a row for each run, by mIoU; what is not known of a run is None, and a damaged record of costs is told."""
     rows = []
-    for name, folder, record in zip(names, folders, records, strict=True):
-        scores = scores_of(record)
+    runs = [run for side in sides for run in zip(side.names, side.folders, side.records, strict=True)]
+    for name, folder, record in runs:
+        scores = scores_of([record])
         trained = [folder, Path(record.source).parent.parent]  # mode=train; of mode=eval its checkpoint's run
         found = next((path for run in trained if (path := run / COST).is_file()), None)
         cost = (None if found is None else _read(found)) or dict.fromkeys(_KEYS)

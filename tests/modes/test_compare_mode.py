@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 
 from dinoseg.errors import UserError
 from dinoseg.evaluation.collected import image_mious
-from dinoseg.evaluation.comparison import run_names
 from dinoseg.evaluation.image_record import COUNTS, RECORD, evaluated, read_record
+from dinoseg.evaluation.sides import run_names
 from dinoseg.images import write_png
 from dinoseg.modes import evaluate
 from dinoseg.runs.recipe import OPTIONAL
@@ -58,7 +58,7 @@ def test_two_runs_are_compared(runs):
     rows = list(csv.DictReader((runs / "compared/compare.csv").read_text().splitlines()))
     assert [row["score"] for row in rows][-2:] == ["IoU dark", "IoU bright"]
     assert float(rows[0]["second"]) == pytest.approx(scores[1])
-    assert "intervals are over 2 images: percentile bootstraps over fewer than 10 are too narrow" in done.err
+    assert "intervals are over 2 images: over fewer than 10" in done.err
     ranked = list(csv.DictReader((runs / "compared/runs.csv").read_text().splitlines()))
     assert [float(row["miou"]) for row in ranked] == pytest.approx(sorted(scores, reverse=True))
     cost = json.loads((runs / "segmenter/cost.json").read_text())
@@ -68,6 +68,72 @@ def test_two_runs_are_compared(runs):
     assert (runs / "compared/runs.png").is_file() and f"{cost['parameters']:,}" in done.out
     page = (runs / "compared/report.html").read_text()
     assert "second against first" in page and page.count("<img") >= 5 and "IoU bright" in done.out
+
+
+def of_seed(runs, base, name, seed):
+    """Copy an evaluation as that of another seed, with other predictions."""
+    folder = runs / name
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(runs / base, folder)
+    config = OmegaConf.load(folder / "config/config.yaml")
+    config.seed = seed
+    OmegaConf.save(config, folder / "config/config.yaml")
+    with np.load(folder / COUNTS) as file:
+        counts = file["classes"]
+    counts[:, 0] = counts[:, 0] * (9 - seed) // 9
+    np.savez(folder / COUNTS, classes=counts)
+
+
+def test_runs_that_differ_in_their_seed_alone_are_one_side(runs):
+    sweep = runs / "sweep"
+    sweep.mkdir()
+    (sweep / "multirun.yaml").write_text("")
+    for number, base in enumerate(("first", "second", "first", "second")):
+        of_seed(runs, base, f"sweep/{number}", number // 2)
+    shutil.rmtree(runs / "compared", ignore_errors=True)
+    done = compare(runs, "sweep")
+    assert done.status == 0, done.err
+    found = json.loads((runs / "compared/compare.json").read_text())
+    assert found["sides"] == {"0+2": ["sweep/0", "sweep/2"], "1+3": ["sweep/1", "sweep/3"]}
+    mious = [np.mean([_miou(runs / f"sweep/{number}") for number in side]) for side in ((0, 2), (1, 3))]
+    assert found["others"]["1+3"]["differences"]["miou"]["value"] == pytest.approx(mious[1] - mious[0])
+    assert "their scatter is in the intervals (2 of 0+2, 2 of 1+3)" in done.out
+    assert "1+3: " in done.out and "decided by:" in done.out and (runs / "compared/compare.png").is_file()
+    rows = list(csv.DictReader((runs / "compared/images.csv").read_text().splitlines()))
+    assert [*rows[0]] == ["image", "unit", "0+2", "1+3", "1+3 adds"]
+    done = compare(runs, "sweep/0", "sweep/2")  # of seeds alone each stands for itself
+    assert "one trained model a side" in done.out and "differ in their seed alone" in done.err + done.out
+    shutil.copytree(sweep / "0", runs / "again")  # of the same seed: another evaluation is what is compared
+    assert "one trained model a side" in compare(runs, "sweep/0", "again", "sweep/1").out
+
+
+def _miou(folder):
+    counts = read_record(folder).counts.sum(axis=0)
+    return np.mean(counts[0] / (counts[1] + counts[2] - counts[0]))
+
+
+def test_lists_are_sides_whatever_they_hold(runs):
+    for seed in (0, 1):
+        of_seed(runs, "first", f"a{seed}", seed)
+    done = compare(runs, "[a0,a1]", "second")
+    assert done.status == 0 and "2 of a0+a1" in done.out and "not that of second, one trained model" in done.out
+    done = compare(runs, "[a0,second]", "a1")
+    assert (
+        done.status == 0 and "a0, second are one side, and differ in more than their seed: resolution.scale" in done.err
+    )
+
+
+def test_one_unit_has_no_interval_unless_seeds_are_told_apart(runs):
+    for name, seed in (("a0", 0), ("a1", 1), ("b0", 0), ("b1", 1)):
+        of_seed(runs, "first" if name[0] == "a" else "second", name, seed)
+        record = json.loads((runs / name / RECORD).read_text())
+        record.update(unit="drive", units=["d"] * len(record["units"]))
+        (runs / name / RECORD).write_text(json.dumps(record))
+    done = compare(runs, "a0", "b0")
+    assert done.status == 0 and "none: they need two drives, or several seeds of each side" in done.out
+    assert "no verdict" in done.out
+    done = compare(runs, "[a0,a1]", "[b0,b1]")
+    assert "over seeds alone: there is one drive" in done.out and "no verdict" not in done.out
 
 
 def test_what_runs_cost_is_told_where_it_is_known(runs):
@@ -123,7 +189,7 @@ def test_what_is_not_of_the_same_images_is_refused(runs):
     assert "the references of 2 images differ: 0, 1" in compare(runs, "first", "other").err
 
 
-@pytest.mark.parametrize("asked", ["null", "[first,first]", "[first,nowhere]"])
+@pytest.mark.parametrize("asked", ["null", "[first,first]", "[first,nowhere]", "[[first,second]]", "[first,[]]"])
 def test_what_are_no_two_runs_is_refused(runs, asked):
     done = call(runs, "mode=compare", f"runs={asked}", "hydra.run.dir=refused")
     assert done.status == 1 and "run folders of mode=eval or mode=train" in done.err and not (runs / "refused").exists()
@@ -162,7 +228,7 @@ def test_the_evaluation_at_the_end_of_a_training_is_one(runs):
     done = compare(runs, "segmenter", "first")
     assert done.status == 0, done.err
     differences = json.loads((runs / "compared/compare.json").read_text())["others"]["first"]["differences"]
-    assert differences["miou"] == {"value": 0.0, "ci95": [0.0, 0.0]}
+    assert differences["miou"] == {"value": 0.0, "ci95": [0.0, 0.0], "p": 1.0, "verdict": "not told apart"}
     again = json.loads((runs / "first" / RECORD).read_text())
     kept = json.loads((folder / RECORD).read_text())
     assert Path(kept.pop("source")).resolve() == (runs / again.pop("source")).resolve() and kept == again

@@ -88,9 +88,23 @@ def compared(name="run"):
     shot = PairShot(name, (0.2, 0.6), frame, masks[0], (masks[1], masks[2]))
     scores = {"miou": 0.4, "dice": 0.5, "accuracy": None, **{f"iou/{index}": 0.1 * index for index in range(3)}}
     limits = {key: [-0.1, 0.2] if value else None for key, value in scores.items()}
-    gaps = {key: {"value": value and 0.1 - value / 2, "ci95": limits[key]} for key, value in scores.items()}
-    others = [OtherRun(f"{name} {n}", scores, gaps, [0.3] * 11 + [None], [shot], "" if n else "none") for n in (0, 1)]
-    first = (base.classes, base.palette, 255, base.names, 12, "image", name, scores, base.mious)
+    verdict = {"p": 0.5, "verdict": "not told apart"}
+    gaps = {key: {"value": value and 0.1 - value / 2, "ci95": limits[key], **verdict} for key, value in scores.items()}
+    images = [0.3] * 11 + [None]
+    others = [OtherRun(f"{name} {n}", scores, gaps, images, images, [shot], "" if n else "none") for n in (0, 1)]
+    first = (
+        base.classes,
+        base.palette,
+        255,
+        base.names,
+        12,
+        "image",
+        "over 12 images",
+        "none",
+        name,
+        scores,
+        base.mious,
+    )
     return ComparisonReport(HOSTILE, *first, others, ABOUT)
 
 
@@ -192,12 +206,17 @@ def test_errors_are_where_a_labelled_pixel_differs():
 def test_what_differs_surely_is_marked_by_more_than_a_colour():
     base = compared()
     limits = dict.fromkeys(base.scores) | {"miou": [0.1, 0.2], "dice": [-0.3, -0.2], "accuracy": [-0.1, 0.1]}
-    gaps = {key: {"value": sum(ends) / 2 if ends else None, "ci95": ends} for key, ends in limits.items()}
+    verdicts = {"miou": "surely better", "dice": "surely worse"}
+    gaps = {
+        key: {"value": sum(ends) / 2 if ends else None, "ci95": ends, "verdict": verdicts.get(key, "not told apart")}
+        for key, ends in limits.items()
+    }
     other = replace(base.others[1], differences=gaps, mious=[0.9] * 3 + [0.0] * 2 + [None] + list(base.mious[6:]))
     page = comparison_page(replace(base, others=[other]))
     rows = {row[0]: row[3] for row in cells(page, "scores")[1:]}
     assert rows == {"mIoU": "▲ +15.0", "mean Dice": "▼ -25.0", "pixel accuracy": "+0.0"}
     assert "better in 3, worse in 2 and equal in 6 of 11 images" in page
+    assert "in points, the most first: class 0 +30.00; class 1 +30.00;" in page and "over 12 images" in page
     assert "95\xa0%\xa0interval over\xa012\xa0images" in page
 
 
@@ -222,7 +241,7 @@ def test_a_page_grows_no_further_with_its_images():
     sizes = []
     for images in (3_000, 30_000):
         mious = draw.random(images).tolist()
-        other = replace(base.others[1], mious=mious[::-1])
+        other = replace(base.others[1], mious=mious[::-1], decides=mious)
         names = [f"{index:05}" for index in range(images)]
         sizes.append(len(comparison_page(replace(base, images=names, mious=mious, others=[other]))))
     assert max(sizes) < 1.02 * min(sizes)

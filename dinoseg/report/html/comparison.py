@@ -8,16 +8,19 @@ import numpy as np
 
 from dinoseg.report.html.about import About, about_sections
 from dinoseg.report.html.charts import Axes, around, line_chart, scatter_chart, thinned
-from dinoseg.report.html.evaluation import interval_head, interval_note
+from dinoseg.report.html.evaluation import interval_head
 from dinoseg.report.html.page import Section, page, paragraph, percent, spanned, text, tiles
 from dinoseg.report.html.pictures import BOTH_WRONG, RIGHT, WRONG, card, marked
 from dinoseg.report.html.tables import Cell, class_cell, number_cell, plain_cell, table, whisker
 from dinoseg.report.overlay import blend, legend_of
 from dinoseg.report.scores import few_units
+from dinoseg.report.verdicts import SURELY_BETTER, SURELY_WORSE
 from dinoseg.shapes import Palette
 from dinoseg.wording import count_of
 
 _DOTS = 2000  # of a chart: a page of more takes seconds to open
+_MARKS = {SURELY_BETTER: ("up", "\u25b2 "), SURELY_WORSE: ("down", "\u25bc ")}
+_DECIDING = 6  # images that are named
 _MEANS = {
     "miou": "mIoU",
     "miou_no_background": "mIoU without background",
@@ -52,8 +55,9 @@ class OtherRun:
     Args:
         name: of the run.
         scores: by name.
-        differences: `value` and `ci95` by name of a score: this run less the first.
+        differences: `value`, `ci95`, `p` and `verdict` by name of a score: this run less the first.
         mious: of each image.
+        decides: what each image adds to the difference of mIoU.
         shots: images that gain or lose most.
         no_pictures: why there are none; empty where there are.
     """
@@ -62,6 +66,7 @@ class OtherRun:
     scores: Mapping[str, float | None]
     differences: Mapping[str, Mapping[str, Any]]
     mious: Sequence[float | None]
+    decides: Sequence[float | None]
     shots: Sequence[PairShot]
     no_pictures: str = ""
 
@@ -78,6 +83,8 @@ class ComparisonReport:
         images: names.
         units: how many are resampled.
         unit: what they are.
+        intervals: what they are over.
+        seeds: what is said of other seeds.
         first: name of the first run.
         scores: of the first run, by name.
         mious: of each image, by the first run.
@@ -92,6 +99,8 @@ class ComparisonReport:
     images: Sequence[str]
     units: int
     unit: str
+    intervals: str
+    seeds: str
     first: str
     scores: Mapping[str, float | None]
     mious: Sequence[float | None]
@@ -115,15 +124,16 @@ def _scores(report: ComparisonReport) -> Section:
     shown = [(report.first, f"{percent(report.scores['miou'])} %", "mIoU")]
     for other in report.others:
         gap = other.differences["miou"]
-        shown.append((other.name, f"{percent(other.scores['miou'])} %", f"mIoU: {_gap(gap)} points"))
+        shown.append((other.name, f"{percent(other.scores['miou'])} %", f"mIoU, points: {_gap(gap)}"))
     keys = [(key, name) for key, name in _MEANS.items() if key in report.scores]
     rows = [[plain_cell(name), *_cells(report, key)] for key, name in keys]
     note = paragraph(
         f"Differences are points: a run less {report.first}, over the same {count_of(report.images, 'image')}; each "
-        f"draw has the same {report.unit}s for both.",
-        interval_note(report.units, report.unit),
-        "An interval that leaves out 0, marked \u25b2 or \u25bc, speaks for a difference on data of this kind by these "
-        "two trained models; it says nothing of other seeds, and of many classes some leave it out by chance.",
+        f"{report.unit} is left out of both at once.",
+        f"95 % intervals (Student's t): {report.intervals}.",
+        "What is surely better is marked \u25b2, what is surely worse \u25bc: p is below 0.05 after Holm's correction "
+        "over all runs, and for classes over these too: an interval by itself may leave out 0 without a mark.",
+        f"Seeds: {report.seeds}.",
     )
     return Section("scores", "Scores", tiles(shown) + table(_heads(report, "score"), rows, "Means") + note)
 
@@ -150,8 +160,7 @@ def _cells(report: ComparisonReport, key: str) -> list[Cell]:
     for other in report.others:
         gap = other.differences[key]
         value, limits = gap["value"], gap["ci95"]
-        sure = "" if limits is None or limits[0] <= 0 <= limits[1] else ("up" if limits[0] > 0 else "down")
-        mark = {"up": "\u25b2 ", "down": "\u25bc ", "": ""}[sure]
+        sure, mark = _MARKS.get(gap["verdict"], ("", ""))
         shown = "-" if value is None else f"{mark}{100 * value:+.1f}"
         cells += [
             number_cell(other.scores[key], percent(other.scores[key])),
@@ -166,7 +175,7 @@ def _gap(gap: Mapping[str, Any]) -> str:
     if gap["value"] is None:
         return "-"
     limits = "" if gap["ci95"] is None else f" ({spanned(gap['ci95'], sign='+')})"
-    return f"{100 * gap['value']:+.1f}{limits}"
+    return f"{100 * gap['value']:+.1f}{limits}, {gap['verdict']}"
 
 
 def _by_image(report: ComparisonReport, other: OtherRun) -> str:
@@ -182,7 +191,8 @@ def _by_image(report: ComparisonReport, other: OtherRun) -> str:
     told = paragraph(
         f"mIoU of an image, over the classes in its reference or the run's own prediction. {other.name} is better in "
         f"{counted[0]}, worse in {counted[1]} and equal in {len(gaps) - sum(counted)} of {count_of(gaps, 'image')}; "
-        "all are in images.csv."
+        "all are in images.csv.",
+        _deciding(report, other),
     )
     ends = around([value for pair in pairs for value in pair[:2]])
     pairs.sort(key=lambda pair: pair[1] - pair[0])
@@ -193,6 +203,16 @@ def _by_image(report: ComparisonReport, other: OtherRun) -> str:
     places = thinned([(float(place), gap) for place, gap in enumerate(gaps, start=1)])
     axes = Axes((1, max(2, len(gaps))), around(gaps, zero=True), "images, sorted", "points")
     return told + f'<div class="charts">{scatter}{line_chart("Sorted differences", [(other.name, places)], axes)}</div>'
+
+
+def _deciding(report: ComparisonReport, other: OtherRun) -> str:
+    """Return which images the difference would lose most without."""
+    pairs = [(share, name) for share, name in zip(other.decides, report.images, strict=True) if share]
+    pairs.sort(key=lambda pair: -abs(pair[0]))
+    told = "; ".join(f"{name} {100 * share:+.2f}" for share, name in pairs[:_DECIDING])
+    return f"What an image adds to the difference of mIoU over all images, in points, the most first: {told}." * bool(
+        told
+    )
 
 
 def _pictures(report: ComparisonReport, other: OtherRun) -> str:

@@ -1,0 +1,56 @@
+"""The config file of a run folder, as text that nobody has vouched for, and what of it makes two runs one recipe."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from dinoseg.config.guard import ACTING
+from dinoseg.config.plain import plain
+from dinoseg.errors import UserError
+from dinoseg.runs.recipe import SAVED
+from dinoseg.storage.files import check_regular
+
+BROKEN = (OSError, UnicodeError, KeyError, TypeError, AssertionError, YAMLError, OmegaConfBaseException)
+_LARGEST = 2**20  # bytes of a config file
+_ELSEWHERE = ("seed", "data.root", *(f"data.{key}" for key in ACTING))  # what no two runs need to share
+
+
+def config_file(folder: Path) -> Path:
+    """Return where the config of an evaluation lies: in its folder, or in that of the training that it ends."""
+    places = [folder / "config" / "config.yaml", folder.parent / "config" / "config.yaml"]
+    return next((place for place in places if place.is_file()), places[0])
+
+
+def config_text(path: Path) -> str:
+    """Return a config file's text.
+
+    Raises:
+        UserError: it is no plain file, or too large for a config.
+        OSError: it is not there.
+    """
+    check_regular(path)
+    if path.stat().st_size > _LARGEST:
+        raise UserError(f"{path} is no config: it is larger than a megabyte.")
+    return path.read_text(encoding="utf-8")
+
+
+def recipe_keys(folder: Path) -> tuple[dict[str, Any], Any] | None:
+    """Return what an evaluated model was trained by, by its whole keys, and its seed; None where no config says so."""
+    try:
+        config = plain(OmegaConf.create(config_text(config_file(folder))))
+        whole = _flat({key: config[key] for key in SAVED if key in config})
+    except (UserError, *BROKEN):
+        return None
+    return {key: value for key, value in whole.items() if not key.startswith(_ELSEWHERE)}, whole.get("seed")
+
+
+def _flat(node: Any, where: str = "") -> dict[str, Any]:
+    if not isinstance(node, Mapping):
+        return {where: node}
+    return {
+        key: value for name, child in node.items() for key, value in _flat(child, f"{where}.{name}".lstrip(".")).items()
+    }

@@ -1,0 +1,171 @@
+"""The sides of a comparison: each a run, or several that differ in their seed alone."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dinoseg.errors import UserError
+from dinoseg.evaluation.aligned import aligned
+from dinoseg.evaluation.image_record import ImageRecord, evaluated, read_record
+from dinoseg.evaluation.run_config import recipe_keys
+from dinoseg.wording import count_of, listed, typed
+
+MOST, _MOST_RUNS = 8, 64  # sides: a page of more is no comparison but a table, which a sweep writes
+_SWEEP = "multirun.yaml"  # in the folder of a sweep
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Side:
+    """Runs of one recipe.
+
+    Args:
+        name: tells it from the others.
+        folders: run folders.
+        names: of the runs.
+        places: where the evaluations lie.
+        records: of the runs, with the images in the same order for all sides.
+    """
+
+    name: str
+    folders: Sequence[Path]
+    names: Sequence[str]
+    places: Sequence[Path]
+    records: Sequence[ImageRecord]
+
+
+def sides_of(runs: Any) -> list[Side]:
+    """Return the sides that `runs` names: lists in it are sides, and where there are none, seeds are put together.
+
+    Raises:
+        UserError: fewer than two sides or too many, or runs that do not compare.
+    """
+    given = _given(runs)
+    folders = [folder for side in given for folder in side]
+    if len({folder.resolve() for folder in folders}) < len(folders) or not 2 <= len(folders) <= _MOST_RUNS:
+        raise _refusal(runs)
+    places = [evaluated(folder) for folder in folders]
+    records = aligned({folder: read_record(place) for folder, place in zip(folders, places, strict=True)})
+    names, recipes = run_names(folders), [recipe_keys(place) for place in places]
+    if all(len(side) == 1 for side in given):
+        sides = _by_seed(recipes)
+    else:
+        starts = [sum(map(len, given[:number])) for number in range(len(given))]
+        sides = [[*range(start, start + len(side))] for start, side in zip(starts, given, strict=True)]
+    if not 2 <= len(sides) <= MOST:
+        raise _refusal(runs)
+    for side in sides:
+        _warn_of_others([names[number] for number in side], [recipes[number] for number in side])
+    return [
+        Side(
+            _joined([names[number] for number in side]),
+            [folders[number] for number in side],
+            [names[number] for number in side],
+            [places[number] for number in side],
+            [records[number] for number in side],
+        )
+        for side in sides
+    ]
+
+
+def units_note(sides: Sequence[Side]) -> str:
+    """Return what intervals are over."""
+    record = sides[0].records[0]
+    units = len(set(record.units))
+    if units > 1:
+        return f"over {count_of(units, record.unit)}"
+    if min(len(side.folders) for side in sides) > 1:
+        return f"over seeds alone: there is one {record.unit}, so they say nothing of another"
+    return f"none: they need two {record.unit}s, or several seeds of each side"
+
+
+def seeds_note(sides: Sequence[Side]) -> str:
+    """Return what the verdicts say of other seeds."""
+    single = [side.name for side in sides if len(side.folders) == 1]
+    several = [f"{len(side.folders)} of {side.name}" for side in sides if len(side.folders) > 1]
+    if not several:
+        return "one trained model a side: verdicts are of these models, and say nothing of other seeds"
+    counted = f"their scatter is in the intervals ({', '.join(several)})"
+    return f"{counted}; but not that of {listed(single)}, one trained model each" if single else counted
+
+
+def run_names(folders: Sequence[Path]) -> list[str]:
+    """Return short names of run folders that tell them apart: their last parts, as many as it takes."""
+    whole = [folder.resolve().parts for folder in folders]
+    for count in range(1, max(map(len, whole)) + 1):
+        names = ["/".join(parts[-count:]) for parts in whole]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def _given(runs: Any) -> list[list[Path]]:
+    """Return the folders of each entry; the folder of a sweep stands for those of its jobs."""
+    if not isinstance(runs, list | tuple):
+        raise _refusal(runs)
+    found = []
+    for entry in runs:
+        side = [job for name in (entry if isinstance(entry, list | tuple) else [entry]) for job in _jobs(name)]
+        found += [side] if isinstance(entry, list | tuple) else [[folder] for folder in side]
+    if not all(found):
+        raise _refusal(runs)
+    return found
+
+
+def _jobs(name: Any) -> list[Path]:
+    folder = Path(str(name)).expanduser()
+    if not (folder / _SWEEP).is_file():
+        return [folder]
+    return sorted((job for job in folder.iterdir() if job.name.isdecimal()), key=lambda job: int(job.name))
+
+
+def _refusal(runs: Any) -> UserError:
+    return UserError(
+        f"runs={typed(runs)}: give 2 to {MOST} different run folders of mode=eval or mode=train, such as "
+        "runs=[outputs/a/eval_1,outputs/b/eval_1]; several seeds of each as runs=[[a1,a2,a3],[b1,b2,b3]]; or the "
+        f"folder of a sweep. There may be {_MOST_RUNS} runs in all."
+    )
+
+
+def _by_seed(recipes: Sequence[tuple[dict[str, Any], Any] | None]) -> list[list[int]]:
+    """Return the places of runs that differ in their seed alone together; each by itself where all of them do."""
+    sides: list[list[int]] = []
+    for number, recipe in enumerate(recipes):
+        alike = [side for side in sides if recipe and (first := recipes[side[0]]) and first[0] == recipe[0]]
+        if alike:
+            alike[0].append(number)
+        else:
+            sides.append([number])
+    alone = [[number] for number in range(len(recipes))]
+    if len(sides) == 1:
+        logger.info("The runs differ in their seed alone: each stands for itself.")
+        return alone
+    # runs of one seed are no further seeds: what differs, such as the checkpoint, is what is compared
+    seeds = [[recipe[1] for number in side if (recipe := recipes[number])] for side in sides]
+    return sorted(
+        part
+        for side, each in zip(sides, seeds, strict=True)
+        for part in ([side] if len({*map(str, each)}) == len(side) else [[number] for number in side])
+    )
+
+
+def _warn_of_others(names: Sequence[str], recipes: Sequence[tuple[dict[str, Any], Any] | None]) -> None:
+    known = [recipe[0] for recipe in recipes if recipe]
+    keys = dict.fromkeys(key for recipe in known for key in recipe)
+    differing = [key for key in keys if any(recipe.get(key) != known[0].get(key) for recipe in known)]
+    if differing:
+        logger.warning(
+            "%s are one side, and differ in more than their seed: %s. What that changes counts as chance.",
+            listed(names),
+            listed(differing),
+        )
+
+
+def _joined(names: Sequence[str]) -> str:
+    """Return one name of several: a/0 and a/1 as a/0+1."""
+    head, slash, first = names[0].rpartition("/")
+    if all(name.rpartition("/")[0] == head for name in names):
+        names = [f"{head}{slash}{first}", *(name.rpartition("/")[2] for name in names[1:])]
+    return "+".join(names) if len(names) <= 4 else f"{names[0]}+... ({count_of(names, 'run')})"

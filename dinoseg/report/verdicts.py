@@ -1,0 +1,71 @@
+"""What comparisons say of a difference, and the picture of all of them with their intervals."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from dinoseg.wording import printable
+
+SURELY_BETTER, SURELY_WORSE, UNSURE, NO_VERDICT = "surely better", "surely worse", "not told apart", "no verdict"
+LEVEL = 0.05  # p below which a difference is sure
+_COLOURS = {SURELY_BETTER: "#0072B2", SURELY_WORSE: "#D55E00", UNSURE: "#888888", NO_VERDICT: "#bbbbbb"}
+_MOST_ROWS = 40
+_LONGEST = 30  # letters of a name that are drawn
+
+
+def verdicts_picture(
+    first: str, labels: Mapping[str, str], others: Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]]
+) -> np.ndarray:
+    """Draw the differences from the first side in points with their intervals, a panel for each other side, as RGB.
+
+    Args:
+        first: name of the first side.
+        labels: how scores are called, by name, from the top down.
+        others: name of each other side, and `value`, `ci95` and `verdict` of its differences by name of a score.
+    """
+    keys, left_out = _shown(labels, others)
+    size = (2.2 + 3.6 * len(others), 1.6 + 0.26 * len(keys))
+    figure = Figure(figsize=size, dpi=110, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    for axes, (name, gaps) in zip(figure.subplots(1, len(others), sharey=True, squeeze=False)[0], others, strict=True):
+        axes.axvline(0, color="#555555", linewidth=0.8)
+        for place, key in enumerate(keys):
+            gap = gaps[key]
+            if gap["value"] is None:
+                continue
+            colour = _COLOURS[gap["verdict"]]
+            if gap["ci95"] is not None:
+                axes.plot([100 * end for end in gap["ci95"]], [place, place], color=colour, linewidth=1.6)
+            axes.plot(100 * gap["value"], place, "o", color=colour, markersize=5)
+        axes.set_title(_short(name), fontsize=9, parse_math=False)
+        axes.set_xlabel(f"points, less {_short(first)}", fontsize=8, parse_math=False)
+        axes.grid(axis="x", color="#e3e3e3", linewidth=0.8)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(labelsize=8, left=False)
+    axes = figure.axes[0]
+    axes.set_yticks(range(len(keys)), [_short(labels[key]) for key in keys], parse_math=False)
+    axes.set_ylim(len(keys) - 0.4, -0.6)
+    said = "95 % intervals; blue: surely better, red: surely worse, grey: not told apart (p corrected by Holm)"
+    figure.supxlabel(said + left_out, fontsize=7)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # letters that the font lacks are drawn as boxes
+        canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _shown(labels: Mapping[str, str], others: Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]]) -> tuple:
+    """Return the scores that are drawn, those that differ most where there are too many, and what is said of it."""
+    reach = {key: max(abs(gaps[key]["value"] or 0.0) for _, gaps in others) for key in labels}
+    kept = sorted(labels, key=lambda key: ("/" in key, -reach[key]))[:_MOST_ROWS]
+    more = len(labels) - len(kept)
+    return [
+        key for key in labels if key in kept
+    ], f"; {more} classes that differ less are in compare.csv" if more else ""
+
+
+def _short(name: str) -> str:
+    return printable(name if len(name) <= _LONGEST else f"...{name[3 - _LONGEST :]}")

@@ -1,0 +1,40 @@
+import numpy as np
+import pytest
+
+from dinoseg.report.verdicts import SURELY_BETTER, SURELY_WORSE, UNSURE, verdicts_picture
+
+
+def gaps(labels):
+    kinds = (SURELY_BETTER, SURELY_WORSE, UNSURE)
+    return {
+        key: {"value": 0.01 * (n - 2), "ci95": [0.01 * n - 0.03, 0.01 * n - 0.01], "verdict": kinds[n % 3]}
+        for n, key in enumerate(labels)
+    }
+
+
+def holds(picture, colour):
+    return (picture == colour).all(axis=2).any()
+
+
+def test_each_verdict_has_its_colour_and_each_side_its_panel():
+    labels = {"miou": "mIoU", "iou/0": "IoU road", "iou/1": "IoU pole"}
+    picture = verdicts_picture("a", labels, [("b", gaps(labels)), ("c", gaps(labels))])
+    assert picture.dtype == np.uint8 and picture.shape[1] == pytest.approx(110 * 9.4, abs=1)
+    for half in np.array_split(picture, 2, axis=1):
+        assert holds(half, (0x00, 0x72, 0xB2)) and holds(half, (0xD5, 0x5E, 0x00)) and holds(half, (0x88, 0x88, 0x88))
+
+
+@pytest.mark.parametrize("name", ["a$x_{$b", "lr_1e-3_" * 30, "\x1b[31m"])
+def test_any_name_and_undefined_values_are_drawn(name):
+    labels = {"miou": name, "iou/0": name}
+    one = gaps(labels) | {"iou/0": {"value": None, "ci95": None, "verdict": "no verdict"}}
+    assert verdicts_picture(name, labels, [(name, one)]).ndim == 3
+
+
+def test_of_many_classes_those_that_differ_most_are_drawn():
+    labels = {"miou": "mIoU"} | {f"iou/{n}": f"IoU {n}" for n in range(150)}
+    few = dict(list(labels.items())[:40])
+    assert (
+        verdicts_picture("a", labels, [("b", gaps(labels))]).shape
+        == verdicts_picture("a", few, [("b", gaps(few))]).shape
+    )
