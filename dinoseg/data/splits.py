@@ -178,8 +178,12 @@ def regex_group(pattern: str | None) -> Callable[[str], str]:
     return group
 
 
-def read_name_list(path: Path) -> list[str]:
+def read_name_list(path: Path, key: str = "data.reader.partition.lists") -> list[str]:
     """Read one name per line; an image ending is dropped, blank lines do not count.
+
+    Args:
+        path: the file.
+        key: that named it, for messages.
 
     Raises:
         UserError: the file is missing, no text, empty, or names something twice.
@@ -188,7 +192,7 @@ def read_name_list(path: Path) -> list[str]:
         check_regular(path)
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"Cannot read the file list {path}: {error}. Check data.reader.partition.lists.") from None
+        raise UserError(f"Cannot read the file list {path}: {error}. Check {key}.") from None
     names = [_without_ending(line.strip()) for line in text.splitlines() if line.strip()]
     if not names:
         raise UserError(f"The file list {path} is empty: write one name per line.")

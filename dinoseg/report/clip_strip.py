@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dinoseg.report.overlay import blend, reduced, side_by_side
+from dinoseg.report.overlay import blend, reduced, side_by_side, stacked
 from dinoseg.report.palette import default_palette
 
 _SHOWN = 4  # frames
@@ -31,7 +31,4 @@ def clip_strip(
             ids = [reduced(masks[number], longest) for number in shown]
             tinted = [blend(*pair, palette, opacity=0.6) for pair in zip(small.values(), ids, strict=True)]
             rows.append([(caption, picture) for picture in tinted])
-    strips = [side_by_side(row) for row in rows]
-    width = max(strip.shape[1] for strip in strips)
-    padded = [np.pad(strip, ((0, 0), (0, width - strip.shape[1]), (0, 0)), constant_values=255) for strip in strips]
-    return np.concatenate(padded)
+    return stacked([side_by_side(row) for row in rows])

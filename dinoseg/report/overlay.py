@@ -149,6 +149,14 @@ def side_by_side(panels: Sequence[tuple[str, np.ndarray]], legend: Legend = ()) 
     return np.asarray(canvas)
 
 
+def stacked(strips: Sequence[np.ndarray]) -> np.ndarray:
+    """Lay pictures (H, W, 3) below one another on white, flush left."""
+    width = max(strip.shape[1] for strip in strips)
+    return np.concatenate(
+        [np.pad(strip, ((0, 0), (0, width - strip.shape[1]), (0, 0)), constant_values=255) for strip in strips]
+    )
+
+
 def _draw_row(draw, row, font, size: int, start: tuple[int, int]) -> None:
     left, middle = start
     for name, colour in row:

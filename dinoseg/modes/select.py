@@ -1,0 +1,93 @@
+"""mode=select: which images or frames to label next."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig, OmegaConf
+
+from dinoseg import build
+from dinoseg.config.nodes import instantiate, keeping
+from dinoseg.data.pairs.dataset import PairDataset
+from dinoseg.errors import UserError
+from dinoseg.ranges import Count, Positive
+from dinoseg.selection.look import Looker
+from dinoseg.selection.pool import Candidate, found_in, named_in, places_of
+from dinoseg.selection.results import write_selection
+from dinoseg.selection.selector import DOUBTS, NOTHING, Known, Selector
+from dinoseg.wording import count_of, reasons
+
+logger = logging.getLogger(__name__)
+
+
+def select(
+    cfg: DictConfig,
+    *,
+    out_dir: Path,
+    input: str | None,
+    labels: str | None,
+    count: Count | None,
+    split: str = "train",
+    every: Positive = 1.0,
+) -> dict[str, Any]:
+    """Choose `count` images that are not labelled, the most useful first, by `cfg.selection`; see `write_selection`.
+
+    Args:
+        cfg: the whole config; with `resume` its model looks at the images.
+        out_dir: the run folder.
+        input: see `found_in`; None: the images of a split of `cfg.data`.
+        labels: see `named_in`; None: nothing is labelled.
+        count: how many.
+        split: of the data set.
+        every: seconds between two frames of a video.
+
+    Raises:
+        UserError: there are no images or too few, or one cannot be read.
+    """
+    if count is None:
+        raise UserError("mode=select chooses as many images as count says: give count=N.")
+    named = named_in(labels) if labels is not None else set()
+    pool = _pool(cfg, input, split, every, named)
+    _check_count(count, pool, places_of(named, pool), input)
+    selector = keeping(Selector, instantiate(cfg.selection), "selection")
+    features, doubts = np.zeros((len(pool), 0)), None
+    if selector.needs != NOTHING:
+        looker = Looker(cfg, doubts=selector.needs == DOUBTS)
+        features, doubts, bad = looker.look(pool, skip=cfg.data.on_error == "skip")
+        looker.engine.close()
+        if bad:
+            logger.warning("Left out, since they cannot be read:%s", reasons({pool[at].name: bad[at] for at in bad}))
+        kept = [place for place in range(len(pool)) if place not in bad]
+        pool, features, doubts = [pool[at] for at in kept], features[kept], None if doubts is None else doubts[kept]
+    labelled = places_of(named & {candidate.name for candidate in pool}, pool)
+    _check_count(count, pool, labelled, input)
+    known = Known([candidate.name for candidate in pool], labelled, features, doubts)
+    picks = selector.choose(known, count, build.seed_of(cfg))
+    write_selection(out_dir, [(pool[pick.index], pick) for pick in picks], cfg.choices.selection)
+    print(f"chosen:       {len(picks)} of {count_of(pool, 'image')}, of which {len(labelled)} were labelled before")
+    return {"chosen": len(picks), "of": len(pool), "run": str(out_dir)}
+
+
+def _pool(cfg: DictConfig, input: str | None, split: str, every: float, also: set[str]) -> list[Candidate]:
+    if input is not None:
+        return found_in(input, every=every, cache_dir=Path(cfg.cache_dir).expanduser(), also=also)
+    if OmegaConf.is_missing(cfg.data, "root"):
+        raise UserError(
+            "mode=select needs images to choose from: give input=<image folder, quoted pattern or video>, or data= and "
+            "data.root= of a data set."
+        )
+    data = build.dataset(cfg, split)
+    if not isinstance(data, PairDataset):
+        raise UserError(f"data={cfg.choices.data} has no list of image files. Give its images as input=FOLDER.")
+    return [Candidate(pair.name, pair.image) for pair in data.source.pairs]
+
+
+def _check_count(count: int, pool: list[Candidate], labelled: list[int], input: str | None) -> None:
+    left = len(pool) - len(labelled)
+    if count > left:
+        frames = ", or, of a video, a smaller mode.every" if input is not None else ""
+        raise UserError(
+            f"count={count}: of {count_of(pool, 'image')} {len(labelled)} are labelled, which leaves {left} to choose "
+            f"from. Give a smaller count, more images{frames}."
+        )
