@@ -208,8 +208,12 @@ def dataset(
     # what nobody has drawn is no truth to score against
     drawn_alone = {"pseudo": False} if "pseudo" in cfg.data.reader and not reduced else None
     pairs = instantiate(cfg.data.reader, instead=drawn_alone)(split=split)
-    ranks = {} if decided is None else {"decided": decided}
-    return instantiate(cfg.data.opened)(pairs, split=split, reduced=reduced, **ranks)
+    more: dict[str, Any] = {} if decided is None else {"decided": decided}
+    if reduced and split == "train" and cfg.data.get("labelled") is not None:  # older checkpoints have no such key
+        labelled = {"labelled": cfg.data.labelled}
+        check_given("dinoseg.data.opened.opened", labelled, {"labelled": "data.labelled"})
+        more |= {**labelled, "group": cfg.data.group, "seed": seed_of(cfg)}
+    return instantiate(cfg.data.opened)(pairs, split=split, reduced=reduced, **more)
 
 
 def clips(cfg: DictConfig, split: str) -> Any:

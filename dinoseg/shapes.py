@@ -54,6 +54,10 @@ class Batch:
         """Copy to `device`."""
         return Batch(sent(self.image, device), sent(self.mask, device), self.names)
 
+    def taught(self, teach: Teach) -> Batch:
+        """Return the batch with all that a loss asks: what has no labels of its own gets them by `teach`."""
+        return self
+
     def split(self, parts: int) -> list[Batch]:
         """Return so many batches of the samples in their order, of equal sizes but for one sample."""
         images, masks = self.image.tensor_split(parts), self.mask.tensor_split(parts)
@@ -80,6 +84,10 @@ class ClipBatch:
     def to(self, device: torch.device) -> ClipBatch:
         """Copy to `device`."""
         return ClipBatch(sent(self.image, device), self.names)
+
+    def taught(self, teach: Teach) -> ClipBatch:
+        """Return the clips: nothing that learns from them asks for labels."""
+        return self
 
     def split(self, parts: int) -> list[ClipBatch]:
         """Return so many batches of the clips in their order, of equal sizes but for one clip."""
@@ -188,9 +196,8 @@ class Prediction:
         chosen = self.as_logits(scores[:, :, places[0], places[1]]).float().clone()  # a band is overwritten by the next
         return highest(scores), chosen
 
-    def of_image(self, row: int) -> Prediction:
-        """Return the prediction of one of the images alone."""
-        own = slice(row, row + 1)
+    def of_images(self, own: slice) -> Prediction:
+        """Return the prediction of some of the images alone."""
         parts = {name: mapped(getattr(self, name), lambda part: part[own]) for name in ("outputs", "grid", "masks")}
         return replace(self, **parts)
 
@@ -217,6 +224,9 @@ def mapped(outputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if is_dataclass(outputs) and not isinstance(outputs, type):
         return replace(outputs, **{part.name: mapped(getattr(outputs, part.name), change) for part in fields(outputs)})
     return outputs
+
+
+Teach = Callable[[Tensor], Prediction]  # images (B, 3, H, W) to what a teacher predicts for them
 
 
 class SegmentationData(Protocol):

@@ -124,7 +124,7 @@ def settled(values: Mapping[str, Any], instead: Mapping[str, Any] | None = None)
 
 
 def check_alone(cfg: DictConfig) -> None:
-    """Refuse a trainer of several models: what a step takes is asked of one.
+    """Refuse a trainer of several models, or of images without masks: what a step takes is asked of one and of labels.
 
     Raises:
         UserError: naming what to give.
@@ -133,6 +133,11 @@ def check_alone(cfg: DictConfig) -> None:
         raise UserError(
             f"trainer={cfg.choices.trainer} trains several heads: what one takes is told here. Give head=NAME, without "
             "heads and trainer."
+        )
+    if "unlabelled" in cfg.trainer:
+        raise UserError(
+            f"trainer={cfg.choices.trainer} is not foretold: its step takes the images without masks as well. Leave "
+            "trainer out for what the images with masks take; a batch of both takes that of all their views together."
         )
 
 

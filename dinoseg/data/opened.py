@@ -9,9 +9,10 @@ from dinoseg.data.packed.pack import Unwritable, drop_draft, is_begun, pack
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pairing import not_whole
 from dinoseg.data.scan.scan import scan, unreadable
+from dinoseg.data.splits import labelled_names
 from dinoseg.errors import UserError
 from dinoseg.processes.workers import count_cores
-from dinoseg.ranges import Count
+from dinoseg.ranges import Count, HighShare
 from dinoseg.wording import reasons
 
 log = logging.getLogger(__name__)
@@ -30,6 +31,9 @@ def opened(
     cache_dir: str | Path = "outputs/.cache",
     longest: Count | None = None,
     workers: Count | None = None,
+    labelled: HighShare | str | None = None,
+    group: str | None = None,
+    seed: int = 0,
     decided: Callable[[Callable[[], bool]], bool] = lambda find: find(),
 ) -> PairDataset:
     """Return the data set as it is to be used.
@@ -45,6 +49,9 @@ def opened(
         cache_dir: folder of the packed files and of what is known of the files.
         longest: see `pack`.
         workers: processes that read all files once, for `skip` and `packed`; None: one per core.
+        labelled: which masks are used, see `labelled_names`; None: all.
+        group: likewise.
+        seed: likewise.
         decided: gives what is found, on several ranks what the first one finds: each would measure another speed. All
             of them pack then, and all but one wait for it.
 
@@ -57,6 +64,9 @@ def opened(
         raise UserError(f"data.cache={cache} is unknown. Choose packed or auto, or null for none.")
     if workers is not None and workers < 1:
         raise UserError(f"data.workers={workers}: give the number of processes, 1 or more, or null for one per core.")
+    if labelled is not None:
+        whole, dataset = len(dataset), dataset.keep({*labelled_names(dataset.names, labelled, seed=seed, group=group)})
+        log.info("data.labelled=%s: %d of %d images of split %s with their masks", labelled, len(dataset), whole, split)
     if on_error == "skip":
         dataset = _usable(dataset, split, Path(cache_dir), workers or count_cores())
     elif dataset.lacking:

@@ -202,6 +202,36 @@ def read_name_list(path: Path, key: str = "data.reader.partition.lists") -> list
     return names
 
 
+def labelled_names(
+    names: Sequence[str], labelled: float | str, *, seed: int = 0, group: str | None = None
+) -> list[str]:
+    """Return the names of a training split whose masks are used.
+
+    A smaller share of one seed is part of a larger one, and goes group by group, of which the last may be cut: few
+    masks come from few videos.
+
+    Args:
+        names: of the whole split.
+        labelled: the share of them, one at least; or a text file with a name a line.
+        seed: decides which.
+        group: see `Partition`; None: each image is a group.
+
+    Raises:
+        UserError: the file cannot be read, or names what the split does not have.
+    """
+    if isinstance(labelled, str):
+        wanted = read_name_list(Path(labelled).expanduser(), "data.labelled")
+        if absent := sorted(set(wanted) - set(names)):
+            raise UserError(
+                f"data.labelled={labelled}: {len(absent)} of its names are not in the training split: "
+                f"{listed(absent)}. Names there are such as {listed(names, 2)}."
+            )
+        return wanted
+    key = regex_group(group)
+    ordered = sorted(names, key=lambda name: (_shuffle_key(key(name), seed), _shuffle_key(name, seed)))
+    return ordered[: max(1, round(labelled * len(names)))]
+
+
 def split_table(datasets: Mapping[str, SegmentationData]) -> dict[str, list[str]]:
     """Return the names in each split, to be written beside a run's results."""
     return {split: list(data.names) for split, data in datasets.items()}

@@ -128,7 +128,7 @@ class Augment:
         """
         zoom, matrix, chance = self._geometry(mask, rng, shown)
         seen = _warp_image(image, matrix, zoom, self.crop)
-        return _recolor(seen, self.color, chance[8:]), self._warp_mask(mask, matrix)
+        return recolor(seen, self.color, chance[8:]), self._warp_mask(mask, matrix)
 
     def mask(self, mask: np.ndarray, rng: np.random.Generator, shown: int | None = None) -> np.ndarray:
         """Return the view of a mask (H, W) alone, which a call with its image gives of it."""
@@ -226,8 +226,11 @@ def _warp_image(image: np.ndarray, matrix: np.ndarray, zoom: tuple[float, float]
     )
 
 
-def _recolor(image: np.ndarray, color: ColorJitter, chance: np.ndarray) -> np.ndarray:
-    """Apply brightness, contrast, saturation and hue as one matrix, so that values are clipped only once."""
+def recolor(image: np.ndarray, color: ColorJitter, chance: np.ndarray) -> np.ndarray:
+    """Return an image (H, W, 3) uint8 with brightness, contrast, saturation and hue changed by `chance` (4,) in 0..1.
+
+    It is one matrix, so that values are clipped only once.
+    """
     if color == ColorJitter():
         return image
     signed = 2 * chance - 1

@@ -17,6 +17,7 @@ usage: python -m dinoseg mode=MODE [hparam=RECIPE] [GROUP=OPTION ...] [KEY=VALUE
   python -m dinoseg mode=prepare data=sarrarp data.root=DIR          unpack a data set as downloaded
   python -m dinoseg mode=doctor data=idd data.root=DIR               look for faults in a data set
   python -m dinoseg mode=probe hparam=camvid data.root=DIR           a floor in minutes, for each block, untrained
+  python -m dinoseg mode=select input=PATH count=20                  which images, or frames of a video, to label next
   python -m dinoseg mode=train hparam=sarrarp/lora data.root=DIR     train a recipe
   python -m dinoseg mode=train hparam=sarrarp/lora resume=auto       go on with its newest run
   python -m dinoseg -m mode=train hparam=sarrarp/lora head=linear,mlp adapter.rank=8,16

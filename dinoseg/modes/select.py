@@ -77,10 +77,18 @@ def _pool(cfg: DictConfig, input: str | None, split: str, every: float, also: se
             "mode=select needs images to choose from: give input=<image folder, quoted pattern or video>, or data= and "
             "data.root= of a data set."
         )
-    data = build.dataset(cfg, split)
+    build.check_split(split)
+    data = instantiate(cfg.data.reader)(split=split)
     if not isinstance(data, PairDataset):
         raise UserError(f"data={cfg.choices.data} has no list of image files. Give its images as input=FOLDER.")
-    return [Candidate(pair.name, pair.image) for pair in data.source.pairs]
+    if data.lacking:
+        logger.warning(
+            "%d files of split %s are no image with its mask, and are left out. To choose among images without masks: "
+            "input=IMAGE_FOLDER labels=MASK_FOLDER.",
+            len(data.lacking),
+            split,
+        )
+    return [Candidate(pair.name, pair.image) for pair in data.pairs]
 
 
 def _check_count(count: int, pool: list[Candidate], labelled: list[int], input: str | None) -> None:

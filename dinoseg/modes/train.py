@@ -16,7 +16,7 @@ from dinoseg.regimes.many_heads import train_heads
 from dinoseg.runs.folder import first_ranks
 from dinoseg.runs.heads import SOLO
 
-_NOT_FIT_S = ("feed", "epochs", "heads", "lrs")  # keys of a trainer that its function does not take
+_NOT_FIT_S = ("feed", "epochs", "heads", "lrs", "unlabelled")  # keys of a trainer that its function does not take
 
 
 def train(

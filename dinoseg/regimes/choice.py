@@ -8,8 +8,11 @@ from dinoseg.errors import UserError
 from dinoseg.regimes.clips import ClipRegime
 from dinoseg.regimes.images import ImageRegime
 from dinoseg.regimes.regime import Regime
+from dinoseg.regimes.self_training import SelfTrainingRegime
 
-REGIMES: Mapping[str, type[Regime]] = {"images": ImageRegime, "clips": ClipRegime}  # by trainer.feed
+REGIMES: Mapping[str, type[Regime]] = {  # by trainer.feed
+    **{"images": ImageRegime, "clips": ClipRegime, "self_training": SelfTrainingRegime}
+}
 
 
 def regime_of(cfg: DictConfig) -> type[Regime]:

@@ -113,7 +113,7 @@ class Job:
             sizes: of the training images, where they are known.
             steps: the length.
         """
-        loss = build.loss(self.cfg, self.regime.labelled).to(self.engine.device)
+        loss = self.regime.objective(build.loss(self.cfg, self.regime.labelled)).to(self.engine.device)
         model = self.regime.started(model, self.engine, new=self.start is None)
         optimizer = build.optimizer(self.cfg, model)
         info = run_description(self.cfg, self.regime.labels) | (sizes.as_info() if sizes else {})

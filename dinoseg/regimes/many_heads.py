@@ -89,7 +89,7 @@ def train_heads(
 
 
 def _check_feed(cfg: DictConfig, regime: Regime, engine: Engine) -> None:
-    if not isinstance(regime.feed, ImageFeed):
+    if type(regime.feed) is not ImageFeed:
         raise UserError("trainer=many_heads trains on images and masks: leave trainer.feed out.")
     if engine.sharded or engine.cache in ("disk", "memory"):
         key = "sharding=fsdp" if engine.sharded else f"cache={engine.cache}"

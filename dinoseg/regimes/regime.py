@@ -65,6 +65,10 @@ class Regime(ABC):
         """Return the model; of a `new` training, with what `head.init` says that it begins with."""
         return model
 
+    def objective(self, loss: Loss) -> Loss:
+        """Return what training makes small, of the config's loss."""
+        return loss
+
     def keep_features(
         self, model: Segmenter, loss: Loss, engine: Engine, epochs: float, *, before: str | None = None
     ) -> dict[str, str]:

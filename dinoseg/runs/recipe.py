@@ -23,7 +23,7 @@ OPTIONAL = (USE, HEADS, RATES)  # root keys that older checkpoints, or those of 
 SAVED = ("seed", *GROUPS, *OPTIONAL)  # root keys of a config that a checkpoint keeps
 # keys that older checkpoints lack, and what was so before them
 _LATER: Mapping[str, Mapping[str, Any]] = {
-    "data": {"views": None, "feature_noise": 0.0, "class_uniform": 0.0, "class_mix": 0.0},
+    "data": {"views": None, "feature_noise": 0.0, "class_uniform": 0.0, "class_mix": 0.0, "labelled": None},
     "head": {"init": None, "deep_supervision": True},
     "loss": {"hardest": 1.0, "border_weight": 1.0, "border_width": 3},
 }

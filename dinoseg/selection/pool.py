@@ -74,7 +74,9 @@ def named_in(labels: str) -> set[str]:
     if not path.is_dir():
         return set(read_name_list(path, "labels"))
     files = [parent / name for parent, names in visible_files(path) for name in names]
-    masks = {file.relative_to(path).with_suffix("").as_posix() for file in files if file.suffix.lower() in IMAGE_SUFFIXES}
+    masks = {
+        file.relative_to(path).with_suffix("").as_posix() for file in files if file.suffix.lower() in IMAGE_SUFFIXES
+    }
     if not masks:
         raise UserError(
             f"labels={labels} holds no mask ({' '.join(IMAGE_SUFFIXES)}). Give the folder of what is labelled already, "

@@ -18,6 +18,7 @@ from dinoseg.errors import UserError
 from dinoseg.model import Segmenter, trained_names
 from dinoseg.processes.interrupt import Deferral
 from dinoseg.report.log import RunLog
+from dinoseg.shapes import Prediction
 from dinoseg.training.checkpoint import Checkpoints, Progress
 from dinoseg.training.engine import Engine
 from dinoseg.training.feed import Feed, Validation
@@ -137,7 +138,7 @@ class Trainee:
         sums = [torch.zeros((), device=self.engine.device)] * 2
         names, images = [], 0
         for number, drawn in enumerate(batches, start=1):
-            batch = drawn.to(self.engine.device)
+            batch = drawn.to(self.engine.device).taught(self._teach)
             with self.engine.accumulating(self.net, last=number == count):
                 prediction = self.net(batch.image)
                 value, parts = self.loss(prediction, batch)
@@ -149,6 +150,19 @@ class Trainee:
             names += batch.names
             images += batch.count
         return Learnt(rate, sums, names, images, parts, tally)
+
+    @torch.no_grad()
+    def _teach(self, images: Tensor) -> Prediction:
+        """Predict for images (B, 3, H, W) as the moving average does, in eval mode: the same on each rank."""
+        assert self.average is not None, "a teacher is a moving average: its regime asks for trainer.ema"
+        with self.average.swapped():
+            self.engine.align(self.model)  # each rank averages running means of its own
+            self.model.eval()
+            try:
+                with self.engine.autocast():
+                    return self.model(images)
+            finally:
+                self.model.train()
 
     def update(self, learnt: Learnt, *, clip: float | None, owed: bool, asked: int, told: bool = True) -> bool:
         """Update with the mean over all labels of the step, however they lay in batches and ranks.

@@ -192,7 +192,7 @@ def _of_images(loss: Loss, prediction: Prediction, batch: Batch) -> list[Tensor]
     """Return the loss of each image by itself, so that it is the same in batches of any size."""
     if batch.count == 1:
         return [loss(prediction, batch)[0]]
-    return [loss(prediction.of_image(row), one)[0] for row, one in enumerate(batch.split(batch.count))]
+    return [loss(prediction.of_images(slice(row, row + 1)), one)[0] for row, one in enumerate(batch.split(batch.count))]
 
 
 def _part_masks(batch: Batch, part: Size, places: Sequence[Place], size: Size) -> Tensor:

@@ -46,7 +46,7 @@ AT_RUN_TIME = {
 FOR_OTHERS = {
     "mode": set(LAUNCH_KEYS),
     "head": {"layers", "lr"},
-    "trainer": {"feed", "epochs", "steps", "val_every", "heads", "lrs"},
+    "trainer": {"feed", "epochs", "steps", "val_every", "heads", "lrs", "unlabelled"},
     "adapter": {"lr"},
 }
 

@@ -3,7 +3,15 @@ from dataclasses import dataclass
 import pytest
 from making import Pictures
 
-from dinoseg.data.splits import Partition, divide, fraction_split, read_name_list, regex_group, split_table
+from dinoseg.data.splits import (
+    Partition,
+    divide,
+    fraction_split,
+    labelled_names,
+    read_name_list,
+    regex_group,
+    split_table,
+)
 from dinoseg.errors import UserError
 
 NAMES = [f"v{i // 4}/{i:03d}" for i in range(40)]
@@ -19,6 +27,27 @@ def test_parts_are_disjoint_complete_and_independent_of_order():
 
 def test_which_names_are_held_out_never_changes():
     assert fraction_split(list("abcdefgh"), val_fraction=0.25, seed=0)["val"] == ["f", "g"]
+
+
+def test_a_share_of_the_masks_is_part_of_a_larger_one_and_comes_from_few_groups():
+    video, taken = regex_group(r"^(v\d+)/"), []
+    for share, videos in ((0.001, 1), (0.1, 1), (0.25, 3), (0.5, 5), (1.0, 10)):
+        names = labelled_names(NAMES[::-1], share, seed=2, group=r"^(v\d+)/")
+        assert len(names) == max(1, round(share * 40)) and names[: len(taken)] == taken
+        assert names == labelled_names(NAMES, share, seed=2, group=r"^(v\d+)/") and len(set(map(video, names))) == videos
+        taken = names
+    assert sorted(taken) == NAMES and labelled_names(NAMES, 0.2, seed=1) != labelled_names(NAMES, 0.2, seed=0)
+    assert len(set(map(video, labelled_names(NAMES, 0.25)))) > 3  # without groups, of anywhere
+
+
+def test_masks_are_named_by_a_list(tmp_path):
+    (tmp_path / "few.txt").write_text("v3/013\nv0/000.png\n")
+    assert labelled_names(NAMES, str(tmp_path / "few.txt")) == ["v3/013", "v0/000"]
+    (tmp_path / "few.txt").write_text("v3/013\nv3/999\n")
+    with pytest.raises(UserError, match=r"1 of its names are not in the training split: v3/999\. Names there are such"):
+        labelled_names(NAMES, str(tmp_path / "few.txt"))
+    with pytest.raises(UserError, match=r"Check data\.labelled"):
+        labelled_names(NAMES, str(tmp_path / "absent.txt"))
 
 
 def test_groups_stay_together():

@@ -93,7 +93,7 @@ def test_the_loss_is_the_mean_over_images_in_batches_of_any_size(loss, policy):
 def test_a_prediction_of_one_image_holds_what_the_head_returned_of_it():
     masks = WeightedMasks(torch.rand(3, 4, 2, 2), torch.rand(3, 4, 5))
     outputs = MaskOutputs(torch.rand(3, 4, 6), masks.logits, aux=[MaskOutputs(torch.rand(3, 4, 6), masks.logits)])
-    one = Prediction(outputs, (8, 8), (1.0, 1.0), upsample, masks=masks).of_image(1)
+    one = Prediction(outputs, (8, 8), (1.0, 1.0), upsample, masks=masks).of_images(slice(1, 2))
     assert one.masks is not None and isinstance(one.outputs, MaskOutputs)
     pairs = [(one.masks.shares, masks.shares), (one.outputs.aux[0].class_logits, outputs.aux[0].class_logits)]
     assert all(torch.equal(mine, others[1:2]) for mine, others in pairs)

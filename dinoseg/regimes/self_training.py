@@ -1,0 +1,127 @@
+"""Training on few masks and on images without: a moving average of the model labels these for it."""
+
+import logging
+from collections.abc import Collection
+from dataclasses import fields
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from dinoseg.config.nodes import instantiate
+from dinoseg.contracts import Loss
+from dinoseg.data.pairs.dataset import PairDataset
+from dinoseg.data.scan.class_counts import class_counts
+from dinoseg.data.unlabelled import UnlabelledImages
+from dinoseg.data.video.access import ImageSource
+from dinoseg.errors import UserError
+from dinoseg.inference.trained_sizes import TrainedSizes
+from dinoseg.model import Segmenter
+from dinoseg.regimes.images import ImageRegime
+from dinoseg.selection.pool import found_in
+from dinoseg.training.engine import Engine
+from dinoseg.training.image_feed import ImageFeed
+from dinoseg.training.mixed_feed import MixedFeed, Unlabelled
+from dinoseg.training.taught import TaughtLoss
+from dinoseg.wording import count_of, listed
+
+logger = logging.getLogger(__name__)
+
+
+class SelfTrainingRegime(ImageRegime):
+    """Images with masks, and beside them images without (FixMatch, arXiv 2001.07685; UniMatch V2, arXiv 2410.10777).
+
+    Of UniMatch V2 it takes the moving average as the teacher, one weak view (`data.augment`) and strong views of it
+    with CutMix, and the confidence threshold; not the complementary dropout of its two strong views.
+    """
+
+    feed: MixedFeed
+
+    def __init__(self, cfg: DictConfig, engine: Engine, *, pictures: int = 0) -> None:
+        if "unlabelled" not in cfg.trainer:
+            raise UserError(
+                f"trainer.feed=self_training: trainer={cfg.choices.trainer} does not say how images without masks are "
+                "learnt from. Choose trainer=self_training."
+            )
+        super().__init__(cfg, engine, pictures=pictures)
+        options = instantiate(cfg.trainer.unlabelled)
+        left_out = {*self.feed.train.names, *self.feed.train.skipped}
+        sources = _unlabelled(cfg, options, left_out)
+        own = {field.name: getattr(self.feed, field.name) for field in fields(ImageFeed) if field.init}
+        ignored = self.feed.train.ignore_index
+        seen = self.feed.augment, options.strong, options.views
+        images = UnlabelledImages(sources, *seen, inside=0 if ignored else 1)
+        self.feed = MixedFeed(**own, unlabelled=images, options=options)
+        logger.info("%s with masks, %s without", count_of(self.feed.train, "training image"), len(sources))
+
+    @classmethod
+    def check_parts(cls, cfg: DictConfig, model: Segmenter, world: int) -> None:
+        """Refuse what an image regime does, and a training without a teacher."""
+        super().check_parts(cfg, model, world)
+        if cfg.trainer.ema is None:
+            raise UserError(
+                "trainer.ema=null: of self-training the moving average is the teacher. Give its decay, such as 0.996."
+            )
+        if cfg.engine.get("sharding", "none") != "none":
+            raise UserError(
+                f"engine.sharding={cfg.engine.sharding} shares weights out, and a teacher needs whole ones. Leave it "
+                "out with trainer=self_training."
+            )
+        if cfg.data.get("feature_noise"):  # the data of older checkpoints has no such key
+            raise UserError(
+                f"data.feature_noise={cfg.data.feature_noise} is for training on masks alone: strong views are the "
+                "noise here. Set it to 0 with trainer=self_training."
+            )
+
+    def objective(self, loss: Loss) -> Loss:
+        """Return the loss of both."""
+        return TaughtLoss(loss, self.feed.options.weight)
+
+    def keep_features(
+        self, model: Segmenter, loss: Loss, engine: Engine, epochs: float, *, before: str | None = None
+    ) -> dict[str, str]:
+        """Keep none: strong views are new in each epoch."""
+        if engine.cache in ("disk", "memory"):
+            raise UserError(
+                f"engine.cache={engine.cache}: with trainer=self_training a student's views are new in each epoch, so "
+                "none of their features can be kept. Leave it out."
+            )
+        return {}
+
+    def check_data(self) -> TrainedSizes | None:
+        """Run the short doctor, and refuse masks of which a teacher would learn one answer to everything."""
+        sizes = super().check_data()
+        train = self.feed.train
+        counts = dict(zip(train.classes, class_counts(train, self.cfg.cache_dir).tolist(), strict=True))
+        there = [name for name, count in counts.items() if count]
+        if len(there) < 2:
+            only = f"{there[0]} alone" if there else "nothing but ignored pixels"
+            raise UserError(
+                f"The {count_of(train, 'mask')} to train on hold {only}: a teacher that knows one answer gives it "
+                "everywhere. Add a mask that shows other classes (data.labelled, or mode=select for which)."
+            )
+        absent = [name for name in counts if name not in there]
+        if absent:
+            logger.warning(
+                "No training mask has a pixel of %s: such classes cannot be learnt from images without masks either.",
+                listed(absent),
+            )
+        return sizes
+
+
+def _unlabelled(cfg: DictConfig, options: Unlabelled, others: Collection[str]) -> list[ImageSource]:
+    """Return the training images that are none of `others`, and those that `trainer.unlabelled.images` names."""
+    sources: list[ImageSource] = []
+    whole = instantiate(cfg.data.reader)(split="train")
+    if isinstance(whole, PairDataset):
+        sources += [pair.image for pair in whole.pairs if pair.name not in others]
+    if options.images is not None:
+        key, cache_dir = "trainer.unlabelled.images", Path(cfg.cache_dir).expanduser()
+        found = found_in(options.images, every=options.every, cache_dir=cache_dir, key=key)
+        sources += [candidate.source for candidate in found]
+    if not sources:
+        raise UserError(
+            "trainer=self_training has no images without masks. Give trainer.unlabelled.images=<folder, quoted pattern "
+            "or video>, or data.labelled=<share or file of names>, which leaves masks out; or train on masks alone: "
+            "trainer=supervised."
+        )
+    return sources

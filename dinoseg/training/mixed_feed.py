@@ -1,0 +1,100 @@
+"""Batches of images with masks beside batches of images without: two orders, each a function of the seed alone."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from dinoseg.data.loader import drawn_batches, view_chance
+from dinoseg.data.unlabelled import StrongView, UnlabelledImages, Views
+from dinoseg.errors import UserError
+from dinoseg.ranges import Count, LowShare, NotNegative, Positive
+from dinoseg.shapes import Batch, Prediction
+from dinoseg.training.engine import Engine
+from dinoseg.training.image_feed import ImageFeed
+from dinoseg.training.tally import Tally
+from dinoseg.training.taught import MixedBatch, TaughtBatch
+from dinoseg.wording import count_of
+
+
+@dataclass(frozen=True)
+class Unlabelled:
+    """How images without masks are learnt from.
+
+    Args:
+        images: folder, pattern or video of them, beside the training images whose masks are not used.
+        every: seconds between two frames of a video.
+        batch_size: images of a batch, over all ranks; None: as many as with masks.
+        weight: of their loss.
+        threshold: least probability of a class that a teacher's label is learnt with.
+        views: strong ones of each image.
+        strong: what these go through.
+    """
+
+    images: str | None = None
+    every: Positive = 1.0
+    batch_size: Count | None = None
+    weight: NotNegative = 1.0
+    threshold: LowShare = 0.95
+    views: Count = 2
+    strong: StrongView = StrongView()
+
+
+@dataclass(kw_only=True)
+class MixedFeed(ImageFeed):
+    """Batches for a student that learns from a teacher beside its masks.
+
+    Args:
+        unlabelled: images without masks.
+        options: how they are learnt from.
+    """
+
+    unlabelled: UnlabelledImages
+    options: Unlabelled
+
+    def __post_init__(self) -> None:
+        """Refuse batch sizes that do not fit, long before the first batch."""
+        super().__post_init__()
+        size = self._size
+        if size > len(self.unlabelled) or size % self.world:
+            rule = f"be at most that, and a multiple of {count_of(self.world, 'device')}"
+            raise UserError(
+                f"trainer.unlabelled.batch_size={size} with {count_of(self.unlabelled, 'image')} without masks: it "
+                f"must {rule}. Set it, or give more images."
+            )
+
+    @property
+    def _size(self) -> int:
+        return self.options.batch_size or self.batch_size
+
+    def train_batches(self, start: int) -> Iterator[MixedBatch]:
+        """Yield this rank's share of every pair of batches from number `start` on, without end."""
+        read = partial(_read, self.unlabelled, self.seed, len(self.train))
+        order = {"batch_size": self._size, "seed": self.seed, "start": start, "rank": self.rank, "world": self.world}
+        views = drawn_batches(read, _stacked, len(self.unlabelled), workers=self.workers, **order)
+        return map(self._mixed, super().train_batches(start), views)
+
+    def tally(self, engine: Engine) -> Tally:
+        """Return what counts how well a step predicts its images with masks."""
+        return _TallyOfMasks(self.train, engine)
+
+    def _mixed(self, labelled: Batch, views: Views) -> MixedBatch:
+        own = labelled.image, labelled.mask, labelled.names
+        return MixedBatch(*own, *views, self.options.threshold, self.train.ignore_index)
+
+
+class _TallyOfMasks(Tally):
+    def add(self, prediction: Prediction, batch: Batch) -> None:
+        """Count what has masks of its own."""
+        if isinstance(batch, TaughtBatch):
+            prediction, batch = prediction.of_images(slice(0, len(batch.names))), batch.labelled
+        super().add(prediction, batch)
+
+
+def _read(images: UnlabelledImages, seed: int, labelled: int, epoch: int, index: int) -> Views:
+    return images.read(index, view_chance(seed, None, epoch, labelled + index))  # beyond the streams of labelled images
+
+
+def _stacked(views: Sequence[Views]) -> Views:
+    return Views(*map(torch.stack, zip(*views, strict=True)))

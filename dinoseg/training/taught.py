@@ -1,0 +1,125 @@
+"""A batch of images with masks and of views of images without, whose labels are what a teacher is sure of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dinoseg.contracts import Loss
+from dinoseg.ranges import NotNegative
+from dinoseg.shapes import Batch, Prediction, Teach
+from dinoseg.transfer import sent
+
+
+@dataclass
+class MixedBatch(Batch):
+    """Images with masks (B), and U images without, of which a teacher sees a weak view and a student V strong ones."""
+
+    weak: Tensor  # (U, 3, H, W) uint8
+    outside: Tensor  # (U, H, W) uint8, `ignore_index` beyond the image's border
+    strong: Tensor  # (U, V, 3, H, W) uint8
+    boxes: Tensor  # (U, V, 4) int64: top, left, bottom, right of what comes from the image before; empty: nothing
+    threshold: float  # least probability of a teacher's class that is learnt
+    ignore_index: int
+
+    @property
+    def count(self) -> int:
+        """The number of images that a student sees."""
+        return len(self.names) + self.boxes.shape[:2].numel()
+
+    def to(self, device: torch.device) -> MixedBatch:
+        """Copy to `device`."""
+        own = vars(self)
+        return MixedBatch(**{name: sent(it, device) if isinstance(it, Tensor) else it for name, it in own.items()})
+
+    def split(self, parts: int) -> list[Batch]:
+        """Return so many batches of the images in their order; boxes then come from images of the same part."""
+        labelled = super().split(parts)
+        views = zip(*(getattr(self, name).tensor_split(parts) for name in _VIEWS), strict=True)
+        rest = self.threshold, self.ignore_index
+        return [
+            MixedBatch(own.image, own.mask, own.names, *part, *rest) for own, part in zip(labelled, views, strict=True)
+        ]
+
+    def taught(self, teach: Teach) -> Batch:
+        """Return all that the student sees in one batch, the strong views with what `teach` is sure of the weak ones.
+
+        Ignored are pixels of less than `threshold` and those beyond an image's border; boxes bring their labels.
+        """
+        if not len(self.weak):
+            return Batch(self.image, self.mask, self.names)
+        with torch.no_grad():
+            shares = teach(self.weak).logits((self.weak.shape[-2], self.weak.shape[-1])).float().softmax(dim=1)
+            sure, ids = shares.max(dim=1)
+        outside = self.outside == self.ignore_index
+        ids = ids.to(torch.uint8).masked_fill((sure < self.threshold) | outside, self.ignore_index)
+        cut = _within(self.boxes, self.weak.shape[-2], self.weak.shape[-1])  # (U, V, H, W)
+        images = torch.where(cut[:, :, None], self.strong.roll(1, 0), self.strong)
+        masks, beyond = (torch.where(cut, part.roll(1, 0)[:, None], part[:, None]) for part in (ids, outside))
+        whole = torch.cat([self.image, images.flatten(0, 1)]), torch.cat([self.mask, masks.flatten(0, 1)])
+        return TaughtBatch(*whole, self.names, (~beyond).sum(), self.ignore_index)
+
+
+_VIEWS = ("weak", "outside", "strong", "boxes")
+
+
+@dataclass
+class TaughtBatch(Batch):
+    """Images with masks, `names` of these alone, and behind them views with a teacher's labels."""
+
+    inside: Tensor  # (), pixels of the views that show an image
+    ignore_index: int
+
+    @property
+    def count(self) -> int:
+        """The number of images."""
+        return len(self.image)
+
+    @property
+    def labelled(self) -> Batch:
+        """The images with masks."""
+        return Batch(self.image[: len(self.names)], self.mask[: len(self.names)], self.names)
+
+    @property
+    def views(self) -> Batch:
+        """The views with a teacher's labels, which have no names."""
+        own = self.image[len(self.names) :], self.mask[len(self.names) :]
+        return Batch(*own, [""] * len(own[0]))
+
+
+class TaughtLoss(Loss):
+    """A loss of images with masks, and, times `weight`, of views with a teacher's labels.
+
+    The latter is a mean over all pixels of the views, of which those that the teacher is not sure of cost nothing
+    (FixMatch, arXiv 2001.07685): what is learnt from them grows with how sure it is.
+
+    Args:
+        criterion: the loss of either.
+        weight: of the views.
+    """
+
+    def __init__(self, criterion: Loss, weight: NotNegative) -> None:
+        super().__init__()
+        self.criterion, self.weight = criterion, weight
+        self.needs_masks, self.sums_over_batch = criterion.needs_masks, criterion.sums_over_batch
+
+    def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the sum; parts are those of the images with masks, `unlabelled`, and `sure`: the share of pixels."""
+        if not isinstance(batch, TaughtBatch):
+            return self.criterion(prediction, batch)
+        first = len(batch.names)
+        value, parts = self.criterion(prediction.of_images(slice(0, first)), batch.labelled)
+        views = batch.views
+        taught, _ = self.criterion(prediction.of_images(slice(first, None)), views)
+        sure = (views.mask != batch.ignore_index).sum() / batch.inside.clamp(min=1)
+        taught = taught * sure
+        return value + self.weight * taught, {**parts, "unlabelled": taught.detach(), "sure": sure}
+
+
+def _within(boxes: Tensor, height: int, width: int) -> Tensor:
+    """Return which pixels (U, V, H, W) lie in boxes (U, V, 4)."""
+    top, left, bottom, right = boxes[..., None, None].unbind(dim=2)
+    rows, columns = torch.arange(height, device=boxes.device)[:, None], torch.arange(width, device=boxes.device)
+    return (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)

@@ -1,0 +1,129 @@
+"""Few masks and a teacher: the same for any worker count, the same after a stop, and refused where it cannot be."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from command_line import SMALL, call, write_data
+from films import write_film
+
+from dinoseg.images import write_png
+from dinoseg.runs.recipe import recipe_of
+from dinoseg.training import checkpoint
+from dinoseg.training.checkpoint import Checkpoints
+from dinoseg.training.trainee import Trainee
+
+WORDS = (
+    *("mode=train", "trainer=self_training", *(word for word in SMALL if word != "trainer.steps=2")),
+    *("mode.metrics_only=true", "mode.report=false", "mode.pictures=0", "trainer.val_every=4", "trainer.log_every=1"),
+    *("trainer.unlabelled.threshold=0.5", "head.lr=1e-2"),
+)
+OTHER = (*(word for word in WORDS if not word.startswith(("trainer=", "trainer.unl"))), "trainer.feed=self_training")
+HALF = (*WORDS, "data.labelled=0.5")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    where = tmp_path_factory.mktemp("self")
+    write_data(where / "data", train=6, val=1)
+    return where
+
+
+def trained(folder, run, *words):
+    done = call(folder, *words, f"hydra.run.dir={run}")
+    assert done.status == 0, done.err
+    return checkpoint.read(folder / run / "checkpoints/last.safetensors").tensors, done
+
+
+def rows(folder, run):
+    return [row for row in map(json.loads, (folder / run / "metrics.jsonl").read_text().splitlines())]
+
+
+def test_a_run_goes_on_to_the_same_bytes_with_any_workers(folder):
+    whole, done = trained(folder, "whole", *HALF, "trainer.steps=4")
+    assert "3 training images with masks, 3 without" in done.err
+    steps = [row for row in rows(folder, "whole") if "train/loss" in row]
+    assert len(steps) == 4 and all(0 <= row["train/sure"] <= 1 and row["train/unlabelled"] >= 0 for row in steps)
+    assert any(row["train/unlabelled"] > 0 for row in steps)
+    trained(folder, "parts", *HALF, "trainer.steps=2", "engine.workers=2")
+    parts, _ = trained(folder, "parts", *HALF, "trainer.steps=4", "resume=parts")
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
+    other, _ = trained(folder, "other", *HALF, "trainer.steps=4", "trainer.unlabelled.weight=0")
+    assert any(not torch.equal(whole[name], other[name]) for name in whole)
+
+
+def test_the_teacher_is_the_moving_average_and_leaves_the_student_as_it_is(folder, monkeypatch):
+    seen, teach = [], Trainee._teach
+
+    def watched(trainee, images):
+        names = list(trainee.average.live)
+        before = {name: trainee.average.live[name].clone() for name in names}
+        average = {name: value.clone() for name, value in trainee.average.average.items()}
+        prediction = teach(trainee, images)
+        assert trainee.model.training and all(torch.equal(trainee.average.live[name], before[name]) for name in names)
+        state = trainee.model.state_dict()
+        trainee.model.load_state_dict({**state, **average})
+        with torch.no_grad():
+            own = trainee.model.eval()(images)
+        trainee.model.load_state_dict({**state, **before})
+        trainee.model.train()
+        assert torch.equal(prediction.logits(), own.logits()) and not prediction.logits().requires_grad
+        seen.append(any(not torch.equal(before[name], average[name]) for name in names))
+        return prediction
+
+    monkeypatch.setattr(Trainee, "_teach", watched)
+    trained(folder, "watched", *HALF, "trainer.steps=3", "engine.precision=fp32")
+    assert seen == [False, True, True]
+
+
+def test_frames_of_a_video_are_learnt_from(folder):
+    write_film(folder / "film.mp4", frames=24)
+    more = ("trainer.unlabelled.images=film.mp4", "trainer.unlabelled.every=0.25", "trainer.unlabelled.batch_size=4")
+    _, done = trained(folder, "video", *WORDS, *more, "trainer.steps=1", "trainer.unlabelled.views=1")
+    assert "6 training images with masks, 4 without" in done.err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (WORDS, "has no images without masks. Give trainer.unlabelled.images="),
+        ((*HALF, "trainer.ema=null"), "the moving average is the teacher"),
+        ((*HALF, "engine.cache=memory"), "none of their features can be kept"),
+        ((*HALF, "data.feature_noise=0.1"), "data.feature_noise=0.1 is for training on masks alone"),
+        ((*HALF, "trainer.unlabelled.batch_size=4"), "trainer.unlabelled.batch_size=4 with 3 images without masks"),
+        ((*HALF, "trainer.unlabelled.threshold=1.5"), "trainer.unlabelled.threshold=1.5 is out of range"),
+        ((*WORDS, "trainer.unlabelled.images=nowhere"), "trainer.unlabelled.images=nowhere"),
+        ((*WORDS, "data.labelled=names.txt"), "data.labelled=names.txt: 1 of its names are not in the training split"),
+        ((*WORDS, "data.labelled=0"), "data.labelled=0 is out of range"),
+        ((*OTHER, "trainer=many_heads", "heads=[linear]", "adapter=frozen"), "Choose trainer=self_training"),
+        (("mode=plan", *HALF[1:]), "trainer=self_training is not foretold"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(folder, words, said):
+    (folder / "names.txt").write_text("0\nnot there\n")
+    words = [word for word in words if "mode." not in word] if words[0] == "mode=plan" else words
+    refused = call(folder, *words, "trainer.steps=1", "hydra.run.dir=refused")
+    assert refused.status == 1 and said in refused.err, refused.err
+
+
+def test_masks_of_one_class_alone_are_refused(folder, tmp_path):
+    write_data(tmp_path / "data", train=4, val=1)
+    for number in range(4):
+        write_png(tmp_path / f"data/train/masks/{number}.png", np.zeros((32, 48), np.uint8))
+    refused = call(tmp_path, *HALF, "trainer.steps=1", "hydra.run.dir=R")
+    assert refused.status == 1 and "hold dark alone: a teacher that knows one answer gives it everywhere" in refused.err
+    for number in range(4):
+        write_png(tmp_path / f"data/train/masks/{number}.png", np.full((32, 48), 255, np.uint8))
+    refused = call(tmp_path, *HALF, "trainer.steps=1", "hydra.run.dir=R2")
+    assert refused.status == 1 and "nothing but ignored pixels" in refused.err
+
+
+def test_a_share_of_the_masks_is_another_recipe_and_older_checkpoints_have_none(folder):
+    trained(folder, "all", "mode=train", *SMALL, "mode.metrics_only=true", "mode.report=false", "data.labelled=1.0")
+    info = checkpoint.describe(folder / "all/checkpoints/last.safetensors")
+    older = json.loads(json.dumps(info))
+    del older["config"]["data"]["labelled"]
+    none = json.loads(json.dumps(info))
+    none["config"]["data"]["labelled"] = None
+    assert recipe_of(older) == recipe_of(none) != recipe_of(info)

@@ -1,0 +1,118 @@
+"""What a teacher's labels are, and what they cost, written out pixel by pixel."""
+
+import math
+
+import pytest
+import torch
+
+from dinoseg.losses.cross_entropy import CrossEntropy
+from dinoseg.losses.dice import Dice
+from dinoseg.shapes import Batch, Prediction
+from dinoseg.training.taught import MixedBatch, TaughtBatch, TaughtLoss
+
+K, V = 3, 2
+
+
+def predicted(scores):
+    """Return a prediction whose scores are given at the images' own size."""
+    size = scores.shape[-2], scores.shape[-1]
+    return Prediction(scores, size, (1.0, 1.0), lambda outputs, size, valid: outputs)
+
+
+def mixed(labelled, unlabelled, size=(5, 6), threshold=0.6, ignore=255, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+
+    def ids(*shape, high):
+        return torch.randint(0, high, shape, generator=draw)
+
+    outside = torch.where(ids(unlabelled, *size, high=5) == 0, ignore, int(ignore == 0)).to(torch.uint8)
+    top, left = ids(unlabelled, V, high=size[0]), ids(unlabelled, V, high=size[1])
+    boxes = torch.stack([top, left, top + ids(unlabelled, V, high=4), left + 2], dim=-1)
+    return MixedBatch(
+        ids(labelled, 3, *size, high=256).to(torch.uint8),
+        ids(labelled, *size, high=K).to(torch.uint8),
+        [f"im{n}" for n in range(labelled)],
+        ids(unlabelled, 3, *size, high=256).to(torch.uint8),
+        outside,
+        ids(unlabelled, V, 3, *size, high=256).to(torch.uint8),
+        boxes,
+        threshold,
+        ignore,
+    )
+
+
+def teacher(images):
+    """Return scores that depend on each pixel of the image it is given."""
+    pixels = images.double()
+    return predicted(torch.stack([pixels[:, k] / 90 for k in range(K)], dim=1))
+
+
+@pytest.mark.parametrize(("labelled", "unlabelled", "ignore"), [(2, 3, 255), (1, 1, 255), (2, 4, 0)])
+def test_views_are_labelled_where_the_teacher_is_sure_and_boxes_bring_their_labels(labelled, unlabelled, ignore):
+    batch = mixed(labelled, unlabelled, ignore=ignore)
+    taught = batch.taught(teacher)
+    assert isinstance(taught, TaughtBatch) and taught.names == batch.names
+    assert taught.count == batch.count == labelled + unlabelled * V
+    assert (taught.labelled.image == batch.image).all() and (taught.labelled.mask == batch.mask).all()
+    inside, kept = 0, 0
+    for u in range(unlabelled):
+        for v in range(V):
+            top, left, bottom, right = batch.boxes[u, v].tolist()
+            for row in range(5):
+                for column in range(6):
+                    source = u - 1 if top <= row < bottom and left <= column < right else u
+                    values = [math.exp(value / 90) for value in batch.weak[source, :, row, column].tolist()]
+                    best = max(range(K), key=lambda k: values[k])
+                    beyond = batch.outside[source, row, column] == ignore
+                    wanted = ignore if beyond or values[best] / sum(values) < 0.6 else best
+                    inside, kept = inside + int(not beyond), kept + int(wanted != ignore)
+                    at = u * V + v
+                    assert taught.views.mask[at, row, column] == wanted
+                    assert (taught.views.image[at, :, row, column] == batch.strong[source, v, :, row, column]).all()
+    assert taught.inside == inside and 0 < kept < inside
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.7])
+@pytest.mark.parametrize("criterion", [CrossEntropy, Dice])
+def test_the_loss_is_that_of_masks_and_a_mean_over_all_pixels_of_the_views(criterion, weight):
+    taught = mixed(2, 3).taught(teacher)
+    taught.mask[0] = 255
+    weights = torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64)
+    scores = torch.randn(taught.count, K, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    loss = TaughtLoss(criterion(weights), weight)
+    value, parts = loss(predicted(scores), taught)
+    plain = criterion(weights)
+    own = plain(predicted(scores[:2]), taught.labelled)[0]
+    views = plain(predicted(scores[2:]), taught.views)[0]
+    share = int((taught.views.mask != 255).sum()) / int(taught.inside)
+    assert parts["sure"].item() == pytest.approx(share, abs=1e-6) and 0 < share < 1
+    assert value.item() == pytest.approx((own + weight * views * share).item(), rel=1e-9)
+    if criterion is CrossEntropy:
+        mask, logs = taught.views.mask.long(), scores[2:].log_softmax(dim=1)
+        sums = [0.0, 0.0]
+        for at, k in ((at, mask[tuple(at)].item()) for at in (mask != 255).nonzero().tolist()):
+            sums[0] -= (weights[k] * logs[at[0], k, at[1], at[2]]).item()
+            sums[1] += weights[k].item()
+        assert parts["unlabelled"].item() == pytest.approx(sums[0] / sums[1] * share, rel=1e-6)
+
+
+def test_a_teacher_that_is_never_sure_changes_nothing_and_validation_asks_the_loss_alone():
+    taught = mixed(2, 3, threshold=0.9999).taught(teacher)
+    scores = torch.randn(taught.count, K, 5, 6, requires_grad=True)
+    criterion = CrossEntropy(torch.ones(K))
+    value, parts = TaughtLoss(criterion, 1.0)(predicted(scores), taught)
+    value.backward()
+    assert parts["sure"] == 0 and scores.grad[:2].abs().sum() > 0 and scores.grad[2:].abs().sum() == 0
+    plain = Batch(taught.image, taught.mask, [""] * taught.count)
+    alone, of_plain = TaughtLoss(criterion, 1.0)(predicted(scores), plain)
+    assert alone == criterion(predicted(scores), plain)[0] and "sure" not in of_plain
+
+
+def test_parts_hold_each_image_once():
+    batch = mixed(3, 2)
+    parts = batch.split(3)
+    assert [part.names for part in parts] == [["im0"], ["im1"], ["im2"]]
+    assert torch.equal(torch.cat([part.weak for part in parts]), batch.weak) and len(parts[2].weak) == 0
+    assert type(parts[2].taught(teacher)) is Batch  # nothing to teach
+    moved = batch.to(torch.device("cpu"))
+    assert all(torch.equal(getattr(moved, name), getattr(batch, name)) for name in ("image", "weak", "strong", "boxes"))
