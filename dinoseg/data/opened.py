@@ -12,7 +12,7 @@ from dinoseg.data.scan.scan import scan, unreadable
 from dinoseg.data.splits import labelled_names
 from dinoseg.errors import UserError
 from dinoseg.processes.workers import count_cores
-from dinoseg.ranges import Count, HighShare
+from dinoseg.ranges import Count, HighShare, Natural
 from dinoseg.wording import reasons
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ def opened(
     workers: Count | None = None,
     labelled: HighShare | str | None = None,
     group: str | None = None,
-    seed: int = 0,
+    seed: Natural = 0,
     decided: Callable[[Callable[[], bool]], bool] = lambda find: find(),
 ) -> PairDataset:
     """Return the data set as it is to be used.

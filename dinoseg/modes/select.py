@@ -50,7 +50,7 @@ def select(
     named = named_in(labels) if labels is not None else set()
     pool = _pool(cfg, input, split, every, named)
     _check_count(count, pool, places_of(named, pool), input)
-    selector = keeping(Selector, instantiate(cfg.selection), "selection")
+    selector: Selector = keeping(Selector, instantiate(cfg.selection), "selection")  # type: ignore[type-abstract]
     features, doubts = np.zeros((len(pool), 0)), None
     if selector.needs != NOTHING:
         looker = Looker(cfg, doubts=selector.needs == DOUBTS)
@@ -64,7 +64,7 @@ def select(
     _check_count(count, pool, labelled, input)
     known = Known([candidate.name for candidate in pool], labelled, features, doubts)
     picks = selector.choose(known, count, build.seed_of(cfg))
-    write_selection(out_dir, [(pool[pick.index], pick) for pick in picks], cfg.choices.selection)
+    write_selection(out_dir, [(pool[pick.place], pick) for pick in picks], cfg.choices.selection)
     print(f"chosen:       {len(picks)} of {count_of(pool, 'image')}, of which {len(labelled)} were labelled before")
     return {"chosen": len(picks), "of": len(pool), "run": str(out_dir)}
 

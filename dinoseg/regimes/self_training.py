@@ -51,7 +51,7 @@ class SelfTrainingRegime(ImageRegime):
         seen = self.feed.augment, options.strong, options.views
         images = UnlabelledImages(sources, *seen, inside=0 if ignored else 1)
         self.feed = MixedFeed(**own, unlabelled=images, options=options)
-        logger.info("%s with masks, %s without", count_of(self.feed.train, "training image"), len(sources))
+        logger.info("%s with masks, %s without", count_of(len(self.feed.train), "training image"), len(sources))
 
     @classmethod
     def check_parts(cls, cfg: DictConfig, model: Segmenter, world: int) -> None:
@@ -96,7 +96,7 @@ class SelfTrainingRegime(ImageRegime):
         if len(there) < 2:
             only = f"{there[0]} alone" if there else "nothing but ignored pixels"
             raise UserError(
-                f"The {count_of(train, 'mask')} to train on hold {only}: a teacher that knows one answer gives it "
+                f"The {count_of(len(train), 'mask')} to train on hold {only}: a teacher that knows one answer gives it "
                 "everywhere. Add a mask that shows other classes (data.labelled, or mode=select for which)."
             )
         absent = [name for name in counts if name not in there]

@@ -11,7 +11,7 @@ from dinoseg.selection.selector import Known, Pick, Selector
 class Farthest(NamedTuple):
     """An image, how far it is from the nearest of those before it, and which that is; None: it is the first of all."""
 
-    index: int
+    place: int
     distance: float
     nearest: int | None
 
@@ -48,7 +48,7 @@ class KCentre(Selector):
     def choose(self, known: Known, count: int, seed: int) -> list[Pick]:
         """Return the first of `farthest_first` from what is labelled; no draw is made."""
         order = farthest_first(known.features, known.labelled, known.free)
-        return [Pick(found.index, told(found, known.names)) for _, found in zip(range(count), order, strict=False)]
+        return [Pick(found.place, told(found, known.names)) for _, found in zip(range(count), order, strict=False)]
 
 
 def told(found: Farthest, names: Sequence[str]) -> str:

@@ -14,7 +14,7 @@ NOTHING, FEATURES, DOUBTS = "nothing", "features", "doubts"  # what a selector a
 class Pick(NamedTuple):
     """An image that was chosen, and why."""
 
-    index: int
+    place: int
     reason: str
 
 

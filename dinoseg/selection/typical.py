@@ -5,6 +5,7 @@ import numpy as np
 from dinoseg.ranges import Count
 from dinoseg.selection.selector import Known, Pick, Selector
 
+_STARTS = 10  # of k-means, of which the one with the least distances is taken
 _ROUNDS = 100  # of Lloyd's algorithm at most
 
 
@@ -54,9 +55,15 @@ class Typical(Selector):
 def k_means(features: np.ndarray, count: int, seed: int) -> np.ndarray:
     """Return the cluster (N,) of each point (N, D): k-means++ (Arthur and Vassilvitskii, 2007), then Lloyd's algorithm.
 
-    There are at most `count` clusters, fewer where fewer points differ; equal points are in one.
+    The best of several starts. There are at most `count` clusters, fewer where fewer points differ.
     """
     draw = np.random.default_rng(seed)
+    found = [_from_a_start(features, count, draw) for _ in range(_STARTS)]
+    return np.unique(min(found, key=lambda each: each[1])[0], return_inverse=True)[1]
+
+
+def _from_a_start(features: np.ndarray, count: int, draw: np.random.Generator) -> tuple[np.ndarray, float]:
+    """Return clusters (N,), and the sum of the squared distances to their centres."""
     centres = features[draw.integers(len(features))][None]
     distance = ((features - centres[0]) ** 2).sum(axis=1)
     while len(centres) < count and distance.any():
@@ -69,8 +76,8 @@ def k_means(features: np.ndarray, count: int, seed: int) -> np.ndarray:
         before, cluster = cluster, _nearest(features, centres)
         if (before == cluster).all():
             break
-    return np.unique(cluster, return_inverse=True)[1]
+    return cluster, float(((features - centres[cluster]) ** 2).sum())
 
 
 def _nearest(features: np.ndarray, centres: np.ndarray) -> np.ndarray:
-    return np.argmin([((features - centre) ** 2).sum(axis=1) for centre in centres], axis=0)
+    return np.argmin((centres**2).sum(axis=1) - 2 * features @ centres.T, axis=1)

@@ -41,7 +41,7 @@ class Uncertainty(Selector):
         reasons = {index: "the most uncertain" for index in first}
         rest = farthest_first(known.features, [*known.labelled, *first], np.setdiff1d(among, first))
         for _, found in zip(range(count - len(first)), rest, strict=False):
-            reasons[found.index] = told(found, known.names)
+            reasons[found.place] = told(found, known.names)
         return [
             Pick(index, f"{self.measure} {doubt[index]:.3f}, rank {rank[index]} of {len(ranked)}; {why}")
             for index, why in reasons.items()

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -58,10 +59,10 @@ class MixedFeed(ImageFeed):
         super().__post_init__()
         size = self._size
         if size > len(self.unlabelled) or size % self.world:
-            rule = f"be at most that, and a multiple of {count_of(self.world, 'device')}"
+            there, devices = count_of(len(self.unlabelled), "image"), count_of(self.world, "device")
             raise UserError(
-                f"trainer.unlabelled.batch_size={size} with {count_of(self.unlabelled, 'image')} without masks: it "
-                f"must {rule}. Set it, or give more images."
+                f"trainer.unlabelled.batch_size={size} with {there} without masks: give a number of at most that, a "
+                f"multiple of {devices}, or more images."
             )
 
     @property
@@ -73,15 +74,16 @@ class MixedFeed(ImageFeed):
         read = partial(_read, self.unlabelled, self.seed, len(self.train))
         order = {"batch_size": self._size, "seed": self.seed, "start": start, "rank": self.rank, "world": self.world}
         views = drawn_batches(read, _stacked, len(self.unlabelled), workers=self.workers, **order)
-        return map(self._mixed, super().train_batches(start), views)
+        labelled: Iterator[Any] = super().train_batches(start)  # of images: no features are kept
+        return map(self._mixed, labelled, views)
 
     def tally(self, engine: Engine) -> Tally:
         """Return what counts how well a step predicts its images with masks."""
         return _TallyOfMasks(self.train, engine)
 
     def _mixed(self, labelled: Batch, views: Views) -> MixedBatch:
-        own = labelled.image, labelled.mask, labelled.names
-        return MixedBatch(*own, *views, self.options.threshold, self.train.ignore_index)
+        threshold, ignored = self.options.threshold, self.train.ignore_index
+        return MixedBatch(**vars(labelled), **views._asdict(), threshold=threshold, ignore_index=ignored)
 
 
 class _TallyOfMasks(Tally):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from dinoseg.contracts import Loss
 from dinoseg.ranges import NotNegative
 from dinoseg.shapes import Batch, Prediction, Teach
 from dinoseg.transfer import sent
+
+_VIEWS = ("weak", "outside", "strong", "boxes")  # of images without masks
 
 
 @dataclass
@@ -31,16 +34,17 @@ class MixedBatch(Batch):
 
     def to(self, device: torch.device) -> MixedBatch:
         """Copy to `device`."""
-        own = vars(self)
-        return MixedBatch(**{name: sent(it, device) if isinstance(it, Tensor) else it for name, it in own.items()})
+        there: dict[str, Any] = {
+            name: sent(value, device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **there)
 
     def split(self, parts: int) -> list[Batch]:
         """Return so many batches of the images in their order; boxes then come from images of the same part."""
-        labelled = super().split(parts)
         views = zip(*(getattr(self, name).tensor_split(parts) for name in _VIEWS), strict=True)
-        rest = self.threshold, self.ignore_index
         return [
-            MixedBatch(own.image, own.mask, own.names, *part, *rest) for own, part in zip(labelled, views, strict=True)
+            replace(self, **vars(labelled), **dict(zip(_VIEWS, part, strict=True)))
+            for labelled, part in zip(super().split(parts), views, strict=True)
         ]
 
     def taught(self, teach: Teach) -> Batch:
@@ -60,9 +64,6 @@ class MixedBatch(Batch):
         masks, beyond = (torch.where(cut, part.roll(1, 0)[:, None], part[:, None]) for part in (ids, outside))
         whole = torch.cat([self.image, images.flatten(0, 1)]), torch.cat([self.mask, masks.flatten(0, 1)])
         return TaughtBatch(*whole, self.names, (~beyond).sum(), self.ignore_index)
-
-
-_VIEWS = ("weak", "outside", "strong", "boxes")
 
 
 @dataclass

@@ -34,7 +34,9 @@ def test_a_share_of_the_masks_is_part_of_a_larger_one_and_comes_from_few_groups(
     for share, videos in ((0.001, 1), (0.1, 1), (0.25, 3), (0.5, 5), (1.0, 10)):
         names = labelled_names(NAMES[::-1], share, seed=2, group=r"^(v\d+)/")
         assert len(names) == max(1, round(share * 40)) and names[: len(taken)] == taken
-        assert names == labelled_names(NAMES, share, seed=2, group=r"^(v\d+)/") and len(set(map(video, names))) == videos
+        assert (
+            names == labelled_names(NAMES, share, seed=2, group=r"^(v\d+)/") and len(set(map(video, names))) == videos
+        )
         taken = names
     assert sorted(taken) == NAMES and labelled_names(NAMES, 0.2, seed=1) != labelled_names(NAMES, 0.2, seed=0)
     assert len(set(map(video, labelled_names(NAMES, 0.25)))) > 3  # without groups, of anywhere

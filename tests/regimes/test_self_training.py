@@ -11,7 +11,6 @@ from films import write_film
 from dinoseg.images import write_png
 from dinoseg.runs.recipe import recipe_of
 from dinoseg.training import checkpoint
-from dinoseg.training.checkpoint import Checkpoints
 from dinoseg.training.trainee import Trainee
 
 WORDS = (
