@@ -43,9 +43,7 @@ class StrongView:
     def __post_init__(self) -> None:
         """Refuse a blur of no range."""
         if len(self.sigma) != 2 or self.sigma[0] > self.sigma[1]:
-            raise UserError(
-                f"trainer.unlabelled.strong.sigma={list(self.sigma)}: give [least, largest] with least <= largest."
-            )
+            raise UserError(f"sigma={list(self.sigma)}: give [least, largest] with least <= largest.")
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, tuple[int, int, int, int]]:
         """Return a strong view of a weak one (H, W, 3) uint8, and a box: top, left, bottom, right; empty: none.

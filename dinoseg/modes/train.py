@@ -15,8 +15,9 @@ from dinoseg.regimes.job import Job, begin, looked_at
 from dinoseg.regimes.many_heads import train_heads
 from dinoseg.runs.folder import first_ranks
 from dinoseg.runs.heads import SOLO
+from dinoseg.training.mixed_feed import KEYS
 
-_NOT_FIT_S = ("feed", "epochs", "heads", "lrs", "unlabelled")  # keys of a trainer that its function does not take
+_NOT_FIT_S = ("feed", "epochs", "heads", "lrs", *KEYS)  # keys of a trainer that its function does not take
 
 
 def train(

@@ -7,11 +7,12 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from dinoseg.config.checks import check_given
 from dinoseg.config.nodes import instantiate
 from dinoseg.contracts import Loss
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.scan.class_counts import class_counts
-from dinoseg.data.unlabelled import UnlabelledImages
+from dinoseg.data.unlabelled import StrongView, UnlabelledImages
 from dinoseg.data.video.access import ImageSource
 from dinoseg.errors import UserError
 from dinoseg.inference.trained_sizes import TrainedSizes
@@ -20,7 +21,7 @@ from dinoseg.regimes.images import ImageRegime
 from dinoseg.selection.pool import found_in
 from dinoseg.training.engine import Engine
 from dinoseg.training.image_feed import ImageFeed
-from dinoseg.training.mixed_feed import MixedFeed, Unlabelled
+from dinoseg.training.mixed_feed import KEYS, MixedFeed, Unlabelled
 from dinoseg.training.taught import TaughtLoss
 from dinoseg.wording import count_of, listed
 
@@ -43,12 +44,16 @@ class SelfTrainingRegime(ImageRegime):
                 "learnt from. Choose trainer=self_training."
             )
         super().__init__(cfg, engine, pictures=pictures)
-        options = instantiate(cfg.trainer.unlabelled)
+        options = {name: cfg.trainer[key] for key, name in KEYS.items()}
+        check_given(
+            "dinoseg.training.mixed_feed.Unlabelled", options, {name: f"trainer.{key}" for key, name in KEYS.items()}
+        )
+        options = Unlabelled(**options)
         left_out = {*self.feed.train.names, *self.feed.train.skipped}
         sources = _unlabelled(cfg, options, left_out)
         own = {field.name: getattr(self.feed, field.name) for field in fields(ImageFeed) if field.init}
         ignored = self.feed.train.ignore_index
-        seen = self.feed.augment, options.strong, options.views
+        seen = self.feed.augment, StrongView(), options.views
         images = UnlabelledImages(sources, *seen, inside=0 if ignored else 1)
         self.feed = MixedFeed(**own, unlabelled=images, options=options)
         logger.info("%s with masks, %s without", count_of(len(self.feed.train), "training image"), len(sources))
@@ -109,18 +114,18 @@ class SelfTrainingRegime(ImageRegime):
 
 
 def _unlabelled(cfg: DictConfig, options: Unlabelled, others: Collection[str]) -> list[ImageSource]:
-    """Return the training images that are none of `others`, and those that `trainer.unlabelled.images` names."""
+    """Return the training images that are none of `others`, and those that `trainer.unlabelled` names."""
     sources: list[ImageSource] = []
     whole = instantiate(cfg.data.reader)(split="train")
     if isinstance(whole, PairDataset):
         sources += [pair.image for pair in whole.pairs if pair.name not in others]
     if options.images is not None:
-        key, cache_dir = "trainer.unlabelled.images", Path(cfg.cache_dir).expanduser()
+        key, cache_dir = "trainer.unlabelled", Path(cfg.cache_dir).expanduser()
         found = found_in(options.images, every=options.every, cache_dir=cache_dir, key=key)
         sources += [candidate.source for candidate in found]
     if not sources:
         raise UserError(
-            "trainer=self_training has no images without masks. Give trainer.unlabelled.images=<folder, quoted pattern "
+            "trainer=self_training has no images without masks. Give trainer.unlabelled=<folder, quoted pattern "
             "or video>, or data.labelled=<share or file of names>, which leaves masks out; or train on masks alone: "
             "trainer=supervised."
         )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dinoseg.data.loader import drawn_batches, view_chance
-from dinoseg.data.unlabelled import StrongView, UnlabelledImages, Views
+from dinoseg.data.unlabelled import UnlabelledImages, Views
 from dinoseg.errors import UserError
 from dinoseg.ranges import Count, LowShare, NotNegative, Positive
 from dinoseg.shapes import Batch, Prediction
@@ -17,6 +17,11 @@ from dinoseg.training.image_feed import ImageFeed
 from dinoseg.training.tally import Tally
 from dinoseg.training.taught import MixedBatch, TaughtBatch
 from dinoseg.wording import count_of
+
+KEYS = {  # of a trainer, by what `Unlabelled` calls them
+    **{"unlabelled": "images", "unlabelled_every": "every", "unlabelled_batch_size": "batch_size"},
+    **{"unlabelled_weight": "weight", "threshold": "threshold", "strong_views": "views"},
+}
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,6 @@ class Unlabelled:
         weight: of their loss.
         threshold: least probability of a class that a teacher's label is learnt with.
         views: strong ones of each image.
-        strong: what these go through.
     """
 
     images: str | None = None
@@ -39,7 +43,6 @@ class Unlabelled:
     weight: NotNegative = 1.0
     threshold: LowShare = 0.95
     views: Count = 2
-    strong: StrongView = StrongView()
 
 
 @dataclass(kw_only=True)
@@ -61,7 +64,7 @@ class MixedFeed(ImageFeed):
         if size > len(self.unlabelled) or size % self.world:
             there, devices = count_of(len(self.unlabelled), "image"), count_of(self.world, "device")
             raise UserError(
-                f"trainer.unlabelled.batch_size={size} with {there} without masks: give a number of at most that, a "
+                f"trainer.unlabelled_batch_size={size} with {there} without masks: give a number of at most that, a "
                 f"multiple of {devices}, or more images."
             )
 

@@ -20,6 +20,7 @@ from dinoseg.config.resolvers import register_resolvers
 from dinoseg.errors import UserError
 from dinoseg.ranks import LAUNCH_KEYS
 from dinoseg.runs.recipe import SAVED, config_description
+from dinoseg.training.mixed_feed import KEYS
 
 # What build, launch and fit hand over; every other argument stands in a config or has a default
 AT_RUN_TIME = {
@@ -46,7 +47,7 @@ AT_RUN_TIME = {
 FOR_OTHERS = {
     "mode": set(LAUNCH_KEYS),
     "head": {"layers", "lr"},
-    "trainer": {"feed", "epochs", "steps", "val_every", "heads", "lrs", "unlabelled"},
+    "trainer": {"feed", "epochs", "steps", "val_every", "heads", "lrs", *KEYS},
     "adapter": {"lr"},
 }
 

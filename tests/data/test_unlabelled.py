@@ -65,5 +65,5 @@ def test_views_are_those_of_the_weak_one_and_say_where_there_is_no_image(tmp_pat
 
 
 def test_a_blur_of_no_range_is_refused():
-    with pytest.raises(UserError, match=r"strong\.sigma=\[2\.0, 1\.0\]: give \[least, largest\]"):
+    with pytest.raises(UserError, match=r"sigma=\[2\.0, 1\.0\]: give \[least, largest\]"):
         StrongView(sigma=[2.0, 1.0])

@@ -16,9 +16,9 @@ from dinoseg.training.trainee import Trainee
 WORDS = (
     *("mode=train", "trainer=self_training", *(word for word in SMALL if word != "trainer.steps=2")),
     *("mode.metrics_only=true", "mode.report=false", "mode.pictures=0", "trainer.val_every=4", "trainer.log_every=1"),
-    *("trainer.unlabelled.threshold=0.5", "head.lr=1e-2"),
+    *("trainer.threshold=0.5", "head.lr=1e-2"),
 )
-OTHER = (*(word for word in WORDS if not word.startswith(("trainer=", "trainer.unl"))), "trainer.feed=self_training")
+OTHER = (*(word for word in WORDS if not word.startswith(("trainer=", "trainer.thr"))), "trainer.feed=self_training")
 HALF = (*WORDS, "data.labelled=0.5")
 
 
@@ -48,7 +48,7 @@ def test_a_run_goes_on_to_the_same_bytes_with_any_workers(folder):
     trained(folder, "parts", *HALF, "trainer.steps=2", "engine.workers=2")
     parts, _ = trained(folder, "parts", *HALF, "trainer.steps=4", "resume=parts")
     assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
-    other, _ = trained(folder, "other", *HALF, "trainer.steps=4", "trainer.unlabelled.weight=0")
+    other, _ = trained(folder, "other", *HALF, "trainer.steps=4", "trainer.unlabelled_weight=0")
     assert any(not torch.equal(whole[name], other[name]) for name in whole)
 
 
@@ -78,21 +78,21 @@ def test_the_teacher_is_the_moving_average_and_leaves_the_student_as_it_is(folde
 
 def test_frames_of_a_video_are_learnt_from(folder):
     write_film(folder / "film.mp4", frames=24)
-    more = ("trainer.unlabelled.images=film.mp4", "trainer.unlabelled.every=0.25", "trainer.unlabelled.batch_size=4")
-    _, done = trained(folder, "video", *WORDS, *more, "trainer.steps=1", "trainer.unlabelled.views=1")
+    more = ("trainer.unlabelled=film.mp4", "trainer.unlabelled_every=0.25", "trainer.unlabelled_batch_size=4")
+    _, done = trained(folder, "video", *WORDS, *more, "trainer.steps=1", "trainer.strong_views=1")
     assert "6 training images with masks, 4 without" in done.err
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (WORDS, "has no images without masks. Give trainer.unlabelled.images="),
+        (WORDS, "has no images without masks. Give trainer.unlabelled="),
         ((*HALF, "trainer.ema=null"), "the moving average is the teacher"),
         ((*HALF, "engine.cache=memory"), "none of their features can be kept"),
         ((*HALF, "data.feature_noise=0.1"), "data.feature_noise=0.1 is for training on masks alone"),
-        ((*HALF, "trainer.unlabelled.batch_size=4"), "trainer.unlabelled.batch_size=4 with 3 images without masks"),
-        ((*HALF, "trainer.unlabelled.threshold=1.5"), "trainer.unlabelled.threshold=1.5 is out of range"),
-        ((*WORDS, "trainer.unlabelled.images=nowhere"), "trainer.unlabelled.images=nowhere"),
+        ((*HALF, "trainer.unlabelled_batch_size=4"), "trainer.unlabelled_batch_size=4 with 3 images without masks"),
+        ((*HALF, "trainer.threshold=1.5"), "trainer.threshold=1.5 is out of range"),
+        ((*WORDS, "trainer.unlabelled=nowhere"), "trainer.unlabelled=nowhere"),
         ((*WORDS, "data.labelled=names.txt"), "data.labelled=names.txt: 1 of its names are not in the training split"),
         ((*WORDS, "data.labelled=0"), "data.labelled=0 is out of range"),
         ((*OTHER, "trainer=many_heads", "heads=[linear]", "adapter=frozen"), "Choose trainer=self_training"),
