@@ -44,11 +44,11 @@ class SelfTrainingRegime(ImageRegime):
                 "learnt from. Choose trainer=self_training."
             )
         super().__init__(cfg, engine, pictures=pictures)
-        options = {name: cfg.trainer[key] for key, name in KEYS.items()}
+        given = {name: cfg.trainer[key] for key, name in KEYS.items()}
         check_given(
-            "dinoseg.training.mixed_feed.Unlabelled", options, {name: f"trainer.{key}" for key, name in KEYS.items()}
+            "dinoseg.training.mixed_feed.Unlabelled", given, {name: f"trainer.{key}" for key, name in KEYS.items()}
         )
-        options = Unlabelled(**options)
+        options = Unlabelled(**given)
         left_out = {*self.feed.train.names, *self.feed.train.skipped}
         sources = _unlabelled(cfg, options, left_out)
         own = {field.name: getattr(self.feed, field.name) for field in fields(ImageFeed) if field.init}

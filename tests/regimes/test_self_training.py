@@ -16,7 +16,7 @@ from dinoseg.training.trainee import Trainee
 WORDS = (
     *("mode=train", "trainer=self_training", *(word for word in SMALL if word != "trainer.steps=2")),
     *("mode.metrics_only=true", "mode.report=false", "mode.pictures=0", "trainer.val_every=4", "trainer.log_every=1"),
-    *("trainer.threshold=0.5", "head.lr=1e-2"),
+    *("trainer.threshold=0.5", "optim.schedule.kind=constant", "optim.schedule.warmup=0"),
 )
 OTHER = (*(word for word in WORDS if not word.startswith(("trainer=", "trainer.thr"))), "trainer.feed=self_training")
 HALF = (*WORDS, "data.labelled=0.5")
