@@ -97,7 +97,7 @@ def test_a_prediction_of_one_image_holds_what_the_head_returned_of_it():
     assert one.masks is not None and isinstance(one.outputs, MaskOutputs)
     pairs = [(one.masks.shares, masks.shares), (one.outputs.aux[0].class_logits, outputs.aux[0].class_logits)]
     assert all(torch.equal(mine, others[1:2]) for mine, others in pairs)
-    told = Prediction({"maps": [torch.arange(3)], "steps": 2}, (8, 8), (1.0, 1.0), upsample).of_image(2)
+    told = Prediction({"maps": [torch.arange(3)], "steps": 2}, (8, 8), (1.0, 1.0), upsample).of_images(slice(2, 3))
     assert told.outputs == {"maps": [torch.tensor([2])], "steps": 2}
 
 
