@@ -73,19 +73,26 @@ def opened(
         raise not_whole(dataset, split)
     folder = Path(cache_dir).expanduser()
     if cache == "auto" and reduced and decided(lambda: is_begun(dataset, folder) or pays(dataset, split, folder)):
-        try:
-            return pack(dataset, cache_dir=cache_dir, workers=workers)
-        except Unwritable as error:  # the room that there was is gone
-            drop_draft(dataset, folder)
-            log.warning(
-                "data.cache=auto: split %s is read from its files, since it cannot be packed to %s (%s). What was "
-                "packed so far is removed.",
-                *(split, folder, error.__cause__ or "there is too little room"),
-            )
-            return dataset
+        return _packed_if_there_is_room(dataset, split, cache_dir, workers)
     if cache == "packed":
         return pack(dataset, cache_dir=cache_dir, longest=longest if reduced else None, workers=workers)
     return dataset
+
+
+def _packed_if_there_is_room(
+    dataset: PairDataset, split: str, cache_dir: str | Path, workers: int | None
+) -> PairDataset:
+    try:
+        return pack(dataset, cache_dir=cache_dir, workers=workers)
+    except Unwritable as error:  # the room that there was is gone
+        folder = Path(cache_dir).expanduser()
+        drop_draft(dataset, folder)
+        log.warning(
+            "data.cache=auto: split %s is read from its files, since it cannot be packed to %s (%s). What was "
+            "packed so far is removed.",
+            *(split, folder, error.__cause__ or "there is too little room"),
+        )
+        return dataset
 
 
 def _usable(dataset: PairDataset, split: str, cache_dir: Path, workers: int) -> PairDataset:
