@@ -12,7 +12,7 @@ from dinoseg.shapes import Sample, SegmentationData
 
 Transform = Callable[..., tuple[np.ndarray, np.ndarray]]
 """From image (H, W, 3), mask (H, W) and chance, and a class to be shown where one is asked for, to a view of both."""
-ORDER, VIEW, _CLASS, _MIX = 0, 1, 2, 3  # what chance is drawn for
+ORDER, VIEW, _CLASS, _MIX, UNLABELLED = 0, 1, 2, 3, 4  # what chance is drawn for
 
 
 @dataclass(frozen=True)

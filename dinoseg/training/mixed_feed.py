@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from dinoseg.data.loader import drawn_batches, view_chance
+from dinoseg.data.loader import drawn_batches
+from dinoseg.data.train_views import UNLABELLED, chance_of
 from dinoseg.data.unlabelled import UnlabelledImages, Views
 from dinoseg.errors import UserError
 from dinoseg.ranges import Count, LowShare, NotNegative, Positive
@@ -74,7 +75,7 @@ class MixedFeed(ImageFeed):
 
     def train_batches(self, start: int) -> Iterator[MixedBatch]:
         """Yield this rank's share of every pair of batches from number `start` on, without end."""
-        read = partial(_read, self.unlabelled, self.seed, len(self.train))
+        read = partial(_read, self.unlabelled, self.seed)
         order = {"batch_size": self._size, "seed": self.seed, "start": start, "rank": self.rank, "world": self.world}
         views = drawn_batches(read, _stacked, len(self.unlabelled), workers=self.workers, **order)
         labelled: Iterator[Any] = super().train_batches(start)  # of images: no features are kept
@@ -97,8 +98,8 @@ class _TallyOfMasks(Tally):
         super().add(prediction, batch)
 
 
-def _read(images: UnlabelledImages, seed: int, labelled: int, epoch: int, index: int) -> Views:
-    return images.read(index, view_chance(seed, None, epoch, labelled + index))  # beyond the streams of labelled images
+def _read(images: UnlabelledImages, seed: int, epoch: int, index: int) -> Views:
+    return images.read(index, chance_of(seed, epoch, index, UNLABELLED))
 
 
 def _stacked(views: Sequence[Views]) -> Views:
