@@ -104,7 +104,7 @@ def _split(names: list[str], parts: Sequence[Tensor]) -> list[list[str]]:
 class FrozenFeatures:
     """What the part of a model before all that is trained gives for images: the model goes on from it as from these."""
 
-    tensors: list[Tensor]  # tokens (B, N, C) or maps (B, C, h, w)
+    tensors: list[Tensor]  # tokens (B, N, C) or maps (B, C, h, w); bytes (uint8) are pixels, and stay as they are
     size: tuple[int, int]  # (H, W) of the images
     seen: tuple[int, int]  # (H, W) at which they entered the backbone
 

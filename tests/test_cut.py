@@ -14,6 +14,7 @@ from dinoseg.backbones.transformers_vit import TransformersVit
 from dinoseg.contracts import Head
 from dinoseg.errors import UserError
 from dinoseg.heads.cnn import CnnHead
+from dinoseg.heads.detail import DetailHead
 from dinoseg.heads.dpt import DptHead
 from dinoseg.heads.eomt import EomtHead
 from dinoseg.heads.linear import LinearHead
@@ -135,6 +136,19 @@ def test_mask2former_goes_on_from_maps_and_pixels_or_from_its_queries_and_masks(
     assert len(model(frozen).outputs.aux) == 9 * deep
     live, kept = (model.eval()(given).scores() for given in (IMAGES, model.frozen(IMAGES)))
     assert torch.equal(live, kept)
+
+
+@pytest.mark.parametrize(("size", "scale"), [((37, 51), 1.0), ((1, 3), 1.0), ((61, 90), 0.5)])
+@pytest.mark.parametrize("adapter", [Frozen(), LastBlocks(1)])
+@pytest.mark.parametrize("name", ["dinov3", "timm", "convnext"])
+def test_details_go_on_from_maps_and_bytes(name, adapter, size, scale):
+    if name == "convnext" and not isinstance(adapter, Frozen):
+        return  # a pyramid is cut as a whole alone
+    backbone = adapter(BACKBONES[name]([1, 3]))
+    torch.manual_seed(1)
+    head = DetailHead(backbone.dim, 2, 3, backbone.patch_size, stem=8, width=8)
+    frozen = check_cut(Segmenter(backbone, head, scale=scale).train(), size)
+    assert frozen.tensors[-1].dtype == torch.uint8 and frozen.tensors[-1].shape == (3, 3, *frozen.seen)
 
 
 @pytest.mark.parametrize(("adapter", "told"), [(Full(), "first trained block"), (Lora(2, 4), "adapter.blocks=4")])

@@ -77,7 +77,7 @@ def measured(feed: ImageFeed, model: Segmenter, loss: Loss, engine: Engine, root
     write, read = _disk_seconds(root, stored, rows)
     shapes = [row.shape for row in rows]
     pixels = math.prod(frozen.seen)
-    return Cost(seconds, (1 + _BACKWARD) * rest, write, read, size_of(shapes, stored), pixels, shapes, frozen.size)
+    return Cost(seconds, (1 + _BACKWARD) * rest, write, read, size_of(rows, stored), pixels, shapes, frozen.size)
 
 
 def _timed(work: Callable[[], T], engine: Engine) -> tuple[T, float]:

@@ -103,6 +103,7 @@ def test_heads_of_four_levels_refuse_another_number(name, dim, num_layers):
         ("cnn", [-1]),
         ("dpt", "quarters"),
         ("upernet", "quarters"),
+        ("detail", "quarters"),
     ],
 )
 def test_config_names_the_constructor_s_own_defaults(name, layers):

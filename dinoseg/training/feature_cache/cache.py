@@ -154,10 +154,11 @@ class FeatureCache:
     def completed(self, views: list[View], device: torch.device) -> FeatureBatch:
         """Return features and masks of views on `device`; what is not kept is computed and kept."""
         rows = [self._features(view, device) for view in views]
-        tensors = [sent(torch.stack(part), device).float() for part in zip(*rows, strict=True)]
+        stacks = [sent(torch.stack(part), device) for part in zip(*rows, strict=True)]
+        tensors = [part.float() if part.is_floating_point() else part for part in stacks]  # bytes are pixels
         if self.noise:
             for row, view in enumerate(views):
-                self._disturb([part[row] for part in tensors], view.draw)
+                self._disturb([part[row] for part in tensors if part.is_floating_point()], view.draw)
         masks = torch.stack([view.mask for view in views])
         size = _size(masks)
         frozen = FrozenFeatures(tensors, size, self.model.seen_size(size))

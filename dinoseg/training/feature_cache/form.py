@@ -18,19 +18,24 @@ TYPES: tuple[Stored, ...] = get_args(Stored)
 KEY_LENGTH = 32
 MOST_BYTES = 2**30  # of a sample's file: a larger one is not read
 
-_MAGIC = b"dinoseg features 1\n"
+_MAGIC = b"dinoseg features 2\n"
 _START = len(_MAGIC) + 4  # a checksum of all that follows stands between
 _ALIGN = 64  # bytes, a cache line
 _LONGEST_HEADER = 2**16
 _DTYPES: dict[Stored, torch.dtype] = {name: getattr(torch, name) for name in TYPES}
-_FORM = forms.record(key=forms.text, stored=forms.text, shapes=forms.listing(forms.listing(forms.whole(1, MOST_BYTES))))
+_FORM = forms.record(
+    key=forms.text,
+    stored=forms.text,
+    bytes=forms.listing(forms.whole()),  # which of the tensors are bytes
+    shapes=forms.listing(forms.listing(forms.whole(1, MOST_BYTES))),
+)
 
 
 def rounded(tensors: Sequence[Tensor], stored: Stored) -> list[Tensor]:
     """Return tensors in the type that they are kept in; with int8 each has its scales behind it.
 
     A scale is of a token, so over the channels, which come last. Of a sample with numbers that float16 does not have,
-    all are bfloat16, which takes as much room.
+    all are bfloat16, which takes as much room. Tensors of bytes (uint8: pixels) stay as they are.
 
     Raises:
         UserError: a number is not finite, or none as it would be kept.
@@ -42,7 +47,10 @@ def rounded(tensors: Sequence[Tensor], stored: Stored) -> list[Tensor]:
                 "The frozen part of the model gives features that are no finite numbers, which nothing can be trained "
                 "on. Check its weights and the images, or compute with engine.precision=fp32."
             )
-        kept += _quantised(tensor.float()) if stored == "int8" else [tensor.to(_DTYPES[stored]).contiguous()]
+        if tensor.dtype == torch.uint8:
+            kept.append(tensor.contiguous())
+        else:
+            kept += _quantised(tensor.float()) if stored == "int8" else [tensor.to(_DTYPES[stored]).contiguous()]
         if not _is_finite(kept[-1]):
             if stored == "float16":
                 return rounded(tensors, "bfloat16")
@@ -55,20 +63,20 @@ def rounded(tensors: Sequence[Tensor], stored: Stored) -> list[Tensor]:
 
 def type_of(kept: Sequence[Tensor], stored: Stored) -> Stored:
     """Return the type in which `rounded` gives a sample that is to be kept in `stored`."""
-    return "bfloat16" if stored == "float16" and kept[0].dtype == torch.bfloat16 else stored
+    wider = any(tensor.dtype == torch.bfloat16 for tensor in kept)
+    return "bfloat16" if stored == "float16" and wider else stored
 
 
 def restored(kept: Sequence[Tensor], stored: Stored) -> list[Tensor]:
     """Return the tensors that are used: as they are kept, those of int8 in float32."""
-    if stored != "int8":
-        return list(kept)
-    pairs = zip(kept[::2], kept[1::2], strict=True)
-    return [values.float() * scales[..., None] for values, scales in pairs]
+    parts = iter(kept)
+    return [part.float() * next(parts)[..., None] if part.dtype == torch.int8 else part for part in parts]
 
 
-def size_of(shapes: Sequence[Sequence[int]], stored: Stored) -> int:
-    """Return the bytes of the file of a sample whose tensors have these shapes."""
-    return _places(_aligned(len(_header("0" * KEY_LENGTH, shapes, stored))), shapes, stored)[1]
+def size_of(tensors: Sequence[Tensor], stored: Stored) -> int:
+    """Return the bytes of the file of a sample of such tensors."""
+    start = _aligned(len(_header("0" * KEY_LENGTH, tensors, stored)))
+    return _places(start, [tensor.shape for tensor in tensors], _bytes_among(tensors), stored)[1]
 
 
 def to_bytes(key: str, kept: Sequence[Tensor], stored: Stored) -> bytes:
@@ -77,8 +85,8 @@ def to_bytes(key: str, kept: Sequence[Tensor], stored: Stored) -> bytes:
     Raises:
         UserError: it is larger than what is read back.
     """
-    values = kept[::2] if stored == "int8" else kept
-    parts = [_padded(_header(key, [tensor.shape for tensor in values], type_of(kept, stored)))]
+    values = [tensor for tensor in kept if tensor.dtype != torch.float32] if stored == "int8" else kept
+    parts = [_padded(_header(key, values, type_of(kept, stored)))]
     parts += [_padded(tensor.reshape(-1).view(torch.uint8).numpy().tobytes()) for tensor in kept]
     content = b"".join(parts)
     if len(content) > MOST_BYTES:
@@ -111,7 +119,7 @@ def from_bytes(key: str, data: np.ndarray, stored: Stored, *, verify: bool) -> l
     held = "bfloat16" if (stored, header["stored"]) == ("float16", "bfloat16") else stored
     if not newline or (header["key"], header["stored"]) != (key, held) or not all(header["shapes"]):
         raise forms.Misshapen("it is of other features")
-    places, end = _places(_aligned(_START + len(text) + 1), header["shapes"], held)
+    places, end = _places(_aligned(_START + len(text) + 1), header["shapes"], header["bytes"], held)
     if end != len(data):
         raise forms.Misshapen(f"it has {len(data)} bytes, of {end}")
     kept = [
@@ -122,20 +130,29 @@ def from_bytes(key: str, data: np.ndarray, stored: Stored, *, verify: bool) -> l
     return kept
 
 
-def _header(key: str, shapes: Sequence[Sequence[int]], stored: Stored) -> bytes:
+def _header(key: str, tensors: Sequence[Tensor], stored: Stored) -> bytes:
     """Return the beginning of a file, its checksum left empty."""
-    content = {"key": key, "stored": stored, "shapes": [list(shape) for shape in shapes]}
+    shapes = [list(tensor.shape) for tensor in tensors]
+    content = {"key": key, "stored": stored, "bytes": _bytes_among(tensors), "shapes": shapes}
     return _MAGIC + bytes(_START - len(_MAGIC)) + json.dumps(content).encode() + b"\n"
 
 
+def _bytes_among(tensors: Sequence[Tensor]) -> list[int]:
+    return [number for number, tensor in enumerate(tensors) if tensor.dtype == torch.uint8]
+
+
 def _places(
-    place: int, shapes: Sequence[Sequence[int]], stored: Stored
+    place: int, shapes: Sequence[Sequence[int]], whole: Sequence[int], stored: Stored
 ) -> tuple[list[tuple[int, int, torch.dtype, Sequence[int]]], int]:
-    """Return offset, bytes, type and shape of all that is kept from a place on, and where it ends."""
-    parts = [(_DTYPES[stored], shape) for shape in shapes]
-    if stored == "int8":
-        scales = [(torch.float32, shape[:-1]) for shape in shapes]
-        parts = [part for pair in zip(parts, scales, strict=True) for part in pair]
+    """Return offset, bytes, type and shape of all that is kept from a place on, and where it ends.
+
+    The tensors of the numbers `whole` are bytes.
+    """
+    parts = []
+    for number, shape in enumerate(shapes):
+        parts.append((torch.uint8 if number in whole else _DTYPES[stored], shape))
+        if stored == "int8" and number not in whole:
+            parts.append((torch.float32, shape[:-1]))
     places = []
     for dtype, shape in parts:
         size = math.prod(shape) * dtype.itemsize

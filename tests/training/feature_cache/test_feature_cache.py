@@ -91,6 +91,15 @@ def test_noise_is_a_share_of_how_far_numbers_lie_apart(given):
     torch.testing.assert_close(apart[0], view.features[1] + 0.5 * 2 * torch.randn(2, generator=drawn))
 
 
+def test_bytes_are_pixels_that_noise_and_rounding_leave_alone(given):
+    kept, view, _ = given
+    kept.noise, view.draw = 0.5, 3
+    view.features = [torch.arange(256, dtype=torch.uint8), torch.tensor([0.0, 4.0]).half()]
+    pixels, disturbed = kept.completed([view], CPU).image.tensors
+    assert torch.equal(pixels[0], view.features[0]) and pixels.dtype == torch.uint8
+    assert disturbed.dtype == torch.float32 and not torch.equal(disturbed[0], view.features[1].float())
+
+
 def test_once_each_view_was_read_the_next_batch_comes_from_this_process(given, monkeypatch):
     asked, kept = [], given[0]
     kept.place = "disk"

@@ -15,7 +15,7 @@ from dinoseg.training.feature_cache.form import size_of
 from dinoseg.training.feature_cache.store import DiskStore, MemoryStore
 
 SHAPE = (8, 3, 4)
-SIZE = size_of([SHAPE], "float16")
+SIZE = size_of([torch.empty(SHAPE)], "float16")
 KEYS = [f"{number:032x}" for number in range(20)]
 
 

@@ -1,0 +1,144 @@
+"""A head that sees the pixels beside the tokens, for what is thinner than a patch."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dinoseg.contracts import Backbone, Head
+from dinoseg.errors import UserError
+from dinoseg.geometry import concatenate, pad_to_multiple, widths
+from dinoseg.heads.options import check_positive
+from dinoseg.ranges import Count, Natural, NotNegative
+
+STRIDE = 4  # pixels along a cell of the grid on which tokens and details meet
+_FINEST = 2  # pixels along a cell of the scores
+
+
+class DetailHead(Head[Tensor]):
+    """Tokens joined by what a few convolutions see in the pixels, on a grid of 4 px; each cell scores 2 x 2 places.
+
+    Blocks of 4 x 4 pixels enter as 48 channels, so that nothing thin is averaged away, and cells leave as blocks of
+    scores (sub-pixel convolution, Shi et al., arXiv 1609.05158): nearly all work is done on one grid. A convolutional
+    branch beside a frozen transformer is that of ViTMatte (Yao et al., arXiv 2305.15272) and Dino U-Net (arXiv
+    2508.20909). Colours are read as bytes, so that what is kept of them for training is exact.
+
+    Args:
+        in_dim: the width of a transformer's maps, or the list of a pyramid's widths.
+        num_layers: maps; those of a pyramid meet on its finest grid.
+        num_classes: classes to score.
+        patch_size: side of a patch in pixels, even; of a pyramid that of the coarsest map.
+        stem: channels of the details.
+        width: channels of tokens and details together.
+        blocks: residual blocks of two convolutions that mix these.
+        jitter: deviation of the contrast and the colour shift that details of an image are drawn with in training.
+
+    Raises:
+        UserError: an odd patch size, or a number below its least.
+    """
+
+    def __init__(
+        self,
+        in_dim: int | Sequence[int],
+        num_layers: int,
+        num_classes: Count,
+        patch_size: Count,
+        stem: Count = 48,
+        width: Count = 64,
+        blocks: Natural = 2,
+        jitter: NotNegative = 0.1,
+    ) -> None:
+        super().__init__()
+        check_positive(stem=stem, width=width)
+        _check_patch_size(patch_size)
+        _check_not_negative(blocks=blocks, jitter=jitter)
+        total = sum(widths(in_dim, num_layers))
+        self.patch_size, self.jitter = patch_size, jitter
+        self.stem = nn.Sequential(_convolution(3 * STRIDE**2, stem, 3), _Residual(stem))
+        self.norm = nn.BatchNorm2d(total)
+        self.project = nn.Conv2d(total, width, kernel_size=1)
+        self.fuse = nn.Sequential(_convolution(stem + width, width, 1), *(_Residual(width) for _ in range(blocks)))
+        self.classify = nn.Conv2d(width, num_classes * (STRIDE // _FINEST) ** 2, kernel_size=1)
+
+    def run(self, backbone: Backbone, images: Tensor) -> Tensor:
+        """Return class scores of the padded input (B, K, H / 2, W / 2)."""
+        return self.scored(backbone.maps(images), backbone.pixels(_as_bytes(images) / 255))
+
+    def until(self, backbone: Backbone, images: Tensor) -> list[Tensor]:
+        """Return what the backbone gives, and the pixels (B, 3, H, W) uint8."""
+        return [*backbone.until(images), _as_bytes(images).to(torch.uint8)]
+
+    def onwards(self, backbone: Backbone, frozen: list[Tensor], size: tuple[int, int]) -> Tensor:
+        """Return the scores for what `until` gave of images that entered the backbone at `size` (H, W)."""
+        return self.scored(backbone.onwards(frozen[:-1], size), backbone.pixels(frozen[-1].float() / 255))
+
+    def scored(self, features: list[Tensor], pixels: Tensor) -> Tensor:
+        """Return class scores (B, K, H / 2, W / 2).
+
+        Args:
+            features: L maps (B, C, h, w).
+            pixels: the padded, normalised images (B, 3, H, W), H = h * P.
+        """
+        height, width = pixels.shape[-2:]
+        details = self.stem(F.pixel_unshuffle(pad_to_multiple(self._jittered(pixels), STRIDE), STRIDE))
+        tokens = self._on_grid(self.project(self.norm(concatenate(features))), details)
+        scores = self.classify(self.fuse(torch.cat([tokens, details], dim=1)))  # (B, 4K, ceil(H / 4), ceil(W / 4))
+        return F.pixel_shuffle(scores, STRIDE // _FINEST)[..., : height // _FINEST, : width // _FINEST]
+
+    def grid_scores(self, outputs: Tensor) -> Tensor:
+        """Return the outputs: `predict` is bilinear between them."""
+        return outputs
+
+    def _jittered(self, pixels: Tensor) -> Tensor:
+        if not (self.training and self.jitter):
+            return pixels
+        contrast = 1 + self.jitter * torch.randn(len(pixels), 1, 1, 1, device=pixels.device)
+        return pixels * contrast + self.jitter * torch.randn(len(pixels), 3, 1, 1, device=pixels.device)
+
+    def _on_grid(self, tokens: Tensor, details: Tensor) -> Tensor:
+        """Return tokens (B, C, h, w) on the grid of the details, cell centres aligned."""
+        if self.patch_size % STRIDE == 0:
+            return F.interpolate(tokens, details.shape[-2:], mode="bilinear")
+        # the last cell of the details may reach beyond the last token, which is repeated
+        beyond = F.pad(tokens, (0, 1, 0, 1), mode="replicate")
+        enlarged = F.interpolate(beyond, scale_factor=self.patch_size / STRIDE, mode="bilinear")
+        return enlarged[..., : details.shape[-2], : details.shape[-1]]
+
+
+class _Residual(nn.Module):
+    """Two 3x3 convolutions, added to their input."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first = _convolution(channels, channels, 3)
+        self.second = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels)
+        )
+
+    def forward(self, grid: Tensor) -> Tensor:
+        return F.relu(grid + self.second(self.first(grid)))
+
+
+def _convolution(in_channels: int, out_channels: int, kernel_size: int) -> nn.Sequential:
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(out_channels), nn.ReLU())
+
+
+def _as_bytes(images: Tensor) -> Tensor:
+    """Return images, float in 0..1, as the nearest of 0..255, float."""
+    return (images * 255).round().clamp(0, 255)
+
+
+def _check_patch_size(patch_size: int) -> None:
+    if patch_size % _FINEST:
+        raise UserError(
+            f"head=detail scores squares of {_FINEST} x {_FINEST} px, which do not fill a patch of "
+            f"backbone.patch_size={patch_size}. Choose a backbone of an even patch size, or head=mlp."
+        )
+
+
+def _check_not_negative(**values: float) -> None:
+    for name, value in values.items():
+        if value < 0:
+            raise UserError(f"head.{name}={value}: give a number of at least 0.")

@@ -1,0 +1,147 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_parts import tiny_vit
+
+from dinoseg.adapters import Frozen
+from dinoseg.backbones.rgb import RgbBackbone
+from dinoseg.errors import UserError
+from dinoseg.heads.detail import DetailHead
+from dinoseg.heads.linear import LinearHead
+from dinoseg.losses.cross_entropy import CrossEntropy
+from dinoseg.model import Segmenter
+from dinoseg.shapes import Batch
+
+
+def small(in_dim=3, num_layers=1, patch_size=8, **options):
+    torch.manual_seed(2)
+    return DetailHead(in_dim, num_layers, 3, patch_size, **{"stem": 8, "width": 8, **options})
+
+
+def passing(patch_size, **options):
+    """Return a head that passes on: each score of class 0 is the sum of its 2 x 2 pixels' first colour and a token."""
+    head = small(1, 1, patch_size, stem=48, width=49, blocks=0, **options).double().eval()
+    for name, parameter in head.named_parameters():
+        if parameter.ndim > 1 or name.endswith("bias"):
+            torch.nn.init.zeros_(parameter)
+    head.stem[1].second[1].weight.data.zero_()
+    centre = torch.eye(48, dtype=torch.float64)
+    head.stem[0][0].weight.data[:, :, 1, 1] = centre
+    head.project.weight.data[0] = 1
+    head.fuse[0][0].weight.data[:48, 49:, 0, 0] = centre
+    head.fuse[0][0].weight.data[48, 0] = 1
+    for place in range(4):  # of class 0
+        row, column = divmod(place, 2)
+        head.classify.weight.data[place, 48] = 1
+        for inner in range(4):
+            at = 4 * (2 * row + inner // 2) + 2 * column + inner % 2
+            head.classify.weight.data[place, at] = 0.25
+    for part in head.modules():
+        if isinstance(part, torch.nn.BatchNorm2d):
+            part.eps = 0.0
+    return head
+
+
+@pytest.mark.parametrize("patch_size", [2, 6, 8, 14, 16])
+@pytest.mark.parametrize("grid", [(1, 1), (3, 2), (5, 7)])
+def test_scores_lie_where_pixels_and_tokens_lie(patch_size, grid):
+    head = passing(patch_size)
+    pixels = torch.rand(2, 3, *(patch_size * side for side in grid), dtype=torch.float64)
+    nothing = torch.zeros(2, 1, *grid, dtype=torch.float64)
+    of_pixels = head.scored([nothing], pixels)
+    torch.testing.assert_close(of_pixels[:, :1], F.avg_pool2d(pixels[:, :1], 2), atol=1e-12, rtol=0)
+    assert of_pixels.shape == (2, 3, *(patch_size * side // 2 for side in grid)) and not of_pixels[:, 1:].any()
+    for axis, side in zip((-2, -1), grid, strict=True):
+        ramp = torch.arange(side, dtype=torch.float64) + 0.5
+        ramp = ramp.view(1, 1, *((-1, 1) if axis == -2 else (1, -1))).expand(2, 1, *grid)
+        found = head.scored([ramp], torch.zeros_like(pixels))[0, 0].movedim(axis, 0)[:, 0]
+        cells = (torch.arange(len(found)) // 2 + 0.5) * 4 / patch_size
+        torch.testing.assert_close(found, cells.double().clamp(0.5, side - 0.5), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 2), (2, 17), (37, 51)])
+@pytest.mark.parametrize("patch_size", [2, 6, 8])
+def test_an_image_of_any_size_is_scored_as_it_is_when_padded(size, patch_size):
+    """Also one that is smaller than the stride."""
+    backbone = RgbBackbone(patch_size, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
+    model = Segmenter(backbone, small(patch_size=patch_size)).eval()
+    images = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8) / 255
+    padding = (0, -size[1] % patch_size, 0, -size[0] % patch_size)
+    padded = F.pad(images - 0.5, padding) + 0.5
+    whole, scores = model(padded).outputs, model(images).outputs
+    assert model(images).scores().shape == (2, 3, *size)
+    assert scores.shape[-2:] == tuple(side // 2 for side in padded.shape[-2:])
+    torch.testing.assert_close(scores, whole, atol=0.02, rtol=0)  # half of 255 is no byte
+
+
+def test_maps_of_a_pyramid_meet_on_its_finest_grid():
+    head = small([3, 4, 5], 3, 32).eval()
+    maps = [torch.randn(2, 3 + level, *(side * 2 ** (2 - level) for side in (2, 3))) for level in range(3)]
+    assert head.scored(maps, torch.randn(2, 3, 64, 96)).shape == (2, 3, 32, 48)
+
+
+def test_gradients_reach_every_parameter_and_bfloat16_stays_finite():
+    head, maps, pixels = small(5, 2, 14), [torch.randn(2, 5, 3, 2) for _ in range(2)], torch.randn(2, 3, 42, 28)
+    head.train().scored(maps, pixels).square().mean().backward()
+    for name, parameter in head.named_parameters():
+        cancelled = name == "project.bias"  # by the normalisation that follows
+        assert parameter.grad.isfinite().all() and (parameter.grad.abs().max() > 1e-9 or cancelled), name
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = head.predict(head.scored(maps, pixels), (37, 21), (0.9, 0.7))
+    assert scores.isfinite().all() and scores.dtype == torch.float32
+
+
+def test_colours_are_jittered_in_training_alone():
+    maps, pixels = [torch.randn(2, 3, 2, 2)], torch.randn(2, 3, 16, 16)
+    head = small(jitter=0.5)
+    assert torch.equal(head.eval().scored(maps, pixels), head.scored(maps, pixels))
+    assert not torch.equal(head.train().scored(maps, pixels), head.scored(maps, pixels))
+    steady = small(jitter=0.0).train()
+    assert torch.equal(steady.scored(maps, pixels), steady.scored(maps, pixels))
+
+
+def test_the_colours_are_those_of_bytes():
+    model = Segmenter(Frozen()(tiny_vit((0, 1))), small(24, 2)).eval()
+    image = torch.randint(0, 256, (1, 3, 20, 20), dtype=torch.uint8)
+    near = (image + torch.empty(1, 3, 20, 20).uniform_(-0.4, 0.4)).clamp(0, 255) / 255
+    seen = [model.frozen(given).tensors[-1] for given in (image, image / 255, near)]
+    assert all(torch.equal(pixels, image) for pixels in seen)
+
+
+def lines(count, seed):
+    """Return images of noise with a line of 1 px at a random column, and their masks: too thin for a patch of 16."""
+    draw = torch.Generator().manual_seed(seed)
+    columns = torch.randint(0, 32, (count,), generator=draw)
+    mask = (torch.arange(32) == columns[:, None])[:, None].expand(count, 32, 32).to(torch.uint8)
+    image = torch.randint(0, 120, (count, 3, 32, 32), generator=draw, dtype=torch.uint8) + 120 * mask[:, None]
+    return Batch(image, mask, [str(number) for number in range(count)])
+
+
+def test_what_is_thinner_than_a_patch_is_learnt():
+    seen, other, found = lines(8, 0), lines(8, 1), {}
+    for name, head in (("detail", small(patch_size=16, jitter=0.0)), ("linear", LinearHead(3, 1, 3))):
+        model, loss = Segmenter(RgbBackbone(16), head).train(), CrossEntropy(torch.ones(3))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for _ in range(40):
+            value, _ = loss(model(seen.image), seen)
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+        ids, line = model.eval()(other.image).class_ids() == 1, other.mask == 1
+        found[name] = ((ids & line).sum() / (ids | line).sum()).item()
+    assert found["detail"] > 0.5 and found["linear"] < 0.1, found
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"patch_size": 7}, "head=detail scores squares of 2 x 2 px, which do not fill .*patch_size=7.*even patch"),
+        ({"stem": 0}, "head.stem=0: give a whole number of at least 1"),
+        ({"width": -1}, "head.width=-1: give a whole number of at least 1"),
+        ({"blocks": -1}, "head.blocks=-1: give a number of at least 0"),
+        ({"jitter": -0.1}, "head.jitter=-0.1: give a number of at least 0"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        small(**options)
