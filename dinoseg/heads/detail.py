@@ -31,7 +31,7 @@ class DetailHead(Head[Tensor]):
         patch_size: side of a patch in pixels, even; of a pyramid that of the coarsest map.
         stem: channels of the details.
         width: channels of tokens and details together.
-        blocks: residual blocks of two convolutions that mix these.
+        blocks: residual 3x3 convolutions that mix these.
         jitter: deviation of the contrast and the colour shift that details of an image are drawn with in training.
 
     Raises:
@@ -45,7 +45,7 @@ class DetailHead(Head[Tensor]):
         num_classes: Count,
         patch_size: Count,
         stem: Count = 48,
-        width: Count = 64,
+        width: Count = 48,
         blocks: Natural = 2,
         jitter: NotNegative = 0.1,
     ) -> None:
@@ -107,17 +107,14 @@ class DetailHead(Head[Tensor]):
 
 
 class _Residual(nn.Module):
-    """Two 3x3 convolutions, added to their input."""
+    """A 3x3 convolution, added to its input."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.first = _convolution(channels, channels, 3)
-        self.second = nn.Sequential(
-            nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels)
-        )
+        self.body = _convolution(channels, channels, 3)
 
     def forward(self, grid: Tensor) -> Tensor:
-        return F.relu(grid + self.second(self.first(grid)))
+        return grid + self.body(grid)
 
 
 def _convolution(in_channels: int, out_channels: int, kernel_size: int) -> nn.Sequential:

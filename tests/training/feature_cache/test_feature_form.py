@@ -117,7 +117,7 @@ def test_a_file_that_is_cut_or_longer_is_seen_without_its_checksum_too():
         '{"key": "KEY", "stored": "complex64", "bytes": [], "shapes": [[1, 2, 2]]}',
         '{"key": "other", "stored": "float16", "bytes": [], "shapes": [[4, 2, 2]]}',
         '{"key": "KEY", "stored": "float16"}',
-        '{"key": "KEY", "stored": "float16", "bytes": [0], "shapes": [[4, 2, 2]]}',
+        '{"key": "KEY", "stored": "float16", "bytes": [0], "shapes": [[400, 2, 2]]}',
         '{"key": "KEY", "stored": "float16", "bytes": [-1], "shapes": [[4, 2, 2]]}',
         '{"key": "KEY", "stored": "float16", "bytes": 0, "shapes": [[4, 2, 2]]}',
         '{"key": "KEY", "key": "KEY", "stored": "float16", "bytes": [], "shapes": [[4, 2, 2]]}',
