@@ -13,25 +13,27 @@ from dinoseg.heads.options import check_positive
 from dinoseg.ranges import Count, Natural, NotNegative
 
 STRIDE = 4  # pixels along a cell of the grid on which tokens and details meet
-_FINEST = 2  # pixels along a cell of the scores
+_FINEST = 2  # pixels along a cell of the finest details, and of the scores
+_REACH = 11  # cells along a strip: 44 px
 
 
 class DetailHead(Head[Tensor]):
     """Tokens joined by what a few convolutions see in the pixels, on a grid of 4 px; each cell scores 2 x 2 places.
 
-    Blocks of 4 x 4 pixels enter as 48 channels, so that nothing thin is averaged away, and cells leave as blocks of
-    scores (sub-pixel convolution, Shi et al., arXiv 1609.05158): nearly all work is done on one grid. A convolutional
-    branch beside a frozen transformer is that of ViTMatte (Yao et al., arXiv 2305.15272) and Dino U-Net (arXiv
-    2508.20909). Colours are read as bytes, so that what is kept of them for training is exact.
+    Squares of 2 x 2 pixels enter the first convolutions as 12 channels, and cells leave as squares of scores
+    (sub-pixel convolution, Shi et al., arXiv 1609.05158): nothing thin is averaged away, and most work is done on the
+    coarser grid. Strips along rows and columns see what is long and thin (after Hou et al., arXiv 2003.13328). A
+    convolutional branch beside a transformer is that of ViTMatte (Yao et al., arXiv 2305.15272) and Dino U-Net (arXiv
+    2508.20909).
 
     Args:
         in_dim: the width of a transformer's maps, or the list of a pyramid's widths.
         num_layers: maps; those of a pyramid meet on its finest grid.
         num_classes: classes to score.
         patch_size: side of a patch in pixels, even; of a pyramid that of the coarsest map.
-        stem: channels of the details.
-        width: channels of tokens and details together.
-        blocks: residual 3x3 convolutions that mix these.
+        fine: channels of the details that are 2 px apart.
+        width: channels of details, of tokens, and of both together, 4 px apart.
+        blocks: residual convolutions that mix these.
         jitter: deviation of the contrast and the colour shift that details of an image are drawn with in training.
 
     Raises:
@@ -44,30 +46,36 @@ class DetailHead(Head[Tensor]):
         num_layers: int,
         num_classes: Count,
         patch_size: Count,
-        stem: Count = 48,
+        fine: Count = 24,
         width: Count = 48,
         blocks: Natural = 2,
         jitter: NotNegative = 0.1,
     ) -> None:
         super().__init__()
-        check_positive(stem=stem, width=width)
+        check_positive(fine=fine, width=width)
         _check_patch_size(patch_size)
         _check_not_negative(blocks=blocks, jitter=jitter)
         total = sum(widths(in_dim, num_layers))
         self.patch_size, self.jitter = patch_size, jitter
-        self.stem = nn.Sequential(_convolution(3 * STRIDE**2, stem, 3), _Residual(stem))
+        self.stem = nn.Sequential(
+            nn.PixelUnshuffle(_FINEST),
+            _convolution(3 * _FINEST**2, fine, 3),
+            _convolution(fine, fine, 3),
+            _convolution(fine, width, 4, stride=2),  # an even kernel lies in the middle of the cells that it joins
+            _Strips(width),
+        )
         self.norm = nn.BatchNorm2d(total)
         self.project = nn.Conv2d(total, width, kernel_size=1)
-        self.fuse = nn.Sequential(_convolution(stem + width, width, 1), *(_Residual(width) for _ in range(blocks)))
+        self.fuse = nn.Sequential(_convolution(2 * width, width, 1), *(_Strips(width) for _ in range(blocks)))
         self.classify = nn.Conv2d(width, num_classes * (STRIDE // _FINEST) ** 2, kernel_size=1)
 
     def run(self, backbone: Backbone, images: Tensor) -> Tensor:
         """Return class scores of the padded input (B, K, H / 2, W / 2)."""
-        return self.scored(backbone.maps(images), backbone.pixels(_as_bytes(images) / 255))
+        return self.scored(backbone.maps(images), backbone.pixels(images))
 
     def until(self, backbone: Backbone, images: Tensor) -> list[Tensor]:
-        """Return what the backbone gives, and the pixels (B, 3, H, W) uint8."""
-        return [*backbone.until(images), _as_bytes(images).to(torch.uint8)]
+        """Return what the backbone gives, and the pixels (B, 3, H, W) uint8: exact of images at their own size."""
+        return [*backbone.until(images), (images * 255).round().clamp(0, 255).to(torch.uint8)]
 
     def onwards(self, backbone: Backbone, frozen: list[Tensor], size: tuple[int, int]) -> Tensor:
         """Return the scores for what `until` gave of images that entered the backbone at `size` (H, W)."""
@@ -81,7 +89,7 @@ class DetailHead(Head[Tensor]):
             pixels: the padded, normalised images (B, 3, H, W), H = h * P.
         """
         height, width = pixels.shape[-2:]
-        details = self.stem(F.pixel_unshuffle(pad_to_multiple(self._jittered(pixels), STRIDE), STRIDE))
+        details = self.stem(pad_to_multiple(self._jittered(pixels), STRIDE))
         tokens = self._on_grid(self.project(self.norm(concatenate(features))), details)
         scores = self.classify(self.fuse(torch.cat([tokens, details], dim=1)))  # (B, 4K, ceil(H / 4), ceil(W / 4))
         return F.pixel_shuffle(scores, STRIDE // _FINEST)[..., : height // _FINEST, : width // _FINEST]
@@ -106,25 +114,24 @@ class DetailHead(Head[Tensor]):
         return enlarged[..., : details.shape[-2], : details.shape[-1]]
 
 
-class _Residual(nn.Module):
-    """A 3x3 convolution, added to its input."""
+class _Strips(nn.Module):
+    """The sum of a 3x3 convolution and of one along each row and column, by channel; added to their input."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.body = _convolution(channels, channels, 3)
+        self.near = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.row = nn.Conv2d(channels, channels, (1, _REACH), padding=(0, _REACH // 2), groups=channels, bias=False)
+        self.column = nn.Conv2d(channels, channels, (_REACH, 1), padding=(_REACH // 2, 0), groups=channels, bias=False)
+        self.norm = nn.BatchNorm2d(channels)
 
     def forward(self, grid: Tensor) -> Tensor:
-        return grid + self.body(grid)
+        return grid + F.relu(self.norm(self.near(grid) + self.row(grid) + self.column(grid)))
 
 
-def _convolution(in_channels: int, out_channels: int, kernel_size: int) -> nn.Sequential:
-    conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
+def _convolution(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Sequential:
+    padding = (kernel_size - 1) // 2
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(out_channels), nn.ReLU())
-
-
-def _as_bytes(images: Tensor) -> Tensor:
-    """Return images, float in 0..1, as the nearest of 0..255, float."""
-    return (images * 255).round().clamp(0, 255)
 
 
 def _check_patch_size(patch_size: int) -> None:

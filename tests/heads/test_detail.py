@@ -15,27 +15,26 @@ from dinoseg.shapes import Batch
 
 def small(in_dim=3, num_layers=1, patch_size=8, **options):
     torch.manual_seed(2)
-    return DetailHead(in_dim, num_layers, 3, patch_size, **{"stem": 8, "width": 8, **options})
+    return DetailHead(in_dim, num_layers, 3, patch_size, **{"fine": 4, "width": 8, **options})
 
 
-def passing(patch_size, **options):
+def passing(patch_size):
     """Return a head that passes on: each score of class 0 is the sum of its 2 x 2 pixels' first colour and a token."""
-    head = small(1, 1, patch_size, stem=48, width=49, blocks=0, **options).double().eval()
+    head = small(1, 1, patch_size, fine=12, width=49, blocks=0).double().eval()
     for name, parameter in head.named_parameters():
         if parameter.ndim > 1 or name.endswith("bias"):
             torch.nn.init.zeros_(parameter)
-    head.stem[1].body[1].weight.data.zero_()
-    centre = torch.eye(48, dtype=torch.float64)
-    head.stem[0][0].weight.data[:, :, 1, 1] = centre
-    head.project.weight.data[0] = 1
-    head.fuse[0][0].weight.data[:48, 49:, 0, 0] = centre
-    head.fuse[0][0].weight.data[48, 0] = 1
-    for place in range(4):  # of class 0
+    for layer in (1, 2):
+        head.stem[layer][0].weight.data[:, :, 1, 1] = torch.eye(12, dtype=torch.float64)
+    head.project.weight.data[48] = 1
+    head.fuse[0][0].weight.data[:49, 49:, 0, 0] = torch.eye(49, dtype=torch.float64)
+    head.fuse[0][0].weight.data[48, 48] = 1
+    for place in range(4):  # 2 px apart in a cell of 4 px
         row, column = divmod(place, 2)
+        for channel in range(12):
+            head.stem[3][0].weight.data[12 * place + channel, channel, 1 + row, 1 + column] = 1
         head.classify.weight.data[place, 48] = 1
-        for inner in range(4):
-            at = 4 * (2 * row + inner // 2) + 2 * column + inner % 2
-            head.classify.weight.data[place, at] = 0.25
+        head.classify.weight.data[place, 12 * place : 12 * place + 4] = 0.25
     for part in head.modules():
         if isinstance(part, torch.nn.BatchNorm2d):
             part.eps = 0.0
@@ -71,7 +70,7 @@ def test_an_image_of_any_size_is_scored_as_it_is_when_padded(size, patch_size):
     whole, scores = model(padded).outputs, model(images).outputs
     assert model(images).scores().shape == (2, 3, *size)
     assert scores.shape[-2:] == tuple(side // 2 for side in padded.shape[-2:])
-    torch.testing.assert_close(scores, whole, atol=0.02, rtol=0)  # half of 255 is no byte
+    torch.testing.assert_close(scores, whole, atol=1e-5, rtol=1e-5)
 
 
 def test_maps_of_a_pyramid_meet_on_its_finest_grid():
@@ -129,14 +128,14 @@ def test_what_is_thinner_than_a_patch_is_learnt():
             optimizer.step()
         ids, line = model.eval()(other.image).class_ids() == 1, other.mask == 1
         found[name] = ((ids & line).sum() / (ids | line).sum()).item()
-    assert found["detail"] > 0.6 and found["linear"] < 0.3, found
+    assert found["detail"] > 0.4 and found["linear"] < 0.3, found
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"patch_size": 7}, "head=detail scores squares of 2 x 2 px, which do not fill .*patch_size=7.*even patch"),
-        ({"stem": 0}, "head.stem=0: give a whole number of at least 1"),
+        ({"fine": 0}, "head.fine=0: give a whole number of at least 1"),
         ({"width": -1}, "head.width=-1: give a whole number of at least 1"),
         ({"blocks": -1}, "head.blocks=-1: give a number of at least 0"),
         ({"jitter": -0.1}, "head.jitter=-0.1: give a number of at least 0"),
