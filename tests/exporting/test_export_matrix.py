@@ -32,7 +32,6 @@ CELLS = [  # every family with a linear head, every other head on a transformer 
     ("convnext", "dpt", GraphOptions()),
     ("dinov3", "detail", GraphOptions()),
     ("dinov2", "detail", GraphOptions()),
-    ("dino", "detail", GraphOptions(pixels=True)),
     ("convnext", "detail", GraphOptions()),
     ("dinov2", "upernet", GraphOptions()),
     ("timm_pyramid", "upernet", GraphOptions()),
