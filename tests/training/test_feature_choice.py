@@ -30,6 +30,7 @@ from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.train_views import ClassUniform
 from dinoseg.data.transforms import Affine, Augment, ColorJitter
 from dinoseg.errors import UserError
+from dinoseg.heads.detail import DetailHead
 from dinoseg.heads.linear import LinearHead
 from dinoseg.images import write_png
 from dinoseg.inference.whole import Whole
@@ -96,10 +97,11 @@ def train(data, tiny_backbone, tmp_path):
         cache="off", *, adapter=FROZEN, dtype="float32", views=2, steps=6, epochs=None, start=None, seed=0, **options
     ):
         torch.manual_seed(seed)
-        scale, augment, data_set = (
-            options.pop(*each) for each in (("scale", 1.0), ("augment", AUGMENT), ("data", data))
+        scale, augment, data_set, head = (
+            options.pop(*each)
+            for each in (("scale", 1.0), ("augment", AUGMENT), ("data", data), ("head", LinearHead(24, 1, 3)))
         )
-        model = Segmenter(adapter(tiny_backbone()), LinearHead(24, 1, 3), scale=scale)
+        model = Segmenter(adapter(tiny_backbone()), head, scale=scale)
         for parameter in model.head.parameters():
             nn.init.normal_(parameter, std=0.1)
         if seed:
@@ -374,6 +376,21 @@ def test_what_lets_batches_come_sooner_depends_on_what_is_read(train, data, tmp_
     assert "data.cache=packed" in disturbed.remedy and "Features" not in disturbed.remedy
     live.train = pack(data, cache_dir=tmp_path, workers=1)
     assert "Images are packed: " in live.remedy and "resolution.longest" in live.remedy
+
+
+@pytest.mark.parametrize("adapter", [FROZEN, LastBlocks(1)])
+def test_a_head_that_sees_the_pixels_trains_from_what_is_kept_as_live(train, computed, adapter):
+    def rows(*cache, **options):
+        torch.manual_seed(1)
+        head = DetailHead(24, 1, 3, patch_size=8, fine=4, width=8, jitter=0.3)
+        return train(*cache, head=head, adapter=adapter, steps=3, **options)[0]
+
+    live = rows()
+    for _ in range(2):
+        computed.clear()
+        assert rows("disk") == live
+    assert len(computed) == 2, "those that are timed: the second one reads what the first has kept"
+    assert rows("memory", dtype="int8")[0]["train/loss"] == pytest.approx(live[0]["train/loss"], rel=2e-2)
 
 
 @pytest.mark.parametrize(("dtype", "error"), [("float16", 1e-3), ("bfloat16", 1e-2), ("int8", 2e-2)])
