@@ -18,8 +18,9 @@ from dinoseg.evaluation.sides import Side
 from dinoseg.evaluation.verdicts import deciding, differences, mean_scores
 from dinoseg.report.html.comparison import OtherRun
 from dinoseg.storage.atomic import write_text
+from dinoseg.wording import one_line
 
-_TOLD = 3  # images that decide, of each direction
+_TOLD = 5  # images that decide
 
 
 def scores_of(records: Sequence[ImageRecord]) -> dict[str, float | None]:
@@ -63,27 +64,18 @@ def _kind(record: ImageRecord) -> ClassScores:
     return ClassScores(len(record.classes), record.background)
 
 
-def verdict_lines(first: str, others: Sequence[OtherRun]) -> list[str]:
-    """Return a sentence for each other side: whether its mIoU is another, how surely, and which images decide."""
+def verdict_lines(first: str, images: Sequence[str], others: Sequence[OtherRun]) -> list[str]:
+    """Return for each other side whether its mIoU is another, how surely, and which images add most to that."""
     lines = []
     for other in others:
         gap = other.differences["miou"]
         limits = "no interval" if gap["ci95"] is None else f"95 % {_span(gap['ci95'])}, p {gap['p']:.2g}"
         lines.append(f"{other.name}: {gap['verdict']}, against {first}: mIoU {_shown(gap['value'], '+')} ({limits})")
-    return lines
-
-
-def deciding_lines(images: Sequence[str], others: Sequence[OtherRun]) -> list[str]:
-    """Return for each other side the images without which the difference of mIoU would change most."""
-    lines = []
-    for other in others:
-        pairs = [(share, name) for share, name in zip(other.decides, images, strict=True) if share]
-        pairs.sort(key=lambda pair: -abs(pair[0]))
-        if pairs:
-            told = ", ".join(f"{name} {_shown(share, '+')}" for share, name in pairs[: 2 * _TOLD])
-            lines.append(
-                f"decided by:   {told} (points that an image adds to the mIoU of {other.name}, less the first's)"
-            )
+        shares = [(share, name) for share, name in zip(other.decides, images, strict=True) if share]
+        shares.sort(key=lambda pair: -abs(pair[0]))
+        if shares:
+            told = ", ".join(f"{one_line(name)} {_shown(share, '+')}" for share, name in shares[:_TOLD])
+            lines.append(f"  of which the images that decide add: {told}")
     return lines
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from dinoseg.errors import UserError
+from dinoseg.evaluation.about import EVALUATION
 from dinoseg.evaluation.aligned import aligned
-from dinoseg.evaluation.image_record import ImageRecord, evaluated, read_record
+from dinoseg.evaluation.image_record import RECORD, ImageRecord, evaluated, read_record
 from dinoseg.evaluation.run_config import recipe_keys
 from dinoseg.wording import count_of, listed, typed
 
@@ -118,7 +119,13 @@ def _jobs(name: Any) -> list[Path]:
     folder = Path(str(name)).expanduser()
     if not (folder / _SWEEP).is_file():
         return [folder]
-    return sorted((job for job in folder.iterdir() if job.name.isdecimal()), key=lambda job: int(job.name))
+    jobs = sorted((job for job in folder.iterdir() if job.name.isdecimal()), key=lambda job: int(job.name))
+    lacking = [job.name for job in jobs if not any((place / RECORD).is_file() for place in (job, job / EVALUATION))]
+    if not jobs or len(lacking) == len(jobs):
+        raise UserError(f"runs: {folder} is a sweep none of whose jobs holds an evaluation of images.")
+    if lacking:
+        logger.warning("%s: jobs without an evaluation of images are left out: %s.", folder, listed(lacking))
+    return [job for job in jobs if job.name not in lacking]
 
 
 def _refusal(runs: Any) -> UserError:

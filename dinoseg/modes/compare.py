@@ -11,7 +11,6 @@ from dinoseg.evaluation.about import about_run
 from dinoseg.evaluation.comparison import (
     against,
     comparison_table,
-    deciding_lines,
     mean_mious,
     score_labels,
     scores_of,
@@ -48,7 +47,7 @@ def run(cfg: DictConfig, *, out_dir: Path, runs: Sequence[str | Sequence[str]] |
     report = _report(cfg, out_dir, sides)
     rows = run_rows(sides)
     print(f"{costs_table(rows)}\n\n{comparison_table(sides[0], report.others)}\n")
-    print("\n".join([*verdict_lines(report.first, report.others), *deciding_lines(report.images, report.others)]))
+    print("\n".join(verdict_lines(report.first, report.images, report.others)))
     print(f"points:       less {report.first}\nintervals:    {units_note(sides)}\nseeds:        {report.seeds}")
     if few := few_units(report.units, report.unit):
         logger.warning("%s", few)

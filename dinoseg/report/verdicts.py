@@ -31,7 +31,9 @@ def verdicts_picture(
     size = (2.2 + 3.6 * len(others), 1.6 + 0.26 * len(keys))
     figure = Figure(figsize=size, dpi=110, layout="constrained")
     canvas = FigureCanvasAgg(figure)
-    for axes, (name, gaps) in zip(figure.subplots(1, len(others), sharey=True, squeeze=False)[0], others, strict=True):
+    for axes, (name, gaps) in zip(
+        figure.subplots(1, len(others), sharex=True, sharey=True, squeeze=False)[0], others, strict=True
+    ):
         axes.axvline(0, color="#555555", linewidth=0.8)
         for place, key in enumerate(keys):
             gap = gaps[key]

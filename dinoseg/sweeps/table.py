@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from math import isfinite
@@ -108,6 +109,9 @@ class SweepTable(Callback):
             _print([_with_interval(row, score) for row in rows], swept, _seed_columns(columns, score))
             _write(path, rows, swept, ["seeds", *(part for key in columns for part in _parts(key, means))])
             print(f"\nmeans over seeds written to {path}, each job to {path.with_name(JOBS)}")
+            if len(rows) > 1 and score == "miou":
+                runs = shlex.quote(f"runs=[{path.parent}]")
+                print(f"which are surely better: python -m dinoseg mode=compare {runs}")
         else:
             _print(rows, swept, columns)
             _write(path, rows, swept, columns)

@@ -86,7 +86,7 @@ def of_seed(runs, base, name, seed):
 
 def test_runs_that_differ_in_their_seed_alone_are_one_side(runs):
     sweep = runs / "sweep"
-    sweep.mkdir()
+    (sweep / "4").mkdir(parents=True)
     (sweep / "multirun.yaml").write_text("")
     for number, base in enumerate(("first", "second", "first", "second")):
         of_seed(runs, base, f"sweep/{number}", number // 2)
@@ -97,8 +97,9 @@ def test_runs_that_differ_in_their_seed_alone_are_one_side(runs):
     assert found["sides"] == {"0+2": ["sweep/0", "sweep/2"], "1+3": ["sweep/1", "sweep/3"]}
     mious = [np.mean([_miou(runs / f"sweep/{number}") for number in side]) for side in ((0, 2), (1, 3))]
     assert found["others"]["1+3"]["differences"]["miou"]["value"] == pytest.approx(mious[1] - mious[0])
+    assert "sweep: jobs without an evaluation of images are left out: 4." in done.err
     assert "their scatter is in the intervals (2 of 0+2, 2 of 1+3)" in done.out
-    assert "1+3: " in done.out and "decided by:" in done.out and (runs / "compared/compare.png").is_file()
+    assert "1+3: " in done.out and "images that decide add: " in done.out and (runs / "compared/compare.png").is_file()
     rows = list(csv.DictReader((runs / "compared/images.csv").read_text().splitlines()))
     assert [*rows[0]] == ["image", "unit", "0+2", "1+3", "1+3 adds"]
     done = compare(runs, "sweep/0", "sweep/2")  # of seeds alone each stands for itself

@@ -252,6 +252,7 @@ def test_seeds_are_summed_up_with_an_interval(tmp_path, capsys):
     assert [row["seed"] for row in rows_of(tmp_path / "jobs.csv")] == [*"021210012"]
     shown = capsys.readouterr().out
     assert f"{rows[0]['mIoU % low']} .. {rows[0]['mIoU % high']}" in shown and "deviation" in shown
+    assert f"mode=compare 'runs=[{tmp_path}]'" in shown
     assert "each job to" in shown and max(map(len, shown.splitlines()[:6])) <= 140
 
 
