@@ -130,13 +130,8 @@ def jackknife(protocol: Scores, sums: np.ndarray) -> dict[str, Estimate]:
 
 def without_each(protocol: Scores, sums: np.ndarray) -> dict[str, np.ndarray]:
     """Return each key's scores (U,) of all units but one, from sums (U, d) over each."""
-    # sums before a unit and after it: to take it from the sum of all would leave what rounding makes of nothing
-    before, after = np.zeros_like(sums), np.zeros_like(sums)
-    np.cumsum(sums[:-1], axis=0, out=before[1:])
-    np.cumsum(sums[:0:-1], axis=0, out=after[-2::-1])
-    at_once = max(1, _AT_ONCE // sums.shape[1])
-    starts = range(0, len(sums), at_once)
-    parts = [protocol.scores(before[start : start + at_once] + after[start : start + at_once]) for start in starts]
+    whole, at_once = sums.sum(axis=0), max(1, _AT_ONCE // sums.shape[1])
+    parts = [protocol.scores(whole - sums[start : start + at_once]) for start in range(0, len(sums), at_once)]
     return {key: np.concatenate([part[key] for part in parts]) for key in protocol.keys}
 
 

@@ -108,7 +108,7 @@ def test_an_interval_of_a_share_is_within_what_it_can_be():
 def test_one_unit_or_a_score_that_rests_on_one_has_no_interval():
     scored = score_cases(Share(), cases("a/1-2"), where="P")
     assert summary(Share(), scored)["ci95"] == {"share": None, "mean": None}
-    sums = np.array([[0.3, 0.7, 1, 1], [0.0, 0.0, 1, 1], [0.0, 0.0, 0, 1]])  # none of it is left by rounding
+    sums = np.array([[0.3, 0.7, 1, 1], [0.0, 0.0, 1, 1], [0.0, 0.0, 0, 1]])
     found = jackknife(Share(), sums)
     assert found["share"].value == pytest.approx(3 / 7) and found["share"].ci95 is found["share"].p is None
     assert found["mean"].ci95 is not None
