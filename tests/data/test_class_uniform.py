@@ -117,6 +117,13 @@ def test_a_class_that_the_image_lacks_changes_nothing():
         assert all(np.array_equal(*parts) for parts in zip(*views, strict=True))
 
 
+def test_a_sample_of_two_views_is_drawn_twice_and_comes_again(data, tmp_path):
+    drawn = TrainViews(data, AUGMENT, 3, views=2, uniform=class_uniform(data, 0.7, cache_dir=tmp_path))
+    epochs = [[(*drawn.draw(epoch, sample)[:3],) for sample in range(6)] for epoch in range(5)]
+    assert epochs[0] == epochs[2] == epochs[4] and epochs[1] == epochs[3]
+    assert [draw[1:] for draw in epochs[0]] != [draw[1:] for draw in epochs[1]]
+
+
 @pytest.mark.parametrize("views", [None, 2])
 def test_workers_ranks_and_a_resumption_change_nothing(data, tmp_path, views):
     found = class_uniform(data, 0.7, cache_dir=tmp_path)
