@@ -39,13 +39,8 @@ CASES = {
         "adapter": lambda: Lora(rank=2, alpha=2, targets="attention"),
         "dtype": "bfloat16",
     },
-    "copies": {"head": lambda: SplitHead(24, 1, 3, blocks=1), "adapter": Frozen, "ema": 0.5},
-    "shared_copies": {
-        "head": lambda: SplitHead(24, 1, 3, blocks=1),
-        "adapter": Frozen,
-        "ema": 0.5,
-        "sharding": "fsdp",
-    },
+    "copies": {"head": lambda: SplitHead(24, 1, 3, blocks=1), "adapter": Frozen},
+    "shared_copies": {"head": lambda: SplitHead(24, 1, 3, blocks=1), "adapter": Frozen, "sharding": "fsdp"},
     "kept": {"head": lambda: MlpHead(24, 1, 3, 8), "adapter": Frozen, "cache": "disk"},
     # one image to validate: the second rank has none
     "stopped": {"head": lambda: MlpHead(24, 1, 3, 8), "sharding": "fsdp", "adamw": True, "ema": 0.5, "val": 1},
