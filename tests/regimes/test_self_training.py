@@ -126,3 +126,12 @@ def test_a_share_of_the_masks_is_another_recipe_and_older_checkpoints_have_none(
     none = json.loads(json.dumps(info))
     none["config"]["data"]["labelled"] = None
     assert recipe_of(older) == recipe_of(none) != recipe_of(info)
+
+
+def test_two_ranks_go_on_to_the_same_bytes(folder):
+    """Of BatchNorm each rank has running means of its own, and the teacher those of the first."""
+    words = (*HALF, "head=linear", "trainer.val_every=9", "engine.devices=2")
+    whole, _ = trained(folder, "ranks", *words, "trainer.steps=3")
+    trained(folder, "ranks_parts", *words, "trainer.steps=1")
+    parts, _ = trained(folder, "ranks_parts", *words, "trainer.steps=3", "resume=ranks_parts")
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
