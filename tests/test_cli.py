@@ -122,7 +122,7 @@ def test_an_unknown_option_lists_those_there_are(place, group):
         (["data.rot=x"], "data.rot is no key of the config. Did you mean data.root"),
         (["steps=3"], "steps is no key of the config. Did you mean trainer.steps?"),
         (["mode=trane"], "mode=trane is unknown. Did you mean mode=train?"),
-        (["head=liner"], "head=liner is unknown. Did you mean head=linear? There are cnn, dpt,"),
+        (["head=liner"], "head=liner is unknown. Did you mean head=linear? There are cnn, detail, dpt,"),
         (["-m", "head=linear,mlpp"], "head=mlpp is unknown. Did you mean head=mlp?"),
         (["mode=predict", "mode.reads._target_=os.system"], "mode.reads._target_"),
         (["mode=eval", "mode.resume_from=last"], "mode.resume_from: resume_from is set in files alone."),

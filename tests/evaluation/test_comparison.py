@@ -8,9 +8,11 @@ import pytest
 
 from dinoseg.errors import UserError
 from dinoseg.evaluation import comparison
-from dinoseg.evaluation.comparison import against, aligned, scores_of
+from dinoseg.evaluation.aligned import aligned
+from dinoseg.evaluation.comparison import against, scores_of
 from dinoseg.evaluation.image_record import ImageRecord, read_record, write_record
 from dinoseg.evaluation.paired_pictures import SHOWN, Pictures, most_different
+from dinoseg.evaluation.sides import Side
 from dinoseg.images import write_png
 
 IMAGES, CLASSES = 12, 3
@@ -27,6 +29,11 @@ def record(seed=0, **changes):
     return ImageRecord(**{**said, "source": "", "counts": counts, **changes})
 
 
+def sides(folders, records):
+    """Return a side of each run."""
+    return [Side(at.name, [at], [at.name], [at], [found]) for at, found in zip(folders, records, strict=True)]
+
+
 def test_images_in_another_order_are_the_same_images(tmp_path):
     first, second, order = record(), record(1), np.random.default_rng(0).permutation(IMAGES)
     names = [second.images[index] for index in order]
@@ -35,8 +42,8 @@ def test_images_in_another_order_are_the_same_images(tmp_path):
     folders = [tmp_path / "a", tmp_path / "b"]
     given = aligned(dict(zip(folders, (first, mixed), strict=True)))
     assert np.array_equal(given[1].counts, second.counts)
-    other = against(None, folders, given, ["a", "b"])[0]
-    assert other.scores == scores_of(second) and other.mious[0] != pytest.approx(scores_of(first)["miou"])
+    other = against(None, sides(folders, given))[0]
+    assert other.scores == scores_of([second]) and other.mious[0] != pytest.approx(scores_of([first])["miou"])
     right, held, predicted = second.counts[0].astype(float)
     assert other.mious[0] == pytest.approx((right / (held + predicted - right)).mean())
     assert other.no_pictures.startswith("No pictures: a run was evaluated with mode.metrics_only=true")
@@ -90,7 +97,7 @@ def test_pictures_are_of_the_first_run_and_of_the_other(tmp_path, monkeypatch):
     monkeypatch.setattr(
         comparison, "most_different", lambda pictures, *mious: asked.append(pictures.folders) or ([], "")
     )
-    against(None, folders, [record(), record(1), record(2)], ["a", "b", "c"])
+    against(None, sides(folders, [record(), record(1), record(2)]))
     assert asked == [(folders[0], folders[1]), (folders[0], folders[2])]
 
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from dinoseg.evaluation import run_costs
+from dinoseg.evaluation.sides import Side
 from dinoseg.training.cost import COST
 
 GOOD = {"parameters": 5, "trainable": 1, "images_per_s": 4.0, "memory_gib": 0.5}
@@ -14,12 +15,12 @@ GOOD = {"parameters": 5, "trainable": 1, "images_per_s": 4.0, "memory_gib": 0.5}
 @pytest.fixture
 def row(tmp_path, monkeypatch):
     """Return a function that makes the row of a run whose record of costs is some text."""
-    monkeypatch.setattr(run_costs, "scores_of", lambda record: {"miou": 0.5, "accuracy": 0.6})
+    monkeypatch.setattr(run_costs, "scores_of", lambda records: {"miou": 0.5, "accuracy": 0.6})
 
     def made(text):
         (tmp_path / COST).write_text(text)
         record = SimpleNamespace(source=str(tmp_path / "checkpoints/best.safetensors"))
-        return run_costs.run_rows(["a"], [tmp_path], [record])[0]
+        return run_costs.run_rows([Side("a", [tmp_path], ["a"], [tmp_path], [record])])[0]
 
     return made
 

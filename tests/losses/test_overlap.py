@@ -330,6 +330,6 @@ def test_a_loss_of_sums_over_a_batch_says_so_and_any_other_is_a_mean_of_its_part
     mask[1, :5] = 255
     prediction, batch = on_the_grid(mask)
     whole, parts = loss(prediction, batch)
-    alone = [loss(prediction.of_image(place), part) for place, part in enumerate(batch.split(2))]
+    alone = [loss(prediction.of_images(slice(place, place + 1)), part) for place, part in enumerate(batch.split(2))]
     mean = sum(value * part["weight"] for value, part in alone) / parts["weight"]
     assert loss.sums_over_batch == (abs(mean - whole) > 1e-6 * whole)

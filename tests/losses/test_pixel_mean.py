@@ -168,7 +168,7 @@ def test_an_image_costs_the_same_beside_others():
     total = norm = 0.0
     for row in range(4):
         alone = Batch(batch.image[row : row + 1], batch.mask[row : row + 1], [""])
-        value, own = loss(prediction.of_image(row), alone)
+        value, own = loss(prediction.of_images(slice(row, row + 1)), alone)
         total, norm = total + float(value.detach() * own["weight"]), norm + float(own["weight"])
     assert norm == pytest.approx(float(parts["weight"])) and total / norm == pytest.approx(whole.item())
 

@@ -340,6 +340,7 @@ def test_features_of_other_shapes_are_none_and_mended(train, computed, tmp_path,
     (path,) = (tmp_path / "cache/features").rglob(f"{view.key}.features")
     path.write_bytes(to_bytes(view.key, [view.features[0][:, :2]], "float32"))
     computed.clear()
+    caplog.set_level("WARNING")
     caplog.clear()
     assert train("disk", steps=3)[0] == live and sum(computed) == 2 + 2  # what is measured, and its batch
     assert len(caplog.messages) == 1 and "of 33 x 24 have the shapes [(15, 2)], and others [(15, 24)]" in caplog.text
