@@ -50,8 +50,8 @@ def train(
             engine.place(build.model(cfg, outlined=True)), sizes, length.steps
         )
         schedule = begin(cfg, regime, engine, out_dir, length.steps)
-        epochs, before = length.steps * cfg.trainer.accumulate / regime.feed.epoch, job.chosen_before
-        kept = regime.keep_features(model, loss, engine, epochs, before=before.get("engine.cache"))
+        epochs = length.steps * cfg.trainer.accumulate / regime.feed.epoch
+        kept = regime.keep_features(model, loss, engine, epochs, before=job.chosen_before)
         job.note(checkpoints, kept)
         with job.log() as log:
             run = fit(model, loss, regime.feed, optimizer, engine, checkpoints, log, schedule=schedule)

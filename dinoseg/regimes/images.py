@@ -34,7 +34,7 @@ from dinoseg.report.curves import IMAGE_PLOTS
 from dinoseg.shapes import SegmentationData
 from dinoseg.training.engine import Engine
 from dinoseg.training.feature_cache.key import hash_of
-from dinoseg.training.feature_choice import Plan, feature_cache
+from dinoseg.training.feature_choice import Plan, feature_cache, stored_as
 from dinoseg.training.image_feed import ImageFeed
 
 logger = logging.getLogger(__name__)
@@ -106,11 +106,11 @@ class ImageRegime(Regime):
         yield from (cfg.data.reader, cfg.data.augment)
 
     def keep_features(
-        self, model: Segmenter, loss: Loss, engine: Engine, epochs: float, *, before: str | None = None
+        self, model: Segmenter, loss: Loss, engine: Engine, epochs: float, *, before: Mapping[str, str | None]
     ) -> dict[str, str]:
         """Let the feed give what is kept of the frozen part of a model, where that pays or is asked for."""
         cfg = self.cfg
-        options = {"dtype": cfg.features.dtype, "gib": cfg.features.gib}
+        options = {"dtype": stored_as(cfg.features.dtype, before), "gib": cfg.features.gib}
         options["noise"] = cfg.data.feature_noise if "feature_noise" in cfg.data else 0.0
         names = {"noise": "data.feature_noise", "dtype": "features.dtype", "gib": "features.gib"}
         check_given("dinoseg.training.feature_choice.Plan", options, names)
@@ -118,7 +118,9 @@ class ImageRegime(Regime):
         settings = {group: {**groups[group], "lr": None} for group in ("backbone", "adapter", "head")}
         parts = {name: hash_of(repr(node)) for name, node in settings.items()}
         drawing = hash_of(repr(groups["data"]["augment"]))
-        plan = Plan(Path(cfg.cache_dir).expanduser(), epochs, drawing, parts, **options, before=before)
+        plan = Plan(
+            Path(cfg.cache_dir).expanduser(), epochs, drawing, parts, **options, before=before.get("engine.cache")
+        )
         cache = self.feed.cache = feature_cache(self.feed, model, loss, engine, plan)
         if cache is None or cache.place is None:
             return {}

@@ -36,6 +36,7 @@ from dinoseg.wording import shown, typed
 
 logger = logging.getLogger(__name__)
 CHOSEN = "engine"  # of a checkpoint's description: what the machine had it computed by, which decides numbers too
+_EXACT = "float32"  # features kept as these give the same numbers as those of none
 _FORM = forms.table(forms.maybe(forms.text))
 
 
@@ -95,7 +96,7 @@ class Job:
         other = [
             f"{key} was {typed(then[key])} and is {typed(now[key])}"
             for key in ("engine.precision", "features.dtype")  # where features are kept changes no number
-            if key in then and then[key] != now[key]
+            if key in then and (then[key] or _EXACT) != (now[key] or _EXACT)
         ]
         if other and tells:
             logger.warning(

@@ -70,7 +70,7 @@ class Regime(ABC):
         return loss
 
     def keep_features(
-        self, model: Segmenter, loss: Loss, engine: Engine, epochs: float, *, before: str | None = None
+        self, model: Segmenter, loss: Loss, engine: Engine, epochs: float, *, before: Mapping[str, str | None]
     ) -> dict[str, str]:
         """Let the feed give what is kept of the frozen part of a model, where `engine.cache` has it so.
 
@@ -79,7 +79,7 @@ class Regime(ABC):
             loss: that it is trained by.
             engine: device and ranks.
             epochs: of the whole training.
-            before: what a run that goes on has chosen.
+            before: what a run that goes on has chosen, by key; nothing of a new one.
 
         Returns:
             Where it is kept (engine.cache), and as what (features.dtype); nothing where none is.

@@ -1,7 +1,7 @@
 """Training on few masks and on images without: a moving average of the model labels these for it."""
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from pathlib import Path
 
@@ -82,7 +82,7 @@ class SelfTrainingRegime(ImageRegime):
         return TaughtLoss(loss, self.feed.options.weight)
 
     def keep_features(
-        self, model: Segmenter, loss: Loss, engine: Engine, epochs: float, *, before: str | None = None
+        self, model: Segmenter, loss: Loss, engine: Engine, epochs: float, *, before: Mapping[str, str | None]
     ) -> dict[str, str]:
         """Keep none: strong views are new in each epoch."""
         if engine.cache in ("disk", "memory"):

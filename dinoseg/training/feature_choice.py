@@ -63,7 +63,17 @@ class Plan:
     def __post_init__(self) -> None:
         """Refuse another type."""
         if self.dtype not in TYPES:
-            raise UserError(f"features.dtype={self.dtype} is unknown. Choose one of {', '.join(TYPES)}.")
+            raise UserError(f"features.dtype={self.dtype} is unknown. Choose one of {', '.join(TYPES)}, or auto.")
+
+
+def stored_as(asked: Any, before: Mapping[str, str | None]) -> Any:
+    """Return the type that `features.dtype` asks for: `auto` is that of a run that goes on, or float16.
+
+    One that has kept none goes on in float32, which gives the same numbers.
+    """
+    if asked != "auto":
+        return asked
+    return before.get("features.dtype") or ("float32" if before.get("engine.cache") == "off" else "float16")
 
 
 class _Live(UserError):

@@ -39,6 +39,7 @@ def test_what_differs_when_a_run_goes_on_is_told_once(noted):
     then, (told,) = noted(first, "bf16", kept={})
     assert "; features.dtype was float16 and is null. Give what was" in told
     assert then["engine"]["engine.cache"] == "off" and "was null and is float16" in noted(then)[1][0]
+    assert noted({"engine": KEPT | {"features.dtype": None}}, kept={**KEPT, "features.dtype": "float32"})[1] == []
 
 
 @pytest.mark.parametrize("said", [3, ["bf16"], {"engine.precision": 16}, None])

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from dinoseg.errors import UserError
 from dinoseg.regimes import images
 from dinoseg.regimes.images import ImageRegime
 
@@ -15,10 +16,10 @@ def plan(compose, monkeypatch):
         images, "feature_cache", lambda feed, model, loss, engine, plan: SimpleNamespace(plan=plan, place=None)
     )
 
-    def planned(*words, **options):
+    def planned(*words, before=None):
         cfg = compose("data.root=.", "data.classes=[a,b]", "backbone=tiny", "data.views=2", *words)
         regime = SimpleNamespace(cfg=cfg, feed=SimpleNamespace())
-        ImageRegime.keep_features(regime, None, None, None, 3.0, **options)
+        ImageRegime.keep_features(regime, None, None, None, 3.0, before=before or {})
         return regime.feed.cache.plan
 
     return planned
@@ -39,5 +40,14 @@ def test_settings_that_features_depend_on_are_told_apart(plan):
 
 
 def test_keys_of_features_reach_them(plan):
-    found = plan("features.dtype=int8", "features.gib=3", "data.feature_noise=0.2", before="disk")
+    found = plan("features.dtype=int8", "features.gib=3", "data.feature_noise=0.2", before={"engine.cache": "disk"})
     assert (found.dtype, found.gib, found.noise, found.epochs, found.before) == ("int8", 3, 0.2, 3.0, "disk")
+
+
+def test_a_run_that_goes_on_has_its_features_as_they_were(plan):
+    assert plan().dtype == "float16" == plan(before={"older": "checkpoint"}).dtype
+    kept = {"engine.cache": "disk", "features.dtype": "float32"}
+    assert plan(before=kept).dtype == "float32" and plan("features.dtype=int8", before=kept).dtype == "int8"
+    assert plan(before={"engine.cache": "off", "features.dtype": None}).dtype == "float32"  # the same numbers as live
+    with pytest.raises(UserError, match="features.dtype"):
+        plan(before=kept | {"features.dtype": "of somebody"})
