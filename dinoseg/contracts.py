@@ -71,10 +71,12 @@ class Backbone(nn.Module):
 
         The tokens of few stay in the processor's caches.
         """
-        if images.device.type != "cpu" or torch.compiler.is_compiling() or self.first_trained is not None:
-            return self(images)
-        few = next(few for few in _FEW if len(images) % few == 0)
-        if few == len(images):
+        if (
+            images.device.type != "cpu"
+            or torch.compiler.is_compiling()  # asked first: a graph traced past here takes this many images alone
+            or any(parameter.requires_grad for parameter in self.parameters())
+            or (few := next(few for few in _FEW if len(images) % few == 0)) == len(images)
+        ):
             return self(images)
         return [torch.cat(parts) for parts in zip(*map(self, images.split(few)), strict=True)]
 

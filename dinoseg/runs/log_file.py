@@ -1,28 +1,52 @@
 """A run's log: to the terminal and to `run.log` in its folder."""
 
 import logging
+import os
 import sys
 import threading
 from contextlib import suppress
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TextIO, cast
+from typing import Any, TextIO, cast
 
 from dinoseg.runs.folder import LOG
 from dinoseg.wording import Printable, printable
 
+LABEL = "DINOSEG_LABEL"  # of the environment: what lines on the terminal begin with, where several jobs write there
+
+
+class Labelled:
+    """A text stream whose lines begin with a label; else the stream itself."""
+
+    def __init__(self, stream: Any, label: str) -> None:
+        self.stream, self._label, self._within = stream, label, False
+
+    def write(self, text: str) -> int:
+        """Write it."""
+        if not text:
+            return 0
+        start = "" if self._within else self._label
+        self._within = not text.endswith("\n")
+        return self.stream.write(start + text[:-1].replace("\n", f"\n{self._label}") + text[-1])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
 
 def configure_log(folder: Path | None) -> None:
     """Send the log to the terminal and the run folder's `run.log`; without a folder (other ranks) only warnings."""
+    out, err = (stream.stream if isinstance(stream, Labelled) else stream for stream in (sys.stdout, sys.stderr))
+    if isinstance(out, TextIOWrapper):
+        out.reconfigure(errors="backslashreplace")  # as stderr is: not every terminal shows every letter
+    if not isinstance(out, Printable):
+        out = Printable(out)  # what is printed names files, too
+    label = os.environ.get(LABEL, "")
+    sys.stdout, sys.stderr = (cast(TextIO, Labelled(each, label) if label else each) for each in (out, err))
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if folder is not None:
         handlers.append(LogFile(folder / LOG, encoding="utf-8", errors="backslashreplace"))
     for handler in handlers:
         handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
-    if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: not every terminal shows every letter
-    if not isinstance(sys.stdout, Printable):
-        sys.stdout = cast(TextIO, Printable(sys.stdout))  # what is printed names files, too
     logging.basicConfig(
         level=logging.WARNING if folder is None else logging.INFO,
         handlers=handlers,

@@ -15,6 +15,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from tabulate import tabulate
 
+from dinoseg.runs.log_file import LABEL
 from dinoseg.sweeps.check import impossible_cells
 from dinoseg.sweeps.folds import DEVIATION, FOLD, Row, with_summaries
 from dinoseg.sweeps.seeds import HIGH, LOW, SEED, over_seeds
@@ -32,6 +33,7 @@ SHARES = {  # keys of a job's scores in 0..1 to their columns, which are in perc
 INTERVAL, JOBS = "95 % interval", "jobs.csv"
 OTHERS = {"loss": ".4f", "parameters": ",", "trainable": ",", "images_per_s": ".1f", "memory_gib": ".2f"}
 RANKED = ("miou", "J&F-Mean", "FG-ARI")  # the first that any job has decides the order; else the lowest loss
+_ONE_BY_ONE = ".BasicLauncher"  # of Hydra, where no plug-in launches
 _LONGEST_NUMBER = 10  # letters
 _SHOWN = 10  # impossible cells in a message
 
@@ -63,7 +65,9 @@ class SweepTable(Callback):
         sys.exit(1)  # hydra passes over any other exception of a callback
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
-        """Say that a job is at work, in the process that runs it."""
+        """Say that a job is at work, in the process that runs it; several at once are told apart by their lines."""
+        if config.hydra.mode == RunMode.MULTIRUN and not config.hydra.launcher._target_.endswith(_ONE_BY_ONE):
+            os.environ[LABEL] = f"job {config.hydra.job.num}: "
         if config.hydra.mode == RunMode.MULTIRUN and _is_first():
             _told(config).begin(config.hydra.job.num)
 
