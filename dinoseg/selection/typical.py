@@ -64,7 +64,7 @@ def k_means(features: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 def _from_a_start(features: np.ndarray, count: int, draw: np.random.Generator) -> tuple[np.ndarray, float]:
     """Return clusters (N,), and the sum of the squared distances to their centres."""
-    centres = features[draw.integers(len(features))][None]
+    centres = features[[draw.integers(len(features))]]  # a copy, which moves
     distance = ((features - centres[0]) ** 2).sum(axis=1)
     while len(centres) < count and distance.any():
         centres = np.vstack([centres, features[draw.choice(len(features), p=distance / distance.sum())]])

@@ -28,6 +28,7 @@ def known(name, labelled=(), doubts=False, seed=0):
     if twins:
         points = points[draw.integers(0, 5, count)]
     points /= np.linalg.norm(points, axis=1, keepdims=True)
+    points.setflags(write=False)
     return Known([f"im{n}" for n in range(count)], list(labelled), points, draw.random((count, 2)) if doubts else None)
 
 
@@ -99,6 +100,13 @@ def test_typical_images_are_the_densest_of_clusters_without_a_label():
         return first + int(np.argmin(mean))
 
     assert found == [densest(starts[at], starts[at + 1]) for at in (3, 0, 2)]  # the larger first
+
+
+def test_one_typical_image_is_the_densest_of_all():
+    given = known("spread")
+    mean = [np.mean([math.dist(one, other) for other in given.features]) for one in given.features]
+    for seed in range(4):
+        assert chosen(Typical(neighbours=99).choose(given, 1, seed)) == [int(np.argmin(mean))]
 
 
 @pytest.mark.parametrize("name", ["spread", "alike", "one"])
