@@ -132,7 +132,14 @@ class Augment:
 
     def mask(self, mask: np.ndarray, rng: np.random.Generator, shown: int | None = None) -> np.ndarray:
         """Return the view of a mask (H, W) alone, which a call with its image gives of it."""
-        return self._warp_mask(mask, self._geometry(mask, rng, shown)[1])
+        return self._warp_mask(mask, self.place(mask, rng, shown))
+
+    def place(self, mask: np.ndarray, rng: np.random.Generator, shown: int | None = None) -> np.ndarray:
+        """Return (3, 3): the pixel (x, y, 1) of an image to its place in the view that a call with it gives.
+
+        The mask is read where a class is to be `shown`; else its size alone counts.
+        """
+        return self._geometry(mask, rng, shown)[1]
 
     def _geometry(
         self, mask: np.ndarray, rng: np.random.Generator, shown: int | None

@@ -1,6 +1,6 @@
 """Images without masks, and the strong views of them that a student learns from."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,10 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dinoseg.data.pairs.pair import image_hash
 from dinoseg.data.transforms import ColorJitter, recolor
 from dinoseg.data.video.access import ImageSource, read_source
 from dinoseg.errors import UserError
 from dinoseg.ranges import Count, Positive, Share
+from dinoseg.shapes import Sample, SegmentationData
 
 _DRAWS = 12  # numbers of a strong view
 _AREA, _ASPECT = (0.02, 0.4), (0.3, 1 / 0.3)  # of a box, as shares of the view's area, and of its width by its height
@@ -102,6 +104,41 @@ class UnlabelledImages:
         strong, boxes = zip(*(self.strong(weak, rng) for _ in range(self.views)), strict=True)
         views = torch.stack(list(map(_planes, strong)))
         return Views(_planes(weak), torch.from_numpy(outside), views, torch.tensor(boxes))
+
+
+class Unmasked:
+    """Images without masks as a data set to train on: all their pixels are ignored.
+
+    Args:
+        names: of the images, unique.
+        sources: where they are read from.
+        labels: classes, palette and ignored id of the data set that they stand beside.
+    """
+
+    def __init__(self, names: Sequence[str], sources: Sequence[ImageSource], labels: SegmentationData) -> None:
+        self.names, self.sources = names, sources
+        self.classes, self.palette, self.ignore_index = labels.classes, labels.palette, labels.ignore_index
+        self.skipped: Mapping[str, str] = {}
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def __getitem__(self, index: int) -> Sample:
+        pixels = np.array(read_source(self.sources[index]))
+        mask = torch.full(pixels.shape[:2], self.ignore_index, dtype=torch.uint8)
+        return Sample(image=_planes(pixels), mask=mask, name=self.names[index])
+
+    def mask(self, index: int) -> np.ndarray:
+        """Return the mask (H, W) uint8 of an image, which is read for its size."""
+        return self[index]["mask"].numpy()
+
+    def image_hash(self, index: int) -> str:
+        """Return a hash of the bytes that an image is read from.
+
+        Raises:
+            UserError: they cannot be read.
+        """
+        return image_hash(self.sources[index])
 
 
 def _planes(image: np.ndarray) -> Tensor:

@@ -6,7 +6,7 @@ their gradient, what a tile needs stays in a processor's cache.
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +33,8 @@ Cost = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Pull]]
 sums (2,) becomes that of the scores."""
 Value = Callable[[Tensor, Tensor, Tensor], Tensor]
 """What is asked of each pixel, from the same: (N,)."""
+Beside = Callable[[int, slice, slice], Tensor]
+"""Of an image, some rows and some columns: numbers (M, r, c) of each pixel that nobody asks the gradient of."""
 
 
 def pixel_sums(
@@ -44,6 +46,7 @@ def pixel_sums(
     weights: Tensor | None = None,
     first_alone: bool = False,
     form: Form | None = None,
+    beside: Beside | None = None,
 ) -> Tensor:
     """Return the sums (S,) of a term over all pixels of the masks, of logits of at least float32.
 
@@ -58,9 +61,11 @@ def pixel_sums(
         weights: what pixels (B, H, W) count; None: 1 each. Unlabelled ones count nothing.
         first_alone: whether all sums but the first depend on the labels alone.
         form: the term as a kernel of CUDA knows it, if one does; it takes no weights.
+        beside: further numbers, which the term gets as rows behind the scores; it pulls the gradient of these alone.
     """
     parts, valid = _parts(prediction, batch)
-    way: Sums = _Tiled(_Tiles.over(parts, batch.mask, valid, ignore_index, weights), term)
+    tiles = _Tiles.over(parts, batch.mask, valid, ignore_index, weights)
+    way: Sums = _Tiled(replace(tiles, beside=beside), term)
     if form is not None and prediction.grid is not None and weights is None:
         fused = Fused(batch.mask, valid, ignore_index, form)
         way = better(fused, way, parts[0]) if fused.takes(parts[0]) else way
@@ -100,7 +105,7 @@ class _Tile(NamedTuple):
     """Some pixels of an image: what they read, upsampled; their scores, labels and weights; and the way back."""
 
     pixels: Tensor  # (K, rows, columns), or (Q, rows, columns) of masks
-    scores: Tensor  # (K, N)
+    scores: Tensor  # (K, N), of (K + M, N) with M numbers beside
     target: Tensor  # (N,)
     counted: Tensor  # (N,)
     back: Callable[[Tensor], tuple[Tensor, ...]]
@@ -120,6 +125,7 @@ class _Tiles:
     bands: list[tuple[int, Span]]  # image, rows
     columns: list[Span]
     fixed: bool  # masks that nobody asks the gradient of, only that of their shares
+    beside: Beside | None = None
 
     @classmethod
     def over(
@@ -151,6 +157,8 @@ class _Tiles:
         back: Callable[[Tensor], tuple[Tensor, ...]] = _as_it_is
         if len(parts) > 1:
             scores, back = _mixed(scores, *(part[image] for part in parts[1:]), fixed=self.fixed)
+        if self.beside is not None:
+            scores = torch.cat([scores, self.beside(image, rows.pixels, columns.pixels).to(scores).flatten(1)])
         place = image, rows.pixels, columns.pixels
         target = labels(self.mask[place], self.ignore_index).flatten()
         counted = (target != UNLABELLED).to(scores.dtype)

@@ -11,13 +11,14 @@ from dinoseg.config.nodes import instantiate
 from dinoseg.errors import UserError
 from dinoseg.ranges import Natural
 from dinoseg.regimes.choice import regime_of
+from dinoseg.regimes.distil import KEYS as OF_TEACHER
 from dinoseg.regimes.job import Job, begin, looked_at
 from dinoseg.regimes.many_heads import train_heads
 from dinoseg.runs.folder import first_ranks
 from dinoseg.runs.heads import SOLO
 from dinoseg.training.mixed_feed import KEYS
 
-_NOT_FIT_S = ("feed", "epochs", "heads", "lrs", *KEYS)  # keys of a trainer that its function does not take
+_NOT_FIT_S = ("feed", "epochs", "heads", "lrs", *KEYS, *OF_TEACHER)  # keys of a trainer that its function does not take
 
 
 def train(

@@ -6,12 +6,13 @@ from omegaconf import DictConfig
 
 from dinoseg.errors import UserError
 from dinoseg.regimes.clips import ClipRegime
+from dinoseg.regimes.distil import DistilRegime
 from dinoseg.regimes.images import ImageRegime
 from dinoseg.regimes.regime import Regime
 from dinoseg.regimes.self_training import SelfTrainingRegime
 
 REGIMES: Mapping[str, type[Regime]] = {  # by trainer.feed
-    **{"images": ImageRegime, "clips": ClipRegime, "self_training": SelfTrainingRegime}
+    **{"images": ImageRegime, "clips": ClipRegime, "self_training": SelfTrainingRegime, "distil": DistilRegime}
 }
 
 
@@ -19,8 +20,13 @@ def regime_of(cfg: DictConfig) -> type[Regime]:
     """Return the kind of training that a config's `trainer.feed` names.
 
     Raises:
-        UserError: there is none of that name.
+        UserError: there is none of that name, or a teacher is given that it does not learn from.
     """
     if cfg.trainer.feed not in REGIMES:
         raise UserError(f"trainer.feed={cfg.trainer.feed} is unknown. Choose one of {', '.join(REGIMES)}.")
+    if cfg.get("teacher") is not None and "teacher" not in cfg.trainer:
+        raise UserError(
+            f"teacher={cfg.teacher} is read by trainer=distil alone, and this is trainer={cfg.choices.trainer}. Give "
+            "trainer=distil, or leave teacher out."
+        )
     return REGIMES[cfg.trainer.feed]

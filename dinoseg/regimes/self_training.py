@@ -1,27 +1,21 @@
 """Training on few masks and on images without: a moving average of the model labels these for it."""
 
 import logging
-from collections.abc import Collection, Mapping
-from dataclasses import fields
-from pathlib import Path
+from collections.abc import Mapping
 
 from omegaconf import DictConfig
 
 from dinoseg.config.checks import check_given
-from dinoseg.config.nodes import instantiate
 from dinoseg.contracts import Loss
-from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.scan.class_counts import class_counts
 from dinoseg.data.unlabelled import StrongView, UnlabelledImages
-from dinoseg.data.video.access import ImageSource
 from dinoseg.errors import UserError
 from dinoseg.inference.trained_sizes import TrainedSizes
 from dinoseg.model import Segmenter
 from dinoseg.regimes.images import ImageRegime
-from dinoseg.selection.pool import found_in
+from dinoseg.regimes.unmasked import unmasked_images
 from dinoseg.training.engine import Engine
-from dinoseg.training.image_feed import ImageFeed
-from dinoseg.training.mixed_feed import KEYS, MixedFeed, Unlabelled
+from dinoseg.training.mixed_feed import KEYS, MixedFeed, SelfTraining
 from dinoseg.training.taught import TaughtLoss
 from dinoseg.wording import count_of, listed
 
@@ -38,7 +32,7 @@ class SelfTrainingRegime(ImageRegime):
     feed: MixedFeed
 
     def __init__(self, cfg: DictConfig, engine: Engine, *, pictures: int = 0) -> None:
-        if "unlabelled" not in cfg.trainer:
+        if "threshold" not in cfg.trainer:
             raise UserError(
                 f"trainer.feed=self_training: trainer={cfg.choices.trainer} does not say how images without masks are "
                 "learnt from. Choose trainer=self_training."
@@ -46,16 +40,20 @@ class SelfTrainingRegime(ImageRegime):
         super().__init__(cfg, engine, pictures=pictures)
         given = {name: cfg.trainer[key] for key, name in KEYS.items()}
         check_given(
-            "dinoseg.training.mixed_feed.Unlabelled", given, {name: f"trainer.{key}" for key, name in KEYS.items()}
+            "dinoseg.training.mixed_feed.SelfTraining", given, {name: f"trainer.{key}" for key, name in KEYS.items()}
         )
-        options = Unlabelled(**given)
-        left_out = {*self.feed.train.names, *self.feed.train.skipped}
-        sources = _unlabelled(cfg, options, left_out)
-        own = {field.name: getattr(self.feed, field.name) for field in fields(ImageFeed) if field.init}
+        options = SelfTraining(**given)
+        sources = [image.source for image in unmasked_images(cfg, options, self.feed.train)]
+        if not sources:
+            raise UserError(
+                "trainer=self_training has no images without masks. Give trainer.unlabelled=<folder, quoted pattern "
+                "or video>, or data.labelled=<share or file of names>, which leaves masks out; or train on masks "
+                "alone: trainer=supervised."
+            )
         ignored = self.feed.train.ignore_index
         seen = self.feed.augment, StrongView(), options.views
         images = UnlabelledImages(sources, *seen, inside=0 if ignored else 1)
-        self.feed = MixedFeed(**own, unlabelled=images, options=options)
+        self.feed = MixedFeed(**self.feed.given, unlabelled=images, options=options)
         logger.info("%s with masks, %s without", count_of(len(self.feed.train), "training image"), len(sources))
 
     @classmethod
@@ -111,22 +109,3 @@ class SelfTrainingRegime(ImageRegime):
                 listed(absent),
             )
         return sizes
-
-
-def _unlabelled(cfg: DictConfig, options: Unlabelled, others: Collection[str]) -> list[ImageSource]:
-    """Return the training images that are none of `others`, and those that `trainer.unlabelled` names."""
-    sources: list[ImageSource] = []
-    whole = instantiate(cfg.data.reader)(split="train")
-    if isinstance(whole, PairDataset):
-        sources += [pair.image for pair in whole.pairs if pair.name not in others]
-    if options.images is not None:
-        key, cache_dir = "trainer.unlabelled", Path(cfg.cache_dir).expanduser()
-        found = found_in(options.images, every=options.every, cache_dir=cache_dir, key=key)
-        sources += [candidate.source for candidate in found]
-    if not sources:
-        raise UserError(
-            "trainer=self_training has no images without masks. Give trainer.unlabelled=<folder, quoted pattern "
-            "or video>, or data.labelled=<share or file of names>, which leaves masks out; or train on masks alone: "
-            "trainer=supervised."
-        )
-    return sources

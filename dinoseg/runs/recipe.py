@@ -19,7 +19,8 @@ from dinoseg.training.description import CHOSEN, GROUPS
 
 USE = "inference"  # the group that says how a model is asked: what validates with windows is evaluated with them
 HEADS, RATES = "heads", "lrs"  # what a run of several heads trains
-OPTIONAL = (USE, HEADS, RATES)  # root keys that older checkpoints, or those of one head, lack
+TEACHER = "teacher"  # the run that a student learns from
+OPTIONAL = (USE, HEADS, RATES, TEACHER)  # root keys that older checkpoints, those of one head or without teacher lack
 SAVED = ("seed", *GROUPS, *OPTIONAL)  # root keys of a config that a checkpoint keeps
 # keys that older checkpoints lack, and what was so before them
 _LATER: Mapping[str, Mapping[str, Any]] = {
@@ -47,6 +48,8 @@ def config_description(cfg: DictConfig) -> dict[str, Any]:
     config = {key: value for key, value in plain(cfg).items() if key in SAVED and value is not None}
     # what acts is the machine's to say, never a file's
     config["data"] = {**settled(cfg.data), **dict.fromkeys(ACTING)}
+    if isinstance(config.get(TEACHER), str):  # a run goes on from any folder
+        config[TEACHER] = str(Path(config[TEACHER]).expanduser().absolute())
     config["head"] = settled(cfg.head)  # its grid is what it was trained for, whatever later images are seen at
     return {
         "config": config,

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from dinoseg.config.guard import guard
 from dinoseg.config.job import machine_config, squared
 from dinoseg.config.plain import has_key, keys_of, plain
-from dinoseg.config.registry import shipped_registry
+from dinoseg.config.registry import own_registry, shipped_registry
 from dinoseg.errors import UserError
 from dinoseg.runs.recipe import SAVED, USE, data_root, saved_config
 from dinoseg.training.description import CHOSEN
@@ -53,10 +53,11 @@ def alone(
     *,
     inference: str | None = None,
     trust: Sequence[str] = (),
+    beside: DictConfig | None = None,
 ) -> DictConfig:
     """Return the config to use a checkpoint with where there is no command line, held against the shipped config files.
 
-    Nothing of Hydra is set up or read: the caller may be a Hydra program of its own.
+    Without `beside` nothing of Hydra is set up or read: the caller may be a Hydra program of its own.
 
     Args:
         path: the checkpoint file.
@@ -64,12 +65,15 @@ def alone(
         changes: dotted key to the user's own value, such as `engine.device` or `backbone.weights`.
         inference: option of that group, in place of the file's own.
         trust: packages and hub ids that the file may name beside what config files do.
+        beside: the config of the job that uses it, whose own config files then count as well, and what that trusts.
 
     Raises:
         UserError: the checkpoint's config is not to be trusted.
     """
     saved, cfg = saved_config(info), machine_config(inference or "auto")
-    guard(saved, f"resume={path}", plain(cfg), trust=trust, typed=[*changes], registry=shipped_registry())
+    registry = shipped_registry() if beside is None else own_registry(plain(beside))
+    trust = trust if beside is None else [*trust, *_trusted(beside)]
+    guard(saved, f"resume={path}", plain(cfg), trust=trust, typed=[*changes], registry=registry)
     own = {key: value for key, value in saved.items() if not (inference and key == USE)}
     # of a checkpoint that is older than a group, the choice is the one above
     choices = {**plain(cfg.choices), **info["choices"], **({USE: inference} if inference else {})}

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from inspect import signature
 from itertools import count, islice
@@ -86,6 +86,11 @@ class ImageFeed:
             )
         empty = ConfusionMatrix(len(self.val.classes), background=self.background).compute()
         self.score_names = sorted(["loss", *(key for key, value in empty.items() if value is None)])
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What it is made with, by name."""
+        return {field.name: getattr(self, field.name) for field in fields(ImageFeed) if field.init}
 
     @property
     def drawn(self) -> TrainViews:

@@ -19,28 +19,57 @@ from dinoseg.training.tally import Tally
 from dinoseg.training.taught import MixedBatch, TaughtBatch
 from dinoseg.wording import count_of
 
-KEYS = {  # of a trainer, by what `Unlabelled` calls them
-    **{"unlabelled": "images", "unlabelled_every": "every", "unlabelled_batch_size": "batch_size"},
+WHICH = {  # keys of a trainer, by what `Unlabelled` calls them
+    **{"unlabelled": "images", "unlabelled_every": "every", "unlabelled_batch_size": "batch_size"}
+}
+KEYS = {  # the same of `SelfTraining`
+    **WHICH,
     **{"unlabelled_weight": "weight", "threshold": "threshold", "strong_views": "views"},
 }
 
 
 @dataclass(frozen=True)
 class Unlabelled:
-    """How images without masks are learnt from.
+    """Which images without masks are learnt from, and how many at once.
 
     Args:
         images: folder, pattern or video of them, beside the training images whose masks are not used.
         every: seconds between two frames of a video.
         batch_size: images of a batch, over all ranks; None: as many as with masks.
-        weight: of their loss.
-        threshold: least probability of a class that a teacher's label is learnt with.
-        views: strong ones of each image.
     """
 
     images: str | None = None
     every: Positive = 1.0
     batch_size: Count | None = None
+
+    def size(self, labelled: int, there: int, world: int) -> int:
+        """Return the images without masks of a batch, beside so many with masks.
+
+        Raises:
+            UserError: there are too few of them, or the ranks cannot share them.
+        """
+        size = self.batch_size or labelled
+        if size > there or size % world:
+            raise UserError(
+                f"trainer.unlabelled_batch_size={size} with {count_of(there, 'image')} without masks: give a number of "
+                f"at most that, a multiple of {count_of(world, 'device')}, or more images."
+            )
+        return size
+
+
+@dataclass(frozen=True)
+class SelfTraining(Unlabelled):
+    """How images without masks are learnt from by what a moving average says of them.
+
+    Args:
+        images: see `Unlabelled`.
+        every: likewise.
+        batch_size: likewise.
+        weight: of their loss.
+        threshold: least probability of a class that a teacher's label is learnt with.
+        views: strong ones of each image.
+    """
+
     weight: NotNegative = 1.0
     threshold: LowShare = 0.95
     views: Count = 2
@@ -56,22 +85,12 @@ class MixedFeed(ImageFeed):
     """
 
     unlabelled: UnlabelledImages
-    options: Unlabelled
+    options: SelfTraining
 
     def __post_init__(self) -> None:
         """Refuse batch sizes that do not fit, long before the first batch."""
         super().__post_init__()
-        size = self._size
-        if size > len(self.unlabelled) or size % self.world:
-            there, devices = count_of(len(self.unlabelled), "image"), count_of(self.world, "device")
-            raise UserError(
-                f"trainer.unlabelled_batch_size={size} with {there} without masks: give a number of at most that, a "
-                f"multiple of {devices}, or more images."
-            )
-
-    @property
-    def _size(self) -> int:
-        return self.options.batch_size or self.batch_size
+        self._size = self.options.size(self.batch_size, len(self.unlabelled), self.world)
 
     def train_batches(self, start: int) -> Iterator[MixedBatch]:
         """Yield this rank's share of every pair of batches from number `start` on, without end."""

@@ -15,6 +15,7 @@ from dinoseg.data.loader import drawn_batches, load_in_order
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.train_views import Draw, TrainViews, Transform
 from dinoseg.data.transforms import Augment
+from dinoseg.data.unlabelled import Unmasked
 from dinoseg.inference.policy import Autocast
 from dinoseg.model import Segmenter
 from dinoseg.ranges import NotNegative
@@ -255,8 +256,8 @@ def _aim(drawn: TrainViews, draw: Draw) -> tuple[object, ...]:
     return *draw.shown, drawn.uniform.digests[draw.image]
 
 
-def _has_masks_alone(data: SegmentationData) -> TypeGuard[PairDataset]:
-    return isinstance(data, PairDataset) and goes_with(type(data), "mask", "__getitem__")
+def _has_masks_alone(data: SegmentationData) -> TypeGuard[PairDataset | Unmasked]:
+    return isinstance(data, PairDataset | Unmasked) and goes_with(type(data), "mask", "__getitem__")
 
 
 def _draws_masks_alone(augment: Transform) -> TypeGuard[Augment]:

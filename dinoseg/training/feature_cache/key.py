@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import dinoseg
 from dinoseg.data.pairs.dataset import PairDataset
+from dinoseg.data.unlabelled import Unmasked
 from dinoseg.processes.workers import count_cores
 from dinoseg.shapes import SegmentationData
 from dinoseg.storage import forms
@@ -92,7 +93,7 @@ def code_hash(parts: Iterable[nn.Module], augment: Any = None) -> str:
 
 def image_hash(data: SegmentationData, index: int) -> str:
     """Return a hash of an image's bytes: of its file, or of the pixels where it has none of its own."""
-    if isinstance(data, PairDataset) and goes_with(type(data), "image_hash", "__getitem__"):
+    if isinstance(data, PairDataset | Unmasked) and goes_with(type(data), "image_hash", "__getitem__"):
         return data.image_hash(index)
     pixels = data[index]["image"].numpy()
     return hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()

@@ -1,0 +1,91 @@
+"""How far class scores are from a teacher's, pixel by pixel (Hinton et al., arXiv 1503.02531)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dinoseg.losses.full_resolution import Pull, pixel_sums
+from dinoseg.losses.labelled import ratio
+from dinoseg.shapes import Batch, Prediction
+from dinoseg.transfer import sent
+
+_INSIDE, _OUTSIDE = 0, 255
+
+
+@dataclass(frozen=True)
+class SeenScores:
+    """A teacher's class scores of a whole image, and where the pixels of a view of it lie in that.
+
+    Args:
+        scores: (K, h, w), a grid of cells that together cover the image.
+        place: (2, 3) float32: a pixel (x, y, 1) of the view to its place in the image, from -1 at the left and upper
+            border to 1 at the right and lower one.
+    """
+
+    scores: Tensor
+    place: Tensor
+
+    @classmethod
+    def of(cls, scores: Tensor, matrix: np.ndarray, size: tuple[int, int]) -> "SeenScores":
+        """Return them for a view that `matrix` (3, 3) brings the pixels (x, y, 1) of an image of `size` (H, W) to."""
+        height, width = size
+        to_share = np.array([[2 / width, 0, 1 / width - 1], [0, 2 / height, 1 / height - 1]])
+        return cls(scores, torch.from_numpy(to_share @ np.linalg.inv(matrix)).float())
+
+    def to(self, device: torch.device) -> "SeenScores":
+        """Copy to `device`, as float32."""
+        return replace(self, scores=sent(self.scores, device).float(), place=sent(self.place, device))
+
+    def at(self, rows: slice, columns: slice) -> Tensor:
+        """Return the scores (K, r, c) of some pixels of the view, bilinear between cells; beyond them the border's."""
+        return F.grid_sample(self.scores[None], self._places(rows, columns)[None], "bilinear", "border", False)[0]
+
+    def inside(self, size: tuple[int, int]) -> Tensor:
+        """Return which pixels (H, W) bool of a view of `size` lie in the image."""
+        return (self._places(slice(0, size[0]), slice(0, size[1])).abs() <= 1).all(-1)
+
+    def _places(self, rows: slice, columns: slice) -> Tensor:
+        """Return where pixels lie in the image, (r, c, 2): x and y."""
+        y, x = (torch.arange(run.start, run.stop, device=self.place.device).float() for run in (rows, columns))
+        along, down, start = self.place.unbind(1)
+        return x[None, :, None] * along + y[:, None, None] * down + start
+
+
+def divergence(prediction: Prediction, seen: Sequence[SeenScores], size: tuple[int, int], temperature: float) -> Tensor:
+    """Return the mean over the pixels of views that show their image of T^2 KL(teacher || student).
+
+    With scores t and s it is T^2 sum_k p_k (log p_k - log q_k), p = softmax(t / T) and q = softmax(s / T): by T^2 its
+    gradient is of the same size at each temperature T. Both are brought to the views' pixels tile by tile.
+
+    Args:
+        prediction: of the views (B).
+        seen: the teacher's scores of each view.
+        size: (H, W) of the views.
+        temperature: T.
+    """
+
+    def term(both: Tensor, _: Tensor, counted: Tensor) -> tuple[Tensor, Pull]:
+        student, teacher = (part.log_softmax(0) for part in (both / temperature).chunk(2))
+        shares = teacher.exp()
+        costs = (shares * (teacher - student)).sum(0)
+
+        def pull(upstream: Tensor) -> Tensor:
+            return (student.exp() - shares).mul_(temperature * upstream[0] * counted)
+
+        return torch.stack([temperature**2 * (costs * counted).sum(), counted.sum()]), pull
+
+    inside = torch.stack([each.inside(size) for each in seen])
+    masks = torch.where(inside, _INSIDE, _OUTSIDE).to(torch.uint8)
+    total, count = pixel_sums(
+        prediction,
+        Batch(masks, masks, [""] * len(masks)),
+        _OUTSIDE,
+        term,
+        first_alone=True,
+        beside=lambda image, rows, columns: seen[image].at(rows, columns),
+    )
+    return ratio(total, count.detach())

@@ -1,0 +1,92 @@
+"""Training a student of a trained segmenter: its class scores are learnt beside masks, and on images without."""
+
+import logging
+from dataclasses import replace
+
+from omegaconf import DictConfig
+
+from dinoseg.config.checks import check_given
+from dinoseg.contracts import Loss
+from dinoseg.data.unlabelled import Unmasked
+from dinoseg.errors import UserError
+from dinoseg.model import Segmenter
+from dinoseg.regimes.images import ImageRegime
+from dinoseg.regimes.unmasked import unmasked_images
+from dinoseg.runs.teacher import Teacher, scores_kept
+from dinoseg.training.distilled import DistilFeed, DistilledLoss, KeptScores
+from dinoseg.training.engine import Engine
+from dinoseg.training.feature_cache.key import origin
+from dinoseg.training.feature_cache.store import DiskStore
+from dinoseg.training.image_feed import ImageFeed
+from dinoseg.training.mixed_feed import WHICH, Unlabelled
+from dinoseg.wording import count_of
+
+logger = logging.getLogger(__name__)
+_OF_LOSS = {"teacher_weight": "weight", "temperature": "temperature"}  # keys of a trainer, by what the loss calls them
+KEYS = ("teacher", *_OF_LOSS)
+
+
+class DistilRegime(ImageRegime):
+    """Images with masks, and beside them images without, with what a teacher says of both (arXiv 1503.02531)."""
+
+    feed: DistilFeed
+
+    def __init__(self, cfg: DictConfig, engine: Engine, *, pictures: int = 0) -> None:
+        if "temperature" not in cfg.trainer:
+            raise UserError(
+                f"trainer.feed=distil: trainer={cfg.choices.trainer} does not say how a teacher is learnt from. Choose "
+                "trainer=distil."
+            )
+        _loss_options(cfg)
+        super().__init__(cfg, engine, pictures=pictures)
+        train = self.feed.train
+        teacher = Teacher(cfg, engine, train)
+        root = scores_kept(cfg)
+        scores = KeptScores(teacher, DiskStore(root, origin(root, teacher.parts), "float16"), len(train.classes))
+        others = self._others(cfg)
+        self.feed = DistilFeed(**self.feed.given, scores=scores, others=others)
+        without = 0 if others is None else len(others.train)
+        logger.info(
+            "%s with masks, %s without; taught by %s", count_of(len(train), "training image"), without, cfg.teacher
+        )
+
+    @classmethod
+    def check_parts(cls, cfg: DictConfig, model: Segmenter, world: int) -> None:
+        """Refuse what an image regime does, and classes pasted on images that the teacher has not seen them on."""
+        super().check_parts(cfg, model, world)
+        if cfg.data.get("class_mix"):  # the data of older checkpoints has no such key
+            raise UserError(
+                f"data.class_mix={cfg.data.class_mix}: a teacher's scores are of images as they are, without classes "
+                "of another. Set it to 0 with trainer=distil."
+            )
+
+    def objective(self, loss: Loss) -> Loss:
+        """Return the loss of masks and of the teacher's scores."""
+        return DistilledLoss(loss, **_loss_options(self.cfg))
+
+    def _others(self, cfg: DictConfig) -> ImageFeed | None:
+        """Return what batches of images without masks are drawn by; None: there are none."""
+        feed, names = self.feed, {name: f"trainer.{key}" for key, name in WHICH.items()}
+        given = {name: cfg.trainer[key] for key, name in WHICH.items()}
+        check_given("dinoseg.training.mixed_feed.Unlabelled", given, names)
+        options = Unlabelled(**given)
+        found = unmasked_images(cfg, options, feed.train)
+        if not found:
+            if options.batch_size is not None:
+                raise UserError(
+                    f"trainer.unlabelled_batch_size={options.batch_size}: there are no images without masks. Give "
+                    "trainer.unlabelled=<folder, quoted pattern or video>, or data.labelled=<share or file of names>, "
+                    "which leaves masks out; or leave it out, to learn from the images with masks alone."
+                )
+            return None
+        images = Unmasked([image.name for image in found], [image.source for image in found], feed.train)
+        size = options.size(feed.batch_size, len(images), feed.world)
+        return replace(feed, train=images, batch_size=size, uniform=None)
+
+
+def _loss_options(cfg: DictConfig) -> dict[str, float]:
+    """Return how a teacher's scores are learnt."""
+    given = {name: cfg.trainer[key] for key, name in _OF_LOSS.items()}
+    names = {name: f"trainer.{key}" for key, name in _OF_LOSS.items()}
+    check_given("dinoseg.training.distilled.DistilledLoss", given, names)
+    return given

@@ -1,0 +1,207 @@
+"""Batches of views with what a teacher says of them, and the loss of both: its scores are kept of whole images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dinoseg.contracts import Loss
+from dinoseg.data.loader import drawn_batches
+from dinoseg.data.pairs.dataset import PairDataset
+from dinoseg.data.train_views import TrainViews
+from dinoseg.data.transforms import Augment
+from dinoseg.data.unlabelled import Unmasked
+from dinoseg.errors import UserError
+from dinoseg.losses.distillation import SeenScores, divergence
+from dinoseg.ranges import NotNegative, Positive
+from dinoseg.shapes import Batch, FrozenFeatures, Prediction, SegmentationData, mapped
+from dinoseg.sizes import Size
+from dinoseg.training.feature_cache.cache import Views
+from dinoseg.training.feature_cache.key import goes_with, hash_of, image_hash
+from dinoseg.training.feature_cache.store import FeatureStore
+from dinoseg.training.image_feed import ImageFeed
+
+Look = Callable[[], SeenScores]
+
+
+@dataclass
+class KeptScores:
+    """A teacher's class scores of whole images: read where they are kept, else asked for and kept.
+
+    Args:
+        ask: from an image (3, H, W) uint8 to scores (K, h, w) of cells that cover it; the highest of a cell is 0.
+        store: where they are kept.
+        classes: K.
+    """
+
+    ask: Callable[[Tensor], Tensor]
+    store: FeatureStore
+    classes: int
+
+    def look(self, drawn: TrainViews, epoch: int, sample: int) -> SeenScores:
+        """Return the scores of the view of an image that a sample is in an epoch.
+
+        Raises:
+            UserError: the image cannot be read, or the teacher cannot say.
+        """
+        draw, data = drawn.draw(epoch, sample), drawn.data
+        scores, size = self._of_image(data, draw.image)
+        mask = _mask(data, draw.image) if draw.shown else np.broadcast_to(np.uint8(0), size)
+        assert isinstance(drawn.augment, Augment)
+        matrix = drawn.augment.place(mask, draw.chance, *draw.shown)
+        return SeenScores.of(scores, matrix, (mask.shape[0], mask.shape[1]))
+
+    def _of_image(self, data: SegmentationData, index: int) -> tuple[Tensor, Size]:
+        """Return scores (K, h, w) of an image as its file has it, and its (H, W)."""
+        files = data.source if isinstance(data, PairDataset) else data
+        key = hash_of(image_hash(files, index))
+        kept = self.store.get(key)
+        if kept is None or not self._fits(kept):
+            image = files[index]["image"]
+            size = torch.tensor(image.shape[-2:], dtype=torch.int32)
+            kept = self.store.put(key, [self.ask(image), size.view(torch.uint8)])
+        height, width = kept[1].view(torch.int32).tolist()
+        return kept[0], (height, width)
+
+    def _fits(self, kept: Sequence[Tensor]) -> bool:
+        """Return whether tensors are scores of so many classes, and a size."""
+        if len(kept) != 2 or kept[0].dim() != 3 or (kept[1].dtype, kept[1].shape) != (torch.uint8, (8,)):
+            return False
+        return len(kept[0]) == self.classes and bool((kept[1].view(torch.int32) > 0).all())
+
+
+@dataclass
+class Part:
+    """Samples of one kind, and how the teacher's scores of each are had."""
+
+    batch: Batch | Views
+    looks: list[Look]
+
+    def split(self, parts: int) -> list[Part]:
+        """Return so many parts of the samples in their order, of equal sizes but for one sample."""
+        rest = iter(self.looks)
+        return [Part(batch, list(islice(rest, len(batch.names)))) for batch in self.batch.split(parts)]
+
+
+@dataclass
+class ScoredBatch:
+    """Samples with masks, and behind them those without if there are any, whose scores are had on the way."""
+
+    parts: list[Part]
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the samples with or without masks, whichever are fewer: of these each share of a batch has."""
+        return min((part.batch.names for part in self.parts), key=len)
+
+    def split(self, parts: int) -> list[ScoredBatch]:
+        """Return so many batches of the samples of each kind in their order."""
+        return [ScoredBatch(list(each)) for each in zip(*(part.split(parts) for part in self.parts), strict=True)]
+
+    def to(self, device: torch.device) -> DistilledBatch:
+        """Return the samples in one batch on `device`, and the teacher's scores of each."""
+        batches = [part.batch.to(device) for part in self.parts]
+        seen = [look().to(device) for part in self.parts for look in part.looks]
+        masks, names = torch.cat([batch.mask for batch in batches]), [name for each in batches for name in each.names]
+        return DistilledBatch(_joined([batch.image for batch in batches]), masks, names, seen, len(batches[0].names))
+
+
+@dataclass
+class DistilledBatch(Batch):
+    """Views with the teacher's scores of each; of the first `labelled` masks are learnt."""
+
+    seen: list[SeenScores]
+    labelled: int
+
+    @property
+    def with_masks(self) -> Batch:
+        """The views with masks."""
+        own = slice(0, self.labelled)
+        return Batch(mapped(self.image, lambda part: part[own]), self.mask[own], self.names[own])
+
+
+@dataclass(kw_only=True)
+class DistilFeed(ImageFeed):
+    """Batches for a student of a trained segmenter: of images with masks, and beside them of images without.
+
+    Args:
+        scores: the teacher's.
+        others: what batches of images without masks are drawn by; None: there are none.
+    """
+
+    scores: KeptScores
+    others: ImageFeed | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse views of which it is not known where they lie in their image."""
+        super().__post_init__()
+        if not (isinstance(self.augment, Augment) and goes_with(type(self.augment), "place", "__call__")):
+            raise UserError(
+                f"trainer=distil: data.augment, a {type(self.augment).__name__}, does not say where a view lies in its "
+                "image, by which a teacher's scores of the image are scores of the view. Inherit "
+                "dinoseg.data.transforms.Augment with `place` as `__call__`, or choose another trainer."
+            )
+
+    def train_batches(self, start: int) -> Iterator[Any]:
+        """Yield this rank's share of every batch from number `start` on, without end."""
+        kinds = [_parts(self.scores, self, super().train_batches(start), start)]
+        if self.others is not None:
+            self.others.cache = self.cache
+            kinds.append(_parts(self.scores, self.others, self.others.train_batches(start), start))
+        return map(ScoredBatch, map(list, zip(*kinds, strict=True)))
+
+
+class DistilledLoss(Loss):
+    """A loss of images with masks, and, times `weight`, of the divergence from a teacher on all images.
+
+    Args:
+        criterion: the loss of masks.
+        weight: of the divergence.
+        temperature: that scores of both are divided by in it, see `divergence`.
+    """
+
+    def __init__(self, criterion: Loss, weight: NotNegative = 1.0, temperature: Positive = 1.0) -> None:
+        super().__init__()
+        self.criterion, self.weight, self.temperature = criterion, weight, temperature
+        self.needs_masks, self.sums_over_batch = criterion.needs_masks, criterion.sums_over_batch
+
+    def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the sum; parts are those of the images with masks, and `teacher`: the divergence."""
+        if not isinstance(batch, DistilledBatch):
+            return self.criterion(prediction, batch)
+        value, parts = self.criterion(prediction.of_images(slice(0, batch.labelled)), batch.with_masks)
+        size = batch.mask.shape[-2], batch.mask.shape[-1]
+        taught = divergence(prediction, batch.seen, size, self.temperature)
+        return value + self.weight * taught, {**parts, "teacher": taught.detach()}
+
+
+def _parts(scores: KeptScores, feed: ImageFeed, batches: Iterator[Batch | Views], start: int) -> Iterator[Part]:
+    """Yield batches of a feed with what tells the teacher's scores of each sample."""
+    drawn = feed.drawn
+
+    def later(epoch: int, sample: int) -> Look:
+        return partial(scores.look, drawn, epoch, sample)
+
+    order = {"batch_size": feed.batch_size, "seed": feed.seed, "start": start, "rank": feed.rank, "world": feed.world}
+    return map(Part, batches, drawn_batches(later, list, len(drawn.data), **order))
+
+
+def _joined(images: Sequence[Tensor | FrozenFeatures]) -> Any:
+    """Return images, or what is frozen of them, one behind the other."""
+    first = images[0]
+    if isinstance(first, Tensor):
+        return torch.cat([image for image in images if isinstance(image, Tensor)])
+    kept = [image.tensors for image in images if isinstance(image, FrozenFeatures)]
+    return replace(first, tensors=[torch.cat(parts) for parts in zip(*kept, strict=True)])
+
+
+def _mask(data: SegmentationData, index: int) -> np.ndarray:
+    """Return the mask (H, W) of an image as a view's geometry reads it."""
+    return data.mask(index) if isinstance(data, PairDataset | Unmasked) else data[index]["mask"].numpy()
