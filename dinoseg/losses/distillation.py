@@ -21,20 +21,22 @@ class SeenScores:
     """A teacher's class scores of a whole image, and where the pixels of a view of it lie in that.
 
     Args:
-        scores: (K, h, w), a grid of cells that together cover the image.
+        scores: (K, h, w), a grid of cells that cover the image.
+        valid: the share of the grid's height and width that the image covers, as of a `Prediction`.
         place: (2, 3) float32: a pixel (x, y, 1) of the view to its place in the image, from -1 at the left and upper
             border to 1 at the right and lower one.
     """
 
     scores: Tensor
+    valid: tuple[float, float]
     place: Tensor
 
     @classmethod
-    def of(cls, scores: Tensor, matrix: np.ndarray, size: tuple[int, int]) -> "SeenScores":
+    def of(cls, scores: Tensor, valid: tuple[float, float], matrix: np.ndarray, size: tuple[int, int]) -> "SeenScores":
         """Return them for a view that `matrix` (3, 3) brings the pixels (x, y, 1) of an image of `size` (H, W) to."""
         height, width = size
         to_share = np.array([[2 / width, 0, 1 / width - 1], [0, 2 / height, 1 / height - 1]])
-        return cls(scores, torch.from_numpy(to_share @ np.linalg.inv(matrix)).float())
+        return cls(scores, valid, torch.from_numpy(to_share @ np.linalg.inv(matrix)).float())
 
     def to(self, device: torch.device) -> "SeenScores":
         """Copy to `device`, as float32."""
@@ -42,7 +44,9 @@ class SeenScores:
 
     def at(self, rows: slice, columns: slice) -> Tensor:
         """Return the scores (K, r, c) of some pixels of the view, bilinear between cells; beyond them the border's."""
-        return F.grid_sample(self.scores[None], self._places(rows, columns)[None], "bilinear", "border", False)[0]
+        share = self.place.new_tensor(self.valid[::-1])
+        places = (self._places(rows, columns) + 1) * share - 1  # from border to border of the grid
+        return F.grid_sample(self.scores[None], places[None], "bilinear", "border", align_corners=False)[0]
 
     def inside(self, size: tuple[int, int]) -> Tensor:
         """Return which pixels (H, W) bool of a view of `size` lie in the image."""

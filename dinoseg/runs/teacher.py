@@ -19,7 +19,7 @@ from dinoseg.inference.trained_sizes import TrainedSizes, keep_scale
 from dinoseg.model import Segmenter
 from dinoseg.runs.resume import alone
 from dinoseg.runs.trained import restore
-from dinoseg.shapes import SegmentationData
+from dinoseg.shapes import Prediction, SegmentationData
 from dinoseg.storage.files import check_regular
 from dinoseg.training import checkpoint
 from dinoseg.training.engine import Engine
@@ -73,10 +73,11 @@ class Teacher:
         }
 
     @torch.no_grad()
-    def __call__(self, image: Tensor) -> Tensor:
-        """Return class scores (K, h, w) float32 of an image (3, H, W) uint8: logits, of each cell the highest is 0.
+    def __call__(self, image: Tensor) -> tuple[Tensor, tuple[float, float]]:
+        """Return class scores (K, h, w) float32 of an image (3, H, W) uint8, and the share of them that it covers.
 
-        The cells are those of the head's scores, or the patches, and together cover the image.
+        They are logits, of each cell the highest is 0. Where one pass sees the image whole they are those of the head,
+        as they are; else what is put together has as many cells as the head would have had.
 
         Raises:
             UserError: scores are no finite numbers, or memory does not suffice.
@@ -85,17 +86,15 @@ class Teacher:
         reduced = predictor.model.reduced_size((image.shape[-2], image.shape[-1]))
         height, width = (max(1, math.ceil(side * of - 1e-6)) for side, of in zip(reduced, cells, strict=True))
         bands = predictor.asked(
-            sent(image[None], predictor.device),
-            lambda bands: [band.logits()[0].float().clone() for band in bands],
-            size=(height, width),
+            sent(image[None], predictor.device), lambda bands: list(map(_grid_of, bands)), size=(height, width)
         )
-        scores = torch.cat(bands, dim=1)
+        valid, scores = bands[0][1], torch.cat([scores for scores, _ in bands], dim=1)
         if not scores.isfinite().all():
             raise UserError(
                 f"teacher={self._given} gives scores that are no finite numbers, which nobody can learn. Check it with "
                 "mode=eval, or compute with engine.precision=fp32."
             )
-        return (scores - scores.amax(0)).clamp(min=_LEAST)
+        return (scores - scores.amax(0)).clamp(min=_LEAST), valid
 
     def _read(self) -> tuple[Predictor, tuple[float, float]]:
         """Return the model as one that takes pictures, and its cells for each pixel, along both axes."""
@@ -149,6 +148,13 @@ class Teacher:
             raise UserError(str(error).replace("resume=", "teacher=")) from None
         except OSError as error:
             raise UserError(f"teacher={self._given}: {error.strerror}. Check that file.") from error
+
+
+def _grid_of(band: Prediction) -> tuple[Tensor, tuple[float, float]]:
+    """Return the scores of a band of one image as a grid (K, h, w), and the share of it that the band covers."""
+    if band.grid is not None:
+        return band.grid[0].float(), band.valid
+    return band.logits()[0].float().clone(), (1.0, 1.0)  # a band is overwritten by the next
 
 
 def scores_kept(cfg: DictConfig) -> Path:

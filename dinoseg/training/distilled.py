@@ -28,6 +28,7 @@ from dinoseg.training.feature_cache.key import goes_with, hash_of, image_hash
 from dinoseg.training.feature_cache.store import FeatureStore
 from dinoseg.training.image_feed import ImageFeed
 
+_LONGEST = 2**24  # pixels of a side
 Look = Callable[[], SeenScores]
 
 
@@ -36,12 +37,12 @@ class KeptScores:
     """A teacher's class scores of whole images: read where they are kept, else asked for and kept.
 
     Args:
-        ask: from an image (3, H, W) uint8 to scores (K, h, w) of cells that cover it; the highest of a cell is 0.
+        ask: from an image (3, H, W) uint8 to scores (K, h, w) and the share of that grid that it covers.
         store: where they are kept.
         classes: K.
     """
 
-    ask: Callable[[Tensor], Tensor]
+    ask: Callable[[Tensor], tuple[Tensor, tuple[float, float]]]
     store: FeatureStore
     classes: int
 
@@ -52,29 +53,33 @@ class KeptScores:
             UserError: the image cannot be read, or the teacher cannot say.
         """
         draw, data = drawn.draw(epoch, sample), drawn.data
-        scores, size = self._of_image(data, draw.image)
+        scores, (height, width, *valid) = self._of_image(data, draw.image)
+        size = round(height), round(width)
         mask = _mask(data, draw.image) if draw.shown else np.broadcast_to(np.uint8(0), size)
         assert isinstance(drawn.augment, Augment)
         matrix = drawn.augment.place(mask, draw.chance, *draw.shown)
-        return SeenScores.of(scores, matrix, (mask.shape[0], mask.shape[1]))
+        return SeenScores.of(scores, (valid[0], valid[1]), matrix, (mask.shape[0], mask.shape[1]))
 
-    def _of_image(self, data: SegmentationData, index: int) -> tuple[Tensor, Size]:
-        """Return scores (K, h, w) of an image as its file has it, and its (H, W)."""
+    def _of_image(self, data: SegmentationData, index: int) -> tuple[Tensor, list[float]]:
+        """Return scores (K, h, w) of an image as its file has it, and its height, width and shares of the grid."""
         files = data.source if isinstance(data, PairDataset) else data
         key = hash_of(image_hash(files, index))
         kept = self.store.get(key)
         if kept is None or not self._fits(kept):
             image = files[index]["image"]
-            size = torch.tensor(image.shape[-2:], dtype=torch.int32)
-            kept = self.store.put(key, [self.ask(image), size.view(torch.uint8)])
-        height, width = kept[1].view(torch.int32).tolist()
-        return kept[0], (height, width)
+            scores, valid = self.ask(image)
+            facts = torch.tensor([*image.shape[-2:], *valid], dtype=torch.float64)
+            kept = self.store.put(key, [scores, facts.view(torch.uint8)])
+        return kept[0], kept[1].view(torch.float64).tolist()
 
     def _fits(self, kept: Sequence[Tensor]) -> bool:
-        """Return whether tensors are scores of so many classes, and a size."""
-        if len(kept) != 2 or kept[0].dim() != 3 or (kept[1].dtype, kept[1].shape) != (torch.uint8, (8,)):
+        """Return whether tensors are scores of so many classes, a size and shares."""
+        if len(kept) != 2 or kept[0].dim() != 3 or (kept[1].dtype, kept[1].shape) != (torch.uint8, (32,)):
             return False
-        return len(kept[0]) == self.classes and bool((kept[1].view(torch.int32) > 0).all())
+        facts = kept[1].view(torch.float64)
+        sizes, shares = facts.split(2)
+        whole = bool((sizes >= 1).all() and (sizes <= _LONGEST).all() and (shares > 0).all() and (shares <= 1).all())
+        return whole and len(kept[0]) == self.classes
 
 
 @dataclass

@@ -1,0 +1,132 @@
+"""The divergence from a teacher's scores against all pixels at once in float64, sampled as it is written down."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from dinoseg.geometry import valid_share
+from dinoseg.losses import full_resolution
+from dinoseg.losses.distillation import SeenScores, divergence
+from dinoseg.shapes import Prediction, WeightedMasks
+
+K = 4
+
+
+def upsampled(grid, size, valid):
+    """Return (K, H, W) of a grid (K, h, w) of which the share `valid` lies on the image: pixel centres aligned."""
+    out = torch.zeros(len(grid), *size, dtype=torch.float64)
+    for y in range(size[0]):
+        for x in range(size[1]):
+            down, along = ((at + 0.5) * cells * share / length - 0.5 for at, cells, share, length in zip(
+                (y, x), grid.shape[1:], valid, size, strict=True))  # fmt: skip
+            out[:, y, x] = bilinear(grid, down, along)
+    return out
+
+
+def bilinear(grid, down, along):
+    """Return what lies between four cells, those of the border beyond it."""
+    total = torch.zeros(len(grid), dtype=torch.float64)
+    for row in (math.floor(down), math.floor(down) + 1):
+        for column in (math.floor(along), math.floor(along) + 1):
+            share = (1 - abs(down - row)) * (1 - abs(along - column))
+            place = min(max(row, 0), grid.shape[1] - 1), min(max(column, 0), grid.shape[2] - 1)
+            total = total + share * grid[:, place[0], place[1]]
+    return total
+
+
+def expected(scores, seen, matrices, image, size, temperature, covered=(1.0, 1.0)):
+    """Return the mean over pixels inside of T^2 KL, of scores (B, K, H, W) and the teacher's of whole images."""
+    total, count = scores.sum() * 0, 0
+    for own, teacher, matrix in zip(scores, seen, matrices, strict=True):
+        back = np.linalg.inv(matrix)
+        for y in range(size[0]):
+            for x in range(size[1]):
+                at_x, at_y, _ = back @ (x, y, 1.0)
+                if not (-0.5 <= at_x <= image[1] - 0.5 and -0.5 <= at_y <= image[0] - 0.5):
+                    continue
+                down, along = ((at + 0.5) * cells * share / length - 0.5 for at, cells, length, share in zip(
+                    (at_y, at_x), teacher.shape[1:], image, covered, strict=True))  # fmt: skip
+                log_p = (bilinear(teacher, down, along) / temperature).log_softmax(0)
+                log_q = (own[:, y, x] / temperature).log_softmax(0)
+                total, count = total + temperature**2 * (log_p.exp() * (log_p - log_q)).sum(), count + 1
+    return total / count if count else total
+
+
+def matrix(zoom=1.0, turn=0.0, shift=(0.0, 0.0), mirrored=None):
+    cosine, sine = zoom * math.cos(turn), zoom * math.sin(turn)
+    found = np.array([[cosine, -sine, shift[0]], [sine, cosine, shift[1]], [0, 0, 1]])
+    return found if mirrored is None else np.array([[-1.0, 0, mirrored - 1], [0, 1, 0], [0, 0, 1]]) @ found
+
+
+CASES = [  # the image, the teacher's grid, the view, the student's patch, where the view lies
+    ((12, 16), (3, 4), (12, 16), 4, [matrix(), matrix(mirrored=16)]),
+    ((12, 16), (3, 4), (9, 7), 4, [matrix(1.7, 0.3, (-3, 2.5)), matrix(0.6, -0.2, (1, 1), mirrored=7)]),
+    ((13, 5), (13, 5), (11, 6), 5, [matrix(1.3, shift=(0.4, -2)), matrix(0.5)]),
+    ((1, 1), (1, 1), (1, 1), 3, [matrix(), matrix(9.0)]),
+    ((6, 6), (2, 9), (5, 9), 1, [matrix(shift=(90, 0)), matrix(2.0, 0.1)]),  # one view shows nothing of its image
+    ((6, 6), (2, 2), (3, 3), 2, [matrix(shift=(0, 50))] * 2),  # none does
+]
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    monkeypatch.setattr(full_resolution, "ROWS", 4)
+    monkeypatch.setattr(full_resolution, "CACHED", 4 * K * 5)
+
+
+def refused(outputs, size, valid):
+    raise AssertionError("scores were asked for at full size")
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[2]}")
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_value_and_gradient_are_those_of_all_pixels_at_once(case, temperature):
+    image, cells, size, patch, matrices = case
+    draw = torch.Generator().manual_seed(hash(case[:4]) % 2**31)
+    shape = -(-size[0] // patch), -(-size[1] // patch)
+    grid = (3 * torch.randn(2, K, *shape, dtype=torch.float64, generator=draw)).requires_grad_()
+    teacher = 3 * torch.randn(2, K, *cells, dtype=torch.float64, generator=draw)
+    valid = valid_share(size, patch)
+    covered = (0.8, 0.95) if cells == (3, 4) else (1.0, 1.0)
+    made = [SeenScores.of(own, covered, where, image) for own, where in zip(teacher, matrices, strict=True)]
+    exact = [torch.linalg.inv(torch.from_numpy(where)) for where in matrices]
+    height, width = image
+    share = torch.tensor([[2 / width, 0, 1 / width - 1], [0, 2 / height, 1 / height - 1]], dtype=torch.float64)
+    seen = [SeenScores(one.scores, one.valid, share @ back) for one, back in zip(made, exact, strict=True)]
+    for one, own in zip(made, seen, strict=True):
+        assert torch.allclose(one.place.double(), own.place, atol=1e-5)
+    value = divergence(Prediction(grid, size, valid, refused, grid=grid), seen, size, temperature)
+    found = torch.autograd.grad(value, grid)[0]
+    whole = grid.detach().requires_grad_()
+    scores = torch.stack([upsampled(own, size, valid) for own in whole])
+    reference = expected(scores, teacher, matrices, image, size, temperature, covered)
+    assert value.item() == pytest.approx(reference.item(), rel=1e-9, abs=1e-12)
+    assert torch.allclose(found, torch.autograd.grad(reference, whole)[0], atol=1e-12)
+
+
+def test_of_a_mixture_of_masks_the_logarithm_is_held_against_the_teacher():
+    draw = torch.Generator().manual_seed(1)
+    masks = torch.randn(1, 3, 2, 2, dtype=torch.float64, generator=draw).requires_grad_()
+    shares = torch.rand(1, 3, K, dtype=torch.float64, generator=draw).requires_grad_()
+    teacher = torch.randn(1, K, 2, 2, dtype=torch.float64, generator=draw)
+    mixture = WeightedMasks(masks, shares)
+    prediction = Prediction(None, (6, 5), (1.0, 1.0), refused, mixture=True, masks=mixture)
+    value = divergence(prediction, [SeenScores.of(teacher[0].float(), (1.0, 1.0), matrix(), (6, 5))], (6, 5), 2.0)
+    found = torch.autograd.grad(value, [masks, shares])
+    scores = torch.einsum("qk,qhw->khw", shares[0], upsampled(masks[0], (6, 5), (1.0, 1.0)).sigmoid()).log()
+    reference = expected(scores[None], teacher, [matrix()], (6, 5), (6, 5), 2.0)
+    assert value.item() == pytest.approx(reference.item(), rel=1e-5)
+    for own, wanted in zip(found, torch.autograd.grad(reference, [masks, shares]), strict=True):
+        assert torch.allclose(own, wanted, atol=1e-6)
+
+
+def test_a_student_that_scores_as_its_teacher_has_nothing_to_learn():
+    grid = torch.randn(1, K, 3, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    prediction = Prediction(grid, (12, 20), (1.0, 1.0), refused, grid=grid)
+    own = SeenScores.of(
+        grid.detach()[0] - 7, (1.0, 1.0), matrix(), (12, 20)
+    )  # a number on all scores of a pixel says nothing
+    value = divergence(prediction, [own], (12, 20), 3.0)
+    assert abs(value.item()) < 1e-6 and torch.autograd.grad(value, grid)[0].abs().max() < 1e-7

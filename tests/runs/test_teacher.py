@@ -1,0 +1,134 @@
+"""A teacher's scores of a picture are what mode=predict is asked for, and no other run's; foreign ones are refused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from command_line import SMALL, call, write_data
+from omegaconf import OmegaConf
+
+import dinoseg
+from dinoseg.data.classes.labels import Labels
+from dinoseg.errors import UserError
+from dinoseg.geometry import upsample
+from dinoseg.runs.teacher import Teacher
+from dinoseg.training import checkpoint
+from dinoseg.training.engine import Engine
+
+LABELS = Labels.of(["dark", "bright"], [[0, 0, 0], [255, 255, 255]], 255)
+SHORT = ("mode=train", "trainer.steps=1", "mode.metrics_only=true", "mode.report=false", "mode.pictures=0")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Teachers of three kinds: cells of 8 px; masks; 2 px, seen at half the size in windows."""
+    where = tmp_path_factory.mktemp("teachers")
+    write_data(where / "data", size=(40, 56))
+    small = tuple(word for word in SMALL if word != "trainer.steps=2")
+    kinds = {
+        "linear": ("head=linear", "resolution.longest=50"),
+        "eomt": ("head=eomt", "head.num_queries=4", "head.blocks=1", "head.layers=[-1]", "loss=mask_classification"),
+        "detail": ("head=detail", "head.fine=4", "head.width=8", "head.layers=[-1]", "resolution.scale=0.5"),
+        "windows": (
+            "head=detail",
+            "head.fine=4",
+            "head.width=8",
+            "head.layers=[-1]",
+            "resolution.scale=0.5",
+            "inference=windows",
+            "inference.size=24",
+        ),
+    }
+    for name, words in kinds.items():
+        done = call(where, *SHORT, *small, *words, f"hydra.run.dir={name}")
+        assert done.status == 0, done.err
+    return where
+
+
+def teacher(compose, path, labels=LABELS, **changes):
+    cfg = OmegaConf.merge(
+        compose("trainer=distil", "data.classes=[dark,bright]", "data.root=none", "backbone=tiny"), {"teacher": path}
+    )
+    return Teacher(OmegaConf.merge(cfg, changes), Engine(device="cpu", precision="fp32", workers=0), labels)
+
+
+@pytest.mark.parametrize("size", [(40, 56), (33, 50), (9, 17)])
+@pytest.mark.parametrize(("kind", "within"), [("linear", 1e-5), ("detail", 1e-5), ("eomt", 0.02), ("windows", 0.08)])
+def test_scores_are_of_the_probabilities_that_the_model_predicts(folder, compose, kind, within, size):
+    image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, *size)).astype(np.uint8))
+    asked, drawn = teacher(compose, str(folder / kind)), torch.get_rng_state()
+    scores, valid = asked(image)
+    assert torch.equal(torch.get_rng_state(), drawn)  # a student draws as without
+    assert len(scores) == 2 and scores.amax(0).abs().max() == 0 and scores.min() < 0
+    model = dinoseg.load(folder / kind, device="cpu", precision="fp32")
+    wanted = torch.from_numpy(model.predict(image.permute(1, 2, 0).numpy()).probabilities)
+    found = upsample(scores[None], size, valid)[0].softmax(0)
+    assert (found - wanted).abs().max() < within
+    assert (found - wanted).abs().mean() < 0.5 * wanted.std(dim=(1, 2)).mean()
+
+
+def test_scores_depend_on_the_file_and_on_how_it_is_asked(folder, compose):
+    first = teacher(compose, str(folder / "linear"))
+    same = teacher(compose, str(folder / "linear/checkpoints/best.safetensors"))
+    assert first.parts == same.parts
+    others = {part: teacher(compose, str(folder / kind)).parts[part] for kind, part in (
+        ("detail", "teacher"), ("eomt", "code"), ("windows", "inference"))}  # fmt: skip
+    assert all(first.parts[part] != other for part, other in others.items())
+
+
+def test_a_file_that_changes_before_it_is_read_is_not_used(folder, compose, tmp_path):
+    path = tmp_path / "best.safetensors"
+    path.write_bytes((folder / "linear/checkpoints/best.safetensors").read_bytes())
+    asked = teacher(compose, str(path))
+    path.write_bytes((folder / "detail/checkpoints/best.safetensors").read_bytes())
+    with pytest.raises(UserError, match=r"teacher=.*best.safetensors was changed since this run began"):
+        asked(torch.zeros(3, 9, 9, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["dark", "light"], "does not know light; it knows bright, which the data does not have"),
+        (["dark", "bright", "grey"], "other classes than the data: it does not know grey. A student"),
+        (["dark"], "other classes than the data: it knows bright, which"),
+        (["bright", "dark"], "other classes than the data: their order is dark, bright"),
+    ],
+)
+def test_other_classes_are_refused(folder, compose, names, said):
+    labels = Labels.of(names, [[number] * 3 for number in range(len(names))], 255)
+    with pytest.raises(UserError, match=said):
+        teacher(compose, str(folder / "linear"), labels)
+
+
+def test_what_is_no_teacher_is_refused_by_its_name(folder, compose, tmp_path):
+    text, cut = tmp_path / "text.safetensors", tmp_path / "cut.safetensors"
+    text.write_text("no model")
+    cut.write_bytes((folder / "linear/checkpoints/best.safetensors").read_bytes()[:-9])
+    for path in (folder / "nowhere", text, cut, tmp_path):
+        with pytest.raises(UserError) as refused:
+            teacher(compose, str(path))
+        assert f"teacher={path}" in str(refused.value) and "resume=" not in str(refused.value)
+    for path in (None, 3, ["a"]):
+        with pytest.raises(UserError, match="names none. Give teacher=RUN"):
+            teacher(compose, path)
+
+
+def test_a_foreign_config_is_held_against_config_files(folder, compose, tmp_path):
+    info = checkpoint.describe(folder / "linear/checkpoints/best.safetensors")
+    saved = checkpoint.read(folder / "linear/checkpoints/best.safetensors")
+    hostile = json.loads(json.dumps({key: value for key, value in info.items() if key != "format"}))
+    hostile["config"]["head"]["_target_"] = "os.system"
+    checkpoint.write(tmp_path / "best.safetensors", saved.tensors, hostile)
+    with pytest.raises(UserError, match=r"teacher=.*config.*os.system.* is refused|teacher=.*os.system"):
+        teacher(compose, str(tmp_path / "best.safetensors"))
+
+
+def test_scores_that_are_no_numbers_are_refused(folder, compose, monkeypatch):
+    asked = teacher(compose, str(folder / "linear"))
+    predictor, cells = asked._read()
+    with torch.no_grad():
+        predictor.model.head.classify.weight[0] = float("nan")
+    asked._asked = predictor, cells
+    with pytest.raises(UserError, match="gives scores that are no finite numbers"):
+        asked(torch.zeros(3, 9, 9, dtype=torch.uint8))

@@ -1,0 +1,163 @@
+"""Scores of whole images follow each view, are kept as they are used, and go with their samples."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from dinoseg.data.class_uniform import ClassUniform
+from dinoseg.data.train_views import TrainViews
+from dinoseg.data.transforms import Affine, Augment
+from dinoseg.data.unlabelled import Unmasked
+from dinoseg.errors import UserError
+from dinoseg.images import write_png
+from dinoseg.losses.cross_entropy import CrossEntropy
+from dinoseg.losses.distillation import SeenScores, divergence
+from dinoseg.shapes import Batch, FeatureBatch, FrozenFeatures, Prediction
+from dinoseg.training.distilled import DistilFeed, DistilledLoss, KeptScores, Part, ScoredBatch
+from dinoseg.training.feature_cache.form import to_bytes
+from dinoseg.training.feature_cache.store import DiskStore, NoStore
+
+CPU = torch.device("cpu")
+
+
+class Ramps:
+    """Images in which the pixels say where they lie, and masks of two classes."""
+
+    classes, palette, ignore_index, names, skipped = ["a", "b"], [(0, 0, 0), (9, 9, 9)], 255, ["0", "1"], {}
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        across, down = np.meshgrid(np.arange(80 - 8 * index), np.arange(60))
+        image = np.stack([3 * across, 4 * down, np.full_like(down, index)]).astype(np.uint8)
+        mask = ((across // 9 + down // 7) % 5 == 0).astype(np.uint8)
+        return {"image": torch.from_numpy(image), "mask": torch.from_numpy(mask), "name": str(index)}
+
+
+def where(image):
+    """Return scores (2, h, w), cells of 2 px, that say where a cell lies: x and y."""
+    scores = image[:2].float().unflatten(1, (-1, 2)).mean(2).unflatten(2, (-1, 2)).mean(3)
+    return scores, (1.0, 1.0)
+
+
+def facts(values):
+    return torch.tensor(values, dtype=torch.float64).view(torch.uint8)
+
+
+def views(**changes):
+    augment = Augment((24, 20), scale=(0.8, 2), affine=Affine(degrees=15), flip=0.5)
+    return TrainViews(Ramps(), augment, 3, **changes)
+
+
+@pytest.mark.parametrize("uniform", [None, ClassUniform(1.0, {0: np.arange(2), 1: np.arange(2)}, ["x", "y"])])
+def test_scores_of_a_view_are_those_of_the_pixels_that_it_shows(uniform):
+    drawn, kept = views(uniform=uniform), KeptScores(where, NoStore(), 2)
+    for epoch, sample in ((0, 0), (0, 1), (5, 1)):
+        view, seen = drawn.read(epoch, sample), kept.look(drawn, epoch, sample).to(CPU)
+        scores = seen.at(slice(0, 24), slice(0, 20))
+        inside = (view["mask"] != 255) & (view["image"][:2] > 12).all(0) & (view["image"][:2] < 215).all(0)
+        assert inside.sum() > 40 and (scores[:, inside] - view["image"][:2, inside]).abs().max() < 1.5
+        assert ((view["mask"] != 255) != seen.inside((24, 20))).float().mean() < 0.03  # but for the border itself
+
+
+def test_scores_are_asked_for_once_and_used_as_they_are_kept(tmp_path):
+    asked = []
+
+    def ask(image):
+        asked.append(image)
+        return where(image)[0] / 3, (1.0, 0.75)
+
+    drawn, store = views(), DiskStore(tmp_path, "o", "float16")
+    first = KeptScores(ask, store, 2).look(drawn, 0, 1)
+    again = KeptScores(ask, DiskStore(tmp_path, "o", "float16"), 2).look(drawn, 0, 1)
+    assert len(asked) == 1 and first.scores.dtype == again.scores.dtype == torch.float16
+    assert torch.equal(first.scores, again.scores) and torch.equal(first.place, again.place)
+    assert first.valid == again.valid == (1.0, 0.75)
+    (path,) = (tmp_path / "o").glob("*.features")
+    for damaged in (
+        path.read_bytes()[:-3],
+        to_bytes(path.stem, [torch.zeros(3, 4, 4).half(), facts([60, 72, 1, 1])], "float16"),
+        to_bytes(path.stem, [torch.zeros(2, 4, 4).half(), facts([60, 0, 1, 1])], "float16"),
+        to_bytes(path.stem, [torch.zeros(2, 4, 4).half(), facts([60, 72, 1, 1.5])], "float16"),
+        to_bytes(path.stem, [torch.zeros(2, 4, 4).half(), facts([60, 72, 1])], "float16"),
+        to_bytes(path.stem, [torch.zeros(2, 4, 4).half()], "float16"),
+    ):
+        path.write_bytes(damaged)
+        count = len(asked)
+        anew = KeptScores(ask, DiskStore(tmp_path, "o", "float16"), 2).look(drawn, 0, 1)
+        assert len(asked) == count + 1 and torch.equal(anew.scores, first.scores)
+
+
+def test_images_without_masks_are_ignored_everywhere_and_known_by_their_files(tmp_path):
+    for name in "ab":
+        write_png(tmp_path / f"{name}.png", np.full((4, 5, 3), ord(name), np.uint8))
+    data = Unmasked(["a", "b"], [tmp_path / "a.png", tmp_path / "b.png"], Ramps())
+    assert len(data) == 2 and data[1]["name"] == "b" and (data[1]["image"] == ord("b")).all()
+    assert (data[0]["mask"] == 255).all() and data.mask(0).shape == (4, 5)
+    assert data.image_hash(0) != data.image_hash(1)
+
+
+def batch_of(count, first, features=False):
+    draw = torch.Generator().manual_seed(first)
+    images = torch.randint(0, 256, (count, 3, 6, 5), generator=draw).to(torch.uint8)
+    masks = torch.randint(0, 2, (count, 6, 5), generator=draw).to(torch.uint8)
+    names = [str(first + number) for number in range(count)]
+    looks = [
+        lambda number=number: SeenScores.of(torch.full((2, 1, 1), 1.0 * number), (1.0, 1.0), np.eye(3), (6, 5))
+        for number in range(first, first + count)
+    ]
+    if features:
+        frozen = FrozenFeatures([images.float(), images.flatten(2)], (6, 5), (12, 10))
+        ready = FeatureBatch(frozen, masks, names)
+        return Part(SimpleNamespace(names=names, to=lambda device: ready), looks)
+    return Part(Batch(images, masks, names), looks)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_each_sample_keeps_its_scores_in_whatever_parts_a_batch_goes_through(parts):
+    whole = ScoredBatch([batch_of(3, 0), batch_of(5, 10)])
+    assert whole.names == ["0", "1", "2"]
+    names = []
+    for part in whole.split(parts):
+        batch = part.to(CPU)
+        assert [int(seen.scores.max()) for seen in batch.seen] == [int(name) for name in batch.names]
+        assert batch.with_masks.names == batch.names[: batch.labelled] and batch.count == len(batch.names)
+        assert all((int(name) < 10) == (place < batch.labelled) for place, name in enumerate(batch.names))
+        assert (
+            len(batch.image) == len(batch.mask) == len(batch.with_masks.mask) + sum(int(n) >= 10 for n in batch.names)
+        )
+        names += batch.names
+    assert sorted(names, key=int) == ["0", "1", "2", "10", "11", "12", "13", "14"]
+
+
+def test_what_is_frozen_is_joined_as_images_are():
+    batch = ScoredBatch([batch_of(1, 0, features=True), batch_of(2, 10, features=True)]).to(CPU)
+    assert [len(part) for part in batch.image.tensors] == [3, 3] and batch.image.seen == (12, 10)
+    assert [len(part) for part in batch.with_masks.image.tensors] == [1, 1]
+
+
+def test_the_loss_is_that_of_masks_and_the_weighed_divergence_on_all_images():
+    batch = ScoredBatch([batch_of(2, 0), batch_of(1, 10)]).to(CPU)
+    grid = torch.randn(3, 2, 6, 5, generator=torch.Generator().manual_seed(0))
+    prediction = Prediction(grid, (6, 5), (1.0, 1.0), lambda *_: grid, grid=grid)
+    criterion = CrossEntropy(torch.ones(2))
+    value, parts = DistilledLoss(criterion, 0.5, 2.0)(prediction, batch)
+    own, weight = criterion(prediction.of_images(slice(0, 2)), batch.with_masks)
+    taught = divergence(prediction, batch.seen, (6, 5), 2.0)
+    assert value.item() == pytest.approx(own.item() + 0.5 * taught.item()) and parts["teacher"] == taught
+    assert parts["weight"] == weight["weight"] == 60
+    plain = Batch(batch.image, batch.mask, batch.names)  # of a validation
+    assert DistilledLoss(criterion)(prediction, plain)[0] == criterion(prediction, plain)[0]
+
+
+def test_views_that_do_not_say_where_they_lie_are_refused():
+    class Other(Augment):
+        def __call__(self, image, mask, rng, shown=None):
+            return image, mask
+
+    for augment in (Other((4, 4)), lambda image, mask, rng: (image, mask)):
+        with pytest.raises(UserError, match="does not say where a view lies in its image"):
+            DistilFeed(Ramps(), Ramps(), augment, 1, 0, 0, scores=KeptScores(where, NoStore(), 2))
