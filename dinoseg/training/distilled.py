@@ -1,7 +1,5 @@
 """Batches of views with what a teacher says of them, and the loss of both: its scores are kept of whole images."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,7 +20,6 @@ from dinoseg.errors import UserError
 from dinoseg.losses.distillation import SeenScores, divergence
 from dinoseg.ranges import NotNegative, Positive
 from dinoseg.shapes import Batch, FrozenFeatures, Prediction, SegmentationData, mapped
-from dinoseg.sizes import Size
 from dinoseg.training.feature_cache.cache import Views
 from dinoseg.training.feature_cache.key import goes_with, hash_of, image_hash
 from dinoseg.training.feature_cache.store import FeatureStore
@@ -89,7 +86,7 @@ class Part:
     batch: Batch | Views
     looks: list[Look]
 
-    def split(self, parts: int) -> list[Part]:
+    def split(self, parts: int) -> list["Part"]:
         """Return so many parts of the samples in their order, of equal sizes but for one sample."""
         rest = iter(self.looks)
         return [Part(batch, list(islice(rest, len(batch.names)))) for batch in self.batch.split(parts)]
@@ -106,11 +103,11 @@ class ScoredBatch:
         """The names of the samples with or without masks, whichever are fewer: of these each share of a batch has."""
         return min((part.batch.names for part in self.parts), key=len)
 
-    def split(self, parts: int) -> list[ScoredBatch]:
+    def split(self, parts: int) -> list["ScoredBatch"]:
         """Return so many batches of the samples of each kind in their order."""
         return [ScoredBatch(list(each)) for each in zip(*(part.split(parts) for part in self.parts), strict=True)]
 
-    def to(self, device: torch.device) -> DistilledBatch:
+    def to(self, device: torch.device) -> "DistilledBatch":
         """Return the samples in one batch on `device`, and the teacher's scores of each."""
         batches = [part.batch.to(device) for part in self.parts]
         seen = [look().to(device) for part in self.parts for look in part.looks]
