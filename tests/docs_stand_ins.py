@@ -263,6 +263,12 @@ def trained_segmenter(stand_ins, folder):
     return ran(folder, "mode=train", "hparam=demo", f"data.root={stand_ins['SARRARP']}", *SMALL, *SHORT)
 
 
+@stand_in("LARGE")
+def trained_on_leaves(stand_ins, folder):
+    data = f"data.root={stand_ins['FOLDER']}", "data.classes=[background,leaf]"
+    return ran(folder, "mode=train", "data=folder", *data, *SMALL, *SHORT)
+
+
 @stand_in("PREDICTED")
 def predicted_masks(stand_ins, folder):
     return ran(folder, "mode=predict", f"resume={stand_ins['RUN']}", f"input={stand_ins['FOLDER']}/val/images")

@@ -19,6 +19,7 @@ from dinoseg.config.guard import guard
 from dinoseg.config.resolvers import register_resolvers
 from dinoseg.errors import UserError
 from dinoseg.ranks import LAUNCH_KEYS
+from dinoseg.regimes.distil import KEYS as OF_TEACHER
 from dinoseg.runs.recipe import SAVED, config_description
 from dinoseg.training.mixed_feed import KEYS
 
@@ -47,7 +48,7 @@ AT_RUN_TIME = {
 FOR_OTHERS = {
     "mode": set(LAUNCH_KEYS),
     "head": {"layers", "lr"},
-    "trainer": {"feed", "epochs", "steps", "val_every", "heads", "lrs", *KEYS},
+    "trainer": {"feed", "epochs", "steps", "val_every", "heads", "lrs", *KEYS, *OF_TEACHER},
     "adapter": {"lr"},
 }
 
