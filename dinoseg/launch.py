@@ -101,6 +101,9 @@ def _enter_folder(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> t
         overrides: the words of the command line.
     """
     continued, new = None, out_dir
+    recipe = _recipe(cfg, overrides)
+    if recipe is not None:
+        cfg = recipe.cfg
     if cfg.resume is not None and "resume_from" in cfg.mode:
         typed_recipe = cfg.choices.hparam
         cfg, continued = _resumed(cfg, out_dir, overrides)
@@ -126,11 +129,34 @@ def _enter_folder(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> t
         drop_parts(run_folder)
         drop_empty(out_dir)
     write_config(cfg, run_folder, overrides)
+    if recipe is not None and continued is None:
+        recipe.write(run_folder / "config")
     for name, own in own_runs.items():
         folder = run_folder / "heads" / name
         enter_within(folder)
         write_config(own.cfg, folder, own.words)
     return cfg, run_folder
+
+
+def _recipe(cfg: DictConfig, overrides: Sequence[str]) -> Any:
+    """Return the recipe that is chosen for a command line (`dinoseg.choosing.recipe.Recipe`); None: it names one.
+
+    Raises:
+        UserError: a budget is given to a recipe that has its own lengths, or nothing can be chosen.
+    """
+    reads_budget = "budget" in cfg.mode.get("reads", ())
+    if cfg.choices.hparam != "auto":
+        if reads_budget and cfg.budget.minutes is not None:
+            raise UserError(
+                f"budget.minutes={cfg.budget.minutes} is read by hparam=auto alone, which fits a training into it. Give "
+                "that too, or trainer.steps."
+            )
+        return None
+    if not reads_budget or cfg.resume not in (None, "auto"):  # what goes on has its choices
+        return None
+    from dinoseg.choosing.recipe import chosen
+
+    return chosen(cfg, overrides, first=is_first_rank())
 
 
 def _with_heads(cfg: DictConfig, overrides: Sequence[str], run: Path | None) -> tuple[DictConfig, dict[str, Any]]:

@@ -1,0 +1,235 @@
+"""A recipe for data, memory and time: facts, then rules, then what is measured of the recipe that they give."""
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from dinoseg import build
+from dinoseg.choosing import rules
+from dinoseg.choosing.facts import Facts, facts_of
+from dinoseg.choosing.length import Length, length_within
+from dinoseg.choosing.rules import Case, Choice
+from dinoseg.choosing.timing import Seconds, time_recipe
+from dinoseg.config.nodes import instantiate
+from dinoseg.config.plain import plain
+from dinoseg.costs.fitting import Fitting
+from dinoseg.costs.target import KINDS, Target
+from dinoseg.costs.trial import check_alone
+from dinoseg.errors import UserError
+from dinoseg.inference.memory import OutOfMemory, free_bytes
+from dinoseg.processes.workers import in_own_process
+from dinoseg.ranges import Positive
+from dinoseg.training.engine import Engine
+from dinoseg.wording import count_of, listed
+
+Compose = Callable[[Sequence[Choice]], DictConfig]
+_STAND_FOR = {  # keys that decide others, too
+    "loss.weights": ("loss",),
+    "optim.optimizer.head_lr": ("optim.optimizer.lr", "head.lr"),
+    "optim.optimizer.backbone_lr": ("optim.optimizer.lr", "adapter.lr"),
+    "trainer.steps": ("trainer.epochs",),
+}
+_ROOM = 2**30  # bytes of the disk that kept features leave
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A way to train that was measured.
+
+    Attributes:
+        choices: by which it is this one.
+        cfg: with these.
+        timed: what it takes.
+        length: what of it fits into the time.
+    """
+
+    choices: tuple[Choice, ...]
+    cfg: DictConfig
+    timed: Seconds
+    length: Length
+
+
+class Chooser:
+    """Chooses for one data set and machine.
+
+    Args:
+        compose: gives the whole config with choices, under what was typed.
+        given: keys and groups that were typed, which are taken as they are.
+        minutes: for everything, from now on.
+
+    Attributes:
+        about: what was chosen for, in words; known once that is done.
+    """
+
+    def __init__(self, compose: Compose, given: frozenset[str], minutes: Positive) -> None:
+        self.compose, self.given = compose, given
+        self.about = ""
+        self._ends, self._minutes = time.monotonic() + 60 * minutes, minutes
+        self.cfg = compose(())
+        check_alone(self.cfg)
+        if self.cfg.trainer.feed != "images":
+            raise UserError(
+                f"hparam=auto chooses for images and their masks, not for trainer={self.cfg.choices.trainer}. Give a "
+                "recipe by its name: mode=help lists them."
+            )
+        self.engine: Engine = instantiate(self.cfg.engine, instead={"devices": 1})
+
+    def choose(self) -> list[Choice]:
+        """Return the choices, in the order in which they were made.
+
+        Raises:
+            UserError: the time is too short, or memory does not suffice for any way.
+        """
+        train, val = build.dataset(self.cfg, "train", reduced=True), build.dataset(self.cfg, "val")
+        facts = facts_of(train, val, self.cfg.cache_dir)
+        self.about = headline(facts, self._minutes, self.engine.device.type)
+        case = self._case(facts)
+        by_data = [*self._free(found for rule in rules.BY_DATA if (found := rule(case)))]
+        tried = self._way(by_data, case)
+        size = rules.batch(tried.length.images, facts, self.cfg.engine.devices)
+        chosen = [*by_data, *tried.choices, *self._free([self._rates(tried.cfg), self._views(tried), size])]
+        taken = self.compose(chosen).data.batch_size
+        return [*chosen, *self._free([self._steps(tried, taken)])]
+
+    def _case(self, facts: Facts) -> Case:
+        model = build.outline(self.cfg)
+        return Case(
+            facts,
+            self.engine.device.type,
+            model.patch_size / self.cfg.resolution.scale,
+            model.backbone.depth,
+            sum(parameter.numel() for parameter in model.backbone.parameters()),
+            self.cfg.resolution.longest,
+        )
+
+    def _way(self, by_data: Sequence[Choice], case: Case) -> Tried:
+        """Return the first way of training the backbone for which there is time; the last one in any case."""
+        ways = [Choice({}, "")] if "adapter" in self.given else rules.ways(case)  # no words: as it is
+        short: UserError | None = None
+        for way in ways:
+            try:
+                tried = self._tried([*by_data, *self._free([way])], case)
+            except OutOfMemory as error:
+                short = error
+                continue
+            if tried.length.images >= rules.LEAST_TUNED or way is ways[-1]:
+                self._check_time(tried, case.facts)
+                return replace(tried, choices=tried.choices[len(by_data) :])
+        assert short is not None
+        raise short
+
+    def _tried(self, choices: Sequence[Choice], case: Case) -> Tried:
+        trial = rules.batch(0, case.facts, self.cfg.engine.devices)  # of as few at once as may be chosen
+        cfg = self.compose([*choices, *self._free([trial])])
+        zoom = rules.zoom(trains=_is_tuned(cfg))
+        choices = [*choices, *self._free([zoom, *self._fitting(cfg)])]
+        cfg = self.compose([*self._free([trial]), *choices])
+        timed = in_own_process(time_recipe, plain(cfg))
+        if timed is None:
+            raise OutOfMemory("Memory did not suffice for a few steps. mode=plan says what fits.")
+        views = self._possible_views(cfg, timed, case.facts)
+        length = length_within(self._ends - time.monotonic(), timed, case.facts, views=views)
+        return Tried(tuple(choices), cfg, timed, length)
+
+    def _fitting(self, cfg: DictConfig) -> list[Choice]:
+        """Return what has to change so that a step fits the free memory, as mode=plan would say."""
+        kind, free = self.engine.device.type, free_bytes(self.engine.device)
+        if kind not in KINDS or math.isinf(free) or cfg.engine.sharding != "none":
+            return []
+        fitting = Fitting(cfg, Target(kind, round(free), bf16=self.engine.bf16, world=cfg.engine.devices))
+        if fitting.as_it_is.need <= free:
+            return []
+        found = fitting.found()
+        if found is None:
+            raise OutOfMemory(
+                f"A training step takes about {fitting.least.need / 2**30:.1f} GiB at least, and {free / 2**30:.1f} GiB "
+                "are free. Give a smaller resolution.crop or backbone."
+            )
+        return [Choice(change.words, f"to fit {free / 2**30:.1f} GiB: {change.reason}") for change in found.changes]
+
+    def _possible_views(self, cfg: DictConfig, timed: Seconds, facts: Facts) -> list[int | None]:
+        if "data.views" in self.given:
+            return [cfg.data.views]
+        free = shutil.disk_usage(_existing(Path(cfg.cache_dir).expanduser())).free - _ROOM
+        if timed.kept is None or cfg.data.class_mix or cfg.engine.cache == "off":
+            return [None]
+        held = [views for views in rules.VIEWS if timed.bytes * (views * facts.images + facts.val_images) < free]
+        return [None, *held]
+
+    def _check_time(self, tried: Tried, facts: Facts) -> None:
+        """Refuse a time in which hardly a step is left beside one validation."""
+        size = tried.cfg.data.batch_size if "data.batch_size" in self.given else rules.BATCHES[-1]
+        least = rules.LEAST_STEPS * size
+        if tried.length.images >= least:
+            return
+        spent = 60 * self._minutes - (self._ends - time.monotonic())
+        needed = (spent + 1.2 * (tried.length.spent + least * tried.timed.image)) / 60
+        raise UserError(
+            f"budget.minutes={self._minutes:g} is too short for one validation of "
+            f"{count_of(facts.val_images, 'image')} and {count_of(rules.LEAST_STEPS, 'step')}: here a validation takes "
+            f"{facts.val_images * tried.timed.val:.1f} s, a training image {tried.timed.image:.2g} s, and choosing took "
+            f"{spent:.0f} s. Give budget.minutes={math.ceil(10 * needed) / 10:g} or more, or name a recipe."
+        )
+
+    def _rates(self, cfg: DictConfig) -> Choice:
+        optimizer = cfg.optim.optimizer
+        if optimizer.lr is not None:
+            return Choice({}, "")
+        words: dict[str, float] = {"optim.optimizer.head_lr": optimizer.head_lr}
+        told = f"{optimizer.head_lr:g} is what head={cfg.choices.head} learns at by its file"
+        if _is_tuned(cfg):
+            words["optim.optimizer.backbone_lr"] = optimizer.backbone_lr
+            told += f", {optimizer.backbone_lr:g} adapter={cfg.choices.adapter}"
+        return Choice(words, told)
+
+    def _views(self, tried: Tried) -> Choice:
+        if tried.length.views is None:
+            return Choice({}, "")
+        return Choice(
+            {"data.views": tried.length.views},
+            f"features of {tried.length.views} views of each image are kept (engine.cache={tried.cfg.engine.cache}): "
+            f"{tried.timed.kept:.2g} s an image in place of {tried.timed.image:.2g} s",
+        )
+
+    def _steps(self, tried: Tried, size: int) -> Choice:
+        steps = max(1, tried.length.images // size)
+        return Choice(
+            {"trainer.steps": steps, "trainer.val_every": math.ceil(steps / tried.length.validations)},
+            f"{(self._ends - time.monotonic()) / 60:.1f} of {self._minutes:g} minutes are left, "
+            f"{tried.length.spent:.0f} s of them for the start, {count_of(tried.length.validations, 'validation')} and "
+            "the scoring",
+        )
+
+    def _free(self, choices: Iterable[Choice]) -> Iterator[Choice]:
+        """Yield choices without what was given, and none of which nothing is left."""
+        for choice in choices:
+            words = {key: value for key, value in choice.words.items() if not self._is_given(key)}
+            if words:
+                yield replace(choice, words=words)
+
+    def _is_given(self, key: str) -> bool:
+        """Return whether a key, or what stands for it, was typed."""
+        return not self.given.isdisjoint((key, *_STAND_FOR.get(key, ())))
+
+
+def headline(facts: Facts, minutes: float, device: str) -> str:
+    """Return what is chosen for, in a line."""
+    height, width = facts.size
+    absent = f"; without a pixel in train: {listed(facts.absent)}" if facts.absent else ""
+    return (
+        f"{count_of(facts.images, 'training image')} of {height} x {width} (median), "
+        f"{count_of(facts.classes, 'class', 'classes')}{absent}; {minutes:g} min on this {device}"
+    )
+
+
+def _is_tuned(cfg: DictConfig) -> bool:
+    return build.outline(cfg).backbone.first_trained is not None
+
+
+def _existing(path: Path) -> Path:
+    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())

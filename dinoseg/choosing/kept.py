@@ -1,0 +1,74 @@
+"""Choices as files: kept for the same command, and written as a recipe that can be edited."""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dinoseg.choosing.rules import Choice
+from dinoseg.storage import forms
+from dinoseg.storage.atomic import write_text
+from dinoseg.storage.units import finished
+from dinoseg.wording import typed
+
+NAME = "chosen"  # of the recipe
+GROUPS = ("adapter", "head", "loss")  # of which an option is chosen
+_KEY = r"[a-z][a-z_]*(\.[a-z][a-z_]*)*"
+
+
+def _value(value: Any, where: str) -> None:
+    """Form of what a key may be set to: a number, a row of them, or a name; nothing that points or is built."""
+    if isinstance(value, str) and re.fullmatch(r"[a-z]\w*", value):
+        return
+    (forms.listing(forms.number()) if isinstance(value, list) else forms.number())(value, where)
+
+
+_FORM = forms.record(
+    about=forms.text, choices=forms.listing(forms.record(words=forms.table(_value, _KEY), reason=forms.text))
+)
+
+
+def read_choices(path: Path) -> tuple[str, list[Choice]] | None:
+    """Return what was chosen, and for what; None where that file is not there or is damaged, which is told."""
+    found = finished(
+        path,
+        lambda path: forms.read_json(path, _FORM),
+        damaged="The kept choices in %s are damaged (%s): choosing anew.",
+    )
+    if found is None:
+        return None
+    return found["about"], [Choice(row["words"], row["reason"]) for row in found["choices"]]
+
+
+def write_choices(path: Path, about: str, choices: Iterable[Choice]) -> None:
+    """Keep what was chosen, and for what."""
+    rows = [{"words": dict(choice.words), "reason": choice.reason} for choice in choices]
+    write_text(path, json.dumps({"about": about, "choices": rows}))
+
+
+def told(choices: Iterable[Choice]) -> list[str]:
+    """Return a line for each choice: what is set, and why."""
+    rows = [(" ".join(f"{key}={typed(value)}" for key, value in each.words.items()), each.reason) for each in choices]
+    return [f"  {words}: {reason}." for words, reason in rows]
+
+
+def recipe_text(about: str, choices: Sequence[Choice]) -> str:
+    """Return choices as a recipe: a config file of the group hparam."""
+    lines = ["# @package _global_", f"# Chosen by hparam=auto: {about}."]
+    keys: dict[str, Any] = {}
+    groups = []
+    for choice in choices:
+        lines.append(f"# {' '.join(choice.words)}: {choice.reason}")
+        groups += [f"  - override /{key}: {value}" for key, value in choice.words.items() if key in GROUPS]
+        for key, value in choice.words.items():
+            if key not in GROUPS:
+                *path, last = key.split(".")
+                node = keys
+                for part in path:
+                    node = node.setdefault(part, {})
+                node[last] = value
+    lines += ["defaults:", *groups] if groups else []
+    # JSON is YAML, and a number such as 1e-05 is one in it to OmegaConf
+    lines += [f"{key}: {json.dumps(node)}" for key, node in keys.items()]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,138 @@
+"""`hparam=auto`: the choices for a command line, made once and kept, so that the same one chooses the same again."""
+
+import hashlib
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from dinoseg import __version__, build
+from dinoseg.choosing.choice import Chooser
+from dinoseg.choosing.kept import NAME, read_choices, recipe_text, told, write_choices
+from dinoseg.choosing.rules import Choice
+from dinoseg.choosing.timing import RANKS
+from dinoseg.config.checks import check_given
+from dinoseg.config.plain import plain
+from dinoseg.data.pairs.dataset import PairDataset
+from dinoseg.errors import UserError
+from dinoseg.processes.workers import count_cores
+from dinoseg.runs.composed import composed_with, typed_keys
+from dinoseg.runs.recipe import LENGTHS, config_description, recipe_of
+from dinoseg.storage.atomic import write_text
+from dinoseg.wording import printable
+
+AUTO = "auto"  # the recipe that is chosen
+_OF_A_RUN = ("seed", "resume", "budget", "hydra", "mode", "hparam")  # words that no choice depends on
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What was chosen for a command line.
+
+    Attributes:
+        cfg: its whole config.
+        text: of the recipe's file.
+        words: of a command line that trains by that file.
+    """
+
+    cfg: DictConfig
+    text: str
+    words: Sequence[str]
+
+    def write(self, folder: Path) -> None:
+        """Write the recipe so that `--config-dir FOLDER hparam=chosen` finds it, and tell how to use it."""
+        path = folder / "hparam" / f"{NAME}.yaml"
+        if not path.exists():
+            write_text(path, self.text)
+        command = shlex.join(["python", "-m", "dinoseg", *self.words, f"hparam={NAME}", "--config-dir", str(folder)])
+        print(printable(f"\nrecipe:       {path}\n              {command}\n"))
+
+
+def chosen(cfg: DictConfig, words: Sequence[str], *, first: bool) -> Recipe:
+    """Return the recipe for a command line: as it was chosen before, or chosen now, by the first of several ranks.
+
+    Args:
+        cfg: what the command line composed, without choices.
+        words: of the command line.
+        first: whether this rank chooses; another waits.
+
+    Raises:
+        UserError: the time is too short, nothing fits, or the first rank does not choose.
+    """
+    minutes = cfg.budget.minutes
+    check_given("dinoseg.choosing.choice.Chooser", {"minutes": minutes}, {"minutes": "budget.minutes"})
+    given = typed_keys(words)
+    path = _path(cfg, given)
+    kept = read_choices(path)
+    if kept is None and not first:
+        kept = _awaited(path, cfg.engine.rank_timeout)
+    if kept is not None:
+        about, choices = kept
+        source = f"as they were chosen before, since {path} holds them (remove it to choose anew)"
+    else:
+        with _alone():
+            chooser = Chooser(lambda some: _composed(words, "trying", some), given, minutes)
+            choices = chooser.choose()
+        about, source = chooser.about, "chosen now"
+        write_choices(path, about, choices)
+    if first:
+        print(printable(f"hparam=auto: {about}; {source}:\n\n" + "\n".join(told(choices))))
+        taken = sorted(given - {"data", "data.root", "backbone"} - {key for key in given if _root(key) in _OF_A_RUN})
+        if taken:
+            print(f"  as given, and not chosen: {', '.join(taken)}")
+    typed = [word for word in words if _root(word.lstrip("+~").partition("=")[0]) not in ("budget", "hparam", "resume")]
+    return Recipe(_composed(words, about, choices), recipe_text(about, choices), typed)
+
+
+def _composed(words: Sequence[str], about: str, choices: Sequence[Choice]) -> DictConfig:
+    return composed_with(words, NAME, recipe_text(about, choices), known_as=AUTO)
+
+
+def _path(cfg: DictConfig, given: frozenset[str]) -> Path:
+    """Return the file of choices: named by all that these depend on but for how fast the machine is just now."""
+    data = [build.dataset(cfg, split, reduced=split == "train") for split in ("train", "val")]
+    depends = {
+        "version": __version__,
+        "recipe": {key: value for key, value in recipe_of(config_description(cfg)).items() if key != "seed"},
+        "given": sorted(key for key in given if _root(key) not in _OF_A_RUN and key.rpartition(".")[2] not in LENGTHS),
+        "minutes": float(cfg.budget.minutes),
+        "data": [each.fingerprint() if isinstance(each, PairDataset) else list(each.names) for each in data],
+        "engine": {key: plain(cfg.engine)[key] for key in ("device", "precision", "cache", "devices", "sharding")},
+        "machine": [platform.node(), count_cores()],
+    }
+    key = hashlib.sha256(json.dumps(depends, sort_keys=True, default=str).encode()).hexdigest()
+    return Path(cfg.cache_dir).expanduser() / f"choices_{key[:16]}.json"
+
+
+def _awaited(path: Path, seconds: float) -> tuple[str, list[Choice]]:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if path.exists() and (kept := read_choices(path)) is not None:
+            return kept
+        time.sleep(0.2)
+    raise UserError(
+        f"hparam=auto: the first rank has not written {path} within {seconds:g} s. See what it says; cache_dir has to "
+        "be a folder that all ranks see."
+    )
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Let this process be no rank for a while: one alone measures."""
+    before = {name: os.environ.pop(name) for name in RANKS if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ |= before
+
+
+def _root(key: str) -> str:
+    return key.partition(".")[0]

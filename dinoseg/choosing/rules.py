@@ -1,0 +1,189 @@
+"""The rules by which `hparam=auto` chooses: a function each, in the order in which they are asked, with its reason.
+
+A rule sees a `Case` and says which keys it sets and why, or None where it has nothing to say. What a rule rests on is
+named beside it: docs/results.md and docs/experiments.md unless it says otherwise. Where nothing was measured it says so.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dinoseg.choosing.facts import ClassFacts, Facts
+from dinoseg.wording import count_of
+
+PATCHES = {"cpu": 1200}  # of an image, by device: what a CPU trains on at several images a second with a small backbone
+PATCHES_ELSE = 4096  # attention is quadratic in them
+THIN = 0.5  # of a patch: CamVid's poles, 2 to 5 px of 16, were found by no head on patches alone
+RARE = 0.01  # of the pixels
+SMALL_BACKBONE = 40_000_000  # parameters that are all trained at 1e-4; larger ones by LoRA
+FEW_IMAGES = 20  # by which a whole backbone would be fitted to them; not measured
+LEAST_TUNED = 1000  # images that are trained on, below which a tuned backbone has not caught up with a frozen one
+VIEWS = (4, 2, 1)  # of each image, whose features are kept
+LEAST_USES = 1.5  # of each kept view
+LEAST_GAIN = 1.2  # times as many images, below which views that never come twice are better
+BATCHES = (8, 4, 2)
+MOST_STEPS_LOST = 600  # steps below which a smaller batch is taken: 1,000 images in 500 steps beat them in 125
+MOST_VALIDATIONS = 5
+VALIDATING = 0.1  # share of the time, at most, beside the scoring at the end
+LEAST_STEPS = 10  # below which nothing is learnt: the budget is refused
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is set, and why.
+
+    Attributes:
+        words: keys of the config, and groups, with their values.
+        reason: a sentence without its full stop.
+    """
+
+    words: Mapping[str, Any]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is chosen for.
+
+    Attributes:
+        facts: of the data.
+        device: cpu, cuda or mps.
+        patch: px of the image that a patch sees on a side.
+        depth: blocks of the backbone.
+        parameters: of it.
+        longest: to which images are reduced, where that is given.
+    """
+
+    facts: Facts
+    device: str
+    patch: float
+    depth: int
+    parameters: int
+    longest: int | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """The median (H, W) as a model sees it, reduced to the patches that this device bears."""
+        height, width = self.facts.size
+        most = PATCHES.get(self.device, PATCHES_ELSE) * self.patch**2
+        factor = min(1.0, (most / (height * width)) ** 0.5)
+        if self.longest is not None:
+            factor = min(1.0, self.longest / max(height, width))
+        return round(factor * height), round(factor * width)
+
+    @property
+    def reduced(self) -> float:
+        """What lengths in the images are multiplied by."""
+        return max(self.size) / max(self.facts.size)
+
+    @property
+    def thin(self) -> list[ClassFacts]:
+        """Classes whose parts are thinner than the grid of patches resolves."""
+        return self.facts.thinner(THIN * self.patch / self.reduced)
+
+
+Rule = Callable[[Case], Choice | None]
+
+
+def longest(case: Case) -> Choice | None:
+    """Reduce images that have more patches than the device bears."""
+    if case.longest is not None or case.reduced == 1:
+        return None
+    height, width = case.facts.size
+    lost = f"; {_named(case.thin)} become thinner still: give a larger one where they matter" if case.thin else ""
+    return Choice(
+        {"resolution.longest": max(case.size)},
+        f"images of {height} x {width} (median) are {height * width / case.patch**2:.0f} patches, more than the "
+        f"{PATCHES.get(case.device, PATCHES_ELSE)} that a {case.device} is given{lost}",
+    )
+
+
+def crop(case: Case) -> Choice | None:
+    """Take whole images as crops, down to whole patches: what is validated is then what was trained."""
+    patch = max(1, round(case.patch))
+    sides = [max(patch, side // patch * patch) for side in case.size]
+    return Choice(
+        {"resolution.crop": sides}, f"whole images (median {case.size[0]} x {case.size[1]}), in patches of {patch}"
+    )
+
+
+def head(case: Case) -> Choice | None:
+    """Let a head see pixels where classes are thinner than patches.
+
+    CamVid, frozen ViT-Tiny: detail 0.646, multiscale 0.563 of mIoU, linear 0.533.
+    """
+    if case.depth < 4:
+        return Choice({"head": "linear"}, f"the backbone has {count_of(case.depth, 'block')}, too few to read several")
+    if case.thin:
+        return Choice(
+            {"head": "detail"},
+            f"{_named(case.thin)} {'is' if len(case.thin) == 1 else 'are'} thinner than half a patch "
+            f"({_widths(case)} of {case.patch / case.reduced:.0f} px): the head sees pixels, too",
+        )
+    return Choice({"head": "multiscale"}, "four blocks tell more than one, and no class is thinner than half a patch")
+
+
+def loss(case: Case) -> Choice | None:
+    """Count the overlap of each class beside its pixels.
+
+    CamVid, frozen, multiscale: 0.563 with it, 0.545 without. Weights of `median` lost 5 points of mIoU under detail.
+    """
+    rare = case.facts.rarer(RARE)
+    told = f"{_named(rare)} {'has' if len(rare) == 1 else 'have'} below {RARE:.0%} of the pixels; " if rare else ""
+    return Choice(
+        {"loss": "ce_dice", "loss.weights": "none"},
+        f"{told}overlap counts each class alike, whatever its pixels; weights by rarity cost the other classes more",
+    )
+
+
+BY_DATA: Sequence[Rule] = (longest, crop, head, loss)
+
+
+def ways(case: Case) -> list[Choice]:
+    """Return how the backbone may be trained, the best first; each is taken if time suffices, the last in any case.
+
+    CamVid, multiscale: all weights 0.664, LoRA 0.619, frozen 0.563 after about 3,000 images each.
+    """
+    frozen = Choice(
+        {"adapter": "frozen"}, "the backbone stays as it is: its features can be kept, and a step takes less"
+    )
+    if case.facts.images < FEW_IMAGES:
+        return [frozen]
+    millions = f"{case.parameters / 1e6:.3g} million parameters"
+    if case.parameters <= SMALL_BACKBONE:
+        tuned = Choice({"adapter": "full"}, f"{millions}: all of them are tuned")
+    else:
+        tuned = Choice({"adapter": "lora_all"}, f"{millions}: low-rank updates of all layers take less memory")
+    return [Choice(tuned.words, f"{tuned.reason}, which wins where {LEAST_TUNED} images and more can be trained on"), frozen]
+
+
+def zoom(*, trains: bool) -> Choice:
+    """Enlarge views at random where the backbone learns from them.
+
+    CamVid, frozen: 0.498 after 1,000 steps with factors of 0.75 to 1.5, 0.533 after 500 without.
+    """
+    if trains:
+        return Choice({"data.augment.scale": [1.0, 1.5]}, "a backbone that is tuned learns from views enlarged at random")
+    return Choice({"data.augment.scale": [1.0, 1.0]}, "a head alone fits images of one scale best")
+
+
+def batch(images: int, facts: Facts, devices: int) -> Choice:
+    """Take fewer images at once where steps would be few: a head begins from nothing, and steps count more.
+
+    CamVid, detail: in batches of 2 ahead of 4 after as many images. On several devices each has its share.
+    """
+    sizes = [size for size in BATCHES if images // size >= MOST_STEPS_LOST] or [BATCHES[-1]]
+    size = max(devices, min(sizes[0], facts.images) // devices * devices)
+    return Choice(
+        {"data.batch_size": size}, f"{images} images can be trained on, which are {count_of(images // size, 'step')}"
+    )
+
+
+def _named(classes: Sequence[ClassFacts]) -> str:
+    names = [each.name for each in classes[:3]]
+    more = len(classes) - len(names)
+    return ", ".join(names) + (f" and {more} more" if more else "")
+
+
+def _widths(case: Case) -> str:
+    return ", ".join(f"{each.width:.0f}" for each in case.thin[:3])

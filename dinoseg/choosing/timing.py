@@ -1,0 +1,122 @@
+"""What a recipe takes on this machine: some of its own steps and predictions, in a process of its own."""
+
+import os
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice, repeat
+from typing import Any
+
+import numpy as np
+import torch
+
+from dinoseg import build
+from dinoseg.config.nodes import instantiate
+from dinoseg.costs.trial import settled, try_steps
+from dinoseg.errors import UserError
+from dinoseg.inference.predictor import Predictor
+from dinoseg.model import Segmenter
+from dinoseg.regimes.choice import regime_of
+from dinoseg.shapes import Batch, FeatureBatch
+from dinoseg.training.engine import Engine
+from dinoseg.training.feature_cache.form import size_of
+
+_STEPS, _WARMUP, _PREDICTED = 3, 1, 3
+RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # of the environment: what makes a process one of several
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """What was measured of a recipe, in seconds.
+
+    Attributes:
+        start: until its first batch could be asked for.
+        image: of a training step, for each image, from files; data that is waited for counts.
+        kept: the same from features that are kept; None: its model cannot be cut.
+        frozen: what is frozen of a model, for an image, which is computed once where it is kept.
+        bytes: that it takes to keep, of one view.
+        val: to predict an image, read from its file.
+    """
+
+    start: float
+    image: float
+    kept: float | None
+    frozen: float
+    bytes: int
+    val: float
+
+
+@dataclass(frozen=True)
+class _Again:
+    """A batch of features that is drawn again and again, as one of kept ones: complete once it is on the device."""
+
+    batch: FeatureBatch
+
+    @property
+    def names(self) -> list[str]:
+        """Return the samples' names."""
+        return self.batch.names
+
+    def to(self, device: torch.device) -> FeatureBatch:
+        """Return it."""
+        return self.batch
+
+
+def time_recipe(values: Mapping[str, Any]) -> Seconds:
+    """Time a plain config on its own data, with random weights; call it in a process of its own.
+
+    Raises:
+        UserError: its parts do not go together.
+        OutOfMemory: there is too little.
+    """
+    for name in RANKS:  # the process of a rank is none
+        os.environ.pop(name, None)
+    began = time.perf_counter()
+    cfg, engine = settled(values, instead={"devices": 1})
+    regime = regime_of(cfg)(cfg, engine)
+    make = partial(build.model, cfg, untrained=True)
+    model = engine.place(make())
+    start = time.perf_counter() - began
+    batches = regime.feed.train_batches(start=0)
+    first = next(batches)
+    cut = _cut(model, first, engine)
+    live = try_steps(cfg, make, engine, batches, steps=_STEPS, warmup=_WARMUP)
+    images = cfg.data.batch_size * cfg.trainer.accumulate
+    kept, frozen, size = None, 0.0, 0
+    if cut is not None:
+        features, frozen = cut
+        size = size_of([part[0] for part in features.tensors], cfg.features.dtype)
+        again = _Again(FeatureBatch(features, first.mask.to(engine.device), first.names))
+        trial = try_steps(cfg, lambda: model, engine, repeat(again), steps=_STEPS, warmup=_WARMUP)
+        kept = statistics.median(trial.seconds) / images
+    val = _seconds_of_val(cfg, model, engine)
+    return Seconds(start, statistics.median(live.seconds) / images, kept, frozen / len(first.names), size, val)
+
+
+def _cut(model: Segmenter, batch: Batch, engine: Engine) -> tuple[Any, float] | None:
+    """Return what is frozen of a batch, and the seconds that it took; None: the model cannot be cut."""
+    images = batch.to(engine.device).image
+    try:
+        for _ in range(2):
+            began = time.perf_counter()
+            with engine.autocast():
+                features = model.train().frozen(images)
+            if engine.device.type == "cuda":
+                torch.cuda.synchronize(engine.device)
+            seconds = time.perf_counter() - began
+    except UserError:
+        return None
+    return features, seconds
+
+
+def _seconds_of_val(cfg: Any, model: Segmenter, engine: Engine) -> float:
+    data = build.dataset(cfg, "val")
+    predictor = Predictor(model.eval(), engine.device, engine.autocast, instantiate(cfg.inference))
+    seconds = []
+    for place in islice(range(len(data)), _PREDICTED + 1):
+        began = time.perf_counter()
+        predictor.ids([np.ascontiguousarray(data[place]["image"].permute(1, 2, 0).numpy())])
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[1:] or seconds)

@@ -1,0 +1,42 @@
+"""A command line composed once more, with a recipe that is chosen after the data was looked at."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from hydra import compose
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+
+from dinoseg.config.job import job_config
+
+_SEARCHED = "hydra.searchpath"
+
+
+def typed_keys(words: Sequence[str]) -> frozenset[str]:
+    """Return the keys and groups that the words of a command line set."""
+    return frozenset(each.key_or_group for each in OverridesParser.create().parse_overrides(list(words)))
+
+
+def composed_with(words: Sequence[str], name: str, text: str, *, known_as: str) -> DictConfig:
+    """Return the config of a command line with a recipe of this text in place of its own.
+
+    Precedence is as ever: what is typed wins over it, and so does `local`.
+
+    Args:
+        words: the command line.
+        name: of the recipe.
+        text: of its file.
+        known_as: the recipe's name in `choices`, by which its runs are known.
+    """
+    overrides = OverridesParser.create().parse_overrides(list(words))
+    kept = [str(each.input_line) for each in overrides if each.key_or_group not in ("hparam", _SEARCHED)]
+    folders = [folder for each in overrides if each.key_or_group == _SEARCHED for folder in each.value()]  # type: ignore[union-attr]
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "hparam" / f"{name}.yaml"
+        path.parent.mkdir()
+        path.write_text(text, encoding="utf-8")
+        searched = ",".join([*map(str, folders), f"'file://{folder}'"])
+        composed = compose("main", [*kept, f"{_SEARCHED}=[{searched}]", f"hparam={name}"], return_hydra_config=True)
+        cfg = job_config(composed, composed.hydra.runtime.choices)
+    return OmegaConf.merge(cfg, {"choices": {"hparam": known_as}})  # type: ignore[return-value]
