@@ -148,8 +148,8 @@ def _recipe(cfg: DictConfig, overrides: Sequence[str]) -> Any:
     if cfg.choices.hparam != "auto":
         if reads_budget and cfg.budget.minutes is not None:
             raise UserError(
-                f"budget.minutes={cfg.budget.minutes} is read by hparam=auto alone, which fits a training into it. Give "
-                "that too, or trainer.steps."
+                f"budget.minutes={cfg.budget.minutes} is read by hparam=auto alone, which fits a training into it. "
+                "Give that too, or trainer.steps."
             )
         return None
     if not reads_budget or cfg.resume not in (None, "auto"):  # what goes on has its choices

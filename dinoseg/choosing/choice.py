@@ -2,10 +2,10 @@
 
 import math
 import shutil
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from time import monotonic
 
 from omegaconf import DictConfig
 
@@ -33,6 +33,7 @@ _STAND_FOR = {  # keys that decide others, too
     "optim.optimizer.head_lr": ("optim.optimizer.lr", "head.lr"),
     "optim.optimizer.backbone_lr": ("optim.optimizer.lr", "adapter.lr"),
     "trainer.steps": ("trainer.epochs",),
+    "trainer.val_every": ("trainer.steps", "trainer.epochs"),
 }
 _ROOM = 2**30  # bytes of the disk that kept features leave
 
@@ -69,7 +70,7 @@ class Chooser:
     def __init__(self, compose: Compose, given: frozenset[str], minutes: Positive) -> None:
         self.compose, self.given = compose, given
         self.about = ""
-        self._ends, self._minutes = time.monotonic() + 60 * minutes, minutes
+        self._ends, self._minutes = monotonic() + 60 * minutes, minutes
         self.cfg = compose(())
         check_alone(self.cfg)
         if self.cfg.trainer.feed != "images":
@@ -92,9 +93,9 @@ class Chooser:
         by_data = [*self._free(found for rule in rules.BY_DATA if (found := rule(case)))]
         tried = self._way(by_data, case)
         size = rules.batch(tried.length.images, facts, self.cfg.engine.devices)
-        chosen = [*by_data, *tried.choices, *self._free([self._rates(tried.cfg), self._views(tried), size])]
-        taken = self.compose(chosen).data.batch_size
-        return [*chosen, *self._free([self._steps(tried, taken)])]
+        taken = self.cfg.data.batch_size if self._is_given("data.batch_size") else size.words["data.batch_size"]
+        by_time = [self._rates(tried.cfg), self._views(tried), size, self._steps(tried, taken)]
+        return [*by_data, *tried.choices, *self._free(by_time)]
 
     def _case(self, facts: Facts) -> Case:
         model = build.outline(self.cfg)
@@ -133,7 +134,7 @@ class Chooser:
         if timed is None:
             raise OutOfMemory("Memory did not suffice for a few steps. mode=plan says what fits.")
         views = self._possible_views(cfg, timed, case.facts)
-        length = length_within(self._ends - time.monotonic(), timed, case.facts, views=views)
+        length = length_within(self._ends - monotonic(), timed, case.facts, views=views)
         return Tried(tuple(choices), cfg, timed, length)
 
     def _fitting(self, cfg: DictConfig) -> list[Choice]:
@@ -147,8 +148,8 @@ class Chooser:
         found = fitting.found()
         if found is None:
             raise OutOfMemory(
-                f"A training step takes about {fitting.least.need / 2**30:.1f} GiB at least, and {free / 2**30:.1f} GiB "
-                "are free. Give a smaller resolution.crop or backbone."
+                f"A training step takes about {fitting.least.need / 2**30:.1f} GiB at least, and "
+                f"{free / 2**30:.1f} GiB are free. Give a smaller resolution.crop or backbone."
             )
         return [Choice(change.words, f"to fit {free / 2**30:.1f} GiB: {change.reason}") for change in found.changes]
 
@@ -167,13 +168,14 @@ class Chooser:
         least = rules.LEAST_STEPS * size
         if tried.length.images >= least:
             return
-        spent = 60 * self._minutes - (self._ends - time.monotonic())
+        spent = 60 * self._minutes - (self._ends - monotonic())
         needed = (spent + 1.2 * (tried.length.spent + least * tried.timed.image)) / 60
         raise UserError(
             f"budget.minutes={self._minutes:g} is too short for one validation of "
-            f"{count_of(facts.val_images, 'image')} and {count_of(rules.LEAST_STEPS, 'step')}: here a validation takes "
-            f"{facts.val_images * tried.timed.val:.1f} s, a training image {tried.timed.image:.2g} s, and choosing took "
-            f"{spent:.0f} s. Give budget.minutes={math.ceil(10 * needed) / 10:g} or more, or name a recipe."
+            f"{count_of(facts.val_images, 'image')} and {count_of(rules.LEAST_STEPS, 'step')}: a validation takes "
+            f"{facts.val_images * tried.timed.val:.1f} s here, a training image {tried.timed.image:.2g} s, and "
+            f"choosing took {spent:.0f} s. Give budget.minutes={math.ceil(10 * needed) / 10:g} or more, or name a "
+            "recipe."
         )
 
     def _rates(self, cfg: DictConfig) -> Choice:
@@ -200,7 +202,7 @@ class Chooser:
         steps = max(1, tried.length.images // size)
         return Choice(
             {"trainer.steps": steps, "trainer.val_every": math.ceil(steps / tried.length.validations)},
-            f"{(self._ends - time.monotonic()) / 60:.1f} of {self._minutes:g} minutes are left, "
+            f"{(self._ends - monotonic()) / 60:.1f} of {self._minutes:g} minutes are left, "
             f"{tried.length.spent:.0f} s of them for the start, {count_of(tried.length.validations, 'validation')} and "
             "the scoring",
         )

@@ -93,7 +93,7 @@ def parts_of(mask: np.ndarray, num_classes: int) -> Iterator[tuple[int, float, i
         if not inside.any():
             continue
         count, labels, stats, _ = cv2.connectedComponentsWithStats(inside, connectivity=8)
-        distance = np.minimum(cv2.distanceTransform(inside, cv2.DIST_L2, 5), max(mask.shape))
+        distance = np.minimum(cv2.distanceTransform(inside, cv2.DIST_L2, cv2.DIST_MASK_PRECISE), max(mask.shape))
         deepest = np.zeros(count)
         np.maximum.at(deepest, labels.ravel(), distance.ravel())
         widths = np.minimum(2 * deepest - _BORDER, min(mask.shape))

@@ -5,7 +5,6 @@ import json
 import os
 import platform
 import shlex
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,7 @@
 """The rules by which `hparam=auto` chooses: a function each, in the order in which they are asked, with its reason.
 
-A rule sees a `Case` and says which keys it sets and why, or None where it has nothing to say. What a rule rests on is
-named beside it: docs/results.md and docs/experiments.md unless it says otherwise. Where nothing was measured it says so.
+A rule sees a `Case` and says which keys it sets and why, or None where it has nothing to say. What it rests on stands
+beside it, measured in docs/results.md and docs/experiments.md; where nothing was measured it says so.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -154,7 +154,10 @@ def ways(case: Case) -> list[Choice]:
         tuned = Choice({"adapter": "full"}, f"{millions}: all of them are tuned")
     else:
         tuned = Choice({"adapter": "lora_all"}, f"{millions}: low-rank updates of all layers take less memory")
-    return [Choice(tuned.words, f"{tuned.reason}, which wins where {LEAST_TUNED} images and more can be trained on"), frozen]
+    return [
+        Choice(tuned.words, f"{tuned.reason}, which wins where {LEAST_TUNED} images and more can be trained on"),
+        frozen,
+    ]
 
 
 def zoom(*, trains: bool) -> Choice:
@@ -163,7 +166,9 @@ def zoom(*, trains: bool) -> Choice:
     CamVid, frozen: 0.498 after 1,000 steps with factors of 0.75 to 1.5, 0.533 after 500 without.
     """
     if trains:
-        return Choice({"data.augment.scale": [1.0, 1.5]}, "a backbone that is tuned learns from views enlarged at random")
+        return Choice(
+            {"data.augment.scale": [1.0, 1.5]}, "a backbone that is tuned learns from views enlarged at random"
+        )
     return Choice({"data.augment.scale": [1.0, 1.0]}, "a head alone fits images of one scale best")
 
 

@@ -1,5 +1,6 @@
 """mode=train: build everything, fit, and score the best checkpoint."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,9 @@ from omegaconf import DictConfig
 
 from dinoseg import build
 from dinoseg.config.nodes import instantiate
+from dinoseg.diagnosis.tell import tell_floor
 from dinoseg.errors import UserError
-from dinoseg.ranges import Natural
+from dinoseg.ranges import Natural, Share
 from dinoseg.regimes.choice import regime_of
 from dinoseg.regimes.distil import KEYS as OF_TEACHER
 from dinoseg.regimes.job import Job, begin, looked_at
@@ -22,7 +24,13 @@ _NOT_FIT_S = ("feed", "epochs", "heads", "lrs", *KEYS, *OF_TEACHER)  # keys of a
 
 
 def train(
-    cfg: DictConfig, *, out_dir: Path, metrics_only: bool = False, pictures: Natural = 4, report: bool = True
+    cfg: DictConfig,
+    *,
+    out_dir: Path,
+    metrics_only: bool = False,
+    pictures: Natural = 4,
+    report: bool = True,
+    floor: Share = 0.03,
 ) -> dict[str, Any]:
     """Train, then evaluate the best checkpoint on the validation split; return its scores.
 
@@ -32,6 +40,7 @@ def train(
         metrics_only: write no pictures of the final evaluation.
         pictures: validation samples of which each validation keeps a picture, the same ones every time.
         report: write report.html of the final evaluation, and what mode=compare needs.
+        floor: share of the training's time that may be spent to hold it against its closed form; 0: it is not.
     """
     engine = instantiate(cfg.engine)
     out_dir = first_ranks(out_dir, engine.share)
@@ -55,10 +64,13 @@ def train(
         kept = regime.keep_features(model, loss, engine, epochs, before=job.chosen_before)
         job.note(checkpoints, kept)
         with job.log() as log:
+            began = time.monotonic()
             run = fit(model, loss, regime.feed, optimizer, engine, checkpoints, log, schedule=schedule)
         if run.best is None:
             raise UserError(f"trainer.steps={length.steps}: this run has done {run.step}, and was never validated.")
+        seconds = floor * (time.monotonic() - began)
         scores = job.finish(model, run, **shown)
+        tell_floor(cfg, regime, engine, model, out_dir, seconds=seconds)
     engine.close()
     return scores
 

@@ -1,15 +1,183 @@
-"""hparam=auto, from a command line to a training by what was chosen."""
+"""hparam=auto, from a command line to a training by what was chosen; what is timed is made up, but for one test."""
+
+import json
+import re
+import threading
 
 import pytest
+import torch
 from command_line import SMALL, call, in_this_process, write_data
+from omegaconf import OmegaConf
 
-AUTO = ("mode=train", "hparam=auto", *(word for word in SMALL if word.split("=")[0] not in (
-    "trainer.steps", "adapter", "data.batch_size", "resolution.crop")))
+from dinoseg.choosing.timing import Seconds
+from dinoseg.images import read_ids, write_png
+from dinoseg.processes.workers import in_own_process
+from dinoseg.training import checkpoint
+
+CHOSEN = ("trainer.steps", "adapter", "data.batch_size", "resolution.crop")
+AUTO = ("mode=train", "hparam=auto", *(word for word in SMALL if word.split("=")[0] not in CHOSEN))
+FEW = "trainer.steps=2"
+TIMED = Seconds(start=0.1, image=0.02, kept=0.01, frozen=0.01, bytes=1000, val=0.01)
 
 
-def test_it(tmp_path, monkeypatch):
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
     write_data(tmp_path / "data", train=5)
-    done = monkeypatch.setattr("dinoseg.choosing.choice.in_own_process", in_this_process)
-    done = call(tmp_path, *AUTO, "budget.minutes=1", "hydra.run.dir=R")
-    print(done.out, done.err)
-    assert 0
+    monkeypatch.setattr("dinoseg.choosing.choice.in_own_process", lambda work, values: TIMED)
+    monkeypatch.setattr("dinoseg.choosing.choice.monotonic", lambda: 0.0)
+    return tmp_path
+
+
+def config_of(run):
+    return OmegaConf.load(run / "config/config.yaml")
+
+
+def test_a_run_is_trained_by_what_was_chosen_and_its_recipe_gives_it_again(folder):
+    done = call(folder, *AUTO, FEW, "budget.minutes=0.2", "hydra.run.dir=R")
+    assert done.status == 0, done.err
+    cfg, first = config_of(folder / "R"), checkpoint.describe(folder / "R/checkpoints/last.safetensors")
+    assert (cfg.choices.hparam, cfg.choices.adapter, cfg.choices.loss, cfg.trainer.steps) == (
+        *("auto", "frozen", "ce_dice"),
+        2,
+    )
+    assert cfg.data.batch_size == 2 and cfg.data.views == 4 and cfg.resolution.crop == [32, 48]
+    assert first["config"]["data"]["views"] == 4 and first["choices"]["head"] == "linear"
+    assert "  data.views=4: features of 4 views of each image are kept" in done.out
+    assert "as given, and not chosen: backbone.arch.hidden_size" in done.out and "trainer.steps" in done.out
+    command = next(line for line in done.out.splitlines() if "hparam=chosen" in line).split()[3:]
+    assert FEW in command and "budget.minutes=0.2" not in command
+    again = call(folder, *[word.strip("'") for word in command], "hydra.run.dir=S")
+    assert again.status == 0, again.err
+    second = checkpoint.describe(folder / "S/checkpoints/last.safetensors")
+    assert second["config"] == first["config"]
+
+
+def test_what_is_typed_is_taken_as_it_is(folder):
+    words = ("head=mlp", "optim.optimizer.lr=1e-3", "data.batch_size=3", "resolution.crop=[24,24]", "loss=focal")
+    done = call(folder, *AUTO, FEW, *words, "budget.minutes=0.2", "hydra.run.dir=R")
+    assert done.status == 0, done.err
+    cfg = config_of(folder / "R")
+    assert (cfg.choices.head, cfg.choices.loss, cfg.data.batch_size, cfg.optim.optimizer.lr) == (
+        "mlp",
+        "focal",
+        3,
+        1e-3,
+    )
+    assert cfg.resolution.crop == [24, 24]
+    text = re.sub("#.*", "", (folder / "R/config/hparam/chosen.yaml").read_text())
+    assert not re.search("crop|head|loss|batch|lr|trainer", text) and "override /adapter: frozen" in text
+
+
+def test_the_same_command_chooses_the_same_however_fast_the_machine_then_is(folder, monkeypatch):
+    words = (*AUTO, "trainer.epochs=1", "budget.minutes=0.2")
+    first = call(folder, *words, "hydra.run.dir=R")
+    assert first.status == 0 and "; chosen now:" in first.out, first.err
+    monkeypatch.setattr("dinoseg.choosing.choice.in_own_process", pytest.fail)
+    again = call(folder, *words, "seed=1", "mode.pictures=0", "hydra.run.dir=S")
+    assert again.status == 0 and "as they were chosen before, since" in again.out, again.err
+    one, other = (OmegaConf.to_container(config_of(folder / run)) for run in "RS")
+    assert one["seed"] != other["seed"]
+    assert [one[key] for key in ("head", "data", "optim", "trainer")] == [
+        other[key] for key in ("head", "data", "optim", "trainer")
+    ]
+    monkeypatch.setattr("dinoseg.choosing.choice.in_own_process", lambda work, values: TIMED)
+    call(folder, *AUTO, "trainer.epochs=1", "budget.minutes=0.3", "hydra.run.dir=T")
+    assert len([*(folder / "outputs/.cache").glob("choices_*.json")]) == 2
+
+
+def test_a_run_goes_on_with_what_was_chosen_for_it(folder, monkeypatch):
+    words = (*AUTO, "budget.minutes=0.2")
+    first = call(folder, *words, FEW)
+    assert first.status == 0, first.err
+    monkeypatch.setattr("dinoseg.choosing.choice.in_own_process", pytest.fail)
+    (run,) = (folder / "outputs/auto").iterdir()
+    again = call(folder, *words, "trainer.steps=4", "resume=auto")
+    assert again.status == 0 and "going on with" in again.err and "at step 2 of 4" in again.err, again.err
+    assert checkpoint.describe(run / "checkpoints/last.safetensors")["progress"]["step"] == 4
+    for path in (folder / "outputs/.cache").glob("choices_*.json"):
+        path.unlink()  # by name nothing is chosen anew in any case
+    third = call(
+        folder, "mode=train", "hparam=auto", f"resume={run}", "trainer.steps=6", "engine=cpu", "engine.workers=0"
+    )
+    assert third.status == 0 and "hparam=auto:" not in third.out, third.err
+    assert checkpoint.describe(run / "checkpoints/last.safetensors")["config"]["data"]["views"] == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["budget.minutes=0.001"],
+            "budget.minutes=0.001 is too short for one validation of 2 images and 10 steps: a validation takes 0.0 s",
+        ),
+        (["budget.minutes=0"], "budget.minutes=0 is out of range. Give a number above 0"),
+        (["budget.minutes=null"], "budget.minutes=null"),
+        (["budget.minutes=soon"], "budget.minutes=soon"),
+        (["hparam=base", "budget.minutes=3"], "budget.minutes=3 is read by hparam=auto alone"),
+        (["trainer=many_heads", "heads=[linear]"], "trainer=many_heads trains several heads"),
+        (["trainer=self_training"], "trainer=self_training is not foretold"),
+        (["trainer=slots"], "not for trainer=slots"),
+        (["data.root=nowhere"], "nowhere"),
+    ],
+)
+def test_what_cannot_be_chosen_is_refused_and_leaves_nothing(folder, words, said):
+    done = call(folder, *AUTO, *words, "hydra.run.dir=R")
+    assert done.status == 1 and said in done.err, done.err
+    assert not (folder / "R").exists()
+
+
+def test_a_class_without_a_pixel_is_named_before_anything_is_trained(folder):
+    done = call(folder, *AUTO, FEW, "data.classes=[dark,bright,lamp]", "budget.minutes=0.2", "hydra.run.dir=R")
+    assert done.status == 0 and "3 classes; without a pixel in train: lamp; 0.2 min" in done.out, done.out + done.err
+
+
+def test_a_backbone_is_tuned_where_time_suffices_and_else_stays_frozen(folder, monkeypatch):
+    for number in range(5, 21):
+        write_png(folder / f"data/train/images/{number}.png", torch.zeros(32, 48, 3, dtype=torch.uint8).numpy())
+        write_png(folder / f"data/train/masks/{number}.png", read_ids(folder / "data/train/masks/0.png"))
+    words = (*AUTO, FEW, "head=linear")
+    adapters = [
+        config_of(folder / name).choices.adapter
+        for name, minutes in (("R", 1), ("S", 0.2))
+        if call(folder, *words, f"budget.minutes={minutes}", f"hydra.run.dir={name}").status == 0
+    ]
+    assert adapters == ["full", "frozen"]
+
+
+def test_another_rank_takes_what_the_first_one_chooses(folder, monkeypatch):
+    from dinoseg.choosing import recipe
+
+    words = (*AUTO, FEW, "budget.minutes=0.2", "hydra.run.dir=R")
+    assert call(folder, *words).status == 0
+    (path,) = (folder / "outputs/.cache").glob("choices_*.json")
+    content = path.read_text()
+    path.unlink()
+    writing = threading.Timer(0.3, lambda: path.write_text(content))
+    writing.start()
+    monkeypatch.setattr(recipe, "Chooser", pytest.fail)
+    monkeypatch.setenv("RANK", "1")
+    seen = []
+    monkeypatch.setattr("dinoseg.launch.run_mode", lambda cfg, out_dir: seen.append(cfg))
+    done = call(folder, *words)
+    writing.join()
+    assert done.status == 0 and not done.out, done.err
+    assert seen[0].data.views == json.loads(content)["choices"][-3]["words"].get("data.views", 4)
+    path.unlink()
+    late = call(folder, *words, "engine.rank_timeout=0.1")
+    assert late.status == 1 and "the first rank has not written" in late.err
+
+
+def test_the_memory_that_is_free_decides_too(folder, monkeypatch):
+    monkeypatch.setattr("dinoseg.choosing.choice.free_bytes", lambda device: 1000)
+    done = call(folder, *AUTO, FEW, "budget.minutes=0.2", "hydra.run.dir=R")
+    assert done.status == 1 and "GiB at least, and 0.0 GiB are free" in done.err
+
+
+def test_a_recipe_is_timed_on_its_own_data(tmp_path, monkeypatch):
+    write_data(tmp_path / "data", train=5)
+    monkeypatch.setattr("dinoseg.choosing.choice.in_own_process", in_this_process)
+    done = call(tmp_path, *AUTO, "mode=plan", "mode.dry_step=false", "budget.minutes=0.5", "hydra.run.dir=R")
+    assert done.status == 0 and "A training step of" in done.out, done.err
+    cfg = config_of(tmp_path / "R")
+    assert cfg.trainer.steps > 10 and f"trainer.steps={cfg.trainer.steps} trainer.val_every=" in done.out
+    assert in_own_process is not in_this_process

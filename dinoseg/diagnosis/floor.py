@@ -1,0 +1,142 @@
+"""A training held against its floor: the linear head that is solved in closed form, on the same images.
+
+A floor is no more than that: it does not say which backbone is best to tune (arXiv 2404.12172).
+"""
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+
+from dinoseg import build
+from dinoseg.data.pairs.dataset import PairDataset
+from dinoseg.data.scan.class_counts import class_counts
+from dinoseg.geometry import widths
+from dinoseg.heads.linear import LinearHead
+from dinoseg.model import Segmenter
+from dinoseg.probing.probe import Grid, Probe
+from dinoseg.regimes.images import ImageRegime
+from dinoseg.regimes.regime import Regime
+from dinoseg.training.engine import Engine
+from dinoseg.training.validation import evaluate
+from dinoseg.wording import count_of
+
+logger = logging.getLogger(__name__)
+FLOOR = "floor.json"  # in the run folder
+BELOW = 0.01  # of mIoU: less is chance among so few images
+_LEAST_SECONDS = 1.0  # below which nothing can be solved
+_FEW, _MOST = 16, 64  # images of each split
+_WIDEST = 1024  # numbers of a pixel; of more the last map alone is read, since solving takes their third power
+_PASSES = 3.5  # of the backbone, for each image of train and of val together: solved, scored, scored by the run
+_GRID = {"strengths": (1e-3, 1e-2, 1e-1), "balances": (0.0, 0.5), "held_out": 0.2}
+
+
+@dataclass(frozen=True)
+class Held:
+    """A trained model, and the closed form on the same images.
+
+    Attributes:
+        cfg: the whole config.
+        regime: its data.
+        engine: device and ranks.
+        model: as it was scored best.
+        plain: the backbone as it came, below a head that is not used.
+        train: images that the closed form is solved from.
+        val: images that both are scored on.
+        run: scores of the model on `val`.
+        floor: of the closed form on `val`.
+    """
+
+    cfg: DictConfig
+    regime: ImageRegime
+    engine: Engine
+    model: Segmenter
+    plain: Segmenter
+    train: PairDataset
+    val: PairDataset
+    run: Mapping[str, Any]
+    floor: Mapping[str, Any]
+
+    @property
+    def is_below(self) -> bool:
+        """Whether the run has learnt less than the closed form."""
+        return (self.run["miou"] or 0.0) < (self.floor["miou"] or 0.0) - BELOW
+
+
+def held_against_floor(
+    cfg: DictConfig, regime: Regime, engine: Engine, model: Segmenter, *, seconds: float
+) -> Held | None:
+    """Return a run beside its floor; None where there is no time for it, or no class head on images.
+
+    Args:
+        cfg: the whole config.
+        regime: of the run.
+        engine: of the run.
+        model: with the best checkpoint's weights.
+        seconds: that it may take: by them it is decided of how many images, at most 64 of each split.
+    """
+    if seconds < _LEAST_SECONDS or not isinstance(regime, ImageRegime) or engine.sharded:
+        return None
+    train, val = regime.feed.train, regime.feed.val
+    if not isinstance(train, PairDataset) or not isinstance(val, PairDataset):
+        return None
+    began = time.perf_counter()
+    plain = _plain(cfg).to(engine.device).eval()
+    images = engine.decided(lambda: _affordable(plain, train, engine, seconds - (time.perf_counter() - began)))
+    if images < min(_FEW, len(train), len(val)):
+        logger.debug("no floor: in %.1f s there are %d images", seconds, images)
+        return None
+    train, val = _some(train, images), _some(val, images)
+    run = evaluate(model, val, engine, policy=regime.feed.policy)
+    return Held(cfg, regime, engine, model, plain, train, val, run, solved(plain, train, val, cfg, engine))
+
+
+def solved(
+    plain: Segmenter, train: PairDataset, val: PairDataset, cfg: DictConfig, engine: Engine
+) -> Mapping[str, Any]:
+    """Return the scores on `val` of the linear head that is solved from `train`."""
+    dims = widths(plain.backbone.dim, plain.backbone.num_layers)
+    places = list(range(len(dims))) if sum(dims) <= _WIDEST else [len(dims) - 1]
+    grid = Grid(**_GRID, group=cfg.data.group, seed=build.seed_of(cfg))  # type: ignore[arg-type]
+    probe = Probe(plain, train, class_counts(train, cfg.cache_dir).tolist(), engine, {"floor": places}, grid)
+    probe.fit()
+    solutions = probe.choose()
+    probe.score(solutions, val)
+    return solutions[0].scores
+
+
+def told(held: Held) -> str:
+    """Return both scores in a sentence."""
+    return (
+        f"mIoU {held.run['miou']:.4f} on {count_of(held.val, 'validation image')}, where a linear head that is solved "
+        f"from {count_of(held.train, 'training image')} has {held.floor['miou']:.4f}"
+    )
+
+
+def _plain(cfg: DictConfig) -> Segmenter:
+    backbone = build.backbone(cfg)
+    head = LinearHead(backbone.dim, backbone.num_layers, cfg.data.num_classes)
+    return Segmenter(backbone, head, scale=cfg.resolution.scale, longest=cfg.resolution.longest)
+
+
+def _affordable(plain: Segmenter, data: PairDataset, engine: Engine, seconds: float) -> int:
+    """Return how many images of each split there is time for, by one pass over the first image."""
+    image = data[0]["image"][None].to(engine.device)
+    with torch.no_grad(), engine.autocast():
+        plain.backbone(plain.pixels(image))  # the first pass takes longer
+        began = time.perf_counter()
+        plain.backbone(plain.pixels(image))
+        if engine.device.type == "cuda":
+            torch.cuda.synchronize(engine.device)
+    return min(_MOST, int(seconds / (_PASSES * (time.perf_counter() - began))))
+
+
+def _some(data: PairDataset, count: int) -> PairDataset:
+    """Return at most so many images, evenly spaced."""
+    places = np.linspace(0, len(data) - 1, min(count, len(data))).round().astype(int)
+    return data.keep({data.names[place] for place in places})

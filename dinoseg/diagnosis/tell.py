@@ -1,0 +1,52 @@
+"""What is told of a training that is held against its floor, and what is written of it."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from dinoseg.diagnosis.causes import causes_of
+from dinoseg.diagnosis.floor import FLOOR, held_against_floor, told
+from dinoseg.model import Segmenter
+from dinoseg.regimes.regime import Regime
+from dinoseg.storage.atomic import write_json
+from dinoseg.training.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+
+def tell_floor(
+    cfg: DictConfig, regime: Regime, engine: Engine, model: Segmenter, out_dir: Path, *, seconds: float
+) -> dict[str, Any] | None:
+    """Hold a run against its closed form, say where it is below that, and why; return what `floor.json` says.
+
+    Args:
+        cfg: the whole config.
+        regime: of the run.
+        engine: of the run.
+        model: with the best checkpoint's weights.
+        out_dir: the run folder.
+        seconds: that the comparison may take; looking for causes takes several times that.
+    """
+    held = held_against_floor(cfg, regime, engine, model, seconds=seconds)
+    if held is None:
+        return None
+    causes = causes_of(held) if held.is_below else []
+    found = {
+        "run_miou": held.run["miou"],
+        "floor_miou": held.floor["miou"],
+        "train_images": len(held.train),
+        "val_images": len(held.val),
+        "below": held.is_below,
+        "causes": causes,
+    }
+    if engine.is_main:
+        write_json(out_dir / FLOOR, found)
+        print(f"floor:        {told(held)}")
+        if held.is_below:
+            why = "".join(f"\n- {cause}." for cause in causes) or " None of the causes that are tried was found."
+            logger.warning(
+                "This run is below its floor: a linear head on the same backbone, untrained, does more.%s", why
+            )
+    return found

@@ -1,0 +1,82 @@
+"""Choices as files: kept, and as a recipe."""
+
+import json
+
+import pytest
+from hydra import initialize_config_dir
+
+from dinoseg.__main__ import CONFIGS
+from dinoseg.choosing.kept import NAME, read_choices, recipe_text, told, write_choices
+from dinoseg.choosing.rules import Choice
+from dinoseg.config.resolvers import register_resolvers
+from dinoseg.runs.composed import composed_with, typed_keys
+
+CHOICES = [
+    Choice({"head": "detail"}, "poles are thin"),
+    Choice({"adapter": "full"}, "small"),
+    Choice({"loss": "ce_dice", "loss.weights": "none"}, "overlap"),
+    Choice({"resolution.crop": [352, 480], "optim.optimizer.head_lr": 1e-05}, "whole images"),
+    Choice({"data.views": 4, "data.batch_size": 2}, "kept"),
+]
+
+
+def test_what_is_kept_is_read_back_equal(tmp_path):
+    path = tmp_path / "cache" / "choices.json"
+    assert read_choices(path) is None
+    write_choices(path, "few images", CHOICES)
+    assert read_choices(path) == ("few images", CHOICES)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"head._target_": "os.system"},
+        {"_target_": "x"},
+        {"head": "${oc.env:HOME}"},
+        {"head": {"_target_": "os.system"}},
+        {"head": "../x"},
+        {"data.batch_size": "2\nhead: x"},
+        {"data.batch_size": [[1]]},
+        ["head"],
+        3,
+    ],
+)
+def test_a_damaged_file_is_none_and_is_told(tmp_path, caplog, words):
+    path = tmp_path / "choices.json"
+    path.write_text(json.dumps({"about": "x", "choices": [{"words": words, "reason": "y"}]}))
+    assert read_choices(path) is None and "choosing anew" in caplog.text
+    path.write_text("{")
+    assert read_choices(path) is None
+
+
+def test_each_choice_is_a_line_with_its_reason():
+    assert told(CHOICES[2:4]) == [
+        "  loss=ce_dice loss.weights=none: overlap.",
+        "  resolution.crop=[352,480] optim.optimizer.head_lr=1e-05: whole images.",
+    ]
+
+
+@pytest.fixture
+def composing():
+    register_resolvers()
+    with initialize_config_dir(CONFIGS, version_base="1.3"):
+        yield
+
+
+def test_a_recipe_composes_below_what_is_typed(composing):
+    text = recipe_text("few images", CHOICES)
+    assert text.startswith("# @package _global_\n") and "# head: poles are thin\n" in text
+    words = ["mode=train", "hparam=auto", "head=mlp", "data.batch_size=3", "data.classes=[a,b]"]
+    cfg = composed_with(words, NAME, text, known_as="auto")
+    assert (cfg.choices.head, cfg.choices.adapter, cfg.choices.loss, cfg.choices.hparam) == (
+        *("mlp", "full", "ce_dice"),
+        "auto",
+    )
+    assert cfg.data.batch_size == 3 and cfg.data.views == 4 and cfg.resolution.crop == [352, 480]
+    assert cfg.optim.optimizer.head_lr == 1e-5
+    assert typed_keys(words) == {"mode", "hparam", "head", "data.batch_size", "data.classes"}
+
+
+def test_a_recipe_without_groups_composes(composing):
+    cfg = composed_with([], NAME, recipe_text("x", CHOICES[4:]), known_as="auto")
+    assert cfg.data.batch_size == 2 and cfg.choices.head == "linear"

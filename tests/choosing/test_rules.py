@@ -1,0 +1,105 @@
+"""What hparam=auto chooses, rule by rule."""
+
+from dataclasses import replace
+
+import pytest
+
+from dinoseg.choosing import rules
+from dinoseg.choosing.facts import ClassFacts, Facts
+from dinoseg.choosing.length import length_within
+from dinoseg.choosing.rules import Case
+from dinoseg.choosing.timing import Seconds
+
+WIDE = ClassFacts("sky", 0.6, 300.0)
+POLE = ClassFacts("pole", 0.004, 3.0)
+FACTS = Facts(184, 51, (360, 480), (WIDE, ClassFacts("road", 0.396, 90.0)))
+CASE = Case(FACTS, "cpu", 16.0, 12, 5_500_000)
+THIN = replace(CASE, facts=replace(FACTS, classes=(WIDE, POLE)))
+# a second's parts as in docs/experiments.md: live, from kept features, frozen
+TIMED = Seconds(start=5, image=0.2, kept=0.12, frozen=0.066, bytes=10**6, val=0.1)
+
+
+def test_a_head_that_sees_pixels_is_taken_for_what_is_thinner_than_half_a_patch():
+    chosen = rules.head(THIN)
+    assert chosen.words == {"head": "detail"} and "pole is thinner" in chosen.reason and "(3 of 16 px)" in chosen.reason
+    assert rules.head(CASE).words == {"head": "multiscale"}
+    wide = replace(THIN, facts=replace(FACTS, classes=(WIDE, replace(POLE, width=8.0))))
+    assert rules.head(wide).words == {"head": "multiscale"}
+    assert rules.head(replace(wide, patch=18.0)).words == {"head": "detail"}
+    assert rules.head(replace(THIN, depth=3)).words == {"head": "linear"}
+
+
+@pytest.mark.parametrize(
+    ("size", "patch", "device", "longest", "crop"),
+    [
+        ((360, 480), 16.0, "cpu", None, [352, 480]),
+        ((227, 320), 14.0, "cpu", None, [224, 308]),
+        ((7, 9), 16.0, "cpu", None, [16, 16]),  # smaller than a patch
+        ((1080, 1920), 16.0, "cpu", 739, [416, 736]),
+        ((1080, 1920), 16.0, "cuda", 1365, [768, 1360]),
+        ((1080, 1920), 32.0, "cuda", None, [1056, 1920]),  # resolution.scale=0.5
+    ],
+)
+def test_sizes_are_whole_patches_and_no_more_than_a_device_bears(size, patch, device, longest, crop):
+    case = replace(CASE, facts=replace(FACTS, size=size), patch=patch, device=device)
+    chosen = rules.longest(case)
+    assert (chosen and chosen.words["resolution.longest"]) == longest
+    assert rules.crop(case).words == {"resolution.crop": crop}
+    assert longest is None or max(crop) <= longest
+
+
+def test_a_length_that_is_given_decides_the_crop():
+    case = replace(CASE, longest=240)
+    assert rules.longest(case) is None and rules.crop(case).words == {"resolution.crop": [176, 240]}
+
+
+def test_reducing_makes_classes_thinner():
+    facts = replace(FACTS, size=(1080, 1920), classes=(WIDE, replace(POLE, width=15.0)))
+    case = replace(CASE, facts=facts)
+    assert case.thin and "pole become thinner still" in rules.longest(case).reason
+    assert not replace(case, device="cuda", patch=16.0, facts=replace(facts, size=(480, 640))).thin
+
+
+def test_rare_classes_are_named_for_the_overlap():
+    assert "pole has below 1% of the pixels" in rules.loss(THIN).reason
+    assert rules.loss(CASE).words == {"loss": "ce_dice", "loss.weights": "none"}
+    assert rules.loss(CASE).reason.startswith("overlap counts")
+
+
+def test_ways_depend_on_the_backbone_and_on_how_many_images_there_are():
+    names = [[way.words["adapter"] for way in rules.ways(case)] for case in (CASE, replace(CASE, parameters=10**8))]
+    assert names == [["full", "frozen"], ["lora_all", "frozen"]]
+    few = replace(CASE, facts=replace(FACTS, images=19))
+    assert [way.words["adapter"] for way in rules.ways(few)] == ["frozen"]
+
+
+@pytest.mark.parametrize(
+    ("images", "there", "devices", "size"),
+    [(10_000, 184, 1, 8), (4_000, 184, 1, 4), (1_000, 184, 1, 2), (0, 184, 1, 2), (9_000, 5, 1, 5), (9_000, 5, 2, 4)]
+    + [(0, 184, 4, 4)],
+)
+def test_a_batch_is_small_where_steps_are_few(images, there, devices, size):
+    assert rules.batch(images, replace(FACTS, images=there), devices).words == {"data.batch_size": size}
+
+
+def test_what_fits_a_time_adds_up():
+    length = length_within(600, TIMED, FACTS)
+    spent = TIMED.start + (length.validations + 2) * 51 * TIMED.val
+    assert length.validations == 5 and length.spent == pytest.approx(spent)
+    taken = length.images * TIMED.kept + length.views * 184 * TIMED.frozen + spent
+    assert length.views == 4 and 0.9 * 600 - TIMED.kept < taken <= 0.9 * 600
+
+
+def test_views_are_kept_where_each_is_used_again_and_that_pays():
+    assert length_within(600, replace(TIMED, kept=None), FACTS).views is None
+    assert length_within(600, replace(TIMED, kept=0.19), FACTS).views is None
+    assert length_within(120, TIMED, FACTS).views in (1, 2)
+    large = length_within(600, TIMED, replace(FACTS, images=10_000, val_images=51))
+    assert large.views is None and large.images * TIMED.image <= 540
+    assert length_within(600, TIMED, FACTS, views=[None]).views is None
+    given = length_within(600, TIMED, FACTS, views=[1])
+    assert given.views == 1 and given.images > length_within(600, TIMED, FACTS).images
+
+
+def test_nothing_fits_a_time_that_validations_take():
+    assert length_within(10, TIMED, FACTS).images < 1

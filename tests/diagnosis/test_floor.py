@@ -1,0 +1,182 @@
+"""A training held against its closed form, and why it stays below: each cause is planted and found."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from command_line import SMALL, call
+
+from dinoseg import build
+from dinoseg.config.nodes import instantiate
+from dinoseg.diagnosis import causes, floor
+from dinoseg.diagnosis.floor import Held, held_against_floor, solved
+from dinoseg.images import write_png
+from dinoseg.regimes.images import ImageRegime
+
+WORDS = (*SMALL, "adapter=frozen", "head=linear", "data.augment.color.hue=0", "data.augment.scale=[1,1]")
+
+
+def write_blocks(root, train=8, val=3, label=lambda blocks: blocks % 100 > 50):
+    """Write images of blocks of 8 x 8 px, whose classes are a function of their grey."""
+    draw = np.random.default_rng(0)
+    for split, count in (("train", train), ("val", val)):
+        for number in range(count):
+            blocks = draw.choice([20, 90, 160, 240], (4, 6)).astype(np.uint8)
+            grey, mask = (np.kron(each, np.ones((8, 8))) for each in (blocks, label(blocks)))
+            write_png(root / split / "images" / f"{number}.png", np.repeat(grey[..., None], 3, 2).astype(np.uint8))
+            write_png(root / split / "masks" / f"{number}.png", mask.astype(np.uint8))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    where = tmp_path_factory.mktemp("floor")
+    write_blocks(where / "data")
+    return where
+
+
+@pytest.fixture
+def held(world, compose, monkeypatch):
+    """Return a function that holds an untrained model of a config against its closed form."""
+    monkeypatch.setattr(floor, "_affordable", lambda *_: 64)
+
+    def hold(*words):
+        cfg = compose(*WORDS, f"data.root={world}/data", f"cache_dir={world}/cache", *words)
+        engine = instantiate(cfg.engine)
+        regime = ImageRegime(cfg, engine)
+        found = held_against_floor(cfg, regime, engine, engine.place(build.model(cfg)), seconds=9.0)
+        assert isinstance(found, Held)
+        return found
+
+    return hold
+
+
+def test_the_floor_of_what_a_line_separates_is_high_and_an_untrained_model_is_below(held):
+    found = held()
+    assert found.floor["miou"] > 0.8 and found.is_below and found.run["miou"] < 0.7
+    assert (len(found.train), len(found.val)) == (8, 3)
+    assert not replace(found, run=found.floor).is_below
+    assert not replace(found, run={"miou": found.floor["miou"] - 0.009}).is_below
+    assert replace(found, run={"miou": None}).is_below
+    assert f"mIoU {found.run['miou']:.4f} on 3 validation images" in floor.told(found)
+
+
+def test_no_floor_where_there_is_no_time_or_nothing_to_solve(world, compose, monkeypatch):
+    cfg = compose(*WORDS, f"data.root={world}/data", f"cache_dir={world}/cache")
+    engine = instantiate(cfg.engine)
+    regime, model = ImageRegime(cfg, engine), build.model(cfg)
+    assert held_against_floor(cfg, regime, engine, model, seconds=0.5) is None
+    assert held_against_floor(cfg, object(), engine, model, seconds=9.0) is None
+    monkeypatch.setattr(floor, "_affordable", lambda *_: 1)
+    assert held_against_floor(cfg, regime, engine, model, seconds=9.0) is None
+
+
+def test_images_are_as_many_as_the_time_is_for(held, affordable=floor._affordable):
+    found = held()
+    slow = [affordable(found.plain, found.train, found.engine, seconds) for seconds in (0.0, -1.0, 1e9)]
+    assert slow[0] == 0 and slow[1] <= 0 and slow[2] == 64
+    assert [len(floor._some(found.train, count)) for count in (1, 2, 5, 64)] == [1, 2, 5, 8]
+
+
+def test_a_class_that_training_lacks_is_named_with_what_it_costs(held, world, tmp_path):
+    found = held()
+    assert causes.absent_classes(found) is None
+    masks = sorted((world / "data/val/masks").iterdir())
+    assert masks
+    rows = [{"id": 0, "iou": 0.8, "pixels": 5}, {"id": 1, "iou": 0.0, "pixels": 5}]
+    gone = replace(found, run={"miou": 0.4, "classes": rows})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(causes, "class_counts", lambda *_: np.array([7, 0]))
+        assert "No training mask has a pixel of bright" in causes.absent_classes(gone)
+        assert "mIoU without them 0.8000" in causes.absent_classes(gone)
+        patch.setattr(causes, "class_counts", lambda *_: np.array([7, 1]))
+        assert causes.absent_classes(gone) is None
+
+
+def test_colours_of_other_weights_are_tried_and_put_back(held, monkeypatch):
+    found = held()
+    own = found.plain.backbone.mean.clone(), found.plain.backbone.std.clone()
+    assert causes.other_colours(found) is None or "normalisation" in causes.other_colours(found)
+    seen = []
+
+    def of_colours(plain, *_):
+        seen.append(plain.backbone.mean.flatten().tolist())
+        return {"miou": 0.95 if plain.backbone.std.flatten()[0] == 1 else 0.3}
+
+    monkeypatch.setattr(causes, "solved", of_colours)
+    said = causes.other_colours(replace(found, floor={"miou": 0.9}))
+    assert "With another normalisation, none, the closed form has 0.9500 in place of 0.9000" in said
+    assert "backbone.mean=[0.0,0.0,0.0] backbone.std=[1.0,1.0,1.0]" in said and len(seen) >= 3
+    assert causes.other_colours(replace(found, floor={"miou": 0.94})) is None
+    assert torch.equal(found.plain.backbone.mean, own[0]) and torch.equal(found.plain.backbone.std, own[1])
+
+
+def test_a_crop_far_from_the_images_is_tried_by_windows(held, monkeypatch):
+    near, far = held(), held("resolution.crop=[16,24]")
+    asked = []
+
+    def in_windows(model, data, engine, *, policy):
+        asked.append(policy.size)
+        return {"miou": 0.5}
+
+    monkeypatch.setattr(causes, "evaluate", in_windows)
+    assert causes.far_crop(near) is None and not asked
+    below = replace(far, run={"miou": 0.3})
+    said = causes.far_crop(below)
+    assert asked == [(16, 24)] and "Asked in windows of its resolution.crop=[16, 24], the model has 0.5000" in said
+    assert causes.far_crop(replace(far, run={"miou": 0.495})) is None
+
+
+@pytest.mark.parametrize(
+    ("rate", "said"),
+    [("1e-3", "At a learning rate 10 times higher the loss falls from"), ("1e-2", "It was still learning: the loss")],
+)
+def test_a_rate_that_learns_too_little_is_found_by_training_on(held, rate, said):
+    found = held(f"optim.optimizer.lr={rate}", "data.batch_size=3")
+    before = {name: value.clone() for name, value in found.model.state_dict().items()}
+    assert said in causes.learning_rate(found)
+    assert all(torch.equal(value, before[name]) for name, value in found.model.state_dict().items())
+
+
+def test_a_rate_that_is_too_high_is_found_by_training_on(held):
+    found = held("optim.optimizer.lr=20", "data.batch_size=3")
+    with torch.no_grad():
+        found.model.head.classify.weight.mul_(30)
+    assert "At a learning rate 10 times lower the loss falls" in causes.learning_rate(found)
+
+
+def test_a_model_that_knows_its_training_images_alone_is_told_apart(held, monkeypatch):
+    found = held()
+    monkeypatch.setattr(causes, "evaluate", lambda *_, **__: {"miou": 0.99})
+    assert "It knows the images that it was trained on (0.9900" in causes.learning_rate(found)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(floor, "_LEAST_SECONDS", 1e-9)
+    monkeypatch.setattr(floor, "_affordable", lambda *_: 64)
+
+
+def test_a_run_below_its_floor_is_told_why_and_one_above_is_not(world, quick):
+    words = (*WORDS, f"data.root={world}/data", "mode=train", "data.batch_size=3")
+    low = call(world, *words, "optim.optimizer.lr=1e-6", "hydra.run.dir=LOW")
+    assert low.status == 0 and "WARNING This run is below its floor" in low.err, low.err
+    record = json.loads((world / "LOW/floor.json").read_text())
+    assert record["below"] and record["run_miou"] < record["floor_miou"] and record["causes"]
+    assert f"floor:        mIoU {record['run_miou']:.4f} on 3 validation images" in low.out
+    good = call(world, *words, "head.init=probe", "optim.optimizer.lr=1e-6", "hydra.run.dir=GOOD")
+    record = json.loads((world / "GOOD/floor.json").read_text())
+    assert good.status == 0 and not record["below"] and not record["causes"] and "below its floor" not in good.err
+    off = call(world, *words, "mode.floor=0", "hydra.run.dir=OFF")
+    assert off.status == 0 and "floor:" not in off.out and not (world / "OFF/floor.json").exists()
+    bad = call(world, *words, "mode.floor=2", "hydra.run.dir=BAD")
+    assert bad.status == 1 and "mode.floor=2" in bad.err
+
+
+def test_the_closed_form_is_that_of_the_probe(held):
+    found = held()
+    again = solved(found.plain, found.train, found.val, found.cfg, found.engine)
+    assert again == found.floor
+    wide = solved(found.plain, found.train, found.train, found.cfg, found.engine)
+    assert wide["pixels"] == 8 * 32 * 48
