@@ -16,18 +16,18 @@ from dinoseg.inference.windows import Windows
 from dinoseg.model import Segmenter, trained_names
 from dinoseg.training.optim import set_learning_rates, tensors_of
 from dinoseg.training.validation import evaluate
-from dinoseg.wording import listed
+from dinoseg.wording import listed, typed
 
 COLOURS = {  # RGB means and deviations that published weights were trained with
     "ImageNet's": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "Inception's": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "CLIP's": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
-    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+    "none at all": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
 _FAR = 1.25  # times the crop, or a part of it, that images of another size are
 _STEPS = 8  # on from the best checkpoint, at each rate
-_FACTORS = (0.1, 1.0, 10.0)
-_CLEAR = 0.98  # of the loss before: what is not lower than that has learnt nothing
+_FACTORS = (0.01, 0.1, 1.0, 10.0, 100.0)  # of the rate
+_CLEAR = 0.98  # of another loss: what is not lower than that is no better
 Cause = Callable[[Held], str | None]
 
 
@@ -66,18 +66,19 @@ def other_colours(held: Held) -> str | None:
     best = max(floors, key=lambda name: floors[name])
     if floors[best] <= (held.floor["miou"] or 0.0) + 2 * BELOW:
         return None
-    mean, std = (list(values) for values in COLOURS[best])
+    means, deviations = map(typed, COLOURS[best])
     return (
         f"With another normalisation, {best}, the closed form has {floors[best]:.4f} in place of "
-        f"{held.floor['miou']:.4f}: the weights were most likely trained with that. Give backbone.mean={mean} "
-        f"backbone.std={std}".replace(", ", ",")
+        f"{held.floor['miou']:.4f}: the weights were most likely trained with that. Give backbone.mean={means} "
+        f"backbone.std={deviations}"
     )
 
 
 def far_crop(held: Held) -> str | None:
     """Ask the model in windows of the size that it was trained on."""
     crop = [int(side) for side in held.cfg.resolution.crop]
-    sizes = [held.model.seen_size(tuple(held.val[place]["mask"].shape)) for place in range(len(held.val))]
+    masks = (held.val[place]["mask"] for place in range(len(held.val)))
+    sizes = [held.model.seen_size((mask.shape[0], mask.shape[1])) for mask in masks]
     scale = held.cfg.resolution.scale
     if all(max(a / (scale * b) for a, b in zip(size, crop, strict=True)) < _FAR for size in sizes):
         return None
@@ -85,7 +86,7 @@ def far_crop(held: Held) -> str | None:
     if (scores["miou"] or 0.0) <= (held.run["miou"] or 0.0) + BELOW:
         return None
     return (
-        f"Asked in windows of its resolution.crop={crop}, the model has {scores['miou']:.4f} in place of "
+        f"Asked in windows of its resolution.crop={typed(crop)}, the model has {scores['miou']:.4f} in place of "
         f"{held.run['miou']:.4f}: the images that it is validated on are too far from that size. Give "
         "inference=windows, a crop as large as the images, or resolution.longest"
     )
@@ -103,13 +104,15 @@ def learning_rate(held: Held) -> str | None:
         )
     before, after = _losses(held)
     best = min(_FACTORS, key=lambda factor: after[factor])
+    best = best if after[best] < _CLEAR * after[1.0] else 1.0
     if after[best] > _CLEAR * before:
         return None
     lower = f"the loss falls from {before:.3g} to {after[best]:.3g} within {_STEPS} more steps"
     if best == 1:
         return f"It was still learning: {lower}. Give more trainer.steps"
     way = "higher" if best > 1 else "lower"
-    return f"At a learning rate 10 times {way} {lower}, at its own to {after[1.0]:.3g}: give a {way} one"
+    times = f"{max(best, 1 / best):.0f} times {way}"
+    return f"At a learning rate {times} {lower}, at its own to {after[1.0]:.3g}: give a {way} one"
 
 
 CAUSES: Sequence[Cause] = (absent_classes, other_colours, far_crop, learning_rate)

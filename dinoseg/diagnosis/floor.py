@@ -22,6 +22,7 @@ from dinoseg.model import Segmenter
 from dinoseg.probing.probe import Grid, Probe
 from dinoseg.regimes.images import ImageRegime
 from dinoseg.regimes.regime import Regime
+from dinoseg.shapes import SegmentationData
 from dinoseg.training.engine import Engine
 from dinoseg.training.validation import evaluate
 from dinoseg.wording import count_of
@@ -57,8 +58,8 @@ class Held:
     engine: Engine
     model: Segmenter
     plain: Segmenter
-    train: PairDataset
-    val: PairDataset
+    train: SegmentationData
+    val: SegmentationData
     run: Mapping[str, Any]
     floor: Mapping[str, Any]
 
@@ -91,13 +92,13 @@ def held_against_floor(
     if images < min(_FEW, len(train), len(val)):
         logger.debug("no floor: in %.1f s there are %d images", seconds, images)
         return None
-    train, val = _some(train, images), _some(val, images)
-    run = evaluate(model, val, engine, policy=regime.feed.policy)
-    return Held(cfg, regime, engine, model, plain, train, val, run, solved(plain, train, val, cfg, engine))
+    few, some = _some(train, images), _some(val, images)
+    run = evaluate(model, some, engine, policy=regime.feed.policy)
+    return Held(cfg, regime, engine, model, plain, few, some, run, solved(plain, few, some, cfg, engine))
 
 
 def solved(
-    plain: Segmenter, train: PairDataset, val: PairDataset, cfg: DictConfig, engine: Engine
+    plain: Segmenter, train: SegmentationData, val: SegmentationData, cfg: DictConfig, engine: Engine
 ) -> Mapping[str, Any]:
     """Return the scores on `val` of the linear head that is solved from `train`."""
     dims = widths(plain.backbone.dim, plain.backbone.num_layers)
@@ -113,8 +114,8 @@ def solved(
 def told(held: Held) -> str:
     """Return both scores in a sentence."""
     return (
-        f"mIoU {held.run['miou']:.4f} on {count_of(held.val, 'validation image')}, where a linear head that is solved "
-        f"from {count_of(held.train, 'training image')} has {held.floor['miou']:.4f}"
+        f"mIoU {held.run['miou']:.4f} on {count_of(len(held.val), 'validation image')}, where a linear head that is "
+        f"solved from {count_of(len(held.train), 'training image')} has {held.floor['miou']:.4f}"
     )
 
 
@@ -124,7 +125,7 @@ def _plain(cfg: DictConfig) -> Segmenter:
     return Segmenter(backbone, head, scale=cfg.resolution.scale, longest=cfg.resolution.longest)
 
 
-def _affordable(plain: Segmenter, data: PairDataset, engine: Engine, seconds: float) -> int:
+def _affordable(plain: Segmenter, data: SegmentationData, engine: Engine, seconds: float) -> int:
     """Return how many images of each split there is time for, by one pass over the first image."""
     image = data[0]["image"][None].to(engine.device)
     with torch.no_grad(), engine.autocast():
@@ -136,7 +137,7 @@ def _affordable(plain: Segmenter, data: PairDataset, engine: Engine, seconds: fl
     return min(_MOST, int(seconds / (_PASSES * (time.perf_counter() - began))))
 
 
-def _some(data: PairDataset, count: int) -> PairDataset:
+def _some(data: Any, count: int) -> SegmentationData:
     """Return at most so many images, evenly spaced."""
     places = np.linspace(0, len(data) - 1, min(count, len(data))).round().astype(int)
     return data.keep({data.names[place] for place in places})

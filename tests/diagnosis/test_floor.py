@@ -106,7 +106,7 @@ def test_colours_of_other_weights_are_tried_and_put_back(held, monkeypatch):
 
     monkeypatch.setattr(causes, "solved", of_colours)
     said = causes.other_colours(replace(found, floor={"miou": 0.9}))
-    assert "With another normalisation, none, the closed form has 0.9500 in place of 0.9000" in said
+    assert "With another normalisation, none at all, the closed form has 0.9500 in place of 0.9000" in said
     assert "backbone.mean=[0.0,0.0,0.0] backbone.std=[1.0,1.0,1.0]" in said and len(seen) >= 3
     assert causes.other_colours(replace(found, floor={"miou": 0.94})) is None
     assert torch.equal(found.plain.backbone.mean, own[0]) and torch.equal(found.plain.backbone.std, own[1])
@@ -124,26 +124,23 @@ def test_a_crop_far_from_the_images_is_tried_by_windows(held, monkeypatch):
     assert causes.far_crop(near) is None and not asked
     below = replace(far, run={"miou": 0.3})
     said = causes.far_crop(below)
-    assert asked == [(16, 24)] and "Asked in windows of its resolution.crop=[16, 24], the model has 0.5000" in said
+    assert asked == [(16, 24)] and "Asked in windows of its resolution.crop=[16,24], the model has 0.5000" in said
     assert causes.far_crop(replace(far, run={"miou": 0.495})) is None
 
 
 @pytest.mark.parametrize(
     ("rate", "said"),
-    [("1e-3", "At a learning rate 10 times higher the loss falls from"), ("1e-2", "It was still learning: the loss")],
+    [
+        ("1e-3", "At a learning rate 100 times higher the loss falls from"),
+        ("0.1", "It was still learning: the loss"),
+        ("2", "At a learning rate 100 times lower the loss falls from"),
+    ],
 )
-def test_a_rate_that_learns_too_little_is_found_by_training_on(held, rate, said):
+def test_a_rate_that_does_not_learn_is_found_by_training_on(held, rate, said):
     found = held(f"optim.optimizer.lr={rate}", "data.batch_size=3")
     before = {name: value.clone() for name, value in found.model.state_dict().items()}
     assert said in causes.learning_rate(found)
     assert all(torch.equal(value, before[name]) for name, value in found.model.state_dict().items())
-
-
-def test_a_rate_that_is_too_high_is_found_by_training_on(held):
-    found = held("optim.optimizer.lr=20", "data.batch_size=3")
-    with torch.no_grad():
-        found.model.head.classify.weight.mul_(30)
-    assert "At a learning rate 10 times lower the loss falls" in causes.learning_rate(found)
 
 
 def test_a_model_that_knows_its_training_images_alone_is_told_apart(held, monkeypatch):
@@ -158,13 +155,14 @@ def quick(monkeypatch):
     monkeypatch.setattr(floor, "_affordable", lambda *_: 64)
 
 
-def test_a_run_below_its_floor_is_told_why_and_one_above_is_not(world, quick):
+def test_a_run_below_its_floor_is_told_why_and_one_above_is_not(world, quick, monkeypatch):
     words = (*WORDS, f"data.root={world}/data", "mode=train", "data.batch_size=3")
-    low = call(world, *words, "optim.optimizer.lr=1e-6", "hydra.run.dir=LOW")
+    low = call(world, *words, "optim.optimizer.lr=1e-4", "hydra.run.dir=LOW")
     assert low.status == 0 and "WARNING This run is below its floor" in low.err, low.err
     record = json.loads((world / "LOW/floor.json").read_text())
     assert record["below"] and record["run_miou"] < record["floor_miou"] and record["causes"]
     assert f"floor:        mIoU {record['run_miou']:.4f} on 3 validation images" in low.out
+    monkeypatch.setattr(floor, "BELOW", 0.3)  # in two steps its running means move, which costs it as much
     good = call(world, *words, "head.init=probe", "optim.optimizer.lr=1e-6", "hydra.run.dir=GOOD")
     record = json.loads((world / "GOOD/floor.json").read_text())
     assert good.status == 0 and not record["below"] and not record["causes"] and "below its floor" not in good.err
