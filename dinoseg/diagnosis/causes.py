@@ -14,6 +14,7 @@ from dinoseg.data.scan.class_counts import class_counts
 from dinoseg.diagnosis.floor import BELOW, Held, solved
 from dinoseg.inference.windows import Windows
 from dinoseg.model import Segmenter, trained_names
+from dinoseg.regimes.images import ImageRegime
 from dinoseg.training.optim import set_learning_rates, tensors_of
 from dinoseg.training.validation import evaluate
 from dinoseg.wording import listed, typed
@@ -102,6 +103,8 @@ def learning_rate(held: Held) -> str | None:
             "not the others: it is fitted to them. Give fewer trainer.steps, more images, adapter=frozen, or a larger "
             "optim.optimizer.weight_decay"
         )
+    if type(held.regime) is not ImageRegime:  # others learn from a teacher, too
+        return None
     before, after = _losses(held)
     best = min(_FACTORS, key=lambda factor: after[factor])
     best = best if after[best] < _CLEAR * after[1.0] else 1.0
