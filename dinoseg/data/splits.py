@@ -197,7 +197,7 @@ def read_name_list(path: Path, key: str = "data.reader.partition.lists") -> list
     if not names:
         raise UserError(f"The file list {path} is empty: write one name per line.")
     if len(set(names)) < len(names):
-        twice = sorted({name for name in names if names.count(name) > 1})
+        twice = sorted(name for name, count in Counter(names).items() if count > 1)
         raise UserError(f"The file list {path} names {', '.join(twice[:5])} more than once: keep one line each.")
     return names
 

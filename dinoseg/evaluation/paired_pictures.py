@@ -18,7 +18,7 @@ from dinoseg.config.plain import plain
 from dinoseg.config.resolvers import CLASS_FILE, settled
 from dinoseg.errors import UserError
 from dinoseg.evaluation.image_record import ImageRecord
-from dinoseg.evaluation.run_config import BROKEN, config_file, config_text
+from dinoseg.evaluation.run_config import BROKEN, config_file, config_of, config_text
 from dinoseg.images import read_ids, read_size
 from dinoseg.report.html.comparison import PairShot
 from dinoseg.report.overlay import reduced
@@ -69,7 +69,7 @@ class Pictures:
 
     def _saved(self, text: str) -> dict[str, Any]:
         """Return what a checkpoint would keep of a config file, with the data where they were evaluated."""
-        kept = plain(OmegaConf.create(text))
+        kept = config_of(text)
         # of a run that is older than a key, it says nothing of it
         saved = renamed({key: kept[key] for key in SAVED if key not in OPTIONAL or key in kept})
         saved["data"] = {**saved["data"], **dict.fromkeys(ACTING), "root": self.record.root}

@@ -4,18 +4,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from dinoseg.config.guard import ACTING
-from dinoseg.config.plain import plain
 from dinoseg.errors import UserError
 from dinoseg.runs.recipe import SAVED
 from dinoseg.storage.files import check_regular
+from dinoseg.storage.forms import Misshapen
+from dinoseg.storage.yaml_text import parse_yaml
 
-BROKEN = (OSError, UnicodeError, KeyError, TypeError, AssertionError, YAMLError, OmegaConfBaseException)
-_LARGEST = 2**20  # bytes of a config file
+BROKEN = (OSError, UnicodeError, KeyError, TypeError, AssertionError, Misshapen, OmegaConfBaseException)
+_LARGEST = 2**17  # bytes of a config file: ours have a twentieth
 _ELSEWHERE = ("seed", "data.root", *(f"data.{key}" for key in ACTING))  # what no two runs need to share
 
 
@@ -34,14 +33,26 @@ def config_text(path: Path) -> str:
     """
     check_regular(path)
     if path.stat().st_size > _LARGEST:
-        raise UserError(f"{path} is no config: it is larger than a megabyte.")
+        raise UserError(f"{path} is no config: it is larger than {_LARGEST} bytes.")
     return path.read_text(encoding="utf-8")
+
+
+def config_of(text: str) -> dict[str, Any]:
+    """Return what the text of a config file says; interpolations stay as they are written.
+
+    Raises:
+        Misshapen: it is no config.
+    """
+    config = parse_yaml(text)
+    if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
+        raise Misshapen("it is no config")
+    return config
 
 
 def recipe_keys(folder: Path) -> tuple[dict[str, Any], Any] | None:
     """Return what an evaluated model was trained by, by its whole keys, and its seed; None where no config says so."""
     try:
-        config = plain(OmegaConf.create(config_text(config_file(folder))))
+        config = config_of(config_text(config_file(folder)))
         whole = _flat({key: config[key] for key in SAVED if key in config})
     except (UserError, *BROKEN):
         return None

@@ -6,19 +6,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
 from dinoseg.errors import UserError
 from dinoseg.storage import forms
+from dinoseg.storage.yaml_text import read_yaml
 from dinoseg.training.checkpoint import FOLDER
+from dinoseg.wording import shown
 
 COUNTED = "every pixel of the split counted once, those that are ignored left out"
 _MEASURES = ("miou", "dice", "accuracy", "mean_accuracy")
 _SHARE = forms.maybe(forms.number(0, 1))
 _SCORES = forms.holding(miou=_SHARE, pixels=forms.whole(), classes=forms.listing(forms.holding(iou=_SHARE)))
 _OFFICIAL = forms.holding(protocol=forms.text, scores=forms.table(forms.plain), ci95=forms.table(forms.plain))
+_EVALUATED = forms.holding(resume=forms.text, mode=forms.holding(split=forms.text))  # the config of mode=eval
+_LARGEST = 2**17  # bytes of a config file: ours have a twentieth
 _SPLIT = forms.table(forms.listing(forms.text))
 
 
@@ -81,15 +81,16 @@ def data_of(path: Path, name: str) -> dict[str, Any]:
 def _split_of(folder: Path, path: Path) -> str:
     """Return the split that a mode=eval run scored this checkpoint on."""
     try:
-        config: Any = OmegaConf.load(folder / "config" / "config.yaml")
-        resumed, split = str(config.resume), str(config.mode.split)
-    except (OSError, YAMLError, OmegaConfBaseException, AttributeError) as error:
+        config = read_yaml(folder / "config" / "config.yaml", _LARGEST)
+        _EVALUATED(config, "it")
+        resumed, same = config["resume"], Path(config["resume"]).resolve() == path.resolve()
+    except (OSError, ValueError, UserError) as error:  # a name may hold what no path does
+        raise UserError(f"export.scores={folder} is no run folder of mode=eval ({error}). Give one.") from None
+    if not same:
         raise UserError(
-            f"export.scores={folder} is no run folder of mode=eval ({str(error).splitlines()[0]}). Give one."
-        ) from None
-    if Path(resumed).resolve() != path.resolve():
-        raise UserError(f"export.scores={folder}: those scores are of {resumed}, not of {path}. Evaluate this one.")
-    return split
+            f"export.scores={folder}: those scores are of {shown(resumed)}, not of {path}. Evaluate this one."
+        )
+    return config["mode"]["split"]
 
 
 def _read(path: Path, form: forms.Form, where: str) -> Mapping[str, Any]:

@@ -104,7 +104,7 @@ def test_pictures_are_of_the_first_run_and_of_the_other(tmp_path, monkeypatch):
 def test_a_config_larger_than_any_is_not_read(tmp_path):
     (tmp_path / "config").mkdir()
     (tmp_path / "config/config.yaml").write_bytes(b"#" * (2**20 + 1))
-    with pytest.raises(UserError, match="larger than a megabyte"):
+    with pytest.raises(UserError, match="larger than 131072 bytes"):
         Pictures(None, record(), (tmp_path, tmp_path)).data  # noqa: B018
 
 

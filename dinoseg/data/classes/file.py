@@ -22,13 +22,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dinoseg.data.classes.labels import as_color
 from dinoseg.data.classes.mask_advice import HIGHEST_ID
 from dinoseg.data.classes.masks import FORMATS
 from dinoseg.errors import UserError
 from dinoseg.storage.files import check_regular
+from dinoseg.storage.forms import Misshapen
+from dinoseg.storage.yaml_text import read_yaml
 
 NAME = "classes.yaml"
 NOT_DESCRIBED: dict[str, Any] = {
@@ -66,31 +66,11 @@ def read_class_file(path: Path, ignore_index: int) -> dict[str, Any]:
 def _read(path: Path, ignore_index: int, changed: int, size: int) -> dict[str, Any]:
     """Read once for each state (time and size) of a file: a config asks for every key by itself."""
     try:
-        if size > _LARGEST:
-            raise ValueError(
-                f"it has {size} bytes, and a description of classes at most {_LARGEST}: give a smaller one"
-            )
-        return _described(yaml.load(path.read_text(encoding="utf-8-sig"), _Loader), ignore_index)
-    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
-        what = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"Cannot read {path} as YAML: {what}. Correct the file.") from None
+        return _described(read_yaml(path, _LARGEST), ignore_index)
+    except (OSError, Misshapen) as error:
+        raise UserError(f"Cannot read {path}: {error}. Correct the file.") from None
     except (ValueError, UserError) as error:
         raise UserError(f"{path}: {str(error).rstrip('.')}.") from None
-
-
-class _Loader(yaml.SafeLoader):
-    """Plain YAML, in which a key that stands twice is an error and nothing is written once to be used often."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.events.AliasEvent):
-            raise ValueError("it has an alias (*name): write the value out")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-        if twice := [key for key, count in keys.items() if count > 1]:
-            raise ValueError(f"{', '.join(twice)} stands more than once in one mapping: make each name unique")
-        return super().construct_mapping(node, deep)
 
 
 def _described(content: Any, ignore_index: int) -> dict[str, Any]:

@@ -1,0 +1,70 @@
+"""YAML that others wrote: read in bounded time and memory, plain values alone."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dinoseg.storage.files import check_regular
+from dinoseg.storage.forms import Misshapen
+
+_DEEPEST = 32  # levels
+_LARGEST = 2**63 - 1  # of a whole number; one of thousands of digits ends whoever prints it
+
+
+def read_yaml(path: Path, most: int) -> Any:
+    """Return what a YAML file of `most` bytes at most holds.
+
+    Raises:
+        OSError: the file is missing, or cannot be read.
+        UserError: it is no file but, say, a pipe.
+        Misshapen: it is larger, or as `parse_yaml`.
+    """
+    check_regular(path)
+    if (size := path.stat().st_size) > most:
+        raise Misshapen(f"it has {size} bytes, and {most} are read at most")
+    try:
+        return parse_yaml(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise Misshapen(f"its byte {error.start} is no text: save it as UTF-8") from None
+
+
+def parse_yaml(text: str) -> Any:
+    """Return the plain values that YAML text holds: nothing written once to be used often, each key once.
+
+    Raises:
+        Misshapen: it is no YAML, or holds something else.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except Misshapen:
+        raise
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise Misshapen(f"it is no plain YAML: {' '.join(str(error).split()) or type(error).__name__}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    _depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.events.AliasEvent):  # ten lines of them stand for more than any memory holds
+            raise Misshapen("it has an alias (*name): write the value out")
+        self._depth += 1
+        if self._depth > _DEEPEST:
+            raise Misshapen(f"it is nested deeper than {_DEEPEST} levels")
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        if twice := [key for key, count in keys.items() if count > 1]:
+            raise Misshapen(f"{', '.join(twice)} stands more than once in one mapping: make each name unique")
+        return super().construct_mapping(node, deep)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        value = super().construct_object(node, deep)
+        if type(value) is int and abs(value) > _LARGEST:
+            raise Misshapen("it has a whole number of more than 64 bits")
+        return value
