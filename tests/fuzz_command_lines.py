@@ -12,39 +12,65 @@ import re
 import resource
 import select
 import shlex
+import shutil
 import signal
 import sys
 import tempfile
+import time
 import traceback
 import warnings
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
-from command_line import SMALL, call, write_data
+from command_line import SLOTS, SMALL, call, in_this_process, write_data
 from config_files import FOLDER, GROUPS, options
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from dinoseg.config.resolvers import register_resolvers
+from dinoseg.synthetic.moving.write import render_moving_objects
 
 SECONDS = 60  # a command line that takes longer hangs
-MEMORY = 6 << 30
+MEMORY = 8 << 30
 TINY = tuple(word for word in SMALL if word.startswith(("backbone", "engine")))
-BASES = {  # of each mode, a command line that works
-    "train": (*SMALL, "trainer.steps=1", "mode.metrics_only=true"),
+QUIET = ("mode.metrics_only=true", "mode.report=false")
+TRAIN = (*(word for word in SMALL if word not in ("adapter=full", "trainer.steps=2")), "trainer.steps=1", *QUIET)
+RENDER = ("mode.train_videos=1", "mode.val_videos=0", "mode.test_videos=0", "mode.seconds=1", "mode.size=[32,48]")
+BASES = {  # a command line that works, of each mode and of what trains otherwise: mode, a name beside it
+    "train": (*TRAIN, "adapter=full"),
+    "train self": (*TRAIN, "trainer=self_training", "data.labelled=0.5", "adapter=full"),
+    "train many": (*TRAIN, "trainer=many_heads", "heads=[linear,{head: mlp, lr: 1e-3}]", "adapter=frozen"),
+    "train kept": (*TRAIN, "head=detail", "head.layers=[-1]", "data.views=2", "adapter=frozen", "engine.cache=disk"),
+    "train drawn": (*TRAIN, "head=split", "head.layers=[-1]", "head.blocks=1", "adapter=frozen", "loss.weights=median",
+                    "data.class_uniform=0.5", "data.class_mix=0.5", "loss.criterion.hardest=0.5",
+                    "loss.criterion.border_weight=2"),
+    "train slots": (*(word for word in SLOTS if not word.startswith("mode")), "trainer.steps=1", "engine.workers=0"),
+    "train sweep": ("-m", *TRAIN, "adapter=full", "seed=0,1"),
+    "summary sweep": ("-m", *SMALL, "head=linear,mlp"),
     "eval": ("resume=run", "engine=cpu", "engine.workers=0", "mode.metrics_only=true"),
     "predict": ("resume=run", "engine=cpu", "input=data/val/images"),
-    "track": (*TINY, "input=data/val/images", "labels=data/val/masks/0.png"),
+    "track": (*TINY, "tracker.short=32", "input=data/val/images", "labels=data/val/masks/0.png"),
     "export": ("resume=run", "engine=cpu"),
+    "export safetensors": ("resume=run", "engine=cpu", "export=safetensors"),
+    "export onnx": ("resume=run", "engine=cpu", "export=onnx"),
     "score": ("reference=data/val/masks", "prediction=data/val/masks", "num_classes=2", "mode.workers=1"),
     "summary": SMALL,
     "doctor": (*SMALL, "mode.workers=1"),
     "prepare": ("data=sarrarp", "data.root=data"),
-    "render": ("data=movi", "data.root=movi", "mode.train_videos=1", "mode.val_videos=0", "mode.test_videos=0",
-               "mode.seconds=1", "mode.size=[32,48]", "mode.workers=1"),
+    "render": ("data=movi", "data.root=drawn", *RENDER, "mode.workers=1"),
     "help": (),
+    "plan": (*SMALL, "mode.memory=1GiB", "mode.dry_step=false"),
+    "bench": (*SMALL, "mode.steps=1", "mode.images=1", "mode.warmup=0"),
+    "probe": (*TINY, *SMALL[:4]),
+    "select": (*TINY, "input=data/val/images", "count=1"),
+    "select doubts": ("resume=run", "engine=cpu", "input=data/val/images", "count=1", "selection=uncertainty"),
+    "compare": ("runs=[run,other]",),
+    "serve": ("resume=run", "engine=cpu", "mode.port=0"),
+    "app": ("resume=run", "engine=cpu", "mode.port=0"),
 }  # fmt: skip
+SEVERAL = ("train sweep", "summary sweep")  # of these, each job may end in a message
 TEXTS = (
     "text",
     "a b (1).png",
@@ -53,40 +79,87 @@ TEXTS = (
     "é ü 漢字",
     "..",
     "-",
+    "--",
     "~",
+    "~nobody/x",
     "'",
     '"',
     "[",
     "{",
     "a\x00b",
     "'a b'",
+    "\x1b[31mred\x1b[0m",
+    "\u202etxt.exe",
+    "\ud800",
     "n" * 5000,
+    "9" * 400,
 )
 VALUES = (
     *("null", "true", "", "-1", "0", "1", "2", "3", "0.5", "-0.5", "nan", "inf", "-inf", "1e400", "1e-300", "???"),
+    *("1e18", "-1e18", "9223372036854775808", "65536", "0x10", "1_000", "-0.0", "1e-3", "on", "2026-01-01"),
     *("[]", "[0]", "[1,2]", "[-1,2]", "[1,1,1]", "[a,b]", "[null]", "[nan,1]", "[[1]]", "{}", "{a: 1}", "{0: 1}"),
-    *("${nothing}", "${seed}", "${.x}", "${oc.env:NOTHING}", "${now:x}", "None", *TEXTS),
+    *("[{},[]]", "{a: [1,{b: null}]}", "{_target_: os.getcwd}", "[[1,2],[3,4]]", "[true]", "{a: nan}", "[1e400]"),
+    *("${nothing}", "${seed}", "${.x}", "${oc.env:NOTHING}", "${now:x}", "None", "${hydra:runtime.cwd}", "${len:3}"),
+    *("choice(1,2)", "range(0,3)", "interval(0,1)", "glob(*)", "0,1", "1,nan", "${data.root}", "${oc.env:HOME}"),
+    *(
+        "run",
+        "other",
+        "data",
+        "data/val/images",
+        "data/val/masks/0.png",
+        "run/config",
+        "pipe",
+        "/dev/null",
+        "/dev/zero",
+    ),
+    *("nothing/here", "odd.json", "deep.yaml", "auto", "disk", "memory", "all", *TEXTS),
 )
+TYPED = (  # keys that are typed most, or are young
+    *("data.class_uniform", "data.class_mix", "data.labelled", "data.views", "data.cache", "data.group", "data.folds"),
+    *("loss.criterion.hardest", "loss.criterion.border_weight", "loss.criterion.border_width", "loss.weights"),
+    *("trainer.unlabelled", "trainer.unlabelled_every", "trainer.unlabelled_batch_size", "trainer.unlabelled_weight"),
+    *("trainer.threshold", "trainer.strong_views", "trainer.ema", "trainer.score", "trainer.epochs", "trainer.steps"),
+    *(
+        "selection.neighbours",
+        "selection.measure",
+        "selection.candidates",
+        "count",
+        "labels",
+        "input",
+        "runs",
+        "resume",
+    ),
+    *("engine.cache", "engine.compile", "engine.sharding", "engine.precision", "engine.workers", "engine.device"),
+    *("features.dtype", "features.gib", "cache_dir", "heads", "lrs", "head.init", "head.layers", "head.blocks"),
+    *("inference.scales", "inference.window", "seed", "trust", "resolution.crop", "resolution.scale", "adapter.rank"),
+    *("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.job.name"),
+)
+SWEPT = ("0,1", "1,2", "nan,1", "a,b", "[1],[2]", "null,1", "choice(0,x)", "range(0,2)", "range(2)", "glob(*)", "1,1")
 FOREIGN = re.compile(
-    r"Traceback|hydra|omegaconf|HYDRA|in struct|Config(Attribute|Key)|Interpolation|Instantiation|NoneType' object|"
-    r"full_key|object_type|unhashable|unexpected keyword|positional argument"
+    r"Traceback|hydra\.|omegaconf|HYDRA|in struct|Config(Attribute|Key)|Interpolation|Instantiation|NoneType' object|"
+    r"full_key|object_type|unhashable|unexpected keyword|positional argument|site-packages|lib/python|\w\.py\b"
 )
 
 
 def lines(count, seed):
     """Yield command lines as tuples of words, of every mode in turn."""
     draw = random.Random(seed)
-    keys = {mode: _keys(mode, base) for mode, base in BASES.items()}
+    keys = {name: _keys(name, base) for name, base in BASES.items()}
     for number in range(count):
-        mode = list(BASES)[number % len(BASES)]
-        odd = [_odd_word(draw, keys[mode]) for _ in range(draw.choice((1, 1, 1, 2, 3)))]
-        yield (f"mode={mode}", *BASES[mode], *odd)
+        name = list(BASES)[number % len(BASES)]
+        odd = [_odd_word(draw, keys[name], sweeps=name in SEVERAL) for _ in range(draw.choice((1, 1, 1, 2, 3)))]
+        yield (_mode(name), *BASES[name], *odd)
 
 
-def _keys(mode, base):
+def _mode(name):
+    return f"mode={name.split()[0]}"
+
+
+def _keys(name, base):
     register_resolvers()
     with initialize_config_dir(str(FOLDER), version_base="1.3"):
-        cfg = OmegaConf.to_container(compose("main", [f"mode={mode}", *base]))
+        words = [word if "[" in word else word.split(",")[0] for word in base if word != "-m"]
+        cfg = OmegaConf.to_container(compose("main", [_mode(name), *words]))
     GlobalHydra.instance().clear()
     return list(_paths(cfg))
 
@@ -98,10 +171,15 @@ def _paths(node, above=""):
             yield from _paths(value, f"{above}{key}.")
 
 
-def _odd_word(draw, keys):
+def _odd_word(draw, keys, sweeps=False):
     kind, key, value = draw.random(), draw.choice(keys), draw.choice(VALUES)
-    if draw.random() < 0.25:  # those typed most
+    often = draw.random()
+    if often < 0.25:
         key = draw.choice([each for each in keys if "." not in each or each.startswith("mode.")])
+    elif often < 0.5:
+        key = draw.choice(TYPED)
+    if sweeps and draw.random() < 0.4:
+        value = draw.choice(SWEPT)
     if kind < 0.70:
         return f"{key}={value}"
     if kind < 0.75:
@@ -119,17 +197,42 @@ def _odd_word(draw, keys):
 
 
 def prepare(root):
-    """Write what the command lines are about: data, and a trained run."""
-    write_data(root / "here/data")
-    done = call(root / "here", "mode=train", *SMALL, "trainer.steps=1", "hydra.run.dir=run")
-    assert done.status == 0, done.err
+    """Write what the command lines are about: data, clips, two trained runs, and files that are no use."""
+    here = root / "here"
+    write_data(here / "data")
+    render_moving_objects(here / "movi", train_videos=2, val_videos=1, seconds=1, size=(32, 32), workers=1)
+    for seed, name in enumerate(("run", "other")):
+        words = ("mode=train", *SMALL, "trainer.steps=1", f"seed={seed}", f"hydra.run.dir={name}")
+        done = call(here, *words)
+        assert done.status == 0, done.err
+    os.mkfifo(here / "pipe")
+    (here / "odd.json").write_text("[" * 2000)
+    (here / "deep.yaml").write_text("a: &a [1]\nb: [*a, *a, {c: !!python/object:os.system x}]\n")
+
+
+@contextlib.contextmanager
+def _copied(root):
+    """Give a copy of what was prepared: what one command line leaves is not there for the next."""
+    with tempfile.TemporaryDirectory(dir=root, ignore_cleanup_errors=True) as folder:
+        shutil.copytree(root / "here", f"{folder}/here", ignore=lambda *_: ["pipe"])
+        os.mkfifo(f"{folder}/here/pipe")
+        yield Path(folder)
+
+
+def warm_up(root):
+    """Run what works once in this process: its children import and read nothing anew."""
+    for name, base in BASES.items():
+        with _copied(root) as kept, _short(_mode(name)):
+            done = call(kept / "here", _mode(name), *base)
+        assert done.status == (name == "prepare"), f"{name}: {done.err}"  # which finds nothing to prepare
 
 
 def fault(root, words):
     """Return what is wrong with the way a command line ends; "" where it is right."""
     before = {path.name for path in root.iterdir()}
     try:
-        done = call(root / "here", *words)
+        with _short(words[0]):
+            done = call(root / "here", *words)
     except BaseException as error:  # the fault is what is looked for
         where = traceback.extract_tb(error.__traceback__)
         ours = [f"{Path(each.filename).name}:{each.lineno}" for each in where if "dinoseg/" in each.filename]
@@ -137,65 +240,93 @@ def fault(root, words):
     messages = [line for line in done.err.splitlines() if line.startswith("error")]
     if done.status not in (0, 1):
         return f"exit status {done.status}: {done.err[-300:]}"
-    if done.status == 1 and len(messages) != 1:
+    if done.status == 1 and (len(messages) != 1 if "-m" not in words else not messages):
         return f"{len(messages)} messages: {done.err[-300:]}"
     if found := FOREIGN.search("\n".join(messages) if "Traceback" not in done.err else done.err):
         return f"says {found[0]!r}: {messages or done.err[-300:]}"
+    if control := re.search(r"[\x00-\x08\x0b-\x1f\x7f\x9b\u202a-\u202e]", "\n".join(messages)):
+        return f"prints {control[0]!r}: {messages}"
     if outside := {path.name for path in root.iterdir()} - before:
         return f"wrote outside: {outside}"
     return ""
 
 
-def tried(root, words):
+def _short(mode):
+    """Let what listens on a port stop as soon as it does, and mode=bench time in this process."""
+    if mode == "mode=bench":
+        return patch("dinoseg.modes.bench.in_own_process", in_this_process)
+    if mode not in ("mode=serve", "mode=app"):
+        return contextlib.nullcontext()
+    return patch("dinoseg.serving.server._Server.run", lambda *_: None)
+
+
+def tried(root, words, seconds=SECONDS):
     """Return `fault` of a command line in a process of its own, which is ended when it hangs."""
     reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.setsid()
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.write(writer, b"." + fault(root, words).encode(errors="replace")[:2000])
-        os._exit(0)
-    os.close(writer)
-    said, _, _ = select.select([reader], [], [], SECONDS)
-    found = os.read(reader, 4000).decode(errors="replace") if said else f"hangs for {SECONDS} seconds"
-    os.close(reader)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return found.removeprefix(".") if found else "ended without a word"
+    with tempfile.TemporaryFile() as streams:  # what processes of its own print, and what no stream of Python's shows
+        child = os.fork()
+        if child == 0:
+            os.setsid()
+            for stream in (1, 2):
+                os.dup2(streams.fileno(), stream)
+            resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.write(writer, b"." + fault(root, words).encode(errors="replace")[:2000])
+            os._exit(0)
+        os.close(writer)
+        said, _, _ = select.select([reader], [], [], seconds)
+        found = os.read(reader, 4000).decode(errors="replace") if said else f"hangs for {seconds} seconds"
+        os.close(reader)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        streams.seek(0)
+        printed = streams.read().decode(errors="replace")
+    if "Traceback" in printed and not found[1:]:
+        return f"a process of its own ends in a traceback: {printed[-300:]}"
+    return found.removeprefix(".") if found else f"ended without a word: {printed[-300:]}"
 
 
-def _shard(tasks, results):
+def _shard(tasks, seconds, results):
     with tempfile.TemporaryDirectory() as folder:
-        prepare(Path(folder))
+        root = Path(folder)
+        prepare(root)
+        warm_up(root)
         for number, words in tasks:
-            results.put((number, words, tried(Path(folder), words)))
+            with _copied(root) as kept:
+                begin = time.monotonic()
+                found = tried(kept, words, seconds)
+                results.put((number, words, found, time.monotonic() - begin))
 
 
 def main():
     """Try many command lines, print those that end wrongly, and count them."""
     parser = argparse.ArgumentParser(description=__doc__)
-    for name, default in (("count", 900), ("seed", 0), ("workers", 2)):
+    for name, default in (("first", 0), ("count", 900), ("seed", 0), ("workers", 2), ("seconds", SECONDS)):
         parser.add_argument(f"--{name}", type=int, default=default)
     given = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     tasks = list(enumerate(lines(given.count, given.seed)))
+    tasks = tasks[given.first :]
     context = multiprocessing.get_context("fork")
     results = context.Queue()
-    shards = [context.Process(target=_shard, args=(tasks[n :: given.workers], results)) for n in range(given.workers)]
+    shards = [
+        context.Process(target=_shard, args=(tasks[n :: given.workers], given.seconds, results))
+        for n in range(given.workers)
+    ]
     for shard in shards:
         shard.start()
     wrong = 0
-    for _ in tasks:
-        number, words, what = results.get()
+    for done in range(len(tasks)):
+        if done % 50 == 0:
+            print(f"{done} tried", flush=True)
+        number, words, what, seconds = results.get()
+        name = list(BASES)[number % len(BASES)]
         if what:
             wrong += 1
-            print(
-                f"{number}: {shlex.join([words[0], *words[1 + len(BASES[words[0][5:]]) :]])[:300]}\n    {what}",
-                flush=True,
-            )
+            odd = words[1 + len(BASES[name]) :]
+            print(f"{number}: {name} ({seconds:.0f} s): {ascii(shlex.join(odd))[:300]}\n    {what}", flush=True)
     print(f"{wrong} of {given.count} command lines end wrongly (seed {given.seed})")
     sys.exit(bool(wrong))
 
