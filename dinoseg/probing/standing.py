@@ -61,10 +61,11 @@ class Standing:
         except UserError as error:
             kept = {}
             logger.warning("%s Its sums begin anew.", error)
-        fits = {name: (value.shape, value.dtype) for name, value in kept.items() if name != _DONE} == {
-            name: (value.shape, value.dtype) for name, value in sums.items()
+        wanted = {**sums, _DONE: torch.tensor(0)}
+        fits = {name: (value.shape, value.dtype) for name, value in kept.items()} == {
+            name: (value.shape, value.dtype) for name, value in wanted.items()
         }
-        if not fits or _DONE not in kept:
+        if not fits or kept[_DONE] < 1 or not all(torch.isfinite(value).all() for value in kept.values()):
             return 0
         for name, value in sums.items():
             value.copy_(kept[name])

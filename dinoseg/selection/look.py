@@ -17,6 +17,7 @@ from dinoseg.data.loader import load_in_order
 from dinoseg.data.pairs.pair import image_hash
 from dinoseg.data.video.access import read_source
 from dinoseg.errors import UserError
+from dinoseg.geometry import widths
 from dinoseg.inference.predictor import Predictor
 from dinoseg.model import Segmenter
 from dinoseg.report.progress import Bar
@@ -29,6 +30,7 @@ from dinoseg.training.feature_cache.store import DiskStore
 
 logger = logging.getLogger(__name__)
 _FOLDER = "looks"  # of cache_dir
+_DOUBTS = 2  # entropy, margin
 _COARSER = 4  # pixels of an image for one at which its classes are doubted
 
 
@@ -59,6 +61,7 @@ class Looker:
                 "selection=uncertainty asks a trained segmenter what it doubts. Give resume=RUN_FOLDER, or "
                 "selection=k_centre or typical, which need none."
             )
+        self._width = widths(self.model.backbone.dim, self.model.backbone.num_layers)[-1]
         self._store = self._opened(cfg)
 
     def look(self, pool: Sequence[Candidate], *, skip: bool) -> tuple[np.ndarray, np.ndarray | None, dict[int, str]]:
@@ -75,7 +78,8 @@ class Looker:
         bad: dict[int, str] = {}
         keys = [_key(candidate) for candidate in pool]
         for place, key in enumerate(keys):
-            if not isinstance(key, UserError) and (kept := self._store.get(key)) is not None:
+            kept = None if isinstance(key, UserError) else self._store.get(key)
+            if kept is not None and [part.shape for part in kept] == [(self._width,), (_DOUBTS,)]:
                 said[place] = kept
         rest = [place for place in range(len(pool)) if place not in said]
         if said:
@@ -91,8 +95,8 @@ class Looker:
                 bar.update()
         if not said:
             raise UserError(f"None of the {len(pool)} images can be read: {next(iter(bad.values()), 'there is none')}")
-        width, least = next(iter(said.values()))[0].shape[0], 1e-12
-        features, doubts = np.zeros((len(pool), width)), np.zeros((len(pool), 2))
+        least = 1e-12
+        features, doubts = np.zeros((len(pool), self._width)), np.zeros((len(pool), _DOUBTS))
         for place, (feature, doubt) in said.items():
             mean = feature.double().numpy()
             features[place], doubts[place] = mean / max(least, np.linalg.norm(mean)), doubt.double().numpy()
@@ -108,7 +112,7 @@ class Looker:
         with self.engine.autocast():
             mean = self.model.backbone.maps(self.model.pixels(images))[-1][0].float().mean(dim=(1, 2))
         if self._predictor is None:
-            return [mean, torch.zeros(2)]
+            return [mean, torch.zeros(_DOUBTS)]
         height, width = (-(-side // _COARSER) for side in pixels.shape[:2])
         bands = self._predictor.asked(images, lambda bands: list(map(_doubts, bands)), size=(height, width))
         return [mean, torch.cat(bands, dim=1).mean(dim=1)]

@@ -4,10 +4,12 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from command_line import SMALL, call, write_data
 from films import write_film
 
 from dinoseg.images import read_image, write_png
+from dinoseg.training.feature_cache.form import to_bytes
 
 WORDS = ("mode=select", *(word for word in SMALL if not word.startswith(("adapter=", "trainer."))), "hydra.run.dir=R")
 NO_DATA = tuple(word for word in WORDS if not word.startswith("data."))
@@ -66,6 +68,10 @@ def test_features_are_taken_over_after_a_stop_and_a_damaged_one_is_made_anew(fol
     files[1].write_bytes(files[1].read_bytes()[:-3] + b"abc")
     again, done = selected(folder, *words)
     assert again == before and "4 of 6 images were looked at before" in done.err
+    for path, tensors in zip(files, ([3, 2], [24, 1], [24], [24, 2, 1]), strict=False):
+        path.write_bytes(to_bytes(path.stem, [torch.zeros(width) for width in tensors], "float32"))
+    _, done = selected(folder, *words)
+    assert "2 of 6 images were looked at before" in done.err
     _, done = selected(folder, *words, "backbone.arch.num_hidden_layers=1")
     assert "taken over" not in done.err
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from tiny_parts import tiny_vit
 
 from dinoseg.errors import UserError
@@ -209,6 +210,11 @@ def test_sums_that_are_damaged_or_of_another_form_begin_anew(tmp_path, caplog):
     assert standing.load({"a/gram": torch.zeros(3, dtype=torch.float64)}) == 0
     kept = {"a/gram": torch.zeros(2, dtype=torch.float64)}
     assert standing.load(kept) == 3 and kept["a/gram"].tolist() == [1, 1]
+    for done in (torch.tensor([3, 3]), torch.tensor(-3), torch.tensor(3.0), torch.tensor(float("nan"))):
+        save_file({**sums, "done": done}, tmp_path / "sums.safetensors")
+        assert standing.load(kept) == 0
+    save_file({"a/gram": sums["a/gram"] * np.nan, "done": torch.tensor(3)}, tmp_path / "sums.safetensors")
+    assert standing.load(kept) == 0 and kept["a/gram"].tolist() == [1, 1]
     (tmp_path / "sums.safetensors").write_bytes(b"cut")
     assert standing.load(kept) == 0 and "begin anew" in caplog.text
     standing.drop()

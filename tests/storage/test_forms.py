@@ -15,7 +15,7 @@ from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import MaskReader, Masks
 from dinoseg.data.formats.sarrarp import _no_pseudo
 from dinoseg.data.formats.youtube_vos import YoutubeVos
-from dinoseg.data.packed.store import INDEX, PIXELS, StoreKey, open_store, write_index
+from dinoseg.data.packed.store import INDEX, PIXELS, Extent, StoreKey, open_store, write_index
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.scan import cache as scan_cache
@@ -96,6 +96,15 @@ def test_places_in_a_packed_store_lie_inside_its_file(tmp_path, place, value):
         (tmp_path / INDEX).write_text(json.dumps({**content, "places": [numbers]}))
         assert (open_store(tmp_path, key, names, verify=True) is not None) == expected
         numbers = [value if position == place else number for position, number in enumerate(numbers)]
+
+
+def test_no_item_of_a_packed_store_is_larger_than_an_image(tmp_path):
+    key = StoreKey("f", None)
+    (tmp_path / PIXELS).touch()
+    os.truncate(tmp_path / PIXELS, 2**40)  # all holes
+    for side, there in ((2**13, True), (2**15, False)):
+        write_index(tmp_path, key, ["a"], [Extent(0, side, side, 0)])
+        assert (open_store(tmp_path, key, ["a"], verify=True) is not None) == there
 
 
 @pytest.mark.parametrize("pixels", [[1.5, 2], [-1, 2], ["1", 2], [True, 2], [2**63, 2], [[1], [2]], [None, 2]])

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from dinoseg.annotation.drawing import MOST_PIXELS
 from dinoseg.errors import UserError
 from dinoseg.storage import forms
 from dinoseg.storage.units import finished
@@ -142,8 +143,11 @@ def open_store(folder: Path, key: StoreKey, names: Sequence[str], *, verify: boo
         return Store(folder, names, [Extent(*numbers) for numbers in index["places"]], verify=verify)
 
     def is_whole(store: Store) -> bool:
-        size = (folder / PIXELS).stat().st_size
-        return all(extent.offset + extent.size <= size for extent in store.extents)
+        size = (folder / PIXELS).stat().st_size  # of which nothing need lie on the disk
+        return all(
+            extent.offset + extent.size <= size and extent.height * extent.width <= MOST_PIXELS
+            for extent in store.extents
+        )
 
     return finished(folder / INDEX, read, is_whole)
 
