@@ -264,8 +264,9 @@ def loss(cfg: DictConfig, train: SegmentationData | None) -> Loss:
             "loss=feature_reconstruction or loss=video_similarity, or trainer=supervised for images and masks."
         )
     weigh = instantiate(cfg.loss.class_weights)
-    counts = instantiate(cfg.loss.counts)(train) if cfg.loss.weights != "none" else [1] * len(train.classes)
-    return criterion(cfg, class_weights=weigh(counts))
+    counted = isinstance(cfg.loss.weights, str) and cfg.loss.weights != "none"
+    counts = instantiate(cfg.loss.counts)(train) if counted else [1] * len(train.classes)
+    return criterion(cfg, class_weights=weigh(counts, train.classes))
 
 
 def optimizer(cfg: DictConfig, model: Segmenter) -> Optimizer:

@@ -1,6 +1,7 @@
-"""Class weights from pixel counts."""
+"""Class weights from pixel counts, or as they are given."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,20 +12,28 @@ from dinoseg.ranges import LowShare
 SCHEMES = ("none", "one_minus_frequency", "inverse", "median", "effective_number")
 
 
-def class_weights(counts: Sequence[int], scheme: str, *, beta: LowShare = 0.9999) -> Tensor:
-    """Return one weight (K,) float32 per class from the pixels counted over the training masks.
+def class_weights(
+    counts: Sequence[int], classes: Sequence[str], scheme: str | Mapping[str, float], *, beta: LowShare = 0.9999
+) -> Tensor:
+    """Return one weight (K,) float32 per class, by a scheme from the pixels counted over the training masks.
 
     With f the share of a class among all labelled pixels: `one_minus_frequency` is 1 - f; `inverse` is 1 / f
     and `median` is median(f) / f over the classes that occur (Eigen and Fergus, arXiv 1411.4734);
     `effective_number` is (1 - beta) / (1 - beta^n), n the count in units of 10,000 pixels (Cui et al., arXiv
     1901.05555). The last three are scaled to a mean of 1 over the classes that occur. A class that never
-    occurs gets 1: nothing in training asks for it.
+    occurs gets 1: nothing in training asks for it. Weights may be given instead, by the names of classes: these are
+    taken as they are, and a class without one has 1.
 
     Raises:
-        UserError: an unknown scheme, or no labelled pixel at all.
+        UserError: an unknown scheme, no labelled pixel at all, no such class, or what is no number above 0.
     """
+    if isinstance(scheme, Mapping):
+        return _given(scheme, classes)
     if scheme not in SCHEMES:
-        raise UserError(f"loss.weights={scheme} is unknown. Choose one of {', '.join(SCHEMES)}.")
+        raise UserError(
+            f"loss.weights={scheme} is unknown. Choose one of {', '.join(SCHEMES)}, or give numbers by name: "
+            f"'loss.weights={{{classes[-1]}: 3}}'."
+        )
     n = torch.tensor(counts, dtype=torch.float64)
     if scheme == "none":
         return torch.ones(len(n))
@@ -41,6 +50,16 @@ def class_weights(counts: Sequence[int], scheme: str, *, beta: LowShare = 0.9999
     else:
         weights = _mean_one((1 - beta) / (1 - beta ** (n / 1e4)), present)
     return torch.where(present, weights, 1.0).float()
+
+
+def _given(weights: Mapping[str, float], classes: Sequence[str]) -> Tensor:
+    for name, weight in weights.items():
+        if name not in classes:
+            raise UserError(f"loss.weights: {name} is no class. The classes are {', '.join(classes)}.")
+        number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not (number and 0 < weight < math.inf):
+            raise UserError(f"loss.weights: {name}={weight} is no weight. Give a number above 0; 1 is as without one.")
+    return torch.tensor([float(weights.get(name, 1.0)) for name in classes])
 
 
 def _mean_one(weights: Tensor, present: Tensor) -> Tensor:

@@ -5,15 +5,16 @@ from dinoseg.errors import UserError
 from dinoseg.losses.class_weights import SCHEMES, class_weights
 
 COUNTS = [700_000, 200_000, 100_000, 0]
+NAMES = ["road", "car", "pole", "cat"]
 
 
 def test_one_minus_frequency():
-    torch.testing.assert_close(class_weights(COUNTS, "one_minus_frequency"), torch.tensor([0.3, 0.8, 0.9, 1.0]))
+    torch.testing.assert_close(class_weights(COUNTS, NAMES, "one_minus_frequency"), torch.tensor([0.3, 0.8, 0.9, 1.0]))
 
 
 def test_inverse_and_median_have_the_right_ratios_and_a_mean_of_one():
     for scheme in ("inverse", "median"):
-        weights = class_weights(COUNTS, scheme)
+        weights = class_weights(COUNTS, NAMES, scheme)
         torch.testing.assert_close(weights[1] / weights[0], torch.tensor(3.5))
         torch.testing.assert_close(weights[2] / weights[1], torch.tensor(2.0))
         torch.testing.assert_close(weights[:3].mean(), torch.tensor(1.0))
@@ -22,24 +23,38 @@ def test_inverse_and_median_have_the_right_ratios_and_a_mean_of_one():
 
 def test_effective_number_by_hand():
     expected = torch.tensor([(1 - 0.9) / (1 - 0.9**n) for n in (70, 20, 10)])
-    weights = class_weights(COUNTS, "effective_number", beta=0.9)
+    weights = class_weights(COUNTS, NAMES, "effective_number", beta=0.9)
     torch.testing.assert_close(weights[:3], expected / expected.mean())
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_scheme_gives_finite_positive_weights_that_favour_the_rare(scheme):
-    weights = class_weights(COUNTS, scheme)
+    weights = class_weights(COUNTS, NAMES, scheme)
     assert weights.dtype == torch.float32 and bool((weights > 0).all()) and bool(weights.isfinite().all())
     if scheme != "none":
         assert weights[0] < weights[1] < weights[2]
 
 
 def test_a_single_class_set_is_allowed():
-    assert class_weights([5], "inverse").tolist() == [1.0]
+    assert class_weights([5], ["a"], "inverse").tolist() == [1.0]
+
+
+def test_weights_by_name_are_taken_as_they_are():
+    weights = class_weights(COUNTS, NAMES, {"pole": 3, "cat": 0.5})
+    assert weights.tolist() == [1.0, 1.0, 3.0, 0.5] and weights.dtype == torch.float32
+    assert class_weights(COUNTS, NAMES, {}).tolist() == [1.0] * 4
+
+
+@pytest.mark.parametrize("weight", [0, -1, float("nan"), float("inf"), True, "3", None])
+def test_a_weight_by_name_is_a_number_above_0(weight):
+    with pytest.raises(UserError, match=f"loss.weights: pole={weight} is no weight. Give a number above 0"):
+        class_weights(COUNTS, NAMES, {"pole": weight})
 
 
 def test_bad_input():
+    with pytest.raises(UserError, match="loss.weights: dog is no class. The classes are road, car, pole, cat"):
+        class_weights(COUNTS, NAMES, {"dog": 2.0})
     with pytest.raises(UserError, match="loss.weights=best is unknown. Choose one of none, one_minus_frequency"):
-        class_weights(COUNTS, "best")
+        class_weights(COUNTS, NAMES, "best")
     with pytest.raises(UserError, match="no labelled pixel"):
-        class_weights([0, 0], "inverse")
+        class_weights([0, 0], ["a", "b"], "inverse")
