@@ -283,6 +283,7 @@ def test_one_fact_is_set_in_one_place(compose):
     assert ignoring.data.reader.ignore_index == ignoring.data.augment.ignore_index == 77
     assert ignoring.loss.criterion.ignore_index == 77
     assert compose("loss.weights=inverse").loss.class_weights.scheme == "inverse"
+    assert compose("loss.weights={a: 2, b: 0.5}").loss.class_weights.scheme == {"a": 2, "b": 0.5}
     assert compose("engine.devices=3", "mode=train").mode.devices == 3
     assert compose("engine.devices=3", "mode=eval").mode.devices == 3
     assert compose("mode=predict", "input=a.png").mode.input == "a.png"
