@@ -22,6 +22,7 @@ from dinoseg.regimes.choice import regime_of
 from dinoseg.shapes import Batch, FeatureBatch
 from dinoseg.training.engine import Engine
 from dinoseg.training.feature_cache.form import size_of
+from dinoseg.training.feature_choice import stored_as
 
 _STEPS, _WARMUP, _PREDICTED = 3, 1, 3
 RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # of the environment: what makes a process one of several
@@ -87,7 +88,7 @@ def time_recipe(values: Mapping[str, Any]) -> Seconds:
     kept, frozen, size = None, 0.0, 0
     if cut is not None:
         features, frozen = cut
-        size = size_of([part[0] for part in features.tensors], cfg.features.dtype)
+        size = size_of([part[0] for part in features.tensors], stored_as(cfg.features.dtype, {}))
         again = _Again(FeatureBatch(features, first.mask.to(engine.device), first.names))
         trial = try_steps(cfg, lambda: model, engine, repeat(again), steps=_STEPS, warmup=_WARMUP)
         kept = statistics.median(trial.seconds) / images
