@@ -44,8 +44,6 @@ def deciding(kind: ClassScores, first: Runs, second: Runs) -> list[float | None]
     Both sides' runs are counts (N, 3, K) of the same images.
     """
     whole, sums = Difference(kind, len(first), len(second)), _side_by_side(first, second)
-    if len(sums) < 2:
-        return [None] * len(sums)
     gaps = float(whole.scores(sums.sum(axis=0))["miou"]) - without_each(whole, sums)["miou"]
     return [float(gap) if np.isfinite(gap) else None for gap in gaps]
 

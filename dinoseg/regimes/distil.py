@@ -70,7 +70,7 @@ class DistilRegime(ImageRegime):
         given = {name: cfg.trainer[key] for key, name in WHICH.items()}
         check_given("dinoseg.training.mixed_feed.Unlabelled", given, names)
         options = Unlabelled(**given)
-        found = unmasked_images(cfg, options, feed.train)
+        found = unmasked_images(cfg, options, feed.train, feed.val)
         if not found:
             if options.batch_size is not None:
                 raise UserError(

@@ -43,7 +43,7 @@ class SelfTrainingRegime(ImageRegime):
             "dinoseg.training.mixed_feed.SelfTraining", given, {name: f"trainer.{key}" for key, name in KEYS.items()}
         )
         options = SelfTraining(**given)
-        sources = [image.source for image in unmasked_images(cfg, options, self.feed.train)]
+        sources = [image.source for image in unmasked_images(cfg, options, self.feed.train, self.feed.val)]
         if not sources:
             raise UserError(
                 "trainer=self_training has no images without masks. Give trainer.unlabelled=<folder, quoted pattern "

@@ -1,23 +1,33 @@
 """The images without masks that a training learns from beside those with."""
 
+import logging
+from collections.abc import Hashable
 from pathlib import Path
 
 from omegaconf import DictConfig
 
 from dinoseg.config.nodes import instantiate
 from dinoseg.data.pairs.dataset import PairDataset
+from dinoseg.data.video.access import ImageSource
 from dinoseg.selection.pool import Candidate, found_in
 from dinoseg.shapes import SegmentationData
 from dinoseg.training.mixed_feed import Unlabelled
 
+logger = logging.getLogger(__name__)
 
-def unmasked_images(cfg: DictConfig, options: Unlabelled, train: SegmentationData) -> list[Candidate]:
+
+def unmasked_images(
+    cfg: DictConfig, options: Unlabelled, train: SegmentationData, val: SegmentationData
+) -> list[Candidate]:
     """Return the training images that are not among those with masks, and those that `trainer.unlabelled` names.
+
+    An image that both name is there once. Validation images among them are told of.
 
     Args:
         cfg: the whole config.
         options: of the trainer.
         train: the images with masks; what `data.on_error=skip` left out of it is left out here.
+        val: the images that are scored.
 
     Raises:
         UserError: `trainer.unlabelled` names nothing, or what cannot be read.
@@ -29,4 +39,19 @@ def unmasked_images(cfg: DictConfig, options: Unlabelled, train: SegmentationDat
     if options.images is not None:
         key, cache_dir = "trainer.unlabelled", Path(cfg.cache_dir).expanduser()
         found += found_in(options.images, every=options.every, cache_dir=cache_dir, key=key)
-    return found
+    images: dict[Hashable, Candidate] = {}
+    for candidate in found:
+        images.setdefault(_identity(candidate.source), candidate)
+    scored = {_identity(pair.image) for pair in val.source.pairs} if isinstance(val, PairDataset) else set()
+    if seen := images.keys() & scored:
+        logger.warning(
+            "%d of the images without masks are validation images: scores are then of images that were seen in "
+            "training. Leave them out of trainer.unlabelled for scores that tell of new ones.",
+            len(seen),
+        )
+    return list(images.values())
+
+
+def _identity(source: ImageSource) -> Hashable:
+    """Return what two names of one image or frame have in common."""
+    return source.resolve() if isinstance(source, Path) else (source.path.resolve(), source.index)

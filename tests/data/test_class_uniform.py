@@ -51,6 +51,8 @@ def test_classes_are_looked_up_in_every_mask_and_absent_ones_told(data, tmp_path
     assert {id: images.tolist() for id, images in found.images.items()} == {0: [0, 1, 2, 3, 4], 1: [1], 2: [2, 4]}
     assert len(found.digests) == 6 and len(set(found.digests)) == 5  # two masks are the same
     assert "no training mask has a pixel of train" in caplog.text and "sign" not in caplog.text
+    void = PairDataset(data.pairs, Labels(CLASSES, [(0, 0, 0)] * 4, 2), Masks())  # a class that is not labelled
+    assert class_uniform(void, 0.5, cache_dir=tmp_path).images.keys() == {0, 1}
     packed = class_uniform(pack(data, cache_dir=tmp_path, longest=10, workers=1), 0.5, cache_dir=tmp_path)
     assert packed.digests == found.digests and packed.images.keys() == found.images.keys()
 

@@ -31,13 +31,15 @@ def test_which_names_are_held_out_never_changes():
 
 def test_a_share_of_the_masks_is_part_of_a_larger_one_and_comes_from_few_groups():
     video, taken = regex_group(r"^(v\d+)/"), []
-    for share, videos in ((0.001, 1), (0.1, 1), (0.25, 3), (0.5, 5), (1.0, 10)):
+    for share, videos in ((0.001, 1), (0.04, 1), (0.1, 1), (0.25, 3), (0.5, 5), (1.0, 10)):
         names = labelled_names(NAMES[::-1], share, seed=2, group=r"^(v\d+)/")
         assert len(names) == max(1, round(share * 40)) and names[: len(taken)] == taken
         assert (
             names == labelled_names(NAMES, share, seed=2, group=r"^(v\d+)/") and len(set(map(video, names))) == videos
         )
         taken = names
+    first = [name for name in taken if video(name) == video(taken[0])]
+    assert first != sorted(first)  # of a group that is cut it is not the beginning
     assert sorted(taken) == NAMES and labelled_names(NAMES, 0.2, seed=1) != labelled_names(NAMES, 0.2, seed=0)
     assert len(set(map(video, labelled_names(NAMES, 0.25)))) > 3  # without groups, of anywhere
 

@@ -83,6 +83,12 @@ def test_frames_of_a_video_are_learnt_from(folder):
     assert "6 training images with masks, 4 without" in done.err
 
 
+def test_each_image_is_there_once_and_those_of_the_validation_are_told_of(folder):
+    _, done = trained(folder, "once", *HALF, "trainer.unlabelled='data/*/images/*.png'", "trainer.steps=1")
+    assert "3 training images with masks, 7 without" in done.err
+    assert "1 of the images without masks are validation images: scores are then" in done.err
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
