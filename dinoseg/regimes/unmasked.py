@@ -42,7 +42,7 @@ def unmasked_images(
     images: dict[Hashable, Candidate] = {}
     for candidate in found:
         images.setdefault(_identity(candidate.source), candidate)
-    scored = {_identity(pair.image) for pair in val.source.pairs} if isinstance(val, PairDataset) else set()
+    scored = {_identity(pair.image) for pair in (val.source.pairs if isinstance(val, PairDataset) else ())}
     if seen := images.keys() & scored:
         logger.warning(
             "%d of the images without masks are validation images: scores are then of images that were seen in "
