@@ -1,13 +1,14 @@
 """The images without masks that a training learns from beside those with."""
 
 import logging
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig
 
 from dinoseg.config.nodes import instantiate
 from dinoseg.data.pairs.dataset import PairDataset
+from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.video.access import ImageSource
 from dinoseg.selection.pool import Candidate, found_in
 from dinoseg.shapes import SegmentationData
@@ -42,7 +43,8 @@ def unmasked_images(
     images: dict[Hashable, Candidate] = {}
     for candidate in found:
         images.setdefault(_identity(candidate.source), candidate)
-    scored = {_identity(pair.image) for pair in (val.source.pairs if isinstance(val, PairDataset) else ())}
+    pairs: Sequence[Pair] = val.source.pairs if isinstance(val, PairDataset) else []
+    scored = {_identity(pair.image) for pair in pairs}
     if seen := images.keys() & scored:
         logger.warning(
             "%d of the images without masks are validation images: scores are then of images that were seen in "
