@@ -12,7 +12,7 @@ from dinoseg.errors import UserError
 from dinoseg.model import Segmenter
 from dinoseg.regimes.images import ImageRegime
 from dinoseg.regimes.unmasked import unmasked_images
-from dinoseg.runs.teacher import Teacher, scores_kept
+from dinoseg.runs.teacher import Teacher, named_teacher, scores_kept
 from dinoseg.training.distilled import DistilFeed, DistilledLoss, KeptScores
 from dinoseg.training.engine import Engine
 from dinoseg.training.feature_cache.key import origin
@@ -37,6 +37,7 @@ class DistilRegime(ImageRegime):
                 f"trainer.feed=distil: trainer={cfg.choices.trainer} does not say how a teacher is learnt from. Choose "
                 "trainer=distil."
             )
+        named_teacher(cfg)
         _loss_options(cfg)
         super().__init__(cfg, engine, pictures=pictures)
         train = self.feed.train
@@ -46,14 +47,15 @@ class DistilRegime(ImageRegime):
         others = self._others(cfg)
         self.feed = DistilFeed(**self.feed.given, scores=scores, others=others)
         without = 0 if others is None else len(others.train)
-        logger.info(
-            "%s with masks, %s without; taught by %s", count_of(len(train), "training image"), without, cfg.teacher
-        )
+        told = count_of(len(train), "training image"), without, cfg.trainer.teacher, root
+        logger.info("%s with masks, %s without; taught by %s, whose scores are kept in %s", *told)
 
     @classmethod
     def check_parts(cls, cfg: DictConfig, model: Segmenter, world: int) -> None:
-        """Refuse what an image regime does, and classes pasted on images that the teacher has not seen them on."""
+        """Refuse what an image regime does, no teacher, and classes pasted on images that it has not seen them on."""
         super().check_parts(cfg, model, world)
+        named_teacher(cfg)
+        _loss_options(cfg)
         if cfg.data.get("class_mix"):  # the data of older checkpoints has no such key
             raise UserError(
                 f"data.class_mix={cfg.data.class_mix}: a teacher's scores are of images as they are, without classes "

@@ -20,6 +20,7 @@ from dinoseg.model import Segmenter
 from dinoseg.runs.resume import alone
 from dinoseg.runs.trained import restore
 from dinoseg.shapes import Prediction, SegmentationData
+from dinoseg.sizes import backbone_size
 from dinoseg.storage.files import check_regular
 from dinoseg.training import checkpoint
 from dinoseg.training.engine import Engine
@@ -43,12 +44,7 @@ class Teacher:
     """
 
     def __init__(self, cfg: DictConfig, engine: Engine, labels: SegmentationData) -> None:
-        self._given, self._engine, self._finite = cfg.trainer.teacher, engine, cfg.finite_weights
-        if not isinstance(self._given, str):
-            raise UserError(
-                f"trainer=distil learns from a trained model, and teacher={self._given} names none. Give teacher=RUN, "
-                "a run folder or a checkpoint of the same classes."
-            )
+        self._given, self._engine = named_teacher(cfg), engine
         with self._named():
             self._path = checkpoint.find(self._given, "best")
             check_regular(self._path)
@@ -83,8 +79,9 @@ class Teacher:
             UserError: scores are no finite numbers, or memory does not suffice.
         """
         predictor, cells = self._asked = self._asked or self._read()
-        reduced = predictor.model.reduced_size((image.shape[-2], image.shape[-1]))
-        height, width = (max(1, math.ceil(side * of - 1e-6)) for side, of in zip(reduced, cells, strict=True))
+        # windows see pictures larger than those of the training as they are
+        seen = backbone_size((image.shape[-2], image.shape[-1]), 1.0, predictor.model.longest)
+        height, width = (max(1, math.ceil(side * of - 1e-6)) for side, of in zip(seen, cells, strict=True))
         bands = predictor.asked(
             sent(image[None], predictor.device), lambda bands: list(map(_grid_of, bands)), size=(height, width)
         )
@@ -155,6 +152,21 @@ def _grid_of(band: Prediction) -> tuple[Tensor, tuple[float, float]]:
     if band.grid is not None:
         return band.grid[0].float(), band.valid
     return band.logits()[0].float().clone(), (1.0, 1.0)  # a band is overwritten by the next
+
+
+def named_teacher(cfg: DictConfig) -> str:
+    """Return the run folder or checkpoint that a config names as the teacher.
+
+    Raises:
+        UserError: it names none.
+    """
+    given = cfg.trainer.teacher
+    if not isinstance(given, str):
+        raise UserError(
+            f"trainer=distil learns from a trained model, and teacher={given} names none. Give teacher=RUN, a run "
+            "folder or a checkpoint of the same classes."
+        )
+    return given
 
 
 def scores_kept(cfg: DictConfig) -> Path:

@@ -95,6 +95,25 @@ def test_packed_and_reduced_images_are_taught_as_their_files_are(folder, monkeyp
     assert sizes == {(3, 32, 48)}
 
 
+@pytest.mark.parametrize(
+    "student",
+    [
+        ("head=eomt", "head.num_queries=4", "head.blocks=1", "head.layers=[-1]", "loss=mask_classification"),
+        ("head=detail", "head.fine=4", "head.width=8", "head.layers=[-1]", "resolution.scale=0.5"),
+        ("head=split", "head.layers=[0,-1]", "head.blocks=1", "adapter=frozen", "loss=ce_dice"),
+        ("adapter=lora", "backbone.patch_size=16", "trainer.ema=0.9", "trainer.accumulate=2"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_students_of_any_kind_are_taught(folder, student):
+    """A step of so large a weight lets it say nearly what its teacher says."""
+    words = (*HALF, *student, "trainer.steps=12", "trainer.teacher_weight=20", "optim.optimizer.lr=3e-3")
+    trained(folder, "student", *words)
+    found = [row["train/teacher"] for row in rows(folder, "student") if "train/loss" in row]
+    shutil.rmtree(folder / "student")
+    assert sum(found[-3:]) < 0.8 * sum(found[:3]), found
+
+
 def test_frames_of_a_video_are_learnt_from(folder):
     write_film(folder / "film.mp4", frames=24)
     more = ("trainer.unlabelled=film.mp4", "trainer.unlabelled_every=0.25", "trainer.unlabelled_batch_size=4")

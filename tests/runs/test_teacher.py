@@ -53,7 +53,7 @@ def teacher(compose, path, labels=LABELS, **changes):
     return Teacher(OmegaConf.merge(cfg, changes), Engine(device="cpu", precision="fp32", workers=0), labels)
 
 
-@pytest.mark.parametrize("size", [(40, 56), (33, 50), (9, 17)])
+@pytest.mark.parametrize("size", [(40, 56), (33, 50), (9, 17), (150, 210)])  # the last is reduced
 @pytest.mark.parametrize(("kind", "within"), [("linear", 1e-5), ("detail", 1e-5), ("eomt", 0.02), ("windows", 0.08)])
 def test_scores_are_of_the_probabilities_that_the_model_predicts(folder, compose, kind, within, size):
     image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, *size)).astype(np.uint8))
@@ -124,11 +124,15 @@ def test_a_foreign_config_is_held_against_config_files(folder, compose, tmp_path
         teacher(compose, str(tmp_path / "best.safetensors"))
 
 
-def test_scores_that_are_no_numbers_are_refused(folder, compose, monkeypatch):
+def test_large_scores_are_bounded_and_those_that_are_no_numbers_refused(folder, compose, monkeypatch):
     asked = teacher(compose, str(folder / "linear"))
     predictor, cells = asked._read()
     with torch.no_grad():
-        predictor.model.head.classify.weight[0] = float("nan")
+        predictor.model.head.classify.weight *= 1e9
     asked._asked = predictor, cells
+    scores, _ = asked(torch.arange(243).view(3, 9, 9).to(torch.uint8))
+    assert scores.min() == -3e4 and scores.half().isfinite().all()  # as it is kept
+    with torch.no_grad():
+        predictor.model.head.classify.weight[0] = float("nan")
     with pytest.raises(UserError, match="gives scores that are no finite numbers"):
         asked(torch.zeros(3, 9, 9, dtype=torch.uint8))
