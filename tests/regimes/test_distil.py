@@ -8,6 +8,7 @@ import torch
 from command_line import SMALL, call, write_data
 from films import write_film
 
+import dinoseg
 from dinoseg.runs.recipe import recipe_of
 from dinoseg.runs.teacher import Teacher
 from dinoseg.training import checkpoint
@@ -134,6 +135,16 @@ def test_a_run_goes_on_from_another_folder_and_with_another_place_of_its_teacher
     done = call(tmp_path, *words, "trainer.steps=3", f"teacher={folder / 'elsewhere'}")
     (folder / "elsewhere").rename(folder / "teacher")
     assert done.status == 0, done.err
+
+
+def test_a_student_in_one_file_names_no_place_of_its_teacher(folder):
+    trained(folder, "shared", *WORDS, "trainer.steps=1")
+    done = call(folder, "mode=export", "export=safetensors", "resume=shared", "engine=cpu", "hydra.run.dir=file")
+    assert done.status == 0, done.err
+    said = checkpoint.describe(folder / "file/model.safetensors")
+    assert "teacher" not in said["config"] and str(folder) not in json.dumps(said)
+    found = dinoseg.load(folder / "file", device="cpu").predict(folder / "data/val/images/0.png")
+    assert found.mask.shape == (32, 48)
 
 
 def test_another_teacher_is_another_recipe_and_older_checkpoints_have_none(folder):
