@@ -105,7 +105,7 @@ class SplitHead(Head[Tensor]):
             if getattr(part, "gradient_checkpointing", False):  # it would recompute what `checkpointing` does
                 vars(part)["gradient_checkpointing"] = False
         self.copies = copies.float().requires_grad_(True)
-        self.norm = copy.deepcopy(backbone.norm or nn.Identity()).float().requires_grad_(False)
+        self.norm = copy.deepcopy(backbone.norm or nn.Identity()).float()
 
     def run(self, backbone: Backbone, images: Tensor) -> Tensor:
         """Return class scores (B, K, 4h, 4w) for images (B, 3, H, W), float RGB in 0..1."""

@@ -113,9 +113,9 @@ class SweepTable(Callback):
             _print([_with_interval(row, score) for row in rows], swept, _seed_columns(columns, score))
             _write(path, rows, swept, ["seeds", *(part for key in columns for part in _parts(key, means))])
             print(f"\nmeans over seeds written to {path}, each job to {path.with_name(JOBS)}")
-            if len(rows) > 1 and score == "miou":
+            if len(rows) > 1 and score == "miou" and all(len(group) == 1 for group in groups):  # folds score others
                 runs = shlex.quote(f"runs=[{path.parent}]")
-                print(f"which are surely better: python -m dinoseg mode=compare {runs}")
+                print(f"which are surely better than the first job's: python -m dinoseg mode=compare {runs}")
         else:
             _print(rows, swept, columns)
             _write(path, rows, swept, columns)

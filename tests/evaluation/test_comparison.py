@@ -10,9 +10,9 @@ from dinoseg.errors import UserError
 from dinoseg.evaluation import comparison
 from dinoseg.evaluation.aligned import aligned
 from dinoseg.evaluation.comparison import against, scores_of
-from dinoseg.evaluation.image_record import ImageRecord, read_record, write_record
+from dinoseg.evaluation.image_record import RECORD, ImageRecord, read_record, write_record
 from dinoseg.evaluation.paired_pictures import SHOWN, Pictures, most_different
-from dinoseg.evaluation.sides import Side
+from dinoseg.evaluation.sides import Side, _by_seed, _jobs
 from dinoseg.images import write_png
 
 IMAGES, CLASSES = 12, 3
@@ -116,3 +116,17 @@ def test_no_name_leads_out_of_a_run_folder(tmp_path):
     vars(pictures)["data"] = [sample]  # as a cached property keeps it
     with pytest.raises(UserError, match="names an image outside its own folder"):
         pictures.shot(0, (0.0, 1.0))
+
+
+def test_runs_whose_config_nobody_knows_stand_each_for_itself():
+    known = [({"head.lr": 1}, seed) for seed in (0, 1)]
+    assert _by_seed([None, None, *known]) == [[0], [1], [2, 3]]
+    assert _by_seed([known[0], None, known[1]]) == [[0, 2], [1]]
+
+
+def test_jobs_of_a_sweep_come_by_their_numbers(tmp_path):
+    (tmp_path / "multirun.yaml").touch()
+    for number in (10, 9, 0):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / RECORD).touch()
+    assert [job.name for job in _jobs(tmp_path)] == ["0", "9", "10"]

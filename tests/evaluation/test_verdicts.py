@@ -78,6 +78,9 @@ def test_a_class_of_one_unit_has_no_verdict():
     found = differences(KIND, [[run] for run in runs])[0]
     assert found["iou/1"]["verdict"] == "no verdict" and found["iou/1"]["value"] is not None
     assert found["iou/0"]["p"] is not None
+    for run in runs:
+        run[:, [1, 4, 7]] = 0
+    assert mean_scores(KIND, runs)["iou/1"] is differences(KIND, [[run] for run in runs])[0]["iou/1"]["value"] is None
 
 
 def test_images_decide_by_what_is_lost_without_them():

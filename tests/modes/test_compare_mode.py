@@ -77,6 +77,8 @@ def of_seed(runs, base, name, seed):
     shutil.copytree(runs / base, folder)
     config = OmegaConf.load(folder / "config/config.yaml")
     config.seed = seed
+    if seed:
+        config.data.root = str(runs / "a copy")  # which makes no other recipe
     OmegaConf.save(config, folder / "config/config.yaml")
     with np.load(folder / COUNTS) as file:
         counts = file["classes"]
@@ -105,7 +107,10 @@ def test_runs_that_differ_in_their_seed_alone_are_one_side(runs):
     done = compare(runs, "sweep/0", "sweep/2")  # of seeds alone each stands for itself
     assert "one trained model a side" in done.out and "differ in their seed alone" in done.err + done.out
     shutil.copytree(sweep / "0", runs / "again")  # of the same seed: another evaluation is what is compared
-    assert "one trained model a side" in compare(runs, "sweep/0", "again", "sweep/1").out
+    shutil.rmtree(runs / "compared")
+    assert "one trained model a side" in compare(runs, "sweep/0", "sweep/1", "again").out
+    found = json.loads((runs / "compared/compare.json").read_text())
+    assert list(found["sides"]) == ["0", "1", "again"]
 
 
 def _miou(folder):

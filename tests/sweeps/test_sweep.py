@@ -252,7 +252,7 @@ def test_seeds_are_summed_up_with_an_interval(tmp_path, capsys):
     assert [row["seed"] for row in rows_of(tmp_path / "jobs.csv")] == [*"021210012"]
     shown = capsys.readouterr().out
     assert f"{rows[0]['mIoU % low']} .. {rows[0]['mIoU % high']}" in shown and "deviation" in shown
-    assert f"mode=compare 'runs=[{tmp_path}]'" in shown
+    assert f"surely better than the first job's: python -m dinoseg mode=compare 'runs=[{tmp_path}]'" in shown
     assert "each job to" in shown and max(map(len, shown.splitlines()[:6])) <= 140
 
 
@@ -277,3 +277,10 @@ def test_folds_of_a_seed_are_one_score_of_it(tmp_path):
     assert float(row["pixel accuracy %"]) == pytest.approx(100 * accuracies.mean(), abs=0.01)
     assert float(row["pixel accuracy % deviation"]) == pytest.approx(100 * accuracies.std(ddof=1), abs=0.01)
     assert "data.fold" not in row and len(rows_of(tmp_path / "jobs.csv")) == 10
+
+
+def test_folds_are_not_sent_to_be_compared(tmp_path, capsys):
+    scores = {"miou": 0.5, "accuracy": 0.5, "matrix": [[1, 1], [1, 1]]}
+    words = [[f"seed={seed}", f"data.fold={fold}", f"head={head}"] for seed in "01" for fold in "01" for head in "ab"]
+    rows = end_sweep(tmp_path, [(each, scores) for each in words])
+    assert len(rows) == 2 and "mode=compare" not in capsys.readouterr().out
