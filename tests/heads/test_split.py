@@ -156,6 +156,7 @@ def test_checkpointing_computes_the_copies_again_and_changes_no_gradient(family,
     gradients, passes = [], []
     for checkpointing in (False, True):
         model, calls = model_of(family, checkpointing=checkpointing, held=held).train(), []
+        assert not any(getattr(part, "gradient_checkpointing", False) for part in model.head.modules())
         for block in model.head.own_blocks:
             block.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         torch.manual_seed(1)
