@@ -27,6 +27,7 @@ class Range:
 
 
 Count = Annotated[int, Range("a whole number of at least 1", 1)]
+Few = Annotated[int, Range("a whole number from 1 to 16", 1, 16)]
 Natural = Annotated[int, Range("a whole number of at least 0", 0)]
 Positive = Annotated[float, Range("a number above 0", 0, open_at=(0,))]
 NotNegative = Annotated[float, Range("a number of at least 0", 0)]

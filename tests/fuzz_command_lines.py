@@ -38,6 +38,7 @@ MEMORY = 8 << 30
 TINY = tuple(word for word in SMALL if word.startswith(("backbone", "engine")))
 QUIET = ("mode.metrics_only=true", "mode.report=false")
 TRAIN = (*(word for word in SMALL if word not in ("adapter=full", "trainer.steps=2")), "trainer.steps=1", *QUIET)
+CHOSEN = ("resolution.crop", "data.batch_size", "trainer.steps")  # by hparam=auto
 RENDER = ("mode.train_videos=1", "mode.val_videos=0", "mode.test_videos=0", "mode.seconds=1", "mode.size=[32,48]")
 BASES = {  # a command line that works, of each mode and of what trains otherwise: mode, a name beside it
     "train": (*TRAIN, "adapter=full"),
@@ -47,6 +48,8 @@ BASES = {  # a command line that works, of each mode and of what trains otherwis
     "train drawn": (*TRAIN, "head=split", "head.layers=[-1]", "head.blocks=1", "adapter=frozen", "loss.weights=median",
                     "data.class_uniform=0.5", "data.class_mix=0.5", "loss.criterion.hardest=0.5",
                     "loss.criterion.border_weight=2"),
+    "train distil": (*TRAIN, "trainer=distil", "teacher=run", "adapter=full"),
+    "train auto": (*(word for word in TRAIN if word.split("=")[0] not in CHOSEN), "hparam=auto", "budget.minutes=0.2"),
     "train slots": (*(word for word in SLOTS if not word.startswith("mode")), "trainer.steps=1", "engine.workers=0"),
     "train sweep": ("-m", *TRAIN, "adapter=full", "seed=0,1"),
     "summary sweep": ("-m", *SMALL, "head=linear,mlp"),
@@ -91,9 +94,10 @@ TEXTS = (
     "'a b'",
     "\x1b[31mred\x1b[0m",
     "\u202etxt.exe",
-    "\ud800",
+    "\udce9",
     "n" * 5000,
     "9" * 400,
+    "9" * 5000,
 )
 VALUES = (
     *("null", "true", "", "-1", "0", "1", "2", "3", "0.5", "-0.5", "nan", "inf", "-inf", "1e400", "1e-300", "???"),
@@ -253,14 +257,16 @@ def fault(root, words):
 
 
 def _short(mode):
-    """Let what takes long stop where words are all understood, and mode=bench time in this process."""
+    """Let what takes long stop where words are all understood, and what is timed be timed in this process."""
     if mode == "mode=bench":
         return patch("dinoseg.modes.bench.in_own_process", in_this_process)
+    if mode == "mode=train":
+        return patch("dinoseg.choosing.choice.in_own_process", in_this_process)
     if mode == "mode=export":
         return patch("dinoseg.exporting.graph.torch.export.export", side_effect=UserError("It would be traced."))
-    if mode not in ("mode=serve", "mode=app"):
-        return contextlib.nullcontext()
-    return patch("dinoseg.serving.server._Server.run", lambda *_: None)
+    if mode in ("mode=serve", "mode=app"):
+        return patch("dinoseg.serving.server._Server.run", lambda *_: None)
+    return contextlib.nullcontext()
 
 
 def tried(root, words, seconds=SECONDS):

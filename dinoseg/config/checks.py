@@ -2,7 +2,7 @@
 
 import importlib
 import inspect
-import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
@@ -95,7 +95,7 @@ def _broken(value: Any, annotation: Any) -> list[str]:
         broken = [_broken(value, part) for part in get_args(annotation) if _fits(value, part)]
         return [] if [] in broken else sum(broken, [])
     if isinstance(value, int | float) and not isinstance(value, bool):
-        finite = [] if math.isfinite(value) else ["a finite number"]
+        finite = [] if abs(value) <= sys.float_info.max else ["a finite number"]  # a whole one may be larger
         return [rule.rule for rule in ranges if value not in rule] or finite
     of_items = [f"{rule} for each" for item, part in _parts(value, annotation) for rule in _broken(item, part)]
     return [rule.replace(" for each for each", " for each") for rule in of_items]

@@ -13,7 +13,7 @@ from dinoseg.data.pairs.pair import image_hash
 from dinoseg.data.transforms import ColorJitter, recolor
 from dinoseg.data.video.access import ImageSource, read_source
 from dinoseg.errors import UserError
-from dinoseg.ranges import Count, Positive, Share
+from dinoseg.ranges import Few, Positive, Share
 from dinoseg.shapes import Sample, SegmentationData
 
 _DRAWS = 12  # numbers of a strong view
@@ -87,7 +87,7 @@ class UnlabelledImages:
     sources: Sequence[ImageSource]
     augment: Callable[[np.ndarray, np.ndarray, np.random.Generator], tuple[np.ndarray, np.ndarray]]
     strong: StrongView
-    views: Count
+    views: Few
     inside: int = 0
 
     def __len__(self) -> int:

@@ -137,7 +137,8 @@ def write_config(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> No
     folder.mkdir()
     _made_paths.add(folder)
     OmegaConf.save(cfg, folder / "config.yaml")
-    (folder / _TYPED).write_text("\n".join(overrides) + "\n")
+    # names on a disk are bytes, which need be no text
+    (folder / _TYPED).write_text("\n".join(overrides) + "\n", encoding="utf-8", errors="surrogateescape")
 
 
 def command_line(folder: Path) -> list[str]:

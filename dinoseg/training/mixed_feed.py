@@ -11,7 +11,7 @@ from dinoseg.data.loader import drawn_batches
 from dinoseg.data.train_views import UNLABELLED, chance_of
 from dinoseg.data.unlabelled import UnlabelledImages, Views
 from dinoseg.errors import UserError
-from dinoseg.ranges import Count, LowShare, NotNegative, Positive
+from dinoseg.ranges import Count, Few, LowShare, NotNegative, Positive
 from dinoseg.shapes import Batch, Prediction
 from dinoseg.training.engine import Engine
 from dinoseg.training.image_feed import ImageFeed
@@ -72,7 +72,7 @@ class SelfTraining(Unlabelled):
 
     weight: NotNegative = 1.0
     threshold: LowShare = 0.95
-    views: Count = 2
+    views: Few = 2
 
 
 @dataclass(kw_only=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from command_line import call
+from omegaconf import OmegaConf
 
 from dinoseg.errors import UserError, telling_file_errors
 from dinoseg.modes import score
@@ -86,6 +87,12 @@ def test_configs_of_continuations_take_the_next_free_name(tmp_path):
     (tmp_path / "config_2").rmdir()
     write_config({}, tmp_path, ["seed=3"])
     assert (tmp_path / "config_2/overrides.txt").read_text() == "seed=3\n"
+
+
+def test_words_that_are_no_text_are_kept_as_they_were_typed(tmp_path):
+    write_config(OmegaConf.create({"root": "caf\udce9"}), tmp_path, ["data.root=caf\udce9"])  # as Python reads argv
+    assert (tmp_path / "config/overrides.txt").read_bytes() == b"data.root=caf\xe9\n"
+    assert run_folder.command_line(tmp_path) == ["data.root=caf\ufffd"]
 
 
 @pytest.mark.parametrize(
