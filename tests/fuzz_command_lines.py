@@ -38,7 +38,7 @@ MEMORY = 8 << 30
 TINY = tuple(word for word in SMALL if word.startswith(("backbone", "engine")))
 QUIET = ("mode.metrics_only=true", "mode.report=false")
 TRAIN = (*(word for word in SMALL if word not in ("adapter=full", "trainer.steps=2")), "trainer.steps=1", *QUIET)
-CHOSEN = ("resolution.crop", "data.batch_size", "trainer.steps")  # by hparam=auto
+CHOSEN = ("resolution.crop", "data.batch_size", "trainer.steps", "adapter")  # by hparam=auto
 RENDER = ("mode.train_videos=1", "mode.val_videos=0", "mode.test_videos=0", "mode.seconds=1", "mode.size=[32,48]")
 BASES = {  # a command line that works, of each mode and of what trains otherwise: mode, a name beside it
     "train": (*TRAIN, "adapter=full"),
@@ -49,7 +49,7 @@ BASES = {  # a command line that works, of each mode and of what trains otherwis
                     "data.class_uniform=0.5", "data.class_mix=0.5", "loss.criterion.hardest=0.5",
                     "loss.criterion.border_weight=2"),
     "train distil": (*TRAIN, "trainer=distil", "teacher=run", "adapter=full"),
-    "train auto": (*(word for word in TRAIN if word.split("=")[0] not in CHOSEN), "hparam=auto", "budget.minutes=0.2"),
+    "train auto": (*(word for word in TRAIN if word.split("=")[0] not in CHOSEN), "hparam=auto", "trainer.steps=1"),
     "train slots": (*(word for word in SLOTS if not word.startswith("mode")), "trainer.steps=1", "engine.workers=0"),
     "train sweep": ("-m", *TRAIN, "adapter=full", "seed=0,1"),
     "summary sweep": ("-m", *SMALL, "head=linear,mlp"),

@@ -131,7 +131,8 @@ class Job:
 
     def log(self) -> RunLog:
         """Return the run's log, to be closed."""
-        return RunLog(self.out_dir, start_step=self.first_step, visible=self.engine.is_main)
+        owed = self.start is not None and self.start.info["progress"].get("owed", False)
+        return RunLog(self.out_dir, start_step=self.first_step, owed=owed, visible=self.engine.is_main)
 
     def finish(self, model: Segmenter, run: Progress, *, metrics_only: bool, report: bool) -> dict[str, Any]:
         """Score the best checkpoint, draw the curves, and tell where all of it is; return scores and cost.

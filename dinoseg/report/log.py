@@ -26,11 +26,18 @@ class RunLog:
     """Writes one JSON line per call to `out_dir`/metrics.jsonl, and the same to `out_dir`/tensorboard.
 
     Pictures become `out_dir`/validation/step_00500/NAME.png. A run that goes on from `start_step` first drops what a
-    killed run had written beyond it. With `visible` off (every rank but the first) nothing is written.
+    killed run had written beyond it; where the validation at that step is `owed`, so made again, its row as well. With
+    `visible` off (every rank but the first) nothing is written.
     """
 
     def __init__(
-        self, out_dir: str | Path, *, tensorboard: bool = True, start_step: int = 0, visible: bool = True
+        self,
+        out_dir: str | Path,
+        *,
+        tensorboard: bool = True,
+        start_step: int = 0,
+        owed: bool = False,
+        visible: bool = True,
     ) -> None:
         self._file: TextIO | None = None
         self._board: Any = None
@@ -40,7 +47,7 @@ class RunLog:
         out_dir.mkdir(parents=True, exist_ok=True)
         path = out_dir / "metrics.jsonl"
         if path.exists():
-            _drop_after(path, start_step)
+            _drop_after(path, start_step, owed=owed)
         self._pictures = out_dir / "validation"
         _drop_pictures_after(self._pictures, start_step)
         self._file = path.open("a", encoding="utf-8")
@@ -126,9 +133,10 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _drop_after(path: Path, step: int) -> None:
-    lines = [json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step]
-    write_text(path, "".join(lines))
+def _drop_after(path: Path, step: int, *, owed: bool) -> None:
+    rows = [row for row in read_rows(path) if row["step"] <= step]
+    kept = [row for row in rows if not (owed and row["step"] == step and any(key.startswith("val/") for key in row))]
+    write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def _drop_pictures_after(folder: Path, step: int) -> None:
