@@ -20,7 +20,7 @@ from dinoseg.command.words import assignments, is_sweep, parsed, values_of
 from dinoseg.config.options import RECIPES, options_of
 from dinoseg.config.plain import at, keys_of, plain
 from dinoseg.errors import UserError
-from dinoseg.wording import listed, nearest
+from dinoseg.wording import listed, nearest, shown
 
 _ALL_KEYS = "Add `--cfg job` to see all keys, `--help` alone to see all groups and options."
 
@@ -269,5 +269,12 @@ def _value(word: str) -> str:
 
 
 def _hydras_own(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if "HYDRA_FULL_ERROR" not in line]
+    """Return what Hydra says of its own keys, without its hints and the places where it looked."""
+    said = str(error).partition("Config search path:")[0]
+    if merged := re.match(r"Error merging override (.*)", said):
+        word = merged[1]
+        return (
+            f"{shown(word)} leaves {word.lstrip('~+').partition('=')[0]} without a value that it takes. Leave it out."
+        )
+    lines = [line for line in said.splitlines() if "HYDRA_FULL_ERROR" not in line]
     return re.sub(r"\n{2,}", "\n", "\n".join(lines)).strip()

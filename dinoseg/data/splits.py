@@ -15,6 +15,7 @@ from dinoseg.shapes import SegmentationData
 from dinoseg.storage.files import check_regular
 from dinoseg.wording import listed
 
+_LONGEST = 4096  # letters of a line in a list of names, as of a path
 PARTITIONS = ("folder", "lists", "fraction")
 
 
@@ -193,7 +194,13 @@ def read_name_list(path: Path, key: str = "data.reader.partition.lists") -> list
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"Cannot read the file list {path}: {error}. Check {key}.") from None
-    names = [_without_ending(line.strip()) for line in text.splitlines() if line.strip()]
+    lines = text.splitlines()
+    if longest := next((number for number, line in enumerate(lines, 1) if len(line) > _LONGEST), 0):
+        raise UserError(
+            f"Line {longest} of the file list {path} has {len(lines[longest - 1])} letters, more than any name of a "
+            f"file: write one name per line. Check {key}."
+        )
+    names = [_without_ending(line.strip()) for line in lines if line.strip()]
     if not names:
         raise UserError(f"The file list {path} is empty: write one name per line.")
     if len(set(names)) < len(names):

@@ -11,6 +11,11 @@ from command_line import call
         (("-m", "head=glob(/etc/*)"), "error: head=glob(/etc/*) is unknown. There are cnn, "),
         (("-m", "head=glob(m*)", "head.nonsense=1"), "error: head.nonsense is no key of the config."),
         (("hparam=base", "-m", "head=1,2"), "error: head=1 is unknown. There are cnn, "),
+        (
+            ("~hydra.run.dir",),
+            "error: ~hydra.run.dir leaves hydra.run.dir without a value that it takes. Leave it out.",
+        ),
+        (("hydra.sweep.dir={}",), "error: hydra.sweep.dir={} leaves hydra.sweep.dir without a value that it takes."),
         (("~hparam",), "error: ~hparam takes away what is read. Leave it out"),
     ],
 )

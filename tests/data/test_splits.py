@@ -1,3 +1,4 @@
+import time
 from dataclasses import dataclass
 
 import pytest
@@ -102,6 +103,16 @@ def test_name_lists(tmp_path):
         read_name_list(path)
     with pytest.raises(UserError, match=r"none\.txt"):
         read_name_list(tmp_path / "none.txt")
+    begin = time.process_time()
+    path.write_text("".join(f"{number}\n" for number in range(100_000)) + "7\n")
+    with pytest.raises(UserError, match="names 7 more than once"):
+        read_name_list(path)
+    path.write_text("a\n" + "b" * 10_000_000)
+    with pytest.raises(
+        UserError, match="Line 2 of the file list .* has 10000000 letters, more than any name"
+    ) as caught:
+        read_name_list(path)
+    assert time.process_time() - begin < 2 and len(str(caught.value)) < 1000
 
 
 def test_split_table():
