@@ -81,8 +81,14 @@ def _command(arguments: list[str]) -> None:
 
 
 def _fail(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr)
+    _tell(message)
     sys.exit(1)
+
+
+def _tell(message: str) -> None:
+    from dinoseg.wording import printable
+
+    print(f"error: {printable(message)}", file=sys.stderr)  # a word of the command line may stand in it
 
 
 def run(cfg):  # noqa: ANN001, ANN201 - hydra.main wants the bare signature
@@ -104,7 +110,7 @@ def run(cfg):  # noqa: ANN001, ANN201 - hydra.main wants the bare signature
             return launch(composed, Path(hydra_cfg.runtime.output_dir), words)
     except UserError as error:
         message = str(error)
-        print(f"error: {message}", file=sys.stderr)
+        _tell(message)
     except BrokenPipeError:
         _leave_if_unread()
         raise
@@ -116,7 +122,7 @@ def run(cfg):  # noqa: ANN001, ANN201 - hydra.main wants the bare signature
         from dinoseg.command.words import config_folders
 
         if message := misplaced(words, config_folders(sys.argv[1:], Path(CONFIGS)), error):
-            print(f"error: {message}", file=sys.stderr)
+            _tell(message)
         elif hydra_cfg.mode != RunMode.MULTIRUN:
             raise
         else:

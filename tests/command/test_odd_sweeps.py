@@ -16,6 +16,7 @@ from command_line import call
             "error: ~hydra.run.dir leaves hydra.run.dir without a value that it takes. Leave it out.",
         ),
         (("hydra.sweep.dir={}",), "error: hydra.sweep.dir={} leaves hydra.sweep.dir without a value that it takes."),
+        (("data=\u202etxt",), "error: data=\\u202etxt is unknown. There are "),
         (("~hparam",), "error: ~hparam takes away what is read. Leave it out"),
     ],
 )
