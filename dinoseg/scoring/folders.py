@@ -12,7 +12,7 @@ from dinoseg.errors import UserError
 from dinoseg.metrics.protocols.contract import BadFile, Case, Cases, Measured, ScoreProtocol
 from dinoseg.processes.workers import count_cores, in_processes
 from dinoseg.report.progress import Bar
-from dinoseg.wording import count_of
+from dinoseg.wording import count_of, listed
 
 ON_ERROR = ("stop", "skip")
 _LISTED = 20  # problems in a message; the others are in the file
@@ -103,7 +103,7 @@ def score_cases(
         rows=[_row(unit) for unit in _by_unit(cases).values()],
         cases=cases,
         problems=problems,
-        notes=[*listing.notes, *_unknown_notes(cases)],
+        notes=[*listing.notes, *_unknown_notes(cases), *_bare_notes(protocol, cases)],
         files=_frames(case for case, _ in cases),
     )
 
@@ -144,6 +144,17 @@ def _unknown_notes(cases: Sequence[tuple[Case, Measured]]) -> list[str]:
                 "none: such a pixel is void in a reference, and a miss where it is predicted on a class. Check them."
             )
     return notes
+
+
+def _bare_notes(protocol: ScoreProtocol, cases: Sequence[tuple[Case, Measured]]) -> list[str]:
+    """Return a note where references show no object at all, for which a rule stands in for a measurement."""
+    bare = [case.name for case, measured in cases if measured.details.get("objects") == 0]
+    if not bare:
+        return []
+    return [
+        f"{len(bare)} of {count_of(cases, 'reference')} without any object: {listed(bare)}. The rule: "
+        f"{protocol.rules['absent_class']}. Give them masks if they do show objects."
+    ]
 
 
 def _frames(cases: Iterable[Case]) -> int:

@@ -1,5 +1,6 @@
 """Where clips come from that are trained on without labels, and how the segments found in them are scored."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -24,6 +25,7 @@ from dinoseg.tracking.slots.tracker import SlotTracker
 from dinoseg.training.engine import Engine
 from dinoseg.training.feed import SHOWN_SIDE, Validation, spread
 
+logger = logging.getLogger(__name__)
 SCORES = ("ari", "fg_ari", "mbo")  # of a validation where there are masks
 
 
@@ -56,6 +58,7 @@ class ClipFeed:
     following: SlotTracking = SlotTracking()
     score_names: Sequence[str] = field(init=False)
     lowest: Sequence[str] = ("loss",)
+    _told_bare: bool = field(default=False, init=False)  # that no validation clip shows an object
 
     def __post_init__(self) -> None:
         """Refuse a batch size that does not fit, and clips that cannot be stacked, long before the first batch."""
@@ -119,6 +122,12 @@ class ClipFeed:
         model.train(training)
         totals, counts = engine.sum(torch.tensor(sums, dtype=torch.float32).to(engine.device)).view(2, -1).tolist()
         means = [total / count if count else None for total, count in zip(totals, counts, strict=True)]
+        if self._has_masks and not counts[-1] and engine.is_main and not self._told_bare:
+            self._told_bare = True
+            logger.warning(
+                "No validation clip shows an object: fg_ari says nothing of the segments (by its rule it is 1 there), "
+                "and mbo has no value. Choose the best checkpoint by trainer.score=loss, or give masks with objects."
+            )
         return Validation(dict(zip(self.score_names, means, strict=True)), pictures)
 
     @property

@@ -16,6 +16,7 @@ from dinoseg.errors import UserError
 from dinoseg.metrics.clustering import adjusted_rand_index, best_overlaps, contingency
 from dinoseg.metrics.protocols.contract import BadFile
 from dinoseg.metrics.protocols.video_clustering import VideoClustering
+from dinoseg.scoring.folders import score_cases
 
 KEYS = ("ARI", "FG-ARI", "mBO", "ARI_per_frame", "FG-ARI_per_frame", "mBO_per_frame")
 
@@ -271,10 +272,13 @@ def test_a_video_without_foreground_counts_for_fg_ari_and_not_for_mbo(tmp_path):
     assert np.isnan(scores["mBO"]) and np.isnan(scores["mBO_per_frame"])
     assert measured["empty"].details["objects"] == 0
     both = {"empty": held["empty"], "a": held["a"]}
-    scores, _, _ = score(protocol, write_videos(tmp_path / "two", both))
+    folders = write_videos(tmp_path / "two", both)
+    scores, _, _ = score(protocol, folders)
     alone, _, _ = score(protocol, write_videos(tmp_path / "three", {"a": held["a"]}))
     assert scores["mBO"] == alone["mBO"]
     assert scores["FG-ARI"] == pytest.approx((1 + alone["FG-ARI"]) / 2, abs=1e-15)
+    (note,) = score_cases(protocol, protocol.find(*folders), where="W", workers=1).notes
+    assert note.startswith("1 of 2 references without any object: empty. The rule: a video (or frame) without fore")
 
 
 def test_an_all_ignored_video_and_a_perfect_one(tmp_path):

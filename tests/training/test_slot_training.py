@@ -13,6 +13,7 @@ from dinoseg import build
 from dinoseg.__main__ import CONFIGS
 from dinoseg.config.resolvers import register_resolvers
 from dinoseg.errors import UserError
+from dinoseg.images import write_png
 from dinoseg.metrics.clustering import contingency, segment_scores
 from dinoseg.regimes.clips import ClipRegime
 from dinoseg.synthetic.moving.write import render_moving_objects
@@ -88,6 +89,19 @@ def test_validation_is_the_protocol_s_score_and_evaluation_repeats_it(here):
     assert again == best
     split = json.loads((here / "run/split.json").read_text())
     assert len(split["train"]) == 4 and len(split["val"]) == 2 and not set(split["train"]) & set(split["val"])
+
+
+def test_videos_whose_masks_are_all_empty_are_scored_and_said(here):
+    shutil.copytree(here / "movi", here / "bare", symlinks=False)
+    for path in (here / "bare/validation").rglob("segmentations/*.png"):
+        write_png(path, np.zeros((32, 32), np.uint8))
+    lengths = ("data.root=bare", "trainer.steps=2", "trainer.val_every=1", "trainer.score=fg_ari")
+    done = run(here, *SLOTS, *lengths, "hydra.run.dir=run", "mode.metrics_only=true")
+    assert done.err.count("No validation clip shows an object: fg_ari says nothing of the segments") == 1
+    result = json.loads((here / "run/evaluation/scores.json").read_text())
+    assert result["scores"]["FG-ARI"] == 1 and result["scores"]["mBO"] is None
+    (note,) = result["notes"]
+    assert note in done.err and note.startswith("2 of 2 references without any object: validation_0001, validation_0002")
 
 
 def test_training_reads_no_mask(here, tmp_path):
