@@ -269,6 +269,7 @@ class Loss(nn.Module):
     needs_masks: bool = False  # whether it wants `MaskOutputs`
     needs_slots: bool = False  # whether it wants `SlotOutputs`, and asks for no labels
     needs_similarity: bool = False  # whether it wants those with `similarity`
+    needs_carried: bool = False  # whether it compares slots that go from frame to frame
     sums_over_batch: bool = False  # whether it is no mean over samples or labels, so that parts of a batch have others
 
     if TYPE_CHECKING:

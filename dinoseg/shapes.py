@@ -150,6 +150,7 @@ class SlotOutputs:
     slots: Tensor  # (B, T', S, D)
     steps: list[int]
     similarity: Tensor | None = None  # (B, T', N, h, w) logits: to which of the N cells of the next frame a cell goes
+    carried: bool = True  # whether the slots of a frame come from those of the one before
 
 
 @dataclass

@@ -39,6 +39,7 @@ class WeightedSum(Loss):
         self.needs_masks = any(loss.needs_masks for loss in self.losses)
         self.needs_slots = any(loss.needs_slots for loss in self.losses)
         self.needs_similarity = any(loss.needs_similarity for loss in self.losses)
+        self.needs_carried = any(loss.needs_carried for loss in self.losses)
         self.sums_over_batch = any(loss.sums_over_batch for loss in self.losses)
 
     def forward(self, prediction: Prediction, batch: Batch | ClipBatch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -62,14 +62,19 @@ class ClipRegime(Regime):
         loss = build.criterion(cfg) if cfg.loss.class_weights is None else None
         if loss is None or not loss.needs_slots:
             raise UserError(
-                f"loss={cfg.choices.loss} is no loss of slots. Choose loss=feature_reconstruction or "
-                "loss=video_similarity."
+                f"loss={cfg.choices.loss} is no loss of slots. Choose loss=feature_reconstruction, "
+                "loss=video_similarity or loss=slot_contrast."
             )
         if cfg.head.similarity != loss.needs_similarity:
             fitting = {True: "loss=video_similarity", False: "loss=feature_reconstruction"}[cfg.head.similarity]
             raise UserError(
                 f"head.similarity={str(cfg.head.similarity).lower()} does not go with loss={cfg.choices.loss}: with it "
                 f"goes {fitting}. Change one of them."
+            )
+        if loss.needs_carried and model.head.slots.predictor is None:
+            raise UserError(
+                f"loss={cfg.choices.loss} compares slots that go from frame to frame, and head.predictor=none draws "
+                "them anew in each. Set head.predictor=savi or carry, or choose loss=feature_reconstruction."
             )
         if cfg.data.cache is not None:
             raise UserError(f"data.cache={cfg.data.cache} holds images with masks, not clips. Set data.cache=null.")

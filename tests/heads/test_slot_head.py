@@ -167,6 +167,51 @@ def test_reconstructions_are_normed_decodings_of_slots_taken_ahead():
         torch.testing.assert_close(outputs.reconstructions[index][:, 1], expected)
 
 
+def test_slots_see_standardised_channels_and_give_back_the_features_own():
+    torch.manual_seed(2)
+    scale, shift = torch.rand(DIM, 1, 1).double() * 9 + 0.1, torch.randn(DIM, 1, 1).double() * 5
+    seen, features = clip(), clip() * scale + shift
+    head = made(standardise=True).train()
+    outputs = head.follow(features)
+    assert outputs.features is features
+    pixels = features.transpose(0, 2).flatten(1)  # (C, B * T * h * w)
+    torch.testing.assert_close(head.standard.running_mean, pixels.mean(1))
+    torch.testing.assert_close(head.standard.running_var, pixels.var(1))
+    for _ in range(2):
+        head.follow(features)  # the mean over batches: of the same three times the same
+    torch.testing.assert_close(head.standard.running_mean, pixels.mean(1))
+    plain = made().train()
+    plain.load_state_dict(head.state_dict(), strict=False)
+    head.eval(), plain.eval()
+    with torch.no_grad():
+        head.standard.running_mean.copy_(shift.flatten())
+        head.standard.running_var.copy_(scale.flatten().square() - head.standard.eps)
+    ours, theirs = head.follow(features), plain.follow(seen)
+    torch.testing.assert_close(ours.attention, theirs.attention)
+    torch.testing.assert_close(ours.reconstructions[0], theirs.reconstructions[0] * scale + shift)
+    slots, _ = head.step(features[:, 0])
+    torch.testing.assert_close(slots, ours.slots[:, 0])
+
+
+def test_slots_are_drawn_anew_in_each_frame_for_the_first_share_of_a_training():
+    head, features = made(alone=0.4, first_iterations=3).train(), clip()
+    head.set_progress(0.39)
+    torch.manual_seed(1)
+    outputs = head.follow(features)
+    assert not outputs.carried
+    torch.manual_seed(1)
+    for time in range(4):
+        slots, _ = head.step(features[:, time])
+        torch.testing.assert_close(slots, outputs.slots[:, time])
+    outputs.reconstructions[0].sum().backward()
+    assert all(parameter.grad is not None for parameter in head.parameters() if parameter.dim())
+    head.set_progress(0.4)
+    assert head.follow(features).carried
+    head.set_progress(0)
+    head.eval()
+    assert head.follow(features).carried and not made(predictor="none").eval().follow(features).carried
+
+
 def test_groups_see_only_their_side():
     head, features = made(**GROUPED), clip()
     assert head.sizes == [2, 3] and head.num_slots == 5

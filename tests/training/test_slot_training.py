@@ -56,8 +56,9 @@ def rows(folder):
         ("loss=video_similarity", "head.similarity=true"),
         ("head.predictor=none", "data.clips.cut.length=1", "head.iterations=2"),
         ("backbone=rgb", "head.steps=[0,1]"),
+        ("loss=slot_contrast", "head.standardise=true", "head.alone=0.5"),
     ],
-    ids=["attention", "groups", "videosaur", "dinosaur", "rgb"],
+    ids=["attention", "groups", "videosaur", "dinosaur", "rgb", "contrast"],
 )
 def test_each_member_of_the_family_learns(here, more):
     tiny = [each for each in SLOTS if not ("backbone=rgb" in more and each.startswith("backbone"))]
@@ -116,7 +117,8 @@ def test_training_reads_no_mask(here, tmp_path):
 
 
 def test_a_resumed_run_is_the_same_run(here):
-    lengths = ("trainer.val_every=4", "trainer.log_every=1", "head.steps=[0,1]", "mode.metrics_only=true")
+    late = ("head.standardise=true", "loss=slot_contrast")
+    lengths = ("trainer.val_every=4", "trainer.log_every=1", "head.steps=[0,1]", "mode.metrics_only=true", *late)
     whole = ("trainer.accumulate=2", "trainer.ema=0.9", *lengths)
     steps = ("trainer.steps=8", "optim.schedule.kind=constant")
     run(here, *SLOTS, *whole, *steps, "hydra.run.dir=straight")
@@ -169,6 +171,8 @@ def test_videos_without_masks_have_a_loss_alone(here):
             "Set data.clips.cut.length=2 or more; or, for single frames, head.predictor=none",
         ),
         (("head.similarity=true",), "head.similarity=true does not go with loss=feature_reconstruction"),
+        (("loss=slot_contrast", "head.predictor=none"), "loss=slot_contrast compares slots that go from frame to frame"),
+        (("head.alone=1",), "head.alone=1"),
         (("loss=video_similarity",), "head.similarity=false does not go with loss=video_similarity"),
         (("slots=lock_on",), "slots.lock_on=true needs the first frame's masks, and data=movi is evaluated without"),
         (("slots.temperature=-1",), "slots.temperature=-1 is out of range. Give a number above 0"),
@@ -225,7 +229,8 @@ def test_clips_of_unequal_length_are_refused(movi, tmp_path):
 def test_two_ranks_train_and_score_as_one(here):
     lengths = ("trainer.steps=2", "trainer.val_every=2", "data.batch_size=4", "mode.metrics_only=true")
     groups = ("head.num_slots=[2,2]", "head.groups=initial", "head.steps=[0,1]", "head.time_decoder=linear")
-    run(here, *SLOTS, *lengths, *groups, "engine.devices=2", "hydra.run.dir=run")
+    late = ("head.standardise=true", "head.alone=0.5", "loss=slot_contrast")
+    run(here, *SLOTS, *lengths, *groups, *late, "engine.devices=2", "hydra.run.dir=run")
     run(here, "mode=eval", "resume=run", "engine=cpu", "engine.precision=fp32", "hydra.run.dir=again")
     one, two = (
         json.loads((here / path).read_text())["scores"] for path in ("again/scores.json", "run/evaluation/scores.json")

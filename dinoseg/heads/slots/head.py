@@ -1,6 +1,7 @@
 """The slot head: segments that explain the backbone's features, frame after frame, without labels."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from dinoseg.heads.slots.groups import GROUPS, allowed_cells, slot_sizes
 from dinoseg.heads.slots.positions import Positions, linear_positions, training_grid
 from dinoseg.heads.slots.predictor import make_predictor
 from dinoseg.heads.slots.time import make_time_decoders, resolve_steps
-from dinoseg.ranges import Count
+from dinoseg.ranges import Count, LowShare
 from dinoseg.shapes import SlotOutputs
 
 MASK_SOURCES = ("attention", "alpha")
@@ -44,7 +45,10 @@ class SlotHead(Head[SlotOutputs]):
         variance_as_std: take exp(log-variance) as the first slots' standard deviation itself.
         token_positions: add a learnt linear code of its place to each token that slots see (Locatello et al., arXiv
             2006.15055), for backbones whose features hardly tell where they are: rotary positions (DINOv3), colours.
+        standardise: slots see each channel of the features with mean 0 and variance 1 over what training has seen, and
+            reconstructions begin with the channels' own; else both have to be learnt.
         predictor: `savi`, `carry` (slots enter the next frame as they are) or `none` (drawn anew in every frame).
+        alone: share of the training at whose beginning every frame's slots are drawn anew, whatever the predictor.
         steps: offsets in frames that are reconstructed: n = 0 to n, or a list.
         time_decoder: `none`, `linear` or `attention`, one for each of `steps`, applied to slots before decoding.
         decoder_dim: hidden width of the decoder.
@@ -73,7 +77,9 @@ class SlotHead(Head[SlotOutputs]):
         groups: str = "off",
         variance_as_std: bool = False,
         token_positions: bool = False,
+        standardise: bool = False,
         predictor: str = "savi",
+        alone: LowShare = 0.0,
         steps: int | Sequence[int] = 0,
         time_decoder: str = "none",
         decoder_dim: Count = 1024,
@@ -104,6 +110,9 @@ class SlotHead(Head[SlotOutputs]):
         self.slot_attention = SlotAttention(
             dim, slot_dim, hidden_dim, num_groups=len(self.sizes), variance_as_std=variance_as_std
         )
+        # no momentum: the mean over all batches, since what is frozen gives the same features from first to last
+        self.standard = nn.BatchNorm2d(dim, affine=False, momentum=None) if standardise else None
+        self.alone, self.progress = alone, 0.0
         self.place = nn.Linear(2, dim) if token_positions else None
         self.predictor = make_predictor(predictor, slot_dim)
         self.time_decoders = make_time_decoders(time_decoder, slot_dim, len(self.steps))
@@ -128,6 +137,10 @@ class SlotHead(Head[SlotOutputs]):
                 f"dino_*, dinov2_*, dinov3_vit*, tiny, tiny_surgical or a plain vision transformer of timm. Choose "
                 f"one of these, or set head.groups=off and give head.num_slots as one number."
             )
+
+    def set_progress(self, share: float) -> None:
+        """Carry slots from frame to frame from the share `alone` of the training on."""
+        self.progress = share
 
     def run(self, backbone: Backbone, images: Tensor) -> SlotOutputs:
         """Return the outputs for clips (B, T, 3, H, W), or for images (B, 3, H, W) as clips of one frame each."""
@@ -154,21 +167,24 @@ class SlotHead(Head[SlotOutputs]):
                 slots.
         """
         assert (background is None) == (self.groups == "off")
+        seen = self._standardised(features.flatten(0, 1)).unflatten(0, features.shape[:2])
         num_frames, grid = features.shape[1], (features.shape[-2], features.shape[-1])
         similarity = self.similarity and (num_frames > 1 or self.training)  # an image has no next frame
         if similarity:
             check_similar_cells(grid, self.grid)
         learns_onwards = self.predictor is not None and any(True for _ in self.predictor.parameters())
         telling = telling_frames(num_frames, self.steps, training=self.training, learns_onwards=learns_onwards)
+        carried = not self.training or self.progress >= self.alone
         slots: Tensor | None = None
         frames: list[SeenFrame] = []
         for time in range(telling):
             allowed = None
             if background is not None and (time == 0 or self.groups == "always"):
                 allowed = allowed_cells(background[:, time], self.sizes)
-            slots, attention = self.step(features[:, time], slots, allowed)
+            slots, attention = self._step(seen[:, time], slots, allowed, self.sizes, carried=carried)
             frames.append(SeenFrame(slots, attention, self._decode_steps(slots, grid, similarity)))
-        return clip_outputs(features, frames, self.steps, self.mask_step)
+        outputs = clip_outputs(features, frames, self.steps, self.mask_step)
+        return replace(outputs, carried=carried and self.predictor is not None)
 
     def step(
         self,
@@ -188,20 +204,36 @@ class SlotHead(Head[SlotOutputs]):
         Raises:
             UserError: fewer cells than slots.
         """
+        return self._step(self._standardised(features), slots, allowed, self.sizes if sizes is None else sizes)
+
+    def _step(
+        self,
+        features: Tensor,
+        before: Tensor | None,
+        allowed: Tensor | None,
+        sizes: Sequence[int],
+        *,
+        carried: bool = True,
+    ) -> tuple[Tensor, Tensor]:
         grid = (features.shape[-2], features.shape[-1])
-        sizes = self.sizes if sizes is None else sizes
         check_enough_cells(sum(sizes), grid)
-        iterations = self.iterations
-        if slots is None or self.predictor is None:
-            slots, iterations = self.slot_attention.start(len(features), sizes), self.first_iterations
-        else:
-            slots = self.predictor(slots)
         tokens = features.flatten(2).mT  # (B, h * w, C)
         if self.place is not None:
             tokens = tokens + self.place(linear_positions(grid, tokens).flatten(1).T)
         seen = None if allowed is None else allowed.flatten(2)
+        guess = None if before is None or self.predictor is None else self.predictor(before)
+        if guess is not None and carried:
+            slots, iterations = guess, self.iterations
+        else:
+            slots, iterations = self.slot_attention.start(len(features), sizes), self.first_iterations
+            if guess is not None:
+                slots = slots + 0.0 * guess  # ranks wait for a gradient of every weight
         slots, attention = self.slot_attention(tokens, slots, iterations, seen)
         return slots, attention.unflatten(2, grid)
+
+    def _standardised(self, features: Tensor) -> Tensor:
+        """Return features (B, C, h, w) as slots see them."""
+        return features if self.standard is None else self.standard(features)
 
     def decode(self, slots: Tensor, grid: tuple[int, int], step: int = 0) -> tuple[Tensor, Tensor]:
         """Return the features (B, C, h, w) and the alpha masks (B, S, h, w) that slots (B, S, D) tell of.
@@ -225,8 +257,10 @@ class SlotHead(Head[SlotOutputs]):
 
     def _decode(self, slots: Tensor, grid: tuple[int, int], step: int, similarity: bool) -> Decoded:
         decoded = self.decoder(self.time_decoders[step](slots), grid, similarity=similarity)
-        normed = self.norm(decoded.features.movedim(1, -1)).movedim(-1, 1)
-        return decoded._replace(features=normed)
+        normed = self.norm(decoded.features.movedim(1, -1))
+        if self.standard is not None:
+            normed = normed * (self.standard.running_var + self.standard.eps).sqrt() + self.standard.running_mean
+        return decoded._replace(features=normed.movedim(-1, 1))
 
     def _decode_steps(self, slots: Tensor, grid: tuple[int, int], similarity: bool) -> list[Decoded]:
         asked = [(slots, grid, step, similarity and step == self.mask_step) for step in range(len(self.steps))]
