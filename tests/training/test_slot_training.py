@@ -102,7 +102,9 @@ def test_videos_whose_masks_are_all_empty_are_scored_and_said(here):
     result = json.loads((here / "run/evaluation/scores.json").read_text())
     assert result["scores"]["FG-ARI"] == 1 and result["scores"]["mBO"] is None
     (note,) = result["notes"]
-    assert note in done.err and note.startswith("2 of 2 references without any object: validation_0001, validation_0002")
+    assert note in done.err and note.startswith(
+        "2 of 2 references without any object: validation_0001, validation_0002"
+    )
 
 
 def test_training_reads_no_mask(here, tmp_path):
@@ -171,7 +173,10 @@ def test_videos_without_masks_have_a_loss_alone(here):
             "Set data.clips.cut.length=2 or more; or, for single frames, head.predictor=none",
         ),
         (("head.similarity=true",), "head.similarity=true does not go with loss=feature_reconstruction"),
-        (("loss=slot_contrast", "head.predictor=none"), "loss=slot_contrast compares slots that go from frame to frame"),
+        (
+            ("loss=slot_contrast", "head.predictor=none"),
+            "loss=slot_contrast compares slots that go from frame to frame",
+        ),
         (("head.alone=1",), "head.alone=1"),
         (("loss=video_similarity",), "head.similarity=false does not go with loss=video_similarity"),
         (("slots=lock_on",), "slots.lock_on=true needs the first frame's masks, and data=movi is evaluated without"),
