@@ -259,7 +259,9 @@ class SlotHead(Head[SlotOutputs]):
         decoded = self.decoder(self.time_decoders[step](slots), grid, similarity=similarity)
         normed = self.norm(decoded.features.movedim(1, -1))
         if self.standard is not None:
-            normed = normed * (self.standard.running_var + self.standard.eps).sqrt() + self.standard.running_mean
+            mean, variance = self.standard.running_mean, self.standard.running_var
+            assert mean is not None and variance is not None  # it tracks them
+            normed = normed * (variance + self.standard.eps).sqrt() + mean
         return decoded._replace(features=normed.movedim(-1, 1))
 
     def _decode_steps(self, slots: Tensor, grid: tuple[int, int], similarity: bool) -> list[Decoded]:
