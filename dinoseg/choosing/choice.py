@@ -69,7 +69,7 @@ class Chooser:
 
     def __init__(self, compose: Compose, given: frozenset[str], minutes: Positive) -> None:
         self.compose, self.given = compose, given
-        self.about = ""
+        self.about, self._taken = "", set[str]()
         self._ends, self._minutes = monotonic() + 60 * minutes, minutes
         self.cfg = compose(())
         check_alone(self.cfg)
@@ -88,14 +88,16 @@ class Chooser:
         """
         train, val = build.dataset(self.cfg, "train", reduced=True), build.dataset(self.cfg, "val")
         facts = facts_of(train, val, self.cfg.cache_dir)
-        self.about = headline(facts, self._minutes, self.engine.device.type)
         case = self._case(facts)
         by_data = [*self._free(found for rule in rules.BY_DATA if (found := rule(case)))]
         tried = self._way(by_data, case)
         size = rules.batch(tried.length.images, facts, self.cfg.engine.devices)
-        taken = self.cfg.data.batch_size if self._is_given("data.batch_size") else size.words["data.batch_size"]
+        taken = self.cfg.data.batch_size if self._given_for("data.batch_size") else size.words["data.batch_size"]
         by_time = [self._rates(tried.cfg), self._views(tried), size, self._steps(tried, taken)]
-        return [*by_data, *tried.choices, *self._free(by_time)]
+        chosen = [*by_data, *tried.choices, *self._free(by_time)]
+        given = f"; as given: {', '.join(sorted(self._taken))}" if self._taken else ""
+        self.about = headline(facts, self._minutes, self.engine.device.type) + given
+        return chosen
 
     def _case(self, facts: Facts) -> Case:
         model = build.outline(self.cfg)
@@ -112,15 +114,18 @@ class Chooser:
         """Return the first way of training the backbone for which there is time; the last one in any case."""
         ways = [Choice({}, "")] if "adapter" in self.given else rules.ways(case)  # no words: as it is
         short: UserError | None = None
+        slow = ""
         for way in ways:
+            way = replace(way, reason=f"{way.reason}{slow}")
             try:
                 tried = self._tried([*by_data, *self._free([way])], case)
             except OutOfMemory as error:
                 short = error
                 continue
-            if tried.length.images >= rules.LEAST_TUNED or way is ways[-1]:
+            if tried.length.images >= rules.LEAST_TUNED or way.words == ways[-1].words:
                 self._check_time(tried, case.facts)
                 return replace(tried, choices=tried.choices[len(by_data) :])
+            slow = f"; with adapter={tried.cfg.choices.adapter} there would be time for {tried.length.images} images"
         assert short is not None
         raise short
 
@@ -180,8 +185,6 @@ class Chooser:
 
     def _rates(self, cfg: DictConfig) -> Choice:
         optimizer = cfg.optim.optimizer
-        if optimizer.lr is not None:
-            return Choice({}, "")
         words: dict[str, float] = {"optim.optimizer.head_lr": optimizer.head_lr}
         told = f"{optimizer.head_lr:g} is what head={cfg.choices.head} learns at by its file"
         if _is_tuned(cfg):
@@ -210,13 +213,15 @@ class Chooser:
     def _free(self, choices: Iterable[Choice]) -> Iterator[Choice]:
         """Yield choices without what was given, and none of which nothing is left."""
         for choice in choices:
-            words = {key: value for key, value in choice.words.items() if not self._is_given(key)}
+            given = {key: self._given_for(key) for key in choice.words}
+            self._taken |= set[str]().union(*given.values())
+            words = {key: value for key, value in choice.words.items() if not given[key]}
             if words:
                 yield replace(choice, words=words)
 
-    def _is_given(self, key: str) -> bool:
-        """Return whether a key, or what stands for it, was typed."""
-        return not self.given.isdisjoint((key, *_STAND_FOR.get(key, ())))
+    def _given_for(self, key: str) -> frozenset[str]:
+        """Return what was typed of a key and of those that stand for it."""
+        return self.given & {key, *_STAND_FOR.get(key, ())}
 
 
 def headline(facts: Facts, minutes: float, device: str) -> str:

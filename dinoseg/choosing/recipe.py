@@ -84,9 +84,6 @@ def chosen(cfg: DictConfig, words: Sequence[str], *, first: bool) -> Recipe:
         write_choices(path, about, choices)
     if first:
         print(printable(f"hparam=auto: {about}; {source}:\n\n" + "\n".join(told(choices))))
-        taken = sorted(given - {"data", "data.root", "backbone"} - {key for key in given if _root(key) in _OF_A_RUN})
-        if taken:
-            print(f"  as given, and not chosen: {', '.join(taken)}")
     typed = [word for word in words if _root(word.lstrip("+~").partition("=")[0]) not in ("budget", "hparam", "resume")]
     return Recipe(_composed(words, about, choices), recipe_text(about, choices), typed)
 

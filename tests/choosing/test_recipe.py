@@ -43,7 +43,8 @@ def test_a_run_is_trained_by_what_was_chosen_and_its_recipe_gives_it_again(folde
     assert cfg.data.batch_size == 2 and cfg.data.views == 4 and cfg.resolution.crop == [32, 48]
     assert first["config"]["data"]["views"] == 4 and first["choices"]["head"] == "linear"
     assert "  data.views=4: features of 4 views of each image are kept" in done.out
-    assert "as given, and not chosen: backbone.arch.hidden_size" in done.out and "trainer.steps" in done.out
+    assert "; as given: trainer.steps; chosen now:" in done.out
+    assert "adapter=frozen: the backbone stays as it is" in done.out
     command = next(line for line in done.out.splitlines() if "hparam=chosen" in line).split()[3:]
     assert FEW in command and "budget.minutes=0.2" not in command
     again = call(folder, *[word.strip("'") for word in command], "hydra.run.dir=S")
@@ -54,6 +55,7 @@ def test_a_run_is_trained_by_what_was_chosen_and_its_recipe_gives_it_again(folde
 
 def test_what_is_typed_is_taken_as_it_is(folder):
     words = ("head=mlp", "optim.optimizer.lr=1e-3", "data.batch_size=3", "resolution.crop=[24,24]", "loss=focal")
+    taken = "data.batch_size, head, loss, optim.optimizer.lr, resolution.crop, trainer.steps"
     done = call(folder, *AUTO, FEW, *words, "budget.minutes=0.2", "hydra.run.dir=R")
     assert done.status == 0, done.err
     cfg = config_of(folder / "R")
@@ -63,7 +65,7 @@ def test_what_is_typed_is_taken_as_it_is(folder):
         3,
         1e-3,
     )
-    assert cfg.resolution.crop == [24, 24]
+    assert cfg.resolution.crop == [24, 24] and f"; as given: {taken}" in done.out
     text = re.sub("#.*", "", (folder / "R/config/hparam/chosen.yaml").read_text())
     assert not re.search("crop|head|loss|batch|lr|trainer", text) and "override /adapter: frozen" in text
 
@@ -138,10 +140,12 @@ def test_a_backbone_is_tuned_where_time_suffices_and_else_stays_frozen(folder, m
     words = (*AUTO, FEW, "head=linear")
     adapters = [
         config_of(folder / name).choices.adapter
-        for name, minutes in (("R", 1), ("S", 0.2))
+        for name, minutes in (("R", 3), ("S", 0.2))
         if call(folder, *words, f"budget.minutes={minutes}", f"hydra.run.dir={name}").status == 0
     ]
     assert adapters == ["full", "frozen"]
+    text = (folder / "S/config/hparam/chosen.yaml").read_text()
+    assert "with adapter=full there would be time for" in text
 
 
 def test_another_rank_takes_what_the_first_one_chooses(folder, monkeypatch):
@@ -176,7 +180,7 @@ def test_the_memory_that_is_free_decides_too(folder, monkeypatch):
 def test_a_recipe_is_timed_on_its_own_data(tmp_path, monkeypatch):
     write_data(tmp_path / "data", train=5)
     monkeypatch.setattr("dinoseg.choosing.choice.in_own_process", in_this_process)
-    done = call(tmp_path, *AUTO, "mode=plan", "mode.dry_step=false", "budget.minutes=0.5", "hydra.run.dir=R")
+    done = call(tmp_path, *AUTO, "mode=plan", "mode.dry_step=false", "budget.minutes=9", "hydra.run.dir=R")
     assert done.status == 0 and "A training step of" in done.out, done.err
     cfg = config_of(tmp_path / "R")
     assert cfg.trainer.steps > 10 and f"trainer.steps={cfg.trainer.steps} trainer.val_every=" in done.out

@@ -75,8 +75,8 @@ def test_ways_depend_on_the_backbone_and_on_how_many_images_there_are():
 
 @pytest.mark.parametrize(
     ("images", "there", "devices", "size"),
-    [(10_000, 184, 1, 8), (4_000, 184, 1, 4), (1_000, 184, 1, 2), (0, 184, 1, 2), (9_000, 5, 1, 5), (9_000, 5, 2, 4)]
-    + [(0, 184, 4, 4)],
+    [(12_000, 184, 1, 8), (6_000, 184, 1, 4), (5_999, 184, 1, 2), (0, 184, 1, 2), (12_000, 5, 1, 5)]
+    + [(12_000, 5, 2, 4), (0, 184, 4, 4)],
 )
 def test_a_batch_is_small_where_steps_are_few(images, there, devices, size):
     assert rules.batch(images, replace(FACTS, images=there), devices).words == {"data.batch_size": size}
