@@ -279,7 +279,7 @@ def _tell_wider() -> None:
 
 def _tell_end(reason: str) -> None:
     log.warning(
-        "%s: no more features are kept. Those that are kept are used, and those of other images are computed in each "
-        "epoch. Make room, and the next run goes on from here.",
+        "%s: no more features are kept. Those that are kept are used, and those of other images are computed whenever "
+        "they are needed. Make room, and the next run goes on from here.",
         reason,
     )
