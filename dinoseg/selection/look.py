@@ -46,21 +46,19 @@ class Looker:
     """
 
     def __init__(self, cfg: DictConfig, *, doubts: bool) -> None:
-        self._predictor: Predictor | None = None
-        self.engine: Engine
-        if is_trained(cfg):
-            trained = load_trained(cfg)
-            self.model, self.engine = trained.model, trained.engine
-            self._predictor = trained.predictor if doubts else None
-        else:
-            self.engine = instantiate(cfg.engine)
-            sizes = {"scale": cfg.resolution.scale, "longest": cfg.resolution.longest}
-            self.model = self.engine.place(Segmenter(build.backbone(cfg), Head(), **sizes)).eval()
-        if doubts and (self._predictor is None or self.model.head.slots is not None):
+        trained = load_trained(cfg) if is_trained(cfg) else None
+        if doubts and (trained is None or trained.model.head.slots is not None):
             raise UserError(
                 "selection=uncertainty asks a trained segmenter what it doubts. Give resume=RUN_FOLDER, or "
                 "selection=k_centre or typical, which need none."
             )
+        self._predictor: Predictor | None = trained.predictor if trained and doubts else None
+        self.engine: Engine = trained.engine if trained else instantiate(cfg.engine)
+        if trained:
+            self.model = trained.model
+        else:
+            sizes = {"scale": cfg.resolution.scale, "longest": cfg.resolution.longest}
+            self.model = self.engine.place(Segmenter(build.backbone(cfg), Head(), **sizes)).eval()
         self._width = widths(self.model.backbone.dim, self.model.backbone.num_layers)[-1]
         self._store = self._opened(cfg)
 

@@ -7,6 +7,8 @@ import pytest
 import torch
 from command_line import SMALL, call, write_data
 from films import write_film
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from dinoseg.images import read_image, write_png
 from dinoseg.training.feature_cache.form import to_bytes
@@ -72,8 +74,8 @@ def test_features_are_taken_over_after_a_stop_and_a_damaged_one_is_made_anew(fol
         path.write_bytes(to_bytes(path.stem, [torch.zeros(width) for width in tensors], "float32"))
     _, done = selected(folder, *words)
     assert "2 of 6 images were looked at before" in done.err
-    _, done = selected(folder, *words, "backbone.arch.num_hidden_layers=1")
-    assert "taken over" not in done.err
+    for other in ("backbone.arch.num_hidden_layers=1", "resolution.scale=0.5"):
+        assert "taken over" not in selected(folder, *words, other)[1].err
 
 
 @pytest.mark.parametrize("selection", ["typical", "random"])
@@ -90,7 +92,14 @@ def test_a_model_s_doubts_choose(folder):
     assert all(row["reason"].startswith("entropy ") for row in rows) and "the most uncertain" in rows[0]["reason"]
     margins, done = selected(folder, *words, "engine.workers=0", "selection.measure=margin", "selection.candidates=1")
     assert margins[0]["reason"].startswith("margin ") and "6 of 6 images were looked at before" in done.err
-    refused = call(folder, *WORDS, "count=2", "selection=uncertainty")
+    assert "taken over" not in selected(folder, *words, "engine.workers=0", "inference=windows")[1].err
+    shutil.copytree(folder / "model", folder / "other")
+    path = folder / "other/checkpoints/best.safetensors"
+    with safe_open(path, "pt") as file:
+        said, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file({name: value + name.startswith("model/head.") for name, value in tensors.items()}, path, metadata=said)
+    assert "taken over" not in selected(folder, *words, "engine.workers=0", "resume=other")[1].err
+    refused = call(folder, *WORDS, "count=2", "selection=uncertainty", "backbone.weights=nowhere")
     assert refused.status == 1 and "Give resume=RUN_FOLDER, or selection=k_centre" in refused.err
 
 

@@ -7,7 +7,7 @@ from films import write_film
 from dinoseg.data.video.access import VideoFrame
 from dinoseg.errors import UserError
 from dinoseg.images import write_png
-from dinoseg.selection.pool import found_in, named_in, places_of
+from dinoseg.selection.pool import _seconds, found_in, named_in, places_of
 
 GREY = np.zeros((4, 4, 3), np.uint8)
 
@@ -21,6 +21,8 @@ def test_frames_are_those_of_each_step_and_those_named(tmp_path):
     more = found_in(str(film), every=0.5, cache_dir=tmp_path / "c", also={"000000005", "7"})
     assert [each.name for each in more] == ["000000000", "000000005", "000000012", "000000024"]
     assert len(found_in(str(film), every=0.01, cache_dir=tmp_path / "c")) == 30
+    even = write_film(tmp_path / "b.mp4", frames=12, rate=10)  # 0.7 / 0.1 is less than 7
+    assert len(found_in(str(even), every=0.1, cache_dir=tmp_path / "c")) == 12
 
 
 def test_an_uneven_video_is_stepped_by_its_own_clock(tmp_path):
@@ -54,3 +56,15 @@ def test_labelled_images_are_named_by_masks_or_by_a_list(tmp_path):
         named_in(str(tmp_path / "empty"))
     with pytest.raises(UserError, match="Check labels"):
         named_in(str(tmp_path / "absent"))
+
+
+@pytest.mark.parametrize(("fps", "step"), [(10.0, 0.1), (0.0, 0.04), (90000.0, 0.04)])
+def test_frames_without_times_of_their_own_are_evenly_spaced(fps, step):
+    class Index:
+        times = np.array([0.0, 40.0, 40.0])
+
+        def __len__(self):
+            return 3
+
+    Index.fps = fps
+    assert _seconds(Index()) == pytest.approx([0, step, 2 * step])
