@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -150,6 +151,11 @@ def check_fits(cfg: DictConfig, file: loading.Checkpoint) -> Segmenter:
             empty = outline(cfg)
     except UserError:
         raise
+    except OmegaConfBaseException as error:
+        raise UserError(
+            f"resume={file.path}: {error.full_key or 'a key'} of its config has no value that can be used. Correct the "
+            "keys given beside it."
+        ) from error
     except Exception as error:  # each part fails on nonsense in its own way
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(

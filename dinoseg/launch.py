@@ -4,7 +4,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from dinoseg.runs.folder import (
     write_config,
 )
 
+_BUILDS = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")  # what makes a table something that is built
 _OWN_NAME = re.compile(r"[a-z]+_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")  # as cfg/hydra/run.yaml names a run's folder
 
 # processes of a launcher plug-in (joblib, Slurm) know this module by its callback alone, and name the job's folder
@@ -235,6 +236,7 @@ def _check_words(cfg: DictConfig, overrides: Sequence[str]) -> None:
     for override in _parsed(overrides):
         name = override.key_or_group
         hidden = [part for part in name.split(".") if part.startswith("_")]
+        hidden += [key for table in _tables(override.value()) for key in map(str, table) if key in _BUILDS]
         if hidden := hidden or [key for key in LAUNCH_KEYS[1:] if f"{name}.".startswith(f"mode.{key}.")]:
             raise UserError(
                 f"{name}: {hidden[0]} is set in files alone. Choose a part by GROUP=OPTION; one of your own gets a "
@@ -242,6 +244,14 @@ def _check_words(cfg: DictConfig, overrides: Sequence[str]) -> None:
             )
         if override.is_add() and name not in cfg.choices and not _is_taken(cfg, name):
             raise UserError(f"+{name} adds a key that nothing reads. Check its spelling; an existing key needs no +.")
+
+
+def _tables(value: Any) -> Iterator[Mapping[Any, Any]]:
+    """Yield each table that a value of the command line is or holds."""
+    if isinstance(value, Mapping):
+        yield value
+    for part in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ():
+        yield from _tables(part)
 
 
 def _is_taken(cfg: DictConfig, name: str) -> bool:

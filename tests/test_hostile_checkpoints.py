@@ -101,3 +101,9 @@ def test_weights_that_are_not_finite_predict_only_when_asked(where, sound):
 def test_a_sound_file_is_accepted(where, sound):
     assert json.dumps(sound.info) and os.path.exists(sound.path)
     assert call(where, "mode=export", f"resume={tampered(where, sound, {})}", "engine=cpu").status == 0
+
+
+def test_a_word_beside_it_that_points_nowhere_is_one_message(where):
+    done = call(where, "mode=export", "resume=outputs/base/one", "engine=cpu", "head.layers=${.x}")
+    assert done.status == 1 and done.err.startswith("error: resume=") and "head.layers" in done.err, done.err
+    assert "Interpolation" not in done.err and "has no value that can be used" in done.err

@@ -36,6 +36,8 @@ def test_drawn_command_lines(root):
             "~head",
             "head._partial_=x",
             "head._target_=x",
+            "data.reader.masks.colors={_target_: os.getcwd}",
+            "head.layers=[{a: {_target_: os.getcwd}}]",
         ),
         *("++mode.resume_from.extra=true", "mode.reads=[]", f"slots={'n' * 5000}", f"++resume={'n' * 5000}"),
         *("resolution=240", "data.classes=5", "head=", "+head.num_classes.x=1", "head.layers=${oc.env:NOTHING}"),

@@ -98,7 +98,7 @@ def test_each_image_is_there_once_and_those_of_the_validation_are_told_of(folder
         ((*HALF, "data.feature_noise=0.1"), "data.feature_noise=0.1 is for training on masks alone"),
         ((*HALF, "trainer.unlabelled_batch_size=4"), "trainer.unlabelled_batch_size=4 with 3 images without masks"),
         ((*HALF, "trainer.threshold=1.5"), "trainer.threshold=1.5 is out of range"),
-        ((*HALF, "trainer.strong_views=17"), "give a whole number from 1 to 16"),
+        ((*HALF, "trainer.strong_views=17"), "Give a whole number from 1 to 16"),
         ((*WORDS, "trainer.unlabelled=nowhere"), "trainer.unlabelled=nowhere"),
         ((*WORDS, "data.labelled=names.txt"), "data.labelled=names.txt: 1 of its names are not in the training split"),
         ((*WORDS, "data.labelled=0"), "data.labelled=0 is out of range"),
