@@ -105,5 +105,7 @@ def test_a_sound_file_is_accepted(where, sound):
 
 def test_a_word_beside_it_that_points_nowhere_is_one_message(where):
     done = call(where, "mode=export", "resume=outputs/base/one", "engine=cpu", "head.layers=${.x}")
-    assert done.status == 1 and done.err.startswith("error: resume=") and "head.layers" in done.err, done.err
+    assert done.status == 1 and done.err.startswith("error: resume=") and "backbone.layers" in done.err, (
+        done.err
+    )  # which points to it
     assert "Interpolation" not in done.err and "has no value that can be used" in done.err
