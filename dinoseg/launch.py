@@ -87,6 +87,7 @@ def launch(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> Any:
         drop_bare(run_folder)
         raise
     except KeyboardInterrupt as stop:
+        drop_empty(out_dir)  # of one that was stopped while its recipe was chosen
         number = stop.number if isinstance(stop, Interrupted) else signal.SIGINT
         raise Interrupted(number, note=_left(cfg, run_folder) if is_first_rank() else "") from None
     finally:

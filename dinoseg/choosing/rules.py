@@ -155,7 +155,7 @@ def ways(case: Case) -> list[Choice]:
     else:
         tuned = Choice({"adapter": "lora_all"}, f"{millions}: low-rank updates of all layers take less memory")
     return [
-        Choice(tuned.words, f"{tuned.reason}, which wins where {LEAST_TUNED} images and more can be trained on"),
+        Choice(tuned.words, f"{tuned.reason}, which won where about {LEAST_TUNED} images and more were trained on"),
         frozen,
     ]
 

@@ -32,7 +32,7 @@ def tell_floor(
     held = held_against_floor(cfg, regime, engine, model, seconds=seconds)
     if held is None:
         return None
-    causes = causes_of(held) if held.is_below else []
+    causes = causes_of(held)
     found = {
         "run_miou": held.run["miou"],
         "floor_miou": held.floor["miou"],
@@ -46,7 +46,8 @@ def tell_floor(
         print(f"floor:        {told(held)}")
         if held.is_below:
             why = "".join(f"\n- {cause}." for cause in causes) or " None of the causes that are tried was found."
-            logger.warning(
-                "This run is below its floor: a linear head on the same backbone, untrained, does more.%s", why
-            )
+            below = "This run is below its floor: a linear head on the same backbone, untrained, does more.%s"
+            logger.warning(below, why)
+        for cause in () if held.is_below else causes:
+            logger.warning("%s.", cause)
     return found

@@ -39,7 +39,7 @@ def world(tmp_path_factory):
 @pytest.fixture
 def held(world, compose, monkeypatch):
     """Return a function that holds an untrained model of a config against its closed form."""
-    monkeypatch.setattr(floor, "_affordable", lambda *_: 64)
+    monkeypatch.setattr(floor, "_affordable", lambda *_: (64, True))
 
     def hold(*words):
         cfg = compose(*WORDS, f"data.root={world}/data", f"cache_dir={world}/cache", *words)
@@ -68,14 +68,14 @@ def test_no_floor_where_there_is_no_time_or_nothing_to_solve(world, compose, mon
     regime, model = ImageRegime(cfg, engine), build.model(cfg)
     assert held_against_floor(cfg, regime, engine, model, seconds=0.5) is None
     assert held_against_floor(cfg, object(), engine, model, seconds=9.0) is None
-    monkeypatch.setattr(floor, "_affordable", lambda *_: 1)
+    monkeypatch.setattr(floor, "_affordable", lambda *_: (1, False))
     assert held_against_floor(cfg, regime, engine, model, seconds=9.0) is None
 
 
 def test_images_are_as_many_as_the_time_is_for(held, affordable=floor._affordable):
     found = held()
     slow = [affordable(found.plain, found.train, found.engine, seconds) for seconds in (0.0, -1.0, 1e9)]
-    assert slow[0] == 0 and slow[1] <= 0 and slow[2] == 64
+    assert slow == [(0, False), (slow[1][0], False), (64, True)] and slow[1][0] <= 0
     assert [len(floor._some(found.train, count)) for count in (1, 2, 5, 64)] == [1, 2, 5, 8]
 
 
@@ -109,6 +109,8 @@ def test_colours_of_other_weights_are_tried_and_put_back(held, monkeypatch):
     assert "With another normalisation, none at all, the closed form has 0.9500 in place of 0.9000" in said
     assert "backbone.mean=[0.0,0.0,0.0] backbone.std=[1.0,1.0,1.0]" in said and len(seen) >= 3
     assert causes.other_colours(replace(found, floor={"miou": 0.94})) is None
+    above = replace(found, floor={"miou": 0.9}, run={"miou": 0.95})
+    assert causes.causes_of(above) == [said] and causes.causes_of(replace(above, has_time=False)) == []
     assert torch.equal(found.plain.backbone.mean, own[0]) and torch.equal(found.plain.backbone.std, own[1])
 
 
@@ -152,7 +154,7 @@ def test_a_model_that_knows_its_training_images_alone_is_told_apart(held, monkey
 @pytest.fixture
 def quick(monkeypatch):
     monkeypatch.setattr(floor, "_LEAST_SECONDS", 1e-9)
-    monkeypatch.setattr(floor, "_affordable", lambda *_: 64)
+    monkeypatch.setattr(floor, "_affordable", lambda *_: (64, True))
 
 
 def test_a_run_below_its_floor_is_told_why_and_one_above_is_not(world, quick, monkeypatch):
