@@ -1,5 +1,6 @@
 """Scores of whole images follow each view, are kept as they are used, and go with their samples."""
 
+from itertools import islice
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,6 +19,7 @@ from dinoseg.shapes import Batch, FeatureBatch, FrozenFeatures, Prediction
 from dinoseg.training.distilled import DistilFeed, DistilledLoss, KeptScores, Part, ScoredBatch
 from dinoseg.training.feature_cache.form import to_bytes
 from dinoseg.training.feature_cache.store import DiskStore, NoStore
+from dinoseg.training.image_feed import ImageFeed
 
 CPU = torch.device("cpu")
 
@@ -61,6 +63,27 @@ def test_scores_of_a_view_are_those_of_the_pixels_that_it_shows(uniform):
         inside = (view["mask"] != 255) & (view["image"][:2] > 12).all(0) & (view["image"][:2] < 215).all(0)
         assert inside.sum() > 40 and (scores[:, inside] - view["image"][:2, inside]).abs().max() < 1.5
         assert ((view["mask"] != 255) != seen.inside((24, 20))).float().mean() < 0.03  # but for the border itself
+
+
+def test_each_image_of_a_batch_comes_with_its_own_scores(tmp_path):
+    """Of either kind, in any share of a batch, from any batch on."""
+    augment = Augment((24, 20), scale=(1, 2), flip=0.5)
+    for index in range(2):
+        write_png(tmp_path / f"{index}.png", Ramps()[index]["image"].permute(1, 2, 0).numpy())
+    others = Unmasked(["u0", "u1"], [tmp_path / "0.png", tmp_path / "1.png"], Ramps())
+    for rank in range(2):
+        own = {"augment": augment, "batch_size": 2, "seed": 4, "workers": 0, "rank": rank, "world": 2}
+        without = ImageFeed(others, Ramps(), **own)
+        scores = KeptScores(where, NoStore(), 2)
+        feed = DistilFeed(Ramps(), Ramps(), **own, scores=scores, others=without, views=3)
+        for drawn in islice(feed.train_batches(start=3), 4):
+            batch = drawn.to(CPU)
+            assert len(batch.seen) == batch.count == 2 and batch.labelled == 1 and batch.names[1][0] == "u"
+            assert (batch.mask[1] == 255).all() and (batch.mask[0] != 255).any()
+            for image, seen in zip(batch.image, batch.seen, strict=True):
+                shown = (image[:2] > 12).all(0) & (image[:2] < 215).all(0) & seen.inside((24, 20))
+                far = (seen.at(slice(0, 24), slice(0, 20)) - image[:2]).abs().amax(0)
+                assert shown.sum() > 40 and far[shown].median() < 1.5
 
 
 def test_scores_are_asked_for_once_and_used_as_they_are_kept(tmp_path):
@@ -116,10 +139,11 @@ def batch_of(count, first, features=False):
     return Part(Batch(images, masks, names), looks)
 
 
+@pytest.mark.parametrize("counts", [(3, 5), (5, 3)])
 @pytest.mark.parametrize("parts", [1, 2, 3])
-def test_each_sample_keeps_its_scores_in_whatever_parts_a_batch_goes_through(parts):
-    whole = ScoredBatch([batch_of(3, 0), batch_of(5, 10)])
-    assert whole.names == ["0", "1", "2"]
+def test_each_sample_keeps_its_scores_in_whatever_parts_a_batch_goes_through(parts, counts):
+    whole = ScoredBatch([batch_of(counts[0], 0), batch_of(counts[1], 10)])
+    assert len(whole.names) == 3  # in more parts than these a batch would have some without one kind
     names = []
     for part in whole.split(parts):
         batch = part.to(CPU)
@@ -130,7 +154,7 @@ def test_each_sample_keeps_its_scores_in_whatever_parts_a_batch_goes_through(par
             len(batch.image) == len(batch.mask) == len(batch.with_masks.mask) + sum(int(n) >= 10 for n in batch.names)
         )
         names += batch.names
-    assert sorted(names, key=int) == ["0", "1", "2", "10", "11", "12", "13", "14"]
+    assert sorted(map(int, names)) == [*range(counts[0]), *range(10, 10 + counts[1])]
 
 
 def test_what_is_frozen_is_joined_as_images_are():
