@@ -1,0 +1,46 @@
+"""Print what a training step of a head costs against one of `head=multiscale`, on a frozen backbone, in processor s.
+
+`python benchmarks/head_step.py [--heads detail dpt] [--steps 8] [--backbone KEY=VALUE ...]`: random weights, batches of
+2 crops of 352 x 480 of drawn noise in 11 classes, `loss=ce_dice`, one thread, float32; once with the backbone live and
+once from kept features (`engine.cache=memory`). Each training is a process of its own; of its steps, and of `--repeats`
+in turns, the least counts.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from many_heads import HERE, WORDS, draw_data
+from rows import Row, machine, tell
+from step_times import told
+from tabulate import tabulate
+
+REFERENCE = "multiscale"
+CACHES = {"off": "backbone live", "memory": "kept features"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--heads", nargs="+", default=["detail"])
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--backbone", nargs="+", default=["backbone=dinov3_vits16"])
+    parser.add_argument("--repeats", type=int, default=2)
+    given = parser.parse_args()
+    least = {(cache, head): float("inf") for cache in CACHES for head in (REFERENCE, *given.heads)}
+    with tempfile.TemporaryDirectory() as folder:
+        draw_data(Path(folder) / "data")
+        for cache, head in [*least] * given.repeats:
+            words = [*WORDS, *given.backbone, f"head={head}", "loss=ce_dice", "data.views=1", f"engine.cache={cache}"]
+            with tempfile.TemporaryDirectory(dir=folder) as where:
+                command = [str(HERE / "step_times.py"), "1", *words, f"trainer.steps={given.steps}"]
+                times = told(command, where, 1, f"{head}, {CACHES[cache]}")
+            least[cache, head] = min(least[cache, head], *(busy for busy, _ in times))
+    ratios = {(cache, head): least[cache, REFERENCE] / least[cache, head] for cache, head in least if head != REFERENCE}
+    rows = [(CACHES[cache], head, busy, busy / least[cache, REFERENCE]) for (cache, head), busy in least.items()]
+    print(tabulate(rows, ("", "head", "s a step", f"times {REFERENCE}"), floatfmt=".3g"))
+    print(f"{' '.join(given.backbone)}, one thread; {machine()}")
+    tell(*(Row(f"{head}, {CACHES[cache]}, time a step", REFERENCE, ratio) for (cache, head), ratio in ratios.items()))
+
+
+if __name__ == "__main__":
+    main()
