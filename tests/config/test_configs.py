@@ -30,7 +30,7 @@ AT_RUN_TIME = {
     "data.reader": {"split"},
     "export": {"cfg", "out_dir"},
     "head": {"in_dim", "num_layers"},
-    "loss.class_weights": {"counts"},
+    "loss.class_weights": {"counts", "classes"},
     "loss.counts": {"dataset"},
     "loss.criterion": {"class_weights"},
     "loss.criterion.terms.ce": {"class_weights"},
