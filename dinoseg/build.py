@@ -151,15 +151,11 @@ def check_fits(cfg: DictConfig, file: loading.Checkpoint) -> Segmenter:
             empty = outline(cfg)
     except UserError:
         raise
-    except OmegaConfBaseException as error:
-        raise UserError(
-            f"resume={file.path}: {error.full_key or 'a key'} of its config has no value that can be used. Correct the "
-            "keys given beside it."
-        ) from error
     except Exception as error:  # each part fails on nonsense in its own way
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        lost = isinstance(error, OmegaConfBaseException) and f"{error.full_key} has no value that can be used"
+        said = lost or f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no more'])[0][:200]}"
         raise UserError(
-            f"resume={file.path}: no model can be made of its config ({type(error).__name__}: {reason}). Correct the "
+            f"resume={file.path}: no model can be made of its config ({said}). Correct the "
             "keys given beside it, or choose another checkpoint."
         ) from error
     # by where weights come from it is known what training changes

@@ -95,7 +95,7 @@ def misplaced(words: Sequence[str], folders: Sequence[Path], error: Exception) -
         node = at(cfg, key.split("."))
         if override.is_delete():
             return f"~{key} takes away what is read. Leave it out, or give {key} another value."
-        if key not in groups and (mistake := _other_shape(key, value, node)):
+        if key not in groups and (mistake := _below_a_value(key, cfg) or _other_shape(key, value, node)):
             return mistake
     for override in overrides:
         if isinstance(error, OmegaConfBaseException) and "${" in str(override.value()):
@@ -106,6 +106,20 @@ def misplaced(words: Sequence[str], folders: Sequence[Path], error: Exception) -
     if isinstance(error, OmegaConfBaseException):
         key = error.full_key or "A key"
         return f"{key} has no value that can be used, as {' '.join(words)} leaves it. Take back what was changed there."
+    return ""
+
+
+def _below_a_value(key: str, cfg: Mapping[str, Any]) -> str:
+    """Return what is wrong with a key below one that is a value, or null; "" where nothing is."""
+    parts = key.split(".")
+    for end in range(1, len(parts)):
+        above, name = at(cfg, parts[: end - 1]), ".".join(parts[:end])
+        # below the root, null may stand where a table can be
+        there = (
+            isinstance(above, Mapping) and parts[end - 1] in above and (end == 1 or above[parts[end - 1]] is not None)
+        )
+        if there and not isinstance(above[parts[end - 1]], Mapping):
+            return f"{key}: {name} is a value, below which there are no keys. Set it as {name}=VALUE."
     return ""
 
 

@@ -103,7 +103,7 @@ def parsed(word: str) -> Override | None:
     """Return a word as Hydra reads it; None where it cannot."""
     try:
         return OverridesParser.create().parse_override(word)
-    except HydraException:
+    except (HydraException, ValueError):  # of a number of more digits than Python reads
         return None
 
 
