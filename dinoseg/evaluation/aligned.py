@@ -55,7 +55,7 @@ def _differences(first: ImageRecord, other: ImageRecord) -> list[str]:
         ours, theirs = getattr(first, name), getattr(other, name)
         if ours != theirs:
             shown = [listed(each) if isinstance(each, list) else str(each) for each in (ours, theirs)]
-            lines.append(f"{name}: {shown[0]} and {shown[1]}")
+            lines.append(f"{name}: {shown[0]} in the first; {shown[1]} in the second")
     missing = [
         sorted({*ours} - {*theirs}) for ours, theirs in ((first.images, other.images), (other.images, first.images))
     ]

@@ -52,8 +52,8 @@ def test_images_in_another_order_are_the_same_images(tmp_path):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"background": None}, "background: 0 and None"),
-        ({"ignore_index": 250}, "ignore_index: 255 and 250"),
+        ({"background": None}, "background: 0 in the first; None in the second"),
+        ({"ignore_index": 250}, "ignore_index: 255 in the first; 250 in the second"),
         ({"images": [*record().images[1:], "x"]}, "1 image only in the first (data=x, x): 00"),
     ],
 )

@@ -5,7 +5,8 @@ import pytest
 from scipy import stats
 
 from dinoseg.evaluation.class_scores import ClassScores
-from dinoseg.evaluation.verdicts import deciding, differences, mean_scores
+from dinoseg.evaluation.verdicts import _verdict, deciding, differences, mean_scores
+from dinoseg.scoring.intervals import Estimate
 
 KIND = ClassScores(3)
 
@@ -91,3 +92,10 @@ def test_images_decide_by_what_is_lost_without_them():
     counts = [[run.reshape(9, 3, 3) for run in side] for side in (first, second)]
     assert deciding(KIND, *counts) == pytest.approx(expected)
     assert deciding(KIND, *([each[:1] for each in side] for side in counts)) == [None]
+
+
+def test_a_difference_is_sure_below_a_chance_of_one_in_twenty():
+    said = [
+        _verdict(Estimate(value), chance) for value, chance in ((0.1, 0.049), (-0.1, 0.049), (0.1, 0.05), (0.1, None))
+    ]
+    assert said == ["surely better", "surely worse", "not told apart", "no verdict"]

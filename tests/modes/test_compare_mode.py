@@ -182,7 +182,9 @@ def test_what_is_not_of_the_same_images_is_refused(runs):
     copied(runs, "other", lambda record: record.update(classes=["dark", "light"], split="test"))
     done = compare(runs, "first", "other")
     assert (
-        done.status == 1 and "classes: dark, bright and dark, light" in done.err and "split: val and test" in done.err
+        done.status == 1
+        and "classes: dark, bright in the first; dark, light in the second" in done.err
+        and "split: val in the first; test in the second" in done.err
     )
     copied(runs, "other", lambda record: record.update(units=["0", "0"]))
     assert "other says otherwise than first what images belong to (data.group)" in compare(runs, "first", "other").err
