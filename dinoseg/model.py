@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dinoseg.contracts import Backbone, Head
 from dinoseg.errors import UserError
 from dinoseg.geometry import resize, valid_share
-from dinoseg.ranges import Count, Positive
+from dinoseg.ranges import Count, Scale
 from dinoseg.shapes import FrozenFeatures, Prediction
 from dinoseg.sizes import Size, backbone_size
 
@@ -28,7 +28,7 @@ class Segmenter(nn.Module):
         longest: larger images are reduced until their longer side has this many pixels, before `scale`.
     """
 
-    def __init__(self, backbone: Backbone, head: Head, *, scale: Positive = 1.0, longest: Count | None = None) -> None:
+    def __init__(self, backbone: Backbone, head: Head, *, scale: Scale = 1.0, longest: Count | None = None) -> None:
         super().__init__()
         if scale <= 0:
             raise UserError(f"resolution.scale={scale}: give a number above 0, such as 0.5 for half resolution.")

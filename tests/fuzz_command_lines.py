@@ -141,8 +141,9 @@ TYPED = (  # keys that are typed most, or are young
 )
 SWEPT = ("0,1", "1,2", "nan,1", "a,b", "[1],[2]", "null,1", "choice(0,x)", "range(0,2)", "range(2)", "glob(*)", "1,1")
 FOREIGN = re.compile(
-    r"Traceback|hydra\.|omegaconf|HYDRA|in struct|Config(Attribute|Key)|Interpolation|Instantiation|NoneType' object|"
-    r"full_key|object_type|unhashable|unexpected keyword|positional argument|site-packages|lib/python|\w\.py\b"
+    r"Traceback|hydra\.(core|errors|utils|cc)|Hydra[A-Z]|omegaconf|HYDRA|in struct|Config(Attribute|Key)|"
+    r"Interpolation|Instantiation|NoneType' object|full_key|object_type|unhashable|"
+    r"unexpected keyword|positional argument|site-packages|lib/python|\w\.py\b"
 )
 
 
