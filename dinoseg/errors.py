@@ -20,6 +20,9 @@ _REMEDIES = {  # of errors that files and disks cause; others, such as a network
 }
 
 
+_NO_HOME = "Could not determine home directory."  # as pathlib's expanduser says it
+
+
 class UserError(Exception):
     """A mistake in the input that the user can mend: shown as one message, without a traceback.
 
@@ -42,6 +45,12 @@ def telling_file_errors(folder: Path) -> Iterator[None]:
     """
     try:
         yield
+    except RuntimeError as error:
+        if str(error) != _NO_HOME:
+            raise
+        raise UserError(
+            "A path begins with ~ and a name that no user of this machine has. Write the path out."
+        ) from error
     except OSError as error:
         remedy = next((remedy for numbers, remedy in _REMEDIES.items() if error.errno in numbers), None)
         if remedy is None:

@@ -51,6 +51,6 @@ def test_what_cannot_be_is_one_message(root, word):
     assert not fault(root, ("mode=summary", *BASES["summary"], word))
 
 
-@pytest.mark.parametrize("word", ["data.root=[]", "data.root={}", "data.prepare.root=3"])
+@pytest.mark.parametrize("word", ["data.root=[]", "data.root={}", "data.prepare.root=3", "data.root=~nobody_here/x"])
 def test_a_folder_is_text(root, word):
     assert not fault(root, ("mode=prepare", *BASES["prepare"], word))
