@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import shlex
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -81,7 +82,11 @@ def chosen(cfg: DictConfig, words: Sequence[str], *, first: bool) -> Recipe:
             chooser = Chooser(lambda some: _composed(words, "trying", some), given, minutes)
             choices = chooser.choose()
         about, source = chooser.about, "chosen now"
-        write_choices(path, about, choices)
+        try:
+            write_choices(path, about, choices)
+        except OSError as error:
+            said = f"warning: the choices cannot be kept in {path} ({error}): the next run chooses anew."
+            print(printable(said), file=sys.stderr)  # no log is open yet
     if first:
         print(printable(f"hparam=auto: {about}; {source}:\n\n" + "\n".join(told(choices))))
     typed = [word for word in words if _root(word.lstrip("+~").partition("=")[0]) not in ("budget", "hparam", "resume")]

@@ -171,6 +171,16 @@ def test_another_rank_takes_what_the_first_one_chooses(folder, monkeypatch):
     assert late.status == 1 and "the first rank has not written" in late.err
 
 
+def test_choices_that_cannot_be_kept_are_taken_all_the_same(folder, monkeypatch):
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("dinoseg.choosing.recipe.write_choices", full)
+    done = call(folder, *AUTO, FEW, "budget.minutes=0.2", "hydra.run.dir=R")
+    assert done.status == 0 and (folder / "R/config/hparam/chosen.yaml").is_file(), done.err
+    assert "(No space left on device): the next run chooses anew." in done.err
+
+
 def test_the_memory_that_is_free_decides_too(folder, monkeypatch):
     monkeypatch.setattr("dinoseg.choosing.choice.free_bytes", lambda device: 1000)
     done = call(folder, *AUTO, FEW, "budget.minutes=0.2", "hydra.run.dir=R")
