@@ -84,6 +84,7 @@ def held_against_floor(
         model: with the best checkpoint's weights.
         seconds: that it may take: by them it is decided of how many images, at most 64 of each split.
     """
+    seconds = engine.share(seconds)  # of the first of several ranks, or one would go on without another
     if seconds < _LEAST_SECONDS or not isinstance(regime, ImageRegime) or engine.sharded:
         return None
     train, val = regime.feed.train, regime.feed.val
