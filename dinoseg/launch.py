@@ -68,6 +68,8 @@ def launch(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> Any:
         UserError: whatever the user can mend.
     """
     _check_words(cfg, overrides)
+    if not isinstance(cfg.get("cache_dir", ""), str):
+        raise UserError(f"cache_dir={plain(cfg)['cache_dir']}: give a folder, such as cache_dir=outputs/.cache.")
     if "devices" in cfg.mode:
         join_slurm()
     devices = cfg.mode.get("devices", 1)

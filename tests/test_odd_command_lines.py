@@ -38,6 +38,8 @@ def test_drawn_command_lines(root):
             "head._target_=x",
             "++resolution.longest.extra=[1,2]",
             "++seed.extra=x",
+            "cache_dir=[a,b]",
+            "cache_dir=null",
             f"seed={'9' * 5000}",
             "data.reader.masks.colors={_target_: os.getcwd}",
             "head.layers=[{a: {_target_: os.getcwd}}]",
