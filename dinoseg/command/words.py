@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, IntervalSweep, Override, Quote, QuotedString
+from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, Override, Quote, QuotedString
 from hydra.errors import HydraException
 
 from dinoseg.errors import UserError
@@ -85,6 +85,9 @@ def as_text(arguments: Sequence[str], configs: Path) -> list[str]:
             raise UserError(
                 f"{key}={value[:40]}... is unknown: no file has a name of {len(value)} letters. Give a shorter one."
             )
+        choices = override.value() if override is not None else None
+        if is_group and isinstance(choices, ChoiceSweep) and any(isinstance(one, list | dict) for one in choices.list):
+            raise UserError(f"{word}: a group takes one option in each run. Name options, such as head=linear,mlp.")
         if override is None:
             text = not value.startswith(_NESTED)
         else:

@@ -17,6 +17,7 @@ from command_line import call
         ),
         (("hydra.sweep.dir={}",), "error: hydra.sweep.dir={} leaves hydra.sweep.dir without a value that it takes."),
         (("data=\u202etxt",), "error: data=\\u202etxt is unknown. There are "),
+        (("-m", "head=[1],[2]"), "error: head=[1],[2]: a group takes one option in each run."),
         (("~hparam",), "error: ~hparam takes away what is read. Leave it out"),
     ],
 )
