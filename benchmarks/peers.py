@@ -104,7 +104,7 @@ def asked(args: argparse.Namespace, way: str, seed: int, steps: int) -> tuple[di
         score += ["prediction=predicted", "hydra.run.dir=score"]
         ran([sys.executable, "-m", "dinoseg", *score], folder, environment, "mode=score")
         counted = json.loads((Path(folder) / "score/scores.json").read_text())
-    of = {row["name"]: row["iou"] for row in counted["per_class"]}
+    of = {row["name"]: row["IoU"] for row in counted["per_class"]}
     return json.loads(said.splitlines()[-1]), {"mIoU": counted["scores"]["mIoU"], **{name: of[name] for name in THIN}}
 
 
