@@ -178,6 +178,7 @@ def by_lightly(kind: str) -> Callable[[argparse.Namespace], Way]:
     def prepared(args: argparse.Namespace) -> Way:
         import lightly_train
         import torch
+        from lightly_train._models.dinov2_vit.dinov2_vit_src import dinov2_helper
         from lightly_train._models.dinov2_vit.dinov2_vit_src.models import vision_transformer as vits
 
         def tiny(**options: Any) -> Any:
@@ -185,6 +186,7 @@ def by_lightly(kind: str) -> Callable[[argparse.Namespace], Way]:
             return vits.DinoVisionTransformer(**{**options, **shape, "img_size": 224, "block_chunks": 0})
 
         vits.vit_small = tiny
+        dinov2_helper.load_weights = lambda model, **_: model  # DINOv2's own, which cannot be had offline
         torch.save(plain_segmenter.read(args.weights) | {"mask_token": torch.zeros(1, 192)}, "vit.pt")
         sides = {side: {part: str(args.data / side / part) for part in ("images", "masks")} for side in ("train", "val")}
         model_args = {"backbone_weights": "vit.pt"}

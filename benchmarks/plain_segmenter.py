@@ -90,9 +90,9 @@ def train(model: nn.Module, kind: str, root: Path, size: tuple[int, int], batch:
 
 @torch.no_grad()
 def predict(model: nn.Module, path: Path) -> np.ndarray:
-    """Return the class ids (H, W) of an image, padded to whole patches."""
+    """Return the class ids (H, W) of an image, padded to what DPT halves and doubles."""
     pixels = normal(np.asarray(Image.open(path).convert("RGB")))
     height, width = pixels.shape[1:]
-    padded = F.pad(pixels, (0, -width % 16, 0, -height % 16))
+    padded = F.pad(pixels, (0, -width % 32, 0, -height % 32))
     scores = F.interpolate(model.eval()(padded[None]), padded.shape[1:], mode="bilinear")
     return scores[0, :, :height, :width].argmax(0).numpy().astype(np.uint8)
