@@ -190,6 +190,7 @@ def by_lightly(kind: str) -> Callable[[argparse.Namespace], Way]:
         torch.save(plain_segmenter.read(args.weights) | {"mask_token": torch.zeros(1, 192)}, "vit.pt")
         sides = {side: {part: str(args.data / side / part) for part in ("images", "masks")} for side in ("train", "val")}
         model_args = {"backbone_weights": "vit.pt"}
+        seen = {"image_size": SIZE, "normalize": {"mean": [0.5] * 3, "std": [0.5] * 3}}
         if kind == "eomt":
             model_args["lr_warmup_steps"] = (args.steps // 20, args.steps // 10)
 
@@ -206,7 +207,7 @@ def by_lightly(kind: str) -> Callable[[argparse.Namespace], Way]:
                 precision="32-true",
                 seed=args.seeds[0],
                 model_args=model_args,
-                transform_args={"image_size": SIZE, "normalize": {"mean": [0.5] * 3, "std": [0.5] * 3}},
+                transform_args={**seen, "val": seen},
                 logger_args={"val_every_num_steps": args.steps, "log_every_num_steps": 50},
                 save_checkpoint_args={"save_every_num_steps": 10**9},
             )
