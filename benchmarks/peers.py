@@ -207,7 +207,7 @@ def by_lightly(kind: str) -> Callable[[argparse.Namespace], Way]:
                 precision="32-true",
                 seed=args.seeds[0],
                 model_args=model_args,
-                transform_args={**seen, "val": {"smallest_max_size": {"max_size": SIZE[0]}}},
+                transform_args={**seen, "val": {"smallest_max_size": {"max_size": SIZE[0], "prob": 1.0}}},
                 logger_args={"val_every_num_steps": args.steps, "log_every_num_steps": 50},
                 save_checkpoint_args={"save_every_num_steps": 10**9},
             )
