@@ -188,7 +188,9 @@ def by_lightly(kind: str) -> Callable[[argparse.Namespace], Way]:
         vits.vit_small = tiny
         dinov2_helper.load_weights = lambda model, **_: model  # DINOv2's own, which cannot be had offline
         torch.save(plain_segmenter.read(args.weights) | {"mask_token": torch.zeros(1, 192)}, "vit.pt")
-        sides = {side: {part: str(args.data / side / part) for part in ("images", "masks")} for side in ("train", "val")}
+        sides = {
+            side: {part: str(args.data / side / part) for part in ("images", "masks")} for side in ("train", "val")
+        }
         model_args = {"backbone_weights": "vit.pt"}
         seen = {"image_size": SIZE, "normalize": {"mean": [0.5] * 3, "std": [0.5] * 3}}
         if kind == "eomt":
