@@ -47,7 +47,7 @@ def read(weights: Path) -> dict[str, Tensor]:
 
 
 def one(path: Path, size: tuple[int, int], draw: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Return an image in -1..1 (3, H, W) and its mask, scaled by 0.75 to 1.5, cropped, padded and mirrored at random."""
+    """Return an image in -1..1 (3, H, W) and its mask, scaled, cropped, padded and mirrored at random."""
     image, mask = Image.open(path).convert("RGB"), Image.open(path.parents[1] / "masks" / f"{path.stem}.png")
     scale = draw.uniform(0.75, 1.5)
     new = (round(image.width * scale), round(image.height * scale))
