@@ -1,9 +1,9 @@
 """Print mIoU against minutes of training: dinoseg beside LightlyTrain, segmentation_models_pytorch and plain timm.
 
 `python benchmarks/peers.py DATA --weights FILE [--minutes 10] [--seeds 0 1 2] [--only NAME ...] [--threads 1]`: DATA
-has train/ and val/ with images/ and masks/ of CamVid's numbers, FILE holds a ViT-Tiny/16 by timm's names, trained with mean
-and deviation 0.5. Every way starts from it and is given the same minutes of a processor, in a process of its own: a
-trial says how long a step takes, and then as many steps are taken as fit, with a schedule of that length. Reading,
+has train/ and val/ with images/ and masks/ of CamVid's numbers, FILE holds a ViT-Tiny/16 by timm's names, trained with
+mean and deviation 0.5. Every way starts from it and is given the same minutes of a processor, in a process of its own:
+a trial says how long a step takes, and then as many steps are taken as fit, with a schedule of that length. Reading,
 augmenting, the features that are kept and the way's own last validation count; imports and predicting do not. Each way
 predicts the validation images as PNGs of ids, and `mode=score` counts them all at full size.
 
