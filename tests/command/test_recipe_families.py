@@ -88,7 +88,7 @@ def test_runs_and_checkpoints_know_a_recipe_by_one_name(tmp_path, compose, monke
     [
         (["hparam=old"], "Could not load 'hparam/idd_lite'. It is in a family of recipes now: write /hparam/idd/lite"),
         (["hparam=mine", "trainer.stpes=3"], "trainer.stpes is no key of the config. Did you mean trainer.steps"),
-        (["hparam=team_fist"], "Did you mean hparam=team/first? There are ade20k_m2f, base,"),
+        (["hparam=team_fist"], "Did you mean hparam=team/first? There are ade20k_m2f, auto, base,"),
         (
             ["hparam=schism/cn"],
             "hparam=schism/cn is unknown. Did you mean hparam=schism/cnn? There are schism/cnn, schism",
