@@ -84,8 +84,10 @@ def held_against_floor(
         model: with the best checkpoint's weights.
         seconds: that it may take: by them it is decided of how many images, at most 64 of each split.
     """
+    if not isinstance(regime, ImageRegime) or engine.sharded:  # of clips the ranks have parted by now
+        return None
     seconds = engine.share(seconds)  # of the first of several ranks, or one would go on without another
-    if seconds < _LEAST_SECONDS or not isinstance(regime, ImageRegime) or engine.sharded:
+    if seconds < _LEAST_SECONDS:
         return None
     train, val = regime.feed.train, regime.feed.val
     if not isinstance(train, PairDataset) or not isinstance(val, PairDataset):
