@@ -88,7 +88,7 @@ def _split_of(folder: Path, path: Path) -> str:
         raise UserError(f"export.scores={folder} is no run folder of mode=eval ({error}). Give one.") from None
     if not same:
         raise UserError(
-            f"export.scores={folder}: those scores are of {shown(resumed)}, not of {path}. Evaluate this one."
+            f"export.scores={folder}: those scores are of {shown(resumed, 500)}, not of {path}. Evaluate this one."
         )
     return config["mode"]["split"]
 
