@@ -406,7 +406,7 @@ def test_constant_class_and_weights_against_plain_arithmetic(root):
 
     counts = np.array([900, 0, 30, 70])
     weights = class_weights(counts)
-    np.testing.assert_allclose(weights["median"], of_the_loss(counts.tolist(), "median").numpy(), rtol=1e-6)
+    np.testing.assert_allclose(weights["median"], of_the_loss(counts.tolist(), "abcd", "median").numpy(), rtol=1e-6)
     np.testing.assert_allclose(weights["inverse_sqrt"][2] / weights["inverse_sqrt"][0], 30**0.5, rtol=1e-12)
     assert weights["inverse_sqrt"][1] == 1 and class_weights(np.zeros(3, np.int64)) == {}
 

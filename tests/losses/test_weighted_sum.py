@@ -132,7 +132,7 @@ EXPECTED = {
 def test_options_of_the_command_line(compose, option):
     cfg = compose(f"loss={option}", "data.root=.", "data.classes=[a,b,c]", "data.ignore_index=9", "loss.weights=median")
     assert cfg.loss.class_weights.scheme == "median"
-    assert instantiate(cfg.loss.class_weights)([4, 2, 1]).shape == (3,)
+    assert instantiate(cfg.loss.class_weights)([4, 2, 1], cfg.data.classes).shape == (3,)
     criterion = instantiate(cfg.loss.criterion)(class_weights=WEIGHTS)
     assert type(criterion) is EXPECTED[option]
     parts = list(criterion.losses) if isinstance(criterion, WeightedSum) else [criterion]
