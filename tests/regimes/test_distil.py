@@ -188,6 +188,7 @@ def test_what_does_not_go_together_is_refused(folder, words, said):
     assert refused.status == 1 and said in refused.err, refused.err
 
 
+@pytest.mark.heavy
 def test_two_ranks_go_on_to_the_same_bytes(folder):
     words = (*HALF, "head=linear", "engine.devices=2", "trainer.unlabelled_batch_size=2")
     whole, _ = trained(folder, "ranks", *words, "trainer.steps=3")

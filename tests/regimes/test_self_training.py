@@ -135,6 +135,7 @@ def test_a_share_of_the_masks_is_another_recipe_and_older_checkpoints_have_none(
     assert recipe_of(older) == recipe_of(none) != recipe_of(info)
 
 
+@pytest.mark.heavy
 def test_two_ranks_go_on_to_the_same_bytes(folder):
     """Of BatchNorm each rank has running means of its own, and the teacher those of the first."""
     words = (*HALF, "head=linear", "trainer.val_every=9", "engine.devices=2")

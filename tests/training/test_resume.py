@@ -141,6 +141,7 @@ def test_ranks_of_torchrun_are_joined(trained, tmp_path):
     assert len(written) == 1 and written[0].read_text() == scores(trained)
 
 
+@pytest.mark.heavy
 def test_two_ranks_go_on_in_the_folder_of_one_and_score_as_one(data, tmp_path):
     arguments = ("data.batch_size=4", "trainer.save_every=2", "optim.schedule.warmup=0")
     succeed(tmp_path, *train(data, *arguments, "trainer.steps=2"))

@@ -231,6 +231,7 @@ def test_clips_of_unequal_length_are_refused(movi, tmp_path):
         parts(tmp_path, "data.clips.cut.length=null")
 
 
+@pytest.mark.heavy
 def test_two_ranks_train_and_score_as_one(here):
     lengths = ("trainer.steps=2", "trainer.val_every=2", "data.batch_size=4", "mode.metrics_only=true")
     groups = ("head.num_slots=[2,2]", "head.groups=initial", "head.steps=[0,1]", "head.time_decoder=linear")
