@@ -150,7 +150,7 @@ class Exported:
             if code < 0
             else ""
         )
-        return killed + (lines or ["it ended without a word"])[-1].removeprefix(_OURS)[-500:]
+        return killed + (lines or ["it ended without a word"])[-1].removeprefix(_OURS)[-2000:]
 
 
 def _read(out: IO[bytes]) -> np.ndarray:
