@@ -18,10 +18,11 @@ def impossible_cells(config: DictConfig) -> tuple[list[tuple[str, str]], int]:
     """
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
-    overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+    loader = GlobalHydra.instance().config_loader()
+    parser = OverridesParser.create(config_loader=loader)  # which finds what a glob() stands for
+    overrides = parser.parse_overrides(list(config.hydra.overrides.task))
     swept = {override.get_key_element() for override in overrides if override.is_sweep_override()}
     cells = [cell for batch in BasicSweeper.split_arguments(overrides, None) for cell in batch]
-    loader = GlobalHydra.instance().config_loader()
     bad = []
     for cell in cells:
         if reason := _fault(loader, config, cell):

@@ -80,6 +80,12 @@ def test_cells_that_cannot_work_are_refused_before_the_first_job(tmp_path):
         assert not (tmp_path / "outputs").exists()
 
 
+def test_what_a_pattern_of_hydra_stands_for_is_looked_at_too(tmp_path):
+    done = call(tmp_path, "-m", "mode=train", *SMALL, "loss=glob(*ss*)")
+    assert done.status == 1 and "cells of this sweep cannot work" in done.err and "loss=mask_classification" in done.err
+    assert not (tmp_path / "outputs").exists()
+
+
 def test_folds_are_summed_up_and_not_ranked(tmp_path):
     write_data(tmp_path / "data", train=4, val=2)
     for split in ("train", "val"):
