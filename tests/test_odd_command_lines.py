@@ -56,3 +56,7 @@ def test_what_cannot_be_is_one_message(root, word):
 @pytest.mark.parametrize("word", ["data.root=[]", "data.root={}", "data.prepare.root=3", "data.root=~nobody_here/x"])
 def test_a_folder_is_text(root, word):
     assert not fault(root, ("mode=prepare", *BASES["prepare"], word))
+
+
+def test_a_group_that_is_taken_away_and_chosen_is_one_message(root):
+    assert not fault(root, ("mode=select", "features.gib={a: 1}", "~mode", "mode=-"))

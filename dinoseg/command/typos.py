@@ -88,8 +88,8 @@ def misplaced(words: Sequence[str], folders: Sequence[Path], error: Exception) -
     ]
     keys = {override.key_or_group for override in overrides}
     groups = {key for key in keys if any((folder / key).is_dir() for folder in folders)}
-    chosen = [word.input_line or "" for word in overrides if word.key_or_group in groups and not word.is_delete()]
-    cfg = _composed(chosen, folders)
+    known = groups - {override.key_or_group for override in overrides if override.is_delete()}
+    cfg = _composed([override.input_line or "" for override in overrides if override.key_or_group in known], folders)
     for override in overrides:
         key, value = override.key_or_group, override.value()
         node = at(cfg, key.split("."))
