@@ -190,6 +190,7 @@ def test_a_command_keeps_what_was_typed_but_for_what_changes(monkeypatch, tmp_pa
         (["mode.memory=-1GiB"], "mode.memory=-1GiB: give an amount"),
         (["resolution.crop=[0,8]"], "resolution.crop"),
         (["trainer.accumulate=0"], "trainer.accumulate=0"),
+        (["trainer.accumulate=~"], "trainer.accumulate=~"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
