@@ -49,6 +49,23 @@ def check_given(target: str, arguments: Mapping[str, Any], names: Mapping[str, s
             _check_value((names or {}).get(key, key), value, parameters[key].annotation, target)
 
 
+def checked(target: str, node: Mapping[str, Any], keys: Mapping[str, str], where: str) -> dict[str, Any]:
+    """Return values of a config by the names that a target calls them, held against its signature.
+
+    Args:
+        target: whole name of what takes them.
+        node: holds them.
+        keys: of the node, to those names.
+        where: the node's own name, for messages.
+
+    Raises:
+        UserError: a value is none that the target takes.
+    """
+    given = {name: node[key] for key, name in keys.items()}
+    check_given(target, given, {name: f"{where}.{key}" for key, name in keys.items()})
+    return given
+
+
 def _check_value(key: str, value: Any, annotation: Any, target: str) -> None:
     if not _fits(value, annotation):
         remedy = "Correct the value."

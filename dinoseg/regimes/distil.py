@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from omegaconf import DictConfig
 
-from dinoseg.config.checks import check_given
+from dinoseg.config.checks import checked
 from dinoseg.contracts import Loss
 from dinoseg.data.unlabelled import Unmasked
 from dinoseg.errors import UserError
@@ -68,10 +68,8 @@ class DistilRegime(ImageRegime):
 
     def _others(self, cfg: DictConfig) -> ImageFeed | None:
         """Return what batches of images without masks are drawn by; None: there are none."""
-        feed, names = self.feed, {name: f"trainer.{key}" for key, name in WHICH.items()}
-        given = {name: cfg.trainer[key] for key, name in WHICH.items()}
-        check_given("dinoseg.training.mixed_feed.Unlabelled", given, names)
-        options = Unlabelled(**given)
+        feed = self.feed
+        options = Unlabelled(**checked("dinoseg.training.mixed_feed.Unlabelled", cfg.trainer, WHICH, "trainer"))
         found = unmasked_images(cfg, options, feed.train, feed.val)
         if not found:
             if options.batch_size is not None:
@@ -88,7 +86,4 @@ class DistilRegime(ImageRegime):
 
 def _loss_options(cfg: DictConfig) -> dict[str, float]:
     """Return how a teacher's scores are learnt."""
-    given = {name: cfg.trainer[key] for key, name in _OF_LOSS.items()}
-    names = {name: f"trainer.{key}" for key, name in _OF_LOSS.items()}
-    check_given("dinoseg.training.distilled.DistilledLoss", given, names)
-    return given
+    return checked("dinoseg.training.distilled.DistilledLoss", cfg.trainer, _OF_LOSS, "trainer")

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from omegaconf import DictConfig
 
-from dinoseg.config.checks import check_given
+from dinoseg.config.checks import checked
 from dinoseg.contracts import Loss
 from dinoseg.data.scan.class_counts import class_counts
 from dinoseg.data.unlabelled import StrongView, UnlabelledImages
@@ -38,11 +38,7 @@ class SelfTrainingRegime(ImageRegime):
                 "learnt from. Choose trainer=self_training."
             )
         super().__init__(cfg, engine, pictures=pictures)
-        given = {name: cfg.trainer[key] for key, name in KEYS.items()}
-        check_given(
-            "dinoseg.training.mixed_feed.SelfTraining", given, {name: f"trainer.{key}" for key, name in KEYS.items()}
-        )
-        options = SelfTraining(**given)
+        options = SelfTraining(**checked("dinoseg.training.mixed_feed.SelfTraining", cfg.trainer, KEYS, "trainer"))
         sources = [image.source for image in unmasked_images(cfg, options, self.feed.train, self.feed.val)]
         if not sources:
             raise UserError(
