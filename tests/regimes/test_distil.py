@@ -7,6 +7,7 @@ import pytest
 import torch
 from command_line import SMALL, call, write_data
 from films import write_film
+from finished_runs import rows, trained
 
 import dinoseg
 from dinoseg.runs.recipe import recipe_of
@@ -32,16 +33,6 @@ def folder(tmp_path_factory):
     done = call(where, *PLAIN, *other, "hydra.run.dir=teacher")
     assert done.status == 0, done.err
     return where
-
-
-def trained(folder, run, *words):
-    done = call(folder, *words, f"hydra.run.dir={run}")
-    assert done.status == 0, done.err
-    return checkpoint.read(folder / run / "checkpoints/last.safetensors").tensors, done
-
-
-def rows(folder, run):
-    return [json.loads(row) for row in (folder / run / "metrics.jsonl").read_text().splitlines()]
 
 
 def same(first, second):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from command_line import SMALL, call, write_data
 from films import write_film
+from finished_runs import rows, trained
 
 from dinoseg.images import write_png
 from dinoseg.runs.recipe import recipe_of
@@ -27,16 +28,6 @@ def folder(tmp_path_factory):
     where = tmp_path_factory.mktemp("self")
     write_data(where / "data", train=6, val=1)
     return where
-
-
-def trained(folder, run, *words):
-    done = call(folder, *words, f"hydra.run.dir={run}")
-    assert done.status == 0, done.err
-    return checkpoint.read(folder / run / "checkpoints/last.safetensors").tensors, done
-
-
-def rows(folder, run):
-    return [row for row in map(json.loads, (folder / run / "metrics.jsonl").read_text().splitlines())]
 
 
 def test_a_run_goes_on_to_the_same_bytes_with_any_workers(folder):
