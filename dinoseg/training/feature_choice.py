@@ -106,7 +106,7 @@ def feature_cache(feed: ImageFeed, model: Segmenter, loss: Loss, engine: Engine,
         return FeatureCache(model, engine.autocast, NoStore, plan.drawing, feed.views, plan.noise)
     place, cost = chosen
     opened = partial(_opened, place == "memory", feed, model, engine, plan)
-    shapes = {(cost.size, True): [*cost.shapes]} if cost.shapes else {}
+    shapes = {(cost.size, True): cost.shapes} if cost.shapes else {}
     return FeatureCache(model, engine.autocast, opened, plan.drawing, feed.views, plan.noise, place, shapes)
 
 

@@ -4,7 +4,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -18,7 +18,7 @@ from dinoseg.shapes import Batch, FeatureBatch
 from dinoseg.sizes import Size
 from dinoseg.storage.disk_speed import seconds_on_disk
 from dinoseg.training.engine import Engine
-from dinoseg.training.feature_cache.form import KEY_LENGTH, Stored, size_of
+from dinoseg.training.feature_cache.form import KEY_LENGTH, Stored, described, size_of
 from dinoseg.training.feature_cache.store import DiskStore
 from dinoseg.training.image_feed import ImageFeed
 
@@ -35,7 +35,7 @@ class Cost(NamedTuple):
     read: float
     bytes: int
     pixels: int  # that the backbone saw
-    shapes: Sequence[torch.Size] = ()  # of its features
+    shapes: str = ""  # of its features, see `described`
     size: Size = (0, 0)  # (H, W) of the view
 
     def gain(self, epochs: float, views: int, *, disk: bool) -> float:
@@ -75,8 +75,7 @@ def measured(feed: ImageFeed, model: Segmenter, loss: Loss, engine: Engine, root
         model.train(training)
     rows = [part[0] for part in frozen.tensors]
     write, read = _disk_seconds(root, stored, rows)
-    shapes = [row.shape for row in rows]
-    pixels = math.prod(frozen.seen)
+    pixels, shapes = math.prod(frozen.seen), described(rows)
     return Cost(seconds, (1 + _BACKWARD) * rest, write, read, size_of(rows, stored), pixels, shapes, frozen.size)
 
 

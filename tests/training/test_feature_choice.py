@@ -41,7 +41,7 @@ from dinoseg.report.log import RunLog
 from dinoseg.training import feature_choice as choice
 from dinoseg.training.checkpoint import Checkpoints, read
 from dinoseg.training.engine import Engine
-from dinoseg.training.feature_cache import store
+from dinoseg.training.feature_cache import cache, store
 from dinoseg.training.feature_cache.form import to_bytes
 from dinoseg.training.feature_cache.masks import KeptMasks
 from dinoseg.training.feature_choice import Plan, feature_cache
@@ -52,6 +52,7 @@ from dinoseg.training.optim import adamw, schedule
 
 AUGMENT = Augment((24, 33), scale=(0.5, 1.5), affine=Affine(20), flip=0.5, color=ColorJitter(0.2, 0.2))
 FROZEN = Frozen()
+MEASURED, SIZES = 2, 4  # forward passes before a training; sizes of the pictures, each of whose shapes are asked once
 
 
 class Rows(RunLog):
@@ -157,21 +158,20 @@ def test_views_for_a_class_are_kept_as_they_are_and_known_by_their_masks(train, 
     computed.clear()
     assert train("disk", uniform=uniform)[0] == live
     first, once = sum(computed), computed.clear()
-    assert train("disk", uniform=uniform)[0] == live and sum(computed) == 2 and once is None  # what is measured
+    assert train("disk", uniform=uniform)[0] == live and sum(computed) == MEASURED + SIZES and once is None
     train("disk", uniform=replace(uniform, digests=["other"] * 5))  # crops may lie elsewhere
-    assert 2 + 2 < sum(computed) < first + 2
+    assert 2 + MEASURED + SIZES < sum(computed) < first + MEASURED
 
 
 def test_what_is_kept_is_computed_once(train, computed):
     train("disk", steps=9)
-    measured = 2
-    assert sum(computed) == measured + 10 + 5  # two views of each of five images, and these as they are
+    assert sum(computed) == MEASURED + 10 + 5  # two views of each of five images, and these as they are
     computed.clear()
     train("disk", steps=9)
-    assert sum(computed) == measured
+    assert sum(computed) == MEASURED + SIZES
     computed.clear()
     train("disk", steps=9, views=3)
-    assert sum(computed) == measured + 5  # the third view of each
+    assert sum(computed) == MEASURED + SIZES + 5  # the third view of each
 
 
 def test_each_view_of_a_mask_is_decoded_once(train, monkeypatch):
@@ -307,9 +307,9 @@ def test_a_training_goes_on_where_the_disk_is_full_and_the_next_one_keeps_the_re
         patch.setattr(store, "write_whole", write)
         assert train("disk", steps=3)[0] == live and "the disk is full" in caplog.text
     computed.clear()
-    assert train("disk", steps=3)[0] == live and sum(computed) == 2 + (6 + 5 - 4)
+    assert train("disk", steps=3)[0] == live and sum(computed) == MEASURED + (6 + 5 - 4)
     computed.clear()
-    assert train("disk", steps=3)[0] == live and sum(computed) == 2
+    assert train("disk", steps=3)[0] == live and sum(computed) == MEASURED + SIZES
 
 
 def test_an_image_that_float16_does_not_hold_is_trained_on_beside_others(train, monkeypatch):
@@ -330,20 +330,32 @@ def test_an_image_that_float16_does_not_hold_is_trained_on_beside_others(train, 
     assert kinds == {torch.float16, torch.bfloat16}
 
 
+@pytest.mark.parametrize("change", [lambda part: part[:, :2], lambda part: part.to(torch.uint8)])
 @pytest.mark.parametrize("known", [True, False])
-def test_features_of_other_shapes_are_none_and_mended(train, computed, tmp_path, caplog, monkeypatch, known):
+@pytest.mark.parametrize("drawn", [True, False], ids=["views", "whole"])
+def test_features_of_other_shapes_or_kinds_are_none_and_mended(
+    train, data, computed, tmp_path, caplog, monkeypatch, known, drawn, change
+):
+    """Of one view, and of all the images as they are, so that there is none beside which they are others."""
     live = train(steps=3)[0]
     assert train("disk", steps=3)[0] == live
-    if not known:  # but of what lies beside them
-        monkeypatch.setattr(choice, "measured", lambda *given: measured(*given)._replace(shapes=()))
-    view = next(train("disk", epochs=9)[1].train_batches(0)).views[1]
-    (path,) = (tmp_path / "cache/features").rglob(f"{view.key}.features")
-    path.write_bytes(to_bytes(view.key, [view.features[0][:, :2]], "float32"))
+    if not known:  # what is measured tells of views alone
+        monkeypatch.setattr(choice, "measured", lambda *given: measured(*given)._replace(shapes=""))
+    feed = train("disk", epochs=9)[1]
+    views = next(feed.train_batches(0)).views[1:]
+    if not drawn:
+        views = [cache._read_whole(data, feed.cache.store, KeptMasks(), index) for index in range(5)]
+    for view in views:
+        (path,) = (tmp_path / "cache/features").rglob(f"{view.key}.features")
+        path.write_bytes(to_bytes(view.key, [change(view.features[0])], "float32"))
     computed.clear()
     caplog.set_level("WARNING")
     caplog.clear()
-    assert train("disk", steps=3)[0] == live and sum(computed) == 2 + 2  # what is measured, and its batch
-    assert len(caplog.messages) == 1 and "of 33 x 24 have the shapes [(15, 2)], and others [(15, 24)]" in caplog.text
+    assert train("disk", steps=3)[0] == live
+    assert sum(computed) == MEASURED + SIZES + (2 if drawn else 5) + (not known)
+    assert len(caplog.messages) == 1 and f"image of {'33 x 24' if drawn else '40 x 32'} have the" in caplog.text
+    shapes, (whole,) = re.findall(r"\[(.*?)\]", caplog.messages[0]), {str(tuple(views[0].features[0].shape))}
+    assert shapes == [f"{tuple(change(views[0].features[0]).shape)}{' of bytes' * ('bytes' in shapes[0])}", whole]
     caplog.clear()
     assert train("disk", steps=3)[0] == live and not caplog.messages
 
@@ -390,7 +402,7 @@ def test_a_head_that_sees_the_pixels_trains_from_what_is_kept_as_live(train, com
     for _ in range(2):
         computed.clear()
         assert rows("disk") == live
-    assert len(computed) == 2, "those that are timed: the second one reads what the first has kept"
+    assert len(computed) == MEASURED + SIZES, "the second one reads what the first has kept"
     assert rows("memory", dtype="int8")[0]["train/loss"] == pytest.approx(live[0]["train/loss"], rel=2e-2)
 
 

@@ -21,6 +21,7 @@ from dinoseg.model import Segmenter
 from dinoseg.ranges import NotNegative
 from dinoseg.shapes import FeatureBatch, FrozenFeatures, SegmentationData
 from dinoseg.sizes import Size
+from dinoseg.training.feature_cache.form import described
 from dinoseg.training.feature_cache.key import goes_with, hash_of, image_hash
 from dinoseg.training.feature_cache.masks import KeptMasks
 from dinoseg.training.feature_cache.store import FeatureStore, NoStore
@@ -93,7 +94,7 @@ class FeatureCache:
         noise: added to features of training, as a share of the deviation of all numbers of an image's tensor; drawn
             anew for a view in each epoch.
         place: what that is: disk or memory; None: nothing is kept, features are only computed apart.
-        shapes: of the features of views of a kind, as far as they are known.
+        shapes: of the features of views of a kind, as far as they are known; see `described`.
     """
 
     model: Segmenter
@@ -103,7 +104,7 @@ class FeatureCache:
     views: int | None
     noise: NotNegative = 0.0
     place: str | None = None
-    shapes: dict[Kind, list[torch.Size]] = field(default_factory=dict)
+    shapes: dict[Kind, str] = field(default_factory=dict)
     _store: FeatureStore | None = None
     _masks: KeptMasks = field(default_factory=KeptMasks)
     _validated: bool = False
@@ -175,15 +176,17 @@ class FeatureCache:
             part += self.noise * part.std(correction=0) * drawn
 
     def _features(self, view: View, device: torch.device) -> list[Tensor]:
+        if view.features is not None:
+            return view.features
         # another rank or batch may have put it there since the view was read
-        kept = self.store.get(view.key) if view.features is None and not view.anew else view.features
-        if kept is not None:
+        kept = None if view.anew else self.store.get(view.key)
+        if kept is not None and self._fits(kept, view.kind):
             return kept
         assert view.image is not None
         with self.autocast():
             frozen = self.model.frozen(sent(view.image[None], device))
         computed = self.store.put(view.key, [part[0] for part in frozen.tensors])
-        self.shapes[view.kind] = [part.shape for part in computed]
+        self.shapes[view.kind] = described(computed)
         return computed
 
     def _workers(self, workers: Workers) -> Workers:
@@ -207,17 +210,32 @@ class FeatureCache:
         return Views(self, views)
 
     def _fits(self, features: list[Tensor], kind: Kind) -> bool:
-        """Return whether features of a view have the shapes of those of others of its kind; tell it once."""
-        found, size = [part.shape for part in features], kind[0]
-        expected = self.shapes.setdefault(kind, found)
+        """Return whether features of a view have the shapes that the model gives for its kind; tell it once."""
+        found, expected = described(features), self._shapes_of(kind)
         if found != expected and not self._told:
             self._told = True
+            height, width = kind[0]
             log.warning(
-                "Features that are kept of an image of %d x %d have the shapes %s, and others %s. Such features are "
-                "computed anew.",
-                *(size[1], size[0], [*map(tuple, found)], [*map(tuple, expected)]),
+                "Features that are kept of an image of %d x %d have the shapes %s, and the model gives %s. Such "
+                "features are computed anew.",
+                *(width, height, found, expected),
             )
         return found == expected
+
+    def _shapes_of(self, kind: Kind) -> str:
+        """Return the shapes of the features of views of a kind; none that is kept is believed to say them."""
+        if kind not in self.shapes:
+            (height, width), drawn = kind
+            device = next(self.model.parameters()).device
+            training = self.model.training
+            self.model.train(drawn)
+            try:
+                with self.autocast():
+                    frozen = self.model.frozen(torch.zeros(1, 3, height, width, dtype=torch.uint8, device=device))
+            finally:
+                self.model.train(training)
+            self.shapes[kind] = described([part[0] for part in frozen.tensors])
+        return self.shapes[kind]
 
 
 def _size(mask: Tensor) -> Size:

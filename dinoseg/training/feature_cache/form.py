@@ -31,6 +31,12 @@ _FORM = forms.record(
 )
 
 
+def described(tensors: Sequence[Tensor]) -> str:
+    """Return the shapes of what is kept of a sample, and which of it are bytes: all that its user relies on."""
+    kinds = ((tuple(tensor.shape), " of bytes" if tensor.dtype == torch.uint8 else "") for tensor in tensors)
+    return f"[{', '.join(f'{shape}{kind}' for shape, kind in kinds)}]"
+
+
 def rounded(tensors: Sequence[Tensor], stored: Stored) -> list[Tensor]:
     """Return tensors in the type that they are kept in; with int8 each has its scales behind it.
 

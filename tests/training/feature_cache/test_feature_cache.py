@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from making import save
+from torch import nn
 
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import Masks
@@ -66,7 +67,8 @@ def given():
         return MemoryStore("float16", 2**20)
 
     passed = []
-    model = SimpleNamespace(frozen=frozen, seen_size=lambda size: tuple(2 * side for side in size))
+    model = nn.Linear(1, 1)  # whose device is asked
+    model.frozen, model.seen_size = frozen, lambda size: tuple(2 * side for side in size)
     kept = FeatureCache(model, lambda: torch.autocast("cpu", torch.bfloat16), opened, "drawing", 2)
     image, mask = torch.zeros(3, 4, 4, dtype=torch.uint8), torch.zeros(4, 4, dtype=torch.uint8)
     return kept, View("0" * 32, mask, "a", None, image, (0,)), passed
