@@ -16,13 +16,14 @@ from dinoseg.runs.teacher import Teacher, named_teacher, scores_kept
 from dinoseg.training.distilled import DistilFeed, DistilledLoss, KeptScores
 from dinoseg.training.engine import Engine
 from dinoseg.training.feature_cache.key import origin
-from dinoseg.training.feature_cache.store import DiskStore
+from dinoseg.training.feature_cache.store import DiskStore, cap_of
 from dinoseg.training.image_feed import ImageFeed
 from dinoseg.training.mixed_feed import WHICH, Unlabelled
 from dinoseg.wording import count_of
 
 logger = logging.getLogger(__name__)
 _OF_LOSS = {"teacher_weight": "weight", "temperature": "temperature"}  # keys of a trainer, by what the loss calls them
+_CAP = "dinoseg.training.feature_cache.store.cap_of"
 KEYS = ("teacher", *_OF_LOSS)
 
 
@@ -42,8 +43,9 @@ class DistilRegime(ImageRegime):
         super().__init__(cfg, engine, pictures=pictures)
         train = self.feed.train
         teacher = Teacher(cfg, engine, train)
-        root = scores_kept(cfg)
-        scores = KeptScores(teacher, DiskStore(root, origin(root, teacher.parts), "float16"), len(train.classes))
+        root, cap = scores_kept(cfg), cap_of(**checked(_CAP, cfg.features, {"gib": "gib"}, "features"))
+        store = DiskStore(root, origin(root, teacher.parts), "float16", cap)
+        scores = KeptScores(teacher, store, len(train.classes))
         others = self._others(cfg)
         self.feed = DistilFeed(**self.feed.given, scores=scores, others=others)
         without = 0 if others is None else len(others.train)

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +19,7 @@ from dinoseg.training.engine import CACHES, Engine
 from dinoseg.training.feature_cache.cache import FeatureCache
 from dinoseg.training.feature_cache.form import TYPES, Stored
 from dinoseg.training.feature_cache.key import code_hash, hash_of, origin, weights_hash
-from dinoseg.training.feature_cache.store import DiskStore, FeatureStore, MemoryStore, NoStore
+from dinoseg.training.feature_cache.store import DiskStore, FeatureStore, MemoryStore, NoStore, cap_of
 from dinoseg.training.feature_cost import Cost, measured
 from dinoseg.training.image_feed import ImageFeed
 from dinoseg.wording import count_of, in_bytes
@@ -213,17 +212,13 @@ def _root(plan: Plan) -> Path:
 
 
 def _disk_room(plan: Plan) -> int:
-    return DiskStore(_root(plan), "", plan.dtype, _cap(plan)).room()
+    return DiskStore(_root(plan), "", plan.dtype, cap_of(plan.gib)).room()
 
 
 def _memory_room(plan: Plan, engine: Engine) -> int:
     room = int(free_bytes(torch.device("cpu")) * _OF_MEMORY / engine.world)
-    cap = _cap(plan)
+    cap = cap_of(plan.gib)
     return room if cap is None else min(room, cap)
-
-
-def _cap(plan: Plan) -> int | None:
-    return None if plan.gib is None else int(min(plan.gib * 2**30, sys.maxsize))
 
 
 def _opened(memory: bool, feed: ImageFeed, model: Segmenter, engine: Engine, plan: Plan) -> FeatureStore:
@@ -239,4 +234,4 @@ def _opened(memory: bool, feed: ImageFeed, model: Segmenter, engine: Engine, pla
         "cut": hash_of(model.backbone.first_trained, maps_alone),
         "precision": hash_of(engine.bf16, engine.device.type, plan.dtype, engine.compile),
     }
-    return DiskStore(_root(plan), origin(_root(plan), parts), plan.dtype, _cap(plan))
+    return DiskStore(_root(plan), origin(_root(plan), parts), plan.dtype, cap_of(plan.gib))

@@ -49,11 +49,15 @@ def test_a_run_goes_on_to_the_same_bytes_whether_scores_are_kept_or_not(folder, 
     trained(folder, "parts", *HALF, "trainer.steps=2", "engine.workers=2")
     parts, _ = trained(folder, "parts", *HALF, "trainer.steps=4", "resume=parts")
     assert same(whole, parts) and len(asked) == 6
+    (size,) = {path.stat().st_size for path in (folder / "outputs/.cache/teachers").rglob("*.features")}
     shutil.rmtree(folder / "outputs/.cache/teachers")
     monkeypatch.setattr(store, "_RESERVE", 2**80)  # the disk is full
     anew, done = trained(folder, "anew", *HALF, "trainer.steps=4")
     assert same(whole, anew) and len(asked) > 12 and "no more features are kept" in done.err
     monkeypatch.undo()
+    few, done = trained(folder, "few", *HALF, "trainer.steps=4", f"features.gib={2.5 * size / 2**30}", "cache_dir=small")
+    found = [path.stat().st_size for path in (folder / "small/teachers").rglob("*.features")]
+    assert same(whole, few) and found == [size] * 2 and "at most: no more features are kept" in done.err
     other, _ = trained(folder, "other", *HALF, "trainer.steps=4", "trainer.teacher_weight=0")
     assert not same(whole, other)
 
@@ -166,6 +170,7 @@ def test_another_teacher_is_another_recipe_and_older_checkpoints_have_none(folde
         ((*WORDS, "trainer.unlabelled=nowhere"), "trainer.unlabelled=nowhere"),
         ((*WORDS, "trainer.temperature=0"), "trainer.temperature=0 is out of range. Give a number above 0"),
         ((*WORDS, "trainer.teacher_weight=-1"), "trainer.teacher_weight=-1 is out of range"),
+        ((*WORDS, "features.gib=-1"), "features.gib=-1 is out of range. Give a number above 0"),
         ((*WORDS, "data.class_mix=0.5"), "data.class_mix=0.5: a teacher's scores are of images as they are"),
         (("trainer=self_training", "teacher=teacher"), "teacher=teacher is read by trainer=distil alone"),
         ((*WORDS, "trainer.feed=self_training"), "Choose trainer=self_training"),

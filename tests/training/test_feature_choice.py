@@ -529,7 +529,7 @@ def test_auto_keeps_features_where_that_pays(train, monkeypatch, caplog):
     unwritable = cost._replace(write=math.inf, read=math.inf)
     assert unwritable.gain(20, 2, disk=False) == cost.gain(20, 2, disk=False) and unwritable.gain(9, 2, disk=True) == 0
     assert unwritable.gain(1, 2, disk=True) == 0
-    assert choice._cap(Plan(Path(), 1.0, "", {}, gib=1e300)) == sys.maxsize
+    assert store.cap_of(1e300) == sys.maxsize and store.cap_of(None) is None
     monkeypatch.setattr(choice, "_disk_room", lambda *_: 10)
     with caplog.at_level(logging.INFO):
         train("auto", epochs=20)

@@ -16,6 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from dinoseg.errors import DISK_FULL, free_space
+from dinoseg.ranges import Positive
 from dinoseg.storage.atomic import whole_file, write_whole
 from dinoseg.storage.forms import Misshapen
 from dinoseg.training.feature_cache.form import MOST_BYTES, Stored, from_bytes, restored, rounded, to_bytes, type_of
@@ -242,6 +243,11 @@ class DiskStore:
                 status = path.lstat()
                 if stat.S_ISREG(status.st_mode):
                     yield path, status
+
+
+def cap_of(gib: Positive | None) -> int | None:
+    """Return the bytes that so many GiB are, of which a store takes none too many; None: it is not bounded."""
+    return None if gib is None else int(min(gib * 2**30, sys.maxsize))
 
 
 def _read(path: Path, *, touch: bool) -> np.ndarray:
