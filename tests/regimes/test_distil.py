@@ -55,7 +55,9 @@ def test_a_run_goes_on_to_the_same_bytes_whether_scores_are_kept_or_not(folder, 
     anew, done = trained(folder, "anew", *HALF, "trainer.steps=4")
     assert same(whole, anew) and len(asked) > 12 and "no more features are kept" in done.err
     monkeypatch.undo()
-    few, done = trained(folder, "few", *HALF, "trainer.steps=4", f"features.gib={2.5 * size / 2**30}", "cache_dir=small")
+    few, done = trained(
+        folder, "few", *HALF, "trainer.steps=4", f"features.gib={2.5 * size / 2**30}", "cache_dir=small"
+    )
     found = [path.stat().st_size for path in (folder / "small/teachers").rglob("*.features")]
     assert same(whole, few) and found == [size] * 2 and "at most: no more features are kept" in done.err
     other, _ = trained(folder, "other", *HALF, "trainer.steps=4", "trainer.teacher_weight=0")
