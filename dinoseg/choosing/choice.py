@@ -4,6 +4,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from time import monotonic
 
@@ -69,7 +70,7 @@ class Chooser:
 
     def __init__(self, compose: Compose, given: frozenset[str], minutes: Positive) -> None:
         self.compose, self.given = compose, given
-        self.about, self._taken = "", set[str]()
+        self.about = ""
         self._ends, self._minutes = monotonic() + 60 * minutes, minutes
         self.cfg = compose(())
         check_alone(self.cfg)
@@ -81,7 +82,7 @@ class Chooser:
         self.engine: Engine = instantiate(self.cfg.engine, instead={"devices": 1})
 
     def choose(self) -> list[Choice]:
-        """Return the choices, in the order in which they were made.
+        """Return the choices, in the order in which they were made; those too that were typed otherwise.
 
         Raises:
             UserError: the time is too short, or memory does not suffice for any way.
@@ -89,14 +90,11 @@ class Chooser:
         train, val = build.dataset(self.cfg, "train", reduced=True), build.dataset(self.cfg, "val")
         facts = facts_of(train, val, self.cfg.cache_dir)
         case = self._case(facts)
-        by_data = [*self._free(found for rule in rules.BY_DATA if (found := rule(case)))]
+        by_data = [found for rule in rules.BY_DATA if (found := rule(case))]
         tried = self._way(by_data, case)
-        size = rules.batch(tried.length.images, facts, self.cfg.engine.devices)
-        taken = self.cfg.data.batch_size if self._given_for("data.batch_size") else size.words["data.batch_size"]
-        by_time = [self._rates(tried.cfg), self._views(tried), size, self._steps(tried, taken)]
-        chosen = [*by_data, *tried.choices, *self._free(by_time)]
-        given = f"; as given: {', '.join(sorted(self._taken))}" if self._taken else ""
-        self.about = headline(facts, self._minutes, self.engine.device.type) + given
+        chosen = [*by_data, *tried.choices, *self._batch(tried, by_data, case)]
+        chosen += [*self._rates(tried.cfg), *self._views(tried), self._steps(tried, self._composed(chosen))]
+        self.about = headline(facts, self._minutes, self.engine.device.type)
         return chosen
 
     def _case(self, facts: Facts) -> Case:
@@ -112,13 +110,14 @@ class Chooser:
 
     def _way(self, by_data: Sequence[Choice], case: Case) -> Tried:
         """Return the first way of training the backbone for which there is time; the last one in any case."""
-        ways = [Choice({}, "")] if "adapter" in self.given else rules.ways(case)  # no words: as it is
+        given = Choice({"adapter": self.cfg.choices.adapter}, "as given")
+        ways = [given] if "adapter" in self.given else rules.ways(case)
         short: UserError | None = None
         slow = ""
         for way in ways:
             way = replace(way, reason=f"{way.reason}{slow}")
             try:
-                tried = self._tried([*by_data, *self._free([way])], case)
+                tried = self._tried([*by_data, way], case)
             except OutOfMemory as error:
                 short = error
                 continue
@@ -131,10 +130,9 @@ class Chooser:
 
     def _tried(self, choices: Sequence[Choice], case: Case) -> Tried:
         trial = rules.batch(0, case.facts, self.cfg.engine.devices)  # of as few at once as may be chosen
-        cfg = self.compose([*choices, *self._free([trial])])
-        zoom = rules.zoom(trains=_is_tuned(cfg))
-        choices = [*choices, *self._free([zoom, *self._fitting(cfg)])]
-        cfg = self.compose([*self._free([trial]), *choices])
+        cfg = self._composed([*choices, trial])
+        choices = [*choices, rules.zoom(trains=_is_tuned(cfg)), *self._fitting(cfg)]
+        cfg = self._composed([trial, *choices])
         timed = in_own_process(time_recipe, plain(cfg))
         if timed is None:
             raise OutOfMemory("Memory did not suffice for a few steps. mode=plan says what fits.")
@@ -143,20 +141,41 @@ class Chooser:
         return Tried(tuple(choices), cfg, timed, length)
 
     def _fitting(self, cfg: DictConfig) -> list[Choice]:
-        """Return what has to change so that a step fits the free memory, as mode=plan would say."""
-        kind, free = self.engine.device.type, free_bytes(self.engine.device)
-        if kind not in KINDS or math.isinf(free) or cfg.engine.sharding != "none":
-            return []
-        fitting = Fitting(cfg, Target(kind, round(free), bf16=self.engine.bf16, world=cfg.engine.devices))
-        if fitting.as_it_is.need <= free:
+        """Return what has to change so that a step fits the free memory, as mode=plan would say; nothing typed does."""
+        fitting, free = self._need(cfg)
+        if fitting is None or fitting.as_it_is.need <= free:
             return []
         found = fitting.found()
         if found is None:
             raise OutOfMemory(
                 f"A training step takes about {fitting.least.need / 2**30:.1f} GiB at least, and "
-                f"{free / 2**30:.1f} GiB are free. Give a smaller resolution.crop or backbone."
+                f"{free / 2**30:.1f} GiB are free. Give a smaller resolution.crop, backbone or adapter."
             )
-        return [Choice(change.words, f"to fit {free / 2**30:.1f} GiB: {change.reason}") for change in found.changes]
+        changes = [change for change in found.changes if self.given.isdisjoint(change.words)]
+        return [Choice(change.words, f"to fit {free / 2**30:.1f} GiB: {change.reason}") for change in changes]
+
+    def _need(self, cfg: DictConfig) -> tuple[Fitting | None, float]:
+        """Return what a step needs, and the bytes that are free; None where that is not known."""
+        kind, free = self.engine.device.type, free_bytes(self.engine.device)
+        if kind not in KINDS or math.isinf(free) or cfg.engine.sharding != "none":
+            return None, free
+        target = Target(kind, round(free), bf16=self.engine.bf16, world=cfg.engine.devices)
+        return Fitting(cfg, target, may_change_model="adapter" not in self.given), free
+
+    def _batch(self, tried: Tried, by_data: Sequence[Choice], case: Case) -> Iterator[Choice]:
+        """Yield how many images are taken at once, where memory has not decided it: no more than fit."""
+        if any("data.batch_size" in choice.words for choice in tried.choices):
+            return
+        sized = partial(rules.batch, tried.length.images, case.facts, self.cfg.engine.devices)
+        sized = partial(sized, accumulate=tried.cfg.trainer.accumulate)
+        wanted = sized()
+        for most in rules.BATCHES:
+            choice = sized(most=most)
+            fitting, free = self._need(self._composed([*by_data, *tried.choices, choice]))
+            if most == rules.BATCHES[-1] or fitting is None or fitting.as_it_is.need <= free:
+                break
+        less = "" if choice.words == wanted.words else f"; {wanted.words['data.batch_size']} would not fit the memory"
+        yield replace(choice, reason=f"{choice.reason}{less}")
 
     def _possible_views(self, cfg: DictConfig, timed: Seconds, facts: Facts) -> list[int | None]:
         if "data.views" in self.given:
@@ -169,8 +188,7 @@ class Chooser:
 
     def _check_time(self, tried: Tried, facts: Facts) -> None:
         """Refuse a time in which hardly a step is left beside one validation."""
-        size = tried.cfg.data.batch_size if "data.batch_size" in self.given else rules.BATCHES[-1]
-        least = rules.LEAST_STEPS * size
+        least = rules.LEAST_STEPS * _per_step(tried.cfg)
         if tried.length.images >= least:
             return
         spent = 60 * self._minutes - (self._ends - monotonic())
@@ -183,26 +201,25 @@ class Chooser:
             "recipe."
         )
 
-    def _rates(self, cfg: DictConfig) -> Choice:
+    def _rates(self, cfg: DictConfig) -> Iterator[Choice]:
         optimizer = cfg.optim.optimizer
         words: dict[str, float] = {"optim.optimizer.head_lr": optimizer.head_lr}
         told = f"{optimizer.head_lr:g} is what head={cfg.choices.head} learns at by its file"
         if _is_tuned(cfg):
             words["optim.optimizer.backbone_lr"] = optimizer.backbone_lr
             told += f", {optimizer.backbone_lr:g} adapter={cfg.choices.adapter}"
-        return Choice(words, told)
+        yield Choice(words, told)
 
-    def _views(self, tried: Tried) -> Choice:
-        if tried.length.views is None:
-            return Choice({}, "")
-        return Choice(
-            {"data.views": tried.length.views},
-            f"features of {tried.length.views} views of each image are kept (engine.cache={tried.cfg.engine.cache}): "
-            f"{tried.timed.kept:.2g} s an image in place of {tried.timed.image:.2g} s",
-        )
+    def _views(self, tried: Tried) -> Iterator[Choice]:
+        if tried.length.views is not None:
+            yield Choice(
+                {"data.views": tried.length.views},
+                f"features of {tried.length.views} views of each image are kept (engine.cache="
+                f"{tried.cfg.engine.cache}): {tried.timed.kept:.2g} s an image in place of {tried.timed.image:.2g} s",
+            )
 
-    def _steps(self, tried: Tried, size: int) -> Choice:
-        steps = max(1, tried.length.images // size)
+    def _steps(self, tried: Tried, cfg: DictConfig) -> Choice:
+        steps = max(1, tried.length.images // _per_step(cfg))
         return Choice(
             {"trainer.steps": steps, "trainer.val_every": math.ceil(steps / tried.length.validations)},
             f"{(self._ends - monotonic()) / 60:.1f} of {self._minutes:g} minutes are left, "
@@ -210,18 +227,20 @@ class Chooser:
             "the scoring",
         )
 
-    def _free(self, choices: Iterable[Choice]) -> Iterator[Choice]:
-        """Yield choices without what was given, and none of which nothing is left."""
-        for choice in choices:
-            given = {key: self._given_for(key) for key in choice.words}
-            self._taken |= set[str]().union(*given.values())
-            words = {key: value for key, value in choice.words.items() if not given[key]}
-            if words:
-                yield replace(choice, words=words)
+    def _composed(self, choices: Sequence[Choice]) -> DictConfig:
+        return self.compose(left_of(choices, self.given)[0])
 
-    def _given_for(self, key: str) -> frozenset[str]:
-        """Return what was typed of a key and of those that stand for it."""
-        return self.given & {key, *_STAND_FOR.get(key, ())}
+
+def left_of(choices: Iterable[Choice], given: frozenset[str]) -> tuple[list[Choice], list[str]]:
+    """Return choices without what was given, by itself or by a key that stands for it; and what that is."""
+    left, taken = [], set[str]()
+    for choice in choices:
+        typed = {key: given & {key, *_STAND_FOR.get(key, ())} for key in choice.words}
+        taken |= set[str]().union(*typed.values())
+        words = {key: value for key, value in choice.words.items() if not typed[key]}
+        if words:
+            left.append(replace(choice, words=words))
+    return left, sorted(taken)
 
 
 def headline(facts: Facts, minutes: float, device: str) -> str:
@@ -232,6 +251,10 @@ def headline(facts: Facts, minutes: float, device: str) -> str:
         f"{count_of(facts.images, 'training image')} of {height} x {width} (median), "
         f"{count_of(facts.classes, 'class', 'classes')}{absent}; {minutes:g} min on this {device}"
     )
+
+
+def _per_step(cfg: DictConfig) -> int:
+    return int(cfg.data.batch_size * cfg.trainer.accumulate)
 
 
 def _is_tuned(cfg: DictConfig) -> bool:

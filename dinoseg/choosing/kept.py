@@ -10,7 +10,7 @@ from dinoseg.choosing.rules import Choice
 from dinoseg.storage import forms
 from dinoseg.storage.atomic import write_text
 from dinoseg.storage.units import finished
-from dinoseg.wording import typed
+from dinoseg.wording import one_line, typed
 
 NAME = "chosen"  # of the recipe
 GROUPS = ("adapter", "head", "loss")  # of which an option is chosen
@@ -50,17 +50,17 @@ def write_choices(path: Path, about: str, choices: Iterable[Choice]) -> None:
 def told(choices: Iterable[Choice]) -> list[str]:
     """Return a line for each choice: what is set, and why."""
     rows = [(" ".join(f"{key}={typed(value)}" for key, value in each.words.items()), each.reason) for each in choices]
-    return [f"  {words}: {reason}." for words, reason in rows]
+    return [one_line(f"  {words}: {reason}.") for words, reason in rows]
 
 
 def recipe_text(about: str, choices: Sequence[Choice]) -> str:
     """Return choices as a recipe: a config file of the group hparam."""
-    lines = ["# @package _global_", f"# Chosen by hparam=auto: {about}."]
+    lines = ["# @package _global_", _comment(f"Chosen by hparam=auto: {about}.")]
     keys: dict[str, Any] = {}
-    groups = []
+    groups: dict[str, Any] = {}  # of two for one, the later: memory may ask for another adapter than time
     for choice in choices:
-        lines.append(f"# {' '.join(choice.words)}: {choice.reason}")
-        groups += [f"  - override /{key}: {value}" for key, value in choice.words.items() if key in GROUPS]
+        lines.append(_comment(f"{' '.join(choice.words)}: {choice.reason}"))
+        groups |= {key: value for key, value in choice.words.items() if key in GROUPS}
         for key, value in choice.words.items():
             if key not in GROUPS:
                 *path, last = key.split(".")
@@ -68,7 +68,13 @@ def recipe_text(about: str, choices: Sequence[Choice]) -> str:
                 for part in path:
                     node = node.setdefault(part, {})
                 node[last] = value
-    lines += ["defaults:", *groups] if groups else []
+    lines += ["defaults:"] if groups else []
+    lines += [f"  - override /{group}: {option}" for group, option in groups.items()]
     # JSON is YAML, and a number such as 1e-05 is one in it to OmegaConf
     lines += [f"{key}: {json.dumps(node)}" for key, node in keys.items()]
     return "\n".join(lines) + "\n"
+
+
+def _comment(text: str) -> str:
+    """Return text as one line of YAML that says nothing: a class may be called what would end a comment."""
+    return "# " + "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)

@@ -15,7 +15,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from dinoseg import __version__, build
-from dinoseg.choosing.choice import Chooser
+from dinoseg.choosing.choice import Chooser, left_of
 from dinoseg.choosing.kept import NAME, read_choices, recipe_text, told, write_choices
 from dinoseg.choosing.rules import Choice
 from dinoseg.choosing.timing import RANKS
@@ -87,6 +87,8 @@ def chosen(cfg: DictConfig, words: Sequence[str], *, first: bool) -> Recipe:
         except OSError as error:
             said = f"warning: the choices cannot be kept in {path} ({error}): the next run chooses anew."
             print(printable(said), file=sys.stderr)  # no log is open yet
+    choices, taken = left_of(choices, given)  # kept whole: the next command line may leave its length to be chosen
+    about += f"; as given: {', '.join(taken)}" if taken else ""
     if first:
         print(printable(f"hparam=auto: {about}; {source}:\n\n" + "\n".join(told(choices))))
     typed = [word for word in words if _root(word.lstrip("+~").partition("=")[0]) not in ("budget", "hparam", "resume")]

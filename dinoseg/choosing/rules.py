@@ -172,16 +172,22 @@ def zoom(*, trains: bool) -> Choice:
     return Choice({"data.augment.scale": [1.0, 1.0]}, "a head alone fits images of one scale best")
 
 
-def batch(images: int, facts: Facts, devices: int) -> Choice:
+def batch(images: int, facts: Facts, devices: int, *, accumulate: int = 1, most: int = BATCHES[0]) -> Choice:
     """Take fewer images at once where steps would be few: a head begins from nothing, and steps count more.
 
     CamVid, detail: in batches of 2 ahead of 4 after as many images. On several devices each has its share.
+
+    Args:
+        images: that are trained on.
+        facts: of the data.
+        devices: that share a batch.
+        accumulate: batches in a step.
+        most: images at once that memory bears.
     """
-    sizes = [size for size in BATCHES if images // size >= ENOUGH_STEPS] or [BATCHES[-1]]
-    size = max(devices, min(sizes[0], facts.images) // devices * devices)
-    return Choice(
-        {"data.batch_size": size}, f"{images} images can be trained on, which are {count_of(images // size, 'step')}"
-    )
+    sizes = [size for size in BATCHES if size <= most and images // (size * accumulate) >= ENOUGH_STEPS]
+    size = max(devices, min((*sizes, BATCHES[-1])[0], facts.images) // devices * devices)
+    steps = count_of(images // (size * accumulate), "step")
+    return Choice({"data.batch_size": size}, f"{images} images can be trained on, which are {steps}")
 
 
 def _named(classes: Sequence[ClassFacts]) -> str:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import yaml
 from hydra import initialize_config_dir
 
 from dinoseg.__main__ import CONFIGS
@@ -80,3 +81,16 @@ def test_a_recipe_composes_below_what_is_typed(composing):
 def test_a_recipe_without_groups_composes(composing):
     cfg = composed_with([], NAME, recipe_text("x", CHOICES[4:]), known_as="auto")
     assert cfg.data.batch_size == 2 and cfg.choices.head == "linear"
+
+
+@pytest.mark.parametrize("end", ["\n", "\r", "\x85", "\u2028", "\u2029", "\x0b", "\x00", "\ud800", "\ufffe"])
+def test_a_name_that_ends_a_comment_says_nothing(end):
+    name = f"pole{end}engine: {{_target_: os.system}}{end}"
+    text = recipe_text(f"without a pixel: {name}", [Choice({"head": "detail"}, f"{name} is thin")])
+    assert yaml.safe_load(text) == {"defaults": [{"override /head": "detail"}]}
+    assert len(told([Choice({"head": "detail"}, f"{name} is thin")])[0].split("\n")) == 1
+
+
+def test_of_two_options_of_a_group_the_later_is_taken():
+    text = recipe_text("x", [Choice({"adapter": "full"}, "time"), Choice({"adapter": "lora"}, "memory")])
+    assert yaml.safe_load(text) == {"defaults": [{"override /adapter": "lora"}]}

@@ -87,6 +87,25 @@ def test_the_same_command_chooses_the_same_however_fast_the_machine_then_is(fold
     assert len([*(folder / "outputs/.cache").glob("choices_*.json")]) == 2
 
 
+def test_a_length_that_was_typed_once_is_chosen_where_it_is_not(folder, monkeypatch):
+    words = (*AUTO, "budget.minutes=0.2", "mode=plan", "mode.dry_step=false")
+    assert "; as given: trainer.steps; chosen now:" in call(folder, *words, "trainer.steps=2", "hydra.run.dir=R").out
+    monkeypatch.setattr("dinoseg.choosing.choice.in_own_process", pytest.fail)
+    done = call(folder, *words, "hydra.run.dir=S")
+    assert done.status == 0 and "as given" not in done.out, done.err
+    cfg = config_of(folder / "S")
+    assert f"trainer.steps={cfg.trainer.steps} trainer.val_every={cfg.trainer.val_every}: " in done.out
+    assert 10 < cfg.trainer.steps * cfg.data.batch_size * TIMED.kept < 60 * 0.2
+
+
+def test_images_of_a_step_in_parts_count_against_the_time(folder):
+    words = (*AUTO, "budget.minutes=3", "data.views=null", "trainer.accumulate=3", "mode=plan", "mode.dry_step=false")
+    done = call(folder, *words, "hydra.run.dir=R")
+    cfg = config_of(folder / "R")
+    assert done.status == 0 and cfg.trainer.accumulate == 3, done.err
+    assert 100 < cfg.trainer.steps * 3 * cfg.data.batch_size * TIMED.image < 180
+
+
 def test_a_run_goes_on_with_what_was_chosen_for_it(folder, monkeypatch):
     words = (*AUTO, "budget.minutes=0.2")
     first = call(folder, *words, FEW)
@@ -185,6 +204,46 @@ def test_the_memory_that_is_free_decides_too(folder, monkeypatch):
     monkeypatch.setattr("dinoseg.choosing.choice.free_bytes", lambda device: 1000)
     done = call(folder, *AUTO, FEW, "budget.minutes=0.2", "hydra.run.dir=R")
     assert done.status == 1 and "GiB at least, and 0.0 GiB are free" in done.err
+
+
+@pytest.fixture
+def chosen_with(folder, monkeypatch):
+    """Return a function that chooses where a step needs what `of` says of config and samples, and 100 bytes are free."""
+    write_data(folder / "large", train=25, size=(64, 64))
+    monkeypatch.setattr("dinoseg.launch.run_mode", lambda cfg, out_dir: None)
+    monkeypatch.setattr("dinoseg.choosing.choice.free_bytes", lambda device: 100)
+    monkeypatch.setattr("dinoseg.costs.target.Target.need", lambda target, step: step)
+
+    def choose(of, *words):
+        monkeypatch.setattr("dinoseg.costs.fitting.step_bytes", lambda cfg, loss, *, samples, **_: of(cfg, samples))
+        done = call(folder, *AUTO, "data.root=large", "budget.minutes=9", f"hydra.run.dir={len(words)}", *words)
+        assert done.status == 0, done.err
+        return config_of(folder / str(len(words))), done.out
+
+    return choose
+
+
+def test_a_batch_is_no_larger_than_what_fits(chosen_with):
+    cfg, out = chosen_with(lambda cfg, samples: 20 * samples)
+    assert (cfg.data.batch_size, cfg.trainer.accumulate) == (4, 1) and "; 8 would not fit the memory" in out
+    assert 200 < cfg.trainer.steps * 4 * TIMED.kept < 540
+
+
+def test_what_memory_makes_of_a_batch_stays_but_for_a_typed_one(chosen_with):
+    cfg, _ = chosen_with(lambda cfg, samples: 60 * samples)
+    assert (cfg.data.batch_size, cfg.trainer.accumulate) == (1, 2)
+    assert 200 < cfg.trainer.steps * 2 * TIMED.kept < 540
+    cfg, _ = chosen_with(lambda cfg, samples: 60 * samples, "data.batch_size=4")
+    assert (cfg.data.batch_size, cfg.trainer.accumulate) == (4, 1)
+
+
+def test_memory_changes_no_adapter_that_was_typed(chosen_with):
+    def of(cfg, samples):
+        return 101 if cfg.choices.adapter == "full" else 99
+
+    assert chosen_with(of)[0].choices.adapter == "lora"
+    with pytest.raises(AssertionError, match="A training step takes about 0.0 GiB at least"):
+        chosen_with(of, "adapter=full")
 
 
 def test_a_recipe_is_timed_on_its_own_data(tmp_path, monkeypatch):

@@ -82,6 +82,13 @@ def test_a_batch_is_small_where_steps_are_few(images, there, devices, size):
     assert rules.batch(images, replace(FACTS, images=there), devices).words == {"data.batch_size": size}
 
 
+def test_a_batch_is_no_larger_than_memory_bears_and_parts_of_a_step_count():
+    sized = {most: rules.batch(12_000, FACTS, 1, most=most).words["data.batch_size"] for most in (8, 4, 2)}
+    assert sized == {8: 8, 4: 4, 2: 2}
+    chosen = rules.batch(12_000, FACTS, 1, accumulate=2)
+    assert chosen.words == {"data.batch_size": 4} and "which are 1500 steps" in chosen.reason
+
+
 def test_what_fits_a_time_adds_up():
     length = length_within(600, TIMED, FACTS)
     spent = TIMED.start + (length.validations + 2) * 51 * TIMED.val
