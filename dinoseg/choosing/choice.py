@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from time import monotonic
+from typing import Annotated
 
 from omegaconf import DictConfig
 
@@ -24,11 +25,12 @@ from dinoseg.costs.trial import check_alone
 from dinoseg.errors import UserError
 from dinoseg.inference.memory import OutOfMemory, free_bytes
 from dinoseg.processes.workers import in_own_process
-from dinoseg.ranges import Positive
+from dinoseg.ranges import Range
 from dinoseg.training.engine import Engine
 from dinoseg.wording import count_of, listed
 
 Compose = Callable[[Sequence[Choice]], DictConfig]
+Minutes = Annotated[float, Range("a number of minutes above 0 and at most 1000000 (two years)", 0, 1e6, open_at=(0,))]
 _STAND_FOR = {  # keys that decide others, too
     "loss.weights": ("loss",),
     "optim.optimizer.head_lr": ("optim.optimizer.lr", "head.lr"),
@@ -68,7 +70,7 @@ class Chooser:
         about: what was chosen for, in words; known once that is done.
     """
 
-    def __init__(self, compose: Compose, given: frozenset[str], minutes: Positive) -> None:
+    def __init__(self, compose: Compose, given: frozenset[str], minutes: Minutes) -> None:
         self.compose, self.given = compose, given
         self.about = ""
         self._ends, self._minutes = monotonic() + 60 * minutes, minutes
