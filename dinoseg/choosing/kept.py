@@ -14,19 +14,24 @@ from dinoseg.wording import one_line, typed
 
 NAME = "chosen"  # of the recipe
 GROUPS = ("adapter", "head", "loss")  # of which an option is chosen
-_KEY = r"[a-z][a-z_]*(\.[a-z][a-z_]*)*"
+_KEYS = (  # what is ever chosen: a file that says more is none of ours
+    *GROUPS,
+    *("adapter.blocks", "backbone.checkpointing", "head.checkpointing", "loss.weights"),
+    *("data.augment.scale", "data.batch_size", "data.views", "resolution.crop", "resolution.longest"),
+    *("optim.optimizer.backbone_lr", "optim.optimizer.head_lr"),
+    *("trainer.accumulate", "trainer.steps", "trainer.val_every"),
+)
 
 
 def _value(value: Any, where: str) -> None:
-    """Form of what a key may be set to: a number, a row of them, or a name; nothing that points or is built."""
-    if isinstance(value, str) and re.fullmatch(r"[a-z]\w*", value):
+    """Form of what a key may be set to: a number, a row of them, yes or no, or a name; nothing that is built."""
+    if isinstance(value, bool) or (isinstance(value, str) and re.fullmatch(r"[a-z]\w*", value)):
         return
     (forms.listing(forms.number()) if isinstance(value, list) else forms.number())(value, where)
 
 
-_FORM = forms.record(
-    about=forms.text, choices=forms.listing(forms.record(words=forms.table(_value, _KEY), reason=forms.text))
-)
+_WORDS = forms.table(_value, "|".join(map(re.escape, _KEYS)))
+_FORM = forms.record(about=forms.text, choices=forms.listing(forms.record(words=_WORDS, reason=forms.text)))
 
 
 def read_choices(path: Path) -> tuple[str, list[Choice]] | None:
@@ -44,7 +49,9 @@ def read_choices(path: Path) -> tuple[str, list[Choice]] | None:
 def write_choices(path: Path, about: str, choices: Iterable[Choice]) -> None:
     """Keep what was chosen, and for what."""
     rows = [{"words": dict(choice.words), "reason": choice.reason} for choice in choices]
-    write_text(path, json.dumps({"about": about, "choices": rows}))
+    text = json.dumps({"about": about, "choices": rows})
+    forms.parse_json(text, _FORM)  # or it would be chosen anew each time
+    write_text(path, text)
 
 
 def told(choices: Iterable[Choice]) -> list[str]:

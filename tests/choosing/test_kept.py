@@ -11,6 +11,7 @@ from dinoseg.choosing.kept import NAME, read_choices, recipe_text, told, write_c
 from dinoseg.choosing.rules import Choice
 from dinoseg.config.resolvers import register_resolvers
 from dinoseg.runs.composed import composed_with, typed_keys
+from dinoseg.storage.forms import Misshapen
 
 CHOICES = [
     Choice({"head": "detail"}, "poles are thin"),
@@ -18,6 +19,7 @@ CHOICES = [
     Choice({"loss": "ce_dice", "loss.weights": "none"}, "overlap"),
     Choice({"resolution.crop": [352, 480], "optim.optimizer.head_lr": 1e-05}, "whole images"),
     Choice({"data.views": 4, "data.batch_size": 2}, "kept"),
+    Choice({"backbone.checkpointing": True}, "memory"),
 ]
 
 
@@ -26,6 +28,11 @@ def test_what_is_kept_is_read_back_equal(tmp_path):
     assert read_choices(path) is None
     write_choices(path, "few images", CHOICES)
     assert read_choices(path) == ("few images", CHOICES)
+
+
+def test_what_would_not_be_read_back_is_not_written(tmp_path):
+    with pytest.raises(Misshapen, match="data.root"):
+        write_choices(tmp_path / "choices.json", "x", [Choice({"data.root": "elsewhere"}, "")])
 
 
 @pytest.mark.parametrize(
@@ -37,6 +44,9 @@ def test_what_is_kept_is_read_back_equal(tmp_path):
         {"head": {"_target_": "os.system"}},
         {"head": "../x"},
         {"data.batch_size": "2\nhead: x"},
+        {"data.root": "elsewhere"},
+        {"hydra.run": 3},
+        {"trust": [1]},
         {"data.batch_size": [[1]]},
         ["head"],
         3,
@@ -79,7 +89,7 @@ def test_a_recipe_composes_below_what_is_typed(composing):
 
 
 def test_a_recipe_without_groups_composes(composing):
-    cfg = composed_with([], NAME, recipe_text("x", CHOICES[4:]), known_as="auto")
+    cfg = composed_with([], NAME, recipe_text("x", CHOICES[4:5]), known_as="auto")
     assert cfg.data.batch_size == 2 and cfg.choices.head == "linear"
 
 

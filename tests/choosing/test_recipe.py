@@ -209,7 +209,7 @@ def test_the_memory_that_is_free_decides_too(folder, monkeypatch):
 
 @pytest.fixture
 def chosen_with(folder, monkeypatch):
-    """Return a function that chooses where a step needs what `of` says of config and samples, and 100 bytes are free."""
+    """Return a function that chooses where a step needs what `of` says of config and samples; 100 bytes are free."""
     write_data(folder / "large", train=25, size=(64, 64))
     monkeypatch.setattr("dinoseg.launch.run_mode", lambda cfg, out_dir: None)
     monkeypatch.setattr("dinoseg.choosing.choice.free_bytes", lambda device: 100)
