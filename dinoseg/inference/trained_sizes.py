@@ -60,13 +60,16 @@ class TrainedSizes:
         return cls(**sizes)
 
 
-def keep_scale(model: Segmenter, sizes: TrainedSizes | None, *, reduces: bool = True) -> None:
+def keep_scale(
+    model: Segmenter, sizes: TrainedSizes | None, *, reduces: bool = True, teacher: str | None = None
+) -> None:
     """Let a segmenter take pictures larger than any of its training at the typical size, and say so once.
 
     Args:
         model: a segmenter; its `limit` is set.
         sizes: of its training; None: nothing is known, nothing done.
         reduces: else it only says so.
+        teacher: the words that name it in a student's training.
     """
     if sizes is None:
         return
@@ -78,17 +81,23 @@ def keep_scale(model: Segmenter, sizes: TrainedSizes | None, *, reduces: bool = 
         kept = kept_longest(size, longest, sizes.typical, sizes.largest)
         if kept != longest and not told:
             told = True
-            logger.warning("%s", _message(size, sizes, reduces))
+            logger.warning("%s", _message(size, sizes, reduces, teacher))
         return kept if reduces else longest
 
     model.limit = limit
 
 
-def _message(size: Size, sizes: TrainedSizes, reduces: bool) -> str:
+def _message(size: Size, sizes: TrainedSizes, reduces: bool, teacher: str | None) -> str:
+    training = "the training" if teacher is None else f"the training of {teacher}"
     what = (
-        f"Pictures of {size[1]} x {size[0]} (width x height) are larger than those of the training, whose longer "
+        f"Pictures of {size[1]} x {size[0]} (width x height) are larger than those of {training}, whose longer "
         f"sides were about {sizes.typical} pixels and enlarged at most {sizes.largest}. "
     )
+    if teacher is not None:
+        return (
+            f"{what}It sees them reduced to a longer side of {sizes.typical}, as mode=predict shows them to it; the "
+            "student sees them as resolution.longest says."
+        )
     if not reduces:
         return (
             f"{what}They are scored as they are; mode=predict and mode=track reduce them to {sizes.typical}, unless "

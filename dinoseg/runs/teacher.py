@@ -101,7 +101,7 @@ class Teacher:
                 raise UserError(f"resume={self._path} was changed since this run began. Start it again.")
             model, _ = restore(self._cfg, self._path)
             policy = instantiate(self._cfg.inference)
-        keep_scale(model, TrainedSizes.from_info(self._info))
+        keep_scale(model, TrainedSizes.from_info(self._info), teacher=f"teacher={self._given}")
         model = model.to(self._engine.device).requires_grad_(False)
         predictor = Predictor(model, self._engine.device, self._engine.autocast, policy)
         return predictor, self._cells(model)

@@ -18,7 +18,7 @@ from dinoseg.data.transforms import Augment
 from dinoseg.data.unlabelled import Unmasked
 from dinoseg.errors import UserError
 from dinoseg.losses.distillation import SeenScores, divergence
-from dinoseg.ranges import NotNegative, Positive
+from dinoseg.ranges import NotNegative, Temperature
 from dinoseg.shapes import Batch, FrozenFeatures, Prediction, SegmentationData, mapped
 from dinoseg.training.feature_cache.cache import Views
 from dinoseg.training.feature_cache.key import goes_with, hash_of, image_hash
@@ -166,10 +166,11 @@ class DistilledLoss(Loss):
     Args:
         criterion: the loss of masks.
         weight: of the divergence.
-        temperature: that scores of both are divided by in it, see `divergence`.
+        temperature: that scores of both are divided by in it, see `divergence`; a larger one than it takes leaves
+            nothing of their differences in float32.
     """
 
-    def __init__(self, criterion: Loss, weight: NotNegative = 1.0, temperature: Positive = 1.0) -> None:
+    def __init__(self, criterion: Loss, weight: NotNegative = 1.0, temperature: Temperature = 1.0) -> None:
         super().__init__()
         self.criterion, self.weight, self.temperature = criterion, weight, temperature
         self.needs_masks, self.sums_over_batch = criterion.needs_masks, criterion.sums_over_batch

@@ -55,11 +55,13 @@ def teacher(compose, path, labels=LABELS, **changes):
 
 @pytest.mark.parametrize("size", [(40, 56), (33, 50), (9, 17), (150, 210)])  # the last is reduced
 @pytest.mark.parametrize(("kind", "within"), [("linear", 1e-5), ("detail", 1e-5), ("eomt", 0.02), ("windows", 0.08)])
-def test_scores_are_of_the_probabilities_that_the_model_predicts(folder, compose, kind, within, size):
+def test_scores_are_of_the_probabilities_that_the_model_predicts(folder, compose, caplog, kind, within, size):
     image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, *size)).astype(np.uint8))
     asked, drawn = teacher(compose, str(folder / kind)), torch.get_rng_state()
     scores, valid = asked(image)
     assert torch.equal(torch.get_rng_state(), drawn)  # a student draws as without
+    reduced = f"larger than those of the training of teacher={folder / kind}," in caplog.text
+    assert reduced == (size == (150, 210) and kind in ("detail", "eomt")) and "Give resolution.longest" not in caplog.text
     assert len(scores) == 2 and scores.amax(0).abs().max() == 0 and scores.min() < 0
     model = dinoseg.load(folder / kind, device="cpu", precision="fp32")
     wanted = torch.from_numpy(model.predict(image.permute(1, 2, 0).numpy()).probabilities)
