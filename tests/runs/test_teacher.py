@@ -61,7 +61,9 @@ def test_scores_are_of_the_probabilities_that_the_model_predicts(folder, compose
     scores, valid = asked(image)
     assert torch.equal(torch.get_rng_state(), drawn)  # a student draws as without
     reduced = f"larger than those of the training of teacher={folder / kind}," in caplog.text
-    assert reduced == (size == (150, 210) and kind in ("detail", "eomt")) and "Give resolution.longest" not in caplog.text
+    assert (
+        reduced == (size == (150, 210) and kind in ("detail", "eomt")) and "Give resolution.longest" not in caplog.text
+    )
     assert len(scores) == 2 and scores.amax(0).abs().max() == 0 and scores.min() < 0
     model = dinoseg.load(folder / kind, device="cpu", precision="fp32")
     wanted = torch.from_numpy(model.predict(image.permute(1, 2, 0).numpy()).probabilities)
