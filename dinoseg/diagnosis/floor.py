@@ -101,6 +101,9 @@ def held_against_floor(
         logger.debug("no floor: in %.1f s there are %d images", seconds, images)
         return None
     few, some = _some(train, images), _some(val, images)
+    if not all(class_counts(each, cfg.cache_dir).any() for each in (few, some)):
+        logger.debug("no floor: no pixel of %d evenly spaced images of a split is labelled", images)
+        return None
     run = evaluate(model, some, engine, policy=regime.feed.policy)
     return Held(cfg, regime, engine, model, plain, few, some, run, solved(plain, few, some, cfg, engine), has_time)
 

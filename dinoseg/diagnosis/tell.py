@@ -8,6 +8,8 @@ from omegaconf import DictConfig
 
 from dinoseg.diagnosis.causes import causes_of
 from dinoseg.diagnosis.floor import FLOOR, held_against_floor, told
+from dinoseg.errors import UserError
+from dinoseg.inference.memory import reason_of, tells_shortage
 from dinoseg.model import Segmenter
 from dinoseg.regimes.regime import Regime
 from dinoseg.storage.atomic import write_json
@@ -29,10 +31,18 @@ def tell_floor(
         out_dir: the run folder.
         seconds: that the comparison may take; looking for causes takes several times that.
     """
-    held = held_against_floor(cfg, regime, engine, model, seconds=seconds)
+    if engine.is_main:
+        (out_dir / FLOOR).unlink(missing_ok=True)  # of a run that has gone on since
+    try:
+        held = held_against_floor(cfg, regime, engine, model, seconds=seconds)
+        causes = causes_of(held) if held else []
+    except (MemoryError, RuntimeError, UserError) as error:
+        if engine.world > 1 or not (isinstance(error, UserError) or tells_shortage(error)):
+            raise  # other ranks would wait
+        logger.warning("The run is whole, but could not be held against its closed form: %s", reason_of(error))
+        return None
     if held is None:
         return None
-    causes = causes_of(held)
     found = {
         "run_miou": held.run["miou"],
         "floor_miou": held.floor["miou"],

@@ -1,5 +1,6 @@
 """mode=train: build everything, fit, and score the best checkpoint."""
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -68,9 +69,11 @@ def train(
             run = fit(model, loss, regime.feed, optimizer, engine, checkpoints, log, schedule=schedule)
         if run.best is None:
             raise UserError(f"trainer.steps={length.steps}: this run has done {run.step}, and was never validated.")
-        seconds = floor * (time.monotonic() - began)
+        spent = time.monotonic() - began
         scores = job.finish(model, run, **shown)
-        tell_floor(cfg, regime, engine, model, out_dir, seconds=seconds)
+        images = run.step * cfg.data.batch_size * cfg.trainer.accumulate
+        spent = max(spent, images / (scores["images_per_s"] or math.inf))  # with what was done before a stop
+        tell_floor(cfg, regime, engine, model, out_dir, seconds=floor * spent)
     engine.close()
     return scores
 

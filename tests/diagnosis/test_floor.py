@@ -12,6 +12,7 @@ from dinoseg import build
 from dinoseg.config.nodes import instantiate
 from dinoseg.diagnosis import causes, floor
 from dinoseg.diagnosis.floor import Held, held_against_floor, solved
+from dinoseg.errors import UserError
 from dinoseg.images import write_png
 from dinoseg.regimes.images import ImageRegime
 
@@ -172,6 +173,48 @@ def test_a_run_below_its_floor_is_told_why_and_one_above_is_not(world, quick, mo
     assert off.status == 0 and "floor:" not in off.out and not (world / "OFF/floor.json").exists()
     bad = call(world, *words, "mode.floor=2", "hydra.run.dir=BAD")
     assert bad.status == 1 and "mode.floor=2" in bad.err
+
+
+def test_what_goes_wrong_beside_a_finished_run_does_not_fail_it(world, quick, monkeypatch):
+    words = (*WORDS, f"data.root={world}/data", "mode=train", "mode.metrics_only=true")
+    for number, error in enumerate((UserError("nothing to solve"), torch.OutOfMemoryError("CUDA out of memory. x"))):
+        with monkeypatch.context() as patch:
+            patch.setattr("dinoseg.diagnosis.tell.causes_of", lambda held, error=error: next(_raised(error)))
+            done = call(world, *words, f"hydra.run.dir=W{number}")
+        assert done.status == 0 and "could not be held against its closed form: " in done.err, done.err
+        assert str(error).splitlines()[0] in done.err and not (world / f"W{number}/floor.json").exists()
+
+
+def _raised(error):
+    raise error
+    yield
+
+
+def test_a_run_that_has_gone_on_is_held_anew_by_all_of_its_time(world, quick, monkeypatch):
+    words = (*WORDS, f"data.root={world}/data", "mode=train", "mode.metrics_only=true")
+    assert call(world, *words, "hydra.run.dir=ON").status == 0
+    path, rates = world / "ON/floor.json", []
+    first = json.loads(path.read_text())
+    path.write_text(json.dumps({**first, "run_miou": 9}))
+
+    def asked(*_, seconds):
+        rates.append(seconds)
+
+    monkeypatch.setattr("dinoseg.diagnosis.tell.held_against_floor", asked)
+    monkeypatch.setattr("dinoseg.training.cost.median", lambda _: 2 / 500)  # images a second: 1,000 s for two steps
+    again = call(world, *words, "resume=ON")
+    assert again.status == 0 and "already done 2 steps" in again.err, again.err
+    assert rates == [pytest.approx(0.03 * 1000)] and not path.exists()
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_no_floor_where_none_of_its_images_is_labelled(held, split, monkeypatch):
+    found = held()
+    counts = {len(found.train): np.array([0, 3]), len(found.val): np.array([5, 5])}
+    counts[len(getattr(found, split))] = np.array([0, 0])
+    monkeypatch.setattr(floor, "class_counts", lambda data, _: counts[len(data)])
+    engine, cfg = found.engine, found.cfg
+    assert held_against_floor(cfg, found.regime, engine, found.model, seconds=9.0) is None
 
 
 def test_the_closed_form_is_that_of_the_probe(held):
