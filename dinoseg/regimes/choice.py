@@ -24,9 +24,9 @@ def regime_of(cfg: DictConfig) -> type[Regime]:
     """
     if cfg.trainer.feed not in REGIMES:
         raise UserError(f"trainer.feed={cfg.trainer.feed} is unknown. Choose one of {', '.join(REGIMES)}.")
-    if cfg.get("teacher") is not None and "teacher" not in cfg.trainer:
+    if cfg.get("teacher") is not None and not issubclass(REGIMES[cfg.trainer.feed], DistilRegime):
         raise UserError(
-            f"teacher={cfg.teacher} is read by trainer=distil alone, and this is trainer={cfg.choices.trainer}. Give "
-            "trainer=distil, or leave teacher out."
+            f"teacher={cfg.teacher} is read by trainer=distil alone, and this is trainer={cfg.choices.trainer} with "
+            f"trainer.feed={cfg.trainer.feed}. Give trainer=distil, or leave teacher out."
         )
     return REGIMES[cfg.trainer.feed]

@@ -33,7 +33,7 @@ class DistilRegime(ImageRegime):
     feed: DistilFeed
 
     def __init__(self, cfg: DictConfig, engine: Engine, *, pictures: int = 0) -> None:
-        if "temperature" not in cfg.trainer:
+        if not any(key in cfg.trainer for key in _OF_LOSS):
             raise UserError(
                 f"trainer.feed=distil: trainer={cfg.choices.trainer} does not say how a teacher is learnt from. Choose "
                 "trainer=distil."

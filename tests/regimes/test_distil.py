@@ -176,7 +176,12 @@ def test_another_teacher_is_another_recipe_and_older_checkpoints_have_none(folde
         ((*WORDS, "features.gib=-1"), "features.gib=-1 is out of range. Give a number above 0"),
         ((*WORDS, "data.class_mix=0.5"), "data.class_mix=0.5: a teacher's scores are of images as they are"),
         (("trainer=self_training", "teacher=teacher"), "teacher=teacher is read by trainer=distil alone"),
-        ((*WORDS, "trainer.feed=self_training"), "Choose trainer=self_training"),
+        ((*WORDS, "trainer.feed=self_training"), "this is trainer=distil with trainer.feed=self_training. Give"),
+        ((*WORDS, "trainer.feed=images"), "this is trainer=distil with trainer.feed=images. Give"),
+        *(
+            ((*WORDS, f"~trainer.{key}"), f"~trainer.{key} takes away what is read")
+            for key in ("teacher", "temperature", "teacher_weight")
+        ),
         (("mode=plan", *WORDS), "trainer=distil is not foretold"),
     ],
 )
