@@ -216,7 +216,7 @@ class Chooser:
         if tried.length.views is not None:
             yield Choice(
                 {"data.views": tried.length.views},
-                f"features of {tried.length.views} views of each image are kept (engine.cache="
+                f"features of {count_of(tried.length.views, 'view')} of each image are kept (engine.cache="
                 f"{tried.cfg.engine.cache}): {tried.timed.kept:.2g} s an image in place of {tried.timed.image:.2g} s",
             )
 

@@ -5,7 +5,7 @@ A floor is no more than that: it does not say which backbone is best to tune (ar
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,8 @@ _FEW, _MOST = 16, 64  # images of each split
 _WIDEST = 1024  # numbers of a pixel; of more the last map alone is read, since solving takes their third power
 _PASSES = 3.5  # of the backbone, for each image of train and of val together: solved, scored, scored by the run
 _MORE_PASSES = 6.5  # to solve it with three other colours as well
+_TIMED = 4  # images of each split, by which the time of one is told
+_TIMING = 0.1  # of the time at most, or of fewer
 _GRID = {"strengths": (1e-3, 1e-2, 1e-1), "balances": (0.0, 0.5), "held_out": 0.2}
 
 
@@ -95,7 +97,7 @@ def held_against_floor(
     began = time.perf_counter()
     plain = _plain(cfg).to(engine.device).eval()
     images, has_time = engine.decided(
-        lambda: _affordable(plain, train, engine, seconds - (time.perf_counter() - began))
+        lambda: _affordable(plain, (train, val), engine, seconds - (time.perf_counter() - began))
     )
     if images < min(_FEW, len(train), len(val)):
         logger.debug("no floor: in %.1f s there are %d images", seconds, images)
@@ -136,24 +138,39 @@ def _plain(cfg: DictConfig) -> Segmenter:
     return Segmenter(backbone, head, scale=cfg.resolution.scale, longest=cfg.resolution.longest)
 
 
-def _affordable(plain: Segmenter, data: SegmentationData, engine: Engine, seconds: float) -> tuple[int, bool]:
-    """Return how many images of each split there is time for, by one pass over the first; and whether for all there is.
+def _affordable(
+    plain: Segmenter, splits: Sequence[SegmentationData], engine: Engine, seconds: float
+) -> tuple[int, bool]:
+    """Return how many images of each split there is time for, by some of them; and whether for all there is.
 
-    That is to solve the closed form with other colours, too.
+    That is to solve the closed form with other colours, too. Images may be of many sizes: the first tells little.
     """
-    image = data[0]["image"][None].to(engine.device)
-    with torch.no_grad(), engine.autocast():
-        plain.backbone(plain.pixels(image))  # the first pass takes longer
-        began = time.perf_counter()
-        plain.backbone(plain.pixels(image))
-        if engine.device.type == "cuda":
-            torch.cuda.synchronize(engine.device)
-    passes = seconds / (time.perf_counter() - began)
+    looked_at = [(data, place) for data in splits for place in _spaced(len(data), _TIMED)]
+    _pass(plain, *looked_at[0], engine)  # the first pass takes longer
+    began, spent, done = time.perf_counter(), 0.0, 0
+    for data, place in looked_at[::2] + looked_at[1::2]:
+        _pass(plain, data, place, engine)
+        spent, done = time.perf_counter() - began, done + 1
+        if spent > _TIMING * seconds:
+            break
+    passes = (seconds - spent) * done / spent
     images = int(passes / (_PASSES + _MORE_PASSES))
     return (min(_MOST, images), True) if images >= _FEW else (min(_MOST, int(passes / _PASSES)), False)
 
 
+def _pass(plain: Segmenter, data: SegmentationData, place: int, engine: Engine) -> None:
+    image = data[place]["image"][None].to(engine.device)
+    with torch.no_grad(), engine.autocast():
+        plain.backbone(plain.pixels(image))
+    if engine.device.type == "cuda":
+        torch.cuda.synchronize(engine.device)
+
+
+def _spaced(length: int, count: int) -> list[int]:
+    """Return at most so many places, evenly spaced."""
+    return [int(place) for place in np.linspace(0, length - 1, min(count, length)).round()]
+
+
 def _some(data: Any, count: int) -> SegmentationData:
     """Return at most so many images, evenly spaced."""
-    places = np.linspace(0, len(data) - 1, min(count, len(data))).round().astype(int)
-    return data.keep({data.names[place] for place in places})
+    return data.keep({data.names[place] for place in _spaced(len(data), count)})

@@ -255,3 +255,27 @@ def test_a_recipe_is_timed_on_its_own_data(tmp_path, monkeypatch):
     cfg = config_of(tmp_path / "R")
     assert cfg.trainer.steps > 10 and f"trainer.steps={cfg.trainer.steps} trainer.val_every=" in done.out
     assert in_own_process is not in_this_process
+
+
+def test_a_prediction_is_timed_on_images_of_all_sizes(tmp_path, compose, monkeypatch):
+    from dinoseg import build
+    from dinoseg.choosing import timing
+    from dinoseg.config.nodes import instantiate
+
+    write_data(tmp_path / "data", val=11)
+    for number in range(10):  # but for the last one small
+        write_png(tmp_path / f"data/val/images/{number}.png", torch.zeros(4, 4, 3, dtype=torch.uint8).numpy())
+        write_png(tmp_path / f"data/val/masks/{number}.png", torch.zeros(4, 4, dtype=torch.uint8).numpy())
+    clock = [0.0]
+
+    def ids(predictor, images):
+        clock[0] += images[0].size
+
+    monkeypatch.setattr(timing.Predictor, "ids", ids)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    cfg = compose(*SMALL, f"data.root={tmp_path}/data")
+    engine = instantiate(cfg.engine)
+    names = build.dataset(cfg, "val").names
+    large = [index for index, name in enumerate(names) if name == "10"]
+    seconds = timing._seconds_of_val(cfg, build.model(cfg), engine)
+    assert large == [2] and seconds == pytest.approx((5 * 48 + 32 * 48 * 3) / 6)

@@ -75,9 +75,26 @@ def test_no_floor_where_there_is_no_time_or_nothing_to_solve(world, compose, mon
 
 def test_images_are_as_many_as_the_time_is_for(held, affordable=floor._affordable):
     found = held()
-    slow = [affordable(found.plain, found.train, found.engine, seconds) for seconds in (0.0, -1.0, 1e9)]
-    assert slow == [(0, False), (slow[1][0], False), (64, True)] and slow[1][0] <= 0
+    slow = [affordable(found.plain, (found.train, found.val), found.engine, seconds) for seconds in (0.0, -1.0, 1e9)]
+    assert slow == [(slow[0][0], False), (slow[1][0], False), (64, True)] and slow[1][0] <= slow[0][0] <= 0
     assert [len(floor._some(found.train, count)) for count in (1, 2, 5, 64)] == [1, 2, 5, 8]
+
+
+def test_time_is_told_from_images_of_all_sizes(held, monkeypatch, affordable=floor._affordable):
+    found, clock = held(), [0.0]
+    seconds = [1, 8, 8, 8, 1, 8, 8]  # of each image: the first is small
+
+    def passed(plain, data, place, engine):
+        clock[0] += seconds[place]
+
+    monkeypatch.setattr(floor, "_pass", passed)
+    monkeypatch.setattr(floor.time, "perf_counter", lambda: clock[0])
+    splits = [range(7), range(7)]  # of which 0, 2, 4 and 6 are looked at: 4.5 s each
+    assert affordable(found.plain, splits, found.engine, 36 + 4.5 * 3.5 * 20.1) == (20, False)
+    assert affordable(found.plain, splits, found.engine, 36 + 4.5 * 10 * 20.1) == (20, True)
+    clock[0] = 0
+    affordable(found.plain, splits, found.engine, 5)
+    assert clock[0] <= 1 + 8  # no longer than it is for
 
 
 def test_a_class_that_training_lacks_is_named_with_what_it_costs(held, world, tmp_path):
