@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import replace
+from typing import Any
 
 from omegaconf import DictConfig
 
@@ -42,7 +43,7 @@ class DistilRegime(ImageRegime):
         _loss_options(cfg)
         super().__init__(cfg, engine, pictures=pictures)
         train = self.feed.train
-        teacher = Teacher(cfg, engine, train)
+        self._teacher = teacher = Teacher(cfg, engine, train)
         root, cap = scores_kept(cfg), cap_of(**checked(_CAP, cfg.features, {"gib": "gib"}, "features"))
         store = DiskStore(root, origin(root, teacher.parts), "float16", cap)
         scores = KeptScores(teacher, store, len(train.classes))
@@ -63,6 +64,10 @@ class DistilRegime(ImageRegime):
                 f"data.class_mix={cfg.data.class_mix}: a teacher's scores are of images as they are, without classes "
                 "of another. Set it to 0 with trainer=distil."
             )
+
+    def keep_features(self, model: Segmenter, loss: Loss, engine: Engine, *given: Any, **more: Any) -> dict[str, str]:
+        """Do what an image regime does, and say which file the teacher is, for a run that goes on with another."""
+        return {**super().keep_features(model, loss, engine, *given, **more), "teacher": self._teacher.name}
 
     def objective(self, loss: Loss) -> Loss:
         """Return the loss of masks and of the teacher's scores."""

@@ -87,7 +87,8 @@ class Job:
 
         Args:
             checkpoints: of the run.
-            kept: where what is frozen is kept and as what, as `Regime.keep_features` gives it.
+            kept: where what is frozen is kept and as what, and by whom a student is taught, as `Regime.keep_features`
+                gives it.
             tells: of what differs.
         """
         then = self.chosen_before
@@ -95,8 +96,8 @@ class Job:
         checkpoints.info[CHOSEN] = now
         other = [
             f"{key} was {typed(then[key])} and is {typed(now[key])}"
-            for key in ("engine.precision", "features.dtype")  # where features are kept changes no number
-            if key in then and (then[key] or _EXACT) != (now[key] or _EXACT)
+            for key in ("engine.precision", "features.dtype", "teacher")  # where features are kept changes no number
+            if key in then.keys() & now.keys() and (then[key] or _EXACT) != (now[key] or _EXACT)
         ]
         if other and tells:
             logger.warning(

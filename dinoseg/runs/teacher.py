@@ -28,6 +28,7 @@ from dinoseg.training.feature_cache.key import code_hash, hash_of
 from dinoseg.transfer import sent
 from dinoseg.wording import listed
 
+_PROBED = 512  # pixels of a side that a backbone sees of an image by which its cells are counted, at most
 _LEAST = -3e4  # of a score below the highest, which float16 holds
 
 
@@ -59,6 +60,11 @@ class Teacher:
         self._asked: tuple[Predictor, tuple[float, float]] | None = None
 
     @property
+    def name(self) -> str:
+        """What tells its file from any other, wherever it lies."""
+        return f"sha256 {self._digest[:16]}"
+
+    @property
     def parts(self) -> dict[str, str]:
         """What its scores of an image depend on, as hashes, by what a user calls it."""
         return {
@@ -82,9 +88,9 @@ class Teacher:
         # windows see pictures larger than those of the training as they are
         seen = backbone_size((image.shape[-2], image.shape[-1]), 1.0, predictor.model.longest)
         height, width = (max(1, math.ceil(side * of - 1e-6)) for side, of in zip(seen, cells, strict=True))
-        bands = predictor.asked(
-            sent(image[None], predictor.device), lambda bands: list(map(_grid_of, bands)), size=(height, width)
-        )
+        pixels = sent(image[None], predictor.device)
+        with self._named():
+            bands = predictor.asked(pixels, lambda bands: list(map(_grid_of, bands)), size=(height, width))
         valid, scores = bands[0][1], torch.cat([scores for scores, _ in bands], dim=1)
         if not scores.isfinite().all():
             raise UserError(
@@ -101,15 +107,16 @@ class Teacher:
                 raise UserError(f"resume={self._path} was changed since this run began. Start it again.")
             model, _ = restore(self._cfg, self._path)
             policy = instantiate(self._cfg.inference)
-        keep_scale(model, TrainedSizes.from_info(self._info), teacher=f"teacher={self._given}")
-        model = model.to(self._engine.device).requires_grad_(False)
-        predictor = Predictor(model, self._engine.device, self._engine.autocast, policy)
-        return predictor, self._cells(model)
+            keep_scale(model, TrainedSizes.from_info(self._info), teacher=f"teacher={self._given}")
+            model = model.to(self._engine.device).requires_grad_(False)
+            predictor = Predictor(model, self._engine.device, self._engine.autocast, policy)
+            return predictor, self._cells(model)
 
     @torch.no_grad()
     def _cells(self, model: Segmenter) -> tuple[float, float]:
         """Return the cells of scores for each pixel of an image that is not reduced, down and across."""
-        height, width = plain(self._cfg.resolution, resolve=True)["crop"]
+        most = math.ceil(_PROBED / model.scale)
+        height, width = (min(side, most) for side in plain(self._cfg.resolution, resolve=True)["crop"])
         with self._engine.autocast():
             seen = model(torch.zeros(1, 3, height, width, dtype=torch.uint8, device=self._engine.device), reduce=False)
         grid = seen.grid if seen.grid is not None else seen.masks.logits if seen.masks is not None else None
@@ -138,11 +145,12 @@ class Teacher:
 
     @contextmanager
     def _named(self) -> Iterator[None]:
-        """Let messages call the checkpoint what the user calls it."""
+        """Let messages call the checkpoint what the user calls it, and say that what they tell of is its own."""
         try:
             yield
         except UserError as error:
-            raise UserError(str(error).replace("resume=", "teacher=")) from None
+            told = str(error).replace("resume=", "teacher=")
+            raise UserError(told if "teacher=" in told else f"teacher={self._given}: {told}") from None
         except OSError as error:
             raise UserError(f"teacher={self._given}: {error.strerror}. Check that file.") from error
 

@@ -1,6 +1,7 @@
 """A student and its teacher: the same with kept scores and anew, after a stop and on ranks, and what is refused."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -131,7 +132,10 @@ def test_a_run_goes_on_from_another_folder_and_with_another_place_of_its_teacher
     assert refused.status == 1 and f"teacher={folder / 'teacher'}: neither a checkpoint file" in refused.err
     done = call(tmp_path, *words, "trainer.steps=3", f"teacher={folder / 'elsewhere'}")
     (folder / "elsewhere").rename(folder / "teacher")
-    assert done.status == 0, done.err
+    assert done.status == 0 and "other numbers" not in done.err, done.err
+    trained(folder, "another", *PLAIN, "backbone.patch_size=4", "head=mlp", "trainer.steps=1")
+    done = call(tmp_path, *words, "trainer.steps=4", f"teacher={folder / 'another'}")
+    assert done.status == 0 and re.search(r"other numbers than before: teacher was sha256 \w+ and is", done.err)
 
 
 def test_a_student_in_one_file_names_no_place_of_its_teacher(folder):

@@ -40,6 +40,8 @@ def test_what_differs_when_a_run_goes_on_is_told_once(noted):
     assert "; features.dtype was float16 and is null. Give what was" in told
     assert then["engine"]["engine.cache"] == "off" and "was null and is float16" in noted(then)[1][0]
     assert noted({"engine": KEPT | {"features.dtype": None}}, kept={**KEPT, "features.dtype": "float32"})[1] == []
+    assert noted({"engine": KEPT | {"teacher": "a"}})[1] == []  # no student
+    assert "teacher was a and is b" in noted({"engine": {"teacher": "a"}}, kept={**KEPT, "teacher": "b"})[1][0]
 
 
 @pytest.mark.parametrize("said", [3, ["bf16"], {"engine.precision": 16}, None])

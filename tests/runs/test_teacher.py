@@ -128,6 +128,42 @@ def test_a_foreign_config_is_held_against_config_files(folder, compose, tmp_path
         teacher(compose, str(tmp_path / "best.safetensors"))
 
 
+def changed(folder, path, *keys, value):
+    """Write the linear teacher's checkpoint with another value in its description."""
+    source = folder / "linear/checkpoints/best.safetensors"
+    info = {key: part for key, part in checkpoint.describe(source).items() if key != "format"}
+    node = info = json.loads(json.dumps(info))
+    for key in keys[:-1]:
+        node = node[key]
+    node[keys[-1]] = value
+    checkpoint.write(path, checkpoint.read(source).tensors, info)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "said"),
+    [
+        (("sizes",), {"typical": -1, "largest": 5}, "sizes.typical is -1, and must be"),
+        (("config", "resolution", "longest"), -3, "resolution.longest=-3 is out of range"),
+        (("config", "resolution", "crop"), [0, 0], r"resolution.crop=\[0, 0\] with"),
+        (("config", "resolution", "crop"), "wide", "resolution.crop=wide"),
+        (("config", "inference", "size"), -5, "inference.size=-5 is out of range"),
+    ],
+)
+def test_what_is_wrong_in_its_file_is_said_to_be_the_teacher_s(folder, compose, tmp_path, keys, value, said):
+    with pytest.raises(UserError, match=f"^teacher={tmp_path}.*: .*{said}"):
+        teacher(compose, changed(folder, tmp_path / "best.safetensors", *keys, value=value))(
+            torch.zeros(3, 9, 9, dtype=torch.uint8)
+        )
+
+
+def test_a_crop_of_a_stranger_s_takes_no_memory(folder, compose, tmp_path):
+    """Cells for each pixel are counted on an image of any size, which is how the crop is used."""
+    path = changed(folder, tmp_path / "best.safetensors", "config", "resolution", "crop", value=[16384, 16384])
+    asked, plain = teacher(compose, path), teacher(compose, str(folder / "linear"))
+    assert asked._read()[1] == pytest.approx(plain._read()[1]) == (1 / 8, 1 / 8)
+
+
 def test_large_scores_are_bounded_and_those_that_are_no_numbers_refused(folder, compose, monkeypatch):
     asked = teacher(compose, str(folder / "linear"))
     predictor, cells = asked._read()
