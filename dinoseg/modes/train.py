@@ -19,6 +19,7 @@ from dinoseg.regimes.job import Job, begin, looked_at
 from dinoseg.regimes.many_heads import train_heads
 from dinoseg.runs.folder import first_ranks
 from dinoseg.runs.heads import SOLO
+from dinoseg.runs.initial import begin_with, check_initial
 from dinoseg.training.mixed_feed import KEYS
 
 _NOT_FIT_S = ("feed", "epochs", "heads", "lrs", *KEYS, *OF_TEACHER)  # keys of a trainer that its function does not take
@@ -57,9 +58,8 @@ def train(
     else:
         job = Job(cfg, out_dir, regime, engine)
         sizes = looked_at(regime, engine)
-        model, loss, optimizer, checkpoints = job.parts(
-            engine.place(build.model(cfg, outlined=True)), sizes, length.steps
-        )
+        made = begin_with(cfg, build.model(cfg, outlined=True), list(regime.labels.classes))
+        model, loss, optimizer, checkpoints = job.parts(engine.place(made), sizes, length.steps)
         schedule = begin(cfg, regime, engine, out_dir, length.steps)
         epochs = length.steps * cfg.trainer.accumulate / regime.feed.epoch
         kept = regime.keep_features(model, loss, engine, epochs, before=job.chosen_before)
@@ -81,6 +81,7 @@ def train(
 def check(cfg: DictConfig) -> None:
     """Refuse a config whose parts cannot be put together or are out of range; reads neither weights nor data."""
     regime, model = regime_of(cfg), build.outline(cfg)
+    check_initial(cfg, model)
     regime.check_parts(cfg, model, 1)
     with torch.device("meta"):
         build.optimizer(cfg, model)

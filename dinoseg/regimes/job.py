@@ -19,6 +19,7 @@ from dinoseg.model import Segmenter
 from dinoseg.regimes.regime import Regime
 from dinoseg.report.curves import draw_curves
 from dinoseg.report.log import RunLog, read_rows, write_settings
+from dinoseg.runs.initial import check_initial
 from dinoseg.runs.recipe import run_description
 from dinoseg.runs.settings import settings_of
 from dinoseg.runs.split_record import write_split
@@ -60,6 +61,7 @@ class Job:
             self.start, outline = _start(cfg, regime.labels)
         else:
             outline = build.outline(cfg)
+            check_initial(cfg, outline)
         regime.check_parts(cfg, outline, engine.world)
 
     @property

@@ -94,6 +94,8 @@ def _check_feed(cfg: DictConfig, regime: Regime, engine: Engine) -> None:
     if engine.sharded or engine.cache in ("disk", "memory"):
         key = "sharding=fsdp" if engine.sharded else f"cache={engine.cache}"
         raise UserError(f"engine.{key} is for one head at a time. Leave it out with trainer=many_heads.")
+    if cfg.init is not None and cfg.resume is None:
+        raise UserError(f"init={cfg.init} is for one head at a time. Leave it out with trainer=many_heads.")
     if cfg.data.get("feature_noise"):  # the data of older checkpoints has no such key
         raise UserError(
             f"data.feature_noise={cfg.data.feature_noise} is for one head at a time. Set data.feature_noise=0 with "

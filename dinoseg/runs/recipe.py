@@ -20,12 +20,13 @@ from dinoseg.training.description import CHOSEN, GROUPS
 USE = "inference"  # the group that says how a model is asked: what validates with windows is evaluated with them
 HEADS, RATES = "heads", "lrs"  # what a run of several heads trains
 TEACHER = "teacher"  # the run that a student learns from
-OPTIONAL = (USE, HEADS, RATES, TEACHER)  # root keys that older checkpoints, those of one head or without teacher lack
+INITIAL = "init"  # the run whose weights a new one begins with
+OPTIONAL = (USE, HEADS, RATES, TEACHER, INITIAL)  # root keys that a checkpoint lacks where they say nothing
 SAVED = ("seed", *GROUPS, *OPTIONAL)  # root keys of a config that a checkpoint keeps
 # keys that older checkpoints lack, and what was so before them
 _LATER: Mapping[str, Mapping[str, Any]] = {
     "data": {"views": None, "feature_noise": 0.0, "class_uniform": 0.0, "class_mix": 0.0, "labelled": None},
-    "head": {"init": None, "deep_supervision": True, "standardise": False, "alone": 0.0},
+    "head": {"init": None, "deep_supervision": True, "standardise": False, "alone": 0.0, "first": "drawn"},
     "loss": {"hardest": 1.0, "border_weight": 1.0, "border_width": 3},
 }
 # of a trainer: a run may go on with others
@@ -48,8 +49,9 @@ def config_description(cfg: DictConfig) -> dict[str, Any]:
     config = {key: value for key, value in plain(cfg).items() if key in SAVED and value is not None}
     # what acts is the machine's to say, never a file's
     config["data"] = {**settled(cfg.data), **dict.fromkeys(ACTING)}
-    if isinstance(config.get(TEACHER), str):  # a run goes on from any folder
-        config[TEACHER] = str(Path(config[TEACHER]).expanduser().absolute())
+    for key in (TEACHER, INITIAL):
+        if isinstance(config.get(key), str):  # a run goes on from any folder
+            config[key] = str(Path(config[key]).expanduser().absolute())
     config["head"] = settled(cfg.head)  # its grid is what it was trained for, whatever later images are seen at
     return {
         "config": config,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dinoseg.errors import UserError
-from dinoseg.heads.slots.attention import SlotAttention, slot_weights
+from dinoseg.heads.slots.attention import SlotAttention, slot_weights, unlike_tokens
 from dinoseg.heads.slots.background import background_mask
 from dinoseg.heads.slots.predictor import SaviPredictor, make_predictor
 
@@ -140,7 +140,7 @@ def test_first_slots_have_the_mean_and_the_spread_of_their_group(as_std, power):
         module.mean.copy_(torch.tensor([1.0, -2.0])), module.log_variance.copy_(torch.tensor([1.0, 0.5]))
         module.group_mean.copy_(torch.tensor([[[5.0, 0.0], [0.0, 7.0]]]))
         module.group_log_variance.copy_(torch.tensor([[[0.0, 0.0], [-1.0, 1.0]]]))
-    slots = module.start(4000, (3, 2))
+    slots = module.start(torch.zeros(4000, 6, 5), (3, 2))
     assert slots.shape == (4000, 5, 2)
     for part, mean, log_variance in ((slots[:, :3], (6, -2), (1, 0.5)), (slots[:, 3:], (1, 5), (0, 1.5))):
         values = part.reshape(-1, 2)
@@ -151,17 +151,85 @@ def test_first_slots_have_the_mean_and_the_spread_of_their_group(as_std, power):
 
 def test_first_slots_are_drawn_in_training_and_fixed_in_eval_mode():
     module = SlotAttention(5, 4, 3)
+    tokens = torch.randn(2, 6, 5)
     torch.manual_seed(1)
-    first, second = module.start(2, [3]), module.start(2, [3])
+    first, second = module.start(tokens, [3]), module.start(tokens, [3])
     torch.manual_seed(1)
-    assert torch.equal(first, module.start(2, [3]))
+    assert torch.equal(first, module.start(tokens, [3]))
     assert not torch.equal(first, second) and not torch.equal(first[0], first[1])
     module.eval()
     before = torch.get_rng_state()
-    fixed = module.start(2, [3])
+    fixed = module.start(tokens, [3])
     assert torch.equal(before, torch.get_rng_state())  # nothing is taken from the training's own numbers
-    assert torch.equal(fixed[:1], module.start(1, [3])) and torch.equal(fixed[0], fixed[1])
+    assert torch.equal(fixed[:1], module.start(tokens[:1], [3])) and torch.equal(fixed[0], fixed[1])
     assert not torch.equal(fixed[0, 0], fixed[0, 1])
+
+
+def farthest(rows, count, allowed):
+    """Each place is the farthest from all before it, the first the farthest from the mean of all."""
+    mean = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+    chosen = []
+    for slot in range(count):
+        before = [rows[place] for place in chosen] or [mean]
+        gap = [min(math.dist(row, other) for other in before) if allowed[slot][i] else -1 for i, row in enumerate(rows)]
+        chosen.append(gap.index(max(gap)))
+    return chosen
+
+
+@pytest.mark.parametrize("some", [False, True])
+def test_unlike_tokens_are_each_the_farthest_from_all_before(some):
+    torch.manual_seed(4)
+    tokens = torch.randn(3, 9, 4).double()
+    tokens[1] = tokens[1, :1]  # all alike: any will do, and the first is taken
+    allowed = torch.rand(3, 5, 9) > 0.5 if some else torch.ones(3, 5, 9, dtype=torch.bool)
+    if some:
+        allowed[2, 3] = False
+    found = unlike_tokens(tokens, 5, allowed if some else None)
+    for clip in (0, 2):
+        assert found[clip].tolist() == farthest(tokens[clip].tolist(), 5, allowed[clip].tolist())
+    if some:
+        assert all(allowed[clip, slot, found[clip, slot]] for clip in (0, 1) for slot in range(5))
+        assert found[2, 3] == 0
+
+
+def test_unlike_tokens_of_training_begin_anywhere():
+    tokens = torch.randn(1, 9, 4).expand(400, -1, -1)
+    torch.manual_seed(1)
+    found = unlike_tokens(tokens, 3, anywhere=True)
+    assert len(found[:, 0].unique()) == 9
+    assert all(len(set(row)) == 3 for row in found.tolist())
+
+
+def test_unlike_slots_are_the_drawn_ones_and_what_their_tokens_tell():
+    module = made(SlotAttention, 5, 4, 3, first="unlike").eval()
+    tokens = torch.randn(2, 7, 5).double()
+    places = unlike_tokens(module.norm_tokens(tokens), 3)
+    found, seed = module.start(tokens, [3]), module.seed
+    module.seed = None
+    drawn = module.start(tokens, [3])
+    for clip in range(2):
+        for slot in range(3):
+            row = normed(tokens[clip, places[clip, slot]].tolist(), module.norm_tokens)
+            told = torch.tensor(times(seed.weight, row, seed.bias), dtype=torch.float64)
+            torch.testing.assert_close(found[clip, slot], drawn[clip, slot] + told, **EXACT)
+    module.seed = seed
+    allowed = torch.zeros(2, 3, 7, dtype=torch.bool)
+    allowed[:, :, 4] = True
+    at_one = module.start(tokens, [3], allowed) - drawn
+    torch.testing.assert_close(at_one, at_one[:, :1].expand(-1, 3, -1), **EXACT)
+
+
+def test_queries_and_keys_begin_with_a_variance_of_one():
+    torch.manual_seed(0)
+    module = SlotAttention(160, 64, 3)
+    for projection, width in ((module.query, 64), (module.key, 160)):
+        values = projection(torch.randn(4000, width))
+        assert 0.85 < values.var().item() < 1.15
+
+
+def test_another_way_to_begin_is_refused():
+    with pytest.raises(UserError, match=r"head.first=drwan is unknown. Choose one of drawn, unlike"):
+        SlotAttention(5, 4, 3, first="drwan")
 
 
 def test_gaussian_starts_within_xaviers_bound():

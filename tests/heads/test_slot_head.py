@@ -142,7 +142,7 @@ def test_frame_by_frame_is_the_same_as_the_clip(predictor, groups, grid):
 def test_iterations_and_predictor_are_where_they_belong():
     head, features = made(iterations=2, first_iterations=4).eval(), clip(3)
     tokens = [features[:, time].flatten(2).mT for time in range(3)]
-    slots, _ = head.slot_attention(tokens[0], head.slot_attention.start(2, [3]), 4)
+    slots, _ = head.slot_attention(tokens[0], head.slot_attention.start(tokens[0], [3]), 4)
     for time in (1, 2):
         slots, weights = head.slot_attention(tokens[time], head.predictor(slots), 2)
     outputs = head.follow(features)

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from dinoseg.errors import UserError
+from dinoseg.heads.options import check_choice
 from dinoseg.precision import at_least_float32
 
+FIRST = ("drawn", "unlike")
 _EPSILON = 1e-6  # against a slot that won no token
 _EVAL_SEED = 0  # of the first slots in eval mode
 
@@ -34,7 +36,8 @@ class SlotAttention(nn.Module):
     """Slot attention (Locatello et al., arXiv 2006.15055) whose first slots are drawn from one learnt Gaussian.
 
     Slots are updated by a GRU cell and a residual MLP; gradients pass through all iterations. Slots stay in float32
-    under autocast: they go from frame to frame.
+    under autocast: they go from frame to frame. Queries and keys begin with a variance of one, as in the paper's code,
+    where torch's own initialisation gives a third: logits of a ninth keep slots alike for longer.
 
     Args:
         in_dim: width of the tokens.
@@ -42,12 +45,22 @@ class SlotAttention(nn.Module):
         hidden_dim: hidden width of the MLP.
         num_groups: more than one adds a learnt offset of mean and log-variance for each group.
         variance_as_std: take exp(log-variance) as the standard deviation itself, not its square.
+        first: `drawn`; or `unlike`: what is drawn, plus a learnt projection of a token, of the tokens that are most
+            unlike one another (`unlike_tokens`).
     """
 
     def __init__(
-        self, in_dim: int, slot_dim: int, hidden_dim: int, *, num_groups: int = 1, variance_as_std: bool = False
+        self,
+        in_dim: int,
+        slot_dim: int,
+        hidden_dim: int,
+        *,
+        num_groups: int = 1,
+        variance_as_std: bool = False,
+        first: str = "drawn",
     ) -> None:
         super().__init__()
+        check_choice("first", first, FIRST)
         self.exponent = 1.0 if variance_as_std else 0.5
         self.norm_tokens = nn.LayerNorm(in_dim)
         self.norm_slots = nn.LayerNorm(slot_dim)
@@ -58,15 +71,32 @@ class SlotAttention(nn.Module):
         self.group_log_variance = _gaussian_part(num_groups, slot_dim) if num_groups > 1 else None
         self.query = nn.Linear(slot_dim, slot_dim, bias=False)
         self.key = nn.Linear(in_dim, slot_dim, bias=False)
+        for projection in (self.query, self.key):
+            nn.init.kaiming_uniform_(projection.weight, nonlinearity="linear")
         self.value = nn.Linear(in_dim, slot_dim, bias=False)
         self.gru = nn.GRUCell(slot_dim, slot_dim)
         self.mlp = nn.Sequential(nn.Linear(slot_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, slot_dim))
+        self.seed = nn.Linear(in_dim, slot_dim) if first == "unlike" else None
 
-    def start(self, batch: int, sizes: Sequence[int]) -> Tensor:
-        """Draw the first slots (B, S, D), `sizes` of each group.
+    def start(self, tokens: Tensor, sizes: Sequence[int], allowed: Tensor | None = None) -> Tensor:
+        """Return the first slots (B, S, D), `sizes` of each group.
 
-        In train mode from torch's global generator; in eval mode the same for every clip and every time.
+        What is drawn comes in train mode from torch's global generator; in eval mode it is the same for every clip and
+        every time.
+
+        Args:
+            tokens: (B, N, in_dim).
+            sizes: slots in each group.
+            allowed: which tokens each slot may see (B, S, N), bool, True = may.
         """
+        drawn = self._drawn(len(tokens), sizes)
+        if self.seed is None:
+            return drawn
+        normed = self.norm_tokens(tokens)
+        chosen = unlike_tokens(normed, sum(sizes), allowed, anywhere=self.training)
+        return drawn + self.seed(normed.take_along_dim(chosen[..., None], dim=1))
+
+    def _drawn(self, batch: int, sizes: Sequence[int]) -> Tensor:
         mean: Tensor = self.mean  # (1, 1, D)
         log_variance: Tensor = self.log_variance
         if self.group_mean is not None and self.group_log_variance is not None:
@@ -110,6 +140,31 @@ class SlotAttention(nn.Module):
         # Drawn on the CPU, once for all clips: the masks depend neither on the device nor on what else is in the batch
         fixed = torch.randn(shape, generator=torch.Generator().manual_seed(_EVAL_SEED), device="cpu")
         return fixed.to(self.mean).expand(batch, -1, -1)
+
+
+@torch.no_grad()
+def unlike_tokens(tokens: Tensor, count: int, allowed: Tensor | None = None, *, anywhere: bool = False) -> Tensor:
+    """Return the places (B, S) of tokens that are most unlike one another: each is the farthest from all before it.
+
+    Farthest point sampling (Gonzalez, 1985) by Euclidean distance. The first one is the farthest from the mean of all,
+    or with `anywhere` drawn from torch's global generator.
+
+    Args:
+        tokens: (B, N, C).
+        count: S.
+        allowed: which tokens each slot may take (B, S, N), bool, True = may; one that may take none takes the first.
+        anywhere: draw the first.
+    """
+    tokens = at_least_float32(tokens)
+    mean = tokens.mean(1, keepdim=True)
+    distance = torch.rand_like(tokens[..., 0]) if anywhere else torch.cdist(tokens, mean).squeeze(2)  # (B, N)
+    chosen = []
+    for slot in range(count):
+        free = distance if allowed is None else distance.masked_fill(~allowed[:, slot], -1.0)
+        chosen.append(free.argmax(1, keepdim=True))
+        beside = torch.cdist(tokens, tokens.take_along_dim(chosen[-1][..., None], dim=1)).squeeze(2)
+        distance = beside if slot == 0 else torch.minimum(distance, beside)
+    return torch.cat(chosen, dim=1)
 
 
 def _gaussian_part(groups: int, dim: int) -> nn.Parameter:

@@ -40,6 +40,8 @@ class SlotHead(Head[SlotOutputs]):
         hidden_dim: hidden width of the MLP of slot attention.
         iterations: of slot attention in a frame.
         first_iterations: the same where slots are drawn anew; None = `iterations`.
+        first: where slots are drawn anew, they are `drawn` alone, or begin at the cells that are most `unlike` one
+            another.
         groups: in which frames background slots see only what the class token does not look at, and foreground slots
             only the rest: `off`, `initial` (the first frame) or `always`.
         variance_as_std: take exp(log-variance) as the first slots' standard deviation itself.
@@ -74,6 +76,7 @@ class SlotHead(Head[SlotOutputs]):
         hidden_dim: Count = 1024,
         iterations: Count = 1,
         first_iterations: Count | None = None,
+        first: str = "drawn",
         groups: str = "off",
         variance_as_std: bool = False,
         token_positions: bool = False,
@@ -108,7 +111,7 @@ class SlotHead(Head[SlotOutputs]):
         self.mask_step = self.steps.index(0) if 0 in self.steps else 0
         self.grid = training_grid(positions_grid, positions, similarity)
         self.slot_attention = SlotAttention(
-            dim, slot_dim, hidden_dim, num_groups=len(self.sizes), variance_as_std=variance_as_std
+            dim, slot_dim, hidden_dim, num_groups=len(self.sizes), variance_as_std=variance_as_std, first=first
         )
         # no momentum: the mean over all batches, since what is frozen gives the same features from first to last
         self.standard = nn.BatchNorm2d(dim, affine=False, momentum=None) if standardise else None
@@ -225,7 +228,7 @@ class SlotHead(Head[SlotOutputs]):
         if guess is not None and carried:
             slots, iterations = guess, self.iterations
         else:
-            slots, iterations = self.slot_attention.start(len(features), sizes), self.first_iterations
+            slots, iterations = self.slot_attention.start(tokens, sizes, seen), self.first_iterations
             if guess is not None:
                 slots = slots + 0.0 * guess  # ranks wait for a gradient of every weight
         slots, attention = self.slot_attention(tokens, slots, iterations, seen)

@@ -1,0 +1,112 @@
+"""A new run that begins with the weights of another."""
+
+import shutil
+
+import pytest
+import torch
+from command_line import SMALL, call, write_data
+from finished_runs import rows, trained
+
+from dinoseg.training import checkpoint
+
+QUIET = ("mode.report=false", "mode.pictures=0", "mode.floor=0")
+SHORT = ("mode=train", *SMALL, *QUIET)
+_OTHERS = (word for word in SMALL if not word.startswith(("backbone", "adapter")))
+KNOWN = ("mode=train", *_OTHERS, *QUIET, "backbone=tiny_surgical", "backbone.layers=[0]", "adapter=frozen")
+KEEP = ("trainer.steps=1", "optim.optimizer.lr=1e-30")  # a step that changes no weight
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    where = tmp_path_factory.mktemp("runs")
+    write_data(where / "data", val=2)
+    trained(where, "first", *SHORT, "seed=5")
+    trained(where, "tuned", *KNOWN, "adapter=full")
+    trained(where, "frozen", *KNOWN)
+    return where
+
+
+def weights(path):
+    return checkpoint.read(path / "checkpoints/last.safetensors").part("model")
+
+
+def test_a_run_begins_with_the_best_weights_of_another(folder):
+    ours, done = trained(folder, "next", *SHORT, "init=first", "seed=5", *KEEP)
+    best = checkpoint.read(folder / "first/checkpoints/best.safetensors")
+    theirs = best.part("model")
+    buffers = ("running_mean", "running_var", "num_batches_tracked")  # which a step changes at any rate
+    for name, value in theirs.items():
+        if not name.endswith(buffers):
+            torch.testing.assert_close(ours[f"model/{name}"], value, rtol=0, atol=0)
+    assert f"init=first: {len(theirs)} tensors taken from step {best.info['progress']['step']}." in done.err
+    assert rows(folder, "next")[0]["step"] == 1  # its own steps, rates and optimizer
+
+
+def test_what_does_not_fit_begins_anew_and_is_named(folder):
+    more = ("data.classes=[dark,bright,other]", "data.palette=[[0,0,0],[255,255,255],[9,9,9]]")
+    words = (*SHORT, "seed=5", *more, *KEEP)
+    ours, done = trained(folder, "more", *words, "init=first/checkpoints/last.safetensors")
+    fresh, _ = trained(folder, "fresh", *words)
+    theirs = weights(folder / "first")
+    anew = [name for name, value in theirs.items() if value.shape != ours[f"model/{name}"].shape]
+    assert anew and all(name.startswith("head.") for name in anew)
+    assert "; begins anew: " + ", ".join(sorted(anew)) in done.err
+    for name in anew:
+        torch.testing.assert_close(ours[f"model/{name}"], fresh[f"model/{name}"], rtol=0, atol=0)
+
+
+def test_other_classes_of_the_same_number_are_told(folder):
+    _, done = trained(folder, "renamed", *SHORT, "init=first", "data.classes=[a,b]", *KEEP)
+    assert "init: its classes are dark, bright, and those of the data begin as these." in done.err
+
+
+def test_a_run_that_goes_on_has_its_own_weights(folder):
+    words = (*SHORT, "init=gone", "trainer.save_every=1")
+    shutil.copytree(folder / "first", folder / "gone")
+    trained(folder, "part", *words, "trainer.steps=2", "optim.schedule.kind=constant")
+    shutil.rmtree(folder / "gone")
+    done = call(folder, "mode=train", "resume=part", "trainer.steps=3", "hydra.run.dir=part")
+    assert done.status == 0 and "init=" not in done.err, done.err
+    info = checkpoint.describe(folder / "part/checkpoints/last.safetensors")
+    assert info["config"]["init"] == str(folder / "gone") and info["progress"]["step"] == 3
+    assert call(folder, "mode=eval", "resume=part").status == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "init=nowhere: neither a checkpoint file nor a run folder"),
+        (("init=[a]",), r"init=['a'] names no run. Give a run folder or a checkpoint"),
+        (("init=tuned", *KNOWN), "that this model does not train, or has otherwise"),
+        (("init=first", "head=mlp"), "none is of this model's head"),
+        (("init=first", "trainer=many_heads", "heads=[linear]"), "init=first is for one head at a time"),
+        (("init=data",), "init=data: neither a checkpoint file nor a run folder"),
+    ],
+)
+def test_a_run_that_cannot_be_begun_with_is_refused_before_anything_is_trained(folder, words, said):
+    done = call(folder, *SHORT, *(words or ("init=nowhere",)), "hydra.run.dir=refused")
+    assert done.status == 1 and said in done.err and "Traceback" not in done.err, done.err
+    assert not (folder / "refused/checkpoints").exists()
+    many = call(folder, *SHORT, *(words or ("init=nowhere",)), "-m", "seed=0,1", "hydra.sweep.dir=many")
+    assert many.status == 1 and said in many.err, many.err
+
+
+def test_frozen_weights_of_another_backbone_are_refused(folder):
+    info = checkpoint.read(folder / "frozen/checkpoints/best.safetensors")
+    changed = {**info.info, "frozen": {**info.info["frozen"], "backbone": "0" * 16}}
+    checkpoint.write(folder / "other.safetensors", info.tensors, {k: v for k, v in changed.items() if k != "format"})
+    done = call(folder, *KNOWN, "init=other.safetensors", "hydra.run.dir=refused")
+    assert done.status == 1 and "trained on other frozen backbone weights" in done.err, done.err
+
+
+def test_a_damaged_file_is_refused_by_its_key(folder):
+    (folder / "cut.safetensors").write_bytes((folder / "first/checkpoints/best.safetensors").read_bytes()[:2000])
+    done = call(folder, *SHORT, "init=cut.safetensors", "hydra.run.dir=refused")
+    assert done.status == 1 and "init=cut.safetensors: not a readable checkpoint" in done.err, done.err
+
+
+def test_the_run_that_it_begins_with_is_part_of_a_recipe(folder):
+    words = (*SHORT, "seed=9", "trainer.steps=1")
+    trained(folder, "outputs/r/a", *words)
+    done = call(folder, *words, "init=first", "resume=auto", "hydra.run.dir=outputs/r/b")
+    assert done.status == 0 and "init=first: " in done.err, done.err
