@@ -70,8 +70,8 @@ def other_colours(held: Held) -> str | None:
     means, deviations = map(typed, COLOURS[best])
     return (
         f"With another normalisation, {best}, the closed form has {floors[best]:.4f} in place of "
-        f"{held.floor['miou']:.4f}. Either the weights were trained with that, or they see these images better so: look up "
-        f"what they were trained with, or try backbone.mean={means} backbone.std={deviations}"
+        f"{held.floor['miou']:.4f}. Either the weights were trained with that, or they see these images better so: "
+        f"look up what they were trained with, or try backbone.mean={means} backbone.std={deviations}"
     )
 
 
