@@ -21,6 +21,7 @@ from dinoseg.losses.distillation import SeenScores, divergence
 from dinoseg.ranges import NotNegative, Temperature
 from dinoseg.shapes import Batch, FrozenFeatures, Prediction, SegmentationData, mapped
 from dinoseg.training.feature_cache.cache import Views
+from dinoseg.training.feature_cache.form import MOST_BYTES
 from dinoseg.training.feature_cache.key import goes_with, hash_of, image_hash
 from dinoseg.training.feature_cache.store import FeatureStore
 from dinoseg.training.image_feed import ImageFeed
@@ -65,6 +66,12 @@ class KeptScores:
         if kept is None or not self._fits(kept):
             image = files[index]["image"]
             scores, valid = self.ask(image)
+            if scores.nbytes > MOST_BYTES:
+                raise UserError(
+                    f"The teacher's scores of {data.names[index]} are {' x '.join(map(str, scores.shape))} numbers, "
+                    f"{scores.nbytes / 2**20:.0f} MiB, and {MOST_BYTES / 2**20:.0f} are taken at most. Choose a teacher "
+                    "whose head gives fewer cells, or smaller pictures."
+                )
             facts = torch.tensor([*image.shape[-2:], *valid], dtype=torch.float64)
             kept = self.store.put(key, [scores, facts.view(torch.uint8)])
         return kept[0], kept[1].view(torch.float64).tolist()

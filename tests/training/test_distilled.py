@@ -114,6 +114,12 @@ def test_scores_are_asked_for_once_and_used_as_they_are_kept(tmp_path):
         assert len(asked) == count + 1 and torch.equal(anew.scores, first.scores)
 
 
+def test_scores_that_no_memory_is_for_are_refused_by_the_image_s_name():
+    kept = KeptScores(lambda image: (torch.zeros(2, 1, 1).expand(2, 2**14, 2**14), (1.0, 1.0)), NoStore(), 2)
+    with pytest.raises(UserError, match="scores of 1 are 2 x 16384 x 16384 numbers, 2048 MiB, and 1024 are taken"):
+        kept.look(views(), 0, 1)
+
+
 def test_images_without_masks_are_ignored_everywhere_and_known_by_their_files(tmp_path):
     for name in "ab":
         write_png(tmp_path / f"{name}.png", np.full((4, 5, 3), ord(name), np.uint8))
