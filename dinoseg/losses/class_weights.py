@@ -1,6 +1,5 @@
 """Class weights from pixel counts, or as they are given."""
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -8,7 +7,10 @@ from torch import Tensor
 
 from dinoseg.errors import UserError
 from dinoseg.ranges import LowShare
+from dinoseg.wording import listed, shown
 
+_LEAST, _MOST = 1e-6, 1e6  # of a weight: what float32 sums hold beside others
+_NAMED = 30  # classes in a message
 SCHEMES = ("none", "one_minus_frequency", "inverse", "median", "effective_number")
 
 
@@ -25,7 +27,7 @@ def class_weights(
     taken as they are, and a class without one has 1.
 
     Raises:
-        UserError: an unknown scheme, no labelled pixel at all, no such class, or what is no number above 0.
+        UserError: an unknown scheme, no labelled pixel at all, no such class, or what is no number from a millionth to a million.
     """
     if isinstance(scheme, Mapping):
         return _given(scheme, classes)
@@ -53,13 +55,22 @@ def class_weights(
 
 
 def _given(weights: Mapping[str, float], classes: Sequence[str]) -> Tensor:
-    for name, weight in weights.items():
-        if name not in classes:
-            raise UserError(f"loss.weights: {name} is no class. The classes are {', '.join(classes)}.")
+    found = dict.fromkeys(classes, 1.0)
+    for key, weight in weights.items():
+        name = str(key)  # YAML takes a class 1 for a number
+        if name not in found:
+            raise UserError(
+                f"loss.weights: {shown(name)} is no class. The classes are {listed(classes, _NAMED)}. Weigh these alone; "
+                "loss.weights=none takes back the weights of a recipe."
+            )
         number = isinstance(weight, int | float) and not isinstance(weight, bool)
-        if not (number and 0 < weight < math.inf):
-            raise UserError(f"loss.weights: {name}={weight} is no weight. Give a number above 0; 1 is as without one.")
-    return torch.tensor([float(weights.get(name, 1.0)) for name in classes])
+        if not (number and _LEAST <= weight <= _MOST):
+            raise UserError(
+                f"loss.weights: {name}={shown(weight)} is no weight. Give a number from {_LEAST:g} to {_MOST:g}; 1 is "
+                "as without one."
+            )
+        found[name] = float(weight)
+    return torch.tensor([found[name] for name in classes])
 
 
 def _mean_one(weights: Tensor, present: Tensor) -> Tensor:

@@ -45,10 +45,23 @@ def test_weights_by_name_are_taken_as_they_are():
     assert class_weights(COUNTS, NAMES, {}).tolist() == [1.0] * 4
 
 
-@pytest.mark.parametrize("weight", [0, -1, float("nan"), float("inf"), True, "3", None])
-def test_a_weight_by_name_is_a_number_above_0(weight):
-    with pytest.raises(UserError, match=f"loss.weights: pole={weight} is no weight. Give a number above 0"):
+@pytest.mark.parametrize(
+    "weight", [0, -1, float("nan"), float("inf"), True, "3", None, 1e39, 1e-46, 10**400, {"a": 1}, [3]]
+)
+def test_a_weight_by_name_is_a_number_above_0_that_float32_has(weight):
+    with pytest.raises(UserError, match=r"loss.weights: pole=.+ is no weight. Give a number from 1e-06 to 1e\+06"):
         class_weights(COUNTS, NAMES, {"pole": weight})
+
+
+def test_a_class_whose_name_is_a_number_to_yaml_is_weighed():
+    assert class_weights([5, 5, 5], ["0", "1", "2.5"], {1: 3, 2.5: 2}).tolist() == [1.0, 3.0, 2.0]
+
+
+def test_names_of_strangers_are_shown_in_one_short_line():
+    with pytest.raises(UserError) as refused:
+        class_weights([5] * 200, [f"class {number}" for number in range(200)], {"a\n\x1b" + "b" * 10**6: 2})
+    said = str(refused.value)
+    assert "\n" not in said and "\x1b" not in said and len(said) < 700 and "class 29 and 170 more" in said
 
 
 def test_bad_input():
