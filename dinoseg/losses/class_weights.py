@@ -27,7 +27,8 @@ def class_weights(
     taken as they are, and a class without one has 1.
 
     Raises:
-        UserError: an unknown scheme, no labelled pixel at all, no such class, or what is no number from a millionth to a million.
+        UserError: an unknown scheme, no labelled pixel at all, no such class, or what is no number
+            from a millionth to a million.
     """
     if isinstance(scheme, Mapping):
         return _given(scheme, classes)
@@ -60,8 +61,8 @@ def _given(weights: Mapping[str, float], classes: Sequence[str]) -> Tensor:
         name = str(key)  # YAML takes a class 1 for a number
         if name not in found:
             raise UserError(
-                f"loss.weights: {shown(name)} is no class. The classes are {listed(classes, _NAMED)}. Weigh these alone; "
-                "loss.weights=none takes back the weights of a recipe."
+                f"loss.weights: {shown(name)} is no class. The classes are {listed(classes, _NAMED)}. Weigh these "
+                "alone; loss.weights=none takes back the weights of a recipe."
             )
         number = isinstance(weight, int | float) and not isinstance(weight, bool)
         if not (number and _LEAST <= weight <= _MOST):

@@ -69,8 +69,8 @@ class KeptScores:
             if scores.nbytes > MOST_BYTES:
                 raise UserError(
                     f"The teacher's scores of {data.names[index]} are {' x '.join(map(str, scores.shape))} numbers, "
-                    f"{scores.nbytes / 2**20:.0f} MiB, and {MOST_BYTES / 2**20:.0f} are taken at most. Choose a teacher "
-                    "whose head gives fewer cells, or smaller pictures."
+                    f"{scores.nbytes / 2**20:.0f} MiB, and {MOST_BYTES / 2**20:.0f} are taken at most. Choose a "
+                    "teacher whose head gives fewer cells, or smaller pictures."
                 )
             facts = torch.tensor([*image.shape[-2:], *valid], dtype=torch.float64)
             kept = self.store.put(key, [scores, facts.view(torch.uint8)])
