@@ -24,7 +24,7 @@ from dinoseg.config.plain import plain
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.errors import UserError
 from dinoseg.processes.workers import count_cores
-from dinoseg.runs.composed import composed_with, typed_keys
+from dinoseg.runs.composed import composed_with, own_folders, searching, typed_keys
 from dinoseg.runs.recipe import LENGTHS, config_description, recipe_of
 from dinoseg.storage.atomic import write_text
 from dinoseg.wording import printable
@@ -52,7 +52,9 @@ class Recipe:
         path = folder / "hparam" / f"{NAME}.yaml"
         if not path.exists():
             write_text(path, self.text)
-        command = shlex.join(["python", "-m", "dinoseg", *self.words, f"hparam={NAME}", "--config-dir", str(folder)])
+        own = [searching([f"file://{Path(each).absolute()}" for each in own_folders()])] if own_folders() else []
+        words = [*self.words, *own, f"hparam={NAME}", "--config-dir", str(folder)]  # of two, Hydra takes the last alone
+        command = shlex.join(["python", "-m", "dinoseg", *words])
         print(printable(f"\nrecipe:       {path}\n              {command}\n"))
 
 

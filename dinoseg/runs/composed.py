@@ -5,6 +5,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from hydra import compose
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
@@ -16,6 +17,17 @@ _SEARCHED = "hydra.searchpath"
 def typed_keys(words: Sequence[str]) -> frozenset[str]:
     """Return the keys and groups that the words of a command line set."""
     return frozenset(each.key_or_group for each in OverridesParser.create().parse_overrides(list(words)))
+
+
+def own_folders() -> list[str]:
+    """Return the folder that `--config-dir` names, if it is given."""
+    return [each.path for each in HydraConfig.get().runtime.config_sources if each.provider == "command-line"]
+
+
+def searching(folders: Sequence[str]) -> str:
+    """Return the word of a command line by which configs are looked for in further folders, whatever their names."""
+    quoted = ["'" + folder.replace("'", "\\'") + "'" for folder in folders]
+    return f"{_SEARCHED}=[{','.join(quoted)}]"
 
 
 def composed_with(words: Sequence[str], name: str, text: str, *, known_as: str) -> DictConfig:
@@ -31,12 +43,12 @@ def composed_with(words: Sequence[str], name: str, text: str, *, known_as: str) 
     """
     overrides = OverridesParser.create().parse_overrides(list(words))
     kept = [str(each.input_line) for each in overrides if each.key_or_group not in ("hparam", _SEARCHED)]
-    folders = [folder for each in overrides if each.key_or_group == _SEARCHED for folder in each.value()]  # type: ignore[union-attr]
+    folders = [folder for each in overrides if each.key_or_group == _SEARCHED for folder in each.value() or ()]  # type: ignore[union-attr]
     with TemporaryDirectory() as folder:
         path = Path(folder) / "hparam" / f"{name}.yaml"
         path.parent.mkdir()
         path.write_text(text, encoding="utf-8")
-        searched = ",".join([*map(str, folders), f"'file://{folder}'"])
-        composed = compose("main", [*kept, f"{_SEARCHED}=[{searched}]", f"hparam={name}"], return_hydra_config=True)
+        searched = searching([*map(str, folders), f"file://{folder}"])
+        composed = compose("main", [*kept, searched, f"hparam={name}"], return_hydra_config=True)
         cfg = job_config(composed, composed.hydra.runtime.choices)
     return OmegaConf.merge(cfg, {"choices": {"hparam": known_as}})  # type: ignore[return-value]

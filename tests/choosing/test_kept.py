@@ -10,7 +10,7 @@ from dinoseg.__main__ import CONFIGS
 from dinoseg.choosing.kept import NAME, read_choices, recipe_text, told, write_choices
 from dinoseg.choosing.rules import Choice
 from dinoseg.config.resolvers import register_resolvers
-from dinoseg.runs.composed import composed_with, typed_keys
+from dinoseg.runs.composed import composed_with, searching, typed_keys
 from dinoseg.storage.forms import Misshapen
 
 CHOICES = [
@@ -104,3 +104,12 @@ def test_a_name_that_ends_a_comment_says_nothing(end):
 def test_of_two_options_of_a_group_the_later_is_taken():
     text = recipe_text("x", [Choice({"adapter": "full"}, "time"), Choice({"adapter": "lora"}, "memory")])
     assert yaml.safe_load(text) == {"defaults": [{"override /adapter": "lora"}]}
+
+
+@pytest.mark.parametrize("name", ["more", "more of them", "a,b", "it's", "a=b", "[x]"])
+def test_folders_of_any_name_are_searched_beside(composing, tmp_path, name):
+    part = tmp_path / name / "head" / "mine.yaml"
+    part.parent.mkdir(parents=True)
+    part.write_text("defaults: [linear]\nlr: 0.5\n")
+    words = [searching([f"file://{tmp_path / name}"]), "head=mine"]
+    assert composed_with(words, NAME, recipe_text("x", CHOICES[4:5]), known_as="auto").head.lr == 0.5

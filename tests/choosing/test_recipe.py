@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import threading
 
 import pytest
@@ -51,6 +52,18 @@ def test_a_run_is_trained_by_what_was_chosen_and_its_recipe_gives_it_again(folde
     assert again.status == 0, again.err
     second = checkpoint.describe(folder / "S/checkpoints/last.safetensors")
     assert second["config"] == first["config"]
+
+
+def test_the_command_of_a_recipe_finds_the_folder_that_was_named_before(folder):
+    part = folder / "my, own/head/mine.yaml"
+    part.parent.mkdir(parents=True)
+    part.write_text("defaults: [linear]\nlr: 0.5\n")
+    words = (*AUTO, "head=mine", "budget.minutes=0.2", "mode=plan", "mode.dry_step=false", "--config-dir=my, own")
+    done = call(folder, *words, "hydra.run.dir=R")
+    assert done.status == 0, done.err
+    command = shlex.split(next(line for line in done.out.splitlines() if "hparam=chosen" in line))[3:]
+    again = call(folder, *command, "hydra.run.dir=S")
+    assert again.status == 0 and config_of(folder / "S").head.lr == 0.5, again.err
 
 
 def test_what_is_typed_is_taken_as_it_is(folder):
