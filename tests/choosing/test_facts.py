@@ -2,9 +2,13 @@
 
 import numpy as np
 import pytest
-from command_line import write_data
+import torch
+from command_line import SMALL, write_data
 
+from dinoseg import build
+from dinoseg.choosing import facts
 from dinoseg.choosing.facts import ClassFacts, Facts, facts_of, median_width, parts_of
+from dinoseg.images import write_png
 
 
 def widths(mask, num_classes=2):
@@ -60,12 +64,53 @@ def test_thin_and_rare_classes_come_first_and_absent_ones_are_neither():
 
 def test_a_data_set_of_files_is_looked_at(tmp_path, compose):
     write_data(tmp_path / "data", train=3, val=2, size=(20, 31))
-    from dinoseg import build
-
     cfg = compose("data=folder", f"data.root={tmp_path}/data", "data.classes=[dark,bright,none]")
     train, val = build.dataset(cfg, "train"), build.dataset(cfg, "val")
-    facts = facts_of(train, val, tmp_path / "cache")
+    found = facts_of(train, val, tmp_path / "cache")
     shares = np.bincount(np.concatenate([train[i]["mask"].numpy().ravel() for i in range(3)]), minlength=3) / (3 * 620)
-    assert (facts.images, facts.val_images, facts.size) == (3, 2, (20, 31))
-    assert [each.share for each in facts.classes] == pytest.approx(shares.tolist())
-    assert facts.absent == ["none"] and np.isnan(facts.classes[2].width)
+    assert (found.images, found.val_images, found.size) == (3, 2, (20, 31))
+    assert [each.share for each in found.classes] == pytest.approx(shares.tolist())
+    assert found.absent == ["none"] and np.isnan(found.classes[2].width)
+
+
+def test_what_was_packed_smaller_is_looked_at_as_it_is_in_its_files(tmp_path, compose):
+    write_data(tmp_path / "data", train=3, val=2, size=(40, 60))
+    lines = np.zeros((40, 60), np.uint8)
+    lines[:, ::10] = 1
+    for number in range(3):
+        write_png(tmp_path / f"data/train/masks/{number}.png", lines)
+    found = []
+    for words in ((), ("data.cache=packed", "resolution.longest=30", "resolution.crop=[16,16]")):
+        cfg = compose(*SMALL, f"data.root={tmp_path}/data", f"cache_dir={tmp_path}/cache", *words)
+        train = build.dataset(cfg, "train", reduced=True)
+        found.append((train[0]["mask"].shape, facts_of(train, build.dataset(cfg, "val"), tmp_path / "cache")))
+    assert found[1][0] == (20, 30)
+    assert found[0][1].size == found[1][1].size == (40, 60)
+    assert [each.classes[1].width for _, each in found] == [1, 1] and found[0][1].classes[0].width > 7
+
+
+def test_of_large_masks_fewer_are_measured(monkeypatch, tmp_path):
+    class Data:
+        classes, ignore_index = ("a", "b"), 255
+
+        def __init__(self, size, length):
+            self.size, self.length = size, length
+
+        def __len__(self):
+            return self.length
+
+        def __getitem__(self, place):
+            return {"mask": torch.zeros(self.size, dtype=torch.uint8)}
+
+    def measured(size, length):
+        seen = []
+        with monkeypatch.context() as patch:
+            patch.setattr(facts, "class_counts", lambda *_: np.array([1, 0]))
+            patch.setattr(facts, "parts_of", lambda mask, _: seen.append(mask.shape) or [])
+            facts_of(Data(size, length), Data(size, 1), tmp_path)
+        return len(seen)
+
+    assert [measured((16, 16), length) for length in (1, 30, 200)] == [1, 30, 48]
+    monkeypatch.setattr(facts, "_PIXELS", 16 * 16 * 24)
+    assert [measured((16, 16), length) for length in (1, 30, 200)] == [1, 15, 24]
+    assert [measured((64, 64), length) for length in (1, 7, 30, 200)] == [1, 7, 10, 8]
