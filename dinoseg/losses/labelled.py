@@ -43,3 +43,19 @@ def labelled_images(batch: Batch, ignore_index: int) -> Tensor:
 def ratio(total: Tensor, norm: Tensor) -> Tensor:
     """Return total / norm, or the total, which then is 0 too, where the norm is 0."""
     return total / torch.where(norm > 0, norm, 1)
+
+
+def beside_others(parts: dict[str, Tensor], images: int) -> dict[str, Tensor]:
+    """Return the parts of a loss of masks to which another is added that asks for no label.
+
+    A batch without any label has no weight, and with it what is learnt beside would count for nothing: it has that of
+    its images.
+
+    Args:
+        parts: as the loss of masks gives them.
+        images: those of the batch with masks.
+    """
+    if "weight" not in parts:
+        return parts
+    weight = parts["weight"]
+    return {**parts, "weight": torch.where(weight > 0, weight, images)}

@@ -18,6 +18,7 @@ from dinoseg.data.transforms import Augment
 from dinoseg.data.unlabelled import Unmasked
 from dinoseg.errors import UserError
 from dinoseg.losses.distillation import SeenScores, divergence
+from dinoseg.losses.labelled import beside_others
 from dinoseg.ranges import NotNegative, Temperature
 from dinoseg.shapes import Batch, FrozenFeatures, Prediction, SegmentationData, mapped
 from dinoseg.training.feature_cache.cache import Views
@@ -189,6 +190,7 @@ class DistilledLoss(Loss):
         value, parts = self.criterion(prediction.of_images(slice(0, batch.labelled)), batch.with_masks)
         size = batch.mask.shape[-2], batch.mask.shape[-1]
         taught = divergence(prediction, batch.seen, size, self.temperature)
+        parts = beside_others(parts, batch.labelled) if self.weight else parts
         return value + self.weight * taught, {**parts, "teacher": taught.detach()}
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dinoseg.contracts import Loss
+from dinoseg.losses.labelled import beside_others
 from dinoseg.ranges import NotNegative
 from dinoseg.shapes import Batch, Prediction, Teach
 from dinoseg.transfer import sent
@@ -116,6 +117,7 @@ class TaughtLoss(Loss):
         taught, _ = self.criterion(prediction.of_images(slice(first, None)), views)
         sure = (views.mask != batch.ignore_index).sum() / batch.inside.clamp(min=1)
         taught = taught * sure
+        parts = beside_others(parts, first) if self.weight else parts
         return value + self.weight * taught, {**parts, "unlabelled": taught.detach(), "sure": sure}
 
 

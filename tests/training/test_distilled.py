@@ -183,6 +183,27 @@ def test_the_loss_is_that_of_masks_and_the_weighed_divergence_on_all_images():
     assert DistilledLoss(criterion)(prediction, plain)[0] == criterion(prediction, plain)[0]
 
 
+def test_a_batch_whose_masks_ignore_all_is_taught_all_the_same():
+    """What a step comes to is the mean over the weights of its parts: with none, nothing would be learnt."""
+    batch = ScoredBatch([batch_of(2, 0), batch_of(1, 10)]).to(CPU)
+    grid = torch.randn(3, 2, 6, 5, generator=torch.Generator().manual_seed(0))
+    prediction = Prediction(grid, (6, 5), (1.0, 1.0), lambda *_: grid, grid=grid)
+    batch.mask[0] = 255
+    assert DistilledLoss(CrossEntropy(torch.ones(2)))(prediction, batch)[1]["weight"] == 30
+    batch.mask[:] = 255
+    value, parts = DistilledLoss(CrossEntropy(torch.ones(2)))(prediction, batch)
+    assert value == parts["teacher"] > 0 and parts["weight"] == 2
+    assert DistilledLoss(CrossEntropy(torch.ones(2)), 0.0)(prediction, batch)[1]["weight"] == 0
+
+
+def test_what_the_loss_of_masks_needs_is_asked_for():
+    plain, sums = CrossEntropy(torch.ones(2)), CrossEntropy(torch.ones(2))
+    sums.needs_masks = sums.sums_over_batch = True
+    for own in (plain, sums):
+        loss = DistilledLoss(own)
+        assert (loss.needs_masks, loss.sums_over_batch) == (own.needs_masks, own.sums_over_batch)
+
+
 def test_views_that_do_not_say_where_they_lie_are_refused():
     class Other(Augment):
         def __call__(self, image, mask, rng, shown=None):

@@ -108,6 +108,15 @@ def test_a_teacher_that_is_never_sure_changes_nothing_and_validation_asks_the_lo
     assert alone == criterion(predicted(scores), plain)[0] and "sure" not in of_plain
 
 
+def test_a_batch_whose_masks_ignore_all_is_taught_all_the_same():
+    taught = mixed(2, 3).taught(teacher)
+    scores = torch.randn(taught.count, K, 5, 6, generator=torch.Generator().manual_seed(1))
+    taught.mask[:2] = 255
+    value, parts = TaughtLoss(CrossEntropy(torch.ones(K)), 1.0)(predicted(scores), taught)
+    assert value == parts["unlabelled"] > 0 and parts["weight"] == 2
+    assert TaughtLoss(CrossEntropy(torch.ones(K)), 0.0)(predicted(scores), taught)[1]["weight"] == 0
+
+
 def test_parts_hold_each_image_once():
     batch = mixed(3, 2)
     parts = batch.split(3)
