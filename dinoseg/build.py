@@ -127,7 +127,7 @@ def outline(cfg: DictConfig) -> Segmenter:
 
 def _check_crop(cfg: DictConfig, patch_size: int) -> None:
     crop = plain(cfg.resolution, resolve=True)["crop"]
-    if isinstance(crop, list) and crop and min(crop) * cfg.resolution.scale < patch_size:
+    if isinstance(crop, list) and {*map(type, crop)} == {int} and min(crop) * cfg.resolution.scale < patch_size:
         raise UserError(
             f"resolution.crop={crop} with resolution.scale={cfg.resolution.scale} is less than one patch of the "
             f"backbone, {patch_size} pixels. Give a larger crop."

@@ -17,6 +17,7 @@ from dinoseg.choosing.facts import Facts, facts_of
 from dinoseg.choosing.length import Length, length_within
 from dinoseg.choosing.rules import Case, Choice
 from dinoseg.choosing.timing import Seconds, time_recipe
+from dinoseg.config.checks import check_given
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.plain import plain
 from dinoseg.costs.fitting import Fitting
@@ -81,6 +82,9 @@ class Chooser:
                 f"hparam=auto chooses for images and their masks, not for trainer={self.cfg.choices.trainer}. Give a "
                 "recipe by its name: mode=help lists them."
             )
+        build.lengths(self.cfg, samples=1)  # refuses what is no number of steps or batches, as the training would
+        drawn = {key: self.cfg.data[key] for key in ("batch_size", "views", "class_mix")}
+        check_given("dinoseg.training.image_feed.ImageFeed", drawn, {key: f"data.{key}" for key in drawn})
         self.engine: Engine = instantiate(self.cfg.engine, instead={"devices": 1})
 
     def choose(self) -> list[Choice]:

@@ -57,8 +57,8 @@ def plan(
     """
     check_alone(cfg)
     target, engine = _target(cfg, memory, device)
-    regime_of(cfg).check_parts(cfg, build.outline(cfg), target.world)
     build.lengths(cfg, samples=1)  # refuses what is no number of steps or batches, as the training would
+    regime_of(cfg).check_parts(cfg, build.outline(cfg), target.world)
     if cfg.data.batch_size % target.world:
         raise UserError(
             f"data.batch_size={cfg.data.batch_size} cannot be shared by {target.world} devices: use a multiple of "

@@ -190,6 +190,8 @@ def test_a_command_keeps_what_was_typed_but_for_what_changes(monkeypatch, tmp_pa
         (["mode.memory=-1GiB"], "mode.memory=-1GiB: give an amount"),
         (["resolution.crop=[0,8]"], "resolution.crop"),
         (["trainer.accumulate=0"], "trainer.accumulate=0"),
+        (["data.batch_size=some"], "data.batch_size=some is of type str"),
+        (["resolution.crop=[x,y]"], r"resolution.crop=\['x', 'y'\] is of type list of str"),
         (["trainer.accumulate=~"], "trainer.accumulate=~"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
