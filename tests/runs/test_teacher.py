@@ -46,11 +46,11 @@ def folder(tmp_path_factory):
     return where
 
 
-def teacher(compose, path, labels=LABELS, **changes):
+def teacher(compose, path, labels=LABELS, precision="fp32", **changes):
     cfg = OmegaConf.merge(
         compose("trainer=distil", "data.classes=[dark,bright]", "data.root=none", "backbone=tiny"), {"teacher": path}
     )
-    return Teacher(OmegaConf.merge(cfg, changes), Engine(device="cpu", precision="fp32", workers=0), labels)
+    return Teacher(OmegaConf.merge(cfg, changes), Engine(device="cpu", precision=precision, workers=0), labels)
 
 
 @pytest.mark.parametrize("size", [(40, 56), (33, 50), (9, 17), (150, 210)])  # the last is reduced
@@ -79,6 +79,8 @@ def test_scores_depend_on_the_file_and_on_how_it_is_asked(folder, compose):
     others = {part: teacher(compose, str(folder / kind)).parts[part] for kind, part in (
         ("detail", "teacher"), ("eomt", "code"), ("windows", "inference"))}  # fmt: skip
     assert all(first.parts[part] != other for part, other in others.items())
+    coarse = teacher(compose, str(folder / "linear"), precision="bf16").parts
+    assert [part for part in coarse if coarse[part] != first.parts[part]] == ["precision"]
 
 
 def test_a_file_that_changes_before_it_is_read_is_not_used(folder, compose, tmp_path):
