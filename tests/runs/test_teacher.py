@@ -1,6 +1,7 @@
 """A teacher's scores of a picture are what mode=predict is asked for, and no other run's; foreign ones are refused."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from command_line import SMALL, call, write_data
 from omegaconf import OmegaConf
 
 import dinoseg
+from dinoseg import build
 from dinoseg.data.classes.labels import Labels
 from dinoseg.errors import UserError
 from dinoseg.geometry import upsample
@@ -105,6 +107,13 @@ def test_other_classes_are_refused(folder, compose, names, said):
     labels = Labels.of(names, [[number] * 3 for number in range(len(names))], 255)
     with pytest.raises(UserError, match=said):
         teacher(compose, str(folder / "linear"), labels)
+
+
+def test_a_model_of_slots_is_refused_whatever_its_classes_are_called(folder, compose, monkeypatch):
+    slots = SimpleNamespace(head=SimpleNamespace(slots=True))
+    monkeypatch.setattr(build, "check_fits", lambda *_: slots)
+    with pytest.raises(UserError, match="is a model of slots, which knows no classes. Give a segmenter"):
+        teacher(compose, str(folder / "linear"))
 
 
 def test_what_is_no_teacher_is_refused_by_its_name(folder, compose, tmp_path):
