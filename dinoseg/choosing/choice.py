@@ -34,6 +34,7 @@ Compose = Callable[[Sequence[Choice]], DictConfig]
 Minutes = Annotated[float, Range("a number of minutes above 0 and at most 1000000 (two years)", 0, 1e6, open_at=(0,))]
 _STAND_FOR = {  # keys that decide others, too
     "loss.weights": ("loss",),
+    "loss.criterion.factors.dice": ("loss", "loss.criterion", "loss.criterion.factors"),
     "optim.optimizer.head_lr": ("optim.optimizer.lr", "head.lr"),
     "optim.optimizer.backbone_lr": ("optim.optimizer.lr", "adapter.lr"),
     "trainer.steps": ("trainer.epochs",),
@@ -96,8 +97,7 @@ class Chooser:
         train, val = build.dataset(self.cfg, "train", reduced=True), build.dataset(self.cfg, "val")
         facts = facts_of(train, val, self.cfg.cache_dir)
         case = self._case(facts)
-        by_data = [found for rule in rules.BY_DATA if (found := rule(case))]
-        tried = self._way(by_data, case)
+        by_data, tried = self._way(case)
         chosen = [*by_data, *tried.choices, *self._batch(tried, by_data, case)]
         chosen += [*self._rates(tried.cfg), *self._views(tried), self._steps(tried, self._composed(chosen))]
         self.about = headline(facts, self._minutes, self.engine.device.type)
@@ -114,30 +114,50 @@ class Chooser:
             self.cfg.resolution.longest,
         )
 
-    def _way(self, by_data: Sequence[Choice], case: Case) -> Tried:
-        """Return the first way of training the backbone for which there is time; the last one in any case."""
-        given = Choice({"adapter": self.cfg.choices.adapter}, "as given")
-        ways = [given] if "adapter" in self.given else rules.ways(case)
+    def _way(self, case: Case) -> tuple[list[Choice], Tried]:
+        """Return the first way of training the backbone for which there is time, the last one in any case.
+
+        With it, what the data decides: smaller images may leave time to tune.
+        """
         short: UserError | None = None
         slow = ""
-        for way in ways:
+        ways = list(self._ways(case))
+        for seen, way, least in ways:
+            by_data = rules.by_data(seen)
             way = replace(way, reason=f"{way.reason}{slow}")
             try:
-                tried = self._tried([*by_data, way], case)
+                tried = self._tried([*by_data, way], seen)
             except OutOfMemory as error:
                 short = error
                 continue
-            if tried.length.images >= rules.LEAST_TUNED or way.words == ways[-1].words:
+            if tried.length.images >= least:
                 self._check_time(tried, case.facts)
-                return replace(tried, choices=tried.choices[len(by_data) :])
-            slow = f"; with adapter={tried.cfg.choices.adapter} there would be time for {tried.length.images} images"
+                return by_data, replace(tried, choices=tried.choices[len(by_data) :])
+            of = " that are smaller" if seen.smaller < 1 else ""
+            slow += (
+                f"; with adapter={tried.cfg.choices.adapter} there would be time for {tried.length.images} images{of}"
+            )
         assert short is not None
         raise short
+
+    def _ways(self, case: Case) -> Iterator[tuple[Case, Choice, float]]:
+        """Yield ways of training, the best first, and with how many images each is taken."""
+        any_number = -math.inf
+        if "adapter" in self.given:
+            yield case, Choice({"adapter": self.cfg.choices.adapter}, "as given"), any_number
+            return
+        *tuned, frozen = rules.ways(case)
+        for way in tuned:
+            yield case, way, rules.LEAST_TUNED
+            less = rules.smaller(case)
+            if less is not None and not any(key.partition(".")[0] == "resolution" for key in self.given):
+                yield less, rules.ways(less)[0], rules.LEAST_SMALLER
+        yield case, frozen, any_number
 
     def _tried(self, choices: Sequence[Choice], case: Case) -> Tried:
         trial = rules.batch(0, case.facts, self.cfg.engine.devices)  # of as few at once as may be chosen
         cfg = self._composed([*choices, trial])
-        choices = [*choices, rules.zoom(trains=_is_tuned(cfg)), *self._fitting(cfg)]
+        choices = [*choices, _zoom(cfg), *self._fitting(cfg)]
         cfg = self._composed([trial, *choices])
         timed = in_own_process(time_recipe, plain(cfg))
         if timed is None:
@@ -265,6 +285,10 @@ def _per_step(cfg: DictConfig) -> int:
 
 def _is_tuned(cfg: DictConfig) -> bool:
     return build.outline(cfg).backbone.first_trained is not None
+
+
+def _zoom(cfg: DictConfig) -> Choice:
+    return rules.zoom(trains=_is_tuned(cfg), pixels=cfg.choices.head == "detail")
 
 
 def _existing(path: Path) -> Path:

@@ -16,7 +16,8 @@ NAME = "chosen"  # of the recipe
 GROUPS = ("adapter", "head", "loss")  # of which an option is chosen
 _KEYS = (  # what is ever chosen: a file that says more is none of ours
     *GROUPS,
-    *("adapter.blocks", "backbone.checkpointing", "head.checkpointing", "loss.weights"),
+    *("adapter.blocks", "backbone.checkpointing", "head.checkpointing"),
+    *("loss.weights", "loss.criterion.factors.dice"),
     *("data.augment.scale", "data.batch_size", "data.views", "resolution.crop", "resolution.longest"),
     *("optim.optimizer.backbone_lr", "optim.optimizer.head_lr"),
     *("trainer.accumulate", "trainer.steps", "trainer.val_every"),
@@ -24,10 +25,12 @@ _KEYS = (  # what is ever chosen: a file that says more is none of ours
 
 
 def _value(value: Any, where: str) -> None:
-    """Form of what a key may be set to: a number, a row of them, yes or no, or a name; nothing that is built."""
+    """Form of what a key may be set to: a number, several, in a row or by name, yes or no, or a name; nothing built."""
     if isinstance(value, bool) or (isinstance(value, str) and re.fullmatch(r"[a-z]\w*", value)):
         return
-    (forms.listing(forms.number()) if isinstance(value, list) else forms.number())(value, where)
+    number = forms.number()
+    form = {list: forms.listing(number), dict: forms.table(number, r"(?!_\w+_$).*")}.get(type(value), number)
+    form(value, where)
 
 
 _WORDS = forms.table(_value, "|".join(map(re.escape, _KEYS)))
@@ -56,8 +59,14 @@ def write_choices(path: Path, about: str, choices: Iterable[Choice]) -> None:
 
 def told(choices: Iterable[Choice]) -> list[str]:
     """Return a line for each choice: what is set, and why."""
-    rows = [(" ".join(f"{key}={typed(value)}" for key, value in each.words.items()), each.reason) for each in choices]
+    rows = [(" ".join(f"{key}={_typed(value)}" for key, value in each.words.items()), each.reason) for each in choices]
     return [one_line(f"  {words}: {reason}.") for words, reason in rows]
+
+
+def _typed(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name}: {number:g}" for name, number in value.items()) + "}"
+    return typed(value)
 
 
 def recipe_text(about: str, choices: Sequence[Choice]) -> str:

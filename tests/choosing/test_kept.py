@@ -16,7 +16,7 @@ from dinoseg.storage.forms import Misshapen
 CHOICES = [
     Choice({"head": "detail"}, "poles are thin"),
     Choice({"adapter": "full"}, "small"),
-    Choice({"loss": "ce_dice", "loss.weights": "none"}, "overlap"),
+    Choice({"loss": "ce_dice", "loss.weights": {"pole": 3.0, "thin sign": 2.0}}, "overlap"),
     Choice({"resolution.crop": [352, 480], "optim.optimizer.head_lr": 1e-05}, "whole images"),
     Choice({"data.views": 4, "data.batch_size": 2}, "kept"),
     Choice({"backbone.checkpointing": True}, "memory"),
@@ -62,7 +62,7 @@ def test_a_damaged_file_is_none_and_is_told(tmp_path, caplog, words):
 
 def test_each_choice_is_a_line_with_its_reason():
     assert told(CHOICES[2:4]) == [
-        "  loss=ce_dice loss.weights=none: overlap.",
+        "  loss=ce_dice loss.weights={pole: 3, thin sign: 2}: overlap.",
         "  resolution.crop=[352,480] optim.optimizer.head_lr=1e-05: whole images.",
     ]
 

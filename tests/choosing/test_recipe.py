@@ -4,7 +4,9 @@ import json
 import re
 import shlex
 import threading
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from command_line import SMALL, call, in_this_process, write_data
@@ -184,6 +186,36 @@ def test_a_backbone_is_tuned_where_time_suffices_and_else_stays_frozen(folder, m
     assert adapters == ["full", "frozen"]
     text = (folder / "S/config/hparam/chosen.yaml").read_text()
     assert "with adapter=full there would be time for" in text
+
+
+def test_smaller_images_are_taken_where_they_leave_time_to_tune(folder, monkeypatch):
+    halves = np.repeat(np.arange(2, dtype=np.uint8), 16)[:, None].repeat(48, axis=1)  # so that no class is thin
+    for number in range(21):
+        write_png(folder / f"data/train/images/{number}.png", np.zeros((32, 48, 3), np.uint8))
+        write_png(folder / f"data/train/masks/{number}.png", halves)
+    tried = []
+
+    def timed(work, values):
+        sides = values["resolution"]["crop"], values["resolution"]["longest"]
+        tried.append((values["choices"]["adapter"], *sides))
+        return replace(TIMED, image=0.01 if sides[1] else 0.1, kept=None)
+
+    monkeypatch.setattr("dinoseg.choosing.choice.in_own_process", timed)
+    done = call(folder, *AUTO, FEW, "head=linear", "budget.minutes=0.5", "hydra.run.dir=R")
+    assert done.status == 0, done.err
+    assert tried == [("full", [32, 48], None), ("full", [16, 32], 32)]
+    cfg = config_of(folder / "R")
+    assert (cfg.choices.adapter, cfg.resolution.longest, cfg.resolution.crop) == ("full", 32, [16, 32])
+    assert "with adapter=full there would be time for" in done.out
+    tried.clear()
+    done = call(folder, *AUTO, FEW, "head=linear", "budget.minutes=0.5", "resolution.crop=[32,48]", "hydra.run.dir=S")
+    assert done.status == 0 and [way for way, *_ in tried] == ["full", "frozen"], done.err
+    monkeypatch.setattr("dinoseg.choosing.rules.LEAST_SMALLER", 10**6)
+    tried.clear()
+    words = ("head=linear", "budget.minutes=0.6", "hydra.run.dir=T")
+    assert call(folder, *AUTO, FEW, *words).status == 0
+    assert [way for way, *_ in tried] == ["full", "full", "frozen"]
+    assert config_of(folder / "T").resolution.longest is None
 
 
 def test_another_rank_takes_what_the_first_one_chooses(folder, monkeypatch):

@@ -61,9 +61,38 @@ def test_reducing_makes_classes_thinner():
 
 
 def test_rare_classes_are_named_for_the_overlap():
-    assert "pole has below 1% of the pixels" in rules.loss(THIN).reason
+    rare = replace(CASE, facts=replace(FACTS, classes=(WIDE, replace(POLE, width=30.0))))
+    assert "pole has below 1% of the pixels" in rules.loss(rare).reason
+    assert rules.loss(rare).words["loss.weights"] == "none"
     assert rules.loss(CASE).words == {"loss": "ce_dice", "loss.weights": "none"}
     assert rules.loss(CASE).reason.startswith("overlap counts")
+
+
+def test_what_is_thin_and_rare_weighs_more_where_a_head_sees_it():
+    weighed = {"loss": "ce_dice", "loss.weights": {"pole": 3.0}, "loss.criterion.factors.dice": 2.0}
+    assert rules.loss(THIN).words == weighed
+    assert "pole is thin, with below 1% of the pixels" in rules.loss(THIN).reason
+    common = replace(THIN, facts=replace(FACTS, classes=(WIDE, replace(POLE, share=0.01))))
+    assert rules.loss(common).words["loss.weights"] == "none"
+    assert rules.loss(replace(THIN, depth=3)).words["loss.weights"] == "none"
+
+
+def test_views_are_enlarged_for_what_learns_from_them():
+    scales = [rules.zoom(trains=trains, pixels=pixels) for trains, pixels in ((0, 0), (0, 1), (1, 0), (1, 1))]
+    assert [choice.words["data.augment.scale"][1] for choice in scales] == [1.0, 1.5, 1.5, 1.5]
+
+
+def test_images_may_be_smaller_where_no_class_is_thin():
+    less = rules.smaller(CASE)
+    assert less.size == (240, 320) and rules.crop(less).words == {"resolution.crop": [240, 320]}
+    assert rules.longest(less).words == {"resolution.longest": 320}
+    assert "smaller by a third, leave time to tune the backbone" in rules.longest(less).reason
+    assert rules.smaller(THIN) is None and rules.smaller(replace(CASE, longest=400)) is None
+    soon_thin = replace(CASE, facts=replace(FACTS, classes=(WIDE, replace(POLE, width=11.0))))
+    assert not soon_thin.thin and rules.smaller(soon_thin) is None
+    large = replace(CASE, facts=replace(FACTS, size=(1080, 1920)))
+    assert rules.smaller(large).size == tuple(round(side * 2 / 3 * large.reduced) for side in (1080, 1920))
+    assert "won with fewer images of this size" in rules.ways(less)[0].reason
 
 
 def test_ways_depend_on_the_backbone_and_on_how_many_images_there_are():
