@@ -108,6 +108,8 @@ def test_a_class_that_training_lacks_is_named_with_what_it_costs(held, world, tm
         patch.setattr(causes, "class_counts", lambda *_: np.array([7, 0]))
         assert "No training mask has a pixel of bright" in causes.absent_classes(gone)
         assert "mIoU without them 0.8000" in causes.absent_classes(gone)
+        unseen = [rows[0], {"id": 1, "iou": None, "pixels": 0}]  # nor is it seen where the run is validated
+        assert causes.absent_classes(replace(found, run={"miou": 0.8, "classes": unseen})) is None
         patch.setattr(causes, "class_counts", lambda *_: np.array([7, 1]))
         assert causes.absent_classes(gone) is None
 
@@ -126,7 +128,7 @@ def test_colours_of_other_weights_are_tried_and_put_back(held, monkeypatch):
     said = causes.other_colours(replace(found, floor={"miou": 0.9}))
     assert "With another normalisation, none at all, the closed form has 0.9500 in place of 0.9000" in said
     assert "backbone.mean=[0.0,0.0,0.0] backbone.std=[1.0,1.0,1.0]" in said and len(seen) >= 3
-    assert causes.other_colours(replace(found, floor={"miou": 0.94})) is None
+    assert causes.other_colours(replace(found, floor={"miou": 0.935})) is None  # less than two points
     above = replace(found, floor={"miou": 0.9}, run={"miou": 0.95})
     assert causes.causes_of(above) == [said] and causes.causes_of(replace(above, has_time=False)) == []
     assert torch.equal(found.plain.backbone.mean, own[0]) and torch.equal(found.plain.backbone.std, own[1])
@@ -167,6 +169,27 @@ def test_a_model_that_knows_its_training_images_alone_is_told_apart(held, monkey
     found = held()
     monkeypatch.setattr(causes, "evaluate", lambda *_, **__: {"miou": 0.99})
     assert "It knows the images that it was trained on (0.9900" in causes.learning_rate(found)
+    scored = []
+    monkeypatch.setattr(causes, "solved", lambda plain, train, val, *_: scored.append((train, val)) or {"miou": 0.9})
+    causes.learning_rate(found)
+    assert scored == [(found.train, found.train)]  # the closed form, too, on the images that it is solved from
+
+
+def test_rates_are_tried_where_labels_alone_teach_and_told_where_they_clearly_help(held, monkeypatch):
+    found, losses = held(), {1.0: 0.99}
+    monkeypatch.setattr(causes, "evaluate", lambda *_, **__: {"miou": 0.1})
+    monkeypatch.setattr(causes, "solved", lambda *_: {"miou": 0.9})
+    monkeypatch.setattr(causes, "_losses", lambda held: (1.0, dict.fromkeys(causes._FACTORS, 0.99) | losses))
+    assert causes.learning_rate(found) is None  # 1 % less is chance
+    losses[1.0] = 0.9
+    assert "It was still learning: the loss falls from 1 to 0.9 " in causes.learning_rate(found)
+
+    class OfTeacher(ImageRegime):
+        pass
+
+    other = object.__new__(OfTeacher)
+    other.__dict__.update(found.regime.__dict__)
+    assert causes.learning_rate(replace(found, regime=other)) is None
 
 
 @pytest.fixture
