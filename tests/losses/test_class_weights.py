@@ -21,6 +21,11 @@ def test_inverse_and_median_have_the_right_ratios_and_a_mean_of_one():
         assert weights[3] == 1
 
 
+def test_the_median_is_of_the_classes_that_occur():
+    weights = class_weights([0, 0, 0, 100, 300, 600], list("abcdef"), "median")
+    torch.testing.assert_close(weights, torch.tensor([1.0, 1, 1, 6 / 3, 2 / 3, 1 / 3]))
+
+
 def test_effective_number_by_hand():
     expected = torch.tensor([(1 - 0.9) / (1 - 0.9**n) for n in (70, 20, 10)])
     weights = class_weights(COUNTS, NAMES, "effective_number", beta=0.9)
@@ -43,6 +48,7 @@ def test_weights_by_name_are_taken_as_they_are():
     weights = class_weights(COUNTS, NAMES, {"pole": 3, "cat": 0.5})
     assert weights.tolist() == [1.0, 1.0, 3.0, 0.5] and weights.dtype == torch.float32
     assert class_weights(COUNTS, NAMES, {}).tolist() == [1.0] * 4
+    assert class_weights(COUNTS, NAMES, {"car": 1e-6, "cat": 1e6}).tolist() == pytest.approx([1, 1e-6, 1, 1e6])
 
 
 @pytest.mark.parametrize(
