@@ -11,9 +11,11 @@ from films import write_film
 from finished_runs import rows, trained
 
 import dinoseg
+from dinoseg.regimes import distil
 from dinoseg.runs.recipe import recipe_of
 from dinoseg.runs.teacher import Teacher
 from dinoseg.training import checkpoint
+from dinoseg.training.distilled import DistilFeed
 from dinoseg.training.feature_cache import store
 
 PLAIN = (
@@ -111,6 +113,14 @@ def test_students_of_any_kind_are_taught(folder, student):
     found = [row["train/teacher"] for row in rows(folder, "student") if "train/loss" in row]
     shutil.rmtree(folder / "student")
     assert sum(found[-3:]) < 0.8 * sum(found[:3]), found
+
+
+def test_images_without_masks_are_drawn_for_no_class(folder, monkeypatch):
+    made = []
+    monkeypatch.setattr(distil, "DistilFeed", lambda **given: made.append(given) or DistilFeed(**given))
+    trained(folder, "uniform", *HALF, "data.class_uniform=0.5", "trainer.steps=1")
+    (given,) = made
+    assert given["uniform"] is not None and given["others"].uniform is None
 
 
 def test_frames_of_a_video_are_learnt_from(folder):
