@@ -29,8 +29,8 @@ def _value(value: Any, where: str) -> None:
     if isinstance(value, bool) or (isinstance(value, str) and re.fullmatch(r"[a-z]\w*", value)):
         return
     number = forms.number()
-    form = {list: forms.listing(number), dict: forms.table(number, r"(?!_\w+_$).*")}.get(type(value), number)
-    form(value, where)
+    several = {list: forms.listing(number), dict: forms.table(number, r"(?!_\w+_$).*")}
+    several.get(type(value), number)(value, where)  # type: ignore[call-overload]
 
 
 _WORDS = forms.table(_value, "|".join(map(re.escape, _KEYS)))
@@ -87,7 +87,7 @@ def recipe_text(about: str, choices: Sequence[Choice]) -> str:
     lines += ["defaults:"] if groups else []
     lines += [f"  - override /{group}: {option}" for group, option in groups.items()]
     # JSON is YAML, and a number such as 1e-05 is one in it to OmegaConf
-    lines += [f"{key}: {json.dumps(node)}" for key, node in keys.items()]
+    lines += [f"{key}: {json.dumps(node, ensure_ascii=False)}" for key, node in keys.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -113,3 +113,8 @@ def test_folders_of_any_name_are_searched_beside(composing, tmp_path, name):
     part.write_text("defaults: [linear]\nlr: 0.5\n")
     words = [searching([f"file://{tmp_path / name}"]), "head=mine"]
     assert composed_with(words, NAME, recipe_text("x", CHOICES[4:5]), known_as="auto").head.lr == 0.5
+
+
+def test_classes_have_their_names_in_a_recipe():
+    weights = {"höhe": 2.0, "\U0001f6b2": 3.0, 'a"b: {': 1.0}
+    assert yaml.safe_load(recipe_text("x", [Choice({"loss.weights": weights}, "")])) == {"loss": {"weights": weights}}
