@@ -139,3 +139,13 @@ def test_views_are_kept_where_each_is_used_again_and_that_pays():
 
 def test_nothing_fits_a_time_that_validations_take():
     assert length_within(10, TIMED, FACTS).images < 1
+
+
+def test_views_that_hardly_come_twice_are_not_kept():
+    fast = replace(TIMED, kept=0.01, frozen=0.01)
+    spent = fast.start + 3 * 51 * fast.val
+    found = [
+        length_within((spent + left) / 0.9 + 1e-6, fast, FACTS, views=(None, 1)) for left in (1.84 + 2.3, 1.84 + 2.8)
+    ]
+    assert [each.views for each in found] == [None, 1]  # 230 and 280 images of 184
+    assert found[1].images == 280
