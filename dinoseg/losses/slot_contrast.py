@@ -8,7 +8,7 @@ from dinoseg.contracts import Loss
 from dinoseg.errors import UserError
 from dinoseg.losses.feature_reconstruction import slot_outputs
 from dinoseg.precision import at_least_float32
-from dinoseg.ranges import Positive
+from dinoseg.ranges import Temperature
 from dinoseg.shapes import Batch, ClipBatch, Prediction
 
 
@@ -27,7 +27,7 @@ class SlotContrast(Loss):
     needs_carried = True
     sums_over_batch = True
 
-    def __init__(self, temperature: Positive = 0.1) -> None:
+    def __init__(self, temperature: Temperature = 0.1) -> None:
         super().__init__()
         self.temperature = temperature
 
