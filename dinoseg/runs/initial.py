@@ -1,10 +1,11 @@
 """A new run that begins with the weights of another: what both models have, the rest as it is made."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
 
+import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
@@ -33,7 +34,7 @@ def begin_with(cfg: DictConfig, model: Segmenter, classes: list[str]) -> Segment
     """
     if cfg.init is None or cfg.resume is not None:
         return model
-    saved = _of(cfg, checkpoint.read)
+    saved = _of(cfg, partial(checkpoint.read, finite=cfg.finite_weights))
     taken = _fitting(cfg, model, saved)
     _check_frozen(cfg, model, saved)
     model.load_state_dict(taken, strict=False)
@@ -47,15 +48,14 @@ def check_initial(cfg: DictConfig, model: Segmenter) -> None:
         _fitting(cfg, model, _of(cfg, checkpoint.outline))
 
 
-def _of(cfg: DictConfig, read: Any) -> Checkpoint:
+def _of(cfg: DictConfig, read: Callable[[Path], Checkpoint]) -> Checkpoint:
     given = cfg.init
     if not isinstance(given, str):
         raise UserError(f"init={given} names no run. Give a run folder or a checkpoint, or leave init out.")
     try:
-        file: Checkpoint = read(checkpoint.find(given, "best"))
+        return read(checkpoint.find(given, "best"))
     except UserError as error:
         raise UserError(str(error).replace("resume=", "init=")) from None
-    return file
 
 
 def _fitting(cfg: DictConfig, model: Segmenter, saved: Checkpoint) -> dict[str, Tensor]:
@@ -67,7 +67,11 @@ def _fitting(cfg: DictConfig, model: Segmenter, saved: Checkpoint) -> dict[str, 
         for name, value in have.items()
         if name in own and value.shape == state[name].shape and _casts(value, state[name])
     }
-    lost = [name for name in have if name.startswith("backbone.") and name not in taken]
+    lost = [
+        name
+        for name, value in have.items()
+        if name.startswith("backbone.") and name not in taken and not _is_so(value, state.get(name))
+    ]
     if lost:
         raise UserError(
             f"init={cfg.init}: it has trained {count_of(len(lost), 'tensor')} of its backbone (such as "
@@ -82,12 +86,22 @@ def _fitting(cfg: DictConfig, model: Segmenter, saved: Checkpoint) -> dict[str, 
     return taken
 
 
+def _is_so(value: Tensor, now: Tensor | None) -> bool:
+    """Return whether a model has these numbers in any case, as of a file that holds what is frozen, too."""
+    if now is None or value.shape != now.shape:
+        return False
+    return value.is_meta or torch.equal(value.to(now.dtype), now)
+
+
 def _casts(value: Tensor, into: Tensor) -> bool:
     return value.dtype == into.dtype or (value.dtype in CASTS and into.dtype in CASTS)
 
 
 def _check_frozen(cfg: DictConfig, model: Segmenter, saved: Checkpoint) -> None:
     """Refuse other frozen weights of the backbone, where both runs freeze the same part of it."""
+    own = trained_names(model)
+    if any(name.startswith("backbone.") and name not in own for name in saved.part("model")):
+        return  # the file holds the frozen part, whose numbers are those of the model, see `_fitting`
     if plain(cfg.adapter) != saved.info["config"]["adapter"]:
         return  # names and shares of what is frozen differ, and a checkpoint holds no more than a hash of them
     if frozen_fingerprint(model)["backbone"] != saved.info["frozen"].get("backbone"):

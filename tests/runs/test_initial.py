@@ -91,6 +91,15 @@ def test_a_run_that_cannot_be_begun_with_is_refused_before_anything_is_trained(f
     assert many.status == 1 and said in many.err, many.err
 
 
+def test_a_file_that_holds_the_frozen_part_too_is_as_good(folder):
+    done = call(folder, "mode=export", "export=safetensors", "resume=frozen", "hydra.run.dir=exported")
+    assert done.status == 0, done.err
+    ours, done = trained(folder, "from_file", *KNOWN, "init=exported", *KEEP)
+    theirs = checkpoint.read(folder / "frozen/checkpoints/best.safetensors").part("model")
+    torch.testing.assert_close(ours["model/head.classify.weight"], theirs["head.classify.weight"], rtol=0, atol=0)
+    assert f"init=exported: {len(theirs)} tensors taken" in done.err
+
+
 def test_frozen_weights_of_another_backbone_are_refused(folder):
     info = checkpoint.read(folder / "frozen/checkpoints/best.safetensors")
     changed = {**info.info, "frozen": {**info.info["frozen"], "backbone": "0" * 16}}
