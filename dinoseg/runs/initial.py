@@ -13,7 +13,7 @@ from dinoseg.config.plain import plain
 from dinoseg.errors import UserError
 from dinoseg.model import Segmenter, trained_names
 from dinoseg.training import checkpoint
-from dinoseg.training.loading import CASTS, Checkpoint, frozen_fingerprint
+from dinoseg.training.loading import Checkpoint, casts, frozen_fingerprint
 from dinoseg.wording import count_of, listed, shown
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def _fitting(cfg: DictConfig, model: Segmenter, saved: Checkpoint) -> dict[str, 
     taken = {
         name: value
         for name, value in have.items()
-        if name in own and value.shape == state[name].shape and _casts(value, state[name])
+        if name in own and value.shape == state[name].shape and casts(value.dtype, state[name].dtype)
     }
     lost = [
         name
@@ -91,10 +91,6 @@ def _is_so(value: Tensor, now: Tensor | None) -> bool:
     if now is None or value.shape != now.shape:
         return False
     return value.is_meta or torch.equal(value.to(now.dtype), now)
-
-
-def _casts(value: Tensor, into: Tensor) -> bool:
-    return value.dtype == into.dtype or (value.dtype in CASTS and into.dtype in CASTS)
 
 
 def _check_frozen(cfg: DictConfig, model: Segmenter, saved: Checkpoint) -> None:

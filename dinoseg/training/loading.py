@@ -141,14 +141,15 @@ def _misfits(want: Mapping[str, Tensor], have: Mapping[str, Tensor]) -> str:
         "missing": sorted(want.keys() - have.keys()),
         "left over": sorted(have.keys() - want.keys()),
         "of another shape": [name for name in both if have[name].shape != want[name].shape],
-        "of another type": [name for name in both if not _casts(have[name].dtype, want[name].dtype)],
+        "of another type": [name for name in both if not casts(have[name].dtype, want[name].dtype)],
     }
     return ", ".join(
         f"{len(names)} tensors {what} (such as {shown(names[0])})" for what, names in wrong.items() if names
     )
 
 
-def _casts(have: torch.dtype, want: torch.dtype) -> bool:
+def casts(have: torch.dtype, want: torch.dtype) -> bool:
+    """Return whether numbers of one type may be loaded into those of another."""
     return have == want or (have in CASTS and want in CASTS)
 
 
