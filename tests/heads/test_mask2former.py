@@ -164,9 +164,11 @@ def test_a_batch_is_its_images_one_by_one():
             torch.testing.assert_close(together.mask_logits[image], alone.mask_logits[0], rtol=1e-4, atol=1e-4)
 
 
-def test_bfloat16_autocast_trains_and_stays_near():
+def test_bfloat16_autocast_trains_and_stays_near(monkeypatch):
     head = tiny(drop_path=0.0)
     exact = head.eval().decode(*made()).class_logits
+    # oneDNN's convolution in bfloat16 reads memory beyond maps of 3 x 2 cells on CPUs with AMX, which may hold NaN
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     with torch.autocast("cpu", torch.bfloat16):
         near = head.decode(*made())
         outputs = head.train().decode(*made())

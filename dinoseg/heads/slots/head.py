@@ -18,6 +18,7 @@ from dinoseg.heads.slots.decoder import Decoded, SlotDecoder
 from dinoseg.heads.slots.groups import GROUPS, allowed_cells, slot_sizes
 from dinoseg.heads.slots.positions import Positions, linear_positions, training_grid
 from dinoseg.heads.slots.predictor import make_predictor
+from dinoseg.heads.slots.standard import Standard
 from dinoseg.heads.slots.time import make_time_decoders, resolve_steps
 from dinoseg.ranges import Count, LowShare
 from dinoseg.shapes import SlotOutputs
@@ -113,8 +114,7 @@ class SlotHead(Head[SlotOutputs]):
         self.slot_attention = SlotAttention(
             dim, slot_dim, hidden_dim, num_groups=len(self.sizes), variance_as_std=variance_as_std, first=first
         )
-        # no momentum: the mean over all batches, since what is frozen gives the same features from first to last
-        self.standard = nn.BatchNorm2d(dim, affine=False, momentum=None) if standardise else None
+        self.standard = Standard(dim) if standardise else None
         self.alone, self.progress = alone, 0.0
         self.place = nn.Linear(2, dim) if token_positions else None
         self.predictor = make_predictor(predictor, slot_dim)
