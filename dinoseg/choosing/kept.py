@@ -29,8 +29,12 @@ def _value(value: Any, where: str) -> None:
     if isinstance(value, bool) or (isinstance(value, str) and re.fullmatch(r"[a-z]\w*", value)):
         return
     number = forms.number()
-    several = {list: forms.listing(number), dict: forms.table(number, r"(?!_\w+_$).*")}
-    several.get(type(value), number)(value, where)  # type: ignore[call-overload]
+    if isinstance(value, list):
+        forms.listing(number)(value, where)
+    elif isinstance(value, dict):
+        forms.table(number, r"(?!_\w+_$).*")(value, where)
+    else:
+        number(value, where)
 
 
 _WORDS = forms.table(_value, "|".join(map(re.escape, _KEYS)))

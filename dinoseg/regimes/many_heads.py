@@ -16,6 +16,7 @@ from dinoseg.regimes.job import Job, begin, looked_at
 from dinoseg.regimes.regime import Regime
 from dinoseg.report.leaderboard import Row, leaderboard
 from dinoseg.runs.heads import solo_configs
+from dinoseg.runs.initial import has_initial
 from dinoseg.runs.recipe import run_description
 from dinoseg.storage import forms
 from dinoseg.training import checkpoint
@@ -94,7 +95,7 @@ def _check_feed(cfg: DictConfig, regime: Regime, engine: Engine) -> None:
     if engine.sharded or engine.cache in ("disk", "memory"):
         key = "sharding=fsdp" if engine.sharded else f"cache={engine.cache}"
         raise UserError(f"engine.{key} is for one head at a time. Leave it out with trainer=many_heads.")
-    if cfg.init is not None and cfg.resume is None:
+    if has_initial(cfg):
         raise UserError(f"init={cfg.init} is for one head at a time. Leave it out with trainer=many_heads.")
     if cfg.data.get("feature_noise"):  # the data of older checkpoints has no such key
         raise UserError(

@@ -32,7 +32,7 @@ def begin_with(cfg: DictConfig, model: Segmenter, classes: list[str]) -> Segment
     Raises:
         UserError: there is no such run, nothing of it fits, or what it learnt of the backbone would be left out.
     """
-    if cfg.init is None or cfg.resume is not None:
+    if not has_initial(cfg):
         return model
     saved = _of(cfg, partial(checkpoint.read, finite=cfg.finite_weights))
     taken = _fitting(cfg, model, saved)
@@ -42,9 +42,14 @@ def begin_with(cfg: DictConfig, model: Segmenter, classes: list[str]) -> Segment
     return model
 
 
+def has_initial(cfg: DictConfig) -> bool:
+    """Return whether a run is a new one that begins with another's weights."""
+    return cfg.init is not None and cfg.resume is None
+
+
 def check_initial(cfg: DictConfig, model: Segmenter) -> None:
     """Refuse what `begin_with` would, as far as names and shapes tell; the model may be on the meta device."""
-    if cfg.init is not None and cfg.resume is None:
+    if has_initial(cfg):
         _fitting(cfg, model, _of(cfg, checkpoint.outline))
 
 
@@ -112,8 +117,7 @@ def _tell(
 ) -> None:
     new = sorted(trained_names(model) - taken.keys())
     left = sorted(saved.part("model").keys() - taken.keys())
-    said = [f"init={Path(cfg.init)}: {count_of(len(taken), 'tensor')} taken from step "]
-    said[0] += f"{saved.info['progress']['step']}"
+    said = [f"init={cfg.init}: {count_of(len(taken), 'tensor')} taken from step {saved.info['progress']['step']}"]
     said += [f"begins anew: {listed(new, 5)}"] if new else []
     said += [f"left there: {listed(left, 5)}"] if left else []
     logger.info("%s.", "; ".join(said))
