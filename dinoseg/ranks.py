@@ -1,6 +1,8 @@
 """Several processes for one job: started here, watched, and ended together."""
 
+import atexit
 import faulthandler
+import gc
 import json
 import math
 import os
@@ -88,7 +90,13 @@ def _telling_lost_ranks() -> Iterator[None]:
 
 
 def _leave_group() -> None:
-    """Leave the ranks' group, however the mode has ended: an interpreter that ends within one may never be done."""
+    """Leave the ranks' group, however the mode has ended: an interpreter that ends within one may never be done.
+
+    Its threads end when nothing holds it any more, so what only a cycle keeps (a model on ranks, an error's frames) is
+    freed before the interpreter goes: a thread of the group that asks for it later aborts the process.
+    """
+    if "WORLD_SIZE" in os.environ:
+        atexit.register(gc.collect)
     distributed: Any = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()

@@ -1,10 +1,13 @@
 """Ranks: their results, their errors and signals; the modes without torch, so that they start in a moment."""
 
+import atexit
+import gc
 import multiprocessing
 import os
 import signal
 import threading
 import time
+import weakref
 
 import pytest
 from omegaconf import OmegaConf
@@ -36,6 +39,11 @@ def mode(cfg, *, out_dir, does):
     if does.startswith("rank") or does == "waits":
         (out_dir / f"ready{rank}").touch()
         time.sleep(60)
+    if does == "a cycle is left":
+        gc.disable()
+        left = type("Left", (), {})()
+        left.itself, seen = left, weakref.ref(left)
+        atexit.register(lambda: (out_dir / f"left{rank}").write_text(str(seen() is not None)))
     if does == "starts":
         return {"method": multiprocessing.get_start_method()}
     return {"matrix": [[0] * 150] * 150, "world": os.environ["WORLD_SIZE"]}
@@ -48,6 +56,11 @@ def run(where, does):
 
 def test_a_result_larger_than_a_pipe_comes_back(tmp_path):
     assert run(tmp_path, "result") == {"matrix": [[0] * 150] * 150, "world": "2"}
+
+
+def test_what_a_cycle_keeps_is_freed_before_the_interpreter_ends(tmp_path):
+    run(tmp_path, "a cycle is left")  # as a model on ranks is, which keeps the group and its threads
+    assert [(tmp_path / f"left{rank}").read_text() for rank in range(2)] == ["False", "False"]
 
 
 def test_a_rank_starts_processes_as_any_process_does(tmp_path):
