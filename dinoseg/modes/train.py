@@ -58,7 +58,7 @@ def train(
     else:
         job = Job(cfg, out_dir, regime, engine)
         sizes = looked_at(regime, engine)
-        made = begin_with(cfg, build.model(cfg, outlined=True), list(regime.labels.classes))
+        made = begin_with(cfg, build.model(cfg, outlined=True), list(regime.labels.classes), engine.share)
         model, loss, optimizer, checkpoints = job.parts(engine.place(made), sizes, length.steps)
         schedule = begin(cfg, regime, engine, out_dir, length.steps)
         epochs = length.steps * cfg.trainer.accumulate / regime.feed.epoch

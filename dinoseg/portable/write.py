@@ -18,7 +18,7 @@ from dinoseg.portable.evidence import data_of, scores_of
 from dinoseg.portable.facts import Facts
 from dinoseg.portable.runtime import FILES
 from dinoseg.portable.sources import is_hub_id, source_of
-from dinoseg.runs.recipe import TEACHER, USE, config_description
+from dinoseg.runs.recipe import INITIAL, TEACHER, USE, config_description
 from dinoseg.runs.trained import Trained, load_trained, with_whole_weights
 from dinoseg.training import checkpoint
 from dinoseg.training.loading import CONSTANTS, frozen_fingerprint
@@ -116,7 +116,7 @@ def facts_of(cfg: DictConfig, trained: Trained, *, delta: bool = False, scores: 
 
 def _held_config(cfg: DictConfig, facts: Facts) -> DictConfig:
     """Return the config that a file holds: nothing of this machine, and no place of weights that are in the file."""
-    held = {**_without_places(plain(cfg)), TEACHER: None}
+    held = {**_without_places(plain(cfg)), TEACHER: None, INITIAL: None}
     if "root" in held["data"]:
         held["data"]["root"] = "???"
     backbone, head, adapter = held["backbone"], held["head"], held["adapter"]

@@ -1,9 +1,10 @@
 """A new run that begins with the weights of another: what both models have, the rest as it is made."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -11,15 +12,19 @@ from torch import Tensor
 
 from dinoseg.config.plain import plain
 from dinoseg.errors import UserError
-from dinoseg.model import Segmenter, trained_names
+from dinoseg.model import Segmenter, fingerprint, quantised_names, trained_names
 from dinoseg.training import checkpoint
-from dinoseg.training.loading import Checkpoint, casts, frozen_fingerprint
+from dinoseg.training.loading import Checkpoint, casts
 from dinoseg.wording import count_of, listed, shown
 
 logger = logging.getLogger(__name__)
+_UPDATES = ".lora_"  # in the names of what LoRA adds to a layer
+_BASE = ".base_layer."  # in the names of what was there before
 
 
-def begin_with(cfg: DictConfig, model: Segmenter, classes: list[str]) -> Segmenter:
+def begin_with(
+    cfg: DictConfig, model: Segmenter, classes: list[str], share: Callable[[Any], Any] = lambda value: value
+) -> Segmenter:
     """Return the model of a new run with the trained weights of the run that `init` names, where they fit, and say so.
 
     A run that goes on has its own, and is returned as it is.
@@ -28,17 +33,29 @@ def begin_with(cfg: DictConfig, model: Segmenter, classes: list[str]) -> Segment
         cfg: the whole config.
         model: as it was made, on the CPU.
         classes: of the data.
+        share: returns what the first rank gives it.
 
     Raises:
-        UserError: there is no such run, nothing of it fits, or what it learnt of the backbone would be left out.
+        UserError: there is no such run, nothing of it fits, what it learnt of the backbone would be left out, or ranks
+            have read different checkpoints of it.
     """
     if not has_initial(cfg):
         return model
-    saved = _of(cfg, partial(checkpoint.read, finite=cfg.finite_weights))
-    taken = _fitting(cfg, model, saved)
+    offered = _of(cfg, checkpoint.outline)
+    _, left = _fitting(cfg, model, offered)
+    # no more is read than the model has room for: a foreign file may describe more than this machine holds
+    room = {key for key, name, _ in _named(model, offered) if name not in left}
+    saved = _of(cfg, partial(checkpoint.read, finite=cfg.finite_weights, only=room))
+    progress = saved.info["progress"]
+    if share(progress) != progress:
+        raise UserError(
+            f"init={cfg.init}: that run has saved anew while the ranks of this one read it. Wait for its end, or give "
+            "a copy of its checkpoint."
+        )
+    taken, _ = _fitting(cfg, model, saved)
     _check_frozen(cfg, model, saved)
     model.load_state_dict(taken, strict=False)
-    _tell(cfg, model, saved, taken, classes)
+    _tell(cfg, model, saved, taken, left, classes)
     return model
 
 
@@ -49,8 +66,13 @@ def has_initial(cfg: DictConfig) -> bool:
 
 def check_initial(cfg: DictConfig, model: Segmenter) -> None:
     """Refuse what `begin_with` would, as far as names and shapes tell; the model may be on the meta device."""
-    if has_initial(cfg):
-        _fitting(cfg, model, _of(cfg, checkpoint.outline))
+    if not has_initial(cfg):
+        return
+    if model.head.init is not None:
+        raise UserError(
+            f"init={cfg.init} and head.init={model.head.init} both say what the head begins with. Leave one out."
+        )
+    _fitting(cfg, model, _of(cfg, checkpoint.outline))
 
 
 def _of(cfg: DictConfig, read: Callable[[Path], Checkpoint]) -> Checkpoint:
@@ -63,32 +85,45 @@ def _of(cfg: DictConfig, read: Callable[[Path], Checkpoint]) -> Checkpoint:
         raise UserError(str(error).replace("resume=", "init=")) from None
 
 
-def _fitting(cfg: DictConfig, model: Segmenter, saved: Checkpoint) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint that training changes in the model, too, and that have its shapes."""
-    state, have = model.state_dict(), saved.part("model")
-    own = trained_names(model)
+def _named(model: Segmenter, saved: Checkpoint) -> list[tuple[str, str, Tensor]]:
+    """Return each tensor of a checkpoint's model with its key there and its name in this model, adapters apart."""
+    own = {_unadapted(name): name for name in model.state_dict()}
+    have = saved.part("model")
+    return [(f"model/{name}", own.get(_unadapted(name), name), value) for name, value in have.items()]
+
+
+def _unadapted(name: str) -> str:
+    """Return the name of a tensor as it is without LoRA."""
+    return name.replace(_BASE, ".")
+
+
+def _fitting(cfg: DictConfig, model: Segmenter, saved: Checkpoint) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the tensors of a checkpoint that training changes in the model, too, and that have its shapes.
+
+    Beside them the names of those that are left there.
+    """
+    state, own = model.state_dict(), trained_names(model)
+    have = {name: value for _, name, value in _named(model, saved)}
     taken = {
         name: value
         for name, value in have.items()
         if name in own and value.shape == state[name].shape and casts(value.dtype, state[name].dtype)
     }
-    lost = [
-        name
-        for name, value in have.items()
-        if name.startswith("backbone.") and name not in taken and not _is_so(value, state.get(name))
-    ]
+    # a file may hold what is frozen, too, which the model has in any case
+    left = [name for name, value in have.items() if name not in taken and not _is_so(value, state.get(name))]
+    lost = [name for name in left if name.startswith("backbone.")]
     if lost:
         raise UserError(
-            f"init={cfg.init}: it has trained {count_of(len(lost), 'tensor')} of its backbone (such as "
-            f"{shown(lost[0])}) that this model does not train, or has otherwise: its head knows no other features. "
-            f"Choose its backbone and adapter={shown(str(saved.info['choices']['adapter']))}, with that one's values."
+            f"init={cfg.init}: it has {count_of(len(lost), 'tensor')} of its backbone (such as {shown(lost[0])}) that "
+            "this model does not train, or has otherwise: its head knows no other features. Choose its backbone and "
+            f"adapter={shown(str(saved.info['choices']['adapter']))}, with that one's values."
         )
     if not any(name.startswith("head.") for name in taken):
         raise UserError(
             f"init={cfg.init}: of the {count_of(len(have), 'tensor')} it has, none is of this model's head. Use "
             "the head and the backbone that it was trained with (they are in its config), or leave init out."
         )
-    return taken
+    return taken, left
 
 
 def _is_so(value: Tensor, now: Tensor | None) -> bool:
@@ -99,27 +134,44 @@ def _is_so(value: Tensor, now: Tensor | None) -> bool:
 
 
 def _check_frozen(cfg: DictConfig, model: Segmenter, saved: Checkpoint) -> None:
-    """Refuse other frozen weights of the backbone, where both runs freeze the same part of it."""
-    own = trained_names(model)
-    if any(name.startswith("backbone.") and name not in own for name in saved.part("model")):
-        return  # the file holds the frozen part, whose numbers are those of the model, see `_fitting`
-    if plain(cfg.adapter) != saved.info["config"]["adapter"]:
-        return  # names and shares of what is frozen differ, and a checkpoint holds no more than a hash of them
-    if frozen_fingerprint(model)["backbone"] != saved.info["frozen"].get("backbone"):
+    """Refuse other numbers in what was frozen of that run's backbone, of which its checkpoint holds a hash."""
+    if _held_as(plain(cfg)) != _held_as(saved.info["config"]):
+        return  # rounded numbers have another hash
+    there, skipped = saved.part("model").keys(), quantised_names(model)
+    updated = {name.partition(_UPDATES)[0] for name in there if _UPDATES in name}
+    frozen = []
+    for name, value in model.state_dict().items():
+        if name.startswith("backbone.") and _UPDATES not in name and name not in skipped:
+            layer, _, last = _unadapted(name).rpartition(".")
+            then = f"{layer}{_BASE}{last}" if layer in updated else f"{layer}.{last}"
+            frozen += [(then, value)] if then not in there else []
+    if fingerprint(frozen) != saved.info["frozen"].get("backbone"):
         raise UserError(
-            f"init={cfg.init}: trained on other frozen backbone weights than backbone.weights gives now. Give what "
-            "it was trained on."
+            f"init={cfg.init}: trained on other frozen weights than this model's backbone has (backbone.weights, or "
+            "which of its blocks are read). Give what it was trained on."
         )
 
 
+def _held_as(config: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Return in which type and in how many bits a config's frozen weights are held."""
+    return config["backbone"].get("dtype"), config["adapter"].get("bits")
+
+
 def _tell(
-    cfg: DictConfig, model: Segmenter, saved: Checkpoint, taken: Mapping[str, Tensor], classes: list[str]
+    cfg: DictConfig,
+    model: Segmenter,
+    saved: Checkpoint,
+    taken: Mapping[str, Tensor],
+    left: Sequence[str],
+    classes: list[str],
 ) -> None:
-    new = sorted(trained_names(model) - taken.keys())
-    left = sorted(saved.part("model").keys() - taken.keys())
+    rest = sorted(trained_names(model) - taken.keys())
+    given = [name for name in rest if name.startswith("backbone.") and _UPDATES not in name]
+    new = [name for name in rest if name not in given]
     said = [f"init={cfg.init}: {count_of(len(taken), 'tensor')} taken from step {saved.info['progress']['step']}"]
+    said += [f"{count_of(len(given), 'tensor')} of the backbone as backbone.weights has them"] if given else []
     said += [f"begins anew: {listed(new, 5)}"] if new else []
-    said += [f"left there: {listed(left, 5)}"] if left else []
+    said += [f"left there: {listed(sorted(left), 5)}"] if left else []
     logger.info("%s.", "; ".join(said))
     theirs = list(map(str, saved.info["classes"]))
     if theirs != classes and len(theirs) == len(classes):

@@ -50,14 +50,19 @@ def config_description(cfg: DictConfig) -> dict[str, Any]:
     # what acts is the machine's to say, never a file's
     config["data"] = {**settled(cfg.data), **dict.fromkeys(ACTING)}
     for key in (TEACHER, INITIAL):
-        if isinstance(config.get(key), str):  # a run goes on from any folder
-            config[key] = str(Path(config[key]).expanduser().absolute())
+        if key in config:
+            config[key] = absolute(config[key])
     config["head"] = settled(cfg.head)  # its grid is what it was trained for, whatever later images are seen at
     return {
         "config": config,
         "choices": {group: cfg.choices[group] for group in (*CHOSEN, USE)},
         "folder": str(Path.cwd()),
     }
+
+
+def absolute(place: Any) -> Any:
+    """Return the whole path of a run, which is gone on with from any folder; what is no text as it is."""
+    return str(Path(place).expanduser().absolute()) if isinstance(place, str) else place
 
 
 def recipe_of(info: Mapping[str, Any]) -> dict[str, Any]:

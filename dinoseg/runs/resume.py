@@ -13,7 +13,7 @@ from dinoseg.config.job import machine_config, squared
 from dinoseg.config.plain import has_key, keys_of, plain
 from dinoseg.config.registry import own_registry, shipped_registry
 from dinoseg.errors import UserError
-from dinoseg.runs.recipe import SAVED, USE, data_root, saved_config
+from dinoseg.runs.recipe import INITIAL, SAVED, USE, absolute, data_root, saved_config
 from dinoseg.training.description import CHOSEN
 from dinoseg.wording import nearest, printable
 
@@ -34,6 +34,7 @@ def merge(cfg: DictConfig, overrides: Sequence[Override], path: Path, info: Mapp
     guard(saved, f"resume={path}", plain(cfg), trust=_trusted(cfg), typed=typed)
     choices = {group: option for group, option in info["choices"].items() if group in (*CHOSEN, USE)}
     facts = {**plain(cfg), "resume": str(path), "choices": {**plain(cfg.choices), **choices}}  # of this machine and run
+    facts |= {INITIAL: None}  # which a new run alone has from the command line
     merged = OmegaConf.create({**facts, **saved})
     merged.data.root, remark = data_root(saved, Path(info["folder"]))
     if remark and not {"data", "data.root"} & {*typed}:
@@ -111,11 +112,23 @@ def _take_option(override: Override, cfg: DictConfig, merged: DictConfig, path: 
 def _take_value(override: Override, cfg: DictConfig, merged: DictConfig, path: Path) -> None:
     """Take the value of a key, unless it is of the part of the config that is this command line's anyway."""
     name = override.key_or_group
+    if name == INITIAL:
+        return _check_initial(override.value(), cfg, merged, path)
     if name.split(".")[0] not in SAVED:
         return
     if not (override.is_add() or override.is_force_add()):
         _check_key(name, cfg, merged, path)
     OmegaConf.update(merged, name, override.value())
+
+
+def _check_initial(given: Any, cfg: DictConfig, merged: DictConfig, path: Path) -> None:
+    """Refuse another run to begin with than the one that this run began with; it goes on from its own weights."""
+    began = merged.get(INITIAL)
+    if INITIAL in cfg.mode.get("reads", ()) and given is not None and absolute(given) != began:
+        raise UserError(
+            f"init={given}: the run of {path} goes on with its own weights, and began "
+            f"{'without' if began is None else f'with init={began}'}. Leave init out, or, for a new run, resume."
+        )
 
 
 def _check_key(name: str, cfg: DictConfig, merged: DictConfig, path: Path) -> None:

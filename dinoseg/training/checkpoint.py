@@ -7,7 +7,7 @@ from, `best` what it is remembered by.
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -68,17 +68,18 @@ def write(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) ->
     write_tensors(path, tensors, {"dinoseg": json.dumps({"format": FORMAT, **info})})
 
 
-def read(path: Path, *, finite: bool = True) -> Checkpoint:
+def read(path: Path, *, finite: bool = True, only: Container[str] | None = None) -> Checkpoint:
     """Read a checkpoint file; nothing in it is executed.
 
     Args:
         path: the file.
         finite: refuse tensors that hold NaN or infinity.
+        only: tensors to read; None: all.
 
     Raises:
         UserError: no such file, not a checkpoint of dinoseg, truncated, of a newer format, or not finite.
     """
-    file = _read(path, lambda file, key: file.get_tensor(key))
+    file = _read(path, lambda file, key: file.get_tensor(key), only)
     if finite:
         check_finite(file.tensors, f"resume={path}")
     return file
@@ -126,13 +127,14 @@ def describe(path: Path) -> dict[str, Any]:
     return _read(path, None).info
 
 
-def _read(path: Path, value_of: Callable[[Any, str], Tensor] | None) -> Checkpoint:
+def _read(path: Path, value_of: Callable[[Any, str], Tensor] | None, only: Container[str] | None = None) -> Checkpoint:
     try:
         check_regular(path)
         with safe_open(path, framework="pt") as file:
             info = read_description((file.metadata() or {}).get("dinoseg"), path)
             names = _known(file.keys(), path) if value_of else ()
-            return Checkpoint(path, {key: value_of(file, key) for key in names if value_of}, info)
+            wanted = [key for key in names if only is None or key in only]
+            return Checkpoint(path, {key: value_of(file, key) for key in wanted if value_of}, info)
     except FileNotFoundError:
         raise UserError(f"resume={path}: no such file. Give a run folder or a checkpoint in it.") from None
     except (SafetensorError, OSError, RuntimeError) as error:

@@ -7,6 +7,9 @@ import torch
 from command_line import SMALL, call, write_data
 from finished_runs import rows, trained
 
+from dinoseg import build
+from dinoseg.errors import UserError
+from dinoseg.runs.initial import begin_with
 from dinoseg.training import checkpoint
 
 QUIET = ("mode.report=false", "mode.pictures=0", "mode.floor=0")
@@ -23,6 +26,10 @@ def folder(tmp_path_factory):
     trained(where, "first", *SHORT, "seed=5")
     trained(where, "tuned", *KNOWN, "adapter=full")
     trained(where, "frozen", *KNOWN)
+    trained(where, "lora", *KNOWN, "adapter=lora")
+    for run in ("frozen", "lora"):
+        done = call(where, "mode=export", "export=safetensors", f"resume={run}", f"hydra.run.dir=exported_{run}")
+        assert done.status == 0, done.err
     return where
 
 
@@ -81,6 +88,7 @@ def test_a_run_that_goes_on_has_its_own_weights(folder):
         (("init=first", "head=mlp"), "none is of this model's head"),
         (("init=first", "trainer=many_heads", "heads=[linear]"), "init=first is for one head at a time"),
         (("init=data",), "init=data: neither a checkpoint file nor a run folder"),
+        (("init=frozen", *KNOWN, "head.init=probe"), "init=frozen and head.init=probe both say what the head"),
     ],
 )
 def test_a_run_that_cannot_be_begun_with_is_refused_before_anything_is_trained(folder, words, said):
@@ -92,12 +100,68 @@ def test_a_run_that_cannot_be_begun_with_is_refused_before_anything_is_trained(f
 
 
 def test_a_file_that_holds_the_frozen_part_too_is_as_good(folder):
-    done = call(folder, "mode=export", "export=safetensors", "resume=frozen", "hydra.run.dir=exported")
-    assert done.status == 0, done.err
-    ours, done = trained(folder, "from_file", *KNOWN, "init=exported", *KEEP)
+    ours, done = trained(folder, "from_file", *KNOWN, "init=exported_frozen", *KEEP)
     theirs = checkpoint.read(folder / "frozen/checkpoints/best.safetensors").part("model")
     torch.testing.assert_close(ours["model/head.classify.weight"], theirs["head.classify.weight"], rtol=0, atol=0)
-    assert f"init=exported: {len(theirs)} tensors taken" in done.err
+    assert f"init=exported_frozen: {len(theirs)} tensors taken from step 2." in done.err  # and nothing is left
+
+
+@pytest.mark.parametrize(
+    ("of", "adapter", "said"),
+    [
+        ("frozen", "lora", "7 tensors taken from step 2; begins anew: backbone.model"),
+        ("frozen", "full", "7 tensors taken from step 2; 23 tensors of the backbone as backbone.weights has them."),
+        ("lora", "lora", "15 tensors taken from step 2."),
+        ("lora", "qlora", "15 tensors taken from step 2."),
+    ],
+)
+def test_an_adapter_may_come_later_on_the_same_weights_alone(folder, of, adapter, said):
+    words = (*KNOWN, f"adapter={adapter}", *KEEP)
+    for run in (of, f"exported_{of}"):
+        _, done = trained(folder, f"{adapter}_on_{run}", *words, f"init={run}")
+        whole = adapter == "full" and run != of  # a file of the whole model gives these, too
+        assert f"init={run}: {'30 tensors taken from step 2.' if whole else said}" in done.err, done.err
+    if adapter == "qlora":
+        return  # what is rounded cannot be compared
+    other = call(folder, *words, f"init={of}", "backbone.weights=random", "hydra.run.dir=refused")
+    assert other.status == 1 and "trained on other frozen weights than this model's" in other.err, other.err
+
+
+def test_another_run_to_begin_with_is_refused_where_one_goes_on(folder):
+    trained(folder, "begun", *SHORT, "init=first")
+    trained(folder, "alone", *SHORT)
+    for run, words in (("begun", f"with init={folder / 'first'}"), ("alone", "without")):
+        done = call(folder, *SHORT, f"resume={run}", "init=tuned", "trainer.steps=3")
+        assert done.status == 1 and f"and began {words}. Leave init out, or, for a new run, resume." in done.err, (
+            done.err
+        )
+    done = call(folder, *SHORT, "resume=begun", "init=./first", "trainer.steps=3")
+    assert done.status == 0, done.err
+    assert call(folder, "mode=eval", "resume=begun", "init=tuned").status == 0
+
+
+def test_what_has_no_place_in_the_model_is_not_even_read(folder):
+    file = checkpoint.read(folder / "first/checkpoints/best.safetensors")
+    more = {"model/else": torch.full((3,), torch.nan), "ema/else": torch.full((3,), torch.nan)}
+    kept = {key: value for key, value in file.info.items() if key != "format"}
+    checkpoint.write(folder / "more.safetensors", {**file.tensors, **more}, kept)
+    _, done = trained(folder, "of_more", *SHORT, "init=more.safetensors", *KEEP)
+    assert "; left there: else." in done.err
+
+
+def test_ranks_that_have_read_different_checkpoints_are_told(folder, compose, monkeypatch):
+    monkeypatch.chdir(folder)
+    cfg = compose(*KNOWN, "adapter=frozen", "init=frozen")
+    model = build.model(cfg)
+    with pytest.raises(UserError, match="init=frozen: that run has saved anew while the ranks of this one read it"):
+        begin_with(cfg, model, ["dark", "bright"], lambda progress: {**progress, "step": 1})
+    assert begin_with(cfg, model, ["dark", "bright"]) is model
+
+
+def test_a_file_that_is_passed_on_says_nothing_of_the_run_that_it_began_with(folder):
+    trained(folder, "heir", *SHORT, "init=first")
+    assert call(folder, "mode=export", "export=safetensors", "resume=heir", "hydra.run.dir=passed_on").status == 0
+    assert "init" not in checkpoint.describe(folder / "passed_on/model.safetensors")["config"]
 
 
 def test_frozen_weights_of_another_backbone_are_refused(folder):
@@ -105,7 +169,7 @@ def test_frozen_weights_of_another_backbone_are_refused(folder):
     changed = {**info.info, "frozen": {**info.info["frozen"], "backbone": "0" * 16}}
     checkpoint.write(folder / "other.safetensors", info.tensors, {k: v for k, v in changed.items() if k != "format"})
     done = call(folder, *KNOWN, "init=other.safetensors", "hydra.run.dir=refused")
-    assert done.status == 1 and "trained on other frozen backbone weights" in done.err, done.err
+    assert done.status == 1 and "trained on other frozen weights" in done.err, done.err
 
 
 def test_a_damaged_file_is_refused_by_its_key(folder):
