@@ -47,7 +47,7 @@ class SlotContrast(Loss):
             )
         weight = slots.new_full((), clips * (frames - 1))
         if not outputs.carried:
-            return outputs.slots.sum() * 0.0, {"weight": weight}
+            return (outputs.slots.sum() * 0.0).abs(), {"weight": weight}  # no -0.0, which would be told
         here, following = (part.transpose(0, 1).flatten(1, 2) for part in (slots[:, :-1], slots[:, 1:]))
         logits = here @ following.mT / self.temperature  # (T' - 1, B S, B S)
         own = torch.arange(clips * count, device=logits.device).expand(frames - 1, -1)

@@ -80,6 +80,8 @@ class ImageRegime(Regime):
                 f"trainer.score=miou_no_background: data={cfg.choices.data} has no background. Say which class "
                 "it is (data.background=NAME), or choose by another score, such as trainer.score=miou."
             )
+        names = [str(name) for name in cfg.data.classes]
+        instantiate(cfg.loss.class_weights)([1] * len(names), names)  # refuses a scheme or a name that is none
         head = model.head
         with torch.device("meta"):
             loss = build.criterion(cfg, class_weights=torch.ones(len(cfg.data.classes)))

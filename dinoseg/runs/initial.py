@@ -18,6 +18,7 @@ from dinoseg.training.loading import Checkpoint, casts
 from dinoseg.wording import count_of, listed, shown
 
 logger = logging.getLogger(__name__)
+_NEEDED = "needed"  # what a recipe says that begins with a run of the user's, which has to be named
 _UPDATES = ".lora_"  # in the names of what LoRA adds to a layer
 _BASE = ".base_layer."  # in the names of what was there before
 
@@ -60,8 +61,19 @@ def begin_with(
 
 
 def has_initial(cfg: DictConfig) -> bool:
-    """Return whether a run is a new one that begins with another's weights."""
-    return cfg.init is not None and cfg.resume is None
+    """Return whether a run is a new one that begins with another's weights.
+
+    Raises:
+        UserError: its recipe begins with those of a run, and none is named.
+    """
+    if cfg.resume is not None:
+        return False
+    if cfg.init == _NEEDED:
+        raise UserError(
+            f"hparam={cfg.choices.hparam} begins with the weights of another run, which its file says more of. Give "
+            "init=RUN, that one's folder, or init=null to begin without."
+        )
+    return cfg.init is not None
 
 
 def check_initial(cfg: DictConfig, model: Segmenter) -> None:

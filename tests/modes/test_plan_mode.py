@@ -193,6 +193,8 @@ def test_a_command_keeps_what_was_typed_but_for_what_changes(monkeypatch, tmp_pa
         (["data.batch_size=some"], "data.batch_size=some is of type str"),
         (["resolution.crop=[x,y]"], r"resolution.crop=\['x', 'y'\] is of type list of str"),
         (["trainer.accumulate=~"], "trainer.accumulate=~"),
+        (["loss.weights={nobody: 3}"], "loss.weights: nobody is no class. The classes are dark, bright"),
+        (["loss.weights=invers"], "loss.weights=invers is unknown. Choose one of none"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

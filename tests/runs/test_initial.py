@@ -9,7 +9,8 @@ from finished_runs import rows, trained
 
 from dinoseg import build
 from dinoseg.errors import UserError
-from dinoseg.runs.initial import begin_with
+from dinoseg.modes import train
+from dinoseg.runs.initial import begin_with, has_initial
 from dinoseg.training import checkpoint
 
 QUIET = ("mode.report=false", "mode.pictures=0", "mode.floor=0")
@@ -183,3 +184,12 @@ def test_the_run_that_it_begins_with_is_part_of_a_recipe(folder):
     trained(folder, "outputs/r/a", *words)
     done = call(folder, *words, "init=first", "resume=auto", "hydra.run.dir=outputs/r/b")
     assert done.status == 0 and "init=first: " in done.err, done.err
+
+
+def test_a_recipe_that_goes_on_from_another_asks_for_its_run(compose):
+    words = ("hparam=slots_clips", "mode=train", "data.root=movi")
+    cfg = compose(*words)
+    with pytest.raises(UserError, match="hparam=slots_clips begins with the weights of another run, .*init=null"):
+        train.check(cfg)
+    train.check(compose(*words, "init=null"))
+    assert not has_initial(compose(*words, "resume=run"))
