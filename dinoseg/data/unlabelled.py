@@ -99,7 +99,7 @@ class UnlabelledImages:
         Raises:
             UserError: it cannot be read.
         """
-        pixels = np.ascontiguousarray(read_source(self.sources[index]))
+        pixels = np.ascontiguousarray(_read(self.sources[index]))
         weak, outside = self.augment(pixels, np.full(pixels.shape[:2], self.inside, np.uint8), rng)
         strong, boxes = zip(*(self.strong(weak, rng) for _ in range(self.views)), strict=True)
         views = torch.stack(list(map(_planes, strong)))
@@ -124,7 +124,7 @@ class Unmasked:
         return len(self.sources)
 
     def __getitem__(self, index: int) -> Sample:
-        pixels = np.array(read_source(self.sources[index]))
+        pixels = np.array(_read(self.sources[index]))
         mask = torch.full(pixels.shape[:2], self.ignore_index, dtype=torch.uint8)
         return Sample(image=_planes(pixels), mask=mask, name=self.names[index])
 
@@ -139,6 +139,22 @@ class Unmasked:
             UserError: they cannot be read.
         """
         return image_hash(self.sources[index])
+
+
+def fault(source: ImageSource) -> str:
+    """Return why an image cannot be read; empty where it can."""
+    try:
+        read_source(source)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def _read(source: ImageSource) -> np.ndarray:
+    try:
+        return read_source(source)
+    except UserError as error:
+        raise UserError(f"{error} Or leave such images without masks out: data.on_error=skip.") from error
 
 
 def _planes(image: np.ndarray) -> Tensor:

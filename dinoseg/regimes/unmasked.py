@@ -9,12 +9,16 @@ from omegaconf import DictConfig
 from dinoseg.config.nodes import instantiate
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
+from dinoseg.data.unlabelled import fault
 from dinoseg.data.video.access import ImageSource
+from dinoseg.processes.workers import count_cores, in_processes
 from dinoseg.selection.pool import Candidate, found_in
 from dinoseg.shapes import SegmentationData
 from dinoseg.training.mixed_feed import Unlabelled
+from dinoseg.wording import listed
 
 logger = logging.getLogger(__name__)
+_FEW = 64  # images below which starting processes costs more than it saves
 
 
 def unmasked_images(
@@ -22,7 +26,8 @@ def unmasked_images(
 ) -> list[Candidate]:
     """Return the training images that are not among those with masks, and those that `trainer.unlabelled` names.
 
-    An image that both name is there once. Validation images among them are told of.
+    An image that both name is there once. Validation images among them are told of, and so is what cannot be read,
+    which `data.on_error=skip` leaves out.
 
     Args:
         cfg: the whole config.
@@ -51,7 +56,17 @@ def unmasked_images(
             "training. Leave them out of trainer.unlabelled for scores that tell of new ones.",
             len(seen),
         )
-    return list(images.values())
+    skips = cfg.data.on_error == "skip"
+    return _readable([*images.values()], cfg.data.get("workers") or count_cores()) if skips else [*images.values()]
+
+
+def _readable(images: Sequence[Candidate], workers: int) -> list[Candidate]:
+    """Return the images that can be read, and say which cannot."""
+    sources, processes = [image.source for image in images], workers if len(images) >= _FEW else 1
+    faults = [why for _, why in in_processes(fault, sources, processes, remedy="Read with fewer: data.workers=1.")]
+    if bad := [why for why in faults if why]:
+        logger.warning("data.on_error=skip: left out of the images without masks: %d. %s", len(bad), listed(bad, 3))
+    return [image for image, why in zip(images, faults, strict=True) if not why]
 
 
 def _identity(source: ImageSource) -> Hashable:

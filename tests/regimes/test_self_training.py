@@ -1,6 +1,7 @@
 """Few masks and a teacher: the same for any worker count, the same after a stop, and refused where it cannot be."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from films import write_film
 from finished_runs import rows, trained
 
 from dinoseg.images import write_png
+from dinoseg.regimes import unmasked
 from dinoseg.runs.recipe import recipe_of
 from dinoseg.training import checkpoint
 from dinoseg.training.trainee import Trainee
@@ -102,6 +104,21 @@ def test_what_does_not_go_together_is_refused(folder, words, said):
     words = [word for word in words if "mode." not in word] if words[0] == "mode=plan" else words
     refused = call(folder, *words, "trainer.steps=1", "hydra.run.dir=refused")
     assert refused.status == 1 and said in refused.err, refused.err
+
+
+@pytest.mark.parametrize("few", [2, 64], ids=["processes", "alone"])
+def test_broken_images_without_masks_stop_a_run_by_name_or_are_left_out(folder, tmp_path, monkeypatch, few):
+    monkeypatch.setattr(unmasked, "_FEW", few)
+    shutil.copytree(folder / "data/train/images", tmp_path / "photos")
+    broken = tmp_path / "photos/1.png"
+    broken.write_bytes(broken.read_bytes()[:1000])
+    words = (*WORDS, f"trainer.unlabelled={tmp_path / 'photos'}", "trainer.steps=2", "data.workers=2")
+    done = call(folder, *words, "hydra.run.dir=broken")
+    said = "Or leave such images without masks out: data.on_error=skip."
+    assert done.status == 1 and f"Cannot read {broken} as a picture" in done.err and said in done.err, done.err
+    _, done = trained(folder, f"mended_{few}", *words, "data.on_error=skip")
+    assert f"left out of the images without masks: 1. Cannot read {broken}" in done.err, done.err
+    assert "6 training images with masks, 5 without" in done.err
 
 
 def test_masks_of_one_class_alone_are_refused(folder, tmp_path):
