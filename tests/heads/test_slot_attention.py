@@ -200,6 +200,20 @@ def test_unlike_tokens_of_training_begin_anywhere():
     assert all(len(set(row)) == 3 for row in found.tolist())
 
 
+def test_half_precision_chooses_as_float32_does():
+    torch.manual_seed(2)
+    tokens = torch.randn(2, 9, 4).half()
+    assert unlike_tokens(tokens, 5).equal(unlike_tokens(tokens.float(), 5))
+
+
+def test_unlike_slots_of_training_begin_anywhere():
+    module, tokens = made(SlotAttention, 5, 4, 3, first="unlike").train(), torch.randn(1, 7, 5).double()
+    module._noise = lambda batch, count: torch.zeros(batch, count, 4).double()  # so that they differ by their tokens
+    firsts = {module.start(tokens, [1]).flatten().tolist()[0] for _ in range(100)}
+    assert len(firsts) == 7
+    assert module.eval().start(tokens, [1]).equal(module.start(tokens, [1]))
+
+
 def test_unlike_slots_are_the_drawn_ones_and_what_their_tokens_tell():
     module = made(SlotAttention, 5, 4, 3, first="unlike").eval()
     tokens = torch.randn(2, 7, 5).double()

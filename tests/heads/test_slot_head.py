@@ -8,6 +8,7 @@ from dinoseg.errors import UserError
 from dinoseg.heads.slots.background import background_mask
 from dinoseg.heads.slots.groups import allowed_cells
 from dinoseg.heads.slots.head import SlotHead
+from dinoseg.heads.slots.standard import Standard
 from dinoseg.model import Segmenter
 
 SMALL = {"slot_dim": 8, "hidden_dim": 12, "decoder_dim": 10, "num_slots": 3, "positions_grid": [3, 4]}
@@ -191,6 +192,33 @@ def test_slots_see_standardised_channels_and_give_back_the_features_own():
     torch.testing.assert_close(ours.reconstructions[0], theirs.reconstructions[0] * scale + shift)
     slots, _ = head.step(features[:, 0])
     torch.testing.assert_close(slots, ours.slots[:, 0])
+
+
+def test_channels_of_half_precision_are_counted_in_float32():
+    torch.manual_seed(2)
+    features = (torch.randn(2, DIM, 16, 16) * 3 + 400).half()
+    standard = Standard(DIM).train()
+    standard(features)
+    torch.testing.assert_close(standard.running_var, features.float().var((0, 2, 3)))
+    torch.testing.assert_close(standard.running_mean, features.float().mean((0, 2, 3)))
+
+
+def test_a_single_cell_has_no_variance_to_train_on():
+    head, cell = made(standardise=True, num_slots=1, predictor="none"), clip(1, (1, 1), 1)
+    with pytest.raises(UserError, match="head.standardise=true takes mean and variance over the cells of a batch"):
+        head.train().follow(cell)
+    assert head.standard.running_var.isfinite().all() and head.eval().follow(cell).slots.isfinite().all()
+
+
+def test_unlike_slots_begin_at_cells_that_their_group_may_see():
+    head = made(**GROUPED, first="unlike").eval()
+    features, background = clip(1), torch.zeros(2, 1, 3, 4, dtype=torch.bool)
+    background[..., 0] = True
+    tokens, allowed = features[:, 0].flatten(2).mT, allowed_cells(background[:, 0], head.sizes).flatten(2)
+    begun = head.slot_attention.start(tokens, head.sizes, allowed)
+    assert not begun.equal(head.slot_attention.start(tokens, head.sizes))
+    expected, _ = head.slot_attention(tokens, begun, head.first_iterations, allowed)
+    torch.testing.assert_close(head.follow(features, background).slots[:, 0], expected)
 
 
 def test_slots_are_drawn_anew_in_each_frame_for_the_first_share_of_a_training():

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dinoseg.errors import UserError
 from dinoseg.precision import at_least_float32
 
 
@@ -18,9 +19,18 @@ class Standard(nn.BatchNorm2d):
         super().__init__(channels, affine=False, momentum=None)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return the standardised features."""
+        """Return the standardised features.
+
+        Raises:
+            UserError: a single cell to train on.
+        """
         if not self.training:
             return super().forward(features)
+        if features.numel() == self.num_features:
+            raise UserError(
+                "head.standardise=true takes mean and variance over the cells of a batch, and this one has a single "
+                "cell. Enlarge data.batch_size or resolution.crop, or set head.standardise=false."
+            )
         mean, variance, count = self.running_mean, self.running_var, self.num_batches_tracked
         assert mean is not None and variance is not None and count is not None  # it tracks them
         with torch.no_grad():
