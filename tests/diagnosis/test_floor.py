@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,9 @@ from dinoseg.diagnosis import causes, floor
 from dinoseg.diagnosis.floor import Held, held_against_floor, solved
 from dinoseg.errors import UserError
 from dinoseg.images import write_png
+from dinoseg.probing.probe import Probe
 from dinoseg.regimes.images import ImageRegime
+from dinoseg.training.validation import evaluate
 
 WORDS = (*SMALL, "adapter=frozen", "head=linear", "data.augment.color.hue=0", "data.augment.scale=[1,1]")
 
@@ -263,3 +266,30 @@ def test_the_closed_form_is_that_of_the_probe(held):
     assert again == found.floor
     wide = solved(found.plain, found.train, found.train, found.cfg, found.engine)
     assert wide["pixels"] == 8 * 32 * 48
+
+
+def test_the_floor_is_solved_and_scored_as_the_config_says(held, monkeypatch):
+    asked = {}
+
+    def probe(plain, train, counts, engine, places, grid):
+        asked.update(places=places["floor"], group=grid.group, held_out=grid.held_out)
+        return Probe(plain, train, counts, engine, places, grid)
+
+    def scored(model, data, engine, *, policy):
+        asked["policy"] = policy
+        return evaluate(model, data, engine, policy=policy)
+
+    monkeypatch.setattr(floor, "Probe", probe)
+    monkeypatch.setattr(floor, "evaluate", scored)
+    found = held("backbone.layers=[0,1]", "data.group='^(.)'", "inference=windows", "inference.size=16")
+    said = {"places": [0, 1], "group": "^(.)", "held_out": 0.2, "policy": found.regime.feed.policy}
+    assert asked == said and found.regime.feed.policy is not None
+    monkeypatch.setattr(floor, "_WIDEST", 47)  # of two maps of 24
+    held("backbone.layers=[0,1]")
+    assert asked["places"] == [1] and asked["group"] != "^(.)"
+
+
+def test_no_floor_where_weights_are_shared_out(held):
+    found = held()
+    engine = SimpleNamespace(sharded=True)  # which is asked nothing else: its ranks have parted
+    assert held_against_floor(found.cfg, found.regime, engine, found.model, seconds=9.0) is None
