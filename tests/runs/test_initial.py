@@ -193,3 +193,20 @@ def test_a_recipe_that_goes_on_from_another_asks_for_its_run(compose):
         train.check(cfg)
     train.check(compose(*words, "init=null"))
     assert not has_initial(compose(*words, "resume=run"))
+
+
+def test_the_best_finite_weights_are_taken_whatever_type_the_frozen_ones_are_held_in(folder, compose, monkeypatch):
+    monkeypatch.chdir(folder)
+    words = (*KNOWN, "init=odd")
+    shutil.copytree("frozen/checkpoints", "odd/checkpoints")
+    (folder / "odd/checkpoints/last.safetensors").write_bytes(b"cut")
+    cfg = compose(*words, "backbone.dtype=bfloat16")
+    assert begin_with(cfg, build.model(cfg), ["dark", "bright"])
+    best = checkpoint.read(folder / "odd/checkpoints/best.safetensors")
+    best.tensors["model/head.classify.bias"][0] = torch.nan
+    kept = {key: value for key, value in best.info.items() if key != "format"}
+    checkpoint.write(best.path, best.tensors, kept)
+    with pytest.raises(UserError, match="^init=odd.*hold NaN or infinity"):
+        begin_with(cfg, build.model(cfg), ["dark", "bright"])
+    cfg = compose(*words, "finite_weights=false")
+    assert begin_with(cfg, build.model(cfg), ["dark", "bright"]).head.classify.bias.isnan().any()
