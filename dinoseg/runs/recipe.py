@@ -26,7 +26,14 @@ SAVED = ("seed", *GROUPS, *OPTIONAL)  # root keys of a config that a checkpoint 
 # keys that older checkpoints lack, and what was so before them
 _LATER: Mapping[str, Mapping[str, Any]] = {
     "data": {"views": None, "feature_noise": 0.0, "class_uniform": 0.0, "class_mix": 0.0, "labelled": None},
-    "head": {"init": None, "deep_supervision": True, "standardise": False, "alone": 0.0, "first": "drawn"},
+    "head": {
+        "init": None,
+        "deep_supervision": True,
+        "standardise": False,
+        "alone": 0.0,
+        "first": "drawn",
+        "decoder_first": 0.0,
+    },
     "loss": {"hardest": 1.0, "border_weight": 1.0, "border_width": 3},
 }
 # of a trainer: a run may go on with others

@@ -241,6 +241,32 @@ def test_queries_and_keys_begin_with_a_variance_of_one():
         assert 0.85 < values.var().item() < 1.15
 
 
+def test_unlike_slots_begin_as_soft_k_means():
+    torch.manual_seed(0)
+    module = SlotAttention(24, 16, 3, first="unlike").double().eval()
+    kinds = torch.randn(4, 24).double()
+    kind = torch.arange(20) % 4
+    tokens = (kinds[kind] + 0.05 * torch.randn(1, 20, 24)).double()
+    slots = module.start(tokens, [4])
+    found, weights = module(tokens, slots, 2)
+    assert [len(set(weights[0].argmax(0)[kind == one].tolist())) for one in range(4)] == [1] * 4
+    assert len(set(weights[0].argmax(0).tolist())) == 4 and (weights[0].amax(0) > 0.8).all()
+    # one step: a slot is the mean, by the gate, of itself and of the tokens that it won
+    keys = module.key(module.norm_tokens(tokens))
+    share = slot_weights(1.5 * module.norm_slots(slots), keys)
+    won = (share / (share.sum(2, keepdim=True) + 1e-6)) @ keys
+    gate = (
+        won @ module.gru.weight_ih[16:32].T
+        + module.gru.bias_ih[16:32]
+        + slots @ module.gru.weight_hh[16:32].T
+        + module.gru.bias_hh[16:32]
+    ).sigmoid()
+    once, _ = module(tokens, slots, 1)
+    torch.testing.assert_close(once, (1 - gate) * won.tanh() + gate * slots, **EXACT)
+    spread = torch.stack([module.train()._drawn(1, [4]) for _ in range(500)]).std()
+    assert 0.12 < spread.item() < 0.14
+
+
 def test_another_way_to_begin_is_refused():
     with pytest.raises(UserError, match=r"head.first=drwan is unknown. Choose one of drawn, unlike"):
         SlotAttention(5, 4, 3, first="drwan")

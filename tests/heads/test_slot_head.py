@@ -168,13 +168,15 @@ def test_reconstructions_are_normed_decodings_of_slots_taken_ahead():
         torch.testing.assert_close(outputs.reconstructions[index][:, 1], expected)
 
 
-def test_slots_see_standardised_channels_and_give_back_the_features_own():
+def test_slots_see_and_give_back_standardised_channels():
     torch.manual_seed(2)
     scale, shift = torch.rand(DIM, 1, 1).double() * 9 + 0.1, torch.randn(DIM, 1, 1).double() * 5
     seen, features = clip(), clip() * scale + shift
     head = made(standardise=True).train()
     outputs = head.follow(features)
-    assert outputs.features is features
+    pixels = outputs.features.transpose(0, 2).flatten(1)
+    torch.testing.assert_close(pixels.mean(1), torch.zeros(DIM).double())
+    torch.testing.assert_close(pixels.var(1, correction=0), torch.ones(DIM).double(), rtol=1e-4, atol=0)
     pixels = features.transpose(0, 2).flatten(1)  # (C, B * T * h * w)
     torch.testing.assert_close(head.standard.running_mean, pixels.mean(1))
     torch.testing.assert_close(head.standard.running_var, pixels.var(1))
@@ -189,7 +191,8 @@ def test_slots_see_standardised_channels_and_give_back_the_features_own():
         head.standard.running_var.copy_(scale.flatten().square() - head.standard.eps)
     ours, theirs = head.follow(features), plain.follow(seen)
     torch.testing.assert_close(ours.attention, theirs.attention)
-    torch.testing.assert_close(ours.reconstructions[0], theirs.reconstructions[0] * scale + shift)
+    torch.testing.assert_close(ours.features, seen)
+    torch.testing.assert_close(ours.reconstructions[0], theirs.reconstructions[0])
     slots, _ = head.step(features[:, 0])
     torch.testing.assert_close(slots, ours.slots[:, 0])
 
@@ -219,6 +222,24 @@ def test_unlike_slots_begin_at_cells_that_their_group_may_see():
     assert not begun.equal(head.slot_attention.start(tokens, head.sizes))
     expected, _ = head.slot_attention(tokens, begun, head.first_iterations, allowed)
     torch.testing.assert_close(head.follow(features, background).slots[:, 0], expected)
+
+
+def test_the_decoder_alone_learns_for_the_first_share_of_a_training():
+    head = made(decoder_first=0.2, token_positions=True).train()
+    before = {name: weight for name, weight in head.named_parameters() if not name.startswith(("decoder", "norm"))}
+    for progress, learns in ((0.0, False), (0.19, False), (0.2, True)):
+        head.zero_grad()
+        head.set_progress(progress)
+        outputs = head.follow(clip())
+        (outputs.reconstructions[0] - outputs.features).square().mean().backward()
+        told = [weight.grad for weight in before.values()]
+        assert all(grad is not None for grad in told)  # as ranks want
+        assert any(grad.any() for grad in told) == learns
+        assert head.decoder.layers[0].weight.grad.any()
+    head.eval().set_progress(0.0)
+    head.zero_grad()
+    head.follow(clip()).slots.sum().backward()
+    assert head.slot_attention.key.weight.grad.any()
 
 
 def test_slots_are_drawn_anew_in_each_frame_for_the_first_share_of_a_training():

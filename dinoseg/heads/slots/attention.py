@@ -13,6 +13,8 @@ from dinoseg.precision import at_least_float32
 FIRST = ("drawn", "unlike")
 _EPSILON = 1e-6  # against a slot that won no token
 _EVAL_SEED = 0  # of the first slots in eval mode
+_SHARP = 1.5  # of the logits of clusters at first: a token's own slot has this times the root of D, another one less
+_SPREAD = 0.13  # standard deviation of what is drawn beside the tokens that clusters begin at
 
 
 def slot_weights(queries: Tensor, keys: Tensor, allowed: Tensor | None = None) -> Tensor:
@@ -46,7 +48,9 @@ class SlotAttention(nn.Module):
         num_groups: more than one adds a learnt offset of mean and log-variance for each group.
         variance_as_std: take exp(log-variance) as the standard deviation itself, not its square.
         first: `drawn`; or `unlike`: what is drawn, plus a learnt projection of a token, of the tokens that are most
-            unlike one another (`unlike_tokens`).
+            unlike one another (`unlike_tokens`). Its weights begin as those of a soft k-means: slots, keys and values
+            are one projection of tokens, and a slot becomes the mean of itself and of what it won. So slots differ
+            from the first step on, where others are alike for hundreds of steps.
     """
 
     def __init__(
@@ -77,6 +81,22 @@ class SlotAttention(nn.Module):
         self.gru = nn.GRUCell(slot_dim, slot_dim)
         self.mlp = nn.Sequential(nn.Linear(slot_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, slot_dim))
         self.seed = nn.Linear(in_dim, slot_dim) if first == "unlike" else None
+        if self.seed is not None:
+            self._begin_as_clusters(self.seed)
+
+    @torch.no_grad()
+    def _begin_as_clusters(self, seed: nn.Linear) -> None:
+        for projection in (self.value, seed):
+            projection.weight.copy_(self.key.weight)
+        nn.init.eye_(self.query.weight).mul_(_SHARP)
+        nn.init.zeros_(self.mean)
+        nn.init.constant_(self.log_variance, math.log(_SPREAD) / self.exponent)
+        told, kept = (weight.chunk(3)[2] for weight in (self.gru.weight_ih, self.gru.weight_hh))  # the new value's
+        nn.init.eye_(told)
+        last: nn.Linear = self.mlp[-1]  # type: ignore[assignment]
+        biases = (bias.chunk(3)[2] for bias in (self.gru.bias_ih, self.gru.bias_hh))
+        for nothing in (kept, *biases, seed.bias, last.weight, last.bias):
+            nn.init.zeros_(nothing)
 
     def start(self, tokens: Tensor, sizes: Sequence[int], allowed: Tensor | None = None) -> Tensor:
         """Return the first slots (B, S, D), `sizes` of each group.

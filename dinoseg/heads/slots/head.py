@@ -16,7 +16,7 @@ from dinoseg.heads.slots.background import background_mask
 from dinoseg.heads.slots.clips import SeenFrame, check_similar_cells, clip_outputs, telling_frames
 from dinoseg.heads.slots.decoder import Decoded, SlotDecoder
 from dinoseg.heads.slots.groups import GROUPS, allowed_cells, slot_sizes
-from dinoseg.heads.slots.positions import Positions, linear_positions, training_grid
+from dinoseg.heads.slots.positions import Positions, linear_positions, token_places, training_grid
 from dinoseg.heads.slots.predictor import make_predictor
 from dinoseg.heads.slots.standard import Standard
 from dinoseg.heads.slots.time import make_time_decoders, resolve_steps
@@ -48,10 +48,12 @@ class SlotHead(Head[SlotOutputs]):
         variance_as_std: take exp(log-variance) as the first slots' standard deviation itself.
         token_positions: add a learnt linear code of its place to each token that slots see (Locatello et al., arXiv
             2006.15055), for backbones whose features hardly tell where they are: rotary positions (DINOv3), colours.
-        standardise: slots see each channel of the features with mean 0 and variance 1 over what training has seen, and
-            reconstructions begin with the channels' own; else both have to be learnt.
+        standardise: slots see, and reconstruct, each channel of the features with mean 0 and variance 1 over what
+            training has seen.
         predictor: `savi`, `carry` (slots enter the next frame as they are) or `none` (drawn anew in every frame).
         alone: share of the training at whose beginning every frame's slots are drawn anew, whatever the predictor.
+        decoder_first: share of the training at whose beginning the decoder alone learns: by what it tells before it
+            can tell anything, slots that begin as clusters would only become alike.
         steps: offsets in frames that are reconstructed: n = 0 to n, or a list.
         time_decoder: `none`, `linear` or `attention`, one for each of `steps`, applied to slots before decoding.
         decoder_dim: hidden width of the decoder.
@@ -84,6 +86,7 @@ class SlotHead(Head[SlotOutputs]):
         standardise: bool = False,
         predictor: str = "savi",
         alone: LowShare = 0.0,
+        decoder_first: LowShare = 0.0,
         steps: int | Sequence[int] = 0,
         time_decoder: str = "none",
         decoder_dim: Count = 1024,
@@ -115,8 +118,8 @@ class SlotHead(Head[SlotOutputs]):
             dim, slot_dim, hidden_dim, num_groups=len(self.sizes), variance_as_std=variance_as_std, first=first
         )
         self.standard = Standard(dim) if standardise else None
-        self.alone, self.progress = alone, 0.0
-        self.place = nn.Linear(2, dim) if token_positions else None
+        self.alone, self.decoder_first, self.progress = alone, decoder_first, 0.0
+        self.place = token_places(dim, clusters=first == "unlike") if token_positions else None
         self.predictor = make_predictor(predictor, slot_dim)
         self.time_decoders = make_time_decoders(time_decoder, slot_dim, len(self.steps))
         num_cells = self.grid[0] * self.grid[1] if similarity else 0
@@ -142,7 +145,7 @@ class SlotHead(Head[SlotOutputs]):
             )
 
     def set_progress(self, share: float) -> None:
-        """Carry slots from frame to frame from the share `alone` of the training on."""
+        """Carry slots from the share `alone` of the training on, and let them learn from `decoder_first` on."""
         self.progress = share
 
     def run(self, backbone: Backbone, images: Tensor) -> SlotOutputs:
@@ -170,7 +173,9 @@ class SlotHead(Head[SlotOutputs]):
                 slots.
         """
         assert (background is None) == (self.groups == "off")
-        seen = self._standardised(features.flatten(0, 1)).unflatten(0, features.shape[:2])
+        seen = features
+        if self.standard is not None:
+            seen = self.standard(features.flatten(0, 1)).unflatten(0, features.shape[:2])
         num_frames, grid = features.shape[1], (features.shape[-2], features.shape[-1])
         similarity = self.similarity and (num_frames > 1 or self.training)  # an image has no next frame
         if similarity:
@@ -185,8 +190,10 @@ class SlotHead(Head[SlotOutputs]):
             if background is not None and (time == 0 or self.groups == "always"):
                 allowed = allowed_cells(background[:, time], self.sizes)
             slots, attention = self._step(seen[:, time], slots, allowed, self.sizes, carried=carried)
+            if self.training and self.progress < self.decoder_first:
+                slots = slots.detach() + 0.0 * slots  # ranks wait for a gradient of every weight
             frames.append(SeenFrame(slots, attention, self._decode_steps(slots, grid, similarity)))
-        outputs = clip_outputs(features, frames, self.steps, self.mask_step)
+        outputs = clip_outputs(seen, frames, self.steps, self.mask_step)
         return replace(outputs, carried=carried and self.predictor is not None)
 
     def step(
@@ -207,7 +214,8 @@ class SlotHead(Head[SlotOutputs]):
         Raises:
             UserError: fewer cells than slots.
         """
-        return self._step(self._standardised(features), slots, allowed, self.sizes if sizes is None else sizes)
+        seen = features if self.standard is None else self.standard(features)
+        return self._step(seen, slots, allowed, self.sizes if sizes is None else sizes)
 
     def _step(
         self,
@@ -234,10 +242,6 @@ class SlotHead(Head[SlotOutputs]):
         slots, attention = self.slot_attention(tokens, slots, iterations, seen)
         return slots, attention.unflatten(2, grid)
 
-    def _standardised(self, features: Tensor) -> Tensor:
-        """Return features (B, C, h, w) as slots see them."""
-        return features if self.standard is None else self.standard(features)
-
     def decode(self, slots: Tensor, grid: tuple[int, int], step: int = 0) -> tuple[Tensor, Tensor]:
         """Return the features (B, C, h, w) and the alpha masks (B, S, h, w) that slots (B, S, D) tell of.
 
@@ -260,12 +264,7 @@ class SlotHead(Head[SlotOutputs]):
 
     def _decode(self, slots: Tensor, grid: tuple[int, int], step: int, similarity: bool) -> Decoded:
         decoded = self.decoder(self.time_decoders[step](slots), grid, similarity=similarity)
-        normed = self.norm(decoded.features.movedim(1, -1))
-        if self.standard is not None:
-            mean, variance = self.standard.running_mean, self.standard.running_var
-            assert mean is not None and variance is not None  # it tracks them
-            normed = normed * (variance + self.standard.eps).sqrt() + mean
-        return decoded._replace(features=normed.movedim(-1, 1))
+        return decoded._replace(features=self.norm(decoded.features.movedim(1, -1)).movedim(-1, 1))
 
     def _decode_steps(self, slots: Tensor, grid: tuple[int, int], similarity: bool) -> list[Decoded]:
         asked = [(slots, grid, step, similarity and step == self.mask_step) for step in range(len(self.steps))]

@@ -11,6 +11,7 @@ from dinoseg.heads.options import check_choice
 
 KINDS = ("learnt", "sine", "linear")
 _CHANNELS = {"learnt": 4, "sine": 4, "linear": 2}
+_APART = 1.5  # standard deviation of what a token is told of its place at first, where clusters begin by it
 
 
 def training_grid(positions_grid: Sequence[int] | None, positions: str, similarity: bool) -> tuple[int, int]:
@@ -40,6 +41,18 @@ def linear_positions(grid: tuple[int, int], like: Tensor) -> Tensor:
     """Return (2, h, w): row, then column, from -1 at the first to 1 at the last."""
     lines = (torch.linspace(-1, 1, cells, device=like.device, dtype=like.dtype) for cells in grid)
     return torch.stack(torch.meshgrid(*lines, indexing="ij"))
+
+
+def token_places(dim: int, *, clusters: bool) -> nn.Linear:
+    """Return what makes a code (..., dim) of a place (..., 2) to add to a token.
+
+    With `clusters` it weighs as much at first as channels of variance 1, so that what lies apart is told apart.
+    """
+    places = nn.Linear(2, dim)
+    if clusters:
+        nn.init.normal_(places.weight, std=_APART)
+        nn.init.zeros_(places.bias)
+    return places
 
 
 def sine_positions(grid: tuple[int, int], like: Tensor) -> Tensor:
