@@ -224,6 +224,14 @@ def test_unlike_slots_begin_at_cells_that_their_group_may_see():
     torch.testing.assert_close(head.follow(features, background).slots[:, 0], expected)
 
 
+@pytest.mark.parametrize("first", ["drawn", "unlike"])
+def test_places_weigh_as_much_as_contents_where_slots_begin_as_clusters(first):
+    torch.manual_seed(0)
+    place = SlotHead(400, 1, **SMALL, first=first, token_positions=True).place
+    spread, shift = place.weight.std().item(), place.bias.abs().max().item()
+    assert (1.4 < spread < 1.6 and shift == 0) if first == "unlike" else (spread < 0.5 and shift > 0)
+
+
 def test_the_decoder_alone_learns_for_the_first_share_of_a_training():
     head = made(decoder_first=0.2, token_positions=True).train()
     before = {name: weight for name, weight in head.named_parameters() if not name.startswith(("decoder", "norm"))}

@@ -138,9 +138,9 @@ def test_a_recipe_is_that_of_a_checkpoint_older_than_its_keys(compose):
     assert recipe(*masks, **late) == recipe(*masks) == recipe(*masks, without)  # of a loss on pixels
     masks = (*masks, "loss=mask_classification")
     assert recipe(*masks, **late) == recipe(*masks) != recipe(*masks, without)
-    slots, late = ("head=slots",), {"head": ["standardise", "alone"]}
+    slots, late = ("head=slots",), {"head": ["standardise", "alone", "first", "decoder_first"]}
     assert recipe(*slots, **late) == recipe(*slots) != recipe(*slots, "head.standardise=true")
-    assert recipe(*slots) != recipe(*slots, "head.alone=0.4")
+    assert recipe(*slots) != recipe(*slots, "head.alone=0.4") != recipe(*slots, "head.decoder_first=0.4")
 
 
 def test_auto_in_a_sweep_looks_through_the_whole_folder_of_its_recipe(tmp_path, monkeypatch):

@@ -119,7 +119,8 @@ def test_training_reads_no_mask(here, tmp_path):
 
 
 def test_a_resumed_run_is_the_same_run(here):
-    late = ("head.standardise=true", "loss=slot_contrast")
+    # the decoder alone in the first step, be it of 4 or of 8
+    late = ("head.standardise=true", "head.first=unlike", "head.decoder_first=0.1", "loss=slot_contrast")
     lengths = ("trainer.val_every=4", "trainer.log_every=1", "head.steps=[0,1]", "mode.metrics_only=true", *late)
     whole = ("trainer.accumulate=2", "trainer.ema=0.9", *lengths)
     steps = ("trainer.steps=8", "optim.schedule.kind=constant")
@@ -235,7 +236,7 @@ def test_clips_of_unequal_length_are_refused(movi, tmp_path):
 def test_two_ranks_train_and_score_as_one(here):
     lengths = ("trainer.steps=2", "trainer.val_every=2", "data.batch_size=4", "mode.metrics_only=true")
     groups = ("head.num_slots=[2,2]", "head.groups=initial", "head.steps=[0,1]", "head.time_decoder=linear")
-    late = ("head.standardise=true", "head.alone=0.5", "loss=slot_contrast")
+    late = ("head.standardise=true", "head.alone=0.5", "head.decoder_first=0.5", "loss=slot_contrast")
     run(here, *SLOTS, *lengths, *groups, *late, "engine.devices=2", "hydra.run.dir=run")
     run(here, "mode=eval", "resume=run", "engine=cpu", "engine.precision=fp32", "hydra.run.dir=again")
     one, two = (
