@@ -195,6 +195,11 @@ class Head(nn.Module, Generic[Outputs]):
         """Copies of a backbone's last blocks, in order, which it trains: all that is said of blocks holds for them."""
         return ()
 
+    @property
+    def late(self) -> tuple[float, Sequence[nn.Module]]:
+        """The share of a training after which some of its parts begin to learn, and these parts."""
+        return 0.0, ()
+
     def fits(self, backbone: Backbone) -> None:
         """Refuse a backbone that cannot serve it.
 

@@ -45,7 +45,7 @@ def fit(
         model: a segmenter on the engine's device.
         loss: `loss(prediction, batch) -> (scalar, dict of scalars)`.
         feed: batches, and how the model is validated.
-        optimizer: its groups carry `base_lr` and `names`.
+        optimizer: over `parameter_groups`.
         engine: device, precision and ranks.
         checkpoints: where the run stands, and where it is kept.
         log: scalars and pictures.

@@ -19,6 +19,7 @@ _EMBEDDING = re.compile(r"(token|tokens|pos_embed|position_embeddings|level_embe
 SCHEDULES = ("constant", "cosine", "poly")
 _LEAST_PAST_WARMUP = 0.2  # share of the steps
 _FULL = 0.999  # of the rate that is set, but for rounding
+_RISE = 0.1  # share of the training in which what begins late comes to its rate
 
 
 def parameter_groups(
@@ -36,10 +37,11 @@ def parameter_groups(
     parameters, and a head's copies of its blocks, learn at `backbone_lr` (`lr` where it is None) times
     `backbone_lr_scale`, all others at `lr`; with `layer_decay` d, block i of the n that are read (of a pyramid: stage
     i; of copies: the n of them) at a further d^(n - i), what comes before the blocks at d^(n + 1) (BEiT, arXiv
-    2106.08254).
+    2106.08254). What a head has `late` begins so.
 
     Returns:
-        Groups with `params`, `names`, `lr`, `base_lr` and `weight_decay`, in the model's order.
+        Groups with `params`, `names`, `lr`, `base_lr`, `weight_decay` and `begin`, the share of the training before
+        which they do not learn, in the model's order.
 
     Raises:
         UserError: nothing is trainable.
@@ -47,7 +49,9 @@ def parameter_groups(
     backbone_lr = lr if backbone_lr is None else backbone_lr
     above = _layers_above(model)
     embeddings = {id(part.weight) for part in model.modules() if isinstance(part, nn.Embedding)}
-    groups: dict[tuple[float, float], dict] = {}
+    begin, parts = model.head.late
+    late = {id(parameter) for part in parts for parameter in part.parameters()}
+    groups: dict[tuple[float, float, float], dict] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -56,9 +60,9 @@ def parameter_groups(
             rate = backbone_lr * backbone_lr_scale * (layer_decay or 1.0) ** above[id(parameter)]
         exempt = parameter.ndim < 2 or id(parameter) in embeddings or _EMBEDDING.search(name)
         decay = 0.0 if exempt else weight_decay
-        group = groups.setdefault(
-            (rate, decay), {"params": [], "names": [], "lr": rate, "base_lr": rate, "weight_decay": decay}
-        )
+        begins = begin if id(parameter) in late else 0.0
+        values = {"lr": rate, "base_lr": rate, "weight_decay": decay, "begin": begins}
+        group = groups.setdefault((rate, decay, begins), {"params": [], "names": [], **values})
         group["params"].append(parameter)
         group["names"].append(name)
     if not groups:
@@ -146,10 +150,20 @@ def warn_of_long_warmup(factor: Callable[[int, int], float], steps: int) -> None
         )
 
 
-def set_learning_rates(optimizer: Optimizer, factor: float) -> float:
-    """Set each group's rate to its base rate times `factor`; return the highest."""
+def set_learning_rates(optimizer: Optimizer, factor: float, share: float = 1.0) -> float:
+    """Set each group's rate to its base rate times `factor`; return the highest.
+
+    What begins late has none until then, and comes to it evenly. Its moments are those of all steps: were they to begin
+    then, the first of its steps would be several times too large.
+
+    Args:
+        optimizer: over `parameter_groups`.
+        factor: of the schedule.
+        share: how much of the training is done, in [0, 1].
+    """
     for group in optimizer.param_groups:
-        group["lr"] = group["base_lr"] * factor
+        risen = min(1.0, max(0.0, (share - group["begin"]) / _RISE)) if group["begin"] else 1.0
+        group["lr"] = group["base_lr"] * factor * risen
     return max(group["lr"] for group in optimizer.param_groups)
 
 

@@ -56,7 +56,7 @@ class Trainee:
         model: a segmenter on the engine's device.
         loss: `loss(prediction, batch) -> (scalar, dict of scalars)`.
         feed: how it is validated, and the seed of its draws.
-        optimizer: its groups carry `base_lr` and `names`.
+        optimizer: over `parameter_groups`.
         engine: device, precision and ranks.
         checkpoints: where the run stands, and where it is kept.
         log: scalars and pictures.
@@ -128,7 +128,7 @@ class Trainee:
             OutOfMemory: there is too little for a single image.
         """
         self.seed_draws()
-        rate = set_learning_rates(self.optimizer, factor)
+        rate = set_learning_rates(self.optimizer, factor, share)
         self.model.set_progress(share)
         return self._micro.through(partial(self._gradients, rate, counted), batches)
 

@@ -166,6 +166,21 @@ def test_set_learning_rates_scales_every_group():
     assert {group["lr"] for group in optimizer.param_groups} == {0.5}
 
 
+def test_what_begins_late_has_no_rate_before_and_comes_to_it_evenly(monkeypatch):
+    model = smallest()
+    late = model.head.norm
+    monkeypatch.setattr(type(model.head), "late", (0.3, [late]))
+    optimizer = adamw(model, lr=0.5, weight_decay=0.1)
+    names = {name for group in optimizer.param_groups if group["begin"] for name in group["names"]}
+    assert names == {"head.norm.weight", "head.norm.bias"}
+    for share, risen in ((0.0, 0.0), (0.3, 0.0), (0.35, 0.5), (0.4, 1.0), (0.9, 1.0)):
+        assert set_learning_rates(optimizer, 0.1, share) == pytest.approx(0.05)
+        (rate,) = {group["lr"] for group in optimizer.param_groups if group["begin"]}
+        assert rate == pytest.approx(0.05 * risen)
+        assert {group["lr"] for group in optimizer.param_groups if not group["begin"]} == {0.05}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+
+
 def test_moving_average_follows_its_formula_and_swaps_back():
     weight = nn.Parameter(torch.tensor([1.0, 2.0]))
     average = MovingAverage([("w", weight)], decay=0.9)

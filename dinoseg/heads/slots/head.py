@@ -131,6 +131,12 @@ class SlotHead(Head[SlotOutputs]):
         """The head itself."""
         return self
 
+    @property
+    def late(self) -> tuple[float, Sequence[nn.Module]]:
+        """All that makes slots learns after what decodes them."""
+        makers = (self.slot_attention, self.place, self.predictor)
+        return self.decoder_first, [part for part in makers if part is not None]
+
     def fits(self, backbone: Backbone) -> None:
         """Refuse a backbone without a class token where groups need its attention.
 
@@ -145,7 +151,7 @@ class SlotHead(Head[SlotOutputs]):
             )
 
     def set_progress(self, share: float) -> None:
-        """Carry slots from the share `alone` of the training on, and let them learn from `decoder_first` on."""
+        """Carry slots from frame to frame from the share `alone` of the training on."""
         self.progress = share
 
     def run(self, backbone: Backbone, images: Tensor) -> SlotOutputs:
@@ -190,8 +196,6 @@ class SlotHead(Head[SlotOutputs]):
             if background is not None and (time == 0 or self.groups == "always"):
                 allowed = allowed_cells(background[:, time], self.sizes)
             slots, attention = self._step(seen[:, time], slots, allowed, self.sizes, carried=carried)
-            if self.training and self.progress < self.decoder_first:
-                slots = slots.detach() + 0.0 * slots  # ranks wait for a gradient of every weight
             frames.append(SeenFrame(slots, attention, self._decode_steps(slots, grid, similarity)))
         outputs = clip_outputs(seen, frames, self.steps, self.mask_step)
         return replace(outputs, carried=carried and self.predictor is not None)
