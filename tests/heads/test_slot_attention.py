@@ -248,6 +248,7 @@ def test_unlike_slots_begin_as_soft_k_means():
     kind = torch.arange(20) % 4
     tokens = (kinds[kind] + 0.05 * torch.randn(1, 20, 24)).double()
     slots = module.start(tokens, [4])
+    assert not module.seed.bias.any()
     found, weights = module(tokens, slots, 2)
     assert [len(set(weights[0].argmax(0)[kind == one].tolist())) for one in range(4)] == [1] * 4
     assert len(set(weights[0].argmax(0).tolist())) == 4 and (weights[0].amax(0) > 0.8).all()

@@ -126,9 +126,15 @@ def test_a_resumed_run_is_the_same_run(here):
     steps = ("trainer.steps=8", "optim.schedule.kind=constant")
     run(here, *SLOTS, *whole, *steps, "hydra.run.dir=straight")
     run(here, *SLOTS, *whole, "trainer.steps=4", "optim.schedule.kind=constant", "hydra.run.dir=part")
+    early = read(here / "part/checkpoints/last.safetensors").part("model")
     run(here, "mode=train", "resume=part", "trainer.steps=8", "engine=cpu", "engine.precision=fp32", "engine.workers=2")
     straight, part = (read(here / name / "checkpoints/last.safetensors").tensors for name in ("straight", "part"))
     assert straight.keys() == part.keys() and all(torch.equal(straight[name], part[name]) for name in straight)
+    late = read(here / "part/checkpoints/last.safetensors").part("model")
+    learnt = {
+        name.split(".")[1] for name in late if late[name].is_floating_point() and not late[name].equal(early[name])
+    }
+    assert "decoder" in learnt and not learnt & {"slot_attention", "predictor"}
     assert [row for row in rows(here / "part") if row["step"] > 4] == [
         row for row in rows(here / "straight") if row["step"] > 4
     ]
