@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dinoseg.command.extras import hush_schemas
-from dinoseg.config.plain import plain
+from dinoseg.config.plain import BUILDS, plain
 from dinoseg.config.resolvers import register_resolvers
 from dinoseg.errors import UserError, telling_file_errors
 from dinoseg.processes.interrupt import Interrupted
@@ -35,7 +35,6 @@ from dinoseg.runs.folder import (
     write_config,
 )
 
-_BUILDS = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")  # what makes a table something that is built
 _OWN_NAME = re.compile(r"[a-z]+_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")  # as cfg/hydra/run.yaml names a run's folder
 
 # processes of a launcher plug-in (joblib, Slurm) know this module by its callback alone, and name the job's folder
@@ -239,7 +238,7 @@ def _check_words(cfg: DictConfig, overrides: Sequence[str]) -> None:
     for override in _parsed(overrides):
         name = override.key_or_group
         hidden = [part for part in name.split(".") if part.startswith("_")]
-        hidden += [key for table in _tables(override.value()) for key in map(str, table) if key in _BUILDS]
+        hidden += [key for table in _tables(override.value()) for key in map(str, table) if key in BUILDS]
         if hidden := hidden or [key for key in LAUNCH_KEYS[1:] if f"{name}.".startswith(f"mode.{key}.")]:
             raise UserError(
                 f"{name}: {hidden[0]} is set in files alone. Choose a part by GROUP=OPTION; one of your own gets a "

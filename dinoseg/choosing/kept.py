@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dinoseg.choosing.rules import Choice
+from dinoseg.config.plain import BUILDS
 from dinoseg.storage import forms
 from dinoseg.storage.atomic import write_text
 from dinoseg.storage.units import finished
@@ -23,6 +24,8 @@ _KEYS = (  # what is ever chosen: a file that says more is none of ours
     *("trainer.accumulate", "trainer.steps", "trainer.val_every"),
 )
 
+_NAMES = rf"(?!(?:{'|'.join(BUILDS)})$).*"  # of a table: nothing that is built
+
 
 def _value(value: Any, where: str) -> None:
     """Form of what a key may be set to: a number, several, in a row or by name, yes or no, or a name; nothing built."""
@@ -32,7 +35,7 @@ def _value(value: Any, where: str) -> None:
     if isinstance(value, list):
         forms.listing(number)(value, where)
     elif isinstance(value, dict):
-        forms.table(number, r"(?!_\w+_$).*")(value, where)
+        forms.table(number, _NAMES)(value, where)
     else:
         number(value, where)
 

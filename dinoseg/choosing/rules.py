@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dinoseg.choosing.facts import ClassFacts, Facts
+from dinoseg.config.plain import BUILDS
 from dinoseg.wording import count_of
 
 PATCHES = {"cpu": 1200}  # of an image, by device: what a CPU trains on at several images a second with a small backbone
@@ -143,8 +144,8 @@ def loss(case: Case) -> Choice | None:
     three times the weight of poles alone, with dice counted twice, had poles at 0.211 and 0.170, a mIoU of 0.650 and
     0.654, where without it was 0.099 and 0.641.
     """
-    slender = [each for each in case.thin if each.share < RARE] if case.depth >= DEPTH else []
-    if slender:
+    slender = [each for each in case.thin if each.share < RARE and each.name not in BUILDS]
+    if slender and case.depth >= DEPTH:
         weights = {each.name: THIN_WEIGHT for each in slender}
         return Choice(
             {"loss": "ce_dice", "loss.weights": weights, "loss.criterion.factors.dice": THIN_DICE},

@@ -12,7 +12,7 @@ from typing import Any
 
 from dinoseg.config.interpolations import check_form, check_interpolations
 from dinoseg.config.limits import REMEDY, check_text, check_value
-from dinoseg.config.plain import Steps, below, dotted, nests
+from dinoseg.config.plain import BUILDS, Steps, below, dotted, nests
 from dinoseg.config.registry import LISTED, Entry, Registry, own_registry
 from dinoseg.errors import UserError
 from dinoseg.wording import shown
@@ -20,6 +20,7 @@ from dinoseg.wording import shown
 ACTING = ("prepare", "render")  # of data: nodes that write files, which a checkpoint leaves out
 _MOST_VALUES = 20_000  # a table of more takes OmegaConf minutes; our largest config holds a thousand
 _KEY = re.compile(r"-?[^\W_][\w -]*")
+_BY_CLASS = ("loss", "weights")  # whose keys are names of classes, of any letters and signs
 _AT_COMMIT = re.compile(r"(.+)@[0-9a-f]{40}")
 _OWN_WEIGHTS = re.compile(r"random|timm|dinoseg:\w+")
 _PATH = re.compile(r"[/~.].*|.*\\.*|.*\.(safetensors|pth|pt|bin)")
@@ -73,7 +74,7 @@ def guard(
 
 def _check_keys(node: Mapping[Any, Any], steps: Steps, what: str) -> None:
     for key in node:
-        if not isinstance(key, str) or not (key in ("_target_", "_partial_") or _KEY.fullmatch(key)):
+        if not isinstance(key, str) or not (key in ("_target_", "_partial_") or _may_name(key, steps)):
             raise UserError(
                 f"{what}: the key {shown(key)} is refused. A config from a checkpoint names every argument, and its "
                 f"keys are made of letters, digits, blanks and signs - and _. {REMEDY}."
@@ -81,6 +82,10 @@ def _check_keys(node: Mapping[Any, Any], steps: Steps, what: str) -> None:
     for key in ACTING if steps == ("data",) else ():
         if node.get(key) is not None:
             raise UserError(f"{what}.{key} is refused: a checkpoint may not act on files. {REMEDY}.")
+
+
+def _may_name(key: str, steps: Steps) -> bool:
+    return bool(_KEY.fullmatch(key)) or (steps == _BY_CLASS and key.isprintable() and key not in BUILDS)
 
 
 def _check_target(node: Mapping[str, Any], allowed: Entry, trust: Collection[str], what: str) -> None:

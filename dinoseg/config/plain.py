@@ -7,6 +7,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 Steps = tuple[str | int, ...]  # keys and indices, from the root of a config down
+BUILDS = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")  # what makes a table something that is built
 
 
 def plain(node: Any, *, resolve: bool = False) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import json
 import pytest
 import yaml
 from hydra import initialize_config_dir
+from omegaconf import OmegaConf
 
 from dinoseg.__main__ import CONFIGS
 from dinoseg.choosing.kept import NAME, read_choices, recipe_text, told, write_choices
@@ -42,6 +43,7 @@ def test_what_would_not_be_read_back_is_not_written(tmp_path):
         {"_target_": "x"},
         {"head": "${oc.env:HOME}"},
         {"head": {"_target_": "os.system"}},
+        *({"loss.weights": {name: 3.0}} for name in ("_target_", "_partial_", "_args_", "_convert_", "_recursive_")),
         {"head": "../x"},
         {"data.batch_size": "2\nhead: x"},
         {"data.root": "elsewhere"},
@@ -115,6 +117,11 @@ def test_folders_of_any_name_are_searched_beside(composing, tmp_path, name):
     assert composed_with(words, NAME, recipe_text("x", CHOICES[4:5]), known_as="auto").head.lr == 0.5
 
 
-def test_classes_have_their_names_in_a_recipe():
-    weights = {"höhe": 2.0, "\U0001f6b2": 3.0, 'a"b: {': 1.0}
-    assert yaml.safe_load(recipe_text("x", [Choice({"loss.weights": weights}, "")])) == {"loss": {"weights": weights}}
+def test_classes_have_their_names_in_a_recipe(composing, tmp_path):
+    names = ["höhe", "\U0001f6b2", 'a"b: {', "no", "1e3", "null", "~", "_background_", "it's, a.b", "lead ", "2024-01-01"]
+    choices = [Choice({"loss": "ce_dice", "loss.weights": {name: 3.0 for name in names}}, "")]
+    write_choices(tmp_path / "choices.json", "x", choices)
+    assert read_choices(tmp_path / "choices.json") == ("x", choices)
+    cfg = composed_with([], NAME, recipe_text("x", choices), known_as="auto")
+    saved = OmegaConf.create(OmegaConf.to_yaml(cfg.loss))
+    assert cfg.loss.weights == saved.weights == dict.fromkeys(names, 3.0)

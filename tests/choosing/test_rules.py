@@ -9,6 +9,7 @@ from dinoseg.choosing.facts import ClassFacts, Facts
 from dinoseg.choosing.length import length_within
 from dinoseg.choosing.rules import Case
 from dinoseg.choosing.timing import Seconds
+from dinoseg.config.plain import BUILDS
 
 WIDE = ClassFacts("sky", 0.6, 300.0)
 POLE = ClassFacts("pole", 0.004, 3.0)
@@ -75,6 +76,9 @@ def test_what_is_thin_and_rare_weighs_more_where_a_head_sees_it():
     common = replace(THIN, facts=replace(FACTS, classes=(WIDE, replace(POLE, share=0.01))))
     assert rules.loss(common).words["loss.weights"] == "none"
     assert rules.loss(replace(THIN, depth=3)).words["loss.weights"] == "none"
+    for name in BUILDS:  # no table may have such a key
+        named = replace(THIN, facts=replace(FACTS, classes=(WIDE, POLE, replace(POLE, name=name))))
+        assert rules.loss(named).words == weighed
 
 
 def test_views_are_enlarged_for_what_learns_from_them():

@@ -298,6 +298,16 @@ def test_what_no_config_file_says_is_refused(kept, place, value, says):
     assert str(caught.value).startswith("resume=file: ") and str(caught.value).isprintable()
 
 
+def test_weights_are_given_to_classes_of_any_name(kept):
+    names = ["it's", "a.b/c", "~", "k: v", "no", "1e3", "_background_", "h\xf6he", "grass (wet)"]
+    guard(planted(kept, "loss/weights", dict.fromkeys(names, 3.0)), "resume=file")
+    for name in ("_target_", "_partial_", "_args_", "_convert_", "_recursive_", "a\nb"):
+        with pytest.raises(UserError, match=r"loss.weights.* is refused"):
+            guard(planted(kept, "loss/weights", {name: 3.0}), "resume=file")
+    with pytest.raises(UserError, match="names it there"):
+        guard(planted(kept, "loss/weights", {"a.b": {"_target_": LINEAR}}), "resume=file")
+
+
 def test_interpolations_that_multiply_are_refused(kept):
     data = {**kept["data"], "words": ["word"] * 1000, "more": ["${data.words}"] * 1000}
     with pytest.raises(UserError, match="stand for more than"):
