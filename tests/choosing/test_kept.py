@@ -118,7 +118,19 @@ def test_folders_of_any_name_are_searched_beside(composing, tmp_path, name):
 
 
 def test_classes_have_their_names_in_a_recipe(composing, tmp_path):
-    names = ["höhe", "\U0001f6b2", 'a"b: {', "no", "1e3", "null", "~", "_background_", "it's, a.b", "lead ", "2024-01-01"]
+    names = [
+        "höhe",
+        "\U0001f6b2",
+        'a"b: {',
+        "no",
+        "1e3",
+        "null",
+        "~",
+        "_background_",
+        "it's, a.b",
+        "lead ",
+        "2024-01-01",
+    ]
     choices = [Choice({"loss": "ce_dice", "loss.weights": {name: 3.0 for name in names}}, "")]
     write_choices(tmp_path / "choices.json", "x", choices)
     assert read_choices(tmp_path / "choices.json") == ("x", choices)

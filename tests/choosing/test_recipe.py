@@ -142,7 +142,9 @@ def test_a_run_goes_on_with_what_was_chosen_for_it(folder, monkeypatch):
 def test_a_run_goes_on_whose_classes_of_any_name_have_weights(folder):
     part = folder / "own/hparam/mine.yaml"
     part.parent.mkdir(parents=True)
-    part.write_text("# @package _global_\ndata: {classes: [\"it's, a.b\", '1e3']}\nloss: {weights: {\"it's, a.b\": 2}}\n")
+    part.write_text(
+        "# @package _global_\ndata: {classes: [\"it's, a.b\", '1e3']}\nloss: {weights: {\"it's, a.b\": 2}}\n"
+    )
     small = [word for word in SMALL if not word.startswith("data.classes")]
     done = call(folder, "mode=train", *small, "--config-dir=own", "hparam=mine", "hydra.run.dir=R")
     assert done.status == 0, done.err
