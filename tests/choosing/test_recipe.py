@@ -12,6 +12,8 @@ import torch
 from command_line import SMALL, call, in_this_process, write_data
 from omegaconf import OmegaConf
 
+from dinoseg.choosing.choice import left_of
+from dinoseg.choosing.rules import Choice
 from dinoseg.choosing.timing import Seconds
 from dinoseg.images import read_ids, write_png
 from dinoseg.processes.workers import in_own_process
@@ -83,6 +85,16 @@ def test_what_is_typed_is_taken_as_it_is(folder):
     assert cfg.resolution.crop == [24, 24] and f"; as given: {taken}" in done.out
     text = re.sub("#.*", "", (folder / "R/config/hparam/chosen.yaml").read_text())
     assert not re.search("crop|head|loss|batch|lr|trainer", text) and "override /adapter: frozen" in text
+
+
+@pytest.mark.parametrize(
+    "typed", ["loss", "loss.criterion", "loss.criterion.factors", "loss.criterion.factors.dice", "loss.weights"]
+)
+def test_what_goes_with_a_typed_loss_is_left_to_it(typed):
+    words = {"loss": "ce_dice", "loss.weights": {"pole": 3.0}, "loss.criterion.factors.dice": 2.0}
+    ((choice,), taken) = left_of([Choice({"head": "detail", **words}, "")], frozenset({typed, "data.root"}))
+    gone = {"loss": {*words}, "loss.weights": {"loss.weights"}}.get(typed, {"loss.criterion.factors.dice"})
+    assert taken == [typed] and choice.words.keys() == {"head", *words} - gone
 
 
 def test_the_same_command_chooses_the_same_however_fast_the_machine_then_is(folder, monkeypatch):
@@ -213,7 +225,7 @@ def test_smaller_images_are_taken_where_they_leave_time_to_tune(folder, monkeypa
     def timed(work, values):
         sides = values["resolution"]["crop"], values["resolution"]["longest"]
         tried.append((values["choices"]["adapter"], *sides))
-        return replace(TIMED, image=0.01 if sides[1] else 0.1, kept=None)
+        return replace(TIMED, image=0.01 if sides[1] else 0.015, kept=None)
 
     monkeypatch.setattr("dinoseg.choosing.choice.in_own_process", timed)
     done = call(folder, *AUTO, FEW, "head=linear", "budget.minutes=0.5", "hydra.run.dir=R")
@@ -228,7 +240,8 @@ def test_smaller_images_are_taken_where_they_leave_time_to_tune(folder, monkeypa
     monkeypatch.setattr("dinoseg.choosing.rules.LEAST_SMALLER", 10**6)
     tried.clear()
     words = ("head=linear", "budget.minutes=0.6", "hydra.run.dir=T")
-    assert call(folder, *AUTO, FEW, *words).status == 0
+    done = call(folder, *AUTO, FEW, *words)
+    assert done.status == 0 and " images that are smaller." in done.out, done.err
     assert [way for way, *_ in tried] == ["full", "full", "frozen"]
     assert config_of(folder / "T").resolution.longest is None
 
@@ -290,7 +303,7 @@ def chosen_with(folder, monkeypatch):
 
 
 def test_a_batch_is_no_larger_than_what_fits(chosen_with):
-    cfg, out = chosen_with(lambda cfg, samples: 20 * samples)
+    cfg, out = chosen_with(lambda cfg, samples: 20 * samples if cfg.resolution.crop == [64, 64] else 1)
     assert (cfg.data.batch_size, cfg.trainer.accumulate) == (4, 1) and "; 8 would not fit the memory" in out
     assert 200 < cfg.trainer.steps * 4 * TIMED.kept < 540
 

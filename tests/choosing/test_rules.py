@@ -52,6 +52,7 @@ def test_sizes_are_whole_patches_and_no_more_than_a_device_bears(size, patch, de
 def test_a_length_that_is_given_decides_the_crop():
     case = replace(CASE, longest=240)
     assert rules.longest(case) is None and rules.crop(case).words == {"resolution.crop": [176, 240]}
+    assert replace(CASE, longest=999).size == FACTS.size  # nothing is enlarged
 
 
 def test_reducing_makes_classes_thinner():
@@ -76,6 +77,7 @@ def test_what_is_thin_and_rare_weighs_more_where_a_head_sees_it():
     common = replace(THIN, facts=replace(FACTS, classes=(WIDE, replace(POLE, share=0.01))))
     assert rules.loss(common).words["loss.weights"] == "none"
     assert rules.loss(replace(THIN, depth=3)).words["loss.weights"] == "none"
+    assert rules.loss(replace(THIN, depth=4)).words == weighed
     for name in BUILDS:  # no table may have such a key
         named = replace(THIN, facts=replace(FACTS, classes=(WIDE, POLE, replace(POLE, name=name))))
         assert rules.loss(named).words == weighed

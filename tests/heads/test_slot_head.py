@@ -521,3 +521,13 @@ def test_tokens_are_told_where_they_are():
     outputs = head.follow(features)
     torch.testing.assert_close(outputs.attention, plain.follow(features + code).attention)
     torch.testing.assert_close(outputs.features, features)  # what is to be reconstructed stays as it is
+
+
+def test_channels_are_standardised_as_batch_norm_does_it():
+    torch.manual_seed(0)
+    ours, theirs = Standard(5).double(), torch.nn.BatchNorm2d(5, affine=False, momentum=None).double()
+    scale = torch.tensor([0.0, 1e-3, 1e-2, 1.0, 1e3]).double()[:, None, None]  # some as small as what is added
+    for _ in range(3):
+        features = torch.randn(2, 5, 3, 4).double() * scale + 7
+        torch.testing.assert_close(ours(features), theirs(features))
+    torch.testing.assert_close(ours.eval()(features), theirs.eval()(features))
