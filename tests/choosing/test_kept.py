@@ -131,9 +131,11 @@ def test_classes_have_their_names_in_a_recipe(composing, tmp_path):
         "lead ",
         "2024-01-01",
     ]
-    choices = [Choice({"loss": "ce_dice", "loss.weights": {name: 3.0 for name in names}}, "")]
+    words = {"loss": "ce_dice", "loss.weights": dict.fromkeys(names, 3.0), "loss.criterion.factors.dice": 2.0}
+    choices = [Choice(words, "")]
     write_choices(tmp_path / "choices.json", "x", choices)
     assert read_choices(tmp_path / "choices.json") == ("x", choices)
     cfg = composed_with([], NAME, recipe_text("x", choices), known_as="auto")
     saved = OmegaConf.create(OmegaConf.to_yaml(cfg.loss))
     assert cfg.loss.weights == saved.weights == dict.fromkeys(names, 3.0)
+    assert cfg.loss.criterion.factors.dice == 2.0
