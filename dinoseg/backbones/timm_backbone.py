@@ -2,7 +2,7 @@
 
 import contextlib
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +17,7 @@ from dinoseg.backbones.layers import resolve_layers
 from dinoseg.backbones.normalisation import register_colours
 from dinoseg.backbones.timm_stages import stages
 from dinoseg.backbones.timm_weights import exported_state, load_exactly, read_state
+from dinoseg.backbones.traced import uncalled_linears, unreached
 from dinoseg.contracts import Backbone, BesideTokens
 from dinoseg.errors import UserError
 from dinoseg.ranges import Count
@@ -30,8 +31,8 @@ class TimmBackbone(Backbone):
 
     Images (B, 3, H, W), float RGB in 0..1, any H and W, are normalised here, then padded with zeros (the mean colour)
     at the bottom and on the right. A transformer of one grid gives L maps (B, dim, h, w), h = ceil(H / patch_size),
-    each after the model's final norm (a model that norms only what it has averaged has none), without class and
-    register tokens; positions are interpolated as timm does it. A pyramid (ConvNet, Swin) gives L maps of their own
+    each after the model's final norm (a model that norms only what it has averaged has none) unless `final_norm` is
+    false, without class and register tokens; positions are interpolated as timm does it. A pyramid (ConvNet, Swin) gives L maps of their own
     width and grid as its stages put them out, without a norm; its patch_size is the stride of the coarsest one. What
     comes after the last of `layers` is cut off.
 
@@ -44,6 +45,8 @@ class TimmBackbone(Backbone):
         mean: RGB mean of the images the weights were trained on, in 0..1; None: what timm says of `name`.
         std: RGB standard deviation of the same.
         checkpointing: recompute activations in the backward pass: less memory, about a third more time.
+        final_norm: whether the maps of a transformer pass the model's final norm, whose scales and shifts were learnt
+            for the last block; if not, the model has none.
 
     Raises:
         UserError: a name timm does not know, a model that takes one image size only, another patch size, a layer out
@@ -59,6 +62,7 @@ class TimmBackbone(Backbone):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         checkpointing: bool = False,
+        final_norm: bool = True,
     ) -> None:
         super().__init__()
         self.name = name
@@ -69,21 +73,22 @@ class TimmBackbone(Backbone):
         self.depth = len(levels)
         self.num_layers = len(self.layers)
         self.is_pyramid = len({level["reduction"] for level in levels}) > 1
+        self._normed = final_norm and not self.is_pyramid
         self.patch_size: int = max(levels[layer]["reduction"] for layer in self.layers)
         if patch_size is not None:
             _check_patch_size(name, patch_size, self.patch_size, self.is_pyramid)
         self._taps = [level["module"] for level in levels[: max(self.layers) + 1]]
         spare = {*self.model.state_dict(), *dict(self.model.named_buffers()), *_classifier(self.model), _UNUSED}
-        self.model.prune_intermediate_layers(sorted(set(self.layers)), prune_norm=self.is_pyramid, prune_head=True)
+        self.model.prune_intermediate_layers(sorted(set(self.layers)), prune_norm=not self._normed, prune_head=True)
         if weights not in ("timm", "random"):
             load_exactly(self.model, read_state(Path(weights).expanduser()), spare=spare, source=weights)
-        with _uncalled_linears(self) as uncalled:
+        with uncalled_linears(self) as uncalled:
             maps = self._probe(name, [levels[layer]["reduction"] for layer in self.layers])
         self.uncalled_linears = frozenset(uncalled)  # only their weights are used: what replaces them never runs
         self.dim: int | list[int] = [part.shape[1] for part in maps]
         if self.num_layers == 1 or not self.is_pyramid:
             self.dim = maps[0].shape[1]
-        self.unused = _unreached(self, maps)
+        self.unused = unreached(self, maps)
         self.has_class_attention = plain_attention(self.model) is not None
         self.takes_tokens = not self.is_pyramid and _is_plain(self.model)
         if checkpointing:
@@ -160,7 +165,7 @@ class TimmBackbone(Backbone):
     def _maps(self, pixels: Tensor) -> list[Tensor]:
         wanted = sorted(set(self.layers))
         maps = self.model.forward_intermediates(
-            pixels, indices=wanted, norm=not self.is_pyramid, output_fmt="NCHW", intermediates_only=True
+            pixels, indices=wanted, norm=self._normed, output_fmt="NCHW", intermediates_only=True
         )
         by_layer = dict(zip(wanted, maps, strict=True))
         return [by_layer[layer].contiguous() for layer in self.layers]  # whose layout decides how heads round
@@ -260,33 +265,6 @@ def _classifier(model: Any) -> list[str]:
 
 def _grids(maps: Sequence[Tensor]) -> list[tuple[int, ...]]:
     return [tuple(part.shape[2:]) for part in maps]
-
-
-@contextlib.contextmanager
-def _uncalled_linears(module: nn.Module) -> Iterator[set[str]]:
-    """Yield the names of the linear layers, from which each that is called within the block goes."""
-    linears = {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear)}
-    uncalled = set(linears)
-    hooks = [part.register_forward_hook(lambda *_, name=name: uncalled.discard(name)) for name, part in linears.items()]
-    try:
-        yield uncalled
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _unreached(module: nn.Module, outputs: Sequence[Tensor]) -> list[str]:
-    """Return the names of the parameters that no output depends on, as autograd recorded it."""
-    nodes = [part.grad_fn for part in outputs]
-    seen = set(nodes)
-    reached = set()
-    while nodes:
-        node: Any = nodes.pop()
-        reached.add(getattr(node, "variable", None))
-        fresh = {child for child, _ in node.next_functions if child is not None} - seen
-        seen |= fresh
-        nodes += fresh
-    return [name for name, parameter in module.named_parameters() if parameter not in reached]
 
 
 def _enable_checkpointing(model: Any, name: str) -> None:

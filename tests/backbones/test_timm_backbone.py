@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from dinoseg.adapters import Full, LastBlocks, Lora
-from dinoseg.backbones.timm_backbone import TimmBackbone, _unreached
+from dinoseg.backbones.timm_backbone import TimmBackbone
+from dinoseg.backbones.traced import unreached
 from dinoseg.errors import UserError
 
 pytestmark = pytest.mark.slow  # makes timm's own models
@@ -116,6 +117,43 @@ def test_each_tapped_layer_has_passed_the_final_norm():
         torch.testing.assert_close(part, expected)
 
 
+@pytest.mark.parametrize("name", ["test_vit", "deit_tiny_distilled_patch16_224"])
+def test_without_the_final_norm_maps_are_what_the_blocks_put_out(name):
+    backbone = build(name, (2, 0), final_norm=False).eval()
+    assert not list(backbone.norm.parameters())
+    outputs = {}
+    for number, block in enumerate(backbone.blocks):
+        block.register_forward_hook(lambda _, __, out, number=number: outputs.update({number: out}))
+    images = torch.rand(2, 3, 33, 70)
+    maps = backbone(images)
+    for part, number in zip(maps, (2, 0), strict=True):
+        tokens = outputs[number][:, backbone.model.num_prefix_tokens :]
+        assert torch.equal(part, tokens.transpose(1, 2).reshape(part.shape))
+    normed = build(name, (2, 0)).eval()
+    normed.load_state_dict(backbone.state_dict(), strict=False)
+    assert not torch.allclose(maps[0], normed(images)[0], atol=0.1)
+
+
+def test_without_the_final_norm_a_pyramid_is_the_same():
+    images = torch.rand(1, 3, 45, 61)
+    with_norm, without = build("test_resnet").eval(), build("test_resnet", final_norm=False).eval()
+    without.load_state_dict(with_norm.state_dict())
+    assert torch.equal(with_norm(images)[0], without(images)[0])
+
+
+@pytest.mark.parametrize("adapter", [Full(), LastBlocks(blocks=1)])
+def test_without_the_final_norm_trained_blocks_go_on_from_the_cut(adapter):
+    backbone = adapter(build(layers=(1, -1), final_norm=False))
+    images = torch.rand(1, 3, 33, 40)
+    whole = backbone(images)
+    cut = backbone.onwards(backbone.until(images), (33, 40))
+    assert all(torch.equal(a, b) for a, b in zip(whole, cut, strict=True))
+    sum(part.square().sum() for part in cut).backward()
+    trained = [name for name, part in backbone.named_parameters() if part.requires_grad]
+    assert all(part.grad is not None for name, part in backbone.named_parameters() if name in trained)
+    assert not any(name.startswith("model.norm.") for name in trained)
+
+
 def test_maps_of_a_pyramid_are_those_of_features_only(pyramid):
     backbone = build(pyramid, "quarters").eval()
     model = backbone.model
@@ -202,7 +240,7 @@ def test_unused_parameters_are_found():
             return self.used(x) + self.idle(x).detach()
 
     part = Part()
-    assert _unreached(part, [part(torch.ones(1, 2))]) == ["token", "idle.weight", "idle.bias"]
+    assert unreached(part, [part(torch.ones(1, 2))]) == ["token", "idle.weight", "idle.bias"]
 
 
 @pytest.mark.parametrize(

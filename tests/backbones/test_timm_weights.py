@@ -11,10 +11,10 @@ from dinoseg.backbones.timm_backbone import TimmBackbone
 from dinoseg.errors import UserError
 
 
-def build(name="test_vit", layers=(-1,), weights="random", patch_size=None):
+def build(name="test_vit", layers=(-1,), weights="random", patch_size=None, **kwargs):
     torch.manual_seed(0)
     own = 32 if name in ("test_convnext", "test_resnet") else 16
-    return TimmBackbone(name, weights, patch_size or own, layers)
+    return TimmBackbone(name, weights, patch_size or own, layers, **kwargs)
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_vit2", "test_vit3", "test_convnext", "test_resnet"])
@@ -44,6 +44,16 @@ def test_a_classifiers_file_loads_whole_and_cut(tmp_path, name):
     own = 8 if name == "test_convnext" else 16
     cut = build(name, (1,), patch_size=own, weights=str(tmp_path / "classifier.safetensors"))
     assert len(cut.blocks) == 2
+
+
+def test_a_whole_file_loads_without_its_final_norm_and_what_is_exported_so_loads_so_alone(tmp_path):
+    whole, cut = tmp_path / "whole.safetensors", tmp_path / "cut.safetensors"
+    save_file(timm.create_model("test_vit", num_classes=7).state_dict(), whole)
+    loaded = build(weights=str(whole), final_norm=False)
+    save_file(loaded.export_state(), cut)
+    build(weights=str(cut), final_norm=False)
+    with pytest.raises(UserError, match=r"2 missing \(norm.weight, norm.bias\)"):
+        build(weights=str(cut))
 
 
 def test_weights_that_do_not_fit_are_refused_by_name(tmp_path):
