@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +27,9 @@ class TransformersVit(Backbone):
     """A DINO vision transformer that returns its patch tokens as maps.
 
     Images (B, 3, H, W), float RGB in 0..1, any H and W; returns L maps (B, dim, h, w), h = ceil(H / patch_size),
-    one for each of `layers`, each after the final LayerNorm (as Meta's `get_intermediate_layers(norm=True)`);
-    the class and register tokens are dropped by count. Images are normalised here, then padded with zeros
-    (the mean colour) at the bottom and on the right.
+    one for each of `layers`, each after the final LayerNorm (as Meta's `get_intermediate_layers(norm=True)`) unless
+    `final_norm` is false; the class and register tokens are dropped by count. Images are normalised here, then padded
+    with zeros (the mean colour) at the bottom and on the right.
 
     Learned positions (DINO, DINOv2) are resampled to the grid as Meta's code does it, see `positions.interpolate`.
     DINOv3's random rescaling of positions in training is off unless `arch` asks for it (`pos_embed_rescale`).
@@ -46,6 +46,8 @@ class TransformersVit(Backbone):
         checkpointing: recompute block activations in the backward pass: less memory, about a third more time.
         local_cls_norm: hold the second final norm of Meta's ViT-7B, which only its pre-training reads.
         dtype: `float32`, or `bfloat16` to hold the weights in half the memory; the maps are float32 all the same.
+        final_norm: whether the maps pass the final LayerNorm, whose scales and shifts were learnt for the last block;
+            if not, the model has none.
 
     Raises:
         UserError: unknown family, a key or value of `arch` that it cannot have, a layer out of range, colours that
@@ -68,6 +70,7 @@ class TransformersVit(Backbone):
         checkpointing: bool = False,
         local_cls_norm: bool = False,
         dtype: str = "float32",
+        final_norm: bool = True,
     ) -> None:
         super().__init__()
         config = _config(family, {**arch, "patch_size": patch_size})
@@ -80,6 +83,7 @@ class TransformersVit(Backbone):
         self.num_layers = len(self.layers)
         self.num_prefix = 1 + getattr(config, "num_register_tokens", 0)
         self.weights = weights
+        self._has_norm = final_norm
         self.local_cls_norm = nn.LayerNorm(self.dim) if local_cls_norm else None
         self.model = load_model(config, weights, self._cut, self.local_cls_norm)
         self.model.to(DTYPES[dtype])
@@ -98,9 +102,8 @@ class TransformersVit(Backbone):
 
     @property
     def norm(self) -> nn.Module:
-        """The final LayerNorm."""
-        model: Any = self.model
-        return model.norm if hasattr(model, "norm") else model.layernorm
+        """The final LayerNorm, or what leaves all as it is."""
+        return getattr(self.model, _norm_name(self.model))
 
     def embed(self, pixels: Tensor) -> tuple[Tensor, BesideTokens]:
         """Return the tokens (B, num_prefix + h * w, dim) that enter the first block, and what each block takes beside.
@@ -170,7 +173,8 @@ class TransformersVit(Backbone):
         first, tapped = self.first_trained, set(self.layers)
         cut = len(self.blocks) if first is None else first
         beside = partial(self.beside, (rows * self.patch_size, columns * self.patch_size))
-        frozen = [part.to(next(self.norm.parameters()).dtype) for part in frozen]  # kept ones are float32
+        dtype = cast(Any, self.model).embeddings.cls_token.dtype
+        frozen = [part.to(dtype) for part in frozen]  # kept ones are float32
         patches = onwards(list(self.blocks), cut, tapped, frozen, self.num_prefix, beside)
         if first is not None:
             patches = {number: self.norm(part) for number, part in patches.items()}
@@ -198,6 +202,8 @@ class TransformersVit(Backbone):
     def _cut(self, model: Any) -> None:
         """Take away what nothing reads."""
         del _blocks(model)[max(self.layers) + 1 :]
+        if not self._has_norm:
+            setattr(model, _norm_name(model), nn.Identity())
 
 
 def _config(family: str, values: dict[str, Any]) -> Any:
@@ -205,6 +211,10 @@ def _config(family: str, values: dict[str, Any]) -> Any:
         raise UserError(f"backbone.family={family} is unknown. Choose one of {', '.join(FAMILIES)}.")
     defaults = {"pos_embed_rescale": None} if family == "dinov3_vit" else {}
     return configuration(family, {**defaults, **values})
+
+
+def _norm_name(model: Any) -> str:
+    return "norm" if hasattr(model, "norm") else "layernorm"
 
 
 def _blocks(model: Any) -> nn.ModuleList:

@@ -35,5 +35,6 @@ def export_backbone(cfg: DictConfig, *, out_dir: Path, dtype: str = "float32", m
     state = {name: value.to(DTYPES[dtype]) for name, value in backbone.export_state().items()}
     path = out_dir / "backbone.safetensors"
     write_tensors(path, state, {})
-    print(f"written to {path}: {len(state)} tensors, {path.stat().st_size / 1e6:.2f} MB. Use: backbone.weights={path}")
+    words = f"backbone.weights={path}{'' if cfg.backbone.get('final_norm', True) else ' backbone.final_norm=false'}"
+    print(f"written to {path}: {len(state)} tensors, {path.stat().st_size / 1e6:.2f} MB. Use: {words}")
     return {"path": str(path)}

@@ -159,8 +159,8 @@ def _check_frozen(cfg: DictConfig, model: Segmenter, saved: Checkpoint) -> None:
             frozen += [(then, value)] if then not in there else []
     if fingerprint(frozen) != saved.info["frozen"].get("backbone"):
         raise UserError(
-            f"init={cfg.init}: trained on other frozen weights than this model's backbone has (backbone.weights, or "
-            "which of its blocks are read). Give what it was trained on."
+            f"init={cfg.init}: trained on other frozen weights than this model's backbone has (backbone.weights, "
+            "backbone.final_norm, or which of its blocks are read). Give what it was trained on."
         )
 
 

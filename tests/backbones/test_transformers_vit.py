@@ -46,6 +46,32 @@ def test_last_map_is_the_models_own_output_without_its_prefix_tokens(family):
     torch.testing.assert_close(backbone(images)[0], expected)
 
 
+@pytest.mark.parametrize("adapter", [None, LastBlocks(blocks=1), Full()])
+def test_without_the_final_norm_maps_are_what_the_blocks_put_out(family, adapter):
+    backbone = build(family, (2, 0), final_norm=False).eval()
+    backbone = backbone if adapter is None else adapter(backbone)
+    assert not list(backbone.norm.parameters())
+    outputs = {}
+    for number, block in enumerate(backbone.blocks):
+        block.register_forward_hook(lambda _, __, out, number=number: outputs.update({number: out}))
+    maps = backbone(torch.rand(2, 3, 33, 70))
+    for part, number in zip(maps, (2, 0), strict=True):
+        tokens = outputs[number] if isinstance(outputs[number], torch.Tensor) else outputs[number][0]
+        assert torch.equal(part, tokens[:, backbone.num_prefix :].transpose(1, 2).reshape(part.shape))
+
+
+def test_a_whole_file_loads_without_its_final_norm_and_what_is_exported_so_loads_so_alone(tmp_path, family):
+    whole, cut = tmp_path / "whole.safetensors", tmp_path / "cut.safetensors"
+    save_file(build(family).export_state(), whole)
+    loaded = build(family, weights=str(whole), final_norm=False)
+    save_file(loaded.export_state(), cut)
+    again = build(family, weights=str(cut), final_norm=False)
+    images = torch.rand(1, 3, 30, 30)
+    assert torch.equal(again.eval()(images)[0], loaded.eval()(images)[0])
+    with pytest.raises(UserError, match=r"2 tensors are missing.*norm"):
+        build(family, weights=str(cut))
+
+
 def test_an_earlier_layer_is_the_same_with_and_without_the_blocks_after_it(family):
     images = torch.rand(1, 3, 30, 30)
     whole, cut = build(family, (0, 2)).eval(), build(family, (0,)).eval()

@@ -36,6 +36,20 @@ def test_merged_weights_are_the_base_and_its_update(tmp_path):
     assert not any("lora" in name for name in exported)
 
 
+def test_without_the_final_norm_the_words_that_read_the_file_are_told(tmp_path):
+    train(tmp_path, "backbone.final_norm=false")
+    done = export(tmp_path)
+    assert done.status == 0, done.err
+    words = done.out.split("Use: ")[1].split()
+    assert words[1:] == ["backbone.final_norm=false"]
+    again = [*SMALL, *words, "mode.metrics_only=true", "hydra.run.dir=again"]
+    assert call(tmp_path, "mode=train", *again).status == 0
+    done = call(tmp_path, "mode=train", *SMALL, words[0], "init=run", "mode.metrics_only=true")
+    assert done.status == 1 and "missing" in done.err
+    done = call(tmp_path, "mode=train", *LORA, "init=run", "mode.metrics_only=true")
+    assert done.status == 1 and "backbone.final_norm" in done.err
+
+
 @pytest.mark.parametrize("adapter", ["qlora", "lora_8bit", "frozen"])
 def test_quantised_backbones_are_exported_whole(tmp_path, adapter):
     words = ["adapter.bits=4"] if adapter == "frozen" else ["adapter.rank=2"]
