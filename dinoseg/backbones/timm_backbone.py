@@ -32,9 +32,9 @@ class TimmBackbone(Backbone):
     Images (B, 3, H, W), float RGB in 0..1, any H and W, are normalised here, then padded with zeros (the mean colour)
     at the bottom and on the right. A transformer of one grid gives L maps (B, dim, h, w), h = ceil(H / patch_size),
     each after the model's final norm (a model that norms only what it has averaged has none) unless `final_norm` is
-    false, without class and register tokens; positions are interpolated as timm does it. A pyramid (ConvNet, Swin) gives L maps of their own
-    width and grid as its stages put them out, without a norm; its patch_size is the stride of the coarsest one. What
-    comes after the last of `layers` is cut off.
+    false, without class and register tokens; positions are interpolated as timm does it. A pyramid (ConvNet, Swin)
+    gives L maps of their own width and grid as its stages put them out, without a norm; its patch_size is the stride
+    of the coarsest one. What comes after the last of `layers` is cut off.
 
     Args:
         name: of timm's list, `vit_tiny_patch16_224` or with a tag `vit_tiny_patch16_224.augreg_in21k_ft_in1k`.
