@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dinoseg import build
 from dinoseg.costs.stand_in import unweighted_loss
-from dinoseg.costs.step_bytes import LossBytes, StepBytes, step_bytes
+from dinoseg.costs.step_bytes import LossBytes, StepBytes, least_batch, step_bytes
 from dinoseg.costs.target import Target
 from dinoseg.errors import UserError
 from dinoseg.wording import count_of, typed
@@ -49,11 +49,15 @@ class Fitting:
         cfg: the whole config.
         target: what it is to fit.
         may_change_model: whether fewer blocks may be trained where nothing else helps.
+
+    Raises:
+        UserError: the head cannot be trained on so few samples a device.
     """
 
     def __init__(self, cfg: DictConfig, target: Target, *, may_change_model: bool = True) -> None:
         self.cfg, self.target = cfg, target
         self._model = build.outline(cfg)
+        check_batch(cfg, self._model.head.least_batch, target.world)
         self._may_change_model = may_change_model
         self._batch, self._effective = cfg.data.batch_size, cfg.data.batch_size * cfg.trainer.accumulate
         self._tried: dict[str, Fit] = {}
@@ -129,7 +133,7 @@ class Fitting:
     def _sizes(self) -> list[int]:
         """Return the batches of which some make a step's samples, the largest first."""
         world, most = self.target.world, self._batch if self._bound else self._effective
-        least = world * self._model.head.least_batch
+        least = world * self._least
         sizes = [size for size in range(most, 0, -1) if self._effective % size == 0 and size % world == 0]
         return [size for size in sizes if size >= least] or [self._batch]
 
@@ -150,6 +154,10 @@ class Fitting:
         return (Change({"data.batch_size": size, "trainer.accumulate": times}, reason),)
 
     @cached_property
+    def _least(self) -> int:
+        return least_batch(self.cfg)
+
+    @cached_property
     def _loss(self) -> LossBytes:
         return LossBytes(self.cfg, bf16=self.target.bf16, accelerator=self.target.kind != "cpu")
 
@@ -168,6 +176,18 @@ class Fitting:
             )
             self._tried[key] = Fit(cfg, changes, step, self.target.need(step))
         return self._tried[key]
+
+
+def check_batch(cfg: DictConfig, least: int, world: int) -> None:
+    """Refuse less than `least` samples a rank, which the head needs, and one of a single cell for BatchNorm."""
+    size, larger = cfg.data.batch_size, ""
+    if least * world <= size < (least + 1) * world and (needed := least_batch(cfg)) > least:
+        least, larger = needed, f" at resolution.crop={typed(list(cfg.resolution.crop))}"
+    if size < least * world:
+        raise UserError(
+            f"data.batch_size={size}: head={cfg.choices.head} is trained on {least} images or more per device{larger}. "
+            f"Set data.batch_size={least * world}{', give a larger crop' if larger else ''} or choose another head."
+        )
 
 
 def changed(cfg: DictConfig, changes: tuple[Change, ...]) -> DictConfig:

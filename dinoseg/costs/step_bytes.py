@@ -15,6 +15,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -28,6 +29,7 @@ from dinoseg.shapes import Prediction, mapped
 from dinoseg.training.optim import tensors_of
 
 _BITS = {4: 0.516, 8: 1.002}  # bytes of a quantised weight, with the scales of its blocks or rows
+_SMALL = 4  # patches along a crop, beyond which no map of it is a single cell
 _HALF = 2  # bytes of a bfloat16 number
 _TILE = 4 * 4 * LAUNCHED  # bytes of the loss's tiles on an accelerator: four of float32 at a time
 
@@ -71,9 +73,8 @@ class LossBytes:
     """
 
     def __init__(self, cfg: DictConfig, *, bf16: bool, accelerator: bool) -> None:
-        model, _ = outline(cfg)
         self.accelerator = accelerator
-        least = model.head.least_batch
+        least = least_batch(cfg)
         draws = _Draws()
         (few, _), (more, self.learns) = (_real_loss(cfg, samples, bf16, draws) for samples in (least, least + 1))
         self.draws = draws.seen
@@ -120,6 +121,37 @@ def step_bytes(
     return StepBytes(
         weights, gradients, state, average, ranks, activations, taken, max(most, peak.most) + constant, heap
     )
+
+
+def least_batch(cfg: DictConfig) -> int:
+    """Return how many samples at once a model is trained on at least: of one cell BatchNorm has no statistics.
+
+    Raises:
+        UserError: the parts of the config do not go together.
+    """
+    model, _ = outline(cfg)
+    least = model.head.least_batch
+    norms = [part for part in model.modules() if isinstance(part, _BatchNorm) and part.training]
+    if not norms or max(image_shape(cfg)[-2:]) * model.scale > _SMALL * model.patch_size:
+        return least
+    for norm in norms:
+        norm.register_forward_pre_hook(_refuse_one_value)
+    with walking():
+        model.to_empty(device="cpu")
+        try:
+            predict(model, cfg, least, bf16=False)
+        except _OneValue:
+            return least + 1
+    return least
+
+
+class _OneValue(Exception):
+    """BatchNorm has one value of each channel."""
+
+
+def _refuse_one_value(norm: nn.Module, given: tuple[Tensor, ...]) -> None:
+    if given[0].numel() == given[0].shape[1]:
+        raise _OneValue
 
 
 class _Draws(TorchDispatchMode):

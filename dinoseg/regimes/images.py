@@ -13,6 +13,7 @@ from dinoseg.config.checks import check_given
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.plain import plain
 from dinoseg.contracts import Loss
+from dinoseg.costs.fitting import check_batch
 from dinoseg.data.class_uniform import class_uniform
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.scan.class_counts import class_counts, keep_counts
@@ -90,12 +91,7 @@ class ImageRegime(Regime):
                 f"head={cfg.choices.head} is trained on clips. Choose trainer=slots "
                 "loss=feature_reconstruction, or another head."
             )
-        least = head.least_batch
-        if cfg.data.batch_size < least * world:
-            raise UserError(
-                f"data.batch_size={cfg.data.batch_size}: head={cfg.choices.head} is trained on {least} "
-                f"images or more per device. Set data.batch_size={least * world} or choose another head."
-            )
+        check_batch(cfg, head.least_batch, world)
         if loss.needs_masks and not head.mixture:
             raise UserError(
                 "loss=mask_classification needs a head that predicts masks: head=mask2former, head=mask2former_meta or "

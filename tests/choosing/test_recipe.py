@@ -357,3 +357,16 @@ def test_a_prediction_is_timed_on_images_of_all_sizes(tmp_path, compose, monkeyp
     large = [index for index, name in enumerate(names) if name == "10"]
     seconds = timing._seconds_of_val(cfg, build.model(cfg), engine)
     assert large == [2] and seconds == pytest.approx((5 * 48 + 32 * 48 * 3) / 6)
+
+
+def test_images_smaller_than_a_patch_are_chosen_for_and_one_alone_is_refused(folder):
+    for name, train in (("few", 2), ("one", 1)):
+        write_data(folder / name, train=train, val=1, size=(6, 7))
+    words = (*AUTO, "head=linear", "trainer.steps=2")
+    done = call(folder, *words, "data.root=few", "hydra.run.dir=run")
+    assert done.status == 0, done.err
+    assert config_of(folder / "run").resolution.crop == [8, 8]
+    alone = call(folder, *words, "data.root=one", "hydra.run.dir=other")
+    assert alone.status == 1
+    assert "error: data.batch_size=1: head=linear is trained on 2 images or more per device" in alone.err
+    assert "Traceback" not in alone.err

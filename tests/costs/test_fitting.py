@@ -6,7 +6,7 @@ import pytest
 from command_line import SMALL
 
 from dinoseg.costs import fitting
-from dinoseg.costs.fitting import Fitting, changed
+from dinoseg.costs.fitting import Fitting, changed, check_batch
 from dinoseg.costs.step_bytes import StepBytes
 from dinoseg.costs.target import Target, memory_of
 from dinoseg.errors import UserError
@@ -124,6 +124,27 @@ def test_each_device_gets_as_many_as_the_head_needs(fit, monkeypatch):
     monkeypatch.setattr(MlpHead, "least_batch", 2)
     assert fit(50, "adapter=lora") == "backbone.checkpointing=true data.batch_size=2 trainer.accumulate=4"
     assert fit(45, "adapter=lora", world=2) == "adapter.blocks=1 data.batch_size=4 trainer.accumulate=2"
+
+
+def test_one_image_of_a_single_cell_is_refused_where_batchnorm_sees_it(compose):
+    cell = ("head=linear", "resolution.crop=[8,8]")
+    check_batch(compose(*BASE, *cell, "data.batch_size=4"), 1, 2)
+    check_batch(compose(*BASE, "data.batch_size=3", "resolution.crop=[8,8]"), 1, 2)  # no BatchNorm
+    cfg = compose(*BASE, *cell, "data.batch_size=3")
+    told = (
+        r"data.batch_size=3: head=linear is trained on 2 images or more per device at resolution.crop=\[8,8\]. "
+        "Set data.batch_size=4, give a larger crop or choose another head."
+    )
+    with pytest.raises(UserError, match=told):
+        check_batch(cfg, 1, 2)
+    with pytest.raises(UserError, match=told):
+        Fitting(cfg, Target("cpu", UNIT, bf16=False, world=2))
+
+
+def test_no_part_is_one_image_of_a_single_cell(fit):
+    words = ("adapter=frozen", "head=linear", "resolution.crop=[8,8]", "data.batch_size=4")
+    assert fit(20, *words) == "data.batch_size=2 trainer.accumulate=2"
+    assert fit(19, *words) is None
 
 
 def test_a_step_is_asked_for_as_the_device_takes_it(compose, monkeypatch):

@@ -12,7 +12,7 @@ from dinoseg import build
 from dinoseg.config.nodes import instantiate
 from dinoseg.costs.heap import HeapBytes
 from dinoseg.costs.stand_in import drawn_batch, image_shape
-from dinoseg.costs.step_bytes import LossBytes, outline, step_bytes, walking
+from dinoseg.costs.step_bytes import LossBytes, least_batch, outline, step_bytes, walking
 from dinoseg.costs.trial import try_steps
 from dinoseg.errors import UserError
 from dinoseg.inference.memory import PeakBytes
@@ -157,3 +157,32 @@ def test_clips_as_long_as_their_videos_have_no_size(compose):
 )
 def test_what_draws_at_random_is_known(compose, words, draws):
     assert LossBytes(compose(*words), bf16=False, accelerator=False).draws is draws
+
+
+ONE_CELL = ("resolution.crop=[8,8]", "data.batch_size=1")
+
+
+@pytest.mark.parametrize(
+    ("words", "least"),
+    [
+        (["head=linear"], 2),
+        (["head=detail", "head.layers=[0,1]"], 2),
+        (["head=cnn"], 2),
+        (["head=mlp"], 1),
+        (["head=linear", "resolution.crop=[8,9]"], 1),
+        (["head=linear", "resolution.crop=[16,16]", "resolution.scale=0.5"], 2),
+        (["head=dpt", "head.layers=[0,0,1,1]", "head.out_channels=[8,8,8,8]", "head.features=8"], 2),
+        (["head=upernet", "head.layers=[0,0,1,1]", "head.channels=8"], 2),
+        (["head=linear", "resolution.crop=[8,40]"], 1),
+    ],
+    ids=str,
+)
+def test_at_least_as_many_samples_as_a_real_step_can_take(compose, words, least):
+    cfg = compose(*BASE, *ONE_CELL, *words)
+    assert least_batch(cfg) == least
+    model = build.model(cfg, untrained=True).train()
+    model(drawn_batch(cfg, least).image)
+    if least > 1:
+        with pytest.raises((ValueError, UserError)):
+            model(drawn_batch(cfg, least - 1).image)
+    assert LossBytes(cfg, bf16=False, accelerator=False).of(4) > 0

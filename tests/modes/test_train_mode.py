@@ -66,3 +66,10 @@ def test_a_start_reads_each_mask_once_and_puts_the_untrained_model_together_once
     assert refused.status == 1 and "gone.safetensors" in refused.err and list(where.rglob("class_counts_*"))
     masks = where.glob("data/*/masks/*.png")
     assert len(outlined) == 1 and sorted(where / path for path in read) == sorted(masks)
+
+
+def test_one_image_of_a_single_cell_is_refused_before_the_training(where):
+    words = (*SMALL, "head=linear", "resolution.crop=[8,8]", "data.batch_size=1")
+    done = call(where, "mode=train", *words, f"hydra.run.dir={where}/run")
+    assert done.status == 1
+    assert done.err.strip().startswith("error: data.batch_size=1: head=linear is trained on 2 images or more per device")
