@@ -19,6 +19,7 @@ from dinoseg.synthetic.surgery.write import render_dataset
 
 SMALL = ("backbone.weights=random", "backbone.arch.hidden_size=24", "backbone.arch.num_hidden_layers=2")
 SMALL += ("backbone.arch.num_attention_heads=3", "backbone.layers=[-1]")
+VIT = ("backbone=timm", "backbone.name=test_vit", "backbone.weights=random")
 SHORT = ("trainer.steps=2", "trainer.val_every=2", "resolution.crop=[48,64]", "data.batch_size=2")
 CPU = ("engine=cpu", "engine.workers=0")
 _MAKERS = {}
@@ -278,6 +279,19 @@ def predicted_masks(stand_ins, folder):
 def trained_on_frames(stand_ins, folder):
     small = (*SMALL, "head.slot_dim=16", "head.decoder_dim=16")  # as the documents' commands are made small
     return ran(folder, "mode=train", "hparam=slots_rendered", *small, *SHORT, f"data.root={stand_ins['MOVI']}")
+
+
+@stand_in("VIT_SLOTS")
+def trained_on_frames_of_a_vit(stand_ins, folder):
+    words = (*VIT, "backbone.final_norm=false", "head.slot_dim=16", "head.decoder_dim=16", "backbone.layers=[1]")
+    words += ("resolution.scale=2", f"data.root={stand_ins['MOVI']}")
+    return ran(folder, "mode=train", "hparam=slots_rendered", *words, *SHORT)
+
+
+@stand_in("FROZEN")
+def trained_on_a_frozen_backbone(stand_ins, folder):
+    words = (*VIT, f"data.root={stand_ins['DATA']}/camvid")
+    return ran(folder, "mode=train", "hparam=detail/camvid", *words, *SHORT)
 
 
 @stand_in("SLOTS")

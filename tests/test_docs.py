@@ -12,7 +12,7 @@ import pytest
 import torch
 from command_line import call, in_this_process
 from docs_pages import OURS, PAGES, ROOT, blocks, commands, kind_of
-from docs_stand_ins import CPU, SHORT, SMALL, StandIns
+from docs_stand_ins import CPU, SHORT, SMALL, VIT, StandIns
 from meta_files import RELEASED
 
 from dinoseg.command.own_keys import with_own_keys
@@ -76,7 +76,8 @@ def small_model(words):
     if "backbone=rgb" in words:
         return ()
     if "backbone=timm" in words:
-        return ("backbone.name=test_vit", "backbone.weights=random")
+        slots = ("head.slot_dim=16", "head.decoder_dim=16") if any("slots_" in word for word in words) else ()
+        return (*VIT, *slots)
     if "head=mask2former" in words:
         return (
             *SMALL,
