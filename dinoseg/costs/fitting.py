@@ -12,9 +12,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dinoseg import build
 from dinoseg.costs.stand_in import unweighted_loss
-from dinoseg.costs.step_bytes import LossBytes, StepBytes, least_batch, step_bytes
+from dinoseg.costs.step_bytes import LossBytes, StepBytes, step_bytes
 from dinoseg.costs.target import Target
 from dinoseg.errors import UserError
+from dinoseg.regimes.least_batch import check_batch, least_batch
 from dinoseg.wording import count_of, typed
 
 _SHARES = (0.75, 0.5, 0.25, 0.125)  # of the blocks that a smaller adapter trains
@@ -176,18 +177,6 @@ class Fitting:
             )
             self._tried[key] = Fit(cfg, changes, step, self.target.need(step))
         return self._tried[key]
-
-
-def check_batch(cfg: DictConfig, least: int, world: int) -> None:
-    """Refuse less than `least` samples a rank, which the head needs, and one of a single cell for BatchNorm."""
-    size, larger = cfg.data.batch_size, ""
-    if least * world <= size < (least + 1) * world and (needed := least_batch(cfg)) > least:
-        least, larger = needed, f" at resolution.crop={typed(list(cfg.resolution.crop))}"
-    if size < least * world:
-        raise UserError(
-            f"data.batch_size={size}: head={cfg.choices.head} is trained on {least} images or more per device{larger}. "
-            f"Set data.batch_size={least * world}{', give a larger crop' if larger else ''} or choose another head."
-        )
 
 
 def changed(cfg: DictConfig, changes: tuple[Change, ...]) -> DictConfig:

@@ -7,7 +7,8 @@ from omegaconf import DictConfig
 from torch.utils.flop_counter import FlopCounterMode
 
 from dinoseg.costs.fitting import Change, changed
-from dinoseg.costs.step_bytes import Learnt, LossBytes, ends_of, outline, predict, walking
+from dinoseg.costs.step_bytes import Learnt, LossBytes, ends_of, outline, predict
+from dinoseg.inference.walk import walking
 
 _SIDES = {"cuda": 8192, "cpu": 1024}  # of the matrices that are multiplied: large enough to be bound by arithmetic
 _TIMES = 10

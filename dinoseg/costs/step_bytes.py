@@ -1,21 +1,13 @@
 """What a training step takes of memory: its tensors are counted on a walk through the model that computes nothing."""
 
 import dataclasses
-import functools
-import gc
 import math
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -23,13 +15,14 @@ from dinoseg import build
 from dinoseg.costs.heap import HeapBytes
 from dinoseg.costs.stand_in import drawn_batch, image_shape, unweighted_loss
 from dinoseg.inference.memory import PeakBytes
+from dinoseg.inference.walk import walking
 from dinoseg.losses.full_resolution import LAUNCHED
 from dinoseg.model import Segmenter, trained_names
+from dinoseg.regimes.least_batch import least_batch
 from dinoseg.shapes import Prediction, mapped
 from dinoseg.training.optim import tensors_of
 
 _BITS = {4: 0.516, 8: 1.002}  # bytes of a quantised weight, with the scales of its blocks or rows
-_SMALL = 4  # patches along a crop, beyond which no map of it is a single cell
 _HALF = 2  # bytes of a bfloat16 number
 _TILE = 4 * 4 * LAUNCHED  # bytes of the loss's tiles on an accelerator: four of float32 at a time
 
@@ -123,37 +116,6 @@ def step_bytes(
     )
 
 
-def least_batch(cfg: DictConfig) -> int:
-    """Return how many samples at once a model is trained on at least: of one cell BatchNorm has no statistics.
-
-    Raises:
-        UserError: the parts of the config do not go together.
-    """
-    model, _ = outline(cfg)
-    least = model.head.least_batch
-    norms = [part for part in model.modules() if isinstance(part, _BatchNorm) and part.training]
-    if not norms or max(image_shape(cfg)[-2:]) * model.scale > _SMALL * model.patch_size:
-        return least
-    for norm in norms:
-        norm.register_forward_pre_hook(_refuse_one_value)
-    with walking():
-        model.to_empty(device="cpu")
-        try:
-            predict(model, cfg, least, bf16=False)
-        except _OneValue:
-            return least + 1
-    return least
-
-
-class _OneValue(Exception):
-    """BatchNorm has one value of each channel."""
-
-
-def _refuse_one_value(norm: nn.Module, given: tuple[Tensor, ...]) -> None:
-    if given[0].numel() == given[0].shape[1]:
-        raise _OneValue
-
-
 class _Draws(TorchDispatchMode):
     """Notes in `seen` whether an operation draws at random; attention that drops nothing out is none."""
 
@@ -166,25 +128,6 @@ class _Draws(TorchDispatchMode):
             default = next((argument.default_value for argument in known if argument.name == "dropout_p"), 1.0)
             self.seen |= given.get("dropout_p", default) > 0
         return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def walking(count: PeakBytes | None = None) -> Iterator[PeakBytes]:
-    """Make tensors without numbers within the block, and count their bytes, by another count than the plain one."""
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True), count or PeakBytes() as peak:
-            yield peak
-    finally:  # of functions that keep what they return (transformers': positions), as if these were numbers
-        for function in _keepers(len(sys.modules)):
-            function.cache_clear()
-
-
-@functools.lru_cache(maxsize=1)
-def _keepers(modules: int) -> WeakSet[Any]:
-    """Return the functions that keep what they return, of so many imported modules: to look for them takes long."""
-    # by type: some objects warn where they are asked for their class
-    found = (each for each in gc.get_objects() if type(each) is functools._lru_cache_wrapper)
-    return WeakSet(each for each in found if each is not _keepers and not each.__module__.startswith("torch."))
 
 
 def outline(cfg: DictConfig) -> tuple[Segmenter, int]:

@@ -13,7 +13,6 @@ from dinoseg.config.checks import check_given
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.plain import plain
 from dinoseg.contracts import Loss
-from dinoseg.costs.fitting import check_batch
 from dinoseg.data.class_uniform import class_uniform
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.scan.class_counts import class_counts, keep_counts
@@ -30,6 +29,7 @@ from dinoseg.metrics.confusion import commonest_class
 from dinoseg.model import Segmenter
 from dinoseg.probing.probe import Grid, Probe
 from dinoseg.processes.workers import count_cores
+from dinoseg.regimes.least_batch import check_batch
 from dinoseg.regimes.regime import Regime, share_of
 from dinoseg.report.curves import IMAGE_PLOTS
 from dinoseg.shapes import SegmentationData

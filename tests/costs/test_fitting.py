@@ -6,11 +6,12 @@ import pytest
 from command_line import SMALL
 
 from dinoseg.costs import fitting
-from dinoseg.costs.fitting import Fitting, changed, check_batch
+from dinoseg.costs.fitting import Fitting, changed
 from dinoseg.costs.step_bytes import StepBytes
 from dinoseg.costs.target import Target, memory_of
 from dinoseg.errors import UserError
 from dinoseg.heads.mlp import MlpHead
+from dinoseg.regimes.least_batch import check_batch
 
 BASE = [*SMALL, "data.batch_size=8", "head=mlp"]  # no BatchNorm
 UNIT = 2**20

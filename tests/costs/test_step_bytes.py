@@ -12,11 +12,13 @@ from dinoseg import build
 from dinoseg.config.nodes import instantiate
 from dinoseg.costs.heap import HeapBytes
 from dinoseg.costs.stand_in import drawn_batch, image_shape
-from dinoseg.costs.step_bytes import LossBytes, least_batch, outline, step_bytes, walking
+from dinoseg.costs.step_bytes import LossBytes, outline, step_bytes
 from dinoseg.costs.trial import try_steps
 from dinoseg.errors import UserError
 from dinoseg.inference.memory import PeakBytes
+from dinoseg.inference.walk import walking
 from dinoseg.model import trained_names
+from dinoseg.regimes.least_batch import least_batch
 from dinoseg.shapes import ClipBatch
 
 BASE = [*SMALL, "engine.precision=fp32", "data.classes=[a,b,c]", "data.batch_size=3", "resolution.crop=[64,48]"]
