@@ -25,6 +25,7 @@ OPTIONAL = (USE, HEADS, RATES, TEACHER, INITIAL)  # root keys that a checkpoint 
 SAVED = ("seed", *GROUPS, *OPTIONAL)  # root keys of a config that a checkpoint keeps
 # keys that older checkpoints lack, and what was so before them
 _LATER: Mapping[str, Mapping[str, Any]] = {
+    "backbone": {"final_norm": True},
     "data": {"views": None, "feature_noise": 0.0, "class_uniform": 0.0, "class_mix": 0.0, "labelled": None},
     "head": {
         "init": None,
@@ -87,7 +88,7 @@ def recipe_of(info: Mapping[str, Any]) -> dict[str, Any]:
     if "mask_classification" not in repr(config["loss"]):
         unread.add("deep_supervision")  # which no other loss reads
     head = {key: value for key, value in config["head"].items() if key not in unread}
-    groups = {"data": data, "head": head, "loss": config["loss"]}
+    groups = {"backbone": config["backbone"], "data": data, "head": head, "loss": config["loss"]}
     return {**config, "trainer": trainer, **{group: _without_later(node, group) for group, node in groups.items()}}
 
 

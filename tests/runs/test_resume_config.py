@@ -133,6 +133,8 @@ def test_a_recipe_is_that_of_a_checkpoint_older_than_its_keys(compose):
     late = {"data": ["views", "feature_noise", "class_uniform"]}
     assert recipe(**late) == recipe() != recipe("data.views=3") != recipe("data.views=3", "data.feature_noise=0.1")
     assert recipe() != recipe("data.class_uniform=0.5")
+    backbone, older = ("backbone=timm", "backbone.name=vit_tiny_patch16_224"), {"backbone": ["final_norm"]}
+    assert recipe(*backbone, **older) == recipe(*backbone) != recipe(*backbone, "backbone.final_norm=false")
     masks, late = ("head=mask2former",), {**late, "head": ["deep_supervision"]}
     without = "head.deep_supervision=false"
     assert recipe(*masks, **late) == recipe(*masks) == recipe(*masks, without)  # of a loss on pixels
