@@ -105,6 +105,9 @@ def test_scores_are_asked_for_once_and_used_as_they_are_kept(tmp_path):
         to_bytes(path.stem, [torch.zeros(3, 4, 4).half(), facts([60, 72, 1, 1])], "float16"),
         to_bytes(path.stem, [torch.zeros(2, 4, 4).half(), facts([60, 0, 1, 1])], "float16"),
         to_bytes(path.stem, [torch.zeros(2, 4, 4).half(), facts([60, 72, 1, 1.5])], "float16"),
+        to_bytes(path.stem, [torch.zeros(2, 4, 4).half(), facts([60, 72, 0, 1])], "float16"),
+        to_bytes(path.stem, [torch.zeros(2, 4, 4).half(), facts([60, 2.0**24 + 1, 1, 1])], "float16"),
+        to_bytes(path.stem, [torch.zeros(2, 4).half(), facts([60, 72, 1, 1])], "float16"),
         to_bytes(path.stem, [torch.zeros(2, 4, 4).half(), facts([60, 72, 1])], "float16"),
         to_bytes(path.stem, [torch.zeros(2, 4, 4).half()], "float16"),
     ):

@@ -108,6 +108,35 @@ def test_a_teacher_that_is_never_sure_changes_nothing_and_validation_asks_the_lo
     assert alone == criterion(predicted(scores), plain)[0] and "sure" not in of_plain
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_a_class_of_the_least_probability_is_learnt_and_of_less_it_is_not(kind):
+    scores = torch.tensor([0.0, 0.0, -50.0], dtype=kind)[:, None, None].expand(2, K, 5, 6)  # a half each
+    for threshold, learnt in ((0.5, True), (0.5005, False)):
+        taught = mixed(1, 2, threshold=threshold).taught(lambda _: predicted(scores))
+        assert bool((taught.views.mask != 255).any()) == learnt
+    scores = torch.tensor([1.0, 0.0, -50.0], dtype=kind)[:, None, None].expand(2, K, 5, 6)  # 0.7311, in bfloat16 0.7305
+    assert (mixed(1, 2, threshold=0.731).taught(lambda _: predicted(scores)).views.mask != 255).any()
+
+
+def test_views_that_show_no_pixel_of_an_image_cost_nothing():
+    batch = mixed(2, 3)
+    batch.outside[:] = 255
+    taught = batch.taught(teacher)
+    scores = torch.randn(taught.count, K, 5, 6, generator=torch.Generator().manual_seed(1))
+    value, parts = TaughtLoss(CrossEntropy(torch.ones(K)), 1.0)(predicted(scores), taught)
+    assert parts["sure"] == 0 and parts["unlabelled"] == 0 and value.isfinite()
+
+
+def test_what_the_loss_of_masks_needs_is_asked_for():
+    assert not TaughtLoss(CrossEntropy(torch.ones(K)), 1.0).sums_over_batch
+    assert TaughtLoss(Dice(torch.ones(K)), 1.0).sums_over_batch
+
+
+def test_all_of_a_batch_goes_to_the_device():
+    moved = mixed(1, 2).to(torch.device("meta"))
+    assert all(value.is_meta for value in vars(moved).values() if isinstance(value, torch.Tensor))
+
+
 def test_a_batch_whose_masks_ignore_all_is_taught_all_the_same():
     taught = mixed(2, 3).taught(teacher)
     scores = torch.randn(taught.count, K, 5, 6, generator=torch.Generator().manual_seed(1))
