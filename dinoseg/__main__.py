@@ -42,6 +42,7 @@ def _command(arguments: list[str]) -> None:
         return
     import hydra
     from hydra.errors import HydraException
+    from yaml import YAMLError
 
     from dinoseg.command.extras import check_intervals, hush_schemas, missing_extra
     from dinoseg.command.own_keys import with_own_keys
@@ -68,6 +69,8 @@ def _command(arguments: list[str]) -> None:
         _fail(str(error))
     except HydraException as error:
         _fail(explain(sys.argv[1:], folders, error))
+    except YAMLError as error:  # of a config file of the user's
+        _fail(f"A config file is no YAML: {' '.join(str(error).split())}. Correct it there.")
     except (ImportError, RuntimeError) as error:
         message = missing_extra(sys.argv[1:], error)
         if not message:

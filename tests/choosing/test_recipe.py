@@ -370,3 +370,13 @@ def test_images_smaller_than_a_patch_are_chosen_for_and_one_alone_is_refused(fol
     assert alone.status == 1
     assert "error: data.batch_size=1: head=linear is trained on 2 images or more per device" in alone.err
     assert "Traceback" not in alone.err
+
+
+@pytest.mark.parametrize("text", ["}{", "data: [1\n", "\ta: 1\n", "a: \x00\n"])
+def test_a_recipe_that_was_edited_to_no_yaml_is_named(folder, text):
+    path = folder / "config/hparam/chosen.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    done = call(folder, "mode=train", *SMALL, "hparam=chosen", "--config-dir", str(folder / "config"))
+    assert done.status == 1 and done.err.startswith("error: A config file is no YAML: "), done.err
+    assert str(path) in done.err and len(done.err.splitlines()) == 1
