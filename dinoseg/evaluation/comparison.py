@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from dinoseg.evaluation.image_record import ImageRecord
 from dinoseg.evaluation.paired_pictures import Pictures, most_different
 from dinoseg.evaluation.sides import Side
 from dinoseg.evaluation.verdicts import deciding, differences, mean_scores
-from dinoseg.report.html.comparison import OtherRun
+from dinoseg.report.html.comparison import WIDEST, OtherRun
+from dinoseg.report.verdicts import SURELY_BETTER, SURELY_WORSE
 from dinoseg.storage.atomic import write_text
 from dinoseg.wording import one_line
 
@@ -62,6 +64,31 @@ def mean_mious(side: Side) -> list[float | None]:
 
 def _kind(record: ImageRecord) -> ClassScores:
     return ClassScores(len(record.classes), record.background)
+
+
+def verdicts(first: Side, images: Sequence[str], others: Sequence[OtherRun]) -> str:
+    """Return what is to be said of the sides: by class and image, or of more than a few a line for each."""
+    if len(others) > WIDEST:
+        return sides_table(first, others)
+    lines = verdict_lines(first.name, images, others)
+    return "\n".join([comparison_table(first, others), "", *lines])
+
+
+def sides_table(first: Side, others: Sequence[OtherRun]) -> str:
+    """Return the mIoU of each side as text, best first, in percent and points, and of how many classes it is sure."""
+    heads = ["", "mIoU %", "points", "95 % interval", "p", "verdict", "classes better", "worse"]
+    own, keys = scores_of(first.records)["miou"], [key for key in score_labels(first) if key.startswith("iou/")]
+    rows: list[tuple[float | None, list[str]]] = [(own, [first.name, _shown(own), *["-"] * 3, "the first", "", ""])]
+    for other in others:
+        gap, kinds = other.differences["miou"], [other.differences[key]["verdict"] for key in keys]
+        limits = "-" if gap["ci95"] is None else _span(gap["ci95"])
+        chance = "-" if gap["p"] is None else f"{gap['p']:.2g}"
+        sure = [str(kinds.count(verdict)) for verdict in (SURELY_BETTER, SURELY_WORSE)]
+        shown = [other.name, _shown(other.scores["miou"]), _shown(gap["value"], "+"), limits, chance, gap["verdict"]]
+        rows.append((other.scores["miou"], [*shown, *sure]))
+    rows.sort(key=lambda row: math.inf if row[0] is None else -row[0])
+    align = ["left", *["right"] * 4, "left", "right", "right"]
+    return tabulate([row for _, row in rows], headers=heads, disable_numparse=True, colalign=align)
 
 
 def verdict_lines(first: str, images: Sequence[str], others: Sequence[OtherRun]) -> list[str]:

@@ -1,8 +1,8 @@
-"""What compared runs score and cost: one row each, best first."""
+"""What compared runs score and cost: one row each, best first, and one for each side."""
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,24 @@ def run_rows(sides: Sequence[Side]) -> list[dict[str, Any]]:
         speed = cost.pop("images_per_s")
         seconds = 1 / speed if speed else None
         rows.append({"run": name, "miou": scores["miou"], "accuracy": scores["accuracy"], **cost, "seconds": seconds})
+    return _best_first(rows)
+
+
+def side_rows(sides: Sequence[Side], rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return a row for each side, by mIoU: means of the rows of its runs; what is not known of them all is None."""
+    by_run = {row["run"]: row for row in rows}
+    return _best_first([_mean(side.name, [by_run[name] for name in side.names]) for side in sides])
+
+
+def _mean(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    mean: dict[str, Any] = {"run": name}
+    for key in rows[0].keys() - {"run"}:
+        values = [row[key] for row in rows]
+        mean[key] = None if None in values else sum(values) / len(values)
+    return mean | {key: round(mean[key]) for key in ("parameters", "trainable") if mean[key] is not None}
+
+
+def _best_first(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: math.inf if row["miou"] is None else -row["miou"])
 
 

@@ -11,10 +11,10 @@ from dinoseg.evaluation.about import EVALUATION
 from dinoseg.evaluation.aligned import aligned
 from dinoseg.evaluation.image_record import RECORD, ImageRecord, evaluated, read_record
 from dinoseg.evaluation.run_config import recipe_keys
+from dinoseg.evaluation.side_names import SWEEP, run_names, side_names
 from dinoseg.wording import count_of, listed, typed
 
-MOST, _MOST_RUNS = 8, 64  # sides: a page of more is no comparison but a table, which a sweep writes
-_SWEEP = "multirun.yaml"  # in the folder of a sweep
+MOST, _MOST_RUNS = 32, 160  # sides: each has pictures in the page
 logger = logging.getLogger(__name__)
 
 
@@ -59,15 +59,16 @@ def sides_of(runs: Any) -> list[Side]:
         raise _refusal(runs)
     for side in sides:
         _warn_of_others([names[number] for number in side], [recipes[number] for number in side])
+    called = side_names(folders, sides)
     return [
         Side(
-            _joined([names[number] for number in side]),
+            name,
             [folders[number] for number in side],
             [names[number] for number in side],
             [places[number] for number in side],
             [records[number] for number in side],
         )
-        for side in sides
+        for name, side in zip(called, sides, strict=True)
     ]
 
 
@@ -88,18 +89,11 @@ def seeds_note(sides: Sequence[Side]) -> str:
     several = [f"{len(side.folders)} of {side.name}" for side in sides if len(side.folders) > 1]
     if not several:
         return "one trained model a side: verdicts are of these models, and say nothing of other seeds"
-    counted = f"their scatter is in the intervals ({', '.join(several)})"
+    told = ", ".join(several)
+    if not single and len({len(side.folders) for side in sides}) == 1:
+        told = f"{len(sides[0].folders)} runs a side"
+    counted = f"their scatter is in the intervals ({told})"
     return f"{counted}; but not that of {listed(single)}, one trained model each" if single else counted
-
-
-def run_names(folders: Sequence[Path]) -> list[str]:
-    """Return short names of run folders that tell them apart: their last parts, as many as it takes."""
-    whole = [folder.resolve().parts for folder in folders]
-    for count in range(1, max(map(len, whole)) + 1):
-        names = ["/".join(parts[-count:]) for parts in whole]
-        if len(set(names)) == len(names):
-            break
-    return names
 
 
 def _given(runs: Any) -> list[list[Path]]:
@@ -117,7 +111,7 @@ def _given(runs: Any) -> list[list[Path]]:
 
 def _jobs(name: Any) -> list[Path]:
     folder = Path(str(name)).expanduser()
-    if not (folder / _SWEEP).is_file():
+    if not (folder / SWEEP).is_file():
         return [folder]
     jobs = sorted((job for job in folder.iterdir() if job.name.isdecimal()), key=lambda job: int(job.name))
     lacking = [job.name for job in jobs if not any((place / RECORD).is_file() for place in (job, job / EVALUATION))]
@@ -168,11 +162,3 @@ def _warn_of_others(names: Sequence[str], recipes: Sequence[tuple[dict[str, Any]
             listed(names),
             listed(differing),
         )
-
-
-def _joined(names: Sequence[str]) -> str:
-    """Return one name of several: a/0 and a/1 as a/0+1."""
-    head, slash, first = names[0].rpartition("/")
-    if all(name.rpartition("/")[0] == head for name in names):
-        names = [f"{head}{slash}{first}", *(name.rpartition("/")[2] for name in names[1:])]
-    return "+".join(names) if len(names) <= 4 else f"{names[0]}+... ({count_of(names, 'run')})"

@@ -10,15 +10,14 @@ from omegaconf import DictConfig
 from dinoseg.evaluation.about import about_run
 from dinoseg.evaluation.comparison import (
     against,
-    comparison_table,
     mean_mious,
     score_labels,
     scores_of,
-    verdict_lines,
+    verdicts,
     write_tables,
 )
 from dinoseg.evaluation.image_report import PAGE
-from dinoseg.evaluation.run_costs import run_rows
+from dinoseg.evaluation.run_costs import run_rows, side_rows
 from dinoseg.evaluation.sides import Side, seeds_note, sides_of, units_note
 from dinoseg.images import write_png
 from dinoseg.report.costs import costs_picture, costs_table, write_costs
@@ -46,14 +45,14 @@ def run(cfg: DictConfig, *, out_dir: Path, runs: Sequence[str | Sequence[str]] |
     sides = sides_of(runs)
     report = _report(cfg, out_dir, sides)
     rows = run_rows(sides)
-    print(f"{costs_table(rows)}\n\n{comparison_table(sides[0], report.others)}\n")
-    print("\n".join(verdict_lines(report.first, report.images, report.others)))
+    costs = side_rows(sides, rows)
+    print(f"{costs_table(costs)}\n\n{verdicts(sides[0], report.images, report.others)}")
     print(f"points:       less {report.first}\nintervals:    {units_note(sides)}\nseeds:        {report.seeds}")
     if few := few_units(report.units, report.unit):
         logger.warning("%s", few)
     write_tables(out_dir, sides[0], report.others)
     write_costs(out_dir / "runs.csv", rows)
-    picture = costs_picture(rows)
+    picture = costs_picture(costs)
     if picture is not None:
         write_png(out_dir / "runs.png", picture)
     drawn = [(other.name, other.differences) for other in report.others]

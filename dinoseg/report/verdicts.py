@@ -1,5 +1,6 @@
 """What comparisons say of a difference, and the picture of all of them with their intervals."""
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,14 +14,14 @@ from dinoseg.wording import printable
 SURELY_BETTER, SURELY_WORSE, UNSURE, NO_VERDICT = "surely better", "surely worse", "not told apart", "no verdict"
 LEVEL = 0.05  # p below which a difference is sure
 _COLOURS = {SURELY_BETTER: "#0072B2", SURELY_WORSE: "#D55E00", UNSURE: "#888888", NO_VERDICT: "#bbbbbb"}
-_MOST_ROWS = 40
+_MOST_ROWS, _MOST_COLUMNS = 40, 4
 _LONGEST = 30  # letters of a name that are drawn
 
 
 def verdicts_picture(
     first: str, labels: Mapping[str, str], others: Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]]
 ) -> np.ndarray:
-    """Draw the differences from the first side in points with their intervals, a panel for each other side, as RGB.
+    """Draw the differences from the first side in points with their intervals as RGB, a panel for each other side.
 
     Args:
         first: name of the first side.
@@ -28,12 +29,13 @@ def verdicts_picture(
         others: name of each other side, and `value`, `ci95` and `verdict` of its differences by name of a score.
     """
     keys, left_out = _shown(labels, others)
-    size = (2.2 + 3.6 * len(others), 1.6 + 0.26 * len(keys))
+    columns = min(len(others), _MOST_COLUMNS)
+    lines = math.ceil(len(others) / columns)
+    size = (2.2 + 3.6 * columns, 0.7 + lines * (0.9 + 0.26 * len(keys)))
     figure = Figure(figsize=size, dpi=110, layout="constrained")
     canvas = FigureCanvasAgg(figure)
-    for axes, (name, gaps) in zip(
-        figure.subplots(1, len(others), sharex=True, sharey=True, squeeze=False)[0], others, strict=True
-    ):
+    panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat
+    for axes, (name, gaps) in zip(panels, others, strict=False):  # the last line may have more panels than sides
         axes.axvline(0, color="#555555", linewidth=0.8)
         for place, key in enumerate(keys):
             gap = gaps[key]
@@ -47,7 +49,9 @@ def verdicts_picture(
         axes.set_xlabel(f"points, less {_short(first)}", fontsize=8, parse_math=False)
         axes.grid(axis="x", color="#e3e3e3", linewidth=0.8)
         axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.tick_params(labelsize=8, left=False)
+        axes.tick_params(labelsize=8, left=False, labelbottom=True)
+    for axes in figure.axes[len(others) :]:
+        axes.set_axis_off()
     axes = figure.axes[0]
     axes.set_yticks(range(len(keys)), [_short(labels[key]) for key in keys], parse_math=False)
     axes.set_ylim(len(keys) - 0.4, -0.6)

@@ -14,7 +14,7 @@ from dinoseg.storage.atomic import remove_dead, remove_parts
 from dinoseg.storage.files import check_regular
 
 LOG = "run.log"
-_TYPED = "overrides.txt"
+TYPED = "overrides.txt"
 _run_locks: dict[Path, IO[str]] = {}  # locks last as long as the process
 _made_paths: set[Path] = set()  # folders and logs that this process has made, and so may remove again
 
@@ -138,18 +138,18 @@ def write_config(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> No
     _made_paths.add(folder)
     OmegaConf.save(cfg, folder / "config.yaml")
     # names on a disk are bytes, which need be no text
-    (folder / _TYPED).write_text("\n".join(overrides) + "\n", encoding="utf-8", errors="surrogateescape")
+    (folder / TYPED).write_text("\n".join(overrides) + "\n", encoding="utf-8", errors="surrogateescape")
 
 
 def command_line(folder: Path) -> list[str]:
     """Return the words of the command that began a run; none where the folder keeps no config."""
-    path = folder / "config" / _TYPED
+    path = folder / "config" / TYPED
     return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
 
 
 def last_command_line(folder: Path) -> list[str]:
     """Return the words of the command that is at work in a folder: the first one's, or those by which it goes on."""
-    newest = max(folder.glob(f"config*/{_TYPED}"), key=lambda path: path.stat().st_mtime_ns, default=None)
+    newest = max(folder.glob(f"config*/{TYPED}"), key=lambda path: path.stat().st_mtime_ns, default=None)
     return [] if newest is None else newest.read_text(encoding="utf-8", errors="replace").splitlines()
 
 

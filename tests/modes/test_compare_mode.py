@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 from dinoseg.errors import UserError
 from dinoseg.evaluation.collected import image_mious
 from dinoseg.evaluation.image_record import COUNTS, RECORD, evaluated, read_record
-from dinoseg.evaluation.sides import run_names
+from dinoseg.evaluation.side_names import run_names
+from dinoseg.evaluation.sides import sides_of
 from dinoseg.images import write_png
 from dinoseg.modes import evaluate
 from dinoseg.runs.recipe import OPTIONAL
@@ -100,7 +101,7 @@ def test_runs_that_differ_in_their_seed_alone_are_one_side(runs):
     mious = [np.mean([_miou(runs / f"sweep/{number}") for number in side]) for side in ((0, 2), (1, 3))]
     assert found["others"]["1+3"]["differences"]["miou"]["value"] == pytest.approx(mious[1] - mious[0])
     assert "sweep: jobs without an evaluation of images are left out: 4." in done.err
-    assert "their scatter is in the intervals (2 of 0+2, 2 of 1+3)" in done.out
+    assert "their scatter is in the intervals (2 runs a side)" in done.out
     assert "1+3: " in done.out and "images that decide add: " in done.out and (runs / "compared/compare.png").is_file()
     rows = list(csv.DictReader((runs / "compared/images.csv").read_text().splitlines()))
     assert [*rows[0]] == ["image", "unit", "0+2", "1+3", "1+3 adds"]
@@ -111,6 +112,48 @@ def test_runs_that_differ_in_their_seed_alone_are_one_side(runs):
     assert "one trained model a side" in compare(runs, "sweep/0", "sweep/1", "again").out
     found = json.loads((runs / "compared/compare.json").read_text())
     assert list(found["sides"]) == ["0", "1", "again"]
+
+
+def swept(runs, name, cells):
+    """Make a sweep of the words of each job, each a copy of an evaluation."""
+    (runs / name).mkdir()
+    (runs / name / "multirun.yaml").write_text("")
+    for number, words in enumerate(cells):
+        job = runs / name / str(number)
+        of_seed(runs, "first", f"{name}/{number}", int(words["seed"]))
+        config = OmegaConf.load(job / "config/config.yaml")
+        config.head.hidden = words.get("head.hidden", "none")
+        OmegaConf.save(config, job / "config/config.yaml")
+        lines = [f"{key}={value}" for key, value in {"mode": "train", **words, "hydra.run.dir": number}.items()]
+        (job / "config/overrides.txt").write_text("\n".join(lines) + "\n")
+
+
+def test_sides_of_a_sweep_are_called_by_what_it_varies(runs):
+    swept(runs, "varied", [{"head.hidden": str(hidden), "seed": str(seed)} for hidden in range(5) for seed in (0, 2)])
+    shutil.rmtree(runs / "compared", ignore_errors=True)
+    done = compare(runs, "varied")
+    assert done.status == 0, done.err
+    found = json.loads((runs / "compared/compare.json").read_text())
+    assert found["sides"]["head.hidden=3"] == ["varied/6", "varied/7"] and found["first"] == "head.hidden=0"
+    ranked = list(csv.DictReader((runs / "compared/runs.csv").read_text().splitlines()))
+    assert len(ranked) == 10 and ranked[0]["run"] == "head.hidden=0 seed=0"
+    # a line a side, where columns of each would be too many; costs are a side's means
+    table = done.out.split("classes better")[1].splitlines()[2:7]
+    assert [line.split()[0] for line in table] == [f"head.hidden={hidden}" for hidden in range(5)], done.out
+    assert "the first" in table[0] and all("not told apart" in line or "no verdict" in line for line in table[1:])
+    assert done.out.split("peak GiB")[1].count("head.hidden=3") == 2 and "decide" not in done.out
+    assert (runs / "compared/compare.csv").read_text().count("head.hidden=4") == 1
+    page = (runs / "compared/report.html").read_text()
+    assert "<title>4 sides against head.hidden=0" in page and "compare.png has them all" in page
+    table = page[: page.index("</table>")].split("<table", 1)[1]
+    assert table.count("difference") == 4 and "95 % interval" not in table
+    # one run of each: seeds alone tell them apart, and where commands do not, folders do
+    found = compare(runs, "varied/0", "varied/1")
+    assert "against seed=0" in found.out, found.out
+    (runs / "varied/0/config/overrides.txt").write_text("head.hidden=" + "9" * 100)
+    assert "less 0+1" in compare(runs, "varied").out
+    (runs / "varied/0/config/overrides.txt").unlink()
+    assert "against 0: " in compare(runs, "varied/0", "varied/2").out
 
 
 def _miou(folder):
@@ -201,6 +244,15 @@ def test_what_is_not_of_the_same_images_is_refused(runs):
 def test_what_are_no_two_runs_is_refused(runs, asked):
     done = call(runs, "mode=compare", f"runs={asked}", "hydra.run.dir=refused")
     assert done.status == 1 and "run folders of mode=eval or mode=train" in done.err and not (runs / "refused").exists()
+
+
+def test_there_are_at_most_32_sides(runs):
+    for number in range(33):
+        of_seed(runs, "first", f"side{number}", number % 2)
+    sides = [[runs / f"side{number}"] for number in range(33)]
+    assert len(sides_of(sides[:32])) == 32
+    with pytest.raises(UserError, match="give 2 to 32 different run folders"):
+        sides_of(sides)
 
 
 def test_a_damaged_record_is_told(runs):

@@ -24,6 +24,15 @@ def test_each_verdict_has_its_colour_and_each_side_its_panel():
         assert holds(half, (0x00, 0x72, 0xB2)) and holds(half, (0xD5, 0x5E, 0x00)) and holds(half, (0x88, 0x88, 0x88))
 
 
+def test_many_sides_take_further_lines_of_panels():
+    labels = {"miou": "mIoU", "iou/0": "IoU road", "iou/1": "IoU pole"}
+    four, six = (verdicts_picture("a", labels, [(str(n), gaps(labels)) for n in range(sides)]) for sides in (4, 6))
+    assert four.shape[1] == six.shape[1] and six.shape[0] > 1.5 * four.shape[0]
+    upper, lower = np.array_split(six, 2)
+    assert holds(upper, (0x00, 0x72, 0xB2)) and holds(lower[:, : six.shape[1] // 2], (0x00, 0x72, 0xB2))
+    assert not holds(lower[:, six.shape[1] * 3 // 5 :], (0x00, 0x72, 0xB2))  # six leave two places empty
+
+
 @pytest.mark.parametrize("name", ["a$x_{$b", "lr_1e-3_" * 30, "\x1b[31m"])
 def test_any_name_and_undefined_values_are_drawn(name):
     labels = {"miou": name, "iou/0": name}

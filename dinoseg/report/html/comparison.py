@@ -21,6 +21,7 @@ from dinoseg.wording import count_of
 _DOTS = 2000  # of a chart: a page of more takes seconds to open
 _MARKS = {SURELY_BETTER: ("up", "\u25b2 "), SURELY_WORSE: ("down", "\u25bc ")}
 _DECIDING = 6  # images that are named
+WIDEST = 3  # sides that have columns for all that is said of them; of more, compare.png shows the intervals
 _MEANS = {
     "miou": "mIoU",
     "miou_no_background": "mIoU without background",
@@ -116,7 +117,10 @@ def comparison_page(report: ComparisonReport) -> str:
         sections.append(Section(f"images-{number}", f"Image by image{end}", _by_image(report, other)))
         sections.append(Section(f"pictures-{number}", f"Where they differ most{end}", _pictures(report, other)))
     sections += about_sections(report.about)
-    title = " against ".join([*(other.name for other in report.others), report.first])
+    names = [other.name for other in report.others]
+    if len(names) > WIDEST:
+        names = [count_of(names, "side")]
+    title = " against ".join([*names, report.first])
     return page(title, report.said, sections, [few_units(report.units, report.unit)])
 
 
@@ -127,10 +131,11 @@ def _scores(report: ComparisonReport) -> Section:
         shown.append((other.name, f"{percent(other.scores['miou'])} %", f"mIoU, points: {_gap(gap)}"))
     keys = [(key, name) for key, name in _MEANS.items() if key in report.scores]
     rows = [[plain_cell(name), *_cells(report, key)] for key, name in keys]
+    wide = len(report.others) > WIDEST
     note = paragraph(
         f"Differences are points: a run less {report.first}, over the same {count_of(report.images, 'image')}; each "
         f"{report.unit} is left out of both at once.",
-        f"95 % intervals (Student's t): {report.intervals}.",
+        f"95 % intervals (Student's t): {report.intervals}." + " compare.png has them all." * wide,
         "What is surely better is marked \u25b2, what is surely worse \u25bc: p is below 0.05 after Holm's correction "
         "over all runs, and for classes over these too: an interval by itself may leave out 0 without a mark.",
         f"Seeds: {report.seeds}.",
@@ -149,7 +154,8 @@ def _classes(report: ComparisonReport) -> Section:
 def _heads(report: ComparisonReport, first: str) -> list[tuple[str, str]]:
     heads, over = [(first, "text"), (f"{report.first} %", "number")], interval_head(report.units, report.unit)
     for other in report.others:
-        heads += [(f"{other.name} %", "number"), ("difference", "number"), (over, "text"), ("", "plain")]
+        heads += [(f"{other.name} %", "number"), ("difference", "number")]
+        heads += [(over, "text"), ("", "plain")] * (len(report.others) <= WIDEST)
     return heads
 
 
@@ -165,9 +171,9 @@ def _cells(report: ComparisonReport, key: str) -> list[Cell]:
         cells += [
             number_cell(other.scores[key], percent(other.scores[key])),
             Cell(f'<span class="{sure}">{text(shown)}</span>', value),
-            plain_cell(spanned(limits, sign="+")),
-            whisker(value, limits, (-reach, reach)),
         ]
+        if len(report.others) <= WIDEST:
+            cells += [plain_cell(spanned(limits, sign="+")), whisker(value, limits, (-reach, reach))]
     return cells
 
 
