@@ -21,11 +21,11 @@ demo: .venv/installed  ## render, prepare, train, evaluate, predict on a video
 	$(BIN)/python -m dinoseg mode=predict hparam=demo resume=$(DEMO)/train input=$(DEMO)/data/test/video_65/video_left.avi hydra.run.dir=$(DEMO)/predict
 	$(BIN)/python -m dinoseg mode=eval hparam=demo resume=$(DEMO)/train hydra.run.dir=$(DEMO)/eval
 
-test: .venv/installed  ## all tests that need no GPU and no browser
+test: .venv/installed  ## all tests but the heavy ones and those of a GPU
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not heavy"
 
-test-heavy: .venv/installed  ## browsers (Debian: apt-get install chromium), exports of every head, built wheels
-	$(BIN)/python -m pytest -m heavy
+test-heavy: .venv/installed  ## browsers (Debian: apt-get install chromium), exports, wheels, docs, what is long
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m heavy
 
 test-fast: .venv/installed  ## what takes no process and no second each: the loop while coding
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not slow and not heavy" --durations=20 --durations-min=1

@@ -14,7 +14,7 @@ from dinoseg.contracts import Loss
 from dinoseg.shapes import ClipBatch
 from dinoseg.training.checkpoint import read
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.heavy
 
 LOVASZ = {  # of one that takes the batch as one image: which classes there are decides what is sorted
     "losses/lovasz.py forward: size of a mask's choice": 2,

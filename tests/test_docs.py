@@ -134,10 +134,12 @@ def test_the_docs_hold_commands_that_are_run():
 
 
 ALONE = [one for one in RUN if mode_of(one) not in SERVERS and one not in [*ALIKE, *WALK]]
-LONG = {one: pytest.param(one, marks=pytest.mark.heavy) for one in ALONE if "export=onnx" in one}
+QUICK = {one for one in ALONE[::4] if "export=onnx" not in one}  # the others are heavy
 
 
-@pytest.mark.parametrize("command", [LONG.get(one, one) for one in ALONE])
+@pytest.mark.parametrize(
+    "command", [pytest.param(one, marks=[] if one in QUICK else [pytest.mark.heavy]) for one in ALONE]
+)
 def test_command(command, stand_ins, tmp_path, monkeypatch):
     monkeypatch.setattr(benching, "in_own_process", in_this_process)
     done = call(tmp_path, *as_run(command, stand_ins))

@@ -47,7 +47,7 @@ KNOWN_BACKBONES = {"dino", "dinov2", "dinov2_registers", "dinov3", "convnext", "
 SIZE = (37, 50)
 CELLS = [(b, a, h) for b in BACKBONES for a in FILES["adapter"] for h in HEADS]
 PLACES = [list(BACKBONES).index(b) + list(FILES["adapter"]).index(a) + HEADS.index(h) for b, a, h in CELLS]
-QUICK = {cell for cell, place in zip(CELLS, PLACES, strict=True) if place % 3 == 0}  # the others are heavy
+QUICK = {cell for cell, place in zip(CELLS, PLACES, strict=True) if place % 9 == 0}  # the others are heavy
 
 
 def refusal(backbone, adapter, head):
@@ -179,6 +179,7 @@ def test_the_matrix_is_whole():
         assert {(cell[left], cell[right]) for cell in QUICK} == {(cell[left], cell[right]) for cell in CELLS}
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("adapter", ["frozen", "lora_all", "qlora", "last_blocks"])
 def test_of_weights_from_a_file_only_what_was_trained_is_kept(configs, tmp_path, backbone, adapter):

@@ -58,6 +58,7 @@ def test_a_run_is_trained_by_what_was_chosen_and_its_recipe_gives_it_again(folde
     assert second["config"] == first["config"]
 
 
+@pytest.mark.heavy
 def test_the_command_of_a_recipe_finds_the_folder_that_was_named_before(folder):
     part = folder / "my, own/head/mine.yaml"
     part.parent.mkdir(parents=True)
@@ -97,6 +98,7 @@ def test_what_goes_with_a_typed_loss_is_left_to_it(typed):
     assert taken == [typed] and choice.words.keys() == {"head", *words} - gone
 
 
+@pytest.mark.heavy
 def test_the_same_command_chooses_the_same_however_fast_the_machine_then_is(folder, monkeypatch):
     words = (*AUTO, "trainer.epochs=1", "budget.minutes=0.2")
     first = call(folder, *words, "hydra.run.dir=R")
@@ -114,6 +116,7 @@ def test_the_same_command_chooses_the_same_however_fast_the_machine_then_is(fold
     assert len([*(folder / "outputs/.cache").glob("choices_*.json")]) == 2
 
 
+@pytest.mark.heavy
 def test_a_length_that_was_typed_once_is_chosen_where_it_is_not(folder, monkeypatch):
     words = (*AUTO, "budget.minutes=0.2", "mode=plan", "mode.dry_step=false")
     assert "; as given: trainer.steps; chosen now:" in call(folder, *words, "trainer.steps=2", "hydra.run.dir=R").out
@@ -125,6 +128,7 @@ def test_a_length_that_was_typed_once_is_chosen_where_it_is_not(folder, monkeypa
     assert 10 < cfg.trainer.steps * cfg.data.batch_size * TIMED.kept < 60 * 0.2
 
 
+@pytest.mark.heavy
 def test_images_of_a_step_in_parts_count_against_the_time(folder):
     words = (*AUTO, "budget.minutes=3", "data.views=null", "trainer.accumulate=3", "mode=plan", "mode.dry_step=false")
     done = call(folder, *words, "hydra.run.dir=R")
@@ -200,6 +204,7 @@ def test_a_class_without_a_pixel_is_named_before_anything_is_trained(folder):
     assert done.status == 0 and "3 classes; without a pixel in train: lamp; 0.2 min" in done.out, done.out + done.err
 
 
+@pytest.mark.heavy
 def test_a_backbone_is_tuned_where_time_suffices_and_else_stays_frozen(folder, monkeypatch):
     for number in range(5, 21):
         write_png(folder / f"data/train/images/{number}.png", torch.zeros(32, 48, 3, dtype=torch.uint8).numpy())
@@ -215,6 +220,7 @@ def test_a_backbone_is_tuned_where_time_suffices_and_else_stays_frozen(folder, m
     assert "with adapter=full there would be time for" in text
 
 
+@pytest.mark.heavy
 def test_smaller_images_are_taken_where_they_leave_time_to_tune(folder, monkeypatch):
     halves = np.repeat(np.arange(2, dtype=np.uint8), 16)[:, None].repeat(48, axis=1)  # so that no class is thin
     for number in range(21):
@@ -246,6 +252,7 @@ def test_smaller_images_are_taken_where_they_leave_time_to_tune(folder, monkeypa
     assert config_of(folder / "T").resolution.longest is None
 
 
+@pytest.mark.heavy
 def test_another_rank_takes_what_the_first_one_chooses(folder, monkeypatch):
     from dinoseg.choosing import recipe
 
@@ -269,6 +276,7 @@ def test_another_rank_takes_what_the_first_one_chooses(folder, monkeypatch):
     assert late.status == 1 and "the first rank has not written" in late.err
 
 
+@pytest.mark.heavy
 def test_choices_that_cannot_be_kept_are_taken_all_the_same(folder, monkeypatch):
     def full(*_):
         raise OSError("No space left on device")
@@ -308,6 +316,7 @@ def test_a_batch_is_no_larger_than_what_fits(chosen_with):
     assert 200 < cfg.trainer.steps * 4 * TIMED.kept < 540
 
 
+@pytest.mark.heavy
 def test_what_memory_makes_of_a_batch_stays_but_for_a_typed_one(chosen_with):
     cfg, _ = chosen_with(lambda cfg, samples: 60 * samples)
     assert (cfg.data.batch_size, cfg.trainer.accumulate) == (1, 2)
@@ -316,6 +325,7 @@ def test_what_memory_makes_of_a_batch_stays_but_for_a_typed_one(chosen_with):
     assert (cfg.data.batch_size, cfg.trainer.accumulate) == (4, 1)
 
 
+@pytest.mark.heavy
 def test_memory_changes_no_adapter_that_was_typed(chosen_with):
     def of(cfg, samples):
         return 101 if cfg.choices.adapter == "full" else 99
@@ -325,6 +335,7 @@ def test_memory_changes_no_adapter_that_was_typed(chosen_with):
         chosen_with(of, "adapter=full")
 
 
+@pytest.mark.heavy
 def test_a_recipe_is_timed_on_its_own_data(tmp_path, monkeypatch):
     write_data(tmp_path / "data", train=5)
     monkeypatch.setattr("dinoseg.choosing.choice.in_own_process", in_this_process)
@@ -359,6 +370,7 @@ def test_a_prediction_is_timed_on_images_of_all_sizes(tmp_path, compose, monkeyp
     assert large == [2] and seconds == pytest.approx((5 * 48 + 32 * 48 * 3) / 6)
 
 
+@pytest.mark.heavy
 def test_images_smaller_than_a_patch_are_chosen_for_and_one_alone_is_refused(folder):
     for name, train in (("few", 2), ("one", 1)):
         write_data(folder / name, train=train, val=1, size=(6, 7))

@@ -89,6 +89,7 @@ def recipes(compose):
     return {hparam: (choice, compose(f"hparam={hparam}", *needed(choice))) for hparam, choice in chosen.items()}
 
 
+@pytest.mark.heavy
 def test_every_recipe_with_every_mode(compose, recipes):
     """A recipe writes no key of a mode, so each is composed once, and each mode's node put into it."""
     composed = {mode: compose(f"mode={mode}", *needed(main_choices())).mode for mode in options("mode")}

@@ -36,6 +36,7 @@ def foretold(cfg, **given):
     return step_bytes(cfg, LossBytes(cfg, bf16=False, accelerator=False), **given)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "words",
     [
@@ -164,6 +165,7 @@ def test_what_draws_at_random_is_known(compose, words, draws):
 ONE_CELL = ("resolution.crop=[8,8]", "data.batch_size=1")
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("words", "least"),
     [

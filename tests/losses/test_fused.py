@@ -77,6 +77,7 @@ def said_by(function, tmp_path, **environment):
     return [float(number) for number in done.stdout.split()]
 
 
+@pytest.mark.heavy
 @pytest.mark.slow
 def test_the_kernel_gives_what_all_logits_at_once_do_and_nan_for_a_label_that_is_no_class(tmp_path):
     apart, *outsiders = said_by("interpreted", tmp_path, TRITON_INTERPRET="1")
@@ -84,6 +85,7 @@ def test_the_kernel_gives_what_all_logits_at_once_do_and_nan_for_a_label_that_is
     assert all(value != value for value in outsiders)
 
 
+@pytest.mark.heavy
 @pytest.mark.slow
 def test_the_kernel_compiles_for_devices_that_are_not_here(tmp_path):
     assert min(said_by("compiled", tmp_path)) > 10_000

@@ -82,6 +82,7 @@ def test_the_printed_command_trains_as_the_recipe_would(tmp_path, monkeypatch):
         assert "drawn at random (dropout, points of masks) is drawn anew for each part" in done.out
 
 
+@pytest.mark.heavy
 def test_a_dry_step_that_takes_more_than_was_foretold_makes_another_plan(tmp_path, monkeypatch):
     tried = []
 
@@ -94,6 +95,7 @@ def test_a_dry_step_that_takes_more_than_was_foretold_makes_another_plan(tmp_pat
     assert len(tried) == 2 and tried[0] > tried[1] == found["changes"][0]["words"]["data.batch_size"]
 
 
+@pytest.mark.heavy
 def test_what_was_measured_is_told_of_the_plan_that_was_tried_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(planning, "_TRIES", 1)
     monkeypatch.setattr(planning, "_measured", lambda cfg, engine, found, target: 2 * target.memory)

@@ -279,6 +279,7 @@ def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read as Linux shows it")
 def test_memory_does_not_grow_with_the_video(track, monkeypatch):
     size, used = (64, 96), {}

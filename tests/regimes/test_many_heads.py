@@ -129,6 +129,7 @@ def stopping(what, number, ends):
     return called
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("kind", "number"),
     [("killed", 2), ("killed", 5), ("killed", 8), ("fails", 11)],
@@ -170,6 +171,7 @@ def diverging(head, number):
     return run
 
 
+@pytest.mark.heavy
 def test_a_head_that_diverges_drops_out_alone(folder, run, monkeypatch):
     words = [word for word in MANY if word != HEADS]
     with monkeypatch.context() as patched:

@@ -27,6 +27,8 @@ from dinoseg.training.optim import parameter_groups, schedule
 from dinoseg.training.sharding import gathered
 from dinoseg.training.validation import evaluate
 
+pytestmark = pytest.mark.heavy
+
 WEIGHTS = torch.tensor([0.2, 1.0, 3.0])
 CASES = {
     "weighted": {"head": lambda: MlpHead(24, 1, 3, 8)},

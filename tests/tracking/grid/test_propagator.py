@@ -187,7 +187,7 @@ class TestStreaming:
             soft.fill_(7)
             given.fill_(7)
 
-    @pytest.mark.slow
+    @pytest.mark.heavy
     def test_memory_is_flat_over_600_frames(self, name):
         propagator = Propagator(SMALL[name][0])
         tensors = []
