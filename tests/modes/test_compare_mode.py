@@ -124,7 +124,8 @@ def swept(runs, name, cells):
         config = OmegaConf.load(job / "config/config.yaml")
         config.head.hidden = words.get("head.hidden", "none")
         OmegaConf.save(config, job / "config/config.yaml")
-        lines = [f"{key}={value}" for key, value in {"mode": "train", **words, "hydra.run.dir": number}.items()]
+        words = {"mode": "train", **words, "hydra.run.dir": number}
+        lines = [f"{'+' * (key == 'seed')}{key}={value}" for key, value in words.items()]
         (job / "config/overrides.txt").write_text("\n".join(lines) + "\n")
 
 
@@ -150,6 +151,9 @@ def test_sides_of_a_sweep_are_called_by_what_it_varies(runs):
     # one run of each: seeds alone tell them apart, and where commands do not, folders do
     found = compare(runs, "varied/0", "varied/1")
     assert "against seed=0" in found.out, found.out
+    for number in (0, 2):  # beside no sweep, folders are what runs are known by
+        shutil.copytree(runs / f"varied/{number}", runs / f"alone{number}")
+    assert "against alone0" in compare(runs, "alone0", "alone2").out
     (runs / "varied/0/config/overrides.txt").write_text("head.hidden=" + "9" * 100)
     assert "less 0+1" in compare(runs, "varied").out
     (runs / "varied/0/config/overrides.txt").unlink()
