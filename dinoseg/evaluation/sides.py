@@ -1,7 +1,7 @@
 """The sides of a comparison: each a run, or several that differ in their seed alone."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,19 +97,23 @@ def seeds_note(sides: Sequence[Side]) -> str:
 
 
 def _given(runs: Any) -> list[list[Path]]:
-    """Return the folders of each entry; the folder of a sweep stands for those of its jobs."""
+    """Return the folders of each entry; the folder of a sweep stands for those of its jobs that were not named yet."""
     if not isinstance(runs, list | tuple):
         raise _refusal(runs)
-    found = []
+    found: list[list[Path]] = []
+    named: set[Path] = set()
     for entry in runs:
-        side = [job for name in (entry if isinstance(entry, list | tuple) else [entry]) for job in _jobs(name)]
+        side = []
+        for name in entry if isinstance(entry, list | tuple) else [entry]:
+            side += _jobs(name, named)
+            named |= {folder.resolve() for folder in side}
         found += [side] if isinstance(entry, list | tuple) else [[folder] for folder in side]
     if not all(found):
         raise _refusal(runs)
     return found
 
 
-def _jobs(name: Any) -> list[Path]:
+def _jobs(name: Any, named: Collection[Path]) -> list[Path]:
     folder = Path(str(name)).expanduser()
     if not (folder / SWEEP).is_file():
         return [folder]
@@ -119,7 +123,7 @@ def _jobs(name: Any) -> list[Path]:
         raise UserError(f"runs: {folder} is a sweep none of whose jobs holds an evaluation of images.")
     if lacking:
         logger.warning("%s: jobs without an evaluation of images are left out: %s.", folder, listed(lacking))
-    return [job for job in jobs if job.name not in lacking]
+    return [job for job in jobs if job.name not in lacking and job.resolve() not in named]
 
 
 def _refusal(runs: Any) -> UserError:

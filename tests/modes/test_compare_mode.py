@@ -148,6 +148,9 @@ def test_sides_of_a_sweep_are_called_by_what_it_varies(runs):
     assert "<title>4 sides against head.hidden=0" in page and "compare.png has them all" in page
     table = page[: page.index("</table>")].split("<table", 1)[1]
     assert table.count("difference") == 4 and "95 % interval" not in table
+    # what is named before its sweep comes first, with what differs from it in its seed
+    done = compare(runs, "varied/4", "varied")
+    assert "less head.hidden=2" in done.out and "intervals (2 runs a side)" in done.out, done.err
     # one run of each: seeds alone tell them apart, and where commands do not, folders do
     found = compare(runs, "varied/0", "varied/1")
     assert "against seed=0" in found.out, found.out
