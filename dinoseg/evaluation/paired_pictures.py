@@ -24,6 +24,7 @@ from dinoseg.report.html.comparison import PairShot
 from dinoseg.report.overlay import reduced
 from dinoseg.runs.recipe import OPTIONAL, SAVED
 from dinoseg.shapes import SegmentationData
+from dinoseg.storage.forms import as_read_back
 
 SHOWN = 4  # images that gain most, and as many that lose most
 _LONGEST = 512  # pixels of a picture's longer side
@@ -69,7 +70,7 @@ class Pictures:
 
     def _saved(self, text: str) -> dict[str, Any]:
         """Return what a checkpoint would keep of a config file, with the data where they were evaluated."""
-        kept = config_of(text)
+        kept = as_read_back(config_of(text))
         # of a run that is older than a key, it says nothing of it
         saved = renamed({key: kept[key] for key in SAVED if key not in OPTIONAL or key in kept})
         saved["data"] = {**saved["data"], **dict.fromkeys(ACTING), "root": self.record.root}

@@ -357,6 +357,15 @@ def test_a_config_that_is_older_than_keys_costs_no_pictures(runs):
     assert done.status == 0 and "no pictures" not in done.err, done.err
 
 
+def test_class_ids_that_others_are_read_as_cost_no_pictures(runs):
+    folder = copied(runs, "read as", lambda record: None)
+    config = OmegaConf.load(folder / "config/config.yaml")
+    config.data.reader.masks.ids = {11: 255}  # whose keys are numbers in YAML and text in a checkpoint
+    OmegaConf.save(config, folder / "config/config.yaml")
+    done = compare(runs, "read as", "first")
+    assert done.status == 0 and "no pictures" not in done.err, done.err
+
+
 def test_a_config_that_leaves_classes_to_their_file_costs_no_pictures(runs):
     shutil.copytree(runs / "first", runs / "typed")
     config = (runs / "segmenter/config/config.yaml").read_text()
