@@ -24,7 +24,8 @@ class DetailHead(Head[Tensor]):
     (sub-pixel convolution, Shi et al., arXiv 1609.05158): nothing thin is averaged away, and most work is done on the
     coarser grid. Strips along rows and columns see what is long and thin (after Hou et al., arXiv 2003.13328). A
     convolutional branch beside a transformer is that of ViTMatte (Yao et al., arXiv 2305.15272) and Dino U-Net (arXiv
-    2508.20909).
+    2508.20909). With `direct`, the scores of a linear layer on the tokens are added: these tell classes apart within a
+    few steps, and the convolutions learn what they lack.
 
     Args:
         in_dim: the width of a transformer's maps, or the list of a pyramid's widths.
@@ -35,6 +36,7 @@ class DetailHead(Head[Tensor]):
         width: channels of details, of tokens, and of both together, 4 px apart.
         blocks: residual convolutions that mix these.
         jitter: deviation of the contrast and the colour shift that details of an image are drawn with in training.
+        direct: whether a linear layer scores the tokens, too.
 
     Raises:
         UserError: an odd patch size, or a number below its least.
@@ -50,6 +52,7 @@ class DetailHead(Head[Tensor]):
         width: Count = 48,
         blocks: Natural = 2,
         jitter: NotNegative = 0.1,
+        direct: bool = False,
     ) -> None:
         super().__init__()
         check_positive(fine=fine, width=width)
@@ -68,6 +71,7 @@ class DetailHead(Head[Tensor]):
         self.project = nn.Conv2d(total, width, kernel_size=1)
         self.fuse = nn.Sequential(_convolution(2 * width, width, 1), *(_Strips(width) for _ in range(blocks)))
         self.classify = nn.Conv2d(width, num_classes * (STRIDE // _FINEST) ** 2, kernel_size=1)
+        self.direct = nn.Conv2d(total, num_classes, kernel_size=1) if direct else None
 
     def run(self, backbone: Backbone, images: Tensor) -> Tensor:
         """Return class scores of the padded input (B, K, H / 2, W / 2)."""
@@ -91,10 +95,13 @@ class DetailHead(Head[Tensor]):
         height, width = pixels.shape[-2:]
         padded = pad_to_multiple(self._jittered(pixels), STRIDE)
         details = self.stem(padded.contiguous(memory_format=torch.channels_last))  # a quarter less time on a CPU
-        read = concatenate(features).contiguous(memory_format=torch.channels_last)
-        tokens = self._on_grid(self.project(self.norm(read)), details)
-        scores = self.classify(self.fuse(torch.cat([tokens, details], dim=1)))  # (B, 4K, ceil(H / 4), ceil(W / 4))
-        return F.pixel_shuffle(scores, STRIDE // _FINEST)[..., : height // _FINEST, : width // _FINEST]
+        read = self.norm(concatenate(features).contiguous(memory_format=torch.channels_last))
+        tokens = self._on_grid(self.project(read), details)
+        squares = self.classify(self.fuse(torch.cat([tokens, details], dim=1)))  # (B, 4K, ceil(H / 4), ceil(W / 4))
+        scores = F.pixel_shuffle(squares, STRIDE // _FINEST)[..., : height // _FINEST, : width // _FINEST]
+        if self.direct is None:
+            return scores
+        return scores + F.interpolate(self.direct(read), scores.shape[-2:], mode="bilinear")
 
     def grid_scores(self, outputs: Tensor) -> Tensor:
         """Return the outputs: `predict` is bilinear between them."""

@@ -34,6 +34,7 @@ _LATER: Mapping[str, Mapping[str, Any]] = {
         "alone": 0.0,
         "first": "drawn",
         "decoder_first": 0.0,
+        "direct": False,
     },
     "loss": {"hardest": 1.0, "border_weight": 1.0, "border_width": 3},
 }

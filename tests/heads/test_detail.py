@@ -18,9 +18,9 @@ def small(in_dim=3, num_layers=1, patch_size=8, **options):
     return DetailHead(in_dim, num_layers, 3, patch_size, **{"fine": 4, "width": 8, **options})
 
 
-def passing(patch_size):
+def passing(patch_size, **options):
     """Return a head that passes on: each score of class 0 is the sum of its 2 x 2 pixels' first colour and a token."""
-    head = small(1, 1, patch_size, fine=12, width=49, blocks=0).double().eval()
+    head = small(1, 1, patch_size, fine=12, width=49, blocks=0, **options).double().eval()
     for name, parameter in head.named_parameters():
         if parameter.ndim > 1 or name.endswith("bias"):
             torch.nn.init.zeros_(parameter)
@@ -56,6 +56,22 @@ def test_scores_lie_where_pixels_and_tokens_lie(patch_size, grid):
         found = head.scored([ramp], torch.zeros_like(pixels))[0, 0].movedim(axis, 0)[:, 0]
         cells = (torch.arange(len(found)) // 2 + 0.5) * 4 / patch_size
         torch.testing.assert_close(found, cells.double().clamp(0.5, side - 0.5), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("patch_size", [2, 6, 8, 14, 16])
+def test_a_linear_layer_on_the_tokens_adds_its_scores_where_they_lie(patch_size):
+    head, plain = passing(patch_size, direct=True), passing(patch_size)
+    head.direct.weight.data[1] = 3
+    head.direct.bias.data[2] = 0.5
+    pixels, tokens = torch.rand(1, 3, 3 * patch_size, 2 * patch_size).double(), torch.randn(1, 1, 3, 2).double()
+    added = head.scored([tokens], pixels) - plain.scored([tokens], pixels)
+    places = [(torch.arange(side * patch_size // 2).double() + 0.5) * 2 / patch_size - 0.5 for side in (3, 2)]
+    rows, columns = (place.clamp(0, side - 1) for place, side in zip(places, (3, 2), strict=True))
+    low = rows.floor().clamp(max=1).long()
+    tall = torch.lerp(tokens[0, 0, low], tokens[0, 0, low + 1], (rows - low)[:, None])
+    torch.testing.assert_close(added[0, 1], 3 * torch.lerp(tall[:, :1], tall[:, 1:], columns[None]), atol=1e-6, rtol=0)
+    assert not added[0, 0].any() and (added[0, 2] - 0.5).abs().max() < 1e-12
+    assert "direct.weight" not in small().state_dict()  # as runs older than it have it
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 2), (2, 17), (37, 51)])
