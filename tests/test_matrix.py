@@ -47,7 +47,8 @@ KNOWN_BACKBONES = {"dino", "dinov2", "dinov2_registers", "dinov3", "convnext", "
 SIZE = (37, 50)
 CELLS = [(b, a, h) for b in BACKBONES for a in FILES["adapter"] for h in HEADS]
 PLACES = [list(BACKBONES).index(b) + list(FILES["adapter"]).index(a) + HEADS.index(h) for b, a, h in CELLS]
-QUICK = {cell for cell, place in zip(CELLS, PLACES, strict=True) if place % 9 == 0}  # the others are heavy
+FEWEST = min(len(BACKBONES), len(FILES["adapter"]), len(HEADS))  # of which any two are once together in the quick ones
+QUICK = {cell for cell, place in zip(CELLS, PLACES, strict=True) if place % FEWEST == 0}  # the others are heavy
 
 
 def refusal(backbone, adapter, head):

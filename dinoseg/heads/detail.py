@@ -52,7 +52,7 @@ class DetailHead(Head[Tensor]):
         width: Count = 48,
         blocks: Natural = 2,
         jitter: NotNegative = 0.1,
-        direct: bool = False,
+        direct: bool = True,
     ) -> None:
         super().__init__()
         check_positive(fine=fine, width=width)

@@ -23,6 +23,7 @@ TEACHER = "teacher"  # the run that a student learns from
 INITIAL = "init"  # the run whose weights a new one begins with
 OPTIONAL = (USE, HEADS, RATES, TEACHER, INITIAL)  # root keys that a checkpoint lacks where they say nothing
 SAVED = ("seed", *GROUPS, *OPTIONAL)  # root keys of a config that a checkpoint keeps
+_DETAIL = "dinoseg.heads.detail.DetailHead"
 # keys that older checkpoints lack, and what was so before them
 _LATER: Mapping[str, Mapping[str, Any]] = {
     "backbone": {"final_norm": True},
@@ -34,7 +35,6 @@ _LATER: Mapping[str, Mapping[str, Any]] = {
         "alone": 0.0,
         "first": "drawn",
         "decoder_first": 0.0,
-        "direct": False,
     },
     "loss": {"hardest": 1.0, "border_weight": 1.0, "border_width": 3},
 }
@@ -102,7 +102,10 @@ def saved_config(info: Mapping[str, Any]) -> dict[str, Any]:
     config = renamed({key: given[key] for key in SAVED if key not in OPTIONAL or given.get(key) is not None})
     trainer = {"feed": "images", "epochs": None, **config["trainer"]}
     data = {"background": _background_of_old(info), **config["data"]}
-    return {**config, "trainer": trainer, "data": data}
+    head = config["head"]
+    if head.get("_target_") == _DETAIL:
+        head = {"direct": False, **head}  # the layer came later
+    return {**config, "trainer": trainer, "data": data, "head": head}
 
 
 def _without_later(node: Mapping[str, Any], group: str) -> dict[str, Any]:

@@ -129,4 +129,4 @@ def test_jobs_of_a_sweep_come_by_their_numbers(tmp_path):
     for number in (10, 9, 0):
         (tmp_path / str(number)).mkdir()
         (tmp_path / str(number) / RECORD).touch()
-    assert [job.name for job in _jobs(tmp_path)] == ["0", "9", "10"]
+    assert [job.name for job in _jobs(tmp_path, ())] == ["0", "9", "10"]

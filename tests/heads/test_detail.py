@@ -60,7 +60,7 @@ def test_scores_lie_where_pixels_and_tokens_lie(patch_size, grid):
 
 @pytest.mark.parametrize("patch_size", [2, 6, 8, 14, 16])
 def test_a_linear_layer_on_the_tokens_adds_its_scores_where_they_lie(patch_size):
-    head, plain = passing(patch_size, direct=True), passing(patch_size)
+    head, plain = passing(patch_size), passing(patch_size, direct=False)
     head.direct.weight.data[1] = 3
     head.direct.bias.data[2] = 0.5
     pixels, tokens = torch.rand(1, 3, 3 * patch_size, 2 * patch_size).double(), torch.randn(1, 1, 3, 2).double()
@@ -71,7 +71,6 @@ def test_a_linear_layer_on_the_tokens_adds_its_scores_where_they_lie(patch_size)
     tall = torch.lerp(tokens[0, 0, low], tokens[0, 0, low + 1], (rows - low)[:, None])
     torch.testing.assert_close(added[0, 1], 3 * torch.lerp(tall[:, :1], tall[:, 1:], columns[None]), atol=1e-6, rtol=0)
     assert not added[0, 0].any() and (added[0, 2] - 0.5).abs().max() < 1e-12
-    assert "direct.weight" not in small().state_dict()  # as runs older than it have it
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 2), (2, 17), (37, 51)])

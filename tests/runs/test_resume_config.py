@@ -64,6 +64,17 @@ def test_a_run_older_than_a_key_goes_on(where):
     assert len(runs(where)) == 1 and last(where)["progress"]["step"] == 2
 
 
+def test_a_run_older_than_a_layer_of_its_head_is_used_without_it(where):
+    words = ("head=detail", "head.fine=4", "head.width=8", "head.layers=[-1]", "head.direct=false", "trainer.steps=1")
+    assert train(where, *words).status == 0
+    path = runs(where)[0] / "checkpoints/best.safetensors"
+    found = checkpoint.read(path)
+    del found.info["config"]["head"]["direct"]
+    checkpoint.write(path, found.tensors, {key: value for key, value in found.info.items() if key != "format"})
+    done = call(where, "mode=eval", f"resume={runs(where)[0]}", "engine=cpu", "engine.workers=0")
+    assert done.status == 0, done.err
+
+
 def test_what_validates_with_windows_is_evaluated_with_them_unless_told_otherwise(where):
     windows = ("inference=windows", "inference.size=16", "trainer.steps=1", "mode.metrics_only=true")
     assert train(where, *windows, "hydra.run.dir=run").status == 0
@@ -140,6 +151,8 @@ def test_a_recipe_is_that_of_a_checkpoint_older_than_its_keys(compose):
     assert recipe(*masks, **late) == recipe(*masks) == recipe(*masks, without)  # of a loss on pixels
     masks = (*masks, "loss=mask_classification")
     assert recipe(*masks, **late) == recipe(*masks) != recipe(*masks, without)
+    fine, late = ("head=detail",), {"head": ["direct"]}
+    assert recipe(*fine, **late) == recipe(*fine, "head.direct=false") != recipe(*fine)
     slots, late = ("head=slots",), {"head": ["standardise", "alone", "first", "decoder_first"]}
     assert recipe(*slots, **late) == recipe(*slots) != recipe(*slots, "head.standardise=true")
     assert recipe(*slots) != recipe(*slots, "head.alone=0.4") != recipe(*slots, "head.decoder_first=0.4")
