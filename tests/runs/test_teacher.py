@@ -37,6 +37,7 @@ def folder(tmp_path_factory):
             "head.fine=4",
             "head.width=8",
             "head.layers=[-1]",
+            "head.direct=false",  # with it what is found and wanted differ by up to 0.10
             "resolution.scale=0.5",
             "inference=windows",
             "inference.size=24",
@@ -56,7 +57,7 @@ def teacher(compose, path, labels=LABELS, precision="fp32", **changes):
 
 
 @pytest.mark.parametrize("size", [(40, 56), (33, 50), (9, 17), (150, 210)])  # the last is reduced
-@pytest.mark.parametrize(("kind", "within"), [("linear", 1e-5), ("detail", 1e-5), ("eomt", 0.02), ("windows", 0.12)])
+@pytest.mark.parametrize(("kind", "within"), [("linear", 1e-5), ("detail", 1e-5), ("eomt", 0.02), ("windows", 0.08)])
 def test_scores_are_of_the_probabilities_that_the_model_predicts(folder, compose, caplog, kind, within, size):
     image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, *size)).astype(np.uint8))
     asked, drawn = teacher(compose, str(folder / kind)), torch.get_rng_state()
