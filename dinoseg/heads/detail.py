@@ -36,7 +36,7 @@ class DetailHead(Head[Tensor]):
         width: channels of details, of tokens, and of both together, 4 px apart.
         blocks: residual convolutions that mix these.
         jitter: deviation of the contrast and the colour shift that details of an image are drawn with in training.
-        direct: whether a linear layer scores the tokens, too.
+        direct: whether a linear layer scores the tokens, too; configs that are older than the key mean no.
 
     Raises:
         UserError: an odd patch size, or a number below its least.
@@ -52,7 +52,7 @@ class DetailHead(Head[Tensor]):
         width: Count = 48,
         blocks: Natural = 2,
         jitter: NotNegative = 0.1,
-        direct: bool = True,
+        direct: bool = False,
     ) -> None:
         super().__init__()
         check_positive(fine=fine, width=width)

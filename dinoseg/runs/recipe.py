@@ -23,8 +23,8 @@ TEACHER = "teacher"  # the run that a student learns from
 INITIAL = "init"  # the run whose weights a new one begins with
 OPTIONAL = (USE, HEADS, RATES, TEACHER, INITIAL)  # root keys that a checkpoint lacks where they say nothing
 SAVED = ("seed", *GROUPS, *OPTIONAL)  # root keys of a config that a checkpoint keeps
-_DETAIL = "dinoseg.heads.detail.DetailHead"
-# keys that older checkpoints lack, and what was so before them
+# keys that older checkpoints lack, and what was so before them: that is the default of their targets, too, which are
+# built from such configs
 _LATER: Mapping[str, Mapping[str, Any]] = {
     "backbone": {"final_norm": True},
     "data": {"views": None, "feature_noise": 0.0, "class_uniform": 0.0, "class_mix": 0.0, "labelled": None},
@@ -35,6 +35,7 @@ _LATER: Mapping[str, Mapping[str, Any]] = {
         "alone": 0.0,
         "first": "drawn",
         "decoder_first": 0.0,
+        "direct": False,
     },
     "loss": {"hardest": 1.0, "border_weight": 1.0, "border_width": 3},
 }
@@ -102,10 +103,7 @@ def saved_config(info: Mapping[str, Any]) -> dict[str, Any]:
     config = renamed({key: given[key] for key in SAVED if key not in OPTIONAL or given.get(key) is not None})
     trainer = {"feed": "images", "epochs": None, **config["trainer"]}
     data = {"background": _background_of_old(info), **config["data"]}
-    head = config["head"]
-    if head.get("_target_") == _DETAIL:
-        head = {"direct": False, **head}  # the layer came later
-    return {**config, "trainer": trainer, "data": data, "head": head}
+    return {**config, "trainer": trainer, "data": data}
 
 
 def _without_later(node: Mapping[str, Any], group: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from dinoseg.shapes import Batch
 
 def small(in_dim=3, num_layers=1, patch_size=8, **options):
     torch.manual_seed(2)
-    return DetailHead(in_dim, num_layers, 3, patch_size, **{"fine": 4, "width": 8, **options})
+    return DetailHead(in_dim, num_layers, 3, patch_size, **{"fine": 4, "width": 8, "direct": True, **options})
 
 
 def passing(patch_size, **options):

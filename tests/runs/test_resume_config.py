@@ -1,5 +1,6 @@
 """What a checkpoint's config, the command line and the recipe each decide when a run goes on."""
 
+import inspect
 import json
 import os
 import shutil
@@ -9,13 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import SMALL, call, write_data
+from config_files import nodes, options, read
+from hydra.utils import get_object
 from omegaconf import OmegaConf
 
+from dinoseg import __main__
 from dinoseg.command.words import parsed
 from dinoseg.errors import UserError
 from dinoseg.runs import lookup
 from dinoseg.runs.folder import drop_parts, is_locked, lock, release
-from dinoseg.runs.recipe import _without_later, config_description, data_root, recipe_of
+from dinoseg.runs.recipe import _LATER, _without_later, config_description, data_root, recipe_of
 from dinoseg.runs.resume import merge
 from dinoseg.storage.tensor_files import write_tensors
 from dinoseg.training import checkpoint, loading
@@ -64,15 +68,66 @@ def test_a_run_older_than_a_key_goes_on(where):
     assert len(runs(where)) == 1 and last(where)["progress"]["step"] == 2
 
 
-def test_a_run_older_than_a_layer_of_its_head_is_used_without_it(where):
-    words = ("head=detail", "head.fine=4", "head.width=8", "head.layers=[-1]", "head.direct=false", "trainer.steps=1")
-    assert train(where, *words).status == 0
-    path = runs(where)[0] / "checkpoints/best.safetensors"
+FINE = ("head=detail", "head.fine=4", "head.width=8", "head.layers=[-1]")
+
+
+def made_older(path):
+    """Let a checkpoint's config know nothing of the detail head's linear layer."""
     found = checkpoint.read(path)
     del found.info["config"]["head"]["direct"]
     checkpoint.write(path, found.tensors, {key: value for key, value in found.info.items() if key != "format"})
+
+
+def test_a_run_older_than_a_layer_of_its_head_is_used_without_it(where):
+    assert train(where, *FINE, "head.direct=false", "trainer.steps=1").status == 0
+    made_older(runs(where)[0] / "checkpoints/best.safetensors")
     done = call(where, "mode=eval", f"resume={runs(where)[0]}", "engine=cpu", "engine.workers=0")
     assert done.status == 0, done.err
+
+
+def test_an_older_run_of_several_heads_goes_on(where):
+    words = [word for word in SMALL if not word.startswith(("adapter=", "trainer.steps="))]
+    heads = "heads=[linear,{head:detail,fine:4,width:8,layers:[-1],direct:false}]"
+    words = ("mode=train", *words, "adapter=frozen", "trainer=many_heads", heads, "hydra.run.dir=many")
+    done = call(where, *words, "trainer.steps=1", "trainer.val_every=1", "mode.metrics_only=true")
+    assert done.status == 0, done.err
+    for name in ("last", "best"):
+        made_older(where / f"many/heads/detail/checkpoints/{name}.safetensors")
+    path = where / "many/checkpoints/last.safetensors"
+    root = checkpoint.read(path)
+    del root.info["config"]["heads"][1]["direct"]
+    checkpoint.write(path, root.tensors, {key: value for key, value in root.info.items() if key != "format"})
+    done = call(where, "mode=train", "resume=many", "trainer.steps=2", "engine=cpu", "engine.workers=0")
+    assert done.status == 0, done.err
+    own = checkpoint.read(where / "many/heads/detail/checkpoints/last.safetensors")
+    assert own.info["progress"]["step"] == 2 and not any("direct" in name for name in own.part("model"))
+
+
+def test_a_head_of_the_user_s_own_file_goes_on_as_it_was_made(where):
+    """A file that leaves a key to its default has no such key in its runs' checkpoints, however new these are."""
+    whole = OmegaConf.load(Path(__main__.CONFIGS) / "head/detail.yaml")
+    del whole["direct"]
+    (where / "own/head").mkdir(parents=True)
+    OmegaConf.save(whole, where / "own/head/mine.yaml")
+    words = ("head=mine", *FINE[1:], "trainer.steps=1")
+    done = call(where, "--config-dir", "own", "mode=train", *SMALL, *words, "hydra.run.dir=run")
+    assert done.status == 0, done.err
+    assert "direct" not in checkpoint.describe(where / "run/checkpoints/best.safetensors")["config"]["head"]
+    done = call(where, "--config-dir", "own", "mode=eval", "resume=run", "engine=cpu", "engine.workers=0")
+    assert done.status == 0, done.err
+
+
+def test_what_older_configs_lack_is_by_default_as_it_was():
+    """A target is built from a config that lacks a key by its own default."""
+    found = set()
+    for group, later in _LATER.items():
+        for option in options(group):
+            for _, node in nodes(read(group, option), group):
+                for name, parameter in inspect.signature(get_object(node["_target_"])).parameters.items():
+                    if name in later and parameter.default is not parameter.empty:
+                        found.add((group, name))
+                        assert parameter.default == later[name], (group, option, name)
+    assert {("head", "direct"), ("head", "init"), ("backbone", "final_norm"), ("loss", "border_width")} <= found
 
 
 def test_what_validates_with_windows_is_evaluated_with_them_unless_told_otherwise(where):
