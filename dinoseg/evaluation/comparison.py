@@ -17,7 +17,7 @@ from dinoseg.evaluation.image_record import ImageRecord
 from dinoseg.evaluation.paired_pictures import Pictures, most_different
 from dinoseg.evaluation.sides import Side
 from dinoseg.evaluation.verdicts import deciding, differences, mean_scores
-from dinoseg.report.html.comparison import WIDEST, OtherRun
+from dinoseg.report.html.comparison import MEANS, WIDEST, OtherRun
 from dinoseg.report.verdicts import SURELY_BETTER, SURELY_WORSE
 from dinoseg.storage.atomic import write_text
 from dinoseg.wording import one_line
@@ -154,8 +154,8 @@ def _write_csv(path: Path, lines: Sequence[Sequence[Any]]) -> None:
 def score_labels(side: Side) -> Mapping[str, str]:
     """Return how each score is called, by its name."""
     record = side.records[0]
-    parted = {key: key.partition("/") for key in _kind(record).keys}
-    return {key: f"IoU {record.classes[int(index)]}" if index else kind for key, (kind, _, index) in parted.items()}
+    means = {key: MEANS[key] for key in _kind(record).means}
+    return means | {f"iou/{index}": f"IoU {name}" for index, name in enumerate(record.classes)}
 
 
 def _span(limits: Sequence[float]) -> str:

@@ -57,7 +57,9 @@ def test_two_runs_are_compared(runs):
     assert found["scores"]["miou"] == pytest.approx(scores[0])
     assert found["others"]["second"]["differences"]["miou"]["value"] == pytest.approx(scores[1] - scores[0])
     rows = list(csv.DictReader((runs / "compared/compare.csv").read_text().splitlines()))
-    assert [row["score"] for row in rows][-2:] == ["IoU dark", "IoU bright"]
+    called = ["mIoU", "mean Dice", "pixel accuracy", "IoU dark", "IoU bright"]  # as on the page; keys in compare.json
+    assert [row["score"] for row in rows] == called and all(name in done.out for name in called)
+    assert [*found["scores"]] == ["miou", "dice", "accuracy", "iou/0", "iou/1"]
     assert float(rows[0]["second"]) == pytest.approx(scores[1])
     assert "intervals are over 2 images: over fewer than 10" in done.err
     ranked = list(csv.DictReader((runs / "compared/runs.csv").read_text().splitlines()))

@@ -22,7 +22,7 @@ _DOTS = 2000  # of a chart: a page of more takes seconds to open
 _MARKS = {SURELY_BETTER: ("up", "\u25b2 "), SURELY_WORSE: ("down", "\u25bc ")}
 _DECIDING = 6  # images that are named
 WIDEST = 3  # sides that have columns for all that is said of them; of more, compare.png shows the intervals
-_MEANS = {
+MEANS = {  # how scores that are one number over all classes are called
     "miou": "mIoU",
     "miou_no_background": "mIoU without background",
     "dice": "mean Dice",
@@ -129,7 +129,7 @@ def _scores(report: ComparisonReport) -> Section:
     for other in report.others:
         gap = other.differences["miou"]
         shown.append((other.name, f"{percent(other.scores['miou'])} %", f"mIoU, points: {_gap(gap)}"))
-    keys = [(key, name) for key, name in _MEANS.items() if key in report.scores]
+    keys = [(key, name) for key, name in MEANS.items() if key in report.scores]
     rows = [[plain_cell(name), *_cells(report, key)] for key, name in keys]
     wide = len(report.others) > WIDEST
     note = paragraph(
