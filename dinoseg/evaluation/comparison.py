@@ -30,6 +30,11 @@ def scores_of(records: Sequence[ImageRecord]) -> dict[str, float | None]:
     return mean_scores(_kind(records[0]), [record.counts for record in records])
 
 
+def best_first(scores: Sequence[float | None]) -> list[int]:
+    """Return the places of scores, the highest first, those that are undefined last; equal ones stay in order."""
+    return sorted(range(len(scores)), key=lambda place: math.inf if (score := scores[place]) is None else -score)
+
+
 def against(cfg: DictConfig, sides: Sequence[Side]) -> list[OtherRun]:
     """Return each side but the first, held against that."""
     kind, first = _kind(sides[0].records[0]), sides[0]
@@ -78,17 +83,17 @@ def sides_table(first: Side, others: Sequence[OtherRun]) -> str:
     """Return the mIoU of each side as text, best first, in percent and points, and of how many classes it is sure."""
     heads = ["", "mIoU %", "points", "95 % interval", "p", "verdict", "classes better", "worse"]
     own, keys = scores_of(first.records)["miou"], [key for key in score_labels(first) if key.startswith("iou/")]
-    rows: list[tuple[float | None, list[str]]] = [(own, [first.name, _shown(own), *["-"] * 3, "the first", "", ""])]
+    rows = [[first.name, _shown(own), *["-"] * 3, "the first", "", ""]]
     for other in others:
         gap, kinds = other.differences["miou"], [other.differences[key]["verdict"] for key in keys]
         limits = "-" if gap["ci95"] is None else _span(gap["ci95"])
         chance = "-" if gap["p"] is None else f"{gap['p']:.2g}"
         sure = [str(kinds.count(verdict)) for verdict in (SURELY_BETTER, SURELY_WORSE)]
         shown = [other.name, _shown(other.scores["miou"]), _shown(gap["value"], "+"), limits, chance, gap["verdict"]]
-        rows.append((other.scores["miou"], [*shown, *sure]))
-    rows.sort(key=lambda row: math.inf if row[0] is None else -row[0])
+        rows.append([*shown, *sure])
+    order = best_first([own, *(other.scores["miou"] for other in others)])
     align = ["left", *["right"] * 4, "left", "right", "right"]
-    return tabulate([row for _, row in rows], headers=heads, disable_numparse=True, colalign=align)
+    return tabulate([rows[place] for place in order], headers=heads, disable_numparse=True, colalign=align)
 
 
 def verdict_lines(first: str, images: Sequence[str], others: Sequence[OtherRun]) -> list[str]:

@@ -1,12 +1,11 @@
 """What compared runs score and cost: one row each, best first, and one for each side."""
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dinoseg.evaluation.comparison import scores_of
+from dinoseg.evaluation.comparison import best_first, scores_of
 from dinoseg.evaluation.sides import Side
 from dinoseg.storage import forms
 from dinoseg.training.cost import COST
@@ -32,13 +31,13 @@ def run_rows(sides: Sequence[Side]) -> list[dict[str, Any]]:
         speed = cost.pop("images_per_s")
         seconds = 1 / speed if speed else None
         rows.append({"run": name, "miou": scores["miou"], "accuracy": scores["accuracy"], **cost, "seconds": seconds})
-    return _best_first(rows)
+    return _ranked(rows)
 
 
 def side_rows(sides: Sequence[Side], rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return a row for each side, by mIoU: means of the rows of its runs; what is not known of them all is None."""
     by_run = {row["run"]: row for row in rows}
-    return _best_first([_mean(side.name, [by_run[name] for name in side.names]) for side in sides])
+    return _ranked([_mean(side.name, [by_run[name] for name in side.names]) for side in sides])
 
 
 def _mean(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -49,8 +48,8 @@ def _mean(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return mean | {key: round(mean[key]) for key in ("parameters", "trainable") if mean[key] is not None}
 
 
-def _best_first(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return sorted(rows, key=lambda row: math.inf if row["miou"] is None else -row["miou"])
+def _ranked(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [rows[place] for place in best_first([row["miou"] for row in rows])]
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -3,9 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from dinoseg.errors import UserError
-from dinoseg.evaluation.run_config import BROKEN, config_text
-from dinoseg.runs.folder import TYPED
+from dinoseg.runs.folder import command_line
 from dinoseg.wording import count_of
 
 SWEEP = "multirun.yaml"  # in the folder of a sweep
@@ -48,10 +46,10 @@ def _command(folder: Path) -> dict[str, str]:
     if not (folder.parent / SWEEP).is_file():
         return {}
     try:
-        lines = config_text(folder / "config" / TYPED).splitlines()
-    except (UserError, *BROKEN):
+        words = command_line(folder)
+    except OSError:  # who may not read it has the folder's name
         return {}
-    parted = [line.lstrip("+~").partition("=") for line in lines]
+    parted = [word.lstrip("+~").partition("=") for word in words]
     return {key: value for key, _, value in parted}
 
 

@@ -14,7 +14,8 @@ from dinoseg.storage.atomic import remove_dead, remove_parts
 from dinoseg.storage.files import check_regular
 
 LOG = "run.log"
-TYPED = "overrides.txt"
+_TYPED = "overrides.txt"
+_LONGEST = 2**18  # bytes of a command: twice what one word may have on Linux; the folder may be a stranger's
 _run_locks: dict[Path, IO[str]] = {}  # locks last as long as the process
 _made_paths: set[Path] = set()  # folders and logs that this process has made, and so may remove again
 
@@ -138,19 +139,24 @@ def write_config(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> No
     _made_paths.add(folder)
     OmegaConf.save(cfg, folder / "config.yaml")
     # names on a disk are bytes, which need be no text
-    (folder / TYPED).write_text("\n".join(overrides) + "\n", encoding="utf-8", errors="surrogateescape")
+    (folder / _TYPED).write_text("\n".join(overrides) + "\n", encoding="utf-8", errors="surrogateescape")
 
 
 def command_line(folder: Path) -> list[str]:
-    """Return the words of the command that began a run; none where the folder keeps no config."""
-    path = folder / "config" / TYPED
-    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    """Return the words of the command that began a run; none where the folder keeps none, or what no command is."""
+    return _words(folder / "config" / _TYPED)
 
 
 def last_command_line(folder: Path) -> list[str]:
     """Return the words of the command that is at work in a folder: the first one's, or those by which it goes on."""
-    newest = max(folder.glob(f"config*/{TYPED}"), key=lambda path: path.stat().st_mtime_ns, default=None)
-    return [] if newest is None else newest.read_text(encoding="utf-8", errors="replace").splitlines()
+    newest = max(folder.glob(f"config*/{_TYPED}"), key=lambda path: path.stat().st_mtime_ns, default=None)
+    return [] if newest is None else _words(newest)
+
+
+def _words(path: Path) -> list[str]:
+    if not path.is_file() or path.stat().st_size > _LONGEST:
+        return []
+    return path.read_text(encoding="utf-8", errors="replace").splitlines()
 
 
 def drop_parts(folder: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from dinoseg.errors import UserError
 from dinoseg.evaluation import comparison
 from dinoseg.evaluation.aligned import aligned
-from dinoseg.evaluation.comparison import against, scores_of
+from dinoseg.evaluation.comparison import against, best_first, scores_of
 from dinoseg.evaluation.image_record import RECORD, ImageRecord, read_record, write_record
 from dinoseg.evaluation.paired_pictures import SHOWN, Pictures, most_different
 from dinoseg.evaluation.sides import Side, _by_seed, _jobs
@@ -116,6 +116,10 @@ def test_no_name_leads_out_of_a_run_folder(tmp_path):
     vars(pictures)["data"] = [sample]  # as a cached property keeps it
     with pytest.raises(UserError, match="names an image outside its own folder"):
         pictures.shot(0, (0.0, 1.0))
+
+
+def test_the_best_come_first_and_what_has_no_score_last():
+    assert best_first([0.2, None, 0.5, 0.0, 0.5, None]) == [2, 4, 0, 3, 1, 5]
 
 
 def test_runs_whose_config_nobody_knows_stand_each_for_itself():

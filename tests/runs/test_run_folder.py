@@ -165,6 +165,19 @@ def test_words_that_another_has_kept_are_shown_harmless(tmp_path, capsys):
     assert "No effect here: tracker.\\x1b[2J=3, slots." in said and "\x1b" not in said
 
 
+def test_what_is_no_command_has_no_words(tmp_path):
+    assert run_folder.command_line(tmp_path) == run_folder.last_command_line(tmp_path) == []
+    write_config({}, tmp_path, ["a=1"])
+    with (tmp_path / "config/overrides.txt").open("r+b") as file:
+        file.truncate(2**18)
+        assert run_folder.command_line(tmp_path)[0] == "a=1"
+        file.truncate(2**18 + 1)  # whoever wrote it, it is none that was typed
+    assert run_folder.command_line(tmp_path) == run_folder.last_command_line(tmp_path) == []
+    (tmp_path / "config/overrides.txt").unlink()
+    os.mkfifo(tmp_path / "config/overrides.txt")
+    assert run_folder.command_line(tmp_path) == run_folder.last_command_line(tmp_path) == []
+
+
 def test_a_pipe_in_place_of_a_log_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "run.log")
     assert not run_folder.is_locked(tmp_path)
