@@ -1,6 +1,8 @@
 """The sides of a comparison: each a run, or several that differ in their seed alone."""
 
 import logging
+import re
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +14,11 @@ from dinoseg.evaluation.aligned import aligned
 from dinoseg.evaluation.image_record import RECORD, ImageRecord, evaluated, read_record
 from dinoseg.evaluation.run_config import recipe_keys
 from dinoseg.evaluation.side_names import SWEEP, run_names, side_names
+from dinoseg.storage.files import entries
 from dinoseg.wording import count_of, listed, typed
 
 MOST, _MOST_RUNS = 32, 160  # sides: each has pictures in the page
+_AGAIN = re.compile(r"\d+_\d+")  # what the folder of a job is called where its own was taken
 logger = logging.getLogger(__name__)
 
 
@@ -45,8 +49,11 @@ def sides_of(runs: Any) -> list[Side]:
     """
     given = _given(runs)
     folders = [folder for side in given for folder in side]
-    if len({folder.resolve() for folder in folders}) < len(folders) or not 2 <= len(folders) <= _MOST_RUNS:
-        raise _refusal(runs)
+    twice = [name for name, count in Counter(folder.resolve() for folder in folders).items() if count > 1]
+    if twice:
+        raise _refusal(runs, f"names {listed([str(name) for name in twice])} more than once")
+    if not 2 <= len(folders) <= _MOST_RUNS:
+        raise _refusal(runs, f"names {count_of(folders, 'run')}")
     places = [evaluated(folder) for folder in folders]
     records = aligned({folder: read_record(place) for folder, place in zip(folders, places, strict=True)})
     names, recipes = run_names(folders), [recipe_keys(place) for place in places]
@@ -56,7 +63,7 @@ def sides_of(runs: Any) -> list[Side]:
         starts = [sum(map(len, given[:number])) for number in range(len(given))]
         sides = [[*range(start, start + len(side))] for start, side in zip(starts, given, strict=True)]
     if not 2 <= len(sides) <= MOST:
-        raise _refusal(runs)
+        raise _refusal(runs, f"makes {count_of(sides, 'side')}")
     for side in sides:
         _warn_of_others([names[number] for number in side], [recipes[number] for number in side])
     called = side_names(folders, sides)
@@ -99,7 +106,7 @@ def seeds_note(sides: Sequence[Side]) -> str:
 def _given(runs: Any) -> list[list[Path]]:
     """Return the folders of each entry; the folder of a sweep stands for those of its jobs that were not named yet."""
     if not isinstance(runs, list | tuple):
-        raise _refusal(runs)
+        raise _refusal(runs, "is no list")
     found: list[list[Path]] = []
     named: set[Path] = set()
     for entry in runs:
@@ -109,7 +116,7 @@ def _given(runs: Any) -> list[list[Path]]:
             named |= {folder.resolve() for folder in side}
         found += [side] if isinstance(entry, list | tuple) else [[folder] for folder in side]
     if not all(found):
-        raise _refusal(runs)
+        raise _refusal(runs, "has a side without a run of its own")
     return found
 
 
@@ -117,7 +124,16 @@ def _jobs(name: Any, named: Collection[Path]) -> list[Path]:
     folder = Path(str(name)).expanduser()
     if not (folder / SWEEP).is_file():
         return [folder]
-    jobs = sorted((job for job in folder.iterdir() if job.name.isdecimal()), key=lambda job: int(job.name))
+    inside = [place for place in entries(folder) if place.is_dir()]
+    if again := [place.name for place in inside if _AGAIN.fullmatch(place.name)]:
+        logger.warning(
+            "%s: left out what is of jobs that were run again: %s. To compare them, name each, as runs=[%s,...].",
+            folder,
+            listed(again),
+            folder / again[0],
+        )
+    numbered = [job for job in inside if job.name.isdecimal()]
+    jobs = sorted(numbered, key=lambda job: int(job.name)) or [job for job in inside if job.name not in again]
     lacking = [job.name for job in jobs if not any((place / RECORD).is_file() for place in (job, job / EVALUATION))]
     if not jobs or len(lacking) == len(jobs):
         raise UserError(f"runs: {folder} is a sweep none of whose jobs holds an evaluation of images.")
@@ -126,9 +142,9 @@ def _jobs(name: Any, named: Collection[Path]) -> list[Path]:
     return [job for job in jobs if job.name not in lacking and job.resolve() not in named]
 
 
-def _refusal(runs: Any) -> UserError:
+def _refusal(runs: Any, found: str) -> UserError:
     return UserError(
-        f"runs={typed(runs)}: give 2 to {MOST} different run folders of mode=eval or mode=train, such as "
+        f"runs={typed(runs)} {found}: give 2 to {MOST} different run folders of mode=eval or mode=train, such as "
         "runs=[outputs/a/eval_1,outputs/b/eval_1]; several seeds of each as runs=[[a1,a2,a3],[b1,b2,b3]]; or the "
         f"folder of a sweep. There may be {_MOST_RUNS} runs in all."
     )

@@ -134,3 +134,22 @@ def test_jobs_of_a_sweep_come_by_their_numbers(tmp_path):
         (tmp_path / str(number)).mkdir()
         (tmp_path / str(number) / RECORD).touch()
     assert [job.name for job in _jobs(tmp_path, ())] == ["0", "9", "10"]
+    assert [job.name for job in _jobs(tmp_path, {tmp_path / "9"})] == ["0", "10"]
+
+
+def test_jobs_that_were_run_again_or_have_names_of_their_own(tmp_path, caplog):
+    (tmp_path / "multirun.yaml").touch()
+    (tmp_path / "sweep.csv").touch()
+    for name in ("lr=0.1,seed=0", "lr=0.1,seed=1", "lr=0.2,seed=0", ".hidden"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match="none of whose jobs holds an evaluation"):
+        _jobs(tmp_path, ())
+    for name in ("lr=0.1,seed=0", "lr=0.1,seed=1"):
+        (tmp_path / name / RECORD).touch()
+    assert [job.name for job in _jobs(tmp_path, ())] == ["lr=0.1,seed=0", "lr=0.1,seed=1"]
+    assert "left out: lr=0.2,seed=0." in caplog.text and "run again" not in caplog.text
+    for name in ("0", "1_2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / RECORD).touch()
+    assert [job.name for job in _jobs(tmp_path, ())] == ["0"]
+    assert f"of jobs that were run again: 1_2. To compare them, name each, as runs=[{tmp_path}/1_2,...]" in caplog.text

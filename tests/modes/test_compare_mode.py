@@ -249,10 +249,21 @@ def test_what_is_not_of_the_same_images_is_refused(runs):
     assert "the references of 2 images differ: 0, 1" in compare(runs, "first", "other").err
 
 
-@pytest.mark.parametrize("asked", ["null", "[first,first]", "[first,nowhere]", "[[first,second]]", "[first,[]]"])
-def test_what_are_no_two_runs_is_refused(runs, asked):
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("null", "runs=null is no list: give 2 to 32 different run folders"),
+        ("[first,first]", "first more than once: give"),
+        ("[first,nowhere]", "runs: nowhere is no folder"),
+        ("[[first,second]]", "runs=[[first,second]] makes 1 side: give"),
+        ("[first,[]]", "runs=[first,[]] has a side without a run of its own: give"),
+        ("[first]", "runs=[first] names 1 run: give"),
+    ],
+)
+def test_what_are_no_two_runs_is_refused(runs, asked, said):
     done = call(runs, "mode=compare", f"runs={asked}", "hydra.run.dir=refused")
     assert done.status == 1 and "run folders of mode=eval or mode=train" in done.err and not (runs / "refused").exists()
+    assert said in done.err
 
 
 def test_there_are_at_most_32_sides(runs):
@@ -260,8 +271,14 @@ def test_there_are_at_most_32_sides(runs):
         of_seed(runs, "first", f"side{number}", number % 2)
     sides = [[runs / f"side{number}"] for number in range(33)]
     assert len(sides_of(sides[:32])) == 32
-    with pytest.raises(UserError, match="give 2 to 32 different run folders"):
+    with pytest.raises(UserError, match="makes 33 sides: give 2 to 32 different run folders"):
         sides_of(sides)
+
+
+def test_there_are_at_most_160_runs(tmp_path):
+    for count, said in ((161, "names 161 runs: .* There may be 160 runs in all"), (160, "0 is no folder")):
+        with pytest.raises(UserError, match=said):
+            sides_of([str(tmp_path / str(number)) for number in range(count)])
 
 
 def test_a_damaged_record_is_told(runs):
