@@ -1,6 +1,7 @@
 """How messages list names, count things, guess what was meant, and show names that are no text."""
 
 import difflib
+import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from itertools import islice
 from typing import Any, TextIO
@@ -55,6 +56,12 @@ def printable(text: str) -> str:
 def one_line(text: str) -> str:
     r"""Return text for a list with a line for each entry: a line break in a file's name stands as `\n`."""
     return text.replace("\n", "\\n")
+
+
+def in_lines(name: str, width: int, most: int = 3) -> str:
+    """Return a name as a picture shows it: in lines of `width` letters, and of more than `most` the last ones."""
+    lines = textwrap.wrap(one_line(printable(name)), width, break_on_hyphens=False)
+    return "\n".join(lines if len(lines) <= most else [f"...{lines[-most][3:]}", *lines[1 - most :]])
 
 
 class Printable:

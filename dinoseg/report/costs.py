@@ -15,7 +15,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from tabulate import tabulate
 
 from dinoseg.storage.atomic import write_text
-from dinoseg.wording import printable
+from dinoseg.wording import in_lines
 
 COLUMNS = {  # keys of a row to how they are headed and shown
     "miou": ("mIoU %", lambda value: f"{100 * value:.2f}"),
@@ -27,7 +27,6 @@ COLUMNS = {  # keys of a row to how they are headed and shown
 }
 _COSTS = ("parameters", "seconds", "memory_gib")  # that a score is drawn against
 _BLUE = "#0072B2"
-_LONGEST = 30  # letters of a run's name that are drawn
 
 
 def costs_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -79,9 +78,8 @@ def _draw(axes: Axes, key: str, points: Sequence[Mapping[str, Any]]) -> None:
     for row, cost, score in zip(points, costs, scores, strict=True):
         right = cost > middle  # names stay within the picture
         place, side = ((-7, 4), "right") if right else ((7, 4), "left")
-        name = row["run"] if len(row["run"]) <= _LONGEST else f"...{row['run'][3 - _LONGEST :]}"
         named: dict[str, Any] = {"ha": side, "fontsize": 8, "parse_math": False}  # $ is a letter
-        axes.annotate(printable(name), (cost, score), place, textcoords="offset points", **named)
+        axes.annotate(in_lines(row["run"], 30), (cost, score), place, textcoords="offset points", **named)
     axes.margins(0.12)
     axes.set_xlabel(COLUMNS[key][0])
     axes.grid(color="#e3e3e3", linewidth=0.8)

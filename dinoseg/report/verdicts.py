@@ -9,13 +9,13 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from dinoseg.wording import printable
+from dinoseg.wording import in_lines, printable
 
 SURELY_BETTER, SURELY_WORSE, UNSURE, NO_VERDICT = "surely better", "surely worse", "not told apart", "no verdict"
 LEVEL = 0.05  # p below which a difference is sure
 _COLOURS = {SURELY_BETTER: "#0072B2", SURELY_WORSE: "#D55E00", UNSURE: "#888888", NO_VERDICT: "#bbbbbb"}
 _MOST_ROWS, _MOST_COLUMNS = 40, 4
-_LONGEST = 30  # letters of a name that are drawn
+_LONGEST = 30  # letters of a class that are drawn
 
 
 def verdicts_picture(
@@ -31,11 +31,13 @@ def verdicts_picture(
     keys, left_out = _shown(labels, others)
     columns = min(len(others), _MOST_COLUMNS)
     lines = math.ceil(len(others) / columns)
-    size = (2.2 + 3.6 * columns, 0.7 + lines * (0.9 + 0.26 * len(keys)))
+    titles, unit = [in_lines(name, 48) for name, _ in others], in_lines(f"points, less {first}", 54)
+    named = max(title.count("\n") for title in titles) + unit.count("\n")  # lines beside the first
+    size = (2.2 + 3.6 * columns, 0.7 + lines * (0.9 + 0.16 * named + 0.26 * len(keys)))
     figure = Figure(figsize=size, dpi=110, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat
-    for axes, (name, gaps) in zip(panels, others, strict=False):  # the last line may have more panels than sides
+    for axes, title, (_, gaps) in zip(panels, titles, others, strict=False):  # the last line may have more panels
         axes.axvline(0, color="#555555", linewidth=0.8)
         for place, key in enumerate(keys):
             gap = gaps[key]
@@ -45,8 +47,8 @@ def verdicts_picture(
             if gap["ci95"] is not None:
                 axes.plot([100 * end for end in gap["ci95"]], [place, place], color=colour, linewidth=1.6)
             axes.plot(100 * gap["value"], place, "o", color=colour, markersize=5)
-        axes.set_title(_short(name), fontsize=9, parse_math=False)
-        axes.set_xlabel(f"points, less {_short(first)}", fontsize=8, parse_math=False)
+        axes.set_title(title, fontsize=9, parse_math=False)
+        axes.set_xlabel(unit, fontsize=8, parse_math=False)
         axes.grid(axis="x", color="#e3e3e3", linewidth=0.8)
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.tick_params(labelsize=8, left=False, labelbottom=True)

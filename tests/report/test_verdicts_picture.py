@@ -33,6 +33,17 @@ def test_many_sides_take_further_lines_of_panels():
     assert not holds(lower[:, six.shape[1] * 3 // 5 :], (0x00, 0x72, 0xB2))  # six leave two places empty
 
 
+def test_names_that_end_alike_are_told_apart():
+    labels = {"miou": "mIoU"}
+    names = [f"adapter.rank={rank} optim.optimizer.lr=0.001 head=multiscale" for rank in (8, 16)]
+    one, other = (verdicts_picture("a", labels, [(name, gaps(labels))]) for name in names)
+    assert one.shape == other.shape and (one != other).any()
+    one, other = (verdicts_picture(name, labels, [("b", gaps(labels))]) for name in names)
+    assert one.shape == other.shape and (one != other).any()
+    short = verdicts_picture("a", labels, [("b", gaps(labels))])  # a line less below and above
+    assert short.shape[0] < one.shape[0] and holds(one, (0x00, 0x72, 0xB2))
+
+
 @pytest.mark.parametrize("name", ["a$x_{$b", "lr_1e-3_" * 30, "\x1b[31m"])
 def test_any_name_and_undefined_values_are_drawn(name):
     labels = {"miou": name, "iou/0": name}
