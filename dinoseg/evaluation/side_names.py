@@ -25,6 +25,8 @@ def side_names(folders: Sequence[Path], sides: Sequence[Sequence[int]]) -> list[
     """
     names = _by_folders(folders)
     joined = [_joined([names[place] for place in side]) for side in sides]
+    if len(set(joined)) < len(joined):  # a folder may be called 0+1
+        joined = [names[side[0]] for side in sides]
     return _by_words(folders, sides, (_SEED,)) or _by_words(folders, sides, ()) or joined
 
 
@@ -33,7 +35,7 @@ def _by_words(folders: Sequence[Path], sides: Sequence[Sequence[int]], without: 
     commands = [_command(folder) for folder in folders]
     keys = dict.fromkeys(key for command in commands for key in command if not key.startswith("hydra"))
     differing = [key for key in keys if key not in without and len({command.get(key) for command in commands}) > 1]
-    words = [" ".join(f"{key}={command[key]}" for key in differing if key in command) for command in commands]
+    words = [" ".join(command[key] for key in differing if key in command) for command in commands]
     of_sides = [{words[place] for place in side} for side in sides]
     names = [name for side in of_sides for name in side]
     named = len(set(names)) == len(sides) == len(names) and all(0 < len(name) <= _LONGEST for name in names)
@@ -41,7 +43,7 @@ def _by_words(folders: Sequence[Path], sides: Sequence[Sequence[int]], without: 
 
 
 def _command(folder: Path) -> dict[str, str]:
-    """Return the words of a sweep's job by their keys; none of another run."""
+    """Return the words of a sweep's job, without the + of what they add, by their keys; none of another run."""
     folder = folder.resolve()
     if not (folder.parent / SWEEP).is_file():
         return {}
@@ -49,8 +51,7 @@ def _command(folder: Path) -> dict[str, str]:
         words = command_line(folder)
     except OSError:  # who may not read it has the folder's name
         return {}
-    parted = [word.lstrip("+~").partition("=") for word in words]
-    return {key: value for key, _, value in parted}
+    return {word.lstrip("+~").partition("=")[0]: word.lstrip("+") for word in words}
 
 
 def _by_folders(folders: Sequence[Path]) -> list[str]:

@@ -156,7 +156,8 @@ def last_command_line(folder: Path) -> list[str]:
 def _words(path: Path) -> list[str]:
     if not path.is_file() or path.stat().st_size > _LONGEST:
         return []
-    return path.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = path.read_bytes().decode(errors="replace").split("\n")  # a word may hold other characters that end lines
+    return [word for word in lines if word]
 
 
 def drop_parts(folder: Path) -> None:

@@ -1,0 +1,86 @@
+"""What runs and sides of a comparison are called, by what stands in their folders."""
+
+import os
+
+import pytest
+
+from dinoseg.evaluation.side_names import run_names, side_names
+from dinoseg.runs import folder as run_folder
+from dinoseg.runs.folder import write_config
+
+
+@pytest.fixture
+def swept(tmp_path):
+    """Return a function that makes a sweep of jobs with these words, and returns their folders."""
+
+    def made(*jobs, name="sweep"):
+        folders = [tmp_path / name / str(number) for number in range(len(jobs))]
+        for folder, words in zip(folders, jobs, strict=True):
+            folder.mkdir(parents=True)
+            write_config({}, folder, ["mode=train", *words, f"hydra.run.dir={folder}"])
+        (tmp_path / name / "multirun.yaml").touch()
+        return folders
+
+    return made
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (("head=mlp", "head=linear"), ["head=mlp", "head=linear"]),
+        (("+a.b=1", "++a.b=2"), ["a.b=1", "a.b=2"]),
+        (("+data.x=1", "~data.x"), ["data.x=1", "~data.x"]),
+        (("k=[a,'b, c']", "k={a:1,b:[x=y]}"), ["k=[a,'b, c']", "k={a:1,b:[x=y]}"]),
+        (("k=a\u2028b=1", "k=a\u2028b=2"), ["k=a\u2028b=1", "k=a\u2028b=2"]),  # which ends no line of ours
+        (("k=", "k=''"), ["k=", "k=''"]),
+        (("k=" + "9" * 58, "k=1"), ["k=" + "9" * 58, "k=1"]),
+        (("k=" + "9" * 59, "k=1"), ["0", "1"]),  # too long for a heading
+        (("hydra.verbose=1", "hydra.verbose=2"), ["0", "1"]),
+        (("k=1", "k=1"), ["0", "1"]),
+    ],
+)
+def test_jobs_are_called_by_the_words_that_differ(swept, words, names):
+    folders = swept(*([word, "same=1"] for word in words))
+    assert run_names(folders) == side_names(folders, [[0], [1]]) == names
+
+
+def test_sides_are_called_without_their_seeds_where_that_tells_them_apart(swept):
+    folders = swept(*([f"head={head}", f"+seed={seed}"] for head in "ab" for seed in (0, 1)))
+    assert side_names(folders, [[0, 1], [2, 3]]) == ["head=a", "head=b"]
+    assert run_names(folders) == ["head=a seed=0", "head=a seed=1", "head=b seed=0", "head=b seed=1"]
+    assert side_names(folders[:2], [[0], [1]]) == ["seed=0", "seed=1"]
+    assert side_names(folders, [[0, 2], [1], [3]]) == ["0+2", "1", "3"]  # of two heads it is called by neither
+
+
+def test_beside_a_run_of_no_sweep_folders_are_the_names(swept, tmp_path):
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    write_config({}, alone, ["mode=train", "head=c"])
+    folders = [alone, *swept(["head=a"], ["head=b"])]
+    assert run_names(folders) == side_names(folders, [[0], [1], [2]]) == ["alone", "0", "1"]
+
+
+def test_a_command_that_is_none_or_may_not_be_read_names_nothing(swept, monkeypatch):
+    folders = swept(["k=1"], ["k=2"])
+    typed = folders[0] / "config/overrides.txt"
+    typed.unlink()
+    os.mkfifo(typed)
+    assert run_names(folders) == ["0", "1"]
+    typed.unlink()
+    typed.write_text("k=3\n" * 2**17)
+    assert run_names(folders) == ["0", "1"]
+
+    def refused(path):
+        raise PermissionError(path)
+
+    monkeypatch.setattr(run_folder, "_words", refused)
+    assert run_names(folders) == ["0", "1"]
+
+
+def test_names_of_several_folders_are_joined_and_stay_apart(tmp_path):
+    folders = [tmp_path / name for name in ("a/0", "a/1", "a/0+1", "a/2", "a/3", "a/4", "a/5", "a/6")]
+    assert side_names(folders[1:], [[0, 1], [2, 3, 4, 5, 6]]) == ["1+0+1", "2+... (5 runs)"]
+    assert side_names(folders, [[0, 1], [2], [3]]) == ["0", "0+1", "2"]
+    others = [tmp_path / name for name in ("a/0", "a/1", "b/0", "b/1")]
+    assert side_names(others, [[0, 1], [2, 3]]) == ["a/0+1", "b/0+1"]
+    assert side_names(others, [[0, 3], [1], [2]]) == ["a/0+b/1", "a/1", "b/0"]
