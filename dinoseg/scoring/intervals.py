@@ -136,8 +136,11 @@ def without_each(protocol: Scores, sums: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def mean_of(values: Sequence[float]) -> Estimate:
-    """Return the mean of independent values, such as scores of several seeds, with its error (Student, 1908)."""
-    if len(values) < 2:
+    """Return the mean of independent values, such as scores of several seeds, with its error (Student, 1908).
+
+    Where one of them is undefined, so is the mean.
+    """
+    if len(values) < 2 or not all(map(isfinite, values)):  # of such stdev raises
         return Estimate(fmean(values) if values else nan)
     return Estimate(fmean(values), stdev(values) / sqrt(len(values)), len(values) - 1)
 

@@ -84,6 +84,19 @@ def test_a_class_of_one_unit_has_no_verdict():
     assert mean_scores(KIND, runs)["iou/1"] is differences(KIND, [[run] for run in runs])[0]["iou/1"]["value"] is None
 
 
+@pytest.mark.parametrize("units", [1, 9])
+@pytest.mark.parametrize("absent", ["in all", "but for a prediction of one seed"])
+def test_a_class_that_seeds_never_see_has_no_score(units, absent):
+    first, second = ([run_of(10 * side + seed, units=units) for seed in range(2)] for side in (1, 2))
+    for run in (*first, *second):
+        run[:, [1, 4, 7]] = 0
+    if absent != "in all":
+        second[1][0, 7] = 5  # its IoU is 0, that of the others undefined
+    found = differences(KIND, [first, second])[0]
+    assert found["iou/1"] == {"value": None, "ci95": None, "p": None, "verdict": "no verdict"}
+    assert found["iou/0"]["p"] is not None and found["miou"]["ci95"] is not None
+
+
 def test_images_decide_by_what_is_lost_without_them():
     first, second = [run_of(1), run_of(2)], [run_of(3, better=0.2)]
     units = range(9)
