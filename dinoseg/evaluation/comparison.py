@@ -2,6 +2,7 @@
 
 import csv
 import io
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 from omegaconf import DictConfig
 from tabulate import tabulate
 
+from dinoseg.errors import UserError
 from dinoseg.evaluation.class_scores import ClassScores, unit_sums
 from dinoseg.evaluation.collected import image_mious
 from dinoseg.evaluation.image_record import ImageRecord
@@ -23,6 +25,7 @@ from dinoseg.storage.atomic import write_text
 from dinoseg.wording import one_line
 
 _TOLD = 5  # images that decide
+logger = logging.getLogger(__name__)
 
 
 def scores_of(records: Sequence[ImageRecord]) -> dict[str, float | None]:
@@ -41,11 +44,16 @@ def against(cfg: DictConfig, sides: Sequence[Side]) -> list[OtherRun]:
     counts = [[record.counts for record in side.records] for side in sides]
     sums = [[unit_sums(each, first.records[0].units) for each in side] for side in counts]
     mious = [mean_mious(side) for side in sides]
-    found = []
+    found: list[OtherRun] = []
+    refused: dict[str, None] = {}
+    pictures = Pictures(cfg, first.records[0], first.places[0])
     for number, gaps in enumerate(differences(kind, sums), start=1):
         other = sides[number]
-        pictures = Pictures(cfg, first.records[0], (first.places[0], other.places[0]))
-        shots, reason = most_different(pictures, mious[0], mious[number])
+        try:
+            shots, reason = most_different(pictures, other.places[0], mious[0], mious[number])
+        except UserError as error:
+            shots, reason = [], f"No pictures: {error}"
+            refused[str(error)] = None
         found.append(
             OtherRun(
                 name=other.name,
@@ -57,6 +65,8 @@ def against(cfg: DictConfig, sides: Sequence[Side]) -> list[OtherRun]:
                 no_pictures=reason,
             )
         )
+    for reason in refused:  # once, though it were the same for all
+        logger.warning("The page has no pictures: %s", reason)
     return found
 
 

@@ -1,6 +1,5 @@
-"""Pictures of what two evaluations predict: masks from their run folders, frames and references from the data set."""
+"""Pictures of what evaluations predict: masks from their run folders, frames and references from the data set."""
 
-import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,31 +28,43 @@ from dinoseg.storage.forms import as_read_back
 SHOWN = 4  # images that gain most, and as many that lose most
 _LONGEST = 512  # pixels of a picture's longer side
 _OF_CLASS_FILE = re.compile(rf"\$\{{{CLASS_FILE}:\w+(,drawn)?\}}")
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """Where pictures of two runs come from.
+    """Where pictures of a first run and of those that are held against it come from.
 
     Args:
         cfg: what the command line composed.
         record: of the first run.
-        folders: where the records of both runs lie.
+        folder: where it lies.
     """
 
     cfg: DictConfig
     record: ImageRecord
-    folders: tuple[Path, Path]
+    folder: Path
 
-    @cached_property
+    @property
     def data(self) -> SegmentationData:
         """The data set of the first run, as its folder describes it: held against the same rules as a checkpoint.
 
         Raises:
             UserError: the config is missing or refused, or the data are not there any more.
         """
-        path = config_file(self.folders[0])
+        if isinstance(self._opened, UserError):
+            raise self._opened
+        return self._opened
+
+    @cached_property
+    def _opened(self) -> SegmentationData | UserError:
+        """The data set, or why there is none: neither is asked for again for each of the other runs."""
+        try:
+            return self._open()
+        except UserError as error:
+            return error
+
+    def _open(self) -> SegmentationData:
+        path = config_file(self.folder)
         try:
             text, mine = config_text(path), plain(self.cfg)
             # a training's config leaves to `classes.yaml` what that says: the rest is judged before it is asked
@@ -76,8 +87,8 @@ class Pictures:
         saved["data"] = {**saved["data"], **dict.fromkeys(ACTING), "root": self.record.root}
         return saved
 
-    def shot(self, index: int, mious: tuple[float, float]) -> PairShot:
-        """Return an image with both predictions.
+    def shot(self, index: int, other: Path, mious: tuple[float, float]) -> PairShot:
+        """Return an image with the predictions of the first run and of another.
 
         Raises:
             UserError: a file is missing, or of another size.
@@ -86,7 +97,7 @@ class Pictures:
         sample = self.data[index]
         reference: np.ndarray = sample["mask"].numpy()
         predictions = []
-        for folder in self.folders:
+        for folder in (self.folder, other):
             base, path = folder / "predictions", folder / "predictions" / f"{name}_pred.png"
             if not path.resolve().is_relative_to(base.resolve()):
                 raise UserError(f"{folder} names an image outside its own folder: {name}.")
@@ -101,9 +112,13 @@ class Pictures:
 
 
 def most_different(
-    pictures: Pictures, first: Sequence[float | None], second: Sequence[float | None]
+    pictures: Pictures, other: Path, first: Sequence[float | None], second: Sequence[float | None]
 ) -> tuple[list[PairShot], str]:
-    """Return the images whose mIoU gains or loses most, by size of the difference; or none, and why."""
+    """Return the images whose mIoU gains or loses most in another run, by size of the difference; or none, and why.
+
+    Raises:
+        UserError: there are predictions, and no pictures of them.
+    """
     pairs: list[Any] = [
         (theirs - ours, index)
         for index, (ours, theirs) in enumerate(zip(first, second, strict=True))
@@ -115,10 +130,6 @@ def most_different(
     order = sorted(chosen, key=lambda index: -abs(chosen[index]))
     if not order:
         return [], "No image is scored differently by the two."
-    if any(not (folder / "predictions").is_dir() for folder in pictures.folders):
+    if any(not (folder / "predictions").is_dir() for folder in (pictures.folder, other)):
         return [], "No pictures: a run was evaluated with mode.metrics_only=true, so its predictions were not kept."
-    try:
-        return [pictures.shot(index, (first[index] or 0.0, second[index] or 0.0)) for index in order], ""
-    except UserError as error:
-        logger.warning("The page has no pictures: %s", error)
-        return [], f"No pictures: {error}"
+    return [pictures.shot(index, other, (first[index] or 0.0, second[index] or 0.0)) for index in order], ""

@@ -5,9 +5,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
 from dinoseg.errors import UserError
-from dinoseg.evaluation import comparison
+from dinoseg.evaluation import comparison, paired_pictures
 from dinoseg.evaluation.aligned import aligned
 from dinoseg.evaluation.comparison import against, best_first, scores_of
 from dinoseg.evaluation.image_record import RECORD, ImageRecord, read_record, write_record
@@ -81,41 +82,54 @@ def test_a_record_that_contradicts_itself_is_damaged(tmp_path, change, told):
 def test_the_images_that_gain_and_lose_most_are_shown_by_the_size_of_the_difference(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name / "predictions").mkdir(parents=True)
-    stub = SimpleNamespace(folders=(tmp_path / "a", tmp_path / "b"), shot=lambda index, mious: (index, mious))
+    stub = SimpleNamespace(folder=tmp_path / "a", shot=lambda index, other, mious: (index, mious))
     gaps = [0.0, 0.1, -0.2, 0.3, None, -0.5, 0.02, 0.01, -0.01, 0.45, -0.03, 0.0, 0.04, -0.3]
     first = [None if gap is None else 0.5 for gap in gaps]
-    shots, reason = most_different(stub, first, [None if gap is None else 0.5 + gap for gap in gaps])
+    other = tmp_path / "b"
+    shots, reason = most_different(stub, other, first, [None if gap is None else 0.5 + gap for gap in gaps])
     gained = sorted([gap for gap in gaps if gap and gap > 0])[-SHOWN:]
     lost = sorted([gap for gap in gaps if gap and gap < 0])[:SHOWN]
     assert [gaps[index] for index, _ in shots] == sorted([*gained, *lost], key=abs, reverse=True) and not reason
-    assert len(most_different(stub, [0.1] * 9, [0.2 + 0.01 * index for index in range(9)])[0]) == SHOWN
+    assert len(most_different(stub, other, [0.1] * 9, [0.2 + 0.01 * index for index in range(9)])[0]) == SHOWN
     assert all(after - before == pytest.approx(gaps[index]) for index, (before, after) in shots)
 
 
 def test_pictures_are_of_the_first_run_and_of_the_other(tmp_path, monkeypatch):
     asked, folders = [], [tmp_path / name for name in "abc"]
     monkeypatch.setattr(
-        comparison, "most_different", lambda pictures, *mious: asked.append(pictures.folders) or ([], "")
+        comparison, "most_different", lambda pictures, other, *_: asked.append((pictures.folder, other)) or ([], "")
     )
     against(None, sides(folders, [record(), record(1), record(2)]))
     assert asked == [(folders[0], folders[1]), (folders[0], folders[2])]
+
+
+def test_the_data_are_asked_for_once_and_what_is_wrong_is_told_once(tmp_path, monkeypatch, caplog):
+    folders, asked = [tmp_path / name for name in "abcd"], []
+    for folder in folders:
+        (folder / "predictions").mkdir(parents=True)
+    (tmp_path / "a/config").mkdir()
+    (tmp_path / "a/config/config.yaml").touch()
+    monkeypatch.setattr(paired_pictures, "config_text", lambda path: asked.append(path) or path.read_text())
+    others = against(OmegaConf.create({"trust": []}), sides(folders, [record(seed) for seed in range(4)]))
+    assert len(asked) == 1 and caplog.text.count("The page has no pictures: ") == 1
+    assert all("config.yaml does not say what the data are" in other.no_pictures for other in others)
 
 
 def test_a_config_larger_than_any_is_not_read(tmp_path):
     (tmp_path / "config").mkdir()
     (tmp_path / "config/config.yaml").write_bytes(b"#" * (2**20 + 1))
     with pytest.raises(UserError, match="larger than 131072 bytes"):
-        Pictures(None, record(), (tmp_path, tmp_path)).data  # noqa: B018
+        Pictures(None, record(), tmp_path).data  # noqa: B018
 
 
 def test_no_name_leads_out_of_a_run_folder(tmp_path):
     write_png(tmp_path / "outside_pred.png", np.zeros((4, 6), np.uint8))
     (tmp_path / "a/predictions").mkdir(parents=True)
-    pictures = Pictures(None, record(images=["../../outside"]), (tmp_path / "a", tmp_path / "a"))
+    pictures = Pictures(None, record(images=["../../outside"]), tmp_path / "a")
     sample = {"mask": SimpleNamespace(numpy=lambda: np.zeros((4, 6), np.uint8))}
-    vars(pictures)["data"] = [sample]  # as a cached property keeps it
+    vars(pictures)["_opened"] = [sample]  # as a cached property keeps it
     with pytest.raises(UserError, match="names an image outside its own folder"):
-        pictures.shot(0, (0.0, 1.0))
+        pictures.shot(0, tmp_path / "a", (0.0, 1.0))
 
 
 def test_the_best_come_first_and_what_has_no_score_last():
