@@ -50,7 +50,7 @@ def against(cfg: DictConfig, sides: Sequence[Side]) -> list[OtherRun]:
     for number, gaps in enumerate(differences(kind, sums), start=1):
         other = sides[number]
         try:
-            shots, reason = most_different(pictures, other.places[0], mious[0], mious[number])
+            shots, reason = most_different(pictures, other.places[0], mious[0], mious[number], len(sides) - 1)
         except UserError as error:
             shots, reason = [], f"No pictures: {error}"
             refused[str(error)] = None

@@ -25,7 +25,7 @@ from dinoseg.runs.recipe import OPTIONAL, SAVED
 from dinoseg.shapes import SegmentationData
 from dinoseg.storage.forms import as_read_back
 
-SHOWN = 4  # images that gain most, and as many that lose most
+SHOWN, _IN_ALL = 4, 28  # images that gain most, of a side and of all, and as many that lose most: a page is mailed
 _LONGEST = 512  # pixels of a picture's longer side
 _OF_CLASS_FILE = re.compile(rf"\$\{{{CLASS_FILE}:\w+(,drawn)?\}}")
 
@@ -112,9 +112,16 @@ class Pictures:
 
 
 def most_different(
-    pictures: Pictures, other: Path, first: Sequence[float | None], second: Sequence[float | None]
+    pictures: Pictures, other: Path, first: Sequence[float | None], second: Sequence[float | None], sides: int = 1
 ) -> tuple[list[PairShot], str]:
     """Return the images whose mIoU gains or loses most in another run, by size of the difference; or none, and why.
+
+    Args:
+        pictures: where they come from.
+        other: where the record of the other run lies.
+        first: mIoU of each image in the first run.
+        second: the same in the other one.
+        sides: how many runs are held against the first: of many, each has fewer pictures.
 
     Raises:
         UserError: there are predictions, and no pictures of them.
@@ -126,7 +133,8 @@ def most_different(
     ]
     pairs.sort()
     lost, gained = [pair for pair in pairs if pair[0] < 0], [pair for pair in pairs if pair[0] > 0]
-    chosen = {index: gap for gap, index in (*lost[:SHOWN], *gained[-SHOWN:])}
+    shown = max(1, min(SHOWN, _IN_ALL // sides))
+    chosen = {index: gap for gap, index in (*lost[:shown], *gained[-shown:])}
     order = sorted(chosen, key=lambda index: -abs(chosen[index]))
     if not order:
         return [], "No image is scored differently by the two."

@@ -91,6 +91,9 @@ def test_the_images_that_gain_and_lose_most_are_shown_by_the_size_of_the_differe
     lost = sorted([gap for gap in gaps if gap and gap < 0])[:SHOWN]
     assert [gaps[index] for index, _ in shots] == sorted([*gained, *lost], key=abs, reverse=True) and not reason
     assert len(most_different(stub, other, [0.1] * 9, [0.2 + 0.01 * index for index in range(9)])[0]) == SHOWN
+    for others, each in ((7, 4), (8, 3), (14, 2), (15, 1), (31, 1)):  # a page of many sides is no larger
+        few = most_different(stub, other, [0.5] * 12, [0.5 + 0.01 * gap for gap in range(-6, 6)], others)[0]
+        assert [index for index, _ in few if index < 6] == [*range(each)] and len(few) == 2 * each
     assert all(after - before == pytest.approx(gaps[index]) for index, (before, after) in shots)
 
 
