@@ -134,11 +134,13 @@ def test_without_the_final_norm_maps_are_what_the_blocks_put_out(name):
     assert not torch.allclose(maps[0], normed(images)[0], atol=0.1)
 
 
-def test_without_the_final_norm_a_pyramid_is_the_same():
+@pytest.mark.parametrize("name", ["test_resnet", "swin_tiny_patch4_window7_224"])
+def test_without_the_final_norm_a_pyramid_is_the_same(name):
+    """A Swin's norm is of its classifier, and is cut off at any rate."""
     images = torch.rand(1, 3, 45, 61)
-    with_norm, without = build("test_resnet").eval(), build("test_resnet", final_norm=False).eval()
+    with_norm, without = build(name).eval(), build(name, final_norm=False).eval()
     without.load_state_dict(with_norm.state_dict())
-    assert torch.equal(with_norm(images)[0], without(images)[0])
+    assert torch.equal(with_norm(images)[0], without(images)[0]) and not with_norm.unused
 
 
 @pytest.mark.parametrize("adapter", [Full(), LastBlocks(blocks=1)])
