@@ -13,7 +13,8 @@ _LONGEST = 60  # letters: a longer one is no heading
 
 def run_names(folders: Sequence[Path]) -> list[str]:
     """Return short names of run folders that tell them apart."""
-    return _by_words(folders, [[place] for place in range(len(folders))], ()) or _by_folders(folders)
+    names = _by_folders(folders)
+    return _by_words(folders, [[place] for place in range(len(folders))], (), names) or names
 
 
 def side_names(folders: Sequence[Path], sides: Sequence[Sequence[int]]) -> list[str]:
@@ -27,19 +28,32 @@ def side_names(folders: Sequence[Path], sides: Sequence[Sequence[int]]) -> list[
     joined = [_joined([names[place] for place in side]) for side in sides]
     if len(set(joined)) < len(joined):  # a folder may be called 0+1
         joined = [names[side[0]] for side in sides]
-    return _by_words(folders, sides, (_SEED,)) or _by_words(folders, sides, ()) or joined
+    return _by_words(folders, sides, (_SEED,), joined) or _by_words(folders, sides, (), joined) or joined
 
 
-def _by_words(folders: Sequence[Path], sides: Sequence[Sequence[int]], without: Sequence[str]) -> list[str]:
-    """Return what the commands of jobs of sweeps differ in, of each side; nothing where that does not name them."""
+def _by_words(
+    folders: Sequence[Path], sides: Sequence[Sequence[int]], without: Sequence[str], others: Sequence[str]
+) -> list[str]:
+    """Return what the commands of jobs of sweeps differ in, of each side; nothing where that does not name them.
+
+    Args:
+        folders: of all runs.
+        sides: places of each side's runs.
+        without: keys that name nothing.
+        others: what sides of no sweep are called.
+    """
     commands = [_command(folder) for folder in folders]
-    keys = dict.fromkeys(key for command in commands for key in command if not key.startswith("hydra"))
-    differing = [key for key in keys if key not in without and len({command.get(key) for command in commands}) > 1]
+    swept = [command for command in commands if command]
+    keys = dict.fromkeys(key for command in swept for key in command if not key.startswith("hydra"))
+    differing = [key for key in keys if key not in without and len({command.get(key) for command in swept}) > 1]
     words = [" ".join(command[key] for key in differing if key in command) for command in commands]
-    of_sides = [{words[place] for place in side} for side in sides]
+    of_sides = [
+        {words[place] if commands[place] else other for place in side}
+        for side, other in zip(sides, others, strict=True)
+    ]
     names = [name for side in of_sides for name in side]
-    named = len(set(names)) == len(sides) == len(names) and all(0 < len(name) <= _LONGEST for name in names)
-    return names if named else []
+    short = all(0 < len(word) <= _LONGEST for word, command in zip(words, commands, strict=True) if command)
+    return names if short and len(set(names)) == len(sides) == len(names) else []
 
 
 def _command(folder: Path) -> dict[str, str]:

@@ -52,12 +52,18 @@ def test_sides_are_called_without_their_seeds_where_that_tells_them_apart(swept)
     assert side_names(folders, [[0, 2], [1], [3]]) == ["0+2", "1", "3"]  # of two heads it is called by neither
 
 
-def test_beside_a_run_of_no_sweep_folders_are_the_names(swept, tmp_path):
-    alone = tmp_path / "alone"
+def test_a_run_of_no_sweep_is_called_by_its_folder(swept, tmp_path):
+    alone = tmp_path / ("alone" * 20)
     alone.mkdir()
-    write_config({}, alone, ["mode=train", "head=c"])
-    folders = [alone, *swept(["head=a"], ["head=b"])]
-    assert run_names(folders) == side_names(folders, [[0], [1], [2]]) == ["alone", "0", "1"]
+    write_config({}, alone, ["mode=train", "head=c", "data.root=elsewhere"])
+    folders = [alone, *swept(*([f"head={head}", f"seed={seed}"] for head in "ab" for seed in (0, 1)))]
+    assert side_names(folders, [[0], [1, 2], [3, 4]]) == [alone.name, "head=a", "head=b"]
+    assert run_names(folders)[:2] == [alone.name, "head=a seed=0"]
+    assert side_names(folders, [[0, 1], [2], [3, 4]]) == [f"{alone.name}+0", "1", "2+3"]  # which is of neither kind
+    assert side_names(folders[:2], [[0], [1]]) == [alone.name, "0"]
+    named_so = tmp_path / "head=a"
+    named_so.mkdir()
+    assert side_names([named_so, *folders[1:]], [[0], [1, 2], [3, 4]]) == ["head=a", "0+1", "2+3"]
 
 
 def test_a_command_that_is_none_or_may_not_be_read_names_nothing(swept, monkeypatch):
