@@ -1,6 +1,7 @@
 """Records of evaluations held against one another, without a model."""
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,11 +11,12 @@ from omegaconf import OmegaConf
 from dinoseg.errors import UserError
 from dinoseg.evaluation import comparison, paired_pictures
 from dinoseg.evaluation.aligned import aligned
-from dinoseg.evaluation.comparison import against, best_first, scores_of
+from dinoseg.evaluation.comparison import against, best_first, scores_of, verdicts
 from dinoseg.evaluation.image_record import RECORD, ImageRecord, read_record, write_record
 from dinoseg.evaluation.paired_pictures import SHOWN, Pictures, most_different
-from dinoseg.evaluation.sides import Side, _by_seed, _jobs
+from dinoseg.evaluation.sides import Side, _by_seed, _jobs, seeds_note
 from dinoseg.images import write_png
+from dinoseg.report.html.comparison import OtherRun
 
 IMAGES, CLASSES = 12, 3
 
@@ -137,6 +139,41 @@ def test_no_name_leads_out_of_a_run_folder(tmp_path):
 
 def test_the_best_come_first_and_what_has_no_score_last():
     assert best_first([0.2, None, 0.5, 0.0, 0.5, None]) == [2, 4, 0, 3, 1, 5]
+
+
+def test_seeds_are_told_by_how_many_runs_sides_have():
+    def told(*counts):
+        names = [chr(ord("a") + number) for number in range(len(counts))]
+        return seeds_note([Side(name, [Path()] * runs, [], [], []) for name, runs in zip(names, counts, strict=True)])
+
+    assert told(1, 1).startswith("one trained model a side: ")
+    assert told(3, 3) == "their scatter is in the intervals (3 runs a side)"
+    assert told(3, 2) == "their scatter is in the intervals (3 of a, 2 of b)"
+    assert told(2, 1, 2).endswith("(2 of a, 2 of c); but not that of b, one trained model each")
+
+
+def test_of_more_than_three_others_each_has_a_line_and_the_best_is_first(tmp_path):
+    better, worse, same = "surely better", "surely worse", "not told apart"
+    said = {"a": (0.6, better, better, same), "b": (None, same, same, same), "c": (0.1, worse, worse, better)}
+    said["d"] = (0.7, same, worse, worse)
+    first, others = sides([tmp_path / "first"], [record()])[0], []
+    for name, (miou, *verdicts_of) in said.items():
+        gap = {"value": miou and miou - 0.5, "ci95": miou and [miou - 0.6, miou - 0.4], "p": miou and 0.01}
+        gaps = {f"iou/{index}": {**gap, "verdict": verdict} for index, verdict in enumerate(verdicts_of)}
+        means = dict.fromkeys(("miou", "miou_no_background", "dice", "accuracy"), {**gap, "verdict": verdicts_of[0]})
+        scores = dict.fromkeys((*means, *gaps), miou)
+        others.append(OtherRun(name, scores, means | gaps, [], [], []))
+    own = 100 * scores_of([record()])["miou"]
+    lines = [line.split() for line in verdicts(first, [], others).splitlines()[2:]]
+    assert lines == [
+        ["d", "70.00", "+20.00", "+10.00", "..", "+30.00", "0.01", "not", "told", "apart", "0", "2"],
+        ["a", "60.00", "+10.00", "+0.00", "..", "+20.00", "0.01", "surely", "better", "2", "0"],
+        ["first", f"{own:.2f}", "-", "-", "-", "the", "first"],
+        ["c", "10.00", "-40.00", "-50.00", "..", "-30.00", "0.01", "surely", "worse", "1", "2"],
+        ["b", "-", "-", "-", "-", "not", "told", "apart", "0", "0"],
+    ]
+    three = verdicts(first, [], others[:3])
+    assert "IoU a" in three and "mIoU without background" in three and "mean Dice" in three
 
 
 def test_runs_whose_config_nobody_knows_stand_each_for_itself():

@@ -52,6 +52,12 @@ def test_sides_are_called_without_their_seeds_where_that_tells_them_apart(swept)
     assert side_names(folders, [[0, 2], [1], [3]]) == ["0+2", "1", "3"]  # of two heads it is called by neither
 
 
+def test_a_link_to_a_job_is_called_as_the_job(swept, tmp_path):
+    folders = swept(["head=a"], ["head=b"])
+    (tmp_path / "linked").symlink_to(folders[0])
+    assert run_names([tmp_path / "linked", folders[1]]) == ["head=a", "head=b"]
+
+
 def test_a_run_of_no_sweep_is_called_by_its_folder(swept, tmp_path):
     alone = tmp_path / ("alone" * 20)
     alone.mkdir()

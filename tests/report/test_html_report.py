@@ -220,6 +220,16 @@ def test_what_differs_surely_is_marked_by_more_than_a_colour():
     assert "95\xa0%\xa0interval over\xa012\xa0images" in page
 
 
+@pytest.mark.parametrize(("sides", "wide"), [(3, True), (4, False)])
+def test_many_sides_have_no_columns_of_intervals(sides, wide):
+    base = compared()
+    page = comparison_page(replace(base, others=[replace(base.others[1], name=f"side {n}") for n in range(sides)]))
+    for section in ("scores", "classes"):
+        assert {len(row) for row in cells(page, section)} == {2 + (4 if wide else 2) * sides}
+    assert ("compare.png has them all" in page) != wide
+    assert (f"<title>{sides} sides against run<" in page) != wide and all(f"side {n} %" in page for n in range(sides))
+
+
 def test_the_last_picture_tells_who_is_right(monkeypatch):
     seen = []
     monkeypatch.setattr(comparison, "marked", lambda frame, marks: seen.append(marks) or frame)
