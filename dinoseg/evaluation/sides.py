@@ -85,9 +85,11 @@ def units_note(sides: Sequence[Side]) -> str:
     units = len(set(record.units))
     if units > 1:
         return f"over {count_of(units, record.unit)}"
-    if min(len(side.folders) for side in sides) > 1:
-        return f"over seeds alone: there is one {record.unit}, so they say nothing of another"
-    return f"none: they need two {record.unit}s, or several seeds of each side"
+    if not _has_intervals(sides):
+        return f"none: they need two {record.unit}s, or several seeds of each side"
+    single = [side.name for side in sides if len(side.folders) == 1]
+    told = f"over seeds alone: there is one {record.unit}, so they say nothing of another"
+    return f"{told}; none of {listed(single)}, one run each" if single else told
 
 
 def seeds_note(sides: Sequence[Side]) -> str:
@@ -96,11 +98,19 @@ def seeds_note(sides: Sequence[Side]) -> str:
     several = [f"{len(side.folders)} of {side.name}" for side in sides if len(side.folders) > 1]
     if not several:
         return "one trained model a side: verdicts are of these models, and say nothing of other seeds"
-    told = ", ".join(several)
+    told = listed(several)
     if not single and len({len(side.folders) for side in sides}) == 1:
         told = f"{len(sides[0].folders)} runs a side"
+    if not _has_intervals(sides):
+        return f"their scatter is in no interval, as there is none ({told})"
     counted = f"their scatter is in the intervals ({told})"
     return f"{counted}; but not that of {listed(single)}, one trained model each" if single else counted
+
+
+def _has_intervals(sides: Sequence[Side]) -> bool:
+    """Return whether there are several units, or with one the first side and another have several runs."""
+    first, *others = [len(side.folders) for side in sides]
+    return len(set(sides[0].records[0].units)) > 1 or min(first, max(others)) > 1
 
 
 def _given(runs: Any) -> list[list[Path]]:

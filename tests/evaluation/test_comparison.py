@@ -14,7 +14,7 @@ from dinoseg.evaluation.aligned import aligned
 from dinoseg.evaluation.comparison import against, best_first, scores_of, verdicts
 from dinoseg.evaluation.image_record import RECORD, ImageRecord, read_record, write_record
 from dinoseg.evaluation.paired_pictures import SHOWN, Pictures, most_different
-from dinoseg.evaluation.sides import Side, _by_seed, _jobs, seeds_note
+from dinoseg.evaluation.sides import Side, _by_seed, _jobs, seeds_note, units_note
 from dinoseg.images import write_png
 from dinoseg.report.html.comparison import OtherRun
 
@@ -142,14 +142,24 @@ def test_the_best_come_first_and_what_has_no_score_last():
 
 
 def test_seeds_are_told_by_how_many_runs_sides_have():
-    def told(*counts):
-        names = [chr(ord("a") + number) for number in range(len(counts))]
-        return seeds_note([Side(name, [Path()] * runs, [], [], []) for name, runs in zip(names, counts, strict=True)])
+    def of(*counts, units=("0", "1")):
+        found = [record(units=units)]
+        return [Side(name, [Path()] * runs, [], [], found) for name, runs in zip("abc", counts, strict=False)]
+
+    def told(*counts, **more):
+        return seeds_note(of(*counts, **more))
 
     assert told(1, 1).startswith("one trained model a side: ")
     assert told(3, 3) == "their scatter is in the intervals (3 runs a side)"
     assert told(3, 2) == "their scatter is in the intervals (3 of a, 2 of b)"
     assert told(2, 1, 2).endswith("(2 of a, 2 of c); but not that of b, one trained model each")
+    # over one unit, what has no interval is not said to have one
+    assert told(1, 2, 2, units=["0"]) == "their scatter is in no interval, as there is none (2 of b, 2 of c)"
+    assert units_note(of(1, 2, 2, units=["0"])) == "none: they need two videos, or several seeds of each side"
+    assert told(2, 1, 2, units=["0"]) == told(2, 1, 2)
+    assert units_note(of(2, 2, units=["0"])) == "over seeds alone: there is one video, so they say nothing of another"
+    assert units_note(of(2, 1, 2, units=["0"])).endswith("say nothing of another; none of b, one run each")
+    assert units_note(of(2, 1, 2)) == "over 2 videos"
 
 
 def test_of_more_than_three_others_each_has_a_line_and_the_best_is_first(tmp_path):
