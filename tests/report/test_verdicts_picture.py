@@ -31,6 +31,15 @@ def test_many_sides_take_further_lines_of_panels():
     upper, lower = np.array_split(six, 2)
     assert holds(upper, (0x00, 0x72, 0xB2)) and holds(lower[:, : six.shape[1] // 2], (0x00, 0x72, 0xB2))
     assert not holds(lower[:, six.shape[1] * 3 // 5 :], (0x00, 0x72, 0xB2))  # six leave two places empty
+    assert (six[six.shape[0] * 2 // 3 : -40, six.shape[1] * 3 // 5 :] == 255).all()
+
+
+def test_panels_have_one_scale():
+    labels = {"miou": "mIoU", "iou/0": "IoU road"}
+    wide = {key: {**gap, "ci95": [-0.9, 0.9]} for key, gap in gaps(labels).items()}
+    one, other = (verdicts_picture("a", labels, [("b", gaps(labels)), ("c", each)]) for each in (gaps(labels), wide))
+    half = one.shape[1] // 2
+    assert one.shape == other.shape and (one[:, :half] != other[:, :half]).any()
 
 
 def test_names_that_end_alike_are_told_apart():
