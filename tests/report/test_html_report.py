@@ -226,6 +226,8 @@ def test_many_sides_have_no_columns_of_intervals(sides, wide):
     page = comparison_page(replace(base, others=[replace(base.others[1], name=f"side {n}") for n in range(sides)]))
     for section in ("scores", "classes"):
         assert {len(row) for row in cells(page, section)} == {2 + (4 if wide else 2) * sides}
+    of_side = ["40.0", "-10.0", *(["-10.0 .. +20.0", ""] if wide else [])]
+    assert [text.replace("\xa0", " ") for text in cells(page, "scores")[1]] == ["mIoU", "40.0", *of_side * sides]
     assert ("compare.png has them all" in page) != wide
     assert (f"<title>{sides} sides against run<" in page) != wide and all(f"side {n} %" in page for n in range(sides))
 
