@@ -98,7 +98,9 @@ class DetailHead(Head[Tensor]):
         read = self.norm(concatenate(features).contiguous(memory_format=torch.channels_last))
         tokens = self._on_grid(self.project(read), details)
         squares = self.classify(self.fuse(torch.cat([tokens, details], dim=1)))  # (B, 4K, ceil(H / 4), ceil(W / 4))
-        scores = F.pixel_shuffle(squares, STRIDE // _FINEST)[..., : height // _FINEST, : width // _FINEST]
+        scores = F.pixel_shuffle(squares, STRIDE // _FINEST)
+        if self.patch_size % STRIDE:  # the last cells may reach beyond the image
+            scores = _first(scores, height // _FINEST, width // _FINEST)
         if self.direct is None:
             return scores
         return scores + F.interpolate(self.direct(read), scores.shape[-2:], mode="bilinear")
@@ -141,6 +143,15 @@ def _convolution(in_channels: int, out_channels: int, kernel_size: int, stride: 
     padding = (kernel_size - 1) // 2
     conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(out_channels), nn.ReLU())
+
+
+def _first(scores: Tensor, height: int, width: int) -> Tensor:
+    """Return the first rows and columns of scores (B, K, h, w).
+
+    Not as a slice, of which a trace keeps whether anything was left out: its file would refuse other pictures.
+    """
+    rows, columns = (torch.arange(side, device=scores.device) for side in (height, width))
+    return scores.index_select(-2, rows).index_select(-1, columns)
 
 
 def _check_patch_size(patch_size: int) -> None:
