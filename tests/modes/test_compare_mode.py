@@ -15,7 +15,7 @@ from dinoseg.evaluation.collected import image_mious
 from dinoseg.evaluation.image_record import COUNTS, RECORD, evaluated, read_record
 from dinoseg.evaluation.side_names import run_names
 from dinoseg.evaluation.sides import sides_of
-from dinoseg.images import write_png
+from dinoseg.images import read_size, write_png
 from dinoseg.modes import evaluate
 from dinoseg.runs.recipe import OPTIONAL
 
@@ -146,6 +146,7 @@ def test_sides_of_a_sweep_are_called_by_what_it_varies(runs):
     assert "the first" in table[0] and all("not told apart" in line or "no verdict" in line for line in table[1:])
     assert done.out.split("peak GiB")[1].count("head.hidden=3") == 2 and "decide" not in done.out
     assert (runs / "compared/compare.csv").read_text().count("head.hidden=4") == 1
+    assert read_size(runs / "compared/compare.png")[1] == pytest.approx(110 * (2.2 + 4 * 3.6), abs=1)  # a panel each
     page = (runs / "compared/report.html").read_text()
     assert "<title>4 sides against head.hidden=0" in page and "compare.png has them all" in page
     table = page[: page.index("</table>")].split("<table", 1)[1]
