@@ -25,7 +25,7 @@ SHORT = ("mode=train", "trainer.steps=1", "mode.metrics_only=true", "mode.report
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Teachers: cells of 8 px; masks; 2 px, seen at half the size; these in windows, with a linear layer or without."""
+    """Teachers: cells of 8 px; masks; 2 px, seen at half the size; these in windows, and of 1 px."""
     where = tmp_path_factory.mktemp("teachers")
     write_data(where / "data", size=(40, 56))
     small = tuple(word for word in SMALL if word != "trainer.steps=2")
@@ -36,6 +36,7 @@ def folder(tmp_path_factory):
     }
     kinds["direct"] = (*kinds["detail"], "inference=windows", "inference.size=24")
     kinds["windows"] = (*kinds["direct"], "head.direct=false")
+    kinds["pixels"] = (*kinds["direct"], "resolution.scale=2")
     for name, words in kinds.items():
         done = call(where, *SHORT, *small, *words, f"hydra.run.dir={name}")
         assert done.status == 0, done.err
@@ -69,8 +70,8 @@ def test_scores_are_of_the_probabilities_that_the_model_predicts(folder, compose
 
 
 @pytest.mark.parametrize("size", [(40, 56), (33, 50), (9, 17), (150, 210)])
-@pytest.mark.parametrize("kind", ["windows", "direct"])
-def test_scores_of_windows_are_what_they_predict_at_its_cells(folder, compose, kind, size):
+@pytest.mark.parametrize(("kind", "cell"), [("windows", 4), ("direct", 4), ("pixels", 1)])
+def test_scores_of_windows_are_what_they_predict_at_its_cells(folder, compose, kind, cell, size):
     """Exactly; between cells of 4 px no grid holds what windows predict, and the more the scores say the less it does.
 
     The nearest grid in the least squares differs by 0.081 where this one does by 0.100 (`direct`, 150 x 210).
@@ -79,7 +80,7 @@ def test_scores_of_windows_are_what_they_predict_at_its_cells(folder, compose, k
     scores, valid = teacher(compose, str(folder / kind))(image)
     model = dinoseg.load(folder / kind, device="cpu", precision="fp32")
     predicted = torch.from_numpy(model.predict(image.permute(1, 2, 0).numpy()).probabilities)
-    assert scores.shape[1:] == tuple(-(-side // 4) for side in size) and valid == (1.0, 1.0)
+    assert scores.shape[1:] == tuple(-(-side // cell) for side in size) and valid == (1.0, 1.0)
     wanted = F.interpolate(predicted[None], scores.shape[1:], mode="bilinear")[0]
     torch.testing.assert_close(scores.softmax(0), wanted, atol=1e-5, rtol=0)
 
@@ -101,6 +102,9 @@ def test_a_file_that_changes_before_it_is_read_is_not_used(folder, compose, tmp_
     asked = teacher(compose, str(path))
     path.write_bytes((folder / "detail/checkpoints/best.safetensors").read_bytes())
     with pytest.raises(UserError, match=r"teacher=.*best.safetensors was changed since this run began"):
+        asked(torch.zeros(3, 9, 9, dtype=torch.uint8))
+    path.unlink()
+    with pytest.raises(UserError, match=r"^teacher=.*best.safetensors: No such file or directory. Check that file"):
         asked(torch.zeros(3, 9, 9, dtype=torch.uint8))
 
 
@@ -178,9 +182,10 @@ def test_what_is_wrong_in_its_file_is_said_to_be_the_teacher_s(folder, compose, 
         )
 
 
-def test_a_crop_of_a_stranger_s_takes_no_memory(folder, compose, tmp_path):
+@pytest.mark.parametrize("crop", [[16384, 16384], [20, 29]])  # the latter no multiple of patches
+def test_a_crop_of_a_stranger_s_takes_no_memory(folder, compose, tmp_path, crop):
     """Cells for each pixel are counted on an image of any size, which is how the crop is used."""
-    path = changed(folder, tmp_path / "best.safetensors", "config", "resolution", "crop", value=[16384, 16384])
+    path = changed(folder, tmp_path / "best.safetensors", "config", "resolution", "crop", value=crop)
     asked, plain = teacher(compose, path), teacher(compose, str(folder / "linear"))
     assert asked._read()[1] == pytest.approx(plain._read()[1]) == (1 / 8, 1 / 8)
 
