@@ -94,6 +94,10 @@ def test_heads_of_four_levels_refuse_another_number(name, dim, num_layers):
         HEADS[name](dim, num_layers)
 
 
+# what a config says beside the constructor's defaults; direct: configs from before that key are built without
+OTHERS = {"multiscale": {"least_maps": 2}, "detail": {"direct": True}}
+
+
 @pytest.mark.parametrize(
     ("name", "layers"),
     [
@@ -115,4 +119,4 @@ def test_config_names_the_constructor_s_own_defaults(name, layers):
     if "patch_size" in parameters:
         assert node.pop("patch_size") == "${backbone.patch_size}"
     defaults = {key: value.default for key, value in parameters.items() if value.default is not value.empty}
-    assert node == defaults | ({"least_maps": 2} if name == "multiscale" else {})
+    assert node == defaults | OTHERS.get(name, {})
