@@ -19,7 +19,8 @@ from dinoseg.evaluation.image_record import ImageRecord
 from dinoseg.evaluation.paired_pictures import Pictures, most_different
 from dinoseg.evaluation.sides import Side
 from dinoseg.evaluation.verdicts import deciding, differences, mean_scores
-from dinoseg.report.html.comparison import MEANS, WIDEST, OtherRun
+from dinoseg.report.html.comparison import WIDEST, OtherRun
+from dinoseg.report.table import MEANS
 from dinoseg.report.verdicts import SURELY_BETTER, SURELY_WORSE
 from dinoseg.storage.atomic import write_text
 from dinoseg.wording import one_line

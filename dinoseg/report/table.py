@@ -12,6 +12,12 @@ from tabulate import tabulate
 from dinoseg.storage.atomic import write_text
 
 _COLUMNS = ("iou", "dice", "accuracy", "precision", "recall")
+MEANS = {  # how scores that are one number over all classes are called
+    "miou": "mIoU",
+    "miou_no_background": "mIoU without background",
+    "dice": "mean Dice",
+    "accuracy": "pixel accuracy",
+}
 
 
 def class_table(scores: Mapping[str, Any], classes: Sequence[str], background: int | None = None) -> str:
@@ -27,12 +33,12 @@ def class_table(scores: Mapping[str, Any], classes: Sequence[str], background: i
     objects: list[tuple[str, float | None, str]] = []
     if background is not None:
         note = f"without class {background}, {classes[background]}"
-        objects = [("mIoU without background", scores["miou_no_background"], note)]
+        objects = [(MEANS["miou_no_background"], scores["miou_no_background"], note)]
     means = [
-        ("mIoU", scores["miou"], present),
+        (MEANS["miou"], scores["miou"], present),
         *objects,
-        ("mean Dice", scores["dice"], present),
-        ("pixel accuracy", scores["accuracy"], f"of {scores['pixels']:,} pixels"),
+        (MEANS["dice"], scores["dice"], present),
+        (MEANS["accuracy"], scores["accuracy"], f"of {scores['pixels']:,} pixels"),
         ("mean class accuracy", scores["mean_accuracy"], "over the classes of the reference"),
     ]
     text = tabulate(

@@ -14,6 +14,7 @@ from dinoseg.report.html.pictures import BOTH_WRONG, RIGHT, WRONG, card, marked
 from dinoseg.report.html.tables import Cell, class_cell, number_cell, plain_cell, table, whisker
 from dinoseg.report.overlay import blend, legend_of
 from dinoseg.report.scores import few_units
+from dinoseg.report.table import MEANS
 from dinoseg.report.verdicts import SURELY_BETTER, SURELY_WORSE
 from dinoseg.shapes import Palette
 from dinoseg.wording import count_of
@@ -22,12 +23,6 @@ _DOTS = 2000  # of a chart: a page of more takes seconds to open
 _MARKS = {SURELY_BETTER: ("up", "\u25b2 "), SURELY_WORSE: ("down", "\u25bc ")}
 _DECIDING = 6  # images that are named
 WIDEST = 3  # sides that have columns for all that is said of them; of more, compare.png shows the intervals
-MEANS = {  # how scores that are one number over all classes are called
-    "miou": "mIoU",
-    "miou_no_background": "mIoU without background",
-    "dice": "mean Dice",
-    "accuracy": "pixel accuracy",
-}
 
 
 @dataclass(frozen=True)

@@ -14,16 +14,17 @@ from dinoseg.report.html.page import Section, page, paragraph, percent, spanned,
 from dinoseg.report.html.pictures import Shot, prediction_card
 from dinoseg.report.html.tables import class_cell, number_cell, plain_cell, table, whisker
 from dinoseg.report.scores import few_units
+from dinoseg.report.table import MEANS
 from dinoseg.shapes import Palette
 from dinoseg.wording import count_of
 
 _BARS = 20
 _VIDEOS = 24  # whose curves are drawn
-_MEANS = {
-    "miou": ("mIoU", "mean over the classes present"),
-    "miou_no_background": ("mIoU without background", "mean over the other classes present"),
-    "dice": ("mean Dice", "mean over the classes present"),
-    "accuracy": ("pixel accuracy", "share of the labelled pixels"),
+_NOTES = {
+    "miou": "mean over the classes present",
+    "miou_no_background": "mean over the other classes present",
+    "dice": "mean over the classes present",
+    "accuracy": "share of the labelled pixels",
 }
 
 
@@ -112,8 +113,8 @@ def _warnings(report: EvaluationReport) -> list[str]:
 
 def _scores(report: EvaluationReport) -> Section:
     shown = [
-        (name, f"{percent(report.scores[key])} %", _between(report.intervals.get(key)) or note)
-        for key, (name, note) in _MEANS.items()
+        (name, f"{percent(report.scores[key])} %", _between(report.intervals.get(key)) or _NOTES[key])
+        for key, name in MEANS.items()
         if key in report.scores
     ]
     present, pixels = report.scores["present_classes"], report.scores["pixels"]
