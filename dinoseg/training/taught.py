@@ -98,13 +98,15 @@ class TaughtLoss(Loss):
     (FixMatch, arXiv 2001.07685): what is learnt from them grows with how sure it is.
 
     Args:
-        criterion: the loss of either.
+        criterion: of images with masks.
+        of_views: that of views: for it all classes should weigh alike. A teacher that learnt with weights gives rare
+            classes more pixels than they have; weighted once more, its student would give them more yet, and so on.
         weight: of the views.
     """
 
-    def __init__(self, criterion: Loss, weight: NotNegative) -> None:
+    def __init__(self, criterion: Loss, of_views: Loss, weight: NotNegative) -> None:
         super().__init__()
-        self.criterion, self.weight = criterion, weight
+        self.criterion, self.of_views, self.weight = criterion, of_views, weight
         self.needs_masks, self.sums_over_batch = criterion.needs_masks, criterion.sums_over_batch
 
     def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -114,7 +116,7 @@ class TaughtLoss(Loss):
         first = len(batch.names)
         value, parts = self.criterion(prediction.of_images(slice(0, first)), batch.labelled)
         views = batch.views
-        taught, _ = self.criterion(prediction.of_images(slice(first, None)), views)
+        taught, _ = self.of_views(prediction.of_images(slice(first, None)), views)
         sure = (views.mask != batch.ignore_index).sum() / batch.inside.clamp(min=1)
         taught = taught * sure
         parts = beside_others(parts, first) if self.weight else parts

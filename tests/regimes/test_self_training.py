@@ -12,6 +12,7 @@ from finished_runs import rows, trained
 
 from dinoseg.images import write_png
 from dinoseg.regimes import unmasked
+from dinoseg.regimes.self_training import SelfTrainingRegime
 from dinoseg.runs.recipe import recipe_of
 from dinoseg.training import checkpoint
 from dinoseg.training.trainee import Trainee
@@ -67,6 +68,17 @@ def test_the_teacher_is_the_moving_average_and_leaves_the_student_as_it_is(folde
     monkeypatch.setattr(Trainee, "_teach", watched)
     trained(folder, "watched", *HALF, "trainer.steps=3", "engine.precision=fp32")
     assert seen == [False, True, True]
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "ce_dice", "focal"])
+def test_weights_of_classes_are_for_masks_alone(folder, monkeypatch, loss):
+    """A teacher that learnt by them gives rare classes more pixels than they have: weighted again, ever more."""
+    made, objective = [], SelfTrainingRegime.objective
+    monkeypatch.setattr(SelfTrainingRegime, "objective", lambda *given: made.append(objective(*given)) or made[0])
+    trained(folder, f"weighted_{loss}", *HALF, "trainer.steps=1", f"loss={loss}", "loss.weights={bright: 3}")
+    for part, weights in (("criterion", [1.0, 3.0]), ("of_views", [1.0, 1.0])):
+        found = [value.tolist() for name, value in getattr(made[0], part).named_buffers() if name.endswith("weight")]
+        assert found and all(value == weights for value in found)
 
 
 def test_frames_of_a_video_are_learnt_from(folder):

@@ -19,6 +19,11 @@ def predicted(scores):
     return Prediction(scores, size, (1.0, 1.0), lambda outputs, size, valid: outputs)
 
 
+def both(criterion, weight=1.0):
+    """Return one loss of masks and of views."""
+    return TaughtLoss(criterion, criterion, weight)
+
+
 def mixed(labelled, unlabelled, size=(5, 6), threshold=0.6, ignore=255, seed=0):
     draw = torch.Generator().manual_seed(seed)
 
@@ -79,11 +84,11 @@ def test_the_loss_is_that_of_masks_and_a_mean_over_all_pixels_of_the_views(crite
     taught.mask[0] = 255
     weights = torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64)
     scores = torch.randn(taught.count, K, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    loss = TaughtLoss(criterion(weights), weight)
+    even = torch.tensor([1.0, 1.5, 1.0], dtype=torch.float64)
+    loss = TaughtLoss(criterion(weights), criterion(even), weight)
     value, parts = loss(predicted(scores), taught)
-    plain = criterion(weights)
-    own = plain(predicted(scores[:2]), taught.labelled)[0]
-    views = plain(predicted(scores[2:]), taught.views)[0]
+    own = criterion(weights)(predicted(scores[:2]), taught.labelled)[0]
+    views = criterion(even)(predicted(scores[2:]), taught.views)[0]
     share = int((taught.views.mask != 255).sum()) / int(taught.inside)
     assert parts["sure"].item() == pytest.approx(share, abs=1e-6) and 0 < share < 1
     assert value.item() == pytest.approx((own + weight * views * share).item(), rel=1e-6)
@@ -91,8 +96,8 @@ def test_the_loss_is_that_of_masks_and_a_mean_over_all_pixels_of_the_views(crite
         mask, logs = taught.views.mask.long(), scores[2:].log_softmax(dim=1)
         sums = [0.0, 0.0]
         for at, k in ((at, mask[tuple(at)].item()) for at in (mask != 255).nonzero().tolist()):
-            sums[0] -= (weights[k] * logs[at[0], k, at[1], at[2]]).item()
-            sums[1] += weights[k].item()
+            sums[0] -= (even[k] * logs[at[0], k, at[1], at[2]]).item()
+            sums[1] += even[k].item()
         assert parts["unlabelled"].item() == pytest.approx(sums[0] / sums[1] * share, rel=1e-6)
 
 
@@ -100,11 +105,11 @@ def test_a_teacher_that_is_never_sure_changes_nothing_and_validation_asks_the_lo
     taught = mixed(2, 3, threshold=0.9999).taught(teacher)
     scores = torch.randn(taught.count, K, 5, 6, requires_grad=True)
     criterion = CrossEntropy(torch.ones(K))
-    value, parts = TaughtLoss(criterion, 1.0)(predicted(scores), taught)
+    value, parts = both(criterion)(predicted(scores), taught)
     value.backward()
     assert parts["sure"] == 0 and scores.grad[:2].abs().sum() > 0 and scores.grad[2:].abs().sum() == 0
     plain = Batch(taught.image, taught.mask, [""] * taught.count)
-    alone, of_plain = TaughtLoss(criterion, 1.0)(predicted(scores), plain)
+    alone, of_plain = both(criterion)(predicted(scores), plain)
     assert alone == criterion(predicted(scores), plain)[0] and "sure" not in of_plain
 
 
@@ -123,13 +128,13 @@ def test_views_that_show_no_pixel_of_an_image_cost_nothing():
     batch.outside[:] = 255
     taught = batch.taught(teacher)
     scores = torch.randn(taught.count, K, 5, 6, generator=torch.Generator().manual_seed(1))
-    value, parts = TaughtLoss(CrossEntropy(torch.ones(K)), 1.0)(predicted(scores), taught)
+    value, parts = both(CrossEntropy(torch.ones(K)))(predicted(scores), taught)
     assert parts["sure"] == 0 and parts["unlabelled"] == 0 and value.isfinite()
 
 
 def test_what_the_loss_of_masks_needs_is_asked_for():
-    assert not TaughtLoss(CrossEntropy(torch.ones(K)), 1.0).sums_over_batch
-    assert TaughtLoss(Dice(torch.ones(K)), 1.0).sums_over_batch
+    assert not both(CrossEntropy(torch.ones(K))).sums_over_batch
+    assert both(Dice(torch.ones(K))).sums_over_batch
 
 
 def test_all_of_a_batch_goes_to_the_device():
@@ -141,9 +146,9 @@ def test_a_batch_whose_masks_ignore_all_is_taught_all_the_same():
     taught = mixed(2, 3).taught(teacher)
     scores = torch.randn(taught.count, K, 5, 6, generator=torch.Generator().manual_seed(1))
     taught.mask[:2] = 255
-    value, parts = TaughtLoss(CrossEntropy(torch.ones(K)), 1.0)(predicted(scores), taught)
+    value, parts = both(CrossEntropy(torch.ones(K)))(predicted(scores), taught)
     assert value == parts["unlabelled"] > 0 and parts["weight"] == 2
-    assert TaughtLoss(CrossEntropy(torch.ones(K)), 0.0)(predicted(scores), taught)[1]["weight"] == 0
+    assert both(CrossEntropy(torch.ones(K)), 0.0)(predicted(scores), taught)[1]["weight"] == 0
 
 
 def test_parts_hold_each_image_once():
