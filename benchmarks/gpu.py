@@ -15,6 +15,7 @@ in processor seconds.
 
 import argparse
 import gc
+import itertools
 import time
 from collections.abc import Callable, Sequence
 
@@ -79,20 +80,16 @@ def main() -> None:
 
 def speeds(args: argparse.Namespace, device: str, sizes: Sequence[Size], peak: float) -> None:
     """Print images/s and shares of the peak, and tell how much faster than in float32 they are."""
-    rows = []
-    for backbone in args.backbones:
-        for size in sizes:
-            for task in args.tasks:
-                found = {way: speed(args, device, backbone, size, task, way) for way in args.ways}
-                where = f"{backbone}, {size[0]} x {size[1]}, {task}"
-                rows += [
-                    (where, way, rate, 100 * flops * rate / peak, peaked)
-                    for way, (rate, flops, peaked) in found.items()
-                ]
-                for better, plain in (("bfloat16", "float32"), ("compiled", "bfloat16")):
-                    if better in found and plain in found:
-                        tell(Row(f"{where}, {better}, images/s", plain, found[better][0] / found[plain][0]))
-    print(tabulate(rows, ("model", "way", "images/s", "% of peak", "GiB"), floatfmt=".3g"))
+    for backbone, size in itertools.product(args.backbones, sizes):
+        rows = []
+        for task in args.tasks:
+            found = {way: speed(args, device, backbone, size, task, way) for way in args.ways}
+            where = f"{backbone}, {size[0]} x {size[1]}, {task}"
+            rows += [(where, way, rate, 100 * flops * rate / peak, gib) for way, (rate, flops, gib) in found.items()]
+            for better, plain in (("bfloat16", "float32"), ("compiled", "bfloat16")):
+                if better in found and plain in found:
+                    tell(Row(f"{where}, {better}, images/s", plain, found[better][0] / found[plain][0]))
+        print(tabulate(rows, ("model", "way", "images/s", "% of peak", "GiB"), floatfmt=".3g"), flush=True)
 
 
 def speed(
