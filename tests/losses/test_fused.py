@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 import sys
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -89,6 +90,26 @@ def test_the_kernel_gives_what_all_logits_at_once_do_and_nan_for_a_label_that_is
 @pytest.mark.slow
 def test_the_kernel_compiles_for_devices_that_are_not_here(tmp_path):
     assert min(said_by("compiled", tmp_path)) > 10_000
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("case", [*CASES, ((33, 47), 2, (512, 700), 0.2), ((64, 64), 1, (1024, 1024), 0.5)])
+def test_on_a_device_the_kernel_gives_what_all_logits_at_once_do(monkeypatch, name, case):
+    taken = []
+    monkeypatch.setattr(Fused, "takes", lambda self, grid: grid.is_cuda)
+    monkeypatch.setattr(full_resolution, "better", lambda way, tiled, grid: taken.append(way) or way)
+    loss, reference = LOSSES[name]
+    prediction, batch = drawn(*case, seed=3, dtype=torch.float32)
+    wanted = reference(all_logits(prediction.grid, case[2], prediction.valid), batch.mask.long())
+    there = replace(prediction, grid=prediction.grid.detach().cuda().requires_grad_())
+    value = deepcopy(loss).cuda()(there, batch.to(torch.device("cuda")))[0]
+    pairs = ((value, wanted), (gradient(3 * value, there.grid), 3 * gradient(wanted, prediction.grid)))
+    for mine, other in pairs:
+        assert float((mine.cpu() - other).detach().abs().max()) <= 2e-6 * float(
+            other.detach().abs().max().clamp(min=1e-30)
+        )
+    assert taken
 
 
 class Way:

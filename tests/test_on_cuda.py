@@ -1,0 +1,153 @@
+"""What is done on CUDA, done there: numbers beside a CPU's, waits as torch counts them, quantised blocks, memory."""
+
+import warnings
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from checkpoint_files import INFO
+from test_cuda_matrix import BACKBONES, QUANTISED, WAITS, cell, losses
+from test_cuda_paths import Noise, Rows, Watched, tiny
+from test_matrix import FILES, HEADS, SMALL_HEADS
+
+from dinoseg.config.plain import plain
+from dinoseg.costs.fitting import Fitting
+from dinoseg.costs.target import Target, memory_of
+from dinoseg.costs.trial import drawn_steps
+from dinoseg.processes.workers import in_own_process
+from dinoseg.training.checkpoint import Checkpoints, read
+from dinoseg.training.engine import Engine
+from dinoseg.training.fit import fit
+from dinoseg.training.optim import adamw, schedule
+
+pytestmark = [pytest.mark.gpu, pytest.mark.slow]
+
+
+@pytest.fixture(autouse=True)
+def whole_float32(monkeypatch):
+    """Multiply without TF32, whose 10 bits are not a CPU's 23, and count waits where a test asks for it."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+class Waits:
+    """How often CUDA was waited for since the last time, as torch warns of it."""
+
+    def __init__(self, caught):
+        self.caught = caught
+
+    def take(self):
+        found = [str(each.message) for each in self.caught]
+        self.caught.clear()
+        return sum("synchroniz" in message for message in found)
+
+
+def train(
+    folder, model, loss, device="cuda", precision="fp32", start=None, watch=False, compile=False, adam=False, **options
+):
+    """Train, by plain descent unless it is to go on: rounding does not turn its steps; return rows, state and feed."""
+    engine = Engine(device, precision, workers=0, compile=compile)
+    model, loss = engine.place(model), loss.to(engine.device)
+    log, feed = Rows(), Watched(Noise(4), Noise(2), lambda image, mask, _: (image, mask), 2, seed=0, workers=0)
+    optimizer = adamw(model, lr=1e-3)
+    optimizer = optimizer if adam else torch.optim.SGD(optimizer.param_groups, fused=device == "cuda")
+    checkpoints = Checkpoints(folder, dict(INFO), start)
+    settings = {"steps": 3, "val_every": 3, "log_every": 1, **options}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        feed.begin(Waits(caught))
+        torch.cuda.set_sync_debug_mode("warn" if watch else "default")
+        fit(model, loss, feed, optimizer, engine, checkpoints, log, schedule=schedule("constant"), **settings)
+        torch.cuda.set_sync_debug_mode("default")
+    state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
+    return SimpleNamespace(rows=log.rows, state=state, feed=feed)
+
+
+def values(done, key):
+    return [row[key] for row in done.rows if key in row]
+
+
+def agree(there, here, close=1e-3):
+    for key in ("train/loss", "val/loss", "val/miou"):
+        assert len(values(here, key)) > 0
+        assert values(there, key) == pytest.approx(values(here, key), rel=close, abs=close), key
+
+
+def beside_a_cpu(folder, close=1e-3, **given):
+    """Train a cell on either device, without what each draws by itself."""
+    done = {}
+    for device in ("cuda", "cpu"):
+        model, loss = cell(**given)
+        for part in model.modules():
+            if isinstance(part, torch.nn.Dropout | torch.nn.Dropout2d):
+                part.p = 0.0
+            if hasattr(part, "jitter"):
+                part.jitter = 0.0
+        done[device] = train(folder / device, model, loss, device=device)
+    agree(done["cuda"], done["cpu"], close)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_each_head_learns_what_it_does_on_a_cpu(tmp_path, head):
+    masks = "num_queries" in SMALL_HEADS.get(head, {})
+    # points are drawn on the device, by a generator of its own
+    beside_a_cpu(tmp_path, 0.2 if masks else 1e-3, head=head, loss="mask_classification" if masks else "cross_entropy")
+
+
+@pytest.mark.parametrize("loss", [each for each in losses() if each != "mask_classification"])
+def test_each_loss_is_that_of_a_cpu(tmp_path, loss):
+    beside_a_cpu(tmp_path, loss=loss)
+
+
+@pytest.mark.parametrize("adapter", [each for each in FILES["adapter"] if each not in QUANTISED])
+def test_each_adapter_learns_what_it_does_on_a_cpu(tmp_path, adapter):
+    beside_a_cpu(tmp_path, adapter=adapter)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_each_backbone_learns_what_it_does_on_a_cpu(tmp_path, backbone):
+    beside_a_cpu(tmp_path, 5e-3, adapter="full", backbone=backbone)
+
+
+@pytest.mark.parametrize("adapter", QUANTISED)
+def test_quantised_blocks_learn_what_they_do_on_a_cpu(tmp_path, adapter):
+    """With kernels of their own, which round otherwise."""
+    beside_a_cpu(tmp_path, 0.05, adapter=adapter)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("head", HEADS)
+def test_a_step_waits_for_the_device_where_it_is_said_to(tmp_path, head, precision):
+    loss = "mask_classification" if "num_queries" in SMALL_HEADS.get(head, {}) else "cross_entropy"
+    done = train(tmp_path, *cell(head, loss=loss), precision=precision, watch=True, steps=4, val_every=4, log_every=4)
+    waits = sum(WAITS.get(loss, {}).values())
+    assert done.feed.steps[1:3] == [waits, waits]  # the first one is that of kernels that are made
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of torch's own compiler
+def test_compiled_blocks_learn_the_same(tmp_path):
+    plain, compiled = (train(tmp_path / str(way), *cell(adapter="full"), compile=way) for way in (False, True))
+    agree(compiled, plain)
+
+
+@pytest.mark.parametrize(("first", "then"), [("cuda", "cuda"), ("cuda", "cpu"), ("cpu", "cuda")])
+def test_a_training_goes_on_from_its_checkpoint(tmp_path, first, then):
+    whole = train(tmp_path / "whole", *tiny(), adam=True, steps=4, val_every=2)
+    train(tmp_path / "cut", *tiny(), device=first, adam=True, steps=2, val_every=2)
+    start = read(tmp_path / "cut" / "last.safetensors")
+    rest = train(tmp_path / "cut", *tiny(), device=then, adam=True, start=start, steps=4, val_every=2)
+    assert values(rest, "train/loss") == pytest.approx(values(whole, "train/loss")[2:], rel=1e-3)
+
+
+@pytest.mark.parametrize("adapter", ["frozen", "lora", "full"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_a_step_takes_is_foretold(compose, adapter, checkpointing):
+    words = ("backbone=dinov3_vits16", "backbone.weights=random", f"adapter={adapter}", "head=linear")
+    words += ("data.root=none", "data.classes=[a,b,c]", "resolution.crop=[256,256]", "data.batch_size=8")
+    cfg = compose(*words, f"backbone.checkpointing={str(checkpointing).lower()}", "engine.precision=bf16")
+    target = Target("cuda", memory_of("24GiB"), bf16=True)
+    foretold = Fitting(cfg, target).as_it_is
+    taken = in_own_process(partial(drawn_steps, samples=8), plain(cfg)).peak
+    assert 0.9 * foretold.step.peak < taken < 1.08 * foretold.step.peak + 128 * 2**20, (foretold.step.peak, taken)
