@@ -1,9 +1,9 @@
 """Print what a training step of a head costs against one of `head=multiscale`, on a frozen backbone, in processor s.
 
 `python benchmarks/head_step.py [--heads detail "detail head.blocks=1"] [--steps 8] [--backbone KEY=VALUE ...]`: random
-weights, batches of 2 crops of 352 x 480 of drawn noise in 11 classes, `loss=ce_dice`, one thread, float32; once with the backbone live and
-once from kept features (`engine.cache=memory`). Each training is a process of its own; of its steps, and of `--repeats`
-in turns, the least counts.
+weights, batches of 2 crops of 352 x 480 of drawn noise in 11 classes, `loss=ce_dice`, one thread, float32; once with
+the backbone live and once from kept features (`engine.cache=memory`). Each training is a process of its own; of its
+steps, and of `--repeats` in turns, the least counts.
 """
 
 import argparse
@@ -30,7 +30,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         draw_data(Path(folder) / "data")
         for cache, head in [*least] * given.repeats:
-            words = [*WORDS, *given.backbone, *f"head={head}".split(), "loss=ce_dice", "data.views=1", f"engine.cache={cache}"]
+            words = [*WORDS, *given.backbone, *f"head={head}".split(), f"engine.cache={cache}"]
+            words += ["loss=ce_dice", "data.views=1"]
             with tempfile.TemporaryDirectory(dir=folder) as where:
                 command = [str(HERE / "step_times.py"), "1", *words, f"trainer.steps={given.steps}"]
                 times = told(command, where, 1, f"{head}, {CACHES[cache]}")
