@@ -21,7 +21,7 @@ from dinoseg.training.engine import Engine
 from dinoseg.training.fit import fit
 from dinoseg.training.optim import adamw, schedule
 
-pytestmark = [pytest.mark.gpu, pytest.mark.slow]
+pytestmark = [pytest.mark.gpu, pytest.mark.heavy]
 
 
 @pytest.fixture(autouse=True)
