@@ -148,6 +148,9 @@ def _look(name: Any, args: Any, kwargs: Any) -> None:
         for index in indices:
             if not isinstance(index, Pretended):
                 _waits.add("index from the host")
+        # a number of Python becomes a tensor of the host, and is copied unless it fills a mask's choice
+        if name is not aten.index and not (chosen and filled) and not isinstance(args[2], Pretended):
+            _waits.add("copy to the device")
         on_host = [t for t in on_host if all(t is not index for index in indices)]
     if name is aten.copy_ and isinstance(args[0], Pretended) != isinstance(args[1], Pretended):
         asynchronous = len(args) > 2 and args[2] or kwargs.get("non_blocking")

@@ -257,6 +257,7 @@ def test_the_pretended_device_refuses_and_counts():
         with pytest.raises(TypeError, match="can't convert cuda"):
             one.numpy()
         assert (one + 1).device.type == "cuda" and one.cpu().tolist() == [1.0, 1.0, 1.0]
+        numbers = torch.ones(3, device="cuda").long()
         waits.take()
         for waiting in (
             lambda: one.sum().item(),
@@ -264,6 +265,7 @@ def test_the_pretended_device_refuses_and_counts():
             lambda: one.tolist(),
             lambda: one[one > 0],
             lambda: one[[0, 1]],
+            lambda: one.__setitem__(numbers, torch.tensor(3.0)),
             lambda: torch.tensor([1.0], device="cuda"),
             lambda: one.new_tensor([1.0]),
             lambda: torch.ones(2).to("cuda", non_blocking=True),

@@ -47,10 +47,12 @@ class Waits:
 def train(
     folder, model, loss, device="cuda", precision="fp32", start=None, watch=False, compile=False, adam=False, **options
 ):
-    """Train, by plain descent unless it is to go on: rounding does not turn its steps; return rows, state and feed."""
+    """Train, by plain descent unless it is to go on: rounding turns no step; return rows, what moved and feed."""
     engine = Engine(device, precision, workers=0, compile=compile)
     model, loss = engine.place(model), loss.to(engine.device)
     log, feed = Rows(), Watched(Noise(4), Noise(2), lambda image, mask, _: (image, mask), 2, seed=0, workers=0)
+    trained = {name: part for name, part in model.named_parameters() if part.requires_grad}
+    before = {name: part.detach().cpu().clone() for name, part in trained.items()}
     optimizer = adamw(model, lr=1e-3)
     optimizer = optimizer if adam else torch.optim.SGD(optimizer.param_groups, fused=device == "cuda")
     checkpoints = Checkpoints(folder, dict(INFO), start)
@@ -61,21 +63,24 @@ def train(
         torch.cuda.set_sync_debug_mode("warn" if watch else "default")
         fit(model, loss, feed, optimizer, engine, checkpoints, log, schedule=schedule("constant"), **settings)
         torch.cuda.set_sync_debug_mode("default")
-    state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
-    return SimpleNamespace(rows=log.rows, state=state, feed=feed)
+    moved = torch.cat([(part.detach().cpu() - before[name]).flatten().double() for name, part in trained.items()])
+    return SimpleNamespace(rows=log.rows, moved=moved, feed=feed)
 
 
 def values(done, key):
     return [row[key] for row in done.rows if key in row]
 
 
-def agree(there, here, close=1e-3):
+def agree(there, here, close=1e-3, turned=0.05):
+    """Hold losses and scores, and what weights moved by: three steps change a loss by less than it may be off."""
     for key in ("train/loss", "val/loss", "val/miou"):
         assert len(values(here, key)) > 0
         assert values(there, key) == pytest.approx(values(here, key), rel=close, abs=close), key
+    assert 0 < here.moved.norm() < torch.inf and there.moved.norm() > 0
+    assert (there.moved - here.moved).norm() <= turned * here.moved.norm()
 
 
-def beside_a_cpu(folder, close=1e-3, **given):
+def beside_a_cpu(folder, close=1e-3, turned=0.05, **given):
     """Train a cell on either device, without what each draws by itself."""
     done = {}
     for device in ("cuda", "cpu"):
@@ -86,14 +91,15 @@ def beside_a_cpu(folder, close=1e-3, **given):
             if hasattr(part, "jitter"):
                 part.jitter = 0.0
         done[device] = train(folder / device, model, loss, device=device)
-    agree(done["cuda"], done["cpu"], close)
+    agree(done["cuda"], done["cpu"], close, turned)
 
 
 @pytest.mark.parametrize("head", HEADS)
 def test_each_head_learns_what_it_does_on_a_cpu(tmp_path, head):
     masks = "num_queries" in SMALL_HEADS.get(head, {})
     # points are drawn on the device, by a generator of its own
-    beside_a_cpu(tmp_path, 0.2 if masks else 1e-3, head=head, loss="mask_classification" if masks else "cross_entropy")
+    close, loss = ((0.2, 1.0), "mask_classification") if masks else ((1e-3, 0.05), "cross_entropy")
+    beside_a_cpu(tmp_path, *close, head=head, loss=loss)
 
 
 @pytest.mark.parametrize("loss", [each for each in losses() if each != "mask_classification"])
@@ -108,13 +114,13 @@ def test_each_adapter_learns_what_it_does_on_a_cpu(tmp_path, adapter):
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_each_backbone_learns_what_it_does_on_a_cpu(tmp_path, backbone):
-    beside_a_cpu(tmp_path, 5e-3, adapter="full", backbone=backbone)
+    beside_a_cpu(tmp_path, 5e-3, 0.5, adapter="full", backbone=backbone)  # of ConvNeXt a CPU's own ways are 0.14 apart
 
 
 @pytest.mark.parametrize("adapter", QUANTISED)
 def test_quantised_blocks_learn_what_they_do_on_a_cpu(tmp_path, adapter):
     """With kernels of their own, which round otherwise."""
-    beside_a_cpu(tmp_path, 0.05, adapter=adapter)
+    beside_a_cpu(tmp_path, 0.05, 0.3, adapter=adapter)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -127,9 +133,10 @@ def test_a_step_waits_for_the_device_where_it_is_said_to(tmp_path, head, precisi
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of torch's own compiler
-def test_compiled_blocks_learn_the_same(tmp_path):
+def test_compiled_blocks_learn_the_same(tmp_path, caplog):
     plain, compiled = (train(tmp_path / str(way), *cell(adapter="full"), compile=way) for way in (False, True))
     agree(compiled, plain)
+    assert "torch cannot compile here" not in caplog.text
 
 
 @pytest.mark.parametrize(("first", "then"), [("cuda", "cuda"), ("cuda", "cpu"), ("cpu", "cuda")])

@@ -76,6 +76,7 @@ def test_weights_of_classes_are_for_masks_alone(folder, monkeypatch, loss):
     made, objective = [], SelfTrainingRegime.objective
     monkeypatch.setattr(SelfTrainingRegime, "objective", lambda *given: made.append(objective(*given)) or made[0])
     trained(folder, f"weighted_{loss}", *HALF, "trainer.steps=1", f"loss={loss}", "loss.weights={bright: 3}")
+    assert type(made[0].of_views) is type(made[0].criterion)
     for part, weights in (("criterion", [1.0, 3.0]), ("of_views", [1.0, 1.0])):
         found = [value.tolist() for name, value in getattr(made[0], part).named_buffers() if name.endswith("weight")]
         assert found and all(value == weights for value in found)

@@ -109,7 +109,8 @@ def test_a_teacher_that_is_never_sure_changes_nothing_and_validation_asks_the_lo
     value.backward()
     assert parts["sure"] == 0 and scores.grad[:2].abs().sum() > 0 and scores.grad[2:].abs().sum() == 0
     plain = Batch(taught.image, taught.mask, [""] * taught.count)
-    alone, of_plain = both(criterion)(predicted(scores), plain)
+    of_views = CrossEntropy(torch.tensor([5.0, 0.1, 1.0]))
+    alone, of_plain = TaughtLoss(criterion, of_views, 1.0)(predicted(scores), plain)
     assert alone == criterion(predicted(scores), plain)[0] and "sure" not in of_plain
 
 
@@ -135,6 +136,11 @@ def test_views_that_show_no_pixel_of_an_image_cost_nothing():
 def test_what_the_loss_of_masks_needs_is_asked_for():
     assert not both(CrossEntropy(torch.ones(K))).sums_over_batch
     assert both(Dice(torch.ones(K))).sums_over_batch
+
+
+def test_both_losses_go_to_the_device():
+    moved = TaughtLoss(CrossEntropy(torch.ones(K)), Dice(torch.ones(K)), 1.0).to("meta")
+    assert moved.criterion.weight.is_meta and moved.of_views.weight.is_meta
 
 
 def test_all_of_a_batch_goes_to_the_device():
