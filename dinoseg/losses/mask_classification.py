@@ -126,7 +126,7 @@ class MaskClassification(Loss):
             weights = torch.cat([weights, weights.new_full((1,), self.no_object)])
             unmatched = num_classes
         wanted = torch.full(logits.shape[:2], UNLABELLED, device=logits.device)
-        wanted.index_fill_(0, matched.image, unmatched)  # as an indexed assignment, CUDA would be waited for
+        wanted.index_fill_(0, matched.image, unmatched)  # torch 2.11 waits for CUDA in an indexed assignment
         wanted[matched.image, query] = matched.wanted
         total = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), weights, reduction="sum")
         norm = torch.where(wanted == UNLABELLED, 0, weights[wanted.clamp(min=0)]).sum()
