@@ -25,7 +25,7 @@ def load(
         path: what `mode=export` wrote (`model.safetensors`, `model.onnx`) or its folder, a run folder, a checkpoint.
         device: auto (CUDA, then MPS, then CPU), cuda, mps or cpu.
         runtime: torch or onnx; None: by the file.
-        precision: auto (bf16 where the device has it), bf16 or fp32.
+        precision: auto (bf16 where it is faster), bf16 or fp32.
         backbone: weights for a file that holds what was trained alone: a file, a folder or a hub id instead of the one
             that it names.
         head: the same of a head whose frozen part comes from a file.

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from dinoseg.data.enough_workers import warn_of_many
 from dinoseg.errors import UserError
 from dinoseg.model import Segmenter
+from dinoseg.precision import bfloat16_is_faster
 from dinoseg.ranges import Count, Natural, Positive
 from dinoseg.sizes import Size
 from dinoseg.training.compiled import compile_blocks
@@ -44,22 +45,12 @@ def choose_device(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 
-def has_bfloat16(device: torch.device) -> bool:
-    """Return whether `device` multiplies bfloat16 natively, so that autocast to it pays."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
-        has = torch.cpu.get_capabilities()
-        return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
-    return False
-
-
 class Engine:
     """One rank's device, precision and view of the others.
 
     Args:
         device: auto, cuda, mps or cpu.
-        precision: auto (bf16 where the device has it), bf16 or fp32. bf16 is autocast; weights stay float32, and
+        precision: auto (bf16 where it is faster), bf16 or fp32. bf16 is autocast; weights stay float32, and
             no gradient scaler is needed.
         workers: processes that load data, per rank; auto: two, and more where they are waited for and bring more.
         eval_batch_size: images of one size predicted at once when scoring, per rank; auto: see `images_at_once`.
@@ -101,7 +92,7 @@ class Engine:
         GradientState._reset_state()
         if not torch.distributed.is_initialized():
             PartialState._reset_state()
-        self.bf16 = precision == "bf16" or (precision == "auto" and has_bfloat16(chosen))
+        self.bf16 = precision == "bf16" or (precision == "auto" and bfloat16_is_faster(chosen))
         meet(chosen, rendezvous_timeout, rank_timeout)
         self.accelerator = Accelerator(
             cpu=chosen.type == "cpu", mixed_precision="bf16" if self.bf16 else "no", device_placement=True

@@ -8,8 +8,8 @@ import torch
 from command_line import SMALL, call, write_data
 
 from dinoseg.images import read_ids, write_png
+from dinoseg.precision import bfloat16_is_faster
 from dinoseg.training import checkpoint
-from dinoseg.training.engine import has_bfloat16
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def run(tmp_path_factory):
 def test_a_checkpoint_knows_the_sizes(run):
     info = checkpoint.describe(run / "run/checkpoints/best.safetensors")
     assert info["sizes"] == {"typical": 48, "largest": 72}  # 48 pixels, enlarged by up to 1.5
-    precision = {"engine.precision": "bf16" if has_bfloat16(torch.device("cpu")) else "fp32"}
+    precision = {"engine.precision": "bf16" if bfloat16_is_faster(torch.device("cpu")) else "fp32"}
     assert info["engine"] == {**precision, "engine.cache": "off", "features.dtype": None}
 
 

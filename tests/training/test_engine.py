@@ -22,6 +22,23 @@ def test_a_device_that_is_not_there_is_refused_with_those_that_are():
 
 
 @pytest.mark.parametrize(
+    ("has", "faster"),
+    [
+        ({"avx512_bf16": True, "amx_bf16": True, "cpu_name": "Intel Xeon"}, True),
+        ({"avx512_bf16": True, "amx_bf16": False, "cpu_name": "Intel Xeon"}, False),
+        ({"avx512_bf16": True, "cpu_name": "AMD EPYC"}, True),
+        ({"avx512_bf16": True}, True),
+        ({"avx512_bf16": False, "amx_bf16": False, "cpu_name": "AMD EPYC"}, False),
+        ({"bf16": True, "architecture": "aarch64"}, False),
+    ],
+)
+def test_auto_takes_bfloat16_where_it_is_faster(monkeypatch, has, faster):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    assert Engine("cpu", "auto").bf16 == faster
+    assert Engine("cpu", "bf16").bf16 and not Engine("cpu", "fp32").bf16
+
+
+@pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"device": "tpu"}, "engine.device=tpu is unknown"),
