@@ -12,6 +12,7 @@ from tiny_parts import tiny_vit
 from dinoseg import ranks
 from dinoseg.adapters import Frozen, Full, Lora
 from dinoseg.data.transforms import Augment
+from dinoseg.heads.detail import DetailHead
 from dinoseg.heads.linear import LinearHead
 from dinoseg.heads.mlp import MlpHead
 from dinoseg.heads.split import SplitHead
@@ -41,6 +42,7 @@ CASES = {
         "adapter": lambda: Lora(rank=2, alpha=2, targets="attention"),
         "dtype": "bfloat16",
     },
+    "detailed": {"head": lambda: DetailHead(24, 1, 3, 8, 4, 8, 1, jitter=0, direct=True), "steps": 1},
     "copies": {"head": lambda: SplitHead(24, 1, 3, blocks=1), "adapter": Frozen},
     "shared_copies": {"head": lambda: SplitHead(24, 1, 3, blocks=1), "adapter": Frozen, "sharding": "fsdp"},
     "kept": {"head": lambda: MlpHead(24, 1, 3, 8), "adapter": Frozen, "cache": "disk"},
@@ -65,13 +67,23 @@ def untrained(head, adapter=Full, dtype="float32"):
 
 
 def train(
-    folder, head, sharding="none", adapter=Full, dtype="float32", val=5, adamw=False, start=None, cache="off", **options
+    folder,
+    head,
+    sharding="none",
+    adapter=Full,
+    dtype="float32",
+    val=5,
+    adamw=False,
+    start=None,
+    cache="off",
+    batch_size=4,
+    **options,
 ):
     """Train with plain SGD, which hides no factor of the gradient, and return what this rank has of it."""
     engine, log = Engine("cpu", "fp32", workers=0, sharding=sharding, cache=cache), Rows()
     model = engine.place(untrained(head, adapter, dtype))
     sets = (Uneven([(24, 32)] * 6), Uneven([(24, 32)] * val))
-    order = {"batch_size": 4, "seed": 0, "workers": 0, "rank": engine.rank, "world": engine.world}
+    order = {"batch_size": batch_size, "seed": 0, "workers": 0, "rank": engine.rank, "world": engine.world}
     feed = ImageFeed(*sets, Augment((24, 32)), **order, views=None if cache == "off" else 1)
     loss, plan = CrossEntropy(WEIGHTS), Plan(folder / "cache", 3.0, "", {}, dtype="float32")
     feed.cache = feature_cache(feed, model, loss, engine, plan)
@@ -156,6 +168,18 @@ def test_what_is_scored_with_batchnorm_is_what_is_kept(pair, case):
     load_weights(model, read(folder / case / "best.safetensors"))
     scores = evaluate(model, Uneven([(24, 32)] * 5), Engine("cpu", "fp32"), loss=CrossEntropy(WEIGHTS))
     assert scores["loss"] == pytest.approx(first["best"], rel=1e-6)
+
+
+def test_batchnorm_of_ranks_on_a_cpu_is_that_of_as_many_parts_of_a_step(pair, tmp_path):
+    parts = train(tmp_path, **CASES["detailed"], batch_size=2, accumulate=2)
+    whole = train(tmp_path / "whole", **CASES["detailed"])
+    for rank in pair[1]:
+        learnt, scored = rank["detailed"]["rows"]
+        assert learnt["train/loss"] == pytest.approx(parts["rows"][0]["train/loss"], rel=1e-6)
+        assert learnt["train/gradient_norm"] == pytest.approx(parts["rows"][0]["train/gradient_norm"], rel=1e-5)
+        assert learnt["train/loss"] != pytest.approx(whole["rows"][0]["train/loss"], rel=1e-4)
+        for name, _ in untrained(CASES["detailed"]["head"]).named_parameters():
+            torch.testing.assert_close(rank["detailed"]["state"][name], parts["state"][name], atol=1e-6, rtol=1e-4)
 
 
 def test_running_statistics_are_the_first_rank_s_and_saved_as_such(pair):
