@@ -4,6 +4,11 @@ import torch
 from torch import Tensor
 
 
+def computes_in_bfloat16(precision: str, device: torch.device) -> bool:
+    """Return whether a precision (auto, bf16 or fp32) is bfloat16 on `device`."""
+    return precision == "bf16" or (precision == "auto" and bfloat16_is_faster(device))
+
+
 def bfloat16_is_faster(device: torch.device) -> bool:
     """Return whether `device` multiplies bfloat16 natively and faster than float32, so that autocast to it pays.
 

@@ -16,7 +16,7 @@ from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.trained_sizes import TrainedSizes, keep_scale
 from dinoseg.portable.facts import Facts
 from dinoseg.portable.runtime import Opened, Options
-from dinoseg.precision import bfloat16_is_faster
+from dinoseg.precision import computes_in_bfloat16
 from dinoseg.runs.resume import alone
 from dinoseg.runs.trained import restore
 from dinoseg.training import checkpoint
@@ -65,8 +65,8 @@ def load_torch(path: Path, options: Options) -> Opened:
     if model.head.slots is not None:
         raise UserError(f"{file} is a model of slots, which knows no classes. mode=track follows its segments.")
     keep_scale(model, sizes)
-    bf16 = options.precision == "bf16" or (options.precision == "auto" and bfloat16_is_faster(chosen))
-    predictor = Predictor(model.to(chosen), chosen, _autocast(chosen) if bf16 else nullcontext, policy)
+    context = _autocast(chosen) if computes_in_bfloat16(options.precision, chosen) else nullcontext
+    predictor = Predictor(model.to(chosen), chosen, context, policy)
     return Opened(TorchRuntime(predictor), facts, file if "facts" in said else None)
 
 

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from dinoseg.data.enough_workers import warn_of_many
 from dinoseg.errors import UserError
 from dinoseg.model import Segmenter
-from dinoseg.precision import bfloat16_is_faster
+from dinoseg.precision import computes_in_bfloat16
 from dinoseg.ranges import Count, Natural, Positive
 from dinoseg.sizes import Size
 from dinoseg.training.compiled import compile_blocks
@@ -92,7 +92,7 @@ class Engine:
         GradientState._reset_state()
         if not torch.distributed.is_initialized():
             PartialState._reset_state()
-        self.bf16 = precision == "bf16" or (precision == "auto" and bfloat16_is_faster(chosen))
+        self.bf16 = computes_in_bfloat16(precision, chosen)
         meet(chosen, rendezvous_timeout, rank_timeout)
         self.accelerator = Accelerator(
             cpu=chosen.type == "cpu", mixed_precision="bf16" if self.bf16 else "no", device_placement=True
