@@ -1,9 +1,9 @@
 """Print what a training step of a head costs against one of `head=multiscale`, on a frozen backbone, in processor s.
 
-`python benchmarks/head_step.py [--heads detail "detail head.blocks=1"] [--steps 8] [--backbone KEY=VALUE ...]`: random
-weights, batches of 2 crops of 352 x 480 of drawn noise in 11 classes, `loss=ce_dice`, one thread, float32; once with
-the backbone live and once from kept features (`engine.cache=memory`). Each training is a process of its own; of its
-steps, and of `--repeats` in turns, the least counts.
+`python benchmarks/head_step.py [--heads detail "detail head.blocks=1"] [--steps 8] [--backbone KEY=VALUE ...]
+[--precision bf16]`: random weights, batches of 2 crops of 352 x 480 of drawn noise in 11 classes, `loss=ce_dice`, one
+thread, float32 unless said otherwise; once with the backbone live and once from kept features (`engine.cache=memory`).
+Each training is a process of its own; of its steps, and of `--repeats` in turns, the least counts.
 """
 
 import argparse
@@ -25,13 +25,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--backbone", nargs="+", default=["backbone=dinov3_vits16"])
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     given = parser.parse_args()
     least = {(cache, head): float("inf") for cache in CACHES for head in (REFERENCE, *given.heads)}
     with tempfile.TemporaryDirectory() as folder:
         draw_data(Path(folder) / "data")
         for cache, head in [*least] * given.repeats:
             words = [*WORDS, *given.backbone, *f"head={head}".split(), f"engine.cache={cache}"]
-            words += ["loss=ce_dice", "data.views=1"]
+            words += ["loss=ce_dice", "data.views=1", f"engine.precision={given.precision}"]
             with tempfile.TemporaryDirectory(dir=folder) as where:
                 command = [str(HERE / "step_times.py"), "1", *words, f"trainer.steps={given.steps}"]
                 times = told(command, where, 1, f"{head}, {CACHES[cache]}")
@@ -39,7 +40,7 @@ def main() -> None:
     ratios = {(cache, head): least[cache, REFERENCE] / least[cache, head] for cache, head in least if head != REFERENCE}
     rows = [(CACHES[cache], head, busy, busy / least[cache, REFERENCE]) for (cache, head), busy in least.items()]
     print(tabulate(rows, ("", "head", "s a step", f"times {REFERENCE}"), floatfmt=".3g"))
-    print(f"{' '.join(given.backbone)}, one thread; {machine()}")
+    print(f"{' '.join(given.backbone)}, one thread, {given.precision}; {machine()}")
     tell(*(Row(f"{head}, {CACHES[cache]}, time a step", REFERENCE, ratio) for (cache, head), ratio in ratios.items()))
 
 

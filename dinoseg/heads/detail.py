@@ -136,7 +136,15 @@ class _Strips(nn.Module):
         self.norm = nn.BatchNorm2d(channels)
 
     def forward(self, grid: Tensor) -> Tensor:
-        return grid + F.relu(self.norm(self.near(grid) + self.row(grid) + self.column(grid)))
+        return grid + F.relu(self.norm(self.near(grid) + self._along_rows(grid) + self.column(grid)))
+
+    def _along_rows(self, grid: Tensor) -> Tensor:
+        if grid.device.type != "cpu" or not torch.is_grad_enabled():
+            return self.row(grid)
+        # CPUs take up to nine times as long for the gradients of rows as for those of columns
+        turned = grid.transpose(2, 3).contiguous(memory_format=torch.channels_last)
+        columns = F.conv2d(turned, self.row.weight.transpose(2, 3), padding=(_REACH // 2, 0), groups=len(self.row.weight))
+        return columns.transpose(2, 3)
 
 
 def _convolution(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Sequential:
