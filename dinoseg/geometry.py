@@ -12,6 +12,8 @@ from dinoseg.precision import at_least_float32
 from dinoseg.transfer import sent
 
 LATTICE = 1024  # pixels of an image that stand for it
+_READ = 48  # cells that a piece of a run reads on a CPU: a product with all cells of a fine grid is with zeros mostly
+_LEAST_PIECE = 64  # pixels
 
 
 def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
@@ -115,12 +117,21 @@ def cell_weights(length: int, cells: int, share: float, dtype: torch.dtype) -> t
     return low, weights
 
 
+class Piece(NamedTuple):
+    """A part of a run of pixels that reads few cells; both counted from the first of the run."""
+
+    pixels: slice
+    cells: slice
+    weights: Tensor  # (pixels, cells)
+
+
 class Span(NamedTuple):
     """A run of pixels along an axis, and the grid cells that they read when these are upsampled."""
 
     pixels: slice
     cells: slice
     weights: Tensor | None  # (pixels, cells): what each pixel reads; None: each pixel is its cell
+    pieces: Sequence[Piece] = ()  # of the run, where it reads many cells and a product with fewer pays
 
 
 def spans(length: int, cells: int, share: float, at_once: int, like: Tensor) -> list[Span]:
@@ -133,22 +144,67 @@ def spans(length: int, cells: int, share: float, at_once: int, like: Tensor) -> 
         at_once: pixels.
         like: of the type and on the device that the weights are wanted of and on.
     """
-    runs = [slice(start, min(start + at_once, length)) for start in range(0, length, at_once)]
     if _stays(length, cells, share):
-        return [Span(run, run, None) for run in runs]
+        return [Span(run, run, None) for run in _runs(length, at_once)]
     positions = _positions(length, cells, share)
+    piece = max(_LEAST_PIECE, math.ceil(_READ * length / (cells * share)))  # pixels
     found = []
-    for run in runs:
-        first, last = int(positions[run.start]), min(int(positions[run.stop - 1]) + 2, cells)
-        weights = _weights(positions[run] - first, last - first).to(like.dtype)
-        found.append(Span(run, slice(first, last), sent(weights, like.device)))
+    for run in _runs(length, at_once):
+        cells_read, weights = _reads(positions[run], cells, like)
+        pieces = []
+        if piece < len(weights) and like.device.type == "cpu":
+            own, width = positions[run] - cells_read.start, weights.shape[1]
+            pieces = [Piece(part, *_reads(own[part], width, like)) for part in _runs(len(weights), piece)]
+        found.append(Span(run, cells_read, weights, pieces))
     return found
 
 
-def upsample_tile(cells: Tensor, down: Tensor | None, along: Tensor | None) -> Tensor:
-    """Return a tile (K, H, W) of its own memory from its cells (K, h, w)."""
-    tile = cells.clone(memory_format=torch.contiguous_format) if along is None else cells @ along.T
-    return tile if down is None else down @ tile
+def _runs(length: int, at_once: int) -> list[slice]:
+    return [slice(start, min(start + at_once, length)) for start in range(0, length, at_once)]
+
+
+def _reads(positions: Tensor, cells: int, like: Tensor) -> tuple[slice, Tensor]:
+    """Return which cells of a grid pixels at ascending positions read, and how much (pixels, cells)."""
+    first, last = int(positions[0]), min(int(positions[-1]) + 2, cells)
+    weights = _weights(positions - first, last - first).to(like.dtype)
+    return slice(first, last), sent(weights, like.device)
+
+
+def upsample_tile(cells: Tensor, rows: Span, columns: Span) -> Tensor:
+    """Return a tile (K, H, W) of its own memory from the cells (K, h, w) that it reads; it has no gradient."""
+    if columns.weights is None:
+        tile = cells.clone(memory_format=torch.contiguous_format)
+    else:
+        tile = _along(cells.flatten(0, 1), columns.weights, columns.pieces).unflatten(0, cells.shape[:2])
+    return tile if rows.weights is None else rows.weights @ tile
+
+
+def reduce_tile(tile: Tensor, rows: Span, columns: Span) -> Tensor:
+    """Return the gradient of the cells (K, h, w) from that of the tile (K, H, W) that `upsample_tile` makes of them."""
+    cells = tile if rows.weights is None else rows.weights.T @ tile
+    if columns.weights is None:
+        return cells
+    return _back_along(cells.flatten(0, 1), columns.weights, columns.pieces).unflatten(0, cells.shape[:2])
+
+
+def _along(read: Tensor, weights: Tensor, pieces: Sequence[Piece]) -> Tensor:
+    """Return the pixels (N, W) of rows of cells (N, w)."""
+    if not pieces:
+        return read @ weights.T
+    pixels = read.new_empty(len(read), len(weights))
+    for piece in pieces:
+        torch.mm(read[:, piece.cells], piece.weights.T, out=pixels[:, piece.pixels])
+    return pixels
+
+
+def _back_along(pixels: Tensor, weights: Tensor, pieces: Sequence[Piece]) -> Tensor:
+    """Return the gradient of rows of cells (N, w) from that of the pixels (N, W) that `_along` makes of them."""
+    if not pieces:
+        return pixels @ weights
+    read = pixels.new_zeros(len(pixels), weights.shape[1])
+    for piece in pieces:
+        read[:, piece.cells].addmm_(pixels[:, piece.pixels], piece.weights)
+    return read
 
 
 def _stays(length: int, cells: int, share: float) -> bool:

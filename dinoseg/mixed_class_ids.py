@@ -54,20 +54,20 @@ def _band_ids(masks: Tensor, shares: Tensor, columns: list[Span], rows: Span) ->
 def _tile_ids(cells: Tensor, shares: Tensor, rows: Span, columns: Span) -> Tensor:
     """Return the ids (r, c) of a tile of the masks' cells (Q, h, w)."""
     if cells.device.type != "cpu":
-        scores = _scores(upsample_tile(cells, rows.weights, columns.weights), shares)
+        scores = _scores(upsample_tile(cells, rows, columns), shares)
         return scores.max(0).indices.to(torch.uint8)
     most = cells.flatten(1).amax(1).sigmoid()[:, None] * shares  # (Q, K) that a mask adds
     least_first = most.amax(1).argsort()
     few = int((most[least_first].cumsum(0).amax(1) < _LEFT_OUT).sum())
     out, kept = least_first[:few], least_first[few:]
-    scores = _scores(upsample_tile(cells[kept], rows.weights, columns.weights), shares[kept])  # (K, r, c)
+    scores = _scores(upsample_tile(cells[kept], rows, columns), shares[kept])  # (K, r, c)
     best = scores.max(0)
     if few:
         rivals = scores + most[out].sum(0)[:, None, None]
         rivals.scatter_(0, best.indices[None], -torch.inf)
         y, x = (rivals.amax(0) >= best.values).nonzero(as_tuple=True)
         if len(y) * _SINGLE > best.values.numel():
-            scores += _scores(upsample_tile(cells[out], rows.weights, columns.weights), shares[out])
+            scores += _scores(upsample_tile(cells[out], rows, columns), shares[out])
             best = scores.max(0)
         elif len(y):
             along = cells[out][..., x] if columns.weights is None else cells[out] @ columns.weights[x].T  # (q, h, n)

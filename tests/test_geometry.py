@@ -4,7 +4,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dinoseg.geometry import concatenate, lattice, pad_to_multiple, resize, spans, upsample, valid_share
+from dinoseg.geometry import (
+    concatenate,
+    lattice,
+    pad_to_multiple,
+    reduce_tile,
+    resize,
+    spans,
+    upsample,
+    upsample_tile,
+    valid_share,
+)
 
 
 def reference(grid, size, valid):
@@ -52,6 +62,38 @@ def test_spans_are_the_rows_of_upsample_in_runs():
             assert span.pixels.start == done and len(result) <= at_once
             done = span.pixels.stop
         assert done == length
+
+
+def test_tiles_are_those_of_upsample_and_their_gradient_its_own():
+    draw = random.Random(2)
+    pieces = 0
+    for _ in range(60):
+        size, patch = (draw.randint(1, 40), draw.randint(150, 700)), draw.choice([2, 3, 4, 16])
+        image = (size[0], size[1] if draw.random() < 0.5 else draw.randint(150, 700))
+        valid = valid_share(image, patch)
+        grid = torch.randn(1, 3, *(-(-side // patch) for side in image), dtype=torch.float64, requires_grad=True)
+        expected = upsample(grid, size, valid)[0]
+        (rows,) = spans(size[0], grid.shape[2], valid[0], size[0], grid)
+        at_once = draw.randint(100, 700)
+        for columns in spans(size[1], grid.shape[3], valid[1], at_once, grid):
+            pieces += len(columns.pieces)
+            read = grid.detach()[0, :, rows.cells, columns.cells]
+            tile = upsample_tile(read, rows, columns)
+            torch.testing.assert_close(tile, expected[..., columns.pixels], atol=1e-6, rtol=0)
+            upstream = torch.randn_like(tile)
+            (own,) = torch.autograd.grad(expected[..., columns.pixels], grid, upstream, retain_graph=True)
+            back = torch.zeros_like(own)
+            back[0, :, rows.cells, columns.cells] = reduce_tile(upstream, rows, columns)
+            torch.testing.assert_close(back, own, atol=1e-5, rtol=0)
+            tile.zero_()
+            assert read.any()  # the tile has memory of its own
+    assert pieces > 50
+
+
+def test_a_run_that_reads_few_cells_is_one_product():
+    grid = torch.empty(1)
+    assert not spans(480, 30, 1.0, 480, grid)[0].pieces
+    assert [piece.weights.shape[1] for piece in spans(480, 240, 1.0, 480, grid)[0].pieces] == [49, 50, 50, 50, 49]
 
 
 def test_upsample_of_an_unpadded_grid_is_interpolate():

@@ -143,7 +143,9 @@ class _Strips(nn.Module):
             return self.row(grid)
         # CPUs take up to nine times as long for the gradients of rows as for those of columns
         turned = grid.transpose(2, 3).contiguous(memory_format=torch.channels_last)
-        columns = F.conv2d(turned, self.row.weight.transpose(2, 3), padding=(_REACH // 2, 0), groups=len(self.row.weight))
+        columns = F.conv2d(
+            turned, self.row.weight.transpose(2, 3), padding=(_REACH // 2, 0), groups=len(self.row.weight)
+        )
         return columns.transpose(2, 3)
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dinoseg.geometry import Span, spans, upsample_tile
+from dinoseg.geometry import Span, reduce_tile, spans, upsample_tile
 from dinoseg.losses.fused import Form, Fused, Sums, better
 from dinoseg.losses.labelled import UNLABELLED, labels
 from dinoseg.precision import at_least_float32
@@ -152,7 +152,7 @@ class _Tiles:
         """Return the pixels of some columns of a band."""
         image, rows = band
         cells = parts[0][image, :, rows.cells]
-        pixels = upsample_tile(cells[..., columns.cells], rows.weights, columns.weights)
+        pixels = upsample_tile(cells[..., columns.cells], rows, columns)
         scores = pixels.flatten(1)
         back: Callable[[Tensor], tuple[Tensor, ...]] = _as_it_is
         if len(parts) > 1:
@@ -210,7 +210,7 @@ class _Tiled:
             if upstream is not None:
                 pulled, *of_shares = tile.back(pull(upstream))
                 if not self.tiles.fixed:
-                    pulled = _reduced(pulled.view_as(tile.pixels), rows.weights, columns.weights)
+                    pulled = reduce_tile(pulled.view_as(tile.pixels), rows, columns)
                     gradients[0][..., columns.cells] += pulled
                 for gradient, more in zip(gradients[1:], of_shares, strict=True):
                     gradient += more
@@ -258,9 +258,3 @@ def _mixed(masks: Tensor, shares: Tensor, *, fixed: bool) -> tuple[Tensor, Calla
         return of_masks, masks @ slope.T
 
     return kept.log(), back
-
-
-def _reduced(tile: Tensor, down: Tensor | None, along: Tensor | None) -> Tensor:
-    """Return the gradient of the cells (K, h, w) from that of a tile (K, H, W)."""
-    cells = tile if down is None else down.T @ tile
-    return cells if along is None else cells @ along
