@@ -28,7 +28,7 @@ from tabulate import tabulate
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from dinoseg import build
+from dinoseg import build, criteria
 from dinoseg.__main__ import CONFIGS
 from dinoseg.config.resolvers import register_resolvers
 from dinoseg.losses.cross_entropy import CrossEntropy
@@ -123,7 +123,7 @@ class Work:
         self.engine = Engine(device, precision, workers=0, compile=way == "compiled")
         torch.manual_seed(0)
         self.model: Segmenter = self.engine.place(build.model(cfg))
-        self.loss = build.criterion(cfg, class_weights=torch.ones(CLASSES)).to(self.engine.device)
+        self.loss = criteria.criterion(cfg, class_weights=torch.ones(CLASSES)).to(self.engine.device)
         self.optimizer = build.optimizer(cfg, self.model)
         images = torch.randint(0, 256, (batch, 3, *size), dtype=torch.uint8)
         masks = torch.randint(0, CLASSES, (batch, *size), dtype=torch.uint8)

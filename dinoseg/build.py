@@ -1,4 +1,4 @@
-"""Config to models, data, losses and optimizers."""
+"""Config to models, data and optimizers; its loss: `criteria.py`."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -7,14 +7,13 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
-from torch import Tensor
 from torch.optim import Optimizer
 
 from dinoseg.adapters import Frozen
 from dinoseg.config.checks import check_given
 from dinoseg.config.nodes import instantiate, keeping, not_set
 from dinoseg.config.plain import plain
-from dinoseg.contracts import Backbone, Head, Loss
+from dinoseg.contracts import Backbone, Head
 from dinoseg.errors import UserError
 from dinoseg.model import Segmenter
 from dinoseg.shapes import SegmentationData
@@ -247,28 +246,6 @@ def background_of(cfg: DictConfig) -> int | None:
         f"data.background={value} is no class. Give the name or the id of one (0 to {len(names) - 1}: "
         f"{listed(names)}), or null where each class is something."
     )
-
-
-def criterion(cfg: DictConfig, **weights: Tensor) -> Loss:
-    """Return the loss that a config describes, with `class_weights` if it is one on labels."""
-    return keeping(Loss, instantiate(cfg.loss.criterion)(**weights), "loss.criterion")
-
-
-def loss(cfg: DictConfig, train: SegmentationData | None) -> Loss:
-    """Return the loss of a config, its class weights from the pixels of the training masks; None: it needs no masks."""
-    if cfg.loss.class_weights is None:
-        if cfg.loss.weights != "none":
-            raise UserError(f"loss.weights={cfg.loss.weights}: loss={cfg.choices.loss} knows no classes. Leave it out.")
-        return criterion(cfg)
-    if train is None:
-        raise UserError(
-            f"loss={cfg.choices.loss} is a loss on labels, which clips have none of. Choose "
-            "loss=feature_reconstruction or loss=video_similarity, or trainer=supervised for images and masks."
-        )
-    weigh = instantiate(cfg.loss.class_weights)
-    counted = isinstance(cfg.loss.weights, str) and cfg.loss.weights != "none"
-    counts = instantiate(cfg.loss.counts)(train) if counted else [1] * len(train.classes)
-    return criterion(cfg, class_weights=weigh(counts, train.classes))
 
 
 def optimizer(cfg: DictConfig, model: Segmenter) -> Optimizer:

@@ -5,7 +5,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from dinoseg import build
+from dinoseg import build, criteria
 from dinoseg.adapters import Frozen, LastBlocks, Lora
 from dinoseg.contracts import Backbone, Head, Loss
 from dinoseg.errors import UserError
@@ -126,7 +126,7 @@ def test_a_part_that_keeps_no_contract_is_refused(compose):
                 build.backbone(cfg)
     cfg = OmegaConf.merge(compose("data=camvid", "data.root=x"), {"loss": {"criterion": plain}})
     with pytest.raises(UserError, match=rf"loss\.criterion: Identity is no dinoseg\.contracts\.Loss\. {remedy}"):
-        build.criterion(cfg, class_weights=torch.ones(2))
+        criteria.criterion(cfg, class_weights=torch.ones(2))
 
 
 def test_a_score_protocol_of_videos_that_keeps_no_contract_is_refused():

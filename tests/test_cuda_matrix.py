@@ -9,7 +9,7 @@ from test_cuda_paths import LOGGED, MATCHING, VALIDATION, tiny, train
 from test_matrix import FILES, HEADS, SMALL_ADAPTERS, SMALL_HEADS, make_batch
 from tiny_parts import load, tiny_node
 
-from dinoseg import build
+from dinoseg import build, criteria
 from dinoseg.contracts import Loss
 from dinoseg.shapes import ClipBatch
 from dinoseg.training.checkpoint import read
@@ -34,7 +34,7 @@ def cell(head="linear", adapter="frozen", loss="cross_entropy", backbone="dinov3
     for group, small in (("head", SMALL_HEADS.get(head, {})), ("adapter", SMALL_ADAPTERS.get(adapter, {}))):
         cfg[group] = OmegaConf.merge(cfg[group], small)
     torch.manual_seed(0)
-    return build.model(cfg), build.criterion(cfg, class_weights=torch.ones(3))
+    return build.model(cfg), criteria.criterion(cfg, class_weights=torch.ones(3))
 
 
 def losses():
@@ -118,7 +118,7 @@ def test_slots():
     cfg = OmegaConf.create(load(*words))
     torch.manual_seed(0)
     with pretended_cuda() as waits:
-        model, loss = on_cuda(build.model(cfg)), on_cuda(build.criterion(cfg))
+        model, loss = on_cuda(build.model(cfg)), on_cuda(criteria.criterion(cfg))
         model.train()
         batch = ClipBatch(torch.zeros(1, 3, 3, 32, 32, dtype=torch.uint8), ["a"]).to(torch.device("cuda"))
         value, _ = loss(model(batch.image), batch)

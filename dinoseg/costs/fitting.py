@@ -10,8 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dinoseg import build
-from dinoseg.costs.stand_in import unweighted_loss
+from dinoseg import build, criteria
 from dinoseg.costs.step_bytes import LossBytes, StepBytes, step_bytes
 from dinoseg.costs.target import Target
 from dinoseg.errors import UserError
@@ -87,7 +86,7 @@ class Fitting:
         """What depends on how many samples go through the model at once, in words; "": nothing does."""
         parts = (part for part in self._model.modules() if isinstance(part, _BatchNorm))
         norms = ["BatchNorm takes its statistics"] if any(part.training for part in parts) else []
-        sums = [f"loss={self.cfg.choices.loss} takes its sums"] if unweighted_loss(self.cfg).sums_over_batch else []
+        sums = [f"loss={self.cfg.choices.loss} takes its sums"] if criteria.unweighted(self.cfg).sums_over_batch else []
         return " and ".join(norms + sums)
 
     def _adapters(self) -> Iterator[tuple[Change, ...]]:

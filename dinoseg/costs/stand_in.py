@@ -6,9 +6,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from dinoseg import build
 from dinoseg.config.nodes import instantiate
-from dinoseg.contracts import Loss
 from dinoseg.errors import UserError
 from dinoseg.shapes import Batch, ClipBatch
 
@@ -42,12 +40,6 @@ def drawn_batch(cfg: DictConfig, samples: int, seed: int = 0) -> Batch | ClipBat
     image = torch.randint(0, 256, (samples, *shape), dtype=torch.uint8, generator=draw)
     names = [f"drawn {number}" for number in range(samples)]
     return ClipBatch(image, names) if len(shape) == 4 else Batch(image, _masks(cfg, samples, draw), names)
-
-
-def unweighted_loss(cfg: DictConfig) -> Loss:
-    """Return a config's loss with the same weight for each class: no labels are counted."""
-    weighs = cfg.loss.class_weights is not None
-    return build.criterion(cfg, **({"class_weights": torch.ones(len(cfg.data.classes))} if weighs else {}))
 
 
 def _masks(cfg: DictConfig, samples: int, draw: torch.Generator) -> Tensor:

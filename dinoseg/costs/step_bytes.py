@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dinoseg import build
+from dinoseg import build, criteria
 from dinoseg.costs.heap import HeapBytes
-from dinoseg.costs.stand_in import drawn_batch, image_shape, unweighted_loss
+from dinoseg.costs.stand_in import drawn_batch, image_shape
 from dinoseg.inference.memory import PeakBytes
 from dinoseg.inference.walk import walking
 from dinoseg.losses.full_resolution import LAUNCHED
@@ -203,7 +203,7 @@ def _real_loss(cfg: DictConfig, samples: int, bf16: bool, draws: _Draws) -> tupl
         with draws:
             prediction = predict(model, cfg, samples, bf16)
     batch = drawn_batch(cfg, samples)
-    loss = unweighted_loss(cfg)
+    loss = criteria.unweighted(cfg)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # what is made in other threads is not counted
     try:

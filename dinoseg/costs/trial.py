@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from dinoseg import build
+from dinoseg import build, criteria
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.resolvers import register_resolvers
 from dinoseg.contracts import Loss
-from dinoseg.costs.stand_in import drawn_batch, unweighted_loss
+from dinoseg.costs.stand_in import drawn_batch
 from dinoseg.errors import UserError
 from dinoseg.model import Segmenter
 from dinoseg.report.log import RunLog
@@ -163,7 +163,7 @@ def try_steps(
     reset_peak_memory(engine.device)
     trial = Trial(before=held_memory(engine.device))
     model = make().to(engine.device)
-    loss, optimizer = unweighted_loss(cfg).to(engine.device), build.optimizer(cfg, model)
+    loss, optimizer = criteria.unweighted(cfg).to(engine.device), build.optimizer(cfg, model)
     # the feed ends it in place of the last step, after which it would validate
     lengths = {"steps": warmup + steps + 1, "val_every": _NEVER, "save_every": None}
     fit = instantiate(cfg.trainer, without=("feed", "epochs"), instead=lengths)

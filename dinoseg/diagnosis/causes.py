@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinoseg import build
+from dinoseg import build, criteria
 from dinoseg.backbones.normalisation import register_colours
 from dinoseg.data.scan.class_counts import class_counts
 from dinoseg.diagnosis.floor import BELOW, Held, solved
@@ -133,7 +133,7 @@ def causes_of(held: Held) -> list[str]:
 def _losses(held: Held) -> tuple[float, dict[float, float]]:
     """Return the loss of the training images, and after a few steps at each of the rates."""
     model, engine, feed = held.model, held.engine, held.regime.feed
-    loss = build.loss(held.cfg, held.regime.labelled).to(engine.device)
+    loss = criteria.loss(held.cfg, held.regime.labelled).to(engine.device)
     batches = list(islice(feed.train_batches(start=0), _STEPS))
 
     def measured() -> float:

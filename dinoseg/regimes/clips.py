@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from dinoseg import build
+from dinoseg import build, criteria
 from dinoseg.config.nodes import instantiate
 from dinoseg.data.classes.labels import Labels
 from dinoseg.errors import UserError
@@ -59,7 +59,7 @@ class ClipRegime(Regime):
                 f"trainer.feed=clips trains slots, and head={cfg.choices.head} has none. Choose head=slots, or "
                 "trainer=supervised for images and masks."
             )
-        loss = build.criterion(cfg) if cfg.loss.class_weights is None else None
+        loss = criteria.criterion(cfg) if cfg.loss.class_weights is None else None
         if loss is None or not loss.needs_slots:
             raise UserError(
                 f"loss={cfg.choices.loss} is no loss of slots. Choose loss=feature_reconstruction, "
@@ -124,7 +124,7 @@ class ClipRegime(Regime):
             trained = Trained(model.eval(), engine, *labels, info={})
             options = EvalOptions(metrics_only=metrics_only, report=report, best=best)
             return follow_slots(cfg, trained, out_dir, options)
-        scores, pictures = self.feed.validate(model, build.loss(cfg, None).to(engine.device), engine)
+        scores, pictures = self.feed.validate(model, criteria.loss(cfg, None).to(engine.device), engine)
         if engine.is_main:
             write_json(out_dir / "scores.json", scores)
             print(f"val/loss:     {scores['loss']:.4f}, and no other score: data={cfg.choices.data} has no masks")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from dinoseg import build
+from dinoseg import build, criteria
 from dinoseg.config.checks import check_given
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.plain import plain
@@ -85,7 +85,7 @@ class ImageRegime(Regime):
         instantiate(cfg.loss.class_weights)([1] * len(names), names)  # refuses a scheme or a name that is none
         head = model.head
         with torch.device("meta"):
-            loss = build.criterion(cfg, class_weights=torch.ones(len(cfg.data.classes)))
+            loss = criteria.unweighted(cfg)
         if head.slots is not None:
             raise UserError(
                 f"head={cfg.choices.head} is trained on clips. Choose trainer=slots "

@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import DictConfig
 from torch.optim import Optimizer
 
-from dinoseg import build
+from dinoseg import build, criteria
 from dinoseg.config.nodes import instantiate
 from dinoseg.contracts import Loss
 from dinoseg.data.classes.labels import Labels
@@ -117,7 +117,7 @@ class Job:
             sizes: of the training images, where they are known.
             steps: the length.
         """
-        loss = self.regime.objective(build.loss(self.cfg, self.regime.labelled)).to(self.engine.device)
+        loss = self.regime.objective(criteria.loss(self.cfg, self.regime.labelled)).to(self.engine.device)
         model = self.regime.started(model, self.engine, new=self.start is None)
         optimizer = build.optimizer(self.cfg, model)
         info = run_description(self.cfg, self.regime.labels) | (sizes.as_info() if sizes else {})

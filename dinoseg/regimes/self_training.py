@@ -3,10 +3,9 @@
 import logging
 from collections.abc import Mapping
 
-import torch
 from omegaconf import DictConfig
 
-from dinoseg import build
+from dinoseg import criteria
 from dinoseg.config.checks import checked
 from dinoseg.contracts import Loss
 from dinoseg.data.scan.class_counts import class_counts
@@ -75,8 +74,7 @@ class SelfTrainingRegime(ImageRegime):
 
     def objective(self, loss: Loss) -> Loss:
         """Return the loss of both: class weights are for masks alone."""
-        of_views = build.criterion(self.cfg, class_weights=torch.ones(len(self.feed.train.classes)))
-        return TaughtLoss(loss, of_views, self.feed.options.weight)
+        return TaughtLoss(loss, criteria.unweighted(self.cfg), self.feed.options.weight)
 
     def keep_features(
         self, model: Segmenter, loss: Loss, engine: Engine, epochs: float, *, before: Mapping[str, str | None]

@@ -8,10 +8,10 @@ import torch
 from command_line import SMALL
 from torch.utils.flop_counter import FlopCounterMode
 
-from dinoseg import build
+from dinoseg import build, criteria
 from dinoseg.costs import flops
 from dinoseg.costs.flops import matrix_peak, step_flops
-from dinoseg.costs.stand_in import drawn_batch, unweighted_loss
+from dinoseg.costs.stand_in import drawn_batch
 
 BASE = [*SMALL, "engine.precision=fp32", "resolution.crop=[64,48]"]
 
@@ -41,7 +41,7 @@ def test_a_step_is_what_is_counted_by_hand(compose):
 )
 def test_a_step_is_what_is_counted_over_a_real_one(compose, words):
     cfg = compose(*BASE, *words)
-    model, batch, loss = build.model(cfg, untrained=True).train(), drawn_batch(cfg, 2), unweighted_loss(cfg)
+    model, batch, loss = build.model(cfg, untrained=True).train(), drawn_batch(cfg, 2), criteria.unweighted(cfg)
     with FlopCounterMode(display=False) as forward:
         prediction = model(batch.image)
     value, _ = loss(prediction, batch)

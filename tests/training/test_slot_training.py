@@ -9,7 +9,7 @@ import torch
 from command_line import SLOTS, call
 from hydra import compose, initialize_config_dir
 
-from dinoseg import build
+from dinoseg import build, criteria
 from dinoseg.__main__ import CONFIGS
 from dinoseg.config.resolvers import register_resolvers
 from dinoseg.errors import UserError
@@ -208,7 +208,7 @@ def parts(movi, *more):
     with initialize_config_dir(CONFIGS, version_base="1.3"):
         cfg = compose("main", [*SLOTS[1:], f"data.root={movi / 'movi'}", *more])
     engine = Engine("cpu", "fp32", workers=0, eval_batch_size=5)
-    return build.model(cfg).eval(), engine, ClipRegime(cfg, engine).feed, build.loss(cfg, None)
+    return build.model(cfg).eval(), engine, ClipRegime(cfg, engine).feed, criteria.loss(cfg, None)
 
 
 def test_the_loss_of_a_validation_sees_frames_as_far_apart_as_training(movi):
