@@ -120,9 +120,11 @@ class Chooser:
         With it, what the data decides: smaller images may leave time to tune.
         """
         short: UserError | None = None
+        enough: tuple[list[Choice], Tried] | None = None
         slow = ""
-        ways = list(self._ways(case))
-        for seen, way, least in ways:
+        for seen, way, wanted, least in self._ways(case):
+            if enough is not None and wanted < 0:
+                return enough
             by_data = rules.by_data(seen)
             way = replace(way, reason=f"{way.reason}{slow}")
             try:
@@ -130,29 +132,31 @@ class Chooser:
             except OutOfMemory as error:
                 short = error
                 continue
-            if tried.length.images >= least:
+            found = by_data, replace(tried, choices=tried.choices[len(by_data) :])
+            if tried.length.images >= wanted:
                 self._check_time(tried, case.facts)
-                return by_data, replace(tried, choices=tried.choices[len(by_data) :])
+                return found
+            if tried.length.images >= least:
+                enough = found
             of = " that are smaller" if seen.smaller < 1 else ""
-            slow += (
-                f"; with adapter={tried.cfg.choices.adapter} there would be time for {tried.length.images} images{of}"
-            )
+            adapter = tried.cfg.choices.adapter
+            slow += f"; with adapter={adapter} there would be time for {tried.length.images} images{of}"
         assert short is not None
         raise short
 
-    def _ways(self, case: Case) -> Iterator[tuple[Case, Choice, float]]:
-        """Yield ways of training, the best first, and with how many images each is taken."""
-        any_number = -math.inf
+    def _ways(self, case: Case) -> Iterator[tuple[Case, Choice, float, float]]:
+        """Yield ways of training, the best first; with how many images each is taken, and with how many by the last."""
+        any_number, never = -math.inf, math.inf
         if "adapter" in self.given:
-            yield case, Choice({"adapter": self.cfg.choices.adapter}, "as given"), any_number
+            yield case, Choice({"adapter": self.cfg.choices.adapter}, "as given"), any_number, never
             return
         *tuned, frozen = rules.ways(case)
         for way in tuned:
-            yield case, way, rules.LEAST_TUNED
+            yield case, way, rules.SURELY_TUNED, rules.least_tuned(case)
             less = rules.smaller(case)
             if less is not None and not any(key.partition(".")[0] == "resolution" for key in self.given):
-                yield less, rules.ways(less)[0], rules.LEAST_SMALLER
-        yield case, frozen, any_number
+                yield less, rules.ways(less)[0], rules.LEAST_SMALLER, never
+        yield case, frozen, any_number, never
 
     def _tried(self, choices: Sequence[Choice], case: Case) -> Tried:
         trial = rules.batch(0, case.facts, self.cfg.engine.devices)  # of as few at once as may be chosen

@@ -220,12 +220,17 @@ def test_a_backbone_is_tuned_where_time_suffices_and_else_stays_frozen(folder, m
     assert "with adapter=full there would be time for" in text
 
 
-@pytest.mark.heavy
-def test_smaller_images_are_taken_where_they_leave_time_to_tune(folder, monkeypatch):
-    halves = np.repeat(np.arange(2, dtype=np.uint8), 16)[:, None].repeat(48, axis=1)  # so that no class is thin
+def write_halves(folder):
+    """Write 21 training images of which no class is thin."""
+    halves = np.repeat(np.arange(2, dtype=np.uint8), 16)[:, None].repeat(48, axis=1)
     for number in range(21):
         write_png(folder / f"data/train/images/{number}.png", np.zeros((32, 48, 3), np.uint8))
         write_png(folder / f"data/train/masks/{number}.png", halves)
+
+
+@pytest.mark.heavy
+def test_smaller_images_are_taken_where_they_leave_time_to_tune(folder, monkeypatch):
+    write_halves(folder)
     tried = []
 
     def timed(work, values):
@@ -242,14 +247,35 @@ def test_smaller_images_are_taken_where_they_leave_time_to_tune(folder, monkeypa
     assert "with adapter=full there would be time for" in done.out
     tried.clear()
     done = call(folder, *AUTO, FEW, "head=linear", "budget.minutes=0.5", "resolution.crop=[32,48]", "hydra.run.dir=S")
-    assert done.status == 0 and [way for way, *_ in tried] == ["full", "frozen"], done.err
-    monkeypatch.setattr("dinoseg.choosing.rules.LEAST_SMALLER", 10**6)
-    tried.clear()
-    words = ("head=linear", "budget.minutes=0.6", "hydra.run.dir=T")
-    done = call(folder, *AUTO, FEW, *words)
-    assert done.status == 0 and " images that are smaller." in done.out, done.err
-    assert [way for way, *_ in tried] == ["full", "full", "frozen"]
-    assert config_of(folder / "T").resolution.longest is None
+    assert done.status == 0 and [way for way, *_ in tried] == ["full"], done.err  # nothing smaller than what is given
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    ("minutes", "least_smaller", "chosen", "tries"),
+    [
+        (0.5, 10**6, ("full", None), ["full", "full"]),  # 600 images and more, before it stays frozen
+        (0.1, 10**6, ("frozen", None), ["full", "full", "frozen"]),
+        (0.5, 1200, ("full", 32), ["full", "full"]),
+    ],
+)
+def test_a_backbone_is_tuned_on_whole_images_where_smaller_ones_have_no_time_either(
+    folder, monkeypatch, minutes, least_smaller, chosen, tries
+):
+    write_halves(folder)
+    tried = []
+
+    def timed(work, values):
+        tried.append(values["choices"]["adapter"])
+        return replace(TIMED, image=0.01 if values["resolution"]["longest"] else 0.015, kept=None)
+
+    monkeypatch.setattr("dinoseg.choosing.choice.in_own_process", timed)
+    monkeypatch.setattr("dinoseg.choosing.rules.LEAST_SMALLER", least_smaller)
+    done = call(folder, *AUTO, FEW, "head=linear", f"budget.minutes={minutes}", "hydra.run.dir=R")
+    assert done.status == 0, done.err
+    cfg = config_of(folder / "R")
+    assert ((cfg.choices.adapter, cfg.resolution.longest), tried) == (chosen, tries)
+    assert (" images that are smaller." in done.out) == (chosen[0] == "frozen")
 
 
 @pytest.mark.heavy

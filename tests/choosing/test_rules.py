@@ -64,7 +64,7 @@ def test_reducing_makes_classes_thinner():
 
 def test_rare_classes_are_named_for_the_overlap():
     rare = replace(CASE, facts=replace(FACTS, classes=(WIDE, replace(POLE, width=30.0))))
-    assert "pole has below 1% of the pixels" in rules.loss(rare).reason
+    assert "pole has below 2% of the pixels" in rules.loss(rare).reason
     assert rules.loss(rare).words["loss.weights"] == "none"
     assert rules.loss(CASE).words == {"loss": "ce_dice", "loss.weights": "none"}
     assert rules.loss(CASE).reason.startswith("overlap counts")
@@ -73,8 +73,8 @@ def test_rare_classes_are_named_for_the_overlap():
 def test_what_is_thin_and_rare_weighs_more_where_a_head_sees_it():
     weighed = {"loss": "ce_dice", "loss.weights": {"pole": 3.0}, "loss.criterion.factors.dice": 2.0}
     assert rules.loss(THIN).words == weighed
-    assert "pole is thin, with below 1% of the pixels" in rules.loss(THIN).reason
-    common = replace(THIN, facts=replace(FACTS, classes=(WIDE, replace(POLE, share=0.01))))
+    assert "pole is thin, with below 2% of the pixels" in rules.loss(THIN).reason
+    common = replace(THIN, facts=replace(FACTS, classes=(WIDE, replace(POLE, share=0.02))))
     assert rules.loss(common).words["loss.weights"] == "none"
     assert rules.loss(replace(THIN, depth=3)).words["loss.weights"] == "none"
     assert rules.loss(replace(THIN, depth=4)).words == weighed
@@ -104,6 +104,8 @@ def test_images_may_be_smaller_where_no_class_is_thin():
 def test_ways_depend_on_the_backbone_and_on_how_many_images_there_are():
     names = [[way.words["adapter"] for way in rules.ways(case)] for case in (CASE, replace(CASE, parameters=10**8))]
     assert names == [["full", "frozen"], ["lora_all", "frozen"]]
+    assert "won from about 600 images on" in rules.ways(CASE)[0].reason
+    assert "won from about 1500 images on" in rules.ways(THIN)[0].reason
     few = replace(CASE, facts=replace(FACTS, images=19))
     assert [way.words["adapter"] for way in rules.ways(few)] == ["frozen"]
 
