@@ -48,7 +48,7 @@ class DetailHead(Head[Tensor]):
         num_layers: int,
         num_classes: Count,
         patch_size: Count,
-        fine: Count = 24,
+        fine: Count = 16,
         width: Count = 48,
         blocks: Natural = 2,
         jitter: NotNegative = 0.1,

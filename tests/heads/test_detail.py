@@ -95,6 +95,26 @@ def test_maps_of_a_pyramid_meet_on_its_finest_grid():
     assert head.scored(maps, torch.randn(2, 3, 64, 96)).shape == (2, 3, 32, 48)
 
 
+@pytest.mark.parametrize("size", [(1, 1), (3, 40), (21, 2)])
+def test_strips_along_rows_learn_as_a_convolution_does(size):
+    """On a CPU they are turned where gradients are asked for."""
+    torch.manual_seed(0)
+    head = small(blocks=0).double()
+    strips = head.stem[4]
+    grid = torch.randn(2, 8, *size, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn_like(grid)
+    found = strips(grid)
+    gradients = torch.autograd.grad(found, [grid, *strips.parameters()], upstream)
+    along = F.conv2d(grid, strips.row.weight, padding=(0, 5), groups=8)
+    expected = grid + F.relu(strips.norm(strips.near(grid) + along + strips.column(grid)))
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+    own = torch.autograd.grad(expected, [grid, *strips.parameters()], upstream)
+    for gradient, known in zip(gradients, own, strict=True):
+        torch.testing.assert_close(gradient, known, atol=1e-10, rtol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(strips(grid), expected.detach(), atol=1e-12, rtol=0)
+
+
 def test_gradients_reach_every_parameter_and_bfloat16_stays_finite():
     head, maps, pixels = small(5, 2, 14), [torch.randn(2, 5, 3, 2) for _ in range(2)], torch.randn(2, 3, 42, 28)
     head.train().scored(maps, pixels).square().mean().backward()
