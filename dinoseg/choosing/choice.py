@@ -136,7 +136,7 @@ class Chooser:
             if tried.length.images >= wanted:
                 self._check_time(tried, case.facts)
                 return found
-            if tried.length.images >= least:
+            if tried.length.images >= max(least, rules.LEAST_STEPS * _per_step(tried.cfg)):
                 enough = found
             of = " that are smaller" if seen.smaller < 1 else ""
             adapter = tried.cfg.choices.adapter
