@@ -8,7 +8,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from dinoseg.processes.workers import count_cores
 from dinoseg.runs.composed import composed_with, own_folders, searching, typed_keys
 from dinoseg.runs.recipe import LENGTHS, config_description, recipe_of
 from dinoseg.storage.atomic import write_text
+from dinoseg.storage.locks import locked
 from dinoseg.wording import printable
 
 AUTO = "auto"  # the recipe that is chosen
@@ -73,22 +74,20 @@ def chosen(cfg: DictConfig, words: Sequence[str], *, first: bool) -> Recipe:
     check_given("dinoseg.choosing.choice.Chooser", {"minutes": minutes}, {"minutes": "budget.minutes"})
     given = typed_keys(words)
     path = _path(cfg, given)
-    kept = read_choices(path)
-    if kept is None and not first:
-        kept = _awaited(path, cfg.engine.rank_timeout)
-    if kept is not None:
-        about, choices = kept
-        source = f"as they were chosen before, since {path} holds them (remove it to choose anew)"
+    source = f"as they were chosen before, since {path} holds them (remove it to choose anew)"
+    if first:
+        # others that are started at once, as the jobs of a sweep over seeds, wait and take the same
+        with _one_at_a_time(path):
+            kept = read_choices(path)
+            if kept is None:
+                with _alone():
+                    chooser = Chooser(lambda some: _composed(words, "trying", some), given, minutes)
+                    choices = chooser.choose()
+                kept, source = (chooser.about, choices), "chosen now"
+                _keep(path, *kept)
     else:
-        with _alone():
-            chooser = Chooser(lambda some: _composed(words, "trying", some), given, minutes)
-            choices = chooser.choose()
-        about, source = chooser.about, "chosen now"
-        try:
-            write_choices(path, about, choices)
-        except OSError as error:
-            said = f"warning: the choices cannot be kept in {path} ({error}): the next run chooses anew."
-            print(printable(said), file=sys.stderr)  # no log is open yet
+        kept = read_choices(path) or _awaited(path, cfg.engine.rank_timeout)
+    about, choices = kept
     choices, taken = left_of(choices, given)  # kept whole: the next command line may leave its length to be chosen
     about += f"; as given: {', '.join(taken)}" if taken else ""
     if first:
@@ -127,6 +126,23 @@ def _awaited(path: Path, seconds: float) -> tuple[str, list[Choice]]:
         f"hparam=auto: the first rank has not written {path} within {seconds:g} s. See what it says; cache_dir has to "
         "be a folder that all ranks see."
     )
+
+
+@contextmanager
+def _one_at_a_time(path: Path) -> Iterator[None]:
+    """Wait for another process that chooses the same; where no lock can be written, none is waited for."""
+    with ExitStack() as stack:
+        with suppress(OSError):  # of which what is written beside it tells
+            stack.enter_context(locked(path.with_suffix(".lock")))
+        yield
+
+
+def _keep(path: Path, about: str, choices: Sequence[Choice]) -> None:
+    try:
+        write_choices(path, about, choices)
+    except OSError as error:
+        said = f"warning: the choices cannot be kept in {path} ({error}): the next run chooses anew."
+        print(printable(said), file=sys.stderr)  # no log is open yet
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from dinoseg.choosing.rules import Choice
 from dinoseg.choosing.timing import Seconds
 from dinoseg.images import read_ids, write_png
 from dinoseg.processes.workers import in_own_process
+from dinoseg.storage.locks import acquire, release
 from dinoseg.training import checkpoint
 
 CHOSEN = ("trainer.steps", "adapter", "data.batch_size", "resolution.crop")
@@ -300,6 +301,28 @@ def test_another_rank_takes_what_the_first_one_chooses(folder, monkeypatch):
     path.unlink()
     late = call(folder, *words, "engine.rank_timeout=0.1")
     assert late.status == 1 and "the first rank has not written" in late.err
+
+
+@pytest.mark.heavy
+def test_of_two_that_are_started_at_once_one_chooses_and_the_other_one_takes_the_same(folder, monkeypatch):
+    words = (*AUTO, FEW, "budget.minutes=0.2", "mode=plan", "mode.dry_step=false")
+    assert call(folder, *words, "hydra.run.dir=R").status == 0
+    (path,) = (folder / "outputs/.cache").glob("choices_*")
+    content = path.read_text()
+    path.unlink()
+    monkeypatch.setattr("dinoseg.choosing.recipe.Chooser", pytest.fail)
+    first, said = acquire(path.with_suffix(".lock")), []
+
+    def choose(message, *_):
+        said.append(message)
+        path.write_text(content)
+        release(first)
+
+    monkeypatch.setattr("dinoseg.storage.locks.log.warning", choose)
+    done = call(folder, *words, "seed=1", "hydra.run.dir=S")
+    assert done.status == 0 and "as they were chosen before, since" in done.out, done.err
+    assert len(said) == 1 and "waiting for it" in said[0]
+    assert [*(folder / "outputs/.cache").glob("choices_*")] == [path]
 
 
 @pytest.mark.heavy
