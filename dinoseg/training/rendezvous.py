@@ -8,7 +8,7 @@ import torch
 
 from dinoseg.errors import UserError
 
-_ONE_ROW = r"(?s)Grad strides do not match bucket view strides.*grad\.sizes\(\) = \[1,"
+_ALIKE = r"(?s)Grad strides do not match bucket view strides.*grad\.sizes\(\) = \[(1,|\d+, \d+, 1, 1\])"
 
 
 def meet(device: torch.device, seconds: float, at_work: float) -> None:
@@ -25,8 +25,9 @@ def meet(device: torch.device, seconds: float, at_work: float) -> None:
     distributed, world = torch.distributed, os.environ.get("WORLD_SIZE", "1")
     if world == "1" or distributed.is_initialized():
         return
-    # DDP's, of tokens (1, N, C) before a rank's only sample: to be part of a larger gradient costs nothing
-    warnings.filterwarnings("ignore", _ONE_ROW)
+    # DDP's, of tokens (1, N, C) before a rank's only sample, to be part of a larger gradient costs nothing; and of
+    # convolutions of a single pixel, whose channels lie one after another in either layout
+    warnings.filterwarnings("ignore", _ALIKE)
     place, rank = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}", os.environ.get("RANK")
     try:
         store, number, ranks = next(distributed.rendezvous("env://", timeout=timedelta(seconds=seconds)))

@@ -102,17 +102,19 @@ def test_ranks_that_do_not_meet_say_where_and_for_how_long(environment, rank, ch
         meet(torch.device("cpu"), 0.05, 60.0)
 
 
-def test_ranks_at_work_wait_as_long_as_is_set_and_are_not_warned_of_gradients_of_one_row(environment, monkeypatch):
+def test_ranks_at_work_wait_as_long_as_is_set_and_are_not_warned_of_gradients_that_lie_alike(environment, monkeypatch):
     environment |= {"RANK": "1", "WORLD_SIZE": "2"}
     told = {}
     monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter([(torch.distributed.HashStore(), 1, 2)]))
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **given: told.update(given))
-    said = "Grad strides do not match bucket view strides.\ngrad.sizes() = [{}, 4, 24], strides() = [696, 24, 1]"
+    said = "Grad strides do not match bucket view strides.\ngrad.sizes() = [{}], strides() = [696, 24, 1]"
     with warnings.catch_warnings():
         meet(torch.device("cpu"), 5.0, 7.5)
-        warnings.warn(said.format(1), stacklevel=1)
-        with pytest.raises(UserWarning, match="strides"):
-            warnings.warn(said.format(16), stacklevel=1)
+        warnings.warn(said.format("1, 4, 24"), stacklevel=1)
+        warnings.warn(said.format("11, 768, 1, 1"), stacklevel=1)  # of `head.direct`
+        for other in ("16, 4, 24", "11, 768, 3, 3"):
+            with pytest.raises(UserWarning, match="strides"):
+                warnings.warn(said.format(other), stacklevel=1)
     assert told["timeout"].total_seconds() == 7.5 == told["store"].timeout.total_seconds()
 
 
