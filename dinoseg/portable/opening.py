@@ -40,6 +40,11 @@ def open_file(path: Path, options: Options) -> Opened:
 
         _check_onnx(path, options)
         return load_onnx(path, device=options.device)
+    if path.suffix == ".pt2":
+        raise UserError(
+            f"{path} is a program of torch.export, which torch.export.load runs. Give the model.safetensors or "
+            "model.onnx of that model."
+        )
     if path.suffix == ".onnx":
         raise UserError(f"{path} is an ONNX file, which runs without torch: leave runtime={runtime} out.")
     try:

@@ -377,8 +377,10 @@ def test_what_is_no_file_of_dinoseg_is_refused(tmp_path, trained, file, sound):
         assert "resume=" not in str(refused.value) and ("Update dinoseg" in str(refused.value)) == (
             path.stem == "newer"
         )
+    (tmp_path / "model.pt2").write_bytes(b"PK")
     for path, message in (
         (tmp_path / "none", "No such file"),
+        (tmp_path / "model.pt2", "is a program of torch.export, .* Give the model.safetensors"),
         (tmp_path, "neither a checkpoint file nor a run folder"),
         (trained / "slots", "slots/checkpoints/.*is a model of slots"),
     ):
