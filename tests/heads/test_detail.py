@@ -115,6 +115,24 @@ def test_strips_along_rows_learn_as_a_convolution_does(size):
         torch.testing.assert_close(strips(grid), expected.detach(), atol=1e-12, rtol=0)
 
 
+def test_strips_are_turned_in_training_alone(monkeypatch):
+    """What a tracer sees of a head at rest is the same with gradients and without."""
+    rows, plain = [], torch.nn.Conv2d.forward
+    head, maps, pixels = small(blocks=1), [torch.randn(2, 3, 2, 2)], torch.randn(2, 3, 16, 16)
+    monkeypatch.setattr(
+        torch.nn.Conv2d,
+        "forward",
+        lambda conv, grid: plain(conv, (rows.append(conv) if conv.kernel_size == (1, 11) else None, grid)[1]),
+    )
+    found = []
+    for training, learns in ((True, True), (True, False), (False, True), (False, False)):
+        rows.clear()
+        with torch.set_grad_enabled(learns):
+            head.train(training).scored(maps, pixels)
+        found.append(len(rows))
+    assert found == [0, 2, 2, 2]
+
+
 def test_gradients_reach_every_parameter_and_bfloat16_stays_finite():
     head, maps, pixels = small(5, 2, 14), [torch.randn(2, 5, 3, 2) for _ in range(2)], torch.randn(2, 3, 42, 28)
     head.train().scored(maps, pixels).square().mean().backward()
