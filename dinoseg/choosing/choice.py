@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from dinoseg import build
 from dinoseg.choosing import rules
-from dinoseg.choosing.facts import Facts, facts_of
+from dinoseg.choosing.facts import Facts, facts_of, headline
 from dinoseg.choosing.length import Length, length_within
 from dinoseg.choosing.rules import Case, Choice
 from dinoseg.choosing.timing import Seconds, time_recipe
@@ -28,7 +28,7 @@ from dinoseg.inference.memory import OutOfMemory, free_bytes
 from dinoseg.processes.workers import in_own_process
 from dinoseg.ranges import Range
 from dinoseg.training.engine import Engine
-from dinoseg.wording import count_of, listed
+from dinoseg.wording import count_of
 
 Compose = Callable[[Sequence[Choice]], DictConfig]
 Minutes = Annotated[float, Range("a number of minutes above 0 and at most 1000000 (two years)", 0, 1e6, open_at=(0,))]
@@ -112,6 +112,7 @@ class Chooser:
             model.backbone.depth,
             sum(parameter.numel() for parameter in model.backbone.parameters()),
             self.cfg.resolution.longest,
+            self.cfg.choices.head if "head" in self.given else None,
         )
 
     def _way(self, case: Case) -> tuple[list[Choice], Tried]:
@@ -120,11 +121,14 @@ class Chooser:
         With it, what the data decides: smaller images may leave time to tune.
         """
         short: UserError | None = None
-        enough: tuple[list[Choice], Tried] | None = None
+        enough: tuple[list[Choice], Tried, float] | None = None
         slow = ""
         for seen, way, wanted, least in self._ways(case):
             if enough is not None and wanted < 0:
-                return enough
+                by_data, tried, fewest = enough
+                tried = replace(tried, length=self._length(tried.cfg, tried.timed, case.facts))  # of what time is left
+                if tried.length.images >= fewest:
+                    return by_data, tried
             by_data = rules.by_data(seen)
             way = replace(way, reason=f"{way.reason}{slow}")
             try:
@@ -132,12 +136,13 @@ class Chooser:
             except OutOfMemory as error:
                 short = error
                 continue
-            found = by_data, replace(tried, choices=tried.choices[len(by_data) :])
+            tried = replace(tried, choices=tried.choices[len(by_data) :])
             if tried.length.images >= wanted:
                 self._check_time(tried, case.facts)
-                return found
-            if tried.length.images >= max(least, rules.LEAST_STEPS * _per_step(tried.cfg)):
-                enough = found
+                return by_data, tried
+            fewest = max(least, rules.LEAST_STEPS * _per_step(tried.cfg))
+            if tried.length.images >= fewest:
+                enough = by_data, tried, fewest
             of = " that are smaller" if seen.smaller < 1 else ""
             adapter = tried.cfg.choices.adapter
             slow += f"; with adapter={adapter} there would be time for {tried.length.images} images{of}"
@@ -166,9 +171,12 @@ class Chooser:
         timed = in_own_process(time_recipe, plain(cfg))
         if timed is None:
             raise OutOfMemory("Memory did not suffice for a few steps. mode=plan says what fits.")
-        views = self._possible_views(cfg, timed, case.facts)
-        length = length_within(self._ends - monotonic(), timed, case.facts, views=views)
-        return Tried(tuple(choices), cfg, timed, length)
+        return Tried(tuple(choices), cfg, timed, self._length(cfg, timed, case.facts))
+
+    def _length(self, cfg: DictConfig, timed: Seconds, facts: Facts) -> Length:
+        """Return what fits into the time that is left."""
+        views = self._possible_views(cfg, timed, facts)
+        return length_within(self._ends - monotonic(), timed, facts, views=views)
 
     def _fitting(self, cfg: DictConfig) -> list[Choice]:
         """Return what has to change so that a step fits the free memory, as mode=plan would say; nothing typed does."""
@@ -271,16 +279,6 @@ def left_of(choices: Iterable[Choice], given: frozenset[str]) -> tuple[list[Choi
         if words:
             left.append(replace(choice, words=words))
     return left, sorted(taken)
-
-
-def headline(facts: Facts, minutes: float, device: str) -> str:
-    """Return what is chosen for, in a line."""
-    height, width = facts.size
-    absent = f"; without a pixel in train: {listed(facts.absent)}" if facts.absent else ""
-    return (
-        f"{count_of(facts.images, 'training image')} of {height} x {width} (median), "
-        f"{count_of(facts.classes, 'class', 'classes')}{absent}; {minutes:g} min on this {device}"
-    )
 
 
 def _per_step(cfg: DictConfig) -> int:

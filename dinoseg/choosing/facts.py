@@ -14,6 +14,7 @@ from dinoseg.data.scan.scan import scan
 from dinoseg.processes.workers import count_cores
 from dinoseg.shapes import SegmentationData
 from dinoseg.sizes import Size
+from dinoseg.wording import count_of, listed
 
 _LOOKED_AT = 48  # masks whose parts are measured, evenly spaced
 _LEAST, _PIXELS = 8, 2**24  # masks at least, and pixels of them all: a megapixel takes about 0.1 s for each class
@@ -84,6 +85,16 @@ def facts_of(train: SegmentationData, val: SegmentationData, cache_dir: str | Pa
         for id, name in enumerate(names)
     )
     return Facts(len(train), len(val), _size(train, masks, cache_dir), tuple(classes))
+
+
+def headline(facts: Facts, minutes: float, device: str) -> str:
+    """Return what is chosen for, in a line."""
+    height, width = facts.size
+    absent = f"; without a pixel in train: {listed(facts.absent)}" if facts.absent else ""
+    return (
+        f"{count_of(facts.images, 'training image')} of {height} x {width} (median), "
+        f"{count_of(facts.classes, 'class', 'classes')}{absent}; {minutes:g} min on this {device}"
+    )
 
 
 def parts_of(mask: np.ndarray, num_classes: int) -> Iterator[tuple[int, float, int]]:

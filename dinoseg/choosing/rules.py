@@ -60,6 +60,7 @@ class Case:
         depth: blocks of the backbone.
         parameters: of it.
         longest: to which images are reduced, where that is given.
+        head: where that is given.
         smaller: what the sides of images are multiplied by, so that there is time to tune the backbone.
     """
 
@@ -69,6 +70,7 @@ class Case:
     depth: int
     parameters: int
     longest: int | None = None
+    head: str | None = None
     smaller: float = 1.0
 
     @property
@@ -90,6 +92,11 @@ class Case:
     def thin(self) -> list[ClassFacts]:
         """Classes whose parts are thinner than the grid of patches resolves."""
         return self.facts.thinner(THIN * self.patch / self.reduced)
+
+    @property
+    def sees_pixels(self) -> bool:
+        """Whether the head sees pixels beside tokens."""
+        return (head(self).words["head"] if self.head is None else self.head) == "detail"
 
 
 Rule = Callable[[Case], Choice | None]
@@ -123,7 +130,7 @@ def crop(case: Case) -> Choice | None:
     )
 
 
-def head(case: Case) -> Choice | None:
+def head(case: Case) -> Choice:
     """Let a head see pixels where classes are thinner than patches.
 
     CamVid, frozen ViT-Tiny: detail 0.646, multiscale 0.563 of mIoU, linear 0.533.
@@ -201,7 +208,7 @@ def ways(case: Case) -> list[Choice]:
 
 def least_tuned(case: Case) -> int:
     """Return how many images have to be trained on, for tuning to win over a frozen backbone in the same time."""
-    return LEAST_TUNED_DETAIL if case.thin else LEAST_TUNED
+    return LEAST_TUNED_DETAIL if case.sees_pixels else LEAST_TUNED
 
 
 def zoom(*, trains: bool, pixels: bool = False) -> Choice:

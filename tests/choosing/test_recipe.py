@@ -213,7 +213,7 @@ def test_a_backbone_is_tuned_where_time_suffices_and_else_stays_frozen(folder, m
     words = (*AUTO, FEW, "head=linear")
     adapters = [
         config_of(folder / name).choices.adapter
-        for name, minutes in (("R", 3), ("S", 0.2))
+        for name, minutes in (("R", 3), ("S", 0.1))
         if call(folder, *words, f"budget.minutes={minutes}", f"hydra.run.dir={name}").status == 0
     ]
     assert adapters == ["full", "frozen"]
@@ -277,6 +277,50 @@ def test_a_backbone_is_tuned_on_whole_images_where_smaller_ones_have_no_time_eit
     cfg = config_of(folder / "R")
     assert ((cfg.choices.adapter, cfg.resolution.longest), tried) == (chosen, tries)
     assert (" images that are smaller." in done.out) == (chosen[0] == "frozen")
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(("taken", "adapter", "left"), [((5, 5), "full", 20), ((1, 19, 1), "frozen", 9)])
+def test_what_trying_smaller_images_took_is_counted(folder, monkeypatch, taken, adapter, left):
+    write_halves(folder)
+    clock, each = [0.0], iter(taken)
+
+    def timed(work, values):
+        clock[0] += next(each)
+        return replace(TIMED, image=0.015, kept=None)
+
+    monkeypatch.setattr("dinoseg.choosing.choice.in_own_process", timed)
+    monkeypatch.setattr("dinoseg.choosing.choice.monotonic", lambda: clock[0])
+    words = ("head=linear", "budget.minutes=0.5", "mode=plan", "mode.dry_step=false")
+    done = call(folder, *AUTO, *words, "hydra.run.dir=R")
+    assert done.status == 0, done.err
+    cfg = config_of(folder / "R")
+    assert cfg.choices.adapter == adapter and next(each, None) is None
+    assert 0.8 * left < cfg.trainer.steps * cfg.data.batch_size * 0.015 <= 0.9 * left
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    ("words", "adapter"),
+    [
+        (["head=linear"], "full"),  # 1,066 images
+        (["head=detail", "head.fine=4", "head.width=8"], "frozen"),
+        (["head=linear", "trainer.accumulate=50"], "full"),
+        (["head=linear", "trainer.accumulate=60"], "frozen"),  # not even ten steps of 120
+    ],
+)
+def test_when_tuning_wins_depends_on_the_head_and_on_a_step(folder, monkeypatch, words, adapter):
+    write_halves(folder)
+
+    def timed(work, values):
+        return replace(TIMED, image=0.005 if values["choices"]["adapter"] == "frozen" else 0.015, kept=None)
+
+    monkeypatch.setattr("dinoseg.choosing.choice.in_own_process", timed)
+    monkeypatch.setattr("dinoseg.choosing.rules.LEAST_SMALLER", 10**6)
+    more = ("backbone.arch.num_hidden_layers=4", "budget.minutes=0.3", "mode=plan", "mode.dry_step=false")
+    done = call(folder, *AUTO, *words, *more, "hydra.run.dir=R")
+    assert done.status == 0, done.err
+    assert config_of(folder / "R").choices.adapter == adapter
 
 
 @pytest.mark.heavy

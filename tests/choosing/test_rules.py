@@ -110,6 +110,11 @@ def test_ways_depend_on_the_backbone_and_on_how_many_images_there_are():
     assert [way.words["adapter"] for way in rules.ways(few)] == ["frozen"]
 
 
+def test_from_how_many_images_tuning_wins_depends_on_the_head_that_is_taken():
+    cases = CASE, THIN, replace(THIN, depth=3), replace(THIN, head="linear"), replace(CASE, head="detail")
+    assert [rules.least_tuned(case) for case in cases] == [600, 1500, 600, 600, 1500]
+
+
 @pytest.mark.parametrize(
     ("images", "there", "devices", "size"),
     [(12_000, 184, 1, 8), (6_000, 184, 1, 4), (5_999, 184, 1, 2), (0, 184, 1, 2), (12_000, 5, 1, 5)]
