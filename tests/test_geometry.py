@@ -90,10 +90,34 @@ def test_tiles_are_those_of_upsample_and_their_gradient_its_own():
     assert pieces > 50
 
 
+@pytest.mark.parametrize("size", [(6, 5), (12, 5), (6, 10)], ids=["neither", "rows", "columns"])
+def test_a_tile_whose_pixels_are_cells_along_an_axis_has_memory_of_its_own(size):
+    grid = torch.randn(1, 2, 6, 5, dtype=torch.float64, requires_grad=True)
+    expected, read = upsample(grid, size, (1.0, 1.0))[0], grid.detach()[0]
+    ((rows,), (columns,)) = (spans(*sides, 1.0, sides[0], grid) for sides in zip(size, (6, 5), strict=True))
+    tile = upsample_tile(read, rows, columns)
+    torch.testing.assert_close(tile, expected.detach(), atol=1e-12, rtol=0)
+    upstream = torch.randn_like(tile)
+    (own,) = torch.autograd.grad(expected, grid, upstream)
+    torch.testing.assert_close(reduce_tile(upstream, rows, columns), own[0], atol=1e-12, rtol=0)
+    tile.zero_()
+    assert read.any()
+
+
 def test_a_run_that_reads_few_cells_is_one_product():
     grid = torch.empty(1)
     assert not spans(480, 30, 1.0, 480, grid)[0].pieces
     assert [piece.weights.shape[1] for piece in spans(480, 240, 1.0, 480, grid)[0].pieces] == [49, 50, 50, 50, 49]
+
+
+def test_pieces_are_worth_a_product_of_their_own_and_for_a_cpu_alone():
+    grid = torch.empty(1)
+    assert [len(piece.weights) for piece in spans(150, 140, 1.0, 150, grid)[0].pieces] == [64, 64, 22]
+    assert not spans(64, 60, 1.0, 64, grid)[0].pieces
+    half = spans(480, 480, 0.5, 480, grid)[0].pieces  # the pixels lie on half of the cells
+    assert [len(piece.weights) for piece in half] == [96] * 5
+    elsewhere = spans(480, 240, 1.0, 480, torch.empty(1, device="meta"))[0]
+    assert elsewhere.weights.shape == (480, 240) and not elsewhere.pieces
 
 
 def test_upsample_of_an_unpadded_grid_is_interpolate():
