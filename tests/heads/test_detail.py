@@ -1,6 +1,10 @@
+import inspect
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
+from omegaconf import OmegaConf
 from tiny_parts import tiny_vit
 
 from dinoseg.adapters import Frozen
@@ -183,6 +187,12 @@ def test_what_is_thinner_than_a_patch_is_learnt():
         ids, line = model.eval()(other.image).class_ids() == 1, other.mask == 1
         found[name] = ((ids & line).sum() / (ids | line).sum()).item()
     assert found["detail"] > 0.4 and found["linear"] < 0.3, found
+
+
+def test_its_own_defaults_are_those_of_its_config():
+    file = OmegaConf.load(Path(__file__).parents[2] / "dinoseg/cfg/head/detail.yaml")
+    known = inspect.signature(DetailHead).parameters
+    assert all(known[key].default == file[key] for key in ("fine", "width", "blocks", "jitter"))
 
 
 @pytest.mark.parametrize(
