@@ -41,7 +41,12 @@ def main() -> None:
     rows = [(CACHES[cache], head, busy, busy / least[cache, REFERENCE]) for (cache, head), busy in least.items()]
     print(tabulate(rows, ("", "head", "s a step", f"times {REFERENCE}"), floatfmt=".3g"))
     print(f"{' '.join(given.backbone)}, one thread, {given.precision}; {machine()}")
-    tell(*(Row(f"{head}, {CACHES[cache]}, time a step", REFERENCE, ratio) for (cache, head), ratio in ratios.items()))
+    tell(
+        *(
+            Row(f"{head}, {CACHES[cache]}, {given.precision}, time a step", REFERENCE, ratio)
+            for (cache, head), ratio in ratios.items()
+        )
+    )
 
 
 if __name__ == "__main__":

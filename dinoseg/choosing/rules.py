@@ -190,7 +190,7 @@ def ways(case: Case) -> list[Choice]:
     """Return how the backbone may be trained, the best first; each is taken if time suffices, the last in any case.
 
     CamVid, multiscale: all weights 0.615 after 600 images and 0.664 after 3,360, LoRA 0.619 after 2,800, frozen 0.563
-    after 4,000. Detail: all weights 0.628 after 600 images and 0.694 after 2,400, frozen 0.669 after 3,000.
+    after 4,000. Detail: all weights 0.628 after 600 images and 0.694 after 2,400, frozen 0.664 after 3,000.
     """
     frozen = Choice(
         {"adapter": "frozen"}, "the backbone stays as it is: its features can be kept, and a step takes less"
