@@ -123,7 +123,7 @@ class Work:
         self.engine = Engine(device, precision, workers=0, compile=way == "compiled")
         torch.manual_seed(0)
         self.model: Segmenter = self.engine.place(build.model(cfg))
-        self.loss = criteria.criterion(cfg, class_weights=torch.ones(CLASSES)).to(self.engine.device)
+        self.loss = criteria.unweighted(cfg).to(self.engine.device)
         self.optimizer = build.optimizer(cfg, self.model)
         images = torch.randint(0, 256, (batch, 3, *size), dtype=torch.uint8)
         masks = torch.randint(0, CLASSES, (batch, *size), dtype=torch.uint8)

@@ -31,8 +31,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         draw_data(Path(folder) / "data")
         for cache, head in [*least] * given.repeats:
-            words = [*WORDS, *given.backbone, *f"head={head}".split(), f"engine.cache={cache}"]
-            words += ["loss=ce_dice", "data.views=1", f"engine.precision={given.precision}"]
+            words = [*WORDS, f"engine.precision={given.precision}", *given.backbone, *f"head={head}".split()]
+            words += [f"engine.cache={cache}", "loss=ce_dice", "data.views=1"]
             with tempfile.TemporaryDirectory(dir=folder) as where:
                 command = [str(HERE / "step_times.py"), "1", *words, f"trainer.steps={given.steps}"]
                 times = told(command, where, 1, f"{head}, {CACHES[cache]}")
