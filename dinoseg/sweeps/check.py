@@ -7,6 +7,7 @@ from omegaconf import DictConfig
 
 from dinoseg.config.job import job_config
 from dinoseg.config.nodes import instantiate
+from dinoseg.config.plain import plain
 from dinoseg.errors import UserError
 
 
@@ -20,7 +21,7 @@ def impossible_cells(config: DictConfig) -> tuple[list[tuple[str, str]], int]:
 
     loader = GlobalHydra.instance().config_loader()
     parser = OverridesParser.create(config_loader=loader)  # which finds what a glob() stands for
-    overrides = parser.parse_overrides(list(config.hydra.overrides.task))
+    overrides = parser.parse_overrides(plain(config.hydra.overrides)["task"])  # as typed, `${hydra:...}` too
     swept = {override.get_key_element() for override in overrides if override.is_sweep_override()}
     cells = [cell for batch in BasicSweeper.split_arguments(overrides, None) for cell in batch]
     bad = []
