@@ -1,5 +1,6 @@
-"""Attention in which only the first rows are masked."""
+"""Attention in which only the first rows are masked, and the way in which a processor attends fastest."""
 
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from math import ceil
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from dinoseg.backbones.class_attention import show
 
@@ -42,13 +44,60 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, dr
     return torch.cat([masked, free], dim=-2)
 
 
+def attend_fastest(model: nn.Module) -> None:
+    """Let modules of timm that call torch's fused attention attend as `attend` does, where that is faster.
+
+    They are those with a flag for it, `fused_attn`; calls with a mask, or causal ones, stay torch's.
+    """
+    if not _products_are_faster():
+        return
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):  # hooks, since copies of a module and its class stay as they are
+            module.register_forward_pre_hook(_enter)
+            module.register_forward_hook(_leave, always_call=True)
+
+
+class _Intercepted(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        return (_attention if func is _TORCHS else func)(*args, **(kwargs or {}))
+
+
+_TORCHS = F.scaled_dot_product_attention
+_INTERCEPTED = _Intercepted()
+
+
+def _is_eager_on_cpu(inputs: tuple[Any, ...]) -> bool:
+    return inputs[0].device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _enter(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    if _is_eager_on_cpu(inputs):
+        _INTERCEPTED.__enter__()
+
+
+def _leave(_module: nn.Module, inputs: tuple[Any, ...], _output: object) -> None:
+    if _is_eager_on_cpu(inputs):
+        _INTERCEPTED.__exit__(None, None, None)
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *others: Any, **options: Any) -> Tensor:
+    """Attend, with the signature of torch's fused attention."""
+    asked = {name: value for name, value in options.items() if value is not None and value is not False}
+    if others or asked.keys() - {"dropout_p", "scale"}:
+        return F.scaled_dot_product_attention(query, key, value, *others, **options)
+    dropout, scale = asked.get("dropout_p", 0.0), asked.get("scale", query.shape[-1] ** -0.5)
+    return _unmasked(query, key, value, dropout, scale)
+
+
 def _unmasked(query: Tensor, key: Tensor, value: Tensor, dropout: float, scale: float) -> Tensor:
     """Return attention (B, heads, M, C) of M rows that see all N tokens."""
-    plain = not dropout and not torch.compiler.is_compiling() and query.dtype == torch.bfloat16
-    learns = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    if plain and not learns and query.device.type == "cpu" and query.shape[2] >= _FEWEST and _products_are_faster():
-        return _by_products(query, key, value, scale)
-    return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scale)
+    plain = not dropout and not torch.compiler.is_compiling() and query.dim() == 4 and query.shape[2] >= _FEWEST
+    of_cpu = query.device.type == "cpu" and query.dtype == key.dtype == value.dtype == torch.bfloat16
+    if not (plain and of_cpu and _products_are_faster()):
+        return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scale)
+    return _Products.apply(query, key, value, scale)
 
 
 @cache
@@ -57,19 +106,54 @@ def _products_are_faster() -> bool:
     return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
 
 
-def _by_products(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Return unmasked attention by matrix products, some rows at a time: about half the time of torch's in bfloat16.
+class _Products(torch.autograd.Function):
+    """Unmasked attention by matrix products, some rows at a time: about half the time of torch's in bfloat16.
 
-    Scores are rounded to bfloat16 before the softmax, as any attention written out in bfloat16 rounds them.
+    Scores are rounded to bfloat16 before the softmax, as any attention written out in bfloat16 rounds them. Nothing of
+    N x N is kept: weights are computed once more for the gradients, as by torch's.
     """
-    attended = torch.empty_like(query)
-    heads, rows = query.shape[1:3]
-    parts = ceil(heads * rows * key.shape[2] / _HELD)
-    for queries, keys, values, out in zip(query, key.mT, value, attended, strict=True):
-        for some, place in zip(queries.chunk(parts, 1), out.chunk(parts, 1), strict=True):
-            scores = torch.baddbmm(some.new_empty(1), some, keys, beta=0, alpha=scale)
-            place.copy_(torch.softmax(scores, -1) @ values)
-    return attended
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(query, key, value)
+        ctx.scale = scale
+        attended = torch.empty_like(query)
+        for image, rows in _pieces(query, key):
+            attended[image, :, rows] = _weights(query[image, :, rows], key[image], scale) @ value[image]
+        return attended
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # what it returns would pass for a constant
+            raise NotImplementedError("Attention by products cannot be differentiated twice: leave out create_graph.")
+        query, key, value = ctx.saved_tensors
+        of_query = torch.empty_like(query)
+        of_key, of_value = (torch.zeros(part.shape, dtype=torch.float32) for part in (key, value))
+        for image, rows in _pieces(query, key):
+            queries, of_rows = query[image, :, rows], upstream[image, :, rows]
+            weights = _weights(queries, key[image], ctx.scale)
+            slopes = torch._softmax_backward_data(of_rows @ value[image].mT, weights, -1, weights.dtype)
+            of_query[image, :, rows] = _scaled(slopes, key[image], ctx.scale)
+            of_key[image] += _scaled(slopes.mT, queries, ctx.scale)
+            of_value[image] += weights.mT @ of_rows
+        return of_query, of_key.to(key.dtype), of_value.to(value.dtype), None
+
+
+def _pieces(query: Tensor, key: Tensor) -> Iterator[tuple[int, slice]]:
+    """Yield each image with some of its rows, in turn."""
+    images, heads, rows = query.shape[:3]
+    at_once = ceil(rows / ceil(heads * rows * key.shape[2] / _HELD))
+    for image in range(images):
+        for first in range(0, rows, at_once):
+            yield image, slice(first, first + at_once)
+
+
+def _weights(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+    return torch.softmax(_scaled(queries, keys.mT, scale), -1)
+
+
+def _scaled(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    return torch.baddbmm(left.new_empty(1), left, right, beta=0, alpha=scale)
 
 
 def _attend(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dinoseg.backbones.attention import attend_fastest
 from dinoseg.backbones.class_attention import on_patches, plain_attention, watch_timm
 from dinoseg.backbones.cut import Block, onwards, until
 from dinoseg.backbones.layers import resolve_layers
@@ -91,6 +92,7 @@ class TimmBackbone(Backbone):
         self.unused = unreached(self, maps)
         self.has_class_attention = plain_attention(self.model) is not None
         self.takes_tokens = not self.is_pyramid and _is_plain(self.model)
+        attend_fastest(self.model)
         if checkpointing:
             _enable_checkpointing(self.model, name)
         known = self.model.pretrained_cfg

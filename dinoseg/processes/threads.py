@@ -21,6 +21,7 @@ def threads(device: torch.device) -> Iterator[Callable[..., Iterator[Any]]]:
         return
     try:
         with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            torch.set_num_threads(1)  # here too: what this thread shared would wait for those that are at work
             yield pool.map
     finally:
         torch.set_num_threads(count)  # to threads to come, the last call in any thread counts

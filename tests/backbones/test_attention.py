@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -6,6 +7,7 @@ import torch.nn.functional as F
 
 from dinoseg.backbones import attention
 from dinoseg.backbones.attention import attend
+from dinoseg.backbones.timm_backbone import TimmBackbone
 from dinoseg.backbones.transformers_vit import TransformersVit
 
 SMALL = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3}
@@ -127,30 +129,164 @@ def test_without_a_mask_a_block_is_transformers_own(family):
 @pytest.mark.parametrize(("tokens", "held"), [(1, 2**22), (40, 2**22), (40, 500), (41, 1)])
 def test_products_of_bfloat16_equal_attention_of_one_call(monkeypatch, tokens, held):
     monkeypatch.setattr(attention, "_HELD", held)
-    query, key, value, _ = (part.bfloat16() for part in draw(1, tokens))
-    expected = written_out(query, key, value, torch.ones(2, tokens, tokens, dtype=torch.bool), 0.1)
-    found = attention._by_products(query, key, value, 0.1)
+    parts = [part.bfloat16().requires_grad_() for part in draw(1, tokens)[:3]]
+    weight = torch.randn(2, 3, tokens, 5).bfloat16()
+    found = attention._Products.apply(*parts, 0.1)
+    found.backward(weight)
+    exact = [part.detach().double().requires_grad_() for part in parts]
+    expected = written_out(*exact, torch.ones(2, tokens, tokens, dtype=torch.bool), 0.1)
+    expected.backward(weight.double())
     torch.testing.assert_close(found.double(), expected, atol=0.05, rtol=0.02)
-    assert torch.equal(found[1:], attention._by_products(query[1:], key[1:], value[1:], 0.1))
+    for mine, true in zip(parts, exact, strict=True):
+        torch.testing.assert_close(mine.grad.double(), true.grad, atol=0.05, rtol=0.02)
+    alone = [part.detach()[1:] for part in parts]
+    assert torch.equal(found[1:], attention._Products.apply(*alone, 0.1))
+
+
+@pytest.mark.parametrize("scale", [0.02, 0.1, 0.4])
+def test_products_round_as_attention_that_is_written_out_in_bfloat16(scale):
+    """Both against float64: values and gradients, from even attention to sharp one."""
+
+    def in_float64(query, key, value):
+        return (scale * query @ key.mT).softmax(-1) @ value
+
+    def in_bfloat16(query, key, value):
+        return (scale * (query @ key.mT)).float().softmax(-1).bfloat16() @ value
+
+    query, key, value, _ = draw(1, 200)
+    weight = torch.randn(2, 3, 200, 5, generator=torch.Generator().manual_seed(0)).bfloat16()
+    found = []
+    for way in (in_float64, in_bfloat16, lambda *parts: attention._Products.apply(*parts, scale)):
+        kind = torch.float64 if way is in_float64 else torch.bfloat16
+        leaves = [part.bfloat16().to(kind).requires_grad_() for part in (query, key, value)]
+        attended = way(*leaves)
+        attended.backward(weight.to(kind))
+        found.append([attended.detach().double(), *(leaf.grad.double() for leaf in leaves)])
+    for true, usual, mine in zip(*found, strict=True):
+        assert (mine - true).norm() < 1.25 * (usual - true).norm()
+
+
+def test_products_are_differentiated_once():
+    leaves = [part.bfloat16().requires_grad_() for part in draw(1, 5)[:3]]
+    with pytest.raises(NotImplementedError, match="create_graph"):
+        torch.autograd.grad(attention._Products.apply(*leaves, 0.1).sum(), leaves[0], create_graph=True)
+
+
+@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize(
+    ("faster", "dtype", "dropout", "taken"),
+    [
+        (True, torch.bfloat16, 0.0, True),
+        (True, torch.bfloat16, 0.5, False),
+        (True, torch.float32, 0.0, False),
+        (False, torch.bfloat16, 0.0, False),
+    ],
+)
+def test_products_are_taken_where_they_are_faster(products, monkeypatch, faster, dtype, dropout, taken, learns):
+    monkeypatch.setattr(attention, "_products_are_faster", lambda: faster)
+    query, key, value, _ = (part.to(dtype) for part in draw(1, 130))
+    for rows in (130, 5):  # those of many rows alone
+        attend(query[:, :, :rows], key.requires_grad_(learns), value, None, dropout=dropout, scale=1.0)
+    assert len(products) == taken
+    with torch.autocast("cpu", torch.bfloat16):  # in which torch casts what is still float32, as rotated queries are
+        attend(query.float(), key, value, None, dropout=dropout, scale=1.0)
+    assert len(products) == taken
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """The shapes that were attended to by products, on whatever processor."""
+    seen, given = [], attention._Products.apply
+
+    def spy(query, *others):
+        seen.append(tuple(query.shape))
+        return given(query, *others)
+
+    monkeypatch.setattr(attention._Products, "apply", spy)
+    monkeypatch.setattr(attention, "_products_are_faster", lambda: True)
+    return seen
+
+
+@pytest.fixture
+def timm_backbone(products):
+    return TimmBackbone("test_vit", "random", 16)
+
+
+IMAGES = torch.rand(2, 3, 192, 192)  # 144 patches
+
+
+def in_bfloat16(backbone, images=IMAGES):
+    with torch.autocast("cpu", torch.bfloat16):
+        return backbone(images)[0]
+
+
+def test_blocks_of_timm_attend_by_products_and_learn_as_by_torchs_attention(products, timm_backbone, monkeypatch):
+    products.clear()
+    blocks = len(timm_backbone.blocks)
+    in_bfloat16(timm_backbone).square().sum().backward()
+    assert len(products) == blocks and {shape[0] for shape in products} == {2}
+    found = {name: part.grad.clone() for name, part in timm_backbone.named_parameters() if part.grad is not None}
+    in_bfloat16(copy.deepcopy(timm_backbone))
+    assert len(products) == 2 * blocks
+    timm_backbone(IMAGES)
+    assert len(products) == 2 * blocks  # float32 is torch's own
+    timm_backbone.zero_grad()
+    monkeypatch.setattr(attention, "_products_are_faster", lambda: False)
+    in_bfloat16(timm_backbone).square().sum().backward()
+    assert len(products) == 2 * blocks
+    for name, part in timm_backbone.named_parameters():
+        if part.grad is not None:
+            assert (found[name] - part.grad).norm() <= 0.05 * part.grad.norm() + 1e-6, name
+
+
+def test_recomputed_blocks_of_timm_attend_by_products_both_times(products):
+    backbone = TimmBackbone("test_vit", "random", 16, checkpointing=True).train()
+    products.clear()
+    in_bfloat16(backbone).sum().backward()
+    assert len(products) == 2 * len(backbone.blocks)
+
+
+def test_a_block_that_fails_leaves_torchs_attention_as_it_was(products, timm_backbone):
+    module = timm_backbone.blocks[0].attn
+    with pytest.raises(RuntimeError):
+        module(torch.rand(2, 144, 3))
+    parts = [part.bfloat16() for part in draw(1, 130)[:3]]
+    products.clear()
+    F.scaled_dot_product_attention(*parts)
+    assert not products
 
 
 @pytest.mark.parametrize(
-    ("faster", "dtype", "learns", "taken"),
+    ("options", "taken"),
     [
-        (True, torch.bfloat16, False, True),
-        (True, torch.bfloat16, True, False),
-        (True, torch.float32, False, False),
-        (False, torch.bfloat16, False, False),
+        ({}, True),
+        ({"attn_mask": None, "is_causal": False, "dropout_p": 0.0, "scale": None}, True),
+        ({"scale": 0.3}, True),
+        ({"is_causal": True}, False),
+        ({"attn_mask": torch.ones(130, 130, dtype=torch.bool).tril()}, False),
+        ({"dropout_p": 0.5}, False),
     ],
 )
-def test_products_are_taken_where_they_are_faster_and_nothing_learns(monkeypatch, faster, dtype, learns, taken):
-    calls = []
-    monkeypatch.setattr(attention, "_products_are_faster", lambda: faster)
-    monkeypatch.setattr(attention, "_by_products", lambda *given: calls.append(1) or torch.zeros_like(given[0]))
-    query, key, value, _ = (part.to(dtype) for part in draw(1, 130))
-    for rows in (130, 5):  # those of many rows alone
-        attend(query[:, :, :rows], key.requires_grad_(learns), value, None, dropout=0.0, scale=1.0)
-    assert len(calls) == taken
-    with torch.no_grad():
-        attend(query, key, value, None, dropout=0.0, scale=1.0)
-    assert len(calls) == taken + (taken or (learns and faster))
+def test_what_timm_asks_of_attention_is_kept(products, options, taken):
+    parts = [(part / 3).bfloat16() for part in draw(1, 130)[:3]]
+    torch.manual_seed(0)
+    with attention._INTERCEPTED:
+        found = F.scaled_dot_product_attention(*parts, **options)
+    assert bool(products) == taken
+    torch.manual_seed(0)
+    torch.testing.assert_close(found, F.scaled_dot_product_attention(*parts, **options), atol=0.05, rtol=0.05)
+
+
+def test_a_mask_by_place_stays_torchs(products):
+    parts = [part.bfloat16() for part in draw(1, 130)[:3]]
+    mask = torch.ones(130, 130, dtype=torch.bool).tril()
+    with attention._INTERCEPTED:
+        found = F.scaled_dot_product_attention(*parts, mask)
+        F.scaled_dot_product_attention(*(part[0] for part in parts))  # of one image without its axis
+    assert not products
+    torch.testing.assert_close(found, F.scaled_dot_product_attention(*parts, attn_mask=mask))
+
+
+def test_nothing_is_hooked_where_torchs_attention_is_as_fast(monkeypatch):
+    monkeypatch.setattr(attention, "_products_are_faster", lambda: False)
+    assert not any(module._forward_pre_hooks for module in TimmBackbone("test_vit", "random", 16).modules())

@@ -263,7 +263,7 @@ def test_linear_layers_of_which_only_the_weight_is_used_are_known(name, patch, o
     assert backbone.uncalled_linears == {key for key, part in linears.items() if part not in called}
     assert backbone.uncalled_linears == {key for key in linears if own and key.endswith(own)}
     assert bool(backbone.uncalled_linears) == bool(own) and called
-    assert not any(part._forward_hooks for part in backbone.modules())
+    assert not any(part._forward_hooks for part in linears.values())
 
 
 def test_lora_finds_the_fused_projections_and_last_blocks_its_blocks():
