@@ -53,6 +53,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "cache": Benchmark("feature_cache.py", "", "--cases vits --images 2 --size 64 --rounds 1"),
     "heads": Benchmark("many_heads.py", "", "--heads 2 --steps 2 --backbone tiny --repeats 1"),
     "step": Benchmark("head_step.py", "", "--heads detail --steps 4 --backbone backbone=tiny --repeats 1"),
+    "attention": Benchmark("attention.py", "", "--shapes 1x2x130 --channels 8 --repeats 1"),
     "packed": Benchmark("packed.py", "", "--frames 2 --repeats 1"),
     "scores": Benchmark("scores.py", "", "--repeats 1"),
     "vos": Benchmark("vos_scores.py", "", "--videos 2 --frames 4 --processes 1 --repeats 1"),

@@ -1,8 +1,8 @@
 """Attention in which only the first rows are masked, and the way in which a processor attends fastest."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
-from math import ceil
+from math import ceil, prod
 from typing import Any
 
 import torch
@@ -97,7 +97,7 @@ def _unmasked(query: Tensor, key: Tensor, value: Tensor, dropout: float, scale: 
     of_cpu = query.device.type == "cpu" and query.dtype == key.dtype == value.dtype == torch.bfloat16
     if not (plain and of_cpu and _products_are_faster()):
         return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scale)
-    return _Products.apply(query, key, value, scale)
+    return by_products(query, key, value, scale)
 
 
 @cache
@@ -106,20 +106,30 @@ def _products_are_faster() -> bool:
     return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
 
 
-class _Products(torch.autograd.Function):
-    """Unmasked attention by matrix products, some rows at a time: about half the time of torch's in bfloat16.
+def by_products(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Return unmasked attention (B, heads, M, C) by matrix products, some rows at a time.
 
-    Scores are rounded to bfloat16 before the softmax, as any attention written out in bfloat16 rounds them. Nothing of
-    N x N is kept: weights are computed once more for the gradients, as by torch's.
+    In bfloat16 it takes about half the time of torch's where `_products_are_faster`. Scores are rounded before the
+    softmax, as any attention written out in bfloat16 rounds them. Nothing of M x N is kept: weights are computed once
+    more for the gradients, as by torch's.
+
+    Args:
+        query: (B, heads, M, C).
+        key: (B, heads, N, C).
+        value: the same.
+        scale: of the products of queries and keys.
     """
+    return _Products.apply(query, key, value, scale)
 
+
+class _Products(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         ctx.save_for_backward(query, key, value)
         ctx.scale = scale
-        attended = torch.empty_like(query)
-        for image, rows in _pieces(query, key):
-            attended[image, :, rows] = _weights(query[image, :, rows], key[image], scale) @ value[image]
+        attended, room = torch.empty_like(query), _Room(query, key)
+        for rows, all_rows in room.pieces:
+            attended[rows] = room.weights(query[rows], key[all_rows], scale) @ value[all_rows]
         return attended
 
     @staticmethod
@@ -127,33 +137,60 @@ class _Products(torch.autograd.Function):
         if torch.is_grad_enabled():  # what it returns would pass for a constant
             raise NotImplementedError("Attention by products cannot be differentiated twice: leave out create_graph.")
         query, key, value = ctx.saved_tensors
-        of_query = torch.empty_like(query)
+        of_query, room = torch.empty_like(query), _Room(query, key)
         of_key, of_value = (torch.zeros(part.shape, dtype=torch.float32) for part in (key, value))
-        for image, rows in _pieces(query, key):
-            queries, of_rows = query[image, :, rows], upstream[image, :, rows]
-            weights = _weights(queries, key[image], ctx.scale)
-            slopes = torch._softmax_backward_data(of_rows @ value[image].mT, weights, -1, weights.dtype)
-            of_query[image, :, rows] = _scaled(slopes, key[image], ctx.scale)
-            of_key[image] += _scaled(slopes.mT, queries, ctx.scale)
-            of_value[image] += weights.mT @ of_rows
+        for rows, all_rows in room.pieces:
+            weights = room.weights(query[rows], key[all_rows], ctx.scale)
+            slopes = room.slopes(upstream[rows], value[all_rows], weights)
+            of_query[rows] = _scaled(slopes, key[all_rows], ctx.scale)
+            of_key[all_rows] += _scaled(slopes.mT, query[rows], ctx.scale)
+            of_value[all_rows] += weights.mT @ upstream[rows]
         return of_query, of_key.to(key.dtype), of_value.to(value.dtype), None
 
 
-def _pieces(query: Tensor, key: Tensor) -> Iterator[tuple[int, slice]]:
-    """Yield each image with some of its rows, in turn."""
-    images, heads, rows = query.shape[:3]
-    at_once = ceil(rows / ceil(heads * rows * key.shape[2] / _HELD))
-    for image in range(images):
-        for first in range(0, rows, at_once):
-            yield image, slice(first, first + at_once)
+class _Room:
+    """An image's heads a few at a time, and memory for what their rows see, which all share: fresh pages cost time.
+
+    Where one head sees too much, it is some of its rows: products of few rows are slow.
+
+    Args:
+        query: (B, heads, M, C).
+        key: (B, heads, N, C).
+    """
+
+    def __init__(self, query: Tensor, key: Tensor) -> None:
+        images, heads, rows = query.shape[:3]
+        self._tokens = key.shape[2]
+        heads_at_once = max(1, min(heads, _HELD // (rows * self._tokens)))
+        rows_at_once = ceil(rows / ceil(rows * self._tokens / _HELD))
+        whole = [(image, some) for image in range(images) for some in _runs(heads, heads_at_once)]
+        self.pieces = [((*of_heads, some), of_heads) for of_heads in whole for some in _runs(rows, rows_at_once)]
+        self._memory = [query.new_empty(0)] * 3
+
+    def weights(self, queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+        """Return what rows (heads, M, C) give to each of the keys (heads, N, C)."""
+        return torch.softmax(_scaled(queries, keys.mT, scale, out=self._of(0, queries)), -1, out=self._of(1, queries))
+
+    def slopes(self, upstream: Tensor, values: Tensor, weights: Tensor) -> Tensor:
+        """Return the gradient of scaled products from that of what rows attend to."""
+        of_weights = torch.bmm(upstream, values.mT, out=self._of(0, upstream))
+        into = self._of(2, upstream)
+        return torch.ops.aten._softmax_backward_data.out(of_weights, weights, -1, weights.dtype, grad_input=into)
+
+    def _of(self, number: int, rows: Tensor) -> Tensor:
+        """Return one of the places for numbers (heads, M, N)."""
+        shape = *rows.shape[:2], self._tokens
+        if not len(self._memory[number]):  # the first piece is the largest
+            self._memory[number] = rows.new_empty(prod(shape))
+        return self._memory[number][: prod(shape)].view(shape)
 
 
-def _weights(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
-    return torch.softmax(_scaled(queries, keys.mT, scale), -1)
+def _runs(length: int, at_once: int) -> list[slice]:
+    return [slice(start, start + at_once) for start in range(0, length, at_once)]
 
 
-def _scaled(left: Tensor, right: Tensor, scale: float) -> Tensor:
-    return torch.baddbmm(left.new_empty(1), left, right, beta=0, alpha=scale)
+def _scaled(left: Tensor, right: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
+    return torch.baddbmm(left.new_empty(1), left, right, beta=0, alpha=scale, out=out)
 
 
 def _attend(

@@ -126,12 +126,12 @@ def test_without_a_mask_a_block_is_transformers_own(family):
     torch.testing.assert_close(found, backbone.blocks[0](tokens, **beside), atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("tokens", "held"), [(1, 2**22), (40, 2**22), (40, 500), (41, 1)])
+@pytest.mark.parametrize(("tokens", "held"), [(1, 2**22), (40, 2**22), (40, 3300), (40, 1700), (40, 500), (41, 1)])
 def test_products_of_bfloat16_equal_attention_of_one_call(monkeypatch, tokens, held):
     monkeypatch.setattr(attention, "_HELD", held)
     parts = [part.bfloat16().requires_grad_() for part in draw(1, tokens)[:3]]
     weight = torch.randn(2, 3, tokens, 5).bfloat16()
-    found = attention._Products.apply(*parts, 0.1)
+    found = attention.by_products(*parts, 0.1)
     found.backward(weight)
     exact = [part.detach().double().requires_grad_() for part in parts]
     expected = written_out(*exact, torch.ones(2, tokens, tokens, dtype=torch.bool), 0.1)
@@ -140,7 +140,7 @@ def test_products_of_bfloat16_equal_attention_of_one_call(monkeypatch, tokens, h
     for mine, true in zip(parts, exact, strict=True):
         torch.testing.assert_close(mine.grad.double(), true.grad, atol=0.05, rtol=0.02)
     alone = [part.detach()[1:] for part in parts]
-    assert torch.equal(found[1:], attention._Products.apply(*alone, 0.1))
+    assert torch.equal(found[1:], attention.by_products(*alone, 0.1))
 
 
 @pytest.mark.parametrize("scale", [0.02, 0.1, 0.4])
@@ -156,7 +156,7 @@ def test_products_round_as_attention_that_is_written_out_in_bfloat16(scale):
     query, key, value, _ = draw(1, 200)
     weight = torch.randn(2, 3, 200, 5, generator=torch.Generator().manual_seed(0)).bfloat16()
     found = []
-    for way in (in_float64, in_bfloat16, lambda *parts: attention._Products.apply(*parts, scale)):
+    for way in (in_float64, in_bfloat16, lambda *parts: attention.by_products(*parts, scale)):
         kind = torch.float64 if way is in_float64 else torch.bfloat16
         leaves = [part.bfloat16().to(kind).requires_grad_() for part in (query, key, value)]
         attended = way(*leaves)
@@ -169,7 +169,7 @@ def test_products_round_as_attention_that_is_written_out_in_bfloat16(scale):
 def test_products_are_differentiated_once():
     leaves = [part.bfloat16().requires_grad_() for part in draw(1, 5)[:3]]
     with pytest.raises(NotImplementedError, match="create_graph"):
-        torch.autograd.grad(attention._Products.apply(*leaves, 0.1).sum(), leaves[0], create_graph=True)
+        torch.autograd.grad(attention.by_products(*leaves, 0.1).sum(), leaves[0], create_graph=True)
 
 
 @pytest.mark.parametrize("learns", [False, True])
@@ -196,13 +196,13 @@ def test_products_are_taken_where_they_are_faster(products, monkeypatch, faster,
 @pytest.fixture
 def products(monkeypatch):
     """The shapes that were attended to by products, on whatever processor."""
-    seen, given = [], attention._Products.apply
+    seen, given = [], attention.by_products
 
     def spy(query, *others):
         seen.append(tuple(query.shape))
         return given(query, *others)
 
-    monkeypatch.setattr(attention._Products, "apply", spy)
+    monkeypatch.setattr(attention, "by_products", spy)
     monkeypatch.setattr(attention, "_products_are_faster", lambda: True)
     return seen
 
