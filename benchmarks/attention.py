@@ -9,6 +9,7 @@ processors that have fast ones of bfloat16, and no AMX: on others the table show
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -33,12 +34,14 @@ def main() -> None:
     for shape in args.shapes:
         parts, upstream = drawn(*map(int, shape.split("x")), args.channels)
         for what, step in (("values", values), ("values and gradients", gradients)):
-            seconds = least({way: lambda of=of: step(of, parts, upstream) for way, of in WAYS.items()}, args.repeats)
+            ways = {name: partial(step, way, parts, upstream) for name, way in WAYS.items()}
+            seconds = least(ways, args.repeats)
             ratio = seconds["torch"] / seconds["products"]
             off = [f"{error(of, parts, upstream):.2%}" for of in WAYS.values()] if step is gradients else ["", ""]
             rows.append([shape, what, *(f"{1000 * seconds[way]:.1f}" for way in WAYS), f"{ratio:.2f}", *off])
             tell(Row(f"attention of {shape} in bfloat16, {what}, time", "torch's fused attention", ratio))
-    print(tabulate(rows, headers=("images x heads x tokens", "", "torch ms", "ours ms", "ratio", "torch off", "ours off")))
+    headers = ("images x heads x tokens", "", "torch ms", "ours ms", "ratio", "torch off", "ours off")
+    print(tabulate(rows, headers=headers))
     print(f"\n{args.channels} channels a head, {args.threads} threads; {machine()}")
 
 
