@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from dinoseg.backbones.class_attention import show
 
@@ -68,17 +68,20 @@ _TORCHS = F.scaled_dot_product_attention
 _INTERCEPTED = _Intercepted()
 
 
-def _is_eager_on_cpu(inputs: tuple[Any, ...]) -> bool:
-    return inputs[0].device.type == "cpu" and not torch.compiler.is_compiling()
+def _is_eager() -> bool:
+    """Say whether operations run one by one: an autograd function fits no graph, and not this one `torch.func`."""
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return not (recorded or torch._C._are_functorch_transforms_active())
 
 
 def _enter(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
-    if _is_eager_on_cpu(inputs):
+    of_cpu = any(isinstance(part, Tensor) and part.device.type == "cpu" for part in inputs[:1])
+    if of_cpu and _is_eager() and _get_current_function_mode() is not _INTERCEPTED:  # Ctrl-C may have left it there
         _INTERCEPTED.__enter__()
 
 
-def _leave(_module: nn.Module, inputs: tuple[Any, ...], _output: object) -> None:
-    if _is_eager_on_cpu(inputs):
+def _leave(_module: nn.Module, _inputs: tuple[Any, ...], _output: object) -> None:
+    if _is_eager() and _get_current_function_mode() is _INTERCEPTED:  # not where a hook before `_enter` failed
         _INTERCEPTED.__exit__(None, None, None)
 
 
@@ -93,9 +96,10 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *others: Any, **option
 
 def _unmasked(query: Tensor, key: Tensor, value: Tensor, dropout: float, scale: float) -> Tensor:
     """Return attention (B, heads, M, C) of M rows that see all N tokens."""
-    plain = not dropout and not torch.compiler.is_compiling() and query.dim() == 4 and query.shape[2] >= _FEWEST
+    plain = not dropout and _is_eager() and query.dim() == 4 and query.shape[2] >= _FEWEST
+    alike = key.shape == value.shape == (*query.shape[:-2], key.shape[-2], query.shape[-1])  # neither wider nor shared
     of_cpu = query.device.type == "cpu" and query.dtype == key.dtype == value.dtype == torch.bfloat16
-    if not (plain and of_cpu and _products_are_faster()):
+    if not (plain and alike and of_cpu and _products_are_faster()):
         return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scale)
     return by_products(query, key, value, scale)
 

@@ -290,3 +290,166 @@ def test_a_mask_by_place_stays_torchs(products):
 def test_nothing_is_hooked_where_torchs_attention_is_as_fast(monkeypatch):
     monkeypatch.setattr(attention, "_products_are_faster", lambda: False)
     assert not any(module._forward_pre_hooks for module in TimmBackbone("test_vit", "random", 16).modules())
+
+
+@pytest.mark.parametrize(
+    ("of_query", "of_key", "of_value"),
+    [
+        ((2, 3, 130, 5), (2, 3, 130, 5), (2, 3, 130, 10)),  # differential attention
+        ((2, 3, 130, 5), (2, 1, 130, 5), (2, 1, 130, 5)),  # heads that share keys and values
+        ((2, 1, 130, 5), (2, 3, 130, 5), (2, 3, 130, 5)),
+        ((1, 3, 130, 5), (2, 3, 130, 5), (2, 3, 130, 5)),
+        ((2, 3, 130, 5), (3, 130, 5), (3, 130, 5)),
+        ((3, 130, 130),) * 3,
+        ((2, 3, 130, 4, 5),) * 3,  # windows apart
+    ],
+)
+def test_other_axes_and_shared_heads_and_values_of_another_width_stay_torchs(products, of_query, of_key, of_value):
+    parts = [torch.randn(shape).bfloat16() for shape in (of_query, of_key, of_value)]
+    found = attend(*parts, None, dropout=0.0, scale=0.3)
+    assert not products
+    assert torch.equal(found, F.scaled_dot_product_attention(*parts, scale=0.3))
+
+
+@pytest.mark.parametrize("keys", [7, 131, 400])
+def test_queries_see_any_number_of_keys_by_products(products, keys):
+    query, leaves = draw(1, 130)[0].bfloat16(), [part.bfloat16() for part in draw(1, keys, seed=1)[:2]]
+    upstream = torch.randn(2, 130, 3, 5).bfloat16().transpose(1, 2)
+    gradients = []
+    for way in (attend, lambda *given, dropout, scale: F.scaled_dot_product_attention(*given[:3], scale=scale)):
+        parts = [part.detach().requires_grad_() for part in (query, *leaves)]
+        way(*parts, None, dropout=0.0, scale=0.1).backward(upstream)
+        gradients.append([part.grad for part in parts])
+    assert len(products) == 1
+    for mine, torchs in zip(*gradients, strict=True):
+        assert (mine - torchs).norm() < 0.02 * torchs.norm()
+
+
+def modes():
+    return torch.overrides._get_current_function_mode_stack()
+
+
+def test_a_block_that_is_interrupted_is_forgotten_at_the_next(timm_backbone):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = timm_backbone.blocks[0].attn.proj.register_forward_hook(interrupt)
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            timm_backbone(IMAGES)
+    assert len(modes()) == 1
+    handle.remove()
+    timm_backbone(IMAGES)
+    assert not modes()
+
+
+def test_a_hook_that_fails_before_a_block_leaves_the_modes_of_others(timm_backbone):
+    def fail(*_):
+        raise ValueError("before")
+
+    class Other(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    timm_backbone.blocks[0].attn.register_forward_pre_hook(fail, prepend=True)
+    with Other() as other:
+        with pytest.raises(ValueError, match="before"):
+            timm_backbone(IMAGES)
+        assert modes() == [other]
+
+
+def test_attention_may_be_called_by_keyword(timm_backbone):
+    module, tokens = timm_backbone.blocks[0].attn, torch.rand(2, 144, 64)
+    assert torch.equal(module(x=tokens), module(tokens))
+    assert not modes()
+
+
+def test_other_devices_are_not_intercepted(timm_backbone):
+    during = []
+    timm_backbone.blocks[0].attn.proj.register_forward_hook(lambda *_: during.append(len(modes())))
+    timm_backbone(IMAGES)
+    timm_backbone.to("meta")(IMAGES.to("meta"))
+    assert during == [1, 0]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace")  # deprecated, but still in use
+def test_graphs_hold_torchs_attention(products, timm_backbone):
+    timm_backbone.eval()
+    products.clear()
+    module, tokens = timm_backbone.blocks[0].attn, torch.rand(2, 144, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        traced = torch.jit.trace(module, tokens, check_trace=False)
+        exported = torch.export.export(module, (tokens,))
+    assert "aten::scaled_dot_product_attention" in str(traced.inlined_graph)
+    assert "aten.scaled_dot_product_attention" in str(exported.graph)
+    assert not products and not modes()
+
+
+def test_functional_gradients_are_those_of_torchs_attention(products):
+    query, key, value, _ = (part.bfloat16() for part in draw(1, 130))
+    found = torch.func.grad(lambda part: attend(part, key, value, None, dropout=0.0, scale=0.1).sum())(query)
+    leaf = query.requires_grad_()
+    F.scaled_dot_product_attention(leaf, key, value, scale=0.1).sum().backward()
+    assert torch.equal(found, leaf.grad) and not products
+
+
+def test_products_are_taken_of_enough_rows_on_a_cpu(products):
+    parts = [part.bfloat16() for part in draw(1, attention._FEWEST)[:3]]
+    for query in (parts[0], parts[0][:, :, 1:]):
+        attend(query, *parts[1:], None, dropout=0.0, scale=1.0)
+    assert [shape[2] for shape in products] == [attention._FEWEST]
+    attend(*(part.to("meta") for part in parts), None, dropout=0.0, scale=1.0)
+    assert len(products) == 1
+
+
+@pytest.mark.parametrize("odd", range(3))
+def test_what_is_of_two_kinds_is_cast_by_torch(products, odd):
+    parts = [part.bfloat16() for part in draw(1, 130)[:3]]
+    expected = F.scaled_dot_product_attention(*parts, scale=0.1)
+    parts[odd] = parts[odd].float()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(attend(*parts, None, dropout=0.0, scale=0.1), expected)
+    assert not products
+
+
+@pytest.mark.parametrize(("bf16", "amx", "faster"), [(True, False, True), (True, True, False), (False, False, False)])
+def test_products_are_faster_where_torchs_attention_does_not_use_the_processors(monkeypatch, bf16, amx, faster):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert attention._products_are_faster.__wrapped__() == faster
+
+
+@pytest.mark.parametrize(
+    ("heads", "rows", "tokens", "held", "pieces"),
+    [(6, 40, 10, 2400, 1), (6, 40, 10, 1200, 2), (6, 40, 10, 1100, 3), (6, 10, 40, 400, 6), (2, 40, 10, 100, 8)],
+)
+def test_a_piece_is_as_many_heads_or_rows_as_may_be_held(monkeypatch, heads, rows, tokens, held, pieces):
+    monkeypatch.setattr(attention, "_HELD", held)
+    query, key = torch.zeros(2, heads, rows, 4), torch.zeros(2, heads, tokens, 4)
+    room = attention._Room(query, key)
+    for part, _ in room.pieces:
+        query[part] += 1
+        assert query[part][..., 0].numel() * tokens <= held
+    assert len(room.pieces) == 2 * pieces and (query == 1).all()
+
+
+def test_pieces_share_their_memory(monkeypatch):
+    monkeypatch.setattr(attention, "_HELD", 1700)
+    query, key, *_ = draw(1, 41)
+    room = attention._Room(query, key)
+    kept = [room.weights(query[rows], key[all_rows], 0.1) for rows, all_rows in room.pieces]
+    assert len(kept) > 2 and len({part.data_ptr() for part in kept}) == 1
+
+
+def test_gradients_of_many_pieces_are_added_in_float32(monkeypatch):
+    query, key, value, _ = draw(1, 400, batch=1)
+    exact = [part.bfloat16().double().requires_grad_() for part in (query, key, value)]
+    upstream = torch.ones(1, 3, 400, 5)
+    ((0.1 * exact[0] @ exact[1].mT).softmax(-1) @ exact[2]).backward(upstream.double())
+    found = []
+    for held in (2**22, 1):
+        monkeypatch.setattr(attention, "_HELD", held)
+        leaves = [part.bfloat16().requires_grad_() for part in (query, key, value)]
+        attention.by_products(*leaves, 0.1).backward(upstream.bfloat16())
+        found.append([(leaf.grad - true.grad).norm() for leaf, true in zip(leaves, exact, strict=True)])
+    assert all(cut < 1.5 * whole for whole, cut in zip(*found, strict=True))
