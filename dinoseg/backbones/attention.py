@@ -140,6 +140,9 @@ class _Products(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # what it returns would pass for a constant
             raise NotImplementedError("Attention by products cannot be differentiated twice: leave out create_graph.")
+        of_several = torch._C._functorch.is_legacy_batchedtensor(upstream)  # sums at once, by `is_grads_batched`
+        if of_several or not _is_eager():
+            return *_gradients(*ctx.saved_tensors, ctx.scale, upstream), None
         query, key, value = ctx.saved_tensors
         of_query, room = torch.empty_like(query), _Room(query, key)
         of_key, of_value = (torch.zeros(part.shape, dtype=torch.float32) for part in (key, value))
@@ -150,6 +153,13 @@ class _Products(torch.autograd.Function):
             of_key[all_rows] += _scaled(slopes.mT, query[rows], ctx.scale)
             of_value[all_rows] += weights.mT @ upstream[rows]
         return of_query, of_key.to(key.dtype), of_value.to(value.dtype), None
+
+
+def _gradients(query: Tensor, key: Tensor, value: Tensor, scale: float, upstream: Tensor) -> tuple[Tensor, ...]:
+    """Return the same gradients by operations that `vmap` knows: it knows none with a place for what they put out."""
+    weights = torch.softmax(scale * (query @ key.mT), -1)
+    slopes = scale * torch._softmax_backward_data(upstream @ value.mT, weights, -1, weights.dtype)
+    return slopes @ key, slopes.mT @ query, weights.mT @ upstream
 
 
 class _Room:
@@ -165,7 +175,7 @@ class _Room:
     def __init__(self, query: Tensor, key: Tensor) -> None:
         images, heads, rows = query.shape[:3]
         self._tokens = key.shape[2]
-        heads_at_once = max(1, min(heads, _HELD // (rows * self._tokens)))
+        heads_at_once = max(1, _HELD // (rows * self._tokens))
         rows_at_once = ceil(rows / ceil(rows * self._tokens / _HELD))
         whole = [(image, some) for image in range(images) for some in _runs(heads, heads_at_once)]
         self.pieces = [((*of_heads, some), of_heads) for of_heads in whole for some in _runs(rows, rows_at_once)]

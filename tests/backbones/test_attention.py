@@ -172,6 +172,20 @@ def test_products_are_differentiated_once():
         torch.autograd.grad(attention.by_products(*leaves, 0.1).sum(), leaves[0], create_graph=True)
 
 
+@pytest.mark.parametrize("of_several", [torch.func.vmap, torch._vmap_internals._vmap])  # is_grads_batched is the latter
+def test_gradients_of_several_sums_at_once_are_those_of_each(of_several):
+    leaves = [part.bfloat16().requires_grad_() for part in draw(1, 40)[:3]]
+    attended = attention.by_products(*leaves, 0.1)
+    upstream = torch.randn(4, *attended.shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+    def gradients(one):
+        return torch.autograd.grad(attended, leaves, one, retain_graph=True)
+
+    alone = zip(*map(gradients, upstream), strict=True)
+    for found, expected in zip(of_several(gradients)(upstream), alone, strict=True):
+        assert (found - torch.stack(expected)).norm() < 0.02 * found.norm()
+
+
 @pytest.mark.parametrize("learns", [False, True])
 @pytest.mark.parametrize(
     ("faster", "dtype", "dropout", "taken"),
@@ -359,9 +373,10 @@ def test_a_hook_that_fails_before_a_block_leaves_the_modes_of_others(timm_backbo
 
 
 def test_attention_may_be_called_by_keyword(timm_backbone):
-    module, tokens = timm_backbone.blocks[0].attn, torch.rand(2, 144, 64)
+    module, tokens, during = timm_backbone.blocks[0].attn, torch.rand(2, 144, 64), []
+    module.proj.register_forward_hook(lambda *_: during.append(len(modes())))
     assert torch.equal(module(x=tokens), module(tokens))
-    assert not modes()
+    assert during == [0, 1] and not modes()
 
 
 def test_other_devices_are_not_intercepted(timm_backbone):
@@ -370,6 +385,8 @@ def test_other_devices_are_not_intercepted(timm_backbone):
     timm_backbone(IMAGES)
     timm_backbone.to("meta")(IMAGES.to("meta"))
     assert during == [1, 0]
+    attention._enter(timm_backbone, (IMAGES.to("meta"), IMAGES))  # the first says where a module works
+    assert not modes()
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace")  # deprecated, but still in use
@@ -383,6 +400,8 @@ def test_graphs_hold_torchs_attention(products, timm_backbone):
     assert "aten::scaled_dot_product_attention" in str(traced.inlined_graph)
     assert "aten.scaled_dot_product_attention" in str(exported.graph)
     assert not products and not modes()
+    block = timm_backbone.blocks[0]
+    assert torch.equal(torch.fx.symbolic_trace(block)(tokens), block(tokens))  # by inputs that are no tensors
 
 
 def test_functional_gradients_are_those_of_torchs_attention(products):
@@ -421,7 +440,14 @@ def test_products_are_faster_where_torchs_attention_does_not_use_the_processors(
 
 @pytest.mark.parametrize(
     ("heads", "rows", "tokens", "held", "pieces"),
-    [(6, 40, 10, 2400, 1), (6, 40, 10, 1200, 2), (6, 40, 10, 1100, 3), (6, 10, 40, 400, 6), (2, 40, 10, 100, 8)],
+    [
+        (6, 40, 10, 2400, 1),
+        (6, 40, 10, 1200, 2),
+        (6, 40, 10, 1100, 3),
+        (6, 10, 40, 400, 6),
+        (2, 40, 10, 100, 8),
+        (2, 41, 10, 100, 10),
+    ],
 )
 def test_a_piece_is_as_many_heads_or_rows_as_may_be_held(monkeypatch, heads, rows, tokens, held, pieces):
     monkeypatch.setattr(attention, "_HELD", held)
