@@ -13,6 +13,8 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from scipy import stats
 
+from dinoseg.errors import UserError
+from dinoseg.sweeps import check
 from dinoseg.sweeps.table import SweepTable
 
 HOLDS = "import fcntl, sys, time; fcntl.flock(file := open(sys.argv[1], 'a'), 2); print(flush=True); time.sleep(60)"
@@ -85,6 +87,42 @@ def test_what_a_pattern_of_hydra_stands_for_is_looked_at_too(tmp_path):
     done = call(tmp_path, "-m", "mode=train", *SMALL, "loss=glob(*ss*)")
     assert done.status == 1 and "cells of this sweep cannot work" in done.err and "loss=mask_classification" in done.err
     assert not (tmp_path / "outputs").exists()
+
+
+def test_a_cell_by_itself_is_named_by_no_value(tmp_path):
+    done = call(tmp_path, "-m", "mode=train", *SMALL, "loss=mask_classification")
+    assert done.status == 1 and "1 of 1 cell of this sweep cannot work" in done.err
+    assert "- each: loss=mask_classification needs a head" in done.err and not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize(
+    ("keys", "error", "reason"),
+    [
+        ({"mode": {"check": {}}, "resume": None}, UserError("no"), "no"),
+        ({"mode": {"check": {}}, "resume": None}, ValueError("no"), ""),  # left to the job
+        ({"mode": {"check": {}}, "resume": "run"}, UserError("no"), ""),  # its config is merged later
+        ({"mode": {}, "resume": None}, UserError("no"), ""),  # no mode that trains
+    ],
+)
+def test_only_what_is_trained_anew_is_looked_at(monkeypatch, keys, error, reason):
+    def fail(*_):
+        raise error
+
+    composed = OmegaConf.create({**keys, "hydra": {"runtime": {"choices": {}}}})
+    monkeypatch.setattr("dinoseg.runs.heads.own_runs", fail)
+    assert check._fault(SimpleNamespace(load_sweep_config=lambda *_: composed), composed, []) == reason
+
+
+def test_a_cell_is_looked_at_with_its_own_choices(monkeypatch):
+    def tell(cfg, *_):
+        raise UserError(cfg.choices.head)
+
+    sweep, cell = (
+        OmegaConf.create({"mode": {"check": {}}, "resume": None, "hydra": {"runtime": {"choices": {"head": head}}}})
+        for head in ("linear", "mlp")
+    )
+    monkeypatch.setattr("dinoseg.runs.heads.own_runs", tell)
+    assert check._fault(SimpleNamespace(load_sweep_config=lambda *_: cell), sweep, ["head=mlp"]) == "mlp"
 
 
 def test_folds_are_summed_up_and_not_ranked(tmp_path):
