@@ -141,9 +141,9 @@ class _Products(torch.autograd.Function):
         if torch.is_grad_enabled():  # what it returns would pass for a constant
             raise NotImplementedError("Attention by products cannot be differentiated twice: leave out create_graph.")
         of_several = torch._C._functorch.is_legacy_batchedtensor(upstream)  # sums at once, by `is_grads_batched`
-        if of_several or not _is_eager():
-            return *_gradients(*ctx.saved_tensors, ctx.scale, upstream), None
         query, key, value = ctx.saved_tensors
+        if of_several or not _is_eager():
+            return *_gradients(query, key, value, ctx.scale, upstream), None
         of_query, room = torch.empty_like(query), _Room(query, key)
         of_key, of_value = (torch.zeros(part.shape, dtype=torch.float32) for part in (key, value))
         for rows, all_rows in room.pieces:
