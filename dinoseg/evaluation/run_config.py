@@ -1,6 +1,6 @@
 """The config file of a run folder, as text that nobody has vouched for, and what of it makes two runs one recipe."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from dinoseg.storage.yaml_text import parse_yaml
 
 BROKEN = (OSError, UnicodeError, KeyError, TypeError, AssertionError, Misshapen, OmegaConfBaseException)
 _LARGEST = 2**17  # bytes of a config file: ours have a twentieth
+_OF_CLASS_FILE = "${class_file:"  # how a training names what evaluations of it have read
 _ELSEWHERE = ("seed", "data.root", *(f"data.{key}" for key in ACTING))  # what no two runs need to share
 
 
@@ -49,14 +50,34 @@ def config_of(text: str) -> dict[str, Any]:
     return config
 
 
-def recipe_keys(folder: Path) -> tuple[dict[str, Any], Any] | None:
-    """Return what an evaluated model was trained by, by its whole keys, and its seed; None where no config says so."""
+def recipes(folders: Sequence[Path]) -> list[tuple[dict[str, Any], Any] | None]:
+    """Return what evaluated models were trained by, by whole keys, and their seeds; None where no config says so.
+
+    What one of them leaves to the data's class file is no part of any: others may have read it already.
+    """
+    found = [_recipe_keys(folder) for folder in folders]
+    left = {key for recipe in found if recipe for key, value in recipe[0].items() if _is_of_class_file(value)}
+
+    def is_left(key: str) -> bool:
+        parts = key.split(".")
+        return any(".".join(parts[:count]) in left for count in range(1, len(parts) + 1))
+
+    return [
+        recipe and ({key: value for key, value in recipe[0].items() if not is_left(key)}, recipe[1]) for recipe in found
+    ]
+
+
+def _recipe_keys(folder: Path) -> tuple[dict[str, Any], Any] | None:
     try:
         config = config_of(config_text(config_file(folder)))
         whole = _flat({key: config[key] for key in SAVED if key in config})
     except (UserError, *BROKEN):
         return None
     return {key: value for key, value in whole.items() if not key.startswith(_ELSEWHERE)}, whole.get("seed")
+
+
+def _is_of_class_file(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith(_OF_CLASS_FILE)
 
 
 def _flat(node: Any, where: str = "") -> dict[str, Any]:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from dinoseg.errors import UserError
+from dinoseg.evaluation import run_config
 from dinoseg.evaluation.about import EVALUATION
 from dinoseg.evaluation.aligned import aligned
 from dinoseg.evaluation.image_record import RECORD, ImageRecord, evaluated, read_record
-from dinoseg.evaluation.run_config import recipe_keys
 from dinoseg.evaluation.side_names import SWEEP, run_names, side_names
 from dinoseg.storage.files import entries
 from dinoseg.wording import count_of, listed, typed
@@ -56,7 +56,7 @@ def sides_of(runs: Any) -> list[Side]:
         raise _refusal(runs, f"names {count_of(folders, 'run')}")
     places = [evaluated(folder) for folder in folders]
     records = aligned({folder: read_record(place) for folder, place in zip(folders, places, strict=True)})
-    names, recipes = run_names(folders), [recipe_keys(place) for place in places]
+    names, recipes = run_names(folders), run_config.recipes(places)
     if all(len(side) == 1 for side in given):
         sides = _by_seed(recipes)
     else:

@@ -9,7 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from dinoseg.errors import UserError
-from dinoseg.evaluation import comparison, paired_pictures
+from dinoseg.evaluation import comparison, paired_pictures, run_config
 from dinoseg.evaluation.aligned import aligned
 from dinoseg.evaluation.comparison import against, best_first, scores_of, verdicts
 from dinoseg.evaluation.image_record import RECORD, ImageRecord, read_record, write_record
@@ -217,3 +217,24 @@ def test_jobs_that_were_run_again_or_have_names_of_their_own(tmp_path, caplog):
         (tmp_path / name / RECORD).touch()
     assert [job.name for job in _jobs(tmp_path, ())] == ["0"]
     assert f"of jobs that were run again: 1_2. To compare them, name each, as runs=[{tmp_path}/1_2,...]" in caplog.text
+
+
+def with_config(folder, seed=0, **data):
+    config = OmegaConf.create({"seed": seed, "head": {"lr": 0.1}, "data": {"batch_size": 4, **data}})
+    (folder / "config").mkdir(parents=True)
+    (folder / "config/config.yaml").write_text(OmegaConf.to_yaml(config))
+    return folder
+
+
+def test_what_a_class_file_says_makes_no_other_recipe(tmp_path):
+    left = {"background": "${class_file:background}", "reader": {"ids": "${class_file:ids,drawn}"}}
+    trained = with_config(tmp_path / "trained", **left)
+    evaluated = with_config(tmp_path / "evaluated", 1, background=None, reader={"ids": {11: 255, 12: 0}})
+    other = with_config(tmp_path / "other", 2, background=None, reader={"ids": {11: 255}, "idsof": 1})
+    lacking = tmp_path / "lacking"
+    assert _by_seed(run_config.recipes([evaluated, other, trained, lacking])) == [[0, 2], [1], [3]]
+    assert _by_seed(run_config.recipes([evaluated, with_config(tmp_path / "more", 1, reader={"ids": {11: 255}})])) == [
+        [0],
+        [1],
+    ]
+    assert run_config.recipes([evaluated, lacking])[0][0]["data.reader.ids.11"] == 255
