@@ -26,7 +26,7 @@ from dinoseg.training.checkpoint import Checkpoints
 from dinoseg.training.engine import Engine
 from dinoseg.training.fit import fit
 from dinoseg.training.image_feed import ImageFeed
-from dinoseg.training.optim import adamw, schedule
+from dinoseg.training.optim import Pace, adamw, schedule
 from dinoseg.training.trainee import NonFiniteLoss, Trainee
 
 VALIDATION = {  # at its end
@@ -194,7 +194,7 @@ def test_ranks_learn_of_a_stop_at_the_same_step(tmp_path, monkeypatch, ranks, st
         batches = feed.train_batches(0)
         found = []
         for _ in stops:
-            learnt = one.learn(batches, 1.0, 0.0, counted=False)
+            learnt = one.learn(batches, Pace(schedule("constant"), 0, 2), counted=False)
             found.append(one.update(learnt, clip=None, owed=False, asked=1, told=False))
         assert found == stops
         engine.sharded = True

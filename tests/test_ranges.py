@@ -78,6 +78,8 @@ def test_every_number_of_a_config_has_a_range():
         ("optim.optimizer.lr", 10**400, "Give a finite number, or null."),
         ("optim.optimizer.weight_decay", -0.1, "Give a number of at least 0."),
         ("optim.optimizer.layer_decay", 1.5, "Give a number above 0 and at most 1, or null."),
+        ("optim.optimizer.backbone_begin", 1, "Give a number of at least 0 and below 1."),
+        ("optim.optimizer.backbone_begin", -0.1, "Give a number of at least 0 and below 1."),
         ("optim.optimizer.backbone_lr_scale", -1, "Give a number of at least 0."),
         ("optim.schedule.warmup", -1, "Give a number of at least 0."),
         ("optim.optimizer.betas", [0.9, 1.0], "Give a number of at least 0 and below 1 for each."),

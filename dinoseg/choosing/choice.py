@@ -2,7 +2,7 @@
 
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from dinoseg import build
 from dinoseg.choosing import rules
 from dinoseg.choosing.facts import Facts, facts_of, headline
+from dinoseg.choosing.given import left_of
 from dinoseg.choosing.length import Length, length_within
 from dinoseg.choosing.rules import Case, Choice
 from dinoseg.choosing.timing import Seconds, time_recipe
@@ -32,14 +33,6 @@ from dinoseg.wording import count_of
 
 Compose = Callable[[Sequence[Choice]], DictConfig]
 Minutes = Annotated[float, Range("a number of minutes above 0 and at most 1000000 (two years)", 0, 1e6, open_at=(0,))]
-_STAND_FOR = {  # keys that decide others, too
-    "loss.weights": ("loss",),
-    "loss.criterion.factors.dice": ("loss", "loss.criterion", "loss.criterion.factors"),
-    "optim.optimizer.head_lr": ("optim.optimizer.lr", "head.lr"),
-    "optim.optimizer.backbone_lr": ("optim.optimizer.lr", "adapter.lr"),
-    "trainer.steps": ("trainer.epochs",),
-    "trainer.val_every": ("trainer.steps", "trainer.epochs"),
-}
 _ROOM = 2**30  # bytes of the disk that kept features leave
 
 
@@ -121,6 +114,7 @@ class Chooser:
         With it, what the data decides: smaller images may leave time to tune.
         """
         short: UserError | None = None
+        whole: Tried | None = None  # that tunes the backbone, on images that are no smaller
         enough: tuple[list[Choice], Tried, float] | None = None
         slow = ""
         for seen, way, wanted, least in self._ways(case):
@@ -137,9 +131,12 @@ class Chooser:
                 short = error
                 continue
             tried = replace(tried, choices=tried.choices[len(by_data) :])
+            if wanted < 0 and whole and self._may_rest(case) and (rested := self._rested(whole, tried, case)):
+                return by_data, rested
             if tried.length.images >= wanted:
                 self._check_time(tried, case.facts)
                 return by_data, tried
+            whole = tried if seen is case else whole
             fewest = max(least, rules.LEAST_STEPS * _per_step(tried.cfg))
             if tried.length.images >= fewest:
                 enough = by_data, tried, fewest
@@ -157,11 +154,23 @@ class Chooser:
             return
         *tuned, frozen = rules.ways(case)
         for way in tuned:
-            yield case, way, rules.SURELY_TUNED, rules.least_tuned(case)
+            yield case, way, rules.SURELY_TUNED, never if self._may_rest(case) else rules.least_tuned(case)
             less = rules.smaller(case)
             if less is not None and not any(key.partition(".")[0] == "resolution" for key in self.given):
                 yield less, rules.ways(less)[0], rules.LEAST_SMALLER, never
         yield case, frozen, any_number, never
+
+    def _rested(self, tuned: Tried, frozen: Tried, case: Case) -> Tried | None:
+        """Return the way that tunes the backbone once the head has learnt on a frozen one, if there is time for it."""
+        image = rules.REST * frozen.timed.image + (1 - rules.REST) * tuned.timed.image
+        timed = replace(tuned.timed, image=image, kept=None)
+        length = self._length(tuned.cfg, timed, case.facts)
+        if length.images < max(rules.LEAST_RESTED, rules.LEAST_STEPS * _per_step(tuned.cfg)):
+            return None
+        return Tried((rules.rested(case), *tuned.choices[1:]), tuned.cfg, timed, length)
+
+    def _may_rest(self, case: Case) -> bool:
+        return case.sees_pixels and "optim.optimizer.backbone_begin" not in self.given
 
     def _tried(self, choices: Sequence[Choice], case: Case) -> Tried:
         trial = rules.batch(0, case.facts, self.cfg.engine.devices)  # of as few at once as may be chosen
@@ -267,18 +276,6 @@ class Chooser:
 
     def _composed(self, choices: Sequence[Choice]) -> DictConfig:
         return self.compose(left_of(choices, self.given)[0])
-
-
-def left_of(choices: Iterable[Choice], given: frozenset[str]) -> tuple[list[Choice], list[str]]:
-    """Return choices without what was given, by itself or by a key that stands for it; and what that is."""
-    left, taken = [], set[str]()
-    for choice in choices:
-        typed = {key: given & {key, *_STAND_FOR.get(key, ())} for key in choice.words}
-        taken |= set[str]().union(*typed.values())
-        words = {key: value for key, value in choice.words.items() if not typed[key]}
-        if words:
-            left.append(replace(choice, words=words))
-    return left, sorted(taken)
 
 
 def _per_step(cfg: DictConfig) -> int:

@@ -20,7 +20,7 @@ _KEYS = (  # what is ever chosen: a file that says more is none of ours
     *("adapter.blocks", "backbone.checkpointing", "head.checkpointing"),
     *("loss.weights", "loss.criterion.factors.dice"),
     *("data.augment.scale", "data.batch_size", "data.views", "resolution.crop", "resolution.longest"),
-    *("optim.optimizer.backbone_lr", "optim.optimizer.head_lr"),
+    *("optim.optimizer.backbone_begin", "optim.optimizer.backbone_lr", "optim.optimizer.head_lr"),
     *("trainer.accumulate", "trainer.steps", "trainer.val_every"),
 )
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from dinoseg import __version__, build
-from dinoseg.choosing.choice import Chooser, left_of
+from dinoseg.choosing.choice import Chooser
+from dinoseg.choosing.given import left_of
 from dinoseg.choosing.kept import NAME, read_choices, recipe_text, told, write_choices
 from dinoseg.choosing.rules import Choice
 from dinoseg.choosing.timing import RANKS

@@ -21,6 +21,8 @@ FEW_IMAGES = 20  # by which a whole backbone would be fitted to them; not measur
 SURELY_TUNED = 2500  # images that are trained on, with which nothing but tuning is tried
 LEAST_TUNED = 600  # with which it wins over a frozen backbone, however long that one trains, under a head on tokens
 LEAST_TUNED_DETAIL = 1500  # under one that sees pixels, too, and gets further on a frozen backbone
+REST = 0.4  # share of a training in which the backbone rests, and steps take less time
+LEAST_RESTED = 1000  # images that are trained on, in all, with which that wins over a frozen backbone
 SMALLER = 2 / 3  # of the images' sides, where that leaves time to tune the backbone
 LEAST_SMALLER = 1200  # images of that size that are trained on, for it to win
 THIN_WEIGHT = 3.0  # of a class that is thin and rare, where others have 1
@@ -197,11 +199,7 @@ def ways(case: Case) -> list[Choice]:
     )
     if case.facts.images < FEW_IMAGES:
         return [frozen]
-    millions = f"{case.parameters / 1e6:.3g} million parameters"
-    if case.parameters <= SMALL_BACKBONE:
-        tuned = Choice({"adapter": "full"}, f"{millions}: all of them are tuned")
-    else:
-        tuned = Choice({"adapter": "lora_all"}, f"{millions}: low-rank updates of all layers take less memory")
+    tuned = _tuned(case)
     won = "won with fewer images of this size" if case.smaller < 1 else f"won from about {least_tuned(case)} images on"
     return [Choice(tuned.words, f"{tuned.reason}, which {won}"), frozen]
 
@@ -209,6 +207,19 @@ def ways(case: Case) -> list[Choice]:
 def least_tuned(case: Case) -> int:
     """Return how many images have to be trained on, for tuning to win over a frozen backbone in the same time."""
     return LEAST_TUNED_DETAIL if case.sees_pixels else LEAST_TUNED
+
+
+def rested(case: Case) -> Choice:
+    """Let the backbone rest at first, under a head that sees pixels and gets far without it.
+
+    CamVid, detail, ten minutes of two cores: 0.70 so, 0.670 frozen.
+    """
+    tuned = _tuned(case)
+    return Choice(
+        {**tuned.words, "optim.optimizer.backbone_begin": REST},
+        f"{tuned.reason}, once the head has learnt on a backbone that rests for {REST:.0%} of the training, in steps "
+        "that take less time",
+    )
 
 
 def zoom(*, trains: bool, pixels: bool = False) -> Choice:
@@ -244,6 +255,13 @@ def batch(images: int, facts: Facts, devices: int, *, accumulate: int = 1, most:
     size = max(devices, min((*sizes, BATCHES[-1])[0], facts.images) // devices * devices)
     steps = count_of(images // (size * accumulate), "step")
     return Choice({"data.batch_size": size}, f"{images} images can be trained on, which are {steps}")
+
+
+def _tuned(case: Case) -> Choice:
+    millions = f"{case.parameters / 1e6:.3g} million parameters"
+    if case.parameters <= SMALL_BACKBONE:
+        return Choice({"adapter": "full"}, f"{millions}: all of them are tuned")
+    return Choice({"adapter": "lora_all"}, f"{millions}: low-rank updates of all layers take less memory")
 
 
 def _named(classes: Sequence[ClassFacts]) -> str:

@@ -164,6 +164,8 @@ def try_steps(
     trial = Trial(before=held_memory(engine.device))
     model = make().to(engine.device)
     loss, optimizer = criteria.unweighted(cfg).to(engine.device), build.optimizer(cfg, model)
+    for group in optimizer.param_groups:
+        group["rests"] = False  # once all of it learns, a step takes most
     # the feed ends it in place of the last step, after which it would validate
     lengths = {"steps": warmup + steps + 1, "val_every": _NEVER, "save_every": None}
     fit = instantiate(cfg.trainer, without=("feed", "epochs"), instead=lengths)

@@ -15,7 +15,7 @@ from dinoseg.diagnosis.floor import BELOW, Held, solved
 from dinoseg.inference.windows import Windows
 from dinoseg.model import Segmenter, trained_names
 from dinoseg.regimes.images import ImageRegime
-from dinoseg.training.optim import set_learning_rates, tensors_of
+from dinoseg.training.optim import Pace, set_learning_rates, tensors_of
 from dinoseg.training.validation import evaluate
 from dinoseg.wording import listed, typed
 
@@ -150,7 +150,7 @@ def _losses(held: Held) -> tuple[float, dict[float, float]]:
 
 def _train(held: Held, loss: Any, batches: Sequence[Any], factor: float) -> None:
     optimizer = build.optimizer(held.cfg, held.model)
-    set_learning_rates(optimizer, factor)
+    set_learning_rates(optimizer, Pace(lambda *_: factor, step=1, steps=1))  # of all that learns in the end
     held.model.train()
     for drawn in batches:
         batch = drawn.to(held.engine.device)

@@ -14,6 +14,7 @@ from dinoseg.training.checkpoint import Checkpoints, Progress
 from dinoseg.training.engine import Engine
 from dinoseg.training.feed import Feed
 from dinoseg.training.meter import Meter
+from dinoseg.training.optim import Pace
 from dinoseg.training.trainee import Trainee
 
 NOTICE = "stopping: `last` is saved after this step (a second signal ends it at once, unsaved)"
@@ -76,15 +77,19 @@ def fit(
             one.validate(stop)
             meter.pause()
             one.save()
+        one.rest.tell(Pace(schedule, run.step, steps))
         batches = meter.waiting(stream, feed.remedy)
         for step in range(run.step, steps):
             if one.has_stalled(patience):
                 break
             logged, owed = is_due(step + 1, log_every, steps), is_due(step + 1, val_every, steps)
             kept = owed or is_due(step + 1, save_every, steps)
-            learnt = one.learn(batches, schedule(step, steps), step / steps, counted=logged)
+            pace = Pace(schedule, step, steps)
+            learnt = one.learn(batches, pace, counted=logged)
             asked = one.update(learnt, clip=clip, owed=owed, asked=stop.asked, told=logged or kept)
             meter.step(learnt.images * engine.world, one.mean, learnt.rate)
+            if one.rest.ends_with(pace):
+                meter.change()
             if logged:
                 one.tell(learnt, meter.read())
             if asked:

@@ -25,6 +25,7 @@ from dinoseg.training.feed import Validation
 from dinoseg.training.fit import NOTICE, is_due
 from dinoseg.training.image_feed import ImageFeed
 from dinoseg.training.meter import Meter
+from dinoseg.training.optim import Pace
 from dinoseg.training.shared_features import SharingSegmenter
 from dinoseg.training.stopwatch import Stopwatch
 from dinoseg.training.trainee import Learnt, NonFiniteLoss, Trainee
@@ -120,9 +121,8 @@ def fit_heads(
             kept = owed or is_due(step + 1, save_every, steps)
             learning = [head for head in going if head.run.step == step]
             with clock.running():
-                rates = {"factor": schedule(step, steps), "share": step / steps}
-                drawn = list(islice(batches, accumulate))
-                together.learn(learning, drawn, clip=clip, logged=logged, owed=owed, kept=kept, **rates)
+                drawn, pace = list(islice(batches, accumulate)), Pace(schedule, step, steps)
+                together.learn(learning, drawn, pace=pace, clip=clip, logged=logged, owed=owed, kept=kept)
             done = [head for head in learning if head.dropped is None]
             if done:
                 mean, rate = fmean(head.one.mean for head in done), max(head.learnt.rate for head in done)
@@ -220,11 +220,9 @@ class _Together:
             if not tells_shortage(error):  # else each head takes its batches in parts
                 raise
 
-    def _step(
-        self, head: _Head, batches: Iterator[Any], *, factor: float, share: float, clip: float | None, **due: bool
-    ) -> None:
+    def _step(self, head: _Head, batches: Iterator[Any], *, pace: Pace, clip: float | None, **due: bool) -> None:
         try:
-            head.learnt = head.one.learn(batches, factor, share, counted=due["logged"])
+            head.learnt = head.one.learn(batches, pace, counted=due["logged"])
             told, owed, asked = due["logged"] or due["kept"], due["owed"], self._stop.asked
             head.asked = head.one.update(head.learnt, clip=clip, owed=owed, asked=asked, told=told)
             if due["logged"]:

@@ -75,6 +75,7 @@ class Meter:
         self._remedy = ""
         self._first = self._trained = 0.0  # seconds of the first step, and of all later ones
         self._later = _Window(0.0)  # what the later steps have trained and waited
+        self._other = 0, 0.0  # of the later ones, those that took other times than those to come, and their seconds
         self._validated: list[float] = []  # seconds of each validation
         self._mark = self._shown = clock()
         self._row, self._status = _Window(self._mark), _Window(self._mark)
@@ -119,6 +120,10 @@ class Meter:
         self._mark = now
         self._row, self._status = _Window(now), _Window(now)
 
+    def change(self) -> None:
+        """Foretell the time left from here on by the steps to come, which take other times than those before."""
+        self._other = self._step - self._start - 1, self._trained
+
     def close(self) -> None:
         """Leave the bar as it stands, and tell how fast the training was and what it waited for."""
         self.bar.close()
@@ -143,8 +148,13 @@ class Meter:
         return self._row, self._status, self._later
 
     def _seconds_a_step(self) -> float:
-        """Return the mean so far, without the first step, which starts everything up, once there are others."""
-        later = self._step - self._start - 1
+        """Return the mean so far, without the first step, which starts everything up, once there are others.
+
+        Of such as are to come, once there are any.
+        """
+        later, (other, seconds) = self._step - self._start - 1, self._other
+        if later > other:
+            return (self._trained - seconds) / (later - other)
         return self._trained / later if later > 0 else self._first
 
     def _show(self, now: float, loss: float, rate: float) -> None:

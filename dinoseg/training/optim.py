@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ def parameter_groups(
     backbone_lr: float | None = None,
     backbone_lr_scale: float = 1.0,
     layer_decay: float | None = None,
+    backbone_begin: float = 0.0,
 ) -> list[dict]:
     """Put every trainable parameter into exactly one group.
 
@@ -37,11 +39,11 @@ def parameter_groups(
     parameters, and a head's copies of its blocks, learn at `backbone_lr` (`lr` where it is None) times
     `backbone_lr_scale`, all others at `lr`; with `layer_decay` d, block i of the n that are read (of a pyramid: stage
     i; of copies: the n of them) at a further d^(n - i), what comes before the blocks at d^(n + 1) (BEiT, arXiv
-    2106.08254). What a head has `late` begins so.
+    2106.08254). What a head has `late` begins so, and the backbone's own at `backbone_begin`.
 
     Returns:
-        Groups with `params`, `names`, `lr`, `base_lr`, `weight_decay` and `begin`, the share of the training before
-        which they do not learn, in the model's order.
+        Groups with `params`, `names`, `lr`, `base_lr`, `weight_decay`, `begin`, the share of the training before which
+        they do not learn, and `rests`, whether they have no gradients until then, in the model's order.
 
     Raises:
         UserError: nothing is trainable.
@@ -51,7 +53,8 @@ def parameter_groups(
     embeddings = {id(part.weight) for part in model.modules() if isinstance(part, nn.Embedding)}
     begin, parts = model.head.late
     late = {id(parameter) for part in parts for parameter in part.parameters()}
-    groups: dict[tuple[float, float, float], dict] = {}
+    resting = {id(parameter) for parameter in model.backbone.parameters()} if backbone_begin else set()
+    groups: dict[tuple[float, float, float, bool], dict] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -60,9 +63,10 @@ def parameter_groups(
             rate = backbone_lr * backbone_lr_scale * (layer_decay or 1.0) ** above[id(parameter)]
         exempt = parameter.ndim < 2 or id(parameter) in embeddings or _EMBEDDING.search(name)
         decay = 0.0 if exempt else weight_decay
-        begins = begin if id(parameter) in late else 0.0
-        values = {"lr": rate, "base_lr": rate, "weight_decay": decay, "begin": begins}
-        group = groups.setdefault((rate, decay, begins), {"params": [], "names": [], **values})
+        rests = id(parameter) in resting
+        begins = backbone_begin if rests else begin if id(parameter) in late else 0.0
+        values = {"lr": rate, "base_lr": rate, "weight_decay": decay, "begin": begins, "rests": rests}
+        group = groups.setdefault((rate, decay, begins, rests), {"params": [], "names": [], **values})
         group["params"].append(parameter)
         group["names"].append(name)
     if not groups:
@@ -80,10 +84,13 @@ def adamw(
     betas: Sequence[LowShare] = (0.9, 0.999),
     backbone_lr_scale: NotNegative = 1.0,
     layer_decay: HighShare | None = None,
+    backbone_begin: LowShare = 0.0,
 ) -> Optimizer:
     """Return AdamW (Loshchilov and Hutter, arXiv 1711.05101) over `parameter_groups`.
 
-    All that is trained learns at `lr`; without it the head at `head_lr` and the backbone at `backbone_lr`.
+    All that is trained learns at `lr`; without it the head at `head_lr` and the backbone at `backbone_lr`, from
+    `backbone_begin` on: a share of the training, before which the head learns on features that stay as they are
+    (Kumar et al., arXiv 2202.10054).
     """
     rate, backbone_rate = (head_lr, backbone_lr) if lr is None else (lr, None)
     if rate is None:
@@ -95,6 +102,7 @@ def adamw(
         weight_decay=weight_decay,
         backbone_lr_scale=backbone_lr_scale,
         layer_decay=layer_decay,
+        backbone_begin=backbone_begin,
     )
     if len(betas) != 2:
         raise UserError(f"optim.optimizer.betas={list(betas)}: give two numbers, such as [0.9, 0.999].")
@@ -150,20 +158,54 @@ def warn_of_long_warmup(factor: Callable[[int, int], float], steps: int) -> None
         )
 
 
-def set_learning_rates(optimizer: Optimizer, factor: float, share: float = 1.0) -> float:
-    """Set each group's rate to its base rate times `factor`; return the highest.
+@dataclass(frozen=True)
+class Pace:
+    """Where in its training a step lies, and how fast it learns by that.
 
-    What begins late has none until then, and comes to it evenly. Its moments are those of all steps: were they to begin
-    then, the first of its steps would be several times too large.
+    Attributes:
+        schedule: `schedule(step, steps)`, what base rates are multiplied by.
+        step: 0-based.
+        steps: of the training.
+    """
+
+    schedule: Callable[[int, int], float]
+    step: int
+    steps: int
+
+    @property
+    def share(self) -> float:
+        """How much of the training is done, in [0, 1)."""
+        return self.step / self.steps
+
+    def left(self, begin: float) -> int:
+        """Return for how many steps rests what does so until the share `begin`."""
+        return max(0, _first(begin, self.steps) - self.step)
+
+    def factor(self, begin: float = 0.0) -> float:
+        """Return the factor of what learns from the share `begin` on, as if the training were its steps alone."""
+        first = _first(begin, self.steps)
+        return 0.0 if self.step < first else self.schedule(self.step - first, self.steps - first)
+
+
+def _first(begin: float, steps: int) -> int:
+    return math.ceil(begin * steps)
+
+
+def set_learning_rates(optimizer: Optimizer, pace: Pace) -> float:
+    """Set each group's rate to its base rate times the schedule's factor; return the highest.
+
+    What rests begins with a schedule of its own. What begins late without a rest comes to its rate evenly: its moments
+    are those of all steps, or the first of its own would be several times too large.
 
     Args:
         optimizer: over `parameter_groups`.
-        factor: of the schedule.
-        share: how much of the training is done, in [0, 1].
+        pace: of the step.
     """
     for group in optimizer.param_groups:
-        risen = min(1.0, max(0.0, (share - group["begin"]) / _RISE)) if group["begin"] else 1.0
-        group["lr"] = group["base_lr"] * factor * risen
+        begin = group["begin"]
+        factor = pace.factor(begin) if group["rests"] else pace.factor()
+        late = begin and not group["rests"]
+        group["lr"] = group["base_lr"] * factor * (min(1.0, max(0.0, (pace.share - begin) / _RISE)) if late else 1.0)
     return max(group["lr"] for group in optimizer.param_groups)
 
 

@@ -24,8 +24,9 @@ from dinoseg.training.engine import Engine
 from dinoseg.training.feed import Feed, Validation
 from dinoseg.training.last_step import LastStep
 from dinoseg.training.micro_batches import MicroBatches
-from dinoseg.training.optim import MovingAverage, set_learning_rates, tensors_of
+from dinoseg.training.optim import MovingAverage, Pace, set_learning_rates, tensors_of
 from dinoseg.training.outcome import Outcome
+from dinoseg.training.rest import Rest
 from dinoseg.training.tally import Tally
 
 logger = logging.getLogger(__name__)
@@ -69,6 +70,7 @@ class Trainee:
         run: where the run stands.
         last: saves the last whole step when its block ends early.
         mean: the loss of the newest step whose outcome was read.
+        rest: of what begins to learn later.
 
     Raises:
         UserError: no validation has such a score, or the checkpoint does not fit.
@@ -100,6 +102,7 @@ class Trainee:
         self.last = LastStep(checkpoints, model, optimizer, self.average, self._whole)
         self._unread: deque[tuple[int, Learnt, Outcome]] = deque()  # what steps came to, in the order of the steps
         self.mean = math.nan
+        self.rest = Rest(model.backbone, optimizer, alone=engine.world == 1)
         self._micro = MicroBatches(engine, accumulate, model.head.least_batch, self.last.undo, several=bool(name))
         model.train()
 
@@ -115,31 +118,30 @@ class Trainee:
         """Let what is drawn at random from here on depend on the step alone."""
         self.engine.seed(self.feed.seed, self.run.step)
 
-    def learn(self, batches: Iterator[Any], factor: float, share: float, *, counted: bool) -> Learnt:
+    def learn(self, batches: Iterator[Any], pace: Pace, *, counted: bool) -> Learnt:
         """Go backward through each batch of the next step.
 
         Args:
             batches: of this rank, from that step's first on.
-            factor: what the base rates are multiplied by.
-            share: how much of the training is done, in [0, 1).
+            pace: of that step.
             counted: whether to tally what is predicted.
 
         Raises:
             OutOfMemory: there is too little for a single image.
         """
         self.seed_draws()
-        rate = set_learning_rates(self.optimizer, factor, share)
-        self.model.set_progress(share)
-        return self._micro.through(partial(self._gradients, rate, counted), batches)
+        rate = set_learning_rates(self.optimizer, pace)
+        self.model.set_progress(pace.share)
+        return self._micro.through(partial(self._gradients, pace, rate, counted), batches)
 
-    def _gradients(self, rate: float, counted: bool, batches: Iterable[Any], count: int) -> Learnt:
+    def _gradients(self, pace: Pace, rate: float, counted: bool, batches: Iterable[Any], count: int) -> Learnt:
         """Go backward through each of `count` batches, and count what was predicted."""
         tally = self.feed.tally(self.engine) if counted else None
         sums = [torch.zeros((), device=self.engine.device)] * 2
         names, images = [], 0
         for number, drawn in enumerate(batches, start=1):
             batch = drawn.to(self.engine.device).taught(self._teach)
-            with self.engine.accumulating(self.net, last=number == count):
+            with self.engine.accumulating(self.net, last=number == count), self.rest.during(pace, batch.image):
                 prediction = self.net(batch.image)
                 value, parts = self.loss(prediction, batch)
                 weight = parts.get("weight", torch.full_like(value, len(batch.names)))

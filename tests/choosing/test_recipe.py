@@ -12,7 +12,7 @@ import torch
 from command_line import SMALL, call, in_this_process, write_data
 from omegaconf import OmegaConf
 
-from dinoseg.choosing.choice import left_of
+from dinoseg.choosing.given import left_of
 from dinoseg.choosing.rules import Choice
 from dinoseg.choosing.timing import Seconds
 from dinoseg.images import read_ids, write_png
@@ -23,6 +23,7 @@ from dinoseg.training import checkpoint
 CHOSEN = ("trainer.steps", "adapter", "data.batch_size", "resolution.crop")
 AUTO = ("mode=train", "hparam=auto", *(word for word in SMALL if word.split("=")[0] not in CHOSEN))
 FEW = "trainer.steps=2"
+DETAIL = ["head=detail", "head.fine=4", "head.width=8"]
 TIMED = Seconds(start=0.1, image=0.02, kept=0.01, frozen=0.01, bytes=1000, val=0.01)
 
 
@@ -304,7 +305,9 @@ def test_what_trying_smaller_images_took_is_counted(folder, monkeypatch, taken, 
     ("words", "adapter"),
     [
         (["head=linear"], "full"),  # 1,066 images
-        (["head=detail", "head.fine=4", "head.width=8"], "frozen"),
+        (DETAIL, "full"),  # 1,454 images, of which the backbone rests for 40 %
+        ([*DETAIL, "optim.optimizer.backbone_begin=0"], "frozen"),  # 1,066 images are too few without a rest
+        ([*DETAIL, "budget.minutes=0.2"], "frozen"),  # and 959 with one
         (["head=linear", "trainer.accumulate=50"], "full"),
         (["head=linear", "trainer.accumulate=60"], "frozen"),  # not even ten steps of 120
     ],
@@ -317,10 +320,15 @@ def test_when_tuning_wins_depends_on_the_head_and_on_a_step(folder, monkeypatch,
 
     monkeypatch.setattr("dinoseg.choosing.choice.in_own_process", timed)
     monkeypatch.setattr("dinoseg.choosing.rules.LEAST_SMALLER", 10**6)
-    more = ("backbone.arch.num_hidden_layers=4", "budget.minutes=0.3", "mode=plan", "mode.dry_step=false")
-    done = call(folder, *AUTO, *words, *more, "hydra.run.dir=R")
+    more = ("backbone.arch.num_hidden_layers=4", "mode=plan", "mode.dry_step=false")
+    done = call(folder, *AUTO, "budget.minutes=0.3", *more, *words, "hydra.run.dir=R")
     assert done.status == 0, done.err
-    assert config_of(folder / "R").choices.adapter == adapter
+    cfg = config_of(folder / "R")
+    rests = words == DETAIL
+    assert (cfg.choices.adapter, cfg.optim.optimizer.backbone_begin) == (adapter, 0.4 if rests else 0.0)
+    assert ("rests for 40% of the training" in done.out) == rests
+    if rests:  # by the time that both kinds of step take
+        assert cfg.trainer.steps * cfg.data.batch_size * 0.011 == pytest.approx(0.9 * 18 - TIMED.start, rel=0.1)
 
 
 @pytest.mark.heavy

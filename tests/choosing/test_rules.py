@@ -110,6 +110,13 @@ def test_ways_depend_on_the_backbone_and_on_how_many_images_there_are():
     assert [way.words["adapter"] for way in rules.ways(few)] == ["frozen"]
 
 
+def test_a_backbone_that_rests_first_is_tuned_as_one_of_its_size_is():
+    for case, adapter in ((THIN, "full"), (replace(THIN, parameters=10**8), "lora_all")):
+        way = rules.rested(case)
+        assert way.words == {"adapter": adapter, "optim.optimizer.backbone_begin": rules.REST}
+        assert "once the head has learnt on a backbone that rests for 40% of the training" in way.reason
+
+
 def test_from_how_many_images_tuning_wins_depends_on_the_head_that_is_taken():
     cases = CASE, THIN, replace(THIN, depth=3), replace(THIN, head="linear"), replace(CASE, head="detail")
     assert [rules.least_tuned(case) for case in cases] == [600, 1500, 600, 600, 1500]

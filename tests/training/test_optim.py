@@ -17,6 +17,7 @@ from dinoseg.heads.mask2former.head import Mask2FormerHead
 from dinoseg.model import Segmenter
 from dinoseg.training.optim import (
     MovingAverage,
+    Pace,
     adamw,
     parameter_groups,
     schedule,
@@ -160,9 +161,9 @@ def test_head_and_backbone_have_rates_of_their_own_and_one_for_all_wins(tiny_bac
 
 def test_set_learning_rates_scales_every_group():
     optimizer = adamw(smallest(), lr=0.5, weight_decay=0.1)
-    assert set_learning_rates(optimizer, 0.1) == pytest.approx(0.05)
+    assert set_learning_rates(optimizer, Pace(lambda *_: 0.1, 0, 1)) == pytest.approx(0.05)
     assert {group["lr"] for group in optimizer.param_groups} == {0.05}
-    set_learning_rates(optimizer, 1.0)
+    set_learning_rates(optimizer, Pace(lambda *_: 1.0, 0, 1))
     assert {group["lr"] for group in optimizer.param_groups} == {0.5}
 
 
@@ -173,8 +174,8 @@ def test_what_begins_late_has_no_rate_before_and_comes_to_it_evenly(monkeypatch)
     optimizer = adamw(model, lr=0.5, weight_decay=0.1)
     names = {name for group in optimizer.param_groups if group["begin"] for name in group["names"]}
     assert names == {"head.norm.weight", "head.norm.bias"}
-    for share, risen in ((0.0, 0.0), (0.3, 0.0), (0.35, 0.5), (0.4, 1.0), (0.9, 1.0)):
-        assert set_learning_rates(optimizer, 0.1, share) == pytest.approx(0.05)
+    for step, risen in ((0, 0.0), (6, 0.0), (7, 0.5), (8, 1.0), (18, 1.0)):
+        assert set_learning_rates(optimizer, Pace(lambda *_: 0.1, step, 20)) == pytest.approx(0.05)
         (rate,) = {group["lr"] for group in optimizer.param_groups if group["begin"]}
         assert rate == pytest.approx(0.05 * risen)
         assert {group["lr"] for group in optimizer.param_groups if not group["begin"]} == {0.05}

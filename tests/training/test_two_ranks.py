@@ -46,6 +46,8 @@ CASES = {
     "copies": {"head": lambda: SplitHead(24, 1, 3, blocks=1), "adapter": Frozen},
     "shared_copies": {"head": lambda: SplitHead(24, 1, 3, blocks=1), "adapter": Frozen, "sharding": "fsdp"},
     "kept": {"head": lambda: MlpHead(24, 1, 3, 8), "adapter": Frozen, "cache": "disk"},
+    "rested": {"head": lambda: MlpHead(24, 1, 3, 8), "begin": 0.5, "accumulate": 2},
+    "shared_rested": {"head": lambda: MlpHead(24, 1, 3, 8), "begin": 0.5, "sharding": "fsdp", "ema": 0.5},
     # one image to validate: the second rank has none
     "stopped": {"head": lambda: MlpHead(24, 1, 3, 8), "sharding": "fsdp", "adamw": True, "ema": 0.5, "val": 1},
 }
@@ -77,6 +79,7 @@ def train(
     start=None,
     cache="off",
     batch_size=4,
+    begin=0.0,
     **options,
 ):
     """Train with plain SGD, which hides no factor of the gradient, and return what this rank has of it."""
@@ -87,7 +90,7 @@ def train(
     feed = ImageFeed(*sets, Augment((24, 32)), **order, views=None if cache == "off" else 1)
     loss, plan = CrossEntropy(WEIGHTS), Plan(folder / "cache", 3.0, "", {}, dtype="float32")
     feed.cache = feature_cache(feed, model, loss, engine, plan)
-    groups = parameter_groups(model, lr=0.01 if adamw else 0.05, weight_decay=0.0)
+    groups = parameter_groups(model, lr=0.01 if adamw else 0.05, weight_decay=0.0, backbone_begin=begin)
     optimizer = torch.optim.AdamW(groups) if adamw else torch.optim.SGD(groups)
     checkpoints = Checkpoints(folder, dict(INFO), start and read(start), writes=engine.is_main)
     lengths = {"steps": 3, "val_every": 3, "log_every": 1, "clip": None}
@@ -116,7 +119,7 @@ def pair(tmp_path_factory):
     return folder, [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 
-@pytest.mark.parametrize("case", ["weighted", "shared", "shared_lora", "kept"])
+@pytest.mark.parametrize("case", ["weighted", "shared", "shared_lora", "kept", "rested", "shared_rested"])
 def test_losses_gradients_and_weights_are_those_of_one_process(pair, tmp_path, case):
     """Labels are weighted, and the ranks have an unequal number of them."""
     alone = train(tmp_path, **CASES[case] | ALONE)

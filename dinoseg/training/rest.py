@@ -1,0 +1,71 @@
+"""A backbone that rests: until its share of the training is done, the head learns on features that stay as they are."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch.optim import Optimizer
+
+from dinoseg.contracts import Backbone
+from dinoseg.shapes import FrozenFeatures
+from dinoseg.training.optim import Pace
+
+logger = logging.getLogger(__name__)
+
+
+class Rest:
+    """Lets the trained parts of a backbone rest, as their groups say.
+
+    What rests is in eval mode, as what is frozen is, and has no gradient: none is computed on one rank. Several ranks
+    expect the gradients of all that is trained, and so does a cut behind what is frozen: there they are dropped.
+
+    Args:
+        backbone: of the model in training.
+        optimizer: over `parameter_groups`.
+        alone: whether there is one rank.
+    """
+
+    def __init__(self, backbone: Backbone, optimizer: Optimizer, *, alone: bool) -> None:
+        self._backbone, self._alone = backbone, alone
+        self._groups = [group for group in optimizer.param_groups if group["rests"]]
+
+    def tell(self, pace: Pace) -> None:
+        """Say that the steps to come will take longer than the next ones, where something rests."""
+        steps, to_come = max((pace.left(group["begin"]) for group in self._groups), default=0), pace.steps - pace.step
+        if steps and steps == to_come:
+            logger.warning(
+                "The backbone rests for all of the %d steps to come, and learns nothing. Give a lower "
+                "optim.optimizer.backbone_begin, or adapter=frozen, which keeps features.",
+                steps,
+            )
+        elif steps:
+            logger.info(
+                "The backbone rests for %d of the %d steps to come, which take less time than those after them.",
+                steps,
+                to_come,
+            )
+
+    def ends_with(self, pace: Pace) -> bool:
+        """Return whether a step is the last one of a rest."""
+        return any(pace.left(group["begin"]) == 1 for group in self._groups)
+
+    @contextmanager
+    def during(self, pace: Pace, images: Any) -> Iterator[None]:
+        """Let them rest while a model goes forward and backward through images, or through features of images."""
+        resting = [each for group in self._groups if pace.left(group["begin"]) for each in group["params"]]
+        if not resting:
+            yield
+            return
+        learning = [part for part in self._backbone.modules() if part.training]
+        self._backbone.eval()
+        for parameter in resting:
+            parameter.requires_grad_(not self._alone or isinstance(images, FrozenFeatures))
+        try:
+            yield
+        finally:
+            for parameter in resting:
+                parameter.requires_grad_(True)
+                parameter.grad = None
+            for part in learning:
+                part.training = True

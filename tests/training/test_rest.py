@@ -1,0 +1,268 @@
+"""A backbone that rests learns nothing, costs no gradient and keeps its statistics, until its share is done."""
+
+import logging
+
+import pytest
+import torch
+from checkpoint_files import INFO
+from omegaconf import OmegaConf
+from test_fit import Rows, Stripes
+from tiny_parts import BACKBONES, tiny_node, tiny_vit
+from torch import nn
+
+from dinoseg.adapters import Frozen, Full, LastBlocks, Lora
+from dinoseg.config.nodes import instantiate
+from dinoseg.contracts import Backbone
+from dinoseg.data.transforms import Augment
+from dinoseg.heads.detail import DetailHead
+from dinoseg.heads.eomt import EomtHead
+from dinoseg.heads.linear import LinearHead
+from dinoseg.losses.cross_entropy import CrossEntropy
+from dinoseg.losses.mask_classification import MaskClassification
+from dinoseg.model import Segmenter
+from dinoseg.training.checkpoint import Checkpoints, read
+from dinoseg.training.engine import Engine
+from dinoseg.training.feature_choice import Plan, feature_cache
+from dinoseg.training.fit import fit
+from dinoseg.training.image_feed import ImageFeed
+from dinoseg.training.meter import Meter
+from dinoseg.training.optim import Pace, adamw, parameter_groups, schedule, set_learning_rates
+from dinoseg.training.rest import Rest
+
+
+def untrained(adapter=Full, head=None, backbone=None):
+    torch.manual_seed(0)
+    backbone = backbone() if backbone else tiny_vit()
+    return Segmenter(adapter()(backbone), head() if head else LinearHead(24, 1, 3))
+
+
+class Failing(CrossEntropy):
+    """Fails at a step of which no update has begun."""
+
+    def __init__(self, step):
+        super().__init__(torch.ones(3))
+        self.left = step
+
+    def forward(self, *given):
+        self.left -= 1
+        if self.left < 0:
+            raise OSError("the disk is gone")
+        return super().forward(*given)
+
+
+def train(folder, *, begin=0.5, steps=6, start=None, model=None, watch=None, **options):
+    """Train on stripes, and return the model and its optimizer."""
+    model = model or untrained()
+    engine = Engine("cpu", "fp32", workers=0, cache="memory" if options.get("kept") else "off")
+    feed = ImageFeed(
+        *(Stripes([(24, 32)] * 6), Stripes([(24, 32)] * 2), Augment((24, 32))),
+        batch_size=2,
+        seed=0,
+        workers=0,
+        views=1 if options.pop("kept", False) else None,
+    )
+    loss = options.pop("loss", None) or CrossEntropy(torch.ones(3))
+    feed.cache = feature_cache(feed, model, loss, engine, Plan(folder / "cache", 3.0, "", {}, dtype="float32"))
+    optimizer = adamw(model, head_lr=1e-2, backbone_lr=1e-3, backbone_begin=begin)
+    if watch:
+        model.backbone.register_forward_hook(lambda part, _, maps: watch(part, maps))
+    checkpoints = Checkpoints(folder, dict(INFO), start and read(start))
+    options = {"schedule": schedule("constant"), "steps": steps, "val_every": 100, "log_every": 1, **options}
+    fit(model, loss, feed, optimizer, engine, checkpoints, Rows(), **options)
+    return model, optimizer
+
+
+def parts(model):
+    """Return copies of what a backbone and a head hold."""
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    return tuple({name: value for name, value in state.items() if name.startswith(part)} for part in ("back", "head"))
+
+
+def alike(one, two):
+    return one.keys() == two.keys() and all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+@pytest.mark.parametrize("adapter", [Full, lambda: Lora(rank=2, alpha=2), lambda: LastBlocks(blocks=1)])
+def test_until_its_share_is_done_the_head_learns_as_on_a_frozen_backbone(tmp_path, adapter):
+    seen = []
+    before, _ = parts(untrained(adapter))
+    model = untrained(adapter)
+    rested, _ = train(tmp_path / "rested", model=model, begin=0.999, watch=lambda _, maps: seen.append(maps))
+    assert not any(map_.requires_grad for maps in seen for map_ in maps), "no gradient is computed"
+    frozen = untrained(adapter)
+    frozen.backbone.requires_grad_(False)
+    frozen, _ = train(tmp_path / "frozen", model=frozen.train(), begin=0.0)
+    assert alike(parts(rested)[0], before)
+    assert alike(parts(rested)[1], parts(frozen)[1]), "to the bit"
+    assert any(parameter.requires_grad for parameter in rested.backbone.parameters()), "it is trained, all the same"
+
+
+def test_from_its_share_on_it_learns_with_moments_of_its_own(tmp_path):
+    seen, before = [], parts(untrained())[0]
+    learnt, optimizer = train(tmp_path, begin=0.4, steps=5, watch=lambda _, maps: seen.append(maps[0].requires_grad))
+    assert seen[:5] == [False, False, True, True, True]
+    after = parts(learnt)[0]
+    moved = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    assert {f"backbone.{name}" for name, each in learnt.backbone.named_parameters() if each.requires_grad} == moved
+    counts = {
+        group["rests"]: {optimizer.state[each]["step"].item() for each in group["params"]}
+        for group in optimizer.param_groups
+    }
+    assert counts == {True: {3.0}, False: {5.0}}
+
+
+def test_no_rest_changes_nothing(tmp_path):
+    seen = []
+    train(tmp_path, begin=0.0, steps=2, watch=lambda part, maps: seen.append((part.training, maps[0].requires_grad)))
+    assert seen[:2] == [(True, True)] * 2
+
+
+def test_what_rests_is_in_eval_mode_and_its_running_means_stay(tmp_path):
+    """A backbone with BatchNorm and dropout, whose features would move with its mode."""
+
+    class Normed(Backbone):
+        patch_size, dim, num_layers, depth, takes_tokens = 8, 24, 1, 1, False
+
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(3, 24, 8, 8), nn.BatchNorm2d(24), nn.Dropout(0.5))
+            self.register_buffer("mean", torch.zeros(3, 1, 1))
+            self.register_buffer("std", torch.ones(3, 1, 1))
+
+        def forward(self, images):
+            return [self.body(self.pixels(images))]
+
+    modes = []
+
+    def watch(part, _):
+        modes.append({module.training for module in part.modules()})
+
+    model = untrained(backbone=Normed)
+    before = parts(model)[0]
+    for parameter in model.backbone.parameters():
+        parameter.requires_grad_(True)
+    model, _ = train(tmp_path / "a", model=model, begin=0.999, steps=3, watch=watch)
+    assert modes[:3] == [{False}] * 3 and alike(parts(model)[0], before)
+    assert {module.training for module in model.backbone.modules()} == {True}, "as before"
+    modes.clear()
+    model, _ = train(tmp_path / "b", model=model, begin=0.5, steps=2)
+    assert modes[:2] == [{False}, {True}] and not alike(parts(model)[0], before)
+
+
+@pytest.mark.parametrize("stop", [2, 4], ids=["while it rests", "afterwards"])
+def test_gone_on_with_it_is_the_same_to_the_bit(tmp_path, stop):
+    whole, _ = train(tmp_path / "whole", begin=0.5, steps=6, ema=0.5)
+    with pytest.raises(OSError, match="gone"):
+        train(tmp_path / "cut", begin=0.5, steps=6, ema=0.5, loss=Failing(stop))
+    assert read(tmp_path / "cut/last.safetensors").info["progress"]["step"] == stop
+    again, _ = train(tmp_path / "cut", begin=0.5, steps=6, start=tmp_path / "cut/last.safetensors", ema=0.5)
+    assert alike(parts(again)[0], parts(whole)[0])
+    first, second = (read(tmp_path / name / "last.safetensors").tensors for name in ("whole", "cut"))
+    assert first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_kept_features_give_what_live_ones_do(tmp_path):
+    """The cut stays where it is, behind what is frozen for good: what rests is not part of it."""
+    adapter = lambda: LastBlocks(blocks=1)  # noqa: E731
+    live, _ = train(tmp_path / "live", model=untrained(adapter), begin=0.5)
+    kept, _ = train(tmp_path / "kept", model=untrained(adapter), begin=0.5, kept=True)
+    for one, two in zip(parts(live), parts(kept), strict=True):
+        torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_every_backbone_can_rest(name, tmp_path):
+    backbone = instantiate(OmegaConf.to_container(OmegaConf.merge(tiny_node(name), {"layers": [-1]})))
+    model = Segmenter(Full()(backbone), LinearHead(backbone.dim, backbone.num_layers, 3))
+    before, head = parts(model)
+    model, _ = train(tmp_path, model=model, begin=0.999, steps=2)
+    assert alike(parts(model)[0], before) and not alike(parts(model)[1], head)
+
+
+@pytest.mark.parametrize("head", ["detail", "eomt"])
+def test_heads_that_see_pixels_or_go_through_the_blocks_learn_over_one_that_rests(tmp_path, head):
+    """The queries of EoMT learn through blocks that rest."""
+    made = {
+        "detail": lambda: DetailHead(24, 1, 3, 8, 4, 8, 1, jitter=0, direct=True),
+        "eomt": lambda: EomtHead(24, 1, 3, patch_size=8, num_queries=5, blocks=1),
+    }[head]
+    loss = MaskClassification(torch.ones(3), num_points=16) if head == "eomt" else None
+    model = untrained(head=made)
+    before, fresh = parts(model)
+    model, _ = train(tmp_path, model=model, begin=0.999, steps=2, loss=loss)
+    assert alike(parts(model)[0], before)
+    learnt = parts(model)[1]
+    still = {
+        name for name, _ in model.head.named_parameters() if torch.equal(fresh[f"head.{name}"], learnt[f"head.{name}"])
+    }
+    assert not still
+
+
+def test_an_error_on_the_way_leaves_the_model_as_it_was():
+    model = untrained().train()
+    before = state_of(model)
+    rest = Rest(model.backbone, adamw(model, lr=1e-3, backbone_begin=0.5), alone=True)
+    with pytest.raises(MemoryError), rest.during(Pace(schedule(), 0, 10), torch.zeros(1, 3, 8, 8)):
+        assert not any(parameter.requires_grad for parameter in model.backbone.parameters())
+        raise MemoryError
+    assert state_of(model) == before
+
+
+def state_of(model):
+    return [part.training for part in model.modules()], [each.requires_grad for each in model.parameters()]
+
+
+def test_several_ranks_expect_gradients_which_are_dropped():
+    model = untrained()
+    rest = Rest(model.backbone, adamw(model, lr=1e-3, backbone_begin=0.5), alone=False)
+    for step, left in ((4, True), (5, False)):
+        with rest.during(Pace(schedule(), step, 10), None):
+            model(torch.rand(1, 3, 16, 16)).outputs.sum().backward()
+            assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+        dropped = {each.grad is None for each in model.backbone.parameters() if each.requires_grad}
+        assert dropped == {left} and all(parameter.grad is not None for parameter in model.head.parameters())
+
+
+def test_its_schedule_begins_with_it():
+    """As of a training that is its own steps alone, with their warm-up; what begins late in a head does not."""
+    model, shape = untrained(), schedule("cosine", warmup=0.25)
+    optimizer = adamw(model, head_lr=0.5, backbone_lr=0.1, backbone_begin=0.35)
+    for step in range(20):
+        assert set_learning_rates(optimizer, Pace(shape, step, 20)) == pytest.approx(0.5 * shape(step, 20), abs=0.1)
+        own = 0.0 if step < 7 else 0.1 * shape(step - 7, 13)
+        found = {group["rests"]: group["lr"] for group in optimizer.param_groups}
+        assert found == pytest.approx({True: own, False: 0.5 * shape(step, 20)})
+
+
+def test_the_groups_of_what_rests_are_the_backbone_s_alone(monkeypatch):
+    model = untrained()
+    monkeypatch.setattr(type(model.head), "late", (0.3, [model.head.norm]))
+    found = parameter_groups(model, lr=0.1, weight_decay=0.0, backbone_begin=0.3)
+    for group in found:
+        assert {name.startswith("backbone.") for name in group["names"]} == {group["rests"]}
+        late = group["rests"] or any(name.startswith("head.norm") for name in group["names"])
+        assert group["begin"] == (0.3 if late else 0.0)
+    assert not any(group["rests"] for group in parameter_groups(model, lr=0.1, weight_decay=0.0))
+    nothing = parameter_groups(untrained(Frozen), lr=0.1, weight_decay=0.0, backbone_begin=0.3)
+    assert not any(group["rests"] for group in nothing)
+
+
+def test_time_left_is_foretold_anew_where_a_rest_ends(tmp_path, monkeypatch):
+    stood = []
+    monkeypatch.setattr(Meter, "change", lambda meter: stood.append(meter._step))
+    train(tmp_path / "a", begin=0.5)
+    train(tmp_path / "b", begin=0.0)
+    assert stood == [3]
+
+
+@pytest.mark.parametrize(
+    ("begin", "start", "said"),
+    [(0.5, 0, "rests for 3 of the 6 steps"), (0.5, 2, "rests for 1 of the 4 steps"), (0.5, 3, ""), (0.0, 0, "")]
+    + [(0.9, 0, "rests for all of the 6 steps to come, and learns nothing. Give a lower optim.optimizer.backbone_b")],
+)
+def test_a_run_says_how_long_its_backbone_rests(caplog, begin, start, said):
+    caplog.set_level(logging.INFO)
+    model = untrained()
+    rest = Rest(model.backbone, adamw(model, lr=1e-3, backbone_begin=begin), alone=True)
+    rest.tell(Pace(schedule(), start, 6))
+    assert said in caplog.text and bool(caplog.text) == bool(said)
