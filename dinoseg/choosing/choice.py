@@ -170,7 +170,8 @@ class Chooser:
         return Tried((rules.rested(case), *tuned.choices[1:]), tuned.cfg, timed, length)
 
     def _may_rest(self, case: Case) -> bool:
-        return case.sees_pixels and "optim.optimizer.backbone_begin" not in self.given
+        alone = self.cfg.engine.devices == 1  # several ranks gain no time by it
+        return alone and case.sees_pixels and "optim.optimizer.backbone_begin" not in self.given
 
     def _tried(self, choices: Sequence[Choice], case: Case) -> Tried:
         trial = rules.batch(0, case.facts, self.cfg.engine.devices)  # of as few at once as may be chosen

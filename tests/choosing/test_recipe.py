@@ -307,6 +307,7 @@ def test_what_trying_smaller_images_took_is_counted(folder, monkeypatch, taken, 
         (["head=linear"], "full"),  # 1,066 images
         (DETAIL, "full"),  # 1,454 images, of which the backbone rests for 40 %
         ([*DETAIL, "optim.optimizer.backbone_begin=0"], "frozen"),  # 1,066 images are too few without a rest
+        ([*DETAIL, "engine.devices=2"], "frozen"),  # whose ranks gain no time by one
         ([*DETAIL, "budget.minutes=0.2"], "frozen"),  # and 959 with one
         (["head=linear", "trainer.accumulate=50"], "full"),
         (["head=linear", "trainer.accumulate=60"], "frozen"),  # not even ten steps of 120
