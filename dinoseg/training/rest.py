@@ -18,7 +18,8 @@ class Rest:
     """Lets the trained parts of a backbone rest, as their groups say.
 
     What rests is in eval mode, as what is frozen is, and has no gradient: none is computed on one rank. Several ranks
-    expect the gradients of all that is trained, and so does a cut behind what is frozen: there they are dropped.
+    expect those of all that is trained, and features that are kept enter where what is trained begins, which would move
+    with them: there they are computed, and dropped.
 
     Args:
         backbone: of the model in training.
@@ -31,7 +32,7 @@ class Rest:
         self._groups = [group for group in optimizer.param_groups if group["rests"]]
 
     def tell(self, pace: Pace) -> None:
-        """Say that the steps to come will take longer than the next ones, where something rests."""
+        """Say for how many steps something rests, and on one rank that those after them take longer."""
         steps, to_come = max((pace.left(group["begin"]) for group in self._groups), default=0), pace.steps - pace.step
         if steps and steps == to_come:
             logger.warning(
@@ -40,11 +41,8 @@ class Rest:
                 steps,
             )
         elif steps:
-            logger.info(
-                "The backbone rests for %d of the %d steps to come, which take less time than those after them.",
-                steps,
-                to_come,
-            )
+            quicker = ", which take less time than those after them" if self._alone else ""
+            logger.info("The backbone rests for %d of the %d steps to come%s.", steps, to_come, quicker)
 
     def ends_with(self, pace: Pace) -> bool:
         """Return whether a step is the last one of a rest."""

@@ -17,6 +17,7 @@ from dinoseg.data.transforms import Augment
 from dinoseg.heads.detail import DetailHead
 from dinoseg.heads.eomt import EomtHead
 from dinoseg.heads.linear import LinearHead
+from dinoseg.heads.split import SplitHead
 from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.losses.mask_classification import MaskClassification
 from dinoseg.model import Segmenter
@@ -150,12 +151,16 @@ def test_what_rests_is_in_eval_mode_and_its_running_means_stay(tmp_path):
 
 
 @pytest.mark.parametrize("stop", [2, 4], ids=["while it rests", "afterwards"])
-def test_gone_on_with_it_is_the_same_to_the_bit(tmp_path, stop):
+def test_gone_on_with_it_is_the_same_to_the_bit(tmp_path, caplog, stop):
+    caplog.set_level(logging.INFO)
     whole, _ = train(tmp_path / "whole", begin=0.5, steps=6, ema=0.5)
     with pytest.raises(OSError, match="gone"):
         train(tmp_path / "cut", begin=0.5, steps=6, ema=0.5, loss=Failing(stop))
     assert read(tmp_path / "cut/last.safetensors").info["progress"]["step"] == stop
+    assert caplog.text.count("rests for 3 of the 6 steps to come") == 2
     again, _ = train(tmp_path / "cut", begin=0.5, steps=6, start=tmp_path / "cut/last.safetensors", ema=0.5)
+    assert ("rests for 1 of the 4 steps to come" in caplog.text) == (stop == 2), "from where it goes on"
+    assert caplog.text.count("The backbone rests") == (3 if stop == 2 else 2)
     assert alike(parts(again)[0], parts(whole)[0])
     first, second = (read(tmp_path / name / "last.safetensors").tensors for name in ("whole", "cut"))
     assert first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
@@ -199,8 +204,9 @@ def test_heads_that_see_pixels_or_go_through_the_blocks_learn_over_one_that_rest
 
 
 def test_an_error_on_the_way_leaves_the_model_as_it_was():
-    model = untrained().train()
+    model = untrained(lambda: LastBlocks(blocks=1)).train()
     before = state_of(model)
+    assert {part.training for part in model.backbone.modules()} == {True, False}, "what is frozen stays in eval mode"
     rest = Rest(model.backbone, adamw(model, lr=1e-3, backbone_begin=0.5), alone=True)
     with pytest.raises(MemoryError), rest.during(Pace(schedule(), 0, 10), torch.zeros(1, 3, 8, 8)):
         assert not any(parameter.requires_grad for parameter in model.backbone.parameters())
@@ -214,11 +220,12 @@ def state_of(model):
 
 def test_several_ranks_expect_gradients_which_are_dropped():
     model = untrained()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     rest = Rest(model.backbone, adamw(model, lr=1e-3, backbone_begin=0.5), alone=False)
     for step, left in ((4, True), (5, False)):
         with rest.during(Pace(schedule(), step, 10), None):
             model(torch.rand(1, 3, 16, 16)).outputs.sum().backward()
-            assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+            assert all(parameter.grad is not None for parameter in trained)
         dropped = {each.grad is None for each in model.backbone.parameters() if each.requires_grad}
         assert dropped == {left} and all(parameter.grad is not None for parameter in model.head.parameters())
 
@@ -243,8 +250,18 @@ def test_the_groups_of_what_rests_are_the_backbone_s_alone(monkeypatch):
         late = group["rests"] or any(name.startswith("head.norm") for name in group["names"])
         assert group["begin"] == (0.3 if late else 0.0)
     assert not any(group["rests"] for group in parameter_groups(model, lr=0.1, weight_decay=0.0))
-    nothing = parameter_groups(untrained(Frozen), lr=0.1, weight_decay=0.0, backbone_begin=0.3)
-    assert not any(group["rests"] for group in nothing)
+    copies = untrained(Frozen, head=lambda: SplitHead(24, 1, 3, blocks=1))  # learn at the backbone's rate, in the head
+    nothing = parameter_groups(copies, lr=0.1, weight_decay=0.0, backbone_begin=0.3)
+    assert not any(group["rests"] or group["begin"] for group in nothing)
+
+
+def test_what_begins_late_in_a_head_has_gradients_while_a_backbone_rests(monkeypatch):
+    model = untrained()
+    monkeypatch.setattr(type(model.head), "late", (0.3, [model.head.norm]))
+    rest = Rest(model.backbone, adamw(model, lr=1e-3, backbone_begin=0.3), alone=True)
+    with rest.during(Pace(schedule(), 0, 10), None):
+        assert all(parameter.requires_grad for parameter in model.head.parameters())
+        assert not any(parameter.requires_grad for parameter in model.backbone.parameters())
 
 
 def test_time_left_is_foretold_anew_where_a_rest_ends(tmp_path, monkeypatch):
@@ -258,6 +275,7 @@ def test_time_left_is_foretold_anew_where_a_rest_ends(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("begin", "start", "said"),
     [(0.5, 0, "rests for 3 of the 6 steps"), (0.5, 2, "rests for 1 of the 4 steps"), (0.5, 3, ""), (0.0, 0, "")]
+    + [(0.8, 0, "rests for 5 of the 6 steps")]
     + [(0.9, 0, "rests for all of the 6 steps to come, and learns nothing. Give a lower optim.optimizer.backbone_b")],
 )
 def test_a_run_says_how_long_its_backbone_rests(caplog, begin, start, said):
@@ -266,3 +284,7 @@ def test_a_run_says_how_long_its_backbone_rests(caplog, begin, start, said):
     rest = Rest(model.backbone, adamw(model, lr=1e-3, backbone_begin=begin), alone=True)
     rest.tell(Pace(schedule(), start, 6))
     assert said in caplog.text and bool(caplog.text) == bool(said)
+    assert ("take less time" in caplog.text) == (said.endswith("steps"))
+    caplog.clear()
+    Rest(model.backbone, adamw(model, lr=1e-3, backbone_begin=begin), alone=False).tell(Pace(schedule(), start, 6))
+    assert said in caplog.text and "take less time" not in caplog.text, "several ranks compute gradients all the same"
