@@ -188,7 +188,7 @@ class Pace:
 
 
 def _first(begin: float, steps: int) -> int:
-    return math.ceil(begin * steps)
+    return math.ceil(round(begin * steps, 6))  # 0.07 * 100 is more than 7
 
 
 def set_learning_rates(optimizer: Optimizer, pace: Pace) -> float:
