@@ -31,3 +31,18 @@ def test_steps_are_timed_with_their_batches_once_warm(compose, monkeypatch):
 
 def test_a_part_of_a_batch_is_tried_on_one_device(compose):
     assert len(drawn_steps(plain(compose(*BASE, "engine.devices=2")), 1, steps=1).seconds) == 1
+
+
+def test_a_backbone_that_rests_at_first_is_tried_as_it_learns_later(compose):
+    cfg = compose(*BASE, "optim.optimizer.backbone_begin=0.9")
+    learnt = []
+
+    def make():
+        model = build.model(cfg, untrained=True)
+        model.backbone.register_forward_hook(
+            lambda part, _, maps: learnt.append((part.training, maps[0].requires_grad))
+        )
+        return model
+
+    try_steps(cfg, make, instantiate(cfg.engine), repeat(drawn_batch(cfg, 2)), steps=1, warmup=1)
+    assert learnt == [(True, True)] * 2

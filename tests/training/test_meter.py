@@ -85,6 +85,11 @@ def test_time_left_is_that_of_the_steps_to_come():
         running.change()
         train(running, clock, 9, seconds=3.0)
         assert running.left().startswith("02:00 and")
+    with closing(meter(clock, done=10, steps=60)) as running:  # gone on with
+        train(running, clock, 20, first=10)
+        running.change()
+        train(running, clock, 10, seconds=3.0)
+        assert running.left().startswith("01:00 and")
 
 
 def test_a_pipe_gets_a_line_every_ten_seconds(caplog, capsys):
