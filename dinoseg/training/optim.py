@@ -182,9 +182,11 @@ class Pace:
         return max(0, _first(begin, self.steps) - self.step)
 
     def factor(self, begin: float = 0.0) -> float:
-        """Return the factor of what learns from the share `begin` on, as if the training were its steps alone."""
+        """Return the factor of a training in two parts, before and from the share `begin` on, each by the schedule."""
         first = _first(begin, self.steps)
-        return 0.0 if self.step < first else self.schedule(self.step - first, self.steps - first)
+        if self.step < first:
+            return self.schedule(self.step, first)
+        return self.schedule(self.step - first, self.steps - first)
 
 
 def _first(begin: float, steps: int) -> int:
@@ -194,18 +196,23 @@ def _first(begin: float, steps: int) -> int:
 def set_learning_rates(optimizer: Optimizer, pace: Pace) -> float:
     """Set each group's rate to its base rate times the schedule's factor; return the highest.
 
-    What rests begins with a schedule of its own. What begins late without a rest comes to its rate evenly: its moments
-    are those of all steps, or the first of its own would be several times too large.
+    Where something rests, all rates follow the schedule anew from where it begins, as a second training of all of it
+    would. What begins late without a rest comes to its rate evenly: its moments are those of all steps, or the first of
+    its own would be several times too large.
 
     Args:
         optimizer: over `parameter_groups`.
         pace: of the step.
     """
-    for group in optimizer.param_groups:
-        begin = group["begin"]
-        factor = pace.factor(begin) if group["rests"] else pace.factor()
-        late = begin and not group["rests"]
-        group["lr"] = group["base_lr"] * factor * (min(1.0, max(0.0, (pace.share - begin) / _RISE)) if late else 1.0)
+    groups = optimizer.param_groups
+    factor = pace.factor(max((group["begin"] for group in groups if group["rests"]), default=0.0))
+    for group in groups:
+        begin, risen = group["begin"], 1.0
+        if group["rests"]:
+            risen = 0.0 if pace.left(begin) else 1.0
+        elif begin:
+            risen = min(1.0, max(0.0, (pace.share - begin) / _RISE))
+        group["lr"] = group["base_lr"] * factor * risen
     return max(group["lr"] for group in optimizer.param_groups)
 
 

@@ -171,8 +171,9 @@ def test_a_share_ends_with_the_step_that_it_names_however_it_is_rounded():
     """0.07 * 100 is more than 7, and 0.35 * 20 is not."""
     for share, steps, first in ((0.07, 100, 7), (0.35, 20, 7), (0.4, 1060, 424), (0.5, 5, 3), (0.0, 5, 0)):
         assert Pace(schedule(), 0, steps).left(share) == first
-        assert Pace(schedule("constant"), first, steps).factor(share) == 1.0
-        assert first == 0 or Pace(schedule("constant"), first - 1, steps).factor(share) == 0.0
+        assert Pace(schedule(), first, steps).left(share) == 0
+        assert Pace(lambda *place: place, first, steps).factor(share) == (0, steps - first)
+        assert first == 0 or Pace(lambda *place: place, first - 1, steps).factor(share) == (first - 1, first)
 
 
 def test_what_begins_late_has_no_rate_before_and_comes_to_it_evenly(monkeypatch):

@@ -231,14 +231,17 @@ def test_several_ranks_expect_gradients_which_are_dropped():
 
 
 def test_its_schedule_begins_with_it():
-    """As of a training that is its own steps alone, with their warm-up; what begins late in a head does not."""
+    """As of a training that is those steps alone, with their warm-up, of all that learns then."""
     model, shape = untrained(), schedule("cosine", warmup=0.25)
     optimizer = adamw(model, head_lr=0.5, backbone_lr=0.1, backbone_begin=0.35)
     for step in range(20):
-        assert set_learning_rates(optimizer, Pace(shape, step, 20)) == pytest.approx(0.5 * shape(step, 20), abs=0.1)
-        own = 0.0 if step < 7 else 0.1 * shape(step - 7, 13)
+        factor = shape(step, 7) if step < 7 else shape(step - 7, 13)
+        assert set_learning_rates(optimizer, Pace(shape, step, 20)) == 0.5 * factor
         found = {group["rests"]: group["lr"] for group in optimizer.param_groups}
-        assert found == pytest.approx({True: own, False: 0.5 * shape(step, 20)})
+        assert found == {True: 0.0 if step < 7 else 0.1 * factor, False: 0.5 * factor}
+    plain = adamw(model, head_lr=0.5, backbone_lr=0.1)
+    for step in range(20):
+        assert set_learning_rates(plain, Pace(shape, step, 20)) == 0.5 * shape(step, 20)
 
 
 def test_the_groups_of_what_rests_are_the_backbone_s_alone(monkeypatch):
