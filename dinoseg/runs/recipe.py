@@ -18,10 +18,12 @@ from dinoseg.storage.forms import as_read_back
 from dinoseg.training.description import CHOSEN, GROUPS
 
 USE = "inference"  # the group that says how a model is asked: what validates with windows is evaluated with them
+FOLLOWING = "slots"  # the same of a model of slots: how these are followed
+USES = (USE, FOLLOWING)
 HEADS, RATES = "heads", "lrs"  # what a run of several heads trains
 TEACHER = "teacher"  # the run that a student learns from
 INITIAL = "init"  # the run whose weights a new one begins with
-OPTIONAL = (USE, HEADS, RATES, TEACHER, INITIAL)  # root keys that a checkpoint lacks where they say nothing
+OPTIONAL = (*USES, HEADS, RATES, TEACHER, INITIAL)  # root keys that a checkpoint lacks where they say nothing
 SAVED = ("seed", *GROUPS, *OPTIONAL)  # root keys of a config that a checkpoint keeps
 # keys that older checkpoints lack, and what was so before them: that is the default of their targets, too, which are
 # built from such configs
@@ -56,7 +58,8 @@ def run_description(cfg: DictConfig, data: SegmentationData | Labels) -> dict[st
 
 def config_description(cfg: DictConfig) -> dict[str, Any]:
     """Return the part of the description that the config alone decides."""
-    config = {key: value for key, value in plain(cfg).items() if key in SAVED and value is not None}
+    unsaid = () if cfg.trainer.feed == "clips" else (FOLLOWING,)
+    config = {key: value for key, value in plain(cfg).items() if key in {*SAVED} - {*unsaid} and value is not None}
     # what acts is the machine's to say, never a file's
     config["data"] = {**settled(cfg.data), **dict.fromkeys(ACTING)}
     for key in (TEACHER, INITIAL):
@@ -65,7 +68,7 @@ def config_description(cfg: DictConfig) -> dict[str, Any]:
     config["head"] = settled(cfg.head)  # its grid is what it was trained for, whatever later images are seen at
     return {
         "config": config,
-        "choices": {group: cfg.choices[group] for group in (*CHOSEN, USE)},
+        "choices": {group: cfg.choices[group] for group in (*CHOSEN, *USES) if group not in unsaid},
         "folder": str(Path.cwd()),
     }
 
@@ -82,7 +85,7 @@ def recipe_of(info: Mapping[str, Any]) -> dict[str, Any]:
         info: a description; where the data lies is part of it, and how long is trained is not.
     """
     # how it is asked changes nothing that is trained
-    config = {key: value for key, value in as_read_back(saved_config(info)).items() if key != USE}
+    config = {key: value for key, value in as_read_back(saved_config(info)).items() if key not in USES}
     trainer = {key: value for key, value in config["trainer"].items() if key not in LENGTHS}
     # by the background alone a score differs, and nothing that is trained
     data = {**config["data"], "root": data_root(config, Path(info["folder"]))[0], "background": None}
@@ -97,7 +100,7 @@ def recipe_of(info: Mapping[str, Any]) -> dict[str, Any]:
 def saved_config(info: Mapping[str, Any]) -> dict[str, Any]:
     """Return the config of a checkpoint, which may be older than a key: then it stands as what was meant.
 
-    One that is older than the group `inference` lacks it, and is asked as the command line says.
+    One that is older than one of `USES` lacks it, and is asked as the command line says.
     """
     given = info["config"]
     config = renamed({key: given[key] for key in SAVED if key not in OPTIONAL or given.get(key) is not None})

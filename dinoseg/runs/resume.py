@@ -13,7 +13,7 @@ from dinoseg.config.job import machine_config, squared
 from dinoseg.config.plain import has_key, keys_of, plain
 from dinoseg.config.registry import own_registry, shipped_registry
 from dinoseg.errors import UserError
-from dinoseg.runs.recipe import INITIAL, SAVED, USE, absolute, data_root, saved_config
+from dinoseg.runs.recipe import INITIAL, SAVED, USE, USES, absolute, data_root, saved_config
 from dinoseg.training.description import CHOSEN
 from dinoseg.wording import nearest, printable
 
@@ -32,7 +32,7 @@ def merge(cfg: DictConfig, overrides: Sequence[Override], path: Path, info: Mapp
     """
     saved, typed = saved_config(info), [override.key_or_group for override in overrides]
     guard(saved, f"resume={path}", plain(cfg), trust=_trusted(cfg), typed=typed)
-    choices = {group: option for group, option in info["choices"].items() if group in (*CHOSEN, USE)}
+    choices = {group: option for group, option in info["choices"].items() if group in (*CHOSEN, *USES)}
     facts = {**plain(cfg), "resume": str(path), "choices": {**plain(cfg.choices), **choices}}  # of this machine and run
     facts |= {INITIAL: None}  # which a new run alone has from the command line
     merged = OmegaConf.create({**facts, **saved})
@@ -40,9 +40,9 @@ def merge(cfg: DictConfig, overrides: Sequence[Override], path: Path, info: Mapp
     if remark and not {"data", "data.root"} & {*typed}:
         print(printable(f"resume={path}: {remark}"), file=sys.stderr)
     # options first: another data= brings its whole group, in which a key that is typed beside it holds
-    for option in (override for override in overrides if override.key_or_group in (*CHOSEN, USE)):
+    for option in (override for override in overrides if override.key_or_group in (*CHOSEN, *USES)):
         _take_option(option, cfg, merged, path)
-    for value in (override for override in overrides if override.key_or_group not in (*CHOSEN, USE)):
+    for value in (override for override in overrides if override.key_or_group not in (*CHOSEN, *USES)):
         _take_value(value, cfg, merged, path)
     return squared(merged)
 
@@ -100,7 +100,7 @@ def _take_option(override: Override, cfg: DictConfig, merged: DictConfig, path: 
     """Take another data set or use from the command line; refuse another of what the checkpoint fixes."""
     group = override.key_or_group
     option, was = cfg.choices[group], merged.choices[group]
-    if group in ("data", USE) and option != was:
+    if group in ("data", *USES) and option != was:
         merged[group], merged.choices[group] = cfg[group], option
     elif option != was:
         raise UserError(

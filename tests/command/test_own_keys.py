@@ -104,11 +104,18 @@ def test_only_keys_that_all_named_checkpoints_have_are_theirs(here):
         ["mode=train", "head.num_slots=2", "resume=null"],
         ["mode=eval", "resume=slots", "head=slots", "+head.num_slots=2", "++head.num_slots=3", "~head.num_slots"],
         ["mode=eval", "resume=slots", "data=videos", "data.view.flip=0"],
-        ["mode=eval", "resume=slots", "engine=cpu", "slots.match=auto", "mode.split=val", "resume", "a=[b"],
+        ["mode=eval", "resume=slots", "engine=cpu", "tracker.short=96", "mode.split=val", "resume", "a=[b"],
     ],
 )
 def test_other_words_stay_as_they_are(here, arguments):
     assert with_own_keys(arguments) == arguments
+
+
+def test_how_slots_are_followed_is_the_checkpoint_s_own(here):
+    assert with_own_keys(["resume=slots", "slots.match=auto"]) == ["resume=slots", "++slots.match=auto"]
+    assert with_own_keys(["resume=segmenter", "slots.match=auto"]) == ["resume=segmenter", "slots.match=auto"]
+    anew = ["resume=slots", "slots=lock_on", "slots.match=auto"]
+    assert with_own_keys(anew) == anew
 
 
 def test_repeating_the_checkpoint_s_own_group_changes_nothing(here):

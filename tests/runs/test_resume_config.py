@@ -152,6 +152,11 @@ def test_how_a_model_is_asked_makes_no_other_run(where):
     assert f"checkpoint:   {runs(where)[0]}/checkpoints/best.safetensors" in done.out, done.err
 
 
+def test_a_run_of_images_does_not_say_how_slots_are_followed(where):
+    assert train(where, "trainer.steps=1", "mode.metrics_only=true").status == 0
+    assert "slots" not in last(where)["config"].keys() | last(where)["choices"].keys()
+
+
 def test_a_run_whose_rate_and_warmup_were_numbers_goes_on_as_it_would_have(where):
     rates = ("optim.optimizer.lr=1e-2", "optim.schedule.warmup=2", "optim.schedule.kind=constant")
     assert train(where, "trainer.steps=4", *rates).status == 0

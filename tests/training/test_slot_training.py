@@ -1,6 +1,7 @@
 """Slots are trained, validated, resumed and evaluated through the command line as everything else is."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from command_line import SLOTS, call
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from dinoseg import build, criteria
 from dinoseg.__main__ import CONFIGS
@@ -17,7 +19,7 @@ from dinoseg.images import write_png
 from dinoseg.metrics.clustering import contingency, segment_scores
 from dinoseg.regimes.clips import ClipRegime
 from dinoseg.synthetic.moving.write import render_moving_objects
-from dinoseg.training.checkpoint import read
+from dinoseg.training.checkpoint import read, write
 from dinoseg.training.engine import Engine
 
 BARE = ("trainer=slots", "loss=feature_reconstruction")  # of the recipe
@@ -90,6 +92,59 @@ def test_validation_is_the_protocol_s_score_and_evaluation_repeats_it(here):
     assert again == best
     split = json.loads((here / "run/split.json").read_text())
     assert len(split["train"]) == 4 and len(split["val"]) == 2 and not set(split["train"]) & set(split["val"])
+
+
+def test_a_run_keeps_how_its_slots_are_followed(here):
+    words = (*SLOTS, "trainer.steps=2", "trainer.val_every=2", "mode.metrics_only=true", "hydra.run.dir=run")
+    run(here, *words, "slots.match=similarity", "slots.temperature=0.5")
+    best = here / "run/checkpoints/best.safetensors"
+    assert read(best).info["choices"]["slots"] == "free"
+    ask = ("mode=eval", "engine=cpu", "engine.precision=fp32", "mode.metrics_only=true")
+
+    def followed(name, *more):
+        run(here, *ask, f"hydra.run.dir={name}", *more)
+        config = OmegaConf.load(here / name / "config/config.yaml")
+        return config.slots.match, config.slots.temperature, config.slots.lock_on
+
+    assert followed("own", "resume=run") == ("similarity", 0.5, False)
+    assert json.loads((here / "own/scores.json").read_text()) == json.loads(
+        (here / "run/evaluation/scores.json").read_text()
+    )
+    assert followed("other", "resume=run", "slots.match=appearance") == ("appearance", 0.5, False)
+    assert followed(
+        "group", "resume=run", "slots=lock_on", "slots.temperature=0.2", "mode.supervision=first_frame"
+    ) == (
+        "auto",
+        0.2,
+        True,
+    )
+    found = read(best)
+    del found.info["config"]["slots"], found.info["choices"]["slots"]  # as older runs have it
+    write(best, found.tensors, {key: value for key, value in found.info.items() if key != "format"})
+    assert followed("older", "resume=run") == ("auto", 0.05, False)
+    assert followed("told", "resume=run", "slots.match=overlap") == ("overlap", 0.05, False)
+
+
+@pytest.mark.parametrize(
+    ("node", "message"),
+    [
+        ({"_target_": "os.system", "command": "true"}, r"slots\._target_=os.system"),
+        (
+            {"_target_": "dinoseg.tracking.slots.settings.SlotTracking", "match": "nearest"},
+            "slots.match=nearest is unk",
+        ),
+        ("appearance", "slots"),
+        ({}, "slots"),
+    ],
+)
+def test_a_checkpoint_that_follows_slots_in_ways_that_are_none_is_refused(here, node, message):
+    run(here, *SLOTS, "trainer.steps=1", "mode.metrics_only=true", "hydra.run.dir=run")
+    best = here / "run/checkpoints/best.safetensors"
+    found = read(best)
+    found.info["config"]["slots"] = node
+    write(best, found.tensors, {key: value for key, value in found.info.items() if key != "format"})
+    done = call(here, "mode=eval", "resume=run", "engine=cpu", "mode.metrics_only=true")
+    assert done.status == 1 and "Traceback" not in done.err and re.search(f"error: .*{message}", done.err), done.err
 
 
 def test_videos_whose_masks_are_all_empty_are_scored_and_said(here):

@@ -13,6 +13,7 @@ from dinoseg.contracts import Slots
 from dinoseg.data.clips.videos import VOID
 from dinoseg.errors import UserError
 from dinoseg.tracking.grid.cells import area_mean
+from dinoseg.tracking.slots.appearance import Appearance
 from dinoseg.tracking.slots.locking import hold, lock
 from dinoseg.tracking.slots.matching import Correspondence, cosine, give, overlap, owners, soft_iou
 from dinoseg.tracking.slots.settings import SlotTracking
@@ -53,6 +54,7 @@ class Followed:
     labelled: bool  # whether these are ids of labels
     sizes: list[int]  # slots in each of the head's groups
     num_background: int  # of these, the first, kept to the background; with `lock_on` without groups too
+    appearance: Appearance | None  # of what slots of the first frame have won, where they are followed by it
 
 
 class Follower:
@@ -86,8 +88,7 @@ class Follower:
             allowed = None if frame.background is None else hold(frame.background, sizes, self._settings.hold)
         if frame.labels is None:
             slots, masks = self._see(frame, None, allowed, sizes)
-            numbers = _numbered(len(masks))
-            return Followed(slots, masks, Correspondence.start(len(masks)), numbers, False, sizes, num_background)
+            return self._begun(frame, slots, masks, _numbered(len(masks)), sizes, num_background)
         ids = [0, *frame.ids()]
         shares = frame.shares(ids)
         if self._settings.lock_on:
@@ -98,7 +99,22 @@ class Follower:
             allowed = locked.allowed[None]
         slots, masks = self._see(frame, None, allowed, sizes)
         serves = locked.serves if self._settings.lock_on else owners(masks, shares, ids)
-        return Followed(slots, masks, Correspondence.start(len(masks)), serves, True, sizes, num_background)
+        return self._begun(frame, slots, masks, serves, sizes, num_background)
+
+    def _begun(
+        self, frame: SlotFrame, slots: Tensor, masks: Tensor, ids: list[int], sizes: list[int], num_background: int
+    ) -> Followed:
+        by_looks = self._settings.match == "appearance"
+        return Followed(
+            slots=slots,
+            masks=masks,
+            correspondence=Correspondence.start(len(masks)),
+            ids=ids,
+            labelled=frame.labels is not None,
+            sizes=sizes,
+            num_background=num_background,
+            appearance=Appearance.start(frame.features[0], masks, frame.valid) if by_looks else None,
+        )
 
     def go_on(self, last: Followed, frame: SlotFrame) -> Followed:
         """Return where the slots of the last frame are in this one, whose new objects get a slot each.
@@ -111,8 +127,11 @@ class Follower:
             groups = (last.num_background, len(last.ids) - last.num_background)
             allowed = hold(frame.background, groups, self._settings.hold)
         slots, masks = self._see(frame, last.slots, allowed, last.sizes)
-        correspondence = last.correspondence
-        if self._settings.match == "similarity":
+        correspondence, appearance = last.correspondence, last.appearance
+        if appearance is not None:
+            appearance, successors = appearance.step(frame.features[0], masks, frame.valid, correspondence.successors)
+            correspondence = replace(correspondence, successors=successors)
+        elif self._settings.match == "similarity":
             correspondence = correspondence.step(cosine(last.slots[0], slots[0]), self._settings.temperature)
         elif self._settings.match == "soft_iou":
             correspondence = correspondence.step(soft_iou(last.masks, masks), self._settings.temperature)
@@ -124,7 +143,7 @@ class Follower:
         if new:
             now = masks[correspondence.successors.to(masks.device)]  # (S, h, w) in the order of the first frame
             give(ids, dict(zip(new, soft_iou(frame.shares(new), now).cpu().numpy(), strict=True)))
-        return replace(last, slots=slots, masks=masks, correspondence=correspondence, ids=ids)
+        return replace(last, slots=slots, masks=masks, correspondence=correspondence, ids=ids, appearance=appearance)
 
     def _see(
         self, frame: SlotFrame, slots: Tensor | None, allowed: Tensor | None, sizes: list[int]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from dinoseg.errors import UserError
 from dinoseg.ranges import Count, Natural, Positive
 
-MATCHES = ("auto", "overlap", "soft_iou", "similarity")
+MATCHES = ("auto", "overlap", "soft_iou", "similarity", "appearance")
 HOLDS = ("background", "both", "none")
 
 
@@ -23,9 +23,10 @@ class SlotTracking:
             in which the head's groups say so and, with `lock_on`, in all after the first: those of the `background`
             (as DINOSAVi does when it evaluates), `both` (as groups are trained) or `none`.
         match: how slots are followed to the next frame: by the `overlap` or the `soft_iou` of their masks or the
-            `similarity` (cosine) of their vectors, see `Correspondence`; `auto`: they keep their places where the head
-            carries them over, and otherwise by overlap.
-        temperature: of the steps of a `Correspondence`.
+            `similarity` (cosine) of their vectors, see `Correspondence`; by the `appearance` of what they have won in
+            all frames so far, see `Appearance`; `auto`: they keep their places where the head carries them over, and
+            otherwise by overlap.
+        temperature: of the steps of a `Correspondence`, by overlap, soft_iou and similarity.
 
     Raises:
         UserError: for a value out of range or an unknown word.

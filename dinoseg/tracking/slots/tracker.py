@@ -16,6 +16,7 @@ from dinoseg.geometry import valid_share
 from dinoseg.heads.slots.background import background_mask
 from dinoseg.model import Segmenter
 from dinoseg.tracking.provenance import model_settings, precision_of
+from dinoseg.tracking.slots.appearance import Appearance
 from dinoseg.tracking.slots.following import Followed, Follower, SlotFrame
 from dinoseg.tracking.slots.matching import Correspondence, winners
 from dinoseg.tracking.slots.settings import SlotTracking
@@ -33,6 +34,12 @@ _FORMS = {
     "labelled": TensorForm(torch.int64, "1", 0, 1),
     "frame": TensorForm(torch.int64, "2", 1),
     "background": TensorForm(torch.int64, "1", 0),
+}
+_APPEARANCE = {  # beside these, where slots are followed by it
+    "won": TensorForm(torch.float64, "S C"),
+    "cells": TensorForm(torch.float64, "S", 0),
+    "moments": TensorForm(torch.float64, "2 C"),
+    "frames": TensorForm(torch.int64, "1", 1),
 }
 
 
@@ -134,6 +141,9 @@ class SlotTracker(Tracker):
         }
         counts = {"ids": now.ids, "sizes": now.sizes, "labelled": [int(now.labelled)], "frame": self.size}
         counts["background"] = [now.num_background]
+        if now.appearance is not None:
+            tensors |= {"won": now.appearance.sums, "cells": now.appearance.cells, "moments": now.appearance.moments}
+            counts["frames"] = [now.appearance.frames]
         # copies: the tracker goes on while another thread writes them
         return {name: value.clone() for name, value in tensors.items()} | {
             name: torch.tensor(value) for name, value in counts.items()
@@ -148,7 +158,8 @@ class SlotTracker(Tracker):
         self._followed, self.size = None, None
         if not state:
             return
-        check_state(state, _FORMS)
+        by_looks = self._slot_settings.match == "appearance"
+        check_state(state, _FORMS | (_APPEARANCE if by_looks else {}))
         slots = state["slots"].shape[1]
         if sorted(state["places"].tolist()) != list(range(slots)) or int(state["sizes"].sum()) != slots:
             raise ValueError(f"places or sizes are not those of {slots} slots")
@@ -162,6 +173,7 @@ class SlotTracker(Tracker):
             labelled=bool(state["labelled"]),
             sizes=state["sizes"].tolist(),
             num_background=int(state["background"]),
+            appearance=_appearance(state) if by_looks else None,
         )
 
     def _features(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -194,6 +206,11 @@ class SlotTracker(Tracker):
                     f"A mask of type {mask.dtype} holds values from {mask.min()} to {mask.max()}: ids are whole "
                     f"numbers from 0 (background) to {VOID - 1}. Renumber the objects."
                 )
+
+
+def _appearance(state: Mapping[str, Tensor]) -> Appearance:
+    sums, cells, moments = (state[name].to("cpu", copy=True) for name in ("won", "cells", "moments"))
+    return Appearance(sums, cells, moments, int(state["frames"]))
 
 
 def _refuse_class_attention(settings: SlotTracking) -> None:

@@ -28,6 +28,35 @@ class TestWithoutLabels:
             assert mask.shape == own.shape and mask.dtype == np.uint8
             assert np.array_equal(at_cells(mask), at_cells(own) + 1)
 
+    def test_what_was_hidden_is_known_again_by_its_appearance(self):
+        shown, ids = paint({RED: (8, 4), BLUE: (20, 24)})
+        alone, _ = paint({BLUE: (20, 24)})
+        gone, _ = paint({})
+        back, places = paint({BLUE: (4, 36), RED: (20, 4)})
+        frames = [shown, alone, gone, gone, back]
+        model = model_of([GREY, RED, BLUE], predictor="none", scramble=True)
+        masks = follow(model, frames, match="appearance")
+        before, after = at_cells(masks[0]), at_cells(masks[-1])
+        for now, then in ((0, 0), (1, 2), (2, 1)):  # grey, blue, red: numbers of the first frame's paint
+            (one,) = np.unique(after[at_cells(places) == now])
+            assert [one] == np.unique(before[at_cells(ids) == then])
+
+    def test_appearance_is_that_of_all_frames_and_of_no_padding(self):
+        frames, _ = crossing(4, (32, 49))  # of 8 x 13 cells, the last column a quarter of a cell wide
+        tracker = SlotTracker(model_of(), SlotTracking(match="appearance"))
+        tracker.track(frames, [None] * 4)
+        state = tracker.state()
+        assert state["frames"].tolist() == [4] and state["cells"].sum() == 4 * 8 * 12
+
+    @pytest.mark.parametrize(("name", "value"), [("cells", -1.0), ("frames", 0), ("won", float("nan"))])
+    def test_a_state_without_sense_is_refused(self, name, value):
+        tracker = SlotTracker(model_of(), SlotTracking(match="appearance"))
+        tracker.track(crossing(1)[0], [None])
+        state = tracker.state()
+        state[name].view(-1)[0] = value
+        with pytest.raises(ValueError, match=name):
+            tracker.load(state)
+
     @pytest.mark.parametrize("size", [(30, 45), (29, 33), (33, 49)])
     def test_padding_is_cropped(self, size):
         frames, ids = crossing(3, size)
@@ -39,7 +68,7 @@ class TestWithoutLabels:
         for mask, own in zip(follow(model_of(scale=0.5), large), crossing(3)[1], strict=True):
             assert mask.shape == (64, 96) and (mask[::2, ::2] == own + 1).mean() > 0.98
 
-    @pytest.mark.parametrize("match", ["auto", "overlap", "similarity"])
+    @pytest.mark.parametrize("match", ["auto", "overlap", "similarity", "appearance"])
     def test_slots_that_are_drawn_anew_keep_their_ids(self, match):
         frames, ids = crossing(8)
         model = model_of(predictor="none", scramble=True)
@@ -65,7 +94,7 @@ def as_tensor(frame):
 
 
 class TestWithLabels:
-    @pytest.mark.parametrize("match", ["auto", "overlap", "similarity"])
+    @pytest.mark.parametrize("match", ["auto", "overlap", "similarity", "appearance"])
     @pytest.mark.parametrize("predictor", ["carry", "none"])
     def test_objects_that_change_places_keep_their_ids(self, match, predictor):
         frames, ids = crossing()
@@ -76,11 +105,12 @@ class TestWithLabels:
         for mask, own in zip(masks, ids, strict=True):
             assert np.array_equal(at_cells(mask), table[at_cells(own)])
 
-    def test_what_jumps_is_followed_by_similarity_and_not_by_overlap(self):
+    @pytest.mark.parametrize("match", ["similarity", "appearance"])
+    def test_what_jumps_is_followed_by_how_it_looks_and_not_by_overlap(self, match):
         one, ids = paint({RED: (8, 4), BLUE: (20, 24)})
         other, _ = paint({BLUE: (8, 4), RED: (20, 24)})
         model = model_of(predictor="none", scramble=True)
-        by_look = follow(model, [one, other], [ids, None], match="similarity")[1]
+        by_look = follow(model, [one, other], [ids, None], match=match)[1]
         by_place = follow(model, [one, other], [ids, None], match="overlap")[1]
         assert by_look[12, 8] == 2 and by_look[24, 28] == 1
         assert by_place[12, 8] == 1 and by_place[24, 28] == 2
@@ -231,6 +261,7 @@ class TestGroups:
 STORIES = {
     "unlabelled": ({}, {"predictor": "carry"}),
     "matched": ({"match": "overlap"}, {"predictor": "none", "scramble": True}),
+    "alike": ({"match": "appearance"}, {"predictor": "none", "scramble": True}),
     "similar": ({"match": "similarity"}, {"predictor": "none", "scramble": True}),
     "locked": ({"lock_on": True, "slots_per_object": 2}, {"predictor": "carry"}),
     "grouped": ({}, {"groups": "always", "sizes": [1, 3]}),
