@@ -125,6 +125,14 @@ def test_a_run_keeps_how_its_slots_are_followed(here):
     assert followed("told", "resume=run", "slots.match=overlap") == ("overlap", 0.05, False)
 
 
+def test_how_slots_are_followed_makes_no_other_run(here):
+    run(here, *SLOTS, "trainer.steps=1", "mode.metrics_only=true", "slots.match=overlap")
+    done = run(here, *SLOTS, "trainer.steps=2", "mode.metrics_only=true", "slots.match=similarity", "resume=auto")
+    (folder,) = (here / "outputs").rglob("train_*")
+    info = read(folder / "checkpoints/last.safetensors").info
+    assert info["progress"]["step"] == 2 and info["config"]["slots"]["match"] == "similarity", done.err
+
+
 @pytest.mark.parametrize(
     ("node", "message"),
     [
