@@ -101,21 +101,6 @@ class Follower:
         serves = locked.serves if self._settings.lock_on else owners(masks, shares, ids)
         return self._begun(frame, slots, masks, serves, sizes, num_background)
 
-    def _begun(
-        self, frame: SlotFrame, slots: Tensor, masks: Tensor, ids: list[int], sizes: list[int], num_background: int
-    ) -> Followed:
-        by_looks = self._settings.match == "appearance"
-        return Followed(
-            slots=slots,
-            masks=masks,
-            correspondence=Correspondence.start(len(masks)),
-            ids=ids,
-            labelled=frame.labels is not None,
-            sizes=sizes,
-            num_background=num_background,
-            appearance=Appearance.start(frame.features[0], masks, frame.valid) if by_looks else None,
-        )
-
     def go_on(self, last: Followed, frame: SlotFrame) -> Followed:
         """Return where the slots of the last frame are in this one, whose new objects get a slot each.
 
@@ -144,6 +129,21 @@ class Follower:
             now = masks[correspondence.successors.to(masks.device)]  # (S, h, w) in the order of the first frame
             give(ids, dict(zip(new, soft_iou(frame.shares(new), now).cpu().numpy(), strict=True)))
         return replace(last, slots=slots, masks=masks, correspondence=correspondence, ids=ids, appearance=appearance)
+
+    def _begun(
+        self, frame: SlotFrame, slots: Tensor, masks: Tensor, ids: list[int], sizes: list[int], num_background: int
+    ) -> Followed:
+        by_looks = self._settings.match == "appearance"
+        return Followed(
+            slots=slots,
+            masks=masks,
+            correspondence=Correspondence.start(len(masks)),
+            ids=ids,
+            labelled=frame.labels is not None,
+            sizes=sizes,
+            num_background=num_background,
+            appearance=Appearance.start(frame.features[0], masks, frame.valid) if by_looks else None,
+        )
 
     def _see(
         self, frame: SlotFrame, slots: Tensor | None, allowed: Tensor | None, sizes: list[int]
