@@ -3,7 +3,7 @@
 import os
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
@@ -25,6 +25,7 @@ from dinoseg.training.feature_cache.form import size_of
 from dinoseg.training.feature_choice import stored_as
 
 _STEPS, _WARMUP, _PREDICTED = 3, 1, 6
+_SHARE, _MOST = 0.015, 8.0  # of the time that is given, and seconds: for which steps go on
 RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # of the environment: what makes a process one of several
 
 
@@ -83,17 +84,27 @@ def time_recipe(values: Mapping[str, Any]) -> Seconds:
     batches = regime.feed.train_batches(start=0)
     first = next(batches)
     cut = _cut(model, first, engine)
-    live = try_steps(cfg, make, engine, batches, steps=_STEPS, warmup=_WARMUP)
+    lasting = min(_MOST, _SHARE * 60 * cfg.budget.minutes)
+    live = try_steps(cfg, make, engine, batches, steps=_STEPS, warmup=_WARMUP, lasting=lasting)
     images = cfg.data.batch_size * cfg.trainer.accumulate
     kept, frozen, size = None, 0.0, 0
     if cut is not None:
         features, frozen = cut
         size = size_of([part[0] for part in features.tensors], stored_as(cfg.features.dtype, {}))
         again = _Again(FeatureBatch(features, first.mask.to(engine.device), first.names))
-        trial = try_steps(cfg, lambda: model, engine, repeat(again), steps=_STEPS, warmup=_WARMUP)
-        kept = statistics.median(trial.seconds) / images
+        trial = try_steps(cfg, lambda: model, engine, repeat(again), steps=_STEPS, warmup=_WARMUP, lasting=lasting / 4)
+        kept = _later_median(trial.seconds) / images
     val = _seconds_of_val(cfg, model, engine)
-    return Seconds(start, statistics.median(live.seconds) / images, kept, frozen / len(first.names), size, val)
+    return Seconds(start, _later_median(live.seconds) / images, kept, frozen / len(first.names), size, val)
+
+
+def _later_median(seconds: Sequence[float]) -> float:
+    """Return the median of the later half of steps: while workers still read ahead, a step may take half as long again.
+
+    Args:
+        seconds: of each step.
+    """
+    return statistics.median(seconds[len(seconds) // 2 :])
 
 
 def _cut(model: Segmenter, batch: Batch, engine: Engine) -> tuple[Any, float] | None:

@@ -26,6 +26,7 @@ from dinoseg.training.meter import held_memory, peak_memory, reset_peak_memory
 from dinoseg.training.tally import Tally
 
 _NEVER = 10**9  # steps
+_MOST = 100  # of these, however short they are
 
 
 class _Enough(Exception):  # noqa: N818 - an end, not an error
@@ -51,13 +52,14 @@ class Trial:
 
 @dataclass
 class _TimedFeed:
-    """A feed that takes the time at each batch, and ends the training after so many steps."""
+    """A feed that takes the time at each batch, and ends the training after so many steps, and so many seconds."""
 
     batches: Iterator[Any]
     device: torch.device
     accumulate: int
     warmup: int
     steps: int
+    lasting: float
     trial: Trial
     seed: int
     score_names: tuple[str, ...]
@@ -70,18 +72,25 @@ class _TimedFeed:
     def train_batches(self, start: int) -> Iterator[Any]:
         """Yield the batches of all steps; what is asked for one more ends the training."""
         began = None
-        for _ in range(self.warmup + self.steps):
+        for step in range(self.most + 1):
             began = self._note(began)
+            enough = sum(self.trial.seconds[self.warmup :]) >= self.lasting
+            if step == self.most or (enough and step >= self.warmup + self.steps):
+                break
             self.trial.waited.append(0.0)
             for _ in range(self.accumulate):
                 asked = time.perf_counter()
                 batch = next(self.batches)
                 self.trial.waited[-1] += time.perf_counter() - asked
                 yield batch
-        self._note(began)
         for noted in (self.trial.seconds, self.trial.waited):
             del noted[: self.warmup]
         raise _Enough
+
+    @property
+    def most(self) -> int:
+        """Steps that are tried at most."""
+        return max(self.warmup + self.steps, _MOST if self.lasting else 0)
 
     def _note(self, began: float | None) -> float:
         """Note the seconds since a step began, once it is done, and return when the next one begins."""
@@ -149,6 +158,7 @@ def try_steps(
     *,
     steps: int,
     warmup: int = 0,
+    lasting: float = 0.0,
 ) -> Trial:
     """Train a model for some steps by its config's own trainer.
 
@@ -157,8 +167,9 @@ def try_steps(
         make: gives the model.
         engine: of one rank.
         batches: as many as the steps take, or more.
-        steps: optimizer steps that are timed.
+        steps: optimizer steps that are timed, at least.
         warmup: steps before them.
+        lasting: seconds for which steps go on, however many these are.
     """
     reset_peak_memory(engine.device)
     trial = Trial(before=held_memory(engine.device))
@@ -166,19 +177,20 @@ def try_steps(
     loss, optimizer = criteria.unweighted(cfg).to(engine.device), build.optimizer(cfg, model)
     for group in optimizer.param_groups:
         group["rests"] = False  # once all of it learns, a step takes most
-    # the feed ends it in place of the last step, after which it would validate
-    lengths = {"steps": warmup + steps + 1, "val_every": _NEVER, "save_every": None}
-    fit = instantiate(cfg.trainer, without=("feed", "epochs"), instead=lengths)
     feed = _TimedFeed(
         batches,
         engine.device,
         cfg.trainer.accumulate,
         warmup,
         steps,
+        lasting,
         trial,
         seed=build.seed_of(cfg),
         score_names=(cfg.trainer.score,),
     )
+    # the feed ends it in place of the last step, after which it would validate
+    lengths = {"steps": feed.most + 1, "val_every": _NEVER, "save_every": None}
+    fit = instantiate(cfg.trainer, without=("feed", "epochs"), instead=lengths)
     checkpoints = Checkpoints(Path(), {}, writes=False)
     try:
         with RunLog("", visible=False) as log:

@@ -309,6 +309,8 @@ def test_what_trying_smaller_images_took_is_counted(folder, monkeypatch, taken, 
         ([*DETAIL, "optim.optimizer.backbone_begin=0"], "frozen"),  # 1,066 images are too few without a rest
         ([*DETAIL, "engine.devices=2"], "frozen"),  # whose ranks gain no time by one
         ([*DETAIL, "budget.minutes=0.2"], "frozen"),  # and 959 with one
+        ([*DETAIL, "budget.minutes=0.55"], "full"),  # 1,966 would do without a rest; with one it is 2,682
+        ([*DETAIL, "trainer.accumulate=80"], "frozen"),  # with one, not even ten steps of 160
         (["head=linear", "trainer.accumulate=50"], "full"),
         (["head=linear", "trainer.accumulate=60"], "frozen"),  # not even ten steps of 120
     ],
@@ -317,7 +319,8 @@ def test_when_tuning_wins_depends_on_the_head_and_on_a_step(folder, monkeypatch,
     write_halves(folder)
 
     def timed(work, values):
-        return replace(TIMED, image=0.005 if values["choices"]["adapter"] == "frozen" else 0.015, kept=None)
+        least = 0.001 if values["resolution"]["longest"] else 0.015  # smaller images are tried, and never enough
+        return replace(TIMED, image=0.005 if values["choices"]["adapter"] == "frozen" else least, kept=None)
 
     monkeypatch.setattr("dinoseg.choosing.choice.in_own_process", timed)
     monkeypatch.setattr("dinoseg.choosing.rules.LEAST_SMALLER", 10**6)
@@ -325,11 +328,14 @@ def test_when_tuning_wins_depends_on_the_head_and_on_a_step(folder, monkeypatch,
     done = call(folder, *AUTO, "budget.minutes=0.3", *more, *words, "hydra.run.dir=R")
     assert done.status == 0, done.err
     cfg = config_of(folder / "R")
-    rests = words == DETAIL
+    rests = adapter == "full" and words[: len(DETAIL)] == DETAIL
     assert (cfg.choices.adapter, cfg.optim.optimizer.backbone_begin) == (adapter, 0.4 if rests else 0.0)
     assert ("rests for 40% of the training" in done.out) == rests
-    if rests:  # by the time that both kinds of step take
-        assert cfg.trainer.steps * cfg.data.batch_size * 0.011 == pytest.approx(0.9 * 18 - TIMED.start, rel=0.1)
+    if rests:  # by the time that both kinds of step take, and as a backbone is that is tuned in the end
+        seconds = 60 * cfg.budget.minutes
+        assert cfg.trainer.steps * cfg.data.batch_size * 0.011 == pytest.approx(0.9 * seconds - TIMED.start, rel=0.1)
+        assert "a backbone that is tuned learns from views enlarged" in done.out
+        assert "adapter=full" in done.out.split("optim.optimizer.backbone_lr=")[1].splitlines()[0]
 
 
 @pytest.mark.heavy

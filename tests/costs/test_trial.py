@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from command_line import SMALL
 
 from dinoseg import build
+from dinoseg.choosing.timing import _later_median
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.plain import plain
 from dinoseg.costs import trial
@@ -27,6 +28,21 @@ def test_steps_are_timed_with_their_batches_once_warm(compose, monkeypatch):
     found = try_steps(cfg, make, instantiate(cfg.engine), repeat(drawn_batch(cfg, 2)), steps=2, warmup=1)
     assert (found.seconds, found.waited) == ([5, 5], [2, 2]) and (found.before, found.peak) == (30, 40)
     assert len(saved) == 1  # the end is that of a training that is stopped
+
+
+def test_steps_go_on_for_as_long_as_is_asked(compose, monkeypatch):
+    cfg = compose(*BASE)
+    monkeypatch.setattr(trial, "time", SimpleNamespace(perf_counter=count().__next__))  # a step takes 3 s
+    make = partial(build.model, cfg, untrained=True)
+    for lasting, timed in ((0, 2), (6, 2), (7, 3), (30, 10), (1e9, 99)):  # beside the one that warms up
+        batches = repeat(drawn_batch(cfg, 2))
+        found = try_steps(cfg, make, instantiate(cfg.engine), batches, steps=2, warmup=1, lasting=lasting)
+        assert (len(found.seconds), len(found.waited)) == (timed, timed), lasting
+
+
+def test_the_later_half_of_the_steps_tells_what_one_takes():
+    assert _later_median([9.0]) == 9 and _later_median([9.0, 2.0]) == 2 and _later_median([9.0, 3.0, 1.0]) == 2
+    assert _later_median([9.0, 9.0, 9.0, 1.0, 5.0, 2.0]) == 2
 
 
 def test_a_part_of_a_batch_is_tried_on_one_device(compose):
