@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from dinoseg.regimes.regime import Regime, share_of
 from dinoseg.report.curves import CLIP_PLOTS
 from dinoseg.runs.trained import Trained, labels_of
 from dinoseg.storage.atomic import write_json
-from dinoseg.tracking.slots.settings import SlotTracking
 from dinoseg.training.clip_feed import ClipFeed
 from dinoseg.training.engine import Engine
 from dinoseg.wording import listed
@@ -42,7 +42,7 @@ class ClipRegime(Regime):
             train=build.clips(cfg, "train"),
             val=build.clips(cfg, "val"),
             view=instantiate(cfg.data.view),
-            following=SlotTracking(hold=slots.hold, match=slots.match, temperature=slots.temperature),
+            following=replace(slots, lock_on=False, slots_per_object=1, extra_slots=0),  # no labels to lock on to
             **share,
         )
         self.labels = labels_of(cfg)

@@ -1,7 +1,7 @@
 """What every tracker promises: objects followed through one video, in memory that does not grow with its length."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -13,6 +13,9 @@ from dinoseg.errors import UserError
 
 Autocast = Callable[[], AbstractContextManager]
 Size = tuple[int, int]
+LabelledFrames = tuple[
+    Sequence[np.ndarray], Sequence[np.ndarray | None]
+]  # frames and labels, as `Tracker.track` takes them
 
 
 class Tracker(ABC):
@@ -51,6 +54,13 @@ class Tracker(ABC):
             self.size = common_size(self.size, frames[batch], labels[batch])
             masks += self.track_batch(frames[batch], labels[batch])
         return masks
+
+    def look_ahead(self, video: Callable[[], Iterable[LabelledFrames]]) -> None:  # noqa: B027 - most need nothing
+        """See a whole video before its first frame is tracked, if the tracker asks for that.
+
+        Args:
+            video: gives its batches from the first one on; called if they are needed.
+        """
 
     @abstractmethod
     def track_batch(self, frames: Sequence[np.ndarray], labels: Sequence[np.ndarray | None]) -> list[np.ndarray]:

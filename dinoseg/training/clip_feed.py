@@ -149,8 +149,10 @@ class ClipFeed:
     def segments_of(self, model: Segmenter, clip: Clip, engine: Engine) -> list[np.ndarray]:
         """Return the segments (H, W) uint8 of each frame of a clip, counted from 1."""
         tracker = SlotTracker(model, self.following, autocast=engine.autocast, batch_size=engine.images_at_once())
-        frames = _channels_last(clip["frames"])
-        return tracker.track(list(frames), [None] * len(frames))
+        frames = list(_channels_last(clip["frames"]))
+        labels = [None] * len(frames)
+        tracker.look_ahead(lambda: [(frames, labels)])
+        return tracker.track(frames, labels)
 
 
 def _scores(clip: Clip, segments: Sequence[np.ndarray]) -> tuple[float | None, ...]:

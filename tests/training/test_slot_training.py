@@ -76,9 +76,10 @@ def test_each_member_of_the_family_learns(here, more):
     assert len(validated) == 2 and {"val/loss", "val/ari", "val/mbo"} <= set(validated[0])
 
 
-def test_validation_is_the_protocol_s_score_and_evaluation_repeats_it(here):
+@pytest.mark.parametrize("following", [(), ("slots.match=appearance", "slots.looks=2", "slots.appearance=3")])
+def test_validation_is_the_protocol_s_score_and_evaluation_repeats_it(here, following):
     lengths = ("trainer.steps=6", "trainer.val_every=3", "trainer.score=mbo")
-    done = run(here, *SLOTS, *lengths, "hydra.run.dir=run")
+    done = run(here, *SLOTS, *lengths, *following, "hydra.run.dir=run")
     best = json.loads((here / "run/evaluation/scores.json").read_text())["scores"]
     step = read(here / "run/checkpoints/best.safetensors").info["progress"]["best_step"]
     (row,) = [row for row in rows(here / "run") if "val/mbo" in row and row["step"] == step]

@@ -1,6 +1,7 @@
-"""Which slot is which by appearance: each is taken for what it has looked like in all frames so far."""
+"""Which slot is which, and which cells are whose, by what each slot looks like."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -8,13 +9,23 @@ from torch import Tensor
 
 from dinoseg.metrics.assignment import best_assignment
 
-_SIZE = 0.2  # what a size e times another one counts, where 1 is how far apart two slots look on average
+_LEAST = 1e-4  # added to masks, whose logarithm is taken
 _STAY = 1e-6  # what two assignments may differ by and still be taken for equal
+_FAR = 1e9  # how far from all cells a slot is that has never won one
+_CONSTANT = 1e-12  # of a channel's squares: a variance below is rounding
+
+
+class Settled(NamedTuple):
+    """A frame's slots as they are told from each other by their looks."""
+
+    known: "Appearance"  # with this frame
+    successors: Tensor  # (S,) the slot of this frame that each slot of the first one is
+    masks: Tensor  # (S, h, w) float32 in the order of the first frame's slots, which sum to 1
 
 
 @dataclass(frozen=True)
 class Appearance:
-    """What the S slots of a video's first frame have won of all frames so far: as it looks, and how much.
+    """The mean features of what each of the S slots of a video's first frame has won, in all frames that were seen.
 
     A slot that has lost its object takes another one's, where two meet or one is hidden; and this tells, as long as
     they look different, however far apart in time and place they were seen. On the CPU and in double precision.
@@ -23,95 +34,117 @@ class Appearance:
         sums: (S, C) of the features of the cells that each has won.
         cells: (S,) how many these are.
         moments: (2, C) sums of the features of all cells, and of their squares.
-        frames: how many frames these were.
+        whole: of a whole video, which was seen before: frames that are seen again change nothing.
     """
 
     sums: Tensor
     cells: Tensor
     moments: Tensor
-    frames: int
+    whole: bool = False
 
     @classmethod
-    def start(cls, features: Tensor, masks: Tensor, valid: tuple[float, float]) -> "Appearance":
-        """Return that of a first frame, see `step`."""
-        num_slots, width = len(masks), len(features)
-        nothing = cls(_zeros(num_slots, width), _zeros(num_slots), _zeros(2, width), 0)
-        return nothing._with(_Won.of(features, masks, valid), torch.arange(num_slots))
+    def nothing(cls, num_slots: int, width: int) -> "Appearance":
+        """Return that before the first frame."""
+        return cls(_zeros(num_slots, width), _zeros(num_slots), _zeros(2, width))
 
     def step(
-        self, features: Tensor, masks: Tensor, valid: tuple[float, float], last: Tensor
-    ) -> tuple["Appearance", Tensor]:
-        """Return what is known with one more frame, and the slot (S,) of it that each slot of the first one is.
+        self,
+        features: Tensor,
+        masks: Tensor,
+        valid: tuple[float, float],
+        last: Tensor,
+        weight: float,
+        *,
+        same: bool = False,
+    ) -> Settled:
+        """Return what is known with one more frame, which slot is which in it, and its cells' masks by that.
 
-        A cell is won by the slot of the greatest mask. Two slots are as far apart as their mean features are, each
-        channel in its standard deviation over all cells so far, and in the mean distance of the slots so far; plus a
-        fifth of the logarithm by which they differ in size, one cell added to both. The assignment of least sum
-        decides, and between equals the last one.
+        Cells are won by the slot of the greatest mask, and look most like that slot of the first frame whose mean is
+        the nearest. The assignment with the greatest sum of overlaps (IoU) of the two decides which slot is which, and
+        between equals the last one; in a video's first frame, slots are themselves. Then a cell's score for a slot is
+        the logarithm of its mask minus `weight` times the squared distance from the slot's mean, this frame's cells
+        among them; by the greatest score cells count in the frames to come. The masks are a softmax of the scores,
+        whose temperature is half the weight, and at least 1: they are upsampled, and harder ones would have steps.
+
+        Distances are means over the channels, each in its standard deviation over all cells.
 
         Args:
             features: (C, h, w).
             masks: soft masks of this frame's slots (S, h, w).
             valid: share of the grid's height and width that the frame covers; cells beyond do not count.
             last: (S,) which slots of the last frame they were.
+            weight: of looks beside masks.
+            same: whether slots are what they were, however they look.
         """
-        won = _Won.of(features, masks, valid)
-        known, seen = self.cells > 0, won.cells > 0
-        total = self.moments + won.moments
-        deviation = _deviation(total, self.cells.sum() + won.cells.sum())
-        before, now = _means(self.sums, self.cells) / deviation, _means(won.sums, won.cells) / deviation
-        unlike = torch.cdist(before, now) / _mean_distance(before[known])
-        unlike[~known], unlike[:, ~seen] = 1.0, 1.0  # nothing is known of these: as far apart as any two
-        larger = ((self.cells[:, None] / self.frames + 1) / (won.cells + 1)).log().abs()
-        scores = _STAY * F.one_hot(last, len(last)) - unlike - _SIZE * larger
-        successors = torch.from_numpy(best_assignment(scores.numpy()))
-        return self._with(won, successors), successors
+        tokens, soft = features.flatten(1).T.cpu().double(), masks.flatten(1).cpu().double()  # (N, C), (S, N)
+        inside = _inside((masks.shape[1], masks.shape[2]), valid)
+        own, won = tokens[inside], _winners(soft[:, inside])
+        moments, count = self.moments, self.cells.sum()
+        if not self.whole:
+            moments, count = moments + torch.stack([own.sum(0), own.square().sum(0)]), count + len(own)
+        scale = _Scale.of(moments, count)
+        tokens = scale(tokens)
+        successors = last
+        if self.cells.any() and not same:
+            overlaps = _overlaps(_winners(-self._distances(tokens[inside], scale)), won)
+            stays = _STAY * F.one_hot(last, len(last))
+            successors = torch.from_numpy(best_assignment((overlaps + stays).numpy()))
+        now = self._with(own, won[successors], moments)
+        scores = (soft[successors] + _LEAST).log() - weight * now._distances(tokens, scale)
+        known = self._with(own, _winners(scores[:, inside]), moments)
+        settled = (scores / max(1.0, weight / 2)).softmax(0)
+        return Settled(known, successors, settled.float().view_as(masks).to(masks.device))
 
-    def _with(self, won: "_Won", successors: Tensor) -> "Appearance":
-        return Appearance(
-            sums=self.sums + won.sums[successors],
-            cells=self.cells + won.cells[successors],
-            moments=self.moments + won.moments,
-            frames=self.frames + 1,
-        )
+    def _with(self, tokens: Tensor, won: Tensor, moments: Tensor) -> "Appearance":
+        """Return this with the cells of one more frame (N, C), as (S, N) says who won which."""
+        if self.whole:
+            return self
+        return Appearance(self.sums + won @ tokens, self.cells + won.sum(1), moments)
+
+    def _distances(self, tokens: Tensor, scale: "_Scale") -> Tensor:
+        """Return how far each of some scaled tokens (N, C) is from what each slot looks like (S, N), squared."""
+        means = scale(self.sums / self.cells.clamp(min=1)[:, None])
+        apart = torch.cdist(means, tokens).square() / tokens.shape[1]
+        return apart.masked_fill(self.cells[:, None] == 0, _FAR)
 
 
-@dataclass(frozen=True)
-class _Won:
-    """What the slots of one frame have won, see `Appearance`."""
+class _Scale(NamedTuple):
+    """Each channel's mean and standard deviation (C,)."""
 
-    sums: Tensor
-    cells: Tensor
-    moments: Tensor
+    mean: Tensor
+    deviation: Tensor
 
     @classmethod
-    def of(cls, features: Tensor, masks: Tensor, valid: tuple[float, float]) -> "_Won":
-        rows, columns = (
-            torch.arange(length) < max(1, round(share * length))
-            for length, share in zip(masks.shape[1:], valid, strict=True)
-        )
-        inside = (rows[:, None] & columns).flatten()
-        tokens = features.flatten(1).T.cpu().double()[inside]  # (N, C)
-        winner = F.one_hot(masks.argmax(0).flatten().cpu()[inside], len(masks)).double()  # (N, S)
-        return cls(winner.T @ tokens, winner.sum(0), torch.stack([tokens.sum(0), tokens.square().sum(0)]))
+    def of(cls, moments: Tensor, count: Tensor) -> "_Scale":
+        """Return those of so many cells, by the sums of their features and of the squares."""
+        mean, square = moments / count
+        variance = square - mean.square()
+        varies = variance > _CONSTANT * square
+        return cls(mean, torch.where(varies, variance, torch.inf).sqrt())
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Return features (N, C) with mean 0 and variance 1 over all cells; those of a constant channel are 0."""
+        return (features - self.mean) / self.deviation
 
 
 def _zeros(*shape: int) -> Tensor:
     return torch.zeros(shape, dtype=torch.float64)
 
 
-def _means(sums: Tensor, cells: Tensor) -> Tensor:
-    """Return the mean features (S, C); zeros where no cell was won."""
-    return sums / cells.clamp(min=1)[:, None]
+def _inside(grid: tuple[int, int], valid: tuple[float, float]) -> Tensor:
+    """Return which cells (h * w,) of a grid the frame covers."""
+    rows, columns = (
+        torch.arange(length) < max(1, round(share * length)) for length, share in zip(grid, valid, strict=True)
+    )
+    return (rows[:, None] & columns).flatten()
 
 
-def _deviation(moments: Tensor, cells: Tensor) -> Tensor:
-    """Return the standard deviation (C,) of each channel; 1 where it is constant, and nothing differs."""
-    mean, square = moments / cells
-    variance = square - mean.square()
-    return torch.where(variance > 0, variance, 1.0).sqrt()
+def _winners(scores: Tensor) -> Tensor:
+    """Return 1 for the slot with the greatest of scores (S, N), and 0 for the others."""
+    return F.one_hot(scores.argmax(0), len(scores)).T.double()
 
 
-def _mean_distance(means: Tensor) -> Tensor:
-    """Return the mean Euclidean distance between two of some vectors (K, C); 1 where none differ."""
-    mean = torch.pdist(means).mean()  # NaN of none
-    return torch.where(mean > 0, mean, 1.0)
+def _overlaps(one: Tensor, other: Tensor) -> Tensor:
+    """Return the intersection over union (S, S) of each of some segments (S, N) of zeros and ones with each other."""
+    both = one @ other.T
+    return both / (one.sum(1)[:, None] + other.sum(1) - both).clamp(min=1)

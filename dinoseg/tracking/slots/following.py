@@ -76,8 +76,14 @@ class Follower:
             return (holds and self._head.groups != "off") or self._settings.extra_slots > 0
         return holds and (self._head.groups == "always" or self._settings.lock_on)
 
-    def begin(self, frame: SlotFrame) -> Followed:
-        """Return what the first frame's slots stand for: as its labels say, or each for itself.
+    def begin(self, frame: SlotFrame, known: Appearance | None = None) -> tuple[Followed, Tensor]:
+        """Return what the first frame's slots stand for, as its labels say or each for itself; and their masks.
+
+        Masks are (S, h, w) in the order of the first frame's slots, and by looks where slots are followed by these.
+
+        Args:
+            frame: the first one.
+            known: what its slots look like in the whole video, where that was seen before.
 
         Raises:
             UserError: more slots than ids, or more objects than slots.
@@ -86,23 +92,37 @@ class Follower:
         if len(sizes) == 2:
             num_background = sizes[0]
             allowed = None if frame.background is None else hold(frame.background, sizes, self._settings.hold)
-        if frame.labels is None:
-            slots, masks = self._see(frame, None, allowed, sizes)
-            return self._begun(frame, slots, masks, _numbered(len(masks)), sizes, num_background)
-        ids = [0, *frame.ids()]
-        shares = frame.shares(ids)
-        if self._settings.lock_on:
-            locked = lock(shares, ids, self._settings, frame.background)
-            num_background, count = locked.num_background, len(locked.serves)
-            # extra slots count as background in masks, but see foreground: they are drawn as those of objects are
-            sizes = [num_background, count - num_background] if len(sizes) == 2 else [count]
-            allowed = locked.allowed[None]
+        ids, shares, serves = [0, *frame.ids()], None, None
+        if frame.labels is not None:
+            shares = frame.shares(ids)
+            if self._settings.lock_on:
+                lock_on = lock(shares, ids, self._settings, frame.background)
+                num_background, serves = lock_on.num_background, lock_on.serves
+                # extra slots count as background in masks, but see foreground: they are drawn as those of objects are
+                sizes = [num_background, len(serves) - num_background] if len(sizes) == 2 else [len(serves)]
+                allowed = lock_on.allowed[None]
         slots, masks = self._see(frame, None, allowed, sizes)
-        serves = locked.serves if self._settings.lock_on else owners(masks, shares, ids)
-        return self._begun(frame, slots, masks, serves, sizes, num_background)
+        if known is None and self._settings.match == "appearance":
+            known = Appearance.nothing(len(masks), frame.features.shape[1])
+        locked = serves is not None  # each sees what it stands for: looks say nothing of which is which
+        start = Correspondence.start(len(masks))
+        correspondence, appearance, shown = self._told(frame, masks, start, known, same=locked)
+        if serves is None:
+            serves = _numbered(len(masks)) if shares is None else owners(shown, shares, ids)
+        followed = Followed(
+            slots=slots,
+            masks=masks,
+            correspondence=correspondence,
+            ids=serves,
+            labelled=frame.labels is not None,
+            sizes=sizes,
+            num_background=num_background,
+            appearance=appearance,
+        )
+        return followed, shown
 
-    def go_on(self, last: Followed, frame: SlotFrame) -> Followed:
-        """Return where the slots of the last frame are in this one, whose new objects get a slot each.
+    def go_on(self, last: Followed, frame: SlotFrame) -> tuple[Followed, Tensor]:
+        """Return where the slots of the last frame are in this one, whose new objects get a slot each; and the masks.
 
         Raises:
             UserError: no slot is left for a new object.
@@ -112,38 +132,42 @@ class Follower:
             groups = (last.num_background, len(last.ids) - last.num_background)
             allowed = hold(frame.background, groups, self._settings.hold)
         slots, masks = self._see(frame, last.slots, allowed, last.sizes)
-        correspondence, appearance = last.correspondence, last.appearance
-        if appearance is not None:
-            appearance, successors = appearance.step(frame.features[0], masks, frame.valid, correspondence.successors)
-            correspondence = replace(correspondence, successors=successors)
-        elif self._settings.match == "similarity":
+        correspondence, match = last.correspondence, self._settings.match
+        if match == "similarity":
             correspondence = correspondence.step(cosine(last.slots[0], slots[0]), self._settings.temperature)
-        elif self._settings.match == "soft_iou":
+        elif match == "soft_iou":
             correspondence = correspondence.step(soft_iou(last.masks, masks), self._settings.temperature)
         # auto: slots that the head carries over keep their order, those that are drawn anew have none
-        elif self._settings.match == "overlap" or self._head.predictor is None:
+        elif match == "overlap" or (match == "auto" and self._head.predictor is None):
             correspondence = correspondence.step(overlap(last.masks, masks), self._settings.temperature)
+        correspondence, appearance, shown = self._told(frame, masks, correspondence, last.appearance)
         ids = list(last.ids)
         new = [one for one in frame.ids() if one not in ids]
         if new:
-            now = masks[correspondence.successors.to(masks.device)]  # (S, h, w) in the order of the first frame
-            give(ids, dict(zip(new, soft_iou(frame.shares(new), now).cpu().numpy(), strict=True)))
-        return replace(last, slots=slots, masks=masks, correspondence=correspondence, ids=ids, appearance=appearance)
-
-    def _begun(
-        self, frame: SlotFrame, slots: Tensor, masks: Tensor, ids: list[int], sizes: list[int], num_background: int
-    ) -> Followed:
-        by_looks = self._settings.match == "appearance"
-        return Followed(
-            slots=slots,
-            masks=masks,
-            correspondence=Correspondence.start(len(masks)),
-            ids=ids,
-            labelled=frame.labels is not None,
-            sizes=sizes,
-            num_background=num_background,
-            appearance=Appearance.start(frame.features[0], masks, frame.valid) if by_looks else None,
+            give(ids, dict(zip(new, soft_iou(frame.shares(new), shown).cpu().numpy(), strict=True)))
+        followed = replace(
+            last, slots=slots, masks=masks, correspondence=correspondence, ids=ids, appearance=appearance
         )
+        return followed, shown
+
+    def _told(
+        self,
+        frame: SlotFrame,
+        masks: Tensor,
+        correspondence: Correspondence,
+        known: Appearance | None,
+        *,
+        same: bool = False,
+    ) -> tuple[Correspondence, Appearance | None, Tensor]:
+        """Return which slot is which, by their looks where these are known, and the masks by that.
+
+        These are (S, h, w) in the order of the first frame's slots.
+        """
+        if known is None:
+            return correspondence, None, masks[correspondence.successors.to(masks.device)]
+        weight, last = self._settings.appearance, correspondence.successors
+        settled = known.step(frame.features[0], masks, frame.valid, last, weight, same=same)
+        return replace(correspondence, successors=settled.successors), settled.known, settled.masks
 
     def _see(
         self, frame: SlotFrame, slots: Tensor | None, allowed: Tensor | None, sizes: list[int]

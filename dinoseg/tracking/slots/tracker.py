@@ -1,8 +1,8 @@
 """A video's objects followed by slots: what a slot of the first frame saw, its successors stand for."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -21,7 +21,7 @@ from dinoseg.tracking.slots.following import Followed, Follower, SlotFrame
 from dinoseg.tracking.slots.matching import Correspondence, winners
 from dinoseg.tracking.slots.settings import SlotTracking
 from dinoseg.tracking.state_form import TensorForm, check_state
-from dinoseg.tracking.tracker import Autocast, Tracker
+from dinoseg.tracking.tracker import Autocast, LabelledFrames, Tracker, common_size
 from dinoseg.transfer import sent
 
 _FORMS = {
@@ -39,7 +39,7 @@ _APPEARANCE = {  # beside these, where slots are followed by it
     "won": TensorForm(torch.float64, "S C"),
     "cells": TensorForm(torch.float64, "S", 0),
     "moments": TensorForm(torch.float64, "2 C"),
-    "frames": TensorForm(torch.int64, "1", 1),
+    "whole": TensorForm(torch.int64, "1", 0, 1),
 }
 
 
@@ -48,7 +48,8 @@ class SlotTracker(Tracker):
 
     Without labels, masks say which slot of the first frame a pixel belongs to: id s + 1 for slot s. With a mask of the
     first frame, they hold the ids of its objects (1 to 254), and 0 for the background, as which 255 in labels counts
-    too. The mask that is returned for a labelled frame is what slots see of it.
+    too. The mask that is returned for a labelled frame is what slots see of it, by their looks as well with
+    `match=appearance`.
 
     Of later masks only objects that are new are read: each gets the slot that overlaps it most, of those of the
     background as long as that has two, see `give`. They can only be told if the first frame has a mask, if need be
@@ -88,13 +89,14 @@ class SlotTracker(Tracker):
             _refuse_class_attention(settings)
         self._follower = Follower(slots, settings, autocast)
         self._followed: Followed | None = None
+        self._known: Appearance | None = None  # of a whole video, once that was looked at
 
     @cached_property
     def settings(self) -> Mapping[str, Any]:
         """What the masks depend on beside frames and labels."""
         return {
             "kind": "slots",
-            "slots": asdict(self._slot_settings),
+            "slots": self._slot_settings.told(),
             "model": model_settings(self._model),
             "precision": precision_of(self.autocast, self.device),
         }
@@ -107,13 +109,44 @@ class SlotTracker(Tracker):
             UserError: ids that are none; labels for a video whose first frame had none, or none although `lock_on`
                 needs them; more objects than slots.
         """
+        if self._slot_settings.looks == 2 and self._followed is None and self._known is None:
+            raise UserError(
+                "slots.looks=2 knows the whole video before its first frame: call look_ahead(...) with it before "
+                "track(...), or give slots.looks=1."
+            )
         assert self.size is not None
+        shown = [ids[winners(masks, self.size, valid)] for masks, ids, valid in self._through(frames, labels)]
+        return list(torch.stack(shown).cpu().numpy())
+
+    @torch.inference_mode()
+    def look_ahead(self, video: Callable[[], Iterable[LabelledFrames]]) -> None:
+        """Learn what slots look like in the whole video, with two `looks`.
+
+        Raises:
+            UserError: as `track` does.
+        """
+        self._followed, self._known, self.size = None, None, None
+        if self._slot_settings.looks == 1:
+            return
+        for frames, labels in video():
+            for start in range(0, len(frames), self.batch_size):
+                batch = slice(start, start + self.batch_size)
+                self.size = common_size(self.size, frames[batch], labels[batch])
+                for _ in self._through(frames[batch], labels[batch]):
+                    pass
+        if self._followed is not None and self._followed.appearance is not None:
+            self._known = replace(self._followed.appearance, whole=True)
+        self._followed, self.size = None, None
+
+    def _through(
+        self, frames: Sequence[np.ndarray], labels: Sequence[np.ndarray | None]
+    ) -> Iterator[tuple[Tensor, Tensor, tuple[float, float]]]:
+        """Yield the soft masks (S, h, w) of each of the next frames, the id (S,) uint8 of each, and `valid`."""
         self._check_labels(labels)
         images = sent(torch.from_numpy(np.stack(frames)), self.device).permute(0, 3, 1, 2)  # (B, 3, H, W)
         pixels = self._model.pixels(images)
         valid = valid_share((pixels.shape[-2], pixels.shape[-1]), self._model.patch_size)
         features, background = self._features(pixels)
-        masks = []
         for number, mask in enumerate(labels):
             frame = SlotFrame(
                 features[number : number + 1],
@@ -121,12 +154,11 @@ class SlotTracker(Tracker):
                 None if mask is None else np.where(mask == VOID, 0, mask).astype(np.uint8),
                 valid,
             )
-            now = self._follower.begin(frame) if self._followed is None else self._follower.go_on(self._followed, frame)
-            self._followed = now
-            ids = torch.zeros(len(now.ids), dtype=torch.uint8)  # of the slots in this frame's order
-            ids[now.correspondence.successors] = torch.tensor(now.ids, dtype=torch.uint8)
-            masks.append(ids.to(self.device)[winners(now.masks, self.size, valid)])  # (H, W)
-        return list(torch.stack(masks).cpu().numpy())
+            if self._followed is None:
+                self._followed, masks = self._follower.begin(frame, self._known)
+            else:
+                self._followed, masks = self._follower.go_on(self._followed, frame)
+            yield masks, torch.tensor(self._followed.ids, dtype=torch.uint8, device=self.device), valid
 
     def state(self) -> dict[str, Tensor]:
         """Return all that the next frame depends on; empty before the first."""
@@ -143,7 +175,7 @@ class SlotTracker(Tracker):
         counts["background"] = [now.num_background]
         if now.appearance is not None:
             tensors |= {"won": now.appearance.sums, "cells": now.appearance.cells, "moments": now.appearance.moments}
-            counts["frames"] = [now.appearance.frames]
+            counts["whole"] = [int(now.appearance.whole)]
         # copies: the tracker goes on while another thread writes them
         return {name: value.clone() for name, value in tensors.items()} | {
             name: torch.tensor(value) for name, value in counts.items()
@@ -160,6 +192,8 @@ class SlotTracker(Tracker):
             return
         by_looks = self._slot_settings.match == "appearance"
         check_state(state, _FORMS | (_APPEARANCE if by_looks else {}))
+        if by_looks and (int(state["whole"]) != self._slot_settings.looks - 1 or not state["cells"].any()):
+            raise ValueError(f"whole and cells are not those of slots.looks={self._slot_settings.looks}")
         slots = state["slots"].shape[1]
         if sorted(state["places"].tolist()) != list(range(slots)) or int(state["sizes"].sum()) != slots:
             raise ValueError(f"places or sizes are not those of {slots} slots")
@@ -210,7 +244,7 @@ class SlotTracker(Tracker):
 
 def _appearance(state: Mapping[str, Tensor]) -> Appearance:
     sums, cells, moments = (state[name].to("cpu", copy=True) for name in ("won", "cells", "moments"))
-    return Appearance(sums, cells, moments, int(state["frames"]))
+    return Appearance(sums, cells, moments, whole=bool(state["whole"]))
 
 
 def _refuse_class_attention(settings: SlotTracking) -> None:

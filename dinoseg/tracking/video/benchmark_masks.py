@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
-from itertools import islice
+from itertools import dropwhile, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from dinoseg.inference.stream import Throughput, run_pipeline
 from dinoseg.report.indexed import voc_palette, write_indexed_png
 from dinoseg.report.overlay import blend
 from dinoseg.storage.atomic import whole_folder
-from dinoseg.tracking.tracker import Tracker
+from dinoseg.tracking.tracker import LabelledFrames, Tracker
 
 _DEPTH = 2  # batches that wait on either side of the tracker
 _JPEG_QUALITY = 90
@@ -109,6 +109,7 @@ def write_masks(
             masks += tracker.track([frame.image for frame in rest], [frame.labels for frame in rest])
         return list(zip(batch, masks, strict=True))
 
+    tracker.look_ahead(lambda: _from_first_mask(video, prompts, batch_size))
     with ExitStack() as stack:
         for_masks = stack.enter_context(whole_folder(folder))
         for_blends = None if blends is None else stack.enter_context(whole_folder(blends))
@@ -123,6 +124,13 @@ def write_masks(
                     Image.fromarray(tinted).save(for_blends / f"{frame.name}.jpg", quality=_JPEG_QUALITY)
 
         return run_pipeline(_batches(prompted_frames(video, prompts), batch_size), follow, write, depth=_DEPTH)
+
+
+def _from_first_mask(video: Video, prompts: str, batch_size: int) -> Iterator[LabelledFrames]:
+    """Yield a video's frames and masks in batches, from the first mask on where there are any to come."""
+    frames = dropwhile(lambda frame: prompts != "none" and frame.labels is None, prompted_frames(video, prompts))
+    for batch in _batches(frames, batch_size):
+        yield [frame.image for frame in batch], [frame.labels for frame in batch]
 
 
 def _new_objects(mask: np.ndarray, known: np.ndarray, position: int) -> np.ndarray | None:

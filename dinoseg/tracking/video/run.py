@@ -1,12 +1,16 @@
 """A whole video through a tracker: decode | track | write masks, in steady memory, to be gone on with after a stop."""
 
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
-from dinoseg.inference.inputs import FrameReader
+from dinoseg.errors import UserError
+from dinoseg.inference.inputs import FrameReader, open_frames
 from dinoseg.inference.stream import Throughput, run_pipeline
 from dinoseg.report.progress import Bar
-from dinoseg.tracking.tracker import Tracker
+from dinoseg.tracking.tracker import LabelledFrames, Tracker
 from dinoseg.tracking.video.batches import FrameBatch, VideoBatches
 from dinoseg.tracking.video.labels import TrackLabels
 from dinoseg.tracking.video.mask_folder import Look, MaskFolder, TrackedBatch
@@ -62,6 +66,11 @@ def track_video(job: TrackJob) -> Throughput:
     else:
         check_batch_size(job.folder, job.start.batch_size, job.batch_size)
 
+    began = time.perf_counter()
+    if not start.done:
+        tracker.look_ahead(lambda: _ahead(job))
+    looking = time.perf_counter() - began
+
     def follow(batch: FrameBatch) -> TrackedBatch:
         # taken now, before the tracker goes on, and written in the next stage, when all masks before the batch are
         standing = Standing(batch.before, tracker.settings, tracker.state()) if batch.save else None
@@ -73,4 +82,34 @@ def track_video(job: TrackJob) -> Throughput:
         masks = MaskFolder(job.folder, job.look.palette, bar)
         passed = run_pipeline(batches, follow, masks.write, depth=_DEPTH)
     batches.check_end()
-    return Throughput(masks.count, passed.seconds)
+    return Throughput(masks.count, looking + passed.seconds)
+
+
+def _ahead(job: TrackJob) -> Iterator[LabelledFrames]:
+    """Yield the batches of a video that is looked at before it is tracked, from a reader of their own.
+
+    Raises:
+        UserError: a frame or a mask cannot be read.
+    """
+    path, done = job.frames.path, 0
+    with (
+        open_frames(str(path)) as frames,
+        Bar(total=frames.count or None, unit="frame", desc=f"first look at {path.name}") as bar,
+    ):
+        each = iter(frames)
+        while True:
+            try:
+                batch = list(islice(each, job.batch_size))
+                labels = [job.labels.read(done + number) for number in range(len(batch))]
+            except UserError as error:
+                if not done:
+                    raise
+                raise UserError(
+                    f"{error} No mask is written yet, since the whole video is looked at first (slots.looks=2); with "
+                    "slots.looks=1 there are masks of what comes before."
+                ) from error
+            if not batch:
+                return
+            yield batch, labels
+            done += len(batch)
+            bar.update(len(batch))

@@ -1,5 +1,6 @@
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,99 +24,183 @@ def scene(generator, frames=6, slots=4, width=5, grid=(4, 6)):
     return features, torch.rand(frames, slots, *grid, generator=generator)
 
 
+def seen(features, masks, valid=WHOLE, weight=2.0, known=None):
+    """What is known in the end; the slots (T, S) that each of the first frame's is; and the masks (T, S, h, w)."""
+    known = Appearance.nothing(masks.shape[1], features.shape[1]) if known is None else known
+    last, found, settled = torch.arange(masks.shape[1]), [], []
+    for frame, mask in zip(features, masks, strict=True):
+        known, last, one = known.step(frame, mask, valid, last, weight)
+        found.append(last)
+        settled.append(one)
+    return known, torch.stack(found), torch.stack(settled)
+
+
 def slots_of(features, masks, valid=WHOLE):
-    """The slot of each frame (T, S) that each of the first frame's is."""
-    known = Appearance.start(features[0], masks[0], valid)
-    found = [torch.arange(masks.shape[1])]
-    for frame, mask in zip(features[1:], masks[1:], strict=True):
-        known, successors = known.step(frame, mask, valid, found[-1])
-        found.append(successors)
-    return known, torch.stack(found)
+    return seen(features, masks, valid)[1]
 
 
-def by_hand(features, masks):
+def far(token, looked, deviation):
+    """How far a token is from the mean of others, squared; from none beyond all measure."""
+    return np.mean(((token - np.mean(looked, axis=0)) / deviation) ** 2) if looked else math.inf
+
+
+def by_hand(features, masks, weight, looks=1):
     """The same, cell by cell and permutation by permutation."""
-    features, count = features.double().numpy(), masks.shape[1]
-    own = [[] for _ in range(count)]  # all features that an identity has won
-    every, found = [], []
-    for time, frame in enumerate(features):
-        won = [[] for _ in range(count)]
-        for row, column in np.ndindex(frame.shape[1:]):
-            won[int(np.argmax(masks[time, :, row, column].numpy()))].append(frame[:, row, column])
-            every.append(frame[:, row, column])
-        if time == 0:
-            best = tuple(range(count))
-        else:
+    features, masks = features.double().numpy(), masks.double().numpy()
+    count, cells = masks.shape[1], list(np.ndindex(features.shape[2:]))
+    own, every = [[] for _ in range(count)], []  # all features that an identity has won, and of all cells
+    for look in range(looks):
+        last, found, scores = tuple(range(count)), [], []
+        for frame, mask in zip(features, masks, strict=True):
+            token = {cell: frame[(slice(None), *cell)] for cell in cells}
+            won = {cell: int(np.argmax(mask[(slice(None), *cell)])) for cell in cells}
+            every += token.values() if look == 0 else ()
             deviation = np.std(every, axis=0)
-            known = [np.mean(one, axis=0) / deviation if one else None for one in own]
-            now = [np.mean(one, axis=0) / deviation if one else None for one in won]
-            pairs = [np.linalg.norm(a - b) for a, b in itertools.combinations([k for k in known if k is not None], 2)]
-            scale = np.mean(pairs) if pairs and np.mean(pairs) > 0 else 1.0
-            costs = np.ones((count, count))
-            for first, slot in np.ndindex(count, count):
-                if known[first] is not None and now[slot] is not None:
-                    costs[first, slot] = np.linalg.norm(known[first] - now[slot]) / scale
-                sizes = (len(own[first]) / time + 1) / (len(won[slot]) + 1)
-                costs[first, slot] += 0.2 * abs(math.log(sizes))
-            ways = list(itertools.permutations(range(count)))
-            best = ways[np.argmin([sum(costs[first, slot] for first, slot in enumerate(way)) for way in ways])]
-        for first, slot in enumerate(best):
-            own[first] += won[slot]
-        found.append(best)
-    return np.array(found)
+
+            if any(own):
+                near = {cell: int(np.argmin([far(token[cell], one, deviation) for one in own])) for cell in cells}
+                overlap = np.zeros((count, count))
+                for first, slot in np.ndindex(count, count):
+                    one, other = (
+                        {cell for cell in cells if of[cell] == of_} for of, of_ in ((near, first), (won, slot))
+                    )
+                    overlap[first, slot] = len(one & other) / max(1, len(one | other)) + 1e-6 * (last[first] == slot)
+                ways = list(itertools.permutations(range(count)))
+                last = ways[np.argmax([sum(overlap[first, slot] for first, slot in enumerate(way)) for way in ways])]
+            looked = [list(one) for one in own]
+            if look == 0:
+                for cell in cells:
+                    looked[last.index(won[cell])].append(token[cell])
+            score = np.zeros((count, *mask.shape[1:]))
+            for first, slot in enumerate(last):
+                for cell in cells:
+                    apart = weight and weight * far(token[cell], looked[first], deviation)
+                    score[(first, *cell)] = np.log(mask[(slot, *cell)] + 1e-4) - apart
+            if look == 0:
+                for cell in cells:
+                    own[int(np.argmax(score[(slice(None), *cell)]))].append(token[cell])
+            found.append(last)
+            scores.append(score)
+    scores = np.array(scores) / max(1.0, weight / 2)
+    shares = np.exp(scores - scores.max(1, keepdims=True))
+    return np.array(found), shares / shares.sum(1, keepdims=True)
+
+
+class TestAgainstLoops:
+    @pytest.mark.parametrize("weight", [0.0, 0.5, 16.0])
+    @pytest.mark.parametrize("seed", range(6))
+    @pytest.mark.parametrize("looks", [1, 2])
+    def test_slots_and_masks_are_those_of_loops_over_cells_and_permutations(self, seed, weight, looks):
+        features, masks = scene(torch.Generator().manual_seed(seed))
+        if seed % 3 == 1:
+            masks[:, 2] = 0.0  # a slot that never wins
+        if seed % 3 == 2:
+            masks[2:4, 1] = 0.0  # and one that is hidden for two frames
+        known, found, settled = seen(features, masks, weight=weight)
+        if looks == 2:
+            again, found, settled = seen(features, masks, weight=weight, known=replace(known, whole=True))
+            assert again.sums is known.sums and again.cells is known.cells and again.moments is known.moments
+        expected, by_cell = by_hand(features, masks, weight, looks)
+        assert np.array_equal(found.numpy(), expected)
+        np.testing.assert_allclose(settled.numpy(), by_cell, rtol=1e-4, atol=1e-6)
+
+
+class TestSettling:
+    def test_a_cell_goes_to_the_slot_that_it_looks_like(self):
+        winners = torch.tensor([[0, 0, 1, 1, 1]])
+        features = torch.tensor([[[[-1.0, -1.0, 1.0, 1.0, 1.0]]], [[[-1.0, -1.0, -1.0, 1.0, 1.0]]]])
+        masks = torch.stack([one_hot(winners, 2)] * 2)  # the third cell's mask stays behind
+        for weight, expected in ((0.0, 1), (0.5, 1), (5.0, 0)):
+            assert seen(features, masks, weight=weight)[2][1, :, 0, 2].argmax() == expected, weight
+
+    def test_what_a_cell_was_settled_as_is_what_is_learnt(self):
+        winners = torch.tensor([[0, 0, 1, 1, 1]])
+        features = torch.tensor([[[[-1.0, -1.0, 1.0, 1.0, 1.0]]], [[[-1.0, -1.0, -1.0, 1.0, 1.0]]]])
+        masks = torch.stack([one_hot(winners, 2)] * 2)
+        assert seen(features, masks, weight=5.0)[0].cells.tolist() == [5, 5]
+        assert seen(features, masks, weight=0.0)[0].cells.tolist() == [4, 6]
+
+    def test_a_second_look_knows_from_the_first_frame_on(self):
+        looks = [[[[-1.0, -1.0, -1.0, -1.0]]], *[[[[-1.0, -1.0, 1.0, 1.0]]]] * 9]  # the second object comes later
+        features, masks = torch.tensor(looks), one_hot(torch.tensor([[0, 0, 1, 1]]), 2).expand(10, -1, -1, -1)
+        known, _, settled = seen(features, masks)
+        assert settled[0].argmax(0).tolist() == [[0, 0, 1, 1]]
+        again = seen(features, masks, known=replace(known, whole=True))[2]
+        assert again[0].argmax(0).tolist() == [[0, 0, 0, 0]] and again[9].argmax(0).tolist() == [[0, 0, 1, 1]]
+
+    def test_a_slot_that_has_never_won_a_cell_looks_like_none(self):
+        features = torch.tensor([[[[-1.0, 0.0, 1.0]]]] * 2)  # zero is what no feature adds up to
+        masks = torch.tensor([[0.9, 0.5, 0.1], [0.0, 0.0, 0.0], [0.1, 0.5, 0.9]])[None, :, None].expand(2, -1, -1, -1)
+        known, _, settled = seen(features, masks, weight=100.0)
+        assert known.cells[1] == 0 and not settled[:, 1].any()
+
+    def test_masks_of_a_weight_of_nothing_are_the_slots_own(self):
+        features, masks = scene(torch.Generator().manual_seed(0))
+        own = masks.softmax(1)
+        _, found, settled = seen(features, own, weight=0.0)
+        assert torch.allclose(
+            settled, torch.stack([mask[order] for mask, order in zip(own, found, strict=True)]), atol=1e-3
+        )
+        assert settled.dtype == torch.float32
+
+    def test_slots_may_be_what_they_were_however_they_look(self):
+        winners = torch.tensor([[0, 0, 1, 1]])
+        features = torch.tensor([-1.0, 1.0])[winners].expand(1, 1, -1)
+        known = seen(features[None], one_hot(winners, 2)[None])[0]
+        swapped, last = one_hot(1 - winners, 2), torch.arange(2)
+        assert known.step(features, swapped, WHOLE, last, 2.0).successors.tolist() == [1, 0]
+        assert known.step(features, swapped, WHOLE, last, 2.0, same=True).successors.tolist() == [0, 1]
+
+    @pytest.mark.parametrize("constant", [-3.6, 0.1, 1e6, 1e-30, 0.0])
+    @pytest.mark.parametrize("offset", [0.0, 1e4])
+    def test_a_constant_channel_says_nothing(self, constant, offset):
+        features, masks = scene(torch.Generator().manual_seed(9), grid=(13, 17))  # cdist multiplies so many
+        features = features.double() + offset
+        _, found, settled = seen(features, masks, weight=16.0)
+        padded = torch.cat([features, torch.full_like(features[:, :1], constant)], dim=1)
+        _, same, by_cell = seen(padded, masks, weight=16.0 * 6 / 5)  # means over six channels in place of five
+        assert torch.equal(same, found)
+        scale = (16 / 2) / (16 * 6 / 5 / 2)
+        apart, expected = by_cell.double().log().diff(dim=1), scale * settled.double().log().diff(dim=1)
+        assert torch.allclose(apart, expected, rtol=1e-3, atol=1e-3)
 
 
 class TestAssignment:
-    @pytest.mark.parametrize("seed", range(12))
-    def test_is_that_of_a_loop_over_cells_and_permutations(self, seed):
-        features, masks = scene(torch.Generator().manual_seed(seed))
-        if seed % 3 == 1:
-            masks[:, 2] = -1  # a slot that never wins
-        if seed % 3 == 2:
-            masks[2:4, 1] = -1  # and one that is hidden for two frames
-        assert np.array_equal(slots_of(features, masks)[1].numpy(), by_hand(features, masks))
-
     def test_a_slot_that_takes_another_s_object_is_given_back(self):
         winners = torch.tensor([[0, 0, 1], [0, 2, 2]])
         looks = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])  # of the objects
         features = looks[winners].movedim(-1, 0).expand(4, -1, -1, -1)
         orders = torch.tensor([[0, 1, 2], [1, 0, 2], [2, 0, 1], [0, 1, 2]])  # the slot that has each object
         masks = torch.stack([one_hot(order[winners], 3) for order in orders])
-        assert torch.equal(slots_of(features, masks)[1], orders)
-
-    def test_size_tells_where_looks_do_not(self):
-        features = torch.ones(2, 1, 2, 4)
-        many, few = torch.tensor([[0, 0, 0, 0], [0, 0, 0, 1]]), torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
-        masks = torch.stack([one_hot(many, 2), one_hot(few, 2)])
-        assert slots_of(features, masks)[1].tolist() == [[0, 1], [1, 0]]
+        assert torch.equal(slots_of(features, masks), orders)
 
     def test_a_single_cell_tells_how_a_slot_looks(self):
         winners = torch.tensor([[0, 1, 2, 2, 2]])
         features = torch.tensor([5.0, -5.0, 0.0])[winners].expand(2, 1, -1, -1)
         masks = torch.stack([one_hot(winners, 3), one_hot(torch.tensor([1, 0, 2])[winners], 3)])
-        assert slots_of(features, masks)[1].tolist() == [[0, 1, 2], [1, 0, 2]]
+        assert slots_of(features, masks).tolist() == [[0, 1, 2], [1, 0, 2]]
 
     def test_equals_stay_where_they_were(self):
         features = torch.zeros(3, 2, 2, 2)
         winners = torch.tensor([[0, 1], [2, 3]])
         masks = one_hot(winners, 4).expand(3, -1, -1, -1)
-        known = Appearance.start(features[0], masks[0], WHOLE)
+        known = seen(features[:1], masks[:1])[0]
         last = torch.tensor([2, 0, 3, 1])
-        assert torch.equal(known.step(features[1], masks[1], WHOLE, last)[1], last)
+        assert torch.equal(known.step(features[1], masks[1], WHOLE, last, 2.0).successors, last)
 
     def test_a_channel_counts_in_its_own_deviation(self):
         generator = torch.Generator().manual_seed(3)
         features, masks = scene(generator)
-        expected = slots_of(features, masks)[1]
+        expected = slots_of(features, masks)
         units = torch.tensor([1e-3, 1.0, 1e4, 7.0, 1.0])[:, None, None]
-        assert torch.equal(slots_of(features * units + 11.0, masks)[1], expected)
+        assert torch.equal(slots_of(features * units + 11.0, masks), expected)
         constant = torch.cat([features, torch.full_like(features[:, :1], 0.1)], dim=1)
-        assert torch.equal(slots_of(constant, masks)[1], expected)
+        assert torch.equal(slots_of(constant, masks), expected)
 
     @pytest.mark.parametrize("grid", [(1, 1), (1, 3)])
     def test_one_slot_and_few_cells(self, grid):
         features, masks = scene(torch.Generator().manual_seed(0), slots=1, grid=grid)
-        assert slots_of(features, masks)[1].tolist() == [[0]] * 6
+        assert slots_of(features, masks).tolist() == [[0]] * 6
 
 
 class TestPadding:
@@ -124,15 +209,16 @@ class TestPadding:
     )
     def test_does_not_count(self, valid, rows, columns):
         features, masks = scene(torch.Generator().manual_seed(5))
-        known, found = slots_of(features, masks, valid)
-        cut, expected = slots_of(features[..., :rows, :columns], masks[..., :rows, :columns])
+        known, found, settled = seen(features, masks, valid)
+        cut, expected, by_cell = seen(features[..., :rows, :columns], masks[..., :rows, :columns])
         assert torch.equal(found, expected) and known.cells.sum() == 6 * rows * columns
-        assert torch.equal(known.moments, cut.moments)
+        assert torch.equal(known.moments, cut.moments) and settled.isfinite().all()
+        assert torch.allclose(settled[..., :rows, :columns], by_cell)
 
 
 def test_half_precision_is_summed_in_double():
     features, masks = scene(torch.Generator().manual_seed(2))
     features = (features / 50).to(torch.bfloat16)
-    known, found = slots_of(features, masks.to(torch.bfloat16))
-    same, expected = slots_of(features.double(), masks.to(torch.bfloat16))
+    known, found, _ = seen(features, masks.to(torch.bfloat16))
+    same, expected, _ = seen(features.double(), masks.to(torch.bfloat16))
     assert torch.equal(found, expected) and torch.equal(known.sums, same.sums) and known.sums.dtype == torch.float64

@@ -9,6 +9,7 @@ from slot_scene import BLUE, GREEN, GREY, RED, Colours, at_cells, crossing, mode
 from dinoseg.errors import UserError
 from dinoseg.heads.linear import LinearHead
 from dinoseg.model import Segmenter
+from dinoseg.tracking.slots.appearance import Appearance
 from dinoseg.tracking.slots.settings import SlotTracking
 from dinoseg.tracking.slots.tracker import SlotTracker
 
@@ -43,19 +44,61 @@ class TestWithoutLabels:
 
     def test_appearance_is_that_of_all_frames_and_of_no_padding(self):
         frames, _ = crossing(4, (32, 49))  # of 8 x 13 cells, the last column a quarter of a cell wide
-        tracker = SlotTracker(model_of(), SlotTracking(match="appearance"))
+        tracker = SlotTracker(model_of(predictor="none"), SlotTracking(match="appearance"))
         tracker.track(frames, [None] * 4)
         state = tracker.state()
-        assert state["frames"].tolist() == [4] and state["cells"].sum() == 4 * 8 * 12
+        assert torch.equal(state["path"], torch.eye(4, dtype=torch.float64))  # no overlap decides anything
+        assert state["whole"].tolist() == [0] and state["cells"].sum() == 4 * 8 * 12
 
-    @pytest.mark.parametrize(("name", "value"), [("cells", -1.0), ("frames", 0), ("won", float("nan"))])
+    @pytest.mark.parametrize(
+        ("name", "value"), [("cells", -1.0), ("cells", 0.0), ("whole", 2), ("whole", 1), ("won", float("nan"))]
+    )
     def test_a_state_without_sense_is_refused(self, name, value):
         tracker = SlotTracker(model_of(), SlotTracking(match="appearance"))
         tracker.track(crossing(1)[0], [None])
         state = tracker.state()
-        state[name].view(-1)[0] = value
+        state[name].view(-1)[:] = value
         with pytest.raises(ValueError, match=name):
             tracker.load(state)
+
+    def test_two_looks_know_the_whole_video_before_its_first_frame(self):
+        frames, ids = crossing(6)
+        settings = SlotTracking(match="appearance", looks=2)
+        model = model_of()
+        tracker = SlotTracker(model, settings, batch_size=4)
+        tracker.look_ahead(lambda: [(frames[:1], [None])])  # of another video: forgotten at the next look
+        tracker.look_ahead(lambda: [(frames[:4], [None] * 4), (frames[4:], [None] * 2)])
+        assert tracker.state() == {} and tracker.size is None
+        begun = len(model.head.seen)
+        tracker.track(frames[:1], [None])
+        state = tracker.state()
+        assert begun == 7 and state["whole"].tolist() == [1] and state["cells"].sum() == 6 * 8 * 12
+        for mask, own in zip(tracker.track(frames[1:], [None] * 5), ids[1:], strict=True):
+            assert np.array_equal(at_cells(mask), at_cells(own) + 1)
+        assert torch.equal(tracker.state()["won"], state["won"])
+
+    def test_one_look_reads_no_video_ahead(self):
+        SlotTracker(model_of(), SlotTracking(match="appearance")).look_ahead(pytest.fail)
+
+    def test_a_video_that_was_not_looked_at_first_is_refused(self):
+        tracker = SlotTracker(model_of(), SlotTracking(match="appearance", looks=2))
+        with pytest.raises(UserError, match=r"slots\.looks=2 knows the whole video.*look_ahead.*slots\.looks=1"):
+            tracker.track(crossing(1)[0], [None])
+
+    @pytest.mark.parametrize("looks", [1, 2])
+    def test_looks_count_as_the_settings_say(self, looks, monkeypatch):
+        told, real = [], Appearance.step
+        monkeypatch.setattr(Appearance, "step", lambda *given, **more: told.append(given[5]) or real(*given, **more))
+        frames = crossing(3)[0]
+        tracker = SlotTracker(model_of(), SlotTracking(match="appearance", appearance=5.0, looks=looks))
+        tracker.look_ahead(lambda: [(frames, [None] * 3)])
+        tracker.track(frames, [None] * 3)
+        assert told == [5.0] * 3 * looks
+
+    def test_nothing_to_look_at_first_is_nothing_known(self):
+        tracker = SlotTracker(model_of(), SlotTracking(match="appearance", looks=2))
+        tracker.look_ahead(lambda: [])
+        assert tracker.track([], []) == [] and tracker.state() == {}
 
     @pytest.mark.parametrize("size", [(30, 45), (29, 33), (33, 49)])
     def test_padding_is_cropped(self, size):
@@ -102,6 +145,17 @@ class TestWithLabels:
         masks = follow(
             model_of(predictor=predictor, scramble=True), frames, first(table[ids[0]], len(frames)), match=match
         )
+        for mask, own in zip(masks, ids, strict=True):
+            assert np.array_equal(at_cells(mask), table[at_cells(own)])
+
+    def test_a_second_look_gives_masks_to_what_looks_as_before_whatever_its_place_among_the_slots(self):
+        frames, ids = crossing(6)
+        table = np.array([0, 7, 3], np.uint8)
+        model = model_of(predictor="none", scramble=True)
+        tracker = SlotTracker(model, SlotTracking(match="appearance", looks=2))
+        tracker.look_ahead(lambda: [(frames[4:], [table[ids[4]], None])])  # whose slots come in another order
+        masks = tracker.track(frames, first(table[ids[0]], 6))
+        assert not torch.equal(tracker.state()["places"], torch.arange(4))
         for mask, own in zip(masks, ids, strict=True):
             assert np.array_equal(at_cells(mask), table[at_cells(own)])
 
@@ -262,6 +316,12 @@ STORIES = {
     "unlabelled": ({}, {"predictor": "carry"}),
     "matched": ({"match": "overlap"}, {"predictor": "none", "scramble": True}),
     "alike": ({"match": "appearance"}, {"predictor": "none", "scramble": True}),
+    "twice": ({"match": "appearance", "looks": 2}, {"predictor": "none", "scramble": True}),
+    "locked twice": (
+        {"match": "appearance", "looks": 2, "lock_on": True, "slots_per_object": 2},
+        {"predictor": "carry"},
+    ),
+    "grouped twice": ({"match": "appearance", "looks": 2}, {"groups": "always", "sizes": [1, 3]}),
     "similar": ({"match": "similarity"}, {"predictor": "none", "scramble": True}),
     "locked": ({"lock_on": True, "slots_per_object": 2}, {"predictor": "carry"}),
     "grouped": ({}, {"groups": "always", "sizes": [1, 3]}),
@@ -270,9 +330,13 @@ STORIES = {
 
 @pytest.mark.parametrize("story", STORIES)
 class TestState:
-    def make(self, story):
+    def make(self, story, batch_size=2, *, ahead=True):
         settings, kwargs = STORIES[story]
-        return SlotTracker(model_of(**kwargs), SlotTracking(**settings), batch_size=2)
+        tracker = SlotTracker(model_of(**kwargs), SlotTracking(**settings), batch_size=batch_size)
+        frames, ids = crossing(6)
+        if ahead:
+            tracker.look_ahead(lambda: [(frames, self.labels(story, ids))])
+        return tracker
 
     def labels(self, story, ids):
         if story == "unlabelled":
@@ -287,7 +351,7 @@ class TestState:
         whole = self.make(story).track(frames, labels)
         assert len({int(value) for mask in whole for value in np.unique(mask)}) == 3
         for cut in range(7):
-            before, after = self.make(story), self.make(story)
+            before, after = self.make(story), self.make(story, ahead=not cut)
             masks = before.track(frames[:cut], labels[:cut])
             kept = load(save(before.state()))
             if story == "matched" and cut == 2:  # what decides once the path has forgotten all
@@ -304,10 +368,8 @@ class TestState:
         frames, ids = crossing(6)
         labels = self.labels(story, ids)
         whole = self.make(story).track(frames, labels)
-        settings, kwargs = STORIES[story]
         for batch_size in (1, 4, 100):
-            tracker = SlotTracker(model_of(**kwargs), SlotTracking(**settings), batch_size=batch_size)
-            assert np.array_equal(tracker.track(frames, labels), whole)
+            assert np.array_equal(self.make(story, batch_size).track(frames, labels), whole)
 
     def test_does_not_grow(self, story):
         frames, ids = crossing(6)
@@ -338,6 +400,11 @@ class TestSettings:
             SlotTracker(model_of(), autocast=lambda: torch.autocast("cpu", torch.bfloat16)).settings,
         ]
         assert all(other != plain for other in others)
+        assert SlotTracker(model_of(), SlotTracking(appearance=3.0)).settings == plain  # without a say
+        by_looks = {"match": "appearance"}
+        said = [{**by_looks}, {**by_looks, "looks": 2}, {**by_looks, "appearance": 3.0}]
+        names = [json.dumps(SlotTracker(model_of(), SlotTracking(**one)).settings["slots"]) for one in said]
+        assert len({*names, json.dumps(plain["slots"])}) == 4
         assert SlotTracker(model_of(), batch_size=9).settings == plain
 
     @pytest.mark.parametrize(
@@ -347,6 +414,12 @@ class TestSettings:
             ({"hold": "all"}, "slots.hold=all is unknown. Choose one of: background, both, none"),
             ({"temperature": 0}, "slots.temperature=0 must be above 0"),
             ({"temperature": float("nan")}, "slots.temperature=nan must be above 0"),
+            ({"appearance": -1}, "slots.appearance=-1: give a number from 0 to 1000000"),
+            ({"appearance": float("nan")}, "slots.appearance=nan: give a number"),
+            ({"appearance": 2e6}, "slots.appearance=2000000.0: give a number from 0 to 1000000"),
+            ({"match": "appearance", "looks": 3}, "slots.looks=3: a video is looked at once or twice. Give 1 or 2"),
+            ({"match": "appearance", "looks": 0}, "slots.looks=0: a video is looked at once or twice"),
+            ({"looks": 2}, "slots.looks=2 has no effect with slots.match=auto.* or slots.looks=1"),
             ({"lock_on": True, "slots_per_object": 0}, "slots.slots_per_object=0 must be a whole number, 1 or more"),
             ({"lock_on": True, "background_slots": 0}, "slots.background_slots=0 must be a whole number, 1 or more"),
             ({"lock_on": True, "extra_slots": -1}, "slots.extra_slots=-1 must be a whole number, 0 or more"),

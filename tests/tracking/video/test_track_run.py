@@ -73,9 +73,18 @@ def video(path, count=23):
     return path
 
 
-def run(clip, folder, source="in", *, restart=False, **changes):
+class Ahead(PropagationTracker):
+    """One that notes what it was shown of a video before."""
+
+    def look_ahead(self, video):
+        self.ahead = [
+            (list(frames), [None if mask is None else mask.max() for mask in masks]) for frames, masks in video()
+        ]
+
+
+def run(clip, folder, source="in", *, restart=False, tracker=None, **changes):
     """Track, as the mode does."""
-    tracker = PropagationTracker(Patches(), SETTINGS, batch_size=4)
+    tracker = tracker or PropagationTracker(Patches(), SETTINGS, batch_size=4)
     standing = read_standing(folder) if restart else None
     if standing:
         check_same_settings(folder, standing.settings, tracker.settings)
@@ -122,6 +131,39 @@ def test_going_on_after_a_stop_gives_the_same_masks(clip, stop, done):
     assert whole.progress == cut.progress and whole.progress.done == 20
     assert whole.tensors.keys() == cut.tensors.keys() >= {"features", "labels", "ids"}
     assert all(torch.equal(whole.tensors[key], cut.tensors[key]) for key in whole.tensors)
+
+
+@pytest.mark.parametrize("source", ["in", "v.mkv"])
+def test_a_tracker_may_look_at_the_whole_video_first(clip, source):
+    video(clip / "v.mkv")
+    (clip / "labels/10.png").rename(clip / "labels/000000010.png" if source == "v.mkv" else clip / "labels/10.png")
+    (clip / "labels/0.png").rename(clip / "labels/000000000.png" if source == "v.mkv" else clip / "labels/0.png")
+    ahead = Ahead(Patches(), SETTINGS, batch_size=4)
+    assert run(clip, clip / "out", source, tracker=ahead).items == 23
+    assert [len(frames) for frames, _ in ahead.ahead] == [4] * 5 + [3]
+    given = [value for _, values in ahead.ahead for value in values]
+    assert [(number, value) for number, value in enumerate(given) if value] == [(0, 3), (10, 2)]
+    with open_frames(str(clip / source)) as frames:
+        assert np.array_equal([frame for batch, _ in ahead.ahead for frame in batch], list(frames))
+
+
+@pytest.mark.parametrize(("stop", "looks"), [(0, True), (7, True), (8, False), (19, False)])
+def test_a_video_is_looked_at_first_where_none_of_it_is_done(clip, stop, looks):
+    run_until(clip, clip / "cut", stop)
+    ahead = Ahead(Patches(), SETTINGS, batch_size=4)
+    run(clip, clip / "cut", restart=True, tracker=ahead)
+    assert hasattr(ahead, "ahead") == looks
+
+
+@pytest.mark.parametrize(
+    ("broken", "more"), [(17, r"\. No mask is written yet.*slots\.looks=1"), (0, r"picture[^(]*$")]
+)
+def test_a_video_that_cannot_be_looked_at_first_is_told(clip, broken, more):
+    path = clip / f"in/{broken}.png"
+    path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(UserError, match=rf"{broken}\.png.*{more}"):
+        run(clip, clip / "out", tracker=Ahead(Patches(), SETTINGS, batch_size=4))
+    assert not (clip / "out/masks").exists() or not masks(clip / "out")
 
 
 def test_a_tracker_that_dies_leaves_what_can_be_gone_on_with(clip, monkeypatch):
