@@ -12,7 +12,6 @@ from dinoseg.metrics.assignment import best_assignment
 _LEAST = 1e-4  # added to masks, whose logarithm is taken
 _STAY = 1e-6  # what two assignments may differ by and still be taken for equal
 _FAR = 1e9  # how far from all cells a slot is that has never won one
-_CONSTANT = 1e-12  # of a channel's squares: a variance below is rounding
 
 
 class Settled(NamedTuple):
@@ -119,11 +118,10 @@ class _Scale(NamedTuple):
         """Return those of so many cells, by the sums of their features and of the squares."""
         mean, square = moments / count
         variance = square - mean.square()
-        varies = variance > _CONSTANT * square
-        return cls(mean, torch.where(varies, variance, torch.inf).sqrt())
+        return cls(mean, torch.where(variance > 0, variance, torch.inf).sqrt())
 
     def __call__(self, features: Tensor) -> Tensor:
-        """Return features (N, C) with mean 0 and variance 1 over all cells; those of a constant channel are 0."""
+        """Return features (N, C) with mean 0 and variance 1 over all cells; those of a constant channel are about 0."""
         return (features - self.mean) / self.deviation
 
 

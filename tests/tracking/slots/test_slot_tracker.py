@@ -153,11 +153,22 @@ class TestWithLabels:
         table = np.array([0, 7, 3], np.uint8)
         model = model_of(predictor="none", scramble=True)
         tracker = SlotTracker(model, SlotTracking(match="appearance", looks=2))
-        tracker.look_ahead(lambda: [(frames[4:], [table[ids[4]], None])])  # whose slots come in another order
-        masks = tracker.track(frames, first(table[ids[0]], 6))
+        tracker.look_ahead(lambda: [(frames[3:], first(table[ids[3]], 3))])  # whose slots come in another order
+        masks = tracker.track(frames[:1], [table[ids[0]]])
         assert not torch.equal(tracker.state()["places"], torch.arange(4))
+        masks += tracker.track(frames[1:], [None] * 5)
         for mask, own in zip(masks, ids, strict=True):
             assert np.array_equal(at_cells(mask), table[at_cells(own)])
+
+    def test_slots_of_a_mask_are_what_it_says_however_they_looked_before(self):
+        frame, ids = paint({RED: (8, 4), BLUE: (20, 24)})
+        other, _ = paint({BLUE: (8, 4), RED: (20, 24)})
+        settings = SlotTracking(
+            match="appearance", looks=2, appearance=0.0, lock_on=True, background_slots=1, hold="none"
+        )
+        tracker = SlotTracker(model_of(), settings)
+        tracker.look_ahead(lambda: [([other], [ids])])
+        assert np.array_equal(at_cells(tracker.track([frame], [ids])[0]), at_cells(ids))
 
     @pytest.mark.parametrize("match", ["similarity", "appearance"])
     def test_what_jumps_is_followed_by_how_it_looks_and_not_by_overlap(self, match):
