@@ -1,7 +1,7 @@
 """What every tracker promises: objects followed through one video, in memory that does not grow with its length."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -13,9 +13,7 @@ from dinoseg.errors import UserError
 
 Autocast = Callable[[], AbstractContextManager]
 Size = tuple[int, int]
-LabelledFrames = tuple[
-    Sequence[np.ndarray], Sequence[np.ndarray | None]
-]  # frames and labels, as `Tracker.track` takes them
+LabelledFrames = tuple[Sequence[np.ndarray], Sequence[np.ndarray | None]]  # as `Tracker.track` takes them
 
 
 class Tracker(ABC):
@@ -48,12 +46,17 @@ class Tracker(ABC):
             UserError: frames or labels that do not fit what was seen before.
         """
         masks: list[np.ndarray] = []
+        for batch in self.batches(frames, labels):
+            masks += self.track_batch(*batch)
+        return masks
+
+    def batches(self, frames: Sequence[np.ndarray], labels: Sequence[np.ndarray | None]) -> Iterator[LabelledFrames]:
+        """Yield the next frames and labels, `batch_size` at a time, once they are known to be of the video's size."""
         # callers hand over as many frames as suits their files: what the model sees at once is limited by its memory
         for start in range(0, len(frames), self.batch_size):
             batch = slice(start, start + self.batch_size)
             self.size = common_size(self.size, frames[batch], labels[batch])
-            masks += self.track_batch(frames[batch], labels[batch])
-        return masks
+            yield frames[batch], labels[batch]
 
     def look_ahead(self, video: Callable[[], Iterable[LabelledFrames]]) -> None:  # noqa: B027 - most need nothing
         """See a whole video before its first frame is tracked, if the tracker asks for that.

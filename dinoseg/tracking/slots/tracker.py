@@ -21,7 +21,7 @@ from dinoseg.tracking.slots.following import Followed, Follower, SlotFrame
 from dinoseg.tracking.slots.matching import Correspondence, winners
 from dinoseg.tracking.slots.settings import SlotTracking
 from dinoseg.tracking.state_form import TensorForm, check_state
-from dinoseg.tracking.tracker import Autocast, LabelledFrames, Tracker, common_size
+from dinoseg.tracking.tracker import Autocast, LabelledFrames, Tracker
 from dinoseg.transfer import sent
 
 _FORMS = {
@@ -129,10 +129,8 @@ class SlotTracker(Tracker):
         if self._slot_settings.looks == 1:
             return
         for frames, labels in video():
-            for start in range(0, len(frames), self.batch_size):
-                batch = slice(start, start + self.batch_size)
-                self.size = common_size(self.size, frames[batch], labels[batch])
-                for _ in self._through(frames[batch], labels[batch]):
+            for batch in self.batches(frames, labels):
+                for _ in self._through(*batch):
                     pass
         if self._followed is not None and self._followed.appearance is not None:
             self._known = replace(self._followed.appearance, whole=True)
