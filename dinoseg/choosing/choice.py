@@ -123,6 +123,8 @@ class Chooser:
                 tried = replace(tried, length=self._length(tried.cfg, tried.timed, case.facts))  # of what time is left
                 if tried.length.images >= fewest:
                     return by_data, tried
+            if wanted < 0 and whole is not None and (rested := self._rested(whole, case)):
+                return rules.by_data(case), rested
             by_data = rules.by_data(seen)
             way = replace(way, reason=f"{way.reason}{slow}")
             try:
@@ -131,8 +133,6 @@ class Chooser:
                 short = error
                 continue
             tried = replace(tried, choices=tried.choices[len(by_data) :])
-            if wanted < 0 and whole and self._may_rest(case) and (rested := self._rested(whole, tried, case)):
-                return by_data, rested
             if tried.length.images >= wanted:
                 self._check_time(tried, case.facts)
                 return by_data, tried
@@ -160,9 +160,11 @@ class Chooser:
                 yield less, rules.ways(less)[0], rules.LEAST_SMALLER, never
         yield case, frozen, any_number, never
 
-    def _rested(self, tuned: Tried, frozen: Tried, case: Case) -> Tried | None:
-        """Return the way that tunes the backbone once the head has learnt on a frozen one, if there is time for it."""
-        image = rules.REST * frozen.timed.image + (1 - rules.REST) * tuned.timed.image
+    def _rested(self, tuned: Tried, case: Case) -> Tried | None:
+        """Return the way that tunes the backbone once the head has learnt while it rests, if there is time for it."""
+        if tuned.timed.resting is None:
+            return None
+        image = rules.REST * tuned.timed.resting + (1 - rules.REST) * tuned.timed.image
         timed = replace(tuned.timed, image=image, kept=None)
         length = self._length(tuned.cfg, timed, case.facts)
         if length.images < max(rules.LEAST_RESTED, rules.LEAST_STEPS * _per_step(tuned.cfg)):
@@ -171,14 +173,15 @@ class Chooser:
 
     def _may_rest(self, case: Case) -> bool:
         alone = self.cfg.engine.devices == 1  # several ranks gain no time by it
-        return alone and case.sees_pixels and "optim.optimizer.backbone_begin" not in self.given
+        given = self.given & {"adapter", "optim.optimizer.backbone_begin"}
+        return alone and case.sees_pixels and case.smaller == 1 and not given
 
     def _tried(self, choices: Sequence[Choice], case: Case) -> Tried:
         trial = rules.batch(0, case.facts, self.cfg.engine.devices)  # of as few at once as may be chosen
         cfg = self._composed([*choices, trial])
         choices = [*choices, _zoom(cfg), *self._fitting(cfg)]
         cfg = self._composed([trial, *choices])
-        timed = in_own_process(time_recipe, plain(cfg))
+        timed = in_own_process(partial(time_recipe, may_rest=self._may_rest(case)), plain(cfg))
         if timed is None:
             raise OutOfMemory("Memory did not suffice for a few steps. mode=plan says what fits.")
         return Tried(tuple(choices), cfg, timed, self._length(cfg, timed, case.facts))
@@ -216,11 +219,13 @@ class Chooser:
             return
         sized = partial(rules.batch, tried.length.images, case.facts, self.cfg.engine.devices)
         sized = partial(sized, accumulate=tried.cfg.trainer.accumulate)
-        wanted = sized()
+        wanted, smallest = sized(), rules.batch(0, case.facts, self.cfg.engine.devices)  # which was tried
         for most in rules.BATCHES:
             choice = sized(most=most)
+            if choice.words == smallest.words:
+                break
             fitting, free = self._need(self._composed([*by_data, *tried.choices, choice]))
-            if most == rules.BATCHES[-1] or fitting is None or fitting.as_it_is.need <= free:
+            if fitting is None or fitting.as_it_is.need <= free:
                 break
         less = "" if choice.words == wanted.words else f"; {wanted.words['data.batch_size']} would not fit the memory"
         yield replace(choice, reason=f"{choice.reason}{less}")

@@ -33,7 +33,7 @@ LEAST_GAIN = 1.2  # times as many images, below which views that never come twic
 BATCHES = (8, 4, 2)
 ENOUGH_STEPS = 1500  # below which a smaller batch is taken: detail did best in 1,500 to 2,000 steps of 2
 MOST_VALIDATIONS = 5
-VALIDATING = 0.1  # share of the time, at most, beside the scoring at the end
+VALIDATING = 0.05  # share of the time, at most, beside the scoring at the end
 DEPTH = 4  # blocks that heads other than linear read
 LEAST_STEPS = 10  # below which nothing is learnt: the budget is refused
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from dinoseg import build
+from dinoseg.choosing.rules import REST
 from dinoseg.config.nodes import instantiate
 from dinoseg.costs.trial import settled, try_steps
 from dinoseg.errors import UserError
@@ -40,6 +41,7 @@ class Seconds:
         frozen: what is frozen of a model, for an image, which is computed once where it is kept.
         bytes: that it takes to keep, of one view.
         val: to predict an image, read from its file.
+        resting: what `image` is while the backbone rests; None: it was not asked, or nothing of the backbone learns.
     """
 
     start: float
@@ -48,6 +50,7 @@ class Seconds:
     frozen: float
     bytes: int
     val: float
+    resting: float | None = None
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,12 @@ class _Again:
         return self.batch
 
 
-def time_recipe(values: Mapping[str, Any]) -> Seconds:
+def time_recipe(values: Mapping[str, Any], *, may_rest: bool = False) -> Seconds:
     """Time a plain config on its own data, with random weights; call it in a process of its own.
+
+    Args:
+        values: the config.
+        may_rest: whether to time steps of a backbone that rests as well, where it learns.
 
     Raises:
         UserError: its parts do not go together.
@@ -78,6 +85,8 @@ def time_recipe(values: Mapping[str, Any]) -> Seconds:
     began = time.perf_counter()
     cfg, engine = settled(values, instead={"devices": 1})
     regime = regime_of(cfg)(cfg, engine)
+    if may_rest:
+        cfg.optim.optimizer.backbone_begin = REST
     make = partial(build.model, cfg, untrained=True)
     model = engine.place(make())
     start = time.perf_counter() - began
@@ -87,6 +96,11 @@ def time_recipe(values: Mapping[str, Any]) -> Seconds:
     lasting = min(_MOST, _SHARE * 60 * cfg.budget.minutes)
     live = try_steps(cfg, make, engine, batches, steps=_STEPS, warmup=_WARMUP, lasting=lasting)
     images = cfg.data.batch_size * cfg.trainer.accumulate
+    resting = None
+    if may_rest and model.backbone.first_trained is not None:
+        half = lasting / 2
+        trial = try_steps(cfg, make, engine, batches, steps=_STEPS, warmup=_WARMUP, lasting=half, rests=True)
+        resting = _later_median(trial.seconds) / images
     kept, frozen, size = None, 0.0, 0
     if cut is not None:
         features, frozen = cut
@@ -95,7 +109,8 @@ def time_recipe(values: Mapping[str, Any]) -> Seconds:
         trial = try_steps(cfg, lambda: model, engine, repeat(again), steps=_STEPS, warmup=_WARMUP, lasting=lasting / 4)
         kept = _later_median(trial.seconds) / images
     val = _seconds_of_val(cfg, model, engine)
-    return Seconds(start, _later_median(live.seconds) / images, kept, frozen / len(first.names), size, val)
+    image = _later_median(live.seconds) / images
+    return Seconds(start, image, kept, frozen / len(first.names), size, val, resting)
 
 
 def _later_median(seconds: Sequence[float]) -> float:

@@ -159,6 +159,7 @@ def try_steps(
     steps: int,
     warmup: int = 0,
     lasting: float = 0.0,
+    rests: bool = False,
 ) -> Trial:
     """Train a model for some steps by its config's own trainer.
 
@@ -170,13 +171,12 @@ def try_steps(
         steps: optimizer steps that are timed, at least.
         warmup: steps before them.
         lasting: seconds for which steps go on, however many these are.
+        rests: whether what the config lets rest at first does so in all of these steps; else all of it learns.
     """
     reset_peak_memory(engine.device)
     trial = Trial(before=held_memory(engine.device))
     model = make().to(engine.device)
     loss, optimizer = criteria.unweighted(cfg).to(engine.device), build.optimizer(cfg, model)
-    for group in optimizer.param_groups:
-        group["rests"] = False  # once all of it learns, a step takes most
     feed = _TimedFeed(
         batches,
         engine.device,
@@ -188,6 +188,9 @@ def try_steps(
         seed=build.seed_of(cfg),
         score_names=(cfg.trainer.score,),
     )
+    for group in optimizer.param_groups:
+        if group["rests"]:
+            group["rests"], group["begin"] = rests, feed.most / (feed.most + 1)
     # the feed ends it in place of the last step, after which it would validate
     lengths = {"steps": feed.most + 1, "val_every": _NEVER, "save_every": None}
     fit = instantiate(cfg.trainer, without=("feed", "epochs"), instead=lengths)

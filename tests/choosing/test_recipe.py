@@ -12,9 +12,12 @@ import torch
 from command_line import SMALL, call, in_this_process, write_data
 from omegaconf import OmegaConf
 
+from dinoseg.choosing import timing
 from dinoseg.choosing.given import left_of
 from dinoseg.choosing.rules import Choice
 from dinoseg.choosing.timing import Seconds
+from dinoseg.config.plain import plain
+from dinoseg.costs.trial import Trial
 from dinoseg.images import read_ids, write_png
 from dinoseg.processes.workers import in_own_process
 from dinoseg.storage.locks import acquire, release
@@ -302,25 +305,30 @@ def test_what_trying_smaller_images_took_is_counted(folder, monkeypatch, taken, 
 
 @pytest.mark.heavy
 @pytest.mark.parametrize(
-    ("words", "adapter"),
+    ("words", "adapter", "may_rest"),
     [
-        (["head=linear"], "full"),  # 1,066 images
-        (DETAIL, "full"),  # 1,454 images, of which the backbone rests for 40 %
-        ([*DETAIL, "optim.optimizer.backbone_begin=0"], "frozen"),  # 1,066 images are too few without a rest
-        ([*DETAIL, "engine.devices=2"], "frozen"),  # whose ranks gain no time by one
-        ([*DETAIL, "budget.minutes=0.2"], "frozen"),  # and 959 with one
-        ([*DETAIL, "budget.minutes=0.55"], "full"),  # 1,966 would do without a rest; with one it is 2,682
-        ([*DETAIL, "trainer.accumulate=80"], "frozen"),  # with one, not even ten steps of 160
-        (["head=linear", "trainer.accumulate=50"], "full"),
-        (["head=linear", "trainer.accumulate=60"], "frozen"),  # not even ten steps of 120
+        (["head=linear"], "full", False),  # 1,066 images
+        (DETAIL, "full", True),  # 1,454 images, of which the backbone rests for 40 %
+        ([*DETAIL, "optim.optimizer.backbone_begin=0"], "frozen", False),  # 1,066 images are too few without a rest
+        ([*DETAIL, "engine.devices=2"], "frozen", False),  # whose ranks gain no time by one
+        ([*DETAIL, "adapter=full"], "full", False),  # as typed, without one
+        ([*DETAIL, "budget.minutes=0.2"], "frozen", True),  # and 959 with one
+        ([*DETAIL, "budget.minutes=0.55"], "full", True),  # 1,966 would do without a rest; with one it is 2,682
+        ([*DETAIL, "trainer.accumulate=80"], "frozen", True),  # with one, not even ten steps of 160
+        (["head=linear", "trainer.accumulate=50"], "full", False),
+        (["head=linear", "trainer.accumulate=60"], "frozen", False),  # not even ten steps of 120
     ],
 )
-def test_when_tuning_wins_depends_on_the_head_and_on_a_step(folder, monkeypatch, words, adapter):
+def test_when_tuning_wins_depends_on_the_head_and_on_a_step(folder, monkeypatch, words, adapter, may_rest):
     write_halves(folder)
+    tried = []
 
     def timed(work, values):
+        way, asked = values["choices"]["adapter"], work.keywords["may_rest"]
+        tried.append((way, asked))
         least = 0.001 if values["resolution"]["longest"] else 0.015  # smaller images are tried, and never enough
-        return replace(TIMED, image=0.005 if values["choices"]["adapter"] == "frozen" else least, kept=None)
+        resting = 0.005 if asked and way == "full" else None
+        return replace(TIMED, image=0.005 if way == "frozen" else least, kept=None, resting=resting)
 
     monkeypatch.setattr("dinoseg.choosing.choice.in_own_process", timed)
     monkeypatch.setattr("dinoseg.choosing.rules.LEAST_SMALLER", 10**6)
@@ -328,14 +336,18 @@ def test_when_tuning_wins_depends_on_the_head_and_on_a_step(folder, monkeypatch,
     done = call(folder, *AUTO, "budget.minutes=0.3", *more, *words, "hydra.run.dir=R")
     assert done.status == 0, done.err
     cfg = config_of(folder / "R")
-    rests = adapter == "full" and words[: len(DETAIL)] == DETAIL
+    rests = adapter == "full" and may_rest
     assert (cfg.choices.adapter, cfg.optim.optimizer.backbone_begin) == (adapter, 0.4 if rests else 0.0)
     assert ("rests for 40% of the training" in done.out) == rests
+    frozen = [("frozen", may_rest)] if adapter == "frozen" else []
+    smaller = [] if "adapter=full" in words else [("full", False)]
+    assert tried == [("full", may_rest), *smaller, *frozen]  # what a rest takes was timed with the first
     if rests:  # by the time that both kinds of step take, and as a backbone is that is tuned in the end
         seconds = 60 * cfg.budget.minutes
         assert cfg.trainer.steps * cfg.data.batch_size * 0.011 == pytest.approx(0.9 * seconds - TIMED.start, rel=0.1)
         assert "a backbone that is tuned learns from views enlarged" in done.out
         assert "adapter=full" in done.out.split("optim.optimizer.backbone_lr=")[1].splitlines()[0]
+        assert (cfg.resolution.longest, list(cfg.resolution.crop)) == (None, [32, 48])  # not the smaller ones
 
 
 @pytest.mark.heavy
@@ -454,9 +466,33 @@ def test_a_recipe_is_timed_on_its_own_data(tmp_path, monkeypatch):
     assert in_own_process is not in_this_process
 
 
+@pytest.mark.parametrize(
+    ("adapter", "may_rest", "tried"),
+    [
+        ("full", True, [(8.0, False, 0.4), (4.0, True, 0.4)]),
+        ("full", False, [(8.0, False, 0.0)]),
+        ("frozen", True, [(8.0, False, 0.4), (2.0, False, 0.4)]),  # nothing learns that could rest; kept features
+    ],
+)
+def test_steps_of_a_backbone_that_rests_are_timed_where_it_learns(
+    tmp_path, compose, monkeypatch, adapter, may_rest, tried
+):
+    write_data(tmp_path / "data")
+    found = []
+
+    def steps(cfg, make, engine, batches, *, lasting, rests=False, **_):
+        found.append((lasting, rests, cfg.optim.optimizer.backbone_begin))
+        return Trial([9.0, 2.0 if rests else 4.0])
+
+    monkeypatch.setattr(timing, "try_steps", steps)
+    cfg = compose(*SMALL, f"data.root={tmp_path}/data", f"adapter={adapter}", "data.batch_size=2", "+budget.minutes=9")
+    timed = timing.time_recipe(plain(cfg), may_rest=may_rest)
+    assert found == [(pytest.approx(lasting), rests, begin) for lasting, rests, begin in tried]
+    assert (timed.image, timed.resting) == (2.0, 1.0 if (adapter, may_rest) == ("full", True) else None)
+
+
 def test_a_prediction_is_timed_on_images_of_all_sizes(tmp_path, compose, monkeypatch):
     from dinoseg import build
-    from dinoseg.choosing import timing
     from dinoseg.config.nodes import instantiate
 
     write_data(tmp_path / "data", val=11)

@@ -159,6 +159,7 @@ def test_views_are_kept_where_each_is_used_again_and_that_pays():
 
 def test_nothing_fits_a_time_that_validations_take():
     assert length_within(10, TIMED, FACTS).images < 1
+    assert [length_within(seconds, TIMED, FACTS).validations for seconds in (100, 300, 480)] == [1, 2, 4]  # a twentieth
 
 
 def test_views_that_hardly_come_twice_are_not_kept():

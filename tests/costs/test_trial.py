@@ -4,6 +4,7 @@ from functools import partial
 from itertools import count, repeat
 from types import SimpleNamespace
 
+import pytest
 from command_line import SMALL
 
 from dinoseg import build
@@ -49,7 +50,8 @@ def test_a_part_of_a_batch_is_tried_on_one_device(compose):
     assert len(drawn_steps(plain(compose(*BASE, "engine.devices=2")), 1, steps=1).seconds) == 1
 
 
-def test_a_backbone_that_rests_at_first_is_tried_as_it_learns_later(compose):
+@pytest.mark.parametrize("rests", [False, True])
+def test_a_backbone_that_rests_at_first_is_tried_as_it_learns_later_or_as_it_rests(compose, caplog, rests):
     cfg = compose(*BASE, "optim.optimizer.backbone_begin=0.9")
     learnt = []
 
@@ -60,5 +62,6 @@ def test_a_backbone_that_rests_at_first_is_tried_as_it_learns_later(compose):
         )
         return model
 
-    try_steps(cfg, make, instantiate(cfg.engine), repeat(drawn_batch(cfg, 2)), steps=1, warmup=1)
-    assert learnt == [(True, True)] * 2
+    try_steps(cfg, make, instantiate(cfg.engine), repeat(drawn_batch(cfg, 2)), steps=2, warmup=1, rests=rests)
+    assert learnt == [(not rests, not rests)] * 3
+    assert not caplog.records  # nobody is told of steps that are only tried
