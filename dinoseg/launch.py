@@ -34,6 +34,7 @@ from dinoseg.runs.folder import (
     will_make,
     write_config,
 )
+from dinoseg.wording import printable
 
 _OWN_NAME = re.compile(r"[a-z]+_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")  # as cfg/hydra/run.yaml names a run's folder
 
@@ -123,6 +124,8 @@ def _enter_folder(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> t
             drop_empty(out_dir)
         goes_on = _goes_on(cfg, new)
         run_folder = new if goes_on else claim(new)
+        if run_folder != new:
+            print(printable(f"{new} is another run's folder: the one of this run is {run_folder}"), file=sys.stderr)
         if goes_on:
             lock(new, instead="choose another hydra.run.dir")
             drop_parts(new)

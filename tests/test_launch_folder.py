@@ -1,6 +1,7 @@
 """Where a run that uses a checkpoint puts its results: below the checkpoint's recipe."""
 
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,23 @@ def test_an_evaluation_lies_below_its_recipe(tmp_path):
         assert done.status == 0, done.err
         assert len(list(tmp_path.glob(f"outputs/camvid/{mode}_*"))) == 1
     assert [path.name for path in (tmp_path / "outputs").iterdir() if path.name[0] != "."] == ["camvid"]
+
+
+def test_a_folder_that_is_taken_and_what_a_run_goes_on_with_are_said(tmp_path):
+    write_data(tmp_path / "data")
+    words = ("mode=train", *SMALL, "mode.metrics_only=true", "hydra.run.dir=run")
+    assert "another run's" not in call(tmp_path, *words).err
+    taken = call(tmp_path, *words)
+    assert re.search(r"run is another run's folder: the one of this run is .*run_2\n", taken.err), taken.err
+    small = ("engine=cpu", "engine.workers=0")
+    on = call(tmp_path, "mode=train", "resume=run", "trainer.steps=3", "optim.optimizer.lr=0.5", "seed=0", *small)
+    assert on.status == 0, on.err
+    assert "last.safetensors: goes on with trainer.steps=3 in place of 2, optim.optimizer.lr=0.5 in place of" in on.err
+    assert "seed" not in on.err.split("goes on with")[1].splitlines()[0]
+    (tmp_path / "run").rename(tmp_path / "gone")
+    said = call(tmp_path, "mode=eval", "resume=run", *small).err
+    assert "Give one of your folders under outputs/. Beside it lies run_2." in said
+    assert "goes on with" not in call(tmp_path, "mode=eval", "resume=gone", "seed=3", *small).err
 
 
 @pytest.mark.parametrize("recipe", ["../../elsewhere", "/tmp", "a/b", "..", "", 3, None])

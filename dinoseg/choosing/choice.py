@@ -181,8 +181,8 @@ class Chooser:
         cfg = self._composed([*choices, trial])
         choices = [*choices, _zoom(cfg), *self._fitting(cfg)]
         cfg = self._composed([trial, *choices])
-        timed = in_own_process(partial(time_recipe, may_rest=self._may_rest(case)), plain(cfg))
-        if timed is None:
+        time = partial(time_recipe, minutes=self._minutes, may_rest=self._may_rest(case))
+        if (timed := in_own_process(time, plain(cfg))) is None:
             raise OutOfMemory("Memory did not suffice for a few steps. mode=plan says what fits.")
         return Tried(tuple(choices), cfg, timed, self._length(cfg, timed, case.facts))
 

@@ -197,7 +197,7 @@ def ways(case: Case) -> list[Choice]:
     frozen = Choice(
         {"adapter": "frozen"}, "the backbone stays as it is: its features can be kept, and a step takes less"
     )
-    if case.facts.images < FEW_IMAGES:
+    if case.facts.images < FEW_IMAGES or not case.parameters:
         return [frozen]
     tuned = _tuned(case)
     won = "won with fewer images of this size" if case.smaller < 1 else f"won from about {least_tuned(case)} images on"

@@ -69,11 +69,12 @@ class _Again:
         return self.batch
 
 
-def time_recipe(values: Mapping[str, Any], *, may_rest: bool = False) -> Seconds:
+def time_recipe(values: Mapping[str, Any], *, minutes: float, may_rest: bool = False) -> Seconds:
     """Time a plain config on its own data, with random weights; call it in a process of its own.
 
     Args:
         values: the config.
+        minutes: that are given for everything, of which timing takes a share.
         may_rest: whether to time steps of a backbone that rests as well, where it learns.
 
     Raises:
@@ -93,7 +94,7 @@ def time_recipe(values: Mapping[str, Any], *, may_rest: bool = False) -> Seconds
     batches = regime.feed.train_batches(start=0)
     first = next(batches)
     cut = _cut(model, first, engine)
-    lasting = min(_MOST, _SHARE * 60 * cfg.budget.minutes)
+    lasting = min(_MOST, _SHARE * 60 * minutes)
     live = try_steps(cfg, make, engine, batches, steps=_STEPS, warmup=_WARMUP, lasting=lasting)
     images = cfg.data.batch_size * cfg.trainer.accumulate
     resting = None

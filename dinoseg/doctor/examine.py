@@ -1,5 +1,6 @@
 """All checks on all splits."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -49,7 +50,7 @@ def examine(
 
 def summary(part: Scanned) -> dict[str, Any]:
     """Return what a split holds, in numbers."""
-    sizes = sorted({record.image_size for record in part.records if record.image_size})
+    sizes = sorted({record.image_size for record in part.records if record.image_size}, key=math.prod)
     labelled = int(part.counts.sum())
     return {
         "images": len(part.records),

@@ -42,8 +42,11 @@ def merge(cfg: DictConfig, overrides: Sequence[Override], path: Path, info: Mapp
     # options first: another data= brings its whole group, in which a key that is typed beside it holds
     for option in (override for override in overrides if override.key_or_group in (*CHOSEN, *USES)):
         _take_option(option, cfg, merged, path)
+    before = plain(merged)
     for value in (override for override in overrides if override.key_or_group not in (*CHOSEN, *USES)):
         _take_value(value, cfg, merged, path)
+    if cfg.mode.get("resume_from") == "last":
+        _tell_changes(before, merged, typed, path)
     return squared(merged)
 
 
@@ -119,6 +122,16 @@ def _take_value(override: Override, cfg: DictConfig, merged: DictConfig, path: P
     if not (override.is_add() or override.is_force_add()):
         _check_key(name, cfg, merged, path)
     OmegaConf.update(merged, name, override.value())
+
+
+def _tell_changes(before: Mapping[str, Any], merged: DictConfig, typed: Sequence[str], path: Path) -> None:
+    """Say with which other values than so far a training goes on."""
+    was = OmegaConf.create(dict(before))
+    pairs = {key: (OmegaConf.select(was, key), OmegaConf.select(merged, key)) for key in typed}
+    named = {key: ["null" if value is None else value for value in pair] for key, pair in pairs.items()}
+    changed = [f"{key}={new} in place of {old}" for key, (old, new) in named.items() if new != old]
+    if changed:
+        print(printable(f"resume={path}: goes on with {', '.join(changed)}"), file=sys.stderr)
 
 
 def _check_initial(given: Any, cfg: DictConfig, merged: DictConfig, path: Path) -> None:

@@ -7,7 +7,7 @@ bootstrap: benchmarks/interval_coverage.py.
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from math import exp, isfinite, nan, sqrt
+from math import exp, inf, isfinite, nan, sqrt
 from statistics import fmean, stdev
 from typing import Protocol
 
@@ -76,12 +76,16 @@ class Estimate:
         error: its standard error; nan where there are too few units for one.
         freedom: degrees of freedom of the error.
         share: it lies in 0..1, and so does its interval, which is that of its logit.
+        least: that it can be.
+        most: likewise.
     """
 
     value: float
     error: float = nan
     freedom: float = nan
     share: bool = False
+    least: float = -inf
+    most: float = inf
 
     @property
     def ci95(self) -> list[float] | None:
@@ -94,7 +98,7 @@ class Estimate:
             return [self.value, self.value]
         reach = self.error * float(stdtrit(self.freedom, 0.975))
         if not (self.share and 0 < self.value < 1):
-            return [self.value - reach, self.value + reach]
+            return [max(self.value - reach, self.least), min(self.value + reach, self.most)]
         odds, factor = self.value / (1 - self.value), exp(min(reach / (self.value * (1 - self.value)), _MOST_LOGITS))
         return [odds / (odds + factor), odds * factor / (1 + odds * factor)]
 
@@ -124,7 +128,8 @@ def jackknife(protocol: Scores, sums: np.ndarray) -> dict[str, Estimate]:
     for key in protocol.keys:
         gaps = left_out[key] - left_out[key].mean()
         error = sqrt((count - 1) / count * float((gaps**2).sum()))
-        found[key] = Estimate(values[key], error, count - 1, share=key not in protocol.signed)
+        share = key not in protocol.signed
+        found[key] = Estimate(values[key], error, count - 1, share=share, least=0.0 if share else -1.0, most=1.0)
     return found
 
 

@@ -5,6 +5,7 @@ object with the step, the scores, the unresolved config, classes, palette and ve
 from, `best` what it is remembered by.
 """
 
+import glob
 import json
 import logging
 from collections.abc import Callable, Container, Mapping, Sequence
@@ -174,9 +175,11 @@ def find(target: str | Path, prefer: str) -> Path:
         for folder in (path / FOLDER, path):
             if (folder / f"{name}.safetensors").is_file():
                 return folder / f"{name}.safetensors"
+    beside = sorted(folder.parent.name for folder in path.parent.glob(f"{glob.escape(path.name)}_[0-9]*/{FOLDER}"))
     raise UserError(
         f"resume={target}: neither a checkpoint file nor a run folder with {FOLDER}/{prefer}.safetensors or "
         f"{ONE_FILE}.safetensors. Give one of your folders under outputs/."
+        + (f" Beside it {'lies' if len(beside) == 1 else 'lie'} {listed(beside)}." if beside else "")
     )
 
 

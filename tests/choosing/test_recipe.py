@@ -455,11 +455,22 @@ def test_memory_changes_no_adapter_that_was_typed(chosen_with):
         chosen_with(of, "adapter=full")
 
 
+@pytest.mark.parametrize(("words", "minutes"), [((), 30), (("budget.minutes=9",), 9)])
+def test_what_is_timed_knows_the_minutes_typed_or_not(folder, monkeypatch, words, minutes):
+    asked = []
+    monkeypatch.setattr("dinoseg.choosing.choice.in_own_process", lambda work, _: asked.append(work.keywords) or TIMED)
+    done = call(folder, *AUTO, "mode=plan", "mode.dry_step=false", *words, "hydra.run.dir=R")
+    assert done.status == 0, done.err
+    assert [each["minutes"] for each in asked] == [minutes] and f"of {minutes} min" in done.out.splitlines()[0]
+
+
 @pytest.mark.heavy
-def test_a_recipe_is_timed_on_its_own_data(tmp_path, monkeypatch):
+@pytest.mark.parametrize("words", [(), ("budget.minutes=9",)])
+def test_a_recipe_is_timed_on_its_own_data(tmp_path, monkeypatch, words):
     write_data(tmp_path / "data", train=5)
+    monkeypatch.setattr("dinoseg.choosing.timing._MOST", 0.1)
     monkeypatch.setattr("dinoseg.choosing.choice.in_own_process", in_this_process)
-    done = call(tmp_path, *AUTO, "mode=plan", "mode.dry_step=false", "budget.minutes=9", "hydra.run.dir=R")
+    done = call(tmp_path, *AUTO, "mode=plan", "mode.dry_step=false", *words, "hydra.run.dir=R")
     assert done.status == 0 and "A training step of" in done.out, done.err
     cfg = config_of(tmp_path / "R")
     assert cfg.trainer.steps > 10 and f"trainer.steps={cfg.trainer.steps} trainer.val_every=" in done.out
@@ -485,8 +496,8 @@ def test_steps_of_a_backbone_that_rests_are_timed_where_it_learns(
         return Trial([9.0, 2.0 if rests else 4.0])
 
     monkeypatch.setattr(timing, "try_steps", steps)
-    cfg = compose(*SMALL, f"data.root={tmp_path}/data", f"adapter={adapter}", "data.batch_size=2", "+budget.minutes=9")
-    timed = timing.time_recipe(plain(cfg), may_rest=may_rest)
+    cfg = compose(*SMALL, f"data.root={tmp_path}/data", f"adapter={adapter}", "data.batch_size=2")
+    timed = timing.time_recipe(plain(cfg), minutes=9, may_rest=may_rest)
     assert found == [(pytest.approx(lasting), rests, begin) for lasting, rests, begin in tried]
     assert (timed.image, timed.resting) == (2.0, 1.0 if (adapter, may_rest) == ("full", True) else None)
 

@@ -106,8 +106,8 @@ def test_ways_depend_on_the_backbone_and_on_how_many_images_there_are():
     assert names == [["full", "frozen"], ["lora_all", "frozen"]]
     assert "won from about 600 images on" in rules.ways(CASE)[0].reason
     assert "won from about 1500 images on" in rules.ways(THIN)[0].reason
-    few = replace(CASE, facts=replace(FACTS, images=19))
-    assert [way.words["adapter"] for way in rules.ways(few)] == ["frozen"]
+    for case in (replace(CASE, facts=replace(FACTS, images=19)), replace(CASE, parameters=0)):
+        assert [way.words["adapter"] for way in rules.ways(case)] == ["frozen"]
 
 
 def test_a_backbone_that_rests_first_is_tuned_as_one_of_its_size_is():

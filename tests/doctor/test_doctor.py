@@ -3,6 +3,7 @@
 import json
 import shutil
 import tracemalloc
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -434,6 +435,14 @@ def test_colors_pool_exactly_and_far_ones_are_told(root):
     ]
     assert severities == ["note", "warning", "warning"]
     assert color_statistics(splits_of(root, images=False)) is None
+
+
+def test_sizes_are_ordered_by_their_pixels(root):
+    part = splits_of(root)[0]
+    sizes = [(97, 333), (123, 201), (211, 317), (241, 160)]
+    records = [replace(record, image_size=size) for record, size in zip(part.records, sizes, strict=False)]
+    rows = summary(replace(part, records=records))
+    assert (rows["smallest"], rows["largest"]) == ({"width": 201, "height": 123}, {"width": 317, "height": 211})
 
 
 def test_summary(root):

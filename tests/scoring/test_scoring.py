@@ -103,6 +103,13 @@ def test_an_interval_of_a_share_is_within_what_it_can_be():
         assert 0 <= low <= each.value <= high <= 1
     assert Estimate(0.0, 0.0, 1, share=True).ci95 == [0.0, 0.0] and Estimate(1.0, 0.0, 1, share=True).ci95 == [1.0, 1.0]
     assert Estimate(0.02, 0.3, 1).ci95[0] < 0
+    low, high = Estimate(0.8, 0.3, 1, least=-1.0, most=1.0).ci95
+    assert (low, high) == (-1.0, 1.0) and Estimate(0.8, 0.3, 1).ci95[1] > 1
+
+
+def test_an_interval_of_a_score_below_0_ends_where_it_cannot_be():
+    found = jackknife(Share(), np.array([[9, 10, 0.9, 1], [1, 10, 0.1, 1]]))["mean"]
+    assert found.ci95 == [-1.0, 1.0] and found.p == pytest.approx(1 - 2 * np.arctan(0.5 / 0.4) / np.pi)
 
 
 def test_one_unit_or_a_score_that_rests_on_one_has_no_interval():

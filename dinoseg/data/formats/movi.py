@@ -1,4 +1,7 @@
-"""MOVi as folders of frames: {train,validation,test}/<video>/{frames,segmentations} or .../{rgb,seg}/<video>."""
+"""MOVi as folders of frames: {train,validation,test}/<video>/{frames,segmentations} or .../{rgb,seg}/<video>.
+
+A split `val` may be a folder of that name, too.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -32,7 +35,10 @@ class Movi:
         Raises:
             UserError: a folder is missing, or frames and segmentations do not belong together.
         """
-        folder = Path(self.root).expanduser() / self.splits.get(split, split)
+        root = Path(self.root).expanduser()
+        folder = root / self.splits.get(split, split)
+        if not folder.is_dir() and (root / split).is_dir():
+            folder = root / split
         if not folder.is_dir():
             contents = sorted(path.name for path in folder.parent.glob("[!.]*")) or ["nothing"]
             raise UserError(

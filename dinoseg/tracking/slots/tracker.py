@@ -1,5 +1,6 @@
 """A video's objects followed by slots: what a slot of the first frame saw, its successors stand for."""
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -23,6 +24,9 @@ from dinoseg.tracking.slots.settings import SlotTracking
 from dinoseg.tracking.state_form import TensorForm, check_state
 from dinoseg.tracking.tracker import Autocast, LabelledFrames, Tracker
 from dinoseg.transfer import sent
+from dinoseg.wording import count_of, listed
+
+logger = logging.getLogger(__name__)
 
 _FORMS = {
     "slots": TensorForm(None, "1 S D"),
@@ -115,8 +119,12 @@ class SlotTracker(Tracker):
                 "track(...), or give slots.looks=1."
             )
         assert self.size is not None
+        begins = self._followed is None
         shown = [ids[winners(masks, self.size, valid)] for masks, ids, valid in self._through(frames, labels)]
-        return list(torch.stack(shown).cpu().numpy())
+        found = list(torch.stack(shown).cpu().numpy())
+        if begins and labels[0] is not None:
+            _tell_unseen(labels[0], found[0])
+        return found
 
     @torch.inference_mode()
     def look_ahead(self, video: Callable[[], Iterable[LabelledFrames]]) -> None:
@@ -238,6 +246,20 @@ class SlotTracker(Tracker):
                     f"A mask of type {mask.dtype} holds values from {mask.min()} to {mask.max()}: ids are whole "
                     f"numbers from 0 (background) to {VOID - 1}. Renumber the objects."
                 )
+
+
+def _tell_unseen(given: np.ndarray, found: np.ndarray) -> None:
+    """Warn of objects of the given mask that have no pixel in the same frame's mask by slots."""
+    ids = np.setdiff1d(np.unique(given), [0, VOID])
+    unseen = np.setdiff1d(ids, found)
+    if len(unseen):
+        logger.warning(
+            "Slots do not tell apart what the first mask does: of its %s, %s %s no pixel in their mask of that frame, "
+            "and will hardly have one later. Train the slots longer, or try head.mask_source=attention.",
+            count_of(len(ids), "object"),
+            listed([str(each) for each in unseen]),
+            "has" if len(unseen) == 1 else "have",
+        )
 
 
 def _appearance(state: Mapping[str, Tensor]) -> Appearance:

@@ -354,6 +354,15 @@ def test_movi_s_other_layout_is_the_same(compose, movi):
         Movi(str(movi.parent / "movi_c")).videos("val")
 
 
+def test_movi_may_call_its_validation_as_other_data_do(movi):
+    names = [video.name for video in Movi(str(movi)).videos("val")]
+    (movi / "validation").rename(movi / "val")
+    assert [video.name for video in Movi(str(movi)).videos("val")] == names
+    (movi / "val").rename(movi / "valid")
+    with pytest.raises(UserError, match="No folder .*validation for split val; beside it lies test, train, valid"):
+        Movi(str(movi)).videos("val")
+
+
 def test_movi_that_is_not_whole(movi):
     with pytest.raises(UserError, match="No folder .*other for split other; beside it lies test, train, validation"):
         Movi(str(movi)).videos("other")

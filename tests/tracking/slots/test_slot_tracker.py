@@ -243,6 +243,19 @@ class TestLaterObjects:
         labels[2] = wrong
         assert np.array_equal(follow(model_of(), self.frames, labels), plain)
 
+    def test_are_told_where_slots_do_not_see_them(self, caplog):
+        labels = first(self.ids[0], 6)
+        follow(model_of(), self.frames, labels)
+        assert not caplog.records
+        follow(model_of([GREY]), self.frames[:1], labels[:1], lock_on=True)
+        assert not caplog.records
+        labels[0] = np.where(self.ids[0] == 1, 1, 0).astype(np.uint8)
+        labels[0][0, 0] = 7  # a pixel of a cell that another slot wins
+        tracker = SlotTracker(model_of([GREY, RED, BLUE]), SlotTracking())
+        tracker.track(self.frames, labels)
+        assert "of its 2 objects, 7 has no pixel in their mask of that frame" in caplog.text
+        assert len(caplog.records) == 1
+
     def test_are_refused_when_no_slot_is_left(self):
         model = model_of([GREY, RED, BLUE])
         labels = first(self.ids[0], 6)
