@@ -125,7 +125,8 @@ def _enter_folder(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> t
         goes_on = _goes_on(cfg, new)
         run_folder = new if goes_on else claim(new)
         if run_folder != new:
-            print(printable(f"{new} is another run's folder: the one of this run is {run_folder}"), file=sys.stderr)
+            said = f"hydra.run.dir={new} holds another run, which stays: this one is in {run_folder}"
+            print(printable(said), file=sys.stderr)
         if goes_on:
             lock(new, instead="choose another hydra.run.dir")
             drop_parts(new)
@@ -204,8 +205,9 @@ def _resumed(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> tuple[
     if path is None:
         print("resume=auto: no earlier run of this recipe has a checkpoint, so this is a new one.", file=sys.stderr)
         return resume.without(cfg), None
-    merged = resume.merge(cfg, _parsed(overrides), path, checkpoint.describe(path))
     in_place = cfg.mode.resume_from == "last" and path.parent.name == checkpoint.FOLDER
+    tell = in_place and is_first_rank()
+    merged = resume.merge(cfg, _parsed(overrides), path, checkpoint.describe(path), tell=tell)
     return merged, path.parent.parent if in_place else None
 
 

@@ -29,19 +29,32 @@ def test_an_evaluation_lies_below_its_recipe(tmp_path):
 
 def test_a_folder_that_is_taken_and_what_a_run_goes_on_with_are_said(tmp_path):
     write_data(tmp_path / "data")
-    words = ("mode=train", *SMALL, "mode.metrics_only=true", "hydra.run.dir=run")
-    assert "another run's" not in call(tmp_path, *words).err
-    taken = call(tmp_path, *words)
-    assert re.search(r"run is another run's folder: the one of this run is .*run_2\n", taken.err), taken.err
+    words = ("mode=train", *SMALL, "mode.metrics_only=true", "resolution.crop=32", "data.on_error=raise")
+    first, taken = (call(tmp_path, *words, "hydra.run.dir=run") for _ in range(2))
+    assert first.status == taken.status == 0 and "another run" not in first.err, first.err
+    assert re.search(r"hydra.run.dir=\S*run holds another run, which stays: this one is in \S*run_2\n", taken.err)
     small = ("engine=cpu", "engine.workers=0")
-    on = call(tmp_path, "mode=train", "resume=run", "trainer.steps=3", "optim.optimizer.lr=0.5", "seed=0", *small)
-    assert on.status == 0, on.err
-    assert "last.safetensors: goes on with trainer.steps=3 in place of 2, optim.optimizer.lr=0.5 in place of" in on.err
-    assert "seed" not in on.err.split("goes on with")[1].splitlines()[0]
+
+    def goes_on(*words):
+        done = call(tmp_path, "mode=train", *words)
+        assert done.status == 0, done.err
+        return re.findall(r"last.safetensors: goes on with (.*)", done.err)
+
+    assert goes_on(*words, "resume=run") == []  # all that is typed is as it was
+    assert goes_on("resume=run", "optim.optimizer.lr=0.5", "trainer.steps=3", "seed=0", "data.root=./data", *small) == [
+        "optim.optimizer.lr=0.5 in place of null, trainer.steps=3 in place of 2"
+    ]
+    assert goes_on(
+        "resume=run", "optim.optimizer.betas=[0.5,0.9]", "data.on_error=skip", "inference=windows", *small
+    ) == [
+        "optim.optimizer.betas=[0.5,0.9] in place of [0.9,0.999], data.on_error=skip in place of raise, "
+        "inference=windows in place of auto"
+    ]
+    used = call(tmp_path, "mode=eval", "resume=run", "seed=3", *small)
+    assert used.status == 0 and "goes on with" not in used.err, used.err
     (tmp_path / "run").rename(tmp_path / "gone")
     said = call(tmp_path, "mode=eval", "resume=run", *small).err
     assert "Give one of your folders under outputs/. Beside it lies run_2." in said
-    assert "goes on with" not in call(tmp_path, "mode=eval", "resume=gone", "seed=3", *small).err
 
 
 @pytest.mark.parametrize("recipe", ["../../elsewhere", "/tmp", "a/b", "..", "", 3, None])

@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 
 from dinoseg.errors import UserError
-from dinoseg.wording import count_of
 
 QUARTERS = "quarters"
 _META = {
@@ -29,9 +28,8 @@ def resolve_layers(layers: Sequence[int] | str, depth: int) -> list[int]:
             raise UserError(f"backbone.layers={layers}: give a list of block numbers, such as [-1], or {QUARTERS}.")
         if depth < 4:
             raise UserError(
-                f"backbone.layers={QUARTERS}, as heads of several maps have it: this backbone has "
-                f"{count_of(depth, 'block')}, {QUARTERS} needs four. Choose a head of one map, such as head=linear or "
-                "head=cnn, or give numbers of blocks, such as backbone.layers=[-1]."
+                f"backbone.layers={QUARTERS} needs four blocks, and this backbone has {depth}. Choose a head that "
+                "reads any number, such as head=linear or head=cnn, with backbone.layers=[-1]."
             )
         return list(_META.get(depth, [math.ceil(part * depth / 4) - 1 for part in (1, 2, 3, 4)]))
     if any(isinstance(layer, bool) or not isinstance(layer, int) for layer in layers):

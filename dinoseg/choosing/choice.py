@@ -172,9 +172,9 @@ class Chooser:
         return Tried((rules.rested(case), *tuned.choices[1:]), tuned.cfg, timed, length)
 
     def _may_rest(self, case: Case) -> bool:
-        alone = self.cfg.engine.devices == 1  # several ranks gain no time by it
-        given = self.given & {"adapter", "optim.optimizer.backbone_begin"}
-        return alone and case.sees_pixels and case.smaller == 1 and not given
+        able = "backbone_begin" in self.cfg.optim.optimizer and self.cfg.engine.devices == 1  # ranks gain no time by it
+        typed = self.given & {"adapter", "optim.optimizer.backbone_begin"}
+        return able and not typed and case.sees_pixels and case.smaller == 1
 
     def _tried(self, choices: Sequence[Choice], case: Case) -> Tried:
         trial = rules.batch(0, case.facts, self.cfg.engine.devices)  # of as few at once as may be chosen

@@ -81,9 +81,7 @@ def chosen(cfg: DictConfig, words: Sequence[str], *, first: bool) -> Recipe:
         with _one_at_a_time(path):
             kept = read_choices(path)
             if kept is None:
-                print(
-                    f"hparam=auto: looks at the data, then times steps on this machine, of {minutes:g} min", flush=True
-                )
+                print(f"hparam=auto looks at data and machine first, of budget.minutes={minutes:g}", file=sys.stderr)
                 with _alone():
                     chooser = Chooser(lambda some: _composed(words, "trying", some), given, minutes)
                     choices = chooser.choose()

@@ -86,19 +86,20 @@ def time_recipe(values: Mapping[str, Any], *, minutes: float, may_rest: bool = F
     began = time.perf_counter()
     cfg, engine = settled(values, instead={"devices": 1})
     regime = regime_of(cfg)(cfg, engine)
-    if may_rest:
-        cfg.optim.optimizer.backbone_begin = REST
     make = partial(build.model, cfg, untrained=True)
     model = engine.place(make())
     start = time.perf_counter() - began
     batches = regime.feed.train_batches(start=0)
     first = next(batches)
+    may_rest = may_rest and model.backbone.first_trained is not None
+    if may_rest:
+        cfg.optim.optimizer.backbone_begin = REST
     cut = _cut(model, first, engine)
     lasting = min(_MOST, _SHARE * 60 * minutes)
     live = try_steps(cfg, make, engine, batches, steps=_STEPS, warmup=_WARMUP, lasting=lasting)
     images = cfg.data.batch_size * cfg.trainer.accumulate
     resting = None
-    if may_rest and model.backbone.first_trained is not None:
+    if may_rest:
         half = lasting / 2
         trial = try_steps(cfg, make, engine, batches, steps=_STEPS, warmup=_WARMUP, lasting=half, rests=True)
         resting = _later_median(trial.seconds) / images

@@ -50,7 +50,9 @@ def examine(
 
 def summary(part: Scanned) -> dict[str, Any]:
     """Return what a split holds, in numbers."""
-    sizes = sorted({record.image_size for record in part.records if record.image_size}, key=math.prod)
+    sizes = sorted(
+        {record.image_size for record in part.records if record.image_size}, key=lambda size: (math.prod(size), size)
+    )
     labelled = int(part.counts.sum())
     return {
         "images": len(part.records),

@@ -1,6 +1,6 @@
 """Scores of classes as functions of sums over units, so that leaving units out gives their intervals."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,6 +21,7 @@ class ClassScores:
     num_classes: int
     background: int | None = None
     signed: ClassVar[Collection[str]] = ()
+    highest: ClassVar[Mapping[str, float]] = {}
 
     @property
     def means(self) -> Sequence[str]:

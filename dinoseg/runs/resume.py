@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from dinoseg.config.registry import own_registry, shipped_registry
 from dinoseg.errors import UserError
 from dinoseg.runs.recipe import INITIAL, SAVED, USE, USES, absolute, data_root, saved_config
 from dinoseg.training.description import CHOSEN
-from dinoseg.wording import nearest, printable
+from dinoseg.wording import nearest, printable, shown, typed
 
 
-def merge(cfg: DictConfig, overrides: Sequence[Override], path: Path, info: Mapping[str, Any]) -> DictConfig:
+def merge(
+    cfg: DictConfig, overrides: Sequence[Override], path: Path, info: Mapping[str, Any], *, tell: bool = False
+) -> DictConfig:
     """Return `cfg` with the model, data and training of a checkpoint, changed as the command line says.
 
     Args:
@@ -26,28 +29,31 @@ def merge(cfg: DictConfig, overrides: Sequence[Override], path: Path, info: Mapp
         overrides: the command line's assignments.
         path: the checkpoint file.
         info: what it says of itself.
+        tell: whether to say what is changed.
 
     Raises:
         UserError: the checkpoint's config is not to be trusted, or the command line names another model.
     """
-    saved, typed = saved_config(info), [override.key_or_group for override in overrides]
-    guard(saved, f"resume={path}", plain(cfg), trust=_trusted(cfg), typed=typed)
+    saved, keys = saved_config(info), [override.key_or_group for override in overrides]
+    guard(saved, f"resume={path}", plain(cfg), trust=_trusted(cfg), typed=keys)
     choices = {group: option for group, option in info["choices"].items() if group in (*CHOSEN, *USES)}
     facts = {**plain(cfg), "resume": str(path), "choices": {**plain(cfg.choices), **choices}}  # of this machine and run
     facts |= {INITIAL: None}  # which a new run alone has from the command line
     merged = OmegaConf.create({**facts, **saved})
     merged.data.root, remark = data_root(saved, Path(info["folder"]))
-    if remark and not {"data", "data.root"} & {*typed}:
+    if remark and not {"data", "data.root"} & {*keys}:
         print(printable(f"resume={path}: {remark}"), file=sys.stderr)
+    before = squared(deepcopy(merged))
     # options first: another data= brings its whole group, in which a key that is typed beside it holds
     for option in (override for override in overrides if override.key_or_group in (*CHOSEN, *USES)):
         _take_option(option, cfg, merged, path)
-    before = plain(merged)
     for value in (override for override in overrides if override.key_or_group not in (*CHOSEN, *USES)):
         _take_value(value, cfg, merged, path)
-    if cfg.mode.get("resume_from") == "last":
-        _tell_changes(before, merged, typed, path)
-    return squared(merged)
+    merged = squared(merged)
+    changed = _changes(before, merged, overrides) if tell else []
+    if changed:
+        print(printable(f"resume={path}: goes on with {', '.join(changed)}"), file=sys.stderr)
+    return merged
 
 
 def alone(
@@ -124,14 +130,28 @@ def _take_value(override: Override, cfg: DictConfig, merged: DictConfig, path: P
     OmegaConf.update(merged, name, override.value())
 
 
-def _tell_changes(before: Mapping[str, Any], merged: DictConfig, typed: Sequence[str], path: Path) -> None:
-    """Say with which other values than so far a training goes on."""
-    was = OmegaConf.create(dict(before))
-    pairs = {key: (OmegaConf.select(was, key), OmegaConf.select(merged, key)) for key in typed}
-    named = {key: ["null" if value is None else value for value in pair] for key, pair in pairs.items()}
-    changed = [f"{key}={new} in place of {old}" for key, (old, new) in named.items() if new != old]
-    if changed:
-        print(printable(f"resume={path}: goes on with {', '.join(changed)}"), file=sys.stderr)
+def _changes(before: DictConfig, merged: DictConfig, overrides: Sequence[Override]) -> list[str]:
+    """Return what the command line sets to something else than the checkpoint's run had, as `new in place of old`."""
+    found = []
+    for override in overrides:
+        name, group = override.key_or_group, override.key_or_group.split(".")[0]
+        where = "choices." * (name in (*CHOSEN, *USES)) + name
+        if group not in SAVED and name != where:
+            continue
+        old, new = (_at(each, where) for each in (before, merged))
+        if new != old and not _one_place(old, new):
+            found.append(f"{name}={shown(typed(new))} in place of {shown(typed(old))}")
+    return found
+
+
+def _at(cfg: DictConfig, key: str) -> Any:
+    found = OmegaConf.select(cfg, key, throw_on_resolution_failure=False)
+    return OmegaConf.to_container(found) if OmegaConf.is_config(found) else found
+
+
+def _one_place(old: Any, new: Any) -> bool:
+    texts = isinstance(old, str) and isinstance(new, str)
+    return texts and Path(old).expanduser().resolve() == Path(new).expanduser().resolve()
 
 
 def _check_initial(given: Any, cfg: DictConfig, merged: DictConfig, path: Path) -> None:

@@ -5,7 +5,7 @@ gives the error of whatever is a function of sums over units (J. W. Tukey, 1958;
 bootstrap: benchmarks/interval_coverage.py.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import exp, inf, isfinite, nan, sqrt
 from statistics import fmean, stdev
@@ -29,6 +29,11 @@ class Scores(Protocol):
     @property
     def signed(self) -> Collection[str]:
         """Names of those that may lie outside 0..1."""
+        ...
+
+    @property
+    def highest(self) -> Mapping[str, float]:
+        """What those can be at most that have a bound."""
         ...
 
     def scores(self, sums: np.ndarray) -> dict[str, np.ndarray]:
@@ -60,6 +65,11 @@ class Difference:
         """All of them."""
         return self.keys
 
+    @property
+    def highest(self) -> Mapping[str, float]:
+        """Of none: two scores of at most 1 may differ by more."""
+        return {}
+
     def scores(self, sums: np.ndarray) -> dict[str, np.ndarray]:
         """Return each key's difference (...)."""
         found = self.protocol.scores(sums.reshape(*sums.shape[:-1], self.first + self.second, -1))
@@ -76,16 +86,14 @@ class Estimate:
         error: its standard error; nan where there are too few units for one.
         freedom: degrees of freedom of the error.
         share: it lies in 0..1, and so does its interval, which is that of its logit.
-        least: that it can be.
-        most: likewise.
+        highest: that it can be, where its interval ends.
     """
 
     value: float
     error: float = nan
     freedom: float = nan
     share: bool = False
-    least: float = -inf
-    most: float = inf
+    highest: float = inf
 
     @property
     def ci95(self) -> list[float] | None:
@@ -98,7 +106,7 @@ class Estimate:
             return [self.value, self.value]
         reach = self.error * float(stdtrit(self.freedom, 0.975))
         if not (self.share and 0 < self.value < 1):
-            return [max(self.value - reach, self.least), min(self.value + reach, self.most)]
+            return [self.value - reach, min(self.value + reach, self.highest)]
         odds, factor = self.value / (1 - self.value), exp(min(reach / (self.value * (1 - self.value)), _MOST_LOGITS))
         return [odds / (odds + factor), odds * factor / (1 + odds * factor)]
 
@@ -128,8 +136,8 @@ def jackknife(protocol: Scores, sums: np.ndarray) -> dict[str, Estimate]:
     for key in protocol.keys:
         gaps = left_out[key] - left_out[key].mean()
         error = sqrt((count - 1) / count * float((gaps**2).sum()))
-        share = key not in protocol.signed
-        found[key] = Estimate(values[key], error, count - 1, share=share, least=0.0 if share else -1.0, most=1.0)
+        share, highest = key not in protocol.signed, protocol.highest.get(key, inf)
+        found[key] = Estimate(values[key], error, count - 1, share=share, highest=highest)
     return found
 
 

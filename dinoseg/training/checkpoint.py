@@ -5,9 +5,9 @@ object with the step, the scores, the unresolved config, classes, palette and ve
 from, `best` what it is remembered by.
 """
 
-import glob
 import json
 import logging
+import re
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -175,7 +175,9 @@ def find(target: str | Path, prefer: str) -> Path:
         for folder in (path / FOLDER, path):
             if (folder / f"{name}.safetensors").is_file():
                 return folder / f"{name}.safetensors"
-    beside = sorted(folder.parent.name for folder in path.parent.glob(f"{glob.escape(path.name)}_[0-9]*/{FOLDER}"))
+    numbered = re.compile(re.escape(path.name) + r"_(\d+)")
+    found = (numbered.fullmatch(folder.parent.name) for folder in path.parent.glob(f"*/{FOLDER}"))
+    beside = [match[0] for match in sorted(filter(None, found), key=lambda match: int(match[1]))]
     raise UserError(
         f"resume={target}: neither a checkpoint file nor a run folder with {FOLDER}/{prefer}.safetensors or "
         f"{ONE_FILE}.safetensors. Give one of your folders under outputs/."

@@ -43,11 +43,11 @@ def test_instances_are_told_and_the_line_makes_them_one_class(compose, tmp_path)
     root = write(tmp_path / "data", INSTANCES)
     remedy, line = told(root, ["background", "person"])
     assert remedy.startswith("These look like instances. If each number is one person, add this to the command line:")
-    assert remedy.endswith("If they are classes of their own, name each in data.classes.")
+    assert remedy.endswith("If each is a class, name it in data.classes.")
     expected = [[[0, 1, 1, 255]], [[0, 1, 1, 1], [1, 1, 1, 1]]]
     assert read(compose, root, "data.classes=[background,person]", *shlex.split(line)) == expected
     remedy, line = told(root, ["background", "person"], DESCRIBED)
-    assert "add this line to classes.yaml: `others:" in remedy and "name each in classes.yaml" in remedy
+    assert "add this line to classes.yaml: `others:" in remedy and "name it in classes.yaml" in remedy
     (root / "classes.yaml").write_text(f"classes: [background, person]\n{line}\n")
     assert read(compose, root) == expected
     options = {"classes": ["background", "person"], "palette": None, "masks": Masks(others="person")}

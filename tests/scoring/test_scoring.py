@@ -15,6 +15,7 @@ from scipy import special, stats
 
 from dinoseg.errors import UserError
 from dinoseg.metrics.protocols.contract import BadFile, Case, Cases, Measured, ScoreProtocol
+from dinoseg.metrics.protocols.video_clustering import VideoClustering
 from dinoseg.report.scores import difference_table, scores_table
 from dinoseg.scoring import folders, intervals
 from dinoseg.scoring.folders import Scored, Unscorable, score_cases
@@ -103,13 +104,19 @@ def test_an_interval_of_a_share_is_within_what_it_can_be():
         assert 0 <= low <= each.value <= high <= 1
     assert Estimate(0.0, 0.0, 1, share=True).ci95 == [0.0, 0.0] and Estimate(1.0, 0.0, 1, share=True).ci95 == [1.0, 1.0]
     assert Estimate(0.02, 0.3, 1).ci95[0] < 0
-    low, high = Estimate(0.8, 0.3, 1, least=-1.0, most=1.0).ci95
-    assert (low, high) == (-1.0, 1.0) and Estimate(0.8, 0.3, 1).ci95[1] > 1
 
 
-def test_an_interval_of_a_score_below_0_ends_where_it_cannot_be():
-    found = jackknife(Share(), np.array([[9, 10, 0.9, 1], [1, 10, 0.1, 1]]))["mean"]
-    assert found.ci95 == [-1.0, 1.0] and found.p == pytest.approx(1 - 2 * np.arctan(0.5 / 0.4) / np.pi)
+def test_an_interval_ends_at_the_highest_that_a_score_can_be_and_a_difference_may_be_more(monkeypatch):
+    sums = np.array([[9, 10, 0.9, 1], [1, 10, 0.1, 1]])
+    free = jackknife(Share(), sums)["mean"]
+    monkeypatch.setattr(Share, "highest", {"mean": 1.0})
+    found = jackknife(Share(), sums)["mean"]
+    assert found.ci95 == [free.ci95[0], 1.0] and free.ci95[0] < -1 and free.ci95[1] > 1
+    assert found.p == free.p == pytest.approx(1 - 2 * np.arctan(0.5 / 0.4) / np.pi)
+    first, second = np.array([[1, 2, -0.5, 1], [1, 2, -0.7, 1]]), np.array([[1, 2, 0.9, 1], [1, 2, 0.8, 1]])
+    apart = jackknife(Difference(Share()), np.hstack([first, second]))["mean"]
+    assert apart.ci95[0] < apart.value == pytest.approx(1.45) < apart.ci95[1]
+    assert VideoClustering.highest == {key: 1.0 for key in VideoClustering.keys if "ARI" in key}
 
 
 def test_one_unit_or_a_score_that_rests_on_one_has_no_interval():

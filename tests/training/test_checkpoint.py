@@ -148,9 +148,9 @@ def test_find_takes_run_folders_checkpoint_folders_and_files(tmp_path):
     assert find(folder / "last.safetensors", "best") == folder / "last.safetensors"
     (folder / "best.safetensors").unlink()
     assert find(tmp_path / "run", "best") == folder / "last.safetensors"
-    for name in ("other_2", "other_10", "other_x"):
+    for name in ("other_10", "other_2", "other_2old", "another_2"):
         (tmp_path / name / "checkpoints").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"neither a checkpoint file .* Beside it lie other_10, other_2\.$"):
+    with pytest.raises(UserError, match=r"neither a checkpoint file .* Beside it lie other_2, other_10\.$"):
         find(tmp_path / "other", "best")
     with pytest.raises(UserError, match="neither a checkpoint file nor a run folder"):
         find(tmp_path, "last")

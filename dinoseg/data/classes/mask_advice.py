@@ -66,11 +66,8 @@ def for_instances(name: str, *, described: bool, likely: bool = True) -> str:
         else f"add this to the command line: `{_override('++data.reader.masks.others', name)}`"
     )
     seen = "These look like instances. " if likely else ""
-    table = "classes.yaml" if described else "data.classes"
-    return (
-        f"{seen}If each number is one {name}, {remedy}. Every other id is then that class. If they are classes of "
-        f"their own, name each in {table}."
-    )
+    several = f" If each is a class, name it in {'classes.yaml' if described else 'data.classes'}." if likely else ""
+    return f"{seen}If each number is one {name}, {remedy}. Every other id is then that class.{several}"
 
 
 def for_coloured(counts: Mapping[tuple[int, ...], int], classes: Sequence[str], *, described: bool) -> str:

@@ -12,6 +12,7 @@ from dinoseg.errors import UserError
 from dinoseg.wording import listed
 
 FRAMES_PER_SECOND = 12
+_VALIDATION = "validation"
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Movi:
     """
 
     root: str
-    splits: Mapping[str, str] = field(default_factory=lambda: {"val": "validation"})
+    splits: Mapping[str, str] = field(default_factory=lambda: {"val": _VALIDATION})
 
     def videos(self, split: str) -> list[Video]:
         """Return the videos of a split.
@@ -37,7 +38,7 @@ class Movi:
         """
         root = Path(self.root).expanduser()
         folder = root / self.splits.get(split, split)
-        if not folder.is_dir() and (root / split).is_dir():
+        if not folder.is_dir() and folder.name == _VALIDATION and (root / split).is_dir():
             folder = root / split
         if not folder.is_dir():
             contents = sorted(path.name for path in folder.parent.glob("[!.]*")) or ["nothing"]

@@ -75,7 +75,8 @@ class ScoreProtocol(ABC):
     name: str
     unit: str  # video | sequence | drive | image
     keys: Sequence[str]  # of the scores, in the order of the table
-    signed: Collection[str] = ()  # of the scores those that may lie below 0, in -1..1
+    signed: Collection[str] = ()  # of the scores those that may lie outside 0..1
+    highest: Mapping[str, float] = {}  # that a signed score can be, where it has a bound: its interval ends there
     rules: Mapping[str, Any]  # absent_class, resolution, ignore, version, and where the official script is wrong
     # of DAVIS, which scores in the order of its list: the folder of the masks that it scores against
     annotations: str | None = None

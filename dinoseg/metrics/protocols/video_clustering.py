@@ -31,6 +31,7 @@ class VideoClustering(ScoreProtocol):
     unit = "video"
     keys = (*_VIDEO_KEYS, *(f"{key}_per_frame" for key in _VIDEO_KEYS))
     signed = tuple(key for key in keys if "ARI" in key)  # worse than chance is below 0
+    highest = dict.fromkeys(signed, 1.0)
 
     def __init__(self, ignore: int | None = None, matching: str = "overlap") -> None:
         if ignore is not None and (isinstance(ignore, bool) or not isinstance(ignore, int) or ignore < 1):

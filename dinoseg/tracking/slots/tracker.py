@@ -24,7 +24,7 @@ from dinoseg.tracking.slots.settings import SlotTracking
 from dinoseg.tracking.state_form import TensorForm, check_state
 from dinoseg.tracking.tracker import Autocast, LabelledFrames, Tracker
 from dinoseg.transfer import sent
-from dinoseg.wording import count_of, listed
+from dinoseg.wording import listed
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +123,7 @@ class SlotTracker(Tracker):
         shown = [ids[winners(masks, self.size, valid)] for masks, ids, valid in self._through(frames, labels)]
         found = list(torch.stack(shown).cpu().numpy())
         if begins and labels[0] is not None:
-            _tell_unseen(labels[0], found[0])
+            _tell_unseen(labels[0], found[0], getattr(self._model.head, "mask_source", None))
         return found
 
     @torch.inference_mode()
@@ -248,17 +248,18 @@ class SlotTracker(Tracker):
                 )
 
 
-def _tell_unseen(given: np.ndarray, found: np.ndarray) -> None:
+def _tell_unseen(given: np.ndarray, found: np.ndarray, mask_source: str | None) -> None:
     """Warn of objects of the given mask that have no pixel in the same frame's mask by slots."""
     ids = np.setdiff1d(np.unique(given), [0, VOID])
-    unseen = np.setdiff1d(ids, found)
-    if len(unseen):
+    unseen = [str(each) for each in np.setdiff1d(ids, found)]
+    if unseen:
         logger.warning(
-            "Slots do not tell apart what the first mask does: of its %s, %s %s no pixel in their mask of that frame, "
-            "and will hardly have one later. Train the slots longer, or try head.mask_source=attention.",
-            count_of(len(ids), "object"),
-            listed([str(each) for each in unseen]),
-            "has" if len(unseen) == 1 else "have",
+            "Slots show no pixel of the first mask's %s %s (of %d): another one wins its cells, or it is smaller than "
+            "one. Give slots=lock_on, a larger head.num_slots or resolution%s, or train longer.",
+            "object" if len(unseen) == 1 else "objects",
+            listed(unseen),
+            len(ids),
+            ", head.mask_source=attention" if mask_source == "alpha" else "",
         )
 
 

@@ -358,6 +358,13 @@ def test_movi_may_call_its_validation_as_other_data_do(movi):
     names = [video.name for video in Movi(str(movi)).videos("val")]
     (movi / "validation").rename(movi / "val")
     assert [video.name for video in Movi(str(movi)).videos("val")] == names
+    with pytest.raises(UserError, match="No folder .*validatoin for split val"):
+        Movi(str(movi), {"val": "validatoin"}).videos("val")
+    shutil.copytree(movi / "train", movi / "validation")
+    assert [video.name for video in Movi(str(movi)).videos("val")] == [
+        video.name for video in Movi(str(movi)).videos("train")
+    ]
+    shutil.rmtree(movi / "validation")
     (movi / "val").rename(movi / "valid")
     with pytest.raises(UserError, match="No folder .*validation for split val; beside it lies test, train, valid"):
         Movi(str(movi)).videos("val")

@@ -253,7 +253,7 @@ class TestLaterObjects:
         labels[0][0, 0] = 7  # a pixel of a cell that another slot wins
         tracker = SlotTracker(model_of([GREY, RED, BLUE]), SlotTracking())
         tracker.track(self.frames, labels)
-        assert "of its 2 objects, 7 has no pixel in their mask of that frame" in caplog.text
+        assert "Slots show no pixel of the first mask's object 7 (of 2): another one wins its cells" in caplog.text
         assert len(caplog.records) == 1
 
     def test_are_refused_when_no_slot_is_left(self):
