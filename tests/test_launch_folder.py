@@ -29,7 +29,7 @@ def test_an_evaluation_lies_below_its_recipe(tmp_path):
 
 def test_a_folder_that_is_taken_and_what_a_run_goes_on_with_are_said(tmp_path):
     write_data(tmp_path / "data")
-    words = ("mode=train", *SMALL, "mode.metrics_only=true", "resolution.crop=32", "data.on_error=raise")
+    words = ("mode=train", *SMALL, "mode.metrics_only=true", "resolution.crop=32", "data.on_error=stop")
     first, taken = (call(tmp_path, *words, "hydra.run.dir=run") for _ in range(2))
     assert first.status == taken.status == 0 and "another run" not in first.err, first.err
     assert re.search(r"hydra.run.dir=\S*run holds another run, which stays: this one is in \S*run_2\n", taken.err)
@@ -47,7 +47,7 @@ def test_a_folder_that_is_taken_and_what_a_run_goes_on_with_are_said(tmp_path):
     assert goes_on(
         "resume=run", "optim.optimizer.betas=[0.5,0.9]", "data.on_error=skip", "inference=windows", *small
     ) == [
-        "optim.optimizer.betas=[0.5,0.9] in place of [0.9,0.999], data.on_error=skip in place of raise, "
+        "optim.optimizer.betas=[0.5,0.9] in place of [0.9,0.999], data.on_error=skip in place of stop, "
         "inference=windows in place of auto"
     ]
     used = call(tmp_path, "mode=eval", "resume=run", "seed=3", *small)

@@ -123,7 +123,9 @@ class SlotTracker(Tracker):
         shown = [ids[winners(masks, self.size, valid)] for masks, ids, valid in self._through(frames, labels)]
         found = list(torch.stack(shown).cpu().numpy())
         if begins and labels[0] is not None:
-            _tell_unseen(labels[0], found[0], getattr(self._model.head, "mask_source", None))
+            other = [] if self._slot_settings.lock_on else ["slots=lock_on"]
+            other += ["head.mask_source=attention"] * (getattr(self._model.head, "mask_source", None) == "alpha")
+            _tell_unseen(labels[0], found[0], other)
         return found
 
     @torch.inference_mode()
@@ -248,18 +250,18 @@ class SlotTracker(Tracker):
                 )
 
 
-def _tell_unseen(given: np.ndarray, found: np.ndarray, mask_source: str | None) -> None:
+def _tell_unseen(given: np.ndarray, found: np.ndarray, remedies: Sequence[str]) -> None:
     """Warn of objects of the given mask that have no pixel in the same frame's mask by slots."""
     ids = np.setdiff1d(np.unique(given), [0, VOID])
     unseen = [str(each) for each in np.setdiff1d(ids, found)]
     if unseen:
         logger.warning(
             "Slots show no pixel of the first mask's %s %s (of %d): another one wins its cells, or it is smaller than "
-            "one. Give slots=lock_on, a larger head.num_slots or resolution%s, or train longer.",
+            "one. Give %sa larger head.num_slots or resolution, or train longer.",
             "object" if len(unseen) == 1 else "objects",
             listed(unseen),
             len(ids),
-            ", head.mask_source=attention" if mask_source == "alpha" else "",
+            "".join(f"{remedy}, " for remedy in remedies),
         )
 
 
