@@ -43,7 +43,7 @@ def merge(
     merged.data.root, remark = data_root(saved, Path(info["folder"]))
     if remark and not {"data", "data.root"} & {*keys}:
         print(printable(f"resume={path}: {remark}"), file=sys.stderr)
-    before = squared(deepcopy(merged))
+    before = deepcopy(merged)
     # options first: another data= brings its whole group, in which a key that is typed beside it holds
     for option in (override for override in overrides if override.key_or_group in (*CHOSEN, *USES)):
         _take_option(option, cfg, merged, path)
@@ -134,10 +134,8 @@ def _changes(before: DictConfig, merged: DictConfig, overrides: Sequence[Overrid
     """Return what the command line sets to something else than the checkpoint's run had, as `new in place of old`."""
     found = []
     for override in overrides:
-        name, group = override.key_or_group, override.key_or_group.split(".")[0]
+        name = override.key_or_group
         where = "choices." * (name in (*CHOSEN, *USES)) + name
-        if group not in SAVED and name != where:
-            continue
         old, new = (_at(each, where) for each in (before, merged))
         if new != old and not _one_place(old, new):
             found.append(f"{name}={shown(typed(new))} in place of {shown(typed(old))}")

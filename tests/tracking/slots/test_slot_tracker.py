@@ -243,7 +243,10 @@ class TestLaterObjects:
         labels[2] = wrong
         assert np.array_equal(follow(model_of(), self.frames, labels), plain)
 
-    def test_are_told_where_slots_do_not_see_them(self, caplog):
+    def test_are_told_where_slots_do_not_see_them(self, caplog, monkeypatch):
+        void = self.ids[0].copy()
+        void[:2] = 255
+        follow(model_of(), self.frames, first(void, 6))
         labels = first(self.ids[0], 6)
         follow(model_of(), self.frames, labels)
         assert not caplog.records
@@ -252,6 +255,14 @@ class TestLaterObjects:
         follow(model_of([RED, RED, GREY]), self.frames, labels)
         assert "Slots show no pixel of the first mask's object 1 (of 2): another one wins its cells" in caplog.text
         assert "Give slots=lock_on, a larger head.num_slots" in caplog.text and len(caplog.records) == 1
+        tracker = SlotTracker(model_of([RED, RED, GREY]), SlotTracking())
+        for number in range(2):  # a mask of a later frame says nothing of the first one's slots
+            tracker.track(self.frames[number : number + 1], [self.ids[number]])
+        assert len(caplog.records) == 2
+        none = lambda masks, size, valid: torch.zeros(size, dtype=torch.int64)  # noqa: E731
+        monkeypatch.setattr("dinoseg.tracking.slots.tracker.winners", none)
+        follow(model_of([GREY]), self.frames[:1], labels[:1], lock_on=True)
+        assert "objects 1, 2 (of 2)" in caplog.text and "Give a larger head.num_slots" in caplog.text
 
     def test_are_refused_when_no_slot_is_left(self):
         model = model_of([GREY, RED, BLUE])
