@@ -97,7 +97,7 @@ def test_heads_take_its_map_or_say_why_not(head):
     nodes = load("backbone=rgb", f"head={head}", "resolution.crop=[32,32]")
     backbone = OmegaConf.create(nodes).backbone
     if head in ("multiscale", "dpt"):
-        with pytest.raises(UserError, match="backbone.layers=.*this backbone has 1 blocks"):
+        with pytest.raises(UserError, match="backbone.layers=.*this backbone has 1"):
             instantiate(backbone)
         backbone.layers = [-1] * 4
     rgb = instantiate(backbone)
