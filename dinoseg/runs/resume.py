@@ -1,5 +1,6 @@
 """The config to go on with from a checkpoint: its own, with what the command line changes."""
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -148,8 +149,12 @@ def _at(cfg: DictConfig, key: str) -> Any:
 
 
 def _one_place(old: Any, new: Any) -> bool:
-    texts = isinstance(old, str) and isinstance(new, str)
-    return texts and Path(old).expanduser().resolve() == Path(new).expanduser().resolve()
+    if not (isinstance(old, str) and isinstance(new, str)):
+        return False
+    try:
+        return os.path.realpath(os.path.expanduser(old)) == os.path.realpath(os.path.expanduser(new))
+    except ValueError:  # no path has a null byte, and a file's value may
+        return False
 
 
 def _check_initial(given: Any, cfg: DictConfig, merged: DictConfig, path: Path) -> None:

@@ -20,7 +20,7 @@ from dinoseg.errors import UserError
 from dinoseg.runs import lookup
 from dinoseg.runs.folder import drop_parts, is_locked, lock, release
 from dinoseg.runs.recipe import _LATER, _without_later, config_description, data_root, recipe_of
-from dinoseg.runs.resume import merge
+from dinoseg.runs.resume import _one_place, merge
 from dinoseg.storage.tensor_files import write_tensors
 from dinoseg.training import checkpoint, loading
 
@@ -460,3 +460,19 @@ def test_keys_that_older_checkpoints_lack_count_where_they_say_something_else():
     assert _without_later({**old, "init": None, "deep_supervision": True}, "head") == old
     new = {**old, "views": 4, "feature_noise": 0.1}
     assert _without_later(new, "data") == new
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "same"),
+    [
+        ("/a/data", "/a/./data/", True),
+        ("~/data", str(Path.home() / "data"), True),
+        ("a\0b", "a", False),
+        ("~nobody-at-all/x", "x", False),
+        ("a" * 5000, "a", False),
+        (None, "a", False),
+        (["a"], "a", False),
+    ],
+)
+def test_one_place_may_be_written_in_several_ways(old, new, same):
+    assert _one_place(old, new) == same == _one_place(new, old)
