@@ -7,7 +7,8 @@ from dinoseg.choosing.facts import Facts
 from dinoseg.choosing.rules import LEAST_GAIN, LEAST_USES, MOST_VALIDATIONS, VALIDATING, VIEWS
 from dinoseg.choosing.timing import Seconds
 
-_SURE = 0.9  # of the time: what else runs on the machine comes and goes
+_SURE = 0.95  # of the time: what else runs on the machine comes and goes
+_FLOOR = 0.03  # of a training's time: mode=train holds it against its closed form
 _SCORING = 2.0  # validations: the scoring at the end draws pictures and a report beside
 
 
@@ -19,7 +20,7 @@ class Length:
         images: that are trained on, counted each time; below 1 where not even a validation fits.
         views: of each image, whose features are kept; None: new ones in each epoch.
         validations: beside the scoring at the end.
-        spent: seconds that pass beside the steps.
+        spent: seconds that pass beside the steps and the closed form.
     """
 
     images: int
@@ -42,7 +43,7 @@ def length_within(
     validation = facts.val_images * timed.val
     validations = max(1, min(MOST_VALIDATIONS, int(VALIDATING * seconds / max(validation, 1e-9))))
     spent = timed.start + (validations + _SCORING) * validation
-    left = _SURE * seconds - spent
+    left = (_SURE * seconds - spent) / (1 + _FLOOR)
     live = Length(int(left / timed.image), None, validations, spent)
     kept = [each for count in views if count is not None and (each := _kept(left, timed, facts, count, live))]
     if None not in views:

@@ -3,7 +3,7 @@
 import os
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
@@ -12,18 +12,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from dinoseg import build
+from dinoseg import build, criteria
 from dinoseg.choosing.rules import REST
 from dinoseg.config.nodes import instantiate
 from dinoseg.costs.trial import settled, try_steps
 from dinoseg.errors import UserError
-from dinoseg.inference.predictor import Predictor
 from dinoseg.model import Segmenter
 from dinoseg.regimes.choice import regime_of
 from dinoseg.shapes import Batch, FeatureBatch
 from dinoseg.training.engine import Engine
 from dinoseg.training.feature_cache.form import size_of
 from dinoseg.training.feature_choice import stored_as
+from dinoseg.training.validation import evaluate
 
 _STEPS, _WARMUP, _PREDICTED = 3, 1, 6
 _SHARE, _MOST = 0.015, 8.0  # of the time that is given, and seconds: for which steps go on
@@ -40,7 +40,7 @@ class Seconds:
         kept: the same from features that are kept; None: its model cannot be cut.
         frozen: what is frozen of a model, for an image, which is computed once where it is kept.
         bytes: that it takes to keep, of one view.
-        val: to predict an image, read from its file.
+        val: to validate an image, read from its file.
         resting: what `image` is while the backbone rests; None: it was not asked, or nothing of the backbone learns.
     """
 
@@ -141,12 +141,16 @@ def _cut(model: Segmenter, batch: Batch, engine: Engine) -> tuple[Any, float] | 
 
 
 def _seconds_of_val(cfg: Any, model: Segmenter, engine: Engine) -> float:
-    data = build.dataset(cfg, "val")
-    predictor = Predictor(model.eval(), engine.device, engine.autocast, instantiate(cfg.inference))
+    """Return what an image takes as it is validated: read, predicted, its loss and counts; some of them are."""
+    data, policy = build.dataset(cfg, "val"), instantiate(cfg.inference)
+    loss = criteria.unweighted(cfg).to(engine.device)
     places = np.linspace(0, len(data) - 1, min(_PREDICTED, len(data))).round().astype(int)  # may be of many sizes
-    seconds = []
-    for place in (places[0], *places):  # the first takes longer
+
+    def validated(some: Iterable[int]) -> float:
         began = time.perf_counter()
-        predictor.ids([np.ascontiguousarray(data[int(place)]["image"].permute(1, 2, 0).numpy())])
-        seconds.append(time.perf_counter() - began)
-    return statistics.mean(seconds[1:])
+        batches = (Batch.stack([data[int(place)]]) for place in some)
+        evaluate(model, data, engine, policy=policy, loss=loss, batches=batches)
+        return time.perf_counter() - began
+
+    validated(places[:1])  # the first takes longer
+    return validated(places) / len(places)

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,13 +18,14 @@ from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.scan.class_counts import class_counts
 from dinoseg.geometry import widths
 from dinoseg.heads.linear import LinearHead
+from dinoseg.inference.policy import Policy
 from dinoseg.model import Segmenter
 from dinoseg.probing.probe import Grid, Probe
 from dinoseg.regimes.images import ImageRegime
 from dinoseg.regimes.regime import Regime
-from dinoseg.shapes import SegmentationData
+from dinoseg.shapes import Batch, SegmentationData
 from dinoseg.training.engine import Engine
-from dinoseg.training.validation import evaluate
+from dinoseg.training.validation import Scored, evaluate
 from dinoseg.wording import count_of
 
 logger = logging.getLogger(__name__)
@@ -33,8 +34,8 @@ BELOW = 0.01  # of mIoU: less is chance among so few images
 _LEAST_SECONDS = 1.0  # below which nothing can be solved
 _FEW, _MOST = 16, 64  # images of each split
 _WIDEST = 1024  # numbers of a pixel; of more the last map alone is read, since solving takes their third power
-_PASSES = 3.5  # of the backbone, for each image of train and of val together: solved, scored, scored by the run
-_MORE_PASSES = 6.5  # to solve it with three other colours as well
+_SOLVED = 3.0  # times what it takes to score an image by a closed form: sums, choosing, solving, and the score
+_COLOURS = 3  # others, with which it is solved as well
 _TIMED = 4  # images of each split, by which the time of one is told
 _TIMING = 0.1  # of the time at most, or of fewer
 _GRID = {"strengths": (1e-3, 1e-2, 1e-1), "balances": (0.0, 0.5), "held_out": 0.2}
@@ -96,8 +97,9 @@ def held_against_floor(
         return None
     began = time.perf_counter()
     plain = _plain(cfg).to(engine.device).eval()
+    ways = _Way(model, regime.feed.policy), _Way(plain)
     images, has_time = engine.decided(
-        lambda: _affordable(plain, (train, val), engine, seconds - (time.perf_counter() - began))
+        lambda: _affordable(ways, (train, val), engine, seconds - (time.perf_counter() - began))
     )
     if images < min(_FEW, len(train), len(val)):
         logger.debug("no floor: in %.1f s there are %d images", seconds, images)
@@ -139,29 +141,48 @@ def _plain(cfg: DictConfig) -> Segmenter:
 
 
 def _affordable(
-    plain: Segmenter, splits: Sequence[SegmentationData], engine: Engine, seconds: float
+    ways: Sequence["_Way"], splits: Sequence[SegmentationData], engine: Engine, seconds: float
 ) -> tuple[int, bool]:
     """Return how many images of each split there is time for, by some of them; and whether for all there is.
 
     That is to solve the closed form with other colours, too. Images may be of many sizes: the first tells little.
+
+    Args:
+        ways: to score images, by the run and by a closed form.
+        splits: train and val.
+        engine: of the run.
+        seconds: for all.
     """
+    began = time.perf_counter()
     looked_at = [(data, place) for data in splits for place in _spaced(len(data), _TIMED)]
-    _pass(plain, *looked_at[0], engine)  # the first pass takes longer
-    began, spent, done = time.perf_counter(), 0.0, 0
+    for way in ways:
+        _score(way, *looked_at[0], engine)  # the first takes longer
+    spent, done = [0.0 for _ in ways], 0
     for data, place in looked_at[::2] + looked_at[1::2]:
-        _pass(plain, data, place, engine)
-        spent, done = time.perf_counter() - began, done + 1
-        if spent > _TIMING * seconds:
+        for index, way in enumerate(ways):
+            before = time.perf_counter()
+            _score(way, data, place, engine)
+            spent[index] += time.perf_counter() - before
+        done += 1
+        if sum(spent) > _TIMING * seconds:
             break
-    passes = (seconds - spent) * done / spent
-    images = int(passes / (_PASSES + _MORE_PASSES))
-    return (min(_MOST, images), True) if images >= _FEW else (min(_MOST, int(passes / _PASSES)), False)
+    of_run, of_plain = (each / done for each in spent)
+    left = seconds - (time.perf_counter() - began)
+    images, fewer = (int(left / (of_run + times * _SOLVED * of_plain)) for times in (1, 1 + _COLOURS))
+    return (min(_MOST, fewer), True) if fewer >= _FEW else (min(_MOST, images), False)
 
 
-def _pass(plain: Segmenter, data: SegmentationData, place: int, engine: Engine) -> None:
-    image = data[place]["image"][None].to(engine.device)
-    with torch.no_grad(), engine.autocast():
-        plain.backbone(plain.pixels(image))
+class _Way(NamedTuple):
+    """A model, and how it is asked; None: of whole images."""
+
+    model: Segmenter
+    policy: Policy | None = None
+
+
+def _score(way: _Way, data: SegmentationData, place: int, engine: Engine) -> None:
+    scored = Scored(way.model, data, engine, policy=way.policy)
+    with torch.no_grad(), scored.in_eval_mode():
+        scored.add(Batch.stack([data[place]]).to(engine.device))  # and no sum over ranks: one alone looks
     if engine.device.type == "cuda":
         torch.cuda.synchronize(engine.device)
 

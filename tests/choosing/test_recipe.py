@@ -502,7 +502,7 @@ def test_steps_of_a_backbone_that_rests_are_timed_where_it_learns(
     assert (timed.image, timed.resting) == (2.0, 1.0 if (adapter, may_rest) == ("full", True) else None)
 
 
-def test_a_prediction_is_timed_on_images_of_all_sizes(tmp_path, compose, monkeypatch):
+def test_a_validation_is_timed_on_images_of_all_sizes(tmp_path, compose, monkeypatch):
     from dinoseg import build
     from dinoseg.config.nodes import instantiate
 
@@ -510,19 +510,22 @@ def test_a_prediction_is_timed_on_images_of_all_sizes(tmp_path, compose, monkeyp
     for number in range(10):  # but for the last one small
         write_png(tmp_path / f"data/val/images/{number}.png", torch.zeros(4, 4, 3, dtype=torch.uint8).numpy())
         write_png(tmp_path / f"data/val/masks/{number}.png", torch.zeros(4, 4, dtype=torch.uint8).numpy())
-    clock = [0.0]
+    clock, asked = [0.0], []
 
-    def ids(predictor, images):
-        clock[0] += images[0].size
+    def evaluated(model, data, engine, *, policy, loss, batches):
+        asked.append((policy, loss))
+        clock[0] += sum(batch.image.numel() + batch.mask.numel() for batch in batches)
 
-    monkeypatch.setattr(timing.Predictor, "ids", ids)
+    monkeypatch.setattr(timing, "evaluate", evaluated)
     monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
     cfg = compose(*SMALL, f"data.root={tmp_path}/data")
     engine = instantiate(cfg.engine)
     names = build.dataset(cfg, "val").names
     large = [index for index, name in enumerate(names) if name == "10"]
     seconds = timing._seconds_of_val(cfg, build.model(cfg), engine)
-    assert large == [2] and seconds == pytest.approx((5 * 48 + 32 * 48 * 3) / 6)
+    assert large == [2] and seconds == pytest.approx((5 * 64 + 32 * 48 * 4) / 6)
+    assert [type(policy) for policy, _ in asked] == [type(instantiate(cfg.inference))] * 2
+    assert all(loss is not None for _, loss in asked)
 
 
 @pytest.mark.heavy

@@ -15,6 +15,7 @@ from dinoseg.diagnosis import causes, floor
 from dinoseg.diagnosis.floor import Held, held_against_floor, solved
 from dinoseg.errors import UserError
 from dinoseg.images import write_png
+from dinoseg.inference.whole import Whole
 from dinoseg.probing.probe import Probe
 from dinoseg.regimes.images import ImageRegime
 from dinoseg.training.validation import evaluate
@@ -76,9 +77,14 @@ def test_no_floor_where_there_is_no_time_or_nothing_to_solve(world, compose, mon
     assert held_against_floor(cfg, regime, engine, model, seconds=9.0) is None
 
 
+def ways_of(found):
+    return floor._Way(found.model, Whole()), floor._Way(found.plain)
+
+
 def test_images_are_as_many_as_the_time_is_for(held, affordable=floor._affordable):
     found = held()
-    slow = [affordable(found.plain, (found.train, found.val), found.engine, seconds) for seconds in (0.0, -1.0, 1e9)]
+    splits = found.train, found.val
+    slow = [affordable(ways_of(found), splits, found.engine, seconds) for seconds in (0.0, -1.0, 1e9)]
     assert slow == [(slow[0][0], False), (slow[1][0], False), (64, True)] and slow[1][0] <= slow[0][0] <= 0
     assert [len(floor._some(found.train, count)) for count in (1, 2, 5, 64)] == [1, 2, 5, 8]
 
@@ -87,17 +93,20 @@ def test_time_is_told_from_images_of_all_sizes(held, monkeypatch, affordable=flo
     found, clock = held(), [0.0]
     seconds = [1, 8, 8, 8, 1, 8, 8]  # of each image: the first is small
 
-    def passed(plain, data, place, engine):
-        clock[0] += seconds[place]
+    def scored(way, data, place, engine):
+        clock[0] += seconds[place] * (1 if way.policy is None else 3)  # the run's head takes longer
 
-    monkeypatch.setattr(floor, "_pass", passed)
+    monkeypatch.setattr(floor, "_score", scored)
     monkeypatch.setattr(floor.time, "perf_counter", lambda: clock[0])
-    splits = [range(7), range(7)]  # of which 0, 2, 4 and 6 are looked at: 4.5 s each
-    assert affordable(found.plain, splits, found.engine, 36 + 4.5 * 3.5 * 20.1) == (20, False)
-    assert affordable(found.plain, splits, found.engine, 36 + 4.5 * 10 * 20.1) == (20, True)
+    ways, splits = ways_of(found), [range(7), range(7)]  # of which 0, 2, 4 and 6 are looked at: 4.5 s each
+    looking = 4 * (1 + 2 * 4 * 4.5)
+    monkeypatch.setattr(floor, "_TIMING", 1.0)  # all that are looked at
+    assert affordable(ways, splits, found.engine, looking + 4.5 * (3 + 3) * 20.1) == (20, False)
+    assert affordable(ways, splits, found.engine, looking + 4.5 * (3 + 4 * 3) * 20.1) == (20, True)
     clock[0] = 0
-    affordable(found.plain, splits, found.engine, 5)
-    assert clock[0] <= 1 + 8  # no longer than it is for
+    monkeypatch.setattr(floor, "_TIMING", 0.1)
+    affordable(ways, splits, found.engine, 5)
+    assert clock[0] <= 4 * (1 + 8)  # no longer than it is for
 
 
 def test_a_class_that_training_lacks_is_named_with_what_it_costs(held, world, tmp_path):
