@@ -88,6 +88,13 @@ def launch(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> Any:
     except UserError:
         drop_bare(run_folder)
         raise
+    except (MemoryError, RuntimeError) as error:
+        from dinoseg.inference.memory import shortage_of  # which brings torch
+
+        if (short := shortage_of(error)) is None:
+            raise
+        drop_bare(run_folder)
+        raise short from error
     except KeyboardInterrupt as stop:
         drop_empty(out_dir)  # of one that was stopped while its recipe was chosen
         number = stop.number if isinstance(stop, Interrupted) else signal.SIGINT

@@ -331,3 +331,12 @@ def test_show_the_composed_config(place):
     done = call(place, *TRAIN, "--cfg", "job")
     assert done.status == 0 and "_target_: dinoseg.training.fit.fit" in done.out and "steps: 2" in done.out
     assert not (place / "outputs").exists()
+
+
+def test_a_model_that_no_memory_holds_is_one_message(place):
+    said = refused(
+        place, *TRAIN, "data.root=data", "head=detail", "head.layers=[-1]", f"head.fine={10**9}", "hydra.run.dir=R"
+    )
+    assert said.startswith("error: Memory did not suffice (Storage size calculation overflowed with sizes=[")
+    assert "). Free some. A training takes less with a smaller backbone, head or batch: mode=plan says what" in said
+    assert len(said.splitlines()) == 1 and not (place / "R").exists()

@@ -16,16 +16,15 @@ from dinoseg.choosing import rules
 from dinoseg.choosing.facts import Facts, facts_of, headline
 from dinoseg.choosing.given import left_of
 from dinoseg.choosing.length import Length, length_within
+from dinoseg.choosing.memory import Memory
 from dinoseg.choosing.rules import Case, Choice
 from dinoseg.choosing.timing import Seconds, time_recipe
 from dinoseg.config.checks import check_given
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.plain import plain
-from dinoseg.costs.fitting import Fitting
-from dinoseg.costs.target import KINDS, Target
 from dinoseg.costs.trial import check_alone
 from dinoseg.errors import UserError
-from dinoseg.inference.memory import OutOfMemory, free_bytes
+from dinoseg.inference.memory import OutOfMemory
 from dinoseg.processes.workers import in_own_process
 from dinoseg.ranges import Range
 from dinoseg.training.engine import Engine
@@ -60,13 +59,14 @@ class Chooser:
         compose: gives the whole config with choices, under what was typed.
         given: keys and groups that were typed, which are taken as they are.
         minutes: for everything, from now on.
+        tell: takes what is done next, in words.
 
     Attributes:
         about: what was chosen for, in words; known once that is done.
     """
 
-    def __init__(self, compose: Compose, given: frozenset[str], minutes: Minutes) -> None:
-        self.compose, self.given = compose, given
+    def __init__(self, compose: Compose, given: frozenset[str], minutes: Minutes, tell: Callable[[str], None]) -> None:
+        self.compose, self.given, self.tell = compose, given, tell
         self.about = ""
         self._ends, self._minutes = monotonic() + 60 * minutes, minutes
         self.cfg = compose(())
@@ -80,6 +80,7 @@ class Chooser:
         drawn = {key: self.cfg.data[key] for key in ("batch_size", "views", "class_mix")}
         check_given("dinoseg.training.image_feed.ImageFeed", drawn, {key: f"data.{key}" for key in drawn})
         self.engine: Engine = instantiate(self.cfg.engine, instead={"devices": 1})
+        self.memory = Memory(self.engine, given)
 
     def choose(self) -> list[Choice]:
         """Return the choices, in the order in which they were made; those too that were typed otherwise.
@@ -177,10 +178,13 @@ class Chooser:
         return able and not typed and case.sees_pixels and case.smaller == 1
 
     def _tried(self, choices: Sequence[Choice], case: Case) -> Tried:
-        trial = rules.batch(0, case.facts, self.cfg.engine.devices)  # of as few at once as may be chosen
+        trial = self._least_batch(case)
         cfg = self._composed([*choices, trial])
-        choices = [*choices, _zoom(cfg), *self._fitting(cfg)]
+        choices = [*choices, _zoom(cfg), *self.memory.changes(cfg)]
         cfg = self._composed([trial, *choices])
+        height, width = cfg.resolution.crop
+        way = f"adapter={cfg.choices.adapter} head={cfg.choices.head}"
+        self.tell(f"measures steps of {way} on crops of {height} x {width} (height x width)")
         time = partial(time_recipe, minutes=self._minutes, may_rest=self._may_rest(case))
         if (timed := in_own_process(time, plain(cfg))) is None:
             raise OutOfMemory("Memory did not suffice for a few steps. mode=plan says what fits.")
@@ -191,44 +195,24 @@ class Chooser:
         views = self._possible_views(cfg, timed, facts)
         return length_within(self._ends - monotonic(), timed, facts, views=views)
 
-    def _fitting(self, cfg: DictConfig) -> list[Choice]:
-        """Return what has to change so that a step fits the free memory, as mode=plan would say; nothing typed does."""
-        fitting, free = self._need(cfg)
-        if fitting is None or fitting.as_it_is.need <= free:
-            return []
-        found = fitting.found()
-        if found is None:
-            raise OutOfMemory(
-                f"A training step takes about {fitting.least.need / 2**30:.1f} GiB at least, and "
-                f"{free / 2**30:.1f} GiB are free. Give a smaller resolution.crop, backbone or adapter."
-            )
-        changes = [change for change in found.changes if self.given.isdisjoint(change.words)]
-        return [Choice(change.words, f"to fit {free / 2**30:.1f} GiB: {change.reason}") for change in changes]
-
-    def _need(self, cfg: DictConfig) -> tuple[Fitting | None, float]:
-        """Return what a step needs, and the bytes that are free; None where that is not known."""
-        kind, free = self.engine.device.type, free_bytes(self.engine.device)
-        if kind not in KINDS or math.isinf(free) or cfg.engine.sharding != "none":
-            return None, free
-        target = Target(kind, round(free), bf16=self.engine.bf16, world=cfg.engine.devices)
-        return Fitting(cfg, target, may_change_model="adapter" not in self.given), free
-
     def _batch(self, tried: Tried, by_data: Sequence[Choice], case: Case) -> Iterator[Choice]:
         """Yield how many images are taken at once, where memory has not decided it: no more than fit."""
         if any("data.batch_size" in choice.words for choice in tried.choices):
             return
         sized = partial(rules.batch, tried.length.images, case.facts, self.cfg.engine.devices)
         sized = partial(sized, accumulate=tried.cfg.trainer.accumulate)
-        wanted, smallest = sized(), rules.batch(0, case.facts, self.cfg.engine.devices)  # which was tried
+        wanted, tried_with = sized(), self._least_batch(case)
         for most in rules.BATCHES:
             choice = sized(most=most)
-            if choice.words == smallest.words:
+            if choice.words == tried_with.words:
                 break
-            fitting, free = self._need(self._composed([*by_data, *tried.choices, choice]))
-            if fitting is None or fitting.as_it_is.need <= free:
+            if self.memory.fits(self._composed([*by_data, *tried.choices, choice])):
                 break
         less = "" if choice.words == wanted.words else f"; {wanted.words['data.batch_size']} would not fit the memory"
         yield replace(choice, reason=f"{choice.reason}{less}")
+
+    def _least_batch(self, case: Case) -> Choice:
+        return rules.batch(0, case.facts, self.cfg.engine.devices)
 
     def _possible_views(self, cfg: DictConfig, timed: Seconds, facts: Facts) -> list[int | None]:
         if "data.views" in self.given:
@@ -277,7 +261,7 @@ class Chooser:
             {"trainer.steps": steps, "trainer.val_every": math.ceil(steps / tried.length.validations)},
             f"{(self._ends - monotonic()) / 60:.1f} of {self._minutes:g} minutes are left, "
             f"{tried.length.spent:.0f} s of them for the start, {count_of(tried.length.validations, 'validation')} and "
-            "the scoring",
+            "the scoring; 3% are for the closed form, 5% stay free",
         )
 
     def _composed(self, choices: Sequence[Choice]) -> DictConfig:

@@ -8,7 +8,7 @@ from dinoseg.choosing.rules import LEAST_GAIN, LEAST_USES, MOST_VALIDATIONS, VAL
 from dinoseg.choosing.timing import Seconds
 
 _SURE = 0.95  # of the time: what else runs on the machine comes and goes
-_FLOOR = 0.03  # of a training's time: mode=train holds it against its closed form
+_FLOOR = 0.03  # of a training's time: mode=train's own share to hold it against its closed form
 _SCORING = 2.0  # validations: the scoring at the end draws pictures and a report beside
 
 

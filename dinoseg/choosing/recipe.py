@@ -81,9 +81,9 @@ def chosen(cfg: DictConfig, words: Sequence[str], *, first: bool) -> Recipe:
         with _one_at_a_time(path):
             kept = read_choices(path)
             if kept is None:
-                print(f"hparam=auto looks at data and machine first, of budget.minutes={minutes:g}", file=sys.stderr)
+                _tell(f"looks at data and machine: budget.minutes={minutes:g} count from now")
                 with _alone():
-                    chooser = Chooser(lambda some: _composed(words, "trying", some), given, minutes)
+                    chooser = Chooser(lambda some: _composed(words, "trying", some), given, minutes, _tell)
                     choices = chooser.choose()
                 kept, source = (chooser.about, choices), "chosen now"
                 _keep(path, *kept)
@@ -96,6 +96,10 @@ def chosen(cfg: DictConfig, words: Sequence[str], *, first: bool) -> Recipe:
         print(printable(f"hparam=auto: {about}; {source}:\n\n" + "\n".join(told(choices))))
     typed = [word for word in words if _root(word.lstrip("+~").partition("=")[0]) not in ("budget", "hparam", "resume")]
     return Recipe(_composed(words, about, choices), recipe_text(about, choices), typed)
+
+
+def _tell(doing: str) -> None:
+    print(printable(f"hparam=auto {doing}"), file=sys.stderr)
 
 
 def _composed(words: Sequence[str], about: str, choices: Sequence[Choice]) -> DictConfig:

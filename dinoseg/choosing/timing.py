@@ -1,4 +1,4 @@
-"""What a recipe takes on this machine: some of its own steps and predictions, in a process of its own."""
+"""What a recipe takes on this machine: some of its own steps and validated images, in a process of its own."""
 
 import os
 import statistics
@@ -25,7 +25,7 @@ from dinoseg.training.feature_cache.form import size_of
 from dinoseg.training.feature_choice import stored_as
 from dinoseg.training.validation import evaluate
 
-_STEPS, _WARMUP, _PREDICTED = 3, 1, 6
+_STEPS, _WARMUP, _VALIDATED = 3, 1, 6
 _SHARE, _MOST = 0.015, 8.0  # of the time that is given, and seconds: for which steps go on
 RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # of the environment: what makes a process one of several
 
@@ -144,7 +144,7 @@ def _seconds_of_val(cfg: Any, model: Segmenter, engine: Engine) -> float:
     """Return what an image takes as it is validated: read, predicted, its loss and counts; some of them are."""
     data, policy = build.dataset(cfg, "val"), instantiate(cfg.inference)
     loss = criteria.unweighted(cfg).to(engine.device)
-    places = np.linspace(0, len(data) - 1, min(_PREDICTED, len(data))).round().astype(int)  # may be of many sizes
+    places = np.linspace(0, len(data) - 1, min(_VALIDATED, len(data))).round().astype(int)  # may be of many sizes
 
     def validated(some: Iterable[int]) -> float:
         began = time.perf_counter()

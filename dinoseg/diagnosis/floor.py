@@ -7,6 +7,8 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
+from statistics import mean
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -99,7 +101,7 @@ def held_against_floor(
     plain = _plain(cfg).to(engine.device).eval()
     ways = _Way(model, regime.feed.policy), _Way(plain)
     images, has_time = engine.decided(
-        lambda: _affordable(ways, (train, val), engine, seconds - (time.perf_counter() - began))
+        lambda: _affordable(*ways, (train, val), engine, seconds - (time.perf_counter() - began))
     )
     if images < min(_FEW, len(train), len(val)):
         logger.debug("no floor: in %.1f s there are %d images", seconds, images)
@@ -141,34 +143,31 @@ def _plain(cfg: DictConfig) -> Segmenter:
 
 
 def _affordable(
-    ways: Sequence["_Way"], splits: Sequence[SegmentationData], engine: Engine, seconds: float
+    run: "_Way", plain: "_Way", splits: Sequence[SegmentationData], engine: Engine, seconds: float
 ) -> tuple[int, bool]:
     """Return how many images of each split there is time for, by some of them; and whether for all there is.
 
     That is to solve the closed form with other colours, too. Images may be of many sizes: the first tells little.
 
     Args:
-        ways: to score images, by the run and by a closed form.
+        run: scores images of val.
+        plain: scores images of both splits, as a closed form does.
         splits: train and val.
         engine: of the run.
         seconds: for all.
     """
     began = time.perf_counter()
-    looked_at = [(data, place) for data in splits for place in _spaced(len(data), _TIMED)]
-    for way in ways:
-        _score(way, *looked_at[0], engine)  # the first takes longer
-    spent, done = [0.0 for _ in ways], 0
-    for data, place in looked_at[::2] + looked_at[1::2]:
-        for index, way in enumerate(ways):
-            before = time.perf_counter()
-            _score(way, data, place, engine)
-            spent[index] += time.perf_counter() - before
-        done += 1
-        if sum(spent) > _TIMING * seconds:
+    train, val = ([(data, place) for place in _spaced(len(data), _TIMED)] for data in splits)
+    for way in (run, plain):
+        _score(way, val[0], engine)  # the first takes longer
+    of_run, of_plain = list[float](), list[float]()
+    for one, other in zip_longest(train[::2] + train[1::2], val[::2] + val[1::2]):
+        of_plain += [_score(plain, each, engine) for each in (one, other) if each]
+        of_run += [_score(run, other, engine)] if other else []
+        if sum(of_run) + sum(of_plain) > _TIMING * seconds:
             break
-    of_run, of_plain = (each / done for each in spent)
-    left = seconds - (time.perf_counter() - began)
-    images, fewer = (int(left / (of_run + times * _SOLVED * of_plain)) for times in (1, 1 + _COLOURS))
+    left, each = seconds - (time.perf_counter() - began), _SOLVED * mean(of_plain)
+    images, fewer = (int(left / (mean(of_run) + times * each)) for times in (1, 1 + _COLOURS))
     return (min(_MOST, fewer), True) if fewer >= _FEW else (min(_MOST, images), False)
 
 
@@ -179,12 +178,16 @@ class _Way(NamedTuple):
     policy: Policy | None = None
 
 
-def _score(way: _Way, data: SegmentationData, place: int, engine: Engine) -> None:
+def _score(way: _Way, image: tuple[SegmentationData, int], engine: Engine) -> float:
+    """Return the seconds in which an image is read and scored; ranks are not waited for, since one alone asks."""
+    began = time.perf_counter()
+    data, place = image
     scored = Scored(way.model, data, engine, policy=way.policy)
     with torch.no_grad(), scored.in_eval_mode():
-        scored.add(Batch.stack([data[place]]).to(engine.device))  # and no sum over ranks: one alone looks
+        scored.add(Batch.stack([data[place]]).to(engine.device))
     if engine.device.type == "cuda":
         torch.cuda.synchronize(engine.device)
+    return time.perf_counter() - began
 
 
 def _spaced(length: int, count: int) -> list[int]:

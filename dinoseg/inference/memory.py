@@ -30,7 +30,10 @@ _FILES = (
 
 
 # what libraries say, as a RuntimeError, where memory cannot be had
-_SHORT = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "ALLOC_FAILED")
+_SHORT = (
+    *("can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "ALLOC_FAILED"),
+    "Storage size calculation overflowed",  # of a tensor that no memory would hold
+)
 
 
 class OutOfMemory(UserError):
@@ -44,7 +47,18 @@ def tells_shortage(error: Exception) -> bool:
 
 def reason_of(shortage: Exception) -> str:
     """Return what a library says of memory that could not be had, in a line."""
-    return (str(shortage) or "none left").splitlines()[0]
+    lines = str(shortage).splitlines() or ["none left"]
+    return next((line for line in lines if any(words in line for words in _SHORT)), lines[0]).strip()
+
+
+def shortage_of(error: Exception) -> OutOfMemory | None:
+    """Return what to raise for an error that says that memory could not be had; None for others."""
+    if not tells_shortage(error):
+        return None
+    return OutOfMemory(
+        f"Memory did not suffice ({reason_of(error)}). Free some. A training takes less with a smaller backbone, head "
+        "or batch: mode=plan says what would fit."
+    )
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from dinoseg.training.loading import Checkpoint, casts
 from dinoseg.wording import count_of, listed, shown
 
 logger = logging.getLogger(__name__)
-_NEEDED = "needed"  # what a recipe says that begins with a run of the user's, which has to be named
+_NEEDED = "needed from "  # and a recipe's name: what one says that begins with a run of the user's
 _UPDATES = ".lora_"  # in the names of what LoRA adds to a layer
 _BASE = ".base_layer."  # in the names of what was there before
 
@@ -68,10 +68,11 @@ def has_initial(cfg: DictConfig) -> bool:
     """
     if cfg.resume is not None:
         return False
-    if cfg.init == _NEEDED:
+    if str(cfg.init).startswith(_NEEDED):
+        recipe = str(cfg.init).removeprefix(_NEEDED)
         raise UserError(
-            f"hparam={cfg.choices.hparam} begins with the weights of another run, which its file says more of. Give "
-            "init=RUN, that one's folder, or init=null to begin without."
+            f"hparam={cfg.choices.hparam} begins with the weights of a run by hparam={recipe}: train that one first. "
+            "Then give init=RUN, its run folder; or init=null to begin without."
         )
     return cfg.init is not None
 

@@ -408,7 +408,7 @@ def test_choices_that_cannot_be_kept_are_taken_all_the_same(folder, monkeypatch)
 
 
 def test_the_memory_that_is_free_decides_too(folder, monkeypatch):
-    monkeypatch.setattr("dinoseg.choosing.choice.free_bytes", lambda device: 1000)
+    monkeypatch.setattr("dinoseg.choosing.memory.free_bytes", lambda device: 1000)
     done = call(folder, *AUTO, FEW, "budget.minutes=0.2", "hydra.run.dir=R")
     assert done.status == 1 and "GiB at least, and 0.0 GiB are free" in done.err
 
@@ -418,7 +418,7 @@ def chosen_with(folder, monkeypatch):
     """Return a function that chooses where a step needs what `of` says of config and samples; 100 bytes are free."""
     write_data(folder / "large", train=25, size=(64, 64))
     monkeypatch.setattr("dinoseg.launch.run_mode", lambda cfg, out_dir: None)
-    monkeypatch.setattr("dinoseg.choosing.choice.free_bytes", lambda device: 100)
+    monkeypatch.setattr("dinoseg.choosing.memory.free_bytes", lambda device: 100)
     monkeypatch.setattr("dinoseg.costs.target.Target.need", lambda target, step: step)
 
     def choose(of, *words):
@@ -461,7 +461,10 @@ def test_what_is_timed_knows_the_minutes_typed_or_not(folder, monkeypatch, words
     monkeypatch.setattr("dinoseg.choosing.choice.in_own_process", lambda work, _: asked.append(work.keywords) or TIMED)
     done = call(folder, *AUTO, "mode=plan", "mode.dry_step=false", *words, "hydra.run.dir=R")
     assert done.status == 0, done.err
-    assert [each["minutes"] for each in asked] == [minutes] and f"of budget.minutes={minutes}\n" in done.err
+    assert [each["minutes"] for each in asked] == [minutes]
+    told = [f"looks at data and machine: budget.minutes={minutes} count from now"]
+    told += ["measures steps of adapter=frozen head=linear on crops of 32 x 48 (height x width)"]
+    assert [line for line in done.err.splitlines() if "hparam=auto" in line] == [f"hparam=auto {each}" for each in told]
 
 
 @pytest.mark.heavy

@@ -14,6 +14,7 @@ from dinoseg.config.nodes import instantiate
 from dinoseg.diagnosis import causes, floor
 from dinoseg.diagnosis.floor import Held, held_against_floor, solved
 from dinoseg.errors import UserError
+from dinoseg.heads.linear import LinearHead
 from dinoseg.images import write_png
 from dinoseg.inference.whole import Whole
 from dinoseg.probing.probe import Probe
@@ -73,8 +74,13 @@ def test_no_floor_where_there_is_no_time_or_nothing_to_solve(world, compose, mon
     regime, model = ImageRegime(cfg, engine), build.model(cfg)
     assert held_against_floor(cfg, regime, engine, model, seconds=0.5) is None
     assert held_against_floor(cfg, object(), engine, model, seconds=9.0) is None
-    monkeypatch.setattr(floor, "_affordable", lambda *_: (1, False))
+    asked = []
+    monkeypatch.setattr(floor, "_affordable", lambda *given: asked.append(given) or (1, False))
     assert held_against_floor(cfg, regime, engine, model, seconds=9.0) is None
+    (run, policy), (plain, whole), splits, _, seconds = asked[0]
+    assert run is model and policy is regime.feed.policy is not None
+    assert isinstance(plain.head, LinearHead) and whole is None
+    assert splits == (regime.feed.train, regime.feed.val) and 0 < seconds < 9.0  # less what was built until then
 
 
 def ways_of(found):
@@ -84,29 +90,53 @@ def ways_of(found):
 def test_images_are_as_many_as_the_time_is_for(held, affordable=floor._affordable):
     found = held()
     splits = found.train, found.val
-    slow = [affordable(ways_of(found), splits, found.engine, seconds) for seconds in (0.0, -1.0, 1e9)]
+    slow = [affordable(*ways_of(found), splits, found.engine, seconds) for seconds in (0.0, -1.0, 1e9)]
     assert slow == [(slow[0][0], False), (slow[1][0], False), (64, True)] and slow[1][0] <= slow[0][0] <= 0
     assert [len(floor._some(found.train, count)) for count in (1, 2, 5, 64)] == [1, 2, 5, 8]
 
 
 def test_time_is_told_from_images_of_all_sizes(held, monkeypatch, affordable=floor._affordable):
     found, clock = held(), [0.0]
-    seconds = [1, 8, 8, 8, 1, 8, 8]  # of each image: the first is small
+    train, val = [1, 8, 8, 8, 1, 8, 8], [2, 9, 16, 9, 2, 9, 16]  # seconds of each image: the first is small
 
-    def scored(way, data, place, engine):
-        clock[0] += seconds[place] * (1 if way.policy is None else 3)  # the run's head takes longer
+    def scored(way, image, engine):
+        data, place = image
+        taken = data[place] * (1 if way.policy is None else 3)  # the run's head takes longer
+        clock[0] += taken
+        return taken
 
     monkeypatch.setattr(floor, "_score", scored)
     monkeypatch.setattr(floor.time, "perf_counter", lambda: clock[0])
-    ways, splits = ways_of(found), [range(7), range(7)]  # of which 0, 2, 4 and 6 are looked at: 4.5 s each
-    looking = 4 * (1 + 2 * 4 * 4.5)
+    ways = ways_of(found)  # of the images 0, 2, 4 and 6 are looked at: 4.5 s each in train, 9 s in val
+    looking, plain, run = 4 * 2 + 4 * (4.5 + 4 * 9), (4.5 + 9) / 2, 3 * 9
     monkeypatch.setattr(floor, "_TIMING", 1.0)  # all that are looked at
-    assert affordable(ways, splits, found.engine, looking + 4.5 * (3 + 3) * 20.1) == (20, False)
-    assert affordable(ways, splits, found.engine, looking + 4.5 * (3 + 4 * 3) * 20.1) == (20, True)
+    assert affordable(*ways, (train, val), found.engine, looking + (run + 3 * plain) * 20.1) == (20, False)
+    assert affordable(*ways, (train, val), found.engine, looking + (run + 4 * 3 * plain) * 20.1) == (20, True)
+    assert affordable(*ways, (train, val[:1]), found.engine, 4 * 2 + 4 * 4.5 + 4 * 2 + 9000) == (64, True)
     clock[0] = 0
     monkeypatch.setattr(floor, "_TIMING", 0.1)
-    affordable(ways, splits, found.engine, 5)
-    assert clock[0] <= 4 * (1 + 8)  # no longer than it is for
+    affordable(*ways, (train, val), found.engine, 5)
+    assert clock[0] == 4 * 2 + 1 + 4 * 2  # no longer than it is for: one image of each
+
+
+def test_an_image_is_timed_as_it_is_scored_and_no_rank_waited_for(held, monkeypatch):
+    found = held()
+    asked, modes = [], []
+
+    class Recorded(Whole):
+        def bands(self, model, *given, **named):
+            asked.append(model)
+            modes.append(model.training)
+            return super().bands(model, *given, **named)
+
+    monkeypatch.setattr(type(found.engine), "sum", pytest.fail)
+    found.model.train()
+    assert floor._score(floor._Way(found.model, Recorded()), (found.val, 1), found.engine) > 0
+    assert asked == [found.model] and modes == [False] and found.model.training
+
+
+def test_other_colours_are_as_many_as_time_is_told_for():
+    assert len(causes.COLOURS) - 1 == floor._COLOURS
 
 
 def test_a_class_that_training_lacks_is_named_with_what_it_costs(held, world, tmp_path):

@@ -208,11 +208,15 @@ def test_the_run_that_it_begins_with_is_part_of_a_recipe(folder):
     assert done.status == 0 and "init=first: " in done.err, done.err
 
 
-def test_a_recipe_that_goes_on_from_another_asks_for_its_run(compose):
-    words = ("hparam=slots_clips", "mode=train", "data.root=movi")
+@pytest.mark.parametrize(
+    ("recipe", "first"), [("slots_clips", "slots_rendered"), ("detail/camvid_full", "detail/camvid")]
+)
+def test_a_recipe_that_goes_on_from_another_asks_for_its_run(compose, recipe, first):
+    words = (f"hparam={recipe}", "mode=train", "data.root=movi")
     cfg = compose(*words)
-    with pytest.raises(UserError, match="hparam=slots_clips begins with the weights of another run, .*init=null"):
+    with pytest.raises(UserError, match=f"begins with the weights of a run by hparam={first}: .*init=null"):
         train.check(cfg)
+    assert compose("mode=train", f"hparam={first}", "data.root=movi").init is None
     train.check(compose(*words, "init=null"))
     assert not has_initial(compose(*words, "resume=run"))
 

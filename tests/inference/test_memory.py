@@ -1,0 +1,25 @@
+"""What is said where memory cannot be had."""
+
+import pytest
+
+from dinoseg.inference.memory import OutOfMemory, shortage_of
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (MemoryError(), "none left"),
+        (
+            RuntimeError("Caught RuntimeError in worker 0.\n  Traceback\n  out of memory: 7 GiB\n"),
+            "out of memory: 7 GiB",
+        ),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9"), "[enforce fail] DefaultCPUAllo"),
+    ],
+)
+def test_a_shortage_is_told_by_the_line_that_tells_it(error, reason):
+    found = shortage_of(error)
+    assert isinstance(found, OutOfMemory) and str(found).startswith(f"Memory did not suffice ({reason}")
+
+
+def test_other_errors_are_no_shortage():
+    assert shortage_of(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
