@@ -131,7 +131,7 @@ def _enter_folder(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> t
             drop_empty(out_dir)
         goes_on = _goes_on(cfg, new)
         run_folder = new if goes_on else claim(new)
-        if run_folder != new:
+        if run_folder != new and not _OWN_NAME.fullmatch(new.name):  # typed: of two in one second nobody chose a name
             said = f"hydra.run.dir={new} holds another run, which stays: this one is in {run_folder}"
             print(printable(said), file=sys.stderr)
         if goes_on:

@@ -259,6 +259,7 @@ def test_names_of_files_work_as_they_are(place, name):
     assert "mIoU" in done.out
 
 
+@pytest.mark.heavy
 def test_every_key_of_a_file_takes_any_name(tmp_path, compose):
     odd = "a (1), [2] = {3}"
     assert words.FILES > {"resume", "labels", "mode.restart", "input", "data.root"}

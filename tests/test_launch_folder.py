@@ -25,6 +25,12 @@ def test_an_evaluation_lies_below_its_recipe(tmp_path):
         assert done.status == 0, done.err
         assert len(list(tmp_path.glob(f"outputs/camvid/{mode}_*"))) == 1
     assert [path.name for path in (tmp_path / "outputs").iterdir() if path.name[0] != "."] == ["camvid"]
+    named = "outputs/camvid/predict_2026-01-02_03-04-05"  # as two are that begin in one second
+    for folder in (named, f"{named}_2"):
+        done = call(
+            tmp_path, "mode=predict", "resume=run", "input=data/val/images", "engine=cpu", f"hydra.run.dir={named}"
+        )
+        assert done.status == 0 and "another run" not in done.err and (tmp_path / folder).is_dir(), done.err
 
 
 def test_a_folder_that_is_taken_and_what_a_run_goes_on_with_are_said(tmp_path):

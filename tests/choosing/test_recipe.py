@@ -142,6 +142,7 @@ def test_images_of_a_step_in_parts_count_against_the_time(folder):
     assert 100 < cfg.trainer.steps * 3 * cfg.data.batch_size * TIMED.image < 180
 
 
+@pytest.mark.heavy
 def test_a_run_goes_on_with_what_was_chosen_for_it(folder, monkeypatch):
     words = (*AUTO, "budget.minutes=0.2")
     first = call(folder, *words, FEW)
@@ -204,6 +205,7 @@ def test_what_cannot_be_chosen_is_refused_and_leaves_nothing(folder, words, said
     assert not (folder / "R").exists()
 
 
+@pytest.mark.heavy
 def test_a_class_without_a_pixel_is_named_before_anything_is_trained(folder):
     done = call(folder, *AUTO, FEW, "data.classes=[dark,bright,lamp]", "budget.minutes=0.2", "hydra.run.dir=R")
     assert done.status == 0 and "3 classes; without a pixel in train: lamp; 0.2 min" in done.out, done.out + done.err
@@ -455,7 +457,9 @@ def test_memory_changes_no_adapter_that_was_typed(chosen_with):
         chosen_with(of, "adapter=full")
 
 
-@pytest.mark.parametrize(("words", "minutes"), [((), 30), (("budget.minutes=9",), 9)])
+@pytest.mark.parametrize(
+    ("words", "minutes"), [((), 30), pytest.param(("budget.minutes=9",), 9, marks=pytest.mark.heavy)]
+)
 def test_what_is_timed_knows_the_minutes_typed_or_not(folder, monkeypatch, words, minutes):
     asked = []
     monkeypatch.setattr("dinoseg.choosing.choice.in_own_process", lambda work, _: asked.append(work.keywords) or TIMED)

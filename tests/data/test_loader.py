@@ -129,6 +129,7 @@ def test_a_killed_worker_is_told():
         take(batches, 20)
 
 
+@pytest.mark.heavy
 def test_workers_end_with_the_iterator():
     before = multiprocessing.active_children()  # of other tests
     batches = train_batches(Pictures(SIZES), AUGMENT, batch_size=2, seed=0, workers=2)

@@ -326,6 +326,7 @@ def test_a_build_may_be_stopped_again_and_again(data, cache, stop_after, monkeyp
     assert [line.split()[2] for line in caplog.messages if line.startswith("going on")] == ["2", "4", "4"]
 
 
+@pytest.mark.heavy
 def test_a_killed_build_goes_on(data, cache, tmp_path):
     """A build with processes is killed by the system, in the midst; none of its processes stays."""
     write(tmp_path / "data", {f"n{i:02}": (60, 80) for i in range(30)})
@@ -463,6 +464,7 @@ def test_files_that_change_meanwhile_are_not_packed(data, cache, tmp_path, monke
     assert not list(cache.glob("packed_*"))
 
 
+@pytest.mark.heavy
 def test_bad_files_are_all_named_and_the_others_packed_by_any_number_of_processes(data, cache, tmp_path):
     write(tmp_path / "data", {f"n{i:02}": (6, 8) for i in range(25)})
     for i in range(23):
@@ -484,6 +486,7 @@ def test_bad_files_are_all_named_and_the_others_packed_by_any_number_of_processe
     assert_same(make(good, cache), good)
 
 
+@pytest.mark.heavy
 def test_a_killed_process_is_told(data, cache):
     with pytest.raises(UserError, match=r"was killed.*data\.workers below 2 and run again"):
         make(Deadly(data()), cache, workers=2)

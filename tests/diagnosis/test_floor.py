@@ -240,6 +240,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(floor, "_affordable", lambda *_: (64, True))
 
 
+@pytest.mark.heavy
 def test_a_run_below_its_floor_is_told_why_and_one_above_is_not(world, quick, monkeypatch):
     words = (*WORDS, f"data.root={world}/data", "mode=train", "data.batch_size=3")
     low = call(world, *words, "optim.optimizer.lr=1e-4", "hydra.run.dir=LOW")

@@ -140,6 +140,7 @@ def test_a_reference_that_cannot_be_scored_is_told(evaluate, tmp_path):
     assert written["official_scores.json"]["n"] == 1 and "problems.json" not in written
 
 
+@pytest.mark.heavy
 def test_predictions_at_another_size_than_the_reference_are_told_first(evaluate, tmp_path):
     for split in ("train", "val"):  # either is packed as it is
         text, written, _ = evaluate(f"mode.split={split}", "data.cache=packed", "resolution.longest=24")

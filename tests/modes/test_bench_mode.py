@@ -46,6 +46,7 @@ def test_data_that_is_read_is_waited_for(tmp_path, here):
     assert found["train"]["size"] == [32, 48] and found["inference"]["size"] == [40, 56]
 
 
+@pytest.mark.heavy
 def test_slots_of_clips_are_timed(tmp_path, here):
     words = (*SLOTS[1:], "mode=bench", "mode.drawn=true", "hydra.run.dir=run", *QUICK)
     done = call(tmp_path, *words)

@@ -131,6 +131,7 @@ def swept(runs, name, cells):
         (job / "config/overrides.txt").write_text("\n".join(lines) + "\n")
 
 
+@pytest.mark.heavy
 def test_sides_of_a_sweep_are_called_by_what_it_varies(runs):
     swept(runs, "varied", [{"head.hidden": str(hidden), "seed": str(seed)} for hidden in range(5) for seed in (0, 2)])
     shutil.rmtree(runs / "compared", ignore_errors=True)
@@ -267,6 +268,7 @@ def test_what_are_no_two_runs_is_refused(runs, asked, said):
     assert said in done.err
 
 
+@pytest.mark.heavy
 def test_there_are_at_most_32_sides(runs):
     for number in range(33):
         of_seed(runs, "first", f"side{number}", number % 2)

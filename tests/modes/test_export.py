@@ -36,6 +36,7 @@ def test_merged_weights_are_the_base_and_its_update(tmp_path):
     assert not any("lora" in name for name in exported)
 
 
+@pytest.mark.heavy
 def test_without_the_final_norm_the_words_that_read_the_file_are_told(tmp_path):
     train(tmp_path, "backbone.final_norm=false")
     done = export(tmp_path)

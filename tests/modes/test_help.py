@@ -37,6 +37,7 @@ def test_it_fits_a_terminal():
     assert max(map(len, mode.overview().splitlines())) <= 120
 
 
+@pytest.mark.heavy
 def test_the_commands_it_shows_compose(compose):
     lines = re.findall(r"^ +python -m dinoseg (.*?)(?:   .*)?$", mode.overview(), re.MULTILINE)
     assert len(lines) >= 7

@@ -29,6 +29,7 @@ def planned(where, *words):
     return json.loads((where / "run/plan.json").read_text()), done.out
 
 
+@pytest.mark.heavy
 def test_what_fits_is_tried_and_started_as_it_is(tmp_path):
     found, out = planned(tmp_path)
     step = found["planned"]["step"]
@@ -61,6 +62,7 @@ def losses(where, *words):
     return [row["train/loss"] for row in rows if "train/loss" in row]
 
 
+@pytest.mark.heavy
 def test_the_printed_command_trains_as_the_recipe_would(tmp_path, monkeypatch):
     """A recipe of the user's own, with more samples at once, and with fewer; each takes 1.75 MiB."""
     monkeypatch.setattr(fitting, "step_bytes", lambda *_, samples, **__: StepBytes(*[0] * 7, peak=samples * 2**20))

@@ -86,6 +86,7 @@ def test_others_choose(folder, selection):
     assert selection == "typical" or not rows == other[0] == other[1]
 
 
+@pytest.mark.heavy
 def test_a_model_s_doubts_choose(folder):
     words = ("mode=select", "resume=model", "selection=uncertainty", "count=2", "hydra.run.dir=R", "engine=cpu")
     rows, _ = selected(folder, *words, "engine.workers=0")

@@ -102,6 +102,7 @@ def test_training_reads_them_on_request(home, compose):
     assert len(build.dataset(cfg, "val")) == len(build.dataset(cfg, "test")) == SECONDS
 
 
+@pytest.mark.heavy
 def test_running_again_does_only_what_is_missing_or_other(home):
     videos = [home / "sar/train1" / name for name in ("video_01", "video_02")]
     first = times(home)

@@ -42,6 +42,7 @@ def same(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.heavy
 def test_a_run_goes_on_to_the_same_bytes_whether_scores_are_kept_or_not(folder, monkeypatch):
     asked, ask = [], Teacher.__call__
     monkeypatch.setattr(Teacher, "__call__", lambda teacher, image: asked.append(1) or ask(teacher, image))
@@ -130,6 +131,7 @@ def test_frames_of_a_video_are_learnt_from(folder):
     assert "6 training images with masks, 4 without" in done.err
 
 
+@pytest.mark.heavy
 def test_a_run_goes_on_from_another_folder_and_with_another_place_of_its_teacher(folder, tmp_path, monkeypatch):
     trained(folder, "moved", *WORDS, "trainer.steps=1", f"data.root={folder / 'data'}")
     info = checkpoint.describe(folder / "moved/checkpoints/last.safetensors")

@@ -34,6 +34,7 @@ def test_a_stopped_run_goes_on_to_the_bit(where):
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.heavy
 def test_each_key_changes_what_is_learnt(where):
     borders = [
         f"loss.criterion.terms.{term}.border_weight=0" for term in ("ce", "dice")

@@ -33,6 +33,7 @@ def folder(tmp_path_factory):
     return where
 
 
+@pytest.mark.heavy
 def test_a_run_goes_on_to_the_same_bytes_with_any_workers(folder):
     whole, done = trained(folder, "whole", *HALF, "trainer.steps=4")
     assert "3 training images with masks, 3 without" in done.err

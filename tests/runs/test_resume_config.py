@@ -85,6 +85,7 @@ def test_a_run_older_than_a_layer_of_its_head_is_used_without_it(where):
     assert done.status == 0, done.err
 
 
+@pytest.mark.heavy
 def test_an_older_run_of_several_heads_goes_on(where):
     words = [word for word in SMALL if not word.startswith(("adapter=", "trainer.steps="))]
     heads = "heads=[linear,{head:detail,fine:4,width:8,layers:[-1],direct:false}]"
@@ -157,6 +158,7 @@ def test_a_run_of_images_does_not_say_how_slots_are_followed(where):
     assert "slots" not in last(where)["config"].keys() | last(where)["choices"].keys()
 
 
+@pytest.mark.heavy
 def test_a_run_whose_rate_and_warmup_were_numbers_goes_on_as_it_would_have(where):
     rates = ("optim.optimizer.lr=1e-2", "optim.schedule.warmup=2", "optim.schedule.kind=constant")
     assert train(where, "trainer.steps=4", *rates).status == 0
@@ -193,6 +195,7 @@ def test_a_recipe_is_what_is_trained_and_nothing_beside(compose):
     assert recipe() == recipe(*lengths, "data.background=b") != recipe("data.ignore_index=7")
 
 
+@pytest.mark.heavy
 def test_a_recipe_is_that_of_a_checkpoint_older_than_its_keys(compose):
     def recipe(*words, **removed):
         info = config_description(compose("data.root=.", "data.classes=[a,b]", *words))
@@ -248,6 +251,7 @@ def elsewhere(where, *arguments):
     return config.data.root, done.err
 
 
+@pytest.mark.heavy
 def test_a_relative_root_is_that_of_the_run(where):
     assert train(where, "trainer.steps=1").status == 0
     here, there = where / "elsewhere/data", where / "data"

@@ -16,6 +16,7 @@ def served(monkeypatch):
     return lambda where, mode, *words: call(where, f"mode={mode}", "engine=cpu", "mode.port=0", *words)
 
 
+@pytest.mark.heavy
 def test_a_delta_is_given_its_backbone_from_the_command_line(compose, tmp_path, served):
     weights, moved = tmp_path / "backbone.safetensors", tmp_path / "moved.safetensors"
     backbone = build.backbone(compose("backbone=tiny_surgical", "data.classes=[a]"))

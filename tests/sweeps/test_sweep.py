@@ -125,6 +125,7 @@ def test_a_cell_is_looked_at_with_its_own_choices(monkeypatch):
     assert check._fault(SimpleNamespace(load_sweep_config=lambda *_: cell), sweep, ["head=mlp"]) == "mlp"
 
 
+@pytest.mark.heavy
 def test_folds_are_summed_up_and_not_ranked(tmp_path):
     write_data(tmp_path / "data", train=4, val=2)
     for split in ("train", "val"):
@@ -145,6 +146,7 @@ def test_folds_are_summed_up_and_not_ranked(tmp_path):
     assert all(name in done.out for name in ("mean", "deviation", "pooled"))
 
 
+@pytest.mark.heavy
 def test_a_crash_costs_one_job_and_not_the_table(tmp_path):
     write_data(tmp_path / "data")
     done = call(tmp_path, "-m", "mode=train", *SMALL, "mode.metrics_only=true", "head.num_classes=1,2")

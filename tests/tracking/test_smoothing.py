@@ -254,6 +254,7 @@ def test_masks_are_the_caller_s_own(segmenter):
     assert tracker.track(frames[1:], [None])[0].max() < 4 and tracker.flicker()["after"] < 0.9
 
 
+@pytest.mark.heavy
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_video(segmenter):
     model, frames = segmenter(), video(4, (24, 32))

@@ -49,6 +49,7 @@ def test_what_is_no_length_is_refused(given, message):
         build.lengths(cfg, 100)
 
 
+@pytest.mark.heavy
 def test_a_run_in_epochs_and_what_the_command_line_says_of_its_length(tmp_path):
     write_data(tmp_path / "data")  # 4 images in batches of 2
     small = [override for override in SMALL if not override.startswith("trainer.steps")]

@@ -107,6 +107,7 @@ def distance(first, second):
     return max((first[name] - second[name]).abs().max() for name in first) / scale
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("most", "late"), [(3, 0), (2, 1), (1, 2)], ids=["forward", "loss", "backward"])
 def test_a_step_is_over_the_same_images_in_parts_that_fit(train, most, late, caplog):
     whole, parted = train(), train(most, late)

@@ -95,6 +95,7 @@ def test_validation_is_the_protocol_s_score_and_evaluation_repeats_it(here, foll
     assert len(split["train"]) == 4 and len(split["val"]) == 2 and not set(split["train"]) & set(split["val"])
 
 
+@pytest.mark.heavy
 def test_a_run_keeps_how_its_slots_are_followed(here):
     words = (*SLOTS, "trainer.steps=2", "trainer.val_every=2", "mode.metrics_only=true", "hydra.run.dir=run")
     run(here, *words, "slots.match=similarity", "slots.temperature=0.5")
@@ -182,6 +183,7 @@ def test_training_reads_no_mask(here, tmp_path):
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
+@pytest.mark.heavy
 def test_a_resumed_run_is_the_same_run(here):
     # of 4 steps as of 8 the decoder alone learns
     late = ("head.standardise=true", "head.first=unlike", "head.decoder_first=0.9", "loss=slot_contrast")
