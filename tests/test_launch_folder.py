@@ -25,11 +25,10 @@ def test_an_evaluation_lies_below_its_recipe(tmp_path):
         assert done.status == 0, done.err
         assert len(list(tmp_path.glob(f"outputs/camvid/{mode}_*"))) == 1
     assert [path.name for path in (tmp_path / "outputs").iterdir() if path.name[0] != "."] == ["camvid"]
-    named = "outputs/camvid/predict_2026-01-02_03-04-05"  # as two are that begin in one second
+    named = "outputs/camvid/eval_2026-01-02_03-04-05"  # as two are that begin in one second
+    words = ("mode=eval", "resume=run", "engine=cpu", "engine.workers=0", "mode.metrics_only=true")
     for folder in (named, f"{named}_2"):
-        done = call(
-            tmp_path, "mode=predict", "resume=run", "input=data/val/images", "engine=cpu", f"hydra.run.dir={named}"
-        )
+        done = call(tmp_path, *words, f"hydra.run.dir={named}")
         assert done.status == 0 and "another run" not in done.err and (tmp_path / folder).is_dir(), done.err
 
 
