@@ -9,6 +9,7 @@ from command_line import SMALL, call, write_data
 from omegaconf import OmegaConf
 
 from dinoseg import launch
+from dinoseg.errors import UserError
 from dinoseg.launch import _below_recipe
 from dinoseg.processes.interrupt import Interrupted
 
@@ -125,3 +126,18 @@ def test_a_process_that_knows_the_callback_alone_can_name_a_jobs_folder():
     importlib.reload(launch)
     cfg = OmegaConf.create({"dir": "outputs/${recipe_name:${choice}}", "choice": "sarrarp/lora"})
     assert cfg.dir == "outputs/sarrarp_lora"
+
+
+def test_a_shortage_keeps_the_error_that_it_is_told_for(second_rank, tmp_path, monkeypatch):
+    error = MemoryError()
+
+    def short(cfg, folder):
+        raise error
+
+    monkeypatch.setattr(launch, "run_mode", short)
+    with pytest.raises(UserError, match="Memory did not suffice") as raised:
+        launch.launch(second_rank, tmp_path / "run", [])
+    assert raised.value.__cause__ is error
+    error = RuntimeError("shapes cannot be multiplied")
+    with pytest.raises(RuntimeError, match="shapes"):
+        launch.launch(second_rank, tmp_path / "run", [])

@@ -471,6 +471,16 @@ def test_what_is_timed_knows_the_minutes_typed_or_not(folder, monkeypatch, words
     assert [line for line in done.err.splitlines() if "hparam=auto" in line] == [f"hparam=auto {each}" for each in told]
 
 
+def test_what_is_timed_has_an_image_for_each_device(folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "dinoseg.choosing.choice.in_own_process",
+        lambda work, values: asked.append(values["data"]["batch_size"]) or TIMED,
+    )
+    done = call(folder, *AUTO, "engine.devices=3", "mode=plan", "mode.dry_step=false", "hydra.run.dir=R")
+    assert done.status == 0 and asked == [3], done.err
+
+
 @pytest.mark.heavy
 @pytest.mark.parametrize("words", [(), ("budget.minutes=9",)])
 def test_a_recipe_is_timed_on_its_own_data(tmp_path, monkeypatch, words):
@@ -531,6 +541,7 @@ def test_a_validation_is_timed_on_images_of_all_sizes(tmp_path, compose, monkeyp
     large = [index for index, name in enumerate(names) if name == "10"]
     seconds = timing._seconds_of_val(cfg, build.model(cfg), engine)
     assert large == [2] and seconds == pytest.approx((5 * 64 + 32 * 48 * 4) / 6)
+    assert clock[0] == pytest.approx(64 + 6 * seconds)  # one image alone comes before
     assert [type(policy) for policy, _ in asked] == [type(instantiate(cfg.inference))] * 2
     assert all(loss is not None for _, loss in asked)
 

@@ -110,13 +110,16 @@ def test_time_is_told_from_images_of_all_sizes(held, monkeypatch, affordable=flo
     ways = ways_of(found)  # of the images 0, 2, 4 and 6 are looked at: 4.5 s each in train, 9 s in val
     looking, plain, run = 4 * 2 + 4 * (4.5 + 4 * 9), (4.5 + 9) / 2, 3 * 9
     monkeypatch.setattr(floor, "_TIMING", 1.0)  # all that are looked at
-    assert affordable(*ways, (train, val), found.engine, looking + (run + 3 * plain) * 20.1) == (20, False)
-    assert affordable(*ways, (train, val), found.engine, looking + (run + 4 * 3 * plain) * 20.1) == (20, True)
+    assert affordable(*ways, (train, val), found.engine, looking + (run + 3 * plain) * 20.95) == (20, False)
+    assert affordable(*ways, (train, val), found.engine, looking + (run + 4 * 3 * plain) * 20.95) == (20, True)
     assert affordable(*ways, (train, val[:1]), found.engine, 4 * 2 + 4 * 4.5 + 4 * 2 + 9000) == (64, True)
     clock[0] = 0
     monkeypatch.setattr(floor, "_TIMING", 0.1)
     affordable(*ways, (train, val), found.engine, 5)
     assert clock[0] == 4 * 2 + 1 + 4 * 2  # no longer than it is for: one image of each
+    clock[0] = 0
+    affordable(*ways, (train, val), found.engine, 100)
+    assert clock[0] == 4 * 2 + 2 * (1 + 4 * 2)  # of the images 0 and 4, far apart, and that is enough
 
 
 def test_an_image_is_timed_as_it_is_scored_and_no_rank_waited_for(held, monkeypatch):
@@ -126,13 +129,13 @@ def test_an_image_is_timed_as_it_is_scored_and_no_rank_waited_for(held, monkeypa
     class Recorded(Whole):
         def bands(self, model, *given, **named):
             asked.append(model)
-            modes.append(model.training)
+            modes.append((model.training, torch.is_grad_enabled()))
             return super().bands(model, *given, **named)
 
     monkeypatch.setattr(type(found.engine), "sum", pytest.fail)
     found.model.train()
     assert floor._score(floor._Way(found.model, Recorded()), (found.val, 1), found.engine) > 0
-    assert asked == [found.model] and modes == [False] and found.model.training
+    assert asked == [found.model] and modes == [(False, False)] and found.model.training
 
 
 def test_other_colours_are_as_many_as_time_is_told_for():

@@ -1,0 +1,60 @@
+"""What has to change so that a step fits the memory of each device; what a step needs is made up."""
+
+import math
+
+import pytest
+from command_line import SMALL
+
+from dinoseg.choosing.memory import Memory
+from dinoseg.config.nodes import instantiate
+from dinoseg.inference.memory import OutOfMemory
+
+
+@pytest.fixture
+def asked(compose, monkeypatch):
+    """Return a function that gives memory of which so much is free, and a config whose samples need what `of` says."""
+    monkeypatch.setattr("dinoseg.costs.target.Target.need", lambda target, step: step)
+
+    def ask(of, free, *words, given=()):
+        monkeypatch.setattr("dinoseg.choosing.memory.free_bytes", lambda device: free)
+        monkeypatch.setattr("dinoseg.costs.fitting.step_bytes", lambda cfg, loss, *, samples, **_: of(cfg, samples))
+        cfg = compose("mode=train", *SMALL, "data.classes=[a,b]", "data.batch_size=4", *words)
+        return Memory(instantiate(cfg.engine, instead={"devices": 1}), frozenset(given)), cfg
+
+    return ask
+
+
+def needs(cfg, samples):
+    return 25 * samples
+
+
+def fits(memory, cfg):
+    return memory.fits(cfg)
+
+
+def test_a_step_fits_what_is_free_to_the_byte_as_each_device_has_its_share(asked):
+    assert fits(*asked(needs, 100)) and not fits(*asked(needs, 99))
+    assert fits(*asked(needs, 50, "engine.devices=2")) and not fits(*asked(needs, 49, "engine.devices=2"))
+
+
+def test_what_is_not_known_fits(asked):
+    memory, cfg = asked(needs, 1)
+    cfg.engine.sharding = "full"
+    assert memory.fits(cfg) and memory.changes(cfg) == []
+    assert fits(*asked(needs, math.inf))
+
+
+def test_nothing_that_was_typed_changes(asked):
+    memory, cfg = asked(needs, 30)
+    assert memory.changes(cfg)[0].words == {"data.batch_size": 1, "trainer.accumulate": 4}
+    memory, cfg = asked(needs, 30, given={"data.batch_size"})
+    assert memory.changes(cfg) == []
+
+    def of(cfg, samples):
+        return 101 if cfg.choices.adapter == "full" else 99
+
+    memory, cfg = asked(of, 100, "adapter=full")
+    assert memory.changes(cfg)[0].words == {"adapter": "lora"}
+    memory, cfg = asked(of, 100, "adapter=full", given={"adapter"})
+    with pytest.raises(OutOfMemory, match="A training step takes about"):
+        memory.changes(cfg)
