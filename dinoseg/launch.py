@@ -20,7 +20,8 @@ from dinoseg.config.plain import BUILDS, plain
 from dinoseg.config.resolvers import register_resolvers
 from dinoseg.errors import UserError, telling_file_errors
 from dinoseg.processes.interrupt import Interrupted
-from dinoseg.ranks import LAUNCH_KEYS, is_first_rank, join_slurm, run_mode, run_ranks
+from dinoseg.processes.slurm import join_slurm
+from dinoseg.ranks import LAUNCH_KEYS, is_first_rank, run_mode, run_ranks
 from dinoseg.runs.folder import (
     LOG,
     claim,

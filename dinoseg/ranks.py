@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from dinoseg.config.plain import plain
 from dinoseg.config.resolvers import register_resolvers
 from dinoseg.errors import UserError, telling_file_errors
+from dinoseg.processes.cores import keep_to_share
 from dinoseg.processes.interrupt import SIGNALS, Interrupted, passed_on, raised
 from dinoseg.processes.workers import end_with_parent, telling_killed_loaders
 from dinoseg.runs.log_file import configure_log
@@ -43,7 +44,6 @@ _LOST = 75  # exit status of a rank that has lost another one, which is the one 
 _GONE = re.compile("by peer|remote process exited")  # gloo's and NCCL's words for that
 _STUCK = re.compile("[Tt]imed out|[Ww]ait timeout")  # gloo's, NCCL's and the store's, of one that does not come
 _TELL = getattr(signal, "SIGUSR1", None)  # a rank that gets it tells where it stands
-_SLURM_PORTS = range(20_000, 40_000)
 _STOPPED = {status: number for number in SIGNALS for status in (128 + number, -number)}  # exit statuses
 
 
@@ -105,55 +105,6 @@ def _leave_group() -> None:
 def is_first_rank() -> bool:
     """Return whether this process writes the run's files: alone, or the first of those torchrun started."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def join_slurm() -> None:
-    """Tell of Slurm's tasks as torchrun would, where `srun` has started several; the first one is MASTER_ADDR.
-
-    In an sbatch script's own shell there are no tasks: the variables of a step are srun's.
-
-    Raises:
-        UserError: a variable of the task is missing, or is not what Slurm writes there.
-    """
-    own = os.environ
-    if "WORLD_SIZE" in own:
-        return
-    tasks = _of_slurm("SLURM_STEP_NUM_TASKS", least=1, default="1")
-    if tasks == 1:
-        return
-    rank, local = _of_slurm("SLURM_PROCID", most=tasks - 1), _of_slurm("SLURM_LOCALID", most=tasks - 1)
-    if "MASTER_ADDR" not in own:
-        own["MASTER_ADDR"] = _first_node()
-    if "MASTER_PORT" not in own:
-        number = _of_slurm("SLURM_JOB_ID") * 7 + _of_slurm("SLURM_STEP_ID")  # steps of a job may run at once
-        own["MASTER_PORT"] = str(_SLURM_PORTS[number % len(_SLURM_PORTS)])
-    own |= {"RANK": str(rank), "LOCAL_RANK": str(local), "WORLD_SIZE": str(tasks)}
-
-
-def _of_slurm(name: str, *, least: int = 0, most: int = 2**32, default: str | None = None) -> int:
-    """Return the whole number that a variable of a task holds."""
-    text = os.environ.get(name, default)
-    if text is None or not re.fullmatch("[0-9]{1,10}", text) or not least <= int(text) <= most:
-        raise _not_of_task(name, f"must be a whole number from {least} to {most}")
-    return int(text)
-
-
-def _first_node() -> str:
-    """Return the name of the step's first machine."""
-    # each bracket of a list such as gpu[03-04,7],n1 stands for its first number
-    first = re.match(r"(?:[^,\[]|\[[^]]*\])*", os.environ.get("SLURM_STEP_NODELIST", ""))
-    host = re.sub(r"\[([^],-]*)[^]]*\]", r"\1", first[0] if first else "")
-    if not re.fullmatch(r"\w[\w.-]*", host):
-        raise _not_of_task("SLURM_STEP_NODELIST", "must name the machines of the step, such as gpu[03-04],n1")
-    return host
-
-
-def _not_of_task(name: str, rule: str) -> UserError:
-    said = f"{name}={os.environ[name]:.60}" if name in os.environ else f"{name} is missing: it"
-    return UserError(
-        f"{said} {rule}. Start the ranks by `srun python -m dinoseg ...`, which sets it for each; for a single process "
-        "without the others, set SLURM_STEP_NUM_TASKS=1."
-    )
 
 
 def run_ranks(cfg: DictConfig, out_dir: Path, devices: int) -> Any:
@@ -256,9 +207,11 @@ def _run_rank(
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
+    keep_to_share()
     register_resolvers()
     try:
         with raised(), telling_file_errors(out_dir):

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from dinoseg import ranks
 from dinoseg.errors import UserError
+from dinoseg.processes.cores import count_cores
 from dinoseg.processes.interrupt import Interrupted
 
 
@@ -46,6 +47,11 @@ def mode(cfg, *, out_dir, does):
         atexit.register(lambda: (out_dir / f"left{rank}").write_text(str(seen() is not None)))
     if does == "starts":
         return {"method": multiprocessing.get_start_method()}
+    if does == "threads":
+        import torch
+
+        said = {"said": os.environ["OMP_NUM_THREADS"], "here": os.environ["LOCAL_WORLD_SIZE"]}
+        return {"threads": torch.get_num_threads(), **said}
     return {"matrix": [[0] * 150] * 150, "world": os.environ["WORLD_SIZE"]}
 
 
@@ -65,6 +71,18 @@ def test_what_a_cycle_keeps_is_freed_before_the_interpreter_ends(tmp_path):
 
 def test_a_rank_starts_processes_as_any_process_does(tmp_path):
     assert run(tmp_path, "starts") == {"method": multiprocessing.get_context().get_start_method()}
+
+
+def test_ranks_share_the_processors(tmp_path, monkeypatch):
+    """Before torch is there: accelerate gives each rank on a CPU as many threads as the machine has processors."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    share = max(1, count_cores() // 2)
+    assert run(tmp_path, "threads") == {"threads": share, "said": str(share), "here": "2"}
+
+
+def test_threads_that_are_said_stay(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert run(tmp_path, "threads")["said"] == "3"
 
 
 def test_the_group_is_left_however_a_mode_ends(tmp_path, monkeypatch):

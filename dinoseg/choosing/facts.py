@@ -11,7 +11,7 @@ import numpy as np
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.scan.class_counts import class_counts
 from dinoseg.data.scan.scan import scan
-from dinoseg.processes.workers import count_cores
+from dinoseg.processes.cores import count_cores
 from dinoseg.shapes import SegmentationData
 from dinoseg.sizes import Size
 from dinoseg.wording import count_of, listed

@@ -24,7 +24,7 @@ from dinoseg.config.checks import check_given
 from dinoseg.config.plain import plain
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.errors import UserError
-from dinoseg.processes.workers import count_cores
+from dinoseg.processes.cores import count_cores
 from dinoseg.runs.composed import composed_with, own_folders, searching, typed_keys
 from dinoseg.runs.recipe import LENGTHS, config_description, recipe_of
 from dinoseg.storage.atomic import write_text

@@ -27,7 +27,8 @@ from dinoseg.training.validation import evaluate
 
 _STEPS, _WARMUP, _VALIDATED = 3, 1, 6
 _SHARE, _MOST = 0.015, 8.0  # of the time that is given, and seconds: for which steps go on
-RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # of the environment: what makes a process one of several
+# of the environment: what makes a process one of several
+RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """As many loading processes as bring more data, found by measuring while the data are used."""
 
 import logging
-import os
 import statistics
 import time
 from collections import deque
@@ -9,7 +8,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from itertools import chain
 from typing import TypeVar
 
-from dinoseg.processes.workers import count_cores
+from dinoseg.processes.cores import count_cores, ranks_here, share_of_cores
 
 Workers = int | str  # loading processes: a number, AUTO, or FROM_NONE
 AUTO = "auto"  # as many as bring more, two at least
@@ -51,7 +50,7 @@ def with_enough_workers(
             under_way.append(key)
             yield key
 
-    most = most or max(FIRST, count_cores() // _ranks_here())
+    most = most or max(FIRST, share_of_cores())
     search = _Search(min(first, most), most, clock)
     while True:
         again = list(under_way)
@@ -131,7 +130,7 @@ class _Search:
 
 def warn_of_many(workers: Workers) -> None:
     """Tell of more loading processes than this machine's processors can do with, whatever they wait for."""
-    ranks, cores = _ranks_here(), count_cores()
+    ranks, cores = ranks_here(), count_cores()
     if not isinstance(workers, str) and workers * ranks > max(_LEAST_MANY, _MANY * cores):
         log.warning(
             "engine.workers=%d starts %d loading processes on %d processors, each with memory of its own and batches "
@@ -145,8 +144,3 @@ def more_workers(workers: Workers) -> str:
     if isinstance(workers, str):
         return "engine.workers=auto has tried more processes: what is left takes more cores or a faster disk."
     return "Where cores are idle, let more processes load (engine.workers=auto finds how many)."
-
-
-def _ranks_here() -> int:
-    """Return how many ranks share this machine's cores; where nobody says it, all of them."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)

@@ -11,7 +11,7 @@ from dinoseg.data.pairs.pairing import not_whole
 from dinoseg.data.scan.scan import scan, unreadable
 from dinoseg.data.splits import labelled_names
 from dinoseg.errors import UserError
-from dinoseg.processes.workers import count_cores
+from dinoseg.processes.cores import count_cores
 from dinoseg.ranges import Count, HighShare, Natural
 from dinoseg.wording import reasons
 

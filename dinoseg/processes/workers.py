@@ -144,11 +144,6 @@ def killed_loader(error: Exception) -> UserError:
     )
 
 
-def count_cores() -> int:
-    """Return how many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _attempt(work: Callable[[T], R], catch: type[E] | tuple[type[E], ...], item: T) -> R | E:
     try:
         return work(item)

@@ -28,7 +28,7 @@ from dinoseg.inference.trained_sizes import TrainedSizes
 from dinoseg.metrics.confusion import commonest_class
 from dinoseg.model import Segmenter
 from dinoseg.probing.probe import Grid, Probe
-from dinoseg.processes.workers import count_cores
+from dinoseg.processes.cores import count_cores
 from dinoseg.regimes.least_batch import check_batch
 from dinoseg.regimes.regime import Regime, share_of
 from dinoseg.report.curves import IMAGE_PLOTS

@@ -11,7 +11,8 @@ from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.unlabelled import fault
 from dinoseg.data.video.access import ImageSource
-from dinoseg.processes.workers import count_cores, in_processes
+from dinoseg.processes.cores import count_cores
+from dinoseg.processes.workers import in_processes
 from dinoseg.selection.pool import Candidate, found_in
 from dinoseg.shapes import SegmentationData
 from dinoseg.training.mixed_feed import Unlabelled

@@ -10,7 +10,8 @@ import numpy as np
 
 from dinoseg.errors import UserError
 from dinoseg.metrics.protocols.contract import BadFile, Case, Cases, Measured, ScoreProtocol
-from dinoseg.processes.workers import count_cores, in_processes
+from dinoseg.processes.cores import count_cores
+from dinoseg.processes.workers import in_processes
 from dinoseg.report.progress import Bar
 from dinoseg.wording import count_of, listed
 

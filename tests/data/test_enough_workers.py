@@ -9,6 +9,7 @@ from making import Pictures, train_batches
 from dinoseg.data import enough_workers
 from dinoseg.data.enough_workers import FROM_NONE, with_enough_workers
 from dinoseg.data.transforms import Augment
+from dinoseg.processes import cores
 
 
 class Machine:
@@ -131,7 +132,7 @@ def test_an_early_end_and_an_error_close_the_processes():
     ],
 )
 def test_ranks_share_the_cores(environment, opened, monkeypatch):
-    monkeypatch.setattr(enough_workers, "count_cores", lambda: 12)
+    monkeypatch.setattr(cores, "count_cores", lambda: 12)
     for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
@@ -148,7 +149,7 @@ def test_batches_are_the_same_when_their_processes_change_in_between(monkeypatch
     monkeypatch.setattr(enough_workers, "_SECONDS", 0)
     monkeypatch.setattr(enough_workers, "_MUCH", -1)
     monkeypatch.setattr(enough_workers, "_GAIN", 0)
-    monkeypatch.setattr(enough_workers, "count_cores", lambda: 3)
+    monkeypatch.setattr(cores, "count_cores", lambda: 3)
     with caplog.at_level(logging.INFO), closing(train_batches(data, augment, **options, workers="auto")) as batches:
         found = list(itertools.islice(batches, 25))
     assert len(caplog.messages) == 1 and "trying 3" in caplog.text

@@ -13,7 +13,8 @@ import time
 import pytest
 
 from dinoseg.errors import UserError
-from dinoseg.processes.workers import count_cores, in_own_process, in_processes, telling_killed_loaders
+from dinoseg.processes.cores import count_cores
+from dinoseg.processes.workers import in_own_process, in_processes, telling_killed_loaders
 
 run = functools.partial(in_processes, remedy="Do less.")
 started_with = []  # filled in processes by `note_start`

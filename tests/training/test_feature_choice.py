@@ -18,7 +18,7 @@ from torch import nn
 
 from dinoseg.adapters import Frozen, LastBlocks, Lora
 from dinoseg.backbones.transformers_vit import TransformersVit
-from dinoseg.data import enough_workers, loader
+from dinoseg.data import loader
 from dinoseg.data.class_uniform import class_uniform
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import Masks
@@ -36,6 +36,7 @@ from dinoseg.inference.whole import Whole
 from dinoseg.inference.windows import Windows
 from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.model import Segmenter
+from dinoseg.processes import cores
 from dinoseg.report.log import RunLog
 from dinoseg.training import feature_choice as choice
 from dinoseg.training.checkpoint import Checkpoints, read
@@ -188,7 +189,7 @@ def test_features_in_other_processes_are_the_same(train):
 def test_each_view_is_read_by_the_training_s_own_process_once_it_was_read_by_any(train, monkeypatch):
     loaded, load = [], loader._load_ahead
     monkeypatch.setattr(loader, "_load_ahead", lambda read, keys, n: loaded.append(n) or load(read, keys, n))
-    monkeypatch.setattr(enough_workers, "count_cores", lambda: 2)
+    monkeypatch.setattr(cores, "count_cores", lambda: 2)
     rows, feed, _ = train("disk", workers="auto", steps=9)
     assert rows == train(steps=9)[0]
     assert loaded == [2, 2, 0, 0, 0]  # 6 batches hold both views of all, with a validation; then 3, with two more

@@ -12,14 +12,16 @@ import pytest
 import torch
 from test_resume import data, newest, train  # noqa: F401 - data is a fixture
 
-from dinoseg import ranks
 from dinoseg.errors import UserError
+from dinoseg.processes import cores
+from dinoseg.processes.slurm import join_slurm
+from dinoseg.ranks import is_first_rank
 from dinoseg.training import checkpoint
 from dinoseg.training.rendezvous import meet
 
 STEP = {"SLURM_JOB_ID": "12", "SLURM_STEP_ID": "3", "SLURM_STEP_NUM_TASKS": "4"}
 TASK = {**STEP, "SLURM_PROCID": "2", "SLURM_LOCALID": "0", "SLURM_STEP_NODELIST": "gpu[03-04,7],n1"}
-OWN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+OWN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS")
 
 
 @pytest.fixture
@@ -35,14 +37,14 @@ def environment(monkeypatch):
 )
 def test_a_task_of_slurm_is_a_rank(environment, nodes, first):
     environment |= TASK | {"SLURM_STEP_NODELIST": nodes}
-    ranks.join_slurm()
+    join_slurm()
     assert {name: environment[name] for name in OWN[:4]} == {
         "RANK": "2",
         "LOCAL_RANK": "0",
         "WORLD_SIZE": "4",
         "MASTER_ADDR": first,
     }
-    assert environment["MASTER_PORT"] == "20087" and not ranks.is_first_rank()
+    assert environment["MASTER_PORT"] == "20087" and not is_first_rank()
 
 
 @pytest.mark.parametrize("own", [{"WORLD_SIZE": "2"}, {"SLURM_STEP_NUM_TASKS": "1"}, {"SLURM_STEP_NUM_TASKS": None}])
@@ -52,7 +54,7 @@ def test_what_is_no_task_among_several_stays_as_it_is(environment, own):
     for name in (name for name, value in own.items() if value is None):
         del environment[name]
     before = dict(environment)
-    ranks.join_slurm()
+    join_slurm()
     assert environment == before
 
 
@@ -68,22 +70,54 @@ def test_what_is_no_task_among_several_stays_as_it_is(environment, own):
         ("SLURM_STEP_ID", "9" * 5000, "SLURM_STEP_ID=9999.* must be"),
         ("SLURM_STEP_NODELIST", None, "SLURM_STEP_NODELIST is missing: it must name the machines of the step"),
         ("SLURM_STEP_NODELIST", "[", "SLURM_STEP_NODELIST=\\[ must name"),
+        ("SLURM_STEP_TASKS_PER_NODE", "4(x", r"SLURM_STEP_TASKS_PER_NODE=4\(x must hold the number of tasks of each"),
+        ("SLURM_STEP_TASKS_PER_NODE", "0", "SLURM_STEP_TASKS_PER_NODE=0 must hold"),
+        ("SLURM_NODEID", "-1", "SLURM_NODEID=-1 must be"),
+        ("SLURM_NODEID", "3", r"SLURM_STEP_TASKS_PER_NODE=2\(x2\),1 must hold"),
     ],
 )
 def test_a_variable_of_slurm_that_is_none_of_a_task_is_named(environment, name, value, said):
-    environment |= TASK
+    environment |= TASK | {"SLURM_STEP_TASKS_PER_NODE": "2(x2),1", "SLURM_NODEID": "2"}
     del environment[name]
     if value is not None:
         environment[name] = value
     before = dict(environment)
     with pytest.raises(UserError, match=f"{said}.*Start the ranks by `srun"):
-        ranks.join_slurm()
+        join_slurm()
     assert environment.keys() <= before.keys() | {"MASTER_ADDR"} and "WORLD_SIZE" not in environment
+
+
+@pytest.mark.parametrize(
+    ("said", "here", "threads"),
+    [
+        ({}, 4, 3),
+        ({"SLURM_STEP_TASKS_PER_NODE": "2(x2),1", "SLURM_NODEID": "0"}, 2, 6),
+        ({"SLURM_STEP_TASKS_PER_NODE": "2(x2),1", "SLURM_NODEID": "1"}, 2, 6),
+        ({"SLURM_STEP_TASKS_PER_NODE": "2(x2),1", "SLURM_NODEID": "2"}, 1, 12),
+        ({"SLURM_STEP_TASKS_PER_NODE": "16"}, 16, 1),
+        ({"SLURM_CPUS_PER_TASK": "8"}, 4, 8),
+        ({"SLURM_CPUS_PER_TASK": "16"}, 4, 12),
+        ({"SLURM_CPUS_PER_TASK": "0"}, 4, 3),
+        ({"OMP_NUM_THREADS": "5"}, 4, 5),
+        ({"OMP_NUM_THREADS": ""}, 4, 3),
+    ],
+)
+def test_tasks_on_a_machine_share_its_processors(environment, monkeypatch, said, here, threads):
+    monkeypatch.setattr(cores, "count_cores", lambda: 12)
+    environment |= TASK | said
+    join_slurm()
+    assert (environment["LOCAL_WORLD_SIZE"], environment["OMP_NUM_THREADS"]) == (str(here), str(threads))
+
+
+def test_ranks_of_torchrun_below_a_task_do_not_take_all_of_it_each(environment, monkeypatch):
+    monkeypatch.setattr(cores, "count_cores", lambda: 12)
+    environment |= {"SLURM_STEP_NUM_TASKS": "1", "SLURM_CPUS_PER_TASK": "12", "WORLD_SIZE": "4"}
+    assert cores.share_of_cores() == 3
 
 
 def test_where_ranks_meet_may_be_said_beside_slurm(environment):
     environment |= TASK | {"MASTER_ADDR": "n7", "MASTER_PORT": "9", "SLURM_STEP_NODELIST": "", "SLURM_JOB_ID": ""}
-    ranks.join_slurm()
+    join_slurm()
     assert (environment["MASTER_ADDR"], environment["MASTER_PORT"], environment["RANK"]) == ("n7", "9", "2")
 
 

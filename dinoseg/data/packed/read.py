@@ -12,7 +12,8 @@ from dinoseg.data.packed.store import checksum
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.transforms import Augment
 from dinoseg.errors import UserError
-from dinoseg.processes.workers import count_cores, in_processes
+from dinoseg.processes.cores import count_cores
+from dinoseg.processes.workers import in_processes
 
 _PAYS_FROM = 50  # items that are read by the time a process has started
 _MOST = 8  # more would wait for the one that writes

@@ -14,7 +14,8 @@ import numpy as np
 
 from dinoseg.data.video.decoder import VERSION, Decoder
 from dinoseg.errors import UserError
-from dinoseg.processes.workers import count_cores, in_processes
+from dinoseg.processes.cores import count_cores
+from dinoseg.processes.workers import in_processes
 from dinoseg.report.progress import Bar
 from dinoseg.storage import forms
 from dinoseg.storage.atomic import whole_file

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import dinoseg
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.unlabelled import Unmasked
-from dinoseg.processes.workers import count_cores
+from dinoseg.processes.cores import count_cores
 from dinoseg.shapes import SegmentationData
 from dinoseg.storage import forms
 from dinoseg.storage.atomic import write_json
