@@ -45,7 +45,7 @@ from dinoseg.inference.video_file import VideoReader
 from dinoseg.inference.video_run import VideoInput, VideoOptions, segment_video
 from dinoseg.inference.video_writer import VideoWriter
 from dinoseg.model import Segmenter
-from dinoseg.processes.workers import count_cores
+from dinoseg.processes.cores import count_cores
 from dinoseg.report.overlay import blend
 
 NEEDED = 0.9

@@ -19,6 +19,7 @@ from dinoseg.command.extras import hush_schemas
 from dinoseg.config.plain import BUILDS, plain
 from dinoseg.config.resolvers import register_resolvers
 from dinoseg.errors import UserError, telling_file_errors
+from dinoseg.processes.cores import keep_to_share
 from dinoseg.processes.interrupt import Interrupted
 from dinoseg.processes.slurm import join_slurm
 from dinoseg.ranks import LAUNCH_KEYS, is_first_rank, run_mode, run_ranks
@@ -73,6 +74,8 @@ def launch(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> Any:
         raise UserError(f"cache_dir={plain(cfg)['cache_dir']}: give a folder, such as cache_dir=outputs/.cache.")
     if "devices" in cfg.mode:
         join_slurm()
+        if "WORLD_SIZE" in os.environ:
+            keep_to_share()
     devices = cfg.mode.get("devices", 1)
     if not isinstance(devices, int) or devices < 1:
         raise UserError(f"engine.devices={devices}: give a whole number of at least 1.")

@@ -82,8 +82,9 @@ def chosen(cfg: DictConfig, words: Sequence[str], *, first: bool) -> Recipe:
             kept = read_choices(path)
             if kept is None:
                 _tell(f"looks at data and machine: budget.minutes={minutes:g} count from now")
+                trying = [*words, *_shared()]
                 with _alone():
-                    chooser = Chooser(lambda some: _composed(words, "trying", some), given, minutes, _tell)
+                    chooser = Chooser(lambda some: _composed(trying, "trying", some), given, minutes, _tell)
                     choices = chooser.choose()
                 kept, source = (chooser.about, choices), "chosen now"
                 _keep(path, *kept)
@@ -116,7 +117,7 @@ def _path(cfg: DictConfig, given: frozenset[str]) -> Path:
         "minutes": float(cfg.budget.minutes),
         "data": [each.fingerprint() if isinstance(each, PairDataset) else list(each.names) for each in data],
         "engine": {key: plain(cfg.engine)[key] for key in ("device", "precision", "cache", "devices", "sharding")},
-        "machine": [platform.node(), count_cores()],
+        "machine": _shared() or (platform.node(), count_cores()),  # ranks on other machines look for the same file
     }
     key = hashlib.sha256(json.dumps(depends, sort_keys=True, default=str).encode()).hexdigest()
     return Path(cfg.cache_dir).expanduser() / f"choices_{key[:16]}.json"
@@ -129,8 +130,8 @@ def _awaited(path: Path, seconds: float) -> tuple[str, list[Choice]]:
             return kept
         time.sleep(0.2)
     raise UserError(
-        f"hparam=auto: the first rank has not written {path} within {seconds:g} s. See what it says; cache_dir has to "
-        "be a folder that all ranks see."
+        f"hparam=auto: the first rank has not written {path} within {seconds:g} s. See what it says; cache_dir "
+        "and data have to be the same files for all ranks."
     )
 
 
@@ -149,6 +150,11 @@ def _keep(path: Path, about: str, choices: Sequence[Choice]) -> None:
     except OSError as error:
         said = f"warning: the choices cannot be kept in {path} ({error}): the next run chooses anew."
         print(printable(said), file=sys.stderr)  # no log is open yet
+
+
+def _shared() -> list[str]:
+    """Return the words that say how many ranks share a batch, where torchrun or Slurm has started them."""
+    return [f"engine.devices={os.environ['WORLD_SIZE']}"] if "WORLD_SIZE" in os.environ else []
 
 
 @contextmanager

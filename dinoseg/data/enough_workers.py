@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from itertools import chain
 from typing import TypeVar
 
-from dinoseg.processes.cores import count_cores, ranks_here, share_of_cores
+from dinoseg.processes.cores import cores_here, ranks_here, share_of_cores
 
 Workers = int | str  # loading processes: a number, AUTO, or FROM_NONE
 AUTO = "auto"  # as many as bring more, two at least
@@ -130,7 +130,7 @@ class _Search:
 
 def warn_of_many(workers: Workers) -> None:
     """Tell of more loading processes than this machine's processors can do with, whatever they wait for."""
-    ranks, cores = ranks_here(), count_cores()
+    ranks, cores = ranks_here(), cores_here()
     if not isinstance(workers, str) and workers * ranks > max(_LEAST_MANY, _MANY * cores):
         log.warning(
             "engine.workers=%d starts %d loading processes on %d processors, each with memory of its own and batches "

@@ -2,11 +2,25 @@
 
 import os
 import re
+import sys
+from pathlib import Path
+from typing import Any
+
+_TOPOLOGY = Path("/sys/devices/system/cpu")
 
 
 def count_cores() -> int:
     """Return how many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return len(_usable())
+
+
+def cores_here() -> int:
+    """Return how many processors are the ranks' of this machine: more than one may use, where each is bound to its own.
+
+    Slurm says it of a step; elsewhere those that this process may use are everybody's.
+    """
+    said = os.environ.get("SLURM_CPUS_ON_NODE", "")
+    return max(count_cores(), int(said) if re.fullmatch("[0-9]{1,6}", said) else 0)
 
 
 def ranks_here() -> int:
@@ -15,21 +29,33 @@ def ranks_here() -> int:
 
 
 def share_of_cores() -> int:
-    """Return how many processors are this rank's: what Slurm gives to each task, else an even share; one at least.
-
-    A task of Slurm may be bound to its own processors, so that an even share of those would be too few.
-    """
-    world, given = os.environ.get("WORLD_SIZE"), os.environ.get("SLURM_CPUS_PER_TASK", "")
-    if world and os.environ.get("SLURM_STEP_NUM_TASKS") == world and re.fullmatch("[1-9][0-9]{0,5}", given):
-        return min(count_cores(), int(given))
-    return max(1, count_cores() // ranks_here())
+    """Return how many processors are this rank's: an even share, one at least."""
+    return max(1, min(count_cores(), cores_here() // ranks_here()))
 
 
 def keep_to_share() -> None:
-    """Let libraries that are loaded from now on start as many threads as processors are this rank's.
+    """Let torch start as many threads as cores are this rank's, where OMP_NUM_THREADS does not say how many.
 
-    What OMP_NUM_THREADS says already stays: torchrun writes 1. Without it accelerate gives each rank on a CPU the whole
-    machine's, and threads that wait for one another's processors take six times as long (two ranks on two cores).
+    Two threads of a core (hyper-threading) count as one. Ranks with the whole machine's threads each wait for one
+    another's processors: two on two cores took six times as long.
     """
-    if not os.environ.get("OMP_NUM_THREADS"):
-        os.environ["OMP_NUM_THREADS"] = str(share_of_cores())
+    if os.environ.get("OMP_NUM_THREADS"):  # torchrun writes 1
+        return
+    usable = _usable()
+    threads = max(1, share_of_cores() * len({_core_of(number) for number in usable}) // len(usable))
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    torch: Any = sys.modules.get("torch")  # which reads it once
+    if torch is not None:
+        torch.set_num_threads(threads)
+
+
+def _usable() -> set[int]:
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
+def _core_of(processor: int) -> str:
+    """Return what names a processor's core: the processors that it has."""
+    try:
+        return (_TOPOLOGY / f"cpu{processor}" / "topology/thread_siblings_list").read_text()
+    except OSError:
+        return str(processor)

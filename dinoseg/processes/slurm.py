@@ -4,7 +4,6 @@ import os
 import re
 
 from dinoseg.errors import UserError
-from dinoseg.processes.cores import keep_to_share
 
 _PORTS = range(20_000, 40_000)
 _TASKS = "([1-9][0-9]{0,4})(?:[(]x([0-9]{1,5})[)])?"  # of a machine, or of several in a row
@@ -32,7 +31,6 @@ def join_slurm() -> None:
         number = _of_slurm("SLURM_JOB_ID") * 7 + _of_slurm("SLURM_STEP_ID")  # steps of a job may run at once
         own["MASTER_PORT"] = str(_PORTS[number % len(_PORTS)])
     own |= {"RANK": str(rank), "LOCAL_RANK": str(local), "WORLD_SIZE": str(tasks), "LOCAL_WORLD_SIZE": str(here)}
-    keep_to_share()
 
 
 def _of_slurm(name: str, *, least: int = 0, most: int = 2**32, default: str | None = None) -> int:
@@ -45,16 +43,14 @@ def _of_slurm(name: str, *, least: int = 0, most: int = 2**32, default: str | No
 
 def _tasks_here(tasks: int) -> int:
     """Return how many of the step's tasks are on this machine; all of them, where srun does not say it."""
-    text = os.environ.get("SLURM_STEP_TASKS_PER_NODE")
-    if text is None:
-        return tasks
-    node = _of_slurm("SLURM_NODEID", default="0")
-    if re.fullmatch(f"{_TASKS}(,{_TASKS})*", text):
+    text, node = os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""), os.environ.get("SLURM_NODEID", "")
+    if re.fullmatch(f"{_TASKS}(,{_TASKS})*", text) and re.fullmatch("[0-9]{1,6}", node):
+        machines = 0  # whose tasks were read
         for count, times in re.findall(_TASKS, text):
-            node -= int(times or 1)
-            if node < 0:
+            machines += int(times or 1)
+            if int(node) < machines:
                 return int(count)
-    raise _not_of_task("SLURM_STEP_TASKS_PER_NODE", "must hold the number of tasks of each machine, such as 4(x2),1")
+    return tasks
 
 
 def _first_node() -> str:

@@ -377,6 +377,21 @@ def test_another_rank_takes_what_the_first_one_chooses(folder, monkeypatch):
 
 
 @pytest.mark.heavy
+def test_ranks_on_other_machines_take_what_the_first_one_chooses_for_all(folder, monkeypatch):
+    seen = []
+    monkeypatch.setattr("dinoseg.launch.run_mode", lambda cfg, out_dir: seen.append(cfg))
+    for name, value in {"WORLD_SIZE": "3", "RANK": "0", "OMP_NUM_THREADS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    words = (*AUTO, FEW, "budget.minutes=0.2", "engine.rank_timeout=0.1", "hydra.run.dir=R")
+    assert call(folder, *words).status == 0
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setattr("platform.node", lambda: "elsewhere")
+    monkeypatch.setattr("dinoseg.choosing.recipe.count_cores", lambda: 99)
+    assert call(folder, *words).status == 0
+    assert [cfg.data.batch_size for cfg in seen] == [3, 3] and [cfg.engine.devices for cfg in seen] == [1, 1]
+
+
+@pytest.mark.heavy
 def test_of_two_that_are_started_at_once_one_chooses_and_the_other_one_takes_the_same(folder, monkeypatch):
     words = (*AUTO, FEW, "budget.minutes=0.2", "mode=plan", "mode.dry_step=false")
     assert call(folder, *words, "hydra.run.dir=R").status == 0

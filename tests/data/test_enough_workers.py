@@ -132,7 +132,7 @@ def test_an_early_end_and_an_error_close_the_processes():
     ],
 )
 def test_ranks_share_the_cores(environment, opened, monkeypatch):
-    monkeypatch.setattr(cores, "count_cores", lambda: 12)
+    monkeypatch.setattr(cores, "_usable", lambda: set(range(12)))
     for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
@@ -149,7 +149,7 @@ def test_batches_are_the_same_when_their_processes_change_in_between(monkeypatch
     monkeypatch.setattr(enough_workers, "_SECONDS", 0)
     monkeypatch.setattr(enough_workers, "_MUCH", -1)
     monkeypatch.setattr(enough_workers, "_GAIN", 0)
-    monkeypatch.setattr(cores, "count_cores", lambda: 3)
+    monkeypatch.setattr(cores, "_usable", lambda: set(range(3)))
     with caplog.at_level(logging.INFO), closing(train_batches(data, augment, **options, workers="auto")) as batches:
         found = list(itertools.islice(batches, 25))
     assert len(caplog.messages) == 1 and "trying 3" in caplog.text
@@ -165,7 +165,7 @@ def test_batches_are_the_same_when_their_processes_change_in_between(monkeypatch
 
 @pytest.mark.parametrize(("workers", "cores", "told"), [(16, 1, 0), (17, 1, 1), (32, 8, 0), (33, 8, 1), ("auto", 1, 0)])
 def test_more_processes_than_processors_can_do_with_are_told(workers, cores, told, monkeypatch, caplog):
-    monkeypatch.setattr(enough_workers, "count_cores", lambda: cores)
+    monkeypatch.setattr(enough_workers, "cores_here", lambda: cores)
     enough_workers.warn_of_many(workers)
     assert len(caplog.messages) == told
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")

@@ -27,7 +27,9 @@ OWN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_
 @pytest.fixture
 def environment(monkeypatch):
     """Return an environment of its own, without ranks."""
-    monkeypatch.setattr(os, "environ", own := {k: v for k, v in os.environ.items() if k not in OWN})
+    monkeypatch.setattr(
+        os, "environ", own := {k: v for k, v in os.environ.items() if k not in OWN and "SLURM" not in k}
+    )
     return own
 
 
@@ -70,14 +72,10 @@ def test_what_is_no_task_among_several_stays_as_it_is(environment, own):
         ("SLURM_STEP_ID", "9" * 5000, "SLURM_STEP_ID=9999.* must be"),
         ("SLURM_STEP_NODELIST", None, "SLURM_STEP_NODELIST is missing: it must name the machines of the step"),
         ("SLURM_STEP_NODELIST", "[", "SLURM_STEP_NODELIST=\\[ must name"),
-        ("SLURM_STEP_TASKS_PER_NODE", "4(x", r"SLURM_STEP_TASKS_PER_NODE=4\(x must hold the number of tasks of each"),
-        ("SLURM_STEP_TASKS_PER_NODE", "0", "SLURM_STEP_TASKS_PER_NODE=0 must hold"),
-        ("SLURM_NODEID", "-1", "SLURM_NODEID=-1 must be"),
-        ("SLURM_NODEID", "3", r"SLURM_STEP_TASKS_PER_NODE=2\(x2\),1 must hold"),
     ],
 )
 def test_a_variable_of_slurm_that_is_none_of_a_task_is_named(environment, name, value, said):
-    environment |= TASK | {"SLURM_STEP_TASKS_PER_NODE": "2(x2),1", "SLURM_NODEID": "2"}
+    environment |= TASK
     del environment[name]
     if value is not None:
         environment[name] = value
@@ -87,32 +85,81 @@ def test_a_variable_of_slurm_that_is_none_of_a_task_is_named(environment, name, 
     assert environment.keys() <= before.keys() | {"MASTER_ADDR"} and "WORLD_SIZE" not in environment
 
 
+NODES = {"SLURM_STEP_TASKS_PER_NODE": "2(x2),1"}
+
+
 @pytest.mark.parametrize(
-    ("said", "here", "threads"),
+    ("said", "here"),
     [
-        ({}, 4, 3),
-        ({"SLURM_STEP_TASKS_PER_NODE": "2(x2),1", "SLURM_NODEID": "0"}, 2, 6),
-        ({"SLURM_STEP_TASKS_PER_NODE": "2(x2),1", "SLURM_NODEID": "1"}, 2, 6),
-        ({"SLURM_STEP_TASKS_PER_NODE": "2(x2),1", "SLURM_NODEID": "2"}, 1, 12),
-        ({"SLURM_STEP_TASKS_PER_NODE": "16"}, 16, 1),
-        ({"SLURM_CPUS_PER_TASK": "8"}, 4, 8),
-        ({"SLURM_CPUS_PER_TASK": "16"}, 4, 12),
-        ({"SLURM_CPUS_PER_TASK": "0"}, 4, 3),
-        ({"OMP_NUM_THREADS": "5"}, 4, 5),
-        ({"OMP_NUM_THREADS": ""}, 4, 3),
+        ({}, 4),
+        (NODES, 4),  # of which machine it is, is not said
+        (NODES | {"SLURM_NODEID": "0"}, 2),
+        (NODES | {"SLURM_NODEID": "1"}, 2),
+        (NODES | {"SLURM_NODEID": "2"}, 1),
+        (NODES | {"SLURM_NODEID": "3"}, 4),
+        (NODES | {"SLURM_NODEID": "-1"}, 4),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1(x", "SLURM_NODEID": "0"}, 4),
+        ({"SLURM_STEP_TASKS_PER_NODE": "0", "SLURM_NODEID": "0"}, 4),
+        ({"SLURM_STEP_TASKS_PER_NODE": "16", "SLURM_NODEID": "0"}, 16),
     ],
 )
-def test_tasks_on_a_machine_share_its_processors(environment, monkeypatch, said, here, threads):
-    monkeypatch.setattr(cores, "count_cores", lambda: 12)
+def test_tasks_know_how_many_are_on_their_machine(environment, said, here):
     environment |= TASK | said
     join_slurm()
-    assert (environment["LOCAL_WORLD_SIZE"], environment["OMP_NUM_THREADS"]) == (str(here), str(threads))
+    assert environment["LOCAL_WORLD_SIZE"] == str(here)
 
 
-def test_ranks_of_torchrun_below_a_task_do_not_take_all_of_it_each(environment, monkeypatch):
-    monkeypatch.setattr(cores, "count_cores", lambda: 12)
-    environment |= {"SLURM_STEP_NUM_TASKS": "1", "SLURM_CPUS_PER_TASK": "12", "WORLD_SIZE": "4"}
-    assert cores.share_of_cores() == 3
+@pytest.mark.parametrize(
+    ("said", "usable", "share"),
+    [
+        ({}, 12, 12),
+        ({"LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "8"}, 12, 3),
+        ({"WORLD_SIZE": "4"}, 12, 3),
+        ({"LOCAL_WORLD_SIZE": "16"}, 12, 1),
+        ({"LOCAL_WORLD_SIZE": "4", "SLURM_CPUS_ON_NODE": "32"}, 8, 8),  # each task is bound to its own
+        ({"LOCAL_WORLD_SIZE": "4", "SLURM_CPUS_ON_NODE": "32"}, 32, 8),  # none is
+        ({"LOCAL_WORLD_SIZE": "4", "SLURM_CPUS_ON_NODE": "8"}, 32, 8),  # of another step
+        ({"LOCAL_WORLD_SIZE": "4", "SLURM_CPUS_ON_NODE": "9" * 5000}, 32, 8),
+    ],
+)
+def test_ranks_share_a_machine(environment, monkeypatch, said, usable, share):
+    monkeypatch.setattr(cores, "_usable", lambda: set(range(usable)))
+    environment |= said
+    assert cores.share_of_cores() == share
+
+
+@pytest.mark.parametrize(
+    ("said", "usable", "siblings", "threads"),
+    [({}, 12, 1, 3), ({"OMP_NUM_THREADS": ""}, 12, 1, 3), ({}, 2, 1, 1), ({}, 96, 2, 12), ({}, 4, 2, 1)],
+)
+def test_a_rank_keeps_to_its_cores(environment, monkeypatch, tmp_path, said, usable, siblings, threads):
+    """Also where torch was loaded before."""
+    for number in range(usable):
+        (tmp_path / f"cpu{number}/topology").mkdir(parents=True)
+        (tmp_path / f"cpu{number}/topology/thread_siblings_list").write_text(f"{number % (usable // siblings)},\n")
+    told = []
+    monkeypatch.setattr(cores, "_usable", lambda: set(range(usable)))
+    monkeypatch.setattr(cores, "_TOPOLOGY", tmp_path)
+    monkeypatch.setattr(torch, "set_num_threads", told.append)
+    environment |= {"LOCAL_WORLD_SIZE": "4"} | said
+    cores.keep_to_share()
+    assert (environment["OMP_NUM_THREADS"], told) == (str(threads), [threads])
+
+
+def test_processors_that_nothing_is_known_of_are_cores(environment, monkeypatch, tmp_path):
+    monkeypatch.setattr(cores, "_usable", lambda: set(range(12)))
+    monkeypatch.setattr(cores, "_TOPOLOGY", tmp_path)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    environment |= {"LOCAL_WORLD_SIZE": "4"}
+    cores.keep_to_share()
+    assert environment["OMP_NUM_THREADS"] == "3"
+
+
+def test_threads_that_are_said_stay(environment, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", pytest.fail)
+    environment |= {"LOCAL_WORLD_SIZE": "4", "OMP_NUM_THREADS": "1"}
+    cores.keep_to_share()
+    assert environment["OMP_NUM_THREADS"] == "1"
 
 
 def test_where_ranks_meet_may_be_said_beside_slurm(environment):
