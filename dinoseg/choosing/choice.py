@@ -107,6 +107,7 @@ class Chooser:
             sum(parameter.numel() for parameter in model.backbone.parameters()),
             self.cfg.resolution.longest,
             self.cfg.choices.head if "head" in self.given else None,
+            even=model.patch_size % 2 == 0,
         )
 
     def _way(self, case: Case) -> tuple[list[Choice], Tried]:

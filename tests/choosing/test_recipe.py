@@ -1,6 +1,7 @@
 """hparam=auto, from a command line to a training by what was chosen; what is timed is made up, but for one test."""
 
 import json
+import os
 import re
 import shlex
 import threading
@@ -374,6 +375,17 @@ def test_another_rank_takes_what_the_first_one_chooses(folder, monkeypatch):
     path.unlink()
     late = call(folder, *words, "engine.rank_timeout=0.1")
     assert late.status == 1 and "the first rank has not written" in late.err
+
+
+def test_while_one_measures_it_is_no_rank(monkeypatch):
+    from dinoseg.choosing.recipe import _alone
+
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, value)
+    with _alone():
+        assert not ranks.keys() & os.environ.keys()
+    assert {name: os.environ[name] for name in ranks} == ranks
 
 
 @pytest.mark.heavy
