@@ -22,7 +22,7 @@ from dinoseg.errors import UserError, telling_file_errors
 from dinoseg.processes.cores import keep_to_share
 from dinoseg.processes.interrupt import Interrupted
 from dinoseg.processes.slurm import join_slurm
-from dinoseg.ranks import LAUNCH_KEYS, is_first_rank, run_mode, run_ranks
+from dinoseg.ranks import LAUNCH_KEYS, is_first_rank, run_mode, run_ranks, telling_shortages
 from dinoseg.runs.folder import (
     LOG,
     claim,
@@ -84,7 +84,7 @@ def launch(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> Any:
         return run_mode(cfg, out_dir)
     run_folder = out_dir  # which an error before it is entered leaves to be dropped
     try:
-        with telling_file_errors(out_dir):
+        with telling_file_errors(out_dir), telling_shortages():
             cfg, run_folder = _enter_folder(cfg, out_dir, overrides)
             if devices == 1 or "WORLD_SIZE" in os.environ:
                 return run_mode(cfg, run_folder)
@@ -92,13 +92,6 @@ def launch(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> Any:
     except UserError:
         drop_bare(run_folder)
         raise
-    except (MemoryError, RuntimeError) as error:
-        from dinoseg.inference.memory import shortage_of  # which brings torch
-
-        if (short := shortage_of(error)) is None:
-            raise
-        drop_bare(run_folder)
-        raise short from error
     except KeyboardInterrupt as stop:
         drop_empty(out_dir)  # of one that was stopped while its recipe was chosen
         number = stop.number if isinstance(stop, Interrupted) else signal.SIGINT

@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from dinoseg.config.plain import plain
 from dinoseg.config.resolvers import register_resolvers
 from dinoseg.errors import UserError, telling_file_errors
-from dinoseg.processes.cores import keep_to_share
+from dinoseg.processes.cores import cores_here, count_cores, keep_to_share
 from dinoseg.processes.interrupt import SIGNALS, Interrupted, passed_on, raised
 from dinoseg.processes.workers import end_with_parent, telling_killed_loaders
 from dinoseg.runs.log_file import configure_log
@@ -66,6 +66,23 @@ def run_mode(cfg: DictConfig, out_dir: Path) -> Any:
             return instantiate(cfg.mode, without=LAUNCH_KEYS)(cfg, out_dir=out_dir)
     finally:
         _leave_group()
+
+
+@contextmanager
+def telling_shortages() -> Iterator[None]:
+    """Turn what libraries say where memory cannot be had into a message, in a rank too; other errors pass.
+
+    Raises:
+        OutOfMemory: with their own words.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        from dinoseg.inference.memory import shortage_of  # which brings torch
+
+        if (short := shortage_of(error)) is None:
+            raise
+        raise short from error
 
 
 @contextmanager
@@ -211,10 +228,12 @@ def _run_rank(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
+    if "SLURM_CPUS_ON_NODE" in os.environ:  # these ranks share what the process that started them may use of it
+        os.environ["SLURM_CPUS_ON_NODE"] = str(min(count_cores(), cores_here()))
     keep_to_share()
     register_resolvers()
     try:
-        with raised(), telling_file_errors(out_dir):
+        with raised(), telling_file_errors(out_dir), telling_shortages():
             result = run_mode(OmegaConf.create(cfg), out_dir)
     except UserError as error:
         print(f"error (rank {rank}): {error}", file=sys.stderr)

@@ -1,6 +1,7 @@
 """Where a run that uses a checkpoint puts its results: below the checkpoint's recipe."""
 
 import importlib
+import os
 import re
 from pathlib import Path
 
@@ -107,6 +108,13 @@ def test_a_rank_of_torchrun_starts_none_and_makes_no_folder(second_rank, tmp_pat
     launch.will_make(new)
     new.mkdir()  # Hydra has
     assert launch.launch(second_rank, new, []) == old and not list(tmp_path.iterdir())
+
+
+def test_a_rank_of_torchrun_keeps_to_its_share_of_the_processors(second_rank, tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "100000")
+    monkeypatch.setattr(launch, "run_mode", lambda *_: os.environ.pop("OMP_NUM_THREADS"))
+    assert launch.launch(second_rank, tmp_path / "new", []) == "1"
 
 
 def test_the_first_rank_alone_says_what_is_left(second_rank, tmp_path, monkeypatch):

@@ -23,6 +23,8 @@ def mode(cfg, *, out_dir, does):
     rank = int(os.environ["RANK"])
     if does == f"rank {rank} fails":
         raise UserError("a mask is missing")
+    if does == f"rank {rank} is short":
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
     if does == f"rank {rank} dies":
         os._exit(7)
     if does == f"rank {rank} is killed":
@@ -81,6 +83,16 @@ def test_ranks_share_the_processors(tmp_path, monkeypatch):
     assert result == {"threads": result["threads"], "said": str(result["threads"]), "here": "2"}
 
 
+@pytest.mark.parametrize(("said", "threads"), [("6400", None), ("1", "1")])
+def test_ranks_that_are_started_here_share_what_this_process_may_use_of_slurms_step(
+    tmp_path, monkeypatch, said, threads
+):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    alone = run(tmp_path, "threads")
+    monkeypatch.setenv("SLURM_CPUS_ON_NODE", said)
+    assert run(tmp_path, "threads")["said"] == (threads or alone["said"])
+
+
 def test_the_group_is_left_however_a_mode_ends(tmp_path, monkeypatch):
     import torch
 
@@ -104,6 +116,14 @@ def test_one_that_fails_ends_all(tmp_path, monkeypatch, does, message):
     monkeypatch.setattr(ranks, "_GRACE", 0.1)
     with pytest.raises(UserError, match=message):
         run(tmp_path, does)
+
+
+def test_a_shortage_of_memory_in_a_rank_is_a_message(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(ranks, "_GRACE", 0.1)
+    with pytest.raises(UserError, match="Rank 1 ended with status 1: see its message above"):
+        run(tmp_path, "rank 1 is short")
+    said = capfd.readouterr().err
+    assert "error (rank 1): Memory did not suffice (DefaultCPUAllocator" in said and "Traceback" not in said
 
 
 def test_the_traceback_is_that_of_the_rank_that_broke_though_another_ends_first(tmp_path, capfd):

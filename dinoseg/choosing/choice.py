@@ -15,7 +15,7 @@ from dinoseg import build
 from dinoseg.choosing import rules
 from dinoseg.choosing.facts import Facts, facts_of, headline
 from dinoseg.choosing.given import left_of
-from dinoseg.choosing.length import Length, length_within
+from dinoseg.choosing.length import FLOOR, SURE, Length, length_within
 from dinoseg.choosing.memory import Memory
 from dinoseg.choosing.rules import Case, Choice
 from dinoseg.choosing.timing import Seconds, time_recipe
@@ -60,12 +60,22 @@ class Chooser:
         given: keys and groups that were typed, which are taken as they are.
         minutes: for everything, from now on.
         tell: takes what is done next, in words.
+        joined: ranks of this machine that torchrun or Slurm has started, each with its share of the processors; 0: the
+            training starts its own.
 
     Attributes:
         about: what was chosen for, in words; known once that is done.
     """
 
-    def __init__(self, compose: Compose, given: frozenset[str], minutes: Minutes, tell: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        compose: Compose,
+        given: frozenset[str],
+        minutes: Minutes,
+        tell: Callable[[str], None],
+        *,
+        joined: int = 0,
+    ) -> None:
         self.compose, self.given, self.tell = compose, given, tell
         self.about = ""
         self._ends, self._minutes = monotonic() + 60 * minutes, minutes
@@ -80,7 +90,10 @@ class Chooser:
         drawn = {key: self.cfg.data[key] for key in ("batch_size", "views", "class_mix")}
         check_given("dinoseg.training.image_feed.ImageFeed", drawn, {key: f"data.{key}" for key in drawn})
         self.engine: Engine = instantiate(self.cfg.engine, instead={"devices": 1})
-        self.memory = Memory(self.engine, given)
+        devices, on_cpu = self.cfg.engine.devices, self.engine.device.type == "cpu"
+        self.memory = Memory(self.engine, given, ranks=(joined or devices) if on_cpu else 1)
+        # ranks that start each other on a CPU share the threads by which one alone is timed
+        self._ranks = 1 if on_cpu and not joined else devices
 
     def choose(self) -> list[Choice]:
         """Return the choices, in the order in which they were made; those too that were typed otherwise.
@@ -93,6 +106,7 @@ class Chooser:
         case = self._case(facts)
         by_data, tried = self._way(case)
         chosen = [*by_data, *tried.choices, *self._batch(tried, by_data, case)]
+        tried = replace(tried, length=self._length(tried.cfg, tried.timed, facts))  # that took time, too
         chosen += [*self._rates(tried.cfg), *self._views(tried), self._steps(tried, self._composed(chosen))]
         self.about = headline(facts, self._minutes, self.engine.device.type)
         return chosen
@@ -186,7 +200,7 @@ class Chooser:
         height, width = cfg.resolution.crop
         way = f"adapter={cfg.choices.adapter} head={cfg.choices.head}"
         self.tell(f"measures steps of {way} on crops of {height} x {width} (height x width)")
-        time = partial(time_recipe, minutes=self._minutes, may_rest=self._may_rest(case))
+        time = partial(time_recipe, minutes=self._minutes, may_rest=self._may_rest(case), ranks=self._ranks)
         if (timed := in_own_process(time, plain(cfg))) is None:
             raise OutOfMemory("Memory did not suffice for a few steps. mode=plan says what fits.")
         return Tried(tuple(choices), cfg, timed, self._length(cfg, timed, case.facts))
@@ -262,7 +276,7 @@ class Chooser:
             {"trainer.steps": steps, "trainer.val_every": math.ceil(steps / tried.length.validations)},
             f"{(self._ends - monotonic()) / 60:.1f} of {self._minutes:g} minutes are left, "
             f"{tried.length.spent:.0f} s of them for the start, {count_of(tried.length.validations, 'validation')} and "
-            "the scoring; 3% are for the closed form, 5% stay free",
+            f"the scoring; {FLOOR:.0%} are counted for the closed form, {1 - SURE:.0%} stay free",
         )
 
     def _composed(self, choices: Sequence[Choice]) -> DictConfig:

@@ -7,8 +7,8 @@ from dinoseg.choosing.facts import Facts
 from dinoseg.choosing.rules import LEAST_GAIN, LEAST_USES, MOST_VALIDATIONS, VALIDATING, VIEWS
 from dinoseg.choosing.timing import Seconds
 
-_SURE = 0.95  # of the time: what else runs on the machine comes and goes
-_FLOOR = 0.03  # of a training's time: mode=train's own share to hold it against its closed form
+SURE = 0.95  # of the time: what else runs on the machine comes and goes
+FLOOR = 0.03  # of a training's time: mode=train's own share to hold it against its closed form
 _SCORING = 2.0  # validations: the scoring at the end draws pictures and a report beside
 
 
@@ -43,7 +43,7 @@ def length_within(
     validation = facts.val_images * timed.val
     validations = max(1, min(MOST_VALIDATIONS, int(VALIDATING * seconds / max(validation, 1e-9))))
     spent = timed.start + (validations + _SCORING) * validation
-    left = (_SURE * seconds - spent) / (1 + _FLOOR)
+    left = (SURE * seconds - spent) / (1 + FLOOR)
     live = Length(int(left / timed.image), None, validations, spent)
     kept = [each for count in views if count is not None and (each := _kept(left, timed, facts, count, live))]
     if None not in views:

@@ -19,10 +19,12 @@ class Memory:
     Attributes:
         engine: of one device.
         given: keys and groups that were typed, which do not change.
+        ranks: that take of the same memory, as those of a CPU do.
     """
 
     engine: Engine
     given: frozenset[str]
+    ranks: int = 1
 
     def changes(self, cfg: DictConfig) -> list[Choice]:
         """Return what has to change so that a step fits, as mode=plan would say.
@@ -49,7 +51,7 @@ class Memory:
 
     def _need(self, cfg: DictConfig) -> tuple[Fitting | None, float]:
         """Return what a step needs, and the bytes that are free; None where that is not known."""
-        kind, free = self.engine.device.type, free_bytes(self.engine.device)
+        kind, free = self.engine.device.type, free_bytes(self.engine.device) / self.ranks
         if kind not in KINDS or math.isinf(free) or cfg.engine.sharding != "none":
             return None, free
         target = Target(kind, round(free), bf16=self.engine.bf16, world=cfg.engine.devices)

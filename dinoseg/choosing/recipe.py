@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -19,12 +20,11 @@ from dinoseg.choosing.choice import Chooser
 from dinoseg.choosing.given import left_of
 from dinoseg.choosing.kept import NAME, read_choices, recipe_text, told, write_choices
 from dinoseg.choosing.rules import Choice
-from dinoseg.choosing.timing import RANKS
 from dinoseg.config.checks import check_given
 from dinoseg.config.plain import plain
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.errors import UserError
-from dinoseg.processes.cores import count_cores
+from dinoseg.processes.cores import count_cores, ranks_here
 from dinoseg.runs.composed import composed_with, own_folders, searching, typed_keys
 from dinoseg.runs.recipe import LENGTHS, config_description, recipe_of
 from dinoseg.storage.atomic import write_text
@@ -32,6 +32,7 @@ from dinoseg.storage.locks import locked
 from dinoseg.wording import printable
 
 AUTO = "auto"  # the recipe that is chosen
+_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")  # of the environment: what makes a process a rank
 _OF_A_RUN = ("seed", "resume", "budget", "hydra", "mode", "hparam")  # words that no choice depends on
 
 
@@ -83,8 +84,10 @@ def chosen(cfg: DictConfig, words: Sequence[str], *, first: bool) -> Recipe:
             if kept is None:
                 _tell(f"looks at data and machine: budget.minutes={minutes:g} count from now")
                 trying = [*words, *_shared()]
+                joined = ranks_here() if _shared() else 0
                 with _alone():
-                    chooser = Chooser(lambda some: _composed(trying, "trying", some), given, minutes, _tell)
+                    compose = partial(_composed, trying, "trying")
+                    chooser = Chooser(compose, given, minutes, _tell, joined=joined)
                     choices = chooser.choose()
                 kept, source = (chooser.about, choices), "chosen now"
                 _keep(path, *kept)
@@ -117,7 +120,8 @@ def _path(cfg: DictConfig, given: frozenset[str]) -> Path:
         "minutes": float(cfg.budget.minutes),
         "data": [each.fingerprint() if isinstance(each, PairDataset) else list(each.names) for each in data],
         "engine": {key: plain(cfg.engine)[key] for key in ("device", "precision", "cache", "devices", "sharding")},
-        "machine": _shared() or (platform.node(), count_cores()),  # ranks on other machines look for the same file
+        # several ranks may be on several machines, and look for the same file
+        "machine": _shared() if os.environ.get("WORLD_SIZE", "1") != "1" else (platform.node(), count_cores()),
     }
     key = hashlib.sha256(json.dumps(depends, sort_keys=True, default=str).encode()).hexdigest()
     return Path(cfg.cache_dir).expanduser() / f"choices_{key[:16]}.json"
@@ -160,7 +164,7 @@ def _shared() -> list[str]:
 @contextmanager
 def _alone() -> Iterator[None]:
     """Let this process be no rank for a while: one alone measures."""
-    before = {name: os.environ.pop(name) for name in RANKS if name in os.environ}
+    before = {name: os.environ.pop(name) for name in _RANKS if name in os.environ}
     try:
         yield
     finally:

@@ -1,6 +1,5 @@
 """What a recipe takes on this machine: some of its own steps and validated images, in a process of its own."""
 
-import os
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,8 +26,6 @@ from dinoseg.training.validation import evaluate
 
 _STEPS, _WARMUP, _VALIDATED = 3, 1, 6
 _SHARE, _MOST = 0.015, 8.0  # of the time that is given, and seconds: for which steps go on
-# of the environment: what makes a process one of several
-RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 
 
 @dataclass(frozen=True)
@@ -70,22 +67,23 @@ class _Again:
         return self.batch
 
 
-def time_recipe(values: Mapping[str, Any], *, minutes: float, may_rest: bool = False) -> Seconds:
-    """Time a plain config on its own data, with random weights; call it in a process of its own.
+def time_recipe(values: Mapping[str, Any], *, minutes: float, may_rest: bool = False, ranks: int = 1) -> Seconds:
+    """Time a plain config on its own data, with random weights; call it in a process of its own, which is no rank.
 
     Args:
         values: the config.
         minutes: that are given for everything, of which timing takes a share.
         may_rest: whether to time steps of a backbone that rests as well, where it learns.
+        ranks: that share a batch and the images of a validation, each as fast as this one: its share is timed, and an
+            image then takes so much less. That they wait for one another is not counted.
 
     Raises:
         UserError: its parts do not go together.
         OutOfMemory: there is too little.
     """
-    for name in RANKS:  # the process of a rank is none
-        os.environ.pop(name, None)
     began = time.perf_counter()
     cfg, engine = settled(values, instead={"devices": 1})
+    cfg.data.batch_size = max(1, cfg.data.batch_size // ranks)
     regime = regime_of(cfg)(cfg, engine)
     make = partial(build.model, cfg, untrained=True)
     model = engine.place(make())
@@ -98,7 +96,7 @@ def time_recipe(values: Mapping[str, Any], *, minutes: float, may_rest: bool = F
     cut = _cut(model, first, engine)
     lasting = min(_MOST, _SHARE * 60 * minutes)
     live = try_steps(cfg, make, engine, batches, steps=_STEPS, warmup=_WARMUP, lasting=lasting)
-    images = cfg.data.batch_size * cfg.trainer.accumulate
+    images = ranks * cfg.data.batch_size * cfg.trainer.accumulate
     resting = None
     if may_rest:
         half = lasting / 2
@@ -111,9 +109,9 @@ def time_recipe(values: Mapping[str, Any], *, minutes: float, may_rest: bool = F
         again = _Again(FeatureBatch(features, first.mask.to(engine.device), first.names))
         trial = try_steps(cfg, lambda: model, engine, repeat(again), steps=_STEPS, warmup=_WARMUP, lasting=lasting / 4)
         kept = _later_median(trial.seconds) / images
-    val = _seconds_of_val(cfg, model, engine)
+    val = _seconds_of_val(cfg, model, engine) / ranks
     image = _later_median(live.seconds) / images
-    return Seconds(start, image, kept, frozen / len(first.names), size, val, resting)
+    return Seconds(start, image, kept, frozen / (ranks * len(first.names)), size, val, resting)
 
 
 def _later_median(seconds: Sequence[float]) -> float:

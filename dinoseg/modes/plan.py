@@ -113,7 +113,8 @@ def _target(cfg: DictConfig, memory: str | float | None, device: str | None) -> 
         if amount is None:
             raise UserError(f"mode.device={kind} is not this machine's: say what it has with mode.memory, as 24GiB.")
         return Target(kind, amount, bf16=cfg.engine.precision != "fp32", world=world), None
-    free = free_bytes(engine.device) if amount is None else amount
+    sharing = world if kind == "cpu" else 1  # ranks of a CPU take of the same
+    free = free_bytes(engine.device) / sharing if amount is None else amount
     if math.isinf(free):
         raise UserError("This system does not say how much memory is free. Give mode.memory, as 24GiB.")
     return Target(kind, round(free), bf16=engine.bf16, world=world), engine

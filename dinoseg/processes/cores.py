@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from dinoseg.errors import UserError
+
 _TOPOLOGY = Path("/sys/devices/system/cpu")
 
 
@@ -17,15 +19,28 @@ def count_cores() -> int:
 def cores_here() -> int:
     """Return how many processors are the ranks' of this machine: more than one may use, where each is bound to its own.
 
-    Slurm says it of a step; elsewhere those that this process may use are everybody's.
+    Slurm says it of a step, whether its tasks are bound to them or not; elsewhere those that this process may use are
+    everybody's.
     """
     said = os.environ.get("SLURM_CPUS_ON_NODE", "")
-    return max(count_cores(), int(said) if re.fullmatch("[0-9]{1,6}", said) else 0)
+    return int(said) if re.fullmatch("[1-9][0-9]{0,5}", said) else count_cores()
 
 
 def ranks_here() -> int:
-    """Return how many ranks share this machine's cores; where nobody says it, all of them."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
+    """Return how many ranks share this machine's cores; where nobody says it, all of them.
+
+    Raises:
+        UserError: what says it is no number of ranks.
+    """
+    for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"):
+        if said := os.environ.get(name):
+            if not re.fullmatch("[1-9][0-9]{0,5}", said):
+                raise UserError(
+                    f"{name}={said:.60} must be a whole number of ranks from 1 on, as torchrun sets it. Unset it, or "
+                    "let torchrun start the ranks."
+                )
+            return int(said)
+    return 1
 
 
 def share_of_cores() -> int:

@@ -1,4 +1,4 @@
-"""Slurm's tasks as ranks: what srun says of a task, told as torchrun tells it; imports the standard library alone."""
+"""Slurm's tasks as ranks: what srun says of a task, told as torchrun tells it."""
 
 import os
 import re

@@ -73,7 +73,9 @@ class Difference:
     def scores(self, sums: np.ndarray) -> dict[str, np.ndarray]:
         """Return each key's difference (...)."""
         found = self.protocol.scores(sums.reshape(*sums.shape[:-1], self.first + self.second, -1))
-        parts = {key: np.split(values, [self.first], axis=-1) for key, values in found.items()}
+        # beside one of the runs, since means of equal scores, of more runs and of fewer, may differ in the last place
+        beside = {key: values - values[..., :1] for key, values in found.items()}
+        parts = {key: np.split(values, [self.first], axis=-1) for key, values in beside.items()}
         return {key: second.mean(axis=-1) - first.mean(axis=-1) for key, (first, second) in parts.items()}
 
 

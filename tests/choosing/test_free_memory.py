@@ -15,11 +15,11 @@ def asked(compose, monkeypatch):
     """Return a function that gives memory of which so much is free, and a config whose samples need what `of` says."""
     monkeypatch.setattr("dinoseg.costs.target.Target.need", lambda target, step: step)
 
-    def ask(of, free, *words, given=()):
+    def ask(of, free, *words, given=(), ranks=1):
         monkeypatch.setattr("dinoseg.choosing.memory.free_bytes", lambda device: free)
         monkeypatch.setattr("dinoseg.costs.fitting.step_bytes", lambda cfg, loss, *, samples, **_: of(cfg, samples))
         cfg = compose("mode=train", *SMALL, "data.classes=[a,b]", "data.batch_size=4", *words)
-        return Memory(instantiate(cfg.engine, instead={"devices": 1}), frozenset(given)), cfg
+        return Memory(instantiate(cfg.engine, instead={"devices": 1}), frozenset(given), ranks), cfg
 
     return ask
 
@@ -35,6 +35,8 @@ def fits(memory, cfg):
 def test_a_step_fits_what_is_free_to_the_byte_as_each_device_has_its_share(asked):
     assert fits(*asked(needs, 100)) and not fits(*asked(needs, 99))
     assert fits(*asked(needs, 50, "engine.devices=2")) and not fits(*asked(needs, 49, "engine.devices=2"))
+    assert fits(*asked(needs, 100, "engine.devices=2", ranks=2))  # which share a machine's memory
+    assert not fits(*asked(needs, 99, "engine.devices=2", ranks=2))
 
 
 def test_what_is_not_known_fits(asked):

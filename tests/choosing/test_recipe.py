@@ -13,12 +13,14 @@ import torch
 from command_line import SMALL, call, in_this_process, write_data
 from omegaconf import OmegaConf
 
-from dinoseg.choosing import timing
+from dinoseg.choosing import recipe, timing
 from dinoseg.choosing.given import left_of
+from dinoseg.choosing.memory import Memory
 from dinoseg.choosing.rules import Choice
 from dinoseg.choosing.timing import Seconds
 from dinoseg.config.plain import plain
 from dinoseg.costs.trial import Trial
+from dinoseg.errors import UserError
 from dinoseg.images import read_ids, write_png
 from dinoseg.processes.workers import in_own_process
 from dinoseg.storage.locks import acquire, release
@@ -506,6 +508,63 @@ def test_what_is_timed_has_an_image_for_each_device(folder, monkeypatch):
     )
     done = call(folder, *AUTO, "engine.devices=3", "mode=plan", "mode.dry_step=false", "hydra.run.dir=R")
     assert done.status == 0 and asked == [3], done.err
+
+
+@pytest.mark.parametrize(
+    ("kind", "environment", "words", "apart", "sharing"),
+    [
+        ("cpu", {}, (), 1, 1),
+        ("cpu", {}, ("engine.devices=3",), 1, 3),  # which share the threads that one is timed with
+        ("cuda", {}, ("engine.devices=3",), 3, 1),
+        ("cpu", {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, (), 4, 2),  # on two machines
+        ("cuda", {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, (), 4, 1),
+    ],
+)
+def test_several_ranks_are_timed_as_they_work(folder, monkeypatch, kind, environment, words, apart, sharing):
+    asked = []
+
+    class Chooser(recipe.Chooser):
+        def __init__(self, *given, **options):
+            with monkeypatch.context() as patched:
+                patched.setattr("dinoseg.training.engine.Engine.device", torch.device(kind), raising=False)
+                super().__init__(*given, **options)
+            asked.append((self._ranks, self.memory.ranks))
+            raise UserError("enough")
+
+    monkeypatch.setattr(recipe, "Chooser", Chooser)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    done = call(folder, *AUTO, *words, "mode=plan", "mode.dry_step=false", "hydra.run.dir=R")
+    assert asked == [(apart, sharing)], done.err
+
+
+def test_a_rank_is_timed_with_its_share_of_a_batch(tmp_path, compose, monkeypatch):
+    write_data(tmp_path / "data")
+    sizes = []
+
+    def steps(cfg, make, engine, batches, **_):
+        sizes.append(cfg.data.batch_size)
+        return Trial([9.0, 6.0])
+
+    monkeypatch.setattr(timing, "try_steps", steps)
+    monkeypatch.setattr(timing, "_seconds_of_val", lambda *_: 4.0)
+    monkeypatch.setattr(timing, "_cut", lambda model, batch, engine: (model.frozen(batch.image.float()), 8.0))
+    cfg = compose(*SMALL, f"data.root={tmp_path}/data", "adapter=frozen", "data.batch_size=4")
+    alone, two = (timing.time_recipe(plain(cfg), minutes=9, ranks=ranks) for ranks in (1, 2))
+    assert sizes == [4, 4, 2, 2]
+    assert (alone.image, alone.kept, alone.frozen, alone.val) == (1.5, 1.5, 2.0, 4.0)
+    assert (two.image, two.kept, two.frozen, two.val) == (1.5, 1.5, 2.0, 2.0)  # half the images, and two at once
+
+
+def test_time_that_choosing_a_batch_takes_is_counted(folder, monkeypatch):
+    clock, fits = [0.0], Memory.fits
+    monkeypatch.setattr("dinoseg.choosing.choice.monotonic", lambda: clock[0])
+    words = (*AUTO, "mode=plan", "mode.dry_step=false", "budget.minutes=10", "data.views=null")
+    monkeypatch.setattr(Memory, "fits", lambda memory, cfg: clock.__setitem__(0, clock[0] + 300) or fits(memory, cfg))
+    done = call(folder, *words, "hydra.run.dir=R")
+    assert done.status == 0 and "5.0 of 10 minutes are left" in done.out, done.err
+    cfg = config_of(folder / "R")
+    assert cfg.trainer.steps * cfg.data.batch_size == pytest.approx(300 * 0.95 / 1.03 / 0.02, rel=0.02)
 
 
 @pytest.mark.heavy

@@ -168,6 +168,12 @@ def test_a_device_that_is_not_here_computes_as_the_config_says(compose, monkeypa
         planning._target(compose(*WORDS), None, None)
 
 
+def test_ranks_of_a_cpu_share_what_is_free_and_have_each_what_is_said(compose, monkeypatch):
+    monkeypatch.setattr(planning, "free_bytes", lambda device: 6000)
+    cfg = compose(*WORDS, "engine.devices=3", "data.batch_size=6")
+    assert [planning._target(cfg, said, None)[0].memory for said in (None, "1MiB")] == [2000, 2**20]
+
+
 def test_a_command_keeps_what_was_typed_but_for_what_changes(monkeypatch, tmp_path):
     typed = ["mode=plan", "+mode.memory=1GiB", "adapter=full", "++adapter.rank=2", "adapters=x", "data.root=a b"]
     monkeypatch.setattr(planning, "last_command_line", lambda folder: [*typed, "hydra.run.dir=run"])

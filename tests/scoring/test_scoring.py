@@ -134,6 +134,14 @@ def test_units_that_are_alike_have_an_interval_of_no_width():
     assert jackknife(Difference(Share()), np.tile([1.0, 2, 0.5, 1], (7, 2)))["share"].p == 1
 
 
+@pytest.mark.parametrize("runs", [(1, 3), (3, 1), (1, 5), (2, 3)])
+def test_the_same_scores_do_not_differ_however_many_runs_have_them(runs):
+    """A mean of three equal numbers may be another one in the last place, and so surely another than one of two."""
+    for sums in np.random.default_rng(0).integers(1, 20, (40, 4, 4)).astype(float):
+        found = jackknife(Difference(Share(), *runs), np.tile(sums, (1, sum(runs))))
+        assert [(each.value, each.error, each.p) for each in found.values()] == [(0, 0, 1)] * 2
+
+
 def test_the_paired_difference_leaves_the_same_units_out_of_both():
     names = [f"v{index}/a={index + 1}-40" for index in range(20)]
     better = [f"v{index}/a={index + 5}-40" for index in range(20)]

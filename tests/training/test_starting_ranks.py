@@ -118,14 +118,24 @@ def test_tasks_know_how_many_are_on_their_machine(environment, said, here):
         ({"LOCAL_WORLD_SIZE": "16"}, 12, 1),
         ({"LOCAL_WORLD_SIZE": "4", "SLURM_CPUS_ON_NODE": "32"}, 8, 8),  # each task is bound to its own
         ({"LOCAL_WORLD_SIZE": "4", "SLURM_CPUS_ON_NODE": "32"}, 32, 8),  # none is
-        ({"LOCAL_WORLD_SIZE": "4", "SLURM_CPUS_ON_NODE": "8"}, 32, 8),  # of another step
-        ({"LOCAL_WORLD_SIZE": "4", "SLURM_CPUS_ON_NODE": "9" * 5000}, 32, 8),
+        ({"LOCAL_WORLD_SIZE": "4", "SLURM_CPUS_ON_NODE": "8"}, 32, 2),  # none is, on a machine that others use, too
+        ({"SLURM_CPUS_ON_NODE": "8"}, 32, 8),
+        *(({"LOCAL_WORLD_SIZE": "4", "SLURM_CPUS_ON_NODE": odd}, 32, 8) for odd in ("9" * 5000, "0", "-4", "x", "")),
     ],
 )
 def test_ranks_share_a_machine(environment, monkeypatch, said, usable, share):
     monkeypatch.setattr(cores, "_usable", lambda: set(range(usable)))
     environment |= said
     assert cores.share_of_cores() == share
+
+
+@pytest.mark.parametrize("name", ["LOCAL_WORLD_SIZE", "WORLD_SIZE"])
+@pytest.mark.parametrize("said", ["0", "x", "-1", "1.5", "9" * 5000])
+def test_a_number_of_ranks_that_is_none_is_refused(environment, name, said):
+    environment[name] = said
+    with pytest.raises(UserError, match=f"^{name}={said[:60]} must be a whole number of ranks from 1 on") as raised:
+        cores.keep_to_share()
+    assert len(str(raised.value)) < 200
 
 
 @pytest.mark.parametrize(
