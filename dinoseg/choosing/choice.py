@@ -80,12 +80,12 @@ class Chooser:
         self.about = ""
         self._ends, self._minutes = monotonic() + 60 * minutes, minutes
         self.cfg = compose(())
-        check_alone(self.cfg)
         if self.cfg.trainer.feed != "images":
             raise UserError(
                 f"hparam=auto chooses for images and their masks, not for trainer={self.cfg.choices.trainer}. Give a "
                 "recipe by its name: mode=help lists them."
             )
+        check_alone(self.cfg)
         build.lengths(self.cfg, samples=1)  # refuses what is no number of steps or batches, as the training would
         drawn = {key: self.cfg.data[key] for key in ("batch_size", "views", "class_mix")}
         check_given("dinoseg.training.image_feed.ImageFeed", drawn, {key: f"data.{key}" for key in drawn})

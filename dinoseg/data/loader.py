@@ -91,9 +91,10 @@ def clip_batches(
 def check_batch_size(batch_size: int, samples: int, world: int, what: str = "image") -> None:
     """Refuse batches that are larger than the data set, or not to be shared evenly by the ranks."""
     if not 1 <= batch_size <= samples:
+        fitting = f"a number from 1 to {samples}" if samples > 1 else "1"
         raise UserError(
-            f"data.batch_size={batch_size} with {count_of(samples, f'training {what}')}: choose a number from 1 to "
-            f"{samples}, or add {what}s."
+            f"data.batch_size={batch_size} with {count_of(samples, f'training {what}')}: choose {fitting}, or add "
+            f"{what}s{', as a larger data.labelled does' if what == 'image' else ''}."
         )
     if batch_size % world:
         raise UserError(f"data.batch_size={batch_size} cannot be shared by {world} devices: use a multiple of {world}.")

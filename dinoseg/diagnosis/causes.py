@@ -28,6 +28,7 @@ COLOURS = {  # RGB means and deviations that published weights were trained with
 _FAR = 1.25  # times the crop, or a part of it, that images of another size are
 _STEPS = 8  # on from the best checkpoint, at each rate
 _FACTORS = (0.01, 0.1, 1.0, 10.0, 100.0)  # of the rate
+_EARLY = 0.5  # of the steps: what was best before was tried for as long again
 _CLEAR = 0.98  # of another loss: what is not lower than that is no better
 Cause = Callable[[Held], str | None]
 
@@ -111,6 +112,11 @@ def learning_rate(held: Held) -> str | None:
     if after[best] > _CLEAR * before:
         return None
     lower = f"the loss falls from {before:.3g} to {after[best]:.3g} within {_STEPS} more steps"
+    if best == 1 and held.best_step < _EARLY * held.steps:
+        return (
+            f"It was scored best after step {held.best_step} of {held.steps}, and more steps made it worse on the "
+            "validation images. Give fewer trainer.steps, more images, or a larger optim.optimizer.weight_decay"
+        )
     if best == 1:
         return f"It was still learning: {lower}. Give more trainer.steps"
     way = "higher" if best > 1 else "lower"

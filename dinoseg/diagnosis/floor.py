@@ -58,6 +58,8 @@ class Held:
         run: scores of the model on `val`.
         floor: of the closed form on `val`.
         has_time: for other colours, too, where the run is not below it.
+        best_step: of the steps that were done, the one after which the model was scored so.
+        steps: that were done.
     """
 
     cfg: DictConfig
@@ -70,6 +72,8 @@ class Held:
     run: Mapping[str, Any]
     floor: Mapping[str, Any]
     has_time: bool = False
+    best_step: int = 0
+    steps: int = 0
 
     @property
     def is_below(self) -> bool:

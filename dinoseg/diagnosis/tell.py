@@ -1,6 +1,7 @@
 """What is told of a training that is held against its floor, and what is written of it."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,15 @@ logger = logging.getLogger(__name__)
 
 
 def tell_floor(
-    cfg: DictConfig, regime: Regime, engine: Engine, model: Segmenter, out_dir: Path, *, seconds: float
+    cfg: DictConfig,
+    regime: Regime,
+    engine: Engine,
+    model: Segmenter,
+    out_dir: Path,
+    *,
+    seconds: float,
+    best_step: int,
+    steps: int,
 ) -> dict[str, Any] | None:
     """Hold a run against its closed form, say where it is below that, and why; return what `floor.json` says.
 
@@ -30,12 +39,14 @@ def tell_floor(
         model: with the best checkpoint's weights.
         out_dir: the run folder.
         seconds: that the comparison may take; looking for causes takes several times that.
+        best_step: after which the model had these weights.
+        steps: that were done.
     """
     if engine.is_main:
         (out_dir / FLOOR).unlink(missing_ok=True)  # of a run that has gone on since
     try:
         held = held_against_floor(cfg, regime, engine, model, seconds=seconds)
-        causes = causes_of(held) if held else []
+        causes = causes_of(replace(held, best_step=best_step, steps=steps)) if held else []
     except (MemoryError, RuntimeError, UserError) as error:
         if engine.world > 1 or not (isinstance(error, UserError) or tells_shortage(error)):
             raise  # other ranks would wait
@@ -56,7 +67,7 @@ def tell_floor(
         print(f"floor:        {told(held)}")
         if held.is_below:
             why = "".join(f"\n- {cause}." for cause in causes) or " None of the causes that are tried was found."
-            below = "This run is below its floor: a linear head on the same backbone, untrained, does more.%s"
+            below = "This run is below its floor: a linear head on the same backbone as it came does more.%s"
             logger.warning(below, why)
         for cause in () if held.is_below else causes:
             logger.warning("%s.", cause)

@@ -94,8 +94,9 @@ def _pool(cfg: DictConfig, input: str | None, split: str, every: float, also: se
 def _check_count(count: int, pool: list[Candidate], labelled: list[int], input: str | None) -> None:
     left = len(pool) - len(labelled)
     if count > left:
-        frames = ", or, of a video, a smaller mode.every" if input is not None else ""
+        fewer = f"Give count={left} or less, or more images" if left else "Give more images"
+        frames = " (of a video, a smaller mode.every)" if input is not None else ""
         raise UserError(
             f"count={count}: of {count_of(pool, 'image')} {len(labelled)} are labelled, which leaves {left} to choose "
-            f"from. Give a smaller count, more images{frames}."
+            f"from. {fewer}{frames}."
         )

@@ -73,7 +73,8 @@ def train(
         scores = job.finish(model, run, **shown)
         images = run.step * cfg.data.batch_size * cfg.trainer.accumulate
         spent = max(spent, images / (scores["images_per_s"] or math.inf))  # with what was done before a stop
-        tell_floor(cfg, regime, engine, model, out_dir, seconds=floor * spent)
+        reached = {"best_step": run.best_step, "steps": run.step}
+        tell_floor(cfg, regime, engine, model, out_dir, seconds=floor * spent, **reached)
     engine.close()
     return scores
 

@@ -26,7 +26,7 @@ from dinoseg.training import checkpoint
 from dinoseg.training.engine import Engine
 from dinoseg.training.feature_cache.key import code_hash, hash_of
 from dinoseg.transfer import sent
-from dinoseg.wording import listed
+from dinoseg.wording import listed, typed
 
 _PROBED = 512  # pixels of a side that a backbone sees of an image by which its cells are counted, at most
 _LEAST = -3e4  # of a score below the highest, which float16 holds
@@ -171,8 +171,8 @@ def named_teacher(cfg: DictConfig) -> str:
     given = cfg.trainer.teacher
     if not isinstance(given, str):
         raise UserError(
-            f"trainer=distil learns from a trained model, and teacher={given} names none. Give teacher=RUN, a run "
-            "folder or a checkpoint of the same classes."
+            f"trainer=distil learns from a trained model, and teacher={typed(given)} names none. Give teacher=RUN, a "
+            "run folder or a checkpoint of the same classes."
         )
     return given
 

@@ -105,6 +105,8 @@ class ImageFeed:
     @property
     def remedy(self) -> str:
         """Return what lets batches come sooner, in a sentence or two."""
+        if self.cache is not None and self.cache.place == "memory":
+            return "Features are kept in memory: images are read until each view has come once, and no more then."
         if self.cache is not None and self.cache.keeps:
             own = (
                 "Features are kept: a cache_dir on a faster disk helps, or features.dtype=int8, which is less to read."

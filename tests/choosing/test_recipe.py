@@ -197,7 +197,7 @@ def test_a_run_goes_on_whose_classes_of_any_name_have_weights(folder):
         (["budget.minutes=soon"], "budget.minutes=soon"),
         (["hparam=base", "budget.minutes=3"], "budget.minutes=3 is read by hparam=auto alone"),
         (["trainer=many_heads", "heads=[linear]"], "trainer=many_heads trains several heads"),
-        (["trainer=self_training"], "trainer=self_training is not foretold"),
+        (["trainer=self_training"], "images and their masks, not for trainer=self_training. Give a recipe by its name"),
         (["trainer=slots"], "not for trainer=slots"),
         (["data.root=nowhere"], "nowhere"),
     ],

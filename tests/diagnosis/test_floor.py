@@ -228,6 +228,10 @@ def test_rates_are_tried_where_labels_alone_teach_and_told_where_they_clearly_he
     assert causes.learning_rate(found) is None  # 1 % less is chance
     losses[1.0] = 0.9
     assert "It was still learning: the loss falls from 1 to 0.9 " in causes.learning_rate(found)
+    half = replace(found, best_step=50, steps=100)
+    assert "It was still learning" in causes.learning_rate(half)
+    said = causes.learning_rate(replace(half, best_step=49))  # more steps have been tried
+    assert "scored best after step 49 of 100, and more steps made it worse" in said and "fewer trainer.steps" in said
 
     class OfTeacher(ImageRegime):
         pass

@@ -117,14 +117,17 @@ def test_frames_of_a_video_are_chosen_by_time(folder):
     ("words", "said"),
     [
         ((*WORDS,), "give count=N"),
-        ((*WORDS, "count=7"), "count=7: of 6 images 0 are labelled, which leaves 6 to choose from"),
+        ((*WORDS, "count=7"), "leaves 6 to choose from. Give count=6 or less, or more images."),
         ((*WORDS, "count=0"), "count=0 is out of range"),
         ((*NO_DATA, "count=1"), "mode=select needs images to choose from: give input="),
         ((*NO_DATA, "count=1", "input=nowhere"), "No such file or folder: input=nowhere"),
         ((*NO_DATA, "count=1", "input=data"), "holds no image or video directly"),
         ((*WORDS, "count=1", "mode.split=tset"), "split=tset is unknown"),
         ((*WORDS, "count=1", "labels=nowhere"), "Cannot read the file list nowhere"),
-        ((*NO_DATA, "count=2", "input=film2.mp4", "mode.every=99"), "of 1 image 0 are labelled"),
+        (
+            (*NO_DATA, "count=2", "input=film2.mp4", "mode.every=99"),
+            "choose from. Give count=1 or less, or more images (of a video, a smaller",
+        ),
     ],
 )
 def test_what_cannot_be_chosen_is_said(folder, words, said):

@@ -175,7 +175,7 @@ def test_another_teacher_is_another_recipe_and_older_checkpoints_have_none(folde
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("trainer=distil",), "learns from a trained model, and teacher=None names none. Give teacher=RUN"),
+        (("trainer=distil",), "learns from a trained model, and teacher=null names none. Give teacher=RUN"),
         (("teacher=teacher",), "teacher=teacher is read by trainer=distil alone, and this is trainer=supervised"),
         (
             ("trainer.feed=distil",),

@@ -385,6 +385,8 @@ def test_what_lets_batches_come_sooner_depends_on_what_is_read(train, data, tmp_
     _, kept, _ = train("disk", epochs=2, workers=2)
     assert kept.remedy.startswith("Features are kept: ") and "packed" not in kept.remedy
     assert kept.remedy.endswith("let more processes load (engine.workers=auto finds how many).")
+    _, kept, _ = train("memory", epochs=2, workers=2)
+    assert kept.remedy.startswith("Features are kept in memory: ") and "disk" not in kept.remedy
     _, disturbed, _ = train(epochs=2, noise=0.1)
     assert "data.cache=packed" in disturbed.remedy and "Features" not in disturbed.remedy
     live.train = pack(data, cache_dir=tmp_path, workers=1)
