@@ -117,6 +117,15 @@ def test_a_rank_of_torchrun_keeps_to_its_share_of_the_processors(second_rank, tm
     assert launch.launch(second_rank, tmp_path / "new", []) == "1"
 
 
+def test_a_process_that_is_no_rank_keeps_the_threads_that_torch_gives_it(second_rank, tmp_path, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name)
+    second_rank.mode.devices = 1
+    monkeypatch.setattr(launch, "_enter_folder", lambda cfg, folder, _: (cfg, folder))
+    monkeypatch.setattr(launch, "run_mode", lambda *_: os.environ.get("OMP_NUM_THREADS"))
+    assert launch.launch(second_rank, tmp_path / "new", []) is None
+
+
 def test_the_first_rank_alone_says_what_is_left(second_rank, tmp_path, monkeypatch):
     def stop(cfg, folder):
         raise KeyboardInterrupt

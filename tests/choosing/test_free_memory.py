@@ -39,6 +39,13 @@ def test_a_step_fits_what_is_free_to_the_byte_as_each_device_has_its_share(asked
     assert not fits(*asked(needs, 99, "engine.devices=2", ranks=2))
 
 
+def test_what_fits_to_the_byte_stays_as_it_is_and_is_counted_in_the_precision_it_has(asked):
+    memory, cfg = asked(needs, 100, "engine.precision=fp32")
+    assert memory.changes(cfg) == [] and not memory._need(cfg)[0].target.bf16
+    memory, cfg = asked(needs, 100, "engine.precision=bf16")
+    assert memory._need(cfg)[0].target.bf16
+
+
 def test_what_is_not_known_fits(asked):
     memory, cfg = asked(needs, 1)
     cfg.engine.sharding = "full"

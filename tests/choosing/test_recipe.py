@@ -605,6 +605,30 @@ def test_steps_of_a_backbone_that_rests_are_timed_where_it_learns(
     assert (timed.image, timed.resting) == (2.0, 1.0 if (adapter, may_rest) == ("full", True) else None)
 
 
+@pytest.mark.parametrize(("patch", "head"), [(8, "detail"), (7, "multiscale")])
+def test_patches_of_an_odd_size_have_a_head_of_their_own(folder, patch, head):
+    words = [word for word in AUTO if "patch_size" not in word and "num_hidden_layers" not in word]
+    words += [f"backbone.patch_size={patch}", "backbone.arch.num_hidden_layers=4", "budget.minutes=0.2", "mode=plan"]
+    done = call(folder, *words, "mode.dry_step=false", "hydra.run.dir=R")
+    assert done.status == 0 and config_of(folder / "R").choices.head == head, done.err
+
+
+def test_a_validation_of_few_images_is_timed_with_their_reading(tmp_path, compose, monkeypatch):
+    from dinoseg import build
+    from dinoseg.config.nodes import instantiate
+
+    write_data(tmp_path / "data", val=3)
+    clock = [0.0]
+    monkeypatch.setattr(timing, "evaluate", lambda *_, batches, **__: list(batches))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    cfg = compose(*SMALL, f"data.root={tmp_path}/data")
+    kind = type(build.dataset(cfg, "val"))
+    read = kind.__getitem__
+    slow = lambda data, place: clock.__setitem__(0, clock[0] + 5) or read(data, place)  # noqa: E731
+    monkeypatch.setattr(kind, "__getitem__", slow)
+    assert timing._seconds_of_val(cfg, build.model(cfg), instantiate(cfg.engine)) == 5
+
+
 def test_a_validation_is_timed_on_images_of_all_sizes(tmp_path, compose, monkeypatch):
     from dinoseg import build
     from dinoseg.config.nodes import instantiate

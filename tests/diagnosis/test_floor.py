@@ -112,6 +112,7 @@ def test_time_is_told_from_images_of_all_sizes(held, monkeypatch, affordable=flo
     monkeypatch.setattr(floor, "_TIMING", 1.0)  # all that are looked at
     assert affordable(*ways, (train, val), found.engine, looking + (run + 3 * plain) * 20.95) == (20, False)
     assert affordable(*ways, (train, val), found.engine, looking + (run + 4 * 3 * plain) * 20.95) == (20, True)
+    assert affordable(*ways, (train, val), found.engine, looking + (run + 4 * 3 * plain) * 16.5) == (16, True)
     assert affordable(*ways, (train, val[:1]), found.engine, 4 * 2 + 4 * 4.5 + 4 * 2 + 9000) == (64, True)
     clock[0] = 0
     monkeypatch.setattr(floor, "_TIMING", 0.1)
@@ -136,6 +137,11 @@ def test_an_image_is_timed_as_it_is_scored_and_no_rank_waited_for(held, monkeypa
     found.model.train()
     assert floor._score(floor._Way(found.model, Recorded()), (found.val, 1), found.engine) > 0
     assert asked == [found.model] and modes == [(False, False)] and found.model.training
+    clock, read = [0.0], type(found.val).__getitem__
+    monkeypatch.setattr(floor.time, "perf_counter", lambda: clock[0])
+    slow = lambda data, place: clock.__setitem__(0, clock[0] + 7) or read(data, place)  # noqa: E731
+    monkeypatch.setattr(type(found.val), "__getitem__", slow)
+    assert floor._score(floor._Way(found.plain), (found.val, 1), found.engine) == 7  # reading counts
 
 
 def test_other_colours_are_as_many_as_time_is_told_for():

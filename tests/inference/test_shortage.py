@@ -2,7 +2,8 @@
 
 import pytest
 
-from dinoseg.inference.memory import OutOfMemory, shortage_of
+from dinoseg.errors import UserError
+from dinoseg.inference.memory import OutOfMemory, reason_of, shortage_of
 
 
 @pytest.mark.parametrize(
@@ -19,6 +20,10 @@ from dinoseg.inference.memory import OutOfMemory, shortage_of
 def test_a_shortage_is_told_by_the_line_that_tells_it(error, reason):
     found = shortage_of(error)
     assert isinstance(found, OutOfMemory) and str(found).startswith(f"Memory did not suffice ({reason}")
+
+
+def test_the_reason_of_what_tells_no_shortage_is_its_first_line():
+    assert reason_of(UserError("a mask is missing\n- of 3.png")) == "a mask is missing"
 
 
 def test_other_errors_are_no_shortage():

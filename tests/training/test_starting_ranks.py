@@ -101,6 +101,7 @@ NODES = {"SLURM_STEP_TASKS_PER_NODE": "2(x2),1"}
         ({"SLURM_STEP_TASKS_PER_NODE": "1(x", "SLURM_NODEID": "0"}, 4),
         ({"SLURM_STEP_TASKS_PER_NODE": "0", "SLURM_NODEID": "0"}, 4),
         ({"SLURM_STEP_TASKS_PER_NODE": "16", "SLURM_NODEID": "0"}, 16),
+        ({"SLURM_STEP_TASKS_PER_NODE": "128(x12)", "SLURM_NODEID": "11"}, 128),
     ],
 )
 def test_tasks_know_how_many_are_on_their_machine(environment, said, here):
@@ -119,6 +120,8 @@ def test_tasks_know_how_many_are_on_their_machine(environment, said, here):
         ({"LOCAL_WORLD_SIZE": "4", "SLURM_CPUS_ON_NODE": "32"}, 8, 8),  # each task is bound to its own
         ({"LOCAL_WORLD_SIZE": "4", "SLURM_CPUS_ON_NODE": "32"}, 32, 8),  # none is
         ({"LOCAL_WORLD_SIZE": "4", "SLURM_CPUS_ON_NODE": "8"}, 32, 2),  # none is, on a machine that others use, too
+        ({"LOCAL_WORLD_SIZE": "4", "SLURM_CPUS_ON_NODE": "32"}, 2, 2),  # no more than a task may use
+        ({"LOCAL_WORLD_SIZE": "2", "SLURM_CPUS_ON_NODE": "256"}, 128, 128),
         ({"SLURM_CPUS_ON_NODE": "8"}, 32, 8),
         *(({"LOCAL_WORLD_SIZE": "4", "SLURM_CPUS_ON_NODE": odd}, 32, 8) for odd in ("9" * 5000, "0", "-4", "x", "")),
     ],
