@@ -32,6 +32,13 @@ def test_an_evaluation_lies_below_its_recipe(tmp_path):
     for folder in (named, f"{named}_2"):
         done = call(tmp_path, *words, f"hydra.run.dir={named}")
         assert done.status == 0 and "another run" not in done.err and (tmp_path / folder).is_dir(), done.err
+    mine = tmp_path / f"{named}_mine"
+    mine.mkdir()
+    (mine / "run.log").touch()
+    (mine / "metrics.csv").touch()  # of a run that has done something
+    done = call(tmp_path, *words, f"hydra.run.dir={named}_mine")
+    assert done.status == 0, done.err
+    assert re.search(r"_mine holds another run, which stays: this one is in \S*_mine_2\n", done.err), done.err
 
 
 def test_a_folder_that_is_taken_and_what_a_run_goes_on_with_are_said(tmp_path):

@@ -219,6 +219,7 @@ def test_a_recipe_that_goes_on_from_another_asks_for_its_run(compose, recipe, fi
     assert compose("mode=train", f"hparam={first}", "data.root=movi").init is None
     train.check(compose(*words, "init=null"))
     assert not has_initial(compose(*words, "resume=run"))
+    assert has_initial(compose(*words, "init=needed_by_all"))  # a run's own name
 
 
 def test_the_best_finite_weights_are_taken_whatever_type_the_frozen_ones_are_held_in(folder, compose, monkeypatch):
