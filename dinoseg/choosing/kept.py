@@ -40,8 +40,14 @@ def _value(value: Any, where: str) -> None:
         number(value, where)
 
 
-_WORDS = forms.table(_value, "|".join(map(re.escape, _KEYS)))
-_FORM = forms.record(about=forms.text, choices=forms.listing(forms.record(words=_WORDS, reason=forms.text)))
+def _words(value: Any, where: str) -> None:
+    """Form of a choice's words: of a group the name of an option, of other keys what they may be set to."""
+    forms.table(_value, "|".join(map(re.escape, _KEYS)))(value, where)
+    for group in value.keys() & set(GROUPS):
+        forms.text(value[group], f"{where}.{group}")
+
+
+_FORM = forms.record(about=forms.text, choices=forms.listing(forms.record(words=_words, reason=forms.text)))
 
 
 def read_choices(path: Path) -> tuple[str, list[Choice]] | None:

@@ -152,6 +152,11 @@ def _keep(path: Path, about: str, choices: Sequence[Choice]) -> None:
     try:
         write_choices(path, about, choices)
     except OSError as error:
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            raise UserError(
+                f"hparam=auto: the choices cannot be kept in {path} ({error}), where the other ranks look for them. "
+                "Make room there, or give a cache_dir that all ranks can write to."
+            ) from error
         said = f"warning: the choices cannot be kept in {path} ({error}): the next run chooses anew."
         print(printable(said), file=sys.stderr)  # no log is open yet
 

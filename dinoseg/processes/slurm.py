@@ -6,6 +6,7 @@ import re
 from dinoseg.errors import UserError
 
 _PORTS = range(20_000, 40_000)
+_MOST = 10**6  # tasks of a step
 _TASKS = "([1-9][0-9]{0,4})(?:[(]x([0-9]{1,5})[)])?"  # of a machine, or of several in a row
 
 
@@ -20,7 +21,7 @@ def join_slurm() -> None:
     own = os.environ
     if "WORLD_SIZE" in own:
         return
-    tasks = _of_slurm("SLURM_STEP_NUM_TASKS", least=1, default="1")
+    tasks = _of_slurm("SLURM_STEP_NUM_TASKS", least=1, most=_MOST, default="1")
     if tasks == 1:
         return
     rank, local = _of_slurm("SLURM_PROCID", most=tasks - 1), _of_slurm("SLURM_LOCALID", most=tasks - 1)

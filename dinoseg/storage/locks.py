@@ -1,6 +1,7 @@
 """Lock files: one process at a time, until it lets go or ends in whatever way; imports the standard library alone."""
 
 import contextlib
+import errno
 import logging
 import os
 from collections.abc import Iterator
@@ -26,6 +27,8 @@ def acquire(path: Path, *, wait: bool = False) -> IO[str] | None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
         file = open(path, "a")
         if not _lock(file, path, wait):
             file.close()

@@ -8,7 +8,7 @@ from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 
 from dinoseg.__main__ import CONFIGS
-from dinoseg.choosing.kept import NAME, read_choices, recipe_text, told, write_choices
+from dinoseg.choosing.kept import GROUPS, NAME, read_choices, recipe_text, told, write_choices
 from dinoseg.choosing.rules import Choice
 from dinoseg.config.resolvers import register_resolvers
 from dinoseg.runs.composed import composed_with, searching, typed_keys
@@ -45,6 +45,7 @@ def test_what_would_not_be_read_back_is_not_written(tmp_path):
         {"head": {"_target_": "os.system"}},
         *({"loss.weights": {name: 3.0}} for name in ("_target_", "_partial_", "_args_", "_convert_", "_recursive_")),
         {"head": "../x"},
+        *({group: value} for group in GROUPS for value in (True, 3, [1], {"a": 1})),
         {"data.batch_size": "2\nhead: x"},
         {"data.root": "elsewhere"},
         {"hydra.run": 3},

@@ -405,6 +405,18 @@ def test_ranks_on_other_machines_take_what_the_first_one_chooses_for_all(folder,
     assert [cfg.data.batch_size for cfg in seen] == [3, 3] and [cfg.engine.devices for cfg in seen] == [1, 1]
 
 
+def test_choices_that_other_ranks_wait_for_have_to_be_kept(folder, monkeypatch):
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("dinoseg.choosing.recipe.write_choices", full)
+    for name, value in {"WORLD_SIZE": "3", "RANK": "0", "OMP_NUM_THREADS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    done = call(folder, *AUTO, FEW, "budget.minutes=0.2", "hydra.run.dir=R")
+    assert done.status == 1 and "(No space left on device), where the other ranks look for them" in done.err, done.err
+    assert "chooses anew" not in done.err and not (folder / "R").exists()
+
+
 @pytest.mark.heavy
 def test_of_two_that_are_started_at_once_one_chooses_and_the_other_one_takes_the_same(folder, monkeypatch):
     words = (*AUTO, FEW, "budget.minutes=0.2", "mode=plan", "mode.dry_step=false")

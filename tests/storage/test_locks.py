@@ -1,8 +1,11 @@
 """Lock files: held by one process, never by what it has forked."""
 
+import os
 import subprocess
 import sys
 import threading
+
+import pytest
 
 from dinoseg.storage.locks import acquire, locked, release
 
@@ -16,6 +19,13 @@ if os.fork() == 0:
     time.sleep(60)
 os.kill(os.getpid(), signal.SIGKILL)
 """
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_is_no_lock_and_is_not_waited_for(tmp_path, make):
+    make(tmp_path / "lock")
+    with pytest.raises(OSError):
+        acquire(tmp_path / "lock", wait=True)
 
 
 def test_one_holder_at_a_time(tmp_path):

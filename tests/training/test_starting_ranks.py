@@ -65,6 +65,11 @@ def test_what_is_no_task_among_several_stays_as_it_is(environment, own):
     [
         ("SLURM_STEP_NUM_TASKS", "two", "SLURM_STEP_NUM_TASKS=two must be a whole number from 1 to"),
         ("SLURM_STEP_NUM_TASKS", "0", "SLURM_STEP_NUM_TASKS=0 must be"),
+        (
+            "SLURM_STEP_NUM_TASKS",
+            "4294967296",
+            "SLURM_STEP_NUM_TASKS=4294967296 must be a whole number from 1 to 1000000",
+        ),
         ("SLURM_PROCID", "4", "SLURM_PROCID=4 must be a whole number from 0 to 3"),
         ("SLURM_PROCID", None, "SLURM_PROCID is missing: it must be"),
         ("SLURM_LOCALID", "-1", "SLURM_LOCALID=-1 must be"),
