@@ -92,7 +92,7 @@ class Chooser:
         self.engine: Engine = instantiate(self.cfg.engine, instead={"devices": 1})
         devices, on_cpu = self.cfg.engine.devices, self.engine.device.type == "cpu"
         self.memory = Memory(self.engine, given, ranks=(joined or devices) if on_cpu else 1)
-        # ranks that start each other on a CPU share the threads by which one alone is timed
+        # ranks that the training itself starts on a CPU share the threads with which one alone is timed
         self._ranks = 1 if on_cpu and not joined else devices
 
     def choose(self) -> list[Choice]:
