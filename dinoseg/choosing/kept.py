@@ -40,9 +40,12 @@ def _value(value: Any, where: str) -> None:
         number(value, where)
 
 
+_ANY_WORDS = forms.table(_value, "|".join(map(re.escape, _KEYS)))
+
+
 def _words(value: Any, where: str) -> None:
     """Form of a choice's words: of a group the name of an option, of other keys what they may be set to."""
-    forms.table(_value, "|".join(map(re.escape, _KEYS)))(value, where)
+    _ANY_WORDS(value, where)
     for group in value.keys() & set(GROUPS):
         forms.text(value[group], f"{where}.{group}")
 

@@ -121,7 +121,7 @@ def _path(cfg: DictConfig, given: frozenset[str]) -> Path:
         "data": [each.fingerprint() if isinstance(each, PairDataset) else list(each.names) for each in data],
         "engine": {key: plain(cfg.engine)[key] for key in ("device", "precision", "cache", "devices", "sharding")},
         # several ranks may be on several machines, and look for the same file
-        "machine": _shared() if os.environ.get("WORLD_SIZE", "1") != "1" else (platform.node(), count_cores()),
+        "machine": _shared() if _others_wait() else (platform.node(), count_cores()),
     }
     key = hashlib.sha256(json.dumps(depends, sort_keys=True, default=str).encode()).hexdigest()
     return Path(cfg.cache_dir).expanduser() / f"choices_{key[:16]}.json"
@@ -152,7 +152,7 @@ def _keep(path: Path, about: str, choices: Sequence[Choice]) -> None:
     try:
         write_choices(path, about, choices)
     except OSError as error:
-        if os.environ.get("WORLD_SIZE", "1") != "1":
+        if _others_wait():
             raise UserError(
                 f"hparam=auto: the choices cannot be kept in {path} ({error}), where the other ranks look for them. "
                 "Make room there, or give a cache_dir that all ranks can write to."
@@ -164,6 +164,11 @@ def _keep(path: Path, about: str, choices: Sequence[Choice]) -> None:
 def _shared() -> list[str]:
     """Return the words that say how many ranks share a batch, where torchrun or Slurm has started them."""
     return [f"engine.devices={os.environ['WORLD_SIZE']}"] if "WORLD_SIZE" in os.environ else []
+
+
+def _others_wait() -> bool:
+    """Return whether other ranks that torchrun or Slurm has started take what the first one chooses."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 @contextmanager
