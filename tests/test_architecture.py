@@ -96,7 +96,7 @@ EXCEPTIONS = {
     ("__init__.py", "dinoseg.portable.load.load"),  # dinoseg.load, imported when it is asked for
     ("__init__.py", "dinoseg.portable.model.Model"),  # likewise
 }
-LONGEST_FILE, LONGEST_FUNCTION, LONGEST_LOOP = 300, 60, 90
+LONGEST_FILE, LONGEST_FUNCTION, LONGEST_LOOP = 500, 80, 90
 LOOPS = (("training/fit.py", "fit"), ("training/many_heads.py", "fit_heads"))
 LARGEST_ROOM = 0.18  # of the lines: above it a room is two
 
@@ -331,11 +331,11 @@ def test_files_and_functions_stay_small():
 
 
 def test_a_planted_long_file_and_function_are_found():
-    body = "    x = 1\n" * 60
-    assert size_violations("heads/cnn.py", f"def long():\n{body}") == ["heads/cnn.py: long has 61 lines"]
+    body = "    x = 1\n" * 80
+    assert size_violations("heads/cnn.py", f"def long():\n{body}") == ["heads/cnn.py: long has 81 lines"]
     assert size_violations("heads/cnn.py", f"class A:\n    def long(self):\n{body.replace('    ', '        ')}")
     assert not size_violations("training/fit.py", f"def fit():\n{body}")
-    assert size_violations("heads/cnn.py", "x = 1\n" * 301) == ["heads/cnn.py: 301 lines"]
+    assert size_violations("heads/cnn.py", "x = 1\n" * 501) == ["heads/cnn.py: 501 lines"]
 
 
 def test_hidden_names_stay_inside_their_file():
