@@ -10,6 +10,7 @@ import numpy as np
 
 _WORD = np.dtype("<u8")  # 64 pixels of a row; the lowest bit is the leftmost
 _BITS = 64
+_COUNTED = 2**27  # bytes that OpenCV counts in one call, since it adds their bits up in a signed 32-bit integer
 _AT_ONCE = 2**16  # bytes of masks that are worked on together: they stay in the processor's cache
 
 
@@ -153,4 +154,7 @@ def _grow(flat: np.ndarray, step: int) -> None:
 
 def _count(words: np.ndarray) -> int:
     """Return the number of bits that are set."""
-    return int(cv2.norm(words.view(np.uint8), cv2.NORM_HAMMING)) if words.size else 0
+    flat = words.reshape(-1).view(np.uint8)
+    return sum(
+        int(cv2.norm(flat[start : start + _COUNTED], cv2.NORM_HAMMING)) for start in range(0, len(flat), _COUNTED)
+    )

@@ -1,6 +1,6 @@
 """ARI, FG-ARI and mBO of predicted segments, from how many pixels each shares with each true one."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
@@ -9,6 +9,7 @@ from dinoseg.errors import UserError
 
 MATCHINGS = ("overlap", "hungarian")
 _DENSE = 2**20  # cells of a table that is counted without sorting
+_MAX = 2**63 - 1  # of int64, which holds a pair of ids as one number
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def contingency(true: np.ndarray, predicted: np.ndarray) -> Contingency:
     """Count the pixels of each true and predicted id, arrays of one shape and any integer type, ids from 0.
 
     Raises:
-        ValueError: the shapes differ, or an id is negative.
+        ValueError: the shapes differ, or an id is negative or beyond int64.
     """
     if true.shape != predicted.shape:
         raise ValueError(f"The true ids are {true.shape} and the predicted {predicted.shape}; they share one shape.")
@@ -55,9 +56,15 @@ def contingency(true: np.ndarray, predicted: np.ndarray) -> Contingency:
         return Contingency(nothing, nothing, np.zeros((0, 0), dtype=np.int64))
     if min(true.min(), predicted.min()) < 0:
         raise ValueError("Ids begin at 0, and there are negative ones.")
-    width = int(predicted.max()) + 1
-    keys = true.reshape(-1).astype(np.int64) * width + predicted.reshape(-1)
-    if (int(true.max()) + 1) * width <= _DENSE:
+    height, width = int(true.max()) + 1, int(predicted.max()) + 1
+    if max(height, width) > _MAX:
+        raise ValueError(f"Ids are at most {_MAX - 1}, and there are larger ones.")
+    if height * width > _MAX:  # such as hashes: number the ids, since the keys below would overflow
+        true_ids, true = np.unique(true.astype(np.int64), return_inverse=True)
+        predicted_ids, predicted = np.unique(predicted.astype(np.int64), return_inverse=True)
+        return replace(contingency(true, predicted), true_ids=true_ids, predicted_ids=predicted_ids)
+    keys = true.reshape(-1).astype(np.int64) * width + predicted.reshape(-1).astype(np.int64)
+    if height * width <= _DENSE:
         histogram = np.bincount(keys)
         cells = np.flatnonzero(histogram)
         sizes = histogram[cells]
@@ -78,7 +85,7 @@ def adjusted_rand_index(counts: np.ndarray) -> float:
     own, or no pixels.
     """
     cells, rows, columns, total = (
-        _ordered_pairs(part) for part in (counts, counts.sum(axis=1), counts.sum(axis=0), counts.sum())
+        _ordered_pairs(part) for part in (counts, counts.sum(axis=1), counts.sum(axis=0), counts.sum(keepdims=True))
     )
     both = 2 * rows * columns  # whole numbers beyond 64 bits, which Python counts exactly
     divisor = (rows + columns) * total - both
@@ -125,5 +132,5 @@ def segment_scores(
 
 
 def _ordered_pairs(counts: np.ndarray) -> int:
-    """Return the sum of n (n - 1) in whole numbers."""
-    return int((counts * (counts - 1)).sum())
+    """Return the sum of n (n - 1) in Python integers: from n = 3,037,000,501 on, one product exceeds int64."""
+    return sum(count * (count - 1) for count in counts[counts > 1].tolist())

@@ -291,3 +291,8 @@ def test_proposals_are_matched_where_the_total_is_greatest(proposals, objects):
         for chosen in permutations(range(proposals), objects)
     }
     assert tuple(match.tolist()) == max(totals, key=totals.get)
+
+
+def test_pixels_beyond_32_bits_are_counted():
+    rows = bit_masks.Rows(0, np.full((2**12, 2**13 + 1), -1, np.int64).view(np.uint64))
+    assert rows.shared(rows) == rows.words.size * 64 == 2**31 + 2**18
