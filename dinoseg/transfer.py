@@ -1,15 +1,15 @@
-"""From the host to the device, without waiting."""
+"""Copies from host memory to the device."""
 
 import torch
 from torch import Tensor
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor of the host on `device`.
+    """Copy a tensor of the host to `device`, on CUDA without waiting for the copy.
 
-    CUDA copies while the processor goes on, but only from pinned memory: it is brought there first, unless it is
-    there (`pin_memory` of a loader does it ahead).
+    Only CUDA copies asynchronously, and only from pinned memory: a tensor that is not pinned yet (loaders pin their
+    batches ahead) is pinned here. MPS would read host memory later, which may have been reused by then.
     """
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

@@ -2,6 +2,7 @@
 
 Values are real, so a step takes the path that it takes on CUDA and gives the numbers of a CPU. Autograd, autocast (that
 of a CPU) and fused optimizers run as ever. Memory, streams and kernels are not there, nor what CUDA alone refuses.
+`pretended_mps.py` makes it an MPS device, with what that refuses.
 """
 
 import sys
@@ -22,7 +23,7 @@ from dinoseg.losses.fused import Fused
 from dinoseg.training.engine import Engine
 
 aten = torch.ops.aten
-CUDA = torch.device("cuda", 0)
+CUDA, MPS = torch.device("cuda", 0), torch.device("mps", 0)
 _PACKAGE = str(Path(dinoseg.__file__).parent)
 _SIZES = {  # what cannot go on before the size of its result is known
     aten.nonzero,
@@ -42,7 +43,7 @@ class MixedDevices(AssertionError):
 
 
 class Pretended(Tensor):
-    """A tensor that says it is on CUDA; `memory` is its memory, on the CPU."""
+    """A tensor that says it is on the pretended device; `memory` is its memory, on the CPU."""
 
     memory: Tensor
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -55,8 +56,9 @@ class Pretended(Tensor):
         made.memory = real.detach()
         return made
 
-    device = property(lambda self: CUDA)  # type: ignore[assignment]
-    is_cuda = property(lambda self: True)  # type: ignore[assignment]
+    device = property(lambda self: _place.device)  # type: ignore[assignment]
+    is_cuda = property(lambda self: _place.device is CUDA)  # type: ignore[assignment]
+    is_mps = property(lambda self: _place.device is MPS)  # type: ignore[assignment]
     is_cpu = property(lambda self: False)  # type: ignore[assignment]
 
     @classmethod
@@ -64,15 +66,36 @@ class Pretended(Tensor):
         """Compute on the CPU, after a look at where the operands are and whether CUDA would be waited for."""
         kwargs = kwargs or {}
         _look(func.overloadpacket, args, kwargs)
+        _place.check(func, args, kwargs)
         found = func(*_mapped(_real, args), **_mapped(_real, kwargs))
         returns = func._schema.returns
         if returns and returns[0].alias_info is not None and returns[0].alias_info.is_write:
             return kwargs.get("out", args[0] if args else None)
+        _mapped(_place.hold, found)
         return _mapped(_pretended, found)
 
     def __repr__(self, **_: Any) -> str:
         """Return what its memory says."""
         return f"Pretended({self.memory})"
+
+
+class Place:
+    """The pretended device, and what it refuses: nothing on CUDA."""
+
+    device = CUDA
+
+    def check(self, func: Any, args: Any, kwargs: Any) -> None:
+        """Refuse an operator or its arguments."""
+
+    def hold(self, value: Tensor) -> Tensor:
+        """Refuse a tensor that the device cannot hold."""
+        return value
+
+    def copy(self, source: Tensor, dtype: torch.dtype, asynchronous: bool) -> None:
+        """Refuse a copy between host and device."""
+
+
+_place = Place()
 
 
 class Waits:
@@ -195,17 +218,17 @@ class _Placing(TorchFunctionMode):
             _waits.add("read")
             return own.memory.tolist()
         if func is Tensor.numpy and isinstance(own, Pretended):
-            raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first.")
+            raise TypeError(f"can't convert {_place.device} device type tensor to numpy. Use Tensor.cpu() first.")
         new = isinstance(own, Pretended) and func in (Tensor.new_tensor,)
         asked = kwargs.get("device")
-        on_cuda = new if asked is None else torch.device(asked).type == "cuda"
+        on_cuda = new if asked is None else torch.device(asked).type == _place.device.type
         if func in (Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty, Tensor.new_full) and asked is None:
             on_cuda = False  # its dispatcher does it
         if on_cuda:
             kwargs.pop("device", None)
             if func in _FROM_DATA:
                 _waits.add("copy to the device")
-            return _mapped(_pretended, func(*_mapped(_real, args), **kwargs))
+            return _mapped(_pretended, _mapped(_place.hold, func(*_mapped(_real, args), **kwargs)))
         pinned = kwargs.pop("pin_memory", False)
         made = func(*args, **kwargs)
         return _pinned(made) if pinned else made
@@ -221,10 +244,11 @@ def _moved(func: Any, own: Tensor, args: Any, kwargs: Any) -> Tensor:
         copied, dtype, asynchronous = False, None, kwargs.get("non_blocking", False)
         device = torch.device("cuda" if func is Tensor.cuda else "cpu")
     here = isinstance(own, Pretended)
-    if device is None or (device.type == "cuda") == here:
+    if device is None or (device.type == _place.device.type) == here:
         return Tensor.to(own, dtype=dtype or own.dtype, copy=copied)
     assert not (torch.is_grad_enabled() and own.requires_grad and not own.is_leaf), "a graph over two devices"
     _transfer(own, None, asynchronous)
+    _place.copy(own, dtype or own.dtype, asynchronous)
     real = _real(own).detach().to(dtype=dtype or own.dtype, copy=True)
     return real if here else Pretended(real)
 
@@ -245,7 +269,8 @@ class _Event:
 class _Accelerator:
     """What the engine asks accelerate for, on one device."""
 
-    device, num_processes, process_index = CUDA, 1, 0
+    device = property(lambda self: _place.device)
+    num_processes, process_index = 1, 0
 
     def __init__(self, bf16: bool) -> None:
         self._bf16 = bf16
@@ -261,7 +286,7 @@ class _Accelerator:
         loss.backward()
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast("cuda", torch.bfloat16, enabled=self._bf16)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16)
 
     def wait_for_everyone(self) -> None:
         pass
@@ -275,7 +300,7 @@ def on_cuda(model: nn.Module) -> nn.Module:
                 part._parameters[name] = nn.Parameter(Pretended(parameter.detach()), parameter.requires_grad)
         for name, buffer in part._buffers.items():
             if buffer is not None:
-                part._buffers[name] = Pretended(buffer)
+                part._buffers[name] = Pretended(_place.hold(buffer))
     return model
 
 
@@ -291,11 +316,6 @@ def pretended_engine(*, bf16: bool = False, eval_batch_size: int | str = 1) -> E
 @contextmanager
 def pretended_cuda() -> Iterator[Waits]:
     """Let CUDA be there, as far as Python can see."""
-    autocast = torch.autocast.__init__
-
-    def of_cpu(self: Any, device_type: str, *args: Any, **kwargs: Any) -> None:
-        autocast(self, "cpu" if device_type == "cuda" else device_type, *args, **kwargs)
-
     patches = {
         "is_available": lambda: True,
         "is_bf16_supported": lambda *_, **__: True,
@@ -312,15 +332,27 @@ def pretended_cuda() -> Iterator[Waits]:
     with ExitStack() as stack:
         for name, stand_in in patches.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, stand_in))
-        stream = SimpleNamespace(is_capturing=lambda: False)
+        yield stack.enter_context(pretended_device(Place()))
+
+
+@contextmanager
+def pretended_device(place: Place) -> Iterator[Waits]:
+    """Let tensors be on a device, as far as Python can see; `torch.cuda` or `torch.mps` is patched by the caller."""
+    autocast = torch.autocast.__init__
+    group = torch._C._group_tensors_by_device_and_dtype  # the device below is the CPU
+
+    def of_cpu(self: Any, device_type: str, *args: Any, **kwargs: Any) -> None:
+        autocast(self, "cpu" if device_type == place.device.type else device_type, *args, **kwargs)
+
+    def by_device(lists: Any, *args: Any) -> dict:
+        where = place.device if isinstance(lists[0][0], Pretended) else torch.device("cpu")
+        return {(where, kind): found for (_, kind), found in group(lists, *args).items()}
+
+    stream = SimpleNamespace(is_capturing=lambda: False)
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(sys.modules[__name__], "_place", place))
         stack.enter_context(mock.patch.object(torch.accelerator, "current_stream", lambda *_: stream))
         stack.enter_context(mock.patch.object(torch.autocast, "__init__", of_cpu))
-        group = torch._C._group_tensors_by_device_and_dtype  # the device below is the CPU
-
-        def by_device(lists: Any, *args: Any) -> dict:
-            place = CUDA if isinstance(lists[0][0], Pretended) else torch.device("cpu")
-            return {(place, kind): found for (_, kind), found in group(lists, *args).items()}
-
         stack.enter_context(mock.patch.object(torch._C, "_group_tensors_by_device_and_dtype", by_device))
         stack.enter_context(mock.patch.object(Fused, "takes", lambda *_: False))  # there is nothing to launch it on
         stack.enter_context(_Placing())

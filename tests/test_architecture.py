@@ -23,6 +23,7 @@ LEVELS = (  # a room imports its own level and those below
         "sizes",
         "precision",
         "transfer",
+        "devices",
         "images",
         "ranges",
         "bounded_regex",

@@ -91,19 +91,19 @@ class Watched(ImageFeed):
         return found
 
 
-def train(folder, model, loss, *, cuda=True, bf16=False, plain=False, **options):
+def train(folder, model, loss, *, cuda=True, bf16=False, plain=False, device=pretended_cuda, **options):
     """Train with or without the pretended device; return the feed, the rows, the model's state and the error."""
     watch = {key: options.pop(key) for key in ("at", "fails") if key in options}
     start = options.pop("start", None)
     settings = {"steps": 3, "val_every": 3, "log_every": 3, **options}
     log, error = Rows(), None
-    with pretended_cuda() as waits:
+    with device() as waits:
         feed = Watched(Noise(4), Noise(2), lambda image, mask, _: (image, mask), 2, seed=0, workers=0)
-        feed.begin(waits if cuda else None, **watch)
+        feed.begin(waits if cuda and device is pretended_cuda else None, **watch)
         engine = pretended_engine(bf16=bf16) if cuda else Engine("cpu", "bf16" if bf16 else "fp32", workers=0)
         model, loss = (on_cuda(model), on_cuda(loss)) if cuda else (model, loss)
         optimizer = adamw(model, lr=1e-2)
-        assert optimizer.defaults["fused"] == cuda
+        assert optimizer.defaults["fused"] == (cuda and device is pretended_cuda)
         optimizer = torch.optim.SGD(optimizer.param_groups, fused=True) if plain else optimizer
         checkpoints = Checkpoints(folder, dict(INFO), start)
         try:

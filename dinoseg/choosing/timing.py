@@ -15,6 +15,7 @@ from dinoseg import build, criteria
 from dinoseg.choosing.rules import REST
 from dinoseg.config.nodes import instantiate
 from dinoseg.costs.trial import settled, try_steps
+from dinoseg.devices import synchronize
 from dinoseg.errors import UserError
 from dinoseg.model import Segmenter
 from dinoseg.regimes.choice import regime_of
@@ -131,8 +132,7 @@ def _cut(model: Segmenter, batch: Batch, engine: Engine) -> tuple[Any, float] | 
             began = time.perf_counter()
             with engine.autocast():
                 features = model.train().frozen(images)
-            if engine.device.type == "cuda":
-                torch.cuda.synchronize(engine.device)
+            synchronize(engine.device)
             seconds = time.perf_counter() - began
     except UserError:
         return None

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dinoseg.costs.fitting import Change, changed
 from dinoseg.costs.step_bytes import Learnt, LossBytes, ends_of, outline, predict
+from dinoseg.devices import synchronize
 from dinoseg.inference.walk import walking
 
 _SIDES = {"cuda": 8192, "cpu": 1024}  # of the matrices that are multiplied: large enough to be bound by arithmetic
@@ -38,14 +39,9 @@ def matrix_peak(device: torch.device, *, bf16: bool) -> float:
     matrix = torch.randn(side, side, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
     best = float("inf")
     for _ in range(_TIMES):
-        _finish(device)
+        synchronize(device)
         began = time.perf_counter()
         matrix @ matrix
-        _finish(device)
+        synchronize(device)
         best = min(best, time.perf_counter() - began)
     return 2 * side**3 / best
-
-
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -16,6 +16,7 @@ from dinoseg.config.nodes import instantiate
 from dinoseg.config.resolvers import register_resolvers
 from dinoseg.contracts import Loss
 from dinoseg.costs.stand_in import drawn_batch
+from dinoseg.devices import synchronize
 from dinoseg.errors import UserError
 from dinoseg.model import Segmenter
 from dinoseg.report.log import RunLog
@@ -94,8 +95,7 @@ class _TimedFeed:
 
     def _note(self, began: float | None) -> float:
         """Note the seconds since a step began, once it is done, and return when the next one begins."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        synchronize(self.device)
         now = time.perf_counter()
         if began is not None:
             self.trial.seconds.append(now - began)

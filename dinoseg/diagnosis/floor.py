@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from dinoseg import build
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.scan.class_counts import class_counts
+from dinoseg.devices import synchronize
 from dinoseg.geometry import widths
 from dinoseg.heads.linear import LinearHead
 from dinoseg.inference.policy import Policy
@@ -189,8 +190,7 @@ def _score(way: _Way, image: tuple[SegmentationData, int], engine: Engine) -> fl
     scored = Scored(way.model, data, engine, policy=way.policy)
     with torch.no_grad(), scored.in_eval_mode():
         scored.add(Batch.stack([data[place]]).to(engine.device))
-    if engine.device.type == "cuda":
-        torch.cuda.synchronize(engine.device)
+    synchronize(engine.device)
     return time.perf_counter() - began
 
 

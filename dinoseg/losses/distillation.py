@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dinoseg.losses.full_resolution import Pull, pixel_sums
 from dinoseg.losses.labelled import ratio
+from dinoseg.losses.points import sample_maps
 from dinoseg.shapes import Batch, Prediction
 from dinoseg.transfer import sent
 
@@ -46,7 +46,7 @@ class SeenScores:
         """Return the scores (K, r, c) of some pixels of the view, bilinear between cells; beyond them the border's."""
         share = self.place.new_tensor(self.valid[::-1])
         places = (self._places(rows, columns) + 1) * share - 1  # from border to border of the grid
-        return F.grid_sample(self.scores[None], places[None], "bilinear", "border", align_corners=False)[0]
+        return sample_maps(self.scores[None], places[None])[0]
 
     def inside(self, size: tuple[int, int]) -> Tensor:
         """Return which pixels (H, W) bool of a view of `size` lie in the image."""

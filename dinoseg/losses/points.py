@@ -20,7 +20,21 @@ def sample_logits(maps: Tensor, points: Tensor, valid: tuple[float, float]) -> T
     """
     x, y = points.to(maps.dtype).unbind(-1)
     grid = 2 * torch.stack([x * valid[1], y * valid[0]], dim=-1) - 1
-    return F.grid_sample(maps, grid[:, None], mode="bilinear", padding_mode="border", align_corners=False)[:, :, 0]
+    return sample_maps(maps, grid[:, None])[:, :, 0]
+
+
+def sample_maps(maps: Tensor, places: Tensor) -> Tensor:
+    """Read maps (N, C, h, w) bilinearly at places (N, r, c, 2), x and y in -1..1 from border to border: (N, C, r, c).
+
+    Beyond the outermost cells' centres their value stays. On MPS the places are clamped to these centres, since its
+    `grid_sample` has no such padding in torch 2.9.
+    """
+    padding = "border"
+    if maps.device.type == "mps":
+        axes = zip(places.unbind(-1), (maps.shape[-1], maps.shape[-2]), strict=True)
+        places = torch.stack([axis.clamp(1 / cells - 1, 1 - 1 / cells) for axis, cells in axes], dim=-1)
+        padding = "zeros"
+    return F.grid_sample(maps, places, mode="bilinear", padding_mode=padding, align_corners=False)
 
 
 def sample_labels(target: Tensor, image: Tensor, points: Tensor) -> Tensor:

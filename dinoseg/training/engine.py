@@ -236,13 +236,14 @@ class Engine:
         """
         late = self.updates_without_waiting(optimizer)
         if not late:
-            total, weight = total.cpu(), weight.cpu()
+            total, weight = total.cpu(), weight.cpu()  # before float64, which MPS lacks
         total, weight = total.double(), weight.double()
         mean, scale = (torch.where(weight != 0, value / weight, 0.0) for value in (total, self.world))
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         for parameter in parameters:
             parameter.grad.mul_(scale.to(parameter.grad.dtype))
-        norm = whole(torch.nn.utils.clip_grad_norm_(parameters, clip or float("inf"))).to(mean)
+        norm = whole(torch.nn.utils.clip_grad_norm_(parameters, clip or float("inf")))
+        norm = norm.to(mean.device).to(mean.dtype)  # one after the other: MPS has no float64
         finite = mean.isfinite() & norm.isfinite()
         if before is not None:
             finite &= before.isfinite()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dinoseg.contracts import Loss
+from dinoseg.devices import synchronize
 from dinoseg.model import Segmenter
 from dinoseg.shapes import Batch, FeatureBatch
 from dinoseg.sizes import Size
@@ -85,8 +86,7 @@ def _timed(work: Callable[[], T], engine: Engine) -> tuple[T, float]:
     for _ in range(2):
         start = time.perf_counter()
         result = work()
-        if engine.device.type == "cuda":
-            torch.cuda.synchronize(engine.device)
+        synchronize(engine.device)
         least = min(least, time.perf_counter() - start)
     return result, least
 

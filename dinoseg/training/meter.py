@@ -179,24 +179,33 @@ def reset_peak_memory(device: torch.device) -> None:
     """Let `peak_memory` count from here on, where the system can: jobs of a sweep share a process."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    elif device.type == "mps":
+        torch.mps.empty_cache()
     elif _STATUS.exists():
         with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the highest memory so far in bytes: allocated on a CUDA device, resident in the process otherwise."""
+    """Return the highest memory so far in bytes: allocated on an accelerator, resident in the process otherwise.
+
+    MPS counts no peak; what its allocator holds is close to it, for that is given back in a shortage alone.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
     if _STATUS.exists():
         return _status("VmHWM")
     return _highest_resident()
 
 
 def held_memory(device: torch.device) -> int:
-    """Return the memory that is held now, as `peak_memory` counts it; without Linux or CUDA the highest so far."""
+    """Return the memory that is held now, as `peak_memory` counts it; on a CPU without Linux the highest so far."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.current_allocated_memory()
     return _status("VmRSS") if _STATUS.exists() else _highest_resident()
 
 

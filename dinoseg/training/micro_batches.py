@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from dinoseg.devices import empty_cache
 from dinoseg.inference.memory import OutOfMemory, reason_of, tells_shortage
 from dinoseg.training.engine import Engine
 from dinoseg.wording import count_of
@@ -97,5 +98,4 @@ class MicroBatches:
 
     def _free(self) -> None:
         gc.collect()
-        if self._engine.device.type == "cuda":
-            torch.cuda.empty_cache()
+        empty_cache(self._engine.device)

@@ -13,7 +13,7 @@ class Outcome:
     def __init__(self, loss: Tensor, norm: Tensor, asked: Tensor) -> None:
         self.norm = norm
         self._copied: torch.cuda.Event | None = None
-        values = self._host = torch.stack([loss, norm, asked.to(norm)])
+        values = self._host = torch.stack([loss, norm, asked.to(norm.device).to(norm.dtype)])
         if values.device.type == "cuda":
             self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             self._host.copy_(values, non_blocking=True)

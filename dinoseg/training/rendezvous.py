@@ -23,6 +23,11 @@ def meet(device: torch.device, seconds: float, at_work: float) -> None:
         UserError: the first one cannot be reached, or some of the others do not come.
     """
     distributed, world = torch.distributed, os.environ.get("WORLD_SIZE", "1")
+    if device.type == "mps" and (world != "1" or distributed.is_initialized()):
+        raise UserError(
+            f"engine.devices={world}: torch trains on MPS in one process alone. Give engine.devices=1, or "
+            "engine.device=cpu to train in several processes on the processor."
+        )
     if world == "1" or distributed.is_initialized():
         return
     # DDP's, of tokens (1, N, C) before a rank's only sample, to be part of a larger gradient costs nothing; and of

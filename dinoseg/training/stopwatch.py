@@ -3,29 +3,33 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+
+from dinoseg.devices import timing_event
 
 _MOST = 1000  # spans that are kept before they are added up
 
 
 class Stopwatch:
-    """Adds up the seconds of spans, on a CUDA device by its own clock, without waiting for it in between."""
+    """Adds up the seconds of spans, on an accelerator by its own clock, without waiting for it in between."""
 
     def __init__(self, device: torch.device) -> None:
-        self._on_cuda = device.type == "cuda"
+        self._device = device
         self._seconds = 0.0
-        self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._spans: list[tuple[Any, Any]] = []
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Count the time of the block."""
-        start = self._event() if self._on_cuda else time.perf_counter()
+        on_cpu = self._device.type == "cpu"
+        start = time.perf_counter() if on_cpu else timing_event(self._device)
         yield
-        if isinstance(start, float):
+        if on_cpu:
             self._seconds += time.perf_counter() - start
             return
-        self._spans.append((start, self._event()))
+        self._spans.append((start, timing_event(self._device)))
         if len(self._spans) > _MOST:
             self.read()
 
@@ -36,8 +40,3 @@ class Stopwatch:
             self._seconds += start.elapsed_time(end) / 1000
         self._spans.clear()
         return self._seconds
-
-    def _event(self) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
