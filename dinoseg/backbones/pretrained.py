@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dinoseg.backbones.convnext_names import convnext_names, is_meta_convnext
 from dinoseg.backbones.meta_weights import INV_FREQ, LOCAL_CLS_NORM, from_meta, is_meta, unwrap
 from dinoseg.errors import UserError
-from dinoseg.storage.tensor_files import PICKLED, read_tensor_file
+from dinoseg.storage.tensor_files import PICKLED, check_weights, outline, read_tensor_file
 
 PACKAGED = "dinoseg:"  # weights=dinoseg:NAME is a file that ships inside the package
 _ADAPTER = "adapter_config.json"  # of peft
@@ -53,14 +53,16 @@ def load_model(config: Any, weights: str, cut: Callable[[Any], None], local_cls_
     if path.is_dir():
         if (path / _ADAPTER).exists():  # transformers would build what that file says, from wherever it says
             raise UserError(f"backbone.weights={weights}: the folder holds {_ADAPTER}. Give a folder of whole weights.")
-        return _from_pretrained(weights, str(path), cut, config=config)
+        return _from_folder(weights, path, cut, config)
     if not _HUB_ID.fullmatch(weights) or path.suffix in (".safetensors", *PICKLED):
         raise UserError(f"backbone.weights={weights}: no such file or folder. Check the path.")
     name, _, revision = weights.partition("@")
     revision = revision or "main"
     if silent := _why_silent(name, revision):
-        return _from_pretrained(weights, _fetched_before(weights, name, revision, silent), cut, config=config)
-    return _from_pretrained(weights, name, cut, config=config, revision=revision)
+        return _from_folder(weights, Path(_fetched_before(weights, name, revision, silent)), cut, config)
+    model = _from_pretrained(weights, name, cut, config=config, revision=revision)
+    _check_loaded(weights, model, _fetched(name, revision))
+    return model
 
 
 def _why_silent(name: str, revision: str) -> str:
@@ -75,6 +77,31 @@ def _why_silent(name: str, revision: str) -> str:
     except Exception as error:  # of whatever library the hub's client speaks through
         return (str(error).strip().splitlines() or [type(error).__name__])[0]
     return ""
+
+
+def _from_folder(weights: str, folder: Path, cut: Callable[[Any], None], config: Any) -> nn.Module:
+    model = _from_pretrained(weights, str(folder), cut, config=config)
+    _check_loaded(weights, model, folder)
+    return model
+
+
+def _check_loaded(weights: str, model: nn.Module, folder: Path | None) -> None:
+    """Refuse a model whose weights are not finite, or whose files in a folder held them in another type than floats."""
+    for path in sorted(folder.glob("model*.safetensors")) if folder else ():
+        check_weights(outline(path), f"backbone.weights={weights}: {path.name}")
+    own = model.state_dict()
+    check_weights(own, f"backbone.weights={weights}", own)
+
+
+def _fetched(name: str, revision: str) -> Path | None:
+    """Return the folder into which the hub's client has fetched weights; None where it keeps them otherwise."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for file in ("model.safetensors", "model.safetensors.index.json"):
+        found = try_to_load_from_cache(name, file, revision=revision)
+        if isinstance(found, str):
+            return Path(found).parent
+    return None
 
 
 def _fetched_before(weights: str, name: str, revision: str, silent: str) -> str:
@@ -135,13 +162,17 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 def _from_file(config: Any, path: Path, cut: Callable[[Any], None], local_cls_norm: nn.Module | None) -> nn.Module:
     from transformers import MODEL_MAPPING
 
-    state = _with_hub_names(read_weights(path), config, path)
-    frequencies = state.pop(INV_FREQ, None)
+    where, stored = f"backbone.weights={path}", read_weights(path)
+    check_weights({name: value.to("meta") for name, value in stored.items()}, where)  # types, under the file's names
+    state = _with_hub_names(stored, config, path)
+    check_weights(state, where)
+    frequencies = state.pop(INV_FREQ, None) if config.model_type == "dinov3_vit" else None
     local = {name: state.pop(name) for name in list(state) if name.startswith(LOCAL_CLS_NORM)}
     model: Any = _from_pretrained(
         str(path), None, cut, model_class=MODEL_MAPPING[type(config)], config=config, state_dict=state
     )
     if frequencies is not None:
+        check_weights({INV_FREQ: frequencies}, where, {INV_FREQ: model.rope_embeddings.inv_freq})
         model.rope_embeddings.inv_freq.copy_(frequencies)
     if local_cls_norm is not None and local:
         local_cls_norm.load_state_dict({name.removeprefix(LOCAL_CLS_NORM): value for name, value in local.items()})

@@ -22,6 +22,7 @@ from dinoseg.backbones.traced import uncalled_linears, unreached
 from dinoseg.contracts import Backbone, BesideTokens
 from dinoseg.errors import UserError
 from dinoseg.ranges import Count
+from dinoseg.storage.tensor_files import check_weights
 
 _ANY_SIZE: Any = ({"dynamic_img_size": True}, {"strict_img_size": False})  # a model knows one of them or none
 _UNUSED = "mask_token"  # of masked pre-training, left in some files
@@ -83,6 +84,9 @@ class TimmBackbone(Backbone):
         self.model.prune_intermediate_layers(sorted(set(self.layers)), prune_norm=not self._normed, prune_head=True)
         if weights not in ("timm", "random"):
             load_exactly(self.model, read_state(Path(weights).expanduser()), spare=spare, source=weights)
+        elif weights == "timm":
+            own = self.model.state_dict()
+            check_weights(own, f"backbone.weights=timm ({name})", own)
         with uncalled_linears(self) as uncalled:
             maps = self._probe(name, [levels[layer]["reduction"] for layer in self.layers])
         self.uncalled_linears = frozenset(uncalled)  # only their weights are used: what replaces them never runs

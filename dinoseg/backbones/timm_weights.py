@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from dinoseg.errors import UserError
-from dinoseg.storage.tensor_files import read_tensor_file
+from dinoseg.storage.tensor_files import check_weights, read_tensor_file
 
 _WRAPPERS = ("state_dict", "model")  # keys below which training scripts keep the tensors
 _CALLED = 3  # names of each kind that an error gives
@@ -38,7 +38,7 @@ def load_exactly(model: nn.Module, state: Mapping[str, Tensor], *, spare: set[st
         source: what the error calls the weights.
 
     Raises:
-        UserError: naming the first tensors that are missing, left over or of another shape.
+        UserError: naming the first tensors that are missing, left over, of another shape, or no finite numbers.
     """
     expected = model.state_dict()
     left = [key for key in state if key not in expected and not any(f"{key}.".startswith(f"{name}.") for name in spare)]
@@ -57,6 +57,7 @@ def load_exactly(model: nn.Module, state: Mapping[str, Tensor], *, spare: set[st
             f"backbone.weights={source}: tensors are {'; '.join(problems)}. Choose the backbone.name that these "
             f"weights were made for."
         )
+    check_weights(state, f"backbone.weights={source}", expected)
     model.load_state_dict({key: state[key] for key in expected})
 
 

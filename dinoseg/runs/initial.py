@@ -13,6 +13,7 @@ from torch import Tensor
 from dinoseg.config.plain import plain
 from dinoseg.errors import UserError
 from dinoseg.model import Segmenter, fingerprint, quantised_names, trained_names
+from dinoseg.storage.tensor_files import check_weights
 from dinoseg.training import checkpoint
 from dinoseg.training.loading import Checkpoint, casts
 from dinoseg.wording import count_of, listed, shown
@@ -117,11 +118,9 @@ def _fitting(cfg: DictConfig, model: Segmenter, saved: Checkpoint) -> tuple[dict
     """
     state, own = model.state_dict(), trained_names(model)
     have = {name: value for _, name, value in _named(model, saved)}
-    taken = {
-        name: value
-        for name, value in have.items()
-        if name in own and value.shape == state[name].shape and casts(value.dtype, state[name].dtype)
-    }
+    alike = {name: value for name, value in have.items() if name in own and value.shape == state[name].shape}
+    check_weights({name: value.to("meta") for name, value in alike.items()}, f"init={cfg.init}", state)  # types
+    taken = {name: value for name, value in alike.items() if casts(value.dtype, state[name].dtype)}
     # a file may hold what is frozen, too, which the model has in any case
     left = [name for name, value in have.items() if name not in taken and not _is_so(value, state.get(name))]
     lost = [name for name in left if name.startswith("backbone.")]

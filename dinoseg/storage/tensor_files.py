@@ -9,13 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dinoseg.errors import UserError, free_space
 from dinoseg.storage.atomic import scratch_folder
+from dinoseg.wording import count_of, shown
 
+_TYPES = {  # of a safetensors header
+    **{"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "BOOL": torch.bool},
+    **{"I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "U8": torch.uint8},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
+}
+_WEIGHTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PICKLED = (".pth", ".pt", ".bin")  # PyTorch's own format; other files are taken for safetensors
 
 
@@ -55,6 +62,56 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: dict[str, s
             f"{path} could not be written ({error}); {free_space(path)} there. Make room and run it again, with "
             f"resume= for a training run and mode.restart= for mode=track: what was saved before is untouched."
         ) from error
+
+
+def meta_tensor(file: Any, key: str) -> Tensor:
+    """Return the shape and type of a tensor of an open safetensors file, on the meta device; its values stay unread."""
+    part = file.get_slice(key)
+    kind = _TYPES.get(part.get_dtype(), torch.complex128)  # one that no model has
+    return torch.empty(part.get_shape(), dtype=kind, device="meta")
+
+
+def outline(path: Path) -> dict[str, Tensor]:
+    """Return the shapes and types of the tensors in a sound safetensors file, on the meta device."""
+    with safe_open(path, framework="pt") as file:
+        return {key: meta_tensor(file, key) for key in file.keys()}  # noqa: SIM118, since it is no mapping
+
+
+def is_finite(value: Tensor) -> bool:
+    """Return whether a tensor holds neither NaN nor infinity, in one pass that makes no copy of it."""
+    return not value.numel() or all(bool(torch.isfinite(end)) for end in torch.aminmax(value))  # which propagates NaN
+
+
+def check_weights(tensors: Mapping[str, Tensor], where: str, expected: Mapping[str, Tensor] | None = None) -> None:
+    """Refuse weights that are not finite floating-point tensors.
+
+    Args:
+        tensors: by name.
+        where: config key and file, which begin the message.
+        expected: the model's own tensors, whose shapes these must have; those that are not floating-point, such as
+            counters, only keep their type. Tensors that it lacks are not checked.
+
+    Raises:
+        UserError: naming the first such tensor, and how many there are.
+    """
+    known = tensors if expected is None else {name: value for name, value in tensors.items() if name in expected}
+    wrong = {}
+    for name, value in known.items():
+        own = value if expected is None else expected[name]
+        kind = str(value.dtype).removeprefix("torch.")
+        if value.shape != own.shape:
+            wrong[name] = f"has the shape {list(value.shape)} instead of {list(own.shape)}"
+        elif expected is not None and not own.is_floating_point():
+            if value.dtype != own.dtype:
+                wrong[name] = f"is {kind} instead of {str(own.dtype).removeprefix('torch.')}"
+        elif value.dtype not in _WEIGHTS:
+            wrong[name] = f"is {kind}, and weights are floating-point numbers"
+        elif not value.is_meta and not is_finite(value):
+            wrong[name] = "holds NaN or infinity"
+    if wrong:
+        name, what = next(iter(wrong.items()))
+        others = f" ({count_of(len(wrong) - 1, 'more tensor')} cannot be used either)" if len(wrong) > 1 else ""
+        raise UserError(f"{where}: {shown(name)} {what}{others}. Download or export the weights again, unquantised.")
 
 
 def check_file(path: Path, key: str) -> None:

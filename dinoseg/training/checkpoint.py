@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from dinoseg.errors import UserError
 from dinoseg.model import Segmenter, trained_names
 from dinoseg.storage.files import check_regular
-from dinoseg.storage.tensor_files import write_tensors
+from dinoseg.storage.tensor_files import is_finite, meta_tensor, write_tensors
 from dinoseg.training.description import FORMAT, IDLE, read_description
 from dinoseg.training.loading import (
     CASTS,
@@ -43,10 +43,6 @@ HEADS = "heads"  # in the folder of a run of several heads: a run folder of each
 ONE_FILE = "model"  # the stem of what mode=export leaves in its folder
 _PARTS = ("model", "optimizer", "ema", CONSTANTS)  # what stands before the slash of a tensor's name
 _MOST_TENSORS = 50_000  # the largest backbone with all of its training's state has a tenth of it
-_TYPES = {  # of a safetensors header
-    **{"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "BOOL": torch.bool},
-    **{"I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "U8": torch.uint8},
-}
 
 
 @dataclass
@@ -96,7 +92,7 @@ def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
     Raises:
         UserError: some do; `finite_weights=false` is the remedy that is named.
     """
-    odd = [key for key, value in tensors.items() if value.dtype in CASTS and not torch.isfinite(value).all()]
+    odd = [key for key, value in tensors.items() if value.dtype in CASTS and not is_finite(value)]
     if odd:
         raise UserError(
             f"{where}: {len(odd)} of its tensors hold NaN or infinity (such as {shown(odd[0])}), so what it "
@@ -110,13 +106,7 @@ def outline(path: Path) -> Checkpoint:
     Raises:
         UserError: as `read`.
     """
-
-    def empty(file: Any, key: str) -> Tensor:
-        part = file.get_slice(key)
-        kind = _TYPES.get(part.get_dtype(), torch.complex128)  # one that no model has
-        return torch.empty(part.get_shape(), dtype=kind, device="meta")
-
-    return _read(path, empty)
+    return _read(path, meta_tensor)
 
 
 def describe(path: Path) -> dict[str, Any]:

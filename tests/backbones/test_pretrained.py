@@ -1,13 +1,17 @@
 """Files of whole models and of models that end with the last block that is read."""
 
 import logging
+import re
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import save_file
 from transformers.utils import logging as their_logging
 
+from dinoseg.backbones import pretrained
 from dinoseg.backbones.convnext import ConvNext
+from dinoseg.backbones.meta_weights import INV_FREQ
 from dinoseg.backbones.pretrained import load_model
 from dinoseg.backbones.transformers_vit import FAMILIES, TransformersVit
 from dinoseg.errors import UserError
@@ -109,3 +113,49 @@ def test_a_folder_that_asks_for_an_adapter_is_refused(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match="holds adapter_config.json. Give a folder of whole weights"):
         load_model(None, str(tmp_path), lambda model: None)
+
+
+def spoilt(value, fault):
+    if fault == "int8":
+        return (100 * value).to(torch.int8)
+    return torch.cat([value.flatten()[:-1], torch.tensor([float(fault)])]).view_as(value)
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [("int8", "is int8"), ("nan", "holds NaN or infinity"), ("-inf", "holds NaN or infinity")],
+)
+def test_weights_that_are_not_finite_floats_are_refused_by_file_and_name(tmp_path, monkeypatch, kind, fault, said):
+    state = shaken(kind, 1).export_state()
+    name = next(key for key in state if in_block(kind, 1) in key and key.endswith("weight"))
+    state[name] = spoilt(state[name], fault)
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    torch.save(state, tmp_path / "w.pth")
+    monkeypatch.setattr(pretrained, "_fetched_before", lambda *given: str(tmp_path))  # tests are without a hub
+    for source in (tmp_path / "model.safetensors", tmp_path / "w.pth", tmp_path, "some/body"):
+        # transformers names some tensors otherwise than the files of the hub
+        named = r"\S+" if source in (tmp_path, "some/body") and fault != "int8" else re.escape(name)
+        with pytest.raises(UserError, match=rf"^backbone.weights={source}: (model.safetensors: )?{named} {said}"):
+            build(kind, 1, source)
+
+
+def test_what_the_hubs_client_fetches_is_checked(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    folder = tmp_path / "models--some--body" / "snapshots" / ("01" * 20)
+    folder.mkdir(parents=True)
+    (tmp_path / "models--some--body" / "refs").mkdir()
+    (tmp_path / "models--some--body" / "refs" / "main").write_text(folder.name)
+    state = shaken("vit", 1).export_state()
+    name = next(key for key in state if in_block("vit", 1) in key and key.endswith("weight"))
+    save_file(state | {name: spoilt(state[name], "int8")}, folder / "model.safetensors", {"format": "pt"})
+    monkeypatch.setattr(pretrained, "_why_silent", lambda name, revision: "")
+    monkeypatch.setattr(pretrained, "_from_pretrained", lambda *given, **options: shaken("vit", 1).model)
+    with pytest.raises(UserError, match=rf"some/body: model.safetensors: {re.escape(name)} is int8"):
+        build("vit", 1, "some/body")
+
+
+def test_rotation_frequencies_have_their_shape(tmp_path):
+    state = shaken("dinov3_vit", 1).export_state()
+    save_file(state | {INV_FREQ: torch.ones(1)}, tmp_path / "w.safetensors")
+    with pytest.raises(UserError, match=rf"w.safetensors: {INV_FREQ} has the shape \[1\] instead of \[2\]"):
+        build("dinov3_vit", 1, tmp_path / "w.safetensors")

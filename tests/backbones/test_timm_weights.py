@@ -7,6 +7,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from dinoseg.backbones import timm_backbone
 from dinoseg.backbones.timm_backbone import TimmBackbone
 from dinoseg.errors import UserError
 
@@ -99,3 +100,20 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
     torch.save({"norm.bias": Evil()}, tmp_path / "evil.pth")
     with pytest.raises(UserError, match=r"evil\.pth: holds objects besides tensors .*could run code"):
         build(weights=str(tmp_path / "evil.pth"))
+
+
+@pytest.mark.parametrize(("fault", "said"), [(torch.int8, "is int8"), (None, "holds NaN or infinity")])
+def test_weights_that_are_not_finite_floats_are_refused_by_name(tmp_path, monkeypatch, fault, said):
+    file = tmp_path / "w.safetensors"
+    state = build("test_resnet").export_state()  # with counters of batches, which are whole numbers
+    save_file(state, file)
+    build("test_resnet", weights=str(file))
+    name = next(name for name, value in state.items() if value.ndim == 4)
+    save_file(state | {name: state[name].to(fault) if fault else state[name] / 0}, file)
+    with pytest.raises(UserError, match=rf"^backbone.weights={file}: {name} {said}"):
+        build("test_resnet", weights=str(file))
+    spoilt = build("test_resnet").model
+    torch.nn.init.constant_(next(spoilt.parameters()), float("nan"))
+    monkeypatch.setattr(timm_backbone, "_create", lambda name, download: spoilt)
+    with pytest.raises(UserError, match=r"^backbone.weights=timm \(test_resnet\): .* holds NaN"):
+        build("test_resnet", weights="timm")

@@ -211,6 +211,12 @@ def test_an_odd_shape_is_named(whole, write):
     assert message == f"1 tensors have another shape: {name} is (64, 1, 3, 3) in the file and (64, 3, 3, 3) here."
 
 
+@pytest.mark.parametrize(("change", "said"), [(torch.Tensor.char, "is int8"), (lambda value: value / 0, "holds NaN")])
+def test_tensors_that_are_not_finite_floats_are_named(whole, write, change, said):
+    name = next(name for name, value in whole.items() if value.ndim == 2)
+    assert refusal(write(whole | {name: change(whole[name])})).startswith(f"{name} {said}")
+
+
 @pytest.mark.parametrize("class_layer", ["loaded", "new"])
 def test_missing_and_left_over_keys_are_named(whole, write, class_layer):
     gone = "segmentation_model.1.predictor.class_embed.bias"

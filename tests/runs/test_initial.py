@@ -4,13 +4,18 @@ import shutil
 
 import pytest
 import torch
+from checkpoint_files import INFO
 from command_line import SMALL, call, write_data
 from finished_runs import rows, trained
+from omegaconf import OmegaConf
 
 from dinoseg import build
+from dinoseg.adapters import Frozen
 from dinoseg.errors import UserError
+from dinoseg.heads.linear import LinearHead
+from dinoseg.model import Segmenter, trained_names
 from dinoseg.modes import train
-from dinoseg.runs.initial import begin_with, has_initial
+from dinoseg.runs.initial import begin_with, check_initial, has_initial
 from dinoseg.training import checkpoint
 
 QUIET = ("mode.report=false", "mode.pictures=0", "mode.floor=0")
@@ -32,6 +37,15 @@ def folder(tmp_path_factory):
         done = call(where, "mode=export", "export=safetensors", f"resume={run}", f"hydra.run.dir=exported_{run}")
         assert done.status == 0, done.err
     return where
+
+
+def test_tensors_of_another_type_are_refused_by_name(tmp_path, tiny_backbone):
+    model = Segmenter(Frozen()(tiny_backbone()), LinearHead(24, 1, 3))
+    file, trainable = tmp_path / "w.safetensors", trained_names(model)
+    tensors = {f"model/{name}": value.char() for name, value in model.state_dict().items() if name in trainable}
+    checkpoint.write(file, tensors, INFO)
+    with pytest.raises(UserError, match=rf"^init={file}: \S+ is int8, and weights are floating-point"):
+        check_initial(OmegaConf.create({"init": str(file), "resume": None}), model)
 
 
 def weights(path):

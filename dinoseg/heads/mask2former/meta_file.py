@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dinoseg.errors import UserError
-from dinoseg.storage.tensor_files import read_tensor_file
+from dinoseg.storage.tensor_files import check_weights, read_tensor_file
 
 ADAPTER = "segmentation_model.0."
 HEAD = "segmentation_model.1."
@@ -39,7 +39,8 @@ def load_segmentor(head: nn.Module, path: str, *, new_class_layer: bool) -> int:
         new_class_layer: expect the file's class layer, of any number of classes, but leave the head's as it is.
 
     Raises:
-        UserError: the file cannot be read, keys are missing or left over, or shapes do not fit.
+        UserError: the file cannot be read, keys are missing or left over, shapes do not fit, or
+            tensors are no finite numbers.
     """
     tensors = read_tensors(path)
     passed_over = [key for key in tensors if key.startswith(BACKBONE)]
@@ -49,6 +50,7 @@ def load_segmentor(head: nn.Module, path: str, *, new_class_layer: bool) -> int:
     if new_class_layer:
         wanted = {key: tensor for key, tensor in wanted.items() if not key.startswith(CLASS_LAYER)}
     _check_shapes(path, tensors, wanted)
+    check_weights(tensors, f"head.weights={path}", wanted)
     with torch.no_grad():
         for key, tensor in wanted.items():
             if not tensor.is_meta:
