@@ -54,6 +54,10 @@ class Batch:
         """Copy to `device`."""
         return Batch(sent(self.image, device), sent(self.mask, device), self.names)
 
+    def pin_memory(self) -> Batch:
+        """Copy to pinned memory, from which CUDA copies asynchronously."""
+        return mapped(self, Tensor.pin_memory)
+
     def taught(self, teach: Teach) -> Batch:
         """Return the batch with all that a loss asks: what has no labels of its own gets them by `teach`."""
         return self
@@ -84,6 +88,10 @@ class ClipBatch:
     def to(self, device: torch.device) -> ClipBatch:
         """Copy to `device`."""
         return ClipBatch(sent(self.image, device), self.names)
+
+    def pin_memory(self) -> ClipBatch:
+        """Copy to pinned memory, from which CUDA copies asynchronously."""
+        return mapped(self, Tensor.pin_memory)
 
     def taught(self, teach: Teach) -> ClipBatch:
         """Return the clips: nothing that learns from them asks for labels."""

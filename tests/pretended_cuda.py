@@ -211,7 +211,7 @@ class _Placing(TorchFunctionMode):
         if func in (Tensor.to, Tensor.cpu, Tensor.cuda):
             return _moved(func, own, args[1:], kwargs)
         if func is Tensor.pin_memory:
-            return _pinned(args[0].clone())
+            return own if is_pinned(own) else _pinned(own.clone())
         if func is Tensor.is_pinned:
             return is_pinned(args[0])
         if func is Tensor.tolist and isinstance(own, Pretended):

@@ -20,6 +20,7 @@ def awaited(iterator: Any, number: int, workers: int) -> Any:
 
     Raises:
         StopIteration: there is none.
+        EOFError: the thread that pins items has ended, as it does where an item is lost on its way.
     """
     start, patience = time.monotonic(), _PATIENCE
     while True:
@@ -28,6 +29,9 @@ def awaited(iterator: Any, number: int, workers: int) -> Any:
         except RuntimeError as error:
             if not str(error).startswith("DataLoader timed out"):
                 raise
+            pinning = getattr(iterator, "_pin_memory_thread", None)
+            if pinning is not None and not pinning.is_alive():  # which torch does not look at where it times out
+                raise EOFError("the thread that pins batches has ended") from error
         if (waited := time.monotonic() - start) >= patience:
             patience = _RARER * waited
             process = number % workers  # they take turns

@@ -62,7 +62,7 @@ def drawn_batches(
     check_batch_size(batch_size, samples, world)
     _check_seed(seed)
     shares = _shares(samples, batch_size, seed, start=start, rank=rank, world=world)
-    return load_in_order(functools.partial(_read_batch, read, join), shares, workers)
+    return load_in_order(functools.partial(_read_batch, read, join), shares, workers, pin=True)
 
 
 def clip_batches(
@@ -85,7 +85,7 @@ def clip_batches(
     _check_seed(seed)
     read = functools.partial(_read_clip, clips, view, seed)
     shares = _shares(len(clips), batch_size, seed, start=start, rank=rank, world=world)
-    return load_in_order(functools.partial(_read_batch, read, ClipBatch.stack), shares, workers)
+    return load_in_order(functools.partial(_read_batch, read, ClipBatch.stack), shares, workers, pin=True)
 
 
 def check_batch_size(batch_size: int, samples: int, world: int, what: str = "image") -> None:
@@ -157,17 +157,22 @@ class _Keyed(Generic[K, V]):
             return error
 
 
-def load_in_order(read: Callable[[K], V], keys: Iterable[K], workers: Workers) -> Iterator[V]:
-    """Yield `read(key)` for each key in order, read ahead by `workers` processes (0: in this one)."""
+def load_in_order(read: Callable[[K], V], keys: Iterable[K], workers: Workers, *, pin: bool = False) -> Iterator[V]:
+    """Yield `read(key)` for each key in order, read ahead by `workers` processes (0: in this one).
+
+    With `pin`, and where this process uses CUDA, a thread brings items that have `pin_memory` to pinned memory.
+    """
     if isinstance(workers, str):
         first = 0 if workers == FROM_NONE else FIRST
-        return with_enough_workers(functools.partial(_load_ahead, read), keys, first=first)
+        return with_enough_workers(functools.partial(_load_ahead, read, pin=pin), keys, first=first)
     if workers < 0:
         raise UserError(f"workers={workers}: give the number of loading processes, 0 for none.")
-    return map(read, keys) if workers == 0 else _load_ahead(read, keys, workers)
+    return map(read, keys) if workers == 0 else _load_ahead(read, keys, workers, pin=pin)
 
 
-def _load_ahead(read: Callable[[K], V], keys: Iterable[K], workers: int) -> Generator[V, None, None]:
+def _load_ahead(
+    read: Callable[[K], V], keys: Iterable[K], workers: int, *, pin: bool = False
+) -> Generator[V, None, None]:
     with warnings.catch_warnings(), held(*SIGNALS):
         # more workers than cores is the user's choice, and pays where reading waits for a disk
         warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
@@ -181,6 +186,7 @@ def _load_ahead(read: Callable[[K], V], keys: Iterable[K], workers: int) -> Gene
                 batch_size=None,
                 num_workers=workers,
                 collate_fn=_as_it_is,
+                pin_memory=pin and workers > 0 and torch.cuda.is_initialized(),  # models are placed before data is read
                 timeout=POLL if workers else 0,  # see `awaited`
                 worker_init_fn=_start_worker,
                 generator=torch.Generator(),  # without it the global generator would be drawn from

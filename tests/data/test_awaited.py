@@ -42,6 +42,13 @@ def test_what_else_goes_wrong_is_no_wait():
         awaited.awaited(Slow(1, "DataLoader worker (pid 3) is killed"), 0, 2)
 
 
+def test_a_pinning_thread_that_has_ended_is_not_waited_for():
+    slow = Slow(10**9)
+    slow._pin_memory_thread = SimpleNamespace(is_alive=lambda: False)
+    with pytest.raises(EOFError, match="the thread that pins batches has ended"):
+        awaited.awaited(slow, 0, 2)
+
+
 def test_what_comes_late_comes_all_the_same(monkeypatch, caplog):
     monkeypatch.setattr(loader, "POLL", 0.02)
     monkeypatch.setattr(awaited, "_PATIENCE", 0.05)

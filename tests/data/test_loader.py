@@ -11,12 +11,16 @@ import numpy as np
 import pytest
 import torch
 from making import Pictures, train_batches
+from pretended_cuda import is_pinned, pretended_cuda
+from torch.utils.data._utils.pin_memory import pin_memory as pin_memory_of
 
+from dinoseg.data import loader
 from dinoseg.data.clips.view import ClipView
 from dinoseg.data.loader import clip_batches, eval_samples, load_in_order, stack_equal
 from dinoseg.data.transforms import Affine, Augment, ColorJitter
 from dinoseg.errors import UserError
 from dinoseg.processes.workers import telling_killed_loaders
+from dinoseg.shapes import ClipBatch
 
 AUGMENT = Augment((12, 10), scale=(0.7, 1.4), affine=Affine(15, 0.1, 5), flip=0.5, color=ColorJitter(0.2))
 SIZES = [(20 + i, 30 - i) for i in range(11)]
@@ -218,3 +222,27 @@ def test_clips_are_shuffled_over_all_videos_and_resumed():
     assert [name for share in shares for name in share.names] == whole[0].names
     with pytest.raises(UserError, match=r"data\.batch_size=40 with 31 training clips: .* or add clips"):
         clip_batches(Films(), view, batch_size=40, seed=0)
+
+
+@pytest.mark.parametrize("cuda", [True, False])
+def test_training_batches_are_pinned_by_the_loader_where_cuda_is_used(monkeypatch, cuda):
+    class Loader:
+        """A DataLoader without processes and threads."""
+
+        def __init__(self, data, *, sampler, pin_memory, **_):
+            self.items = (pin_memory_of(data[key]) if pin_memory else data[key] for key in sampler)
+
+        def __iter__(self):
+            return self.items
+
+    monkeypatch.setattr(loader, "DataLoader", Loader)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: cuda)
+    with pretended_cuda() as waits:
+        for workers in (2, "auto"):
+            batch = next(train_batches(Pictures(SIZES), AUGMENT, batch_size=4, seed=5, workers=workers))
+            clips = ClipBatch(torch.zeros(1, 2, 3, 4, 4), ["a"]).pin_memory()
+            assert is_pinned(batch.image) == is_pinned(batch.mask) == cuda and is_pinned(clips.image)
+            there = batch.to(torch.device("cuda"))
+            assert there.names == batch.names and not waits.take()
+            (sample,) = take(eval_samples(Pictures(SIZES), workers=workers), 1)
+            assert not is_pinned(sample["image"])  # it is copied into a batch first

@@ -188,7 +188,7 @@ def test_features_in_other_processes_are_the_same(train):
 
 def test_each_view_is_read_by_the_training_s_own_process_once_it_was_read_by_any(train, monkeypatch):
     loaded, load = [], loader._load_ahead
-    monkeypatch.setattr(loader, "_load_ahead", lambda read, keys, n: loaded.append(n) or load(read, keys, n))
+    monkeypatch.setattr(loader, "_load_ahead", lambda read, keys, n, **_: loaded.append(n) or load(read, keys, n))
     monkeypatch.setattr(cores, "_usable", lambda: set(range(2)))
     rows, feed, _ = train("disk", workers="auto", steps=9)
     assert rows == train(steps=9)[0]
@@ -361,7 +361,7 @@ def test_features_of_other_shapes_or_kinds_are_none_and_mended(
 
 
 def test_masks_that_only_other_processes_would_read_are_not_kept(train, monkeypatch):
-    monkeypatch.setattr(loader, "_load_ahead", lambda read, keys, _: map(read, keys))
+    monkeypatch.setattr(loader, "_load_ahead", lambda read, keys, _, **__: map(read, keys))
     kept, keep = [], KeptMasks.keep
     monkeypatch.setattr(KeptMasks, "keep", lambda masks, *view: kept.append(view) or keep(masks, *view))
     for workers, count in ((2, 0), (0, 2)):
