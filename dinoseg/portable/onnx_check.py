@@ -1,30 +1,24 @@
 """What an ONNX file holds, read before any runtime sees it: nothing but tensors and standard operators is let through.
 
-An ONNX file is a protobuf message. Only its framing is read here, so that no generated code of another package is
-needed where models are used; the numbers below are those of the fields in onnx.proto.
+`onnx_wire.py` reads the messages, so that no generated code of another package is needed where models are used.
 """
 
 import math
 import mmap
 import os
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 from dinoseg.errors import UserError
+from dinoseg.portable.onnx_wire import Damaged, WireReader
 
 STANDARD = ("", "ai.onnx")  # operator sets that let nothing run but ONNX's own operators
 LARGEST_FILE = 2**31 - 1  # of a protobuf message
-_MOST_NODES, _MOST_SIDE, _LONGEST_NAME = 200_000, 2**20, 255
-_MOST_FIELDS, _MOST_AXES, _LONGEST_TEXT = 2**22, 64, 2**23  # of all messages together; of a tensor; bytes
+_MOST_NODES, _MOST_SIDE, _LONGEST_NAME, _MOST_AXES = 200_000, 2**20, 255, 64
 _BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 16: 16, 21: 4, 22: 4}
+_DATA = ("raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data")
 _EXTERNAL = 1  # of data_location
 _EXTERNAL_KEYS = ("location", "offset", "length", "checksum")
-_LENGTH_DELIMITED, _VARINT = 2, 0
-Field = tuple[int, int | memoryview]  # number, value
-
-
-class _Damaged(ValueError):
-    """The file is no ONNX model, or one that may not be run; says why."""
 
 
 def read_metadata(path: Path, key: str) -> str:
@@ -46,7 +40,7 @@ def _read(path: Path, key: str) -> tuple[str, set[str]]:
     try:
         size = os.path.getsize(path)
         if not path.is_file() or not 0 < size <= LARGEST_FILE:
-            raise _Damaged(f"{size} bytes are no such file")
+            raise Damaged(f"{size} bytes are no such file")
         with open(path, "rb") as file:
             reading = _Reading(path)
             text = reading.model(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)), key)
@@ -58,7 +52,7 @@ def _read(path: Path, key: str) -> tuple[str, set[str]]:
 
 
 class _Reading:
-    """What is read of one file: so many fields at most, since each costs time, however short it is.
+    """What is read of one file.
 
     Args:
         path: of the file; external data lies beside it.
@@ -66,184 +60,113 @@ class _Reading:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.left = _MOST_FIELDS
+        self.reader = WireReader()
         self.beside: set[str] = set()  # names of the files that external data lies in
 
     def model(self, view: memoryview, key: str) -> str:
         """Look at a ModelProto and return what its metadata says under `key`."""
-        found, graphs = [], 0
-        for number, value in self.fields(view):
-            if number == 7:
-                graphs += 1
-                self.graph(_message(value))
-            elif number == 8:
-                _refuse_set(self.text(_message(value), 1))
-            elif number == 14:
-                entry = _message(value)
-                found += [self.text(entry, 2)] if self.text(entry, 1) == key else []
-            elif number in (20, 25):
-                raise _Damaged("it holds functions or training code of its own")
-        if graphs != 1:
-            raise _Damaged(f"it holds {graphs} graphs")
+        model = self.reader.message(view, "ModelProto")
+        for entry in model.get("opset_import", ()):
+            _refuse_set(self.reader.message(entry, "OperatorSetIdProto"))
+        if len(model.get("graph", ())) != 1:
+            raise Damaged("it holds no graph")
+        self.graph(model["graph"][0])
+        found = [text for name, text in self.entries(model.get("metadata_props", [])) if name == key]
         if len(found) != 1:
-            raise _Damaged("it was not written by dinoseg (mode=export export=onnx)")
+            raise Damaged("it was not written by dinoseg (mode=export export=onnx)")
         return found[0]
 
     def graph(self, view: memoryview) -> None:
         """Look at a GraphProto."""
-        nodes = 0
-        for number, value in self.fields(view):
-            if number == 1:
-                nodes += 1
-                self.node(_message(value))
-            elif number == 5:
-                self.tensor(_message(value))
-            elif number == 11:
-                self.input(_message(value))
-            elif number == 15:
-                raise _Damaged("it holds sparse tensors")
-            if nodes > _MOST_NODES:
-                raise _Damaged(f"it has more than {_MOST_NODES} nodes")
+        graph = self.reader.message(view, "GraphProto")
+        if len(graph.get("node", ())) > _MOST_NODES:
+            raise Damaged(f"it has more than {_MOST_NODES} nodes")
+        for node in graph.get("node", ()):
+            self.node(node)
+        for tensor in graph.get("initializer", ()):
+            self.tensor(tensor)
+        for name in ("input", "output", "value_info"):
+            for value in graph.get(name, ()):
+                self.value(value, name)
+        self.entries(graph.get("metadata_props", []))
 
     def node(self, view: memoryview) -> None:
         """Look at a NodeProto and its attributes."""
-        for number, value in self.fields(view):
-            if number == 7:
-                _refuse_set(_decoded(_message(value)))
-            elif number == 5:
-                for attribute, inner in self.fields(_message(value)):
-                    if attribute in (6, 11):
-                        raise _Damaged("it holds graphs inside graphs, which may loop for ever")
-                    if attribute in (5, 10):
-                        self.tensor(_message(inner))
-                    if attribute in (22, 23):
-                        raise _Damaged("it holds sparse tensors")
+        node = self.reader.message(view, "NodeProto")
+        _refuse_set(node)
+        for value in node.get("attribute", ()):
+            for tensor in self.reader.message(value, "AttributeProto").get("t", ()):
+                self.tensor(tensor)
+        self.entries(node.get("metadata_props", []))
 
-    def input(self, view: memoryview) -> None:
-        """Look at the sizes of an input (ValueInfoProto: type 2, tensor 1, shape 2, dimensions 1, of a value 1)."""
-        levels = [view]
-        for number in (2, 1, 2, 1):
-            levels = [_message(value) for level in levels for field, value in self.fields(level) if field == number]
-        sides = [value for level in levels for field, value in self.fields(level) if field == 1]
-        if any(not isinstance(side, int) or not 0 <= side <= _MOST_SIDE for side in sides):
-            raise _Damaged("an input has a size that no picture has")
+    def value(self, view: memoryview, name: str) -> None:
+        """Look at the sizes of an input, an output or a value between them (ValueInfoProto)."""
+        value = self.reader.message(view, "ValueInfoProto")
+        self.entries(value.get("metadata_props", []))
+        levels = value.get("type", [])
+        for kind, inner in (("TypeProto", "tensor_type"), ("TypeProto.Tensor", "shape"), ("TensorShapeProto", "dim")):
+            levels = [found for level in levels for found in self.reader.message(level, kind).get(inner, ())]
+        dims = [self.reader.message(level, "TensorShapeProto.Dimension") for level in levels]
+        sides = [side for dim in dims for side in dim.get("dim_value", ())]
+        if name == "input" and not all(0 <= side <= _MOST_SIDE for side in sides):
+            raise Damaged("an input has a size that no picture has")
 
     def tensor(self, view: memoryview) -> None:
         """Look at a TensorProto: all of its numbers are there."""
-        dims: list[int] = []
-        kind = location = held = 0
-        external: dict[str, str] = {}
-        for number, value in self.fields(view):
-            if number == 1:
-                dims += [value] if isinstance(value, int) else _packed(value)
-            elif number == 2:
-                kind = _number(value)
-            elif number == 14:
-                location = _number(value)
-            elif number == 13:
-                name = self.text(_message(value), 1)
-                if name in external or name not in _EXTERNAL_KEYS:
-                    raise _Damaged(f"it says {name!r:.60} of its data, which is unknown or stands there twice")
-                external[name] = self.text(_message(value), 2)
-            elif number == 6:
-                raise _Damaged("it holds text")
-            elif number in (4, 5, 7, 9, 10, 11):  # packed numbers, or one for each field
-                held += len(value) if isinstance(value, memoryview) else 1
+        tensor = self.reader.message(view, "TensorProto")
+        self.entries(tensor.get("metadata_props", []))
+        dims, (kind,) = tensor.get("dims", []), tensor.get("data_type", [0])
         if kind not in _BITS or len(dims) > _MOST_AXES or not all(0 <= side < 2**40 for side in dims):
-            raise _Damaged(f"a tensor is of type {kind} and shape {dims!r:.60}")
-        needed = -(-math.prod(dims) * _BITS[kind] // 8)
-        if location == _EXTERNAL or external:
-            held = self.external(external)
-        # numbers of few bits are kept as varints, of which each takes at least a byte
-        if needed and held < (needed if location == _EXTERNAL else min(needed, math.prod(dims))):
-            raise _Damaged(f"a tensor of {needed} bytes has {held}")
+            raise Damaged(f"a tensor is of type {kind} and shape {dims!r:.60}")
+        held = {name: tensor[name] for name in _DATA if name in tensor}
+        is_external = "external_data" in tensor or tensor.get("data_location") == [_EXTERNAL]
+        if len(held) + is_external > 1:
+            raise Damaged(f"a tensor has its numbers in two places: {', '.join(held)}")
+        count = math.prod(dims)
+        needed = -(-count * _BITS[kind] // 8)  # bytes
+        if is_external:
+            found = self.external(self.entries(tensor.get("external_data", [])))
+        elif "raw_data" in held:
+            found = len(held["raw_data"][0])
+        else:  # numbers of few bits have a whole one each, those of 4 bits half of one
+            per_number = 2 if _BITS[kind] < 8 else 1
+            found = needed if per_number * sum(map(len, held.values())) >= count else 0
+        if found < needed:
+            raise Damaged(f"a tensor of {needed} bytes has {found}")
 
-    def external(self, entries: dict[str, str]) -> int:
+    def external(self, said: list[tuple[str, str]]) -> int:
         """Return how many bytes of a tensor lie in the file beside; refuse any place but a plain file there."""
+        entries = dict(said)
+        wrong = next((name for name in entries if name not in _EXTERNAL_KEYS), None)
+        if wrong is not None or len(entries) != len(said):
+            raise Damaged(f"it says {wrong or said!r:.60} of its data, which is unknown or stands there twice")
         name = entries.get("location", "")
         plain = PurePosixPath(name).name == name == PureWindowsPath(name).name and name not in ("", ".", "..")
         if not plain or len(name) > _LONGEST_NAME or "\0" in name:
-            raise _Damaged(f"it names data at {name!r:.60}, outside its folder")
+            raise Damaged(f"it names data at {name!r:.60}, outside its folder")
         data = self.path.parent / name
         if data.is_symlink() or not data.is_file():
-            raise _Damaged(f"its data, the file {name!r:.60} beside it, is missing or no plain file")
-        offset, length = int(entries.get("offset", "0")), int(entries.get("length", "0"))
-        if offset < 0 or length < 0 or offset + length > data.stat().st_size:
-            raise _Damaged(f"its data, the file {name!r:.60}, is cut off")
+            raise Damaged(f"its data, the file {name!r:.60} beside it, is missing or no plain file")
+        offset, length = (_whole(entries.get(key, "0")) for key in ("offset", "length"))
+        if offset + length > data.stat().st_size:
+            raise Damaged(f"its data, the file {name!r:.60}, is cut off")
         self.beside.add(name)
         return length
 
-    def fields(self, view: memoryview) -> Iterator[Field]:
-        """Yield the fields of a message."""
-        position, end = 0, len(view)
-        while position < end:
-            self.left -= 1
-            if self.left < 0:
-                raise _Damaged(f"it has more than {_MOST_FIELDS} fields")
-            tag, position = _varint(view, position)
-            number, wire = tag >> 3, tag & 7
-            if wire == _VARINT:
-                value, position = _varint(view, position)
-                yield number, value
-                continue
-            if wire == _LENGTH_DELIMITED:
-                length, position = _varint(view, position)
-            elif wire in (1, 5):
-                length = 8 if wire == 1 else 4
-            else:
-                raise _Damaged("it is no protobuf message")
-            if position + length > end:
-                raise _Damaged("it is cut off")
-            yield number, view[position : position + length]
-            position += length
-
-    def text(self, view: memoryview, wanted: int) -> str:
-        """Return the text of a field, of several the last; empty where there is none."""
-        values = [_message(value) for number, value in self.fields(view) if number == wanted]
-        return _decoded(values[-1]) if values else ""
+    def entries(self, views: list[memoryview]) -> list[tuple[str, str]]:
+        """Return names and texts of metadata (StringStringEntryProto)."""
+        read = [self.reader.message(view, "StringStringEntryProto") for view in views]
+        return [(entry.get("key", [""])[0], entry.get("value", [""])[0]) for entry in read]
 
 
-def _refuse_set(domain: str) -> None:
+def _refuse_set(message: dict[str, list[Any]]) -> None:
+    (domain,) = message.get("domain", [""])
     if domain not in STANDARD:
-        raise _Damaged(f"it names operators of {domain!r:.60}, which are no standard ones")
+        raise Damaged(f"it names operators of {domain!r:.60}, which are no standard ones")
 
 
-def _varint(view: memoryview, position: int) -> tuple[int, int]:
-    result = 0
-    for shift in range(0, 70, 7):
-        if position >= len(view):
-            raise _Damaged("it is cut off")
-        byte = view[position]
-        position += 1
-        result |= (byte & 127) << shift
-        if byte < 128:
-            return result, position
-    raise _Damaged("it is no protobuf message")
-
-
-def _packed(view: memoryview) -> list[int]:
-    numbers, position = [], 0
-    while position < len(view):
-        number, position = _varint(view, position)
-        numbers.append(number)
-        if len(numbers) > _MOST_AXES:
-            raise _Damaged(f"a tensor has more than {_MOST_AXES} axes")
-    return numbers
-
-
-def _message(value: int | memoryview) -> memoryview:
-    if not isinstance(value, memoryview):
-        raise _Damaged("it is no ONNX model")
-    return value
-
-
-def _number(value: int | memoryview) -> int:
-    if not isinstance(value, int):
-        raise _Damaged("it is no ONNX model")
-    return value
-
-
-def _decoded(view: memoryview) -> str:
-    if len(view) > _LONGEST_TEXT:
-        raise _Damaged(f"a text in it has {len(view)} bytes")
-    return str(view, "utf-8")
+def _whole(text: str) -> int:
+    """Return a number of bytes, which the runtime reads as plain digits, too."""
+    if not (text.isascii() and text.isdigit() and len(text) < 16):
+        raise Damaged(f"it says {text!r:.60} of its data, and must say a number of bytes")
+    return int(text)

@@ -1,5 +1,6 @@
 """An ONNX file as a model to use: onnxruntime computes, and torch is not needed."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,17 @@ from dinoseg.portable.onnx_check import data_beside, read_metadata
 from dinoseg.portable.onnx_pictures import GraphRuntime
 from dinoseg.portable.onnx_record import KEY, OUTPUTS, GraphRecord, parse
 from dinoseg.portable.runtime import Opened
+from dinoseg.processes.cores import machine_memory
 from dinoseg.wording import shown
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _INPUT = "image"
+_MEMORY_SHARE = 0.75  # of the machine, that the graphs of this process may take on the CPU
+_UNFOLDED = ["ConstantFolding"]  # would compute while a file is loaded, outside of the allocator that is bounded
 _SILENT = 3  # errors alone
 _SETTINGS = {
     "session.load_model_format": "ONNX",  # what was looked at, whatever its name
+    "session.use_env_allocators": "1",  # the one that `_bound_memory` registers
     "session.qdq_matmulnbits_accuracy_level": "1",  # float32: products with int8 weights round what enters to int8, too
 }
 
@@ -111,12 +116,25 @@ def open_session(path: Path, *, device: str = "auto", threads: int | None = None
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
-        return onnxruntime.InferenceSession(path, options, [name for name in dict.fromkeys(wanted) if name in there])
+        _bound_memory()
+        providers = [name for name in dict.fromkeys(wanted) if name in there]
+        return onnxruntime.InferenceSession(path, options, providers, disabled_optimizers=_UNFOLDED)
     except Exception as error:  # its errors share no class but this one
         raise UserError(
             f"{path}: onnxruntime {runtime_version()} cannot run it ({_reason(error)}). Install a newer one, or export "
             "the model again, with a lower export.opset."
         ) from error
+
+
+@functools.cache
+def _bound_memory() -> None:
+    """Let this process's sessions share one bounded allocator: a small file can describe tensors of any size."""
+    import onnxruntime as ort
+
+    memory = machine_memory()
+    if memory < float("inf"):
+        kind = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+        ort.create_and_register_allocator(kind, ort.OrtArenaCfg({"max_mem": int(_MEMORY_SHARE * memory)}))
 
 
 def runtime_version() -> str:

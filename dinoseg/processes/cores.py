@@ -1,4 +1,4 @@
-"""How many of the machine's processors are this process's, alone or as one of several ranks."""
+"""How many of the machine's processors are this process's, alone or as one of several ranks, and its memory."""
 
 import os
 import re
@@ -14,6 +14,13 @@ _TOPOLOGY = Path("/sys/devices/system/cpu")
 def count_cores() -> int:
     """Return how many processors this process may use."""
     return len(_usable())
+
+
+def machine_memory() -> float:
+    """Return the machine's memory in bytes, infinity where the system does not report it."""
+    names = getattr(os, "sysconf_names", {})
+    known = {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= set(names)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else float("inf")
 
 
 def cores_here() -> int:

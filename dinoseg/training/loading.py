@@ -1,6 +1,5 @@
 """A checkpoint's tensors into a model, its optimizer and its moving average: all of them, as they are, or none."""
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch.optim import AdamW, Optimizer
 
 from dinoseg.errors import UserError
 from dinoseg.model import Segmenter, constants, fingerprint, quantised_names, trained_names
+from dinoseg.processes.cores import machine_memory
 from dinoseg.training.description import IDLE
 from dinoseg.training.optim import MovingAverage
 from dinoseg.training.sharding import parted, whole
@@ -49,7 +49,7 @@ def bounded(where: str) -> Iterator[None]:
     Raises:
         UserError: they are; `where` begins the message.
     """
-    memory, parts = _memory(), 0
+    memory, parts = machine_memory(), 0
 
     def count(module: nn.Module, name: str, part: Any) -> None:
         nonlocal parts
@@ -81,18 +81,11 @@ def check_size(model: nn.Module, where: str) -> None:
     """
     tensors = {id(part): part for part in (*model.parameters(), *model.buffers())}.values()
     size = sum(part.numel() * part.element_size() for part in tensors)
-    if size > _memory():
+    if size > machine_memory():
         raise UserError(
             f"{where}: its config describes a model of {size / 2**30:.0f} GiB, and this machine has "
-            f"{_memory() / 2**30:.0f}. Choose another checkpoint, or a larger machine."
+            f"{machine_memory() / 2**30:.0f}. Choose another checkpoint, or a larger machine."
         )
-
-
-def _memory() -> float:
-    """Return the machine's memory in bytes, without end where it does not say."""
-    names = getattr(os, "sysconf_names", {})
-    known = {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= set(names)
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else float("inf")
 
 
 def load_weights(model: Segmenter, checkpoint: Checkpoint) -> None:
