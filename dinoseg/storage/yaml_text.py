@@ -31,7 +31,7 @@ def read_yaml(path: Path, most: int) -> Any:
 
 
 def parse_yaml(text: str) -> Any:
-    """Return the plain values that YAML text holds: nothing written once to be used often, each key once.
+    """Return the plain values that YAML text holds: no aliases, no tags, each key once; a date is text, as in Hydra.
 
     Raises:
         Misshapen: it is no YAML, or holds something else.
@@ -40,16 +40,22 @@ def parse_yaml(text: str) -> Any:
         return yaml.load(text, _Loader)
     except Misshapen:
         raise
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+    except (yaml.YAMLError, ArithmeticError, ValueError, TypeError, RecursionError) as error:
         raise Misshapen(f"it is no plain YAML: {' '.join(str(error).split()) or type(error).__name__}") from None
 
 
 class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers = {
+        first: [(tag, form) for tag, form in rules if tag != "tag:yaml.org,2002:timestamp"]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
     _depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.events.AliasEvent):  # ten lines of them stand for more than any memory holds
             raise Misshapen("it has an alias (*name): write the value out")
+        if (tag := getattr(self.peek_event(), "tag", None)) is not None:  # constructors of tags raise anything
+            raise Misshapen(f"it has the tag {tag!r:.60}: write the value without it")
         self._depth += 1
         if self._depth > _DEEPEST:
             raise Misshapen(f"it is nested deeper than {_DEEPEST} levels")
@@ -58,10 +64,14 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-        if twice := [key for key, count in keys.items() if count > 1]:
-            raise Misshapen(f"{', '.join(twice)} stands more than once in one mapping: make each name unique")
-        return super().construct_mapping(node, deep)
+        if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
+            raise Misshapen("it has a merge key (<<): write the values out")
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) < len(node.value):
+            counts = Counter(self.construct_object(key) for key, _ in node.value)
+            twice = ", ".join(f"{key}" for key, count in counts.items() if count > 1)
+            raise Misshapen(f"{twice:.200} stands more than once in one mapping: make each name unique")
+        return mapping
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         value = super().construct_object(node, deep)

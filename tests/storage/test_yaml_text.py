@@ -25,13 +25,23 @@ MERGED = "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 
         ("seed: " + "9" * 20000, "no plain YAML"),
         ("seed: 0x" + "f" * 5000, "more than 64 bits"),
         ("seed: " + ":".join(["59"] * 2000), "more than 64 bits"),
-        ("seed: 2026-99-99", "no plain YAML"),
+        ("seed: " + ":".join(["59"] * 2000) + ".5", "no plain YAML"),
         ("? {a: b}\n: 1", "no plain YAML"),
-        ("seed: 1\nseed: 2", "more than once"),
-        ("data: !!python/object/apply:os.system [true]", "no plain YAML"),
+        ("seed: 1\nseed: 2", "seed stands more than once"),
+        ("1: a\n01: b", "1 stands more than once"),
+        ("a: !!python/object/apply:os.system [true]", "has the tag 'tag:yaml.org,2002:python/object/apply:os.system'"),
+        ("seed: !!bool foo", "has the tag"),
+        ("seed: !!int ''", "has the tag"),
+        ("seed: !!float ''", "has the tag"),
+        ("seed: !!timestamp foo", "has the tag"),
+        ("seed: !!set {a}", "has the tag"),
+        ("!!str seed: 1", "has the tag"),
+        ("%TAG ! tag:yaml.org,2002:\n---\nseed: !bool foo", "has the tag"),
+        ("seed: ! foo", "has the tag"),
+        ("seed: 1\n<<: {seed: 2}", "merge key"),
         ("---\na: 1\n---\nb: 2", "no plain YAML"),
         ("a: \0", "no plain YAML"),
-        ("data: !!omap 3", "no plain YAML"),
+        ("data: !!omap 3", "has the tag"),
     ],
 )
 def test_what_is_not_plain_is_one_error_at_once(text, says):
@@ -47,6 +57,10 @@ def test_what_this_program_writes_is_read_back():
         "a": {"lr": 1e-5, "none": None, "on": "yes", "day": "2026-01-01", "text": "1e-3", "list": [1, [2.5, True]]},
     }
     assert parse_yaml(OmegaConf.to_yaml(OmegaConf.create({**config, "b": "${a.lr}"}))) == {**config, "b": "${a.lr}"}
+
+
+def test_dates_are_text_as_in_hydra():
+    assert parse_yaml("seed: 2026-01-01") == {"seed": "2026-01-01"}
 
 
 def test_a_file_is_looked_at_before_it_is_read(tmp_path):
