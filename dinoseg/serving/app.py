@@ -20,8 +20,8 @@ from dinoseg.serving.answers import Look, areas, png
 from dinoseg.serving.clips import FRAME, MASKS, OVERLAY, Frames, check_objects, kind_of, look_at, make_overlay, redraw
 from dinoseg.serving.endpoint import counted, endpoint
 from dinoseg.serving.guard import Hosts
-from dinoseg.serving.jobs import Job, Jobs, not_kept
-from dinoseg.serving.limits import ClipLimits, HungUp, Refused
+from dinoseg.serving.jobs import Job, Jobs
+from dinoseg.serving.limits import ClipLimits, HungUp, Refused, not_kept
 from dinoseg.serving.requests import bounded
 from dinoseg.serving.service import Service
 from dinoseg.tracking.tracker import Tracker

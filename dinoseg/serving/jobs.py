@@ -15,7 +15,7 @@ from typing import Any
 
 from dinoseg.errors import UserError
 from dinoseg.serving.answers import Look
-from dinoseg.serving.limits import ClipLimits, Refused
+from dinoseg.serving.limits import ClipLimits, Refused, not_kept
 from dinoseg.storage.atomic import remove_dead, scratch_folder
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class Jobs:
         """Make room for an upload.
 
         Raises:
-            Refused: as many as are held are all on their way or being worked on.
+            Refused: as many as are held are all on their way or being worked on, or the disk is full.
         """
         while len(self._jobs) >= self._limits.held:
             finished = next((job for job in self._jobs.values() if not job.busy and job.state != State.COMING), None)
@@ -93,7 +93,10 @@ class Jobs:
                 )
             self.remove(finished)
         job = Job(secrets.token_urlsafe(24), self._folder / secrets.token_hex(16))
-        job.folder.mkdir(mode=0o700)
+        try:
+            job.folder.mkdir(mode=0o700)
+        except OSError as error:
+            raise not_kept(error) from error
         self._jobs[job.id] = job
         return job
 
@@ -191,12 +194,6 @@ class Jobs:
         job.state = state
         if job.removed:
             shutil.rmtree(job.folder, ignore_errors=True)
-
-
-def not_kept(error: OSError) -> Refused:
-    """Log what the system says of a file, and return what its client is told."""
-    logger.error("An upload or what is made of it cannot be kept: %s", error)
-    return Refused(507, "disk", f"The server cannot keep it ({error.strerror}). Try again later.")
 
 
 @contextmanager

@@ -1,11 +1,13 @@
 """What one request may cost, and how it is refused: by a rule that has a name."""
 
+import logging
 from dataclasses import dataclass
 from typing import Annotated
 
 from dinoseg.errors import UserError
 from dinoseg.ranges import Count, Positive, Range
 
+logger = logging.getLogger(__name__)
 MIB = 2**20
 Port = Annotated[int, Range("a port from 0 to 65535", 0, 65535)]
 
@@ -57,6 +59,12 @@ class Refused(Exception):
 
 class HungUp(Exception):
     """The client has gone: nobody waits for an answer."""
+
+
+def not_kept(error: OSError) -> Refused:
+    """Log what the system says of a file, and return what its client is told."""
+    logger.error("An upload or what is made of it cannot be kept: %s", error)
+    return Refused(507, "disk", f"The server cannot keep it ({error.strerror}). Try again later.")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import struct
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -12,9 +13,10 @@ from starlette.types import Message, Receive
 
 from dinoseg.errors import UserError
 from dinoseg.images import as_rgb
-from dinoseg.serving.limits import MIB, Refused
+from dinoseg.serving.limits import MIB, Refused, not_kept
 
 _FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # Pillow's names of those that mode=predict reads
+_CHARSETS = ("utf-8", "us-ascii", "iso-8859-1")  # of the names in a form
 _NAME = "The image"
 
 
@@ -37,8 +39,13 @@ async def read_upload(request: Request) -> bytes:
     Raises:
         Refused: a form without a file, with several, or that cannot be read.
     """
-    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+    kind, parameters = parse_options_header(request.headers.get("content-type"))
+    if kind != b"multipart/form-data":
         return await request.body()
+    charset = parameters.get(b"charset", b"utf-8").decode("latin-1")
+    if charset.lower() not in _CHARSETS:  # some codecs fail in ways of their own, or take quadratic time
+        known = ", ".join(_CHARSETS)
+        raise Refused(400, "one_file", f"The form is in charset={charset!r:.40}, and may be in {known}. Leave it out.")
     try:
         async with request.form(max_files=2, max_fields=8) as form:
             files = [value for value in form.values() if isinstance(value, UploadFile)]
@@ -47,6 +54,8 @@ async def read_upload(request: Request) -> bytes:
             return await files[0].read()
     except HTTPException as error:
         raise _not_one_file(f"cannot be read ({error.detail.rstrip('.')})") from error
+    except OSError as error:  # Starlette keeps more than a MiB in a file
+        raise not_kept(error) from error
 
 
 def measure(data: bytes, max_pixels: int) -> int:

@@ -6,6 +6,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from math import ceil
 from typing import Any, cast
 
@@ -18,6 +19,8 @@ from dinoseg.processes.interrupt import Deferral, Interrupted, deferred
 _NOTICE = "Stopping: no more requests are taken, those in hand are finished. Once more: stop at once."
 _CONNECTIONS = 1000  # at once; a request on a further one is answered 503
 _IDLE = 15  # seconds that a connection may wait between two requests
+_LINGER = 2  # seconds for a client to notice that its request was answered before it was sent whole
+_LEAST_READ = 2**18  # bytes of an answer that a client has to read in `_IDLE` seconds
 _LAST_BYTES = 0.5  # seconds in which clients that were connected when the signal came can still send their request
 
 
@@ -83,13 +86,26 @@ def serve_until_signal(app: ASGIApp, listener: socket.socket, on_stop: Callable[
             raise
 
 
+@dataclass
+class _Wait:
+    """What the server waits for on a connection: bytes of its last answer that are unread, or else a new request."""
+
+    cycle: Any  # uvicorn's, of the last request
+    unread: int
+    since: float
+
+    def has_no_progress(self, unread: int) -> bool:
+        """Return whether the client has neither read all that was unread, nor enough of it."""
+        return unread == self.unread or 0 < unread < self.unread < unread + _LEAST_READ
+
+
 class _Server(uvicorn.Server):
     """uvicorn's server, stopped by this program's way with signals."""
 
     def __init__(self, config: uvicorn.Config, stop: Deferral, on_stop: Callable[[], None]) -> None:
         super().__init__(config)
         self._stop, self._on_stop = stop, on_stop
-        self._idle: dict[Any, tuple[Any, float]] = {}  # connections without a request: the last one, and since when
+        self._waits: dict[Any, _Wait] = {}  # for the client of a connection
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -99,19 +115,28 @@ class _Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Look several times a second whether a signal has come."""
         self.should_exit = self.should_exit or bool(self._stop.asked)
-        self._close_idle()
+        self._close_slow()
         return await super().on_tick(counter)
 
-    def _close_idle(self) -> None:
-        """Close connections on which no request is whole up to its body for too long; uvicorn lets the first one be."""
+    def _close_slow(self) -> None:
+        """Close connections whose client is too slow to send a request, to stop sending one, or to read its answer.
+
+        uvicorn closes connections between two requests alone.
+        """
         now, connections = time.monotonic(), cast(Any, self.server_state.connections)
-        idle = [it for it in connections if it.cycle is None or it.cycle.response_complete]
-        before, self._idle = self._idle, {}
-        for connection in idle:
-            request, since = before.get(connection, (None, now))
-            self._idle[connection] = connection.cycle, since if request is connection.cycle else now
-            if now - self._idle[connection][1] > _IDLE:
-                connection.transport.close()
+        before, self._waits = self._waits, {}
+        for connection in connections.copy():
+            cycle, unread = connection.cycle, connection.transport.get_write_buffer_size()
+            answered = cycle is None or cycle.response_complete
+            if not (answered or unread):
+                continue  # the server is at work
+            wait = before.get(connection)
+            if wait is None or wait.cycle is not cycle or not wait.has_no_progress(unread):
+                wait = _Wait(cycle, unread, now)
+            self._waits[connection] = wait
+            sending = answered and cycle is not None and cycle.more_body
+            if now - wait.since > (_LINGER if sending and not unread else _IDLE):
+                (connection.transport.abort if unread else connection.transport.close)()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop listening, and finish every request whose client has connected before."""

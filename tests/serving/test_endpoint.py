@@ -1,6 +1,7 @@
 import asyncio
 import io
 import socket
+import tempfile
 import threading
 import time
 
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco
 from serving_stand_ins import client, encoded, picture, service
+from starlette.formparsers import MultiPartParser
 from starlette.requests import Request
 from starlette.testclient import TestClient
 
@@ -126,6 +128,23 @@ def test_a_form_needs_one_file():
             'dinoseg_errors_total{rule="format"}': 1,
             'dinoseg_errors_total{rule="one_file"}': 3,
         }
+
+
+@pytest.mark.parametrize("charset", ["undefined", "punycode", "\0", "utf-16", ""])
+def test_a_form_in_an_odd_charset_is_refused(charset):
+    head = b'--x\r\ncontent-disposition: form-data; name="a-\xff"; filename="b"\r\n\r\n'
+    form, kind = head + encoded(picture()) + b"\r\n--x--\r\n", 'Multipart/form-data; boundary=x; charset="{}"'
+    with client() as ask:
+        odd = ask.post("/segment", content=form, headers={"content-type": kind.format(charset)})
+        assert refused(odd) == (400, "one_file") and "may be in utf-8" in odd.text
+        assert ask.post("/segment", content=form, headers={"content-type": kind.format("UTF-8")}).status_code == 200
+
+
+def test_a_form_that_a_full_disk_cannot_take_is_refused(monkeypatch):
+    monkeypatch.setattr(MultiPartParser, "spool_max_size", 1)
+    monkeypatch.setattr(tempfile, "tempdir", "/dev/full")
+    with client() as ask:
+        assert refused(ask.post("/segment", files={"image": encoded(picture())})) == (507, "disk")
 
 
 def test_too_many_bytes_are_refused_when_they_are_announced_or_when_they_come():

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from http.client import HTTPConnection
 from unittest.mock import MagicMock
 
@@ -61,8 +61,11 @@ def serving(app, **options):
             thread.join(10)
             return not thread.is_alive()
 
-        yield listener.getsockname()[1], end
-        assert end()
+        try:
+            yield listener.getsockname()[1], end
+        finally:
+            ended = end()
+        assert ended
 
 
 async def hello(scope, receive, send):
@@ -74,6 +77,17 @@ async def endless(scope, receive, send):
     await send({"type": "http.response.start", "status": 200, "headers": []})
     while True:
         await send({"type": "http.response.body", "body": bytes(2**20), "more_body": True})
+
+
+async def large(scope, receive, send):
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": bytes(2**25)})
+
+
+async def streamed(scope, receive, send):
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    for left in reversed(range(32)):
+        await send({"type": "http.response.body", "body": bytes(2**20), "more_body": left > 0})
 
 
 def test_who_never_finishes_a_request_is_cut_off_and_who_asks_again_is_not(monkeypatch):
@@ -90,6 +104,34 @@ def test_who_never_finishes_a_request_is_cut_off_and_who_asks_again_is_not(monke
                 time.sleep(0.05)
             assert slow.recv(1) == b""
             often.close()
+
+
+def test_who_sends_on_after_the_answer_is_cut_off(monkeypatch):
+    monkeypatch.setattr(server_module, "_LINGER", 0.25)
+    with serving(hello) as (port, _), socket.create_connection(("127.0.0.1", port), timeout=5) as client:
+        client.sendall(b"POST / HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n")
+        assert client.recv(1) == b"H"
+        with pytest.raises(ConnectionError):
+            while True:
+                client.sendall(b"1000\r\n" + bytes(0x1000) + b"\r\n")
+
+
+@pytest.mark.parametrize("answer", [streamed, large])
+def test_who_does_not_read_an_answer_is_cut_off_and_who_reads_slowly_is_not(answer, monkeypatch):
+    monkeypatch.setattr(server_module, "_IDLE", 0.25)
+    monkeypatch.setattr(server_module, "_LEAST_READ", 2**15)
+    with serving(answer) as (port, _), ExitStack() as stack:
+        deaf, slow = (stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=5)) for _ in range(2))
+        for client in (deaf, slow):
+            client.sendall(b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        content = stack.enter_context(slow.makefile("rb"))
+        for _ in range(12):
+            assert len(content.read(2**18)) == 2**18
+            time.sleep(0.05)
+        read = 0
+        while data := deaf.recv(2**20):
+            read += len(data)
+        assert read < 2**25
 
 
 def test_a_server_is_bounded_and_says_nothing_of_itself(monkeypatch):
