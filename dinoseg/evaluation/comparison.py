@@ -1,7 +1,5 @@
 """Sides of a comparison held against the first of them: by class, by image, and with pictures."""
 
-import csv
-import io
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -22,7 +20,7 @@ from dinoseg.evaluation.verdicts import deciding, differences, mean_scores
 from dinoseg.report.html.comparison import WIDEST, OtherRun
 from dinoseg.report.table import MEANS
 from dinoseg.report.verdicts import SURELY_BETTER, SURELY_WORSE
-from dinoseg.storage.atomic import write_text
+from dinoseg.storage.csv_text import write_csv
 from dinoseg.wording import one_line
 
 _TOLD = 5  # images that decide
@@ -152,19 +150,11 @@ def write_tables(out_dir: Path, first: Side, others: Sequence[OtherRun]) -> None
             gap = other.differences[key]
             line += [other.scores[key], gap["value"], *(gap["ci95"] or (None, None)), gap["p"], gap["verdict"]]
         lines.append(line)
-    _write_csv(out_dir / "compare.csv", lines)
+    write_csv(out_dir / "compare.csv", lines)
     columns = [part for other in others for part in (other.mious, other.decides)]
     names = [name for other in others for name in (other.name, f"{other.name} adds")]
     per_image = zip(record.images, record.units, mean_mious(first), *columns, strict=True)
-    _write_csv(out_dir / "images.csv", [["image", "unit", first.name, *names], *per_image])
-
-
-def _write_csv(path: Path, lines: Sequence[Sequence[Any]]) -> None:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(
-        ["" if value is None else value for value in line] for line in lines
-    )
-    write_text(path, text.getvalue())
+    write_csv(out_dir / "images.csv", [["image", "unit", first.name, *names], *per_image])
 
 
 def score_labels(side: Side) -> Mapping[str, str]:

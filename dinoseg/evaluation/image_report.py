@@ -1,7 +1,5 @@
 """The report of an evaluation of images, and what comparisons need of it."""
 
-import csv
-import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +23,7 @@ from dinoseg.report.log import read_rows
 from dinoseg.scoring.intervals import jackknife
 from dinoseg.shapes import SegmentationData
 from dinoseg.storage.atomic import write_text
+from dinoseg.storage.csv_text import write_csv
 from dinoseg.training.engine import Engine
 
 PAGE, TABLE = "report.html", "images.csv"  # in a run folder
@@ -165,10 +164,8 @@ def _training(origin: Origin) -> list[dict[str, Any]] | None:
 
 
 def _write_table(path: Path, record: ImageRecord, mious: list[float | None]) -> None:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["image", "unit", "miou", "labelled_pixels", "wrong_pixels"])
+    rows: list[list[Any]] = [["image", "unit", "miou", "labelled_pixels", "wrong_pixels"]]
     for name, unit, miou, counts in zip(record.images, record.units, mious, record.counts, strict=True):
         labelled = int(counts[1].sum())
-        writer.writerow([name, unit, "" if miou is None else miou, labelled, labelled - int(counts[0].sum())])
-    write_text(path, text.getvalue())
+        rows.append([name, unit, miou, labelled, labelled - int(counts[0].sum())])
+    write_csv(path, rows)

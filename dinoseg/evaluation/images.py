@@ -15,7 +15,7 @@ from dinoseg.metrics.protocols.contract import DatasetProtocol
 from dinoseg.model import Segmenter
 from dinoseg.report.confusion import confusion_picture
 from dinoseg.report.overlay import compare
-from dinoseg.report.table import class_table, write_csv
+from dinoseg.report.table import class_table, write_scores_csv
 from dinoseg.shapes import Batch, SegmentationData
 from dinoseg.storage.atomic import write_json
 from dinoseg.training.engine import Engine
@@ -59,7 +59,7 @@ def evaluate_images(
     scores = evaluate(model, data, engine, policy=policy, background=background, on_batch=on_batch)
     if engine.is_main:
         write_json(out_dir / "scores.json", scores)
-        write_csv(out_dir / "scores.csv", scores, data.classes)
+        write_scores_csv(out_dir / "scores.csv", scores, data.classes)
         write_png(out_dir / "confusion.png", confusion_picture(scores["matrix"], data.classes))
         print(class_table(scores, data.classes, background))
         print(f"\nscores:       {out_dir}/scores.json, scores.csv, confusion.png")

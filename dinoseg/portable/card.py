@@ -9,7 +9,7 @@ from dinoseg.portable.facts import UNKNOWN, Facts
 from dinoseg.wording import printable
 
 _HUB_LICENCES = {"Apache-2.0": "apache-2.0", "MIT": "mit"}  # ours to the hub's names; others are "other"
-_UNSAFE = re.compile(r"[\\`*{}\[\]<>|#]")  # of Markdown and HTML
+_UNSAFE = re.compile("[`|<>]")  # they end a span of code or a cell of a table, or begin HTML
 
 
 def model_card(facts: Facts, repo_id: str) -> str:
@@ -33,7 +33,7 @@ def _header(facts: Facts) -> Iterator[str]:
 
 def _use(facts: Facts, repo_id: str) -> Iterator[str]:
     backbone = _text(facts.backbone.get("name", UNKNOWN))
-    yield f"# {_text(repo_id)}"
+    yield f"# {repo_id}"
     yield ""
     yield f"Semantic segmentation, {len(facts.classes)} classes, on the backbone {backbone}; made with dinoseg."
     yield ""
@@ -126,5 +126,8 @@ def _percent(value: Any) -> str:
 
 
 def _text(value: Any) -> str:
-    """Return a value as one line that Markdown, HTML and terminals take for text."""
-    return _UNSAFE.sub(lambda letter: f"&#{ord(letter[0])};", printable(" ".join(str(value).split())))
+    """Return a value as a number or one span of code, in which nothing is a link, emphasis or HTML."""
+    if type(value) in (int, float):
+        return str(value)
+    text = _UNSAFE.sub(lambda letter: f"\\x{ord(letter[0]):02x}", printable(" ".join(str(value).split())))
+    return f"`{text or ' '}`"

@@ -1,14 +1,16 @@
 """Unpack a ZIP archive that nobody vouches for: nothing outside the folder, nothing half-written."""
 
-import os
+import errno
 import shutil
 import stat
+import struct
 import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 from dinoseg.errors import UserError
+from dinoseg.storage.atomic import whole_file
 from dinoseg.storage.files import check_regular
 
 _MAX_RATIO = 100  # video and PNG hardly shrink: what grows a hundredfold is no recording
@@ -34,8 +36,12 @@ def unpack(archive: Path, folder: Path, *, landmark: str) -> int:
             _check_space(archive, missing, folder)
             for path, info in missing.items():
                 _write_member(opened, info, folder / path)
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, UnicodeDecodeError, struct.error) as error:
         raise UserError(f"{archive} is damaged ({error}): download it again.") from None
+    except OSError as error:
+        if error.errno != errno.EINVAL or error.filename is not None:
+            raise
+        raise UserError(f"{archive} is damaged (it points outside itself): download it again.") from None
     except (RuntimeError, NotImplementedError) as error:  # zipfile's own for passwords and odd methods
         raise UserError(f"{archive} cannot be unpacked ({error}): unpack it by hand into {folder}.") from None
     return len(members)
@@ -47,6 +53,8 @@ def _checked_members(archive: Path, opened: zipfile.ZipFile, landmark: str) -> d
         path = PurePosixPath(info.filename)
         if not path.parts or path.is_absolute() or ".." in path.parts or "\\" in info.filename or ":" in info.filename:
             raise UserError(f"{archive} names a path outside its folder ({info.filename}): do not trust it.")
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise NotImplementedError(f"{info.filename} is packed by method {info.compress_type}")
         if stat.S_ISLNK(info.external_attr >> 16):
             raise UserError(f"{archive} holds a link ({info.filename}), which is refused: do not trust it.")
         # what a desktop adds on its own
@@ -88,11 +96,5 @@ def _is_whole(path: Path, info: zipfile.ZipInfo) -> bool:
 
 
 def _write_member(opened: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")  # the same at every try, so nothing is left behind
-    try:
-        with opened.open(info) as source, part.open("wb") as target:
-            shutil.copyfileobj(source, target, 2**20)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with whole_file(path) as part, opened.open(info) as source, part.open("wb") as target:
+        shutil.copyfileobj(source, target, 2**20)

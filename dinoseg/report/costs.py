@@ -1,7 +1,5 @@
 """What runs score and cost beside one another: as a table, as CSV and as a picture."""
 
-import csv
-import io
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from tabulate import tabulate
 
-from dinoseg.storage.atomic import write_text
+from dinoseg.storage.csv_text import write_csv_table
 from dinoseg.wording import in_lines
 
 COLUMNS = {  # keys of a row to how they are headed and shown
@@ -39,11 +37,7 @@ def costs_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def write_costs(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write a line per row, scores in 0..1; what is not known is an empty cell."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, ["run", *COLUMNS], restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({key: "" if value is None else value for key, value in row.items()} for row in rows)
-    write_text(path, text.getvalue())
+    write_csv_table(path, ["run", *COLUMNS], rows)
 
 
 def costs_picture(rows: Sequence[Mapping[str, Any]]) -> np.ndarray | None:

@@ -1,14 +1,12 @@
 """The heads of a run beside one another, the best first."""
 
-import csv
-import io
 from collections.abc import Collection, Sequence
 from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 
 from tabulate import tabulate
 
-from dinoseg.storage.atomic import write_text
+from dinoseg.storage.csv_text import write_csv
 
 TABLE = "leaderboard.csv"  # in the run folder
 _SHOWN_NOTE = 50  # letters
@@ -59,7 +57,7 @@ def leaderboard(rows: Sequence[Row], out_dir: Path, score: str, lowest: Collecti
         shown = [_shown(row, share) for row in ordered]
         aligned = ("left", *["right"] * 7, "left")
         print(f"\n{tabulate(shown, headers=headers, disable_numparse=True, colalign=aligned)}")
-        write_text(out_dir / TABLE, _as_csv(ordered, f"val_{score}"))
+        _write(out_dir / TABLE, ordered, f"val_{score}")
         print(f"\nleaderboard:  {out_dir / TABLE}")
     return ordered[0].name
 
@@ -77,10 +75,7 @@ def _shown(row: Row, share: bool) -> list[str]:
     return [row.name, rate, best, step, *percent, parameters, time, note]
 
 
-def _as_csv(rows: Sequence[Row], score: str) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+def _write(path: Path, rows: Sequence[Row], score: str) -> None:
     names = {"name": "head", "rate": "learning_rate", "best": score, "share": "time_share"}
-    writer.writerow([names.get(field.name, field.name) for field in fields(Row)])
-    writer.writerows(astuple(replace(row, note=row.note.replace("\n", " "))) for row in rows)
-    return text.getvalue()
+    columns = [names.get(field.name, field.name) for field in fields(Row)]
+    write_csv(path, [columns, *(astuple(replace(row, note=row.note.replace("\n", " "))) for row in rows)])

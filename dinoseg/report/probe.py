@@ -1,7 +1,5 @@
 """What a probe found, as a table, as CSV and as a picture."""
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from tabulate import tabulate
 
-from dinoseg.storage.atomic import write_text
+from dinoseg.storage.csv_text import write_csv_table
 
 COLUMNS = ("blocks", "val_miou", "held_out_miou", "val_accuracy", "strength", "balance")
 
@@ -34,11 +32,7 @@ def probe_table(rows: Sequence[Mapping[str, Any]], best: str) -> str:
 
 def write_probe_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write one line per row, scores in 0..1; an undefined score is an empty cell."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
+    write_csv_table(path, COLUMNS, rows)
 
 
 def probe_picture(rows: Sequence[Mapping[str, Any]], best: str) -> np.ndarray:

@@ -1,7 +1,5 @@
 """Scores as a printed table and as CSV."""
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +7,7 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
-from dinoseg.storage.atomic import write_text
+from dinoseg.storage.csv_text import write_csv_table
 
 _COLUMNS = ("iou", "dice", "accuracy", "precision", "recall")
 MEANS = {  # how scores that are one number over all classes are called
@@ -68,15 +66,10 @@ def class_statistics(mask: np.ndarray, classes: Sequence[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_csv(path: str | Path, scores: Mapping[str, Any], classes: Sequence[str]) -> None:
+def write_scores_csv(path: str | Path, scores: Mapping[str, Any], classes: Sequence[str]) -> None:
     """Write one line per class, scores in 0..1; an undefined score is an empty cell."""
-    text = io.StringIO()
     columns = ["id", "class", *_COLUMNS, "pixels", "predicted_pixels"]
-    writer = csv.DictWriter(text, columns, restval="", extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    for row in scores["classes"]:
-        writer.writerow({**row, "class": classes[row["id"]]})
-    write_text(path, text.getvalue())
+    write_csv_table(path, columns, [{**row, "class": classes[row["id"]]} for row in scores["classes"]])
 
 
 def _text_row(row: Mapping[str, Any], name: str) -> list[str]:

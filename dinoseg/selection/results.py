@@ -1,7 +1,5 @@
 """What a selection leaves: lists, a contact sheet, and the chosen images by their own names."""
 
-import csv
-import io
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +13,7 @@ from dinoseg.report.contact_sheet import contact_sheet
 from dinoseg.selection.pool import Candidate
 from dinoseg.selection.selector import Pick
 from dinoseg.storage.atomic import whole_file, write_json, write_text
+from dinoseg.storage.csv_text import write_csv_table
 from dinoseg.wording import one_line
 
 FOLDER = "images"  # in the run folder
@@ -41,12 +40,8 @@ def write_selection(out_dir: Path, chosen: Sequence[tuple[Candidate, Pick]], by:
     for candidate, _ in chosen:
         _copy(candidate, out_dir / FOLDER)
     write_png(out_dir / "contact_sheet.png", contact_sheet([_shown(*each) for each in chosen[:_SHOWN]]))
-    text = io.StringIO()
-    table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
     write_json(out_dir / "selection.json", {"by": by, "chosen": rows})
-    write_text(out_dir / "selection.csv", text.getvalue())
+    write_csv_table(out_dir / "selection.csv", list(rows[0]), rows)
     write_text(out_dir / "selection.txt", "".join(f"{candidate.name}\n" for candidate, _ in chosen))
     for row in rows[:_LINES]:
         at = "" if row["time"] is None else f" at {row['time']:g} s"

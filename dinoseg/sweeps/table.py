@@ -1,6 +1,5 @@
 """Sweeps: cells that cannot work are refused before the first job, and a table of all jobs stands at the end."""
 
-import csv
 import os
 import shlex
 import sys
@@ -16,6 +15,7 @@ from omegaconf import DictConfig
 from tabulate import tabulate
 
 from dinoseg.runs.log_file import LABEL
+from dinoseg.storage.csv_text import write_csv
 from dinoseg.sweeps.check import impossible_cells
 from dinoseg.sweeps.folds import DEVIATION, FOLD, Row, with_summaries
 from dinoseg.sweeps.seeds import HIGH, LOW, SEED, over_seeds
@@ -184,12 +184,9 @@ def _print(rows: Sequence[Mapping[str, Any]], swept: Sequence[str], columns: Seq
 
 def _write(path: Path, rows: Sequence[Mapping[str, Any]], swept: Sequence[str], columns: Sequence[str]) -> None:
     keys = ["job", *swept, *columns, "run", "note"]
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow([_head(key) for key in keys])
-        for row in rows:
-            shares = {key: key.partition(" ")[0] in SHARES for key in keys}
-            writer.writerow([_text(key, row.get(key)) if shares[key] else row.get(key) for key in keys])
+    shares = {key for key in keys if key.partition(" ")[0] in SHARES}
+    cells = [[_text(key, row.get(key)) if key in shares else row.get(key) for key in keys] for row in rows]
+    write_csv(path, [[_head(key) for key in keys], *cells])
 
 
 def _short(word: str) -> str:

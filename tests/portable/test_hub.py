@@ -1,5 +1,6 @@
 """Models that go to a hub and come back: a fake one in a folder, and none that answers."""
 
+import re
 import shutil
 import sys
 from types import SimpleNamespace
@@ -123,11 +124,21 @@ def test_the_card_holds_scores_intervals_and_licence_and_nothing_that_a_file_mak
         delta=True,
     )
     card = model_card(facts, "me/mine")
-    assert "| miou | 25.00 | - |" in card and "| miou | 50.00 | 40.00 .. 60.00 |" in card and "12 images" in card
-    assert "| 0 | a&#124;b | (1, 2, 3) | 12.50 |" in card and "what was trained alone" in card
+    assert "| `miou` | 25.00 | - |" in card and "| `miou` | 50.00 | 40.00 .. 60.00 |" in card and "12 images" in card
+    assert "| 0 | `a\\x7cb` | (1, 2, 3) | 12.50 |" in card and "what was trained alone" in card
     assert "<" not in card and "\n# head" not in card and "\nmodel:" not in card
     assert card.startswith('---\nlicense: other\nlicense_name: "DINOv3 License\\nmodel: evil"\n')
     assert "None were recorded" in model_card(Facts(("a",), ((0, 0, 0),), 255), "me/mine")
+
+
+@pytest.mark.parametrize(
+    "name", ["http://evil.example", "www.evil.example", "a_b_ ~~c~~ **d**", "[a](b)", "`a` me@b.c", ""]
+)
+def test_names_in_the_card_are_spans_of_code(name):
+    line = next(
+        line for line in model_card(Facts((name,), ((0, 0, 0),), 255), "me/mine").splitlines() if "| 0 |" in line
+    )
+    assert re.fullmatch(r"\| 0 \| `[^`|]+` \| \(0, 0, 0\) \| - \|", line)
 
 
 def test_without_the_hubs_client_it_says_what_to_install(tmp_path, monkeypatch):
@@ -148,7 +159,7 @@ def test_odd_numbers_and_codes_of_a_file_are_harmless_in_the_card_and_on_a_termi
     scores = {"values": {"miou": 10**400, "dice": float("nan")}, "per_class": [1]}
     facts = Facts(("a",), ((0, 0, 0),), 255, scores=scores, backbone={"name": "\x1b[2J"})
     card = model_card(facts, "me/mine")
-    assert "| miou | - | - |" in card and "| dice | - | - |" in card and "| 0 | a | (0, 0, 0) | - |" in card
+    assert "| `miou` | - | - |" in card and "| `dice` | - | - |" in card and "| 0 | `a` | (0, 0, 0) | - |" in card
     assert "\x1b" not in card + repr(Model(SimpleNamespace(name="onnx"), facts))
 
 

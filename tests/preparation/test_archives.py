@@ -50,9 +50,7 @@ def test_goes_on_where_it_stopped(tmp_path):
     before = (out / "video_left.avi").stat().st_mtime_ns
     (out / "action_discrete.txt").unlink()
     (out / "segmentation/000000000.png").write_bytes(b"MASK")
-    (out / ".video_left.avi.part").write_bytes(b"left by a killed run")
     unpack(archive, out, landmark="video_left.avi")
-    (out / ".video_left.avi.part").unlink()
     assert held(out) == CONTENT and (out / "video_left.avi").stat().st_mtime_ns == before
 
 
@@ -114,6 +112,28 @@ def test_damage_is_reported_and_nothing_half_written(tmp_path):
     archive.write_bytes(b"")
     with pytest.raises(UserError, match=r"v\.zip is damaged"):
         unpack(archive, tmp_path / "out", landmark="video_left.avi")
+
+
+def test_names_that_are_no_text_are_damage(tmp_path):
+    archive = pack(tmp_path / "v.zip", {"\u00e9.txt": b"a"})
+    archive.write_bytes(archive.read_bytes().replace("\u00e9".encode(), b"\xff\xfe"))
+    with pytest.raises(UserError, match=r"v\.zip is damaged"):
+        unpack(archive, tmp_path / "out", landmark="video_left.avi")
+
+
+def test_an_offset_before_the_file_is_damage(tmp_path):
+    archive = pack(tmp_path / "v.zip", CONTENT)
+    data = bytearray(archive.read_bytes())
+    data[-6:-2] = (len(data)).to_bytes(4, "little")  # where its list of files begins
+    archive.write_bytes(data)
+    with pytest.raises(UserError, match=r"v\.zip is damaged"):
+        unpack(archive, tmp_path / "out", landmark="video_left.avi")
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_methods_that_few_archives_have_are_refused(method, tmp_path):
+    with pytest.raises(UserError, match=r"v\.zip cannot be unpacked .* is packed by method 1[24]\): unpack it by hand"):
+        unpack(pack(tmp_path / "v.zip", CONTENT, method), tmp_path / "out", landmark="video_left.avi")
 
 
 def test_encrypted_archives_are_named(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dinoseg.metrics.confusion import ConfusionMatrix
-from dinoseg.report.table import class_statistics, class_table, write_csv
+from dinoseg.report.table import class_statistics, class_table, write_scores_csv
 from dinoseg.storage.atomic import write_json
 
 NAMES = ["background", "tool, long", "thread", "clamp"]
@@ -41,7 +41,7 @@ def test_table_of_nothing():
 
 
 def test_csv_and_json_hold_the_numbers(scores, tmp_path):
-    write_csv(tmp_path / "deep" / "scores.csv", scores, NAMES)
+    write_scores_csv(tmp_path / "deep" / "scores.csv", scores, NAMES)
     write_json(tmp_path / "scores.json", scores)
     assert json.loads((tmp_path / "scores.json").read_text()) == scores
     with open(tmp_path / "deep" / "scores.csv", newline="") as file:

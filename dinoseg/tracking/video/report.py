@@ -19,6 +19,7 @@ from dinoseg.inference.stream import Throughput, run_pipeline
 from dinoseg.inference.video_writer import VideoWriter
 from dinoseg.report.overlay import blend, smooth_blocks
 from dinoseg.storage.atomic import whole_file, write_json
+from dinoseg.storage.csv_text import csv_cells
 from dinoseg.tracking.video.mask_folder import Look
 from dinoseg.tracking.video.run import TrackJob
 from dinoseg.tracking.video.state import MASKS, RESULT, STATE
@@ -129,7 +130,7 @@ def write_track_report(
     def write(shown: tuple[np.ndarray, Fraction | None, list[ObjectRow]]) -> None:
         overlay, time, rows = shown
         video.write(overlay, time)
-        table.writerows(rows)
+        table.writerows(map(csv_cells, rows))
         seen.update(row.id for row in rows)
 
     with (
