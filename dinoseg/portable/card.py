@@ -77,8 +77,8 @@ def _scores(facts: Facts) -> Iterator[str]:
     yield from _table(facts.scores.get("values"), facts.scores.get("ci95"))
     official = facts.scores.get("official")
     if isinstance(official, Mapping):
-        units = f"{_text(official.get('n'))} {_text(official.get('unit'))}s"
-        yield f"By the protocol {_text(official.get('protocol'))}, 95 % intervals over {units}:"
+        count, unit = _text(official.get("n")), _text(official.get("unit"))
+        yield f"By the protocol {_text(official.get('protocol'))}, 95 % intervals over {count} units ({unit}):"
         yield ""
         yield from _table(official.get("scores"), official.get("ci95"))
 

@@ -124,7 +124,11 @@ def test_the_card_holds_scores_intervals_and_licence_and_nothing_that_a_file_mak
         delta=True,
     )
     card = model_card(facts, "me/mine")
-    assert "| `miou` | 25.00 | - |" in card and "| `miou` | 50.00 | 40.00 .. 60.00 |" in card and "12 images" in card
+    assert (
+        "| `miou` | 25.00 | - |" in card
+        and "| `miou` | 50.00 | 40.00 .. 60.00 |" in card
+        and "over 12 units (`image`)" in card
+    )
     assert "| 0 | `a\\x7cb` | (1, 2, 3) | 12.50 |" in card and "what was trained alone" in card
     assert "<" not in card and "\n# head" not in card and "\nmodel:" not in card
     assert card.startswith('---\nlicense: other\nlicense_name: "DINOv3 License\\nmodel: evil"\n')
