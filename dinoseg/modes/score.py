@@ -11,6 +11,8 @@ from dinoseg.evaluation.score_classes import FOLDER, protocol_of
 from dinoseg.evaluation.score_report import result_of, write_problems
 from dinoseg.inference.class_record import NAME
 from dinoseg.metrics.protocols.contract import ScoreProtocol
+from dinoseg.metrics.protocols.davis import Sequences
+from dinoseg.metrics.protocols.davis_layout import MASKS, tracked_sequence
 from dinoseg.ranges import Count
 from dinoseg.report.scores import difference_table, scores_table
 from dinoseg.scoring.folders import Scored, Unscorable, score_cases
@@ -33,7 +35,7 @@ def run(
         cfg: the whole config, of which `protocol` is read, and `data` where it says the classes.
         out_dir: the run folder.
         reference: folder of references, laid out as the protocol's official tool expects.
-        prediction: folder of predictions, such as a run folder of mode=predict, or two of them.
+        prediction: folder of predictions, such as a run folder of mode=predict or mode=track, or two of them.
         workers: processes, null for one per core.
         on_error: `stop` where files cannot be scored, or `skip` them.
 
@@ -43,6 +45,8 @@ def run(
     """
     folders = _folders(reference, prediction)
     protocol = protocol_of(cfg, folders[1:], out_dir)
+    if not isinstance(protocol, Sequences):  # those know runs of mode=track themselves
+        folders[1:] = [each / MASKS if tracked_sequence(each) else each for each in folders[1:]]
     scored = _score_all(protocol, folders[0], folders[1:], out_dir, workers=workers, on_error=on_error)
     results = [
         {

@@ -51,27 +51,6 @@ def _blended(frame: np.ndarray, mask: np.ndarray, table: np.ndarray, plain: np.n
     return tinted
 
 
-def smooth_blocks(mask: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """Return a mask (H, W) uint8 made of blocks, one for each cell of `grid` (h, w), with smooth outlines: to look at.
-
-    Each id's share of the cells, 0 or 1, is enlarged bilinearly, and the greatest wins; of equal ones the lowest id.
-    """
-    import cv2
-
-    height, width = mask.shape
-    rows, columns = (
-        ((np.arange(cells) + 0.5) * pixels / cells).astype(int)
-        for cells, pixels in zip(grid, (height, width), strict=True)
-    )
-    blocks = mask[np.ix_(rows, columns)]  # (h, w), the ids at the cells' centres
-    ids, best = np.zeros_like(mask), np.zeros(mask.shape, np.float32)
-    for label in np.unique(blocks):
-        share = np.asarray(cv2.resize((blocks == label).astype(np.float32), (width, height)))
-        wins = share > best
-        ids[wins], best[wins] = label, share[wins]
-    return ids
-
-
 def compare(
     frame: np.ndarray,
     prediction: np.ndarray,

@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 from dinoseg.annotation.rle import encode, to_text
 from dinoseg.portable.facts import Facts
 from dinoseg.report.indexed import indexed
-from dinoseg.report.overlay import blend, smooth_blocks
+from dinoseg.report.overlay import blend
 from dinoseg.serving.limits import Refused
 from dinoseg.shapes import Palette
 
@@ -30,7 +30,6 @@ class Look:
         ignore_index: shown as ignored.
         opacity: 0..1, 1 = colours only.
         hidden: ids that leave the frame as it is.
-        blocks: the grid (h, w) whose cells are blocks in all masks but the first.
     """
 
     names: Callable[[int], str]
@@ -38,14 +37,12 @@ class Look:
     ignore_index: int = 255
     opacity: float = 0.5
     hidden: frozenset[int] = frozenset()
-    blocks: tuple[int, int] | None = None
 
-    def over(self, frame: np.ndarray, mask: np.ndarray, *, first: bool) -> np.ndarray:
+    def over(self, frame: np.ndarray, mask: np.ndarray) -> np.ndarray:
         """Return a frame (H, W, 3) uint8 with its mask (H, W) uint8 over it."""
-        shown = smooth_blocks(mask, self.blocks) if self.blocks and not first else mask
-        tinted = blend(frame, shown, self.palette, ignore_index=self.ignore_index, opacity=self.opacity)
+        tinted = blend(frame, mask, self.palette, ignore_index=self.ignore_index, opacity=self.opacity)
         if self.hidden:
-            plain = np.isin(shown, list(self.hidden))
+            plain = np.isin(mask, list(self.hidden))
             tinted[plain] = frame[plain]
         return tinted
 

@@ -130,10 +130,7 @@ class App:
             given = [labels.pop() if labels else None for _ in frames]
             return worker.call(lambda: tracker.track(frames, given)).result()
 
-        blocks = tracker.blocks((mask.shape[0], mask.shape[1]))
-        return self._begin(
-            request, Look(_object_name, _OBJECTS, blocks=blocks), partial(make_overlay, masks_of=masks_of)
-        )
+        return self._begin(request, Look(_object_name, _OBJECTS), partial(make_overlay, masks_of=masks_of))
 
     async def redraw(self, request: Request) -> Response:
         """Begin to draw the overlay of the masks that a clip has once more: `hidden` are ids that are not shown."""

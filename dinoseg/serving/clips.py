@@ -107,7 +107,7 @@ def make_overlay(
         def write(done: tuple[_Timed, Sequence[np.ndarray]]) -> None:
             nonlocal counts
             for (frame, time), mask in zip(*done, strict=True):
-                writer.write(look.over(frame, mask, first=job.done == 0), time)
+                writer.write(look.over(frame, mask), time)
                 masks.writestr(f"{job.done:09d}.png", png(mask, tuple(look.palette)))
                 counts = counts + np.bincount(mask.ravel(), minlength=256)
                 job.done += 1

@@ -90,9 +90,9 @@ class Tracker(ABC):
             ValueError: it is no such state.
         """
 
-    def blocks(self, size: Size) -> Size | None:
-        """Return the grid (h, w) whose cells are seen as blocks in masks of frames of `size` (H, W); None: none are."""
-        return None
+    def describe(self, size: Size) -> str:
+        """Return in words how frames of `size` (H, W) are seen; "": there is nothing to say."""
+        return ""
 
     def flicker(self) -> dict[str, float] | None:
         """Return what share of the pixels, 0 to 1, changes its class from frame to frame; None: that is not counted."""

@@ -1,3 +1,4 @@
+import json
 import os
 import pickle
 import shutil
@@ -502,3 +503,31 @@ def test_real_sequences(tmp_path):
         for value in official_statistics(np.array([measure(*pair) for pair in pairs]))
     ]
     assert score(protocol, root, tmp_path / "results")[0] == pytest.approx(named([expected]), abs=1e-15)
+
+
+def tracked(folder, predictions, source):
+    """Write a run folder of mode=track."""
+    write_frames(folder / "masks", predictions)
+    (folder / "track.json").write_text(json.dumps({"input": source, "frames": len(predictions)}))
+    return folder
+
+
+def test_a_run_of_mode_track_is_scored_as_the_folder_of_its_sequence(tmp_path):
+    held = sequences()
+    root, results = write_task(tmp_path, "davis2017", held)
+    run = tracked(tmp_path / "run", held["gone"][1], "DAVIS/JPEGImages/480p/gone")
+    protocol = Davis2017()
+    _, measured, _ = score(protocol, root, results)
+    found, alone, _ = score(protocol, root, run)
+    assert list(alone) == ["gone"] and np.array_equal(alone["gone"].sums, measured["gone"].sums)
+    assert protocol.find(root, run).notes == [f"{run}: the run of one sequence, gone; others of val are not scored"]
+    masks = root / "Annotations/480p/gone"  # a video of one's own, whose masks lie in a folder
+    other = tracked(tmp_path / "own", held["gone"][1], "clips/own.mp4")
+    assert score(protocol, masks, other)[0] == found and list(score(protocol, masks, other)[1]) == ["own"]
+    with pytest.raises(UserError, match="is a run of mode=track on own, which is no sequence in"):
+        protocol.find(root, other)
+    with pytest.raises(UserError, match="holds no masks. Give a folder of PNG masks"):
+        protocol.find(tmp_path, other)
+    (other / "track.json").write_text("{}")
+    with pytest.raises(UserError, match=r"track.json is damaged \(.*input"):
+        protocol.find(masks, other)

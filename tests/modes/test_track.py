@@ -128,19 +128,33 @@ def test_a_video_and_another_protocol(track):
     assert told["settings"]["tracker"] == expected and told["fps"] == 12.5
 
 
-@pytest.mark.parametrize(("upsample", "soft"), [("nearest", True), ("bilinear", False)])
-def test_the_overlay_has_smooth_outlines_and_the_masks_are_the_protocol_s(track, monkeypatch, upsample, soft):
+@pytest.mark.parametrize("upsample", ["nearest", "bilinear"])
+def test_the_overlay_shows_the_masks_that_are_saved(track, monkeypatch, upsample):
     shown, blend = [], track_report.blend
     monkeypatch.setattr(track_report, "blend", lambda *given, **named: shown.append(given[1]) or blend(*given, **named))
-    words = ("tracker.short=18", f"tracker.upsample={upsample}", "mode.batch_size=10")
-    track(*words)
-    written = list(masks("out").values())
-    assert len(shown) == 10 and np.array_equal(shown[0], written[0]) and np.array_equal(written[0], frame(0)[1])
-    assert all(np.array_equal(*pair) != soft for pair in zip(shown[1:], written[1:], strict=True))
-    monkeypatch.setattr(mode.PropagationTracker, "blocks", lambda *_: None, raising=False)
-    track(*words, out="plain")
-    for file in ("objects.csv", *(f"masks/{name}" for name in masks("out"))):
-        assert Path("out", file).read_bytes() == Path("plain", file).read_bytes()
+    track("tracker.short=18", f"tracker.upsample={upsample}", "mode.batch_size=10")
+    assert all(np.array_equal(*pair) for pair in zip(shown, masks("out").values(), strict=True))
+
+
+def test_own_videos_are_never_enlarged_and_get_soft_outlines_but_protocols_do_as_published(clip, compose):
+    own = instantiate(compose("mode=track").tracker)
+    assert (own.upsample, own.enlarge, own.short) == ("bilinear", False, 960)
+    assert instantiate(compose("mode=app").tracker) == own
+    assert instantiate(compose("mode=eval", "data=davis2017").tracker) == DINOV3
+    assert instantiate(compose("mode=track", "tracker=dinov3").tracker) == DINOV3
+
+
+def test_the_grid_is_reported_before_the_first_frame(track):
+    track("tracker.short=72", "tracker.enlarge=false", "tracker.rounding=down")
+    assert (
+        "Tracking 10 frames of 36 x 50 (height x width): the backbone sees them at 36 x 48, on a grid of 9 x 12 cells "
+        "(tracker.enlarge=true tracker.short=72 is finer, and takes four times as long or more)"
+    ) in Path("out/run.log").read_text()
+    track("tracker.short=72", "tracker.enlarge=true", out="large")
+    assert (
+        "sees them at 72 x 100, on a grid of 18 x 25 cells, enlarged to tracker.short=72: tracker.enlarge=false takes "
+        "less time"
+    ) in Path("large/run.log").read_text()
 
 
 @pytest.fixture

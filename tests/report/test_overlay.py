@@ -3,7 +3,6 @@ import sys
 import numpy as np
 import pytest
 
-from dinoseg.report import overlay
 from dinoseg.report.overlay import blend, compare, legend_of, side_by_side
 from dinoseg.report.palette import IGNORE_COLOUR, default_palette
 
@@ -40,26 +39,6 @@ def test_a_blend_by_numpy_alone_is_the_same(monkeypatch):
         # a processor without fused products rounds once more: a level here and there
         assert (alone == usual).mean() > 0.98 and np.abs(alone.astype(int) - usual).max() <= 1
         assert opacity not in (0, 0.5, 1) or np.array_equal(alone, usual)
-
-
-@pytest.mark.parametrize(("grid", "size"), [((5, 7), (40, 56)), ((6, 4), (37, 50)), ((3, 3), (3, 3))])
-def test_blocks_get_the_outline_of_their_cells_enlarged_bilinearly(grid, size):
-    cells = np.random.default_rng(3).choice([0, 0, 4, 9], grid).astype(np.uint8)
-    rows, columns = (np.arange(pixels) * count // pixels for pixels, count in zip(size, grid, strict=True))
-    mask = cells[np.ix_(rows, columns)]
-    before, found = mask.copy(), overlay.smooth_blocks(mask, grid)
-    assert np.array_equal(mask, before) and found.dtype == np.uint8
-    places = [
-        np.clip((np.arange(pixels) + 0.5) * count / pixels - 0.5, 0, count - 1)
-        for pixels, count in zip(size, grid, strict=True)
-    ]
-    near = [1 - np.abs(place[:, None] - np.arange(count)) for place, count in zip(places, grid, strict=True)]
-    down, across = (np.clip(each, 0, None) for each in near)
-    shares = np.stack([down @ (cells == label).astype(float) @ across.T for label in (0, 4, 9)])
-    ordered = np.sort(shares, axis=0)
-    clear = ordered[-1] - ordered[-2] > 1e-4
-    assert np.array_equal(found[clear], np.array([0, 4, 9], np.uint8)[shares.argmax(0)][clear])
-    assert set(np.unique(found)) == set(np.unique(mask))  # a cell by itself does not vanish
 
 
 def test_legend_names_only_what_is_there():

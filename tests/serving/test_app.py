@@ -186,13 +186,6 @@ def test_a_clip_that_has_more_frames_than_it_says_is_left(tmp_path, clip):
     assert [path.name for path in tmp_path.iterdir()] == ["clip.mp4"]
 
 
-def test_what_was_painted_is_shown_as_it_was_and_what_follows_without_blocks():
-    frame, mask = np.zeros((8, 8, 3), np.uint8), np.eye(8, dtype=np.uint8)
-    look = Look(str, ((0, 0, 0), (255, 0, 0)), opacity=1.0, blocks=(1, 1))
-    assert (look.over(frame, mask, first=True)[..., 0] == 255 * mask).all()
-    assert look.over(frame, mask, first=False)[..., 0].all()  # one cell, whose centre is painted
-
-
 def test_the_app_looks_for_what_nobody_asks_for(tmp_path, clip, monkeypatch):
     monkeypatch.setattr("dinoseg.serving.app._SWEEP", 0.01)
     with app(tmp_path, keep_minutes=1e-4) as ask:

@@ -6,10 +6,13 @@ from pathlib import Path, PurePosixPath
 
 from dinoseg.errors import UserError
 from dinoseg.metrics.protocols.contract import Case, Cases
+from dinoseg.storage import forms
 from dinoseg.storage.files import entries, is_name
 from dinoseg.wording import listed
 
 _SHOWN = 5  # names in a message
+TRACKED, MASKS = "track.json", "masks"  # of a finished run of mode=track
+_TRACKED_FORM = forms.holding(input=forms.text)
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class DavisLayout:
         Raises:
             UserError: the root is none of DAVIS, lacks the set or the resolution, or nothing is predicted.
         """
+        if (tracked := tracked_sequence(prediction)) is not None:
+            return self._find_tracked(reference, prediction, tracked)
         names = self._sequences(reference)
         masks = self._masks_folder(reference)
         predicted = set(_folders(prediction, "prediction", "<sequence>/<frame>.png"))
@@ -57,6 +62,22 @@ class DavisLayout:
             self._add(listing, name, masks / name, prediction / name)
         if extra := sorted(predicted - set(names)):
             listing.notes.append(f"{prediction}: not in {self.split}, and not scored: {_listed(extra)}")
+        return listing
+
+    def _find_tracked(self, reference: Path, run: Path, name: str) -> Cases:
+        """Return the case of a run folder of mode=track: one video, in the set or with a folder of masks of its own."""
+        listing, masks = Cases([]), reference
+        if (reference / "ImageSets").is_dir():
+            masks = self._masks_folder(reference) / name
+            if not masks.is_dir():
+                raise UserError(
+                    f"prediction={run} is a run of mode=track on {name}, which is no sequence in {masks.parent}. Give "
+                    "reference=FOLDER, with masks named as its frames, or the run of a sequence of DAVIS."
+                )
+            listing.notes.append(f"{run}: the run of one sequence, {name}; others of {self.split} are not scored")
+        elif not _pngs(reference):
+            raise UserError(f"reference={reference} holds no masks. Give a folder of PNG masks named as the frames.")
+        self._add(listing, name, masks, run / MASKS)
         return listing
 
     def _add(self, listing: Cases, name: str, masks: Path, prediction: Path) -> None:
@@ -129,6 +150,18 @@ class DavisLayout:
         raise UserError(
             f"protocol.resolution={self.resolution}: {folder.parent} holds no such folder, but {_listed(others)}."
         )
+
+
+def tracked_sequence(folder: Path) -> str | None:
+    """Return the name of the video that a run folder of mode=track is of; None: it is no such folder."""
+    record = folder / TRACKED
+    if not (record.is_file() and (folder / MASKS).is_dir()):
+        return None
+    try:
+        source = PurePosixPath(forms.read_json(record, _TRACKED_FORM)["input"])
+    except forms.Misshapen as error:
+        raise UserError(f"{record} is damaged ({error}). Track again, or give a folder of predictions.") from error
+    return source.stem if source.suffix else source.name
 
 
 def _sequence(line: str) -> str:

@@ -42,7 +42,8 @@ def input_size(size: Size, settings: PropagationSettings, patch_size: int) -> Si
     """Return the (H, W) to which a frame of `size` is resized.
 
     The shorter side comes first: `settings.short`, rounded to a multiple of the patch size; the longer one grows in
-    proportion to it, and is rounded to `settings.long_multiple`. Each is at least one multiple.
+    proportion to it, and is rounded to `settings.long_multiple`. Each is at least one multiple. A frame that is smaller
+    than `settings.short` keeps its size unless `settings.enlarge` is set.
 
     Raises:
         UserError: `long_multiple` is no multiple of the patch size.
@@ -54,8 +55,11 @@ def input_size(size: Size, settings: PropagationSettings, patch_size: int) -> Si
             "would reach beyond the frame. Give tracker.long_multiple=null, which stands for the patch size."
         )
     short, long = min(size), max(size)
-    new_short = _rounded(settings.short or short, 1, patch_size, settings.rounding)
-    new_long = _rounded(long * (new_short if settings.short else short), short, multiple, settings.rounding)
+    wanted = settings.short
+    if wanted is not None and not settings.enlarge and wanted >= short:
+        wanted = None
+    new_short = _rounded(wanted or short, 1, patch_size, settings.rounding)
+    new_long = _rounded(long * (new_short if wanted else short), short, multiple, settings.rounding)
     return (new_short, new_long) if size[0] <= size[1] else (new_long, new_short)
 
 

@@ -19,6 +19,7 @@ class PropagationSettings(MatchSettings):
             one becomes 0), or "positive" (those with a value above 0; a constant one wins everywhere).
         short: pixels of a frame's shorter side as the backbone sees it; None = as it is. It becomes a multiple of the
             patch size.
+        enlarge: whether frames whose shorter side is below `short` are enlarged to it, as the protocols do.
         long_multiple: what the longer side becomes a multiple of, in pixels; None = the patch size.
         rounding: "up" or "down" to those multiples.
         resample: how frames are resized: "bilinear" (OpenCV's: it reads four pixels, however much is lost) or
@@ -32,6 +33,7 @@ class PropagationSettings(MatchSettings):
     upsample: str = "nearest"
     min_max: str = "all"
     short: Count | None = 960
+    enlarge: bool = True
     long_multiple: Count | None = None
     rounding: str = "up"
     resample: str = "bicubic"

@@ -77,12 +77,17 @@ class PropagationTracker(Tracker):
             "precision": precision_of(self.autocast, self.device),
         }
 
-    def blocks(self, size: Size) -> Size | None:
-        """Return the grid (h, w) whose cells are seen as blocks in masks of frames of `size` (H, W); None: none are."""
-        if self._protocol.upsample != "nearest":
-            return None
-        height, width = input_size(size, self._protocol, self._backbone.patch_size)
-        return height // self._backbone.patch_size, width // self._backbone.patch_size
+    def describe(self, size: Size) -> str:
+        """Return at which size the backbone sees frames of `size` (H, W), and on which grid."""
+        patch = self._backbone.patch_size
+        height, width = input_size(size, self._protocol, patch)
+        text = f"the backbone sees them at {height} x {width}, on a grid of {height // patch} x {width // patch} cells"
+        if height * width > 1.5 * size[0] * size[1]:
+            return f"{text}, enlarged to tracker.short={self._protocol.short}: tracker.enlarge=false takes less time"
+        if not self._protocol.enlarge and height * width <= size[0] * size[1]:
+            finer = f"tracker.enlarge=true tracker.short={2 * min(size)}"
+            return f"{text} ({finer} is finer, and takes four times as long or more)"
+        return text
 
     @torch.no_grad()
     def track_batch(self, frames: Sequence[np.ndarray], labels: Sequence[np.ndarray | None]) -> list[np.ndarray]:

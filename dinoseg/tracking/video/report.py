@@ -17,7 +17,7 @@ from dinoseg.images import read_ids
 from dinoseg.inference.inputs import FrameReader, open_frames
 from dinoseg.inference.stream import Throughput, run_pipeline
 from dinoseg.inference.video_writer import VideoWriter
-from dinoseg.report.overlay import blend, smooth_blocks
+from dinoseg.report.overlay import blend
 from dinoseg.storage.atomic import whole_file, write_json
 from dinoseg.storage.csv_text import csv_cells
 from dinoseg.tracking.video.mask_folder import Look
@@ -73,8 +73,7 @@ def write_results(job: TrackJob, passed: Throughput, source: str, opacity: float
         frames_per_s,
     )
     with open_frames(source) as frames:
-        blocks = job.tracker.blocks(frames.size)
-        objects, report = write_track_report(frames, job.folder, opacity=opacity, look=job.look, blocks=blocks)
+        objects, report = write_track_report(frames, job.folder, opacity=opacity, look=job.look)
     flicker = job.tracker.flicker()
     if flicker is not None:
         before, after = 100 * flicker["before"], 100 * flicker["after"]
@@ -106,7 +105,6 @@ def write_track_report(
     *,
     opacity: float,
     look: Look = Look(),  # noqa: B008 (frozen)
-    blocks: tuple[int, int] | None = None,
 ) -> tuple[list[int], Throughput]:
     """Write overlay.mp4 and objects.csv beside a run's masks; return all ids in them, and the frames and seconds.
 
@@ -115,8 +113,6 @@ def write_track_report(
     objects.csv has a row for each object in each frame that shows it, and none where it is absent. Pixels are counted
     from 0; left, top, right and bottom are the outermost ones of the object, and its centre the mean of all.
 
-    Where masks after the first show the cells of a grid (h, w) as `blocks`, the overlay gives them smooth outlines.
-
     Raises:
         UserError: a frame or a mask cannot be read, or the disk is full.
     """
@@ -124,8 +120,7 @@ def write_track_report(
 
     def infer(item: _Masked) -> tuple[np.ndarray, Fraction | None, list[ObjectRow]]:
         rows = object_rows(item.position, frames.frame_name(item.position), item.mask, look.background)
-        shown = item.mask if blocks is None or item.position == 0 else smooth_blocks(item.mask, blocks)
-        return blend(item.frame, shown, look.palette, opacity=opacity), item.time, rows
+        return blend(item.frame, item.mask, look.palette, opacity=opacity), item.time, rows
 
     def write(shown: tuple[np.ndarray, Fraction | None, list[ObjectRow]]) -> None:
         overlay, time, rows = shown

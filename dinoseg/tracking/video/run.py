@@ -1,5 +1,6 @@
 """A whole video through a tracker: decode | track | write masks, in steady memory, to be gone on with after a stop."""
 
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from dinoseg.tracking.video.labels import TrackLabels
 from dinoseg.tracking.video.mask_folder import Look, MaskFolder, TrackedBatch
 from dinoseg.tracking.video.state import Standing, TrackProgress, check_batch_size, save_standing
 
+logger = logging.getLogger(__name__)
 _DEPTH = 2  # batches that wait on either side of the tracker
 
 
@@ -66,6 +68,14 @@ def track_video(job: TrackJob) -> Throughput:
     else:
         check_batch_size(job.folder, job.start.batch_size, job.batch_size)
 
+    size, total = job.frames.size, job.frames.count or None
+    seen = tracker.describe(size)
+    logger.info(
+        "Tracking %s of %d x %d (height x width)%s",
+        f"{total} frames" if total else "frames",
+        *size,
+        f": {seen}" if seen else "",
+    )
     began = time.perf_counter()
     if not start.done:
         tracker.look_ahead(lambda: _ahead(job))
@@ -77,7 +87,6 @@ def track_video(job: TrackJob) -> Throughput:
         masks = tracker.track(batch.frames, batch.labels)
         return TrackedBatch(standing, dict(zip(batch.names, masks, strict=True)))
 
-    total = job.frames.count or None
     with Bar(total=total, initial=start.done, unit="frame", desc=job.frames.path.name) as bar:
         masks = MaskFolder(job.folder, job.look.palette, bar)
         passed = run_pipeline(batches, follow, masks.write, depth=_DEPTH)

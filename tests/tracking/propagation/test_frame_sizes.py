@@ -39,6 +39,9 @@ def reference(size, short, short_multiple, long_multiple, rounding):
         (CRW, 8, (1, 9), (8, 16)),
         (replace(DINO, short=3), 8, (10, 11), (8, 64)),
         (replace(DINOV3, short=None, rounding="down"), 8, (7, 31), (8, 24)),
+        (replace(DINOV3, enlarge=False, rounding="down"), 16, (192, 320), (192, 320)),  # cfg/tracker/video.yaml
+        (replace(DINOV3, enlarge=False, rounding="down"), 16, (330, 190), (320, 176)),
+        (replace(DINOV3, enlarge=False, rounding="down"), 16, (1080, 1920), (960, 1696)),
     ],
 )
 def test_sizes_of_the_protocols(settings, patch, size, expected):
