@@ -103,9 +103,7 @@ def _usable(dataset: PairDataset, split: str, cache_dir: Path, workers: int) -> 
     bad = {**dataset.lacking, **bad}
     if not bad:
         return dataset
-    usable = PairDataset(
-        [pair for pair in dataset.pairs if pair.name not in bad], dataset.reader.labels, dataset.reader.masks
-    )
-    usable.skipped = bad
+    usable = dataset.keep({*dataset.names} - bad.keys())
+    usable.skipped, usable.lacking = bad, {}
     log.warning("data.on_error=skip: split %s has %d images; left out: %d.", split, len(usable), len(bad))
     return usable

@@ -3,9 +3,9 @@
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 from dinoseg.bounded_regex import Pattern
 from dinoseg.errors import UserError
@@ -13,7 +13,7 @@ from dinoseg.images import IMAGE_SUFFIXES
 from dinoseg.ranges import Count, Natural, OpenShare
 from dinoseg.shapes import SegmentationData
 from dinoseg.storage.files import check_regular
-from dinoseg.wording import listed
+from dinoseg.wording import count_of, listed
 
 _LONGEST = 4096  # letters of a line in a list of names, as of a path
 PARTITIONS = ("folder", "lists", "fraction")
@@ -25,6 +25,11 @@ class Named(Protocol):
     @property
     def name(self) -> str:
         """Return the name."""
+        ...
+
+    @property
+    def origin(self) -> str:
+        """Return what tells it from another one of its name: where its image or first frame lies."""
         ...
 
 
@@ -77,8 +82,7 @@ def divide(split: str, find: Callable[[str], list[Item]], partition: Partition) 
         UserError: an unknown split of a share, a name in both train and val, or fewer groups than parts.
     """
     if partition.fold is not None and split in ("train", "val"):
-        pool = find("train") if partition.by == "fraction" else [*find("train"), *find("val")]
-        _refuse_twice(pool)
+        pool = find("train") if partition.by == "fraction" else _joined({side: find(side) for side in ("train", "val")})
         names = _fold_split([item.name for item in pool], partition)[split]
     elif partition.by == "fraction":
         if split not in ("train", "val"):
@@ -118,13 +122,23 @@ def _fold_split(names: Sequence[str], partition: Partition) -> dict[str, list[st
     }
 
 
-def _refuse_twice(pool: Sequence[Named]) -> None:
-    twice = sorted(name for name, count in Counter(item.name for item in pool).items() if count > 1)
-    if twice:
+def _joined(items: Mapping[str, Sequence[Item]]) -> list[Item]:
+    """Return the items of several splits; where splits number their own items alike, names end with the split.
+
+    Raises:
+        UserError: one item is in two splits.
+    """
+    names = Counter(item.name for side in items.values() for item in side)
+    repeated = {name for name, count in names.items() if count > 1}
+    if not repeated:
+        return [item for side in items.values() for item in side]
+    origins = Counter((item.name, item.origin) for side in items.values() for item in side if item.name in repeated)
+    if twice := sorted(name for (name, _), count in origins.items() if count > 1):
         raise UserError(
-            f"{len(twice)} names are in train and in val ({listed(twice)}), so folds cannot tell them apart: rename "
-            "the files of one split."
+            f"{count_of(twice, 'name')} in train and in val ({listed(twice)}) with the same file, so folds cannot tell "
+            "them apart: take it out of one split."
         )
+    return [replace(cast(Any, item), name=f"{item.name}-{split}") for split, side in items.items() for item in side]
 
 
 def fraction_split(

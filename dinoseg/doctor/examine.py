@@ -18,7 +18,10 @@ from dinoseg.doctor.suggestions import IMAGENET, constant_class, suggest
 
 def scanned(split: str, dataset: PairDataset, records: Sequence[Record]) -> Scanned:
     """Return a split's records with what its reader reads them by."""
-    return Scanned(split, records, dataset.classes, dataset.palette, dataset.ignore_index, dataset.reader.masks)
+    return Scanned(
+        *(split, records, dataset.classes, dataset.palette, dataset.ignore_index, dataset.reader.masks),
+        split_local_names=dataset.split_local_names,
+    )
 
 
 def examine(

@@ -55,6 +55,7 @@ class Scanned:
     palette: Sequence[tuple[int, int, int]]
     ignore_index: int
     masks: Masks
+    split_local_names: bool = False  # see PairDataset
 
     @property
     def counts(self) -> np.ndarray:

@@ -123,6 +123,7 @@ def test_split_table():
 @dataclass(frozen=True)
 class Thing:
     name: str
+    origin: str = ""
 
 
 def found(split):
@@ -185,7 +186,23 @@ def test_what_cannot_be_divided():
         folds(0, 9)
     with pytest.raises(UserError, match="data.group=.* does not match the name v0/train_0"):
         folds(0, 2, group="^w")
-    with pytest.raises(UserError, match="2 names are in train and in val"):
+    with pytest.raises(UserError, match=r"2 names in train and in val \(a, b\) with the same file"):
         divide("val", lambda split: [Thing("a"), Thing("b")], Partition(fold=0, folds=2))
     same = Partition(by="fraction", fold=0, folds=2)
     assert len(divide("val", lambda split: [Thing("a"), Thing("b")], same)) == 1
+
+
+def test_folds_keep_things_apart_that_each_split_numbers_by_itself():
+    def numbered(split):
+        return [Thing(f"v{number}/x", f"{split}{number}") for number in range(4 if split == "train" else 2)]
+
+    held_out = []
+    for fold in range(3):
+        parts = {
+            split: divide(split, numbered, Partition(group="^(.+)$", fold=fold, folds=3)) for split in ("train", "val")
+        }
+        assert len({thing.origin for part in parts.values() for thing in part}) == 6
+        held_out += parts["val"]
+    assert sorted(thing.name for thing in held_out) == sorted(
+        [*(f"v{number}/x-train" for number in range(4)), *(f"v{number}/x-val" for number in range(2))]
+    )

@@ -48,7 +48,9 @@ def foreground(
     objects = dict.fromkeys(range(1, VOID + 1), 1)
     if not videos[0].grey:
         objects[VOID] = ignore_index
-    return PairDataset(pairs, labels, Masks(ids=objects))
+    dataset = PairDataset(pairs, labels, Masks(ids=objects))
+    dataset.split_local_names = layout.split_local_names and partition.by == "folder" and partition.fold is None
+    return dataset
 
 
 def no_masks(split: str) -> PairDataset:

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from dinoseg.data.splits import Partition, divide
-from dinoseg.data.video.access import ImageSource, VideoFrame, read_source
+from dinoseg.data.video.access import ImageSource, VideoFrame, read_source, source_origin
 from dinoseg.errors import UserError
 from dinoseg.images import IMAGE_SUFFIXES, read_ids
 from dinoseg.storage.files import entries
@@ -64,6 +64,11 @@ class Video:
     grey: bool = False
     dense: bool = True
 
+    @property
+    def origin(self) -> str:
+        """Return where the first frame lies."""
+        return source_origin(self.frames[0])
+
     def frame_name(self, position: int) -> str:
         """Return a frame file's stem, or the number of a video file's frame."""
         frame = self.frames[position]
@@ -91,7 +96,15 @@ class Video:
 
 
 class VideoLayout(Protocol):
-    """Where a data set keeps its videos."""
+    """Where a data set keeps its videos.
+
+    `split_local_names`: each split's folder names its own videos, so that one name in two splits means two videos.
+    """
+
+    @property
+    def split_local_names(self) -> bool:
+        """Return whether names are unique in a split alone."""
+        ...
 
     def videos(self, split: str) -> list[Video]:
         """Return the videos of a split, in order."""

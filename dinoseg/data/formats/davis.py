@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import ClassVar
 
 from dinoseg.data.clips.videos import FrameFiles, Video, frames_and_masks, picture_files, require_masks
 from dinoseg.errors import UserError
@@ -32,6 +33,7 @@ class Davis:
     size: str = "480p"
     annotations: str = "Annotations"
     sets: Mapping[str, str] = field(default_factory=dict)
+    split_local_names: ClassVar[bool] = False
 
     def videos(self, split: str) -> list[Video]:
         """Return the sequences of a split.

@@ -6,6 +6,7 @@ A split `val` may be a folder of that name, too.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from dinoseg.data.clips.videos import Video, frames_and_masks, require_masks, video_folders
 from dinoseg.errors import UserError
@@ -29,6 +30,7 @@ class Movi:
 
     root: str
     splits: Mapping[str, str] = field(default_factory=lambda: {"val": _VALIDATION})
+    split_local_names: ClassVar[bool] = True  # the usual export counts the videos of each split from 0
 
     def videos(self, split: str) -> list[Video]:
         """Return the videos of a split.

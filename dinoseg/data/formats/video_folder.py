@@ -37,6 +37,11 @@ class VideoFolder:
     on_error: str = "stop"
     cache_dir: str = "outputs/.cache"
 
+    @property
+    def split_local_names(self) -> bool:
+        """Return whether each split has a folder of its own."""
+        return "{split}" in self.folder
+
     def videos(self, split: str) -> list[Video]:
         """Return the videos of a split, as their names are counted; each video file is decoded once for its index.
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from dinoseg.data.clips.videos import FrameFiles, Video, frames_and_masks, video_folders
 from dinoseg.errors import UserError
@@ -27,6 +28,7 @@ class YoutubeVos:
     root: str
     all_frames: bool = False
     splits: Mapping[str, str] = field(default_factory=lambda: {"val": "valid"})
+    split_local_names: ClassVar[bool] = False
 
     def videos(self, split: str) -> list[Video]:
         """Return the videos of a split, held against `meta.json` where it is there.

@@ -48,6 +48,7 @@ class PackedDataset(PairDataset):
     ) -> None:
         super().__init__(source.pairs, source.reader.labels, source.reader.masks, source.lacking, source.remedy)
         self.reader, self.skipped, self._source = source.reader, source.skipped, source
+        self.split_local_names = source.split_local_names
         self.store, self.longest = store, longest
         self.rows = list(range(len(source)) if rows is None else rows)
         self._hashes: dict[int, str] = {}  # of rows' images

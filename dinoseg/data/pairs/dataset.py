@@ -41,6 +41,7 @@ class PairDataset:
         self.lacking: Mapping[str, str] = lacking or {}
         self.remedy = remedy
         self.skipped: Mapping[str, str] = {}  # name and fault of what was left out on request
+        self.split_local_names = False  # a name, or the video in it, in another split means other data
         self.longest: int | None = None  # pixels that an image's longer side is reduced to; None: it is as its file
         self.reader = MaskReader(labels, masks)
 
@@ -71,7 +72,7 @@ class PairDataset:
         """Return the data set of only these names, in the same order; what was no pair before is still told."""
         pairs = [pair for pair in self.pairs if pair.name in names]
         subset = PairDataset(pairs, self.reader.labels, self.reader.masks, self.lacking, self.remedy)
-        subset.skipped = self.skipped
+        subset.skipped, subset.split_local_names = self.skipped, self.split_local_names
         return subset
 
     def fingerprint(self) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dinoseg.annotation.drawing import Drawing, MaskSource, mask_file
 from dinoseg.data.classes.masks import MaskReader
-from dinoseg.data.video.access import ImageSource, VideoFrame
+from dinoseg.data.video.access import ImageSource, VideoFrame, source_origin
 from dinoseg.errors import UserError
 from dinoseg.storage.files import check_regular
 from dinoseg.storage.stamps import Stamp, stamp
@@ -22,6 +22,11 @@ class Pair:
     name: str
     image: ImageSource
     mask: MaskSource
+
+    @property
+    def origin(self) -> str:
+        """Return where the image lies."""
+        return source_origin(self.image)
 
 
 def fingerprint(pairs: Iterable[Pair], reader: MaskReader) -> str:

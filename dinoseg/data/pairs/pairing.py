@@ -32,6 +32,11 @@ class Lacking:
     remedy: str
     title: str = ""
 
+    @property
+    def origin(self) -> str:
+        """Return what is wrong, which names the file."""
+        return self.reason
+
 
 def pair_by_name(
     images: Mapping[str, Path], masks: Mapping[str, Path], folders: tuple[Path, Path], remedy: str

@@ -51,6 +51,13 @@ class VideoFrame:
 ImageSource = Path | VideoFrame  # an image file, or a frame of a video
 
 
+def source_origin(source: ImageSource) -> str:
+    """Return the file of an image, links resolved, and the number of a video's frame."""
+    if isinstance(source, VideoFrame):
+        return f"{os.path.realpath(source.path)}:{source.index}"
+    return os.path.realpath(source)
+
+
 def read_source(source: ImageSource) -> np.ndarray:
     """Return an image as (H, W, 3) uint8 RGB.
 

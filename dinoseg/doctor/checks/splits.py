@@ -70,7 +70,10 @@ def check_groups(splits: Sequence[Scanned], group: str | None) -> Iterator[Findi
     except UserError as error:
         yield Finding("error", "group_unknown", str(error), remedy="Correct data.group.")
         return
+    local = {part.split for part in splits if part.split_local_names}
     for (first, ours), (second, theirs) in combinations(sides.items(), 2):
+        if {first, second} & local:
+            continue
         if both := sorted(ours.keys() & theirs.keys()):
             told = f"by data.group={group}" if group else "by the first folder of the name"
             yield Finding(

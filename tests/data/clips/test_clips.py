@@ -2,6 +2,7 @@ import json
 import logging
 import pickle
 import shutil
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -19,9 +20,12 @@ from dinoseg.data.formats.video_folder import VideoFolder
 from dinoseg.data.formats.youtube_vos import YoutubeVos
 from dinoseg.data.splits import Partition
 from dinoseg.data.video.access import VideoFrame, read_frame
+from dinoseg.doctor.checks.splits import check_groups
+from dinoseg.doctor.examine import scanned
 from dinoseg.errors import UserError
 from dinoseg.storage.natural_order import natural_order
 
+SIDES = ("train", "val")
 CLASSES = ["background", "object"]
 
 
@@ -331,6 +335,30 @@ def test_movi_is_read_back_equal(compose, movi):
     assert appears(clips[0]) == dict.fromkeys((1, 2, 10, 23), 0)
     assert len(clips_of(compose, "movi", movi, "train", "data.clips.cut.length=6")) == 12
     assert len(instantiate(config(compose, "movi", movi).reader)(split="test")) == 24
+
+
+class Named(NamedTuple):
+    name: str
+    image: str = ""
+
+
+def test_movi_numbers_the_videos_of_each_split_anew(compose, movi):
+    reader = instantiate(config(compose, "movi", movi).reader)
+    splits = [
+        scanned(split, reader(split=split), [Named(name) for name in reader(split=split).names]) for split in SIDES
+    ]
+    assert splits[1].records[0] == splits[0].records[0]  # 00000 is in both, as two videos
+    assert not list(check_groups(splits, "^[^/]+"))
+    by_share = "data.reader.partition.by=fraction"
+    for words, videos in (((by_share,), 3), (("data.fold=0", "data.folds=2"), 5)):
+        reader = instantiate(config(compose, "movi", movi, *words).reader)
+        parts = {split: reader(split=split) for split in SIDES}
+        assert not any(part.split_local_names for part in parts.values())
+        found = {split: {name.partition("/")[0] for name in part.names} for split, part in parts.items()}
+        assert not found["train"] & found["val"] and len(found["train"] | found["val"]) == videos
+    assert found["train"] | found["val"] == {f"0000{n}-train" for n in range(3)} | {f"0000{n}-val" for n in range(2)}
+    folds = clips_of(compose, "movi", movi, "val", "data.fold=0", "data.folds=2")
+    assert {clip["name"] for clip in folds} == found["val"]
 
 
 def test_movi_s_other_layout_is_the_same(compose, movi):
