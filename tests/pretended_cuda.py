@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 import dinoseg
 from dinoseg.losses.fused import Fused
+from dinoseg.precision import compute_dtype
 from dinoseg.training.engine import Engine
 
 aten = torch.ops.aten
@@ -272,10 +273,17 @@ class _Accelerator:
     device = property(lambda self: _place.device)
     num_processes, process_index = 1, 0
 
-    def __init__(self, bf16: bool) -> None:
-        self._bf16 = bf16
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
 
     def prepare(self, model: nn.Module) -> nn.Module:
+        forward = model.forward
+
+        def in_autocast(*args: Any, **kwargs: Any) -> Any:
+            with self.autocast():
+                return forward(*args, **kwargs)
+
+        model.forward = in_autocast
         return model
 
     def reduce(self, tensor: Tensor, reduction: str) -> Tensor:
@@ -286,7 +294,7 @@ class _Accelerator:
         loss.backward()
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16)
+        return torch.autocast(self.device.type, self._dtype, enabled=self._dtype != torch.float32)
 
     def wait_for_everyone(self) -> None:
         pass
@@ -304,21 +312,23 @@ def on_cuda(model: nn.Module) -> nn.Module:
     return model
 
 
-def pretended_engine(*, bf16: bool = False, eval_batch_size: int | str = 1) -> Engine:
+def pretended_engine(*, precision: str = "fp32", eval_batch_size: int | str = 1) -> Engine:
     """Return an engine on the pretended device, alone."""
     engine = Engine.__new__(Engine)
-    engine.accelerator = _Accelerator(bf16)
-    engine.bf16, engine.workers, engine.eval_batch_size = bf16, 0, eval_batch_size
+    engine.dtype = compute_dtype(precision, _place.device)
+    engine.accelerator = _Accelerator(engine.dtype)
+    engine.tf32, engine.workers, engine.eval_batch_size = False, 0, eval_batch_size
     engine.sharded, engine._lockstep = False, None
     return engine
 
 
 @contextmanager
-def pretended_cuda() -> Iterator[Waits]:
-    """Let CUDA be there, as far as Python can see."""
+def pretended_cuda(capability: tuple[int, int] = (9, 0)) -> Iterator[Waits]:
+    """Let CUDA be there, as far as Python can see, of a compute capability: before 8.0 it lacks bfloat16."""
     patches = {
         "is_available": lambda: True,
-        "is_bf16_supported": lambda *_, **__: True,
+        "is_bf16_supported": lambda *_, **__: capability >= (8, 0),
+        "get_device_capability": lambda *_: capability,
         "current_device": lambda: 0,
         "device_count": lambda: 1,
         "Event": _Event,

@@ -53,11 +53,11 @@ def check(folder, model, loss, waits, **given):
     assert done.feed.validations == [VALIDATION | in_validation]
 
 
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("head", HEADS)
-def test_each_head(tmp_path, head, bf16):
+def test_each_head(tmp_path, head, precision):
     loss = "mask_classification" if "num_queries" in SMALL_HEADS.get(head, {}) else "cross_entropy"
-    check(tmp_path, *cell(head, loss=loss), WAITS.get(loss, {}), bf16=bf16)
+    check(tmp_path, *cell(head, loss=loss), WAITS.get(loss, {}), precision=precision)
 
 
 @pytest.mark.parametrize("loss", losses())

@@ -91,7 +91,7 @@ class Watched(ImageFeed):
         return found
 
 
-def train(folder, model, loss, *, cuda=True, bf16=False, plain=False, device=pretended_cuda, **options):
+def train(folder, model, loss, *, cuda=True, precision="fp32", plain=False, device=pretended_cuda, **options):
     """Train with or without the pretended device; return the feed, the rows, the model's state and the error."""
     watch = {key: options.pop(key) for key in ("at", "fails") if key in options}
     start = options.pop("start", None)
@@ -99,11 +99,11 @@ def train(folder, model, loss, *, cuda=True, bf16=False, plain=False, device=pre
     log, error = Rows(), None
     with device() as waits:
         feed = Watched(Noise(4), Noise(2), lambda image, mask, _: (image, mask), 2, seed=0, workers=0)
-        feed.begin(waits if cuda and device is pretended_cuda else None, **watch)
-        engine = pretended_engine(bf16=bf16) if cuda else Engine("cpu", "bf16" if bf16 else "fp32", workers=0)
+        feed.begin(waits if cuda and isinstance(waits, Waits) else None, **watch)
+        engine = pretended_engine(precision=precision) if cuda else Engine("cpu", precision, workers=0)
         model, loss = (on_cuda(model), on_cuda(loss)) if cuda else (model, loss)
         optimizer = adamw(model, lr=1e-2)
-        assert optimizer.defaults["fused"] == (cuda and device is pretended_cuda)
+        assert optimizer.defaults["fused"] == (cuda and engine.device.type == "cuda")
         optimizer = torch.optim.SGD(optimizer.param_groups, fused=True) if plain else optimizer
         checkpoints = Checkpoints(folder, dict(INFO), start)
         try:
@@ -121,7 +121,8 @@ def tiny():
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_a_step_waits_for_nothing_and_learns_what_a_cpu_does(tmp_path, bf16):
-    there, here = (train(tmp_path, *tiny(), cuda=cuda, bf16=bf16, plain=True, clip=0.5) for cuda in (True, False))
+    options = {"precision": "bf16" if bf16 else "fp32", "plain": True, "clip": 0.5}
+    there, here = (train(tmp_path, *tiny(), cuda=cuda, **options) for cuda in (True, False))
     assert there.feed.steps == [{}, {}, LOGGED] and there.feed.validations == [VALIDATION]
     for name, value in here.state.items():
         torch.testing.assert_close(there.state[name], value, rtol=1e-4, atol=2e-3 if bf16 else 1e-6)  # other tiles

@@ -54,5 +54,5 @@ class Memory:
         kind, free = self.engine.device.type, free_bytes(self.engine.device) / self.ranks
         if kind not in KINDS or math.isinf(free) or cfg.engine.sharding != "none":
             return None, free
-        target = Target(kind, round(free), bf16=self.engine.bf16, world=cfg.engine.devices)
+        target = Target(kind, round(free), bf16=self.engine.half, world=cfg.engine.devices)
         return Fitting(cfg, target, may_change_model="adapter" not in self.given), free

@@ -33,10 +33,10 @@ def step_flops(cfg: DictConfig, samples: int, *, bf16: bool) -> int:
     return counter.get_total_flops()
 
 
-def matrix_peak(device: torch.device, *, bf16: bool) -> float:
+def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
     """Return the operations a second of the fastest of some products of large square matrices on a device."""
     side = _SIDES.get(device.type, 1024)
-    matrix = torch.randn(side, side, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
+    matrix = torch.randn(side, side, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(_TIMES):
         synchronize(device)

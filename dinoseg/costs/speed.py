@@ -80,7 +80,7 @@ def time_training(values: Mapping[str, Any], *, steps: int, warmup: int, drawn: 
     trial = try_steps(cfg, make, engine, batches, steps=steps, warmup=warmup)
     waited = None if drawn else sum(trial.waited) / sum(trial.seconds)
     # after what is measured: what it frees is still the process's, and would be taken again unseen
-    flops = accumulate * step_flops(cfg, batch, bf16=engine.bf16)
+    flops = accumulate * step_flops(cfg, batch, bf16=engine.half)
     return _timed(engine, batch * accumulate, tuple(cfg.resolution.crop), trial.seconds, waited, trial.peak, flops)
 
 
@@ -126,7 +126,7 @@ def _timed(
     peak: int,
     flops: int,
 ) -> Timed:
-    fastest = matrix_peak(engine.device, bf16=engine.bf16)
+    fastest = matrix_peak(engine.device, engine.dtype)
     return Timed(
         engine.device.type, engine.precision, images, (size[0], size[1]), seconds, waited, peak, flops, fastest
     )

@@ -117,7 +117,7 @@ def _target(cfg: DictConfig, memory: str | float | None, device: str | None) -> 
     free = free_bytes(engine.device) / sharing if amount is None else amount
     if math.isinf(free):
         raise UserError("This system does not say how much memory is free. Give mode.memory, as 24GiB.")
-    return Target(kind, round(free), bf16=engine.bf16, world=world), engine
+    return Target(kind, round(free), bf16=engine.half, world=world), engine
 
 
 def _found(fitting: Fitting) -> Fit:
@@ -164,7 +164,7 @@ def _print_step(fit: Fit, target: Target) -> None:
     each = count_of(cfg.data.batch_size // target.world, "sample")
     print(
         f"A training step of {each} of {' x '.join(map(str, cfg.resolution.crop))} at once on a {target.kind} device "
-        f"({'bfloat16' if target.bf16 else 'float32'}), estimated:\n"
+        f"({'half precision' if target.bf16 else 'float32'}), estimated:\n"
     )
     print(tabulate(rows, tablefmt="plain", colalign=("left", "right")), end="\n\n")
 

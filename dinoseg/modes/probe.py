@@ -62,7 +62,7 @@ def probe(
     counts = class_counts(train, cfg.cache_dir)
     model, readings = _model(cfg, layers)
     found = Probe(model.to(engine.device), train, counts.tolist(), engine, readings, grid)
-    standing = Standing(out_dir, _RECORD, _settings(cfg, found, engine.bf16), writes=engine.is_main)
+    standing = Standing(out_dir, _RECORD, _settings(cfg, found, engine.precision), writes=engine.is_main)
     logger.info(
         "%d training images, %d of them held out to choose by; sums of %.2f GB",
         len(train),
@@ -103,7 +103,7 @@ def _model(cfg: DictConfig, layers: Sequence[int] | None) -> tuple[Segmenter, Re
     return Segmenter(backbone, head, scale=cfg.resolution.scale, longest=cfg.resolution.longest), readings
 
 
-def _settings(cfg: DictConfig, found: Probe, bf16: bool) -> dict[str, Any]:
+def _settings(cfg: DictConfig, found: Probe, precision: str) -> dict[str, Any]:
     """Return what the sums depend on."""
     names = hashlib.sha256("\n".join(found.data.names).encode(errors="surrogateescape")).hexdigest()[:16]
     return {
@@ -112,7 +112,7 @@ def _settings(cfg: DictConfig, found: Probe, bf16: bool) -> dict[str, Any]:
         "readings": {name: list(places) for name, places in found.readings.items()},
         "data": {"classes": list(map(str, found.data.classes)), "names": names, "counts": found.counts},
         "grid": {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(found.grid).items()},
-        "bf16": bf16,
+        "precision": precision,
     }
 
 

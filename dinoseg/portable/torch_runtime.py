@@ -1,7 +1,8 @@
 """Torch as a model's runtime: a file, a checkpoint or a run folder opened without a command line."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,12 @@ from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.trained_sizes import TrainedSizes, keep_scale
 from dinoseg.portable.facts import Facts
 from dinoseg.portable.runtime import Opened, Options
-from dinoseg.precision import computes_in_bfloat16
+from dinoseg.precision import compute_dtype
 from dinoseg.runs.resume import alone
 from dinoseg.runs.trained import restore
 from dinoseg.training import checkpoint
 from dinoseg.training.engine import choose_device
 
-PRECISIONS = ("auto", "bf16", "fp32")
 _HELD = (None, "random")  # what a config says of weights that a checkpoint holds
 
 
@@ -49,9 +49,8 @@ def load_torch(path: Path, options: Options) -> Opened:
     Raises:
         UserError: in the words of a command line, whose `resume` the file is.
     """
-    if options.precision not in PRECISIONS:
-        raise UserError(f"engine.precision={options.precision} is unknown. Choose one of {', '.join(PRECISIONS)}.")
     chosen = choose_device(options.device)
+    dtype = compute_dtype(options.precision, chosen)
     file = checkpoint.find(path, "best")
     # the caller's own functions for its configs, and its own random numbers, are as they were after it
     with lent_resolvers(), torch.random.fork_rng(_devices(chosen)):
@@ -65,7 +64,7 @@ def load_torch(path: Path, options: Options) -> Opened:
     if model.head.slots is not None:
         raise UserError(f"{file} is a model of slots, which knows no classes. mode=track follows its segments.")
     keep_scale(model, sizes)
-    context = _autocast(chosen) if computes_in_bfloat16(options.precision, chosen) else nullcontext
+    context = nullcontext if dtype == torch.float32 else partial(torch.autocast, chosen.type, dtype)
     predictor = Predictor(model.to(chosen), chosen, context, policy)
     return Opened(TorchRuntime(predictor), facts, file if "facts" in said else None)
 
@@ -84,10 +83,6 @@ def _weights(file: Path, said: Mapping[str, Any], options: Options) -> dict[str,
             raise UserError(f"{part}.weights={place}: {file} holds its own {part}. Leave it out.")
         changes[f"{part}.weights"] = str(place)
     return changes
-
-
-def _autocast(device: torch.device) -> Callable[[], AbstractContextManager]:
-    return lambda: torch.autocast(device.type, torch.bfloat16)
 
 
 def _devices(device: torch.device) -> list[int]:

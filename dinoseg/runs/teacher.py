@@ -71,7 +71,7 @@ class Teacher:
             "teacher": self._digest,
             "code": code_hash([self._outline.backbone, self._outline.head], self.__call__),
             "inference": hash_of(repr(plain(self._cfg.inference, resolve=True))),
-            "precision": hash_of(self._engine.bf16, self._engine.device.type),
+            "precision": hash_of(self._engine.precision, self._engine.tf32, self._engine.device.type),
         }
 
     @torch.no_grad()

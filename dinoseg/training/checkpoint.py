@@ -1,8 +1,8 @@
 """Checkpoints that describe themselves: one safetensors file each, read without unpickling anything.
 
-A file holds tensors under `model/`, and in `last` also `optimizer/` and `ema/`; its header holds one JSON
-object with the step, the scores, the unresolved config, classes, palette and versions. `last` is what a run goes on
-from, `best` what it is remembered by.
+A file holds tensors under `model/`, and in `last` also `optimizer/`, `ema/` and `loss_scale/`; its header holds one
+JSON object with the step, the scores, the unresolved config, classes, palette and versions. `last` is what a run goes
+on from, `best` what it is remembered by.
 """
 
 import json
@@ -33,6 +33,7 @@ from dinoseg.training.loading import (
     load_weights,
     without_state,
 )
+from dinoseg.training.loss_scale import LossScale
 from dinoseg.training.optim import MovingAverage
 from dinoseg.training.sharding import gathered
 from dinoseg.wording import listed, shown
@@ -41,7 +42,7 @@ logger = logging.getLogger(__name__)
 FOLDER = "checkpoints"
 HEADS = "heads"  # in the folder of a run of several heads: a run folder of each
 ONE_FILE = "model"  # the stem of what mode=export leaves in its folder
-_PARTS = ("model", "optimizer", "ema", CONSTANTS)  # what stands before the slash of a tensor's name
+_PARTS = ("model", "optimizer", "ema", "loss_scale", CONSTANTS)  # what stands before the slash of a tensor's name
 _MOST_TENSORS = 50_000  # the largest backbone with all of its training's state has a tenth of it
 
 
@@ -192,7 +193,9 @@ class Checkpoints:
     writes: bool = True
     progress: Progress = field(default_factory=Progress)
 
-    def restore(self, model: Segmenter, optimizer: Optimizer, ema: MovingAverage | None) -> Progress:
+    def restore(
+        self, model: Segmenter, optimizer: Optimizer, ema: MovingAverage | None, scale: LossScale | None = None
+    ) -> Progress:
         """Load everything a run needs to go on, and return where it stands.
 
         Values of different scores do not compare: where `trainer.score` is another one now, no best is known yet.
@@ -202,6 +205,9 @@ class Checkpoints:
             load_weights(model, self.start)
             load_optimizer(optimizer, self.start)
             load_average(ema, self.start)
+            if scale is not None:
+                device = next(model.parameters()).device
+                scale.restore(self.start.part("loss_scale"), device, f"resume={self.start.path}")
             self.progress = Progress(**self.start.info["progress"])
             then, now = (_chosen_by(info) for info in (self.start.info, self.info))
             if self.progress.best is not None and then != now:
@@ -209,12 +215,15 @@ class Checkpoints:
                 self.progress = replace(self.progress, best=None, best_step=0, stale=0)
         return self.progress
 
-    def save(self, model: Segmenter, optimizer: Optimizer, ema: MovingAverage | None) -> None:
+    def save(
+        self, model: Segmenter, optimizer: Optimizer, ema: MovingAverage | None, scale: LossScale | None = None
+    ) -> None:
         """Save `last`: weights and all that is needed to go on exactly."""
         tensors = {f"model/{name}": value for name, value in _held(model).items()}
         state = _optimizer_state(optimizer)
         tensors |= {f"optimizer/{key}": value for key, value in state.items()}
         tensors |= {f"ema/{name}": value for name, value in (ema.average if ema else {}).items()}
+        tensors |= {f"loss_scale/{name}": value for name, value in (scale.state() if scale else {}).items()}
         self._write("last", tensors, self.progress, {IDLE: len(without_state(optimizer, state))})
 
     def judge(self, model: Segmenter, score: float, *, lowest: bool = False) -> Progress:

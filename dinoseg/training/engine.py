@@ -1,5 +1,6 @@
 """Devices, precision and ranks: the only importer of accelerate."""
 
+import logging
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -12,13 +13,15 @@ from torch.optim import Optimizer
 from dinoseg.data.enough_workers import warn_of_many
 from dinoseg.errors import UserError
 from dinoseg.model import Segmenter
-from dinoseg.precision import computes_in_bfloat16
+from dinoseg.precision import NAMES, compute_dtype, has_tf32
 from dinoseg.ranges import Count, Natural, Positive
 from dinoseg.sizes import Size
 from dinoseg.training.compiled import compile_blocks
+from dinoseg.training.loss_scale import LossScale
 from dinoseg.training.rendezvous import meet
 from dinoseg.training.sharding import Lockstep, shard, whole
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 SHARDINGS = ("none", "fsdp")
 CACHES = ("auto", "off", "disk", "memory")
@@ -50,8 +53,8 @@ class Engine:
 
     Args:
         device: auto, cuda, mps or cpu.
-        precision: auto (bf16 where it is faster), bf16 or fp32. bf16 is autocast; weights stay float32, and
-            no gradient scaler is needed.
+        precision: auto, bf16, fp16 or fp32, see `compute_dtype`. bf16 and fp16 are autocast; weights stay float32.
+            fp16 scales losses (`LossScale`), and is for GPUs without bfloat16.
         workers: processes that load data, per rank; auto: two, and more where they are waited for and bring more.
         eval_batch_size: images of one size predicted at once when scoring, per rank; auto: see `images_at_once`.
         devices: the number of ranks that were to be started from here.
@@ -60,6 +63,7 @@ class Engine:
         rendezvous_timeout: seconds that ranks wait for one another before they begin.
         rank_timeout: seconds that a rank waits for the others at work, before it takes them for stuck.
         compile: whether torch compiles the backbone's blocks and copies of them, see `compile_blocks`.
+        tf32: whether products of float32 matrices are computed in TF32 (10 bits of mantissa), on GPUs from Ampere on.
     """
 
     def __init__(
@@ -74,13 +78,14 @@ class Engine:
         rendezvous_timeout: Positive = 300.0,
         rank_timeout: Positive = 1800.0,
         compile: bool = False,
+        tf32: bool = False,
     ) -> None:
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState, GradientState, PartialState
+        from accelerate.utils import GradScalerKwargs
 
         chosen = choose_device(device)
-        if precision not in ("auto", "bf16", "fp32"):
-            raise UserError(f"engine.precision={precision} is unknown. Choose auto, bf16 or fp32.")
+        self.dtype = compute_dtype(precision, chosen)
         if isinstance(workers, str) and workers != "auto":
             raise UserError(f"engine.workers={workers} is unknown. Choose auto, or a number of processes.")
         if isinstance(eval_batch_size, str) and eval_batch_size != "auto":
@@ -92,10 +97,16 @@ class Engine:
         GradientState._reset_state()
         if not torch.distributed.is_initialized():
             PartialState._reset_state()
-        self.bf16 = computes_in_bfloat16(precision, chosen)
+        self.tf32 = tf32 and has_tf32(chosen)
+        if tf32 and not self.tf32:
+            logger.warning("engine.tf32=true has no effect: this device (%s) has no TF32.", chosen.type)
+        torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
         meet(chosen, rendezvous_timeout, rank_timeout)
         self.accelerator = Accelerator(
-            cpu=chosen.type == "cpu", mixed_precision="bf16" if self.bf16 else "no", device_placement=True
+            cpu=chosen.type == "cpu",
+            mixed_precision=NAMES[self.dtype] if self.half else "no",
+            device_placement=True,
+            kwargs_handlers=[GradScalerKwargs(enabled=False)],  # `LossScale` does it, without waiting for the device
         )
         if devices not in (1, self.world):
             raise UserError(f"engine.devices={devices}: this mode runs on {self.world}. Leave engine.devices out.")
@@ -119,8 +130,13 @@ class Engine:
 
     @property
     def precision(self) -> str:
-        """What is computed in: bf16 or fp32."""
-        return "bf16" if self.bf16 else "fp32"
+        """What is computed in: bf16, fp16 or fp32."""
+        return NAMES[self.dtype]
+
+    @property
+    def half(self) -> bool:
+        """Whether autocast computes in 16 bits, bfloat16 or float16."""
+        return self.dtype != torch.float32
 
     @property
     def device(self) -> torch.device:
@@ -197,9 +213,13 @@ class Engine:
         """Return the precision's context for a forward pass outside training."""
         return self.accelerator.autocast()
 
-    def backward(self, loss: Tensor) -> None:
-        """Accumulate gradients."""
-        self.accelerator.backward(loss)
+    def loss_scale(self) -> LossScale | None:
+        """Return a scale for the losses of a model, which float16 alone needs."""
+        return LossScale() if self.dtype == torch.float16 else None
+
+    def backward(self, loss: Tensor, scale: LossScale | None = None) -> None:
+        """Accumulate gradients, of `scale` times the loss."""
+        self.accelerator.backward(loss if scale is None else loss * scale.value)
 
     def accumulating(self, model: nn.Module, last: bool) -> AbstractContextManager:
         """Keep gradients on their rank until the last micro-batch of a step; of shared weights, each keeps its part."""
@@ -218,11 +238,19 @@ class Engine:
         return late and not self.sharded  # never tried with parts of weights
 
     def step(
-        self, optimizer: Optimizer, total: Tensor, weight: Tensor, *, clip: float | None, before: Tensor | None = None
+        self,
+        optimizer: Optimizer,
+        total: Tensor,
+        weight: Tensor,
+        *,
+        clip: float | None,
+        before: Tensor | None = None,
+        loss_scale: LossScale | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Go on by the mean of a step's losses: scale and clip the gradients, update, clear.
 
-        Nothing is updated where the mean, the norm of the gradient or `before` is not finite.
+        Nothing is updated where the mean, the norm of the gradient or `before` is not finite. Where the gradient alone
+        overflows under a loss scale, the step is skipped, and its norm is 0.
 
         Args:
             optimizer: whose gradients are those of `total`, as a mean over the ranks.
@@ -230,6 +258,7 @@ class Engine:
             weight: what to divide it by, (); 0: there is nothing to learn.
             clip: highest norm of the gradient, or None.
             before: the norm of the last step, if it may not be known yet.
+            loss_scale: by which the gradients are too large; it is updated.
 
         Returns:
             The mean, and the norm of the gradient before clipping, NaN where the mean is not finite: () float64.
@@ -239,18 +268,26 @@ class Engine:
             total, weight = total.cpu(), weight.cpu()  # before float64, which MPS lacks
         total, weight = total.double(), weight.double()
         mean, scale = (torch.where(weight != 0, value / weight, 0.0) for value in (total, self.world))
+        if loss_scale is not None:
+            scale = scale / loss_scale.value.to(scale.device).to(scale.dtype)
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         for parameter in parameters:
             parameter.grad.mul_(scale.to(parameter.grad.dtype))
         norm = whole(torch.nn.utils.clip_grad_norm_(parameters, clip or float("inf")))
         norm = norm.to(mean.device).to(mean.dtype)  # one after the other: MPS has no float64
         finite = mean.isfinite() & norm.isfinite()
+        skipped = torch.zeros_like(finite)
+        if loss_scale is not None:
+            skipped = loss_scale.overflows(mean, norm)
+            loss_scale.update(skipped)
+            norm = norm.masked_fill(skipped, 0.0)
         if before is not None:
             finite &= before.isfinite()
         if late:
             vars(optimizer).update(grad_scale=None, found_inf=(~finite).float())  # as torch's GradScaler tells it
         if late or finite:
             optimizer.step()
+        if late or finite or skipped:
             optimizer.zero_grad(set_to_none=True)
         return mean, norm.where(mean.isfinite(), math.nan)
 

@@ -232,6 +232,6 @@ def _opened(memory: bool, feed: ImageFeed, model: Segmenter, engine: Engine, pla
         "code": code_hash([model.backbone, model.head], feed.augment),
         "sizes": hash_of(model.scale, model.longest),
         "cut": hash_of(model.backbone.first_trained, maps_alone),
-        "precision": hash_of(engine.bf16, engine.device.type, plan.dtype, engine.compile),
+        "precision": hash_of(engine.precision, engine.tf32, engine.device.type, plan.dtype, engine.compile),
     }
     return DiskStore(_root(plan), origin(_root(plan), parts), plan.dtype, cap_of(plan.gib))

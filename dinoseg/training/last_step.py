@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from dinoseg.model import Segmenter, trained_names
 from dinoseg.processes.interrupt import Interrupted
 from dinoseg.training.checkpoint import Checkpoints
+from dinoseg.training.loss_scale import LossScale
 from dinoseg.training.optim import MovingAverage, tensors_of
 from dinoseg.training.sharding import is_shared
 
@@ -32,8 +33,9 @@ class LastStep:
         optimizer: Optimizer,
         average: MovingAverage | None,
         updated: Callable[[], bool],
+        scale: LossScale | None = None,
     ) -> None:
-        self._checkpoints, self._state, self._updated = checkpoints, (model, optimizer, average), updated
+        self._checkpoints, self._state, self._updated = checkpoints, (model, optimizer, average, scale), updated
         parameters = {name for name, _ in model.named_parameters()}
         self._buffers = [buffer for _, buffer in tensors_of(model, trained_names(model) - parameters)]
         self._start = checkpoints.progress.step

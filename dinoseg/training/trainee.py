@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -16,9 +16,10 @@ from torch.optim import Optimizer
 from dinoseg.contracts import Loss
 from dinoseg.errors import UserError
 from dinoseg.model import Segmenter, trained_names
+from dinoseg.precision import at_least_float32
 from dinoseg.processes.interrupt import Deferral
 from dinoseg.report.log import RunLog
-from dinoseg.shapes import Prediction
+from dinoseg.shapes import Prediction, mapped
 from dinoseg.training.checkpoint import Checkpoints, Progress
 from dinoseg.training.engine import Engine
 from dinoseg.training.feed import Feed, Validation
@@ -98,8 +99,9 @@ class Trainee:
         self._named = name and f"{name}: "
         self.net = engine.prepare(model)
         self.average = MovingAverage(tensors_of(model, trained_names(model)), ema) if ema else None
-        self.run: Progress = checkpoints.restore(model, optimizer, self.average)
-        self.last = LastStep(checkpoints, model, optimizer, self.average, self._whole)
+        self.scale = engine.loss_scale()
+        self.run: Progress = checkpoints.restore(model, optimizer, self.average, self.scale)
+        self.last = LastStep(checkpoints, model, optimizer, self.average, self._whole, self.scale)
         self._unread: deque[tuple[int, Learnt, Outcome]] = deque()  # what steps came to, in the order of the steps
         self.mean = math.nan
         self.rest = Rest(model.backbone, optimizer, alone=engine.world == 1)
@@ -143,9 +145,13 @@ class Trainee:
             batch = drawn.to(self.engine.device).taught(self._teach)
             with self.engine.accumulating(self.net, last=number == count), self.rest.during(pace, batch.image):
                 prediction = self.net(batch.image)
+                if self.scale is not None:  # sums over pixels overflow float16
+                    prediction = mapped(prediction, cache(at_least_float32))
                 value, parts = self.loss(prediction, batch)
                 weight = parts.get("weight", torch.full_like(value, len(batch.names)))
-                self.engine.backward(value * weight)
+                if self.scale is not None and not self.scale.started:
+                    self.scale.begin(self.engine.total(weight).item(), self.engine.device)
+                self.engine.backward(value * weight, self.scale)
             if tally is not None:
                 tally.add(prediction, batch)
             sums = [sums[0] + value.detach() * weight, sums[1] + weight]
@@ -189,7 +195,8 @@ class Trainee:
         total, weight, stop = self.engine.total(*learnt.sums, asked)
         with self.last.update():
             before = self._unread[-1][2].norm if self._unread else None
-            mean, norm = self.engine.step(self.optimizer, total, weight, clip=clip, before=before)
+            how: dict[str, Any] = {"clip": clip, "before": before, "loss_scale": self.scale}
+            mean, norm = self.engine.step(self.optimizer, total, weight, **how)
             self._unread.append((self.run.step, learnt, Outcome(mean, norm, stop)))
             told = told or not self.engine.updates_without_waiting(self.optimizer)
             stops = self._read(later=0 if told or (asked and self.engine.world == 1) else 1)
@@ -203,6 +210,8 @@ class Trainee:
         row: dict[str, float | None] = {"train/loss": learnt.mean, "train/lr": learnt.rate}
         row |= {"train/gradient_norm": learnt.norm, **speed}
         row |= {} if learnt.tally is None else learnt.tally.read()
+        if self.scale is not None and self.scale.started:
+            row["train/loss_scale"] = self.scale.value.item()
         # of this rank's last batch
         row |= {f"train/{name}": value.item() for name, value in learnt.parts.items() if name != "weight"}
         self.log.scalars(self.run.step, row)
@@ -260,7 +269,7 @@ class Trainee:
 
     def save(self) -> None:
         """Save `last`."""
-        self.checkpoints.save(self.model, self.optimizer, self.average)
+        self.checkpoints.save(self.model, self.optimizer, self.average, self.scale)
 
     def _read(self, later: int = 0) -> bool:
         """Take in what the steps came to, but for the newest `later` of them; return whether any rank is to stop."""

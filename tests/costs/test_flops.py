@@ -51,7 +51,7 @@ def test_a_step_is_what_is_counted_over_a_real_one(compose, words):
 
 
 def test_a_device_multiplies_at_some_rate(monkeypatch):
-    assert 1e8 < matrix_peak(torch.device("cpu"), bf16=False) < 1e15
+    assert 1e8 < matrix_peak(torch.device("cpu"), torch.float32) < 1e15
     monkeypatch.setattr(flops, "_SIDES", {"cpu": 8})
     monkeypatch.setattr(flops, "time", SimpleNamespace(perf_counter=count().__next__))  # a second for each product
-    assert matrix_peak(torch.device("cpu"), bf16=True) == 2 * 8**3
+    assert matrix_peak(torch.device("cpu"), torch.bfloat16) == 2 * 8**3

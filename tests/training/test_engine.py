@@ -34,15 +34,16 @@ def test_a_device_that_is_not_there_is_refused_with_those_that_are():
 )
 def test_auto_takes_bfloat16_where_it_is_faster(monkeypatch, has, faster):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
-    assert Engine("cpu", "auto").bf16 == faster
-    assert Engine("cpu", "bf16").bf16 and not Engine("cpu", "fp32").bf16
+    assert Engine("cpu", "auto").half == faster
+    assert Engine("cpu", "bf16").half and not Engine("cpu", "fp32").half
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"device": "tpu"}, "engine.device=tpu is unknown"),
-        ({"precision": "fp16"}, "engine.precision=fp16 is unknown. Choose auto, bf16 or fp32"),
+        ({"precision": "tf32"}, "engine.precision=tf32 is unknown. Choose auto, bf16, fp16, fp32"),
+        ({"precision": "fp16"}, "engine.precision=fp16 is for GPUs, and this device is the CPU. Choose auto, bf16"),
         ({"eval_batch_size": "many"}, "engine.eval_batch_size=many is unknown. Choose auto, or a number of images"),
         ({"devices": 2}, "engine.devices=2: this mode runs on 1"),
         ({"sharding": "zero"}, "engine.sharding=zero is unknown. Choose none or fsdp"),

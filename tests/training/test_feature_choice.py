@@ -224,7 +224,9 @@ def folder(tiny_backbone, tmp_path):
     def named(*, augment=AUGMENT, head=LinearHead, longest=None, blocks=0, parts=(), dtype="float16", **other):
         torch.manual_seed(0)
         backbone = (LastBlocks(blocks) if blocks else FROZEN)(tiny_backbone())
-        engine = SimpleNamespace(**{"compile": False, "bf16": False, "device": torch.device("cpu"), **other})
+        engine = SimpleNamespace(
+            **{"compile": False, "precision": "fp32", "tf32": False, "device": torch.device("cpu"), **other}
+        )
         model = Segmenter(backbone, head(24, 1, 3), longest=longest)
         plan = Plan(tmp_path, 1.0, "", {"backbone": "b", "head": "h", **dict(parts)}, dtype=dtype)
         return choice._opened(False, SimpleNamespace(augment=augment), model, engine, plan).folder
@@ -235,7 +237,14 @@ def folder(tiny_backbone, tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        *({"compile": True}, {"bf16": True}, {"device": torch.device("meta")}, {"dtype": "int8"}, {"longest": 9}),
+        *(
+            {"compile": True},
+            {"precision": "bf16"},
+            {"tf32": True},
+            {"device": torch.device("meta")},
+            {"dtype": "int8"},
+            {"longest": 9},
+        ),
         *({"augment": Upside((24, 33))}, {"blocks": 1}, {"parts": {"backbone": "other"}}),
     ],
 )

@@ -1,0 +1,72 @@
+"""Dynamic loss scaling, which keeps gradients of float16 layers within their range (arXiv 1710.03740)."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from dinoseg.errors import UserError
+
+_FIRST = 2.0**16  # times the mean loss, as torch's GradScaler
+_LARGEST = 2.0**60
+_GROWS_AFTER = 2000  # steps without an overflow
+_MOST_OVERFLOWS = 40  # steps one after the other, after which the gradient itself is taken for infinite
+
+
+class LossScale:
+    """The factor of losses before their backward pass: halved where gradients overflow, doubled after 2000 steps.
+
+    It stays on the device, so that nothing waits for it. `begin` sets it once the weight of a first batch is known:
+    losses are sums over so many pixels or samples, and divided by their weight after the backward pass.
+
+    Attributes:
+        started: whether `begin` or `restore` has set it.
+        value: () float32.
+        steady: () float32, steps since an overflow, or less than 0: overflows one after the other.
+    """
+
+    started = False
+    value: Tensor
+    steady: Tensor
+
+    def begin(self, weight: float, device: torch.device) -> None:
+        """Start from the scale that suits losses of a total weight."""
+        self._set(_FIRST / 2 ** math.ceil(math.log2(max(1.0, weight))), 0.0, device)
+
+    def overflows(self, mean: Tensor, norm: Tensor) -> Tensor:
+        """Return whether a step has to be skipped: its loss is finite, and its gradient is not. () bool.
+
+        After 40 such steps one after the other it is not skipped but left to fail: no scale helps.
+        """
+        return mean.isfinite() & ~norm.isfinite() & (self.steady > -_MOST_OVERFLOWS).to(mean.device)
+
+    def update(self, overflow: Tensor) -> None:
+        """Choose the scale of the next step by whether this one has overflowed, () bool."""
+        overflow = overflow.to(self.value.device)
+        steady = torch.where(overflow, self.steady.clamp(max=0) - 1, self.steady.clamp(min=0) + 1)
+        grows = steady >= _GROWS_AFTER
+        factor = torch.where(overflow, 0.5, torch.where(grows, 2.0, 1.0)).to(self.value)
+        self.value, self.steady = (self.value * factor).clamp(max=_LARGEST), steady.masked_fill(grows, 0)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what a checkpoint holds of it; nothing before the first batch."""
+        return {"value": self.value, "steady": self.steady} if self.started else {}
+
+    def restore(self, state: dict[str, Tensor], device: torch.device, where: str) -> None:
+        """Take over what `state` has returned; nothing is there where the run was not one in float16.
+
+        Raises:
+            UserError: it holds something else; `where` begins the message.
+        """
+        if not state:
+            return
+        fits = state.keys() == {"value", "steady"} and all(
+            part.shape == () and part.dtype == torch.float32 and part.isfinite() for part in state.values()
+        )
+        if not fits or not 0 < state["value"] <= _LARGEST or abs(state["steady"]) > _GROWS_AFTER:
+            raise UserError(f"{where}: its loss scale is not one that dinoseg writes. Choose another checkpoint.")
+        self._set(state["value"].item(), state["steady"].item(), device)
+
+    def _set(self, value: float, steady: float, device: torch.device) -> None:
+        self.value, self.steady = torch.full((), value, device=device), torch.full((), steady, device=device)
+        self.started = True

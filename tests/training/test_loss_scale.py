@@ -1,0 +1,158 @@
+"""Training in float16: losses are scaled, overflows skip a step, and a run resumes exactly."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from pretended_cuda import pretended_cuda
+from test_cuda_paths import LOGGED, VALIDATION, tiny, train
+from test_mps import train_on_mps
+from torch import nn
+
+from dinoseg.errors import UserError
+from dinoseg.losses.cross_entropy import CrossEntropy
+from dinoseg.precision import compute_dtype
+from dinoseg.training.checkpoint import read
+from dinoseg.training.engine import Engine
+from dinoseg.training.loss_scale import LossScale
+from dinoseg.training.trainee import NonFiniteLoss
+
+CPU = torch.device("cpu")
+turing = partial(pretended_cuda, capability=(7, 5))
+train_in_fp16 = partial(train, precision="auto", device=turing)
+
+
+class Overflowing(CrossEntropy):
+    """A loss whose gradients are infinite in some calls, and whose value is finite."""
+
+    def __init__(self, *calls):
+        super().__init__(torch.ones(3))
+        self.calls, self.count = calls, 0
+
+    def forward(self, prediction, batch):
+        value, parts = super().forward(prediction, batch)
+        self.count += 1
+        return (value + Burst.apply(value) if self.count in self.calls else value), parts
+
+
+class Burst(torch.autograd.Function):
+    @staticmethod
+    def forward(_, value):
+        return torch.zeros_like(value)
+
+    @staticmethod
+    def backward(_, gradient):
+        return gradient * math.inf
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [((9, 0), torch.bfloat16), ((7, 5), torch.float16), ((7, 0), torch.float16), ((6, 1), torch.float32)],
+)
+def test_auto_takes_float16_on_gpus_with_tensor_cores_and_no_bfloat16(capability, expected):
+    with pretended_cuda(capability):
+        assert compute_dtype("auto", torch.device("cuda")) == expected
+
+
+def test_a_step_in_float16_waits_for_nothing_and_learns_what_float32_does(tmp_path):
+    half = train_in_fp16(tmp_path / "half", *tiny(), clip=0.5, plain=True)
+    whole = train(tmp_path / "whole", *tiny(), clip=0.5, plain=True)
+    assert half.error is None and half.feed.validations == [VALIDATION]
+    scaled = {"training/trainee.py tell: read": 1}
+    assert half.feed.steps == [{"training/trainee.py _gradients: read": 1}, {}, LOGGED | scaled]
+    for name, value in whole.state.items():
+        torch.testing.assert_close(half.state[name], value, rtol=1e-2, atol=1e-3)
+    # 2 x 16 x 24 pixels, two columns ignored, of weights up to 2: the first power of two that is no less
+    assert next(row["train/loss_scale"] for row in half.rows if "train/loss_scale" in row) == 2.0**16 / 1024
+
+
+def test_an_overflow_skips_the_step_and_halves_the_scale(tmp_path):
+    start, skipped, on_mps = (
+        run(tmp_path / str(number), tiny()[0], Overflowing(*calls), steps=1, val_every=9, log_every=1)
+        for number, (run, calls) in enumerate(
+            [(train_in_fp16, (1,)), (train_in_fp16, ()), (partial(train_on_mps, precision="fp16"), (1,))]
+        )
+    )
+    weights = {name: value for name, value in tiny()[0].state_dict().items() if "running" not in name}
+    for run in (start, on_mps):
+        assert run.error is None and run.step == 1
+        assert all(run.state[name].equal(value) for name, value in weights.items() if value.is_floating_point())
+    assert not all(skipped.state[name].equal(value) for name, value in weights.items())
+    scale, steady = (read(tmp_path / "0" / "last.safetensors").part("loss_scale")[name] for name in ("value", "steady"))
+    assert (scale, steady) == (2.0**15 / 1024, -1.0)
+
+
+def test_accumulated_batches_have_one_scale(tmp_path):
+    done = train_in_fp16(tmp_path, tiny()[0], Overflowing(4), steps=2, val_every=9, log_every=9, accumulate=2)
+    assert done.error is None and done.step == 2
+
+
+def test_a_loss_or_a_gradient_that_stays_infinite_ends_the_training(tmp_path, monkeypatch):
+    class Infinite(CrossEntropy):
+        def forward(self, prediction, batch):
+            value, parts = super().forward(prediction, batch)
+            return value * math.inf, parts
+
+    ended = train_in_fp16(tmp_path / "loss", tiny()[0], Infinite(torch.ones(3)), steps=3, val_every=9, log_every=1)
+    assert isinstance(ended.error, NonFiniteLoss) and str(ended.error).startswith("Step 0: the loss is inf")
+    monkeypatch.setattr("dinoseg.training.loss_scale._MOST_OVERFLOWS", 2)
+    ended = train_in_fp16(tmp_path / "grad", tiny()[0], Overflowing(*range(9)), steps=9, val_every=9, log_every=1)
+    assert isinstance(ended.error, NonFiniteLoss) and str(ended.error).startswith("Step 2: the loss is")
+
+
+def test_a_run_in_float16_resumes_exactly(tmp_path):
+    options = {"val_every": 2, "log_every": 2}
+    whole = train_in_fp16(tmp_path / "whole", tiny()[0], Overflowing(2), steps=4, **options)
+    train_in_fp16(tmp_path / "cut", tiny()[0], Overflowing(2), steps=2, **options)
+    start = read(tmp_path / "cut" / "last.safetensors")
+    assert start.part("loss_scale").keys() == {"value", "steady"}
+    rest = train_in_fp16(tmp_path / "cut", tiny()[0], Overflowing(), steps=4, start=start, **options)
+    assert rest.error is None and all(value.equal(rest.state[name]) for name, value in whole.state.items())
+    ends = [read(tmp_path / name / "last.safetensors").part("loss_scale") for name in ("whole", "cut")]
+    assert ends[0] == ends[1]
+    other = train(tmp_path / "fp32", *tiny(), steps=3, val_every=9, log_every=9, start=start)
+    assert other.error is None and not read(tmp_path / "fp32" / "last.safetensors").part("loss_scale")
+
+
+def test_the_scale_grows_after_steady_steps():
+    scale = LossScale()
+    scale.begin(1000.0, CPU)
+    for overflow, value, steady in [(True, 32.0, -1), (True, 16.0, -2), (False, 16.0, 1), (True, 8.0, -1)]:
+        scale.update(torch.tensor(overflow))
+        assert (scale.value, scale.steady) == (value, steady)
+    for _ in range(2000):
+        scale.update(torch.tensor(False))
+    assert (scale.value, scale.steady) == (16.0, 0)
+
+
+@pytest.mark.parametrize("value", [math.nan, 0.0, -1.0, 2.0**61])
+def test_a_scale_from_a_file_is_checked(value):
+    state = {"value": torch.tensor(value), "steady": torch.tensor(0.0)}
+    for wrong in (state, {"value": torch.tensor(1.0)}, {**state, "value": torch.ones(2)}):
+        with pytest.raises(UserError, match="resume=x: its loss scale is not one that dinoseg writes"):
+            LossScale().restore(wrong, CPU, "resume=x")
+
+
+def test_gradients_are_clipped_once_they_are_unscaled():
+    engine, model = Engine("cpu", "fp32"), nn.Linear(2, 1, bias=False)
+    optimizer, scale = torch.optim.SGD(model.parameters(), lr=1.0), LossScale()
+    scale.begin(2.0, CPU)
+    before = model.weight.detach().clone()
+    engine.backward(model(torch.tensor([[3.0, 4.0]])).sum(), scale)
+    assert model.weight.grad.tolist() == [[3.0 * 2**15, 4.0 * 2**15]]
+    _, norm = engine.step(optimizer, torch.tensor(3.0), torch.tensor(2.0), clip=1.0, loss_scale=scale)
+    assert norm.item() == pytest.approx(2.5)
+    torch.testing.assert_close(before - model.weight, torch.tensor([[0.6, 0.8]]), atol=1e-5, rtol=0)
+
+
+def test_tf32_is_chosen_where_there_is_any(monkeypatch, caplog):
+    chosen = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
+    monkeypatch.setattr("dinoseg.training.engine.has_tf32", lambda _: True)
+    assert Engine("cpu", "fp32", tf32=True).tf32 and not caplog.messages
+    monkeypatch.undo()
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
+    assert not Engine("cpu", "fp32", tf32=True).tf32
+    assert chosen == ["high", "highest"]
+    assert "engine.tf32=true has no effect: this device (cpu) has no TF32." in caplog.text
