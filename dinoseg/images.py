@@ -13,10 +13,12 @@ from PIL.PngImagePlugin import PngInfo
 from PIL.TiffImagePlugin import TiffImageFile
 
 from dinoseg.errors import UserError
+from dinoseg.image_bounds import Unfit, check_cost
 from dinoseg.storage.atomic import whole_file
 from dinoseg.storage.files import check_regular
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # Pillow's names of those, whatever else it can read
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 _ORIENTATION = 0x0112  # EXIF tag; 1 is upright
@@ -29,10 +31,6 @@ _KEPT_UNMARKED = ("L", "LA", "RGB", "RGBA", "RGBX")  # so they are with whole by
 _said: list[str | Path] = []  # the file of which it was said that it is scaled
 _NO_PICTURE = "is truncated or no picture: replace or remove it"
 _STRETCHED = {"2": 85, "4": 17}  # bits a pixel of grey files to what Pillow multiplies their numbers by
-
-
-class _Unfit(Exception):
-    """A picture that was read, but is of no use; says what it is."""
 
 
 def read_image(path: str | Path) -> np.ndarray:
@@ -53,9 +51,10 @@ def as_rgb(image: Image.Image, name: str) -> np.ndarray:
         UserError: it is truncated, or holds other numbers than levels of 8 or 16 bits; `name` begins the message.
     """
     try:
+        check_cost(image)
         image.load()
         return np.asarray(_upright_rgb(name, image))
-    except _Unfit as error:
+    except Unfit as error:
         raise UserError(f"{name} {error}.") from None
     except (OSError, SyntaxError, ValueError) as error:
         raise UserError(f"{name} cannot be read as a picture ({error}). Replace or remove it.") from error
@@ -114,7 +113,7 @@ def write_png(path: str | Path, pixels: np.ndarray, *, note: tuple[str, str] | N
 
 def _upright_rgb(path: str | Path, image: Image.Image) -> Image.Image:
     if image.mode == "F":
-        raise _Unfit("holds fractions, of which only you know which is white. Convert it to 8 bits")
+        raise Unfit("holds fractions, of which only you know which is white. Convert it to 8 bits")
     upright = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         upright = _eight_bits(path, upright, bits=12 if _bits(image) == (12,) else 16)
@@ -125,7 +124,7 @@ def _upright_rgb(path: str | Path, image: Image.Image) -> Image.Image:
 def _eight_bits(path: str | Path, image: Image.Image, bits: int) -> Image.Image:
     levels, white = np.asarray(image).astype(np.int64), 2**bits - 1
     if levels.min() < 0 or levels.max() > white:
-        raise _Unfit(
+        raise Unfit(
             f"holds the numbers {levels.min()} to {levels.max()}, not levels of {bits} bits. Convert it to 8 bits"
         )
     if bits == 16:  # fewer are rarely used in part
@@ -150,6 +149,7 @@ def _say_scaled(path: str | Path) -> None:
 
 def _stored_numbers(image: Image.Image) -> np.ndarray:
     mark = _packing(image)  # before the pixels are read, when Pillow forgets it
+    check_cost(image)
     image.load()
     if image.mode == "1":
         return np.asarray(image, np.uint8)
@@ -166,7 +166,7 @@ def _packing(image: Image.Image) -> str:
     """Return how pixels are packed, as Pillow marks it: `4` for four bits; empty for whole bytes.
 
     Raises:
-        _Unfit: ids that would be clipped, scaled or inverted.
+        Unfit: ids that would be clipped, scaled or inverted.
     """
     tiles = image.tile if isinstance(image, ImageFile) else []
     packed = tiles[0].args if tiles else ""
@@ -177,7 +177,7 @@ def _packing(image: Image.Image) -> str:
     signed = image.mode == "L" and isinstance(image, TiffImageFile) and _SIGNED in image.tag_v2.get(_SAMPLE_FORMAT, ())
     if signed or not unchanged:
         kind = "signed numbers of 8 bits" if signed else f"{name if mark else image.mode}, by Pillow's name"
-        raise _Unfit(f"is of a kind that does not keep ids as they are ({kind}). Save it as a grey PNG of 8 or 16 bits")
+        raise Unfit(f"is of a kind that does not keep ids as they are ({kind}). Save it as a grey PNG of 8 or 16 bits")
     return mark
 
 
@@ -193,6 +193,7 @@ def _orientation(image: Image.Image) -> int:
 
 def _decode(path: str | Path, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
     def decoded(image: Image.Image) -> Image.Image:
+        check_cost(image)
         image.load()
         return convert(image)
 
@@ -204,7 +205,7 @@ def _opened(path: str | Path, take: Callable[[Image.Image], T]) -> T:
     cause: Exception | None = None  # the system's, by which a caller knows that the file itself may be good
     try:
         check_regular(path)
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             return take(image)
     except FileNotFoundError:
         message = f"No such file: {path}. Check the path."
@@ -216,7 +217,7 @@ def _opened(path: str | Path, take: Callable[[Image.Image], T]) -> T:
         message = f"There is not enough memory to read {path} as a picture. Free some, make it smaller or cut it up."
     except Image.DecompressionBombError as error:
         message = f"Cannot read {path} as a picture: it is too large ({error}). Make it smaller or cut it up."
-    except _Unfit as error:
+    except Unfit as error:
         message = f"{path} {error}."
     except UnidentifiedImageError as error:
         with path.open("rb") as file:

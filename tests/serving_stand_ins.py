@@ -1,7 +1,10 @@
 """A stand-in for a trained model, and a service of it: class 1 where a pixel is bright."""
 
+import functools
 import io
-from contextlib import contextmanager
+import socket
+import threading
+from contextlib import contextmanager, suppress
 
 import numpy as np
 from PIL import Image
@@ -9,6 +12,8 @@ from starlette.testclient import TestClient
 
 from dinoseg.portable.facts import Facts
 from dinoseg.portable.model import Model
+from dinoseg.processes.child import Channel, Child
+from dinoseg.serving.decoding import Decoders
 from dinoseg.serving.endpoint import endpoint
 from dinoseg.serving.guard import Hosts
 from dinoseg.serving.limits import Limits
@@ -40,9 +45,44 @@ def encoded(pixels, kind="PNG", **options):
     return file.getvalue()
 
 
+class InThread(Child):
+    """A `Child` whose function runs in a thread of this process, which starts at once."""
+
+    def __init__(self, function, memory):
+        self._ends = socket.socketpair()
+        self._files = [end.makefile(mode) for end in self._ends for mode in ("rb", "wb")]
+        self._channel = Channel(*self._files[:2])
+        self._thread = threading.Thread(target=self._work, args=(function,), daemon=True)
+        self._thread.start()
+
+    def _work(self, function):
+        with suppress(OSError):
+            function(Channel(*self._files[2:]))
+        self.kill()
+
+    def kill(self):
+        with suppress(OSError):
+            self._ends[0].shutdown(socket.SHUT_RDWR)
+
+    def close(self):
+        self.kill()
+        self._thread.join()
+        for file in (*self._files, *self._ends):
+            with suppress(OSError):
+                file.close()
+
+
+@functools.cache
+def decoders():
+    """Return processes that decode for all tests: they are slow to start."""
+    return Decoders(2**20, count=2)
+
+
 @contextmanager
 def service(before=lambda images: None, *, batch_size=4, wait=0.0, **limits):
-    made = Service(Model(Bright(before), FACTS), Limits(**limits), batch_size=batch_size, wait=wait)
+    made = Service(
+        Model(Bright(before), FACTS), Limits(**limits), batch_size=batch_size, wait=wait, decoders=decoders()
+    )
     try:
         yield made
     finally:

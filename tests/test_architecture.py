@@ -25,6 +25,7 @@ LEVELS = (  # a room imports its own level and those below
         "transfer",
         "devices",
         "images",
+        "image_bounds",
         "ranges",
         "bounded_regex",
         "storage",

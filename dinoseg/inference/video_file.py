@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dinoseg.data.video.decoder import REMEDY, Decoder
+from dinoseg.data.video.decoder import MOST_PIXELS, REMEDY, Decoder
 from dinoseg.errors import UserError
 
 _COUNTED_SUFFIXES = (".avi", ".mp4", ".mov", ".m4v")  # their headers hold the number of frames
@@ -42,17 +42,19 @@ class VideoReader:
     Args:
         path: the file; with `device` what that calls its source.
         device: FFmpeg's name of what captures; None: a file.
+        max_pixels: of a frame.
 
     Raises:
+        FrameTooLarge: its frames have more pixels.
         UserError: the file cannot be opened or holds no frame; while reading: it ends early or the size
             of its frames changes.
     """
 
-    def __init__(self, path: str | Path, *, device: str | None = None) -> None:
+    def __init__(self, path: str | Path, *, device: str | None = None, max_pixels: int = MOST_PIXELS) -> None:
         self.path = Path(path)
         self.frames_read = 0
         try:
-            self._decoder = Decoder(path, device=device)
+            self._decoder = Decoder(path, device=device, max_pixels=max_pixels)
         except OSError as error:
             raise UserError(f"Cannot read {path} as a video ({error.strerror}). Check the path.") from None
         self._waiting = self._decoder.advance()  # whether a frame is decoded that was not yielded

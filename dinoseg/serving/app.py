@@ -4,6 +4,7 @@ import asyncio
 import base64
 import re
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
@@ -49,6 +50,8 @@ class App:
     ) -> None:
         self._service, self._clips, self._tracker = service, clips, tracker
         self._jobs = Jobs(folder, clips)
+        self._looking = ThreadPoolExecutor(clips.at_once, thread_name_prefix="looking")
+        service.at_stop = self._jobs.interrupt_coming
 
     def application(self, hosts: Hosts) -> Starlette:
         """Return it, and the endpoint, as an ASGI application."""
@@ -99,7 +102,8 @@ class App:
         job = self._jobs.new()
         try:
             path = await self._received(job, request)
-            await self._service.code(lambda: look_at(job, path, self._clips, self._service.limits.max_pixels))
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._looking, self._look_at, job, path)
         except BaseException as error:
             self._jobs.remove(job)
             if isinstance(error, OSError):
@@ -169,6 +173,11 @@ class App:
         self._jobs.start(job, lambda job: make(job, path, self._clips, look))
         return self._told(job)
 
+    def _look_at(self, job: Job, path: Path) -> None:
+        if self._service.stopping:
+            raise Refused(503, "busy", "The server stops. Try again later.", retry_after=1)
+        look_at(job, path, self._clips, self._service.limits.max_pixels)
+
     def _told(self, job: Job) -> Response:
         progress = {"state": job.state, "done": job.done, "total": job.total, "ahead": self._jobs.ahead_of(job)}
         return JSONResponse({"id": job.id, **job.facts, **progress, "error": job.error})
@@ -188,6 +197,7 @@ class App:
         sweeping = asyncio.create_task(self._sweep())
         yield
         sweeping.cancel()
+        self._looking.shutdown()
         self._jobs.close()
 
     async def _sweep(self) -> None:

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from dinoseg.data.video.decoder import FrameTooLarge
 from dinoseg.errors import UserError
 from dinoseg.images import write_png
 from dinoseg.inference.stream import run_pipeline
-from dinoseg.inference.video_file import VideoReader
 from dinoseg.inference.video_writer import VideoWriter
 from dinoseg.serving.answers import Look, png
+from dinoseg.serving.clip_frames import ClipReader
 from dinoseg.serving.jobs import Job
 from dinoseg.serving.limits import ClipLimits, Refused
 from dinoseg.storage.atomic import whole_file
@@ -54,13 +55,12 @@ def look_at(job: Job, path: Path, limits: ClipLimits, max_pixels: int) -> None:
         Refused: it is no video, or too long or large.
     """
     try:
-        with VideoReader(path) as reader:
+        with _reader(job, path, limits, max_pixels) as reader:
             (height, width), count, fps = reader.size, reader.count, reader.fps
-            first = next(iter(reader))
+            first, _ = next(reader.timed())
     except UserError as error:
-        raise Refused(400, "unreadable", str(error).replace(str(path), "the clip")) from error
-    if height * width > max_pixels:
-        raise Refused(400, "max_pixels", f"Its frames have {width} x {height} pixels. At most {max_pixels} are taken.")
+        rule = "max_pixels" if isinstance(error, FrameTooLarge) else "unreadable"
+        raise Refused(400, rule, str(error).replace(str(path), "the clip")) from error
     if count > limits.max_frames or count / fps > limits.max_seconds:
         raise Refused(400, "max_seconds", f"It has {count} frames, {count / fps:.0f} s. {_shorter(limits)}")
     write_png(job.folder / FRAME, first)
@@ -94,7 +94,7 @@ def make_overlay(
     """
     counts = np.zeros(256, np.int64)
     with (
-        VideoReader(path) as reader,
+        _reader(job, path, limits, job.facts["width"] * job.facts["height"]) as reader,
         VideoWriter(job.folder / OVERLAY, reader.rate, reader.size, like=reader.traits) as writer,
         whole_file(job.folder / MASKS) as part,
         zipfile.ZipFile(part, "w") as masks,  # PNGs are packed already
@@ -127,7 +127,16 @@ def redraw(job: Job, path: Path, limits: ClipLimits, look: Look) -> None:
         make_overlay(job, path, limits, look, masks_of)
 
 
-def _batches(reader: VideoReader, limits: ClipLimits) -> Iterator[_Timed]:
+def _reader(job: Job, path: Path, limits: ClipLimits, max_pixels: int) -> ClipReader:
+    """Return a clip's reader, which ends when the work on it is cancelled."""
+    reader = ClipReader(path, limits, max_pixels)
+    job.interrupt = reader.kill
+    if job.cancelled.is_set():
+        reader.kill()
+    return reader
+
+
+def _batches(reader: ClipReader, limits: ClipLimits) -> Iterator[_Timed]:
     frames = reader.timed()
     while batch := list(islice(frames, _BATCH)):
         if reader.frames_read > limits.max_frames:

@@ -53,6 +53,7 @@ class Job:
     asked: float = field(default_factory=time.monotonic)  # when somebody last asked for it
     cancelled: threading.Event = field(default_factory=threading.Event)
     removed: bool = False
+    interrupt: Callable[[], None] = lambda: None  # called when it is cancelled, whatever its thread waits for
     work: Future | None = None  # what is made of it now
 
     @property
@@ -141,6 +142,7 @@ class Jobs:
     def cancel(self, job: Job) -> None:
         """End the work on an upload: what was made of it before is there as it was."""
         job.cancelled.set()
+        job.interrupt()
         if job.work is not None:
             job.work.cancel()
 
@@ -160,6 +162,11 @@ class Jobs:
             if now - job.asked > patience:
                 self.remove(job)
 
+    def interrupt_coming(self) -> None:
+        """End what is done with uploads that were not taken in yet."""
+        for job in [job for job in list(self._jobs.values()) if job.state is State.COMING]:
+            job.interrupt()
+
     def close(self) -> None:
         """End all work, and remove all uploads."""
         for job in list(self._jobs.values()):
@@ -178,6 +185,9 @@ class Jobs:
             job.error = not_kept(error).message
             self._end(job, State.FAILED)
         except UserError as error:
+            if job.cancelled.is_set():  # its clip's process was ended for that
+                self._cancelled(job, before)
+                return
             logger.warning("Work on a clip has failed: %s", error)
             job.error = str(error).replace(f"{job.folder}/", "").replace(str(job.folder), "its folder")
             self._end(job, State.FAILED)

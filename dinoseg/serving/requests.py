@@ -1,23 +1,14 @@
-"""What a request brings: its bytes counted as they come, and the picture in them looked at before it is decoded."""
+"""What a request brings: its bytes, counted as they come."""
 
-import io
-import struct
-
-import numpy as np
-from PIL import Image, UnidentifiedImageError
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import Message, Receive
 
-from dinoseg.errors import UserError
-from dinoseg.images import as_rgb
 from dinoseg.serving.limits import MIB, Refused, not_kept
 
-_FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # Pillow's names of those that mode=predict reads
 _CHARSETS = ("utf-8", "us-ascii", "iso-8859-1")  # of the names in a form
-_NAME = "The image"
 
 
 def bounded(request: Request, mib: float) -> Request:
@@ -56,61 +47,6 @@ async def read_upload(request: Request) -> bytes:
         raise _not_one_file(f"cannot be read ({error.detail.rstrip('.')})") from error
     except OSError as error:  # Starlette keeps more than a MiB in a file
         raise not_kept(error) from error
-
-
-def measure(data: bytes, max_pixels: int) -> int:
-    """Return the number of pixels of an encoded picture, from its header: nothing is decoded.
-
-    Raises:
-        Refused: it is empty, no picture, too large, or animated.
-    """
-    if not data:
-        raise Refused(400, "empty", f"{_NAME} has 0 bytes. Send the file's content: curl -F image=@FILE.")
-    try:
-        with _opened(data) as image:
-            width, height = image.size
-            # of a phone's MPO the first is the photo, the others its previews
-            frames = getattr(image, "n_frames", 1) if image.format != "MPO" else 1
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise Refused(400, "max_pixels", f"{_NAME} is too large ({error}). {_smaller(max_pixels)}") from error
-    except UnidentifiedImageError as error:
-        raise Refused(
-            400, "format", f"{_NAME} is of no kind that is read here. Send JPEG, PNG, WebP, TIFF or BMP."
-        ) from error
-    except (OSError, SyntaxError, ValueError, struct.error) as error:
-        raise _unreadable(error) from error
-    if width * height > max_pixels:
-        raise Refused(400, "max_pixels", f"{_NAME} has {width} x {height} pixels. {_smaller(max_pixels)}")
-    if frames > 1:
-        raise Refused(400, "one_frame", f"{_NAME} has {frames} frames, and one is segmented. Send a single frame.")
-    return width * height
-
-
-def decode(data: bytes) -> np.ndarray:
-    """Return a picture as mode=predict reads it, (H, W, 3) uint8 RGB; it is measured before.
-
-    Raises:
-        Refused: it is truncated or damaged, or holds what are no levels of 8 or 16 bits.
-    """
-    try:
-        with _opened(data) as image:
-            return as_rgb(image, _NAME)
-    except UserError as error:
-        raise Refused(400, "unreadable", str(error)) from error
-    except (OSError, SyntaxError, ValueError, struct.error) as error:
-        raise _unreadable(error) from error
-
-
-def _opened(data: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(data), formats=_FORMATS)
-
-
-def _unreadable(error: Exception) -> Refused:
-    return Refused(400, "unreadable", f"{_NAME} cannot be read ({error}). It is damaged: send it anew.")
-
-
-def _smaller(max_pixels: int) -> str:
-    return f"At most {max_pixels} are taken (mode.limits.max_pixels): reduce it or cut it up."
 
 
 def _not_one_file(what: str) -> Refused:

@@ -1,9 +1,11 @@
 """What both modes ask: the picture of a request in, its class ids out, within the limits and counted."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -11,13 +13,15 @@ from starlette.requests import ClientDisconnect, Request
 
 from dinoseg.portable.model import Model
 from dinoseg.serving.batching import ModelWorker
+from dinoseg.serving.decoding import PROCESSES, Decoders
 from dinoseg.serving.limits import HungUp, Limits, Refused
 from dinoseg.serving.metrics import Metrics
-from dinoseg.serving.requests import bounded, decode, measure, read_upload
+from dinoseg.serving.requests import bounded, read_upload
 
 T = TypeVar("T")
-_CODERS = 4  # threads that decode and encode pictures: Pillow lets others run meanwhile
+_CODERS = 4  # threads that encode pictures: Pillow lets others run meanwhile
 _HELD = 16  # largest images whose pixels may be held at once
+_LAST_DECODED = 3.0  # seconds after a signal in which images are still decoded
 
 
 class Service:
@@ -28,13 +32,19 @@ class Service:
         limits: of a request, and of all together.
         batch_size: images at most that the model sees at once.
         wait: seconds that an image waits for others of its size, where the model is idle.
+        decoders: that decode images, which stay open; None: of its own.
     """
 
-    def __init__(self, model: Model, limits: Limits, *, batch_size: int, wait: float) -> None:
+    def __init__(
+        self, model: Model, limits: Limits, *, batch_size: int, wait: float, decoders: Decoders | None = None
+    ) -> None:
         self.model, self.limits = model, limits
         self.in_hand = 0
         self.stopping = False
-        self._pixels = 0  # of pictures in hand
+        self.at_stop: Callable[[], None] = lambda: None  # called seconds after a signal
+        self._pixels = _Held(_HELD * limits.max_pixels)
+        self._decoders, self._owns_decoders = decoders or Decoders(limits.max_pixels), decoders is None
+        self._decoding = ThreadPoolExecutor(PROCESSES, thread_name_prefix="decoding")  # each waits for a process
         self._coders = ThreadPoolExecutor(_CODERS, thread_name_prefix="pictures")
         self.metrics = Metrics(lambda: len(self.worker), lambda: self.in_hand)
         self.worker = ModelWorker(
@@ -72,17 +82,27 @@ class Service:
             raise HungUp from error
 
     async def code(self, function: Callable[[], T]) -> T:
-        """Return what a function gives that decodes or encodes, called in a thread."""
+        """Return what a function gives that reads or encodes, called in a thread."""
         return await asyncio.get_running_loop().run_in_executor(self._coders, function)
 
     def announce_stop(self) -> None:
-        """Let /health say that the server stops."""
+        """Let /health say that the server stops, and refuse what is not decoded within seconds."""
         self.stopping = True
+        timer = threading.Timer(_LAST_DECODED, self._end_decoding)
+        timer.daemon = True
+        timer.start()
 
     def close(self) -> None:
         """Finish what waits for the model, and end all threads."""
         self.worker.stop()
+        self._end_decoding()
+        self._decoding.shutdown()
         self._coders.shutdown()
+
+    def _end_decoding(self) -> None:
+        self.at_stop()
+        if self._owns_decoders:
+            self._decoders.end()
 
     @asynccontextmanager
     async def _admitted(self) -> AsyncIterator[None]:
@@ -105,15 +125,35 @@ class Service:
 
     @asynccontextmanager
     async def _decoded(self, data: bytes) -> AsyncIterator[np.ndarray]:
-        """Give a picture; the pixels of all that are held at once are bounded."""
-        pixels = await self.code(lambda: measure(data, self.limits.max_pixels))
-        if self._pixels and self._pixels + pixels > _HELD * self.limits.max_pixels:
-            raise _busy("holds as many pixels as it may")
-        self._pixels += pixels
+        """Give an image; the pixels of all that are held at once are bounded."""
+        with self._pixels.share() as admit:
+            work = partial(self._decoders.decode, data, self.limits.max_pixels, admit)
+            yield await asyncio.get_running_loop().run_in_executor(self._decoding, work)
+
+
+class _Held:
+    """The pixels that are held, of at most so many; a single image may have more."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._held, self._lock = most, 0, threading.Lock()
+
+    @contextmanager
+    def share(self) -> Iterator[Callable[[int], None]]:
+        """Give what takes a number of pixels, or refuses them; at the end, they are let go and no more are taken."""
+        taken: int | None = 0
+
+        def admit(pixels: int) -> None:
+            nonlocal taken
+            with self._lock:
+                if taken is None or (self._held and self._held + pixels > self._most):
+                    raise _busy("holds as many pixels as it may")
+                self._held, taken = self._held + pixels, taken + pixels
+
         try:
-            yield await self.code(lambda: decode(data))
+            yield admit
         finally:
-            self._pixels -= pixels
+            with self._lock:
+                self._held, taken = self._held - (taken or 0), None
 
 
 async def unless_gone(request: Request, answer: Awaitable[T]) -> T:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from serving_stand_ins import encoded, picture, service
+from serving_stand_ins import InThread, encoded, picture, service
 from starlette.testclient import TestClient
 
 from dinoseg.errors import UserError
@@ -45,6 +45,12 @@ class Still(Tracker):
 
     def load(self, state):
         pass
+
+
+@pytest.fixture(autouse=True)
+def clips_in_threads(monkeypatch):
+    """Decode clips in threads: a process takes as long to start as these tests."""
+    monkeypatch.setattr("dinoseg.serving.clip_frames.Child", InThread)
 
 
 @contextmanager
@@ -177,10 +183,10 @@ def test_a_clip_over_a_limit_is_refused(tmp_path, clip):
 
 def test_a_clip_that_has_more_frames_than_it_says_is_left(tmp_path, clip):
     (tmp_path / "clip.mp4").write_bytes(clip)
-    look = Look(str, ((0, 0, 0),))
+    job, look = jobs.Job("id", tmp_path, {"height": SIZE[0], "width": SIZE[1]}), Look(str, ((0, 0, 0),))
     with pytest.raises(UserError, match="more frames than it says"):
         make_overlay(
-            jobs.Job("id", tmp_path), tmp_path / "clip.mp4", ClipLimits(max_seconds=0.05), look,
+            job, tmp_path / "clip.mp4", ClipLimits(max_seconds=0.05), look,
             lambda frames: [np.zeros(SIZE, np.uint8) for _ in frames],
         )  # fmt: skip
     assert [path.name for path in tmp_path.iterdir()] == ["clip.mp4"]

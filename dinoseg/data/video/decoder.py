@@ -2,7 +2,8 @@
 
 import re
 import struct
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, cast
@@ -25,8 +26,13 @@ _FORMATS = (
 )
 _COVERS = Disposition.attached_pic | Disposition.timed_thumbnails
 _CLOCK = re.compile(r"(\d{1,4}):(\d\d):(\d\d(?:\.\d+)?)")
-_MOST_PIXELS = 2**27  # of a frame; 16384 x 8192, more than any camera has: a file of a kilobyte may claim what it likes
+MOST_PIXELS = 2**27  # of a frame; 16384 x 8192, more than any camera has: a file of a kilobyte may claim what it likes
+_MOST_SILENT = 10_000  # packets without a frame: minutes that lack the key frame to begin with
 REMEDY = "It is truncated, damaged or no video: replace it, or re-encode it (ffmpeg -i IN OUT.mp4)."
+
+
+class FrameTooLarge(UserError):
+    """A video whose frames have more pixels than are read."""
 
 
 class Decoder:
@@ -41,13 +47,17 @@ class Decoder:
         path: the file, which no protocol but that of files opens; or, with `device`, what that calls its source.
         threads: of the codec; 0: as it likes. One alone neither outlives a fork badly nor fights other processes.
         device: FFmpeg's name of what captures, such as v4l2; None: a file.
+        max_pixels: of a frame.
 
     Raises:
-        UserError: it is no file, no video, or one of more pixels than memory is taken for.
+        FrameTooLarge: its frames have more pixels, by its header.
+        UserError: it is no file or no video; from `advance`: far more packets than frames.
         OSError: nothing is there, or it may not be looked at.
     """
 
-    def __init__(self, path: str | Path, *, threads: int = 0, device: str | None = None) -> None:
+    def __init__(
+        self, path: str | Path, *, threads: int = 0, device: str | None = None, max_pixels: int = MOST_PIXELS
+    ) -> None:
         if device is None:
             check_regular(path)
         self.path = path
@@ -59,7 +69,7 @@ class Decoder:
         except FFmpegError as error:
             raise self.unreadable(str(error.strerror)) from None
         try:
-            self._stream = self._pictures()
+            self._stream = self._pictures(max_pixels)
         except UserError:
             self._container.close()
             raise
@@ -115,6 +125,11 @@ class Decoder:
         deep = any(component.bits > 8 for component in self._frame.format.components)
         return rgb(self.image()) if deep else self._converted("rgb24")  # what is deep is rounded in the order's own way
 
+    def packets(self) -> Iterator[av.Packet]:
+        """Yield the packets of all streams as they are stored; nothing can be decoded afterwards."""
+        with suppress(FFmpegError):  # cut off
+            yield from self._container.demux()
+
     def jump(self, time: float) -> None:
         """Let the next frame be one at this time in milliseconds or before, as near as the container can tell.
 
@@ -153,7 +168,7 @@ class Decoder:
         """Return what says that no frame can be read."""
         return UserError(f"Cannot read {self.path} as a video: 0 frames read ({reason}). {REMEDY}")
 
-    def _pictures(self) -> av.VideoStream:
+    def _pictures(self, max_pixels: int) -> av.VideoStream:
         """Return the first stream of moving pictures: a song's cover is none."""
         moving = [stream for stream in self._container.streams.video if not stream.disposition & _COVERS]
         if not moving:
@@ -161,21 +176,28 @@ class Decoder:
         codec = moving[0].codec_context
         if codec is None:
             raise self.unreadable("no decoder knows what its pictures are compressed by")
-        if codec.width * codec.height > _MOST_PIXELS:
-            raise UserError(
-                f"{self.path} claims frames of {codec.width} x {codec.height} pixels; at most {_MOST_PIXELS:,} are "
+        if codec.width * codec.height > max_pixels:
+            raise FrameTooLarge(
+                f"{self.path} claims frames of {codec.width} x {codec.height} pixels; at most {max_pixels:,} are "
                 "read. Make it smaller (ffmpeg -i IN -vf scale=4096:-2 OUT.mp4)."
             )
-        codec.options = {"max_pixels": str(_MOST_PIXELS)}
+        # later frames may be larger; the decoder also counts what a codec adds at the edges
+        codec.options = {"max_pixels": str(min(MOST_PIXELS, 2 * max_pixels + 2**16))}
         return moving[0]
 
     def _decoded(self) -> Generator[av.VideoFrame]:
+        silent = 0  # packets since the last frame
         try:
             for packet in self._container.demux(self._stream):
+                silent += 1
+                if silent > _MOST_SILENT:
+                    raise UserError(f"{self.path} has {_MOST_SILENT} packets in a row that hold no frame. {REMEDY}")
                 try:
                     frames = packet.decode()
                 except FFmpegError:
                     continue
+                if frames:
+                    silent = 0
                 yield from frames
         except FFmpegError:
             return

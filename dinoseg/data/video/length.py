@@ -1,5 +1,6 @@
 """Which files are videos by their names, and how many frames they have: by their headers, or by counting."""
 
+from itertools import islice
 from pathlib import Path
 
 from dinoseg.data.video.decoder import Decoder
@@ -16,6 +17,16 @@ def promised_frames(path: Path) -> int:
 def count_frames(path: Path) -> int:
     """Return how many frames there are, by going through the whole file; 0 where it is no video."""
     return _asked(path, count=True)
+
+
+def has_more_packets(path: Path, most: int) -> bool:
+    """Return whether a video has more packets than so many, of all its streams, without decoding any.
+
+    Raises:
+        UserError: it is no file, or no video.
+    """
+    with Decoder(path) as decoder:
+        return sum(1 for _ in islice(decoder.packets(), most + 1)) > most
 
 
 def _asked(path: Path, *, count: bool) -> int:

@@ -1,0 +1,153 @@
+"""A process that works on hostile input: bounded in memory, killed at a deadline; imports the standard library alone.
+
+Both sides exchange messages, JSON with bytes behind it: nothing that comes back is unpickled.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import IO, Any
+
+Message = tuple[dict[str, Any], bytes]
+_LONGEST = 2**31  # bytes of a message
+_START = (
+    "import importlib, json, sys; words = json.loads(sys.argv[1]); sys.path[:] = words['path']; "
+    "from dinoseg.processes.child import run; "
+    "run(getattr(importlib.import_module(words['module']), words['function']), words['memory'])"
+)
+
+
+class ChildEnded(Exception):
+    """The process has ended without an answer; `late` says whether it was killed at the deadline."""
+
+    def __init__(self, late: bool) -> None:
+        super().__init__("too late" if late else "ended")
+        self.late = late
+
+
+class Child:
+    """A process that answers messages; started at once, while the caller goes on.
+
+    Args:
+        function: of a module, called there with a `Channel`.
+        memory: bytes that it may take beyond what its imports need, where the system can bound that (POSIX).
+    """
+
+    def __init__(self, function: Callable[["Channel"], None], memory: int) -> None:
+        words = {"path": sys.path, "module": function.__module__, "function": function.__name__, "memory": memory}
+        # threads of libraries and their heaps would take addresses that the bound counts
+        single = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MALLOC_ARENA_MAX"), "1")
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _START, json.dumps(words)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, **single},
+            start_new_session=os.name == "posix",  # Ctrl-C is this process's alone
+        )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._channel = Channel(self._process.stdout, self._process.stdin)
+
+    def ask(self, header: dict[str, Any] | None = None, body: bytes = b"", *, seconds: float) -> Message:
+        """Send a message, if there is one, and return the next one that comes.
+
+        Raises:
+            ChildEnded: the process has ended, or was killed after so many seconds.
+        """
+        late = threading.Event()
+
+        def end() -> None:
+            late.set()
+            self.kill()
+
+        timer = threading.Timer(seconds, end)  # killed, not waited for: pipes know no deadline on all systems
+        timer.daemon = True
+        timer.start()
+        try:
+            if header is not None:
+                self._channel.send(header, body)
+            answer = self._channel.receive()
+        except (OSError, ValueError):  # its pipes are broken, or closed
+            answer = None
+        finally:
+            timer.cancel()
+        if answer is None:
+            self.kill()
+            raise ChildEnded(late.is_set())
+        return answer
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the process has not ended."""
+        return self._process.poll() is None
+
+    def kill(self) -> None:
+        """End the process; it may have ended."""
+        self._process.kill()
+        self._process.wait()
+
+    def close(self) -> None:
+        """End the process and release its pipes: who waits for an answer learns that it has ended."""
+        self.kill()
+        for pipe in (self._process.stdin, self._process.stdout):
+            with suppress(OSError):
+                pipe.close()  # type: ignore[union-attr]
+
+
+class Channel:
+    """One end of a pair of pipes, over which messages go."""
+
+    def __init__(self, source: IO[bytes], target: IO[bytes]) -> None:
+        self._source, self._target = source, target
+
+    def send(self, header: dict[str, Any], body: bytes | memoryview = b"") -> None:
+        """Send a message.
+
+        Raises:
+            OSError: nobody reads it.
+        """
+        text = json.dumps(header).encode()
+        self._target.write(len(text).to_bytes(8, "big") + len(body).to_bytes(8, "big") + text)
+        self._target.write(body)
+        self._target.flush()
+
+    def receive(self) -> Message | None:
+        """Return the next message; None: the other side has ended."""
+        sizes = self._source.read(16)
+        lengths = int.from_bytes(sizes[:8], "big"), int.from_bytes(sizes[8:], "big")
+        if len(sizes) < 16 or max(lengths) > _LONGEST:
+            return None
+        text, body = self._source.read(lengths[0]), self._source.read(lengths[1])
+        if (len(text), len(body)) != lengths:
+            return None
+        try:
+            header = json.loads(text)
+        except ValueError:
+            return None
+        return (header, body) if isinstance(header, dict) else None
+
+
+def run(function: Callable[[Channel], None], memory: int) -> None:
+    """Call a function in a process of `Child`, whose standard output is the channel's alone, within its memory."""
+    target = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints is no message
+    _bound_memory(memory)
+    with suppress(BrokenPipeError):
+        function(Channel(sys.stdin.buffer, target))
+
+
+def _bound_memory(more: int) -> None:
+    """Let allocations fail that take this process so many bytes beyond what it has."""
+    try:
+        import resource
+
+        with open("/proc/self/statm") as file:
+            taken = int(file.read().split()[0]) * resource.getpagesize()
+    except (ImportError, OSError):  # Windows, macOS: the deadline alone holds
+        return
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    limit = taken + more
+    resource.setrlimit(resource.RLIMIT_AS, (limit if most == resource.RLIM_INFINITY else min(limit, most), most))

@@ -1,0 +1,179 @@
+"""Encoded images to pixels, in processes of their own: what an upload costs beyond a deadline or its memory ends there.
+
+`decode_images` runs in such a process, `Decoders` in the server.
+"""
+
+import io
+import queue
+import struct
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from dinoseg.errors import UserError
+from dinoseg.images import FORMATS, as_rgb
+from dinoseg.processes.child import Channel, Child, ChildEnded, Message
+from dinoseg.serving.limits import MIB, Refused
+
+_NAME = "The image"
+PROCESSES = 4
+SECONDS = 10.0  # that decoding may take; 16 million pixels take about one
+_BYTES_PER_PIXEL, _MORE = 40, 256 * MIB  # that decoding takes at most: grey ones of 16 bits, progressive JPEG
+
+
+class Decoders:
+    """Processes that decode images, one image each at a time; one that was killed is replaced.
+
+    Args:
+        max_pixels: of an image.
+        seconds: within which it has to be decoded.
+        count: of processes; they are started at once.
+    """
+
+    def __init__(self, max_pixels: int, *, seconds: float = SECONDS, count: int = PROCESSES) -> None:
+        self._max_pixels, self._seconds = max_pixels, seconds
+        self._idle: queue.LifoQueue[Child] = queue.LifoQueue()  # the one used last is used next: its memory is warm
+        self._lock = threading.Lock()
+        self._children: list[Child] = []
+        self._is_ended = False
+        for _ in range(count):
+            self._idle.put(self._started())
+
+    def decode(self, data: bytes, max_pixels: int, admit: Callable[[int], None]) -> np.ndarray:
+        """Return an image as mode=predict reads it, (H, W, 3) uint8 RGB.
+
+        Args:
+            data: the encoded image.
+            max_pixels: that it may have.
+            admit: called with its number of pixels, from its header, before it is decoded; may refuse it.
+
+        Raises:
+            Refused: it is empty, no image, too large, animated, damaged, or takes too long or too much memory.
+        """
+        child = self._idle.get()
+        end = time.monotonic() + self._seconds
+        try:
+            header, _ = _ask(child, end, {"measure": max_pixels}, data)
+            admit(header["pixels"])
+            header, pixels = _ask(child, end, {"decode": True})
+            return np.frombuffer(pixels, np.uint8).reshape(header["size"])
+        except ChildEnded as error:
+            child.close()
+            child = self._started()
+            raise self._reason(error) from None
+        finally:
+            self._idle.put(child)
+
+    def end(self) -> None:
+        """Kill all processes: what is not decoded by now is refused, as all that comes later."""
+        with self._lock:
+            self._is_ended = True
+            for child in self._children:
+                child.close()
+
+    def _started(self) -> Child:
+        """Return a new process; after the end, one that is killed."""
+        with self._lock:
+            child = Child(decode_images, _MORE + _BYTES_PER_PIXEL * self._max_pixels)
+            self._children = [child, *(other for other in self._children if other.is_alive)]
+            if self._is_ended:
+                child.close()
+        return child
+
+    def _reason(self, error: ChildEnded) -> Refused:
+        if self._is_ended:
+            return Refused(503, "busy", "The server stops. Try again later.", retry_after=1)
+        if error.late:
+            return Refused(
+                400, "decode_time", f"{_NAME} is not decoded within {self._seconds:g} s. Save it anew, or reduce it."
+            )
+        return Refused(400, "unreadable", f"{_NAME} ended the process that decoded it. It is damaged: send it anew.")
+
+
+def decode_images(channel: Channel) -> None:
+    """Answer `measure` with an image's number of pixels, and `decode` with the pixels of the one measured last."""
+    warnings.simplefilter("ignore")  # of odd metadata
+    data = b""
+    while (message := channel.receive()) is not None:
+        header, body = message
+        try:
+            if "measure" in header:
+                data = body
+                channel.send({"pixels": measure(data, header["measure"])})
+            else:
+                pixels = decode(data)
+                channel.send({"size": pixels.shape}, np.ascontiguousarray(pixels).data.cast("B"))
+        except Refused as error:
+            channel.send({"refused": [error.status, error.rule, error.message]})
+        except MemoryError:
+            message_ = f"{_NAME} takes more memory to decode than its pixels. Save it anew, as JPEG or PNG."
+            channel.send({"refused": [400, "decode_memory", message_]})
+
+
+def measure(data: bytes, max_pixels: int) -> int:
+    """Return the number of pixels of an encoded image, from its header: nothing is decoded.
+
+    Raises:
+        Refused: it is empty, no image, too large, or animated.
+    """
+    if not data:
+        raise Refused(400, "empty", f"{_NAME} has 0 bytes. Send the file's content: curl -F image=@FILE.")
+    try:
+        with _opened(data) as image:
+            width, height = image.size
+            # of a phone's MPO the first is the photo, the others its previews; frames are not counted, as of a TIFF
+            # file each would be read
+            is_animated = image.format != "MPO" and getattr(image, "is_animated", False)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise Refused(400, "max_pixels", f"{_NAME} is too large ({error}). {_smaller(max_pixels)}") from error
+    except UnidentifiedImageError as error:
+        raise Refused(
+            400, "format", f"{_NAME} is of no kind that is read here. Send JPEG, PNG, WebP, TIFF or BMP."
+        ) from error
+    except (OSError, SyntaxError, ValueError, struct.error) as error:
+        raise _unreadable(error) from error
+    if width * height > max_pixels:
+        raise Refused(400, "max_pixels", f"{_NAME} has {width} x {height} pixels. {_smaller(max_pixels)}")
+    if is_animated:
+        raise Refused(400, "one_frame", f"{_NAME} has several frames, and one is segmented. Send a single frame.")
+    return width * height
+
+
+def decode(data: bytes) -> np.ndarray:
+    """Return an image as mode=predict reads it, (H, W, 3) uint8 RGB; it is measured before.
+
+    Raises:
+        Refused: it is truncated or damaged, or holds what are no levels of 8 or 16 bits.
+    """
+    try:
+        with _opened(data) as image:
+            return as_rgb(image, _NAME)
+    except UserError as error:
+        raise Refused(400, "unreadable", str(error)) from error
+    except (OSError, SyntaxError, ValueError, struct.error) as error:
+        raise _unreadable(error) from error
+
+
+def _ask(child: Child, end: float, header: dict[str, Any], body: bytes = b"") -> Message:
+    """Return a process's answer, or raise the `Refused` that it is."""
+    answer, pixels = child.ask(header, body, seconds=max(0.0, end - time.monotonic()))
+    if "refused" in answer:
+        raise Refused(*answer["refused"])
+    return answer, pixels
+
+
+def _opened(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data), formats=FORMATS)
+
+
+def _unreadable(error: Exception) -> Refused:
+    return Refused(400, "unreadable", f"{_NAME} cannot be read ({error}). It is damaged: send it anew.")
+
+
+def _smaller(max_pixels: int) -> str:
+    return f"At most {max_pixels} are taken (mode.limits.max_pixels): reduce it or cut it up."

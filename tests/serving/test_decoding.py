@@ -1,0 +1,153 @@
+"""Hostile uploads end in the process that decodes them: at a deadline, within its memory, or when the server stops."""
+
+import sys
+import threading
+import time
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+from serving_stand_ins import FACTS, Bright, InThread, encoded, picture
+
+from dinoseg.errors import UserError
+from dinoseg.images import as_rgb
+from dinoseg.inference.video_file import VideoReader
+from dinoseg.inference.video_writer import VideoWriter
+from dinoseg.portable.model import Model
+from dinoseg.serving import clip_frames, decoding
+from dinoseg.serving import service as service_module
+from dinoseg.serving.clip_frames import ClipReader
+from dinoseg.serving.decoding import Decoders
+from dinoseg.serving.limits import ClipLimits, Limits, Refused
+from dinoseg.serving.service import Service
+
+
+@pytest.fixture
+def one_decoder():
+    made = Decoders(10_000, count=1)
+    yield made
+    made.end()
+
+
+def decoded(decoders, data, admit=lambda pixels: None):
+    return decoders.decode(data, 10_000, admit)
+
+
+GOOD = encoded(picture())
+
+
+def refusal(decoders, data=GOOD, **options):
+    with pytest.raises(Refused) as error:
+        decoded(decoders, data, **options)
+    return error.value.rule
+
+
+def test_what_takes_too_long_is_killed_and_the_next_image_is_decoded(one_decoder, monkeypatch):
+    monkeypatch.setattr(one_decoder, "_seconds", 1e-6)
+    assert refusal(one_decoder) == "decode_time"
+    monkeypatch.setattr(one_decoder, "_seconds", 60)
+    assert (decoded(one_decoder, GOOD) == picture()).all()
+    assert refusal(one_decoder, admit=lambda pixels: (_ for _ in ()).throw(Refused(503, str(pixels), ""))) == "24"
+    assert (decoded(one_decoder, encoded(picture(8, 9), "WEBP", lossless=True)) == picture(8, 9)).all()
+    one_decoder.end()
+    assert refusal(one_decoder) == "busy"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system does not bound memory")
+def test_memory_of_decoding_is_bounded(monkeypatch):
+    monkeypatch.setattr(decoding, "_MORE", 2**23)
+    monkeypatch.setattr(decoding, "_BYTES_PER_PIXEL", 0)
+    decoders = Decoders(2**22, count=1)
+    try:
+        with pytest.raises(Refused) as error:
+            decoders.decode(encoded(Image.new("RGB", (2000, 2000))), 2**22, lambda pixels: None)
+        assert error.value.rule == "decode_memory"
+    finally:
+        decoders.end()
+
+
+def test_a_file_of_many_frames_is_refused_without_reading_them(monkeypatch):
+    monkeypatch.setattr("PIL.TiffImagePlugin.TiffImageFile.n_frames", property(lambda image: pytest.fail("counted")))
+    frames = [Image.new("L", (2, 2))] * 3
+    with pytest.raises(Refused, match="has several frames"):
+        decoding.measure(encoded(frames[0], "TIFF", save_all=True, append_images=frames[1:]), 10_000)
+
+
+def test_seconds_after_a_signal_nothing_is_decoded_any_more(monkeypatch):
+    monkeypatch.setattr(service_module, "_LAST_DECODED", 0.01)
+    monkeypatch.setattr(service_module, "Decoders", lambda max_pixels: Decoders(max_pixels, count=1))
+    stopped = threading.Event()
+    made = Service(Model(Bright(), FACTS), Limits(), batch_size=1, wait=0)
+    made.at_stop = stopped.set
+    made.announce_stop()
+    assert stopped.wait(10)
+    while refusal(made._decoders) != "busy":
+        time.sleep(0.01)
+    made.close()
+
+
+def packets_without_frames(path, count):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mjpeg", rate=1000)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuvj420p"
+        for number in range(count):
+            packet = av.Packet(b"\0")
+            packet.stream, packet.pts, packet.dts = stream, number, number
+            container.mux(packet)
+    return path
+
+
+def test_packets_without_frames_are_bounded(tmp_path, monkeypatch):
+    path = packets_without_frames(tmp_path / "a.mkv", 60)
+    monkeypatch.setattr("dinoseg.data.video.decoder._MOST_SILENT", 50)
+    with pytest.raises(UserError, match="a.mkv has 50 packets in a row that hold no frame"):
+        VideoReader(path)
+    monkeypatch.setattr(clip_frames, "Child", InThread)
+    with (
+        pytest.raises(UserError, match="has more than 20 packets"),
+        ClipReader(path, ClipLimits(max_seconds=0.01), 10**6),
+    ):
+        pass
+
+
+def test_frames_come_from_a_process_as_they_are(tmp_path):
+    with VideoWriter(tmp_path / "a.mp4", 10.0, (32, 48)) as writer:
+        for number in range(3):
+            writer.write(np.full((32, 48, 3), 80 * number, np.uint8))
+    with VideoReader(tmp_path / "a.mp4") as reader, ClipReader(tmp_path / "a.mp4", ClipLimits(), 2000) as clip:
+        assert (clip.size, clip.count, clip.rate, clip.traits) == (
+            reader.size,
+            reader.count,
+            reader.rate,
+            reader.traits,
+        )
+        for (frame, time_), (wanted, shown) in zip(clip.timed(), reader.timed(), strict=True):
+            assert (frame == wanted).all() and time_ == shown
+
+
+def test_who_waits_for_a_frame_is_woken_when_the_work_is_cancelled(tmp_path, monkeypatch):
+    monkeypatch.setattr(clip_frames, "Child", InThread)
+    monkeypatch.setattr(clip_frames, "send_frames", lambda channel: [channel.receive(), channel.receive()])
+    reader = ClipReader(tmp_path / "a.mp4", ClipLimits(), 2000)
+    threading.Timer(0.05, reader.kill).start()
+    with pytest.raises(UserError, match="ended the process that decoded it"), reader:
+        pass
+
+
+def test_a_clip_that_is_not_decoded_in_time_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(clip_frames, "Child", InThread)
+    monkeypatch.setattr(clip_frames, "SECONDS", 0.01)
+    monkeypatch.setattr(clip_frames, "send_frames", lambda channel: [channel.receive(), channel.receive()])
+    with (
+        pytest.raises(UserError, match="is not decoded within 0.01 s"),
+        ClipReader(tmp_path / "a.mp4", ClipLimits(), 1),
+    ):
+        pass
+
+
+def test_a_damaged_image_is_refused_as_in_this_process(one_decoder):
+    data = encoded(picture(64, 64))[:-2000]
+    assert refusal(one_decoder, data) == "unreadable"
+    with pytest.raises(UserError), decoding._opened(data) as image:
+        as_rgb(image, "The image")
