@@ -154,7 +154,7 @@ def extra_bytes(way: str, classes: int, rows: int, columns: int, size: tuple[int
 
 def most_held() -> int:
     """Return the most bytes that this process has held; `getrusage` counts what its parent held before it started."""
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 

@@ -92,7 +92,7 @@ def gates(run, count, words):
         with tempfile.TemporaryDirectory() as folder:
             given = (f"resume={run}", "engine=cpu", f"export.count={count}", *case, *words)
             dinoseg("mode=export", *given, f"hydra.run.dir={folder}/out")
-            report = json.loads(Path(folder, "out/export_report.json").read_text())
+            report = json.loads(Path(folder, "out/export_report.json").read_text(encoding="utf-8"))
         miou, ms = report["miou"], report["latency_ms"]
         print(
             f"| {name} | {'yes' if report['proven'] else 'no'} | {report['agreement']:.3%} | {100 * miou['torch']:.2f} "

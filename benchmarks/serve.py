@@ -155,7 +155,7 @@ def compare(run, requests, rounds):
 
 def resident(process):
     """Return a process's resident memory in MiB."""
-    with open(f"/proc/{process.pid}/status") as file:
+    with open(f"/proc/{process.pid}/status", encoding="utf-8") as file:
         return int(re.search(r"VmRSS:\s+(\d+) kB", file.read())[1]) / 1024
 
 

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 import traceback
+from io import TextIOWrapper
 from pathlib import Path
 
 CONFIGS = str(Path(__file__).parent / "cfg")
@@ -12,6 +13,8 @@ failures: list[str] = []  # messages of the jobs that did not end well
 
 def main() -> None:
     """Run the command line; exit status 1 where any job failed, 141 where nobody reads on, as of `| head`."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: a pipe on Windows knows few letters
     try:
         _command(sys.argv[1:])
         sys.stdout.flush()

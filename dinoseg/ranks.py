@@ -43,7 +43,7 @@ _GRACE = 60.0  # seconds that the others have to save and end when one has faile
 _LOST = 75  # exit status of a rank that has lost another one, which is the one that has failed
 _GONE = re.compile("by peer|remote process exited")  # gloo's and NCCL's words for that
 _STUCK = re.compile("[Tt]imed out|[Ww]ait timeout")  # gloo's, NCCL's and the store's, of one that does not come
-_TELL = getattr(signal, "SIGUSR1", None)  # a rank that gets it tells where it stands
+_KILLED = -9  # exit status of a rank after SIGKILL, which Windows does not have
 _STOPPED = {status: number for number in SIGNALS for status in (128 + number, -number)}  # exit statuses
 
 
@@ -156,7 +156,7 @@ def run_ranks(cfg: DictConfig, out_dir: Path, devices: int) -> Any:
     return result
 
 
-def _watch(ranks: Sequence[BaseProcess], receiving: connection.Connection) -> Any:
+def _watch(ranks: Sequence[BaseProcess], receiving: Any) -> Any:
     """Return what the first rank sends, once all have ended well."""
     result: list[Any] = []
     failed: int | None = None
@@ -183,7 +183,7 @@ def _watch(ranks: Sequence[BaseProcess], receiving: connection.Connection) -> An
         raise _hung([ranks[number] for number in stuck], stuck)
     if status in _STOPPED:
         raise Interrupted(_STOPPED[status])
-    if status == -signal.SIGKILL:
+    if status == _KILLED:
         raise UserError(
             f"Rank {failed} was killed by SIGKILL, by the system where memory has run out. resume=auto goes on from "
             "what was saved."
@@ -195,8 +195,8 @@ def _watch(ranks: Sequence[BaseProcess], receiving: connection.Connection) -> An
 def _hung(ranks: Sequence[BaseProcess], numbers: Sequence[int]) -> UserError:
     """Let ranks that others have waited for in vain tell where they stand, and return the message."""
     for rank in ranks:
-        if rank.pid and _TELL:
-            os.kill(rank.pid, _TELL)
+        if rank.pid and sys.platform != "win32":
+            os.kill(rank.pid, signal.SIGUSR1)  # see `_run_rank`: the rank prints its stacks
             rank.join(_LAST_WORDS)
     named = ", ".join(str(number) for number in numbers)
     return UserError(
@@ -205,7 +205,7 @@ def _hung(ranks: Sequence[BaseProcess], numbers: Sequence[int]) -> UserError:
     )
 
 
-def _received(receiving: connection.Connection) -> list[Any]:
+def _received(receiving: Any) -> list[Any]:
     try:
         return [json.loads(receiving.recv_bytes())]
     except EOFError:  # the first rank has ended without a result
@@ -216,8 +216,8 @@ def _run_rank(
     rank: int, world: int, port: int, cfg: dict[str, Any], out_dir: Path, sending: connection.Connection
 ) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
-    if _TELL:
-        faulthandler.register(_TELL)
+    if sys.platform != "win32":
+        faulthandler.register(signal.SIGUSR1)
     if rank:
         sending.close()  # so that the parent sees the end of the only one that writes
     os.environ |= {

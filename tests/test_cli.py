@@ -72,9 +72,9 @@ def test_help_is_the_overview(arguments, tmp_path):
 def test_help_of_a_mode_is_of_its_own_keys(mode, tmp_path):
     done = call(tmp_path, f"mode={mode}", "--help")
     assert done.status == 0 and not done.err and f"Keys of mode={mode}" in done.out
-    own = yaml.safe_load(Path(CONFIGS, "mode", f"{mode}.yaml").read_text())
+    own = yaml.safe_load(Path(CONFIGS, "mode", f"{mode}.yaml").read_text(encoding="utf-8"))
     if mode == "app":
-        own = yaml.safe_load(Path(CONFIGS, "mode", "serve.yaml").read_text()) | own
+        own = yaml.safe_load(Path(CONFIGS, "mode", "serve.yaml").read_text(encoding="utf-8")) | own
     keys = [key for key in own if not key.startswith("_") and key not in ("defaults", *LAUNCH_KEYS[1:])]
     tables = {key: [f"{key}.{name}" for name in own[key] if name[0] != "_"] for key in keys if type(own[key]) is dict}
     shown = [line.split("=")[0].strip() for line in done.out.splitlines() if line.startswith("  mode.")]

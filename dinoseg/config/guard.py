@@ -125,7 +125,7 @@ def _inside(name: str, packages: Collection[str]) -> bool:
 
 def _parameters(target: str, known: bool, trust: Collection[str], what: str) -> Collection[str] | None:
     """Return the names of what an allowed target takes, None for any."""
-    part = _located(target)
+    part = _located(target, what)
     if not (inspect.isclass(part) or inspect.isfunction(part)):
         raise UserError(f"{what}._target_={target} is refused: it is neither a class nor a function here. {REMEDY}.")
     # a trusted package may import anything, os.system as well: what a name stands for must be at home there too
@@ -139,18 +139,32 @@ def _parameters(target: str, known: bool, trust: Collection[str], what: str) -> 
     return None if takes_any else [parameter.name for parameter in parameters]
 
 
-def _located(target: str) -> Any:
-    """Return the object of a dotted name that is already known to be allowed, None where there is none."""
+def _located(target: str, what: str) -> Any:
+    """Return the object of a dotted name that is already known to be allowed, None if its module has no such name.
+
+    Raises:
+        UserError: its module cannot be imported, with the reason.
+    """
     names = target.split(".")
+    reason: Exception | None = None
     for end in range(len(names) - 1, 0, -1):
+        module = ".".join(names[:end])
         try:
-            part: Any = importlib.import_module(".".join(names[:end]))
-        except ModuleNotFoundError:
-            continue
+            part: Any = importlib.import_module(module)
+        except (ImportError, OSError) as error:  # OSError: a library of the system is missing
+            reason = reason or error
+            # the module itself is missing, and not one that it imports: the name may be a class's, inside a module
+            if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
+                continue
+            break
         for name in names[end:]:
             part = getattr(part, name, None)
-        return part
-    return None
+        if part is not None or reason is None:
+            return part
+    raise UserError(
+        f"{what}._target_={target} is allowed, but cannot be imported here ({type(reason).__name__}: {reason}). "
+        "Install what is missing, or add the folder of your own package to PYTHONPATH."
+    ) from reason
 
 
 def _check_weights(config: Mapping[str, Any], registry: Registry, trust: Collection[str], where: str) -> None:

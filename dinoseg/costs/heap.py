@@ -20,7 +20,10 @@ class _Info(ctypes.Structure):
 
 def _glibc() -> Any:
     """Return the C library; None: another one, or an older one, which does not tell how large its heap is."""
-    if sys.platform != "linux" or not hasattr(library := ctypes.CDLL(None), "mallinfo2"):
+    if sys.platform != "linux":
+        return None
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "mallinfo2"):
         return None
     library.mallinfo2.restype = _Info
     library.aligned_alloc.restype = ctypes.c_void_p

@@ -4,6 +4,7 @@ import functools
 import itertools
 import os
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -210,9 +211,9 @@ def _load_ahead(
 def _start_worker(_: int) -> None:
     # Ctrl-C, and Slurm's SIGTERM, reach all processes: the parent finishes its step, and needs this one
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS; SIGTERM stays blocked, as the parent left it
+    if sys.platform == "linux":  # SIGTERM stays blocked, as the parent left it
         threading.Thread(target=_end_when_told, args=(os.getppid(),), daemon=True).start()
-    elif hasattr(signal, "pthread_sigmask"):
+    elif sys.platform != "win32":
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
@@ -220,8 +221,9 @@ def _start_worker(_: int) -> None:
 
 def _end_when_told(parent: int) -> None:
     """End this process at its parent's SIGTERM, and at nobody else's."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
+    if sys.platform == "linux":
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
     os._exit(0)
 
 

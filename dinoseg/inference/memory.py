@@ -1,14 +1,15 @@
 """How much memory a pass over an image takes, told from small ones, and how much is free."""
 
 import math
-import os
+import sys
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,10 +19,10 @@ from dinoseg.errors import UserError
 from dinoseg.inference.policy import Autocast
 from dinoseg.inference.rows import Rows
 from dinoseg.model import Segmenter, Size, backbone_size
+from dinoseg.processes.control_groups import PROC, group_folders, read_text
 
 _NOISE = 0.02  # share by which bytes a pixel may differ with the size, where they do not grow with it
 _FRAME_BYTES = 4  # of a pixel: colours and class id
-_PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 # (limit, usage, what of it is files that can be dropped) of both versions of control groups
 _FILES = (
     ("memory.max", "memory.current", "inactive_file"),
@@ -204,51 +205,33 @@ def free_bytes(device: torch.device) -> float:
 
 
 def _available() -> float:
-    """Return what the machine has to give, without end where it does not say."""
-    for line in _text(_PROC / "meminfo").splitlines():
+    """Return the bytes that the machine has available."""
+    for line in read_text(PROC / "meminfo").splitlines():
         if line.startswith("MemAvailable:"):
             return float(line.split()[1]) * 1024
-    names: Mapping[str, int] = getattr(os, "sysconf_names", {})
-    known = {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= names.keys()
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else float("inf")
+    return float(psutil.virtual_memory().available)  # of macOS and Windows
 
 
 def _addresses() -> float:
     """Return what a limit of this process's address space (`ulimit -v`) leaves, without end where there is none."""
-    try:
-        import resource
-    except ImportError:  # Windows
+    if sys.platform == "win32":
         return math.inf
+    import resource
+
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    pages = _text(_PROC / "self/statm").split()
+    pages = read_text(PROC / "self/statm").split()
     return limit - int(pages[0]) * resource.getpagesize() if limit != resource.RLIM_INFINITY and pages else math.inf
 
 
 def _group_limits() -> list[tuple[float, float]]:
     """Return limit and use of the control groups that this process is in."""
-    limits = []
-    for line in _text(_PROC / "self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers == "" or "memory" in controllers.split(","):
-            root = _CGROUPS / "memory" if controllers else _CGROUPS
-            own = root / path.lstrip("/")
-            limits += [
-                limit for folder in (own, *own.parents) if folder.is_relative_to(root) for limit in _limit(folder)
-            ]
-    return limits
+    return [limit for folder in group_folders("memory") for limit in _limit(folder)]
 
 
 def _limit(folder: Path) -> list[tuple[float, float]]:
     for limit, usage, dropped in _FILES:
-        texts = _text(folder / limit).strip(), _text(folder / usage).strip()
+        texts = read_text(folder / limit).strip(), read_text(folder / usage).strip()
         if all(text.isdecimal() for text in texts):  # one without a limit says max
-            stat = dict(line.split() for line in _text(folder / "memory.stat").splitlines())
+            stat = dict(line.split() for line in read_text(folder / "memory.stat").splitlines())
             return [(float(texts[0]), float(texts[1]) - float(stat.get(dropped, 0)))]
     return []
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:
-        return ""

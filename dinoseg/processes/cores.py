@@ -16,11 +16,11 @@ def count_cores() -> int:
     return len(_usable())
 
 
-def machine_memory() -> float:
-    """Return the machine's memory in bytes, infinity where the system does not report it."""
-    names = getattr(os, "sysconf_names", {})
-    known = {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= set(names)
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else float("inf")
+def machine_memory() -> int:
+    """Return the machine's memory in bytes."""
+    import psutil
+
+    return psutil.virtual_memory().total
 
 
 def cores_here() -> int:

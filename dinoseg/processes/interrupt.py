@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -107,11 +108,14 @@ def ending_input() -> Iterator[Deferral]:
 
 @contextmanager
 def passed_on(processes: Sequence[int]) -> Iterator[None]:
-    """Pass a first signal on to processes by their numbers; a second one raises `Interrupted` here."""
+    """Pass a first signal on to processes by their numbers; a second one raises `Interrupted` here.
+
+    On Windows, Ctrl-C reaches every process of the console by itself, and `os.kill` would end them at once.
+    """
     deferral = Deferral("")
 
     def receive(number: int) -> None:
-        if not deferral.asked:
+        if not deferral.asked and sys.platform != "win32":
             for process in processes:
                 with suppress(ProcessLookupError):
                     os.kill(process, number)
@@ -124,7 +128,7 @@ def passed_on(processes: Sequence[int]) -> Iterator[None]:
 @contextmanager
 def held(*numbers: int) -> Iterator[None]:
     """Hold signals back until the block's end, here and in processes that start in it, until these let them through."""
-    if not hasattr(signal, "pthread_sigmask"):  # on Windows
+    if sys.platform == "win32":
         yield
         return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -20,6 +21,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 E = TypeVar("E", bound=Exception)
 _ENDING = 10.0  # seconds
+_MOST_WORKERS = 61 if sys.platform == "win32" else 2**20  # Windows waits for so many processes at once
 _AHEAD = 4  # items per process that are under way or wait to be taken: bounds memory
 ErrorTypes = type[Exception] | tuple[type[Exception], ...]
 _task: tuple[Callable[[Any], Any], ErrorTypes]  # of a worker process: sent once, not with every item
@@ -52,7 +54,7 @@ def in_processes(
     Raises:
         UserError: a process was killed.
     """
-    workers = min(workers, len(items))
+    workers = min(workers, len(items), _MOST_WORKERS)
     if workers <= 1:
         yield from ((item, _attempt(work, catch, item)) for item in items)
         return

@@ -36,8 +36,8 @@ class Labelled:
 def configure_log(folder: Path | None) -> None:
     """Send the log to the terminal and the run folder's `run.log`; without a folder (other ranks) only warnings."""
     out, err = (stream.stream if isinstance(stream, Labelled) else stream for stream in (sys.stdout, sys.stderr))
-    if isinstance(out, TextIOWrapper):
-        out.reconfigure(errors="backslashreplace")  # as stderr is: not every terminal shows every letter
+    if isinstance(out, TextIOWrapper):  # of a rank or a launcher's process, which `__main__` has not prepared
+        out.reconfigure(errors="backslashreplace")
     if not isinstance(out, Printable):
         out = Printable(out)  # what is printed names files, too
     label = os.environ.get(LABEL, "")

@@ -93,7 +93,7 @@ def remove_dead(folder: Path) -> None:
             found = _HIDDEN.fullmatch(name)
             if found and found["machine"] == _machine() and not _is_alive(int(found["process"])):
                 if found["kind"] == "old" and not os.path.lexists(folder / found["name"]):
-                    os.rename(folder / name, folder / found["name"])
+                    os.replace(folder / name, folder / found["name"])
                 else:
                     _remove(folder / name)
 
@@ -107,6 +107,16 @@ def remove_parts(folder: Path, *patterns: str) -> None:
     """
     for path in [path for pattern in patterns for path in folder.glob(pattern)]:
         _remove(path)
+
+
+def sync_to_disk(path: Path) -> None:
+    """Flush a written file to the disk.
+
+    Raises:
+        OSError: the disk does not take it.
+    """
+    with open(path, "r+b") as file:  # Windows flushes through a writable handle only
+        os.fsync(file.fileno())
 
 
 def write_whole(file: RawIOBase, data: memoryview) -> None:
@@ -139,13 +149,11 @@ def _remove(path: Path) -> None:
 
 
 def _is_alive(process: int) -> bool:
-    """Return whether a process of this machine runs; where that cannot be asked, it counts as running."""
-    if os.name == "posix":
-        with suppress(PermissionError, OverflowError):
-            try:
-                os.kill(process, 0)
-            except ProcessLookupError:
-                return False
+    """Return whether a process of this machine runs; a number that no process can have counts as running."""
+    import psutil
+
+    with suppress(OverflowError):
+        return psutil.pid_exists(process)
     return True
 
 

@@ -1,9 +1,12 @@
 """How fast a disk is: a file is written to it and read back from it, not from what the system holds of it."""
 
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from dinoseg.storage.atomic import sync_to_disk
 
 
 def seconds_on_disk(path: Path, write: Callable[[], object], read: Callable[[], object]) -> tuple[float, float]:
@@ -19,10 +22,10 @@ def seconds_on_disk(path: Path, write: Callable[[], object], read: Callable[[], 
     """
     start = time.perf_counter()
     write()
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-        written = time.perf_counter() - start
-        if hasattr(os, "posix_fadvise"):  # the system forgets what it holds of the file
+    sync_to_disk(path)
+    written = time.perf_counter() - start
+    if sys.platform == "linux":  # the system forgets what it holds of the file
+        with open(path, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     start = time.perf_counter()
     read()

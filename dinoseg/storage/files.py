@@ -3,6 +3,7 @@
 import glob
 import os
 import stat
+import sys
 from collections.abc import Collection, Iterator
 from os import PathLike
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import NoReturn
 from dinoseg.errors import UserError
 from dinoseg.storage.natural_order import natural_order
 
+_SEPARATORS = {"/", "\0"} | ({"\\", ":"} if sys.platform == "win32" else set())
 _KINDS = {
     stat.S_IFDIR: "folder",
     stat.S_IFIFO: "named pipe",
@@ -59,7 +61,7 @@ def is_pattern(source: str | PathLike[str]) -> bool:
 
 def is_name(text: str) -> bool:
     """Return whether a text names something in a folder itself, and nothing above or below it."""
-    return text not in ("", ".", "..") and not {"/", "\0"} & {*text}
+    return text not in ("", ".", "..") and not _SEPARATORS & {*text}
 
 
 def check_regular(path: str | Path) -> None:

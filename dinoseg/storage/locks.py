@@ -4,11 +4,15 @@ import contextlib
 import errno
 import logging
 import os
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 log = logging.getLogger(__name__)
+_POLL = 0.2  # seconds between two attempts to lock a file
+_PLACE = 2**30  # byte that is locked on Windows, beyond the log that others may read
 _held: set[IO[str]] = set()
 
 
@@ -29,7 +33,7 @@ def acquire(path: Path, *, wait: bool = False) -> IO[str] | None:
     while True:
         if path.exists() and not path.is_file():  # a pipe would be waited for
             raise OSError(errno.EINVAL, "not a regular file", str(path))
-        file = open(path, "a")
+        file = open(path, "a", encoding="utf-8")
         if not _lock(file, path, wait):
             file.close()
             return None
@@ -64,20 +68,33 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def _lock(file: IO[str], path: Path, wait: bool) -> bool:
-    if os.name != "posix":
-        return True  # no advisory locks there
-    import fcntl
-
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        if wait:
+    waited = False
+    while True:
+        try:
+            _lock_at_once(file)
+            return True
+        except (BlockingIOError, PermissionError):  # flock's and msvcrt's
+            if not wait:
+                return False
+        except OSError as error:
+            log.warning("%s cannot be locked (%s): start one process at a time.", path, error.strerror)
+            return True
+        if not waited:
             log.warning("Another process is at work on the same data (%s is locked): waiting for it.", path)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        return wait
-    except OSError as error:
-        log.warning("%s cannot be locked (%s): start one process at a time.", path, error.strerror)
-    return True
+        waited = True
+        time.sleep(_POLL)
+
+
+def _lock_at_once(file: IO[str]) -> None:
+    if sys.platform == "win32":
+        import msvcrt
+
+        os.lseek(file.fileno(), _PLACE, os.SEEK_SET)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _let_go() -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dinoseg.errors import UserError, free_space
-from dinoseg.storage.atomic import scratch_folder
+from dinoseg.storage.atomic import scratch_folder, sync_to_disk
 from dinoseg.wording import count_of, shown
 
 _TYPES = {  # of a safetensors header
@@ -54,8 +54,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: dict[str, s
             part = folder / path.name
             save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, part, header)
             part.chmod(0o644)  # safetensors leaves it to the owner alone: a run folder is for the group to read
-            with open(part, "rb") as file:
-                os.fsync(file.fileno())
+            sync_to_disk(part)
             os.replace(part, path)
     except (OSError, SafetensorError) as error:
         raise UserError(

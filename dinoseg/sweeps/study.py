@@ -30,7 +30,7 @@ def open_study(path: Path, direction: str, space: Mapping[str, Any], words: Sequ
         UserError: it holds something else, another search, or is damaged.
     """
     import optuna
-    from optuna.storages.journal import JournalFileBackend, JournalStorage
+    from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalStorage
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     _drop_cut_line(path)
@@ -38,7 +38,8 @@ def open_study(path: Path, direction: str, space: Mapping[str, Any], words: Sequ
     path.with_name(f"{path.name}.lock").unlink(missing_ok=True)
     try:
         study = optuna.create_study(
-            storage=JournalStorage(JournalFileBackend(str(path))),
+            # its usual lock is a link, which Windows lets administrators alone make
+            storage=JournalStorage(JournalFileBackend(str(path), JournalFileOpenLock(str(path)))),
             study_name="search",
             direction=direction,  # type: ignore[arg-type, unused-ignore]
             load_if_exists=True,

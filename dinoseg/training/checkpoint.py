@@ -8,6 +8,7 @@ on from, `best` what it is remembered by.
 import json
 import logging
 import re
+import sys
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -77,10 +78,15 @@ def read(path: Path, *, finite: bool = True, only: Container[str] | None = None)
     Raises:
         UserError: no such file, not a checkpoint of dinoseg, truncated, of a newer format, or not finite.
     """
-    file = _read(path, lambda file, key: file.get_tensor(key), only)
+    file = _read(path, _tensor, only)
     if finite:
         check_finite(file.tensors, f"resume={path}")
     return file
+
+
+def _tensor(file: Any, key: str) -> Tensor:
+    value = file.get_tensor(key)
+    return value.clone() if sys.platform == "win32" else value  # Windows replaces no file that tensors are mapped from
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:

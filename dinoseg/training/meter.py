@@ -1,7 +1,6 @@
 """How a run goes: images per second, the share of time spent waiting for data, memory, time left."""
 
 import logging
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -183,7 +182,7 @@ def reset_peak_memory(device: torch.device) -> None:
         torch.mps.empty_cache()
     elif _STATUS.exists():
         with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def peak_memory(device: torch.device) -> int:
@@ -210,9 +209,16 @@ def held_memory(device: torch.device) -> int:
 
 
 def _status(name: str) -> int:
-    return 1024 * int(next(line for line in _STATUS.read_text().splitlines() if line.startswith(name)).split()[1])
+    lines = _STATUS.read_text(encoding="utf-8").splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
 
 
 def _highest_resident() -> int:
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

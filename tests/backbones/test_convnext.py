@@ -232,5 +232,5 @@ def test_published_sizes(compose, size, parameters):
         backbone = instantiate(cfg.backbone, _convert_="all")
     assert sum(parameter.numel() for parameter in backbone.parameters()) == parameters
     assert backbone.patch_size == 32
-    with open(f"{CONFIGS}/backbone/dinov3_convnext_{size}.yaml") as file:
+    with open(f"{CONFIGS}/backbone/dinov3_convnext_{size}.yaml", encoding="utf-8") as file:
         assert yaml.safe_load(file)["weights"] == f"facebook/dinov3-convnext-{size}-pretrain-lvd1689m"

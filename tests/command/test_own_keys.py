@@ -83,7 +83,7 @@ def test_a_sweep_goes_over_keys_of_the_checkpoint(here):
     run(
         here, "-m", "mode=eval", "resume=slots", "head.num_slots=2,3", "mode.metrics_only=true", "hydra.sweep.dir=sweep"
     )
-    with open(here / "sweep/sweep.csv") as file:
+    with open(here / "sweep/sweep.csv", encoding="utf-8") as file:
         assert sorted((row["head.num_slots"], row["note"]) for row in csv.DictReader(file)) == [("2", ""), ("3", "")]
     assert [config(here, f"sweep/{job}").head.num_slots for job in range(2)] == [2, 3]
 

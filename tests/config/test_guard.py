@@ -342,6 +342,7 @@ def test_the_command_line_may_trust_a_package(kept, tmp_path, monkeypatch):
     (tmp_path / "my_package/heads.py").write_text(
         "import os\nfrom os import *\nclass Head:\n    def __init__(self, width): pass\nclass _Hidden: pass\n"
     )
+    (tmp_path / "my_package/broken.py").write_text("import missing_on_windows\nclass Head: pass\n")
     monkeypatch.syspath_prepend(tmp_path)
 
     def head(target, **given):
@@ -363,7 +364,8 @@ def test_the_command_line_may_trust_a_package(kept, tmp_path, monkeypatch):
         ("my_package.heads._Hidden", "names it there"),
         ("my_package.heads.Head.__init__", "names it there"),
         ("my_package.heads", "neither a class nor a function"),
-        ("my_package.nothing.Head", "neither a class nor a function"),
+        ("my_package.nothing.Head", "is allowed, but cannot be imported here .*No module named 'my_package.nothing'"),
+        ("my_package.broken.Head", "is allowed, but cannot be imported here .*No module named 'missing_on_windows'"),
         ("my_packages.heads.Head", "names it there"),
     ):
         with pytest.raises(UserError, match=says):

@@ -367,7 +367,7 @@ def group_lives(group):
     for stat in os.listdir("/proc"):
         if stat.isdigit():
             try:
-                with open(f"/proc/{stat}/stat") as file:
+                with open(f"/proc/{stat}/stat", encoding="utf-8") as file:
                     state, _, of = file.read().rpartition(")")[2].split()[:3]
             except OSError:
                 continue

@@ -16,6 +16,7 @@ from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.trained_sizes import TrainedSizes, keep_scale
 from dinoseg.inference.whole import Whole
 from dinoseg.model import Segmenter
+from dinoseg.processes import control_groups
 from dinoseg.shapes import Prediction
 
 CPU = torch.device("cpu")
@@ -89,8 +90,9 @@ def test_free_memory_is_bounded_by_control_groups(tmp_path, monkeypatch, version
         (tmp_path / folder / limit).write_text(f"{values[0]}\n")
         (tmp_path / folder / usage).write_text(f"{values[1]}\n")
         (tmp_path / folder / "memory.stat").write_text(f"anon 5\n{dropped} {values[2]}\n")
-    monkeypatch.setattr(memory, "_PROC", tmp_path)
-    monkeypatch.setattr(memory, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(memory, "PROC", tmp_path)
+    monkeypatch.setattr(control_groups, "PROC", tmp_path)
+    monkeypatch.setattr(control_groups, "GROUPS", tmp_path)
     assert memory.free_bytes(CPU) == expected
 
 
@@ -199,8 +201,9 @@ def test_a_limit_of_addresses_bounds_what_is_free(tmp_path, monkeypatch):
     resource = pytest.importorskip("resource")
     (tmp_path / "self").mkdir()
     (tmp_path / "self/statm").write_text("3 2 1 1 0 1 0\n")
-    monkeypatch.setattr(memory, "_PROC", tmp_path)
-    monkeypatch.setattr(memory, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(memory, "PROC", tmp_path)
+    monkeypatch.setattr(control_groups, "PROC", tmp_path)
+    monkeypatch.setattr(control_groups, "GROUPS", tmp_path)
     monkeypatch.setattr(resource, "getrlimit", lambda which: (10 * resource.getpagesize(), -1))
     assert memory.free_bytes(CPU) == 7 * resource.getpagesize()
 

@@ -22,7 +22,7 @@ def test_the_same_command_goes_on_in_its_folder(trained_once, tmp_path):
     assert not list((tmp_path / "out").rglob(".*.part")) and not (tmp_path / "out_2").exists()
     other = call(tmp_path, *words, "mode.opacity=0.25")
     assert other.status == 1 and "mode.opacity was 0.5 and is 0.25" in other.err
-    with open(tmp_path / "out/run.log", "a") as log:
+    with open(tmp_path / "out/run.log", "a", encoding="utf-8") as log:
         fcntl.flock(log, fcntl.LOCK_EX)
         busy = call(tmp_path, *words)
     assert busy.status == 1 and "Another process is writing to" in busy.err

@@ -23,7 +23,7 @@ def test_a_mode_reads_groups_and_keys_that_there_are(compose):
 
 def roots_of(module, seen):
     """Return the root keys that a mode's module reads, with those of the modes it imports and of what resumes."""
-    text = Path(importlib.util.find_spec(module).origin).read_text()
+    text = Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8")
     seen.add(module)
     called = set(re.findall(r"from (dinoseg\.modes\.\w+) import", text)) - seen
     called |= {"dinoseg.runs.trained"} - seen if "load_trained" in text else set()

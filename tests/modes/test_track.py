@@ -89,7 +89,7 @@ def names(folder):
 def test_a_folder_of_frames(track):
     result = track()
     assert result["frames"] == 10 and result["objects"] == [1, 5] and result["frames_per_s"] > 0
-    log = Path("out/run.log").read_text()
+    log = Path("out/run.log").read_text(encoding="utf-8")
     assert "10 frames in" in log and "frames/s with reading and writing" in log
     assert names("out") == ["config", "masks", "objects.csv", "overlay.mp4", "run.log", "track.json"]
     found = masks("out")
@@ -101,13 +101,13 @@ def test_a_folder_of_frames(track):
             assert (here & (ids == label)).sum() / (here | (ids == label)).sum() > 0.55, (number, label)
     with Image.open("out/masks/00004.png") as image:
         assert image.mode == "P" and image.getpalette()[15:18] == [128, 0, 128]
-    with open("out/objects.csv", newline="") as file:
+    with open("out/objects.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 20 and rows[0] == {
         **{"frame": "0", "name": "00000", "id": "1", "area": "144", "centre_x": "9.5", "centre_y": "9.5"},
         **{"left": "4", "top": "4", "right": "15", "bottom": "15"},
     }
-    told = json.loads(Path("out/track.json").read_text())
+    told = json.loads(Path("out/track.json").read_text(encoding="utf-8"))
     assert told["settings"]["tracker"]["radius"] == 4 and told["settings"]["precision"] == "float32"
     assert told["labels"] == {"00000": "first.png"} and told["size"] == list(SIZE) and told["fps"] == 25
     assert told["frames"] == told["frames_timed"] == 10 and told["report_frames_per_s"] > 0
@@ -123,7 +123,7 @@ def test_a_video_and_another_protocol(track):
     changes = ["tracker=crw", "tracker.short=null", "tracker.context=2"]
     result = track(*changes, source="v.avi")
     assert result["frames"] == 6 and names("out/masks") == [f"{number:09d}.png" for number in range(6)]
-    told = json.loads(Path("out/track.json").read_text())
+    told = json.loads(Path("out/track.json").read_text(encoding="utf-8"))
     expected = {**asdict(CRW), "context": 2, "radius": 4}
     assert told["settings"]["tracker"] == expected and told["fps"] == 12.5
 
@@ -169,7 +169,7 @@ def stopped(track, monkeypatch):
 
 def test_a_stopped_run_goes_on_in_its_folder(track, stopped):
     result = track("mode.restart=cut", out="second")
-    assert re.search("Going on in cut after [36] frames", Path("second/run.log").read_text())
+    assert re.search("Going on in cut after [36] frames", Path("second/run.log").read_text(encoding="utf-8"))
     assert result["run"] == "cut" and names("second") == ["config", "run.log"]
     track(out="whole")
     assert same(masks("cut"), masks("whole")) and len(masks("cut")) == 10
@@ -277,7 +277,9 @@ def test_settings_out_of_range_are_refused(track):
 
 def test_a_mask_for_every_frame_is_warned_of(track):
     track(labels="masks")
-    assert "labels=masks has a mask for every frame: each is followed from" in Path("out/run.log").read_text()
+    assert "labels=masks has a mask for every frame: each is followed from" in Path("out/run.log").read_text(
+        encoding="utf-8"
+    )
 
 
 @pytest.mark.parametrize(("name", "settings"), [("crw", CRW), ("dino", DINO), ("dinov3", DINOV3)])
@@ -290,7 +292,7 @@ def test_the_configs_are_the_protocols(compose, name, settings):
 
 def resident():
     """Return the bytes of memory in use by this process."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * 4096
 
 
 @pytest.mark.heavy

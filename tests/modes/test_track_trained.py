@@ -45,7 +45,7 @@ def test_a_segmenter_is_smoothed(trained):
     flicker = json.loads((trained / "smooth/track.json").read_text())["flicker"]
     assert [flicker["before"], flicker["after"]] == pytest.approx(shares)
     assert f"{100 * shares[0]:.2f} %, smoothed {100 * shares[1]:.2f} %" in done.err
-    with open(trained / "smooth/objects.csv", newline="") as file:
+    with open(trained / "smooth/objects.csv", encoding="utf-8", newline="") as file:
         assert {row["id"] for row in csv.DictReader(file)} == {str(label) for label in np.unique(smooth)}
 
 

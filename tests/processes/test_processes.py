@@ -235,7 +235,7 @@ def living(group):
     found = []
     for process in filter(str.isdigit, os.listdir("/proc")):
         try:
-            with open(f"/proc/{process}/stat") as file:
+            with open(f"/proc/{process}/stat", encoding="utf-8") as file:
                 state, _, of = file.read().rpartition(")")[2].split()[:3]
         except OSError:
             continue

@@ -91,7 +91,7 @@ def test_what_is_the_same_for_all_is_computed_once(run):
 
 
 def test_the_best_stands_first(run):
-    with open(run.path / "leaderboard.csv", newline="") as file:
+    with open(run.path / "leaderboard.csv", encoding="utf-8", newline="") as file:
         table = list(csv.DictReader(file))
     assert {row["head"] for row in table} == {*NAMES}
     best = [float(row["val_miou"]) for row in table]
@@ -182,7 +182,7 @@ def test_a_head_that_diverges_drops_out_alone(folder, run, monkeypatch):
     path = folder / "dropped/heads"
     assert json.loads((path / "cnn/dropped.json").read_text())["step"] == 4 == step_of(path / "cnn")
     assert_same(path / "linear", run.path / "heads/linear")
-    with open(folder / "dropped/leaderboard.csv", newline="") as file:
+    with open(folder / "dropped/leaderboard.csv", encoding="utf-8", newline="") as file:
         table = {row["head"]: row for row in csv.DictReader(file)}
     assert "the loss is nan" in table["cnn"]["note"] and table["cnn"]["miou"] and not table["linear"]["note"]
     # once it goes on, what had dropped out stays out

@@ -17,7 +17,7 @@ def test_the_table_has_what_is_known(tmp_path):
     assert "75.00" in said and "300,000,000" in said and "0.0125" in said and said.splitlines()[-1].count("-") == 6
     assert "GiB" not in costs_table(ROWS[1:]) and "mIoU" in costs_table(ROWS[1:])
     write_costs(tmp_path / "runs.csv", ROWS)
-    with open(tmp_path / "runs.csv", newline="") as file:
+    with open(tmp_path / "runs.csv", encoding="utf-8", newline="") as file:
         a, b, c = csv.DictReader(file)
     assert [*a] == ["run", *COLUMNS] and float(a["miou"]) == 0.75 and b["memory_gib"] == "" and c["run"] == "c"
 

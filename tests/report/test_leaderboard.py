@@ -15,7 +15,7 @@ def test_the_best_stands_first_and_those_without_a_score_last(tmp_path, capsys):
     assert [line[0] for line in lines[2:5]] == ["good", "slow", "lost"]
     assert "val/miou %" in " ".join(lines[0])
     assert lines[2] == ["good", "1e-05", "75.00", "20", "74.99", "90.00", "2,000,000", "25.0"]
-    with open(tmp_path / "leaderboard.csv", newline="") as file:
+    with open(tmp_path / "leaderboard.csv", encoding="utf-8", newline="") as file:
         table = list(csv.DictReader(file))
     assert [row["head"] for row in table] == ["good", "slow", "lost"]
     assert table[0]["val_miou"] == "0.75" and table[1]["time_share"] == "0.125" and table[2]["miou"] == ""

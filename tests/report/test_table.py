@@ -44,7 +44,7 @@ def test_csv_and_json_hold_the_numbers(scores, tmp_path):
     write_scores_csv(tmp_path / "deep" / "scores.csv", scores, NAMES)
     write_json(tmp_path / "scores.json", scores)
     assert json.loads((tmp_path / "scores.json").read_text()) == scores
-    with open(tmp_path / "deep" / "scores.csv", newline="") as file:
+    with open(tmp_path / "deep" / "scores.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["class"] for row in rows] == NAMES
     assert float(rows[0]["iou"]) == scores["classes"][0]["iou"]

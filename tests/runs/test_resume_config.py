@@ -300,7 +300,7 @@ def test_auto_finds_a_run_that_was_moved_with_its_data(where, monkeypatch):
 def test_auto_passes_over_a_run_that_is_still_going(where, monkeypatch):
     monkeypatch.setattr(lookup, "PATIENCE", 0.1)
     assert train(where, "trainer.steps=1").status == 0
-    with open(runs(where)[0] / "run.log", "a") as file:
+    with open(runs(where)[0] / "run.log", "a", encoding="utf-8") as file:
         import fcntl
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -102,7 +102,9 @@ def test_words_that_are_no_text_are_kept_as_they_were_typed(tmp_path):
         (lambda where, patch: patch.setattr(run_folder.OmegaConf, "save", full), "No space left on device; "),
         (lambda where, patch: patch.setattr(score, "run", full), "MiB are free there. Make room and run it again"),
         (
-            lambda where, patch: patch.setattr(score, "run", lambda *_, **__: open(where / "gone/a.png")),
+            lambda where, patch: patch.setattr(
+                score, "run", lambda *_, **__: open(where / "gone/a.png", encoding="utf-8")
+            ),
             "gone/a.png: No",
         ),
     ],
@@ -150,7 +152,7 @@ def test_rows_on_a_full_disk_are_an_error_and_close_the_rest(tmp_path):
     with pytest.raises(UserError, match="No space left"), telling_file_errors(tmp_path):
         log = RunLog(tmp_path, tensorboard=False)
         log._file.close()
-        log._file = Path("/dev/full").open("w")
+        log._file = Path("/dev/full").open("w", encoding="utf-8")
         log._board = type("Board", (), {"close": lambda self: closed.append(True)})()
         with log:
             log.scalars(1, {"train/loss": 1.0})

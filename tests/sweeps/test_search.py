@@ -76,7 +76,7 @@ def test_a_killed_search_runs_again_what_was_running_and_comes_to_its_number(tmp
     search(tmp_path / "whole", whole, trials=6)
     with pytest.raises(KeyboardInterrupt):
         search(tmp_path / "cut", begun, trials=6)
-    with open(tmp_path / "cut/search.log", "a") as file:
+    with open(tmp_path / "cut/search.log", "a", encoding="utf-8") as file:
         file.write('{"op_code":6,"worker')  # cut off by the kill
     search(tmp_path / "cut", rest, trials=6)
     assert [*begun.done] == [0, 1, 2, 3] and [*rest.done] == [4, 5, 6]

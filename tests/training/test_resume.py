@@ -76,7 +76,7 @@ def newest(where: Path, kind="train") -> Path:
 def untimed(path: Path) -> list[dict]:
     """Return the rows without what tells of the machine."""
     timed = {"train/images_per_s", "train/data_wait", "train/memory_gib"}
-    rows = map(json.loads, path.read_text().splitlines())
+    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
     return [{key: value for key, value in row.items() if key not in timed} for row in rows]
 
 

@@ -65,6 +65,7 @@ class Draft:
     def finish(self, folder: Path) -> None:
         """Turn the draft, which has every item, into the store at `folder`, at once."""
         self._sync()
+        self._files.close()  # Windows renames no folder that holds open files
         write_index(self.folder, self.key, self.names, [self.extents[row] for row in range(len(self.names))])
         os.replace(self.folder, folder)
         # the journal last: a build that is killed before this line goes on from it
@@ -72,8 +73,9 @@ class Draft:
 
     def close(self) -> None:
         """Make what there is durable, as far as a full disk lets it."""
-        with contextlib.suppress(OSError):
-            self._sync()
+        if not self._pixels.closed:
+            with contextlib.suppress(OSError):
+                self._sync()
         self._files.close()
 
     def _sync(self) -> None:

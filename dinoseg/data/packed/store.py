@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import weakref
 import zlib
 from collections.abc import Sequence
@@ -119,15 +120,23 @@ class Store:
         """Return bytes of the file; not mapped, since reading a map of a file that was cut kills the process."""
         item = np.empty(size, np.uint8)
         try:
-            if self._pixels is None:
-                self._pixels = os.open(self.folder / PIXELS, os.O_RDONLY)
-                weakref.finalize(self, os.close, self._pixels)
-            got = os.preadv(self._pixels, [item.data], offset)
+            got = self._read_into(item, offset)
         except OSError as error:
             raise UserError(_gone(self.folder / PIXELS, str(error))) from None
         if got < size:
             raise UserError(_gone(self.folder / PIXELS, "it ends too early"))
         return item
+
+    def _read_into(self, item: np.ndarray, offset: int) -> int:
+        """Fill an array from a place of the file on; return how many bytes came."""
+        if sys.platform == "win32":  # without preadv; and an open file could not be removed
+            with open(self.folder / PIXELS, "rb", buffering=0) as file:
+                file.seek(offset)
+                return file.readinto(item.data)
+        if self._pixels is None:
+            self._pixels = os.open(self.folder / PIXELS, os.O_RDONLY)
+            weakref.finalize(self, os.close, self._pixels)
+        return os.preadv(self._pixels, [item.data], offset)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pixels": None, "_verified": set()}  # another process opens and verifies itself

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dinoseg.errors import UserError
 from dinoseg.storage import forms
+from dinoseg.storage.atomic import sync_to_disk
 from dinoseg.storage.tensor_files import write_tensors
 from dinoseg.wording import count_of, listed
 
@@ -129,13 +130,13 @@ def check_masks(folder: Path, names: Iterable[str]) -> None:
 
 def _flush(files: Sequence[Path]) -> None:
     for path in files:
-        _sync(path)
+        sync_to_disk(path)
     for parent in {path.parent for path in files}:
-        with suppress(OSError):  # some network file systems do not know it of folders
-            _sync(parent)
+        with suppress(OSError):  # Windows and some network file systems cannot flush folders
+            _sync_folder(parent)
 
 
-def _sync(path: Path) -> None:
+def _sync_folder(path: Path) -> None:
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)

@@ -88,7 +88,7 @@ def test_a_stop_anywhere_in_a_long_context(tmp_path, stop):
 
 def resident():
     """Return the bytes of memory in use by this process."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * 4096
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read as Linux shows it")

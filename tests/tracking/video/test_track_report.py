@@ -77,7 +77,7 @@ def test_the_overlay_and_the_table(run):
     seen, passed = write_track_report(FolderReader(run / "in"), run / "out", opacity=0.5)
     assert seen == [2] and passed.items == 3
     assert sorted(path.name for path in (run / "out").iterdir()) == ["masks", "objects.csv", "overlay.mp4"]
-    with open(run / "out/objects.csv", newline="") as file:
+    with open(run / "out/objects.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.reader(file))
     assert rows[0] == list(ObjectRow._fields)
     assert rows[1:] == [

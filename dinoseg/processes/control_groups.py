@@ -1,0 +1,40 @@
+"""Control groups of Linux, versions 1 and 2: the folders that limit this process, and its share of the processors."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+PROC, GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+
+
+def group_folders(controller: str) -> Iterator[Path]:
+    """Yield the folders of the groups that this process is in, each followed by those above it.
+
+    Args:
+        controller: `cpu` or `memory`, by which version 1 sorts its groups.
+    """
+    for line in read_text(PROC / "self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "" or controller in controllers.split(","):
+            root = GROUPS / controller if controllers else GROUPS
+            own = root / path.lstrip("/")
+            yield from (folder for folder in (own, *own.parents) if folder.is_relative_to(root))
+
+
+def cpu_quota() -> float:
+    """Return how many processors this process may keep busy, as containers limit it; infinity without a limit."""
+    quota = math.inf
+    for folder in group_folders("cpu"):
+        numbers = read_text(folder / "cpu.max").split()  # of version 2: `200000 100000`, or `max 100000`
+        numbers = numbers or [read_text(folder / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")]
+        if len(numbers) == 2 and all(number.isdecimal() and int(number) for number in numbers):  # `-1`: none
+            quota = min(quota, int(numbers[0]) / int(numbers[1]))
+    return quota
+
+
+def read_text(path: Path) -> str:
+    """Return what a file of the system holds, "" where there is none."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return ""

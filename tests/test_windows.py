@@ -1,0 +1,39 @@
+"""What Windows lacks is not needed: whole runs in a process that has no more than Windows offers."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dinoseg import __main__
+from dinoseg.processes.interrupt import passed_on
+
+
+@pytest.mark.heavy
+def test_every_module_and_whole_runs_need_nothing_that_windows_lacks(tmp_path):
+    command = [sys.executable, Path(__file__).with_name("as_on_windows.py"), tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    modules, *ended = done.stdout.splitlines()
+    assert ended == ["train: 0", "resume: 0", "eval: 0", "predict: 0"], done.stdout + done.stderr
+    assert int(modules) >= len(list(Path(__file__).parents[1].glob("dinoseg/**/[!_]*.py")))
+
+
+def test_a_letter_that_standard_output_does_not_know_is_escaped(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="cp1252"))
+    monkeypatch.setattr(__main__, "_command", lambda arguments: print("\u65e5.png"))
+    __main__.main()
+    assert written.getvalue() == b"\\u65e5.png\n"
+
+
+def test_on_windows_signals_are_not_passed_on_since_the_console_sends_them_to_all(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(os, "kill", lambda process, number: sent.append(process))
+    sent = []
+    with passed_on([7, 8]):
+        signal.raise_signal(signal.SIGTERM)
+    assert not sent
