@@ -54,6 +54,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "heads": Benchmark("many_heads.py", "", "--heads 2 --steps 2 --backbone tiny --repeats 1"),
     "step": Benchmark("head_step.py", "", "--heads detail --steps 4 --backbone backbone=tiny --repeats 1"),
     "attention": Benchmark("attention.py", "", "--shapes 1x2x130 --channels 8 --repeats 1"),
+    "busy": Benchmark("busy.py", "", "--steps 2 --size 32"),
     "packed": Benchmark("packed.py", "", "--frames 2 --repeats 1"),
     "scores": Benchmark("scores.py", "", "--repeats 1"),
     "vos": Benchmark("vos_scores.py", "", "--videos 2 --frames 4 --processes 1 --repeats 1"),

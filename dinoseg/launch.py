@@ -19,7 +19,7 @@ from dinoseg.command.extras import hush_schemas
 from dinoseg.config.plain import BUILDS, plain
 from dinoseg.config.resolvers import register_resolvers
 from dinoseg.errors import UserError, telling_file_errors
-from dinoseg.processes.cores import keep_to_share
+from dinoseg.processes.cores import keep_to_quota, keep_to_share, limit_spinning
 from dinoseg.processes.interrupt import Interrupted
 from dinoseg.processes.slurm import join_slurm
 from dinoseg.ranks import LAUNCH_KEYS, is_first_rank, run_mode, run_ranks, telling_shortages
@@ -70,6 +70,7 @@ def launch(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> Any:
         UserError: whatever the user can mend.
     """
     _check_words(cfg, overrides)
+    limit_spinning()
     if not isinstance(cfg.get("cache_dir", ""), str):
         raise UserError(f"cache_dir={plain(cfg)['cache_dir']}: give a folder, such as cache_dir=outputs/.cache.")
     if "devices" in cfg.mode:
@@ -79,6 +80,8 @@ def launch(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> Any:
     devices = cfg.mode.get("devices", 1)
     if not isinstance(devices, int) or devices < 1:
         raise UserError(f"engine.devices={devices}: give a whole number of at least 1.")
+    if devices == 1:  # ranks that are started from here keep to shares of their own
+        keep_to_quota()
     if not cfg.mode.get("keeps_folder", True):
         drop_empty(out_dir)
         return run_mode(cfg, out_dir)

@@ -1,5 +1,6 @@
 """How many of the machine's processors are this process's, alone or as one of several ranks, and its memory."""
 
+import math
 import os
 import re
 import sys
@@ -7,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from dinoseg.errors import UserError
+from dinoseg.processes.control_groups import cpu_quota
 
+_SPINS = "1000"  # `benchmarks/busy.py` compares numbers
 _TOPOLOGY = Path("/sys/devices/system/cpu")
 
 
 def count_cores() -> int:
-    """Return how many processors this process may use."""
-    return len(_usable())
+    """Return how many processors this process may use, and may keep busy as a container limits it."""
+    usable = len(_usable())
+    return max(1, min(usable, math.ceil(min(cpu_quota(), usable))))
 
 
 def machine_memory() -> int:
@@ -29,8 +33,7 @@ def cores_here() -> int:
     Slurm says it of a step, whether its tasks are bound to them or not; elsewhere those that this process may use are
     everybody's.
     """
-    said = os.environ.get("SLURM_CPUS_ON_NODE", "")
-    return int(said) if re.fullmatch("[1-9][0-9]{0,5}", said) else count_cores()
+    return _slurm_cores() or count_cores()
 
 
 def ranks_here() -> int:
@@ -52,7 +55,7 @@ def ranks_here() -> int:
 
 def share_of_cores() -> int:
     """Return how many processors are this rank's: an even share, one at least."""
-    return max(1, min(count_cores(), cores_here() // ranks_here()))
+    return _share(count_cores())
 
 
 def keep_to_share() -> None:
@@ -64,15 +67,45 @@ def keep_to_share() -> None:
     if os.environ.get("OMP_NUM_THREADS"):  # torchrun writes 1
         return
     usable = _usable()
-    threads = max(1, share_of_cores() * len({_core_of(number) for number in usable}) // len(usable))
+    cores = len({_core_of(number) for number in usable})
+    # a quota is of time on any processors, and so on as many cores
+    threads = min(share_of_cores(), max(1, _share(len(usable)) * cores // len(usable)))
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch: Any = sys.modules.get("torch")  # which reads it once
     if torch is not None:
         torch.set_num_threads(threads)
 
 
+def keep_to_quota() -> None:
+    """Let torch start as many threads as a container's limit lets run, where there is one that is below the machine."""
+    if count_cores() < len(_usable()):
+        keep_to_share()
+
+
+def limit_spinning() -> None:
+    """Let threads that wait for one another spin briefly before they sleep, unless the environment says how they wait.
+
+    Without a limit they spin for milliseconds after each of a step's thousands of parallel loops, and take the
+    processor from the thread that they wait for where another process is busy. libgomp, which is torch's OpenMP on
+    Linux, reads this when torch is imported; processes that are started later inherit it.
+    """
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = _SPINS
+
+
+def _share(cores: int) -> int:
+    return max(1, min(cores, (_slurm_cores() or cores) // ranks_here()))
+
+
+def _slurm_cores() -> int | None:
+    said = os.environ.get("SLURM_CPUS_ON_NODE", "")
+    return int(said) if re.fullmatch("[1-9][0-9]{0,5}", said) else None
+
+
 def _usable() -> set[int]:
-    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    if sys.platform == "linux":
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
 
 
 def _core_of(processor: int) -> str:

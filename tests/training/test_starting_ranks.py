@@ -1,5 +1,6 @@
 """Ranks that others start: Slurm's tasks, torchrun that starts them again; and those that never meet."""
 
+import math
 import os
 import signal
 import subprocess
@@ -26,7 +27,8 @@ OWN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_
 
 @pytest.fixture
 def environment(monkeypatch):
-    """Return an environment of its own, without ranks."""
+    """Return an environment of its own, without ranks and a container's limits."""
+    monkeypatch.setattr(cores, "cpu_quota", lambda: math.inf)
     monkeypatch.setattr(
         os, "environ", own := {k: v for k, v in os.environ.items() if k not in OWN and "SLURM" not in k}
     )
