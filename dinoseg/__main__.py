@@ -51,7 +51,8 @@ def _command(arguments: list[str]) -> None:
     from dinoseg.command.own_keys import with_own_keys
     from dinoseg.command.recipes import with_recipe_files
     from dinoseg.command.typos import check_patterns, explain, explain_value
-    from dinoseg.command.words import as_text, config_folders, flags_last
+    from dinoseg.command.words import as_text, flags_last
+    from dinoseg.config.options import config_folders
     from dinoseg.config.resolvers import register_resolvers
     from dinoseg.errors import UserError, telling_file_errors
 
@@ -125,7 +126,7 @@ def run(cfg):  # noqa: ANN001, ANN201 - hydra.main wants the bare signature
         sys.exit(stop.status)
     except Exception as error:
         from dinoseg.command.typos import misplaced
-        from dinoseg.command.words import config_folders
+        from dinoseg.config.options import config_folders
 
         if message := misplaced(words, config_folders(sys.argv[1:], Path(CONFIGS)), error):
             _tell(message)

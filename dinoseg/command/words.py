@@ -3,7 +3,6 @@
 import os
 import re
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -39,14 +38,6 @@ def flags_last(arguments: Sequence[str]) -> list[str]:
     """Return a command line with its flags behind the words, in which alone Hydra finds those on either side."""
     words = dict(assignments(arguments))
     return [*words.values(), *(word for position, word in enumerate(arguments) if position not in words)]
-
-
-def config_folders(arguments: Sequence[str], shipped: Path) -> list[Path]:
-    """Return the folders of config groups: the shipped one, and that of the user's own which `--config-dir` names."""
-    flags = ("--config-dir", "-cd")
-    named = [value for flag, value in pairwise(arguments) if flag in flags]
-    named += [word.partition("=")[2] for word in arguments if word.partition("=")[0] in flags and "=" in word]
-    return [shipped, *map(Path, named)]
 
 
 def as_text(arguments: Sequence[str], configs: Path) -> list[str]:

@@ -94,7 +94,8 @@ def _check_target(node: Mapping[str, Any], allowed: Entry, trust: Collection[str
         listed = f"there they name {', '.join(sorted(allowed.targets))}" if allowed.targets else "there they name none"
         raise UserError(
             f"{what}._target_={shown(target)} is refused: no config file on this machine names it there ({listed}). "
-            f"{REMEDY}; then say so with trust=[PACKAGE], which lets it use all of that package."
+            f"{REMEDY}. A part of your own needs the --config-dir DIR (or hydra.searchpath) of its training again; "
+            "trust=[PACKAGE] lets the file use all of that package."
         )
     known = target in allowed.targets
     if not isinstance(partial, bool) or (known and partial not in (allowed.partial or {False})):

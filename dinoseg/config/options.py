@@ -1,10 +1,19 @@
 """The options of config groups, which are files; a family of options is a folder of them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 RECIPES = "hparam"  # the group whose options have families
+
+
+def config_folders(arguments: Sequence[str], shipped: Path) -> list[Path]:
+    """Return the folders of config groups: the shipped one, and that of the user's own which `--config-dir` names."""
+    flags = ("--config-dir", "-cd")
+    named = [value for flag, value in pairwise(arguments) if flag in flags]
+    named += [word.partition("=")[2] for word in arguments if word.partition("=")[0] in flags and "=" in word]
+    return [shipped, *map(Path, named)]
 
 
 def options_of(group: Path) -> list[str]:

@@ -6,7 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from dinoseg.config.options import options_of
+from dinoseg.config.options import config_folders, options_of
 
 CONFIGS = Path(str(files("dinoseg"))) / "cfg"
 COMMANDS = """\
@@ -45,16 +45,24 @@ _FURTHER = (
 )
 
 
-def overview() -> str:
-    """Return the help text: commands, then every config group with its options."""
-    groups = sorted(path for path in CONFIGS.iterdir() if path.is_dir() and path.name not in ("hydra", "local"))
-    return COMMANDS + "\n".join(f"  {group.name + ':':{_COLUMN}}{_wrapped(_by_family(group))}" for group in groups)
+def overview(own: Sequence[Path] = ()) -> str:
+    """Return the help text: commands, then every config group with its options.
+
+    Args:
+        own: folders of config groups beside the shipped one.
+    """
+    names = sorted(path.name for path in CONFIGS.iterdir() if path.is_dir() and path.name not in ("hydra", "local"))
+    groups = {name: [folder / name for folder in (CONFIGS, *own)] for name in names}
+    return COMMANDS + "\n".join(
+        f"  {name + ':':{_COLUMN}}{_wrapped(_by_family(places))}" for name, places in groups.items()
+    )
 
 
 def help_for(arguments: Sequence[str]) -> str:
-    """Return the help text of a command line: that of the mode it names, if it does."""
+    """Return the help text of a command line: that of the mode it names, if it does; with options of `--config-dir`."""
+    own = config_folders(arguments, CONFIGS)[1:]
     modes = [word.removeprefix("mode=") for word in arguments if word.startswith("mode=") and word != "mode=help"]
-    return of_mode(modes[-1]) if modes and modes[-1] in options_of(CONFIGS / "mode") else overview()
+    return of_mode(modes[-1]) if modes and modes[-1] in options_of(CONFIGS / "mode") else overview(own)
 
 
 def of_mode(mode: str) -> str:
@@ -97,11 +105,18 @@ def show(cfg: Any, *, out_dir: Path) -> None:
     print(overview())
 
 
-def _by_family(group: Path) -> list[list[str]]:
-    """Return the words of a list of a group's options: those of no family, then each family's name and options."""
-    options = options_of(group)
+def _by_family(places: Sequence[Path]) -> list[list[str]]:
+    """Return the words of a list of a group's options: those of no family, then each family's name and options.
+
+    Args:
+        places: the group's folders.
+    """
+    options = sorted({option for place in places for option in options_of(place)})
     families = dict.fromkeys(option.partition("/")[0] for option in options if "/" in option)
-    members = [[f"{family}/", *options_of(group / family)] for family in families]
+    inside = [option.partition("/") for option in options]
+    members = [
+        [f"{family}/", *(name for first, slash, name in inside if slash and first == family)] for family in families
+    ]
     return [[option for option in options if "/" not in option], *members]
 
 

@@ -7,7 +7,7 @@ from command_line import SMALL, call, write_data
 from config_files import FOLDER
 
 from dinoseg.command.recipes import recipe_files, with_recipe_files
-from dinoseg.command.words import config_folders
+from dinoseg.config.options import config_folders
 from dinoseg.runs.lookup import resumed_checkpoint
 from dinoseg.training import checkpoint
 
