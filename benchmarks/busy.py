@@ -1,6 +1,6 @@
 """Print how long a training step takes on an idle machine and beside one busy process, by how threads wait.
 
-`python benchmarks/busy.py [--threads 2] [--steps 12] [--size 224] [--spins 1000 30000]`: a ViT-Tiny whose blocks all
+`python benchmarks/busy.py [--threads 2] [--steps 12] [--size 224] [--spins 1000 3000]`: a ViT-Tiny whose blocks all
 learn, in a process for each policy; the processes take turns, step by step, so that other load hits all alike. The
 reference is OpenMP's default policy on the idle machine, in the same run; each figure is a median. `--spins` adds
 other values of GOMP_SPINCOUNT.

@@ -144,7 +144,7 @@ def _bound_memory(more: int) -> None:
     try:
         import resource
 
-        with open("/proc/self/statm") as file:
+        with open("/proc/self/statm", encoding="utf-8") as file:
             taken = int(file.read().split()[0]) * resource.getpagesize()
     except (ImportError, OSError):  # Windows, macOS: the deadline alone holds
         return

@@ -10,7 +10,7 @@ from typing import Any
 from dinoseg.errors import UserError
 from dinoseg.processes.control_groups import cpu_quota
 
-_SPINS = "1000"  # `benchmarks/busy.py` compares numbers
+_SPINS = "300"  # `benchmarks/busy.py` compares numbers
 _TOPOLOGY = Path("/sys/devices/system/cpu")
 
 

@@ -149,12 +149,12 @@ def test_the_grid_is_reported_before_the_first_frame(track):
     assert (
         "Tracking 10 frames of 36 x 50 (height x width): the backbone sees them at 36 x 48, on a grid of 9 x 12 cells "
         "(tracker.enlarge=true tracker.short=72 is finer, and takes four times as long or more)"
-    ) in Path("out/run.log").read_text()
+    ) in Path("out/run.log").read_text(encoding="utf-8")
     track("tracker.short=72", "tracker.enlarge=true", out="large")
     assert (
         "sees them at 72 x 100, on a grid of 18 x 25 cells, enlarged to tracker.short=72: tracker.enlarge=false takes "
         "less time"
-    ) in Path("large/run.log").read_text()
+    ) in Path("large/run.log").read_text(encoding="utf-8")
 
 
 @pytest.fixture
