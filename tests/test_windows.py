@@ -11,6 +11,8 @@ import pytest
 
 from dinoseg import __main__
 from dinoseg.processes.interrupt import passed_on
+from dinoseg.storage.files import is_name
+from dinoseg.sweeps.study import open_study
 
 
 @pytest.mark.heavy
@@ -28,6 +30,19 @@ def test_a_letter_that_standard_output_does_not_know_is_escaped(monkeypatch):
     monkeypatch.setattr(__main__, "_command", lambda arguments: print("\u65e5.png"))
     __main__.main()
     assert written.getvalue() == b"\\u65e5.png\n"
+
+
+@pytest.mark.parametrize("text", ["..\\a", "a\\b", "C:a", "a:b"])
+def test_on_windows_more_signs_lead_out_of_a_folder(monkeypatch, text):
+    assert is_name(text)
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert not is_name(text) and is_name("a b")
+
+
+def test_a_search_makes_no_links(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "symlink", pytest.fail)
+    study = open_study(tmp_path / "search.log", "maximize", {}, ["a=range(1,3)"], [])
+    assert not study.get_trials() and (tmp_path / "search.log").is_file()
 
 
 def test_on_windows_signals_are_not_passed_on_since_the_console_sends_them_to_all(monkeypatch):

@@ -12,7 +12,6 @@ from typing import NoReturn
 from dinoseg.errors import UserError
 from dinoseg.storage.natural_order import natural_order
 
-_SEPARATORS = {"/", "\0"} | ({"\\", ":"} if sys.platform == "win32" else set())
 _KINDS = {
     stat.S_IFDIR: "folder",
     stat.S_IFIFO: "named pipe",
@@ -61,7 +60,8 @@ def is_pattern(source: str | PathLike[str]) -> bool:
 
 def is_name(text: str) -> bool:
     """Return whether a text names something in a folder itself, and nothing above or below it."""
-    return text not in ("", ".", "..") and not _SEPARATORS & {*text}
+    separators = "/\\:\0" if sys.platform == "win32" else "/\0"
+    return text not in ("", ".", "..") and not {*separators} & {*text}
 
 
 def check_regular(path: str | Path) -> None:
