@@ -20,6 +20,7 @@ from dinoseg.losses.full_resolution import LAUNCHED
 from dinoseg.model import Segmenter, trained_names
 from dinoseg.regimes.least_batch import least_batch
 from dinoseg.shapes import Prediction, mapped
+from dinoseg.training.frozen_casts import keep_casts
 from dinoseg.training.optim import tensors_of
 
 _BITS = {4: 0.516, 8: 1.002}  # bytes of a quantised weight, with the scales of its blocks or rows
@@ -96,6 +97,8 @@ def step_bytes(
     with walking(PeakBytes() if loss.accelerator else HeapBytes()) as peak:
         model.to_empty(device="cpu")
         weights = peak.now - saved
+        if bf16:
+            keep_casts(model)  # as `Engine.prepare` does
         state = _optimizer_bytes(cfg, model)
         average = sum(value.nbytes for _, value in tensors_of(model, trained_names(model))) if cfg.trainer.ema else 0
         activations = most = 0

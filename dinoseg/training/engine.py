@@ -17,6 +17,7 @@ from dinoseg.precision import NAMES, compute_dtype, has_tf32
 from dinoseg.ranges import Count, Natural, Positive
 from dinoseg.sizes import Size
 from dinoseg.training.compiled import compile_blocks
+from dinoseg.training.frozen_casts import keep_casts
 from dinoseg.training.loss_scale import LossScale
 from dinoseg.training.rendezvous import meet
 from dinoseg.training.sharding import Lockstep, shard, whole
@@ -177,8 +178,11 @@ class Engine:
         """Make a model that was placed ready to train: with several ranks, gradients are averaged over them.
 
         On several CUDA devices, BatchNorm takes its statistics over all of them; elsewhere each rank takes those of its
-        own images, and the first one's running means are scored and saved.
+        own images, and the first one's running means are scored and saved. Under autocast, frozen weights are cast
+        once, and not in every pass.
         """
+        if self.half and not (self.sharded or self.compile):
+            keep_casts(model)
         if self.sharded:
             return self.accelerator.prepare_model(model, evaluation_mode=True)  # it averages its gradients itself
         return self.accelerator.prepare(self._synchronised(model))

@@ -1,0 +1,49 @@
+"""Frozen layers that keep the half-precision copy of their weights, which autocast would make in every forward pass.
+
+Autocast caches casts of weights that need a gradient, and of no others. The float32 weights stay: checkpoints, hashes
+and passes outside autocast read them.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def keep_casts(model: nn.Module) -> None:
+    """Let each frozen linear layer and 2D convolution of a model cast its weights once; results stay the same bits."""
+    for part in model.modules():
+        kept = _KINDS.get(type(part))
+        if kept is not None and not any(parameter.requires_grad for parameter in part.parameters()):
+            part.__class__ = kept
+
+
+def _cast(layer: nn.Linear | nn.Conv2d, like: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return weight and bias as autocast gives them to a product with `like`, from `layer.kept` while that is valid."""
+    weight, bias, place = layer.weight, layer.bias, like.device.type
+    if torch.compiler.is_compiling() or not torch.is_autocast_enabled(place) or weight.requires_grad:
+        return weight, bias
+    if weight.dtype != torch.float32 or like.dtype == torch.float64:  # which autocast leaves as it is
+        return weight, bias
+    dtype, parts = torch.get_autocast_dtype(place), (weight, bias)
+    version = [dtype, weight.device, *(None if part is None else part._version for part in parts)]
+    kept: Any = vars(layer).get("kept")
+    if kept is None or kept[0] is not weight or kept[1] is not bias or kept[2] != version:
+        with torch.no_grad():
+            kept = vars(layer)["kept"] = *parts, version, *(None if part is None else part.to(dtype) for part in parts)
+    return kept[3:]
+
+
+class _Linear(nn.Linear):
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Multiply as `nn.Linear` does."""
+        return nn.functional.linear(inputs, *_cast(self, inputs))
+
+
+class _Conv2d(nn.Conv2d):
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Convolve as `nn.Conv2d` does."""
+        return self._conv_forward(inputs, *_cast(self, inputs))
+
+
+_KINDS: dict[type, type] = {nn.Linear: _Linear, nn.Conv2d: _Conv2d}

@@ -1,0 +1,114 @@
+"""Frozen layers under autocast: their weights are cast once, and nothing else changes."""
+
+import copy
+
+import pytest
+import torch
+from tiny_parts import tiny_vit
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dinoseg.adapters import Frozen, Lora
+from dinoseg.heads.linear import LinearHead
+from dinoseg.model import Segmenter
+from dinoseg.training.checkpoint import frozen_fingerprint
+from dinoseg.training.engine import Engine
+
+
+class Casts(TorchDispatchMode):
+    """Counts casts of a model's frozen parameters to half precision."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.frozen = {part.data_ptr() for part in model.parameters() if not part.requires_grad}
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default and kwargs.get("dtype") == torch.bfloat16:
+            self.count += args[0].data_ptr() in self.frozen
+        return func(*args, **(kwargs or {}))
+
+
+def segmenter(adapter):
+    torch.manual_seed(0)
+    model = Segmenter(adapter(tiny_vit()), LinearHead(24, 1, 3))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    return model.train()
+
+
+def step(model):
+    """Return outputs and gradients of a pass."""
+    torch.manual_seed(1)
+    images = torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = model(images).scores()
+    scores.float().square().mean().backward()
+    gradients = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+    model.zero_grad()
+    return {"scores": scores.detach(), **gradients}
+
+
+@pytest.mark.parametrize("adapter", [Frozen(), Lora(2, 4, targets="all_linear"), Lora(2, 4, blocks=1)])
+def test_frozen_weights_are_cast_once_and_nothing_else_changes(adapter):
+    model, engine = segmenter(adapter), Engine("cpu", "bf16")
+    plain = copy.deepcopy(model)
+    expected = step(plain)
+    before, state = (
+        frozen_fingerprint(model),
+        {name: value.clone() for name, value in model.backbone.state_dict().items()},
+    )
+    model = engine.prepare(model)
+    with Casts(plain) as casts:
+        step(plain)
+    assert casts.count > 20
+    with Casts(model) as casts:
+        first = step(model)
+        once, casts.count = casts.count, 0
+        again = step(model)
+    assert 20 < once and casts.count == 0
+    for found in (first, again):
+        assert found.keys() == expected.keys() and all(found[name].equal(expected[name]) for name in expected)
+    assert frozen_fingerprint(model) == before
+    assert model.backbone.state_dict().keys() == state.keys()
+    assert all(
+        value.equal(state[name]) and value.dtype == state[name].dtype
+        for name, value in model.backbone.state_dict().items()
+    )
+    images = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)  # outside autocast the float32 weights are read
+    assert torch.equal(model.backbone(images.float())[0], plain.backbone(images.float())[0])
+
+
+def test_changed_weights_and_another_type_are_cast_anew():
+    layer = nn.Linear(3, 2).requires_grad_(False)
+    engine, inputs = Engine("cpu", "bf16"), torch.randn(4, 3)
+    model = engine.prepare(nn.Sequential(layer))
+    with torch.autocast("cpu", torch.bfloat16):
+        first = layer(inputs)
+    layer.load_state_dict({name: 2 * value for name, value in layer.state_dict().items()})
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            found = layer(inputs)
+            assert found.dtype == dtype and found.equal(nn.functional.linear(inputs, layer.weight, layer.bias))
+    torch.testing.assert_close(found.float(), 2 * first.float(), rtol=0.02, atol=0.02)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other[0].weight.zero_()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert other[0](inputs).equal(other[0].bias.bfloat16().expand(4, 2)) and not layer(inputs).equal(
+            other[0](inputs)
+        )
+    layer.weight.requires_grad_(True)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(inputs).sum().backward()
+    assert layer.weight.grad.dtype == torch.float32
+
+
+def test_trained_layers_and_float32_runs_are_left_as_they_are():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False))
+    Engine("cpu", "fp32").prepare(model)
+    assert [type(part) for part in model] == [nn.Linear, nn.Linear]
+    model = Engine("cpu", "bf16").prepare(model)
+    assert type(model[0]) is nn.Linear and type(model[1]) is not nn.Linear and isinstance(model[1], nn.Linear)
