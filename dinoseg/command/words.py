@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -93,8 +94,9 @@ def is_sweep(arguments: Sequence[str]) -> bool:
     return bool({"-m", "--multirun"} & set(arguments))
 
 
+@lru_cache(maxsize=1024)  # each word is parsed about six times per launch, a millisecond each
 def parsed(word: str) -> Override | None:
-    """Return a word as Hydra reads it; None where it cannot."""
+    """Return a word as Hydra reads it, to be read only; None where it cannot."""
     try:
         return OverridesParser.create().parse_override(word)
     except (HydraException, ValueError):  # of a number of more digits than Python reads
