@@ -15,7 +15,7 @@ from av.video.reformatter import VideoReformatter
 from dinoseg.errors import UserError
 from dinoseg.inference.sound import Sound
 from dinoseg.inference.video_file import VideoTraits
-from dinoseg.storage.atomic import part_of
+from dinoseg.storage.atomic import new_part
 
 # H.264 plays everywhere; builds of PyAV without x264 have one of the others
 # (x264 by its trees of macroblocks gives other bytes for the second video of a process than for the first)
@@ -66,12 +66,12 @@ class VideoWriter:
         self._step = max(1, round(1 / rate / self._tick))  # ticks of a frame without a time
         self._last = -self._step  # when the frame before was shown, in ticks
         self._reformatter = VideoReformatter()
-        self._part = part_of(self.path)
         codec = next((name for name in _CODECS if name in av.codecs_available), None)
         if codec is None:
             raise UserError(
                 f"Cannot write {path}: PyAV has none of the encoders {', '.join(_CODECS)}. Install av anew."
             )
+        self._part = new_part(self.path)
         matrix = None if like is None else like.colours[2]
         self._matrix = matrix if matrix in _MATRICES else None
         try:

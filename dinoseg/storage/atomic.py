@@ -1,7 +1,8 @@
 """Files and folders that appear whole or not at all: written beside their place under a hidden name, then renamed.
 
-The name tells the process: `.NAME.PROCESS-MACHINE.part`, and `.old` of a folder that is being replaced. What a killed
-process leaves so is removed by the next one that writes to the same folder; what a living one writes stays.
+The name tells the process: `.NAME.PROCESS-MACHINE-RANDOM.part`, and `.old` of a folder that is being replaced. What a
+killed process leaves so is removed by the next one that writes to the same folder; what a living one writes stays.
+The random digits and the exclusive creation keep other users of a shared folder from laying a link at that name.
 """
 
 import functools
@@ -10,6 +11,7 @@ import json
 import os
 import platform
 import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,7 +19,9 @@ from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
-_HIDDEN = re.compile(r"\.(?P<name>.+)\.(?P<process>\d+)-(?P<machine>[0-9a-f]{6})\.(?P<kind>part|old)", re.DOTALL)
+_HIDDEN = re.compile(
+    r"\.(?P<name>.+)\.(?P<process>\d+)-(?P<machine>[0-9a-f]{6})-[0-9a-f]{8}\.(?P<kind>part|old)", re.DOTALL
+)
 _looked_at: set[Path] = set()  # folders that this process has written to
 
 
@@ -31,7 +35,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         OSError: it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = part_of(path)
+    part = new_part(path)
     try:
         yield part
         os.replace(part, path)
@@ -62,25 +66,38 @@ def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
     Raises:
         OSError: it cannot be made.
     """
-    part = part_of(parent / name)
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    parent.mkdir(parents=True, exist_ok=True)
+    part = _hidden_name(parent / name)
+    part.mkdir()
     try:
         yield part
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def part_of(path: Path) -> Path:
-    """Return the hidden name beside `path` under which this process, and no other one, writes it.
+def new_part(path: Path) -> Path:
+    """Create an empty file of a hidden name beside `path`, for this process alone to write and rename.
 
-    The first time in a folder, what killed processes have left there is removed.
+    Raises:
+        OSError: it cannot be created.
     """
+    part = _hidden_name(path)
+    with open(part, "xb", opener=open_no_link):
+        return part
+
+
+def open_no_link(path: str, flags: int) -> int:
+    """Open a file for `open(opener=)`, and refuse a symbolic link in its place where the platform can."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
+def _hidden_name(path: Path) -> Path:
+    """Return a new hidden name beside `path`; the first time in a folder, remove what killed processes left there."""
     folder = path.parent.absolute()
     if folder not in _looked_at:
         _looked_at.add(folder)
         remove_dead(folder)
-    return path.with_name(f".{path.name}.{os.getpid()}-{_machine()}.part")
+    return path.with_name(f".{path.name}.{os.getpid()}-{_machine()}-{secrets.token_hex(4)}.part")
 
 
 def remove_dead(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Lock files: one process at a time, until it lets go or ends in whatever way; imports the standard library alone."""
+"""Lock files: one process at a time, until it lets go or ends in whatever way."""
 
 import contextlib
 import errno
@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
+
+from dinoseg.storage.atomic import open_no_link
 
 log = logging.getLogger(__name__)
 _POLL = 0.2  # seconds between two attempts to lock a file
@@ -33,7 +35,7 @@ def acquire(path: Path, *, wait: bool = False) -> IO[str] | None:
     while True:
         if path.exists() and not path.is_file():  # a pipe would be waited for
             raise OSError(errno.EINVAL, "not a regular file", str(path))
-        file = open(path, "a", encoding="utf-8")
+        file = open(path, "a", encoding="utf-8", opener=open_no_link)
         if not _lock(file, path, wait):
             file.close()
             return None

@@ -16,7 +16,7 @@ from dinoseg.runs import folder as run_folder
 from dinoseg.runs.folder import claim, drop_bare, drop_empty, has_results, release, write_config
 from dinoseg.runs.log_file import LogFile
 from dinoseg.runs.unread import warn_not_read
-from dinoseg.storage.atomic import part_of
+from dinoseg.storage.atomic import _machine
 
 WRONG = ("mode=score", "protocol=davis2017")  # ends before it does anything: no folders are named
 
@@ -59,8 +59,7 @@ def test_dropping_never_fails(tmp_path):
 
 
 def test_what_a_killed_export_left_goes_with_the_next_one_that_is_asked_for_that_folder(tmp_path):
-    half = part_of(tmp_path / "run/export")
-    half = half.with_name(half.name.replace(str(os.getpid()), "999999999"))
+    half = tmp_path / f"run/.export.999999999-{_machine()}-00000000.part"
     half.mkdir(parents=True)
     (half / "model.onnx").write_bytes(b"half")
     (tmp_path / "run/run.log").touch()

@@ -8,8 +8,9 @@ import sys
 
 import pytest
 
+from dinoseg.storage import locks
 from dinoseg.storage.atomic import (
-    part_of,
+    _machine,
     remove_parts,
     whole_file,
     whole_folder,
@@ -27,6 +28,38 @@ def test_a_file_takes_its_name_at_the_end_or_vanishes(tmp_path):
         part.write_bytes(b"2")
         raise KeyboardInterrupt
     assert path.read_bytes() == b"1" and list(path.parent.iterdir()) == [path]
+
+
+@pytest.fixture
+def foreseen(monkeypatch):
+    """Let the next temporary name be known, as to somebody who guesses it."""
+    monkeypatch.setattr("secrets.token_hex", lambda count: "00" * count)
+    return f"{os.getpid()}-{_machine()}-00000000"
+
+
+def test_temporary_names_are_random(tmp_path):
+    with whole_file(tmp_path / "a") as first, whole_file(tmp_path / "a") as second:
+        assert first != second and first.exists() and second.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_link_at_a_temporary_name_is_never_written_through(tmp_path, foreseen):
+    mine, shared = tmp_path / "mine", tmp_path / "shared"
+    shared.mkdir()
+    mine.write_text("of value")
+    for name in ("a", "b", "gone"):
+        (shared / f".{name}.{foreseen}.part").symlink_to(mine if name == "a" else tmp_path / "new")
+    for write in (whole_file(shared / "a"), whole_folder(shared / "b"), whole_file(shared / "gone")):
+        with pytest.raises(FileExistsError), write:
+            pass
+    assert mine.read_text() == "of value" and not (tmp_path / "new").exists()
+
+
+def test_a_link_at_the_place_of_a_lock_is_refused(tmp_path):
+    (tmp_path / ".lock").symlink_to(tmp_path / "new")
+    with pytest.raises(OSError, match="symbolic link"):
+        locks.acquire(tmp_path / ".lock")
+    assert not (tmp_path / "new").exists()
 
 
 def test_json_refuses_what_json_cannot_say_and_leaves_the_old_file(tmp_path):
@@ -77,7 +110,7 @@ def test_a_temporary_folder_is_private_until_the_end(tmp_path):
 
 
 def test_a_folder_takes_the_place_of_another_and_holds_nothing_of_a_killed_process(tmp_path):
-    for name in ("a", part_of(tmp_path / "a").name):
+    for name in ("a", f".a.999999999-{_machine()}-00000000.part"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "old.txt").touch()
     with whole_folder(tmp_path / "a") as part:
@@ -120,11 +153,16 @@ def test_the_next_process_clears_what_a_killed_one_has_left_and_nothing_of_a_liv
     (tmp_path / "b").mkdir()
     (tmp_path / "b/old.txt").touch()
     done = subprocess.run([sys.executable, "-c", KILLED, tmp_path], env={"PYTHONPATH": os.pathsep.join(sys.path)})
-    left = sorted(re.sub(r"\d+-\w{6}", "MARK", found.name) for found in tmp_path.iterdir())
+    left = sorted(re.sub(r"\d+-\w{6}-\w{8}", "MARK", found.name) for found in tmp_path.iterdir())
     assert done.returncode == -9 and left == [".a.bin.MARK.part", ".b.MARK.old", ".b.MARK.part", ".export.MARK.part"]
-    machine = part_of(tmp_path / "elsewhere/x").name[-11:-5]
+    machine = _machine()
     elsewhere = ("0" if machine[0] != "0" else "1") + machine[1:]
-    theirs = (f".c.{os.getppid()}-{machine}.part", f".d.999999999-{elsewhere}.part", ".e.999999999.part", ".f.part")
+    theirs = (
+        f".c.{os.getppid()}-{machine}-{'0' * 8}.part",
+        f".d.999999999-{elsewhere}-{'0' * 8}.part",
+        ".e.999999999.part",
+        ".f.part",
+    )
     for name in theirs:
         (tmp_path / name).touch()
     write_text(tmp_path / "new.txt", "")

@@ -13,7 +13,7 @@ import numpy as np
 from dinoseg.data.packed.store import EXTENT_FORM, PIXELS, Extent, StoreKey, aligned, checksum, write_index
 from dinoseg.report.progress import Bar
 from dinoseg.storage import forms
-from dinoseg.storage.atomic import write_whole
+from dinoseg.storage.atomic import open_no_link, write_whole
 
 _JOURNAL = "journal.jsonl"
 _LINE_FORM = forms.row(forms.whole(), *EXTENT_FORM)
@@ -116,5 +116,4 @@ class Draft:
 
 
 def _open(path: Path) -> RawIOBase:
-    path.touch()
-    return open(path, "r+b", buffering=0)
+    return open(path, "r+b", buffering=0, opener=lambda path, flags: open_no_link(path, flags | os.O_CREAT))

@@ -15,6 +15,7 @@ import numpy as np
 from dinoseg.annotation.drawing import MOST_PIXELS
 from dinoseg.errors import UserError
 from dinoseg.storage import forms
+from dinoseg.storage.atomic import open_no_link
 from dinoseg.storage.units import finished
 
 PIXELS, INDEX = "pixels.bin", "index.json"
@@ -165,7 +166,7 @@ def write_index(folder: Path, key: StoreKey, names: Sequence[str], extents: Sequ
     """Write what `open_store` reads."""
     numbers = [[extent.offset, extent.height, extent.width, extent.crc] for extent in extents]
     content = {"key": asdict(key), "names": list(names), "places": numbers}
-    with open(folder / INDEX, "w", encoding="utf-8") as file:
+    with open(folder / INDEX, "w", encoding="utf-8", opener=open_no_link) as file:
         json.dump(content, file)
         file.flush()
         os.fsync(file.fileno())

@@ -256,7 +256,7 @@ def test_a_folder_that_cannot_be_written_is_told_and_ends_nothing(tmp_path, capl
 
 def test_what_a_killed_process_left_half_written_goes(tmp_path):
     fill(DiskStore(tmp_path, "a", "float16"), [0])
-    part = tmp_path / "a" / f".{KEYS[1]}.features.999999999-{atomic._machine()}.part"
+    part = tmp_path / "a" / f".{KEYS[1]}.features.999999999-{atomic._machine()}-00000000.part"
     part.write_bytes(b"half")
     atomic._looked_at.clear()
     fill(DiskStore(tmp_path, "a", "float16"), [2])
