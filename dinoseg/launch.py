@@ -36,6 +36,7 @@ from dinoseg.runs.folder import (
     will_make,
     write_config,
 )
+from dinoseg.storage.private import check_private
 from dinoseg.wording import printable
 
 _OWN_NAME = re.compile(r"[a-z]+_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")  # as cfg/hydra/run.yaml names a run's folder
@@ -73,6 +74,8 @@ def launch(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> Any:
     limit_spinning()
     if not isinstance(cfg.get("cache_dir", ""), str):
         raise UserError(f"cache_dir={plain(cfg)['cache_dir']}: give a folder, such as cache_dir=outputs/.cache.")
+    if "cache_dir" in cfg.mode.get("reads", ()) and cfg.get("shared_cache") is not True:
+        check_private(Path(cfg.cache_dir).expanduser(), "cache_dir")
     if "devices" in cfg.mode:
         join_slurm()
         if "WORLD_SIZE" in os.environ:
