@@ -9,8 +9,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dinoseg.config.guard import ACTING
 from dinoseg.errors import UserError
 from dinoseg.runs.recipe import SAVED
-from dinoseg.storage.files import check_regular
-from dinoseg.storage.forms import Misshapen
+from dinoseg.storage.forms import Misshapen, read_regular
 from dinoseg.storage.yaml_text import parse_yaml
 
 BROKEN = (OSError, UnicodeError, KeyError, TypeError, AssertionError, Misshapen, OmegaConfBaseException)
@@ -29,13 +28,11 @@ def config_text(path: Path) -> str:
     """Return a config file's text.
 
     Raises:
-        UserError: it is no plain file, or too large for a config.
+        UserError: it is no plain file.
+        Misshapen: it is too large for a config.
         OSError: it is not there.
     """
-    check_regular(path)
-    if path.stat().st_size > _LARGEST:
-        raise UserError(f"{path} is no config: it is larger than {_LARGEST} bytes.")
-    return path.read_text(encoding="utf-8")
+    return read_regular(path, _LARGEST).decode()
 
 
 def config_of(text: str) -> dict[str, Any]:

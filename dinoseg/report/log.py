@@ -15,11 +15,11 @@ from dinoseg.errors import UserError
 from dinoseg.images import write_png
 from dinoseg.storage import forms
 from dinoseg.storage.atomic import write_text
-from dinoseg.storage.files import check_regular
 
 _BOARD = "tensorboard"
 _STEP = re.compile(r"step_(\d+)")  # a folder of pictures
 _ROW = forms.table(forms.maybe(forms.number(-1e300, 1e300)))
+_MOST_BYTES = 2**30  # of a log: a row has about 300, and a training at most some millions of them
 
 
 class RunLog:
@@ -114,8 +114,9 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     """
     path = Path(path)
     try:
-        check_regular(path)
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        lines = forms.read_regular(path, _MOST_BYTES).decode("utf-8", errors="replace").split("\n")
+    except forms.Misshapen as error:
+        raise UserError(f"{path} is no log of a training ({error}). Remove it.") from None
     except OSError as error:
         raise UserError(f"Cannot read {path} ({error.strerror}). Give the folder of a training run.") from None
     rows = []

@@ -87,8 +87,8 @@ def new_part(path: Path) -> Path:
 
 
 def open_no_link(path: str, flags: int) -> int:
-    """Open a file for `open(opener=)`, and refuse a symbolic link in its place where the platform can."""
-    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    """Open a file for `open(opener=)`; refuse a symbolic link and wait for no pipe in its place, where that can be."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
 
 
 def _hidden_name(path: Path) -> Path:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Collection, Iterator
 from os import PathLike
 from pathlib import Path
-from typing import NoReturn
+from typing import BinaryIO, NoReturn
 
 from dinoseg.errors import UserError
 from dinoseg.storage.natural_order import natural_order
@@ -71,9 +71,30 @@ def check_regular(path: str | Path) -> None:
         UserError: it is none.
         OSError: nothing is there, or it may not be looked at.
     """
-    mode = os.stat(path).st_mode
-    if not stat.S_ISREG(mode):
-        raise UserError(f"{path} is a {_KINDS.get(stat.S_IFMT(mode), 'special file')}. Put a file there, or remove it.")
+    _check_kind(path, os.stat(path))
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a file for reading, and check that what was opened is one: it may have been replaced since a check.
+
+    Raises:
+        UserError: it is no file but, say, a pipe.
+        OSError: nothing is there, or it cannot be read.
+    """
+    check_regular(path)
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
+    try:
+        _check_kind(path, os.fstat(file.fileno()))
+    except UserError:
+        file.close()
+        raise
+    return file
+
+
+def _check_kind(path: str | Path, status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "special file")
+        raise UserError(f"{path} is a {kind}. Put a file there, or remove it.")
 
 
 def visible_files(top: Path) -> Iterator[tuple[Path, list[str]]]:

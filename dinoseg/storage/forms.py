@@ -5,6 +5,7 @@ A form is a function from a value, and the place where it stands, to nothing: it
 
 import json
 import math
+import os
 import re
 import sys
 import zipfile
@@ -14,11 +15,12 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from dinoseg.storage.files import check_regular
+from dinoseg.storage.files import open_regular
 
 Form = Callable[[Any, str], None]
 _DEEPEST = 16  # of what is plain, whatever it means
 _LARGEST = 2**63 - 1
+_MOST_BYTES = 2**32  # of a JSON file; a sparse one may say that it has more than any memory
 _GREATEST = sys.float_info.max  # beyond it a whole number of JSON becomes no float
 
 
@@ -32,10 +34,23 @@ def read_json(path: Path, form: Form) -> Any:
     Raises:
         OSError: the file is missing, or cannot be read.
         UserError: it is no file but, say, a pipe.
-        Misshapen: it is no JSON, or of another form.
+        Misshapen: it is no JSON, or of another form, or larger than 4 GiB.
     """
-    check_regular(path)
-    return parse_json(path.read_bytes(), form)
+    return parse_json(read_regular(path, _MOST_BYTES), form)
+
+
+def read_regular(path: str | Path, most: int) -> bytes:
+    """Return the content of a file of `most` bytes at most.
+
+    Raises:
+        UserError: it is no file but, say, a pipe.
+        Misshapen: it is larger.
+        OSError: nothing is there, or it cannot be read.
+    """
+    with open_regular(path) as file:
+        if (size := os.fstat(file.fileno()).st_size) > most:
+            raise Misshapen(f"it has {size} bytes, and {most} are read at most")
+        return file.read(most)
 
 
 def parse_json(text: str | bytes, form: Form, *, finite: bool = True) -> Any:
@@ -78,8 +93,7 @@ def read_arrays(path: Path, forms: Mapping[str, tuple[str, int]]) -> dict[str, n
         UserError: it is no file but, say, a pipe.
         Misshapen: it is damaged, or an array is missing, of another type, or another size than it says.
     """
-    check_regular(path)
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         try:
             with zipfile.ZipFile(file) as archive:
                 return {name: _array(archive, name, *form) for name, form in forms.items()}

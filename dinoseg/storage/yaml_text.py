@@ -6,8 +6,7 @@ from typing import Any
 
 import yaml
 
-from dinoseg.storage.files import check_regular
-from dinoseg.storage.forms import Misshapen
+from dinoseg.storage.forms import Misshapen, read_regular
 
 _DEEPEST = 32  # levels
 _LARGEST = 2**63 - 1  # of a whole number; one of thousands of digits ends whoever prints it
@@ -21,11 +20,8 @@ def read_yaml(path: Path, most: int) -> Any:
         UserError: it is no file but, say, a pipe.
         Misshapen: it is larger, or as `parse_yaml`.
     """
-    check_regular(path)
-    if (size := path.stat().st_size) > most:
-        raise Misshapen(f"it has {size} bytes, and {most} are read at most")
     try:
-        return parse_yaml(path.read_text(encoding="utf-8-sig"))
+        return parse_yaml(read_regular(path, most).decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise Misshapen(f"its byte {error.start} is no text: save it as UTF-8") from None
 

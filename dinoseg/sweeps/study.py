@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from dinoseg.errors import UserError
-from dinoseg.storage.files import check_regular
+from dinoseg.storage.forms import Misshapen, read_regular
 from dinoseg.wording import printable
 
 _WORDS, _FIXED = "words", "fixed"  # what a study is told of itself
 _FIRST = b'{"op_code":0,'  # how optuna's file begins: a study is made
+_MOST_BYTES = 2**30  # of its file: a job takes some thousands
 _REMEDY = "Choose another hydra.sweeper.storage, or remove the file."
 
 
@@ -71,8 +72,10 @@ def _drop_cut_line(path: Path) -> None:
     """Remove what a process that was killed, or a full disk, has left of a line: optuna would refuse the file."""
     if not path.exists():
         return
-    check_regular(path)
-    text = path.read_bytes()
+    try:
+        text = read_regular(path, _MOST_BYTES)
+    except Misshapen as error:
+        raise UserError(f"hydra.sweeper.storage={path} is no search ({error}). {_REMEDY}") from None
     if text[: len(_FIRST)] != _FIRST[: len(text)]:
         raise UserError(f"hydra.sweeper.storage={path} holds something else than a search. Choose another file.")
     if not text.endswith(b"\n"):

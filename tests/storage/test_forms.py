@@ -254,3 +254,24 @@ def test_tensors_of_a_state_have_their_form(change, message):
     check_state(state, forms)
     with pytest.raises(ValueError, match=message):
         check_state({**state, **change}, forms)
+
+
+@pytest.mark.parametrize(
+    "read", [lambda path: forms.read_json(path, forms.plain), lambda path: forms.read_arrays(path, {})]
+)
+def test_a_pipe_that_takes_the_place_of_a_file_after_the_check_is_not_waited_for(read, tmp_path, monkeypatch):
+    def check_then_swap(path):
+        path.unlink()
+        os.mkfifo(path)
+
+    (tmp_path / "a").write_text("{}")
+    monkeypatch.setattr("dinoseg.storage.files.check_regular", check_then_swap)
+    with pytest.raises(UserError, match="is a named pipe"):
+        read(tmp_path / "a")
+
+
+def test_a_file_that_says_it_is_larger_than_memory_is_refused(tmp_path):
+    (tmp_path / "a").touch()
+    os.truncate(tmp_path / "a", 2**40)
+    with pytest.raises(forms.Misshapen, match="1099511627776 bytes"):
+        forms.read_json(tmp_path / "a", forms.plain)

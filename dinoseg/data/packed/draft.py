@@ -1,8 +1,10 @@
 """A store that is being packed: appended item by item, with a journal to go on from after a kill."""
 
 import contextlib
+import errno
 import json
 import os
+import stat
 from collections.abc import Sequence
 from dataclasses import asdict
 from io import RawIOBase
@@ -17,6 +19,7 @@ from dinoseg.storage.atomic import open_no_link, write_whole
 
 _JOURNAL = "journal.jsonl"
 _LINE_FORM = forms.row(forms.whole(), *EXTENT_FORM)
+_LONGEST_LINE = 128  # bytes of an item's: five whole numbers
 _SYNC_EVERY = 256 * 2**20  # bytes that a power cut may cost
 
 
@@ -86,7 +89,8 @@ class Draft:
     def _recover(self) -> None:
         """Keep the items up to the first that is not as its journal line says, and cut the rest off."""
         header = json.dumps(asdict(self.key)).encode() + b"\n"
-        first, *lines = self._journal.read().splitlines(keepends=True) or [b""]
+        longest = len(json.dumps(asdict(self.key))) + _LONGEST_LINE * len(self.names)
+        first, *lines = self._journal.read(longest).splitlines(keepends=True) or [b""]
         trusted = len(first) if first == header else 0  # bytes; of another data set's journal none
         for line in Bar(lines if trusted else [], desc="checking", unit="image", delay=2, leave=False):
             try:
@@ -116,4 +120,8 @@ class Draft:
 
 
 def _open(path: Path) -> RawIOBase:
-    return open(path, "r+b", buffering=0, opener=lambda path, flags: open_no_link(path, flags | os.O_CREAT))
+    file = open(path, "r+b", buffering=0, opener=lambda path, flags: open_no_link(path, flags | os.O_CREAT))
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return file

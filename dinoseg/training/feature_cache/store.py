@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dinoseg.errors import DISK_FULL, free_space
 from dinoseg.ranges import Positive
-from dinoseg.storage.atomic import whole_file, write_whole
+from dinoseg.storage.atomic import open_no_link, whole_file, write_whole
 from dinoseg.storage.forms import Misshapen
 from dinoseg.training.feature_cache.form import MOST_BYTES, Stored, from_bytes, restored, rounded, to_bytes, type_of
 from dinoseg.wording import in_bytes
@@ -258,7 +258,9 @@ def _read(path: Path, *, touch: bool) -> np.ndarray:
     if not 0 < status.st_size <= MOST_BYTES:
         raise Misshapen(f"it has {status.st_size} bytes")
     content = np.empty(status.st_size, np.uint8)
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=open_no_link) as file:
+        if not os.path.samestat(status, os.fstat(file.fileno())):
+            raise Misshapen("it was replaced while it was opened")
         if file.readinto(content.data) < len(content):
             raise Misshapen("it ends too early")
     if touch:
