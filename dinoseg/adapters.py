@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dinoseg.bounded_regex import Pattern
 from dinoseg.contracts import Backbone
@@ -208,6 +208,25 @@ def merge(backbone: Backbone) -> Backbone:
             parent, _, child = name.rpartition(".")
             setattr(backbone.get_submodule(parent), child, part.get_base_layer())
     return backbone
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return a model's state dict in which quantised weights are float32 tensors of the values that they stand for.
+
+    It has the names of the same model without quantisation.
+    """
+    state = model.state_dict()
+    for where, part in list(model.named_modules()):
+        if not type(part).__module__.startswith("bitsandbytes."):
+            continue
+        from peft.utils.integrations import dequantize_module_weight
+
+        for name in part.state_dict():
+            del state[f"{where}.{name}"]
+        state[f"{where}.weight"] = dequantize_module_weight(part).detach().float()
+        if part.bias is not None:
+            state[f"{where}.bias"] = part.bias.detach().float()
+    return state
 
 
 def check_bits(bits: int | None, device: str) -> None:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,12 @@ from dinoseg.exporting.graph import record_of
 from dinoseg.exporting.options import GraphOptions
 from dinoseg.exporting.pictures import Picture, pictures
 from dinoseg.exporting.proof import Reference, compare, exported, passes
-from dinoseg.inference.trained_sizes import TrainedSizes, keep_scale
+from dinoseg.inference.trained_sizes import keep_scale
+from dinoseg.model import Segmenter
 from dinoseg.portable.facts import Facts
 from dinoseg.portable.onnx_record import GraphRecord
 from dinoseg.portable.write import facts_of
-from dinoseg.runs.trained import load_trained, with_whole_weights
+from dinoseg.runs.trained import load_trained, sizes_to_keep, with_whole_weights
 from dinoseg.storage.atomic import scratch_folder, write_json
 
 REPORT = "export_report.json"
@@ -32,19 +34,21 @@ REPORT = "export_report.json"
 class Prepared:
     """A trained model ready to be exported, and what it will be compared on."""
 
-    reference: Reference
+    reference: Reference  # the trained model, with the weights that it was trained and scored with
+    model: Segmenter  # what is exported: the same weights in float32, LoRA updates merged
     record: GraphRecord
     reason: str | None  # why its size is fixed; None: it is open
     facts: Facts
     pictures: list[Picture]
     folder: Path  # where files are made, beside their place; it vanishes
+    rounding: str | None  # key of the trained model's low-precision arithmetic, which the file does in float32
 
 
 @contextmanager
 def prepared(
     cfg: DictConfig, out_dir: Path, options: GraphOptions, *, opset: int | None = None, precision: str = "float32"
 ) -> Iterator[Prepared]:
-    """Find pictures, and load the model that `resume` names, with whole weights and LoRA updates merged.
+    """Find pictures, and load the model that `resume` names: as it was trained, and as it is exported.
 
     Raises:
         UserError: there is no checkpoint, there are no pictures, it may not be passed on, or it cannot be exported.
@@ -54,14 +58,18 @@ def prepared(
     with scratch_folder(out_dir, "export") as folder:
         found = pictures(cfg, options.images, options.count, folder)
         trained = load_trained(cfg)
-        facts = facts_of(cfg, trained)
+        sizes = sizes_to_keep(trained, out_dir)
+        facts = facts_of(cfg, trained, sizes)
         _check_licence(cfg, facts, options.gated)
-        model = with_whole_weights(cfg, trained.model).to("cpu").eval()
-        merge(model.backbone)
-        sizes = TrainedSizes.from_info(trained.info)
+        reference = trained.model.to("cpu").eval()
+        model = with_whole_weights(cfg, reference)
+        if any(".lora_" in name for name, _ in model.named_parameters()):
+            model = deepcopy(model) if model is reference else model
+            merge(model.backbone)
         record, reason = record_of(model, sizes, options, found[0].size, opset=opset, precision=precision)
-        keep_scale(model, sizes)
-        yield Prepared(Reference(model, record), record, reason, facts, found, folder)
+        keep_scale(reference, sizes)
+        model.limit = reference.limit
+        yield Prepared(Reference(reference, record), model, record, reason, facts, found, folder, _rounding(cfg))
 
 
 def keep_if_proven(
@@ -101,6 +109,7 @@ def keep_if_proven(
         "size_fixed_because": ready.reason,
         "opset": ready.record.opset,
         "precision": ready.record.precision,
+        "trained_with": ready.rounding or "float32",
         "versions": {**ready.facts.versions, **_libraries(), "dinoseg": __version__},
         "images": [picture.path.name for picture in ready.pictures],
     }
@@ -111,6 +120,13 @@ def keep_if_proven(
         os.replace(file, out_dir / file.name)
     _print(out_dir / path.name, report)
     return report
+
+
+def _rounding(cfg: DictConfig) -> str | None:
+    bits, dtype = cfg.adapter.get("bits"), cfg.backbone.get("dtype", "float32")
+    if bits is not None:
+        return f"adapter.bits={bits}"
+    return None if dtype == "float32" else f"backbone.dtype={dtype}"
 
 
 def _check_licence(cfg: DictConfig, facts: Facts, gated: bool) -> None:
@@ -126,7 +142,14 @@ def _check_licence(cfg: DictConfig, facts: Facts, gated: bool) -> None:
 
 def _refusal(path: Path, report: dict[str, Any]) -> str:
     miou, limits = {name: f"{100 * value:.2f}" for name, value in report["miou"].items()}, report["limits"]
-    remedy = "Choose export.precision=float32." if report["precision"] != "float32" else "Choose another opset or head."
+    remedy = "Choose another opset or head."
+    if report["precision"] != "float32":
+        remedy = "Choose export.precision=float32."
+    elif report["trained_with"] != "float32":
+        remedy = (
+            f"The model computes with {report['trained_with']}, the file in float32 with the same weights. To accept "
+            f"this agreement, set export.least_agreement and export.most_points."
+        )
     nan = "" if report["finite"] else ", and some of its probabilities are NaN"
     return (
         f"{path.name} was not kept: on {report['pictures']} pictures {report['agreement']:.4%} of the pixels have the "

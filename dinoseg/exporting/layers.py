@@ -29,7 +29,7 @@ def differing_layer(file: Path, scopes: Mapping[str, str], reference: Reference,
     Args:
         file: the ONNX file that was refused.
         scopes: of each module of the traced model the tensor that it puts out.
-        reference: the trained model.
+        reference: the model that was traced.
         picture: on which they are compared.
     """
     record, image = reference.record, read_image(picture)

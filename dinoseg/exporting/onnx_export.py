@@ -12,6 +12,7 @@ from dinoseg.exporting.export import keep_if_proven, prepared
 from dinoseg.exporting.graph import trace
 from dinoseg.exporting.layers import differing_layer
 from dinoseg.exporting.options import GraphOptions
+from dinoseg.exporting.proof import Reference
 from dinoseg.exporting.tensorrt import build_engine, check_tensorrt
 from dinoseg.portable.onnx_record import PRECISIONS
 from dinoseg.ranges import Count
@@ -56,12 +57,13 @@ class OnnxExport(GraphOptions):
             UserError: it cannot be exported, or what was written answers otherwise than the model; no file is kept.
         """
         with prepared(cfg, out_dir, self, opset=self.opset, precision=self.precision) as ready:
-            model = onnx_file.to_onnx(trace(ready.reference.segmenter, ready.record), ready.record)
+            model = onnx_file.to_onnx(trace(ready.model, ready.record), ready.record)
             scopes = onnx_file.scopes_of(model)
             onnx_file.finish(model, ready.record, ready.facts.description())
             files = onnx_file.write(model, ready.folder / NAME)
             first = ready.pictures[0].path
-            explain = lambda: differing_layer(files[-1], scopes, ready.reference, first)  # noqa: E731
+            whole = Reference(ready.model, ready.record)
+            explain = lambda: differing_layer(files[-1], scopes, whole, first)  # noqa: E731
             report = keep_if_proven(ready, "onnx", files, out_dir, self, explain)
         path = out_dir / NAME
         print(f'use: import dinoseg; model = dinoseg.load("{path}"); out = model.predict("picture.jpg")')

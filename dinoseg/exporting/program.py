@@ -34,7 +34,7 @@ class ProgramExport(GraphOptions):
         with prepared(cfg, out_dir, self) as ready:
             file = ready.folder / NAME
             about = json.dumps({"graph": ready.record.plain(), **ready.facts.description()}, allow_nan=False)
-            torch.export.save(trace(ready.reference.segmenter, ready.record), file, extra_files={f"{KEY}.json": about})
+            torch.export.save(trace(ready.model, ready.record), file, extra_files={f"{KEY}.json": about})
             report = keep_if_proven(ready, "program", [file], out_dir, self, lambda: _DIFFERS)
         print(f'use: import torch; outputs = torch.export.load("{out_dir / NAME}").module()(images)')
         return {"path": str(out_dir / NAME), "agreement": report["agreement"]}

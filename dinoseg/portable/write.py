@@ -19,7 +19,7 @@ from dinoseg.portable.facts import Facts
 from dinoseg.portable.runtime import FILES
 from dinoseg.portable.sources import is_hub_id, source_of
 from dinoseg.runs.recipe import INITIAL, TEACHER, USE, config_description
-from dinoseg.runs.trained import Trained, load_trained, with_whole_weights
+from dinoseg.runs.trained import Trained, load_trained, sizes_to_keep, with_whole_weights
 from dinoseg.training import checkpoint
 from dinoseg.training.loading import CONSTANTS, frozen_fingerprint
 from dinoseg.wording import count_of
@@ -56,14 +56,15 @@ def export_model(
     trained = load_trained(cfg)
     if trained.model.head.slots is not None:
         raise UserError(f"resume={cfg.resume} is a model of slots, which knows no classes, and so no file of them.")
-    facts = facts_of(cfg, trained, delta=delta, scores=scores)
+    sizes = sizes_to_keep(trained, out_dir)
+    facts = facts_of(cfg, trained, sizes, delta=delta, scores=scores)
     held = _held_config(cfg, facts)
     whole = not delta and cfg.adapter.get("bits") is not None
     tensors, frozen = _tensors(held, with_whole_weights(cfg, trained.model) if whole else trained.model, delta)
     if cfg.finite_weights:  # those of the backbone come from elsewhere than the checkpoint, which was looked at
         checkpoint.check_finite(tensors, f"resume={cfg.resume}")
     if whole:
-        print(f"adapter.bits={cfg.adapter.bits}: the file holds whole weights, so masks may differ at single pixels")
+        print(f"adapter.bits={cfg.adapter.bits}: the file holds the same weights in float32, which rounds differently")
     copies = bool(trained.model.head.own_blocks)
     base = copies or any(name.startswith("model/backbone.") and ".lora_" not in name for name in tensors)
     facts = replace(facts, backbone={**facts.backbone, "in_file": base})
@@ -72,8 +73,9 @@ def export_model(
         _check_licence(cfg, facts.backbone, weights, copies=copies)
     description = {**config_description(held), "folder": "."}
     info = {**trained.info, **description, **facts.description(), "frozen": frozen, "versions": dict(facts.versions)}
+    idle = {"format"} if sizes else {"format", KEY}
     path = out_dir / FILES["torch"]
-    checkpoint.write(path, tensors, {key: value for key, value in info.items() if key != "format"})
+    checkpoint.write(path, tensors, {key: value for key, value in info.items() if key not in idle})
     size = f"{count_of(tensors, 'tensor')}, {path.stat().st_size / 1e6:.2f} MB"
     source = facts.backbone
     print(f"written to {path}: {size}; backbone {source['name']}, licence {source['licence']}")
@@ -86,17 +88,19 @@ def export_model(
     return {"path": str(path)}
 
 
-def facts_of(cfg: DictConfig, trained: Trained, *, delta: bool = False, scores: str | None = None) -> Facts:
+def facts_of(
+    cfg: DictConfig, trained: Trained, sizes: TrainedSizes | None, *, delta: bool = False, scores: str | None = None
+) -> Facts:
     """Return what a trained model says of itself, for a file of any kind.
 
     Args:
         cfg: the whole config, merged with the checkpoint's.
         trained: its model.
+        sizes: of the training images that images are reduced to, as `runs.trained.sizes_to_keep` gives them.
         delta: whether the file holds what was trained alone.
         scores: as of `export_model`.
     """
     before = Facts.of(trained.info, f"resume={cfg.resume}")  # of a file that was such a file already
-    sizes = TrainedSizes.from_info(trained.info)
     colours = {name: getattr(trained.model.backbone, name).flatten().tolist() for name in ("mean", "std")}
     path = Path(cfg.resume)
     return Facts(

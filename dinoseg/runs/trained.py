@@ -10,6 +10,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from dinoseg import build
+from dinoseg.adapters import whole_state
 from dinoseg.config.nodes import instantiate, not_set
 from dinoseg.config.plain import plain
 from dinoseg.data.classes.labels import Labels
@@ -18,7 +19,7 @@ from dinoseg.inference.policy import Policy
 from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.trained_sizes import TrainedSizes
 from dinoseg.inference.whole import Whole
-from dinoseg.model import Segmenter, trained_names
+from dinoseg.model import Segmenter, constants
 from dinoseg.runs.folder import last_command_line
 from dinoseg.shapes import Palette, SegmentationData
 from dinoseg.training import checkpoint
@@ -127,7 +128,10 @@ def restore(cfg: DictConfig, path: Path) -> tuple[Segmenter, Mapping[str, Any]]:
 
 
 def with_whole_weights(cfg: DictConfig, trained: Segmenter) -> Segmenter:
-    """Return the trained model with float32 weights where it holds shorter ones, which would round the updates."""
+    """Return the trained model with its weights in float32, or itself where none is quantised or in half precision.
+
+    The values are those of the trained model: NF4, 8-bit and bfloat16 weights are exact in float32.
+    """
     changes: dict[str, Any] = {}
     if cfg.adapter.get("bits") is not None:
         changes["adapter"] = {"bits": None}
@@ -135,9 +139,11 @@ def with_whole_weights(cfg: DictConfig, trained: Segmenter) -> Segmenter:
         changes["backbone"] = {"dtype": "float32"}
     if not changes:
         return trained
-    model = build.model(OmegaConf.merge(cfg, changes))  # type: ignore[arg-type]
-    held, state = trained_names(trained), trained.state_dict()
-    model.load_state_dict({name: state[name] for name in held}, strict=False)
+    model = build.model(OmegaConf.merge(cfg, changes), untrained=True).eval()  # type: ignore[arg-type]
+    model.load_state_dict(whole_state(trained))
+    buffers = constants(model)
+    for name, value in constants(trained).items():
+        buffers[name].copy_(value)
     return model
 
 

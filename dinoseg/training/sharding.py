@@ -1,13 +1,11 @@
 """Weights shared out over ranks (FSDP, arXiv 2304.11277): each keeps a part of every tensor and borrows the rest."""
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dinoseg.errors import UserError
 from dinoseg.model import Segmenter, quantised_names
@@ -28,6 +26,9 @@ def shard(model: Segmenter, device: torch.device, world: int) -> Segmenter:
             "engine.sharding=fsdp: the weights of 4-bit and 8-bit layers cannot be shared out. Take adapter=lora with "
             "backbone.dtype=bfloat16, or leave engine.sharding out."
         )
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard  # a second of imports, for this alone
+
     options: dict[str, Any] = {"mesh": init_device_mesh(device.type, (world,)), "reshard_after_forward": True}
     blocks = model.backbone.blocks if not model.backbone.is_pyramid else ()  # stages that nothing calls as such
     for block in (*blocks, *model.head.own_blocks):
@@ -40,12 +41,13 @@ def shard(model: Segmenter, device: torch.device, world: int) -> Segmenter:
 
 def is_shared(model: nn.Module) -> bool:
     """Return whether this rank holds parts of a model, so that only all ranks together have it."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return any(map(_is_distributed, model.parameters()))
 
 
 def whole(value: Tensor) -> Tensor:
     """Return a tensor with the parts of all ranks, which have to ask for it together."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
+    shared: Any = value
+    return shared.full_tensor() if _is_distributed(value) else value
 
 
 def gathered(tensors: Iterable[tuple[str, Tensor]], *, keep: bool) -> dict[str, Tensor]:
@@ -63,9 +65,18 @@ def gathered(tensors: Iterable[tuple[str, Tensor]], *, keep: bool) -> dict[str, 
 
 def parted(value: Tensor, held: Tensor) -> Tensor:
     """Return a whole tensor shared out as `held` is; every rank has all of it, so nothing is sent."""
-    if not isinstance(held, DTensor) or value.shape != held.shape:
+    if not _is_distributed(held) or value.shape != held.shape:
         return value
-    return distribute_tensor(value.to(held.device), held.device_mesh, held.placements, src_data_rank=None)
+    from torch.distributed.tensor import distribute_tensor
+
+    shared: Any = held
+    return distribute_tensor(value.to(held.device), shared.device_mesh, shared.placements, src_data_rank=None)
+
+
+def _is_distributed(value: Tensor) -> bool:
+    """Return whether a tensor is a DTensor, without importing their module: there are none before it is imported."""
+    module: Any = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
 
 
 class Lockstep:
