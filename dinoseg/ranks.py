@@ -27,7 +27,7 @@ from dinoseg.errors import UserError, telling_file_errors
 from dinoseg.processes.cores import cores_here, count_cores, keep_to_share
 from dinoseg.processes.interrupt import SIGNALS, Interrupted, passed_on, raised
 from dinoseg.processes.workers import end_with_parent, telling_killed_loaders
-from dinoseg.runs.log_file import configure_log
+from dinoseg.runs.log_file import announce, configure_log
 from dinoseg.runs.unread import warn_not_read
 
 LAUNCH_KEYS = (
@@ -61,6 +61,8 @@ def run_mode(cfg: DictConfig, out_dir: Path) -> Any:
         warn_not_read(out_dir, f"mode={cfg.choices.mode}", cfg.mode.get("reads"))
     from dinoseg.config.nodes import instantiate
 
+    if "torch" not in sys.modules and cfg.mode.get("keeps_folder", True):
+        announce(f"mode={cfg.choices.mode}: importing libraries")
     try:
         with telling_killed_loaders(), _telling_lost_ranks():
             return instantiate(cfg.mode, without=LAUNCH_KEYS)(cfg, out_dir=out_dir)

@@ -19,8 +19,8 @@ TINY = (  # a transformer of 2 blocks
 PROGRESS = {"step": 3, "best": 0.5, "best_step": 3, "stale": 0, "owed": False}
 
 
-def untrained(compose, folder, *words):
-    """Write the checkpoint of a model whose trained weights are random, and return its path."""
+def untrained(compose, folder, *words, **info):
+    """Write the checkpoint of a model whose trained weights are random, with more `info` in it; return its path."""
     cfg = compose("data=folder", "data.classes=[dark,bright]", "data.root=/data/of/mine", "engine=cpu", *words)
     model = build.model(cfg)
     torch.manual_seed(1)
@@ -29,7 +29,7 @@ def untrained(compose, folder, *words):
             torch.nn.init.normal_(value, std=0.1)
     names = checkpoint.trained_names(model)
     tensors = {f"model/{name}": value for name, value in model.state_dict().items() if name in names}
-    info = run_description(cfg, labels_of(cfg)) | {"progress": PROGRESS, "frozen": frozen_fingerprint(model)}
+    info |= run_description(cfg, labels_of(cfg)) | {"progress": PROGRESS, "frozen": frozen_fingerprint(model)}
     path = folder / "run" / "checkpoints" / "best.safetensors"
     checkpoint.write(path, tensors, info)
     return path

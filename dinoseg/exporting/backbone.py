@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 from dinoseg.adapters import merge as merge_updates
 from dinoseg.errors import UserError
 from dinoseg.runs.trained import load_trained, with_whole_weights
+from dinoseg.runs.unread import warn_unread
 from dinoseg.storage.tensor_files import write_tensors
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -21,13 +22,14 @@ def export_backbone(cfg: DictConfig, *, out_dir: Path, dtype: str = "float32", m
         cfg: the whole config, merged with the checkpoint's.
         out_dir: the run folder.
         dtype: of the weights in the file.
-        merge: add LoRA updates to the weights that they update; where those are quantised, to the whole ones.
+        merge: add LoRA updates to the weights that they update; where those are quantised, to their float32 values.
 
     Raises:
         UserError: an unknown dtype, or LoRA updates that are not merged: they are no weights of their own.
     """
     if dtype not in DTYPES:
         raise UserError(f"export.dtype={dtype} is unknown. Choose one of {', '.join(DTYPES)}.")
+    warn_unread(out_dir, ("resolution", "inference", "data", "cache_dir"), "The file holds weights alone.")
     model = load_trained(cfg).model
     backbone = with_whole_weights(cfg, model).backbone
     if merge:

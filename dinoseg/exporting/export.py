@@ -25,9 +25,11 @@ from dinoseg.portable.facts import Facts
 from dinoseg.portable.onnx_record import GraphRecord
 from dinoseg.portable.write import facts_of
 from dinoseg.runs.trained import load_trained, sizes_to_keep, with_whole_weights
+from dinoseg.runs.unread import warn_unread
 from dinoseg.storage.atomic import scratch_folder, write_json
 
 REPORT = "export_report.json"
+_UNREAD = ("inference", "resolution.crop")
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ def prepared(
     """
     if cfg.resume is None:
         raise UserError("This export needs a trained model: give resume=<run folder or checkpoint>.")
+    warn_unread(out_dir, _UNREAD, "The file takes whole images, at resolution.scale and up to resolution.longest.")
     with scratch_folder(out_dir, "export") as folder:
         found = pictures(cfg, options.images, options.count, folder)
         trained = load_trained(cfg)

@@ -12,13 +12,19 @@ from dinoseg.config.nodes import instantiate, keeping
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.errors import UserError
 from dinoseg.ranges import Count, Positive
+from dinoseg.runs.unread import warn_unread
 from dinoseg.selection.look import Looker
 from dinoseg.selection.pool import Candidate, found_in, named_in, places_of
 from dinoseg.selection.results import write_selection
-from dinoseg.selection.selector import DOUBTS, NOTHING, Known, Selector
+from dinoseg.selection.selector import DOUBTS, FEATURES, NOTHING, Known, Selector
 from dinoseg.wording import count_of, reasons
 
 logger = logging.getLogger(__name__)
+_UNREAD = {  # what a selector asks of the images, to the groups and keys that have no effect then
+    NOTHING: ("resolution", "backbone", "adapter", "head", "inference"),
+    FEATURES: ("inference", "resolution.crop"),
+    DOUBTS: (),
+}
 
 
 def select(
@@ -51,6 +57,7 @@ def select(
     pool = _pool(cfg, input, split, every, named)
     _check_count(count, pool, places_of(named, pool), input)
     selector: Selector = keeping(Selector, instantiate(cfg.selection), "selection")  # type: ignore[type-abstract]
+    warn_unread(out_dir, _UNREAD[selector.needs], f"selection={cfg.choices.selection} asks for {selector.needs} alone.")
     features, doubts = np.zeros((len(pool), 0)), None
     if selector.needs != NOTHING:
         looker = Looker(cfg, doubts=selector.needs == DOUBTS)

@@ -20,6 +20,7 @@ from dinoseg.regimes.many_heads import train_heads
 from dinoseg.runs.folder import first_ranks
 from dinoseg.runs.heads import SOLO
 from dinoseg.runs.initial import begin_with, check_initial
+from dinoseg.runs.log_file import announce
 from dinoseg.training.mixed_feed import KEYS
 
 _NOT_FIT_S = ("feed", "epochs", "heads", "lrs", *KEYS, *OF_TEACHER)  # keys of a trainer that its function does not take
@@ -49,6 +50,7 @@ def train(
     # under torchrun each rank has looked for itself, and another run may have been saved in between
     if engine.share(cfg.resume) != cfg.resume:
         raise UserError("resume=auto: the ranks found different runs. Name the one to go on with: resume=RUN_FOLDER.")
+    announce(f"data={cfg.choices.data}: listing the files")
     regime = regime_of(cfg)(cfg, engine, pictures=pictures)
     length = build.lengths(cfg, len(regime.feed.train))
     fit = instantiate(cfg.trainer, without=_NOT_FIT_S, instead=length._asdict())
@@ -57,7 +59,9 @@ def train(
         scores = train_heads(cfg, regime, engine, out_dir, fit, steps=length.steps, **shown)
     else:
         job = Job(cfg, out_dir, regime, engine)
+        announce("Checking the data")
         sizes = looked_at(regime, engine)
+        announce(f"Building the model, with backbone.weights={cfg.backbone.get('weights')}")
         made = begin_with(cfg, build.model(cfg, outlined=True), list(regime.labels.classes), engine.share)
         model, loss, optimizer, checkpoints = job.parts(engine.place(made), sizes, length.steps)
         schedule = begin(cfg, regime, engine, out_dir, length.steps)

@@ -20,6 +20,7 @@ from dinoseg.portable.runtime import FILES
 from dinoseg.portable.sources import is_hub_id, source_of
 from dinoseg.runs.recipe import INITIAL, TEACHER, USE, config_description
 from dinoseg.runs.trained import Trained, load_trained, sizes_to_keep, with_whole_weights
+from dinoseg.runs.unread import warn_unread
 from dinoseg.training import checkpoint
 from dinoseg.training.loading import CONSTANTS, frozen_fingerprint
 from dinoseg.wording import count_of
@@ -53,6 +54,7 @@ def export_model(
         )
     if scores is not None:
         scores_of(Path(cfg.resume), (), scores)  # what was typed wrong is told before the model is made
+    warn_unread(out_dir, ("cache_dir",), "This export reads no images.")
     trained = load_trained(cfg)
     if trained.model.head.slots is not None:
         raise UserError(f"resume={cfg.resume} is a model of slots, which knows no classes, and so no file of them.")

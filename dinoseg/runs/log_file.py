@@ -12,6 +12,7 @@ from typing import Any, TextIO, cast
 from dinoseg.runs.folder import LOG
 from dinoseg.wording import Printable, printable
 
+_TRANSIENT = "transient"  # attribute of records that are for the terminal alone
 LABEL = "DINOSEG_LABEL"  # of the environment: what lines on the terminal begin with, where several jobs write there
 
 
@@ -45,6 +46,7 @@ def configure_log(folder: Path | None) -> None:
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if folder is not None:
         handlers.append(LogFile(folder / LOG, encoding="utf-8", errors="backslashreplace"))
+        handlers[-1].addFilter(lambda record: not hasattr(record, _TRANSIENT))
     for handler in handlers:
         handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
     logging.basicConfig(
@@ -55,6 +57,14 @@ def configure_log(folder: Path | None) -> None:
     threading.excepthook = _tell_thread_error
     for noisy in ("httpx", "accelerate", "transformers", "matplotlib", "PIL"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
+def announce(step: str) -> None:
+    """Log on the terminal that a long step begins.
+
+    The log file does not hold it: it stays empty, and its run folder is removed, where a run fails in its first steps.
+    """
+    logging.getLogger(__name__).info("%s ...", step, extra={_TRANSIENT: True})
 
 
 def _tell_thread_error(caught: threading.ExceptHookArgs) -> None:

@@ -21,6 +21,7 @@ from dinoseg.inference.trained_sizes import TrainedSizes
 from dinoseg.inference.whole import Whole
 from dinoseg.model import Segmenter, constants
 from dinoseg.runs.folder import last_command_line
+from dinoseg.runs.log_file import announce
 from dinoseg.shapes import Palette, SegmentationData
 from dinoseg.training import checkpoint
 from dinoseg.training.engine import Engine
@@ -121,6 +122,7 @@ def restore(cfg: DictConfig, path: Path) -> tuple[Segmenter, Mapping[str, Any]]:
     outline = checkpoint.outline(path)
     check_classes(labels_of(cfg), outline.info, f"resume={path}")
     build.check_fits(cfg, outline)
+    announce(f"resume={path}: reading weights and building the model")
     saved = checkpoint.read(path, finite=cfg.finite_weights)
     model = build.model(cfg, outlined=True)
     checkpoint.load_weights(model, saved)
@@ -157,6 +159,7 @@ def _restored(cfg: DictConfig, path: Path) -> Trained:
 def _released(cfg: DictConfig) -> Trained:
     labels = labels_of(cfg)
     engine, policy = instantiate(cfg.engine), instantiate(cfg.inference)
+    announce(f"head.weights={cfg.head.weights}: building the model and reading its weights")
     model = engine.place(build.model(cfg)).eval()
     # what a checkpoint would say of the classes
     info = {"classes": list(labels.classes), "palette": labels.palette, "ignore_index": labels.ignore_index}

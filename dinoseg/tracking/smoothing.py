@@ -99,7 +99,11 @@ class SmoothingTracker(Tracker):
         keep_scale(model, sizes)
         self._propagator = Propagator(settings)
         self._matching = {key: value for key, value in asdict(settings).items() if key in _READ}
-        self.unread = ("slots", *(f"tracker.{field.name}" for field in fields(settings) if field.name not in _READ))
+        self.unread = (
+            "slots",
+            "resolution.crop",
+            *(f"tracker.{field.name}" for field in fields(settings) if field.name not in _READ),
+        )
         self._last: np.ndarray | None = None  # (2, H, W): the segmenter's own mask, and the smoothed one
         self._changed = np.zeros(2, np.int64)  # pixels, of the one and of the other
         self._compared = 0

@@ -153,6 +153,7 @@ def _chosen(wanted: str, feed: ImageFeed, model: Segmenter, loss: Loss, engine: 
         )
     if engine.sharded:
         raise _Live("The weights are shared out over the ranks (engine.sharding=fsdp).")
+    logger.info("engine.cache=%s: timing steps with and without cached features ...", engine.cache)
     try:
         cost = measured(feed, model, loss, engine, _root(plan), plan.dtype)
     except UserError as error:  # it cannot be cut

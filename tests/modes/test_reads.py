@@ -1,13 +1,13 @@
 """Every mode says which keys it reads; what is typed for another is said to have no effect."""
 
-import importlib.util
 import re
-from pathlib import Path
 
 import pytest
+from code_reads import code
 from command_line import SMALL, call, write_data
-from config_files import main_choices, options, read
+from config_files import GROUPS, main_choices, options, read, read_whole
 
+from dinoseg.config.plain import texts_of
 from dinoseg.runs.unread import warn_not_read
 
 
@@ -21,26 +21,45 @@ def test_a_mode_reads_groups_and_keys_that_there_are(compose):
             assert "." not in name or name.split(".")[1] in cfg[name.split(".")[0]]
 
 
-def roots_of(module, seen):
-    """Return the root keys that a mode's module reads, with those of the modes it imports and of what resumes."""
-    text = Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8")
-    seen.add(module)
-    called = set(re.findall(r"from (dinoseg\.modes\.\w+) import", text)) - seen
-    called |= {"dinoseg.runs.trained"} - seen if "load_trained" in text else set()
-    found = set(re.findall(r"\bcfg\.(\w+)", text))
-    return found.union(*(roots_of(each, seen) for each in called))
+FOR_ALL = {"mode", "hparam", "hydra", "local", "trust", "engine", "choices"}
+LAUNCH = {"heads", "lrs", "budget"}  # read before the mode's function is called
+ELSEWHERE = {  # of another config, or in a function that the mode calls for something else
+    "bench": {"features", "finite_weights", "slots"},
+    "plan": {"features", "finite_weights", "slots", "inference"},
+    "compare": {"data", "seed", "resolution"},  # of the runs
+    "export": {"trainer"},  # of the checkpoint
+    "probe": {"adapter", "num_classes"},  # num_classes: of the data set, not of mode=score
+    "track": {"inference"},  # made with the model, and not used
+    "train": {"num_classes"},
+}
+
+
+def pointers(node):
+    """Return the root keys that interpolations at and below a node of a config file name."""
+    return {name for text in map(str, texts_of(node)) for name in re.findall(r"\$\{(\w+)[.}]", text)}
+
+
+def read_by_code(mode):
+    """Return the root keys that a mode's code can read, with those that the nodes it reads point to."""
+    starts = [read("mode", mode)["_target_"]]
+    starts += [read("export", option)["_target_"] for option in options("export") if mode == "export"]
+    keys = set().union(*(code().reads(start) for start in starts))
+    found = {key.partition(".")[0].rstrip("*") for key in keys} | pointers(read_whole("mode", mode))
+    for group, _, key in (key.partition(".") for key in keys):
+        for option in options(group.rstrip("*")) if group.rstrip("*") in GROUPS else []:
+            node = read_whole(group.rstrip("*"), option)
+            value = node if group.endswith("*") else node.get(key.rstrip("*"))
+            found |= pointers(value) if f"{group}{key}".endswith("*") or isinstance(value, str) else set()
+    return found
 
 
 @pytest.mark.parametrize("mode", sorted(set(options("mode")) - {"help"}))
-def test_a_mode_lists_each_key_that_its_code_reads(mode, compose):
-    target, reads = read("mode", mode)["_target_"], read("mode", mode)["reads"]
-    found = roots_of(target.rpartition(".")[0], set()) & set(compose()) - {"choices", "mode", "trust", "engine"}
-    # where functions are shared
-    idle = {"score": set(), "train": {"protocol", "tracker"}, "track": {"protocol", "inference"}}
-    idle["export"] = idle["track"]
-    idle = idle.get(mode, {"protocol"})
-    assert found - idle <= {name.split(".")[0] for name in reads}
-    assert ("resume" in reads) == ("finite_weights" in reads)
+def test_a_mode_lists_the_keys_that_its_code_reads_and_no_other(mode, compose):
+    listed = {name.partition(".")[0] for name in read_whole("mode", mode)["reads"]}
+    found = read_by_code(mode) & ({*compose(), *main_choices()} - FOR_ALL)
+    assert found - ELSEWHERE.get(mode, set()) <= listed
+    assert listed - FOR_ALL <= found | (LAUNCH if "budget" in listed else set())
+    assert ("resume" in listed) == ("finite_weights" in listed)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from hydra.types import RunMode
 
-from dinoseg.runs.log_file import LABEL, Labelled, configure_log
+from dinoseg.runs.log_file import LABEL, Labelled, announce, configure_log
 from dinoseg.sweeps.table import SweepTable
 from dinoseg.sweeps.told import Told
 
@@ -57,3 +57,13 @@ def test_jobs_at_once_are_told_apart(tmp_path, monkeypatch, root_log, launcher):
     assert [line.partition(" WARNING ")[2] for line in err.getvalue().splitlines()] == ["said", "said"]
     assert all(line.startswith(label) for line, label in zip(err.getvalue().splitlines(), labels, strict=True))
     assert (tmp_path / "run.log").read_text().count("job") == 0
+
+
+def test_a_step_that_begins_is_on_the_terminal_alone(tmp_path, monkeypatch, root_log):
+    err = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", err)
+    configure_log(tmp_path)
+    announce("Reading weights")
+    assert err.getvalue().endswith("INFO Reading weights ...\n") and not (tmp_path / "run.log").read_text()
+    logging.getLogger("dinoseg").info("done")
+    assert "done" in (tmp_path / "run.log").read_text()

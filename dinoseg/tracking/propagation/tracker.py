@@ -44,8 +44,11 @@ class PropagationTracker(Tracker):
         batch_size: frames that the backbone sees at once.
     """
 
-    unread = ("slots",)
-    unread_because = "Label propagation has no slots: give resume=RUN of a model with head=slots."
+    unread = ("slots", "resolution")
+    unread_because = (
+        "Label propagation has no slots (give resume=RUN of a model with head=slots), and resizes frames as "
+        "tracker.short says."
+    )
 
     def __init__(
         self,

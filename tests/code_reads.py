@@ -1,0 +1,126 @@
+"""Which keys of the config the code of a mode can read, told from the source, without running it."""
+
+import ast
+from functools import cache
+from pathlib import Path
+
+import dinoseg
+
+PACKAGE = Path(dinoseg.__file__).parent
+CONFIGS = ("cfg", "_cfg")  # what a config is called
+
+
+class Code:
+    """Functions and classes of the package by dotted name, and what names in each module stand for."""
+
+    def __init__(self):
+        self.parts, self.names, self.seen = {}, {}, {}
+        for path in PACKAGE.rglob("*.py"):
+            module = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+            tree = ast.parse(path.read_text())
+            own = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+            imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+            self.names[module] = {
+                **{
+                    alias.asname or alias.name: f"{node.module}.{alias.name}"
+                    for node in imports
+                    for alias in node.names
+                },
+                **{node.name: f"{module}.{node.name}" for node in own},
+            }
+            constants = [node for node in tree.body if isinstance(node, ast.Assign | ast.AnnAssign) and node.value]
+            for node in own:
+                self.parts[f"{module}.{node.name}"] = module, node
+            for node in constants:  # tables of functions and classes
+                for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                    if isinstance(target, ast.Name):
+                        self.names[module].setdefault(target.id, f"{module}.{target.id}")
+                        self.parts.setdefault(f"{module}.{target.id}", (module, node))
+
+    def meant(self, module, node):
+        """Return the parts of the package that names in a piece of code stand for."""
+        for each in ast.walk(node):
+            if isinstance(each, ast.Name):
+                yield self.names[module].get(each.id)
+            elif isinstance(each, ast.Attribute) and isinstance(each.value, ast.Name):
+                yield f"{self.names[module].get(each.value.id)}.{each.attr}"
+
+    def reads(self, start):
+        """Return the dotted keys, two names long at most, that a function reads, with all that it can come to call.
+
+        Of a class that is reached, those methods are that any reached code names.
+        """
+        found, attributes, waiting, reached = set(), set(), [start], set()
+        methods = []  # of reached classes: name, module, node
+        while waiting or any(name in attributes or name.startswith("__") for name, *_ in methods):
+            if waiting:
+                part = waiting.pop()
+                if part in reached or part not in self.parts:
+                    continue
+                reached.add(part)
+                module, node = self.parts[part]
+                if isinstance(node, ast.ClassDef):
+                    inner = [each for each in node.body if isinstance(each, ast.FunctionDef)]
+                    methods += [(each.name, module, each) for each in inner]
+                    pieces = [each for each in (*node.body, *node.bases) if each not in inner]
+                else:
+                    pieces = [node]
+            else:
+                called = next(each for each in methods if each[0] in attributes or each[0].startswith("__"))
+                methods.remove(called)
+                _, module, node = called
+                pieces = [node]
+            for piece in pieces:
+                names, named, keys = self.told(module, piece)
+                waiting += names
+                attributes |= named
+                found |= keys
+        return found
+
+    def told(self, module, piece):
+        """Return the parts, attributes and keys that a piece of code names."""
+        if piece not in self.seen:
+            names = [name for name in self.meant(module, piece) if name]
+            attributes = {each.attr for each in ast.walk(piece) if isinstance(each, ast.Attribute)}
+            self.seen[piece] = names, attributes, set(keys_in(piece))
+        return self.seen[piece]
+
+
+def keys_in(node):
+    """Yield the keys of `cfg.KEY`, `cfg.KEY.KEY`, `cfg["KEY"]` and `cfg.get("KEY")` in a piece of code.
+
+    A key whose node is built ends with a star: that reads all that the node says.
+    """
+    inner, built = set(), set()
+    for each in ast.walk(node):  # what holds others comes before them
+        if isinstance(each, ast.Call) and path_of(each.func) in (["instantiate"], ["plain"]) and each.args:
+            if path_of(each.func) == ["instantiate"] or each.keywords:  # plain(NODE, resolve=True)
+                built.add(each.args[0])
+        path = path_of(each)
+        if path is None or each in inner:
+            continue
+        inner |= set(ast.walk(each))
+        if len(path) > 1 and path[0] in CONFIGS:
+            yield ".".join(path[1:3]) + "*" * (each in built and len(path) <= 3)
+
+
+def path_of(node):
+    """Return the names of `a.b["c"].get("d")`; None of what is no such path."""
+    if isinstance(node, ast.Name):
+        return [node.id]
+    if isinstance(node, ast.Attribute):
+        above = path_of(node.value)
+        return [node.attr] if above in (None, ["self"]) else [*above, node.attr]
+    key = None
+    if isinstance(node, ast.Subscript):
+        above, key = path_of(node.value), node.slice
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "get" and node.args:
+        above, key = path_of(node.func.value), node.args[0]
+    if not isinstance(key, ast.Constant) or above is None:
+        return None
+    return [*above, str(key.value)]
+
+
+@cache
+def code():
+    return Code()

@@ -1,0 +1,207 @@
+"""Each key of `resolution` and `inference` has an effect in a mode, or the mode says that it has none."""
+
+import copy
+import io
+from contextlib import contextmanager, redirect_stdout
+from functools import partial
+from types import SimpleNamespace
+from unittest.mock import DEFAULT, patch
+
+import pytest
+import torch
+from command_line import in_this_process, write_data
+from config_files import options, read, read_whole
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+from portable_parts import TINY, untrained
+
+import dinoseg
+from dinoseg.config.nodes import instantiate
+from dinoseg.errors import UserError
+from dinoseg.exporting import onnx_export, onnx_file, program
+from dinoseg.images import read_image
+from dinoseg.inference.auto import Auto
+from dinoseg.inference.whole import Whole
+from dinoseg.inference.windows import Windows
+from dinoseg.model import Segmenter
+from dinoseg.ranks import LAUNCH_KEYS
+from dinoseg.runs.resume import merge
+from dinoseg.runs.unread import warn_not_read
+from dinoseg.serving.source import load_served
+from dinoseg.training import checkpoint
+
+OTHER = {  # key to another value than the one below
+    **{"resolution.crop": [24, 32], "resolution.scale": 0.5, "resolution.longest": 40},
+    **{"inference.size": [16, 24], "inference.overlap": 0.6, "inference.weights": "uniform"},
+    **{"inference.average": "scores", "inference.batch_size": 1, "inference.flips": "horizontal"},
+    **{"inference.scales": [0.5, 1.0], "inference.shortest": 64, "inference.memory": 1e-9},
+}
+WORDS = (
+    *(*TINY, "head=linear", "data=folder", "data.classes=[dark,bright]", "data.batch_size=2"),
+    *("resolution.crop=[32,48]", "engine=cpu", "engine.workers=0", "engine.precision=fp32"),
+)
+OF_MODE = {  # what else a mode is given, so that it takes little time
+    "bench": ("mode.steps=1", "mode.images=1", "mode.warmup=0", "mode.drawn=true"),
+    "eval": ("mode.metrics_only=true", "mode.report=false"),
+    "plan": ("mode.dry_step=false", "mode.memory=8GiB", "adapter=full"),
+    "predict": ("mode.masks=false",),
+    "probe": ("head.layers=[1]", "mode.strengths=[0.1]", "mode.balances=[0.0]"),
+    "select": ("selection=uncertainty", "count=1"),
+    "train": ("trainer.steps=1", "mode.metrics_only=true", "mode.report=false", "mode.pictures=0", "mode.floor=0"),
+}
+SIZES = {"typical": 48, "largest": 60}  # of the training's images: those here are larger
+IDLE = {  # what is read, and changes nothing here
+    ("summary", "resolution.crop"): "a crop of less than a patch is refused",
+}
+HEAVY = ("bench", "probe", "train")
+
+
+def keys_of(mode):
+    """Return the keys of `resolution` and `inference`, each with the option of `inference` that has it."""
+    found = {f"resolution.{key}": "windows" for key in read_main()["resolution"]}
+    for option in options("inference"):
+        found |= {f"inference.{key}": option for key in read("inference", option) if not key.startswith("_")}
+    return [(mode, key, option) for key, option in found.items()]
+
+
+def read_main():
+    from config_files import FOLDER
+
+    return OmegaConf.to_container(OmegaConf.load(FOLDER / "main.yaml"))
+
+
+def cells():
+    exports = [f"export {option}" for option in options("export")]
+    modes = [mode for mode in options("mode") if "resolution" in str(read_whole("mode", mode).get("reads"))]
+    for mode in (*(mode for mode in modes if mode != "export"), *exports):
+        marks = [pytest.mark.heavy] if mode in HEAVY else []
+        yield from (pytest.param(*cell, marks=marks) for cell in keys_of(mode))
+
+
+@pytest.fixture(scope="module")
+def where(compose, tmp_path_factory):
+    """Return a folder with images, and a checkpoint of a model that was trained on smaller ones."""
+    folder = tmp_path_factory.mktemp("overrides")
+    write_data(folder / "data", size=(40, 120))
+    path = untrained(compose, folder, *WORDS[:-2], "adapter=full", sizes=SIZES)
+    return SimpleNamespace(folder=folder, checkpoint=path, bases={}, number=iter(range(10**6)))
+
+
+def config(compose, where, mode, option):
+    mode, _, export = mode.partition(" ")
+    words = [f"mode={mode}", *WORDS, f"inference={option}", f"data.root={where.folder / 'data'}"]
+    words += [*OF_MODE.get(mode, ()), f"cache_dir={where.folder / 'cache'}", *([f"export={export}"] if export else [])]
+    words += [f"input={where.folder / 'data/val/images'}"] if mode in ("predict", "track") else []
+    cfg = compose(*words)
+    if "resume" not in cfg.mode.reads:
+        return cfg
+    typed = [word for word in words if word.partition("=")[0] not in ("backbone", "head") and "backbone." not in word]
+    parsed = OverridesParser.create().parse_overrides(typed)
+    return merge(cfg, parsed, where.checkpoint, checkpoint.describe(where.checkpoint))
+
+
+@contextmanager
+def watching():
+    """Give a list of what models see and what comes of it, while it is made."""
+    seen, pixels = [], Segmenter.pixels
+
+    def watched(self, *words, **keys):
+        found = pixels(self, *words, **keys)
+        seen.append((tuple(found.shape), None if found.is_meta else float(found.double().sum())))
+        return found
+
+    def bands(own, *words, **keys):
+        for band in own(*words, **keys):
+            seen.append(None if isinstance(band.outputs, torch.Tensor) and band.outputs.is_meta else of_band(band))
+            yield band
+
+    of_band = lambda band: float(band.scores().double().abs().mean())  # noqa: E731
+    with patch.object(Segmenter, "pixels", watched):
+        watches = [patch.object(kind, "bands", partial_method(bands, kind.bands)) for kind in (Auto, Whole, Windows)]
+        for watch in watches:
+            watch.start()
+        try:
+            yield seen
+        finally:
+            for watch in watches:
+                watch.stop()
+
+
+def partial_method(function, own):
+    return lambda self, *words, **keys: function(partial(own, self), *words, **keys)
+
+
+def serve(cfg, out_dir):
+    return {"mean": float(load_served(cfg, out_dir, None).predict(image_of(cfg)).mask.mean())}
+
+
+def image_of(cfg):
+    return read_image(f"{cfg.data.root}/val/images/0.png").copy()
+
+
+def export(cfg, out_dir):
+    """Export a model and let the file answer, of a graph the model that it is compared with."""
+    found = []
+
+    def keep(ready, *_):
+        found.append(ready.record)
+        ready.reference.predicted(image_of(cfg))
+        return {"agreement": 1.0}
+
+    with (
+        patch.object(onnx_export, "trace"),
+        patch.object(program, "trace"),
+        patch.object(torch.export, "save"),
+        patch.multiple(onnx_file, to_onnx=DEFAULT, scopes_of=DEFAULT, finish=DEFAULT),
+        patch.object(onnx_file, "write", lambda *_: [out_dir / "model.onnx"]),
+        patch.object(onnx_export, "keep_if_proven", keep),
+        patch.object(program, "keep_if_proven", keep),
+    ):
+        instantiate(cfg.export)(cfg, out_dir=out_dir)
+    if cfg.choices.export == "safetensors":
+        dinoseg.load(out_dir / "model.safetensors", device="cpu", precision="fp32").predict(image_of(cfg))
+    return {"record": str(found)}
+
+
+def run(mode, cfg, out_dir):
+    if mode in ("app", "serve"):
+        return serve(cfg, out_dir)
+    if mode.startswith("export"):
+        return export(cfg, out_dir)
+    return instantiate(cfg.mode, without=LAUNCH_KEYS)(cfg, out_dir=out_dir)
+
+
+def observed(where, mode, cfg, word):
+    """Return what a mode does by a config, beside what it says."""
+    out = where.folder / f"out_{next(where.number)}"
+    (out / "config").mkdir(parents=True)
+    (out / "config/overrides.txt").write_text(f"{word}\n")
+    warn_not_read(out, f"mode={mode.partition(' ')[0]}", cfg.mode.reads)
+    with (
+        watching() as seen,
+        redirect_stdout(io.StringIO()) as said,
+        patch("dinoseg.modes.bench.in_own_process", in_this_process),
+        patch("dinoseg.costs.speed.matrix_peak", lambda *_, **__: 1.0),
+    ):
+        result = run(mode, cfg, out)
+    told = mode in ("doctor", "plan", "summary")  # the same each time: nothing is timed
+    return seen, said.getvalue().replace(str(out), "") if told else "", {**result, "run": ""} if told else {}
+
+
+@pytest.mark.parametrize(("mode", "key", "option"), list(cells()))
+def test_a_key_has_an_effect_or_it_is_said_to_have_none(compose, where, capsys, caplog, mode, key, option):
+    if (mode, option) not in where.bases:
+        cfg = config(compose, where, mode, option)
+        where.bases[mode, option] = cfg, observed(where, mode, copy.deepcopy(cfg), "")
+    cfg, base = where.bases[mode, option]
+    capsys.readouterr()
+    caplog.clear()
+    cfg = copy.deepcopy(cfg)
+    OmegaConf.update(cfg, key, OTHER[key])
+    changed = None
+    try:
+        changed = observed(where, mode, cfg, f"{key}={OTHER[key]}")
+    except UserError as error:
+        assert key in str(error)
+    said = f"No effect here: {key}=" in capsys.readouterr().err + caplog.text
+    assert said == (changed == base) or (mode, key) in IDLE
