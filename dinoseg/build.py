@@ -8,6 +8,7 @@ import torch
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
 
 from dinoseg.adapters import Frozen
 from dinoseg.config.checks import check_given
@@ -23,6 +24,7 @@ from dinoseg.training.lengths import Lengths, in_steps
 from dinoseg.training.shared_features import SharedFeatures, SharingSegmenter
 from dinoseg.wording import listed
 
+_FILLS = ("uniform_", "normal_", "erfinv_", "mul_", "add_", "clamp_", "fill_", "zero_")
 SPLITS = ("train", "val", "test")
 
 
@@ -120,8 +122,20 @@ def _resolution(cfg: DictConfig, adapted: Backbone) -> dict[str, Any]:
 
 def outline(cfg: DictConfig) -> Segmenter:
     """Return the segmenter of a config on the meta device: its parts and their shapes, which take no memory."""
-    with torch.device("meta"):
+    with torch.device("meta"), _NoInit():
         return model(cfg, untrained=True)
+
+
+class _NoInit(TorchFunctionMode):
+    """Skip the filling of tensors without numbers, which torch would take apart in Python."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: D105
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init" or getattr(func, "__name__", "") in _FILLS:
+            tensor = args[0] if args else kwargs.get("tensor")
+            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+                return tensor
+        return func(*args, **kwargs)
 
 
 def _check_crop(cfg: DictConfig, patch_size: int) -> None:

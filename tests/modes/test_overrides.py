@@ -51,7 +51,9 @@ OF_MODE = {  # what else a mode is given, so that it takes little time
 }
 SIZES = {"typical": 48, "largest": 60}  # of the training's images: those here are larger
 IDLE = {  # what is read, and changes nothing here
-    ("summary", "resolution.crop"): "a crop of less than a patch is refused",
+    **dict.fromkeys(
+        (("summary", "resolution.crop"), ("summary", "resolution.scale")), "a crop of less than a patch is refused"
+    ),
 }
 HEAVY = ("bench", "probe", "train")
 

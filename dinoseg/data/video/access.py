@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 
-from dinoseg.data.video.decoder import rgb
 from dinoseg.data.video.index import VideoIndex, checksum, file_key, find_index, open_decoder, time_of
 from dinoseg.errors import UserError
 from dinoseg.images import read_image
@@ -81,6 +80,8 @@ def read_frame(frame: VideoFrame) -> np.ndarray:
         raise UserError(
             f"There is no frame {frame.index} in {frame.path}: it has {len(index)} frames, 0 to {len(index) - 1}."
         )
+    from dinoseg.data.video.decoder import rgb
+
     return rgb(_reader(frame.path, index).read(frame.index))
 
 

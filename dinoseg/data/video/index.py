@@ -9,10 +9,10 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dinoseg.data.video.decoder import VERSION, Decoder
 from dinoseg.errors import UserError
 from dinoseg.processes.cores import count_cores
 from dinoseg.processes.workers import in_processes
@@ -21,6 +21,9 @@ from dinoseg.storage import forms
 from dinoseg.storage.atomic import whole_file
 from dinoseg.storage.files import check_regular
 from dinoseg.storage.locks import locked
+
+if TYPE_CHECKING:  # FFmpeg's libraries, which data sets of images do without
+    from dinoseg.data.video.decoder import Decoder
 
 log = logging.getLogger(__name__)
 _UNCOUNTED = 2  # frames by which a sound video may fall short of its header: some writers count dropped ones
@@ -40,17 +43,19 @@ class VideoIndex:
         return len(self.times)
 
 
-def open_decoder(path: Path) -> Decoder:
+def open_decoder(path: Path) -> "Decoder":
     """Open a video with a decoder of one thread: it neither outlives a fork badly nor fights other processes.
 
     Raises:
         UserError: the file is missing or no video.
     """
+    from dinoseg.data.video.decoder import Decoder
+
     file_key(path)
     return Decoder(path, threads=1)
 
 
-def time_of(decoder: Decoder) -> float:
+def time_of(decoder: "Decoder") -> float:
     """Return the time in milliseconds of the frame that a decoder is at; 0 where the file does not say."""
     return float((decoder.time or 0) * 1000)
 
@@ -153,6 +158,8 @@ def _scan(path: Path) -> VideoIndex:
 def _file_of(key: tuple[Path, int, int], cache_dir: Path | None) -> Path | None:
     if cache_dir is None:
         return None
+    from dinoseg.data.video.decoder import VERSION
+
     path, *rest = key
     digest = hashlib.sha256(repr((str(path.resolve()), *rest, VERSION)).encode()).hexdigest()
     return cache_dir / "videos" / f"{path.stem}_{digest[:16]}.npz"

@@ -3,7 +3,6 @@
 from itertools import islice
 from pathlib import Path
 
-from dinoseg.data.video.decoder import Decoder
 from dinoseg.errors import UserError
 
 VIDEO_SUFFIXES = (".avi", ".mp4", ".mov", ".m4v", ".mkv", ".webm", ".mpg", ".mpeg", ".ts", ".wmv")
@@ -30,6 +29,8 @@ def has_more_packets(path: Path, most: int) -> bool:
 
 
 def _asked(path: Path, *, count: bool) -> int:
+    from dinoseg.data.video.decoder import Decoder
+
     try:
         decoder = Decoder(path)
     except (OSError, UserError):
