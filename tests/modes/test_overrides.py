@@ -2,8 +2,7 @@
 
 import copy
 import io
-from contextlib import contextmanager, redirect_stdout
-from functools import partial
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from types import SimpleNamespace
 from unittest.mock import DEFAULT, patch
 
@@ -41,7 +40,7 @@ WORDS = (
     *("resolution.crop=[32,48]", "engine=cpu", "engine.workers=0", "engine.precision=fp32"),
 )
 OF_MODE = {  # what else a mode is given, so that it takes little time
-    "bench": ("mode.steps=1", "mode.images=1", "mode.warmup=0", "mode.drawn=true"),
+    "bench": ("mode.steps=1", "mode.images=1", "mode.warmup=0"),
     "eval": ("mode.metrics_only=true", "mode.report=false"),
     "plan": ("mode.dry_step=false", "mode.memory=8GiB", "adapter=full"),
     "predict": ("mode.masks=false",),
@@ -102,6 +101,12 @@ def config(compose, where, mode, option):
     return merge(cfg, parsed, where.checkpoint, checkpoint.describe(where.checkpoint))
 
 
+def mean_of(tensor):
+    """Return a tensor's mean size; None of one without numbers, which stands for one in a plan."""
+    has_numbers = type(tensor) is torch.Tensor and not tensor.is_meta
+    return float(tensor.double().abs().mean()) if has_numbers else None
+
+
 @contextmanager
 def watching():
     """Give a list of what models see and what comes of it, while it is made."""
@@ -109,28 +114,22 @@ def watching():
 
     def watched(self, *words, **keys):
         found = pixels(self, *words, **keys)
-        seen.append((tuple(found.shape), None if found.is_meta else float(found.double().sum())))
+        seen.append((tuple(found.shape), mean_of(found)))
         return found
 
-    def bands(own, *words, **keys):
-        for band in own(*words, **keys):
-            seen.append(None if isinstance(band.outputs, torch.Tensor) and band.outputs.is_meta else of_band(band))
-            yield band
+    def watch(bands):
+        def watched_bands(self, *words, **keys):
+            for band in bands(self, *words, **keys):
+                seen.append(mean_of(band.scores()))
+                yield band
 
-    of_band = lambda band: float(band.scores().double().abs().mean())  # noqa: E731
-    with patch.object(Segmenter, "pixels", watched):
-        watches = [patch.object(kind, "bands", partial_method(bands, kind.bands)) for kind in (Auto, Whole, Windows)]
-        for watch in watches:
-            watch.start()
-        try:
-            yield seen
-        finally:
-            for watch in watches:
-                watch.stop()
+        return watched_bands
 
-
-def partial_method(function, own):
-    return lambda self, *words, **keys: function(partial(own, self), *words, **keys)
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(Segmenter, "pixels", watched))
+        for kind in (Auto, Whole, Windows):
+            stack.enter_context(patch.object(kind, "bands", watch(kind.bands)))
+        yield seen
 
 
 def serve(cfg, out_dir):
