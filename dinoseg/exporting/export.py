@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from dinoseg import __version__
 from dinoseg.adapters import merge
@@ -60,11 +60,12 @@ def prepared(
     warn_unread(out_dir, _UNREAD, "The file takes whole images, at resolution.scale and up to resolution.longest.")
     with scratch_folder(out_dir, "export") as folder:
         found = pictures(cfg, options.images, options.count, folder)
-        trained = load_trained(cfg)
+        # quantised weights do not move from one device to another
+        trained = load_trained(OmegaConf.merge(cfg, {"engine": {"device": "cpu"}}))  # type: ignore[arg-type]
         sizes = sizes_to_keep(trained, out_dir)
         facts = facts_of(cfg, trained, sizes)
         _check_licence(cfg, facts, options.gated)
-        reference = trained.model.to("cpu").eval()
+        reference = trained.model
         model = with_whole_weights(cfg, reference)
         if any(".lora_" in name for name, _ in model.named_parameters()):
             model = deepcopy(model) if model is reference else model
