@@ -17,7 +17,7 @@ class Code:
         self.parts, self.names, self.seen = {}, {}, {}
         for path in PACKAGE.rglob("*.py"):
             module = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
-            tree = ast.parse(path.read_text())
+            tree = ast.parse(path.read_text(encoding="utf-8"))
             own = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
             imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
             self.names[module] = {

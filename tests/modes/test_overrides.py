@@ -9,7 +9,7 @@ from unittest.mock import DEFAULT, patch
 import pytest
 import torch
 from command_line import in_this_process, write_data
-from config_files import options, read, read_whole
+from config_files import options, read
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from portable_parts import TINY, untrained
@@ -73,7 +73,7 @@ def read_main():
 
 def cells():
     exports = [f"export {option}" for option in options("export")]
-    modes = [mode for mode in options("mode") if "resolution" in str(read_whole("mode", mode).get("reads"))]
+    modes = [mode for mode in options("mode") if "resolution" in str(read("mode", mode).get("reads"))]
     for mode in (*(mode for mode in modes if mode != "export"), *exports):
         marks = [pytest.mark.heavy] if mode in HEAVY else []
         yield from (pytest.param(*cell, marks=marks) for cell in keys_of(mode))
@@ -176,7 +176,7 @@ def observed(where, mode, cfg, word):
     """Return what a mode does by a config, beside what it says."""
     out = where.folder / f"out_{next(where.number)}"
     (out / "config").mkdir(parents=True)
-    (out / "config/overrides.txt").write_text(f"{word}\n")
+    (out / "config/overrides.txt").write_text(f"{word}\n", encoding="utf-8")
     warn_not_read(out, f"mode={mode.partition(' ')[0]}", cfg.mode.reads)
     with (
         watching() as seen,

@@ -44,7 +44,7 @@ def read_by_code(mode):
     starts = [read("mode", mode)["_target_"]]
     starts += [read("export", option)["_target_"] for option in options("export") if mode == "export"]
     keys = set().union(*(code().reads(start) for start in starts))
-    found = {key.partition(".")[0].rstrip("*") for key in keys} | pointers(read_whole("mode", mode))
+    found = {key.partition(".")[0].rstrip("*") for key in keys} | pointers(read("mode", mode))
     for group, _, key in (key.partition(".") for key in keys):
         for option in options(group.rstrip("*")) if group.rstrip("*") in GROUPS else []:
             node = read_whole(group.rstrip("*"), option)
@@ -55,7 +55,7 @@ def read_by_code(mode):
 
 @pytest.mark.parametrize("mode", sorted(set(options("mode")) - {"help"}))
 def test_a_mode_lists_the_keys_that_its_code_reads_and_no_other(mode, compose):
-    listed = {name.partition(".")[0] for name in read_whole("mode", mode)["reads"]}
+    listed = {name.partition(".")[0] for name in read("mode", mode)["reads"]}
     found = read_by_code(mode) & ({*compose(), *main_choices()} - FOR_ALL)
     assert found - ELSEWHERE.get(mode, set()) <= listed
     assert listed - FOR_ALL <= found | (LAUNCH if "budget" in listed else set())

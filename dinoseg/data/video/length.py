@@ -24,6 +24,8 @@ def has_more_packets(path: Path, most: int) -> bool:
     Raises:
         UserError: it is no file, or no video.
     """
+    from dinoseg.data.video.decoder import Decoder
+
     with Decoder(path) as decoder:
         return sum(1 for _ in islice(decoder.packets(), most + 1)) > most
 
