@@ -9,7 +9,7 @@ from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
-MOST_SCANS = 100  # of a JPEG file: each is a pass over all pixels; progressive encoders write about ten
+MOST_SCANS = 32  # of a JPEG file: each is a pass over all pixels; progressive encoders write about ten
 MOST_BLOCK_PIXELS = 2**22  # of a TIFF tile that is larger than its image
 _MOST_TAGS = 2**16  # of a TIFF file that are read
 _SCAN, _END = 0xDA, 0xD9

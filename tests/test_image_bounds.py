@@ -49,7 +49,7 @@ def opened(tmp_path, data, name):
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (progressive(MOST_SCANS), "JPEG scans, and at most 100 are decoded"),
+        (progressive(MOST_SCANS), "JPEG scans, and at most 32 are decoded"),
         (tiff([*TILED, (322, 26_000), (323, 20_000)]), "16 x 16 pixels in TIFF tiles of 26000 x 20000"),
         (tiff([*TILED, (322, 26_000), (323, 20_000)], ">"), "16 x 16 pixels in TIFF tiles of 26000 x 20000"),
         (tiff([*TILED, (322, 256), (322, 26_000), (323, 256)]), "the TIFF tag 322 twice"),

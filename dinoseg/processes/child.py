@@ -8,12 +8,13 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import IO, Any
 
 Message = tuple[dict[str, Any], bytes]
 _LONGEST = 2**31  # bytes of a message
+_PIPE = 2**20  # bytes, the most that Linux allows everybody
 _START = (
     "import importlib, json, sys; words = json.loads(sys.argv[1]); sys.path[:] = words['path']; "
     "from dinoseg.processes.child import run; "
@@ -37,6 +38,8 @@ class Child:
         memory: bytes that it may take beyond what its imports need, where the system can bound that (POSIX).
     """
 
+    _is_late = False
+
     def __init__(self, function: Callable[["Channel"], None], memory: int) -> None:
         words = {"path": sys.path, "module": function.__module__, "function": function.__name__, "memory": memory}
         # threads of libraries and their heaps would take addresses that the bound counts
@@ -49,35 +52,45 @@ class Child:
             start_new_session=os.name == "posix",  # Ctrl-C is this process's alone
         )
         assert self._process.stdin is not None and self._process.stdout is not None
+        for pipe in (self._process.stdin, self._process.stdout):
+            _enlarge(pipe)
         self._channel = Channel(self._process.stdout, self._process.stdin)
 
-    def ask(self, header: dict[str, Any] | None = None, body: bytes = b"", *, seconds: float) -> Message:
-        """Send a message, if there is one, and return the next one that comes.
-
-        Raises:
-            ChildEnded: the process has ended, or was killed after so many seconds.
-        """
-        late = threading.Event()
-
-        def end() -> None:
-            late.set()
-            self.kill()
-
-        timer = threading.Timer(seconds, end)  # killed, not waited for: pipes know no deadline on all systems
+    @contextmanager
+    def deadline(self, seconds: float) -> Iterator[None]:
+        """Kill the process after so many seconds, unless what is done here has ended by then."""
+        timer = threading.Timer(seconds, self._end_late)  # no pipe has a deadline on all systems
         timer.daemon = True
         timer.start()
         try:
-            if header is not None:
-                self._channel.send(header, body)
-            answer = self._channel.receive()
-        except (OSError, ValueError):  # its pipes are broken, or closed
-            answer = None
+            yield
         finally:
             timer.cancel()
-        if answer is None:
-            self.kill()
-            raise ChildEnded(late.is_set())
-        return answer
+
+    def send(self, header: dict[str, Any], body: bytes = b"") -> None:
+        """Send a message.
+
+        Raises:
+            ChildEnded: the process has ended.
+        """
+        try:
+            self._channel.send(header, body)
+        except (OSError, ValueError):  # its pipes are broken, or closed
+            raise self._ended() from None
+
+    def receive(self) -> Message:
+        """Return the next message that comes.
+
+        Raises:
+            ChildEnded: the process has ended.
+        """
+        try:
+            message = self._channel.receive()
+        except (OSError, ValueError):
+            message = None
+        if message is None:
+            raise self._ended()
+        return message
 
     @property
     def is_alive(self) -> bool:
@@ -95,6 +108,14 @@ class Child:
         for pipe in (self._process.stdin, self._process.stdout):
             with suppress(OSError):
                 pipe.close()  # type: ignore[union-attr]
+
+    def _end_late(self) -> None:
+        self._is_late = True
+        self.kill()
+
+    def _ended(self) -> ChildEnded:
+        self.kill()
+        return ChildEnded(self._is_late)
 
 
 class Channel:
@@ -137,6 +158,16 @@ def run(function: Callable[[Channel], None], memory: int) -> None:
     _bound_memory(memory)
     with suppress(BrokenPipeError):
         function(Channel(sys.stdin.buffer, target))
+
+
+def _enlarge(pipe: IO[bytes]) -> None:
+    """Let more bytes wait in a pipe, so that the processes switch less often, where the system can (Linux)."""
+    try:
+        import fcntl
+
+        fcntl.fcntl(pipe.fileno(), fcntl.F_SETPIPE_SZ, _PIPE)  # type: ignore[attr-defined, unused-ignore]
+    except (ImportError, AttributeError, OSError):
+        return
 
 
 def _bound_memory(more: int) -> None:

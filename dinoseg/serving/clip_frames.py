@@ -6,6 +6,7 @@
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from dinoseg.data.video.decoder import FrameTooLarge
 from dinoseg.data.video.length import has_more_packets
 from dinoseg.errors import UserError
 from dinoseg.inference.video_file import VideoReader, VideoTraits
-from dinoseg.processes.child import Channel, Child, ChildEnded
+from dinoseg.processes.child import Channel, Child, ChildEnded, Message
 from dinoseg.serving.limits import MIB, ClipLimits
 
 SECONDS = 10.0  # that opening a clip, or decoding one frame of it, may take
@@ -49,7 +50,7 @@ class ClipReader:
             UserError: it is no video, takes too long, or has far more packets than frames and sound need.
         """
         try:
-            about, _ = self._ask(self._asked)
+            about, _ = self._next(self._asked)
             self.size, self.count = (about["size"][0], about["size"][1]), about["count"]
             self.rate, tick, aspect = (Fraction(*about[name]) for name in ("rate", "tick", "aspect"))
         except BaseException:
@@ -70,7 +71,7 @@ class ClipReader:
             UserError: it is damaged, or a frame takes too long.
         """
         while True:
-            header, pixels = self._ask(None)
+            header, pixels = self._next()
             if "end" in header:
                 return
             time = None if header["time"] is None else Fraction(*header["time"])
@@ -81,9 +82,13 @@ class ClipReader:
         """End the process: whoever waits for a frame of it gets an error."""
         self._child.kill()
 
-    def _ask(self, header: dict | None) -> tuple[dict, bytes]:
+    def _next(self, asked: dict[str, Any] | None = None) -> Message:
+        """Return the next message, after sending one."""
         try:
-            answer, body = self._child.ask(header, seconds=SECONDS)
+            with self._child.deadline(SECONDS):
+                if asked is not None:
+                    self._child.send(asked)
+                answer, body = self._child.receive()
         except ChildEnded as error:
             what = f"is not decoded within {SECONDS:g} s a frame" if error.late else "ended the process that decoded it"
             raise UserError(f"{self.path} {what}. Re-encode it (ffmpeg -i IN OUT.mp4).") from None

@@ -7,10 +7,8 @@ import io
 import queue
 import struct
 import threading
-import time
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -56,11 +54,14 @@ class Decoders:
             Refused: it is empty, no image, too large, animated, damaged, or takes too long or too much memory.
         """
         child = self._idle.get()
-        end = time.monotonic() + self._seconds
         try:
-            header, _ = _ask(child, end, {"measure": max_pixels}, data)
-            admit(header["pixels"])
-            header, pixels = _ask(child, end, {"decode": True})
+            with child.deadline(self._seconds):
+                child.send({"max_pixels": max_pixels}, data)
+                header, _ = _answer(child)
+                try:
+                    admit(header["pixels"])
+                finally:
+                    header, pixels = _answer(child)
             return np.frombuffer(pixels, np.uint8).reshape(header["size"])
         except ChildEnded as error:
             child.close()
@@ -96,23 +97,19 @@ class Decoders:
 
 
 def decode_images(channel: Channel) -> None:
-    """Answer `measure` with an image's number of pixels, and `decode` with the pixels of the one measured last."""
+    """Answer each encoded image with its number of pixels, from its header, and then with its pixels."""
     warnings.simplefilter("ignore")  # of odd metadata
-    data = b""
     while (message := channel.receive()) is not None:
-        header, body = message
+        header, data = message
         try:
-            if "measure" in header:
-                data = body
-                channel.send({"pixels": measure(data, header["measure"])})
-            else:
-                pixels = decode(data)
-                channel.send({"size": pixels.shape}, np.ascontiguousarray(pixels).data.cast("B"))
+            channel.send({"pixels": measure(data, header["max_pixels"])})
+            pixels = decode(data)
+            channel.send({"size": pixels.shape}, np.ascontiguousarray(pixels).data.cast("B"))
         except Refused as error:
             channel.send({"refused": [error.status, error.rule, error.message]})
         except MemoryError:
-            message_ = f"{_NAME} takes more memory to decode than its pixels. Save it anew, as JPEG or PNG."
-            channel.send({"refused": [400, "decode_memory", message_]})
+            reason = f"{_NAME} takes more memory to decode than its pixels need. Save it anew, as JPEG or PNG."
+            channel.send({"refused": [400, "decode_memory", reason]})
 
 
 def measure(data: bytes, max_pixels: int) -> int:
@@ -159,12 +156,12 @@ def decode(data: bytes) -> np.ndarray:
         raise _unreadable(error) from error
 
 
-def _ask(child: Child, end: float, header: dict[str, Any], body: bytes = b"") -> Message:
+def _answer(child: Child) -> Message:
     """Return a process's answer, or raise the `Refused` that it is."""
-    answer, pixels = child.ask(header, body, seconds=max(0.0, end - time.monotonic()))
-    if "refused" in answer:
-        raise Refused(*answer["refused"])
-    return answer, pixels
+    header, body = child.receive()
+    if "refused" in header:
+        raise Refused(*header["refused"])
+    return header, body
 
 
 def _opened(data: bytes) -> Image.Image:
