@@ -1,11 +1,11 @@
 """Config to models, data and optimizers; its loss: `criteria.py`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
@@ -15,6 +15,7 @@ from dinoseg.config.checks import check_given
 from dinoseg.config.nodes import instantiate, keeping, not_set
 from dinoseg.config.plain import plain
 from dinoseg.contracts import Backbone, Head
+from dinoseg.data.custom import conforming
 from dinoseg.errors import UserError
 from dinoseg.model import Segmenter
 from dinoseg.shapes import SegmentationData
@@ -204,6 +205,26 @@ def _check_head_file(cfg: DictConfig) -> None:
         check_file(Path(str(weights)).expanduser(), "head.weights")
 
 
+def reader(cfg: DictConfig, instead: Mapping[str, Any] | None = None) -> Callable[[str], SegmentationData]:
+    """Return the function that gives a split of a config's data set as its files are, before `data.opened`.
+
+    Args:
+        cfg: the whole config, of which `data` is read.
+        instead: values to use instead of the reader's own.
+
+    Raises:
+        UserError: there is no reader; from the function: whatever the data set finds wrong, and see `conforming`.
+    """
+    data, node = cfg.data, cfg.data.get("reader")
+    if not OmegaConf.is_dict(node) or "_target_" not in node or not node.get("_partial_"):
+        raise UserError(
+            f"data={cfg.choices.data}: `reader` must name a class or function that takes `split`. Set in its YAML file "
+            "`_target_: MODULE.NAME` and `_partial_: true` below `reader`."
+        )
+    find = instantiate(node, instead=instead)
+    return lambda split: conforming(find(split=split), list(data.classes), data.ignore_index)
+
+
 def dataset(
     cfg: DictConfig, split: str, *, reduced: bool = False, decided: Callable[[Callable[[], bool]], bool] | None = None
 ) -> SegmentationData:
@@ -221,8 +242,8 @@ def dataset(
     """
     check_split(split)
     # what nobody has drawn is no truth to score against
-    drawn_alone = {"pseudo": False} if "pseudo" in cfg.data.reader and not reduced else None
-    pairs = instantiate(cfg.data.reader, instead=drawn_alone)(split=split)
+    drawn_alone = {"pseudo": False} if "pseudo" in (cfg.data.get("reader") or ()) and not reduced else None
+    pairs = reader(cfg, drawn_alone)(split)
     more: dict[str, Any] = {} if decided is None else {"decided": decided}
     if reduced and split == "train" and cfg.data.get("labelled") is not None:  # older checkpoints have no such key
         labelled = {"labelled": cfg.data.labelled}

@@ -239,13 +239,35 @@ Teach = Callable[[Tensor], Prediction]  # images (B, 3, H, W) to what a teacher 
 
 
 class SegmentationData(Protocol):
-    """A map-style data set of images and masks; label remapping is its own job."""
+    """A map-style data set of images and masks; label remapping is its own job.
 
-    classes: Sequence[str]
-    palette: Palette
-    ignore_index: int
-    names: Sequence[str]
-    skipped: Mapping[str, str]  # name to reason of what was left out on request
+    `dinoseg.data.custom.conforming` returns one for a class that lacks only `skipped`.
+    """
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """Return the class names in id order."""
+        ...
+
+    @property
+    def palette(self) -> Palette:
+        """Return an RGB color for each class."""
+        ...
+
+    @property
+    def ignore_index(self) -> int:
+        """Return the mask id that is ignored."""
+        ...
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Return the sample names in order."""
+        ...
+
+    @property
+    def skipped(self) -> Mapping[str, str]:
+        """Return name to reason of what was left out on request."""
+        ...
 
     def __len__(self) -> int:
         """Return the number of samples."""

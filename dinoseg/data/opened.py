@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+from dinoseg.data.custom import CustomDataset
 from dinoseg.data.packed.choice import pays
 from dinoseg.data.packed.pack import Unwritable, drop_draft, is_begun, pack
 from dinoseg.data.pairs.dataset import PairDataset
@@ -13,6 +14,7 @@ from dinoseg.data.splits import labelled_names
 from dinoseg.errors import UserError
 from dinoseg.processes.cores import count_cores
 from dinoseg.ranges import Count, HighShare, Natural
+from dinoseg.shapes import SegmentationData
 from dinoseg.wording import reasons
 
 log = logging.getLogger(__name__)
@@ -22,7 +24,7 @@ CACHES = (None, "packed", "auto")
 
 
 def opened(
-    dataset: PairDataset,
+    dataset: SegmentationData,
     *,
     split: str,
     reduced: bool = False,
@@ -35,11 +37,12 @@ def opened(
     group: str | None = None,
     seed: Natural = 0,
     decided: Callable[[Callable[[], bool]], bool] = lambda find: find(),
-) -> PairDataset:
+) -> SegmentationData:
     """Return the data set as it is to be used.
 
     Args:
-        dataset: what the reader found.
+        dataset: what the reader found. One that is no `PairDataset` reads its samples itself: `skip` and `packed` are
+            refused, `auto` has no effect.
         split: its name, for messages.
         reduced: it is trained on: packed at `longest`. Else at full size, since it is scored there.
         on_error: `stop`: what is no whole pair is an error now, and a file that cannot be read when it is read.
@@ -64,9 +67,18 @@ def opened(
         raise UserError(f"data.cache={cache} is unknown. Choose packed or auto, or null for none.")
     if workers is not None and workers < 1:
         raise UserError(f"data.workers={workers}: give the number of processes, 1 or more, or null for one per core.")
+    assert isinstance(dataset, PairDataset | CustomDataset)
     if labelled is not None:
         whole, dataset = len(dataset), dataset.keep({*labelled_names(dataset.names, labelled, seed=seed, group=group)})
         log.info("data.labelled=%s: %d of %d images of split %s with their masks", labelled, len(dataset), whole, split)
+    if not isinstance(dataset, PairDataset):
+        for key, value in (("on_error", on_error), ("cache", cache)):
+            if value in ("skip", "packed"):
+                raise UserError(
+                    f"data.{key}={value} needs a reader that returns a dinoseg.data.pairs.dataset.PairDataset, and "
+                    f"data.reader gives a {type(dataset.samples).__name__}. Leave data.{key} out."
+                )
+        return dataset
     if on_error == "skip":
         dataset = _usable(dataset, split, Path(cache_dir), workers or count_cores())
     elif dataset.lacking:

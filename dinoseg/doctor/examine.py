@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dinoseg.data.classes.masks import Masks
+from dinoseg.data.custom import CustomDataset
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.scan.record import Record
 from dinoseg.doctor.checks.classes import check_classes
@@ -16,10 +18,11 @@ from dinoseg.doctor.findings import Finding, Scanned, by_severity
 from dinoseg.doctor.suggestions import IMAGENET, constant_class, suggest
 
 
-def scanned(split: str, dataset: PairDataset, records: Sequence[Record]) -> Scanned:
+def scanned(split: str, dataset: PairDataset | CustomDataset, records: Sequence[Record]) -> Scanned:
     """Return a split's records with what its reader reads them by."""
+    masks = dataset.reader.masks if isinstance(dataset, PairDataset) else Masks()
     return Scanned(
-        *(split, records, dataset.classes, dataset.palette, dataset.ignore_index, dataset.reader.masks),
+        *(split, records, dataset.classes, dataset.palette, dataset.ignore_index, masks),
         split_local_names=dataset.split_local_names,
     )
 

@@ -68,8 +68,12 @@ def official_scores(
 
 
 def _of_files(data: SegmentationData) -> PairDataset:
-    """Return a data set as one of files, which each is that has a benchmark."""
-    assert isinstance(data, PairDataset)
+    """Return a data set as one of files, which official scores are read from."""
+    if not isinstance(data, PairDataset):
+        raise UserError(
+            "data.official needs a data set of image and mask files, and data.reader reads its samples itself. Set "
+            "data.official=null."
+        )
     return data
 
 

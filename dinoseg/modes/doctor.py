@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,12 @@ import numpy as np
 from omegaconf import DictConfig
 from tabulate import tabulate
 
-from dinoseg.config.nodes import instantiate
+from dinoseg import build
+from dinoseg.data.custom import CustomDataset
 from dinoseg.data.formats.idd_files import home_made_files
 from dinoseg.data.pairs.dataset import PairDataset
+from dinoseg.data.scan.measure import measure_sample
+from dinoseg.data.scan.record import Record
 from dinoseg.data.scan.scan import scan, unreadable
 from dinoseg.doctor.checks.classes import home_made
 from dinoseg.doctor.examine import examine, scanned, summary
@@ -29,6 +33,7 @@ _SPLITS = ("train", "val", "test")
 _NEEDED = ("train", "val")
 _SHOWN = {"error": 10, "warning": 10, "note": 3}  # files that the terminal shows of a finding
 _HEADERS = ("split", "images", "smallest (width x height)", "largest (width x height)")
+DoctorData = PairDataset | CustomDataset
 _LONGEST = 480  # pixels of a picture's longer side
 
 
@@ -58,7 +63,7 @@ def doctor(
         raise UserError(f"mode.near_distance={near_distance} must be 0 to 64, mode.samples={samples} not negative.")
     datasets, findings = _open_splits(cfg)
     splits = [
-        scanned(split, data, scan(data.pairs, data.reader, images=images, workers=workers, cache_dir=cfg.cache_dir))
+        scanned(split, data, _records(split, data, images=images, workers=workers, cache_dir=cfg.cache_dir))
         for split, data in datasets.items()
     ]
     name = cfg.choices.data
@@ -103,29 +108,29 @@ def _printable(value: Any) -> Any:
     return [_printable(each) for each in value] if isinstance(value, list | tuple) else value
 
 
-def _open_splits(cfg: DictConfig) -> tuple[dict[str, PairDataset], list[Finding]]:
+def _open_splits(cfg: DictConfig) -> tuple[dict[str, DoctorData], list[Finding]]:
     """Return the splits that can be listed, and why others cannot."""
-    reader = instantiate(cfg.data.reader)
-    datasets: dict[str, PairDataset] = {}
+    reader = build.reader(cfg)
+    datasets: dict[str, DoctorData] = {}
     findings = []
     for split in _SPLITS:
         try:
-            data = reader(split=split)
+            data = reader(split)
         except UserError as error:
             if split in _NEEDED:
                 findings.append(Finding("error", "split_unreadable", f"Split {split}: {error}"))
             else:
                 findings.append(Finding("note", "split_left_out", f"Split {split} is left out: {error}"))
             continue
-        if not isinstance(data, PairDataset):
-            raise UserError(f"mode=doctor reads images beside masks, which data={cfg.choices.data} does not give.")
+        assert isinstance(data, PairDataset | CustomDataset)
         if split not in _NEEDED and (same := _same_files(data, datasets)):
             findings.append(
                 Finding("note", "split_left_out", f"Split {split} is left out: it is {same}, file by file.")
             )
             continue
         datasets[split] = data
-        findings += [_lacking(split, data)] if data.lacking else []
+        if isinstance(data, PairDataset) and data.lacking:
+            findings.append(_lacking(split, data))
     if cfg.choices.data.startswith("idd") and not datasets:
         if files := home_made_files(Path(str(cfg.data.root)).expanduser()):
             findings.append(home_made(files, cfg.choices.data))
@@ -144,10 +149,24 @@ def _lacking(split: str, data: PairDataset) -> Finding:
     )
 
 
-def _same_files(data: PairDataset, others: Mapping[str, PairDataset]) -> str | None:
+def _records(split: str, data: DoctorData, **options: Any) -> list[Record]:
+    """Return what is known of each sample; a data set that reads its samples itself is read here, image by image."""
+    if isinstance(data, PairDataset):
+        return scan(data.pairs, data.reader, **options)
+    return [
+        measure_sample(name, f"{split}: {name}", partial(data.__getitem__, index))
+        for index, name in enumerate(data.names)
+    ]
+
+
+def _same_files(data: DoctorData, others: Mapping[str, DoctorData]) -> str | None:
     """Return the split that a data set without a test split of its own gives in its place."""
-    files = {str(pair.image) for pair in data.pairs}
-    return next((split for split, other in others.items() if {str(pair.image) for pair in other.pairs} == files), None)
+    files = _files(data)
+    return next((split for split, other in others.items() if files and _files(other) == files), None)
+
+
+def _files(data: DoctorData) -> set[str]:
+    return {str(pair.image) for pair in data.pairs} if isinstance(data, PairDataset) else set()
 
 
 def _report(cfg: DictConfig, splits: Sequence[Scanned], findings: Sequence[Finding]) -> dict[str, Any]:
@@ -196,7 +215,7 @@ def _size(size: Mapping[str, int] | None) -> str:
 
 
 def _pictures(
-    datasets: Mapping[str, PairDataset], splits: Sequence[Scanned], findings: Sequence[Finding], samples: int
+    datasets: Mapping[str, DoctorData], splits: Sequence[Scanned], findings: Sequence[Finding], samples: int
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield caption and picture of pairs that findings are about, then of each class, then of each split."""
     wanted: dict[tuple[str, str], str] = {}
@@ -229,7 +248,7 @@ def _of_classes(splits: Sequence[Scanned]) -> Iterator[tuple[tuple[str, str], st
             yield (part.split, record.name), "one of many"
 
 
-def _strip(frame: np.ndarray, mask: np.ndarray, data: PairDataset) -> np.ndarray:
+def _strip(frame: np.ndarray, mask: np.ndarray, data: DoctorData) -> np.ndarray:
     height, width = mask.shape
     factor = min(1.0, _LONGEST / max(height, width))
     size = (max(1, round(width * factor)), max(1, round(height * factor)))

@@ -85,7 +85,7 @@ def _pool(cfg: DictConfig, input: str | None, split: str, every: float, also: se
             "data.root= of a data set."
         )
     build.check_split(split)
-    data = instantiate(cfg.data.reader)(split=split)
+    data = build.reader(cfg)(split)
     if not isinstance(data, PairDataset):
         raise UserError(f"data={cfg.choices.data} has no list of image files. Give its images as input=FOLDER.")
     if data.lacking:

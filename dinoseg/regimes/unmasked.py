@@ -6,7 +6,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from dinoseg.config.nodes import instantiate
+from dinoseg import build
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.unlabelled import fault
@@ -40,7 +40,7 @@ def unmasked_images(
         UserError: `trainer.unlabelled` names nothing, or what cannot be read.
     """
     others, found = {*train.names, *train.skipped}, []
-    whole = instantiate(cfg.data.reader)(split="train")
+    whole = build.reader(cfg)("train")
     if isinstance(whole, PairDataset):
         found += [Candidate(pair.name, pair.image) for pair in whole.pairs if pair.name not in others]
     if options.images is not None:

@@ -1,8 +1,9 @@
 """One image and its mask read once, and all that is looked at later written down; imports no torch."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -34,7 +35,7 @@ def measure(pair: Pair, reader: MaskReader, *, images: bool) -> Record:
     """
     record, image, mask = Record(pair.name, str(pair.image), str(pair.mask), decoded=images), pair.image, pair.mask
     try:
-        record = _with_pixels(record, image) if images else replace(record, image_size=_header_size(image))
+        record = _with_pixels(record, read_source(image)) if images else replace(record, image_size=_header_size(image))
     except Exception as error:  # a decoder may raise anything on a damaged file
         record = record.with_problem("unreadable_image", _reason(image, error), passing=_may_pass(error))
     try:
@@ -44,8 +45,34 @@ def measure(pair: Pair, reader: MaskReader, *, images: bool) -> Record:
         return record.with_problem("unreadable_mask", _reason(mask, error), passing=_may_pass(error))
 
 
-def _with_pixels(record: Record, image: ImageSource) -> Record:
-    pixels = np.ascontiguousarray(read_source(image))
+def measure_sample(name: str, where: str, read: Callable[[], Mapping[str, Any]]) -> Record:
+    """Return the record of a sample that a data set reads itself; an error of its own is a problem in it.
+
+    Args:
+        name: of the sample.
+        where: what stands for its files.
+        read: returns the sample, whose mask holds class ids and ignored ones alone.
+    """
+    record = Record(name, where, where, decoded=True)
+    try:
+        sample = read()
+    except Exception as error:  # of somebody else's code
+        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        return record.with_problem("unreadable_image", reason, passing=_may_pass(error))
+    ids = np.ascontiguousarray(sample["mask"].numpy())
+    pixels = dict(_counted(ids))
+    return replace(
+        _with_pixels(record, sample["image"].permute(1, 2, 0).numpy()),
+        mask_size=(ids.shape[0], ids.shape[1]),
+        pixels=pixels,
+        raw={str(value): count for value, count in pixels.items()},
+        mask_digest=digest(ids),
+        borders=borders(ids).tobytes(),
+    )
+
+
+def _with_pixels(record: Record, image: np.ndarray) -> Record:
+    pixels = np.ascontiguousarray(image)
     levels = np.arange(256, dtype=np.int64)
     histograms = [np.bincount(pixels[..., channel].ravel(), minlength=256) for channel in range(3)]
     return replace(

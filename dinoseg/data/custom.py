@@ -1,0 +1,159 @@
+"""Data sets of classes outside the package: the members that they must have, and the defaults for all others."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dinoseg.data.pairs.dataset import PairDataset
+from dinoseg.errors import UserError
+from dinoseg.shapes import Palette, Sample, SegmentationData
+from dinoseg.wording import count_of, listed
+
+REQUIRED = {  # of a data set class: member and what it is
+    "__len__": "the number of samples",
+    "__getitem__": "the sample of an index: a dict of image, mask and name",
+    "names": "the sample names in order, each unique, relative paths without suffix",
+    "classes": "the class names in id order",
+    "palette": "an RGB color for each class",
+    "ignore_index": "the mask id that is ignored, 0 to 255",
+}
+
+
+class CustomDataset:
+    """A data set of any class with the members `REQUIRED`, checked; the rest of `SegmentationData` has defaults.
+
+    Args:
+        samples: the data set. Its items have `image` (3, H, W) uint8 RGB, `mask` (H, W) of any integer type with class
+            ids or the ignored id, and `name`, as in `names`.
+
+    Raises:
+        UserError: naming what is missing or wrong; when an item is read: of the item.
+    """
+
+    def __init__(self, samples: Any, rows: Sequence[int] | None = None) -> None:
+        self._where = f"data.reader: {type(samples).__module__}.{type(samples).__qualname__}"
+        self._check_members(samples)
+        self.samples = samples
+        self.rows = range(len(samples)) if rows is None else rows
+        self.classes: list[str] = list(map(str, samples.classes))
+        self.palette: Palette = _colors(samples.palette)
+        self.ignore_index = int(samples.ignore_index)
+        self.names = [samples.names[row] for row in self.rows]
+        self.lacking: Mapping[str, str] = {}
+        self.skipped: Mapping[str, str] = {}
+        self.split_local_names = False
+        self._is_known = torch.zeros(256, dtype=torch.bool)
+        self._is_known[[*range(len(self.classes)), self.ignore_index]] = True
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        item, name = self.samples[self.rows[index]], self.names[index]
+        if not isinstance(item, Mapping) or (missing := {"image", "mask", "name"} - item.keys()):
+            what = f"lacks {', '.join(sorted(missing))}" if isinstance(item, Mapping) else f"is {type(item).__name__}"
+            raise UserError(f"{self._where}: the sample {name} {what}. Return a dict of image, mask and name.")
+        if item["name"] != name:
+            raise UserError(f"{self._where}: the sample {name} is called {item['name']}. Return the name of `names`.")
+        return Sample(
+            image=self._image(item["image"], name), mask=self._mask(item["mask"], item["image"], name), name=name
+        )
+
+    def keep(self, names: Collection[str]) -> "CustomDataset":
+        """Return the data set of only these names, in the same order."""
+        return CustomDataset(
+            self.samples, [row for row, name in zip(self.rows, self.names, strict=True) if name in names]
+        )
+
+    def _check_members(self, samples: Any) -> None:
+        missing = [f"`{name}` ({what})" for name, what in REQUIRED.items() if not hasattr(samples, name)]
+        if missing:
+            raise UserError(
+                f"{self._where} lacks {listed(missing, len(missing))}. Add {'it' if len(missing) == 1 else 'them'}."
+            )
+        names, classes, ignored = list(samples.names), list(samples.classes), samples.ignore_index
+        if (
+            len(names) != len(samples)
+            or len(set(names)) != len(names)
+            or not all(isinstance(name, str) for name in names)
+        ):
+            raise UserError(
+                f"{self._where} has {count_of(len(samples), 'sample')} and {count_of(len(set(names)), 'name')} in "
+                "`names`. Give each sample a name of its own."
+            )
+        if not names:
+            raise UserError(f"{self._where} has no sample in this split. Check data.root.")
+        if len(_colors(samples.palette)) != len(classes):
+            raise UserError(
+                f"{self._where}: `palette` needs an RGB color for each of {count_of(classes, 'class', 'classes')}."
+            )
+        if type(ignored) is not int or not 0 <= ignored <= 255:
+            raise UserError(f"{self._where}: `ignore_index` is {ignored!r}. Give an integer from 0 to 255.")
+
+    def _image(self, image: Any, name: str) -> Tensor:
+        if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.ndim != 3 or len(image) != 3:
+            raise UserError(
+                f"{self._where}: the image of {name} is {_form(image)}. Return a tensor (3, H, W) of uint8."
+            )
+        return image
+
+    def _mask(self, mask: Any, image: Tensor, name: str) -> Tensor:
+        fits = isinstance(mask, Tensor) and not (
+            mask.is_floating_point() or mask.is_complex() or mask.dtype == torch.bool
+        )
+        if not fits or mask.shape != image.shape[1:]:
+            size = f"({image.shape[1]}, {image.shape[2]})"
+            raise UserError(f"{self._where}: the mask of {name} is {_form(mask)}. Return an integer tensor {size}.")
+        ids = mask.long()
+        unknown = (ids < 0) | (ids > 255) | ~self._is_known[ids.clamp(0, 255)]
+        if unknown.any():
+            foreign = listed([str(value) for value in ids[unknown].unique().tolist()])
+            raise UserError(
+                f"{self._where}: the mask of {name} holds {foreign}. Return ids from 0 to {len(self.classes) - 1}, or "
+                f"{self.ignore_index} to ignore a pixel."
+            )
+        return ids.to(torch.uint8)
+
+
+def conforming(data: Any, classes: Sequence[str], ignore_index: int) -> SegmentationData:
+    """Return what a reader gives as a data set that has all of `SegmentationData`.
+
+    Args:
+        data: a `PairDataset`, or an object of any class with the members `REQUIRED`.
+        classes: of the config, which decide how many classes a model has.
+        ignore_index: of the config.
+
+    Raises:
+        UserError: naming what it lacks, or in what it differs from the config.
+    """
+    if isinstance(data, PairDataset):
+        return data
+    dataset = CustomDataset(data)
+    for key, own, configured in (
+        ("classes", dataset.classes, list(map(str, classes))),
+        ("ignore_index", dataset.ignore_index, ignore_index),
+    ):
+        if own != configured:
+            raise UserError(
+                f"data.{key}={configured}, but the data set of data.reader has {own}. Pass it on in the YAML file: "
+                f"{key}: ${{..{key}}} in `reader`, or correct data.{key}."
+            )
+    return dataset
+
+
+def _colors(palette: Any) -> list[tuple[int, int, int]]:
+    """Return the colors of a palette; none where it holds anything else."""
+    try:
+        return [(int(red), int(green), int(blue)) for red, green, blue in palette]
+    except (TypeError, ValueError):
+        return []
+
+
+def _form(value: Any) -> str:
+    return (
+        f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+        if isinstance(value, Tensor)
+        else type(value).__name__
+    )
