@@ -275,6 +275,11 @@ def predicted_masks(stand_ins, folder):
     return ran(folder, "mode=predict", f"resume={stand_ins['RUN']}", f"input={stand_ins['FOLDER']}/val/images")
 
 
+@stand_in("PREDICTED_SPLIT")
+def predicted_split(stand_ins, folder):
+    return ran(folder, "mode=predict", f"resume={stand_ins['RUN']}", "input=val")
+
+
 @stand_in("FRAME_SLOTS")
 def trained_on_frames(stand_ins, folder):
     small = (*SMALL, "head.slot_dim=16", "head.decoder_dim=16")  # as the documents' commands are made small

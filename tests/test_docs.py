@@ -147,7 +147,8 @@ def test_command(command, stand_ins, tmp_path, monkeypatch):
     # the stand-ins are as alike and as few as no data set is: whether the doctor finds that is not at issue
     assert done.status == 0 or mode_of(command) == "doctor", done.err
     written = {path.name for path in tmp_path.rglob("*")}
-    pictures = "video_left_overlay.mp4" if "VIDEO" in command else "a_segmentation"
+    pictures = "references" if "input=val" in command else "a_segmentation"
+    pictures = "video_left_overlay.mp4" if "VIDEO" in command else pictures
     expected = pictures if mode_of(command) == "predict" else WRITES.get(mode_of(command), "run.log")
     if option := re.search(r" export=(\w+)", command):
         expected = EXPORTED[option[1]]

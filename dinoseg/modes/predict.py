@@ -9,11 +9,14 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from dinoseg.build import background_of
+from dinoseg import build
+from dinoseg.build import SPLITS, background_of
 from dinoseg.config.plain import plain
 from dinoseg.data.classes.labels import Labels
+from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.errors import UserError
 from dinoseg.evaluation.score_classes import FOLDER, mask_keys
+from dinoseg.images import write_png
 from dinoseg.inference.annotations import PredictedShapes
 from dinoseg.inference.class_record import write_class_record
 from dinoseg.inference.done import DoneInputs
@@ -34,6 +37,7 @@ from dinoseg.storage.stamps import stamp
 from dinoseg.wording import count_of
 
 logger = logging.getLogger(__name__)
+REFERENCES = "references"  # in a run folder: the masks of the split that was predicted, as class ids
 _RECORD = "predict.json"  # in a run folder: what its results depend on, by which the same command goes on
 _ANY = forms.table(forms.plain)
 _SETTINGS = ("resolution", "backbone", "adapter", "head", "inference")
@@ -56,6 +60,9 @@ def predict(
 ) -> dict[str, Any]:
     """Segment everything `input` stands for, at its own size, into `out_dir`; return counts and rates.
 
+    `input` may be a split of the data set, too: masks/<name>.png then has the split's names, and references/<name>.png
+    the class ids of its own masks, so that mode=score compares the two folders.
+
     An image gives the folder <stem>_segmentation and its class ids as masks/<name>.png, with masks/classes.json as
     mode=score takes them (`masks` false: none); a video <stem>_overlay.mp4 and, with `masks` true, the class ids of
     each frame as <stem>_masks/%09d.png. `outputs` names what is written of images beside, each in a folder of its
@@ -69,7 +76,8 @@ def predict(
     if input is None or input == "":
         raise UserError("mode=predict needs something to segment: give input=<image, folder, glob or video>.")
     check_outputs(outputs)
-    images, videos = _found(input)
+    split = _split_data(cfg, input)
+    images, videos = _found(input) if split is None else (_images_of(split, str(input)), [])
     if videos:
         check_frame_outputs(outputs, str(videos[0].path or input))
     if not images:
@@ -89,16 +97,21 @@ def predict(
     try:
         write_json(folder / _RECORD, settings)
         remove_parts(folder, "**/.*.[0-9]*.part", "**/.*.[0-9]*.old")  # of a run that was killed
-        totals = _segment_images(by, images, str(input), run) | _segment_videos(by, videos, run, options)
+        targets = mask_names([path for path, _ in images], str(input)) if split is None else split.names
+        totals = _segment_images(by, images, targets, run) | _segment_videos(by, videos, run, options)
+        if split is not None and run.masks is not None:
+            for index, name in enumerate(split.names):
+                write_png(folder / REFERENCES / f"{name}.png", split.mask(index))
         if run.masks is not None and run.count:
-            keys = mask_keys(cfg.data)
+            keys = mask_keys(cfg.data) if split is None else {}  # those references are class ids already
             write_class_record(run.masks, labels.classes, labels.palette, labels.ignore_index, keys)
     except OSError as error:
         raise UserError(
             f"Cannot write below {out_dir} ({error}). Free some disk space, or choose another hydra.run.dir."
         ) from error
     _check_failures(run, len(images) + len(videos))
-    print("\n".join(_written(run, totals, masks is True, outputs)))
+    reference = "<folder of masks of the same names>" if split is None else str(folder / REFERENCES)
+    print("\n".join(_written(run, totals, masks is True, outputs, reference)))
     return {**totals, "run": str(out_dir)}
 
 
@@ -111,6 +124,26 @@ def _found(source: str | int) -> tuple[list[tuple[Path, str]], list[VideoInput]]
     named = list(zip(paths, result_names(paths), strict=True))
     videos = [VideoInput(name, partial(VideoReader, path), path) for path, name in named if is_video(path)]
     return [entry for entry in named if not is_video(entry[0])], videos
+
+
+def _split_data(cfg: DictConfig, source: str | int) -> PairDataset | None:
+    """Return the data set of the split that an input names; None where it names a path.
+
+    Raises:
+        UserError: its images are no files, or whatever the data set finds wrong.
+    """
+    if source not in SPLITS or Path(str(source)).exists():
+        return None
+    data = build.dataset(cfg, str(source))
+    if not isinstance(data, PairDataset) or not all(isinstance(pair.image, Path) for pair in data.pairs):
+        raise UserError(f"input={source}: the images of data={cfg.choices.data} are no files. Use mode=eval instead.")
+    return data
+
+
+def _images_of(data: PairDataset, source: str) -> list[tuple[Path, str]]:
+    """Return the images of a split, and what their results are called."""
+    paths = [pair.image for pair in data.pairs if isinstance(pair.image, Path)]
+    return list(zip(paths, result_names(paths), strict=True))
 
 
 def _check_failures(run: ImageRun, count: int) -> None:
@@ -157,10 +190,11 @@ def _check_earlier(folder: Path, settings: dict[str, Any]) -> None:
     )  # fmt: skip
 
 
-def _segment_images(by: Segmentation, images: Sequence[tuple[Path, str]], source: str, run: ImageRun) -> dict[str, Any]:
+def _segment_images(
+    by: Segmentation, images: Sequence[tuple[Path, str]], targets: Sequence[str], run: ImageRun
+) -> dict[str, Any]:
     if not images:
         return {}
-    targets = mask_names([path for path, _ in images], source)
     given = [ImageInput(path, name, target) for (path, name), target in zip(images, targets, strict=True)]
     earlier, passed = segment_images(by, given, run)
     _log("images", passed, count_of(run.count - earlier, "image"))
@@ -194,13 +228,15 @@ def _log(what: str, passed: Throughput, count: str) -> None:
         logger.info("%s: %s", what, told)
 
 
-def _written(run: ImageRun, totals: Mapping[str, Any], video_masks: bool, outputs: Sequence[str]) -> Iterator[str]:
+def _written(
+    run: ImageRun, totals: Mapping[str, Any], video_masks: bool, outputs: Sequence[str], reference: str
+) -> Iterator[str]:
     """Yield a line for each kind of result."""
     if run.count:
         yield f"pictures:     {run.folder}/*_segmentation, of {count_of(run.count, 'image')}"
         if run.masks is not None:
             yield f"masks:        {run.masks}, {count_of(run.count, 'PNG')} of class ids"
-            yield f"score them:   mode=score prediction={run.folder} reference=<folder of masks of the same names>"
+            yield f"score them:   mode=score prediction={run.folder} reference={reference}"
     if run.count and outputs:
         yield f"beside:       {', '.join(str(run.folder / name) for name in outputs)}"
     if totals.get("frames"):

@@ -14,6 +14,7 @@ import torch
 from films import write_film
 from omegaconf import OmegaConf
 
+from dinoseg import build
 from dinoseg.contracts import Head
 from dinoseg.data.formats.annotated import Shapes, annotated_dataset
 from dinoseg.data.formats.annotation_files import AnnotationLayout
@@ -24,6 +25,7 @@ from dinoseg.inference import image_run, inputs, memory
 from dinoseg.inference.annotations import PredictedShapes
 from dinoseg.inference.video_file import VideoReader
 from dinoseg.modes import predict as mode
+from dinoseg.modes import score
 from dinoseg.runs.trained import Trained
 from dinoseg.shapes import Prediction
 
@@ -181,6 +183,29 @@ def test_class_ids_lie_as_mode_score_takes_them(trained, tmp_path, capsys):
         assert record == {"classes": CLASSES, "palette": colours, "ignore_index": 250, "masks": {"format": "binary"}}
         printed = capsys.readouterr().out
         assert f"masks:        {found}, 3 PNGs of class ids" in printed and "score them:   mode=score" in printed
+
+
+def test_a_split_by_fraction_is_predicted_and_scored_under_its_own_names(trained, tmp_path, compose, capsys):
+    for name in ("a", "deep/a", "deep/b", "c"):
+        pixels = random_image(tmp_path / f"images/{name}.png", seed=len(name))
+        write_png(tmp_path / f"masks/{name}.png", expected_ids(pixels).astype(np.uint8) + 1)
+    words = (f"data.root={tmp_path}", "data=folder", "data.reader.layout.images=images", f"data.classes={CLASSES}")
+    words += (
+        "data.reader.layout.masks=masks",
+        "data.reader.partition.by=fraction",
+        "data.reader.partition.val_fraction=0.5",
+    )
+    words += ("++data.reader.masks.ids={1: 0, 2: 1, 3: 2}",)
+    cfg, out = compose(*words), tmp_path / "out"
+    mode.predict(cfg, out_dir=out, input="val", masks=None, opacity=0.5, batch_size=2)
+    names = build.dataset(cfg, "val").names
+    assert len(names) == 2
+    for folder in ("masks", "references"):
+        found = (out / folder).rglob("*.png")
+        assert sorted(path.relative_to(out / folder).with_suffix("").as_posix() for path in found) == names
+    assert f"reference={out}/references" in capsys.readouterr().out
+    scores = score.run(cfg, out_dir=tmp_path, reference=str(out / "references"), prediction=str(out), workers=1)
+    assert scores["mIoU"] == 1.0
 
 
 def test_bad_files_are_named_and_the_rest_is_done(trained, tmp_path):
