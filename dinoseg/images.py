@@ -17,6 +17,10 @@ from dinoseg.image_bounds import Unfit, check_cost
 from dinoseg.storage.atomic import whole_file
 from dinoseg.storage.files import check_regular
 
+UNREAD_SUFFIXES = (  # of pictures that are not read; where one lies among images, it is reported
+    *(".gif", ".heic", ".heif", ".avif", ".jp2", ".j2k", ".jpx", ".jxl", ".jfif", ".jpe", ".tga", ".psd", ".svg"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".exr", ".hdr", ".dcm", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw"),
+)
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # Pillow's names of those, whatever else it can read
 T = TypeVar("T")

@@ -1,15 +1,18 @@
 """What a user may give as `input`: pictures and videos of one's own, found and opened."""
 
+import logging
 import sys
 from pathlib import Path
 
 from dinoseg.data.video.length import VIDEO_SUFFIXES
 from dinoseg.errors import UserError
-from dinoseg.images import IMAGE_SUFFIXES
+from dinoseg.images import IMAGE_SUFFIXES, UNREAD_SUFFIXES
 from dinoseg.inference.frame_folder import FolderReader
 from dinoseg.inference.video_file import VideoReader
 from dinoseg.storage.files import found, is_pattern
+from dinoseg.wording import count_of, listed
 
+log = logging.getLogger(__name__)
 FrameReader = VideoReader | FolderReader  # frames one after the other, each with a name
 _CAMERAS = {"linux": ("v4l2", "/dev/video{}"), "darwin": ("avfoundation", "{}")}  # FFmpeg's names
 _KINDS = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
@@ -39,9 +42,12 @@ def list_inputs(source: str, key: str = "input") -> list[Path]:
         nothing = f"The pattern {source} matches no image or video."
     else:
         raise UserError(f"No such file or folder: {key}={source}. Check the path. {_ACCEPTED}")
-    media = found(source, _KINDS)
+    media, unread = found(source, _KINDS), found(source, UNREAD_SUFFIXES)
+    left_out = f"{count_of(unread, 'file')} of kinds that are not read: {listed([path.name for path in unread])}."
     if not media:
-        raise UserError(f"{nothing} {_ACCEPTED}")
+        raise UserError(f"{nothing} {_ACCEPTED}{f' There are {left_out} Convert them to PNG.' if unread else ''}")
+    if unread:
+        log.warning("%s=%s: left out are %s Convert them to PNG.", key, source, left_out)
     return media
 
 

@@ -75,3 +75,13 @@ class TestListInputs:
         monkeypatch.setattr(Path, "iterdir", denied)
         with pytest.raises(UserError, match="Permission denied"):
             list_inputs(str(tmp_path))
+
+
+def test_pictures_of_kinds_that_are_not_read_are_reported(tmp_path, caplog):
+    for name in ("a.png", "b.gif", "c.HEIC", "notes.txt"):
+        (tmp_path / name).touch()
+    assert [path.name for path in list_inputs(str(tmp_path))] == ["a.png"]
+    assert "left out are 2 files of kinds that are not read: b.gif, c.HEIC." in caplog.text
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(UserError, match="There are 2 files of kinds that are not read: b.gif, c.HEIC. Convert them"):
+        list_inputs(str(tmp_path))

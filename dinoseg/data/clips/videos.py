@@ -10,7 +10,7 @@ import numpy as np
 from dinoseg.data.splits import Partition, divide
 from dinoseg.data.video.access import ImageSource, VideoFrame, read_source, source_origin
 from dinoseg.errors import UserError
-from dinoseg.images import IMAGE_SUFFIXES, read_ids
+from dinoseg.images import IMAGE_SUFFIXES, UNREAD_SUFFIXES, read_ids
 from dinoseg.storage.files import entries
 from dinoseg.storage.natural_order import natural_order
 from dinoseg.wording import count_of, listed
@@ -143,12 +143,18 @@ def picture_files(folder: Path) -> dict[str, str]:
     """Return stem to name of the picture files in a folder, as their stems are counted, without hidden ones.
 
     Raises:
-        UserError: there is no such folder, or two of its files have one stem.
+        UserError: there is no such folder, two of its files have one stem, or one is of a kind that is not read.
     """
     names: dict[str, str] = {}
     if not folder.is_dir():
         raise UserError(f"No folder {folder}. Check data.root, and that the whole data set was unpacked.")
-    for path in sorted(entries(folder), key=lambda path: (natural_order(path.stem), path.suffix)):
+    paths = sorted(entries(folder), key=lambda path: (natural_order(path.stem), path.suffix))
+    if unread := [path.name for path in paths if path.suffix.lower() in UNREAD_SUFFIXES]:
+        raise UserError(
+            f"{folder} holds {count_of(unread, 'file')} of kinds that are not read: {listed(unread)}. Convert them to "
+            "PNG, or move them away."
+        )
+    for path in paths:
         if path.suffix.lower() not in IMAGE_SUFFIXES:
             continue
         if path.stem in names:

@@ -1,5 +1,6 @@
 """A plain folder of images and a folder of masks, paired by name."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -12,7 +13,7 @@ from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.pairs.pairing import Lacking, gathered, pair_by_name
 from dinoseg.data.splits import Partition, divide, read_name_list
 from dinoseg.errors import UserError
-from dinoseg.images import IMAGE_SUFFIXES
+from dinoseg.images import IMAGE_SUFFIXES, UNREAD_SUFFIXES
 from dinoseg.storage.files import visible_files
 from dinoseg.wording import count_of, listed
 
@@ -20,6 +21,10 @@ _REMEDY = (
     "Add the missing files or remove the others; an image and its mask have the same name up to the endings in "
     "data.reader.layout."
 )
+
+
+_CONVERT = "Convert such pictures to PNG, or move them away."
+_MASK_FOLDER = re.compile("mask|label|annot|seg|gt|truth", re.IGNORECASE)  # in the name of a folder of masks
 
 
 @dataclass(frozen=True)
@@ -93,39 +98,46 @@ def find_pairs(root: Path, split: str, layout: FolderLayout, partition: Partitio
 def _pairs_of(root: Path, split: str, layout: FolderLayout, partition: Partition) -> list[Pair | Lacking]:
     """Return what a split's folders or its file list name."""
     folders = _folder(root, split, layout.images, layout), _folder(root, split, layout.masks, layout)
-    images = _find(folders[0], layout.image_suffix, layout, is_mask=False)
-    masks = _find(folders[1], layout.mask_suffix, layout, is_mask=True)
+    images, unread = _find(folders[0], layout.image_suffix, layout, is_mask=False)
+    masks, unread_masks = _find(folders[1], layout.mask_suffix, layout, is_mask=True)
+    unread = {name: path for name, path in {**unread_masks, **unread}.items() if not (name in images and name in masks)}
+    by_name = {pair.name: pair for pair in pair_by_name(images, masks, folders, _REMEDY)}
+    by_name |= {
+        name: Lacking(name, f"{path} is of a kind that is not read.", _CONVERT) for name, path in unread.items()
+    }
     if partition.by != "lists":
-        return pair_by_name(images, masks, folders, _REMEDY)
+        return [by_name[name] for name in sorted(by_name)]
     names = read_name_list(root / _list_of(split, partition))
-    if absent := [name for name in names if name not in images and name not in masks]:
+    if absent := [name for name in names if name not in by_name]:
         raise UserError(
             f"The file list of split {split} has {count_of(absent, 'name')} without image and mask under "
             f"{folders[0]}: {listed(absent)}. A name is the path below that folder, without its ending."
         )
-    images = {name: images[name] for name in names if name in images}
-    masks = {name: masks[name] for name in names if name in masks}
-    by_name = {pair.name: pair for pair in pair_by_name(images, masks, folders, _REMEDY)}
     return [by_name[name] for name in names]
 
 
-def _find(folder: Path, suffix: str, layout: FolderLayout, *, is_mask: bool) -> dict[str, Path]:
-    """Return name to file for all pictures below a folder whose stem ends with `suffix`."""
+def _find(folder: Path, suffix: str, layout: FolderLayout, *, is_mask: bool) -> tuple[dict[str, Path], dict[str, Path]]:
+    """Return name to file for all pictures below a folder whose stem ends with `suffix`: those read, and all others."""
     paths: dict[str, Path] = {}
+    unread: dict[str, Path] = {}
     both_here = not is_mask and layout.mask_suffix and layout.images == layout.masks
     for parent, files in visible_files(folder):
         for file in files:
             path = parent / file
             excluded = any(fnmatch(file, pattern) for pattern in layout.exclude)
-            other_kind = path.suffix.lower() not in IMAGE_SUFFIXES or not path.stem.endswith(suffix)
+            kind = path.suffix.lower()
+            other_kind = kind not in (*IMAGE_SUFFIXES, *UNREAD_SUFFIXES) or not path.stem.endswith(suffix)
             if excluded or other_kind or (both_here and path.stem.endswith(layout.mask_suffix)):
                 continue
             stem = path.stem.removesuffix(suffix) if suffix else path.stem
             name = (path.parent / stem).relative_to(folder).as_posix()
+            if kind in UNREAD_SUFFIXES:
+                unread[name] = path
+                continue
             if name in paths:
                 raise UserError(f"{paths[name]} and {path} have one name ({name}): keep one of them.")
             paths[name] = path
-    return paths
+    return paths, unread
 
 
 def _folder(root: Path, split: str, pattern: str, layout: FolderLayout) -> Path:
@@ -136,8 +148,26 @@ def _folder(root: Path, split: str, pattern: str, layout: FolderLayout) -> Path:
         raise UserError(
             f"No folder {folder} for split {split} (pattern {pattern}). {there} holds the folders "
             f"{listed(folders, 10) or 'none'}. Check data.root and data.reader.layout."
+            f"{_without_splits(root, folders) if there == root else ''}"
         )
     return folder
+
+
+def _without_splits(root: Path, folders: Sequence[str]) -> str:
+    """Return the words that divide one folder of images; empty where it is not two folders of pictures alone."""
+    holding = [name for name in folders if _holds_pictures(root / name)]
+    masks = [name for name in holding if _MASK_FOLDER.search(name)]
+    if len(holding) != 2 or len(masks) != 1:
+        return ""
+    images = next(name for name in holding if name not in masks)
+    return (
+        f" These folders have no splits: to hold a share of the images out for val, add "
+        f"data.reader.layout.images={images} data.reader.layout.masks={masks[0]} data.reader.partition.by=fraction"
+    )
+
+
+def _holds_pictures(folder: Path) -> bool:
+    return any(Path(file).suffix.lower() in IMAGE_SUFFIXES for _, files in visible_files(folder) for file in files)
 
 
 def _check_partition(layout: FolderLayout, partition: Partition) -> None:

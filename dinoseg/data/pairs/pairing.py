@@ -5,13 +5,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import Masks
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.errors import UserError
+from dinoseg.images import read_image
 from dinoseg.wording import count_of, reasons
 
+_MASK_COLORS = 32  # of which a mask has more only where objects have ids of their own
 _FEW = 3  # reasons that are told where nothing is whole: they will be alike
 
 
@@ -80,7 +84,37 @@ def gathered(candidates: Iterable[Pair | Lacking], split: str, labels: Labels, m
     dataset = PairDataset(whole, labels, masks, lacking, "\n".join(remedies))
     if not whole:
         raise not_whole(dataset, split)
+    _refuse_swapped(dataset, split)
     return dataset
+
+
+def _refuse_swapped(dataset: PairDataset, split: str) -> None:
+    """Refuse a data set of whose first pair the image can be read as a mask, and the mask has the colors of a photo."""
+    image, mask = dataset.pairs[0].image, dataset.pairs[0].mask
+    if not isinstance(image, Path) or not isinstance(mask, Path) or _is_mask(dataset, mask):
+        return
+    if _is_mask(dataset, image) and _count_colors(mask) > max(_count_colors(image), _MASK_COLORS):
+        raise UserError(
+            f"Split {split}: {image} can be read as a mask, and {mask} cannot: images and masks are swapped. Swap the "
+            "folders, such as those of data.reader.layout.images and .masks."
+        )
+
+
+def _is_mask(dataset: PairDataset, path: Path) -> bool:
+    try:
+        dataset.reader.read(path)
+    except Exception:  # a decoder may raise anything on a damaged file
+        return False
+    return True
+
+
+def _count_colors(path: Path) -> int:
+    """Return the number of colors of a picture; 0 where it cannot be read."""
+    try:
+        pixels = read_image(path).astype(np.int32)  # (H, W, 3)
+    except Exception:  # a decoder may raise anything on a damaged file
+        return 0
+    return len(np.unique(pixels[..., 0] << 16 | pixels[..., 1] << 8 | pixels[..., 2]))
 
 
 def not_whole(dataset: PairDataset, split: str) -> UserError:

@@ -210,6 +210,55 @@ def test_missing_folders(fill, tmp_path):
         folder_dataset(root, "train", classes=CLASSES, layout=FolderLayout(masks="{split}/labels"))
 
 
+def test_a_folder_without_splits_is_told_the_words_that_divide_it(fill):
+    root = fill("photos", "labels")
+    with pytest.raises(UserError) as raised:
+        folder_dataset(root, "train", classes=CLASSES)
+    words = dict(word.split("=") for word in str(raised.value).split("add ")[1].split())
+    layout = FolderLayout(words["data.reader.layout.images"], words["data.reader.layout.masks"])
+    partition = Partition(words["data.reader.partition.by"])
+    found = [
+        folder_dataset(root, split, classes=CLASSES, layout=layout, partition=partition) for split in ("train", "val")
+    ]
+    assert sorted(found[0].names + found[1].names) == ["x", "y", "z"]
+    fill("train/images", "train/masks")
+    with pytest.raises(UserError, match=r"Check data.root and data.reader.layout\.$"):
+        folder_dataset(root, "val", classes=CLASSES)
+
+
+@pytest.mark.parametrize("masks", [Masks(), Masks("palette")])
+def test_swapped_folders_are_named(fill, masks):
+    root = fill()
+    for path in (root / "train/images").iterdir():
+        save(path, np.random.default_rng(0).integers(0, 256, (9, 8, 3)))
+    if masks.format == "palette":
+        for path in (root / "train/masks").iterdir():
+            save(path, np.zeros((4, 6, 3)))
+    layout = FolderLayout("{split}/masks", "{split}/images")
+    with pytest.raises(
+        UserError, match=r"masks/x.png can be read as a mask, and .*images/x.png cannot: .* are swapped"
+    ):
+        folder_dataset(root, "train", classes=CLASSES, layout=layout, masks=masks)
+    folder_dataset(root, "train", classes=CLASSES, masks=masks)
+    save(root / "train/images/x.png", np.zeros((4, 6, 3)))
+    save(root / "train/masks/x.png", np.full((4, 6), 7))  # only an id without class
+    assert len(folder_dataset(root, "train", classes=CLASSES, masks=masks)) == 3
+
+
+@pytest.mark.parametrize("ending", ["gif", "HEIC", "jp2", "avif"])
+def test_pictures_of_kinds_that_are_not_read_are_reported(fill, ending):
+    root = fill()
+    images, masks = root / "train/images", root / "train/masks"
+    (images / "x.png").rename(images / f"x.{ending}")
+    (masks / "y.png").rename(masks / f"y.{ending}")
+    (images / f"new.{ending}").touch()
+    (images / f"z.{ending}").touch()  # beside one that is read
+    data = folder_dataset(root, "train", classes=CLASSES)
+    assert data.names == ["z"] and sorted(data.lacking) == ["new", "x", "y"]
+    assert all(f".{ending} is of a kind that is not read" in reason for reason in data.lacking.values())
+    assert data.remedy == "Convert such pictures to PNG, or move them away."
+
+
 @pytest.mark.parametrize("partition", [Partition(), Partition("fraction")])
 def test_empty_split(tmp_path, partition):
     layout = FolderLayout() if partition.by == "folder" else FLAT
