@@ -116,11 +116,13 @@ def _open_splits(cfg: DictConfig) -> tuple[dict[str, DoctorData], list[Finding]]
     for split in _SPLITS:
         try:
             data = reader(split)
-        except UserError as error:
-            if split in _NEEDED:
+        except Exception as error:  # a data set class raises whatever it likes for a split that it lacks
+            if split not in _NEEDED:
+                findings.append(Finding("note", "split_left_out", f"Split {split} is left out: {error}"))
+            elif isinstance(error, UserError):
                 findings.append(Finding("error", "split_unreadable", f"Split {split}: {error}"))
             else:
-                findings.append(Finding("note", "split_left_out", f"Split {split} is left out: {error}"))
+                raise
             continue
         assert isinstance(data, PairDataset | CustomDataset)
         if split not in _NEEDED and (same := _same_files(data, datasets)):

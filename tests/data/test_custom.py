@@ -68,7 +68,7 @@ def run(folder, *words):
     return done
 
 
-def test_it_goes_through_train_eval_plan_and_doctor(folder):
+def test_it_goes_through_train_eval_and_plan(folder):
     done = run(folder, "mode=train", "mode.report=false", "mode.pictures=0", "hydra.run.dir=run", "data.labelled=0.5")
     assert done.status == 0 and "3 of 6 images of split train" in done.err, done.err
     done = call(folder, "--config-dir", "own", "mode=eval", "resume=run", "engine=cpu", "engine.workers=0")
@@ -77,6 +77,9 @@ def test_it_goes_through_train_eval_plan_and_doctor(folder):
     assert json.loads(scores.read_text())["pixels"] == 2 * 31 * 48
     done = run(folder, "mode=plan", "mode.dry_step=false")
     assert done.status == 0, done.err
+
+
+def test_the_doctor_reads_its_samples(folder):
     done = run(folder, "mode=doctor", "hydra.run.dir=doctor")
     report = json.loads((folder / "doctor/doctor.json").read_text())
     assert [report["splits"][split]["images"] for split in ("train", "val")] == [6, 2], done.err
