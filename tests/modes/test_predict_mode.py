@@ -204,7 +204,9 @@ def test_a_split_by_fraction_is_predicted_and_scored_under_its_own_names(trained
         found = (out / folder).rglob("*.png")
         assert sorted(path.relative_to(out / folder).with_suffix("").as_posix() for path in found) == names
     assert f"reference={out}/references" in capsys.readouterr().out
-    scores = score.run(cfg, out_dir=tmp_path, reference=str(out / "references"), prediction=str(out), workers=1)
+    scores = score.run(
+        compose("mode=score"), out_dir=tmp_path, reference=str(out / "references"), prediction=str(out), workers=1
+    )
     assert scores["mIoU"] == 1.0
 
 
