@@ -15,7 +15,6 @@ from dinoseg.config.checks import check_given
 from dinoseg.config.nodes import instantiate, keeping, not_set
 from dinoseg.config.plain import plain
 from dinoseg.contracts import Backbone, Head
-from dinoseg.data.custom import conforming
 from dinoseg.errors import UserError
 from dinoseg.model import Segmenter
 from dinoseg.shapes import SegmentationData
@@ -27,6 +26,7 @@ from dinoseg.wording import listed
 
 _FILLS = ("uniform_", "normal_", "erfinv_", "mul_", "add_", "clamp_", "fill_", "zero_")
 SPLITS = ("train", "val", "test")
+_CONFORMING = {"_target_": "dinoseg.data.custom.conforming", "_partial_": True}
 
 
 def model(cfg: DictConfig, *, untrained: bool = False, outlined: bool = False) -> Segmenter:
@@ -221,7 +221,7 @@ def reader(cfg: DictConfig, instead: Mapping[str, Any] | None = None) -> Callabl
             f"data={cfg.choices.data}: `reader` must name a class or function that takes `split`. Set in its YAML file "
             "`_target_: MODULE.NAME` and `_partial_: true` below `reader`."
         )
-    find = instantiate(node, instead=instead)
+    find, conforming = instantiate(node, instead=instead), instantiate(_CONFORMING)
     return lambda split: conforming(find(split=split), list(data.classes), data.ignore_index)
 
 
