@@ -26,10 +26,9 @@ def test_own_parts_are_listed_trained_and_evaluated(tmp_path, monkeypatch):
     assert " my_head " in help_for([*own, "--help"]) and " my_head " not in help_for(["--help"])
     write_data(tmp_path / "data")
     words = ("mode=train", *SMALL, "head=my_head", "hydra.run.dir=run", "mode.metrics_only=true")
-    assert call(tmp_path, *own, *words).status == 0
+    path = f"hydra.searchpath=[file://{tmp_path}/mine/config]"
+    assert call(tmp_path, path, *words).status == 0
     evaluate = ("mode=eval", "resume=run", "engine=cpu", "engine.workers=0")
     refused = call(tmp_path, *evaluate)
     assert refused.status == 1 and "needs the --config-dir DIR (or hydra.searchpath) of its training" in refused.err
     assert call(tmp_path, *own, *evaluate).status == 0
-    path = f"hydra.searchpath=[file://{tmp_path}/mine/config]"
-    assert call(tmp_path, path, *evaluate).status == 0
