@@ -86,7 +86,7 @@ def exit_status(main):
     return 0
 
 
-def in_this_process(work, item):
+def in_this_process(work, item, **_):
     """Stand for `in_own_process`, which tests/processes looks at: what goes in and what comes out is pickled."""
     work, item = pickle.loads(pickle.dumps((work, item)))
     return pickle.loads(pickle.dumps(work(item)))

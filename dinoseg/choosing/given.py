@@ -11,6 +11,7 @@ _STAND_FOR = {  # keys that decide others, too
     "optim.optimizer.head_lr": ("optim.optimizer.lr", "head.lr"),
     "optim.optimizer.backbone_lr": ("optim.optimizer.lr", "adapter.lr"),
     "trainer.steps": ("trainer.epochs",),
+    "trainer.max_minutes": ("trainer.steps", "trainer.epochs"),
     "trainer.val_every": ("trainer.steps", "trainer.epochs"),
 }
 

@@ -21,7 +21,8 @@ _KEYS = (  # what is ever chosen: a file that says more is none of ours
     *("loss.weights", "loss.criterion.factors.dice"),
     *("data.augment.scale", "data.batch_size", "data.views", "resolution.crop", "resolution.longest"),
     *("optim.optimizer.backbone_begin", "optim.optimizer.backbone_lr", "optim.optimizer.head_lr"),
-    *("trainer.accumulate", "trainer.steps", "trainer.val_every"),
+    *("trainer.accumulate", "trainer.max_minutes", "trainer.steps", "trainer.val_every", "trainer.val_images"),
+    *("data.labelled", "head.init"),
 )
 
 _NAMES = rf"(?!(?:{'|'.join(BUILDS)})$).*"  # of a table: nothing that is built

@@ -19,7 +19,7 @@ from dinoseg import __version__, build
 from dinoseg.choosing.choice import Chooser
 from dinoseg.choosing.given import left_of
 from dinoseg.choosing.kept import NAME, read_choices, recipe_text, told, write_choices
-from dinoseg.choosing.rules import Choice
+from dinoseg.choosing.rules import CHOOSING, Choice
 from dinoseg.config.checks import check_given
 from dinoseg.config.plain import plain
 from dinoseg.data.pairs.dataset import PairDataset
@@ -70,7 +70,7 @@ def chosen(cfg: DictConfig, words: Sequence[str], *, first: bool) -> Recipe:
         first: whether this rank chooses; another waits.
 
     Raises:
-        UserError: the time is too short, nothing fits, or the first rank does not choose.
+        UserError: nothing fits, or the first rank does not choose.
     """
     minutes = cfg.budget.minutes
     check_given("dinoseg.choosing.choice.Chooser", {"minutes": minutes}, {"minutes": "budget.minutes"})
@@ -82,7 +82,8 @@ def chosen(cfg: DictConfig, words: Sequence[str], *, first: bool) -> Recipe:
         with _one_at_a_time(path):
             kept = read_choices(path)
             if kept is None:
-                _tell(f"looks at data and machine: budget.minutes={minutes:g} count from now")
+                most = f"choosing takes {60 * CHOOSING * minutes:.0f} s at most"
+                _tell(f"looks at data and machine: budget.minutes={minutes:g} count from now, {most}")
                 trying = [*words, *_shared()]
                 joined = ranks_here() if _shared() else 0
                 with _alone():

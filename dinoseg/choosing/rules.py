@@ -34,8 +34,11 @@ BATCHES = (8, 4, 2)
 ENOUGH_STEPS = 1500  # below which a smaller batch is taken: detail did best in 1,500 to 2,000 steps of 2
 MOST_VALIDATIONS = 5
 VALIDATING = 0.05  # share of the time, at most, beside the scoring at the end
+SCORING = 0.3  # share of the time, at most, of one validation and that scoring: else fewer images are validated
+CHOOSING = 0.25  # share of the time, at most, in which candidates are timed
+SHRUNK = (0.5, 0.25)  # of the images' sides, where the time is too short for larger ones
 DEPTH = 4  # blocks that heads other than linear read
-LEAST_STEPS = 10  # below which nothing is learnt: the budget is refused
+LEAST_STEPS = 10  # below which nothing is learnt: images shrink, then the closed form takes the place of training
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,11 @@ def longest(case: Case) -> Choice | None:
     if case.longest is not None or case.reduced == 1:
         return None
     height, width = case.facts.size
+    if case.smaller in SHRUNK:
+        return Choice(
+            {"resolution.longest": max(case.size)},
+            f"the time is too short for {LEAST_STEPS} steps on images of {height} x {width} (median)",
+        )
     if case.smaller < 1:
         return Choice(
             {"resolution.longest": max(case.size)},
@@ -226,6 +234,21 @@ def rested(case: Case) -> Choice:
         f"{tuned.reason}, once the head has learnt on a backbone that rests for {REST:.0%} of the training, in steps "
         "that take less time",
     )
+
+
+def closed_form(seconds: float, image: float, facts: Facts) -> Choice:
+    """Solve a linear head from as many images as there is time for, where there is none for training.
+
+    Args:
+        seconds: for everything that is left.
+        image: seconds in which the frozen backbone sees one.
+        facts: of the data.
+    """
+    images = max(2, int(seconds / 3 / image))
+    words: dict[str, Any] = {"head": "linear", "head.init": "probe"}
+    if images < facts.images:
+        words["data.labelled"] = float(f"{images / facts.images:.6f}")
+    return Choice(words, f"there is no time for {LEAST_STEPS} steps: the head is solved in closed form")
 
 
 def zoom(*, trains: bool, pixels: bool = False) -> Choice:

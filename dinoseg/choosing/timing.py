@@ -1,9 +1,10 @@
 """What a recipe takes on this machine: some of its own steps and validated images, in a process of its own."""
 
+import math
 import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import repeat
 from typing import Any
@@ -34,7 +35,7 @@ class Seconds:
     """What was measured of a recipe, in seconds.
 
     Attributes:
-        start: until its first batch could be asked for.
+        start: until its first batch is there.
         image: of a training step, for each image, from files; data that is waited for counts.
         kept: the same from features that are kept; None: its model cannot be cut.
         frozen: what is frozen of a model, for an image, which is computed once where it is kept.
@@ -50,6 +51,20 @@ class Seconds:
     bytes: int
     val: float
     resting: float | None = None
+
+    def on_smaller_images(self, scale: float) -> "Seconds":
+        """Return an estimate for images whose sides are multiplied by `scale`: a share by their area."""
+        area = scale**2
+        kept = None if self.kept is None else area * self.kept
+        return replace(
+            self, image=area * self.image, kept=kept, frozen=area * self.frozen, val=area * self.val, resting=None
+        )
+
+
+def unmeasured(seconds: float) -> Seconds:
+    """Return a careful estimate of a recipe whose timing did not end, or begin, within so many seconds."""
+    image = seconds / (_STEPS + _WARMUP + _VALIDATED)
+    return Seconds(start=image, image=image, kept=None, frozen=image, bytes=0, val=image)
 
 
 @dataclass(frozen=True)
@@ -68,7 +83,9 @@ class _Again:
         return self.batch
 
 
-def time_recipe(values: Mapping[str, Any], *, minutes: float, may_rest: bool = False, ranks: int = 1) -> Seconds:
+def time_recipe(
+    values: Mapping[str, Any], *, minutes: float, may_rest: bool = False, ranks: int = 1, until: float = math.inf
+) -> Seconds:
     """Time a plain config on its own data, with random weights; call it in a process of its own, which is no rank.
 
     Args:
@@ -77,6 +94,7 @@ def time_recipe(values: Mapping[str, Any], *, minutes: float, may_rest: bool = F
         may_rest: whether to time steps of a backbone that rests as well, where it learns.
         ranks: that share a batch and the images of a validation, each as fast as this one: its share is timed, and an
             image then takes so much less. That they wait for one another is not counted.
+        until: time of `time.monotonic`, the same in all processes, after which one step of each kind has to do.
 
     Raises:
         UserError: its parts do not go together.
@@ -88,29 +106,34 @@ def time_recipe(values: Mapping[str, Any], *, minutes: float, may_rest: bool = F
     regime = regime_of(cfg)(cfg, engine)
     make = partial(build.model, cfg, untrained=True)
     model = engine.place(make())
-    start = time.perf_counter() - began
     batches = regime.feed.train_batches(start=0)
     first = next(batches)
+    start = time.perf_counter() - began
     may_rest = may_rest and model.backbone.first_trained is not None
     if may_rest:
         cfg.optim.optimizer.backbone_begin = REST
     cut = _cut(model, first, engine)
     lasting = min(_MOST, _SHARE * 60 * minutes)
-    live = try_steps(cfg, make, engine, batches, steps=_STEPS, warmup=_WARMUP, lasting=lasting)
+    live = try_steps(cfg, make, engine, batches, steps=_STEPS, warmup=_WARMUP, lasting=lasting, until=until)
     images = ranks * cfg.data.batch_size * cfg.trainer.accumulate
     resting = None
     if may_rest:
         half = lasting / 2
-        trial = try_steps(cfg, make, engine, batches, steps=_STEPS, warmup=_WARMUP, lasting=half, rests=True)
+        trial = try_steps(
+            cfg, make, engine, batches, steps=_STEPS, warmup=_WARMUP, lasting=half, until=until, rests=True
+        )
         resting = _later_median(trial.seconds) / images
     kept, frozen, size = None, 0.0, 0
     if cut is not None:
         features, frozen = cut
         size = size_of([part[0] for part in features.tensors], stored_as(cfg.features.dtype, {}))
         again = _Again(FeatureBatch(features, first.mask.to(engine.device), first.names))
-        trial = try_steps(cfg, lambda: model, engine, repeat(again), steps=_STEPS, warmup=_WARMUP, lasting=lasting / 4)
+        lasting /= 4
+        trial = try_steps(
+            cfg, lambda: model, engine, repeat(again), steps=_STEPS, warmup=_WARMUP, lasting=lasting, until=until
+        )
         kept = _later_median(trial.seconds) / images
-    val = _seconds_of_val(cfg, model, engine) / ranks
+    val = _seconds_of_val(cfg, model, engine, until) / ranks
     image = _later_median(live.seconds) / images
     return Seconds(start, image, kept, frozen / (ranks * len(first.names)), size, val, resting)
 
@@ -139,17 +162,25 @@ def _cut(model: Segmenter, batch: Batch, engine: Engine) -> tuple[Any, float] | 
     return features, seconds
 
 
-def _seconds_of_val(cfg: Any, model: Segmenter, engine: Engine) -> float:
+def _seconds_of_val(cfg: Any, model: Segmenter, engine: Engine, until: float = math.inf) -> float:
     """Return what an image takes as it is validated: read, predicted, its loss and counts; some of them are."""
     data, policy = build.dataset(cfg, "val"), instantiate(cfg.inference)
     loss = criteria.unweighted(cfg).to(engine.device)
     places = np.linspace(0, len(data) - 1, min(_VALIDATED, len(data))).round().astype(int)  # may be of many sizes
 
     def validated(some: Iterable[int]) -> float:
-        began = time.perf_counter()
-        batches = (Batch.stack([data[int(place)]]) for place in some)
-        evaluate(model, data, engine, policy=policy, loss=loss, batches=batches)
-        return time.perf_counter() - began
+        began, count = time.perf_counter(), 0
 
-    validated(places[:1])  # the first takes longer
-    return validated(places) / len(places)
+        def batches() -> Iterator[Batch]:
+            nonlocal count
+            for place in some:
+                if count and time.monotonic() >= until:
+                    return
+                count += 1
+                yield Batch.stack([data[int(place)]])
+
+        evaluate(model, data, engine, policy=policy, loss=loss, batches=batches())
+        return (time.perf_counter() - began) / count
+
+    first = validated(places[:1])  # takes longer than others
+    return first if time.monotonic() >= until else validated(places)

@@ -1,5 +1,6 @@
 """Some steps of a recipe's own training, for what they take: nothing is learnt that is kept, and nothing written."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
@@ -61,6 +62,7 @@ class _TimedFeed:
     warmup: int
     steps: int
     lasting: float
+    until: float
     trial: Trial
     seed: int
     score_names: tuple[str, ...]
@@ -76,7 +78,8 @@ class _TimedFeed:
         for step in range(self.most + 1):
             began = self._note(began)
             enough = sum(self.trial.seconds[self.warmup :]) >= self.lasting
-            if step == self.most or (enough and step >= self.warmup + self.steps):
+            overdue = step > 0 and time.monotonic() >= self.until
+            if step == self.most or overdue or (enough and step >= self.warmup + self.steps):
                 break
             self.trial.waited.append(0.0)
             for _ in range(self.accumulate):
@@ -85,7 +88,7 @@ class _TimedFeed:
                 self.trial.waited[-1] += time.perf_counter() - asked
                 yield batch
         for noted in (self.trial.seconds, self.trial.waited):
-            del noted[: self.warmup]
+            del noted[: min(self.warmup, len(noted) - 1)]  # of a trial that is cut short, a step is left
         raise _Enough
 
     @property
@@ -159,6 +162,7 @@ def try_steps(
     steps: int,
     warmup: int = 0,
     lasting: float = 0.0,
+    until: float = math.inf,
     rests: bool = False,
 ) -> Trial:
     """Train a model for some steps by its config's own trainer.
@@ -171,6 +175,7 @@ def try_steps(
         steps: optimizer steps that are timed, at least.
         warmup: steps before them.
         lasting: seconds for which steps go on, however many these are.
+        until: time of `time.monotonic` after which no further step is taken, but for a single one.
         rests: whether what the config lets rest at first does so in all of these steps; else all of it learns.
     """
     reset_peak_memory(engine.device)
@@ -184,6 +189,7 @@ def try_steps(
         warmup,
         steps,
         lasting,
+        until,
         trial,
         seed=build.seed_of(cfg),
         score_names=(cfg.trainer.score,),
@@ -192,8 +198,8 @@ def try_steps(
         if group["rests"]:
             group["rests"], group["begin"] = rests, feed.most / (feed.most + 1)
     # the feed ends it in place of the last step, after which it would validate
-    lengths = {"steps": feed.most + 1, "val_every": _NEVER, "save_every": None}
-    fit = instantiate(cfg.trainer, without=("feed", "epochs"), instead=lengths)
+    lengths = {"steps": feed.most + 1, "val_every": _NEVER, "save_every": None, "max_minutes": None}
+    fit = instantiate(cfg.trainer, without=("feed", "epochs", "val_images"), instead=lengths)
     checkpoints = Checkpoints(Path(), {}, writes=False)
     try:
         with RunLog("", visible=False) as log:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol, TypeVar, cast
 
+import numpy as np
+
 from dinoseg.bounded_regex import Pattern
 from dinoseg.errors import UserError
 from dinoseg.images import IMAGE_SUFFIXES
@@ -265,3 +267,11 @@ def _shuffle_key(name: str, seed: int) -> tuple[bytes, str]:
 def _without_ending(name: str) -> str:
     path = PurePosixPath(name)
     return str(path.with_suffix("")) if path.suffix.lower() in IMAGE_SUFFIXES else str(path)
+
+
+def keep_evenly_spaced(data: Any, count: Count | None) -> Any:
+    """Return a data set with at most `count` of its samples, evenly spaced; None: all of them."""
+    if count is None or count >= len(data):
+        return data
+    places = np.linspace(0, len(data) - 1, count).round().astype(int)
+    return data.keep({data.names[place] for place in places})

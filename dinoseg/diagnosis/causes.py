@@ -27,7 +27,7 @@ COLOURS = {  # RGB means and deviations that published weights were trained with
 }
 _FAR = 1.25  # times the crop, or a part of it, that images of another size are
 _STEPS = 8  # on from the best checkpoint, at each rate
-_FACTORS = (0.01, 0.1, 1.0, 10.0, 100.0)  # of the rate
+_FACTORS = (1.0, 0.1, 10.0, 0.01, 100.0)  # of the rate; its own first
 _EARLY = 0.5  # of the steps: what was best before was tried for as long again
 _CLEAR = 0.98  # of another loss: what is not lower than that is no better
 Cause = Callable[[Held], str | None]
@@ -107,7 +107,7 @@ def learning_rate(held: Held) -> str | None:
     if type(held.regime) is not ImageRegime:  # others learn from a teacher, too
         return None
     before, after = _losses(held)
-    best = min(_FACTORS, key=lambda factor: after[factor])
+    best = min(after, key=lambda factor: after[factor])
     best = best if after[best] < _CLEAR * after[1.0] else 1.0
     if after[best] > _CLEAR * before:
         return None
@@ -133,7 +133,7 @@ def causes_of(held: Held) -> list[str]:
     Of a run above it the colours alone are tried, where there is time: they cost the floor as much as the run.
     """
     tried = CAUSES if held.is_below else [other_colours] if held.has_time else []
-    return [found for cause in tried if (found := cause(held))]
+    return [found for cause in tried if not held.has_ended and (found := cause(held))]
 
 
 def _losses(held: Held) -> tuple[float, dict[float, float]]:
@@ -146,8 +146,10 @@ def _losses(held: Held) -> tuple[float, dict[float, float]]:
         value = evaluate(model, held.train, engine, policy=feed.policy, loss=loss)["loss"]
         return value if torch.tensor(value).isfinite() else float("inf")
 
-    before, after = measured(), {}
+    before, after = measured(), dict[float, float]()
     for factor in _FACTORS:
+        if after and held.has_ended:
+            break
         with _restored(model):
             _train(held, loss, batches, factor)
             after[factor] = measured()

@@ -4,6 +4,7 @@ A floor is no more than that: it does not say which backbone is best to tune (ar
 """
 
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from omegaconf import DictConfig
 from dinoseg import build
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.scan.class_counts import class_counts
+from dinoseg.data.splits import keep_evenly_spaced
 from dinoseg.devices import synchronize
 from dinoseg.geometry import widths
 from dinoseg.heads.linear import LinearHead
@@ -61,6 +63,7 @@ class Held:
         has_time: for other colours, too, where the run is not below it.
         best_step: of the steps that were done, the one after which the model was scored so.
         steps: that were done.
+        until: time of `time.monotonic` after which no further cause is looked for.
     """
 
     cfg: DictConfig
@@ -75,6 +78,12 @@ class Held:
     has_time: bool = False
     best_step: int = 0
     steps: int = 0
+    until: float = math.inf
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the time for causes is spent, by the first rank's clock."""
+        return self.engine.decided(lambda: time.monotonic() >= self.until)
 
     @property
     def is_below(self) -> bool:
@@ -111,7 +120,7 @@ def held_against_floor(
     if images < min(_FEW, len(train), len(val)):
         logger.debug("no floor: in %.1f s there are %d images", seconds, images)
         return None
-    few, some = _some(train, images), _some(val, images)
+    few, some = keep_evenly_spaced(train, images), keep_evenly_spaced(val, images)
     if not all(class_counts(each, cfg.cache_dir).any() for each in (few, some)):
         logger.debug("no floor: no pixel of %d evenly spaced images of a split is labelled", images)
         return None
@@ -197,8 +206,3 @@ def _score(way: _Way, image: tuple[SegmentationData, int], engine: Engine) -> fl
 def _spaced(length: int, count: int) -> list[int]:
     """Return at most so many places, evenly spaced."""
     return [int(place) for place in np.linspace(0, length - 1, min(count, length)).round()]
-
-
-def _some(data: Any, count: int) -> SegmentationData:
-    """Return at most so many images, evenly spaced."""
-    return data.keep({data.names[place] for place in _spaced(len(data), count)})

@@ -1,6 +1,7 @@
 """What is told of a training that is held against its floor, and what is written of it."""
 
 import logging
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from dinoseg.storage.atomic import write_json
 from dinoseg.training.engine import Engine
 
 logger = logging.getLogger(__name__)
+_LOOKING = 3.0  # times what the comparison may take: for the causes of a run that is below
 
 
 def tell_floor(
@@ -38,7 +40,7 @@ def tell_floor(
         engine: of the run.
         model: with the best checkpoint's weights.
         out_dir: the run folder.
-        seconds: that the comparison may take; looking for causes takes several times that.
+        seconds: that the comparison may take; after three times that no further cause is looked for.
         best_step: after which the model had these weights.
         steps: that were done.
     """
@@ -46,7 +48,8 @@ def tell_floor(
         (out_dir / FLOOR).unlink(missing_ok=True)  # of a run that has gone on since
     try:
         held = held_against_floor(cfg, regime, engine, model, seconds=seconds)
-        causes = causes_of(replace(held, best_step=best_step, steps=steps)) if held else []
+        until = time.monotonic() + _LOOKING * seconds
+        causes = causes_of(replace(held, best_step=best_step, steps=steps, until=until)) if held else []
     except (MemoryError, RuntimeError, UserError) as error:
         if engine.world > 1 or not (isinstance(error, UserError) or tells_shortage(error)):
             raise  # other ranks would wait

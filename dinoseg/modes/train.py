@@ -23,7 +23,8 @@ from dinoseg.runs.initial import begin_with, check_initial
 from dinoseg.runs.log_file import announce
 from dinoseg.training.mixed_feed import KEYS
 
-_NOT_FIT_S = ("feed", "epochs", "heads", "lrs", *KEYS, *OF_TEACHER)  # keys of a trainer that its function does not take
+# keys of a trainer that its function does not take
+_NOT_FIT_S = ("feed", "epochs", "val_images", "heads", "lrs", *KEYS, *OF_TEACHER)
 
 
 def train(

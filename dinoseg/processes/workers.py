@@ -81,14 +81,20 @@ def in_processes(
         pool.shutdown(cancel_futures=True)
 
 
-def in_own_process(work: Callable[[T], R], item: T) -> R | None:
+def in_own_process(work: Callable[[T], R], item: T, *, timeout: float | None = None) -> R | None:
     """Return what `work` makes of an item in a new process, whose memory is its own; None: that was killed.
 
     The process ends when this is interrupted, and when this process is killed; Ctrl-C reaches this one alone, which
     else would find what the other one says of it beside its own message.
 
+    Args:
+        work: from the item to the result.
+        item: what to work on.
+        timeout: seconds after which the process is killed; None: never.
+
     Raises:
         UserError: of `work`. Of any other error it tells the traceback before this raises a RuntimeError.
+        TimeoutError: it took longer than `timeout`.
     """
     context = multiprocessing.get_context("spawn")
     receiving, sending = context.Pipe(duplex=False)
@@ -98,6 +104,8 @@ def in_own_process(work: Callable[[T], R], item: T) -> R | None:
         with held(signal.SIGINT):
             process.start()
         sending.close()
+        if not receiving.poll(timeout):
+            raise TimeoutError
         result = receiving.recv()
         process.join(_ENDING)  # it ends its own processes
     except EOFError:

@@ -16,7 +16,7 @@ from dinoseg.contracts import Loss
 from dinoseg.data.class_uniform import class_uniform
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.scan.class_counts import class_counts, keep_counts
-from dinoseg.data.splits import split_table
+from dinoseg.data.splits import keep_evenly_spaced, split_table
 from dinoseg.data.train_views import ClassUniform
 from dinoseg.doctor.short import check as examine
 from dinoseg.errors import UserError
@@ -56,9 +56,12 @@ class ImageRegime(Regime):
         check_given("dinoseg.training.image_feed.ImageFeed", drawn, {key: f"data.{key}" for key in drawn})
         self.cfg = cfg
         train = build.dataset(cfg, "train", reduced=True, decided=engine.decided)
+        val = build.dataset(cfg, "val")
+        self._val_total = len(val)
+        self.split = split_table({"train": train, "val": val})
         self.feed = ImageFeed(
             train=train,
-            val=build.dataset(cfg, "val"),
+            val=_validated(val, cfg.trainer.val_images),
             augment=instantiate(cfg.data.augment),
             background=build.background_of(cfg),
             policy=instantiate(cfg.inference),
@@ -66,7 +69,6 @@ class ImageRegime(Regime):
             **share,
         )
         self.labels = self.labelled = self.feed.train
-        self.split = split_table({"train": self.feed.train, "val": self.feed.val})
 
     @classmethod
     def check_parts(cls, cfg: DictConfig, model: Segmenter, world: int) -> None:
@@ -186,6 +188,9 @@ class ImageRegime(Regime):
         )
         if collector is not None:
             report_images(cfg, collector, scores, data, engine, out_dir, split="val", best=best)
+        if engine.is_main and len(data) < self._val_total:
+            few, every = len(data), self._val_total
+            print(f"scored on:    {few} of {every} validation images (trainer.val_images); mode=eval scores all")
         commonest, constant = commonest_class(scores["matrix"])
         if engine.is_main and 0 < constant < 1 and scores["miou"] <= constant:
             logger.warning(
@@ -202,6 +207,12 @@ class ImageRegime(Regime):
     def skipped(self) -> dict[str, Mapping[str, str]]:
         """Return the files that were left out."""
         return {"train": self.feed.train.skipped, "val": self.feed.val.skipped}
+
+
+def _validated(data: Any, count: Any) -> Any:
+    """Return at most `count` evenly spaced samples of a data set; None: all."""
+    check_given("dinoseg.data.splits.keep_evenly_spaced", {"count": count}, {"count": "trainer.val_images"})
+    return keep_evenly_spaced(data, count)
 
 
 def _uniform(cfg: DictConfig, train: SegmentationData, engine: Engine) -> ClassUniform | None:

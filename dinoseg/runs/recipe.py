@@ -42,7 +42,7 @@ _LATER: Mapping[str, Mapping[str, Any]] = {
     "loss": {"hardest": 1.0, "border_weight": 1.0, "border_width": 3},
 }
 # of a trainer: a run may go on with others
-LENGTHS = ("steps", "epochs", "patience", "val_every", "save_every", "log_every")
+LENGTHS = ("steps", "epochs", "max_minutes", "patience", "val_every", "val_images", "save_every", "log_every")
 
 
 def run_description(cfg: DictConfig, data: SegmentationData | Labels) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from dinoseg.training.engine import Engine
 from dinoseg.training.feed import Feed
 from dinoseg.training.meter import Meter
 from dinoseg.training.optim import Pace
+from dinoseg.training.time_limit import TimeLimit
 from dinoseg.training.trainee import Trainee
 
 NOTICE = "stopping: `last` is saved after this step (a second signal ends it at once, unsaved)"
@@ -39,6 +40,7 @@ def fit(
     patience: Natural | None = None,
     ema: OpenShare | None = None,
     score: str = "miou",
+    max_minutes: Positive | None = None,
 ) -> Progress:
     """Train `model` for `steps` optimizer steps, from where its checkpoint stands, and return its progress.
 
@@ -60,13 +62,14 @@ def fit(
         patience: stop after more validations than this without a better score, or None.
         ema: decay of a moving average of the weights, which then is what gets scored and kept as best.
         score: the score of a validation that decides which checkpoint is best.
+        max_minutes: wall-clock limit, within which steps that take too long are dropped, see `TimeLimit`; or None.
 
     Raises:
         NonFiniteLoss: naming the step and the samples; then no step is saved, for the last ones led to it.
         Interrupted: by a signal; a first one waits for the end of the step. Whatever else ends it saves that, too.
     """
     one = Trainee(model, loss, feed, optimizer, engine, checkpoints, log, accumulate=accumulate, ema=ema, score=score)
-    run = one.run
+    run, limit = one.run, TimeLimit(max_minutes, engine)
     stream = feed.train_batches(start=run.step * accumulate)
     with (
         deferred(NOTICE) as stop,
@@ -79,8 +82,8 @@ def fit(
             one.save()
         one.rest.tell(Pace(schedule, run.step, steps))
         batches = meter.waiting(stream, feed.remedy)
-        for step in range(run.step, steps):
-            if one.has_stalled(patience):
+        for step in range(run.step, planned := steps):
+            if one.has_stalled(patience) or step >= (steps := limit.fit_steps(step, planned)):
                 break
             logged, owed = is_due(step + 1, log_every, steps), is_due(step + 1, val_every, steps)
             kept = owed or is_due(step + 1, save_every, steps)
@@ -95,7 +98,8 @@ def fit(
             if asked:
                 stop.leave()
             if owed:
-                one.validate(stop)
+                with limit.validating():
+                    one.validate(stop)
                 meter.pause()
             if kept:
                 one.save()

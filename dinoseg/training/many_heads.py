@@ -28,6 +28,7 @@ from dinoseg.training.meter import Meter
 from dinoseg.training.optim import Pace
 from dinoseg.training.shared_features import SharingSegmenter
 from dinoseg.training.stopwatch import Stopwatch
+from dinoseg.training.time_limit import TimeLimit
 from dinoseg.training.trainee import Learnt, NonFiniteLoss, Trainee
 
 logger = logging.getLogger(__name__)
@@ -71,6 +72,7 @@ def fit_heads(
     patience: Natural | None = None,
     ema: OpenShare | None = None,
     score: str = "miou",
+    max_minutes: Positive | None = None,
 ) -> list[Outcome]:
     """Train heads as `fit` would train each by itself, from where each stands, but read and look at each batch once.
 
@@ -92,6 +94,7 @@ def fit_heads(
         patience: likewise.
         ema: likewise.
         score: likewise.
+        max_minutes: likewise, of all heads together.
 
     Returns:
         How each has ended.
@@ -104,7 +107,7 @@ def fit_heads(
     going = [head for head in heads if head.goes_on(steps, patience)]
     first = min((head.run.step for head in going), default=steps)
     stream = feed.train_batches(start=first * accumulate)
-    clock, every = Stopwatch(engine.device), feed.epoch / accumulate
+    clock, every, limit = Stopwatch(engine.device), feed.epoch / accumulate, TimeLimit(max_minutes, engine)
     with (
         deferred(NOTICE) as stop,
         _Together(heads, feed, engine, keep, stop) as together,
@@ -113,9 +116,9 @@ def fit_heads(
         together.validate([head for head in heads if head.run.owed])
         meter.pause()
         batches = meter.waiting(stream, feed.remedy)
-        for step in range(first, steps):
+        for step in range(first, planned := steps):
             going = [head for head in going if head.goes_on(steps, patience)]
-            if not going:
+            if not going or step >= (steps := limit.fit_steps(step, planned)):
                 break
             logged, owed = is_due(step + 1, log_every, steps), is_due(step + 1, val_every, steps)
             kept = owed or is_due(step + 1, save_every, steps)
@@ -132,7 +135,8 @@ def fit_heads(
             if any(head.asked for head in learning):
                 stop.leave()
             if owed:
-                together.validate(learning)
+                with limit.validating():
+                    together.validate(learning)
                 meter.pause()
             elif kept:
                 together.save(learning)

@@ -5,6 +5,7 @@ import math
 import pytest
 from command_line import SMALL
 
+from dinoseg import build
 from dinoseg.choosing.memory import Memory
 from dinoseg.config.nodes import instantiate
 from dinoseg.inference.memory import OutOfMemory
@@ -19,7 +20,8 @@ def asked(compose, monkeypatch):
         monkeypatch.setattr("dinoseg.choosing.memory.free_bytes", lambda device: free)
         monkeypatch.setattr("dinoseg.costs.fitting.step_bytes", lambda cfg, loss, *, samples, **_: of(cfg, samples))
         cfg = compose("mode=train", *SMALL, "data.classes=[a,b]", "data.batch_size=4", *words)
-        return Memory(instantiate(cfg.engine, instead={"devices": 1}), frozenset(given), ranks), cfg
+        engine, backbone = instantiate(cfg.engine, instead={"devices": 1}), build.outline(cfg).backbone
+        return Memory(engine, frozenset(given), backbone, ranks), cfg
 
     return ask
 
@@ -44,6 +46,11 @@ def test_what_fits_to_the_byte_stays_as_it_is_and_is_counted_in_the_precision_it
     assert memory.changes(cfg) == [] and not memory._need(cfg)[0].target.bf16
     memory, cfg = asked(needs, 100, "engine.precision=bf16")
     assert memory._need(cfg)[0].target.bf16
+
+
+def test_ample_memory_is_known_without_an_exact_estimate(asked):
+    memory, cfg = asked(lambda *_: pytest.fail("estimated"), 2**32)
+    assert memory.fits(cfg) and memory.changes(cfg) == []
 
 
 def test_what_is_not_known_fits(asked):

@@ -36,7 +36,7 @@ TIMED = Seconds(start=0.1, image=0.02, kept=0.01, frozen=0.01, bytes=1000, val=0
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     write_data(tmp_path / "data", train=5)
-    monkeypatch.setattr("dinoseg.choosing.choice.in_own_process", lambda work, values: TIMED)
+    monkeypatch.setattr("dinoseg.choosing.choice.in_own_process", lambda work, values, **_: TIMED)
     monkeypatch.setattr("dinoseg.choosing.choice.monotonic", lambda: 0.0)
     return tmp_path
 
@@ -119,7 +119,7 @@ def test_the_same_command_chooses_the_same_however_fast_the_machine_then_is(fold
     assert [one[key] for key in ("head", "data", "optim", "trainer")] == [
         other[key] for key in ("head", "data", "optim", "trainer")
     ]
-    monkeypatch.setattr("dinoseg.choosing.choice.in_own_process", lambda work, values: TIMED)
+    monkeypatch.setattr("dinoseg.choosing.choice.in_own_process", lambda work, values, **_: TIMED)
     call(folder, *AUTO, "trainer.epochs=1", "budget.minutes=0.3", "hydra.run.dir=T")
     assert len([*(folder / "outputs/.cache").glob("choices_*.json")]) == 2
 
@@ -132,7 +132,9 @@ def test_a_length_that_was_typed_once_is_chosen_where_it_is_not(folder, monkeypa
     done = call(folder, *words, "hydra.run.dir=S")
     assert done.status == 0 and "as given" not in done.out, done.err
     cfg = config_of(folder / "S")
-    assert f"trainer.steps={cfg.trainer.steps} trainer.val_every={cfg.trainer.val_every}: " in done.out
+    assert (
+        f"trainer.steps={cfg.trainer.steps} trainer.val_every={cfg.trainer.val_every} trainer.max_minutes=" in done.out
+    )
     assert 10 < cfg.trainer.steps * cfg.data.batch_size * TIMED.kept < 60 * 0.2
 
 
@@ -182,10 +184,6 @@ def test_a_run_goes_on_whose_classes_of_any_name_have_weights(folder):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (
-            ["budget.minutes=0.001"],
-            "budget.minutes=0.001 is too short for one validation of 2 images and 10 steps: a validation takes 0.0 s",
-        ),
         (["budget.minutes=0"], "budget.minutes=0 is out of range. Give a number of minutes above 0"),
         (["budget.minutes=1e308"], "budget.minutes=1e+308 is out of range. Give a number of minutes above 0"),
         (["data.batch_size=some"], "data.batch_size=some is of type str"),
@@ -243,7 +241,7 @@ def test_smaller_images_are_taken_where_they_leave_time_to_tune(folder, monkeypa
     write_halves(folder)
     tried = []
 
-    def timed(work, values):
+    def timed(work, values, **_):
         sides = values["resolution"]["crop"], values["resolution"]["longest"]
         tried.append((values["choices"]["adapter"], *sides))
         return replace(TIMED, image=0.01 if sides[1] else 0.015, kept=None)
@@ -251,22 +249,22 @@ def test_smaller_images_are_taken_where_they_leave_time_to_tune(folder, monkeypa
     monkeypatch.setattr("dinoseg.choosing.choice.in_own_process", timed)
     done = call(folder, *AUTO, FEW, "head=linear", "budget.minutes=0.5", "hydra.run.dir=R")
     assert done.status == 0, done.err
-    assert tried == [("full", [32, 48], None), ("full", [16, 32], 32)]
+    assert tried == [("frozen", [32, 48], None), ("full", [32, 48], None), ("full", [16, 32], 32)]
     cfg = config_of(folder / "R")
     assert (cfg.choices.adapter, cfg.resolution.longest, cfg.resolution.crop) == ("full", 32, [16, 32])
     assert "with adapter=full there would be time for" in done.out
     tried.clear()
     done = call(folder, *AUTO, FEW, "head=linear", "budget.minutes=0.5", "resolution.crop=[32,48]", "hydra.run.dir=S")
-    assert done.status == 0 and [way for way, *_ in tried] == ["full"], done.err  # nothing smaller than what is given
+    assert done.status == 0 and [way for way, *_ in tried] == ["frozen", "full"], done.err  # none smaller than given
 
 
 @pytest.mark.heavy
 @pytest.mark.parametrize(
     ("minutes", "least_smaller", "chosen", "tries"),
     [
-        (0.5, 10**6, ("full", None), ["full", "full"]),  # 600 images and more, before it stays frozen
-        (0.1, 10**6, ("frozen", None), ["full", "full", "frozen"]),
-        (0.5, 1200, ("full", 32), ["full", "full"]),
+        (0.5, 10**6, ("full", None), ["frozen", "full", "full"]),  # 600 images and more, before it stays frozen
+        (0.1, 10**6, ("frozen", None), ["frozen", "full", "full"]),
+        (0.5, 1200, ("full", 32), ["frozen", "full", "full"]),
     ],
 )
 def test_a_backbone_is_tuned_on_whole_images_where_smaller_ones_have_no_time_either(
@@ -275,7 +273,7 @@ def test_a_backbone_is_tuned_on_whole_images_where_smaller_ones_have_no_time_eit
     write_halves(folder)
     tried = []
 
-    def timed(work, values):
+    def timed(work, values, **_):
         tried.append(values["choices"]["adapter"])
         return replace(TIMED, image=0.01 if values["resolution"]["longest"] else 0.015, kept=None)
 
@@ -288,24 +286,73 @@ def test_a_backbone_is_tuned_on_whole_images_where_smaller_ones_have_no_time_eit
     assert (" images that are smaller." in done.out) == (chosen[0] == "frozen")
 
 
-@pytest.mark.heavy
-@pytest.mark.parametrize(("taken", "adapter", "left"), [((5, 5), "full", 20), ((1, 19, 1), "frozen", 9)])
-def test_what_trying_smaller_images_took_is_counted(folder, monkeypatch, taken, adapter, left):
-    write_halves(folder)
+def plan(folder, monkeypatch, taken, *words, timed=TIMED, minutes=1.0):
+    """Choose by a fake clock: the n-th candidate takes `taken[n]` seconds, or its time limit; return config and words.
+
+    Each starts only if there is time for it, and what is chosen always ends within the budget.
+    """
     clock, each = [0.0], iter(taken)
+    for path in (folder / "outputs/.cache").glob("choices_*"):
+        path.unlink()
 
-    def timed(work, values):
-        clock[0] += next(each)
-        return replace(TIMED, image=0.015, kept=None)
+    def trial(work, values, *, timeout):
+        seconds = next(each)
+        clock[0] += min(seconds, timeout)
+        if seconds > timeout:
+            raise TimeoutError
+        return timed
 
-    monkeypatch.setattr("dinoseg.choosing.choice.in_own_process", timed)
+    monkeypatch.setattr("dinoseg.choosing.choice.in_own_process", trial)
     monkeypatch.setattr("dinoseg.choosing.choice.monotonic", lambda: clock[0])
-    words = ("head=linear", "budget.minutes=0.5", "mode=plan", "mode.dry_step=false")
-    done = call(folder, *AUTO, *words, "hydra.run.dir=R")
+    more = (f"budget.minutes={minutes}", "mode=plan", "mode.dry_step=false", f"hydra.run.dir={len(words)}{len(taken)}")
+    done = call(folder, *AUTO, *words, *more)
     assert done.status == 0, done.err
-    cfg = config_of(folder / "R")
-    assert cfg.choices.adapter == adapter and next(each, None) is None
-    assert 0.8 * left < cfg.trainer.steps * cfg.data.batch_size * 0.015 <= 0.95 * left / 1.03
+    assert clock[0] <= 0.25 * 60 * minutes and next(each, None) is None
+    cfg = config_of(folder / f"{len(words)}{len(taken)}")
+    assert 60 * cfg.trainer.max_minutes + clock[0] <= 60 * minutes
+    return cfg, done
+
+
+def test_choosing_takes_a_quarter_of_the_budget_and_names_what_was_not_tried(folder, monkeypatch):
+    write_halves(folder)
+    slow = replace(TIMED, image=0.02, kept=None)
+    cfg, done = plan(folder, monkeypatch, (4, 5, 4.9), "head=linear", timed=slow)
+    assert cfg.choices.adapter == "full" and "not tried" not in done.out
+    assert 0.8 * 46.1 < cfg.trainer.steps * cfg.data.batch_size * 0.02 <= 0.95 * 46.1 / 1.03
+    cfg, done = plan(folder, monkeypatch, (8,), "head=linear", timed=slow)
+    assert cfg.choices.adapter == "frozen" and "candidate 1 of at most 3, 15 s at most" in done.err
+    assert (
+        "; adapter=full was not tried, since the time for choosing was spent; adapter=full on smaller images was not "
+        "tried, since the time for choosing was spent"
+    ) in done.out
+
+
+def test_a_candidate_is_stopped_at_its_time_limit_and_the_cheapest_stays(folder, monkeypatch):
+    write_halves(folder)
+    cfg, done = plan(folder, monkeypatch, (1, 99), "head=linear")
+    assert (
+        cfg.choices.adapter == "frozen"
+        and "; adapter=full was stopped, since timing it took longer than 14 s" in done.out
+    )
+
+
+@pytest.mark.parametrize(
+    ("timed", "expected"),
+    [
+        (TIMED, (None, "linear", None)),
+        (replace(TIMED, image=8.0, kept=None, frozen=1.0), (24, "linear", None)),  # images half as large
+        (replace(TIMED, image=500.0, kept=None, frozen=2.0, val=50.0), (12, "linear", "probe")),
+        (None, (None, "linear", None)),  # not even timed: an upper estimate
+    ],
+)
+def test_a_budget_is_never_refused_once_it_is_spent(folder, monkeypatch, timed, expected):
+    cfg, done = plan(folder, monkeypatch, (1 if timed else 99,), timed=timed)
+    longest, head, init = expected
+    assert (cfg.resolution.longest, cfg.choices.head, cfg.head.init) == (longest, head, init), done.out
+    assert (cfg.trainer.steps >= 10) == (init is None)
+    if init:
+        assert cfg.trainer.steps == cfg.trainer.val_images == 1 and "solved in closed form" in done.out
+        assert "there is no time to validate more than 1 image" in done.out
 
 
 @pytest.mark.heavy
@@ -328,7 +375,7 @@ def test_when_tuning_wins_depends_on_the_head_and_on_a_step(folder, monkeypatch,
     write_halves(folder)
     tried = []
 
-    def timed(work, values):
+    def timed(work, values, **_):
         way, asked = values["choices"]["adapter"], work.keywords["may_rest"]
         tried.append((way, asked))
         least = 0.001 if values["resolution"]["longest"] else 0.015  # smaller images are tried, and never enough
@@ -344,9 +391,9 @@ def test_when_tuning_wins_depends_on_the_head_and_on_a_step(folder, monkeypatch,
     rests = adapter == "full" and may_rest
     assert (cfg.choices.adapter, cfg.optim.optimizer.backbone_begin) == (adapter, 0.4 if rests else 0.0)
     assert ("rests for 40% of the training" in done.out) == rests
-    frozen = [("frozen", may_rest)] if adapter == "frozen" else []
-    smaller = [] if "adapter=full" in words else [("full", False)]
-    assert tried == [("full", may_rest), *smaller, *frozen]  # what a rest takes was timed with the first
+    others = [] if "adapter=full" in words else [("full", False)]
+    frozen = [] if "adapter=full" in words else [("frozen", may_rest)]
+    assert tried == [*frozen, ("full", may_rest), *others]  # what a rest takes was timed with the first
     if rests:  # by the time that both kinds of step take, and as a backbone is that is tuned in the end
         seconds = 60 * cfg.budget.minutes
         assert cfg.trainer.steps * cfg.data.batch_size * 0.011 == pytest.approx(0.9 * seconds - TIMED.start, rel=0.1)
@@ -503,12 +550,18 @@ def test_memory_changes_no_adapter_that_was_typed(chosen_with):
 )
 def test_what_is_timed_knows_the_minutes_typed_or_not(folder, monkeypatch, words, minutes):
     asked = []
-    monkeypatch.setattr("dinoseg.choosing.choice.in_own_process", lambda work, _: asked.append(work.keywords) or TIMED)
+    monkeypatch.setattr(
+        "dinoseg.choosing.choice.in_own_process", lambda work, _, **__: asked.append(work.keywords) or TIMED
+    )
     done = call(folder, *AUTO, "mode=plan", "mode.dry_step=false", *words, "hydra.run.dir=R")
     assert done.status == 0, done.err
-    assert [each["minutes"] for each in asked] == [minutes]
-    told = [f"looks at data and machine: budget.minutes={minutes} count from now"]
-    told += ["measures steps of adapter=frozen head=linear on crops of 32 x 48 (height x width)"]
+    seconds = 15 * minutes  # a quarter of the budget
+    assert [(each["minutes"], each["timeout"], each["until"]) for each in asked] == [(minutes, seconds, 0.6 * seconds)]
+    told = [f"looks at data and machine: budget.minutes={minutes} count from now, choosing takes {seconds} s at most"]
+    told += [
+        "times adapter=frozen head=linear on crops of 32 x 48 (height x width): candidate 1 of at most 1, "
+        f"{seconds} s at most"
+    ]
     assert [line for line in done.err.splitlines() if "hparam=auto" in line] == [f"hparam=auto {each}" for each in told]
 
 
@@ -516,7 +569,7 @@ def test_what_is_timed_has_an_image_for_each_device(folder, monkeypatch):
     asked = []
     monkeypatch.setattr(
         "dinoseg.choosing.choice.in_own_process",
-        lambda work, values: asked.append(values["data"]["batch_size"]) or TIMED,
+        lambda work, values, **_: asked.append(values["data"]["batch_size"]) or TIMED,
     )
     done = call(folder, *AUTO, "engine.devices=3", "mode=plan", "mode.dry_step=false", "hydra.run.dir=R")
     assert done.status == 0 and asked == [3], done.err

@@ -161,13 +161,20 @@ def test_views_are_kept_where_each_is_used_again_and_that_pays():
     assert given.views == 1 and given.images > length_within(600, TIMED, FACTS).images
 
 
-def test_nothing_fits_a_time_that_validations_take():
-    assert length_within(10, TIMED, FACTS).images < 1
+def test_fewer_images_are_validated_where_all_of_them_would_take_the_time():
+    short = length_within(10.01, TIMED, FACTS)
+    assert (short.val_images, short.validations, short.images) == (
+        10,
+        1,
+        7,
+    )  # 3 s of 10: one validation, and the scoring
+    assert length_within(30.01, TIMED, FACTS).val_images == 30 and length_within(60, TIMED, FACTS).val_images is None
+    assert length_within(1, TIMED, FACTS).images == 0
     assert [length_within(seconds, TIMED, FACTS).validations for seconds in (100, 300, 480)] == [1, 2, 4]  # a twentieth
 
 
 def test_views_that_hardly_come_twice_are_not_kept():
-    fast = replace(TIMED, kept=0.01, frozen=0.01)
+    fast = replace(TIMED, kept=0.01, frozen=0.01, val=0.01)
     spent = fast.start + 3 * 51 * fast.val
     found = [
         length_within((spent + 1.03 * (1.84 + steps)) / 0.95 + 1e-6, fast, FACTS, views=(None, 1))

@@ -40,6 +40,13 @@ def test_progress_can_be_leafed_through(where):
     assert len(training) == 2 and all(0 <= row["train/miou"] <= 1 for row in training)
 
 
+def test_fewer_images_are_validated_and_scored_where_that_is_asked_for(where):
+    done = train(where, "trainer.val_images=2", "trainer.max_minutes=9", "mode.pictures=0")
+    assert "scored on:    2 of 6 validation images (trainer.val_images); mode=eval scores all" in done.out
+    refused = call(where, "mode=train", *SMALL, "trainer.val_images=0")
+    assert refused.status == 1 and "trainer.val_images=0 is out of range" in refused.err
+
+
 def test_pictures_can_be_left_out(where):
     train(where, "mode.pictures=0", "trainer.steps=1")
     assert not (where / "run/validation").exists()

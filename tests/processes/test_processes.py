@@ -289,3 +289,9 @@ def test_a_killed_loader_is_told_with_its_remedy_and_other_errors_pass(words):
         raise RuntimeError(f"DataLoader worker {words}")
     with pytest.raises(RuntimeError, match="another"), telling_killed_loaders():
         raise RuntimeError("another")
+
+
+def test_a_process_of_its_own_is_killed_at_its_time_limit():
+    with pytest.raises(TimeoutError):
+        in_own_process(time.sleep, 600, timeout=0.05)
+    assert not multiprocessing.active_children()

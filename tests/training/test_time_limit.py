@@ -1,0 +1,58 @@
+import logging
+
+import pytest
+
+from dinoseg.training.engine import Engine
+from dinoseg.training.time_limit import TimeLimit
+
+
+@pytest.fixture
+def limited():
+    """Run a loop by a fake clock: `step(number)` and `validation` take so many seconds; return what was done when."""
+
+    def run(step, *, minutes=1.0, steps=100, val_every=50, validation=2.0):
+        now = [100.0]
+        limit, planned, done = TimeLimit(minutes, Engine("cpu", "fp32"), clock=lambda: now[0]), steps, []
+        for number in range(planned):
+            if number >= (steps := limit.fit_steps(number, planned)):
+                break
+            now[0] += step(number)
+            is_last = number + 1 == steps
+            done.append((number + 1, steps))
+            if (number + 1) % val_every == 0 or is_last:
+                with limit.validating():
+                    now[0] += validation
+                done.append("validated")
+        return now[0] - 100, done
+
+    return run
+
+
+def test_a_training_that_keeps_up_is_not_changed(limited):
+    seconds, done = limited(lambda number: 0.5)
+    assert seconds == 54 and done[-2:] == [(100, 100), "validated"] and len(done) == 102
+    assert limited(lambda number: 5.0, minutes=None)[0] == 504
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda number: 1.0,
+        lambda number: 0.5 if number < 60 else 3.0,  # the machine becomes busy late
+        lambda number: 3.0 if number < 12 else 0.2,  # cached features: the first steps are the slow ones
+    ],
+)
+def test_a_training_that_falls_behind_ends_validated_within_its_limit(limited, step):
+    seconds, done = limited(step)
+    assert 50 < seconds <= 62 and done[-1] == "validated", done
+    lengths = [each[1] for each in done if each != "validated"]
+    assert lengths[0] == 100 and done[-2][0] == done[-2][1]
+
+
+def test_a_late_training_ends_with_a_validation_and_a_validated_one_at_once(limited, caplog):
+    with caplog.at_level(logging.WARNING):
+        seconds, done = limited(lambda number: 70.0)
+    assert done == [(1, 100), (2, 2), "validated"] and seconds == 142
+    assert caplog.messages[0].startswith("Steps take longer than planned: about 2 instead of 100 fit into trainer.max_")
+    seconds, done = limited(lambda number: 1.0, val_every=57, validation=4.0)
+    assert seconds == 61 and done[-2:] == [(57, 60), "validated"]
