@@ -53,6 +53,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "cache": Benchmark("feature_cache.py", "", "--cases vits --images 2 --size 64 --rounds 1"),
     "heads": Benchmark("many_heads.py", "", "--heads 2 --steps 2 --backbone tiny --repeats 1"),
     "step": Benchmark("head_step.py", "", "--heads detail --steps 4 --backbone backbone=tiny --repeats 1"),
+    "optimizer": Benchmark("optimizer_step.py", "", "--width 24 --blocks 2 --repeats 1"),
     "attention": Benchmark("attention.py", "", "--shapes 1x2x130 --channels 8 --repeats 1"),
     "busy": Benchmark("busy.py", "", "--steps 2 --size 32"),
     "packed": Benchmark("packed.py", "", "--frames 2 --repeats 1"),

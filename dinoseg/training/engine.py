@@ -19,6 +19,7 @@ from dinoseg.sizes import Size
 from dinoseg.training.compiled import compile_blocks
 from dinoseg.training.frozen_casts import keep_casts
 from dinoseg.training.loss_scale import LossScale
+from dinoseg.training.optim import scale_gradients
 from dinoseg.training.rendezvous import meet
 from dinoseg.training.sharding import Lockstep, shard, whole
 
@@ -275,8 +276,7 @@ class Engine:
         if loss_scale is not None:
             scale = scale / loss_scale.value.to(scale.device).to(scale.dtype)
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        for parameter in parameters:
-            parameter.grad.mul_(scale.to(parameter.grad.dtype))
+        scale_gradients(parameters, scale)
         norm = whole(torch.nn.utils.clip_grad_norm_(parameters, clip or float("inf")))
         norm = norm.to(mean.device).to(mean.dtype)  # one after the other: MPS has no float64
         finite = mean.isfinite() & norm.isfinite()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from dinoseg.errors import UserError
@@ -20,6 +21,7 @@ _EMBEDDING = re.compile(r"(token|tokens|pos_embed|position_embeddings|level_embe
 SCHEDULES = ("constant", "cosine", "poly")
 _LEAST_PAST_WARMUP = 0.2  # share of the steps
 _FULL = 0.999  # of the rate that is set, but for rounding
+_FUSED = ("cpu", "cuda", "mps")  # devices with fused AdamW kernels
 _RISE = 0.1  # share of the training in which what begins late comes to its rate
 
 
@@ -106,8 +108,16 @@ def adamw(
     )
     if len(betas) != 2:
         raise UserError(f"optim.optimizer.betas={list(betas)}: give two numbers, such as [0.9, 0.999].")
-    fused = any(parameter.is_cuda for parameter in model.parameters())
+    fused = all(parameter.device.type in _FUSED for group in groups for parameter in group["params"])
     return torch.optim.AdamW(groups, betas=(betas[0], betas[1]), fused=fused)
+
+
+@torch.no_grad()
+def scale_gradients(parameters: Iterable[Tensor], scale: Tensor) -> None:
+    """Multiply the gradients of `parameters` by `scale` (), in one call for each dtype."""
+    for (gradients,) in _by_dtype([_local(parameter.grad)] for parameter in parameters if parameter.grad is not None):
+        first = gradients[0]
+        torch._foreach_mul_(gradients, scale.to(first.dtype).to(first.device))  # MPS takes no float64
 
 
 def schedule(
@@ -231,11 +241,11 @@ class MovingAverage:
         The first steps count little by that bound, or the initial weights would stay in the average for long.
         """
         share = 1 - min(self.decay, (1 + step) / (10 + step))
-        for name, value in self.live.items():
-            if value.is_floating_point():
-                self.average[name].lerp_(value.detach(), share)
+        for averages, values in self._pairs():
+            if averages[0].is_floating_point():
+                torch._foreach_lerp_(averages, values, share)
             else:
-                self.average[name].copy_(value)
+                torch._foreach_copy_(averages, values)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
@@ -248,10 +258,27 @@ class MovingAverage:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        for name, value in self.live.items():
-            trained = value.detach().clone()
-            value.copy_(self.average[name])
-            self.average[name].copy_(trained)
+        for averages, values in self._pairs():
+            trained = [value.clone() for value in values]
+            torch._foreach_copy_(values, averages)
+            torch._foreach_copy_(averages, trained)
+
+    def _pairs(self) -> Iterator[tuple[list[Tensor], ...]]:
+        """Yield the averages and the live tensors of each dtype."""
+        return _by_dtype([_local(self.average[name]), _local(value)] for name, value in self.live.items())
+
+
+def _by_dtype(rows: Iterable[Sequence[Tensor]]) -> Iterator[tuple[list[Tensor], ...]]:
+    """Yield the columns of the rows that start with a tensor of one dtype: fused kernels take one dtype a call."""
+    groups: dict[torch.dtype, list[Sequence[Tensor]]] = {}
+    for row in rows:
+        groups.setdefault(row[0].dtype, []).append(row)
+    yield from (tuple(map(list, zip(*group, strict=True))) for group in groups.values())
+
+
+def _local(value: Tensor) -> Tensor:
+    """Return the part of a sharded tensor that this rank holds; a plain tensor as it is."""
+    return value.to_local() if isinstance(value, DTensor) else value.detach()
 
 
 def tensors_of(model: nn.Module, names: set[str]) -> Iterator[tuple[str, Tensor]]:

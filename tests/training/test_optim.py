@@ -5,6 +5,7 @@ import torch
 from omegaconf import OmegaConf
 from tiny_parts import BACKBONES, tiny_node
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dinoseg.adapters import Full, Lora
 from dinoseg.backbones.rgb import RgbBackbone
@@ -20,6 +21,7 @@ from dinoseg.training.optim import (
     Pace,
     adamw,
     parameter_groups,
+    scale_gradients,
     schedule,
     set_learning_rates,
     warn_of_long_warmup,
@@ -211,6 +213,78 @@ def test_moving_average_forgets_the_initial_weights_soon():
     for step in range(100):
         average.update(step)
     assert average.average["w"].item() > 0.999
+
+
+class Calls(TorchDispatchMode):
+    """Count the operations that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket._qualified_op_name.removeprefix("aten::"))
+        return function(*args, **(kwargs or {}))
+
+
+def ragged(*, seed=0):
+    """Return tensors of two floating dtypes, each dtype with odd shapes, and an integer count."""
+    rng = torch.Generator().manual_seed(seed)
+    shapes = [(), (1,), (3, 5), (0,), (2, 3, 7), (129,)] * 20
+    found = [torch.randn(shape, generator=rng).mul_(10.0 ** (number % 9 - 4)) for number, shape in enumerate(shapes)]
+    return [*(value.bfloat16() if number % 4 == 3 else value for number, value in enumerate(found)), torch.tensor(seed)]
+
+
+def test_gradients_are_scaled_in_one_call_per_dtype_as_one_by_one():
+    parameters = [nn.Parameter(value) for value in ragged() if value.is_floating_point()]
+    for parameter, gradient in zip(parameters, ragged(seed=1), strict=False):
+        parameter.grad = gradient
+    parameters.append(nn.Parameter(torch.ones(2)))  # no gradient has reached it
+    scale = torch.tensor(1 / 3, dtype=torch.float64)
+    expected = [each.grad * scale.to(each.grad.dtype) for each in parameters[:-1]]
+    with Calls() as calls:
+        scale_gradients(parameters, scale)
+    assert all(torch.equal(each.grad, value) for each, value in zip(parameters, expected, strict=False))
+    assert parameters[-1].grad is None
+    assert calls.names.count("_foreach_mul_") == 2 and "mul_" not in calls.names
+
+
+def test_the_moving_average_takes_one_call_per_dtype_and_is_that_of_single_tensors():
+    live = {str(number): value for number, value in enumerate(ragged())}
+    average = MovingAverage(live.items(), decay=0.9)
+    expected = {name: value.clone() for name, value in live.items()}
+    for step in (0, 7, 1000):
+        for value, new in zip(live.values(), ragged(seed=step + 1), strict=True):
+            value.copy_(new)
+        share = 1 - min(0.9, (1 + step) / (10 + step))
+        for name, value in live.items():
+            expected[name].lerp_(value, share) if value.is_floating_point() else expected[name].copy_(value)
+        with Calls() as calls:
+            average.update(step)
+        assert all(torch.equal(average.average[name], value) for name, value in expected.items())
+        assert [name for name in calls.names if name != "detach"] == ["_foreach_lerp_"] * 2 + ["_foreach_copy_"]
+    before = {name: value.clone() for name, value in live.items()}
+    with average.swapped():
+        assert all(torch.equal(live[name], value) for name, value in expected.items())
+    assert all(torch.equal(live[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adamw_takes_the_fused_kernel_and_learns_what_single_operations_do(dtype):
+    models = [Segmenter(RgbBackbone(), LinearHead(3, 1, 2)).to(dtype) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    fused = adamw(models[0], lr=1e-2, weight_decay=0.1)
+    plain = torch.optim.AdamW(parameter_groups(models[1], lr=1e-2, weight_decay=0.1), fused=False, foreach=False)
+    for step in range(5):
+        for one, two in zip(models[0].parameters(), models[1].parameters(), strict=True):
+            one.grad = torch.randn(one.shape, generator=torch.Generator().manual_seed(step)).to(dtype)
+            two.grad = one.grad.clone()
+        with Calls() as calls:
+            fused.step()
+        plain.step()
+        assert "_fused_adamw_" in calls.names
+    for one, two in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(one, two)
 
 
 def test_other_bad_input():

@@ -91,7 +91,7 @@ def train(
     loss, plan = CrossEntropy(WEIGHTS), Plan(folder / "cache", 3.0, "", {}, dtype="float32")
     feed.cache = feature_cache(feed, model, loss, engine, plan)
     groups = parameter_groups(model, lr=0.01 if adamw else 0.05, weight_decay=0.0, backbone_begin=begin)
-    optimizer = torch.optim.AdamW(groups) if adamw else torch.optim.SGD(groups)
+    optimizer = torch.optim.AdamW(groups, fused=True) if adamw else torch.optim.SGD(groups)
     checkpoints = Checkpoints(folder, dict(INFO), start and read(start), writes=engine.is_main)
     lengths = {"steps": 3, "val_every": 3, "log_every": 1, "clip": None}
     options = {"schedule": schedule("constant"), "score": "loss", **lengths, **options}
