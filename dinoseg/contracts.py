@@ -3,8 +3,8 @@
 A part of your own inherits one of them. Axis letters are those of `shapes.py`.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -276,6 +276,8 @@ class Loss(nn.Module):
     needs_similarity: bool = False  # whether it wants those with `similarity`
     needs_carried: bool = False  # whether it compares slots that go from frame to frame
     sums_over_batch: bool = False  # whether it is no mean over samples or labels, so that parts of a batch have others
+    num_divisors: int = 1  # D, by which its terms are divided; more than 1: see `in_step`
+    divisor: Hashable = None  # names the divisor of a single term; None: known after the forward pass alone
 
     if TYPE_CHECKING:
 
@@ -286,3 +288,29 @@ class Loss(nn.Module):
     def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return a mean, and its parts by name; `weight`, if it is among them, is what the mean was divided by."""
         raise NotImplementedError
+
+    def divisors(self, batch: Any) -> Tensor:
+        """Return what the labels of a batch, or of one that `to` has not completed yet, add to the divisors (D,)."""
+        return torch.full((self.num_divisors,), float(len(batch.names)))
+
+    def in_step(
+        self, prediction: Prediction, batch: Batch | ClipBatch, divisors: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return the part of a batch in the loss of a step, the loss of the batch alone, and its parts by name.
+
+        Each term is divided by its own divisor over all batches and ranks of the step, so that the parts of the batches
+        add up to the loss of one batch with all samples.
+
+        Args:
+            prediction: for the batch.
+            batch: one of the step.
+            divisors: (D,) of all batches and ranks of the step.
+        """
+        value, parts = self(prediction, batch)
+        own = self.divisors(batch).to(divisors)
+        return value * share_of(own, divisors)[0], value.detach(), parts
+
+
+def share_of(own: Tensor, total: Tensor) -> Tensor:
+    """Return own / total, and 0 where the total is 0."""
+    return own / torch.where(total > 0, total, 1)

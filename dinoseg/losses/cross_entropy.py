@@ -8,7 +8,7 @@ from dinoseg.losses.border import Border
 from dinoseg.losses.full_resolution import Pull
 from dinoseg.losses.fused import Form
 from dinoseg.losses.labelled import weights_of
-from dinoseg.losses.pixel_mean import Hardest, pixel_mean
+from dinoseg.losses.pixel_mean import Hardest, pixel_divisor, pixel_mean, pixel_weight
 from dinoseg.ranges import Count, HighShare, LowShare, NotNegative
 from dinoseg.shapes import Batch, Prediction
 
@@ -44,6 +44,7 @@ class CrossEntropy(Loss):
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
         self.border, self.hardest = Border(border_weight, border_width), Hardest(hardest)
+        self.divisor = pixel_divisor(ignore_index, self.border, self.hardest)
 
     def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, and `weight`: the summed weights that it is a mean over.
@@ -52,6 +53,10 @@ class CrossEntropy(Loss):
         """
         form, ignored = Form(self.weight, self.label_smoothing), self.ignore_index
         return pixel_mean(prediction, batch, ignored, self._cost, border=self.border, hardest=self.hardest, form=form)
+
+    def divisors(self, batch: Batch) -> Tensor:
+        """Return the summed weights (1,) of the labelled pixels."""
+        return pixel_weight(batch, self.ignore_index, self.weight, self.border)
 
     def _cost(self, scores: Tensor, target: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Pull]:
         """Return what each of a tile's pixels costs, and its weight: a `full_resolution.Cost`.

@@ -6,7 +6,7 @@ from dinoseg.contracts import Loss
 from dinoseg.losses.border import Border
 from dinoseg.losses.full_resolution import pixel_sums
 from dinoseg.losses.fused import Form
-from dinoseg.losses.labelled import labelled_images
+from dinoseg.losses.labelled import image_count, labelled_images
 from dinoseg.losses.tversky import overlap_sums, tversky_loss
 from dinoseg.ranges import Count, NotNegative
 from dinoseg.shapes import Batch, Prediction
@@ -39,6 +39,7 @@ class Dice(Loss):
         super().__init__()
         self.register_buffer("weight", class_weights, persistent=False)
         self.ignore_index = ignore_index
+        self.divisor = ("images", ignore_index)
         self.border = Border(border_weight, border_width)
 
     def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -46,4 +47,8 @@ class Dice(Loss):
         weights = self.border.weights(batch.mask, self.ignore_index)
         sums = pixel_sums(prediction, batch, self.ignore_index, overlap_sums, weights=weights, form=Form())
         value = tversky_loss(sums, self.weight, alpha=0.5, beta=0.5)
-        return value, {"weight": labelled_images(batch, self.ignore_index).to(value.dtype)}
+        return value, {"weight": labelled_images(batch.mask, self.ignore_index).to(value.dtype)}
+
+    def divisors(self, batch: Batch) -> Tensor:
+        """Return the number of images with a labelled pixel (1,)."""
+        return image_count(batch, self.ignore_index, self.weight)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from dinoseg.losses.full_resolution import Pull, pixel_sums
-from dinoseg.losses.labelled import ratio
 from dinoseg.losses.points import sample_maps
 from dinoseg.shapes import Batch, Prediction
 from dinoseg.transfer import sent
@@ -60,7 +59,9 @@ class SeenScores:
 
 
 def divergence(prediction: Prediction, seen: Sequence[SeenScores], size: tuple[int, int], temperature: float) -> Tensor:
-    """Return the mean over the pixels of views that show their image of T^2 KL(teacher || student).
+    """Return T^2 KL(teacher || student): its mean over the pixels of a view that show its image, and over the views.
+
+    A view that shows nothing of its image counts 0.
 
     With scores t and s it is T^2 sum_k p_k (log p_k - log q_k), p = softmax(t / T) and q = softmax(s / T): by T^2 its
     gradient is of the same size at each temperature T. Both are brought to the views' pixels tile by tile.
@@ -80,16 +81,18 @@ def divergence(prediction: Prediction, seen: Sequence[SeenScores], size: tuple[i
         def pull(upstream: Tensor) -> Tensor:
             return (student.exp() - shares).mul_(temperature * upstream[0] * counted)
 
-        return torch.stack([temperature**2 * (costs * counted).sum(), counted.sum()]), pull
+        return temperature**2 * (costs * counted).sum()[None], pull
 
     inside = torch.stack([each.inside(size) for each in seen])
+    shown = inside.sum((1, 2), keepdim=True).clamp(min=1)  # (B, 1, 1)
+    weights = (1 / (len(seen) * shown.to(seen[0].place.dtype))).expand(inside.shape)
     masks = torch.where(inside, _INSIDE, _OUTSIDE).to(torch.uint8)
-    total, count = pixel_sums(
+    return pixel_sums(
         prediction,
         Batch(masks, masks, [""] * len(masks)),
         _OUTSIDE,
         term,
+        weights=weights,
         first_alone=True,
         beside=lambda image, rows, columns: seen[image].at(rows, columns),
-    )
-    return ratio(total, count.detach())
+    )[0]

@@ -33,6 +33,7 @@ class FeatureReconstruction(Loss):
     """
 
     needs_slots = True
+    divisor = "clips"  # of one length: frames and pairs of frames are as many for each
 
     def __init__(self) -> None:  # that of nn.Module takes any key
         super().__init__()

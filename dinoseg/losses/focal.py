@@ -8,7 +8,7 @@ from dinoseg.errors import UserError
 from dinoseg.losses.border import Border
 from dinoseg.losses.full_resolution import Pull
 from dinoseg.losses.labelled import weights_of
-from dinoseg.losses.pixel_mean import Hardest, pixel_mean
+from dinoseg.losses.pixel_mean import Hardest, pixel_divisor, pixel_mean, pixel_weight
 from dinoseg.ranges import Count, HighShare, NotNegative
 from dinoseg.shapes import Batch, Prediction
 
@@ -47,11 +47,16 @@ class Focal(Loss):
         self.ignore_index = ignore_index
         self.gamma = gamma
         self.border, self.hardest = Border(border_weight, border_width), Hardest(hardest)
+        self.divisor = pixel_divisor(ignore_index, self.border, self.hardest)
 
     def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, and `weight`: the summed class weights that it is a mean over."""
         ignored = self.ignore_index
         return pixel_mean(prediction, batch, ignored, self._cost, border=self.border, hardest=self.hardest)
+
+    def divisors(self, batch: Batch) -> Tensor:
+        """Return the summed weights (1,) of the labelled pixels."""
+        return pixel_weight(batch, self.ignore_index, self.weight, self.border)
 
     def _cost(self, scores: Tensor, target: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Pull]:
         """Return what each of a tile's pixels costs, and its weight: a `full_resolution.Cost`."""

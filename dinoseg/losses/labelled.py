@@ -5,6 +5,7 @@ from torch import Tensor
 
 from dinoseg.precision import at_least_float32
 from dinoseg.shapes import Batch, Prediction
+from dinoseg.transfer import sent
 
 UNLABELLED = -100  # no class id, whatever the data set's ignore value is; torch's cross_entropy skips it by default
 
@@ -35,27 +36,16 @@ def weights_of(class_weights: Tensor, scores: Tensor) -> Tensor:
     return class_weights.to(scores.dtype)
 
 
-def labelled_images(batch: Batch, ignore_index: int) -> Tensor:
+def labelled_images(mask: Tensor, ignore_index: int) -> Tensor:
     """Return how many images have a labelled pixel."""
-    return (batch.mask != ignore_index).flatten(1).any(dim=1).sum()
+    return (mask != ignore_index).flatten(1).any(dim=1).sum()
+
+
+def image_count(batch: Batch, ignore_index: int, weights: Tensor) -> Tensor:
+    """Return `labelled_images` as a divisor (1,), of the dtype and device of `weights`."""
+    return labelled_images(sent(batch.mask, weights.device), ignore_index).to(weights.dtype)[None]
 
 
 def ratio(total: Tensor, norm: Tensor) -> Tensor:
     """Return total / norm, or the total, which then is 0 too, where the norm is 0."""
     return total / torch.where(norm > 0, norm, 1)
-
-
-def beside_others(parts: dict[str, Tensor], images: int) -> dict[str, Tensor]:
-    """Return the parts of a loss of masks to which another is added that asks for no label.
-
-    A batch without any label has no weight, and with it what is learnt beside would count for nothing: it has that of
-    its images.
-
-    Args:
-        parts: as the loss of masks gives them.
-        images: those of the batch with masks.
-    """
-    if "weight" not in parts:
-        return parts
-    weight = parts["weight"]
-    return {**parts, "weight": torch.where(weight > 0, weight, images)}

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from dinoseg.contracts import Loss
-from dinoseg.losses.labelled import UNLABELLED, labelled_images, labelled_pixels, ratio
+from dinoseg.losses.labelled import UNLABELLED, image_count, labelled_images, labelled_pixels, ratio
 from dinoseg.shapes import Batch, Prediction
 
 
@@ -64,6 +64,7 @@ class Lovasz(Loss):
         super().__init__()
         self.register_buffer("weight", class_weights, persistent=False)
         self.ignore_index = ignore_index
+        self.divisor = ("images", ignore_index)
         self.per_image = per_image
         self.sums_over_batch = not per_image
 
@@ -76,6 +77,10 @@ class Lovasz(Loss):
         values = [
             lovasz_softmax(part[ids != UNLABELLED], ids[ids != UNLABELLED], class_weights) for part, ids in groups
         ]
-        images = labelled_images(batch, self.ignore_index).to(logits.dtype)
+        images = labelled_images(batch.mask, self.ignore_index).to(logits.dtype)
         value = ratio(torch.stack(values).sum(), images) if self.per_image else values[0]
         return value, {"weight": images}
+
+    def divisors(self, batch: Batch) -> Tensor:
+        """Return the number of images with a labelled pixel (1,)."""
+        return image_count(batch, self.ignore_index, self.weight)

@@ -1,21 +1,22 @@
 """Mask classification: every class of an image is claimed by one query, with its mask."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinoseg.contracts import Loss
+from dinoseg.contracts import Loss, share_of
 from dinoseg.errors import UserError
 from dinoseg.losses.factors import checked_factors
 from dinoseg.losses.labelled import UNLABELLED, labels, ratio
-from dinoseg.losses.matching import Matched, match
+from dinoseg.losses.matching import Matched, match, occurring
 from dinoseg.losses.points import sample_labels, sample_logits, uncertain_points
 from dinoseg.precision import at_least_float32
 from dinoseg.ranges import Count, NotNegative, Positive, Share
-from dinoseg.shapes import Batch, MaskOutputs, Prediction
+from dinoseg.shapes import Batch, ClipBatch, MaskOutputs, Prediction
+from dinoseg.transfer import sent
 
 TERMS = ("class", "mask", "dice")
 FACTORS = {"class": 2.0, "mask": 5.0, "dice": 5.0}
@@ -53,6 +54,7 @@ class MaskClassification(Loss):
 
     weight: Tensor
     needs_masks = True
+    num_divisors = 3
 
     def __init__(
         self,
@@ -80,13 +82,47 @@ class MaskClassification(Loss):
         self.sampling: Sampling = {"num_points": num_points, "oversample": oversample, "importance": importance}
 
     def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the summed loss of all layers; `weight`, the number N of target masks; and the last layer's terms.
+        """Return the summed loss of all layers, and the last layer's terms.
 
-        The mask and dice terms are means over the N masks, the class term one over the summed weights of the queries.
+        The mask and dice terms are means over the N target masks, the class term one over the summed weights of the
+        queries.
 
         Raises:
             UserError: the head predicts no masks, or an image has more classes than the head has queries.
         """
+        _, terms = self._of_layers(prediction, batch)
+        return self._summed(terms), {name: term.detach() for name, term in terms[0].items()}
+
+    def divisors(self, batch: Batch) -> Tensor:
+        """Return the target masks, their summed class weights and the images with labels (3,)."""
+        target = labels(sent(batch.mask, self.weight.device), self.ignore_index)
+        present = occurring(target, len(self.weight))
+        return torch.stack([present.sum(), (present * self.weight).sum(), present.any(1).sum()])
+
+    def in_step(
+        self, prediction: Prediction, batch: Batch | ClipBatch, divisors: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return the part of a batch in the loss of a step, the loss of the batch alone, and the last layer's terms."""
+        assert isinstance(batch, Batch)
+        outputs, terms = self._of_layers(prediction, batch)
+        own = self.divisors(batch).to(divisors)
+        of_masks = share_of(own[0], divisors[0])
+        of_queries = share_of(*(self._query_weight(counts, outputs.class_logits) for counts in (own, divisors)))
+        shares = {"class": of_queries, "mask": of_masks, "dice": of_masks}
+        part = self._summed([{name: shares[name] * term for name, term in each.items()} for each in terms])
+        return part, self._summed(terms).detach(), {name: term.detach() for name, term in terms[0].items()}
+
+    def _query_weight(self, counts: Tensor, class_logits: Tensor) -> Tensor:
+        """Return the summed weights () of all queries, by `divisors` (3,)."""
+        masks, weight, images = counts
+        _, queries, columns = class_logits.shape
+        return weight + self.no_object * (images * queries - masks) if columns > len(self.weight) else weight
+
+    def _summed(self, terms: Sequence[Mapping[str, Tensor]]) -> Tensor:
+        return torch.stack([self.factors[name] * each[name] for each in terms for name in TERMS]).sum()
+
+    def _of_layers(self, prediction: Prediction, batch: Batch) -> tuple[MaskOutputs, list[dict[str, Tensor]]]:
+        """Return the outputs, and the terms of the last layer and of each of `aux`."""
         outputs = prediction.outputs
         if not isinstance(outputs, MaskOutputs):
             raise UserError(
@@ -96,13 +132,10 @@ class MaskClassification(Loss):
         layers, target = [outputs, *outputs.aux], labels(batch.mask, self.ignore_index)
         points = self.sampling["num_points"]
         matched = match(layers, target, batch.names, len(self.weight), self.factors, points, prediction.valid)
-        terms = [
+        return outputs, [
             self._terms(layer, target, matched, query, prediction.valid)
             for layer, query in zip(layers, matched.queries, strict=True)
         ]
-        value = torch.stack([self.factors[name] * term[name] for term in terms for name in TERMS]).sum()
-        last = {name: term.detach() for name, term in terms[0].items()}
-        return value, {"weight": value.new_full((), len(matched.image)), **last}
 
     def _terms(
         self, layer: MaskOutputs, target: Tensor, matched: Matched, query: Tensor, valid: tuple[float, float]

@@ -107,17 +107,22 @@ def pair_costs(
     }
 
 
+def occurring(target: Tensor, num_classes: int) -> Tensor:
+    """Return which classes occur (B, K) bool in each image of `target` (B, H, W)."""
+    ids = target.flatten(1)
+    present = torch.zeros(len(ids), num_classes + 1, dtype=torch.bool, device=ids.device)
+    return present.scatter_(1, ids.where(ids != UNLABELLED, num_classes), True)[:, :num_classes]
+
+
 def _present(target: Tensor, num_classes: int) -> Tensor:
     """Return the classes that occur in each image (B, M), ascending, and -1 where there is none.
 
     On a CPU M is the most that any image has; elsewhere it is all K, since a count would be waited for.
     """
-    ids = target.flatten(1)
-    present = torch.zeros(len(ids), num_classes + 1, dtype=torch.bool, device=ids.device)
-    present.scatter_(1, ids.where(ids != UNLABELLED, num_classes), True)
-    classes = torch.arange(num_classes, device=ids.device).where(present[:, :num_classes], num_classes)
+    present = occurring(target, num_classes)
+    classes = torch.arange(num_classes, device=target.device).where(present, num_classes)
     if classes.device.type == "cpu":
-        longest = int((classes < num_classes).sum(1).amax()) if len(classes) else 0
+        longest = int(present.sum(1).amax()) if len(classes) else 0
         classes = classes.sort(1).values[:, :longest]
     return classes.where(classes < num_classes, -1)
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from math import ceil
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,9 +11,10 @@ from dinoseg.errors import UserError
 from dinoseg.losses.border import Border
 from dinoseg.losses.full_resolution import Cost, Pull, pixel_sums, pixel_values
 from dinoseg.losses.fused import Form
-from dinoseg.losses.labelled import ratio
+from dinoseg.losses.labelled import UNLABELLED, labels, ratio
 from dinoseg.ranges import HighShare
 from dinoseg.shapes import Batch, Prediction
+from dinoseg.transfer import sent
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,28 @@ class Hardest:
             if count := int(known.sum()):
                 least[row] = own[known].kthvalue(count - ceil(self.share * count) + 1).values
         return labelled & ~(costs < least)
+
+
+class PixelDivisor(NamedTuple):
+    """The summed weights of the labelled pixels: equal for losses with one set of class weights."""
+
+    ignore_index: int
+    border: Border | None  # None: all pixels of a class count alike
+
+
+def pixel_divisor(ignore_index: int, border: Border, hardest: Hardest) -> PixelDivisor | None:
+    """Return the divisor of `pixel_mean`; None: it depends on the scores."""
+    return PixelDivisor(ignore_index, border if border.weight != 1 else None) if hardest.share == 1 else None
+
+
+def pixel_weight(batch: Batch, ignore_index: int, class_weights: Tensor, border: Border) -> Tensor:
+    """Return the summed weights (1,) of a batch's labelled pixels, all of them whatever share is the hardest."""
+    mask = sent(batch.mask, class_weights.device)
+    target = labels(mask, ignore_index)
+    weights = class_weights[target.clamp(min=0)]
+    near = border.weights(mask, ignore_index)
+    weights = weights if near is None else weights * near
+    return torch.where(target == UNLABELLED, 0, weights).sum()[None]
 
 
 def pixel_mean(

@@ -24,6 +24,7 @@ class SlotContrast(Loss):
     """
 
     needs_slots = True
+    divisor = "clips"  # of one length: frames and pairs of frames are as many for each
     needs_carried = True
     sums_over_batch = True
 

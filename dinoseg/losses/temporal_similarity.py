@@ -53,6 +53,7 @@ class TemporalSimilarity(Loss):
     """
 
     needs_slots = True
+    divisor = "clips"  # of one length: frames and pairs of frames are as many for each
     needs_similarity = True
 
     def __init__(self, temperature: Positive = 0.075, threshold: float = 0.0) -> None:

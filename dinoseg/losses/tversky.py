@@ -8,7 +8,7 @@ from dinoseg.errors import UserError
 from dinoseg.losses.border import Border
 from dinoseg.losses.full_resolution import Pull, pixel_sums
 from dinoseg.losses.fused import Form
-from dinoseg.losses.labelled import labelled_images, ratio
+from dinoseg.losses.labelled import image_count, labelled_images, ratio
 from dinoseg.ranges import Count, NotNegative
 from dinoseg.shapes import Batch, Prediction
 
@@ -88,6 +88,7 @@ class Tversky(Loss):
             raise UserError(f"loss.criterion.beta={beta}: give a price of false negatives above 0.")
         self.register_buffer("weight", class_weights, persistent=False)
         self.ignore_index = ignore_index
+        self.divisor = ("images", ignore_index)
         self.alpha, self.beta = alpha, beta
         self.border = Border(border_weight, border_width)
 
@@ -96,4 +97,8 @@ class Tversky(Loss):
         weights = self.border.weights(batch.mask, self.ignore_index)
         sums = pixel_sums(prediction, batch, self.ignore_index, overlap_sums, weights=weights, form=Form())
         value = tversky_loss(sums, self.weight, self.alpha, self.beta)
-        return value, {"weight": labelled_images(batch, self.ignore_index).to(value.dtype)}
+        return value, {"weight": labelled_images(batch.mask, self.ignore_index).to(value.dtype)}
+
+    def divisors(self, batch: Batch) -> Tensor:
+        """Return the number of images with a labelled pixel (1,)."""
+        return image_count(batch, self.ignore_index, self.weight)

@@ -1,8 +1,9 @@
 """A weighted sum of losses."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,24 +41,63 @@ class WeightedSum(Loss):
         self.needs_slots = any(loss.needs_slots for loss in self.losses)
         self.needs_similarity = any(loss.needs_similarity for loss in self.losses)
         self.needs_carried = any(loss.needs_carried for loss in self.losses)
-        self.sums_over_batch = any(loss.sums_over_batch for loss in self.losses)
+        self._set_divisors()
 
     def forward(self, prediction: Prediction, batch: Batch | ClipBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the sum; each term's own value under its name; and `weight`, that of the first term.
+        """Return the sum; each term's own value under its name; and `weight`, if the terms share one.
 
-        Further parts of a term are called `<term>_<part>`. A term whose own weight is of another kind is still
-        averaged over batches by the first one's.
+        Further parts of a term are called `<term>_<part>`.
         """
         prediction = _scoring_once(prediction)
-        values: list[Tensor] = []
+        terms = [loss(prediction, batch) for loss in self._terms]
+        value, parts = self._summed([(value, value.detach(), term_parts) for value, term_parts in terms])
+        first = terms[0][1]
+        return value, parts if self.num_divisors > 1 or "weight" not in first else {"weight": first["weight"], **parts}
+
+    def divisors(self, batch: Any) -> Tensor:
+        """Return the divisors of the terms one after the other, or the one that they share."""
+        losses = self._terms if self.num_divisors > 1 else self._terms[:1]
+        device = next(self.buffers(), torch.empty(0)).device
+        return torch.cat([loss.divisors(batch).to(device, torch.float32) for loss in losses])
+
+    def in_step(
+        self, prediction: Prediction, batch: Batch | ClipBatch, divisors: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return the part of a batch in the loss of a step, the loss of the batch alone, and its parts by name."""
+        if self.num_divisors == 1:
+            return super().in_step(prediction, batch, divisors)
+        prediction = _scoring_once(prediction)
+        given = divisors.split([loss.num_divisors for loss in self._terms])
+        terms = [loss.in_step(prediction, batch, own) for loss, own in zip(self._terms, given, strict=True)]
+        part, parts = self._summed(terms)
+        alone = torch.stack([factor * own for factor, (_, own, _) in zip(self.factors.values(), terms, strict=True)])
+        return part, alone.sum(), parts
+
+    def _summed(self, terms: Sequence[tuple[Tensor, Tensor, dict[str, Tensor]]]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the weighted sum of the terms' first values, and their second values and parts by name."""
         parts: dict[str, Tensor] = {}
-        for (name, factor), loss in zip(self.factors.items(), self.losses, strict=True):
-            value, term_parts = loss(prediction, batch)
-            values.append(factor * value)
-            parts.setdefault("weight", term_parts["weight"])
-            parts[name] = value.detach()
+        for name, (_, alone, term_parts) in zip(self.factors, terms, strict=True):
+            parts[name] = alone
             parts |= {f"{name}_{key}": part for key, part in term_parts.items() if key != "weight"}
+        values = [factor * part for factor, (part, _, _) in zip(self.factors.values(), terms, strict=True)]
         return torch.stack(values).sum(), parts
+
+    def _set_divisors(self) -> None:
+        """Count the divisors, and find whether parts of a batch have other losses than the batch.
+
+        They do where a term's own divisor is not known before the forward pass: it is averaged by an approximate one.
+        """
+        keys = {loss.divisor for loss in self._terms if loss.num_divisors == 1}
+        first, counts = self._terms[0], [loss.num_divisors for loss in self._terms]
+        joined = len(counts) == 1 or (len(keys) == 1 and None not in keys and set(counts) == {1})
+        self.num_divisors = first.num_divisors if joined else sum(counts)
+        self.divisor = first.divisor if joined else None
+        sums = any(loss.sums_over_batch for loss in self._terms)
+        self.sums_over_batch = sums or (not joined and None in keys)
+
+    @property
+    def _terms(self) -> list[Loss]:
+        return [loss for loss in self.losses if isinstance(loss, Loss)]
 
 
 def _make(name: str, make: Callable[..., Loss], class_weights: Tensor | None) -> Loss:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinoseg.contracts import Loss
+from dinoseg.contracts import Loss, share_of
 from dinoseg.data.loader import drawn_batches
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.train_views import TrainViews
@@ -18,7 +18,6 @@ from dinoseg.data.transforms import Augment
 from dinoseg.data.unlabelled import Unmasked
 from dinoseg.errors import UserError
 from dinoseg.losses.distillation import SeenScores, divergence
-from dinoseg.losses.labelled import beside_others
 from dinoseg.ranges import NotNegative, Temperature
 from dinoseg.shapes import Batch, FrozenFeatures, Prediction, SegmentationData, mapped
 from dinoseg.training.feature_cache.cache import Views
@@ -111,6 +110,16 @@ class ScoredBatch:
         """The names of the samples with or without masks, whichever are fewer: of these each share of a batch has."""
         return min((part.batch.names for part in self.parts), key=len)
 
+    @property
+    def with_masks(self) -> "Batch | Views":
+        """The samples with masks."""
+        return self.parts[0].batch
+
+    @property
+    def count(self) -> int:
+        """The number of images."""
+        return sum(len(part.batch.names) for part in self.parts)
+
     def split(self, parts: int) -> list["ScoredBatch"]:
         """Return so many batches of the samples of each kind in their order."""
         return [ScoredBatch(list(each)) for each in zip(*(part.split(parts) for part in self.parts), strict=True)]
@@ -182,16 +191,33 @@ class DistilledLoss(Loss):
         super().__init__()
         self.criterion, self.weight, self.temperature = criterion, weight, temperature
         self.needs_masks, self.sums_over_batch = criterion.needs_masks, criterion.sums_over_batch
+        self.num_divisors, self.divisor = criterion.num_divisors + (1 if weight else 0), criterion.divisor
 
     def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the sum; parts are those of the images with masks, and `teacher`: the divergence."""
         if not isinstance(batch, DistilledBatch):
             return self.criterion(prediction, batch)
         value, parts = self.criterion(prediction.of_images(slice(0, batch.labelled)), batch.with_masks)
-        size = batch.mask.shape[-2], batch.mask.shape[-1]
-        taught = divergence(prediction, batch.seen, size, self.temperature)
-        parts = beside_others(parts, batch.labelled) if self.weight else parts
+        taught = self._divergence(prediction, batch)
         return value + self.weight * taught, {**parts, "teacher": taught.detach()}
+
+    def divisors(self, batch: Any) -> Tensor:
+        """Return the divisors of the loss of masks, and the number of images."""
+        own = self.criterion.divisors(batch.with_masks)
+        return torch.cat([own, own.new_full((1,), batch.count)]) if self.weight else own
+
+    def in_step(self, prediction: Prediction, batch: Any, divisors: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return the part of a batch in the loss of a step, the loss of the batch alone, and its parts by name."""
+        own = self.criterion.num_divisors
+        labelled = prediction.of_images(slice(0, batch.labelled))
+        part, value, parts = self.criterion.in_step(labelled, batch.with_masks, divisors[:own])
+        taught = self._divergence(prediction, batch)
+        share = share_of(divisors.new_full((), batch.count), divisors[own:].sum())
+        alone = value + self.weight * taught.detach()
+        return part + self.weight * share * taught, alone, {**parts, "teacher": taught.detach()}
+
+    def _divergence(self, prediction: Prediction, batch: DistilledBatch) -> Tensor:
+        return divergence(prediction, batch.seen, (batch.mask.shape[-2], batch.mask.shape[-1]), self.temperature)
 
 
 def _parts(scores: KeptScores, feed: ImageFeed, batches: Iterator[Batch | Views], start: int) -> Iterator[Part]:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinoseg.contracts import Loss
-from dinoseg.losses.labelled import beside_others
+from dinoseg.contracts import Loss, share_of
+from dinoseg.losses.pixel_mean import PixelDivisor
 from dinoseg.ranges import NotNegative
 from dinoseg.shapes import Batch, Prediction, Teach
 from dinoseg.transfer import sent
@@ -60,11 +60,24 @@ class MixedBatch(Batch):
             sure, ids = shares.max(dim=1)
         outside = self.outside == self.ignore_index
         ids = ids.to(torch.uint8).masked_fill((sure < self.threshold) | outside, self.ignore_index)
-        cut = _within(self.boxes, self.weak.shape[-2], self.weak.shape[-1])  # (U, V, H, W)
-        images = torch.where(cut[:, :, None], self.strong.roll(1, 0), self.strong)
-        masks, beyond = (torch.where(cut, part.roll(1, 0)[:, None], part[:, None]) for part in (ids, outside))
+        images = torch.where(self._cut[:, :, None], self.strong.roll(1, 0), self.strong)
+        masks = self._pasted(ids)
         whole = torch.cat([self.image, images.flatten(0, 1)]), torch.cat([self.mask, masks.flatten(0, 1)])
-        return TaughtBatch(*whole, self.names, (~beyond).sum(), self.ignore_index)
+        return TaughtBatch(*whole, self.names, self.inside, self.ignore_index)
+
+    @property
+    def inside(self) -> Tensor:
+        """The number () of pixels of the strong views that show an image."""
+        return (~self._pasted(self.outside == self.ignore_index)).sum()
+
+    @property
+    def _cut(self) -> Tensor:
+        """Which pixels (U, V, H, W) of the strong views come from the image before."""
+        return _within(self.boxes, self.outside.shape[-2], self.outside.shape[-1])
+
+    def _pasted(self, maps: Tensor) -> Tensor:
+        """Return maps (U, H, W) of the weak views as maps (U, V, H, W) of the strong ones."""
+        return torch.where(self._cut, maps.roll(1, 0)[:, None], maps[:, None])
 
 
 @dataclass
@@ -107,20 +120,43 @@ class TaughtLoss(Loss):
     def __init__(self, criterion: Loss, of_views: Loss, weight: NotNegative) -> None:
         super().__init__()
         self.criterion, self.of_views, self.weight = criterion, of_views, weight
-        self.needs_masks, self.sums_over_batch = criterion.needs_masks, criterion.sums_over_batch
+        self.needs_masks = criterion.needs_masks
+        self.num_divisors, self.divisor = criterion.num_divisors + (1 if weight else 0), criterion.divisor
+        # another mean times the share of sure pixels is no sum over pixels
+        plain = isinstance(of_views.divisor, PixelDivisor) and of_views.divisor.border is None
+        self.sums_over_batch = criterion.sums_over_batch or (weight > 0 and not plain)
 
     def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the sum; parts are those of the images with masks, `unlabelled`, and `sure`: the share of pixels."""
         if not isinstance(batch, TaughtBatch):
             return self.criterion(prediction, batch)
-        first = len(batch.names)
-        value, parts = self.criterion(prediction.of_images(slice(0, first)), batch.labelled)
+        value, parts = self.criterion(prediction.of_images(slice(0, len(batch.names))), batch.labelled)
+        taught, more = self._of_views(prediction, batch)
+        return value + self.weight * taught, parts | more
+
+    def divisors(self, batch: Any) -> Tensor:
+        """Return the divisors of the loss of masks, and the pixels of the views that show an image."""
+        own = self.criterion.divisors(batch)
+        return torch.cat([own, batch.inside.to(own)[None]]) if self.weight else own
+
+    def in_step(self, prediction: Prediction, batch: Any, divisors: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return the part of a batch in the loss of a step, the loss of the batch alone, and its parts by name."""
+        own = self.criterion.num_divisors
+        if not isinstance(batch, TaughtBatch):
+            return self.criterion.in_step(prediction, batch, divisors[:own])
+        labelled = prediction.of_images(slice(0, len(batch.names)))
+        part, value, parts = self.criterion.in_step(labelled, batch.labelled, divisors[:own])
+        taught, more = self._of_views(prediction, batch)
+        share = share_of(batch.inside.to(divisors), divisors[own:].sum())
+        return part + self.weight * share * taught, value + self.weight * taught.detach(), parts | more
+
+    def _of_views(self, prediction: Prediction, batch: TaughtBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of the views, and it and the share of pixels that the teacher is sure of as parts."""
         views = batch.views
-        taught, _ = self.of_views(prediction.of_images(slice(first, None)), views)
+        taught, _ = self.of_views(prediction.of_images(slice(len(batch.names), None)), views)
         sure = (views.mask != batch.ignore_index).sum() / batch.inside.clamp(min=1)
         taught = taught * sure
-        parts = beside_others(parts, first) if self.weight else parts
-        return value + self.weight * taught, {**parts, "unlabelled": taught.detach(), "sure": sure}
+        return taught, {"unlabelled": taught.detach(), "sure": sure}
 
 
 def _within(boxes: Tensor, height: int, width: int) -> Tensor:

@@ -139,6 +139,7 @@ class Trainee:
     def _gradients(self, pace: Pace, rate: float, counted: bool, batches: Iterable[Any], count: int) -> Learnt:
         """Go backward through each of `count` batches, and count what was predicted."""
         tally = self.feed.tally(self.engine) if counted else None
+        batches, divisors = self._divisors(batches, count)
         sums = [torch.zeros((), device=self.engine.device)] * 2
         names, images = [], 0
         for number, drawn in enumerate(batches, start=1):
@@ -147,17 +148,40 @@ class Trainee:
                 prediction = self.net(batch.image)
                 if self.scale is not None:  # sums over pixels overflow float16
                     prediction = mapped(prediction, cache(at_least_float32))
-                value, parts = self.loss(prediction, batch)
-                weight = parts.get("weight", torch.full_like(value, len(batch.names)))
+                part, weight, parts = self._loss_part(prediction, batch, divisors, count)
                 if self.scale is not None and not self.scale.started:
                     self.scale.begin(self.engine.total(weight).item(), self.engine.device)
-                self.engine.backward(value * weight, self.scale)
+                self.engine.backward(part, self.scale)
             if tally is not None:
                 tally.add(prediction, batch)
-            sums = [sums[0] + value.detach() * weight, sums[1] + weight]
+            sums = [sums[0] + part.detach(), sums[1] + weight]
             names += batch.names
             images += batch.count
         return Learnt(rate, sums, names, images, parts, tally)
+
+    def _divisors(self, batches: Iterable[Any], count: int) -> tuple[Iterable[Any], Tensor | None]:
+        """Return the `count` batches of a step, and the divisors (D,) of all ranks if the loss needs them first.
+
+        A single divisor divides the gradients after the last batch instead.
+        """
+        if self.loss.num_divisors == 1 or count * self.engine.world == 1:
+            return batches, None
+        batches = list(batches)
+        own = [self.loss.divisors(batch).to(self.engine.device, torch.float32) for batch in batches]
+        return batches, self.engine.sum(torch.stack(own).sum(0))
+
+    def _loss_part(
+        self, prediction: Prediction, batch: Any, divisors: Tensor | None, count: int
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return what to go backward from, the weight by which the sum over all batches is divided, and named parts."""
+        if divisors is not None:
+            part, _, parts = self.loss.in_step(prediction, batch, divisors)
+            return part, torch.full_like(part, 1 / (count * self.engine.world)), parts
+        value, parts = self.loss(prediction, batch)
+        weight = parts.get("weight", torch.full_like(value, len(batch.names)))
+        if self.loss.num_divisors > 1:  # the one batch of the step
+            weight = torch.ones_like(value)
+        return value * weight, weight, parts
 
     @torch.no_grad()
     def _teach(self, images: Tensor) -> Prediction:

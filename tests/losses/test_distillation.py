@@ -37,9 +37,10 @@ def bilinear(grid, down, along):
 
 
 def expected(scores, seen, matrices, image, size, temperature, covered=(1.0, 1.0)):
-    """Return the mean over pixels inside of T^2 KL, of scores (B, K, H, W) and the teacher's of whole images."""
-    total, count = scores.sum() * 0, 0
+    """Return T^2 KL of scores (B, K, H, W) and the teacher's: the mean over pixels inside, then over the views."""
+    means = []
     for own, teacher, matrix in zip(scores, seen, matrices, strict=True):
+        total, count = own.sum() * 0, 0
         back = np.linalg.inv(matrix)
         for y in range(size[0]):
             for x in range(size[1]):
@@ -51,7 +52,8 @@ def expected(scores, seen, matrices, image, size, temperature, covered=(1.0, 1.0
                 log_p = (bilinear(teacher, down, along) / temperature).log_softmax(0)
                 log_q = (own[:, y, x] / temperature).log_softmax(0)
                 total, count = total + temperature**2 * (log_p.exp() * (log_p - log_q)).sum(), count + 1
-    return total / count if count else total
+        means.append(total / max(count, 1))
+    return torch.stack(means).mean()
 
 
 def matrix(zoom=1.0, turn=0.0, shift=(0.0, 0.0), mirrored=None):

@@ -142,7 +142,6 @@ def test_agrees_with_loops_and_every_permutation(fixed_points, name, columns, dt
     tolerance = 1e-5 if dtype == torch.float32 else 1e-10
     assert value.dtype == dtype and value.item() == pytest.approx(expected, rel=tolerance)
     assert [parts[key].item() for key in ("class", "mask", "dice")] == pytest.approx(terms[0][:3], rel=tolerance)
-    assert parts["weight"].item() == terms[0][3]
 
 
 def test_other_factors_and_no_object_weight(fixed_points):
@@ -209,7 +208,7 @@ def test_a_batch_without_labels_gives_zero_and_finite_gradients(images, columns,
     prediction, batch = make(torch.full((images, 6, 5), 255, dtype=torch.uint8), columns=columns, dtype=dtype)
     value, parts = MaskClassification(WEIGHTS)(prediction, batch)
     value.backward()
-    assert value.dtype == torch.float32 and value.item() == 0 and parts["weight"].item() == 0
+    assert value.dtype == torch.float32 and value.item() == 0 and set(parts) == {"class", "mask", "dice"}
     assert all(bool((tensor.grad == 0).all()) for tensor in tensors(prediction.outputs))
 
 
@@ -217,17 +216,16 @@ def test_an_image_without_labels_changes_nothing(fixed_points):
     mask = random_mask((2, 9, 8), 6)
     mask[1] = 255
     prediction, batch = make(mask)
-    value, parts = MaskClassification(WEIGHTS)(prediction, batch)
+    value, _ = MaskClassification(WEIGHTS)(prediction, batch)
     value.backward()
     assert all(tensor.grad[0].abs().sum() > 0 and not tensor.grad[1].any() for tensor in tensors(prediction.outputs))
     first = [MaskOutputs(o.class_logits[:1], o.mask_logits[:1]) for o in (prediction.outputs, *prediction.outputs.aux)]
     outputs = MaskOutputs(first[0].class_logits, first[0].mask_logits, first[1:])
-    alone, alone_parts = MaskClassification(WEIGHTS)(
+    alone, _ = MaskClassification(WEIGHTS)(
         Prediction(outputs, prediction.size, prediction.valid, semantic, True),
         Batch(batch.image[:1], batch.mask[:1], batch.names[:1]),
     )
     torch.testing.assert_close(alone, value)
-    assert alone_parts["weight"] == parts["weight"]
 
 
 def test_what_lies_on_ignored_pixels_moves_nothing():
@@ -254,20 +252,21 @@ def test_padding_of_the_grid_moves_nothing():
         assert not tensor.grad[..., 10:].any() and tensor.grad[..., 7].any()
 
 
-def test_mask_and_dice_terms_add_up_over_batches(fixed_points):
-    """Sums of value times weight over parts of a batch, divided by the summed weights, are the whole batch's value."""
+@pytest.mark.parametrize("columns", [K + 1, K])
+def test_parts_of_a_batch_add_up_to_its_loss(fixed_points, columns):
     mask = torch.cat([MASKS["some classes"], random_mask((1, 6, 7), 9)])
-    prediction, batch = make(mask, aux=0)
-    criterion = MaskClassification(WEIGHTS, factors={"class": 0.0, "mask": 5.0, "dice": 5.0})
-    whole, parts = criterion(prediction, batch)
-    total = weights = 0.0
+    prediction, batch = make(mask, aux=0, columns=columns)
+    criterion = MaskClassification(WEIGHTS)
+    whole, _ = criterion(prediction, batch)
+    divisors, total = criterion.divisors(batch), 0.0
     for at in (slice(0, 1), slice(1, 3)):
         outputs = MaskOutputs(prediction.outputs.class_logits[at], prediction.outputs.mask_logits[at])
         some = Prediction(outputs, prediction.size, prediction.valid, semantic, True)
-        value, own = criterion(some, Batch(batch.image[at], batch.mask[at], batch.names[at]))
-        total, weights = total + value * own["weight"], weights + own["weight"]
-    assert weights == parts["weight"]
-    torch.testing.assert_close(total / weights, whole)
+        own = Batch(batch.image[at], batch.mask[at], batch.names[at])
+        part, value, _ = criterion.in_step(some, own, divisors)
+        assert value == criterion(some, own)[0] and not value.requires_grad
+        total = total + part
+    torch.testing.assert_close(total, whole, rtol=1e-6, atol=0)
 
 
 def test_class_weights_reach_the_class_term_only(fixed_points):

@@ -35,20 +35,27 @@ def test_value_gradient_and_parts_are_those_of_the_terms():
     value.backward()
     gradient = prediction.outputs.grad.clone()
     prediction.outputs.grad = None
-    ce, ce_parts = CrossEntropy(WEIGHTS)(prediction, batch)
+    ce, _ = CrossEntropy(WEIGHTS)(prediction, batch)
     dice, _ = Dice(WEIGHTS)(prediction, batch)
     (2.0 * ce + 0.3 * dice).backward()
     torch.testing.assert_close(value, 2.0 * ce + 0.3 * dice, rtol=1e-12, atol=0)
     torch.testing.assert_close(gradient, prediction.outputs.grad, rtol=1e-12, atol=1e-15)
-    assert list(parts) == ["weight", "ce", "dice"]
-    assert parts["weight"] == ce_parts["weight"] and parts["ce"] == ce and parts["dice"] == dice
+    assert list(parts) == ["ce", "dice"] and parts["ce"] == ce and parts["dice"] == dice
     assert not parts["dice"].requires_grad
 
 
-def test_the_first_term_gives_the_weight():
+def test_terms_give_a_weight_only_if_they_share_it():
     prediction, batch = make()
-    factors = {"ce": 1.0, "dice": 1.0}
-    assert WeightedSum(dict(reversed(TERMS.items())), factors, WEIGHTS)(prediction, batch)[1]["weight"] == 2
+    terms = {"ce": CrossEntropy, "focal": Focal}
+    loss = WeightedSum(terms, dict.fromkeys(terms, 1.0), WEIGHTS)
+    weight = CrossEntropy(WEIGHTS)(prediction, batch)[1]["weight"]
+    assert loss.num_divisors == 1 and loss(prediction, batch)[1]["weight"] == weight
+    torch.testing.assert_close(loss.divisors(batch), weight.float()[None])
+    loss = WeightedSum(TERMS, dict.fromkeys(TERMS, 1.0), WEIGHTS)
+    torch.testing.assert_close(loss.divisors(batch), torch.stack([weight.float(), torch.tensor(2.0)]))
+    part, value, parts = loss.in_step(prediction, batch, torch.tensor([4.0, 4.0]) * loss.divisors(batch))
+    alone, named = loss(prediction, batch)
+    assert part.item() == pytest.approx(alone.item() / 4) and value == alone and parts == named
 
 
 def test_a_term_alone_and_a_factor_of_zero():
@@ -67,15 +74,16 @@ def test_parts_of_a_term_come_under_its_name():
             return torch.tensor(1.0), {"weight": torch.tensor(9.0), "mask": torch.tensor(3.0)}
 
     _, parts = WeightedSum({"m": Inner, "dice": Dice}, {"m": 1.0, "dice": 1.0}, WEIGHTS)(*make())
-    assert parts["weight"] == 9 and parts["m_mask"] == 3 and set(parts) == {"weight", "m", "m_mask", "dice"}
+    assert parts["m_mask"] == 3 and set(parts) == {"m", "m_mask", "dice"}
 
 
 def test_a_batch_without_labels_gives_zero():
     prediction, batch = make(ignored=2)
     terms = {"ce": CrossEntropy, "dice": Dice, "focal": Focal, "lovasz": Lovasz, "tversky": Tversky}
-    value, parts = WeightedSum(terms, dict.fromkeys(terms, 1.0), WEIGHTS)(prediction, batch)
+    loss = WeightedSum(terms, dict.fromkeys(terms, 1.0), WEIGHTS)
+    value, _ = loss(prediction, batch)
     value.backward()
-    assert value == 0 and parts["weight"] == 0 and bool((prediction.outputs.grad == 0).all())
+    assert value == 0 and not loss.divisors(batch).any() and bool((prediction.outputs.grad == 0).all())
 
 
 def test_scores_are_brought_to_the_masks_size_once():

@@ -178,24 +178,23 @@ def test_the_loss_is_that_of_masks_and_the_weighed_divergence_on_all_images():
     prediction = Prediction(grid, (6, 5), (1.0, 1.0), lambda *_: grid, grid=grid)
     criterion = CrossEntropy(torch.ones(2))
     value, parts = DistilledLoss(criterion, 0.5, 2.0)(prediction, batch)
-    own, weight = criterion(prediction.of_images(slice(0, 2)), batch.with_masks)
+    own, _ = criterion(prediction.of_images(slice(0, 2)), batch.with_masks)
     taught = divergence(prediction, batch.seen, (6, 5), 2.0)
     assert value.item() == pytest.approx(own.item() + 0.5 * taught.item()) and parts["teacher"] == taught
-    assert parts["weight"] == weight["weight"] == 60
     plain = Batch(batch.image, batch.mask, batch.names)  # of a validation
     assert DistilledLoss(criterion)(prediction, plain)[0] == criterion(prediction, plain)[0]
 
 
 def test_a_batch_whose_masks_ignore_all_is_taught_all_the_same():
-    """What a step comes to is the mean over the weights of its parts: with none, nothing would be learnt."""
     batch = ScoredBatch([batch_of(2, 0), batch_of(1, 10)]).to(CPU)
     grid = torch.randn(3, 2, 6, 5, generator=torch.Generator().manual_seed(0))
     prediction = Prediction(grid, (6, 5), (1.0, 1.0), lambda *_: grid, grid=grid)
-    batch.mask[0] = 255
-    assert DistilledLoss(CrossEntropy(torch.ones(2)))(prediction, batch)[1]["weight"] == 30
     batch.mask[:] = 255
-    value, parts = DistilledLoss(CrossEntropy(torch.ones(2)))(prediction, batch)
-    assert value == parts["teacher"] > 0 and parts["weight"] == 2
+    loss = DistilledLoss(CrossEntropy(torch.ones(2)))
+    value, parts = loss(prediction, batch)
+    assert value == parts["teacher"] > 0
+    part, alone, _ = loss.in_step(prediction, batch, torch.tensor([0.0, 6.0]))
+    assert alone == value and part.item() == pytest.approx(value.item() / 2)
     assert DistilledLoss(CrossEntropy(torch.ones(2)), 0.0)(prediction, batch)[1]["weight"] == 0
 
 

@@ -153,7 +153,10 @@ def test_a_batch_whose_masks_ignore_all_is_taught_all_the_same():
     scores = torch.randn(taught.count, K, 5, 6, generator=torch.Generator().manual_seed(1))
     taught.mask[:2] = 255
     value, parts = both(CrossEntropy(torch.ones(K)))(predicted(scores), taught)
-    assert value == parts["unlabelled"] > 0 and parts["weight"] == 2
+    assert value == parts["unlabelled"] > 0
+    loss = both(CrossEntropy(torch.ones(K)))
+    part, alone, _ = loss.in_step(predicted(scores), taught, torch.stack([torch.tensor(0.0), 2.0 * taught.inside]))
+    assert alone == value and part.item() == pytest.approx(value.item() / 2)
     assert both(CrossEntropy(torch.ones(K)), 0.0)(predicted(scores), taught)[1]["weight"] == 0
 
 

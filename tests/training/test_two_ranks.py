@@ -1,6 +1,7 @@
 """Two ranks on a CPU train, score and keep what one process would; BatchNorm's statistics are the first rank's."""
 
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -17,6 +18,9 @@ from dinoseg.heads.linear import LinearHead
 from dinoseg.heads.mlp import MlpHead
 from dinoseg.heads.split import SplitHead
 from dinoseg.losses.cross_entropy import CrossEntropy
+from dinoseg.losses.focal import Focal
+from dinoseg.losses.lovasz import Lovasz
+from dinoseg.losses.weighted_sum import WeightedSum
 from dinoseg.model import Segmenter
 from dinoseg.training.checkpoint import Checkpoints, read
 from dinoseg.training.engine import Engine
@@ -31,6 +35,8 @@ from dinoseg.training.validation import evaluate
 pytestmark = pytest.mark.heavy
 
 WEIGHTS = torch.tensor([0.2, 1.0, 3.0])
+TERMS = {"ce": CrossEntropy, "focal": partial(Focal, border_weight=4.0), "lovasz": partial(Lovasz, per_image=True)}
+MIXTURE = WeightedSum(TERMS, {"ce": 1.0, "focal": 2.0, "lovasz": 0.5}, WEIGHTS)
 CASES = {
     "weighted": {"head": lambda: MlpHead(24, 1, 3, 8)},
     "normalised": {"head": lambda: LinearHead(24, 1, 3), "accumulate": 2},
@@ -51,6 +57,7 @@ CASES = {
     # one image to validate: the second rank has none
     "stopped": {"head": lambda: MlpHead(24, 1, 3, 8), "sharding": "fsdp", "adamw": True, "ema": 0.5, "val": 1},
 }
+CASES["mixed"] = CASES["weighted"] | {"accumulate": 2, "loss": lambda: MIXTURE}
 ALONE = {"sharding": "none"}
 
 
@@ -80,6 +87,7 @@ def train(
     cache="off",
     batch_size=4,
     begin=0.0,
+    loss=lambda: CrossEntropy(WEIGHTS),
     **options,
 ):
     """Train with plain SGD, which hides no factor of the gradient, and return what this rank has of it."""
@@ -88,7 +96,7 @@ def train(
     sets = (Uneven([(24, 32)] * 6), Uneven([(24, 32)] * val))
     order = {"batch_size": batch_size, "seed": 0, "workers": 0, "rank": engine.rank, "world": engine.world}
     feed = ImageFeed(*sets, Augment((24, 32)), **order, views=None if cache == "off" else 1)
-    loss, plan = CrossEntropy(WEIGHTS), Plan(folder / "cache", 3.0, "", {}, dtype="float32")
+    loss, plan = loss(), Plan(folder / "cache", 3.0, "", {}, dtype="float32")
     feed.cache = feature_cache(feed, model, loss, engine, plan)
     groups = parameter_groups(model, lr=0.01 if adamw else 0.05, weight_decay=0.0, backbone_begin=begin)
     optimizer = torch.optim.AdamW(groups, fused=True) if adamw else torch.optim.SGD(groups)
@@ -119,7 +127,7 @@ def pair(tmp_path_factory):
     return folder, [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 
-@pytest.mark.parametrize("case", ["weighted", "shared", "shared_lora", "kept", "rested", "shared_rested"])
+@pytest.mark.parametrize("case", ["weighted", "mixed", "shared", "shared_lora", "kept", "rested", "shared_rested"])
 def test_losses_gradients_and_weights_are_those_of_one_process(pair, tmp_path, case):
     """Labels are weighted, and the ranks have an unequal number of them."""
     alone = train(tmp_path, **CASES[case] | ALONE)

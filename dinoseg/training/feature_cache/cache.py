@@ -64,6 +64,11 @@ class Views:
         return [view.name for view in self.views]
 
     @property
+    def mask(self) -> Tensor:
+        """Return the samples' masks (B, H, W)."""
+        return torch.stack([view.mask for view in self.views])
+
+    @property
     def size(self) -> tuple[int, int]:
         """Return the (H, W) of the images."""
         return _size(self.views[0].mask)

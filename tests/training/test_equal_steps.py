@@ -1,0 +1,290 @@
+"""A step over the same samples has the same gradient, however they lie in batches, parts of batches and ranks."""
+
+from contextlib import nullcontext
+from copy import deepcopy
+from functools import partial
+from threading import Barrier, Thread
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from config_files import options
+from torch import nn
+
+from dinoseg import criteria
+from dinoseg.contracts import Loss
+from dinoseg.geometry import upsample
+from dinoseg.losses import mask_classification, matching
+from dinoseg.losses.cross_entropy import CrossEntropy
+from dinoseg.losses.distillation import SeenScores
+from dinoseg.shapes import Batch, MaskOutputs, Prediction, SlotOutputs
+from dinoseg.training.distilled import DistilledLoss, Part, ScoredBatch
+from dinoseg.training.engine import Engine
+from dinoseg.training.micro_batches import MicroBatches
+from dinoseg.training.optim import Pace
+from dinoseg.training.taught import MixedBatch, TaughtLoss
+from dinoseg.training.trainee import Trainee
+
+K, SIZE, IMAGES = 3, (9, 8), 4
+SLOTS = ("feature_reconstruction", "video_similarity", "slot_contrast")
+CE, FOCAL, LOVASZ = (
+    f"{{_target_: dinoseg.losses.{file}, _partial_: true, ignore_index: 255"
+    for file in ("cross_entropy.CrossEntropy", "focal.Focal", "lovasz.Lovasz")
+)
+MASKS = "{_target_: dinoseg.losses.mask_classification.MaskClassification, _partial_: true, num_points: 9}"
+
+
+def mixture(**terms):
+    """Return the words for a sum of terms."""
+    words = ["loss=ce_dice", "~loss.criterion.terms.ce", "~loss.criterion.terms.dice"]
+    words += ["~loss.criterion.factors.ce", "~loss.criterion.factors.dice"]
+    for number, (name, term) in enumerate(terms.items()):
+        words += [f"+loss.criterion.terms.{name}={term}", f"+loss.criterion.factors.{name}={1 + number / 2}"]
+    return words
+
+
+CASES = {name: [f"loss={name}"] for name in options("loss")}
+CASES |= {
+    "lovasz per image": ["loss=lovasz", "loss.criterion.per_image=true"],
+    "hardest": ["loss=cross_entropy", "loss.criterion.hardest=0.3"],
+    "focal, border": ["loss=focal", "loss.criterion.border_weight=4", "loss.criterion.border_width=1"],
+    "ce, lovasz per image": ["loss=ce_lovasz", "loss.criterion.terms.lovasz.per_image=true"],
+    "ce, focal": mixture(ce=CE + "}", focal=FOCAL + "}"),
+    "ce, focal with border": mixture(ce=CE + "}", focal=FOCAL + ", border_weight: 4, border_width: 1}"),
+    "ce, hardest": mixture(ce=CE + "}", hard=CE + ", hardest: 0.1}"),
+    "masks, ce, lovasz per image": mixture(masks=MASKS, ce=CE + "}", lovasz=LOVASZ + ", per_image: true}"),
+    "ce twice": mixture(one=CE + ", label_smoothing: 0.2}", two=CE + "}"),
+}
+BATCHWISE = {"dice", "tversky", "lovasz", "ce_dice", "ce_lovasz", "slot_contrast", "ce, hardest"}
+SEVERAL = {
+    "mask_classification",
+    "ce_dice",
+    "ce_lovasz",
+    "ce, lovasz per image",
+    "ce, focal with border",
+    "ce, hardest",
+}
+SEVERAL |= {"masks, ce, lovasz per image"}  # divisors
+
+
+class Table(nn.Module):
+    """Outputs for images by their number: what would be learnt of a model."""
+
+    def __init__(self, shapes, make, *, rows):
+        super().__init__()
+        draw = torch.Generator().manual_seed(3)
+        self.rows = nn.ParameterList(torch.randn(rows, *shape, dtype=torch.float64, generator=draw) for shape in shapes)
+        self.make = make
+
+    def forward(self, image):
+        number = image.flatten(1)[:, 0].long()
+        return self.make([row[number] for row in self.rows])
+
+
+def of_pixels(rows):
+    return Prediction(rows[0], SIZE, (1.0, 1.0), upsample, grid=rows[0])
+
+
+def of_masks(rows):
+    classes, masks, more_classes, more_masks = rows
+    outputs = MaskOutputs(classes, masks, [MaskOutputs(more_classes, more_masks)])
+    mixed = torch.einsum("bqk,bqhw->bkhw", classes.softmax(-1)[..., :K], masks.sigmoid())
+    return Prediction(outputs, SIZE, (1.0, 1.0), lambda _, size, valid: upsample(mixed, size, valid))
+
+
+def of_clips(rows):
+    features, told, slots, similarity = rows
+    outputs = SlotOutputs(features.detach(), [told], [], torch.zeros(0), slots, [0], similarity)
+    return Prediction(outputs, SIZE, (1.0, 1.0), upsample)
+
+
+def table(kind, rows=IMAGES):
+    query = [(5, K + 1), (5, 3, 2)]
+    shapes = {"pixels": [(K, 3, 2)], "masks": query * 2}
+    shapes["clips"] = [(3, 4, 2, 2), (3, 4, 2, 2), (3, 2, 5), (2, 4, 2, 2)]
+    make = {"pixels": of_pixels, "masks": of_masks, "clips": of_clips}
+    return Table(shapes[kind], make[kind], rows=rows)
+
+
+def samples(first=0, count=IMAGES):
+    """Return images of 1, 2 and 3 classes with ever fewer labels, one of them without any."""
+    masks = torch.randint(0, K, (count, *SIZE), generator=torch.Generator().manual_seed(5)).to(torch.uint8)
+    for number, mask in enumerate(masks):
+        mask.clamp_(max=number % K)
+        mask[: 2 * number] = 255
+    masks[1] = 255
+    numbers = torch.arange(first, first + count).to(torch.uint8)[:, None, None, None].expand(-1, 3, *SIZE)
+    return Batch(numbers.contiguous(), masks, [str(number) for number in range(count)])
+
+
+class Ranks:
+    """What ranks that run as threads exchange."""
+
+    def __init__(self, world):
+        self.world, self.barrier, self.given = world, Barrier(world, timeout=20), [None] * world
+
+    def sum(self, rank, value):
+        self.given[rank] = value
+        self.barrier.wait()
+        total = torch.stack(self.given).sum(0)
+        self.barrier.wait()
+        return total
+
+
+class RankEngine:
+    """One of several ranks, as far as a step asks for them."""
+
+    device, total = torch.device("cpu"), Engine.total
+
+    def __init__(self, ranks, rank):
+        self.ranks, self.rank, self.world = ranks, rank, ranks.world
+
+    def sum(self, tensor):
+        return self.ranks.sum(self.rank, tensor)
+
+    def accumulating(self, model, last):
+        return nullcontext()
+
+    def backward(self, loss, scale):
+        loss.backward()
+
+
+class Short(Loss):
+    """A loss on a machine with too little memory for more than `most` samples."""
+
+    def __init__(self, loss, most):
+        super().__init__()
+        self.most = most
+        self.loss, self.num_divisors, self.divisors = loss, loss.num_divisors, loss.divisors
+
+    def forward(self, prediction, batch):
+        return self._checked(batch)(prediction, batch)
+
+    def in_step(self, prediction, batch, divisors):
+        return self._checked(batch).in_step(prediction, batch, divisors)
+
+    def _checked(self, batch):
+        if len(batch.names) > self.most:
+            raise RuntimeError("not enough memory")
+        return self.loss
+
+
+def of_rank(net, loss, batches, ranks, rank, done):
+    """Go through batches as training does, and keep the sum of the loss and the weight to divide it by."""
+    trainee = object.__new__(Trainee)
+    trainee.engine, trainee.loss, trainee.net, trainee._teach = RankEngine(ranks, rank), loss, net, sure
+    trainee.scale, trainee.rest = None, SimpleNamespace(during=lambda *_: nullcontext())
+    micro = MicroBatches(trainee.engine, len(batches), 1, partial(net.zero_grad, set_to_none=True))
+    work = partial(trainee._gradients, Pace(lambda *_: 1.0, 0, 1), 1.0, False)
+    done[rank] = trainee.engine.total(*micro.through(work, iter(batches)).sums)
+
+
+def step(net, loss, shares):
+    """Return loss and gradients of a step whose ranks have these batches."""
+    ranks, done, nets = Ranks(len(shares)), [None] * len(shares), [deepcopy(net) for _ in shares]
+    given = zip(nets, shares, range(len(shares)), strict=True)
+    threads = [Thread(target=of_rank, args=(own, loss, batches, ranks, rank, done)) for own, batches, rank in given]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    total, weight = done[0].double()
+    return total / weight, [sum(each) / weight for each in zip(*map(gradients, nets), strict=True)]
+
+
+def gradients(net):
+    return [row.grad for row in net.rows if row.grad is not None]
+
+
+def sure(images):
+    """Return a teacher's scores, with which pixels it is more or less sure of."""
+    draw = torch.Generator().manual_seed(int(images[0, 0, 0, 0]))
+    scores = torch.stack([6 * torch.rand(K, *SIZE, generator=draw.manual_seed(int(each[0, 0, 0]))) for each in images])
+    return Prediction(scores, SIZE, (1.0, 1.0), lambda outputs, *_: outputs)
+
+
+@pytest.fixture(autouse=True)
+def one_set_of_points(monkeypatch):
+    points = torch.rand(1, 9, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    monkeypatch.setattr(matching, "random_points", lambda count, *_: points.expand(count, -1, -1))
+    monkeypatch.setattr(
+        mask_classification, "uncertain_points", lambda masks, *_, **__: points.expand(len(masks), -1, -1)
+    )
+
+
+def check(net, loss, whole, *, batchwise=False):
+    """Compare the ways to go through a batch with its own loss and gradient."""
+    images = whole.to(torch.device("cpu")).taught(sure)
+    alone = deepcopy(net)
+    value, _ = loss(alone(images.image), images)
+    value.backward()
+    halves, count = whole.split(2), len(whole.names)
+    least = len(images.names) // count
+    ways = {
+        "one batch": (loss, [[whole]]),
+        "accumulated": (loss, [whole.split(count)]),
+        "too little memory": (Short(loss, least), [[whole]]),
+        "two ranks": (loss, [[half] for half in halves]),
+        "two ranks, accumulated": (loss, [half.split(count // 2) for half in halves]),
+    }
+    apart = {}
+    for way, (through, shares) in ways.items():
+        found, own = step(net, through, shares)
+        largest = max(each.abs().max() for each in gradients(alone))
+        errors = [(one - two).abs().max() / largest for one, two in zip(own, gradients(alone), strict=True)]
+        apart[way] = max(*errors, abs(found - value.detach()) / abs(value.detach()))
+    assert apart.pop("one batch") < 1e-6
+    assert all((error < 1e-5) != batchwise for error in apart.values()), apart
+    assert loss.sums_over_batch == batchwise
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_are_equal_or_the_loss_declares_that_they_are_not(compose, name):
+    clips = name in SLOTS
+    cfg = compose(*CASES[name], "data.root=.", "data.classes=[a,b,c]", *(["head=slots"] if clips else []))
+    loss = criteria.criterion(cfg, **({} if clips else {"class_weights": torch.tensor([0.3, 1.0, 2.5])}))
+    net = table("clips" if clips else "masks" if "mask" in name else "pixels")
+    check(net, loss, samples(), batchwise=name in BATCHWISE)
+    assert (loss.num_divisors > 1) == (name in SEVERAL)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.7])
+@pytest.mark.parametrize("name", ["ce", "ce, lovasz per image"])
+def test_a_teacher_s_terms_are_joined_by_their_own_divisors(compose, name, weight):
+    cfg = compose(*CASES.get(name, ["loss=cross_entropy"]), "data.root=.", "data.classes=[a,b,c]")
+    own = criteria.criterion(cfg, class_weights=torch.tensor([0.3, 1.0, 2.5]))
+    taught = TaughtLoss(own, CrossEntropy(torch.ones(K)), weight)
+    check(table("pixels", rows=3 * IMAGES), taught, with_views(samples()))
+    scored = ScoredBatch([part(samples()), part(samples(IMAGES))])
+    check(table("pixels", rows=2 * IMAGES), DistilledLoss(own, weight), scored)
+
+
+def test_a_mean_over_some_pixels_times_the_share_of_sure_ones_is_no_sum():
+    own, hard = CrossEntropy(torch.ones(K)), CrossEntropy(torch.ones(K), hardest=0.5)
+    check(table("pixels", rows=3 * IMAGES), TaughtLoss(own, hard, 1.0), with_views(samples()), batchwise=True)
+    assert not TaughtLoss(own, hard, 0.0).sums_over_batch
+
+
+def with_views(labelled):
+    """Return images with masks, and one behind each with two strong views, of which ever fewer rows show the image."""
+    weak, strong = (samples(first * IMAGES).image for first in (1, 2))
+    outside = torch.zeros(IMAGES, *SIZE, dtype=torch.uint8)
+    for number, rows in enumerate(outside):
+        rows[: 2 * number] = 255
+    boxes = torch.zeros(IMAGES, 2, 4, dtype=torch.long)  # nothing comes from the image before
+    views = weak, outside, torch.stack([weak, strong], dim=1), boxes
+    return MixedBatch(
+        **vars(labelled),
+        **dict(zip(("weak", "outside", "strong", "boxes"), views, strict=True)),
+        threshold=0.6,
+        ignore_index=255,
+    )
+
+
+def part(batch):
+    """Return a batch with a teacher's scores, each view of which shows another share of its image."""
+    scores = torch.randn(IMAGES, K, 3, 2, generator=torch.Generator().manual_seed(8))
+    matrices = [np.array([[1.0, 0, number], [0, 1.0, 0], [0, 0, 1]]) for number in range(IMAGES)]
+    seen = [SeenScores.of(own, (1.0, 1.0), where, SIZE) for own, where in zip(scores, matrices, strict=True)]
+    return Part(batch, [partial(lambda each: each, each) for each in seen])
