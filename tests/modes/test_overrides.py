@@ -54,7 +54,7 @@ IDLE = {  # what is read, and changes nothing here
         (("summary", "resolution.crop"), ("summary", "resolution.scale")), "a crop of less than a patch is refused"
     ),
 }
-HEAVY = ("bench", "probe", "train")
+HEAVY = ("app", "bench", "eval", "plan", "probe", "serve", "track", "train")
 
 
 def keys_of(mode):
