@@ -2,6 +2,7 @@
 
 import os
 import stat
+import sys
 from pathlib import Path
 
 from dinoseg.errors import UserError
@@ -21,8 +22,6 @@ def check_private(folder: Path, key: str) -> None:
     Raises:
         UserError: others may write to it, naming the remedy.
     """
-    if os.name != "posix":
-        return  # permissions there are lists that Python does not read
     if not folder.exists():
         if _umask() & _WRITABLE != _WRITABLE:
             folder.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -37,6 +36,8 @@ def check_private(folder: Path, key: str) -> None:
 
 def _writers(status: os.stat_result) -> str:
     """Return who beside this user and root may write to a folder; "" for nobody."""
+    if sys.platform == "win32":
+        return ""  # permissions there are lists that Python does not read
     if status.st_uid not in (0, os.geteuid()):
         return f"user {_user_name(status.st_uid)}, who owns it,"
     if status.st_mode & stat.S_IWOTH:
@@ -48,6 +49,8 @@ def _writers(status: os.stat_result) -> str:
 
 
 def _user_name(number: int) -> str:
+    if sys.platform == "win32":
+        return str(number)
     import pwd
 
     try:
@@ -57,6 +60,8 @@ def _user_name(number: int) -> str:
 
 
 def _group_name(number: int) -> str:
+    if sys.platform == "win32":
+        return str(number)
     import grp
 
     try:
