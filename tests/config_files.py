@@ -45,7 +45,8 @@ def _bases(group, entry):
     if isinstance(entry, str):
         yield group, entry
     else:
-        yield from ((key.split("@")[0].strip("/"), base) for key, base in entry.items() if "@" in key)
+        based = {key: base for key, base in entry.items() if "@" in key and not key.startswith("override ")}
+        yield from ((key.split("@")[0].strip("/"), base) for key, base in based.items())
 
 
 def written_choices(hparam):

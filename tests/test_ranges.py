@@ -28,7 +28,11 @@ OWN_CHECK = {  # numbers whose rule is no range
     **{"SlotHead": {"num_slots", "steps"}, "TemporalSimilarity": {"threshold"}},
     "plan": {"memory"},  # bytes, with or without a unit
 }
-OF_OTHERS = {"trainer": ("feed", "epochs"), "adapter": ("lr",), "mode": LAUNCH_KEYS}  # keys beside a target's own
+OF_OTHERS = {
+    "trainer": ("feed", "epochs", "val_images"),
+    "adapter": ("lr",),
+    "mode": LAUNCH_KEYS,
+}  # keys beside a target's own
 AT_RUN_TIME = {"in_dim", "num_layers"}
 
 

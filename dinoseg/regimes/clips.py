@@ -76,7 +76,7 @@ class ClipRegime(Regime):
                 f"loss={cfg.choices.loss} compares slots that go from frame to frame, and head.predictor=none draws "
                 "them anew in each. Set head.predictor=savi or carry, or choose loss=feature_reconstruction."
             )
-        if cfg.trainer.val_images is not None:
+        if cfg.trainer.get("val_images") is not None:
             raise UserError(
                 f"trainer.val_images={cfg.trainer.val_images} is for images with masks, not for clips. Set it to null."
             )

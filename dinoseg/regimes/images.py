@@ -61,7 +61,7 @@ class ImageRegime(Regime):
         self.split = split_table({"train": train, "val": val})
         self.feed = ImageFeed(
             train=train,
-            val=_validated(val, cfg.trainer.val_images),
+            val=_validated(val, cfg.trainer.get("val_images")),
             augment=instantiate(cfg.data.augment),
             background=build.background_of(cfg),
             policy=instantiate(cfg.inference),

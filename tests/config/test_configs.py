@@ -48,7 +48,7 @@ AT_RUN_TIME = {
 FOR_OTHERS = {
     "mode": set(LAUNCH_KEYS),
     "head": {"layers", "lr"},
-    "trainer": {"feed", "epochs", "steps", "val_every", "heads", "lrs", *KEYS, *OF_TEACHER},
+    "trainer": {"feed", "epochs", "val_images", "steps", "val_every", "heads", "lrs", *KEYS, *OF_TEACHER},
     "adapter": {"lr"},
 }
 
