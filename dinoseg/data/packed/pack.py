@@ -16,6 +16,7 @@ from dinoseg.data.packed.read import Packed, paying_workers, read_all, reduced_s
 from dinoseg.data.packed.store import PIXELS, Store, StoreKey, aligned, open_store
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.errors import DISK_FULL, UserError
+from dinoseg.images import FORMATS
 from dinoseg.report.progress import Bar
 from dinoseg.shapes import Sample
 from dinoseg.storage.files import check_regular
@@ -225,7 +226,7 @@ def _sizes(dataset: PairDataset, longest: int | None) -> Iterator[tuple[int, int
         with contextlib.suppress(OSError, SyntaxError, ValueError, UserError, Image.DecompressionBombError):
             if isinstance(pair.image, Path):
                 check_regular(pair.image)
-                with Image.open(pair.image) as image:
+                with Image.open(pair.image, formats=FORMATS) as image:
                     size = image.height, image.width
             else:
                 if pair.image.path not in videos:

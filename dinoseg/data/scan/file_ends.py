@@ -35,7 +35,7 @@ def ends_early(path: Path) -> bool:
 
 
 def _end_of_tiff(path: Path) -> int:
-    with Image.open(path) as file:
+    with Image.open(path, formats=("TIFF",)) as file:
         if not isinstance(file, TiffImageFile):
             return 0
         tags = file.tag_v2

@@ -18,7 +18,7 @@ from dinoseg.data.scan.likeness import borders, digest, edges, perceptual_hash
 from dinoseg.data.scan.record import Record
 from dinoseg.data.video.access import ImageSource, read_source
 from dinoseg.errors import UserError
-from dinoseg.images import read_ids, read_image, read_size
+from dinoseg.images import FORMATS, read_ids, read_image, read_size
 from dinoseg.storage.files import check_regular
 
 _MOST_RAW = 256  # file values that are listed
@@ -102,7 +102,7 @@ def _header_size(image: ImageSource) -> tuple[int, int] | None:
 
 def _with_mask_header(record: Record, mask: Path) -> Record:
     check_regular(mask)
-    with Image.open(mask) as file:
+    with Image.open(mask, formats=FORMATS) as file:
         record = replace(record, mask_size=(file.height, file.width), mask_format=file.format or "")
     if record.mask_format not in _LOSSY:
         return record

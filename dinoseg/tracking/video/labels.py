@@ -8,7 +8,7 @@ from PIL import Image
 
 from dinoseg.data.clips.videos import VOID, picture_files
 from dinoseg.errors import UserError
-from dinoseg.images import IMAGE_SUFFIXES, read_ids
+from dinoseg.images import FORMATS, IMAGE_SUFFIXES, read_ids
 from dinoseg.inference.inputs import FrameReader
 from dinoseg.wording import count_of, listed
 
@@ -104,7 +104,7 @@ def _in_folder(folder: Path, frames: FrameReader) -> dict[int, Path]:
 
 def _ids(path: Path, size: tuple[int, int]) -> np.ndarray:
     ids = read_ids(path)
-    with Image.open(path) as image:
+    with Image.open(path, formats=FORMATS) as image:
         lossy = image.format in _LOSSY or image.info.get("compression") in _LOSSY_TIFF
     if lossy:
         raise UserError(
