@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import Masks
@@ -13,6 +14,7 @@ from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.errors import UserError
 from dinoseg.images import read_image
+from dinoseg.storage.files import check_regular
 from dinoseg.wording import count_of, reasons
 
 _MASK_COLORS = 32  # of which a mask has more only where objects have ids of their own
@@ -91,7 +93,7 @@ def gathered(candidates: Iterable[Pair | Lacking], split: str, labels: Labels, m
 def _refuse_swapped(dataset: PairDataset, split: str) -> None:
     """Refuse a data set of whose first pair the image can be read as a mask, and the mask has the colors of a photo."""
     image, mask = dataset.pairs[0].image, dataset.pairs[0].mask
-    if not isinstance(image, Path) or not isinstance(mask, Path) or _is_mask(dataset, mask):
+    if not isinstance(image, Path) or not isinstance(mask, Path) or not _has_colors(mask) or _is_mask(dataset, mask):
         return
     if _is_mask(dataset, image) and _count_colors(mask) > max(_count_colors(image), _MASK_COLORS):
         raise UserError(
@@ -106,6 +108,16 @@ def _is_mask(dataset: PairDataset, path: Path) -> bool:
     except Exception:  # a decoder may raise anything on a damaged file
         return False
     return True
+
+
+def _has_colors(path: Path) -> bool:
+    """Return whether a picture has several channels by its header: masks without are not read before they are used."""
+    try:
+        check_regular(path)
+        with Image.open(path) as file:
+            return len(file.getbands()) > 1
+    except Exception:  # a decoder may raise anything on a damaged file
+        return False
 
 
 def _count_colors(path: Path) -> int:
