@@ -94,7 +94,7 @@ def config(compose, where, mode, option):
     words += [*OF_MODE.get(mode, ()), f"cache_dir={where.folder / 'cache'}", *([f"export={export}"] if export else [])]
     words += [f"input={where.folder / 'data/val/images'}"] if mode in ("predict", "track") else []
     cfg = compose(*words)
-    if "resume" not in cfg.mode.reads:
+    if cfg.mode.get("resume_from") != "best":
         return cfg
     typed = [word for word in words if word.partition("=")[0] not in ("backbone", "head") and "backbone." not in word]
     parsed = OverridesParser.create().parse_overrides(typed)
@@ -185,7 +185,7 @@ def observed(where, mode, cfg, word):
         patch("dinoseg.costs.speed.matrix_peak", lambda *_, **__: 1.0),
     ):
         result = run(mode, cfg, out)
-    told = f"{said.getvalue()}{result}" if mode in ("plan", "summary") else ""  # of others, times are in it
+    told = f"{said.getvalue()}{result}" if mode == "summary" else ""  # of others, times or memory are in it
     return seen, told.replace(str(out), "").replace(word, "")
 
 
