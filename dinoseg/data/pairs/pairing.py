@@ -13,7 +13,7 @@ from dinoseg.data.classes.masks import Masks
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.errors import UserError
-from dinoseg.images import read_image
+from dinoseg.images import FORMATS, read_image
 from dinoseg.storage.files import check_regular
 from dinoseg.wording import count_of, reasons
 
@@ -114,7 +114,7 @@ def _has_colors(path: Path) -> bool:
     """Return whether a picture has several channels by its header: masks without are not read before they are used."""
     try:
         check_regular(path)
-        with Image.open(path) as file:
+        with Image.open(path, formats=FORMATS) as file:
             return len(file.getbands()) > 1
     except Exception:  # a decoder may raise anything on a damaged file
         return False
