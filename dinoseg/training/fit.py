@@ -77,7 +77,8 @@ def fit(
         closing(Meter(run.step, steps, val_every, feed.epoch / accumulate, engine.device, engine.is_main)) as meter,
     ):
         if run.owed:
-            one.validate(stop)
+            with limit.validating():
+                one.validate(stop)
             meter.pause()
             one.save()
         one.rest.tell(Pace(schedule, run.step, steps))

@@ -113,7 +113,8 @@ def fit_heads(
         _Together(heads, feed, engine, keep, stop) as together,
         closing(Meter(first, steps, val_every, every, engine.device, engine.is_main)) as meter,
     ):
-        together.validate([head for head in heads if head.run.owed])
+        with limit.validating():
+            together.validate([head for head in heads if head.run.owed])
         meter.pause()
         batches = meter.waiting(stream, feed.remedy)
         for step in range(first, planned := steps):

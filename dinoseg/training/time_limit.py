@@ -27,7 +27,8 @@ class TimeLimit:
 
     def __init__(self, minutes: float | None, engine: Engine, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._minutes, self._engine, self._clock = minutes, engine, clock
-        self._began = self._mark = clock()
+        self._began = clock()
+        self._mark: float | None = None  # end of the step before; None: there was none
         self._durations: deque[float] = deque(maxlen=_RECENT)
         self._validation, self._is_validated, self._is_reported = 0.0, False, False
 
@@ -57,12 +58,13 @@ class TimeLimit:
         yield
         seconds = self._clock() - began
         self._validation, self._is_validated = max(self._validation, seconds), True
-        self._mark += seconds
+        if self._mark is not None:
+            self._mark += seconds
 
     def _fit(self, step: int, steps: int) -> int:
         assert self._minutes is not None
         now, limit = self._clock(), 60 * self._minutes
-        if now > self._mark:
+        if self._mark is not None:
             self._durations.append(now - self._mark)
         self._mark, is_validated, self._is_validated = now, self._is_validated, False
         left = limit - (now - self._began) - self._validation

@@ -10,9 +10,10 @@ from dinoseg.training.time_limit import TimeLimit
 def limited():
     """Run a loop by a fake clock: `step(number)` and `validation` take so many seconds; return what was done when."""
 
-    def run(step, *, minutes=1.0, steps=100, val_every=50, validation=2.0):
+    def run(step, *, minutes=1.0, steps=100, val_every=50, validation=2.0, start=0.0):
         now = [100.0]
         limit, planned, done = TimeLimit(minutes, Engine("cpu", "fp32"), clock=lambda: now[0]), steps, []
+        now[0] += start
         for number in range(planned):
             if number >= (steps := limit.fit_steps(number, planned)):
                 break
@@ -56,3 +57,8 @@ def test_a_late_training_ends_with_a_validation_and_a_validated_one_at_once(limi
     assert caplog.messages[0].startswith("Steps take longer than planned: about 2 instead of 100 fit into trainer.max_")
     seconds, done = limited(lambda number: 1.0, val_every=57, validation=4.0)
     assert seconds == 61 and done[-2:] == [(57, 60), "validated"]
+
+
+def test_the_time_before_the_first_step_is_not_the_duration_of_a_step(limited):
+    seconds, done = limited(lambda number: 5.0, steps=20, validation=0.0, start=0.001)
+    assert done[-2:] == [(11, 11), "validated"] and seconds == pytest.approx(55.001)
