@@ -206,7 +206,9 @@ def merge(backbone: Backbone) -> Backbone:
         if isinstance(part, LoraLayer):
             part.merge()
             parent, _, child = name.rpartition(".")
-            setattr(backbone.get_submodule(parent), child, part.get_base_layer())
+            base = part.get_base_layer()
+            torch.autograd.graph.increment_version(list(base.parameters()))  # peft writes through `.data`
+            setattr(backbone.get_submodule(parent), child, base)
     return backbone
 
 

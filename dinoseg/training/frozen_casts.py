@@ -19,19 +19,28 @@ def keep_casts(model: nn.Module) -> None:
 
 
 def _cast(layer: nn.Linear | nn.Conv2d, like: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return weight and bias as autocast gives them to a product with `like`, from `layer.kept` while that is valid."""
+    """Return weight and bias as autocast gives them to a product with `like`, from `layer.kept` while that is valid.
+
+    Writes through `.data` have to call `torch.autograd.graph.increment_version`, which `adapters.merge` does.
+    """
     weight, bias, place = layer.weight, layer.bias, like.device.type
     if torch.compiler.is_compiling() or not torch.is_autocast_enabled(place) or weight.requires_grad:
         return weight, bias
     if weight.dtype != torch.float32 or like.dtype == torch.float64:  # which autocast leaves as it is
         return weight, bias
     dtype, parts = torch.get_autocast_dtype(place), (weight, bias)
-    version = [dtype, weight.device, *(None if part is None else part._version for part in parts)]
+    version: list[Any] = [dtype, weight.device]
+    version += [None if part is None else (part._version, _address(part)) for part in parts]
     kept: Any = vars(layer).get("kept")
     if kept is None or kept[0] is not weight or kept[1] is not bias or kept[2] != version:
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # else training could not save the casts for backward
             kept = vars(layer)["kept"] = *parts, version, *(None if part is None else part.to(dtype) for part in parts)
     return kept[3:]
+
+
+def _address(value: Tensor) -> int:
+    """Return the address of a tensor's storage, which changes with an assignment to `.data`."""
+    return value.untyped_storage()._cdata
 
 
 class _Linear(nn.Linear):

@@ -8,7 +8,7 @@ from tiny_parts import tiny_vit
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dinoseg.adapters import Frozen, Lora
+from dinoseg.adapters import Frozen, Lora, merge
 from dinoseg.heads.linear import LinearHead
 from dinoseg.model import Segmenter
 from dinoseg.training.checkpoint import frozen_fingerprint
@@ -104,6 +104,32 @@ def test_changed_weights_and_another_type_are_cast_anew():
     with torch.autocast("cpu", torch.bfloat16):
         layer(inputs).sum().backward()
     assert layer.weight.grad.dtype == torch.float32
+
+
+def test_merged_lora_updates_are_cast_anew():
+    model = Engine("cpu", "bf16").prepare(segmenter(Lora(2, 4)))
+    step(model)
+    merge(model.backbone)
+    plain = copy.deepcopy(model)
+    for part in plain.modules():
+        vars(part).pop("kept", None)
+    assert step(model)["scores"].equal(step(plain)["scores"])
+
+
+def test_assigned_data_is_cast_anew():
+    layer = Engine("cpu", "bf16").prepare(nn.Sequential(nn.Linear(3, 2).requires_grad_(False)))[0]
+    for value in (1.0, 2.0):
+        layer.weight.data = torch.full((2, 3), value)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = layer(torch.ones(1, 3))
+            assert found.equal(nn.functional.linear(torch.ones(1, 3), layer.weight, layer.bias))
+
+
+def test_training_follows_a_first_pass_in_inference_mode():
+    model = Engine("cpu", "bf16").prepare(segmenter(Lora(2, 4)))
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        model(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+    assert len(step(model)) > 1
 
 
 def test_trained_layers_and_float32_runs_are_left_as_they_are():
