@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ SCHEDULES = ("constant", "cosine", "poly")
 _LEAST_PAST_WARMUP = 0.2  # share of the steps
 _FULL = 0.999  # of the rate that is set, but for rounding
 _FUSED = ("cpu", "cuda", "mps")  # devices with fused AdamW kernels
+_SWAPPED_BYTES = 2**26  # of the trained weights, copied at once to exchange them with their average
 _RISE = 0.1  # share of the training in which what begins late comes to its rate
 
 
@@ -258,10 +260,14 @@ class MovingAverage:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        for averages, values in self._pairs():
-            trained = [value.clone() for value in values]
-            torch._foreach_copy_(values, averages)
-            torch._foreach_copy_(averages, trained)
+        for all_averages, all_values in self._pairs():
+            ends = accumulate(value.nbytes for value in all_values)
+            rows = zip(ends, all_averages, all_values, strict=True)
+            for _, chunk in groupby(rows, key=lambda row: row[0] // _SWAPPED_BYTES):
+                _, averages, values = map(list, zip(*chunk, strict=True))
+                trained = [value.clone() for value in values]
+                torch._foreach_copy_(values, averages)
+                torch._foreach_copy_(averages, trained)
 
     def _pairs(self) -> Iterator[tuple[list[Tensor], ...]]:
         """Yield the averages and the live tensors of each dtype."""

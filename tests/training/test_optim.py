@@ -269,6 +269,19 @@ def test_the_moving_average_takes_one_call_per_dtype_and_is_that_of_single_tenso
     assert all(torch.equal(live[name], value) for name, value in before.items())
 
 
+def test_swapping_the_average_copies_few_weights_at_a_time(monkeypatch):
+    monkeypatch.setattr("dinoseg.training.optim._SWAPPED_BYTES", 64, raising=False)
+    live = {str(size): torch.full((size,), float(size)) for size in (15, 3, 40, 2)}
+    average = MovingAverage(live.items(), decay=0.9)
+    for value in live.values():
+        value += 1
+    with Calls() as calls, average.swapped():
+        assert all((value == float(name)).all() for name, value in live.items())
+    assert all((value == float(name) + 1).all() for name, value in live.items())
+    names = " ".join(name for name in calls.names if name in ("clone", "_foreach_copy_"))
+    assert "clone clone clone" not in names and names.count("clone") == 8
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_adamw_takes_the_fused_kernel_and_learns_what_single_operations_do(dtype):
     models = [Segmenter(RgbBackbone(), LinearHead(3, 1, 2)).to(dtype) for _ in range(2)]
