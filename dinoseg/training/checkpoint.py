@@ -37,7 +37,7 @@ from dinoseg.training.loading import (
 from dinoseg.training.loss_scale import LossScale
 from dinoseg.training.optim import MovingAverage
 from dinoseg.training.sharding import gathered
-from dinoseg.wording import listed, shown
+from dinoseg.wording import count_of, listed, shown
 
 logger = logging.getLogger(__name__)
 FOLDER = "checkpoints"
@@ -204,7 +204,7 @@ class Checkpoints:
     ) -> Progress:
         """Load everything a run needs to go on, and return where it stands.
 
-        Values of different scores do not compare: where `trainer.score` is another one now, no best is known yet.
+        The best score is discarded where `trainer.score` or `trainer.val_images` has changed: values do not compare.
         """
         self.info = {**self.info, "frozen": frozen_fingerprint(model)}
         if self.start is not None:
@@ -217,7 +217,7 @@ class Checkpoints:
             self.progress = Progress(**self.start.info["progress"])
             then, now = (_chosen_by(info) for info in (self.start.info, self.info))
             if self.progress.best is not None and then != now:
-                logger.warning("Best was the best %s, and is the best %s from here on.", then, now)
+                logger.warning("Best is chosen by %s instead of %s; the previous best score is discarded.", now, then)
                 self.progress = replace(self.progress, best=None, best_step=0, stale=0)
         return self.progress
 
@@ -258,9 +258,11 @@ class Checkpoints:
             write(self.folder / f"{name}.safetensors", held, info)
 
 
-def _chosen_by(info: Mapping[str, Any]) -> Any:
-    """Return the score by which a run's best checkpoint is chosen."""
-    return info.get("config", {}).get("trainer", {}).get("score")
+def _chosen_by(info: Mapping[str, Any]) -> str:
+    """Return the score by which a run's best checkpoint is chosen, and of how many images it is."""
+    trainer = info.get("config", {}).get("trainer", {})
+    images = trainer.get("val_images")
+    return f"{trainer.get('score')} of {'all images' if images is None else count_of(images, 'image')}"
 
 
 def _held(model: Segmenter) -> dict[str, Tensor]:

@@ -203,3 +203,22 @@ def test_the_best_of_another_score_is_no_best_any_more(model, tmp_path):
     again = chosen_by("loss", start)
     assert (again.progress.step, again.progress.best) == (1, None)
     assert again.judge(source, 0.9, lowest=True).best == 0.9  # a loss of 0.9 is not worse than a mIoU of 0.5
+
+
+def test_a_best_score_over_other_images_is_discarded(model, tmp_path, caplog):
+    def info(images):
+        return {**INFO, "config": {**INFO.get("config", {}), "trainer": {"score": "miou", "val_images": images}}}
+
+    source = model("frozen")
+    optimizer = adamw(source, lr=1.0)
+    checkpoints = Checkpoints(tmp_path, info(5))
+    checkpoints.restore(source, optimizer, None)
+    checkpoints.settle(checkpoints.judge(source, 0.91))
+    for parameter in source.head.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    checkpoints.save(source, optimizer, None)
+    start = read(tmp_path / "last.safetensors")
+    assert Checkpoints(tmp_path, info(5), start=start).restore(source, optimizer, None).best == 0.91
+    assert Checkpoints(tmp_path, info(None), start=start).restore(source, optimizer, None).best is None
+    assert "by miou of all images instead of miou of 5 images" in caplog.text
