@@ -1,6 +1,7 @@
 """Weights of transformers' models: from the hub, a folder, a file, the package, or at random."""
 
 import contextlib
+import json
 import re
 import tempfile
 from collections.abc import Callable, Iterator
@@ -9,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dinoseg.backbones.convnext_names import convnext_names, is_meta_convnext
 from dinoseg.backbones.meta_weights import INV_FREQ, LOCAL_CLS_NORM, from_meta, is_meta, unwrap
 from dinoseg.errors import UserError
-from dinoseg.storage.tensor_files import PICKLED, check_weights, outline, read_tensor_file
+from dinoseg.storage.tensor_files import PICKLED, check_unquantised, check_weights, outline, read_tensor_file
 
 PACKAGED = "dinoseg:"  # weights=dinoseg:NAME is a file that ships inside the package
 _ADAPTER = "adapter_config.json"  # of peft
@@ -87,10 +89,23 @@ def _from_folder(weights: str, folder: Path, cut: Callable[[Any], None], config:
 
 def _check_loaded(weights: str, model: nn.Module, folder: Path | None) -> None:
     """Refuse a model whose weights are not finite, or whose files in a folder held them in another type than floats."""
-    for path in sorted(folder.glob("model*.safetensors")) if folder else ():
-        check_weights(outline(path), f"backbone.weights={weights}: {path.name}")
+    for path in _loaded_files(folder) if folder else ():
+        where = f"backbone.weights={weights}: {path.name}"
+        try:
+            check_weights(outline(path), where)
+        except SafetensorError as error:
+            raise UserError(f"{where}: {error}. Download or export the weights again, unquantised.") from error
     own = model.state_dict()
     check_weights(own, f"backbone.weights={weights}", own)
+
+
+def _loaded_files(folder: Path) -> list[Path]:
+    """Return the files of a folder that transformers loads: model.safetensors, or those that its index names."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").exists() or not index.exists():
+        return [path for path in [folder / "model.safetensors"] if path.exists()]
+    names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()  # which has been loaded by it
+    return [folder / name for name in sorted(set(names))]
 
 
 def _fetched(name: str, revision: str) -> Path | None:
@@ -163,14 +178,15 @@ def _from_file(config: Any, path: Path, cut: Callable[[Any], None], local_cls_no
     from transformers import MODEL_MAPPING
 
     where, stored = f"backbone.weights={path}", read_weights(path)
-    check_weights({name: value.to("meta") for name, value in stored.items()}, where)  # types, under the file's names
+    check_unquantised(stored, where)  # under the file's names
     state = _with_hub_names(stored, config, path)
-    check_weights(state, where)
+    checked = dict(state)
     frequencies = state.pop(INV_FREQ, None) if config.model_type == "dinov3_vit" else None
     local = {name: state.pop(name) for name in list(state) if name.startswith(LOCAL_CLS_NORM)}
     model: Any = _from_pretrained(
         str(path), None, cut, model_class=MODEL_MAPPING[type(config)], config=config, state_dict=state
     )
+    check_weights(checked, where)  # once their names fit
     if frequencies is not None:
         check_weights({INV_FREQ: frequencies}, where, {INV_FREQ: model.rope_embeddings.inv_freq})
         model.rope_embeddings.inv_freq.copy_(frequencies)
@@ -204,7 +220,7 @@ def _from_pretrained(
     try:
         with _quiet():
             model, info = loader.from_pretrained(source, dtype=torch.float32, **options)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"backbone.weights={weights}: the weights cannot be had ({reason}). If they are gated, accept the licence "

@@ -22,7 +22,9 @@ _TYPES = {  # of a safetensors header
     **{"I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "U8": torch.uint8},
     **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
 }
+_EXACT = (torch.int16, torch.int32, torch.int64)  # of counters, which no quantisation gives
 _WEIGHTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_QUANTISED = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)
 PICKLED = (".pth", ".pt", ".bin")  # PyTorch's own format; other files are taken for safetensors
 
 
@@ -64,14 +66,23 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: dict[str, s
 
 
 def meta_tensor(file: Any, key: str) -> Tensor:
-    """Return the shape and type of a tensor of an open safetensors file, on the meta device; its values stay unread."""
+    """Return the shape and type of a tensor of an open safetensors file, on the meta device; its values stay unread.
+
+    Raises:
+        SafetensorError: its type is none of weights, such as F4.
+    """
     part = file.get_slice(key)
-    kind = _TYPES.get(part.get_dtype(), torch.complex128)  # one that no model has
-    return torch.empty(part.get_shape(), dtype=kind, device="meta")
+    if (kind := part.get_dtype()) not in _TYPES:
+        raise SafetensorError(f"{shown(key)} has the type {shown(kind)}, which is not one of {', '.join(_TYPES)}")
+    return torch.empty(part.get_shape(), dtype=_TYPES[kind], device="meta")
 
 
 def outline(path: Path) -> dict[str, Tensor]:
-    """Return the shapes and types of the tensors in a sound safetensors file, on the meta device."""
+    """Return the shapes and types of the tensors in a sound safetensors file, on the meta device.
+
+    Raises:
+        SafetensorError: as `meta_tensor`.
+    """
     with safe_open(path, framework="pt") as file:
         return {key: meta_tensor(file, key) for key in file.keys()}  # noqa: SIM118, since it is no mapping
 
@@ -88,7 +99,7 @@ def check_weights(tensors: Mapping[str, Tensor], where: str, expected: Mapping[s
         tensors: by name.
         where: config key and file, which begin the message.
         expected: the model's own tensors, whose shapes these must have; those that are not floating-point, such as
-            counters, only keep their type. Tensors that it lacks are not checked.
+            counters, need values that their type holds. Tensors that it lacks are not checked.
 
     Raises:
         UserError: naming the first such tensor, and how many there are.
@@ -101,7 +112,7 @@ def check_weights(tensors: Mapping[str, Tensor], where: str, expected: Mapping[s
         if value.shape != own.shape:
             wrong[name] = f"has the shape {list(value.shape)} instead of {list(own.shape)}"
         elif expected is not None and not own.is_floating_point():
-            if value.dtype != own.dtype:
+            if value.dtype != own.dtype and not _casts_exactly(value, own.dtype):
                 wrong[name] = f"is {kind} instead of {str(own.dtype).removeprefix('torch.')}"
         elif value.dtype not in _WEIGHTS:
             wrong[name] = f"is {kind}, and weights are floating-point numbers"
@@ -111,6 +122,21 @@ def check_weights(tensors: Mapping[str, Tensor], where: str, expected: Mapping[s
         name, what = next(iter(wrong.items()))
         others = f" ({count_of(len(wrong) - 1, 'more tensor')} cannot be used either)" if len(wrong) > 1 else ""
         raise UserError(f"{where}: {shown(name)} {what}{others}. Download or export the weights again, unquantised.")
+
+
+def check_unquantised(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Refuse tensors of one byte per value (int8, float8), whatever they are.
+
+    Raises:
+        UserError: as `check_weights`.
+    """
+    check_weights({name: value.to("meta") for name, value in tensors.items() if value.dtype in _QUANTISED}, where)
+
+
+def _casts_exactly(value: Tensor, dtype: torch.dtype) -> bool:
+    """Return whether a tensor that is not quantised has values that another type holds, as far as they are known."""
+    exact = value.dtype in (*_WEIGHTS, *_EXACT)
+    return exact and (value.is_meta or torch.equal(value.to(dtype).to(value.dtype), value))
 
 
 def check_file(path: Path, key: str) -> None:

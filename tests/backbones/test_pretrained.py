@@ -1,5 +1,6 @@
 """Files of whole models and of models that end with the last block that is read."""
 
+import json
 import logging
 import re
 
@@ -137,6 +138,36 @@ def test_weights_that_are_not_finite_floats_are_refused_by_file_and_name(tmp_pat
         named = r"\S+" if source in (tmp_path, "some/body") and fault != "int8" else re.escape(name)
         with pytest.raises(UserError, match=rf"^backbone.weights={source}: (model.safetensors: )?{named} {said}"):
             build(kind, 1, source)
+
+
+def test_the_files_that_are_loaded_are_checked_and_no_others(tmp_path):
+    state = shaken("vit", 1).export_state()
+    name = next(key for key in state if in_block("vit", 1) in key and key.endswith("weight"))
+    spoilt_state = state | {name: spoilt(state[name], "int8")}
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    save_file(spoilt_state, tmp_path / "model_int8.safetensors", {"format": "pt"})
+    build("vit", 1, tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "model-1-of-1.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(state, "model-1-of-1.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    build("vit", 1, tmp_path)
+    save_file(spoilt_state, tmp_path / "model-1-of-1.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=rf"model-1-of-1.safetensors: {re.escape(name)} is int8"):
+        build("vit", 1, tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"broken")
+    with pytest.raises(UserError, match="the weights cannot be had"):
+        build("vit", 1, tmp_path)
+
+
+def test_a_tensor_too_many_is_left_over_whatever_its_type(tmp_path):
+    state = shaken("vit", 1).export_state()
+    save_file(state | {"position_ids": torch.arange(3)}, tmp_path / "w.safetensors")
+    with pytest.raises(UserError, match="left over or of another shape .position_ids"):
+        build("vit", 1, tmp_path / "w.safetensors")
+    name = next(key for key in state if in_block("vit", 1) in key and key.endswith("weight"))
+    save_file(state | {name: state[name].long()}, tmp_path / "w.safetensors")
+    with pytest.raises(UserError, match=rf"{re.escape(name)} is int64"):
+        build("vit", 1, tmp_path / "w.safetensors")
 
 
 def test_what_the_hubs_client_fetches_is_checked(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from dinoseg.errors import UserError
 from dinoseg.storage import tensor_files
-from dinoseg.storage.tensor_files import write_tensors
+from dinoseg.storage.tensor_files import check_weights, outline, write_tensors
 
 
 def test_a_written_file_stands_alone_and_others_may_read_it(tmp_path):
@@ -31,3 +31,22 @@ def test_what_cannot_be_written_leaves_the_older_file(tmp_path, monkeypatch, err
     with pytest.raises(UserError, match="a.safetensors could not be written .*MiB are free"):
         write_tensors(path, {"a": torch.zeros(1)}, {})
     assert path.read_bytes() == b"older" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("value", [torch.tensor(7.0, dtype=torch.float16), torch.tensor(7, dtype=torch.int32)])
+def test_counters_may_have_another_type_that_holds_their_value(value):
+    check_weights({"count": value}, "init=x", {"count": torch.tensor(0)})
+    check_weights({"count": value.to("meta")}, "init=x", {"count": torch.tensor(0)})
+
+
+@pytest.mark.parametrize("value", [torch.tensor(7.5), torch.tensor(float("inf")), torch.tensor(7, dtype=torch.uint8)])
+def test_counters_that_lose_their_value_or_are_quantised_are_refused(value):
+    with pytest.raises(UserError, match=r"init=x: count is \w+ instead of int64"):
+        check_weights({"count": value}, "init=x", {"count": torch.tensor(0)})
+
+
+def test_a_type_that_no_weights_have_is_named_as_in_the_file(tmp_path):
+    header = b'{"w":{"dtype":"F8_E8M0","shape":[2],"data_offsets":[0,2]}}'
+    (tmp_path / "w.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"ab")
+    with pytest.raises(SafetensorError, match="w has the type F8_E8M0"):
+        outline(tmp_path / "w.safetensors")
