@@ -20,7 +20,7 @@ class LossScale:
     losses are sums over so many pixels or samples, and divided by their weight after the backward pass.
 
     Attributes:
-        started: whether `begin` or `restore` has set it.
+        started: whether `begin` or `restore` has set it for good.
         value: () float32.
         steady: () float32, steps since an overflow, or less than 0: overflows one after the other.
     """
@@ -30,8 +30,9 @@ class LossScale:
     steady: Tensor
 
     def begin(self, weight: float, device: torch.device) -> None:
-        """Start from the scale that suits losses of a total weight."""
+        """Set the scale that suits losses of a total weight; where that is 0, the next batch sets it again."""
         self._set(_FIRST / 2 ** math.ceil(math.log2(max(1.0, weight))), 0.0, device)
+        self.started = weight > 0  # without labels, loss and gradients are 0 whatever the scale
 
     def overflows(self, mean: Tensor, norm: Tensor) -> Tensor:
         """Return whether a step has to be skipped: its loss is finite, and its gradient is not. () bool.
@@ -49,7 +50,7 @@ class LossScale:
         self.value, self.steady = (self.value * factor).clamp(max=_LARGEST), steady.masked_fill(grows, 0)
 
     def state(self) -> dict[str, Tensor]:
-        """Return what a checkpoint holds of it; nothing before the first batch."""
+        """Return what a checkpoint holds of it; nothing before the first batch with labels."""
         return {"value": self.value, "steady": self.steady} if self.started else {}
 
     def restore(self, state: dict[str, Tensor], device: torch.device, where: str) -> None:

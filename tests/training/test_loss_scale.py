@@ -96,6 +96,7 @@ def test_a_loss_or_a_gradient_that_stays_infinite_ends_the_training(tmp_path, mo
 
     ended = train_in_fp16(tmp_path / "loss", tiny()[0], Infinite(torch.ones(3)), steps=3, val_every=9, log_every=1)
     assert isinstance(ended.error, NonFiniteLoss) and str(ended.error).startswith("Step 0: the loss is inf")
+    assert "engine.precision=fp32" in str(ended.error)
     monkeypatch.setattr("dinoseg.training.loss_scale._MOST_OVERFLOWS", 2)
     ended = train_in_fp16(tmp_path / "grad", tiny()[0], Overflowing(*range(9)), steps=9, val_every=9, log_every=1)
     assert isinstance(ended.error, NonFiniteLoss) and str(ended.error).startswith("Step 2: the loss is")
@@ -124,6 +125,15 @@ def test_the_scale_grows_after_steady_steps():
     for _ in range(2000):
         scale.update(torch.tensor(False))
     assert (scale.value, scale.steady) == (16.0, 0)
+
+
+def test_the_scale_begins_with_the_first_labelled_batch():
+    scale = LossScale()
+    scale.begin(0.0, CPU)
+    scale.update(torch.tensor(False))
+    assert not scale.started and not scale.state() and scale.value.isfinite()
+    scale.begin(1000.0, CPU)
+    assert scale.started and (scale.value, scale.steady) == (64.0, 0)
 
 
 @pytest.mark.parametrize("value", [math.nan, 0.0, -1.0, 2.0**61])
