@@ -28,13 +28,21 @@ class MicroBatches:
         least: samples of a part at least.
         undo: takes back what a step has changed when it ends before its update.
         several: whether other heads are trained beside, on the same features.
+        sums_over_batch: whether the loss of a batch is not the mean of the losses of its parts.
     """
 
     def __init__(
-        self, engine: Engine, accumulate: int, least: int, undo: Callable[[], None], *, several: bool = False
+        self,
+        engine: Engine,
+        accumulate: int,
+        least: int,
+        undo: Callable[[], None],
+        *,
+        several: bool = False,
+        sums_over_batch: bool = False,
     ) -> None:
         self.parts = 1
-        self._several = several
+        self._several, self._sums_over_batch = several, sums_over_batch
         self._engine, self._accumulate, self._least, self._undo = engine, accumulate, least, undo
         self._samples = 0  # of the batch that was taken last
 
@@ -75,11 +83,11 @@ class MicroBatches:
             )
         logger.warning(
             "Memory does not suffice to train on %s at once (%s). From here on a batch goes through in %d parts; each "
-            "update is over the same samples. BatchNorm takes its statistics over a part, and dice, Tversky and Lovasz "
-            "their sums.",
+            "update is over the same samples. BatchNorm takes its statistics over a part%s.",
             count_of(size, "sample"),
             reason,
             parts,
+            ", and the loss its sums" if self._sums_over_batch else "",
         )
         self.parts = parts
 

@@ -105,7 +105,14 @@ class Trainee:
         self._unread: deque[tuple[int, Learnt, Outcome]] = deque()  # what steps came to, in the order of the steps
         self.mean = math.nan
         self.rest = Rest(model.backbone, optimizer, alone=engine.world == 1)
-        self._micro = MicroBatches(engine, accumulate, model.head.least_batch, self.last.undo, several=bool(name))
+        self._micro = MicroBatches(
+            engine,
+            accumulate,
+            model.head.least_batch,
+            self.last.undo,
+            several=bool(name),
+            sums_over_batch=loss.sums_over_batch,
+        )
         model.train()
 
     def has_stalled(self, patience: int | None) -> bool:
@@ -317,8 +324,9 @@ class Trainee:
 
     def _diverged(self, step: int, learnt: Learnt) -> NonFiniteLoss:
         everywhere = self.engine.gather(learnt.names)
+        other = ", choose engine.precision=fp32 (float16 ends at 65504)" if self.scale is not None else ""
         return NonFiniteLoss(
             f"Step {step}: the loss is {learnt.mean:g} and the gradient norm {learnt.norm:g}, so training "
             f"stops before the update. The samples were {', '.join(everywhere)}. What was saved before is untouched: "
-            "give a lower optim.optimizer.lr, set trainer.clip, or look at these samples."
+            f"give a lower optim.optimizer.lr, set trainer.clip{other}, or look at these samples."
         )

@@ -12,6 +12,7 @@ from dinoseg.heads.linear import LinearHead
 from dinoseg.heads.mlp import MlpHead
 from dinoseg.inference.memory import OutOfMemory
 from dinoseg.losses.cross_entropy import CrossEntropy
+from dinoseg.losses.dice import Dice
 from dinoseg.model import Segmenter
 from dinoseg.report.log import RunLog
 from dinoseg.shapes import Batch, ClipBatch
@@ -184,6 +185,19 @@ def test_random_draws_are_those_of_a_step_that_began_in_parts():
     assert micro.through(work, iter([Batch(torch.zeros(2, 3, 4, 4), torch.zeros(2, 4, 4), ["a", "b"])])) == 2
     torch.manual_seed(7)
     assert torch.equal(drawn[1], torch.rand(3)) and undone == [1]
+
+
+@pytest.mark.parametrize("sums", [False, True])
+def test_the_warning_names_what_parts_change(sums, caplog):
+    def work(batches, count):
+        if len(next(batches).names) > 1:
+            raise MemoryError
+
+    loss = Dice(torch.ones(2)) if sums else CrossEntropy(torch.ones(2))
+    engine = SimpleNamespace(world=1, device=torch.device("cpu"))
+    micro = MicroBatches(engine, 1, 1, lambda: None, sums_over_batch=loss.sums_over_batch)
+    micro.through(work, iter([Batch(torch.zeros(2, 3, 4, 4), torch.zeros(2, 4, 4), ["a", "b"])]))
+    assert ("the loss its sums" in caplog.text) == sums and "BatchNorm takes its statistics over a part" in caplog.text
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 5])
