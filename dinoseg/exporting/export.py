@@ -60,8 +60,9 @@ def prepared(
     warn_unread(out_dir, _UNREAD, "The file takes whole images, at resolution.scale and up to resolution.longest.")
     with scratch_folder(out_dir, "export") as folder:
         found = pictures(cfg, options.images, options.count, folder)
-        # quantised weights do not move from one device to another
-        trained = load_trained(OmegaConf.merge(cfg, {"engine": {"device": "cpu"}}))  # type: ignore[arg-type]
+        # quantised weights do not move from one device to another; float16 and TF32 are for GPUs
+        own = {"device": "cpu", "tf32": False} | ({"precision": "fp32"} if cfg.engine.precision == "fp16" else {})
+        trained = load_trained(OmegaConf.merge(cfg, {"engine": own}))  # type: ignore[arg-type]
         sizes = sizes_to_keep(trained, out_dir)
         facts = facts_of(cfg, trained, sizes)
         _check_licence(cfg, facts, options.gated)

@@ -246,3 +246,16 @@ def test_lora_updates_are_merged_and_a_program_is_proven_too(compose, tmp_path):
     report = json.loads((tmp_path / "out" / REPORT).read_text())
     assert report["proven"] and report["references"] == "the trained model's own classes"
     assert not [name for name in torch.export.load(tmp_path / "out/model.pt2").state_dict if "lora" in name]
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("fp16", "fp32"), ("bf16", "bf16")])
+def test_settings_of_a_gpu_do_not_reach_the_export_on_the_cpu(tmp_path, monkeypatch, precision, expected):
+    def load(cfg):
+        raise UserError(f"{cfg.engine}")
+
+    monkeypatch.setattr(export, "pictures", lambda *_: [])
+    monkeypatch.setattr(export, "load_trained", load)
+    cfg = OmegaConf.create({"resume": "x", "engine": {"device": "auto", "precision": precision, "tf32": True}})
+    with pytest.raises(UserError) as refused, export.prepared(cfg, tmp_path, GraphOptions()):
+        pass
+    assert str(refused.value) == str({"device": "cpu", "precision": expected, "tf32": False})
