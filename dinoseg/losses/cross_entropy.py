@@ -44,7 +44,7 @@ class CrossEntropy(Loss):
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
         self.border, self.hardest = Border(border_weight, border_width), Hardest(hardest)
-        self.divisor = pixel_divisor(ignore_index, self.border, self.hardest)
+        self.divisor = pixel_divisor(ignore_index, self.border, self.hardest, class_weights)
 
     def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, and `weight`: the summed weights that it is a mean over.

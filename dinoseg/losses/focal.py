@@ -47,7 +47,7 @@ class Focal(Loss):
         self.ignore_index = ignore_index
         self.gamma = gamma
         self.border, self.hardest = Border(border_weight, border_width), Hardest(hardest)
-        self.divisor = pixel_divisor(ignore_index, self.border, self.hardest)
+        self.divisor = pixel_divisor(ignore_index, self.border, self.hardest, class_weights)
 
     def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, and `weight`: the summed class weights that it is a mean over."""

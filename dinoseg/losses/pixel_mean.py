@@ -48,15 +48,18 @@ class Hardest:
 
 
 class PixelDivisor(NamedTuple):
-    """The summed weights of the labelled pixels: equal for losses with one set of class weights."""
+    """The summed weights of the labelled pixels, named by what these weights depend on."""
 
     ignore_index: int
     border: Border | None  # None: all pixels of a class count alike
+    class_weights: tuple[float, ...]
 
 
-def pixel_divisor(ignore_index: int, border: Border, hardest: Hardest) -> PixelDivisor | None:
+def pixel_divisor(ignore_index: int, border: Border, hardest: Hardest, class_weights: Tensor) -> PixelDivisor | None:
     """Return the divisor of `pixel_mean`; None: it depends on the scores."""
-    return PixelDivisor(ignore_index, border if border.weight != 1 else None) if hardest.share == 1 else None
+    if hardest.share < 1:
+        return None
+    return PixelDivisor(ignore_index, border if border.weight != 1 else None, tuple(class_weights.tolist()))
 
 
 def pixel_weight(batch: Batch, ignore_index: int, class_weights: Tensor, border: Border) -> Tensor:
