@@ -59,7 +59,8 @@ def pixel_divisor(ignore_index: int, border: Border, hardest: Hardest, class_wei
     """Return the divisor of `pixel_mean`; None: it depends on the scores."""
     if hardest.share < 1:
         return None
-    return PixelDivisor(ignore_index, border if border.weight != 1 else None, tuple(class_weights.tolist()))
+    weights = () if class_weights.is_meta else tuple(class_weights.tolist())  # meta: the model's outline is built
+    return PixelDivisor(ignore_index, border if border.weight != 1 else None, weights)
 
 
 def pixel_weight(batch: Batch, ignore_index: int, class_weights: Tensor, border: Border) -> Tensor:
