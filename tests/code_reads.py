@@ -97,11 +97,10 @@ def keys_in(node):
             if path_of(each.func) == ["instantiate"] or each.keywords:  # plain(NODE, resolve=True)
                 built.add(each.args[0])
         path = path_of(each)
-        if path is None or each in inner:
+        if path is None or len(path) < 2 or path[0] not in CONFIGS or each in inner:
             continue
         inner |= set(ast.walk(each))
-        if len(path) > 1 and path[0] in CONFIGS:
-            yield ".".join(path[1:3]) + "*" * (each in built and len(path) <= 3)
+        yield ".".join(path[1:3]) + "*" * (each in built and len(path) <= 3)
 
 
 def path_of(node):

@@ -159,7 +159,7 @@ def _restored(cfg: DictConfig, path: Path) -> Trained:
 def _released(cfg: DictConfig) -> Trained:
     labels = labels_of(cfg)
     engine, policy = instantiate(cfg.engine), instantiate(cfg.inference)
-    announce(f"head.weights={cfg.head.weights}: building the model and reading its weights")
+    announce("Building the released model and reading its weights")
     model = engine.place(build.model(cfg)).eval()
     # what a checkpoint would say of the classes
     info = {"classes": list(labels.classes), "palette": labels.palette, "ignore_index": labels.ignore_index}

@@ -20,7 +20,8 @@ BASE = [*SMALL, "engine.precision=fp32", "resolution.crop=[16,16]"]
 
 def test_steps_are_timed_with_their_batches_once_warm(compose, monkeypatch):
     cfg = compose(*BASE, "trainer.accumulate=2", "trainer.save_every=1")
-    monkeypatch.setattr(trial, "time", SimpleNamespace(perf_counter=count().__next__))  # each look takes a second
+    clock = SimpleNamespace(perf_counter=count().__next__, monotonic=lambda: 0.0)  # each reading takes a second
+    monkeypatch.setattr(trial, "time", clock)
     monkeypatch.setattr(trial, "held_memory", lambda device: 30)
     monkeypatch.setattr(trial, "peak_memory", lambda device: 70)
     saved = []
@@ -33,7 +34,8 @@ def test_steps_are_timed_with_their_batches_once_warm(compose, monkeypatch):
 
 def test_steps_go_on_for_as_long_as_is_asked(compose, monkeypatch):
     cfg = compose(*BASE)
-    monkeypatch.setattr(trial, "time", SimpleNamespace(perf_counter=count().__next__))  # a step takes 3 s
+    clock = SimpleNamespace(perf_counter=count().__next__, monotonic=lambda: 0.0)  # a step takes 3 s
+    monkeypatch.setattr(trial, "time", clock)
     make = partial(build.model, cfg, untrained=True)
     for lasting, timed in ((0, 2), (6, 2), (7, 3), (30, 10), (1e9, 99)):  # beside the one that warms up
         batches = repeat(drawn_batch(cfg, 2))

@@ -92,7 +92,7 @@ def test_images_are_as_many_as_the_time_is_for(held, affordable=floor._affordabl
     splits = found.train, found.val
     slow = [affordable(*ways_of(found), splits, found.engine, seconds) for seconds in (0.0, -1.0, 1e9)]
     assert slow == [(slow[0][0], False), (slow[1][0], False), (64, True)] and slow[1][0] <= slow[0][0] <= 0
-    assert [len(floor._some(found.train, count)) for count in (1, 2, 5, 64)] == [1, 2, 5, 8]
+    assert [len(floor.keep_evenly_spaced(found.train, count)) for count in (1, 2, 5, 64)] == [1, 2, 5, 8]
 
 
 def test_time_is_told_from_images_of_all_sizes(held, monkeypatch, affordable=floor._affordable):

@@ -274,8 +274,8 @@ def test_images_of_a_batch_do_not_see_one_another(family):
 
 def test_copies_are_shared_out_block_by_block(monkeypatch):
     wrapped = []
-    monkeypatch.setattr("dinoseg.training.sharding.init_device_mesh", lambda *_: None)
-    monkeypatch.setattr("dinoseg.training.sharding.fully_shard", lambda part, **_: wrapped.append(part))
+    monkeypatch.setattr("torch.distributed.device_mesh.init_device_mesh", lambda *_: None)
+    monkeypatch.setattr("torch.distributed.fsdp.fully_shard", lambda part, **_: wrapped.append(part))
     model = model_of()
     shard(model, torch.device("cpu"), 2)
     assert wrapped == [*model.backbone.blocks, *model.head.own_blocks, model] and len(wrapped) == 6
