@@ -84,7 +84,10 @@ def fit(
         one.rest.tell(Pace(schedule, run.step, steps))
         batches = meter.waiting(stream, feed.remedy)
         for step in range(run.step, planned := steps):
-            if one.has_stalled(patience) or step >= (steps := limit.fit_steps(step, planned)):
+            if one.has_stalled(patience):
+                break
+            steps = limit.fit_steps(step, planned, frozen_until=one.rest.begin)
+            if step >= steps:
                 break
             logged, owed = is_due(step + 1, log_every, steps), is_due(step + 1, val_every, steps)
             kept = owed or is_due(step + 1, save_every, steps)

@@ -30,6 +30,12 @@ class Rest:
     def __init__(self, backbone: Backbone, optimizer: Optimizer, *, alone: bool) -> None:
         self._backbone, self._alone = backbone, alone
         self._groups = [group for group in optimizer.param_groups if group["rests"]]
+        self._was_frozen = False
+
+    @property
+    def begin(self) -> float:
+        """The share of the training until which something is frozen."""
+        return max((group["begin"] for group in self._groups), default=0.0)
 
     def tell(self, pace: Pace) -> None:
         """Say for how many steps something rests, and on one rank that those after them take longer."""
@@ -45,8 +51,14 @@ class Rest:
             logger.info("The backbone rests for %d of the %d steps to come%s.", steps, to_come, quicker)
 
     def ends_with(self, pace: Pace) -> bool:
-        """Return whether a step is the last one of a rest."""
-        return any(pace.left(group["begin"]) == 1 for group in self._groups)
+        """Return whether a step is the last one of a rest, or the first one after a rest that fewer steps cut short.
+
+        Args:
+            pace: of each step in turn.
+        """
+        left = [pace.left(group["begin"]) for group in self._groups]
+        was_frozen, self._was_frozen = self._was_frozen, max(left, default=0) > 1
+        return 1 in left or (was_frozen and not any(left))
 
     @contextmanager
     def during(self, pace: Pace, images: Any) -> Iterator[None]:

@@ -30,16 +30,24 @@ class TimeLimit:
         self._began = clock()
         self._mark: float | None = None  # end of the step before; None: there was none
         self._durations: deque[float] = deque(maxlen=_RECENT)
+        self._fitted: int | None = None  # steps that fit, of those planned
         self._validation, self._is_validated, self._is_reported = 0.0, False, False
 
-    def fit_steps(self, step: int, steps: int) -> int:
+    def fit_steps(self, step: int, steps: int, *, frozen_until: float = 0.0) -> int:
         """Return in how many of `steps` the training has to end; `step` itself: now, without another step.
 
-        Call it before each step. The training is validated after the last one.
+        Call it before each step. The training is validated after the last one. The number never rises, so that neither
+        the learning rate nor a frozen part goes back to an earlier state.
+
+        Args:
+            step: 0-based number of the next step.
+            steps: that were planned.
+            frozen_until: share of the steps until which a part is frozen. If it is still frozen after this share of the
+                limit, the number falls at once, so that the part is trained for the remaining share.
         """
         if self._minutes is None:
             return steps
-        fitting = self._engine.decided(lambda: self._fit(step, steps))
+        fitting = self._engine.decided(lambda: self._fit(step, steps, frozen_until))
         if fitting < steps and not self._is_reported:
             self._is_reported = True
             logger.warning(
@@ -61,15 +69,18 @@ class TimeLimit:
         if self._mark is not None:
             self._mark += seconds
 
-    def _fit(self, step: int, steps: int) -> int:
+    def _fit(self, step: int, steps: int, frozen_until: float) -> int:
         assert self._minutes is not None
         now, limit = self._clock(), 60 * self._minutes
         if self._mark is not None:
             self._durations.append(now - self._mark)
         self._mark, is_validated, self._is_validated = now, self._is_validated, False
+        self._fitted = min(steps, steps if self._fitted is None else self._fitted)
+        watched = min(_WATCHED, frozen_until) if step < frozen_until * self._fitted else _WATCHED
         left = limit - (now - self._began) - self._validation
-        if not self._durations or now - self._began < _WATCHED * limit - self._validation:
-            return steps
+        if not self._durations or left > (1 - watched) * limit:
+            return self._fitted
         if is_validated and left < fmean(self._durations):
-            return step
-        return min(steps, step + max(1, int(left / fmean(self._durations))))
+            self._fitted = step
+        self._fitted = min(self._fitted, step + max(1, int(left / fmean(self._durations))))
+        return self._fitted

@@ -291,3 +291,12 @@ def test_a_run_says_how_long_its_backbone_rests(caplog, begin, start, said):
     caplog.clear()
     Rest(model.backbone, adamw(model, lr=1e-3, backbone_begin=begin), alone=False).tell(Pace(schedule(), start, 6))
     assert said in caplog.text and "take less time" not in caplog.text, "several ranks compute gradients all the same"
+
+
+def test_the_end_of_a_rest_is_seen_once_also_where_fewer_steps_cut_it_short():
+    model = untrained()
+    optimizer = adamw(model, head_lr=1e-2, backbone_lr=1e-3, backbone_begin=0.4)
+    for lengths, end in (([10] * 10, 3), ([10, 10, 5, 5, 5], 2), ([10, 10, 10, 10, 6], 3)):
+        rest = Rest(model.backbone, optimizer, alone=True)
+        seen = [rest.ends_with(Pace(schedule(), step, steps)) for step, steps in enumerate(lengths)]
+        assert rest.begin == 0.4 and [step for step, ends in enumerate(seen) if ends] == [end]

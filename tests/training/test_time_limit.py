@@ -1,4 +1,5 @@
 import logging
+import math
 
 import pytest
 
@@ -10,14 +11,14 @@ from dinoseg.training.time_limit import TimeLimit
 def limited():
     """Run a loop by a fake clock: `step(number)` and `validation` take so many seconds; return what was done when."""
 
-    def run(step, *, minutes=1.0, steps=100, val_every=50, validation=2.0, start=0.0):
+    def run(step, *, minutes=1.0, steps=100, val_every=50, validation=2.0, start=0.0, begin=0.0):
         now = [100.0]
         limit, planned, done = TimeLimit(minutes, Engine("cpu", "fp32"), clock=lambda: now[0]), steps, []
         now[0] += start
         for number in range(planned):
-            if number >= (steps := limit.fit_steps(number, planned)):
+            if number >= (steps := limit.fit_steps(number, planned, frozen_until=begin)):
                 break
-            now[0] += step(number)
+            now[0] += step(number) if number >= math.ceil(begin * steps) else step(number) / 2  # frozen: faster
             is_last = number + 1 == steps
             done.append((number + 1, steps))
             if (number + 1) % val_every == 0 or is_last:
@@ -62,3 +63,19 @@ def test_a_late_training_ends_with_a_validation_and_a_validated_one_at_once(limi
 def test_the_time_before_the_first_step_is_not_the_duration_of_a_step(limited):
     seconds, done = limited(lambda number: 5.0, steps=20, validation=0.0, start=0.001)
     assert done[-2:] == [(11, 11), "validated"] and seconds == pytest.approx(55.001)
+
+
+@pytest.mark.parametrize("busy", [0, 60])  # all steps take three times as long, or those after the freeze alone
+def test_a_late_training_still_trains_the_backbone_for_its_share(limited, busy):
+    seconds, done = limited(lambda number: 3.0 if number >= busy else 1.0, begin=0.4, val_every=100)
+    lengths = [each[1] for each in done if each != "validated"]
+    begins = [math.ceil(0.4 * steps) for steps in lengths]
+    first = next(number for number, begin in enumerate(begins) if number >= begin)
+    assert first == begins[first] and len(lengths) - first >= 12 and 50 < seconds <= 65
+    assert all(number >= begin for number, begin in list(enumerate(begins))[first:])
+
+
+def test_the_number_of_steps_never_rises(limited):
+    _, done = limited(lambda number: 1.0 if number < 49 else 0.1, minutes=1.0)
+    lengths = [each[1] for each in done if each != "validated"]
+    assert lengths[0] > lengths[-1] == len(lengths) and lengths == sorted(lengths, reverse=True)
