@@ -48,6 +48,8 @@ def encoded(pixels, kind="PNG", **options):
 class InThread(Child):
     """A `Child` whose function runs in a thread of this process, which starts at once."""
 
+    _is_ready = True
+
     def __init__(self, function, memory):
         self._ends = socket.socketpair()
         self._files = [end.makefile(mode) for end in self._ends for mode in ("rb", "wb")]

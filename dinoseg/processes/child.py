@@ -15,6 +15,7 @@ from typing import IO, Any
 Message = tuple[dict[str, Any], bytes]
 _LONGEST = 2**31  # bytes of a message
 _PIPE = 2**20  # bytes, the most that Linux allows everybody
+_START_SECONDS = 60.0  # that Python and the imports of a process may take before it answers
 _START = (
     "import importlib, json, sys; words = json.loads(sys.argv[1]); sys.path[:] = words['path']; "
     "from dinoseg.processes.child import run; "
@@ -39,13 +40,15 @@ class Child:
     """
 
     _is_late = False
+    _is_ready = False
 
     def __init__(self, function: Callable[["Channel"], None], memory: int) -> None:
         words = {"path": sys.path, "module": function.__module__, "function": function.__name__, "memory": memory}
         # threads of libraries and their heaps would take addresses that the bound counts
         single = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MALLOC_ARENA_MAX"), "1")
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _START, json.dumps(words)],
+            # -P: no module of the working folder comes before the installed ones
+            [sys.executable, *_interpreter_flags(), "-P", "-c", _START, json.dumps(words)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, **single},
@@ -58,7 +61,22 @@ class Child:
 
     @contextmanager
     def deadline(self, seconds: float) -> Iterator[None]:
-        """Kill the process after so many seconds, unless what is done here has ended by then."""
+        """Kill the process after so many seconds, unless what is done here has ended by then.
+
+        The seconds count from when the process is ready, for which it has a minute.
+
+        Raises:
+            ChildEnded: the process has ended before it was ready.
+        """
+        if not self._is_ready:
+            with self._killed_after(_START_SECONDS):
+                self.receive()
+            self._is_ready = True
+        with self._killed_after(seconds):
+            yield
+
+    @contextmanager
+    def _killed_after(self, seconds: float) -> Iterator[None]:
         timer = threading.Timer(seconds, self._end_late)  # no pipe has a deadline on all systems
         timer.daemon = True
         timer.start()
@@ -66,6 +84,7 @@ class Child:
             yield
         finally:
             timer.cancel()
+            timer.join()  # from here on `is_alive` says whether it was late
 
     def send(self, header: dict[str, Any], body: bytes = b"") -> None:
         """Send a message.
@@ -153,11 +172,22 @@ class Channel:
 
 def run(function: Callable[[Channel], None], memory: int) -> None:
     """Call a function in a process of `Child`, whose standard output is the channel's alone, within its memory."""
-    target = os.fdopen(os.dup(1), "wb")
+    try:
+        os.fstat(2)
+    except OSError:  # the parent has closed its standard error, as some daemons do
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    channel = Channel(sys.stdin.buffer, os.fdopen(os.dup(1), "wb"))
     os.dup2(2, 1)  # what a library prints is no message
     _bound_memory(memory)
     with suppress(BrokenPipeError):
-        function(Channel(sys.stdin.buffer, target))
+        channel.send({"ready": True})
+        function(channel)
+
+
+def _interpreter_flags() -> list[str]:
+    """Return the flags that this interpreter was started with, such as -I and -X utf8."""
+    flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    return flags
 
 
 def _enlarge(pipe: IO[bytes]) -> None:

@@ -55,6 +55,9 @@ class Decoders:
         """
         child = self._idle.get()
         try:
+            if not child.is_alive:  # killed while it was idle
+                child.close()
+                child = self._started()
             with child.deadline(self._seconds):
                 child.send({"max_pixels": max_pixels}, data)
                 header, _ = _answer(child)
@@ -63,10 +66,15 @@ class Decoders:
                 finally:
                     header, pixels = _answer(child)
             return np.frombuffer(pixels, np.uint8).reshape(header["size"])
+        except Refused:
+            raise
         except ChildEnded as error:
             child.close()
             child = self._started()
             raise self._reason(error) from None
+        except BaseException:
+            child.close()  # its pipe may hold the rest of this image; the next caller replaces it
+            raise
         finally:
             self._idle.put(child)
 
