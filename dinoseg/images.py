@@ -2,12 +2,13 @@
 
 import functools
 import logging
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
 from PIL.PngImagePlugin import PngInfo
 from PIL.TiffImagePlugin import TiffImageFile
@@ -25,8 +26,18 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # Pillow's names of those, whatever else it can read
 T = TypeVar("T")
 log = logging.getLogger(__name__)
-_ORIENTATION = 0x0112  # EXIF tag; 1 is upright
-_TURNED = (5, 6, 7, 8)  # its values that swap height and width
+_ORIENTATION = 0x0112  # EXIF and TIFF tag; 1 is upright
+_SWAPPED = (5, 6, 7, 8)  # its values that swap height and width
+_TRANSPOSES = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_METADATA = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}  # keys of Pillow's info with an orientation
 _BITS = 258  # TIFF tag: of each sample
 _SAMPLE_FORMAT, _SIGNED = 339, 2  # TIFF tag, and its value for signed integers
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how such files begin
@@ -38,14 +49,14 @@ _STRETCHED = {"2": 85, "4": 17}  # bits a pixel of grey files to what Pillow mul
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """Return a picture as (H, W, 3) uint8 RGB, turned upright by its EXIF orientation.
+    """Return a picture as (H, W, 3) uint8 RGB, turned upright by the orientation in its header.
 
     Grey ones of 16 bits are scaled from 0..65535 to 0..255, which is said once; those of 12 bits from 0..4095.
 
     Raises:
         UserError: the file is missing, truncated, no picture, or holds other numbers than levels of 8 or 16 bits.
     """
-    return np.asarray(_decode(path, functools.partial(_upright_rgb, path)))
+    return np.asarray(_opened(path, functools.partial(_upright_rgb, path)))
 
 
 def as_rgb(image: Image.Image, name: str) -> np.ndarray:
@@ -55,8 +66,6 @@ def as_rgb(image: Image.Image, name: str) -> np.ndarray:
         UserError: it is truncated, or holds other numbers than levels of 8 or 16 bits; `name` begins the message.
     """
     try:
-        check_cost(image)
-        image.load()
         return np.asarray(_upright_rgb(name, image))
     except Unfit as error:
         raise UserError(f"{name} {error}.") from None
@@ -86,12 +95,28 @@ def read_size(path: str | Path) -> tuple[int, int]:
 
 
 def is_turned(path: str | Path) -> bool:
-    """Return whether a picture is turned or mirrored as it is read, by its EXIF orientation.
+    """Return whether a picture is turned or mirrored as it is read, by the orientation in its header.
 
     Raises:
         UserError: the file is missing or no picture.
     """
-    return _opened(path, lambda image: _orientation(image) != 1)
+    return _opened(path, lambda image: read_orientation(image) != 1)
+
+
+def read_orientation(image: Image.Image) -> int:
+    """Return the orientation, 1 to 8 as EXIF numbers them, in the header of an image that is not loaded yet.
+
+    It stands in EXIF or TIFF tags, else in XMP; damaged tags mean 1 (upright). PNG metadata behind the pixels are not
+    read: a reader of the header does not see them.
+    """
+    if not isinstance(image, TiffImageFile) and not _METADATA & image.info.keys():
+        return 1
+    try:
+        # not `PngImageFile.getexif`, which decodes all pixels to read the chunks behind them
+        value = Image.Image.getexif(image).get(_ORIENTATION, 1)
+    except (OSError, SyntaxError, ValueError, struct.error):
+        return 1
+    return value if value in _TRANSPOSES else 1
 
 
 def has_one_bit(path: str | Path) -> bool:
@@ -116,9 +141,13 @@ def write_png(path: str | Path, pixels: np.ndarray, *, note: tuple[str, str] | N
 
 
 def _upright_rgb(path: str | Path, image: Image.Image) -> Image.Image:
+    check_cost(image)
+    # before the pixels are loaded; Pillow turns a TIFF itself when it loads one
+    orientation = 1 if isinstance(image, TiffImageFile) else read_orientation(image)
+    image.load()
     if image.mode == "F":
         raise Unfit("holds fractions, of which only you know which is white. Convert it to 8 bits")
-    upright = ImageOps.exif_transpose(image)
+    upright = image.copy() if orientation == 1 else image.transpose(_TRANSPOSES[orientation])
     if image.mode.startswith("I"):
         upright = _eight_bits(path, upright, bits=12 if _bits(image) == (12,) else 16)
     upright.info.pop("transparency", None)  # is left out; of a palette Pillow would warn
@@ -186,22 +215,10 @@ def _packing(image: Image.Image) -> str:
 
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
-    turned = _orientation(image) in _TURNED
-    return (image.width, image.height) if turned else (image.height, image.width)
-
-
-def _orientation(image: Image.Image) -> int:
-    # asked of a PNG without one, Pillow would decode it all to look behind the pixels
-    return image.getexif().get(_ORIENTATION, 1) if "exif" in image.info else 1
-
-
-def _decode(path: str | Path, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
-    def decoded(image: Image.Image) -> Image.Image:
-        check_cost(image)
-        image.load()
-        return convert(image)
-
-    return _opened(path, decoded)
+    swapped = read_orientation(image) in _SWAPPED
+    if isinstance(image, TiffImageFile) and _ORIENTATION in image.tag_v2:
+        swapped = False  # Pillow has swapped the size already: by this tag, but not by XMP
+    return (image.width, image.height) if swapped else (image.height, image.width)
 
 
 def _opened(path: str | Path, take: Callable[[Image.Image], T]) -> T:

@@ -6,11 +6,14 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from dinoseg import images
 from dinoseg.errors import UserError
-from dinoseg.images import read_ids, read_image, read_size
+from dinoseg.images import as_rgb, is_turned, read_ids, read_image, read_size
+from dinoseg.inference.strips import open_rows
 
 
 def write_png(path, bits, kind, row):
@@ -157,3 +160,75 @@ def test_a_palette_with_shades_of_transparency_gives_its_colours(tmp_path):
     image.putpalette([level for index in range(16) for level in (index, 2 * index, 255)])
     image.save(tmp_path / "a.png", transparency=bytes(range(16)))
     assert (read_image(tmp_path / "a.png")[1, 2] == (6, 12, 255)).all()  # and no warning
+
+
+UPRIGHT = {  # by EXIF's numbers, in numpy's words
+    1: lambda pixels: pixels,
+    2: np.fliplr,
+    3: lambda pixels: np.rot90(pixels, 2),
+    4: np.flipud,
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: np.rot90(pixels, -1),
+    7: lambda pixels: np.rot90(pixels, 2).swapaxes(0, 1),
+    8: np.rot90,
+}
+BEHIND = ("exif behind the pixels", "xmp behind the pixels")
+
+
+def save_with_orientation(path, image, orientation, carrier):
+    """Save an image whose orientation stands in `carrier`; 0 writes none."""
+    exif = Image.Exif()
+    exif[274] = orientation
+    attribute, element = f'tiff:Orientation="{orientation}"', f"<tiff:Orientation>{orientation}</tiff:Orientation>"
+    tag = element if carrier == "xmp element" else f"<r {attribute}/>"
+    xmp = f'<x:xmpmeta xmlns:x="adobe:ns:meta/">{tag}</x:xmpmeta>'
+    options, notes = {}, PngInfo()
+    if orientation and carrier == "exif":
+        options["exif"] = exif
+    elif orientation and carrier == "raw profile":
+        data = exif.tobytes()
+        notes.add_text("Raw profile type exif", f"\nexif\n{len(data):8}\n{data.hex()}\n", zip=True)
+    elif orientation and carrier.startswith("xmp") and path.suffix == ".png" and carrier not in BEHIND:
+        notes.add_itxt("XML:com.adobe.xmp", xmp)
+    elif orientation and carrier.startswith("xmp") and carrier not in BEHIND:
+        options |= {"tiffinfo": {700: xmp.encode()}} if path.suffix == ".tif" else {"xmp": xmp.encode()}
+    image.save(path, lossless=True, pnginfo=notes, **options)
+    if orientation and carrier in BEHIND:
+        text = b"XML:com.adobe.xmp\0\0\0\0\0" + xmp.encode()
+        name, data = (b"eXIf", exif.tobytes()[6:]) if carrier.startswith("exif") else (b"iTXt", text)
+        chunk = struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-12] + chunk + whole[-12:])
+
+
+@pytest.mark.parametrize(
+    ("suffix", "carrier"),
+    [
+        *((suffix, carrier) for suffix in ("jpg", "webp", "tif") for carrier in ("exif", "xmp", "xmp element")),
+        *(("png", carrier) for carrier in ("exif", "xmp", "xmp element", "raw profile", *BEHIND)),
+    ],
+)
+def test_orientation_is_the_same_for_pixels_and_header(tmp_path, suffix, carrier):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 8, 3), np.uint8))
+    path = tmp_path / f"a.{suffix}"
+    save_with_orientation(path, image, 0, carrier)
+    with Image.open(path) as plain:
+        stored = np.asarray(plain)
+    for orientation in range(1, 9):
+        save_with_orientation(path, image, orientation, carrier)
+        expected = stored if carrier in BEHIND else UPRIGHT[orientation](stored)
+        assert np.array_equal(read_image(path), expected), orientation
+        with Image.open(path) as opened:
+            assert np.array_equal(as_rgb(opened, "a"), expected), orientation
+        assert read_size(path) == expected.shape[:2], orientation
+        assert is_turned(path) == (orientation != 1 and carrier not in BEHIND), orientation
+        rows = open_rows(path, torch.device("cpu"))
+        assert np.array_equal(rows.read(0, rows.size[0])[0].permute(1, 2, 0), expected), orientation
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0II*\0", b"Exif\0\0", b"Exif\0\0" + bytes(64)])
+def test_damaged_exif_means_upright(tmp_path, exif):
+    for name in ("a.jpg", "a.png"):
+        Image.new("RGB", (8, 5)).save(tmp_path / name, exif=exif)
+        assert read_image(tmp_path / name).shape[:2] == read_size(tmp_path / name) == (5, 8)
+        assert not is_turned(tmp_path / name) and open_rows(tmp_path / name, torch.device("cpu")).size == (5, 8)

@@ -110,10 +110,13 @@ def join(parts: Iterable[tuple[list, list[Shot]]]) -> Collected:
 
 
 def class_counts(mask: np.ndarray, prediction: np.ndarray, num_classes: int, ignore_index: int) -> np.ndarray:
-    """Return an image's pixels that are right, of the reference, and predicted where labelled: (3, K) int64."""
+    """Return an image's pixels that are right, of the reference, and predicted where labelled: (3, K) int64.
+
+    Predictions of the class `ignore_index`, if there is one, are not counted: it can never be right, so it is absent.
+    """
     labelled = mask != ignore_index
     reference, predicted = mask[labelled], prediction[labelled]
-    parts = (reference[reference == predicted], reference, predicted)
+    parts = (reference[reference == predicted], reference, predicted[predicted != ignore_index])
     return np.stack([np.bincount(ids, minlength=num_classes)[:num_classes] for ids in parts]).astype(np.int64)
 
 

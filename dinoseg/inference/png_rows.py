@@ -11,11 +11,11 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 from torch import Tensor
 
 from dinoseg.errors import UserError
+from dinoseg.images import read_orientation
 from dinoseg.inference.rows import LONGEST, Rows, Size, as_rows
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -24,7 +24,6 @@ _CHANNELS = {_GREY: 1, 2: 3, _PALETTE: 1, 4: 2, 6: 4}  # kinds of colour, of 8 b
 _PIECE = 2**16  # bytes that are read or decompressed at once
 _BAND = 2**22  # bytes that are unfiltered at once, or a row
 _KEPT = 2**27  # bytes of rows that are kept for windows that overlap, and for other scales
-_ORIENTATION = 0x0112
 
 
 class PngLayout:
@@ -54,7 +53,7 @@ class PngLayout:
             while (found := _chunk_at(file, path))[1] != b"IDAT":
                 length, name = found
                 # what else may stand here is passed over, however long it says that it is
-                content = file.read(length) if name in (b"IHDR", b"PLTE", b"eXIf") and length < _PIECE else b""
+                content = file.read(length) if name in (b"IHDR", b"PLTE") and length < _PIECE else b""
                 if content and file.read(4) != struct.pack(">I", zlib.crc32(name + content)):
                     raise UserError(f"{path} does not hold what its checksums say. It is damaged: replace it.")
                 file.seek(0 if content else length + 4, io.SEEK_CUR)
@@ -67,11 +66,10 @@ class PngLayout:
                     colours = np.frombuffer(content, np.uint8)[: 3 * 256]
                     palette = np.zeros((256, 3), np.uint8)
                     palette[: len(colours) // 3] = colours[: len(colours) // 3 * 3].reshape(-1, 3)
-                if name == b"eXIf" and _orientation(content) != 1:
-                    return None
             if size is None or 0 in size or (kind == _PALETTE and palette is None):
                 raise UserError(f"{path}: its header says no size or palette. It is damaged: replace it.")
-            return cls(size, kind, palette, file.tell() - 8)
+            start = file.tell() - 8
+        return None if _is_turned(path) else cls(size, kind, palette, start)
 
 
 class PngFileRows(Rows):
@@ -214,10 +212,9 @@ def _chunk_at(file: BinaryIO, path: Path) -> tuple[int, bytes]:
     return int.from_bytes(head[:4], "big"), head[4:]
 
 
-def _orientation(content: bytes) -> int:
-    exif = Image.Exif()
+def _is_turned(path: Path) -> bool:
     try:
-        exif.load(b"Exif\0\0" + content)
-    except (OSError, SyntaxError, ValueError, struct.error):
-        return 1
-    return int(exif.get(_ORIENTATION, 1))
+        with PngImageFile(path) as image:  # not by `Image.open`, which refuses it for its size alone
+            return read_orientation(image) != 1
+    except (OSError, SyntaxError, ValueError, struct.error) as error:
+        raise UserError(f"{path}: its header cannot be read ({error}). It is damaged: replace it.") from error

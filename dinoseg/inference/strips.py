@@ -10,7 +10,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 
 from dinoseg.errors import UserError
-from dinoseg.images import read_image
+from dinoseg.images import read_image, read_orientation
 from dinoseg.inference.memory import free_bytes
 from dinoseg.inference.png_rows import PngFileRows, PngLayout
 from dinoseg.inference.rows import HeldRows, Rows, Size, as_rows
@@ -19,7 +19,6 @@ from dinoseg.storage.files import check_regular
 
 MOST_HELD = 2 * (Image.MAX_IMAGE_PIXELS or 2**27)  # pixels from which on Pillow refuses
 _TIFF, _JPEG = (".tif", ".tiff"), (".jpg", ".jpeg")
-_ORIENTATION = 0x0112  # EXIF tag; 1 is upright
 _LATER = (
     "Images of any size are read from a PNG file of 8 bits that is not interlaced; from a TIFF file of 8 bits, grey or "
     "RGB, in strips or tiles, uncompressed or by LZW, deflate, PackBits, JPEG or Zstandard; and from a .npy file, (H, "
@@ -101,7 +100,7 @@ class JpegLayout:
     def __init__(self, image: JpegImageFile) -> None:
         pixels = image.width * image.height
         self.size: Size = (image.height, image.width)
-        self.is_turned = image.getexif().get(_ORIENTATION, 1) != 1
+        self.is_turned = read_orientation(image) != 1
         held = pixels * (1 if image.mode == "L" else 4) * (2 if self.is_turned else 1)
         # all coefficients, 2 bytes each, before the first pixel
         self.bytes = held + (6 * pixels if image.info.get("progressive") else 0)

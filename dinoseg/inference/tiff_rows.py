@@ -10,10 +10,12 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
+from PIL import Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2, TiffImageFile
 from torch import Tensor
 
 from dinoseg.errors import UserError
+from dinoseg.images import read_orientation
 from dinoseg.inference.rows import LONGEST, Rows, Size, as_rows
 
 _GREY, _RGB, _YCBCR = 1, 2, 6  # photometric interpretations
@@ -54,7 +56,7 @@ class TiffLayout:
                 tags.load(file)
                 bits, kind, format_ = (tags.get(key, usual) for key, usual in ((258, (1,)), (262, None), (339, (1,))))
                 plain = {*bits} == {8} and {*format_} == {1}
-                plain = plain and all(tags.get(key, 1) == 1 for key in (266, 274, 284))  # bits and rows in usual order
+                plain = plain and all(tags.get(key, 1) == 1 for key in (266, 284)) and not _is_turned(tags)
                 kinds = ((_GREY, 1), (_RGB, 3), *([(_YCBCR, 3)] if tags.get(259) == _JPEG else []))
                 if not plain or (kind, int(tags.get(277, 1))) not in kinds:
                     return None
@@ -146,3 +148,12 @@ class TiffRows(Rows):
         except (OSError, SyntaxError, KeyError, ValueError, TypeError, struct.error) as error:
             raise UserError(f"{self.path}: a block cannot be decoded ({error}). It is damaged: replace it.") from error
         return pixels.reshape(height, width, layout.channels)
+
+
+def _is_turned(tags: ImageFileDirectory_v2) -> bool:
+    """Return whether tag 274 or, without it, XMP (tag 700) holds an orientation other than upright."""
+    if 274 in tags:
+        return tags[274] != 1
+    image, xmp = Image.new("1", (1, 1)), tags.get(700)
+    image.info |= {"xmp": xmp} if isinstance(xmp, bytes) else {}
+    return read_orientation(image) != 1

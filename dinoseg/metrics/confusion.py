@@ -18,7 +18,7 @@ class ConfusionMatrix:
 
     Args:
         num_classes: K.
-        ignore_index: id that is ignored.
+        ignore_index: id that is ignored; if it is one of 0..K-1, that class can never be right and enters no mean.
         background: id of the class that is no object, which `miou_no_background` leaves out; None: there is none.
     """
 
@@ -91,10 +91,11 @@ class ConfusionMatrix:
         """Return the scores as plain numbers in 0..1, ready for JSON; None means undefined.
 
         A class that neither the reference nor the prediction holds has no score at all ("absent") and
-        enters no mean. A class's `accuracy` is its recall.
+        enters no mean; nor does the class `ignore_index`. A class's `accuracy` is its recall.
 
         Returns:
-            `miou`, `background` (its id) and `miou_no_background` (both only where a class is the background), `dice`
+            `miou`, `background` (its id) and `miou_no_background` (both only where a class is the background),
+            `ignored_class` (only where `ignore_index` is a class), `dice`
             (means over the present classes), `accuracy` (share of the pixels), `mean_accuracy` (mean recall over the
             reference's classes), `present_classes`, `pixels`, `ignored_pixels`, `matrix`, and `classes`: for each class
             `id`, `iou`, `dice`, `accuracy`, `precision`, `recall`, `pixels` (reference), `predicted_pixels`.
@@ -105,10 +106,14 @@ class ConfusionMatrix:
         self._raise_for_outsiders("")
         matrix = self.matrix.tolist()
         classes = [_class_scores(matrix, index) for index in range(self.num_classes)]
+        ignored = {"ignored_class": self.ignore_index} if 0 <= self.ignore_index < self.num_classes else {}
+        for index in ignored.values():
+            classes[index] |= {"iou": None, "dice": None, "precision": None}
         pixels = sum(map(sum, matrix))
         return {
             "miou": _mean(row["iou"] for row in classes),
             **self._without_background(classes),
+            **ignored,
             "dice": _mean(row["dice"] for row in classes),
             "accuracy": _ratio(sum(matrix[index][index] for index in range(self.num_classes)), pixels),
             "mean_accuracy": _mean(row["recall"] for row in classes),

@@ -50,14 +50,20 @@ def _summarised(folds: list[Row], settings: Sequence[str], scores: Sequence[str]
         DEVIATION: {key: stdev(values) if len(values) > 1 else None for key, values in defined.items()},
     }
     if matrices := [row["matrix"] for row in folds if row["matrix"] is not None]:
-        rows["pooled"] = {**dict.fromkeys(scores), **_pooled(matrices, folds[0].get("background"))}
+        rows["pooled"] = {**dict.fromkeys(scores), **_pooled(matrices, folds[0])}
     return folds + [{"job": "", FOLD: name, "note": note, **same, **row} for name, row in rows.items()]
 
 
-def _pooled(matrices: Sequence[Any], background: int | None) -> Row:
-    """Return the scores of the sum of confusion matrices (K, K), rows the reference; `background` is an id or None."""
+def _pooled(matrices: Sequence[Any], fold: Row) -> Row:
+    """Return the scores of the sum of confusion matrices (K, K), rows the reference.
+
+    `background` and `ignored_class` of a fold's row are ids, or None.
+    """
+    background, ignored = fold.get("background"), fold.get("ignored_class")
     counts = np.sum([np.asarray(matrix, dtype=np.int64) for matrix in matrices], axis=0)
     hits = counts.diagonal()
     ious = iou(hits, counts.sum(axis=0) - hits, counts.sum(axis=1) - hits)
+    if ignored is not None:
+        ious[ignored] = np.nan
     objects = {} if background is None else {"miou_no_background": float(mean_defined(np.delete(ious, background)))}
     return {"miou": float(mean_defined(ious)), **objects, "accuracy": float(ratio(hits.sum(), counts.sum()))}

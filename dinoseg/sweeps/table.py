@@ -82,7 +82,7 @@ class SweepTable(Callback):
         row: dict[str, Any] = {"words": {key: value for key, _, value in words if key != "mode"}}
         row |= {"job": number, "process": os.getpid()}
         numbers = {name: value for name, value in scores.items() if type(value) in (int, float) and isfinite(value)}
-        row |= {name: numbers.get(name) for name in (*SHARES, *OTHERS, "background")}
+        row |= {name: numbers.get(name) for name in (*SHARES, *OTHERS, "background", "ignored_class")}
         row |= {name: scores.get(name) for name in ("matrix", "run")}
         _told(config).tell(number, row | {"returned": numbers, "note": scores.get("error", "")})
 

@@ -33,8 +33,8 @@ def samples(count, *, ignored=0.2, seed=0):
         yield *tensors, torch.from_numpy(draw.normal(size=(CLASSES, *places))).float()
 
 
-def collected(images, world=1):
-    data = Data(images=len(images), classes=["a", "b", "c", "d"], ignore_index=255)
+def collected(images, world=1, ignore_index=255):
+    data = Data(images=len(images), classes=["a", "b", "c", "d"], ignore_index=ignore_index)
     parts = []
     for rank in range(world):
         collector = Collector(data, rank, world)
@@ -58,19 +58,20 @@ def test_any_number_of_ranks_collects_the_same(world):
     assert [shot.index for shot in one.best] == order[::-1][:SHOWN]
 
 
-def test_counts_are_those_of_the_confusion_matrix():
-    images = list(samples(5))
-    found, whole = collected(images), ConfusionMatrix(CLASSES, background=1)
+@pytest.mark.parametrize("ignored", [255, 0, 1])
+def test_counts_are_those_of_the_confusion_matrix(ignored):
+    images = list(samples(5, ignored=0.2 if ignored == 255 else 0))
+    found, whole = collected(images, ignore_index=ignored), ConfusionMatrix(CLASSES, ignored, background=1)
     for _, mask, prediction, _ in images:
         whole.update(prediction, mask)
     scores, expected = ClassScores(CLASSES, background=1).scores(found.classes.sum(axis=0).reshape(-1)), whole.compute()
     means = ("miou", "miou_no_background", "dice", "accuracy")
     assert [scores[key] for key in means] == pytest.approx([expected[key] for key in means], rel=1e-12)
     for place, key in ((1, "pixels"), (2, "predicted_pixels")):
-        assert found.classes.sum(axis=0)[place].tolist() == [row[key] for row in expected["classes"]]
-    assert [scores[f"iou/{index}"] for index in range(CLASSES)] == pytest.approx(
-        [row["iou"] for row in expected["classes"]], rel=1e-12
-    )
+        wanted = [0 if row["id"] == ignored else row[key] for row in expected["classes"]]
+        assert found.classes.sum(axis=0)[place].tolist() == wanted
+    ious = [np.nan if row["iou"] is None else row["iou"] for row in expected["classes"]]
+    assert [scores[f"iou/{index}"] for index in range(CLASSES)] == pytest.approx(ious, rel=1e-12, nan_ok=True)
     assert found.boundary[..., 0].sum() == expected["pixels"]
     assert found.boundary[..., 1].sum() == round((1 - expected["accuracy"]) * expected["pixels"])
 

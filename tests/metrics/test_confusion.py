@@ -17,6 +17,12 @@ def loop_matrix(prediction, mask, num_classes, ignore_index):
 
 
 def loop_class(prediction, mask, index, ignore_index):
+    """Return a class's scores, none for an ignored class."""
+    scores = loop_counts(prediction, mask, index, ignore_index)
+    return scores | ({"iou": None, "dice": None, "precision": None} if index == ignore_index else {})
+
+
+def loop_counts(prediction, mask, index, ignore_index):
     """Set arithmetic on pixel positions, independent of any matrix."""
     counted = {i for i, value in enumerate(np.ravel(mask)) if value != ignore_index}
     ours = {i for i, value in enumerate(np.ravel(prediction)) if value == index} & counted
@@ -83,8 +89,19 @@ def test_equals_a_loop_over_pixels(case, dtype):
     assert scores["ignored_pixels"] == (~counted).sum()
     right = float(np.mean(prediction[counted] == mask[counted])) if counted.any() else None
     assert scores["accuracy"] == pytest.approx(right, abs=1e-14)
-    assert scores["present_classes"] == len(set(prediction[counted]) | set(mask[counted]))
+    assert scores["present_classes"] == len((set(prediction[counted]) | set(mask[counted])) - {ignore})
+    assert scores.get("ignored_class") == (ignore if ignore < num_classes else None)
     assert json.loads(json.dumps(scores, allow_nan=False)) == scores
+
+
+def test_a_stray_prediction_of_an_ignored_class_is_a_miss_of_the_true_class_alone():
+    confusion = ConfusionMatrix(3, ignore_index=0, background=0)
+    confusion.update(torch.tensor([[[1] * 9 + [0], [2] * 10]]), torch.tensor([[[1] * 10, [2] * 10]]))
+    scores = confusion.compute()
+    assert scores["miou"] == scores["miou_no_background"] == pytest.approx((0.9 + 1) / 2)
+    assert scores["dice"] == pytest.approx((18 / 19 + 1) / 2)
+    assert scores["accuracy"] == 0.95 and scores["present_classes"] == 2
+    assert scores["classes"][0]["predicted_pixels"] == 1
 
 
 def test_absent_is_none_and_never_zero_or_one():

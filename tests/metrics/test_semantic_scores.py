@@ -276,3 +276,12 @@ def test_a_data_set_can_be_scored(tmp_path):
         assert protocol.target("a/b") == "a/b.png"
         case = protocol.case("a/b", tmp_path / "r.png", tmp_path / "p.png")
         assert case.unit == "a/b" and case.files == ((tmp_path / "r.png", tmp_path / "p.png"),)
+
+
+def test_a_class_that_is_ignored_counts_where_predicted_as_in_mmseg(tmp_path):
+    pairs = ugly(np.random.default_rng(0))
+    pairs = [(np.where(r == 255, 3, r), p) for r, p in pairs]
+    protocol = Semantic(num_classes=8, ignore_index=3)
+    assert scores(protocol, *tree(tmp_path, pairs, path)) == pytest.approx(pooled(pairs, 8, ignore=3), abs=1e-12)
+    assert "class 3 counts as 0" in protocol.rules["ignored_class"]
+    assert "ignored_class" not in Semantic(num_classes=8).rules

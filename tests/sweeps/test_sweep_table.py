@@ -1,6 +1,17 @@
 """How a sweep's table is shown and written."""
 
+import pytest
+
+from dinoseg.sweeps.folds import FOLD, with_summaries
 from dinoseg.sweeps.table import _print, _write
+
+
+@pytest.mark.parametrize(("ignored", "miou"), [(None, 1.5 / 3), (0, 1.5 / 2)])
+def test_pooled_means_leave_out_the_ignored_class(ignored, miou):
+    matrix = [[0, 0, 0], [1, 1, 0], [0, 0, 4]]
+    fold = {"job": 0, "note": "", "miou": None, "matrix": matrix, "ignored_class": ignored}
+    (rows,) = with_summaries([fold | {FOLD: "0"}, fold | {FOLD: "1"}], [], ["miou"])
+    assert rows[-1][FOLD] == "pooled" and rows[-1]["miou"] == pytest.approx(miou)
 
 
 def test_a_number_of_many_digits_is_shown_by_six_and_written_whole(tmp_path, capsys):

@@ -97,6 +97,11 @@ class Semantic(DatasetProtocol):
                 "with nan_to_num=0, mmseg counts a class that occurs nowhere as 0; here it is left out.",
             ],
         }
+        if 0 <= self.ignore_index < self.num_classes:
+            rules["ignored_class"] = (
+                f"class {self.ignore_index} counts as 0 in the means where it is predicted, as in mmseg and evaluate; "
+                "dinoseg's training and mode=eval leave it out"
+            )
         if self.binary:
             rules |= {"ignore": "nothing", "binary": "0 is class 0; 255 is class 1, as is 1 in a file without 255"}
         if self.boundary:
