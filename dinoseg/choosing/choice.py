@@ -48,12 +48,14 @@ class Tried:
         cfg: with these.
         timed: what it takes.
         length: what of it fits into the time.
+        is_closed_form: whether a head is solved in closed form, without a training.
     """
 
     choices: tuple[Choice, ...]
     cfg: DictConfig
     timed: Seconds
     length: Length
+    is_closed_form: bool = False
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,8 @@ class Chooser:
         case = self._case(facts)
         by_data, tried = self._way(case)
         chosen = [*by_data, *tried.choices, *self._batch(tried, by_data, case)]
-        tried = replace(tried, length=self._length(tried.cfg, tried.timed, facts))  # that took time, too
+        if not tried.is_closed_form:
+            tried = replace(tried, length=self._length(tried.cfg, tried.timed, facts))  # that took time, too
         chosen += [*self._rates(tried.cfg), *self._views(tried), self._steps(tried, self._composed(chosen), facts)]
         self.about = headline(facts, self._minutes, self.engine.device.type)
         return chosen
@@ -305,8 +308,9 @@ class Chooser:
         if tried.length.images >= least or heads or "data.labelled" in self.given or self._trains_backbone(tried.cfg):
             return by_data, tried
         choice = rules.closed_form(self._left, tried.timed.frozen or tried.timed.image, case.facts)
+        cfg = self._composed([*by_data, self._least_batch(case), *tried.choices, choice])
         length = replace(tried.length, images=0, views=None)
-        return by_data, replace(tried, choices=(*tried.choices, choice), length=length)
+        return by_data, replace(tried, choices=(*tried.choices, choice), cfg=cfg, length=length, is_closed_form=True)
 
     @property
     def _least_timed(self) -> float:

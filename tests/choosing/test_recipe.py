@@ -355,6 +355,13 @@ def test_a_budget_is_never_refused_once_it_is_spent(folder, monkeypatch, timed, 
         assert "there is no time to validate more than 1 image" in done.out
 
 
+def test_a_closed_form_keeps_its_length_and_the_rate_of_its_own_head(folder, monkeypatch):
+    timed = Seconds(start=0.1, image=100.0, kept=50.0, frozen=2.0, bytes=1000, val=50.0)  # 7 images of a quarter fit
+    cfg, done = plan(folder, monkeypatch, (1,), "backbone.arch.num_hidden_layers=4", timed=timed)
+    assert (cfg.choices.head, cfg.head.init, cfg.trainer.steps, cfg.data.views) == ("linear", "probe", 1, None)
+    assert cfg.optim.optimizer.head_lr == cfg.head.lr and f"{cfg.head.lr:g} is what head=linear learns at" in done.out
+
+
 @pytest.mark.heavy
 @pytest.mark.parametrize(
     ("words", "adapter", "may_rest"),
