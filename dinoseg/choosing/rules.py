@@ -247,7 +247,7 @@ def closed_form(seconds: float, image: float, facts: Facts) -> Choice:
     images = max(2, int(seconds / 3 / image))
     words: dict[str, Any] = {"head": "linear", "head.init": "probe"}
     if images < facts.images:
-        words["data.labelled"] = float(f"{images / facts.images:.6f}")
+        words["data.labelled"] = float(f"{images / facts.images:.6g}")
     return Choice(words, f"there is no time for {LEAST_STEPS} steps: the head is solved in closed form")
 
 

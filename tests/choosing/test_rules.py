@@ -182,3 +182,8 @@ def test_views_that_hardly_come_twice_are_not_kept():
     ]
     assert [each.views for each in found] == [None, 1]  # 230 and 280 images of 184
     assert found[1].images == 280
+
+
+@pytest.mark.parametrize(("images", "share"), [(5_000_000, 4e-7), (30, 0.0666667)])
+def test_a_closed_form_of_a_few_images_takes_a_share_above_zero(images, share):
+    assert rules.closed_form(1.0, 1.0, replace(FACTS, images=images)).words["data.labelled"] == share
