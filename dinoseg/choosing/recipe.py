@@ -82,7 +82,7 @@ def chosen(cfg: DictConfig, words: Sequence[str], *, first: bool) -> Recipe:
         with _one_at_a_time(path):
             kept = read_choices(path)
             if kept is None:
-                most = f"choosing takes {60 * CHOOSING * minutes:.0f} s at most"
+                most = f"timing candidates ends {60 * CHOOSING * minutes:.0f} s from now at the latest"
                 _tell(f"looks at data and machine: budget.minutes={minutes:g} count from now, {most}")
                 trying = [*words, *_shared()]
                 joined = ranks_here() if _shared() else 0
