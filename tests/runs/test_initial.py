@@ -198,17 +198,6 @@ def test_rounded_weights_of_one_kind_are_begun_with_and_their_frozen_rest_is_hel
     assert other.status == 1 and "trained on other frozen weights" in other.err, other.err
 
 
-def test_numbers_of_another_kind_begin_anew(folder):
-    """Whole numbers are no weights, whatever their shape."""
-    saved = checkpoint.read(folder / "frozen/checkpoints/best.safetensors")
-    tensors = {**saved.tensors, "model/head.classify.bias": torch.ones(2, dtype=torch.int64)}
-    path = folder / "whole.safetensors"
-    checkpoint.write(path, tensors, {key: value for key, value in saved.info.items() if key != "format"})
-    ours, done = trained(folder, "on_whole", *KNOWN, *KEEP, "init=whole.safetensors")
-    assert "; begins anew: head.classify.bias." in done.err, done.err
-    assert not torch.equal(ours["model/head.classify.bias"], torch.ones(2))
-
-
 def test_a_damaged_file_is_refused_by_its_key(folder):
     (folder / "cut.safetensors").write_bytes((folder / "first/checkpoints/best.safetensors").read_bytes()[:2000])
     done = call(folder, *SHORT, "init=cut.safetensors", "hydra.run.dir=refused")
