@@ -153,7 +153,8 @@ class TiffRows(Rows):
 def _is_turned(tags: ImageFileDirectory_v2) -> bool:
     """Return whether tag 274 or, without it, XMP (tag 700) holds an orientation other than upright."""
     if 274 in tags:
-        return tags[274] != 1
+        return bool(tags[274] != 1)
     image, xmp = Image.new("1", (1, 1)), tags.get(700)
-    image.info |= {"xmp": xmp} if isinstance(xmp, bytes) else {}
+    if isinstance(xmp, bytes):
+        image.info["xmp"] = xmp
     return read_orientation(image) != 1
