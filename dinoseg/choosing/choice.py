@@ -232,7 +232,9 @@ class Chooser:
     def _try(self, candidate: "Candidate", number: int, count: int) -> Tried | str:
         """Time a candidate; return why that was not possible where there is too little memory or time for choosing.
 
-        The first one gets an upper estimate then, and the others are started only if they can be shorter than it.
+        The first one gets an estimate then: by its time limit, or by a share of the budget where reading the data has
+        spent the time for choosing; `trainer.max_minutes` bounds what takes longer. The others are started only if they
+        can be shorter than it.
 
         Args:
             candidate: to time.
@@ -261,7 +263,7 @@ class Chooser:
         except TimeoutError:
             if number > 1:
                 return f"{words} was stopped, since timing it took longer than {left:.0f} s"
-            timed = unmeasured(max(left, began - self._began))
+            timed = unmeasured(max(left, self._least_timed))
         self._longest = max(self._longest, monotonic() - began)
         return Tried(tuple(choices[len(by_data) :]), cfg, timed, self._length(cfg, timed, candidate.case.facts))
 

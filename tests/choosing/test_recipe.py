@@ -355,6 +355,24 @@ def test_a_budget_is_never_refused_once_it_is_spent(folder, monkeypatch, timed, 
         assert "there is no time to validate more than 1 image" in done.out
 
 
+@pytest.mark.parametrize("seconds", [30, 100])  # of a budget of 60
+def test_where_reading_the_data_spends_the_time_for_choosing_the_recipe_still_trains(folder, monkeypatch, seconds):
+    times, read = [0.0], recipe.Chooser._case
+    monkeypatch.setattr("dinoseg.choosing.choice.monotonic", lambda: times[0])
+    monkeypatch.setattr("dinoseg.choosing.choice.in_own_process", pytest.fail)
+
+    def slow(chooser, facts):
+        times[0] += seconds
+        return read(chooser, facts)
+
+    monkeypatch.setattr(recipe.Chooser, "_case", slow)
+    done = call(folder, *AUTO, "budget.minutes=1", "mode=plan", "mode.dry_step=false", "hydra.run.dir=R")
+    assert done.status == 0, done.err
+    cfg, left = config_of(folder / "R"), max(60 - seconds, 12)
+    assert cfg.trainer.steps >= 10 and 0.5 * left < 60 * cfg.trainer.max_minutes <= left
+    assert (cfg.resolution.longest, cfg.head.init, cfg.data.labelled) == (None, None, None)
+
+
 def test_a_closed_form_keeps_its_length_and_the_rate_of_its_own_head(folder, monkeypatch):
     timed = Seconds(start=0.1, image=100.0, kept=50.0, frozen=2.0, bytes=1000, val=50.0)  # 7 images of a quarter fit
     cfg, done = plan(folder, monkeypatch, (1,), "backbone.arch.num_hidden_layers=4", timed=timed)
@@ -565,7 +583,8 @@ def test_what_is_timed_knows_the_minutes_typed_or_not(folder, monkeypatch, words
     assert done.status == 0, done.err
     seconds = 15 * minutes  # a quarter of the budget
     assert [each for each, _ in asked] == [minutes] and seconds / 2 < asked[0][1] <= seconds
-    told = [f"looks at data and machine: budget.minutes={minutes} count from now, choosing takes {seconds} s at most"]
+    most = f"timing candidates ends {seconds} s from now at the latest"
+    told = [f"looks at data and machine: budget.minutes={minutes} count from now, {most}"]
     told += [
         "times adapter=frozen head=linear on crops of 32 x 48 (height x width): candidate 1 of at most 1, "
         f"{seconds} s at most"
