@@ -1,7 +1,5 @@
 """dinoseg: DINO backbones as segmenters, from Hydra configs; `load` gives a trained one to use without any."""
 
-import os
-import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +13,6 @@ try:
     __version__ = version("dinoseg")
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
-
-if sys.platform == "darwin":  # torch reads it once, when it is imported: what MPS lacks, the CPU computes
-    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
 
 def __getattr__(name: str) -> Any:

@@ -13,6 +13,8 @@ failures: list[str] = []  # messages of the jobs that did not end well
 
 def main() -> None:
     """Run the command line; exit status 1 where any job failed, 141 where nobody reads on, as of `| head`."""
+    if sys.platform == "darwin":  # torch reads it once, when it is imported: what MPS lacks, the CPU computes
+        os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: a pipe on Windows knows few letters
     try:

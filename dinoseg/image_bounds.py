@@ -11,6 +11,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 MOST_SCANS = 32  # of a JPEG file: each is a pass over all pixels; progressive encoders write about ten
 MOST_BLOCK_PIXELS = 2**22  # of a TIFF tile that is larger than its image
+MOST_TILE_RATIO = 4  # of the pixels of a TIFF tile above that to those of its image
 _MOST_TAGS = 2**16  # of a TIFF file that are read
 _SCAN, _END = 0xDA, 0xD9
 _MARKER = re.compile(rb"\xff+([^\x00\x01\xff\xd0-\xd8])", re.DOTALL)  # those with a length, and the end
@@ -59,12 +60,14 @@ def _check_blocks(image: TiffImageFile) -> None:
     numbers = _tag_numbers(image)
     if twice := [number for number in _LAYOUT if numbers.count(number) > 1]:
         raise Unfit(f"has the TIFF tag {twice[0]} twice. Save it anew")
+    if skipped := [number for number in _LAYOUT if number in numbers and number not in tags]:  # but not by libtiff
+        raise Unfit(f"has the TIFF tag {skipped[0]} in a form that is not read. Save it anew")
     width, height = tags[_WIDTH], tags[_HEIGHT]
     is_tiled = _TILE_WIDTH in tags or _TILE_HEIGHT in tags
     columns, rows = (tags.get(_TILE_WIDTH), tags.get(_TILE_HEIGHT)) if is_tiled else (width, tags.get(_ROWS, height))
     if not (isinstance(columns, int) and isinstance(rows, int) and min(columns, rows) > 0):
         raise Unfit(f"has TIFF blocks of {columns} x {rows} pixels. Save it anew")
-    if is_tiled and columns * rows > max(MOST_BLOCK_PIXELS, (width + 15) * (height + 15)):
+    if is_tiled and columns * rows > max(MOST_BLOCK_PIXELS, MOST_TILE_RATIO * (width + 15) * (height + 15)):
         raise Unfit(f"has {width} x {height} pixels in TIFF tiles of {columns} x {rows}. Save it with smaller ones")
     offsets = tags.get(_OFFSETS[is_tiled], ())
     needed = math.ceil(width / columns) * math.ceil(height / rows) * tags.get(_SAMPLES, 1)

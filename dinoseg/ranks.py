@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from dinoseg.config.plain import plain
 from dinoseg.config.resolvers import register_resolvers
 from dinoseg.errors import UserError, telling_file_errors
-from dinoseg.processes.cores import cores_here, count_cores, keep_to_share
+from dinoseg.processes.cores import cores_here, count_cores, forget_share, keep_to_share
 from dinoseg.processes.interrupt import SIGNALS, Interrupted, passed_on, raised
 from dinoseg.processes.workers import end_with_parent, telling_killed_loaders
 from dinoseg.runs.log_file import announce, configure_log
@@ -139,6 +139,7 @@ def run_ranks(cfg: DictConfig, out_dir: Path, devices: int) -> Any:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    forget_share()
     context = get_context("spawn")  # CUDA does not live through a fork
     receiving, sending = context.Pipe(duplex=False)
     ranks = [

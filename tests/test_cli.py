@@ -1,5 +1,6 @@
 """What a user meets on the command line: help at once, and one clear message for each mistake."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 import dinoseg
-from dinoseg.__main__ import CONFIGS
+from dinoseg.__main__ import CONFIGS, main
 from dinoseg.command import words
 from dinoseg.images import read_image, write_png
 from dinoseg.modes.help import overview
@@ -341,3 +342,13 @@ def test_a_model_that_no_memory_holds_is_one_message(place):
     assert said.startswith("error: Memory did not suffice (Storage size calculation overflowed with sizes=[")
     assert "). Free some. A training takes less with a smaller backbone, head or batch: mode=plan says what" in said
     assert len(said.splitlines()) == 1 and not (place / "R").exists()
+
+
+def test_the_command_line_alone_lets_the_cpu_compute_what_mps_lacks(monkeypatch, capsys):
+    monkeypatch.setattr("sys.platform", "darwin")
+    monkeypatch.setattr("os.environ", environment := {})
+    importlib.reload(dinoseg)
+    assert not environment
+    monkeypatch.setattr("sys.argv", ["dinoseg"])
+    main()
+    assert environment["PYTORCH_ENABLE_MPS_FALLBACK"] == "1" and "mode=train" in capsys.readouterr().out

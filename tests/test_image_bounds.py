@@ -37,6 +37,18 @@ def tiff(tags, order="<", block=bytes(256 * 256)):
     return head + struct.pack(f"{order}H", len(entries)) + packed + bytes(4) + content
 
 
+def hidden(data, number, kind):
+    """Return a TIFF file whose tag of that number has another type."""
+    return data.replace(struct.pack("<HHI", number, 4, 1), struct.pack("<HHI", number, kind, 1))
+
+
+def skipped(data, number):
+    """Return a TIFF file whose tag of that number is in 8 bytes that Pillow skips, after a tag of the file's length."""
+    return hidden(data, number, 16).replace(
+        struct.pack("<HHII", 277, 4, 1, 1), struct.pack("<HHII", 285, 1, len(data), 0)
+    )
+
+
 PLAIN = [(256, 16), (257, 16), (258, 8), (259, 8), (262, 1), (277, 1)]
 TILED = [*PLAIN, (324, 0), (325, 0)]
 
@@ -53,9 +65,14 @@ def opened(tmp_path, data, name):
         (tiff([*TILED, (322, 26_000), (323, 20_000)]), "16 x 16 pixels in TIFF tiles of 26000 x 20000"),
         (tiff([*TILED, (322, 26_000), (323, 20_000)], ">"), "16 x 16 pixels in TIFF tiles of 26000 x 20000"),
         (tiff([*TILED, (322, 256), (322, 26_000), (323, 256)]), "the TIFF tag 322 twice"),
+        (hidden(tiff([*TILED, (322, 26_000), (323, 256)]), 322, 17), "the TIFF tag 322 in a form that is not read"),
+        (hidden(tiff([*TILED, (322, 256), (323, 26_000)]), 323, 99), "the TIFF tag 323 in a form that is not read"),
+        (hidden(tiff([*PLAIN, (273, 0), (279, 0)]), 273, 17), "the TIFF tag 273 in a form that is not read"),
+        (skipped(tiff([*TILED, (322, 26_000), (323, 256)]), 322), "the TIFF tag 322 in a form that is not read"),
     ],
-    ids=["scans", "tile", "tile of the other byte order", "two tiles"],
+    ids=["scans", "tile", "tile of the other byte order", "two tiles", "width", "height", "strips", "long"],
 )
+@pytest.mark.filterwarnings("ignore:Tag data larger than file")
 def test_what_costs_more_than_its_pixels_is_refused(tmp_path, data, reason):
     name = "a.tif" if data[:2] in (b"II", b"MM") else "a.jpg"
     (tmp_path / name).write_bytes(data)
@@ -88,6 +105,14 @@ def test_strips_that_no_pixel_needs_are_refused(tmp_path):
 def test_what_encoders_write_is_read(tmp_path, data, name):
     first, second = opened(tmp_path, data, name)
     assert first.shape in ((24, 32, 3), (16, 16, 3)) and (first == second).all()
+
+
+def test_a_tile_of_four_times_the_pixels_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("dinoseg.image_bounds.MOST_BLOCK_PIXELS", 100)
+    first, second = opened(tmp_path, tiff([*TILED, (322, 32), (323, 32)], block=bytes(32 * 32)), "a.tif")
+    assert first.shape == (16, 16, 3) and (first == second).all()
+    with pytest.raises(UserError, match="in TIFF tiles of 80 x 80"):
+        opened(tmp_path, tiff([*TILED, (322, 80), (323, 80)], block=bytes(80 * 80)), "a.tif")
 
 
 def test_no_other_format_of_pillows_is_read_under_a_familiar_name(tmp_path):

@@ -1,6 +1,7 @@
 """An ONNX file as a model to use: onnxruntime computes, and torch is not needed."""
 
 import functools
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,8 @@ def _bound_memory() -> None:
     memory = machine_memory()
     if memory < float("inf"):
         kind = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
-        ort.create_and_register_allocator(kind, ort.OrtArenaCfg({"max_mem": int(_MEMORY_SHARE * memory)}))
+        with suppress(Exception):  # the program that uses dinoseg has registered one, which is then used
+            ort.create_and_register_allocator(kind, ort.OrtArenaCfg({"max_mem": int(_MEMORY_SHARE * memory)}))
 
 
 def runtime_version() -> str:

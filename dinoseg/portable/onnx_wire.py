@@ -174,6 +174,7 @@ class WireReader:
             form, size = _FIXED[wire]
             if len(view) % size:
                 raise Damaged("it is cut off")
+            self._count(len(view) // size)
             return [value for (value,) in struct.iter_unpack(form, view)]
         values, position = [], 0
         while position < len(view):
@@ -182,8 +183,8 @@ class WireReader:
             values.append(value)
         return values
 
-    def _count(self) -> None:
-        self._left -= 1
+    def _count(self, fields: int = 1) -> None:
+        self._left -= fields
         if self._left < 0:
             raise Damaged(f"it has more than {_MOST_FIELDS} fields")
 

@@ -1,6 +1,7 @@
-"""Control groups of Linux, versions 1 and 2: the folders that limit this process, and its share of the processors."""
+"""Control groups of Linux, versions 1 and 2: the folders that limit this process, and what they leave of a machine."""
 
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,6 +31,13 @@ def cpu_quota() -> float:
         if len(numbers) == 2 and all(number.isdecimal() and int(number) for number in numbers):  # `-1`: none
             quota = min(quota, int(numbers[0]) / int(numbers[1]))
     return quota
+
+
+def memory_limit() -> int:
+    """Return the bytes that this process's groups may take, as containers limit them; the largest number without."""
+    files = (folder / name for folder in group_folders("memory") for name in ("memory.max", "memory.limit_in_bytes"))
+    texts = [read_text(file).strip() for file in files]
+    return min((int(text) for text in texts if text.isdecimal()), default=sys.maxsize)  # `max`: none
 
 
 def read_text(path: Path) -> str:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from dinoseg.errors import UserError
-from dinoseg.processes.control_groups import cpu_quota
+from dinoseg.processes.control_groups import cpu_quota, memory_limit
 
 _SPINS = "300"  # `benchmarks/busy.py` compares numbers
+_written: set[str] = set()  # values of OMP_NUM_THREADS that are not the user's
 _TOPOLOGY = Path("/sys/devices/system/cpu")
 
 
@@ -21,10 +22,10 @@ def count_cores() -> int:
 
 
 def machine_memory() -> int:
-    """Return the machine's memory in bytes."""
+    """Return the machine's memory in bytes, or what a container leaves of it."""
     import psutil
 
-    return psutil.virtual_memory().total
+    return min(psutil.virtual_memory().total, memory_limit())
 
 
 def cores_here() -> int:
@@ -71,9 +72,17 @@ def keep_to_share() -> None:
     # a quota is of time on any processors, and so on as many cores
     threads = min(share_of_cores(), max(1, _share(len(usable)) * cores // len(usable)))
     os.environ["OMP_NUM_THREADS"] = str(threads)
+    _written.add(str(threads))
     torch: Any = sys.modules.get("torch")  # which reads it once
     if torch is not None:
         torch.set_num_threads(threads)
+
+
+def forget_share() -> None:
+    """Remove what `keep_to_share` wrote for this process: ranks that are started from here find shares of their own."""
+    if os.environ.get("OMP_NUM_THREADS") in _written:
+        del os.environ["OMP_NUM_THREADS"]
+    _written.clear()
 
 
 def keep_to_quota() -> None:

@@ -48,7 +48,7 @@ class Decoders:
         Args:
             data: the encoded image.
             max_pixels: that it may have.
-            admit: called with its number of pixels, from its header, before it is decoded; may refuse it.
+            admit: called with its number of pixels, from its header, while it is decoded; may refuse it.
 
         Raises:
             Refused: it is empty, no image, too large, animated, damaged, or takes too long or too much memory.

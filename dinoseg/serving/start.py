@@ -35,5 +35,7 @@ def started(
     with bound(host, port) as listener:
         served = load_served(cfg, out_dir, model)
         service = Service(served, limits, batch_size=batch_size or usual_batch(served), wait=wait_ms / 1000)
-        yield listener, service
-        service.close()
+        try:
+            yield listener, service
+        finally:
+            service.close()

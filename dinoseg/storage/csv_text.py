@@ -10,7 +10,7 @@ from typing import Any
 from dinoseg.storage.atomic import write_text
 from dinoseg.wording import one_line, printable
 
-_FORMULA = re.compile("(^|;)(?=\\s*[=+\\-@\uff1d\uff0b\uff0d\uff20])")  # ; separates cells in much of Europe
+_FORMULA = re.compile('(^|;)(?=["\\s]*[=+\\-@\uff1d\uff0b\uff0d\uff20])')  # `;` ends cells in much of Europe
 
 
 def write_csv(path: str | Path, rows: Iterable[Sequence[Any]]) -> None:

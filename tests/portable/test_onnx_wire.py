@@ -15,6 +15,7 @@ from test_onnx_files import model, written
 
 import dinoseg
 from dinoseg.errors import UserError
+from dinoseg.portable import onnx_model
 from dinoseg.portable.onnx_wire import SCHEMA, Damaged, WireReader
 
 
@@ -123,6 +124,19 @@ def test_what_is_accepted_is_what_protobuf_reads():
             continue
         assert same(found, known), bytes(changed)
     assert accepted > 100
+
+
+@pytest.mark.parametrize(("number", "size"), [(4, 4), (10, 8)])
+def test_packed_numbers_are_bounded(monkeypatch, number, size):
+    monkeypatch.setattr("dinoseg.portable.onnx_wire._MOST_FIELDS", 50)
+    packed = memoryview(delimited(number << 3 | 2, bytes(size * 50)))
+    with pytest.raises(Damaged, match="more than 50 fields"):
+        WireReader().message(packed, "TensorProto")
+
+
+def test_an_allocator_that_the_program_has_registered_is_kept(monkeypatch):
+    monkeypatch.setattr("onnxruntime.create_and_register_allocator", lambda *_: 1 / 0)
+    onnx_model._bound_memory.__wrapped__()
 
 
 GROWING = """if True:

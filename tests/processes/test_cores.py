@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import psutil
 import pytest
 import torch
 
@@ -84,6 +85,32 @@ def test_threads_follow_a_quota_unless_they_are_said(groups, monkeypatch, quota,
     os.environ.update(environment)
     cores.keep_to_quota()
     assert os.environ.get("OMP_NUM_THREADS") == threads
+
+
+def test_the_threads_of_a_job_are_not_taken_for_the_users_by_the_ranks_of_the_next(groups, monkeypatch):
+    groups("0::/\n", {"cpu.max": "800000 100000\n"})
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    cores.keep_to_quota()
+    cores.forget_share()
+    assert "OMP_NUM_THREADS" not in os.environ
+    os.environ["OMP_NUM_THREADS"] = "5"
+    cores.keep_to_quota()
+    cores.forget_share()
+    assert os.environ["OMP_NUM_THREADS"] == "5"
+
+
+@pytest.mark.parametrize(
+    ("lines", "files", "bytes_"),
+    [
+        ("0::/a/b\n", {"a/memory.max": "4096\n", "a/b/memory.max": "max\n"}, 4096),
+        ("1:memory:/a\n", {"memory/a/memory.limit_in_bytes": "8192\n"}, 8192),
+        ("0::/\n", {"memory.max": f"{2**63}\n"}, psutil.virtual_memory().total),
+        ("0::/\n", {}, psutil.virtual_memory().total),
+    ],
+)
+def test_a_containers_memory_is_the_machines(groups, lines, files, bytes_):
+    groups(lines, files)
+    assert cores.machine_memory() == bytes_
 
 
 @pytest.mark.parametrize("said", [{"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "7"}])

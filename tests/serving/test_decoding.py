@@ -3,6 +3,7 @@
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -11,6 +12,7 @@ from child_functions import stuck
 from PIL import Image
 from serving_stand_ins import FACTS, Bright, InThread, encoded, picture
 
+from dinoseg.data.video.length import count_frames
 from dinoseg.errors import UserError
 from dinoseg.images import as_rgb
 from dinoseg.inference.video_file import VideoReader
@@ -67,7 +69,7 @@ def test_what_takes_too_long_is_killed_and_the_next_image_is_decoded(one_decoder
     assert refusal(one_decoder) == "busy"
 
 
-def test_neither_a_process_that_died_idle_nor_one_with_unread_answers_costs_the_next_image(one_decoder, monkeypatch):
+def test_neither_a_dead_process_nor_unread_answers_cost_the_next_image(one_decoder, monkeypatch):
     one_decoder._idle.queue[0].kill()
     assert (decoded(one_decoder, GOOD) == picture()).all()
     with monkeypatch.context() as patched:
@@ -88,6 +90,30 @@ def test_memory_of_decoding_is_bounded(monkeypatch):
         assert error.value.rule == "decode_memory"
     finally:
         decoders.end()
+
+
+def test_memory_is_given_by_pixels(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(decoding, "Child", lambda function, memory: given.append(memory))
+    monkeypatch.setattr(clip_frames, "Child", lambda function, memory: given.append(memory))
+    Decoders(1000, count=1)
+    ClipReader(tmp_path / "a.mp4", ClipLimits(), 1000)
+    assert given == [40 * 1000 + 2**28, 64 * 1000 + 2**29]  # as docs/security.md says
+
+
+def test_what_is_no_use_is_never_decoded(monkeypatch):
+    monkeypatch.setattr(decoding, "decode", lambda data: pytest.fail("decoded"))
+    frames = [Image.new("L", (2, 2), 9 * number) for number in range(2)]
+    animated = encoded(frames[0], "PNG", save_all=True, append_images=frames[1:])
+    for data, rule in (
+        (encoded(picture(200, 200)), "max_pixels"),
+        (animated, "one_frame"),
+        (encoded(picture(), "GIF"), "format"),
+    ):
+        asked, sent = [({"max_pixels": 10_000}, data), None], []
+        channel = SimpleNamespace(receive=lambda asked=asked: asked.pop(0), send=sent.append)
+        decoding.decode_images(channel)
+        assert [answer["refused"][1] for answer in sent] == [rule]
 
 
 def test_a_file_of_many_frames_is_refused_without_reading_them(monkeypatch):
@@ -126,6 +152,7 @@ def test_packets_without_frames_are_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr("dinoseg.data.video.decoder._MOST_SILENT", 50)
     with pytest.raises(UserError, match="a.mkv has 50 packets in a row that hold no frame"):
         VideoReader(path)
+    assert count_frames(path) == 0
     monkeypatch.setattr(clip_frames, "Child", InThread)
     with (
         pytest.raises(UserError, match="has more than 20 packets"),

@@ -160,6 +160,10 @@ def test_both_modes_begin_with_what_the_command_line_says(monkeypatch, tmp_path)
         with start.started({}, tmp_path, **given, batch_size=asked, wait_ms=50, limits=limits) as (_, service):
             assert service.options == {"batch_size": expected, "wait": 0.05}
         service.close.assert_called_once()
+    with pytest.raises(ZeroDivisionError):
+        with start.started({}, tmp_path, **given, batch_size=1, wait_ms=50, limits=limits) as (_, service):
+            raise ZeroDivisionError
+    service.close.assert_called_once()
     with pytest.raises(UserError, match="wait_ms=2000 is as long"):
         with start.started({}, tmp_path, **given, batch_size=1, wait_ms=2000, limits=limits):
             pass

@@ -34,10 +34,7 @@ def _asked(path: Path, *, count: bool) -> int:
     from dinoseg.data.video.decoder import Decoder
 
     try:
-        decoder = Decoder(path)
-    except (OSError, UserError):
+        with Decoder(path) as decoder:
+            return sum(1 for _ in iter(decoder.advance, False)) if count else decoder.promised
+    except (OSError, UserError):  # damaged from its first byte, or further on
         return 0
-    try:
-        return sum(1 for _ in iter(decoder.advance, False)) if count else decoder.promised
-    finally:
-        decoder.close()
