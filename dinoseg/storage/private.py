@@ -81,7 +81,7 @@ def _entries(folder: Path, levels: int) -> Iterator[Path]:
 
 def _trusted(folder: Path) -> set[int]:
     """Return the owners whose folder it may be; for root the owner of the project too, as in a container."""
-    user = os.geteuid()
+    user = _user()
     return {0, user} if user else {0, folder.resolve().parent.stat().st_uid}
 
 
@@ -103,7 +103,7 @@ def _others(path: Path, rights: int) -> str:
         return ""
     if _has_list(path):
         return "whoever its access control list names (getfacl)"
-    group, user = _group(status.st_gid), _user_name(os.geteuid())
+    group, user = _group(status.st_gid), _user_name(_user())
     is_own = group[0] in ("root", user) and not set(group[1]) - {"root", user}
     return "" if is_own else f"the group {group[0]}"
 
@@ -125,7 +125,11 @@ def _stores_permissions(folder: Path) -> bool:
             status = os.fstat(file.fileno())
     except OSError:
         return True
-    return status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IRWXG | stat.S_IRWXO)
+    return status.st_uid == _user() and not status.st_mode & (stat.S_IRWXG | stat.S_IRWXO)
+
+
+def _user() -> int:
+    return 0 if sys.platform == "win32" else os.geteuid()
 
 
 def _user_name(number: int) -> str:
