@@ -118,7 +118,7 @@ def fit_heads(
         meter.pause()
         batches = meter.waiting(stream, feed.remedy)
         for step in range(first, planned := steps):
-            going = [head for head in going if head.goes_on(steps, patience)]
+            going = [head for head in going if head.goes_on(planned, patience)]
             if not going or step >= (steps := limit.fit_steps(step, planned)):
                 break
             logged, owed = is_due(step + 1, log_every, steps), is_due(step + 1, val_every, steps)

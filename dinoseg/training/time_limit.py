@@ -51,8 +51,8 @@ class TimeLimit:
         if fitting < steps and not self._is_reported:
             self._is_reported = True
             logger.warning(
-                "Steps take longer than planned: about %d instead of %d fit into trainer.max_minutes=%.3g. The "
-                "learning rate follows the shorter schedule.",
+                "The time does not suffice for all steps: about %d instead of %d fit into trainer.max_minutes=%.3g. "
+                "The learning rate follows the shorter schedule.",
                 fitting,
                 steps,
                 self._minutes,

@@ -1,3 +1,4 @@
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,6 +8,7 @@ from checkpoint_files import INFO
 from torch import nn
 
 from dinoseg.adapters import Full
+from dinoseg.contracts import Head
 from dinoseg.data.transforms import Affine, Augment
 from dinoseg.errors import UserError
 from dinoseg.geometry import lattice
@@ -17,14 +19,18 @@ from dinoseg.model import Segmenter
 from dinoseg.report.log import RunLog
 from dinoseg.training import fit as fitting
 from dinoseg.training import image_feed as feeding
+from dinoseg.training import many_heads
 from dinoseg.training import trainee as training
 from dinoseg.training.checkpoint import Checkpoints, read
 from dinoseg.training.engine import Engine
 from dinoseg.training.feed import spread
 from dinoseg.training.fit import fit
 from dinoseg.training.image_feed import ImageFeed
+from dinoseg.training.many_heads import HeadParts, fit_heads
 from dinoseg.training.meter import Meter
 from dinoseg.training.optim import adamw, schedule
+from dinoseg.training.shared_features import SharedFeatures, SharingSegmenter
+from dinoseg.training.time_limit import TimeLimit
 from dinoseg.training.validation import evaluate
 
 
@@ -80,8 +86,9 @@ def run(tiny_backbone, tmp_path):
         log, engine = Rows(), Engine("cpu", "fp32", workers=0, eval_batch_size=2)
         optimizer = adamw(model, lr=options.pop("lr", 3e-3))
         loss = CrossEntropy(options.pop("weights", torch.ones(3)))
+        start = options.pop("start", None)
         settings = {"schedule": schedule(), "steps": 12, "val_every": 4, "log_every": 1, **options}
-        checkpoints = Checkpoints(tmp_path, dict(INFO))
+        checkpoints = Checkpoints(tmp_path, dict(INFO), start)
         progress = fit(model, loss, feed, optimizer, engine, checkpoints, log, **settings)
         return SimpleNamespace(progress=progress, rows=log.rows, model=model, feed=feed, engine=engine)
 
@@ -264,3 +271,53 @@ def test_validation_pictures_are_of_their_own_image_prediction_and_mask(run, mon
 def test_pictures_are_spread_over_what_the_first_rank_validates():
     assert spread(10, 3, 1) == [0, 4, 9] and spread(10, 3, 4) == [0, 4, 8]
     assert spread(2, 5, 1) == [0, 1] and spread(5, 0, 1) == []
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """Let each learning-rate update of a fake clock take 5 s, by which the time limit counts."""
+    now, update = [0.0], training.set_learning_rates
+
+    def slow_update(*given):
+        now[0] += 5
+        return update(*given)
+
+    monkeypatch.setattr(training, "set_learning_rates", slow_update)
+    for module in (fitting, many_heads):
+        monkeypatch.setattr(module, "TimeLimit", partial(TimeLimit, clock=lambda: now[0]))
+
+
+def test_a_training_ends_validated_and_saved_within_its_time_limit(run, tmp_path, slow):
+    start = None
+    for step in (12, 24):  # the limit of a resumed run counts anew
+        done = run(steps=40, val_every=30, max_minutes=1, start=start)
+        assert done.progress.step == step and not done.progress.owed and done.progress.best_step > 0
+        assert [row["step"] for row in done.rows if "val/miou" in row] == [step]
+        start = read(tmp_path / "last.safetensors")
+        assert start.info["progress"]["step"] == step and not start.info["progress"]["owed"]
+        assert (tmp_path / "best.safetensors").exists()
+
+
+def test_several_heads_end_validated_and_saved_within_their_time_limit(tiny_backbone, tmp_path, slow):
+    shared, parts, kept = SharedFeatures(Segmenter(tiny_backbone((0, 1)).requires_grad_(False), Head()).eval()), [], []
+    for name in ("one", "two"):
+        backbone, folder = tiny_backbone((1,)).requires_grad_(False), tmp_path / name / "checkpoints"
+        folder.mkdir(parents=True)
+        model = SharingSegmenter(backbone, LinearHead(24, 1, 3), shared, scale=1.0, longest=None)
+        checkpoints = Checkpoints(folder, dict(INFO))
+        parts.append(
+            HeadParts(
+                name, tmp_path / name, model, CrossEntropy(torch.ones(3)), adamw(model, lr=3e-3), checkpoints, Rows()
+            )
+        )
+    data, engine = Stripes([(32, 40)] * 6), Engine("cpu", "fp32", workers=0)
+    feed = ImageFeed(data, data, Augment((24, 32)), batch_size=3, seed=0, workers=0)
+    outcomes = fit_heads(
+        parts, feed, engine, kept.append, schedule=schedule(), steps=40, val_every=30, log_every=1, max_minutes=1
+    )
+    assert [outcome.run.step for outcome in outcomes] == [6, 6] and kept[-1] == 6
+    for part, outcome in zip(parts, outcomes, strict=True):
+        assert not outcome.run.owed and outcome.run.best_step == 6
+        assert [row["step"] for row in part.log.rows if "val/miou" in row] == [6]
+        for name in ("last", "best"):
+            assert read(part.folder / f"checkpoints/{name}.safetensors").info["progress"]["step"] == 6
