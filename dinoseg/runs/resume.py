@@ -50,8 +50,11 @@ def merge(
         _take_option(option, cfg, merged, path)
     for value in (override for override in overrides if override.key_or_group not in (*CHOSEN, *USES)):
         _take_value(value, cfg, merged, path)
+    is_lifted = _lift_time_limit(merged, keys)
     merged = squared(merged)
     changed = _changes(before, merged, overrides) if tell else []
+    if tell and is_lifted:
+        changed.append(f"trainer.max_minutes=null in place of {before.trainer.max_minutes:g}, as the length was typed")
     if changed:
         print(printable(f"resume={path}: goes on with {', '.join(changed)}"), file=sys.stderr)
     return merged
@@ -129,6 +132,15 @@ def _take_value(override: Override, cfg: DictConfig, merged: DictConfig, path: P
     if not (override.is_add() or override.is_force_add()):
         _check_key(name, cfg, merged, path)
     OmegaConf.update(merged, name, override.value())
+
+
+def _lift_time_limit(merged: DictConfig, keys: Sequence[str]) -> bool:
+    """Remove the time limit of the run where the command line gives its length alone; return whether there was one."""
+    is_lifted = bool({"trainer.steps", "trainer.epochs"} & {*keys}) and "trainer.max_minutes" not in keys
+    is_lifted = is_lifted and merged.trainer.get("max_minutes") is not None
+    if is_lifted:
+        merged.trainer.max_minutes = None
+    return is_lifted
 
 
 def _changes(before: DictConfig, merged: DictConfig, overrides: Sequence[Override]) -> list[str]:

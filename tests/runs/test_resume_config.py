@@ -54,6 +54,21 @@ def test_a_run_goes_on_without_its_groups_and_keeps_them(where):
     assert last(where)["progress"]["step"] == 3 and len(runs(where)) == 1
 
 
+@pytest.mark.parametrize(
+    ("words", "limit"),
+    [([], 9.5), (["steps=2"], None), (["epochs=2"], None), (["patience=3"], 9.5), (["steps=2", "max_minutes=3"], 3)],
+)
+def test_a_typed_length_lifts_the_time_limit_of_a_run(compose, tmp_path, capsys, words, limit):
+    words = tuple(f"trainer.{word}" for word in words)
+    saved = compose(*SMALL, "trainer.max_minutes=9.5", f"data.root={tmp_path}")
+    info = config_description(saved)
+    merged = merge(
+        compose(*words, "mode=train"), [parsed(word) for word in words], tmp_path / "last.safetensors", info, tell=True
+    )
+    assert merged.trainer.max_minutes == limit
+    assert ("trainer.max_minutes=null in place of 9.5" in capsys.readouterr().err) == (limit is None)
+
+
 def test_a_run_older_than_a_key_goes_on(where):
     assert train(where, "trainer.steps=1").status == 0
     path = runs(where)[0] / "checkpoints/last.safetensors"
