@@ -129,7 +129,9 @@ def _stores_permissions(folder: Path) -> bool:
 
 
 def _user() -> int:
-    return 0 if sys.platform == "win32" else os.geteuid()
+    if sys.platform == "win32":
+        return 0
+    return os.geteuid()
 
 
 def _user_name(number: int) -> str:
