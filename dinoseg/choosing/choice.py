@@ -164,32 +164,32 @@ class Chooser:
         candidates = self._candidates(case)
         first = self._try(candidates[0], 1, len(candidates))
         whole: Tried | None = None  # that tunes the backbone, on images that are no smaller
-        enough: tuple[Candidate, Tried, float] | None = None
-        notes = ""
+        enough: tuple[Candidate, Tried, float, str] | None = None
+        slow = skipped = ""  # notes on candidates that had too little time, and on those that were not timed
         for number, candidate in enumerate(candidates[1:], start=2):
             tried = self._try(candidate, number, len(candidates))
             if isinstance(tried, str):
-                notes += f"; {tried}"
+                skipped += f"; {tried}"
                 continue
             if tried.length.images >= candidate.surely:
-                return self._settled(candidate, tried, notes)
+                return self._settled(candidate, tried, slow + skipped)
             whole = tried if candidate.case is case else whole
             fewest = max(candidate.least, rules.LEAST_STEPS * _per_step(tried.cfg))
             if enough is None and tried.length.images >= fewest:
-                enough = candidate, tried, fewest
+                enough = candidate, tried, fewest, slow  # without its own note and those on candidates after it
             of = " that are smaller" if candidate.case.smaller < 1 else ""
             adapter = tried.cfg.choices.adapter
-            notes += f"; with adapter={adapter} there would be time for {tried.length.images} images{of}"
+            slow += f"; with adapter={adapter} there would be time for {tried.length.images} images{of}"
         if enough is not None:
-            candidate, tried, fewest = enough
+            candidate, tried, fewest, before = enough
             tried = replace(tried, length=self._length(tried.cfg, tried.timed, case.facts))  # of what time is left
             if tried.length.images >= fewest:
-                return self._settled(candidate, tried, notes)
+                return self._settled(candidate, tried, before + skipped)
         if whole is not None and (rested := self._rested(whole, case)):
-            return rules.by_data(case), _noted(rested, notes)
+            return rules.by_data(case), _noted(rested, slow + skipped)
         if isinstance(first, str):
             raise OutOfMemory(first)
-        return self._shortened(*self._settled(candidates[0], first, notes), case)
+        return self._shortened(*self._settled(candidates[0], first, slow + skipped), case)
 
     def _settled(self, candidate: "Candidate", tried: Tried, notes: str) -> tuple[list[Choice], Tried]:
         return rules.by_data(candidate.case), _noted(tried, notes)

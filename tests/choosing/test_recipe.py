@@ -284,6 +284,7 @@ def test_a_backbone_is_tuned_on_whole_images_where_smaller_ones_have_no_time_eit
     cfg = config_of(folder / "R")
     assert ((cfg.choices.adapter, cfg.resolution.longest), tried) == (chosen, tries)
     assert (" images that are smaller." in done.out) == (chosen[0] == "frozen")
+    assert ("there would be time for" in done.out) == (chosen != ("full", None))  # of the ways that were passed over
 
 
 def plan(folder, monkeypatch, taken, *words, timed=TIMED, minutes=1.0):

@@ -182,6 +182,7 @@ def test_colours_of_other_weights_are_tried_and_put_back(held, monkeypatch):
     assert causes.other_colours(replace(found, floor={"miou": 0.935})) is None  # less than two points
     above = replace(found, floor={"miou": 0.9}, run={"miou": 0.95})
     assert causes.causes_of(above) == [said] and causes.causes_of(replace(above, has_time=False)) == []
+    assert causes.causes_of(replace(above, has_time=True, until=0.0)) == []  # its time is spent
     assert torch.equal(found.plain.backbone.mean, own[0]) and torch.equal(found.plain.backbone.std, own[1])
 
 
@@ -251,6 +252,7 @@ def test_rates_are_tried_where_labels_alone_teach_and_told_where_they_clearly_he
 def quick(monkeypatch):
     monkeypatch.setattr(floor, "_LEAST_SECONDS", 1e-9)
     monkeypatch.setattr(floor, "_affordable", lambda *_: (64, True))
+    monkeypatch.setattr("dinoseg.diagnosis.tell._LOOKING", 1e9)  # two steps leave milliseconds for causes
 
 
 @pytest.mark.heavy
