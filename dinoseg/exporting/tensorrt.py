@@ -67,7 +67,7 @@ def _by_command(path: Path, part: Path, profile: Sequence[Shape]) -> None:
         named = zip(("minShapes", "optShapes", "maxShapes"), profile, strict=True)
         words += [f"--{name}=image:{'x'.join(map(str, size))}" for name, size in named]
     done = subprocess.run(words, capture_output=True, text=True, errors="replace", check=False)
-    if done.returncode or not part.is_file():
+    if done.returncode or not part.is_file() or not part.stat().st_size:
         said = (done.stderr or done.stdout).strip().splitlines() or ["nothing"]
         raise UserError(f"trtexec could not build an engine of {path} (it says: {said[-1][:300]}). {_KEPT}")
 

@@ -123,7 +123,7 @@ def test_the_data_are_asked_for_once_and_what_is_wrong_is_told_once(tmp_path, mo
 def test_a_config_larger_than_any_is_not_read(tmp_path):
     (tmp_path / "config").mkdir()
     (tmp_path / "config/config.yaml").write_bytes(b"#" * (2**20 + 1))
-    with pytest.raises(UserError, match="larger than 131072 bytes"):
+    with pytest.raises(UserError, match="has 1048577 bytes, and 131072 are read at most"):
         Pictures(None, record(), tmp_path).data  # noqa: B018
 
 

@@ -295,7 +295,7 @@ def test_only_what_is_read_is_recorded(segmenter):
     model = segmenter()
     told = SmoothingTracker(model, NEAR).settings
     assert set(told["tracker"]) == set(asdict(NEAR)) - {
-        *("first", "upsample", "min_max", "short", "long_multiple", "rounding", "resample")
+        *("first", "upsample", "min_max", "short", "long_multiple", "rounding", "resample", "enlarge")
     }
     assert SmoothingTracker(model, replace(NEAR, short=7, first="bilinear")).settings == told
     for key, value in {"context": 1, "radius": 1, "top_k": 2, "temperature": 0.3, "repeat_first": True}.items():
