@@ -80,7 +80,7 @@ def _text_of(mode: str) -> str:
     text = (CONFIGS / "mode" / f"{mode}.yaml").read_text(encoding="utf-8")
     first = text.splitlines()[0] if text else ""
     below = (
-        re.findall(r"\w+", first.partition("#")[0].removeprefix("defaults:")) if first.startswith("defaults:") else []
+        re.findall(r"\w+", first.partition("{")[0].removeprefix("defaults:")) if first.startswith("defaults:") else []
     )
     return "".join(_text_of(name) for name in below if name != "_self_") + text
 
