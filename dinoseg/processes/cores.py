@@ -23,9 +23,7 @@ def count_cores() -> int:
 
 def machine_memory() -> int:
     """Return the machine's memory in bytes, or what a container leaves of it."""
-    import psutil
-
-    return min(psutil.virtual_memory().total, memory_limit())
+    return min(_installed_memory(), memory_limit())
 
 
 def cores_here() -> int:
@@ -100,6 +98,16 @@ def limit_spinning() -> None:
     """
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = _SPINS
+
+
+def _installed_memory() -> int:
+    if sys.platform == "win32":
+        try:
+            import psutil
+        except ImportError:  # exported models run without it, on Windows within any memory
+            return sys.maxsize
+        return int(psutil.virtual_memory().total)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _share(cores: int) -> int:
