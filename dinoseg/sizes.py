@@ -1,4 +1,6 @@
-"""At which size a picture enters a backbone: plain arithmetic, for runtimes without torch too."""
+"""Plain arithmetic without torch: at which size an image enters a backbone, and evenly spaced indices."""
+
+import numpy as np
 
 Size = tuple[int, int]  # rows, columns
 
@@ -19,3 +21,8 @@ def kept_longest(size: Size, longest: int | None, typical: int, largest: int) ->
         largest: the longer side above which it is larger than any that was trained or validated on.
     """
     return typical if min(max(size), longest or max(size)) > largest else longest
+
+
+def evenly_spaced(length: int, count: int) -> list[int]:
+    """Return at most `count` different indices of a sequence of `length`, in order, from the first to the last."""
+    return [round(place) for place in np.linspace(0, length - 1, min(count, length)).tolist()]

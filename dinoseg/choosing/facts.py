@@ -13,7 +13,7 @@ from dinoseg.data.scan.class_counts import class_counts
 from dinoseg.data.scan.scan import scan
 from dinoseg.processes.cores import count_cores
 from dinoseg.shapes import SegmentationData
-from dinoseg.sizes import Size
+from dinoseg.sizes import Size, evenly_spaced
 from dinoseg.wording import count_of, listed
 
 _LOOKED_AT = 48  # masks whose parts are measured, evenly spaced
@@ -74,8 +74,8 @@ def facts_of(train: SegmentationData, val: SegmentationData, cache_dir: str | Pa
     """
     counts = class_counts(train, cache_dir)
     files = train.source if isinstance(train, PairDataset) else train  # packed ones may be reduced
-    places = np.unique(np.linspace(0, len(train) - 1, min(_LOOKED_AT, len(train))).round().astype(int))
-    masks = [files[int(place)]["mask"].numpy() for place in places]
+    places = evenly_spaced(len(train), _LOOKED_AT)
+    masks = [files[place]["mask"].numpy() for place in places]
     names = [str(name) for name in train.classes]
     measured = masks[:: min(max(1, len(masks) // _LEAST), math.ceil(sum(mask.size for mask in masks) / _PIXELS))]
     parts = np.concatenate([list(parts_of(mask, len(names))) or np.empty((0, 3)) for mask in measured])

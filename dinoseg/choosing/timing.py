@@ -9,7 +9,6 @@ from functools import partial
 from itertools import repeat
 from typing import Any
 
-import numpy as np
 import torch
 
 from dinoseg import build, criteria
@@ -21,6 +20,7 @@ from dinoseg.errors import UserError
 from dinoseg.model import Segmenter
 from dinoseg.regimes.choice import regime_of
 from dinoseg.shapes import Batch, FeatureBatch
+from dinoseg.sizes import evenly_spaced
 from dinoseg.training.engine import Engine
 from dinoseg.training.feature_cache.form import size_of
 from dinoseg.training.feature_choice import stored_as
@@ -166,7 +166,7 @@ def _seconds_of_val(cfg: Any, model: Segmenter, engine: Engine, until: float = m
     """Return what an image takes as it is validated: read, predicted, its loss and counts; some of them are."""
     data, policy = build.dataset(cfg, "val"), instantiate(cfg.inference)
     loss = criteria.unweighted(cfg).to(engine.device)
-    places = np.linspace(0, len(data) - 1, min(_VALIDATED, len(data))).round().astype(int)  # may be of many sizes
+    places = evenly_spaced(len(data), _VALIDATED)  # may be of many sizes
 
     def validated(some: Iterable[int]) -> float:
         began, count = time.perf_counter(), 0
@@ -177,7 +177,7 @@ def _seconds_of_val(cfg: Any, model: Segmenter, engine: Engine, until: float = m
                 if count and time.monotonic() >= until:
                     return
                 count += 1
-                yield Batch.stack([data[int(place)]])
+                yield Batch.stack([data[place]])
 
         evaluate(model, data, engine, policy=policy, loss=loss, batches=batches())
         return (time.perf_counter() - began) / count

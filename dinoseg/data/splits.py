@@ -7,13 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol, TypeVar, cast
 
-import numpy as np
-
 from dinoseg.bounded_regex import Pattern
 from dinoseg.errors import UserError
 from dinoseg.images import IMAGE_SUFFIXES
 from dinoseg.ranges import Count, Natural, OpenShare
 from dinoseg.shapes import SegmentationData
+from dinoseg.sizes import evenly_spaced
 from dinoseg.storage.files import check_regular
 from dinoseg.wording import count_of, listed
 
@@ -273,5 +272,4 @@ def keep_evenly_spaced(data: Any, count: Count | None) -> Any:
     """Return a data set with at most `count` of its samples, evenly spaced; None: all of them."""
     if count is None or count >= len(data):
         return data
-    places = np.linspace(0, len(data) - 1, count).round().astype(int)
-    return data.keep({data.names[place] for place in places})
+    return data.keep({data.names[place] for place in evenly_spaced(len(data), count)})

@@ -12,7 +12,6 @@ from itertools import zip_longest
 from statistics import mean
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from omegaconf import DictConfig
 
@@ -29,6 +28,7 @@ from dinoseg.probing.probe import Grid, Probe
 from dinoseg.regimes.images import ImageRegime
 from dinoseg.regimes.regime import Regime
 from dinoseg.shapes import Batch, SegmentationData
+from dinoseg.sizes import evenly_spaced
 from dinoseg.training.engine import Engine
 from dinoseg.training.validation import Scored, evaluate
 from dinoseg.wording import count_of
@@ -171,7 +171,7 @@ def _affordable(
         seconds: for all.
     """
     began = time.perf_counter()
-    train, val = ([(data, place) for place in _spaced(len(data), _TIMED)] for data in splits)
+    train, val = ([(data, place) for place in evenly_spaced(len(data), _TIMED)] for data in splits)
     for way in (run, plain):
         _score(way, val[0], engine)  # the first takes longer
     of_run, of_plain = list[float](), list[float]()
@@ -201,8 +201,3 @@ def _score(way: _Way, image: tuple[SegmentationData, int], engine: Engine) -> fl
         scored.add(Batch.stack([data[place]]).to(engine.device))
     synchronize(engine.device)
     return time.perf_counter() - began
-
-
-def _spaced(length: int, count: int) -> list[int]:
-    """Return at most so many places, evenly spaced."""
-    return [int(place) for place in np.linspace(0, length - 1, min(count, length)).round()]

@@ -10,6 +10,7 @@ from dinoseg.evaluation.about import Origin, about_run
 from dinoseg.images import IMAGE_SUFFIXES, read_image
 from dinoseg.report.html.tracking import TrackingReport, tracking_page
 from dinoseg.report.overlay import reduced
+from dinoseg.sizes import evenly_spaced
 from dinoseg.storage.atomic import write_text
 from dinoseg.storage.files import entries
 from dinoseg.storage.natural_order import natural_order
@@ -57,5 +58,5 @@ def _frames(folder: Path) -> list[tuple[str, np.ndarray]]:
     """Return some evenly spaced blended frames of a video with their names."""
     found = [path for path in entries(folder) if path.suffix.lower() in IMAGE_SUFFIXES]
     paths = sorted(found, key=lambda path: natural_order(path.name))
-    places = np.unique(np.linspace(0, len(paths) - 1, min(_FRAMES, len(paths))).round().astype(int))
-    return [(paths[place].stem, reduced(read_image(paths[place]), _LONGEST)) for place in places.tolist()]
+    places = evenly_spaced(len(paths), _FRAMES)
+    return [(paths[place].stem, reduced(read_image(paths[place]), _LONGEST)) for place in places]

@@ -6,6 +6,7 @@ import numpy as np
 
 from dinoseg.report.overlay import blend, reduced, side_by_side, stacked
 from dinoseg.report.palette import default_palette
+from dinoseg.sizes import evenly_spaced
 
 _SHOWN = 4  # frames
 
@@ -22,7 +23,7 @@ def clip_strip(
     Ids are told apart by colour; id 0 stays as it is, and 255 (nothing is known) becomes beige. Frames with more than
     `longest` pixels on their longer side are reduced to so many.
     """
-    shown = sorted({round(frame) for frame in np.linspace(0, len(frames) - 1, _SHOWN)})
+    shown = evenly_spaced(len(frames), _SHOWN)
     palette = default_palette(255)
     small = {number: reduced(frames[number], longest) for number in shown}
     rows = [[(f"frame {number}", frame) for number, frame in small.items()]]

@@ -7,6 +7,7 @@ import numpy as np
 
 from dinoseg.contracts import Loss
 from dinoseg.model import Segmenter
+from dinoseg.sizes import evenly_spaced
 from dinoseg.training.engine import Engine
 from dinoseg.training.tally import Tally
 
@@ -66,4 +67,4 @@ class Feed(Protocol):
 def spread(samples: int, wanted: int, world: int) -> list[int]:
     """Return the indices of at most `wanted` samples, evenly spread over those that rank 0 validates."""
     validated = range(0, samples, world)
-    return sorted({validated[round(at)] for at in np.linspace(0, len(validated) - 1, min(wanted, len(validated)))})
+    return [validated[place] for place in evenly_spaced(len(validated), wanted)]

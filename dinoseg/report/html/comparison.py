@@ -17,6 +17,7 @@ from dinoseg.report.scores import few_units
 from dinoseg.report.table import MEANS
 from dinoseg.report.verdicts import SURELY_BETTER, SURELY_WORSE
 from dinoseg.shapes import Palette
+from dinoseg.sizes import evenly_spaced
 from dinoseg.wording import count_of
 
 _DOTS = 2000  # of a chart: a page of more takes seconds to open
@@ -197,7 +198,7 @@ def _by_image(report: ComparisonReport, other: OtherRun) -> str:
     )
     ends = around([value for pair in pairs for value in pair[:2]])
     pairs.sort(key=lambda pair: pair[1] - pair[0])
-    drawn = np.unique(np.linspace(0, len(pairs) - 1, min(_DOTS, len(pairs))).round().astype(int)).tolist()
+    drawn = evenly_spaced(len(pairs), _DOTS)
     title = "Each image" if len(drawn) == len(pairs) else f"{_DOTS} of the images, evenly chosen by difference"
     axes = Axes(ends, ends, f"{report.first}, %", f"{other.name}, %")
     scatter = scatter_chart(title, [pairs[place] for place in drawn], axes)
