@@ -74,7 +74,7 @@ def launch(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> Any:
     limit_spinning()
     if not isinstance(cfg.get("cache_dir", ""), str):
         raise UserError(f"cache_dir={plain(cfg)['cache_dir']}: give a folder, such as cache_dir=outputs/.cache.")
-    if "cache_dir" in cfg.mode.get("reads", ()) and not cfg.shared_cache:
+    if "cache_dir" in cfg.mode.get("reads", ()) and cfg.shared_cache is not True:
         check_private(Path(cfg.cache_dir).expanduser(), "cache_dir")
     if "devices" in cfg.mode:
         join_slurm()
