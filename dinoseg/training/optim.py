@@ -10,12 +10,12 @@ from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from dinoseg.errors import UserError
 from dinoseg.model import Segmenter
 from dinoseg.ranges import HighShare, LowShare, NotNegative, OpenShare, Positive, Share
+from dinoseg.training.sharding import local_part
 
 logger = logging.getLogger(__name__)
 _EMBEDDING = re.compile(r"(token|tokens|pos_embed|position_embeddings|level_embed|level_encoding|queries)$")
@@ -117,7 +117,9 @@ def adamw(
 @torch.no_grad()
 def scale_gradients(parameters: Iterable[Tensor], scale: Tensor) -> None:
     """Multiply the gradients of `parameters` by `scale` (), in one call for each dtype."""
-    for (gradients,) in _by_dtype([_local(parameter.grad)] for parameter in parameters if parameter.grad is not None):
+    for (gradients,) in _by_dtype(
+        [local_part(parameter.grad)] for parameter in parameters if parameter.grad is not None
+    ):
         first = gradients[0]
         torch._foreach_mul_(gradients, scale.to(first.dtype).to(first.device))  # MPS takes no float64
 
@@ -271,7 +273,7 @@ class MovingAverage:
 
     def _pairs(self) -> Iterator[tuple[list[Tensor], ...]]:
         """Yield the averages and the live tensors of each dtype."""
-        return _by_dtype([_local(self.average[name]), _local(value)] for name, value in self.live.items())
+        return _by_dtype([local_part(self.average[name]), local_part(value)] for name, value in self.live.items())
 
 
 def _by_dtype(rows: Iterable[Sequence[Tensor]]) -> Iterator[tuple[list[Tensor], ...]]:
@@ -280,11 +282,6 @@ def _by_dtype(rows: Iterable[Sequence[Tensor]]) -> Iterator[tuple[list[Tensor], 
     for row in rows:
         groups.setdefault(row[0].dtype, []).append(row)
     yield from (tuple(map(list, zip(*group, strict=True))) for group in groups.values())
-
-
-def _local(value: Tensor) -> Tensor:
-    """Return the part of a sharded tensor that this rank holds; a plain tensor as it is."""
-    return value.to_local() if isinstance(value, DTensor) else value.detach()
 
 
 def tensors_of(model: nn.Module, names: set[str]) -> Iterator[tuple[str, Tensor]]:

@@ -50,6 +50,12 @@ def whole(value: Tensor) -> Tensor:
     return shared.full_tensor() if _is_distributed(value) else value
 
 
+def local_part(value: Tensor) -> Tensor:
+    """Return the part of a shared tensor that this rank holds, without a gradient; a plain tensor as it is."""
+    shared: Any = value
+    return shared.to_local() if _is_distributed(value) else value.detach()
+
+
 def gathered(tensors: Iterable[tuple[str, Tensor]], *, keep: bool) -> dict[str, Tensor]:
     """Return tensors by name, those that are shared out whole and on the CPU; none on a rank that does not keep them.
 
