@@ -191,10 +191,10 @@ class Chooser:
             raise OutOfMemory(first)
         return self._shortened(*self._settled(candidates[0], first, slow + skipped), case)
 
-    def _settled(self, candidate: "Candidate", tried: Tried, notes: str) -> tuple[list[Choice], Tried]:
+    def _settled(self, candidate: Candidate, tried: Tried, notes: str) -> tuple[list[Choice], Tried]:
         return rules.by_data(candidate.case), _noted(tried, notes)
 
-    def _candidates(self, case: Case) -> list["Candidate"]:
+    def _candidates(self, case: Case) -> list[Candidate]:
         """Return ways of training: the cheapest, which is the last resort, then the others, the best first."""
         any_number, never = -math.inf, math.inf
         if "adapter" in self.given:
@@ -229,7 +229,7 @@ class Chooser:
         typed = self.given & {"adapter", "optim.optimizer.backbone_begin"}
         return able and not typed and case.sees_pixels and case.smaller == 1
 
-    def _try(self, candidate: "Candidate", number: int, count: int) -> Tried | str:
+    def _try(self, candidate: Candidate, number: int, count: int) -> Tried | str:
         """Time a candidate; return why that was not possible where there is too little memory or time for choosing.
 
         The first one gets an estimate then: by its time limit, or by a share of the budget where reading the data has

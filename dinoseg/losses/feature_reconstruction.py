@@ -33,7 +33,7 @@ class FeatureReconstruction(Loss):
     """
 
     needs_slots = True
-    divisor = "clips"  # of one length: frames and pairs of frames are as many for each
+    divisor = "clips"  # all have the same length, so that means over frames are divided by the number of clips
 
     def __init__(self) -> None:  # that of nn.Module takes any key
         super().__init__()

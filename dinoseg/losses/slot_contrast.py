@@ -24,7 +24,7 @@ class SlotContrast(Loss):
     """
 
     needs_slots = True
-    divisor = "clips"  # of one length: frames and pairs of frames are as many for each
+    divisor = "clips"  # all have the same length, so that means over frames are divided by the number of clips
     needs_carried = True
     sums_over_batch = True
 

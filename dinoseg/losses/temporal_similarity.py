@@ -53,7 +53,7 @@ class TemporalSimilarity(Loss):
     """
 
     needs_slots = True
-    divisor = "clips"  # of one length: frames and pairs of frames are as many for each
+    divisor = "clips"  # all have the same length, so that means over frames are divided by the number of clips
     needs_similarity = True
 
     def __init__(self, temperature: Positive = 0.075, threshold: float = 0.0) -> None:

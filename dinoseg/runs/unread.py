@@ -9,15 +9,8 @@ from dinoseg.runs.folder import last_command_line
 from dinoseg.wording import listed, printable
 
 logger = logging.getLogger(__name__)
-_FOR_ALL = (
-    "mode",
-    "hparam",
-    "hydra",
-    "local",
-    "trust",
-    "shared_cache",
-    "engine",
-)  # what every mode reads, and facts of the machine
+# what every mode reads, and facts of the machine
+_FOR_ALL = ("mode", "hparam", "hydra", "local", "trust", "shared_cache", "engine")
 
 
 def warn_unread(out_dir: Path, unread: Collection[str], reason: str) -> None:

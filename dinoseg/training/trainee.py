@@ -226,8 +226,9 @@ class Trainee:
         total, weight, stop = self.engine.total(*learnt.sums, asked)
         with self.last.update():
             before = self._unread[-1][2].norm if self._unread else None
-            how: dict[str, Any] = {"clip": clip, "before": before, "loss_scale": self.scale}
-            mean, norm = self.engine.step(self.optimizer, total, weight, **how)
+            mean, norm = self.engine.step(
+                self.optimizer, total, weight, clip=clip, before=before, loss_scale=self.scale
+            )
             self._unread.append((self.run.step, learnt, Outcome(mean, norm, stop)))
             told = told or not self.engine.updates_without_waiting(self.optimizer)
             stops = self._read(later=0 if told or (asked and self.engine.world == 1) else 1)
