@@ -92,7 +92,7 @@ def test_a_reader_that_goes_away_gets_no_traceback(arguments, tmp_path):
     command = [sys.executable, "-m", "dinoseg", *arguments]
     done = subprocess.run(command, cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
-    assert done.returncode == 141 and "Error" not in done.stderr and "Traceback" not in done.stderr
+    assert (done.returncode, [line for line in done.stderr.splitlines() if " INFO " not in line]) == (141, [])
 
 
 def test_help_imports_neither_torch_nor_hydra(tmp_path):

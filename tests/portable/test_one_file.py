@@ -315,7 +315,7 @@ def change(name, value):
 CHANGED = {
     "NaN": (change("model/head.classify.weight", lambda one: one * float("nan")), "hold NaN or infinity"),
     "another shape": (change("model/head.classify.weight", lambda one: one[:1].clone()), "of another shape"),
-    "another type": (change("model/head.classify.weight", lambda one: one.to(torch.complex64)), "of another type"),
+    "another type": (change("model/head.classify.weight", lambda one: one.to(torch.complex64)), "has the type C64"),
     "one more": (lambda sound: {"model/head.more": torch.zeros(1)}, "left over"),
     "one of no part": (lambda sound: {"x": torch.zeros(1)}, "a tensor x, which dinoseg does not write"),
     "one more constant": (lambda sound: {"constants/backbone.more": torch.zeros(1)}, "left over"),

@@ -127,7 +127,9 @@ def test_tensors_of_another_type_are_refused(tmp_path, dtype):
     tensors = {f"model/{name}": value for name, value in model.state_dict().items()}
     write(tmp_path / "x.safetensors", tensors | {f"model/{WEIGHT}": tensors[f"model/{WEIGHT}"].to(dtype)}, INFO)
     for look in (outline, read):
-        with pytest.raises(UserError, match="1 tensors of another type|has the type C64, which is not one of"):
+        unknown = dtype == torch.complex64 and look is outline  # a header with a type that no weights have
+        message = "has the type C64, which is not one of" if unknown else "1 tensors of another type"
+        with pytest.raises(UserError, match=message):
             check_fits(model, look(tmp_path / "x.safetensors"))
 
 
