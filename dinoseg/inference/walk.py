@@ -15,18 +15,24 @@ from dinoseg.inference.memory import PeakBytes
 
 @contextmanager
 def walking(count: PeakBytes | None = None) -> Iterator[PeakBytes]:
-    """Make tensors without numbers within the block, and count their bytes, by another count than the plain one."""
+    """Make tensors without numbers within the block, and count their bytes, by another count than the plain one.
+
+    Cached functions that computed something within the block (transformers': positions) lose their caches, which hold
+    tensors without numbers; those of other code keep theirs.
+    """
+    misses = {function: function.cache_info().misses for function in _cached_functions(len(sys.modules))}
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), count or PeakBytes() as peak:
             yield peak
-    finally:  # of functions that keep what they return (transformers': positions), as if these were numbers
-        for function in _keepers(len(sys.modules)):
-            function.cache_clear()
+    finally:
+        for function in _cached_functions(len(sys.modules)):
+            if function.cache_info().misses != misses.get(function, 0):
+                function.cache_clear()
 
 
 @functools.lru_cache(maxsize=1)
-def _keepers(modules: int) -> WeakSet[Any]:
-    """Return the functions that keep what they return, of so many imported modules: to look for them takes long."""
+def _cached_functions(modules: int) -> WeakSet[Any]:
+    """Return all functions with an lru_cache, of so many imported modules: to look for them takes long."""
     # by type: some objects warn where they are asked for their class
     found = (each for each in gc.get_objects() if type(each) is functools._lru_cache_wrapper)
-    return WeakSet(each for each in found if each is not _keepers and not each.__module__.startswith("torch."))
+    return WeakSet(each for each in found if each is not _cached_functions and not each.__module__.startswith("torch."))

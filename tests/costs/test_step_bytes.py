@@ -132,6 +132,16 @@ def test_what_a_module_keeps_that_a_walk_has_imported_is_forgotten(tmp_path, mon
     assert keeping.kept.cache_info().currsize == 0
 
 
+def test_a_cache_that_a_walk_has_not_filled_is_kept(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere.py").write_text("import functools\n\n\n@functools.cache\ndef kept():\n    return object()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    kept = import_module("elsewhere").kept
+    before = kept()
+    with walking():
+        assert kept() is before
+    assert kept() is before
+
+
 def test_drawn_batches_have_the_recipe_s_sizes_and_classes(compose):
     cfg = compose(*BASE, "resolution.crop=[33,7]")
     batch = drawn_batch(cfg, 5)
