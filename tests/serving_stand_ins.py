@@ -1,5 +1,6 @@
 """A stand-in for a trained model, and a service of it: class 1 where a pixel is bright."""
 
+import atexit
 import functools
 import io
 import socket
@@ -77,7 +78,9 @@ class InThread(Child):
 @functools.cache
 def decoders():
     """Return processes that decode for all tests: they are slow to start."""
-    return Decoders(2**20, count=2)
+    made = Decoders(2**20, count=2)
+    atexit.register(made.end)
+    return made
 
 
 @contextmanager
