@@ -1,3 +1,4 @@
+import gc
 import logging
 import os
 import signal
@@ -31,6 +32,12 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)  # long files begin first, so that no worker ends alone
+
+
+def pytest_collection_finish():
+    """Take what imports and collection have made out of garbage collection, a tenth of the time of short commands."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
