@@ -110,7 +110,7 @@ def test_a_loss_that_waits_is_seen(tmp_path):
 
     model, _ = tiny()
     done = train(tmp_path, model, Reading(), steps=2, val_every=2, log_every=2)
-    assert done.feed.steps[0] == {"training/trainee.py _gradients: copy to the device": 1}
+    assert done.feed.steps[0] == {"training/trainee.py _loss_part: copy to the device": 1}
 
 
 def test_slots():
