@@ -40,6 +40,10 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def pytest_unconfigure():
+    gc.unfreeze()  # libraries report what is not collected when Python ends
+
+
 @pytest.fixture(autouse=True)
 def no_stray_log_handlers():
     """Begin with pytest's own handlers alone: a library that logs between tests leaves one on a closed stream."""
