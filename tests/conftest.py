@@ -36,6 +36,10 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish():
     """Take what imports and collection have made out of garbage collection, a tenth of the time of short commands."""
+    from dinoseg.inference.walk import walking
+
+    with walking():  # which looks for cached functions, and finds none that are frozen
+        pass
     gc.collect()
     gc.freeze()
 
