@@ -1,4 +1,4 @@
-"""Plain arithmetic without torch: at which size an image enters a backbone, and evenly spaced indices."""
+"""Arithmetic without torch: the input size of a backbone, and evenly spaced indices."""
 
 import numpy as np
 
@@ -24,5 +24,5 @@ def kept_longest(size: Size, longest: int | None, typical: int, largest: int) ->
 
 
 def evenly_spaced(length: int, count: int) -> list[int]:
-    """Return at most `count` different indices of a sequence of `length`, in order, from the first to the last."""
+    """Return at most `count` different indices below `length`, in order: the first, and of several the last."""
     return [round(place) for place in np.linspace(0, length - 1, min(count, length)).tolist()]

@@ -51,7 +51,7 @@ def whole(value: Tensor) -> Tensor:
 
 
 def local_part(value: Tensor) -> Tensor:
-    """Return the part of a shared tensor that this rank holds, without a gradient; a plain tensor as it is."""
+    """Return this rank's shard of a distributed tensor, or a plain tensor detached from its graph."""
     shared: Any = value
     return shared.to_local() if _is_distributed(value) else value.detach()
 
