@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from dinoseg.processes import cores
+
 ROOT = Path(__file__).parents[1]
 PROCESSES = {"subprocess", "multiprocessing", "ranks"}  # what a test file that starts processes imports
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -56,6 +58,13 @@ def no_stray_log_handlers():
         if not type(handler).__module__.startswith("_pytest."):
             root.removeHandler(handler)
             handler.close()
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Let processes that the test starts have one thread, even if a test before has removed the variable."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    cores._written.clear()
 
 
 @pytest.fixture(scope="session")

@@ -114,14 +114,15 @@ def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(data, tmp_path)
     assert 7 <= stood_at < 20
     succeed(cut, *train(data, "resume=auto", workers=1))
     assert len(list((cut / "outputs/base").glob("train_*"))) == 1, "it goes on in its own folder"
-    for name in ("last", "best"):
-        first, second = (checkpoint.read(path / f"checkpoints/{name}.safetensors") for path in (newest(whole), folder))
-        assert first.tensors.keys() == second.tensors.keys()
-        assert not [key for key in first.tensors if not torch.equal(first.tensors[key], second.tensors[key])], stood_at
-        assert first.info["progress"] == second.info["progress"]
-    assert scores(newest(whole)) == scores(folder)
     first, second = (untimed(path) for path in (newest(whole) / "metrics.jsonl", folder / "metrics.jsonl"))
-    assert first == second and sum("train/miou" in row for row in first) == 20
+    odd = next((pair for pair in zip(first, second, strict=True) if pair[0] != pair[1]), None)
+    assert odd is None and sum("train/miou" in row for row in first) == 20
+    for name in ("last", "best"):
+        one, other = (checkpoint.read(path / f"checkpoints/{name}.safetensors") for path in (newest(whole), folder))
+        assert one.tensors.keys() == other.tensors.keys()
+        assert not [key for key in one.tensors if not torch.equal(one.tensors[key], other.tensors[key])]
+        assert one.info["progress"] == other.info["progress"]
+    assert scores(newest(whole)) == scores(folder)
 
 
 def test_evaluation_after_training_is_mode_eval_on_its_checkpoint(trained, tmp_path):
