@@ -245,7 +245,7 @@ def dataset(
     drawn_alone = {"pseudo": False} if "pseudo" in (cfg.data.get("reader") or ()) and not reduced else None
     pairs = reader(cfg, drawn_alone)(split)
     more: dict[str, Any] = {} if decided is None else {"decided": decided}
-    if reduced and split == "train" and cfg.data.get("labelled") is not None:  # older checkpoints have no such key
+    if reduced and split == "train" and cfg.data.get("labelled") is not None:
         labelled = {"labelled": cfg.data.labelled}
         check_given("dinoseg.data.opened.opened", labelled, {"labelled": "data.labelled"})
         more |= {**labelled, "group": cfg.data.group, "seed": seed_of(cfg)}

@@ -10,7 +10,6 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dinoseg.config.checks import check_given
-from dinoseg.config.moved import renamed
 from dinoseg.errors import UserError
 
 Part = TypeVar("Part")
@@ -34,7 +33,7 @@ def instantiate(node: Any, *, without: Sequence[str] = (), instead: Mapping[str,
         if absent or isinstance(error, UserError):
             raise UserError(not_set(absent[1]) if absent else str(error)) from None
         raise
-    values = renamed({key: value for key, value in values.items() if key not in without}) | dict(instead or {})
+    values = {key: value for key, value in values.items() if key not in without} | dict(instead or {})
     where = node._get_full_key(None) if OmegaConf.is_config(node) else ""
     unset = next(_unset(values, where), None)
     if unset:

@@ -11,7 +11,6 @@ from typing import Any
 import yaml
 from hydra.core.hydra_config import HydraConfig
 
-from dinoseg.config.moved import today
 from dinoseg.config.options import RECIPES
 
 # those that a checkpoint's config fills
@@ -195,7 +194,7 @@ def _add(node: Any, keys: Keys, registry: dict[Keys, Entry]) -> None:
     entry = registry.setdefault(keys, Entry())
     for key, value in node.items():
         if key == "_target_":
-            entry.targets.add(today(str(value)))
+            entry.targets.add(str(value))
         elif key == "_partial_":
             entry.partial.add(bool(value))
         else:

@@ -98,7 +98,7 @@ def evaluated(folder: Path) -> Path:
             )
     raise UserError(
         f"runs: {folder} holds no {RECORD}, so there is nothing to compare: it is no evaluation of images, or one made "
-        f"with mode.report=false or by an older dinoseg. {_REMEDY}"
+        f"with mode.report=false. {_REMEDY}"
     )
 
 

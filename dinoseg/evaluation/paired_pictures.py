@@ -12,7 +12,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from dinoseg import build
 from dinoseg.config.guard import ACTING, guard
-from dinoseg.config.moved import renamed
 from dinoseg.config.plain import plain
 from dinoseg.config.resolvers import CLASS_FILE, settled
 from dinoseg.errors import UserError
@@ -82,8 +81,7 @@ class Pictures:
     def _saved(self, text: str) -> dict[str, Any]:
         """Return what a checkpoint would keep of a config file, with the data where they were evaluated."""
         kept = as_read_back(config_of(text))
-        # of a run that is older than a key, it says nothing of it
-        saved = renamed({key: kept[key] for key in SAVED if key not in OPTIONAL or key in kept})
+        saved = {key: kept[key] for key in SAVED if key not in OPTIONAL or key in kept}
         saved["data"] = {**saved["data"], **dict.fromkeys(ACTING), "root": self.record.root}
         return saved
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from dinoseg.config.moved import renamed
 from dinoseg.config.plain import plain
 from dinoseg.data.clips.videos import Video
 from dinoseg.errors import UserError
@@ -53,7 +52,7 @@ def earlier_run(restart: str | None, record: Mapping[str, Any]) -> Path | None:
         return None
     folder = Path(restart).expanduser()
     try:
-        before = renamed(forms.read_json(folder / RECORD, _FORM))  # older ones name targets as they were then
+        before = forms.read_json(folder / RECORD, _FORM)
     except (OSError, forms.Misshapen) as error:
         raise UserError(
             f"mode.restart={restart} holds no readable {RECORD} ({error}): it is no run folder of mode=eval on videos, "

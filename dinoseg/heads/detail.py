@@ -36,7 +36,7 @@ class DetailHead(Head[Tensor]):
         width: channels of details, of tokens, and of both together, 4 px apart.
         blocks: residual convolutions that mix these.
         jitter: deviation of the contrast and the colour shift that details of an image are drawn with in training.
-        direct: whether a linear layer scores the tokens, too; configs that are older than the key mean no.
+        direct: whether a linear layer scores the tokens, too.
 
     Raises:
         UserError: an odd patch size, or a number below its least.

@@ -25,7 +25,7 @@ class TrainedSizes:
     Args:
         typical: the median.
         largest: no picture of the training, enlarged as far as the augmentation does, or of its validation is larger,
-            so that mode=predict never changes what mode=eval has scored. Of older checkpoints: of 95 % of the training.
+            so that mode=predict never changes what mode=eval has scored.
     """
 
     typical: int
@@ -45,7 +45,7 @@ class TrainedSizes:
 
     @classmethod
     def from_info(cls, info: Mapping[str, Any]) -> "TrainedSizes | None":
-        """Read what a checkpoint says; None for one that is older, or no images.
+        """Read what a checkpoint says; None where it was not trained on images.
 
         Raises:
             UserError: it is no pair of sizes.

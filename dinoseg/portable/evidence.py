@@ -55,8 +55,7 @@ def scores_of(path: Path, classes: Sequence[str], evaluation: str | None) -> dic
     if (folder / "official_scores.json").is_file():
         official = _read(folder / "official_scores.json", _OFFICIAL, where)
         found["official"] = {key: official.get(key) for key in ("protocol", "scores", "ci95", "n", "unit", "rules")}
-        # older evaluations drew theirs by a bootstrap, and say so
-        found["official"]["interval"] = official.get("interval", official.get("bootstrap"))
+        found["official"]["interval"] = official.get("interval")
     return found
 
 

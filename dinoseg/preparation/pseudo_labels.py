@@ -13,7 +13,6 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from dinoseg import build
-from dinoseg.config.moved import renamed
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.plain import plain
 from dinoseg.contracts import Backbone
@@ -119,7 +118,7 @@ def _labels_of(propagation: Propagation, video: Path) -> dict[str, int]:
     made_by = as_read_back({**propagation.made_by, **sums})
 
     def fits(note: Mapping[str, Any]) -> bool:
-        return renamed(note["made_by"]) == made_by and note["kept"].keys() == png_files(folder).keys()
+        return note["made_by"] == made_by and note["kept"].keys() == png_files(folder).keys()
 
     note = finished(
         folder / PSEUDO_FILE,

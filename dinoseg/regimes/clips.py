@@ -83,7 +83,7 @@ class ClipRegime(Regime):
         if cfg.data.cache is not None:
             raise UserError(f"data.cache={cfg.data.cache} holds images with masks, not clips. Set data.cache=null.")
         for key in ("feature_noise", "class_uniform", "class_mix"):
-            if value := cfg.data.get(key):  # the data of older checkpoints has no such key
+            if value := cfg.data.get(key):
                 raise UserError(f"data.{key}={value} is for images with masks, not for clips. Set it to 0.")
         cls._check_following(cfg)
 

@@ -59,7 +59,7 @@ class DistilRegime(ImageRegime):
         super().check_parts(cfg, model, world)
         named_teacher(cfg)
         _loss_options(cfg)
-        if cfg.data.get("class_mix"):  # the data of older checkpoints has no such key
+        if cfg.data.get("class_mix"):
             raise UserError(
                 f"data.class_mix={cfg.data.class_mix}: a teacher's scores are of images as they are, without classes "
                 "of another. Set it to 0 with trainer=distil."

@@ -49,9 +49,7 @@ class ImageRegime(Regime):
     feed: ImageFeed
 
     def __init__(self, cfg: DictConfig, engine: Engine, *, pictures: int = 0) -> None:
-        # the data of older checkpoints has no such keys
-        drawn = {"views": cfg.data.views if "views" in cfg.data else None}
-        drawn["class_mix"] = cfg.data.class_mix if "class_mix" in cfg.data else 0.0
+        drawn = {"views": cfg.data.get("views"), "class_mix": cfg.data.get("class_mix", 0.0)}
         share = share_of(cfg, engine, pictures) | drawn
         check_given("dinoseg.training.image_feed.ImageFeed", drawn, {key: f"data.{key}" for key in drawn})
         self.cfg = cfg

@@ -71,7 +71,7 @@ class Job:
 
     @property
     def chosen_before(self) -> Mapping[str, str | None]:
-        """What the run's engine chose before, by key; nothing of a new run or an older checkpoint.
+        """What the run's engine chose before, by key; nothing of a new run.
 
         Raises:
             UserError: the checkpoint says something else of it.

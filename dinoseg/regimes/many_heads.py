@@ -97,7 +97,7 @@ def _check_feed(cfg: DictConfig, regime: Regime, engine: Engine) -> None:
         raise UserError(f"engine.{key} is for one head at a time. Leave it out with trainer=many_heads.")
     if has_initial(cfg):
         raise UserError(f"init={cfg.init} is for one head at a time. Leave it out with trainer=many_heads.")
-    if cfg.data.get("feature_noise"):  # the data of older checkpoints has no such key
+    if cfg.data.get("feature_noise"):
         raise UserError(
             f"data.feature_noise={cfg.data.feature_noise} is for one head at a time. Set data.feature_noise=0 with "
             "trainer=many_heads."

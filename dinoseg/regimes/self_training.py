@@ -66,7 +66,7 @@ class SelfTrainingRegime(ImageRegime):
                 f"engine.sharding={cfg.engine.sharding} shares weights out, and a teacher needs whole ones. Leave it "
                 "out with trainer=self_training."
             )
-        if cfg.data.get("feature_noise"):  # the data of older checkpoints has no such key
+        if cfg.data.get("feature_noise"):
             raise UserError(
                 f"data.feature_noise={cfg.data.feature_noise} is for training on masks alone: strong views are the "
                 "noise here. Set it to 0 with trainer=self_training."

@@ -9,7 +9,6 @@ from omegaconf import DictConfig
 
 from dinoseg import __version__
 from dinoseg.config.guard import ACTING
-from dinoseg.config.moved import renamed
 from dinoseg.config.plain import plain
 from dinoseg.config.resolvers import settled
 from dinoseg.data.classes.labels import Labels
@@ -25,22 +24,6 @@ TEACHER = "teacher"  # the run that a student learns from
 INITIAL = "init"  # the run whose weights a new one begins with
 OPTIONAL = (*USES, HEADS, RATES, TEACHER, INITIAL)  # root keys that a checkpoint lacks where they say nothing
 SAVED = ("seed", *GROUPS, *OPTIONAL)  # root keys of a config that a checkpoint keeps
-# keys that older checkpoints lack, and what was so before them: that is the default of their targets, too, which are
-# built from such configs
-_LATER: Mapping[str, Mapping[str, Any]] = {
-    "backbone": {"final_norm": True},
-    "data": {"views": None, "feature_noise": 0.0, "class_uniform": 0.0, "class_mix": 0.0, "labelled": None},
-    "head": {
-        "init": None,
-        "deep_supervision": True,
-        "standardise": False,
-        "alone": 0.0,
-        "first": "drawn",
-        "decoder_first": 0.0,
-        "direct": False,
-    },
-    "loss": {"hardest": 1.0, "border_weight": 1.0, "border_width": 3},
-}
 # of a trainer: a run may go on with others
 LENGTHS = ("steps", "epochs", "max_minutes", "patience", "val_every", "val_images", "save_every", "log_every")
 
@@ -93,30 +76,13 @@ def recipe_of(info: Mapping[str, Any]) -> dict[str, Any]:
     if "mask_classification" not in repr(config["loss"]):
         unread.add("deep_supervision")  # which no other loss reads
     head = {key: value for key, value in config["head"].items() if key not in unread}
-    groups = {"backbone": config["backbone"], "data": data, "head": head, "loss": config["loss"]}
-    return {**config, "trainer": trainer, **{group: _without_later(node, group) for group, node in groups.items()}}
+    return {**config, "trainer": trainer, "data": data, "head": head}
 
 
 def saved_config(info: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the config of a checkpoint, which may be older than a key: then it stands as what was meant.
-
-    One that is older than one of `USES` lacks it, and is asked as the command line says.
-    """
+    """Return the config of a checkpoint."""
     given = info["config"]
-    config = renamed({key: given[key] for key in SAVED if key not in OPTIONAL or given.get(key) is not None})
-    trainer = {"feed": "images", "epochs": None, **config["trainer"]}
-    data = {"background": _background_of_old(info), **config["data"]}
-    return {**config, "trainer": trainer, "data": data}
-
-
-def _without_later(node: Mapping[str, Any], group: str) -> dict[str, Any]:
-    """Return a group's keys without those that older checkpoints lack, where they say what was so before them."""
-    later = _LATER[group]
-    return {
-        key: _without_later(value, group) if isinstance(value, Mapping) else value
-        for key, value in node.items()
-        if key not in later or value != later[key]
-    }
+    return {key: given[key] for key in SAVED if key not in OPTIONAL or given.get(key) is not None}
 
 
 def data_root(config: Mapping[str, Any], folder: Path) -> tuple[str, str]:
@@ -148,10 +114,3 @@ def data_root(config: Mapping[str, Any], folder: Path) -> tuple[str, str]:
             f"data.root={here}."
         )
     return str(here), f"{there}, where the run had its data, is not there: taking data.root={root} from here, {here}."
-
-
-def _background_of_old(info: Mapping[str, Any]) -> int | None:
-    """Return the background of a run that is older than the key, when scores without it were those without class 0."""
-    names = info.get("classes") or [""]
-    chosen_by = info["config"]["trainer"].get("score")
-    return 0 if str(names[0]).lower() == "background" or chosen_by == "miou_no_background" else None

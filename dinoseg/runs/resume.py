@@ -89,7 +89,6 @@ def alone(
     trust = trust if beside is None else [*trust, *_trusted(beside)]
     guard(saved, f"resume={path}", plain(cfg), trust=trust, typed=[*changes], registry=registry)
     own = {key: value for key, value in saved.items() if not (inference and key == USE)}
-    # of a checkpoint that is older than a group, the choice is the one above
     choices = {**plain(cfg.choices), **info["choices"], **({USE: inference} if inference else {})}
     merged = OmegaConf.create({**plain(cfg), "resume": str(path), "choices": choices, **own})
     for key, value in changes.items():

@@ -76,7 +76,7 @@ def read(path: Path, *, finite: bool = True, only: Container[str] | None = None)
         only: tensors to read; None: all.
 
     Raises:
-        UserError: no such file, not a checkpoint of dinoseg, truncated, of a newer format, or not finite.
+        UserError: no such file, not a checkpoint of dinoseg, truncated, of another format, or not finite.
     """
     file = _read(path, _tensor, only)
     if finite:

@@ -16,7 +16,7 @@ GROUPS = ("resolution", "data", *MODEL)
 CHOSEN = ("hparam", "data", *MODEL)
 _LARGEST = 2**20  # letters of a description
 _DEEPEST = 32
-IDLE = "idle"  # of `last`: how many parameters had no optimizer state; older ones do not say
+IDLE = "idle"  # of `last`: how many parameters had no optimizer state
 _COUNT = forms.whole()
 _COUNTS = ("step", "best_step", "stale")  # of the progress
 
@@ -25,7 +25,7 @@ def read_description(text: str | None, path: Path) -> dict[str, Any]:
     """Return the description in a safetensors file's header.
 
     Raises:
-        UserError: there is none, it is of a newer format, or something in it is not what dinoseg writes.
+        UserError: there is none, it is of another format, or something in it is not what dinoseg writes.
     """
     where = f"resume={path}"
     if text is not None and len(text) > _LARGEST:
@@ -42,10 +42,9 @@ def read_description(text: str | None, path: Path) -> dict[str, Any]:
     if not forms.fits(info, forms.nested(_DEEPEST)):
         raise UserError(f"{where}: its description is nested deeper than {_DEEPEST} levels. {_OTHER}")
     for key, (form, rule) in RULES.items():
-        if key == "format" and forms.fits(info[key], _COUNT) and info[key] > FORMAT:
-            raise UserError(
-                f"{where}: written in format {info[key]}, and this dinoseg reads up to {FORMAT}. Update dinoseg."
-            )
+        if key == "format" and forms.fits(info[key], _COUNT) and info[key] != FORMAT:
+            remedy = "Update dinoseg." if info[key] > FORMAT else _OTHER
+            raise UserError(f"{where}: written in format {info[key]}, and this dinoseg reads format {FORMAT}. {remedy}")
         if not forms.fits(info[key], form):
             raise UserError(f"{where}: its {key} is {shown(info[key])}, and must be {rule}. {_OTHER}")
     if not forms.fits(info.get(IDLE, 0), _COUNT):

@@ -131,7 +131,7 @@ def schedule(
 
     A linear rise in the warm-up (the first step already learns), then constant, half a cosine or a polynomial of
     `power` from 1 down to `floor` at the last step. `warmup` is a share of the length (a float below 1), or a number of
-    steps (an int), as in checkpoints of old.
+    steps (an int).
 
     Raises:
         UserError: an unknown kind, or a warm-up that is neither.

@@ -9,7 +9,6 @@ from config_files import FOLDER, needed, options
 from omegaconf import OmegaConf
 
 from dinoseg.config.guard import guard
-from dinoseg.config.moved import MODULES, renamed
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.plain import plain
 from dinoseg.errors import UserError
@@ -415,18 +414,6 @@ def test_the_users_own_config_files_are_known(kept, tmp_path):
     }
     chosen = read_chosen([tmp_path], (("data/deep", "not"), ("parts@head.first", "a"), ("+parts", "b")))
     assert chosen["data", "deep"].targets == {"os.system"} and chosen["head", "first"].targets == {"my.Part"}
-
-
-def test_a_target_that_has_moved_is_found(kept, monkeypatch):
-    monkeypatch.setitem(MODULES, "dinoseg.heads.old", LINEAR.rpartition(".")[0])
-    older = planted(kept, "head/_target_", f"dinoseg.heads.old.{LINEAR.rpartition('.')[2]}")
-    assert renamed(older) == kept
-
-
-def test_a_target_that_is_named_otherwise_today_is_found():
-    older = {"tracker": {"_target_": "dinoseg.inference.tracking_settings.Settings", "radius": 12}}
-    today = "dinoseg.tracking.propagation.settings.PropagationSettings"
-    assert renamed(older) == {"tracker": {"_target_": today, "radius": 12}}
 
 
 @pytest.mark.heavy

@@ -2,13 +2,7 @@
 
 from types import SimpleNamespace
 
-import pytest
-from omegaconf import OmegaConf
-
 from dinoseg.config import registry
-from dinoseg.config.nodes import instantiate
-from dinoseg.data.formats.folder import FolderLayout
-from dinoseg.errors import UserError
 
 LINEAR = "dinoseg.heads.linear.LinearHead"
 
@@ -24,14 +18,3 @@ def test_the_search_path_and_the_choices_of_a_run_are_read(tmp_path, monkeypatch
     found = registry.own_registry({"head": {"_target_": "my.Composed", "first": {"_target_": "my.Other"}}})
     assert found["head",].targets >= {"my.Head", "my.Composed", LINEAR}
     assert found["head", "first"].targets == {"my.Part", "my.Other"}
-
-
-def test_a_config_file_of_the_user_s_may_name_parts_as_they_were_called_before(tmp_path):
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data/mine.yaml").write_text("reader: {layout: {_target_: dinoseg.data.folder.Layout, images: a}}\n")
-    layout = registry.read_registry((tmp_path,))["data", "reader", "layout"]
-    assert layout.targets == {"dinoseg.data.formats.folder.FolderLayout"}
-    node = OmegaConf.load(tmp_path / "data/mine.yaml").reader
-    assert isinstance(instantiate(node)["layout"], FolderLayout)
-    with pytest.raises(UserError, match="FolderLayout does not take imags"):
-        instantiate({"_target_": "dinoseg.data.folder.Layout", "imags": "a"})

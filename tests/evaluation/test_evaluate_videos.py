@@ -445,15 +445,6 @@ def test_masks_without_a_note_that_they_are_whole_are_made_anew(track, tmp_path)
     assert {path.name for path in (on.folder / "tracked").iterdir()} == {"ape.txt", "bear.txt", "cow.txt"}
 
 
-def test_an_evaluation_that_names_modules_of_before_goes_on(track, tmp_path):
-    root = write_davis(tmp_path / "DAVIS", SEQUENCES)
-    first = track("copy", "davis2017", root)
-    record = first.folder / "tracking.json"
-    text = record.read_text()
-    record.write_text(text.replace("dinoseg.data.formats.davis.Davis", "dinoseg.data.clip_davis.Davis"))
-    assert record.read_text() != text and not track("copy", "davis2017", root, restart=str(first.folder)).log
-
-
 def test_another_folder_of_the_same_name_is_other_data(track, tmp_path, monkeypatch):
     for place in ("a", "b"):
         write_davis(tmp_path / place / "DAVIS", SEQUENCES)

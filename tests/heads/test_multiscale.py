@@ -3,8 +3,6 @@ import torch
 from config_files import read
 from mirrored import count
 
-from dinoseg.config.moved import renamed
-from dinoseg.config.nodes import instantiate
 from dinoseg.errors import UserError
 from dinoseg.heads.linear import LinearHead
 
@@ -40,20 +38,6 @@ def test_one_map_is_refused_with_the_heads_that_take_one():
     message = r"at least 2 .*backbone.layers gives 1. .*backbone.layers=\[-4,-3,-2,-1\].*linear, mlp or cnn"
     with pytest.raises(UserError, match=message):
         multiscale_head(384, 1, 2)
-
-
-def test_the_config_and_that_of_older_checkpoints_draw_the_same_head():
-    older = {"_target_": "dinoseg.heads.multiscale.multiscale_head", "_partial_": True, "num_classes": 2}
-    today = {key: value for key, value in read("head", "multiscale").items() if key not in ("layers", "lr")}
-    states = []
-    for config in (today | {"num_classes": 2}, renamed(older)):
-        torch.manual_seed(3)
-        states.append(instantiate(config)(in_dim=5, num_layers=2).state_dict())
-    torch.manual_seed(3)
-    states.append(torch.nn.Conv2d(10, 2, 1).state_dict())
-    assert list(states[0]) == list(states[1]) and [*states[2]] == ["weight", "bias"]
-    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
-    assert all(torch.equal(value, states[0][f"classify.{name}"]) for name, value in states[2].items())
 
 
 def test_the_last_four_blocks_are_read_by_default():

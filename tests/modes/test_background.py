@@ -72,17 +72,6 @@ def test_choosing_without_a_background_that_nobody_named_is_refused(where):
     )
 
 
-@pytest.mark.parametrize(("classes", "rows"), [("[background,leaf]", 1), ("[dark,bright]", 0)])
-def test_a_run_older_than_the_key_means_a_class_of_that_name(where, classes, rows):
-    assert train(where, f"data.classes={classes}").status == 0
-    path = where / "run/checkpoints/best.safetensors"
-    found = checkpoint.read(path)
-    del found.info["config"]["data"]["background"]
-    checkpoint.write(path, found.tensors, {key: value for key, value in found.info.items() if key != "format"})
-    done = call(where, "mode=eval", f"resume={path}", "engine=cpu", "engine.workers=0", "mode.metrics_only=true")
-    assert done.status == 0 and done.out.count("mIoU without background") == rows, done.err
-
-
 def test_surgical_recipes_follow_the_original(compose):
     for name in ("sarrarp_lora", "sarrarp_frozen", "sarrarp_full", "sarrarp_lora_lowres", "dpt_sarrarp"):
         trainer = compose(f"hparam={name}", "data.root=X").trainer

@@ -17,7 +17,6 @@ from dinoseg.evaluation.side_names import run_names
 from dinoseg.evaluation.sides import sides_of
 from dinoseg.images import read_size, write_png
 from dinoseg.modes import evaluate
-from dinoseg.runs.recipe import OPTIONAL
 
 STATES = ("as it is", "at temperature")
 LARGE = {"parameters": 7_000_000, "trainable": 10, "images_per_s": 4.0}
@@ -366,17 +365,6 @@ def test_a_config_that_is_not_to_be_trusted_costs_the_pictures_alone(runs):
     assert done.status == 0 and "no pictures" in done.err and "refused" in done.err
     config.unlink()
     assert compare(runs, "hostile", "second").status == 0
-
-
-def test_a_config_that_is_older_than_keys_costs_no_pictures(runs):
-    folder = runs / "older"
-    shutil.copytree(runs / "first", folder)
-    config = OmegaConf.load(folder / "config/config.yaml")
-    for key in (*OPTIONAL, *(f"data.{key}" for key in ("views", "feature_noise", "background"))):
-        (config.data if key.startswith("data.") else config).pop(key.removeprefix("data."))
-    OmegaConf.save(config, folder / "config/config.yaml")
-    done = compare(runs, "older", "second")
-    assert done.status == 0 and "no pictures" not in done.err, done.err
 
 
 def test_class_ids_that_others_are_read_as_cost_no_pictures(runs):

@@ -418,18 +418,6 @@ def test_scores_of_an_evaluation_come_with_the_file(trained, tmp_path):
     assert of_slots.status == 1 and "model of slots" in of_slots.err
 
 
-def test_a_checkpoint_older_than_a_group_becomes_a_file(compose, tmp_path):
-    path = untrained(compose, tmp_path, *TINY)
-    kept = checkpoint.read(path)
-    for part in ("config", "choices"):
-        del kept.info[part]["inference"]
-    checkpoint.write(path, kept.tensors, {key: value for key, value in kept.info.items() if key != "format"})
-    model = dinoseg.load(exported(path, tmp_path / "out"))
-    (tmp_path / "run/model.safetensors").touch()  # a run folder it is all the same, of which the best is taken
-    assert dinoseg.load(tmp_path / "run", device="cpu").file is None
-    assert model.facts.sizes["inference"]["option"] == "auto"
-
-
 def test_names_that_begin_like_a_path_are_kept(compose, tmp_path):
     path = untrained(compose, tmp_path, *TINY, "data.classes=['/road',b]", "data.group='/video'")
     file = exported(path, tmp_path / "out")

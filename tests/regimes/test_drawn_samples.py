@@ -47,22 +47,6 @@ def test_each_key_changes_what_is_learnt(where):
     assert len({*found}) == len(found) == 6
 
 
-def test_a_run_older_than_the_keys_goes_on_without(where):
-    assert train(where, "older", "loss=ce_dice", "trainer.steps=1").status == 0
-    path = where / "older/checkpoints/last.safetensors"
-    found = checkpoint.read(path)
-    config = found.info["config"]
-    del config["data"]["class_uniform"], config["data"]["class_mix"]
-    for term in config["loss"]["criterion"]["terms"].values():
-        for key in ("hardest", "border_weight", "border_width"):
-            term.pop(key, None)
-    checkpoint.write(path, found.tensors, {key: value for key, value in found.info.items() if key != "format"})
-    words = ("resume=older", "trainer.steps=2", "engine=cpu", "engine.workers=0")
-    done = call(where, "mode=train", *words)
-    assert done.status == 0, done.err
-    assert weights(where, "older")
-
-
 def test_features_are_kept_of_crops_for_a_class(where):
     words = ("adapter=frozen", "data.views=2", "data.class_uniform=0.7", "features.dtype=float32", "trainer.steps=6")
     for name in ("off", "disk"):

@@ -1,6 +1,5 @@
 """What a checkpoint's config, the command line and the recipe each decide when a run goes on."""
 
-import inspect
 import json
 import os
 import shutil
@@ -10,8 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import SMALL, call, write_data
-from config_files import nodes, options, read
-from hydra.utils import get_object
 from omegaconf import OmegaConf
 
 from dinoseg import __main__
@@ -19,7 +16,7 @@ from dinoseg.command.words import parsed
 from dinoseg.errors import UserError
 from dinoseg.runs import lookup
 from dinoseg.runs.folder import drop_parts, is_locked, lock, release
-from dinoseg.runs.recipe import _LATER, _without_later, config_description, data_root, recipe_of
+from dinoseg.runs.recipe import config_description, data_root, recipe_of
 from dinoseg.runs.resume import _one_place, merge
 from dinoseg.storage.tensor_files import write_tensors
 from dinoseg.training import checkpoint, loading
@@ -69,54 +66,7 @@ def test_a_typed_length_lifts_the_time_limit_of_a_run(compose, tmp_path, capsys,
     assert ("trainer.max_minutes=null in place of 9.5" in capsys.readouterr().err) == (limit is None)
 
 
-def test_a_run_older_than_a_key_goes_on(where):
-    assert train(where, "trainer.steps=1").status == 0
-    path = runs(where)[0] / "checkpoints/last.safetensors"
-    found = checkpoint.read(path)
-    config = found.info["config"]
-    del config["trainer"]["feed"], config["trainer"]["epochs"], config["head"]["least_maps"]
-    del config["data"]["views"], config["data"]["feature_noise"]
-    del config["inference"], found.info["choices"]["inference"]
-    checkpoint.write(path, found.tensors, {key: value for key, value in found.info.items() if key != "format"})
-    done = train(where, "trainer.steps=2", "resume=auto")
-    assert done.status == 0, done.err
-    assert len(runs(where)) == 1 and last(where)["progress"]["step"] == 2
-
-
 FINE = ("head=detail", "head.fine=4", "head.width=8", "head.layers=[-1]")
-
-
-def made_older(path):
-    """Let a checkpoint's config know nothing of the detail head's linear layer."""
-    found = checkpoint.read(path)
-    del found.info["config"]["head"]["direct"]
-    checkpoint.write(path, found.tensors, {key: value for key, value in found.info.items() if key != "format"})
-
-
-def test_a_run_older_than_a_layer_of_its_head_is_used_without_it(where):
-    assert train(where, *FINE, "head.direct=false", "trainer.steps=1").status == 0
-    made_older(runs(where)[0] / "checkpoints/best.safetensors")
-    done = call(where, "mode=eval", f"resume={runs(where)[0]}", "engine=cpu", "engine.workers=0")
-    assert done.status == 0, done.err
-
-
-@pytest.mark.heavy
-def test_an_older_run_of_several_heads_goes_on(where):
-    words = [word for word in SMALL if not word.startswith(("adapter=", "trainer.steps="))]
-    heads = "heads=[linear,{head:detail,fine:4,width:8,layers:[-1],direct:false}]"
-    words = ("mode=train", *words, "adapter=frozen", "trainer=many_heads", heads, "hydra.run.dir=many")
-    done = call(where, *words, "trainer.steps=1", "trainer.val_every=1", "mode.metrics_only=true")
-    assert done.status == 0, done.err
-    for name in ("last", "best"):
-        made_older(where / f"many/heads/detail/checkpoints/{name}.safetensors")
-    path = where / "many/checkpoints/last.safetensors"
-    root = checkpoint.read(path)
-    del root.info["config"]["heads"][1]["direct"]
-    checkpoint.write(path, root.tensors, {key: value for key, value in root.info.items() if key != "format"})
-    done = call(where, "mode=train", "resume=many", "trainer.steps=2", "engine=cpu", "engine.workers=0")
-    assert done.status == 0, done.err
-    own = checkpoint.read(where / "many/heads/detail/checkpoints/last.safetensors")
-    assert own.info["progress"]["step"] == 2 and not any("direct" in name for name in own.part("model"))
 
 
 def test_a_head_of_the_user_s_own_file_goes_on_as_it_was_made(where):
@@ -131,19 +81,6 @@ def test_a_head_of_the_user_s_own_file_goes_on_as_it_was_made(where):
     assert "direct" not in checkpoint.describe(where / "run/checkpoints/best.safetensors")["config"]["head"]
     done = call(where, "--config-dir", "own", "mode=eval", "resume=run", "engine=cpu", "engine.workers=0")
     assert done.status == 0, done.err
-
-
-def test_what_older_configs_lack_is_by_default_as_it_was():
-    """A target is built from a config that lacks a key by its own default."""
-    found = set()
-    for group, later in _LATER.items():
-        for option in options(group):
-            for _, node in nodes(read(group, option), group):
-                for name, parameter in inspect.signature(get_object(node["_target_"])).parameters.items():
-                    if name in later and parameter.default is not parameter.empty:
-                        found.add((group, name))
-                        assert parameter.default == later[name], (group, option, name)
-    assert {("head", "direct"), ("head", "init"), ("backbone", "final_norm"), ("loss", "border_width")} <= found
 
 
 def test_what_validates_with_windows_is_evaluated_with_them_unless_told_otherwise(where):
@@ -208,32 +145,6 @@ def test_a_recipe_is_what_is_trained_and_nothing_beside(compose):
 
     lengths = ("trainer.patience=3", "trainer.save_every=7", "trainer.log_every=3", "trainer.epochs=2")
     assert recipe() == recipe(*lengths, "data.background=b") != recipe("data.ignore_index=7")
-
-
-@pytest.mark.heavy
-def test_a_recipe_is_that_of_a_checkpoint_older_than_its_keys(compose):
-    def recipe(*words, **removed):
-        info = config_description(compose("data.root=.", "data.classes=[a,b]", *words))
-        for group, keys in removed.items():
-            for key in keys:
-                del info["config"][group][key]
-        return recipe_of(info)
-
-    late = {"data": ["views", "feature_noise", "class_uniform"]}
-    assert recipe(**late) == recipe() != recipe("data.views=3") != recipe("data.views=3", "data.feature_noise=0.1")
-    assert recipe() != recipe("data.class_uniform=0.5")
-    backbone, older = ("backbone=timm", "backbone.name=vit_tiny_patch16_224"), {"backbone": ["final_norm"]}
-    assert recipe(*backbone, **older) == recipe(*backbone) != recipe(*backbone, "backbone.final_norm=false")
-    masks, late = ("head=mask2former",), {**late, "head": ["deep_supervision"]}
-    without = "head.deep_supervision=false"
-    assert recipe(*masks, **late) == recipe(*masks) == recipe(*masks, without)  # of a loss on pixels
-    masks = (*masks, "loss=mask_classification")
-    assert recipe(*masks, **late) == recipe(*masks) != recipe(*masks, without)
-    fine, late = ("head=detail",), {"head": ["direct"]}
-    assert recipe(*fine, **late) == recipe(*fine, "head.direct=false") != recipe(*fine)
-    slots, late = ("head=slots",), {"head": ["standardise", "alone", "first", "decoder_first"]}
-    assert recipe(*slots, **late) == recipe(*slots) != recipe(*slots, "head.standardise=true")
-    assert recipe(*slots) != recipe(*slots, "head.alone=0.4") != recipe(*slots, "head.decoder_first=0.4")
 
 
 def test_auto_in_a_sweep_looks_through_the_whole_folder_of_its_recipe(tmp_path, monkeypatch):
@@ -471,14 +382,6 @@ def test_the_newest_run_comes_first_and_one_that_is_gone_not_at_all(tmp_path):
         path.touch()
         os.utime(path, (time, time))
     assert lookup._newest_first([*paths[1:], tmp_path / "gone", paths[0]]) == paths[::-1]
-
-
-def test_keys_that_older_checkpoints_lack_count_where_they_say_something_else():
-    old = {"root": "data"}
-    assert _without_later({**old, "views": None, "feature_noise": 0.0}, "data") == old
-    assert _without_later({**old, "init": None, "deep_supervision": True}, "head") == old
-    new = {**old, "views": 4, "feature_noise": 0.1}
-    assert _without_later(new, "data") == new
 
 
 @pytest.mark.parametrize(

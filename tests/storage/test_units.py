@@ -1,8 +1,6 @@
 """Finished units: taken over, made anew or refused; and what code of before has left, as it wrote it."""
 
-import json
 import logging
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +8,6 @@ from safetensors.torch import save_file
 
 from dinoseg.data.packed.draft import Draft
 from dinoseg.data.packed.store import Extent, StoreKey, open_store
-from dinoseg.preparation.pseudo_labels import _labels_of
 from dinoseg.preparation.sarrarp import VideoJob, _done_before
 from dinoseg.storage import forms
 from dinoseg.storage.units import finished
@@ -91,18 +88,6 @@ def test_a_video_prepared_before_is_not_extracted_again(tmp_path):
     (tmp_path / ".prepared.json").write_text('{"rate": 1, "decoded": 61, "frames": 2, "masks": 2}')
     (tmp_path / "rgb/000000060.png").unlink()
     assert _done_before(job, 1) is None
-
-
-def test_pseudo_labels_of_before_are_kept(tmp_path):
-    made_by = {"backbone": {"_target_": "dinoseg.backbones.rgb.RgbBackbone"}, "min_agreement": 0.5}
-    made_by["tracker"] = {"_target_": "dinoseg.tracking.propagation.settings.PropagationSettings"}
-    before = {**made_by, "tracker": {"_target_": "dinoseg.inference.tracking_settings.Settings"}}
-    note = {"what": "labels", "made_by": {**before, "masks": {}, "frames": 223132457}}
-    (tmp_path / "pseudo").mkdir()
-    (tmp_path / "pseudo/000000006.png").touch()
-    kept = {"kept": {"000000006": 0.75}, "left_out": {"000000012": 0.25}}
-    (tmp_path / "pseudo/pseudo.json").write_text(json.dumps(note | kept, indent=1))
-    assert _labels_of(SimpleNamespace(made_by=made_by), tmp_path) == {"pseudo": 1, "left_out": 1}
 
 
 def test_the_standing_of_a_track_of_before_is_read(tmp_path):

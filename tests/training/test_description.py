@@ -70,6 +70,7 @@ ODD = {  # key, value, what the refusal says
     "a text for the format": ("format", "1", "its format is"),
     "yes for the format": ("format", True, "its format is"),
     "a later format": ("format", FORMAT + 1, "Update dinoseg"),
+    "an earlier format": ("format", FORMAT - 1, "written in format 0, and this dinoseg reads format 1"),
     "a deep config": ("config", {**INFO["config"], "data": {"a": HALF_DEEP}}, "nested deeper than"),
     "a huge text": ("folder", "x" * 2**20, "letters, above the most"),
 }

@@ -123,7 +123,7 @@ def test_warmup_is_a_share_of_the_length_so_a_short_trial_reaches_its_rate():
         assert values == [(step + 1) / (rise + 1) for step in range(rise)] + [1.0] * (steps - rise)
 
 
-def test_warmup_in_checkpoints_of_old_is_a_number_of_steps():
+def test_a_whole_warmup_is_a_number_of_steps():
     assert [schedule("constant", warmup=4)(step, 9) for step in range(6)] == [0.2, 0.4, 0.6, 0.8, 1.0, 1.0]
     assert schedule("cosine", warmup=4)(7, 20) == 0.5 * (1 + math.cos(math.pi * 3 / 15))
 

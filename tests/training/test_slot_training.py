@@ -120,11 +120,6 @@ def test_a_run_keeps_how_its_slots_are_followed(here):
         0.2,
         True,
     )
-    found = read(best)
-    del found.info["config"]["slots"], found.info["choices"]["slots"]  # as older runs have it
-    write(best, found.tensors, {key: value for key, value in found.info.items() if key != "format"})
-    assert followed("older", "resume=run") == ("auto", 0.05, False)
-    assert followed("told", "resume=run", "slots.match=overlap") == ("overlap", 0.05, False)
 
 
 def test_how_slots_are_followed_makes_no_other_run(here):

@@ -126,8 +126,6 @@ class MaskReader:
         """Return all that class ids depend on beside their file, as one text for equal rules, however written."""
         labels, masks = self.labels, self.masks
         options = {option.name: getattr(masks, option.name) or None for option in fields(masks) if option.compare}
-        if masks.others is None:
-            del options["others"]  # caches are older than this key: without it, their text stays as it was
         return json.dumps([labels.classes, labels.ignore_index, labels.palette, options], sort_keys=True)
 
     def _from_ids(self, numbers: np.ndarray, path: Path) -> np.ndarray:
