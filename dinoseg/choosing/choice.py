@@ -113,10 +113,11 @@ class Chooser:
             )
         check_alone(self.cfg)
         build.lengths(self.cfg, samples=1)  # refuses what is no number of steps or batches, as the training would
-        drawn = {key: self.cfg.data[key] for key in ("batch_size", "views", "class_mix")}
+        drawn = {"batch_size": self.cfg.data.batch_size, "views": self.cfg.data.get("views")}
+        drawn["class_mix"] = self.cfg.data.get("class_mix", 0.0)
         check_given("dinoseg.training.image_feed.ImageFeed", drawn, {key: f"data.{key}" for key in drawn})
         instantiate(self.cfg.data.augment)  # refuses a crop that is none
-        val_images = {"count": self.cfg.trainer.val_images}
+        val_images = {"count": self.cfg.trainer.get("val_images")}
         check_given("dinoseg.data.splits.keep_evenly_spaced", val_images, {"count": "trainer.val_images"})
         self.engine: Engine = instantiate(self.cfg.engine, instead={"devices": 1})
         devices, on_cpu = self.cfg.engine.devices, self.engine.device.type == "cpu"
@@ -133,7 +134,7 @@ class Chooser:
             UserError: memory does not suffice for any way.
         """
         train, val = build.dataset(self.cfg, "train", reduced=True), build.dataset(self.cfg, "val")
-        facts = facts_of(train, keep_evenly_spaced(val, self.cfg.trainer.val_images), self.cfg.cache_dir)
+        facts = facts_of(train, keep_evenly_spaced(val, self.cfg.trainer.get("val_images")), self.cfg.cache_dir)
         case = self._case(facts)
         by_data, tried = self._way(case)
         chosen = [*by_data, *tried.choices, *self._batch(tried, by_data, case)]

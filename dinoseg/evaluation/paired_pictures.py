@@ -20,7 +20,7 @@ from dinoseg.evaluation.run_config import BROKEN, config_file, config_of, config
 from dinoseg.images import read_ids, read_size
 from dinoseg.report.html.comparison import PairShot
 from dinoseg.report.overlay import reduced
-from dinoseg.runs.recipe import OPTIONAL, SAVED
+from dinoseg.runs.recipe import SAVED
 from dinoseg.shapes import SegmentationData
 from dinoseg.storage.forms import as_read_back
 
@@ -81,7 +81,7 @@ class Pictures:
     def _saved(self, text: str) -> dict[str, Any]:
         """Return what a checkpoint would keep of a config file, with the data where they were evaluated."""
         kept = as_read_back(config_of(text))
-        saved = {key: kept[key] for key in SAVED if key not in OPTIONAL or key in kept}
+        saved = {key: kept[key] for key in SAVED}
         saved["data"] = {**saved["data"], **dict.fromkeys(ACTING), "root": self.record.root}
         return saved
 

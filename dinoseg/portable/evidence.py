@@ -54,8 +54,9 @@ def scores_of(path: Path, classes: Sequence[str], evaluation: str | None) -> dic
     }
     if (folder / "official_scores.json").is_file():
         official = _read(folder / "official_scores.json", _OFFICIAL, where)
-        found["official"] = {key: official.get(key) for key in ("protocol", "scores", "ci95", "n", "unit", "rules")}
-        found["official"]["interval"] = official.get("interval")
+        found["official"] = {
+            key: official.get(key) for key in ("protocol", "scores", "ci95", "n", "unit", "rules", "interval")
+        }
     return found
 
 

@@ -22,8 +22,8 @@ def regime_of(cfg: DictConfig) -> type[Regime]:
     Raises:
         UserError: there is none of that name, or a teacher is given that it does not learn from.
     """
-    if cfg.trainer.feed not in REGIMES:
-        raise UserError(f"trainer.feed={cfg.trainer.feed} is unknown. Choose one of {', '.join(REGIMES)}.")
+    if cfg.trainer.get("feed") not in REGIMES:
+        raise UserError(f"trainer.feed={cfg.trainer.get('feed')} is unknown. Choose one of {', '.join(REGIMES)}.")
     if cfg.get("teacher") is not None and not issubclass(REGIMES[cfg.trainer.feed], DistilRegime):
         raise UserError(
             f"teacher={cfg.teacher} is read by trainer=distil alone, and this is trainer={cfg.choices.trainer} with "

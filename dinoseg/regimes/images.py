@@ -109,7 +109,7 @@ class ImageRegime(Regime):
         """Let the feed give what is kept of the frozen part of a model, where that pays or is asked for."""
         cfg = self.cfg
         options = {"dtype": stored_as(cfg.features.dtype, before), "gib": cfg.features.gib}
-        options["noise"] = cfg.data.feature_noise if "feature_noise" in cfg.data else 0.0
+        options["noise"] = cfg.data.get("feature_noise", 0.0)
         names = {"noise": "data.feature_noise", "dtype": "features.dtype", "gib": "features.gib"}
         check_given("dinoseg.training.feature_choice.Plan", options, names)
         groups = plain(cfg, resolve=True)
@@ -215,7 +215,7 @@ def _validated(data: Any, count: Any) -> Any:
 
 def _uniform(cfg: DictConfig, train: SegmentationData, engine: Engine) -> ClassUniform | None:
     """Return which samples are drawn for a class, as `data.class_uniform` says; the first rank looks for them."""
-    share = cfg.data.class_uniform if "class_uniform" in cfg.data else 0.0
+    share = cfg.data.get("class_uniform", 0.0)
     if share == 0 and not isinstance(share, bool):
         return None
     check_given("dinoseg.data.class_uniform.class_uniform", {"share": share}, {"share": "data.class_uniform"})

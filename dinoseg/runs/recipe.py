@@ -80,7 +80,7 @@ def recipe_of(info: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def saved_config(info: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the config of a checkpoint."""
+    """Return the root keys of a checkpoint's config that a run has, optional ones where they say something."""
     given = info["config"]
     return {key: given[key] for key in SAVED if key not in OPTIONAL or given.get(key) is not None}
 

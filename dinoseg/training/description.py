@@ -43,7 +43,7 @@ def read_description(text: str | None, path: Path) -> dict[str, Any]:
         raise UserError(f"{where}: its description is nested deeper than {_DEEPEST} levels. {_OTHER}")
     for key, (form, rule) in RULES.items():
         if key == "format" and forms.fits(info[key], _COUNT) and info[key] != FORMAT:
-            remedy = "Update dinoseg." if info[key] > FORMAT else _OTHER
+            remedy = "Update dinoseg." if info[key] > FORMAT else "Use the dinoseg that wrote it, or train anew."
             raise UserError(f"{where}: written in format {info[key]}, and this dinoseg reads format {FORMAT}. {remedy}")
         if not forms.fits(info[key], form):
             raise UserError(f"{where}: its {key} is {shown(info[key])}, and must be {rule}. {_OTHER}")

@@ -172,7 +172,7 @@ def load_optimizer(optimizer: Optimizer, checkpoint: Checkpoint) -> None:
             f"exactly. Resume from last.safetensors in the same folder; where there is none, train anew."
         )
     absent = without_state(optimizer, saved)
-    if len(absent) > checkpoint.info.get(IDLE, len(absent)):
+    if len(absent) > checkpoint.info.get(IDLE, 0):
         raise UserError(
             f"resume={checkpoint.path}: its optimizer state lacks parameters that it had when this run was saved, such "
             f"as {shown(absent[0])}. Go on from another checkpoint."

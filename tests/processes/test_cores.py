@@ -113,6 +113,14 @@ def test_a_containers_memory_is_the_machines(groups, lines, files, bytes_):
     assert cores.machine_memory() == bytes_
 
 
+@pytest.mark.parametrize(("platform", "bytes_"), [("linux", psutil.virtual_memory().total), ("win32", sys.maxsize)])
+def test_without_psutil_only_windows_does_not_know_its_memory(groups, monkeypatch, platform, bytes_):
+    groups("0::/\n", {})
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    monkeypatch.setattr(cores.sys, "platform", platform)
+    assert cores.machine_memory() == bytes_
+
+
 @pytest.mark.parametrize("said", [{"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "7"}])
 def test_how_threads_wait_stays_as_it_is_said(monkeypatch, said):
     monkeypatch.setattr(os, "environ", {**said})

@@ -66,16 +66,13 @@ def test_a_typed_length_lifts_the_time_limit_of_a_run(compose, tmp_path, capsys,
     assert ("trainer.max_minutes=null in place of 9.5" in capsys.readouterr().err) == (limit is None)
 
 
-FINE = ("head=detail", "head.fine=4", "head.width=8", "head.layers=[-1]")
-
-
 def test_a_head_of_the_user_s_own_file_goes_on_as_it_was_made(where):
-    """A file that leaves a key to its default has no such key in its runs' checkpoints, however new these are."""
+    """A file that leaves a key to its default has no such key in its runs' checkpoints."""
     whole = OmegaConf.load(Path(__main__.CONFIGS) / "head/detail.yaml")
     del whole["direct"]
     (where / "own/head").mkdir(parents=True)
     OmegaConf.save(whole, where / "own/head/mine.yaml")
-    words = ("head=mine", *FINE[1:], "trainer.steps=1")
+    words = ("head=mine", "head.fine=4", "head.width=8", "head.layers=[-1]", "trainer.steps=1")
     done = call(where, "--config-dir", "own", "mode=train", *SMALL, *words, "hydra.run.dir=run")
     assert done.status == 0, done.err
     assert "direct" not in checkpoint.describe(where / "run/checkpoints/best.safetensors")["config"]["head"]
@@ -144,7 +141,14 @@ def test_a_recipe_is_what_is_trained_and_nothing_beside(compose):
         return recipe_of(config_description(compose("data.root=.", "data.classes=[a,b]", *words)))
 
     lengths = ("trainer.patience=3", "trainer.save_every=7", "trainer.log_every=3", "trainer.epochs=2")
-    assert recipe() == recipe(*lengths, "data.background=b") != recipe("data.ignore_index=7")
+    assert recipe() == recipe(*lengths, "data.background=b", "head.least_maps=2")
+    masks, alone = ("head=mask2former",), "head.deep_supervision=false"
+    assert recipe(*masks) == recipe(*masks, alone)  # which losses of pixels do not read
+    of_masks = (*masks, "loss=mask_classification")
+    others = ("data.ignore_index=7", "data.views=3", "data.feature_noise=0.1", "data.class_uniform=0.5")
+    cases = [(), masks, of_masks, (*of_masks, alone), ("head=detail",), ("head=detail", "head.direct=false")]
+    found = [repr(recipe(*words)) for words in (*cases, *((other,) for other in others))]
+    assert len({*found}) == len(found)
 
 
 def test_auto_in_a_sweep_looks_through_the_whole_folder_of_its_recipe(tmp_path, monkeypatch):

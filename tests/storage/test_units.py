@@ -1,4 +1,4 @@
-"""Finished units: taken over, made anew or refused; and what code of before has left, as it wrote it."""
+"""Finished units: taken over, made anew or refused; and the forms in which they lie on disk."""
 
 import logging
 
