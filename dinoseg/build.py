@@ -272,7 +272,8 @@ def background_of(cfg: DictConfig) -> int | None:
     Raises:
         UserError: there is no such class.
     """
-    value, names = cfg.data.get("background"), list(map(str, cfg.data.classes))
+    value = cfg.data.background if "background" in cfg.data else None
+    names = list(map(str, cfg.data.classes))
     if value is None or value in names:
         return None if value is None else names.index(value)
     if type(value) is int and 0 <= value < len(names):

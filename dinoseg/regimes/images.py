@@ -215,7 +215,7 @@ def _validated(data: Any, count: Any) -> Any:
 
 def _uniform(cfg: DictConfig, train: SegmentationData, engine: Engine) -> ClassUniform | None:
     """Return which samples are drawn for a class, as `data.class_uniform` says; the first rank looks for them."""
-    share = cfg.data.get("class_uniform", 0.0)
+    share = cfg.data.class_uniform if "class_uniform" in cfg.data else 0.0
     if share == 0 and not isinstance(share, bool):
         return None
     check_given("dinoseg.data.class_uniform.class_uniform", {"share": share}, {"share": "data.class_uniform"})
