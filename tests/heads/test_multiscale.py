@@ -3,6 +3,7 @@ import torch
 from config_files import read
 from mirrored import count
 
+from dinoseg.config.nodes import instantiate
 from dinoseg.errors import UserError
 from dinoseg.heads.linear import LinearHead
 
@@ -38,6 +39,15 @@ def test_one_map_is_refused_with_the_heads_that_take_one():
     message = r"at least 2 .*backbone.layers gives 1. .*backbone.layers=\[-4,-3,-2,-1\].*linear, mlp or cnn"
     with pytest.raises(UserError, match=message):
         multiscale_head(384, 1, 2)
+
+
+def test_the_config_draws_one_convolution_from_all_maps():
+    config = {key: value for key, value in read("head", "multiscale").items() if key not in ("layers", "lr")}
+    torch.manual_seed(3)
+    head = instantiate(config | {"num_classes": 2})(in_dim=5, num_layers=2).state_dict()
+    torch.manual_seed(3)
+    expected = torch.nn.Conv2d(10, 2, 1).state_dict()
+    assert all(torch.equal(value, head[f"classify.{name}"]) for name, value in expected.items())
 
 
 def test_the_last_four_blocks_are_read_by_default():

@@ -418,6 +418,12 @@ def test_scores_of_an_evaluation_come_with_the_file(trained, tmp_path):
     assert of_slots.status == 1 and "model of slots" in of_slots.err
 
 
+def test_a_run_folder_is_loaded_by_its_best_checkpoint_even_beside_a_file(compose, tmp_path):
+    untrained(compose, tmp_path, *TINY)
+    (tmp_path / "run/model.safetensors").touch()
+    assert dinoseg.load(tmp_path / "run", device="cpu").file is None
+
+
 def test_names_that_begin_like_a_path_are_kept(compose, tmp_path):
     path = untrained(compose, tmp_path, *TINY, "data.classes=['/road',b]", "data.group='/video'")
     file = exported(path, tmp_path / "out")

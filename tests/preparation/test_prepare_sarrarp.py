@@ -204,8 +204,7 @@ def test_killed_in_the_middle(add):
     for path in target.glob("[!.]*.png"):
         Image.open(path).load()  # whole, every one
     (target / ".000000600.png.1.part").write_bytes(b"half")
-    for name in ("..prepared.json.1.part", ".prepared.json.part"):  # the latter of earlier versions
-        (target.parent / name).write_bytes(b"half")
+    (target.parent / "..prepared.json.1.part").write_bytes(b"half")
     assert prepare(root, rate=10, workers=1)["train1/video_01"]["frames"] == 500
     assert len(frames(root, "train1/video_01")) == 500 and not list(target.glob(".*"))
     assert not list(target.parent.glob("*.part"))

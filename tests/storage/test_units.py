@@ -55,7 +55,7 @@ def test_a_note_that_the_machine_does_not_give_is_told_and_its_unit_made_anew(tm
     assert f"{tmp_path / 'note'} cannot be read ([Errno " in caplog.text
 
 
-def test_a_draft_of_before_goes_on_at_the_last_whole_item(tmp_path):
+def test_a_draft_goes_on_at_the_last_whole_item(tmp_path):
     (tmp_path / "pixels.bin").write_bytes(ITEM + bytes(70))
     (tmp_path / "journal.jsonl").write_text(f"{KEY}\n[0, 0, 1, 1, {CRC}]\n[1, 64, 1, 1")
     draft = Draft(tmp_path, StoreKey("f", None), ["a", "b"])
@@ -63,7 +63,7 @@ def test_a_draft_of_before_goes_on_at_the_last_whole_item(tmp_path):
     assert draft.extents == {0: Extent(0, 1, 1, CRC)} and (tmp_path / "pixels.bin").read_bytes() == ITEM
 
 
-def test_a_store_of_before_is_read(tmp_path):
+def test_a_store_is_read(tmp_path):
     (tmp_path / "pixels.bin").write_bytes(ITEM)
     (tmp_path / "index.json").write_text(f'{{"key": {KEY}, "names": ["a"], "places": [[0, 1, 1, {CRC}]]}}')
     store = open_store(tmp_path, StoreKey("f", None), ["a"], verify=True)
@@ -90,7 +90,7 @@ def test_a_video_prepared_before_is_not_extracted_again(tmp_path):
     assert _done_before(job, 1) is None
 
 
-def test_the_standing_of_a_track_of_before_is_read(tmp_path):
+def test_the_standing_of_a_track_is_read(tmp_path):
     header = (
         '{"format": 1, "progress": {"done": 4, "frames": "ab", "labels": "cd", "batch_size": 2}, '
         '"settings": {"kind": "propagation", "tracker": {"radius": 12, "short": null}}}'
