@@ -41,6 +41,12 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.fixture
+def choice_alone(folder, monkeypatch):
+    """Leave out the mode that follows the choice; its config is written all the same."""
+    monkeypatch.setattr("dinoseg.launch.run_mode", lambda *_: None)
+
+
 def config_of(run):
     return OmegaConf.load(run / "config/config.yaml")
 
@@ -125,6 +131,7 @@ def test_the_same_command_chooses_the_same_however_fast_the_machine_then_is(fold
 
 
 @pytest.mark.heavy
+@pytest.mark.usefixtures("choice_alone")
 def test_a_length_that_was_typed_once_is_chosen_where_it_is_not(folder, monkeypatch):
     words = (*AUTO, "budget.minutes=0.2", "mode=plan", "mode.dry_step=false")
     assert "; as given: trainer.steps; chosen now:" in call(folder, *words, "trainer.steps=2", "hydra.run.dir=R").out
@@ -305,6 +312,7 @@ def plan(folder, monkeypatch, taken, *words, timed=TIMED, minutes=1.0):
 
     monkeypatch.setattr("dinoseg.choosing.choice.in_own_process", trial)
     monkeypatch.setattr("dinoseg.choosing.choice.monotonic", lambda: clock[0])
+    monkeypatch.setattr("dinoseg.launch.run_mode", lambda *_: None)
     more = (f"budget.minutes={minutes}", "mode=plan", "mode.dry_step=false", f"hydra.run.dir={len(words)}{len(taken)}")
     done = call(folder, *AUTO, *words, *more)
     assert done.status == 0, done.err
@@ -356,6 +364,7 @@ def test_a_budget_is_never_refused_once_it_is_spent(folder, monkeypatch, timed, 
         assert "there is no time to validate more than 1 image" in done.out
 
 
+@pytest.mark.usefixtures("choice_alone")
 @pytest.mark.parametrize("seconds", [30, 100])  # of a budget of 60
 def test_where_reading_the_data_spends_the_time_for_choosing_the_recipe_still_trains(folder, monkeypatch, seconds):
     times, read = [0.0], recipe.Chooser._case
@@ -381,6 +390,7 @@ def test_a_closed_form_keeps_its_length_and_the_rate_of_its_own_head(folder, mon
     assert cfg.optim.optimizer.head_lr == cfg.head.lr and f"{cfg.head.lr:g} is what head=linear learns at" in done.out
 
 
+@pytest.mark.usefixtures("choice_alone")
 @pytest.mark.heavy
 @pytest.mark.parametrize(
     ("words", "adapter", "may_rest"),
@@ -571,6 +581,7 @@ def test_memory_changes_no_adapter_that_was_typed(chosen_with):
         chosen_with(of, "adapter=full")
 
 
+@pytest.mark.usefixtures("choice_alone")
 @pytest.mark.parametrize(
     ("words", "minutes"), [((), 30), pytest.param(("budget.minutes=9",), 9, marks=pytest.mark.heavy)]
 )
@@ -593,6 +604,7 @@ def test_what_is_timed_knows_the_minutes_typed_or_not(folder, monkeypatch, words
     assert [line for line in done.err.splitlines() if "hparam=auto" in line] == [f"hparam=auto {each}" for each in told]
 
 
+@pytest.mark.usefixtures("choice_alone")
 def test_what_is_timed_has_an_image_for_each_device(folder, monkeypatch):
     asked = []
     monkeypatch.setattr(
@@ -649,6 +661,7 @@ def test_a_rank_is_timed_with_its_share_of_a_batch(tmp_path, compose, monkeypatc
     assert (two.image, two.kept, two.frozen, two.val) == (1.5, 1.5, 2.0, 2.0)  # half the images, and two at once
 
 
+@pytest.mark.usefixtures("choice_alone")
 def test_time_that_choosing_a_batch_takes_is_counted(folder, monkeypatch):
     clock, fits = [0.0], Memory.fits
     monkeypatch.setattr("dinoseg.choosing.choice.monotonic", lambda: clock[0])
@@ -698,6 +711,7 @@ def test_steps_of_a_backbone_that_rests_are_timed_where_it_learns(
     assert (timed.image, timed.resting) == (2.0, 1.0 if (adapter, may_rest) == ("full", True) else None)
 
 
+@pytest.mark.usefixtures("choice_alone")
 @pytest.mark.parametrize(("patch", "head"), [(8, "detail"), (7, "multiscale")])
 def test_patches_of_an_odd_size_have_a_head_of_their_own(folder, patch, head):
     words = [word for word in AUTO if "patch_size" not in word and "num_hidden_layers" not in word]

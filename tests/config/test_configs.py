@@ -109,6 +109,7 @@ def test_every_recipe_with_every_mode(compose, recipes):
     assert checked == expected >= 14 * files[0] + combos
 
 
+@pytest.mark.heavy  # the recipes that it composes are those of the test above
 def test_every_recipe_is_accepted_from_a_checkpoint(recipes):
     accepted, expected = 0, 0
     for choice, cfg in recipes.values():
