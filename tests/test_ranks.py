@@ -81,16 +81,9 @@ def test_ranks_share_the_processors(tmp_path, monkeypatch):
     result = run(tmp_path, "threads")
     assert 1 <= result["threads"] <= max(1, count_cores() // 2)
     assert result == {"threads": result["threads"], "said": str(result["threads"]), "here": "2"}
-
-
-@pytest.mark.parametrize(("said", "threads"), [("6400", None), ("1", "1")])
-def test_ranks_that_are_started_here_share_what_this_process_may_use_of_slurms_step(
-    tmp_path, monkeypatch, said, threads
-):
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    alone = run(tmp_path, "threads")
-    monkeypatch.setenv("SLURM_CPUS_ON_NODE", said)
-    assert run(tmp_path, "threads")["said"] == (threads or alone["said"])
+    for of_slurm, threads in (("6400", result["said"]), ("1", "1")):  # of a step: what this process may use of it
+        monkeypatch.setenv("SLURM_CPUS_ON_NODE", of_slurm)
+        assert run(tmp_path, "threads")["said"] == threads
 
 
 def test_the_group_is_left_however_a_mode_ends(tmp_path, monkeypatch):
