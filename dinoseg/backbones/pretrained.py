@@ -1,7 +1,6 @@
 """Weights of transformers' models: from the hub, a folder, a file, the package, or at random."""
 
 import contextlib
-import json
 import re
 import tempfile
 from collections.abc import Callable, Iterator
@@ -17,10 +16,13 @@ from torch import Tensor, nn
 from dinoseg.backbones.convnext_names import convnext_names, is_meta_convnext
 from dinoseg.backbones.meta_weights import INV_FREQ, LOCAL_CLS_NORM, from_meta, is_meta, unwrap
 from dinoseg.errors import UserError
+from dinoseg.storage import forms
 from dinoseg.storage.tensor_files import PICKLED, check_unquantised, check_weights, outline, read_tensor_file
 
 PACKAGED = "dinoseg:"  # weights=dinoseg:NAME is a file that ships inside the package
 _ADAPTER = "adapter_config.json"  # of peft
+_INDEX = "model.safetensors.index.json"
+_SHARDS = forms.holding(weight_map=forms.table(forms.text))
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
@@ -53,8 +55,6 @@ def load_model(config: Any, weights: str, cut: Callable[[Any], None], local_cls_
     if path.is_file():
         return _from_file(config, path, cut, local_cls_norm)
     if path.is_dir():
-        if (path / _ADAPTER).exists():  # transformers would build what that file says, from wherever it says
-            raise UserError(f"backbone.weights={weights}: the folder holds {_ADAPTER}. Give a folder of whole weights.")
         return _from_folder(weights, path, cut, config)
     if not _HUB_ID.fullmatch(weights) or path.suffix in (".safetensors", *PICKLED):
         raise UserError(f"backbone.weights={weights}: no such file or folder. Check the path.")
@@ -73,15 +73,23 @@ def _why_silent(name: str, revision: str) -> str:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        HfApi().model_info(name, revision=revision, timeout=10)
+        info = HfApi().model_info(name, revision=revision, timeout=10)
     except HfHubHTTPError:  # an answer: what it says of the files is the loader's to tell
         return ""
     except Exception as error:  # of whatever library the hub's client speaks through
         return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if any(file.rfilename == _ADAPTER for file in info.siblings or ()):  # see `_from_folder`
+        raise UserError(f"backbone.weights={name}: the repository holds {_ADAPTER}. Give one of whole weights.")
     return ""
 
 
 def _from_folder(weights: str, folder: Path, cut: Callable[[Any], None], config: Any) -> nn.Module:
+    if (folder / _ADAPTER).exists():  # transformers would build what that file says, from wherever it says
+        raise UserError(f"backbone.weights={weights}: the folder holds {_ADAPTER}. Give a folder of whole weights.")
+    try:
+        _loaded_files(folder)
+    except (OSError, forms.Misshapen) as error:
+        raise UserError(f"backbone.weights={weights}: {_INDEX} cannot be read ({error}). Download it again.") from None
     model = _from_pretrained(weights, str(folder), cut, config=config)
     _check_loaded(weights, model, folder)
     return model
@@ -101,10 +109,10 @@ def _check_loaded(weights: str, model: nn.Module, folder: Path | None) -> None:
 
 def _loaded_files(folder: Path) -> list[Path]:
     """Return the files of a folder that transformers loads: model.safetensors, or those that its index names."""
-    index = folder / "model.safetensors.index.json"
+    index = folder / _INDEX
     if (folder / "model.safetensors").exists() or not index.exists():
         return [path for path in [folder / "model.safetensors"] if path.exists()]
-    names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()  # which has been loaded by it
+    names = forms.read_json(index, _SHARDS)["weight_map"].values()
     return [folder / name for name in sorted(set(names))]
 
 

@@ -15,6 +15,7 @@ from dinoseg.wording import shown
 COUNTED = "every pixel of the split counted once, those that are ignored left out"
 _MEASURES = ("miou", "dice", "accuracy", "mean_accuracy")
 _SHARE = forms.maybe(forms.number(0, 1))
+_FOUND = forms.table(forms.plain)
 _SCORES = forms.holding(miou=_SHARE, pixels=forms.whole(), classes=forms.listing(forms.holding(iou=_SHARE)))
 _OFFICIAL = forms.holding(protocol=forms.text, scores=forms.table(forms.plain), ci95=forms.table(forms.plain))
 _EVALUATED = forms.holding(resume=forms.text, mode=forms.holding(split=forms.text))  # the config of mode=eval
@@ -57,6 +58,10 @@ def scores_of(path: Path, classes: Sequence[str], evaluation: str | None) -> dic
         found["official"] = {
             key: official.get(key) for key in ("protocol", "scores", "ci95", "n", "unit", "rules", "interval")
         }
+    try:
+        _FOUND(found, "it")
+    except forms.Misshapen as error:
+        raise UserError(f"{where}: its scores cannot be used ({error}). Run mode=eval again.") from None
     return found
 
 

@@ -21,13 +21,15 @@ from dinoseg.runs.resume import alone
 from dinoseg.runs.trained import restore
 from dinoseg.shapes import Prediction, SegmentationData
 from dinoseg.sizes import backbone_size
+from dinoseg.storage import forms
 from dinoseg.storage.files import check_regular
 from dinoseg.training import checkpoint
 from dinoseg.training.engine import Engine
 from dinoseg.training.feature_cache.key import code_hash, hash_of
 from dinoseg.transfer import sent
-from dinoseg.wording import listed, typed
+from dinoseg.wording import listed, shown, typed
 
+_CROP = forms.listing(forms.whole(1), length=2)
 _PROBED = 512  # pixels of a side that a backbone sees of an image by which its cells are counted, at most
 _LEAST = -3e4  # of a score below the highest, which float16 holds
 
@@ -55,6 +57,12 @@ class Teacher:
         self._check_classes(labels)
         with self._named():
             self._outline = build.check_fits(self._cfg, checkpoint.outline(self._path))
+            crop = plain(self._cfg.resolution, resolve=True)["crop"]
+            if not forms.fits(crop, _CROP):
+                raise UserError(
+                    f"its resolution.crop={shown(crop)} must be [height, width] in pixels, each at least 1. Choose "
+                    "another checkpoint."
+                )
         if self._outline.head.slots is not None:
             raise UserError(f"teacher={self._given} is a model of slots, which knows no classes. Give a segmenter.")
         self._asked: tuple[Predictor, tuple[float, float]] | None = None

@@ -191,7 +191,7 @@ def table(form: Form, names: str = ".*") -> Form:
         for key, entry in value.items():
             if re.fullmatch(names, key, re.DOTALL) is None:
                 raise Misshapen(f"{where:.99} has an entry {key!r:.60}, which is none of its own")
-            form(entry, f"{where}.{key}")
+            form(entry, f"{where}.{key:.60}")  # each entry below repeats it
 
     return check
 

@@ -22,6 +22,7 @@ _TYPES = {  # of a safetensors header
     **{"I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "U8": torch.uint8},
     **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
 }
+_LONGEST = 2**63 - 1  # of a tensor's sides
 _EXACT = (torch.int16, torch.int32, torch.int64)  # of counters, which no quantisation gives
 _WEIGHTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _QUANTISED = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -69,12 +70,15 @@ def meta_tensor(file: Any, key: str) -> Tensor:
     """Return the shape and type of a tensor of an open safetensors file, on the meta device; its values stay unread.
 
     Raises:
-        SafetensorError: its type is none of weights, such as F4.
+        SafetensorError: its type is none of weights, such as F4, or a side is beyond what a tensor can have.
     """
     part = file.get_slice(key)
     if (kind := part.get_dtype()) not in _TYPES:
         raise SafetensorError(f"{shown(key)} has the type {shown(kind)}, which is not one of {', '.join(_TYPES)}")
-    return torch.empty(part.get_shape(), dtype=_TYPES[kind], device="meta")
+    shape = part.get_shape()
+    if any(side > _LONGEST for side in shape):
+        raise SafetensorError(f"{shown(key)} has the shape {shape}, and no tensor has a side above {_LONGEST}")
+    return torch.empty(shape, dtype=_TYPES[kind], device="meta")
 
 
 def outline(path: Path) -> dict[str, Tensor]:
@@ -152,7 +156,7 @@ def check_file(path: Path, key: str) -> None:
 def _read_safetensors(path: Path, key: str) -> Any:
     try:
         return load_file(path)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, TypeError) as error:  # the last where a side is beyond 64 bits
         raise UserError(
             f"{key}={path}: not a readable safetensors file ({error}). Download or export it again."
         ) from error

@@ -4,18 +4,21 @@ A job holds a lock from its start until it has told, so that one which outlives 
 """
 
 import atexit
+import re
 import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from dinoseg.errors import UserError
 from dinoseg.storage import forms, locks
 from dinoseg.storage.atomic import write_json
 
 _NOTE = {"words": forms.table(forms.text), "job": forms.whole(), "process": forms.whole(), "note": forms.text}
 _ROW = forms.holding(**_NOTE, returned=forms.table(forms.number()))
 _SWEEP = "sweep.own"
+_OF_JOB = re.compile(r"\d+\.(json|own|given_up)")
 _held: dict[Path, IO[str]] = {}
 
 
@@ -34,10 +37,15 @@ class Told:
 
         Args:
             takes_over: whether what earlier jobs have told is kept, and they may still be at work.
+
+        Raises:
+            UserError: the folder is a link, behind which files of others may lie.
         """
+        if self.folder.is_symlink():
+            raise UserError(f"{self.folder} is a link to another folder. Remove it, or give another hydra.sweep.dir.")
         if not _hold(self.folder / _SWEEP):
             return False
-        jobs = [] if takes_over else [path for path in self.folder.iterdir() if path not in _held]
+        jobs = [] if takes_over else [path for path in self.folder.iterdir() if _OF_JOB.fullmatch(path.name)]
         if not all(_hold(path) for path in jobs if path.suffix == ".own"):
             return False
         for path in jobs:

@@ -135,7 +135,7 @@ def _read(path: Path, value_of: Callable[[Any, str], Tensor] | None, only: Conta
             return Checkpoint(path, {key: value_of(file, key) for key in wanted if value_of}, info)
     except FileNotFoundError:
         raise UserError(f"resume={path}: no such file. Give a run folder or a checkpoint in it.") from None
-    except (SafetensorError, OSError, RuntimeError) as error:
+    except (SafetensorError, OSError, RuntimeError, TypeError) as error:  # the last where a side is beyond 64 bits
         raise UserError(f"resume={path}: not a readable checkpoint ({error}). Choose another one.") from error
 
 

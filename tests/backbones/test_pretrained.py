@@ -151,6 +151,11 @@ def test_the_files_that_are_loaded_are_checked_and_no_others(tmp_path):
     index = {"metadata": {}, "weight_map": dict.fromkeys(state, "model-1-of-1.safetensors")}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     build("vit", 1, tmp_path)
+    for content in ("{}", "none", '{"weight_map": {"a": 1}}'):
+        (tmp_path / "model.safetensors.index.json").write_text(content)
+        with pytest.raises(UserError, match="model.safetensors.index.json cannot be read"):
+            build("vit", 1, tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     save_file(spoilt_state, tmp_path / "model-1-of-1.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=rf"model-1-of-1.safetensors: {re.escape(name)} is int8"):
         build("vit", 1, tmp_path)

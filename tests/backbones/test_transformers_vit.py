@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import huggingface_hub
 import pytest
 import torch
@@ -193,6 +195,18 @@ def test_an_unreachable_hub_is_asked_once(monkeypatch, caplog):
     with pytest.raises(UserError, match=said) as caught:
         build("dinov3_vit", weights="nobody/nothing@v1")
     assert asked == [("nobody/nothing", "v1")] and not caplog.records and "\n" not in str(caught.value)
+
+
+def test_a_repository_of_an_adapter_is_refused_before_its_base_is_fetched(monkeypatch, tmp_path):
+    listed = SimpleNamespace(siblings=[SimpleNamespace(rfilename="adapter_config.json")])
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *given, **options: listed)
+    with pytest.raises(UserError, match="backbone.weights=some/body: the repository holds adapter_config.json"):
+        build("dinov3_vit", weights="some/body")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    monkeypatch.setattr(pretrained, "_why_silent", lambda *given: "no answer")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: str(tmp_path))
+    with pytest.raises(UserError, match="backbone.weights=some/body: the folder holds adapter_config.json"):
+        build("dinov3_vit", weights="some/body")
 
 
 def test_without_a_hub_weights_fetched_before_are_read(monkeypatch, tmp_path):

@@ -172,6 +172,10 @@ def changed(folder, path, *keys, value):
         (("config", "resolution", "longest"), -3, "resolution.longest=-3 is out of range"),
         (("config", "resolution", "crop"), [0, 0], r"resolution.crop=\[0, 0\] with"),
         (("config", "resolution", "crop"), "wide", "resolution.crop=wide"),
+        *(
+            (("config", "resolution", "crop"), crop, r"resolution.crop=.* must be \[height, width\]")
+            for crop in (None, [16, 16, 16], [512.0, 512.0])
+        ),
         (("config", "inference", "size"), -5, "inference.size=-5 is out of range"),
     ],
 )

@@ -230,6 +230,13 @@ def test_forms_say_where_and_what(caplog):
         parse_json("1", forms.flag)
 
 
+def test_a_long_name_is_not_repeated_for_each_entry_below_it():
+    seen = []
+    form = forms.table(forms.listing(lambda _, where: seen.append(len(where))))
+    parse_json(json.dumps({"k" * 10_000: [1] * 5}), form)
+    assert len(seen) == 5 and max(seen) < 80
+
+
 def test_names_that_lead_elsewhere_are_none():
     assert all(map(is_name, ("a", "...", ".hidden", "a b", "é", "-a")))
     assert not any(map(is_name, ("", ".", "..", "/", "a/b", "/etc", "a\0b")))

@@ -1,6 +1,8 @@
 """Tensor files that we write: whole or not at all, and for the group to read."""
 
+import json
 import stat
+import struct
 
 import pytest
 import torch
@@ -50,3 +52,13 @@ def test_a_type_that_no_weights_have_is_named_as_in_the_file(tmp_path):
     (tmp_path / "w.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"ab")
     with pytest.raises(SafetensorError, match="w has the type F8_E8M0"):
         outline(tmp_path / "w.safetensors")
+
+
+def test_a_side_that_no_tensor_has_is_named(tmp_path):
+    header = json.dumps({"w": {"dtype": "F32", "shape": [0, 2**64 - 1], "data_offsets": [0, 0]}}).encode()
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(SafetensorError, match=r"'?w'? has the shape \[0, 18446744073709551615\]"):
+        outline(path)
+    with pytest.raises(UserError, match="backbone.weights=.*not a readable safetensors file"):
+        tensor_files.read_tensor_file(path, "backbone.weights")

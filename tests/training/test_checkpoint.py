@@ -163,6 +163,12 @@ def test_files_that_are_no_checkpoint(tmp_path):
     write(tmp_path / "whole", {"x": torch.zeros(1000)}, INFO)
     write(tmp_path / "bare", {"x": torch.zeros(1)}, {})
     (tmp_path / "cut").write_bytes((tmp_path / "whole").read_bytes()[:-100])
+    size = int.from_bytes((tmp_path / "whole").read_bytes()[:8], "little")
+    header = json.loads((tmp_path / "whole").read_bytes()[8 : 8 + size])
+    del header["x"]
+    header["model/x"] = {"dtype": "F32", "shape": [0, 2**64 - 1], "data_offsets": [0, 0]}
+    text = json.dumps(header).encode()
+    (tmp_path / "long").write_bytes(len(text).to_bytes(8, "little") + text)
     torch.save(nn.Linear(1, 1), tmp_path / "pickle")
     for name, message in (
         ("text", "not a readable checkpoint"),
@@ -172,9 +178,11 @@ def test_files_that_are_no_checkpoint(tmp_path):
         ("newer", "format 99.*Update dinoseg"),
         ("bare", "its description lacks progress, frozen, config"),
         ("absent", "no such file"),
+        ("long", "not a readable checkpoint"),
     ):
-        with pytest.raises(UserError, match=message):
-            read(tmp_path / name)
+        for reader in (read, checkpoint.outline):
+            with pytest.raises(UserError, match=message):
+                reader(tmp_path / name)
 
 
 def test_a_pipe_in_a_checkpoint_s_place_is_named_not_waited_for(tmp_path):
