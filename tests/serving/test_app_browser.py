@@ -22,6 +22,7 @@ VIEW = """() => {
 }"""
 
 FRAME = """async () => {
+    if (video.readyState < 2) await new Promise((resolve) => (video.onloadeddata = resolve));
     video.pause();
     video.currentTime = 0;
     await new Promise((resolve) => (video.onseeked = resolve));
@@ -173,7 +174,6 @@ def test_a_class_of_a_clip_can_be_switched_off(scene):
             page.click(f"#{wanted}")
             page.click("#redraw")
             page.locator("#said", has_text="Done: 8 frames.").wait_for()
-            page.wait_for_function("video.readyState >= 2")
             shown = page.evaluate(FRAME)
             first = np.full((48, 64, 3), 30, np.uint8)
             first[16:32, 8:24] = (250, 200, 60)
