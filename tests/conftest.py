@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cached_composition import PATCHES
 
 from dinoseg.processes import cores
 
@@ -16,6 +17,8 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start: sums are t
 # processes that tests start import this checkout, whichever one is installed
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 torch.set_num_threads(1)
+for each in PATCHES:
+    each.start()
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -1,0 +1,60 @@
+"""What tests compose once is what Hydra composes anew."""
+
+import pytest
+from cached_composition import PATCHES
+from hydra import compose, initialize_config_dir
+from hydra.errors import ConfigCompositionException
+from omegaconf import OmegaConf
+
+from dinoseg.__main__ import CONFIGS
+from dinoseg.config.resolvers import register_resolvers
+
+COMMANDS = (
+    ("mode=train", "hparam=sarrarp/lora", "data.root=DATA"),
+    ("mode=train", "hparam=sarrarp/lora", "trainer.steps=7", "data.root=OTHER"),
+    ("mode=eval", "head=dpt", "+data.extra=1", "~optim.schedule.warmup"),
+    ("mode=train", "hparam=dinosavi/control", "hydra.run.dir=HERE"),
+    ("mode=predict", "backbone=timm", "backbone.name=test_vit"),
+    ("mode=train", "hydra/job_logging=stdout", "hydra.verbose=true"),
+    ("mode=train", "~optim"),
+)
+
+
+def composed(words):
+    """Return the config and every flag in it."""
+    register_resolvers()
+    with initialize_config_dir(CONFIGS, version_base="1.3"):
+        cfg = compose("main", list(words), return_hydra_config=True)
+    nodes = [cfg]
+    for node in nodes:
+        children = [node._get_node(key) for key in node] if not (node._is_none() or node._is_missing()) else []
+        nodes.extend(child for child in children if OmegaConf.is_dict(child))
+    return OmegaConf.to_container(cfg), [node._metadata.flags for node in nodes]
+
+
+@pytest.fixture
+def anew():
+    """Compose without the cache."""
+
+    def compose_anew(words):
+        for each in PATCHES:
+            each.stop()
+        try:
+            return composed(words)
+        finally:
+            for each in PATCHES:
+                each.start()
+
+    return compose_anew
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_it_is_what_hydra_composes(anew, words):
+    first, second = composed(words), composed(words)
+    assert first == second == anew(words)
+
+
+def test_an_unknown_option_is_refused_each_time(anew):
+    for refuse in (composed, composed, anew):
+        with pytest.raises(ConfigCompositionException, match="nothing"):
+            refuse(["head=nothing"])
