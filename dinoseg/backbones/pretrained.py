@@ -3,7 +3,7 @@
 import contextlib
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -78,18 +78,19 @@ def _why_silent(name: str, revision: str) -> str:
         return ""
     except Exception as error:  # of whatever library the hub's client speaks through
         return (str(error).strip().splitlines() or [type(error).__name__])[0]
-    if any(file.rfilename == _ADAPTER for file in info.siblings or ()):  # see `_from_folder`
-        raise UserError(f"backbone.weights={name}: the repository holds {_ADAPTER}. Give one of whole weights.")
+    _check_no_adapter(f"{name}@{revision}", (file.rfilename for file in info.siblings or ()))
     return ""
 
 
+def _check_no_adapter(weights: str, names: Iterable[str]) -> None:
+    """Refuse files among which transformers would find an adapter, and build what that says, from wherever it says."""
+    if _ADAPTER in names:
+        raise UserError(f"backbone.weights={weights}: holds {_ADAPTER}. Give the whole weights, without an adapter.")
+
+
 def _from_folder(weights: str, folder: Path, cut: Callable[[Any], None], config: Any) -> nn.Module:
-    if (folder / _ADAPTER).exists():  # transformers would build what that file says, from wherever it says
-        raise UserError(f"backbone.weights={weights}: the folder holds {_ADAPTER}. Give a folder of whole weights.")
-    try:
-        _loaded_files(folder)
-    except (OSError, forms.Misshapen) as error:
-        raise UserError(f"backbone.weights={weights}: {_INDEX} cannot be read ({error}). Download it again.") from None
+    _check_no_adapter(weights, (path.name for path in folder.iterdir()))
+    _loaded_files(weights, folder)  # or transformers would read a malformed index
     model = _from_pretrained(weights, str(folder), cut, config=config)
     _check_loaded(weights, model, folder)
     return model
@@ -97,7 +98,7 @@ def _from_folder(weights: str, folder: Path, cut: Callable[[Any], None], config:
 
 def _check_loaded(weights: str, model: nn.Module, folder: Path | None) -> None:
     """Refuse a model whose weights are not finite, or whose files in a folder held them in another type than floats."""
-    for path in _loaded_files(folder) if folder else ():
+    for path in _loaded_files(weights, folder) if folder else ():
         where = f"backbone.weights={weights}: {path.name}"
         try:
             check_weights(outline(path), where)
@@ -107,12 +108,19 @@ def _check_loaded(weights: str, model: nn.Module, folder: Path | None) -> None:
     check_weights(own, f"backbone.weights={weights}", own)
 
 
-def _loaded_files(folder: Path) -> list[Path]:
-    """Return the files of a folder that transformers loads: model.safetensors, or those that its index names."""
+def _loaded_files(weights: str, folder: Path) -> list[Path]:
+    """Return the files of a folder that transformers loads: model.safetensors, or those that its index names.
+
+    Raises:
+        UserError: the index is malformed.
+    """
     index = folder / _INDEX
     if (folder / "model.safetensors").exists() or not index.exists():
         return [path for path in [folder / "model.safetensors"] if path.exists()]
-    names = forms.read_json(index, _SHARDS)["weight_map"].values()
+    try:
+        names = forms.read_json(index, _SHARDS)["weight_map"].values()
+    except (OSError, forms.Misshapen) as error:
+        raise UserError(f"backbone.weights={weights}: {_INDEX} cannot be read ({error}). Download it again.") from None
     return [folder / name for name in sorted(set(names))]
 
 
@@ -120,7 +128,7 @@ def _fetched(name: str, revision: str) -> Path | None:
     """Return the folder into which the hub's client has fetched weights; None where it keeps them otherwise."""
     from huggingface_hub import try_to_load_from_cache
 
-    for file in ("model.safetensors", "model.safetensors.index.json"):
+    for file in ("model.safetensors", _INDEX):
         found = try_to_load_from_cache(name, file, revision=revision)
         if isinstance(found, str):
             return Path(found).parent

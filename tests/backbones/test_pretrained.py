@@ -112,7 +112,7 @@ def test_bars_that_were_off_stay_off(tmp_path):
 
 def test_a_folder_that_asks_for_an_adapter_is_refused(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match="holds adapter_config.json. Give a folder of whole weights"):
+    with pytest.raises(UserError, match="holds adapter_config.json. Give the whole weights"):
         load_model(None, str(tmp_path), lambda model: None)
 
 

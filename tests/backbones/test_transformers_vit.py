@@ -200,12 +200,12 @@ def test_an_unreachable_hub_is_asked_once(monkeypatch, caplog):
 def test_a_repository_of_an_adapter_is_refused_before_its_base_is_fetched(monkeypatch, tmp_path):
     listed = SimpleNamespace(siblings=[SimpleNamespace(rfilename="adapter_config.json")])
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *given, **options: listed)
-    with pytest.raises(UserError, match="backbone.weights=some/body: the repository holds adapter_config.json"):
+    with pytest.raises(UserError, match="backbone.weights=some/body@main: holds adapter_config.json"):
         build("dinov3_vit", weights="some/body")
     (tmp_path / "adapter_config.json").write_text("{}")
     monkeypatch.setattr(pretrained, "_why_silent", lambda *given: "no answer")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: str(tmp_path))
-    with pytest.raises(UserError, match="backbone.weights=some/body: the folder holds adapter_config.json"):
+    with pytest.raises(UserError, match="backbone.weights=some/body: holds adapter_config.json"):
         build("dinov3_vit", weights="some/body")
 
 
