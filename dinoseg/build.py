@@ -1,6 +1,7 @@
 """Config to models, data and optimizers; its loss: `criteria.py`."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ SPLITS = ("train", "val", "test")
 _CONFORMING = {"_target_": "dinoseg.data.custom.conforming", "_partial_": True}
 
 
-def model(cfg: DictConfig, *, untrained: bool = False, outlined: bool = False) -> Segmenter:
+def model(cfg: DictConfig, *, untrained: bool = False, outlined: bool = False, initialised: bool = True) -> Segmenter:
     """Return the segmenter of a config.
 
     What does not fit together is refused before any weights are read.
@@ -38,13 +39,15 @@ def model(cfg: DictConfig, *, untrained: bool = False, outlined: bool = False) -
         cfg: the whole config.
         untrained: read no weights.
         outlined: the same config's `outline` was made before, which has refused what does not fit.
+        initialised: initialise the parameters; without it they hold whatever lay in memory, for a file that has all.
     """
     if not untrained:
         _check_head_file(cfg)
     if not untrained and not outlined and cfg.backbone.get("weights") != "random":
         outline(cfg)
-    adapted = _adapted(cfg, untrained=untrained)
-    return Segmenter(adapted, _head(cfg, adapted, untrained=untrained), **_resolution(cfg, adapted))
+    with nullcontext() if initialised else _NoInit():
+        adapted = _adapted(cfg, untrained=untrained)
+        return Segmenter(adapted, _head(cfg, adapted, untrained=untrained), **_resolution(cfg, adapted))
 
 
 def sharing(cfgs: Sequence[DictConfig], place: Callable[[Segmenter], Any]) -> list[SharingSegmenter]:
@@ -128,13 +131,13 @@ def outline(cfg: DictConfig) -> Segmenter:
 
 
 class _NoInit(TorchFunctionMode):
-    """Skip the filling of tensors without numbers, which torch would take apart in Python."""
+    """Skip the initialisation of parameters, and of tensors on the meta device, which torch would take apart."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: D105
         kwargs = kwargs or {}
         if getattr(func, "__module__", "") == "torch.nn.init" or getattr(func, "__name__", "") in _FILLS:
             tensor = args[0] if args else kwargs.get("tensor")
-            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+            if isinstance(tensor, torch.nn.Parameter) or (isinstance(tensor, torch.Tensor) and tensor.is_meta):
                 return tensor
         return func(*args, **kwargs)
 

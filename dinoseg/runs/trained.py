@@ -121,10 +121,11 @@ def restore(cfg: DictConfig, path: Path) -> tuple[Segmenter, Mapping[str, Any]]:
     # all that needs no tensors is refused first: reading them may take minutes
     outline = checkpoint.outline(path)
     check_classes(labels_of(cfg), outline.info, f"resume={path}")
-    build.check_fits(cfg, outline)
+    empty = build.check_fits(cfg, outline)
     announce(f"resume={path}: reading weights and building the model")
     saved = checkpoint.read(path, finite=cfg.finite_weights)
-    model = build.model(cfg, outlined=True)
+    whole = cfg.adapter.get("bits") is None and empty.state_dict().keys() <= outline.part("model").keys()
+    model = build.model(cfg, outlined=True, initialised=not whole)
     checkpoint.load_weights(model, saved)
     return model.eval(), outline.info
 
